@@ -1,0 +1,151 @@
+"""Every error a user can meet, one class per cause.
+
+    DistrustError
+    ├── ConfigError                     an option is wrong, unknown, or contradicts another
+    ├── DataError                       records that cannot be trained on: every one with file, line and field
+    ├── ModelError                      a base model or tokenizer that cannot be loaded or used
+    ├── ResumeRefused                   going on would not continue the same run
+    ├── NonFiniteLoss                   a loss or gradient norm that is not finite; the step was not made
+    └── CheckpointError
+        ├── CheckpointNotFound          no such checkpoint
+        ├── CorruptCheckpoint           a file that is not what was written
+        ├── UnsupportedVersion          a file of a later version of the format
+        ├── NoGoodCheckpoint            there are checkpoints, and none of them is whole
+        ├── UnsupportedState            a value that a checkpoint cannot hold exactly
+        ├── CheckpointDirectoryLocked   another writer holds the directory
+        └── SaveFailed                  the checkpoint was not written; what stood before still stands
+
+    DistrustWarning                     something a user should know that stops nothing
+
+The message is one line (or one line a finding) that says what is wrong, where, and what to do. What a
+program may want of it is in attributes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+
+class DistrustError(Exception):
+    """The root: ``except DistrustError`` catches everything that is not a bug."""
+
+
+class DistrustWarning(UserWarning):
+    """Something a user should know that stops nothing."""
+
+
+class ConfigError(DistrustError):
+    """An option is wrong, unknown, or contradicts another."""
+
+
+class DataError(DistrustError):
+    """Records that cannot be trained on.
+
+    Attributes:
+        problems: one line each: file, line, field, what is wrong.
+    """
+
+    def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.problems = tuple(problems)
+
+
+class ModelError(DistrustError):
+    """A base model or tokenizer that cannot be loaded or used."""
+
+
+class ResumeRefused(DistrustError):
+    """Going on would not continue the same run.
+
+    Attributes:
+        differences: one line each: option, what it was, what it is.
+    """
+
+    def __init__(self, message: str, differences: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.differences = tuple(differences)
+
+
+class NonFiniteLoss(DistrustError):
+    """A loss or gradient norm that is not finite. The step was not made.
+
+    Attributes:
+        step: the optimizer step that was not made.
+        examples: ``file:line`` of the examples it was to be made on.
+    """
+
+    def __init__(self, message: str, *, step: int, examples: Sequence[str]) -> None:
+        super().__init__(message)
+        self.step = step
+        self.examples = tuple(examples)
+
+
+class CheckpointError(DistrustError):
+    """Something about a checkpoint, or a directory of them.
+
+    Attributes:
+        path: the file or directory it is about.
+    """
+
+    def __init__(self, message: str, *, path: Path | None = None) -> None:
+        super().__init__(message)
+        self.path = path
+
+
+class CheckpointNotFound(CheckpointError):
+    """No such checkpoint; the message lists what there is."""
+
+
+class CorruptCheckpoint(CheckpointError):
+    """A file that is not what was written.
+
+    Attributes:
+        reason: what is wrong, without the path.
+        tensor: the first damaged tensor, where it is one.
+    """
+
+    def __init__(self, reason: str, *, path: Path | None = None, tensor: str | None = None) -> None:
+        super().__init__(f"{path}: {reason}" if path is not None else reason, path=path)
+        self.reason = reason
+        self.tensor = tensor
+
+
+class UnsupportedVersion(CheckpointError):
+    """A file of a later version of the format: it may be whole, but this program cannot tell."""
+
+
+class NoGoodCheckpoint(CheckpointError):
+    """There are checkpoints, and none of them is whole: never a reason to start over silently."""
+
+
+class UnsupportedState(CheckpointError):
+    """A value that a checkpoint cannot hold exactly.
+
+    Attributes:
+        label: where in the state it stands, such as ``optimizer.state.0``.
+    """
+
+    def __init__(self, message: str, *, label: str) -> None:
+        super().__init__(message)
+        self.label = label
+
+
+class CheckpointDirectoryLocked(CheckpointError):
+    """Another writer holds the directory."""
+
+
+class SaveFailed(CheckpointError):
+    """The checkpoint was not written; what stood before still stands.
+
+    Attributes:
+        wanted: bytes that the checkpoint needs, where known.
+        free: bytes that the file system had free, where known.
+    """
+
+    def __init__(
+        self, message: str, *, path: Path, wanted: int | None = None, free: int | None = None
+    ) -> None:
+        super().__init__(message, path=path)
+        self.wanted = wanted
+        self.free = free
