@@ -1,1 +1,43 @@
-"""DistrustTrainer."""
+"""DistrustTrainer: fine-tunes language models, weighs every example by its provenance, never loses a run.
+
+The public names are loaded when they are first asked for: ``import distrust`` imports no framework.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from distrust.checkpoint import Checkpoint, CheckpointManager, PendingSave
+    from distrust.config import TrainConfig
+    from distrust.errors import DistrustError, DistrustWarning
+    from distrust.training import DistrustTrainer
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Checkpoint": "distrust.checkpoint",
+    "CheckpointManager": "distrust.checkpoint",
+    "DistrustError": "distrust.errors",
+    "DistrustTrainer": "distrust.training",
+    "DistrustWarning": "distrust.errors",
+    "PendingSave": "distrust.checkpoint",
+    "TrainConfig": "distrust.config",
+}
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointManager",
+    "DistrustError",
+    "DistrustTrainer",
+    "DistrustWarning",
+    "PendingSave",
+    "TrainConfig",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'distrust' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

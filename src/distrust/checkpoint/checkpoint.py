@@ -1,0 +1,55 @@
+"""What a checkpoint holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from distrust.errors import UnsupportedState
+
+#: The parts of a checkpoint that may hold arrays; the label of every tensor begins with one of them.
+ARRAY_SECTIONS = ("model", "optimizer", "rng", "history")
+
+#: The parts whose content is the identity of a state: they enter ``state_digest``.
+STATE_SECTIONS = (*ARRAY_SECTIONS, "config", "metadata")
+
+#: Steps are written with at most 18 digits.
+MAX_STEP = 10**18
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """The whole state of a training run after an optimizer step.
+
+    Every section is a tree of dicts, lists, tuples, scalars (None, bool, int, float, str) and, but for
+    ``config`` and ``metadata``, arrays of any supported framework. Dict keys are None, bools, ints, floats
+    or strings; their types are kept. A tree comes back exactly: bit for bit in its arrays and floats.
+
+    Attributes:
+        step: optimizer steps made so far, 0 or more.
+        model: names to weights.
+        optimizer: moments and counters, such as a torch optimizer's ``state_dict()``.
+        rng: the state of every generator of random numbers.
+        history: what grows with the run, as arrays.
+        config: the options that change the result.
+        metadata: anything of the caller's; its numbers count as metrics.
+        metrics: numbers by which checkpoints are listed and the best one is chosen. They do not enter
+            ``state_digest``.
+        run: what may differ between two equal runs (paths, intervals, versions), as plain JSON values. It
+            does not enter ``state_digest``.
+    """
+
+    step: int
+    model: Mapping[Any, Any] = field(default_factory=dict)
+    optimizer: Mapping[Any, Any] = field(default_factory=dict)
+    rng: Mapping[Any, Any] = field(default_factory=dict)
+    history: Mapping[Any, Any] = field(default_factory=dict)
+    config: Mapping[Any, Any] = field(default_factory=dict)
+    metadata: Mapping[Any, Any] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    run: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if type(self.step) is not int or not 0 <= self.step < MAX_STEP:
+            raise UnsupportedState(f"step must be a whole number, not {self.step!r}", label="step")

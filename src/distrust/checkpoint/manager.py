@@ -1,0 +1,378 @@
+"""CheckpointManager: one directory of checkpoints, written by one process and read by any number."""
+
+from __future__ import annotations
+
+import copy
+import os
+import threading
+import warnings
+from collections.abc import Iterable
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from distrust.checkpoint import arrays, image, retention, snapshot, storage, store
+from distrust.checkpoint.checkpoint import Checkpoint
+from distrust.checkpoint.retention import Candidate, MetricMode, Retention
+from distrust.checkpoint.store import CheckpointFile, DamagedFile, Scan
+from distrust.checkpoint.writer import BackgroundWriter, PendingSave
+from distrust.errors import (
+    CheckpointNotFound,
+    CorruptCheckpoint,
+    DistrustWarning,
+    NoGoodCheckpoint,
+    UnsupportedVersion,
+)
+
+if TYPE_CHECKING:
+    from typing import Self
+
+
+class _Session:
+    """What the clones of a manager share: the lock, the writer, and what is known of the files."""
+
+    def __init__(self, directory: Path) -> None:
+        self.process = os.getpid()
+        self.lock = storage.DirectoryLock(directory)
+        self.writer = BackgroundWriter()
+        self.mutex = threading.RLock()
+        # Identified by name and header digest: a file replaced by another process is another file.
+        self.good: set[tuple[str, str]] = set()
+        self.damaged: set[tuple[str, str]] = set()
+        self.resumed_from: tuple[str, str] | None = None
+
+
+class CheckpointManager:
+    """Saves, lists, loads and cleans up the checkpoints of one directory.
+
+    Reading needs no lock. The first save takes the directory's lock; so does :meth:`acquire`. ``copy.copy``
+    gives a manager of the same directory and writer; one that was pickled, deep-copied or forked is a reader
+    until it takes the lock itself.
+
+    Args:
+        directory: made at the first save.
+        keep_last: checkpoints to keep, newest first; None keeps all.
+        keep_best: checkpoints to keep by ``metric``, besides.
+        keep_every: keep each whose step is a multiple of it, besides.
+        metric: a key of ``Checkpoint.metrics`` or of the numbers in ``Checkpoint.metadata``.
+        metric_mode: ``min`` if lower is better, or ``max``.
+
+    Raises:
+        ConfigError: for rules that make no sense.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        keep_last: int | None = 3,
+        keep_best: int = 1,
+        keep_every: int | None = None,
+        metric: str = "eval_loss",
+        metric_mode: MetricMode = "min",
+    ) -> None:
+        self.directory = Path(directory).absolute()
+        self._rules = Retention(keep_last, keep_best, keep_every, metric, metric_mode)
+        self._shared = _Session(self.directory)
+
+    def acquire(self) -> None:
+        """Take the directory's lock, and sweep what dead writers left there.
+
+        Raises:
+            CheckpointDirectoryLocked: if another writer holds it.
+            SaveFailed: if the directory cannot be made or written to.
+        """
+        with self._session.mutex:
+            self._session.lock.acquire()
+
+    def save(self, checkpoint: Checkpoint, *, final: bool = False) -> Path:
+        """Write a checkpoint and return its path once it is durable; then clean up.
+
+        Args:
+            checkpoint: its arrays may be changed again after the call.
+            final: write ``checkpoint-{step}-final.safetensors``, which is never cleaned up.
+
+        Raises:
+            SaveFailed: if it could not be written, or the background save before it could not.
+            UnsupportedState: for a value that would not come back exactly.
+            CheckpointDirectoryLocked: if another writer holds the directory.
+        """
+        with self._session.mutex:
+            path, prepared = self._prepare(checkpoint, final=final)
+            self._commit(path, prepared, (arrays.to_host(array).data for array in prepared.arrays))
+            return path
+
+    def save_async(self, checkpoint: Checkpoint, *, final: bool = False) -> PendingSave:
+        """Copy a checkpoint and write it in the background.
+
+        Returns when everything is copied: the arrays may be changed again. At most one write is under way:
+        the next call waits for it.
+
+        Raises:
+            SaveFailed: if the background save before this one failed and nobody has been told.
+            UnsupportedState: for a value that would not come back exactly.
+            CheckpointDirectoryLocked: if another writer holds the directory.
+        """
+        with self._session.mutex:
+            path, prepared = self._prepare(checkpoint, final=final)
+            copied = snapshot.take(prepared.arrays)
+            return self._session.writer.start(path, lambda: self._commit(path, prepared, copied))
+
+    def list_checkpoints(self) -> list[int]:
+        """The steps that are there, finals included, in ascending order."""
+        return list(self.scan().by_step())
+
+    def scan(self) -> Scan:
+        """The files that are there, and those that are damaged."""
+        return store.scan(self.directory)
+
+    def load(
+        self, checkpoint: int | str | os.PathLike[str], *, framework: arrays.Framework = "numpy"
+    ) -> Checkpoint:
+        """Read and verify a checkpoint.
+
+        Args:
+            checkpoint: a step (where both stand, the final one is read), or a path.
+            framework: of the arrays: ``numpy`` or ``torch``.
+
+        Raises:
+            CheckpointNotFound: listing what there is.
+            CorruptCheckpoint: if any byte of it is not what was written.
+        """
+        file, loaded = image.read(self._path_of(checkpoint), framework=framework)
+        if file.path.parent == self.directory:
+            self._mark_resumed(file)
+        return loaded
+
+    def load_latest(self, *, framework: arrays.Framework = "numpy") -> Checkpoint:
+        """Read the newest checkpoint that verifies, warning of each newer one that does not.
+
+        Raises:
+            CheckpointNotFound: if there are none at all.
+            NoGoodCheckpoint: if there are some, and none of them is whole.
+        """
+        while True:
+            found = self.scan()
+            everything: list[CheckpointFile | DamagedFile] = sorted(
+                [*found.files, *found.damaged],
+                key=lambda file: (file.step, file.path.stem.endswith("-final")),
+                reverse=True,
+            )
+            if not everything:
+                raise CheckpointNotFound(f"{self.directory}: no checkpoints here", path=self.directory)
+            try:
+                return self._first_good(everything, framework)
+            except CheckpointNotFound:
+                continue  # a writer removed one between listing and reading it
+
+    def load_best(self, *, framework: arrays.Framework = "numpy") -> Checkpoint:
+        """Read the checkpoint with the best metric that verifies, warning of each better one that does not.
+
+        Raises:
+            CheckpointNotFound: if none has the metric.
+            NoGoodCheckpoint: if none of those that have it is whole.
+        """
+        files = self.scan().by_step()
+        steps = retention.ranked(_candidates(files.values()), self._rules)
+        if not steps:
+            known = sorted({name for file in files.values() for name in file.metrics})
+            raise CheckpointNotFound(
+                f"{self.directory}: no checkpoint has the metric {self._rules.metric!r}; "
+                f"there are {', '.join(known) or 'no metrics'} in steps {_listed(files)}",
+                path=self.directory,
+            )
+        return self._first_good([files[step] for step in steps], framework)
+
+    def inspect(self, checkpoint: int | str | os.PathLike[str]) -> CheckpointFile:
+        """What a checkpoint's header says: step, kind, metadata, digests and tensors.
+
+        Raises:
+            CheckpointNotFound: listing what there is.
+            CorruptCheckpoint: if the header is damaged.
+        """
+        return store.read_header(self._path_of(checkpoint))
+
+    def validate(self, checkpoint: int | str | os.PathLike[str]) -> None:
+        """Check every byte of a checkpoint.
+
+        Raises:
+            CheckpointNotFound: listing what there is.
+            CorruptCheckpoint: with what is wrong, and where.
+        """
+        file = store.verify(self._path_of(checkpoint))
+        self._session.good.add(_identity(file))
+
+    def cleanup(self, *, keep_last: int | None = None) -> list[int]:
+        """Remove what no rule keeps.
+
+        Args:
+            keep_last: in place of the manager's own, for this call.
+
+        Returns:
+            The steps removed, in ascending order.
+
+        Raises:
+            CheckpointDirectoryLocked: if another writer holds the directory.
+        """
+        with self._session.mutex:
+            self._session.writer.settle()
+            self.acquire()
+            rules = self._rules if keep_last is None else replace(self._rules, keep_last=keep_last)
+            return self._clean_up(rules)
+
+    def close(self) -> None:
+        """Wait for the save under way, and let go of the directory.
+
+        Raises:
+            SaveFailed: if a background save failed and nobody has been told.
+        """
+        with self._session.mutex:
+            try:
+                self._session.writer.settle()
+            finally:
+                self._session.lock.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __copy__(self) -> CheckpointManager:
+        clone = object.__new__(type(self))
+        clone.__dict__.update(self.__dict__)
+        return clone
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CheckpointManager:
+        return type(self)(self.directory, **copy.deepcopy(asdict(self._rules), memo))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"directory": str(self.directory), **asdict(self._rules)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]  # a fresh one: it holds no lock
+
+    @property
+    def _session(self) -> _Session:
+        if self._shared.process != os.getpid():
+            # A fork: neither the parent's lock nor its thread is here.
+            self._shared = _Session(self.directory)
+        return self._shared
+
+    def _prepare(self, checkpoint: Checkpoint, *, final: bool) -> tuple[Path, image.Image]:
+        self._session.writer.settle()
+        self.acquire()
+        kind = "final" if final else "periodic"
+        path = self.directory / store.file_name(checkpoint.step, kind)
+        return path, image.prepare(checkpoint, kind)
+
+    def _commit(self, path: Path, prepared: image.Image, data: Iterable[Any]) -> None:
+        digest = prepared.write(path, data)
+        session = self._session
+        session.good.add((path.name, digest))
+        try:
+            self._clean_up(self._rules)
+        except OSError as error:
+            # The checkpoint is durable: failing to remove another one is no failure to save.
+            warnings.warn(f"{self.directory}: could not clean up: {error}", DistrustWarning, stacklevel=3)
+
+    def _clean_up(self, rules: Retention) -> list[int]:
+        """Only good checkpoints count towards a rule: those not written here are verified once."""
+        session = self._session
+        while True:
+            found = self.scan()
+            files = [file for file in found.files if _identity(file) not in session.damaged]
+            by_step = Scan(tuple(files), ()).by_step()
+            candidates = _candidates(by_step.values())
+            unknown = [
+                by_step[step]
+                for step in retention.counted(candidates, rules)
+                if _identity(by_step[step]) not in session.good
+            ]
+            if not unknown:
+                break
+            for file in unknown:
+                self._judge(file)
+        keep = {by_step[step].path for step in retention.kept(candidates, rules)}
+        superseded = [file for file in files if file.path not in keep and not self._protected(file, by_step)]
+        storage.remove([file.path for file in superseded])
+        remaining = {file.step for file in files if file not in superseded}
+        return sorted({file.step for file in superseded} - remaining)
+
+    def _protected(self, file: CheckpointFile, by_step: dict[int, CheckpointFile]) -> bool:
+        session = self._session
+        newest = max(by_step)
+        if _identity(file) == session.resumed_from and file.step >= newest:
+            return True
+        # The periodic twin of a final goes only once the final is known to be whole.
+        winner = by_step[file.step]
+        return winner is not file and _identity(winner) not in session.good
+
+    def _judge(self, file: CheckpointFile) -> None:
+        try:
+            store.verify(file.path)
+        except CheckpointNotFound:
+            return
+        except CorruptCheckpoint as error:
+            self._session.damaged.add(_identity(file))
+            warnings.warn(f"{error}; it counts for nothing and was left", DistrustWarning, stacklevel=5)
+        else:
+            self._session.good.add(_identity(file))
+
+    def _first_good(
+        self, files: Iterable[CheckpointFile | DamagedFile], framework: arrays.Framework
+    ) -> Checkpoint:
+        reasons = []
+        for file in files:
+            try:
+                if isinstance(file, DamagedFile):
+                    raise CorruptCheckpoint(file.reason, path=file.path)
+                read, loaded = image.read(file.path, framework=framework)
+            except (CorruptCheckpoint, UnsupportedVersion) as error:
+                reasons.append(str(error))
+                continue
+            for reason in reasons:
+                warnings.warn(f"skipped a damaged checkpoint: {reason}", DistrustWarning, stacklevel=3)
+            self._mark_resumed(read)
+            return loaded
+        raise NoGoodCheckpoint(
+            "\n".join(
+                [f"{self.directory}: there are checkpoints, and none of them is whole:", *reasons]
+                + ["move them away to start over, or restore one from a copy"]
+            ),
+            path=self.directory,
+        )
+
+    def _mark_resumed(self, file: CheckpointFile) -> None:
+        self._session.good.add(_identity(file))
+        self._session.resumed_from = _identity(file)
+
+    def _path_of(self, checkpoint: int | str | os.PathLike[str]) -> Path:
+        if not isinstance(checkpoint, int):
+            return Path(checkpoint).absolute()
+        found = self.scan()
+        file = found.by_step().get(checkpoint)
+        if file is not None:
+            return file.path
+        for damaged in found.damaged:
+            if damaged.step == checkpoint:
+                raise CorruptCheckpoint(damaged.reason, path=damaged.path)
+        raise CheckpointNotFound(
+            f"{self.directory}: no checkpoint of step {checkpoint}; there are {_listed(found.by_step())}",
+            path=self.directory,
+        )
+
+
+def _identity(file: CheckpointFile) -> tuple[str, str]:
+    return file.path.name, file.digest
+
+
+def _candidates(files: Iterable[CheckpointFile]) -> list[Candidate]:
+    return [Candidate(file.step, file.kind == "final", file.metrics) for file in files]
+
+
+def _listed(steps: Iterable[int]) -> str:
+    return ", ".join(map(str, steps)) or "none"

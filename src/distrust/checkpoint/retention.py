@@ -1,0 +1,91 @@
+"""What to keep: a pure function of what there is and of the rules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import isnan
+from typing import Literal
+
+from distrust.errors import ConfigError
+
+MetricMode = Literal["min", "max"]
+
+
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """The rules. What stays is their union; finals and the newest checkpoint always stay.
+
+    Attributes:
+        keep_last: the last N; None keeps all.
+        keep_best: the best N by ``metric``, among those that have it.
+        keep_every: those whose step is a multiple of it; None for no such rule.
+        metric: the name of a metric.
+        metric_mode: whether a lower (``min``) or a higher value (``max``) is better.
+    """
+
+    keep_last: int | None = 3
+    keep_best: int = 1
+    keep_every: int | None = None
+    metric: str = "eval_loss"
+    metric_mode: MetricMode = "min"
+
+    def __post_init__(self) -> None:
+        if self.keep_last is not None and self.keep_last < 1:
+            raise ConfigError(f"keep_last is {self.keep_last}; keep at least 1, or None for all")
+        if self.keep_best < 0:
+            raise ConfigError(f"keep_best is {self.keep_best}; give 0 or more")
+        if self.keep_every is not None and self.keep_every < 1:
+            raise ConfigError(f"keep_every is {self.keep_every}; give 1 or more, or None")
+        if self.metric_mode not in ("min", "max"):
+            raise ConfigError(f"metric_mode is {self.metric_mode!r}; give 'min' or 'max'")
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A step as the rules see it.
+
+    Attributes:
+        step: its number.
+        final: whether it is a final checkpoint.
+        metrics: its metrics.
+    """
+
+    step: int
+    final: bool
+    metrics: Mapping[str, float]
+
+
+def last(candidates: Iterable[Candidate], rules: Retention) -> set[int]:
+    """The steps that the rule "last N" counts; the newest one always."""
+    steps = sorted(candidate.step for candidate in candidates)
+    return set(steps if rules.keep_last is None else steps[-rules.keep_last :])
+
+
+def ranked(candidates: Iterable[Candidate], rules: Retention) -> list[int]:
+    """The steps that have the metric, best first; of equals the earlier first."""
+    sign = 1 if rules.metric_mode == "min" else -1
+    values = [
+        (sign * candidate.metrics[rules.metric], candidate.step)
+        for candidate in candidates
+        if rules.metric in candidate.metrics and not isnan(candidate.metrics[rules.metric])
+    ]
+    return [step for _, step in sorted(values)]
+
+
+def counted(candidates: Iterable[Candidate], rules: Retention) -> set[int]:
+    """The steps whose place in a rule of N lets another one go: they have to be good."""
+    candidates = list(candidates)
+    return last(candidates, rules) | set(ranked(candidates, rules)[: rules.keep_best])
+
+
+def kept(candidates: Iterable[Candidate], rules: Retention) -> set[int]:
+    """The steps that stay."""
+    candidates = list(candidates)
+    finals = {candidate.step for candidate in candidates if candidate.final}
+    every = {
+        candidate.step
+        for candidate in candidates
+        if rules.keep_every is not None and candidate.step % rules.keep_every == 0
+    }
+    return counted(candidates, rules) | finals | every

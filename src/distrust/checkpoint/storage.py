@@ -1,0 +1,251 @@
+"""The commit protocol: the only place that writes, syncs, renames, removes and locks.
+
+A checkpoint is written to a hidden temporary name in its own directory, data first and header last, then
+synced, renamed into place, and the directory synced. At every instant the directory therefore holds, under
+the final name, either the file that stood there before or the whole new one.
+
+- Space is reserved before the first byte, so that a full disk is found before anything is touched.
+- A failed fsync is never tried again on the same file: the kernel may have dropped the pages it could not
+  write, and the second call would report success.
+- After a failed fsync of the directory the renamed file stays, and the error is raised.
+- One writer a directory: an flock on ``.lock``, which is never unlinked (a new file under the same name
+  would be a second lock). The kernel drops it with its holder, however that died; a forked child closes its
+  copy at once, so that it cannot hold a dead parent's lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import functools
+import os
+import secrets
+import sys
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from distrust.errors import CheckpointDirectoryLocked, SaveFailed
+
+LOCK_NAME = ".lock"
+TEMPORARY_PREFIX = ".checkpoint-"
+TEMPORARY_SUFFIX = ".tmp"
+
+
+class AtomicFile:
+    """A new file of a known size that appears under its name wholly, or not at all.
+
+    Raises:
+        SaveFailed: from every method. What stood before is untouched, unless the last step of all, the sync
+            of the directory, failed: then the new file stands.
+    """
+
+    def __init__(self, path: Path, size: int) -> None:
+        self._path = path
+        self._size = size
+        self._temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}"
+        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
+        with self._reported():
+            self._descriptor = os.open(self._temporary, flags, 0o666)
+        try:
+            with self._reported():
+                reserve(self._descriptor, size)
+        except BaseException:
+            self.discard()
+            raise
+
+    def write_at(self, offset: int, data: Any) -> None:
+        """Write ``data``, any C-contiguous buffer, at ``offset``."""
+        view = memoryview(data).cast("B")
+        with self._reported():
+            while view:
+                written = os.pwrite(self._descriptor, view, offset)
+                view = view[written:]
+                offset += written
+
+    def commit(self) -> None:
+        """Make the file durable and put it under its name."""
+        with self._reported():
+            sync(self._descriptor)
+            os.replace(self._temporary, self._path)
+        try:
+            sync_directory(self._path.parent)
+        except OSError as error:
+            raise SaveFailed(
+                f"{self._path}: written and whole, but its directory could not be synced "
+                f"({error.strerror}): a power cut may still take it away",
+                path=self._path,
+            ) from error
+
+    def discard(self) -> None:
+        """Drop what was not committed; does nothing after :meth:`commit`."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+        with contextlib.suppress(OSError):
+            os.unlink(self._temporary)
+
+    def __enter__(self) -> AtomicFile:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.discard()
+
+    @contextlib.contextmanager
+    def _reported(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            free = _free_bytes(self._path.parent)
+            raise SaveFailed(
+                f"{self._path}: not saved: {error.strerror}; {self._size:,} bytes wanted, "
+                f"{'unknown' if free is None else f'{free:,}'} free. What stood there before is untouched",
+                path=self._path,
+                wanted=self._size,
+                free=free,
+            ) from error
+
+
+class DirectoryLock:
+    """The right to write in one directory. Held by a process, and by none of its children."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._descriptor = -1
+
+    @property
+    def held(self) -> bool:
+        """Whether this process may write."""
+        return self._descriptor >= 0
+
+    def acquire(self) -> None:
+        """Make the directory if need be, take the lock, and sweep what dead writers left behind.
+
+        Raises:
+            CheckpointDirectoryLocked: if another writer holds it.
+            SaveFailed: if the directory cannot be made or written to.
+        """
+        if self.held:
+            return
+        try:
+            make_directory(self._directory)
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            descriptor = os.open(self._directory / LOCK_NAME, flags, 0o666)
+        except OSError as error:
+            raise SaveFailed(
+                f"{self._directory}: cannot be written to: {error.strerror}", path=self._directory
+            ) from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            # For the message only: whether a lock is stale is the kernel's to know.
+            holder = os.pread(descriptor, 256, 0).decode(errors="replace").strip()
+            os.close(descriptor)
+            raise CheckpointDirectoryLocked(
+                f"{self._directory}: another writer holds this directory ({holder or 'starting up'}); "
+                "wait until it ends, stop it, or write elsewhere",
+                path=self._directory,
+            ) from None
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"pid {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
+        self._descriptor = descriptor
+        _closed_in_children().add(self)
+        sweep(self._directory)
+
+    def release(self) -> None:
+        """Let go of the lock; does nothing if it is not held."""
+        if self.held:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+@functools.cache
+def _closed_in_children() -> weakref.WeakSet[DirectoryLock]:
+    locks: weakref.WeakSet[DirectoryLock] = weakref.WeakSet()
+
+    def release_all() -> None:
+        # An flock belongs to the open file, which parent and child share: closing lets go of it in the
+        # child without unlocking the parent's.
+        for lock in list(locks):
+            lock.release()
+
+    os.register_at_fork(after_in_child=release_all)
+    return locks
+
+
+def make_directory(directory: Path) -> None:
+    """Make a directory and its parents, durably."""
+    if directory.is_dir():
+        return
+    make_directory(directory.parent)
+    with contextlib.suppress(FileExistsError):
+        directory.mkdir()
+    sync_directory(directory.parent)
+
+
+def sweep(directory: Path) -> None:
+    """Remove the temporary files of dead writers. The caller holds the lock, so no living one has any."""
+    with os.scandir(directory) as entries:
+        stale = [
+            entry.path
+            for entry in entries
+            if entry.name.startswith(TEMPORARY_PREFIX) and entry.name.endswith(TEMPORARY_SUFFIX)
+        ]
+    for path in stale:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+
+
+def remove(paths: list[Path]) -> None:
+    """Remove files, and sync their directory once. A file that is gone already is no error."""
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
+    if paths:
+        sync_directory(paths[0].parent)
+
+
+def reserve(descriptor: int, size: int) -> None:
+    """Reserve space for a file, or raise ENOSPC before a byte is written."""
+    if size and sys.platform == "linux":
+        # Not os.posix_fallocate: where the file system cannot reserve, it writes a byte into every block.
+        libc = ctypes.CDLL(None, use_errno=True)
+        fallocate = libc.fallocate
+        fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+        if fallocate(descriptor, 0, 0, size) == 0:
+            return
+        code = ctypes.get_errno()
+        if code not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EINTR):
+            raise OSError(code, os.strerror(code))
+    status = os.fstatvfs(descriptor)
+    if status.f_bavail * status.f_frsize < size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def sync(descriptor: int) -> None:
+    """Have the disk hold what was written."""
+    if sys.platform == "darwin":
+        # fsync on macOS leaves the data in the drive's cache.
+        fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+    else:
+        os.fsync(descriptor)
+
+
+def sync_directory(directory: Path) -> None:
+    """Have the disk hold the names in a directory."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _free_bytes(directory: Path) -> int | None:
+    try:
+        status = os.statvfs(directory)
+    except OSError:
+        return None
+    return status.f_bavail * status.f_frsize

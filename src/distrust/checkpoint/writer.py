@@ -1,0 +1,111 @@
+"""The background thread, its one slot, and its errors.
+
+One thread a save, and at most one at a time: a second save waits for the first. The thread is no daemon, so
+a program that ends waits for it. An error that nobody has taken by then is printed.
+"""
+
+from __future__ import annotations
+
+import atexit
+import sys
+import threading
+from collections.abc import Callable, Generator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+
+class PendingSave:
+    """A save that goes on in the background: wait for it, or await it.
+
+    Cancelling what awaits it does not cancel the write.
+    """
+
+    def __init__(self, path: Path, future: Future[Path]) -> None:
+        self._path = path
+        self._future = future
+        self._taken = False
+
+    @property
+    def path(self) -> Path:
+        """Where the checkpoint will stand."""
+        return self._path
+
+    @property
+    def done(self) -> bool:
+        """Whether the write has ended, well or not."""
+        return self._future.done()
+
+    @property
+    def failed_unseen(self) -> bool:
+        """Whether it failed and nobody has been told."""
+        return self.done and not self._taken and self._future.exception() is not None
+
+    def report_unseen(self) -> None:
+        """Print the error that nobody has been told of."""
+        if self.failed_unseen:
+            print(f"distrust: a save in the background failed: {self._future.exception()}", file=sys.stderr)
+
+    def wait(self, timeout: float | None = None) -> Path:
+        """Wait until the checkpoint is durable, and return its path.
+
+        Args:
+            timeout: seconds; None waits for as long as it takes.
+
+        Raises:
+            SaveFailed: if it could not be written.
+            TimeoutError: if it is still being written after ``timeout``.
+        """
+        try:
+            return self._future.result(timeout)
+        finally:
+            self._taken = self.done
+
+    def __await__(self) -> Generator[Any, None, Path]:
+        import asyncio
+
+        try:
+            return (yield from asyncio.shield(asyncio.wrap_future(self._future)).__await__())
+        finally:
+            self._taken = self.done
+
+
+class BackgroundWriter:
+    """Runs one save at a time on a thread of its own."""
+
+    def __init__(self) -> None:
+        self._pending: PendingSave | None = None
+
+    def start(self, path: Path, write: Callable[[], None]) -> PendingSave:
+        """Run ``write`` in the background. The caller has called :meth:`settle` before."""
+        future: Future[Path] = Future()
+
+        def run() -> None:
+            try:
+                write()
+            except BaseException as error:  # handed to whoever waits; printed at exit if nobody does
+                future.set_exception(error)
+            else:
+                future.set_result(path)
+
+        self._pending = PendingSave(path, future)
+        atexit.register(self._pending.report_unseen)
+        threading.Thread(target=run, name=f"save {path.name}", daemon=False).start()
+        return self._pending
+
+    def settle(self) -> None:
+        """Wait for the save under way.
+
+        Raises:
+            SaveFailed: if it, or the one before, failed and nobody has been told yet.
+        """
+        pending = self._pending
+        if pending is None:
+            return
+        try:
+            if not pending.done or pending.failed_unseen:
+                pending.wait()
+        finally:
+            if pending.done:  # an interrupted wait leaves the slot taken
+                self._pending = None
+                atexit.unregister(pending.report_unseen)
