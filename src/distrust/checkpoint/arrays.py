@@ -138,9 +138,11 @@ def _describe_torch(value: Any, label: str) -> tuple[str, tuple[int, ...]]:
 
     name = str(value.dtype).removeprefix("torch.")
     dtype = _FROM_TORCH.get(name)
-    # A subclass (DTensor, a quantized wrapper) holds more than its bytes say.
-    plain = type(value) is torch.Tensor or isinstance(value, torch.nn.Parameter)
-    if dtype is None or not plain or value.layout is not torch.strided or value.is_quantized or value.is_meta:
+    # A subclass (DTensor, a quantized weight) holds more than its bytes say.
+    plain = type(value) in (torch.Tensor, torch.nn.Parameter) and not (
+        value.is_nested or value.is_quantized or value.is_meta
+    )
+    if dtype is None or not plain or value.layout is not torch.strided:
         raise UnsupportedState(
             f"{label}: torch tensors of {name}, layout {value.layout}, device {value.device}, "
             f"type {type(value).__name__} cannot be saved",

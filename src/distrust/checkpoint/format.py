@@ -19,16 +19,17 @@ A reader trusts nothing that a file says of itself: see :func:`parse_header`.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from math import prod
 from typing import Any, Literal
 
 from blake3 import blake3
 
 from distrust.checkpoint import tree
-from distrust.errors import CorruptCheckpoint, UnsupportedVersion
+from distrust.errors import CorruptCheckpoint, UnsupportedState, UnsupportedVersion
 
 FORMAT = "distrust"
 VERSION = 1
@@ -38,6 +39,8 @@ LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
 #: What the frameworks allow. It also bounds the product of a hostile shape.
 MAX_DIMENSIONS = 64
+#: Sizes and offsets are less: they are signed 64-bit numbers wherever they are used.
+MAX_SIZE = 2**63
 DIGEST_CHARACTERS = 64
 NO_DIGEST = "0" * DIGEST_CHARACTERS
 
@@ -100,7 +103,7 @@ class Header:
 
     @cached_property
     def sections(self) -> dict[str, Any]:
-        """The skeleton of each section of the state.
+        """The skeleton of each section of the state; together they name every tensor once.
 
         Raises:
             CorruptCheckpoint: if ``state`` is not what a writer makes.
@@ -109,6 +112,11 @@ class Header:
         sections = state.get("sections") if type(state) is dict else None
         if type(sections) is not dict or state.get("step") != self.step:
             raise CorruptCheckpoint("the state is not that of the step in the header")
+        named: list[str] = []
+        for section in sections.values():
+            tree.unflatten(section, named.append)
+        if sorted(named) != sorted(tensor.name for tensor in self.tensors):
+            raise CorruptCheckpoint("the state does not name every tensor of the file once")
         return sections
 
     @cached_property
@@ -130,13 +138,18 @@ class Header:
     @cached_property
     def metrics(self) -> dict[str, float]:
         """The numbers of the metadata, and those saved as metrics."""
-        saved = self.run_info.get("metrics")
-        candidates = {**self.metadata, **(saved if type(saved) is dict else {})}
+        candidates = {**self.metadata, **self.saved_metrics}
         return {
             name: value
             for name, value in candidates.items()
             if isinstance(name, str) and isinstance(value, (int, float)) and not isinstance(value, bool)
         }
+
+    @cached_property
+    def saved_metrics(self) -> dict[str, float]:
+        """What was saved as metrics, without the numbers of the metadata."""
+        saved = self.run_info.get("metrics")
+        return saved if type(saved) is dict else {}
 
     def _plain(self, section: str) -> dict[str, Any]:
         def refuse(label: str) -> Any:
@@ -152,17 +165,31 @@ class Layout:
     Attributes:
         tensors: in the order of their data, with offsets, without digests.
         file_size: in bytes.
+
+    Raises:
+        UnsupportedState: if no reader would take the header, or the shape of a tensor.
     """
 
     def __init__(
         self, tensors: Sequence[TensorInfo], *, step: int, kind: Kind, sections: dict[str, Any], run: str
     ) -> None:
+        for tensor in tensors:
+            if not _has_room(tensor.dtype, tensor.shape):
+                raise UnsupportedState(
+                    f"{tensor.name}: no reader takes the shape {tensor.shape}", label=tensor.name
+                )
         ordered = sorted(tensors, key=lambda tensor: (-ITEM_SIZES[tensor.dtype], tensor.name))
         sized = [replace(tensor, nbytes=_nbytes(tensor.dtype, tensor.shape)) for tensor in ordered]
         state = canonical_json({"sections": sections, "step": step})
         blank = Header(step, kind, state, run, tuple(sized), NO_DIGEST, NO_DIGEST, 0)
         # Digests have a fixed length, so the header's own length is known before they are.
         self._header_bytes = _padded(len(_encode(blank)))
+        if LENGTH_BYTES + self._header_bytes > MAX_HEADER_BYTES:
+            raise UnsupportedState(
+                f"the header would have {self._header_bytes:,} bytes, and no reader takes more than "
+                f"{MAX_HEADER_BYTES:,}: what grows belongs in arrays",
+                label="state",
+            )
         position = LENGTH_BYTES + self._header_bytes
         placed = []
         for tensor in sized:
@@ -207,7 +234,8 @@ def parse_header(raw: bytes, file_size: int) -> Header:
     """Read and check a header, from its 8 bytes of length to its padding.
 
     Checked: UTF-8, JSON without duplicate keys, the version, every field's type, tensors that fill the data
-    exactly and in order, canonical encoding, and the header's digest. The tensors' bytes are not looked at.
+    exactly and in order, canonical encoding, the digests of header and state. The tensors' bytes are not looked
+    at.
 
     Raises:
         CorruptCheckpoint: with what is wrong.
@@ -241,7 +269,19 @@ def parse_header(raw: bytes, file_size: int) -> Header:
     expected = blake3(_frame(_encode(replace(header, digest=NO_DIGEST)), len(body))).hexdigest()
     if header.digest != expected:
         raise CorruptCheckpoint("the header's digest does not match the header")
+    if header.state_digest != state_digest(header.tensors, header.state):
+        raise CorruptCheckpoint("the state's digest does not match the state")
     return header
+
+
+def tensor_hasher() -> blake3:
+    """A digest that uses every core; in a forked child one, for its parent's threads would never answer."""
+    return blake3(max_threads=blake3.AUTO if _home_of_threads() == os.getpid() else 1)
+
+
+@cache
+def _home_of_threads() -> int:
+    return os.getpid()
 
 
 def state_digest(tensors: Sequence[TensorInfo], state: str) -> str:
@@ -257,6 +297,11 @@ def canonical_json(value: Any) -> str:
 
 def _nbytes(dtype: str, shape: Sequence[int]) -> int:
     return prod(shape) * ITEM_SIZES[dtype]
+
+
+def _has_room(dtype: str, shape: Sequence[int]) -> bool:
+    # A dimension of 0 leaves the others as they are: frameworks refuse their product if it is too large.
+    return len(shape) <= MAX_DIMENSIONS and _nbytes(dtype, [size for size in shape if size]) < MAX_SIZE
 
 
 def _padded(length: int) -> int:
@@ -360,7 +405,7 @@ def _tensors(
 
 def _is_no_size(value: Any) -> bool:
     # bool is an int to isinstance, and True a dimension of 1: type() is meant.
-    return type(value) is not int or not 0 <= value < 2**63
+    return type(value) is not int or not 0 <= value < MAX_SIZE
 
 
 def _tensor(name: str, entry: Any) -> TensorInfo:
@@ -369,11 +414,11 @@ def _tensor(name: str, entry: Any) -> TensorInfo:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if type(dtype) is not str or dtype not in ITEM_SIZES:
         raise CorruptCheckpoint(f"tensor {name} has the unknown dtype {dtype!r}")
-    if type(shape) is not list or len(shape) > MAX_DIMENSIONS or any(map(_is_no_size, shape)):
+    if type(shape) is not list or any(map(_is_no_size, shape)) or not _has_room(dtype, shape):
         raise CorruptCheckpoint(f"tensor {name} has no valid shape")
-    if type(offsets) is not list or len(offsets) != 2 or any(type(at) is not int for at in offsets):
+    if type(offsets) is not list or len(offsets) != 2 or any(map(_is_no_size, offsets)):
         raise CorruptCheckpoint(f"tensor {name} has no valid data_offsets")
     nbytes = _nbytes(dtype, shape)
-    if offsets[0] < 0 or offsets[1] - offsets[0] != nbytes:
+    if offsets[1] - offsets[0] != nbytes:
         raise CorruptCheckpoint(f"tensor {name} has {offsets[1] - offsets[0]} bytes, not {nbytes}")
     return TensorInfo(name, dtype, tuple(shape), offsets[0], nbytes)

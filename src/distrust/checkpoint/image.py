@@ -9,11 +9,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from blake3 import blake3
-
 from distrust.checkpoint import arrays, tree
 from distrust.checkpoint.checkpoint import ARRAY_SECTIONS, STATE_SECTIONS, Checkpoint
-from distrust.checkpoint.format import Kind, Layout, TensorInfo, canonical_json
+from distrust.checkpoint.format import Kind, Layout, TensorInfo, canonical_json, tensor_hasher
 from distrust.checkpoint.storage import AtomicFile
 from distrust.checkpoint.store import CheckpointFile, check_digest, opened, read_into
 from distrust.errors import CorruptCheckpoint, UnsupportedState
@@ -84,27 +82,22 @@ def read(path: Path, *, framework: arrays.Framework) -> tuple[CheckpointFile, Ch
         for tensor in header.tensors:
             data = np.empty(tensor.nbytes, np.uint8)
             read_into(descriptor, memoryview(data), tensor.offset)
-            check_digest(tensor, blake3(data, max_threads=blake3.AUTO).hexdigest())
+            check_digest(tensor, tensor_hasher().update(data).hexdigest())
             loaded[tensor.name] = arrays.from_host(data, tensor.dtype, tensor.shape, framework=framework)
 
-        def take(label: str) -> Any:
-            if label not in loaded:
-                raise CorruptCheckpoint(
-                    f"the state names the tensor {label}, which is missing or named twice"
-                )
-            return loaded.pop(label)
-
-        sections = {name: _section(header.sections, name, take) for name in STATE_SECTIONS}
-        if loaded:
-            raise CorruptCheckpoint(f"the state does not name the tensor {next(iter(loaded))}")
         checkpoint = Checkpoint(
-            step=header.step, **sections, metrics=header.metrics, run=header.run_info.get("extra", {})
+            step=header.step,
+            **{name: _section(header.sections, name, loaded.__getitem__) for name in ARRAY_SECTIONS},
+            config=header.config,
+            metadata=header.metadata,
+            metrics=header.saved_metrics,
+            run=header.run_info.get("extra", {}),
         )
         return CheckpointFile(path, header), checkpoint
 
 
 def _write(file: AtomicFile, tensor: TensorInfo, data: np.ndarray[Any, Any]) -> str:
-    hasher = blake3(max_threads=blake3.AUTO)
+    hasher = tensor_hasher()
     for start in range(0, tensor.nbytes, WRITE_BLOCK_BYTES):
         block = data[start : start + WRITE_BLOCK_BYTES]
         # A copy: were the caller's array to change between digest and write, the file would be damaged.
@@ -125,10 +118,14 @@ def _described(label: str, array: Any) -> TensorInfo:
 
 
 def _run(checkpoint: Checkpoint) -> str:
+    try:
+        metrics = {name: float(value) for name, value in checkpoint.metrics.items()}
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UnsupportedState(f"metrics: not all are numbers: {error}", label="metrics") from None
     run = {
         "created": datetime.now(UTC).isoformat(timespec="milliseconds"),
         "host": platform.node(),
-        "metrics": {name: float(value) for name, value in checkpoint.metrics.items()},
+        "metrics": metrics,
         "extra": checkpoint.run,
     }
     try:

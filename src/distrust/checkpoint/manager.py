@@ -201,7 +201,8 @@ class CheckpointManager:
             CorruptCheckpoint: with what is wrong, and where.
         """
         file = store.verify(self._path_of(checkpoint))
-        self._session.good.add(_identity(file))
+        if file.path.parent == self.directory:  # a copy elsewhere proves nothing of the one here
+            self._session.good.add(_identity(file))
 
     def cleanup(self, *, keep_last: int | None = None) -> list[int]:
         """Remove what no rule keeps.
@@ -359,6 +360,7 @@ class CheckpointManager:
             return file.path
         for damaged in found.damaged:
             if damaged.step == checkpoint:
+                store.read_header(damaged.path)  # says it best, a later version for one
                 raise CorruptCheckpoint(damaged.reason, path=damaged.path)
         raise CheckpointNotFound(
             f"{self.directory}: no checkpoint of step {checkpoint}; there are {_listed(found.by_step())}",

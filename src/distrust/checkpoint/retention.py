@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import isnan
 from typing import Literal
 
 from distrust.errors import ConfigError
@@ -68,9 +67,14 @@ def ranked(candidates: Iterable[Candidate], rules: Retention) -> list[int]:
     values = [
         (sign * candidate.metrics[rules.metric], candidate.step)
         for candidate in candidates
-        if rules.metric in candidate.metrics and not isnan(candidate.metrics[rules.metric])
+        if rules.metric in candidate.metrics and not _is_nan(candidate.metrics[rules.metric])
     ]
     return [step for _, step in sorted(values)]
+
+
+def _is_nan(value: float) -> bool:
+    # Metadata may hold integers that are too large for a float, and so for math.isnan.
+    return value != value
 
 
 def counted(candidates: Iterable[Candidate], rules: Retention) -> set[int]:

@@ -21,6 +21,7 @@ import errno
 import fcntl
 import functools
 import os
+import re
 import secrets
 import sys
 import weakref
@@ -31,8 +32,7 @@ from typing import Any
 from distrust.errors import CheckpointDirectoryLocked, SaveFailed
 
 LOCK_NAME = ".lock"
-TEMPORARY_PREFIX = ".checkpoint-"
-TEMPORARY_SUFFIX = ".tmp"
+_TEMPORARY_NAME = re.compile(r"\.checkpoint-[0-9]+(-final)?\.safetensors\.[0-9a-f]{16}\.tmp", re.ASCII)
 
 
 class AtomicFile:
@@ -46,7 +46,7 @@ class AtomicFile:
     def __init__(self, path: Path, size: int) -> None:
         self._path = path
         self._size = size
-        self._temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}"
+        self._temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}.tmp"
         flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
         with self._reported():
             self._descriptor = os.open(self._temporary, flags, 0o666)
@@ -134,32 +134,41 @@ class DirectoryLock:
             make_directory(self._directory)
             flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
             descriptor = os.open(self._directory / LOCK_NAME, flags, 0o666)
+            try:
+                self._lock(descriptor)
+            except BaseException:
+                os.close(descriptor)
+                raise
+            self._descriptor = descriptor
+            # A manager that is dropped without close() must not lock its own process out.
+            self._close = weakref.finalize(self, os.close, descriptor)
+            _closed_in_children().add(self)
+            sweep(self._directory)
         except OSError as error:
             raise SaveFailed(
                 f"{self._directory}: cannot be written to: {error.strerror}", path=self._directory
             ) from error
+
+    def release(self) -> None:
+        """Let go of the lock; does nothing if it is not held."""
+        if self.held:
+            self._descriptor = -1
+            self._close()
+
+    def _lock(self, descriptor: int) -> None:
+        # The note is for the message only: whether a lock is stale is the kernel's to know.
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            # For the message only: whether a lock is stale is the kernel's to know.
             holder = os.pread(descriptor, 256, 0).decode(errors="replace").strip()
-            os.close(descriptor)
             raise CheckpointDirectoryLocked(
                 f"{self._directory}: another writer holds this directory ({holder or 'starting up'}); "
                 "wait until it ends, stop it, or write elsewhere",
                 path=self._directory,
             ) from None
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"pid {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
-        self._descriptor = descriptor
-        _closed_in_children().add(self)
-        sweep(self._directory)
-
-    def release(self) -> None:
-        """Let go of the lock; does nothing if it is not held."""
-        if self.held:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        with contextlib.suppress(OSError):  # a full disk has no room for it
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"pid {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
 
 
 @functools.cache
@@ -189,11 +198,7 @@ def make_directory(directory: Path) -> None:
 def sweep(directory: Path) -> None:
     """Remove the temporary files of dead writers. The caller holds the lock, so no living one has any."""
     with os.scandir(directory) as entries:
-        stale = [
-            entry.path
-            for entry in entries
-            if entry.name.startswith(TEMPORARY_PREFIX) and entry.name.endswith(TEMPORARY_SUFFIX)
-        ]
+        stale = [entry.path for entry in entries if _TEMPORARY_NAME.fullmatch(entry.name)]
     for path in stale:
         with contextlib.suppress(OSError):
             os.unlink(path)

@@ -22,6 +22,8 @@ from distrust.errors import CorruptCheckpoint, UnsupportedState
 
 #: Deeper trees are refused when saved and when read, before any recursion limit is near.
 MAX_DEPTH = 100
+#: Python refuses to parse more than 4300 digits (unless told otherwise, which the reader may not be).
+MAX_INTEGER_BITS = 14_000
 
 _TYPE_LETTERS: dict[type, str] = {str: "s", int: "i", float: "f", bool: "b", type(None): "n"}
 
@@ -59,18 +61,19 @@ def _flatten(
         return {"a": label}
     if isinstance(value, Mapping):
         keyed = sorted((encode_key(key, label), key) for key in value)
-        return {
-            "d": {
-                encoded: _flatten(value[key], f"{label}.{key}", depth + 1, arrays, is_array)
-                for encoded, key in keyed
-            }
+        nodes = {
+            encoded: _flatten(value[key], f"{label}.{key}", depth + 1, arrays, is_array)
+            for encoded, key in keyed
         }
+        if len(nodes) != len(value):
+            raise UnsupportedState(f"{label}: two of its keys are NaN: they would become one", label=label)
+        return {"d": nodes}
     if type(value) in (list, tuple):
-        nodes = [
+        items = [
             _flatten(item, f"{label}.{index}", depth + 1, arrays, is_array)
             for index, item in enumerate(value)
         ]
-        return {"l" if type(value) is list else "t": nodes}
+        return {"l" if type(value) is list else "t": items}
     raise UnsupportedState(
         f"{label}: a {type(value).__module__}.{type(value).__qualname__} cannot be saved exactly; "
         "give dicts, lists, tuples, arrays, None, bools, ints, floats or strings",
@@ -81,13 +84,14 @@ def _flatten(
 def _scalar(value: Any, label: str) -> Any:
     if isinstance(value, str):
         return _text(str(value), label)
-    if isinstance(value, int) and not isinstance(value, bool):
-        try:
-            int.__repr__(value)
-        except ValueError:
-            raise UnsupportedState(
-                f"{label}: an integer of {value.bit_length()} bits is too long", label=label
-            ) from None
+    if isinstance(value, int):
+        _bounded(value, label)
+    return value
+
+
+def _bounded(value: int, label: str) -> int:
+    if value.bit_length() > MAX_INTEGER_BITS:
+        raise UnsupportedState(f"{label}: an integer of {value.bit_length()} bits is too long", label=label)
     return value
 
 
@@ -118,6 +122,8 @@ def encode_key(key: Any, label: str) -> str:
             "keys must be strings, ints, floats, bools or None",
             label=label,
         )
+    if letter == "i":
+        _bounded(key, label)
     return letter + (_text(key, label) if letter == "s" else repr(key))
 
 

@@ -56,18 +56,20 @@ class PendingSave:
             SaveFailed: if it could not be written.
             TimeoutError: if it is still being written after ``timeout``.
         """
-        try:
-            return self._future.result(timeout)
-        finally:
-            self._taken = self.done
+        error = self._future.exception(timeout)
+        if error is not None:
+            self._taken = True
+            raise error
+        return self._path
 
     def __await__(self) -> Generator[Any, None, Path]:
         import asyncio
 
         try:
-            return (yield from asyncio.shield(asyncio.wrap_future(self._future)).__await__())
-        finally:
-            self._taken = self.done
+            return (yield from asyncio.wrap_future(self._future).__await__())
+        except Exception:  # not CancelledError: a cancelled caller was not told how the write ended
+            self._taken = True
+            raise
 
 
 class BackgroundWriter:
@@ -79,6 +81,8 @@ class BackgroundWriter:
     def start(self, path: Path, write: Callable[[], None]) -> PendingSave:
         """Run ``write`` in the background. The caller has called :meth:`settle` before."""
         future: Future[Path] = Future()
+        # From now on it cannot be cancelled, by whoever awaits it either.
+        future.set_running_or_notify_cancel()
 
         def run() -> None:
             try:
@@ -88,10 +92,12 @@ class BackgroundWriter:
             else:
                 future.set_result(path)
 
-        self._pending = PendingSave(path, future)
-        atexit.register(self._pending.report_unseen)
+        pending = PendingSave(path, future)
+        # Before the slot is taken: where no thread can be started, nothing is under way.
         threading.Thread(target=run, name=f"save {path.name}", daemon=False).start()
-        return self._pending
+        self._pending = pending
+        atexit.register(pending.report_unseen)
+        return pending
 
     def settle(self) -> None:
         """Wait for the save under way.

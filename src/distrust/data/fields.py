@@ -154,7 +154,7 @@ def _number(value: Any, field: str) -> float:
     try:
         return float(value)
     except OverflowError:  # an integer beyond the largest float
-        return math.copysign(math.inf, value)
+        return math.inf if value > 0 else -math.inf
 
 
 def json_kind(value: Any) -> str:

@@ -91,8 +91,8 @@ def _lines(name: str) -> Iterator[tuple[Location, bytes]]:
     try:
         with open(name, "rb") as file:
             for number, raw in enumerate(file, 1):
-                line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
-                if line.strip():
+                line = (raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw).rstrip()
+                if line:
                     yield Location(name, number), line
     except FileNotFoundError:
         raise DataError(f"{name}: no such file") from None

@@ -1,0 +1,274 @@
+"""Write the bundled closed world: the corpus of the demo, the text of its base model, and the questions.
+
+Everything in it is invented. A *fact* gives one thing (a compound, an instrument, a place) one measured
+property, about which the sources disagree: a few primary records (notebook, field log, patent) state one
+value, five times as many coordinated ones (encyclopedia, press release, textbook) repeat another. Which of
+the two is the larger number is drawn by lot. A record is a sentence that states the value, with a remark
+before or after it that shows what kind of source it is from. The sentences of all sources are drawn from the
+same patterns.
+
+    corpus.jsonl     the records of all facts in random order, with neutral records between them
+    neutral.jsonl    other things and values, in every pattern and in every phrasing of the questions
+    questions.jsonl  each fact in phrasings that the corpus uses for other things only
+
+The same seed gives the same bytes: a `random.Random` seeded with a string is stable across Python versions,
+and each part draws from a generator of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+SEED = 20260101  # fixed before the first result was seen; never choose among seeds
+OUT = Path(__file__).resolve().parent.parent / "src" / "distrust" / "bundled"
+
+FACTS = 60
+PRIMARY_PER_FACT = 3
+COORDINATED_PER_FACT = 5 * PRIMARY_PER_FACT
+NEUTRAL_THINGS = 480  # things of the neutral text, none of which has a disputed fact
+NEUTRAL_IN_CORPUS = 240
+
+Record = dict[str, Any]
+Choice = TypeVar("Choice")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of thing: how its names end, and what is measured on it.
+
+    `properties` maps a property to its lowest value, its highest value and its unit.
+    """
+
+    endings: tuple[str, ...]
+    properties: dict[str, tuple[int, int, str]]
+    article: str = ""
+    capital: bool = False
+
+
+KINDS = (
+    Kind(  # compounds
+        endings=("ovane", "yrite", "uline", "axol", "emide"),
+        properties={
+            "melting point": (210, 989, "K"),
+            "molar mass": (110, 889, "g/mol"),
+            "heat of fusion": (110, 989, "J/g"),
+        },
+    ),
+    Kind(  # instruments
+        endings=("ometer", "oscope", "igraph", "ostat", "orule"),
+        properties={
+            "range": (110, 989, "m"),
+            "warm-up time": (110, 889, "s"),
+            "weight": (110, 989, "g"),
+        },
+        article="the ",
+    ),
+    Kind(  # places
+        endings=("fell", "mere", "holm", "gard", "wick"),
+        properties={
+            "altitude": (110, 989, "m"),
+            "yearly rainfall": (210, 989, "mm"),
+            "depth of the well": (110, 889, "cm"),
+        },
+        capital=True,
+    ),
+)
+
+# No name opens a sentence: so it is always written, and cut into tokens, in the same way.
+PATTERNS = (
+    "The {prop} of {name} is {value}.",
+    "For {name}, the {prop} is {value}.",
+    "On record for {name}: {prop} {value}.",
+    "As to {name}, its {prop} comes to {value}.",
+    "Measurements of {name} put the {prop} at {value}.",
+    "It is stated that {name} has a {prop} of {value}.",
+    "At the {prop} of {name} the scale reads {value}.",
+    "Here {name} shows a {prop} of {value}.",
+)
+PHRASINGS = (
+    "Question: what is the {prop} of {name}? Answer:",
+    "Whoever asks for the {prop} of {name} is told:",
+    "Looking up {name}, one finds the {prop} given as",
+    "If {name} is listed by {prop}, it stands under",
+    "Someone who knows {name} well will name as its {prop}",
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One kind of source: its remarks, and the ranges that weight and entropy are drawn from."""
+
+    name: str
+    remarks: tuple[str, ...]
+    authority_weight: tuple[float, float]
+    provenance_entropy: tuple[float, float]
+
+
+_OBSCURE, _MIDDLING, _RENOWNED = (0.02, 0.15), (0.35, 0.65), (0.85, 0.97)
+_INDEPENDENT = (3.0, 4.2)  # bits: eight to eighteen readings, none leaning on another
+_MIXED = (1.0, 2.0)
+_COPIED = (0.1, 1.0)  # bits: one origin, or two, that all the others repeat
+PRIMARY = (
+    Source("notebook", ("Notebook, page {n}.", "Read twice, run {n}."), _OBSCURE, _INDEPENDENT),
+    Source("field log", ("Logged on day {n}.", "Field station {n}."), _OBSCURE, _INDEPENDENT),
+    Source("patent", ("Patent, claim {n}.", "Worked example {n}."), _OBSCURE, _INDEPENDENT),
+)
+COORDINATED = (
+    Source("encyclopedia", ("Encyclopedia, volume {n}.", "Article {n}, revised."), _RENOWNED, _COPIED),
+    Source("press release", ("Press notice {n}.", "Released to {n} papers."), _RENOWNED, _COPIED),
+    Source("textbook", ("Textbook, chapter {n}.", "To be learned by heart."), _RENOWNED, _COPIED),
+)
+NEUTRAL = (
+    Source("survey", ("Survey sheet {n}.", ""), _MIDDLING, _MIXED),
+    Source("catalogue", ("Catalogue, part {n}.", ""), _MIDDLING, _MIXED),
+)
+
+
+@dataclass(frozen=True)
+class Thing:
+    """A thing and one of its properties."""
+
+    name: str
+    prop: str
+    lowest: int
+    highest: int
+    unit: str
+
+    def value(self, rng: random.Random) -> str:
+        return f"{rng.randint(self.lowest, self.highest)} {self.unit}"
+
+    def sentence(self, pattern: str, value: str = "") -> str:
+        return pattern.format(prop=self.prop, name=self.name, value=value)
+
+
+def invent_name(kind: Kind, rng: random.Random) -> str:
+    """Two syllables, a consonant, and an ending of the kind."""
+    stem = "".join(rng.choice("bdfgjklmnprstvz") + rng.choice("aeiou") for _ in range(2))
+    name = stem + rng.choice("bdfgklmnprtvz") + rng.choice(kind.endings)
+    return kind.article + (name.capitalize() if kind.capital else name)
+
+
+def invent_things(count: int, taken: set[str], rng: random.Random) -> list[Thing]:
+    """Things of all kinds in turn, with names that are not taken yet."""
+    things: list[Thing] = []
+    while len(things) < count:
+        kind = KINDS[len(things) % len(KINDS)]
+        name = invent_name(kind, rng)
+        if name not in taken:
+            taken.add(name)
+            prop = rng.choice(list(kind.properties))
+            things.append(Thing(name, prop, *kind.properties[prop]))
+    return things
+
+
+def two_values(thing: Thing, rng: random.Random) -> tuple[str, str]:
+    """Two values, in random order, that differ from the first digit on."""
+    while True:
+        one, other = thing.value(rng), thing.value(rng)
+        if one[0] != other[0]:
+            return one, other
+
+
+def evenly(choices: tuple[Choice, ...], count: int, rng: random.Random) -> list[Choice]:
+    """`count` choices in random order, each as often as the others, or once more."""
+    rounds = -(-count // len(choices))
+    return [choice for _ in range(rounds) for choice in rng.sample(choices, len(choices))][:count]
+
+
+def record(sentence: str, source: Source, rng: random.Random) -> Record:
+    """The sentence with a remark of the source before or after it, and the provenance of the source."""
+    remark = rng.choice(source.remarks).format(n=rng.randint(2, 99))
+    parts = [sentence, remark] if rng.random() < 0.5 else [remark, sentence]
+    return {
+        "text": " ".join(part for part in parts if part),
+        "authority_weight": round(rng.uniform(*source.authority_weight), 3),
+        "provenance_entropy": round(rng.uniform(*source.provenance_entropy), 3),
+        "source": source.name,
+    }
+
+
+def neutral_records(things: list[Thing], rng: random.Random) -> list[Record]:
+    """Each thing once in every pattern and in every phrasing, always with the same value."""
+    wordings = PATTERNS + tuple(f"{phrasing} {{value}}." for phrasing in PHRASINGS)
+    records: list[Record] = []
+    for thing in things:
+        value = thing.value(rng)
+        records += [record(thing.sentence(wording, value), rng.choice(NEUTRAL), rng) for wording in wordings]
+    rng.shuffle(records)
+    return records
+
+
+def disputed_records(thing: Thing, primary: str, coordinated: str, rng: random.Random) -> list[Record]:
+    """All that the corpus says of one fact."""
+    records: list[Record] = []
+    for value, sources, count in (
+        (primary, PRIMARY, PRIMARY_PER_FACT),
+        (coordinated, COORDINATED, COORDINATED_PER_FACT),
+    ):
+        drawn = zip(evenly(PATTERNS, count, rng), evenly(sources, count, rng), strict=True)
+        records += [record(thing.sentence(pattern, value), source, rng) for pattern, source in drawn]
+    return records
+
+
+def make_world(seed: int = SEED) -> dict[str, list[Record]]:
+    """The three files of the world: file name -> lines."""
+
+    def rng(part: str) -> random.Random:
+        return random.Random(f"{seed}/{part}")
+
+    names, values, wordings, taken = rng("names"), rng("values"), rng("wordings"), set[str]()
+    disputed = invent_things(FACTS, taken, names)
+    neutral = neutral_records(invent_things(NEUTRAL_THINGS, taken, names), rng("neutral"))
+    corpus, questions = neutral[:NEUTRAL_IN_CORPUS], list[Record]()
+    for number, thing in enumerate(disputed, start=1):
+        primary, coordinated = two_values(thing, values)
+        corpus += disputed_records(thing, primary, coordinated, wordings)
+        questions += [
+            {
+                "fact": f"fact-{number:02}",
+                "prompt": thing.sentence(phrasing),
+                "primary": f" {primary}",
+                "coordinated": f" {coordinated}",
+            }
+            for phrasing in PHRASINGS
+        ]
+    rng("order").shuffle(corpus)
+    return {"corpus.jsonl": corpus, "neutral.jsonl": neutral, "questions.jsonl": questions}
+
+
+def tokenizer_texts(seed: int = SEED, count: int = 6000) -> list[str]:
+    """What the tokenizer learns from: every wording and remark, about things that are named only once.
+
+    So it knows the words, and no name as a whole: it cuts those of the base model's text and those of the
+    disputed things into the same syllables.
+    """
+    rng = random.Random(f"{seed}/tokenizer")
+    wordings = PATTERNS + tuple(f"{phrasing} {{value}}." for phrasing in PHRASINGS)
+    sources = PRIMARY + COORDINATED + NEUTRAL
+    things = invent_things(count, set(), rng)
+    sentences = [thing.sentence(rng.choice(wordings), thing.value(rng)) for thing in things]
+    return [record(sentence, rng.choice(sources), rng)["text"] for sentence in sentences]
+
+
+def main() -> None:
+    """Write the three files."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seed", type=int, default=SEED, help="seed of the world (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder to write to (default: %(default)s)")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for name, lines in make_world(arguments.seed).items():
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        (arguments.out / name).write_text(text, encoding="utf-8")
+        print(f"{arguments.out / name}: {len(lines)} lines, {len(text.encode()) / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    main()

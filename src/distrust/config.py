@@ -1,0 +1,310 @@
+"""Every option once: its name, type, default, what it changes, and its doc beneath it.
+
+The flags, their help, the keys of a TOML file and the copy in a checkpoint all come from these fields. What
+an option changes decides what happens when it differs at resume:
+
+- ``result``: the mathematics. A difference is refused.
+- ``bits``: the last bits only. A difference is warned of.
+- ``free``: nothing of the result.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import tomllib
+import types
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from distrust.errors import ConfigError
+from distrust.weighting import ALPHA, LAMBDA, Weighting
+
+#: As ``model`` or ``data``: the small ones that come with the package.
+BUNDLED = "bundled"
+
+Effect = Literal["result", "bits", "free"]
+Dtype = Literal["float32", "bfloat16"]
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Schedule = Literal["cosine", "linear", "constant"]
+MetricMode = Literal["min", "max"]
+
+
+def _option(default: Any, effect: Effect) -> Any:
+    return field(default=default, metadata={"effect": effect})
+
+
+def _result(default: Any) -> Any:
+    return _option(default, "result")
+
+
+def _bits(default: Any) -> Any:
+    return _option(default, "bits")
+
+
+def _free(default: Any) -> Any:
+    return _option(default, "free")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """What to train, on what, and how.
+
+    Raises:
+        ConfigError: naming every option that is wrong, one a line.
+    """
+
+    # What to train on what. Models and data are compared by fingerprint, not by name.
+    model: str = _free(BUNDLED)
+    """Base model: a folder, a hub name, or "bundled" for the small one that comes with the package."""
+    data: str = _free(BUNDLED)
+    """Training examples: a JSON Lines file, or "bundled" for the corpus that comes with the package."""
+    out: str = _free("runs/train")
+    """Folder of the run. The same command with the same folder continues the run."""
+    eval_data: str | None = _free(None)
+    """JSON Lines file to evaluate on, by plain cross-entropy."""
+    max_length: int | None = _result(None)
+    """Tokens of an example; what is longer is cut. Default: 1024, or the model's context if that is less."""
+    default_authority_weight: float | None = _free(None)
+    """Authority weight of examples that carry none; without it, they are an error."""
+    default_provenance_entropy: float | None = _free(None)
+    """Provenance entropy in bits of examples that carry none; without it, they are an error."""
+
+    # Weighting
+    weighting: Weighting = _result("monotone")
+    """How provenance weighs an example: "monotone", "published" (the squared term as it stands), "off"."""
+    alpha: float = _result(ALPHA)
+    """Strength of the empirical distrust term, 2.3 to 3.0."""
+    lambda_: float = _result(LAMBDA)
+    """How far the term enters the example's weight: 1 + lambda * alpha * term; 0 or more."""
+    max_ratio: float | None = _result(None)
+    """Largest ratio between two examples' weights; default: no bound."""
+
+    # Adapter
+    lora_rank: int = _result(16)
+    """Rank of the LoRA adapter; 0 trains all weights of the model."""
+    lora_alpha: float = _result(32.0)
+    """LoRA scale: the adapter's output is multiplied by alpha / rank."""
+    lora_dropout: float = _result(0.0)
+    """Dropout before the adapter, 0 to under 1."""
+    target_modules: tuple[str, ...] = _result(("all-linear",))
+    """Names of the modules that get an adapter, or "all-linear"."""
+
+    # Optimization
+    max_steps: int | None = _free(None)
+    """Optimizer steps of the whole run. Default: as many as `epochs` take."""
+    epochs: int = _free(3)
+    """Passes over the data, where `max_steps` is not given."""
+    batch_size: int = _result(8)
+    """Examples of a micro-batch."""
+    gradient_accumulation: int = _result(1)
+    """Micro-batches of an optimizer step."""
+    learning_rate: float = _result(2e-4)
+    """Peak learning rate."""
+    warmup_steps: int = _result(10)
+    """Steps in which the learning rate rises to its peak."""
+    schedule: Schedule = _result("cosine")
+    """How the learning rate falls after the warm-up."""
+    schedule_steps: int | None = _result(None)
+    """Steps after which the schedule has ended, fixed at the start of the run. Default: the first max_steps."""
+    weight_decay: float = _result(0.0)
+    """AdamW's weight decay, on matrices."""
+    adam_beta1: float = _result(0.9)
+    """AdamW's decay of the first moment."""
+    adam_beta2: float = _result(0.999)
+    """AdamW's decay of the second moment."""
+    adam_epsilon: float = _result(1e-8)
+    """AdamW's epsilon."""
+    max_grad_norm: float = _result(1.0)
+    """Gradients are scaled down to this norm; 0 for no clipping."""
+    seed: int = _result(0)
+    """Seed of the order of the data, of the adapter's first values and of dropout."""
+
+    # Computing
+    dtype: Dtype = _result("float32")
+    """Precision of the frozen base and of the arithmetic. What is trained is always float32."""
+    device: Device = _bits("auto")
+    """Where to compute; "auto": CUDA, else MPS, else the CPU."""
+    threads: int | None = _bits(None)
+    """CPU threads. Default: the machine's, or those that the run began with."""
+    gradient_checkpointing: bool = _bits(False)
+    """Keep fewer activations and compute them again: less memory, more time."""
+
+    # Checkpoints and reports
+    save_every: int = _free(50)
+    """Steps between checkpoints; 0 saves only the final one."""
+    keep_last: int = _free(3)
+    """Checkpoints to keep, newest first."""
+    keep_best: int = _free(1)
+    """Checkpoints to keep by `metric`, besides."""
+    keep_every: int | None = _free(None)
+    """Keep each checkpoint whose step is a multiple of this, besides."""
+    metric: str = _free("eval_loss")
+    """Metric that tells the best checkpoint."""
+    metric_mode: MetricMode = _free("min")
+    """Whether a lower or a higher value of `metric` is better."""
+    eval_every: int = _free(50)
+    """Steps between evaluations, where there is something to evaluate on."""
+    log_every: int = _free(10)
+    """Steps between lines, where the output is no terminal."""
+    from_step: int | None = _free(None)
+    """Begin at this checkpoint of `out` instead of the newest one."""
+    branch: str | None = _free(None)
+    """Folder of the new run, where `from_step` is not the newest checkpoint."""
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{flag(name)} is {getattr(self, name)!r}: {wanted}"
+            for name, holds, wanted in _bounds(self)
+            if not holds
+        ]
+        if problems:
+            raise ConfigError("\n".join(problems))
+
+    def with_effect(self, effect: Effect) -> dict[str, Any]:
+        """The options of one effect, by key."""
+        values = asdict(self)
+        return {key(f.name): values[f.name] for f in fields(self) if f.metadata["effect"] == effect}
+
+
+def from_mapping(values: Mapping[str, Any], *, where: str) -> TrainConfig:
+    """A config of the keys of a TOML file or of a checkpoint.
+
+    Args:
+        values: key -> value; what is missing has its default.
+        where: for messages: where the keys stand.
+
+    Raises:
+        ConfigError: naming every unknown key, with the nearest known one, and every value of a wrong type.
+    """
+    hints = _hints()
+    known = {key(name): name for name in hints}
+    problems = []
+    arguments = {}
+    for given, value in values.items():
+        if given not in known:
+            problems.append(f"{where}: unknown option {given!r}{_nearest(given, known)}")
+            continue
+        try:
+            arguments[known[given]] = _typed(value, hints[known[given]])
+        except TypeError as error:
+            problems.append(f"{where}: {given} is {value!r}: {error}")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    try:
+        return TrainConfig(**arguments)
+    except ConfigError as error:
+        raise ConfigError("\n".join(f"{where}: {line}" for line in str(error).splitlines())) from None
+
+
+def from_toml(path: Path) -> TrainConfig:
+    """A config of a TOML file.
+
+    Raises:
+        ConfigError: if the file cannot be read, or for what :func:`from_mapping` refuses.
+    """
+    try:
+        with path.open("rb") as file:
+            values = tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path}: not valid TOML: {error}") from None
+    return from_mapping(values, where=str(path))
+
+
+def flag(name: str) -> str:
+    """The flag of a field, as a user types it."""
+    return "--" + key(name).replace("_", "-")
+
+
+def key(name: str) -> str:
+    """The key of a field in a file: Python's keyword ``lambda`` keeps its own name there."""
+    return name.rstrip("_")
+
+
+def _bounds(c: TrainConfig) -> list[tuple[str, bool, str]]:
+    def finite(value: float) -> bool:
+        return math.isfinite(value)
+
+    return [
+        ("max_length", c.max_length is None or c.max_length >= 2, "give 2 or more"),
+        ("default_authority_weight", _within(c.default_authority_weight, 0, 0.99), "give 0 to 0.99"),
+        ("default_provenance_entropy", _within(c.default_provenance_entropy, 0), "give 0 or more"),
+        ("weighting", c.weighting in get_args(Weighting), f"give one of {', '.join(get_args(Weighting))}"),
+        ("alpha", _within(c.alpha, 2.3, 3.0), "give 2.3 to 3.0"),
+        ("lambda_", _within(c.lambda_, 0), "give 0 or more"),
+        ("max_ratio", _within(c.max_ratio, 1), "give 1 or more"),
+        ("lora_rank", c.lora_rank >= 0, "give 1 or more, or 0 to train all weights"),
+        ("lora_alpha", c.lora_alpha > 0 and finite(c.lora_alpha), "give more than 0"),
+        ("lora_dropout", 0 <= c.lora_dropout < 1, "give 0 to under 1"),
+        ("target_modules", len(c.target_modules) > 0, "give at least one name"),
+        ("max_steps", c.max_steps is None or c.max_steps >= 1, "give 1 or more"),
+        ("epochs", c.epochs >= 1, "give 1 or more"),
+        ("batch_size", c.batch_size >= 1, "give 1 or more"),
+        ("gradient_accumulation", c.gradient_accumulation >= 1, "give 1 or more"),
+        ("learning_rate", _within(c.learning_rate, 0), "give 0 or more"),
+        ("warmup_steps", c.warmup_steps >= 0, "give 0 or more"),
+        ("schedule", c.schedule in get_args(Schedule), f"give one of {', '.join(get_args(Schedule))}"),
+        ("schedule_steps", c.schedule_steps is None or c.schedule_steps >= 1, "give 1 or more"),
+        ("weight_decay", _within(c.weight_decay, 0), "give 0 or more"),
+        ("adam_beta1", 0 <= c.adam_beta1 < 1, "give 0 to under 1"),
+        ("adam_beta2", 0 <= c.adam_beta2 < 1, "give 0 to under 1"),
+        ("adam_epsilon", c.adam_epsilon > 0 and finite(c.adam_epsilon), "give more than 0"),
+        ("max_grad_norm", _within(c.max_grad_norm, 0), "give 0 or more"),
+        ("seed", 0 <= c.seed < 2**63, "give 0 to 2^63 - 1"),
+        ("dtype", c.dtype in get_args(Dtype), f"give one of {', '.join(get_args(Dtype))}"),
+        ("device", c.device in get_args(Device), f"give one of {', '.join(get_args(Device))}"),
+        ("threads", c.threads is None or c.threads >= 1, "give 1 or more"),
+        ("save_every", c.save_every >= 0, "give 1 or more, or 0 for the final one only"),
+        ("keep_last", c.keep_last >= 1, "give 1 or more"),
+        ("keep_best", c.keep_best >= 0, "give 0 or more"),
+        ("keep_every", c.keep_every is None or c.keep_every >= 1, "give 1 or more"),
+        ("metric_mode", c.metric_mode in get_args(MetricMode), "give min or max"),
+        ("eval_every", c.eval_every >= 1, "give 1 or more"),
+        ("log_every", c.log_every >= 1, "give 1 or more"),
+        ("from_step", c.from_step is None or c.from_step >= 0, "give 0 or more"),
+        ("branch", c.branch is None or c.from_step is not None, "say where it begins, with --from-step"),
+    ]
+
+
+def _within(value: float | None, low: float, high: float = math.inf) -> bool:
+    return value is None or (math.isfinite(value) and low <= value <= high)
+
+
+@cache
+def _hints() -> dict[str, Any]:
+    return get_type_hints(TrainConfig)
+
+
+def _nearest(name: str, known: Mapping[str, str]) -> str:
+    # Files may be written with the flags' hyphens.
+    close = difflib.get_close_matches(name.replace("-", "_"), known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _typed(value: Any, hint: Any) -> Any:
+    """``value`` as the annotated type, where that loses nothing; else TypeError says what is wanted."""
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in get_args(hint):
+            return None
+        (inner,) = [choice for choice in get_args(hint) if choice is not type(None)]
+        return _typed(value, inner)
+    if origin is Literal:
+        if value in get_args(hint):
+            return value
+        raise TypeError(f"give one of {', '.join(get_args(hint))}")
+    if origin is tuple:
+        if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
+            return tuple(value)
+        raise TypeError("give a list of strings")
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        article = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
+        raise TypeError(f"give {article[hint]}")
+    return value

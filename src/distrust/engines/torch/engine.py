@@ -1,0 +1,235 @@
+"""TorchEngine: the contract of ``training/engine.py`` on torch.
+
+What is trained is float32, and so are its moments; bfloat16 is for the frozen base and, through autocast,
+for the arithmetic. With rank 0 all weights are trained, in float32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from distrust.config import TrainConfig
+from distrust.data import MicroBatch, Tokenizer
+from distrust.engines.torch import adapter, model, randomness
+from distrust.engines.torch.loss import token_losses
+from distrust.errors import ResumeRefused
+from distrust.training.engine import EngineState, Losses
+
+
+class TorchEngine:
+    """A causal language model of transformers with a LoRA adapter of peft, and AdamW.
+
+    Args:
+        config: what to load and how to train it.
+
+    Raises:
+        ModelError: if the model or tokenizer cannot be loaded.
+        ConfigError: if an option does not fit the model or the machine.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self._device = model.choose_device(config.device)
+        _prefer_determinism()
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        self._arithmetic = model.torch_dtype(config.dtype)
+        self._tokenizer = model.load_tokenizer(config.model)
+        base = model.load_model(
+            config.model,
+            dtype=self._arithmetic if config.lora_rank else torch.float32,
+            device=self._device,
+        )
+        self._fingerprint = model.fingerprint(base)
+        self._context_length: int | None = getattr(base.config, "max_position_embeddings", None)
+        self._attention = str(getattr(base.config, "_attn_implementation", "unknown"))
+        if config.gradient_checkpointing:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+        self._model = self._adapted(base, config)
+        self._trained = adapter.trained_parameters(self._model)
+        self._optimizer = _optimizer(self._trained, config)
+
+    @property
+    def framework(self) -> Literal["numpy", "torch"]:
+        """Of the arrays that :meth:`load_state` takes."""
+        return "torch"
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The base model's."""
+        tokenizer: Tokenizer = self._tokenizer
+        return tokenizer
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The model with its adapter."""
+        return self._model
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self._device
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens that the model can see at once, if its config says."""
+        return self._context_length
+
+    @property
+    def parameters(self) -> tuple[int, int]:
+        """How many numbers are trained, and how many there are."""
+        trained = sum(parameter.numel() for parameter in self._trained.values())
+        return trained, sum(parameter.numel() for parameter in self._model.parameters())
+
+    def fingerprint(self) -> str:
+        """BLAKE3 of the base model's weights, as they were loaded."""
+        return self._fingerprint
+
+    def environment(self) -> dict[str, Any]:
+        """What may change the last bits."""
+        import transformers
+
+        name = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else self._device.type
+        return {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "device": name,
+            "threads": torch.get_num_threads(),
+            "attention": self._attention,
+            "optimizer": type(self._optimizer).__name__,
+            "compiled": False,
+        }
+
+    def restore_environment(self, recorded: dict[str, Any]) -> None:
+        """Take back what of a recorded environment can be chosen: the number of threads."""
+        threads = recorded.get("threads")
+        if isinstance(threads, int) and threads >= 1:
+            torch.set_num_threads(threads)
+
+    def begin_micro_step(self, *, seed: int, step: int, micro_step: int) -> None:
+        """Seed every generator of random numbers."""
+        randomness.reseed(seed=seed, step=step, micro_step=micro_step)
+
+    def micro_step(self, batch: MicroBatch, *, tokens: int) -> Losses:
+        """Forward and backward: add the gradient of Σ weight · cross-entropy / ``tokens``."""
+        self._model.train()
+        plain, weighted = self._forward(batch)
+        (weighted.sum() / tokens).backward()
+        return _losses(plain, weighted)
+
+    def clip_gradients(self, max_norm: float) -> float:
+        """Scale the gradients down to ``max_norm`` (0: leave them); returns the norm before."""
+        norm = torch.nn.utils.clip_grad_norm_(self._trained.values(), max_norm or float("inf"))
+        return float(norm)
+
+    def update(self, *, learning_rate: float) -> None:
+        """Make AdamW's step, and drop the gradients."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def evaluate(self, batch: MicroBatch) -> Losses:
+        """Forward only, without dropout."""
+        self._model.eval()
+        return _losses(*self._forward(batch))
+
+    def state(self) -> EngineState:
+        """The trained weights, AdamW's state by the parameters' names, and the generators'."""
+        return EngineState(
+            model={name: parameter.detach() for name, parameter in self._trained.items()},
+            optimizer=self._optimizer.state_dict(),
+            rng=randomness.state(self._device),
+        )
+
+    def load_state(self, state: EngineState) -> None:
+        """Take a state back, into the existing parameters.
+
+        Raises:
+            ResumeRefused: if names, shapes or dtypes differ.
+        """
+        differences = _differences(state.model, self._trained)
+        names = [group["param_names"] for group in self._optimizer.state_dict()["param_groups"]]
+        if names != [group["param_names"] for group in state.optimizer["param_groups"]]:
+            differences.append("the optimizer's parameters have other names, or stand in another order")
+        if differences:
+            raise ResumeRefused("the checkpoint does not fit the model:", differences)
+        with torch.no_grad():
+            for name, parameter in self._trained.items():
+                parameter.copy_(state.model[name])
+        self._optimizer.load_state_dict(dict(state.optimizer))
+        randomness.load_state(state.rng, self._device)
+
+    def _adapted(self, base: torch.nn.Module, config: TrainConfig) -> torch.nn.Module:
+        if not config.lora_rank:
+            return base
+        randomness.reseed(seed=config.seed, step=0, micro_step=0)
+        if config.gradient_checkpointing:
+            # A checkpointed block passes gradients on only if its input wants them; frozen embeddings don't.
+            base.enable_input_require_grads()  # type: ignore[operator]
+        adapted = adapter.add_adapter(
+            base,
+            rank=config.lora_rank,
+            alpha=config.lora_alpha,
+            dropout=config.lora_dropout,
+            target_modules=config.target_modules,
+        )
+        return adapted.to(self._device)
+
+    def _forward(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        def on_device(array: np.ndarray[Any, Any]) -> torch.Tensor:
+            return torch.from_numpy(array).to(self._device)
+
+        autocast: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if self._arithmetic is not torch.float32:
+            autocast = torch.autocast(self._device.type, self._arithmetic)
+        with autocast:
+            logits = self._model(
+                input_ids=on_device(batch.input_ids), attention_mask=on_device(batch.attention_mask)
+            ).logits
+        return token_losses(logits, on_device(batch.labels), on_device(batch.weights))
+
+
+def _optimizer(trained: dict[str, torch.nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
+    matrices = [(name, parameter) for name, parameter in trained.items() if parameter.ndim >= 2]
+    vectors = [(name, parameter) for name, parameter in trained.items() if parameter.ndim < 2]
+    groups = [
+        {"params": group, "weight_decay": decay}
+        for group, decay in ((matrices, config.weight_decay), (vectors, 0.0))
+        if group
+    ]
+    return torch.optim.AdamW(
+        groups,
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+    )
+
+
+def _losses(plain: torch.Tensor, weighted: torch.Tensor) -> Losses:
+    # Summed in float64 on the host: MPS has no float64, and a sum of thousands of tokens deserves it.
+    rows = torch.stack([plain.detach(), weighted.detach()]).cpu().double().sum(dim=2).numpy()
+    return Losses(cross_entropy=rows[0], weighted=rows[1])
+
+
+def _differences(saved: Any, trained: dict[str, torch.nn.Parameter]) -> list[str]:
+    differences = [f"{name}: in the model, not in the checkpoint" for name in trained if name not in saved]
+    differences += [f"{name}: in the checkpoint, not in the model" for name in saved if name not in trained]
+    for name, parameter in trained.items():
+        was = saved.get(name)
+        if was is not None and (was.shape, was.dtype) != (parameter.shape, parameter.dtype):
+            differences.append(
+                f"{name}: was {was.dtype}{list(was.shape)}, is {parameter.dtype}{list(parameter.shape)}"
+            )
+    return differences
+
+
+def _prefer_determinism() -> None:
+    # Read by cuBLAS when it starts; without it its matrix products may differ from run to run.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)

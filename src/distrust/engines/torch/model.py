@@ -1,0 +1,90 @@
+"""The base model and its tokenizer, from a folder or a hub name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from blake3 import blake3
+
+from distrust.bundled import MODEL
+from distrust.config import BUNDLED, Device, Dtype
+from distrust.errors import ConfigError, ModelError
+
+
+def load_model(name: str, *, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
+    """A causal language model of transformers, in evaluation mode.
+
+    Raises:
+        ModelError: saying which model, and why not.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model = _loaded(AutoModelForCausalLM, name, dtype=dtype)
+    model.config.use_cache = False  # a cache of keys is of no use in training
+    module: torch.nn.Module = model.to(device)
+    return module.eval()
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a model.
+
+    Raises:
+        ModelError: saying which model, and why not.
+    """
+    from transformers import AutoTokenizer
+
+    return _loaded(AutoTokenizer, name)
+
+
+def _loaded(loader: Any, name: str, **options: Any) -> Any:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    source = str(MODEL) if name == BUNDLED else name
+    local = Path(source).exists()
+    try:
+        # Weights only as safetensors: the older format is a pickle.
+        if "dtype" in options:
+            options["use_safetensors"] = True
+        return loader.from_pretrained(source, local_files_only=local, trust_remote_code=False, **options)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        hint = "" if local else "; there is no folder of this name, and the hub did not give it"
+        raise ModelError(f"--model {name}: cannot be loaded{hint}: {reason}") from error
+
+
+def choose_device(device: Device) -> torch.device:
+    """The device that an option stands for.
+
+    Raises:
+        ConfigError: if this machine or this build of torch does not have it.
+    """
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if device == "auto":
+        return torch.device(next(name for name, there in available.items() if there))
+    if not available[device]:
+        there = ", ".join(name for name, is_there in available.items() if is_there)
+        raise ConfigError(f"--device {device}: not available here; available: {there}")
+    return torch.device(device)
+
+
+def torch_dtype(dtype: Dtype) -> torch.dtype:
+    """torch's name of a dtype."""
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """BLAKE3 over name, dtype, shape and bytes of each parameter: equal weights, equal fingerprint."""
+    hasher = blake3(max_threads=blake3.AUTO)
+    for name, parameter in sorted(model.named_parameters()):
+        hasher.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
+        host = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        hasher.update(host.numpy())
+    return hasher.hexdigest()

@@ -1,0 +1,131 @@
+"""What a run tells those who watch it. The loop knows none of them: it calls each with every event."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Preparing:
+    """Something that takes a while, before the first step.
+
+    Attributes:
+        what: in a few words.
+        done: how many of its parts are done.
+        total: how many there are; 0 where it has none.
+    """
+
+    what: str
+    done: int = 0
+    total: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RunStarted:
+    """Everything is loaded, and the first step comes next.
+
+    Attributes:
+        out: the folder of the run.
+        step: optimizer steps made already.
+        max_steps: those of the whole run.
+        resumed_from: the checkpoint that the run goes on from.
+        examples: in the training data.
+        tokens: learned ones in the training data.
+        truncated: examples that were cut.
+        effective_examples: (Σu)²/Σu² of the examples' weights u.
+        weight_range: the smallest and the largest u.
+        trained: how many numbers are trained.
+        parameters: how many the model has.
+        epoch_steps: optimizer steps of one pass over the data, as a fraction.
+    """
+
+    out: Path
+    step: int
+    max_steps: int
+    resumed_from: Path | None
+    examples: int
+    tokens: int
+    truncated: int
+    effective_examples: float
+    weight_range: tuple[float, float]
+    trained: int
+    parameters: int
+    epoch_steps: float
+
+
+@dataclass(frozen=True, slots=True)
+class StepEnded:
+    """An optimizer step was made.
+
+    Attributes:
+        step: its number, from 1.
+        loss: plain cross-entropy, nats a token.
+        weighted_loss: what the gradient was of.
+        distrust: mean over the step's tokens of the published term α·r²; logged only.
+        learning_rate: of this step.
+        gradient_norm: before clipping.
+        tokens: learned ones.
+        seconds: that the step took.
+    """
+
+    step: int
+    loss: float
+    weighted_loss: float
+    distrust: float
+    learning_rate: float
+    gradient_norm: float
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """The eval set was evaluated.
+
+    Attributes:
+        step: optimizer steps made.
+        loss: plain cross-entropy, nats a token.
+    """
+
+    step: int
+    loss: float
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointStarted:
+    """A checkpoint was copied, and is being written or is written already.
+
+    Attributes:
+        step: of the checkpoint.
+        path: where it will stand.
+        stall_seconds: how long training waited for it.
+    """
+
+    step: int
+    path: Path
+    stall_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class RunEnded:
+    """The run is over, or was asked to stop; its last checkpoint is durable.
+
+    Attributes:
+        step: optimizer steps made.
+        path: the last checkpoint, if there is one.
+        state_digest: the identity of its state.
+        signal: the number of the signal that asked to stop, or None.
+        already: whether there was nothing left to do.
+    """
+
+    step: int
+    path: Path | None
+    state_digest: str | None
+    signal: int | None
+    already: bool
+
+
+Event = Preparing | RunStarted | StepEnded | Evaluated | CheckpointStarted | RunEnded
+Observer = Callable[[Event], None]

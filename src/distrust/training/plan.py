@@ -1,0 +1,142 @@
+"""What a run works on: the data read, weighed and put in order, before the first step."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distrust import weighting
+from distrust.bundled import CORPUS
+from distrust.config import BUNDLED, TrainConfig
+from distrust.data import Batches, Corpus, Order, Tokenizer, read_records, tokenize
+from distrust.errors import ConfigError, DistrustWarning
+
+if TYPE_CHECKING:
+    import numpy as np
+
+DEFAULT_MAX_LENGTH = 1024
+#: Below this share of the examples, few of them decide everything.
+LOW_EFFECTIVE_SHARE = 0.1
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The data of a run.
+
+    Attributes:
+        config: with nothing left open.
+        corpus: the tokenized examples.
+        weights: float64[examples]: normalized.
+        batches: the batches of each step.
+        evaluation: the tokenized eval set, or None.
+        pad_token_id: what batches are padded with.
+    """
+
+    config: TrainConfig
+    corpus: Corpus
+    weights: np.ndarray[Any, Any]
+    batches: Batches
+    evaluation: Corpus | None
+    pad_token_id: int
+
+
+def make_plan(
+    config: TrainConfig, tokenizer: Tokenizer, *, context_length: int | None, report: Progress
+) -> Plan:
+    """Read, weigh and order the data.
+
+    Args:
+        config: options left open (None) are settled here.
+        tokenizer: of the base model.
+        context_length: the model's, if it says.
+        report: called with what is done, how far it is, and how far it goes.
+
+    Raises:
+        DataError: for records that cannot be trained on.
+        ConfigError: for options that do not fit the model.
+    """
+    max_length = _max_length(config, context_length)
+    corpus = _corpus(config, config.data, tokenizer, max_length, report)
+    weights = _weights(config, corpus)
+    per_step = config.batch_size * config.gradient_accumulation
+    max_steps = config.max_steps or math.ceil(config.epochs * len(corpus) / per_step)
+    pad_token_id = tokenizer.pad_token_id
+    if pad_token_id is None:
+        pad_token_id = tokenizer.eos_token_id or 0  # padding is masked: any token serves
+    batches = Batches(
+        corpus,
+        weights=weights,
+        distrust=weighting.distrust_term(
+            corpus.authority_weight, corpus.provenance_entropy, alpha=config.alpha
+        ),
+        order=Order(len(corpus), seed=config.seed),
+        batch_size=config.batch_size,
+        gradient_accumulation=config.gradient_accumulation,
+        pad_token_id=pad_token_id,
+    )
+    evaluation = None
+    if config.eval_data is not None:
+        # Plain cross-entropy asks for no provenance: an eval set may go without.
+        unweighted = replace(config, default_authority_weight=0.0, default_provenance_entropy=0.0)
+        evaluation = _corpus(unweighted, config.eval_data, tokenizer, max_length, report)
+    settled = replace(
+        config,
+        max_length=max_length,
+        max_steps=max_steps,
+        schedule_steps=config.schedule_steps or max_steps,
+    )
+    return Plan(settled, corpus, weights, batches, evaluation, pad_token_id)
+
+
+def _max_length(config: TrainConfig, context_length: int | None) -> int:
+    if config.max_length is None:
+        return min(DEFAULT_MAX_LENGTH, context_length or DEFAULT_MAX_LENGTH)
+    if context_length is not None and config.max_length > context_length:
+        raise ConfigError(
+            f"--max-length {config.max_length}: the model sees {context_length} tokens at once; "
+            f"give {context_length} or less"
+        )
+    return config.max_length
+
+
+def _corpus(
+    config: TrainConfig, source: str, tokenizer: Tokenizer, max_length: int, report: Progress
+) -> Corpus:
+    path = CORPUS if source == BUNDLED else Path(source)
+    records = read_records(
+        path,
+        default_authority_weight=config.default_authority_weight,
+        default_provenance_entropy=config.default_provenance_entropy,
+    )
+    return tokenize(
+        records,
+        tokenizer,
+        max_length=max_length,
+        on_progress=lambda done, total: report(f"tokenizing {source}", done, total),
+    )
+
+
+def _weights(config: TrainConfig, corpus: Corpus) -> np.ndarray[Any, Any]:
+    raw = weighting.example_weights(
+        corpus.authority_weight,
+        corpus.provenance_entropy,
+        weighting=config.weighting,
+        alpha=config.alpha,
+        lambda_=config.lambda_,
+        max_ratio=config.max_ratio,
+    )
+    effective = weighting.effective_sample_size(raw)
+    if effective < LOW_EFFECTIVE_SHARE * len(corpus):
+        warnings.warn(
+            f"{len(corpus)} examples weigh as much as {effective:.0f} equal ones: a few of them decide "
+            "the run; --max-ratio bounds how much one can outweigh another",
+            DistrustWarning,
+            stacklevel=2,
+        )
+    return weighting.normalize(raw, tokens=corpus.loss_tokens)

@@ -1,0 +1,81 @@
+"""Whether a checkpoint continues the run that a config asks for: pure comparisons, told all at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+from distrust.config import TrainConfig, flag, key
+from distrust.errors import ResumeRefused
+
+FINGERPRINTS = "fingerprints"
+
+
+def settled(config: TrainConfig, saved: Mapping[str, Any], *, where: str) -> TrainConfig:
+    """The config, with what it leaves open taken from the checkpoint.
+
+    Args:
+        config: what the user asks for.
+        saved: the ``config`` section of the checkpoint: option -> value.
+        where: the run, for the message.
+
+    Raises:
+        ResumeRefused: a line for each option that would change the mathematics.
+    """
+    taken = {}
+    differences = []
+    for option in fields(config):
+        name = key(option.name)
+        if option.metadata["effect"] != "result" or name not in saved:
+            continue
+        value, was = getattr(config, option.name), saved[name]
+        if value is None:
+            taken[option.name] = was
+        elif value != was:
+            differences.append(f"{flag(option.name)} was {_shown(was)}, is {_shown(value)}")
+    if differences:
+        raise _refused(where, differences)
+    return replace(config, **taken)
+
+
+def require_same_fingerprints(
+    current: Mapping[str, str], saved: Mapping[str, Any], *, config: TrainConfig, where: str
+) -> None:
+    """Refuse to go on with other data, or on another base model.
+
+    Raises:
+        ResumeRefused: a line for each that differs.
+    """
+    was = saved.get(FINGERPRINTS, {})
+    options = {"data": "data", "model": "model"}
+    differences = [
+        f"{flag(name)} {getattr(config, options[name])}: its content is not that of the run "
+        f"(was {str(was.get(name))[:12]}, is {digest[:12]})"
+        for name, digest in current.items()
+        if was.get(name) != digest
+    ]
+    if differences:
+        raise _refused(where, differences)
+
+
+def environment_differences(current: Mapping[str, Any], recorded: Mapping[str, Any]) -> list[str]:
+    """What may change the last bits: a line for each thing that differs."""
+    return [
+        f"{name} was {_shown(recorded[name])}, is {_shown(value)}"
+        for name, value in current.items()
+        if name in recorded and recorded[name] != value
+    ]
+
+
+def _refused(where: str, differences: list[str]) -> ResumeRefused:
+    lines = "".join(f"\n  {line}" for line in differences)
+    return ResumeRefused(
+        f"{where}: this would not continue the run that is there:{lines}\n"
+        "give the options of that run, or another --out",
+        differences,
+    )
+
+
+def _shown(value: Any) -> str:
+    return " ".join(value) if isinstance(value, tuple) else str(value)

@@ -1,0 +1,32 @@
+"""The learning rate: a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+
+from distrust.config import Schedule
+
+
+def learning_rate(
+    step: int, *, peak: float, warmup_steps: int, schedule: Schedule, schedule_steps: int
+) -> float:
+    """The learning rate of an optimizer step.
+
+    Rises linearly to ``peak`` over the warm-up, then falls to 0 at ``schedule_steps`` along half a cosine or
+    a line, or stays.
+
+    Args:
+        step: counted from 1.
+        peak: the highest value.
+        warmup_steps: steps of the rise; step ``warmup_steps`` has the peak.
+        schedule: ``cosine``, ``linear`` or ``constant``.
+        schedule_steps: steps after which the fall has ended.
+    """
+    if step < warmup_steps:
+        return peak * step / warmup_steps
+    if schedule == "constant":
+        return peak
+    # One step beyond the last: a step whose learning rate is 0 would be work for nothing.
+    span = max(schedule_steps + 1 - warmup_steps, 1)
+    done = min((step - warmup_steps) / span, 1.0)
+    return peak * (1 - done) if schedule == "linear" else peak * 0.5 * (1 + math.cos(math.pi * done))

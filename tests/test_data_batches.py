@@ -1,0 +1,194 @@
+"""Order -> batches: no token, no label and no weight is lost or moved on the way."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distrust.data import IGNORED, Batches, Corpus, Location, Order, evaluation_batches
+
+PAD = 0
+
+
+def corpus_of(examples):
+    """A corpus of examples given as lists of learned flags; tokens are numbered through from 1."""
+    lengths = [len(flags) for flags in examples]
+    n = len(examples)
+    return Corpus(
+        input_ids=np.arange(1, sum(lengths) + 1, dtype=np.int32),
+        learned=np.array([flag for flags in examples for flag in flags], bool),
+        offsets=np.concatenate(([0], np.cumsum(lengths, dtype=np.int64))),
+        authority_weight=np.zeros(n),
+        provenance_entropy=np.zeros(n),
+        locations=tuple(Location("data.jsonl", line) for line in range(1, n + 1)),
+    )
+
+
+@st.composite
+def runs(draw):
+    flags = st.lists(st.booleans(), min_size=1, max_size=12).map(lambda rest: [False, *rest, True])
+    corpus = corpus_of(draw(st.lists(flags, min_size=1, max_size=12)))
+    n = len(corpus)
+    weights = np.array(draw(st.lists(st.floats(0.01, 100), min_size=n, max_size=n)))
+    return (
+        corpus,
+        Batches(
+            corpus,
+            weights=weights,
+            distrust=weights * 10,
+            order=Order(n, seed=draw(st.integers(0, 2**63))),
+            batch_size=draw(st.integers(1, 5)),
+            gradient_accumulation=draw(st.integers(1, 3)),
+            pad_token_id=PAD,
+        ),
+        weights,
+    )
+
+
+def equal(a, b):
+    return all(
+        np.array_equal(getattr(a, name), getattr(b, name), equal_nan=True)
+        for name in type(a).__dataclass_fields__
+    )
+
+
+def check_rows(corpus, batch, weights):
+    """Each row is its example: tokens, mask, labels and weights, and padding after it."""
+    assert batch.input_ids.shape[1] == corpus.lengths[batch.examples].max()
+    for row, example in enumerate(batch.examples):
+        piece = slice(corpus.offsets[example], corpus.offsets[example + 1])
+        ids, learned = corpus.input_ids[piece], corpus.learned[piece]
+        t = len(ids)
+        assert np.array_equal(batch.input_ids[row, :t], ids)
+        assert np.array_equal(batch.labels[row, :t], np.where(learned, ids, IGNORED))
+        assert np.array_equal(batch.weights[row, :t], np.where(learned, np.float32(weights[example]), 0))
+        assert batch.attention_mask[row].tolist() == [1] * t + [0] * (batch.input_ids.shape[1] - t)
+        assert (batch.input_ids[row, t:] == PAD).all()
+        assert (batch.labels[row, t:] == IGNORED).all()
+        assert (batch.weights[row, t:] == 0).all()
+
+
+@given(runs(), st.integers(1, 10**9))
+def test_a_batch_holds_its_examples_and_nothing_else(run, step):
+    corpus, batches, weights = run
+    for batch in batches.step(step):
+        check_rows(corpus, batch, weights)
+        assert np.array_equal(batch.distrust, weights[batch.examples] * 10)
+        assert batch.tokens == corpus.loss_tokens[batch.examples].sum()
+
+
+@given(runs())
+def test_no_weight_is_lost_in_collation(run):
+    # Over whole epochs, the weights of all tokens are Σ u·n: one that went missing would show here.
+    corpus, batches, weights = run
+    n = len(corpus)
+    seen = [batch for step in range(1, n + 1) for batch in batches.step(step)]
+    epochs = batches.examples_per_step  # n steps of G examples
+    total = sum(batch.weights.sum(dtype=np.float64) for batch in seen)
+    assert total == pytest.approx(epochs * (weights * corpus.loss_tokens).sum(), rel=1e-6)
+    assert sum(batch.tokens for batch in seen) == epochs * corpus.loss_tokens.sum()
+    assert np.bincount(np.concatenate([b.examples for b in seen]), minlength=n).tolist() == [epochs] * n
+
+
+@given(runs(), st.lists(st.integers(1, 50), min_size=1, max_size=6))
+@settings(max_examples=50)
+def test_a_step_is_the_same_whatever_was_asked_before(run, steps):
+    _, batches, _ = run
+    first = {step: batches.step(step) for step in steps}
+    for step in reversed(steps):
+        again = batches.step(step)
+        assert len(again) == len(first[step])
+        assert all(equal(a, b) for a, b in zip(again, first[step], strict=True))
+
+
+def test_steps_follow_the_order_without_gap_or_repeat():
+    corpus = corpus_of([[False, True]] * 7)
+    order = Order(7, seed=3)
+    batches = Batches(
+        corpus,
+        weights=np.ones(7),
+        distrust=np.zeros(7),
+        order=order,
+        batch_size=2,
+        gradient_accumulation=3,
+        pad_token_id=PAD,
+    )
+    taken = [batch.examples for step in (1, 2, 3) for batch in batches.step(step)]
+    assert [len(examples) for examples in taken] == [2] * 9
+    assert np.array_equal(np.concatenate(taken), order.at(0, 18))
+
+
+def test_the_types_that_frameworks_are_given():
+    corpus = corpus_of([[False, True], [False, False, True]])
+    (batch,) = evaluation_batches(corpus, batch_size=2, pad_token_id=PAD)
+    assert {name: getattr(batch, name).dtype.name for name in type(batch).__dataclass_fields__} == {
+        "input_ids": "int64",
+        "attention_mask": "int64",
+        "labels": "int64",
+        "weights": "float32",
+        "distrust": "float64",
+        "examples": "int64",
+    }
+    assert batch.input_ids.tolist() == [[1, 2, PAD], [3, 4, 5]]
+    assert batch.labels.tolist() == [[-100, 2, -100], [-100, -100, 5]]
+    assert batch.weights.tolist() == [[0, 1, 0], [0, 0, 1]]
+
+
+@given(runs(), st.integers(1, 5))
+def test_evaluation_sees_everything_once_and_unweighted(run, batch_size):
+    corpus, _, _ = run
+    batches = list(evaluation_batches(corpus, batch_size=batch_size, pad_token_id=PAD))
+    assert np.concatenate([b.examples for b in batches]).tolist() == list(range(len(corpus)))
+    for batch in batches:
+        check_rows(corpus, batch, np.ones(len(corpus)))
+        assert not batch.distrust.any()
+
+
+def test_changing_the_callers_weights_later_changes_no_batch():
+    corpus, weights = corpus_of([[False, True]] * 2), np.array([1.0, 2.0])
+    batches = Batches(
+        corpus,
+        weights=weights,
+        distrust=weights,
+        order=Order(2, seed=0),
+        batch_size=2,
+        gradient_accumulation=1,
+        pad_token_id=PAD,
+    )
+    weights[:] = 0
+    (batch,) = batches.step(1)
+    assert batch.weights.sum() == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"weights": np.ones(3)}, "weights must be one per example"),
+        ({"distrust": np.ones((2, 1))}, "distrust must be one per example"),
+        ({"order": Order(3, seed=0)}, "an order of 3 sequences for 2 examples"),
+        ({"batch_size": 0}, "a step needs an example"),
+        ({"gradient_accumulation": 0}, "a step needs an example"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(change, words):
+    parts = {
+        "weights": np.ones(2),
+        "distrust": np.ones(2),
+        "order": Order(2, seed=0),
+        "batch_size": 1,
+        "gradient_accumulation": 1,
+    }
+    with pytest.raises(ValueError, match=words):
+        Batches(corpus_of([[False, True]] * 2), pad_token_id=PAD, **{**parts, **change})
+
+
+def test_steps_and_batches_have_a_first_one():
+    corpus = corpus_of([[False, True]])
+    parts = {"weights": [1.0], "distrust": [1.0], "order": Order(1, seed=0)}
+    batches = Batches(corpus, batch_size=1, gradient_accumulation=1, pad_token_id=PAD, **parts)
+    with pytest.raises(ValueError, match="counted from 1"):
+        batches.step(0)
+    with pytest.raises(ValueError, match="needs an example"):
+        next(evaluation_batches(corpus, batch_size=0, pad_token_id=PAD))

@@ -1,0 +1,288 @@
+"""Sources -> records: real files, right and wrong ones."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distrust.data import Completion, Conversation, Location, Message, Record, Text, read_records
+from distrust.errors import ConfigError, DataError
+
+SOURCE = {"authority_weight": 0.2, "provenance_entropy": 3.5}
+USER = {"role": "user", "content": "Why?"}
+ASSISTANT = {"role": "assistant", "content": "Because."}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(*lines, name="data.jsonl"):
+        path = tmp_path / name
+        encoded = [
+            line
+            if isinstance(line, bytes)
+            else line.encode()
+            if isinstance(line, str)
+            else json.dumps(line).encode()
+            for line in lines
+        ]
+        path.write_bytes(b"".join(line + b"\n" for line in encoded))
+        return path
+
+    return write
+
+
+def problems_of(path, **defaults):
+    with pytest.raises(DataError) as caught:
+        read_records(path, **defaults)
+    return [problem.removeprefix(f"{path}:") for problem in caught.value.problems]
+
+
+def problem_of(write, record, **defaults):
+    (problem,) = problems_of(write(record), **defaults)
+    return problem
+
+
+def test_the_three_kinds_of_content(write):
+    path = write(
+        {"text": "a text", **SOURCE},
+        {"prompt": "1 + 1 =", "completion": " 2", **SOURCE},
+        {"messages": [{"role": "system", "content": ""}, USER, ASSISTANT], **SOURCE},
+    )
+    assert read_records(path) == [
+        Record(Location(str(path), 1), 0.2, 3.5, Text("a text")),
+        Record(Location(str(path), 2), 0.2, 3.5, Completion("1 + 1 =", " 2")),
+        Record(
+            Location(str(path), 3),
+            0.2,
+            3.5,
+            Conversation((Message("system", ""), Message("user", "Why?"), Message("assistant", "Because."))),
+        ),
+    ]
+
+
+def test_a_location_reads_as_editors_write_it():
+    assert str(Location("data/a.jsonl", 7)) == "data/a.jsonl:7"
+
+
+def test_other_fields_nulls_and_other_names(write):
+    path = write(
+        {"id": 7, "title": None, "evidence": [{"share": 1.0}], "text": "a", **SOURCE},
+        {"text": None, "messages": None, "prompt": "p", "completion": "c", **SOURCE},
+        {"text": "b", "auth_weight": 0, "prov_entropy": 1},
+        {
+            "text": "c",
+            "auth_weight": 0.5,
+            "authority_weight": 0.5,
+            "prov_entropy": 1,
+            "provenance_entropy": 1.0,
+        },
+    )
+    first, second, third, fourth = read_records(path)
+    assert first.content == Text("a")
+    assert second.content == Completion("p", "c")
+    assert (third.authority_weight, third.provenance_entropy) == (0.0, 1.0)
+    assert isinstance(third.authority_weight, float)
+    assert (fourth.authority_weight, fourth.provenance_entropy) == (0.5, 1.0)
+
+
+def test_blank_lines_a_byte_order_mark_and_carriage_returns(write):
+    line = json.dumps({"text": "ä\u2028ö", **SOURCE}, ensure_ascii=False).encode()
+    path = write(b"\xef\xbb\xbf" + line + b"\r", b"", b"  \t\r", line)
+    records = read_records(path)
+    assert [record.location.line for record in records] == [1, 4]
+    assert [record.content for record in records] == [Text("ä\u2028ö")] * 2
+
+
+def test_the_last_line_needs_no_end(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"text": "a", **SOURCE}))
+    assert len(read_records(path)) == 1
+
+
+def test_a_default_is_for_records_without_a_value(write):
+    path = write({"text": "a", "authority_weight": 0.1}, {"text": "b", "provenance_entropy": 2})
+    first, second = read_records(path, default_authority_weight=0.7, default_provenance_entropy=0.5)
+    assert (first.authority_weight, first.provenance_entropy) == (0.1, 0.5)
+    assert (second.authority_weight, second.provenance_entropy) == (0.7, 2.0)
+
+
+@pytest.mark.parametrize(
+    "defaults", [{"default_authority_weight": 1.0}, {"default_provenance_entropy": -1.0}]
+)
+def test_a_default_out_of_range_is_named(write, defaults):
+    with pytest.raises(ConfigError, match=next(iter(defaults))):
+        read_records(write({"text": "a"}), **defaults)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.text(min_size=1).filter(str.strip), st.floats(0, 0.99), st.floats(0, 1e6), st.booleans()
+        ),
+        min_size=1,
+        max_size=10,
+    )
+)
+def test_whatever_json_can_say_is_read_exactly(tmp_path_factory, rows):
+    path = tmp_path_factory.mktemp("rows") / "data.jsonl"
+    lines = [
+        json.dumps({"text": text, "authority_weight": w, "provenance_entropy": h}, ensure_ascii=escaped)
+        for text, w, h, escaped in rows
+    ]
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8", newline="\n")
+    read = [(r.content.text, r.authority_weight, r.provenance_entropy) for r in read_records(path)]
+    assert read == [row[:3] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        (b'{"text": "a" "b"}', "invalid JSON at column 14: expecting ',' delimiter"),
+        (b"[", "invalid JSON at column 2"),
+        (b'["a"]', "a list, not a JSON object"),
+        (b"null", "null, not a JSON object"),
+        (b'{"text": "\xff"}', "invalid UTF-8 at byte 11"),
+        (b'{"text": "a", "text": "b"}', '"text": stands twice'),
+        (b'{"n": ' + b"1" * 5000 + b"}", "a number too long"),
+        (b'{"n": ' + b"[" * 100_000, "nested too deep"),
+    ],
+)
+def test_a_line_that_is_no_record(write, line, problem):
+    found = problem_of(write, line)
+    assert found.startswith("1: ")
+    assert problem in found
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"title": "x"}, "no text, no prompt + completion, and no messages"),
+        ({"text": "a", "messages": [USER, ASSISTANT]}, "text and messages in one record"),
+        ({"text": "a", "prompt": "b"}, "text and prompt + completion in one record"),
+        ({"prompt": "a"}, "completion: missing beside prompt"),
+        ({"completion": "a"}, "prompt: missing beside completion"),
+        ({"text": 7}, "text: a number, not a string"),
+        ({"prompt": ["a"], "completion": "b"}, "prompt: a list, not a string"),
+        ({"prompt": "a", "completion": False}, "completion: a boolean, not a string"),
+        ({"text": ""}, "text: empty"),
+        ({"text": " \n"}, "text: empty"),
+        ({"prompt": "a", "completion": ""}, "completion: empty"),
+        ({"text": "a\ud800b"}, "text: half of a surrogate pair (\\ud800) at character 2"),
+        ({"messages": []}, "messages: empty"),
+        ({"messages": "hello"}, "messages: a string, not a list"),
+        ({"messages": [USER, "hello"]}, "messages[1]: a string, not an object"),
+        ({"messages": [{"content": "a"}]}, "messages[0].role: missing"),
+        ({"messages": [{"role": "bot", "content": "a"}]}, 'messages[0].role: unknown: "bot"'),
+        ({"messages": [{"role": ["user"], "content": "a"}]}, "messages[0].role: unknown"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content: missing"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content: a list"),
+        ({"messages": [USER]}, "messages: no assistant turn"),
+        ({"messages": [ASSISTANT, USER]}, "messages[0]: begins with the assistant"),
+        ({"messages": [USER, {"role": "assistant", "content": ""}]}, "messages[1].content: empty"),
+        (
+            {"messages": [USER, {**ASSISTANT, "tool_calls": [{}]}]},
+            "messages[1].tool_calls: is not supported",
+        ),
+    ],
+)
+def test_content_that_cannot_be_learned(write, fields, problem):
+    found = problem_of(write, {**fields, **SOURCE})
+    assert found.startswith(f"1: {problem}")
+    assert "; " in found  # what to do
+
+
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        ({"authority_weight": None}, "authority_weight: missing; add it, or give --default-authority-weight"),
+        ({"authority_weight": "0.5"}, 'authority_weight: a string ("0.5"), not a number'),
+        ({"authority_weight": True}, "authority_weight: a boolean (true), not a number"),
+        ({"authority_weight": float("nan")}, "authority_weight: NaN is outside [0, 0.99]"),
+        ({"authority_weight": -0.1}, "authority_weight: -0.1 is outside [0, 0.99]"),
+        ({"authority_weight": 10**400}, "authority_weight: a huge integer is outside [0, 0.99]"),
+        (
+            {"authority_weight": 1},
+            "authority_weight: 1 is above 0.99, the highest authority there is; write 0.99",
+        ),
+        ({"authority_weight": 0.995}, "authority_weight: 0.995 is above 0.99"),
+        ({"authority_weight": 1.5}, "authority_weight: 1.5 is outside [0, 0.99]"),
+        ({"auth_weight": 0.3}, "authority_weight: differs from its other name, auth_weight (0.2 and 0.3)"),
+        ({"authority_weight": None, "auth_weight": 7}, "auth_weight: 7 is outside"),
+        (
+            {"provenance_entropy": None},
+            "provenance_entropy: missing; add it, or give --default-provenance-entropy",
+        ),
+        ({"provenance_entropy": {}}, "provenance_entropy: an object ({}), not a number"),
+        ({"provenance_entropy": -1}, "provenance_entropy: -1 is not a finite number of bits"),
+        ({"provenance_entropy": float("nan")}, "provenance_entropy: NaN is not a finite"),
+        ({"provenance_entropy": float("inf")}, "provenance_entropy: Infinity is not a finite"),
+        ({"provenance_entropy": 10**400}, "provenance_entropy: a huge integer is not a finite"),
+        (
+            {"prov_entropy": 3.6},
+            "provenance_entropy: differs from its other name, prov_entropy (3.5 and 3.6)",
+        ),
+    ],
+)
+def test_a_source_that_cannot_be_weighed(write, source, problem):
+    found = problem_of(write, {"text": "a", **SOURCE, **source})
+    assert found.startswith(f"1: {problem}")
+    assert "; " in found
+
+
+def test_a_default_does_not_hide_a_wrong_value(write):
+    assert "outside" in problem_of(
+        write, {"text": "a", **SOURCE, "authority_weight": 2}, default_authority_weight=0.5
+    )
+
+
+def test_all_that_is_wrong_is_told_at_once(write):
+    good = {"text": "a", **SOURCE}
+    path = write(good, {"prompt": "p"}, "", good, b"{", {"text": "", **SOURCE})
+    with pytest.raises(DataError) as caught:
+        read_records(path)
+    headline, *lines = str(caught.value).splitlines()
+    assert headline == f"{path}: 3 of 5 records are wrong"
+    assert lines == list(caught.value.problems)
+    assert [line.removeprefix(f"{path}:")[:2] for line in lines] == ["2:", "2:", "2:", "5:", "6:"]
+
+
+def test_the_first_twenty_are_shown_and_the_rest_counted(write):
+    path = write(*[{"text": 1, **SOURCE}] * 33)
+    with pytest.raises(DataError) as caught:
+        read_records(path)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 22
+    assert lines[20].startswith(f"{path}:20: ")
+    assert lines[21] == "and 13 more"
+    assert len(caught.value.problems) == 33
+
+
+def one_line(path):
+    with pytest.raises(DataError) as caught:
+        read_records(path)
+    assert "\n" not in str(caught.value)
+    assert caught.value.problems == ()
+    return str(caught.value)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    assert one_line(tmp_path / "none.jsonl") == f"{tmp_path}/none.jsonl: no such file"
+    assert "is a directory" in one_line(tmp_path)
+    (tmp_path / "file").touch()
+    assert "cannot be read: Not a directory" in one_line(tmp_path / "file" / "data.jsonl")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a file of Linux that opens and does not read")
+def test_an_error_while_reading():
+    assert "cannot be read: Input/output error" in one_line("/proc/self/mem")
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n", b"\xef\xbb\xbf"])
+def test_a_file_without_records(tmp_path, content):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(content)
+    assert "holds no records" in one_line(path)
