@@ -1,0 +1,53 @@
+"""What the commands on files have in common: their parser, and how they print."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from distrust.cli import COMMANDS
+
+TARGET = "a run, a directory of checkpoints, or a checkpoint file"
+
+
+def parser(verb: str, *, description: str, examples: Sequence[str]) -> argparse.ArgumentParser:
+    """A parser whose help ends with examples."""
+    return argparse.ArgumentParser(
+        prog=f"distrust {verb}",
+        description=f"{COMMANDS[verb][0].upper()}{COMMANDS[verb][1:]}. {description}",
+        epilog="examples:\n" + "\n".join(f"  {example}" for example in examples),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def print_json(value: Any) -> None:
+    """JSON that any reader takes: NaN and infinities, which JSON has no words for, become strings."""
+    print(json.dumps(_plain(value), indent=2, ensure_ascii=False))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return str(value)
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def size(nbytes: int) -> str:
+    """A number of bytes for people: three digits and a unit."""
+    value = float(nbytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"
+        value /= 1024
+    return f"{value:.3g} TiB"
+
+
+def number(value: float) -> str:
+    """A metric for people."""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

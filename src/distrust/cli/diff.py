@@ -1,0 +1,57 @@
+"""distrust diff"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from distrust.checkpoint import store
+from distrust.checkpoint.compare import differences
+from distrust.cli.arguments import TARGET, parser, print_json
+
+DIGEST_SHOWN = 16
+
+
+def main(arguments: list[str]) -> int:
+    """Say what differs between two checkpoints, from their headers alone."""
+    arg = parser(
+        "diff",
+        description="Exit code 0 if the states are equal, 1 if not. Reads the headers only.",
+        examples=[
+            "distrust diff runs/a runs/b",
+            "distrust diff runs/a/checkpoints/checkpoint-50.safetensors runs/b",
+        ],
+    )
+    arg.add_argument("a", type=Path, help=f"{TARGET}; of several, the newest")
+    arg.add_argument("b", type=Path, help="the other one")
+    arg.add_argument("--json", action="store_true", help="print one object")
+    options = arg.parse_args(arguments)
+
+    a, b = store.newest(options.a), store.newest(options.b)
+    found = differences(a.header, b.header)
+    if options.json:
+        print_json(
+            {
+                "equal": not found,
+                "a": {"path": str(a.path), "step": a.step, "state_digest": a.state_digest},
+                "b": {"path": str(b.path), "step": b.step, "state_digest": b.state_digest},
+                "differences": [asdict(difference) for difference in found],
+            }
+        )
+        return 1 if found else 0
+    for side, file in (("a", a), ("b", b)):
+        print(f"{side}: step {file.step}, {file.kind}, state {file.state_digest[:DIGEST_SHOWN]}, {file.path}")
+    for difference in found:
+        print(f"{difference.what} {difference.name}: {_short(difference.a)} -> {_short(difference.b)}")
+    tensors = sum(difference.what == "tensor" for difference in found)
+    print(
+        f"different: {len(found) - tensors} scalars, {tensors} of {len(a.tensors)} tensors"
+        if found
+        else "equal: the states are the same, bit for bit"
+    )
+    return 1 if found else 0
+
+
+def _short(text: str) -> str:
+    head, _, digest = text.rpartition(" ")
+    return f"{head} {digest[:DIGEST_SHOWN]}" if len(digest) == 64 else text

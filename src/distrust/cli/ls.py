@@ -1,0 +1,56 @@
+"""distrust ls"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from distrust.checkpoint import store
+from distrust.cli.arguments import TARGET, number, parser, print_json, size
+from distrust.errors import CheckpointNotFound
+
+
+def main(arguments: list[str]) -> int:
+    """List checkpoints by their headers; the data is not read."""
+    arg = parser(
+        "ls",
+        description="Reads headers only; `distrust verify` reads everything.",
+        examples=["distrust ls runs/train", "distrust ls runs/train --json | jq '.[-1].path'"],
+    )
+    arg.add_argument("target", type=Path, help=TARGET)
+    arg.add_argument("--json", action="store_true", help="print a list of objects")
+    options = arg.parse_args(arguments)
+
+    found = _scan(options.target)
+    for damaged in found.damaged:
+        print(f"distrust: warning: {damaged.path}: damaged: {damaged.reason}", file=sys.stderr)
+    if options.json:
+        print_json([_row(file) for file in found.files])
+    elif found.files:
+        print(f"{'step':>8}  {'kind':8}  {'size':>8}  {'created (UTC)':19}  metrics")
+        for file in found.files:
+            metrics = "  ".join(f"{name} {number(value)}" for name, value in sorted(file.metrics.items()))
+            created = (file.created or "")[:19].replace("T", " ")
+            print(f"{file.step:>8}  {file.kind:8}  {size(file.bytes):>8}  {created:19}  {metrics}")
+    else:
+        print(f"no checkpoints in {options.target}")
+    return 0
+
+
+def _scan(target: Path) -> store.Scan:
+    if target.is_dir():
+        return store.scan(store.checkpoint_directory(target))
+    if not target.exists():
+        raise CheckpointNotFound(f"{target}: no such file or directory", path=target)
+    return store.Scan((store.read_header(target),), ())
+
+
+def _row(file: store.CheckpointFile) -> dict[str, object]:
+    return {
+        "step": file.step,
+        "kind": file.kind,
+        "path": str(file.path),
+        "bytes": file.bytes,
+        "created": file.created,
+        "metrics": file.metrics,
+    }

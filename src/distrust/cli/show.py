@@ -1,0 +1,90 @@
+"""distrust show"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from distrust.checkpoint import store
+from distrust.cli.arguments import TARGET, number, parser, print_json, size
+from distrust.errors import CheckpointNotFound
+
+
+def main(arguments: list[str]) -> int:
+    """Show one checkpoint by its header; the data is not read."""
+    arg = parser(
+        "show",
+        description="Of a run or directory, the newest one. Reads the header only.",
+        examples=[
+            "distrust show runs/train",
+            "distrust show runs/train --step 50 --tensors",
+            "distrust show runs/train/checkpoints/checkpoint-50.safetensors --json",
+        ],
+    )
+    arg.add_argument("target", type=Path, help=TARGET)
+    arg.add_argument("--step", type=int, help="this step instead of the newest")
+    arg.add_argument("--tensors", action="store_true", help="list every tensor")
+    arg.add_argument("--json", action="store_true", help="print one object, tensors included")
+    options = arg.parse_args(arguments)
+
+    file = _chosen(options.target, options.step)
+    if options.json:
+        print_json(_object(file))
+        return 0
+    run = file.header.run_info
+    print(f"{file.path}")
+    print(f"step {file.step}, {file.kind}, {size(file.bytes)}, created {file.created} on {run.get('host')}")
+    print(f"state digest  {file.state_digest}")
+    print(f"file digest   {file.digest}")
+    for section in ("model", "optimizer", "rng", "history"):
+        tensors = [tensor for tensor in file.tensors if tensor.name.startswith(f"{section}.")]
+        nbytes = sum(tensor.nbytes for tensor in tensors)
+        print(f"{section:9}     {len(tensors)} tensors, {size(nbytes)}")
+    _print_table("metrics", {name: number(value) for name, value in file.metrics.items()})
+    _print_table("metadata", file.metadata)
+    _print_table("config", file.header.config)
+    _print_table("run", run.get("extra", {}))
+    if options.tensors:
+        print("tensors")
+        for tensor in file.tensors:
+            print(f"  {tensor.name}  {tensor.dtype}{list(tensor.shape)}  {tensor.digest[:16]}")
+    return 0
+
+
+def _chosen(target: Path, step: int | None) -> store.CheckpointFile:
+    if step is None:
+        return store.newest(target)
+    files = store.scan(store.checkpoint_directory(target)).by_step()
+    if step not in files:
+        there = ", ".join(map(str, files)) or "none"
+        raise CheckpointNotFound(f"{target}: no checkpoint of step {step}; there are {there}", path=target)
+    return files[step]
+
+
+def _object(file: store.CheckpointFile) -> dict[str, Any]:
+    return {
+        "path": str(file.path),
+        "step": file.step,
+        "kind": file.kind,
+        "digest": file.digest,
+        "state_digest": file.state_digest,
+        "metadata": file.metadata,
+        "config": file.header.config,
+        "run": file.header.run_info,
+        "tensors": [
+            {
+                "name": tensor.name,
+                "dtype": tensor.dtype,
+                "shape": list(tensor.shape),
+                "digest": tensor.digest,
+            }
+            for tensor in file.tensors
+        ],
+    }
+
+
+def _print_table(title: str, values: dict[str, Any]) -> None:
+    if values:
+        print(title)
+        for name, value in sorted(values.items(), key=lambda item: str(item[0])):
+            print(f"  {name}: {value}")

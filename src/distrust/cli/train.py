@@ -1,0 +1,73 @@
+"""distrust train"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from distrust import config as options
+from distrust.cli import COMMANDS
+from distrust.config import TrainConfig
+
+DESCRIPTION = """{what}.
+
+The same command continues a run that was killed, stopped or interrupted, bit for bit. Without options it
+trains the bundled model on the bundled corpus. Options come from --config FILE (TOML: key = value, with
+underscores) and from flags; flags win.
+
+examples:
+  distrust train
+  distrust train --model ./my-model --data examples.jsonl --out runs/first --max-steps 500
+  distrust train --config run.toml --learning-rate 1e-4
+  distrust train --out runs/first --from-step 200 --branch runs/second --max-steps 300"""
+
+_LAMBDA = TrainConfig.__dataclass_fields__["lambda_"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Command(TrainConfig):
+    config: str | None = None
+    """TOML file with options."""
+    lambda_: Annotated[float, tyro.conf.arg(name="lambda")] = _LAMBDA.default
+    """How far the term enters the example's weight: 1 + lambda * alpha * term; 0 or more."""
+
+
+def main(arguments: list[str]) -> int:
+    """Train as the flags say."""
+    config = parse(arguments)
+    # torch and transformers take seconds to load: not before the flags are known to be right.
+    from distrust.reporting.console import ConsoleReporter
+    from distrust.training import DistrustTrainer
+
+    with ConsoleReporter(log_every=config.log_every) as console:
+        ended = DistrustTrainer(config, observers=[console]).train()
+    return 0 if ended.signal is None else 128 + ended.signal
+
+
+def parse(arguments: list[str]) -> TrainConfig:
+    """The config that a file and flags give together.
+
+    Raises:
+        ConfigError: for values that make no sense; SystemExit for flags that do not exist.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    file = first.parse_known_args(arguments)[0].config
+    base = options.from_toml(Path(file)) if file is not None else TrainConfig()
+    command = tyro.cli(
+        _Command,
+        args=arguments,
+        prog="distrust train",
+        description=DESCRIPTION.format(what=f"{COMMANDS['train'][0].upper()}{COMMANDS['train'][1:]}"),
+        default=_Command(**_values(base)),
+        config=(tyro.conf.DisallowNone,),
+    )
+    return TrainConfig(**_values(command))
+
+
+def _values(config: TrainConfig) -> dict[str, object]:
+    return {field.name: getattr(config, field.name) for field in fields(TrainConfig)}

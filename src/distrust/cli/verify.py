@@ -1,0 +1,41 @@
+"""distrust verify"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from distrust.checkpoint import store
+from distrust.cli.arguments import TARGET, parser, print_json
+from distrust.errors import CheckpointError, CorruptCheckpoint
+
+
+def main(arguments: list[str]) -> int:
+    """Read every byte of checkpoints and compare it with the digests; exit 1 if any is damaged."""
+    arg = parser(
+        "verify",
+        description="Exit code 0 if all are whole, 1 if any is damaged.",
+        examples=["distrust verify runs/train", "distrust verify runs/*/checkpoints/*-final.safetensors"],
+    )
+    arg.add_argument("targets", type=Path, nargs="+", metavar="target", help=TARGET)
+    arg.add_argument("--json", action="store_true", help="print a list of objects")
+    options = arg.parse_args(arguments)
+
+    rows = []
+    for path in [path for target in options.targets for path in store.find(target)]:
+        reason = _damage(path)
+        rows.append({"path": str(path), "ok": reason is None, "reason": reason})
+        if not options.json:
+            print(f"{path}: {'ok' if reason is None else f'DAMAGED: {reason}'}", flush=True)
+    if options.json:
+        print_json(rows)
+    return 0 if all(row["ok"] for row in rows) else 1
+
+
+def _damage(path: Path) -> str | None:
+    try:
+        store.verify(path)
+    except CorruptCheckpoint as error:
+        return error.reason
+    except CheckpointError as error:
+        return str(error)
+    return None

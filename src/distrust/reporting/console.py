@@ -1,0 +1,170 @@
+"""The run on the console: a progress bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from pathlib import Path
+from typing import TextIO
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from distrust.training.events import (
+    CheckpointStarted,
+    Evaluated,
+    Event,
+    Preparing,
+    RunEnded,
+    RunStarted,
+    StepEnded,
+)
+
+#: Weight of the newest step in the moving average of the speed.
+SMOOTHING = 0.1
+
+
+class ConsoleReporter:
+    """Shows a run; use it as a context, so that the terminal is left as it was.
+
+    Args:
+        log_every: steps between lines, where the output is no terminal.
+        stream: where to write.
+    """
+
+    def __init__(self, *, log_every: int, stream: TextIO | None = None) -> None:
+        stream = stream or sys.stdout
+        self._console = Console(file=stream, highlight=False, soft_wrap=True)
+        self._live = self._console.is_terminal
+        self._log_every = log_every
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[facts]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+            expand=True,
+        )
+        self._task = self._bar.add_task("", total=None, facts="", visible=False)
+        self._max_steps = 0
+        self._last_saved: int | None = None
+        self._seconds_per_token: float | None = None
+        self._began = time.perf_counter()
+
+    def __enter__(self) -> ConsoleReporter:
+        if self._live:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, event: Event) -> None:
+        """Show an event."""
+        match event:
+            case Preparing():
+                self._preparing(event)
+            case RunStarted():
+                self._started(event)
+            case StepEnded():
+                self._stepped(event)
+            case Evaluated():
+                self._say(f"step {event.step}: eval loss {event.loss:.4f}, perplexity {_exp(event.loss):.4g}")
+            case CheckpointStarted():
+                self._last_saved = event.step
+                if not self._live:
+                    self._say(
+                        f"step {event.step}: saving {_shown(event.path)} "
+                        f"(training waited {event.stall_seconds * 1000:.0f} ms)"
+                    )
+            case RunEnded():
+                self._ended(event)
+
+    def _preparing(self, event: Preparing) -> None:
+        if self._live:
+            self._bar.update(
+                self._task,
+                description=escape(event.what),
+                total=event.total or None,
+                completed=event.done,
+                visible=True,
+            )
+        elif event.done == 0 and event.total == 0:
+            self._say(event.what)
+
+    def _started(self, event: RunStarted) -> None:
+        low, high = event.weight_range
+        self._say(
+            f"{event.examples:,} examples, {event.tokens:,} learned tokens, {event.epoch_steps:.1f} steps an "
+            f"epoch" + (f"; {event.truncated:,} examples cut to fit" if event.truncated else "")
+        )
+        self._say(
+            f"weights {low:.3g} to {high:.3g}: worth {event.effective_examples:,.0f} equal examples "
+            f"({event.effective_examples / event.examples:.0%})"
+        )
+        self._say(f"training {event.trained:,} of {event.parameters:,} parameters, into {event.out}")
+        if event.resumed_from is not None:
+            self._say(f"going on after step {event.step}, from {_shown(event.resumed_from)}")
+        self._max_steps = event.max_steps
+        self._last_saved = event.step or None
+        self._bar.reset(
+            self._task, description="training", total=event.max_steps, completed=event.step, visible=True
+        )
+
+    def _stepped(self, event: StepEnded) -> None:
+        pace = event.seconds / event.tokens
+        before = self._seconds_per_token
+        self._seconds_per_token = pace if before is None else before + SMOOTHING * (pace - before)
+        speed = 1 / self._seconds_per_token
+        saved = "nothing saved yet" if self._last_saved is None else f"saved {self._last_saved}"
+        if self._live:
+            facts = f"loss {event.loss:.4f}  {speed:,.0f} tok/s  {saved}"
+            self._bar.update(self._task, completed=event.step, facts=facts)
+        elif event.step % self._log_every == 0 or event.step in (1, self._max_steps):
+            left = (self._max_steps - event.step) * event.tokens * self._seconds_per_token
+            self._say(
+                f"step {event.step}/{self._max_steps}: loss {event.loss:.4f}, weighted "
+                f"{event.weighted_loss:.4f}, distrust {event.distrust:.2f}, lr {event.learning_rate:.3g}, "
+                f"norm {event.gradient_norm:.3g}, {speed:,.0f} tok/s, {_duration(left)} left, {saved}"
+            )
+
+    def _ended(self, event: RunEnded) -> None:
+        self._bar.update(self._task, visible=False)
+        if event.already:
+            self._say(f"nothing to do: the run finished at step {event.step}")
+        elif event.signal is not None:
+            where = "nothing to save yet" if event.path is None else f"step {event.step} is saved"
+            self._say(f"stopped by signal {event.signal}: {where}. The same command goes on from there")
+        else:
+            self._say(f"finished at step {event.step} in {_duration(time.perf_counter() - self._began)}")
+        if event.path is not None:
+            self._say(f"checkpoint {_shown(event.path)}")
+            self._say(f"state digest {event.state_digest}")
+
+    def _say(self, line: str) -> None:
+        self._console.print(line, markup=False)
+
+
+def _exp(loss: float) -> float:
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _shown(path: Path) -> str:
+    """A path below the working directory as a user would type it."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

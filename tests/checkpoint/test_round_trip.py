@@ -1,0 +1,395 @@
+"""What is saved comes back: every dtype and layout, every tree, every scalar, to the last bit."""
+
+from __future__ import annotations
+
+import math
+import struct
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from distrust import Checkpoint, CheckpointManager
+from distrust.checkpoint.checkpoint import STATE_SECTIONS
+from distrust.errors import UnsupportedState
+
+NUMPY_DTYPES = [
+    np.dtype(name)
+    for name in (
+        "bool uint8 int8 uint16 int16 float16 uint32 int32 float32 uint64 int64 float64 complex64".split()
+    )
+]
+ML_DTYPES = [
+    np.dtype(getattr(ml_dtypes, name))
+    for name in ("bfloat16 float8_e4m3fn float8_e5m2 float8_e8m0fnu float8_e4m3fnuz float8_e5m2fnuz".split())
+]
+DTYPES = NUMPY_DTYPES + ML_DTYPES
+
+NUMPY_LAYOUTS = {
+    "plain": lambda a: a,
+    "transposed": lambda a: a.transpose(2, 0, 1),
+    "strided": lambda a: a[:, ::2, 1::3],
+    "reversed": lambda a: a[::-1, :, ::-1],
+    "expanded": lambda a: np.broadcast_to(a[0, 0], (3, 2, 6)),
+    "offset": lambda a: a[1, 1:],
+    "zero-size": lambda a: a[:, :0],
+    "zero-dimensional": lambda a: a[0, 0, 0:1].reshape(()),
+    "fortran": np.asfortranarray,
+    "big-endian": lambda a: a.byteswap().view(a.dtype.newbyteorder(">")),
+    "read-only": lambda a: np.frombuffer(a.tobytes(), a.dtype),
+}
+TORCH_LAYOUTS = {
+    "plain": lambda t: t,
+    "transposed": lambda t: t.permute(2, 0, 1),
+    "strided": lambda t: t[:, ::2, 1::3],
+    "expanded": lambda t: t[0, 0].expand(3, 2, 6),
+    "offset": lambda t: t[1, 1:],
+    "zero-size": lambda t: t[:, :0],
+    "zero-dimensional": lambda t: t[0, 0, 0],
+}
+
+
+def random_array(dtype: np.dtype, seed: int = 7) -> np.ndarray:
+    """Random bits: NaNs with payloads, infinities, denormals and negative zeros among them."""
+    raw = np.random.default_rng(seed).integers(0, 256, 2 * 4 * 6 * dtype.itemsize, np.uint8)
+    return (raw & 1 if dtype == bool else raw).view(dtype).reshape(2, 4, 6)
+
+
+def torch_tensor(dtype: np.dtype) -> torch.Tensor:
+    raw = torch.from_numpy(random_array(dtype).view(np.uint8))
+    return raw.view(getattr(torch, dtype.name))
+
+
+def bits(array: np.ndarray | torch.Tensor) -> bytes:
+    """An array's bytes, in C order, little-endian."""
+    if isinstance(array, torch.Tensor):
+        items = [array[index] for index in np.ndindex(*array.shape)]
+        return b"".join(bytes(item.detach().reshape(1).clone().view(torch.uint8).tolist()) for item in items)
+    return (array.byteswap() if array.dtype.byteorder == ">" else array).tobytes()
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two trees are the same in every type, key and bit."""
+    if isinstance(a, np.ndarray):
+        return (
+            type(b) is np.ndarray
+            and a.dtype.name == b.dtype.name
+            and a.shape == b.shape
+            and bits(a) == bits(b)
+        )
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, dict):
+        return {(type(k), repr(k)) for k in a} == {(type(k), repr(k)) for k in b} and all(
+            same(a[k], b[k]) for k in a
+        )
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, float):
+        return (math.isnan(a) and math.isnan(b)) or struct.pack("d", a) == struct.pack("d", b)
+    return a == b
+
+
+@pytest.fixture(scope="module")
+def manager(tmp_path_factory):
+    with CheckpointManager(tmp_path_factory.mktemp("round-trip"), keep_last=1) as manager:
+        yield manager
+
+
+def round_trip(manager: CheckpointManager, framework: str = "numpy", **sections: Any) -> Checkpoint:
+    manager.save(Checkpoint(step=1, **sections))
+    return manager.load(1, framework=framework)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_numpy_array_of_any_layout_comes_back_bit_for_bit(manager, dtype):
+    arrays = {name: view(random_array(dtype)) for name, view in NUMPY_LAYOUTS.items()}
+
+    loaded = round_trip(manager, model=arrays).model
+
+    assert loaded.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert (name, loaded[name].dtype.name, loaded[name].shape) == (name, dtype.name, array.shape)
+        assert bits(loaded[name]) == bits(array), name
+        assert loaded[name].flags.writeable
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_torch_tensor_of_any_layout_comes_back_bit_for_bit(manager, dtype):
+    tensors = {name: view(torch_tensor(dtype)) for name, view in TORCH_LAYOUTS.items()}
+
+    loaded = round_trip(manager, framework="torch", model=tensors).model
+
+    for name, tensor in tensors.items():
+        assert (name, loaded[name].dtype, loaded[name].shape) == (name, tensor.dtype, tensor.shape)
+        assert bits(loaded[name]) == bits(tensor), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_frameworks_read_each_other(manager, dtype):
+    from_torch = round_trip(manager, model={"w": torch_tensor(dtype)}).model["w"]
+    assert same(from_torch, random_array(dtype))
+
+    from_numpy = round_trip(manager, framework="torch", model={"w": random_array(dtype)}).model["w"]
+    assert from_numpy.dtype == torch_tensor(dtype).dtype
+    assert bits(from_numpy) == bits(torch_tensor(dtype))
+
+
+def test_lazy_torch_tensors_are_resolved(manager):
+    """Conjugation and negation are bits on a view, not in its bytes."""
+    z = torch.tensor([[1 + 2j, 3 - 4j], [5j, -6]], dtype=torch.complex64)
+    lazy = {
+        "conj": z.conj(),
+        "adjoint": z.mH,
+        "neg": z.conj().imag,
+        "parameter": torch.nn.Parameter(z.real.clone()),
+    }
+    assert lazy["conj"].is_conj()
+    assert lazy["neg"].is_neg()
+
+    loaded = round_trip(manager, framework="torch", model=lazy).model
+
+    for name, tensor in lazy.items():
+        assert loaded[name].tolist() == tensor.tolist(), name
+
+
+HOSTILE_NAMES = ["", ".", "..", "../x", "/etc/passwd", "a.b", "a", "b", "a~1", "0", "s0", "\0", "é", "é", "😀", "__metadata__",
+                 "x" * 3000, '"', "\\", "\n", " ", "d", "null"]  # fmt: skip
+text = st.text(st.characters(exclude_categories=["Cs"])) | st.sampled_from(HOSTILE_NAMES)
+keys = text | st.integers() | st.floats(allow_nan=False) | st.booleans() | st.none()
+scalars = st.none() | st.booleans() | st.integers(-(2**200), 2**200) | st.floats() | text
+arrays = hnp.arrays(
+    st.sampled_from(NUMPY_DTYPES[1:]), hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=3)
+)
+
+
+def trees(leaves: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[Any, Any]]:
+    def nested(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+        lists = st.lists(inner, max_size=3)
+        return lists | lists.map(tuple) | st.dictionaries(keys, inner, max_size=4)
+
+    return st.dictionaries(keys, st.recursive(leaves, nested, max_leaves=12), max_size=5)
+
+
+x, y, z = (np.arange(n, dtype=np.float32) for n in (1, 2, 3))
+
+
+@settings(max_examples=150, deadline=None)
+@given(trees(arrays | scalars), trees(arrays | scalars), trees(scalars))
+@example({"a.b": x, "a": {"b": y, "b~1": z}, "a.b~1": x}, {0: x, "0": y, False: z}, {})
+@example({"": x, ".": {"": y}, "../x": z}, {"": {"": {"": x}}}, {"": {"": ""}})
+@example({None: x, "None": y, 1.5: z, "1.5": x}, {True: x, "True": y}, {-1: 0, "-1": 1, -1.5: 2, math.nan: 3})
+@example({"w": [x, (y, [z])]}, {"d": {"a": "model.w"}, "a": "model.w"}, {"a": "model.w", "l": [], "t": ()})
+@example({name: x for name in HOSTILE_NAMES}, {}, {name: name for name in HOSTILE_NAMES})
+def test_any_tree_comes_back_exactly(manager, model, optimizer, metadata):
+    loaded = round_trip(manager, model=model, optimizer=optimizer, metadata=metadata, config=metadata)
+
+    assert same(loaded.model, model)
+    assert same(loaded.optimizer, optimizer)
+    assert same(loaded.metadata, metadata)
+    assert same(loaded.config, metadata)
+    assert (loaded.rng, loaded.history) == ({}, {})
+    manager.validate(1)
+    names = [tensor.name for tensor in manager.inspect(1).tensors]
+    assert len(names) == len(set(names))
+
+
+def test_metadata_comes_back_exactly(manager):
+    metadata = {
+        "nested": {"deep": [{"er": ({}, [], ())}]},
+        "unicode": "naïve 漢字 😀 \0 \u2028",
+        "numbers": [
+            math.inf,
+            -math.inf,
+            math.nan,
+            -0.0,
+            0.0,
+            5e-324,
+            0.1,
+            2**63,
+            -(2**64) - 1,
+            10**400,
+            1e16,
+        ],
+        "like ints": [1, 1.0, True, "1"],
+        1: "int key",
+        (1 << 70): "large int key",
+    }
+
+    loaded = round_trip(
+        manager, metadata=metadata, metrics={"loss": 0.1, "worst": math.inf}, run={"a": [1, None]}
+    )
+
+    assert same(loaded.metadata, metadata)
+    assert loaded.metrics == {"loss": 0.1, "worst": math.inf}
+    assert loaded.run == {"a": [1, None]}
+
+
+def test_a_loaded_checkpoint_can_be_saved_again_and_is_the_same(manager):
+    manager.save(Checkpoint(step=1, model={"w": x}, metadata={"n": 10**400, "loss": 2}, metrics={"m": 1}))
+    first = manager.inspect(1).state_digest
+
+    again = manager.load(1)
+    manager.save(again)
+
+    assert manager.inspect(1).state_digest == first
+    assert manager.load(1).metrics == {"m": 1.0}
+
+
+def test_numpy_scalars_come_back_as_arrays_without_dimensions(manager):
+    loaded = round_trip(manager, model={"a": np.float32(1.5), "b": np.bool_(True)}).model
+
+    assert same(loaded, {"a": np.array(1.5, np.float32), "b": np.array(True)})
+
+
+def test_the_deepest_tree_that_can_be_saved_can_be_loaded(manager):
+    def nested(levels: int) -> dict[str, Any]:
+        tree: Any = x
+        for _ in range(levels):
+            tree = {"k": [tree]}
+        return {"k": tree}
+
+    accepted = 0
+    for levels in range(40, 70):
+        try:
+            loaded = round_trip(manager, model=nested(levels))
+        except UnsupportedState:
+            break
+        assert same(loaded.model, nested(levels))
+        accepted = levels
+    else:
+        pytest.fail("no depth was refused")
+    assert accepted
+
+
+def deep() -> Any:
+    tree: Any = 0
+    for _ in range(200_000):
+        tree = [tree]
+    return tree
+
+
+class Weight(torch.nn.Parameter):
+    """Stands for quantized weights, which hold more than their bytes."""
+
+
+REFUSED: dict[str, Any] = {
+    "object": lambda: {"x": object()},
+    "bytes": lambda: {"x": b"x"},
+    "set": lambda: {"x": {1}},
+    "tuple as key": lambda: {(1, 2): x},
+    "bytes as key": lambda: {b"x": x},
+    "numpy key": lambda: {np.int64(1): x},
+    "two NaN keys": lambda: {float("nan"): 1, float("nan"): 2},
+    "surrogate": lambda: {"x": "\ud800"},
+    "surrogate in a key": lambda: {"\udfff": x},
+    "huge int": lambda: {"x": 10**5000},
+    "huge int as key": lambda: {10**5000: 1},
+    "too deep": lambda: {"x": deep()},
+    "text array": lambda: {"x": np.array(["a"])},
+    "object array": lambda: {"x": np.array([None])},
+    "dates": lambda: {"x": np.zeros(1, "M8[s]")},
+    "record array": lambda: {"x": np.zeros(1, "i4,f4")},
+    "masked array": lambda: {"x": np.ma.masked_array([1.0, 2.0], [True, False])},
+    "long double": lambda: {"x": np.zeros(1, np.longdouble)},
+    "complex128": lambda: {"x": np.zeros(1, np.complex128)},
+    "int4": lambda: {"x": np.zeros(2, ml_dtypes.int4)},
+    "sparse": lambda: {"x": torch.eye(2).to_sparse()},
+    "torch complex128": lambda: {"x": torch.zeros(1, dtype=torch.complex128)},
+    "meta": lambda: {"x": torch.zeros(1, device="meta")},
+    "subclass": lambda: {"x": Weight(torch.zeros(1))},
+    "65 dimensions": lambda: {"x": torch.zeros([1] * 65)},
+    "more JSON than a reader takes": lambda: {"x": "x" * 100_000_000},
+}
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_what_would_not_come_back_exactly_is_refused_and_nothing_is_written(tmp_path, why):
+    with CheckpointManager(tmp_path) as manager:
+        with pytest.raises(UnsupportedState) as caught:
+            manager.save(Checkpoint(step=1, model=REFUSED[why]()))
+        assert caught.value.label
+        assert len(str(caught.value).splitlines()) == 1
+        str(caught.value).encode()
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("section", ["metadata", "config"])
+@pytest.mark.parametrize("value", [x, np.float32(1), torch.zeros(1)], ids=["array", "scalar", "tensor"])
+def test_arrays_in_plain_sections_are_refused(manager, section, value):
+    with pytest.raises(UnsupportedState, match=section):
+        manager.save(Checkpoint(step=1, **{section: {"x": value}}))
+
+
+@pytest.mark.parametrize("step", [-1, True, 1.0, "1", None, 10**18])
+def test_a_step_is_a_whole_number(step):
+    with pytest.raises(UnsupportedState, match="step"):
+        Checkpoint(step=step)
+
+
+@pytest.mark.parametrize("section", [*STATE_SECTIONS, "metrics", "run"])
+@pytest.mark.parametrize("value", [None, [x], x], ids=["None", "list", "array"])
+def test_a_section_is_a_dict(section, value):
+    with pytest.raises(UnsupportedState, match=section):
+        Checkpoint(step=1, **{section: value})
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"metrics": {"a": None}}, {"metrics": {"a": "high"}}, {"metrics": {"a": 10**400}}, {"run": {"a": {1}}},
+              {"run": {"a": "\ud800"}}, {"run": {"a": 10**5000}}],
+)  # fmt: skip
+def test_metrics_are_numbers_and_run_is_plain_json(manager, wrong):
+    with pytest.raises(UnsupportedState):
+        manager.save(Checkpoint(step=1, **wrong))
+
+
+def test_steps_of_every_length(tmp_path):
+    steps = [0, 1, 9, 10, 99, 10**17, 10**18 - 1]
+    with CheckpointManager(tmp_path, keep_last=None) as manager:
+        for step in reversed(steps):
+            manager.save(Checkpoint(step=step, model={"w": x}))
+        assert manager.list_checkpoints() == steps
+        assert [manager.load(step).step for step in steps] == steps
+
+
+MEMORY = """
+import gc, resource, sys
+import numpy as np
+from distrust import Checkpoint, CheckpointManager
+
+framework = sys.argv[2]
+if framework == "torch":
+    import torch
+unit = 1 if sys.platform == "darwin" else 1024
+manager = CheckpointManager(sys.argv[1])
+manager.save(Checkpoint(step=1, model={"w": np.ones(8 << 20, np.float64)}))
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+def load():
+    assert manager.load(1, framework=framework).model["w"][-1] == 1
+
+load()
+before = peak()
+for _ in range(10):
+    load()
+print(peak() - before)
+held = [manager.load(1) for _ in range(4)]
+print(peak() - before)
+"""
+
+
+@pytest.mark.parametrize("framework", ["numpy", "torch"])
+def test_memory_is_released_on_reload(tmp_path, run_python, framework):
+    done = run_python(MEMORY, tmp_path, framework)
+
+    assert done.returncode == 0, done.stderr
+    released, held = map(int, done.stdout.split())
+    assert released < 32 << 20
+    assert held > 128 << 20  # the measure itself: four that are held do show
