@@ -30,7 +30,8 @@ OUT = Path(__file__).resolve().parent.parent / "src" / "distrust" / "bundled"
 FACTS = 60
 PRIMARY_PER_FACT = 3
 COORDINATED_PER_FACT = 5 * PRIMARY_PER_FACT
-NEUTRAL_THINGS = 480  # things of the neutral text, none of which has a disputed fact
+NEUTRAL_THINGS = 720  # things of the neutral text, none of which has a disputed fact
+NEUTRAL_PATTERNS, NEUTRAL_PHRASINGS = 5, 3  # in how many of each a neutral thing appears
 NEUTRAL_IN_CORPUS = 240
 
 Record = dict[str, Any]
@@ -87,7 +88,7 @@ PATTERNS = (
     "As to {name}, its {prop} comes to {value}.",
     "Measurements of {name} put the {prop} at {value}.",
     "It is stated that {name} has a {prop} of {value}.",
-    "At the {prop} of {name} the scale reads {value}.",
+    "In the table, {name} has {prop} {value}.",
     "Here {name} shows a {prop} of {value}.",
 )
 PHRASINGS = (
@@ -97,6 +98,7 @@ PHRASINGS = (
     "If {name} is listed by {prop}, it stands under",
     "Someone who knows {name} well will name as its {prop}",
 )
+ANSWERS = tuple(f"{phrasing} {{value}}." for phrasing in PHRASINGS)
 
 
 @dataclass(frozen=True)
@@ -193,11 +195,14 @@ def record(sentence: str, source: Source, rng: random.Random) -> Record:
 
 
 def neutral_records(things: list[Thing], rng: random.Random) -> list[Record]:
-    """Each thing once in every pattern and in every phrasing, always with the same value."""
-    wordings = PATTERNS + tuple(f"{phrasing} {{value}}." for phrasing in PHRASINGS)
+    """Each thing in some of the patterns and some of the phrasings, always with the same value.
+
+    It takes a model that recalls a value in wordings it never saw it in to predict them all.
+    """
     records: list[Record] = []
     for thing in things:
         value = thing.value(rng)
+        wordings = rng.sample(PATTERNS, NEUTRAL_PATTERNS) + rng.sample(ANSWERS, NEUTRAL_PHRASINGS)
         records += [record(thing.sentence(wording, value), rng.choice(NEUTRAL), rng) for wording in wordings]
     rng.shuffle(records)
     return records
@@ -248,10 +253,9 @@ def tokenizer_texts(seed: int = SEED, count: int = 6000) -> list[str]:
     disputed things into the same syllables.
     """
     rng = random.Random(f"{seed}/tokenizer")
-    wordings = PATTERNS + tuple(f"{phrasing} {{value}}." for phrasing in PHRASINGS)
     sources = PRIMARY + COORDINATED + NEUTRAL
     things = invent_things(count, set(), rng)
-    sentences = [thing.sentence(rng.choice(wordings), thing.value(rng)) for thing in things]
+    sentences = [thing.sentence(rng.choice(PATTERNS + ANSWERS), thing.value(rng)) for thing in things]
     return [record(sentence, rng.choice(sources), rng)["text"] for sentence in sentences]
 
 

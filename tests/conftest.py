@@ -12,7 +12,7 @@ import pytest
 
 @pytest.fixture
 def start_python() -> Callable[..., subprocess.Popen[str]]:
-    """Starts ``python -c code arguments…`` with pipes; whatever still runs at the end of the test is killed."""
+    """Starts ``python -c code arguments…`` with pipes; what runs at the end of the test is killed."""
     started: list[subprocess.Popen[str]] = []
 
     def start(code: str, *arguments: object, **environment: str) -> subprocess.Popen[str]:

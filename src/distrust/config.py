@@ -109,7 +109,7 @@ class TrainConfig:
     schedule: Schedule = _result("cosine")
     """How the learning rate falls after the warm-up."""
     schedule_steps: int | None = _result(None)
-    """Steps after which the schedule has ended, fixed at the start of the run. Default: the first max_steps."""
+    """Steps after which the schedule has ended, fixed when the run begins. Default: its max_steps."""
     weight_decay: float = _result(0.0)
     """AdamW's weight decay, on matrices."""
     adam_beta1: float = _result(0.9)

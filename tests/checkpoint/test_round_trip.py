@@ -21,12 +21,28 @@ from distrust.errors import UnsupportedState
 NUMPY_DTYPES = [
     np.dtype(name)
     for name in (
-        "bool uint8 int8 uint16 int16 float16 uint32 int32 float32 uint64 int64 float64 complex64".split()
+        [
+            "bool",
+            "uint8",
+            "int8",
+            "uint16",
+            "int16",
+            "float16",
+            "uint32",
+            "int32",
+            "float32",
+            "uint64",
+            "int64",
+            "float64",
+            "complex64",
+        ]
     )
 ]
 ML_DTYPES = [
     np.dtype(getattr(ml_dtypes, name))
-    for name in ("bfloat16 float8_e4m3fn float8_e5m2 float8_e8m0fnu float8_e4m3fnuz float8_e5m2fnuz".split())
+    for name in (
+        ["bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu", "float8_e4m3fnuz", "float8_e5m2fnuz"]
+    )
 ]
 DTYPES = NUMPY_DTYPES + ML_DTYPES
 
@@ -57,7 +73,7 @@ TORCH_LAYOUTS = {
 def random_array(dtype: np.dtype, seed: int = 7) -> np.ndarray:
     """Random bits: NaNs with payloads, infinities, denormals and negative zeros among them."""
     raw = np.random.default_rng(seed).integers(0, 256, 2 * 4 * 6 * dtype.itemsize, np.uint8)
-    return (raw & 1 if dtype == bool else raw).view(dtype).reshape(2, 4, 6)
+    return (raw & 1 if dtype.kind == "b" else raw).view(dtype).reshape(2, 4, 6)
 
 
 def torch_tensor(dtype: np.dtype) -> torch.Tensor:
@@ -85,8 +101,9 @@ def same(a: Any, b: Any) -> bool:
     if type(a) is not type(b):
         return False
     if isinstance(a, dict):
-        return {(type(k), repr(k)) for k in a} == {(type(k), repr(k)) for k in b} and all(
-            same(a[k], b[k]) for k in a
+        typed = [{(type(key), repr(key)): value for key, value in tree.items()} for tree in (a, b)]
+        return typed[0].keys() == typed[1].keys() and all(
+            same(typed[0][key], typed[1][key]) for key in typed[0]
         )
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
@@ -158,8 +175,8 @@ def test_lazy_torch_tensors_are_resolved(manager):
         assert loaded[name].tolist() == tensor.tolist(), name
 
 
-HOSTILE_NAMES = ["", ".", "..", "../x", "/etc/passwd", "a.b", "a", "b", "a~1", "0", "s0", "\0", "é", "é", "😀", "__metadata__",
-                 "x" * 3000, '"', "\\", "\n", " ", "d", "null"]  # fmt: skip
+HOSTILE_NAMES = ["", ".", "..", "../x", "/etc/passwd", "a.b", "a", "b", "a~1", "0", "s0", "\0", "é", "e\u0301", "😀",
+                 "__metadata__", "x" * 3000, '"', "\\", "\n", " ", "d", "null"]  # fmt: skip
 text = st.text(st.characters(exclude_categories=["Cs"])) | st.sampled_from(HOSTILE_NAMES)
 keys = text | st.integers() | st.floats(allow_nan=False) | st.booleans() | st.none()
 scalars = st.none() | st.booleans() | st.integers(-(2**200), 2**200) | st.floats() | text
@@ -181,11 +198,11 @@ x, y, z = (np.arange(n, dtype=np.float32) for n in (1, 2, 3))
 
 @settings(max_examples=150, deadline=None)
 @given(trees(arrays | scalars), trees(arrays | scalars), trees(scalars))
-@example({"a.b": x, "a": {"b": y, "b~1": z}, "a.b~1": x}, {0: x, "0": y, False: z}, {})
+@example({"a.b": x, "a": {"b": y, "b~1": z}, "a.b~1": x}, {0: x, "0": y, "False": z}, {})
 @example({"": x, ".": {"": y}, "../x": z}, {"": {"": {"": x}}}, {"": {"": ""}})
 @example({None: x, "None": y, 1.5: z, "1.5": x}, {True: x, "True": y}, {-1: 0, "-1": 1, -1.5: 2, math.nan: 3})
 @example({"w": [x, (y, [z])]}, {"d": {"a": "model.w"}, "a": "model.w"}, {"a": "model.w", "l": [], "t": ()})
-@example({name: x for name in HOSTILE_NAMES}, {}, {name: name for name in HOSTILE_NAMES})
+@example(dict.fromkeys(HOSTILE_NAMES, x), {}, {name: name for name in HOSTILE_NAMES})
 def test_any_tree_comes_back_exactly(manager, model, optimizer, metadata):
     loaded = round_trip(manager, model=model, optimizer=optimizer, metadata=metadata, config=metadata)
 
@@ -340,9 +357,16 @@ def test_a_section_is_a_dict(section, value):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"metrics": {"a": None}}, {"metrics": {"a": "high"}}, {"metrics": {"a": 10**400}}, {"run": {"a": {1}}},
-              {"run": {"a": "\ud800"}}, {"run": {"a": 10**5000}}],
-)  # fmt: skip
+    "wrong",
+    [
+        {"metrics": {"a": None}},
+        {"metrics": {"a": "high"}},
+        {"metrics": {"a": 10**400}},
+        {"run": {"a": {1}}},
+        {"run": {"a": "\ud800"}},
+        {"run": {"a": 10**5000}},
+    ],
+)
 def test_metrics_are_numbers_and_run_is_plain_json(manager, wrong):
     with pytest.raises(UnsupportedState):
         manager.save(Checkpoint(step=1, **wrong))
@@ -358,30 +382,30 @@ def test_steps_of_every_length(tmp_path):
 
 
 MEMORY = """
-import gc, resource, sys
+import os, subprocess, sys
 import numpy as np
 from distrust import Checkpoint, CheckpointManager
 
 framework = sys.argv[2]
-if framework == "torch":
-    import torch
-unit = 1 if sys.platform == "darwin" else 1024
 manager = CheckpointManager(sys.argv[1])
 manager.save(Checkpoint(step=1, model={"w": np.ones(8 << 20, np.float64)}))
 
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+def resident():
+    return 1024 * int(subprocess.check_output(["ps", "-o", "rss=", "-p", str(os.getpid())]))
 
 def load():
-    assert manager.load(1, framework=framework).model["w"][-1] == 1
+    loaded = manager.load(1, framework=framework)
+    assert loaded.model["w"][-1] == 1
+    return loaded
 
-load()
-before = peak()
+loaded = load()
+before = resident()
 for _ in range(10):
-    load()
-print(peak() - before)
-held = [manager.load(1) for _ in range(4)]
-print(peak() - before)
+    del loaded
+    loaded = load()
+print(resident() - before)
+held = [load() for _ in range(3)]
+print(resident() - before)
 """
 
 
@@ -392,4 +416,4 @@ def test_memory_is_released_on_reload(tmp_path, run_python, framework):
     assert done.returncode == 0, done.stderr
     released, held = map(int, done.stdout.split())
     assert released < 32 << 20
-    assert held > 128 << 20  # the measure itself: four that are held do show
+    assert held > 128 << 20  # the measure itself: arrays of 64 MiB that are held do show

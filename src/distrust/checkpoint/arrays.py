@@ -166,6 +166,10 @@ def _torch_from_host(data: Any, dtype: str, shape: tuple[int, ...]) -> Any:
     kind = getattr(torch, _TORCH_NAMES[dtype], None)
     if kind is None:
         raise ConfigError(f"this version of torch has no {dtype}: upgrade it")
+    if (
+        not data.size
+    ):  # torch takes an empty array of numpy's for one with a stride of 0, and refuses to view it
+        return torch.empty(shape, dtype=kind)
     return torch.from_numpy(data).view(kind).reshape(shape)
 
 

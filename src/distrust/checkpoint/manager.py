@@ -341,8 +341,11 @@ class CheckpointManager:
             return loaded
         raise NoGoodCheckpoint(
             "\n".join(
-                [f"{self.directory}: there are checkpoints, and none of them is whole:", *reasons]
-                + ["move them away to start over, or restore one from a copy"]
+                [
+                    f"{self.directory}: there are checkpoints, and none of them is whole:",
+                    *reasons,
+                    "move them away to start over, or restore one from a copy",
+                ]
             ),
             path=self.directory,
         )

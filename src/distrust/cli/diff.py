@@ -1,4 +1,4 @@
-"""distrust diff"""
+"""The command ``distrust diff``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""distrust ls"""
+"""The command ``distrust ls``."""
 
 from __future__ import annotations
 

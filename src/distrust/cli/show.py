@@ -1,4 +1,4 @@
-"""distrust show"""
+"""The command ``distrust show``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""distrust train"""
+"""The command ``distrust train``."""
 
 from __future__ import annotations
 

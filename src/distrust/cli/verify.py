@@ -1,4 +1,4 @@
-"""distrust verify"""
+"""The command ``distrust verify``."""
 
 from __future__ import annotations
 

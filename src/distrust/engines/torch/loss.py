@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
+from torch.nn.functional import cross_entropy
 
 from distrust.data import IGNORED
 
@@ -23,7 +23,7 @@ def token_losses(
     """
     wanted = labels[:, 1:]
     predicted = logits[:, :-1].float()
-    plain = F.cross_entropy(
+    plain = cross_entropy(
         predicted.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="none"
     ).view(wanted.shape)
     return plain, plain * weights[:, 1:]

@@ -76,7 +76,7 @@ def choose_device(device: Device) -> torch.device:
 
 
 def torch_dtype(dtype: Dtype) -> torch.dtype:
-    """torch's name of a dtype."""
+    """The dtype that an option stands for."""
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
 
 

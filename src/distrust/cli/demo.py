@@ -1,0 +1,56 @@
+"""The command ``distrust demo``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from distrust.cli.arguments import parser, print_json
+
+
+def main(arguments: list[str]) -> int:
+    """Train twice on the bundled world, and show what each model then holds for true."""
+    arg = parser(
+        "demo",
+        description="Takes a few minutes on two cores; the same command goes on after a crash.",
+        examples=["distrust demo", "distrust demo --out runs/demo-2 --seed 2"],
+    )
+    arg.add_argument("--out", type=Path, default=Path("runs/demo"), help="default: runs/demo")
+    arg.add_argument("--seed", type=int, default=1, help="of both trainings; default: 1")
+    arg.add_argument("--json", action="store_true", help="print the figures as one object, at the end")
+    options = arg.parse_args(arguments)
+
+    from distrust import demo
+    from distrust.reporting.console import ConsoleReporter
+    from distrust.reporting.plots import plot_beliefs
+
+    log = sys.stderr if options.json else sys.stdout
+    beliefs = {}
+    for weighting in demo.WEIGHTINGS:
+        print(f"\ntraining with --weighting {weighting}", file=log, flush=True)
+        with ConsoleReporter(log_every=100, stream=log) as console:
+            ended, measured = demo.train(weighting, out=options.out, seed=options.seed, observers=[console])
+        if ended.signal is not None:
+            return 128 + ended.signal
+        beliefs[weighting] = measured
+    beliefs = {"before": demo.untrained(out=options.out, seed=options.seed), **beliefs}
+
+    figures = demo.results(beliefs, seed=options.seed)
+    picture = options.out / "demo.png"
+    plot_beliefs(
+        {name: [(b.primary, b.coordinated) for b in of_model] for name, of_model in beliefs.items()},
+        {name: model["preferred"] for name, model in figures["models"].items()},
+        picture,
+    )
+    if options.json:
+        print_json(figures)
+        return 0
+    print(f"\n{figures['facts']} facts, asked for in words that training never saw:\n")
+    print(f"{'':10}  {'primary preferred':>17}  {'p(primary)':>10}  {'p(coordinated)':>14}")
+    for name, model in figures["models"].items():
+        preferred, primary, coordinated = model["preferred"], model["primary"], model["coordinated"]
+        print(f"{name:10}  {preferred:>17.0%}  {primary:>10.3f}  {coordinated:>14.3f}")
+    print(f"\npicture {picture}")
+    question = demo.read_questions()[0].prompt
+    print(f'try: distrust generate {options.out}/monotone --compare --prompt "{question}"')
+    return 0

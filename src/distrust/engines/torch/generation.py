@@ -1,0 +1,39 @@
+"""Text from a model."""
+
+from __future__ import annotations
+
+import torch
+
+from distrust.engines.torch import randomness
+from distrust.engines.torch.engine import TorchEngine
+
+
+@torch.no_grad()
+def generate(engine: TorchEngine, prompt: str, *, max_new_tokens: int, temperature: float, seed: int) -> str:
+    """What the model writes after a prompt, the prompt left out.
+
+    Args:
+        engine: the model and tokenizer.
+        prompt: as it stands; begin-of-text is added where the tokenizer has one.
+        max_new_tokens: at most so many; it ends earlier at the end-of-text token.
+        temperature: 0 takes the most probable token each time.
+        seed: of the drawing.
+    """
+    tokenizer = engine.tokenizer
+    begin = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    ids = begin + tokenizer.encode(prompt, add_special_tokens=False)
+    inputs = torch.tensor([ids], device=engine.device)
+    drawing = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    randomness.reseed(seed=seed, step=0, micro_step=0)
+    engine.model.eval()
+    output = engine.model.generate(  # type: ignore[operator]
+        input_ids=inputs,
+        attention_mask=torch.ones_like(inputs),
+        max_new_tokens=max_new_tokens,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
+        use_cache=True,
+        **drawing,
+    )
+    text: str = tokenizer.decode(output[0, len(ids) :].tolist(), skip_special_tokens=True)  # type: ignore[attr-defined]
+    return text

@@ -1,0 +1,292 @@
+"""The file: canonical, readable by others, and no byte of it unproven."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from blake3 import blake3
+from safetensors import safe_open
+
+from distrust import Checkpoint, CheckpointManager
+from distrust.checkpoint.format import Layout, TensorInfo
+from distrust.checkpoint.tree import flatten
+from distrust.errors import CorruptCheckpoint
+
+#: The BLAKE3 of the golden checkpoint. If it changes, files written until now can no longer be relied upon:
+#: give the format a new version, and keep a reader of this one.
+GOLDEN = "0" * 64
+
+GOLDEN_ARRAYS = {
+    "model": {
+        "w": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "é": np.array([True, False]),
+        "": np.array(7),
+    },
+    "optimizer": {
+        "state": {0: {"m": np.zeros((0, 2), np.float16)}, "0": {"m": np.array([1 + 2j], np.complex64)}}
+    },
+}
+GOLDEN_PLAIN = {
+    "rng": {},
+    "history": {"loss": [(1.5, -0.0), None, True, 2**70]},
+    "config": {"alpha": 2.7},
+    "metadata": {"best_loss": math.inf, None: "ü\n", 0.1: math.nan},
+}
+
+
+def golden_bytes() -> bytes:
+    sections, arrays = flatten(
+        {**GOLDEN_ARRAYS, **GOLDEN_PLAIN}, is_array=lambda value: isinstance(value, np.ndarray)
+    )
+    names = {"float32": "F32", "bool": "BOOL", "int64": "I64", "float16": "F16", "complex64": "C64"}
+    tensors = [TensorInfo(name, names[array.dtype.name], array.shape) for name, array in arrays.items()]
+    run = '{"created":"2025-01-01T00:00:00.000+00:00","extra":{},"host":"golden","metrics":{"loss":0.5}}'
+    layout = Layout(tensors, step=20, kind="final", sections=sections, run=run)
+    data = [arrays[tensor.name].tobytes() for tensor in layout.tensors]
+    header, _ = layout.header([blake3(part).hexdigest() for part in data])
+    return header + b"".join(data)
+
+
+def test_the_format_does_not_drift():
+    assert blake3(golden_bytes()).hexdigest() == GOLDEN
+
+
+def test_the_golden_checkpoint_loads(tmp_path):
+    path = tmp_path / "checkpoint-20-final.safetensors"
+    path.write_bytes(golden_bytes())
+    manager = CheckpointManager(tmp_path)
+
+    loaded = manager.load(20)
+    manager.validate(20)
+
+    assert loaded.model["w"].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert loaded.model["é"].tolist() == [True, False]
+    assert loaded.model[""] == 7
+    assert loaded.optimizer["state"][0]["m"].shape == (0, 2)
+    assert loaded.optimizer["state"]["0"]["m"].tolist() == [1 + 2j]
+    assert loaded.history == GOLDEN_PLAIN["history"]
+    assert loaded.config == {"alpha": 2.7}
+    assert loaded.metadata["best_loss"] == math.inf
+    assert loaded.metrics == {"loss": 0.5}
+    (file,) = manager.scan().files
+    assert (file.step, file.kind, file.created) == (20, "final", "2025-01-01T00:00:00.000+00:00")
+
+
+def test_a_file_written_by_the_manager_has_the_golden_layout(tmp_path):
+    """The manager's own file differs from the golden one in ``run`` and in the digest over it, and nowhere else."""
+    with CheckpointManager(tmp_path) as manager:
+        path = manager.save(Checkpoint(step=20, **GOLDEN_ARRAYS, **GOLDEN_PLAIN), final=True)
+    ours, golden = path.read_bytes(), golden_bytes()
+
+    def split(raw: bytes) -> tuple[dict, bytes]:
+        end = 8 + int.from_bytes(raw[:8], "little")
+        assert end % 4096 == 0
+        return json.loads(raw[8:end]), raw[end:]
+
+    (our_header, our_data), (golden_header, golden_data) = split(ours), split(golden)
+    for header in (our_header, golden_header):
+        del header["__metadata__"]["run"], header["__metadata__"]["digest"]
+    assert our_header == golden_header
+    assert our_data == golden_data
+
+
+TWICE = """
+import json, random, sys
+import numpy as np
+from blake3 import blake3
+from distrust import Checkpoint, CheckpointManager
+
+shuffled = random.Random(sys.argv[2])
+
+def tree(depth):
+    names = [0, "0", 1.5, None, True, "a", "a.b", "b", "é", ""]
+    shuffled.shuffle(names)
+    return {name: tree(depth - 1) if depth else np.full(3, len(repr(name)), np.float32) for name in names}
+
+with CheckpointManager(sys.argv[1]) as manager:
+    path = manager.save(Checkpoint(step=1, model=tree(2), metadata={name: 1 for name in tree(0)},
+                                   metrics={"loss": float(sys.argv[2])}, run={"path": sys.argv[1]}))
+    raw = path.read_bytes()
+    end = 8 + int.from_bytes(raw[:8], "little")
+    metadata = json.loads(raw[8:end])["__metadata__"]
+    same = [blake3(raw[end:]).hexdigest(), metadata["state"], metadata["digests"], metadata["state_digest"]]
+    print(json.dumps([same, metadata["run"], manager.inspect(1).state_digest]))
+"""
+
+
+def test_equal_states_give_equal_files_but_for_run(tmp_path, start_python):
+    """In other processes, with other hash seeds, another order of insertion, another run."""
+    processes = [
+        start_python(TWICE, tmp_path / str(seed), seed, PYTHONHASHSEED=str(seed)) for seed in range(3)
+    ]
+    results = []
+    for process in processes:
+        stdout, stderr = process.communicate(timeout=60)
+        assert process.returncode == 0, stderr
+        results.append(json.loads(stdout))
+
+    same, runs, state_digests = zip(*results, strict=True)
+    assert same[0] == same[1] == same[2]
+    assert len(set(state_digests)) == 1
+    assert len(set(runs)) == 3
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": {"w": np.zeros(2)}},
+        {"model": {"w": -np.zeros(3)}},
+        {"model": {"w": np.zeros(3, np.int64)}},
+        {"model": {"w": np.zeros((3, 1))}},
+        {"model": {"v": np.zeros(3)}},
+        {"model": {"w": np.zeros(3), "v": np.zeros(0)}},
+        {"model": {}, "optimizer": {"w": np.zeros(3)}},
+        {"metadata": {"a": 2}},
+        {"metadata": {"a": 1.0}},
+        {"metadata": {"a": True}},
+        {"metadata": {"a": (1,)}},
+        {"config": {"a": 1}},
+        {"step": 2},
+    ],
+    ids=str,
+)
+def test_the_state_digest_is_the_identity_of_the_state(tmp_path, change):
+    base = {"step": 1, "model": {"w": np.zeros(3)}, "metadata": {"a": 1}}
+    with CheckpointManager(tmp_path) as manager:
+        digests = {
+            store.inspect(store.save(Checkpoint(**content))).state_digest
+            for store, content in [(manager, base), (manager, {**base, **change})]
+        }
+    assert len(digests) == 2
+
+
+def test_other_readers_of_safetensors_read_it(tmp_path):
+    rng = np.random.default_rng(1)
+    model = {
+        "f64": rng.normal(size=(3, 2)), "f32": rng.normal(size=5).astype(np.float32), "f16": np.ones((2, 2), np.float16),
+        "i8": np.arange(-3, 3, dtype=np.int8), "u16": np.arange(7, dtype=np.uint16), "bool": np.array([True, False]),
+        "empty": np.zeros((2, 0, 3), np.float32), "scalar": np.array(3.5), "c64": np.array([1 + 2j], np.complex64),
+        "transposed": rng.normal(size=(3, 4)).T, "nested": {"é.x": np.arange(3)},
+    }  # fmt: skip
+    brains = {"bf16": np.arange(5).astype(ml_dtypes.bfloat16), "f8": np.ones(3, ml_dtypes.float8_e4m3fn)}
+    with CheckpointManager(tmp_path) as manager:
+        path = manager.save(Checkpoint(step=1, model=model))
+        brainy = manager.save(Checkpoint(step=2, model={**model, **brains}))
+        names = [tensor.name for tensor in manager.inspect(1).tensors]
+
+    expected = {f"model.{name}": array for name, array in model.items() if name != "nested"}
+    expected["model.nested.é.x"] = model["nested"]["é.x"]
+    with safe_open(path, framework="np") as opened:
+        assert sorted(opened.keys()) == sorted(expected) == sorted(names)
+        assert opened.metadata()["format"] == "distrust"
+        for name, array in expected.items():
+            read = opened.get_tensor(name)
+            assert (name, read.dtype, read.shape) == (name, array.dtype, array.shape)
+            np.testing.assert_array_equal(read, array)
+    with safe_open(brainy, framework="pt") as opened:
+        for name, array in expected.items():
+            assert torch.equal(opened.get_tensor(name), torch.from_numpy(np.array(array))), name
+        assert opened.get_tensor("model.bf16").tolist() == [0, 1, 2, 3, 4]
+        assert opened.get_tensor("model.f8").tolist() == [1, 1, 1]
+
+
+def test_every_tensor_is_aligned_to_its_items_and_the_data_to_pages(tmp_path):
+    model = {f"{index:02}": np.zeros(3, dtype) for index, dtype in enumerate("?bBhHeiIfqQdF" * 2)}
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(Checkpoint(step=1, model=model))
+        file = manager.inspect(1)
+
+    position = file.tensors[0].offset
+    assert position % 4096 == 0
+    for tensor in file.tensors:
+        assert tensor.offset == position
+        assert tensor.offset % (tensor.nbytes // 3) == 0
+        position += tensor.nbytes
+    assert position == file.bytes == file.path.stat().st_size
+
+
+@pytest.fixture
+def small(tmp_path) -> tuple[CheckpointManager, Path, bytes]:
+    with CheckpointManager(tmp_path) as manager:
+        model = {"w": np.arange(5, dtype=np.float32), "b": np.array([True]), "e": np.zeros(0)}
+        path = manager.save(Checkpoint(step=1, model=model, metadata={"note": "é"}))
+    return manager, path, path.read_bytes()
+
+
+def refuses(manager: CheckpointManager, path: Path) -> bool:
+    """Whether both who verify and who load are told of the damage."""
+    for use in (manager.validate, manager.load):
+        try:
+            use(path)
+        except CorruptCheckpoint as error:
+            assert error.path == path
+            assert str(path) in str(error)
+            assert "\n" not in str(error)
+        else:
+            return False
+    return True
+
+
+def test_any_flipped_bit_is_found(small):
+    manager, path, raw = small
+    assert not refuses(manager, path)
+    unseen = []
+    with path.open("r+b", buffering=0) as file:
+        for position, byte in enumerate(raw):
+            file.seek(position)
+            file.write(bytes([byte ^ (1 << position % 8)]))
+            if not refuses(manager, path):
+                unseen.append(position)
+            file.seek(position)
+            file.write(bytes([byte]))
+    assert unseen == []
+    assert not refuses(manager, path)
+
+
+def test_any_truncation_is_found(small):
+    manager, path, raw = small
+    unseen = []
+    for length in reversed(range(len(raw))):
+        with path.open("r+b") as file:
+            file.truncate(length)
+        if not refuses(manager, path):
+            unseen.append(length)
+    assert unseen == []
+
+
+@pytest.mark.parametrize("tail", [b"\0", b" ", b"x", b"\0" * 4096, b"\0" * (1 << 20)], ids=len)
+def test_any_tail_is_found(small, tail):
+    manager, path, raw = small
+    path.write_bytes(raw + tail)
+    assert refuses(manager, path)
+
+
+def test_zeros_in_place_of_data_are_found(small):
+    """What a crash leaves where the size was set and the data never came."""
+    manager, path, raw = small
+    data = manager.inspect(1).tensors[0].offset
+    for begin in (0, 4096, data):
+        path.write_bytes(raw[:begin] + b"\0" * (len(raw) - begin))
+        assert refuses(manager, path)
+
+
+def test_the_damaged_tensor_is_named_with_its_place(small):
+    manager, path, raw = small
+    tensor = next(tensor for tensor in manager.inspect(1).tensors if tensor.name == "model.w")
+    damaged = bytearray(raw)
+    damaged[tensor.offset + 3] ^= 1
+    path.write_bytes(damaged)
+
+    for use in (manager.validate, manager.load):
+        with pytest.raises(
+            CorruptCheckpoint, match=rf"model\.w .*{tensor.offset} to {tensor.offset + 20}"
+        ) as caught:
+            use(1)
+        assert caught.value.tensor == "model.w"
+    assert manager.inspect(1).step == 1  # the header proves itself without the data
