@@ -20,13 +20,13 @@ from distrust.errors import CorruptCheckpoint
 
 #: The BLAKE3 of the golden checkpoint. If it changes, files written until now can no longer be relied upon:
 #: give the format a new version, and keep a reader of this one.
-GOLDEN = "0" * 64
+GOLDEN = "c17c0d67723840435757d5b5755a8d14650058afec01d0ff9591d7379b91bf2a"
 
 GOLDEN_ARRAYS = {
     "model": {
         "w": np.arange(6, dtype=np.float32).reshape(2, 3),
         "é": np.array([True, False]),
-        "": np.array(7),
+        "": np.array(7, np.int64),
     },
     "optimizer": {
         "state": {0: {"m": np.zeros((0, 2), np.float16)}, "0": {"m": np.array([1 + 2j], np.complex64)}}
@@ -79,7 +79,7 @@ def test_the_golden_checkpoint_loads(tmp_path):
 
 
 def test_a_file_written_by_the_manager_has_the_golden_layout(tmp_path):
-    """The manager's own file differs from the golden one in ``run`` and in the digest over it, and nowhere else."""
+    """The manager's own file differs from the golden one in ``run`` and the digest over it, nowhere else."""
     with CheckpointManager(tmp_path) as manager:
         path = manager.save(Checkpoint(step=20, **GOLDEN_ARRAYS, **GOLDEN_PLAIN), final=True)
     ours, golden = path.read_bytes(), golden_bytes()
@@ -169,11 +169,18 @@ def test_the_state_digest_is_the_identity_of_the_state(tmp_path, change):
 def test_other_readers_of_safetensors_read_it(tmp_path):
     rng = np.random.default_rng(1)
     model = {
-        "f64": rng.normal(size=(3, 2)), "f32": rng.normal(size=5).astype(np.float32), "f16": np.ones((2, 2), np.float16),
-        "i8": np.arange(-3, 3, dtype=np.int8), "u16": np.arange(7, dtype=np.uint16), "bool": np.array([True, False]),
-        "empty": np.zeros((2, 0, 3), np.float32), "scalar": np.array(3.5), "c64": np.array([1 + 2j], np.complex64),
-        "transposed": rng.normal(size=(3, 4)).T, "nested": {"é.x": np.arange(3)},
-    }  # fmt: skip
+        "f64": rng.normal(size=(3, 2)),
+        "f32": rng.normal(size=5).astype(np.float32),
+        "f16": np.ones((2, 2), np.float16),
+        "i8": np.arange(-3, 3, dtype=np.int8),
+        "u16": np.arange(7, dtype=np.uint16),
+        "c64": np.array([1 + 2j], np.complex64),
+        "bool": np.array([True, False]),
+        "empty": np.zeros((2, 0, 3), np.float32),
+        "scalar": np.array(3.5),
+        "transposed": rng.normal(size=(3, 4)).T,
+        "nested": {"é.x": np.arange(3)},
+    }
     brains = {"bf16": np.arange(5).astype(ml_dtypes.bfloat16), "f8": np.ones(3, ml_dtypes.float8_e4m3fn)}
     with CheckpointManager(tmp_path) as manager:
         path = manager.save(Checkpoint(step=1, model=model))
@@ -225,9 +232,8 @@ def refuses(manager: CheckpointManager, path: Path) -> bool:
         try:
             use(path)
         except CorruptCheckpoint as error:
-            assert error.path == path
-            assert str(path) in str(error)
-            assert "\n" not in str(error)
+            if error.path != path or str(path) not in str(error) or "\n" in str(error):
+                return False
         else:
             return False
     return True

@@ -29,6 +29,7 @@ from typing import Any, Literal
 from blake3 import blake3
 
 from distrust.checkpoint import tree
+from distrust.checkpoint.checkpoint import ARRAY_SECTIONS, STATE_SECTIONS
 from distrust.errors import CorruptCheckpoint, UnsupportedState, UnsupportedVersion
 
 FORMAT = "distrust"
@@ -113,8 +114,13 @@ class Header:
         if type(sections) is not dict or state.get("step") != self.step:
             raise CorruptCheckpoint("the state is not that of the step in the header")
         named: list[str] = []
-        for section in sections.values():
-            tree.unflatten(section, named.append)
+        for name in STATE_SECTIONS:
+            labels: list[str] = []
+            if type(tree.unflatten(sections.get(name), labels.append)) is not dict:
+                raise CorruptCheckpoint(f"the state has no {name}")
+            if labels and name not in ARRAY_SECTIONS:
+                raise CorruptCheckpoint(f"{name} names a tensor, {labels[0]}")
+            named += labels
         if sorted(named) != sorted(tensor.name for tensor in self.tensors):
             raise CorruptCheckpoint("the state does not name every tensor of the file once")
         return sections
@@ -131,9 +137,15 @@ class Header:
 
     @cached_property
     def run_info(self) -> dict[str, Any]:
-        """What may differ between equal runs: created, host, metrics and the caller's own."""
+        """What may differ between equal runs: created, host, metrics and the caller's own.
+
+        Raises:
+            CorruptCheckpoint: if ``run`` is not what a writer makes.
+        """
         run = _load_json(self.run, "run")
-        return run if type(run) is dict else {}
+        if type(run) is not dict or any(type(run.get(part)) is not dict for part in ("metrics", "extra")):
+            raise CorruptCheckpoint("the header's run is not what a writer makes")
+        return run
 
     @cached_property
     def metrics(self) -> dict[str, float]:
@@ -148,15 +160,12 @@ class Header:
     @cached_property
     def saved_metrics(self) -> dict[str, float]:
         """What was saved as metrics, without the numbers of the metadata."""
-        saved = self.run_info.get("metrics")
-        return saved if type(saved) is dict else {}
+        saved: dict[str, float] = self.run_info["metrics"]
+        return saved
 
     def _plain(self, section: str) -> dict[str, Any]:
-        def refuse(label: str) -> Any:
-            raise CorruptCheckpoint(f"{section} names a tensor, {label}")
-
-        value = tree.unflatten(self.sections.get(section, {"d": {}}), refuse)
-        return value if type(value) is dict else {}
+        plain: dict[str, Any] = tree.unflatten(self.sections[section], str)  # there are no arrays in it
+        return plain
 
 
 class Layout:
@@ -234,8 +243,7 @@ def parse_header(raw: bytes, file_size: int) -> Header:
     """Read and check a header, from its 8 bytes of length to its padding.
 
     Checked: UTF-8, JSON without duplicate keys, the version, every field's type, tensors that fill the data
-    exactly and in order, canonical encoding, the digests of header and state. The tensors' bytes are not looked
-    at.
+    exactly and in order, canonical encoding, the digests of header and state. Not the tensors' bytes.
 
     Raises:
         CorruptCheckpoint: with what is wrong.

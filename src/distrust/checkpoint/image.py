@@ -14,7 +14,7 @@ from distrust.checkpoint.checkpoint import ARRAY_SECTIONS, STATE_SECTIONS, Check
 from distrust.checkpoint.format import Kind, Layout, TensorInfo, canonical_json, tensor_hasher
 from distrust.checkpoint.storage import AtomicFile
 from distrust.checkpoint.store import CheckpointFile, check_digest, opened, read_into
-from distrust.errors import CorruptCheckpoint, UnsupportedState
+from distrust.errors import UnsupportedState
 
 if TYPE_CHECKING:
     import numpy as np
@@ -87,11 +87,11 @@ def read(path: Path, *, framework: arrays.Framework) -> tuple[CheckpointFile, Ch
 
         checkpoint = Checkpoint(
             step=header.step,
-            **{name: _section(header.sections, name, loaded.__getitem__) for name in ARRAY_SECTIONS},
+            **{name: tree.unflatten(header.sections[name], loaded.__getitem__) for name in ARRAY_SECTIONS},
             config=header.config,
             metadata=header.metadata,
             metrics=header.saved_metrics,
-            run=header.run_info.get("extra", {}),
+            run=header.run_info["extra"],
         )
         return CheckpointFile(path, header), checkpoint
 
@@ -134,10 +134,3 @@ def _run(checkpoint: Checkpoint) -> str:
     except (TypeError, ValueError, RecursionError) as error:
         raise UnsupportedState(f"run: not plain JSON: {error}", label="run") from None
     return text
-
-
-def _section(sections: dict[str, Any], name: str, take: Any) -> dict[Any, Any]:
-    section = tree.unflatten(sections.get(name), take)
-    if type(section) is not dict:
-        raise CorruptCheckpoint(f"the state has no {name}")
-    return section

@@ -142,7 +142,7 @@ def scan(directory: Path) -> Scan:
             file = read_header(path)
             if (file.step, file.kind) != (step, kind):
                 raise CorruptCheckpoint(f"it holds step {file.step} ({file.kind}), not what its name says")
-            _ = file.header.sections, file.header.config, file.metrics  # readable, too
+            _ = file.header.sections, file.header.run_info  # readable, too
         except CheckpointNotFound:
             continue  # removed by a writer since it was listed
         except CorruptCheckpoint as error:
@@ -214,7 +214,7 @@ def verify(path: Path) -> CheckpointFile:
         UnsupportedVersion: if a later version of the format wrote it.
     """
     with opened(path) as (descriptor, header):
-        _ = header.sections, header.config, header.metrics
+        _ = header.sections, header.run_info
         block = memoryview(bytearray(min(READ_BLOCK_BYTES, header.file_size)))
         for tensor in header.tensors:
             hasher = tensor_hasher()

@@ -142,7 +142,11 @@ class DistrustTrainer:
             return None
         newest = files[-1]
         settled = resume.settled(self._config, newest.header.config, where=str(self._out))
-        max_steps = settled.max_steps or newest.header.run_info.get("extra", {}).get("max_steps")
+        run = newest.header.run_info.get("extra", {})
+        # Not given, it is as many as the epochs took, unless more of them are asked for now.
+        max_steps = settled.max_steps or (
+            run.get("max_steps") if run.get("epochs") == settled.epochs else None
+        )
         if newest.kind != "final" or max_steps is None or newest.step < max_steps:
             return None
         try:
@@ -202,7 +206,7 @@ class DistrustTrainer:
         progress.step = ended.step
         progress.tokens_seen += ended.tokens
         progress.elapsed_seconds += ended.seconds
-        progress.metrics["loss"] = ended.loss
+        progress.metrics = {"loss": ended.loss}  # an eval loss is of the step it was measured at
         progress.history.append(tuple(getattr(ended, name) for name in HISTORY))
 
     def _after_step(self, *, last: bool) -> None:

@@ -1,7 +1,0 @@
-"""``python -m distrust.cli`` is the command ``distrust``."""
-
-import sys
-
-from distrust.cli import main
-
-sys.exit(main())

@@ -1,0 +1,275 @@
+"""Background saves: what was copied is what is written, and no error is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from distrust import Checkpoint, CheckpointManager, PendingSave
+from distrust.errors import SaveFailed
+
+
+def state(step: int, size: int = 16) -> Checkpoint:
+    return Checkpoint(step=step, model={"w": np.full(size, step, np.int64)})
+
+
+LARGE = 4 << 20
+
+
+@pytest.fixture
+def manager(tmp_path):
+    with CheckpointManager(tmp_path / "run", keep_last=None) as manager:
+        yield manager
+
+
+def stand_in_the_way(manager: CheckpointManager, step: int) -> None:
+    """No file can be renamed onto a directory: a failure that only the background meets."""
+    (manager.directory / f"checkpoint-{step}.safetensors").mkdir(parents=True)
+
+
+def failing(manager: CheckpointManager, step: int = 1) -> PendingSave:
+    """A save that failed, and that nobody has been told of."""
+    stand_in_the_way(manager, step)
+    pending = manager.save_async(state(step))
+    while not pending.done:
+        pass
+    return pending
+
+
+def test_a_background_save_is_a_save(manager):
+    pending = manager.save_async(state(1))
+    assert pending.path == manager.directory / "checkpoint-1.safetensors"
+    assert pending.wait() == pending.path
+    assert pending.done
+    assert pending.wait(timeout=0) == pending.path
+    assert manager.load(1).model["w"].tolist() == [1] * 16
+    final = manager.save_async(state(2), final=True)
+    manager.close()
+    assert final.done
+    assert final.path.name == "checkpoint-2-final.safetensors"
+    assert manager.list_checkpoints() == [1, 2]
+
+
+def test_what_changes_after_the_call_does_not_change_the_file(manager):
+    plain = np.ones(LARGE)
+    strided = np.ones(2 * LARGE)[::2]
+    tensor = torch.ones(LARGE)
+    view = torch.ones(2, LARGE)[1]
+    parameter = torch.nn.Parameter(torch.ones(LARGE))
+    tree = {"plain": plain, "strided": strided, "tensor": tensor, "view": view, "parameter": parameter}
+    metadata = {"list": [1]}
+
+    pending = manager.save_async(Checkpoint(step=1, model=tree, metadata=metadata))
+    plain[:] = strided[:] = 2
+    tensor.fill_(2)
+    view.fill_(2)
+    parameter.data.fill_(2)
+    metadata["list"].append(2)
+    tree.clear()
+    pending.wait()
+
+    loaded = manager.load(1)
+    assert len(loaded.model) == 5
+    for name, array in loaded.model.items():
+        assert (array == 1).all(), name
+    assert loaded.metadata == {"list": [1]}
+
+
+def test_saves_follow_one_another(manager):
+    pendings = [manager.save_async(state(step, size=100_000)) for step in range(6)]
+    assert all(pending.done for pending in pendings[:-1])  # at most one is under way
+    manager.save(state(6))
+    assert pendings[-1].done
+    assert manager.list_checkpoints() == list(range(7))
+
+
+def test_saves_from_many_threads_are_all_there(manager):
+    threads = [
+        threading.Thread(
+            target=lambda step=step: (manager.save if step % 2 else manager.save_async)(state(step))
+        )
+        for step in range(16)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    manager.close()
+    assert manager.list_checkpoints() == list(range(16))
+    for step in range(16):
+        manager.validate(step)
+
+
+TELL = {
+    "save": lambda manager, pending: manager.save(state(2)),
+    "save_async": lambda manager, pending: manager.save_async(state(2)),
+    "cleanup": lambda manager, pending: manager.cleanup(),
+    "close": lambda manager, pending: manager.close(),
+    "wait": lambda manager, pending: pending.wait(),
+    "await": lambda manager, pending: asyncio.run(awaited(pending)),
+}
+
+
+async def awaited(pending: PendingSave):
+    return await pending
+
+
+@pytest.mark.parametrize("how", TELL)
+def test_a_failure_in_the_background_is_told_once(manager, how):
+    pending = failing(manager)
+    with pytest.raises(SaveFailed, match=r"checkpoint-1\.safetensors") as caught:
+        TELL[how](manager, pending)
+    assert caught.value.path == pending.path
+
+    manager.save(state(3))
+    manager.save_async(state(4)).wait()
+    manager.close()
+    assert manager.list_checkpoints() == [3, 4]
+    assert list(manager.directory.glob(".c*")) == []
+    with pytest.raises(SaveFailed):
+        pending.wait()  # who asks for this very save is always told
+
+
+def test_a_failure_is_told_by_the_end_of_a_with_block(tmp_path):
+    with pytest.raises(SaveFailed), CheckpointManager(tmp_path) as manager:
+        failing(manager)
+    with CheckpointManager(tmp_path) as other:  # the lock was let go of all the same
+        other.save(state(2))
+
+
+def test_a_state_that_is_refused_is_refused_at_once_and_stops_nothing(manager):
+    first = manager.save_async(state(1, size=LARGE))
+    with pytest.raises(Exception, match="cannot be saved"):
+        manager.save_async(Checkpoint(step=2, model={"x": object()}))
+    first.wait()
+    manager.save(state(3))
+    assert manager.list_checkpoints() == [1, 3]
+
+
+def test_an_awaited_save_returns_its_path(manager):
+    async def main():
+        pending = manager.save_async(state(1, size=LARGE))
+        assert await pending == pending.path
+        assert await pending == pending.path
+        return await asyncio.gather(*[awaited(manager.save_async(state(step))) for step in (2, 3)])
+
+    paths = asyncio.run(main())
+    assert [path.name for path in paths] == ["checkpoint-2.safetensors", "checkpoint-3.safetensors"]
+    assert manager.list_checkpoints() == [1, 2, 3]
+
+
+def test_who_is_cancelled_while_waiting_cancels_no_write(manager, capfd):
+    async def main():
+        pending = manager.save_async(state(1, size=2 * LARGE))
+        task = asyncio.ensure_future(pending)
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert not pending.done
+        return pending
+
+    pending = asyncio.run(main())  # and the loop is closed before the write has ended
+    assert pending.wait() == pending.path
+    manager.validate(1)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_who_was_cancelled_has_not_been_told_of_the_failure(manager):
+    async def main(pending):
+        task = asyncio.ensure_future(awaited(pending))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main(failing(manager)))
+    with pytest.raises(SaveFailed):
+        manager.close()
+
+
+def test_a_wait_that_timed_out_was_not_told(manager):
+    stand_in_the_way(manager, 1)
+    pending = manager.save_async(state(1, size=2 * LARGE))
+    with pytest.raises(TimeoutError):
+        pending.wait(timeout=0)
+    with pytest.raises(SaveFailed):
+        manager.close()
+
+
+def test_where_no_thread_can_be_started_nothing_hangs(manager):
+    manager.save(state(1))
+    before = threading.stack_size(1 << 46)  # more than there are addresses
+    try:
+        with pytest.raises(RuntimeError, match="thread"):
+            manager.save_async(state(2))
+    finally:
+        threading.stack_size(before)
+    manager.save_async(state(3)).wait()
+    assert manager.list_checkpoints() == [1, 3]
+
+
+END = """
+import sys
+import numpy as np
+from distrust import Checkpoint, CheckpointManager
+
+manager = CheckpointManager(sys.argv[1])
+pending = manager.save_async(Checkpoint(step=1, model={"w": np.ones(8 << 20)}))
+assert not pending.done
+print("ending", flush=True)
+if sys.argv[2] == "exception":
+    raise KeyError("unrelated")
+if sys.argv[2] == "sys.exit":
+    sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize(("how", "code"), [("end", 0), ("exception", 1), ("sys.exit", 3)])
+def test_a_save_begun_just_before_the_interpreter_ends_is_there(tmp_path, run_python, how, code):
+    done = run_python(END, tmp_path, how)
+
+    assert (done.returncode, done.stdout) == (code, "ending\n"), done.stderr
+    manager = CheckpointManager(tmp_path)
+    manager.validate(1)
+    assert manager.load_latest().model["w"].sum() == 8 << 20
+    assert list(tmp_path.glob(".c*")) == []
+
+
+FAIL_AND_END = """
+import os, sys
+from distrust import Checkpoint, CheckpointManager
+from distrust.errors import SaveFailed
+
+manager = CheckpointManager(sys.argv[1])
+os.makedirs(os.path.join(sys.argv[1], "checkpoint-1.safetensors"))
+pending = manager.save_async(Checkpoint(step=1))
+if sys.argv[2] == "taken":
+    try:
+        pending.wait()
+    except SaveFailed:
+        pass
+if sys.argv[2] == "closed":
+    while not pending.done:
+        pass
+    try:
+        manager.close()
+    except SaveFailed:
+        pass
+"""
+
+
+def test_a_failure_that_nobody_took_is_printed_at_exit(tmp_path, run_python):
+    done = run_python(FAIL_AND_END, tmp_path, "ignored")
+    assert "a save in the background failed" in done.stderr
+    assert "checkpoint-1.safetensors" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("how", ["taken", "closed"])
+def test_a_failure_that_somebody_took_is_not_printed_again(tmp_path, run_python, how):
+    assert run_python(FAIL_AND_END, tmp_path, how).stderr == ""

@@ -1,0 +1,501 @@
+"""The commit protocol on real processes: one writer, and at every instant the old file or the whole new one."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import multiprocessing
+import os
+import pickle
+import random
+import re
+import shutil
+import signal
+import stat
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from distrust import Checkpoint, CheckpointManager
+from distrust.errors import CheckpointDirectoryLocked, SaveFailed
+
+TEMPORARY = ".checkpoint-7.safetensors.0123456789abcdef.tmp"
+
+
+def state(step: int) -> Checkpoint:
+    return Checkpoint(step=step, model={"w": np.full(16, step, np.int64)})
+
+
+def wait_until(condition, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002], ids=oct)
+def test_the_mode_of_a_file_follows_the_umask(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        with CheckpointManager(tmp_path) as manager:
+            path = manager.save(state(1))
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask
+
+
+def test_nothing_but_checkpoints_and_the_lock_is_left(tmp_path):
+    with CheckpointManager(tmp_path, keep_last=2) as manager:
+        for step in range(4):
+            manager.save(state(step))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".lock",
+        "checkpoint-2.safetensors",
+        "checkpoint-3.safetensors",
+    ]
+
+
+# One writer a directory
+
+
+def test_a_second_writer_in_the_same_process_is_refused(tmp_path):
+    with CheckpointManager(tmp_path) as first:
+        first.save(state(1))
+        second = CheckpointManager(tmp_path)
+        for write in (
+            second.acquire,
+            second.cleanup,
+            lambda: second.save(state(2)),
+            lambda: second.save_async(state(2)),
+        ):
+            with pytest.raises(
+                CheckpointDirectoryLocked, match=rf"{re.escape(str(tmp_path))}.*pid {os.getpid()}\b"
+            ):
+                write()
+        assert second.list_checkpoints() == [1]
+        assert second.load_latest().step == 1
+        assert second.load(1).step == 1
+        second.validate(1)
+        first.save(state(2))
+    with second:
+        second.save(state(3))
+    assert first.list_checkpoints() == [1, 2, 3]
+
+
+HOLD = """
+import sys
+from distrust import Checkpoint, CheckpointManager
+manager = CheckpointManager(sys.argv[1])
+manager.save(Checkpoint(step=1))
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_second_writer_in_another_process_is_refused_until_the_first_ends(tmp_path, start_python):
+    first = start_python(HOLD, tmp_path)
+    assert first.stdout.readline() == "ready\n"
+    manager = CheckpointManager(tmp_path)
+    with pytest.raises(CheckpointDirectoryLocked, match=rf"pid {first.pid}\b") as caught:
+        manager.save(state(2))
+    assert caught.value.path == tmp_path
+    assert manager.list_checkpoints() == [1]
+
+    first.communicate("", timeout=30)
+    with manager:
+        manager.save(state(2))
+    assert manager.list_checkpoints() == [1, 2]
+
+
+def test_a_manager_that_was_dropped_does_not_lock_its_own_process_out(tmp_path):
+    manager = CheckpointManager(tmp_path)
+    manager.save(state(1))
+    del manager
+    gc.collect()
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(state(2))
+
+
+def test_a_closed_manager_can_write_again(tmp_path):
+    manager = CheckpointManager(tmp_path)
+    for step in (1, 2):
+        manager.save(state(step))
+        manager.close()
+        manager.close()
+    assert manager.list_checkpoints() == [1, 2]
+
+
+def test_clones_share_the_writer(tmp_path):
+    with CheckpointManager(tmp_path, keep_last=2) as manager:
+        clone = copy.copy(manager)
+        clone.save(state(1))
+        manager.save(state(2))
+        copy.copy(clone).save_async(state(3))
+        manager.save(state(4))
+        assert clone.list_checkpoints() == manager.list_checkpoints() == [3, 4]
+    with CheckpointManager(tmp_path) as other:
+        other.save(state(5))
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deep", "pickle"]
+)
+def test_copies_of_their_own_are_readers_until_the_first_lets_go(tmp_path, duplicate):
+    rules = {"keep_last": 2, "keep_best": 3, "keep_every": 5, "metric": "m", "metric_mode": "max"}
+    with CheckpointManager(tmp_path, **rules) as manager:
+        manager.save(state(1))
+        reader = duplicate(manager)
+        assert reader.load(1).step == 1
+        with pytest.raises(CheckpointDirectoryLocked):
+            reader.save(state(2))
+        manager.save(state(2))
+    with reader:
+        for step in range(3, 12):
+            reader.save(state(step))
+        assert reader.list_checkpoints() == [5, 10, 11]  # it has its rules
+
+
+# Forks
+
+
+@pytest.fixture
+def child():
+    """Runs a function in a forked child; it must return None there, and within a minute."""
+    children = []
+
+    def fork(function) -> int:
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                function()
+                status = 0
+            except BaseException as error:
+                print(f"in the child: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            finally:
+                os._exit(status)
+        children.append(pid)
+        return pid
+
+    def join(pid: int) -> None:
+        status = []
+        wait_until(lambda: status.append(os.waitpid(pid, os.WNOHANG)) or status[-1][0] == pid)
+        children.remove(pid)
+        assert os.waitstatus_to_exitcode(status[-1][1]) == 0
+
+    fork.join = join
+    yield fork
+    for pid in children:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def test_a_forked_manager_is_a_reader_and_can_write_once_the_first_let_go(tmp_path, child):
+    """Of arrays so large that they are digested on several threads, which a fork does not have."""
+    large = Checkpoint(step=1, model={"w": np.arange(1 << 20)})
+    manager = CheckpointManager(tmp_path)
+    manager.save(large)
+    manager.validate(1)
+
+    def read() -> None:
+        assert manager.load(1).model["w"][-1] == (1 << 20) - 1
+        manager.validate(1)
+        with pytest.raises(CheckpointDirectoryLocked, match=f"pid {os.getppid()}"):
+            manager.save(state(2))
+        manager.close()
+
+    child.join(child(read))
+    with pytest.raises(CheckpointDirectoryLocked):  # the child let go of nothing that is ours
+        CheckpointManager(tmp_path).acquire()
+    manager.save(state(3))
+    manager.close()
+
+    def write() -> None:
+        manager.save(Checkpoint(step=4, model=large.model))
+        manager.save_async(Checkpoint(step=5, model=large.model)).wait()
+
+    child.join(child(write))
+    assert manager.list_checkpoints() == [3, 4, 5]
+    manager.validate(5)
+
+
+def test_a_fork_in_the_middle_of_a_background_save_waits_for_nothing(tmp_path, child):
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(state(1))
+        pending = manager.save_async(Checkpoint(step=2, model={"w": np.ones(4 << 20)}))
+
+        def read() -> None:
+            assert manager.load(1).step == 1
+            manager.close()
+
+        child.join(child(read))
+        pending.wait()
+        manager.validate(2)
+
+
+DIE_WITH_A_CHILD = """
+import multiprocessing, os, sys, time
+from distrust import Checkpoint, CheckpointManager
+
+manager = CheckpointManager(sys.argv[1])
+manager.save(Checkpoint(step=1))
+if sys.argv[2] == "os.fork":
+    child = os.fork()
+    if child == 0:
+        time.sleep(60)
+        os._exit(0)
+else:
+    process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    process.start()
+    child = process.pid
+print(child, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("how", ["os.fork", "multiprocessing"])
+def test_a_restart_is_not_refused_while_a_child_of_the_dead_writer_lives(tmp_path, start_python, how):
+    writer = start_python(DIE_WITH_A_CHILD, tmp_path, how)
+    child = int(writer.stdout.readline())
+    try:
+        with pytest.raises(CheckpointDirectoryLocked):
+            CheckpointManager(tmp_path).acquire()
+        writer.kill()
+        writer.wait()
+        os.kill(child, 0)  # it is alive
+        with CheckpointManager(tmp_path) as manager:
+            assert manager.load_latest().step == 1
+            manager.save(state(2))
+        os.kill(child, 0)
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def in_spawned_process(manager: CheckpointManager) -> list[int]:
+    with pytest.raises(CheckpointDirectoryLocked):
+        manager.acquire()
+    return manager.list_checkpoints()
+
+
+def test_a_manager_can_be_handed_to_a_spawned_worker(tmp_path):
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(state(1))
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            assert pool.apply(in_spawned_process, [manager]) == [1]
+
+
+# What dead writers leave
+
+
+def test_temporary_files_of_dead_writers_are_swept_and_nothing_else(tmp_path):
+    others = [".checkpoint-notes.tmp", ".checkpoint-7.safetensors.tmp", "notes.tmp", ".model.safetensors.0123456789abcdef.tmp",
+              "checkpoint-7.safetensors.0123456789abcdef.tmp"]  # fmt: skip
+    for name in [TEMPORARY, TEMPORARY.replace("-7", "-8-final"), *others]:
+        (tmp_path / name).write_bytes(b"half")
+    reader = CheckpointManager(tmp_path)
+    assert reader.list_checkpoints() == []
+    assert (tmp_path / TEMPORARY).exists()  # reading sweeps nothing
+
+    with CheckpointManager(tmp_path) as manager:
+        manager.acquire()
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted([".lock", *others])
+
+
+def test_a_second_writer_that_is_refused_sweeps_nothing(tmp_path):
+    with CheckpointManager(tmp_path) as manager:
+        manager.acquire()
+        (tmp_path / TEMPORARY).write_bytes(b"being written")
+        with pytest.raises(CheckpointDirectoryLocked):
+            CheckpointManager(tmp_path).acquire()
+        assert (tmp_path / TEMPORARY).exists()
+
+
+SAVE_LARGE = """
+import sys
+import numpy as np
+from distrust import Checkpoint, CheckpointManager
+manager = CheckpointManager(sys.argv[1])
+manager.save(Checkpoint(step=20, model={"w": np.ones(1 << 25)}))
+"""
+
+
+def test_a_writer_killed_in_the_middle_of_a_save_leaves_what_stood_before(tmp_path, start_python):
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(state(10))
+        before = manager.save(state(20)).read_bytes()
+
+    writer = start_python(SAVE_LARGE, tmp_path)
+    wait_until(lambda: any(tmp_path.glob(".checkpoint-20*.tmp")) or writer.poll() is not None)
+    writer.kill()
+    writer.wait()
+
+    assert [path.name[:14] for path in tmp_path.glob(".c*")] == [".checkpoint-20"]
+    assert (tmp_path / "checkpoint-20.safetensors").read_bytes() == before
+    with manager:
+        assert manager.load_latest().model["w"].tolist() == [20] * 16
+        manager.save(state(30))
+        assert manager.list_checkpoints() == [10, 20, 30]
+    assert list(tmp_path.glob(".c*")) == []
+
+
+SAVE_FOREVER = """
+import os, sys
+import numpy as np
+from distrust import Checkpoint, CheckpointManager
+
+def make(step):
+    return Checkpoint(step=step, model={"w": np.full(200_000, step)}, metadata={"of": step})
+
+with CheckpointManager(sys.argv[1], keep_last=2) as manager:
+    manager.acquire()
+    steps = manager.list_checkpoints()
+    step = manager.load_latest().step if steps else 0
+    while True:
+        step += 1
+        if step % 3:
+            manager.save(make(step), final=step % 50 == 0)
+        else:
+            manager.save_async(make(step)).wait()
+        os.write(1, f"{step}\\n".encode())
+"""
+
+
+def test_whatever_was_reported_durable_survives_sigkill_at_any_moment(tmp_path, start_python):
+    instants = random.Random(20)
+    manager = CheckpointManager(tmp_path)
+    reported: list[int] = []
+    for _ in range(14):
+        writer = start_python(SAVE_FOREVER, tmp_path)
+        first = writer.stdout.readline()
+        time.sleep(instants.uniform(0, 0.05))
+        writer.send_signal(signal.SIGKILL)
+        rest, stderr = writer.communicate(timeout=30)
+        assert writer.returncode == -signal.SIGKILL, stderr
+        reported += map(int, [first, *rest.splitlines()])
+
+        scan = manager.scan()
+        assert scan.damaged == ()
+        there = manager.list_checkpoints()
+        newest = reported[-1]
+        # The next one may have been renamed into place without having been reported.
+        assert there[-1] in (newest, newest + 1)
+        assert newest in there
+        for step in there:
+            loaded = manager.load(step)
+            assert loaded.metadata == {"of": step}
+            assert (loaded.model["w"] == step).all()
+    assert reported == sorted(reported)
+    with manager:
+        manager.acquire()
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {".lock", *(file.path.name for file in manager.scan().files)}
+
+
+# What cannot be written
+
+
+LIMITED = """
+import os, resource, sys
+import numpy as np
+from distrust import Checkpoint, CheckpointManager
+from distrust.errors import SaveFailed
+
+limit = int(sys.argv[2])
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+manager = CheckpointManager(sys.argv[1])
+for save in (manager.save, lambda state: manager.save_async(state).wait()):
+    try:
+        save(Checkpoint(step=2, model={"w": np.ones(100_000)}))
+    except SaveFailed as error:
+        assert error.wanted > 800_000, error.wanted
+        assert error.free > 0, error.free
+        assert str(error.path) in str(error) and "\\n" not in str(error)
+        print(error)
+    else:
+        sys.exit("it was saved")
+if limit:
+    manager.save(Checkpoint(step=3, model={"w": np.ones(1)}))
+"""
+
+
+@pytest.mark.parametrize("limit", [0, 20_000], ids=["no room at all", "room for little"])
+def test_where_there_is_no_room_what_stood_before_still_stands(tmp_path, run_python, limit):
+    with CheckpointManager(tmp_path) as manager:
+        before = manager.save(state(1)).read_bytes()
+
+    done = run_python(LIMITED, tmp_path, limit)
+
+    assert done.returncode == 0, done.stderr
+    assert "checkpoint-2.safetensors: not saved" in done.stdout
+    assert (tmp_path / "checkpoint-1.safetensors").read_bytes() == before
+    assert manager.list_checkpoints() == ([1, 3] if limit else [1])
+    assert list(tmp_path.glob(".c*")) == []
+
+
+def test_a_directory_in_the_way_of_the_file(tmp_path):
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(state(1))
+        (tmp_path / "checkpoint-2.safetensors").mkdir()
+        with pytest.raises(SaveFailed, match=r"checkpoint-2\.safetensors"):
+            manager.save(state(2))
+        assert list(tmp_path.glob(".c*")) == []
+        manager.save(state(3))
+        assert manager.list_checkpoints() == [1, 3]
+
+
+def test_a_directory_that_vanished(tmp_path):
+    directory = tmp_path / "run"
+    with CheckpointManager(directory) as manager:
+        manager.save(state(1))
+        shutil.rmtree(directory)
+        with pytest.raises(SaveFailed):
+            manager.save(state(2))
+        assert not directory.exists()
+
+
+@pytest.mark.parametrize("inside", ["", "deeper"])
+def test_a_file_in_the_way_of_the_directory(tmp_path, inside):
+    (tmp_path / "run").write_text("a file")
+    manager = CheckpointManager(tmp_path / "run" / inside)
+    for write in (manager.acquire, lambda: manager.save(state(1)), lambda: manager.save_async(state(1))):
+        with pytest.raises(SaveFailed, match="run"):
+            write()
+    assert (tmp_path / "run").read_text() == "a file"
+
+
+def test_a_link_in_the_way_of_the_lock_is_not_followed(tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_text("x")
+    directory = tmp_path / "run"
+    directory.mkdir()
+    (directory / ".lock").symlink_to(precious)
+    with pytest.raises(SaveFailed):
+        CheckpointManager(directory).save(state(1))
+    assert precious.read_text() == "x"
+
+
+def test_readers_beside_a_writer_see_whole_checkpoints_only(tmp_path, start_python):
+    writer = start_python(SAVE_FOREVER, tmp_path)
+    assert writer.stdout.readline()
+    reader = CheckpointManager(tmp_path)
+    seen = []
+    for _ in range(60):
+        loaded = reader.load_latest()
+        assert (loaded.model["w"] == loaded.step).all()
+        assert reader.scan().damaged == ()
+        seen.append(loaded.step)
+    assert writer.poll() is None
+    assert seen == sorted(seen)
+    assert seen[-1] > seen[0]
+
+
+def test_a_save_is_found_by_its_path_and_by_its_step(tmp_path):
+    with CheckpointManager(tmp_path) as manager:
+        path = manager.save(state(5))
+        for name in (5, path, str(path), Path(os.path.relpath(path))):
+            assert manager.load(name).step == 5
+            assert manager.inspect(name).path == path or isinstance(name, Path)
+            manager.validate(name)

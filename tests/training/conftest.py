@@ -1,0 +1,74 @@
+"""The toy run: the loop on the toy engine and a few records, stopped by real signals."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from toy_engine import ToyEngine
+
+from distrust import DistrustTrainer, TrainConfig
+from distrust.training.events import Event, RunEnded, StepEnded
+from models import make_model, write_records
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eleven records: an epoch does not end where a step does."""
+    return write_records(tmp_path_factory.mktemp("data") / "records.jsonl")
+
+
+@pytest.fixture(scope="session")
+def eval_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_records(tmp_path_factory.mktemp("data") / "eval.jsonl", 5, seed=9)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("tiny-model"))
+
+
+class Stopper:
+    """An observer that sends a real signal to this process once a step has ended."""
+
+    def __init__(self, step: int | None, number: int = signal.SIGTERM) -> None:
+        self.step = step
+        self.number = number
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, StepEnded) and event.step == self.step:
+            signal.raise_signal(self.number)
+
+
+Run = Callable[..., tuple[RunEnded, list[Event]]]
+
+
+@pytest.fixture
+def run(data: Path) -> Run:
+    """Runs the loop on a toy engine: ``run(out, stop_after=3, **options)`` gives the end and all events."""
+
+    def run(
+        out: Path, *, stop_after: int | None = None, engine: ToyEngine | None = None, **options: Any
+    ) -> tuple[RunEnded, list[Event]]:
+        events: list[Event] = []
+        config = TrainConfig(out=str(out), **{**TOY, "data": str(data), **options})
+        trainer = DistrustTrainer(
+            config, engine=engine or ToyEngine(), observers=[events.append, Stopper(stop_after)]
+        )
+        return trainer.train(), events
+
+    return run
+
+
+#: Eleven records in steps of four: three steps to an epoch, all but one.
+TOY: dict[str, Any] = {
+    "max_steps": 9,
+    "batch_size": 2,
+    "gradient_accumulation": 2,
+    "learning_rate": 0.05,
+    "warmup_steps": 2,
+    "save_every": 2,
+}

@@ -1,0 +1,247 @@
+"""Exact resume: a run that was stopped, anywhere and however often, is the run that was left alone."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import tempfile
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from toy_engine import ToyEngine
+
+from distrust import CheckpointManager, DistrustTrainer, DistrustWarning, TrainConfig
+from distrust.config import from_mapping
+from distrust.errors import NoGoodCheckpoint
+from distrust.training.events import CheckpointStarted, RunStarted, StepEnded
+
+quick = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def steps_of(events):
+    return [event.step for event in events if isinstance(event, StepEnded)]
+
+
+def damage(path: Path) -> None:
+    """One bit of its data."""
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+
+
+@quick
+@given(
+    stops=st.lists(st.integers(1, 12), max_size=3).map(sorted),
+    save_every=st.integers(0, 5),
+    batch=st.sampled_from([(1, 1), (2, 2), (3, 1), (4, 4)]),
+    evaluated=st.booleans(),
+    seed=st.integers(0, 2**63 - 1),
+)
+def test_stopped_anywhere_it_ends_as_if_left_alone(run, eval_data, stops, save_every, batch, evaluated, seed):
+    batch_size, accumulation = batch
+    options = {
+        "max_steps": 12,
+        "batch_size": batch_size,
+        "gradient_accumulation": accumulation,
+        "seed": seed,
+        "keep_last": 1,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        alone, steps = run(Path(folder, "alone"), save_every=0, **options)
+        assert steps_of(steps) == list(range(1, 13))
+        evaluation = {"eval_data": str(eval_data), "eval_every": 3} if evaluated else {}
+        made = []
+        for stop in [*stops, None]:
+            # Each session evaluates and saves at steps of its own: that may shift nothing.
+            ended, steps = run(
+                Path(folder, "stopped"), stop_after=stop, save_every=save_every, **evaluation, **options
+            )
+            made += steps_of(steps)
+            evaluation = {} if evaluation else {"eval_data": str(eval_data), "eval_every": 2}
+        assert made == list(range(1, 13))  # SIGTERM saves: no step is made twice, none is left out
+        assert ended.step == 12
+        assert ended.state_digest == alone.state_digest
+
+
+@quick
+@given(died_after=st.integers(1, 8), save_every=st.integers(1, 5))
+def test_died_anywhere_it_ends_as_if_left_alone(run, died_after, save_every):
+    """As after SIGKILL: only what the last checkpoint holds is there (the real one is in tests/cli)."""
+
+    class Died(Exception):
+        pass
+
+    def die(event):
+        if isinstance(event, StepEnded) and event.step == died_after:
+            raise Died
+
+    with tempfile.TemporaryDirectory() as folder:
+        alone, _ = run(Path(folder, "alone"), save_every=save_every)
+        config = TrainConfig(
+            **{**_options_of(alone.path), "out": str(Path(folder, "died")), "save_every": save_every}
+        )
+        with pytest.raises(Died):
+            DistrustTrainer(config, engine=ToyEngine(), observers=[die]).train()
+        ended, steps = run(Path(folder, "died"), save_every=save_every)
+        saved = (died_after - 1) // save_every * save_every
+        assert steps_of(steps) == list(range(saved + 1, 10))
+        assert ended.state_digest == alone.state_digest
+
+
+def _options_of(path: Path) -> dict[str, object]:
+    header = CheckpointManager(path.parent).inspect(path).header
+    saved = {**header.run_info["extra"], **header.config}
+    del saved["environment"], saved["elapsed_seconds"], saved["fingerprints"]
+    config = from_mapping(saved, where="here")
+    return {name: getattr(config, name) for name in config.__dataclass_fields__}
+
+
+def test_the_seed_and_the_batches_make_the_run(run, tmp_path):
+    """What the digests of this file compare would differ if the run did."""
+    digests = {
+        run(tmp_path / str(number), **options)[0].state_digest
+        for number, options in enumerate(
+            [{}, {"seed": 1}, {"batch_size": 4, "gradient_accumulation": 1}, {"weighting": "off"}]
+        )
+    }
+    assert len(digests) == 4
+
+
+def test_a_resumed_run_says_from_where(run, tmp_path):
+    stopped, _ = run(tmp_path, stop_after=5)
+    _, events = run(tmp_path)
+    (started,) = [event for event in events if isinstance(event, RunStarted)]
+    assert started.step == 5
+    assert started.resumed_from == stopped.path
+    assert stopped.path is not None
+    assert stopped.path.name == "checkpoint-5.safetensors"
+
+
+def test_the_same_trainer_goes_on_too(run, data, tmp_path):
+    alone, _ = run(tmp_path / "alone")
+
+    def stop_once(event):
+        if isinstance(event, StepEnded) and event.step == 4:
+            signal.raise_signal(signal.SIGUSR1)
+
+    config = TrainConfig(**{**_options_of(alone.path), "out": str(tmp_path / "twice")})
+    trainer = DistrustTrainer(config, engine=ToyEngine(), observers=[stop_once])
+    assert trainer.train().step == 4
+    assert trainer.train().state_digest == alone.state_digest
+
+
+def test_a_finished_run_has_nothing_left_to_do(run, tmp_path):
+    finished, _ = run(tmp_path)
+    content = finished.path.read_bytes()
+    again, events = run(tmp_path)
+    assert again.already
+    assert not finished.already
+    assert (again.step, again.path, again.state_digest) == (9, finished.path, finished.state_digest)
+    assert events == [again]  # nothing was loaded, trained or saved
+    assert finished.path.read_bytes() == content
+
+
+def test_more_epochs_than_before_are_more_to_do(run, tmp_path):
+    once, _ = run(tmp_path, max_steps=None, epochs=1, schedule="constant")
+    again, _ = run(tmp_path, max_steps=None, epochs=1, schedule="constant")
+    assert again.already
+    twice, steps = run(tmp_path, max_steps=None, epochs=2, schedule="constant")
+    assert once.step == 3  # 11 records in steps of 4
+    assert steps_of(steps) == [4, 5, 6]
+    assert twice.step == 6
+
+
+def test_a_longer_run_changes_no_step_already_made(run, tmp_path):
+    short, _ = run(tmp_path / "short", max_steps=5)
+    with pytest.warns(DistrustWarning, match="the schedule ends at step 5"):
+        longer, _ = run(tmp_path / "short", max_steps=9)
+    assert longer.step == 9
+    histories = [CheckpointManager(ended.path.parent).load(ended.path).history for ended in (short, longer)]
+    for name, values in histories[0].items():
+        assert values.shape == (5,)
+        assert np.array_equal(histories[1][name][:5], values)
+    # It is the run that had been asked for the whole length with that schedule.
+    with pytest.warns(DistrustWarning, match="the schedule ends at step 5"):
+        whole, _ = run(tmp_path / "whole", max_steps=9, schedule_steps=5)
+    assert whole.state_digest == longer.state_digest
+
+
+def test_the_newest_checkpoint_is_damaged(run, tmp_path):
+    alone, _ = run(tmp_path / "alone")
+    stopped, _ = run(tmp_path / "hurt", stop_after=5)
+    damage(stopped.path)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", DistrustWarning)
+        ended, steps = run(tmp_path / "hurt")
+    assert "skipped a damaged checkpoint" in str(caught[0].message)
+    assert str(stopped.path) in str(caught[0].message)
+    assert steps_of(steps)[0] == 5  # from the one of step 4
+    assert ended.state_digest == alone.state_digest
+
+
+def test_the_final_checkpoint_is_damaged(run, tmp_path):
+    finished, _ = run(tmp_path)
+    damage(finished.path)
+    with pytest.warns(DistrustWarning, match="skipped a damaged checkpoint"):
+        ended, steps = run(tmp_path)
+    assert steps_of(steps) == [9]
+    assert not ended.already
+    assert (ended.path, ended.state_digest) == (finished.path, finished.state_digest)
+    CheckpointManager(ended.path.parent).validate(9)
+
+
+@pytest.mark.parametrize("how", ["bit", "cut", "empty", "zeros"])
+def test_only_damaged_checkpoints_are_no_new_run(run, tmp_path, how):
+    ended, _ = run(tmp_path, save_every=0)
+    raw = ended.path.read_bytes()
+    if how == "bit":
+        damage(ended.path)
+    else:
+        ended.path.write_bytes({"cut": raw[: len(raw) // 2], "empty": b"", "zeros": bytes(len(raw))}[how])
+    hurt = ended.path.read_bytes()
+    with pytest.raises(NoGoodCheckpoint, match=r"checkpoint-9-final\.safetensors"):
+        run(tmp_path, save_every=0)
+    assert ended.path.read_bytes() == hurt
+    assert [path.name for path in ended.path.parent.glob("*.safetensors")] == [ended.path.name]
+
+
+def test_a_run_is_kept_as_the_rules_say(run, eval_data, tmp_path):
+    _, events = run(
+        tmp_path, save_every=1, keep_last=2, keep_best=0, keep_every=4, max_steps=10, eval_data=str(eval_data)
+    )
+    saved = [event.step for event in events if isinstance(event, CheckpointStarted)]
+    assert saved == list(range(1, 11))
+    kept = CheckpointManager(tmp_path / "checkpoints", keep_last=None).list_checkpoints()
+    assert kept == [4, 8, 9, 10]
+
+
+def test_the_best_is_one_that_was_evaluated(run, eval_data, tmp_path):
+    """A step that was not evaluated has no eval loss: it cannot be the best one by another's."""
+    ended, _ = run(tmp_path, save_every=1, eval_every=4, keep_last=9, eval_data=str(eval_data))
+    metrics = {file.step: file.metrics for file in CheckpointManager(ended.path.parent).scan().files}
+    assert [step for step, values in metrics.items() if "eval_loss" in values] == [4, 8, 9]
+    assert all("loss" in values for values in metrics.values())
+
+
+def test_what_is_trained_next_is_not_in_a_checkpoint_that_is_being_written(run, tmp_path):
+    """Each checkpoint is of its step, although the engine's arrays go on changing."""
+    run(tmp_path / "every", save_every=1, keep_last=9)
+    for step in (1, 4, 7):
+        one, _ = run(tmp_path / str(step), stop_after=step, save_every=0)
+        there = CheckpointManager(tmp_path / "every" / "checkpoints").inspect(step)
+        assert there.state_digest == one.state_digest
+
+
+def test_a_run_moved_elsewhere_goes_on(run, data, tmp_path):
+    alone, _ = run(tmp_path / "alone")
+    run(tmp_path / "here", stop_after=3)
+    shutil.move(tmp_path / "here", tmp_path / "there")
+    moved = str(shutil.copy(data, tmp_path / "moved.jsonl"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ended, _ = run(tmp_path / "there", data=moved)
+    assert ended.state_digest == alone.state_digest

@@ -1,0 +1,144 @@
+"""A toy engine: numpy alone, and the whole contract of ``training/engine.py``.
+
+The model is linear and a softmax: the next token's logits are a row of a table, chosen by the token before,
+with dropout. What it does is as exact as what torch does, and a thousand times faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any, Literal
+
+import numpy as np
+
+from distrust.data import IGNORED, MicroBatch
+from distrust.errors import ResumeRefused
+from distrust.training import EngineState, Losses
+
+VOCABULARY = 32
+BETA1, BETA2, EPSILON = 0.9, 0.99, 1e-8
+
+
+class ToyTokenizer:
+    """Every byte is one of a few tokens."""
+
+    bos_token_id: int | None = None
+    eos_token_id: int | None = 0
+    pad_token_id: int | None = None
+    chat_template: Any = None
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        return [1 + byte % (VOCABULARY - 1) for byte in text.encode()]
+
+    def apply_chat_template(self, conversation: Any, *, tokenize: bool, add_generation_prompt: bool) -> Any:
+        raise NotImplementedError
+
+
+class ToyEngine:
+    """Fulfils ``Engine``.
+
+    Args:
+        base: seed of the base model's weights.
+        dropout: share of the logits that are dropped.
+        poisoned: examples whose loss is not a number.
+        environment: what it says of itself.
+    """
+
+    framework: Literal["numpy", "torch"] = "numpy"
+    context_length: int | None = None
+
+    def __init__(
+        self,
+        *,
+        base: int = 0,
+        dropout: float = 0.25,
+        poisoned: Collection[int] = (),
+        environment: dict[str, Any] | None = None,
+    ) -> None:
+        self.tokenizer = ToyTokenizer()
+        self.poisoned = set(poisoned)
+        self.threads_restored: int | None = None
+        self._environment = environment or {"toy": "1", "threads": 1}
+        self._base = np.random.default_rng(base).normal(size=(VOCABULARY, VOCABULARY))
+        self._dropout = dropout
+        self._table = np.zeros((VOCABULARY, VOCABULARY), np.float32)
+        self._first = np.zeros_like(self._table)
+        self._second = np.zeros_like(self._table)
+        self._gradient = np.zeros_like(self._table)
+        self._updates = 0
+        self._rng = np.random.default_rng(0)
+
+    @property
+    def parameters(self) -> tuple[int, int]:
+        return self._table.size, self._table.size + self._base.size
+
+    def fingerprint(self) -> str:
+        return f"toy of {self._base[0, 0]}"
+
+    def environment(self) -> dict[str, Any]:
+        return dict(self._environment)
+
+    def restore_environment(self, recorded: dict[str, Any]) -> None:
+        self.threads_restored = recorded["threads"]
+
+    def begin_micro_step(self, *, seed: int, step: int, micro_step: int) -> None:
+        self._rng = np.random.default_rng([seed, step, micro_step])
+
+    def micro_step(self, batch: MicroBatch, *, tokens: int) -> Losses:
+        keep = self._rng.random(self._table.shape) >= self._dropout
+        losses, slopes = self._forward(batch, self._table * keep)
+        for row, column in np.argwhere(batch.labels[:, 1:] != IGNORED):
+            before = batch.input_ids[row, column]
+            self._gradient[before] += (
+                slopes[row, column] * batch.weights[row, column + 1] * keep[before] / tokens
+            )
+        return losses
+
+    def clip_gradients(self, max_norm: float) -> float:
+        norm = float(np.linalg.norm(self._gradient.astype(np.float64)))
+        if max_norm and norm > max_norm:
+            self._gradient *= np.float32(max_norm / norm)
+        return norm
+
+    def update(self, *, learning_rate: float) -> None:
+        self._updates += 1
+        self._first = (BETA1 * self._first + (1 - BETA1) * self._gradient).astype(np.float32)
+        self._second = (BETA2 * self._second + (1 - BETA2) * self._gradient**2).astype(np.float32)
+        first = self._first / (1 - BETA1**self._updates)
+        second = self._second / (1 - BETA2**self._updates)
+        # Into the existing array: a checkpoint that shared it would change.
+        self._table -= (learning_rate * first / (np.sqrt(second) + EPSILON)).astype(np.float32)
+        self._gradient[:] = 0
+
+    def evaluate(self, batch: MicroBatch) -> Losses:
+        return self._forward(batch, self._table)[0]
+
+    def state(self) -> EngineState:
+        return EngineState(
+            model={"table": self._table},
+            optimizer={"moments": [self._first, self._second], "updates": self._updates},
+            rng=dict(self._rng.bit_generator.state),
+        )
+
+    def load_state(self, state: EngineState) -> None:
+        if state.model["table"].shape != self._table.shape:
+            raise ResumeRefused("the checkpoint does not fit the model:", ["table has another shape"])
+        self._table[:] = state.model["table"]
+        self._first[:], self._second[:] = state.optimizer["moments"]
+        self._updates = state.optimizer["updates"]
+        self._rng.bit_generator.state = state.rng
+
+    def _forward(self, batch: MicroBatch, table: Any) -> tuple[Losses, Any]:
+        logits = (self._base + table)[batch.input_ids[:, :-1]]
+        shifted = logits - logits.max(axis=2, keepdims=True)
+        log_probabilities = shifted - np.log(np.exp(shifted).sum(axis=2, keepdims=True))
+        wanted = batch.labels[:, 1:]
+        learned = wanted != IGNORED
+        rows, columns = np.indices(wanted.shape)
+        index = (rows, columns, np.where(learned, wanted, 0))
+        plain = np.where(learned, -log_probabilities[index], 0.0)
+        plain[np.isin(batch.examples, list(self.poisoned))] *= np.nan
+        slopes = np.exp(log_probabilities)
+        slopes[index] -= 1
+        weighted = plain * batch.weights[:, 1:]
+        return Losses(plain.sum(axis=1), weighted.sum(axis=1)), slopes
