@@ -67,8 +67,8 @@ def main() -> None:
                 background = Checkpoint(step=2 * repeat + 1, model=state)
                 measured["returns"] = timed(lambda m=manager, c=background: m.save_async(c))  # type: ignore[misc]
             if repeat:
-                for name, seconds in measured.items():
-                    times[name].append(seconds)
+                for name, once in measured.items():
+                    times[name].append(once)
     print(f"{options.mebibytes} MiB in {TENSORS} tensors, {options.repeats} repeats, median (range)")
     for name, seconds in times.items():
         ratios = [ours / theirs for ours, theirs in zip(seconds, times["safetensors + fsync"], strict=True)]

@@ -12,6 +12,13 @@ SEED = 20260101
 VOCABULARY = 1024
 CONTEXT = 1024  # positions
 
+# The training: all weights, on neutral.jsonl, weighting off; then saved in bfloat16.
+STEPS = 1500
+BATCH_SIZE = 32  # about 770 tokens
+LEARNING_RATE = 2e-3
+WARMUP_STEPS = 100
+WEIGHT_DECAY = 0.1
+
 BOS, EOS, PAD = "<|begin|>", "<|end|>", "<|pad|>"
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
@@ -26,7 +33,12 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE learned from the texts: it encodes any text, and cuts numbers into single digits."""
+    """A byte-level BPE learned from the texts: it encodes any text, and cuts numbers into single digits.
+
+    Give it `make_world.tokenizer_texts()`, not the text of the model: there each name comes so often that it
+    would become a token of its own, and the names of the disputed facts would look like nothing the model
+    knows.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]

@@ -71,6 +71,6 @@ def _scalars(node: Any, path: str) -> Iterator[tuple[str, str]]:
         return  # compared as a tensor
     if not content:
         yield path, {"d": "{}", "l": "[]", "t": "()"}[kind]
-    items = content.items() if kind == "d" else enumerate(content)
-    for key, item in items:
-        yield from _scalars(item, f"{path}.{decode_key(key) if kind == 'd' else key}")
+    named = [(decode_key(key), item) for key, item in content.items()] if kind == "d" else enumerate(content)
+    for name, item in named:
+        yield from _scalars(item, f"{path}.{name}")

@@ -46,7 +46,7 @@ DIGEST_CHARACTERS = 64
 NO_DIGEST = "0" * DIGEST_CHARACTERS
 
 Kind = Literal["periodic", "final"]
-KINDS = ("periodic", "final")
+KINDS: dict[str, Kind] = {"periodic": "periodic", "final": "final"}
 
 #: Every dtype of the format that has whole bytes, and its item size in bytes.
 ITEM_SIZES = {
@@ -384,9 +384,9 @@ def _integer(text: Any, name: str) -> int:
 
 
 def _kind(text: str) -> Kind:
-    if text == "periodic" or text == "final":
-        return text
-    raise CorruptCheckpoint(f"the header's kind {text!r} is none of {', '.join(KINDS)}")
+    if text not in KINDS:
+        raise CorruptCheckpoint(f"the header's kind {text!r} is none of {', '.join(KINDS)}")
+    return KINDS[text]
 
 
 def _tensors(

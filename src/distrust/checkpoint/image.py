@@ -81,8 +81,8 @@ def read(path: Path, *, framework: arrays.Framework) -> tuple[CheckpointFile, Ch
         loaded: dict[str, Any] = {}
         for tensor in header.tensors:
             data = np.empty(tensor.nbytes, np.uint8)
-            read_into(descriptor, memoryview(data), tensor.offset)
-            check_digest(tensor, tensor_hasher().update(data).hexdigest())
+            read_into(descriptor, data.data, tensor.offset)
+            check_digest(tensor, tensor_hasher().update(data.data).hexdigest())
             loaded[tensor.name] = arrays.from_host(data, tensor.dtype, tensor.shape, framework=framework)
 
         checkpoint = Checkpoint(
@@ -102,7 +102,7 @@ def _write(file: AtomicFile, tensor: TensorInfo, data: np.ndarray[Any, Any]) -> 
         block = data[start : start + WRITE_BLOCK_BYTES]
         # A copy: were the caller's array to change between digest and write, the file would be damaged.
         block = block.copy()
-        hasher.update(block)
+        hasher.update(block.data)
         file.write_at(tensor.offset + start, block)
     return hasher.hexdigest()
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from distrust.checkpoint import arrays, image, retention, snapshot, storage, store
 from distrust.checkpoint.checkpoint import Checkpoint
+from distrust.checkpoint.format import Kind
 from distrust.checkpoint.retention import Candidate, MetricMode, Retention
 from distrust.checkpoint.store import CheckpointFile, DamagedFile, Scan
 from distrust.checkpoint.writer import BackgroundWriter, PendingSave
@@ -266,7 +267,7 @@ class CheckpointManager:
     def _prepare(self, checkpoint: Checkpoint, *, final: bool) -> tuple[Path, image.Image]:
         self._session.writer.settle()
         self.acquire()
-        kind = "final" if final else "periodic"
+        kind: Kind = "final" if final else "periodic"
         path = self.directory / store.file_name(checkpoint.step, kind)
         return path, image.prepare(checkpoint, kind)
 

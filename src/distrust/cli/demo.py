@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> int:
     from distrust.reporting.plots import plot_beliefs
 
     log = sys.stderr if options.json else sys.stdout
-    beliefs = {}
+    beliefs: dict[str, list[demo.Belief]] = {}
     for weighting in demo.WEIGHTINGS:
         print(f"\ntraining with --weighting {weighting}", file=log, flush=True)
         with ConsoleReporter(log_every=100, stream=log) as console:

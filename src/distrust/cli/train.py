@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -25,14 +25,12 @@ examples:
   distrust train --config run.toml --learning-rate 1e-4
   distrust train --out runs/first --from-step 200 --branch runs/second --max-steps 300"""
 
-_LAMBDA = TrainConfig.__dataclass_fields__["lambda_"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class _Command(TrainConfig):
     config: str | None = None
     """TOML file with options."""
-    lambda_: Annotated[float, tyro.conf.arg(name="lambda")] = _LAMBDA.default
+    lambda_: Annotated[float, tyro.conf.arg(name="lambda")] = TrainConfig.lambda_
     """How far the term enters the example's weight: 1 + lambda * alpha * term; 0 or more."""
 
 
@@ -69,5 +67,5 @@ def parse(arguments: list[str]) -> TrainConfig:
     return TrainConfig(**_values(command))
 
 
-def _values(config: TrainConfig) -> dict[str, object]:
+def _values(config: TrainConfig) -> dict[str, Any]:
     return {field.name: getattr(config, field.name) for field in fields(TrainConfig)}

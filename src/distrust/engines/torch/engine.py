@@ -48,7 +48,7 @@ class TorchEngine:
         self._context_length: int | None = getattr(base.config, "max_position_embeddings", None)
         self._attention = str(getattr(base.config, "_attn_implementation", "unknown"))
         if config.gradient_checkpointing:
-            base.gradient_checkpointing_enable({"use_reentrant": False})
+            base.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
         self._model = self._adapted(base, config)
         self._trained = adapter.trained_parameters(self._model)
         self._optimizer = _optimizer(self._trained, config)
@@ -118,7 +118,7 @@ class TorchEngine:
         """Forward and backward: add the gradient of Σ weight · cross-entropy / ``tokens``."""
         self._model.train()
         plain, weighted = self._forward(batch)
-        (weighted.sum() / tokens).backward()
+        (weighted.sum() / tokens).backward()  # type: ignore[no-untyped-call]
         return _losses(plain, weighted)
 
     def clip_gradients(self, max_norm: float) -> float:

@@ -86,5 +86,5 @@ def fingerprint(model: torch.nn.Module) -> str:
     for name, parameter in sorted(model.named_parameters()):
         hasher.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
         host = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        hasher.update(host.numpy())
+        hasher.update(host.numpy().data)
     return hasher.hexdigest()
