@@ -17,6 +17,7 @@ import types
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
+from os.path import abspath
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -268,6 +269,7 @@ def _bounds(c: TrainConfig) -> list[tuple[str, bool, str]]:
         ("log_every", c.log_every >= 1, "give 1 or more"),
         ("from_step", c.from_step is None or c.from_step >= 0, "give 0 or more"),
         ("branch", c.branch is None or c.from_step is not None, "say where it begins, with --from-step"),
+        ("branch", c.branch is None or abspath(c.branch) != abspath(c.out), "give another folder than --out"),
     ]
 
 

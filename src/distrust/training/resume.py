@@ -10,6 +10,8 @@ from distrust.config import TrainConfig, flag, key
 from distrust.errors import ResumeRefused
 
 FINGERPRINTS = "fingerprints"
+#: Options that a run settles when it begins: left out later, they stay what they were.
+SETTLED_AT_START = ("max_length", "schedule_steps")
 
 
 def settled(config: TrainConfig, saved: Mapping[str, Any], *, where: str) -> TrainConfig:
@@ -30,7 +32,7 @@ def settled(config: TrainConfig, saved: Mapping[str, Any], *, where: str) -> Tra
         if option.metadata["effect"] != "result" or name not in saved:
             continue
         value, was = getattr(config, option.name), saved[name]
-        if value is None:
+        if value is None and option.name in SETTLED_AT_START:
             taken[option.name] = was
         elif value != was:
             differences.append(f"{flag(option.name)} was {_shown(was)}, is {_shown(value)}")

@@ -1,0 +1,62 @@
+"""The learning rate is a pure function of the step."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distrust.training.schedule import learning_rate
+
+options = st.fixed_dictionaries(
+    {
+        "peak": st.floats(1e-8, 1.0),
+        "warmup_steps": st.integers(0, 50),
+        "schedule": st.sampled_from(["cosine", "linear", "constant"]),
+        "schedule_steps": st.integers(1, 200),
+    }
+)
+
+
+def rates(of, last=300):
+    return {step: learning_rate(step, **of) for step in range(1, last)}
+
+
+@given(options)
+def test_it_rises_to_the_peak_and_never_again(of):
+    found = rates(of)
+    top = max(of["warmup_steps"], 1)
+    for step in range(2, 300):
+        if step <= top:
+            assert found[step] > found[step - 1]
+        else:
+            assert found[step] <= found[step - 1]
+    assert all(0 <= rate <= of["peak"] for rate in found.values())
+    if of["warmup_steps"]:
+        assert found[top] == of["peak"]
+        assert found[1] == pytest.approx(of["peak"] / top)
+
+
+@given(options)
+def test_every_step_of_the_schedule_learns_and_none_after_it(of):
+    found = rates(of)
+    for step, rate in found.items():
+        if of["schedule"] == "constant" or step <= max(of["schedule_steps"], of["warmup_steps"]):
+            assert rate > 0
+        else:
+            assert rate == 0
+
+
+@given(options, st.integers(1, 10**9))
+def test_no_step_depends_on_another(of, step):
+    assert learning_rate(step, **of) == learning_rate(step, **of)
+    if of["schedule"] == "constant" and step >= of["warmup_steps"]:
+        assert learning_rate(step, **of) == of["peak"]
+
+
+def test_values_by_hand():
+    cosine = {"peak": 1.0, "warmup_steps": 2, "schedule": "cosine", "schedule_steps": 9}
+    assert rates(cosine, 4) == {1: 0.5, 2: 1.0, 3: pytest.approx(0.9619397662556434)}
+    assert learning_rate(6, **cosine) == pytest.approx(0.5)  # half way from 2 to 10
+    linear = {**cosine, "schedule": "linear"}
+    assert [learning_rate(step, **linear) for step in (2, 4, 8, 9, 10, 10**6)] == [1, 0.75, 0.25, 0.125, 0, 0]

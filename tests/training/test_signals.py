@@ -1,0 +1,131 @@
+"""Signals ask a run to stop; it saves, says so, and the handlers are what they were."""
+
+from __future__ import annotations
+
+import signal
+import threading
+
+import pytest
+from toy_engine import ToyEngine
+
+from distrust import CheckpointManager, DistrustTrainer, TrainConfig
+from distrust.training.events import Preparing, RunEnded, StepEnded
+from distrust.training.signals import STOPPING, StopRequest
+
+
+@pytest.mark.parametrize("number", STOPPING)
+def test_the_first_signal_is_remembered(number):
+    with StopRequest() as stop:
+        assert stop.signal is None
+        signal.raise_signal(number)
+        assert stop.signal == number
+
+
+def test_it_is_the_first_that_counts():
+    with StopRequest() as stop:
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM):
+            signal.raise_signal(number)
+    assert stop.signal == signal.SIGTERM
+
+
+def test_a_second_interrupt_leaves_at_once():
+    with pytest.raises(KeyboardInterrupt), StopRequest() as stop:  # noqa: PT012
+        signal.raise_signal(signal.SIGINT)
+        assert stop.signal == signal.SIGINT
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("it went on")
+
+
+@pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
+def test_handlers_are_restored(error):
+    seen = []
+    before = {number: signal.getsignal(number) for number in STOPPING}
+    signal.signal(signal.SIGUSR1, lambda number, frame: seen.append(number))
+    try:
+        mine = {number: signal.getsignal(number) for number in STOPPING}
+        with pytest.raises(error or ZeroDivisionError), StopRequest():
+            raise error or ZeroDivisionError
+        assert {number: signal.getsignal(number) for number in STOPPING} == mine
+        signal.raise_signal(signal.SIGUSR1)
+        assert seen == [signal.SIGUSR1]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_elsewhere_than_in_the_main_thread_a_run_has_no_signals(run, tmp_path):
+    ended = []
+    thread = threading.Thread(target=lambda: ended.append(run(tmp_path)[0]))
+    thread.start()
+    thread.join()
+    assert ended[0].step == 9
+
+
+@pytest.mark.parametrize("number", STOPPING)
+def test_a_stopped_run_is_saved_at_that_step(run, data, tmp_path, number):
+    events = []
+
+    def stop(event):
+        events.append(event)
+        if isinstance(event, StepEnded) and event.step == 3:
+            signal.raise_signal(number)
+
+    config = TrainConfig(out=str(tmp_path), data=str(data), batch_size=2, max_steps=9, save_every=0)
+    ended = DistrustTrainer(config, engine=ToyEngine(), observers=[stop]).train()
+    assert (ended.step, ended.signal, ended.already) == (3, number, False)
+    assert ended.path == tmp_path / "checkpoints" / "checkpoint-3.safetensors"
+    manager = CheckpointManager(ended.path.parent)
+    manager.validate(3)
+    assert manager.inspect(3).state_digest == ended.state_digest
+    assert isinstance(events[-1], RunEnded)
+
+
+def test_stopped_before_the_first_step_there_is_nothing_to_save(data, tmp_path):
+    def stop(event):
+        if isinstance(event, Preparing):
+            signal.raise_signal(signal.SIGTERM)
+
+    config = TrainConfig(out=str(tmp_path), data=str(data), max_steps=9)
+    ended = DistrustTrainer(config, engine=ToyEngine(), observers=[stop]).train()
+    assert ended == RunEnded(step=0, path=None, state_digest=None, signal=signal.SIGTERM, already=False)
+    assert CheckpointManager(tmp_path / "checkpoints").list_checkpoints() == []
+
+
+def test_stopped_while_it_loads_a_resumed_run_stays_where_it_was(run, data, tmp_path):
+    stopped, _ = run(tmp_path, stop_after=3)
+    content = stopped.path.read_bytes()
+
+    class Stopping(ToyEngine):
+        def load_state(self, state):
+            super().load_state(state)
+            signal.raise_signal(signal.SIGTERM)
+
+    ended, _ = run(tmp_path, engine=Stopping())
+    assert (ended.step, ended.path, ended.signal) == (3, stopped.path, signal.SIGTERM)
+    assert stopped.path.read_bytes() == content
+
+
+def test_a_second_interrupt_damages_nothing(run, data, tmp_path):
+    alone, _ = run(tmp_path / "alone")
+
+    def twice(event):
+        if isinstance(event, StepEnded) and event.step == 5:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    config = TrainConfig(
+        out=str(tmp_path / "left"),
+        data=str(data),
+        max_steps=9,
+        batch_size=2,
+        gradient_accumulation=2,
+        learning_rate=0.05,
+        warmup_steps=2,
+        save_every=2,
+    )
+    with pytest.raises(KeyboardInterrupt):
+        DistrustTrainer(config, engine=ToyEngine(), observers=[twice]).train()
+    manager = CheckpointManager(tmp_path / "left" / "checkpoints")
+    assert manager.list_checkpoints() == [2, 4]
+    manager.validate(4)
+    assert run(tmp_path / "left")[0].state_digest == alone.state_digest
