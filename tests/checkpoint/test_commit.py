@@ -1,4 +1,4 @@
-"""The commit protocol on real processes: one writer, and at every instant the old file or the whole new one."""
+"""The commit protocol on real processes: one writer, and at every instant the old file or the new one."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ import pytest
 
 from distrust import Checkpoint, CheckpointManager
 from distrust.errors import CheckpointDirectoryLocked, SaveFailed
+
+# Later versions of Python warn of every fork beside threads, such as those that digest.
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 TEMPORARY = ".checkpoint-7.safetensors.0123456789abcdef.tmp"
 
@@ -291,8 +294,13 @@ def test_a_manager_can_be_handed_to_a_spawned_worker(tmp_path):
 
 
 def test_temporary_files_of_dead_writers_are_swept_and_nothing_else(tmp_path):
-    others = [".checkpoint-notes.tmp", ".checkpoint-7.safetensors.tmp", "notes.tmp", ".model.safetensors.0123456789abcdef.tmp",
-              "checkpoint-7.safetensors.0123456789abcdef.tmp"]  # fmt: skip
+    others = [
+        ".checkpoint-notes.tmp",
+        ".checkpoint-7.safetensors.tmp",
+        ".model.safetensors.0123456789abcdef.tmp",
+        "checkpoint-7.safetensors.0123456789abcdef.tmp",
+        "notes.tmp",
+    ]
     for name in [TEMPORARY, TEMPORARY.replace("-7", "-8-final"), *others]:
         (tmp_path / name).write_bytes(b"half")
     reader = CheckpointManager(tmp_path)
@@ -477,12 +485,25 @@ def test_a_link_in_the_way_of_the_lock_is_not_followed(tmp_path):
     assert precious.read_text() == "x"
 
 
-def test_readers_beside_a_writer_see_whole_checkpoints_only(tmp_path, start_python):
-    writer = start_python(SAVE_FOREVER, tmp_path)
+SAVE_FAST = """
+import itertools, sys
+import numpy as np
+from distrust import Checkpoint, CheckpointManager
+
+manager = CheckpointManager(sys.argv[1], keep_last=1)
+for step in itertools.count(1):
+    manager.save(Checkpoint(step=step, model={"w": np.full(4, step)}))
+    print(step, flush=True)
+"""
+
+
+def test_readers_beside_a_writer_always_find_a_whole_checkpoint(tmp_path, start_python):
+    """Even one that removes what they have just listed."""
+    writer = start_python(SAVE_FAST, tmp_path)
     assert writer.stdout.readline()
     reader = CheckpointManager(tmp_path)
     seen = []
-    for _ in range(60):
+    for _ in range(300):
         loaded = reader.load_latest()
         assert (loaded.model["w"] == loaded.step).all()
         assert reader.scan().damaged == ()
@@ -497,5 +518,5 @@ def test_a_save_is_found_by_its_path_and_by_its_step(tmp_path):
         path = manager.save(state(5))
         for name in (5, path, str(path), Path(os.path.relpath(path))):
             assert manager.load(name).step == 5
-            assert manager.inspect(name).path == path or isinstance(name, Path)
+            assert manager.inspect(name).step == 5
             manager.validate(name)

@@ -20,7 +20,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distrust import Checkpoint, CheckpointManager
-from distrust.errors import CheckpointError, CorruptCheckpoint, UnsupportedVersion
+from distrust.errors import (
+    CheckpointError,
+    CheckpointNotFound,
+    CorruptCheckpoint,
+    NoGoodCheckpoint,
+    UnsupportedVersion,
+)
 
 DIGEST = re.compile(rb'"digest":"([0-9a-f]{64})"')
 
@@ -404,6 +410,7 @@ THINGS_IN_THE_WAY: dict[str, Callable[[Path], object]] = {
     "a directory": lambda path: path.mkdir(),
     "a pipe": lambda path: os.mkfifo(path),
     "a link to itself": lambda path: path.symlink_to(path),
+    "a link to nothing": lambda path: path.symlink_to("nowhere"),
     "a device": lambda path: path.symlink_to("/dev/zero"),
 }
 
@@ -417,5 +424,7 @@ def test_things_that_are_no_files_are_damaged_checkpoints(tmp_path, thing):
     assert [file.path for file in manager.scan().damaged] == [path]
     assert manager.list_checkpoints() == []
     for use in (manager.load, manager.validate, manager.inspect):
-        with pytest.raises(CorruptCheckpoint):
+        with pytest.raises((CorruptCheckpoint, CheckpointNotFound)):
             use(5)
+    with pytest.raises(NoGoodCheckpoint):
+        manager.load_latest()

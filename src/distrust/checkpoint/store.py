@@ -135,23 +135,14 @@ def scan(directory: Path) -> Scan:
     Raises:
         CheckpointError: if the directory cannot be read.
     """
-    files: list[CheckpointFile] = []
-    damaged: list[DamagedFile] = []
-    for path, step, kind in _named(directory):
-        try:
-            file = read_header(path)
-            if (file.step, file.kind) != (step, kind):
-                raise CorruptCheckpoint(f"it holds step {file.step} ({file.kind}), not what its name says")
-            _ = file.header.sections, file.header.run_info  # readable, too
-        except CheckpointNotFound:
-            continue  # removed by a writer since it was listed
-        except CorruptCheckpoint as error:
-            damaged.append(DamagedFile(path, step, error.reason))
-        except UnsupportedVersion as error:
-            damaged.append(DamagedFile(path, step, str(error).removeprefix(f"{path}: ")))
-        else:
-            files.append(file)
-    return Scan(tuple(files), tuple(damaged))
+    while True:
+        found = [_read_listed(path, step, kind) for path, step, kind in _named(directory)]
+        # A writer removes a checkpoint once a newer one stands: that one was not in the list.
+        if None not in found:
+            return Scan(
+                files=tuple(file for file in found if isinstance(file, CheckpointFile)),
+                damaged=tuple(file for file in found if isinstance(file, DamagedFile)),
+            )
 
 
 def find(target: Path) -> list[Path]:
@@ -284,6 +275,22 @@ def read_into(descriptor: int, view: memoryview, offset: int) -> None:
             raise CorruptCheckpoint("the file ends in the middle: it was cut while it was read")
         view = view[count:]
         offset += count
+
+
+def _read_listed(path: Path, step: int, kind: Kind) -> CheckpointFile | DamagedFile | None:
+    """What a file of that name is; None if it is not there any more."""
+    try:
+        file = read_header(path)
+        if (file.step, file.kind) != (step, kind):
+            raise CorruptCheckpoint(f"it holds step {file.step} ({file.kind}), not what its name says")
+        _ = file.header.sections, file.header.run_info  # readable, too
+    except CheckpointNotFound:
+        return DamagedFile(path, step, "a link to nothing") if path.is_symlink() else None
+    except CorruptCheckpoint as error:
+        return DamagedFile(path, step, error.reason)
+    except UnsupportedVersion as error:
+        return DamagedFile(path, step, str(error).removeprefix(f"{path}: "))
+    return file
 
 
 def _named(directory: Path) -> list[tuple[Path, int, Kind]]:

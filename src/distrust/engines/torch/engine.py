@@ -46,9 +46,13 @@ class TorchEngine:
         )
         self._fingerprint = model.fingerprint(base)
         self._context_length: int | None = getattr(base.config, "max_position_embeddings", None)
+        self._gradient_checkpointing = config.gradient_checkpointing
         self._attention = str(getattr(base.config, "_attn_implementation", "unknown"))
         if config.gradient_checkpointing:
-            base.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+            # Later versions of transformers call it by the first name, earlier ones by the second.
+            enable: Any = getattr(base, "activation_checkpointing_enable", None)
+            enable = enable or base.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
         self._model = self._adapted(base, config)
         self._trained = adapter.trained_parameters(self._model)
         self._optimizer = _optimizer(self._trained, config)
@@ -101,6 +105,7 @@ class TorchEngine:
             "threads": torch.get_num_threads(),
             "attention": self._attention,
             "optimizer": type(self._optimizer).__name__,
+            "gradient_checkpointing": self._gradient_checkpointing,
             "compiled": False,
         }
 

@@ -21,7 +21,13 @@ def load_model(name: str, *, dtype: torch.dtype, device: torch.device) -> torch.
     """
     from transformers import AutoModelForCausalLM
 
-    model = _loaded(AutoModelForCausalLM, name, dtype=dtype)
+    model, found = _loaded(AutoModelForCausalLM, name, dtype=dtype, output_loading_info=True)
+    missing = sorted(found["missing_keys"])
+    if missing:  # transformers would fill them with random values
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ModelError(
+            f"--model {name}: its weights lack {missing[0]}{more}; is it a causal language model?"
+        )
     model.config.use_cache = False  # a cache of keys is of no use in training
     module: torch.nn.Module = model.to(device)
     return module.eval()
@@ -39,6 +45,7 @@ def load_tokenizer(name: str) -> Any:
 
 
 def _loaded(loader: Any, name: str, **options: Any) -> Any:
+    from safetensors import SafetensorError
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -50,7 +57,7 @@ def _loaded(loader: Any, name: str, **options: Any) -> Any:
         if "dtype" in options:
             options["use_safetensors"] = True
         return loader.from_pretrained(source, local_files_only=local, trust_remote_code=False, **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         hint = "" if local else "; there is no folder of this name, and the hub did not give it"
         raise ModelError(f"--model {name}: cannot be loaded{hint}: {reason}") from error

@@ -1,0 +1,233 @@
+"""The weighting is in the gradient, on a real model: not lost in collation, accumulation or the loss."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from distrust import TrainConfig, weighting
+from distrust.data import IGNORED, Batches, MicroBatch, Order, evaluation_batches
+from distrust.engines import create
+from distrust.engines.torch.loss import token_losses
+from distrust.training.plan import make_plan
+
+
+@pytest.fixture(scope="module", params=["lora", "all weights"])
+def engine(request, tiny_model):
+    engine = create(
+        TrainConfig(model=str(tiny_model), lora_rank=4 if request.param == "lora" else 0, threads=1)
+    )
+    with torch.no_grad():
+        for parameter in trained(engine).values():
+            if not parameter.any():  # LoRA's B begins at zero, and A would have no gradient
+                parameter.normal_(0, 0.05, generator=torch.Generator().manual_seed(1))
+    return engine
+
+
+def trained(engine):
+    return {name: p for name, p in engine.model.named_parameters() if p.requires_grad}
+
+
+@pytest.fixture(scope="module")
+def plan_of(engine, data, tiny_model):
+    def plan_of(**options: Any):
+        config = TrainConfig(model=str(tiny_model), **{"data": str(data), "max_steps": 4, **options})
+        return make_plan(
+            config, engine.tokenizer, context_length=engine.context_length, report=lambda *_: None
+        )
+
+    return plan_of
+
+
+def gradients(engine, batches: list[MicroBatch]) -> dict[str, torch.Tensor]:
+    """Of one optimizer step, as the loop takes them."""
+    engine.model.zero_grad(set_to_none=True)
+    tokens = sum(batch.tokens for batch in batches)
+    for micro_step, batch in enumerate(batches):
+        engine.begin_micro_step(seed=0, step=1, micro_step=micro_step)
+        engine.micro_step(batch, tokens=tokens)
+    return {name: p.grad.clone() for name, p in trained(engine).items()}
+
+
+def transformers_gradients(engine, batches: list[MicroBatch], tokens: int) -> dict[str, torch.Tensor]:
+    """Of transformers' own loss, each micro-batch a share of the step."""
+    engine.model.zero_grad(set_to_none=True)
+    for batch in batches:
+        loss = engine.model(
+            input_ids=torch.from_numpy(batch.input_ids),
+            attention_mask=torch.from_numpy(batch.attention_mask),
+            labels=torch.from_numpy(batch.labels),
+        ).loss
+        (loss * (batch.tokens / tokens)).backward()
+    return {name: p.grad.clone() for name, p in trained(engine).items()}
+
+
+def same_bits(a, b) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def assert_close(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        scale = float(a[name].abs().max())
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=2e-5 * scale + 1e-9, msg=name)
+
+
+def far_apart(a, b) -> bool:
+    """More than rounding: by a hundredth of the largest gradient, somewhere."""
+    return any(float((a[name] - b[name]).abs().max()) > 0.01 * float(a[name].abs().max()) for name in a)
+
+
+def loss_of(engine, batch: MicroBatch, *, term: bool) -> torch.Tensor:
+    """The loss by hand: Σ weight · cross-entropy / tokens, with or without the published term beside it."""
+    engine.model.train()
+    logits = engine.model(
+        input_ids=torch.from_numpy(batch.input_ids), attention_mask=torch.from_numpy(batch.attention_mask)
+    ).logits
+    _, weighted = token_losses(logits, torch.from_numpy(batch.labels), torch.from_numpy(batch.weights))
+    loss = weighted.sum() / batch.tokens
+    if term:
+        assert batch.distrust.min() < batch.distrust.max()
+        loss = loss + torch.from_numpy(batch.distrust).mean()
+    return loss
+
+
+def test_the_published_term_changes_no_gradient_and_the_weighting_does(engine, plan_of):
+    found, losses = {}, {}
+    for name, weigh, term in [
+        ("plain", "off", False),
+        ("added", "off", True),
+        ("weighted", "monotone", True),
+    ]:
+        (batch,) = plan_of(weighting=weigh).batches.step(1)
+        engine.model.zero_grad(set_to_none=True)
+        loss = loss_of(engine, batch, term=term)
+        loss.backward()
+        losses[name] = loss.item()
+        found[name] = {name: p.grad.clone() for name, p in trained(engine).items()}
+    assert losses["added"] > losses["plain"]
+    assert same_bits(found["added"], found["plain"])
+    assert far_apart(found["weighted"], found["plain"])
+    # And what the trainer takes is the weighted one, without the term.
+    assert same_bits(gradients(engine, plan_of().batches.step(1)), found["weighted"])
+
+
+def test_off_equal_weights_and_transformers_agree(engine, plan_of, data, tmp_path):
+    equal = tmp_path / "equal.jsonl"
+    records = [json.loads(line) for line in data.read_text().splitlines()]
+    source = {"authority_weight": 0.2, "provenance_entropy": 1.3}
+    equal.write_text("".join(json.dumps({**record, **source}) + "\n" for record in records))
+    options = {"batch_size": 3, "gradient_accumulation": 2}
+    off = plan_of(weighting="off", **options).batches.step(1)
+    same = plan_of(weighting="monotone", data=str(equal), **options)
+    nothing = plan_of(weighting="monotone", lambda_=0.0, **options).batches.step(1)
+    assert same.weights.tolist() == [1.0] * 11
+    reference = gradients(engine, off)
+    assert same_bits(reference, gradients(engine, same.batches.step(1)))
+    assert same_bits(reference, gradients(engine, nothing))
+    assert_close(reference, transformers_gradients(engine, off, sum(batch.tokens for batch in off)))
+
+
+def test_losses_are_those_of_transformers(engine, plan_of):
+    (batch,) = plan_of().batches.step(1)
+    losses = engine.evaluate(batch)
+    with torch.no_grad():
+        theirs = float(
+            engine.model(
+                input_ids=torch.from_numpy(batch.input_ids),
+                attention_mask=torch.from_numpy(batch.attention_mask),
+                labels=torch.from_numpy(batch.labels),
+            ).loss
+        )
+    assert losses.cross_entropy.sum() / batch.tokens == pytest.approx(theirs, rel=1e-5)
+    example_weights = batch.weights.max(axis=1)
+    np.testing.assert_allclose(losses.weighted, losses.cross_entropy * example_weights, rtol=1e-6)
+
+
+@pytest.mark.parametrize("weigh", ["monotone", "published", "off"])
+def test_accumulation_changes_no_gradient(engine, plan_of, weigh):
+    """1 × 8 against 4 × 2 and 8 × 1: lengths differ, so a mean of means would differ."""
+    whole = plan_of(weighting=weigh, batch_size=8).batches.step(1)
+    assert len({int(n) for n in whole[0].attention_mask.sum(axis=1)}) > 2
+    reference = gradients(engine, whole)
+    for accumulation in (4, 8):
+        parts = plan_of(
+            weighting=weigh, batch_size=8 // accumulation, gradient_accumulation=accumulation
+        ).batches.step(1)
+        assert len(parts) == accumulation
+        assert_close(reference, gradients(engine, parts))
+
+
+def test_the_gradient_is_the_weighted_sum_of_each_example_alone(engine, plan_of):
+    """Σ u·∇ce / N, from passes of single examples by transformers' loss: any lost weight shows."""
+    plan = plan_of(batch_size=3, gradient_accumulation=2)
+    batches = plan.batches.step(2)
+    corpus = plan.corpus
+    alone = {
+        int(batch.examples[0]): batch for batch in evaluation_batches(corpus, batch_size=1, pad_token_id=0)
+    }
+    u = weighting.example_weights(corpus.authority_weight, corpus.provenance_entropy)
+    u = u / (np.sum(u * corpus.loss_tokens) / corpus.loss_tokens.sum())
+    drawn = [int(example) for batch in batches for example in batch.examples]
+    assert u[drawn].max() / u[drawn].min() > 1.5
+    tokens = sum(alone[example].tokens for example in drawn)
+    expected: dict[str, torch.Tensor] = {}
+    for example in drawn:
+        batch = alone[example]
+        for name, gradient in transformers_gradients(engine, [batch], batch.tokens).items():
+            part = gradient.double() * float(u[example]) * batch.tokens / tokens
+            expected[name] = expected.get(name, torch.zeros_like(part)) + part
+    found = gradients(engine, batches)
+    assert_close({name: value.float() for name, value in expected.items()}, found)
+    # The test can tell: each of these is a way in which weights were lost elsewhere.
+    for lost in (_without_weights(batches), _divided_by_their_own(batches)):
+        assert far_apart(gradients(engine, lost), found)
+
+
+def _without_weights(batches: list[MicroBatch]) -> list[MicroBatch]:
+    return [_with_weights(b, (b.labels != IGNORED).astype(np.float32)) for b in batches]
+
+
+def _divided_by_their_own(batches: list[MicroBatch]) -> list[MicroBatch]:
+    return [_with_weights(b, b.weights * np.float32(b.tokens / b.weights.sum())) for b in batches]
+
+
+def _with_weights(batch: MicroBatch, weights: Any) -> MicroBatch:
+    return MicroBatch(
+        batch.input_ids, batch.attention_mask, batch.labels, weights, batch.distrust, batch.examples
+    )
+
+
+def test_a_batch_of_one_example_is_weighted(engine, plan_of):
+    plan = plan_of(batch_size=1)
+    plain = plan_of(batch_size=1, weighting="off")
+    ratios = []
+    for step in (1, 2, 3):
+        (batch,) = plan.batches.step(step)
+        u = float(plan.weights[batch.examples[0]])
+        ratios.append(u)
+        expected = {
+            name: gradient * u for name, gradient in gradients(engine, plain.batches.step(step)).items()
+        }
+        assert_close(expected, gradients(engine, [batch]))
+    assert max(ratios) / min(ratios) > 1.2
+
+
+def test_padding_and_unlearned_tokens_have_no_part(engine, plan_of):
+    """The same examples beside a longer one, and filled up with another token."""
+    plan = plan_of(batch_size=4)
+    batches = Batches(
+        plan.corpus,
+        weights=plan.weights,
+        distrust=np.zeros(len(plan.corpus)),
+        order=Order(len(plan.corpus), seed=0),
+        batch_size=4,
+        gradient_accumulation=1,
+        pad_token_id=77,
+    )
+    assert (batches.step(1)[0].attention_mask == 0).any()
+    assert same_bits(gradients(engine, batches.step(1)), gradients(engine, plan.batches.step(1)))
