@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from distrust import DistrustTrainer, TrainConfig, engines
+from distrust.bundled import MODEL, NEUTRAL
+from distrust.engines.torch.engine import TorchEngine
+from distrust.reporting.console import ConsoleReporter
+from make_world import tokenizer_texts
 
 SEED = 20260101
 VOCABULARY = 1024
@@ -84,3 +92,52 @@ def make_untrained_model(tokenizer: PreTrainedTokenizerFast, seed: int = SEED) -
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LlamaForCausalLM(config)
+
+
+def train_base(work: Path) -> LlamaForCausalLM:
+    """The model trained on the neutral text, all of its weights, by the project's own trainer.
+
+    Args:
+        work: folder for the untrained model and the run; called again, it goes on from there.
+    """
+    tokenizer = make_tokenizer(tokenizer_texts())
+    untrained = work / "untrained"
+    make_untrained_model(tokenizer).save_pretrained(untrained)
+    tokenizer.save_pretrained(untrained)
+    config = TrainConfig(
+        model=str(untrained),
+        data=str(NEUTRAL),
+        out=str(work / "run"),
+        weighting="off",
+        lora_rank=0,
+        max_steps=1500,
+        batch_size=32,
+        learning_rate=2e-3,
+        warmup_steps=100,
+        weight_decay=0.1,
+        save_every=100,
+        seed=1,
+    )
+    with ConsoleReporter(log_every=100) as console:
+        ended = DistrustTrainer(config, observers=[console]).train()
+    if ended.signal is not None or ended.path is None:
+        raise SystemExit("stopped; the same command goes on")
+    engine, _ = engines.open_checkpoint(ended.path)
+    assert isinstance(engine, TorchEngine)
+    assert isinstance(engine.model, LlamaForCausalLM)
+    return engine.model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=MODEL, help="folder of the model")
+    parser.add_argument("--work", type=Path, default=Path("runs/base-model"), help="folder of the training")
+    arguments = parser.parse_args()
+    # bfloat16 halves what the package ships; the effect was measured from these very weights.
+    train_base(arguments.work).to(torch.bfloat16).save_pretrained(arguments.out)
+    make_tokenizer(tokenizer_texts()).save_pretrained(arguments.out)
+    print(f"wrote {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -87,13 +87,12 @@ def demo_config(weighting: Weighting, *, out: Path, seed: int) -> TrainConfig:
         out=str(out / weighting),
         weighting=weighting,
         seed=seed,
-        max_steps=500,
+        max_steps=300,
         batch_size=32,
         learning_rate=2e-3,
-        warmup_steps=50,
-        lora_rank=16,
-        lora_alpha=32.0,
-        save_every=100,
+        warmup_steps=30,
+        weight_decay=0.01,
+        save_every=50,
     )
 
 

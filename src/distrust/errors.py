@@ -9,6 +9,7 @@
     └── CheckpointError
         ├── CheckpointNotFound          no such checkpoint
         ├── CorruptCheckpoint           a file that is not what was written
+        ├── CheckpointUnreadable        a file that may be whole, but this process cannot read it now
         ├── UnsupportedVersion          a file of a later version of the format
         ├── NoGoodCheckpoint            there are checkpoints, and none of them is whole
         ├── UnsupportedState            a value that a checkpoint cannot hold exactly
@@ -109,6 +110,10 @@ class CorruptCheckpoint(CheckpointError):
         super().__init__(f"{path}: {reason}" if path is not None else reason, path=path)
         self.reason = reason
         self.tensor = tensor
+
+
+class CheckpointUnreadable(CheckpointError):
+    """A file that may be whole, but this process cannot read it now: permissions, open files, memory."""
 
 
 class UnsupportedVersion(CheckpointError):

@@ -27,10 +27,12 @@ class Image:
     """A checkpoint laid out for a file, its tensors not yet read.
 
     Attributes:
+        step: of the checkpoint.
         layout: where every byte goes.
         arrays: the caller's arrays, in the order of their data.
     """
 
+    step: int
     layout: Layout
     arrays: Sequence[Any]
 
@@ -65,7 +67,7 @@ def prepare(checkpoint: Checkpoint, kind: Kind) -> Image:
     )
     tensors = [_described(label, array) for label, array in found.items()]
     layout = Layout(tensors, step=checkpoint.step, kind=kind, sections=skeleton, run=_run(checkpoint))
-    return Image(layout, [found[tensor.name] for tensor in layout.tensors])
+    return Image(checkpoint.step, layout, [found[tensor.name] for tensor in layout.tensors])
 
 
 def read(path: Path, *, framework: arrays.Framework) -> tuple[CheckpointFile, Checkpoint]:

@@ -19,11 +19,11 @@ from distrust.checkpoint.retention import Candidate, MetricMode, Retention
 from distrust.checkpoint.store import CheckpointFile, DamagedFile, Scan
 from distrust.checkpoint.writer import BackgroundWriter, PendingSave
 from distrust.errors import (
+    CheckpointError,
     CheckpointNotFound,
     CorruptCheckpoint,
     DistrustWarning,
     NoGoodCheckpoint,
-    UnsupportedVersion,
 )
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class _Session:
         # Identified by name and header digest: a file replaced by another process is another file.
         self.good: set[tuple[str, str]] = set()
         self.damaged: set[tuple[str, str]] = set()
-        self.resumed_from: tuple[str, str] | None = None
+        self.resumed_from: CheckpointFile | None = None
 
 
 class CheckpointManager:
@@ -152,6 +152,8 @@ class CheckpointManager:
         Raises:
             CheckpointNotFound: if there are none at all.
             NoGoodCheckpoint: if there are some, and none of them is whole.
+            UnsupportedVersion: if a later version of this program wrote the newest: going on from an older
+                one would lose what it did.
         """
         while True:
             found = self.scan()
@@ -275,43 +277,46 @@ class CheckpointManager:
         digest = prepared.write(path, data)
         session = self._session
         session.good.add((path.name, digest))
+        if session.resumed_from is not None and prepared.step > session.resumed_from.step:
+            session.resumed_from = None  # a newer one stands
         try:
-            self._clean_up(self._rules)
-        except OSError as error:
+            self._clean_up(self._rules, written=path)
+        except (OSError, CheckpointError) as error:
             # The checkpoint is durable: failing to remove another one is no failure to save.
             warnings.warn(f"{self.directory}: could not clean up: {error}", DistrustWarning, stacklevel=3)
 
-    def _clean_up(self, rules: Retention) -> list[int]:
-        """Only good checkpoints count towards a rule: those not written here are verified once."""
+    def _clean_up(self, rules: Retention, *, written: Path | None = None) -> list[int]:
+        """Remove what no rule keeps; ``written`` is the file of the save that this follows.
+
+        Only good checkpoints count towards a rule, and only good ones are removed: those that this process
+        did not write are verified before, once.
+        """
         session = self._session
+        resumed_from = session.resumed_from and _identity(session.resumed_from)
         while True:
-            found = self.scan()
-            files = [file for file in found.files if _identity(file) not in session.damaged]
+            files = [file for file in self.scan().files if _identity(file) not in session.damaged]
             by_step = Scan(tuple(files), ()).by_step()
             candidates = _candidates(by_step.values())
+            kept = {by_step[step].path for step in retention.kept(candidates, rules)}
+            superseded = [
+                file
+                for file in files
+                if file.path not in kept and file.path != written and _identity(file) != resumed_from
+            ]
+            # The final of a step has to be good before its periodic twin goes.
+            relied_on = retention.counted(candidates, rules) | {file.step for file in superseded}
             unknown = [
-                by_step[step]
-                for step in retention.counted(candidates, rules)
-                if _identity(by_step[step]) not in session.good
+                file
+                for file in [*(by_step[step] for step in relied_on), *superseded]
+                if _identity(file) not in session.good
             ]
             if not unknown:
                 break
             for file in unknown:
                 self._judge(file)
-        keep = {by_step[step].path for step in retention.kept(candidates, rules)}
-        superseded = [file for file in files if file.path not in keep and not self._protected(file, by_step)]
         storage.remove([file.path for file in superseded])
         remaining = {file.step for file in files if file not in superseded}
         return sorted({file.step for file in superseded} - remaining)
-
-    def _protected(self, file: CheckpointFile, by_step: dict[int, CheckpointFile]) -> bool:
-        session = self._session
-        newest = max(by_step)
-        if _identity(file) == session.resumed_from and file.step >= newest:
-            return True
-        # The periodic twin of a final goes only once the final is known to be whole.
-        winner = by_step[file.step]
-        return winner is not file and _identity(winner) not in session.good
 
     def _judge(self, file: CheckpointFile) -> None:
         try:
@@ -331,9 +336,9 @@ class CheckpointManager:
         for file in files:
             try:
                 if isinstance(file, DamagedFile):
-                    raise CorruptCheckpoint(file.reason, path=file.path)
+                    raise file.error
                 read, loaded = image.read(file.path, framework=framework)
-            except (CorruptCheckpoint, UnsupportedVersion) as error:
+            except CorruptCheckpoint as error:
                 reasons.append(str(error))
                 continue
             for reason in reasons:
@@ -353,7 +358,7 @@ class CheckpointManager:
 
     def _mark_resumed(self, file: CheckpointFile) -> None:
         self._session.good.add(_identity(file))
-        self._session.resumed_from = _identity(file)
+        self._session.resumed_from = file
 
     def _path_of(self, checkpoint: int | str | os.PathLike[str]) -> Path:
         if not isinstance(checkpoint, int):
@@ -361,11 +366,13 @@ class CheckpointManager:
         found = self.scan()
         file = found.by_step().get(checkpoint)
         if file is not None:
+            for damaged in found.damaged:
+                if damaged.step == checkpoint:
+                    warnings.warn(f"{damaged.error}; {file.path} is read", DistrustWarning, stacklevel=3)
             return file.path
         for damaged in found.damaged:
             if damaged.step == checkpoint:
-                store.read_header(damaged.path)  # says it best, a later version for one
-                raise CorruptCheckpoint(damaged.reason, path=damaged.path)
+                raise damaged.error
         raise CheckpointNotFound(
             f"{self.directory}: no checkpoint of step {checkpoint}; there are {_listed(found.by_step())}",
             path=self.directory,

@@ -9,6 +9,7 @@ it meanwhile cannot mix two files into one answer.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import stat
@@ -26,10 +27,18 @@ from distrust.checkpoint.format import (
     parse_header,
     tensor_hasher,
 )
-from distrust.errors import CheckpointError, CheckpointNotFound, CorruptCheckpoint, UnsupportedVersion
+from distrust.errors import (
+    CheckpointError,
+    CheckpointNotFound,
+    CheckpointUnreadable,
+    CorruptCheckpoint,
+    UnsupportedVersion,
+)
 
 RUN_SUBDIRECTORY = "checkpoints"
 READ_BLOCK_BYTES = 16 << 20
+#: Such a file may be whole: to fall back from it to an older one would lose what it holds.
+_NOT_THE_FILES_FAULT = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 _NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})(-final)?\.safetensors", re.ASCII)
 
 
@@ -94,17 +103,22 @@ class CheckpointFile:
 
 @dataclass(frozen=True, slots=True)
 class DamagedFile:
-    """A file named as a checkpoint that is none.
+    """A file named as a checkpoint that this program cannot take for one.
 
     Attributes:
         path: where it is.
         step: by its name.
-        reason: what is wrong with it.
+        error: what is wrong with it: damaged, or of a later version.
     """
 
     path: Path
     step: int
-    reason: str
+    error: CorruptCheckpoint | UnsupportedVersion
+
+    @property
+    def reason(self) -> str:
+        """What is wrong with it, without the path."""
+        return str(self.error).removeprefix(f"{self.path}: ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +203,8 @@ def read_header(path: Path) -> CheckpointFile:
 
     Raises:
         CheckpointNotFound: if there is no such file.
-        CorruptCheckpoint: if it is damaged, or cannot be read.
+        CorruptCheckpoint: if it is damaged.
+        CheckpointUnreadable: if this process cannot read it.
         UnsupportedVersion: if a later version of the format wrote it.
     """
     with opened(path) as (_, header):
@@ -236,7 +251,8 @@ def opened(path: Path) -> Iterator[tuple[int, Header]]:
 
     Raises:
         CheckpointNotFound: if there is no such file.
-        CorruptCheckpoint: if it is damaged, or cannot be read.
+        CorruptCheckpoint: if it is damaged.
+        CheckpointUnreadable: if this process cannot read it.
         UnsupportedVersion: if a later version of the format wrote it.
     """
     descriptor = -1
@@ -252,6 +268,8 @@ def opened(path: Path) -> Iterator[tuple[int, Header]]:
     except FileNotFoundError:
         raise CheckpointNotFound(f"{path}: no such checkpoint", path=path) from None
     except OSError as error:
+        if error.errno in _NOT_THE_FILES_FAULT:
+            raise CheckpointUnreadable(f"{path}: cannot be read: {error.strerror}", path=path) from error
         raise CorruptCheckpoint(f"it cannot be read: {error.strerror}", path=path) from error
     except CorruptCheckpoint as error:
         raise CorruptCheckpoint(error.reason, path=path, tensor=error.tensor) from None
@@ -282,14 +300,15 @@ def _read_listed(path: Path, step: int, kind: Kind) -> CheckpointFile | DamagedF
     try:
         file = read_header(path)
         if (file.step, file.kind) != (step, kind):
-            raise CorruptCheckpoint(f"it holds step {file.step} ({file.kind}), not what its name says")
+            reason = f"it holds step {file.step} ({file.kind}), not what its name says"
+            raise CorruptCheckpoint(reason, path=path)
         _ = file.header.sections, file.header.run_info  # readable, too
     except CheckpointNotFound:
-        return DamagedFile(path, step, "a link to nothing") if path.is_symlink() else None
-    except CorruptCheckpoint as error:
-        return DamagedFile(path, step, error.reason)
-    except UnsupportedVersion as error:
-        return DamagedFile(path, step, str(error).removeprefix(f"{path}: "))
+        if not path.is_symlink():
+            return None
+        return DamagedFile(path, step, CorruptCheckpoint("a link to nothing", path=path))
+    except (CorruptCheckpoint, UnsupportedVersion) as error:
+        return DamagedFile(path, step, error)
     return file
 
 

@@ -61,7 +61,8 @@ class ConsoleReporter:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._bar.stop()
+        if self._live:  # else it would end the lines with an empty one
+            self._bar.stop()
 
     def __call__(self, event: Event) -> None:
         """Show an event."""

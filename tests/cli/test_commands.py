@@ -1,0 +1,240 @@
+"""The commands on files, and what all commands have in common."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from distrust.cli import COMMANDS
+
+HEX = re.compile("[0-9a-f]{64}")
+
+
+def damage(path):
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    """The run, to be spoiled."""
+    return shutil.copytree(finished, tmp_path / "copy")
+
+
+@pytest.mark.parametrize("verb", COMMANDS)
+def test_each_command_has_help_with_examples(distrust, verb):
+    given = distrust(verb, "--help")
+    assert given.code == 0
+    assert given.err == ""
+    _, _, examples = given.out.partition("examples:")
+    assert f"distrust {verb}" in examples
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h", "help"])
+def test_help_names_every_command(distrust, flag):
+    given = distrust(flag)
+    assert given.code == 0
+    for verb, what in COMMANDS.items():
+        assert f"  {verb}" in given.out
+        assert what in given.out
+    assert distrust().out == given.out
+    assert distrust().code == 2
+
+
+def test_version(distrust):
+    from distrust import __version__
+
+    assert distrust("--version").out == f"distrust {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("typed", "hint"),
+    [("trian", "did you mean train?"), ("lss", "did you mean ls?"), ("xyz", "there are demo, ")],
+)
+def test_an_unknown_command(distrust, typed, hint):
+    given = distrust(typed)
+    assert (given.code, given.out) == (2, "")
+    assert given.err.startswith(f"distrust: no command {typed!r}; {hint}")
+    assert given.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["ls"], ["show"], ["verify"], ["diff", "a"], ["ls", "--nonsense", "a"], ["show", "a", "--step", "x"]],
+)
+def test_bad_usage(distrust, arguments):
+    given = distrust(*arguments)
+    assert (given.code, given.out) == (2, "")
+    assert f"usage: distrust {arguments[0]}" in given.err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["ls"], ["show"], ["verify"], ["diff", "here"], ["generate", "--prompt", "a"]]
+)
+def test_nothing_of_that_name(distrust, finished, tmp_path, arguments):
+    verb, *more = [str(finished) if argument == "here" else argument for argument in arguments]
+    given = distrust(verb, *more, tmp_path / "nowhere")
+    assert (given.code, given.out) == (1, "")
+    what = "no such file or directory" if verb in ("ls", "verify") else "no such checkpoint"
+    assert given.err == f"distrust: {tmp_path}/nowhere: {what}\n"
+
+
+@pytest.mark.parametrize("verb", ["show", "verify", "generate"])
+def test_a_folder_without_checkpoints(distrust, tmp_path, verb):
+    given = distrust(verb, tmp_path)
+    assert (given.code, given.out) == (1, "")
+    assert given.err == f"distrust: {tmp_path}: no checkpoints here\n"
+
+
+def test_ls_of_a_folder_without_checkpoints(distrust, tmp_path):
+    assert distrust("ls", tmp_path).out == f"no checkpoints in {tmp_path}\n"
+    assert json.loads(distrust("ls", tmp_path, "--json").out) == []
+
+
+def test_ls(distrust, finished):
+    given = distrust("ls", finished, "--json")
+    assert (given.code, given.err) == (0, "")
+    rows = json.loads(given.out)
+    assert [(row["step"], row["kind"]) for row in rows] == [(2, "periodic"), (4, "periodic"), (6, "final")]
+    for row in rows:
+        assert list(row) == ["step", "kind", "path", "bytes", "created", "metrics"]
+        path = finished / "checkpoints" / row["path"].rpartition("/")[2]
+        assert row["path"] == str(path)
+        assert row["bytes"] == path.stat().st_size
+        assert re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d", row["created"])
+        assert isinstance(row["metrics"]["loss"], float)
+    for target in (finished / "checkpoints", finished):
+        lines = distrust("ls", target).out.splitlines()
+        assert [line.split()[0] for line in lines] == ["step", "2", "4", "6"]
+    (row,) = json.loads(distrust("ls", rows[1]["path"], "--json").out)
+    assert row == rows[1]
+
+
+def test_ls_says_what_is_damaged(distrust, copy):
+    path = copy / "checkpoints" / "checkpoint-4.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    given = distrust("ls", copy, "--json")
+    assert given.code == 0
+    assert [row["step"] for row in json.loads(given.out)] == [2, 6]
+    assert given.err.startswith(f"distrust: warning: {path}: damaged: ")
+    assert given.err.count("\n") == 1
+
+
+def test_show(distrust, finished):
+    path = finished / "checkpoints" / "checkpoint-6-final.safetensors"
+    given = distrust("show", finished, "--json")
+    assert (given.code, given.err) == (0, "")
+    shown = json.loads(given.out)
+    wanted = {"path", "step", "kind", "digest", "state_digest", "metadata", "tensors"}
+    assert set(shown) == wanted | {"config", "run"}
+    assert (shown["path"], shown["step"], shown["kind"]) == (str(path), 6, "final")
+    assert HEX.fullmatch(shown["digest"])
+    assert HEX.fullmatch(shown["state_digest"])
+    assert shown["metadata"]["tokens_seen"] > 0
+    assert shown["config"]["lora_rank"] == 4
+    for tensor in shown["tensors"]:
+        assert list(tensor) == ["name", "dtype", "shape", "digest"]
+        assert HEX.fullmatch(tensor["digest"])
+    names = {tensor["name"].partition(".")[0] for tensor in shown["tensors"]}
+    assert names == {"model", "optimizer", "rng", "history"}
+    for target in (finished / "checkpoints", path):
+        assert json.loads(distrust("show", target, "--json").out) == shown
+    for_people = distrust("show", finished, "--tensors").out
+    assert shown["state_digest"] in for_people
+    assert all(tensor["name"] in for_people for tensor in shown["tensors"])
+
+
+def test_show_of_a_step(distrust, finished):
+    assert json.loads(distrust("show", finished, "--step", 4, "--json").out)["step"] == 4
+    given = distrust("show", finished, "--step", 5)
+    assert (given.code, given.err) == (
+        1,
+        f"distrust: {finished}: no checkpoint of step 5; there are 2, 4, 6\n",
+    )
+
+
+def test_verify(distrust, finished, copy):
+    given = distrust("verify", finished)
+    assert given.code == 0
+    assert given.out.count(": ok\n") == 3
+    path = copy / "checkpoints" / "checkpoint-4.safetensors"
+    damage(path)
+    given = distrust("verify", copy)
+    assert given.code == 1
+    assert given.out.count(": ok\n") == 2
+    assert f"{path}: DAMAGED: tensor " in given.out
+    rows = json.loads(distrust("verify", copy, "--json").out)
+    assert [row["ok"] for row in rows] == [True, False, True]
+    assert [list(row) for row in rows] == [["path", "ok", "reason"]] * 3
+    assert "is damaged (bytes" in rows[1]["reason"]
+    assert distrust("verify", path).code == 1
+    assert distrust("verify", finished, path).code == 1
+    assert distrust("verify", finished, copy / "checkpoints" / "checkpoint-2.safetensors").code == 0
+
+
+@pytest.mark.parametrize("verb", ["show", "ls"])
+def test_a_file_that_is_no_checkpoint(distrust, tmp_path, verb):
+    path = tmp_path / "notes.txt"
+    path.write_text("buy milk and a whole lot of other things\n" * 9)
+    given = distrust(verb, path)
+    assert (given.code, given.out) == (1, "")
+    assert given.err.startswith(f"distrust: {path}: ")
+    assert given.err.count("\n") == 1
+    assert distrust("verify", path).code == 1
+
+
+def test_diff(distrust, finished, copy):
+    same = distrust("diff", finished, copy / "checkpoints" / "checkpoint-6-final.safetensors")
+    assert same.code == 0
+    assert same.out.endswith("equal: the states are the same, bit for bit\n")
+    shown = json.loads(distrust("diff", finished, copy, "--json").out)
+    assert (shown["equal"], shown["differences"]) == (True, [])
+
+    older = finished / "checkpoints" / "checkpoint-4.safetensors"
+    given = distrust("diff", finished, older)
+    assert given.code == 1
+    assert "state step: 6 -> 4\n" in given.out
+    shown = json.loads(distrust("diff", finished, older, "--json").out)
+    assert set(shown) == {"equal", "a", "b", "differences"}
+    assert shown["equal"] is False
+    assert (shown["a"]["step"], shown["b"]["step"]) == (6, 4)
+    names = {(row["what"], row["name"]) for row in shown["differences"]}
+    assert ("state", "step") in names
+    assert ("state", "metadata.tokens_seen") in names
+    assert ("tensor", "history.loss") in names
+    assert any(what == "tensor" and "lora_A" in name for what, name in names)
+    assert not any("config" in name for _, name in names)
+
+
+def test_diff_reads_headers_only(distrust, copy, finished):
+    damage(copy / "checkpoints" / "checkpoint-6-final.safetensors")
+    assert distrust("diff", copy, finished).code == 0
+
+
+def test_the_commands_on_files_are_light(finished):
+    code = """
+import sys
+from distrust.cli import main
+for arguments in (["ls", RUN], ["show", RUN], ["show", RUN, "--json"], ["diff", RUN, RUN], ["verify", RUN]):
+    assert main(arguments) == 0
+heavy = {"numpy", "torch", "tyro", "asyncio", "rich", "transformers", "distrust.config"} & set(sys.modules)
+assert not heavy, heavy
+""".replace("RUN", repr(str(finished)))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("arguments", [["show", "--json"], ["ls"]])
+def test_a_reader_that_has_enough(start, finished, arguments):
+    """As ``distrust show RUN --json | head -1``: no traceback, and no remark at the interpreter's end."""
+    process = start(*arguments, finished)
+    process.stdout.close()
+    process.stdout = None
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (141, "")

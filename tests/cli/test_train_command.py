@@ -1,0 +1,287 @@
+"""``distrust train``: killed, stopped and refused as a user would meet it; and ``distrust generate``."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+import time
+
+import pytest
+
+from conftest import train_arguments
+from distrust import CheckpointManager
+from models import make_model, write_records
+
+#: Long enough to be killed in the middle.
+LONG = ["--max-steps", 150, "--save-every", 3, "--lora-dropout", 0.1, "--gradient-accumulation", 2]
+
+
+def digest_of(run):
+    (final,) = (run / "checkpoints").glob("*-final.safetensors")
+    return CheckpointManager(run / "checkpoints").inspect(final).state_digest
+
+
+def wait_for_step(run, step, process):
+    """Until a checkpoint of that step or a later one stands."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        steps = [int(path.stem.split("-")[1]) for path in (run / "checkpoints").glob("checkpoint-*")]
+        if steps and max(steps) >= step:
+            return max(steps)
+        time.sleep(0.005)
+    raise AssertionError(f"no checkpoint of step {step}")
+
+
+def test_killed_stopped_and_run_again_it_ends_as_if_left_alone(distrust, start, folder, tmp_path):
+    assert distrust(*train_arguments(folder, tmp_path / "alone", *LONG)).code == 0
+    command = train_arguments(folder, tmp_path / "killed", *LONG)
+
+    process = start(*command)
+    reached = wait_for_step(tmp_path / "killed", 6, process)
+    time.sleep(random.uniform(0, 0.3))
+    process.send_signal(signal.SIGKILL)
+    assert process.wait(60) == -signal.SIGKILL
+    assert not list((tmp_path / "killed").rglob("*-final*"))
+
+    process = start(*command)
+    wait_for_step(tmp_path / "killed", reached + 21, process)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (128 + signal.SIGTERM, "")
+    assert "going on after step " in out
+    (step,) = [line.split()[5] for line in out.splitlines() if line.startswith("stopped by signal 15: step ")]
+    assert f"stopped by signal 15: step {step} is saved. The same command goes on from there" in out
+    assert CheckpointManager(tmp_path / "killed" / "checkpoints").list_checkpoints()[-1] == int(step)
+
+    ended = distrust(*command)
+    assert (ended.code, ended.err) == (0, "")
+    assert f"going on after step {step}, from " in ended.out
+    assert digest_of(tmp_path / "killed") == digest_of(tmp_path / "alone")
+    assert f"state digest {digest_of(tmp_path / 'alone')}" in ended.out
+
+    again = distrust(*command)
+    assert (again.code, again.err) == (0, "")
+    assert "nothing to do: the run finished at step 150\n" in again.out
+    assert digest_of(tmp_path / "alone") in again.out
+
+
+def test_plain_lines_where_the_output_is_no_terminal(distrust, folder, tmp_path):
+    given = distrust(*train_arguments(folder, tmp_path / "run", "--log-every", 2))
+    assert (given.code, given.err) == (0, "")
+    assert "\x1b" not in given.out
+    assert "\r" not in given.out
+    lines = given.out.splitlines()
+    steps = [line.split(":")[0] for line in lines if line.startswith("step ") and "loss" in line]
+    assert steps == ["step 1/6", "step 2/6", "step 4/6", "step 6/6"]
+    saved = [line for line in lines if ": saving " in line]
+    assert [line.split(":")[0] for line in saved] == ["step 2", "step 4", "step 6"]
+    assert any(line.startswith("finished at step 6 in ") for line in lines)
+    assert lines[-1] == f"state digest {digest_of(tmp_path / 'run')}"
+
+
+def test_a_toml_file_says_the_same(distrust, folder, finished, tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text(
+        f'model = "{folder / "model"}"\ndata = "{folder / "data.jsonl"}"\nout = "elsewhere"\n'
+        "max_steps = 6\nbatch_size = 2\nlora_rank = 4\nsave_every = 3\nthreads = 1\n"
+    )
+    given = distrust("train", "--config", file, "--out", tmp_path / "run", "--save-every", "2")
+    assert given.code == 0
+    assert CheckpointManager(tmp_path / "run" / "checkpoints").list_checkpoints() == [2, 4, 6]
+    assert digest_of(tmp_path / "run") == digest_of(finished)
+
+
+RECORD = '{"text": "ore", "authority_weight": 0.1, "provenance_entropy": 1.0}'
+WRONG_LINES = {
+    "no JSON": ('{"text": ', "invalid JSON at column"),
+    "no object": ("[1]", "a list, not a JSON object"),
+    "not a string": ('{"text": 3, "authority_weight": 0.1, "provenance_entropy": 1}', "text: a number"),
+    "no weight": ('{"text": "a", "provenance_entropy": 1}', "authority_weight: missing"),
+    "too much weight": (RECORD.replace("0.1", "1.5"), "authority_weight: 1.5 is outside"),
+    "no entropy": ('{"text": "a", "authority_weight": 0.1}', "provenance_entropy: missing"),
+    "negative entropy": (RECORD.replace("1.0", "-1"), "provenance_entropy: -1 is not"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_LINES)
+def test_a_wrong_record_is_one_line_and_the_next_try_works(distrust, folder, finished, tmp_path, kind):
+    line, what = WRONG_LINES[kind]
+    data = tmp_path / "data.jsonl"
+    good = (folder / "data.jsonl").read_text()
+    data.write_text(good + line + "\n")
+    command = train_arguments(folder, tmp_path / "run", "--data", data)
+    given = distrust(*command)
+    assert given.code == 1
+    assert given.err.splitlines() == [
+        f"distrust: {data}: 1 of 12 records are wrong",
+        *[text for text in given.err.splitlines() if text.startswith(f"{data}:12: ")],
+    ]
+    assert what in given.err
+    assert "Traceback" not in given.err
+    assert not list(tmp_path.rglob("*.safetensors"))
+    if kind == "no JSON":
+        data.write_text(good)
+        assert distrust(*command).code == 0
+        assert digest_of(tmp_path / "run") == digest_of(finished)
+
+
+FAILURES = {
+    "no data": (["--data", "nowhere.jsonl"], 1, "nowhere.jsonl: no such file"),
+    "a folder as data": (["--data", "."], 1, ".: is a directory"),
+    "a folder without a model": (["--model", "."], 1, "--model .: cannot be loaded: "),
+    "no such device": (["--device", "cuda"], 2, "--device cuda: not available here; available: cpu"),
+    "too long": (["--max-length", "999"], 2, "--max-length 999: the model sees 128 tokens at once"),
+    "no such module": (["--target-modules", "nothing"], 2, "--target-modules nothing: "),
+    "no config": (["--config", "no.toml"], 2, "--config no.toml: No such file or directory"),
+    "no such step": (["--from-step", "7"], 1, "no checkpoint of step 7"),
+}
+
+
+@pytest.mark.parametrize("kind", FAILURES)
+def test_a_failure_is_one_line(distrust, folder, tmp_path, monkeypatch, kind):
+    import torch
+
+    arguments, code, message = FAILURES[kind]
+    if kind == "no such device" and torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    monkeypatch.chdir(tmp_path)
+    given = distrust(*train_arguments(folder, tmp_path / "run", *arguments))
+    assert given.code == code
+    assert given.err.startswith("distrust: ")
+    assert message in given.err
+    assert given.err.count("\n") == 1
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_all_wrong_options_at_once(distrust, folder, tmp_path):
+    given = distrust(
+        *train_arguments(folder, tmp_path, "--batch-size", "0", "--alpha", "9", "--lambda", "-1")
+    )
+    assert given.code == 2
+    assert given.err.splitlines() == [
+        "distrust: --alpha is 9.0: give 2.3 to 3.0",
+        "--lambda is -1.0: give 0 or more",
+        "--batch-size is 0: give 1 or more",
+    ]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--no-such-flag", "1"],
+        ["--max-steps", "many"],
+        ["--max-steps", "1.5"],
+        ["--weighting", "double"],
+        ["--dtype", "float16"],
+        ["--max-steps"],
+        ["--config"],
+    ],
+)
+def test_bad_usage(distrust, tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    given = distrust("train", *arguments)
+    assert (given.code, given.out) == (2, "")
+    assert arguments[0] in given.err
+    assert "Traceback" not in given.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_changed_option_is_refused(distrust, folder, finished):
+    before = sorted(path.name for path in finished.rglob("*"))
+    given = distrust(*train_arguments(folder, finished, "--batch-size", 3, "--seed", 4))
+    assert given.code == 1
+    assert given.err.splitlines() == [
+        f"distrust: {finished}: this would not continue the run that is there:",
+        "  --batch-size was 2, is 3",
+        "  --seed was 0, is 4",
+        "give the options of that run, or another --out",
+    ]
+    assert sorted(path.name for path in finished.rglob("*")) == before
+
+
+def test_damaged_checkpoints(distrust, folder, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    paths = sorted((tmp_path / "run" / "checkpoints").glob("*.safetensors"), key=lambda path: path.name)
+    for path in paths[1:]:  # 4 and 6; 2 stays
+        path.write_bytes(path.read_bytes()[:-1])
+    given = distrust(*train_arguments(folder, tmp_path / "run"))
+    assert given.code == 0
+    assert given.err.count("warning: skipped a damaged checkpoint") == 2
+    assert "going on after step 2" in given.out
+    assert digest_of(tmp_path / "run") == digest_of(finished)
+    for path in (tmp_path / "run" / "checkpoints").glob("*.safetensors"):
+        path.write_bytes(b"")
+    given = distrust(*train_arguments(folder, tmp_path / "run"))
+    assert given.code == 1
+    assert "there are checkpoints, and none of them is whole" in given.err
+    assert "Traceback" not in given.err
+
+
+def test_a_loss_that_is_no_number(distrust, folder, tmp_path):
+    given = distrust(*train_arguments(folder, tmp_path, "--learning-rate", "1e30", "--warmup-steps", "0"))
+    assert given.code == 1
+    assert given.err.startswith("distrust: step 2: the ")
+    assert f"{folder / 'data.jsonl'}:" in given.err
+    assert given.err.count("\n") == 1
+
+
+def test_generate(distrust, finished):
+    given = distrust("generate", finished, "--prompt", "ore", "--prompt", "", "--max-new-tokens", 5, "--json")
+    assert (given.code, given.err) == (0, "")
+    rows = json.loads(given.out)
+    assert [list(row) for row in rows] == [["prompt", "checkpoint"]] * 2
+    assert [row["prompt"] for row in rows] == ["ore", ""]
+    step_2 = finished / "checkpoints" / "checkpoint-2.safetensors"
+    shown = distrust("generate", step_2, "--prompt", "ore", "--max-new-tokens", 5)
+    assert shown.code == 0
+    assert shown.out.startswith("ore\n  ")
+
+
+def test_generate_compares_with_the_base_model(distrust, folder, tmp_path):
+    command = train_arguments(folder, tmp_path, "--learning-rate", "0.05", "--warmup-steps", "0")
+    assert distrust(*command).code == 0
+    arguments = ["generate", tmp_path, "--compare", "--prompt", "salt", "--max-new-tokens", 24]
+    rows = json.loads(distrust(*arguments, "--json").out)
+    assert [list(row) for row in rows] == [["prompt", "base", "checkpoint"]]
+    assert rows[0]["base"] != rows[0]["checkpoint"]
+    lines = distrust(*arguments).out
+    assert "\n  base: " in lines
+    assert "\n  checkpoint: " in lines
+
+
+@pytest.mark.parametrize("value", ["0.7", "2"])
+def test_drawing_is_by_seed(distrust, finished, value):
+    arguments = ["generate", finished, "--prompt", "ore", "--temperature", value, "--max-new-tokens", 12]
+    first = distrust(*arguments, "--seed", 1).out
+    assert distrust(*arguments, "--seed", 1).out == first
+    assert distrust(*arguments, "--seed", 2).out != first
+
+
+def test_generate_refuses(distrust, finished, tmp_path):
+    assert distrust("generate", finished, "--prompt", "a", "--max-new-tokens", 0).code == 2
+    assert distrust("generate", finished, "--prompt", "a", "--temperature", "-1").code == 2
+    assert distrust("generate", finished, "--prompt", "a", "--temperature", "nan").code == 2
+    other = make_model(tmp_path / "other", seed=1)
+    given = distrust("generate", finished, "--prompt", "a", "--model", other)
+    assert given.code == 1
+    assert "was not trained on the weights of --model" in given.err
+
+
+def test_an_eval_set_tells_the_best(distrust, folder, tmp_path):
+    evaluation = write_records(tmp_path / "eval.jsonl", 4, seed=3)
+    given = distrust(
+        *train_arguments(
+            folder, tmp_path / "run", "--eval-data", evaluation, "--eval-every", 2, "--log-every", 2
+        )
+    )
+    assert given.code == 0
+    assert [line.split(":")[0] for line in given.out.splitlines() if ": eval loss " in line] == [
+        "step 2",
+        "step 4",
+        "step 6",
+    ]
+    for row in json.loads(distrust("ls", tmp_path / "run", "--json").out):
+        assert {"loss", "eval_loss"} <= set(row["metrics"])

@@ -1,0 +1,329 @@
+"""The options: each documented, typed, bounded and frozen by name; a file and a checkpoint say the same."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from dataclasses import fields, replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distrust import TrainConfig
+from distrust.cli.train import parse
+from distrust.config import flag, from_mapping, from_toml, key
+from distrust.errors import ConfigError
+
+#: What users' commands and files are written with: a name here is never taken away, and a new one is added
+#: here on purpose.
+OPTIONS = [
+    "model",
+    "data",
+    "out",
+    "eval_data",
+    "max_length",
+    "default_authority_weight",
+    "default_provenance_entropy",
+    "weighting",
+    "alpha",
+    "lambda",
+    "max_ratio",
+    "lora_rank",
+    "lora_alpha",
+    "lora_dropout",
+    "target_modules",
+    "max_steps",
+    "epochs",
+    "batch_size",
+    "gradient_accumulation",
+    "learning_rate",
+    "warmup_steps",
+    "schedule",
+    "schedule_steps",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "seed",
+    "dtype",
+    "device",
+    "threads",
+    "gradient_checkpointing",
+    "save_every",
+    "keep_last",
+    "keep_best",
+    "keep_every",
+    "metric",
+    "metric_mode",
+    "eval_every",
+    "log_every",
+    "from_step",
+    "branch",
+]
+
+NAMES = {field.name for field in fields(TrainConfig)}
+
+#: Two values of each option that it takes and one that it does not.
+VALUES = {
+    "model": ("a", "b"),
+    "data": ("a", "b"),
+    "out": ("a", "b"),
+    "eval_data": ("a", None),
+    "max_length": (2, None, 1),
+    "default_authority_weight": (0.99, 0.0, 1.0),
+    "default_provenance_entropy": (0.0, None, -0.1),
+    "weighting": ("off", "published", "on"),
+    "alpha": (2.3, 3.0, 3.1),
+    "lambda_": (0.0, 5.0, -0.1),
+    "max_ratio": (1.0, None, 0.9),
+    "lora_rank": (0, 64, -1),
+    "lora_alpha": (1.0, 1e-3, 0.0),
+    "lora_dropout": (0.0, 0.99, 1.0),
+    "target_modules": (("q_proj",), ("a", "b"), ()),
+    "max_steps": (1, None, 0),
+    "epochs": (1, 9, 0),
+    "batch_size": (1, 64, 0),
+    "gradient_accumulation": (1, 4, 0),
+    "learning_rate": (0.0, 1.0, -1e-9),
+    "warmup_steps": (0, 10**6, -1),
+    "schedule": ("linear", "constant", "step"),
+    "schedule_steps": (1, None, 0),
+    "weight_decay": (0.0, 0.5, float("nan")),
+    "adam_beta1": (0.0, 0.99, 1.0),
+    "adam_beta2": (0.0, 0.9999, -0.1),
+    "adam_epsilon": (1e-12, 1.0, 0.0),
+    "max_grad_norm": (0.0, 5.0, float("inf")),
+    "seed": (0, 2**63 - 1, -1),
+    "dtype": ("float32", "bfloat16", "float16"),
+    "device": ("cpu", "mps", "tpu"),
+    "threads": (1, None, 0),
+    "gradient_checkpointing": (True, False),
+    "save_every": (0, 7, -1),
+    "keep_last": (1, 7, 0),
+    "keep_best": (0, 7, -1),
+    "keep_every": (1, None, 0),
+    "metric": ("loss", "eval_loss"),
+    "metric_mode": ("max", "min", "most"),
+    "eval_every": (1, 7, 0),
+    "log_every": (1, 7, 0),
+    "from_step": (0, None, -1),
+    "branch": (None,),
+}
+
+
+def test_the_options_are_these():
+    assert [key(field.name) for field in fields(TrainConfig)] == OPTIONS
+    assert set(VALUES) == NAMES
+
+
+def test_every_option_says_what_it_changes():
+    assert {field.metadata["effect"] for field in fields(TrainConfig)} == {"result", "bits", "free"}
+    effects = [set(TrainConfig().with_effect(effect)) for effect in ("result", "bits", "free")]
+    assert sorted(name for names in effects for name in names) == sorted(OPTIONS)
+
+
+def test_every_option_has_its_doc_in_the_help(capsys):
+    with pytest.raises(SystemExit) as left:
+        parse(["--help"])
+    assert left.value.code == 0
+    out = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    shown = re.sub(r"[\s│]+", "", out)
+    source = inspect.getsource(TrainConfig)
+    docs = dict(re.findall(r'    (\w+): [^\n]*\n    """(.+?)"""', source, re.DOTALL))
+    assert set(docs) == NAMES
+    for name, doc in docs.items():
+        assert re.search(rf"{re.escape(flag(name))}\b", out), name
+        assert re.sub(r"\s+", "", doc) in shown, name
+    assert "--config" in out
+    assert "--lambda_" not in out
+    assert "distrust train --model ./my-model" in out
+
+
+def test_the_flags_of_everyday_use():
+    config = parse(
+        ["--model", "m", "--data", "d", "--out", "o", "--max-steps", "5", "--batch-size", "6", "--gradient-accumulation", "7", "--lora-rank", "8", "--lora-alpha", "9", "--learning-rate", "1e-3", "--warmup-steps", "11", "--save-every", "12", "--keep-last", "13", "--keep-best", "14", "--seed", "15", "--dtype", "bfloat16", "--device", "cpu", "--weighting", "published", "--alpha", "2.5", "--lambda", "0.4", "--max-ratio", "4", "--target-modules", "q_proj", "v_proj", "--gradient-checkpointing"]
+    )
+    assert config == TrainConfig(
+        model="m",
+        data="d",
+        out="o",
+        max_steps=5,
+        batch_size=6,
+        gradient_accumulation=7,
+        lora_rank=8,
+        lora_alpha=9.0,
+        learning_rate=1e-3,
+        warmup_steps=11,
+        save_every=12,
+        keep_last=13,
+        keep_best=14,
+        seed=15,
+        dtype="bfloat16",
+        device="cpu",
+        weighting="published",
+        alpha=2.5,
+        lambda_=0.4,
+        max_ratio=4.0,
+        target_modules=("q_proj", "v_proj"),
+        gradient_checkpointing=True,
+    )
+    assert parse([]) == TrainConfig()
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_bounds(name):
+    good, wrong = VALUES[name][:2], VALUES[name][2:]
+    for value in good:
+        assert getattr(TrainConfig(**{name: value}), name) == value
+    for value in wrong:
+        with pytest.raises(ConfigError) as error:
+            TrainConfig(**{name: value})
+        assert str(error.value).startswith(f"{flag(name)} is {value!r}: give ")
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", [name for name in VALUES if isinstance(getattr(TrainConfig(), name), float)])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_no_number_that_is_none(name, value):
+    with pytest.raises(ConfigError, match=re.escape(f"{flag(name)} is {value!r}")):
+        TrainConfig(**{name: value})
+
+
+def test_all_that_is_wrong_at_once():
+    with pytest.raises(ConfigError) as error:
+        TrainConfig(**{name: values[2] for name, values in VALUES.items() if len(values) > 2})
+    wrong = [line.split(" is ")[0] for line in str(error.value).splitlines()]
+    assert wrong == [flag(field.name) for field in fields(TrainConfig) if len(VALUES[field.name]) > 2]
+
+
+def test_a_branch_begins_somewhere_and_elsewhere():
+    with pytest.raises(ConfigError, match="--branch is 'b': say where it begins, with --from-step"):
+        TrainConfig(branch="b")
+    with pytest.raises(ConfigError, match=r"--branch is '\./a/': give another folder than --out"):
+        TrainConfig(out="a", branch="./a/", from_step=1)
+    assert TrainConfig(out="a", branch="b", from_step=1).branch == "b"
+
+
+configs = st.fixed_dictionaries({name: st.sampled_from(values[:2]) for name, values in VALUES.items()}).map(
+    lambda values: TrainConfig(**values)
+)
+
+
+def keys_of(config):
+    return {
+        name: value
+        for effect in ("result", "bits", "free")
+        for name, value in config.with_effect(effect).items()
+    }
+
+
+@given(configs)
+def test_there_and_back(config):
+    assert from_mapping(keys_of(config), where="here") == config
+
+
+@given(configs)
+def test_a_file_says_what_flags_say(config):
+    import tempfile
+    from pathlib import Path
+
+    def toml(value):
+        if isinstance(value, bool):
+            return str(value).lower()
+        return repr(list(value)) if isinstance(value, tuple) else repr(value)
+
+    lines = [f"{name} = {toml(value)}" for name, value in keys_of(config).items() if value is not None]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "run.toml")
+        path.write_text("\n".join(lines), encoding="utf-8")
+        assert from_toml(path) == replace(config, default_authority_weight=config.default_authority_weight)
+        assert parse(["--config", str(path)]) == config
+        assert parse(["--config", str(path), "--seed", "77"]) == replace(config, seed=77)
+
+
+def test_flags_win(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text('learning_rate = 1e-3\nbatch_size = 4\ntarget_modules = ["a"]\nlambda = 1\n')
+    config = parse(["--learning-rate", "5e-4", f"--config={file}", "--lambda", "0.25"])
+    assert (config.learning_rate, config.batch_size, config.lambda_) == (5e-4, 4, 0.25)
+    assert config.target_modules == ("a",)
+    # A flag that says the default wins too.
+    assert parse(["--config", str(file), "--batch-size", "8"]).batch_size == 8
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("learning-rate", "learning_rate"),
+        ("learningrate", "learning_rate"),
+        ("lambda_", "lambda"),
+        ("bach_size", "batch_size"),
+        ("max-steps", "max_steps"),
+    ],
+)
+def test_an_unknown_key_gets_the_nearest_name(typed, meant):
+    with pytest.raises(
+        ConfigError, match=re.escape(f"f.toml: unknown option {typed!r}; did you mean {meant}?")
+    ):
+        from_mapping({typed: 1}, where="f.toml")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [
+        ("batch_size", 1.5, "a whole number"),
+        ("batch_size", "4", "a whole number"),
+        ("batch_size", True, "a whole number"),
+        ("batch_size", None, "a whole number"),
+        ("learning_rate", "1e-4", "a number"),
+        ("learning_rate", True, "a number"),
+        ("model", 3, "a string"),
+        ("gradient_checkpointing", 1, "true or false"),
+        ("target_modules", "q_proj", "a list of strings"),
+        ("target_modules", [1], "a list of strings"),
+        ("weighting", "on", "one of off, published, monotone"),
+        ("weighting", 1, "one of off, published, monotone"),
+        ("dtype", ["float32"], "one of float32, bfloat16"),
+        ("max_steps", {}, "a whole number"),
+    ],
+)
+def test_a_value_of_a_wrong_type(name, value, wanted):
+    with pytest.raises(ConfigError) as error:
+        from_mapping({name: value}, where="f.toml")
+    assert str(error.value) == f"f.toml: {name} is {value!r}: give {wanted}"
+
+
+def test_all_that_is_wrong_in_a_file_at_once(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text('bach_size = 4\nseed = "x"\n[optimizer]\nlr = 1\n')
+    with pytest.raises(ConfigError) as error:
+        from_toml(file)
+    lines = str(error.value).splitlines()
+    assert len(lines) == 3
+    assert all(line.startswith(f"{file}: ") for line in lines)
+    file.write_text("alpha = 9.0\nbatch_size = 0\n")
+    with pytest.raises(ConfigError) as error:
+        from_toml(file)
+    assert str(error.value).splitlines() == [
+        f"{file}: --alpha is 9.0: give 2.3 to 3.0",
+        f"{file}: --batch-size is 0: give 1 or more",
+    ]
+
+
+@pytest.mark.parametrize("content", [b"a = ", b"\xff\xfe", b"a = 1\na = 2", None])
+def test_a_file_that_is_none(tmp_path, content):
+    file = tmp_path / "run.toml"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ConfigError) as error:
+        from_toml(file)
+    assert str(error.value).startswith(f"--config {file}: ")
+    assert "\n" not in str(error.value)
+
+
+def test_whole_numbers_are_numbers_too():
+    config = from_mapping({"lora_alpha": 16, "lambda": 1}, where="here")
+    assert type(config.lora_alpha) is float
+    assert type(config.lambda_) is float
