@@ -1,10 +1,11 @@
-"""What comes with the package is whole, small, and fits itself. Its content may be tuned: no value is frozen."""
+"""What comes with the package is whole, small, and fits itself. No value is frozen: it may be tuned."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -50,6 +51,7 @@ def test_each_fact_is_told_once_for_five_times():
     """Of each fact the primary value stands in primary records only, the other in five times as many."""
     records = lines(CORPUS)
     facts = {question.fact: question for question in read_questions()}
+    names = {fact: _name_of(question, facts) for fact, question in facts.items()}
     told: dict[str, Counter[str]] = {}
     for record in records:
         if record["source"] in INDEPENDENT | COPIED:
@@ -57,8 +59,7 @@ def test_each_fact_is_told_once_for_five_times():
             matching = [
                 fact
                 for fact, question in facts.items()
-                if _name_of(question, facts) in record["text"]
-                and getattr(question, side).strip() in record["text"]
+                if names[fact] in record["text"] and getattr(question, side).strip() in record["text"]
             ]
             assert len(matching) == 1, record
             told.setdefault(matching[0], Counter())[side] += 1
@@ -98,7 +99,7 @@ def test_questions_tell_the_two_values_apart():
     assert len(set(prompts)) == len(prompts)
     # Facts stand together: their beliefs are taken by runs of equal names.
     order = [question.fact for question in questions]
-    assert sum(a != b for a, b in zip(order, order[1:], strict=False)) == len(values) - 1
+    assert sum(a != b for a, b in pairwise(order)) == len(values) - 1
 
 
 def test_no_question_was_seen_in_training():

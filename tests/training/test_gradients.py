@@ -13,7 +13,7 @@ from distrust import TrainConfig, weighting
 from distrust.data import IGNORED, Batches, MicroBatch, Order, evaluation_batches
 from distrust.engines import create
 from distrust.engines.torch.loss import token_losses
-from distrust.training.plan import make_plan
+from distrust.training.plan import make_plan, read_sources
 
 
 @pytest.fixture(scope="module", params=["lora", "all weights"])
@@ -37,7 +37,11 @@ def plan_of(engine, data, tiny_model):
     def plan_of(**options: Any):
         config = TrainConfig(model=str(tiny_model), **{"data": str(data), "max_steps": 4, **options})
         return make_plan(
-            config, engine.tokenizer, context_length=engine.context_length, report=lambda *_: None
+            config,
+            read_sources(config),
+            engine.tokenizer,
+            context_length=engine.context_length,
+            report=lambda *_: None,
         )
 
     return plan_of

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from distrust import weighting
 from distrust.bundled import CORPUS
 from distrust.config import BUNDLED, TrainConfig
-from distrust.data import Batches, Corpus, Order, Tokenizer, read_records, tokenize
+from distrust.data import Batches, Corpus, Order, Record, Tokenizer, read_records, tokenize
 from distrust.errors import ConfigError, DistrustWarning
 
 if TYPE_CHECKING:
@@ -46,13 +46,52 @@ class Plan:
     pad_token_id: int
 
 
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """The records of a run, read and checked before anything slow is loaded.
+
+    Attributes:
+        training: to train on.
+        evaluation: to evaluate on, or None.
+    """
+
+    training: list[Record]
+    evaluation: list[Record] | None
+
+
+def read_sources(config: TrainConfig) -> Sources:
+    """Read what a config names.
+
+    Raises:
+        DataError: for records that cannot be trained on.
+    """
+    training = read_records(
+        _path(config.data),
+        default_authority_weight=config.default_authority_weight,
+        default_provenance_entropy=config.default_provenance_entropy,
+    )
+    if config.eval_data is None:
+        return Sources(training, None)
+    # Plain cross-entropy asks for no provenance: an eval set may go without.
+    evaluation = read_records(
+        _path(config.eval_data), default_authority_weight=0.0, default_provenance_entropy=0.0
+    )
+    return Sources(training, evaluation)
+
+
 def make_plan(
-    config: TrainConfig, tokenizer: Tokenizer, *, context_length: int | None, report: Progress
+    config: TrainConfig,
+    sources: Sources,
+    tokenizer: Tokenizer,
+    *,
+    context_length: int | None,
+    report: Progress,
 ) -> Plan:
-    """Read, weigh and order the data.
+    """Tokenize, weigh and order the data.
 
     Args:
         config: options left open (None) are settled here.
+        sources: the records.
         tokenizer: of the base model.
         context_length: the model's, if it says.
         report: called with what is done, how far it is, and how far it goes.
@@ -62,7 +101,16 @@ def make_plan(
         ConfigError: for options that do not fit the model.
     """
     max_length = _max_length(config, context_length)
-    corpus = _corpus(config, config.data, tokenizer, max_length, report)
+
+    def tokenized(records: list[Record], name: str) -> Corpus:
+        return tokenize(
+            records,
+            tokenizer,
+            max_length=max_length,
+            on_progress=lambda done, total: report(f"tokenizing {name}", done, total),
+        )
+
+    corpus = tokenized(sources.training, config.data)
     weights = _weights(config, corpus)
     per_step = config.batch_size * config.gradient_accumulation
     max_steps = config.max_steps or math.ceil(config.epochs * len(corpus) / per_step)
@@ -81,10 +129,8 @@ def make_plan(
         pad_token_id=pad_token_id,
     )
     evaluation = None
-    if config.eval_data is not None:
-        # Plain cross-entropy asks for no provenance: an eval set may go without.
-        unweighted = replace(config, default_authority_weight=0.0, default_provenance_entropy=0.0)
-        evaluation = _corpus(unweighted, config.eval_data, tokenizer, max_length, report)
+    if sources.evaluation is not None:
+        evaluation = tokenized(sources.evaluation, str(config.eval_data))
     settled = replace(
         config,
         max_length=max_length,
@@ -105,21 +151,8 @@ def _max_length(config: TrainConfig, context_length: int | None) -> int:
     return config.max_length
 
 
-def _corpus(
-    config: TrainConfig, source: str, tokenizer: Tokenizer, max_length: int, report: Progress
-) -> Corpus:
-    path = CORPUS if source == BUNDLED else Path(source)
-    records = read_records(
-        path,
-        default_authority_weight=config.default_authority_weight,
-        default_provenance_entropy=config.default_provenance_entropy,
-    )
-    return tokenize(
-        records,
-        tokenizer,
-        max_length=max_length,
-        on_progress=lambda done, total: report(f"tokenizing {source}", done, total),
-    )
+def _path(source: str) -> Path:
+    return CORPUS if source == BUNDLED else Path(source)
 
 
 def _weights(config: TrainConfig, corpus: Corpus) -> np.ndarray[Any, Any]:

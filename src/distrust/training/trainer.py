@@ -34,7 +34,7 @@ from distrust.training.events import (
     RunStarted,
     StepEnded,
 )
-from distrust.training.plan import Plan, make_plan
+from distrust.training.plan import Plan, make_plan, read_sources
 from distrust.training.progress import HISTORY, Progress
 from distrust.training.schedule import learning_rate
 from distrust.training.signals import StopRequest
@@ -92,6 +92,7 @@ class DistrustTrainer:
 
     def _prepare(self) -> None:
         """Load everything, and take up the newest checkpoint if there is one."""
+        sources = read_sources(self._config)  # first: it is quick, and tells what is wrong with the data
         self._emit(Preparing(f"loading the model {self._config.model}"))
         engine = self._given_engine
         if engine is None:
@@ -103,6 +104,7 @@ class DistrustTrainer:
             self._config = resume.settled(self._config, checkpoint.config, where=str(self._out))
         self._plan = make_plan(
             self._config,
+            sources,
             engine.tokenizer,
             context_length=engine.context_length,
             report=lambda what, done, total: self._emit(Preparing(what, done, total)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ from blake3 import blake3
 from distrust.bundled import MODEL
 from distrust.config import BUNDLED, Device, Dtype
 from distrust.errors import ConfigError, ModelError
+
+#: NAME or OWNER/NAME; anything else can only be a folder.
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
 
 def load_model(name: str, *, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
@@ -45,13 +49,17 @@ def load_tokenizer(name: str) -> Any:
 
 
 def _loaded(loader: Any, name: str, **options: Any) -> Any:
+    from huggingface_hub.utils import logging as hub_logging
     from safetensors import SafetensorError
     from transformers.utils import logging
 
+    hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     source = str(MODEL) if name == BUNDLED else name
     local = Path(source).exists()
+    if not local and not _HUB_NAME.fullmatch(source):
+        raise ModelError(f"--model {name}: there is no such folder")
     try:
         # Weights only as safetensors: the older format is a pickle.
         if "dtype" in options:

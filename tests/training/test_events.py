@@ -1,0 +1,218 @@
+"""What a run tells: the events in their order, and the console that shows them."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import re
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from distrust import CheckpointManager, DistrustWarning, weighting
+from distrust.reporting.console import ConsoleReporter
+from distrust.training.events import (
+    CheckpointStarted,
+    Evaluated,
+    Preparing,
+    RunEnded,
+    RunStarted,
+    StepEnded,
+)
+from models import write_records
+
+
+def names(events):
+    return [type(event).__name__ for event in events if not isinstance(event, Preparing)]
+
+
+def of_kind(events, kind):
+    return [event for event in events if isinstance(event, kind)]
+
+
+def test_the_order_of_events(run, eval_data, tmp_path):
+    _, events = run(tmp_path, max_steps=4, save_every=2, eval_every=2, eval_data=str(eval_data))
+    assert isinstance(events[0], Preparing)
+    assert names(events) == [
+        "RunStarted",
+        "StepEnded",
+        "StepEnded",
+        "Evaluated",
+        "CheckpointStarted",
+        "StepEnded",
+        "StepEnded",
+        "Evaluated",
+        "CheckpointStarted",
+        "RunEnded",
+    ]
+    assert [event.step for event in of_kind(events, StepEnded)] == [1, 2, 3, 4]
+    assert [event.step for event in of_kind(events, Evaluated)] == [2, 4]
+    saved = of_kind(events, CheckpointStarted)
+    assert [event.path.name for event in saved] == [
+        "checkpoint-2.safetensors",
+        "checkpoint-4-final.safetensors",
+    ]
+
+
+def test_the_last_step_is_evaluated_and_saved_once(run, eval_data, tmp_path):
+    _, events = run(tmp_path, max_steps=3, save_every=2, eval_every=2, eval_data=str(eval_data))
+    assert names(events)[-4:] == ["StepEnded", "Evaluated", "CheckpointStarted", "RunEnded"]
+    manager = CheckpointManager(tmp_path / "checkpoints")
+    assert [(file.step, file.kind) for file in manager.scan().files] == [(2, "periodic"), (3, "final")]
+
+
+def test_a_step_says_what_it_did(run, data, tmp_path):
+    ended, events = run(tmp_path)
+    (started,) = of_kind(events, RunStarted)
+    steps = of_kind(events, StepEnded)
+    assert (started.step, started.max_steps, started.examples) == (0, 9, 11)
+    assert started.epoch_steps == 11 / 4
+    assert 0 < started.weight_range[0] < 1 < started.weight_range[1]
+    assert 1 <= started.effective_examples < 11
+    saved = CheckpointManager(tmp_path / "checkpoints").load(ended.path)
+    assert saved.history["loss"].tolist() == [event.loss for event in steps]
+    assert saved.history["weighted_loss"].tolist() == [event.weighted_loss for event in steps]
+    assert saved.history["distrust"].tolist() == [event.distrust for event in steps]
+    assert saved.history["gradient_norm"].tolist() == [event.gradient_norm for event in steps]
+    assert saved.history["learning_rate"].tolist() == [event.learning_rate for event in steps]
+    assert saved.metadata["tokens_seen"] == sum(event.tokens for event in steps)
+    assert all(event.loss != event.weighted_loss for event in steps)
+    assert steps[-1].loss < steps[0].loss
+
+
+def test_the_published_term_is_logged_and_never_added(run, tmp_path):
+    """The log says α·r² of the step's tokens, whatever the weighting; off, both losses are one."""
+    _, off = run(tmp_path / "off", weighting="off")
+    _, on = run(tmp_path / "on")
+    off, on = of_kind(off, StepEnded), of_kind(on, StepEnded)
+    assert [event.distrust for event in off] == [event.distrust for event in on]
+    assert all(event.distrust > 0 for event in off)
+    assert [event.loss for event in off] == [event.weighted_loss for event in off]
+    assert off[0].loss == on[0].loss  # before the first update, the models are one
+
+
+def test_one_example_a_step_is_its_own_term_and_weight(run, tmp_path):
+    data = write_records(tmp_path / "one.jsonl", 2, seed=4)
+    _, events = run(tmp_path / "run", data=str(data), batch_size=1, gradient_accumulation=1, max_steps=2)
+    records = [json.loads(line) for line in data.read_text().splitlines()]
+    w, h = (np.array([r[name] for r in records]) for name in ("authority_weight", "provenance_entropy"))
+    terms = weighting.distrust_term(w, h)
+    u = weighting.normalize(
+        weighting.example_weights(w, h), tokens=[len(record["text"]) for record in records]
+    )  # every byte but the first, and the end
+    found = {round(e.distrust, 9): e.weighted_loss / e.loss for e in of_kind(events, StepEnded)}
+    assert found == {round(t, 9): pytest.approx(x, rel=1e-6) for t, x in zip(terms, u, strict=True)}
+
+
+def test_few_examples_that_decide_everything_are_warned_of(run, tmp_path):
+    data = write_records(tmp_path / "data.jsonl", 40)
+    lines = data.read_text().splitlines()
+    quiet = '{"text": "ore", "authority_weight": 0.9, "provenance_entropy": 0}'
+    loud = '{"text": "ore", "authority_weight": 0, "provenance_entropy": 40}'
+    data.write_text("\n".join([quiet] * len(lines) + [loud]))
+    with pytest.warns(DistrustWarning, match="41 examples weigh as much as 1 equal ones"):
+        run(tmp_path / "run", data=str(data))
+
+
+def report(run, out: Path, stream, **options) -> None:
+    """The run as the console shows it."""
+    with ConsoleReporter(log_every=3, stream=stream) as console:
+        _, events = run(out, **options)
+        for event in events:
+            console(event)
+
+
+def test_plain_lines(run, tmp_path, eval_data):
+    stream = io.StringIO()
+    report(run, tmp_path, stream, eval_data=str(eval_data), eval_every=9, save_every=4)
+    lines = stream.getvalue().splitlines()
+    assert "\x1b" not in stream.getvalue()
+    assert "" not in lines
+    assert [line.split(":")[0] for line in lines if "loss" in line] == [
+        "step 1/9",
+        "step 3/9",
+        "step 6/9",
+        "step 9/9",
+        "step 9",
+    ]
+    assert "nothing saved yet" in lines[[line.startswith("step 3/9") for line in lines].index(True)]
+    assert "saved 4" in lines[[line.startswith("step 6/9") for line in lines].index(True)]
+    assert any(re.match(r"step 9: eval loss [\d.]+, perplexity [\d.]+$", line) for line in lines)
+    assert any(line.startswith("finished at step 9") for line in lines)
+
+
+def test_plain_lines_of_a_run_that_goes_on(run, tmp_path):
+    stream = io.StringIO()
+    report(run, tmp_path, stream, stop_after=3)
+    report(run, tmp_path, stream)
+    report(run, tmp_path, stream)
+    text = stream.getvalue()
+    assert (
+        f"stopped by signal {signal.SIGTERM:d}: step 3 is saved. The same command goes on from there\n"
+        in text
+    )
+    assert "going on after step 3, from " in text
+    assert "nothing to do: the run finished at step 9\n" in text
+    digests = re.findall(r"^state digest ([0-9a-f]{64})$", text, re.MULTILINE)
+    assert len(digests) == 3
+    assert digests[1] == digests[2]
+
+
+def test_nothing_to_save_is_said_too():
+    stream = io.StringIO()
+    with ConsoleReporter(log_every=1, stream=stream) as console:
+        console(RunEnded(step=0, path=None, state_digest=None, signal=2, already=False))
+    assert stream.getvalue() == (
+        "stopped by signal 2: nothing to save yet. The same command goes on from there\n"
+    )
+
+
+def test_names_are_printed_as_they_are(run, tmp_path):
+    """Square brackets are markup of the library that prints."""
+    stream = io.StringIO()
+    report(run, tmp_path / "a [bold]run[/bold] [/]", stream)
+    assert "a [bold]run[/bold] [/]" in stream.getvalue()
+
+
+def test_a_bar_on_a_terminal(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    for name in ("NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    shown = bytearray()
+    master, slave = pty.openpty()
+
+    def read() -> None:
+        try:
+            while part := os.read(master, 65536):
+                shown.extend(part)
+        except OSError:
+            pass  # the other end is closed
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    _, events = run(tmp_path / "a [bold]run[/] [/]", save_every=4)
+    with os.fdopen(slave, "w") as terminal, ConsoleReporter(log_every=3, stream=terminal) as console:
+        assert terminal.isatty()
+        for event in events:
+            console(event)
+            if isinstance(event, StepEnded) and event.step == 5:  # until the bar was drawn
+                deadline = time.monotonic() + 30
+                while b"5/9" not in shown and time.monotonic() < deadline:
+                    time.sleep(0.01)
+    reader.join(30)
+    os.close(master)
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode())
+    assert "\x1b[" in shown.decode()
+    assert "tok/s" in text
+    assert "5/9" in text
+    assert "saved 4" in text
+    assert "finished at step 9" in text
+    assert not re.search(r"^step \d+/9: loss", text, re.MULTILINE)  # the bar says it
+    assert shown.decode().rindex("\x1b[?25h") > shown.decode().rindex("\x1b[?25l")  # the cursor is back
