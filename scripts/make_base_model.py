@@ -134,7 +134,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/base-model"), help="folder of the training")
     arguments = parser.parse_args()
     # bfloat16 halves what the package ships; the effect was measured from these very weights.
-    train_base(arguments.work).to(torch.bfloat16).save_pretrained(arguments.out)
+    model = train_base(arguments.work).to(torch.bfloat16)
+    model.config.use_cache = True  # training turned it off
+    model.save_pretrained(arguments.out)
     make_tokenizer(tokenizer_texts()).save_pretrained(arguments.out)
     print(f"wrote {arguments.out}")
 

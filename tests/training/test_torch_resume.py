@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 import signal
 import tempfile
 from pathlib import Path
@@ -272,7 +273,9 @@ def test_a_model_that_cannot_be_loaded_is_one_line(tmp_path, how):
     assert "\n" not in str(error.value)
 
 
-def test_a_model_that_is_nowhere(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ModelError, match=r"--model \./nowhere: cannot be loaded; there is no folder"):
-        create(TrainConfig(model="./nowhere", threads=1))
+@pytest.mark.parametrize("name", ["./nowhere", "nobody/nothing"])
+def test_a_model_that_is_nowhere(monkeypatch, name):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match=f"--model {re.escape(name)}: .*there is no") as error:
+        create(TrainConfig(model=name, threads=1))
+    assert "\n" not in str(error.value)
