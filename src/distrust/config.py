@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import tomllib
 import types
 from collections.abc import Mapping
@@ -26,6 +27,8 @@ from distrust.weighting import ALPHA, LAMBDA, Weighting
 
 #: As ``model`` or ``data``: the small ones that come with the package.
 BUNDLED = "bundled"
+
+FLOAT32_MAX = 3.4e38
 
 Effect = Literal["result", "bits", "free"]
 Dtype = Literal["float32", "bfloat16"]
@@ -157,6 +160,9 @@ class TrainConfig:
     """Folder of the new run, where `from_step` is not the newest checkpoint."""
 
     def __post_init__(self) -> None:
+        for name in ("model", "data", "out", "eval_data", "branch"):
+            if isinstance(getattr(self, name), os.PathLike):
+                object.__setattr__(self, name, os.fspath(getattr(self, name)))
         problems = [
             f"{flag(name)} is {getattr(self, name)!r}: {wanted}"
             for name, holds, wanted in _bounds(self)
@@ -247,11 +253,11 @@ def _bounds(c: TrainConfig) -> list[tuple[str, bool, str]]:
         ("epochs", c.epochs >= 1, "give 1 or more"),
         ("batch_size", c.batch_size >= 1, "give 1 or more"),
         ("gradient_accumulation", c.gradient_accumulation >= 1, "give 1 or more"),
-        ("learning_rate", _within(c.learning_rate, 0), "give 0 or more"),
+        ("learning_rate", _within(c.learning_rate, 0, FLOAT32_MAX), "give 0 or more, in float32's range"),
         ("warmup_steps", c.warmup_steps >= 0, "give 0 or more"),
         ("schedule", c.schedule in get_args(Schedule), f"give one of {', '.join(get_args(Schedule))}"),
         ("schedule_steps", c.schedule_steps is None or c.schedule_steps >= 1, "give 1 or more"),
-        ("weight_decay", _within(c.weight_decay, 0), "give 0 or more"),
+        ("weight_decay", _within(c.weight_decay, 0, FLOAT32_MAX), "give 0 or more, in float32's range"),
         ("adam_beta1", 0 <= c.adam_beta1 < 1, "give 0 to under 1"),
         ("adam_beta2", 0 <= c.adam_beta2 < 1, "give 0 to under 1"),
         ("adam_epsilon", c.adam_epsilon > 0 and finite(c.adam_epsilon), "give more than 0"),

@@ -296,3 +296,18 @@ def test_a_gradient_norm_that_is_no_number_stops_before_the_step(run, data, tmp_
     assert len(error.value.examples) == 4  # the whole global batch: any of them may be guilty
     assert all(example.startswith(f"{data}:") for example in error.value.examples)
     assert CheckpointManager(tmp_path / "checkpoints").list_checkpoints() == [2, 4]
+
+
+def test_an_update_that_leaves_infinities_is_never_saved(run, tmp_path):
+    """Loss and gradient of that step were finite: only its outcome is not."""
+
+    class Overflowing(ToyEngine):
+        def update(self, *, learning_rate):
+            super().update(learning_rate=learning_rate)
+            if self._updates == 4:
+                self._table[0, 0] = float("inf")
+
+    with pytest.raises(NonFiniteLoss, match=r"step 4: its update left weights .* step 2 is saved") as error:
+        run(tmp_path, engine=Overflowing())
+    assert error.value.step == 4
+    assert CheckpointManager(tmp_path / "checkpoints").list_checkpoints() == [2]

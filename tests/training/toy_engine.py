@@ -110,6 +110,9 @@ class ToyEngine:
         self._table -= (learning_rate * first / (np.sqrt(second) + EPSILON)).astype(np.float32)
         self._gradient[:] = 0
 
+    def is_finite(self) -> bool:
+        return all(np.isfinite(array).all() for array in self.state().model.values())
+
     def evaluate(self, batch: MicroBatch) -> Losses:
         return self._forward(batch, self._table)[0]
 

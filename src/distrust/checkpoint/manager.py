@@ -340,6 +340,8 @@ class CheckpointManager:
                 read, loaded = image.read(file.path, framework=framework)
             except CorruptCheckpoint as error:
                 reasons.append(str(error))
+                if isinstance(file, CheckpointFile):
+                    self._session.damaged.add(_identity(file))
                 continue
             for reason in reasons:
                 warnings.warn(f"skipped a damaged checkpoint: {reason}", DistrustWarning, stacklevel=3)

@@ -90,6 +90,9 @@ class Engine(Protocol):
     def update(self, *, learning_rate: float) -> None:
         """Make the optimizer step, and drop the gradients."""
 
+    def is_finite(self) -> bool:
+        """Whether everything that is trained, and its moments, is finite."""
+
     def evaluate(self, batch: MicroBatch) -> Losses:
         """Forward only, without dropout; changes nothing."""
 

@@ -21,8 +21,8 @@ from distrust.checkpoint import Checkpoint, CheckpointFile, CheckpointManager, P
 from distrust.checkpoint.store import RUN_SUBDIRECTORY
 from distrust.config import TrainConfig
 from distrust.data import IGNORED, MicroBatch, evaluation_batches
-from distrust.errors import ConfigError, CorruptCheckpoint, DistrustWarning, NonFiniteLoss
-from distrust.training import resume
+from distrust.errors import DistrustWarning, NonFiniteLoss
+from distrust.training import origin, resume
 from distrust.training.engine import Engine, EngineState, Losses
 from distrust.training.events import (
     CheckpointStarted,
@@ -38,6 +38,9 @@ from distrust.training.plan import Plan, make_plan, read_sources
 from distrust.training.progress import HISTORY, Progress
 from distrust.training.schedule import learning_rate
 from distrust.training.signals import StopRequest
+
+#: How many examples a message names; the error's attribute has them all.
+EXAMPLES_NAMED = 20
 
 
 class DistrustTrainer:
@@ -55,7 +58,7 @@ class DistrustTrainer:
         self._config = config
         self._given_engine = engine
         self._observers = tuple(observers)
-        self._out = Path(config.branch or config.out)
+        self._out = origin.folder(config)
         self._manager = CheckpointManager(
             self._out / RUN_SUBDIRECTORY,
             keep_last=config.keep_last,
@@ -66,6 +69,7 @@ class DistrustTrainer:
         )
         self._progress = Progress()
         self._saved_step: int | None = None
+        self._steps_made = 0
         self._engine: Engine
         self._plan: Plan
 
@@ -77,18 +81,19 @@ class DistrustTrainer:
         """
         with StopRequest() as stop, self._manager:
             self._manager.acquire()
-            finished = self._already_finished()
+            finished = origin.finished(self._config, self._manager)
             if finished is not None:
                 return self._ended(finished, stop, already=True)
             self._prepare()
             max_steps = self._plan.config.max_steps
             assert max_steps is not None  # noqa: S101 - settled by the plan
             while self._progress.step < max_steps and stop.signal is None:
+                self._steps_made += 1
                 self._step(self._progress.step + 1)
                 self._after_step(last=self._progress.step == max_steps)
             if self._saved_step != self._progress.step and self._progress.step > 0:
                 self._save(final=False)
-            return self._ended(self._newest(), stop, already=False)
+            return self._ended(self._newest(), stop, already=self._steps_made == 0 and stop.signal is None)
 
     def _prepare(self) -> None:
         """Load everything, and take up the newest checkpoint if there is one."""
@@ -99,7 +104,7 @@ class DistrustTrainer:
             # Bound late: the loop names no framework, and what it is handed comes from above it.
             engine = import_module("distrust.engines").create(self._config)
         self._engine = engine
-        checkpoint, origin = self._checkpoint_to_continue()
+        checkpoint, path = origin.find(self._config, self._manager, framework=engine.framework)
         if checkpoint is not None:
             self._config = resume.settled(self._config, checkpoint.config, where=str(self._out))
         self._plan = make_plan(
@@ -111,51 +116,7 @@ class DistrustTrainer:
         )
         if checkpoint is not None:
             self._take_up(checkpoint)
-        self._emit(self._started(origin))
-
-    def _checkpoint_to_continue(self) -> tuple[Checkpoint | None, Path | None]:
-        config, framework = self._config, self._engine.framework
-        found = self._manager.scan()
-        if found.files or found.damaged:
-            if config.from_step is None or config.branch is not None:
-                checkpoint = self._manager.load_latest(framework=framework)
-            else:
-                self._require_newest(config.from_step)
-                checkpoint = self._manager.load(config.from_step, framework=framework)
-            return checkpoint, self._manager.inspect(checkpoint.step).path
-        if config.from_step is None:
-            return None, None
-        source = CheckpointManager(Path(config.out) / RUN_SUBDIRECTORY)
-        checkpoint = source.load(config.from_step, framework=framework)
-        return checkpoint, source.inspect(config.from_step).path
-
-    def _require_newest(self, step: int) -> None:
-        newer = [other for other in self._manager.list_checkpoints() if other > step]
-        if newer:
-            raise ConfigError(
-                f"--from-step {step}: {self._out} has gone on to step {newer[-1]}, and two timelines never "
-                "share a folder; add --branch NEW_FOLDER"
-            )
-
-    def _already_finished(self) -> CheckpointFile | None:
-        """The final checkpoint of a run that has nothing left to do, found without loading a model."""
-        files = self._manager.scan().files
-        if not files or self._config.from_step is not None:
-            return None
-        newest = files[-1]
-        settled = resume.settled(self._config, newest.header.config, where=str(self._out))
-        run = newest.header.run_info.get("extra", {})
-        # Not given, it is as many as the epochs took, unless more of them are asked for now.
-        max_steps = settled.max_steps or (
-            run.get("max_steps") if run.get("epochs") == settled.epochs else None
-        )
-        if newest.kind != "final" or max_steps is None or newest.step < max_steps:
-            return None
-        try:
-            self._manager.validate(newest.path)
-        except CorruptCheckpoint:
-            return None  # the run goes on from the one before
-        return newest
+        self._emit(self._started(path))
 
     def _take_up(self, checkpoint: Checkpoint) -> None:
         resume.require_same_fingerprints(
@@ -231,6 +192,13 @@ class DistrustTrainer:
 
     def _save(self, *, final: bool) -> PendingSave:
         began = time.perf_counter()
+        if not self._engine.is_finite():
+            raise NonFiniteLoss(
+                f"step {self._progress.step}: its update left weights or moments that are not finite; "
+                f"it is not saved, and {self._last_saved()}. Lower --learning-rate or --weight-decay",
+                step=self._progress.step,
+                examples=self._examples(self._plan.batches.step(self._progress.step)),
+            )
         pending = self._manager.save_async(self._checkpoint(), final=final)
         self._saved_step = self._progress.step
         self._emit(CheckpointStarted(self._saved_step, pending.path, time.perf_counter() - began))
@@ -318,24 +286,27 @@ class DistrustTrainer:
         self, step: int, batches: Sequence[MicroBatch], losses: Sequence[Losses], norm: float
     ) -> None:
         """No step is made on a loss or gradient that is not finite, so none is ever saved."""
-        locations = self._plan.corpus.locations
-        drawn, bad = [], []
-        for batch, part in zip(batches, losses, strict=True):
-            for example, loss in zip(batch.examples, part.weighted, strict=True):
-                drawn.append(str(locations[example]))
-                if not math.isfinite(loss):
-                    bad.append(str(locations[example]))
+        drawn = self._examples(batches)
+        per_example = [loss for part in losses for loss in part.weighted]
+        bad = [name for name, loss in zip(drawn, per_example, strict=True) if not math.isfinite(loss)]
         if not bad and math.isfinite(norm):
             return
         what = "the loss" if bad else f"the gradient norm ({norm})"
         guilty = bad or drawn
-        kept = f"step {self._saved_step} is saved" if self._saved_step else "nothing was saved yet"
+        more = f" and {len(guilty) - EXAMPLES_NAMED} more" if len(guilty) > EXAMPLES_NAMED else ""
         raise NonFiniteLoss(
-            f"step {step}: {what} is not finite; the step was not made, and {kept}. "
-            f"Examples: {', '.join(guilty)}. Look at them, or lower --learning-rate",
+            f"step {step}: {what} is not finite; the step was not made, and {self._last_saved()}. "
+            f"Examples: {', '.join(guilty[:EXAMPLES_NAMED])}{more}. Look at them, or lower --learning-rate",
             step=step,
             examples=guilty,
         )
+
+    def _examples(self, batches: Sequence[MicroBatch]) -> list[str]:
+        locations = self._plan.corpus.locations
+        return [str(locations[example]) for batch in batches for example in batch.examples]
+
+    def _last_saved(self) -> str:
+        return f"step {self._saved_step} is saved" if self._saved_step else "nothing was saved yet"
 
     def _emit(self, event: Event) -> None:
         for observer in self._observers:

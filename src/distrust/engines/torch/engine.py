@@ -44,6 +44,7 @@ class TorchEngine:
             dtype=self._arithmetic if config.lora_rank else torch.float32,
             device=self._device,
         )
+        model.require_room_for(self._tokenizer, base, name=config.model)
         self._fingerprint = model.fingerprint(base)
         self._context_length: int | None = getattr(base.config, "max_position_embeddings", None)
         self._gradient_checkpointing = config.gradient_checkpointing
@@ -137,6 +138,12 @@ class TorchEngine:
             group["lr"] = learning_rate
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def is_finite(self) -> bool:
+        """Whether everything that is trained, and its moments, is finite."""
+        moments = (value for state in self._optimizer.state.values() for value in state.values())
+        return all(bool(torch.isfinite(tensor).all()) for tensor in (*self._trained.values(), *moments))
 
     @torch.no_grad()
     def evaluate(self, batch: MicroBatch) -> Losses:

@@ -48,6 +48,20 @@ def load_tokenizer(name: str) -> Any:
     return _loaded(AutoTokenizer, name)
 
 
+def require_room_for(tokenizer: Any, model: torch.nn.Module, *, name: str) -> None:
+    """Refuse a tokenizer whose tokens the model does not know.
+
+    Raises:
+        ModelError: saying how many are too many.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    if len(tokenizer) > rows:
+        raise ModelError(
+            f"--model {name}: its tokenizer has {len(tokenizer)} tokens, the model {rows}; "
+            "they do not belong together"
+        )
+
+
 def _loaded(loader: Any, name: str, **options: Any) -> Any:
     from huggingface_hub.utils import logging as hub_logging
     from safetensors import SafetensorError

@@ -1,0 +1,76 @@
+"""Where a run begins: at nothing, at its newest checkpoint, or at an older one on purpose."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from distrust.checkpoint import Checkpoint, CheckpointFile, CheckpointManager
+from distrust.checkpoint.arrays import Framework
+from distrust.checkpoint.store import RUN_SUBDIRECTORY
+from distrust.config import TrainConfig
+from distrust.errors import ConfigError, CorruptCheckpoint
+from distrust.training import resume
+
+
+def folder(config: TrainConfig) -> Path:
+    """The folder that the run writes into."""
+    return Path(config.branch or config.out)
+
+
+def finished(config: TrainConfig, manager: CheckpointManager) -> CheckpointFile | None:
+    """The final checkpoint of a run that has nothing left to do, found without loading a model.
+
+    Raises:
+        ResumeRefused: if the options are not those of the run.
+    """
+    files = manager.scan().files
+    if not files or config.from_step is not None:
+        return None
+    newest = files[-1]
+    settled = resume.settled(config, newest.header.config, where=str(folder(config)))
+    run = newest.header.run_info.get("extra", {})
+    if (run.get("model"), run.get("data")) != (settled.model, settled.data):
+        return None  # whether they are the same by another name takes loading them
+    # Not given, it is as many as the epochs took, unless more of them are asked for now.
+    max_steps = settled.max_steps or (run.get("max_steps") if run.get("epochs") == settled.epochs else None)
+    if newest.kind != "final" or max_steps is None or newest.step < max_steps:
+        return None
+    try:
+        manager.validate(newest.path)
+    except CorruptCheckpoint:
+        return None  # the run goes on from the one before
+    return newest
+
+
+def find(
+    config: TrainConfig, manager: CheckpointManager, *, framework: Framework
+) -> tuple[Checkpoint | None, Path | None]:
+    """The checkpoint that a run goes on from, read and verified, and where it is; or nothing.
+
+    A branch that has checkpoints of its own goes on from them: the same command again continues it, too.
+
+    Raises:
+        CheckpointError: if there are some and none is whole, or the one asked for is not there.
+        ConfigError: if an older one is asked for where newer ones stand.
+    """
+    found = manager.scan()
+    if found.files or found.damaged:
+        if config.from_step is None or config.branch is not None:
+            checkpoint = manager.load_latest(framework=framework)
+        else:
+            _require_newest(config.from_step, manager.list_checkpoints(), config.out)
+            checkpoint = manager.load(config.from_step, framework=framework)
+        return checkpoint, manager.inspect(checkpoint.step).path
+    if config.from_step is None:
+        return None, None
+    source = CheckpointManager(Path(config.out) / RUN_SUBDIRECTORY)
+    checkpoint = source.load(config.from_step, framework=framework)
+    return checkpoint, source.inspect(config.from_step).path
+
+
+def _require_newest(step: int, steps: list[int], out: str) -> None:
+    if any(other > step for other in steps):
+        raise ConfigError(
+            f"--from-step {step}: {out} has gone on to step {steps[-1]}, and two timelines never share a "
+            "folder; add --branch NEW_FOLDER"
+        )
