@@ -324,6 +324,15 @@ def test_a_later_version_is_refused_by_name(forge):
     (listed,) = forge.manager.scan().damaged
     assert "version 2" in listed.reason
     assert str(forge.path) not in listed.reason
+    # Nor is an older one taken in its place: that would lose what it holds.
+    with pytest.raises(UnsupportedVersion, match="version 2"):
+        forge.manager.load_latest()
+
+
+def test_a_flipped_bit_in_the_version_is_damage(forge):
+    """Not a later version: the header's digest tells."""
+    forge.put(forge.raw.replace(b'"version":"1"', b'"version":"3"'))
+    assert forge.outcomes() == [CorruptCheckpoint] * 3
 
 
 nodes = st.recursive(

@@ -34,6 +34,9 @@ from distrust.errors import CorruptCheckpoint, UnsupportedState, UnsupportedVers
 
 FORMAT = "distrust"
 VERSION = 1
+METADATA_KEYS = {
+    "format", "version", "step", "kind", "state", "run", "digests", "state_digest", "digest"
+}  # fmt: skip
 ALIGNMENT = 4096
 LENGTH_BYTES = 8
 #: The bound that other readers of the format set, too.
@@ -255,28 +258,20 @@ def parse_header(raw: bytes, file_size: int) -> Header:
     except UnicodeDecodeError:
         raise CorruptCheckpoint("the header is not UTF-8") from None
     fields = _load_json(text, "header")
-    metadata = _checked_metadata(fields)
-    data_offset = len(raw)
+    metadata = _metadata(fields)
+    _require_own_digest(fields, raw)
+    # Only now: a flipped bit in the version is damage, not a later version.
+    _require_version(metadata)
     header = Header(
         step=_integer(metadata["step"], "step"),
         kind=_kind(metadata["kind"]),
         state=metadata["state"],
         run=metadata["run"],
-        tensors=_tensors(fields, metadata["digests"], data_offset, file_size),
+        tensors=_tensors(fields, metadata["digests"], len(raw), file_size),
         state_digest=metadata["state_digest"],
         digest=metadata["digest"],
         file_size=file_size,
     )
-    try:
-        canonical = _frame(_encode(header), len(body))
-    except UnicodeEncodeError:
-        raise CorruptCheckpoint("the header holds lone surrogates") from None
-    # Another writer's extra keys or spaces would be bytes that no digest of ours covers.
-    if canonical != raw:
-        raise CorruptCheckpoint("the header is not in canonical form")
-    expected = blake3(_frame(_encode(replace(header, digest=NO_DIGEST)), len(body))).hexdigest()
-    if header.digest != expected:
-        raise CorruptCheckpoint("the header's digest does not match the header")
     if header.state_digest != state_digest(header.tensors, header.state):
         raise CorruptCheckpoint("the state's digest does not match the state")
     return header
@@ -361,24 +356,43 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-def _checked_metadata(fields: Any) -> dict[str, str]:
+def _metadata(fields: Any) -> dict[str, Any]:
     metadata = fields.get("__metadata__") if type(fields) is dict else None
     if type(metadata) is not dict or metadata.get("format") != FORMAT:
         raise CorruptCheckpoint("not a checkpoint of this library: its metadata names no format 'distrust'")
+    return metadata
+
+
+def _require_own_digest(fields: dict[str, Any], raw: bytes) -> None:
+    """Every version of the format keeps to this: canonical form, and the digest of it."""
+    blank = {**fields, "__metadata__": {**fields["__metadata__"], "digest": NO_DIGEST}}
+    length = len(raw) - LENGTH_BYTES
+    try:
+        canonical, blanked = (_frame(canonical_json(each).encode(), length) for each in (fields, blank))
+    except (UnicodeEncodeError, RecursionError):
+        raise CorruptCheckpoint("the header holds what no writer puts there") from None
+    if canonical != raw:
+        raise CorruptCheckpoint("the header is not in canonical form")
+    if fields["__metadata__"].get("digest") != blake3(blanked).hexdigest():
+        raise CorruptCheckpoint("the header's digest does not match the header")
+
+
+def _require_version(metadata: dict[str, Any]) -> None:
     version = _integer(metadata.get("version"), "version")
     if version > VERSION:
         raise UnsupportedVersion(
             f"written in version {version} of the format, this program reads up to {VERSION}: upgrade it"
         )
-    for name in ("step", "kind", "state", "run", "digests", "state_digest", "digest"):
-        if type(metadata.get(name)) is not str:
-            raise CorruptCheckpoint(f"the header has no {name}")
-    return metadata
+    if version < VERSION:
+        raise CorruptCheckpoint(f"there is no version {version} of the format")
+    if metadata.keys() != METADATA_KEYS or not all(type(value) is str for value in metadata.values()):
+        raise CorruptCheckpoint(f"the header's metadata is not {', '.join(sorted(METADATA_KEYS))}, all text")
 
 
 def _integer(text: Any, name: str) -> int:
     # 18 digits: no text of an unbounded length is ever parsed as a number.
-    if type(text) is not str or not text.isascii() or not text.isdigit() or len(text) > 18:
+    digits = type(text) is str and text.isascii() and text.isdigit() and len(text) <= 18
+    if not digits or text != str(int(text)):
         raise CorruptCheckpoint(f"the header's {name} is no whole number")
     return int(text)
 

@@ -24,6 +24,7 @@ import os
 import re
 import secrets
 import sys
+import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,7 @@ from typing import Any
 from distrust.errors import CheckpointDirectoryLocked, SaveFailed
 
 LOCK_NAME = ".lock"
+PATIENCE_SECONDS = 1.0
 _TEMPORARY_NAME = re.compile(r"\.checkpoint-[0-9]+(-final)?\.safetensors\.[0-9a-f]{16}\.tmp", re.ASCII)
 
 
@@ -156,19 +158,30 @@ class DirectoryLock:
             self._close()
 
     def _lock(self, descriptor: int) -> None:
-        # The note is for the message only: whether a lock is stale is the kernel's to know.
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(descriptor, 256, 0).decode(errors="replace").strip()
-            raise CheckpointDirectoryLocked(
-                f"{self._directory}: another writer holds this directory ({holder or 'starting up'}); "
-                "wait until it ends, stop it, or write elsewhere",
-                path=self._directory,
-            ) from None
+        # A killed writer lets go when the kernel has taken it apart, and a child that it had just forked when
+        # it runs for the first time: a restart right after the kill waits for that.
+        given_up = time.monotonic() + PATIENCE_SECONDS
+        while not _try_lock(descriptor):
+            if time.monotonic() > given_up:
+                # The note is for the message only: whether a lock is stale is the kernel's to know.
+                holder = os.pread(descriptor, 256, 0).decode(errors="replace").strip()
+                raise CheckpointDirectoryLocked(
+                    f"{self._directory}: another writer holds this directory ({holder or 'starting up'}); "
+                    "wait until it ends, stop it, or write elsewhere",
+                    path=self._directory,
+                )
+            time.sleep(PATIENCE_SECONDS / 20)
         with contextlib.suppress(OSError):  # a full disk has no room for it
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"pid {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 @functools.cache
