@@ -275,3 +275,82 @@ def test_a_failure_that_nobody_took_is_printed_at_exit(tmp_path, run_python):
 @pytest.mark.parametrize("how", ["taken", "closed"])
 def test_a_failure_that_somebody_took_is_not_printed_again(tmp_path, run_python, how):
     assert run_python(FAIL_AND_END, tmp_path, how).stderr == ""
+
+
+INTERRUPTED = """
+import sys, threading, time
+from distrust import Checkpoint, CheckpointManager
+from distrust.checkpoint import storage
+from distrust.errors import CheckpointDirectoryLocked
+
+written = threading.Event()
+honest = storage.sync
+
+def slow(descriptor):
+    written.wait()
+    honest(descriptor)
+
+storage.sync = slow
+try:
+    with CheckpointManager(sys.argv[1]) as manager:
+        manager.save_async(Checkpoint(step=1))
+        raise KeyboardInterrupt
+except KeyboardInterrupt:
+    pass
+try:
+    CheckpointManager(sys.argv[1]).acquire()
+except CheckpointDirectoryLocked:
+    print("still locked")
+written.set()
+"""
+
+
+def test_an_interrupt_leaves_the_lock_to_the_write_that_goes_on(tmp_path, run_python):
+    """Were it let go of, the next writer would sweep the file that is being written."""
+    done = run_python(INTERRUPTED, tmp_path)
+    assert done.stdout == "still locked\n", done.stderr
+    with CheckpointManager(tmp_path) as manager:
+        assert manager.load_latest().step == 1
+
+
+FORKED_CLONES = """
+import copy, os, sys
+from distrust import Checkpoint, CheckpointManager
+
+manager = CheckpointManager(sys.argv[1])
+clone = copy.copy(manager)
+child = os.fork()
+if child == 0:
+    manager.save(Checkpoint(step=1))
+    clone.save(Checkpoint(step=2))
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+print(manager.list_checkpoints())
+"""
+
+
+def test_clones_share_their_writer_in_a_forked_child_too(tmp_path, run_python):
+    done = run_python(FORKED_CLONES, tmp_path)
+    assert done.stdout == "[1, 2]\n", done.stderr
+
+
+HASHED_BEFORE_THE_FORK = """
+import os, sys
+import numpy as np
+from blake3 import blake3
+from distrust import Checkpoint, CheckpointManager
+
+blake3(bytes(32 << 20), max_threads=blake3.AUTO)  # somebody else's threads
+manager = CheckpointManager(sys.argv[1])
+child = os.fork()
+if child == 0:
+    manager.save(Checkpoint(step=1, model={"w": np.zeros(8 << 20)}))
+    manager.validate(1)
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_a_forked_child_does_not_wait_for_its_parents_threads(tmp_path, run_python):
+    done = run_python(HASHED_BEFORE_THE_FORK, tmp_path)
+    assert done.returncode == 0, done.stderr

@@ -22,7 +22,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property
 from math import prod
 from typing import Any, Literal
 
@@ -279,12 +279,16 @@ def parse_header(raw: bytes, file_size: int) -> Header:
 
 def tensor_hasher() -> blake3:
     """A digest that uses every core; in a forked child one, for its parent's threads would never answer."""
-    return blake3(max_threads=blake3.AUTO if _home_of_threads() == os.getpid() else 1)
+    return blake3(max_threads=1 if _forked else blake3.AUTO)
 
 
-@cache
-def _home_of_threads() -> int:
-    return os.getpid()
+def _remember_fork() -> None:
+    global _forked
+    _forked = True
+
+
+_forked = False
+os.register_at_fork(after_in_child=_remember_fork)
 
 
 def state_digest(tensors: Sequence[TensorInfo], state: str) -> str:

@@ -34,8 +34,13 @@ class _Session:
     """What the clones of a manager share: the lock, the writer, and what is known of the files."""
 
     def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.begin()
+
+    def begin(self) -> None:
+        """Know nothing and hold nothing: at first, and in a forked child."""
         self.process = os.getpid()
-        self.lock = storage.DirectoryLock(directory)
+        self.lock = storage.DirectoryLock(self.directory)
         self.writer = BackgroundWriter()
         self.mutex = threading.RLock()
         # Identified by name and header digest: a file replaced by another process is another file.
@@ -235,7 +240,9 @@ class CheckpointManager:
             try:
                 self._session.writer.settle()
             finally:
-                self._session.lock.release()
+                # An interrupted wait leaves a write under way: the next writer would sweep its file.
+                if self._session.writer.idle:
+                    self._session.lock.release()
 
     def __enter__(self) -> Self:
         return self
@@ -243,6 +250,8 @@ class CheckpointManager:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is KeyboardInterrupt and not self._session.writer.idle:
+            return  # whoever interrupts twice does not want to wait; the write, and the lock, go on
         self.close()
 
     def __copy__(self) -> CheckpointManager:
@@ -262,8 +271,7 @@ class CheckpointManager:
     @property
     def _session(self) -> _Session:
         if self._shared.process != os.getpid():
-            # A fork: neither the parent's lock nor its thread is here.
-            self._shared = _Session(self.directory)
+            self._shared.begin()  # a fork: neither the parent's lock nor its thread is here
         return self._shared
 
     def _prepare(self, checkpoint: Checkpoint, *, final: bool) -> tuple[Path, image.Image]:

@@ -78,6 +78,11 @@ class BackgroundWriter:
     def __init__(self) -> None:
         self._pending: PendingSave | None = None
 
+    @property
+    def idle(self) -> bool:
+        """Whether no write is under way."""
+        return self._pending is None or self._pending.done
+
     def start(self, path: Path, write: Callable[[], None]) -> PendingSave:
         """Run ``write`` in the background. The caller has called :meth:`settle` before."""
         future: Future[Path] = Future()

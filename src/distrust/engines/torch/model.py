@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from blake3 import blake3
 
 from distrust.bundled import MODEL
+from distrust.checkpoint.format import tensor_hasher
 from distrust.config import BUNDLED, Device, Dtype
 from distrust.errors import ConfigError, ModelError
 
@@ -111,7 +111,7 @@ def torch_dtype(dtype: Dtype) -> torch.dtype:
 
 def fingerprint(model: torch.nn.Module) -> str:
     """BLAKE3 over name, dtype, shape and bytes of each parameter: equal weights, equal fingerprint."""
-    hasher = blake3(max_threads=blake3.AUTO)
+    hasher = tensor_hasher()
     for name, parameter in sorted(model.named_parameters()):
         hasher.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
         host = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
