@@ -213,7 +213,7 @@ def test_all_that_is_wrong_at_once():
 def test_a_branch_begins_somewhere_and_elsewhere():
     with pytest.raises(ConfigError, match="--branch is 'b': say where it begins, with --from-step"):
         TrainConfig(branch="b")
-    with pytest.raises(ConfigError, match=r"--branch is '\./a/': give another folder than --out"):
+    with pytest.raises(ConfigError, match=r"--branch is '\./a/': give another one than --out"):
         TrainConfig(out="a", branch="./a/", from_step=1)
     assert TrainConfig(out="a", branch="b", from_step=1).branch == "b"
 

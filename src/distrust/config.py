@@ -18,23 +18,28 @@ import types
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
-from os.path import abspath
+from os.path import realpath
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from distrust.checkpoint.retention import MetricMode
 from distrust.errors import ConfigError
-from distrust.weighting import ALPHA, LAMBDA, Weighting
+from distrust.weighting import ALPHA, ALPHA_RANGE, LAMBDA, MAX_AUTHORITY_WEIGHT, Weighting
 
 #: As ``model`` or ``data``: the small ones that come with the package.
 BUNDLED = "bundled"
 
 FLOAT32_MAX = 3.4e38
 
+W_RANGE = (0, MAX_AUTHORITY_WEIGHT)
+#: Options that are names of files or folders.
+_PATHS = ("model", "data", "out", "eval_data", "branch")
+
 Effect = Literal["result", "bits", "free"]
 Dtype = Literal["float32", "bfloat16"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Schedule = Literal["cosine", "linear", "constant"]
-MetricMode = Literal["min", "max"]
+Metric = Literal["loss", "eval_loss"]
 
 
 def _option(default: Any, effect: Effect) -> Any:
@@ -146,7 +151,7 @@ class TrainConfig:
     """Checkpoints to keep by `metric`, besides."""
     keep_every: int | None = _free(None)
     """Keep each checkpoint whose step is a multiple of this, besides."""
-    metric: str = _free("eval_loss")
+    metric: Metric = _free("eval_loss")
     """Metric that tells the best checkpoint."""
     metric_mode: MetricMode = _free("min")
     """Whether a lower or a higher value of `metric` is better."""
@@ -160,7 +165,7 @@ class TrainConfig:
     """Folder of the new run, where `from_step` is not the newest checkpoint."""
 
     def __post_init__(self) -> None:
-        for name in ("model", "data", "out", "eval_data", "branch"):
+        for name in _PATHS:
             if isinstance(getattr(self, name), os.PathLike):
                 object.__setattr__(self, name, os.fspath(getattr(self, name)))
         problems = [
@@ -238,11 +243,16 @@ def _bounds(c: TrainConfig) -> list[tuple[str, bool, str]]:
         return math.isfinite(value)
 
     return [
+        *((name, getattr(c, name) != "", "give a name") for name in _PATHS),
         ("max_length", c.max_length is None or c.max_length >= 2, "give 2 or more"),
-        ("default_authority_weight", _within(c.default_authority_weight, 0, 0.99), "give 0 to 0.99"),
+        (
+            "default_authority_weight",
+            _within(c.default_authority_weight, *W_RANGE),
+            f"give up to {W_RANGE[1]}",
+        ),
         ("default_provenance_entropy", _within(c.default_provenance_entropy, 0), "give 0 or more"),
         ("weighting", c.weighting in get_args(Weighting), f"give one of {', '.join(get_args(Weighting))}"),
-        ("alpha", _within(c.alpha, 2.3, 3.0), "give 2.3 to 3.0"),
+        ("alpha", _within(c.alpha, *ALPHA_RANGE), f"give {ALPHA_RANGE[0]} to {ALPHA_RANGE[1]}"),
         ("lambda_", _within(c.lambda_, 0), "give 0 or more"),
         ("max_ratio", _within(c.max_ratio, 1), "give 1 or more"),
         ("lora_rank", c.lora_rank >= 0, "give 1 or more, or 0 to train all weights"),
@@ -270,12 +280,17 @@ def _bounds(c: TrainConfig) -> list[tuple[str, bool, str]]:
         ("keep_last", c.keep_last >= 1, "give 1 or more"),
         ("keep_best", c.keep_best >= 0, "give 0 or more"),
         ("keep_every", c.keep_every is None or c.keep_every >= 1, "give 1 or more"),
+        ("metric", c.metric in get_args(Metric), f"give one of {', '.join(get_args(Metric))}"),
         ("metric_mode", c.metric_mode in get_args(MetricMode), "give min or max"),
         ("eval_every", c.eval_every >= 1, "give 1 or more"),
         ("log_every", c.log_every >= 1, "give 1 or more"),
         ("from_step", c.from_step is None or c.from_step >= 0, "give 0 or more"),
         ("branch", c.branch is None or c.from_step is not None, "say where it begins, with --from-step"),
-        ("branch", c.branch is None or abspath(c.branch) != abspath(c.out), "give another folder than --out"),
+        (
+            "branch",
+            c.branch is None or realpath(c.branch) != realpath(c.out),
+            "give another one than --out",
+        ),
     ]
 
 

@@ -6,6 +6,7 @@
     ├── ModelError                      a base model or tokenizer that cannot be loaded or used
     ├── ResumeRefused                   going on would not continue the same run
     ├── NonFiniteLoss                   a loss or gradient norm that is not finite; the step was not made
+    ├── OutOfMemory                     a step that needs more memory than there is
     └── CheckpointError
         ├── CheckpointNotFound          no such checkpoint
         ├── CorruptCheckpoint           a file that is not what was written
@@ -80,6 +81,10 @@ class NonFiniteLoss(DistrustError):
         super().__init__(message)
         self.step = step
         self.examples = tuple(examples)
+
+
+class OutOfMemory(DistrustError):
+    """A step that needs more memory than there is. The step was not made."""
 
 
 class CheckpointError(DistrustError):

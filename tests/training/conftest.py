@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import pytest
 from toy_engine import ToyEngine
 
 from distrust import DistrustTrainer, TrainConfig
-from distrust.training.events import Event, RunEnded, StepEnded
+from distrust.training.events import Event, Observer, RunEnded, StepEnded
 from models import make_model, write_records
 
 
@@ -51,12 +51,17 @@ def run(data: Path) -> Run:
     """Runs the loop on a toy engine: ``run(out, stop_after=3, **options)`` gives the end and all events."""
 
     def run(
-        out: Path, *, stop_after: int | None = None, engine: ToyEngine | None = None, **options: Any
+        out: Path,
+        *,
+        stop_after: int | None = None,
+        engine: ToyEngine | None = None,
+        observers: Sequence[Observer] = (),
+        **options: Any,
     ) -> tuple[RunEnded, list[Event]]:
         events: list[Event] = []
         config = TrainConfig(out=str(out), **{**TOY, "data": str(data), **options})
         trainer = DistrustTrainer(
-            config, engine=engine or ToyEngine(), observers=[events.append, Stopper(stop_after)]
+            config, engine=engine or ToyEngine(), observers=[events.append, Stopper(stop_after), *observers]
         )
         return trainer.train(), events
 

@@ -72,7 +72,7 @@ def test_stopped_anywhere_it_ends_as_if_left_alone(run, eval_data, stops, save_e
 def test_died_anywhere_it_ends_as_if_left_alone(run, died_after, save_every):
     """As after SIGKILL: only what the last checkpoint holds is there (the real one is in tests/cli)."""
 
-    class Died(Exception):
+    class Died(BaseException):  # nothing that the loop could answer by saving
         pass
 
     def die(event):

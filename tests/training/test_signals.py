@@ -125,6 +125,9 @@ def test_a_second_interrupt_damages_nothing(run, data, tmp_path):
     )
     with pytest.raises(KeyboardInterrupt):
         DistrustTrainer(config, engine=ToyEngine(), observers=[twice]).train()
+    for thread in threading.enumerate():
+        if thread.name.startswith("save "):
+            thread.join()  # the write goes on behind
     manager = CheckpointManager(tmp_path / "left" / "checkpoints")
     assert manager.list_checkpoints() == [2, 4]
     manager.validate(4)

@@ -82,6 +82,8 @@ class ToyEngine:
         self.threads_restored = recorded["threads"]
 
     def begin_micro_step(self, *, seed: int, step: int, micro_step: int) -> None:
+        if micro_step == 0:
+            self._gradient[:] = 0
         self._rng = np.random.default_rng([seed, step, micro_step])
 
     def micro_step(self, batch: MicroBatch, *, tokens: int) -> Losses:

@@ -43,10 +43,21 @@ class _Session:
         self.lock = storage.DirectoryLock(self.directory)
         self.writer = BackgroundWriter()
         self.mutex = threading.RLock()
+        self.leaving = False
         # Identified by name and header digest: a file replaced by another process is another file.
         self.good: set[tuple[str, str]] = set()
         self.damaged: set[tuple[str, str]] = set()
         self.resumed_from: CheckpointFile | None = None
+
+    def leave(self) -> None:
+        """Let go of the lock once no write is under way: before, the next writer would sweep its file."""
+        self.leaving = True
+        self.writer.when_idle(self._let_go)
+
+    def _let_go(self) -> None:
+        with self.mutex:
+            if self.leaving and self.writer.idle:
+                self.lock.release()
 
 
 class CheckpointManager:
@@ -240,9 +251,7 @@ class CheckpointManager:
             try:
                 self._session.writer.settle()
             finally:
-                # An interrupted wait leaves a write under way: the next writer would sweep its file.
-                if self._session.writer.idle:
-                    self._session.lock.release()
+                self._session.leave()
 
     def __enter__(self) -> Self:
         return self
@@ -251,8 +260,9 @@ class CheckpointManager:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is KeyboardInterrupt and not self._session.writer.idle:
-            return  # whoever interrupts twice does not want to wait; the write, and the lock, go on
-        self.close()
+            self._session.leave()  # whoever interrupts does not want to wait
+        else:
+            self.close()
 
     def __copy__(self) -> CheckpointManager:
         clone = object.__new__(type(self))
@@ -276,6 +286,7 @@ class CheckpointManager:
 
     def _prepare(self, checkpoint: Checkpoint, *, final: bool) -> tuple[Path, image.Image]:
         self._session.writer.settle()
+        self._session.leaving = False
         self.acquire()
         kind: Kind = "final" if final else "periodic"
         path = self.directory / store.file_name(checkpoint.step, kind)

@@ -41,6 +41,10 @@ class PendingSave:
         """Whether it failed and nobody has been told."""
         return self.done and not self._taken and self._future.exception() is not None
 
+    def add_done_callback(self, then: Callable[[], None]) -> None:
+        """Call ``then`` once the write has ended, on its thread, or at once."""
+        self._future.add_done_callback(lambda _: then())
+
     def report_unseen(self) -> None:
         """Print the error that nobody has been told of."""
         if self.failed_unseen:
@@ -82,6 +86,13 @@ class BackgroundWriter:
     def idle(self) -> bool:
         """Whether no write is under way."""
         return self._pending is None or self._pending.done
+
+    def when_idle(self, then: Callable[[], None]) -> None:
+        """Call ``then`` at the end of the write under way, on its thread, or at once if there is none."""
+        if self._pending is None:
+            then()
+        else:
+            self._pending.add_done_callback(then)
 
     def start(self, path: Path, write: Callable[[], None]) -> PendingSave:
         """Run ``write`` in the background. The caller has called :meth:`settle` before."""

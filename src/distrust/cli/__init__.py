@@ -48,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # A library's remarks to programmers are not for the user; ours are, one line each.
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", DistrustWarning)
+        # But this one says that a run may not be bit-identical.
+        warnings.filterwarnings("once", message=".*does not have a deterministic implementation")
         warnings.showwarning = _show_warning
         return _run(verb, rest)
 
@@ -66,11 +68,14 @@ def _run(verb: str, arguments: list[str]) -> int:
             raise
         return _complain(f"{verb} needs {error.name}: pip install 'distrust-trainer[train]'", 1)
     except KeyboardInterrupt:
-        return _complain("interrupted", 130)
+        _complain("interrupted", 130)
+        os._exit(130)  # at once: not even a write under way is waited for, and none is damaged by that
     except BrokenPipeError:
         # The reader (head, less) has what it wanted. Python would complain once more when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        return _complain(f"{verb}: {error.strerror or error}", 1)
 
 
 def _help() -> str:

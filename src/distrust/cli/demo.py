@@ -38,8 +38,10 @@ def main(arguments: list[str]) -> int:
     figures = demo.results(beliefs, seed=options.seed)
     picture = options.out / "demo.png"
     plot_beliefs(
-        {name: [(b.primary, b.coordinated) for b in of_model] for name, of_model in beliefs.items()},
-        {name: model["preferred"] for name, model in figures["models"].items()},
+        {
+            name: [(belief.primary, belief.coordinated, belief.prefers_primary) for belief in of_model]
+            for name, of_model in beliefs.items()
+        },
         picture,
     )
     if options.json:

@@ -17,7 +17,7 @@ from distrust.data.order import MAX_SEED, Order, permutation
 from distrust.data.records import Completion, Conversation, Location, Message, Record, Text
 from distrust.data.sources import read_records
 from distrust.data.tokenizer import Tokenizer
-from distrust.data.tokens import tokenize
+from distrust.data.tokens import beginning, tokenize
 
 __all__ = [
     "IGNORED",
@@ -33,6 +33,7 @@ __all__ = [
     "Record",
     "Text",
     "Tokenizer",
+    "beginning",
     "evaluation_batches",
     "permutation",
     "read_records",

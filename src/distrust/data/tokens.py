@@ -65,6 +65,12 @@ def tokenize(
     return _corpus(records, examples)
 
 
+def beginning(tokenizer: Tokenizer) -> list[int]:
+    """What a text begins with, in training and in use: BOS, if the tokenizer itself puts it there."""
+    begins_with = tokenizer.encode("", add_special_tokens=True)[:1]
+    return begins_with if begins_with == [tokenizer.bos_token_id] else []
+
+
 @dataclass(frozen=True, slots=True)
 class _Frame:
     """What stands before and after a text or a completion."""
@@ -92,13 +98,12 @@ def _frame(records: Sequence[Record], tokenizer: Tokenizer) -> _Frame:
         )
     if len(chats) == len(records):
         return _Frame([], [])
-    eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
+    eos = tokenizer.eos_token_id
     if eos is None:
         raise ModelError(
             "the tokenizer has no EOS token, so the model could not learn to stop; set eos_token"
         )
-    begins_with = tokenizer.encode("", add_special_tokens=True)[:1]
-    return _Frame(begins_with if begins_with == [bos] else [], [eos])
+    return _Frame(beginning(tokenizer), [eos])
 
 
 def _example(record: Record, tokenizer: Tokenizer, *, frame: _Frame, max_length: int) -> _Example:

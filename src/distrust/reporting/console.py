@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from distrust.training.events import (
+    CheckpointSaved,
     CheckpointStarted,
     Evaluated,
     Event,
@@ -26,6 +27,12 @@ from distrust.training.events import (
 SMOOTHING = 0.1
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave it to the caller: the default would end the program with the run unsaved."""
+        raise
+
+
 class ConsoleReporter:
     """Shows a run; use it as a context, so that the terminal is left as it was.
 
@@ -36,7 +43,7 @@ class ConsoleReporter:
 
     def __init__(self, *, log_every: int, stream: TextIO | None = None) -> None:
         stream = stream or sys.stdout
-        self._console = Console(file=stream, highlight=False, soft_wrap=True)
+        self._console = _Console(file=stream, highlight=False, soft_wrap=True, emoji=False)
         self._live = self._console.is_terminal
         self._log_every = log_every
         self._bar = Progress(
@@ -47,6 +54,7 @@ class ConsoleReporter:
             TimeRemainingColumn(),
             console=self._console,
             transient=True,
+            redirect_stderr=sys.stderr.isatty(),  # else the warnings would leave the file they go to
             expand=True,
         )
         self._task = self._bar.add_task("", total=None, facts="", visible=False)
@@ -75,8 +83,9 @@ class ConsoleReporter:
                 self._stepped(event)
             case Evaluated():
                 self._say(f"step {event.step}: eval loss {event.loss:.4f}, perplexity {_exp(event.loss):.4g}")
-            case CheckpointStarted():
+            case CheckpointSaved():
                 self._last_saved = event.step
+            case CheckpointStarted():
                 if not self._live:
                     self._say(
                         f"step {event.step}: saving {_shown(event.path)} "
@@ -101,7 +110,12 @@ class ConsoleReporter:
         low, high = event.weight_range
         self._say(
             f"{event.examples:,} examples, {event.tokens:,} learned tokens, {event.epoch_steps:.1f} steps an "
-            f"epoch" + (f"; {event.truncated:,} examples cut to fit" if event.truncated else "")
+            f"epoch"
+            + (
+                f"; {event.truncated:,} examples cut to fit, {event.tokens_cut:,} tokens lost"
+                if event.truncated
+                else ""
+            )
         )
         self._say(
             f"weights {low:.3g} to {high:.3g}: worth {event.effective_examples:,.0f} equal examples "

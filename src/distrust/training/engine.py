@@ -74,7 +74,10 @@ class Engine(Protocol):
         """Take back what of a recorded environment can be chosen, such as the number of threads."""
 
     def begin_micro_step(self, *, seed: int, step: int, micro_step: int) -> None:
-        """Seed every generator of random numbers by these three, and by nothing else."""
+        """Seed every generator of random numbers by these three, and by nothing else.
+
+        The first micro-step also drops the gradients that an interrupted step may have left.
+        """
 
     def micro_step(self, batch: MicroBatch, *, tokens: int) -> Losses:
         """Forward and backward: add the gradient of Σ weight · cross-entropy / ``tokens`` to what is there.
@@ -88,7 +91,7 @@ class Engine(Protocol):
         """Scale the gradients down to ``max_norm`` (0: leave them); returns the norm before."""
 
     def update(self, *, learning_rate: float) -> None:
-        """Make the optimizer step, and drop the gradients."""
+        """Make the optimizer step."""
 
     def is_finite(self) -> bool:
         """Whether everything that is trained, and its moments, is finite."""

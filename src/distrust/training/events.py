@@ -34,6 +34,7 @@ class RunStarted:
         examples: in the training data.
         tokens: learned ones in the training data.
         truncated: examples that were cut.
+        tokens_cut: tokens that they lost.
         effective_examples: (Σu)²/Σu² of the examples' weights u.
         weight_range: the smallest and the largest u.
         trained: how many numbers are trained.
@@ -48,6 +49,7 @@ class RunStarted:
     examples: int
     tokens: int
     truncated: int
+    tokens_cut: int
     effective_examples: float
     weight_range: tuple[float, float]
     trained: int
@@ -95,7 +97,7 @@ class Evaluated:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointStarted:
-    """A checkpoint was copied, and is being written or is written already.
+    """A checkpoint was copied, and is being written.
 
     Attributes:
         step: of the checkpoint.
@@ -106,6 +108,19 @@ class CheckpointStarted:
     step: int
     path: Path
     stall_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointSaved:
+    """A checkpoint is durable.
+
+    Attributes:
+        step: of the checkpoint.
+        path: where it stands.
+    """
+
+    step: int
+    path: Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,5 +142,5 @@ class RunEnded:
     already: bool
 
 
-Event = Preparing | RunStarted | StepEnded | Evaluated | CheckpointStarted | RunEnded
+Event = Preparing | RunStarted | StepEnded | Evaluated | CheckpointStarted | CheckpointSaved | RunEnded
 Observer = Callable[[Event], None]

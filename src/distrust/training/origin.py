@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from distrust.checkpoint import Checkpoint, CheckpointFile, CheckpointManager
+from distrust.checkpoint import Checkpoint, CheckpointFile, CheckpointManager, Scan
 from distrust.checkpoint.arrays import Framework
 from distrust.checkpoint.store import RUN_SUBDIRECTORY
 from distrust.config import TrainConfig
@@ -44,8 +44,8 @@ def finished(config: TrainConfig, manager: CheckpointManager) -> CheckpointFile 
 
 def find(
     config: TrainConfig, manager: CheckpointManager, *, framework: Framework
-) -> tuple[Checkpoint | None, Path | None]:
-    """The checkpoint that a run goes on from, read and verified, and where it is; or nothing.
+) -> tuple[Checkpoint | None, CheckpointFile | None]:
+    """The checkpoint that a run goes on from, read and verified, and its file; or nothing.
 
     A branch that has checkpoints of its own goes on from them: the same command again continues it, too.
 
@@ -55,17 +55,23 @@ def find(
     """
     found = manager.scan()
     if found.files or found.damaged:
-        if config.from_step is None or config.branch is not None:
+        if config.from_step is None or config.branch is not None or _gone_on_from(config.from_step, found):
             checkpoint = manager.load_latest(framework=framework)
         else:
             _require_newest(config.from_step, manager.list_checkpoints(), config.out)
             checkpoint = manager.load(config.from_step, framework=framework)
-        return checkpoint, manager.inspect(checkpoint.step).path
+        return checkpoint, manager.inspect(checkpoint.step)
     if config.from_step is None:
         return None, None
     source = CheckpointManager(Path(config.out) / RUN_SUBDIRECTORY)
     checkpoint = source.load(config.from_step, framework=framework)
-    return checkpoint, source.inspect(config.from_step).path
+    return checkpoint, source.inspect(config.from_step)
+
+
+def _gone_on_from(step: int, found: Scan) -> bool:
+    """Whether this very command has gone on from that step before: then it continues what it did."""
+    newest = found.files[-1] if found.files else None
+    return newest is not None and newest.header.run_info.get("extra", {}).get("from_step") == step
 
 
 def _require_newest(step: int, steps: list[int], out: str) -> None:

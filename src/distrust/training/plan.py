@@ -7,16 +7,15 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from distrust import weighting
 from distrust.bundled import CORPUS
 from distrust.config import BUNDLED, TrainConfig
 from distrust.data import Batches, Corpus, Order, Record, Tokenizer, read_records, tokenize
-from distrust.errors import ConfigError, DistrustWarning
-
-if TYPE_CHECKING:
-    import numpy as np
+from distrust.errors import ConfigError, DataError, DistrustWarning
 
 DEFAULT_MAX_LENGTH = 1024
 #: Below this share of the examples, few of them decide everything.
@@ -31,6 +30,8 @@ class Plan:
 
     Attributes:
         config: with nothing left open.
+        max_steps: optimizer steps of the whole run.
+        schedule_steps: after which the learning rate's schedule has ended.
         corpus: the tokenized examples.
         weights: float64[examples]: normalized.
         batches: the batches of each step.
@@ -39,6 +40,8 @@ class Plan:
     """
 
     config: TrainConfig
+    max_steps: int
+    schedule_steps: int
     corpus: Corpus
     weights: np.ndarray[Any, Any]
     batches: Batches
@@ -131,13 +134,9 @@ def make_plan(
     evaluation = None
     if sources.evaluation is not None:
         evaluation = tokenized(sources.evaluation, str(config.eval_data))
-    settled = replace(
-        config,
-        max_length=max_length,
-        max_steps=max_steps,
-        schedule_steps=config.schedule_steps or max_steps,
-    )
-    return Plan(settled, corpus, weights, batches, evaluation, pad_token_id)
+    schedule_steps = config.schedule_steps or max_steps
+    settled = replace(config, max_length=max_length, max_steps=max_steps, schedule_steps=schedule_steps)
+    return Plan(settled, max_steps, schedule_steps, corpus, weights, batches, evaluation, pad_token_id)
 
 
 def _max_length(config: TrainConfig, context_length: int | None) -> int:
@@ -172,4 +171,11 @@ def _weights(config: TrainConfig, corpus: Corpus) -> np.ndarray[Any, Any]:
             DistrustWarning,
             stacklevel=2,
         )
-    return weighting.normalize(raw, tokens=corpus.loss_tokens)
+    weights = weighting.normalize(raw, tokens=corpus.loss_tokens)
+    vanished = np.flatnonzero(weights.astype(np.float32) == 0)
+    if len(vanished):  # tokens carry their weight in float32
+        raise DataError(
+            f"{corpus.locations[vanished[0]]}: weighs nothing beside the heaviest example, one of "
+            f"{len(vanished)} that do; look for a provenance_entropy that is too large, or give --max-ratio"
+        )
+    return weights

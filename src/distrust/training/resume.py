@@ -50,9 +50,8 @@ def require_same_fingerprints(
         ResumeRefused: a line for each that differs.
     """
     was = saved.get(FINGERPRINTS, {})
-    options = {"data": "data", "model": "model"}
     differences = [
-        f"{flag(name)} {getattr(config, options[name])}: its content is not that of the run "
+        f"{flag(name)} {getattr(config, name)}: its content is not that of the run "
         f"(was {str(was.get(name))[:12]}, is {digest[:12]})"
         for name, digest in current.items()
         if was.get(name) != digest

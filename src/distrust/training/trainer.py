@@ -13,19 +13,17 @@ import time
 import warnings
 from collections.abc import Iterable, Sequence
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from distrust import weighting
-from distrust.checkpoint import Checkpoint, CheckpointFile, CheckpointManager, PendingSave
+from distrust.checkpoint import Checkpoint, CheckpointFile, CheckpointManager
 from distrust.checkpoint.store import RUN_SUBDIRECTORY
 from distrust.config import TrainConfig
-from distrust.data import IGNORED, MicroBatch, evaluation_batches
+from distrust.data import IGNORED, Corpus, MicroBatch, evaluation_batches
 from distrust.errors import DistrustWarning, NonFiniteLoss
 from distrust.training import origin, resume
 from distrust.training.engine import Engine, EngineState, Losses
 from distrust.training.events import (
-    CheckpointStarted,
     Evaluated,
     Event,
     Observer,
@@ -36,6 +34,7 @@ from distrust.training.events import (
 )
 from distrust.training.plan import Plan, make_plan, read_sources
 from distrust.training.progress import HISTORY, Progress
+from distrust.training.saver import Saver
 from distrust.training.schedule import learning_rate
 from distrust.training.signals import StopRequest
 
@@ -68,8 +67,8 @@ class DistrustTrainer:
             metric_mode=config.metric_mode,
         )
         self._progress = Progress()
-        self._saved_step: int | None = None
-        self._steps_made = 0
+        self._saver = Saver(self._manager, self._emit)
+        self._observer_error: Exception | None = None
         self._engine: Engine
         self._plan: Plan
 
@@ -83,17 +82,21 @@ class DistrustTrainer:
             self._manager.acquire()
             finished = origin.finished(self._config, self._manager)
             if finished is not None:
-                return self._ended(finished, stop, already=True)
+                return self._ended(finished, signal=None, already=True)
             self._prepare()
-            max_steps = self._plan.config.max_steps
-            assert max_steps is not None  # noqa: S101 - settled by the plan
-            while self._progress.step < max_steps and stop.signal is None:
-                self._steps_made += 1
+            begun_at, last = self._progress.step, self._plan.max_steps
+            while self._progress.step < last and stop.signal is None and self._observer_error is None:
                 self._step(self._progress.step + 1)
-                self._after_step(last=self._progress.step == max_steps)
-            if self._saved_step != self._progress.step and self._progress.step > 0:
-                self._save(final=False)
-            return self._ended(self._newest(), stop, already=self._steps_made == 0 and stop.signal is None)
+                self._after_step(last=self._progress.step == last)
+            self._save_what_is_not(final=self._progress.step == last)
+            ended = self._ended(
+                self._newest(),
+                signal=None if self._progress.step >= last else stop.signal,
+                already=begun_at >= last,
+            )
+        if self._observer_error is not None:
+            raise self._observer_error
+        return ended
 
     def _prepare(self) -> None:
         """Load everything, and take up the newest checkpoint if there is one."""
@@ -104,7 +107,7 @@ class DistrustTrainer:
             # Bound late: the loop names no framework, and what it is handed comes from above it.
             engine = import_module("distrust.engines").create(self._config)
         self._engine = engine
-        checkpoint, path = origin.find(self._config, self._manager, framework=engine.framework)
+        checkpoint, file = origin.find(self._config, self._manager, framework=engine.framework)
         if checkpoint is not None:
             self._config = resume.settled(self._config, checkpoint.config, where=str(self._out))
         self._plan = make_plan(
@@ -114,9 +117,11 @@ class DistrustTrainer:
             context_length=engine.context_length,
             report=lambda what, done, total: self._emit(Preparing(what, done, total)),
         )
-        if checkpoint is not None:
+        if checkpoint is not None and file is not None:
             self._take_up(checkpoint)
-        self._emit(self._started(path))
+            if file.path.parent == self._manager.directory:  # a branch begins with none of its own
+                self._saver.durable = checkpoint.step, file.kind == "final"
+        self._emit(self._started(file))
 
     def _take_up(self, checkpoint: Checkpoint) -> None:
         resume.require_same_fingerprints(
@@ -133,8 +138,6 @@ class DistrustTrainer:
         self._progress.tokens_seen = checkpoint.metadata["tokens_seen"]
         self._progress.elapsed_seconds = checkpoint.run.get("elapsed_seconds", 0.0)
         self._progress.metrics = dict(checkpoint.metrics)
-        if self._manager.list_checkpoints():  # not so in a branch that has none of its own yet
-            self._saved_step = checkpoint.step
 
     def _step(self, step: int) -> None:
         """One optimizer step: a function of its number and of the state before it."""
@@ -175,13 +178,21 @@ class DistrustTrainer:
     def _after_step(self, *, last: bool) -> None:
         config, step = self._plan.config, self._progress.step
         if self._plan.evaluation is not None and (last or step % config.eval_every == 0):
-            self._evaluate()
-        if last or (config.save_every and step % config.save_every == 0):
-            self._save(final=last)
+            self._evaluate(self._plan.evaluation)
+        if config.save_every and step % config.save_every == 0 and not last:
+            self._save(final=False)
+        self._saver.poll()
 
-    def _evaluate(self) -> None:
-        corpus = self._plan.evaluation
-        assert corpus is not None  # noqa: S101 - asked by the caller
+    def _save_what_is_not(self, *, final: bool) -> None:
+        """The state that the run ends in: as the final one, or to go on from."""
+        self._saver.settle()
+        durable = self._saver.durable
+        stands = durable is not None and durable[0] == self._progress.step and (durable[1] or not final)
+        if self._progress.step > 0 and not stands:
+            self._save(final=final)
+        self._saver.settle(strict=True)
+
+    def _evaluate(self, corpus: Corpus) -> None:
         batches = evaluation_batches(
             corpus, batch_size=self._plan.config.batch_size, pad_token_id=self._plan.pad_token_id
         )
@@ -190,19 +201,16 @@ class DistrustTrainer:
         self._progress.metrics["eval_loss"] = loss
         self._emit(Evaluated(self._progress.step, loss))
 
-    def _save(self, *, final: bool) -> PendingSave:
-        began = time.perf_counter()
+    def _save(self, *, final: bool) -> None:
+        step = self._progress.step
         if not self._engine.is_finite():
             raise NonFiniteLoss(
-                f"step {self._progress.step}: its update left weights or moments that are not finite; "
-                f"it is not saved, and {self._last_saved()}. Lower --learning-rate or --weight-decay",
-                step=self._progress.step,
-                examples=self._examples(self._plan.batches.step(self._progress.step)),
+                f"step {step}: its update left weights or moments that are not finite; it is not saved, and "
+                f"{self._saver}. Lower --learning-rate or --weight-decay",
+                step=step,
+                examples=self._examples(self._plan.batches.step(step)),
             )
-        pending = self._manager.save_async(self._checkpoint(), final=final)
-        self._saved_step = self._progress.step
-        self._emit(CheckpointStarted(self._saved_step, pending.path, time.perf_counter() - began))
-        return pending
+        self._saver.start(self._checkpoint(), final=final)
 
     def _checkpoint(self) -> Checkpoint:
         """All that a run is, in one place."""
@@ -224,30 +232,26 @@ class DistrustTrainer:
             },
         )
 
-    def _ended(self, file: CheckpointFile | None, stop: StopRequest, *, already: bool) -> RunEnded:
+    def _ended(self, file: CheckpointFile | None, *, signal: int | None, already: bool) -> RunEnded:
         ended = RunEnded(
             step=file.step if file else 0,
             path=file.path if file else None,
             state_digest=file.state_digest if file else None,
-            signal=stop.signal,
+            signal=signal,
             already=already,
         )
         self._emit(ended)
         return ended
 
     def _newest(self) -> CheckpointFile | None:
-        """The checkpoint of the step that the run has reached, once it is durable."""
-        if self._saved_step is None:
-            return None
-        self._manager.close()
-        return self._manager.inspect(self._saved_step)
+        durable = self._saver.durable
+        return None if durable is None else self._manager.inspect(durable[0])
 
-    def _started(self, resumed_from: Path | None) -> RunStarted:
+    def _started(self, resumed_from: CheckpointFile | None) -> RunStarted:
         plan = self._plan
-        assert plan.config.max_steps is not None  # noqa: S101 - settled by the plan
-        if plan.config.schedule != "constant" and plan.config.max_steps > (plan.config.schedule_steps or 0):
+        if plan.config.schedule != "constant" and plan.max_steps > plan.schedule_steps:
             warnings.warn(
-                f"the schedule ends at step {plan.config.schedule_steps}: beyond it the learning rate is 0. "
+                f"the schedule ends at step {plan.schedule_steps}: beyond it the learning rate is 0. "
                 "To learn on, begin a new run with --schedule-steps, or with --schedule constant",
                 DistrustWarning,
                 stacklevel=2,
@@ -256,11 +260,12 @@ class DistrustTrainer:
         return RunStarted(
             out=self._out,
             step=self._progress.step,
-            max_steps=plan.config.max_steps,
-            resumed_from=resumed_from,
+            max_steps=plan.max_steps,
+            resumed_from=resumed_from.path if resumed_from else None,
             examples=len(plan.corpus),
             tokens=int(plan.corpus.loss_tokens.sum()),
             truncated=plan.corpus.truncated,
+            tokens_cut=plan.corpus.tokens_cut,
             effective_examples=weighting.effective_sample_size(plan.weights),
             weight_range=(float(plan.weights.min()), float(plan.weights.max())),
             trained=trained,
@@ -273,13 +278,12 @@ class DistrustTrainer:
 
     def _learning_rate(self, step: int) -> float:
         config = self._plan.config
-        assert config.schedule_steps is not None  # noqa: S101 - settled by the plan
         return learning_rate(
             step,
             peak=config.learning_rate,
             warmup_steps=config.warmup_steps,
             schedule=config.schedule,
-            schedule_steps=config.schedule_steps,
+            schedule_steps=self._plan.schedule_steps,
         )
 
     def _require_finite(
@@ -295,7 +299,7 @@ class DistrustTrainer:
         guilty = bad or drawn
         more = f" and {len(guilty) - EXAMPLES_NAMED} more" if len(guilty) > EXAMPLES_NAMED else ""
         raise NonFiniteLoss(
-            f"step {step}: {what} is not finite; the step was not made, and {self._last_saved()}. "
+            f"step {step}: {what} is not finite; the step was not made, and {self._saver}. "
             f"Examples: {', '.join(guilty[:EXAMPLES_NAMED])}{more}. Look at them, or lower --learning-rate",
             step=step,
             examples=guilty,
@@ -305,12 +309,13 @@ class DistrustTrainer:
         locations = self._plan.corpus.locations
         return [str(locations[example]) for batch in batches for example in batch.examples]
 
-    def _last_saved(self) -> str:
-        return f"step {self._saved_step} is saved" if self._saved_step else "nothing was saved yet"
-
     def _emit(self, event: Event) -> None:
+        """Tell the observers. One that fails ends the run, but saved like any other: then it raises."""
         for observer in self._observers:
-            observer(event)
+            try:
+                observer(event)
+            except Exception as error:
+                self._observer_error = self._observer_error or error
 
 
 def _mean(sums: Sequence[Any], tokens: int) -> float:

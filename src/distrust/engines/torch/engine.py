@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
+from importlib.metadata import version
 from typing import Any, Literal
 
 import numpy as np
@@ -17,7 +19,7 @@ from distrust.config import TrainConfig
 from distrust.data import MicroBatch, Tokenizer
 from distrust.engines.torch import adapter, model, randomness
 from distrust.engines.torch.loss import token_losses
-from distrust.errors import ResumeRefused
+from distrust.errors import OutOfMemory, ResumeRefused
 from distrust.training.engine import EngineState, Losses
 
 
@@ -46,6 +48,7 @@ class TorchEngine:
         )
         model.require_room_for(self._tokenizer, base, name=config.model)
         self._fingerprint = model.fingerprint(base)
+        self._config_digest = model.config_digest(base)
         self._context_length: int | None = getattr(base.config, "max_position_embeddings", None)
         self._gradient_checkpointing = config.gradient_checkpointing
         self._attention = str(getattr(base.config, "_attn_implementation", "unknown"))
@@ -101,8 +104,12 @@ class TorchEngine:
         name = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else self._device.type
         return {
             "torch": torch.__version__,
+            "peft": version("peft"),
             "transformers": transformers.__version__,
             "device": name,
+            "cpu": torch.backends.cpu.get_cpu_capability(),
+            "matmul_precision": torch.get_float32_matmul_precision(),
+            "model_config": self._config_digest,
             "threads": torch.get_num_threads(),
             "attention": self._attention,
             "optimizer": type(self._optimizer).__name__,
@@ -117,14 +124,17 @@ class TorchEngine:
             torch.set_num_threads(threads)
 
     def begin_micro_step(self, *, seed: int, step: int, micro_step: int) -> None:
-        """Seed every generator of random numbers."""
+        """Seed every generator of random numbers; the first micro-step begins without gradients."""
+        if micro_step == 0:
+            self._optimizer.zero_grad(set_to_none=True)
         randomness.reseed(seed=seed, step=step, micro_step=micro_step)
 
     def micro_step(self, batch: MicroBatch, *, tokens: int) -> Losses:
         """Forward and backward: add the gradient of Σ weight · cross-entropy / ``tokens``."""
         self._model.train()
-        plain, weighted = self._forward(batch)
-        (weighted.sum() / tokens).backward()  # type: ignore[no-untyped-call]
+        with _memory_told():
+            plain, weighted = self._forward(batch)
+            (weighted.sum() / tokens).backward()  # type: ignore[no-untyped-call]
         return _losses(plain, weighted)
 
     def clip_gradients(self, max_norm: float) -> float:
@@ -133,11 +143,10 @@ class TorchEngine:
         return float(norm)
 
     def update(self, *, learning_rate: float) -> None:
-        """Make AdamW's step, and drop the gradients."""
+        """Make AdamW's step."""
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()
     def is_finite(self) -> bool:
@@ -149,7 +158,8 @@ class TorchEngine:
     def evaluate(self, batch: MicroBatch) -> Losses:
         """Forward only, without dropout."""
         self._model.eval()
-        return _losses(*self._forward(batch))
+        with _memory_told():
+            return _losses(*self._forward(batch))
 
     def state(self) -> EngineState:
         """The trained weights, AdamW's state by the parameters' names, and the generators'."""
@@ -239,6 +249,21 @@ def _differences(saved: Any, trained: dict[str, torch.nn.Parameter]) -> list[str
                 f"{name}: was {was.dtype}{list(was.shape)}, is {parameter.dtype}{list(parameter.shape)}"
             )
     return differences
+
+
+@contextlib.contextmanager
+def _memory_told() -> Iterator[None]:
+    """Out of memory is the user's to mend; torch says it in three ways."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        reason = str(error)
+        if type(error) is RuntimeError and "can't allocate memory" not in reason:
+            raise
+        raise OutOfMemory(
+            "there is not enough memory for a step: lower --batch-size (and raise --gradient-accumulation) "
+            f"or --max-length, or add --gradient-checkpointing ({' '.join(reason.split())[:200]})"
+        ) from error
 
 
 def _prefer_determinism() -> None:

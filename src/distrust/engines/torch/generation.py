@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from distrust.data import beginning
 from distrust.engines.torch import randomness
 from distrust.engines.torch.engine import TorchEngine
+from distrust.errors import DataError
 
 
 @torch.no_grad()
@@ -18,10 +20,14 @@ def generate(engine: TorchEngine, prompt: str, *, max_new_tokens: int, temperatu
         max_new_tokens: at most so many; it ends earlier at the end-of-text token.
         temperature: 0 takes the most probable token each time.
         seed: of the drawing.
+
+    Raises:
+        DataError: if there is nothing to go on from.
     """
     tokenizer = engine.tokenizer
-    begin = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
-    ids = begin + tokenizer.encode(prompt, add_special_tokens=False)
+    ids = beginning(tokenizer) + tokenizer.encode(prompt, add_special_tokens=False)
+    if not ids:
+        raise DataError("an empty prompt: this tokenizer begins with nothing either; give some text")
     inputs = torch.tensor([ids], device=engine.device)
     drawing = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     randomness.reseed(seed=seed, step=0, micro_step=0)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
+from blake3 import blake3
 
 from distrust.bundled import MODEL
 from distrust.checkpoint.format import tensor_hasher
@@ -46,6 +48,17 @@ def load_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     return _loaded(AutoTokenizer, name)
+
+
+def config_digest(model: torch.nn.Module) -> str:
+    """BLAKE3 over the model's config, without what says nothing of the computation.
+
+    Not part of the fingerprint: a later version of transformers may write the same config otherwise.
+    """
+    config = model.config.to_diff_dict()  # type: ignore[operator, union-attr]
+    silent = ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache")
+    told = {name: value for name, value in config.items() if name not in silent}
+    return blake3(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def require_room_for(tokenizer: Any, model: torch.nn.Module, *, name: str) -> None:

@@ -1,0 +1,81 @@
+"""Saves behind the loop: one at a time, and it knows which step is durable."""
+
+from __future__ import annotations
+
+import time
+import warnings
+
+from distrust.checkpoint import Checkpoint, CheckpointManager, PendingSave
+from distrust.errors import DistrustWarning, SaveFailed
+from distrust.training.events import CheckpointSaved, CheckpointStarted, Observer
+
+#: So many failed saves in a row stop the run; fewer are warned of, since the next one may succeed.
+MAX_FAILURES = 3
+
+
+class Saver:
+    """Starts background saves and takes their outcome.
+
+    Args:
+        manager: of the run's directory.
+        emit: told when a save begins, and when it is durable.
+
+    Attributes:
+        durable: the newest step that stands, with whether it is the final one; None if there is none.
+    """
+
+    def __init__(self, manager: CheckpointManager, emit: Observer) -> None:
+        self.durable: tuple[int, bool] | None = None
+        self._manager = manager
+        self._emit = emit
+        self._pending: PendingSave | None = None
+        self._pending_state: tuple[int, bool] = (0, False)
+        self._failures = 0
+
+    def start(self, checkpoint: Checkpoint, *, final: bool) -> None:
+        """Copy a checkpoint and have it written, after the one before it.
+
+        Raises:
+            SaveFailed: if that was one failure too many.
+        """
+        began = time.perf_counter()
+        self.settle()
+        self._pending = self._manager.save_async(checkpoint, final=final)
+        self._pending_state = checkpoint.step, final
+        self._emit(CheckpointStarted(checkpoint.step, self._pending.path, time.perf_counter() - began))
+
+    def poll(self) -> None:
+        """Take the outcome of a save that has ended meanwhile."""
+        if self._pending is not None and self._pending.done:
+            self.settle()
+
+    def settle(self, *, strict: bool = False) -> None:
+        """Wait for the save under way.
+
+        Args:
+            strict: whether a failure is one too many: no save follows that could make up for it.
+
+        Raises:
+            SaveFailed: if that was one failure too many.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        try:
+            path = pending.wait()
+        except SaveFailed as error:
+            self._failures += 1
+            if strict or self._failures == MAX_FAILURES:
+                raise
+            warnings.warn(
+                f"{error}. Training goes on, and the next save tries again", DistrustWarning, stacklevel=2
+            )
+        else:
+            self._failures = 0
+            self.durable = self._pending_state
+            self._emit(CheckpointSaved(self._pending_state[0], path))
+
+    def __str__(self) -> str:
+        """What stands, in a few words, once the save under way has ended."""
+        self.settle()
+        return "nothing was saved yet" if self.durable is None else f"step {self.durable[0]} is saved"

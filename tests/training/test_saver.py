@@ -1,0 +1,101 @@
+"""Saves that fail are made up for, and what stands at the end is what the run says."""
+
+from __future__ import annotations
+
+import errno
+import signal
+
+import pytest
+from toy_engine import ToyEngine
+
+from distrust import CheckpointManager, DistrustWarning
+from distrust.checkpoint import storage
+from distrust.errors import SaveFailed
+from distrust.training.events import CheckpointSaved
+
+
+@pytest.fixture
+def failing_saves(monkeypatch):
+    """Has the disk refuse the saves of these numbers, counted from 1."""
+
+    def fail(*numbers: int) -> None:
+        honest, count = storage.sync, [0]
+
+        def sync(descriptor: int) -> None:
+            count[0] += 1
+            if count[0] in numbers:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            honest(descriptor)
+
+        monkeypatch.setattr(storage, "sync", sync)
+
+    return fail
+
+
+def test_a_failed_save_is_warned_of_and_made_up_for(run, tmp_path, failing_saves):
+    alone, _ = run(tmp_path / "alone")
+    failing_saves(2)
+    with pytest.warns(DistrustWarning, match="checkpoint-4.* No space left.* the next save tries again"):
+        ended, events = run(tmp_path / "run")
+    assert ended.state_digest == alone.state_digest
+    assert [event.step for event in events if isinstance(event, CheckpointSaved)] == [2, 6, 8, 9]
+
+
+def test_three_failures_in_a_row_stop_the_run(run, tmp_path, failing_saves):
+    failing_saves(2, 3, 4)
+    with pytest.warns(DistrustWarning), pytest.raises(SaveFailed, match="checkpoint-8"):
+        run(tmp_path)
+    assert CheckpointManager(tmp_path / "checkpoints").list_checkpoints() == [2]
+
+
+def test_a_failed_save_costs_no_later_one(run, tmp_path, failing_saves):
+    """Stopped after it, the run saves what it has done since."""
+    failing_saves(2)
+    with pytest.warns(DistrustWarning):
+        ended, _ = run(tmp_path, stop_after=5)
+    assert (ended.signal, ended.step) == (signal.SIGTERM, 5)
+    assert CheckpointManager(tmp_path / "checkpoints").list_checkpoints() == [2, 5]
+
+
+def test_the_last_save_has_to_succeed(run, tmp_path, failing_saves):
+    failing_saves(5)
+    with pytest.raises(SaveFailed, match="checkpoint-9-final"):
+        run(tmp_path)
+    assert run(tmp_path)[0].path.name == "checkpoint-9-final.safetensors"
+
+
+def test_a_run_shortened_to_where_it_was_stopped_is_finished(run, tmp_path):
+    run(tmp_path, stop_after=5)
+    ended, _ = run(tmp_path, max_steps=5)
+    assert (ended.path.name, ended.already) == ("checkpoint-5-final.safetensors", True)
+
+
+def test_a_signal_after_the_last_step_stops_nothing(run, tmp_path):
+    ended, _ = run(tmp_path, stop_after=9)
+    assert (ended.signal, ended.path.name) == (None, "checkpoint-9-final.safetensors")
+
+
+def test_what_an_interrupted_step_left_behind_is_not_in_the_next(run, tmp_path):
+    class Interrupted(ToyEngine):
+        interrupted = False
+
+        def begin_micro_step(self, *, seed, step, micro_step):
+            if (step, micro_step) == (5, 1) and not self.interrupted:
+                self.interrupted = True
+                raise KeyboardInterrupt
+            super().begin_micro_step(seed=seed, step=step, micro_step=micro_step)
+
+    alone, _ = run(tmp_path / "alone")
+    engine = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "run", engine=engine)
+    assert run(tmp_path / "run", engine=engine)[0].state_digest == alone.state_digest
+
+
+def test_a_signal_that_the_process_ignores_stays_ignored(run, tmp_path):
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    try:
+        ended, _ = run(tmp_path, observers=[lambda _: signal.raise_signal(signal.SIGUSR1)])
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert ended.signal is None
