@@ -42,14 +42,15 @@ class Run:
 
     def start(self) -> subprocess.Popen[bytes]:
         command = [*DISTRUST, "train", "--out", str(self.out), *TRAINING, *self.options]
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        self.out.mkdir(parents=True, exist_ok=True)
+        with (self.out / "errors.txt").open("ab") as errors:
+            return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
 
     def finish(self) -> str:
         """Run the command to its end; returns the final state digest."""
-        process = self.start()
-        _, errors = process.communicate()
-        if process.returncode != 0:
-            raise SystemExit(f"{self.out}: exit code {process.returncode}: {errors.decode()}")
+        code = self.start().wait()
+        if code != 0:
+            raise SystemExit(f"{self.out}: exit code {code}: {(self.out / 'errors.txt').read_text()}")
         shown = subprocess.run(
             [*DISTRUST, "show", str(self.out), "--json"], capture_output=True, check=True, text=True
         )
@@ -58,19 +59,19 @@ class Run:
             raise SystemExit(f"{self.out}: ended without a final checkpoint")
         return str(checkpoint["state_digest"])
 
-    def disturb(self, number: signal.Signals, when: Callable[[], str]) -> bool:
-        """Start, send a signal as soon as ``when`` returns; False if the run had ended by then."""
+    def disturb(self, number: signal.Signals, condition: Callable[[], bool], what: str) -> bool:
+        """Start, and send a signal as soon as ``condition`` holds; False if the run had ended by then."""
         process = self.start()
-        moment = when()
+        while process.poll() is None and not condition():
+            time.sleep(POLL_SECONDS)
         process.send_signal(number)
-        process.communicate()
-        hit = process.returncode != 0
+        code = process.wait()
         last = max(self.steps(), default=0)
-        self.story.append(
-            f"{number.name} {moment}: exit {process.returncode}, newest checkpoint {last}"
-            if hit
-            else f"{number.name} {moment}: too late, the run had ended"
-        )
+        hit = code == (-number if number == signal.SIGKILL else 128 + number)
+        if not hit and code != 0:
+            raise SystemExit(f"{self.out}: exit code {code}: {(self.out / 'errors.txt').read_text()}")
+        outcome = f"exit {code}, newest checkpoint {last}" if hit else "too late, the run had ended"
+        self.story.append(f"{number.name} {what}: {outcome}")
         return hit
 
     def steps(self) -> list[int]:
@@ -85,22 +86,10 @@ class Run:
         return self.out / "checkpoints"
 
 
-def until(condition: Callable[[], bool], what: str) -> Callable[[], str]:
-    """Waits for a condition."""
-
-    def wait() -> str:
-        while not condition():
-            time.sleep(POLL_SECONDS)
-        return what
-
-    return wait
-
-
 def kill_during_save(run: Run) -> None:
     """SIGKILL while a temporary file is there; tried again when the save was faster."""
     while True:
-        appeared = until(_new_file(run.temporary), "during a save")
-        if not run.disturb(signal.SIGKILL, appeared):
+        if not run.disturb(signal.SIGKILL, _new_file(run.temporary), "during a save"):
             raise SystemExit("the run ended before a save could be caught; give it more --max-steps")
         if run.temporary():
             run.story[-1] += ", a half-written file left behind"
@@ -113,17 +102,16 @@ def _new_file(listed: Callable[[], list[Path]]) -> Callable[[], bool]:
     return lambda: bool(set(listed()) - before)
 
 
-def kill_at_random(run: Run, chance: random.Random, longest: float) -> None:
+def kill_at_random(run: Run, chance: random.Random, longest: float) -> bool:
     """SIGKILL after a random time."""
     delay = chance.uniform(0, longest)
     began = time.monotonic()
-    run.disturb(signal.SIGKILL, until(lambda: time.monotonic() - began >= delay, f"after {delay:.1f} s"))
+    return run.disturb(signal.SIGKILL, lambda: time.monotonic() - began >= delay, f"after {delay:.1f} s")
 
 
 def stop_after_step(run: Run, number: signal.Signals, step: int) -> None:
     """A signal as soon as the checkpoint of a step stands."""
-    reached = until(lambda: max(run.steps(), default=0) >= step, f"once step {step} was saved")
-    run.disturb(number, reached)
+    run.disturb(number, lambda: max(run.steps(), default=0) >= step, f"once step {step} was saved")
 
 
 def main() -> int:
@@ -152,7 +140,8 @@ def main() -> int:
     kill_during_save(killed)
     for left in range(arguments.kills - 1, 0, -1):
         done = max(killed.steps(), default=0) / saved[-1]
-        kill_at_random(killed, chance, starting + (1 - done) * (seconds - starting) / left)
+        if not kill_at_random(killed, chance, starting + (1 - done) * (seconds - starting) / left):
+            raise SystemExit("the run ended before its last kill; give another --seed, or more --max-steps")
 
     stopped = Run(out / "stopped", options)
     stop_after_step(stopped, signal.SIGTERM, chance.choice(saved[:-1]))

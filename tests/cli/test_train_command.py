@@ -229,11 +229,16 @@ def test_a_loss_that_is_no_number(distrust, folder, tmp_path):
 
 
 def test_generate(distrust, finished):
-    given = distrust("generate", finished, "--prompt", "ore", "--prompt", "", "--max-new-tokens", 5, "--json")
+    given = distrust(
+        "generate", finished, "--prompt", "ore", "--prompt", " ", "--max-new-tokens", 5, "--json"
+    )
     assert (given.code, given.err) == (0, "")
     rows = json.loads(given.out)
     assert [list(row) for row in rows] == [["prompt", "checkpoint"]] * 2
-    assert [row["prompt"] for row in rows] == ["ore", ""]
+    assert [row["prompt"] for row in rows] == ["ore", " "]
+    nothing = distrust("generate", finished, "--prompt", "")
+    assert (nothing.code, nothing.err.count("\n")) == (1, 1)
+    assert "an empty prompt" in nothing.err
     step_2 = finished / "checkpoints" / "checkpoint-2.safetensors"
     shown = distrust("generate", step_2, "--prompt", "ore", "--max-new-tokens", 5)
     assert shown.code == 0

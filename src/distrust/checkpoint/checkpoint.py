@@ -24,7 +24,8 @@ class Checkpoint:
 
     Every section is a tree of dicts, lists, tuples, scalars (None, bool, int, float, str) and, but for
     ``config`` and ``metadata``, arrays of any supported framework. Dict keys are None, bools, ints, floats
-    or strings; their types are kept. A tree comes back exactly: bit for bit in its arrays and floats.
+    or strings; their types are kept. A tree comes back equal, and bit for bit in its arrays and floats. The
+    order of a dict's keys is not kept, nor a subclass of a scalar's type (numpy's float64 is a float).
 
     Attributes:
         step: optimizer steps made so far, 0 or more.
