@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,24 +18,7 @@ if TYPE_CHECKING:
 
 def main(arguments: list[str]) -> int:
     """Let a trained model go on with prompts."""
-    arg = parser(
-        "generate",
-        description="Each --prompt is gone on with; without one, each line of the standard input.",
-        examples=[
-            'distrust generate runs/train --prompt "The melting point of"',
-            'distrust generate runs/train --compare --prompt "Question: who? Answer:"',
-            "distrust generate runs/train --json < prompts.txt",
-        ],
-    )
-    arg.add_argument("target", type=Path, help=f"{TARGET}; of several, the newest")
-    arg.add_argument("--prompt", action="append", help="text to go on with; may be given again")
-    arg.add_argument("--compare", action="store_true", help="show the base model's text beside it")
-    arg.add_argument("--model", help="where the base model lies now, if it was moved")
-    arg.add_argument("--max-new-tokens", type=int, default=64, help="default: 64")
-    arg.add_argument("--temperature", type=float, default=0.0, help="0, the default, draws nothing")
-    arg.add_argument("--seed", type=int, default=0, help="of the drawing; default: 0")
-    arg.add_argument("--json", action="store_true", help="print a list of objects")
-    options = arg.parse_args(arguments)
+    options = _options(arguments)
     if options.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens is {options.max_new_tokens}: give 1 or more")
     if not 0 <= options.temperature < float("inf"):
@@ -80,3 +64,24 @@ def main(arguments: list[str]) -> int:
         for name in columns:
             print(f"  {f'{name}: ' if options.compare else ''}{row[name]}")
     return 0
+
+
+def _options(arguments: list[str]) -> argparse.Namespace:
+    arg = parser(
+        "generate",
+        description="Each --prompt is gone on with; without one, each line of the standard input.",
+        examples=[
+            'distrust generate runs/train --prompt "The melting point of"',
+            'distrust generate runs/train --compare --prompt "Question: who? Answer:"',
+            "distrust generate runs/train --json < prompts.txt",
+        ],
+    )
+    arg.add_argument("target", type=Path, help=f"{TARGET}; of several, the newest")
+    arg.add_argument("--prompt", action="append", help="text to go on with; may be given again")
+    arg.add_argument("--compare", action="store_true", help="show the base model's text beside it")
+    arg.add_argument("--model", help="where the base model lies now, if it was moved")
+    arg.add_argument("--max-new-tokens", type=int, default=64, help="default: 64")
+    arg.add_argument("--temperature", type=float, default=0.0, help="0, the default, draws nothing")
+    arg.add_argument("--seed", type=int, default=0, help="of the drawing; default: 0")
+    arg.add_argument("--json", action="store_true", help="print a list of objects")
+    return arg.parse_args(arguments)

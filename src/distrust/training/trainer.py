@@ -78,6 +78,7 @@ class DistrustTrainer:
         Raises:
             DistrustError: for everything that a user can mend; see ``distrust/errors.py``.
         """
+        self._observer_error = None
         with StopRequest() as stop, self._manager:
             self._manager.acquire()
             finished = origin.finished(self._config, self._manager)
