@@ -58,3 +58,18 @@ def write_records(path: Path, count: int = 11, *, seed: int = 0) -> Path:
     ]
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return path
+
+
+def train_arguments(folder: Path, out: Path, *more: object) -> list[str]:
+    """A training of a second or two."""
+    arguments = {
+        "--model": folder / "model",
+        "--data": folder / "data.jsonl",
+        "--out": out,
+        "--max-steps": 6,
+        "--batch-size": 2,
+        "--lora-rank": 4,
+        "--save-every": 2,
+        "--threads": 1,
+    }
+    return ["train", *(str(part) for pair in arguments.items() for part in pair), *map(str, more)]

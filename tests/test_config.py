@@ -295,7 +295,6 @@ def test_an_unknown_key_gets_the_nearest_name(typed, meant):
         ("weighting", "on", "one of off, published, monotone"),
         ("weighting", 1, "one of off, published, monotone"),
         ("dtype", ["float32"], "one of float32, bfloat16"),
-        ("max_steps", {}, "a whole number"),
     ],
 )
 def test_a_value_of_a_wrong_type(name, value, wanted):
@@ -336,3 +335,8 @@ def test_whole_numbers_are_numbers_too():
     config = from_mapping({"lora_alpha": 16, "lambda": 1}, where="here")
     assert type(config.lora_alpha) is float
     assert type(config.lambda_) is float
+
+
+def test_tables_are_told_apart_from_unknown_options():
+    with pytest.raises(ConfigError, match=r"f.toml: \[train\] is a table; options stand at the top"):
+        from_mapping({"train": {"seed": 1}}, where="f.toml")

@@ -197,13 +197,15 @@ def from_mapping(values: Mapping[str, Any], *, where: str) -> TrainConfig:
     problems = []
     arguments = {}
     for given, value in values.items():
-        if given not in known:
+        if isinstance(value, dict):
+            problems.append(f"{where}: [{given}] is a table; options stand at the top, as key = value")
+        elif given not in known:
             problems.append(f"{where}: unknown option {given!r}{_nearest(given, known)}")
-            continue
-        try:
-            arguments[known[given]] = _typed(value, hints[known[given]])
-        except TypeError as error:
-            problems.append(f"{where}: {given} is {value!r}: {error}")
+        else:
+            try:
+                arguments[known[given]] = _typed(value, hints[known[given]])
+            except TypeError as error:
+                problems.append(f"{where}: {given} is {value!r}: {error}")
     if problems:
         raise ConfigError("\n".join(problems))
     try:

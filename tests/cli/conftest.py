@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from distrust.cli import main
-from models import make_model, write_records
+from models import make_model, train_arguments, write_records
 
 
 @dataclass(frozen=True)
@@ -46,21 +46,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_model(folder / "model")
     write_records(folder / "data.jsonl")
     return folder
-
-
-def train_arguments(folder: Path, out: Path, *more: object) -> list[str]:
-    """A training of a second or two."""
-    arguments = {
-        "--model": folder / "model",
-        "--data": folder / "data.jsonl",
-        "--out": out,
-        "--max-steps": 6,
-        "--batch-size": 2,
-        "--lora-rank": 4,
-        "--save-every": 2,
-        "--threads": 1,
-    }
-    return ["train", *(str(part) for pair in arguments.items() for part in pair), *map(str, more)]
 
 
 @pytest.fixture(scope="session")

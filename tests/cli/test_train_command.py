@@ -10,9 +10,8 @@ import time
 
 import pytest
 
-from conftest import train_arguments
 from distrust import CheckpointManager
-from models import make_model, write_records
+from models import make_model, train_arguments, write_records
 
 #: Long enough to be killed in the middle.
 LONG = ["--max-steps", 150, "--save-every", 3, "--lora-dropout", 0.1, "--gradient-accumulation", 2]
@@ -52,8 +51,8 @@ def test_killed_stopped_and_run_again_it_ends_as_if_left_alone(distrust, start, 
     out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (128 + signal.SIGTERM, "")
     assert "going on after step " in out
-    (step,) = [line.split()[5] for line in out.splitlines() if line.startswith("stopped by signal 15: step ")]
-    assert f"stopped by signal 15: step {step} is saved. The same command goes on from there" in out
+    (step,) = [line.split()[4] for line in out.splitlines() if line.startswith("stopped by SIGTERM: step ")]
+    assert f"stopped by SIGTERM: step {step} is saved. The same command goes on from there" in out
     assert CheckpointManager(tmp_path / "killed" / "checkpoints").list_checkpoints()[-1] == int(step)
 
     ended = distrust(*command)
@@ -131,7 +130,7 @@ def test_a_wrong_record_is_one_line_and_the_next_try_works(distrust, folder, fin
 FAILURES = {
     "no data": (["--data", "nowhere.jsonl"], 1, "nowhere.jsonl: no such file"),
     "a folder as data": (["--data", "."], 1, ".: is a directory"),
-    "a folder without a model": (["--model", "."], 1, "--model .: cannot be loaded: "),
+    "a folder without a model": (["--model", "."], 1, "--model .: holds no config.json"),
     "no such device": (["--device", "cuda"], 2, "--device cuda: not available here; available: cpu"),
     "too long": (["--max-length", "999"], 2, "--max-length 999: the model sees 128 tokens at once"),
     "no such module": (["--target-modules", "nothing"], 2, "--target-modules nothing: "),

@@ -238,7 +238,9 @@ def header_length(first: bytes, file_size: int) -> int:
         raise CorruptCheckpoint(f"{file_size} bytes are too few for a checkpoint")
     length = LENGTH_BYTES + int.from_bytes(first, "little")
     if length > min(file_size, MAX_HEADER_BYTES):
-        raise CorruptCheckpoint(f"a header of {length} bytes cannot be in a file of {file_size}")
+        raise CorruptCheckpoint(
+            f"no checkpoint, or cut or overwritten: a header of {length} bytes, a file of {file_size}"
+        )
     return length
 
 

@@ -13,6 +13,7 @@ import errno
 import os
 import re
 import stat
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ from distrust.errors import (
     CheckpointNotFound,
     CheckpointUnreadable,
     CorruptCheckpoint,
+    DistrustWarning,
     UnsupportedVersion,
 )
 
@@ -179,6 +181,8 @@ def find(target: Path) -> list[Path]:
 def newest(target: Path) -> CheckpointFile:
     """The checkpoint that ``target`` stands for; of a directory the newest with a whole header.
 
+    Warns of newer ones that are damaged.
+
     Raises:
         CheckpointNotFound: if there is none.
         CorruptCheckpoint: if a file was named and its header is damaged.
@@ -187,8 +191,11 @@ def newest(target: Path) -> CheckpointFile:
         return read_header(target)
     found = scan(checkpoint_directory(target))
     if not found.files:
-        damaged = f"; {len(found.damaged)} damaged" if found.damaged else ""
-        raise CheckpointNotFound(f"{target}: no checkpoints here{damaged}", path=target)
+        also = f"; {len(found.damaged)} damaged" if found.damaged else ""
+        raise CheckpointNotFound(f"{target}: no checkpoints here{also}", path=target)
+    for damaged in found.damaged:
+        if damaged.step >= found.files[-1].step:
+            warnings.warn(f"skipped a damaged checkpoint: {damaged.error}", DistrustWarning, stacklevel=2)
     return found.files[-1]
 
 

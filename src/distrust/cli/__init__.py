@@ -96,7 +96,7 @@ def _help() -> str:
             "  distrust train --model ./my-model --data examples.jsonl --out runs/first",
             "  distrust ls runs/first",
             "",
-            "distrust COMMAND --help says more of each.",
+            "distrust COMMAND --help says more of each; distrust --version says which this is.",
         ]
     )
 

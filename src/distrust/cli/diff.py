@@ -10,6 +10,7 @@ from distrust.checkpoint.compare import differences
 from distrust.cli.arguments import TARGET, parser, print_json
 
 DIGEST_SHOWN = 16
+SHOWN = 20
 
 
 def main(arguments: list[str]) -> int:
@@ -41,13 +42,15 @@ def main(arguments: list[str]) -> int:
         return 1 if found else 0
     for side, file in (("a", a), ("b", b)):
         print(f"{side}: step {file.step}, {file.kind}, state {file.state_digest[:DIGEST_SHOWN]}, {file.path}")
-    for difference in found:
+    for difference in found[:SHOWN]:
         print(f"{difference.what} {difference.name}: {_short(difference.a)} -> {_short(difference.b)}")
+    if len(found) > SHOWN:
+        print(f"and {len(found) - SHOWN} more; --json lists them all")
     tensors = sum(difference.what == "tensor" for difference in found)
     print(
         f"different: {len(found) - tensors} scalars, {tensors} of {len(a.tensors)} tensors"
         if found
-        else "equal: the states are the same, bit for bit"
+        else "equal: by their headers the states are the same, bit for bit"
     )
     return 1 if found else 0
 

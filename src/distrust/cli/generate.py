@@ -24,9 +24,12 @@ def main(arguments: list[str]) -> int:
     if not 0 <= options.temperature < float("inf"):
         raise ConfigError(f"--temperature is {options.temperature}: give 0 or more")
     file = newest(options.target)  # a wrong name is told before the frameworks are loaded
-    prompts = options.prompt or [line.rstrip("\n") for line in sys.stdin]
+    prompts = options.prompt or _lines()
     if not prompts:
         raise DataError("no prompt: give --prompt TEXT, or lines on the standard input")
+    for number, prompt in enumerate(prompts, 1):
+        if not prompt.isprintable() and any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise DataError(f"prompt {number}: not UTF-8")
 
     from distrust import engines
     from distrust.engines.torch.engine import TorchEngine
@@ -64,6 +67,13 @@ def main(arguments: list[str]) -> int:
         for name in columns:
             print(f"  {f'{name}: ' if options.compare else ''}{row[name]}")
     return 0
+
+
+def _lines() -> list[str]:
+    if sys.stdin.isatty():
+        print("prompts, one a line; Ctrl-D ends them:", file=sys.stderr)
+    sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # told by line, below
+    return [line.rstrip("\n") for line in sys.stdin]
 
 
 def _options(arguments: list[str]) -> argparse.Namespace:

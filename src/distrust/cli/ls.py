@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> int:
             created = (file.created or "")[:19].replace("T", " ")
             print(f"{file.step:>8}  {file.kind:8}  {size(file.bytes):>8}  {created:19}  {metrics}")
     else:
-        print(f"no checkpoints in {options.target}")
+        print(f"no {'whole ' if found.damaged else ''}checkpoints in {options.target}")
     return 0
 
 

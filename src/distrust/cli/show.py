@@ -7,7 +7,7 @@ from typing import Any
 
 from distrust.checkpoint import store
 from distrust.cli.arguments import TARGET, number, parser, print_json, size
-from distrust.errors import CheckpointNotFound
+from distrust.errors import CheckpointNotFound, ConfigError
 
 
 def main(arguments: list[str]) -> int:
@@ -54,6 +54,8 @@ def main(arguments: list[str]) -> int:
 def _chosen(target: Path, step: int | None) -> store.CheckpointFile:
     if step is None:
         return store.newest(target)
+    if target.is_file():
+        raise ConfigError(f"--step goes with a run or a directory; {target} is one checkpoint")
     files = store.scan(store.checkpoint_directory(target)).by_step()
     if step not in files:
         there = ", ".join(map(str, files)) or "none"

@@ -12,6 +12,7 @@ import tyro
 from distrust import config as options
 from distrust.cli import COMMANDS
 from distrust.config import TrainConfig
+from distrust.errors import ConfigError
 
 DESCRIPTION = """{what}.
 
@@ -53,9 +54,11 @@ def parse(arguments: list[str]) -> TrainConfig:
         ConfigError: for values that make no sense; SystemExit for flags that do not exist.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config")
-    file = first.parse_known_args(arguments)[0].config
-    base = options.from_toml(Path(file)) if file is not None else TrainConfig()
+    first.add_argument("--config", action="append", default=[])
+    files = first.parse_known_args(arguments)[0].config
+    if len(files) > 1:
+        raise ConfigError(f"--config is given {len(files)} times; give one file")
+    base = options.from_toml(Path(files[0])) if files else TrainConfig()
     command = tyro.cli(
         _Command,
         args=arguments,

@@ -10,7 +10,8 @@ from distrust import config as options
 from distrust.checkpoint import CheckpointFile, CheckpointManager
 from distrust.checkpoint.store import newest
 from distrust.config import TrainConfig, key
-from distrust.errors import ResumeRefused
+from distrust.engines.source import locate
+from distrust.errors import ModelError, ResumeRefused
 from distrust.training.engine import Engine, EngineState
 from distrust.training.resume import FINGERPRINTS
 
@@ -22,6 +23,7 @@ def create(config: TrainConfig) -> Engine:
         ModelError: if the model or tokenizer cannot be loaded.
         ConfigError: if an option does not fit the model or the machine.
     """
+    locate(config.model)
     # Read by OpenMP when torch is first imported. By default each thread spins for milliseconds at the end of
     # every operation; where another process wants the same cores, small models then run ten times slower.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
@@ -59,8 +61,18 @@ def open_checkpoint(target: Path, *, model: str | None = None) -> tuple[Engine, 
     config = config_of(file)
     if model is not None:
         config = replace(config, model=model)
-    engine = create(config)
     expected = file.header.config.get(FINGERPRINTS, {}).get("model")
+    if expected is None:
+        raise ResumeRefused(f"{file.path}: was not made by `distrust train`, so its base model is not known")
+    try:
+        engine = create(config)
+    except ModelError as error:
+        if model is not None:
+            raise
+        raise ModelError(
+            f"{file.path}: was trained on the model {config.model}, which cannot be loaded from here; say "
+            f"where it lies with --model ({error})"
+        ) from error
     if engine.fingerprint() != expected:
         raise ResumeRefused(f"{file.path}: was not trained on the weights of --model {config.model}")
     checkpoint = CheckpointManager(file.path.parent).load(file.path, framework=engine.framework)

@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from pathlib import Path
+from signal import Signals
 from typing import TextIO
 
 from rich.console import Console
@@ -153,7 +154,9 @@ class ConsoleReporter:
             self._say(f"nothing to do: the run finished at step {event.step}")
         elif event.signal is not None:
             where = "nothing to save yet" if event.path is None else f"step {event.step} is saved"
-            self._say(f"stopped by signal {event.signal}: {where}. The same command goes on from there")
+            self._say(
+                f"stopped by {Signals(event.signal).name}: {where}. The same command goes on from there"
+            )
         else:
             self._say(f"finished at step {event.step} in {_duration(time.perf_counter() - self._began)}")
         if event.path is not None:

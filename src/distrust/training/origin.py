@@ -75,7 +75,7 @@ def _gone_on_from(step: int, found: Scan) -> bool:
 
 
 def _require_newest(step: int, steps: list[int], out: str) -> None:
-    if any(other > step for other in steps):
+    if step in steps and step != steps[-1]:
         raise ConfigError(
             f"--from-step {step}: {out} has gone on to step {steps[-1]}, and two timelines never share a "
             "folder; add --branch NEW_FOLDER"

@@ -6,6 +6,7 @@ Ctrl-C is a KeyboardInterrupt at once; no checkpoint is damaged by that.
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -41,4 +42,7 @@ class StopRequest:
     def _remember(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.signal is not None:
             raise KeyboardInterrupt
+        if number == signal.SIGINT:
+            # Not through any stream: the signal may have come in the middle of a write to it.
+            os.write(2, b"\nstopping after this step; Ctrl-C again leaves at once\n")
         self.signal = self.signal or number

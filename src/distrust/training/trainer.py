@@ -32,7 +32,7 @@ from distrust.training.events import (
     RunStarted,
     StepEnded,
 )
-from distrust.training.plan import Plan, make_plan, read_sources
+from distrust.training.plan import Plan, Sources, make_plan, read_sources
 from distrust.training.progress import HISTORY, Progress
 from distrust.training.saver import Saver
 from distrust.training.schedule import learning_rate
@@ -80,11 +80,13 @@ class DistrustTrainer:
         """
         self._observer_error = None
         with StopRequest() as stop, self._manager:
-            self._manager.acquire()
             finished = origin.finished(self._config, self._manager)
             if finished is not None:
                 return self._ended(finished, signal=None, already=True)
-            self._prepare()
+            # Quick, and before anything is made on disk: it tells what is wrong with the data.
+            sources = read_sources(self._config)
+            self._manager.acquire()
+            self._prepare(sources)
             begun_at, last = self._progress.step, self._plan.max_steps
             while self._progress.step < last and stop.signal is None and self._observer_error is None:
                 self._step(self._progress.step + 1)
@@ -99,9 +101,8 @@ class DistrustTrainer:
             raise self._observer_error
         return ended
 
-    def _prepare(self) -> None:
+    def _prepare(self, sources: Sources) -> None:
         """Load everything, and take up the newest checkpoint if there is one."""
-        sources = read_sources(self._config)  # first: it is quick, and tells what is wrong with the data
         self._emit(Preparing(f"loading the model {self._config.model}"))
         engine = self._given_engine
         if engine is None:

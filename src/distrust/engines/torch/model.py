@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
-from pathlib import Path
 from typing import Any
 
 import torch
 from blake3 import blake3
 
-from distrust.bundled import MODEL
 from distrust.checkpoint.format import tensor_hasher
-from distrust.config import BUNDLED, Device, Dtype
+from distrust.config import Device, Dtype
+from distrust.engines.source import locate
 from distrust.errors import ConfigError, ModelError
-
-#: NAME or OWNER/NAME; anything else can only be a folder.
-_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
 
 def load_model(name: str, *, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
@@ -83,10 +78,7 @@ def _loaded(loader: Any, name: str, **options: Any) -> Any:
     hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    source = str(MODEL) if name == BUNDLED else name
-    local = Path(source).exists()
-    if not local and not _HUB_NAME.fullmatch(source):
-        raise ModelError(f"--model {name}: there is no such folder")
+    source, local = locate(name)
     try:
         # Weights only as safetensors: the older format is a pickle.
         if "dtype" in options:

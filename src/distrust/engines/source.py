@@ -1,0 +1,39 @@
+"""Where a base model lies: checked before any framework is loaded, which takes seconds."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from distrust.bundled import MODEL
+from distrust.checkpoint.store import RUN_SUBDIRECTORY
+from distrust.config import BUNDLED
+from distrust.errors import ModelError
+
+#: NAME or OWNER/NAME; anything else can only be a folder.
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+
+
+def locate(name: str) -> tuple[str, bool]:
+    """What the loaders of a framework take, and whether it is a local folder.
+
+    Args:
+        name: a folder, a hub name, or ``bundled``.
+
+    Raises:
+        ModelError: if it can be neither.
+    """
+    if name == BUNDLED:
+        return str(MODEL), True
+    folder = Path(name)
+    if not folder.exists():
+        if not _HUB_NAME.fullmatch(name):
+            raise ModelError(f"--model {name}: there is no such folder")
+        return name, False
+    if not folder.is_dir():
+        raise ModelError(f"--model {name}: is a file; give the folder of a model")
+    if (folder / RUN_SUBDIRECTORY).is_dir():
+        raise ModelError(f"--model {name}: is a run, not a model; give the folder of the model it trained")
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"--model {name}: holds no config.json, so it is not the folder of a model")
+    return name, True
