@@ -62,6 +62,7 @@ class ConsoleReporter:
         self._max_steps = 0
         self._last_saved: int | None = None
         self._seconds_per_token: float | None = None
+        self._facts = ""
         self._began = time.perf_counter()
 
     def __enter__(self) -> ConsoleReporter:
@@ -86,6 +87,7 @@ class ConsoleReporter:
                 self._say(f"step {event.step}: eval loss {event.loss:.4f}, perplexity {_exp(event.loss):.4g}")
             case CheckpointSaved():
                 self._last_saved = event.step
+                self._draw()
             case CheckpointStarted():
                 if not self._live:
                     self._say(
@@ -135,18 +137,24 @@ class ConsoleReporter:
         pace = event.seconds / event.tokens
         before = self._seconds_per_token
         self._seconds_per_token = pace if before is None else before + SMOOTHING * (pace - before)
-        speed = 1 / self._seconds_per_token
-        saved = "nothing saved yet" if self._last_saved is None else f"saved {self._last_saved}"
+        self._facts = f"loss {event.loss:.4f}  {1 / self._seconds_per_token:,.0f} tok/s"
         if self._live:
-            facts = f"loss {event.loss:.4f}  {speed:,.0f} tok/s  {saved}"
-            self._bar.update(self._task, completed=event.step, facts=facts)
+            self._bar.update(self._task, completed=event.step)
+            self._draw()
         elif event.step % self._log_every == 0 or event.step in (1, self._max_steps):
             left = (self._max_steps - event.step) * event.tokens * self._seconds_per_token
             self._say(
                 f"step {event.step}/{self._max_steps}: loss {event.loss:.4f}, weighted "
                 f"{event.weighted_loss:.4f}, distrust {event.distrust:.2f}, lr {event.learning_rate:.3g}, "
-                f"norm {event.gradient_norm:.3g}, {speed:,.0f} tok/s, {_duration(left)} left, {saved}"
+                f"norm {event.gradient_norm:.3g}, {1 / self._seconds_per_token:,.0f} tok/s, "
+                f"{_duration(left)} left, {self._saved()}"
             )
+
+    def _draw(self) -> None:
+        self._bar.update(self._task, facts=f"{self._facts}  {self._saved()}")
+
+    def _saved(self) -> str:
+        return "nothing saved yet" if self._last_saved is None else f"saved {self._last_saved}"
 
     def _ended(self, event: RunEnded) -> None:
         self._bar.update(self._task, visible=False)
