@@ -256,20 +256,14 @@ def test_a_folder_that_cannot_be_is_told(run, tmp_path):
 def test_a_loss_that_is_no_number_stops_before_the_step(run, data, tmp_path, example):
     ended, _ = run(tmp_path / "good", save_every=1, keep_last=9)
     events = []
-    config = TrainConfig(
-        out=str(tmp_path / "bad"),
-        data=str(data),
-        max_steps=9,
-        batch_size=2,
-        gradient_accumulation=2,
-        learning_rate=0.05,
-        warmup_steps=2,
-        save_every=1,
-        keep_last=9,
-    )
-    trainer = DistrustTrainer(config, engine=ToyEngine(poisoned=[example]), observers=[events.append])
     with pytest.raises(NonFiniteLoss) as error:
-        trainer.train()
+        run(
+            tmp_path / "bad",
+            save_every=1,
+            keep_last=9,
+            engine=ToyEngine(poisoned=[example]),
+            observers=[events.append],
+        )
     made = [event.step for event in events if isinstance(event, StepEnded)]
     assert error.value.step == len(made) + 1
     assert error.value.examples == (f"{data}:{example + 1}",)

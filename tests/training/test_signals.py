@@ -105,7 +105,7 @@ def test_stopped_while_it_loads_a_resumed_run_stays_where_it_was(run, data, tmp_
     assert stopped.path.read_bytes() == content
 
 
-def test_a_second_interrupt_damages_nothing(run, data, tmp_path):
+def test_a_second_interrupt_damages_nothing(run, tmp_path):
     alone, _ = run(tmp_path / "alone")
 
     def twice(event):
@@ -113,18 +113,8 @@ def test_a_second_interrupt_damages_nothing(run, data, tmp_path):
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
 
-    config = TrainConfig(
-        out=str(tmp_path / "left"),
-        data=str(data),
-        max_steps=9,
-        batch_size=2,
-        gradient_accumulation=2,
-        learning_rate=0.05,
-        warmup_steps=2,
-        save_every=2,
-    )
     with pytest.raises(KeyboardInterrupt):
-        DistrustTrainer(config, engine=ToyEngine(), observers=[twice]).train()
+        run(tmp_path / "left", observers=[twice])
     for thread in threading.enumerate():
         if thread.name.startswith("save "):
             thread.join()  # the write goes on behind

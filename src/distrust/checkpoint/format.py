@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 from blake3 import blake3
 
@@ -49,7 +49,6 @@ DIGEST_CHARACTERS = 64
 NO_DIGEST = "0" * DIGEST_CHARACTERS
 
 Kind = Literal["periodic", "final"]
-KINDS: dict[str, Kind] = {"periodic": "periodic", "final": "final"}
 
 #: Every dtype of the format that has whole bytes, and its item size in bytes.
 ITEM_SIZES = {
@@ -404,9 +403,9 @@ def _integer(text: Any, name: str) -> int:
 
 
 def _kind(text: str) -> Kind:
-    if text not in KINDS:
-        raise CorruptCheckpoint(f"the header's kind {text!r} is none of {', '.join(KINDS)}")
-    return KINDS[text]
+    if text not in get_args(Kind):
+        raise CorruptCheckpoint(f"the header's kind {text!r} is none of {', '.join(get_args(Kind))}")
+    return cast(Kind, text)
 
 
 def _tensors(

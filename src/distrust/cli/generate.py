@@ -13,7 +13,7 @@ from distrust.cli.arguments import TARGET, parser, print_json
 from distrust.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from distrust.engines.torch.engine import TorchEngine
+    from distrust.training.engine import Engine
 
 
 def main(arguments: list[str]) -> int:
@@ -27,15 +27,14 @@ def main(arguments: list[str]) -> int:
     prompts = options.prompt or _lines()
     if not prompts:
         raise DataError("no prompt: give --prompt TEXT, or lines on the standard input")
-    for number, prompt in enumerate(prompts, 1):
-        if not prompt.isprintable() and any("\ud800" <= character <= "\udfff" for character in prompt):
-            raise DataError(f"prompt {number}: not UTF-8")
+    _require_utf8(prompts)
 
     from distrust import engines
     from distrust.engines.torch.engine import TorchEngine
     from distrust.engines.torch.generation import generate
 
-    def write(engine: TorchEngine) -> list[str]:
+    def write(engine: Engine) -> list[str]:
+        assert isinstance(engine, TorchEngine)  # noqa: S101 - the only engine there is
         return [
             generate(
                 engine,
@@ -50,9 +49,8 @@ def main(arguments: list[str]) -> int:
     columns = {}
     if options.compare:
         config = engines.config_of(file)
-        columns["base"] = write(TorchEngine(replace(config, model=options.model or config.model)))
+        columns["base"] = write(engines.create(replace(config, model=options.model or config.model)))
     trained, _ = engines.open_checkpoint(file.path, model=options.model)
-    assert isinstance(trained, TorchEngine)  # noqa: S101 - the only engine there is
     columns["checkpoint"] = write(trained)
 
     rows = [
@@ -74,6 +72,14 @@ def _lines() -> list[str]:
         print("prompts, one a line; Ctrl-D ends them:", file=sys.stderr)
     sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # told by line, below
     return [line.rstrip("\n") for line in sys.stdin]
+
+
+def _require_utf8(prompts: list[str]) -> None:
+    for number, prompt in enumerate(prompts, 1):
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            raise DataError(f"prompt {number}: not UTF-8") from None
 
 
 def _options(arguments: list[str]) -> argparse.Namespace:

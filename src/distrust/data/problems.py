@@ -13,15 +13,13 @@ SHOWN = 20
 class RecordError(Exception):
     """What is wrong with one record. It never leaves this package: it ends in the list of all of them.
 
-    Attributes:
-        field: the record's field, such as ``messages[2].content``; None for the record as a whole.
+    Args:
         what: what is wrong with it; what to do.
+        field: the record's field, such as ``messages[2].content``; None for the record as a whole.
     """
 
     def __init__(self, what: str, *, field: str | None = None) -> None:
         super().__init__(what if field is None else f"{field}: {what}")
-        self.field = field
-        self.what = what
 
 
 def collected(headline: str, problems: Sequence[str]) -> DataError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -24,9 +23,6 @@ def create(config: TrainConfig) -> Engine:
         ConfigError: if an option does not fit the model or the machine.
     """
     locate(config.model)
-    # Read by OpenMP when torch is first imported. By default each thread spins for milliseconds at the end of
-    # every operation; where another process wants the same cores, small models then run ten times slower.
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     from distrust.engines.torch.engine import TorchEngine
 
     return TorchEngine(config)

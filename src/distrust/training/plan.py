@@ -117,9 +117,7 @@ def make_plan(
     weights = _weights(config, corpus)
     per_step = config.batch_size * config.gradient_accumulation
     max_steps = config.max_steps or math.ceil(config.epochs * len(corpus) / per_step)
-    pad_token_id = tokenizer.pad_token_id
-    if pad_token_id is None:
-        pad_token_id = tokenizer.eos_token_id or 0  # padding is masked: any token serves
+    pad_token_id = _pad_token_id(tokenizer)
     batches = Batches(
         corpus,
         weights=weights,
@@ -148,6 +146,12 @@ def _max_length(config: TrainConfig, context_length: int | None) -> int:
             f"give {context_length} or less"
         )
     return config.max_length
+
+
+def _pad_token_id(tokenizer: Tokenizer) -> int:
+    if tokenizer.pad_token_id is not None:
+        return tokenizer.pad_token_id
+    return tokenizer.eos_token_id or 0  # padding is masked: any token serves
 
 
 def _path(source: str) -> Path:

@@ -75,7 +75,7 @@ class Saver:
             self.durable = self._pending_state
             self._emit(CheckpointSaved(self._pending_state[0], path))
 
-    def __str__(self) -> str:
-        """What stands, in a few words, once the save under way has ended."""
+    def standing(self) -> str:
+        """What stands, in a few words; waits for the save under way."""
         self.settle()
         return "nothing was saved yet" if self.durable is None else f"step {self.durable[0]} is saved"

@@ -208,7 +208,7 @@ class DistrustTrainer:
         if not self._engine.is_finite():
             raise NonFiniteLoss(
                 f"step {step}: its update left weights or moments that are not finite; it is not saved, and "
-                f"{self._saver}. Lower --learning-rate or --weight-decay",
+                f"{self._saver.standing()}. Lower --learning-rate or --weight-decay",
                 step=step,
                 examples=self._examples(self._plan.batches.step(step)),
             )
@@ -301,7 +301,7 @@ class DistrustTrainer:
         guilty = bad or drawn
         more = f" and {len(guilty) - EXAMPLES_NAMED} more" if len(guilty) > EXAMPLES_NAMED else ""
         raise NonFiniteLoss(
-            f"step {step}: {what} is not finite; the step was not made, and {self._saver}. "
+            f"step {step}: {what} is not finite; the step was not made, and {self._saver.standing()}. "
             f"Examples: {', '.join(guilty[:EXAMPLES_NAMED])}{more}. Look at them, or lower --learning-rate",
             step=step,
             examples=guilty,
