@@ -175,6 +175,7 @@ class Layout:
 
     Attributes:
         tensors: in the order of their data, with offsets, without digests.
+        data_offset: where the data begins.
         file_size: in bytes.
 
     Raises:
@@ -207,6 +208,7 @@ class Layout:
             placed.append(replace(tensor, offset=position))
             position += tensor.nbytes
         self.tensors = tuple(placed)
+        self.data_offset = LENGTH_BYTES + self._header_bytes
         self.file_size = position
         self._blank = replace(blank, tensors=self.tensors, file_size=position)
 

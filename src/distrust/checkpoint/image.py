@@ -3,71 +3,75 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from distrust.checkpoint import arrays, tree
+from distrust.checkpoint.arrays import HostArray
 from distrust.checkpoint.checkpoint import ARRAY_SECTIONS, STATE_SECTIONS, Checkpoint
 from distrust.checkpoint.format import Kind, Layout, TensorInfo, canonical_json, tensor_hasher
+from distrust.checkpoint.memory import ReusableMemory
 from distrust.checkpoint.storage import AtomicFile
 from distrust.checkpoint.store import CheckpointFile, check_digest, opened, read_into
 from distrust.errors import UnsupportedState
 
-if TYPE_CHECKING:
-    import numpy as np
-
-WRITE_BLOCK_BYTES = 16 << 20
-
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """A checkpoint laid out for a file, its tensors not yet read.
+    """A checkpoint taken apart for a file, its tensors not yet read.
 
     Attributes:
         step: of the checkpoint.
-        layout: where every byte goes.
-        arrays: the caller's arrays, in the order of their data.
+        kind: of the file.
+        tensors: what the arrays are.
+        sections: the skeleton of the state.
+        run: canonical JSON of what may differ between equal runs.
+        arrays: the caller's arrays, by label.
     """
 
     step: int
-    layout: Layout
-    arrays: Sequence[Any]
+    kind: Kind
+    tensors: Sequence[TensorInfo]
+    sections: dict[str, Any]
+    run: str
+    arrays: Mapping[str, Any]
 
-    def write(self, path: Path, data: Iterable[np.ndarray[Any, Any]]) -> str:
+    def write(self, path: Path, source: Callable[[str], HostArray], *, blocks: ReusableMemory) -> str:
         """Write and commit the file; returns its header's digest.
 
         Args:
             path: the final name.
-            data: uint8[nbytes] of each tensor, in the order of :attr:`arrays`; consumed one by one.
+            source: label -> the bytes of that tensor; called for one after the other.
+            blocks: memory for the blocks on their way to the disk.
 
         Raises:
             SaveFailed: with what stood before untouched.
+            UnsupportedState: if no reader would take the header, or the shape of a tensor.
         """
-        with AtomicFile(path, self.layout.file_size) as file:
-            tensors = self.layout.tensors
-            digests = [_write(file, tensor, part) for tensor, part in zip(tensors, data, strict=True)]
-            header, digest = self.layout.header(digests)
+        layout = Layout(self.tensors, step=self.step, kind=self.kind, sections=self.sections, run=self.run)
+        with AtomicFile(path, layout.file_size, data_offset=layout.data_offset, blocks=blocks) as file:
+            digests = [_append(file, source(tensor.name)) for tensor in layout.tensors]
+            header, digest = layout.header(digests)
             # Last: a file without its header is no checkpoint, whatever the disk made of the rest.
-            file.write_at(0, header)
+            file.write_header(header)
             file.commit()
         return digest
 
 
 def prepare(checkpoint: Checkpoint, kind: Kind) -> Image:
-    """Lay a checkpoint out.
+    """Take a checkpoint apart: everything but the bytes of its arrays is held from now on.
 
     Raises:
         UnsupportedState: for a value that would not come back exactly.
     """
-    skeleton, found = tree.flatten(
+    sections, found = tree.flatten(
         {name: getattr(checkpoint, name) for name in STATE_SECTIONS}, is_array=arrays.is_array
     )
     tensors = [_described(label, array) for label, array in found.items()]
-    layout = Layout(tensors, step=checkpoint.step, kind=kind, sections=skeleton, run=_run(checkpoint))
-    return Image(checkpoint.step, layout, [found[tensor.name] for tensor in layout.tensors])
+    return Image(checkpoint.step, kind, tensors, sections, _run(checkpoint), found)
 
 
 def read(path: Path, *, framework: arrays.Framework) -> tuple[CheckpointFile, Checkpoint]:
@@ -98,14 +102,10 @@ def read(path: Path, *, framework: arrays.Framework) -> tuple[CheckpointFile, Ch
         return CheckpointFile(path, header), checkpoint
 
 
-def _write(file: AtomicFile, tensor: TensorInfo, data: np.ndarray[Any, Any]) -> str:
+def _append(file: AtomicFile, source: HostArray) -> str:
     hasher = tensor_hasher()
-    for start in range(0, tensor.nbytes, WRITE_BLOCK_BYTES):
-        block = data[start : start + WRITE_BLOCK_BYTES]
-        # A copy: were the caller's array to change between digest and write, the file would be damaged.
-        block = block.copy()
-        hasher.update(block.data)
-        file.write_at(tensor.offset + start, block)
+    for piece in file.append(source.address, source.nbytes):
+        hasher.update(piece)
     return hasher.hexdigest()
 
 

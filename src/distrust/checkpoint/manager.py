@@ -6,18 +6,21 @@ import copy
 import os
 import threading
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from distrust.checkpoint import arrays, image, retention, snapshot, storage, store
+from distrust.checkpoint import arrays, image, retention, storage, store
+from distrust.checkpoint.arrays import HostArray
 from distrust.checkpoint.checkpoint import Checkpoint
 from distrust.checkpoint.format import Kind
+from distrust.checkpoint.memory import ReusableMemory
 from distrust.checkpoint.retention import Candidate, MetricMode, Retention
+from distrust.checkpoint.snapshot import Snapshot
 from distrust.checkpoint.store import CheckpointFile, DamagedFile, Scan
-from distrust.checkpoint.writer import BackgroundWriter, PendingSave
+from distrust.checkpoint.writer import BackgroundWriter, PendingSave, saved
 from distrust.errors import (
     CheckpointError,
     CheckpointNotFound,
@@ -28,6 +31,10 @@ from distrust.errors import (
 
 if TYPE_CHECKING:
     from typing import Self
+
+
+#: What changes only in the optimizer's step, so that its copy may run beside the next forward and backward pass.
+_OVERLAPPED = ("model", "optimizer")
 
 
 class _Session:
@@ -42,6 +49,8 @@ class _Session:
         self.process = os.getpid()
         self.lock = storage.DirectoryLock(self.directory)
         self.writer = BackgroundWriter()
+        self.snapshot = Snapshot()
+        self.blocks = ReusableMemory()
         self.mutex = threading.RLock()
         self.leaving = False
         # Identified by name and header digest: a file replaced by another process is another file.
@@ -57,6 +66,8 @@ class _Session:
     def _let_go(self) -> None:
         with self.mutex:
             if self.leaving and self.writer.idle:
+                self.snapshot.release()
+                self.blocks.release()
                 self.lock.release()
 
 
@@ -117,14 +128,23 @@ class CheckpointManager:
         """
         with self._session.mutex:
             path, prepared = self._prepare(checkpoint, final=final)
-            self._commit(path, prepared, (arrays.to_host(array).data for array in prepared.arrays))
+            self._commit(path, prepared, lambda label: arrays.to_host(prepared.arrays[label]))
             return path
 
-    def save_async(self, checkpoint: Checkpoint, *, final: bool = False) -> PendingSave:
+    def save_async(
+        self, checkpoint: Checkpoint, *, final: bool = False, overlap: bool = False
+    ) -> PendingSave:
         """Copy a checkpoint and write it in the background.
 
         Returns when everything is copied: the arrays may be changed again. At most one write is under way:
-        the next call waits for it.
+        the next call waits for it. A state that is larger than a quarter of the free memory is saved before
+        this returns, with a warning.
+
+        Args:
+            checkpoint: what to save.
+            final: write ``checkpoint-{step}-final.safetensors``, which is never cleaned up.
+            overlap: return while the arrays in ``model`` and ``optimizer`` are still being copied. Call
+                :meth:`PendingSave.wait_copied` before they change.
 
         Raises:
             SaveFailed: if the background save before this one failed and nobody has been told.
@@ -133,8 +153,33 @@ class CheckpointManager:
         """
         with self._session.mutex:
             path, prepared = self._prepare(checkpoint, final=final)
-            copied = snapshot.take(prepared.arrays)
-            return self._session.writer.start(path, lambda: self._commit(path, prepared, copied))
+            capture = self._session.snapshot.begin(prepared.arrays, later=_OVERLAPPED if overlap else ())
+            if capture is None:
+                warnings.warn(
+                    f"step {checkpoint.step}: its copy would take more than a quarter of the free memory, so "
+                    "nothing goes on until it is saved",
+                    DistrustWarning,
+                    stacklevel=2,
+                )
+                return saved(self.save(checkpoint, final=final))
+            return self._session.writer.start(
+                path,
+                copy=capture.copy,
+                write=lambda: self._commit(path, prepared, capture.sources.__getitem__),
+            )
+
+    def reserve(self, nbytes: int) -> bool:
+        """Have memory ready for background saves, so that the first one is as quick as the next.
+
+        Args:
+            nbytes: of all arrays of a checkpoint together.
+
+        Returns:
+            Whether it is ready; not if it would take more than a quarter of the free memory.
+        """
+        with self._session.mutex:
+            self._session.writer.settle()
+            return self._session.snapshot.reserve(nbytes)
 
     def list_checkpoints(self) -> list[int]:
         """The steps that are there, finals included, in ascending order."""
@@ -292,9 +337,9 @@ class CheckpointManager:
         path = self.directory / store.file_name(checkpoint.step, kind)
         return path, image.prepare(checkpoint, kind)
 
-    def _commit(self, path: Path, prepared: image.Image, data: Iterable[Any]) -> None:
-        digest = prepared.write(path, data)
+    def _commit(self, path: Path, prepared: image.Image, source: Callable[[str], HostArray]) -> None:
         session = self._session
+        digest = prepared.write(path, source, blocks=session.blocks)
         session.good.add((path.name, digest))
         if session.resumed_from is not None and prepared.step > session.resumed_from.step:
             session.resumed_from = None  # a newer one stands

@@ -1,7 +1,7 @@
 """The commit protocol: the only place that writes, syncs, renames, removes and locks.
 
-A checkpoint is written to a hidden temporary name in its own directory, data first and header last, then
-synced, renamed into place, and the directory synced. At every instant the directory therefore holds, under
+A checkpoint is written to a hidden temporary name in its own directory, data first and header last
+(``ring.py``), then synced, renamed into place, and the directory synced. At every instant the directory therefore holds, under
 the final name, either the file that stood there before or the whole new one.
 
 - Space is reserved before the first byte, so that a full disk is found before anything is touched.
@@ -23,6 +23,7 @@ import functools
 import os
 import re
 import secrets
+import struct
 import sys
 import time
 import weakref
@@ -30,6 +31,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from distrust.checkpoint import ring
+from distrust.checkpoint.memory import ReusableMemory
 from distrust.errors import CheckpointDirectoryLocked, SaveFailed
 
 LOCK_NAME = ".lock"
@@ -40,37 +43,57 @@ _TEMPORARY_NAME = re.compile(r"\.checkpoint-[0-9]+(-final)?\.safetensors\.[0-9a-
 class AtomicFile:
     """A new file of a known size that appears under its name wholly, or not at all.
 
+    Its data is appended through a :class:`~distrust.checkpoint.ring.Ring`; its header, written at last, completes it.
+
+    Args:
+        path: the final name.
+        size: of the whole file, in bytes.
+        data_offset: where the data begins: a multiple of 4096.
+        blocks: memory for the blocks on their way to the disk, used again by the next file.
+
     Raises:
         SaveFailed: from every method. What stood before is untouched, unless the last step of all, the sync
             of the directory, failed: then the new file stands.
     """
 
-    def __init__(self, path: Path, size: int) -> None:
+    def __init__(self, path: Path, size: int, *, data_offset: int, blocks: ReusableMemory) -> None:
         self._path = path
         self._size = size
         self._temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}.tmp"
-        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
+        self._ring: ring.Ring | None = None
         with self._reported():
-            self._descriptor = os.open(self._temporary, flags, 0o666)
+            self._descriptor = ring.create(self._temporary)
         try:
             with self._reported():
                 reserve(self._descriptor, size)
+                self._ring = ring.Ring(self._descriptor, size, blocks)
+                self._ring.seek(data_offset)
         except BaseException:
             self.discard()
             raise
 
-    def write_at(self, offset: int, data: Any) -> None:
-        """Write ``data``, any C-contiguous buffer, at ``offset``."""
-        view = memoryview(data).cast("B")
+    def append(self, address: int, nbytes: int) -> Iterator[memoryview]:
+        """Append memory, and hand out each piece of it as the disk will get it.
+
+        Args:
+            address: of the first byte; the memory may change again once the last piece was handed out.
+            nbytes: its length.
+        """
         with self._reported():
-            while view:
-                written = os.pwrite(self._descriptor, view, offset)
-                view = view[written:]
-                offset += written
+            yield from self._blocks.append(address, nbytes)
+
+    def write_header(self, header: bytes) -> None:
+        """Write what stands before the data, for which :meth:`__init__` left room."""
+        with self._reported():
+            self._blocks.seek(0)
+            for _ in self._blocks.append(ring.address_of_bytes(header), len(header)):
+                pass
 
     def commit(self) -> None:
         """Make the file durable and put it under its name."""
         with self._reported():
+            self._blocks.finish()
+            os.ftruncate(self._descriptor, self._size)  # the last block was written whole
             sync(self._descriptor)
             os.replace(self._temporary, self._path)
         try:
@@ -84,6 +107,9 @@ class AtomicFile:
 
     def discard(self) -> None:
         """Drop what was not committed; does nothing after :meth:`commit`."""
+        if self._ring is not None:
+            self._ring.stop()
+            self._ring = None
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -95,6 +121,11 @@ class AtomicFile:
 
     def __exit__(self, *exception: object) -> None:
         self.discard()
+
+    @property
+    def _blocks(self) -> ring.Ring:
+        assert self._ring is not None  # noqa: S101 - until it is committed or discarded there is one
+        return self._ring
 
     @contextlib.contextmanager
     def _reported(self) -> Iterator[None]:
@@ -218,29 +249,42 @@ def sweep(directory: Path) -> None:
 
 
 def remove(paths: list[Path]) -> None:
-    """Remove files, and sync their directory once. A file that is gone already is no error."""
+    """Remove files. One that is gone already is no error.
+
+    Not synced: should a power cut bring one back, the next clean-up removes it again.
+    """
     for path in paths:
         with contextlib.suppress(FileNotFoundError):
             path.unlink()
-    if paths:
-        sync_directory(paths[0].parent)
 
 
 def reserve(descriptor: int, size: int) -> None:
     """Reserve space for a file, or raise ENOSPC before a byte is written."""
     if size and sys.platform == "linux":
         # Not os.posix_fallocate: where the file system cannot reserve, it writes a byte into every block.
-        libc = ctypes.CDLL(None, use_errno=True)
-        fallocate = libc.fallocate
+        fallocate = ctypes.CDLL(None, use_errno=True).fallocate
         fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
         if fallocate(descriptor, 0, 0, size) == 0:
             return
         code = ctypes.get_errno()
         if code not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EINTR):
             raise OSError(code, os.strerror(code))
+    elif size and sys.platform == "darwin" and _preallocated(descriptor, size):
+        return
     status = os.fstatvfs(descriptor)
     if status.f_bavail * status.f_frsize < size:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _preallocated(descriptor: int, size: int) -> bool:
+    """macOS: whether the space was given. The file keeps its size: it grows as it is written."""
+    allocate_all, from_the_end = 4, 3  # F_ALLOCATEALL, F_PEOFPOSMODE; Python has no names for them
+    wanted = struct.pack("@Iiqqq", allocate_all, from_the_end, 0, size, 0)
+    try:
+        fcntl.fcntl(descriptor, 42, wanted)  # F_PREALLOCATE
+    except OSError:
+        return False  # full, or not this file system's: the free space tells
+    return True
 
 
 def sync(descriptor: int) -> None:

@@ -21,9 +21,10 @@ class PendingSave:
     Cancelling what awaits it does not cancel the write.
     """
 
-    def __init__(self, path: Path, future: Future[Path]) -> None:
+    def __init__(self, path: Path, future: Future[Path], copied: threading.Event) -> None:
         self._path = path
         self._future = future
+        self._copied = copied
         self._taken = False
 
     @property
@@ -66,6 +67,10 @@ class PendingSave:
             raise error
         return self._path
 
+    def wait_copied(self) -> None:
+        """Wait until everything is copied: then the arrays may change. Whether it is saved, :meth:`wait` says."""
+        self._copied.wait()
+
     def __await__(self) -> Generator[Any, None, Path]:
         import asyncio
 
@@ -74,6 +79,15 @@ class PendingSave:
         except Exception:  # not CancelledError: a cancelled caller was not told how the write ended
             self._taken = True
             raise
+
+
+def saved(path: Path) -> PendingSave:
+    """A save that has ended already."""
+    future: Future[Path] = Future()
+    future.set_result(path)
+    copied = threading.Event()
+    copied.set()
+    return PendingSave(path, future, copied)
 
 
 class BackgroundWriter:
@@ -94,21 +108,26 @@ class BackgroundWriter:
         else:
             self._pending.add_done_callback(then)
 
-    def start(self, path: Path, write: Callable[[], None]) -> PendingSave:
-        """Run ``write`` in the background. The caller has called :meth:`settle` before."""
+    def start(self, path: Path, *, copy: Callable[[], None], write: Callable[[], None]) -> PendingSave:
+        """Run ``copy`` and then ``write`` in the background. The caller has called :meth:`settle` before."""
         future: Future[Path] = Future()
+        copied = threading.Event()
         # From now on it cannot be cancelled, by whoever awaits it either.
         future.set_running_or_notify_cancel()
 
         def run() -> None:
             try:
+                try:
+                    copy()
+                finally:
+                    copied.set()
                 write()
             except BaseException as error:  # handed to whoever waits; printed at exit if nobody does
                 future.set_exception(error)
             else:
                 future.set_result(path)
 
-        pending = PendingSave(path, future)
+        pending = PendingSave(path, future, copied)
         # Before the slot is taken: where no thread can be started, nothing is under way.
         threading.Thread(target=run, name=f"save {path.name}", daemon=False).start()
         self._pending = pending

@@ -1,0 +1,189 @@
+"""Host memory that is made once and used again: in large pages, touched before it is needed.
+
+A copy into memory that was touched before runs at the speed of the memory; into fresh memory it waits for
+the kernel to find and clear each page, which is several times slower and varies a lot.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from distrust.checkpoint import parallel
+
+PAGE_BYTES = 4096
+_LARGE_PAGE_BYTES = 2 << 20
+_MADV_POPULATE_WRITE = 23  # Linux 5.14; Python has no name for it
+_TOUCH_BYTES = 64 << 20
+#: Places begin on a cache line.
+_PLACE_BYTES = 64
+
+
+def allocate(nbytes: int) -> mmap.mmap:
+    """Zeroed memory of at least ``nbytes`` that begins on a page; nothing of it is touched yet.
+
+    Raises:
+        MemoryError: if there is none.
+    """
+    try:
+        memory = mmap.mmap(-1, max(nbytes, PAGE_BYTES), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"no memory for {nbytes:,} bytes: {error.strerror}") from None
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        try:
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        except OSError:
+            pass  # a kernel without them
+    return memory
+
+
+def address_of(memory: mmap.mmap) -> int:
+    """Where it begins."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
+
+
+class ReusableMemory:
+    """Memory that stays between uses, and grows where a use needs more.
+
+    What it gave out before is not valid any more once it has grown.
+    """
+
+    def __init__(self) -> None:
+        self._memory: mmap.mmap | None = None
+        self._touched = 0
+        self._unpin: Callable[[], None] | None = None
+
+    @property
+    def touched(self) -> int:
+        """So many bytes of it cost no page fault any more."""
+        return self._touched
+
+    def take(self, nbytes: int) -> mmap.mmap:
+        """At least ``nbytes``, all of it touched.
+
+        Raises:
+            MemoryError: if there is none.
+        """
+        if self._memory is None or len(self._memory) < nbytes:
+            self.release()
+            # Room to grow: states grow with their history, and what is not touched takes no memory.
+            self._memory = allocate(_rounded(nbytes + nbytes // 4, _LARGE_PAGE_BYTES))
+        if self._touched < nbytes:
+            end = min(_rounded(nbytes, _LARGE_PAGE_BYTES), len(self._memory))
+            self._unpin_now()  # as much as there is now is pinned again
+            _touch(address_of(self._memory), self._touched, end)
+            self._touched = end
+        return self._memory
+
+    def pin(self, pinned: Callable[[int, int], Callable[[], None]]) -> None:
+        """Have what was touched pinned by a device's driver: (address, nbytes) -> what undoes it."""
+        if self._memory is not None and self._unpin is None:
+            self._unpin = pinned(address_of(self._memory), self._touched)
+
+    def release(self) -> None:
+        """Give it back."""
+        self._unpin_now()
+        # Not closed: whoever still looks at it keeps it alive.
+        self._memory = None
+        self._touched = 0
+
+    def _unpin_now(self) -> None:
+        if self._unpin is not None:
+            self._unpin()
+            self._unpin = None
+
+
+class Room:
+    """Places given out one after the other, each fit for every dtype.
+
+    Attributes:
+        memory: in which they are.
+        address: where it begins.
+    """
+
+    def __init__(self, reusable: ReusableMemory, nbytes: int) -> None:
+        self.memory = reusable.take(nbytes)
+        self.address = address_of(self.memory)
+        self.pin = reusable.pin
+        self._taken = 0
+
+    @staticmethod
+    def of(nbytes: int) -> int:
+        """How much of the room a place of ``nbytes`` takes."""
+        return _rounded(nbytes, _PLACE_BYTES)
+
+    def take(self, nbytes: int) -> int:
+        """The offset of a place of ``nbytes``."""
+        offset = self._taken
+        self._taken += self.of(nbytes)
+        return offset
+
+
+def _rounded(nbytes: int, unit: int) -> int:
+    return -(-nbytes // unit) * unit
+
+
+def _touch(address: int, start: int, end: int) -> None:
+    libc = ctypes.CDLL(None)
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+
+    def touch(offset: int) -> None:
+        length = min(_TOUCH_BYTES, end - offset)
+        populated = sys.platform == "linux" and not libc.madvise(address + offset, length, _MADV_POPULATE_WRITE)
+        if not populated:
+            ctypes.memset(address + offset, 0, length)
+
+    parallel.run(touch, range(start, end, _TOUCH_BYTES), threads=parallel.cores())
+
+
+def available_bytes() -> int:
+    """How much memory this process can still take, as far as the system and its cgroups say."""
+    limits = [_cgroup_bytes(directory) for directory in _cgroups()]
+    return min([_system_bytes(), *(limit for limit in limits if limit is not None)])
+
+
+def _system_bytes() -> int:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _cgroups() -> list[Path]:
+    """The memory cgroups that this process is in, innermost first."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers in ("", "memory"):
+            root = Path("/sys/fs/cgroup") / controllers
+            inner = root / path.lstrip("/")
+            found += [inner, *(parent for parent in inner.parents if parent.is_relative_to(root))]
+    return found
+
+
+def _cgroup_bytes(directory: Path) -> int | None:
+    """What a cgroup still allows; None if it sets no limit. What it caches can be taken back."""
+    for limit, usage, cached in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        try:
+            allowed = (directory / limit).read_text().strip()
+            used = int((directory / usage).read_text())
+            stat = dict(line.split() for line in (directory / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):
+            continue
+        if allowed != "max":
+            return max(0, int(allowed) - used + int(stat.get(cached, 0)))
+    return None

@@ -1,0 +1,51 @@
+"""Work on all cores, for calls that let go of the interpreter while they run: reads, copies, digests."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+Item = TypeVar("Item")
+
+#: A memory's bandwidth is spent before the cores of a large machine are.
+MAX_THREADS = 16
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    available = getattr(os, "sched_getaffinity", None)
+    return min(MAX_THREADS, len(available(0)) if available else os.cpu_count() or 1)
+
+
+def run(work: Callable[[Item], None], items: Sequence[Item], *, threads: int) -> None:
+    """Call ``work`` for every item, the caller's thread included.
+
+    Raises:
+        BaseException: of the earliest item that failed; later ones may not have been begun.
+    """
+    taken = iter(enumerate(items))
+    lock = threading.Lock()
+    failed: dict[int, BaseException] = {}
+
+    def take_items() -> None:
+        while not failed:
+            with lock:
+                index, item = next(taken, (-1, None))
+            if index < 0:
+                return
+            try:
+                work(item)  # type: ignore[arg-type]  # None only at the end
+            except BaseException as error:
+                failed[index] = error
+
+    others = [threading.Thread(target=take_items) for _ in range(min(threads, len(items)) - 1)]
+    for thread in others:
+        thread.start()
+    take_items()
+    for thread in others:
+        thread.join()
+    if failed:
+        # Items are taken in order: no earlier one can have been left out.
+        raise failed[min(failed)]
