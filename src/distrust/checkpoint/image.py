@@ -19,6 +19,9 @@ from distrust.checkpoint.store import CheckpointFile, check_digest, opened, read
 from distrust.errors import UnsupportedState
 
 
+_PLAIN_SECTIONS = tuple(f"{section}." for section in STATE_SECTIONS if section not in ARRAY_SECTIONS)
+
+
 @dataclass(frozen=True, slots=True)
 class Image:
     """A checkpoint taken apart for a file, its tensors not yet read.
@@ -70,7 +73,14 @@ def prepare(checkpoint: Checkpoint, kind: Kind) -> Image:
     sections, found = tree.flatten(
         {name: getattr(checkpoint, name) for name in STATE_SECTIONS}, is_array=arrays.is_array
     )
-    tensors = [_described(label, array) for label, array in found.items()]
+    for label in found:
+        if label.startswith(_PLAIN_SECTIONS):
+            raise UnsupportedState(
+                f"{label}: arrays and numpy scalars belong in {', '.join(ARRAY_SECTIONS)}; "
+                "here give numbers and lists, such as float(x) or x.tolist()",
+                label=label,
+            )
+    tensors = [TensorInfo(label, *described) for label, described in arrays.describe(found).items()]
     return Image(checkpoint.step, kind, tensors, sections, _run(checkpoint), found)
 
 
@@ -107,16 +117,6 @@ def _append(file: AtomicFile, source: HostArray) -> str:
     for piece in file.append(source.address, source.nbytes):
         hasher.update(piece)
     return hasher.hexdigest()
-
-
-def _described(label: str, array: Any) -> TensorInfo:
-    if label.split(".", 1)[0] not in ARRAY_SECTIONS:
-        raise UnsupportedState(
-            f"{label}: arrays and numpy scalars belong in {', '.join(ARRAY_SECTIONS)}; "
-            "here give numbers and lists, such as float(x) or x.tolist()",
-            label=label,
-        )
-    return TensorInfo(label, *arrays.describe(array, label))
 
 
 def _run(checkpoint: Checkpoint) -> str:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 #: What changes only in the optimizer's step, so that its copy may run beside the next forward and backward pass.
-_OVERLAPPED = ("model", "optimizer")
+_OVERLAPPED = ("model.", "optimizer.")
 
 
 class _Session:

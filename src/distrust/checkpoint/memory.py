@@ -133,7 +133,9 @@ def _touch(address: int, start: int, end: int) -> None:
 
     def touch(offset: int) -> None:
         length = min(_TOUCH_BYTES, end - offset)
-        populated = sys.platform == "linux" and not libc.madvise(address + offset, length, _MADV_POPULATE_WRITE)
+        populated = sys.platform == "linux" and not libc.madvise(
+            address + offset, length, _MADV_POPULATE_WRITE
+        )
         if not populated:
             ctypes.memset(address + offset, 0, length)
 

@@ -6,7 +6,7 @@ memory. Frameworks whose arrays cannot change, or can be held as they are, need 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from distrust.checkpoint import arrays, memory
@@ -30,10 +30,9 @@ class Capture:
 
     def add(self, state: Mapping[str, Any], room: Room) -> None:
         """Find a place for arrays, or hold them; :meth:`copy` copies them."""
-        labels, values = list(state), list(state.values())
-        for adapter, indices in arrays.grouped(values).items():
-            captured = adapter.capture([values[index] for index in indices], room)
-            self.sources.update(zip((labels[index] for index in indices), captured.sources, strict=True))
+        for adapter, group in arrays.grouped(state).items():
+            captured = adapter.capture(list(group.values()), room)
+            self.sources.update(zip(group, captured.sources, strict=True))
             self._copies.append(captured.copy)
 
     def copy(self) -> None:
@@ -57,23 +56,20 @@ class Snapshot:
         self._memory.take(nbytes)
         return True
 
-    def begin(self, state: Mapping[str, Any], *, later: Sequence[str] = ()) -> Capture | None:
+    def begin(self, state: Mapping[str, Any], *, later: tuple[str, ...] = ()) -> Capture | None:
         """Take arrays in; None if the budget does not allow their copies.
 
         Args:
             state: arrays by label.
-            later: sections (the first parts of labels) that :meth:`Capture.copy` copies, and that may not
-                change until then; the others are copied when this returns.
+            later: how the labels begin that :meth:`Capture.copy` copies, and that may not change until then;
+                the others are copied when this returns.
         """
-        values = list(state.values())
-        nbytes = sum(
-            adapter.room([values[index] for index in indices])
-            for adapter, indices in arrays.grouped(values).items()
-        )
+        groups = arrays.grouped(state)
+        nbytes = sum(adapter.room(list(group.values())) for adapter, group in groups.items())
         if not self.reserve(nbytes):
             return None
         capture, room = Capture(), Room(self._memory, nbytes)
-        waiting = {label: array for label, array in state.items() if label.split(".", 1)[0] in later}
+        waiting = {label: array for label, array in state.items() if label.startswith(later)}
         capture.add({label: array for label, array in state.items() if label not in waiting}, room)
         capture.copy()
         capture.add(waiting, room)

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from distrust.checkpoint.arrays.host import Adapter, Captured, HostArray
-from distrust.checkpoint.memory import ReusableMemory, Room
+from distrust.checkpoint.arrays.host import Adapter, Description, HostArray
 from distrust.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -36,26 +35,33 @@ def is_array(value: Any) -> bool:
     return _adapter_of(type(value)) is not None
 
 
-def describe(value: Any, label: str) -> tuple[str, tuple[int, ...]]:
-    """The format's name of an array's dtype, and its shape, without touching its data.
+def describe(arrays: Mapping[str, Any]) -> dict[str, Description]:
+    """By label, the format's name of each array's dtype, and its shape, without touching its data.
 
     Raises:
-        UnsupportedState: if the array has no exact image in the format.
+        UnsupportedState: if an array has no exact image in the format.
     """
-    return _required(value).describe(value, label)
+    described: dict[str, Description] = {}
+    for adapter, group in grouped(arrays).items():
+        described.update(zip(group, adapter.describe(list(group), list(group.values())), strict=True))
+    return described
 
 
 def to_host(value: Any) -> HostArray:
     """The bytes of an array that :func:`describe` accepts, copied only where its layout or device demands."""
-    return _required(value).to_host(value)
+    return _required(type(value)).to_host(value)
 
 
-def grouped(values: Sequence[Any]) -> dict[Adapter, list[int]]:
-    """The indices of arrays, by framework."""
-    groups: dict[Adapter, list[int]] = {}
-    for index, value in enumerate(values):
-        groups.setdefault(_required(value), []).append(index)
-    return groups
+def grouped(arrays: Mapping[str, Any]) -> dict[Adapter, Mapping[str, Any]]:
+    """Arrays by framework, and then by label."""
+    kinds = {kind: _required(kind) for kind in set(map(type, arrays.values()))}
+    adapters = set(kinds.values())
+    if len(adapters) == 1:
+        return {adapters.pop(): arrays}
+    return {
+        adapter: {label: array for label, array in arrays.items() if kinds[type(array)] is adapter}
+        for adapter in adapters
+    }
 
 
 def from_host(data: np.ndarray[Any, Any], dtype: str, shape: tuple[int, ...], *, framework: Framework) -> Any:
@@ -87,13 +93,10 @@ def _adapter_of(kind: type) -> Adapter | None:
     return None
 
 
-def _required(value: Any) -> Adapter:
-    adapter = _adapter_of(type(value))
+def _required(kind: type) -> Adapter:
+    adapter = _adapter_of(kind)
     assert adapter is not None  # noqa: S101 - callers ask is_array first
     return adapter
 
 
-__all__ = [
-    "Captured", "Framework", "HostArray", "ReusableMemory", "Room", "describe", "from_host", "grouped",
-    "is_array", "to_host",
-]  # fmt: skip
+__all__ = ["Framework", "HostArray", "describe", "from_host", "grouped", "is_array", "to_host"]

@@ -49,20 +49,25 @@ class Captured(NamedTuple):
     copy: Callable[[], None]
 
 
+Description = tuple[str, tuple[int, ...]]
+
+
 class Adapter(NamedTuple):
-    """What the core needs of a framework; each of the modules beside this one has the same four functions.
+    """What the core needs of a framework; each of the modules beside this one has the same five functions.
+
+    They take many arrays at once, for a training state has thousands of small ones, and training waits.
 
     Attributes:
-        describe: (array, label) -> the format's name of its dtype, and its shape; the data is not touched.
-            Raises UnsupportedState if it has no exact image in the format.
-        to_host: its bytes, copied only where its layout or device demands.
-        room: how much room :attr:`capture` needs for arrays, in bytes.
+        describe: (labels, arrays) -> for each the format's name of its dtype, and its shape; the data is not
+            touched. Raises UnsupportedState if one has no exact image in the format.
+        to_host: one array's bytes, copied only where its layout or device demands.
+        room: how many bytes :attr:`capture` needs for arrays.
         capture: takes arrays into a snapshot; on the thread that owns them.
         from_host: (uint8[nbytes], dtype, shape) -> an array on that memory, or a copy where the framework
             has memory of its own.
     """
 
-    describe: Callable[[Any, str], tuple[str, tuple[int, ...]]]
+    describe: Callable[[Sequence[str], Sequence[Any]], list[Description]]
     to_host: Callable[[Any], HostArray]
     room: Callable[[Sequence[Any]], int]
     capture: Callable[[Sequence[Any], Room], Captured]

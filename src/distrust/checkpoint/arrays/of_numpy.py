@@ -15,6 +15,7 @@ from distrust.checkpoint.arrays.host import (
     NUMPY_NAMES,
     Adapter,
     Captured,
+    Description,
     HostArray,
 )
 from distrust.checkpoint.memory import Room
@@ -24,14 +25,9 @@ from distrust.errors import ConfigError, UnsupportedState
 _BYTES_FOR_THREADS = 8 << 20
 
 
-def describe(value: Any, label: str) -> tuple[str, tuple[int, ...]]:
+def describe(labels: Sequence[str], values: Sequence[Any]) -> list[Description]:
     """See :class:`~distrust.checkpoint.arrays.host.Adapter`."""
-    dtype = DTYPES.get(value.dtype.name)
-    if dtype is None:
-        raise UnsupportedState(f"{label}: numpy arrays of {value.dtype} cannot be saved", label=label)
-    if type(value).__module__ == "numpy.ma" or hasattr(value, "mask"):
-        raise UnsupportedState(f"{label}: a masked array would lose its mask", label=label)
-    return dtype, tuple(value.shape)
+    return [_describe(label, value) for label, value in zip(labels, values, strict=True)]
 
 
 def to_host(value: Any) -> HostArray:
@@ -70,6 +66,15 @@ def from_host(data: Any, dtype: str, shape: tuple[int, ...]) -> Any:
             f'numpy itself has no {dtype}: pip install ml_dtypes, or load with framework="torch"'
         ) from None
     return data.view(getattr(ml_dtypes, ML_DTYPES_NAMES[dtype])).reshape(shape)
+
+
+def _describe(label: str, value: Any) -> Description:
+    dtype = DTYPES.get(value.dtype.name)
+    if dtype is None:
+        raise UnsupportedState(f"{label}: numpy arrays of {value.dtype} cannot be saved", label=label)
+    if type(value).__module__ == "numpy.ma" or hasattr(value, "mask"):
+        raise UnsupportedState(f"{label}: a masked array would lose its mask", label=label)
+    return dtype, tuple(value.shape)
 
 
 def _copy(pair: tuple[Any, Any]) -> None:

@@ -3,40 +3,48 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch._utils import _unflatten_dense_tensors as views_like
 
 from distrust.checkpoint import parallel
-from distrust.checkpoint.arrays.host import DTYPES, NAMES, Adapter, Captured, HostArray
+from distrust.checkpoint.arrays.host import (
+    DTYPES,
+    NAMES,
+    Adapter,
+    Captured,
+    Description,
+    HostArray,
+)
 from distrust.checkpoint.memory import Room
 from distrust.errors import ConfigError, UnsupportedState
 
-_NAMES = {
-    getattr(torch, name): dtype for name, dtype in DTYPES.items() if hasattr(torch, name)
+_NAMES = {getattr(torch, name): dtype for name, dtype in DTYPES.items() if hasattr(torch, name)}
+#: What a tensor is copied as where a copy of its own dtype is not there, or might not keep every bit.
+_CARRIERS = {
+    dtype: {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    for dtype in _NAMES
+    if dtype not in (torch.float32, torch.float64, torch.complex64)
 }
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
-#: torch copies a tensor of more elements with all cores by itself.
+#: A tensor of more elements is copied with all cores by torch itself.
 _SERIAL_ELEMENTS = 32768
 #: Below it, starting threads costs more than they save.
 _BYTES_FOR_THREADS = 8 << 20
 
 
-def describe(value: Any, label: str) -> tuple[str, tuple[int, ...]]:
+def describe(labels: Sequence[str], values: Sequence[Any]) -> list[Description]:
     """See :class:`~distrust.checkpoint.arrays.host.Adapter`."""
-    dtype = _NAMES.get(value.dtype)
-    # A subclass (DTensor, a quantized weight) holds more than its bytes say.
-    plain = type(value) in _PLAIN and not (value.is_nested or value.is_quantized or value.is_meta)
-    if dtype is None or not plain or value.layout is not torch.strided:
-        name = str(value.dtype).removeprefix("torch.")
-        raise UnsupportedState(
-            f"{label}: torch tensors of {name}, layout {value.layout}, device {value.device}, "
-            f"type {type(value).__name__} cannot be saved",
-            label=label,
+    dtypes = [_NAMES.get(value.dtype) for value in values]
+    if None in dtypes or not all(map(_is_plain, set(map(_kind, values)))):
+        wrong = next(
+            index
+            for index, value in enumerate(values)
+            if dtypes[index] is None or not _is_plain(_kind(value))
         )
-    return dtype, tuple(value.shape)
+        raise _unsupported(labels[wrong], values[wrong])
+    return list(zip(dtypes, [tuple(value.shape) for value in values], strict=True))  # type: ignore[arg-type]
 
 
 def to_host(value: Any) -> HostArray:
@@ -50,28 +58,28 @@ def room(values: Sequence[Any]) -> int:
     return sum(Room.of(value.nbytes) for value in values)
 
 
+@torch.no_grad()
 def capture(values: Sequence[Any], room: Room) -> Captured:
     """See :class:`~distrust.checkpoint.arrays.host.Adapter`.
 
     A few calls for all tensors, whatever their number. Those on a CUDA device are copied into pinned memory on
     a stream of their own, which waits for what their own stream has yet to do.
     """
-    targets, addresses = _targets(values, room)
-    sources = [
-        HostArray(address, value.nbytes, room.memory)
-        for address, value in zip(addresses, values, strict=True)
-    ]
+    sources: list[Any] = [None] * len(values)
     copies = []
-    by_device = _indices([value.device for value in values])
-    for device, indices in by_device.items():
-        pairs = [(targets[index], values[index]) for index in indices]
-        if device.type == "cuda":
-            room.pin(_pinned)
-            copies.append(_device_copy(device, pairs))
-        elif device.type == "cpu":
-            copies.append(_host_copy(pairs))
-        else:
-            copies.append(lambda pairs=pairs: _copy(pairs))  # type: ignore[misc]
+    for (device, dtype), indices in _indices([(value.device, value.dtype) for value in values]).items():
+        flat = [values[index].reshape(-1) for index in indices]
+        carrier = _CARRIERS.get(dtype, dtype)
+        if carrier is not dtype:
+            flat = [each.resolve_conj().resolve_neg().view(carrier) for each in flat]
+        ends = list(itertools.accumulate([each.nbytes for each in flat]))
+        offset = room.take(ends[-1])
+        for index, begin, end in zip(indices, [0, *ends], ends, strict=False):
+            sources[index] = HostArray(room.address + offset + begin, end - begin, room.memory)
+        if ends[-1]:
+            count = ends[-1] // carrier.itemsize
+            target = torch.frombuffer(room.memory, dtype=carrier, count=count, offset=offset)
+            copies.append(_copier(device, target, flat, room))
 
     def copy() -> None:
         for each in copies:
@@ -91,58 +99,76 @@ def from_host(data: Any, dtype: str, shape: tuple[int, ...]) -> Any:
     return torch.from_numpy(data).view(kind).reshape(shape)
 
 
-def _targets(values: Sequence[Any], room: Room) -> tuple[list[Any], list[int]]:
-    """For each tensor its place in the snapshot, as a tensor of the same shape, and as an address."""
-    targets: list[Any] = [None] * len(values)
-    addresses = [0] * len(values)
-    for dtype, indices in _indices([value.dtype for value in values]).items():
-        members = [values[index] for index in indices]
-        ends = list(itertools.accumulate(member.nbytes for member in members))
-        offset = room.take(ends[-1])
-        count = ends[-1] // dtype.itemsize
-        flat = torch.frombuffer(room.memory, dtype=dtype, count=count, offset=offset) if count else None
-        views = views_like(flat if flat is not None else torch.empty(0, dtype=dtype), members)
-        for index, view, start in zip(indices, views, [0, *ends], strict=False):
-            targets[index] = view
-            addresses[index] = room.address + offset + start
-    return targets, addresses
+def _kind(value: Any) -> tuple[type, Any, Any]:
+    return type(value), value.layout, value.device
 
 
-def _indices(keys: Sequence[Any]) -> dict[Any, list[int]]:
+def _is_plain(kind: tuple[type, Any, Any]) -> bool:
+    # A subclass (DTensor, a quantized weight) holds more than its bytes say.
+    type_, layout, device = kind
+    return type_ in _PLAIN and layout is torch.strided and device.type != "meta"
+
+
+def _unsupported(label: str, value: Any) -> UnsupportedState:
+    name = str(value.dtype).removeprefix("torch.")
+    return UnsupportedState(
+        f"{label}: torch tensors of {name}, layout {value.layout}, device {value.device}, "
+        f"type {type(value).__name__} cannot be saved",
+        label=label,
+    )
+
+
+def _indices(keys: Sequence[Any]) -> Mapping[Any, Sequence[int]]:
+    """Of each key, where it stands; most often there is one."""
+    if len(set(keys)) == 1:
+        return {keys[0]: range(len(keys))}
     groups: dict[Any, list[int]] = {}
     for index, key in enumerate(keys):
         groups.setdefault(key, []).append(index)
     return groups
 
 
-def _copy(pairs: Sequence[tuple[Any, Any]], *, non_blocking: bool = False) -> None:
-    if pairs:
-        targets, sources = zip(*pairs, strict=True)
-        with torch.no_grad():
-            torch._foreach_copy_(targets, sources, non_blocking=non_blocking)
+def _copier(device: Any, target: Any, flat: list[Any], room: Room) -> Callable[[], None]:
+    """What copies flat tensors of one dtype and device into a flat one, one behind the other."""
+    if device.type == "cuda":
+        room.pin(_pinned)
+        return _stream_copier(device, target, flat)
+    if device.type != "cpu":
+        return lambda: _copy_each(target, flat)
+    threads = parallel.cores()
+    if target.nbytes < _BYTES_FOR_THREADS or max(each.numel() for each in flat) > _SERIAL_ELEMENTS:
+        threads = 1
+    portions = _portions(target, flat, threads)
+    return lambda: parallel.run(_concatenate, portions, threads=threads)
 
 
-def _host_copy(pairs: Sequence[tuple[Any, Any]]) -> Callable[[], None]:
-    small = [pair for pair in pairs if pair[0].numel() <= _SERIAL_ELEMENTS]
-    large = [pair for pair in pairs if pair[0].numel() > _SERIAL_ELEMENTS]
-    threads = parallel.cores() if sum(pair[0].nbytes for pair in small) >= _BYTES_FOR_THREADS else 1
-    portions = [small[start::threads] for start in range(threads)]
-
-    def copy() -> None:
-        _copy(large)
-        parallel.run(_copy, portions, threads=threads)
-
-    return copy
+def _portions(target: Any, flat: list[Any], count: int) -> list[tuple[Any, list[Any]]]:
+    size = -(-len(flat) // count)
+    parts = [flat[start : start + size] for start in range(0, len(flat), size)]
+    places = target.split([sum(each.numel() for each in part) for part in parts])
+    return list(zip(places, parts, strict=True))
 
 
-def _device_copy(device: Any, pairs: Sequence[tuple[Any, Any]]) -> Callable[[], None]:
+@torch.no_grad()
+def _concatenate(portion: tuple[Any, list[Any]]) -> None:
+    target, flat = portion
+    torch.cat(flat, out=target)
+
+
+@torch.no_grad()
+def _copy_each(target: Any, flat: list[Any], *, non_blocking: bool = False) -> None:
+    places = target.split([each.numel() for each in flat])
+    torch._foreach_copy_(places, flat, non_blocking=non_blocking)
+
+
+def _stream_copier(device: Any, target: Any, flat: list[Any]) -> Callable[[], None]:
     ready = torch.cuda.current_stream(device).record_event()
 
     def copy() -> None:
         stream = torch.cuda.Stream(device)
         stream.wait_event(ready)
         with torch.cuda.stream(stream):
-            _copy(pairs, non_blocking=True)
+            _copy_each(target, flat, non_blocking=True)
         stream.synchronize()
 
     return copy
