@@ -280,9 +280,12 @@ def parse_header(raw: bytes, file_size: int) -> Header:
     return header
 
 
-def tensor_hasher() -> blake3:
-    """A digest that uses every core; in a forked child one, for its parent's threads would never answer."""
-    return blake3(max_threads=1 if _forked else blake3.AUTO)
+def tensor_hasher(*, all_cores: bool) -> blake3:
+    """A digest for large pieces that uses every core, or one for small ones, which threads would only delay.
+
+    In a forked child always the latter: its parent's threads would never answer.
+    """
+    return blake3(max_threads=blake3.AUTO if all_cores and not _forked else 1)
 
 
 def _remember_fork() -> None:

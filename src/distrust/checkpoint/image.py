@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,15 +10,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from distrust.checkpoint import arrays, tree
+from distrust.checkpoint import arrays, lazily, reading, tree
 from distrust.checkpoint.arrays import HostArray
 from distrust.checkpoint.checkpoint import ARRAY_SECTIONS, STATE_SECTIONS, Checkpoint
 from distrust.checkpoint.format import Kind, Layout, TensorInfo, canonical_json, tensor_hasher
 from distrust.checkpoint.memory import ReusableMemory
+from distrust.checkpoint.ring import BLOCK_BYTES
 from distrust.checkpoint.storage import AtomicFile
-from distrust.checkpoint.store import CheckpointFile, check_digest, opened, read_into
-from distrust.errors import UnsupportedState
-
+from distrust.checkpoint.store import CheckpointFile, opened
+from distrust.errors import CorruptCheckpoint, UnsupportedState
 
 _PLAIN_SECTIONS = tuple(f"{section}." for section in STATE_SECTIONS if section not in ARRAY_SECTIONS)
 
@@ -84,8 +85,16 @@ def prepare(checkpoint: Checkpoint, kind: Kind) -> Image:
     return Image(checkpoint.step, kind, tensors, sections, _run(checkpoint), found)
 
 
-def read(path: Path, *, framework: arrays.Framework) -> tuple[CheckpointFile, Checkpoint]:
+def read(
+    path: Path, *, framework: arrays.Framework, mapped: bool = False, lazy: bool = False
+) -> tuple[CheckpointFile, Checkpoint]:
     """Read and verify a whole checkpoint: what its header says, and its content.
+
+    Args:
+        path: of the file.
+        framework: of the arrays.
+        mapped: give views of the file, not copies.
+        lazy: verify each tensor when it is first touched, not now; of a mapped file only.
 
     Raises:
         CheckpointNotFound: if there is no such file.
@@ -94,16 +103,35 @@ def read(path: Path, *, framework: arrays.Framework) -> tuple[CheckpointFile, Ch
     import numpy as np
 
     with opened(path) as (descriptor, header):
-        loaded: dict[str, Any] = {}
-        for tensor in header.tensors:
-            data = np.empty(tensor.nbytes, np.uint8)
-            read_into(descriptor, data.data, tensor.offset)
-            check_digest(tensor, tensor_hasher().update(data.data).hexdigest())
-            loaded[tensor.name] = arrays.from_host(data, tensor.dtype, tensor.shape, framework=framework)
+        content = reading.mapped(descriptor, header) if mapped else reading.load(descriptor, header)
+        data = np.frombuffer(content.data, np.uint8)
+        tensors = {tensor.name: tensor for tensor in header.tensors}
 
+        def array(label: str) -> Any:
+            tensor, start = tensors[label], content.offsets[label]
+            return arrays.from_host(
+                data[start : start + tensor.nbytes], tensor.dtype, tensor.shape, framework=framework
+            )
+
+        def verified(label: str) -> Any:
+            try:
+                reading.verify_content(content, [tensors[label]])
+            except CorruptCheckpoint as error:
+                raise CorruptCheckpoint(error.reason, path=path, tensor=error.tensor) from None
+            return array(label)
+
+        if mapped and not lazy:
+            reading.verify_content(content, header.tensors)
+        sections = {
+            name: tree.unflatten(header.sections[name], lazily.Untouched if lazy else array)
+            for name in ARRAY_SECTIONS
+        }
+        if lazy:
+            touch = functools.cache(verified)
+            sections = {name: lazily.LazyMapping(content, touch) for name, content in sections.items()}
         checkpoint = Checkpoint(
             step=header.step,
-            **{name: tree.unflatten(header.sections[name], loaded.__getitem__) for name in ARRAY_SECTIONS},
+            **sections,
             config=header.config,
             metadata=header.metadata,
             metrics=header.saved_metrics,
@@ -113,7 +141,7 @@ def read(path: Path, *, framework: arrays.Framework) -> tuple[CheckpointFile, Ch
 
 
 def _append(file: AtomicFile, source: HostArray) -> str:
-    hasher = tensor_hasher()
+    hasher = tensor_hasher(all_cores=source.nbytes >= BLOCK_BYTES)
     for piece in file.append(source.address, source.nbytes):
         hasher.update(piece)
     return hasher.hexdigest()

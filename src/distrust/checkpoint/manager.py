@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from distrust.checkpoint import arrays, image, retention, storage, store
 from distrust.checkpoint.arrays import HostArray
@@ -24,6 +24,7 @@ from distrust.checkpoint.writer import BackgroundWriter, PendingSave, saved
 from distrust.errors import (
     CheckpointError,
     CheckpointNotFound,
+    ConfigError,
     CorruptCheckpoint,
     DistrustWarning,
     NoGoodCheckpoint,
@@ -190,20 +191,37 @@ class CheckpointManager:
         return store.scan(self.directory)
 
     def load(
-        self, checkpoint: int | str | os.PathLike[str], *, framework: arrays.Framework = "numpy"
+        self,
+        checkpoint: int | str | os.PathLike[str],
+        *,
+        framework: arrays.Framework = "numpy",
+        mmap: bool = False,
+        verify: Literal["full", "lazy"] = "full",
     ) -> Checkpoint:
         """Read and verify a checkpoint.
 
+        The arrays lie side by side in one block of memory, which goes when the last of them has gone.
+
         Args:
             checkpoint: a step (where both stand, the final one is read), or a path.
-            framework: of the arrays: ``numpy`` or ``torch``.
+            framework: of the arrays: ``numpy``, ``torch``, ``jax`` or ``mlx``.
+            mmap: give views of the file instead of reading it: pages come when they are touched, and what is
+                written to the arrays stays in memory. Should the disk fail then, or somebody cut the file,
+                the system ends the program; a file that is replaced or removed does no harm.
+            verify: ``lazy``, with ``mmap``, verifies each tensor when it is first taken out of its section
+                instead of all of them now; what is damaged raises CorruptCheckpoint there.
 
         Raises:
             CheckpointNotFound: listing what there is.
             CorruptCheckpoint: if any byte of it is not what was written.
+            ConfigError: if the framework, or a dtype of it, is not at hand; for ``lazy`` without ``mmap``.
         """
-        file, loaded = image.read(self._path_of(checkpoint), framework=framework)
-        if file.path.parent == self.directory:
+        lazy = verify == "lazy"
+        if lazy and not mmap:
+            raise ConfigError('verify="lazy" goes with mmap=True: without it everything is read now')
+        path = self._path_of(checkpoint)
+        file, loaded = image.read(path, framework=framework, mapped=mmap, lazy=lazy)
+        if file.path.parent == self.directory and not lazy:
             self._mark_resumed(file)
         return loaded
 

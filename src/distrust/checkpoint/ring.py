@@ -22,13 +22,12 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from distrust.checkpoint import direct
 from distrust.checkpoint.memory import PAGE_BYTES, ReusableMemory, address_of
 
 BLOCKS = 4
 BLOCK_BYTES = 4 << 20
 WRITES_IN_FLIGHT = 2
-#: 0 where the system has none.
-DIRECT_FLAG = getattr(os, "O_DIRECT", 0)
 _SYNC_FILE_RANGE_WRITE = 2
 
 
@@ -125,7 +124,7 @@ def create(path: Path) -> int:
     """A new file, for direct I/O if its file system has it."""
     flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
     try:
-        descriptor = os.open(path, flags | DIRECT_FLAG, 0o666)
+        descriptor = os.open(path, flags | direct.FLAG, 0o666)
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
@@ -147,7 +146,7 @@ def _write_whole(descriptor: int, view: memoryview, offset: int) -> None:
             if error.errno != errno.EINVAL or refused:
                 raise
             # Direct I/O may be refused only here: by the file system, or for what a short write left over.
-            _drop_direct(descriptor)
+            direct.drop(descriptor)
             refused = True
             continue
         view = view[written:]
@@ -155,17 +154,9 @@ def _write_whole(descriptor: int, view: memoryview, offset: int) -> None:
     _start_write_back(descriptor, begin, length)
 
 
-def _is_direct(descriptor: int) -> bool:
-    return bool(fcntl.fcntl(descriptor, fcntl.F_GETFL) & DIRECT_FLAG)
-
-
-def _drop_direct(descriptor: int) -> None:
-    fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~DIRECT_FLAG)
-
-
 def _start_write_back(descriptor: int, offset: int, length: int) -> None:
     """Have the disk begin now what the sync would otherwise find to do at the end."""
-    if sys.platform == "linux" and not _is_direct(descriptor):
+    if sys.platform == "linux" and not direct.is_on(descriptor):
         libc = ctypes.CDLL(None)
         libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
         # Advice only: whether it was written is for the sync to say.

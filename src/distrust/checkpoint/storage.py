@@ -29,7 +29,6 @@ import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from distrust.checkpoint import ring
 from distrust.checkpoint.memory import ReusableMemory

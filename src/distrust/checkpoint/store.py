@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distrust.checkpoint import reading
 from distrust.checkpoint.format import (
     LENGTH_BYTES,
     Header,
@@ -26,7 +27,6 @@ from distrust.checkpoint.format import (
     TensorInfo,
     header_length,
     parse_header,
-    tensor_hasher,
 )
 from distrust.errors import (
     CheckpointError,
@@ -38,7 +38,6 @@ from distrust.errors import (
 )
 
 RUN_SUBDIRECTORY = "checkpoints"
-READ_BLOCK_BYTES = 16 << 20
 #: Such a file may be whole: to fall back from it to an older one would lose what it holds.
 _NOT_THE_FILES_FAULT = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 _NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})(-final)?\.safetensors", re.ASCII)
@@ -228,28 +227,8 @@ def verify(path: Path) -> CheckpointFile:
     """
     with opened(path) as (descriptor, header):
         _ = header.sections, header.run_info
-        block = memoryview(bytearray(min(READ_BLOCK_BYTES, header.file_size)))
-        for tensor in header.tensors:
-            hasher = tensor_hasher()
-            for start in range(0, tensor.nbytes, len(block)):
-                part = block[: min(len(block), tensor.nbytes - start)]
-                read_into(descriptor, part, tensor.offset + start)
-                hasher.update(part)
-            check_digest(tensor, hasher.hexdigest())
+        reading.verify(descriptor, header)
         return CheckpointFile(path, header)
-
-
-def check_digest(tensor: TensorInfo, digest: str) -> None:
-    """Compare a tensor's digest with the header's.
-
-    Raises:
-        CorruptCheckpoint: naming the tensor and where it lies.
-    """
-    if digest != tensor.digest:
-        raise CorruptCheckpoint(
-            f"tensor {tensor.name} is damaged (bytes {tensor.offset} to {tensor.offset + tensor.nbytes})",
-            tensor=tensor.name,
-        )
 
 
 @contextlib.contextmanager
@@ -270,7 +249,7 @@ def opened(path: Path) -> Iterator[tuple[int, Header]]:
         if not stat.S_ISREG(status.st_mode):
             raise CorruptCheckpoint("not a regular file")
         raw = bytearray(header_length(os.pread(descriptor, LENGTH_BYTES, 0), status.st_size))
-        read_into(descriptor, memoryview(raw), 0)
+        reading.read_into(descriptor, memoryview(raw), 0)
         yield descriptor, parse_header(bytes(raw), status.st_size)
     except FileNotFoundError:
         raise CheckpointNotFound(f"{path}: no such checkpoint", path=path) from None
@@ -285,21 +264,6 @@ def opened(path: Path) -> Iterator[tuple[int, Header]]:
     finally:
         if descriptor >= 0:
             os.close(descriptor)
-
-
-def read_into(descriptor: int, view: memoryview, offset: int) -> None:
-    """Fill ``view`` from ``offset`` on.
-
-    Raises:
-        CorruptCheckpoint: if the file ends before.
-        OSError: if the disk cannot be read.
-    """
-    while view:
-        count = os.preadv(descriptor, [view], offset)
-        if count == 0:
-            raise CorruptCheckpoint("the file ends in the middle: it was cut while it was read")
-        view = view[count:]
-        offset += count
 
 
 def _read_listed(path: Path, step: int, kind: Kind) -> CheckpointFile | DamagedFile | None:

@@ -1,0 +1,52 @@
+"""A state whose tensors are verified when they are first touched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Untouched:
+    """Stands for a tensor until somebody asks for it."""
+
+    label: str
+
+
+class LazyMapping(Mapping[Any, Any]):
+    """A dict of a state that was loaded lazily. Reading a value verifies the tensors in it, once each.
+
+    Args:
+        content: keys and values; tensors in it are :class:`Untouched`.
+        touch: label -> the verified array.
+    """
+
+    def __init__(self, content: Mapping[Any, Any], touch: Callable[[str], Any]) -> None:
+        self._content = content
+        self._touch = touch
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._touched(self._content[key])
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._content)
+
+    def __len__(self) -> int:
+        return len(self._content)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({list(self._content)})"
+
+    def copy(self) -> dict[Any, Any]:
+        """A plain dict, as a dict's own copy would be; it touches everything."""
+        return dict(self)
+
+    def _touched(self, value: Any) -> Any:
+        if isinstance(value, Untouched):
+            return self._touch(value.label)
+        if isinstance(value, dict):
+            return LazyMapping(value, self._touch)
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(self._touched, value))
+        return value
