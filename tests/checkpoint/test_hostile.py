@@ -5,6 +5,7 @@ The files here are forged: their digests are right, so that the checks behind th
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
@@ -107,16 +108,35 @@ class Forge:
 
     def outcomes(self) -> list[type[CheckpointError] | None]:
         """What each way of reading says. Anything but a CheckpointError goes through."""
+
+        def inspect_all(path: Path) -> None:
+            self.manager.inspect(path).require_whole()
+
         found: list[type[CheckpointError] | None] = []
-        for use in (self.manager.validate, self.manager.load, self.manager.inspect):
+        for use in (self.manager.validate, self.manager.load, inspect_all):
             try:
                 use(self.path)
             except CheckpointError as error:
                 found.append(type(error))
             else:
                 found.append(None)
-        self.manager.scan()
+        self.list_it()
         return found
+
+    def list_it(self) -> bool:
+        """Whether it is listed as good; whatever a listing shows of it can then be read."""
+        try:
+            listed = self.manager.inspect(self.path)
+        except CheckpointError:
+            assert self.manager.scan().files == ()
+            return False
+        shown = listed.step, listed.kind, listed.bytes, listed.created, listed.metrics, listed.metadata
+        json.dumps(
+            [*shown, listed.header.config, listed.header.run_info], skipkeys=True, ensure_ascii=False
+        ).encode()
+        with contextlib.suppress(CorruptCheckpoint):
+            _ = listed.tensors
+        return bool(self.manager.scan().files)
 
 
 @pytest.fixture(scope="module")
@@ -211,8 +231,21 @@ def test_a_header_that_no_writer_makes_is_refused(forge, what):
     fields = forge.fields
     forge.put_fields(FIELDS[what](fields) or fields)
     outcomes = forge.outcomes()
-    # The header alone does not know the tensors' bytes, nor whether the state can be put together.
+    # The header alone does not know the tensors' bytes.
     assert outcomes[:2] == [CorruptCheckpoint, CorruptCheckpoint]
+
+
+@pytest.mark.parametrize("what", ["unknown dtype", "bool in shape", "float in offsets", "no digests"])
+def test_who_asks_for_forged_tensors_is_told_of_which_file(forge, what):
+    """Of a header that proves itself only what is asked for is read."""
+    fields = forge.fields
+    FIELDS[what](fields)
+    forge.put_fields(fields)
+    file = forge.manager.inspect(forge.path)
+    assert file.metadata == {"m": "x"}
+    with pytest.raises(CorruptCheckpoint) as caught:
+        _ = file.tensors
+    assert caught.value.path == forge.path
 
 
 BODIES: dict[str, Callable[[bytes], bytes]] = {
@@ -293,12 +326,24 @@ STATES: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("what", STATES)
-def test_a_state_that_no_writer_makes_is_refused_and_listed_as_damaged(forge, what):
+def test_a_state_that_no_writer_makes_is_refused(forge, what):
     forge.put_state(STATES[what])
-    assert forge.outcomes()[:2] == [CorruptCheckpoint, CorruptCheckpoint]
+    assert forge.outcomes() == [CorruptCheckpoint] * 3
+    with pytest.raises(NoGoodCheckpoint):
+        forge.manager.load_latest()
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "a tensor in the metadata", "a tensor in the config", "another step", "no sections", "no state",
+        "not JSON", "a list", "too deep", "far too deep", "a number of a million digits",
+    ],
+)  # fmt: skip
+def test_a_state_whose_scalars_no_writer_makes_is_listed_as_damaged(forge, what):
+    forge.put_state(STATES[what])
     scan = forge.manager.scan()
-    assert [file.path for file in scan.damaged] == [forge.path]
-    assert scan.files == ()
+    assert ([file.path for file in scan.damaged], scan.files) == ([forge.path], ())
 
 
 @pytest.mark.parametrize(
@@ -371,10 +416,11 @@ def mutated(tree: Any, choice: Callable[[st.SearchStrategy[Any]], Any]) -> Any:
 
 
 def accepted_alike(forge: Forge) -> None:
-    """Who verifies, who loads and who lists are of one mind, and say nothing but CheckpointErrors."""
-    validated, loaded, _ = forge.outcomes()
+    """All who read it whole are of one mind, and say nothing but CheckpointErrors; a good one is listed."""
+    validated, loaded, inspected = forge.outcomes()
     assert validated == loaded
-    assert bool(forge.manager.scan().files) == (loaded is None)
+    assert inspected is None or inspected == loaded
+    assert loaded is not None or forge.list_it()
 
 
 @settings(max_examples=300, deadline=None)
@@ -412,6 +458,52 @@ def test_any_change_of_the_headers_bytes_is_answered_with_a_checkpoint_error(for
 def test_any_bytes_at_all_are_answered_with_a_checkpoint_error(forge, raw, with_length):
     forge.put((len(raw).to_bytes(8, "little") if with_length else b"") + raw)
     assert forge.outcomes() == [CorruptCheckpoint] * 3
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_any_damage_to_the_header_is_seen_by_who_reads_only_that(forge, data):
+    """Not forged: its digest is the old one."""
+    at = data.draw(st.integers(0, forge.end - 1))
+    byte = data.draw(st.integers(0, 255).filter(lambda byte: byte != forge.raw[at]))
+    forge.put(forge.raw[:at] + bytes([byte]) + forge.raw[at + 1 :])
+    with pytest.raises(CorruptCheckpoint):
+        forge.manager.inspect(forge.path)
+    scan = forge.manager.scan()
+    assert ([file.path for file in scan.damaged], scan.files) == ([forge.path], ())
+
+
+@pytest.mark.parametrize("bytes_more", [-19, -16, -4, -3, -1, 1, 4, 4096])
+def test_a_file_of_another_size_is_listed_as_damaged(forge, bytes_more):
+    """Cut between two tensors, too."""
+    forge.put((forge.raw + b"\0" * 4096)[: len(forge.raw) + bytes_more])
+    assert not forge.list_it()
+    with pytest.raises(CorruptCheckpoint, match="bytes"):
+        forge.manager.inspect(forge.path)
+
+
+LIKE_AN_OFFSET = [
+    'x":{"data_offsets":[4,',
+    'x":{"data_offsets":[4,4],"dtype":',
+    ',8],"dtype":',
+    "\\",
+    '"',
+    "~",
+    "\x1f\n",
+]
+
+
+@pytest.mark.parametrize("empty", [(), ("~z",)], ids=["full", "with an empty one at the end"])
+def test_no_name_is_taken_for_an_offset(tmp_path, empty):
+    model = {name: np.zeros(1, np.float32) for name in LIKE_AN_OFFSET}
+    model |= {name: np.zeros(0, np.float32) for name in empty}
+    with CheckpointManager(tmp_path) as manager:
+        path = manager.save(Checkpoint(step=1, model=model))
+    manager.validate(1)
+    raw = path.read_bytes()
+    for size in range(len(raw) - 4 * len(LIKE_AN_OFFSET), len(raw) + 5):
+        path.write_bytes((raw + bytes(4))[:size])
+        assert len(manager.scan().files) == (size == len(raw)), size
 
 
 THINGS_IN_THE_WAY: dict[str, Callable[[Path], object]] = {

@@ -1,13 +1,33 @@
 """The checkpoint core: a library of its own, for people who train with something else too.
 
-It imports the standard library, numpy and the digest library, and no framework.
+It imports the standard library, numpy and the digest library, and no framework. The public names are loaded
+when they are first asked for: who only reads headers pays only for that.
 """
 
 from __future__ import annotations
 
-from distrust.checkpoint.checkpoint import Checkpoint
-from distrust.checkpoint.manager import CheckpointManager
-from distrust.checkpoint.store import CheckpointFile, DamagedFile, Scan
-from distrust.checkpoint.writer import PendingSave
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from distrust.checkpoint.checkpoint import Checkpoint
+    from distrust.checkpoint.manager import CheckpointManager
+    from distrust.checkpoint.store import CheckpointFile, DamagedFile, Scan
+    from distrust.checkpoint.writer import PendingSave
+
+_HOMES = {
+    "Checkpoint": "checkpoint",
+    "CheckpointFile": "store",
+    "CheckpointManager": "manager",
+    "DamagedFile": "store",
+    "PendingSave": "writer",
+    "Scan": "store",
+}
 
 __all__ = ["Checkpoint", "CheckpointFile", "CheckpointManager", "DamagedFile", "PendingSave", "Scan"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'distrust.checkpoint' has no attribute {name!r}")
+    return getattr(import_module(f"distrust.checkpoint.{_HOMES[name]}"), name)

@@ -6,13 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from distrust.checkpoint.tree import ARRAY_SECTIONS, STATE_SECTIONS
 from distrust.errors import UnsupportedState
 
-#: The parts of a checkpoint that may hold arrays; the label of every tensor begins with one of them.
-ARRAY_SECTIONS = ("model", "optimizer", "rng", "history")
-
-#: The parts whose content is the identity of a state: they enter ``state_digest``.
-STATE_SECTIONS = (*ARRAY_SECTIONS, "config", "metadata")
+__all__ = ["ARRAY_SECTIONS", "MAX_STEP", "STATE_SECTIONS", "Checkpoint"]
 
 #: Steps are written with at most 18 digits.
 MAX_STEP = 10**18

@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from distrust.checkpoint.format import Header, TensorInfo
+from distrust.checkpoint.format import TensorInfo
+from distrust.checkpoint.header import Header
+from distrust.checkpoint.store import CheckpointFile
 from distrust.checkpoint.tree import decode_key
 
 #: Stands for a value that one side does not have.
@@ -30,12 +32,19 @@ class Difference:
     b: str
 
 
-def differences(a: Header, b: Header) -> list[Difference]:
-    """Tensors and scalars that are not the same in both; empty if and only if the states are equal."""
+def differences(a: CheckpointFile, b: CheckpointFile) -> list[Difference]:
+    """Tensors and scalars that are not the same in both; empty if and only if the states are equal.
+
+    Raises:
+        CorruptCheckpoint: if one of them does not hold what its digest of the state says.
+    """
+    a.require_whole()
+    b.require_whole()
     if a.state_digest == b.state_digest:
         return []
     found = [
-        Difference("state", name, was, now) for name, was, now in _unequal(_scalars_of(a), _scalars_of(b))
+        Difference("state", name, was, now)
+        for name, was, now in _unequal(_scalars_of(a.header), _scalars_of(b.header))
     ]
     mine = {tensor.name: _described(tensor) for tensor in a.tensors}
     theirs = {tensor.name: _described(tensor) for tensor in b.tensors}

@@ -1,11 +1,12 @@
 """Direct I/O: reads and writes that go past the page cache, where the system and the file system have it.
 
-It wants memory, offsets and lengths in whole pages. Whether a file system takes it is found out by trying: some
-refuse it when a file is opened, others only when it is read or written; then :func:`drop` goes on without.
+It wants memory, offsets and lengths in whole pages. Whether a file system takes it is found out by trying:
+some refuse it when a file is opened, others only when it is read or written; then :func:`drop` goes on without.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 
@@ -20,10 +21,8 @@ def is_on(descriptor: int) -> bool:
 
 def take(descriptor: int) -> None:
     """Use it from now on, if the file system lets us."""
-    try:
+    with contextlib.suppress(OSError):
         fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | FLAG)
-    except OSError:
-        pass
 
 
 def drop(descriptor: int) -> None:

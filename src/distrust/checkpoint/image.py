@@ -57,7 +57,7 @@ class Image:
         """
         layout = Layout(self.tensors, step=self.step, kind=self.kind, sections=self.sections, run=self.run)
         with AtomicFile(path, layout.file_size, data_offset=layout.data_offset, blocks=blocks) as file:
-            digests = [_append(file, source(tensor.name)) for tensor in layout.tensors]
+            digests = [_append(file, source(name)) for name in layout.names]
             header, digest = layout.header(digests)
             # Last: a file without its header is no checkpoint, whatever the disk made of the rest.
             file.write_header(header)

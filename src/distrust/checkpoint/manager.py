@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from typing import Self
 
 
-#: What changes only in the optimizer's step, so that its copy may run beside the next forward and backward pass.
+#: What changes only in the optimizer's step: its copy may run beside the next forward and backward pass.
 _OVERLAPPED = ("model.", "optimizer.")
 
 
@@ -58,6 +58,7 @@ class _Session:
         self.good: set[tuple[str, str]] = set()
         self.damaged: set[tuple[str, str]] = set()
         self.resumed_from: CheckpointFile | None = None
+        self.listed: store.Known = {}
 
     def leave(self) -> None:
         """Let go of the lock once no write is under way: before, the next writer would sweep its file."""
@@ -188,7 +189,7 @@ class CheckpointManager:
 
     def scan(self) -> Scan:
         """The files that are there, and those that are damaged."""
-        return store.scan(self.directory)
+        return store.scan(self.directory, self._session.listed)
 
     def load(
         self,

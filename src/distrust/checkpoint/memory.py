@@ -6,6 +6,7 @@ the kernel to find and clear each page, which is several times slower and varies
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -34,10 +35,8 @@ def allocate(nbytes: int) -> mmap.mmap:
     except OSError as error:
         raise MemoryError(f"no memory for {nbytes:,} bytes: {error.strerror}") from None
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        try:
+        with contextlib.suppress(OSError):  # a kernel without them
             memory.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:
-            pass  # a kernel without them
     return memory
 
 

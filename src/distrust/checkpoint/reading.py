@@ -1,12 +1,12 @@
 """The data of a checkpoint, read and verified on all cores.
 
-Each tensor proves itself without the others, so each core takes the next tensor, reads a piece of it straight to
-where it belongs, and digests the piece while it is still in the core's cache. Three ways to come by the bytes:
+Each tensor proves itself without the others, so each core takes the next tensor, reads a piece of it straight
+to where it belongs, and digests the piece while it is still in the core's cache. Three ways to its bytes:
 
-- :func:`load`: into memory of their own. A file in the page cache is read from there. One that is not is read past
-  it, with direct I/O, by threads that keep ahead of the digests: the disk is busy from the first byte to the last.
+- :func:`load`: into memory of their own. A file in the page cache is read from there. One that is not is read
+  past it, with direct I/O, by threads that keep ahead of the digests, so that the disk never waits.
 - :func:`mapped`: the file itself, as memory; copied page by page only where somebody writes to it.
-- :func:`verify`: nowhere; for who wants to know only whether the file is whole.
+- :func:`verify_file`: nowhere; for who wants to know only whether the file is whole.
 
 A read error is an error in the first and the last; in memory that is mapped the system sends a signal.
 """
@@ -24,8 +24,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Self
 
 from distrust.checkpoint import direct, parallel
-from distrust.checkpoint.format import Header, TensorInfo, tensor_hasher
+from distrust.checkpoint.format import TensorInfo, tensor_hasher
+from distrust.checkpoint.header import Header
 from distrust.checkpoint.memory import PAGE_BYTES, Room, address_of, allocate
+from distrust.checkpoint.store import CUT_WHILE_READ, read_into
 from distrust.errors import CorruptCheckpoint
 
 #: A piece stays in a core's cache between its read and its digest.
@@ -36,7 +38,6 @@ LARGE_TENSOR_BYTES = 64 << 20
 FETCH_BYTES = 8 << 20
 FETCHES_IN_FLIGHT = 3
 _PROBES = 16
-_CUT = "the file ends in the middle: it was cut while it was read"
 
 
 class Content(NamedTuple):
@@ -101,7 +102,7 @@ def verify_content(content: Content, tensors: Sequence[TensorInfo]) -> None:
     _verify_all(tensors, content.of)
 
 
-def verify(descriptor: int, header: Header) -> None:
+def verify_file(descriptor: int, header: Header) -> None:
     """Read everything and check it.
 
     Raises:
@@ -119,21 +120,6 @@ def verify(descriptor: int, header: Header) -> None:
         return view
 
     _verify_all(header.tensors, piece)
-
-
-def read_into(descriptor: int, view: memoryview, offset: int) -> None:
-    """Fill ``view`` from ``offset`` on.
-
-    Raises:
-        CorruptCheckpoint: if the file ends before.
-        OSError: if the disk cannot be read.
-    """
-    while view:
-        count = os.preadv(descriptor, [view], offset)
-        if count == 0:
-            raise CorruptCheckpoint(_CUT)
-        view = view[count:]
-        offset += count
 
 
 def _verify_all(tensors: Sequence[TensorInfo], piece: Callable[[TensorInfo, int, int], memoryview]) -> None:
@@ -257,7 +243,7 @@ class _Fetched:
                 refused = True
                 continue
             if count == 0:
-                raise CorruptCheckpoint(_CUT)
+                raise CorruptCheckpoint(CUT_WHILE_READ)
             offset += count
 
     def _copy(self, beside: int, begin: int, end: int) -> None:

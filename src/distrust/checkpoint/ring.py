@@ -1,12 +1,12 @@
 """Blocks on their way to the disk: one is filled while others are being written.
 
-Direct I/O where the file system takes it, found out by trying: it goes past the page cache, so that nothing is
-copied twice, and the machine's memory is left to those who need it. It wants blocks that begin on a page, in
-memory and in the file, and whole pages: the last block is therefore written with what stands behind its end,
-and the file is cut afterwards. Where direct I/O is refused, early write-back keeps the disk as busy.
+Direct I/O where the file system takes it (``direct.py``): it goes past the page cache, so that nothing is copied
+twice, and the machine's memory is left to those who need it. It wants whole pages: the last block is therefore
+written with what stands behind its end, and the file is cut afterwards. Where direct I/O is refused, early
+write-back keeps the disk as busy.
 
-Threads, not asynchronous system calls: two of them, in a write most of the time, keep a disk busy, and they are
-the same on every system.
+Threads, not asynchronous system calls: two of them, in a write most of the time, keep a disk busy, and they
+are the same on every system.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The commit protocol: the only place that writes, syncs, renames, removes and locks.
 
 A checkpoint is written to a hidden temporary name in its own directory, data first and header last
-(``ring.py``), then synced, renamed into place, and the directory synced. At every instant the directory therefore holds, under
-the final name, either the file that stood there before or the whole new one.
+(``ring.py``), then synced, renamed into place, and the directory synced. At every instant the directory
+therefore holds, under the final name, either the file that stood there before or the whole new one.
 
 - Space is reserved before the first byte, so that a full disk is found before anything is touched.
 - A failed fsync is never tried again on the same file: the kernel may have dropped the pages it could not
@@ -42,7 +42,7 @@ _TEMPORARY_NAME = re.compile(r"\.checkpoint-[0-9]+(-final)?\.safetensors\.[0-9a-
 class AtomicFile:
     """A new file of a known size that appears under its name wholly, or not at all.
 
-    Its data is appended through a :class:`~distrust.checkpoint.ring.Ring`; its header, written at last, completes it.
+    Its data is appended; its header, written at last, completes it.
 
     Args:
         path: the final name.

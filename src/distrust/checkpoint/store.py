@@ -1,8 +1,9 @@
 """What is in a directory of checkpoints, and whether it is whole. Reads only, and needs no lock.
 
 :func:`scan` is the only definition of what is there: the files named as checkpoints, each with its header
-checked or the reason why it is damaged. *Good* there means that name, size and header agree; :func:`verify`
-reads the data too. A file is opened once and asked through its descriptor: a writer that replaces or removes
+proven by its digest, or the reason why it is damaged. *Good* there means that name, size and header agree;
+what is checked of a header when is said in :mod:`distrust.checkpoint.header`. :func:`verify` reads all of it,
+and the data too. A file is opened once and asked through its descriptor: a writer that replaces or removes
 it meanwhile cannot mix two files into one answer.
 """
 
@@ -13,21 +14,14 @@ import errno
 import os
 import re
 import stat
+import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from distrust.checkpoint import reading
-from distrust.checkpoint.format import (
-    LENGTH_BYTES,
-    Header,
-    Kind,
-    TensorInfo,
-    header_length,
-    parse_header,
-)
+from distrust.checkpoint.format import ALIGNMENT, Kind, TensorInfo
+from distrust.checkpoint.header import Header, header_length, parse_header
 from distrust.errors import (
     CheckpointError,
     CheckpointNotFound,
@@ -38,13 +32,15 @@ from distrust.errors import (
 )
 
 RUN_SUBDIRECTORY = "checkpoints"
+#: A file changed later than this before it was read is read again: no file system's clock is coarser.
+SETTLED_NANOSECONDS = 2_000_000_000
 #: Such a file may be whole: to fall back from it to an older one would lose what it holds.
 _NOT_THE_FILES_FAULT = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+CUT_WHILE_READ = "the file ends in the middle: it was cut while it was read"
 _NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})(-final)?\.safetensors", re.ASCII)
 
 
-@dataclass(frozen=True, slots=True)
-class CheckpointFile:
+class CheckpointFile(NamedTuple):
     """A checkpoint whose header is whole.
 
     Attributes:
@@ -98,12 +94,25 @@ class CheckpointFile:
 
     @property
     def tensors(self) -> tuple[TensorInfo, ...]:
-        """In the order of their data."""
-        return self.header.tensors
+        """In the order of their data.
+
+        Raises:
+            CorruptCheckpoint: if they are not described as a writer does; damage was found before.
+        """
+        with _located(self.path):
+            return self.header.tensors
+
+    def require_whole(self) -> None:
+        """Check all that is checked without the tensors' bytes; see :mod:`distrust.checkpoint.header`.
+
+        Raises:
+            CorruptCheckpoint: with what no writer makes.
+        """
+        with _located(self.path):
+            self.header.require_whole()
 
 
-@dataclass(frozen=True, slots=True)
-class DamagedFile:
+class DamagedFile(NamedTuple):
     """A file named as a checkpoint that this program cannot take for one.
 
     Attributes:
@@ -122,8 +131,7 @@ class DamagedFile:
         return str(self.error).removeprefix(f"{self.path}: ")
 
 
-@dataclass(frozen=True, slots=True)
-class Scan:
+class Scan(NamedTuple):
     """What a directory holds.
 
     Attributes:
@@ -139,21 +147,37 @@ class Scan:
         return {file.step: file for file in self.files}
 
 
+#: What tells that a file is the same, with the same content: device, inode, size, times of its last changes.
+_Identity = tuple[int, int, int, int, int]
+#: Checkpoints as a scan found them; see :func:`scan`.
+Known = dict[Path, tuple[_Identity, CheckpointFile]]
+_Entry = tuple[Path, int, Kind]
+
+
 def file_name(step: int, kind: Kind) -> str:
     """The name of a checkpoint's file."""
     return f"checkpoint-{step}{'-final' if kind == 'final' else ''}.safetensors"
 
 
-def scan(directory: Path) -> Scan:
+def scan(directory: Path, known: Known | None = None) -> Scan:
     """List a directory. One that does not exist holds nothing.
+
+    Args:
+        directory: of checkpoints.
+        known: empty at first, and held by the caller from one scan to the next, which bring it up to date: a
+            checkpoint that is still the same file, unchanged, is not read again.
 
     Raises:
         CheckpointError: if the directory cannot be read.
     """
     while True:
-        found = [_read_listed(path, step, kind) for path, step, kind in _named(directory)]
+        seen: Known = {}
+        found = [_listed(entry, known or {}, seen) for entry in _named(directory)]
         # A writer removes a checkpoint once a newer one stands: that one was not in the list.
         if None not in found:
+            if known is not None:
+                known.clear()
+                known.update(seen)
             return Scan(
                 files=tuple(file for file in found if isinstance(file, CheckpointFile)),
                 damaged=tuple(file for file in found if isinstance(file, DamagedFile)),
@@ -213,8 +237,7 @@ def read_header(path: Path) -> CheckpointFile:
         CheckpointUnreadable: if this process cannot read it.
         UnsupportedVersion: if a later version of the format wrote it.
     """
-    with opened(path) as (_, header):
-        return CheckpointFile(path, header)
+    return _read_header(path)[0]
 
 
 def verify(path: Path) -> CheckpointFile:
@@ -225,15 +248,16 @@ def verify(path: Path) -> CheckpointFile:
         CorruptCheckpoint: with the first damaged tensor and where it lies.
         UnsupportedVersion: if a later version of the format wrote it.
     """
+    from distrust.checkpoint import reading  # listing, which is all that most commands do, needs none of it
+
     with opened(path) as (descriptor, header):
-        _ = header.sections, header.run_info
-        reading.verify(descriptor, header)
+        reading.verify_file(descriptor, header)
         return CheckpointFile(path, header)
 
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[tuple[int, Header]]:
-    """A checkpoint's descriptor and its checked header; errors raised inside get the path.
+    """A checkpoint's descriptor and its header, all of which was checked; errors raised inside get the path.
 
     Raises:
         CheckpointNotFound: if there is no such file.
@@ -241,16 +265,17 @@ def opened(path: Path) -> Iterator[tuple[int, Header]]:
         CheckpointUnreadable: if this process cannot read it.
         UnsupportedVersion: if a later version of the format wrote it.
     """
-    descriptor = -1
+    with _located(path), _descriptor(path) as (descriptor, status):
+        header = _header(descriptor, status.st_size)
+        header.require_whole()
+        yield descriptor, header
+
+
+@contextlib.contextmanager
+def _located(path: Path) -> Iterator[None]:
+    """Errors raised inside say which file it is, and are this library's."""
     try:
-        # O_NONBLOCK: opening a pipe that lies in the way must not wait for its writer.
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise CorruptCheckpoint("not a regular file")
-        raw = bytearray(header_length(os.pread(descriptor, LENGTH_BYTES, 0), status.st_size))
-        reading.read_into(descriptor, memoryview(raw), 0)
-        yield descriptor, parse_header(bytes(raw), status.st_size)
+        yield
     except FileNotFoundError:
         raise CheckpointNotFound(f"{path}: no such checkpoint", path=path) from None
     except OSError as error:
@@ -261,36 +286,88 @@ def opened(path: Path) -> Iterator[tuple[int, Header]]:
         raise CorruptCheckpoint(error.reason, path=path, tensor=error.tensor) from None
     except UnsupportedVersion as error:
         raise UnsupportedVersion(f"{path}: {error}", path=path) from None
-    finally:
-        if descriptor >= 0:
-            os.close(descriptor)
 
 
-def _read_listed(path: Path, step: int, kind: Kind) -> CheckpointFile | DamagedFile | None:
-    """What a file of that name is; None if it is not there any more."""
+@contextlib.contextmanager
+def _descriptor(path: Path) -> Iterator[tuple[int, os.stat_result]]:
+    """A regular file, open to be read, and its status."""
+    # O_NONBLOCK: opening a pipe that lies in the way must not wait for its writer.
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
-        file = read_header(path)
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise CorruptCheckpoint("not a regular file")
+        yield descriptor, status
+    finally:
+        os.close(descriptor)
+
+
+def _header(descriptor: int, file_size: int) -> Header:
+    first = os.pread(descriptor, ALIGNMENT, 0)  # all of a small one
+    length = header_length(first, file_size)
+    if length == len(first):
+        return parse_header(first, file_size)
+    raw = bytearray(length)
+    read_into(descriptor, memoryview(raw), 0)
+    return parse_header(raw, file_size)
+
+
+def read_into(descriptor: int, view: memoryview, offset: int) -> None:
+    """Fill ``view`` from ``offset`` on.
+
+    Raises:
+        CorruptCheckpoint: if the file ends before.
+        OSError: if the disk cannot be read.
+    """
+    while view:
+        count = os.preadv(descriptor, [view], offset)
+        if count == 0:
+            raise CorruptCheckpoint(CUT_WHILE_READ)
+        view = view[count:]
+        offset += count
+
+
+def _read_header(path: Path) -> tuple[CheckpointFile, os.stat_result]:
+    with _located(path), _descriptor(path) as (descriptor, status):
+        return CheckpointFile(path, _header(descriptor, status.st_size)), status
+
+
+def _listed(entry: _Entry, known: Known, seen: Known) -> CheckpointFile | DamagedFile | None:
+    """What a file of that name is; None if it is not there any more."""
+    path, step, kind = entry
+    try:
+        if path in known and known[path][0] == _identity(path.stat()):
+            seen[path] = known[path]
+            return known[path][1]
+        file, status = _read_header(path)
         if (file.step, file.kind) != (step, kind):
             reason = f"it holds step {file.step} ({file.kind}), not what its name says"
             raise CorruptCheckpoint(reason, path=path)
-        _ = file.header.sections, file.header.run_info  # readable, too
+        # Changed twice within a tick of the file system's clock, a file shows the same time.
+        if time.time_ns() - status.st_ctime_ns > SETTLED_NANOSECONDS:
+            seen[path] = _identity(status), file
+        return file
     except CheckpointNotFound:
         if not path.is_symlink():
             return None
         return DamagedFile(path, step, CorruptCheckpoint("a link to nothing", path=path))
     except (CorruptCheckpoint, UnsupportedVersion) as error:
         return DamagedFile(path, step, error)
-    return file
 
 
-def _named(directory: Path) -> list[tuple[Path, int, Kind]]:
+def _identity(status: os.stat_result) -> _Identity:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _named(directory: Path) -> list[_Entry]:
+    """The files named as checkpoints, by step, a periodic one before the final of its step."""
     try:
         names = os.listdir(directory)
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
         raise CheckpointError(f"{directory}: cannot be read: {error.strerror}", path=directory) from error
-    found: list[tuple[Path, int, Kind]] = []
+    found: list[_Entry] = []
     for name in names:
         match = _NAME.fullmatch(name)
         if match:

@@ -15,16 +15,24 @@ of keys gets a "~1". Walks go in sorted order: equal states give equal labels an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence, Sized
+from operator import itemgetter
 from typing import Any
 
 from distrust.errors import CorruptCheckpoint, UnsupportedState
 
+#: The sections of a state that may hold arrays; the label of every tensor begins with one of them.
+ARRAY_SECTIONS = ("model", "optimizer", "rng", "history")
+#: The sections that are the identity of a state: they enter ``state_digest``.
+STATE_SECTIONS = (*ARRAY_SECTIONS, "config", "metadata")
 #: Deeper trees are refused when saved and when read, before any recursion limit is near.
 MAX_DEPTH = 100
 #: Python refuses to parse more than 4300 digits (unless told otherwise, which the reader may not be).
 MAX_INTEGER_BITS = 14_000
 
+_UNCHANGED = frozenset({type(None), bool, float})
+_SCALARS = _UNCHANGED | {int, str}
+_ONLY_TEXT = {str}
 _TYPE_LETTERS: dict[type, str] = {str: "s", int: "i", float: "f", bool: "b", type(None): "n"}
 
 
@@ -35,7 +43,7 @@ def flatten(
 
     Args:
         tree: section name -> nested state.
-        is_array: tells an array from a scalar or container.
+        is_array: tells an array from a scalar or container, by its type: asked once for each type.
 
     Returns:
         The skeleton of each section, and its arrays by label.
@@ -43,50 +51,93 @@ def flatten(
     Raises:
         UnsupportedState: for a value or key that would not come back exactly.
     """
-    arrays: dict[str, Any] = {}
-    skeleton = {name: _flatten(tree[name], name, 0, arrays, is_array) for name in sorted(tree)}
-    return skeleton, arrays
+    walk = _Walk(is_array)
+    return {name: walk.node(tree[name], name, 0) for name in sorted(tree)}, walk.arrays
 
 
-def _flatten(
-    value: Any, label: str, depth: int, arrays: dict[str, Any], is_array: Callable[[Any], bool]
-) -> Any:
-    if depth > MAX_DEPTH:
-        raise UnsupportedState(f"{label}: nested deeper than {MAX_DEPTH} levels", label=label)
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return _scalar(value, label)
-    if is_array(value):
-        label = _unique(_text(label, label), arrays)
-        arrays[label] = value
+class _Walk:
+    """One walk over a state. A training run waits for it: the commonest cases come first, and inline."""
+
+    def __init__(self, is_array: Callable[[Any], bool]) -> None:
+        self.arrays: dict[str, Any] = {}
+        self._is_array = is_array
+        self._array_types: set[type] = set()
+        self._sorted_names: dict[tuple[str, ...], list[tuple[str, str]]] = {}
+
+    def node(self, value: Any, label: str, depth: int) -> Any:
+        """The skeleton of ``value``; its arrays go to :attr:`arrays`."""
+        kind = type(value)
+        if kind in _UNCHANGED:
+            return value
+        if kind is dict:
+            return self._mapping(value, label, depth)
+        if kind is list or kind is tuple:
+            return self._sequence(value, label, depth)
+        if kind in self._array_types:
+            return self._array(value, label)
+        return self._other(value, label, depth)
+
+    def _other(self, value: Any, label: str, depth: int) -> Any:
+        if isinstance(value, str):
+            return _text(str(value), label)
+        if isinstance(value, int):
+            return _bounded(value, label)
+        if isinstance(value, float):
+            return value
+        if self._is_array(value):
+            self._array_types.add(type(value))
+            return self._array(value, label)
+        if isinstance(value, Mapping):
+            return self._mapping(value, label, depth)
+        raise UnsupportedState(
+            f"{label}: a {type(value).__module__}.{type(value).__qualname__} cannot be saved exactly; "
+            "give dicts, lists, tuples, arrays, None, bools, ints, floats or strings",
+            label=label,
+        )
+
+    def _array(self, value: Any, label: str) -> dict[str, str]:
+        label = _unique(_text(label, label), self.arrays)
+        self.arrays[label] = value
         return {"a": label}
-    if isinstance(value, Mapping):
-        keyed = sorted((encode_key(key, label), key) for key in value)
-        nodes = {
-            encoded: _flatten(value[key], f"{label}.{key}", depth + 1, arrays, is_array)
-            for encoded, key in keyed
-        }
+
+    def _mapping(self, value: Mapping[Any, Any], label: str, depth: int) -> dict[str, Any]:
+        _require_depth(value, label, depth)
+        arrays, array_types = self.arrays, self._array_types
+        nodes: dict[str, Any] = {}
+        for encoded, key in self._sorted_keys(value, label):
+            item = value[key]
+            inner = f"{label}.{key}"
+            if type(item) in array_types and inner not in arrays:
+                arrays[inner] = item
+                nodes[encoded] = {"a": inner}
+            else:
+                nodes[encoded] = self.node(item, inner, depth + 1)
         if len(nodes) != len(value):
             raise UnsupportedState(f"{label}: two of its keys are NaN: they would become one", label=label)
         return {"d": nodes}
-    if type(value) in (list, tuple):
+
+    def _sorted_keys(self, value: Mapping[Any, Any], label: str) -> Sequence[tuple[str, Any]]:
+        """Each key as text with its type, and itself, sorted by that text."""
+        if {*map(type, value)} != _ONLY_TEXT:
+            return sorted([(encode_key(key, label), key) for key in value], key=itemgetter(0))
+        names = (*value,)  # an optimizer has the same ones for each of its parameters
+        known = self._sorted_names.get(names)
+        if known is None:
+            known = self._sorted_names[names] = [("s" + _text(name, label), name) for name in sorted(names)]
+        return known
+
+    def _sequence(self, value: list[Any] | tuple[Any, ...], label: str, depth: int) -> dict[str, Any]:
+        _require_depth(value, label, depth)
         items = [
-            _flatten(item, f"{label}.{index}", depth + 1, arrays, is_array)
+            item if type(item) in _UNCHANGED else self.node(item, f"{label}.{index}", depth + 1)
             for index, item in enumerate(value)
         ]
         return {"l" if type(value) is list else "t": items}
-    raise UnsupportedState(
-        f"{label}: a {type(value).__module__}.{type(value).__qualname__} cannot be saved exactly; "
-        "give dicts, lists, tuples, arrays, None, bools, ints, floats or strings",
-        label=label,
-    )
 
 
-def _scalar(value: Any, label: str) -> Any:
-    if isinstance(value, str):
-        return _text(str(value), label)
-    if isinstance(value, int):
-        _bounded(value, label)
-    return value
+def _require_depth(container: Sized, label: str, depth: int) -> None:
+    if depth + bool(container) > MAX_DEPTH:  # what it holds lies one deeper
+        raise UnsupportedState(f"{label}: nested deeper than {MAX_DEPTH} levels", label=label)
 
 
 def _bounded(value: int, label: str) -> int:
@@ -97,7 +148,7 @@ def _bounded(value: int, label: str) -> int:
 
 def _text(text: str, label: str) -> str:
     try:
-        text.encode()
+        _ = text.isascii() or text.encode()
     except UnicodeEncodeError:
         raise UnsupportedState(
             f"{label!a}: lone surrogates have no place in UTF-8; encode the text otherwise", label=label
@@ -142,7 +193,7 @@ def decode_key(text: str) -> Any:
     raise ValueError(f"no key begins like {text!r}")
 
 
-def unflatten(node: Any, arrays: Callable[[str], Any], *, depth: int = 0) -> Any:
+def unflatten(node: Any, arrays: Callable[[str], Any], depth: int = 0) -> Any:
     """Put a state together again.
 
     Args:
@@ -153,7 +204,7 @@ def unflatten(node: Any, arrays: Callable[[str], Any], *, depth: int = 0) -> Any
     Raises:
         CorruptCheckpoint: for what :func:`flatten` never makes.
     """
-    if node is None or isinstance(node, (bool, int, float, str)):
+    if type(node) in _SCALARS:
         return node
     if depth > MAX_DEPTH:
         raise CorruptCheckpoint(f"the state is nested deeper than {MAX_DEPTH} levels")
@@ -163,12 +214,12 @@ def unflatten(node: Any, arrays: Callable[[str], Any], *, depth: int = 0) -> Any
             return arrays(content)
         if kind == "d" and type(content) is dict:
             try:
-                keys = [decode_key(key) for key in content]
+                keys = [key[1:] if key.startswith("s") else decode_key(key) for key in content]
             except ValueError as error:
                 raise CorruptCheckpoint(f"the state has a key that cannot be read: {error}") from None
-            values = [unflatten(item, arrays, depth=depth + 1) for item in content.values()]
+            values = [unflatten(item, arrays, depth + 1) for item in content.values()]
             return dict(zip(keys, values, strict=True))
         if kind in ("l", "t") and type(content) is list:
-            items = [unflatten(item, arrays, depth=depth + 1) for item in content]
+            items = [unflatten(item, arrays, depth + 1) for item in content]
             return items if kind == "l" else tuple(items)
     raise CorruptCheckpoint("the state holds a node that no writer makes")

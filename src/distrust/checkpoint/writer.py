@@ -68,7 +68,7 @@ class PendingSave:
         return self._path
 
     def wait_copied(self) -> None:
-        """Wait until everything is copied: then the arrays may change. Whether it is saved, :meth:`wait` says."""
+        """Wait until everything is copied: from then on the arrays may change."""
         self._copied.wait()
 
     def __await__(self) -> Generator[Any, None, Path]:

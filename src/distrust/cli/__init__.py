@@ -6,7 +6,6 @@ imports nothing heavy. Exit codes: 0, 1 (found wrong, or failed), 2 (bad usage),
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
 import warnings
@@ -41,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     verb, rest = arguments[0], arguments[1:]
     if verb not in COMMANDS:
+        import difflib
+
         close = difflib.get_close_matches(verb, COMMANDS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(COMMANDS)}"
         return _complain(f"no command {verb!r}; {hint}", 2)

@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> int:
     options = arg.parse_args(arguments)
 
     a, b = store.newest(options.a), store.newest(options.b)
-    found = differences(a.header, b.header)
+    found = differences(a, b)
     if options.json:
         print_json(
             {

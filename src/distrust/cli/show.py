@@ -28,6 +28,7 @@ def main(arguments: list[str]) -> int:
     options = arg.parse_args(arguments)
 
     file = _chosen(options.target, options.step)
+    file.require_whole()
     if options.json:
         print_json(_object(file))
         return 0

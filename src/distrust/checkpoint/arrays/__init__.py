@@ -32,7 +32,8 @@ _CLASSES = {
 
 def is_array(value: Any) -> bool:
     """Whether ``value`` is an array or a numpy scalar, of whatever dtype."""
-    return _adapter_of(type(value)) is not None
+    kind: type = type(value)
+    return _adapter_of(kind) is not None
 
 
 def describe(arrays: Mapping[str, Any]) -> dict[str, Description]:

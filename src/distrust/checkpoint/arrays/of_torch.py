@@ -62,8 +62,8 @@ def room(values: Sequence[Any]) -> int:
 def capture(values: Sequence[Any], room: Room) -> Captured:
     """See :class:`~distrust.checkpoint.arrays.host.Adapter`.
 
-    A few calls for all tensors, whatever their number. Those on a CUDA device are copied into pinned memory on
-    a stream of their own, which waits for what their own stream has yet to do.
+    A few calls for all tensors, whatever their number. Those on a CUDA device are copied into pinned memory
+    on a stream of their own, which waits for what their own stream has yet to do.
     """
     sources: list[Any] = [None] * len(values)
     copies = []
@@ -165,7 +165,7 @@ def _stream_copier(device: Any, target: Any, flat: list[Any]) -> Callable[[], No
     ready = torch.cuda.current_stream(device).record_event()
 
     def copy() -> None:
-        stream = torch.cuda.Stream(device)
+        stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         stream.wait_event(ready)
         with torch.cuda.stream(stream):
             _copy_each(target, flat, non_blocking=True)
@@ -176,7 +176,7 @@ def _stream_copier(device: Any, target: Any, flat: list[Any]) -> Callable[[], No
 
 def _pinned(address: int, nbytes: int) -> Callable[[], None]:
     """Pin memory, so that a device copies into it by itself; returns what undoes it."""
-    runtime: Any = torch.cuda.cudart()
+    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     if int(runtime.cudaHostRegister(address, nbytes, 0)):
         return lambda: None  # slower, not wrong
     return lambda: runtime.cudaHostUnregister(address)

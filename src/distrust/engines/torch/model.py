@@ -116,7 +116,7 @@ def torch_dtype(dtype: Dtype) -> torch.dtype:
 
 def fingerprint(model: torch.nn.Module) -> str:
     """BLAKE3 over name, dtype, shape and bytes of each parameter: equal weights, equal fingerprint."""
-    hasher = tensor_hasher()
+    hasher = tensor_hasher(all_cores=True)
     for name, parameter in sorted(model.named_parameters()):
         hasher.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
         host = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)

@@ -1,0 +1,339 @@
+"""A checkpoint's header, read and checked. No I/O of its own.
+
+A reader trusts nothing that a file says of itself, and pays only for what it asks:
+
+- :func:`parse_header` proves that the header is the one that was written, by its digest; it parses and checks
+  the metadata, every scalar of the state, and that the file has the size of which the header speaks. That is
+  all a listing shows. The tensors' descriptions and the skeleton of their sections, which may be thousands
+  of times as long, are covered by the digest and not parsed.
+- :attr:`Header.tensors` and :attr:`Header.sections` parse and check those when first asked for.
+- :meth:`Header.require_whole` checks everything: the two above, the state's digest, and canonical form.
+  Whoever reads the data calls it before.
+
+So damage is found at once, wherever it is. What is forged, with digests that are right, is found where it is
+used, always as :class:`CorruptCheckpoint`. Canonical form is checked by encoding what was parsed as a writer
+does, and comparing: that leaves no room for a key that stands twice, a gap or an overlap between tensors, a
+length that is not that of dtype and shape, or True for 1, so there is no check of its own for each of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any, cast, get_args
+
+from distrust.checkpoint import tree
+from distrust.checkpoint.format import (
+    ALIGNMENT,
+    DIGEST_CHARACTERS,
+    DIGEST_PLACE,
+    FORMAT,
+    LENGTH_BYTES,
+    MAX_HEADER_BYTES,
+    METADATA,
+    NO_DIGEST,
+    OPENING,
+    VERSION,
+    HeaderText,
+    ImpossibleTensor,
+    Kind,
+    TensorInfo,
+    TensorTable,
+    canonical_json,
+    compact_json,
+    own_digest,
+)
+from distrust.checkpoint.tree import ARRAY_SECTIONS, STATE_SECTIONS
+from distrust.errors import CorruptCheckpoint, UnsupportedVersion
+
+METADATA_KEYS = (
+    "digest", "digests", "format", "kind", "run", "state", "state_digest", "step", "version"
+)  # fmt: skip
+#: How the state begins. The skeletons of model, optimizer and rng, as long as there are tensors, come behind.
+_FIRST_SECTIONS = ("config", "history", "metadata")
+_KINDS = get_args(Kind)
+_DECODER = json.JSONDecoder()
+_PAIRS_DECODER = json.JSONDecoder(object_pairs_hook=tuple)
+
+
+class Header:
+    """What the first bytes of a checkpoint say.
+
+    Attributes:
+        step: optimizer steps made.
+        kind: ``periodic``, or ``final`` for one that is never cleaned up.
+        state: canonical JSON of the skeleton, the scalars, the config and the metadata.
+        run: JSON of what may differ between equal runs.
+        state_digest: the identity of the state.
+        digest: of the header.
+        file_size: in bytes.
+        config: the options that change the result.
+        metadata: the caller's metadata.
+        run_info: what ``run`` says: created, host, metrics and the caller's own.
+    """
+
+    def __init__(self, metadata: dict[str, str], table: str, data_offset: int, file_size: int) -> None:
+        self.step = _integer(metadata["step"], "step")
+        self.kind = _kind(metadata["kind"])
+        self.state = metadata["state"]
+        self.run = metadata["run"]
+        self.state_digest = metadata["state_digest"]
+        self.digest = metadata["digest"]
+        self.file_size = file_size
+        self._digests = metadata["digests"]
+        self._table_text = table
+        self._data_offset = data_offset
+        self.config, self.metadata = _plain_sections(self.state, self.step)
+        self.run_info = _run_info(self.run)
+
+    @cached_property
+    def metrics(self) -> dict[str, float]:
+        """The numbers of the metadata, and those saved as metrics."""
+        candidates = {**self.metadata, **self.saved_metrics}
+        return {
+            name: value
+            for name, value in candidates.items()
+            if isinstance(name, str) and isinstance(value, (int, float)) and not isinstance(value, bool)
+        }
+
+    @property
+    def saved_metrics(self) -> dict[str, float]:
+        """What was saved as metrics, without the numbers of the metadata."""
+        saved: dict[str, float] = self.run_info["metrics"]
+        return saved
+
+    @cached_property
+    def tensors(self) -> tuple[TensorInfo, ...]:
+        """In the order of their data.
+
+        Raises:
+            CorruptCheckpoint: if they do not fill the data as a writer lays it out.
+        """
+        return self._table.tensors(self._data_offset, self._each_digest)
+
+    @cached_property
+    def sections(self) -> dict[str, Any]:
+        """The skeleton of each section of the state; together they name every tensor once.
+
+        Raises:
+            CorruptCheckpoint: if ``state`` is not what a writer makes.
+        """
+        with _json_of("state"):
+            state = json.loads(self.state)
+            _require_same(self.state, canonical_json(state))
+        sections = state.get("sections") if type(state) is dict else None
+        if type(sections) is not dict or state.get("step") != self.step:
+            raise CorruptCheckpoint("the state is not that of the step in the header")
+        named: list[str] = []
+        for name in STATE_SECTIONS:
+            labels: list[str] = []
+            if type(tree.unflatten(sections.get(name), labels.append)) is not dict:
+                raise CorruptCheckpoint(f"the state has no {name}")
+            if labels and name not in ARRAY_SECTIONS:
+                raise CorruptCheckpoint(f"{name} names a tensor, {labels[0]!r}")
+            named += labels
+        if sorted(named) != self._table.names:
+            raise CorruptCheckpoint("the state does not name every tensor of the file once")
+        return sections
+
+    def require_whole(self) -> None:
+        """Check all that is checked without the tensors' bytes.
+
+        Raises:
+            CorruptCheckpoint: with what no writer makes.
+        """
+        _ = self.sections
+        with _json_of("header"):  # lone surrogates have no bytes to digest
+            state_digest = self._table.state_digest(self.state, self._each_digest)
+            text = HeaderText(
+                step=self.step, kind=self.kind, state=self.state, run=self.run, table=self._table
+            )
+            _, digest = text.complete(self._each_digest, self.state_digest)
+        if self.state_digest != state_digest:
+            raise CorruptCheckpoint("the state's digest does not match the state")
+        # The digest in the file was that of its own bytes: where this one is the same, so are the bytes.
+        if self.digest != digest:
+            raise CorruptCheckpoint("the header is not in canonical form")
+
+    @cached_property
+    def _table(self) -> TensorTable:
+        text = self._table_text
+        entries: dict[str, Any]
+        with _json_of("table of tensors"):
+            entries = json.loads("{" + text[1:] + "}")
+        names = [*entries]
+        try:
+            dtypes = [entry["dtype"] for entry in entries.values()]
+            shapes = [tuple(entry["shape"]) for entry in entries.values()]
+            table = TensorTable(names, dtypes, shapes)
+        except ImpossibleTensor as error:
+            name, _ = error.args
+            raise CorruptCheckpoint(f"tensor {name!r} has an unknown dtype or no valid shape") from None
+        except (KeyError, TypeError):
+            raise CorruptCheckpoint(
+                "not every tensor is described by dtype, shape and data_offsets"
+            ) from None
+        if table.encode() != text or names != sorted(names) or min(names, default="~") <= METADATA:
+            raise CorruptCheckpoint(_misfit(entries, table))
+        if len(self._digests) != DIGEST_CHARACTERS * len(names):
+            raise CorruptCheckpoint(f"there are not {len(names)} digests for {len(names)} tensors")
+        return table
+
+    @property
+    def _each_digest(self) -> list[str]:
+        digests = self._digests
+        return [digests[at : at + DIGEST_CHARACTERS] for at in range(0, len(digests), DIGEST_CHARACTERS)]
+
+
+def header_length(first: bytes, file_size: int) -> int:
+    """The length of the header and the 8 bytes before it.
+
+    Args:
+        first: the first 8 bytes of the file, or more.
+        file_size: of the whole file, in bytes.
+
+    Raises:
+        CorruptCheckpoint: if no header of that length can be there.
+    """
+    if len(first) < LENGTH_BYTES:
+        raise CorruptCheckpoint(f"{file_size} bytes are too few for a checkpoint")
+    length = LENGTH_BYTES + int.from_bytes(first[:LENGTH_BYTES], "little")
+    if length > min(file_size, MAX_HEADER_BYTES):
+        raise CorruptCheckpoint(
+            f"no checkpoint, or cut or overwritten: a header of {length} bytes, a file of {file_size}"
+        )
+    return length
+
+
+def parse_header(raw: bytes | bytearray, file_size: int) -> Header:
+    """Read and check a header, from its 8 bytes of length to its padding.
+
+    Checked: the digest of the header, the version, every field of the metadata, the scalars of the state,
+    the size of the file. The rest is checked when it is asked for: see the module.
+
+    Raises:
+        CorruptCheckpoint: with what is wrong.
+        UnsupportedVersion: if a later version of the format wrote the file.
+    """
+    if not raw.startswith(OPENING, LENGTH_BYTES):
+        raise CorruptCheckpoint(
+            f"not a checkpoint of this library: its header does not begin as one of {FORMAT}"
+        )
+    # Every version of the format keeps to this, and what follows can rely on it.
+    if raw[DIGEST_PLACE] != own_digest(raw).encode():
+        raise CorruptCheckpoint("the header's digest does not match the header")
+    try:
+        text = str(memoryview(raw)[LENGTH_BYTES:], "utf-8")
+    except UnicodeDecodeError:
+        raise CorruptCheckpoint("the header is not UTF-8") from None
+    metadata, end = _metadata(text)
+    last = text.rfind("}")
+    if text[last + 1 :] != " " * (len(text) - last - 1) or len(raw) % ALIGNMENT:
+        raise CorruptCheckpoint("the header does not end with its padding")
+    table = text[end:last]
+    if not _fill(table, file_size - len(raw)):
+        raise CorruptCheckpoint(f"the file has {file_size} bytes, and its header speaks of another number")
+    return Header(metadata, table, len(raw), file_size)
+
+
+def _metadata(text: str) -> tuple[dict[str, str], int]:
+    """The metadata, and where it ends."""
+    try:
+        pairs, end = _PAIRS_DECODER.raw_decode(text, text.index("{", 1))
+    except (ValueError, RecursionError) as error:
+        raise CorruptCheckpoint(f"the header is not the JSON that a writer makes ({error})") from None
+    metadata = dict(pairs)
+    if metadata.get("format") != FORMAT or len(metadata) != len(pairs):
+        raise CorruptCheckpoint(f"not a checkpoint of this library: its metadata names no format {FORMAT!r}")
+    version = _integer(metadata.get("version"), "version")
+    if version > VERSION:
+        raise UnsupportedVersion(
+            f"written in version {version} of the format, this program reads up to {VERSION}: upgrade it"
+        )
+    if version < VERSION:
+        raise CorruptCheckpoint(f"there is no version {version} of the format")
+    if (*metadata,) != METADATA_KEYS or {*map(type, metadata.values())} != {str}:
+        raise CorruptCheckpoint(f"the header's metadata is not {', '.join(METADATA_KEYS)}, all text")
+    return metadata, end
+
+
+def _fill(table: str, data_bytes: int) -> bool:
+    """Whether the data of the tensors ends where the file ends, by the text of the table alone.
+
+    In canonical form their data has no gaps, so that is where one ends and no other begins, but for those of
+    no length. No name can be taken for an offset: in a JSON string a quote has a backslash before it.
+    """
+    begin = table.count(f'":{{"data_offsets":[{data_bytes},')
+    empty = table.count(f'":{{"data_offsets":[{data_bytes},{data_bytes}],"dtype":')
+    return begin == empty and (data_bytes == 0 or f',{data_bytes}],"dtype":' in table)
+
+
+def _plain_sections(state: str, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The config and the metadata, without parsing the skeletons of the tensors behind them."""
+    nodes: dict[str, Any] = {}
+    end = len('{"sections":')
+    with _json_of("state"):
+        for name in _FIRST_SECTIONS:
+            nodes[name], end = _DECODER.raw_decode(state, end + len(f',"{name}":'))
+        _require_same(state[:end], '{"sections":' + canonical_json(nodes)[:-1])
+    config, metadata = (tree.unflatten(nodes[name], _refuse_tensor) for name in ("config", "metadata"))
+    if type(config) is not dict or type(metadata) is not dict:
+        raise CorruptCheckpoint("the state has no config or no metadata")
+    if not state.endswith(f',"step":{step}}}'):
+        raise CorruptCheckpoint("the state is not that of the step in the header")
+    return config, metadata
+
+
+def _refuse_tensor(label: str) -> None:
+    raise CorruptCheckpoint(f"config or metadata names a tensor, {label!r}")
+
+
+def _run_info(text: str) -> dict[str, Any]:
+    with _json_of("run"):
+        run = json.loads(text)
+        _require_same(text, compact_json(run))  # its keys stand as the caller gave them
+    if type(run) is not dict or any(type(run.get(part)) is not dict for part in ("metrics", "extra")):
+        raise CorruptCheckpoint("the header's run is not what a writer makes")
+    return run
+
+
+@contextlib.contextmanager
+def _json_of(what: str) -> Iterator[None]:
+    """For what is done with JSON that may be hostile."""
+    try:
+        yield
+    except (ValueError, RecursionError) as error:
+        raise CorruptCheckpoint(f"the {what} is not the JSON that a writer makes ({error})") from None
+
+
+def _require_same(text: str, encoded: str) -> None:
+    """That JSON is as a writer encodes what was parsed of it."""
+    if text != encoded:
+        raise ValueError("not in canonical form")
+    text.encode()  # no lone surrogates
+
+
+def _misfit(entries: dict[str, Any], table: TensorTable) -> str:
+    """Why a table is not what a writer makes of the names, dtypes and shapes in it."""
+    for tensor in table.tensors(0, [NO_DIGEST] * len(entries)):
+        begin, end = tensor.offset, tensor.offset + tensor.nbytes
+        entry = {"data_offsets": [begin, end], "dtype": tensor.dtype, "shape": [*tensor.shape]}
+        if entries[tensor.name] != entry:
+            return f"tensor {tensor.name!r} does not lie in the bytes {begin} to {end} of the data"
+    return "the tensors are not described in canonical form"
+
+
+def _integer(text: Any, name: str) -> int:
+    # 18 digits: no text of an unbounded length is ever parsed as a number.
+    digits = type(text) is str and text.isascii() and text.isdigit() and len(text) <= 18
+    if not digits or text != str(int(text)):
+        raise CorruptCheckpoint(f"the header's {name} is no whole number")
+    return int(text)
+
+
+def _kind(text: str) -> Kind:
+    if text not in _KINDS:
+        raise CorruptCheckpoint(f"the header's kind {text!r} is none of {', '.join(_KINDS)}")
+    return cast(Kind, text)

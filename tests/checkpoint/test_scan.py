@@ -1,0 +1,73 @@
+"""Listing a directory again and again: what did not change is not read twice, and what did change is."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from distrust import Checkpoint, CheckpointManager
+from distrust.checkpoint import store
+
+
+def written(directory: Path, *steps: int) -> list[Path]:
+    with CheckpointManager(directory, keep_last=None) as manager:
+        return [manager.save(Checkpoint(step=step, model={"w": np.ones(3)})) for step in steps]
+
+
+@pytest.fixture
+def settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files count as long unchanged, though they were written just now."""
+    monkeypatch.setattr(store, "SETTLED_NANOSECONDS", -(10**12))
+
+
+def test_an_unchanged_file_is_read_once(tmp_path, settled):
+    written(tmp_path, 1, 2)
+    known: store.Known = {}
+    first = store.scan(tmp_path, known)
+    again = store.scan(tmp_path, known)
+    assert [file.step for file in first.files] == [1, 2]
+    assert all(a.header is b.header for a, b in zip(first.files, again.files, strict=True))
+    fresh = store.scan(tmp_path)
+    assert fresh.files[0].header is not first.files[0].header
+    assert [file.digest for file in fresh.files] == [file.digest for file in first.files]
+
+
+def test_a_new_file_is_found_and_one_that_is_gone_is_forgotten(tmp_path, settled):
+    paths = written(tmp_path, 1, 2)
+    known: store.Known = {}
+    store.scan(tmp_path, known)
+    paths[0].unlink()
+    written(tmp_path, 3)
+    assert [file.step for file in store.scan(tmp_path, known).files] == [2, 3]
+    assert [path.name for path in known] == ["checkpoint-2.safetensors", "checkpoint-3.safetensors"]
+
+
+def test_a_file_that_was_replaced_or_damaged_is_read_again(tmp_path, settled):
+    paths = written(tmp_path, 1, 2, 3)
+    known: store.Known = {}
+    before = store.scan(tmp_path, known)
+    with CheckpointManager(tmp_path, keep_last=None) as manager:
+        manager.save(Checkpoint(step=1, model={"w": np.zeros(3)}))
+    with paths[1].open("r+b") as file:
+        file.seek(100)
+        file.write(b"x")
+    os.truncate(paths[2], paths[2].stat().st_size - 1)
+
+    after = store.scan(tmp_path, known)
+
+    assert [file.step for file in after.files] == [1]
+    assert after.files[0].state_digest != before.files[0].state_digest
+    assert [file.step for file in after.damaged] == [2, 3]
+    assert list(known) == [paths[0]]
+    assert [file.step for file in store.scan(tmp_path, known).damaged] == [2, 3]
+
+
+def test_a_file_written_just_now_is_not_taken_for_known(tmp_path):
+    """Changed again within a tick of the clock, it would show the same times."""
+    written(tmp_path, 1)
+    known: store.Known = {}
+    assert len(store.scan(tmp_path, known).files) == 1
+    assert known == {}
