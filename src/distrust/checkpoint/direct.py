@@ -1,7 +1,7 @@
 """Direct I/O: reads and writes that go past the page cache, where the system and the file system have it.
 
 It wants memory, offsets and lengths in whole pages. Whether a file system takes it is found out by trying:
-some refuse it when a file is opened, others only when it is read or written; then :func:`drop` goes on without.
+some refuse it when a file is opened, others only when it is read or written; then :func:`drop` does without.
 """
 
 from __future__ import annotations

@@ -98,6 +98,7 @@ class TensorTable:
 
     Attributes:
         order: the place in ``names`` of each tensor, in the order of the data.
+        edges: where each begins in the data, in that order, and where the last one ends.
         data_bytes: the length of all the data.
 
     Raises:
@@ -117,8 +118,9 @@ class TensorTable:
         self._sizes = [*map(sizes.__getitem__, self._kinds)]
         falling = [-ITEM_SIZES[dtype] for dtype, _ in self._kinds]
         self.order = sorted(range(len(names)), key=falling.__getitem__)  # stable: then by name
-        *begins, self.data_bytes = accumulate([self._sizes[place] for place in self.order], initial=0)
-        self._begins = self._by_name(begins)
+        self.edges = [*accumulate([self._sizes[place] for place in self.order], initial=0)]
+        self.data_bytes = self.edges[-1]
+        self._begins = self._by_name(self.edges[:-1])
 
     def tensors(self, data_offset: int, digests: Sequence[str]) -> tuple[TensorInfo, ...]:
         """The tensors in the order of their data.
@@ -230,6 +232,7 @@ class Layout:
 
     Attributes:
         names: of the tensors, in the order of their data.
+        edges: where each begins in the data, in that order, and where the last one ends.
         data_bytes: the length of all the data.
 
     Raises:
@@ -247,6 +250,7 @@ class Layout:
             name, shape = error.args
             raise UnsupportedState(f"{name}: no reader takes the shape {shape}", label=name) from None
         self.names = [names[place] for place in self._table.order]
+        self.edges = self._table.edges
         self.data_bytes = self._table.data_bytes
         self._step, self._kind, self._sections, self._run = step, kind, sections, run
 

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import functools
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from distrust.checkpoint import arrays, lazily, reading, tree
-from distrust.checkpoint.arrays import HostArray
+from distrust.checkpoint.arrays import Segment
 from distrust.checkpoint.checkpoint import ARRAY_SECTIONS, STATE_SECTIONS, Checkpoint
-from distrust.checkpoint.format import Kind, Layout, TensorInfo, canonical_json, tensor_hasher
-from distrust.checkpoint.memory import ReusableMemory
-from distrust.checkpoint.ring import BLOCK_BYTES
-from distrust.checkpoint.storage import AtomicFile
+from distrust.checkpoint.format import Kind, Layout, TensorInfo, canonical_json
 from distrust.checkpoint.store import CheckpointFile, opened
 from distrust.errors import CorruptCheckpoint, UnsupportedState
 
@@ -25,44 +22,29 @@ _PLAIN_SECTIONS = tuple(f"{section}." for section in STATE_SECTIONS if section n
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """A checkpoint taken apart for a file, its tensors not yet read.
+    """A checkpoint taken apart for a file, the data of its tensors not yet read.
 
     Attributes:
         step: of the checkpoint.
-        kind: of the file.
-        tensors: what the arrays are.
-        sections: the skeleton of the state.
-        run: canonical JSON of what may differ between equal runs.
-        arrays: the caller's arrays, by label.
+        layout: where every byte goes.
+        flats: the arrays by label, settled: flat, and fit to be read by any thread.
+        held: the labels of those that stay as they are without a copy.
     """
 
     step: int
-    kind: Kind
-    tensors: Sequence[TensorInfo]
-    sections: dict[str, Any]
-    run: str
-    arrays: Mapping[str, Any]
+    layout: Layout
+    flats: Mapping[str, Any]
+    held: set[str]
 
-    def write(self, path: Path, source: Callable[[str], HostArray], *, blocks: ReusableMemory) -> str:
-        """Write and commit the file; returns its header's digest.
-
-        Args:
-            path: the final name.
-            source: label -> the bytes of that tensor; called for one after the other.
-            blocks: memory for the blocks on their way to the disk.
-
-        Raises:
-            SaveFailed: with what stood before untouched.
-            UnsupportedState: if no reader would take the header, or the shape of a tensor.
-        """
-        layout = Layout(self.tensors, step=self.step, kind=self.kind, sections=self.sections, run=self.run)
-        with AtomicFile(path, layout.file_size, data_offset=layout.data_offset, blocks=blocks) as file:
-            digests = [_append(file, source(name)) for name in layout.names]
-            header, digest = layout.header(digests)
-            # Last: a file without its header is no checkpoint, whatever the disk made of the rest.
-            file.write_header(header)
-            file.commit()
-        return digest
+    def segments(self, wanted: Callable[[str], bool]) -> list[Segment]:
+        """The arrays whose labels are wanted, each at its place in the data."""
+        return [
+            Segment(begin, self.flats[name], 0, end - begin)
+            for name, begin, end in zip(
+                self.layout.names, self.layout.edges, self.layout.edges[1:], strict=False
+            )
+            if wanted(name)
+        ]
 
 
 def prepare(checkpoint: Checkpoint, kind: Kind) -> Image:
@@ -82,7 +64,8 @@ def prepare(checkpoint: Checkpoint, kind: Kind) -> Image:
                 label=label,
             )
     tensors = [TensorInfo(label, *described) for label, described in arrays.describe(found).items()]
-    return Image(checkpoint.step, kind, tensors, sections, _run(checkpoint), found)
+    layout = Layout(tensors, step=checkpoint.step, kind=kind, sections=sections, run=_run(checkpoint))
+    return Image(checkpoint.step, layout, *arrays.settle(found))
 
 
 def read(
@@ -138,13 +121,6 @@ def read(
             run=header.run_info["extra"],
         )
         return CheckpointFile(path, header), checkpoint
-
-
-def _append(file: AtomicFile, source: HostArray) -> str:
-    hasher = tensor_hasher(all_cores=source.nbytes >= BLOCK_BYTES)
-    for piece in file.append(source.address, source.nbytes):
-        hasher.update(piece)
-    return hasher.hexdigest()
 
 
 def _run(checkpoint: Checkpoint) -> str:

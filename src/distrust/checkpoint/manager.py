@@ -12,8 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-from distrust.checkpoint import arrays, image, retention, storage, store
-from distrust.checkpoint.arrays import HostArray
+from distrust.checkpoint import arrays, image, pouring, retention, storage, store
 from distrust.checkpoint.checkpoint import Checkpoint
 from distrust.checkpoint.format import Kind
 from distrust.checkpoint.memory import ReusableMemory
@@ -51,7 +50,7 @@ class _Session:
         self.lock = storage.DirectoryLock(self.directory)
         self.writer = BackgroundWriter()
         self.snapshot = Snapshot()
-        self.blocks = ReusableMemory()
+        self.ring = ReusableMemory()
         self.mutex = threading.RLock()
         self.leaving = False
         # Identified by name and header digest: a file replaced by another process is another file.
@@ -69,7 +68,7 @@ class _Session:
         with self.mutex:
             if self.leaving and self.writer.idle:
                 self.snapshot.release()
-                self.blocks.release()
+                self.ring.release()
                 self.lock.release()
 
 
@@ -130,7 +129,7 @@ class CheckpointManager:
         """
         with self._session.mutex:
             path, prepared = self._prepare(checkpoint, final=final)
-            self._commit(path, prepared, lambda label: arrays.to_host(prepared.arrays[label]))
+            self._commit(path, prepared.step, lambda path: self._pour(path, prepared))
             return path
 
     def save_async(
@@ -155,7 +154,10 @@ class CheckpointManager:
         """
         with self._session.mutex:
             path, prepared = self._prepare(checkpoint, final=final)
-            capture = self._session.snapshot.begin(prepared.arrays, later=_OVERLAPPED if overlap else ())
+            session = self._session
+            capture = session.snapshot.begin(
+                prepared, later=_OVERLAPPED if overlap else (), ring=session.ring
+            )
             if capture is None:
                 warnings.warn(
                     f"step {checkpoint.step}: its copy would take more than a quarter of the free memory, so "
@@ -163,11 +165,10 @@ class CheckpointManager:
                     DistrustWarning,
                     stacklevel=2,
                 )
-                return saved(self.save(checkpoint, final=final))
-            return self._session.writer.start(
-                path,
-                copy=capture.copy,
-                write=lambda: self._commit(path, prepared, capture.sources.__getitem__),
+                self._commit(path, prepared.step, lambda path: self._pour(path, prepared))
+                return saved(path)
+            return session.writer.start(
+                path, copy=capture.copy, write=lambda: self._commit(path, prepared.step, capture.write)
             )
 
     def reserve(self, nbytes: int) -> bool:
@@ -356,11 +357,14 @@ class CheckpointManager:
         path = self.directory / store.file_name(checkpoint.step, kind)
         return path, image.prepare(checkpoint, kind)
 
-    def _commit(self, path: Path, prepared: image.Image, source: Callable[[str], HostArray]) -> None:
+    def _pour(self, path: Path, prepared: image.Image) -> str:
+        return pouring.write_filling(path, prepared, self._session.ring)
+
+    def _commit(self, path: Path, step: int, write: Callable[[Path], str]) -> None:
         session = self._session
-        digest = prepared.write(path, source, blocks=session.blocks)
+        digest = write(path)
         session.good.add((path.name, digest))
-        if session.resumed_from is not None and prepared.step > session.resumed_from.step:
+        if session.resumed_from is not None and step > session.resumed_from.step:
             session.resumed_from = None  # a newer one stands
         try:
             self._clean_up(self._rules, written=path)

@@ -20,8 +20,6 @@ PAGE_BYTES = 4096
 _LARGE_PAGE_BYTES = 2 << 20
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; Python has no name for it
 _TOUCH_BYTES = 64 << 20
-#: Places begin on a cache line.
-_PLACE_BYTES = 64
 
 
 def allocate(nbytes: int) -> mmap.mmap:
@@ -70,9 +68,9 @@ class ReusableMemory:
         if self._memory is None or len(self._memory) < nbytes:
             self.release()
             # Room to grow: states grow with their history, and what is not touched takes no memory.
-            self._memory = allocate(_rounded(nbytes + nbytes // 4, _LARGE_PAGE_BYTES))
+            self._memory = allocate(rounded(nbytes + nbytes // 4, _LARGE_PAGE_BYTES))
         if self._touched < nbytes:
-            end = min(_rounded(nbytes, _LARGE_PAGE_BYTES), len(self._memory))
+            end = min(rounded(nbytes, _LARGE_PAGE_BYTES), len(self._memory))
             self._unpin_now()  # as much as there is now is pinned again
             _touch(address_of(self._memory), self._touched, end)
             self._touched = end
@@ -96,33 +94,8 @@ class ReusableMemory:
             self._unpin = None
 
 
-class Room:
-    """Places given out one after the other, each fit for every dtype.
-
-    Attributes:
-        memory: in which they are.
-        address: where it begins.
-    """
-
-    def __init__(self, reusable: ReusableMemory, nbytes: int) -> None:
-        self.memory = reusable.take(nbytes)
-        self.address = address_of(self.memory)
-        self.pin = reusable.pin
-        self._taken = 0
-
-    @staticmethod
-    def of(nbytes: int) -> int:
-        """How much of the room a place of ``nbytes`` takes."""
-        return _rounded(nbytes, _PLACE_BYTES)
-
-    def take(self, nbytes: int) -> int:
-        """The offset of a place of ``nbytes``."""
-        offset = self._taken
-        self._taken += self.of(nbytes)
-        return offset
-
-
-def _rounded(nbytes: int, unit: int) -> int:
+def rounded(nbytes: int, unit: int) -> int:
+    """The next multiple of ``unit``."""
     return -(-nbytes // unit) * unit
 
 

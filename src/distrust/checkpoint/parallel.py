@@ -11,12 +11,18 @@ Item = TypeVar("Item")
 
 #: A memory's bandwidth is spent before the cores of a large machine are.
 MAX_THREADS = 16
+_BYTES_FOR_THREADS = 8 << 20
 
 
 def cores() -> int:
     """How many cores this process may use."""
     available = getattr(os, "sched_getaffinity", None)
     return min(MAX_THREADS, len(available(0)) if available else os.cpu_count() or 1)
+
+
+def worthwhile_threads(nbytes: int) -> int:
+    """How many threads to copy so many bytes with: for a few, starting threads costs more than they save."""
+    return cores() if nbytes >= _BYTES_FOR_THREADS else 1
 
 
 def run(work: Callable[[Item], None], items: Sequence[Item], *, threads: int) -> None:

@@ -26,7 +26,7 @@ from typing import NamedTuple, Self
 from distrust.checkpoint import direct, parallel
 from distrust.checkpoint.format import TensorInfo, tensor_hasher
 from distrust.checkpoint.header import Header
-from distrust.checkpoint.memory import PAGE_BYTES, Room, address_of, allocate
+from distrust.checkpoint.memory import PAGE_BYTES, address_of, allocate, rounded
 from distrust.checkpoint.store import CUT_WHILE_READ, read_into
 from distrust.errors import CorruptCheckpoint
 
@@ -35,6 +35,7 @@ PIECE_BYTES = 1 << 20
 #: Of a large tensor, a piece is digested by all cores together.
 LARGE_PIECE_BYTES = 16 << 20
 LARGE_TENSOR_BYTES = 64 << 20
+CACHE_LINE_BYTES = 64
 FETCH_BYTES = 8 << 20
 FETCHES_IN_FLIGHT = 3
 _PROBES = 16
@@ -68,7 +69,11 @@ def load(descriptor: int, header: Header) -> Content:
         OSError: if the disk cannot be read.
         MemoryError: if there is not enough memory.
     """
-    places = list(itertools.accumulate((Room.of(tensor.nbytes) for tensor in header.tensors), initial=0))
+    places = list(
+        itertools.accumulate(
+            (rounded(tensor.nbytes, CACHE_LINE_BYTES) for tensor in header.tensors), initial=0
+        )
+    )
     memory = allocate(places[-1])
     offsets = {tensor.name: place for tensor, place in zip(header.tensors, places, strict=False)}
     content = Content(memoryview(memory), offsets)

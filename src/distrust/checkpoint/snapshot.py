@@ -1,45 +1,35 @@
 """The state as it was when a background save began: host memory that nobody else will change.
 
 One buffer, used again by every save and touched before the first one: a copy into it runs at the speed of the
-memory. Frameworks whose arrays cannot change, or can be held as they are, need no copy and no room.
+memory. Tensors lie in it as they will lie in the file, so it is written as it stands. Arrays that cannot
+change, or can be held as they are, need no copy and no room.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
 
-from distrust.checkpoint import arrays, memory
-from distrust.checkpoint.arrays import HostArray
-from distrust.checkpoint.memory import ReusableMemory, Room
+from distrust.checkpoint import arrays, pouring
+from distrust.checkpoint.image import Image
+from distrust.checkpoint.memory import PAGE_BYTES, ReusableMemory, available_bytes, rounded
 
 #: The part of the memory still free that a snapshot may take.
 BUDGET = 0.25
 
 
-class Capture:
+class Capture(NamedTuple):
     """A state on its way into a snapshot.
 
     Attributes:
-        sources: label -> where its bytes are, or will be once it is copied.
+        copy: copies what is not copied yet; until it returns, nobody may change that.
+        write: writes and commits the file of that name, and returns its header's digest.
     """
 
-    def __init__(self) -> None:
-        self.sources: dict[str, HostArray] = {}
-        self._copies: list[Callable[[], None]] = []
-
-    def add(self, state: Mapping[str, Any], room: Room) -> None:
-        """Find a place for arrays, or hold them; :meth:`copy` copies them."""
-        for adapter, group in arrays.grouped(state).items():
-            captured = adapter.capture(list(group.values()), room)
-            self.sources.update(zip(group, captured.sources, strict=True))
-            self._copies.append(captured.copy)
-
-    def copy(self) -> None:
-        """Copy what was added since the last call. Until this returns, nobody may change it."""
-        copies, self._copies = self._copies, []
-        for copy in copies:
-            copy()
+    copy: Callable[[], None]
+    write: Callable[[Path], str]
 
 
 class Snapshot:
@@ -51,30 +41,37 @@ class Snapshot:
     def reserve(self, nbytes: int) -> bool:
         """Have room for ``nbytes``, all of it touched; returns whether the budget allows that."""
         missing = nbytes - self._memory.touched
-        if missing > 0 and missing > BUDGET * memory.available_bytes():
+        if missing > 0 and missing > BUDGET * available_bytes():
             return False
-        self._memory.take(nbytes)
+        self._memory.take(rounded(nbytes, PAGE_BYTES))
         return True
 
-    def begin(self, state: Mapping[str, Any], *, later: tuple[str, ...] = ()) -> Capture | None:
-        """Take arrays in; None if the budget does not allow their copies.
+    def begin(self, image: Image, *, later: tuple[str, ...], ring: ReusableMemory) -> Capture | None:
+        """Take a state in; None if the budget does not allow its copy.
 
         Args:
-            state: arrays by label.
-            later: how the labels begin that :meth:`Capture.copy` copies, and that may not change until then;
-                the others are copied when this returns.
+            image: the state.
+            later: how the labels begin of what :meth:`Capture.copy` copies, and may not change until then;
+                everything else is copied when this returns.
+            ring: memory for the blocks in which arrays are written that need no copy.
         """
-        groups = arrays.grouped(state)
-        nbytes = sum(adapter.room(list(group.values())) for adapter, group in groups.items())
-        if not self.reserve(nbytes):
+        if image.held:
+            # What changes beside them is little: random numbers, history.
+            flats = {
+                label: flat if label in image.held else arrays.copied(flat)
+                for label, flat in image.flats.items()
+            }
+            held = replace(image, flats=flats)
+            return Capture(lambda: None, lambda path: pouring.write_filling(path, held, ring))
+        if not self.reserve(image.layout.data_bytes):
             return None
-        capture, room = Capture(), Room(self._memory, nbytes)
-        waiting = {label: array for label, array in state.items() if label.startswith(later)}
-        capture.add({label: array for label, array in state.items() if label not in waiting}, room)
-        capture.copy()
-        capture.add(waiting, room)
-        return capture
+        memory = self._memory.take(rounded(image.layout.data_bytes, PAGE_BYTES))
+        arrays.fill(memory, image.segments(lambda label: not label.startswith(later)))
+        rest = image.segments(lambda label: label.startswith(later))
+        return Capture(
+            lambda: arrays.fill(memory, rest), lambda path: pouring.write_filled(path, image.layout, memory)
+        )
 
     def release(self) -> None:
-        """Give the buffer back."""
+        """Give it back."""
         self._memory.release()

@@ -1,7 +1,7 @@
 """The commit protocol: the only place that writes, syncs, renames, removes and locks.
 
 A checkpoint is written to a hidden temporary name in its own directory, data first and header last
-(``ring.py``), then synced, renamed into place, and the directory synced. At every instant the directory
+(``writing.py``), then synced, renamed into place, and the directory synced. At every instant the directory
 therefore holds, under the final name, either the file that stood there before or the whole new one.
 
 - Space is reserved before the first byte, so that a full disk is found before anything is touched.
@@ -25,13 +25,13 @@ import re
 import secrets
 import struct
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
-from distrust.checkpoint import ring
-from distrust.checkpoint.memory import ReusableMemory
+from distrust.checkpoint import writing
 from distrust.errors import CheckpointDirectoryLocked, SaveFailed
 
 LOCK_NAME = ".lock"
@@ -42,57 +42,50 @@ _TEMPORARY_NAME = re.compile(r"\.checkpoint-[0-9]+(-final)?\.safetensors\.[0-9a-
 class AtomicFile:
     """A new file of a known size that appears under its name wholly, or not at all.
 
-    Its data is appended; its header, written at last, completes it.
-
     Args:
         path: the final name.
-        size: of the whole file, in bytes.
-        data_offset: where the data begins: a multiple of 4096.
-        blocks: memory for the blocks on their way to the disk, used again by the next file.
+        size: in bytes.
 
     Raises:
         SaveFailed: from every method. What stood before is untouched, unless the last step of all, the sync
             of the directory, failed: then the new file stands.
     """
 
-    def __init__(self, path: Path, size: int, *, data_offset: int, blocks: ReusableMemory) -> None:
+    def __init__(self, path: Path, size: int) -> None:
         self._path = path
         self._size = size
         self._temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}.tmp"
-        self._ring: ring.Ring | None = None
+        self._writers: writing.Writers | None = None
         with self._reported():
-            self._descriptor = ring.create(self._temporary)
+            self._descriptor = writing.create(self._temporary)
         try:
             with self._reported():
                 reserve(self._descriptor, size)
-                self._ring = ring.Ring(self._descriptor, size, blocks)
-                self._ring.seek(data_offset)
+            self._writers = writing.Writers(self._descriptor)
         except BaseException:
             self.discard()
             raise
 
-    def append(self, address: int, nbytes: int) -> Iterator[memoryview]:
-        """Append memory, and hand out each piece of it as the disk will get it.
+    def write(self, block: memoryview, offset: int) -> threading.Event:
+        """Begin to write a block.
 
         Args:
-            address: of the first byte; the memory may change again once the last piece was handed out.
-            nbytes: its length.
-        """
-        with self._reported():
-            yield from self._blocks.append(address, nbytes)
+            block: whole pages that begin on one. The last block of the file may reach behind its end.
+            offset: where it belongs, a multiple of a page.
 
-    def write_header(self, header: bytes) -> None:
-        """Write what stands before the data, for which :meth:`__init__` left room."""
+        Returns:
+            What is set when the block is written; until then it may not change.
+        """
+        assert self._writers is not None  # noqa: S101 - until it is committed or discarded
         with self._reported():
-            self._blocks.seek(0)
-            for _ in self._blocks.append(ring.address_of_bytes(header), len(header)):
-                pass
+            return self._writers.put(block, offset)
 
     def commit(self) -> None:
         """Make the file durable and put it under its name."""
+        assert self._writers is not None  # noqa: S101 - until it is committed or discarded
         with self._reported():
-            self._blocks.finish()
-            os.ftruncate(self._descriptor, self._size)  # the last block was written whole
+            self._writers.finish()
+            os.ftruncate(self._descriptor, self._size)  # pages are written whole, the last one too
             sync(self._descriptor)
             os.replace(self._temporary, self._path)
         try:
@@ -106,9 +99,9 @@ class AtomicFile:
 
     def discard(self) -> None:
         """Drop what was not committed; does nothing after :meth:`commit`."""
-        if self._ring is not None:
-            self._ring.stop()
-            self._ring = None
+        if self._writers is not None:
+            self._writers.stop()
+            self._writers = None
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -120,11 +113,6 @@ class AtomicFile:
 
     def __exit__(self, *exception: object) -> None:
         self.discard()
-
-    @property
-    def _blocks(self) -> ring.Ring:
-        assert self._ring is not None  # noqa: S101 - until it is committed or discarded there is one
-        return self._ring
 
     @contextlib.contextmanager
     def _reported(self) -> Iterator[None]:

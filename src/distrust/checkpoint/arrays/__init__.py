@@ -3,17 +3,22 @@
 A framework is asked about only if the program has imported it: nobody else can hold one of its arrays.
 Nothing is converted: the bytes are the array's own, in little-endian order and C layout, so that NaN
 payloads, negative zeros and padding-free strides come back as they were.
+
+An array is first settled: made flat, in numpy or torch, so that any thread may read it. Then its bytes are
+copied, with others and in as few calls as possible, to where they belong (:func:`fill`).
 """
 
 from __future__ import annotations
 
 import functools
+import mmap
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from distrust.checkpoint.arrays.host import Adapter, Description, HostArray
+from distrust.checkpoint.arrays import of_numpy
+from distrust.checkpoint.arrays.host import Adapter, Description, Segment
 from distrust.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -21,7 +26,7 @@ if TYPE_CHECKING:
 
 Framework = Literal["numpy", "torch", "jax", "mlx"]
 
-#: framework -> the module and the class that its arrays are instances of.
+#: framework -> the modules and classes that its arrays are instances of.
 _CLASSES = {
     "numpy": [("numpy", "ndarray"), ("numpy", "generic")],
     "torch": [("torch", "Tensor")],
@@ -31,7 +36,7 @@ _CLASSES = {
 
 
 def is_array(value: Any) -> bool:
-    """Whether ``value`` is an array or a numpy scalar, of whatever dtype."""
+    """Whether ``value`` is an array or a numpy scalar, of whatever dtype; decided by its type."""
     kind: type = type(value)
     return _adapter_of(kind) is not None
 
@@ -43,26 +48,35 @@ def describe(arrays: Mapping[str, Any]) -> dict[str, Description]:
         UnsupportedState: if an array has no exact image in the format.
     """
     described: dict[str, Description] = {}
-    for adapter, group in grouped(arrays).items():
+    for adapter, group in _grouped(arrays).items():
         described.update(zip(group, adapter.describe(list(group), list(group.values())), strict=True))
     return described
 
 
-def to_host(value: Any) -> HostArray:
-    """The bytes of an array that :func:`describe` accepts, copied only where its layout or device demands."""
-    return _required(type(value)).to_host(value)
+def settle(arrays: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
+    """By label, each array flat, and the labels of those that stay as they are without a copy."""
+    settled: dict[str, Any] = {}
+    held: set[str] = set()
+    for adapter, group in _grouped(arrays).items():
+        settled.update(zip(group, adapter.settle(list(group.values())), strict=True))
+        if adapter.holds:
+            held.update(group)
+    return settled, held
 
 
-def grouped(arrays: Mapping[str, Any]) -> dict[Adapter, Mapping[str, Any]]:
-    """Arrays by framework, and then by label."""
-    kinds = {kind: _required(kind) for kind in set(map(type, arrays.values()))}
-    adapters = set(kinds.values())
-    if len(adapters) == 1:
-        return {adapters.pop(): arrays}
-    return {
-        adapter: {label: array for label, array in arrays.items() if kinds[type(array)] is adapter}
-        for adapter in adapters
-    }
+def fill(memory: mmap.mmap, segments: Sequence[Segment]) -> None:
+    """Copy bytes of settled arrays to their places, with all cores."""
+    numpy = [segment for segment in segments if isinstance(segment.flat, of_numpy.Flat)]
+    of_numpy.fill(memory, numpy)
+    if len(numpy) < len(segments):
+        from distrust.checkpoint.arrays import of_torch
+
+        of_torch.fill(memory, [each for each in segments if not isinstance(each.flat, of_numpy.Flat)])
+
+
+def copied(flat: Any) -> Any:
+    """A settled array that nobody else will change."""
+    return flat.copy() if isinstance(flat, of_numpy.Flat) else flat.clone()
 
 
 def from_host(data: np.ndarray[Any, Any], dtype: str, shape: tuple[int, ...], *, framework: Framework) -> Any:
@@ -76,12 +90,21 @@ def from_host(data: np.ndarray[Any, Any], dtype: str, shape: tuple[int, ...], *,
     return _adapter(framework).from_host(data, dtype, shape)
 
 
-@functools.cache
-def _adapter(framework: str) -> Adapter:
-    try:
-        return import_module(f"{__name__}.of_{framework}").ADAPTER  # type: ignore[no-any-return]
-    except ImportError as error:
-        raise ConfigError(f"framework {framework!r} is not installed: {error}") from None
+def _grouped(arrays: Mapping[str, Any]) -> dict[Adapter, Mapping[str, Any]]:
+    kinds = {kind: _required(kind) for kind in set(map(type, arrays.values()))}
+    adapters = set(kinds.values())
+    if len(adapters) == 1:
+        return {adapters.pop(): arrays}
+    return {
+        adapter: {label: array for label, array in arrays.items() if kinds[type(array)] is adapter}
+        for adapter in adapters
+    }
+
+
+def _required(kind: type) -> Adapter:
+    adapter = _adapter_of(kind)
+    assert adapter is not None  # noqa: S101 - callers ask is_array first
+    return adapter
 
 
 @functools.cache
@@ -94,10 +117,22 @@ def _adapter_of(kind: type) -> Adapter | None:
     return None
 
 
-def _required(kind: type) -> Adapter:
-    adapter = _adapter_of(kind)
-    assert adapter is not None  # noqa: S101 - callers ask is_array first
-    return adapter
+@functools.cache
+def _adapter(framework: str) -> Adapter:
+    try:
+        return import_module(f"{__name__}.of_{framework}").ADAPTER  # type: ignore[no-any-return]
+    except ImportError as error:
+        raise ConfigError(f"framework {framework!r} is not installed: {error}") from None
 
 
-__all__ = ["Framework", "HostArray", "describe", "from_host", "grouped", "is_array", "to_host"]
+__all__ = [
+    "Description",
+    "Framework",
+    "Segment",
+    "copied",
+    "describe",
+    "fill",
+    "from_host",
+    "is_array",
+    "settle",
+]

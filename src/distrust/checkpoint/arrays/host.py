@@ -1,11 +1,9 @@
-"""What every framework's module speaks of: bytes in host memory, and the names of dtypes."""
+"""What every framework's module speaks of: flat arrays, and the names of dtypes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
-
-from distrust.checkpoint.memory import Room
 
 #: Names of the dtypes that numpy itself has.
 NUMPY_NAMES = {
@@ -23,56 +21,41 @@ NAMES = {**NUMPY_NAMES, **ML_DTYPES_NAMES}
 DTYPES = {name: dtype for dtype, name in NAMES.items()}
 
 
-class HostArray(NamedTuple):
-    """An array's bytes in host memory, little-endian and in C layout.
-
-    Attributes:
-        address: of the first byte.
-        nbytes: how many there are.
-        owner: keeps the memory alive.
-    """
-
-    address: int
-    nbytes: int
-    owner: object
-
-
-class Captured(NamedTuple):
-    """Arrays that will be what they are now, whatever their owner does next, once they are copied.
-
-    Attributes:
-        sources: where their bytes are, or will be.
-        copy: copies them there; what it reads may not change before it returns.
-    """
-
-    sources: list[HostArray]
-    copy: Callable[[], None]
-
-
 Description = tuple[str, tuple[int, ...]]
 
 
+class Segment(NamedTuple):
+    """Some bytes of an array, and where they belong.
+
+    Attributes:
+        place: offset in the memory that they go to.
+        flat: an array that was settled: one-dimensional, contiguous, little-endian.
+        begin: the first byte of it.
+        end: one behind the last byte.
+    """
+
+    place: int
+    flat: Any
+    begin: int
+    end: int
+
+
 class Adapter(NamedTuple):
-    """What the core needs of a framework; each of the modules beside this one has the same five functions.
+    """What the core needs of a framework; each of the modules beside this one has these functions.
 
     They take many arrays at once, for a training state has thousands of small ones, and training waits.
 
     Attributes:
         describe: (labels, arrays) -> for each the format's name of its dtype, and its shape; the data is not
             touched. Raises UnsupportedState if one has no exact image in the format.
-        to_host: one array's bytes, copied only where its layout or device demands.
-        room: how many bytes :attr:`capture` needs for arrays.
-        capture: takes arrays into a snapshot; on the thread that owns them.
+        settle: arrays -> the same as flat arrays of numpy or torch that any thread may read; on the thread
+            that owns them. Copied only where layout or framework demand it.
+        holds: whether what :attr:`settle` gives stays as it is, whatever their owner does with the arrays.
         from_host: (uint8[nbytes], dtype, shape) -> an array on that memory, or a copy where the framework
             has memory of its own.
     """
 
     describe: Callable[[Sequence[str], Sequence[Any]], list[Description]]
-    to_host: Callable[[Any], HostArray]
-    room: Callable[[Sequence[Any]], int]
-    capture: Callable[[Sequence[Any], Room], Captured]
+    settle: Callable[[Sequence[Any]], list[Any]]
+    holds: bool
     from_host: Callable[[Any, str, tuple[int, ...]], Any]
-
-
-def nothing_to_copy() -> None:
-    """The copy of arrays that are held instead."""

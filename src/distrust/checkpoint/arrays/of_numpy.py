@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -14,15 +15,13 @@ from distrust.checkpoint.arrays.host import (
     ML_DTYPES_NAMES,
     NUMPY_NAMES,
     Adapter,
-    Captured,
     Description,
-    HostArray,
+    Segment,
 )
-from distrust.checkpoint.memory import Room
 from distrust.errors import ConfigError, UnsupportedState
 
-#: Below it, starting threads costs more than they save.
-_BYTES_FOR_THREADS = 8 << 20
+#: What a settled array is an instance of.
+Flat = np.ndarray
 
 
 def describe(labels: Sequence[str], values: Sequence[Any]) -> list[Description]:
@@ -30,29 +29,21 @@ def describe(labels: Sequence[str], values: Sequence[Any]) -> list[Description]:
     return [_describe(label, value) for label, value in zip(labels, values, strict=True)]
 
 
-def to_host(value: Any) -> HostArray:
-    """See :class:`~distrust.checkpoint.arrays.host.Adapter`."""
-    flat = np.ascontiguousarray(value, _little_endian(value.dtype))
-    return HostArray(flat.__array_interface__["data"][0], flat.nbytes, flat)
+def settle(values: Sequence[Any]) -> list[Any]:
+    """See :class:`~distrust.checkpoint.arrays.host.Adapter`: uint8[nbytes] of each."""
+    return [_bytes(value) for value in values]
 
 
-def room(values: Sequence[Any]) -> int:
-    """See :class:`~distrust.checkpoint.arrays.host.Adapter`."""
-    return sum(Room.of(value.nbytes) for value in values)
+def fill(memory: mmap.mmap, segments: Sequence[Segment]) -> None:
+    """Copy settled arrays, or parts of them, to their places in ``memory``."""
+    target = np.frombuffer(memory, np.uint8)
 
+    def copy(segment: Segment) -> None:
+        place, flat, begin, end = segment
+        target[place : place + end - begin] = flat[begin:end]
 
-def capture(values: Sequence[Any], room: Room) -> Captured:
-    """See :class:`~distrust.checkpoint.arrays.host.Adapter`."""
-    sources, copies = [], []
-    for value in values:
-        offset = room.take(value.nbytes)
-        sources.append(HostArray(room.address + offset, value.nbytes, room.memory))
-        if value.nbytes:
-            target = np.frombuffer(room.memory, _little_endian(value.dtype), value.size, offset)
-            copies.append((target.reshape(value.shape), value))
-    large = sum(source.nbytes for source in sources) >= _BYTES_FOR_THREADS
-    threads = parallel.cores() if large else 1
-    return Captured(sources, lambda: parallel.run(_copy, copies, threads=threads))
+    total = sum(segment.end - segment.begin for segment in segments)
+    parallel.run(copy, segments, threads=parallel.worthwhile_threads(total))
 
 
 def from_host(data: Any, dtype: str, shape: tuple[int, ...]) -> Any:
@@ -77,13 +68,11 @@ def _describe(label: str, value: Any) -> Description:
     return dtype, tuple(value.shape)
 
 
-def _copy(pair: tuple[Any, Any]) -> None:
-    np.copyto(*pair)
+def _bytes(value: Any) -> np.ndarray[Any, Any]:
+    flat = np.ascontiguousarray(np.asarray(value)).reshape(-1)
+    if flat.dtype.byteorder == ">" or (flat.dtype.byteorder == "=" and sys.byteorder == "big"):
+        flat = flat.byteswap()
+    return flat.view(np.uint8)
 
 
-def _little_endian(dtype: Any) -> Any:
-    swapped = dtype.byteorder == ">" or (dtype.byteorder == "=" and sys.byteorder == "big")
-    return dtype.newbyteorder("<") if swapped else dtype
-
-
-ADAPTER = Adapter(describe, to_host, room, capture, from_host)
+ADAPTER = Adapter(describe, settle, holds=False, from_host=from_host)

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Mapping, Sequence
+import mmap
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from distrust.checkpoint import parallel
-from distrust.checkpoint.arrays.host import (
-    DTYPES,
-    NAMES,
-    Adapter,
-    Captured,
-    Description,
-    HostArray,
-)
-from distrust.checkpoint.memory import Room
+from distrust.checkpoint.arrays.host import DTYPES, NAMES, Adapter, Description, Segment
 from distrust.errors import ConfigError, UnsupportedState
 
 _NAMES = {getattr(torch, name): dtype for name, dtype in DTYPES.items() if hasattr(torch, name)}
@@ -25,13 +17,11 @@ _NAMES = {getattr(torch, name): dtype for name, dtype in DTYPES.items() if hasat
 _CARRIERS = {
     dtype: {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
     for dtype in _NAMES
-    if dtype not in (torch.float32, torch.float64, torch.complex64)
+    if dtype not in (torch.float32, torch.float64)
 }
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 #: A tensor of more elements is copied with all cores by torch itself.
 _SERIAL_ELEMENTS = 32768
-#: Below it, starting threads costs more than they save.
-_BYTES_FOR_THREADS = 8 << 20
 
 
 def describe(labels: Sequence[str], values: Sequence[Any]) -> list[Description]:
@@ -47,45 +37,41 @@ def describe(labels: Sequence[str], values: Sequence[Any]) -> list[Description]:
     return list(zip(dtypes, [tuple(value.shape) for value in values], strict=True))  # type: ignore[arg-type]
 
 
-def to_host(value: Any) -> HostArray:
-    """See :class:`~distrust.checkpoint.arrays.host.Adapter`."""
-    flat = value.detach().resolve_conj().resolve_neg().cpu().contiguous()
-    return HostArray(flat.data_ptr(), flat.nbytes, flat)
-
-
-def room(values: Sequence[Any]) -> int:
-    """See :class:`~distrust.checkpoint.arrays.host.Adapter`."""
-    return sum(Room.of(value.nbytes) for value in values)
-
-
 @torch.no_grad()
-def capture(values: Sequence[Any], room: Room) -> Captured:
-    """See :class:`~distrust.checkpoint.arrays.host.Adapter`.
+def settle(values: Sequence[Any]) -> list[Any]:
+    """See :class:`~distrust.checkpoint.arrays.host.Adapter`."""
+    for device in {value.device for value in values}:
+        if device.type == "cuda":
+            # Another thread has another current stream, which would not wait for what is under way here.
+            torch.cuda.current_stream(device).synchronize()
+    settled = []
+    for value in values:
+        flat = value.reshape(-1)
+        carrier = _CARRIERS.get(value.dtype)
+        if carrier is not None:
+            flat = flat.resolve_conj().resolve_neg().view(carrier)
+        elif value.is_neg():
+            flat = flat.resolve_neg()
+        settled.append(flat)
+    return settled
 
-    A few calls for all tensors, whatever their number. Those on a CUDA device are copied into pinned memory
-    on a stream of their own, which waits for what their own stream has yet to do.
+
+def fill(memory: mmap.mmap, segments: Sequence[Segment]) -> None:
+    """Copy settled tensors, or parts of them, to their places in ``memory``.
+
+    In a few calls, whatever the number of tensors: one for each run of the same dtype.
     """
-    sources: list[Any] = [None] * len(values)
-    copies = []
-    for (device, dtype), indices in _indices([(value.device, value.dtype) for value in values]).items():
-        flat = [values[index].reshape(-1) for index in indices]
-        carrier = _CARRIERS.get(dtype, dtype)
-        if carrier is not dtype:
-            flat = [each.resolve_conj().resolve_neg().view(carrier) for each in flat]
-        ends = list(itertools.accumulate([each.nbytes for each in flat]))
-        offset = room.take(ends[-1])
-        for index, begin, end in zip(indices, [0, *ends], ends, strict=False):
-            sources[index] = HostArray(room.address + offset + begin, end - begin, room.memory)
-        if ends[-1]:
-            count = ends[-1] // carrier.itemsize
-            target = torch.frombuffer(room.memory, dtype=carrier, count=count, offset=offset)
-            copies.append(_copier(device, target, flat, room))
-
-    def copy() -> None:
-        for each in copies:
-            each()
-
-    return Captured(sources, copy)
+    for run in _runs(segments):
+        flat = [_part(segment) for segment in run]
+        dtype, total = flat[0].dtype, run[-1].place + run[-1].end - run[-1].begin - run[0].place
+        target = torch.frombuffer(memory, dtype=dtype, count=total // dtype.itemsize, offset=run[0].place)
+        if flat[0].device.type != "cpu":
+            _copy_from_device(target, flat)
+            continue
+        # Two threads that each use all cores would be in each other's way.
+        alone = max(part.numel() for part in flat) > _SERIAL_ELEMENTS
+        threads = 1 if alone else parallel.worthwhile_threads(total)
+        parallel.run(_concatenate, _portions(target, flat, threads), threads=threads)
 
 
 def from_host(data: Any, dtype: str, shape: tuple[int, ...]) -> Any:
@@ -118,31 +104,32 @@ def _unsupported(label: str, value: Any) -> UnsupportedState:
     )
 
 
-def _indices(keys: Sequence[Any]) -> Mapping[Any, Sequence[int]]:
-    """Of each key, where it stands; most often there is one."""
-    if len(set(keys)) == 1:
-        return {keys[0]: range(len(keys))}
-    groups: dict[Any, list[int]] = {}
-    for index, key in enumerate(keys):
-        groups.setdefault(key, []).append(index)
-    return groups
+def _runs(segments: Sequence[Segment]) -> Iterator[list[Segment]]:
+    """Segments that lie side by side, of tensors of one dtype and device; empty ones are left out."""
+    run: list[Segment] = []
+    kind, place = None, -1
+    for segment in segments:
+        if segment.begin == segment.end:
+            continue
+        here = (segment.flat.dtype, segment.flat.device)
+        if run and (segment.place != place or here != kind):
+            yield run
+            run = []
+        run.append(segment)
+        kind, place = here, segment.place + segment.end - segment.begin
+    if run:
+        yield run
 
 
-def _copier(device: Any, target: Any, flat: list[Any], room: Room) -> Callable[[], None]:
-    """What copies flat tensors of one dtype and device into a flat one, one behind the other."""
-    if device.type == "cuda":
-        room.pin(_pinned)
-        return _stream_copier(device, target, flat)
-    if device.type != "cpu":
-        return lambda: _copy_each(target, flat)
-    threads = parallel.cores()
-    if target.nbytes < _BYTES_FOR_THREADS or max(each.numel() for each in flat) > _SERIAL_ELEMENTS:
-        threads = 1
-    portions = _portions(target, flat, threads)
-    return lambda: parallel.run(_concatenate, portions, threads=threads)
+def _part(segment: Segment) -> Any:
+    _, flat, begin, end = segment
+    size = flat.itemsize
+    return flat if end - begin == flat.numel() * size else flat[begin // size : end // size]
 
 
 def _portions(target: Any, flat: list[Any], count: int) -> list[tuple[Any, list[Any]]]:
+    if count == 1:
+        return [(target, flat)]
     size = -(-len(flat) // count)
     parts = [flat[start : start + size] for start in range(0, len(flat), size)]
     places = target.split([sum(each.numel() for each in part) for part in parts])
@@ -156,30 +143,16 @@ def _concatenate(portion: tuple[Any, list[Any]]) -> None:
 
 
 @torch.no_grad()
-def _copy_each(target: Any, flat: list[Any], *, non_blocking: bool = False) -> None:
-    places = target.split([each.numel() for each in flat])
-    torch._foreach_copy_(places, flat, non_blocking=non_blocking)
+def _copy_from_device(target: Any, flat: list[Any]) -> None:
+    places = target.split([part.numel() for part in flat])
+    if flat[0].device.type != "cuda":
+        torch._foreach_copy_(places, flat)
+        return
+    # Beside what the device is doing: nothing of it changes these tensors meanwhile.
+    stream: Any = torch.cuda.Stream(flat[0].device)  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(stream):
+        torch._foreach_copy_(places, flat, non_blocking=True)
+    stream.synchronize()
 
 
-def _stream_copier(device: Any, target: Any, flat: list[Any]) -> Callable[[], None]:
-    ready = torch.cuda.current_stream(device).record_event()
-
-    def copy() -> None:
-        stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        stream.wait_event(ready)
-        with torch.cuda.stream(stream):
-            _copy_each(target, flat, non_blocking=True)
-        stream.synchronize()
-
-    return copy
-
-
-def _pinned(address: int, nbytes: int) -> Callable[[], None]:
-    """Pin memory, so that a device copies into it by itself; returns what undoes it."""
-    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    if int(runtime.cudaHostRegister(address, nbytes, 0)):
-        return lambda: None  # slower, not wrong
-    return lambda: runtime.cudaHostUnregister(address)
-
-
-ADAPTER = Adapter(describe, to_host, room, capture, from_host)
+ADAPTER = Adapter(describe, settle, holds=False, from_host=from_host)
