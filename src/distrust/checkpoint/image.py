@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from distrust.checkpoint import arrays, lazily, reading, tree
-from distrust.checkpoint.arrays import Segment
 from distrust.checkpoint.checkpoint import ARRAY_SECTIONS, STATE_SECTIONS, Checkpoint
 from distrust.checkpoint.format import Kind, Layout, TensorInfo, canonical_json
 from distrust.checkpoint.store import CheckpointFile, opened
@@ -27,24 +26,14 @@ class Image:
     Attributes:
         step: of the checkpoint.
         layout: where every byte goes.
-        flats: the arrays by label, settled: flat, and fit to be read by any thread.
+        flats: the arrays in the order of their data, settled: flat, and fit to be read by any thread.
         held: the labels of those that stay as they are without a copy.
     """
 
     step: int
     layout: Layout
-    flats: Mapping[str, Any]
+    flats: Sequence[Any]
     held: set[str]
-
-    def segments(self, wanted: Callable[[str], bool]) -> list[Segment]:
-        """The arrays whose labels are wanted, each at its place in the data."""
-        return [
-            Segment(begin, self.flats[name], 0, end - begin)
-            for name, begin, end in zip(
-                self.layout.names, self.layout.edges, self.layout.edges[1:], strict=False
-            )
-            if wanted(name)
-        ]
 
 
 def prepare(checkpoint: Checkpoint, kind: Kind) -> Image:
@@ -65,7 +54,8 @@ def prepare(checkpoint: Checkpoint, kind: Kind) -> Image:
             )
     tensors = [TensorInfo(label, *described) for label, described in arrays.describe(found).items()]
     layout = Layout(tensors, step=checkpoint.step, kind=kind, sections=sections, run=_run(checkpoint))
-    return Image(checkpoint.step, layout, *arrays.settle(found))
+    flats, held = arrays.settle(found)
+    return Image(checkpoint.step, layout, [flats[name] for name in layout.names], held)
 
 
 def read(

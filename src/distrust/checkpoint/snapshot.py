@@ -7,10 +7,11 @@ change, or can be held as they are, need no copy and no room.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from distrust.checkpoint import arrays, pouring
 from distrust.checkpoint.image import Image
@@ -57,21 +58,37 @@ class Snapshot:
         """
         if image.held:
             # What changes beside them is little: random numbers, history.
-            flats = {
-                label: flat if label in image.held else arrays.copied(flat)
-                for label, flat in image.flats.items()
-            }
+            flats = [
+                flat if label in image.held else arrays.copied(flat)
+                for label, flat in zip(image.layout.names, image.flats, strict=True)
+            ]
             held = replace(image, flats=flats)
             return Capture(lambda: None, lambda path: pouring.write_filling(path, held, ring))
         if not self.reserve(image.layout.data_bytes):
             return None
         memory = self._memory.take(rounded(image.layout.data_bytes, PAGE_BYTES))
-        arrays.fill(memory, image.segments(lambda label: not label.startswith(later)))
-        rest = image.segments(lambda label: label.startswith(later))
-        return Capture(
-            lambda: arrays.fill(memory, rest), lambda path: pouring.write_filled(path, image.layout, memory)
-        )
+        waiting = []
+        for behind, place, flats in _runs(image, later):
+            if behind:
+                waiting.append((place, flats))
+            else:
+                arrays.fill(memory, place, flats)
+
+        def copy() -> None:
+            for place, flats in waiting:
+                arrays.fill(memory, place, flats)
+
+        return Capture(copy, lambda path: pouring.write_filled(path, image.layout, memory))
 
     def release(self) -> None:
         """Give it back."""
         self._memory.release()
+
+
+def _runs(image: Image, later: tuple[str, ...]) -> Iterator[tuple[bool, int, list[Any]]]:
+    """Arrays that lie side by side and are copied together: whether later, where, and which."""
+    begin = 0
+    for behind, labels in itertools.groupby(image.layout.names, key=lambda label: label.startswith(later)):
+        end = begin + len(list(labels))
+        yield behind, image.layout.edges[begin], list(image.flats[begin:end])
+        begin = end

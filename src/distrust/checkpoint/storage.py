@@ -32,10 +32,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from distrust.checkpoint import writing
+from distrust.checkpoint.parallel import Crew
 from distrust.errors import CheckpointDirectoryLocked, SaveFailed
 
 LOCK_NAME = ".lock"
 PATIENCE_SECONDS = 1.0
+#: Threads, not asynchronous system calls: two, in a write most of the time, keep a disk busy on every system.
+WRITES_IN_FLIGHT = 2
 _TEMPORARY_NAME = re.compile(r"\.checkpoint-[0-9]+(-final)?\.safetensors\.[0-9a-f]{16}\.tmp", re.ASCII)
 
 
@@ -55,13 +58,13 @@ class AtomicFile:
         self._path = path
         self._size = size
         self._temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}.tmp"
-        self._writers: writing.Writers | None = None
+        self._writers: Crew | None = None
         with self._reported():
             self._descriptor = writing.create(self._temporary)
         try:
             with self._reported():
                 reserve(self._descriptor, size)
-            self._writers = writing.Writers(self._descriptor)
+            self._writers = Crew(WRITES_IN_FLIGHT)
         except BaseException:
             self.discard()
             raise
@@ -78,7 +81,7 @@ class AtomicFile:
         """
         assert self._writers is not None  # noqa: S101 - until it is committed or discarded
         with self._reported():
-            return self._writers.put(block, offset)
+            return self._writers.put(lambda: writing.write(self._descriptor, block, offset))
 
     def commit(self) -> None:
         """Make the file durable and put it under its name."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import sys
 import threading
+import time
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from pathlib import Path
@@ -116,6 +117,8 @@ class BackgroundWriter:
         future.set_running_or_notify_cancel()
 
         def run() -> None:
+            # The caller goes on first: it was only waiting for this thread to begin.
+            time.sleep(0.001)
             try:
                 try:
                     copy()

@@ -1,11 +1,8 @@
 """Blocks of memory on their way to the disk.
 
 Direct I/O where the file system takes it (``direct.py``): it goes past the page cache, so that nothing is
-copied twice, and the machine's memory is left to those who need it. Where it is refused, early write-back keeps the
-disk as busy.
-
-Threads, not asynchronous system calls: two of them, in a write most of the time, keep a disk busy, and they
-are the same on every system.
+copied twice, and the machine's memory is left to those who need it. Where it is refused, early write-back
+keeps the disk as busy.
 """
 
 from __future__ import annotations
@@ -15,68 +12,12 @@ import ctypes
 import errno
 import fcntl
 import os
-import queue
 import sys
-import threading
 from pathlib import Path
 
 from distrust.checkpoint import direct
 
-WRITES_IN_FLIGHT = 2
 _SYNC_FILE_RANGE_WRITE = 2
-
-
-class Writers:
-    """Threads that write blocks of memory to a file, in the order in which they were handed over.
-
-    Args:
-        descriptor: of a file that :func:`create` opened.
-
-    Raises:
-        OSError: from every method but :meth:`stop`, if a write failed.
-    """
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-        self._blocks: queue.SimpleQueue[tuple[memoryview, int, threading.Event] | None] = queue.SimpleQueue()
-        self._error: BaseException | None = None
-        self._threads = [threading.Thread(target=self._write_blocks) for _ in range(WRITES_IN_FLIGHT)]
-        for thread in self._threads:
-            thread.start()
-
-    def put(self, block: memoryview, offset: int) -> threading.Event:
-        """Have whole pages written at ``offset``; they stay as they are until the event is set."""
-        self._raise_error()
-        written = threading.Event()
-        self._blocks.put((block, offset, written))
-        return written
-
-    def finish(self) -> None:
-        """Wait until everything is written."""
-        self.stop()
-        self._raise_error()
-
-    def stop(self) -> None:
-        """Let the threads end, and wait for them: nobody may write to a descriptor that was closed."""
-        for _ in self._threads:
-            self._blocks.put(None)
-        for thread in self._threads:
-            thread.join()
-        self._threads = []
-
-    def _raise_error(self) -> None:
-        if self._error is not None:
-            raise self._error
-
-    def _write_blocks(self) -> None:
-        while (waiting := self._blocks.get()) is not None:
-            block, offset, written = waiting
-            try:
-                if self._error is None:
-                    _write_whole(self._descriptor, block, offset)
-            except BaseException as error:
-                self._error = error
-            written.set()
 
 
 def create(path: Path) -> int:
@@ -96,7 +37,8 @@ def create(path: Path) -> int:
     return descriptor
 
 
-def _write_whole(descriptor: int, view: memoryview, offset: int) -> None:
+def write(descriptor: int, view: memoryview, offset: int) -> None:
+    """Write all of ``view``: whole pages that begin on one, as does ``offset``."""
     begin, length, refused = offset, len(view), False
     while view:
         try:

@@ -11,6 +11,7 @@ copied, with others and in as few calls as possible, to where they belong (:func
 from __future__ import annotations
 
 import functools
+import itertools
 import mmap
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from distrust.checkpoint.arrays import of_numpy
-from distrust.checkpoint.arrays.host import Adapter, Description, Segment
+from distrust.checkpoint.arrays.host import Adapter, Description
 from distrust.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -64,19 +65,26 @@ def settle(arrays: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
     return settled, held
 
 
-def fill(memory: mmap.mmap, segments: Sequence[Segment]) -> None:
-    """Copy bytes of settled arrays to their places, with all cores."""
-    numpy = [segment for segment in segments if isinstance(segment.flat, of_numpy.Flat)]
-    of_numpy.fill(memory, numpy)
-    if len(numpy) < len(segments):
-        from distrust.checkpoint.arrays import of_torch
+def fill(memory: mmap.mmap, place: int, flats: Sequence[Any]) -> None:
+    """Copy settled arrays into ``memory``, one behind the other from ``place`` on, with all cores."""
+    for kind, run in itertools.groupby(flats, key=type):
+        arrays = list(run)
+        if kind is of_numpy.Flat:
+            place = of_numpy.fill(memory, place, arrays)
+        else:
+            from distrust.checkpoint.arrays import of_torch
 
-        of_torch.fill(memory, [each for each in segments if not isinstance(each.flat, of_numpy.Flat)])
+            place = of_torch.fill(memory, place, arrays)
+
+
+def part(flat: Any, begin: int, end: int) -> Any:
+    """Some bytes of a settled array, as one: whole items."""
+    return flat[begin // flat.itemsize : end // flat.itemsize]
 
 
 def copied(flat: Any) -> Any:
     """A settled array that nobody else will change."""
-    return flat.copy() if isinstance(flat, of_numpy.Flat) else flat.clone()
+    return flat.copy() if type(flat) is of_numpy.Flat else flat.clone()
 
 
 def from_host(data: np.ndarray[Any, Any], dtype: str, shape: tuple[int, ...], *, framework: Framework) -> Any:
@@ -126,13 +134,5 @@ def _adapter(framework: str) -> Adapter:
 
 
 __all__ = [
-    "Description",
-    "Framework",
-    "Segment",
-    "copied",
-    "describe",
-    "fill",
-    "from_host",
-    "is_array",
-    "settle",
-]
+    "Description", "Framework", "copied", "describe", "fill", "from_host", "is_array", "part", "settle",
+]  # fmt: skip

@@ -24,22 +24,6 @@ DTYPES = {name: dtype for dtype, name in NAMES.items()}
 Description = tuple[str, tuple[int, ...]]
 
 
-class Segment(NamedTuple):
-    """Some bytes of an array, and where they belong.
-
-    Attributes:
-        place: offset in the memory that they go to.
-        flat: an array that was settled: one-dimensional, contiguous, little-endian.
-        begin: the first byte of it.
-        end: one behind the last byte.
-    """
-
-    place: int
-    flat: Any
-    begin: int
-    end: int
-
-
 class Adapter(NamedTuple):
     """What the core needs of a framework; each of the modules beside this one has these functions.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import sys
 from collections.abc import Sequence
@@ -16,11 +17,10 @@ from distrust.checkpoint.arrays.host import (
     NUMPY_NAMES,
     Adapter,
     Description,
-    Segment,
 )
 from distrust.errors import ConfigError, UnsupportedState
 
-#: What a settled array is an instance of.
+#: The type of a settled array: uint8, one-dimensional, contiguous.
 Flat = np.ndarray
 
 
@@ -30,20 +30,21 @@ def describe(labels: Sequence[str], values: Sequence[Any]) -> list[Description]:
 
 
 def settle(values: Sequence[Any]) -> list[Any]:
-    """See :class:`~distrust.checkpoint.arrays.host.Adapter`: uint8[nbytes] of each."""
+    """See :class:`~distrust.checkpoint.arrays.host.Adapter`."""
     return [_bytes(value) for value in values]
 
 
-def fill(memory: mmap.mmap, segments: Sequence[Segment]) -> None:
-    """Copy settled arrays, or parts of them, to their places in ``memory``."""
+def fill(memory: mmap.mmap, place: int, flats: Sequence[Any]) -> int:
+    """Copy settled arrays into ``memory``, one behind the other; returns where the last one ends."""
     target = np.frombuffer(memory, np.uint8)
+    edges = list(itertools.accumulate((flat.nbytes for flat in flats), initial=place))
 
-    def copy(segment: Segment) -> None:
-        place, flat, begin, end = segment
-        target[place : place + end - begin] = flat[begin:end]
+    def copy(index: int) -> None:
+        target[edges[index] : edges[index + 1]] = flats[index]
 
-    total = sum(segment.end - segment.begin for segment in segments)
-    parallel.run(copy, segments, threads=parallel.worthwhile_threads(total))
+    threads = parallel.worthwhile_threads(edges[-1] - place)
+    parallel.run(copy, range(len(flats)), threads=threads)
+    return edges[-1]
 
 
 def from_host(data: Any, dtype: str, shape: tuple[int, ...]) -> Any:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from distrust.checkpoint import parallel
-from distrust.checkpoint.arrays.host import DTYPES, NAMES, Adapter, Description, Segment
+from distrust.checkpoint.arrays.host import DTYPES, NAMES, Adapter, Description
 from distrust.errors import ConfigError, UnsupportedState
 
 _NAMES = {getattr(torch, name): dtype for name, dtype in DTYPES.items() if hasattr(torch, name)}
@@ -44,34 +45,36 @@ def settle(values: Sequence[Any]) -> list[Any]:
         if device.type == "cuda":
             # Another thread has another current stream, which would not wait for what is under way here.
             torch.cuda.current_stream(device).synchronize()
-    settled = []
-    for value in values:
-        flat = value.reshape(-1)
-        carrier = _CARRIERS.get(value.dtype)
-        if carrier is not None:
-            flat = flat.resolve_conj().resolve_neg().view(carrier)
-        elif value.is_neg():
-            flat = flat.resolve_neg()
-        settled.append(flat)
-    return settled
+    flats = [value.reshape(-1) for value in values]
+    for dtype in {flat.dtype for flat in flats} & _CARRIERS.keys():
+        carrier = _CARRIERS[dtype]
+        flats = [
+            flat.resolve_conj().resolve_neg().view(carrier) if flat.dtype is dtype else flat for flat in flats
+        ]
+    return flats
 
 
-def fill(memory: mmap.mmap, segments: Sequence[Segment]) -> None:
-    """Copy settled tensors, or parts of them, to their places in ``memory``.
+def fill(memory: mmap.mmap, place: int, flats: Sequence[Any]) -> int:
+    """Copy settled tensors into ``memory``, one behind the other; returns where the last one ends.
 
     In a few calls, whatever the number of tensors: one for each run of the same dtype.
     """
-    for run in _runs(segments):
-        flat = [_part(segment) for segment in run]
-        dtype, total = flat[0].dtype, run[-1].place + run[-1].end - run[-1].begin - run[0].place
-        target = torch.frombuffer(memory, dtype=dtype, count=total // dtype.itemsize, offset=run[0].place)
-        if flat[0].device.type != "cpu":
-            _copy_from_device(target, flat)
+    for _, group in itertools.groupby(flats, key=_dtype_and_device):
+        run = list(group)
+        dtype, sizes = run[0].dtype, [flat.numel() for flat in run]
+        count = sum(sizes)
+        if count == 0:
+            continue
+        target = torch.frombuffer(memory, dtype=dtype, count=count, offset=place)
+        place += target.nbytes
+        if run[0].device.type != "cpu":
+            _copy_from_device(target.split(sizes), run)
             continue
         # Two threads that each use all cores would be in each other's way.
-        alone = max(part.numel() for part in flat) > _SERIAL_ELEMENTS
-        threads = 1 if alone else parallel.worthwhile_threads(total)
-        parallel.run(_concatenate, _portions(target, flat, threads), threads=threads)
+        alone = max(sizes) > _SERIAL_ELEMENTS
+        threads = 1 if alone else parallel.worthwhile_threads(target.nbytes)
+        parallel.run(_concatenate, _portions(target, run, sizes, threads), threads=threads)
+    return place
 
 
 def from_host(data: Any, dtype: str, shape: tuple[int, ...]) -> Any:
@@ -104,36 +107,15 @@ def _unsupported(label: str, value: Any) -> UnsupportedState:
     )
 
 
-def _runs(segments: Sequence[Segment]) -> Iterator[list[Segment]]:
-    """Segments that lie side by side, of tensors of one dtype and device; empty ones are left out."""
-    run: list[Segment] = []
-    kind, place = None, -1
-    for segment in segments:
-        if segment.begin == segment.end:
-            continue
-        here = (segment.flat.dtype, segment.flat.device)
-        if run and (segment.place != place or here != kind):
-            yield run
-            run = []
-        run.append(segment)
-        kind, place = here, segment.place + segment.end - segment.begin
-    if run:
-        yield run
+def _dtype_and_device(flat: Any) -> tuple[Any, Any]:
+    return flat.dtype, flat.device
 
 
-def _part(segment: Segment) -> Any:
-    _, flat, begin, end = segment
-    size = flat.itemsize
-    return flat if end - begin == flat.numel() * size else flat[begin // size : end // size]
-
-
-def _portions(target: Any, flat: list[Any], count: int) -> list[tuple[Any, list[Any]]]:
-    if count == 1:
-        return [(target, flat)]
-    size = -(-len(flat) // count)
-    parts = [flat[start : start + size] for start in range(0, len(flat), size)]
-    places = target.split([sum(each.numel() for each in part) for part in parts])
-    return list(zip(places, parts, strict=True))
+def _portions(target: Any, flats: list[Any], sizes: list[int], count: int) -> list[tuple[Any, list[Any]]]:
+    number = -(-len(flats) // count)
+    starts = range(0, len(flats), number)
+    places = target.split([sum(sizes[start : start + number]) for start in starts])
+    return [(place, flats[start : start + number]) for place, start in zip(places, starts, strict=True)]
 
 
 @torch.no_grad()
@@ -143,15 +125,14 @@ def _concatenate(portion: tuple[Any, list[Any]]) -> None:
 
 
 @torch.no_grad()
-def _copy_from_device(target: Any, flat: list[Any]) -> None:
-    places = target.split([part.numel() for part in flat])
-    if flat[0].device.type != "cuda":
-        torch._foreach_copy_(places, flat)
+def _copy_from_device(places: Sequence[Any], flats: list[Any]) -> None:
+    if flats[0].device.type != "cuda":
+        torch._foreach_copy_(places, flats)
         return
     # Beside what the device is doing: nothing of it changes these tensors meanwhile.
-    stream: Any = torch.cuda.Stream(flat[0].device)  # type: ignore[no-untyped-call]
+    stream: Any = torch.cuda.Stream(flats[0].device)  # type: ignore[no-untyped-call]
     with torch.cuda.stream(stream):
-        torch._foreach_copy_(places, flat, non_blocking=True)
+        torch._foreach_copy_(places, flats, non_blocking=True)
     stream.synchronize()
 
 
