@@ -8,8 +8,8 @@
 
 Every figure comes from a fresh process. All cases run once, then all again. A state is written SIZE or
 SIZExTENSORS: up to 64 MiB alone it is a LoRA run's (adapter and AdamW), above that 400 equal tensors;
-"commands" stands for `distrust ls`. Nothing is tuned to a machine. The whole run takes an hour or more, and
-room for five times the largest state on the disk and three times in memory.
+"commands" stands for `distrust ls`. Nothing is tuned to a machine. The whole run may take two hours, --quick
+five minutes; both want room for six times the largest state on the disk, and for four times in memory.
 """
 
 from __future__ import annotations

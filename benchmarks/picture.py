@@ -27,8 +27,12 @@ from benchmarks.results import Figure, Figures, Results
 from benchmarks.states import Spec
 
 OURS, OURS_TOO, PEER, LIMIT, INK, QUIET = "#0072b2", "#7db8da", "#b9bec4", "#d55e00", "#222222", "#70757a"
+#: A text's own ground: it may stand on a line.
+OVER_LINES = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 0.6}
 #: A bar that is so many times the middle one is cut, and says so: else the others could not be told apart.
 CUT = 3.5
+#: Of the labels at the ends of lines, as a fraction of the panel.
+LABEL_HEIGHT = 0.075
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +41,14 @@ class Bars:
 
     Attributes:
         title: what is done.
+        note: what to know of it, in small.
         bars: label -> figure; of several, the fastest.
         ours: the labels that are ours; the first is the plain way, the others are drawn lighter.
         limits: label -> figure, drawn as a line.
     """
 
     title: str
+    note: str
     bars: Mapping[str, Figures]
     ours: tuple[str, ...]
     limits: Mapping[str, Figures]
@@ -51,6 +57,7 @@ class Bars:
 PANELS = (
     Bars(
         "Saving, until it is durable",
+        "ours digests every tensor; the Trainer syncs nothing",
         {
             "distrust, with digests": SAVE,
             "safetensors + fsync": Figure("safetensors save"),
@@ -64,6 +71,7 @@ PANELS = (
     ),
     Bars(
         "Saving behind: training waits",
+        "until the state may change again",
         {
             "distrust, 1st save": RETURN,
             "distrust, overlap": Figure("distrust overlap", RETURNS),
@@ -76,6 +84,7 @@ PANELS = (
     ),
     Bars(
         "Loading, from the page cache",
+        "ours verifies every byte; safetensors and torch none",
         {
             "distrust, verified": LOAD_WARM,
             "distrust mmap, verified": MAPPED_WARM,
@@ -89,6 +98,7 @@ PANELS = (
     ),
     Bars(
         "Loading, from the disk",
+        "ours verifies every byte; safetensors and torch none",
         {
             "distrust, verified": LOAD_COLD,
             "distrust mmap, verified": MAPPED_COLD,
@@ -138,7 +148,7 @@ def draw(results: Results, specs: Sequence[Spec], path: Path, *, about: str) -> 
     main = _main(specs)
     with mpl.rc_context(style):
         canvas = Canvas(figsize=(14.5, 7.4), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.14))
-        grid = canvas.subplots(2, 3, width_ratios=[1, 1, 0.85])
+        grid = canvas.subplots(2, 3, width_ratios=[1, 1, 0.8])
         canvas.suptitle(
             f"Checkpoints of {main.title}: median of {_repeats(results)} fresh processes, less is better",
             x=0.01, ha="left", fontsize=14, fontweight="bold",
@@ -146,11 +156,12 @@ def draw(results: Results, specs: Sequence[Spec], path: Path, *, about: str) -> 
         for axes, panel in zip(grid[:, :2].flat, PANELS, strict=True):
             _bars(axes, results, main, panel)
         _growth(
-            grid[0, 2], results, _by_bytes(specs), "Growth with bytes (400 tensors)", _size, logarithmic=True
-        )
+            grid[0, 2], results, _by_bytes(specs), _size,
+            title="Growth with bytes", note="400 tensors; both scales logarithmic", logarithmic=True,
+        )  # fmt: skip
         _growth(
-            grid[1, 2], results, _by_tensors(specs), "Growth with tensors (same bytes)",
-            lambda spec: f"{spec.tensors:,}", logarithmic=False,
+            grid[1, 2], results, _by_tensors(specs), lambda spec: f"{spec.tensors:,}",
+            title="Growth with tensors", note="as many bytes", logarithmic=False,
         )  # fmt: skip
         canvas.text(
             0.99, -0.005, "lines on the bars: least to most  ·  orange: what the hardware can do\n" + about,
@@ -161,7 +172,7 @@ def draw(results: Results, specs: Sequence[Spec], path: Path, *, about: str) -> 
 
 def _bars(axes: Any, results: Results, spec: Spec, panel: Bars) -> None:
     rows = list(_measured(results, spec, panel))
-    _bare(axes, panel.title)
+    _bare(axes, panel.title, panel.note)
     if not rows:
         _nothing(axes)
         return
@@ -203,13 +214,21 @@ def _bar(axes: Any, position: int, values: Sequence[float], median: float, right
     else:
         end = min(max(values), right * 1.04)
         axes.plot([min(values), end], [position, position], color=INK, alpha=0.45, linewidth=1, zorder=4)
-    axes.text(max(end, shown) + right * 0.015, position, _time(median), va="center", fontsize=10, zorder=5)
+    axes.text(
+        max(end, shown) + right * 0.015,
+        position,
+        _time(median),
+        va="center",
+        fontsize=10,
+        zorder=5,
+        bbox=OVER_LINES,
+    )
 
 
 def _growth(
-    axes: Any, results: Results, specs: Sequence[Spec], title: str, tick: Any, *, logarithmic: bool
+    axes: Any, results: Results, specs: Sequence[Spec], tick: Any, *, title: str, note: str, logarithmic: bool
 ) -> None:
-    _bare(axes, title)
+    _bare(axes, title, note)
     lines = {
         label: [results.median(spec, figure) for spec in specs] for label, (figure, _, _) in GROWTH.items()
     }
@@ -226,7 +245,7 @@ def _growth(
         axes.set_xscale("log")
         axes.set_yscale("log")
     else:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, axes.get_ylim()[1])
         axes.set_xlim(-0.15, len(xs) - 0.85)
     axes.set_xticks(xs, [tick(spec) for spec in specs])
     axes.minorticks_off()
@@ -251,8 +270,12 @@ def _apart(axes: Any, ends: Mapping[str, float | None]) -> dict[str, tuple[float
     placed: dict[str, tuple[float, float]] = {}
     below = -1.0
     for label, (height, value) in sorted(heights.items(), key=lambda item: item[1]):
-        below = max(height, below + 0.075)
+        below = max(height, below + LABEL_HEIGHT)
         placed[label] = (below, value)
+    above = 1.0 + LABEL_HEIGHT
+    for label, (height, value) in reversed(placed.items()):
+        above = min(height, above - LABEL_HEIGHT)
+        placed[label] = (above, value)
     return placed
 
 
@@ -286,8 +309,11 @@ def _repeats(results: Results) -> int:
     )
 
 
-def _bare(axes: Any, title: str) -> None:
-    axes.set_title(title, pad=8)
+def _bare(axes: Any, title: str, note: str) -> None:
+    axes.set_title(title, pad=22)
+    axes.annotate(
+        note, (0, 1), (0, 8), xycoords="axes fraction", textcoords="offset points", fontsize=9, color=QUIET
+    )
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(length=0)
 
@@ -304,7 +330,7 @@ def _size(spec: Spec) -> str:
 
 def _time(seconds: float) -> str:
     return (
-        f"{seconds:.2g} s" if 1 <= seconds < 10 else f"{seconds:.0f} s" if seconds >= 10 else _milli(seconds)
+        f"{seconds:.1f} s" if 1 <= seconds < 10 else f"{seconds:.0f} s" if seconds >= 10 else _milli(seconds)
     )
 
 

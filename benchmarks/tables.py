@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from benchmarks.operations import EXTRA, OPERATIONS, TARGETS, Kind, Operation, Row
+from benchmarks.operations import EXTRA, OPERATIONS, TARGETS, Kind, Operation, Row, Target
 from benchmarks.results import NOT_INSTALLED, Figure, Results
 from benchmarks.states import Spec
 
@@ -57,7 +57,9 @@ def targets(results: Results, specs: Sequence[Spec]) -> list[tuple[str, ...]]:
                 wanted = f"{'≥' if target.at_least else '≤'} {target.bound:g}"
                 spread = f"{_number(min(values))} to {_number(max(values))}"
                 verdict = "yes" if target.reached(median) else "NO"
-                rows.append((target.text, spec.title, wanted, _number(median), spread, verdict))
+                rows.append(
+                    (_named(results, spec, target), spec.title, wanted, _number(median), spread, verdict)
+                )
     return rows
 
 
@@ -99,6 +101,14 @@ def markdown(results: Results, specs: Sequence[Spec], about: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _named(results: Results, spec: Spec, target: Target) -> str:
+    best = None if target.best_of is None else results.least(spec, target.best_of)
+    if best is None:
+        return target.text
+    labels = {row.figure: row.label for operation in OPERATIONS for row in operation.rows}
+    return f"{target.text} {labels[best]}"
+
+
 def _line(results: Results, spec: Spec, operation: Operation, row: Row) -> Line:
     values = results.values(spec, row.figure)
     limit = results.least(spec, operation.limit)
@@ -109,13 +119,12 @@ def _line(results: Results, spec: Spec, operation: Operation, row: Row) -> Line:
         return Line(row.kind, (label, short, *[""] * (len(HEADS) - 2)))
     of_limit = None if limit is None else results.ratio(spec, limit, row.figure)
     of_ours = results.ratio(spec, row.figure, operation.ours)
-    compared = row.kind != "limit" and row.figure != operation.ours
     extra = results.median(spec, Figure(row.figure.case, EXTRA))
     cells = (
         label,
         *(_milliseconds(value) for value in (min(values), statistics.median(values), max(values))),
         "" if of_limit is None or row.figure == limit else f"{of_limit:.2f}",
-        "" if of_ours is None or not compared else f"{of_ours:.2f}",
+        "" if of_ours is None or row.kind != "peer" else f"{of_ours:.2f}",
         "" if extra is None else f"{extra / 2**20:,.0f} MiB",
     )
     faster = row.kind == "peer" and of_ours is not None and of_ours < 1
