@@ -1,0 +1,142 @@
+"""Which case runs when: repeat by repeat, each in a fresh process, group by group in an order drawn by lot.
+
+Cases of a group follow each other, for they are compared; the lot keeps any of them from always standing
+behind the same neighbour. What a case wrote is removed before the next one begins, and the disk is left
+alone for a moment, for a file system may still be discarding the blocks.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+from benchmarks.cases import Case
+from benchmarks.results import NOT_INSTALLED, Results
+from benchmarks.states import Spec
+
+ROOT = Path(__file__).resolve().parent.parent
+TIMEOUT_SECONDS = 900
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What is about to be measured.
+
+    Attributes:
+        spec: the state.
+        repeat: from 0.
+        case: what runs.
+    """
+
+    spec: Spec
+    repeat: int
+    case: Case
+
+
+def plan(specs: Sequence[Spec], cases: Sequence[Case], repeats: int, results: Results) -> list[Turn]:
+    """All turns in their order; what is not installed is noted in ``results`` and left out."""
+    missing = {case.name for case in cases if not all(map(_installed, case.modules))}
+    turns = []
+    for spec in specs:
+        fitting = [case for case in cases if case.fits(spec)]
+        for case in fitting:
+            if case.name in missing:
+                results.fail(spec, case.name, NOT_INSTALLED)
+        for repeat in range(repeats):
+            chosen = [case for case in fitting if case.name not in missing]
+            turns += [Turn(spec, repeat, case) for case in _shuffled(chosen, seed=repeat)]
+    return turns
+
+
+def measure(turns: Sequence[Turn], directory: Path, pause: float, results: Results) -> Iterator[Turn]:
+    """Make every turn; yields each before it begins.
+
+    Args:
+        turns: by state.
+        directory: on the disk to measure; what is made in it is removed.
+        pause: seconds between two turns.
+        results: take every figure, and what failed.
+    """
+    for spec, of_state in groupby(turns, key=lambda turn: turn.spec):
+        prepared = directory / "prepared"
+        with _Folder(prepared):
+            for turn in of_state:
+                yield turn
+                if turn.case.name in results.failures.get(spec.text, {}):
+                    continue  # what failed once is not tried again
+                try:
+                    results.add(spec, turn.repeat, turn.case.name, _measured(turn, directory, prepared))
+                except RuntimeError as error:
+                    results.fail(spec, turn.case.name, str(error))
+                time.sleep(pause)
+
+
+def _measured(turn: Turn, directory: Path, prepared: Path) -> dict[str, float]:
+    reads = turn.case.reads
+    if reads is not None and not (prepared / reads).exists():
+        _child("prepare", reads, turn.spec, directory, prepared)
+    folder = directory / "measured"
+    with _Folder(folder):
+        return _child("measure", turn.case.name, turn.spec, folder, prepared)
+
+
+def _child(verb: str, name: str, spec: Spec, folder: Path, prepared: Path) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.child", verb, name, spec.text, str(folder), str(prepared)]
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "JAX_PLATFORMS": "cpu",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"took more than {TIMEOUT_SECONDS} s") from None
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"ended with {done.returncode}"]
+        raise RuntimeError(lines[-1])
+    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return figures
+
+
+class _Folder:
+    """A new folder, removed on the way out."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        self.path.mkdir()
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self.path)
+        # Names and freed blocks reach the disk now, not in the middle of the next case.
+        descriptor = os.open(self.path.parent, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def _shuffled(cases: Sequence[Case], *, seed: int) -> Iterator[Case]:
+    for _, group in groupby(cases, key=lambda case: case.group):
+        members = list(group)
+        random.Random(seed).shuffle(members)
+        yield from members
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # its parent is not
+        return False

@@ -1,0 +1,332 @@
+"""How each library saves and loads, at its best: the shortest way that its documentation shows.
+
+Imports stand in the functions: a process pays for the library that it measures alone. What each does for its
+time, where they differ:
+
+- distrust digests every tensor, and syncs the file and its directory; loading checks every digest.
+- safetensors, torch.save: one file, fsync of the file. Nothing is digested or verified.
+- torch.distributed.checkpoint (DCP): a folder; its ``FileSystemWriter`` syncs its files (``sync_files``, the
+  default). It loads into tensors that are there already, which spares it fresh memory.
+- orbax: a folder of compressed chunks, which tensorstore syncs. Its arrays are jax's: they never change, so
+  a background save has nothing to copy.
+- a cached DCP stager is measured on its second save (the first fills its cache), ours on its first.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from benchmarks import states
+from benchmarks.states import Spec, Tree
+
+Wait = Callable[[], object]
+STEP = 1
+
+
+class Library(ABC):
+    """A way to save and load.
+
+    Attributes:
+        name: in the names of the cases.
+        modules: that have to be installed.
+    """
+
+    name: str
+    modules: tuple[str, ...] = ("torch",)
+
+    def state(self, spec: Spec) -> Any:
+        """The state as this library takes it."""
+        return torch_state(spec)
+
+    @abstractmethod
+    def save(self, state: Any, path: Path) -> None:
+        """Save, durably."""
+
+    @abstractmethod
+    def loader(self, path: Path, spec: Spec) -> Callable[[], object]:
+        """What loads all of it, into memory that is the caller's own."""
+
+
+class Background(ABC):
+    """A way to save behind the caller's back.
+
+    Attributes:
+        library: whose it is.
+        name: in the names of the cases.
+    """
+
+    library: Library
+    name: str
+
+    def prepare(self, state: Any, path: Path) -> None:  # noqa: B027  # most need nothing
+        """What a run does once, before its first save: not timed, but its memory counts."""
+
+    @abstractmethod
+    def start(self, state: Any, path: Path) -> Wait:
+        """Return when the state may change again; what is returned waits until it is durable."""
+
+
+def torch_state(spec: Spec) -> Any:
+    """The state as torch tensors, in the memory that numpy touched."""
+    import torch
+
+    return states.mapped(states.make(spec), torch.from_numpy)
+
+
+class Distrust(Library):
+    """Ours."""
+
+    name = "distrust"
+
+    def save(self, state: Any, path: Path) -> None:
+        with _manager(path) as manager:
+            manager.save(_checkpoint(state))
+
+    def loader(self, path: Path, spec: Spec) -> Callable[[], object]:
+        manager = _manager(path)
+        return lambda: manager.load(STEP, framework="torch")
+
+
+class DistrustMapped(Distrust):
+    """Ours, as views of the file."""
+
+    name = "distrust mmap"
+
+    def loader(self, path: Path, spec: Spec) -> Callable[[], object]:
+        manager = _manager(path)
+        return lambda: manager.load(STEP, framework="torch", mmap=True)
+
+
+class DistrustBackground(Background):
+    """Ours: the first save after ``reserve``."""
+
+    library = Distrust()
+    name = "distrust background"
+
+    def prepare(self, state: Any, path: Path) -> None:
+        self.manager = _manager(path)
+        self.manager.reserve(states.nbytes(state))
+
+    def start(self, state: Any, path: Path) -> Wait:
+        pending = self.manager.save_async(_checkpoint(state))
+        return lambda: pending.wait()
+
+
+class DistrustOverlap(DistrustBackground):
+    """Ours, copying too goes on behind."""
+
+    name = "distrust overlap"
+
+    def start(self, state: Any, path: Path) -> Wait:
+        pending = self.manager.save_async(_checkpoint(state), overlap=True)
+        return lambda: pending.wait()
+
+
+class Safetensors(Library):
+    """Loads by reading into the tensors' own memory (``backend="pread"``)."""
+
+    name = "safetensors"
+    modules = ("torch", "safetensors")
+
+    def state(self, spec: Spec) -> Any:
+        return states.flat(super().state(spec))
+
+    def save(self, state: Any, path: Path) -> None:
+        from safetensors.torch import save_file
+
+        path.mkdir()
+        save_file(state, self.file(path))
+        _sync(self.file(path))
+
+    def loader(self, path: Path, spec: Spec) -> Callable[[], object]:
+        from safetensors.torch import load_file
+
+        return lambda: load_file(self.file(path), backend="pread")
+
+    @staticmethod
+    def file(path: Path) -> Path:
+        """The one file."""
+        return path / "state.safetensors"
+
+
+class SafetensorsClone(Safetensors):
+    """Loads by mapping the file and cloning each tensor."""
+
+    name = "safetensors clone"
+
+    def loader(self, path: Path, spec: Spec) -> Callable[[], object]:
+        from safetensors.torch import load_file
+
+        return lambda: {name: tensor.clone() for name, tensor in load_file(self.file(path)).items()}
+
+
+class SafetensorsBytes(Safetensors):
+    """Loads by reading the file and handing the bytes over."""
+
+    name = "safetensors bytes"
+
+    def loader(self, path: Path, spec: Spec) -> Callable[[], object]:
+        from safetensors.torch import load
+
+        return lambda: load(self.file(path).read_bytes())
+
+
+class Torch(Library):
+    """``torch.save`` and ``torch.load(weights_only=True)``."""
+
+    name = "torch"
+
+    def save(self, state: Any, path: Path) -> None:
+        import torch
+
+        path.mkdir()
+        torch.save(state, path / "state.pt")
+        _sync(path / "state.pt")
+
+    def loader(self, path: Path, spec: Spec) -> Callable[[], object]:
+        import torch
+
+        return lambda: torch.load(path / "state.pt", weights_only=True)
+
+
+class Dcp(Library):
+    """``torch.distributed.checkpoint``, in a single process."""
+
+    name = "dcp"
+
+    def save(self, state: Any, path: Path) -> None:
+        dcp = _dcp()
+        with _quiet():
+            dcp.save(state, storage_writer=dcp.FileSystemWriter(path), no_dist=True)
+
+    def loader(self, path: Path, spec: Spec) -> Callable[[], object]:
+        dcp, target = _dcp(), self.state(spec)
+
+        def load() -> object:
+            with _quiet():
+                dcp.load(target, checkpoint_id=path, no_dist=True)
+            return target
+
+        return load
+
+
+class DcpBackground(Background):
+    """``async_save`` as it comes: it copies into fresh memory each time."""
+
+    library = Dcp()
+    name = "dcp background"
+    stager: Any = None
+
+    def start(self, state: Any, path: Path) -> Wait:
+        with _quiet():
+            future = _dcp().async_save(state, checkpoint_id=path, async_stager=self.stager, no_dist=True)
+        return lambda: future.result()
+
+
+class DcpCached(DcpBackground):
+    """``async_save`` into memory that an earlier one made."""
+
+    name = "dcp background cached"
+
+    def prepare(self, state: Any, path: Path) -> None:
+        from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+        plain = StagingOptions(
+            use_pinned_memory=False,
+            use_shared_memory=False,
+            use_async_staging=False,
+            use_non_blocking_copy=False,
+        )
+        self.stager = DefaultStager(plain)
+        self.stager.stage(state)
+
+
+class Orbax(Library):
+    """``StandardCheckpointHandler`` on jax arrays."""
+
+    name = "orbax"
+    modules = ("jax", "orbax.checkpoint")
+
+    def state(self, spec: Spec) -> Any:
+        import jax
+
+        tree: Tree = states.make(spec)
+        # Its trees have string keys, and no lists of plain numbers.
+        moments = {str(index): value for index, value in tree["optimizer"].get("state", {}).items()}
+        parts = {"model": tree["model"], "optimizer": moments}
+        given = {name: part for name, part in parts.items() if part}
+        return jax.block_until_ready(jax.tree.map(jax.numpy.asarray, given))
+
+    def save(self, state: Any, path: Path) -> None:
+        import orbax.checkpoint as ocp
+
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+            checkpointer.save(path, args=ocp.args.StandardSave(state))
+
+    def loader(self, path: Path, spec: Spec) -> Callable[[], object]:
+        import jax
+        import orbax.checkpoint as ocp
+
+        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, self.state(spec))
+        checkpointer = ocp.Checkpointer(ocp.StandardCheckpointHandler())
+        restore = ocp.args.StandardRestore(target)
+        return lambda: jax.block_until_ready(checkpointer.restore(path, args=restore))
+
+
+class OrbaxBackground(Background):
+    """``StandardCheckpointer``, which saves in the background."""
+
+    library = Orbax()
+    name = "orbax background"
+
+    def prepare(self, state: Any, path: Path) -> None:
+        import orbax.checkpoint as ocp
+
+        self.checkpointer = ocp.StandardCheckpointer()
+
+    def start(self, state: Any, path: Path) -> Wait:
+        self.checkpointer.save(path, state)
+        return lambda: self.checkpointer.wait_until_finished()
+
+
+SAVING: tuple[Library, ...] = (Distrust(), Safetensors(), Torch(), Dcp(), Orbax())
+BACKGROUND: tuple[type[Background], ...] = (
+    DistrustBackground, DistrustOverlap, DcpBackground, DcpCached, OrbaxBackground,
+)  # fmt: skip
+LOADING: tuple[Library, ...] = (
+    Distrust(), DistrustMapped(), Safetensors(), SafetensorsClone(), SafetensorsBytes(), Torch(), Dcp(),
+    Orbax(),
+)  # fmt: skip
+
+
+def _manager(path: Path) -> Any:
+    from distrust import CheckpointManager
+
+    return CheckpointManager(path, keep_last=None)
+
+
+def _checkpoint(state: Any) -> Any:
+    from distrust import Checkpoint
+
+    return Checkpoint(step=STEP, model=state["model"], optimizer=state["optimizer"])
+
+
+def _dcp() -> Any:
+    return import_module("torch.distributed.checkpoint")  # it says of nothing that it is exported
+
+
+def _sync(file: Path) -> None:
+    descriptor = os.open(file, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def _quiet() -> warnings.catch_warnings[Any]:
+    """DCP says that there is a single process; that is meant."""
+    return warnings.catch_warnings(action="ignore")
