@@ -4,9 +4,9 @@ Two ways, to the same bytes:
 
 - :func:`write_filled`: all data lies in memory as it will lie in the file, because a snapshot was taken.
   Blocks of it are written as they stand.
-- :func:`write_filling`: the data is still in the caller's arrays, and must not be copied whole. It goes through
-  a ring of blocks: one is filled while those before it are written. What is digested is the block, not what
-  the caller may have made of the array since.
+- :func:`write_filling`: the data is still in the caller's arrays, and must not be copied whole. It goes
+  through a ring of blocks: one is filled while those before it are written. What is digested is the block,
+  not what the caller may have made of the array since.
 
 One thread fills and digests, at about the speed of a disk of 3 GB/s. Handing digests to others was slower
 where they had to share two cores with those who write.
@@ -117,15 +117,12 @@ def _touched(edges: Sequence[int], begin: int, end: int) -> range:
 def _cut(image: Image, begin: int, end: int) -> list[Any]:
     """The arrays with data from ``begin`` to ``end``, and of the first and last one what is of that."""
     edges = image.layout.edges
-    return [
-        flat
-        if begin <= edges[index] and edges[index + 1] <= end
-        else arrays.part(
-            flat, max(begin, edges[index]) - edges[index], min(end, edges[index + 1]) - edges[index]
-        )
-        for index in _touched(edges, begin, end)
-        for flat in [image.flats[index]]
-    ]
+    touched = _touched(edges, begin, end)
+    cut = list(image.flats[touched.start : touched.stop])
+    # The last one first: where there is only one, its end is cut off before its beginning is.
+    cut[-1] = arrays.part(cut[-1], 0, min(end, edges[touched.stop]) - edges[touched.stop - 1])
+    cut[0] = arrays.part(cut[0], max(begin, edges[touched.start]) - edges[touched.start], cut[0].nbytes)
+    return cut
 
 
 def _complete(file: AtomicFile, layout: Layout, digests: Sequence[str]) -> str:

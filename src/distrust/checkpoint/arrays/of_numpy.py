@@ -37,7 +37,7 @@ def settle(values: Sequence[Any]) -> list[Any]:
 def fill(memory: mmap.mmap, place: int, flats: Sequence[Any]) -> int:
     """Copy settled arrays into ``memory``, one behind the other; returns where the last one ends."""
     target = np.frombuffer(memory, np.uint8)
-    edges = list(itertools.accumulate((flat.nbytes for flat in flats), initial=place))
+    edges: list[int] = list(itertools.accumulate((flat.nbytes for flat in flats), initial=place))
 
     def copy(index: int) -> None:
         target[edges[index] : edges[index + 1]] = flats[index]

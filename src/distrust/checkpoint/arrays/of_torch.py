@@ -125,7 +125,7 @@ def _concatenate(portion: tuple[Any, list[Any]]) -> None:
 
 
 @torch.no_grad()
-def _copy_from_device(places: Sequence[Any], flats: list[Any]) -> None:
+def _copy_from_device(places: Any, flats: list[Any]) -> None:
     if flats[0].device.type != "cuda":
         torch._foreach_copy_(places, flats)
         return
