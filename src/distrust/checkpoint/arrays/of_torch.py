@@ -68,7 +68,8 @@ def fill(memory: mmap.mmap, place: int, flats: Sequence[Any]) -> int:
         target = torch.frombuffer(memory, dtype=dtype, count=count, offset=place)
         place += target.nbytes
         if run[0].device.type != "cpu":
-            _copy_from_device(target.split(sizes), run)
+            places: Any = target.split(sizes)  # type: ignore[no-untyped-call]
+            _copy_from_device(places, run)
             continue
         # Two threads that each use all cores would be in each other's way.
         alone = max(sizes) > _SERIAL_ELEMENTS
