@@ -49,11 +49,11 @@ class Clock:
 
     def __call__(self, event: Any) -> None:
         """Take an event of the trainer."""
-        from distrust.training.events import CheckpointStarted, StepEnded
+        from distrust.training.events import CheckpointSaved, StepEnded
 
         if isinstance(event, StepEnded):
             self.ends[event.step] = time.perf_counter()
-        elif isinstance(event, CheckpointStarted):
+        elif isinstance(event, CheckpointSaved):
             self.waited[event.step] = event.stall_seconds
 
 

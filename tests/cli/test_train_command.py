@@ -75,7 +75,7 @@ def test_plain_lines_where_the_output_is_no_terminal(distrust, folder, tmp_path)
     lines = given.out.splitlines()
     steps = [line.split(":")[0] for line in lines if line.startswith("step ") and "loss" in line]
     assert steps == ["step 1/6", "step 2/6", "step 4/6", "step 6/6"]
-    saved = [line for line in lines if ": saving " in line]
+    saved = [line for line in lines if ": saved " in line]
     assert [line.split(":")[0] for line in saved] == ["step 2", "step 4", "step 6"]
     assert any(line.startswith("finished at step 6 in ") for line in lines)
     assert lines[-1] == f"state digest {digest_of(tmp_path / 'run')}"

@@ -69,6 +69,14 @@ def test_the_last_step_is_evaluated_and_saved_once(run, eval_data, tmp_path):
     assert [(file.step, file.kind) for file in manager.scan().files] == [(2, "periodic"), (3, "final")]
 
 
+def test_a_run_sums_up_how_long_it_waited_for_its_saves(run, tmp_path):
+    ended, events = run(tmp_path, save_every=3)
+    saved = of_kind(events, CheckpointSaved)
+    assert [event.step for event in saved] == [3, 6, 9]
+    assert all(event.stall_seconds > 0 for event in saved)
+    assert ended.stall_seconds == pytest.approx(sum(event.stall_seconds for event in saved))
+
+
 def test_a_step_says_what_it_did(run, data, tmp_path):
     ended, events = run(tmp_path)
     (started,) = of_kind(events, RunStarted)
@@ -165,7 +173,7 @@ def test_plain_lines_of_a_run_that_goes_on(run, tmp_path):
 def test_nothing_to_save_is_said_too():
     stream = io.StringIO()
     with ConsoleReporter(log_every=1, stream=stream) as console:
-        console(RunEnded(step=0, path=None, state_digest=None, signal=2, already=False))
+        console(RunEnded(step=0, path=None, state_digest=None, stall_seconds=0.0, signal=2, already=False))
     assert stream.getvalue() == (
         "stopped by SIGINT: nothing to save yet. The same command goes on from there\n"
     )

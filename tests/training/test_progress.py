@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 from hypothesis import given
@@ -13,27 +14,38 @@ from distrust.training.progress import HISTORY, Progress
 rows = st.lists(st.tuples(*[st.floats(width=64)] * len(HISTORY)), max_size=6)
 
 
-def bits(history):
-    return [[np.float64(value).tobytes() for value in row] for row in history]
+def progress_of(history):
+    progress = Progress()
+    for row in history:
+        progress.remember(SimpleNamespace(**dict(zip(HISTORY, row, strict=True))))
+    return progress
+
+
+def bits(arrays):
+    return {name: values.tobytes() for name, values in arrays.items()}
 
 
 @given(rows)
 def test_history_round_trip(history):
-    arrays = Progress(history=history).history_arrays()
+    arrays = progress_of(history).history_arrays()
     assert list(arrays) == list(HISTORY)
     assert all(values.dtype == np.float64 and values.shape == (len(history),) for values in arrays.values())
+    assert bits(arrays) == {
+        name: np.array(column, np.float64).tobytes()
+        for name, column in zip(HISTORY, zip(*history, strict=True) if history else [()] * 5, strict=True)
+    }
     back = Progress()
     back.restore_history(arrays)
-    assert bits(back.history) == bits(history)
+    assert bits(back.history_arrays()) == bits(arrays)
 
 
 def test_the_arrays_are_copies():
-    progress = Progress(history=[(1.0, 2.0, 3.0, 4.0, 5.0)])
+    progress = progress_of([(1.0, 2.0, 3.0, 4.0, 5.0)])
     arrays = progress.history_arrays()
-    progress.history.append((6.0,) * 5)
+    progress.remember(SimpleNamespace(**dict.fromkeys(HISTORY, 6.0)))
     assert arrays["loss"].tolist() == [1.0]
     arrays["loss"][0] = math.inf
-    assert progress.history[0][0] == 1.0
+    assert progress.history_arrays()["loss"].tolist() == [1.0, 6.0]
 
 
 def test_nobody_shares_a_history():

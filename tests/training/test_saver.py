@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import signal
+import threading
+import time
 
 import pytest
 from toy_engine import ToyEngine
 
 from distrust import CheckpointManager, DistrustWarning
-from distrust.checkpoint import storage
+from distrust.checkpoint import arrays, memory, storage
 from distrust.errors import SaveFailed
 from distrust.training.events import CheckpointSaved
 
@@ -99,3 +101,39 @@ def test_a_signal_that_the_process_ignores_stays_ignored(run, tmp_path):
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert ended.signal is None
+
+
+def test_the_copy_beside_the_next_passes_is_of_the_state_before_them(run, tmp_path, monkeypatch):
+    """The loop makes no step before the copy is made, however late that is."""
+    run(tmp_path / "alone", save_every=1, keep_last=9)
+    honest = arrays.fill
+
+    def late(*args):
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(0.05)
+        honest(*args)
+
+    monkeypatch.setattr(arrays, "fill", late)
+    run(tmp_path / "late", save_every=1, keep_last=9)
+    first, second = (CheckpointManager(tmp_path / name / "checkpoints") for name in ("alone", "late"))
+    assert first.list_checkpoints() == second.list_checkpoints() == list(range(1, 10))
+    for step in range(1, 10):
+        assert first.inspect(step).state_digest == second.inspect(step).state_digest
+
+
+def test_the_first_save_finds_its_memory_ready(run, tmp_path, monkeypatch):
+    """It was reserved when the optimizer's state stood: no save touches memory of its own."""
+    touched = []
+    monkeypatch.setattr(memory, "_touch", lambda *range_: touched.append(threading.current_thread().name))
+    reserve = CheckpointManager.reserve
+
+    def reserving(manager, nbytes):
+        touched.clear()
+        ready = reserve(manager, nbytes)
+        assert touched
+        touched.clear()
+        return ready
+
+    monkeypatch.setattr(CheckpointManager, "reserve", reserving)
+    run(tmp_path, save_every=2)
+    assert touched == []

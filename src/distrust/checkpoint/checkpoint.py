@@ -56,3 +56,13 @@ class Checkpoint:
                 raise UnsupportedState(
                     f"{name} must be a dict, not a {type(getattr(self, name)).__qualname__}", label=name
                 )
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all arrays together."""
+        from distrust.checkpoint import arrays, tree
+
+        _, found = tree.flatten(
+            {name: getattr(self, name) for name in ARRAY_SECTIONS}, is_array=arrays.is_array
+        )
+        return sum(array.nbytes for array in found.values())

@@ -15,7 +15,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from distrust.training.events import (
     CheckpointSaved,
-    CheckpointStarted,
     Evaluated,
     Event,
     Preparing,
@@ -88,11 +87,10 @@ class ConsoleReporter:
             case CheckpointSaved():
                 self._last_saved = event.step
                 self._draw()
-            case CheckpointStarted():
                 if not self._live:
+                    waited = event.stall_seconds * 1000
                     self._say(
-                        f"step {event.step}: saving {_shown(event.path)} "
-                        f"(training waited {event.stall_seconds * 1000:.0f} ms)"
+                        f"step {event.step}: saved {_shown(event.path)} (training waited {waited:.0f} ms)"
                     )
             case RunEnded():
                 self._ended(event)
@@ -166,7 +164,11 @@ class ConsoleReporter:
                 f"stopped by {Signals(event.signal).name}: {where}. The same command goes on from there"
             )
         else:
-            self._say(f"finished at step {event.step} in {_duration(time.perf_counter() - self._began)}")
+            took = time.perf_counter() - self._began
+            self._say(
+                f"finished at step {event.step} in {_duration(took)}; saving kept it waiting for "
+                f"{event.stall_seconds * 1000:.0f} ms ({event.stall_seconds / took:.2%})"
+            )
         if event.path is not None:
             self._say(f"checkpoint {_shown(event.path)}")
             self._say(f"state digest {event.state_digest}")

@@ -97,17 +97,15 @@ class Evaluated:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointStarted:
-    """A checkpoint was copied, and is being written.
+    """A checkpoint is being written.
 
     Attributes:
         step: of the checkpoint.
         path: where it will stand.
-        stall_seconds: how long training waited for it.
     """
 
     step: int
     path: Path
-    stall_seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,10 +115,12 @@ class CheckpointSaved:
     Attributes:
         step: of the checkpoint.
         path: where it stands.
+        stall_seconds: how long training waited for it.
     """
 
     step: int
     path: Path
+    stall_seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +131,7 @@ class RunEnded:
         step: optimizer steps made.
         path: the last checkpoint, if there is one.
         state_digest: the identity of its state.
+        stall_seconds: how long training waited for checkpoints, all of this session together.
         signal: the number of the signal that asked to stop, or None.
         already: whether there was nothing left to do.
     """
@@ -138,6 +139,7 @@ class RunEnded:
     step: int
     path: Path | None
     state_digest: str | None
+    stall_seconds: float
     signal: int | None
     already: bool
 

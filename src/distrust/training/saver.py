@@ -1,9 +1,11 @@
-"""Saves behind the loop: one at a time, and it knows which step is durable."""
+"""Saves behind the loop: one at a time, and it knows which step is durable, and how long the loop waited."""
 
 from __future__ import annotations
 
+import contextlib
 import time
 import warnings
+from collections.abc import Callable, Iterator
 
 from distrust.checkpoint import Checkpoint, CheckpointManager, PendingSave
 from distrust.errors import DistrustWarning, SaveFailed
@@ -22,6 +24,7 @@ class Saver:
 
     Attributes:
         durable: the newest step that stands, with whether it is the final one; None if there is none.
+        stall_seconds: how long the loop has waited, for all saves together.
     """
 
     def __init__(self, manager: CheckpointManager, emit: Observer) -> None:
@@ -30,19 +33,35 @@ class Saver:
         self._emit = emit
         self._pending: PendingSave | None = None
         self._pending_state: tuple[int, bool] = (0, False)
+        self._pending_stall = 0.0
+        self.stall_seconds = 0.0
         self._failures = 0
 
-    def start(self, checkpoint: Checkpoint, *, final: bool) -> None:
-        """Copy a checkpoint and have it written, after the one before it.
+    def reserve(self, checkpoint: Checkpoint) -> None:
+        """Have memory ready for checkpoints of this size: the first save is to be as quick as the next."""
+        self._manager.reserve(checkpoint.nbytes)
+
+    def start(self, make: Callable[[], Checkpoint], *, final: bool) -> None:
+        """Have a checkpoint written, after the one before it.
+
+        Its model and optimizer may be copied after this returns: :meth:`wait_copied` before they change.
 
         Raises:
             SaveFailed: if that was one failure too many.
         """
-        began = time.perf_counter()
         self.settle()
-        self._pending = self._manager.save_async(checkpoint, final=final)
+        self._pending_stall = 0.0
+        with self._stalled():
+            checkpoint = make()
+            self._pending = self._manager.save_async(checkpoint, final=final, overlap=True)
         self._pending_state = checkpoint.step, final
-        self._emit(CheckpointStarted(checkpoint.step, self._pending.path, time.perf_counter() - began))
+        self._emit(CheckpointStarted(checkpoint.step, self._pending.path))
+
+    def wait_copied(self) -> None:
+        """Wait until model and optimizer may change."""
+        if self._pending is not None:
+            with self._stalled():
+                self._pending.wait_copied()
 
     def poll(self) -> None:
         """Take the outcome of a save that has ended meanwhile."""
@@ -62,7 +81,8 @@ class Saver:
         if pending is None:
             return
         try:
-            path = pending.wait()
+            with self._stalled():
+                path = pending.wait()
         except SaveFailed as error:
             self._failures += 1
             if strict or self._failures == MAX_FAILURES:
@@ -73,9 +93,20 @@ class Saver:
         else:
             self._failures = 0
             self.durable = self._pending_state
-            self._emit(CheckpointSaved(self._pending_state[0], path))
+            self._emit(CheckpointSaved(self._pending_state[0], path, self._pending_stall))
 
     def standing(self) -> str:
         """What stands, in a few words; waits for the save under way."""
         self.settle()
         return "nothing was saved yet" if self.durable is None else f"step {self.durable[0]} is saved"
+
+    @contextlib.contextmanager
+    def _stalled(self) -> Iterator[None]:
+        """The loop waits meanwhile, for the pending save."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            waited = time.perf_counter() - began
+            self._pending_stall += waited
+            self.stall_seconds += waited

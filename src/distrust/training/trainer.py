@@ -33,7 +33,7 @@ from distrust.training.events import (
     StepEnded,
 )
 from distrust.training.plan import Plan, Sources, make_plan, read_sources
-from distrust.training.progress import HISTORY, Progress
+from distrust.training.progress import Progress
 from distrust.training.saver import Saver
 from distrust.training.schedule import learning_rate
 from distrust.training.signals import StopRequest
@@ -90,6 +90,8 @@ class DistrustTrainer:
             begun_at, last = self._progress.step, self._plan.max_steps
             while self._progress.step < last and stop.signal is None and self._observer_error is None:
                 self._step(self._progress.step + 1)
+                if self._progress.step == begun_at + 1:  # the optimizer's state stands from its first step on
+                    self._saver.reserve(self._checkpoint())
                 self._after_step(last=self._progress.step == last)
             self._save_what_is_not(final=self._progress.step == last)
             ended = self._ended(
@@ -154,6 +156,7 @@ class DistrustTrainer:
         norm = engine.clip_gradients(config.max_grad_norm)
         self._require_finite(step, batches, losses, norm)
         rate = self._learning_rate(step)
+        self._saver.wait_copied()  # the copy of what changes now ran beside the passes above
         engine.update(learning_rate=rate)
 
         ended = StepEnded(
@@ -175,7 +178,7 @@ class DistrustTrainer:
         progress.tokens_seen += ended.tokens
         progress.elapsed_seconds += ended.seconds
         progress.metrics = {"loss": ended.loss}  # an eval loss is of the step it was measured at
-        progress.history.append(tuple(getattr(ended, name) for name in HISTORY))
+        progress.remember(ended)
 
     def _after_step(self, *, last: bool) -> None:
         config, step = self._plan.config, self._progress.step
@@ -204,6 +207,9 @@ class DistrustTrainer:
         self._emit(Evaluated(self._progress.step, loss))
 
     def _save(self, *, final: bool) -> None:
+        self._saver.start(self._finite_checkpoint, final=final)
+
+    def _finite_checkpoint(self) -> Checkpoint:
         step = self._progress.step
         if not self._engine.is_finite():
             raise NonFiniteLoss(
@@ -212,7 +218,7 @@ class DistrustTrainer:
                 step=step,
                 examples=self._examples(self._plan.batches.step(step)),
             )
-        self._saver.start(self._checkpoint(), final=final)
+        return self._checkpoint()
 
     def _checkpoint(self) -> Checkpoint:
         """All that a run is, in one place."""
@@ -239,6 +245,7 @@ class DistrustTrainer:
             step=file.step if file else 0,
             path=file.path if file else None,
             state_digest=file.state_digest if file else None,
+            stall_seconds=self._saver.stall_seconds,
             signal=signal,
             already=already,
         )

@@ -151,8 +151,13 @@ class TorchEngine:
     @torch.no_grad()
     def is_finite(self) -> bool:
         """Whether everything that is trained, and its moments, is finite."""
-        moments = (value for state in self._optimizer.state.values() for value in state.values())
-        return all(bool(torch.isfinite(tensor).all()) for tensor in (*self._trained.values(), *moments))
+        moments = [value for state in self._optimizer.state.values() for value in state.values()]
+        # Each tensor's largest magnitude is finite if it is; the device is asked once for all of them.
+        largest = [tensor.abs().max() for tensor in (*self._trained.values(), *moments)]
+        return all(
+            bool(torch.isfinite(torch.stack([value for value in largest if value.device == device])).all())
+            for device in {value.device for value in largest}
+        )
 
     @torch.no_grad()
     def evaluate(self, batch: MicroBatch) -> Losses:
