@@ -33,6 +33,7 @@ from distrust.checkpoint.storage import AtomicFile
 BLOCK_BYTES = 4 << 20
 #: Of the ring: what a blocking save takes beyond the state.
 BLOCKS = 4
+_OF_NOTHING = tensor_hasher(all_cores=False).hexdigest()
 
 
 def write_filled(path: Path, layout: Layout, data: mmap.mmap) -> str:
@@ -90,17 +91,23 @@ class _Digests:
 
     def __init__(self, layout: Layout) -> None:
         self._edges = layout.edges
-        self._hashers = [tensor_hasher(all_cores=False) for _ in layout.names]
+        self._begun: dict[int, Any] = {}  # a few: each takes as much memory as a small tensor
+        self._digests = [_OF_NOTHING] * len(layout.names)
 
     def update(self, block: memoryview, begin: int, end: int) -> None:
         """Go on with the data from ``begin`` to ``end``, with which ``block`` begins."""
         for index in _touched(self._edges, begin, end):
             first, last = max(begin, self._edges[index]), min(end, self._edges[index + 1])
-            self._hashers[index].update(block[first - begin : last - begin])
+            hasher = self._begun.pop(index, None) or tensor_hasher(all_cores=False)
+            hasher.update(block[first - begin : last - begin])
+            if last == self._edges[index + 1]:
+                self._digests[index] = hasher.hexdigest()
+            else:
+                self._begun[index] = hasher
 
     def finished(self) -> list[str]:
         """Each tensor's, in the order of the data."""
-        return [hasher.hexdigest() for hasher in self._hashers]
+        return self._digests
 
 
 def _blocks(layout: Layout) -> list[tuple[int, int]]:

@@ -115,7 +115,7 @@ def verify_file(descriptor: int, header: Header) -> None:
         OSError: if the disk cannot be read.
     """
     blocks = threading.local()
-    size = min(LARGE_PIECE_BYTES, header.file_size)
+    size = max((_piece_bytes(tensor) for tensor in header.tensors), default=0)
 
     def piece(tensor: TensorInfo, begin: int, end: int) -> memoryview:
         if not hasattr(blocks, "view"):
@@ -131,15 +131,20 @@ def _verify_all(tensors: Sequence[TensorInfo], piece: Callable[[TensorInfo, int,
     """Compare each tensor's digest with the header's; the pieces of a tensor are asked for in order."""
 
     def verify_one(tensor: TensorInfo) -> None:
-        large = tensor.nbytes >= LARGE_TENSOR_BYTES
-        step = LARGE_PIECE_BYTES if large else PIECE_BYTES
-        hasher = tensor_hasher(all_cores=large)
+        step = _piece_bytes(tensor)
+        hasher = tensor_hasher(all_cores=step == LARGE_PIECE_BYTES)
         for begin in range(0, tensor.nbytes, step):
             hasher.update(piece(tensor, begin, min(begin + step, tensor.nbytes)))
         check_digest(tensor, hasher.hexdigest())
 
     total = sum(tensor.nbytes for tensor in tensors)
     parallel.run(verify_one, tensors, threads=parallel.cores() if total > PIECE_BYTES else 1)
+
+
+def _piece_bytes(tensor: TensorInfo) -> int:
+    return (
+        LARGE_PIECE_BYTES if tensor.nbytes >= LARGE_TENSOR_BYTES else min(PIECE_BYTES, max(1, tensor.nbytes))
+    )
 
 
 def check_digest(tensor: TensorInfo, digest: str) -> None:

@@ -67,6 +67,9 @@ class Snapshot:
         if not self.reserve(image.layout.data_bytes):
             return None
         memory = self._memory.take(rounded(image.layout.data_bytes, PAGE_BYTES))
+        pin = arrays.pinning(image.flats)
+        if pin is not None:
+            self._memory.pin(pin)
         waiting = []
         for behind, place, flats in _runs(image, later):
             if behind:

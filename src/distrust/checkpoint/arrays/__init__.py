@@ -14,7 +14,7 @@ import functools
 import itertools
 import mmap
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -77,6 +77,16 @@ def fill(memory: mmap.mmap, place: int, flats: Sequence[Any]) -> None:
             place = of_torch.fill(memory, place, arrays)
 
 
+def pinning(flats: Sequence[Any]) -> Callable[[int, int], Callable[[], None]] | None:
+    """What pins memory, by address and length, that such arrays are copied to; None if no device is asked."""
+    if "torch" in sys.modules:
+        from distrust.checkpoint.arrays import of_torch
+
+        if of_torch.on_cuda(flats):
+            return of_torch.pin
+    return None
+
+
 def part(flat: Any, begin: int, end: int) -> Any:
     """Some bytes of a settled array, as one: whole items."""
     return flat[begin // flat.itemsize : end // flat.itemsize]
@@ -134,5 +144,6 @@ def _adapter(framework: str) -> Adapter:
 
 
 __all__ = [
-    "Description", "Framework", "copied", "describe", "fill", "from_host", "is_array", "part", "settle",
+    "Description", "Framework", "copied", "describe", "fill", "from_host", "is_array", "part", "pinning",
+    "settle",
 ]  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -123,6 +123,19 @@ def _portions(target: Any, flats: list[Any], sizes: list[int], count: int) -> li
 def _concatenate(portion: tuple[Any, list[Any]]) -> None:
     target, flat = portion
     torch.cat(flat, out=target)
+
+
+def on_cuda(flats: Sequence[Any]) -> bool:
+    """Whether some settled tensors are on a CUDA device."""
+    return any(isinstance(flat, torch.Tensor) and flat.is_cuda for flat in flats)
+
+
+def pin(address: int, nbytes: int) -> Callable[[], None]:
+    """Have a CUDA device copy into that memory by itself; returns what undoes it."""
+    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    if int(runtime.cudaHostRegister(address, nbytes, 0)):
+        return lambda: None  # slower, not wrong
+    return lambda: runtime.cudaHostUnregister(address)
 
 
 @torch.no_grad()
