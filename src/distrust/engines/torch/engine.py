@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from importlib.metadata import version
 from typing import Any, Literal
 
 import numpy as np
@@ -99,12 +98,13 @@ class TorchEngine:
 
     def environment(self) -> dict[str, Any]:
         """What may change the last bits."""
+        import peft
         import transformers
 
         name = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else self._device.type
         return {
             "torch": torch.__version__,
-            "peft": version("peft"),
+            "peft": peft.__version__,
             "transformers": transformers.__version__,
             "device": name,
             "cpu": torch.backends.cpu.get_cpu_capability(),
@@ -152,12 +152,13 @@ class TorchEngine:
     def is_finite(self) -> bool:
         """Whether everything that is trained, and its moments, is finite."""
         moments = [value for state in self._optimizer.state.values() for value in state.values()]
-        # Each tensor's largest magnitude is finite if it is; the device is asked once for all of them.
-        largest = [tensor.abs().max() for tensor in (*self._trained.values(), *moments)]
-        return all(
-            bool(torch.isfinite(torch.stack([value for value in largest if value.device == device])).all())
-            for device in {value.device for value in largest}
-        )
+        tensors = [*self._trained.values(), *moments]
+        # A sum is finite only if each of its terms is: one pass, and the device is asked once for all tensors.
+        sums = [tensor.sum() for tensor in tensors]
+        if all(bool(torch.isfinite(torch.stack(group)).all()) for group in _by_device(sums)):
+            return True
+        # Or finite terms were too large together.
+        return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
     @torch.no_grad()
     def evaluate(self, batch: MicroBatch) -> Losses:
@@ -220,6 +221,11 @@ class TorchEngine:
                 input_ids=on_device(batch.input_ids), attention_mask=on_device(batch.attention_mask)
             ).logits
         return token_losses(logits, on_device(batch.labels), on_device(batch.weights))
+
+
+def _by_device(tensors: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+    devices = {tensor.device for tensor in tensors}
+    return [[tensor for tensor in tensors if tensor.device == device] for device in devices]
 
 
 def _optimizer(trained: dict[str, torch.nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
