@@ -153,7 +153,7 @@ class TorchEngine:
         """Whether everything that is trained, and its moments, is finite."""
         moments = [value for state in self._optimizer.state.values() for value in state.values()]
         tensors = [*self._trained.values(), *moments]
-        # A sum is finite only if each of its terms is: one pass, and the device is asked once for all tensors.
+        # A sum is finite only if each of its terms is: one pass, and one question to the device for all.
         sums = [tensor.sum() for tensor in tensors]
         if all(bool(torch.isfinite(torch.stack(group)).all()) for group in _by_device(sums)):
             return True
