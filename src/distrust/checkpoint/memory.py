@@ -6,6 +6,7 @@ the kernel to find and clear each page, which is several times slower and varies
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -16,7 +17,7 @@ from pathlib import Path
 from distrust.checkpoint import parallel
 
 PAGE_BYTES = 4096
-_GROWTH_BYTES = 2 << 20
+_LARGE_PAGE_BYTES = 2 << 20
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; Python has no name for it
 _TOUCH_BYTES = 64 << 20
 
@@ -24,8 +25,8 @@ _TOUCH_BYTES = 64 << 20
 def allocate(nbytes: int) -> mmap.mmap:
     """Zeroed memory of at least ``nbytes`` that begins on a page; nothing of it is touched yet.
 
-    In pages of the system's own choice: asking for large ones made the first touch of each several times
-    slower on virtual machines that give such pages back to their host while they are free.
+    In pages of the system's own choice, for memory that is used once: on virtual machines that give large
+    free pages back to their host, the first touch of each is several times slower.
 
     Raises:
         MemoryError: if there is none.
@@ -34,6 +35,13 @@ def allocate(nbytes: int) -> mmap.mmap:
         return mmap.mmap(-1, max(nbytes, PAGE_BYTES), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise MemoryError(f"no memory for {nbytes:,} bytes: {error.strerror}") from None
+
+
+def prefer_large_pages(memory: mmap.mmap) -> None:
+    """For memory that is used again and again: direct I/O asks for each page of it, every time."""
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
 
 
 def address_of(memory: mmap.mmap) -> int:
@@ -66,9 +74,10 @@ class ReusableMemory:
         if self._memory is None or len(self._memory) < nbytes:
             self.release()
             # Room to grow: states grow with their history, and what is not touched takes no memory.
-            self._memory = allocate(rounded(nbytes + nbytes // 4, _GROWTH_BYTES))
+            self._memory = allocate(rounded(nbytes + nbytes // 4, _LARGE_PAGE_BYTES))
+            prefer_large_pages(self._memory)
         if self._touched < nbytes:
-            end = min(rounded(nbytes, _GROWTH_BYTES), len(self._memory))
+            end = min(rounded(nbytes, _LARGE_PAGE_BYTES), len(self._memory))
             self._unpin_now()  # as much as there is now is pinned again
             _touch(address_of(self._memory), self._touched, end)
             self._touched = end
