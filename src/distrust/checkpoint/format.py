@@ -135,6 +135,10 @@ class TensorTable:
         rows = [*map(TensorInfo._make, zip(*columns, strict=True))]
         return tuple([rows[place] for place in self.order])
 
+    def spans(self) -> Iterator[tuple[int, int]]:
+        """Where each begins and ends in the data, in the order of the names."""
+        return zip(self._begins, map(add, self._begins, self._sizes), strict=True)
+
     def encode(self) -> str:
         """The tensors' part of the header: a member of the object for each, after a comma."""
         rest = self._for_each_kind('],"dtype":"{}","shape":[{}]}}')

@@ -20,8 +20,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator
 from functools import cached_property
+from itertools import chain
+from operator import lt
 from typing import Any, cast, get_args
 
 from distrust.checkpoint import tree
@@ -33,7 +36,6 @@ from distrust.checkpoint.format import (
     LENGTH_BYTES,
     MAX_HEADER_BYTES,
     METADATA,
-    NO_DIGEST,
     OPENING,
     VERSION,
     HeaderText,
@@ -54,6 +56,13 @@ METADATA_KEYS = (
 #: How the state begins. The skeletons of model, optimizer and rng, as long as there are tensors, come behind.
 _FIRST_SECTIONS = ("config", "history", "metadata")
 _KINDS = get_args(Kind)
+#: A tensor's member of the header. Nothing is ever tried twice ("+" after a repetition): hostile text costs
+#: no more time than any other.
+_MEMBER = re.compile(
+    r',"((?:[^"\\\x00-\x1f]++|\\.)*+)":\{"data_offsets":\[([0-9]++,[0-9]++)\],'
+    r'"dtype":"([A-Z0-9_]++)","shape":\[([0-9,]*+)\]\}'
+)
+_MEMBER_FRAME = len(',"":{"data_offsets":[],"dtype":"","shape":[]}')
 _DECODER = json.JSONDecoder()
 _PAIRS_DECODER = json.JSONDecoder(object_pairs_hook=tuple)
 
@@ -159,24 +168,18 @@ class Header:
 
     @cached_property
     def _table(self) -> TensorTable:
-        text = self._table_text
-        entries: dict[str, Any]
-        with _json_of("table of tensors"):
-            entries = json.loads("{" + text[1:] + "}")
-        names = [*entries]
+        names, spans, dtypes, shapes = _columns(self._table_text)
         try:
-            dtypes = [entry["dtype"] for entry in entries.values()]
-            shapes = [tuple(entry["shape"]) for entry in entries.values()]
             table = TensorTable(names, dtypes, shapes)
         except ImpossibleTensor as error:
             name, _ = error.args
             raise CorruptCheckpoint(f"tensor {name!r} has an unknown dtype or no valid shape") from None
-        except (KeyError, TypeError):
-            raise CorruptCheckpoint(
-                "not every tensor is described by dtype, shape and data_offsets"
-            ) from None
-        if table.encode() != text or names != sorted(names) or min(names, default="~") <= METADATA:
-            raise CorruptCheckpoint(_misfit(entries, table))
+        if not all(map(lt, [METADATA, *names], names)):
+            raise CorruptCheckpoint("the tensors do not stand in the order of their names, each once")
+        belong = [*map("%d,%d".__mod__, table.spans())]
+        if spans != belong:
+            name, span = next((n, b) for n, s, b in zip(names, spans, belong, strict=True) if s != b)
+            raise CorruptCheckpoint(f"tensor {name!r} does not lie in the bytes {span} of the data")
         if len(self._digests) != DIGEST_CHARACTERS * len(names):
             raise CorruptCheckpoint(f"there are not {len(names)} digests for {len(names)} tensors")
         return table
@@ -315,14 +318,38 @@ def _require_same(text: str, encoded: str) -> None:
     text.encode()  # no lone surrogates
 
 
-def _misfit(entries: dict[str, Any], table: TensorTable) -> str:
-    """Why a table is not what a writer makes of the names, dtypes and shapes in it."""
-    for tensor in table.tensors(0, [NO_DIGEST] * len(entries)):
-        begin, end = tensor.offset, tensor.offset + tensor.nbytes
-        entry = {"data_offsets": [begin, end], "dtype": tensor.dtype, "shape": [*tensor.shape]}
-        if entries[tensor.name] != entry:
-            return f"tensor {tensor.name!r} does not lie in the bytes {begin} to {end} of the data"
-    return "the tensors are not described in canonical form"
+def _columns(table: str) -> tuple[list[str], list[str], list[str], list[tuple[int, ...]]]:
+    """Names, spans ("begin,end"), dtypes and shapes of the tensors, in the order of the text.
+
+    Not by a parser of JSON: a writer gives each member one form, and whatever has another is refused.
+    """
+    found = _MEMBER.findall(table)
+    columns = [*zip(*found, strict=True)] or [()] * 4
+    # What was found is in order and without overlaps: if its length is that of the text, it is all of it.
+    if sum(map(len, chain.from_iterable(columns))) + _MEMBER_FRAME * len(found) != len(table):
+        raise CorruptCheckpoint("not every tensor is described by bytes, dtype and shape as a writer does")
+    names, spans, dtypes, shapes = columns
+    parsed = {shape: _shape(shape) for shape in {*shapes}}  # there are a few
+    return (
+        [_name(name) if "\\" in name else name for name in names],
+        [*spans],
+        [*dtypes],
+        [*map(parsed.__getitem__, shapes)],
+    )
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    with _json_of("table of tensors"):
+        shape = tuple(json.loads(f"[{text}]"))
+        _require_same(f"[{text}]", compact_json(shape))
+    return shape
+
+
+def _name(encoded: str) -> str:
+    with _json_of("table of tensors"):
+        name: str = json.loads(f'"{encoded}"')
+        _require_same(f'"{encoded}"', canonical_json(name))
+    return name
 
 
 def _integer(text: Any, name: str) -> int:
