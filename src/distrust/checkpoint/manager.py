@@ -137,9 +137,10 @@ class CheckpointManager:
     ) -> PendingSave:
         """Copy a checkpoint and write it in the background.
 
-        Returns when everything is copied: the arrays may be changed again. At most one write is under way:
-        the next call waits for it. A state that is larger than a quarter of the free memory is saved before
-        this returns, with a warning.
+        Returns when everything is copied: the arrays may be changed again. Those of jax and mlx are held, not
+        copied, until they are written; what the program makes of them meanwhile has memory of its own. At
+        most one write is under way: the next call waits for it. A state that is larger than a quarter of
+        the free memory is saved before this returns, with a warning.
 
         Args:
             checkpoint: what to save.
@@ -202,14 +203,16 @@ class CheckpointManager:
     ) -> Checkpoint:
         """Read and verify a checkpoint.
 
-        The arrays lie side by side in one block of memory, which goes when the last of them has gone.
+        The arrays lie side by side in one block of memory, which goes when the last of them has gone; those
+        of mlx have memory of their own.
 
         Args:
             checkpoint: a step (where both stand, the final one is read), or a path.
             framework: of the arrays: ``numpy``, ``torch``, ``jax`` or ``mlx``.
-            mmap: give views of the file instead of reading it: pages come when they are touched, and what is
-                written to the arrays stays in memory. Should the disk fail then, or somebody cut the file,
-                the system ends the program; a file that is replaced or removed does no harm.
+            mmap: give views of the file instead of reading it (copies, where jax or mlx take no view): pages
+                come when they are touched, and what is written to the arrays stays in memory. Should the
+                disk fail then, or somebody cut the file, the system ends the program; a file that is
+                replaced or removed does no harm.
             verify: ``lazy``, with ``mmap``, verifies each tensor when it is first taken out of its section
                 instead of all of them now; what is damaged raises CorruptCheckpoint there.
 

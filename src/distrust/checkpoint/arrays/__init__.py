@@ -18,7 +18,6 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from distrust.checkpoint.arrays import of_numpy
 from distrust.checkpoint.arrays.host import Adapter, Description
 from distrust.errors import ConfigError
 
@@ -31,7 +30,7 @@ Framework = Literal["numpy", "torch", "jax", "mlx"]
 _CLASSES = {
     "numpy": [("numpy", "ndarray"), ("numpy", "generic")],
     "torch": [("torch", "Tensor")],
-    "jax": [("jax", "Array")],
+    "jax": [("jax", "Array"), ("jax.core", "Tracer")],
     "mlx": [("mlx.core", "array")],
 }
 
@@ -67,6 +66,8 @@ def settle(arrays: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
 
 def fill(memory: mmap.mmap, place: int, flats: Sequence[Any]) -> None:
     """Copy settled arrays into ``memory``, one behind the other from ``place`` on, with all cores."""
+    from distrust.checkpoint.arrays import of_numpy  # here: who only lists checkpoints needs no numpy
+
     for kind, run in itertools.groupby(flats, key=type):
         arrays = list(run)
         if kind is of_numpy.Flat:
@@ -94,11 +95,13 @@ def part(flat: Any, begin: int, end: int) -> Any:
 
 def copied(flat: Any) -> Any:
     """A settled array that nobody else will change."""
+    from distrust.checkpoint.arrays import of_numpy
+
     return flat.copy() if type(flat) is of_numpy.Flat else flat.clone()
 
 
 def from_host(data: np.ndarray[Any, Any], dtype: str, shape: tuple[int, ...], *, framework: Framework) -> Any:
-    """An array of ``framework`` with the bytes of ``data``, uint8[nbytes]; numpy and torch share its memory.
+    """An array of ``framework`` with the bytes of ``data``, uint8[nbytes]; all but mlx may share its memory.
 
     Raises:
         ConfigError: if the framework, or a dtype of it, is not at hand.
