@@ -39,8 +39,8 @@ class LazyMapping(Mapping[Any, Any]):
         return f"{type(self).__name__}({list(self._content)})"
 
     def copy(self) -> dict[Any, Any]:
-        """A plain dict, as a dict's own copy would be; it touches everything."""
-        return dict(self)
+        """Plain dicts at every level, for who changes what they copied; it touches everything."""
+        return {key: _plain(value) for key, value in self.items()}
 
     def _touched(self, value: Any) -> Any:
         if isinstance(value, Untouched):
@@ -50,3 +50,11 @@ class LazyMapping(Mapping[Any, Any]):
         if isinstance(value, (list, tuple)):
             return type(value)(map(self._touched, value))
         return value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, LazyMapping):
+        return value.copy()
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_plain, value))
+    return value

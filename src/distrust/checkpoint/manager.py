@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from distrust.checkpoint import arrays, image, pouring, retention, storage, store
 from distrust.checkpoint.checkpoint import Checkpoint
@@ -32,6 +32,7 @@ from distrust.errors import (
 if TYPE_CHECKING:
     from typing import Self
 
+Verify = Literal["full", "lazy"]
 
 #: What changes only in the optimizer's step: its copy may run beside the next forward and backward pass.
 _OVERLAPPED = ("model.", "optimizer.")
@@ -199,7 +200,7 @@ class CheckpointManager:
         *,
         framework: arrays.Framework = "numpy",
         mmap: bool = False,
-        verify: Literal["full", "lazy"] = "full",
+        verify: Verify = "full",
     ) -> Checkpoint:
         """Read and verify a checkpoint.
 
@@ -219,8 +220,11 @@ class CheckpointManager:
         Raises:
             CheckpointNotFound: listing what there is.
             CorruptCheckpoint: if any byte of it is not what was written.
+            CheckpointUnreadable: if this process cannot read it: permissions, memory.
             ConfigError: if the framework, or a dtype of it, is not at hand; for ``lazy`` without ``mmap``.
         """
+        if verify not in get_args(Verify):
+            raise ConfigError(f"verify={verify!r} is none of {', '.join(get_args(Verify))}")
         lazy = verify == "lazy"
         if lazy and not mmap:
             raise ConfigError('verify="lazy" goes with mmap=True: without it everything is read now')

@@ -121,15 +121,19 @@ def _touch(address: int, start: int, end: int) -> None:
     parallel.run(touch, range(start, end, _TOUCH_BYTES), threads=parallel.cores())
 
 
-def available_bytes() -> int:
-    """How much memory this process can still take, as far as the system and its cgroups say."""
-    limits = [_cgroup_bytes(directory) for directory in _cgroups()]
-    return min([_system_bytes(), *(limit for limit in limits if limit is not None)])
+def available_bytes(root: Path = Path("/")) -> int:
+    """How much memory this process can still take, as far as the system and its cgroups say.
+
+    Args:
+        root: where ``proc`` and ``sys`` are.
+    """
+    limits = [_cgroup_bytes(directory) for directory in _cgroups(root)]
+    return min([_system_bytes(root), *(limit for limit in limits if limit is not None)])
 
 
-def _system_bytes() -> int:
+def _system_bytes(root: Path) -> int:
     try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
+        for line in (root / "proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
     except OSError:
@@ -137,19 +141,19 @@ def _system_bytes() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _cgroups() -> list[Path]:
+def _cgroups(root: Path) -> list[Path]:
     """The memory cgroups that this process is in, innermost first."""
     try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
         return []
     found = []
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers in ("", "memory"):
-            root = Path("/sys/fs/cgroup") / controllers
-            inner = root / path.lstrip("/")
-            found += [inner, *(parent for parent in inner.parents if parent.is_relative_to(root))]
+            top = root / "sys/fs/cgroup" / controllers
+            inner = top / path.lstrip("/")
+            found += [inner, *(parent for parent in inner.parents if parent.is_relative_to(top))]
     return found
 
 

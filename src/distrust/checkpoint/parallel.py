@@ -21,13 +21,66 @@ def cores() -> int:
     return min(MAX_THREADS, len(available(0)) if available else os.cpu_count() or 1)
 
 
+class Threads:
+    """Threads that do the same work, and begin when all of them are there.
+
+    Args:
+        work: is called by each of them.
+        count: how many; fewer where the system gives no more.
+        at_least: 0, or 1 if nothing would be done without them.
+
+    Raises:
+        RuntimeError: if there are fewer than that.
+    """
+
+    def __init__(self, work: Callable[[], None], count: int, *, at_least: int = 0) -> None:
+        self._complete = threading.Event()
+        self._given_up = False
+        self._started: list[tuple[threading.Thread, threading.Event]] = []
+        try:
+            for _ in range(count):
+                ended = threading.Event()
+                thread = threading.Thread(target=self._work_when_complete, args=(work, ended))
+                try:
+                    thread.start()
+                except RuntimeError:
+                    if len(self._started) < at_least:
+                        raise
+                    break
+                self._started.append((thread, ended))
+        except BaseException:
+            self._given_up = True  # nobody would know of those that are there
+            raise
+        finally:
+            self._complete.set()
+
+    def __len__(self) -> int:
+        return len(self._started)
+
+    def join(self) -> None:
+        """Wait until all have ended."""
+        for thread, ended in self._started:
+            # First: a join that is interrupted makes Python 3.11 and 3.12 take a running thread for ended.
+            ended.wait()
+            thread.join()
+
+    def _work_when_complete(self, work: Callable[[], None], ended: threading.Event) -> None:
+        try:
+            self._complete.wait()
+            if not self._given_up:
+                work()
+        finally:
+            ended.set()
+
+
 class Crew:
     """Threads that take tasks in the order in which they were put.
 
     Args:
-        threads: how many.
+        threads: how many; fewer where the system gives no more.
 
     Raises:
+        RuntimeError: if not one thread can be started.
         BaseException: from :meth:`put` and :meth:`finish`, if a task failed; none is begun after that.
     """
 
@@ -35,9 +88,7 @@ class Crew:
         self._tasks: queue.SimpleQueue[tuple[Callable[[], None], threading.Event] | None]
         self._tasks = queue.SimpleQueue()
         self._error: BaseException | None = None
-        self._threads = [threading.Thread(target=self._work) for _ in range(threads)]
-        for thread in self._threads:
-            thread.start()
+        self._threads = Threads(self._work, threads, at_least=1)
 
     def put(self, task: Callable[[], None]) -> threading.Event:
         """Have a task done; returns what is set when it is."""
@@ -53,11 +104,9 @@ class Crew:
 
     def stop(self) -> None:
         """Let the threads end, and wait for them: what they work on may go after that."""
-        for _ in self._threads:
+        for _ in range(len(self._threads)):
             self._tasks.put(None)
-        for thread in self._threads:
-            thread.join()
-        self._threads = []
+        self._threads.join()
 
     def _raise_error(self) -> None:
         if self._error is not None:
@@ -82,8 +131,11 @@ def worthwhile_threads(nbytes: int) -> int:
 def run(work: Callable[[Item], None], items: Sequence[Item], *, threads: int) -> None:
     """Call ``work`` for every item, the caller's thread included.
 
+    Whatever is raised, nobody works on an item any more when this returns.
+
     Raises:
-        BaseException: of the earliest item that failed; later ones may not have been begun.
+        BaseException: of the earliest item that failed; later ones may not have been begun. An interrupt
+            comes before all of them.
     """
     taken = iter(enumerate(items))
     lock = threading.Lock()
@@ -98,14 +150,23 @@ def run(work: Callable[[Item], None], items: Sequence[Item], *, threads: int) ->
             try:
                 work(item)  # type: ignore[arg-type]  # None only at the end
             except BaseException as error:
-                failed[index] = error
+                failed[index if isinstance(error, Exception) else -1] = error
 
-    others = [threading.Thread(target=take_items) for _ in range(min(threads, len(items)) - 1)]
-    for thread in others:
-        thread.start()
-    take_items()
-    for thread in others:
-        thread.join()
+    try:
+        others = Threads(take_items, min(threads, len(items)) - 1)
+    except BaseException as error:
+        failed[-1] = error  # nobody begins anything
+        raise
+    while True:
+        try:
+            take_items()
+            others.join()
+            break
+        except BaseException as error:
+            failed[-1] = error  # between two items, or while waiting: no other one is begun
     if failed:
-        # Items are taken in order: no earlier one can have been left out.
-        raise failed[min(failed)]
+        try:
+            # Items are taken in order: no earlier one can have been left out.
+            raise failed[min(failed)]
+        finally:
+            failed.clear()  # an error that is held here, where it is raised, would hold what was worked on

@@ -19,6 +19,7 @@ import errno
 import itertools
 import mmap
 import os
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Self
@@ -92,9 +93,16 @@ def load(descriptor: int, header: Header) -> Content:
 
 
 def mapped(descriptor: int, header: Header) -> Content:
-    """All tensors as the file itself, not verified."""
+    """All tensors as the file itself, not verified.
+
+    Raises:
+        CorruptCheckpoint: if the file is shorter than its header was told.
+    """
     # Private and writable: what a caller changes stays with it.
-    file = mmap.mmap(descriptor, header.file_size, access=mmap.ACCESS_COPY)
+    try:
+        file = mmap.mmap(descriptor, header.file_size, access=mmap.ACCESS_COPY)
+    except ValueError:
+        raise CorruptCheckpoint(CUT_WHILE_READ) from None
     return Content(memoryview(file), {tensor.name: tensor.offset for tensor in header.tensors})
 
 
@@ -163,20 +171,26 @@ def check_digest(tensor: TensorInfo, digest: str) -> None:
 def _is_cold(descriptor: int, header: Header) -> bool:
     """Whether most of the data is not in the page cache, as far as some probes tell.
 
-    Small files are read as they are, and so is a file where direct I/O has no aligned place to begin.
+    Small files are read as they are, and so is a file where direct I/O has no aligned place to begin. The
+    pages of a mapping are asked about: to try a read that does not wait makes the system read ahead there,
+    and the next time the answer is wrong.
     """
     start = header.tensors[0].offset if header.tensors else header.file_size
     size = header.file_size - start
-    if size < FETCH_BYTES or start % PAGE_BYTES or not hasattr(os, "RWF_NOWAIT"):
+    if size < FETCH_BYTES or start % PAGE_BYTES or sys.platform != "linux":
         return False
-    probe, missing = memoryview(bytearray(1)), 0
+    try:
+        file = mmap.mmap(descriptor, header.file_size, access=mmap.ACCESS_COPY)
+    except (OSError, ValueError):
+        return False  # who reads it will be told why
+    libc = ctypes.CDLL(None)
+    libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
+    here, missing = ctypes.create_string_buffer(1), 0
     for index in range(_PROBES):
-        try:
-            os.preadv(descriptor, [probe], start + size * index // _PROBES, os.RWF_NOWAIT)
-        except BlockingIOError:
-            missing += 1
-        except OSError:
-            return False  # a file system that cannot tell
+        page = (start + size * index // _PROBES) // mmap.PAGESIZE * mmap.PAGESIZE
+        if libc.mincore(address_of(file) + page, 1, here):
+            return False  # a system that does not tell
+        missing += not here.raw[0] & 1
     return missing > _PROBES // 2
 
 
@@ -196,7 +210,6 @@ class _Fetched:
         self._arrived = [threading.Event() for _ in range(self._begin, header.file_size, FETCH_BYTES)]
         self._left = iter(range(len(self._arrived)))
         self._lock = threading.Lock()
-        self._threads: list[threading.Thread] = []
 
     def piece(self, tensor: TensorInfo, begin: int, end: int) -> memoryview:
         """Some bytes of a tensor, once they are there."""
@@ -209,23 +222,20 @@ class _Fetched:
 
     def __enter__(self) -> Self:
         direct.take(self._descriptor)
-        self._threads = [threading.Thread(target=self._fetch) for _ in range(FETCHES_IN_FLIGHT)]
-        for thread in self._threads:
-            thread.start()
+        self._threads = parallel.Threads(self._fetch, FETCHES_IN_FLIGHT, at_least=1)
         return self
 
     def __exit__(self, *exception: object) -> None:
         with self._lock:
             self._left = iter(())
-        for thread in self._threads:
-            thread.join()
-        # Whoever still waits, because this thread was interrupted and not they, must not wait for ever.
-        self._error = self._error or InterruptedError("nobody reads any more")
+        self._threads.join()
+        # Whoever should still wait must not for ever. The error that was raised holds what was read: it goes.
+        self._error = InterruptedError("nobody reads any more")
         for arrived in self._arrived:
             arrived.set()
 
     def _fetch(self) -> None:
-        beside = allocate(FETCH_BYTES)
+        beside: mmap.mmap | None = None
         while True:
             with self._lock:
                 block = next(self._left, None)
@@ -233,6 +243,8 @@ class _Fetched:
                 return
             try:
                 if self._error is None:
+                    # Here, where whoever waits for the block is told if there is no memory.
+                    beside = beside or allocate(FETCH_BYTES)
                     begin = self._begin + block * FETCH_BYTES
                     end = min(begin + FETCH_BYTES, self._header.file_size)
                     self._read(memoryview(beside), begin, end)

@@ -40,11 +40,14 @@ class Snapshot:
         self._memory = ReusableMemory()
 
     def reserve(self, nbytes: int) -> bool:
-        """Have room for ``nbytes``, all of it touched; returns whether the budget allows that."""
+        """Have room for ``nbytes``, all of it touched; returns whether budget and system allow that."""
         missing = nbytes - self._memory.touched
         if missing > 0 and missing > BUDGET * available_bytes():
             return False
-        self._memory.take(rounded(nbytes, PAGE_BYTES))
+        try:
+            self._memory.take(rounded(nbytes, PAGE_BYTES))
+        except MemoryError:  # limits that no estimate knows of
+            return False
         return True
 
     def begin(self, image: Image, *, later: tuple[str, ...], ring: ReusableMemory) -> Capture | None:

@@ -59,10 +59,10 @@ class AtomicFile:
         self._size = size
         self._temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}.tmp"
         self._writers: Crew | None = None
-        with self._reported():
-            self._descriptor = writing.create(self._temporary)
+        self._descriptor = -1
         try:
             with self._reported():
+                self._descriptor = writing.create(self._temporary)
                 reserve(self._descriptor, size)
             self._writers = Crew(WRITES_IN_FLIGHT)
         except BaseException:

@@ -282,6 +282,10 @@ def _located(path: Path) -> Iterator[None]:
         if error.errno in _NOT_THE_FILES_FAULT:
             raise CheckpointUnreadable(f"{path}: cannot be read: {error.strerror}", path=path) from error
         raise CorruptCheckpoint(f"it cannot be read: {error.strerror}", path=path) from error
+    except MemoryError as error:
+        raise CheckpointUnreadable(
+            f"{path}: cannot be read: {str(error) or 'no memory'}", path=path
+        ) from error
     except CorruptCheckpoint as error:
         raise CorruptCheckpoint(error.reason, path=path, tensor=error.tensor) from None
     except UnsupportedVersion as error:
