@@ -59,14 +59,26 @@ class Snapshot:
                 everything else is copied when this returns.
             ring: memory for the blocks in which arrays are written that need no copy.
         """
-        if image.held:
-            # What changes beside them is little: random numbers, history.
-            flats = [
-                flat if label in image.held else arrays.copied(flat)
-                for label, flat in zip(image.layout.names, image.flats, strict=True)
-            ]
-            held = replace(image, flats=flats)
-            return Capture(lambda: None, lambda path: pouring.write_filling(path, held, ring))
+        return self._held(image, ring) if image.held else self._copied(image, later)
+
+    def release(self) -> None:
+        """Give it back."""
+        self._memory.release()
+
+    def _held(self, image: Image, ring: ReusableMemory) -> Capture | None:
+        # What changes beside arrays that are held is little, most often: random numbers, history.
+        edges = zip(image.layout.names, image.layout.edges, image.layout.edges[1:], strict=False)
+        changing = sum(end - begin for label, begin, end in edges if label not in image.held)
+        if changing > BUDGET * available_bytes():
+            return None
+        flats = [
+            flat if label in image.held else arrays.copied(flat)
+            for label, flat in zip(image.layout.names, image.flats, strict=True)
+        ]
+        held = replace(image, flats=flats)
+        return Capture(lambda: None, lambda path: pouring.write_filling(path, held, ring))
+
+    def _copied(self, image: Image, later: tuple[str, ...]) -> Capture | None:
         if not self.reserve(image.layout.data_bytes):
             return None
         memory = self._memory.take(rounded(image.layout.data_bytes, PAGE_BYTES))
@@ -85,10 +97,6 @@ class Snapshot:
                 arrays.fill(memory, place, flats)
 
         return Capture(copy, lambda path: pouring.write_filled(path, image.layout, memory))
-
-    def release(self) -> None:
-        """Give it back."""
-        self._memory.release()
 
 
 def _runs(image: Image, later: tuple[str, ...]) -> Iterator[tuple[bool, int, list[Any]]]:
