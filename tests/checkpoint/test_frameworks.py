@@ -208,7 +208,7 @@ def test_what_changes_after_the_call_does_not_change_the_file(check, framework):
     check(framework, HELD_BACK + {"jax": DONATED, "mlx": IN_PLACE}[framework] + INDEPENDENT)
 
 
-NO_COPY = """
+NO_COPY = r"""
 import os, re, resource
 
 def peak():
