@@ -22,7 +22,7 @@ LARGE = 4 << 20
 
 
 @pytest.fixture
-def manager(tmp_path):
+def manager(tmp_path, write_path):
     with CheckpointManager(tmp_path / "run", keep_last=None) as manager:
         yield manager
 
@@ -232,8 +232,8 @@ if sys.argv[2] == "sys.exit":
 
 
 @pytest.mark.parametrize(("how", "code"), [("end", 0), ("exception", 1), ("sys.exit", 3)])
-def test_a_save_begun_just_before_the_interpreter_ends_is_there(tmp_path, run_python, how, code):
-    done = run_python(END, tmp_path, how)
+def test_a_save_begun_just_before_the_interpreter_ends_is_there(tmp_path, run_python, write_path, how, code):
+    done = run_python(write_path + END, tmp_path, how)
 
     assert (done.returncode, done.stdout) == (code, "ending\n"), done.stderr
     manager = CheckpointManager(tmp_path)
@@ -305,9 +305,9 @@ written.set()
 """
 
 
-def test_an_interrupt_leaves_the_lock_to_the_write_that_goes_on(tmp_path, run_python):
+def test_an_interrupt_leaves_the_lock_to_the_write_that_goes_on(tmp_path, run_python, write_path):
     """Were it let go of, the next writer would sweep the file that is being written."""
-    done = run_python(INTERRUPTED, tmp_path)
+    done = run_python(write_path + INTERRUPTED, tmp_path)
     assert done.stdout == "still locked\n", done.stderr
     with CheckpointManager(tmp_path) as manager:
         assert manager.load_latest().step == 1

@@ -18,6 +18,8 @@ from distrust import Checkpoint, CheckpointManager
 from distrust.checkpoint.checkpoint import STATE_SECTIONS
 from distrust.errors import UnsupportedState
 
+on_both_paths = pytest.mark.usefixtures("write_path")
+
 NUMPY_DTYPES = [
     np.dtype(name)
     for name in (
@@ -123,6 +125,7 @@ def round_trip(manager: CheckpointManager, framework: str = "numpy", **sections:
     return manager.load(1, framework=framework)
 
 
+@on_both_paths
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_numpy_array_of_any_layout_comes_back_bit_for_bit(manager, dtype):
     arrays = {name: view(random_array(dtype)) for name, view in NUMPY_LAYOUTS.items()}
@@ -136,6 +139,7 @@ def test_a_numpy_array_of_any_layout_comes_back_bit_for_bit(manager, dtype):
         assert loaded[name].flags.writeable
 
 
+@on_both_paths
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_torch_tensor_of_any_layout_comes_back_bit_for_bit(manager, dtype):
     tensors = {name: view(torch_tensor(dtype)) for name, view in TORCH_LAYOUTS.items()}
@@ -157,6 +161,7 @@ def test_frameworks_read_each_other(manager, dtype):
     assert bits(from_numpy) == bits(torch_tensor(dtype))
 
 
+@on_both_paths
 def test_lazy_torch_tensors_are_resolved(manager):
     """Conjugation and negation are bits on a view, not in its bytes."""
     z = torch.tensor([[1 + 2j, 3 - 4j], [5j, -6]], dtype=torch.complex64)
@@ -196,7 +201,8 @@ def trees(leaves: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[Any, Any]]:
 x, y, z = (np.arange(n, dtype=np.float32) for n in (1, 2, 3))
 
 
-@settings(max_examples=150, deadline=None)
+@on_both_paths
+@settings(max_examples=100, deadline=None)
 @given(trees(arrays | scalars), trees(arrays | scalars), trees(scalars))
 @example({"a.b": x, "a": {"b": y, "b~1": z}, "a.b~1": x}, {0: x, "0": y, "False": z}, {})
 @example({"": x, ".": {"": y}, "../x": z}, {"": {"": {"": x}}}, {"": {"": ""}})
@@ -247,6 +253,7 @@ def test_metadata_comes_back_exactly(manager):
     assert loaded.run == {"a": [1, None]}
 
 
+@on_both_paths
 def test_a_loaded_checkpoint_can_be_saved_again_and_is_the_same(manager):
     manager.save(Checkpoint(step=1, model={"w": x}, metadata={"n": 10**400, "loss": 2}, metrics={"m": 1}))
     first = manager.inspect(1).state_digest
@@ -372,6 +379,7 @@ def test_metrics_are_numbers_and_run_is_plain_json(manager, wrong):
         manager.save(Checkpoint(step=1, **wrong))
 
 
+@on_both_paths
 def test_steps_of_every_length(tmp_path):
     steps = [0, 1, 9, 10, 99, 10**17, 10**18 - 1]
     with CheckpointManager(tmp_path, keep_last=None) as manager:
