@@ -56,6 +56,7 @@ def main() -> int:
         console = Console(width=FILE_WIDTH)
     for table in tables.for_terminal(results, specs):
         console.print(table, crop=False)
+    console.print(tables.NOTES.replace("*", ""), highlight=False)
     _write(options, results, specs, about)
     return 0
 

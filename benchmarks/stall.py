@@ -33,6 +33,9 @@ from benchmarks.driver import ROOT
 Figures = dict[str, float]
 
 WANTED_PERCENT = 1.0
+ENOUGH_PAIRS = 3
+#: Where pairs differ by more, the machine was busy with something else.
+NOISE_PERCENT = 10.0
 
 
 class Clock:
@@ -133,10 +136,11 @@ def _show(options: argparse.Namespace, pairs: list[dict[str, Figures]]) -> None:
     print(
         f"bundled model, LoRA rank {options.lora_rank}, batch of {options.batch_size}, a checkpoint of "
         f"{saving[0]['checkpoint_bytes'] / 2**20:.1f} MiB every {options.save_every} steps, "
-        f"{saving[0]['saves']:.0f} saves; {len(pairs)} pairs of runs: median, least to most"
+        f"{saving[0]['saves']:.0f} saves; median of {len(pairs)} pairs of runs, least to most"
     )
     print(f"{'step without saves':30}{step * 1000:8.1f} ms")
     _print_percent("stall", [_stall(pair) for pair in pairs], wanted=True)
+    # A stretch is what lies between two saves: its median leaves out what else happened on the machine.
     _print_percent("stall, by median stretches", [_stall(pair, "stretch_seconds") for pair in pairs])
     _print_percent("the trainer waited", [run["waited_seconds"] / run["seconds"] for run in saving])
     print(f"{'  each save':30}{each * 1000:8.1f} ms")
@@ -144,10 +148,16 @@ def _show(options: argparse.Namespace, pairs: list[dict[str, Figures]]) -> None:
 
 def _print_percent(name: str, shares: list[float], *, wanted: bool = False) -> None:
     median, least, most = (100 * value for value in (statistics.median(shares), min(shares), max(shares)))
-    verdict = (
-        f"   wanted < {WANTED_PERCENT:g}: {'yes' if median < WANTED_PERCENT else 'NO'}" if wanted else ""
-    )
+    verdict = f"   wanted < {WANTED_PERCENT:g}: {_verdict(shares)}" if wanted else ""
     print(f"{name:30}{median:8.2f} %    {least:.2f} to {most:.2f}{verdict}")
+
+
+def _verdict(shares: list[float]) -> str:
+    if len(shares) < ENOUGH_PAIRS:
+        return "too few pairs to tell"
+    if 100 * (max(shares) - min(shares)) > NOISE_PERCENT:
+        return "too noisy to tell; see what the trainer waited"
+    return "yes" if 100 * statistics.median(shares) < WANTED_PERCENT else "NO"
 
 
 def _stall(pair: dict[str, Figures], figure: str = "seconds") -> float:
@@ -181,6 +191,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.directory = options.directory.resolve()
+    if options.pairs < 1:
+        parser.error("--pairs: give 1 or more")
+    if not options.directory.is_dir():
+        parser.error(f"--directory: there is no folder {options.directory}")
     if not 0 < 2 * options.save_every < options.steps:
         parser.error("--save-every: give 1 or more, and less than half of --steps")
     return options

@@ -18,8 +18,12 @@ NOTES = (
     "Times in ms. Of the limit: its time over this one's; 1.00 is as fast as the hardware. Time / ours: "
     "above 1 the peer is slower; **below 1 it is faster**, and marked. Ratios are medians of the ratios "
     "within each repeat. Extra memory: how far resident memory rose above where it was when the state "
-    "stood. ° marks the limit."
+    "stood. ° marks the limit. The targets below have their own sense: what is wanted stands beside each."
 )
+
+
+#: Fewer repeats say nothing of a target.
+ENOUGH = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +61,8 @@ def targets(results: Results, specs: Sequence[Spec]) -> list[tuple[str, ...]]:
                 wanted = f"{'≥' if target.at_least else '≤'} {target.bound:g}"
                 spread = f"{_number(min(values))} to {_number(max(values))}"
                 verdict = "yes" if target.reached(median) else "NO"
+                if len(values) < ENOUGH:
+                    verdict = "too few"
                 rows.append(
                     (_named(results, spec, target), spec.title, wanted, _number(median), spread, verdict)
                 )
