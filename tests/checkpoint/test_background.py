@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import sys
 import threading
+import weakref
 
 import numpy as np
 import pytest
 import torch
 
 from distrust import Checkpoint, CheckpointManager, PendingSave
+from distrust.checkpoint import arrays, pouring
 from distrust.errors import SaveFailed
 
 
@@ -204,16 +207,91 @@ def test_a_wait_that_timed_out_was_not_told(manager):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="such a stack can only be asked for on Linux")
-def test_where_no_thread_can_be_started_nothing_hangs(manager):
-    manager.save(state(1))
+def test_where_no_thread_can_be_started_it_is_saved_without(manager):
     before = threading.stack_size(1 << 46)  # more than there are addresses
     try:
-        with pytest.raises(RuntimeError, match="thread"):
-            manager.save_async(state(2))
+        manager.save(state(1))
+        assert manager.save_async(state(2)).done
     finally:
         threading.stack_size(before)
     manager.save_async(state(3)).wait()
-    assert manager.list_checkpoints() == [1, 3]
+    for step in (1, 2, 3):
+        manager.validate(step)
+
+
+def test_an_interrupt_while_the_thread_starts_leaves_no_save_that_nobody_knows_of(manager, monkeypatch):
+    honest = threading.Thread.start
+
+    def interrupted(thread):
+        honest(thread)
+        if thread.name.startswith("save "):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            manager.save_async(state(1))
+    manager.save_async(state(2)).wait()
+    assert manager.list_checkpoints() == [2]
+    manager.validate(2)
+
+
+def test_tensors_changed_too_early_are_not_saved_as_a_mixture(manager, monkeypatch):
+    weights = torch.zeros(64)
+    honest = arrays.fill
+
+    def changed_meanwhile(*arguments):
+        if threading.current_thread() is not threading.main_thread():
+            weights.add_(1)
+        honest(*arguments)
+
+    monkeypatch.setattr(arrays, "fill", changed_meanwhile)
+    pending = manager.save_async(Checkpoint(step=1, model={"w": weights}), overlap=True)
+    with pytest.raises(SaveFailed, match=r"checkpoint-1\.safetensors: not saved: .*wait_copied"):
+        pending.wait()
+    assert manager.list_checkpoints() == []
+
+
+def test_the_arrays_are_let_go_of_when_they_are_copied(manager, monkeypatch):
+    """Not only when they are written: a program may need their memory before."""
+    honest, hold = pouring.write_filled, threading.Event()
+    monkeypatch.setattr(pouring, "write_filled", lambda *given: (hold.wait(), honest(*given))[1])
+    for overlap in (False, True):
+        hold.clear()
+        array = np.ones(1000)
+        alive = weakref.ref(array)
+        checkpoint = Checkpoint(step=1 + overlap, model={"w": array})
+        pending = manager.save_async(checkpoint, overlap=overlap)
+        pending.wait_copied()
+        del array, checkpoint
+        gc.collect()
+        assert alive() is None
+        hold.set()
+        pending.wait()
+
+
+def test_threads_that_list_while_others_save_see_whole_lists(manager):
+    """The list of known headers is shared by them all."""
+    failures = []
+
+    def look():
+        try:
+            while not over.is_set():
+                manager.list_checkpoints()
+        except Exception as error:
+            failures.append(error)
+
+    over = threading.Event()
+    lookers = [threading.Thread(target=look) for _ in range(4)]
+    for looker in lookers:
+        looker.start()
+    for step in range(1, 30):
+        manager.save_async(state(step))
+    manager.close()
+    over.set()
+    for looker in lookers:
+        looker.join()
+    assert failures == []
 
 
 END = """

@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distrust import Checkpoint, CheckpointManager
+from distrust.checkpoint import tree
 from distrust.errors import (
     CheckpointError,
     CheckpointNotFound,
@@ -529,3 +530,10 @@ def test_things_that_are_no_files_are_damaged_checkpoints(tmp_path, thing):
             use(5)
     with pytest.raises(NoGoodCheckpoint):
         manager.load_latest()
+
+
+@pytest.mark.parametrize("keys", [("i1", "i01"), ("i1", "i 1"), ("i10", "i1_0"), ("f1.0", "f1.00"), ("i-0",)])
+def test_keys_that_would_become_one_are_refused(keys):
+    node = {"d": dict.fromkeys(keys, 0)}
+    with pytest.raises(CorruptCheckpoint, match="a key that cannot be read"):
+        tree.unflatten(node, str)

@@ -135,10 +135,13 @@ def test_a_crew_of_fewer_than_asked_for_does_it_all(few_threads):
     assert done == list(range(5))
 
 
-def test_a_crew_of_nobody_is_an_error(few_threads):
+def test_where_there_are_no_threads_who_puts_a_task_does_it(few_threads):
     few_threads(0)
-    with pytest.raises(RuntimeError, match="thread"):
-        Crew(2)
+    crew, done = Crew(2), []
+    assert crew.put(lambda: done.append(1)).is_set()
+    assert crew.put(lambda: done.append(2)).is_set()
+    crew.finish()
+    assert done == [1, 2]
 
 
 def test_a_crew_begins_nothing_after_a_failure_and_says_that_everything_is_over():

@@ -11,7 +11,7 @@ import pytest
 from toy_engine import ToyEngine
 
 from distrust import CheckpointManager, DistrustWarning
-from distrust.checkpoint import arrays, memory, storage
+from distrust.checkpoint import arrays, memory, snapshot, storage
 from distrust.errors import SaveFailed
 from distrust.training.events import CheckpointSaved
 
@@ -137,3 +137,13 @@ def test_the_first_save_finds_its_memory_ready(run, tmp_path, monkeypatch):
     monkeypatch.setattr(CheckpointManager, "reserve", reserving)
     run(tmp_path, save_every=2)
     assert touched == []
+
+
+def test_a_failed_save_is_made_up_for_where_memory_is_short_too(run, tmp_path, failing_saves, monkeypatch):
+    """There, a save is over when it returns; its failure is told in the same way."""
+    monkeypatch.setattr(snapshot, "BUDGET", 0.0)
+    failing_saves(2)
+    with pytest.warns(DistrustWarning) as given:
+        _, events = run(tmp_path)
+    assert any("the next save tries again" in str(warning.message) for warning in given)
+    assert [event.step for event in events if isinstance(event, CheckpointSaved)] == [2, 6, 8, 9]

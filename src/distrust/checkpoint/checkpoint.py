@@ -50,11 +50,12 @@ class Checkpoint:
 
     def __post_init__(self) -> None:
         if type(self.step) is not int or not 0 <= self.step < MAX_STEP:
-            raise UnsupportedState(f"step must be a whole number, not {self.step!r}", label="step")
+            raise UnsupportedState(f"step must be an int of 0 or more, not {self.step!r}", label="step")
         for name in (*STATE_SECTIONS, "metrics", "run"):
             if not isinstance(getattr(self, name), Mapping):
+                kind = type(getattr(self, name)).__qualname__
                 raise UnsupportedState(
-                    f"{name} must be a dict, not a {type(getattr(self, name)).__qualname__}", label=name
+                    f"{name} must be a dict, such as a state_dict(), not a {kind}", label=name
                 )
 
     @property

@@ -72,9 +72,11 @@ def read(
     Raises:
         CheckpointNotFound: if there is no such file.
         CorruptCheckpoint: if any byte of it is not what was written.
+        ConfigError: if the framework, or a dtype of it, is not at hand.
     """
     import numpy as np
 
+    arrays.require(framework)
     with opened(path) as (descriptor, header):
         content = reading.mapped(descriptor, header) if mapped else reading.load(descriptor, header)
         data = np.frombuffer(content.data, np.uint8)

@@ -19,7 +19,7 @@ from distrust.checkpoint.memory import ReusableMemory
 from distrust.checkpoint.retention import Candidate, MetricMode, Retention
 from distrust.checkpoint.snapshot import Snapshot
 from distrust.checkpoint.store import CheckpointFile, DamagedFile, Scan
-from distrust.checkpoint.writer import BackgroundWriter, PendingSave, saved
+from distrust.checkpoint.writer import BackgroundWriter, PendingSave
 from distrust.errors import (
     CheckpointError,
     CheckpointNotFound,
@@ -167,10 +167,15 @@ class CheckpointManager:
                     DistrustWarning,
                     stacklevel=2,
                 )
-                self._commit(path, prepared.step, lambda path: self._pour(path, prepared))
-                return saved(path)
+                return session.writer.run(
+                    path, lambda: self._commit(path, prepared.step, lambda path: self._pour(path, prepared))
+                )
+            # The thread holds no more than it needs: the caller's arrays are to go when they are copied.
+            step = prepared.step
             return session.writer.start(
-                path, copy=capture.copy, write=lambda: self._commit(path, prepared.step, capture.write)
+                path,
+                copy=lambda: capture.copy(path),
+                write=lambda: self._commit(path, step, capture.write),
             )
 
     def reserve(self, nbytes: int) -> bool:
@@ -181,7 +186,13 @@ class CheckpointManager:
 
         Returns:
             Whether it is ready; not if it would take more than a quarter of the free memory.
+
+        Raises:
+            ConfigError: if ``nbytes`` is no number of bytes.
+            SaveFailed: if the background save before this failed and nobody has been told.
         """
+        if type(nbytes) is not int or nbytes < 0:
+            raise ConfigError(f"reserve({nbytes!r}): give a whole number of bytes, 0 or more")
         with self._session.mutex:
             self._session.writer.settle()
             return self._session.snapshot.reserve(nbytes)
@@ -234,8 +245,10 @@ class CheckpointManager:
             self._mark_resumed(file)
         return loaded
 
-    def load_latest(self, *, framework: arrays.Framework = "numpy") -> Checkpoint:
+    def load_latest(self, *, framework: arrays.Framework = "numpy", mmap: bool = False) -> Checkpoint:
         """Read the newest checkpoint that verifies, warning of each newer one that does not.
+
+        ``framework`` and ``mmap`` are those of :meth:`load`.
 
         Raises:
             CheckpointNotFound: if there are none at all.
@@ -253,12 +266,14 @@ class CheckpointManager:
             if not everything:
                 raise CheckpointNotFound(f"{self.directory}: no checkpoints here", path=self.directory)
             try:
-                return self._first_good(everything, framework)
+                return self._first_good(everything, framework, mmap=mmap)
             except CheckpointNotFound:
                 continue  # a writer removed one between listing and reading it
 
-    def load_best(self, *, framework: arrays.Framework = "numpy") -> Checkpoint:
+    def load_best(self, *, framework: arrays.Framework = "numpy", mmap: bool = False) -> Checkpoint:
         """Read the checkpoint with the best metric that verifies, warning of each better one that does not.
+
+        ``framework`` and ``mmap`` are those of :meth:`load`.
 
         Raises:
             CheckpointNotFound: if none has the metric.
@@ -273,7 +288,7 @@ class CheckpointManager:
                 f"there are {', '.join(known) or 'no metrics'} in steps {_listed(files)}",
                 path=self.directory,
             )
-        return self._first_good([files[step] for step in steps], framework)
+        return self._first_good([files[step] for step in steps], framework, mmap=mmap)
 
     def inspect(self, checkpoint: int | str | os.PathLike[str]) -> CheckpointFile:
         """What a checkpoint's header says: step, kind, metadata, digests and tensors.
@@ -424,14 +439,14 @@ class CheckpointManager:
             self._session.good.add(_identity(file))
 
     def _first_good(
-        self, files: Iterable[CheckpointFile | DamagedFile], framework: arrays.Framework
+        self, files: Iterable[CheckpointFile | DamagedFile], framework: arrays.Framework, *, mmap: bool
     ) -> Checkpoint:
         reasons = []
         for file in files:
             try:
                 if isinstance(file, DamagedFile):
                     raise file.error
-                read, loaded = image.read(file.path, framework=framework)
+                read, loaded = image.read(file.path, framework=framework, mapped=mmap)
             except CorruptCheckpoint as error:
                 reasons.append(str(error))
                 if isinstance(file, CheckpointFile):

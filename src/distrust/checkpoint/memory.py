@@ -11,7 +11,6 @@ import ctypes
 import mmap
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from distrust.checkpoint import parallel
@@ -58,7 +57,6 @@ class ReusableMemory:
     def __init__(self) -> None:
         self._memory: mmap.mmap | None = None
         self._touched = 0
-        self._unpin: Callable[[], None] | None = None
 
     @property
     def touched(self) -> int:
@@ -78,27 +76,15 @@ class ReusableMemory:
             prefer_large_pages(self._memory)
         if self._touched < nbytes:
             end = min(rounded(nbytes, _LARGE_PAGE_BYTES), len(self._memory))
-            self._unpin_now()  # as much as there is now is pinned again
             _touch(address_of(self._memory), self._touched, end)
             self._touched = end
         return self._memory
 
-    def pin(self, pinned: Callable[[int, int], Callable[[], None]]) -> None:
-        """Have what was touched pinned by a device's driver: (address, nbytes) -> what undoes it."""
-        if self._memory is not None and self._unpin is None:
-            self._unpin = pinned(address_of(self._memory), self._touched)
-
     def release(self) -> None:
         """Give it back."""
-        self._unpin_now()
         # Not closed: whoever still looks at it keeps it alive.
         self._memory = None
         self._touched = 0
-
-    def _unpin_now(self) -> None:
-        if self._unpin is not None:
-            self._unpin()
-            self._unpin = None
 
 
 def rounded(nbytes: int, unit: int) -> int:

@@ -24,28 +24,25 @@ def cores() -> int:
 class Threads:
     """Threads that do the same work, and begin when all of them are there.
 
+    Whoever needs their work waits for it, so they are daemons: should an interrupt lose sight of one, the
+    program still ends.
+
     Args:
         work: is called by each of them.
         count: how many; fewer where the system gives no more.
-        at_least: 0, or 1 if nothing would be done without them.
-
-    Raises:
-        RuntimeError: if there are fewer than that.
     """
 
-    def __init__(self, work: Callable[[], None], count: int, *, at_least: int = 0) -> None:
+    def __init__(self, work: Callable[[], None], count: int) -> None:
         self._complete = threading.Event()
         self._given_up = False
         self._started: list[tuple[threading.Thread, threading.Event]] = []
         try:
             for _ in range(count):
                 ended = threading.Event()
-                thread = threading.Thread(target=self._work_when_complete, args=(work, ended))
+                thread = threading.Thread(target=self._work_when_complete, args=(work, ended), daemon=True)
                 try:
                     thread.start()
                 except RuntimeError:
-                    if len(self._started) < at_least:
-                        raise
                     break
                 self._started.append((thread, ended))
         except BaseException:
@@ -77,10 +74,9 @@ class Crew:
     """Threads that take tasks in the order in which they were put.
 
     Args:
-        threads: how many; fewer where the system gives no more.
+        threads: how many; fewer where the system gives no more. Where it gives none, who puts a task does it.
 
     Raises:
-        RuntimeError: if not one thread can be started.
         BaseException: from :meth:`put` and :meth:`finish`, if a task failed; none is begun after that.
     """
 
@@ -88,13 +84,16 @@ class Crew:
         self._tasks: queue.SimpleQueue[tuple[Callable[[], None], threading.Event] | None]
         self._tasks = queue.SimpleQueue()
         self._error: BaseException | None = None
-        self._threads = Threads(self._work, threads, at_least=1)
+        self._threads = Threads(self._work, threads)
 
     def put(self, task: Callable[[], None]) -> threading.Event:
         """Have a task done; returns what is set when it is."""
         self._raise_error()
         done = threading.Event()
         self._tasks.put((task, done))
+        if not len(self._threads):
+            self._tasks.put(None)
+            self._work()
         return done
 
     def finish(self) -> None:

@@ -222,7 +222,9 @@ class _Fetched:
 
     def __enter__(self) -> Self:
         direct.take(self._descriptor)
-        self._threads = parallel.Threads(self._fetch, FETCHES_IN_FLIGHT, at_least=1)
+        self._threads = parallel.Threads(self._fetch, FETCHES_IN_FLIGHT)
+        if not len(self._threads):
+            self._fetch()
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from distrust.checkpoint import arrays, pouring
 from distrust.checkpoint.image import Image
 from distrust.checkpoint.memory import PAGE_BYTES, ReusableMemory, available_bytes, rounded
+from distrust.errors import SaveFailed
 
 #: The part of the memory still free that a snapshot may take.
 BUDGET = 0.25
@@ -25,11 +26,12 @@ class Capture(NamedTuple):
     """A state on its way into a snapshot.
 
     Attributes:
-        copy: copies what is not copied yet; until it returns, nobody may change that.
+        copy: copies what is not copied yet, for the file of that name; until it returns, nobody may change
+            that, and where the framework counts changes, it finds out.
         write: writes and commits the file of that name, and returns its header's digest.
     """
 
-    copy: Callable[[], None]
+    copy: Callable[[Path], None]
     write: Callable[[Path], str]
 
 
@@ -76,27 +78,36 @@ class Snapshot:
             for label, flat in zip(image.layout.names, image.flats, strict=True)
         ]
         held = replace(image, flats=flats)
-        return Capture(lambda: None, lambda path: pouring.write_filling(path, held, ring))
+        return Capture(_nothing_to_copy, lambda path: pouring.write_filling(path, held, ring))
 
     def _copied(self, image: Image, later: tuple[str, ...]) -> Capture | None:
-        if not self.reserve(image.layout.data_bytes):
+        layout = image.layout
+        if not self.reserve(layout.data_bytes):
             return None
-        memory = self._memory.take(rounded(image.layout.data_bytes, PAGE_BYTES))
-        pin = arrays.pinning(image.flats)
-        if pin is not None:
-            self._memory.pin(pin)
+        memory = self._memory.take(rounded(layout.data_bytes, PAGE_BYTES))
         waiting = []
         for behind, place, flats in _runs(image, later):
             if behind:
-                waiting.append((place, flats))
+                waiting.append((place, flats, arrays.changes(flats)))
             else:
                 arrays.fill(memory, place, flats)
 
-        def copy() -> None:
-            for place, flats in waiting:
+        def copy(path: Path) -> None:
+            while waiting:  # emptied: the caller's arrays are held no longer than it takes
+                place, flats, changes = waiting.pop()
                 arrays.fill(memory, place, flats)
+                if arrays.changes(flats) != changes:
+                    raise SaveFailed(
+                        f"{path}: not saved: model or optimizer changed while it was copied, and it would "
+                        "hold a mixture; call wait_copied() before the optimizer's step",
+                        path=path,
+                    )
 
-        return Capture(copy, lambda path: pouring.write_filled(path, image.layout, memory))
+        return Capture(copy, lambda path: pouring.write_filled(path, layout, memory))
+
+
+def _nothing_to_copy(_: Path) -> None:
+    pass
 
 
 def _runs(image: Image, later: tuple[str, ...]) -> Iterator[tuple[bool, int, list[Any]]]:

@@ -102,14 +102,16 @@ class AtomicFile:
 
     def discard(self) -> None:
         """Drop what was not committed; does nothing after :meth:`commit`."""
-        if self._writers is not None:
-            self._writers.stop()
-            self._writers = None
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
-        with contextlib.suppress(OSError):
-            os.unlink(self._temporary)
+        try:
+            if self._writers is not None:
+                self._writers.stop()
+                self._writers = None
+            if self._descriptor >= 0:
+                os.close(self._descriptor)
+                self._descriptor = -1
+        finally:  # an interrupt may cut the wait for the writers short
+            with contextlib.suppress(OSError):
+                os.unlink(self._temporary)
 
     def __enter__(self) -> AtomicFile:
         return self
@@ -186,15 +188,25 @@ class DirectoryLock:
             if time.monotonic() > given_up:
                 # The note is for the message only: whether a lock is stale is the kernel's to know.
                 holder = os.pread(descriptor, 256, 0).decode(errors="replace").strip()
+                if holder == _holder():
+                    what = "another CheckpointManager of this process holds this directory: close() it"
+                else:
+                    what = (
+                        f"another writer holds this directory ({holder or 'starting up'}); "
+                        "wait until it ends, stop it, or write elsewhere"
+                    )
                 raise CheckpointDirectoryLocked(
-                    f"{self._directory}: another writer holds this directory ({holder or 'starting up'}); "
-                    "wait until it ends, stop it, or write elsewhere",
+                    f"{self._directory}: {what}",
                     path=self._directory,
                 )
             time.sleep(PATIENCE_SECONDS / 20)
         with contextlib.suppress(OSError):  # a full disk has no room for it
             os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"pid {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
+            os.pwrite(descriptor, f"{_holder()}\n".encode(), 0)
+
+
+def _holder() -> str:
+    return f"pid {os.getpid()} on {os.uname().nodename}"
 
 
 def _try_lock(descriptor: int) -> bool:

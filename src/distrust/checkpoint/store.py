@@ -35,7 +35,7 @@ RUN_SUBDIRECTORY = "checkpoints"
 #: A file changed later than this before it was read is read again: no file system's clock is coarser.
 SETTLED_NANOSECONDS = 2_000_000_000
 #: Such a file may be whole: to fall back from it to an older one would lose what it holds.
-_NOT_THE_FILES_FAULT = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+_NOT_THE_FILES_FAULT = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENODEV}
 CUT_WHILE_READ = "the file ends in the middle: it was cut while it was read"
 _NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})(-final)?\.safetensors", re.ASCII)
 
@@ -176,8 +176,11 @@ def scan(directory: Path, known: Known | None = None) -> Scan:
         # A writer removes a checkpoint once a newer one stands: that one was not in the list.
         if None not in found:
             if known is not None:
-                known.clear()
+                # Other threads look into it meanwhile: it is never without what is still there.
                 known.update(seen)
+                for path in list(known):
+                    if path not in seen:
+                        known.pop(path, None)
             return Scan(
                 files=tuple(file for file in found if isinstance(file, CheckpointFile)),
                 damaged=tuple(file for file in found if isinstance(file, DamagedFile)),
@@ -340,9 +343,10 @@ def _listed(entry: _Entry, known: Known, seen: Known) -> CheckpointFile | Damage
     """What a file of that name is; None if it is not there any more."""
     path, step, kind = entry
     try:
-        if path in known and known[path][0] == _identity(path.stat()):
-            seen[path] = known[path]
-            return known[path][1]
+        before = known.get(path)
+        if before is not None and before[0] == _identity(path.stat()):
+            seen[path] = before
+            return before[1]
         file, status = _read_header(path)
         if (file.step, file.kind) != (step, kind):
             reason = f"it holds step {file.step} ({file.kind}), not what its name says"

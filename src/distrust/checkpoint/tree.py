@@ -183,10 +183,11 @@ def decode_key(text: str) -> Any:
     letter, rest = text[:1], text[1:]
     if letter == "s":
         return rest
-    if letter == "i":
-        return int(rest)
-    if letter == "f":
-        return float(rest)
+    if letter in ("i", "f"):
+        number = int(rest) if letter == "i" else float(rest)
+        if repr(number) != rest:  # or two keys of a file could become one: "1" and "01"
+            raise ValueError(f"{text!r} is not how {number!r} is written")
+        return number
     constants = {"bTrue": True, "bFalse": False, "nNone": None}
     if text in constants:
         return constants[text]

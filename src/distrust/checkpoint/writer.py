@@ -9,11 +9,12 @@ from __future__ import annotations
 import atexit
 import sys
 import threading
-import time
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
+
+from distrust.errors import SaveFailed
 
 
 class PendingSave:
@@ -82,15 +83,6 @@ class PendingSave:
             raise
 
 
-def saved(path: Path) -> PendingSave:
-    """A save that has ended already."""
-    future: Future[Path] = Future()
-    future.set_result(path)
-    copied = threading.Event()
-    copied.set()
-    return PendingSave(path, future, copied)
-
-
 class BackgroundWriter:
     """Runs one save at a time on a thread of its own."""
 
@@ -110,15 +102,24 @@ class BackgroundWriter:
             self._pending.add_done_callback(then)
 
     def start(self, path: Path, *, copy: Callable[[], None], write: Callable[[], None]) -> PendingSave:
-        """Run ``copy`` and then ``write`` in the background. The caller has called :meth:`settle` before."""
+        """Run ``copy`` and then ``write`` in the background. The caller has called :meth:`settle` before.
+
+        Where no thread can be started, they have run when this returns.
+        """
         future: Future[Path] = Future()
-        copied = threading.Event()
+        copied, begin = threading.Event(), threading.Event()
+        pending = PendingSave(path, future, copied)
         # From now on it cannot be cancelled, by whoever awaits it either.
         future.set_running_or_notify_cancel()
+        given_up = False
 
         def run() -> None:
-            # The caller goes on first: it was only waiting for this thread to begin.
-            time.sleep(0.001)
+            # Not before the slot is taken: a save that nobody knows of would be overwritten by the next one.
+            # An interrupt may come just before it is told to begin; so it looks for itself, too.
+            while not begin.wait(1.0) and self._pending is not pending and not given_up:
+                pass
+            if given_up:
+                return
             try:
                 try:
                     copy()
@@ -130,12 +131,38 @@ class BackgroundWriter:
             else:
                 future.set_result(path)
 
+        try:
+            threading.Thread(target=run, name=f"save {path.name}", daemon=False).start()
+            self._take(pending)
+        except RuntimeError:
+            self._take(pending)
+            begin.set()
+            run()
+        except BaseException:
+            given_up = True
+            raise
+        finally:
+            begin.set()
+        return pending
+
+    def run(self, path: Path, write: Callable[[], None]) -> PendingSave:
+        """Run ``write`` now; a failure to save is told like one in the background."""
+        future: Future[Path] = Future()
+        copied = threading.Event()
+        try:
+            write()
+        except SaveFailed as error:
+            future.set_exception(error)
+        else:
+            future.set_result(path)
+        copied.set()
         pending = PendingSave(path, future, copied)
-        # Before the slot is taken: where no thread can be started, nothing is under way.
-        threading.Thread(target=run, name=f"save {path.name}", daemon=False).start()
+        self._take(pending)
+        return pending
+
+    def _take(self, pending: PendingSave) -> None:
         self._pending = pending
         atexit.register(pending.report_unseen)
-        return pending
 
     def settle(self) -> None:
         """Wait for the save under way.

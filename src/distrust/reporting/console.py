@@ -166,7 +166,7 @@ class ConsoleReporter:
         else:
             took = time.perf_counter() - self._began
             self._say(
-                f"finished at step {event.step} in {_duration(took)}; saving kept it waiting for "
+                f"finished at step {event.step} in {_duration(took)}; saving kept this session waiting for "
                 f"{event.stall_seconds * 1000:.0f} ms ({event.stall_seconds / took:.2%})"
             )
         if event.path is not None:

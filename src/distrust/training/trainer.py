@@ -90,7 +90,8 @@ class DistrustTrainer:
             begun_at, last = self._progress.step, self._plan.max_steps
             while self._progress.step < last and stop.signal is None and self._observer_error is None:
                 self._step(self._progress.step + 1)
-                if self._progress.step == begun_at + 1:  # the optimizer's state stands from its first step on
+                if self._progress.step == begun_at + 1 and self._plan.config.save_every:
+                    # The optimizer's state stands from its first step on.
                     self._saver.reserve(self._checkpoint())
                 self._after_step(last=self._progress.step == last)
             self._save_what_is_not(final=self._progress.step == last)

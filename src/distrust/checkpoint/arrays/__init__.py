@@ -14,7 +14,7 @@ import functools
 import itertools
 import mmap
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -78,14 +78,13 @@ def fill(memory: mmap.mmap, place: int, flats: Sequence[Any]) -> None:
             place = of_torch.fill(memory, place, arrays)
 
 
-def pinning(flats: Sequence[Any]) -> Callable[[int, int], Callable[[], None]] | None:
-    """What pins memory, by address and length, that such arrays are copied to; None if no device is asked."""
-    if "torch" in sys.modules:
-        from distrust.checkpoint.arrays import of_torch
+def changes(flats: Sequence[Any]) -> list[int]:
+    """How often each settled array has been changed so far, where its framework counts that; else 0."""
+    if "torch" not in sys.modules:
+        return []
+    from distrust.checkpoint.arrays import of_torch
 
-        if of_torch.on_cuda(flats):
-            return of_torch.pin
-    return None
+    return of_torch.changes(flats)
 
 
 def part(flat: Any, begin: int, end: int) -> Any:
@@ -100,14 +99,23 @@ def copied(flat: Any) -> Any:
     return flat.copy() if type(flat) is of_numpy.Flat else flat.clone()
 
 
+def require(framework: str) -> None:
+    """That a framework is one of those there are, and installed.
+
+    Raises:
+        ConfigError: if it is not.
+    """
+    if framework not in get_args(Framework):
+        raise ConfigError(f"framework {framework!r} is none of {', '.join(get_args(Framework))}")
+    _adapter(framework)
+
+
 def from_host(data: np.ndarray[Any, Any], dtype: str, shape: tuple[int, ...], *, framework: Framework) -> Any:
     """An array of ``framework`` with the bytes of ``data``, uint8[nbytes]; all but mlx may share its memory.
 
     Raises:
         ConfigError: if the framework, or a dtype of it, is not at hand.
     """
-    if framework not in get_args(Framework):
-        raise ConfigError(f"framework {framework!r} is none of {', '.join(get_args(Framework))}")
     return _adapter(framework).from_host(data, dtype, shape)
 
 
@@ -147,6 +155,6 @@ def _adapter(framework: str) -> Adapter:
 
 
 __all__ = [
-    "Description", "Framework", "copied", "describe", "fill", "from_host", "is_array", "part", "pinning",
-    "settle",
+    "Description", "Framework", "changes", "copied", "describe", "fill", "from_host", "is_array", "part",
+    "require", "settle",
 ]  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import mmap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,16 +41,16 @@ def describe(labels: Sequence[str], values: Sequence[Any]) -> list[Description]:
 @torch.no_grad()
 def settle(values: Sequence[Any]) -> list[Any]:
     """See :class:`~distrust.checkpoint.arrays.host.Adapter`."""
-    for device in {value.device for value in values}:
-        if device.type == "cuda":
-            # Another thread has another current stream, which would not wait for what is under way here.
-            torch.cuda.current_stream(device).synchronize()
     flats = [value.reshape(-1) for value in values]
     for dtype in {flat.dtype for flat in flats} & _CARRIERS.keys():
         carrier = _CARRIERS[dtype]
         flats = [
             flat.resolve_conj().resolve_neg().view(carrier) if flat.dtype is dtype else flat for flat in flats
         ]
+    for device in {flat.device for flat in flats}:
+        if device.type == "cuda":
+            # Another thread has another current stream, which would not wait for what is under way here.
+            torch.cuda.current_stream(device).synchronize()
     return flats
 
 
@@ -125,17 +125,11 @@ def _concatenate(portion: tuple[Any, list[Any]]) -> None:
     torch.cat(flat, out=target)
 
 
-def on_cuda(flats: Sequence[Any]) -> bool:
-    """Whether some settled tensors are on a CUDA device."""
-    return any(isinstance(flat, torch.Tensor) and flat.is_cuda for flat in flats)
-
-
-def pin(address: int, nbytes: int) -> Callable[[], None]:
-    """Have a CUDA device copy into that memory by itself; returns what undoes it."""
-    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    if int(runtime.cudaHostRegister(address, nbytes, 0)):
-        return lambda: None  # slower, not wrong
-    return lambda: runtime.cudaHostUnregister(address)
+def changes(flats: Sequence[Any]) -> list[int]:
+    """How often each settled tensor, or the one that it is a view of, has been changed so far."""
+    return [
+        flat._version if isinstance(flat, torch.Tensor) and not flat.is_inference() else 0 for flat in flats
+    ]
 
 
 @torch.no_grad()
