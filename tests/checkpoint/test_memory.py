@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from distrust import Checkpoint, CheckpointManager
 
-STATE_MIB = 256
+STATE_MIB = int(sys.argv[2])
 
 def peak_of(call):
     Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is in use
@@ -45,8 +45,8 @@ for save in (CheckpointManager.save, lambda manager, checkpoint: manager.save_as
 
 
 @pytest.mark.skipif(memory.available_bytes() < 6 * STATE_MIB * MIB, reason="too little memory is free")
-def test_a_blocking_save_takes_64_mib_and_a_background_save_one_copy(tmp_path, run_python, write_path):
-    done = run_python(write_path + PEAK, tmp_path)
+def test_a_blocking_save_takes_64_mib_and_a_background_save_one_copy(tmp_path, run_python):
+    done = run_python(PEAK, tmp_path, STATE_MIB)
 
     assert done.returncode == 0, done.stderr
     blocking, behind = map(int, done.stdout.split())
