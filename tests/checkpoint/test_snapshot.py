@@ -172,7 +172,7 @@ def test_a_state_over_the_budget_is_saved_before_the_call_returns(manager, free_
     training = Training()
     free_memory(4 * 8 * 8 * 3000 - 1)  # a quarter of it is one byte too few
 
-    with pytest.warns(DistrustWarning, match="step 1.*quarter of the free memory"):
+    with pytest.warns(DistrustWarning, match="step 1.*a quarter of the free memory"):
         pending = manager.save_async(training.checkpoint, overlap=overlap)
 
     assert pending.done

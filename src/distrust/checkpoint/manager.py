@@ -161,15 +161,16 @@ class CheckpointManager:
                 prepared, later=_OVERLAPPED if overlap else (), ring=session.ring
             )
             if capture is None:
+                pending = session.writer.run(
+                    path, lambda: self._commit(path, prepared.step, lambda path: self._pour(path, prepared))
+                )
                 warnings.warn(
-                    f"step {checkpoint.step}: its copy would take more than a quarter of the free memory, so "
-                    "nothing goes on until it is saved",
+                    f"step {checkpoint.step}: there is no memory for its copy, which may take a quarter of the "
+                    "free memory, so nothing went on until it was saved",
                     DistrustWarning,
                     stacklevel=2,
                 )
-                return session.writer.run(
-                    path, lambda: self._commit(path, prepared.step, lambda path: self._pour(path, prepared))
-                )
+                return pending
             # The thread holds no more than it needs: the caller's arrays are to go when they are copied.
             step = prepared.step
             return session.writer.start(
