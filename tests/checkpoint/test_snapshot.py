@@ -172,7 +172,7 @@ def test_a_state_over_the_budget_is_saved_before_the_call_returns(manager, free_
     training = Training()
     free_memory(4 * 8 * 8 * 3000 - 1)  # a quarter of it is one byte too few
 
-    with pytest.warns(DistrustWarning, match="step 1.*a quarter of the free memory"):
+    with pytest.warns(DistrustWarning, match="step 1.*a quarter of the free"):
         pending = manager.save_async(training.checkpoint, overlap=overlap)
 
     assert pending.done
@@ -243,7 +243,7 @@ def test_where_the_system_refuses_what_the_budget_allows_the_save_is_not_lost(ma
     monkeypatch.setattr(pouring, "BLOCK_BYTES", 4096)
     large = np.arange(1 << 20)
     assert not manager.reserve(large.nbytes)
-    with pytest.warns(DistrustWarning, match="quarter of the free memory"):
+    with pytest.warns(DistrustWarning, match="quarter of the free"):
         pending = manager.save_async(Checkpoint(step=1, model={"w": large}))
     assert pending.done
     assert (manager.load(1).model["w"] == large).all()

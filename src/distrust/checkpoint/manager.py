@@ -165,8 +165,8 @@ class CheckpointManager:
                     path, lambda: self._commit(path, prepared.step, lambda path: self._pour(path, prepared))
                 )
                 warnings.warn(
-                    f"step {checkpoint.step}: no memory for its copy, which may take a quarter of the free memory, "
-                    "so nothing went on until it was saved",
+                    f"step {checkpoint.step}: no memory for its copy, which may take a quarter of the free "
+                    "memory, so nothing went on until it was saved",
                     DistrustWarning,
                     stacklevel=2,
                 )
