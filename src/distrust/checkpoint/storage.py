@@ -189,7 +189,7 @@ class DirectoryLock:
                 # The note is for the message only: whether a lock is stale is the kernel's to know.
                 holder = os.pread(descriptor, 256, 0).decode(errors="replace").strip()
                 if holder == _holder():
-                    what = "another CheckpointManager of this process holds this directory: close() it"
+                    what = f"another manager of this process ({holder}) holds this directory: close() it"
                 else:
                     what = (
                         f"another writer holds this directory ({holder or 'starting up'}); "
