@@ -96,7 +96,8 @@ def copied(flat: Any) -> Any:
     """A settled array that nobody else will change."""
     from distrust.checkpoint.arrays import of_numpy
 
-    return flat.copy() if type(flat) is of_numpy.Flat else flat.clone()
+    # To the host at once: a copy on a device would be made when the device comes to it.
+    return flat.copy() if type(flat) is of_numpy.Flat else flat.to("cpu", copy=True)
 
 
 def require(framework: str) -> None:
