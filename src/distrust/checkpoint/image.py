@@ -103,7 +103,7 @@ def read(
         }
         if lazy:
             touch = functools.cache(verified)
-            sections = {name: lazily.LazyMapping(content, touch) for name, content in sections.items()}
+            sections = {name: lazily.LazyMapping(section, touch) for name, section in sections.items()}
         checkpoint = Checkpoint(
             step=header.step,
             **sections,

@@ -70,11 +70,8 @@ def load(descriptor: int, header: Header) -> Content:
         OSError: if the disk cannot be read.
         MemoryError: if there is not enough memory.
     """
-    places = list(
-        itertools.accumulate(
-            (rounded(tensor.nbytes, CACHE_LINE_BYTES) for tensor in header.tensors), initial=0
-        )
-    )
+    sizes = (rounded(tensor.nbytes, CACHE_LINE_BYTES) for tensor in header.tensors)
+    places = list(itertools.accumulate(sizes, initial=0))
     memory = allocate(places[-1])
     offsets = {tensor.name: place for tensor, place in zip(header.tensors, places, strict=False)}
     content = Content(memoryview(memory), offsets)

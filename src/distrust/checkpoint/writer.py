@@ -135,9 +135,13 @@ class BackgroundWriter:
             threading.Thread(target=run, name=f"save {path.name}", daemon=False).start()
             self._take(pending)
         except RuntimeError:
-            self._take(pending)
-            begin.set()
-            run()
+            given_up = True
+
+            def both() -> None:
+                copy()
+                write()
+
+            return self.run(path, both)
         except BaseException:
             given_up = True
             raise
