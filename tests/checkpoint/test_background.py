@@ -358,17 +358,17 @@ def test_a_failure_that_somebody_took_is_not_printed_again(tmp_path, run_python,
 INTERRUPTED = """
 import sys, threading, time
 from distrust import Checkpoint, CheckpointManager
-from distrust.checkpoint import storage
+from distrust.checkpoint.disk import Disk
 from distrust.errors import CheckpointDirectoryLocked
 
 written = threading.Event()
-honest = storage.sync
+honest = Disk.sync
 
-def slow(descriptor):
+def slow(disk, descriptor):
     written.wait()
-    honest(descriptor)
+    honest(disk, descriptor)
 
-storage.sync = slow
+Disk.sync = slow
 try:
     with CheckpointManager(sys.argv[1]) as manager:
         manager.save_async(Checkpoint(step=1))

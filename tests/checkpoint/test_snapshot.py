@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from distrust import Checkpoint, CheckpointManager
-from distrust.checkpoint import arrays, memory, pouring, snapshot, storage
+from distrust.checkpoint import arrays, memory, pouring, snapshot
+from distrust.checkpoint import manager as manager_module
+from distrust.checkpoint.disk import Disk
 from distrust.errors import DistrustWarning
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
@@ -35,13 +37,14 @@ class Gate:
 
 @pytest.fixture
 def gate(monkeypatch):
-    """Holds up a call of a module."""
+    """Holds up a call of a module, or a method."""
     gates = []
 
-    def close(module, name: str) -> Gate:
-        gates.append(Gate(getattr(module, name)))
-        monkeypatch.setattr(module, name, gates[-1])
-        return gates[-1]
+    def close(owner, name: str) -> Gate:
+        gate = Gate(getattr(owner, name))
+        monkeypatch.setattr(owner, name, lambda *given, **named: gate(*given, **named))
+        gates.append(gate)
+        return gate
 
     yield close
     for gate in gates:
@@ -91,7 +94,7 @@ class Training:
 @pytest.mark.usefixtures("write_path")
 def test_without_overlap_everything_may_change_at_once(manager, gate):
     training = Training()
-    writing = gate(pouring, "AtomicFile")
+    writing = gate(manager_module, "AtomicFile")
 
     pending = manager.save_async(training.checkpoint)
     pending.wait_copied()
@@ -105,7 +108,7 @@ def test_without_overlap_everything_may_change_at_once(manager, gate):
 @pytest.mark.usefixtures("write_path")
 def test_with_overlap_weights_may_change_once_they_are_copied_and_the_rest_at_once(manager, gate):
     training = Training()
-    copying, writing = gate(arrays, "fill"), gate(pouring, "AtomicFile")
+    copying, writing = gate(arrays, "fill"), gate(manager_module, "AtomicFile")
 
     pending = manager.save_async(training.checkpoint, overlap=True)
     training.change("rng", "history")
@@ -121,7 +124,7 @@ def test_with_overlap_weights_may_change_once_they_are_copied_and_the_rest_at_on
 
 def test_what_is_saved_while_the_one_before_is_being_written_does_not_change_it(manager, gate):
     """There is one buffer: the second save has to wait for it."""
-    syncing = gate(storage, "sync")
+    syncing = gate(Disk, "sync")
     first = manager.save_async(Checkpoint(step=1, model={"w": np.full(3000, 1)}), overlap=True)
     second: list = []
     other = threading.Thread(
@@ -158,7 +161,7 @@ def test_who_waits_for_a_copy_that_fails_is_not_left_waiting(manager, monkeypatc
 
 
 def test_a_save_that_needs_no_copy_is_copied_already(manager, gate):
-    syncing = gate(storage, "sync")
+    syncing = gate(Disk, "sync")
     pending = manager.save_async(Checkpoint(step=1))
     pending.wait_copied()
     assert not pending.done
@@ -185,7 +188,7 @@ def test_a_state_over_the_budget_is_saved_before_the_call_returns(manager, free_
 
 def test_a_state_within_the_budget_is_saved_behind(manager, free_memory, gate):
     free_memory(4 * 8 * 8 * 3000)
-    syncing = gate(storage, "sync")
+    syncing = gate(Disk, "sync")
     pending = manager.save_async(Training().checkpoint)
     assert not pending.done
     syncing.open()
@@ -197,7 +200,7 @@ def test_what_was_reserved_is_there_however_little_is_free_later(manager, free_m
     assert manager.reserve(8 * 8 * 3000)
     free_memory(0)
     assert manager.reserve(8 * 8 * 3000)  # it is there already
-    syncing = gate(storage, "sync")
+    syncing = gate(Disk, "sync")
     pending = manager.save_async(Training().checkpoint)
     assert not pending.done
     syncing.open()

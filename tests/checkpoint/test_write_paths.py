@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from states import EDGE, State, random_items, state_of, states
 
 from distrust import Checkpoint, CheckpointManager
-from distrust.checkpoint import direct, parallel, pouring, storage, writing
+from distrust.checkpoint import direct, parallel, pouring
+from distrust.checkpoint.disk import Disk
 from distrust.errors import SaveFailed
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
@@ -69,7 +70,7 @@ PAGES = np.dtype(np.float64)
 def test_every_way_to_save_writes_the_same_bytes(manager, state: State, block_bytes, on_all_cores):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pouring, "BLOCK_BYTES", block_bytes)
-        patch.setattr(storage, "sync", lambda descriptor: None)  # most of the time it would take
+        patch.setattr(Disk, "sync", lambda *_: None)  # most of the time it would take
         if on_all_cores:
             patch.setattr(parallel, "worthwhile_threads", lambda nbytes: 3)
         paths = []
@@ -192,15 +193,15 @@ def failing(call: Callable, error: int, *, after: int = 0) -> Callable:
 
 
 FAILURES = {
-    "no file can be made": (writing, "create", errno.EROFS, 0),
-    "a full disk, seen before": (storage, "reserve", errno.ENOSPC, 0),
+    "no file can be made": (Disk, "create", errno.EROFS, 0),
+    "a full disk, seen before": (Disk, "reserve", errno.ENOSPC, 0),
     "a full disk, seen at the first write": (os, "pwrite", errno.ENOSPC, 0),
     "a full disk, seen later": (os, "pwrite", errno.ENOSPC, 9),
     "a broken disk": (os, "pwrite", errno.EIO, 3),
     "a refusal that is none of direct I/O": (os, "pwrite", errno.EINVAL, 0),
     "the header cannot be written": (os, "pwrite", errno.EIO, 20),
     "the tail cannot be cut": (os, "ftruncate", errno.EIO, 0),
-    "the sync fails": (storage, "sync", errno.EIO, 0),
+    "the sync fails": (Disk, "sync", errno.EIO, 0),
     "the rename fails": (os, "replace", errno.EACCES, 0),
 }
 
@@ -230,17 +231,17 @@ def test_a_save_that_fails_leaves_what_stood_before_and_the_next_one_works(tmp_p
 def test_a_sync_that_failed_is_not_tried_again_on_the_same_file(tmp_path, monkeypatch):
     """The second one would report success, though the kernel may have dropped what it could not write."""
     synced = []
-    honest = storage.sync
+    honest = Disk.sync
 
-    def sync(descriptor):
+    def sync(disk, descriptor):
         synced.append(os.fstat(descriptor).st_ino)
         if len(synced) == 1:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        honest(descriptor)
+        honest(disk, descriptor)
 
     with CheckpointManager(tmp_path) as manager:
         manager.acquire()
-        monkeypatch.setattr(storage, "sync", sync)
+        monkeypatch.setattr(Disk, "sync", sync)
         with pytest.raises(SaveFailed):
             manager.save(Checkpoint(step=1))
         assert len(synced) == 1
@@ -252,7 +253,7 @@ def test_where_only_the_directory_cannot_be_synced_the_file_stays_and_nothing_is
 ):
     with CheckpointManager(tmp_path, keep_last=1) as manager:
         manager.save(Checkpoint(step=1))
-        monkeypatch.setattr(storage, "sync_directory", failing(storage.sync_directory, errno.EIO))
+        monkeypatch.setattr(Disk, "sync_directory", failing(Disk.sync_directory, errno.EIO))
         with pytest.raises(SaveFailed, match="written and whole"):
             manager.save(Checkpoint(step=2))
         assert manager.list_checkpoints() == [1, 2]

@@ -11,7 +11,8 @@ import pytest
 from toy_engine import ToyEngine
 
 from distrust import CheckpointManager, DistrustWarning
-from distrust.checkpoint import arrays, memory, snapshot, storage
+from distrust.checkpoint import arrays, memory, snapshot
+from distrust.checkpoint.disk import Disk
 from distrust.errors import SaveFailed
 from distrust.training.events import CheckpointSaved
 
@@ -21,15 +22,15 @@ def failing_saves(monkeypatch):
     """Has the disk refuse the saves of these numbers, counted from 1."""
 
     def fail(*numbers: int) -> None:
-        honest, count = storage.sync, [0]
+        honest, count = Disk.sync, [0]
 
-        def sync(descriptor: int) -> None:
+        def sync(disk: Disk, descriptor: int) -> None:
             count[0] += 1
             if count[0] in numbers:
                 raise OSError(errno.ENOSPC, "No space left on device")
-            honest(descriptor)
+            honest(disk, descriptor)
 
-        monkeypatch.setattr(storage, "sync", sync)
+        monkeypatch.setattr(Disk, "sync", sync)
 
     return fail
 

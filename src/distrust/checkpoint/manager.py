@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from distrust.checkpoint import arrays, image, pouring, retention, storage, store
 from distrust.checkpoint.checkpoint import Checkpoint
+from distrust.checkpoint.disk import Disk
 from distrust.checkpoint.format import Kind
 from distrust.checkpoint.memory import ReusableMemory
 from distrust.checkpoint.retention import Candidate, MetricMode, Retention
 from distrust.checkpoint.snapshot import Snapshot
+from distrust.checkpoint.storage import AtomicFile
 from distrust.checkpoint.store import CheckpointFile, DamagedFile, Scan
 from distrust.checkpoint.writer import BackgroundWriter, PendingSave
 from distrust.errors import (
@@ -41,14 +43,15 @@ _OVERLAPPED = ("model.", "optimizer.")
 class _Session:
     """What the clones of a manager share: the lock, the writer, and what is known of the files."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, disk: Disk) -> None:
         self.directory = directory
+        self.disk = disk
         self.begin()
 
     def begin(self) -> None:
         """Know nothing and hold nothing: at first, and in a forked child."""
         self.process = os.getpid()
-        self.lock = storage.DirectoryLock(self.directory)
+        self.lock = storage.DirectoryLock(self.directory, self.disk)
         self.writer = BackgroundWriter()
         self.snapshot = Snapshot()
         self.ring = ReusableMemory()
@@ -87,6 +90,8 @@ class CheckpointManager:
         keep_every: keep each whose step is a multiple of it, besides.
         metric: a key of ``Checkpoint.metrics`` or of the numbers in ``Checkpoint.metadata``.
         metric_mode: ``min`` if lower is better, or ``max``.
+        disk: what is written to, in place of the operating system's: one that fails, for tests of failures.
+            Not pickled.
 
     Raises:
         ConfigError: for rules that make no sense.
@@ -101,10 +106,11 @@ class CheckpointManager:
         keep_every: int | None = None,
         metric: str = "eval_loss",
         metric_mode: MetricMode = "min",
+        disk: Disk | None = None,
     ) -> None:
         self.directory = Path(directory).absolute()
         self._rules = Retention(keep_last, keep_best, keep_every, metric, metric_mode)
-        self._shared = _Session(self.directory)
+        self._shared = _Session(self.directory, disk or Disk())
 
     def acquire(self) -> None:
         """Take the directory's lock, and sweep what dead writers left there.
@@ -130,7 +136,7 @@ class CheckpointManager:
         """
         with self._session.mutex:
             path, prepared = self._prepare(checkpoint, final=final)
-            self._commit(path, prepared.step, lambda path: self._pour(path, prepared))
+            self._commit(path, prepared.layout.file_size, prepared.step, self._poured(prepared))
             return path
 
     def save_async(
@@ -157,12 +163,14 @@ class CheckpointManager:
         with self._session.mutex:
             path, prepared = self._prepare(checkpoint, final=final)
             session = self._session
+            # The thread holds no more than it needs: the caller's arrays are to go when they are copied.
+            size, step = prepared.layout.file_size, prepared.step
             capture = session.snapshot.begin(
                 prepared, later=_OVERLAPPED if overlap else (), ring=session.ring
             )
             if capture is None:
                 pending = session.writer.run(
-                    path, lambda: self._commit(path, prepared.step, lambda path: self._pour(path, prepared))
+                    path, lambda: self._commit(path, size, step, self._poured(prepared))
                 )
                 warnings.warn(
                     f"step {checkpoint.step}: no memory for its copy, which may take a quarter of the free "
@@ -171,12 +179,10 @@ class CheckpointManager:
                     stacklevel=2,
                 )
                 return pending
-            # The thread holds no more than it needs: the caller's arrays are to go when they are copied.
-            step = prepared.step
             return session.writer.start(
                 path,
                 copy=lambda: capture.copy(path),
-                write=lambda: self._commit(path, step, capture.write),
+                write=lambda: self._commit(path, size, step, capture.write),
             )
 
     def reserve(self, nbytes: int) -> bool:
@@ -358,7 +364,7 @@ class CheckpointManager:
         return clone
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CheckpointManager:
-        return type(self)(self.directory, **copy.deepcopy(asdict(self._rules), memo))
+        return type(self)(self.directory, disk=self._session.disk, **copy.deepcopy(asdict(self._rules), memo))
 
     def __getstate__(self) -> dict[str, Any]:
         return {"directory": str(self.directory), **asdict(self._rules)}
@@ -380,12 +386,14 @@ class CheckpointManager:
         path = self.directory / store.file_name(checkpoint.step, kind)
         return path, image.prepare(checkpoint, kind)
 
-    def _pour(self, path: Path, prepared: image.Image) -> str:
-        return pouring.write_filling(path, prepared, self._session.ring)
+    def _poured(self, prepared: image.Image) -> Callable[[AtomicFile], str]:
+        return lambda file: pouring.write_filling(file, prepared, self._session.ring)
 
-    def _commit(self, path: Path, step: int, write: Callable[[Path], str]) -> None:
+    def _commit(self, path: Path, size: int, step: int, write: Callable[[AtomicFile], str]) -> None:
         session = self._session
-        digest = write(path)
+        with AtomicFile(path, size, session.disk) as file:
+            digest = write(file)
+            file.commit()
         session.good.add((path.name, digest))
         if session.resumed_from is not None and step > session.resumed_from.step:
             session.resumed_from = None  # a newer one stands
@@ -424,7 +432,7 @@ class CheckpointManager:
                 break
             for file in unknown:
                 self._judge(file)
-        storage.remove([file.path for file in superseded])
+        storage.remove([file.path for file in superseded], session.disk)
         remaining = {file.step for file in files if file not in superseded}
         return sorted({file.step for file in superseded} - remaining)
 

@@ -20,7 +20,6 @@ import mmap
 import threading
 from collections import deque
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from distrust.checkpoint import arrays
@@ -36,11 +35,11 @@ BLOCKS = 4
 _OF_NOTHING = tensor_hasher(all_cores=False).hexdigest()
 
 
-def write_filled(path: Path, layout: Layout, data: mmap.mmap) -> str:
-    """Write and commit a file; returns its header's digest.
+def write_filled(file: AtomicFile, layout: Layout, data: mmap.mmap) -> str:
+    """Write a file, to be committed by the caller; returns its header's digest.
 
     Args:
-        path: the final name.
+        file: new, of the size that the layout wants.
         layout: where every byte goes.
         data: the tensors as they will lie in the file, in whole pages.
 
@@ -49,19 +48,18 @@ def write_filled(path: Path, layout: Layout, data: mmap.mmap) -> str:
         UnsupportedState: if no reader would take the header.
     """
     digests = _Digests(layout)
-    with AtomicFile(path, layout.file_size) as file:
-        for begin, end in _blocks(layout):
-            block = memoryview(data)[begin : rounded(end, PAGE_BYTES)]
-            file.write(block, layout.data_offset + begin)
-            digests.update(block, begin, end)
-        return _complete(file, layout, digests.finished())
+    for begin, end in _blocks(layout):
+        block = memoryview(data)[begin : rounded(end, PAGE_BYTES)]
+        file.write(block, layout.data_offset + begin)
+        digests.update(block, begin, end)
+    return _write_header(file, layout, digests.finished())
 
 
-def write_filling(path: Path, image: Image, ring: ReusableMemory) -> str:
-    """Write and commit a file; returns its header's digest.
+def write_filling(file: AtomicFile, image: Image, ring: ReusableMemory) -> str:
+    """Write a file, to be committed by the caller; returns its header's digest.
 
     Args:
-        path: the final name.
+        file: new, of the size that the layout wants.
         image: what to write.
         ring: memory for the blocks.
 
@@ -74,16 +72,15 @@ def write_filling(path: Path, image: Image, ring: ReusableMemory) -> str:
     slots = min(BLOCKS, len(_blocks(layout)))
     memory = ring.take(slots * BLOCK_BYTES)
     under_way: deque[threading.Event] = deque()
-    with AtomicFile(path, layout.file_size) as file:
-        for number, (begin, end) in enumerate(_blocks(layout)):
-            if number >= slots:
-                under_way.popleft().wait()
-            place = number % slots * BLOCK_BYTES
-            arrays.fill(memory, place, _cut(image, begin, end))
-            block = memoryview(memory)[place : place + rounded(end - begin, PAGE_BYTES)]
-            under_way.append(file.write(block, layout.data_offset + begin))
-            digests.update(block, begin, end)
-        return _complete(file, layout, digests.finished())
+    for number, (begin, end) in enumerate(_blocks(layout)):
+        if number >= slots:
+            under_way.popleft().wait()
+        place = number % slots * BLOCK_BYTES
+        arrays.fill(memory, place, _cut(image, begin, end))
+        block = memoryview(memory)[place : place + rounded(end - begin, PAGE_BYTES)]
+        under_way.append(file.write(block, layout.data_offset + begin))
+        digests.update(block, begin, end)
+    return _write_header(file, layout, digests.finished())
 
 
 class _Digests:
@@ -132,12 +129,11 @@ def _cut(image: Image, begin: int, end: int) -> list[Any]:
     return cut
 
 
-def _complete(file: AtomicFile, layout: Layout, digests: Sequence[str]) -> str:
-    """Write the header and commit; returns the header's digest."""
+def _write_header(file: AtomicFile, layout: Layout, digests: Sequence[str]) -> str:
+    """Write the header; returns its digest."""
     header, digest = layout.header(digests)
     block = allocate(len(header))
     block[: len(header)] = header
     # Last: a file without its header is no checkpoint, whatever the disk made of the rest.
     file.write(memoryview(block)[: len(header)], 0)
-    file.commit()
     return digest

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from distrust.checkpoint import arrays, pouring
 from distrust.checkpoint.image import Image
 from distrust.checkpoint.memory import PAGE_BYTES, ReusableMemory, available_bytes, rounded
+from distrust.checkpoint.storage import AtomicFile
 from distrust.errors import SaveFailed
 
 #: The part of the memory still free that a snapshot may take.
@@ -28,11 +29,11 @@ class Capture(NamedTuple):
     Attributes:
         copy: copies what is not copied yet, for the file of that name; until it returns, nobody may change
             that, and where the framework counts changes, it finds out.
-        write: writes and commits the file of that name, and returns its header's digest.
+        write: writes it into a new file, to be committed by the caller; returns its header's digest.
     """
 
     copy: Callable[[Path], None]
-    write: Callable[[Path], str]
+    write: Callable[[AtomicFile], str]
 
 
 class Snapshot:
@@ -78,7 +79,7 @@ class Snapshot:
             for label, flat in zip(image.layout.names, image.flats, strict=True)
         ]
         held = replace(image, flats=flats)
-        return Capture(_nothing_to_copy, lambda path: pouring.write_filling(path, held, ring))
+        return Capture(_nothing_to_copy, lambda file: pouring.write_filling(file, held, ring))
 
     def _copied(self, image: Image, later: tuple[str, ...]) -> Capture | None:
         layout = image.layout
@@ -103,7 +104,7 @@ class Snapshot:
                         path=path,
                     )
 
-        return Capture(copy, lambda path: pouring.write_filled(path, layout, memory))
+        return Capture(copy, lambda file: pouring.write_filled(file, layout, memory))
 
 
 def _nothing_to_copy(_: Path) -> None:

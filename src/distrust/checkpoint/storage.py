@@ -1,8 +1,9 @@
-"""The commit protocol: the only place that writes, syncs, renames, removes and locks.
+"""The commit protocol: the only place that has anything written, synced, renamed, removed or locked.
 
-A checkpoint is written to a hidden temporary name in its own directory, data first and header last
-(``writing.py``), then synced, renamed into place, and the directory synced. At every instant the directory
-therefore holds, under the final name, either the file that stood there before or the whole new one.
+What it asks for is done by a disk (``disk.py``), the real one or another in its place. A checkpoint is
+written to a hidden temporary name in its own directory, data first and header last (``pouring.py``), then
+synced, renamed into place, and the directory synced. At every instant the directory therefore holds, under
+the final name, either the file that stood there before or the whole new one.
 
 - Space is reserved before the first byte, so that a full disk is found before anything is touched.
 - A failed fsync is never tried again on the same file: the kernel may have dropped the pages it could not
@@ -16,22 +17,18 @@ therefore holds, under the final name, either the file that stood there before o
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import errno
 import fcntl
 import functools
 import os
 import re
 import secrets
-import struct
-import sys
 import threading
 import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
-from distrust.checkpoint import writing
+from distrust.checkpoint.disk import Disk
 from distrust.checkpoint.parallel import Crew
 from distrust.errors import CheckpointDirectoryLocked, SaveFailed
 
@@ -48,22 +45,24 @@ class AtomicFile:
     Args:
         path: the final name.
         size: in bytes.
+        disk: what it is written to.
 
     Raises:
         SaveFailed: from every method. What stood before is untouched, unless the last step of all, the sync
             of the directory, failed: then the new file stands.
     """
 
-    def __init__(self, path: Path, size: int) -> None:
+    def __init__(self, path: Path, size: int, disk: Disk) -> None:
         self._path = path
         self._size = size
+        self._disk = disk
         self._temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}.tmp"
         self._writers: Crew | None = None
         self._descriptor = -1
         try:
             with self._reported():
-                self._descriptor = writing.create(self._temporary)
-                reserve(self._descriptor, size)
+                self._descriptor = disk.create(self._temporary)
+                disk.reserve(self._descriptor, size)
             self._writers = Crew(WRITES_IN_FLIGHT)
         except BaseException:
             self.discard()
@@ -81,18 +80,18 @@ class AtomicFile:
         """
         assert self._writers is not None  # noqa: S101 - until it is committed or discarded
         with self._reported():
-            return self._writers.put(lambda: writing.write(self._descriptor, block, offset))
+            return self._writers.put(lambda: self._disk.write(self._descriptor, block, offset))
 
     def commit(self) -> None:
         """Make the file durable and put it under its name."""
         assert self._writers is not None  # noqa: S101 - until it is committed or discarded
         with self._reported():
             self._writers.finish()
-            os.ftruncate(self._descriptor, self._size)  # pages are written whole, the last one too
-            sync(self._descriptor)
-            os.replace(self._temporary, self._path)
+            self._disk.truncate(self._descriptor, self._size)  # pages are written whole, the last one too
+            self._disk.sync(self._descriptor)
+            self._disk.rename(self._temporary, self._path)
         try:
-            sync_directory(self._path.parent)
+            self._disk.sync_directory(self._path.parent)
         except OSError as error:
             raise SaveFailed(
                 f"{self._path}: written and whole, but its directory could not be synced "
@@ -107,11 +106,11 @@ class AtomicFile:
                 self._writers.stop()
                 self._writers = None
             if self._descriptor >= 0:
-                os.close(self._descriptor)
+                self._disk.close(self._descriptor)
                 self._descriptor = -1
         finally:  # an interrupt may cut the wait for the writers short
             with contextlib.suppress(OSError):
-                os.unlink(self._temporary)
+                self._disk.unlink(self._temporary)
 
     def __enter__(self) -> AtomicFile:
         return self
@@ -137,8 +136,9 @@ class AtomicFile:
 class DirectoryLock:
     """The right to write in one directory. Held by a process, and by none of its children."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, disk: Disk) -> None:
         self._directory = directory
+        self._disk = disk
         self._descriptor = -1
 
     @property
@@ -156,9 +156,8 @@ class DirectoryLock:
         if self.held:
             return
         try:
-            make_directory(self._directory)
-            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-            descriptor = os.open(self._directory / LOCK_NAME, flags, 0o666)
+            make_directory(self._directory, self._disk)
+            descriptor = self._disk.open_lock(self._directory / LOCK_NAME)
             try:
                 self._lock(descriptor)
             except BaseException:
@@ -168,7 +167,7 @@ class DirectoryLock:
             # A manager that is dropped without close() must not lock its own process out.
             self._close = weakref.finalize(self, os.close, descriptor)
             _closed_in_children().add(self)
-            sweep(self._directory)
+            sweep(self._directory, self._disk)
         except OSError as error:
             raise SaveFailed(
                 f"{self._directory}: cannot be written to: {error.strerror}", path=self._directory
@@ -231,80 +230,33 @@ def _closed_in_children() -> weakref.WeakSet[DirectoryLock]:
     return locks
 
 
-def make_directory(directory: Path) -> None:
+def make_directory(directory: Path, disk: Disk) -> None:
     """Make a directory and its parents, durably."""
     if directory.is_dir():
         return
-    make_directory(directory.parent)
+    make_directory(directory.parent, disk)
     with contextlib.suppress(FileExistsError):
-        directory.mkdir()
-    sync_directory(directory.parent)
+        disk.make_directory(directory)
+    disk.sync_directory(directory.parent)
 
 
-def sweep(directory: Path) -> None:
+def sweep(directory: Path, disk: Disk) -> None:
     """Remove the temporary files of dead writers. The caller holds the lock, so no living one has any."""
     with os.scandir(directory) as entries:
-        stale = [entry.path for entry in entries if _TEMPORARY_NAME.fullmatch(entry.name)]
+        stale = [Path(entry.path) for entry in entries if _TEMPORARY_NAME.fullmatch(entry.name)]
     for path in stale:
         with contextlib.suppress(OSError):
-            os.unlink(path)
+            disk.unlink(path)
 
 
-def remove(paths: list[Path]) -> None:
+def remove(paths: list[Path], disk: Disk) -> None:
     """Remove files. One that is gone already is no error.
 
     Not synced: should a power cut bring one back, the next clean-up removes it again.
     """
     for path in paths:
         with contextlib.suppress(FileNotFoundError):
-            path.unlink()
-
-
-def reserve(descriptor: int, size: int) -> None:
-    """Reserve space for a file, or raise ENOSPC before a byte is written."""
-    if size and sys.platform == "linux":
-        # Not os.posix_fallocate: where the file system cannot reserve, it writes a byte into every block.
-        fallocate = ctypes.CDLL(None, use_errno=True).fallocate
-        fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
-        if fallocate(descriptor, 0, 0, size) == 0:
-            return
-        code = ctypes.get_errno()
-        if code not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EINTR):
-            raise OSError(code, os.strerror(code))
-    elif size and sys.platform == "darwin" and _preallocated(descriptor, size):
-        return
-    status = os.fstatvfs(descriptor)
-    if status.f_bavail * status.f_frsize < size:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def _preallocated(descriptor: int, size: int) -> bool:
-    """macOS: whether the space was given. The file keeps its size: it grows as it is written."""
-    allocate_all, from_the_end = 4, 3  # F_ALLOCATEALL, F_PEOFPOSMODE; Python has no names for them
-    wanted = struct.pack("@Iiqqq", allocate_all, from_the_end, 0, size, 0)
-    try:
-        fcntl.fcntl(descriptor, 42, wanted)  # F_PREALLOCATE
-    except OSError:
-        return False  # full, or not this file system's: the free space tells
-    return True
-
-
-def sync(descriptor: int) -> None:
-    """Have the disk hold what was written."""
-    if sys.platform == "darwin":
-        # fsync on macOS leaves the data in the drive's cache.
-        fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
-    else:
-        os.fsync(descriptor)
-
-
-def sync_directory(directory: Path) -> None:
-    """Have the disk hold the names in a directory."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            disk.unlink(path)
 
 
 def _free_bytes(directory: Path) -> int | None:
