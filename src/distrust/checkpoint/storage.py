@@ -147,7 +147,7 @@ class DirectoryLock:
         return self._descriptor >= 0
 
     def acquire(self) -> None:
-        """Make the directory if need be, take the lock, and sweep what dead writers left behind.
+        """Make the directory if need be, take the lock, sweep what dead writers left, sync what they made.
 
         Raises:
             CheckpointDirectoryLocked: if another writer holds it.
@@ -160,6 +160,8 @@ class DirectoryLock:
             descriptor = self._disk.open_lock(self._directory / LOCK_NAME)
             try:
                 self._lock(descriptor)
+                sweep(self._directory, self._disk)
+                sync_names(self._directory, self._disk)
             except BaseException:
                 os.close(descriptor)
                 raise
@@ -167,7 +169,6 @@ class DirectoryLock:
             # A manager that is dropped without close() must not lock its own process out.
             self._close = weakref.finalize(self, os.close, descriptor)
             _closed_in_children().add(self)
-            sweep(self._directory, self._disk)
         except OSError as error:
             raise SaveFailed(
                 f"{self._directory}: cannot be written to: {error.strerror}", path=self._directory
@@ -231,13 +232,27 @@ def _closed_in_children() -> weakref.WeakSet[DirectoryLock]:
 
 
 def make_directory(directory: Path, disk: Disk) -> None:
-    """Make a directory and its parents, durably."""
+    """Make a directory and its parents. Their names are not yet durable: see :func:`sync_names`."""
     if directory.is_dir():
         return
     make_directory(directory.parent, disk)
     with contextlib.suppress(FileExistsError):
         disk.make_directory(directory)
-    disk.sync_directory(directory.parent)
+
+
+def sync_names(directory: Path, disk: Disk) -> None:
+    """Have the disk hold the names in a directory, its own, and its parents'.
+
+    Those that stand may be another's work, who was killed before it could sync them: to go on from a
+    checkpoint, or to remove an older one, is to rely on its name.
+    """
+    disk.sync_directory(directory)
+    device = os.stat(directory).st_dev
+    for parent in directory.parents:
+        # A mount point was there before, and where we may not write, nothing was made by one like us.
+        if os.stat(parent).st_dev != device or not os.access(parent, os.R_OK | os.W_OK):
+            break
+        disk.sync_directory(parent)
 
 
 def sweep(directory: Path, disk: Disk) -> None:
