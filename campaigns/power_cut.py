@@ -235,5 +235,5 @@ def _chosen(pending: list[_Change], fate: Fate, chance: Random) -> Iterator[_Cha
         if reached:
             change = pending[index]
             # Both names of a file that was being renamed.
-            half = fate == "torn" and index == odd and change.came is not None
+            half = change.came is not None and index == odd and fate in ("torn", "random")
             yield change._replace(gone=None) if half else change

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from distrust.checkpoint import direct
 from distrust.checkpoint.disk import Disk
 
 
@@ -98,6 +99,7 @@ class RecordingDisk(Disk):
 
     Attributes:
         calls: how many calls there were.
+        direct_writes: how many blocks went past the page cache.
         failed: the names of those that failed.
         dies_after: the call after which the process ends; None for never.
         fails: told the name of each call and its number; gives the errno that it fails with, or None;
@@ -106,6 +108,7 @@ class RecordingDisk(Disk):
 
     def __init__(self, record: Callable[[Operation], None]) -> None:
         self.calls = 0
+        self.direct_writes = 0
         self.failed: list[str] = []
         self.dies_after: int | None = None
         self.fails: Callable[[str, int], int | None] | None = None
@@ -142,6 +145,7 @@ class RecordingDisk(Disk):
     def write(self, descriptor: int, view: memoryview, offset: int) -> None:
         self._call("write")
         super().write(descriptor, view, offset)
+        self.direct_writes += direct.is_on(descriptor)
         self._record(Write(self._files[descriptor], offset, bytes(view)))
 
     def truncate(self, descriptor: int, size: int) -> None:

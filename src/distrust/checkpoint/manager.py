@@ -328,10 +328,14 @@ class CheckpointManager:
 
         Raises:
             CheckpointDirectoryLocked: if another writer holds the directory.
+            SaveFailed: if the directory cannot be written to, or the background save before this failed and
+                nobody has been told.
+            CheckpointError: if one cannot be removed.
         """
         with self._session.mutex:
             self._session.writer.settle()
             self.acquire()
+            storage.sync_names(self.directory, self._session.disk)
             rules = self._rules if keep_last is None else replace(self._rules, keep_last=keep_last)
             return self._clean_up(rules)
 
@@ -399,7 +403,7 @@ class CheckpointManager:
             session.resumed_from = None  # a newer one stands
         try:
             self._clean_up(self._rules, written=path)
-        except (OSError, CheckpointError) as error:
+        except CheckpointError as error:
             # The checkpoint is durable: failing to remove another one is no failure to save.
             warnings.warn(f"{self.directory}: could not clean up: {error}", DistrustWarning, stacklevel=3)
 

@@ -30,7 +30,7 @@ from pathlib import Path
 
 from distrust.checkpoint.disk import Disk
 from distrust.checkpoint.parallel import Crew
-from distrust.errors import CheckpointDirectoryLocked, SaveFailed
+from distrust.errors import CheckpointDirectoryLocked, CheckpointError, SaveFailed
 
 LOCK_NAME = ".lock"
 PATIENCE_SECONDS = 1.0
@@ -155,7 +155,7 @@ class DirectoryLock:
         """
         if self.held:
             return
-        try:
+        with _writable(self._directory):
             make_directory(self._directory, self._disk)
             descriptor = self._disk.open_lock(self._directory / LOCK_NAME)
             try:
@@ -169,10 +169,6 @@ class DirectoryLock:
             # A manager that is dropped without close() must not lock its own process out.
             self._close = weakref.finalize(self, os.close, descriptor)
             _closed_in_children().add(self)
-        except OSError as error:
-            raise SaveFailed(
-                f"{self._directory}: cannot be written to: {error.strerror}", path=self._directory
-            ) from error
 
     def release(self) -> None:
         """Let go of the lock; does nothing if it is not held."""
@@ -243,16 +239,29 @@ def make_directory(directory: Path, disk: Disk) -> None:
 def sync_names(directory: Path, disk: Disk) -> None:
     """Have the disk hold the names in a directory, its own, and its parents'.
 
-    Those that stand may be another's work, who was killed before it could sync them: to go on from a
-    checkpoint, or to remove an older one, is to rely on its name.
+    Those that stand may be another's work, who was killed before it could sync them, or a save's that failed
+    to: to go on from a checkpoint, or to remove an older one, is to rely on its name.
+
+    Raises:
+        SaveFailed: if that cannot be done.
     """
-    disk.sync_directory(directory)
-    device = os.stat(directory).st_dev
-    for parent in directory.parents:
-        # A mount point was there before, and where we may not write, nothing was made by one like us.
-        if os.stat(parent).st_dev != device or not os.access(parent, os.R_OK | os.W_OK):
-            break
-        disk.sync_directory(parent)
+    with _writable(directory):
+        disk.sync_directory(directory)
+        device = os.stat(directory).st_dev
+        for parent in directory.parents:
+            # A mount point was there before, and where we may not write, nothing was made by one like us.
+            if os.stat(parent).st_dev != device or not os.access(parent, os.R_OK | os.W_OK):
+                break
+            disk.sync_directory(parent)
+
+
+@contextlib.contextmanager
+def _writable(directory: Path) -> Iterator[None]:
+    """What the system refuses inside is said of the directory."""
+    try:
+        yield
+    except OSError as error:
+        raise SaveFailed(f"{directory}: cannot be written to: {error.strerror}", path=directory) from error
 
 
 def sweep(directory: Path, disk: Disk) -> None:
@@ -268,10 +277,17 @@ def remove(paths: list[Path], disk: Disk) -> None:
     """Remove files. One that is gone already is no error.
 
     Not synced: should a power cut bring one back, the next clean-up removes it again.
+
+    Raises:
+        CheckpointError: for the first that cannot be removed.
     """
     for path in paths:
-        with contextlib.suppress(FileNotFoundError):
+        try:
             disk.unlink(path)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be removed: {error.strerror}", path=path) from error
 
 
 def _free_bytes(directory: Path) -> int | None:

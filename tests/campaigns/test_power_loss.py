@@ -1,0 +1,254 @@
+"""The campaign of power cuts in short form, the model beneath it, and what it has found."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from pathlib import Path
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from campaigns import failing_calls, power_loss
+from campaigns.power_cut import FATES, PAGE_BYTES, World
+from campaigns.recording import (
+    Create,
+    Killed,
+    RecordingDisk,
+    Rename,
+    Reserve,
+    Sync,
+    SyncDirectory,
+    SyncFailed,
+    Truncate,
+    Unlink,
+    Write,
+)
+from distrust import Checkpoint, CheckpointManager
+from distrust.checkpoint import retention, storage
+from distrust.errors import CheckpointError, DistrustWarning, SaveFailed
+
+ROOT = Path("/disk")
+A, B = ROOT / "a", ROOT / "b"
+fates = st.sampled_from(FATES)
+chances = st.integers().map(Random)
+
+
+def test_every_promise_is_kept_on_the_disks_of_some_sequences(capsys):
+    assert power_loss.main(["--seed", "5", "--cases", "3"]) == 0
+    assert "every promise was kept" in capsys.readouterr().out
+
+
+def test_every_promise_is_kept_where_calls_fail(capsys):
+    assert failing_calls.main(["--seed", "5", "--cases", "3"]) == 0
+    assert "every promise was kept" in capsys.readouterr().out
+
+
+# It can fail
+
+
+@pytest.mark.parametrize("fault", power_loss.FAULTS)
+def test_a_call_that_is_left_out_is_missed(capsys, fault):
+    assert power_loss.main(["--leave-out", fault, "--cases", "20"]) == 1
+    out = capsys.readouterr().out
+    assert "COUNTEREXAMPLE" in out
+    assert "--case 0" in out
+
+
+def sync_what_a_killed_writer_left_but_not(what: str):
+    honest = storage.sync_names
+
+    def sync_names(directory, disk):
+        if what == "parents":
+            disk.sync_directory(directory)
+        elif what == "names":
+            honest(directory.parent, disk)
+
+    return sync_names
+
+
+def commit_before_sync(file: storage.AtomicFile) -> None:
+    file._writers.finish()
+    file._disk.truncate(file._descriptor, file._size)
+    file._disk.rename(file._temporary, file._path)
+    file._disk.sync(file._descriptor)
+    file._disk.sync_directory(file._path.parent)
+
+
+def sync_again_if_it_fails(file: storage.AtomicFile) -> None:
+    file._writers.finish()
+    file._disk.truncate(file._descriptor, file._size)
+    try:
+        file._disk.sync(file._descriptor)
+    except OSError:
+        file._disk.sync(file._descriptor)
+    file._disk.rename(file._temporary, file._path)
+    file._disk.sync_directory(file._path.parent)
+
+
+MUTANTS = {
+    "the parents are not synced at the start": (
+        power_loss, storage, "sync_names", sync_what_a_killed_writer_left_but_not("parents"),
+    ),
+    "renamed before it is synced": (power_loss, storage.AtomicFile, "commit", commit_before_sync),
+    "a failed sync is tried again": (failing_calls, storage.AtomicFile, "commit", sync_again_if_it_fails),
+    "the oldest are kept": (
+        power_loss, retention, "last", lambda found, rules: {min(each.step for each in found)},
+    ),
+    "nothing is swept": (power_loss, storage, "sweep", lambda directory, disk: None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", MUTANTS)
+def test_a_wrong_protocol_is_found(monkeypatch, capsys, what):
+    campaign, owner, name, wrong = MUTANTS[what]
+    monkeypatch.setattr(owner, name, wrong)
+    assert campaign.main(["--cases", "60"]) == 1, capsys.readouterr().out
+
+
+# What a power cut may leave
+
+
+def file_of(content: bytes, *, size: int, synced: bool) -> list:
+    done = [Create(A, 1), Reserve(1, len(content)), Write(1, 0, content), Truncate(1, size)]
+    return [*done, Sync(1), SyncDirectory(ROOT)] if synced else done
+
+
+@settings(deadline=None)
+@given(fates, fates, chances, st.integers(1, 3 * PAGE_BYTES))
+def test_what_was_synced_is_there_whatever_comes_after(names, contents, chance, size):
+    world = World(ROOT, {})
+    for done in file_of(b"x" * 3 * PAGE_BYTES, size=size, synced=True):
+        world.apply(done)
+    for done in (Create(B, 2), Write(2, 0, b"y"), Create(ROOT / "c", 3), Unlink(ROOT / "c")):
+        world.apply(done)
+    assert world.is_certain(A)
+    assert world.after_cut(names, contents, chance)[A] == b"x" * size
+
+
+def test_of_what_was_not_synced_everything_may_be_left():
+    world = World(ROOT, {})
+    for done in file_of(b"xy" * PAGE_BYTES, size=PAGE_BYTES + 7, synced=False):
+        world.apply(done)
+    assert not world.is_certain(A)
+    chance = Random(1)
+    left = [
+        world.after_cut(names, contents, chance) for _ in range(40) for names in FATES for contents in FATES
+    ]
+    found = {image.get(A) for image in left}
+    whole = b"xy" * (PAGE_BYTES // 2) + b"xyxyxyx"
+    assert {None, b"", whole, bytes(PAGE_BYTES + 7), bytes(PAGE_BYTES) + whole[PAGE_BYTES:]} <= found
+    assert any(content and 0 < len(content.rstrip(b"\0")) < PAGE_BYTES for content in found)  # torn
+
+
+def test_a_rename_replaces_in_one_instant_and_in_any_order_with_others():
+    world = World(ROOT, {A: b"old", B: b"new", ROOT / "c": b"c"})
+    for done in (Rename(B, A), Unlink(ROOT / "c")):
+        world.apply(done)
+    assert world.is_certain(A)
+    assert not world.is_certain(B)
+    left = {
+        tuple((path.name, content) for path, content in world.after_cut(names, "kept", chance).items())
+        for names in FATES
+        for chance in map(Random, range(100))
+    }
+    old, new, b, c = ("a", b"old"), ("a", b"new"), ("b", b"new"), ("c", b"c")
+    assert left == {(old, b, c), (old, b), (new, c), (new,), (new, b), (new, b, c)}
+
+
+def test_a_sync_that_failed_makes_nothing_durable_and_nor_does_the_next():
+    lost = 0
+    for size in range(1, 9):
+        world = World(ROOT, {})
+        content = b"x" * size * PAGE_BYTES
+        for done in [Create(A, 1), Write(1, 0, content), SyncFailed(1), Sync(1), SyncDirectory(ROOT)]:
+            world.apply(done)
+        lost += world.after_cut("kept", "kept", Random(0))[A] != content
+    assert lost
+
+
+# What it has found
+
+
+class Recorded:
+    """A run of a manager, and the disk as it is known."""
+
+    def __init__(self, root: Path) -> None:
+        root.mkdir()
+        self.world = World(root, {})
+        self.disk = RecordingDisk(self.world.apply)
+        self.directory = root / "run" / "checkpoints"
+
+    def manager(self, **rules) -> CheckpointManager:
+        return CheckpointManager(self.directory, disk=self.disk, **rules)
+
+    @contextlib.contextmanager
+    def killed_after(self, calls: int):
+        self.disk.dies_after = self.disk.calls + calls
+        with contextlib.suppress(Killed):
+            yield
+        self.disk.dies_after = None
+
+
+@pytest.mark.parametrize("calls", range(14))
+def test_a_folder_made_by_one_who_was_killed_is_durable_before_a_checkpoint_in_it_is(tmp_path, calls):
+    recorded = Recorded(tmp_path / "disk")
+    with recorded.killed_after(calls), recorded.manager() as manager:
+        manager.save(Checkpoint(step=1))
+    with recorded.manager() as manager:
+        assert recorded.world.is_certain(manager.save(Checkpoint(step=2)))
+
+
+@pytest.mark.parametrize("calls", range(14))
+def test_nothing_goes_for_a_checkpoint_whose_name_is_not_durable(tmp_path, calls):
+    """Its writer was killed between renaming it and syncing the directory."""
+    recorded = Recorded(tmp_path / "disk")
+    with recorded.manager() as manager:
+        manager.save(Checkpoint(step=1))
+        with recorded.killed_after(calls):
+            manager.save(Checkpoint(step=2))
+    with recorded.manager() as manager:
+        manager.cleanup(keep_last=1)
+        [left] = manager.scan().files
+        assert recorded.world.is_certain(left.path)
+
+
+def test_nothing_goes_for_a_checkpoint_whose_sync_failed_after_its_rename(tmp_path):
+    recorded = Recorded(tmp_path / "disk")
+    with recorded.manager() as manager:
+        manager.save(Checkpoint(step=1))
+        recorded.disk.fails = lambda name, _: errno.EIO if name == "sync_directory" else None
+        with pytest.raises(SaveFailed, match="written and whole"):
+            manager.save(Checkpoint(step=2))
+        with pytest.raises(SaveFailed, match="cannot be written to"):
+            manager.cleanup(keep_last=1)
+        assert manager.list_checkpoints() == [1, 2]
+        recorded.disk.fails = None
+        assert manager.cleanup(keep_last=1) == [1]
+        assert recorded.world.is_certain(manager.directory / "checkpoint-2.safetensors")
+
+
+def test_a_checkpoint_that_cannot_be_removed_is_said_so_and_the_save_before_stands(tmp_path):
+    recorded = Recorded(tmp_path / "disk")
+    with recorded.manager(keep_last=1) as manager:
+        manager.save(Checkpoint(step=1))
+        recorded.disk.fails = lambda name, _: errno.EPERM if name == "unlink" else None
+        with pytest.warns(DistrustWarning, match=r"could not clean up: .*checkpoint-1.*cannot be removed"):
+            assert recorded.world.is_certain(manager.save(Checkpoint(step=2)))
+        with pytest.raises(CheckpointError, match=r"checkpoint-1\.safetensors: cannot be removed"):
+            manager.cleanup()
+
+
+def test_a_start_that_failed_counts_for_nothing(tmp_path):
+    """Its names were not synced: the next attempt does all of it again."""
+    recorded = Recorded(tmp_path / "disk")
+    with recorded.manager() as manager:
+        for failing in range(1, 12):
+            at = recorded.disk.calls + failing
+            recorded.disk.fails = lambda _, number, at=at: errno.EIO if number == at else None
+            with contextlib.suppress(SaveFailed):
+                manager.acquire()
+        recorded.disk.fails = None
+        assert recorded.world.is_certain(manager.save(Checkpoint(step=1)))
