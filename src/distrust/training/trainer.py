@@ -8,6 +8,7 @@ the very steps that it would have made.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 import warnings
@@ -20,7 +21,7 @@ from distrust.checkpoint import Checkpoint, CheckpointFile, CheckpointManager
 from distrust.checkpoint.store import RUN_SUBDIRECTORY
 from distrust.config import TrainConfig
 from distrust.data import IGNORED, Corpus, MicroBatch, evaluation_batches
-from distrust.errors import DistrustWarning, NonFiniteLoss
+from distrust.errors import CheckpointError, DistrustWarning, NonFiniteLoss
 from distrust.training import origin, resume
 from distrust.training.engine import Engine, EngineState, Losses
 from distrust.training.events import (
@@ -82,6 +83,9 @@ class DistrustTrainer:
         with StopRequest() as stop, self._manager:
             finished = origin.finished(self._config, self._manager)
             if finished is not None:
+                # Its name may not be durable yet: its writer was killed just then. An archive takes no lock.
+                with contextlib.suppress(CheckpointError):
+                    self._manager.acquire()
                 return self._ended(finished, signal=None, already=True)
             # Quick, and before anything is made on disk: it tells what is wrong with the data.
             sources = read_sources(self._config)

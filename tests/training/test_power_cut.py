@@ -1,0 +1,67 @@
+"""A training run whose machine loses power: the same command again ends as if nothing had been."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from campaigns.power_cut import FATES, World
+from campaigns.power_loss import build
+from campaigns.recording import Killed, RecordingDisk
+from distrust import CheckpointManager
+from distrust.training import trainer
+
+
+class Machine:
+    """A disk of its own, for the runs in it."""
+
+    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        root.mkdir()
+        self.root = root
+        self.world = World(root, {})
+        self.disk = RecordingDisk(self.world.apply)
+        self._patch = monkeypatch
+
+    def run(self, run, **options):
+        """Train; None if it was killed."""
+        with self._patch.context() as patch, contextlib.suppress(Killed):
+            patch.setattr(trainer, "CheckpointManager", functools.partial(CheckpointManager, disk=self.disk))
+            return run(self.root / "run", **options)[0]
+
+
+def test_a_run_cut_off_at_any_call_ends_in_the_same_state(run, tmp_path, monkeypatch):
+    alone = Machine(tmp_path / "alone", monkeypatch)
+    ended = alone.run(run)
+    chance = Random(7)
+    for number, calls in enumerate(range(0, alone.disk.calls, 4)):
+        machine = Machine(tmp_path / f"machine-{number}", monkeypatch)
+        machine.disk.dies_after = calls
+        assert machine.run(run) is None
+
+        after = tmp_path / f"after-{number}"
+        image = machine.world.after_cut(chance.choice(FATES), chance.choice(FATES), chance)
+        build(after, machine.root, image)
+        again, _ = run(after / "run")
+        assert again.state_digest == ended.state_digest
+
+
+def test_a_run_that_says_it_is_finished_stays_finished(run, tmp_path, monkeypatch):
+    """It was killed when its last checkpoint had its name, and the name was not yet synced."""
+    alone = Machine(tmp_path / "alone", monkeypatch)
+    alone.run(run)
+    for calls in range(alone.disk.calls, 0, -1):
+        machine = Machine(tmp_path / f"killed-{calls}", monkeypatch)
+        machine.disk.dies_after = calls
+        machine.run(run)
+        final = machine.root / "run" / "checkpoints" / "checkpoint-9-final.safetensors"
+        if final.exists() and not machine.world.is_certain(final):
+            break
+    else:
+        pytest.fail("the final checkpoint was never there without its name being durable")
+    machine.disk.dies_after = None
+    assert machine.run(run).already
+    assert machine.world.is_certain(final)
