@@ -29,6 +29,7 @@ from distrust.errors import (
     CorruptCheckpoint,
     DistrustWarning,
     NoGoodCheckpoint,
+    SaveFailed,
 )
 
 if TYPE_CHECKING:
@@ -391,9 +392,17 @@ class CheckpointManager:
 
     def _commit(self, path: Path, size: int, step: int, write: Callable[[AtomicFile], str]) -> None:
         session = self._session
-        with AtomicFile(path, size, session.disk) as file:
-            digest = write(file)
-            file.commit()
+        session.lock.confirm()
+        try:
+            with AtomicFile(path, size, session.disk) as file:
+                digest = write(file)
+                file.commit()
+        except MemoryError as error:
+            raise SaveFailed(
+                f"{path}: not saved: {str(error) or 'no memory'}. What stood there before is untouched",
+                path=path,
+                wanted=size,
+            ) from error
         session.good.add((path.name, digest))
         if session.resumed_from is not None and step > session.resumed_from.step:
             session.resumed_from = None  # a newer one stands
@@ -410,6 +419,8 @@ class CheckpointManager:
         did not write are verified before, once.
         """
         session = self._session
+        session.lock.confirm()
+        storage.sweep(self.directory, session.disk)  # what could not be removed when its save failed
         resumed_from = session.resumed_from and _identity(session.resumed_from)
         while True:
             files = [file for file in self.scan().files if _identity(file) not in session.damaged]
