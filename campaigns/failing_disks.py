@@ -31,7 +31,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from campaigns.campaign import Campaign, Case, CounterExample, parser, run
-from campaigns.disks import apart, full, limits
+from campaigns.disks import apart, devices, directories, full, limits
 
 CASES = 60
 #: No case takes as long: one that does, hangs.
@@ -48,6 +48,8 @@ KINDS: dict[str, tuple[Kind, int]] = {
     "killed by file size": (limits.killed_by_file_size, 1),
     "open files": (limits.open_files, 3),
     "memory": (limits.memory, 2),
+    "directory taken away": (directories.directory_taken_away, 10),
+    "device fails": (devices.device_fails, 5),
 }
 
 

@@ -102,12 +102,25 @@ def make(name: str, home: Path, *, mib: int, inodes: int | None = None, options:
         wanted += [f"{kind.inodes}{inodes}"] if inodes else []
         mount("tmpfs", root, kind="tmpfs", options=",".join(wanted))
         return root
-    image = home / f"{root.name}.img"
+    image = home / f"{name}.img"
     with image.open("wb") as file:
         file.truncate(max(mib, kind.smallest) * MIB)
     command(*kind.make, *([kind.inodes, str(inodes)] if inodes else []), str(image))
     mount(image, root, kind=name, options=",".join(["loop", *wanted]))
     return root
+
+
+def mount_again(name: str, home: Path) -> None:
+    """Unmount and mount what :func:`make` made, as after a restart of the machine.
+
+    Raises:
+        Skipped: if that is not possible.
+    """
+    command("umount", str(home / name))
+    image = home / f"{name}.img"
+    if name.startswith("ext"):
+        command("e2fsck", "-p", str(image))
+    mount(image, home / name, kind=name, options="loop")
 
 
 def _make_overlay(root: Path, home: Path, *, mib: int) -> Path:
@@ -139,7 +152,7 @@ def command(program: str, *arguments: str) -> None:
     if found is None:
         raise Skipped(f"{program}: not installed")
     done = subprocess.run([found, *arguments], capture_output=True, text=True)
-    if done.returncode != 0:
+    if done.returncode > (program == "e2fsck"):  # which says 1 when it has mended something
         said = (done.stderr or done.stdout).strip().splitlines()
         raise Skipped(f"{program}: {said[0].strip() if said else f'exit code {done.returncode}'}")
 

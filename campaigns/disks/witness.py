@@ -6,6 +6,7 @@ After every save that it has made, well or not, it requires what is promised of 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import random
@@ -27,6 +28,7 @@ from distrust.errors import CheckpointNotFound, SaveFailed
 
 WAYS = ("blocking", "background", "overlapped")
 Step = int
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class Outcome(NamedTuple):
@@ -135,7 +137,7 @@ class Witness:
         if error is None:
             self._judge_saved(outcome)
         else:
-            _judge_message(error, outcome.checkpoint.nbytes, self.directory)
+            self.judge_message(outcome)
             if reachable:
                 self._judge_untouched(outcome, new_one_may_stand="written and whole" in str(error))
         if removable:
@@ -143,6 +145,24 @@ class Witness:
         if reachable:
             self.require_newest()
         return error is None
+
+    def judge_message(self, outcome: Outcome) -> None:
+        """What, where, how many bytes were wanted and free, in one line.
+
+        Raises:
+            CounterExample: if the message of a failure does not say so.
+        """
+        error = outcome.error
+        if error is None:
+            return
+        text, cause, nbytes = str(error), error.__cause__, outcome.checkpoint.nbytes
+        _require("\n" not in text, f"more than one line: {text!r}")
+        _require(str(self.directory) in text and error.path is not None, f"it does not say where: {text}")
+        if isinstance(cause, OSError) and cause.strerror:
+            _require(cause.strerror in text, f"it does not say what: {text}")
+        if isinstance(cause, OSError) and cause.errno in _NO_ROOM and "not saved" in text:
+            _require(error.wanted is not None and error.wanted >= nbytes, f"wanted: {error.wanted}: {text}")
+            _require(f"{error.wanted:,} bytes wanted" in text and " free" in text, f"how many bytes? {text}")
 
     def save(self, step: Step, nbytes: int) -> None:
         """Save where nothing is in the way.
@@ -182,16 +202,21 @@ class Witness:
         for step, checkpoint in self.reported.items():
             _require(_same(reader.load(step), checkpoint), f"step {step} is not what was saved")
 
+    def forget_removed(self) -> None:
+        """Expect no more what the rules let go, if it is gone."""
+        if self._keep is not None:
+            there = set(CheckpointManager(self.directory).list_checkpoints())
+            # One whose directory could not be synced was not reported, and counts if it is there.
+            for step in sorted(there | set(self.reported))[: -self._keep]:
+                if step not in there:
+                    self.reported.pop(step, None)
+
     def _open(self) -> CheckpointManager:
         return CheckpointManager(self.directory, keep_last=self._keep)
 
     def _judge_saved(self, outcome: Outcome) -> None:
         self.reported[outcome.checkpoint.step] = outcome.checkpoint
-        if self._keep is not None:
-            there = set(CheckpointManager(self.directory).list_checkpoints())
-            for step in sorted(self.reported)[: -self._keep]:
-                if step not in there:
-                    del self.reported[step]
+        self.forget_removed()
         self.require_all()
 
     def _judge_untouched(self, outcome: Outcome, *, new_one_may_stand: bool) -> None:
@@ -215,7 +240,14 @@ def contents(directory: Path) -> dict[str, str]:
         names = [name for name in os.listdir(directory) if name.startswith("checkpoint-")]
     except OSError:
         return {}
-    return {name: hashlib.sha256((directory / name).read_bytes()).hexdigest() for name in names}
+    return {name: _digest(directory / name) for name in names}
+
+
+def _digest(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
 
 
 def temporary(directory: Path) -> list[str]:
@@ -235,10 +267,9 @@ def place_and_reason(error: SaveFailed) -> str:
         if f"{os.sep}distrust{os.sep}checkpoint" in code.co_filename:
             place = code.co_name
         trace = trace.tb_next
-    reason = (
-        (cause.strerror if isinstance(cause, OSError) else type(cause).__name__) if cause else "own check"
-    )
-    return f"{place}: {reason}"
+    if isinstance(cause, OSError):
+        return f"{place}: {cause.strerror}"
+    return f"{place}: {type(cause).__name__}" if cause else place
 
 
 def _checkpoint(step: Step, nbytes: int, *, salt: int) -> Checkpoint:
@@ -255,19 +286,6 @@ def _same(loaded: Checkpoint, saved: Checkpoint) -> bool:
         and bool((loaded.model["w"] == saved.model["w"]).all())
         and bool((loaded.optimizer["moments"] == saved.optimizer["moments"]).all())
     )
-
-
-def _judge_message(error: SaveFailed, nbytes: int, directory: Path) -> None:
-    """What, where, how many bytes were wanted and free, in one line."""
-    text = str(error)
-    _require("\n" not in text, f"more than one line: {text!r}")
-    _require(str(directory) in text and error.path is not None, f"it does not say where: {text}")
-    cause = error.__cause__
-    if isinstance(cause, OSError) and cause.strerror:
-        _require(cause.strerror in text, f"it does not say what: {text}")
-    if "checkpoint-" in text and "not saved" in text and isinstance(cause, OSError):
-        _require(error.wanted is not None and error.wanted >= nbytes, f"wanted: {error.wanted}: {text}")
-        _require(f"{error.wanted:,} bytes wanted" in text and " free" in text, f"how many bytes? {text}")
 
 
 def _resources() -> tuple[int, int]:

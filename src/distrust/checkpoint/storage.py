@@ -177,9 +177,7 @@ class DirectoryLock:
             _closed_in_children().add(self)
             sweep(self._directory, self._disk)
         except OSError as error:
-            raise SaveFailed(
-                f"{self._directory}: cannot be written to: {error.strerror}", path=self._directory
-            ) from error
+            raise self._not_writable(error) from error
 
     def confirm(self) -> None:
         """Require that the lock that is held is still the directory's.
@@ -190,12 +188,13 @@ class DirectoryLock:
         """
         try:
             there = os.lstat(self._directory / LOCK_NAME)
-        except OSError as error:
-            what = f"its {LOCK_NAME}: {error.strerror}"
-        else:
             if os.path.samestat(there, os.fstat(self._descriptor)):
                 return
             what = f"another {LOCK_NAME} stands there"
+        except (FileNotFoundError, NotADirectoryError):
+            what = f"no {LOCK_NAME} stands there"
+        except OSError as error:
+            raise self._not_writable(error) from error
         raise SaveFailed(
             f"{self._directory}: cannot be written to: it is not the directory that this process locked "
             f"({what}); it was removed, renamed, replaced or mounted over. Put it back, or start again",
@@ -207,6 +206,9 @@ class DirectoryLock:
         if self.held:
             self._descriptor = -1
             self._close()
+
+    def _not_writable(self, error: OSError) -> SaveFailed:
+        return SaveFailed(f"{self._directory}: cannot be written to: {error.strerror}", path=self._directory)
 
     def _lock(self, descriptor: int) -> None:
         # A killed writer lets go when the kernel has taken it apart, and a child that it had just forked when
