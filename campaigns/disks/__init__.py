@@ -7,5 +7,6 @@ full         disks, inodes and quotas that are used up
 limits       the process's own limits: file size, open files, memory
 directories  a directory that is removed, replaced, write protected or mounted over
 devices      a block device that fails
-runs         the trainer on such disks
+toy_runs     the trainer's loop on such disks
+real_runs    the command ``distrust train`` on one that fills up
 """

@@ -131,17 +131,17 @@ def _mend(witness: Witness, accident: Accident, step: int, nbytes: int) -> None:
 
 
 def _removed(directory: Path) -> Accident:
-    shutil.rmtree(directory)
+    volumes.remove_all(directory)
     return Accident(mend=None)
 
 
 def _removed_with_the_run(directory: Path) -> Accident:
-    shutil.rmtree(directory.parent)
+    volumes.remove_all(directory.parent)
     return Accident(mend=None)
 
 
 def _removed_and_made_again(directory: Path) -> Accident:
-    shutil.rmtree(directory)
+    volumes.remove_all(directory)
     return Accident(mend=None, other=CheckpointManager(directory))
 
 

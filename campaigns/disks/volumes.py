@@ -253,7 +253,13 @@ def _write_forever(path: Path, piece: int) -> None:
             time.sleep(0.0005)
 
 
-def eventually(condition: Callable[[], bool], *, seconds: float = 10) -> bool:
+def remove_all(directory: Path) -> None:
+    """Remove a directory and what is in it, and what somebody puts into it meanwhile."""
+    while directory.exists():
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def eventually(condition: Callable[[], bool], *, seconds: float) -> bool:
     """Whether a condition comes true."""
     deadline = time.monotonic() + seconds
     while not condition():

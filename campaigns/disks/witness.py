@@ -132,7 +132,8 @@ class Witness:
         Raises:
             CounterExample: for a promise that was not kept.
         """
-        _require(eventually(lambda: _within(outcome.resources)), "open files or threads are left over")
+        ended = eventually(lambda: _within(outcome.resources), seconds=3)
+        _require(ended, "open files or threads are left over")
         error = outcome.error
         if error is None:
             self._judge_saved(outcome)
