@@ -23,6 +23,7 @@ cannot have are counted as skipped, with the reason.
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 import tempfile
@@ -89,7 +90,7 @@ def _run_case(running: Campaign, case: Case, kind: str) -> None:
     for what, number in sorted(found.counts.items()):
         running.count(what, number)
     if found.skipped is not None:
-        running.count(f"skipped: {kind}: {found.skipped}")
+        running.count(f"skipped: {kind}: {found.skipped.replace(f'{Path(home).resolve()}{os.sep}', '')}")
     else:
         running.count(f"cases: {kind}")
     if found.broken is not None:

@@ -154,7 +154,8 @@ def command(program: str, *arguments: str) -> None:
     done = subprocess.run([found, *arguments], capture_output=True, text=True)
     if done.returncode > (program == "e2fsck"):  # which says 1 when it has mended something
         said = (done.stderr or done.stdout).strip().splitlines()
-        raise Skipped(f"{program}: {said[0].strip() if said else f'exit code {done.returncode}'}")
+        reason = said[0].removeprefix(f"{program}:").strip() if said else f"exit code {done.returncode}"
+        raise Skipped(f"{program}: {reason}")
 
 
 def make_limited(home: Path, *, mib: int) -> tuple[Path, Path]:
