@@ -67,6 +67,37 @@ def test_a_directory_that_another_writer_made_in_place_of_ours_is_not_written_to
         assert other.list_checkpoints() == [7, 8]
 
 
+def test_a_directory_that_is_replaced_in_the_last_instant_is_left_as_it_is(tmp_path, save):
+    directory = tmp_path / "run"
+    others = []
+
+    class Late(Disk):
+        """Replaces the directory when the file is to be made, or renamed."""
+
+        when = ""
+
+        def create(self, path):
+            self._replace("create")
+            return super().create(path)
+
+        def rename(self, source, target):
+            self._replace("rename")
+            super().rename(source, target)
+
+        def _replace(self, now):
+            if self.when == now:
+                directory.rename(tmp_path / f"before {now}")
+                others.append(take_over(directory))
+
+    disk = Late()
+    for disk.when, what in (("create", "it is not the directory"), ("rename", "No such file")):
+        with CheckpointManager(directory, disk=disk) as manager:
+            with pytest.raises(SaveFailed, match=what):
+                save(manager, state(2))
+            assert names(directory) == [".lock", "checkpoint-7.safetensors"]
+        others.pop().close()
+
+
 def test_a_clean_up_in_a_directory_that_was_replaced_removes_nothing(tmp_path, monkeypatch):
     """Replaced in the instant between a save and its clean-up."""
     directory = tmp_path / "run"

@@ -402,6 +402,9 @@ class CheckpointManager:
         session.lock.confirm()
         with _reported(path), AtomicFile(path, size, session.disk) as file:
             digest = write(file)
+            # Once more: replaced before the file was made, the directory is another's; replaced since, it
+            # took the file with it, which then cannot be renamed.
+            session.lock.confirm()
             file.commit()
         session.good.add((path.name, digest))
         if session.resumed_from is not None and step > session.resumed_from.step:
