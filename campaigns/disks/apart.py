@@ -14,6 +14,7 @@ import json
 import os
 import select
 import signal
+import sys
 import time
 import traceback
 from collections import Counter
@@ -80,7 +81,7 @@ def run(work: Work, *, seconds: float) -> Findings:
 def _be_the_child(work: Work, writing: int) -> None:
     try:
         os.setsid()
-        if hasattr(os, "sched_getaffinity"):  # Linux
+        if sys.platform == "linux":
             ctypes.CDLL(None).prctl(_DIE_WITH_THE_PARENT, signal.SIGKILL)
         counts: Counter[str] = Counter()
         broken = skipped = None

@@ -10,6 +10,7 @@ import ctypes
 import os
 import random
 import shutil
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -237,7 +238,8 @@ def _belongs_to_nobody(home: Path) -> None:
         os.seteuid(NOBODY)
     except PermissionError as error:
         raise Skipped(f"permissions: {error.strerror}") from None
-    ctypes.CDLL(None).prctl(_SET_DUMPABLE, 1)  # else nobody may not look into /proc/self
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_SET_DUMPABLE, 1)  # else nobody may not look into /proc/self
 
 
 _ACCIDENTS: dict[str, Callable[[Path], Accident]] = {

@@ -12,11 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from campaigns.campaign import CounterExample
+from campaigns.disks.apart import Skipped
 from campaigns.disks.witness import Witness, temporary
 from distrust.checkpoint import CheckpointManager
 
 _LIMITED_TO = "ulimit -f"
 _MOST_FILES = 512
+_SIZES = Path("/proc/self/statm")
 
 
 def file_size(chance: random.Random, home: Path, counts: Counter[str]) -> None:
@@ -72,6 +74,8 @@ def open_files(chance: random.Random, home: Path, counts: Counter[str]) -> None:
 
 def memory(chance: random.Random, home: Path, counts: Counter[str]) -> None:
     """No memory for a copy of the state, or not even for the blocks that are written."""
+    if not _SIZES.exists():
+        raise Skipped("ulimit -v: this system does not say how much memory a process has")
     witness = Witness(home / "run", chance, counts, "ulimit -v")
     nbytes = chance.randint(1, 40) << 20
     step = 1
@@ -122,6 +126,6 @@ def _descriptors(left: int) -> Iterator[None]:
 @contextlib.contextmanager
 def _address_space(more: int) -> Iterator[None]:
     """So many bytes more than this process has now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    pages = int(_SIZES.read_text().split()[0])
     with _limited(resource.RLIMIT_AS, pages * resource.getpagesize() + more):
         yield

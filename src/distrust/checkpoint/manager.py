@@ -337,6 +337,7 @@ class CheckpointManager:
 
         Raises:
             CheckpointDirectoryLocked: if another writer holds the directory.
+            SaveFailed: if the directory is not the one any more that this process locked.
         """
         with self._session.mutex:
             self._session.writer.settle()
