@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 import signal
 import threading
 import time
@@ -49,6 +50,40 @@ def test_three_failures_in_a_row_stop_the_run(run, tmp_path, failing_saves):
     with pytest.warns(DistrustWarning), pytest.raises(SaveFailed, match="checkpoint-8"):
         run(tmp_path)
     assert CheckpointManager(tmp_path / "checkpoints").list_checkpoints() == [2]
+
+
+def test_what_stands_is_said_when_a_run_stops(run, tmp_path, failing_saves):
+    failing_saves(2, 3, 4)
+    with pytest.warns(DistrustWarning), pytest.raises(SaveFailed) as caught:
+        run(tmp_path)
+    said = str(caught.value)
+    assert said.endswith(
+        "Saving failed 3 times in a row, so training stopped at step 8; "
+        "step 2 is saved, and the same command goes on from there"
+    )
+    assert "\n" not in said
+    assert caught.value.wanted > 10_000
+    assert caught.value.free > 0
+    assert "going on" not in said
+    assert run(tmp_path)[0].step == 9
+
+
+def test_what_does_not_stand_any_more_is_not_said_to_stand(run, tmp_path):
+    def remove(event):
+        if isinstance(event, CheckpointSaved):
+            shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
+
+    with pytest.warns(DistrustWarning), pytest.raises(SaveFailed) as caught:
+        run(tmp_path, observers=[remove])
+    assert "cannot be written to" in str(caught.value)
+    assert str(caught.value).endswith("step 2 was saved, and cannot be found any more")
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_where_nothing_was_saved_that_is_said(run, tmp_path, failing_saves):
+    failing_saves(1, 2, 3)
+    with pytest.warns(DistrustWarning), pytest.raises(SaveFailed, match=r"; nothing was saved yet$"):
+        run(tmp_path)
 
 
 def test_a_failed_save_costs_no_later_one(run, tmp_path, failing_saves):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +30,7 @@ from distrust.errors import (
     CorruptCheckpoint,
     DistrustWarning,
     NoGoodCheckpoint,
+    SaveFailed,
 )
 
 if TYPE_CHECKING:
@@ -135,7 +137,9 @@ class CheckpointManager:
             CheckpointDirectoryLocked: if another writer holds the directory.
         """
         with self._session.mutex:
-            path, prepared = self._prepare(checkpoint, final=final)
+            path, kind = self._begin(checkpoint, final=final)
+            with _reported(path):
+                prepared = image.prepare(checkpoint, kind)
             self._commit(path, prepared.layout.file_size, prepared.step, self._poured(prepared))
             return path
 
@@ -161,13 +165,18 @@ class CheckpointManager:
             CheckpointDirectoryLocked: if another writer holds the directory.
         """
         with self._session.mutex:
-            path, prepared = self._prepare(checkpoint, final=final)
+            path, kind = self._begin(checkpoint, final=final)
             session = self._session
+            try:
+                with _reported(path):
+                    prepared = image.prepare(checkpoint, kind)
+                    capture = session.snapshot.begin(
+                        prepared, later=_OVERLAPPED if overlap else (), ring=session.ring
+                    )
+            except SaveFailed as error:
+                return session.writer.failed(path, error)
             # The thread holds no more than it needs: the caller's arrays are to go when they are copied.
             size, step = prepared.layout.file_size, prepared.step
-            capture = session.snapshot.begin(
-                prepared, later=_OVERLAPPED if overlap else (), ring=session.ring
-            )
             if capture is None:
                 pending = session.writer.run(
                     path, lambda: self._commit(path, size, step, self._poured(prepared))
@@ -328,8 +337,8 @@ class CheckpointManager:
 
         Raises:
             CheckpointDirectoryLocked: if another writer holds the directory.
-            SaveFailed: if the directory cannot be written to, or the background save before this failed and
-                nobody has been told.
+            SaveFailed: if the directory cannot be written to, or is not the one any more that this process
+                locked; if the background save before this failed and nobody has been told.
             CheckpointError: if one cannot be removed.
         """
         with self._session.mutex:
@@ -382,21 +391,24 @@ class CheckpointManager:
             self._shared.begin()  # a fork: neither the parent's lock nor its thread is here
         return self._shared
 
-    def _prepare(self, checkpoint: Checkpoint, *, final: bool) -> tuple[Path, image.Image]:
+    def _begin(self, checkpoint: Checkpoint, *, final: bool) -> tuple[Path, Kind]:
         self._session.writer.settle()
         self._session.leaving = False
         self.acquire()
         kind: Kind = "final" if final else "periodic"
-        path = self.directory / store.file_name(checkpoint.step, kind)
-        return path, image.prepare(checkpoint, kind)
+        return self.directory / store.file_name(checkpoint.step, kind), kind
 
     def _poured(self, prepared: image.Image) -> Callable[[AtomicFile], str]:
         return lambda file: pouring.write_filling(file, prepared, self._session.ring)
 
     def _commit(self, path: Path, size: int, step: int, write: Callable[[AtomicFile], str]) -> None:
         session = self._session
-        with AtomicFile(path, size, session.disk) as file:
+        session.lock.confirm()
+        with _reported(path), AtomicFile(path, size, session.disk) as file:
             digest = write(file)
+            # Once more: replaced before the file was made, the directory is another's; replaced since, it
+            # took the file with it, which then cannot be renamed.
+            session.lock.confirm()
             file.commit()
         session.good.add((path.name, digest))
         if session.resumed_from is not None and step > session.resumed_from.step:
@@ -414,6 +426,8 @@ class CheckpointManager:
         did not write are verified before, once.
         """
         session = self._session
+        session.lock.confirm()
+        storage.sweep(self.directory, session.disk)  # what could not be removed when its save failed
         resumed_from = session.resumed_from and _identity(session.resumed_from)
         while True:
             files = [file for file in self.scan().files if _identity(file) not in session.damaged]
@@ -501,6 +515,18 @@ class CheckpointManager:
             f"{self.directory}: no checkpoint of step {checkpoint}; there are {_listed(found.by_step())}",
             path=self.directory,
         )
+
+
+@contextlib.contextmanager
+def _reported(path: Path) -> Iterator[None]:
+    """Without memory, or a descriptor to load a module with, a save fails as it does without room."""
+    try:
+        yield
+    except (MemoryError, OSError) as error:
+        what = (error.strerror if isinstance(error, OSError) else str(error)) or "no memory"
+        raise SaveFailed(
+            f"{path}: not saved: {what}. What stood there before is untouched", path=path
+        ) from error
 
 
 def _identity(file: CheckpointFile) -> tuple[str, str]:

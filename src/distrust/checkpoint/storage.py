@@ -11,7 +11,8 @@ the final name, either the file that stood there before or the whole new one.
 - After a failed fsync of the directory the renamed file stays, and the error is raised.
 - One writer a directory: an flock on ``.lock``, which is never unlinked (a new file under the same name
   would be a second lock). The kernel drops it with its holder, however that died; a forked child closes its
-  copy at once, so that it cannot hold a dead parent's lock.
+  copy at once, so that it cannot hold a dead parent's lock. Before each write the lock that is held must be
+  the one at the path: a directory put there since may be another writer's.
 """
 
 from __future__ import annotations
@@ -89,6 +90,9 @@ class AtomicFile:
             self._writers.finish()
             self._disk.truncate(self._descriptor, self._size)  # pages are written whole, the last one too
             self._disk.sync(self._descriptor)
+            # Before it has its name: some file systems tell only here of what they could not write. And the
+            # directory needs a descriptor to be synced, which may be the last one that there is.
+            self._close()
             self._disk.rename(self._temporary, self._path)
         try:
             self._disk.sync_directory(self._path.parent)
@@ -106,11 +110,15 @@ class AtomicFile:
                 self._writers.stop()
                 self._writers = None
             if self._descriptor >= 0:
-                self._disk.close(self._descriptor)
-                self._descriptor = -1
+                with contextlib.suppress(OSError):  # it is thrown away
+                    self._close()
         finally:  # an interrupt may cut the wait for the writers short
             with contextlib.suppress(OSError):
                 self._disk.unlink(self._temporary)
+
+    def _close(self) -> None:
+        descriptor, self._descriptor = self._descriptor, -1  # closed, whatever the system says of it
+        self._disk.close(descriptor)
 
     def __enter__(self) -> AtomicFile:
         return self
@@ -169,6 +177,27 @@ class DirectoryLock:
             # A manager that is dropped without close() must not lock its own process out.
             self._close = weakref.finalize(self, os.close, descriptor)
             _closed_in_children().add(self)
+
+    def confirm(self) -> None:
+        """Require that the lock that is held is still the directory's.
+
+        Raises:
+            SaveFailed: if the directory was removed, renamed, replaced or mounted over: another writer may
+                hold what is there now.
+        """
+        with _writable(self._directory):
+            try:
+                there = os.lstat(self._directory / LOCK_NAME)
+                if os.path.samestat(there, os.fstat(self._descriptor)):
+                    return
+                what = f"another {LOCK_NAME} stands there"
+            except (FileNotFoundError, NotADirectoryError):
+                what = f"no {LOCK_NAME} stands there"
+        raise SaveFailed(
+            f"{self._directory}: cannot be written to: it is not the directory that this process locked "
+            f"({what}); it was removed, renamed, replaced or mounted over. Put it back, or start again",
+            path=self._directory,
+        )
 
     def release(self) -> None:
         """Let go of the lock; does nothing if it is not held."""
@@ -265,9 +294,16 @@ def _writable(directory: Path) -> Iterator[None]:
 
 
 def sweep(directory: Path, disk: Disk) -> None:
-    """Remove the temporary files of dead writers. The caller holds the lock, so no living one has any."""
-    with os.scandir(directory) as entries:
-        stale = [Path(entry.path) for entry in entries if _TEMPORARY_NAME.fullmatch(entry.name)]
+    """Remove the temporary files of dead writers, and of saves that failed where nothing could be removed.
+
+    The caller holds the lock and has no write under way, so nobody needs one. What cannot be removed now is
+    left to the next time.
+    """
+    try:
+        with os.scandir(directory) as entries:
+            stale = [Path(entry.path) for entry in entries if _TEMPORARY_NAME.fullmatch(entry.name)]
+    except OSError:
+        return
     for path in stale:
         with contextlib.suppress(OSError):
             disk.unlink(path)

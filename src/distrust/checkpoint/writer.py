@@ -151,15 +151,24 @@ class BackgroundWriter:
 
     def run(self, path: Path, write: Callable[[], None]) -> PendingSave:
         """Run ``write`` now; a failure to save is told like one in the background."""
-        future: Future[Path] = Future()
-        copied = threading.Event()
         try:
             write()
         except SaveFailed as error:
-            future.set_exception(error)
-        else:
-            future.set_result(path)
+            return self.failed(path, error)
+        return self._over(path, None)
+
+    def failed(self, path: Path, error: SaveFailed) -> PendingSave:
+        """A save that failed before anything could be written; told like one in the background."""
+        return self._over(path, error)
+
+    def _over(self, path: Path, error: SaveFailed | None) -> PendingSave:
+        future: Future[Path] = Future()
+        copied = threading.Event()
         copied.set()
+        if error is None:
+            future.set_result(path)
+        else:
+            future.set_exception(error)
         pending = PendingSave(path, future, copied)
         self._take(pending)
         return pending

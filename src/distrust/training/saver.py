@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 
 from distrust.checkpoint import Checkpoint, CheckpointManager, PendingSave
-from distrust.errors import DistrustWarning, SaveFailed
+from distrust.errors import CheckpointError, DistrustWarning, SaveFailed
 from distrust.training.events import CheckpointSaved, CheckpointStarted, Observer
 
 #: So many failed saves in a row stop the run; fewer are warned of, since the next one may succeed.
@@ -86,7 +86,7 @@ class Saver:
         except SaveFailed as error:
             self._failures += 1
             if strict or self._failures == MAX_FAILURES:
-                raise
+                raise self._last(error) from error
             warnings.warn(
                 f"{error}. Training goes on, and the next save tries again", DistrustWarning, stacklevel=2
             )
@@ -99,6 +99,30 @@ class Saver:
         """What stands, in a few words; waits for the save under way."""
         self.settle()
         return "nothing was saved yet" if self.durable is None else f"step {self.durable[0]} is saved"
+
+    def _last(self, error: SaveFailed) -> SaveFailed:
+        """The same error, with what stands: it stops the run."""
+        times = f" {self._failures} times in a row" if self._failures > 1 else ""
+        return SaveFailed(
+            f"{error}. Saving failed{times}, so training stopped at step {self._pending_state[0]}; "
+            f"{self._left()}",
+            path=error.path or self._manager.directory,
+            wanted=error.wanted,
+            free=error.free,
+        )
+
+    def _left(self) -> str:
+        """What there is to go on from. Looked for: what failed may have taken the directory with it."""
+        if self.durable is None:
+            return "nothing was saved yet"
+        step = self.durable[0]
+        try:
+            stands = step in self._manager.list_checkpoints()
+        except CheckpointError:
+            stands = False
+        if stands:
+            return f"step {step} is saved, and the same command goes on from there"
+        return f"step {step} was saved, and cannot be found any more"
 
     @contextlib.contextmanager
     def _stalled(self) -> Iterator[None]:
