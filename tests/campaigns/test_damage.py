@@ -1,0 +1,115 @@
+"""The damage campaign in short, and that it finds what it is there to find."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from campaigns.damage import Round, main
+from campaigns.injuries import kinds
+from distrust import CheckpointManager
+from distrust.checkpoint import header, manager, reading, store
+
+AGAIN = re.compile(r"again: python -m campaigns\.damage (--seed \d+ --case \d+)")
+
+
+def nothing(*_: Any, **__: Any) -> None: ...
+
+
+def own_digest_of_the_file(raw: bytes) -> str:
+    return bytes(raw[header.DIGEST_PLACE]).decode("latin-1")
+
+
+def trusts_the_header(patch: pytest.MonkeyPatch) -> None:
+    """Both proofs: that it is the one that was written, and that it is one that a writer makes."""
+    patch.setattr(header, "own_digest", own_digest_of_the_file)
+    patch.setattr(header.Header, "require_whole", nothing)
+
+
+def counts_damaged_ones(patch: pytest.MonkeyPatch) -> None:
+    def judge(self: CheckpointManager, file: store.CheckpointFile) -> None:
+        self._session.good.add((file.path.name, file.digest))
+
+    patch.setattr(CheckpointManager, "_judge", judge)
+
+
+FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
+    "data is not compared": (
+        lambda patch: patch.setattr(reading, "check_digest", nothing),
+        "validate does not find it",
+    ),
+    "the header is trusted": (trusts_the_header, "validate does not find it"),
+    "the file's size is not compared": (
+        lambda patch: patch.setattr(header, "_fill", lambda *_: True),
+        "appended: validate does not find it",
+    ),
+    "names are not compared": (
+        lambda patch: patch.setattr(store, "require_name", nothing),
+        "validate does not find it",
+    ),
+    "nobody is warned": (
+        lambda patch: patch.setattr(manager, "warnings", SimpleNamespace(warn=nothing)),
+        "load_latest warns with []",
+    ),
+    "damaged ones count": (counts_damaged_ones, r"a clean-up removed [10]"),
+    "nothing is ever removed": (
+        lambda patch: patch.setattr(manager, "_remove", nothing),
+        "prune --damaged leaves",
+    ),
+}
+
+
+def test_some_of_every_kind_are_found(tmp_path, capsys):
+    files = Round(tmp_path / "files", "1/0").files
+    assert main(["--cases", "150", "--directory", str(tmp_path), "--json", str(tmp_path / "counts")]) == 0
+    found = json.loads((tmp_path / "counts").read_text())
+    assert found["counterexample"] is None
+    for kind in kinds(files):
+        assert found["counts"][kind.name] > 0
+    assert "every promise was kept" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_of_the_product_is_found_and_found_again(tmp_path, capsys, monkeypatch, fault):
+    breaks, promise = FAULTS[fault]
+    place = ["--directory", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        breaks(patch)
+        assert main(["--cases", "500", "--seed", "3", *place]) == 1
+        said = capsys.readouterr().out
+        assert promise in said
+        again = AGAIN.search(said)[1].split()
+        assert main([*again, *place]) == 1
+        assert promise in capsys.readouterr().out
+    assert main([*again, *place]) == 0  # it is the fault that was found
+
+
+def test_the_same_seed_gives_the_same_bytes(tmp_path):
+    one, two, other = (Round(tmp_path / name, seed) for name, seed in [("a", "1"), ("b", "1"), ("c", "2")])
+    assert one.files == two.files
+    assert [(kind.name, number) for kind, number in one.order[:999]] == [
+        (kind.name, number) for kind, number in two.order[:999]
+    ]
+    assert one.files.good != other.files.good
+    assert len(one.order) == len(other.order)  # so that a case's number tells its round
+
+
+def test_every_injury_is_a_case_once(tmp_path):
+    round_ = Round(tmp_path / "files", "1/0")
+    cases = {(kind.name, number) for kind, number in round_.order}
+    assert len(cases) == len(round_.order) == sum(kind.size for kind in kinds(round_.files))
+    size = len(round_.files.good)
+    assert sum(name == "bits flipped" for name, _ in cases) == 8 * size
+    contents = {kind.make(number).content for kind, number in round_.order if kind.name == "bits flipped"}
+    assert len(contents) == 8 * size
+
+
+def test_after_the_last_injury_it_begins_again_with_another_content(tmp_path, capsys):
+    cases = len(Round(tmp_path / "files", "1/0").order)
+    assert main(["--case", str(cases + 7), "--directory", str(tmp_path)]) == 0
+    assert "1  saves beside it" in capsys.readouterr().out
