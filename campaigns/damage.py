@@ -88,12 +88,15 @@ class Round:
 
     def _order(self, every: Sequence[Kind]) -> list[tuple[Kind, int]]:
         """The kinds in turn, each in an order of its own."""
-        numbers = {kind.name: list(range(kind.size)) for kind in every}
-        for shuffled in numbers.values():
-            self._chance.shuffle(shuffled)
+        turns = []
+        for kind in every:
+            numbers = list(range(kind.size))
+            self._chance.shuffle(numbers)
+            turns.append([(kind, number) for number in numbers])
         order = []
-        for turn in range(max(kind.size for kind in every)):
-            order += [(kind, numbers[kind.name][turn]) for kind in every if turn < kind.size]
+        while turns:
+            order += [left.pop() for left in turns]
+            turns = [left for left in turns if left]
         return order
 
     def _seed(self) -> int:
