@@ -64,12 +64,16 @@ FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
 }
 
 
-def test_some_of_every_kind_are_found(tmp_path, capsys):
-    files = Round(tmp_path / "files", "1/0").files
-    assert main(["--cases", "150", "--directory", str(tmp_path), "--json", str(tmp_path / "counts")]) == 0
+@pytest.fixture(scope="module")
+def round_(tmp_path_factory) -> Round:
+    return Round(tmp_path_factory.mktemp("round") / "0", "1/0")
+
+
+def test_some_of_every_kind_are_found(round_, tmp_path, capsys):
+    assert main(["--cases", "100", "--directory", str(tmp_path), "--json", str(tmp_path / "counts")]) == 0
     found = json.loads((tmp_path / "counts").read_text())
     assert found["counterexample"] is None
-    for kind in kinds(files):
+    for kind in kinds(round_.files):
         assert found["counts"][kind.name] > 0
     assert "every promise was kept" in capsys.readouterr().out
 
@@ -89,27 +93,29 @@ def test_a_fault_of_the_product_is_found_and_found_again(tmp_path, capsys, monke
     assert main([*again, *place]) == 0  # it is the fault that was found
 
 
-def test_the_same_seed_gives_the_same_bytes(tmp_path):
-    one, two, other = (Round(tmp_path / name, seed) for name, seed in [("a", "1"), ("b", "1"), ("c", "2")])
-    assert one.files == two.files
-    assert [(kind.name, number) for kind, number in one.order[:999]] == [
-        (kind.name, number) for kind, number in two.order[:999]
-    ]
-    assert one.files.good != other.files.good
-    assert len(one.order) == len(other.order)  # so that a case's number tells its round
+def test_the_same_seed_gives_the_same_cases_and_another_one_other_files(round_, tmp_path):
+    again, other = Round(tmp_path / "again", "1/0"), Round(tmp_path / "other", "2/0")
+    assert again.files == round_.files
+    for (kind, number), (same, equal) in zip(round_.order[:99], again.order, strict=False):
+        assert kind.make(number) == same.make(equal)
+    assert other.files.good != round_.files.good
+    assert len(other.order) == len(round_.order)  # so that a case's number tells its round
 
 
-def test_every_injury_is_a_case_once(tmp_path):
-    round_ = Round(tmp_path / "files", "1/0")
+def test_every_injury_is_a_case_once(round_):
     cases = {(kind.name, number) for kind, number in round_.order}
     assert len(cases) == len(round_.order) == sum(kind.size for kind in kinds(round_.files))
-    size = len(round_.files.good)
-    assert sum(name == "bits flipped" for name, _ in cases) == 8 * size
-    contents = {kind.make(number).content for kind, number in round_.order if kind.name == "bits flipped"}
-    assert len(contents) == 8 * size
 
 
-def test_after_the_last_injury_it_begins_again_with_another_content(tmp_path, capsys):
-    cases = len(Round(tmp_path / "files", "1/0").order)
-    assert main(["--case", str(cases + 7), "--directory", str(tmp_path)]) == 0
-    assert "1  saves beside it" in capsys.readouterr().out
+def test_every_bit_is_flipped_and_no_other(round_):
+    good = round_.files.good
+    (flips,) = (kind for kind in kinds(round_.files) if kind.name == "bits flipped")
+    assert flips.size == 8 * len(good)
+    for number in range(0, flips.size, 101):
+        difference = int.from_bytes(good, "little") ^ int.from_bytes(flips.make(number).content, "little")
+        assert difference == 1 << number
+
+
+def test_after_the_last_injury_it_begins_again_with_another_content(round_, tmp_path, capsys):
+    assert main(["--case", str(len(round_.order) + 7), "--directory", str(tmp_path)]) == 0
+    assert "1  cleaned up, saved beside it" in capsys.readouterr().out
