@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
 import random
 import sys
@@ -69,6 +70,13 @@ class Round:
     Args:
         directory: a new one, for the two checkpoints.
         seed: of the content, and of the order.
+
+    Attributes:
+        directory: as given.
+        older: the state of the checkpoint that is not injured.
+        next: a later state.
+        files: their files.
+        size: how many injuries there are.
     """
 
     def __init__(self, directory: Path, seed: str) -> None:
@@ -77,7 +85,9 @@ class Round:
         self.older = _state(OLDER_STEP, self._seed())
         self.next = _state(NEXT_STEP, self._seed())
         self.files = self._files()
-        self.order = self._order(kinds(self.files))
+        self._kinds = kinds(self.files)
+        self._walks = [self._walk(kind.size) for kind in self._kinds]
+        self.size = sum(kind.size for kind in self._kinds)
         directory.mkdir()
         (directory / OLDER).write_bytes(self.files.older)
         (directory / NAME).write_bytes(self.files.good)
@@ -88,18 +98,25 @@ class Round:
             good=_saved(newer), older=_saved(self.older), other=_saved(other), final=_saved(newer, final=True)
         )
 
-    def _order(self, every: Sequence[Kind]) -> list[tuple[Kind, int]]:
-        """The kinds in turn, each in an order of its own."""
-        turns = []
-        for kind in every:
-            numbers = list(range(kind.size))
-            self._chance.shuffle(numbers)
-            turns.append([(kind, number) for number in numbers])
-        order = []
-        while turns:
-            order += [left.pop() for left in turns]
-            turns = [left for left in turns if left]
-        return order
+    def place(self, number: int) -> tuple[Kind, int]:
+        """The kind of a case and its number there: the kinds in turn, each in an order of its own."""
+        done = 0
+        for size in sorted({kind.size for kind in self._kinds}):
+            left = [at for at, kind in enumerate(self._kinds) if kind.size > done]
+            turns, turn = divmod(number, len(left))
+            if done + turns < size:
+                kind, (stride, first) = self._kinds[left[turn]], self._walks[left[turn]]
+                return kind, (first + stride * (done + turns)) % kind.size
+            number -= len(left) * (size - done)
+            done = size
+        raise IndexError(number)
+
+    def _walk(self, size: int) -> tuple[int, int]:
+        """A stride and a beginning, with which a walk comes to each number below ``size`` once."""
+        stride = self._chance.randrange(size) if size > 1 else 1
+        while math.gcd(stride, size) != 1:
+            stride += 1
+        return stride, self._chance.randrange(size)
 
     def _seed(self) -> int:
         return self._chance.randrange(2**32)
@@ -220,7 +237,7 @@ def examine(campaign: Campaign, case: Case, round_: Round) -> None:
     Raises:
         CounterExample: if a promise was not kept, or something else than what was promised was raised.
     """
-    kind, number = round_.order[case.number % len(round_.order)]
+    kind, number = round_.place(case.number % round_.size)
     injury = kind.make(number)
     if (injury.content, injury.name) == (round_.files.good, NAME):
         CheckpointManager(round_.directory).validate(STEP)
@@ -249,7 +266,7 @@ def search(campaign: Campaign) -> None:
         for case in campaign.cases():
             if round_ is None:
                 current, round_ = 0, Round(Path(folder) / "0", f"{options.seed}/0")
-            wanted = case.number // len(round_.order)
+            wanted = case.number // round_.size
             if once and options.case is None and wanted:
                 return
             if wanted != current:

@@ -96,15 +96,21 @@ def test_a_fault_of_the_product_is_found_and_found_again(tmp_path, capsys, monke
 def test_the_same_seed_gives_the_same_cases_and_another_one_other_files(round_, tmp_path):
     again, other = Round(tmp_path / "again", "1/0"), Round(tmp_path / "other", "2/0")
     assert again.files == round_.files
-    for (kind, number), (same, equal) in zip(round_.order[:99], again.order, strict=False):
-        assert kind.make(number) == same.make(equal)
+    for number in range(0, round_.size, 997):
+        (kind, place), (same, equal) = round_.place(number), again.place(number)
+        assert kind.make(place) == same.make(equal)
     assert other.files.good != round_.files.good
-    assert len(other.order) == len(round_.order)  # so that a case's number tells its round
+    assert other.size == round_.size  # so that a case's number tells its round
 
 
 def test_every_injury_is_a_case_once(round_):
-    cases = {(kind.name, number) for kind, number in round_.order}
-    assert len(cases) == len(round_.order) == sum(kind.size for kind in kinds(round_.files))
+    places = [(kind.name, place) for kind, place in map(round_.place, range(round_.size))]
+    every = kinds(round_.files)
+    assert len(set(places)) == round_.size
+    assert set(places) == {(kind.name, place) for kind in every for place in range(kind.size)}
+    assert {name for name, _ in places[: len(every)]} == {kind.name for kind in every}
+    with pytest.raises(IndexError):
+        round_.place(round_.size)
 
 
 def test_every_bit_is_flipped_and_no_other(round_):
@@ -117,5 +123,5 @@ def test_every_bit_is_flipped_and_no_other(round_):
 
 
 def test_after_the_last_injury_it_begins_again_with_another_content(round_, tmp_path, capsys):
-    assert main(["--case", str(len(round_.order) + 7), "--directory", str(tmp_path)]) == 0
+    assert main(["--case", str(round_.size + 7), "--directory", str(tmp_path)]) == 0
     assert "1  cleaned up, saved beside it" in capsys.readouterr().out
