@@ -76,9 +76,11 @@ def _doubt(path: Path, error: CorruptCheckpoint) -> str | None:
     cause = error.__cause__
     if isinstance(cause, OSError) and cause.errno != errno.ELOOP:  # a link to itself has no content
         return error.reason  # a disk or a network that does not answer says nothing of what is there
-    if path.is_file() and _is_of_another_program(path):
-        return "a safetensors file of another program"
-    return None
+    try:
+        foreign = path.is_file() and _is_of_another_program(path)
+    except OSError as failure:
+        return f"it cannot be read again: {failure.strerror}"
+    return "a safetensors file of another program" if foreign else None
 
 
 def _is_of_another_program(path: Path) -> bool:
