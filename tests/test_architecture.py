@@ -190,11 +190,12 @@ with CheckpointManager(sys.argv[1]) as manager:
     assert HEAVY & set(done.stdout.split()) == {"numpy"}
 
 
-@pytest.mark.parametrize("command", ["ls", "show", "verify", "diff"])
+@pytest.mark.parametrize("command", ["ls", "show", "verify", "prune", "diff"])
 def test_the_commands_on_files_stay_light(run_python, tmp_path, command):
     with CheckpointManager(tmp_path) as manager:
         path = manager.save(Checkpoint(step=1, metadata={"a": 1}))
-    arguments = [path] * 2 if command == "diff" else [path]
+    special = {"diff": [path, path], "prune": [tmp_path, "--damaged", "--keep-last", 1]}
+    arguments = special.get(command, [path])
 
     done = run_python("from distrust.cli import main; assert main() == 0" + SHOW, command, *arguments)
 

@@ -66,7 +66,15 @@ def test_an_unknown_command(distrust, typed, hint):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["ls"], ["show"], ["verify"], ["diff", "a"], ["ls", "--nonsense", "a"], ["show", "a", "--step", "x"]],
+    [
+        ["ls"],
+        ["show"],
+        ["verify"],
+        ["prune"],
+        ["diff", "a"],
+        ["ls", "--nonsense", "a"],
+        ["show", "a", "--step", "x"],
+    ],
 )
 def test_bad_usage(distrust, arguments):
     given = distrust(*arguments)
@@ -75,13 +83,14 @@ def test_bad_usage(distrust, arguments):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["ls"], ["show"], ["verify"], ["diff", "here"], ["generate", "--prompt", "a"]]
+    "arguments",
+    [["ls"], ["show"], ["verify"], ["prune", "--damaged"], ["diff", "here"], ["generate", "--prompt", "a"]],
 )
 def test_nothing_of_that_name(distrust, finished, tmp_path, arguments):
     verb, *more = [str(finished) if argument == "here" else argument for argument in arguments]
     given = distrust(verb, *more, tmp_path / "nowhere")
     assert (given.code, given.out) == (1, "")
-    what = "no such file or directory" if verb in ("ls", "verify") else "no such checkpoint"
+    what = "no such file or directory" if verb in ("ls", "verify", "prune") else "no such checkpoint"
     assert given.err == f"distrust: {tmp_path}/nowhere: {what}\n"
 
 
@@ -221,7 +230,8 @@ def test_the_commands_on_files_are_light(finished):
     code = """
 import sys
 from distrust.cli import main
-for arguments in (["ls", RUN], ["show", RUN], ["show", RUN, "--json"], ["diff", RUN, RUN], ["verify", RUN]):
+for arguments in (["ls", RUN], ["show", RUN], ["show", RUN, "--json"], ["diff", RUN, RUN], ["verify", RUN],
+                  ["prune", RUN, "--damaged", "--keep-last", "9"]):
     assert main(arguments) == 0
 heavy = {"numpy", "torch", "tyro", "asyncio", "rich", "transformers", "distrust.config"} & set(sys.modules)
 assert not heavy, heavy

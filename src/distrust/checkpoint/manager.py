@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from distrust.checkpoint import arrays, image, pouring, retention, storage, store
+from distrust.checkpoint import arrays, image, pouring, pruning, retention, storage, store
 from distrust.checkpoint.checkpoint import Checkpoint
 from distrust.checkpoint.disk import Disk
 from distrust.checkpoint.format import Kind
@@ -316,7 +316,7 @@ class CheckpointManager:
         return store.read_header(self._path_of(checkpoint))
 
     def validate(self, checkpoint: int | str | os.PathLike[str]) -> None:
-        """Check every byte of a checkpoint.
+        """Check every byte of a checkpoint, and that it is the one that its name says.
 
         Raises:
             CheckpointNotFound: listing what there is.
@@ -347,6 +347,45 @@ class CheckpointManager:
             storage.sync_names(self.directory, self._session.disk)
             rules = self._rules if keep_last is None else replace(self._rules, keep_last=keep_last)
             return self._clean_up(rules)
+
+    def list_superseded(self) -> list[CheckpointFile]:
+        """What :meth:`cleanup` would remove, by step. Needs no lock."""
+        with self._session.mutex:
+            return self._divide(self._rules)[1]
+
+    def list_damaged(self) -> list[DamagedFile]:
+        """What :meth:`remove_damaged` would remove, by step. Needs no lock, and warns as that does.
+
+        Raises:
+            CheckpointError: if the directory cannot be read.
+        """
+        return list(pruning.damaged(self.directory))
+
+    def remove_damaged(self) -> list[DamagedFile]:
+        """Read every byte of every checkpoint and remove those that are damaged: nothing else ever does.
+
+        What may be worth something to somebody is left, with a warning for each that says why: a file that
+        this process cannot read, one of a later version of the format or of another program, a whole
+        checkpoint under another's name, a directory. Of a symbolic link only the link is removed.
+
+        Returns:
+            The files removed, by step, each with what was wrong with it.
+
+        Raises:
+            CheckpointDirectoryLocked: if another writer holds the directory.
+            SaveFailed: if the directory cannot be written to, or a background save failed and nobody has
+                been told.
+            CheckpointError: if the directory cannot be read, or a file of it cannot be removed.
+        """
+        with self._session.mutex:
+            self._session.writer.settle()
+            self.acquire()
+            self._session.lock.confirm()
+            removed = []
+            for file in pruning.damaged(self.directory):
+                storage.remove([file.path], self._session.disk)
+                removed.append(file)
+            return removed
 
     def close(self) -> None:
         """Wait for the save under way, and let go of the directory.
@@ -420,14 +459,24 @@ class CheckpointManager:
             warnings.warn(f"{self.directory}: could not clean up: {error}", DistrustWarning, stacklevel=3)
 
     def _clean_up(self, rules: Retention, *, written: Path | None = None) -> list[int]:
-        """Remove what no rule keeps; ``written`` is the file of the save that this follows.
-
-        Only good checkpoints count towards a rule, and only good ones are removed: those that this process
-        did not write are verified before, once.
-        """
+        """Remove what no rule keeps; ``written`` is the file of the save that this follows."""
         session = self._session
         session.lock.confirm()
         storage.sweep(self.directory, session.disk)  # what could not be removed when its save failed
+        files, superseded = self._divide(rules, written=written)
+        storage.remove([file.path for file in superseded], session.disk)
+        remaining = {file.step for file in files if file not in superseded}
+        return sorted({file.step for file in superseded} - remaining)
+
+    def _divide(
+        self, rules: Retention, *, written: Path | None = None
+    ) -> tuple[list[CheckpointFile], list[CheckpointFile]]:
+        """All that counts, and of that what no rule keeps.
+
+        Only good checkpoints count towards a rule, and only good ones are superseded: those that this
+        process did not write are verified before, once.
+        """
+        session = self._session
         resumed_from = session.resumed_from and _identity(session.resumed_from)
         while True:
             files = [file for file in self.scan().files if _identity(file) not in session.damaged]
@@ -447,12 +496,9 @@ class CheckpointManager:
                 if _identity(file) not in session.good
             ]
             if not unknown:
-                break
+                return files, superseded
             for file in unknown:
                 self._judge(file)
-        storage.remove([file.path for file in superseded], session.disk)
-        remaining = {file.step for file in files if file not in superseded}
-        return sorted({file.step for file in superseded} - remaining)
 
     def _judge(self, file: CheckpointFile) -> None:
         try:
@@ -461,7 +507,7 @@ class CheckpointManager:
             return
         except CorruptCheckpoint as error:
             self._session.damaged.add(_identity(file))
-            warnings.warn(f"{error}; it counts for nothing and was left", DistrustWarning, stacklevel=5)
+            warnings.warn(f"{error}; it counts for nothing and was left", DistrustWarning, stacklevel=6)
         else:
             self._session.good.add(_identity(file))
 

@@ -3,8 +3,8 @@
 :func:`scan` is the only definition of what is there: the files named as checkpoints, each with its header
 proven by its digest, or the reason why it is damaged. *Good* there means that name, size and header agree;
 what is checked of a header when is said in :mod:`distrust.checkpoint.header`. :func:`verify` reads all of it,
-and the data too. A file is opened once and asked through its descriptor: a writer that replaces or removes
-it meanwhile cannot mix two files into one answer.
+and the data too; what a listing takes for damaged, it does not call whole. A file is opened once and asked
+through its descriptor: a writer that replaces or removes it meanwhile cannot mix two files into one answer.
 """
 
 from __future__ import annotations
@@ -148,10 +148,10 @@ class Scan(NamedTuple):
 
 
 #: What tells that a file is the same, with the same content: device, inode, size, times of its last changes.
-_Identity = tuple[int, int, int, int, int]
+Identity = tuple[int, int, int, int, int]
 #: Checkpoints as a scan found them; see :func:`scan`.
-Known = dict[Path, tuple[_Identity, CheckpointFile]]
-_Entry = tuple[Path, int, Kind]
+Known = dict[Path, tuple[Identity, CheckpointFile]]
+Entry = tuple[Path, int, Kind]
 
 
 def file_name(step: int, kind: Kind) -> str:
@@ -172,7 +172,7 @@ def scan(directory: Path, known: Known | None = None) -> Scan:
     """
     while True:
         seen: Known = {}
-        found = [_listed(entry, known or {}, seen) for entry in _named(directory)]
+        found = [_listed(entry, known or {}, seen) for entry in named(directory)]
         # A writer removes a checkpoint once a newer one stands: that one was not in the list.
         if None not in found:
             if known is not None:
@@ -195,7 +195,7 @@ def find(target: Path) -> list[Path]:
     """
     if target.is_dir():
         directory = checkpoint_directory(target)
-        paths = [path for path, _, _ in _named(directory)]
+        paths = [path for path, _, _ in named(directory)]
         if not paths:
             raise CheckpointNotFound(f"{target}: no checkpoints here", path=target)
         return paths
@@ -244,11 +244,26 @@ def read_header(path: Path) -> CheckpointFile:
 
 
 def verify(path: Path) -> CheckpointFile:
-    """Read a whole checkpoint and check every byte of it.
+    """Read a whole checkpoint and check every byte of it, and that it is the one that its name says.
 
     Raises:
         CheckpointNotFound: if there is no such file.
         CorruptCheckpoint: with the first damaged tensor and where it lies.
+        CheckpointUnreadable: if this process cannot read it.
+        UnsupportedVersion: if a later version of the format wrote it.
+    """
+    file = verify_content(path)
+    require_name(file)
+    return file
+
+
+def verify_content(path: Path) -> CheckpointFile:
+    """The same, whatever the name of the file.
+
+    Raises:
+        CheckpointNotFound: if there is no such file.
+        CorruptCheckpoint: with the first damaged tensor and where it lies.
+        CheckpointUnreadable: if this process cannot read it.
         UnsupportedVersion: if a later version of the format wrote it.
     """
     from distrust.checkpoint import reading  # listing, which is all that most commands do, needs none of it
@@ -339,35 +354,51 @@ def _read_header(path: Path) -> tuple[CheckpointFile, os.stat_result]:
         return CheckpointFile(path, _header(descriptor, status.st_size)), status
 
 
-def _listed(entry: _Entry, known: Known, seen: Known) -> CheckpointFile | DamagedFile | None:
+def _listed(entry: Entry, known: Known, seen: Known) -> CheckpointFile | DamagedFile | None:
     """What a file of that name is; None if it is not there any more."""
-    path, step, kind = entry
+    path, step, _ = entry
     try:
         before = known.get(path)
-        if before is not None and before[0] == _identity(path.stat()):
+        if before is not None and before[0] == identity(path.stat()):
             seen[path] = before
             return before[1]
         file, status = _read_header(path)
-        if (file.step, file.kind) != (step, kind):
-            reason = f"it holds step {file.step} ({file.kind}), not what its name says"
-            raise CorruptCheckpoint(reason, path=path)
+        require_name(file)
         # Changed twice within a tick of the file system's clock, a file shows the same time.
         if time.time_ns() - status.st_ctime_ns > SETTLED_NANOSECONDS:
-            seen[path] = _identity(status), file
+            seen[path] = identity(status), file
         return file
     except CheckpointNotFound:
         if not path.is_symlink():
             return None
-        return DamagedFile(path, step, CorruptCheckpoint("a link to nothing", path=path))
+        return DamagedFile(path, step, link_to_nothing(path))
     except (CorruptCheckpoint, UnsupportedVersion) as error:
         return DamagedFile(path, step, error)
 
 
-def _identity(status: os.stat_result) -> _Identity:
+def link_to_nothing(path: Path) -> CorruptCheckpoint:
+    """The error for a symbolic link whose end is not there."""
+    return CorruptCheckpoint("a link to nothing", path=path)
+
+
+def require_name(file: CheckpointFile) -> None:
+    """Check that a file named as a checkpoint is the one of that name; any other name says nothing.
+
+    Raises:
+        CorruptCheckpoint: if it is not.
+    """
+    entry = _parsed(file.path)
+    if entry is not None and (file.step, file.kind) != entry[1:]:
+        reason = f"it holds step {file.step} ({file.kind}), not what its name says"
+        raise CorruptCheckpoint(reason, path=file.path)
+
+
+def identity(status: os.stat_result) -> Identity:
+    """What tells that a file is the same, with the same content."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-def _named(directory: Path) -> list[_Entry]:
+def named(directory: Path) -> list[Entry]:
     """The files named as checkpoints, by step, a periodic one before the final of its step."""
     try:
         names = os.listdir(directory)
@@ -375,10 +406,12 @@ def _named(directory: Path) -> list[_Entry]:
         return []
     except OSError as error:
         raise CheckpointError(f"{directory}: cannot be read: {error.strerror}", path=directory) from error
-    found: list[_Entry] = []
-    for name in names:
-        match = _NAME.fullmatch(name)
-        if match:
-            found.append((directory / name, int(match[1]), "final" if match[2] else "periodic"))
+    found = [entry for name in names if (entry := _parsed(directory / name)) is not None]
     # "final" would sort before "periodic": the periodic one of a step comes first.
     return sorted(found, key=lambda entry: (entry[1], entry[2] == "final"))
+
+
+def _parsed(path: Path) -> Entry | None:
+    """What the name of a checkpoint says."""
+    match = _NAME.fullmatch(path.name)
+    return (path, int(match[1]), "final" if match[2] else "periodic") if match else None

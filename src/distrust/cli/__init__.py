@@ -23,6 +23,7 @@ COMMANDS = {
     "ls": "list checkpoints",
     "show": "what one checkpoint holds",
     "verify": "check every byte of checkpoints",
+    "prune": "remove checkpoints: superseded ones, or damaged ones",
     "diff": "what differs between two checkpoints",
 }
 

@@ -1,0 +1,168 @@
+"""The command ``distrust prune``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple, get_args
+
+from distrust.checkpoint import store
+from distrust.checkpoint.manager import CheckpointManager
+from distrust.checkpoint.retention import MetricMode
+from distrust.cli.arguments import parser, print_json, size
+from distrust.errors import ConfigError, DistrustWarning
+
+#: What ``st_blocks`` counts, whatever the file system's own blocks are.
+BLOCK_BYTES = 512
+
+
+class Removed(NamedTuple):
+    """A file that went, or would go.
+
+    Attributes:
+        path: where it was.
+        step: of the checkpoint.
+        bytes: what that frees.
+        reason: why it goes.
+    """
+
+    path: str
+    step: int
+    bytes: int
+    reason: str
+
+
+def main(arguments: list[str]) -> int:
+    """Remove checkpoints that no rule keeps, damaged ones, or both."""
+    options = _options(arguments)
+    _check(options)
+    store.find(options.target)  # a wrong name is told, and nothing is made there
+    directory = store.checkpoint_directory(options.target)
+    with CheckpointManager(
+        directory,
+        keep_last=options.keep_last or 1,
+        keep_best=options.keep_best or 0,
+        keep_every=options.keep_every,
+        metric=options.metric or "eval_loss",
+        metric_mode=options.metric_mode or "min",
+    ) as manager:
+        if options.keep_best:
+            _require_metric(manager, options.metric or "eval_loss")
+        if not options.dry_run:
+            manager.acquire()
+        removed = []
+        for one in _removed(manager, options):
+            removed.append(one)
+            if not options.json:
+                verb = "would remove" if options.dry_run else "removed"
+                print(f"{verb} {one.path} ({size(one.bytes)}): {one.reason}", flush=True)
+        if removed and not store.named(directory):
+            warnings.warn(
+                f"{directory}: no checkpoint is left: the same training would start from the beginning",
+                DistrustWarning,
+                stacklevel=1,
+            )
+    _print_sum(removed, options)
+    return 0
+
+
+def _removed(manager: CheckpointManager, options: argparse.Namespace) -> Iterator[Removed]:
+    """Removes, unless it is a dry run, and tells of each file."""
+    paths = [path for path, _, _ in store.named(manager.directory)]
+    occupied = {path: _occupied(path) for path in paths}
+    if options.damaged:
+        for damaged in manager.list_damaged() if options.dry_run else manager.remove_damaged():
+            reason = f"damaged: {damaged.reason}"
+            yield Removed(str(damaged.path), damaged.step, occupied.get(damaged.path, 0), reason)
+    if _has_rule(options):
+        superseded = manager.list_superseded()
+        if not options.dry_run:
+            manager.cleanup()  # the same files: nobody else writes, and each was verified
+        for file in superseded:
+            yield Removed(str(file.path), file.step, occupied.get(file.path, 0), "no rule keeps it")
+
+
+def _occupied(path: Path) -> int:
+    """What removing a file frees: nothing where another name holds it, too."""
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return 0
+    return status.st_blocks * BLOCK_BYTES if status.st_nlink == 1 else 0
+
+
+def _print_sum(removed: list[Removed], options: argparse.Namespace) -> None:
+    freed = sum(one.bytes for one in removed)
+    if options.json:
+        rows = [one._asdict() for one in removed]
+        print_json({"dry_run": options.dry_run, "removed": rows, "bytes_freed": freed})
+    elif removed:
+        files = f"{len(removed)} file{'s' if len(removed) > 1 else ''}"
+        print(
+            f"{files}, {size(freed)}: nothing was removed yet"
+            if options.dry_run
+            else f"{files} removed, {size(freed)} freed"
+        )
+    else:
+        print("nothing to remove")
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Raise ConfigError for what makes no sense, in words of the command line."""
+    if not options.damaged and not _has_rule(options):
+        raise ConfigError(
+            "prune: say what is to go: --damaged, or what is to stay: --keep-last N, --keep-best N, "
+            "--keep-every N; --dry-run shows what would go"
+        )
+    for name, least in (("keep_last", 1), ("keep_best", 0), ("keep_every", 1)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise ConfigError(f"--{name.replace('_', '-')} is {value}: give {least} or more")
+    for name in ("metric", "metric_mode"):
+        if getattr(options, name) is not None and not options.keep_best:
+            raise ConfigError(f"--{name.replace('_', '-')} goes with --keep-best N, for 1 or more")
+    if options.target.is_file():
+        raise ConfigError(f"prune goes with a run or a directory of checkpoints; {options.target} is a file")
+
+
+def _has_rule(options: argparse.Namespace) -> bool:
+    return any(getattr(options, name) is not None for name in ("keep_last", "keep_best", "keep_every"))
+
+
+def _require_metric(manager: CheckpointManager, metric: str) -> None:
+    """A name that is wrong would let all of the best ones go."""
+    known = {name for file in manager.scan().files for name in file.metrics}
+    if metric not in known:
+        there = f"there are {', '.join(sorted(known))}" if known else "there are no metrics at all"
+        raise ConfigError(f"--keep-best: no checkpoint has the metric {metric!r}; {there}; give --metric")
+
+
+def _options(arguments: list[str]) -> argparse.Namespace:
+    arg = parser(
+        "prune",
+        description="What\n"
+        "stays is what any rule keeps; finals and the newest good one always stay. Damaged ones count for\n"
+        "nothing, and go by --damaged alone. Refused where a training runs: that cleans up by itself.",
+        examples=[
+            "distrust prune runs/train --keep-last 2 --dry-run",
+            "distrust prune runs/train --keep-best 1 --metric loss --keep-every 1000",
+            "distrust prune runs/train --damaged",
+        ],
+    )
+    arg.add_argument("target", type=Path, help="a run, or a directory of checkpoints")
+    arg.add_argument("--keep-last", type=int, metavar="N", help="keep the newest N; default: the newest")
+    arg.add_argument("--keep-best", type=int, metavar="N", help="keep the best N by --metric, besides")
+    arg.add_argument("--keep-every", type=int, metavar="N", help="keep each step that N divides, besides")
+    arg.add_argument("--metric", help="what tells the best; default: eval_loss")
+    arg.add_argument("--metric-mode", choices=get_args(MetricMode), help="min, the default: lower is better")
+    arg.add_argument(
+        "--damaged",
+        action="store_true",
+        help="read every byte of each file; remove the damaged ones",
+    )
+    arg.add_argument("--dry-run", action="store_true", help="show what would go, and remove nothing")
+    arg.add_argument("--json", action="store_true", help="print one object")
+    return arg.parse_args(arguments)
