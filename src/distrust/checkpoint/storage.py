@@ -139,12 +139,12 @@ class DirectoryLock:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._descriptor = -1
+        self._file: _LockFile | None = None
 
     @property
     def held(self) -> bool:
         """Whether this process may write."""
-        return self._descriptor >= 0
+        return self._file is not None and self._file.descriptor >= 0
 
     def acquire(self) -> None:
         """Make the directory if need be, take the lock, and sweep what dead writers left behind.
@@ -157,17 +157,15 @@ class DirectoryLock:
             return
         try:
             make_directory(self._directory)
-            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-            descriptor = os.open(self._directory / LOCK_NAME, flags, 0o666)
+            file = _LockFile(self._directory / LOCK_NAME)
             try:
-                self._lock(descriptor)
+                self._lock(file.descriptor)
             except BaseException:
-                os.close(descriptor)
+                file.close()
                 raise
-            self._descriptor = descriptor
+            self._file = file
             # A manager that is dropped without close() must not lock its own process out.
-            self._close = weakref.finalize(self, os.close, descriptor)
-            _closed_in_children().add(self)
+            weakref.finalize(self, file.close)
             sweep(self._directory)
         except OSError as error:
             raise SaveFailed(
@@ -176,9 +174,8 @@ class DirectoryLock:
 
     def release(self) -> None:
         """Let go of the lock; does nothing if it is not held."""
-        if self.held:
-            self._descriptor = -1
-            self._close()
+        if self._file is not None:
+            self._file.close()
 
     def _lock(self, descriptor: int) -> None:
         # A killed writer lets go when the kernel has taken it apart, and a child that it had just forked when
@@ -217,18 +214,44 @@ def _try_lock(descriptor: int) -> bool:
     return True
 
 
+class _LockFile:
+    """A lock's open file, which every forked child closes at once.
+
+    An flock belongs to the open file, which parent and child share: closing it lets go of it in the child
+    without unlocking the parent's.
+    """
+
+    def __init__(self, path: Path) -> None:
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        # No fork in between: the child would not know of it, and hold the lock for as long as it lives.
+        with _forking():
+            self.descriptor = os.open(path, flags, 0o666)
+            _open_lock_files.add(self)
+
+    def close(self) -> None:
+        """Let go of it; once is enough."""
+        with _forking():
+            descriptor, self.descriptor = self.descriptor, -1
+            _open_lock_files.discard(self)
+            if descriptor >= 0:
+                os.close(descriptor)
+
+
+_open_lock_files: set[_LockFile] = set()
+
+
 @functools.cache
-def _closed_in_children() -> weakref.WeakSet[DirectoryLock]:
-    locks: weakref.WeakSet[DirectoryLock] = weakref.WeakSet()
+def _forking() -> threading.RLock:
+    """What a fork waits for. One thread may take it again: it may be interrupted by what forks."""
+    mutex = threading.RLock()
 
-    def release_all() -> None:
-        # An flock belongs to the open file, which parent and child share: closing lets go of it in the
-        # child without unlocking the parent's.
-        for lock in list(locks):
-            lock.release()
+    def close_all() -> None:
+        for file in list(_open_lock_files):
+            file.close()
+        mutex.release()
 
-    os.register_at_fork(after_in_child=release_all)
-    return locks
+    os.register_at_fork(before=mutex.acquire, after_in_parent=mutex.release, after_in_child=close_all)
+    return mutex
 
 
 def make_directory(directory: Path) -> None:

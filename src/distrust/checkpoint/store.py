@@ -344,7 +344,7 @@ def _listed(entry: _Entry, known: Known, seen: Known) -> CheckpointFile | Damage
     path, step, kind = entry
     try:
         before = known.get(path)
-        if before is not None and before[0] == _identity(path.stat()):
+        if before is not None and before[0] == _identity(_status(path)):
             seen[path] = before
             return before[1]
         file, status = _read_header(path)
@@ -361,6 +361,11 @@ def _listed(entry: _Entry, known: Known, seen: Known) -> CheckpointFile | Damage
         return DamagedFile(path, step, CorruptCheckpoint("a link to nothing", path=path))
     except (CorruptCheckpoint, UnsupportedVersion) as error:
         return DamagedFile(path, step, error)
+
+
+def _status(path: Path) -> os.stat_result:
+    with _located(path):
+        return path.stat()
 
 
 def _identity(status: os.stat_result) -> _Identity:
