@@ -479,7 +479,7 @@ class CheckpointManager:
         session = self._session
         resumed_from = session.resumed_from and _identity(session.resumed_from)
         while True:
-            files = [file for file in self.scan().files if _identity(file) not in session.damaged]
+            files = [file for file in self._standing() if _identity(file) not in session.damaged]
             by_step = Scan(tuple(files), ()).by_step()
             candidates = _candidates(by_step.values())
             kept = {by_step[step].path for step in retention.kept(candidates, rules)}
@@ -499,6 +499,14 @@ class CheckpointManager:
                 return files, superseded
             for file in unknown:
                 self._judge(file)
+
+    def _standing(self) -> tuple[CheckpointFile, ...]:
+        """The files that are there; what is known of others is forgotten: a long run writes many."""
+        files = self.scan().files
+        identities = {_identity(file) for file in files}
+        self._session.good &= identities
+        self._session.damaged &= identities
+        return files
 
     def _judge(self, file: CheckpointFile) -> None:
         try:

@@ -147,12 +147,12 @@ class DirectoryLock:
     def __init__(self, directory: Path, disk: Disk) -> None:
         self._directory = directory
         self._disk = disk
-        self._descriptor = -1
+        self._file: _LockFile | None = None
 
     @property
     def held(self) -> bool:
         """Whether this process may write."""
-        return self._descriptor >= 0
+        return self._file is not None and self._file.descriptor >= 0
 
     def acquire(self) -> None:
         """Make the directory if need be, take the lock, sweep what dead writers left, sync what they made.
@@ -165,18 +165,17 @@ class DirectoryLock:
             return
         with _writable(self._directory):
             make_directory(self._directory, self._disk)
-            descriptor = self._disk.open_lock(self._directory / LOCK_NAME)
+            file = _LockFile(self._directory / LOCK_NAME, self._disk)
             try:
-                self._lock(descriptor)
+                self._lock(file.descriptor)
                 sweep(self._directory, self._disk)
                 sync_names(self._directory, self._disk)
             except BaseException:
-                os.close(descriptor)
+                file.close()
                 raise
-            self._descriptor = descriptor
+            self._file = file
             # A manager that is dropped without close() must not lock its own process out.
-            self._close = weakref.finalize(self, os.close, descriptor)
-            _closed_in_children().add(self)
+            weakref.finalize(self, file.close)
 
     def confirm(self) -> None:
         """Require that the lock that is held is still the directory's.
@@ -185,10 +184,11 @@ class DirectoryLock:
             SaveFailed: if the directory was removed, renamed, replaced or mounted over: another writer may
                 hold what is there now.
         """
+        assert self._file is not None  # noqa: S101 - whoever is about to write holds it
         with _writable(self._directory):
             try:
                 there = os.lstat(self._directory / LOCK_NAME)
-                if os.path.samestat(there, os.fstat(self._descriptor)):
+                if os.path.samestat(there, os.fstat(self._file.descriptor)):
                     return
                 what = f"another {LOCK_NAME} stands there"
             except (FileNotFoundError, NotADirectoryError):
@@ -201,9 +201,8 @@ class DirectoryLock:
 
     def release(self) -> None:
         """Let go of the lock; does nothing if it is not held."""
-        if self.held:
-            self._descriptor = -1
-            self._close()
+        if self._file is not None:
+            self._file.close()
 
     def _lock(self, descriptor: int) -> None:
         # A killed writer lets go when the kernel has taken it apart, and a child that it had just forked when
@@ -242,18 +241,43 @@ def _try_lock(descriptor: int) -> bool:
     return True
 
 
+class _LockFile:
+    """A lock's open file, which every forked child closes at once.
+
+    An flock belongs to the open file, which parent and child share: closing it lets go of it in the child
+    without unlocking the parent's.
+    """
+
+    def __init__(self, path: Path, disk: Disk) -> None:
+        # No fork in between: the child would not know of it, and hold the lock for as long as it lives.
+        with _forking():
+            self.descriptor = disk.open_lock(path)
+            _open_lock_files.add(self)
+
+    def close(self) -> None:
+        """Let go of it; once is enough."""
+        with _forking():
+            descriptor, self.descriptor = self.descriptor, -1
+            _open_lock_files.discard(self)
+            if descriptor >= 0:
+                os.close(descriptor)
+
+
+_open_lock_files: set[_LockFile] = set()
+
+
 @functools.cache
-def _closed_in_children() -> weakref.WeakSet[DirectoryLock]:
-    locks: weakref.WeakSet[DirectoryLock] = weakref.WeakSet()
+def _forking() -> threading.RLock:
+    """What a fork waits for. One thread may take it again: it may be interrupted by what forks."""
+    mutex = threading.RLock()
 
-    def release_all() -> None:
-        # An flock belongs to the open file, which parent and child share: closing lets go of it in the
-        # child without unlocking the parent's.
-        for lock in list(locks):
-            lock.release()
+    def close_all() -> None:
+        for file in list(_open_lock_files):
+            file.close()
+        mutex.release()
 
-    os.register_at_fork(after_in_child=release_all)
-    return locks
+    os.register_at_fork(before=mutex.acquire, after_in_parent=mutex.release, after_in_child=close_all)
+    return mutex
 
 
 def make_directory(directory: Path, disk: Disk) -> None:

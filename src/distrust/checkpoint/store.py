@@ -359,7 +359,7 @@ def _listed(entry: Entry, known: Known, seen: Known) -> CheckpointFile | Damaged
     path, step, _ = entry
     try:
         before = known.get(path)
-        if before is not None and before[0] == identity(path.stat()):
+        if before is not None and before[0] == identity(_status(path)):
             seen[path] = before
             return before[1]
         file, status = _read_header(path)
@@ -374,6 +374,11 @@ def _listed(entry: Entry, known: Known, seen: Known) -> CheckpointFile | Damaged
         return DamagedFile(path, step, link_to_nothing(path))
     except (CorruptCheckpoint, UnsupportedVersion) as error:
         return DamagedFile(path, step, error)
+
+
+def _status(path: Path) -> os.stat_result:
+    with _located(path):
+        return path.stat()
 
 
 def link_to_nothing(path: Path) -> CorruptCheckpoint:

@@ -7,6 +7,7 @@ a program that ends waits for it. An error that nobody has taken by then is prin
 from __future__ import annotations
 
 import atexit
+import functools
 import sys
 import threading
 from collections.abc import Callable, Generator
@@ -175,7 +176,7 @@ class BackgroundWriter:
 
     def _take(self, pending: PendingSave) -> None:
         self._pending = pending
-        atexit.register(pending.report_unseen)
+        _told_at_exit().add(pending)
 
     def settle(self) -> None:
         """Wait for the save under way.
@@ -192,4 +193,21 @@ class BackgroundWriter:
         finally:
             if pending.done:  # an interrupted wait leaves the slot taken
                 self._pending = None
-                atexit.unregister(pending.report_unseen)
+                _told_at_exit().discard(pending)
+
+
+@functools.cache
+def _told_at_exit() -> set[PendingSave]:
+    """The saves that nobody has settled yet.
+
+    One hook for them all: the interpreter keeps the place of one that was taken back, and looks at it again
+    whenever the next one is.
+    """
+    unsettled: set[PendingSave] = set()
+
+    def report() -> None:
+        for pending in unsettled:
+            pending.report_unseen()
+
+    atexit.register(report)
+    return unsettled

@@ -1,0 +1,6 @@
+from pathlib import Path
+
+from campaigns.campaign import Campaign, Case
+
+
+def run(campaign: Campaign, case: Case, folder: Path) -> None: ...

@@ -1,0 +1,151 @@
+"""The product broken on purpose: what shows that a campaign finds what it looks for.
+
+Each fault is put where the product meets the system, in the process that calls :func:`plant`, before the
+product is loaded: whichever way the product's modules are cut, it meets it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+_LEAK_BYTES = 64 << 10
+_leaked: list[Any] = []
+
+
+def _replaced(module: Any, name: str, by: Callable[..., Any]) -> None:
+    setattr(module, name, by)
+
+
+def _beside_each_rename(leak: Callable[[Any], object]) -> None:
+    """Have every commit of a file leave something behind."""
+    honest = os.replace
+
+    def replace(source: Any, target: Any) -> None:
+        honest(source, target)
+        _leaked.append(leak(target))
+
+    _replaced(os, "replace", replace)
+
+
+def _descriptors() -> None:
+    _beside_each_rename(lambda target: os.open(target, os.O_RDONLY))
+
+
+def _memory() -> None:
+    _beside_each_rename(lambda _: bytearray(b"x") * _LEAK_BYTES)
+
+
+def _threads() -> None:
+    def start() -> threading.Thread:
+        thread = threading.Thread(target=threading.Event().wait, daemon=True)
+        thread.start()
+        return thread
+
+    _beside_each_rename(lambda _: start() if len(_leaked) % 50 == 0 else None)
+
+
+def _slower() -> None:
+    _beside_each_rename(lambda _: time.sleep(len(_leaked) * 2e-5))
+
+
+def _removes_nothing() -> None:
+    """A clean-up that does not clean up."""
+    _replaced(os, "unlink", lambda *_, **__: None)
+
+
+def _in_place() -> None:
+    """A file that comes into being under its final name, piece by piece."""
+
+    def replace(source: Any, target: Any) -> None:
+        with open(source, "rb") as whole, open(target, "wb", buffering=0) as growing:
+            while piece := whole.read(2000):
+                growing.write(piece)
+                time.sleep(0.0005)
+        os.unlink(source)
+
+    _replaced(os, "replace", replace)
+
+
+def _no_lock() -> None:
+    """A lock that everybody gets."""
+    _replaced(fcntl, "flock", lambda *_: None)
+
+
+def _children_keep_the_lock() -> None:
+    _replaced(os, "register_at_fork", lambda **_: None)
+
+
+def _children_clean_up() -> None:
+    """A child that takes its parent's unfinished file for one that somebody left behind."""
+    import glob
+    import sys
+
+    def remove() -> None:
+        for path in glob.glob(os.path.join(sys.argv[1], ".checkpoint-*.tmp")):
+            os.unlink(path)
+
+    os.register_at_fork(after_in_child=remove)
+
+
+def _removes_all_but_the_newest() -> None:
+    from distrust.checkpoint import retention
+
+    _replaced(retention, "ranked", lambda *_: [])
+
+
+def _no_mutex() -> None:
+    """Clones that do not wait for one another."""
+    import contextlib
+
+    from distrust.checkpoint import manager
+
+    honest = manager._Session.begin
+
+    def begin(session: Any) -> None:
+        honest(session)
+        session.mutex = contextlib.nullcontext()
+
+    _replaced(manager._Session, "begin", begin)
+
+
+def _removes_first() -> None:
+    """A file that stood before is gone for a moment, until the new one stands."""
+    honest = os.replace
+
+    def replace(source: Any, target: Any) -> None:
+        if os.path.exists(target):
+            shutil.move(target, f"{target}.old")
+            time.sleep(0.002)
+            os.unlink(f"{target}.old")
+        honest(source, target)
+
+    _replaced(os, "replace", replace)
+
+
+#: By name: what is to be broken.
+FAULTS: dict[str, Callable[[], None]] = {
+    "descriptors": _descriptors,
+    "memory": _memory,
+    "threads": _threads,
+    "slower": _slower,
+    "removes-nothing": _removes_nothing,
+    "in-place": _in_place,
+    "removes-first": _removes_first,
+    "no-lock": _no_lock,
+    "children-keep-the-lock": _children_keep_the_lock,
+    "children-clean-up": _children_clean_up,
+    "removes-the-best": _removes_all_but_the_newest,
+    "no-mutex": _no_mutex,
+}
+
+
+def plant(name: str | None) -> None:
+    """Break the product in this process; None breaks nothing."""
+    if name is not None:
+        FAULTS[name]()

@@ -1,0 +1,72 @@
+"""The picture: memory and latency over the saves of each run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+MEMORY, BLOCKING, RETURNING, QUIET = "#0072b2", "#0072b2", "#d55e00", "#70757a"
+#: Of each run: what is timed, and how it is called.
+TIMES = {"save": ("save, until durable", BLOCKING), "returns": ("save_async, until it returns", RETURNING)}
+TIMES["step"] = ("a training step", BLOCKING)
+TITLES = {
+    "saves": "Saves of a small state, in one process",
+    "standing": "With more and more checkpoints standing, then as many",
+    "training": "The trainer, saving every second step",
+}
+
+
+def draw(runs: Mapping[str, Sequence[dict[str, Any]]], path: Path) -> None:
+    """A row for each run: resident memory on the left, what a save took on the right.
+
+    Args:
+        runs: name -> samples.
+        path: of the PNG.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context({"font.size": 9}):
+        figure = Figure(figsize=(10, 2.7 * len(runs)), layout="constrained")
+        rows = figure.subplots(len(runs), 2, squeeze=False)
+        for (name, samples), (memory, latency) in zip(runs.items(), rows, strict=True):
+            _memory(memory, samples)
+            _latency(latency, samples)
+            memory.set_title(TITLES[name], loc="left")
+        figure.savefig(path, dpi=150)
+
+
+def _memory(axes: Any, samples: Sequence[dict[str, Any]]) -> None:
+    axes.plot(_saves(samples), [sample["resident"] / 2**20 for sample in samples], color=MEMORY)
+    first, last = samples[0], samples[-1]
+    axes.text(
+        0.98,
+        0.06,
+        f"open files: {first['descriptors']} to {last['descriptors']}, "
+        f"threads: {first['threads']} to {last['threads']}",
+        transform=axes.transAxes,
+        ha="right",
+        color=QUIET,
+    )
+    axes.set_ylabel("resident memory, MiB")
+    _finish(axes)
+
+
+def _latency(axes: Any, samples: Sequence[dict[str, Any]]) -> None:
+    for what, (label, colour) in TIMES.items():
+        if what in samples[0]:
+            axes.plot(_saves(samples), [sample[what] * 1e3 for sample in samples], color=colour, label=label)
+    axes.set_ylabel("ms, median of a window")
+    axes.legend(frameon=False)
+    _finish(axes)
+
+
+def _finish(axes: Any) -> None:
+    axes.set_xlabel("saves")
+    axes.set_ylim(bottom=0)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _saves(samples: Sequence[dict[str, Any]]) -> list[int]:
+    return [sample["saves"] for sample in samples]
