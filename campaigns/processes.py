@@ -18,13 +18,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+from campaigns.campaign import CounterExample
+
 #: A process that runs for so long has hung.
 PATIENCE_SECONDS = 300.0
 POLL_SECONDS = 0.0002
-
-
-class Hung(Exception):
-    """A process did not end."""
 
 
 class Child(Protocol):
@@ -151,8 +149,11 @@ class Session:
         self, launcher: Launcher, arguments: Sequence[str], *, folder: Path, directory: Path
     ) -> None:
         self.directory = directory
+        self._folder = folder
         out, err = folder / "out.txt", folder / "err.txt"
-        self._parts = [(path, path.stat().st_size if path.exists() else 0) for path in (out, err)]
+        for path in (out, err):
+            path.touch()
+        self._parts = [(path, path.stat().st_size) for path in (out, err)]
         self._began = time.monotonic()
         self._child = launcher.start(arguments, out=out, err=err)
 
@@ -166,13 +167,13 @@ class Session:
         """Whether it runs.
 
         Raises:
-            Hung: if it has done so for far too long.
+            CounterExample: if it has done so for far too long.
         """
         if self._child.poll() is not None:
             return False
         if self.seconds > PATIENCE_SECONDS:
             self._child.send_signal(signal.SIGKILL)
-            raise Hung(f"still running after {PATIENCE_SECONDS:.0f} s")
+            raise CounterExample(f"{self._folder}: still running after {PATIENCE_SECONDS:.0f} s")
         return True
 
     def send(self, number: int) -> None:
