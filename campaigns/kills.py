@@ -28,7 +28,7 @@ import random
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from signal import SIGKILL
 from typing import NamedTuple
@@ -36,20 +36,12 @@ from typing import NamedTuple
 from campaigns import aftermath, training_run
 from campaigns.campaign import Campaign, Case, parser, run
 from campaigns.instants import Instant, Seen, after, once_said, once_seen
-from campaigns.processes import Forks, Launcher, Session
-from campaigns.training_run import TrainingRun
+from campaigns.processes import Launcher
+from campaigns.training_run import LOOP, RULES, STEPS, TRAINING, TrainingRun
+from campaigns.witness import Witness
 from distrust.checkpoint import store
-from distrust.checkpoint.retention import Candidate, Retention
 
 KILLS = 10
-KEEP_LAST = 3
-STEPS = 40
-TRAINING = [
-    "--max-steps", str(STEPS), "--keep-last", str(KEEP_LAST), "--lora-dropout", "0.1", "--lora-rank", "4",
-    "--batch-size", "1", "--threads", "1", "--log-every", "1",
-]  # fmt: skip
-#: What a run prints when its loop begins.
-LOOP = "training "
 EVENTS: tuple[Seen, ...] = ("made", "reserved", "renamed", "removed")
 
 
@@ -66,77 +58,37 @@ class Alone(NamedTuple):
 
 
 class KilledRun:
-    """A run, and what is known to have been durable."""
+    """A run that is killed, and what is known of it."""
 
     def __init__(self, campaign: Campaign, training: TrainingRun) -> None:
         self._campaign = campaign
         self._training = training
-        self._rules = Retention(KEEP_LAST, metric="eval_loss")
-        self._durable: set[tuple[int, bool]] = set()
+        self._witness = Witness(training.checkpoints, RULES)
 
     def kill(self, instant: Instant, delay: float) -> bool:
         """Start it, and kill it; False if it had ended by then."""
-        before = self._newest()
-        session, code = self._training.disturb(SIGKILL, self._remembering(instant), delay)
-        self._durable |= set(map(_saved, filter(_says_saved, session.said())))
+        witness = self._witness
+        before = witness.newest
+        session, code = self._training.disturb(SIGKILL, witness.watching(instant), delay)
+        witness.hear(session)
         if code == 0:
             return False
         where = f"{self._training.out}: exit code {code}: {session.complaints()}"
         self._campaign.require(code == -SIGKILL, where)
-        reported = [Candidate(step, final, {}) for step, final in sorted(self._durable)]
-        scan = aftermath.require_kept(self._training.checkpoints, reported, self._rules)
-        self._count(aftermath.phase(self._training.checkpoints, scan, reported, self._rules))
-        self._durable |= {(file.step, file.kind == "final") for file in scan.files}
-        if self._newest() == before:
+        reported = witness.reported
+        scan = witness.require_kept()
+        self._campaign.count(f"kills of {self._training.launcher.name}")
+        self._campaign.count(f"  {aftermath.phase(self._training.checkpoints, scan, reported, RULES)}")
+        if witness.newest == before:
             self._campaign.count("kills before anything new was durable")
         return True
 
     def finish(self) -> str:
         """Run it to its end; returns the digest of its final state."""
         digest = self._training.finish()
-        reported = [Candidate(step, final, {}) for step, final in sorted(self._durable)]
-        aftermath.require_kept(self._training.checkpoints, reported, self._rules)
+        self._witness.require_kept()
         aftermath.require_writable(self._training.checkpoints)
         return digest
-
-    def _remembering(self, instant: Instant) -> Instant:
-        """The same instant; at each look, the names that stand are remembered: they may not vanish."""
-
-        def watched(session: Session) -> Callable[[], bool]:
-            come = instant(session)
-
-            def look() -> bool:
-                self._durable |= {(step, final) for step, final in _standing(session.directory)}
-                return come()
-
-            return look
-
-        return watched
-
-    def _newest(self) -> int:
-        return max((step for step, _ in self._durable), default=0)
-
-    def _count(self, phase: str) -> None:
-        self._campaign.count(f"kills of {self._training.launcher.name}")
-        self._campaign.count(f"  {phase}")
-
-
-def _standing(directory: Path) -> list[tuple[int, bool]]:
-    """The checkpoints that have their names."""
-    return [
-        (int(path.stem.split("-")[1]), path.stem.endswith("-final"))
-        for path in directory.glob("checkpoint-*.safetensors")
-    ]
-
-
-def _says_saved(line: str) -> bool:
-    return line.startswith("step ") and ": saved " in line
-
-
-def _saved(line: str) -> tuple[int, bool]:
-    """The checkpoint that a line says is durable."""
-    path = line.split(": saved ")[1].split(" (")[0]
-    return int(line.split(":")[0].removeprefix("step ")), path.endswith("-final.safetensors")
 
 
 def instant_of(chance: random.Random, alone: Alone) -> tuple[Instant, float]:
@@ -151,21 +103,19 @@ def instant_of(chance: random.Random, alone: Alone) -> tuple[Instant, float]:
     return once_seen(chance.choice(EVENTS), count), chance.choice([0.0, 0.0, chance.uniform(0, 0.003)])
 
 
-def left_alone(folder: Path, options: Sequence[str]) -> Alone:
+def left_alone(folder: Path) -> Alone:
     """Train without a disturbance."""
-    training = TrainingRun(folder, options)
+    training = TrainingRun(folder, [*TRAINING, "--save-every", "1"])
     digest = training.finish()
     times = [file.path.stat().st_mtime for file in store.scan(training.checkpoints).files]
     # Only the last checkpoints are there: as long as they took took the others.
     return Alone(digest, STEPS * (max(times) - min(times)) / max(1, len(times) - 1))
 
 
-def one_case(
-    campaign: Campaign, case: Case, folder: Path, *, launcher: Launcher, alone: Alone, options: Sequence[str]
-) -> None:
+def one_case(campaign: Campaign, case: Case, folder: Path, launcher: Launcher, alone: Alone) -> None:
     """Kill a run again and again, and let it come to its end."""
     every = ["--save-every", str(case.chance.choice([1, 1, 2]))]
-    killed = KilledRun(campaign, TrainingRun(folder, [*options, *every], launcher))
+    killed = KilledRun(campaign, TrainingRun(folder, [*TRAINING, *every], launcher))
     for _ in range(KILLS):
         if not killed.kill(*instant_of(case.chance, alone)):
             campaign.count("runs at their end before their last kill")
@@ -178,18 +128,14 @@ def one_case(
 
 def body(campaign: Campaign) -> None:
     place = Path(tempfile.mkdtemp(prefix="kills-", dir=campaign.options.directory))
-    alone = left_alone(place / "alone", [*TRAINING, "--save-every", "1"])
+    alone = left_alone(place / "alone")
     with training_run.forks() as forks:
         for case in campaign.cases():
-            launcher = _launcher(case, forks)
+            launcher = training_run.COMMAND if case.number % 3 == 0 else forks
             folder = place / f"case-{case.number}"
-            one_case(campaign, case, folder, launcher=launcher, alone=alone, options=TRAINING)
+            one_case(campaign, case, folder, launcher, alone)
             shutil.rmtree(folder)
     shutil.rmtree(place)  # not after a counterexample: its folder is kept
-
-
-def _launcher(case: Case, forks: Forks) -> Launcher:
-    return training_run.COMMAND if case.number % 3 == 0 else forks
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -15,10 +15,21 @@ from campaigns.campaign import CounterExample
 from campaigns.instants import Instant, strike
 from campaigns.processes import Command, Forks, Launcher, Session
 from distrust.checkpoint import store
+from distrust.checkpoint.retention import Retention
 from distrust.errors import DistrustError
 
 COMMAND = Command([sys.executable, "-m", "distrust"], name="the real command")
 PROGRAM = "distrust.cli:main"
+#: A training of some seconds, which says of each step that it was made.
+STEPS = 40
+TRAINING = [
+    "--max-steps", str(STEPS), "--keep-last", "3", "--lora-dropout", "0.1", "--lora-rank", "4",
+    "--batch-size", "1", "--threads", "1", "--log-every", "1",
+]  # fmt: skip
+#: What it may remove.
+RULES = Retention(keep_last=3)
+#: How the lines begin that it prints when it begins to load, and when its loop begins.
+LOADING, LOOP = "loading the model ", "training "
 #: What a training imports: most of its time before the first step.
 IMPORTS = [
     "distrust.cli.train",
