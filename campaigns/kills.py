@@ -105,7 +105,7 @@ def instant_of(chance: random.Random, alone: Alone) -> tuple[Instant, float]:
 
 def left_alone(folder: Path) -> Alone:
     """Train without a disturbance."""
-    training = TrainingRun(folder, [*TRAINING, "--save-every", "1"])
+    training = TrainingRun(folder, [*TRAINING, "--save-every", "1"], training_run.COMMAND)
     digest = training.finish()
     times = [file.path.stat().st_mtime for file in store.scan(training.checkpoints).files]
     # Only the last checkpoints are there: as long as they took took the others.

@@ -20,7 +20,7 @@ from typing import Protocol
 
 from campaigns.campaign import CounterExample
 
-#: A process that runs for so long has hung.
+#: A process that runs for so long hangs.
 PATIENCE_SECONDS = 300.0
 POLL_SECONDS = 0.0002
 
@@ -78,8 +78,7 @@ class Forks:
             [sys.executable, "-m", "campaigns.fork_server", program, *imports],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            # The pool of OpenBLAS is none of Python's threads, but its threads would be missing in a fork.
-            env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+            env=_environment(),
         )
         self._child: _Fork | None = None
         self._answer()
@@ -118,6 +117,16 @@ class Forks:
         return line.decode()
 
 
+def _environment() -> dict[str, str]:
+    """For the server: it finds this package from anywhere, and has no pool of threads to lose in a fork."""
+    paths = [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")]
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "OPENBLAS_NUM_THREADS": "1",
+    }
+
+
 class _Fork:
     def __init__(self, forks: Forks, pid: int) -> None:
         self._forks = forks
@@ -143,13 +152,21 @@ class Session:
         arguments: for it.
         folder: of the files that its output is appended to, ``out.txt`` and ``err.txt``.
         directory: of the checkpoints that it writes.
+        patience_seconds: if it runs for so long, it hangs.
     """
 
     def __init__(
-        self, launcher: Launcher, arguments: Sequence[str], *, folder: Path, directory: Path
+        self,
+        launcher: Launcher,
+        arguments: Sequence[str],
+        *,
+        folder: Path,
+        directory: Path,
+        patience_seconds: float = PATIENCE_SECONDS,
     ) -> None:
         self.directory = directory
         self._folder = folder
+        self._patience_seconds = patience_seconds
         out, err = folder / "out.txt", folder / "err.txt"
         for path in (out, err):
             path.touch()
@@ -171,9 +188,9 @@ class Session:
         """
         if self._child.poll() is not None:
             return False
-        if self.seconds > PATIENCE_SECONDS:
+        if self.seconds > self._patience_seconds:
             self._child.send_signal(signal.SIGKILL)
-            raise CounterExample(f"{self._folder}: still running after {PATIENCE_SECONDS:.0f} s")
+            raise CounterExample(f"{self._folder}: still running after {self.seconds:.0f} s")
         return True
 
     def send(self, number: int) -> None:

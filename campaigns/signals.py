@@ -208,7 +208,7 @@ def one_case(campaign: Campaign, case: Case, folder: Path, launcher: Launcher, a
 
 def body(campaign: Campaign) -> None:
     place = Path(tempfile.mkdtemp(prefix="signals-", dir=campaign.options.directory))
-    alone = TrainingRun(place / "alone", TRAINING).finish()
+    alone = TrainingRun(place / "alone", TRAINING, training_run.COMMAND).finish()
     with training_run.forks() as forks:
         for case in campaign.cases():
             launcher = training_run.COMMAND if case.number % 2 == 0 else forks

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from campaigns.campaign import CounterExample
 from campaigns.instants import Instant, strike
-from campaigns.processes import Command, Forks, Launcher, Session
+from campaigns.processes import PATIENCE_SECONDS, Command, Forks, Launcher, Session
 from distrust.checkpoint import store
 from distrust.checkpoint.retention import Retention
 from distrust.errors import DistrustError
@@ -57,11 +57,13 @@ class TrainingRun:
         out: the folder.
         options: of ``distrust train``.
         launcher: starts it.
+        patience_seconds: if a session runs for so long, it hangs.
     """
 
     out: Path
     options: Sequence[str]
     launcher: Launcher = COMMAND
+    patience_seconds: float = PATIENCE_SECONDS
 
     @property
     def checkpoints(self) -> Path:
@@ -72,7 +74,13 @@ class TrainingRun:
         """Start the command: at the beginning, or where it was."""
         self.out.mkdir(parents=True, exist_ok=True)
         arguments = ["train", "--out", str(self.out), *self.options]
-        return Session(self.launcher, arguments, folder=self.out, directory=self.checkpoints)
+        return Session(
+            self.launcher,
+            arguments,
+            folder=self.out,
+            directory=self.checkpoints,
+            patience_seconds=self.patience_seconds,
+        )
 
     def disturb(self, number: int, instant: Instant, delay: float = 0.0) -> tuple[Session, int]:
         """Start it, and send a signal; returns the session, which has ended, and its exit code."""
