@@ -32,5 +32,5 @@ def test_a_run_that_stops_without_saving_is_found(toy_runs, tmp_path, capsys, mo
     in_the_loop = Moment("in the loop", once_said("step ", 3), 0.0)
     monkeypatch.setattr(signals, "moment_of", lambda chance, last: in_the_loop)
     toy_runs("stops_without_saving")
-    assert signals.main(["--cases", "8", "--directory", str(tmp_path)]) == 1
+    assert signals.main(["--case", "5", "--directory", str(tmp_path)]) == 1
     assert "] was made, " in capsys.readouterr().out
