@@ -16,105 +16,88 @@ Each must end with the state digest of the first. What stands after ``--`` goes 
 from __future__ import annotations
 
 import argparse
-import json
+import math
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-DISTRUST = [sys.executable, "-m", "distrust"]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from campaigns.campaign import CounterExample
+from campaigns.instants import Instant, after
+from campaigns.processes import Session
+from campaigns.training_run import TrainingRun
+
 TRAINING = ["--max-steps", "60", "--save-every", "5", "--keep-last", "100", "--lora-dropout", "0.1"]
-POLL_SECONDS = 0.0005
 
 
-@dataclass
 class Run:
-    """One folder, the command that trains into it, and what was done to it."""
+    """A training run, and the story of what was done to it."""
 
-    out: Path
-    options: list[str]
-    story: list[str] = field(default_factory=list)
+    def __init__(self, out: Path, options: Sequence[str]) -> None:
+        self.out = out
+        self.training = TrainingRun(out, [*TRAINING, *options], patience_seconds=math.inf)
+        self.story: list[str] = []
 
-    def start(self) -> subprocess.Popen[bytes]:
-        command = [*DISTRUST, "train", "--out", str(self.out), *TRAINING, *self.options]
-        self.out.mkdir(parents=True, exist_ok=True)
-        with (self.out / "errors.txt").open("ab") as errors:
-            return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
-
-    def finish(self) -> str:
-        """Run the command to its end; returns the final state digest."""
-        code = self.start().wait()
-        if code != 0:
-            raise SystemExit(f"{self.out}: exit code {code}: {(self.out / 'errors.txt').read_text()}")
-        shown = subprocess.run(
-            [*DISTRUST, "show", str(self.out), "--json"], capture_output=True, check=True, text=True
-        )
-        checkpoint = json.loads(shown.stdout)
-        if checkpoint["kind"] != "final":
-            raise SystemExit(f"{self.out}: ended without a final checkpoint")
-        return str(checkpoint["state_digest"])
-
-    def disturb(self, number: signal.Signals, condition: Callable[[], bool], what: str) -> bool:
-        """Start, and send a signal as soon as ``condition`` holds; False if the run had ended by then."""
-        process = self.start()
-        while process.poll() is None and not condition():
-            time.sleep(POLL_SECONDS)
-        process.send_signal(number)
-        code = process.wait()
-        last = max(self.steps(), default=0)
+    def disturb(self, number: signal.Signals, instant: Instant, what: str) -> bool:
+        """Start, and send a signal at an instant; False if the run had ended by then."""
+        session, code = self.training.disturb(number, instant)
         hit = code == (-number if number == signal.SIGKILL else 128 + number)
         if not hit and code != 0:
-            raise SystemExit(f"{self.out}: exit code {code}: {(self.out / 'errors.txt').read_text()}")
-        outcome = f"exit {code}, newest checkpoint {last}" if hit else "too late, the run had ended"
+            raise CounterExample(f"{self.out}: exit code {code}: {session.complaints()}")
+        newest = max(self.training.steps(), default=0)
+        outcome = f"exit {code}, newest checkpoint {newest}" if hit else "too late, the run had ended"
         self.story.append(f"{number.name} {what}: {outcome}")
         return hit
-
-    def steps(self) -> list[int]:
-        names = self.checkpoints.glob("checkpoint-*.safetensors")
-        return [int(path.stem.split("-")[1]) for path in names]
-
-    def temporary(self) -> list[Path]:
-        return list(self.checkpoints.glob(".checkpoint-*.tmp"))
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.out / "checkpoints"
 
 
 def kill_during_save(run: Run) -> None:
     """SIGKILL while a temporary file is there; tried again when the save was faster."""
     while True:
-        if not run.disturb(signal.SIGKILL, _new_file(run.temporary), "during a save"):
-            raise SystemExit("the run ended before a save could be caught; give it more --max-steps")
-        if run.temporary():
+        if not run.disturb(signal.SIGKILL, _new_file(run.training), "during a save"):
+            raise CounterExample("the run ended before a save could be caught; give it more --max-steps")
+        if run.training.temporary():
             run.story[-1] += ", a half-written file left behind"
             return
         run.story[-1] += ", but the save was faster"
 
 
-def _new_file(listed: Callable[[], list[Path]]) -> Callable[[], bool]:
-    before = set(listed())
-    return lambda: bool(set(listed()) - before)
+def _new_file(training: TrainingRun) -> Instant:
+    def begun(_: Session) -> Callable[[], bool]:
+        before = set(training.temporary())
+        return lambda: bool(set(training.temporary()) - before)
+
+    return begun
 
 
 def kill_at_random(run: Run, chance: random.Random, longest: float) -> bool:
     """SIGKILL after a random time."""
     delay = chance.uniform(0, longest)
-    began = time.monotonic()
-    return run.disturb(signal.SIGKILL, lambda: time.monotonic() - began >= delay, f"after {delay:.1f} s")
+    return run.disturb(signal.SIGKILL, after(delay), f"after {delay:.1f} s")
 
 
 def stop_after_step(run: Run, number: signal.Signals, step: int) -> None:
     """A signal as soon as the checkpoint of a step stands."""
-    run.disturb(number, lambda: max(run.steps(), default=0) >= step, f"once step {step} was saved")
+
+    def saved(_: Session) -> Callable[[], bool]:
+        return lambda: max(run.training.steps(), default=0) >= step
+
+    run.disturb(number, saved, f"once step {step} was saved")
 
 
 def main() -> int:
+    try:
+        return prove()
+    except CounterExample as error:
+        raise SystemExit(str(error)) from None
+
+
+def prove() -> int:
+    """Make the four runs, and compare them."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -129,19 +112,21 @@ def main() -> int:
 
     began = time.time()
     alone = Run(out / "alone", options)
-    expected = alone.finish()
+    expected = alone.training.finish()
     seconds = time.time() - began
-    saved = sorted(alone.steps())
+    saved = sorted(alone.training.steps())
     # What comes before the first checkpoint is done again at every start.
-    starting = min(path.stat().st_mtime for path in alone.checkpoints.glob("*.safetensors")) - began
+    starting = min(path.stat().st_mtime for path in alone.training.checkpoints.glob("*.safetensors")) - began
     print(f"alone    {expected}  ({seconds:.0f} s, checkpoints {saved})", flush=True)
 
     killed = Run(out / "killed", options)
     kill_during_save(killed)
     for left in range(arguments.kills - 1, 0, -1):
-        done = max(killed.steps(), default=0) / saved[-1]
+        done = max(killed.training.steps(), default=0) / saved[-1]
         if not kill_at_random(killed, chance, starting + (1 - done) * (seconds - starting) / left):
-            raise SystemExit("the run ended before its last kill; give another --seed, or more --max-steps")
+            raise CounterExample(
+                "the run ended before its last kill; give another --seed, or more --max-steps"
+            )
 
     stopped = Run(out / "stopped", options)
     stop_after_step(stopped, signal.SIGTERM, chance.choice(saved[:-1]))
@@ -152,7 +137,7 @@ def main() -> int:
 
     equal = True
     for run in (killed, stopped, resumed):
-        digest = run.finish()
+        digest = run.training.finish()
         equal = equal and digest == expected
         print(f"{run.out.name:8} {digest}  {'the same' if digest == expected else 'DIFFERENT'}")
         for line in run.story:

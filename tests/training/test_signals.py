@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 
@@ -105,6 +106,56 @@ def test_stopped_while_it_loads_a_resumed_run_stays_where_it_was(run, data, tmp_
     ended, _ = run(tmp_path, engine=Stopping())
     assert (ended.step, ended.path, ended.signal) == (3, stopped.path, signal.SIGTERM)
     assert stopped.path.read_bytes() == content
+
+
+@pytest.mark.parametrize("number", STOPPING)
+def test_loading_is_left_at_once(run, data, tmp_path, number, capfd):
+    """It may take minutes, and there is nothing to save."""
+    stopped, _ = run(tmp_path, stop_after=3)
+
+    class Loading(ToyEngine):
+        def load_state(self, state):
+            signal.raise_signal(number)
+            pytest.fail("it went on")
+
+    ended, _ = run(tmp_path, engine=Loading())
+    assert (ended.step, ended.path, ended.signal) == (3, stopped.path, number)
+    assert capfd.readouterr().err == ""
+    assert run(tmp_path)[0].step == 9
+
+
+def test_what_a_signal_cut_short_may_fail_in_any_way(run, tmp_path):
+    class Importing(ToyEngine):
+        @property
+        def parameters(self):
+            try:
+                signal.raise_signal(signal.SIGTERM)
+            except BaseException:
+                raise ImportError("half of it") from None
+
+    ended, _ = run(tmp_path, engine=Importing())
+    assert (ended.step, ended.path, ended.signal) == (0, None, signal.SIGTERM)
+
+    class Deaf(ToyEngine):
+        @property
+        def parameters(self):
+            with contextlib.suppress(BaseException):
+                signal.raise_signal(signal.SIGTERM)
+            return super().parameters
+
+    ended, events = run(tmp_path, engine=Deaf())
+    assert (ended.step, ended.signal) == (0, signal.SIGTERM)
+    assert not [event for event in events if isinstance(event, StepEnded)]
+
+
+def test_an_error_while_loading_is_told(run, tmp_path):
+    class Broken(ToyEngine):
+        @property
+        def parameters(self):
+            raise OSError("no such model")
+
+    with pytest.raises(OSError, match="no such model"):
+        run(tmp_path, engine=Broken())
 
 
 def test_a_second_interrupt_damages_nothing(run, tmp_path):

@@ -37,7 +37,7 @@ from distrust.training.plan import Plan, Sources, make_plan, read_sources
 from distrust.training.progress import Progress
 from distrust.training.saver import Saver
 from distrust.training.schedule import learning_rate
-from distrust.training.signals import StopRequest
+from distrust.training.signals import Stopped, StopRequest
 
 #: How many examples a message names; the error's attribute has them all.
 EXAMPLES_NAMED = 20
@@ -87,10 +87,8 @@ class DistrustTrainer:
                 with contextlib.suppress(CheckpointError):
                     self._manager.acquire()
                 return self._ended(finished, signal=None, already=True)
-            # Quick, and before anything is made on disk: it tells what is wrong with the data.
-            sources = read_sources(self._config)
-            self._manager.acquire()
-            self._prepare(sources)
+            if not self._prepared(stop):
+                return self._ended(self._newest_there(), signal=stop.signal, already=False)
             begun_at, last = self._progress.step, self._plan.max_steps
             while self._progress.step < last and stop.signal is None and self._observer_error is None:
                 self._step(self._progress.step + 1)
@@ -107,6 +105,24 @@ class DistrustTrainer:
         if self._observer_error is not None:
             raise self._observer_error
         return ended
+
+    def _prepared(self, stop: StopRequest) -> bool:
+        """Prepare the run; False if a signal cut it short: there is nothing yet that could be lost."""
+        try:
+            stop.at_once = True
+            if stop.signal is not None:
+                return False
+            # Quick, and before anything is made on disk: it tells what is wrong with the data.
+            sources = read_sources(self._config)
+            self._manager.acquire()
+            self._prepare(sources)
+            stop.at_once = False
+        except (Stopped, Exception):
+            # What was cut short, such as an import, may fail in any way.
+            if stop.signal is None:
+                raise
+            return False
+        return True
 
     def _prepare(self, sources: Sources) -> None:
         """Load everything, and take up the newest checkpoint if there is one."""
@@ -260,6 +276,10 @@ class DistrustTrainer:
     def _newest(self) -> CheckpointFile | None:
         durable = self._saver.durable
         return None if durable is None else self._manager.inspect(durable[0])
+
+    def _newest_there(self) -> CheckpointFile | None:
+        files = self._manager.scan().files
+        return files[-1] if files else None
 
     def _started(self, resumed_from: CheckpointFile | None) -> RunStarted:
         plan = self._plan

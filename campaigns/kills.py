@@ -1,0 +1,148 @@
+"""SIGKILL at random instants of a real training run, hundreds of times.
+
+    python -m campaigns.kills --seed 1 --cases 30
+    python -m campaigns.kills --seed 1 --case 3
+
+A case is a training run of the bundled model, ``distrust train``, that saves at every step, or at every
+second one. It is killed some ten times, and started again by the same command each time: while it starts, at
+a random time in its loop, after a line that it prints, or once something was seen on the disk
+(``instants.py``), so that kills fall into every part of a save. After each kill:
+
+- every checkpoint that the run has printed as saved, or that stood under its name, is there, unless a rule
+  removes it;
+- every file with a checkpoint's name is whole, and ``load_latest`` gives the newest;
+- there is at most one temporary file.
+
+At its end the run has the state digest of the same run left alone, and the next writer gets the lock and
+finds nothing left behind. Every third case is the real command line, from the first instruction of the
+interpreter on; the others are forks of a process that has imported torch (``fork_server.py``), which are
+killed five times as often in the same time. The run that was left alone is the real command.
+
+What is drawn is the same for a seed and a case; when a signal arrives within a save is the machine's to say,
+so a case may have to be run a few times.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from signal import SIGKILL
+from typing import NamedTuple
+
+from campaigns import aftermath, training_run
+from campaigns.campaign import Campaign, Case, parser, run
+from campaigns.instants import Instant, Seen, after, once_said, once_seen
+from campaigns.processes import Launcher
+from campaigns.training_run import LOOP, RULES, STEPS, TRAINING, TrainingRun
+from campaigns.witness import Witness
+from distrust.checkpoint import store
+
+KILLS = 10
+EVENTS: tuple[Seen, ...] = ("made", "reserved", "renamed", "removed")
+
+
+class Alone(NamedTuple):
+    """The run that nobody disturbed.
+
+    Attributes:
+        digest: of its final state.
+        loop_seconds: how long its loop took.
+    """
+
+    digest: str
+    loop_seconds: float
+
+
+class KilledRun:
+    """A run that is killed, and what is known of it."""
+
+    def __init__(self, campaign: Campaign, training: TrainingRun) -> None:
+        self._campaign = campaign
+        self._training = training
+        self._witness = Witness(training.checkpoints, RULES)
+
+    def kill(self, instant: Instant, delay: float) -> bool:
+        """Start it, and kill it; False if it had ended by then."""
+        witness = self._witness
+        before = witness.newest
+        session, code = self._training.disturb(SIGKILL, witness.watching(instant), delay)
+        witness.hear(session)
+        if code == 0:
+            return False
+        where = f"{self._training.out}: exit code {code}: {session.complaints()}"
+        self._campaign.require(code == -SIGKILL, where)
+        reported = witness.reported
+        scan = witness.require_kept()
+        self._campaign.count(f"kills of {self._training.launcher.name}")
+        self._campaign.count(f"  {aftermath.phase(self._training.checkpoints, scan, reported, RULES)}")
+        if witness.newest == before:
+            self._campaign.count("kills before anything new was durable")
+        return True
+
+    def finish(self) -> str:
+        """Run it to its end; returns the digest of its final state."""
+        digest = self._training.finish()
+        self._witness.require_kept()
+        aftermath.require_writable(self._training.checkpoints)
+        return digest
+
+
+def instant_of(chance: random.Random, alone: Alone) -> tuple[Instant, float]:
+    """When to kill, and how long to wait then."""
+    drawn, count = chance.random(), chance.randint(1, 6)
+    if drawn < 0.1:
+        return after(chance.uniform(0, 8)), 0.0  # while it starts, unless it is a fork
+    if drawn < 0.3:
+        return once_said(LOOP), chance.uniform(0, 2.5 * alone.loop_seconds / KILLS)
+    if drawn < 0.4:
+        return once_said("step ", 2 * count), chance.uniform(0, 0.05)
+    return once_seen(chance.choice(EVENTS), count), chance.choice([0.0, 0.0, chance.uniform(0, 0.003)])
+
+
+def left_alone(folder: Path) -> Alone:
+    """Train without a disturbance."""
+    training = TrainingRun(folder, [*TRAINING, "--save-every", "1"], training_run.COMMAND)
+    digest = training.finish()
+    times = [file.path.stat().st_mtime for file in store.scan(training.checkpoints).files]
+    # Only the last checkpoints are there: as long as they took took the others.
+    return Alone(digest, STEPS * (max(times) - min(times)) / max(1, len(times) - 1))
+
+
+def one_case(campaign: Campaign, case: Case, folder: Path, launcher: Launcher, alone: Alone) -> None:
+    """Kill a run again and again, and let it come to its end."""
+    every = ["--save-every", str(case.chance.choice([1, 1, 2]))]
+    killed = KilledRun(campaign, TrainingRun(folder, [*TRAINING, *every], launcher))
+    for _ in range(KILLS):
+        if not killed.kill(*instant_of(case.chance, alone)):
+            campaign.count("runs at their end before their last kill")
+            break
+    campaign.require(
+        killed.finish() == alone.digest, f"{folder}: ended in another state than the run that was left alone"
+    )
+    campaign.count(f"runs of {launcher.name} that ended in the state of the one left alone")
+
+
+def body(campaign: Campaign) -> None:
+    place = Path(tempfile.mkdtemp(prefix="kills-", dir=campaign.options.directory))
+    alone = left_alone(place / "alone")
+    with training_run.forks() as forks:
+        for case in campaign.cases():
+            launcher = training_run.COMMAND if case.number % 3 == 0 else forks
+            folder = place / f"case-{case.number}"
+            one_case(campaign, case, folder, launcher, alone)
+            shutil.rmtree(folder)
+    shutil.rmtree(place)  # not after a counterexample: its folder is kept
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    made = parser(__doc__)
+    made.add_argument("--directory", type=Path, help="where to train; default: where temporary files go")
+    return run("kills", made, body, cases=6, arguments=arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,236 @@
+"""A program that saves: the walk that ``killed_saves.py`` kills, again and again.
+
+    python -m campaigns.saving '{"directory": "walk", "seed": 1, "steps": 50, ...}'
+
+The state is a random walk: arrays that random numbers are added to, moments of them, the generator's own
+state, and a history that grows. Each step is a function of the state before it alone; so is the way in which
+it is saved, of the seed and the step. A walk that was killed goes on from its newest checkpoint, and must
+end in the state of one that was left alone.
+
+Each time a checkpoint is durable, a line says so at once, by one system call: its step, its kind, its number
+among all saves, and its metric.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+
+from campaigns import broken
+from distrust import Checkpoint, CheckpointManager
+from distrust.checkpoint import direct, pouring
+from distrust.checkpoint.retention import Retention
+from distrust.errors import CheckpointNotFound
+
+Way = Literal["save", "save_async", "overlap", "final", "again", "reopen", "cleanup"]
+Array = np.ndarray[Any, Any]
+WAYS = get_args(Way)
+METRIC = "height"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One walk.
+
+    Attributes:
+        directory: of its checkpoints.
+        seed: of the walk, and of the ways in which it is saved.
+        steps: how far it goes.
+        sizes: items of each array.
+        block_bytes: what is written at once.
+        direct: whether direct I/O is tried.
+        keep_last: of the rules.
+        keep_every: of the rules.
+        first_save: the number of the first save; higher at each start.
+        fault: a fault that is put into the product, or none; see ``broken.py``.
+    """
+
+    directory: str
+    seed: int
+    steps: int
+    sizes: tuple[int, ...]
+    block_bytes: int
+    direct: bool
+    keep_last: int
+    keep_every: int | None
+    first_save: int = 0
+    fault: str | None = None
+
+    @property
+    def rules(self) -> Retention:
+        """What its clean-ups may remove at most."""
+        return Retention(self.keep_last, 1, self.keep_every, METRIC)
+
+    def argument(self) -> str:
+        """What the program is given."""
+        return json.dumps(asdict(self))
+
+    def way(self, step: int) -> Way:
+        """How a step is saved."""
+        return random.Random(f"{self.seed}/{step}").choice(WAYS)
+
+
+class Report(NamedTuple):
+    """What a walk said of a checkpoint: it is durable.
+
+    Attributes:
+        step: of the checkpoint.
+        final: whether it is a final one.
+        number: among all saves of this walk.
+        height: its metric.
+    """
+
+    step: int
+    final: bool
+    number: int
+    height: float
+
+    @classmethod
+    def parse(cls, line: str) -> Report:
+        """The report that a line holds."""
+        step, kind, number, height = line.split()
+        return cls(int(step), kind == "final", int(number), float(height))
+
+    def line(self) -> str:
+        """The line that says it."""
+        return f"{self.step} {'final' if self.final else 'periodic'} {self.number} {self.height!r}\n"
+
+
+class Walk:
+    """The state, and how it goes on."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.step = 0
+        self._rng = np.random.default_rng(plan.seed)
+        self._places: list[Array] = [np.zeros(size) for size in plan.sizes]
+        self._moments: list[Array] = [np.zeros(size, np.float32) for size in plan.sizes]
+        self._heights: list[float] = []
+
+    @property
+    def height(self) -> float:
+        """A number that depends on all steps so far."""
+        return self._heights[-1]
+
+    def advance(self) -> None:
+        """Make a step, into the existing arrays: a checkpoint that shared them would change."""
+        self.step += 1
+        for place, moment in zip(self._places, self._moments, strict=True):
+            move = self._rng.normal(size=place.size)
+            moment[:] = 0.9 * moment + move
+            place += move * np.tanh(moment)
+        self._heights.append(float(sum(place.sum() for place in self._places)))
+
+    def checkpoint(self, number: int) -> Checkpoint:
+        return Checkpoint(
+            step=self.step,
+            model={"places": self._places},
+            optimizer={"moments": self._moments},
+            rng=dict(self._rng.bit_generator.state),
+            history={"heights": np.array(self._heights)},
+            metrics={METRIC: self.height},
+            run={"number": number},
+        )
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        self.step = checkpoint.step
+        for array, saved in zip(self._places, checkpoint.model["places"], strict=True):
+            array[:] = saved
+        for array, saved in zip(self._moments, checkpoint.optimizer["moments"], strict=True):
+            array[:] = saved
+        self._rng.bit_generator.state = checkpoint.rng
+        self._heights = checkpoint.history["heights"].tolist()
+
+
+class Saver:
+    """Saves a walk in all the ways there are, and says what is durable."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._manager = self._open()
+        self._number = plan.first_save
+
+    def restore(self, walk: Walk) -> None:
+        """Take up the newest checkpoint, and write it once more: the file that the walk came from goes."""
+        try:
+            walk.restore(self._manager.load_latest())
+        except CheckpointNotFound:
+            return
+        if self._plan.way(-walk.step) == "again":
+            self._save(walk)
+
+    def save(self, walk: Walk, way: Way) -> None:
+        """Save it in one of the ways; what changes next may change when this returns."""
+        match way:
+            case "save":
+                self._save(walk)
+            case "save_async" | "overlap":
+                self._save_async(walk, overlap=way == "overlap")
+            case "final":
+                self._save(walk, final=True)
+            case "again":
+                self._save_async(walk, overlap=False)
+                self._save(walk)
+            case "reopen":
+                self._manager.close()
+                self._manager = self._open()
+                self._save(walk)
+            case "cleanup":
+                self._save_async(walk, overlap=False)
+                self._manager.cleanup()
+
+    def finish(self, walk: Walk) -> None:
+        """Save its end, and close."""
+        self._save(walk, final=True)
+        self._manager.close()
+
+    def _open(self) -> CheckpointManager:
+        return CheckpointManager(self._plan.directory, **asdict(self._plan.rules))
+
+    def _save(self, walk: Walk, *, final: bool = False) -> None:
+        report = self._next(walk, final=final)
+        self._manager.save(walk.checkpoint(report.number), final=final)
+        _say(report)
+
+    def _save_async(self, walk: Walk, *, overlap: bool) -> None:
+        report = self._next(walk, final=False)
+        pending = self._manager.save_async(walk.checkpoint(report.number), overlap=overlap)
+        # At its very end, on its own thread, whatever the loop does meanwhile.
+        pending.add_done_callback(lambda: None if pending.failed_unseen else _say(report))
+        pending.wait_copied()
+
+    def _next(self, walk: Walk, *, final: bool) -> Report:
+        self._number += 1
+        return Report(walk.step, final, self._number, walk.height)
+
+
+def _say(report: Report) -> None:
+    os.write(1, report.line().encode())
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Walk to the end, from the newest checkpoint on."""
+    plan = Plan(**json.loads(arguments[0]))
+    if not plan.direct:
+        direct.FLAG = 0
+    pouring.BLOCK_BYTES = plan.block_bytes
+    if plan.fault is not None:
+        broken.FAULTS[plan.fault]()
+    walk, saver = Walk(plan), Saver(plan)
+    saver.restore(walk)
+    while walk.step < plan.steps:
+        walk.advance()
+        if walk.step < plan.steps:
+            saver.save(walk, plan.way(walk.step))
+    saver.finish(walk)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,117 @@
+"""One training run in a folder of its own: the command that trains into it, and what is done to it.
+
+The command is ``distrust train`` itself. The same run can also be made of forks of a process that has
+imported torch (``fork_server.py``), which begins within the second: the way to hundreds of kills.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from campaigns.campaign import CounterExample
+from campaigns.instants import Instant, strike
+from campaigns.processes import PATIENCE_SECONDS, Command, Forks, Launcher, Session
+from distrust.checkpoint import store
+from distrust.checkpoint.retention import Retention
+from distrust.errors import DistrustError
+
+COMMAND = Command([sys.executable, "-m", "distrust"], name="the real command")
+PROGRAM = "distrust.cli:main"
+#: A training of some seconds, which says of each step that it was made.
+STEPS = 40
+TRAINING = [
+    "--max-steps", str(STEPS), "--keep-last", "3", "--lora-dropout", "0.1", "--lora-rank", "4",
+    "--batch-size", "1", "--threads", "1", "--log-every", "1",
+]  # fmt: skip
+#: What it may remove.
+RULES = Retention(keep_last=3)
+#: How the lines begin that it prints when it begins to load, and when its loop begins.
+LOADING, LOOP = "loading the model ", "training "
+#: What a training imports: most of its time before the first step.
+IMPORTS = [
+    "distrust.cli.train",
+    "distrust.engines.torch.engine",
+    "distrust.reporting.console",
+    "distrust.training",
+    "numpy.random",
+    "peft",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.auto.tokenization_auto",
+    "transformers.models.llama.modeling_llama",
+]
+
+
+def forks() -> Forks:
+    """Forks that train as the command does."""
+    return Forks(PROGRAM, IMPORTS, name="a fork")
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """One folder, and the options that train into it.
+
+    Attributes:
+        out: the folder.
+        options: of ``distrust train``.
+        launcher: starts it.
+        patience_seconds: if a session runs for so long, it hangs.
+    """
+
+    out: Path
+    options: Sequence[str]
+    launcher: Launcher = COMMAND
+    patience_seconds: float = PATIENCE_SECONDS
+
+    @property
+    def checkpoints(self) -> Path:
+        """The directory of its checkpoints."""
+        return self.out / store.RUN_SUBDIRECTORY
+
+    def start(self) -> Session:
+        """Start the command: at the beginning, or where it was."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        arguments = ["train", "--out", str(self.out), *self.options]
+        return Session(
+            self.launcher,
+            arguments,
+            folder=self.out,
+            directory=self.checkpoints,
+            patience_seconds=self.patience_seconds,
+        )
+
+    def disturb(self, number: int, instant: Instant, delay: float = 0.0) -> tuple[Session, int]:
+        """Start it, and send a signal; returns the session, which has ended, and its exit code."""
+        session = self.start()
+        strike(session, number, instant, delay)
+        return session, session.wait()
+
+    def finish(self) -> str:
+        """Run the command to its end; returns the digest of the final state.
+
+        Raises:
+            CounterExample: if it fails, or leaves no final checkpoint.
+        """
+        session = self.start()
+        code = session.wait()
+        if code != 0:
+            raise CounterExample(f"{self.out}: exit code {code}: {session.complaints()}")
+        try:
+            newest = store.newest(self.checkpoints)
+        except DistrustError as error:
+            raise CounterExample(f"{self.out}: {error}") from error
+        if newest.kind != "final":
+            raise CounterExample(f"{self.out}: ended without a final checkpoint")
+        return newest.state_digest
+
+    def steps(self) -> list[int]:
+        """The steps of its checkpoints, by their names."""
+        return sorted(
+            int(path.stem.split("-")[1]) for path in self.checkpoints.glob("checkpoint-*.safetensors")
+        )
+
+    def temporary(self) -> list[Path]:
+        """What was not renamed yet, or never will be."""
+        return list(self.checkpoints.glob(".checkpoint-*.tmp"))

@@ -1,0 +1,36 @@
+"""The campaign of signals in short form, and that it can find something."""
+
+from __future__ import annotations
+
+import json
+import signal
+
+import pytest
+
+from campaigns import signals
+from campaigns.instants import once_said
+from campaigns.signals import Blow, Moment
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch):
+    monkeypatch.setattr(signals, "SIGNALS", 3)
+
+
+def test_signals_to_a_command_and_to_forks(toy_runs, tmp_path, capsys):
+    toy_runs("main")
+    figures = tmp_path / "figures.json"
+    assert signals.main(["--cases", "2", "--directory", str(tmp_path), "--json", str(figures)]) == 0
+    counts = json.loads(figures.read_text())["counts"]
+    assert counts["signals to a command"] >= 1
+    assert counts["signals to a fork"] >= 1
+    assert "every promise was kept" in capsys.readouterr().out
+
+
+def test_a_run_that_stops_without_saving_is_found(toy_runs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(signals, "blow_of", lambda chance: Blow(signal.SIGTERM))
+    in_the_loop = Moment("in the loop", once_said("step ", 3), 0.0)
+    monkeypatch.setattr(signals, "moment_of", lambda chance, last: in_the_loop)
+    toy_runs("stops_without_saving")
+    assert signals.main(["--case", "5", "--directory", str(tmp_path)]) == 1
+    assert "] was made, " in capsys.readouterr().out

@@ -1,0 +1,52 @@
+"""``distrust train`` on the toy engine: the command, the loop and its saves, without the seconds of torch.
+
+Each function is a command line of its own. The faults are those that a campaign must be able to find.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "training"))
+
+from toy_engine import ToyEngine
+
+from distrust import DistrustTrainer, cli, engines
+from distrust.training import EngineState
+
+
+def main(arguments: Sequence[str]) -> int:
+    return train(arguments, ToyEngine)
+
+
+class Forgetful(ToyEngine):
+    def load_state(self, state: EngineState) -> None:
+        super().load_state(EngineState(state.model, self.state().optimizer, state.rng))
+
+
+def forgets_the_optimizer(arguments: Sequence[str]) -> int:
+    return train(arguments, Forgetful)
+
+
+def stops_without_saving(arguments: Sequence[str]) -> int:
+    saves = DistrustTrainer._save_what_is_not
+
+    def only_the_final_one(trainer: DistrustTrainer, *, final: bool) -> None:
+        if final:
+            saves(trainer, final=True)
+        else:
+            trainer._saver.settle()
+
+    DistrustTrainer._save_what_is_not = only_the_final_one
+    return train(arguments, ToyEngine)
+
+
+def train(arguments: Sequence[str], engine: type[ToyEngine]) -> int:
+    engines.create = lambda config: engine()
+    return cli.main(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
