@@ -12,8 +12,8 @@ from pathlib import Path
 from campaigns.campaign import CounterExample
 from distrust import CheckpointManager
 from distrust.checkpoint import retention, store
+from distrust.checkpoint.lock import LOCK_NAME
 from distrust.checkpoint.retention import Candidate, Retention
-from distrust.checkpoint.storage import LOCK_NAME
 from distrust.checkpoint.store import Scan
 from distrust.errors import DistrustError, DistrustWarning
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from distrust.checkpoint import pouring
+from distrust.checkpoint import manager
 from distrust.checkpoint.storage import AtomicFile
 
 
@@ -37,17 +37,17 @@ class _OneOnly(AtomicFile):
 
 def in_place() -> None:
     """The file has its final name before it is written."""
-    vars(pouring)["AtomicFile"] = _InPlace
+    vars(manager)["AtomicFile"] = _InPlace
 
 
 def removed_first() -> None:
     """The file of the same name is removed before the new one is written."""
-    vars(pouring)["AtomicFile"] = _RemovedFirst
+    vars(manager)["AtomicFile"] = _RemovedFirst
 
 
 def one_only() -> None:
     """The older checkpoints are removed before the new one is written."""
-    vars(pouring)["AtomicFile"] = _OneOnly
+    vars(manager)["AtomicFile"] = _OneOnly
 
 
 FAULTS: dict[str, Callable[[], None]] = {

@@ -47,7 +47,7 @@ from campaigns.campaign import Campaign, Case, CounterExample, parser, run
 from campaigns.injuries import NAME, OLDER_STEP, STEP, Files, Injury, Kind, kinds
 from distrust import Checkpoint, CheckpointManager, DistrustWarning
 from distrust.checkpoint import image
-from distrust.checkpoint.storage import LOCK_NAME
+from distrust.checkpoint.lock import LOCK_NAME
 from distrust.checkpoint.store import file_name
 from distrust.cli import main as distrust
 from distrust.errors import CorruptCheckpoint

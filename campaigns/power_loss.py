@@ -42,6 +42,7 @@ from campaigns.recording import Killed, Operation, RecordingDisk, Rename, Sync, 
 from distrust import Checkpoint, CheckpointManager
 from distrust.checkpoint import direct, pouring, storage
 from distrust.checkpoint.disk import Disk
+from distrust.checkpoint.lock import LOCK_NAME
 from distrust.errors import CheckpointNotFound, DistrustError, SaveFailed
 
 INNER = Path("run", "checkpoints")
@@ -358,7 +359,7 @@ def _require_next_save(manager: CheckpointManager, there: list[Version]) -> None
     except SaveFailed as error:
         raise CounterExample(f"the next save failed: {error}") from error
     names = {path.name for path in manager.directory.iterdir()}
-    wanted = {version.name for version in there if version.final} | {coming.name, storage.LOCK_NAME}
+    wanted = {version.name for version in there if version.final} | {coming.name, LOCK_NAME}
     if not wanted <= names or any(name.endswith(".tmp") for name in names):
         raise CounterExample(f"after the next save there are {sorted(names)}, and should be {sorted(wanted)}")
 
@@ -423,7 +424,7 @@ class Search:
         But for the note in the lock, and temporary files, of which a sync may have failed.
         """
         for path, content in world.after_cut("kept", "kept", Random(0)).items():
-            if path.name == storage.LOCK_NAME or path.suffix == ".tmp":
+            if path.name == LOCK_NAME or path.suffix == ".tmp":
                 continue
             if not path.is_dir() if content is None else path.read_bytes() != content:
                 raise CounterExample(f"the model of {path.name} is not what the real disk holds")

@@ -63,10 +63,10 @@ def lives(folder: Path, name: str) -> bool:
 def _use(manager: CheckpointManager) -> None:
     """Read, and try to write: the parent lives, and holds the directory."""
     from campaigns.crowds import content
-    from distrust.checkpoint import storage
+    from distrust.checkpoint import lock
     from distrust.errors import CheckpointDirectoryLocked
 
-    storage.PATIENCE_SECONDS = 0.02
+    lock.PATIENCE_SECONDS = 0.02
     content.version_of(manager.load_latest())
     try:
         manager.save(content.make(999, 999, 16))

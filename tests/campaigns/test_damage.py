@@ -13,7 +13,7 @@ import pytest
 from campaigns.damage import Round, main
 from campaigns.injuries import kinds
 from distrust import CheckpointManager
-from distrust.checkpoint import header, manager, reading, store
+from distrust.checkpoint import header, manager, reading, storage, store
 
 AGAIN = re.compile(r"again: python -m campaigns\.damage (--seed \d+ --case \d+)")
 
@@ -58,7 +58,7 @@ FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
     ),
     "damaged ones count": (counts_damaged_ones, r"a clean-up removed [10]"),
     "nothing is ever removed": (
-        lambda patch: patch.setattr(manager, "_remove", nothing),
+        lambda patch: patch.setattr(storage, "remove", nothing),
         "prune --damaged leaves",
     ),
 }

@@ -16,7 +16,8 @@ from campaigns.disks import apart, volumes
 from campaigns.disks.apart import Skipped
 from distrust.checkpoint import storage
 from distrust.checkpoint.disk import Disk
-from distrust.checkpoint.storage import AtomicFile, DirectoryLock
+from distrust.checkpoint.lock import DirectoryLock
+from distrust.checkpoint.storage import AtomicFile
 from distrust.training import saver
 
 # Every case is a fork, and other tests in this process may have started threads.

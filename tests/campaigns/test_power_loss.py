@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import re
 from pathlib import Path
 from random import Random
 
@@ -27,7 +28,7 @@ from campaigns.recording import (
     Write,
 )
 from distrust import Checkpoint, CheckpointManager
-from distrust.checkpoint import retention, storage
+from distrust.checkpoint import lock, retention, storage
 from distrust.errors import CheckpointError, DistrustWarning, SaveFailed
 
 ROOT = Path("/disk")
@@ -90,14 +91,14 @@ def sync_again_if_it_fails(file: storage.AtomicFile) -> None:
 
 MUTANTS = {
     "the parents are not synced at the start": (
-        power_loss, storage, "sync_names", sync_what_a_killed_writer_left_but_not("parents"),
+        power_loss, lock, "sync_names", sync_what_a_killed_writer_left_but_not("parents"),
     ),
     "renamed before it is synced": (power_loss, storage.AtomicFile, "commit", commit_before_sync),
     "a failed sync is tried again": (failing_calls, storage.AtomicFile, "commit", sync_again_if_it_fails),
     "the oldest are kept": (
         power_loss, retention, "last", lambda found, rules: {min(each.step for each in found)},
     ),
-    "nothing is swept": (power_loss, storage, "sweep", lambda directory, disk: None),
+    "nothing is swept": (power_loss, storage, "_TEMPORARY_NAME", re.compile("none")),
 }  # fmt: skip
 
 

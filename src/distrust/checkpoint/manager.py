@@ -17,6 +17,7 @@ from distrust.checkpoint import arrays, image, pouring, pruning, retention, stor
 from distrust.checkpoint.checkpoint import Checkpoint
 from distrust.checkpoint.disk import Disk
 from distrust.checkpoint.format import Kind
+from distrust.checkpoint.lock import DirectoryLock
 from distrust.checkpoint.memory import ReusableMemory
 from distrust.checkpoint.retention import Candidate, MetricMode, Retention
 from distrust.checkpoint.snapshot import Snapshot
@@ -53,7 +54,7 @@ class _Session:
     def begin(self) -> None:
         """Know nothing and hold nothing: at first, and in a forked child."""
         self.process = os.getpid()
-        self.lock = storage.DirectoryLock(self.directory, self.disk)
+        self.lock = DirectoryLock(self.directory, self.disk)
         self.writer = BackgroundWriter()
         self.snapshot = Snapshot()
         self.ring = ReusableMemory()
