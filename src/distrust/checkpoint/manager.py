@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from distrust.checkpoint import arrays, image, pouring, retention, storage, store
 from distrust.checkpoint.checkpoint import Checkpoint
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from typing import Self
 
 Verify = Literal["full", "lazy"]
+Found = TypeVar("Found")
 
 #: What changes only in the optimizer's step: its copy may run beside the next forward and backward pass.
 _OVERLAPPED = ("model.", "optimizer.")
@@ -240,8 +241,9 @@ class CheckpointManager:
         lazy = verify == "lazy"
         if lazy and not mmap:
             raise ConfigError('verify="lazy" goes with mmap=True: without it everything is read now')
-        path = self._path_of(checkpoint)
-        file, loaded = image.read(path, framework=framework, mapped=mmap, lazy=lazy)
+        file, loaded = self._found(
+            checkpoint, lambda path: image.read(path, framework=framework, mapped=mmap, lazy=lazy)
+        )
         if file.path.parent == self.directory and not lazy:
             self._mark_resumed(file)
         return loaded
@@ -280,16 +282,20 @@ class CheckpointManager:
             CheckpointNotFound: if none has the metric.
             NoGoodCheckpoint: if none of those that have it is whole.
         """
-        files = self.scan().by_step()
-        steps = retention.ranked(_candidates(files.values()), self._rules)
-        if not steps:
-            known = sorted({name for file in files.values() for name in file.metrics})
-            raise CheckpointNotFound(
-                f"{self.directory}: no checkpoint has the metric {self._rules.metric!r}; "
-                f"there are {', '.join(known) or 'no metrics'} in steps {_listed(files)}",
-                path=self.directory,
-            )
-        return self._first_good([files[step] for step in steps], framework, mmap=mmap)
+        while True:
+            files = self.scan().by_step()
+            steps = retention.ranked(_candidates(files.values()), self._rules)
+            if not steps:
+                known = sorted({name for file in files.values() for name in file.metrics})
+                raise CheckpointNotFound(
+                    f"{self.directory}: no checkpoint has the metric {self._rules.metric!r}; "
+                    f"there are {', '.join(known) or 'no metrics'} in steps {_listed(files)}",
+                    path=self.directory,
+                )
+            try:
+                return self._first_good([files[step] for step in steps], framework, mmap=mmap)
+            except CheckpointNotFound:
+                continue  # a writer removed one between listing and reading it: a better one may stand
 
     def inspect(self, checkpoint: int | str | os.PathLike[str]) -> CheckpointFile:
         """What a checkpoint's header says: step, kind, metadata, digests and tensors.
@@ -298,7 +304,7 @@ class CheckpointManager:
             CheckpointNotFound: listing what there is.
             CorruptCheckpoint: if the header is damaged.
         """
-        return store.read_header(self._path_of(checkpoint))
+        return self._found(checkpoint, store.read_header)
 
     def validate(self, checkpoint: int | str | os.PathLike[str]) -> None:
         """Check every byte of a checkpoint.
@@ -307,7 +313,7 @@ class CheckpointManager:
             CheckpointNotFound: listing what there is.
             CorruptCheckpoint: with what is wrong, and where.
         """
-        file = store.verify(self._path_of(checkpoint))
+        file = self._found(checkpoint, store.verify)
         if file.path.parent == self.directory:  # a copy elsewhere proves nothing of the one here
             self._session.good.add(_identity(file))
 
@@ -480,6 +486,17 @@ class CheckpointManager:
         self._session.good.add(_identity(file))
         self._session.resumed_from = file
 
+    def _found(self, checkpoint: int | str | os.PathLike[str], read: Callable[[Path], Found]) -> Found:
+        """Read what a step or a path stands for."""
+        while True:
+            path = self._path_of(checkpoint)
+            try:
+                return read(path)
+            except CheckpointNotFound:
+                if not isinstance(checkpoint, int):
+                    raise
+                # A writer removed it between listing and reading: the final one of its step may stand.
+
     def _path_of(self, checkpoint: int | str | os.PathLike[str]) -> Path:
         if not isinstance(checkpoint, int):
             return Path(checkpoint).absolute()
@@ -488,7 +505,7 @@ class CheckpointManager:
         if file is not None:
             for damaged in found.damaged:
                 if damaged.step == checkpoint:
-                    warnings.warn(f"{damaged.error}; {file.path} is read", DistrustWarning, stacklevel=3)
+                    warnings.warn(f"{damaged.error}; {file.path} is read", DistrustWarning, stacklevel=4)
             return file.path
         for damaged in found.damaged:
             if damaged.step == checkpoint:
