@@ -34,7 +34,7 @@ from distrust.errors import CheckpointDirectoryLocked, CheckpointNotFound, Unsup
 OPERATIONS = 40
 SIZES = (16, 16, 500, 500, 5_000, 200_000)
 #: For a lock that somebody holds. How long it should be is for the races to say.
-PATIENCE_SECONDS = 0.2
+PATIENCE_SECONDS = 0.02
 _LOG_LINES = 25
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -45,10 +47,10 @@ class _Session:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.begin()
+        _begun_anew_in_children().add(self)
 
     def begin(self) -> None:
         """Know nothing and hold nothing: at first, and in a forked child."""
-        self.process = os.getpid()
         self.lock = storage.DirectoryLock(self.directory)
         self.writer = BackgroundWriter()
         self.snapshot = Snapshot()
@@ -72,6 +74,23 @@ class _Session:
                 self.snapshot.release()
                 self.ring.release()
                 self.lock.release()
+
+
+@functools.cache
+def _begun_anew_in_children() -> weakref.WeakSet[_Session]:
+    """Neither the parent's lock nor its thread is in a forked child.
+
+    There it is one thread's work, before any other can be: two that found out at the same time would each
+    begin, and take the lock from one another.
+    """
+    sessions: weakref.WeakSet[_Session] = weakref.WeakSet()
+
+    def begin_all() -> None:
+        for session in list(sessions):
+            session.begin()
+
+    os.register_at_fork(after_in_child=begin_all)
+    return sessions
 
 
 class CheckpointManager:
@@ -105,7 +124,7 @@ class CheckpointManager:
     ) -> None:
         self.directory = Path(directory).absolute()
         self._rules = Retention(keep_last, keep_best, keep_every, metric, metric_mode)
-        self._shared = _Session(self.directory)
+        self._session = _Session(self.directory)
 
     def acquire(self) -> None:
         """Take the directory's lock, and sweep what dead writers left there.
@@ -371,12 +390,6 @@ class CheckpointManager:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]  # a fresh one: it holds no lock
-
-    @property
-    def _session(self) -> _Session:
-        if self._shared.process != os.getpid():
-            self._shared.begin()  # a fork: neither the parent's lock nor its thread is here
-        return self._shared
 
     def _prepare(self, checkpoint: Checkpoint, *, final: bool) -> tuple[Path, image.Image]:
         self._session.writer.settle()
