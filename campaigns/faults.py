@@ -103,15 +103,15 @@ def _no_mutex() -> None:
     """Clones that do not wait for one another."""
     import contextlib
 
-    from distrust.checkpoint import manager
+    from distrust.checkpoint import session
 
-    honest = manager._Session.begin
+    honest = session.Session.begin
 
-    def begin(session: Any) -> None:
-        honest(session)
-        session.mutex = contextlib.nullcontext()
+    def begin(begun: Any) -> None:
+        honest(begun)
+        begun.mutex = contextlib.nullcontext()
 
-    _replaced(manager._Session, "begin", begin)
+    _replaced(session.Session, "begin", begin)
 
 
 def _removes_first() -> None:

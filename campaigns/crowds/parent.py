@@ -173,6 +173,8 @@ def main() -> None:
     parent = Parent(given.directory.parent, given.ending, uses=given.uses)
     parent.save(1)
     pending = parent.manager.save_async(content.make(2, 2, LARGE)) if given.saving else None
+    while pending is not None and not pending.done and not list(given.directory.glob(".checkpoint-2.*")):
+        time.sleep(0.0005)  # it is to be forked in the middle of a write
     HOWS[given.how](parent)
     pids = parent.children(FORKS_WHILE_ACQUIRING if given.how == "acquiring" else 1)
     print(f"children {' '.join(map(str, pids))}", flush=True)

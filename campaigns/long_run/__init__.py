@@ -9,7 +9,7 @@ training   the trainer on an engine of numpy, with a save every second step
 
 Descriptors and threads have to be exactly what they were; memory may differ by ``MEMORY_BOUND`` between the
 second quarter and the last one, and what Python has given out by ``BLOCKS_BOUND``; a save may take
-``LATENCY_BOUND`` times as long at the end as at the start, in medians of windows.
+``LATENCY_BOUND`` times as long at the end as at the start, in medians of windows, unless the disk does.
 
 A case is a save of the first run, and ``--case N`` makes all of them up to that one: growth is no single
 save's fault.

@@ -10,6 +10,7 @@ MEMORY, BLOCKING, RETURNING, QUIET = "#0072b2", "#0072b2", "#d55e00", "#70757a"
 #: Of each run: what is timed, and how it is called.
 TIMES = {"save": ("save, until durable", BLOCKING), "returns": ("save_async, until it returns", RETURNING)}
 TIMES["step"] = ("a training step", BLOCKING)
+TIMES["disk"] = ("a bare write, sync and rename", QUIET)
 TITLES = {
     "saves": "Saves of a small state, in one process",
     "standing": "With more and more checkpoints standing, then as many",

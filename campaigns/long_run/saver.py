@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import statistics
 import sys
@@ -20,6 +21,8 @@ from campaigns.long_run import gauges
 
 #: The small state: some tensors, a few KiB.
 TENSORS, VALUES = 4, 512
+#: Saves from one probe of the disk to the next.
+PROBE_EVERY = 5
 
 
 class Saver:
@@ -54,17 +57,38 @@ class Saver:
         """Save some steps, and take a sample."""
         self._blocking.clear()
         self._returning.clear()
+        probes, cpu = [], 0.0
         for step in range(first, first + count):
+            if step % PROBE_EVERY == 0:
+                probes.append(self._probe())
+            began = time.process_time()
             self._one(step, random.Random(f"{self._seed}/{step}"))
+            cpu += time.process_time() - began
         self._manager.cleanup()  # it waits for the save under way
         found = gauges.read(self._usual_threads)
         return {
             **found._asdict(),
             "save": statistics.median(self._blocking),
             "returns": statistics.median(self._returning),
+            "disk": statistics.median(probes),
+            "cpu": cpu / count,
             "steps": self._manager.list_checkpoints(),
             "files": len(list(self._directory.iterdir())),
         }
+
+    def _probe(self) -> float:
+        """What the disk takes at the moment for what a save asks of it, without the save."""
+        began = time.perf_counter()
+        probe = self._directory.parent / "probe"
+        with open(probe.with_suffix(".new"), "wb") as file:
+            file.write(bytes(TENSORS * VALUES * 8))
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(probe.with_suffix(".new"), probe)
+        descriptor = os.open(self._directory.parent, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+        return time.perf_counter() - began
 
     def _one(self, step: int, chance: random.Random) -> None:
         from distrust import Checkpoint

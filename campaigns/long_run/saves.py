@@ -26,7 +26,9 @@ def run(campaign: Campaign, folder: Path) -> list[dict[str, Any]]:
     """Save as often as the campaign has cases; returns the samples."""
     samples: list[dict[str, Any]] = []
     total = 0
-    with Actor("campaigns.long_run.saver", folder, campaign.options.seed, *_fault(campaign)) as saver:
+    with Actor(
+        "campaigns.long_run.saver", folder / "checkpoints", campaign.options.seed, *_fault(campaign)
+    ) as saver:
         saver.tell(json.dumps({"rules": RULES}))
         for first, count in _windows(campaign):
             saver.tell(json.dumps({"first": first, "count": count}))

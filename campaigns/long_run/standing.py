@@ -23,7 +23,7 @@ def run(campaign: Campaign, folder: Path) -> list[dict[str, Any]]:
     window = max(5, standing // WINDOWS)
     samples: list[dict[str, Any]] = []
     more = ["--fault", campaign.options.fault] if campaign.options.fault else []
-    with Actor("campaigns.long_run.saver", folder, campaign.options.seed, *more) as saver:
+    with Actor("campaigns.long_run.saver", folder / "checkpoints", campaign.options.seed, *more) as saver:
         for keep_last, first in ((None, 0), (standing, standing)):
             saver.tell(json.dumps({"rules": {"keep_last": keep_last, "keep_best": 0}}))
             for begin in range(first, first + standing, window):

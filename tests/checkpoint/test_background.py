@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import gc
 import sys
 import threading
@@ -292,6 +293,15 @@ def test_threads_that_list_while_others_save_see_whole_lists(manager):
     for looker in lookers:
         looker.join()
     assert failures == []
+
+
+def test_a_save_leaves_nothing_behind_in_the_interpreter(manager):
+    """A hook that is taken back keeps its place there."""
+    manager.save_async(state(1)).wait()
+    hooks = atexit._ncallbacks()
+    for step in range(2, 12):
+        manager.save_async(state(step)).wait()
+    assert atexit._ncallbacks() == hooks
 
 
 END = """

@@ -14,12 +14,14 @@ import signal
 import stat
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from distrust import Checkpoint, CheckpointManager
+from distrust.checkpoint import storage
 from distrust.errors import CheckpointDirectoryLocked, SaveFailed
 
 # Later versions of Python warn of every fork beside threads, such as those that digest.
@@ -239,17 +241,51 @@ def test_a_fork_in_the_middle_of_a_background_save_waits_for_nothing(tmp_path, c
         manager.validate(2)
 
 
+def test_threads_of_a_forked_child_begin_as_one_writer(tmp_path, child):
+    manager = CheckpointManager(tmp_path, keep_last=None)
+    manager.save(state(1))
+    manager.close()
+
+    def write() -> None:
+        honest = storage.DirectoryLock.__init__
+
+        def slow(*arguments) -> None:
+            time.sleep(0.1)
+            honest(*arguments)
+
+        storage.DirectoryLock.__init__ = slow  # one thread is not done beginning when the other one comes
+        with ThreadPoolExecutor(2) as threads:
+            list(threads.map(manager.save, [state(2), state(3)]))
+
+    child.join(child(write))
+    assert manager.list_checkpoints() == [1, 2, 3]
+
+
 DIE_WITH_A_CHILD = """
-import multiprocessing, os, sys, time
+import fcntl, multiprocessing, os, sys, time
 from distrust import Checkpoint, CheckpointManager
 
-manager = CheckpointManager(sys.argv[1])
-manager.save(Checkpoint(step=1))
-if sys.argv[2] == "os.fork":
+def fork():
     child = os.fork()
     if child == 0:
         time.sleep(60)
         os._exit(0)
+    return child
+
+honest, children = fcntl.flock, []
+
+def forked_before(descriptor, how):
+    children.append(fork())
+    honest(descriptor, how)
+
+if sys.argv[2] == "while it takes the lock":
+    fcntl.flock = forked_before
+manager = CheckpointManager(sys.argv[1])
+manager.save(Checkpoint(step=1))
+if children:
+    (child,) = children
+elif sys.argv[2] == "os.fork":
+    child = fork()
 else:
     process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
     process.start()
@@ -259,7 +295,7 @@ time.sleep(60)
 """
 
 
-@pytest.mark.parametrize("how", ["os.fork", "multiprocessing"])
+@pytest.mark.parametrize("how", ["os.fork", "multiprocessing", "while it takes the lock"])
 def test_a_restart_is_not_refused_while_a_child_of_the_dead_writer_lives(tmp_path, start_python, how):
     writer = start_python(DIE_WITH_A_CHILD, tmp_path, how)
     child = int(writer.stdout.readline())

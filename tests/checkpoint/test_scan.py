@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from distrust import Checkpoint, CheckpointManager
-from distrust.checkpoint import store
+from distrust.checkpoint import image, store
+from distrust.errors import CheckpointNotFound
 
 
 def written(directory: Path, *steps: int) -> list[Path]:
@@ -71,3 +73,65 @@ def test_a_file_written_just_now_is_not_taken_for_known(tmp_path):
     known: store.Known = {}
     assert len(store.scan(tmp_path, known).files) == 1
     assert known == {}
+
+
+def test_a_known_file_that_goes_while_it_is_listed_is_gone(tmp_path, settled, monkeypatch):
+    paths = written(tmp_path, 1, 2)
+    known: store.Known = {}
+    store.scan(tmp_path, known)
+    honest = store._named
+
+    def removed_just_after(directory):
+        entries = honest(directory)
+        paths[0].unlink(missing_ok=True)
+        return entries
+
+    monkeypatch.setattr(store, "_named", removed_just_after)
+    assert [file.step for file in store.scan(tmp_path, known).files] == [2]
+
+
+def interfered(monkeypatch: pytest.MonkeyPatch, module: object, name: str, act: Callable[[], object]) -> None:
+    """Have ``act`` happen just before the first call."""
+    honest, calls = getattr(module, name), []
+
+    def after_that(*arguments, **named):
+        calls.append(arguments)
+        if len(calls) == 1:
+            act()
+        return honest(*arguments, **named)
+
+    monkeypatch.setattr(module, name, after_that)
+
+
+def test_a_best_one_that_goes_before_it_is_read_makes_room_for_a_better_one(tmp_path, monkeypatch):
+    with CheckpointManager(tmp_path, keep_last=1, keep_best=1, metric="m") as manager:
+        manager.save(Checkpoint(step=1, metrics={"m": 1.0}))
+        manager.save(Checkpoint(step=2, metrics={"m": 2.0}))
+        better = Checkpoint(step=3, metrics={"m": 0.5})
+        interfered(monkeypatch, image, "read", lambda: manager.save(better))
+        assert CheckpointManager(tmp_path, metric="m").load_best().step == 3
+
+
+READS = {
+    "load": ((image, "read"), lambda manager: manager.load(1).step),
+    "inspect": ((store, "read_header"), lambda manager: manager.inspect(1).step),
+    "validate": ((store, "verify"), lambda manager: manager.validate(1)),
+}
+
+
+@pytest.mark.parametrize("how", READS)
+def test_a_step_whose_final_one_comes_before_it_is_read_is_there(tmp_path, monkeypatch, how):
+    (module, name), read = READS[how]
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(Checkpoint(step=1))
+        interfered(monkeypatch, module, name, lambda: manager.save(Checkpoint(step=1), final=True))
+        assert read(CheckpointManager(tmp_path)) in (1, None)
+
+
+@pytest.mark.parametrize("how", READS)
+def test_a_step_that_goes_before_it_is_read_is_missed_by_name(tmp_path, monkeypatch, how):
+    (module, name), read = READS[how]
+    paths = written(tmp_path, 1, 2)
+    interfered(monkeypatch, module, name, paths[0].unlink)
+    with pytest.raises(CheckpointNotFound, match=r"no checkpoint of step 1; there are 2$"):
+        read(CheckpointManager(tmp_path))

@@ -5,25 +5,22 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from distrust.checkpoint import arrays, image, pouring, pruning, retention, storage, store
 from distrust.checkpoint.checkpoint import Checkpoint
 from distrust.checkpoint.disk import Disk
 from distrust.checkpoint.format import Kind
-from distrust.checkpoint.lock import DirectoryLock
-from distrust.checkpoint.memory import ReusableMemory
 from distrust.checkpoint.retention import Candidate, MetricMode, Retention
-from distrust.checkpoint.snapshot import Snapshot
+from distrust.checkpoint.session import Session
 from distrust.checkpoint.storage import AtomicFile
 from distrust.checkpoint.store import CheckpointFile, DamagedFile, Scan
-from distrust.checkpoint.writer import BackgroundWriter, PendingSave
+from distrust.checkpoint.writer import PendingSave
 from distrust.errors import (
     CheckpointError,
     CheckpointNotFound,
@@ -38,45 +35,10 @@ if TYPE_CHECKING:
     from typing import Self
 
 Verify = Literal["full", "lazy"]
+Found = TypeVar("Found")
 
 #: What changes only in the optimizer's step: its copy may run beside the next forward and backward pass.
 _OVERLAPPED = ("model.", "optimizer.")
-
-
-class _Session:
-    """What the clones of a manager share: the lock, the writer, and what is known of the files."""
-
-    def __init__(self, directory: Path, disk: Disk) -> None:
-        self.directory = directory
-        self.disk = disk
-        self.begin()
-
-    def begin(self) -> None:
-        """Know nothing and hold nothing: at first, and in a forked child."""
-        self.process = os.getpid()
-        self.lock = DirectoryLock(self.directory, self.disk)
-        self.writer = BackgroundWriter()
-        self.snapshot = Snapshot()
-        self.ring = ReusableMemory()
-        self.mutex = threading.RLock()
-        self.leaving = False
-        # Identified by name and header digest: a file replaced by another process is another file.
-        self.good: set[tuple[str, str]] = set()
-        self.damaged: set[tuple[str, str]] = set()
-        self.resumed_from: CheckpointFile | None = None
-        self.listed: store.Known = {}
-
-    def leave(self) -> None:
-        """Let go of the lock once no write is under way: before, the next writer would sweep its file."""
-        self.leaving = True
-        self.writer.when_idle(self._let_go)
-
-    def _let_go(self) -> None:
-        with self.mutex:
-            if self.leaving and self.writer.idle:
-                self.snapshot.release()
-                self.ring.release()
-                self.lock.release()
 
 
 class CheckpointManager:
@@ -113,7 +75,7 @@ class CheckpointManager:
     ) -> None:
         self.directory = Path(directory).absolute()
         self._rules = Retention(keep_last, keep_best, keep_every, metric, metric_mode)
-        self._shared = _Session(self.directory, disk or Disk())
+        self._session = Session(self.directory, disk or Disk())
 
     def acquire(self) -> None:
         """Take the directory's lock, and sweep what dead writers left there.
@@ -256,8 +218,9 @@ class CheckpointManager:
         lazy = verify == "lazy"
         if lazy and not mmap:
             raise ConfigError('verify="lazy" goes with mmap=True: without it everything is read now')
-        path = self._path_of(checkpoint)
-        file, loaded = image.read(path, framework=framework, mapped=mmap, lazy=lazy)
+        file, loaded = self._found(
+            checkpoint, lambda path: image.read(path, framework=framework, mapped=mmap, lazy=lazy)
+        )
         if file.path.parent == self.directory and not lazy:
             self._mark_resumed(file)
         return loaded
@@ -296,16 +259,20 @@ class CheckpointManager:
             CheckpointNotFound: if none has the metric.
             NoGoodCheckpoint: if none of those that have it is whole.
         """
-        files = self.scan().by_step()
-        steps = retention.ranked(_candidates(files.values()), self._rules)
-        if not steps:
-            known = sorted({name for file in files.values() for name in file.metrics})
-            raise CheckpointNotFound(
-                f"{self.directory}: no checkpoint has the metric {self._rules.metric!r}; "
-                f"there are {', '.join(known) or 'no metrics'} in steps {_listed(files)}",
-                path=self.directory,
-            )
-        return self._first_good([files[step] for step in steps], framework, mmap=mmap)
+        while True:
+            files = self.scan().by_step()
+            steps = retention.ranked(_candidates(files.values()), self._rules)
+            if not steps:
+                known = sorted({name for file in files.values() for name in file.metrics})
+                raise CheckpointNotFound(
+                    f"{self.directory}: no checkpoint has the metric {self._rules.metric!r}; "
+                    f"there are {', '.join(known) or 'no metrics'} in steps {_listed(files)}",
+                    path=self.directory,
+                )
+            try:
+                return self._first_good([files[step] for step in steps], framework, mmap=mmap)
+            except CheckpointNotFound:
+                continue  # a writer removed one between listing and reading it: a better one may stand
 
     def inspect(self, checkpoint: int | str | os.PathLike[str]) -> CheckpointFile:
         """What a checkpoint's header says: step, kind, metadata, digests and tensors.
@@ -314,7 +281,7 @@ class CheckpointManager:
             CheckpointNotFound: listing what there is.
             CorruptCheckpoint: if the header is damaged.
         """
-        return store.read_header(self._path_of(checkpoint))
+        return self._found(checkpoint, store.read_header)
 
     def validate(self, checkpoint: int | str | os.PathLike[str]) -> None:
         """Check every byte of a checkpoint, and that it is the one that its name says.
@@ -323,7 +290,7 @@ class CheckpointManager:
             CheckpointNotFound: listing what there is.
             CorruptCheckpoint: with what is wrong, and where.
         """
-        file = store.verify(self._path_of(checkpoint))
+        file = self._found(checkpoint, store.verify)
         if file.path.parent == self.directory:  # a copy elsewhere proves nothing of the one here
             self._session.good.add(_identity(file))
 
@@ -424,12 +391,6 @@ class CheckpointManager:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]  # a fresh one: it holds no lock
-
-    @property
-    def _session(self) -> _Session:
-        if self._shared.process != os.getpid():
-            self._shared.begin()  # a fork: neither the parent's lock nor its thread is here
-        return self._shared
 
     def _begin(self, checkpoint: Checkpoint, *, final: bool) -> tuple[Path, Kind]:
         self._session.writer.settle()
@@ -553,6 +514,17 @@ class CheckpointManager:
         self._session.good.add(_identity(file))
         self._session.resumed_from = file
 
+    def _found(self, checkpoint: int | str | os.PathLike[str], read: Callable[[Path], Found]) -> Found:
+        """Read what a step or a path stands for."""
+        while True:
+            path = self._path_of(checkpoint)
+            try:
+                return read(path)
+            except CheckpointNotFound:
+                if not isinstance(checkpoint, int):
+                    raise
+                # A writer removed it between listing and reading: the final one of its step may stand.
+
     def _path_of(self, checkpoint: int | str | os.PathLike[str]) -> Path:
         if not isinstance(checkpoint, int):
             return Path(checkpoint).absolute()
@@ -561,7 +533,7 @@ class CheckpointManager:
         if file is not None:
             for damaged in found.damaged:
                 if damaged.step == checkpoint:
-                    warnings.warn(f"{damaged.error}; {file.path} is read", DistrustWarning, stacklevel=3)
+                    warnings.warn(f"{damaged.error}; {file.path} is read", DistrustWarning, stacklevel=4)
             return file.path
         for damaged in found.damaged:
             if damaged.step == checkpoint:

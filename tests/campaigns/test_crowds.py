@@ -1,0 +1,49 @@
+"""The crowds in short; and that a product that breaks its promises is found."""
+
+from __future__ import annotations
+
+import pytest
+
+from campaigns.crowds.__main__ import CYCLE, main
+
+#: Of each part, a case: its number says which part it is.
+FIRST = {part: str(CYCLE.index(part)) for part in CYCLE}
+
+
+@pytest.mark.parametrize("part", ["races", "orphans", "programs"])
+def test_a_case_of_each(capsys, part):
+    assert main(["--case", FIRST[part]]) == 0, capsys.readouterr().out
+    assert f"1  {part}: cases\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", ["direct", "buffered"])
+def test_readers_beside_a_writer(capsys, path):
+    arguments = ["--case", FIRST["readers"], "--readers", "3", "--saves", "40", "--path", path]
+    assert main(arguments) == 0, capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"40  saves beside 3 readers, {path}\n" in told
+    assert "readers: loads" in told
+
+
+def test_the_same_training_command_twice(capsys):
+    assert main(["--case", FIRST["trainers"]]) == 0, capsys.readouterr().out
+    assert "training commands refused with a clear line\n" in capsys.readouterr().out
+
+
+FAULTS = {
+    "no-lock": ("races", ["--cases", "4"], "processes may write at once"),
+    "children-keep-the-lock": ("orphans", ["--cases", "10"], "of its children live"),
+    "children-clean-up": ("orphans", ["--cases", "40"], "not saved: No such file"),
+    "in-place": ("readers", ["--cases", "1", "--readers", "3", "--saves", "30"], "ValueError: damaged"),
+    "removes-the-best": ("readers", ["--cases", "1", "--readers", "3", "--saves", "60"], "is durable"),
+    "no-mutex": ("programs", ["--cases", "20"], "Error"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_broken_promise_is_found(capsys, fault):
+    part, more, what = FAULTS[fault]
+    assert main(["--only", part, "--fault", fault, *more]) == 1
+    told = capsys.readouterr().out
+    assert what in told
+    assert "again: python -m campaigns.crowds --seed 1 --case " in told
