@@ -67,12 +67,12 @@ def draw(results: Results, path: Path, *, about: str) -> None:
         for axes, accident in zip(canvas.subplots(2, 3).flat, COMMON, strict=False):
             _panel(axes, accident.name, _rows(results, accident))
         others = [
-            (f"{one.name}: {accident.name}", one, accident)
+            (f"{accident.name}\n{one.name}", one, accident)
             for accident in ALL
             if accident not in COMMON
             for one in results.subjects([accident])
         ]
-        _panel(canvas.axes[-1], "trainers, besides", [
+        _panel(canvas.axes[-1], "trainers only", [
             (label, one, results.of(one, accident)) for label, one, accident in others
         ])  # fmt: skip
         seen = {outcome for outcomes in results.counts.values() for outcome in outcomes}
@@ -80,7 +80,7 @@ def draw(results: Results, path: Path, *, about: str) -> None:
             handles=[Patch(color=COLOURS[one], label=LABELS[one]) for one in Outcome if one in seen],
             loc="outside lower left", ncols=4, frameon=False, fontsize=9.5,
         )  # fmt: skip
-        canvas.text(0.99, -0.005, about, ha="right", va="top", fontsize=7.5, color=QUIET)
+        canvas.text(0.99, -0.035, about, ha="right", va="top", fontsize=7.5, color=QUIET)
         canvas.savefig(path, format="png", dpi=130, bbox_inches="tight", pad_inches=0.15, facecolor="white")
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -34,6 +35,10 @@ class Lines:
         self._selector.register(descriptor, selectors.EVENT_READ)
         self._buffer = b""
         self._ended = False
+
+    def close(self) -> None:
+        """Wait no more."""
+        self._selector.close()
 
     def next(self, seconds: float) -> bytes | None:
         """The next line; empty at the end, None when the time is over."""
@@ -69,6 +74,7 @@ class Process:
         )  # fmt: skip
         assert self._popen.stdin is not None
         assert self._popen.stdout is not None
+        self.pid = self._popen.pid
         self.requests = self._popen.stdin
         self.lines = Lines(self._popen.stdout.fileno())
 
@@ -80,6 +86,7 @@ class Process:
     ) -> None:
         self.kill()
         self._popen.communicate()
+        self.lines.close()
         self._said.close()
 
     def kill(self) -> int:
@@ -111,6 +118,11 @@ class Warm:
     def __exit__(self, *_: object) -> None:
         self._leave()
 
+    @property
+    def pid(self) -> int | None:
+        """Of its process, where there is one now."""
+        return None if self._process is None else self._process.pid
+
     def write(self, directory: Path, mib: int, last: int) -> None:
         """Save all checkpoints up to the step ``last``."""
         self._must({"verb": "write", "directory": str(directory), "mib": mib, "last": last})
@@ -138,8 +150,9 @@ class Warm:
         """The answer, or how the process ended instead."""
         process = self._process or Process("serve", self._subject.name, fault=self._fault)
         self._process = process
-        process.requests.write(json.dumps(request).encode() + b"\n")
-        process.requests.flush()
+        with suppress(BrokenPipeError):  # it is dead already; that shows when it does not answer
+            process.requests.write(json.dumps(request).encode() + b"\n")
+            process.requests.flush()
         line = process.lines.next(TIMEOUT_SECONDS)
         if line:
             return json.loads(line), None

@@ -48,7 +48,7 @@ class Subject(ABC):
     accidents: tuple[Accident, ...] = COMMON
     interval = 1
     damages = 50
-    kills = 15
+    kills = 12
 
     @abstractmethod
     def write(self, directory: Path, mib: int, last: int, tell: Tell) -> None:

@@ -36,8 +36,8 @@ class Training(Subject):
     """A trainer."""
 
     interval = SAVE_EVERY
-    damages = 20
-    kills = 12
+    damages = 12
+    kills = 8
 
     def expected(self, directory: Path, mib: int) -> dict[int, str]:
         losses, ending = self.undisturbed(directory)

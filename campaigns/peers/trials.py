@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,24 +118,10 @@ class Bench:
         return Trial(what, classify(reply, self._proofs(DAMAGED_MIB), self._newest), reply.message)
 
     def _killed(self, folder: Path, chance: random.Random) -> Trial:
-        subject = self._subject
-        directory, step, what = kill_in_mid_save(subject, folder, self._killed_mib, chance, fault=self._fault)
-        reported = step - subject.interval
-        reply = self._warm.resume(directory, self._killed_mib)
-        outcome = classify(reply, self._proofs(self._killed_mib), reported)
-        if outcome in STOPPED and not self._is_anything_left(directory, step, reported):
-            outcome = Outcome.ALL_LOST
+        subject, mib = self._subject, self._killed_mib
+        directory, step, what = kill_in_mid_save(subject, folder, mib, chance, fault=self._fault)
+        outcome, reply = after_kill(self._warm, subject, directory, mib, step, self._proofs(mib))
         return Trial(what, outcome, reply.message)
-
-    def _is_anything_left(self, directory: Path, step: int, reported: int) -> bool:
-        """Whether it goes on once somebody has taken away what was being written."""
-        path = self._subject.path(directory, step)
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-        reply = self._warm.resume(directory, self._killed_mib)
-        return classify(reply, self._proofs(self._killed_mib), reported) is Outcome.NOTHING_LOST
 
     def _resumed_copy(self) -> Reply:
         (self._folder / "trial").mkdir()
@@ -152,6 +139,27 @@ class Bench:
         if mib not in self._expected:
             self._expected[mib] = self._warm.expected(self._folder / f"expected-{mib}", mib)
         return self._expected[mib]
+
+
+def after_kill(
+    warm: Warm, subject: Subject, directory: Path, mib: int, step: int, expected: Mapping[int, str]
+) -> tuple[Outcome, Reply]:
+    """Have it go on where it was killed while it saved ``step``; the one before had been reported.
+
+    Where it stops, it is asked whether it goes on once somebody has taken away what was being written.
+    """
+    reported = step - subject.interval
+    reply = warm.resume(directory, mib)
+    outcome = classify(reply, expected, reported)
+    if outcome not in STOPPED:
+        return outcome, reply
+    path = subject.path(directory, step)
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+    left = classify(warm.resume(directory, mib), expected, reported) is Outcome.NOTHING_LOST
+    return (outcome if left else Outcome.ALL_LOST), reply
 
 
 def cell_of(number: int) -> tuple[Cell, int]:
