@@ -76,11 +76,12 @@ def draw(results: Results, path: Path, *, about: str) -> None:
             (label, one, results.of(one, accident)) for label, one, accident in others
         ])  # fmt: skip
         seen = {outcome for outcomes in results.counts.values() for outcome in outcomes}
+        # Below the panels, where the layout has no say.
         canvas.legend(
             handles=[Patch(color=COLOURS[one], label=LABELS[one]) for one in Outcome if one in seen],
-            loc="outside lower left", ncols=4, frameon=False, fontsize=9.5,
+            loc="upper left", bbox_to_anchor=(0.0, 0.0), ncols=4, frameon=False, fontsize=9.5,
         )  # fmt: skip
-        canvas.text(0.99, -0.035, about, ha="right", va="top", fontsize=7.5, color=QUIET)
+        canvas.text(0.99, -0.1, about, ha="right", va="top", fontsize=7.5, color=QUIET)
         canvas.savefig(path, format="png", dpi=130, bbox_inches="tight", pad_inches=0.15, facecolor="white")
 
 

@@ -163,13 +163,12 @@ def test_it_finds_ours_without_its_digests_and_finds_it_again(tmp_path, capsys):
 
 def test_who_is_not_installed_is_skipped_and_said(monkeypatch, capsys):
     monkeypatch.setattr(all_subjects, "_installed", lambda module: module not in {"torch", "safetensors"})
-    assert (
-        main(["--rounds", "1", "--peers", "torch.save, new|safetensors, new|^distrust$", "--case", "0"]) == 0
-    )
+    tried = ["--peers", "torch.save, new|safetensors, new|^distrust$", "--accidents", "truncated"]
+    assert main([*tried, "--rounds", "1"]) == 0
     printed = capsys.readouterr().out
     assert "torch.save, new names: skipped, for there is no torch here" in printed
-    assert "safetensors, new names: skipped" in printed
-    assert "1  SIGKILL in mid-save, distrust: nothing lost" in printed
+    assert "safetensors, new names: skipped, for there is no safetensors here" in printed
+    assert "1  truncated file, distrust: older one, said so" in printed
 
 
 def test_every_cell_has_a_number_of_its_own():
