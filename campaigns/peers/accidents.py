@@ -21,11 +21,13 @@ class Accident:
 
     Attributes:
         name: in the tables.
+        note: what happens, for whoever looks at the picture.
         strike: does it to the files, and says what it did; None for a kill, which happens to the writer.
         certain: whether it is the same each time.
     """
 
     name: str
+    note: str
     strike: Strike | None
     certain: bool = False
 
@@ -102,16 +104,16 @@ def remove(name: str) -> Strike:
 
 #: Of every saver.
 COMMON = (
-    Accident(KILL, None),
-    Accident("flipped bit", flip_a_bit),
-    Accident("zeroed tail", zero_a_tail),
-    Accident("truncated file", truncate),
-    Accident("missing file", remove_a_file),
+    Accident(KILL, "at a random instant of a save", None),
+    Accident("flipped bit", "one bit, anywhere in its files", flip_a_bit),
+    Accident("zeroed tail", "zeros from a random byte to the end", zero_a_tail),
+    Accident("truncated file", "cut at a random byte", truncate),
+    Accident("missing file", "one of its files, or the only one", remove_a_file),
 )
-#: Of trainers: those that its users have met.
-HALF_ADAPTER = Accident("half the adapter zeroed", zero_half_an_adapter, certain=True)
-NO_OPTIMIZER = Accident("optimizer.pt missing", remove("optimizer.pt"), certain=True)
-NO_RNG = Accident("rng_state.pth missing", remove("rng_state.pth"), certain=True)
+#: Of trainers.
+HALF_ADAPTER = Accident("half the adapter zeroed", "half of its tensors", zero_half_an_adapter, certain=True)
+NO_OPTIMIZER = Accident("optimizer.pt missing", "removed", remove("optimizer.pt"), certain=True)
+NO_RNG = Accident("rng_state.pth missing", "removed", remove("rng_state.pth"), certain=True)
 ALL = (*COMMON, HALF_ADAPTER, NO_OPTIMIZER, NO_RNG)
 
 

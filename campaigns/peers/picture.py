@@ -65,16 +65,8 @@ def draw(results: Results, path: Path, *, about: str) -> None:
             x=0.01, ha="left", fontsize=14, fontweight="bold",
         )  # fmt: skip
         for axes, accident in zip(canvas.subplots(2, 3).flat, COMMON, strict=False):
-            _panel(axes, accident.name, _rows(results, accident))
-        others = [
-            (f"{accident.name}\n{one.name}", one, accident)
-            for accident in ALL
-            if accident not in COMMON
-            for one in results.subjects([accident])
-        ]
-        _panel(canvas.axes[-1], "trainers only", [
-            (label, one, results.of(one, accident)) for label, one, accident in others
-        ])  # fmt: skip
+            _panel(axes, accident.name, accident.note, _rows(results, accident))
+        _panel(canvas.axes[-1], "trainers only", "a certain part", _rows_of_trainers(results))
         seen = {outcome for outcomes in results.counts.values() for outcome in outcomes}
         # Below the panels, where the layout has no say.
         canvas.legend(
@@ -89,8 +81,20 @@ def _rows(results: Results, accident: Accident) -> list[tuple[str, Subject, Any]
     return [(one.name, one, results.of(one, accident)) for one in results.subjects([accident])]
 
 
-def _panel(axes: Any, title: str, rows: list[tuple[str, Subject, Any]]) -> None:
-    axes.set_title(title)
+def _rows_of_trainers(results: Results) -> list[tuple[str, Subject, Any]]:
+    return [
+        (f"{accident.name}\n{one.name}", one, results.of(one, accident))
+        for accident in ALL
+        if accident not in COMMON
+        for one in results.subjects([accident])
+    ]
+
+
+def _panel(axes: Any, title: str, note: str, rows: list[tuple[str, Subject, Any]]) -> None:
+    axes.set_title(title, pad=22)
+    axes.annotate(
+        note, (0, 1), (0, 8), xycoords="axes fraction", textcoords="offset points", fontsize=9, color=QUIET
+    )
     axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
     axes.tick_params(length=0)
     axes.set_xticks([])
