@@ -1,0 +1,128 @@
+"""What befalls the files of a checkpoint: each accident strikes uniformly over the bytes of all of them."""
+
+# ruff: noqa: ARG001  # what is certain leaves nothing to chance
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+KILL = "SIGKILL in mid-save"
+
+Strike = Callable[[Sequence[Path], random.Random], str]
+
+
+@dataclass(frozen=True, slots=True)
+class Accident:
+    """Something that happens to a checkpoint.
+
+    Attributes:
+        name: in the tables.
+        note: what happens, for whoever looks at the picture.
+        strike: does it to the files, and says what it did; None for a kill, which happens to the writer.
+        certain: whether it is the same each time.
+    """
+
+    name: str
+    note: str
+    strike: Strike | None
+    certain: bool = False
+
+
+def flip_a_bit(files: Sequence[Path], chance: random.Random) -> str:
+    """One bit of one byte."""
+    path, offset = _somewhere(files, chance)
+    bit = chance.randrange(8)
+    with path.open("r+b") as file:
+        file.seek(offset)
+        (byte,) = file.read(1)
+        file.seek(offset)
+        file.write(bytes([byte ^ 1 << bit]))
+    return f"{path.name}: bit {bit} of byte {offset:,} of {path.stat().st_size:,}"
+
+
+def zero_a_tail(files: Sequence[Path], chance: random.Random) -> str:
+    """Zeros from some byte to the end of its file: what a power cut leaves after the size was set."""
+    while True:
+        path, offset = _somewhere(files, chance)
+        size = path.stat().st_size
+        with path.open("r+b") as file:
+            file.seek(offset)
+            if not any(file.read()):
+                continue  # it is zeros already
+            file.seek(offset)
+            file.write(bytes(size - offset))
+        return f"{path.name}: zeros from byte {offset:,} of {size:,}"
+
+
+def truncate(files: Sequence[Path], chance: random.Random) -> str:
+    """A file ends at some byte."""
+    path, offset = _somewhere(files, chance)
+    size = path.stat().st_size
+    with path.open("r+b") as file:
+        file.truncate(offset)
+    return f"{path.name}: cut at byte {offset:,} of {size:,}"
+
+
+def remove_a_file(files: Sequence[Path], chance: random.Random) -> str:
+    """One of the files is gone."""
+    path = chance.choice(files)
+    path.unlink()
+    return f"{path.name}: removed"
+
+
+def zero_half_an_adapter(files: Sequence[Path], chance: random.Random) -> str:
+    """The second half of an adapter's bytes is zeros, in whatever safetensors file it stands."""
+    (path,) = (file for file in files if file.name.startswith(("adapter_model", "checkpoint-")))
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        del header["__metadata__"]
+        ours = any(name.startswith("optimizer.") for name in header)
+        places = sorted(
+            tensor["data_offsets"] for name, tensor in header.items() if not ours or name.startswith("model.")
+        )
+        for begin, end in places[len(places) // 2 :]:
+            file.seek(8 + length + begin)
+            file.write(bytes(end - begin))
+    return f"{path.name}: {len(places) - len(places) // 2} of {len(places)} tensors of the adapter are zeros"
+
+
+def remove(name: str) -> Strike:
+    """A file of this name is gone."""
+
+    def strike(files: Sequence[Path], chance: random.Random) -> str:
+        (path,) = (file for file in files if file.name == name)
+        path.unlink()
+        return f"{name}: removed"
+
+    return strike
+
+
+#: Of every saver.
+COMMON = (
+    Accident(KILL, "at a random instant of a save", None),
+    Accident("flipped bit", "one bit, anywhere in its files", flip_a_bit),
+    Accident("zeroed tail", "zeros from a random byte to the end", zero_a_tail),
+    Accident("truncated file", "cut at a random byte", truncate),
+    Accident("missing file", "one of its files, or the only one", remove_a_file),
+)
+#: Of trainers.
+HALF_ADAPTER = Accident("half the adapter zeroed", "half of its tensors", zero_half_an_adapter, certain=True)
+NO_OPTIMIZER = Accident("optimizer.pt missing", "removed", remove("optimizer.pt"), certain=True)
+NO_RNG = Accident("rng_state.pth missing", "removed", remove("rng_state.pth"), certain=True)
+ALL = (*COMMON, HALF_ADAPTER, NO_OPTIMIZER, NO_RNG)
+
+
+def _somewhere(files: Sequence[Path], chance: random.Random) -> tuple[Path, int]:
+    """A byte, each as probable as any other."""
+    sizes = [path.stat().st_size for path in files]
+    offset = chance.randrange(sum(sizes))
+    for path, size in zip(files, sizes, strict=True):
+        if offset < size:
+            return path, offset
+        offset -= size
+    raise AssertionError("the sizes add up")

@@ -1,0 +1,50 @@
+"""All of them, in the order of the tables: ours, then those that save the same thing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Iterable
+
+from campaigns.peers.subjects import (
+    Dcp,
+    DcpBackground,
+    Distrust,
+    DistrustBackground,
+    Orbax,
+    Safetensors,
+    SafetensorsSame,
+    Subject,
+    Torch,
+    TorchSame,
+)
+from campaigns.peers.trainers import DistrustTraining, Trainer
+
+SUBJECTS: tuple[Subject, ...] = (
+    Distrust(), DistrustBackground(), Safetensors(), SafetensorsSame(), Torch(), TorchSame(), Dcp(),
+    DcpBackground(), Orbax(), DistrustTraining(), Trainer(),
+)  # fmt: skip
+
+
+def named(name: str) -> Subject:
+    """The subject of a name."""
+    (subject,) = (subject for subject in SUBJECTS if subject.name == name)
+    return subject
+
+
+def missing(subject: Subject) -> list[str]:
+    """The modules that it needs and that are not installed."""
+    return [module for module in subject.modules if not _installed(module)]
+
+
+def versions(subjects: Iterable[Subject]) -> dict[str, str]:
+    """Package -> version, of all that are tried."""
+    packages = {package: None for subject in subjects for package in subject.packages}
+    return {package: importlib.metadata.version(package) for package in packages}
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # its parent is not
+        return False

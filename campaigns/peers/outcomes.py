@@ -1,0 +1,97 @@
+"""What came of an accident, in a few terms that fit every saver, and how a trial is sorted into them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Outcome(Enum):
+    """What came of an accident, the best first. The value is the term in tables."""
+
+    NOTHING_LOST = "nothing lost"
+    FELL_BACK_SAYING = "older one, said so"
+    FELL_BACK = "older one, silently"
+    FOUND = "stopped, naming it"
+    DIED = "died otherwise"
+    CRASHED = "crashed or hung"
+    BEGAN_ANEW = "found none"
+    OTHER_VALUES_SAYING = "other values, with a warning"
+    OTHER_VALUES = "other values, unnoticed"
+    ALL_LOST = "all lost"
+
+
+#: These resumed nothing: after a kill, it is asked whether anything is left.
+STOPPED = {Outcome.FOUND, Outcome.DIED, Outcome.CRASHED, Outcome.BEGAN_ANEW}
+
+#: An error with one of these words names the damage; they are generous. So does one that names the directory.
+NAMED = re.compile(
+    r"corrupt|\bdamag|checksum|\bcrc|\bdigest|mismatch|truncat|incomplete|\binvalid|malformed|unexpected end"
+    r"|end of file|file read failed|\bmissing\b|no such file|not found|does not exist|can't find"
+    r"|could not find|deserializ|central directory|data_loss|not covered|unreadable|not a valid"
+    r"|out of range|out of bounds|none of them is whole",
+    re.IGNORECASE,
+)
+#: So does a line on the terminal that an undamaged checkpoint does not bring.
+SAID = re.compile(rf"{NAMED.pattern}|\bskip|\bolder\b|\binstead\b|\binitiali", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What a saver made of a directory.
+
+    Attributes:
+        step: that it goes on from; None if it found nothing to go on from.
+        proof: digest of the values that it then had.
+        error: what it raised, with the causes; None if it went on.
+        directory: that it was to go on from.
+        words: what it printed that it does not print of an undamaged checkpoint.
+        crashed: how its process ended, if it did.
+    """
+
+    step: int | None = None
+    proof: str | None = None
+    error: str | None = None
+    directory: str | None = None
+    words: tuple[str, ...] = ()
+    crashed: str | None = None
+
+    @property
+    def names_it(self) -> bool:
+        """Whether its error names the damage; of a traceback in it, the frames do not count."""
+        lines = [line for line in (self.error or "").splitlines() if not line.startswith(" ")]
+        place = self.directory
+        return any(NAMED.search(line) or (place is not None and place in line) for line in lines)
+
+    @property
+    def says_it(self) -> bool:
+        """Whether it printed something of the damage."""
+        return any(SAID.search(word) for word in self.words)
+
+    @property
+    def message(self) -> str:
+        """What there is to read of it."""
+        return self.crashed or self.error or " / ".join(self.words)
+
+
+def classify(reply: Reply, expected: Mapping[int, str], newest: int) -> Outcome:
+    """Sort a trial.
+
+    Args:
+        reply: of the saver.
+        expected: proof of each step's true values.
+        newest: the last step that was reported as saved.
+    """
+    if reply.crashed is not None:
+        return Outcome.CRASHED
+    if reply.error is not None:
+        return Outcome.FOUND if reply.names_it else Outcome.DIED
+    if reply.step is None:
+        return Outcome.BEGAN_ANEW
+    if reply.proof is None or reply.proof != expected.get(reply.step):
+        return Outcome.OTHER_VALUES_SAYING if reply.says_it else Outcome.OTHER_VALUES
+    if reply.step >= newest:
+        return Outcome.NOTHING_LOST
+    return Outcome.FELL_BACK_SAYING if reply.says_it else Outcome.FELL_BACK

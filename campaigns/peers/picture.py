@@ -1,0 +1,126 @@
+"""The picture: a panel for each accident, a bar for each saver, a colour for each outcome."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from campaigns.peers.accidents import ALL, COMMON, Accident
+from campaigns.peers.outcomes import Outcome
+from campaigns.peers.results import Results
+from campaigns.peers.subjects import Subject
+
+INK, QUIET = "#222222", "#70757a"
+#: From blue, where nothing is lost, to red and black, where it is; grey where a person is called.
+COLOURS = {
+    Outcome.NOTHING_LOST: "#0072b2",
+    Outcome.FELL_BACK_SAYING: "#7db8da",
+    Outcome.FELL_BACK: "#c9dfec",
+    Outcome.FOUND: "#c8ccd0",
+    Outcome.DIED: "#8f959b",
+    Outcome.CRASHED: "#5c6166",
+    Outcome.BEGAN_ANEW: "#e69f00",
+    Outcome.OTHER_VALUES_SAYING: "#f0a37a",
+    Outcome.OTHER_VALUES: "#d55e00",
+    Outcome.ALL_LOST: "#222222",
+}
+LABELS = {
+    Outcome.NOTHING_LOST: "nothing lost",
+    Outcome.FELL_BACK_SAYING: "went on from the older one, and said so",
+    Outcome.FELL_BACK: "went on from the older one, silently",
+    Outcome.FOUND: "stopped with an error that names it",
+    Outcome.DIED: "died of another error",
+    Outcome.CRASHED: "crashed or hung",
+    Outcome.BEGAN_ANEW: "found none",
+    Outcome.OTHER_VALUES_SAYING: "went on with other values, with a warning",
+    Outcome.OTHER_VALUES: "went on with other values, unnoticed",
+    Outcome.ALL_LOST: "all lost, the older one too",
+}
+DARK = {Outcome.NOTHING_LOST, Outcome.CRASHED, Outcome.DIED, Outcome.OTHER_VALUES, Outcome.ALL_LOST}
+#: A narrower share has no room for its number.
+LEAST_SHARE_WITH_NUMBER = 0.04
+
+
+def draw(results: Results, path: Path, *, about: str) -> None:
+    """Draw what was tried.
+
+    Args:
+        results: of a run.
+        path: of the PNG.
+        about: where and with what it was measured.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure as Canvas
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+    from matplotlib.patches import Patch
+
+    style = {
+        "font.size": 10, "axes.titlesize": 11.5, "axes.titleweight": "bold", "axes.titlelocation": "left",
+        "xtick.color": QUIET, "ytick.color": INK, "text.color": INK,
+    }  # fmt: skip
+    with mpl.rc_context(style):
+        canvas = Canvas(figsize=(14.5, 8.6), layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
+        canvas.suptitle(
+            "What is left after an accident to the newest checkpoint: share of the trials",
+            x=0.01, ha="left", fontsize=14, fontweight="bold",
+        )  # fmt: skip
+        for axes, accident in zip(canvas.subplots(2, 3).flat, COMMON, strict=False):
+            _panel(axes, accident.name, accident.note, _rows(results, accident))
+        _panel(canvas.axes[-1], "trainers only", "a certain part", _rows_of_trainers(results))
+        seen = {outcome for outcomes in results.counts.values() for outcome in outcomes}
+        # Below the panels, where the layout has no say.
+        canvas.legend(
+            handles=[Patch(color=COLOURS[one], label=LABELS[one]) for one in Outcome if one in seen],
+            loc="upper left", bbox_to_anchor=(0.0, 0.0), ncols=4, frameon=False, fontsize=9.5,
+        )  # fmt: skip
+        canvas.text(0.99, -0.1, about, ha="right", va="top", fontsize=7.5, color=QUIET)
+        canvas.savefig(path, format="png", dpi=130, bbox_inches="tight", pad_inches=0.15, facecolor="white")
+
+
+def _rows(results: Results, accident: Accident) -> list[tuple[str, Subject, Any]]:
+    return [(one.name, one, results.of(one, accident)) for one in results.subjects([accident])]
+
+
+def _rows_of_trainers(results: Results) -> list[tuple[str, Subject, Any]]:
+    return [
+        (f"{accident.name}\n{one.name}", one, results.of(one, accident))
+        for accident in ALL
+        if accident not in COMMON
+        for one in results.subjects([accident])
+    ]
+
+
+def _panel(axes: Any, title: str, note: str, rows: list[tuple[str, Subject, Any]]) -> None:
+    axes.set_title(title, pad=22)
+    axes.annotate(
+        note, (0, 1), (0, 8), xycoords="axes fraction", textcoords="offset points", fontsize=9, color=QUIET
+    )
+    axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
+    axes.tick_params(length=0)
+    axes.set_xticks([])
+    axes.set_yticks(range(len(rows)), [label for label, _, _ in rows])
+    for tick, (_, subject, _) in zip(axes.get_yticklabels(), rows, strict=True):
+        tick.set_fontweight("bold" if subject.ours else "normal")
+    if not rows:
+        axes.text(0.5, 0.5, "not tried in this run", ha="center", va="center", color=QUIET)
+        return
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_xlim(0, 1)
+    for position, (_, _, outcomes) in enumerate(rows):
+        _bar(axes, position, outcomes)
+
+
+def _bar(axes: Any, position: int, outcomes: Any) -> None:
+    begin, total = 0.0, outcomes.total()
+    for outcome in Outcome:
+        share = outcomes[outcome] / total
+        if not share:
+            continue
+        axes.barh(position, share, left=begin, height=0.7, color=COLOURS[outcome], edgecolor="white")
+        if share >= LEAST_SHARE_WITH_NUMBER:
+            colour = "white" if outcome in DARK else INK
+            axes.text(
+                begin + share / 2, position, str(outcomes[outcome]), ha="center", va="center", fontsize=9,
+                color=colour,
+            )  # fmt: skip
+        begin += share

@@ -1,0 +1,206 @@
+"""The trainers: a real LoRA training of the bundled model, and the same command once more.
+
+What a trainer has when it goes on shows in where it ends: the proof is of the trained weights after the last
+step and of the losses on the way there. Dropout is on, so that random numbers count.
+"""
+
+# ruff: noqa: ARG002  # methods of one interface do not all need all of its arguments
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from campaigns.peers.accidents import COMMON, HALF_ADAPTER, NO_OPTIMIZER, NO_RNG
+from campaigns.peers.subjects import Resumed, Subject, Tell
+
+STEPS = 12
+SAVE_EVERY = 2
+BATCH = 4
+RANK = 64
+DROPOUT = 0.1
+LEARNING_RATE = 1e-3
+TOKENS = 32
+EXAMPLES = 64
+
+Losses = Mapping[int, float]
+
+
+class Training(Subject):
+    """A trainer."""
+
+    interval = SAVE_EVERY
+    damages = 12
+    kills = 8
+
+    def expected(self, directory: Path, mib: int) -> dict[int, str]:
+        losses, ending = self.undisturbed(directory)
+        return {step: _proof(losses, ending, after=step) for step in range(SAVE_EVERY, STEPS + 1, SAVE_EVERY)}
+
+    def undisturbed(self, directory: Path) -> tuple[Losses, str]:
+        """A run that is left alone: the loss of each step, and the digest of what it ended with."""
+        raise NotImplementedError
+
+
+class DistrustTraining(Training):
+    """Ours."""
+
+    name = "DistrustTrainer"
+    modules = ("torch", "transformers", "peft")
+    packages = ("distrust-trainer",)
+    ours = True
+    accidents = (*COMMON, HALF_ADAPTER)
+
+    def write(self, directory: Path, mib: int, last: int, tell: Tell) -> None:
+        from distrust.training.events import CheckpointSaved, CheckpointStarted, Event, StepEnded
+
+        def watch(event: Event) -> None:
+            if isinstance(event, CheckpointStarted):
+                tell("begin", event.step)
+            elif isinstance(event, CheckpointSaved):
+                tell("saved", event.step)
+            elif isinstance(event, StepEnded) and event.step == last < STEPS:
+                signal.raise_signal(signal.SIGTERM)
+
+        self._train(directory, watch)
+
+    def resume(self, directory: Path, mib: int) -> Resumed:
+        begun, losses, ending = self._run(directory)
+        return begun, _proof(losses, ending, after=begun)
+
+    def undisturbed(self, directory: Path) -> tuple[Losses, str]:
+        _, losses, ending = self._run(directory)
+        return losses, ending
+
+    def path(self, directory: Path, step: int) -> Path:
+        return directory / "checkpoints" / f"checkpoint-{step}.safetensors"
+
+    def _run(self, directory: Path) -> tuple[int, Losses, str]:
+        from distrust.training.events import Event, RunStarted, StepEnded
+
+        begun = 0
+        losses = {}
+
+        def watch(event: Event) -> None:
+            nonlocal begun
+            if isinstance(event, RunStarted):
+                begun = event.step
+            elif isinstance(event, StepEnded):
+                losses[event.step] = event.loss
+
+        ending = self._train(directory, watch)
+        return begun, losses, ending
+
+    def _train(self, directory: Path, watch: Callable[[Any], None]) -> str:
+        from distrust import DistrustTrainer, TrainConfig
+
+        config = TrainConfig(
+            out=str(directory), max_steps=STEPS, save_every=SAVE_EVERY, batch_size=BATCH, lora_rank=RANK,
+            lora_dropout=DROPOUT, learning_rate=LEARNING_RATE, warmup_steps=0, threads=1,
+        )  # fmt: skip
+        return str(DistrustTrainer(config, observers=[watch]).train().state_digest)
+
+
+class Trainer(Training):
+    """``transformers.Trainer`` with a LoRA adapter of PEFT; ``resume_from_checkpoint=True``."""
+
+    name = "Trainer + PEFT"
+    modules = ("torch", "transformers", "peft", "accelerate")
+    packages = ("transformers", "peft", "accelerate")
+    accidents = (*COMMON, HALF_ADAPTER, NO_OPTIMIZER, NO_RNG)
+
+    def write(self, directory: Path, mib: int, last: int, tell: Tell) -> None:
+        from transformers import TrainerCallback
+
+        class Teller(TrainerCallback):  # type: ignore[misc]
+            """Tells of each save, and stops after the last one that is wanted."""
+
+            def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                if state.global_step % SAVE_EVERY == 0:
+                    tell("begin", state.global_step)
+                control.should_training_stop = state.global_step == last
+
+            def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                tell("saved", state.global_step)
+
+        _hf_trainer(directory, Teller()).train()
+
+    def resume(self, directory: Path, mib: int) -> Resumed:
+        begun, losses, ending = _hf_run(directory, resume_from_checkpoint=True)
+        return begun, _proof(losses, ending, after=begun)
+
+    def undisturbed(self, directory: Path) -> tuple[Losses, str]:
+        _, losses, ending = _hf_run(directory)
+        return losses, ending
+
+    def path(self, directory: Path, step: int) -> Path:
+        return directory / f"checkpoint-{step}"
+
+
+def _hf_run(directory: Path, **resume: bool) -> tuple[int, Losses, str]:
+    """From whichever step to the end: the step, the losses, the digest of the trained weights."""
+    from transformers import TrainerCallback
+
+    begun = 0
+
+    class Beginning(TrainerCallback):  # type: ignore[misc]
+        """Sees where it goes on."""
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            nonlocal begun
+            begun = state.global_step
+
+    trainer = _hf_trainer(directory, Beginning())
+    trainer.train(**resume)
+    losses = {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
+    digest = blake3()
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.requires_grad:
+            digest.update(name.encode())
+            digest.update(parameter.detach().numpy().tobytes())
+    return begun, losses, digest.hexdigest()
+
+
+def _hf_trainer(directory: Path, callback: Any) -> Any:
+    import torch
+    from transformers import Trainer as HfTrainer
+    from transformers import TrainingArguments
+
+    torch.set_num_threads(1)  # more may change the last bits
+    arguments = TrainingArguments(
+        output_dir=str(directory), max_steps=STEPS, save_steps=SAVE_EVERY, save_strategy="steps",
+        save_total_limit=3, logging_steps=1, report_to=[], per_device_train_batch_size=BATCH,
+        learning_rate=LEARNING_RATE, disable_tqdm=True, use_cpu=True, seed=0,
+    )  # fmt: skip
+    return HfTrainer(_model(), arguments, train_dataset=_examples(), callbacks=[callback])
+
+
+def _model() -> Any:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from distrust.bundled import MODEL
+
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(MODEL, dtype="float32")
+    config = LoraConfig(r=RANK, lora_dropout=DROPOUT, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(base, config)
+
+
+def _examples() -> list[dict[str, list[int]]]:
+    chance = random.Random(0)
+    texts = [[chance.randrange(3, 1024) for _ in range(TOKENS)] for _ in range(EXAMPLES)]
+    return [{"input_ids": tokens, "labels": tokens} for tokens in texts]
+
+
+def _proof(losses: Losses, ending: str, *, after: int) -> str:
+    """Digest of what a run did after a step, and of what it ended with."""
+    made = {step: loss for step, loss in losses.items() if step > after}
+    return blake3(json.dumps([sorted(made.items()), ending]).encode()).hexdigest()

@@ -1,0 +1,168 @@
+"""A trial: an accident, and what the saver makes of it."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Self
+
+from campaigns.peers.accidents import ALL, KILL, Accident
+from campaigns.peers.all_subjects import SUBJECTS
+from campaigns.peers.outcomes import STOPPED, Outcome, Reply, classify
+from campaigns.peers.processes import Warm, kill_in_mid_save
+from campaigns.peers.subjects import Store, Subject
+
+#: Of the bare savers' states: small where every byte may be struck, large where a save has to take a while.
+DAMAGED_MIB = 1
+KILLED_MIB = 32
+#: The same accident again tells no more.
+CERTAIN_TRIALS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """A saver and an accident."""
+
+    subject: Subject
+    accident: Accident
+
+    @property
+    def trials(self) -> int:
+        """How many a whole run makes."""
+        if self.accident.certain:
+            return CERTAIN_TRIALS
+        return self.subject.kills if self.accident.name == KILL else self.subject.damages
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What was done, and what came of it.
+
+    Attributes:
+        what: was done.
+        outcome: of it.
+        message: what a user reads.
+    """
+
+    what: str
+    outcome: Outcome
+    message: str
+
+
+#: In a fixed order: a case is found again by its number.
+CELLS = tuple(
+    Cell(subject, accident) for accident in ALL for subject in SUBJECTS if accident in subject.accidents
+)
+
+
+class Bench:
+    """Where one saver is tried: its warm process, its undamaged checkpoints, and what has to come back.
+
+    Args:
+        subject: the saver.
+        parent: a folder that is removed afterwards.
+        fault: what is left out of ours, to show that it is found.
+    """
+
+    def __init__(self, subject: Subject, parent: Path, *, fault: str | None) -> None:
+        self._subject = subject
+        self._fault = fault
+        self._stack = ExitStack()
+        self._folder = Path(self._stack.enter_context(TemporaryDirectory(dir=parent)))
+        self._warm = self._stack.enter_context(Warm(subject, fault=fault))
+        self._expected: dict[int, dict[int, str]] = {}
+        self._newest = 2 * subject.interval
+        self._undamaged = self._folder / "undamaged"
+        self._killed_mib = KILLED_MIB if isinstance(subject, Store) else DAMAGED_MIB
+
+    def __enter__(self) -> Self:
+        """Have two checkpoints written, and see that it goes on from the newer one.
+
+        Raises:
+            RuntimeError: if it does not: then nothing can be said of it.
+        """
+        try:
+            self._warm.write(self._undamaged, DAMAGED_MIB, self._newest)
+            reply = self._resumed_copy()
+            self._warm.usual |= set(reply.words)
+            outcome = classify(reply, self._proofs(DAMAGED_MIB), self._newest)
+            if outcome is not Outcome.NOTHING_LOST or reply.step != self._newest:
+                raise RuntimeError(f"{self._subject.name}: undamaged, it is {outcome.value}: {reply.message}")
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def tried(self, accident: Accident, chance: random.Random) -> Trial:
+        """One trial."""
+        folder = self._folder / "trial"
+        folder.mkdir()
+        try:
+            return self._killed(folder, chance) if accident.strike is None else self._struck(accident, chance)
+        finally:
+            shutil.rmtree(folder)
+
+    def _struck(self, accident: Accident, chance: random.Random) -> Trial:
+        directory = self._copy()
+        assert accident.strike is not None
+        what = accident.strike(self._subject.files(directory, self._newest), chance)
+        reply = self._warm.resume(directory, DAMAGED_MIB)
+        return Trial(what, classify(reply, self._proofs(DAMAGED_MIB), self._newest), reply.message)
+
+    def _killed(self, folder: Path, chance: random.Random) -> Trial:
+        subject, mib = self._subject, self._killed_mib
+        directory, step, what = kill_in_mid_save(subject, folder, mib, chance, fault=self._fault)
+        outcome, reply = after_kill(self._warm, subject, directory, mib, step, self._proofs(mib))
+        return Trial(what, outcome, reply.message)
+
+    def _resumed_copy(self) -> Reply:
+        (self._folder / "trial").mkdir()
+        try:
+            return self._warm.resume(self._copy(), DAMAGED_MIB)
+        finally:
+            shutil.rmtree(self._folder / "trial")
+
+    def _copy(self) -> Path:
+        directory = self._folder / "trial" / "copy"
+        shutil.copytree(self._undamaged, directory)
+        return directory
+
+    def _proofs(self, mib: int) -> dict[int, str]:
+        if mib not in self._expected:
+            self._expected[mib] = self._warm.expected(self._folder / f"expected-{mib}", mib)
+        return self._expected[mib]
+
+
+def after_kill(
+    warm: Warm, subject: Subject, directory: Path, mib: int, step: int, expected: Mapping[int, str]
+) -> tuple[Outcome, Reply]:
+    """Have it go on where it was killed while it saved ``step``; the one before had been reported.
+
+    Where it stops, it is asked whether it goes on once somebody has taken away what was being written.
+    """
+    reported = step - subject.interval
+    reply = warm.resume(directory, mib)
+    outcome = classify(reply, expected, reported)
+    if outcome not in STOPPED:
+        return outcome, reply
+    path = subject.path(directory, step)
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+    left = classify(warm.resume(directory, mib), expected, reported) is Outcome.NOTHING_LOST
+    return (outcome if left else Outcome.ALL_LOST), reply
+
+
+def cell_of(number: int) -> tuple[Cell, int]:
+    """The cell of a case, and how many trials of that cell come before it."""
+    before, index = divmod(number, len(CELLS))
+    return CELLS[index], before
