@@ -31,7 +31,7 @@ def test_the_same_training_command_twice(capsys):
 
 
 FAULTS = {
-    "no-lock": ("races", ["--cases", "4"], "processes may write at once"),
+    "no-lock": ("races", ["--cases", "4"], "COUNTEREXAMPLE"),
     "children-keep-the-lock": ("orphans", ["--cases", "10"], "of its children live"),
     "children-clean-up": ("orphans", ["--cases", "40"], "not saved: No such file"),
     "in-place": ("readers", ["--cases", "1", "--readers", "3", "--saves", "30"], "ValueError: damaged"),
