@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench campaigns clean
 
 demo: $(READY)
 	$(BIN)/distrust demo --out runs/demo
@@ -20,6 +20,10 @@ check: $(READY)
 bench: $(READY)
 	-$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python -m benchmarks.checkpoints $(BENCH)
+
+campaigns: $(READY)
+	-$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[campaigns]'
+	$(BIN)/python -m campaigns $(CAMPAIGNS)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.11")'

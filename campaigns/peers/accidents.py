@@ -1,7 +1,5 @@
 """What befalls the files of a checkpoint: each accident strikes uniformly over the bytes of all of them."""
 
-# ruff: noqa: ARG001  # what is certain leaves nothing to chance
-
 from __future__ import annotations
 
 import json

@@ -6,8 +6,6 @@ ways in which it is used: over the same name, and to a new name for each step; t
 ``.metadata`` is taken. Imports stand in the functions: a process pays for the library that it tries alone.
 """
 
-# ruff: noqa: ARG002  # methods of one interface do not all need all of its arguments
-
 from __future__ import annotations
 
 from abc import ABC, abstractmethod

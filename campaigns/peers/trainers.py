@@ -4,8 +4,6 @@ What a trainer has when it goes on shows in where it ends: the proof is of the t
 step and of the losses on the way there. Dropout is on, so that random numbers count.
 """
 
-# ruff: noqa: ARG002  # methods of one interface do not all need all of its arguments
-
 from __future__ import annotations
 
 import json
