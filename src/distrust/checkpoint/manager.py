@@ -27,6 +27,8 @@ from distrust.errors import (
     CorruptCheckpoint,
     DistrustWarning,
     NoGoodCheckpoint,
+    readable,
+    shortened,
 )
 
 if TYPE_CHECKING:
@@ -283,10 +285,10 @@ class CheckpointManager:
         files = self.scan().by_step()
         steps = retention.ranked(_candidates(files.values()), self._rules)
         if not steps:
-            known = sorted({name for file in files.values() for name in file.metrics})
+            known = sorted({readable(name) for file in files.values() for name in file.metrics})
             raise CheckpointNotFound(
                 f"{self.directory}: no checkpoint has the metric {self._rules.metric!r}; "
-                f"there are {', '.join(known) or 'no metrics'} in steps {_listed(files)}",
+                f"there are {shortened(', '.join(known)) or 'no metrics'} in steps {_listed(files)}",
                 path=self.directory,
             )
         return self._first_good([files[step] for step in steps], framework, mmap=mmap)
