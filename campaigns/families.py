@@ -251,7 +251,8 @@ def _digests(draft: Draft, chance: Random) -> None:
 
 def _section(draft: Draft, chance: Random) -> None:
     sections = draft.state["sections"]
-    sections[chance.choice([*sections, chance.choice(HOSTILE_TEXTS)])] = any_node(chance)
+    names = chance.choice(([*sections], ("zeta", "a", "models"), HOSTILE_TEXTS))
+    sections[chance.choice(names)] = any_node(chance)
 
 
 def _keys(draft: Draft, chance: Random) -> None:
@@ -260,7 +261,8 @@ def _keys(draft: Draft, chance: Random) -> None:
     "nNone", "n",
             "", "x", "i", "f", "b", "s", "i" + "9" * 4299, "i" + "9" * 4301, f"i{SAME_HASH}",
             "i0")  # fmt: skip
-    chosen = chance.sample(keys, chance.randrange(1, 6))
+    good = ("i1", "f1.0", "bTrue", "s1", "i0", "f0.0", "bFalse", "fnan", "nNone", "f-0.0", "finf")
+    chosen = chance.sample(chance.choice((keys, good)), chance.randrange(1, 6))
     draft.state["sections"][chance.choice(("metadata", "config", "optimizer"))] = {
         "d": {key: chance.choice(HOSTILE_NUMBERS) for key in chosen}
     }
@@ -268,15 +270,15 @@ def _keys(draft: Draft, chance: Random) -> None:
 
 def _deep(draft: Draft, chance: Random) -> None:
     levels = chance.choice((49, 50, 51, 98, 99, 100, 101, 102, DEEP))
+    if chance.random() < 0.3:
+        levels = chance.choice((levels, 4 * DEEP))  # what can still be parsed
+        draft.run = '{"extra":{"x":' + "[" * levels + "]" * levels + '},"metrics":{}}'
+        return
     node: Any = chance.choice(HOSTILE_NUMBERS)
-    kind = chance.choice("dlt[{")
+    kind = chance.choice("dlt[")
     for _ in range(levels):
         node = {kind: {"sx": node} if kind == "d" else [node]} if kind in "dlt" else [node]
-    where = chance.randrange(3)
-    if where == 0:
-        draft.run["extra"] = {"x": node}
-    else:
-        draft.state["sections"][("metadata", "optimizer")[where - 1]] = {"d": {"sx": node}}
+    draft.state["sections"][chance.choice(("metadata", "optimizer"))] = {"d": {"sx": node}}
 
 
 def _run(draft: Draft, chance: Random) -> None:

@@ -32,6 +32,7 @@ from distrust.checkpoint.compare import differences
 from distrust.checkpoint.format import ITEM_SIZES
 from distrust.checkpoint.header import Header, header_length, parse_header
 from distrust.checkpoint.store import CheckpointFile
+from distrust.checkpoint.tree import STATE_SECTIONS
 from distrust.cli import main
 from distrust.errors import (
     CheckpointNotFound,
@@ -109,8 +110,11 @@ def require_sense(header: Header, raw: bytes) -> None:
     """
     specimen = Specimen(raw)
     fields = json.loads(specimen.body, object_pairs_hook=_each_key_once)
-    json.loads(fields[METADATA]["state"], object_pairs_hook=_each_key_once)
+    state = json.loads(fields[METADATA]["state"], object_pairs_hook=_each_key_once)
+    _require({*state} == {"sections", "step"}, f"taken for whole, with a state of {[*state]!a}")
+    _require({*state["sections"]} == {*STATE_SECTIONS}, f"taken for whole, with {[*state['sections']]!a}")
     json.loads(fields[METADATA]["run"], object_pairs_hook=_each_key_once)
+    _require_keys_differ(state)
     described = {name: field for name, field in fields.items() if name != METADATA}
     _require({tensor.name for tensor in header.tensors} == described.keys(), "other tensors than in the file")
     end = specimen.end
@@ -127,6 +131,22 @@ def require_sense(header: Header, raw: bytes) -> None:
         _require(right, f"taken for whole, with the tensor {tensor.name!a} at {tensor.offset}")
         end += tensor.nbytes
     _require(end == len(raw), f"taken for whole, with {len(raw)} bytes and tensors up to {end}")
+
+
+_KEYS: dict[str, Callable[[str], Any]] = {
+    "s": str, "i": int, "f": float, "b": lambda text: text == "True", "n": lambda _: None,
+}  # fmt: skip
+
+
+def _require_keys_differ(node: Any) -> None:
+    """That no two keys of a dict of the state would become one, as 1 and True do."""
+    waiting = [node]
+    while waiting:
+        node = waiting.pop()
+        waiting += node.values() if type(node) is dict else node if type(node) is list else ()
+        if type(node) is dict and [*node] == ["d"]:
+            keys = {_KEYS[key[:1]](key[1:]) for key in node["d"]}
+            _require(len(keys) == len(node["d"]), f"taken for whole, with the keys {[*node['d']]!a}")
 
 
 def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
