@@ -5,7 +5,7 @@ that are right, so that the checks behind the digests are reached (:mod:`campaig
 of every answer is said in :mod:`campaigns.readers`. The cases:
 
 - each family of files by name (:mod:`campaigns.families`), then things that are no files in the place of one;
-- what a save leaves for others to read, under three umasks;
+- what a save leaves for others to read, under four umasks;
 - each family that is made to cost more than it looks, in three sizes: time that does not grow faster than the
   file, and memory that is proven by a limit (:mod:`campaigns.costs`). What was only damaged is refused with
   nothing taken beyond the file's own size; what is forged takes what Python's objects take, and no more than
@@ -14,7 +14,8 @@ of every answer is said in :mod:`campaigns.readers`. The cases:
 
 All but the sizes are read in one process that may take 64 MiB beyond what it had when it began. With
 ``--engine guided`` libFuzzer leads the mutations instead, by the lines of the reader that they reach; it
-needs ``pip install atheris``, and its finding is kept as a file, to be read again with ``--replay``.
+needs ``pip install atheris``, and its finding is kept as a file, to be read again with ``--replay``. Memory
+is limited and measured by means of Linux.
 
     python -m campaigns.hostile --seed 1 --seconds 600
     python -m campaigns.hostile --seed 1 --case 7
