@@ -28,6 +28,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+_SHOWN_CHARACTERS = 200
+
 
 class DistrustError(Exception):
     """The root: ``except DistrustError`` catches everything that is not a bug."""
@@ -159,3 +161,17 @@ class SaveFailed(CheckpointError):
         super().__init__(message, path=path)
         self.wanted = wanted
         self.free = free
+
+
+def shortened(text: str) -> str:
+    """Text out of a file, as a message may hold it: a hostile file has names of a million letters."""
+    if len(text) <= _SHOWN_CHARACTERS:
+        return text
+    half = _SHOWN_CHARACTERS // 2
+    return f"{text[:half]}…{text[-half:]}"
+
+
+def readable(text: str) -> str:
+    """The same, and quoted if it holds anything that a terminal obeys and does not show."""
+    text = shortened(text)
+    return text if text.isprintable() else repr(text)

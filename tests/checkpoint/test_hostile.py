@@ -9,72 +9,30 @@ import contextlib
 import copy
 import json
 import os
-import re
+import pty
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from campaigns.forging import Specimen, canonical, encodable, framed, signed, state_digest
 from distrust import Checkpoint, CheckpointManager
-from distrust.checkpoint import tree
+from distrust.checkpoint import store, tree
 from distrust.errors import (
     CheckpointError,
     CheckpointNotFound,
     CorruptCheckpoint,
     NoGoodCheckpoint,
+    UnsupportedState,
     UnsupportedVersion,
 )
 
-DIGEST = re.compile(rb'"digest":"([0-9a-f]{64})"')
 
-
-def canonical(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-
-
-def encodable(value: Any) -> str:
-    """Canonical JSON, or escaped where that has no bytes."""
-    text = canonical(value)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return json.dumps(value, sort_keys=True, separators=(",", ":"))
-    return text
-
-
-def framed(body: bytes) -> bytes:
-    length = -(-(8 + len(body)) // 4096) * 4096 - 8
-    return length.to_bytes(8, "little") + body.ljust(length)
-
-
-def signed(header: bytes) -> bytes:
-    """A framed header with the right digest in it, if it has a place for one."""
-    place = DIGEST.search(header)
-    if place is None:
-        return header
-    begin, end = place.span(1)
-    digest = blake3(header[:begin] + b"0" * 64 + header[end:]).hexdigest().encode()
-    return header[:begin] + digest + header[end:]
-
-
-def state_digest(fields: dict[str, Any]) -> str:
-    metadata = fields["__metadata__"]
-    names = sorted(
-        (name for name in fields if name != "__metadata__"), key=lambda name: fields[name]["data_offsets"]
-    )
-    tensors = sorted(
-        [name, fields[name]["dtype"], fields[name]["shape"], metadata["digests"][64 * at : 64 * at + 64]]
-        for at, name in enumerate(names)
-    )
-    return blake3(canonical({"state": metadata["state"], "tensors": tensors}).encode()).hexdigest()
-
-
-class Forge:
+class Forge(Specimen):
     """A good checkpoint, to be made into bad ones."""
 
     def __init__(self, directory: Path) -> None:
@@ -82,14 +40,7 @@ class Forge:
             model = {"a": np.arange(4, dtype=np.float32), "b": np.arange(3, dtype=np.uint8)}
             state = Checkpoint(step=1, model=model, optimizer={"n": [1, (2.5, None)]}, metadata={"m": "x"})
             self.path = self.manager.save(state)
-        self.raw = self.path.read_bytes()
-        self.end = 8 + int.from_bytes(self.raw[:8], "little")
-        self.body = self.raw[8 : self.end].rstrip(b" ")
-        self.data = self.raw[self.end :]
-
-    @property
-    def fields(self) -> dict[str, Any]:
-        return json.loads(self.body)
+        super().__init__(self.path.read_bytes())
 
     def put(self, raw: bytes) -> None:
         self.path.write_bytes(raw)
@@ -256,6 +207,9 @@ BODIES: dict[str, Callable[[bytes], bytes]] = {
     "the step twice": lambda b: b.replace(b'"step":"1"', b'"step":"2","step":"1"'),
     "the digest twice": lambda b: b.replace(b'"digest":', b'"digest":"' + b"0" * 64 + b'","digest":'),
     "keys out of order": lambda b: b.replace(b'{"__metadata__"', b'{"z":{},"__metadata__"'),
+    "a run nested deeper than it can be printed": lambda b: b.replace(
+        b'\\"extra\\":{', b'\\"extra\\":{\\"x\\":' + b"[" * 200 + b"]" * 200
+    ),
     "a space": lambda b: b.replace(b":", b": ", 1),
     "a tab in the padding": lambda b: b + b"\t",
     "escapes for plain letters": lambda b: b.replace(b"distrust", b"\\u0064istrust"),
@@ -282,6 +236,10 @@ def test_json_that_no_writer_makes_is_refused(forge, what):
     assert body != forge.body
     forge.put(signed(framed(body)) + forge.data)
     assert forge.outcomes() == [CorruptCheckpoint] * 3
+
+
+#: Every multiple of it has the hash 0.
+SAME_HASH = 2**61 - 1
 
 
 def change_in(section: str, to: Any) -> Callable[[Any], None]:
@@ -314,6 +272,10 @@ STATES: dict[str, Callable[[Any], Any]] = {
     "a key of a million digits": change_in("rng", {"d": {"i" + "9" * 1_000_000: 1}}),
     "a key that is no float": change_in("rng", {"d": {"f1,5": 1}}),
     "a key that is no bool": change_in("rng", {"d": {"bTRUE": 1}}),
+    "keys that are equal": change_in("rng", {"d": {"bTrue": 0, "i1": 0}}),
+    "keys of one hash": change_in("rng", {"d": {f"i{SAME_HASH * at}": 0 for at in range(2000)}}),
+    "another section": lambda s: s["sections"].update(zeta={"x": 1, "y": 2}),
+    "another key beside the sections": lambda s: s.update(sf=1),
     "another step": lambda s: s.update(step=2),
     "no sections": lambda s: s.pop("sections") and None,
     "no state": lambda s: "null",
@@ -537,3 +499,97 @@ def test_keys_that_would_become_one_are_refused(keys):
     node = {"d": dict.fromkeys(keys, 0)}
     with pytest.raises(CorruptCheckpoint, match="a key that cannot be read"):
         tree.unflatten(node, str)
+
+
+def test_what_was_chosen_to_make_a_dict_slow_is_not_saved_either(tmp_path):
+    keys = {SAME_HASH * at: 0 for at in range(2000)}
+    with CheckpointManager(tmp_path) as manager:
+        with pytest.raises(UnsupportedState, match="same hash"):
+            manager.save(Checkpoint(step=1, metadata={"m": keys}))
+        few = dict(list(keys.items())[:900]) | {-1: 0, -2: 0}
+        manager.save(Checkpoint(step=1, metadata={"m": few}))
+        assert manager.load(1).metadata == {"m": few}
+
+
+def test_a_run_is_nested_as_deep_as_it_can_be_printed(tmp_path):
+    def nested(levels: int) -> Any:
+        return [nested(levels - 1)] if levels else 1
+
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(Checkpoint(step=1, run={"deep": nested(tree.MAX_DEPTH - 2)}))
+        assert manager.inspect(1).header.run_info["extra"] == {"deep": nested(tree.MAX_DEPTH - 2)}
+        with pytest.raises(UnsupportedState, match="nested deeper"):
+            manager.save(Checkpoint(step=2, run={"deep": nested(tree.MAX_DEPTH - 1)}))
+
+
+COMMAND = "\x1b[2J\u202e\n"
+
+
+def test_messages_are_short_and_command_no_terminal(tmp_path):
+    name = COMMAND + "x" * 10_000
+    with CheckpointManager(tmp_path) as manager:
+        path = manager.save(Checkpoint(step=1, model={name: np.zeros(3)}, metrics={name: 1.0}))
+        with pytest.raises(CheckpointNotFound) as of_metrics:
+            manager.load_best()
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+        with pytest.raises(CorruptCheckpoint, match="is damaged") as of_tensors:
+            manager.validate(1)
+    for caught in (of_metrics, of_tensors):
+        assert str(caught.value).isprintable()
+        assert len(str(caught.value)) < 1000
+    assert of_tensors.value.tensor == f"model.{name}"
+
+
+@pytest.mark.parametrize("instead", ["nothing", "a link to itself", "a link that is too long"])
+def test_what_was_known_and_is_not_there_any_more(tmp_path, monkeypatch, instead):
+    """Between its name in the listing and the look at it; a manager that lists again looks at no more."""
+    monkeypatch.setattr(store, "SETTLED_NANOSECONDS", -1)
+    with CheckpointManager(tmp_path) as manager:
+        path = manager.save(Checkpoint(step=1))
+    known: store.Known = {}
+    assert len(store.scan(tmp_path, known).files) == 1
+    assert path in known
+
+    named = store._named(tmp_path)
+    path.unlink()
+    if instead != "nothing":
+        path.symlink_to(path if instead == "a link to itself" else "x" * 300)
+    listings = iter([named])
+    monkeypatch.setattr(store, "_named", lambda directory: next(listings, []))
+    scan = store.scan(tmp_path, known)
+    assert scan.files == ()
+    assert len(scan.damaged) == (instead != "nothing")
+
+
+def test_a_link_that_cannot_be_followed_is_no_directory(tmp_path):
+    target = tmp_path / "run"
+    target.symlink_to("x" * 300)
+    for use in (store.newest, store.find, store.verify):
+        with pytest.raises(CheckpointError):
+            use(target)
+    (tmp_path / "checkpoints").symlink_to("x" * 300)
+    assert store.checkpoint_directory(tmp_path) == tmp_path
+
+
+def test_a_link_to_a_terminal_does_not_become_that_of_the_process(tmp_path, run_python):
+    """Whoever holds the other end could end the process with a key."""
+    other, terminal = pty.openpty()
+    try:
+        (tmp_path / "checkpoint-1.safetensors").symlink_to(os.ttyname(terminal))
+        code = """
+import os, sys
+from pathlib import Path
+from distrust.checkpoint import store
+os.setsid()
+(damaged,) = store.scan(Path(sys.argv[1])).damaged
+assert "not a regular file" in damaged.reason, damaged.reason
+try:
+    os.open("/dev/tty", os.O_RDWR)
+except OSError:
+    print("none")
+"""
+        done = run_python(code, tmp_path)
+        assert (done.stdout, done.stderr) == ("none\n", "")
+    finally:
+        os.close(other)
+        os.close(terminal)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from distrust.checkpoint.format import TensorInfo
-from distrust.checkpoint.header import Header
 from distrust.checkpoint.store import CheckpointFile
 from distrust.checkpoint.tree import decode_key
+from distrust.errors import shortened
 
 #: Stands for a value that one side does not have.
 ABSENT = "absent"
+
+_NOTHING = object()
+_CONTAINERS = {"d": "a dict", "l": "a list", "t": "a tuple"}
+_COMPARED_AS_TENSORS = {"a", ""}
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +25,7 @@ class Difference:
 
     Attributes:
         what: ``tensor`` or ``state``.
-        name: the tensor's label, or the path of a scalar in the state.
+        name: the tensor's label, or the path of a scalar in the state; one without end is shortened.
         a: how the first checkpoint has it.
         b: how the second one has it.
     """
@@ -42,14 +46,16 @@ def differences(a: CheckpointFile, b: CheckpointFile) -> list[Difference]:
     b.require_whole()
     if a.state_digest == b.state_digest:
         return []
-    found = [
-        Difference("state", name, was, now)
-        for name, was, now in _unequal(_scalars_of(a.header), _scalars_of(b.header))
-    ]
+    found: list[Difference] = []
+    _compare_nodes({"d": a.header.sections}, {"d": b.header.sections}, "", found)
+    if a.step != b.step:
+        found.append(Difference("state", "step", str(a.step), str(b.step)))
+    found.sort(key=lambda difference: difference.name)
     mine = {tensor.name: _described(tensor) for tensor in a.tensors}
     theirs = {tensor.name: _described(tensor) for tensor in b.tensors}
     found += [Difference("tensor", name, was, now) for name, was, now in _unequal(mine, theirs)]
-    return found
+    # Where the same arrays stand in other places, that is all there is to say.
+    return found or [Difference("state", "skeleton", a.state_digest, b.state_digest)]
 
 
 def _unequal(a: dict[str, str], b: dict[str, str]) -> Iterator[tuple[str, str, str]]:
@@ -63,23 +69,40 @@ def _described(tensor: TensorInfo) -> str:
     return f"{tensor.dtype}{list(tensor.shape)} {tensor.digest}"
 
 
-def _scalars_of(header: Header) -> dict[str, str]:
-    scalars = {"step": str(header.step)}
-    for section, node in header.sections.items():
-        scalars.update(_scalars(node, section))
-    return scalars
+def _compare_nodes(a: Any, b: Any, path: str, found: list[Difference]) -> None:
+    """Add what differs below two nodes of the skeleton. Arrays are left out: they are compared as tensors.
+
+    Both are walked side by side, not listed and then compared: a list of paths is as large as their number
+    times their length, and a hostile file has as many and as long ones as it likes.
+    """
+    kinds = {_kind(a), _kind(b)}
+    if len(kinds) == 1 and kinds <= _CONTAINERS.keys():
+        mine, theirs = _children(a), _children(b)
+        for key in {**mine, **theirs}:
+            name = key if not path or type(key) is int else decode_key(key)
+            inner = shortened(f"{path}.{shortened(str(name))}") if path else key
+            _compare_nodes(mine.get(key, _NOTHING), theirs.get(key, _NOTHING), inner, found)
+    elif not kinds <= _COMPARED_AS_TENSORS and (was := _text(a)) != (now := _text(b)):
+        found.append(Difference("state", path, was, now))
 
 
-def _scalars(node: Any, path: str) -> Iterator[tuple[str, str]]:
-    """The scalars below a node of the skeleton, as text that tells 1 from 1.0 from "1"."""
+def _kind(node: Any) -> str:
+    """Of a container or an array the letter of its kind, of a scalar an s."""
+    if node is _NOTHING:
+        return ""
+    return next(iter(node)) if isinstance(node, dict) else "s"
+
+
+def _children(node: Any) -> Mapping[Any, Any]:
+    ((_, content),) = node.items()
+    return content if isinstance(content, dict) else dict(enumerate(content))
+
+
+def _text(node: Any) -> str:
+    """A node as text that tells 1 from 1.0 from "1"."""
+    if node is _NOTHING:
+        return ABSENT
     if not isinstance(node, dict):
-        yield path, repr(node)
-        return
+        return repr(node)
     ((kind, content),) = node.items()
-    if kind == "a":
-        return  # compared as a tensor
-    if not content:
-        yield path, {"d": "{}", "l": "[]", "t": "()"}[kind]
-    named = [(decode_key(key), item) for key, item in content.items()] if kind == "d" else enumerate(content)
-    for name, item in named:
-        yield from _scalars(item, f"{path}.{name}")
+    return "an array" if kind == "a" else f"{_CONTAINERS[kind]} of {len(content)}"

@@ -353,6 +353,11 @@ def compact_json(value: Any) -> str:
     return _COMPACT.encode(value)
 
 
+def is_possible(shape: tuple[int, ...]) -> bool:
+    """Whether a tensor of the smallest items can have that shape. Nothing about it is trusted."""
+    return _size("U8", shape) >= 0
+
+
 def _size(dtype: str, shape: tuple[int, ...]) -> int:
     """The bytes of a tensor, or -1 if there is no such tensor. Nothing about dtype and shape is trusted."""
     item_size = ITEM_SIZES.get(dtype)

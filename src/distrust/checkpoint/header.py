@@ -45,16 +45,19 @@ from distrust.checkpoint.format import (
     TensorTable,
     canonical_json,
     compact_json,
+    is_possible,
     own_digest,
 )
 from distrust.checkpoint.tree import ARRAY_SECTIONS, STATE_SECTIONS
-from distrust.errors import CorruptCheckpoint, UnsupportedVersion
+from distrust.errors import CorruptCheckpoint, UnsupportedVersion, shortened
 
 METADATA_KEYS = (
     "digest", "digests", "format", "kind", "run", "state", "state_digest", "step", "version"
 )  # fmt: skip
 #: How the state begins. The skeletons of model, optimizer and rng, as long as there are tensors, come behind.
 _FIRST_SECTIONS = ("config", "history", "metadata")
+_STATE_KEYS = ("sections", "step")
+_SECTIONS = (*sorted(STATE_SECTIONS),)
 _KINDS = get_args(Kind)
 #: A tensor's member of the header. Nothing is ever tried twice ("+" after a repetition): hostile text costs
 #: no more time than any other.
@@ -135,13 +138,15 @@ class Header:
         sections = state.get("sections") if type(state) is dict else None
         if type(sections) is not dict or state.get("step") != self.step:
             raise CorruptCheckpoint("the state is not that of the step in the header")
+        if (*state,) != _STATE_KEYS or (*sections,) != _SECTIONS:
+            raise CorruptCheckpoint(f"the state does not hold {', '.join(_SECTIONS)} and nothing else")
         named: list[str] = []
         for name in STATE_SECTIONS:
             labels: list[str] = []
             if type(tree.unflatten(sections.get(name), labels.append)) is not dict:
                 raise CorruptCheckpoint(f"the state has no {name}")
             if labels and name not in ARRAY_SECTIONS:
-                raise CorruptCheckpoint(f"{name} names a tensor, {labels[0]!r}")
+                raise CorruptCheckpoint(f"{name} names a tensor, {shortened(labels[0])!r}")
             named += labels
         if sorted(named) != self._table.names:
             raise CorruptCheckpoint("the state does not name every tensor of the file once")
@@ -173,13 +178,17 @@ class Header:
             table = TensorTable(names, dtypes, shapes)
         except ImpossibleTensor as error:
             name, _ = error.args
-            raise CorruptCheckpoint(f"tensor {name!r} has an unknown dtype or no valid shape") from None
+            raise CorruptCheckpoint(
+                f"tensor {shortened(name)!r} has an unknown dtype or no valid shape"
+            ) from None
         if not all(map(lt, [METADATA, *names], names)):
             raise CorruptCheckpoint("the tensors do not stand in the order of their names, each once")
         belong = [*map("%d,%d".__mod__, table.spans())]
         if spans != belong:
             name, span = next((n, b) for n, s, b in zip(names, spans, belong, strict=True) if s != b)
-            raise CorruptCheckpoint(f"tensor {name!r} does not lie in the bytes {span} of the data")
+            raise CorruptCheckpoint(
+                f"tensor {shortened(name)!r} does not lie in the bytes {span} of the data"
+            )
         if len(self._digests) != DIGEST_CHARACTERS * len(names):
             raise CorruptCheckpoint(f"there are not {len(names)} digests for {len(names)} tensors")
         return table
@@ -290,7 +299,7 @@ def _plain_sections(state: str, step: int) -> tuple[dict[str, Any], dict[str, An
 
 
 def _refuse_tensor(label: str) -> None:
-    raise CorruptCheckpoint(f"config or metadata names a tensor, {label!r}")
+    raise CorruptCheckpoint(f"config or metadata names a tensor, {shortened(label)!r}")
 
 
 def _run_info(text: str) -> dict[str, Any]:
@@ -299,6 +308,8 @@ def _run_info(text: str) -> dict[str, Any]:
         _require_same(text, compact_json(run))  # its keys stand as the caller gave them
     if type(run) is not dict or any(type(run.get(part)) is not dict for part in ("metrics", "extra")):
         raise CorruptCheckpoint("the header's run is not what a writer makes")
+    if tree.is_too_deep(run):
+        raise CorruptCheckpoint(f"the header's run is nested deeper than {tree.MAX_DEPTH} levels")
     return run
 
 
@@ -342,6 +353,9 @@ def _shape(text: str) -> tuple[int, ...]:
     with _json_of("table of tensors"):
         shape = tuple(json.loads(f"[{text}]"))
         _require_same(f"[{text}]", compact_json(shape))
+    # Before anybody puts shapes into a set: who may choose the numbers in them chooses their hashes, too.
+    if not is_possible(shape):
+        raise CorruptCheckpoint(f"no tensor has the shape [{shortened(text)}]")
     return shape
 
 
@@ -362,5 +376,5 @@ def _integer(text: Any, name: str) -> int:
 
 def _kind(text: str) -> Kind:
     if text not in _KINDS:
-        raise CorruptCheckpoint(f"the header's kind {text!r} is none of {', '.join(_KINDS)}")
+        raise CorruptCheckpoint(f"the header's kind {shortened(text)!r} is none of {', '.join(_KINDS)}")
     return cast(Kind, text)

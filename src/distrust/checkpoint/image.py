@@ -131,4 +131,6 @@ def _run(checkpoint: Checkpoint) -> str:
         text.encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise UnsupportedState(f"run: not plain JSON: {error}", label="run") from None
+    if tree.is_too_deep(run):
+        raise UnsupportedState(f"run: nested deeper than {tree.MAX_DEPTH} levels", label="run")
     return text

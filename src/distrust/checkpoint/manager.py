@@ -29,6 +29,8 @@ from distrust.errors import (
     DistrustWarning,
     NoGoodCheckpoint,
     SaveFailed,
+    readable,
+    shortened,
 )
 
 if TYPE_CHECKING:
@@ -263,10 +265,10 @@ class CheckpointManager:
             files = self.scan().by_step()
             steps = retention.ranked(_candidates(files.values()), self._rules)
             if not steps:
-                known = sorted({name for file in files.values() for name in file.metrics})
+                known = sorted({readable(name) for file in files.values() for name in file.metrics})
                 raise CheckpointNotFound(
                     f"{self.directory}: no checkpoint has the metric {self._rules.metric!r}; "
-                    f"there are {', '.join(known) or 'no metrics'} in steps {_listed(files)}",
+                    f"there are {shortened(', '.join(known)) or 'no metrics'} in steps {_listed(files)}",
                     path=self.directory,
                 )
             try:

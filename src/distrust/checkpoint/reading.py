@@ -29,7 +29,7 @@ from distrust.checkpoint.format import TensorInfo, tensor_hasher
 from distrust.checkpoint.header import Header
 from distrust.checkpoint.memory import PAGE_BYTES, address_of, allocate, rounded
 from distrust.checkpoint.store import CUT_WHILE_READ, read_into
-from distrust.errors import CorruptCheckpoint
+from distrust.errors import CorruptCheckpoint, readable
 
 #: A piece stays in a core's cache between its read and its digest.
 PIECE_BYTES = 1 << 20
@@ -159,10 +159,8 @@ def check_digest(tensor: TensorInfo, digest: str) -> None:
         CorruptCheckpoint: naming the tensor and where it lies.
     """
     if digest != tensor.digest:
-        raise CorruptCheckpoint(
-            f"tensor {tensor.name} is damaged (bytes {tensor.offset} to {tensor.offset + tensor.nbytes})",
-            tensor=tensor.name,
-        )
+        place = f"bytes {tensor.offset} to {tensor.offset + tensor.nbytes}"
+        raise CorruptCheckpoint(f"tensor {readable(tensor.name)} is damaged ({place})", tensor=tensor.name)
 
 
 def _is_cold(descriptor: int, header: Header) -> bool:

@@ -193,13 +193,13 @@ def find(target: Path) -> list[Path]:
     Raises:
         CheckpointNotFound: if there are none.
     """
-    if target.is_dir():
+    if _is_directory(target):
         directory = checkpoint_directory(target)
         paths = [path for path, _, _ in named(directory)]
         if not paths:
             raise CheckpointNotFound(f"{target}: no checkpoints here", path=target)
         return paths
-    if not target.exists():
+    if not os.path.exists(target):
         raise CheckpointNotFound(f"{target}: no such file or directory", path=target)
     return [target]
 
@@ -213,7 +213,7 @@ def newest(target: Path) -> CheckpointFile:
         CheckpointNotFound: if there is none.
         CorruptCheckpoint: if a file was named and its header is damaged.
     """
-    if not target.is_dir():
+    if not _is_directory(target):
         return read_header(target)
     found = scan(checkpoint_directory(target))
     if not found.files:
@@ -228,7 +228,11 @@ def newest(target: Path) -> CheckpointFile:
 def checkpoint_directory(target: Path) -> Path:
     """The directory of checkpoints of a run, or ``target`` itself if it is one."""
     inner = target / RUN_SUBDIRECTORY
-    return inner if inner.is_dir() else target
+    return inner if _is_directory(inner) else target
+
+
+def _is_directory(path: Path) -> bool:
+    return os.path.isdir(path)  # a link that cannot be followed is none; Path.is_dir() may raise for it
 
 
 def read_header(path: Path) -> CheckpointFile:
@@ -314,7 +318,8 @@ def _located(path: Path) -> Iterator[None]:
 def _descriptor(path: Path) -> Iterator[tuple[int, os.stat_result]]:
     """A regular file, open to be read, and its status."""
     # O_NONBLOCK: opening a pipe that lies in the way must not wait for its writer.
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    # O_NOCTTY: opening a terminal there must not make it the one whose keys end this process.
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):

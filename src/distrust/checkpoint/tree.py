@@ -15,11 +15,11 @@ of keys gets a "~1". Walks go in sorted order: equal states give equal labels an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Collection, Mapping, Sequence, Sized
 from operator import itemgetter
 from typing import Any
 
-from distrust.errors import CorruptCheckpoint, UnsupportedState
+from distrust.errors import CorruptCheckpoint, UnsupportedState, shortened
 
 #: The sections of a state that may hold arrays; the label of every tensor begins with one of them.
 ARRAY_SECTIONS = ("model", "optimizer", "rng", "history")
@@ -29,6 +29,10 @@ STATE_SECTIONS = (*ARRAY_SECTIONS, "config", "metadata")
 MAX_DEPTH = 100
 #: Python refuses to parse more than 4300 digits (unless told otherwise, which the reader may not be).
 MAX_INTEGER_BITS = 14_000
+
+#: A dict that has more keys than this whose hash another of them has is refused when saved and when read.
+#: Ints have hashes that anybody can foresee, and with n keys of one hash a dict takes n * n steps.
+MAX_EQUAL_HASHES = 1000
 
 _UNCHANGED = frozenset({type(None), bool, float})
 _SCALARS = _UNCHANGED | {int, str}
@@ -119,7 +123,10 @@ class _Walk:
     def _sorted_keys(self, value: Mapping[Any, Any], label: str) -> Sequence[tuple[str, Any]]:
         """Each key as text with its type, and itself, sorted by that text."""
         if {*map(type, value)} != _ONLY_TEXT:
-            return sorted([(encode_key(key, label), key) for key in value], key=itemgetter(0))
+            encoded = sorted([(encode_key(key, label), key) for key in value], key=itemgetter(0))
+            if equal_hashes(value) > MAX_EQUAL_HASHES:
+                raise UnsupportedState(f"{label}: too many of its keys have the same hash", label=label)
+            return encoded
         names = (*value,)  # an optimizer has the same ones for each of its parameters
         known = self._sorted_names.get(names)
         if known is None:
@@ -186,12 +193,32 @@ def decode_key(text: str) -> Any:
     if letter in ("i", "f"):
         number = int(rest) if letter == "i" else float(rest)
         if repr(number) != rest:  # or two keys of a file could become one: "1" and "01"
-            raise ValueError(f"{text!r} is not how {number!r} is written")
+            raise ValueError(f"{shortened(text)!r} is not how {shortened(repr(number))} is written")
         return number
     constants = {"bTrue": True, "bFalse": False, "nNone": None}
     if text in constants:
         return constants[text]
-    raise ValueError(f"no key begins like {text!r}")
+    raise ValueError(f"no key begins like {shortened(text)!r}")
+
+
+def equal_hashes(keys: Collection[Any]) -> int:
+    """How many of a dict's keys have the hash of another one. Those of text are a secret of the process."""
+    if {*map(type, keys)} <= _ONLY_TEXT:
+        return 0
+    return len(keys) - len({*map(hash, keys)})
+
+
+def is_too_deep(value: Any) -> bool:
+    """Whether plain JSON is nested deeper than :data:`MAX_DEPTH` levels."""
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        level = [
+            inner
+            for node in level
+            if isinstance(node, (dict, list, tuple))
+            for inner in (node.values() if isinstance(node, dict) else node)
+        ]
+    return bool(level)
 
 
 def unflatten(node: Any, arrays: Callable[[str], Any], depth: int = 0) -> Any:
@@ -217,9 +244,18 @@ def unflatten(node: Any, arrays: Callable[[str], Any], depth: int = 0) -> Any:
             try:
                 keys = [key[1:] if key.startswith("s") else decode_key(key) for key in content]
             except ValueError as error:
-                raise CorruptCheckpoint(f"the state has a key that cannot be read: {error}") from None
+                raise CorruptCheckpoint(
+                    f"the state has a key that cannot be read: {shortened(str(error))}"
+                ) from None
+            if equal_hashes(keys) > MAX_EQUAL_HASHES:
+                raise CorruptCheckpoint("the state has a dict whose keys were chosen to make it slow")
             values = [unflatten(item, arrays, depth + 1) for item in content.values()]
-            return dict(zip(keys, values, strict=True))
+            made = dict(zip(keys, values, strict=True))
+            if len(made) != len(keys):
+                raise CorruptCheckpoint(
+                    "the state has a dict with two keys that are equal, such as 1 and True"
+                )
+            return made
         if kind in ("l", "t") and type(content) is list:
             items = [unflatten(item, arrays, depth + 1) for item in content]
             return items if kind == "l" else tuple(items)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
+from distrust.cli.printing import printable
 from distrust.errors import ConfigError, DistrustError, DistrustWarning
 
 #: Each verb and what it does; its module has the verb's name.
@@ -105,9 +106,9 @@ def _help() -> str:
 
 def _complain(message: str, code: int) -> int:
     sys.stdout.flush()
-    print(f"distrust: {message}", file=sys.stderr)
+    print(f"distrust: {printable(message, lines=True)}", file=sys.stderr)
     return code
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"distrust: warning: {message}", file=sys.stderr)
+    print(f"distrust: warning: {printable(str(message), lines=True)}", file=sys.stderr)

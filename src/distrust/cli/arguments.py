@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from distrust.cli import COMMANDS
+from distrust.cli.printing import printable
 
 TARGET = "a run, a directory of checkpoints, or a checkpoint file"
 
@@ -25,7 +26,7 @@ def parser(verb: str, *, description: str, examples: Sequence[str]) -> argparse.
 
 def print_json(value: Any) -> None:
     """JSON that any reader takes: NaN and infinities, which JSON has no words for, become strings."""
-    print(json.dumps(_plain(value), indent=2, ensure_ascii=False))
+    print(printable(json.dumps(_plain(value), indent=2, ensure_ascii=False), lines=True))
 
 
 def _plain(value: Any) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 from distrust.checkpoint import store
 from distrust.checkpoint.compare import differences
 from distrust.cli.arguments import TARGET, parser, print_json
+from distrust.cli.printing import printable
 
 DIGEST_SHOWN = 16
 SHOWN = 20
@@ -41,9 +42,11 @@ def main(arguments: list[str]) -> int:
         )
         return 1 if found else 0
     for side, file in (("a", a), ("b", b)):
-        print(f"{side}: step {file.step}, {file.kind}, state {file.state_digest[:DIGEST_SHOWN]}, {file.path}")
+        state = file.state_digest[:DIGEST_SHOWN]
+        print(printable(f"{side}: step {file.step}, {file.kind}, state {state}, {file.path}"))
     for difference in found[:SHOWN]:
-        print(f"{difference.what} {difference.name}: {_short(difference.a)} -> {_short(difference.b)}")
+        sides = f"{_short(difference.a)} -> {_short(difference.b)}"
+        print(printable(f"{difference.what} {difference.name}: {sides}"))
     if len(found) > SHOWN:
         print(f"and {len(found) - SHOWN} more; --json lists them all")
     tensors = sum(difference.what == "tensor" for difference in found)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from distrust.checkpoint import store
 from distrust.cli.arguments import TARGET, number, parser, print_json, size
+from distrust.cli.printing import printable
 from distrust.errors import CheckpointNotFound
 
 
@@ -23,7 +24,8 @@ def main(arguments: list[str]) -> int:
 
     found = _scan(options.target)
     for damaged in found.damaged:
-        print(f"distrust: warning: {damaged.path}: damaged: {damaged.reason}", file=sys.stderr)
+        warning = f"distrust: warning: {damaged.path}: damaged: {damaged.reason}"
+        print(printable(warning), file=sys.stderr)
     if options.json:
         print_json([_row(file) for file in found.files])
     elif found.files:
@@ -31,9 +33,10 @@ def main(arguments: list[str]) -> int:
         for file in found.files:
             metrics = "  ".join(f"{name} {number(value)}" for name, value in sorted(file.metrics.items()))
             created = (file.created or "")[:19].replace("T", " ")
-            print(f"{file.step:>8}  {file.kind:8}  {size(file.bytes):>8}  {created:19}  {metrics}")
+            row = f"{file.step:>8}  {file.kind:8}  {size(file.bytes):>8}  {created:19}  {metrics}"
+            print(printable(row))
     else:
-        print(f"no {'whole ' if found.damaged else ''}checkpoints in {options.target}")
+        print(printable(f"no {'whole ' if found.damaged else ''}checkpoints in {options.target}"))
     return 0
 
 

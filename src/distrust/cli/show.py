@@ -7,6 +7,7 @@ from typing import Any
 
 from distrust.checkpoint import store
 from distrust.cli.arguments import TARGET, number, parser, print_json, size
+from distrust.cli.printing import printable
 from distrust.errors import CheckpointNotFound, ConfigError
 
 
@@ -33,8 +34,9 @@ def main(arguments: list[str]) -> int:
         print_json(_object(file))
         return 0
     run = file.header.run_info
-    print(f"{file.path}")
-    print(f"step {file.step}, {file.kind}, {size(file.bytes)}, created {file.created} on {run.get('host')}")
+    print(printable(f"{file.path}"))
+    made = f"created {file.created} on {run.get('host')}"
+    print(printable(f"step {file.step}, {file.kind}, {size(file.bytes)}, {made}"))
     print(f"state digest  {file.state_digest}")
     print(f"file digest   {file.digest}")
     for section in ("model", "optimizer", "rng", "history"):
@@ -48,7 +50,8 @@ def main(arguments: list[str]) -> int:
     if options.tensors:
         print("tensors")
         for tensor in file.tensors:
-            print(f"  {tensor.name}  {tensor.dtype}{list(tensor.shape)}  {tensor.digest[:16]}")
+            row = f"  {tensor.name}  {tensor.dtype}{list(tensor.shape)}  {tensor.digest[:16]}"
+            print(printable(row))
     return 0
 
 
@@ -90,4 +93,4 @@ def _print_table(title: str, values: dict[str, Any]) -> None:
     if values:
         print(title)
         for name, value in sorted(values.items(), key=lambda item: str(item[0])):
-            print(f"  {name}: {value}")
+            print(printable(f"  {name}: {value}"))

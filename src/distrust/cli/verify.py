@@ -6,6 +6,7 @@ from pathlib import Path
 
 from distrust.checkpoint import store
 from distrust.cli.arguments import TARGET, parser, print_json
+from distrust.cli.printing import printable
 from distrust.errors import CheckpointError, CorruptCheckpoint
 
 
@@ -25,7 +26,7 @@ def main(arguments: list[str]) -> int:
         reason = _damage(path)
         rows.append({"path": str(path), "ok": reason is None, "reason": reason})
         if not options.json:
-            print(f"{path}: {'ok' if reason is None else f'DAMAGED: {reason}'}", flush=True)
+            print(printable(f"{path}: {'ok' if reason is None else f'DAMAGED: {reason}'}"), flush=True)
     if options.json:
         print_json(rows)
     return 0 if all(row["ok"] for row in rows) else 1

@@ -1,0 +1,269 @@
+"""Hostile files: every answer is an error of the library or a good checkpoint, in bounded time and memory.
+
+The files are forged: made of real checkpoints by changes that a reader could fall for, and given digests
+that are right, so that the checks behind the digests are reached (:mod:`campaigns.forging`). What is promised
+of every answer is said in :mod:`campaigns.readers`. The cases:
+
+- each family of files by name (:mod:`campaigns.families`), then things that are no files in the place of one;
+- what a save leaves for others to read, under four umasks;
+- each family that is made to cost more than it looks, in three sizes: time that does not grow faster than the
+  file, and memory that is proven by a limit (:mod:`campaigns.costs`). What was only damaged is refused with
+  nothing taken beyond the file's own size; what is forged takes what Python's objects take, and no more than
+  a fixed multiple;
+- then, for as long as it is told, a hundred drawn at random in each case, some of them through real files.
+
+All but the sizes are read in one process that may take 64 MiB beyond what it had when it began. With
+``--engine guided`` libFuzzer leads the mutations instead, by the lines of the reader that they reach; it
+needs ``pip install atheris``, and its finding is kept as a file, to be read again with ``--replay``. Memory
+is limited and measured by means of Linux.
+
+    python -m campaigns.hostile --seed 1 --seconds 600
+    python -m campaigns.hostile --seed 1 --case 7
+    python -m campaigns.hostile --engine guided --seconds 600
+    python -m campaigns.hostile --replay counterexample.safetensors
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import NamedTuple
+
+from campaigns import families, obstacles, permissions, readers, sizes, specimens
+from campaigns.campaign import Campaign, CounterExample, parser, run
+from campaigns.forging import Draft, Specimen
+from campaigns.worker import Worker
+
+FILES_PER_CASE = 100
+#: Of so many files in a case one is a real one, read in every way.
+FILES_EVERY = 50
+NAMED_TIMES = 4
+GUIDED_RUNS = 20_000
+ALLOWED_BYTES = 64 << 20
+IN_MEMORY = Path("/dev/shm")
+READ_IN_MEMORY = "files read in memory"
+READ_FROM_DISK = "files read from disk, in every way"
+COVERAGE = (
+    "edges of the reader's code reached",
+    "features (edges and how often)",
+    "files kept in the corpus",
+)
+
+Step = Callable[[Random, Counter[str]], None]
+
+
+class Plan(NamedTuple):
+    """What the cases do, by number.
+
+    Attributes:
+        reading: the first ones; a worker does them.
+        apart: the next ones, which make processes of their own.
+        random: all others; a worker does them, too.
+    """
+
+    reading: Sequence[Step]
+    apart: Sequence[Step]
+    random: Step
+
+    def step(self, number: int) -> Step:
+        """What a case does."""
+        named = (*self.reading, *self.apart)
+        return named[number] if number < len(named) else self.random
+
+    def is_apart(self, number: int) -> bool:
+        """Whether it makes processes of its own."""
+        return 0 <= number - len(self.reading) < len(self.apart)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the campaign; returns the exit code."""
+    made = parser(__doc__)
+    made.add_argument(
+        "--engine", choices=("random", "guided"), default="random", help="what leads the mutations"
+    )
+    made.add_argument("--replay", type=Path, help="read this file in every way, and nothing else")
+    made.add_argument("--mebibytes", type=float, default=1.0, help="of the largest files (default: 1)")
+    return run("hostile", made, _body, cases=200, arguments=arguments)
+
+
+def _body(campaign: Campaign) -> None:
+    with tempfile.TemporaryDirectory(dir=IN_MEMORY if IN_MEMORY.is_dir() else None) as name:
+        directory = Path(name)
+        if campaign.options.engine == "guided":
+            _guided(campaign, directory)
+            return
+        asked = readers.Directory(directory / "files", *specimens.make(directory / "specimens"))
+        if campaign.options.replay is not None:
+            _add(campaign, _read(campaign.options.replay.read_bytes(), asked))
+        else:
+            _by_number(campaign, _plan(asked, directory, campaign.options))
+
+
+def _by_number(campaign: Campaign, plan: Plan) -> None:
+    def work(number: int) -> Counter[str]:
+        counts: Counter[str] = Counter()
+        plan.step(number)(Random(f"{campaign.options.seed}/{number}"), counts)
+        return counts
+
+    with Worker(work, allowed=ALLOWED_BYTES) as worker:
+        for case in campaign.cases():
+            _add(campaign, work(case.number) if plan.is_apart(case.number) else worker.do(case.number))
+
+
+def _add(campaign: Campaign, counts: Counter[str]) -> None:
+    for what, number in counts.items():
+        campaign.count(what, number)
+
+
+def _plan(asked: readers.Directory, directory: Path, options: argparse.Namespace) -> Plan:
+    size = int(options.mebibytes * (1 << 20))
+    return Plan(
+        reading=[
+            *(partial(_change, asked, change) for change in families.CHANGES.values()),
+            *(partial(_file, asked, make) for make in families.FILES.values()),
+            partial(_obstacles, asked),
+        ],
+        apart=[
+            partial(_permissions, directory),
+            partial(_writing, directory),
+            *(partial(_sizes, asked, name, size) for name in families.GROWING),
+        ],
+        random=partial(_random, asked),
+    )
+
+
+def _read(raw: bytes, asked: readers.Directory) -> Counter[str]:
+    """Read one file in every way."""
+    counts: Counter[str] = Counter()
+    readers.in_memory(raw, asked.good, counts)
+    asked.ask(raw, counts)
+    counts[READ_IN_MEMORY] += 1
+    counts[READ_FROM_DISK] += 1
+    return counts
+
+
+def _change(
+    asked: readers.Directory,
+    change: Callable[[Draft, Random], None],
+    chance: Random,
+    counts: Counter[str],
+) -> None:
+    """One kind of change alone, a few times on each specimen."""
+    for specimen in asked.specimens:
+        for _ in range(NAMED_TIMES):
+            draft = specimen.draft()
+            try:
+                change(draft, chance)
+            except families.NOTHING_TO_CHANGE:
+                continue
+            counts.update(_read(draft.file(), asked))
+
+
+def _file(
+    asked: readers.Directory,
+    make: Callable[[Specimen, Random], bytes],
+    chance: Random,
+    counts: Counter[str],
+) -> None:
+    """One kind of file, a few times of each specimen."""
+    for specimen in asked.specimens:
+        for _ in range(NAMED_TIMES):
+            counts.update(_read(make(specimen, chance), asked))
+
+
+def _obstacles(asked: readers.Directory, _: Random, counts: Counter[str]) -> None:
+    for name, place in obstacles.OBSTACLES.items():
+        with obstacles.placed(place, asked.hostile):
+            try:
+                asked.ask_what_is_there(0, counts)
+            except CounterExample as found:
+                raise CounterExample(f"{name}: {found}") from found
+        counts["things in the place of a checkpoint"] += 1
+
+
+def _random(asked: readers.Directory, chance: Random, counts: Counter[str]) -> None:
+    for index in range(FILES_PER_CASE):
+        raw = families.mutated(chance.choice(asked.specimens), chance)
+        readers.in_memory(raw, asked.good, counts)
+        counts[READ_IN_MEMORY] += 1
+        if index % FILES_EVERY == 0:
+            asked.ask(raw, counts)
+            counts[READ_FROM_DISK] += 1
+
+
+def _permissions(directory: Path, _: Random, counts: Counter[str]) -> None:
+    for umask in permissions.UMASKS:
+        counts["files and directories whose permissions were looked at"] += permissions.check(
+            directory, umask
+        )
+
+
+def _writing(directory: Path, _: Random, counts: Counter[str]) -> None:
+    for name, scene in obstacles.SCENES.items():
+        obstacles.play(name, scene, directory)
+        counts["things in the way of a save"] += 1
+
+
+def _sizes(asked: readers.Directory, name: str, size: int, _: Random, counts: Counter[str]) -> None:
+    counts["answers measured on files that cost"] += sizes.check(name, asked, size)
+
+
+def _guided(campaign: Campaign, directory: Path) -> None:
+    """Have libFuzzer lead, in a process of its own."""
+    if importlib.util.find_spec("atheris") is None:
+        print("--engine guided needs atheris: pip install atheris", file=sys.stderr)
+        raise SystemExit(2)
+    options = campaign.options
+    command = [
+        sys.executable,
+        "-m",
+        "campaigns.guided",
+        "--directory",
+        str(directory),
+        "--seed",
+        str(options.seed),
+    ]
+    if options.seconds is not None:
+        command += ["--seconds", str(int(options.seconds))]
+    if options.cases is not None or options.seconds is None:
+        command += ["--runs", str(options.cases or GUIDED_RUNS)]
+    log = directory / "log"
+    with log.open("wb") as file:
+        done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False)
+    _add(campaign, guided_counts(directory))
+    covered = re.findall(r"cov: (\d+) ft: (\d+) corp: (\d+)", log.read_text(errors="replace"))
+    for what, number in zip(COVERAGE, covered[-1] if covered else (), strict=False):
+        campaign.count(what, int(number))
+    if done.returncode != 0:
+        raise CounterExample(_kept(directory, log))
+
+
+def guided_counts(directory: Path) -> Counter[str]:
+    """What the guided engine wrote down."""
+    path = directory / "counts.json"
+    return Counter(json.loads(path.read_text())) if path.exists() else Counter()
+
+
+def _kept(directory: Path, log: Path) -> str:
+    """What the guided engine found, and where its file is kept."""
+    told = directory / "counterexample.txt"
+    if not told.exists():
+        return f"the guided engine ended by itself: {log.read_text(errors='replace')[-2000:]}"
+    kept = Path("counterexample.safetensors").absolute()
+    shutil.copyfile(directory / kept.name, kept)
+    return f"{told.read_text()}; again: python -m campaigns.hostile --replay {kept}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
