@@ -47,7 +47,7 @@ def _threads() -> None:
         thread.start()
         return thread
 
-    _beside_each_rename(lambda _: start() if len(_leaked) % 50 == 0 else None)
+    _beside_each_rename(lambda _: start() if len(_leaked) % 10 == 0 else None)
 
 
 def _slower() -> None:

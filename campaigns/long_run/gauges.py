@@ -11,7 +11,7 @@ import threading
 import time
 from typing import NamedTuple
 
-_SETTLING_SECONDS = 1.0
+_SETTLING_SECONDS = 0.2
 _LINUX = platform.system() == "Linux"
 
 

@@ -62,7 +62,7 @@ class Saver:
             if step % PROBE_EVERY == 0:
                 probes.append(self._probe())
             began = time.process_time()
-            self._one(step, random.Random(f"{self._seed}/{step}"))
+            self._one(step)
             cpu += time.process_time() - began
         self._manager.cleanup()  # it waits for the save under way
         found = gauges.read(self._usual_threads)
@@ -90,18 +90,20 @@ class Saver:
         os.close(descriptor)
         return time.perf_counter() - began
 
-    def _one(self, step: int, chance: random.Random) -> None:
+    def _one(self, step: int) -> None:
         from distrust import Checkpoint
 
         for number, array in enumerate(self._weights.values()):
             array[:] = step + number
         checkpoint = Checkpoint(step=step, model=self._weights, metrics={"eval_loss": metric(step)})
         began = time.perf_counter()
-        if chance.random() < 0.5:
+        if step % 2:
             self._manager.save(checkpoint)
             self._blocking.append(time.perf_counter() - began)
             return
-        pending = self._manager.save_async(checkpoint, overlap=chance.random() < 0.5)
+        pending = self._manager.save_async(
+            checkpoint, overlap=random.Random(f"{self._seed}/{step}").random() < 0.5
+        )
         self._returning.append(time.perf_counter() - began)
         pending.wait_copied()
         # Each save begins with none under way: what is timed is this save, and not the one before.

@@ -45,7 +45,7 @@ FOUND = {
 def test_what_is_left_behind_is_found(capsys, fault):
     assert fault in FAULTS
     # Removed is what no rule keeps: that nothing is, shows at once.
-    cases = "30" if fault == "removes-nothing" else "200"
+    cases = "30" if fault == "removes-nothing" else "120"
     assert main(["--only", "saves", "--cases", cases, "--fault", fault, "--seed", "3"]) == 1
     told = capsys.readouterr().out
     assert FOUND[fault] in told
