@@ -14,7 +14,7 @@ before the first step, in the loop, in a save, in the last step and its final sa
 - nothing that was durable is gone or damaged (``aftermath.py``), and the next writer gets the lock.
 
 At its end the run has the state digest of the same run left alone. Every second case is the real command,
-the others are forks (``fork_server.py``). How long a signal took to end the run is measured.
+the others are forks (``fork_server.py``). The time from a signal to the run's last word is measured.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from distrust.checkpoint.store import Scan
 #: Of them the last one comes at the end of the run.
 SIGNALS = 6
 NUMBERS = (SIGTERM, SIGUSR1, SIGINT)
+LOOK_SECONDS = 0.005
 EVENTS: tuple[Seen, ...] = ("made", "reserved", "renamed", "removed")
 _STEP = re.compile(rf"step (\d+)/{STEPS}: loss")
 _STOPPED = re.compile(r"stopped by (\w+): (?:step (\d+) is saved|nothing to save yet)")
@@ -91,9 +92,8 @@ class DisturbedRun:
         sent = strike(session, blow.number, self._witness.watching(moment.instant), moment.delay)
         if sent and blow.again is not None:
             strike(session, blow.number, self._witness.watching(blow.again.instant), blow.again.delay)
-        began = time.monotonic()
+        took = _until_its_last_word(session)
         code = session.wait()
-        took = time.monotonic() - began
         self._witness.hear(session)
         scan = self._witness.require_kept()
         what = f"{blow.name} ({moment.phase}): exit code {code}"
@@ -132,7 +132,7 @@ class DisturbedRun:
         self._campaign.count(f"signals to {self._training.launcher.name}")
         self._campaign.count(f"  {blow.name}")
         self._campaign.count(f"  {moment.phase}")
-        longest = f"ms, at most, until it had ended: {blow.name}, {moment.phase}"
+        longest = f"ms, at most, until its last word: {blow.name}, {moment.phase}"
         counts[longest] = max(counts[longest], round(1000 * took))
 
     def _require(self, kept: bool, promise: str) -> None:
@@ -143,11 +143,24 @@ def _stopped(session: Session) -> re.Match[str] | None:
     return next(filter(None, map(_STOPPED.match, session.said())), None)
 
 
+def _over(session: Session) -> bool:
+    """Whether it has said how it ended: everything that matters is durable."""
+    return any(line.startswith(("finished at ", "nothing to do", "stopped by ")) for line in session.said())
+
+
+def _until_its_last_word(session: Session) -> float:
+    """Seconds until it has said how it ended, or has. Python then takes torch apart, which is slow."""
+    began = time.monotonic()
+    while session.running and not _over(session):
+        time.sleep(LOOK_SECONDS)
+    return time.monotonic() - began
+
+
 def _allowed(blow: Blow, session: Session, code: int) -> bool:
     """Whether a session may end so."""
     said = session.said()
     hears = any(line.startswith(LOADING) for line in said)
-    over = any(line.startswith(("finished at ", "nothing to do", "stopped by ")) for line in said)
+    over = _over(session)
     if code == 0:
         return over
     if hears and "Traceback" in session.complaints() and not over:
