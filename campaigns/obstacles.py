@@ -20,7 +20,7 @@ from campaigns import costs
 from campaigns.campaign import CounterExample
 from distrust import Checkpoint, CheckpointManager
 from distrust.checkpoint import store
-from distrust.checkpoint.storage import LOCK_NAME
+from distrust.checkpoint.lock import LOCK_NAME
 from distrust.errors import DistrustError, SaveFailed
 
 _SECRET = "a secret of somebody else"
