@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from distrust import Checkpoint, CheckpointManager
-from distrust.checkpoint import storage
+from distrust.checkpoint import lock
 from distrust.errors import CheckpointDirectoryLocked, SaveFailed
 
 # Later versions of Python warn of every fork beside threads, such as those that digest.
@@ -247,13 +247,13 @@ def test_threads_of_a_forked_child_begin_as_one_writer(tmp_path, child):
     manager.close()
 
     def write() -> None:
-        honest = storage.DirectoryLock.__init__
+        honest = lock.DirectoryLock.__init__
 
         def slow(*arguments) -> None:
             time.sleep(0.1)
             honest(*arguments)
 
-        storage.DirectoryLock.__init__ = slow  # one thread is not done beginning when the other one comes
+        lock.DirectoryLock.__init__ = slow  # one thread is not done beginning when the other one comes
         with ThreadPoolExecutor(2) as threads:
             first, second = threads.map(lambda _: manager._session.mutex, range(2))
             assert first is second
