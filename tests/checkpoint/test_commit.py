@@ -247,12 +247,12 @@ def test_a_fork_while_a_thread_reads_waits_for_nothing(tmp_path, child, monkeypa
     manager.save(state(1))
     honest, inside, go_on = tree.unflatten, threading.Event(), threading.Event()
 
-    def slow(node, take):
+    def slow(node, take, *depth):
         # Not the first look at a header, but what is computed of it once.
         if threading.current_thread() is reader and take is not header._refuse_tensor:
             inside.set()
             go_on.wait()
-        return honest(node, take)
+        return honest(node, take, *depth)
 
     monkeypatch.setattr(tree, "unflatten", slow)
     reader = threading.Thread(target=manager.load, args=(1,))
