@@ -14,6 +14,7 @@ import safetensors.numpy
 
 from distrust import Checkpoint, CheckpointManager, DistrustWarning
 from distrust.checkpoint import store
+from distrust.checkpoint.disk import Disk
 from distrust.checkpoint.format import own_digest
 from distrust.errors import CheckpointDirectoryLocked, CheckpointError, CorruptCheckpoint
 
@@ -218,10 +219,10 @@ def test_a_good_one_put_there_while_the_damaged_one_was_read_stays(manager, monk
 def test_one_that_cannot_be_removed_is_an_error_that_names_it(manager, monkeypatch):
     damage(path_of(manager, 20))
 
-    def refuse(path: Path) -> None:
+    def refuse(disk: Disk, path: Path) -> None:
         raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
 
-    monkeypatch.setattr(Path, "unlink", refuse)
+    monkeypatch.setattr(Disk, "unlink", refuse)
     with pytest.raises(CheckpointError, match=r"checkpoint-20\.safetensors: cannot be removed"):
         manager.remove_damaged()
     with pytest.raises(CheckpointError, match=r"checkpoint-10\.safetensors: cannot be removed"):
