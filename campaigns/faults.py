@@ -50,7 +50,7 @@ def _threads() -> None:
 
 
 def _slower() -> None:
-    _beside_each_rename(lambda _: time.sleep(len(_leaked) * 2e-5))
+    _beside_each_rename(lambda _: time.sleep(len(_leaked) * 2e-6))
 
 
 def _removes_nothing() -> None:
