@@ -128,13 +128,13 @@ families.CHANGES["keys"] = twice
         "permissions", "umask 077",
         """
 import os
-from distrust.checkpoint import writing
-create = writing.create
-def open_to_all(path):
-    descriptor = create(path)
+from distrust.checkpoint.disk import Disk
+create = Disk.create
+def open_to_all(disk, path):
+    descriptor = create(disk, path)
     os.fchmod(descriptor, 0o666)
     return descriptor
-writing.create = open_to_all
+Disk.create = open_to_all
 """,
     ),
     "a terminal is commanded": (
