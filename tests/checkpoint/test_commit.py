@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import gc
 import multiprocessing
 import os
@@ -578,3 +579,18 @@ def test_what_the_lock_says_of_its_holder_is_one_plain_line(tmp_path):
         with pytest.raises(CheckpointDirectoryLocked) as refused:
             CheckpointManager(tmp_path).acquire()
     assert str(refused.value).removeprefix(str(tmp_path)).isprintable()
+
+
+def test_a_parent_that_a_sandbox_closes_is_none_of_ours(tmp_path, monkeypatch):
+    """Permissions allow it, and yet it cannot be opened: nothing was made there by one like us."""
+    honest = os.open
+
+    def sandboxed(path, *rest, **named):
+        if Path(path) in tmp_path.parents:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return honest(path, *rest, **named)
+
+    monkeypatch.setattr(os, "open", sandboxed)
+    with CheckpointManager(tmp_path / "run") as manager:
+        manager.save(state(1))
+        assert manager.list_checkpoints() == [1]

@@ -55,7 +55,7 @@ class StopRequest:
             self.at_once = False  # one is enough: a second would meet who has caught the first
             raise Stopped
         if number == signal.SIGINT:
-            # Not through any stream: the signal may have come in the middle of a write to it. And it may fail:
-            # Ctrl-C has ended the `tee` that read along, too. Raised here, that would end the run unsaved.
+            # Not through any stream: the signal may have come in the middle of a write to it. Where Ctrl-C
+            # has ended the `tee` that read along, it fails: raised here, that would end the run unsaved.
             with contextlib.suppress(OSError):
                 os.write(2, b"\nstopping after this step; Ctrl-C again leaves at once\n")
