@@ -1,14 +1,13 @@
 """The product broken on purpose: what shows that a campaign finds what it looks for.
 
-Each fault is put where the product meets the system, in the process that calls :func:`plant`, before the
-product is loaded: whichever way the product's modules are cut, it meets it.
+In the process that calls :func:`plant`. Where it can be, a fault is put where the product meets the system:
+whichever way the product's modules are cut, it meets it.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
-import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -51,7 +50,7 @@ def _threads() -> None:
 
 
 def _slower() -> None:
-    _beside_each_rename(lambda _: time.sleep(len(_leaked) * 2e-5))
+    _beside_each_rename(lambda _: time.sleep(len(_leaked) * 2e-6))
 
 
 def _removes_nothing() -> None:
@@ -82,7 +81,10 @@ def _children_keep_the_lock() -> None:
 
 
 def _children_clean_up() -> None:
-    """A child that takes its parent's unfinished file for one that somebody left behind."""
+    """A child that takes its parent's unfinished file for one that somebody left behind.
+
+    The directory is the first argument of the process.
+    """
     import glob
     import sys
 
@@ -93,7 +95,7 @@ def _children_clean_up() -> None:
     os.register_at_fork(after_in_child=remove)
 
 
-def _removes_all_but_the_newest() -> None:
+def _removes_the_best() -> None:
     from distrust.checkpoint import retention
 
     _replaced(retention, "ranked", lambda *_: [])
@@ -114,20 +116,6 @@ def _no_mutex() -> None:
     _replaced(session.Session, "begin", begin)
 
 
-def _removes_first() -> None:
-    """A file that stood before is gone for a moment, until the new one stands."""
-    honest = os.replace
-
-    def replace(source: Any, target: Any) -> None:
-        if os.path.exists(target):
-            shutil.move(target, f"{target}.old")
-            time.sleep(0.002)
-            os.unlink(f"{target}.old")
-        honest(source, target)
-
-    _replaced(os, "replace", replace)
-
-
 #: By name: what is to be broken.
 FAULTS: dict[str, Callable[[], None]] = {
     "descriptors": _descriptors,
@@ -136,11 +124,10 @@ FAULTS: dict[str, Callable[[], None]] = {
     "slower": _slower,
     "removes-nothing": _removes_nothing,
     "in-place": _in_place,
-    "removes-first": _removes_first,
     "no-lock": _no_lock,
     "children-keep-the-lock": _children_keep_the_lock,
     "children-clean-up": _children_clean_up,
-    "removes-the-best": _removes_all_but_the_newest,
+    "removes-the-best": _removes_the_best,
     "no-mutex": _no_mutex,
 }
 

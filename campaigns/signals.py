@@ -9,7 +9,7 @@ the save that the first one asked for is written. They arrive while Python start
 before the first step, in the loop, in a save, in the last step and its final save, and after that. Then:
 
 - the exit code is 128 + the signal; or the signal itself, as long as the run does not hear it yet, or does
-  not any more; or 0, if it was at its end;
+  not any more; or 0, if it was at its end; a second Ctrl-C while torch is imported may also end in SIGABRT;
 - the run has said which step is saved, and that is the last step that it made, and the newest checkpoint;
 - nothing that was durable is gone or damaged (``aftermath.py``), and the next writer gets the lock.
 
@@ -27,7 +27,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from signal import SIGINT, SIGTERM, SIGUSR1, Signals
+from signal import SIGABRT, SIGINT, SIGTERM, SIGUSR1, Signals
 from typing import NamedTuple
 
 from campaigns import aftermath, training_run
@@ -103,7 +103,7 @@ class DisturbedRun:
         if not sent:
             self._campaign.count("runs at their end before the signal")
             return
-        self._count(blow, moment, took)
+        self._count(blow, moment, took, code)
 
     def finish(self) -> str:
         """Run it to its end; returns the digest of its final state."""
@@ -127,11 +127,13 @@ class DisturbedRun:
         made = [int(found[1]) for found in map(_STEP.match, session.said()) if found]
         self._require(not made or made[-1] == saved, f"{what}: step {made[-1:]} was made, {saved} is saved")
 
-    def _count(self, blow: Blow, moment: Moment, took: float) -> None:
+    def _count(self, blow: Blow, moment: Moment, took: float, code: int) -> None:
         counts = self._campaign.counts
         self._campaign.count(f"signals to {self._training.launcher.name}")
         self._campaign.count(f"  {blow.name}")
         self._campaign.count(f"  {moment.phase}")
+        if code == -SIGABRT:
+            self._campaign.count("ended by SIGABRT, while torch was imported")
         longest = f"ms, at most, until its last word: {blow.name}, {moment.phase}"
         counts[longest] = max(counts[longest], round(1000 * took))
 
@@ -163,10 +165,13 @@ def _allowed(blow: Blow, session: Session, code: int) -> bool:
     over = _over(session)
     if code == 0:
         return over
-    if hears and "Traceback" in session.complaints() and not over:
+    if hears and code > 0 and "Traceback" in session.complaints() and not over:
         return False
     if code == -blow.number:
         return not hears or over
+    if code == -SIGABRT:
+        # A KeyboardInterrupt that comes through native code, as in importing torch, ends the process.
+        return blow.again is not None and not any(line.startswith(LOOP) for line in said)
     if code != 128 + blow.number:
         return False
     # Left at once, without a word: by a second Ctrl-C, or by one that nobody had asked to be remembered.

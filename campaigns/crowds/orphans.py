@@ -65,6 +65,8 @@ class _Family:
 
     def children_first(self, *, saving: bool) -> None:
         """The children end, perhaps in the middle of the writer's save."""
+        (self._folder / child.LET_GO).touch()
+        self._writer.tell("join")
         self.let_go()
         self._require_refused()
         if saving:

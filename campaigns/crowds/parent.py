@@ -2,6 +2,7 @@
 
 It says what is durable and who its children are, and then takes orders:
 
+    join    let its data loader go, whose worker lives as long as somebody may ask it for more
     wait    until the save under way is durable
     save    on and on, until it is killed
 """
@@ -119,6 +120,13 @@ class Parent:
         loader = DataLoader(Examples(), num_workers=1, multiprocessing_context="fork")
         self._kept.append(iter(loader))
 
+    def join(self) -> None:
+        """Take what the loader has, and let it go."""
+        for kept in self._kept:
+            if hasattr(kept, "__next__"):
+                list(kept)
+        self._kept.clear()
+
     def save(self, step: int) -> None:
         """And say that it is durable."""
         from campaigns.crowds import content
@@ -179,6 +187,8 @@ def main() -> None:
     pids = parent.children(FORKS_WHILE_ACQUIRING if given.how == "acquiring" else 1)
     print(f"children {' '.join(map(str, pids))}", flush=True)
     for line in sys.stdin:
+        if line == "join\n":
+            parent.join()
         if line == "wait\n" and pending is not None:
             pending.wait()
             print("durable 2", flush=True)

@@ -1,20 +1,27 @@
-"""The same training command twice at one instant: one trains, undisturbed; the other says why it cannot."""
+"""The same training command twice at one instant: one trains, undisturbed; the other says why it cannot.
+
+The one that holds the directory is stopped until the other has given up, or it might have ended by then; then
+it goes on.
+"""
 
 from __future__ import annotations
 
 import functools
 import os
+import re
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from campaigns.campaign import Campaign, Case
 from distrust import CheckpointManager
 
-#: A few seconds of training, on a fast machine too: the second one has to find the first one at it.
+#: A second or so of training.
 ARGUMENTS = (
-    *("--max-steps", "24", "--save-every", "3", "--batch-size", "2", "--gradient-accumulation", "8"),
+    *("--max-steps", "12", "--save-every", "3", "--batch-size", "2"),
     *("--lora-rank", "4", "--threads", "1", "--lora-dropout", "0.1"),
 )
 PATIENCE_SECONDS = 600.0
@@ -25,7 +32,14 @@ def run(campaign: Campaign, case: Case, folder: Path) -> None:
     more = case.chance.choice([1, 1, 2])
     trainers = [_start(folder, campaign.options.fault) for _ in range(1 + more)]
     try:
-        ended = [(*trainer.communicate(timeout=PATIENCE_SECONDS), trainer) for trainer in trainers]
+        # The holder last: it is stopped.
+        holder = _stopped_holder(folder, trainers)
+        trainers.sort(key=lambda trainer: trainer.pid == holder)
+        ended = []
+        for trainer in trainers:
+            if trainer is trainers[-1]:
+                trainer.send_signal(signal.SIGCONT)
+            ended.append((*trainer.communicate(timeout=PATIENCE_SECONDS), trainer))
     finally:
         for trainer in trainers:
             trainer.kill()
@@ -44,6 +58,19 @@ def run(campaign: Campaign, case: Case, folder: Path) -> None:
         digest == _undisturbed(campaign.options.fault),
         f"the one that trained ended in {digest}, and undisturbed in {_undisturbed(campaign.options.fault)}",
     )
+
+
+def _stopped_holder(folder: Path, trainers: list[subprocess.Popen[str]]) -> int:
+    """Wait until one of them says that it holds the directory, and stop it."""
+    lock, deadline = folder / "run" / "checkpoints" / ".lock", time.monotonic() + PATIENCE_SECONDS
+    while time.monotonic() < deadline and any(trainer.poll() is None for trainer in trainers):
+        if lock.exists() and (found := re.match(r"pid (\d+) on .*\n", lock.read_text())):
+            holder = int(found[1])
+            if holder in [trainer.pid for trainer in trainers if trainer.poll() is None]:
+                os.kill(holder, signal.SIGSTOP)
+            return holder
+        time.sleep(0.002)
+    return 0
 
 
 def _start(out: Path, fault: str | None) -> subprocess.Popen[str]:

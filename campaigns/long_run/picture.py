@@ -6,11 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-MEMORY, BLOCKING, RETURNING, QUIET = "#0072b2", "#0072b2", "#d55e00", "#70757a"
+MEMORY, BLOCKING, RETURNING, WORK, QUIET = "#0072b2", "#0072b2", "#d55e00", "#009e73", "#70757a"
 #: Of each run: what is timed, and how it is called.
-TIMES = {"save": ("save, until durable", BLOCKING), "returns": ("save_async, until it returns", RETURNING)}
-TIMES["step"] = ("a training step", BLOCKING)
-TIMES["disk"] = ("a bare write, sync and rename", QUIET)
+TIMES = {
+    "save": ("save, until durable", BLOCKING),
+    "returns": ("save_async, until it returns", RETURNING),
+    "step": ("a training step", BLOCKING),
+    "cpu": ("the work of a save, on all cores", WORK),
+    "disk": ("a bare write, sync and rename", QUIET),
+}
 TITLES = {
     "saves": "Saves of a small state, in one process",
     "standing": "With more and more checkpoints standing, then as many",
@@ -65,7 +69,7 @@ def _latency(axes: Any, samples: Sequence[dict[str, Any]]) -> None:
 
 def _finish(axes: Any) -> None:
     axes.set_xlabel("saves")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.12 * axes.get_ylim()[1])
     axes.spines[["top", "right"]].set_visible(False)
 
 

@@ -1,9 +1,9 @@
 """What other savers make of the accidents that ours are tried with, in the same terms, by the same code.
 
-    python -m campaigns.peers                                        # every saver, every accident: 40 minutes
+    python -m campaigns.peers                       # every saver, every accident: half an hour
     python -m campaigns.peers --peers 'torch|DCP' --accidents flipped --rounds 5
     python -m campaigns.peers --markdown peers.md --picture peers.png --log peers.jsonl
-    python -m campaigns.peers --seed 1 --case 17                     # one trial once more
+    python -m campaigns.peers --seed 1 --case 17    # one trial once more
 
 A *cell* is a saver and an accident. A trial of damage takes a copy of a directory with two checkpoints, does
 something to the files of the newer one, and has the saver go on by its own documented means, in a process

@@ -7,6 +7,7 @@ killed, and prints a line before and after each save.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -60,6 +61,7 @@ def _serve(subject: Subject, answers: TextIO) -> None:
 
 def _resume(subject: Subject, directory: Path, mib: int) -> dict[str, Any]:
     answer: dict[str, Any] = {}
+    gc.collect()
     with _caught() as words:
         try:
             resumed = subject.resume(directory, mib)
@@ -68,6 +70,7 @@ def _resume(subject: Subject, directory: Path, mib: int) -> dict[str, Any]:
         else:
             if resumed is not None:
                 answer["step"], answer["proof"] = resumed
+        gc.collect()  # tasks that failed complain when they are collected: now, not in the next trial
     told = {NUMBER.sub("#", line.replace(str(directory), "").strip()) for line in words}
     return {**answer, "words": sorted(told - {""})}
 

@@ -24,8 +24,8 @@ def test_five_hundred_saves_leave_nothing_behind(tmp_path, capsys):
 
 
 def test_so_does_training(capsys):
-    assert main(["--only", "training", "--steps", "400"]) == 0, capsys.readouterr().out
-    assert "400  steps trained\n" in capsys.readouterr().out
+    assert main(["--only", "training", "--steps", "240"]) == 0, capsys.readouterr().out
+    assert "240  steps trained\n" in capsys.readouterr().out
 
 
 def test_a_directory_that_keeps_many(capsys):

@@ -88,7 +88,7 @@ def trials(path):
 
 def test_damage_to_the_cheap_savers(tmp_path, capsys):
     log, table, shown = tmp_path / "log.jsonl", tmp_path / "table.md", tmp_path / "shown.png"
-    arguments = ["--peers", "^(distrust|safetensors, new names|torch.save, new names)$", "--rounds", "3"]
+    arguments = ["--peers", "^(distrust|safetensors, new names|torch.save, new names)$", "--rounds", "2"]
     outputs = ["--log", str(log), "--markdown", str(table), "--picture", str(shown)]
     found = main([*arguments, "--accidents", "flipped|zeroed tail|truncated|missing file", *outputs])
     assert found == 0
@@ -106,7 +106,7 @@ def test_damage_to_the_cheap_savers(tmp_path, capsys):
     assert {
         of for (_, accident), of_cell in outcomes.items() if accident == "missing file" for of in of_cell
     } == {Outcome.FELL_BACK.value}
-    assert "| older one, said so 3 of 3 |" in table.read_text()
+    assert "| older one, said so 2 of 2 |" in table.read_text()
     assert "safetensors 0." in table.read_text()
     assert shown.read_bytes().startswith(b"\x89PNG")
     assert "every promise was kept" in capsys.readouterr().out
@@ -114,13 +114,13 @@ def test_damage_to_the_cheap_savers(tmp_path, capsys):
 
 def test_kills_in_mid_save(tmp_path):
     log = tmp_path / "log.jsonl"
-    arguments = ["--peers", "^distrust|safetensors, same name", "--accidents", "SIGKILL", "--rounds", "1"]
+    arguments = ["--peers", "^distrust$|safetensors, same name", "--accidents", "SIGKILL", "--rounds", "1"]
     assert main([*arguments, "--log", str(log)]) == 0
     kills = trials(log)
-    assert [kill["saver"] for kill in kills] == ["distrust", "distrust, save_async", "safetensors, same name"]
+    assert [kill["saver"] for kill in kills] == ["distrust", "safetensors, same name"]
     for kill in kills:
         assert re.fullmatch(r"killed \d+ ms into a save of about \d+ ms", kill["what"])
-    assert {kill["outcome"] for kill in kills[:2]} == {Outcome.NOTHING_LOST.value}
+    assert kills[0]["outcome"] == Outcome.NOTHING_LOST.value
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import shutil
 import signal
 import stat
 import sys
+import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ import numpy as np
 import pytest
 
 from distrust import Checkpoint, CheckpointManager
-from distrust.checkpoint import lock
+from distrust.checkpoint import header, lock, tree
 from distrust.errors import CheckpointDirectoryLocked, SaveFailed
 
 # Later versions of Python warn of every fork beside threads, such as those that digest.
@@ -241,6 +242,33 @@ def test_a_fork_in_the_middle_of_a_background_save_waits_for_nothing(tmp_path, c
         child.join(child(read))
         pending.wait()
         manager.validate(2)
+
+
+def test_a_fork_while_a_thread_reads_waits_for_nothing(tmp_path, child, monkeypatch):
+    manager = CheckpointManager(tmp_path)
+    manager.save(state(1))
+    honest, inside, go_on = tree.unflatten, threading.Event(), threading.Event()
+
+    def slow(node, take, *depth):
+        # Not the first look at a header, but what is computed of it once.
+        if threading.current_thread() is reader and take is not header._refuse_tensor:
+            inside.set()
+            go_on.wait()
+        return honest(node, take, *depth)
+
+    monkeypatch.setattr(tree, "unflatten", slow)
+    reader = threading.Thread(target=manager.load, args=(1,))
+    reader.start()
+    inside.wait()
+
+    def read() -> None:
+        assert manager.load(1).step == 1
+
+    try:
+        child.join(child(read))
+    finally:
+        go_on.set()
+        reader.join()
 
 
 def test_threads_of_a_forked_child_begin_as_one_writer(tmp_path, child):

@@ -550,12 +550,12 @@ def test_what_was_known_and_is_not_there_any_more(tmp_path, monkeypatch, instead
     assert len(store.scan(tmp_path, known).files) == 1
     assert path in known
 
-    named = store._named(tmp_path)
+    named = store.named(tmp_path)
     path.unlink()
     if instead != "nothing":
         path.symlink_to(path if instead == "a link to itself" else "x" * 300)
     listings = iter([named])
-    monkeypatch.setattr(store, "_named", lambda directory: next(listings, []))
+    monkeypatch.setattr(store, "named", lambda directory: next(listings, []))
     scan = store.scan(tmp_path, known)
     assert scan.files == ()
     assert len(scan.damaged) == (instead != "nothing")

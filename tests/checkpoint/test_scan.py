@@ -79,14 +79,14 @@ def test_a_known_file_that_goes_while_it_is_listed_is_gone(tmp_path, settled, mo
     paths = written(tmp_path, 1, 2)
     known: store.Known = {}
     store.scan(tmp_path, known)
-    honest = store._named
+    honest = store.named
 
     def removed_just_after(directory):
         entries = honest(directory)
         paths[0].unlink(missing_ok=True)
         return entries
 
-    monkeypatch.setattr(store, "_named", removed_just_after)
+    monkeypatch.setattr(store, "named", removed_just_after)
     assert [file.step for file in store.scan(tmp_path, known).files] == [2]
 
 

@@ -22,7 +22,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
 from itertools import accumulate
 from json.encoder import encode_basestring as encode_text
 from math import prod
@@ -31,6 +30,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 from blake3 import blake3
 
+from distrust.checkpoint.once import Once
 from distrust.errors import UnsupportedState
 
 FORMAT = "distrust"
@@ -158,7 +158,7 @@ class TensorTable:
         described = ",".join(map('[%s,%s,"%s"]'.__mod__, zip(*columns, strict=True)))
         return blake3(f'{{"state":{encode_text(state)},"tensors":[{described}]}}'.encode()).hexdigest()
 
-    @cached_property
+    @Once
     def _encoded_names(self) -> list[str]:
         return [*map(encode_text, self.names)]
 
@@ -276,7 +276,7 @@ class Layout:
         """
         return self.data_offset + self.data_bytes
 
-    @cached_property
+    @Once
     def tensors(self) -> tuple[TensorInfo, ...]:
         """In the order of their data, with offsets, without digests.
 
@@ -296,11 +296,11 @@ class Layout:
         """
         return self._text.complete(digests, self._table.state_digest(self._state, digests))
 
-    @cached_property
+    @Once
     def _state(self) -> str:
         return canonical_json({"sections": self._sections, "step": self._step})
 
-    @cached_property
+    @Once
     def _text(self) -> HeaderText:
         text = HeaderText(
             step=self._step, kind=self._kind, state=self._state, run=self._run, table=self._table

@@ -22,7 +22,6 @@ import contextlib
 import json
 import re
 from collections.abc import Iterator
-from functools import cached_property
 from itertools import chain
 from operator import lt
 from typing import Any, cast, get_args
@@ -48,6 +47,7 @@ from distrust.checkpoint.format import (
     is_possible,
     own_digest,
 )
+from distrust.checkpoint.once import Once
 from distrust.checkpoint.tree import ARRAY_SECTIONS, STATE_SECTIONS
 from distrust.errors import CorruptCheckpoint, UnsupportedVersion, shortened
 
@@ -100,7 +100,7 @@ class Header:
         self.config, self.metadata = _plain_sections(self.state, self.step)
         self.run_info = _run_info(self.run)
 
-    @cached_property
+    @Once
     def metrics(self) -> dict[str, float]:
         """The numbers of the metadata, and those saved as metrics."""
         candidates = {**self.metadata, **self.saved_metrics}
@@ -116,7 +116,7 @@ class Header:
         saved: dict[str, float] = self.run_info["metrics"]
         return saved
 
-    @cached_property
+    @Once
     def tensors(self) -> tuple[TensorInfo, ...]:
         """In the order of their data.
 
@@ -125,7 +125,7 @@ class Header:
         """
         return self._table.tensors(self._data_offset, self._each_digest)
 
-    @cached_property
+    @Once
     def sections(self) -> dict[str, Any]:
         """The skeleton of each section of the state; together they name every tensor once.
 
@@ -171,7 +171,7 @@ class Header:
         if self.digest != digest:
             raise CorruptCheckpoint("the header is not in canonical form")
 
-    @cached_property
+    @Once
     def _table(self) -> TensorTable:
         names, spans, dtypes, shapes = _columns(self._table_text)
         try:

@@ -1,8 +1,9 @@
 """Signals that ask a run to stop: it saves first.
 
-SIGTERM, SIGUSR1 and the first Ctrl-C are remembered, and the loop looks at its next step's end. Before the
-first step there is nothing to save, and loading may take minutes: there they end it at once. A second Ctrl-C
-is a KeyboardInterrupt at once; no checkpoint is damaged by that.
+SIGTERM, SIGUSR1 and the first Ctrl-C are remembered, and the loop looks at its next step's end; before the
+first step, who prepares it looks between one part and the next. The handler itself never raises for them:
+importing and loading run native code, some of which ends the process when an exception comes through it. A
+second Ctrl-C is a KeyboardInterrupt at once; no checkpoint is damaged by that.
 """
 
 from __future__ import annotations
@@ -17,21 +18,15 @@ from typing import Any
 STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
-class Stopped(BaseException):
-    """A signal came where nothing is lost by leaving at once. No ``except Exception`` is to catch it."""
-
-
 class StopRequest:
     """A context in which signals are remembered; elsewhere than in the main thread there are none.
 
     Attributes:
         signal: the number of the first signal, or None.
-        at_once: whether the next one raises Stopped, too.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        self.at_once = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -50,12 +45,9 @@ class StopRequest:
     def _remember(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.signal is not None:
             raise KeyboardInterrupt
-        self.signal = self.signal or number
-        if self.at_once:
-            self.at_once = False  # one is enough: a second would meet who has caught the first
-            raise Stopped
         if number == signal.SIGINT:
             # Not through any stream: the signal may have come in the middle of a write to it. Where Ctrl-C
             # has ended the `tee` that read along, it fails: raised here, that would end the run unsaved.
             with contextlib.suppress(OSError):
                 os.write(2, b"\nstopping after this step; Ctrl-C again leaves at once\n")
+        self.signal = self.signal or number

@@ -37,10 +37,14 @@ from distrust.training.plan import Plan, Sources, make_plan, read_sources
 from distrust.training.progress import Progress
 from distrust.training.saver import Saver
 from distrust.training.schedule import learning_rate
-from distrust.training.signals import Stopped, StopRequest
+from distrust.training.signals import StopRequest
 
 #: How many examples a message names; the error's attribute has them all.
 EXAMPLES_NAMED = 20
+
+
+class _Stopped(Exception):
+    """A signal came before the first step."""
 
 
 class DistrustTrainer:
@@ -87,46 +91,47 @@ class DistrustTrainer:
                 with contextlib.suppress(CheckpointError):
                     self._manager.acquire()
                 return self._ended(finished, signal=None, already=True)
-            if not self._prepared(stop):
-                return self._ended(self._newest_there(), signal=stop.signal, already=False)
-            begun_at, last = self._progress.step, self._plan.max_steps
-            while self._progress.step < last and stop.signal is None and self._observer_error is None:
-                self._step(self._progress.step + 1)
-                if self._progress.step == begun_at + 1 and self._plan.config.save_every:
-                    # The optimizer's state stands from its first step on.
-                    self._saver.reserve(self._checkpoint())
-                self._after_step(last=self._progress.step == last)
-            self._save_what_is_not(final=self._progress.step == last)
-            ended = self._ended(
-                self._newest(),
-                signal=None if self._progress.step >= last else stop.signal,
-                already=begun_at >= last,
-            )
+            # Quick, and before anything is made on disk: it tells what is wrong with the data.
+            sources = read_sources(self._config)
+            self._manager.acquire()
+            try:
+                self._prepare(sources, stop)
+            except _Stopped:
+                ended = self._ended(self._newest_there(), signal=stop.signal, already=False)
+            else:
+                ended = self._loop(stop)
         if self._observer_error is not None:
             raise self._observer_error
         return ended
 
-    def _prepared(self, stop: StopRequest) -> bool:
-        """Prepare the run; False if a signal cut it short: there is nothing yet that could be lost."""
-        try:
-            stop.at_once = True
-            if stop.signal is not None:
-                return False
-            # Quick, and before anything is made on disk: it tells what is wrong with the data.
-            sources = read_sources(self._config)
-            self._manager.acquire()
-            self._prepare(sources)
-            stop.at_once = False
-        except (Stopped, Exception):
-            # What was cut short, such as an import, may fail in any way.
-            if stop.signal is None:
-                raise
-            return False
-        return True
+    def _loop(self, stop: StopRequest) -> RunEnded:
+        begun_at, last = self._progress.step, self._plan.max_steps
+        while self._progress.step < last and stop.signal is None and self._observer_error is None:
+            self._step(self._progress.step + 1)
+            if self._progress.step == begun_at + 1 and self._plan.config.save_every:
+                # The optimizer's state stands from its first step on.
+                self._saver.reserve(self._checkpoint())
+            self._after_step(last=self._progress.step == last)
+        self._save_what_is_not(final=self._progress.step == last)
+        return self._ended(
+            self._newest(),
+            signal=None if self._progress.step >= last else stop.signal,
+            already=begun_at >= last,
+        )
 
-    def _prepare(self, sources: Sources) -> None:
-        """Load everything, and take up the newest checkpoint if there is one."""
-        self._emit(Preparing(f"loading the model {self._config.model}"))
+    def _prepare(self, sources: Sources, stop: StopRequest) -> None:
+        """Load everything, and take up the newest checkpoint if there is one.
+
+        Raises:
+            _Stopped: if a signal has come: nothing is lost, and the data may take minutes.
+        """
+
+        def report(what: str, done: int = 0, total: int = 0) -> None:
+            self._emit(Preparing(what, done, total))
+            if stop.signal is not None:
+                raise _Stopped
+
+        report(f"loading the model {self._config.model}")
         engine = self._given_engine
         if engine is None:
             # Bound late: the loop names no framework, and what it is handed comes from above it.
@@ -140,7 +145,7 @@ class DistrustTrainer:
             sources,
             engine.tokenizer,
             context_length=engine.context_length,
-            report=lambda what, done, total: self._emit(Preparing(what, done, total)),
+            report=report,
         )
         if checkpoint is not None and file is not None:
             self._take_up(checkpoint)
