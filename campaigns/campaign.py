@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 PROGRESS_SECONDS = 5.0
+#: How the count of what this machine cannot do begins.
+SKIPPED = "skipped"
 
 
 class CounterExample(Exception):
@@ -86,6 +88,11 @@ class Campaign:
         self.counts[what] += by
         self._tell()
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing was done, but for what this machine cannot do."""
+        return all(what.startswith(SKIPPED) for what in self.counts)
+
     def require(self, kept: bool, promise: str) -> None:
         """Check a promise.
 
@@ -99,7 +106,9 @@ class Campaign:
         """Print what was done, and what was found."""
         for what, number in self.counts.items():
             print(f"{number:>12,}  {what}")
-        if counter_example is None:
+        if counter_example is None and self.idle:
+            print(f"{self.name}: nothing was run, and nothing is shown by that")
+        elif counter_example is None:
             print(f"{self.name}: every promise was kept, in {self.seconds:.0f} s, seed {self.options.seed}")
         else:
             print(f"{self.name}: COUNTEREXAMPLE: {counter_example}")
@@ -160,7 +169,7 @@ def run(
         arguments: of the command line; by default those of the process.
 
     Returns:
-        The exit code: 0, or 1 if a counterexample was found.
+        The exit code: 0, or 1 if a counterexample was found or nothing was run.
     """
     campaign = Campaign(name, made.parse_args(arguments), cases=cases)
     found = None
@@ -169,4 +178,4 @@ def run(
     except CounterExample as error:
         found = str(error)
     campaign.report(found)
-    return 0 if found is None else 1
+    return 0 if found is None and not campaign.idle else 1

@@ -162,7 +162,8 @@ class RecordingDisk(Disk):
         self._record(Sync(self._files[descriptor]))
 
     def close(self, descriptor: int) -> None:
-        super().close(descriptor)  # the dead close their files, too
+        super().close(descriptor)  # it is closed, whatever the system says of it; the dead close theirs, too
+        self._call("close")
 
     def rename(self, source: Path, target: Path) -> None:
         self._call("rename")

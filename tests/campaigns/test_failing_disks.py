@@ -183,3 +183,10 @@ def test_whatever_comes_out_of_a_case_is_a_counterexample():
     found = apart.run(fails, seconds=30)
     assert found.counts == {"tried": 1}
     assert found.broken.startswith("OSError came out of it: [Errno 5] Input/output error\nTraceback")
+
+
+def test_where_nothing_was_run_no_promise_was_kept(capsys):
+    assert failing_disks.main(["--only", "no such kind", "--cases", "3"]) == 1
+    out = capsys.readouterr().out
+    assert "nothing was run" in out
+    assert "kept" not in out

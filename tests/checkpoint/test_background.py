@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from distrust import Checkpoint, CheckpointManager, PendingSave
-from distrust.checkpoint import arrays, pouring
+from distrust.checkpoint import arrays, pouring, writer
 from distrust.errors import SaveFailed
 
 
@@ -442,3 +442,24 @@ assert os.waitpid(child, 0)[1] == 0
 def test_a_forked_child_does_not_wait_for_its_parents_threads(tmp_path, run_python):
     done = run_python(HASHED_BEFORE_THE_FORK, tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.usefixtures("no_thread_left")
+def test_an_interrupt_just_after_the_slot_was_taken_leaves_it_free(manager, monkeypatch):
+    """The thread that was not to begin is over for those, too, who wait for it."""
+
+    class Interrupting(set):
+        def add(self, _):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "_told_at_exit", Interrupting)
+        with pytest.raises(KeyboardInterrupt):
+            manager.save_async(state(1))
+
+    closing = threading.Thread(target=manager.close, daemon=True)
+    closing.start()
+    closing.join(10)
+    assert not closing.is_alive()
+    manager.save(state(2))
+    assert manager.list_checkpoints() == [2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import gc
 import multiprocessing
 import os
@@ -15,6 +16,7 @@ import stat
 import sys
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -587,3 +589,36 @@ def test_a_save_is_found_by_its_path_and_by_its_step(tmp_path):
             assert manager.load(name).step == 5
             assert manager.inspect(name).step == 5
             manager.validate(name)
+
+
+def test_a_lock_that_is_taken_again_and_again_leaves_nothing_behind(tmp_path):
+    manager = CheckpointManager(tmp_path)
+    before = len(weakref.finalize._registry)
+    for _ in range(50):
+        manager.acquire()
+        manager.close()
+    assert len(weakref.finalize._registry) <= before
+
+
+def test_what_the_lock_says_of_its_holder_is_one_plain_line(tmp_path):
+    with CheckpointManager(tmp_path) as manager:
+        manager.acquire()
+        (tmp_path / ".lock").write_text("pid 1\ndistrust: all is well\x1b[2J")
+        with pytest.raises(CheckpointDirectoryLocked) as refused:
+            CheckpointManager(tmp_path).acquire()
+    assert str(refused.value).removeprefix(str(tmp_path)).isprintable()
+
+
+def test_a_parent_that_a_sandbox_closes_is_none_of_ours(tmp_path, monkeypatch):
+    """Permissions allow it, and yet it cannot be opened: nothing was made there by one like us."""
+    honest = os.open
+
+    def sandboxed(path, *rest, **named):
+        if Path(path) in tmp_path.parents:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return honest(path, *rest, **named)
+
+    monkeypatch.setattr(os, "open", sandboxed)
+    with CheckpointManager(tmp_path / "run") as manager:
+        manager.save(state(1))
+        assert manager.list_checkpoints() == [1]

@@ -11,7 +11,7 @@ import pytest
 from states import EDGE, random_items, state_of
 
 from distrust import Checkpoint, CheckpointManager
-from distrust.checkpoint import pouring, reading
+from distrust.checkpoint import lock, pouring, reading
 from distrust.checkpoint.disk import Disk
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
@@ -114,3 +114,20 @@ def test_an_interrupted_load_leaves_nothing_that_goes_on(
         assert len(reads) == there
         assert len(os.listdir("/dev/fd")) == files
         assert manager.load(1).step == 1
+
+
+def test_an_interrupted_close_lets_go_of_the_lock(tmp_path, monkeypatch):
+    """A program that goes on could not open the directory again, and no other one could."""
+
+    class Interrupting(set):
+        def discard(self, _):
+            raise KeyboardInterrupt
+
+    manager = CheckpointManager(tmp_path)
+    manager.acquire()
+    with monkeypatch.context() as patch:
+        patch.setattr(lock, "_open_lock_files", Interrupting())
+        with pytest.raises(KeyboardInterrupt):
+            manager.close()
+    with CheckpointManager(tmp_path) as other:
+        other.acquire()

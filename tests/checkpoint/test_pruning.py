@@ -245,3 +245,22 @@ def test_what_would_be_superseded_is_what_goes(manager):
     with manager:
         assert manager.cleanup() == [10]
     assert there(manager.directory) == {path_of(manager, step).name for step in (20, 30)}
+
+
+def test_a_link_into_a_closed_folder_is_doubtful_not_an_error_of_another_kind(manager, tmp_path, monkeypatch):
+    link = manager.directory / "checkpoint-40.safetensors"
+    link.symlink_to(tmp_path / "closed" / "file")
+    honest = {name: getattr(os, name) for name in ("stat", "open")}
+
+    def refusing(name: str) -> Any:
+        def call(path: Any, *rest: Any, **named: Any) -> Any:
+            if path == link and named.get("follow_symlinks", True):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            return honest[name](path, *rest, **named)
+
+        return call
+
+    for name in honest:
+        monkeypatch.setattr(os, name, refusing(name))
+    with pytest.warns(DistrustWarning, match=r"checkpoint-40\.safetensors: left: cannot be read"):
+        assert manager.list_damaged() == []

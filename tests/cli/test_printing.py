@@ -80,3 +80,17 @@ def test_letters_of_every_language_stay(text, shown):
 
 def test_lines_stay_where_they_may():
     assert printable("a\nb\x1b", lines=True) == "a\nb\\u001b"
+
+
+@pytest.mark.parametrize("flags", [["--damaged", "--dry-run"], ["--damaged"], ["--damaged", "--json"]])
+def test_what_goes_commands_nothing_either(distrust, tmp_path, flags):
+    folder = tmp_path / "a\nb\x1b]0;title\x07"
+    with CheckpointManager(folder) as manager:
+        for step in (1, 2):
+            manager.save(Checkpoint(step=step))
+    (folder / "checkpoint-1.safetensors").write_bytes(bytes(100))
+    given = distrust("prune", folder, *flags)
+    assert given.code == 0
+    assert hidden(given.out + given.err) == set()
+    if "--json" not in flags:
+        assert given.out.count("\n") == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 
@@ -162,3 +163,23 @@ def test_a_second_interrupt_damages_nothing(run, tmp_path):
     assert manager.list_checkpoints() == [2, 4]
     manager.validate(4)
     assert run(tmp_path / "left")[0].state_digest == alone.state_digest
+
+
+def test_nobody_has_to_read_that_it_stops(run, tmp_path):
+    """Ctrl-C ends `tee`, too, to which the run's words go."""
+    reader, words = os.pipe()
+    os.close(reader)
+    stderr = os.dup(2)
+
+    def stop(event):
+        if isinstance(event, StepEnded) and event.step == 3:
+            os.dup2(words, 2)
+            signal.raise_signal(signal.SIGINT)
+
+    try:
+        ended, _ = run(tmp_path, observers=[stop])
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(words)
+    assert (ended.step, ended.signal) == (3, signal.SIGINT)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from distrust.checkpoint.disk import Disk
 from distrust.checkpoint.storage import make_directory, sweep, sync_names, writable
-from distrust.errors import CheckpointDirectoryLocked, SaveFailed
+from distrust.errors import CheckpointDirectoryLocked, SaveFailed, readable
 
 LOCK_NAME = ".lock"
 PATIENCE_SECONDS = 1.0
@@ -31,6 +31,7 @@ class DirectoryLock:
         self._directory = directory
         self._disk = disk
         self._file: _LockFile | None = None
+        self._dropped: weakref.finalize[[], DirectoryLock] | None = None
 
     @property
     def held(self) -> bool:
@@ -58,7 +59,7 @@ class DirectoryLock:
                 raise
             self._file = file
             # A manager that is dropped without close() must not lock its own process out.
-            weakref.finalize(self, file.close)
+            self._dropped = weakref.finalize(self, file.close)
 
     def confirm(self) -> None:
         """Require that the lock that is held is still the directory's.
@@ -86,6 +87,8 @@ class DirectoryLock:
         """Let go of the lock; does nothing if it is not held."""
         if self._file is not None:
             self._file.close()
+        if self._dropped is not None:  # Python would keep it, and the file, for as long as this lock lives
+            self._dropped.detach()
 
     def _lock(self, descriptor: int) -> None:
         # A killed writer lets go when the kernel has taken it apart, and a child that it had just forked when
@@ -94,7 +97,7 @@ class DirectoryLock:
         while not _try_lock(descriptor):
             if time.monotonic() > given_up:
                 # The note is for the message only: whether a lock is stale is the kernel's to know.
-                holder = os.pread(descriptor, 256, 0).decode(errors="replace").strip()
+                holder = readable(os.pread(descriptor, 256, 0).decode(errors="replace").strip())
                 if holder == _holder():
                     what = f"another manager of this process ({holder}) holds this directory: close() it"
                 else:
@@ -141,9 +144,11 @@ class _LockFile:
         """Let go of it; once is enough."""
         with _forking():
             descriptor, self.descriptor = self.descriptor, -1
-            _open_lock_files.discard(self)
-            if descriptor >= 0:
-                os.close(descriptor)
+            try:
+                _open_lock_files.discard(self)
+            finally:  # an interrupt just now would have it locked for as long as this process lives
+                if descriptor >= 0:
+                    os.close(descriptor)
 
 
 _open_lock_files: set[_LockFile] = set()

@@ -53,7 +53,7 @@ def damaged(directory: Path) -> Iterator[DamagedFile]:
 
 def _verdict(path: Path) -> CorruptCheckpoint | str | None:
     """What is wrong with a file; or, in words, why that is doubtful; or None if nothing is."""
-    if path.is_dir() and not path.is_symlink():
+    if os.path.isdir(path) and not path.is_symlink():  # Path.is_dir() may raise for a link
         return "a directory; remove it yourself if nothing in it is needed"
     try:
         file = store.verify_content(path)

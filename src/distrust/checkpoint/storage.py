@@ -155,9 +155,18 @@ def sync_names(directory: Path, disk: Disk) -> None:
         device = os.stat(directory).st_dev
         for parent in directory.parents:
             # A mount point was there before, and where we may not write, nothing was made by one like us.
-            if os.stat(parent).st_dev != device or not os.access(parent, os.R_OK | os.W_OK):
+            if os.stat(parent).st_dev != device or not _may_sync(parent):
                 break
             disk.sync_directory(parent)
+
+
+def _may_sync(directory: Path) -> bool:
+    """Whether this process may write in a directory and open it: a sandbox refuses what permissions allow."""
+    try:
+        os.close(os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+    except PermissionError:
+        return False
+    return os.access(directory, os.W_OK)
 
 
 @contextlib.contextmanager

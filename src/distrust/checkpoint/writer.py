@@ -120,6 +120,9 @@ class BackgroundWriter:
             while not begin.wait(1.0) and self._pending is not pending and not given_up:
                 pass
             if given_up:
+                # Nobody was given it; the slot, which may have been taken already, is free again.
+                copied.set()
+                future.set_result(path)
                 return
             try:
                 try:

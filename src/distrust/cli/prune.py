@@ -13,6 +13,7 @@ from distrust.checkpoint import store
 from distrust.checkpoint.manager import CheckpointManager
 from distrust.checkpoint.retention import MetricMode
 from distrust.cli.arguments import parser, print_json, size
+from distrust.cli.printing import printable
 from distrust.errors import ConfigError, DistrustWarning
 
 #: What ``st_blocks`` counts, whatever the file system's own blocks are.
@@ -58,7 +59,7 @@ def main(arguments: list[str]) -> int:
             removed.append(one)
             if not options.json:
                 verb = "would remove" if options.dry_run else "removed"
-                print(f"{verb} {one.path} ({size(one.bytes)}): {one.reason}", flush=True)
+                print(printable(f"{verb} {one.path} ({size(one.bytes)}): {one.reason}"), flush=True)
         if removed and not store.named(directory):
             warnings.warn(
                 f"{directory}: no checkpoint is left: the same training would start from the beginning",

@@ -8,6 +8,7 @@ second Ctrl-C is a KeyboardInterrupt at once; no checkpoint is damaged by that.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -45,6 +46,8 @@ class StopRequest:
         if number == signal.SIGINT and self.signal is not None:
             raise KeyboardInterrupt
         if number == signal.SIGINT:
-            # Not through any stream: the signal may have come in the middle of a write to it.
-            os.write(2, b"\nstopping after this step; Ctrl-C again leaves at once\n")
+            # Not through any stream: the signal may have come in the middle of a write to it. Where Ctrl-C
+            # has ended the `tee` that read along, it fails: raised here, that would end the run unsaved.
+            with contextlib.suppress(OSError):
+                os.write(2, b"\nstopping after this step; Ctrl-C again leaves at once\n")
         self.signal = self.signal or number
