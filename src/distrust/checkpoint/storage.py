@@ -165,7 +165,7 @@ class DirectoryLock:
                 raise
             self._file = file
             # A manager that is dropped without close() must not lock its own process out.
-            weakref.finalize(self, file.close)
+            self._close = weakref.finalize(self, file.close)
             sweep(self._directory)
         except OSError as error:
             raise SaveFailed(
@@ -174,8 +174,8 @@ class DirectoryLock:
 
     def release(self) -> None:
         """Let go of the lock; does nothing if it is not held."""
-        if self._file is not None:
-            self._file.close()
+        if self.held:
+            self._close()
 
     def _lock(self, descriptor: int) -> None:
         # A killed writer lets go when the kernel has taken it apart, and a child that it had just forked when
