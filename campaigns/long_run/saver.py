@@ -23,6 +23,8 @@ from campaigns.long_run import gauges
 TENSORS, VALUES = 4, 512
 #: Saves from one probe of the disk to the next.
 PROBE_EVERY = 5
+#: Saves from one time that the directory is let go of to the next.
+CLOSE_EVERY = 10
 
 
 class Saver:
@@ -59,6 +61,8 @@ class Saver:
         self._returning.clear()
         probes, cpu = [], 0.0
         for step in range(first, first + count):
+            if step % CLOSE_EVERY == 0:
+                self._manager.close()  # the next save takes the lock again
             if step % PROBE_EVERY == 0:
                 probes.append(self._probe())
             began = time.process_time()

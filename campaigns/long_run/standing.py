@@ -15,6 +15,8 @@ WINDOWS = 20
 #: From half of the checkpoints to all of them, the work of a save beyond the first one may double: each one
 #: is looked at. Were it quadratic, it would be four times as much. Work, not time: neighbours add to that.
 GROWTH_BOUND, NOISE_SECONDS = 3.0, 0.004
+#: A header is remembered two seconds after its file was written: how many are is for the disk to say.
+BLOCKS_EACH = 3
 
 
 def run(campaign: Campaign, folder: Path) -> list[dict[str, Any]]:
@@ -37,7 +39,9 @@ def run(campaign: Campaign, folder: Path) -> list[dict[str, Any]]:
         saver.end()
     middle = len(samples) // 2
     _judge(campaign, samples[:middle])
-    verdict.pronounce(campaign, f"{standing:,} standing", samples[middle:])
+    verdict.pronounce(
+        campaign, f"{standing:,} standing", samples[middle:], known_blocks=BLOCKS_EACH * standing
+    )
     return samples
 
 

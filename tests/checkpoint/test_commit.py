@@ -136,6 +136,17 @@ def test_a_closed_manager_can_write_again(tmp_path):
     assert manager.list_checkpoints() == [1, 2]
 
 
+def test_a_lock_that_was_let_go_of_leaves_nothing_behind(tmp_path):
+    manager = CheckpointManager(tmp_path)
+    manager.acquire()
+    manager.close()
+    before = len(weakref.finalize._registry)
+    for _ in range(10):
+        manager.acquire()
+        manager.close()
+    assert len(weakref.finalize._registry) == before
+
+
 def test_clones_share_the_writer(tmp_path):
     with CheckpointManager(tmp_path, keep_last=2) as manager:
         clone = copy.copy(manager)
