@@ -370,13 +370,18 @@ class Search:
     Args:
         run: of the campaign.
         root: the disk that the programs run on; those that cuts leave are built beside it.
-        seen: digests of disks that were built before, with what was promised of them.
+        seen: by the digest of a disk that was built before and of what was promised of it: what stands there.
         disks: digests of the disks alone.
         program: what runs on a disk.
     """
 
     def __init__(
-        self, run: Campaign, root: Path, seen: set[bytes], disks: set[bytes], program: type[Program] = Program
+        self,
+        run: Campaign,
+        root: Path,
+        seen: dict[bytes, list[Version]],
+        disks: set[bytes],
+        program: type[Program] = Program,
     ) -> None:
         self._run = run
         self._program = program
@@ -413,7 +418,7 @@ class Search:
             for names, contents in _fates(promises.world, chance):
                 after = promises.world.after_cut(names, contents, chance)
                 stands = self._look_once(after, promises, f"{names}/{contents} after {told(event)}")
-                if number == stops_at and stands is not None:
+                if number == stops_at:
                     left = after, stands
         self._require_true_model(promises.world)
         return left
@@ -429,7 +434,7 @@ class Search:
             if not path.is_dir() if content is None else path.read_bytes() != content:
                 raise CounterExample(f"the model of {path.name} is not what the real disk holds")
 
-    def _look_once(self, image: Image, promises: Promises, what: str) -> list[Version] | None:
+    def _look_once(self, image: Image, promises: Promises, what: str) -> list[Version]:
         disk = hashlib.blake2b(digest_size=16)
         for path, content in image.items():
             disk.update(f"{path}:{None if content is None else len(content)}\n".encode())
@@ -437,17 +442,17 @@ class Search:
         key = disk.copy()
         key.update(repr(sorted(promises.due.items())).encode())
         if key.digest() in self._seen:
-            return None
-        self._seen.add(key.digest())
+            return self._seen[key.digest()]
         self._disks.add(disk.digest())
         self._run.counts["distinct disks"] = len(self._disks)
         self._run.count("disks looked at")
         target = self._root.with_name("after")
         build(target, self._root, image)
         try:
-            return look(target, promises, self._versions)
+            self._seen[key.digest()] = look(target, promises, self._versions)
         except CounterExample as error:
             raise CounterExample(f"{error} ({what})") from None
+        return self._seen[key.digest()]
 
 
 def _fates(world: World, chance: Random) -> Iterator[tuple[Fate, Fate]]:
@@ -496,7 +501,7 @@ def search(
     program: type[Program] = Program,
 ) -> None:
     """All cases of a campaign, in ``directory``."""
-    seen: set[bytes] = set()
+    seen: dict[bytes, list[Version]] = {}
     disks: set[bytes] = set()
     for case in run.cases():
         buffered = case.number % 2 == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from distrust import Checkpoint, CheckpointManager
+from distrust.checkpoint.disk import Disk
 
 
 @pytest.fixture
@@ -189,3 +191,35 @@ def test_verify_does_not_call_whole_what_is_skipped_for_its_name(distrust, run):
     given = distrust("verify", run)
     assert given.code == 1
     assert f"{path}: DAMAGED: it holds step 40 (periodic), not what its name says\n" in given.out
+
+
+@pytest.mark.parametrize("form", ["lines", "json"])
+@pytest.mark.parametrize("what", [["--damaged"], ["--keep-last", 1]], ids=["damaged", "superseded"])
+def test_where_one_cannot_be_removed_the_others_are_told_of(distrust, run, monkeypatch, what, form):
+    if what == ["--damaged"]:
+        damage(run, 10)
+        damage(run, 20)
+    honest = Disk.unlink
+
+    def unlink(disk, path):
+        if path.name == "checkpoint-20.safetensors":
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+        honest(disk, path)
+
+    monkeypatch.setattr(Disk, "unlink", unlink)
+    done = distrust("prune", run, *what, *(["--json"] if form == "json" else []))
+    assert done.code == 1
+    assert "checkpoint-20.safetensors: cannot be removed" in done.err
+    gone = ["10"] if what == ["--damaged"] else ["10", "30", "40"]
+    assert steps(run) == [step for step in ALL if step not in gone]
+    for step in gone:
+        assert f"checkpoint-{step}.safetensors" in done.out
+    assert ("bytes_freed" if form == "json" else " removed, ") in done.out
+
+
+def test_a_dry_run_does_not_say_both_that_a_file_goes_and_that_it_was_left(distrust, run):
+    damage(run, 40)
+    done = distrust("prune", run, "--damaged", "--keep-last", 2, "--dry-run")
+    assert (done.code, done.err) == (0, "")
+    assert "would remove" in done.out
+    assert steps(run) == ALL

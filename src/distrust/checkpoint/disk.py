@@ -35,6 +35,11 @@ class Disk:
         """Open a file to be locked; made if it is not there, never followed if it is a link."""
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
 
+    def note(self, descriptor: int, text: str) -> None:
+        """Have a lock say who holds it; it is overwritten, and never synced."""
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, text.encode(), 0)
+
     def create(self, path: Path) -> int:
         """Make a new file and open it to be written, for direct I/O if its file system has it."""
         flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -93,9 +98,13 @@ class Disk:
         """Have the disk hold what was written to a file."""
         if sys.platform == "darwin":
             # fsync on macOS leaves the data in the drive's cache.
-            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
-        else:
-            os.fsync(descriptor)
+            try:
+                fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+                return
+            except OSError as error:
+                if error.errno not in (errno.ENOTSUP, errno.EINVAL):  # not every file system has it
+                    raise
+        os.fsync(descriptor)
 
     def close(self, descriptor: int) -> None:
         """Close a file."""
@@ -113,7 +122,7 @@ class Disk:
         """Have the disk hold the names in a directory."""
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            os.fsync(descriptor)
+            Disk.sync(self, descriptor)
         finally:
             os.close(descriptor)
 

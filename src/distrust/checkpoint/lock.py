@@ -111,8 +111,7 @@ class DirectoryLock:
                 )
             time.sleep(PATIENCE_SECONDS / 20)
         with contextlib.suppress(OSError):  # a full disk has no room for it
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"{_holder()}\n".encode(), 0)
+            self._disk.note(descriptor, f"{_holder()}\n")
 
 
 def _holder() -> str:

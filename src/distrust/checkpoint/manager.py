@@ -331,12 +331,15 @@ class CheckpointManager:
         """
         return list(pruning.damaged(self.directory))
 
-    def remove_damaged(self) -> list[DamagedFile]:
+    def remove_damaged(self, report: Callable[[DamagedFile], None] | None = None) -> list[DamagedFile]:
         """Read every byte of every checkpoint and remove those that are damaged: nothing else ever does.
 
         What may be worth something to somebody is left, with a warning for each that says why: a file that
         this process cannot read, one of a later version of the format or of another program, a whole
         checkpoint under another's name, a directory. Of a symbolic link only the link is removed.
+
+        Args:
+            report: told of each file once it is removed: to read them all may take long.
 
         Returns:
             The files removed, by step, each with what was wrong with it.
@@ -350,11 +353,13 @@ class CheckpointManager:
         with self._session.mutex:
             self._session.writer.settle()
             self.acquire()
-            self._session.lock.confirm()
             removed = []
             for file in pruning.damaged(self.directory):
+                self._session.lock.confirm()
                 storage.remove([file.path], self._session.disk)
                 removed.append(file)
+                if report is not None:
+                    report(file)
             return removed
 
     def close(self) -> None:
@@ -466,10 +471,12 @@ class CheckpointManager:
 
     def _standing(self) -> tuple[CheckpointFile, ...]:
         """The files that are there; what is known of others is forgotten: a long run writes many."""
+        session = self._session
+        known = session.good | session.damaged  # a save that ends meanwhile adds its own
         files = self.scan().files
-        identities = {_identity(file) for file in files}
-        self._session.good &= identities
-        self._session.damaged &= identities
+        gone = known - {_identity(file) for file in files}
+        session.good -= gone
+        session.damaged -= gone
         return files
 
     def _judge(self, file: CheckpointFile) -> None:

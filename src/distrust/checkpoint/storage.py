@@ -204,15 +204,18 @@ def remove(paths: list[Path], disk: Disk) -> None:
     Not synced: should a power cut bring one back, the next clean-up removes it again.
 
     Raises:
-        CheckpointError: for the first that cannot be removed.
+        CheckpointError: for the first that cannot be removed; the others are gone then.
     """
+    failed: list[CheckpointError] = []
     for path in paths:
         try:
             disk.unlink(path)
         except FileNotFoundError:
             pass
         except OSError as error:
-            raise CheckpointError(f"{path}: cannot be removed: {error.strerror}", path=path) from error
+            failed.append(CheckpointError(f"{path}: cannot be removed: {error.strerror}", path=path))
+    if failed:
+        raise failed[0]
 
 
 def _free_bytes(directory: Path) -> int | None:

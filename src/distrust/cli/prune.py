@@ -5,16 +5,16 @@ from __future__ import annotations
 import argparse
 import os
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, get_args
 
 from distrust.checkpoint import store
 from distrust.checkpoint.manager import CheckpointManager
 from distrust.checkpoint.retention import MetricMode
+from distrust.checkpoint.store import DamagedFile
 from distrust.cli.arguments import parser, print_json, size
 from distrust.cli.printing import printable
-from distrust.errors import ConfigError, DistrustWarning
+from distrust.errors import CheckpointError, ConfigError, DistrustWarning
 
 #: What ``st_blocks`` counts, whatever the file system's own blocks are.
 BLOCK_BYTES = 512
@@ -42,6 +42,7 @@ def main(arguments: list[str]) -> int:
     _check(options)
     store.find(options.target)  # a wrong name is told, and nothing is made there
     directory = store.checkpoint_directory(options.target)
+    account = _Account(directory, options)
     with CheckpointManager(
         directory,
         keep_last=options.keep_last or 1,
@@ -52,38 +53,81 @@ def main(arguments: list[str]) -> int:
     ) as manager:
         if options.keep_best:
             _require_metric(manager, options.metric or "eval_loss")
-        if not options.dry_run:
-            manager.acquire()
-        removed = []
-        for one in _removed(manager, options):
-            removed.append(one)
-            if not options.json:
-                verb = "would remove" if options.dry_run else "removed"
-                print(printable(f"{verb} {one.path} ({size(one.bytes)}): {one.reason}"), flush=True)
-        if removed and not store.named(directory):
+        try:
+            _remove(manager, options, account)
+        except CheckpointError:
+            account.print_sum(if_empty=False)  # what went before is gone, whatever came then
+            raise
+        if account.removed and not store.named(directory):
             warnings.warn(
                 f"{directory}: no checkpoint is left: the same training would start from the beginning",
                 DistrustWarning,
                 stacklevel=1,
             )
-    _print_sum(removed, options)
+    account.print_sum(if_empty=True)
     return 0
 
 
-def _removed(manager: CheckpointManager, options: argparse.Namespace) -> Iterator[Removed]:
-    """Removes, unless it is a dry run, and tells of each file."""
-    paths = [path for path, _, _ in store.named(manager.directory)]
-    occupied = {path: _occupied(path) for path in paths}
-    if options.damaged:
-        for damaged in manager.list_damaged() if options.dry_run else manager.remove_damaged():
-            reason = f"damaged: {damaged.reason}"
-            yield Removed(str(damaged.path), damaged.step, occupied.get(damaged.path, 0), reason)
+def _remove(manager: CheckpointManager, options: argparse.Namespace, account: _Account) -> None:
+    """Remove, unless it is a dry run."""
+    if not options.dry_run:
+        manager.acquire()
+    if options.damaged and options.dry_run:
+        for file in manager.list_damaged():
+            account.add_damaged(file)
+    elif options.damaged:
+        manager.remove_damaged(account.add_damaged)
     if _has_rule(options):
-        superseded = manager.list_superseded()
-        if not options.dry_run:
-            manager.cleanup()  # the same files: nobody else writes, and each was verified
-        for file in superseded:
-            yield Removed(str(file.path), file.step, occupied.get(file.path, 0), "no rule keeps it")
+        with warnings.catch_warnings():
+            if options.damaged:  # told of above
+                warnings.filterwarnings("ignore", ".*it counts for nothing and was left", DistrustWarning)
+            superseded = manager.list_superseded()
+        try:
+            if not options.dry_run:
+                manager.cleanup()  # the same files: nobody else writes, and each was verified
+        finally:
+            for superseded_file in superseded:
+                if options.dry_run or not os.path.lexists(superseded_file.path):
+                    account.add(superseded_file.path, superseded_file.step, "no rule keeps it")
+
+
+class _Account:
+    """What went, or would go: told line by line, and summed up."""
+
+    def __init__(self, directory: Path, options: argparse.Namespace) -> None:
+        self.removed: list[Removed] = []
+        self._options = options
+        self._occupied = {path: _occupied(path) for path, _, _ in store.named(directory)}
+
+    def add_damaged(self, file: DamagedFile) -> None:
+        """Tell of a damaged file."""
+        self.add(file.path, file.step, f"damaged: {file.reason}")
+
+    def add(self, path: Path, step: int, reason: str) -> None:
+        """Tell of a file."""
+        one = Removed(str(path), step, self._occupied.get(path, 0), reason)
+        self.removed.append(one)
+        if not self._options.json:
+            verb = "would remove" if self._options.dry_run else "removed"
+            print(printable(f"{verb} {one.path} ({size(one.bytes)}): {one.reason}"), flush=True)
+
+    def print_sum(self, *, if_empty: bool) -> None:
+        """Sum up; whether also that nothing went."""
+        freed = sum(one.bytes for one in self.removed)
+        if not self.removed and not if_empty:
+            return
+        if self._options.json:
+            rows = [one._asdict() for one in self.removed]
+            print_json({"dry_run": self._options.dry_run, "removed": rows, "bytes_freed": freed})
+        elif self.removed:
+            files = f"{len(self.removed)} file{'s' if len(self.removed) > 1 else ''}"
+            print(
+                f"{files}, {size(freed)}: nothing was removed yet"
+                if self._options.dry_run
+                else f"{files} removed, {size(freed)} freed"
+            )
+        else:
+            print("nothing to remove")
 
 
 def _occupied(path: Path) -> int:
@@ -93,22 +137,6 @@ def _occupied(path: Path) -> int:
     except OSError:
         return 0
     return status.st_blocks * BLOCK_BYTES if status.st_nlink == 1 else 0
-
-
-def _print_sum(removed: list[Removed], options: argparse.Namespace) -> None:
-    freed = sum(one.bytes for one in removed)
-    if options.json:
-        rows = [one._asdict() for one in removed]
-        print_json({"dry_run": options.dry_run, "removed": rows, "bytes_freed": freed})
-    elif removed:
-        files = f"{len(removed)} file{'s' if len(removed) > 1 else ''}"
-        print(
-            f"{files}, {size(freed)}: nothing was removed yet"
-            if options.dry_run
-            else f"{files} removed, {size(freed)} freed"
-        )
-    else:
-        print("nothing to remove")
 
 
 def _check(options: argparse.Namespace) -> None:
