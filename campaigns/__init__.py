@@ -18,5 +18,5 @@ campaign       what they share: cases by number, counts, the first counterexampl
 recording, power_cut      a disk that keeps a record, and what a cut may leave of it
 processes, training_run, saving, fork_server, instants, witness, aftermath      what is killed, and when
 injuries                  what is done to a file
-faults, broken            the product broken on purpose: what a campaign has to find
+faults                    the product broken on purpose: what a campaign has to find
 """

@@ -11,6 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 _LEAK_BYTES = 64 << 10
@@ -71,6 +72,34 @@ def _in_place() -> None:
     _replaced(os, "replace", replace)
 
 
+def _before_each_file(spoil: Callable[[Path], object]) -> None:
+    """Have something done to the directory before a new file is made in it, by its temporary name."""
+    from distrust.checkpoint.disk import Disk
+
+    honest = Disk.create
+
+    def create(disk: Disk, path: Path) -> int:
+        spoil(path)
+        return honest(disk, path)
+
+    _replaced(Disk, "create", create)
+
+
+def _removed_first() -> None:
+    """The file of the same name is removed before the new one is written."""
+    _before_each_file(lambda path: path.with_name(path.name[1:].split(".")[0] + ".safetensors").unlink(True))
+
+
+def _one_only() -> None:
+    """The older checkpoints are removed before the new one is written."""
+
+    def remove(path: Path) -> None:
+        for older in path.parent.glob("checkpoint-*.safetensors"):
+            older.unlink()
+
+    _before_each_file(remove)
+
+
 def _no_lock() -> None:
     """A lock that everybody gets."""
     _replaced(fcntl, "flock", lambda *_: None)
@@ -124,6 +153,8 @@ FAULTS: dict[str, Callable[[], None]] = {
     "slower": _slower,
     "removes-nothing": _removes_nothing,
     "in-place": _in_place,
+    "removed-first": _removed_first,
+    "one-only": _one_only,
     "no-lock": _no_lock,
     "children-keep-the-lock": _children_keep_the_lock,
     "children-clean-up": _children_clean_up,

@@ -33,8 +33,9 @@ from dataclasses import replace
 from pathlib import Path
 from signal import SIGKILL
 
-from campaigns import aftermath, broken
+from campaigns import aftermath
 from campaigns.campaign import Campaign, Case, CounterExample, parser, run
+from campaigns.faults import FAULTS
 from campaigns.instants import Instant, Seen, after, once_said, once_seen, strike
 from campaigns.processes import Forks, Session
 from campaigns.saving import METRIC, Plan, Report
@@ -189,7 +190,7 @@ def body(campaign: Campaign) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     made = parser(__doc__)
     made.add_argument("--directory", type=Path, help="where to save; default: where temporary files go")
-    made.add_argument("--fault", choices=sorted(broken.FAULTS), help="put a fault into the product")
+    made.add_argument("--fault", choices=FAULTS, help="put a fault into the product")
     return run("killed_saves", made, body, cases=50, arguments=arguments)
 
 

@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from campaigns import broken
+from campaigns.faults import plant
 from distrust import Checkpoint, CheckpointManager
 from distrust.checkpoint import direct, pouring
 from distrust.checkpoint.retention import Retention
@@ -49,7 +49,7 @@ class Plan:
         keep_last: of the rules.
         keep_every: of the rules.
         first_save: the number of the first save; higher at each start.
-        fault: a fault that is put into the product, or none; see ``broken.py``.
+        fault: a fault that is put into the product, or none; see ``faults.py``.
     """
 
     directory: str
@@ -220,8 +220,7 @@ def main(arguments: Sequence[str]) -> int:
     if not plan.direct:
         direct.FLAG = 0
     pouring.BLOCK_BYTES = plan.block_bytes
-    if plan.fault is not None:
-        broken.FAULTS[plan.fault]()
+    plant(plan.fault)
     walk, saver = Walk(plan), Saver(plan)
     saver.restore(walk)
     while walk.step < plan.steps:

@@ -17,9 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from campaigns import families, forging, readers, specimens
 from campaigns.campaign import CounterExample
-from campaigns.hostile import Plan
+from campaigns.hostile import families, forging, readers, specimens
+from campaigns.hostile.__main__ import Plan
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits memory by means of Linux")
 
@@ -44,7 +44,7 @@ def campaign(run_python, tmp_path, monkeypatch):
         code = f"""
 import sys
 {fault}
-from campaigns.hostile import main
+from campaigns.hostile.__main__ import main
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
 """
@@ -112,7 +112,7 @@ FAULTS = {
         """
 from distrust.checkpoint import header
 header._require_same = lambda text, encoded: None
-from campaigns import families
+from campaigns.hostile import families
 def twice(draft, chance):
     draft.run = '{"created":"","extra":{},"extra":{},"host":"","metrics":{}}'
 families.CHANGES["keys"] = twice
@@ -120,7 +120,7 @@ families.CHANGES["keys"] = twice
     ),
     "a pipe is waited for": (
         "obstacles", "no answer within",
-        "import os\nos.O_NONBLOCK = 0\nfrom campaigns import costs\ncosts.HANG_SECONDS = 2",
+        "import os\nos.O_NONBLOCK = 0\nfrom campaigns.hostile import costs\ncosts.HANG_SECONDS = 2",
     ),
     "a link is followed by a writer": ("writing", "a link in the place of the lock",
     "import os\nos.O_NOFOLLOW = 0"),

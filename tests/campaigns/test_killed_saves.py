@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from campaigns import broken, killed_saves
+from campaigns import killed_saves
 
 
 def test_what_was_durable_stays(tmp_path, capsys):
@@ -18,7 +18,7 @@ def test_what_was_durable_stays(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]
 
 
-@pytest.mark.parametrize("fault", sorted(broken.FAULTS))
+@pytest.mark.parametrize("fault", ["in-place", "one-only", "removed-first"])
 def test_a_fault_is_found(tmp_path, capsys, fault):
     assert killed_saves.main(["--fault", fault, "--seconds", "60", "--directory", str(tmp_path)]) == 1
     assert "COUNTEREXAMPLE" in capsys.readouterr().out

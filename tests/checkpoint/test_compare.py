@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from campaigns.forging import Tensor, built
+from campaigns.hostile.forging import Tensor, built
 from distrust import Checkpoint, CheckpointManager
 from distrust.checkpoint import store
 from distrust.checkpoint.compare import Difference, differences

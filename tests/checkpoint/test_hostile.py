@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from campaigns.forging import Specimen, canonical, encodable, framed, signed, state_digest
+from campaigns.hostile.forging import Specimen, canonical, encodable, framed, signed, state_digest
 from distrust import Checkpoint, CheckpointManager
 from distrust.checkpoint import store, tree
 from distrust.errors import (

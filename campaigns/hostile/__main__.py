@@ -1,27 +1,4 @@
-"""Hostile files: every answer is an error of the library or a good checkpoint, in bounded time and memory.
-
-The files are forged: made of real checkpoints by changes that a reader could fall for, and given digests
-that are right, so that the checks behind the digests are reached (:mod:`campaigns.forging`). What is promised
-of every answer is said in :mod:`campaigns.readers`. The cases:
-
-- each family of files by name (:mod:`campaigns.families`), then things that are no files in the place of one;
-- what a save leaves for others to read, under four umasks;
-- each family that is made to cost more than it looks, in three sizes: time that does not grow faster than the
-  file, and memory that is proven by a limit (:mod:`campaigns.costs`). What was only damaged is refused with
-  nothing taken beyond the file's own size; what is forged takes what Python's objects take, and no more than
-  a fixed multiple;
-- then, for as long as it is told, a hundred drawn at random in each case, some of them through real files.
-
-All but the sizes are read in one process that may take 64 MiB beyond what it had when it began. With
-``--engine guided`` libFuzzer leads the mutations instead, by the lines of the reader that they reach; it
-needs ``pip install atheris``, and its finding is kept as a file, to be read again with ``--replay``. Memory
-is limited and measured by means of Linux.
-
-    python -m campaigns.hostile --seed 1 --seconds 600
-    python -m campaigns.hostile --seed 1 --case 7
-    python -m campaigns.hostile --engine guided --seconds 600
-    python -m campaigns.hostile --replay counterexample.safetensors
-"""
+"""The command: ``python -m campaigns.hostile``."""
 
 from __future__ import annotations
 
@@ -40,10 +17,11 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
-from campaigns import families, obstacles, permissions, readers, sizes, specimens
+from campaigns import hostile
 from campaigns.campaign import Campaign, CounterExample, parser, run
-from campaigns.forging import Draft, Specimen
-from campaigns.worker import Worker
+from campaigns.hostile import families, obstacles, permissions, readers, sizes, specimens
+from campaigns.hostile.forging import Draft, Specimen
+from campaigns.hostile.worker import Worker
 
 FILES_PER_CASE = 100
 #: Of so many files in a case one is a real one, read in every way.
@@ -88,7 +66,7 @@ class Plan(NamedTuple):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the campaign; returns the exit code."""
-    made = parser(__doc__)
+    made = parser(hostile.__doc__)
     made.add_argument(
         "--engine", choices=("random", "guided"), default="random", help="what leads the mutations"
     )
@@ -228,7 +206,7 @@ def _guided(campaign: Campaign, directory: Path) -> None:
     command = [
         sys.executable,
         "-m",
-        "campaigns.guided",
+        "campaigns.hostile.guided",
         "--directory",
         str(directory),
         "--seed",

@@ -1,6 +1,6 @@
 """What it costs to read files that are made to cost: whether the price grows with the size, and how steeply.
 
-Each family (:data:`campaigns.families.GROWING`) is made in three sizes,
+Each family (:data:`campaigns.hostile.families.GROWING`) is made in three sizes,
 each twice as large as the one before,
 and read in each way by a process of its own, which may not take more memory than is promised.
 
@@ -15,8 +15,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from campaigns import costs, families, readers
 from campaigns.campaign import CounterExample
+from campaigns.hostile import costs, families, readers
 from distrust import CheckpointManager
 from distrust.checkpoint import store
 from distrust.checkpoint.compare import differences

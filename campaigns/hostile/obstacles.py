@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from campaigns import costs
 from campaigns.campaign import CounterExample
+from campaigns.hostile import costs
 from distrust import Checkpoint, CheckpointManager
 from distrust.checkpoint import store
 from distrust.checkpoint.lock import LOCK_NAME

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from campaigns import costs
 from campaigns.campaign import CounterExample
+from campaigns.hostile import costs
 from distrust import Checkpoint, CheckpointManager
 from distrust.checkpoint import direct
 

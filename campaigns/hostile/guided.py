@@ -2,9 +2,9 @@
 
 A process of its own, started by :mod:`campaigns.hostile`: libFuzzer ends the process when it is done, and
 may end it when it finds something. What it mutates are whole files. Its own mutations of bytes would never
-come past a digest, so each is one of ours (:func:`campaigns.families.mutated`), which signs what it made.
+come past a digest, so each is one of ours (``families.mutated``), which signs what it made.
 
-    python -m campaigns.guided --seed 1 --runs 100000 --directory /dev/shm/guided
+    python -m campaigns.hostile.guided --seed 1 --runs 100000 --directory /dev/shm/guided
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ with atheris.instrument_imports(
     from distrust.checkpoint import compare, image  # noqa: F401 - these and what they import
 
 # Behind the instrumented ones, which these import too.
-from campaigns import families, readers, specimens  # noqa: E402
 from campaigns.campaign import CounterExample  # noqa: E402
-from campaigns.forging import Specimen  # noqa: E402
+from campaigns.hostile import families, readers, specimens  # noqa: E402
+from campaigns.hostile.forging import Specimen  # noqa: E402
 
 FINDING = "counterexample"
 COUNTS = "counts.json"

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from campaigns.campaign import CounterExample
-from campaigns.forging import METADATA, Specimen
+from campaigns.hostile.forging import METADATA, Specimen
 from distrust import CheckpointManager
 from distrust.checkpoint import store
 from distrust.checkpoint.compare import differences

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from campaigns.forging import Specimen
+from campaigns.hostile.forging import Specimen
 from distrust import Checkpoint, CheckpointManager
 
 

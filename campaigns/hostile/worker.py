@@ -11,8 +11,8 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import NamedTuple
 
-from campaigns import costs
 from campaigns.campaign import CounterExample
+from campaigns.hostile import costs
 
 Work = Callable[[int], Counter[str]]
 

@@ -15,7 +15,17 @@ from collections.abc import Callable
 from random import Random
 from typing import Any
 
-from campaigns.forging import METADATA, NO_DIGEST, Draft, Specimen, Tensor, built, encodable, framed, signed
+from campaigns.hostile.forging import (
+    METADATA,
+    NO_DIGEST,
+    Draft,
+    Specimen,
+    Tensor,
+    built,
+    encodable,
+    framed,
+    signed,
+)
 
 #: What a change raises where what it wants to change is not there any more.
 NOTHING_TO_CHANGE = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError)
