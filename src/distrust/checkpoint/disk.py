@@ -96,15 +96,7 @@ class Disk:
 
     def sync(self, descriptor: int) -> None:
         """Have the disk hold what was written to a file."""
-        if sys.platform == "darwin":
-            # fsync on macOS leaves the data in the drive's cache.
-            try:
-                fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
-                return
-            except OSError as error:
-                if error.errno not in (errno.ENOTSUP, errno.EINVAL):  # not every file system has it
-                    raise
-        os.fsync(descriptor)
+        _sync(descriptor)
 
     def close(self, descriptor: int) -> None:
         """Close a file."""
@@ -122,9 +114,21 @@ class Disk:
         """Have the disk hold the names in a directory."""
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            Disk.sync(self, descriptor)
+            _sync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _sync(descriptor: int) -> None:
+    if sys.platform == "darwin":
+        # fsync on macOS leaves the data in the drive's cache.
+        try:
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTSUP, errno.EINVAL):  # not every file system has it
+                raise
+    os.fsync(descriptor)
 
 
 def _start_write_back(descriptor: int, offset: int, length: int) -> None:
