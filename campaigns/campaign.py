@@ -48,12 +48,14 @@ class Campaign:
     Attributes:
         options: as given.
         counts: what was done so far, and how often.
+        repeated: the options of its own that it was given, for who wants to see a finding again.
     """
 
     def __init__(self, name: str, options: argparse.Namespace, *, cases: int) -> None:
         self.name = name
         self.options = options
         self.counts: Counter[str] = Counter()
+        self.repeated = ""
         self._cases = cases
         self._current: int | None = None
         self._began = time.monotonic()
@@ -68,7 +70,8 @@ class Campaign:
         if last is None and self.options.seconds is None:
             last = self._cases
         number = 0
-        while (last is None or number < last) and not self.out_of_time:
+        # One at least: what comes before the first may take long.
+        while (last is None or number < last) and (number == 0 or not self.out_of_time):
             yield self._begin(number)
             self._tell()
             number += 1
@@ -113,8 +116,8 @@ class Campaign:
         else:
             print(f"{self.name}: COUNTEREXAMPLE: {counter_example}")
             if self._current is not None:
-                again = f"python -m campaigns.{self.name} --seed {self.options.seed} --case {self._current}"
-                print(f"again: {again}")
+                again = f"--seed {self.options.seed} --case {self._current}{self.repeated}"
+                print(f"again: python -m campaigns.{self.name} {again}")
         if self.options.json is not None:
             figures = {
                 "campaign": self.name,
@@ -144,11 +147,22 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.add_argument("--seed", type=int, default=1, help="of every random choice (default: 1)")
-    made.add_argument("--seconds", type=float, help="how long to run")
+    made.add_argument("--seconds", type=float, help="how long to run; the case under way is finished")
     made.add_argument("--cases", type=int, help="how many cases to run at most")
     made.add_argument("--case", type=int, help="run this one only: a counterexample once more")
     made.add_argument("--json", type=Path, help="write the counts into this file, too")
     return made
+
+
+def _own_options(made: argparse.ArgumentParser, options: argparse.Namespace) -> str:
+    """The options that only this campaign has, as they were given."""
+    shared = {action.dest for action in parser(None)._actions}
+    given = ""
+    for action in made._actions:
+        value = getattr(options, action.dest, None)
+        if action.dest not in shared and value != action.default:
+            given += f" {action.option_strings[0]}" + ("" if value is True else f" {value}")
+    return given
 
 
 def run(
@@ -171,7 +185,9 @@ def run(
     Returns:
         The exit code: 0, or 1 if a counterexample was found or nothing was run.
     """
+    made.prog = f"python -m campaigns.{name}"
     campaign = Campaign(name, made.parse_args(arguments), cases=cases)
+    campaign.repeated = _own_options(made, campaign.options)
     found = None
     try:
         body(campaign)

@@ -55,7 +55,9 @@ def test_a_call_that_is_left_out_is_missed(capsys, fault):
     assert power_loss.main(["--leave-out", fault, "--cases", "20"]) == 1
     out = capsys.readouterr().out
     assert "COUNTEREXAMPLE" in out
-    assert "--case 0" in out
+    again = re.search("again: python -m campaigns.power_loss (.*)", out)[1].split()
+    assert again == ["--seed", "1", "--case", "0", "--leave-out", fault]
+    assert power_loss.main(again) == 1
 
 
 def sync_what_a_killed_writer_left_but_not(what: str):

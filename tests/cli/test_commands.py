@@ -180,7 +180,8 @@ def test_verify(distrust, finished, copy):
     assert f"{path}: DAMAGED: tensor " in given.out
     rows = json.loads(distrust("verify", copy, "--json").out)
     assert [row["ok"] for row in rows] == [True, False, True]
-    assert [list(row) for row in rows] == [["path", "ok", "reason"]] * 3
+    assert [row["verdict"] for row in rows] == ["ok", "DAMAGED", "ok"]
+    assert [list(row) for row in rows] == [["path", "ok", "verdict", "reason"]] * 3
     assert "is damaged (bytes" in rows[1]["reason"]
     assert distrust("verify", path).code == 1
     assert distrust("verify", finished, path).code == 1

@@ -223,3 +223,22 @@ def test_a_dry_run_does_not_say_both_that_a_file_goes_and_that_it_was_left(distr
     assert (done.code, done.err) == (0, "")
     assert "would remove" in done.out
     assert steps(run) == ALL
+
+
+def test_a_relative_path_is_told_as_it_was_given_with_its_size(distrust, run, monkeypatch):
+    monkeypatch.chdir(run.parent)
+    done = distrust("prune", run.name, "--keep-last", 1, "--json", "--dry-run")
+    told = json.loads(done.out)
+    assert {row["path"] for row in told["removed"]} == {
+        f"{run.name}/checkpoints/checkpoint-{step}.safetensors" for step in (10, 20, 30, 40)
+    }
+    assert told["bytes_freed"] >= 4 * 16_000
+
+
+def test_a_dry_run_warns_where_nothing_would_be_left(distrust, run):
+    for step in (10, 20, 30, 40):
+        damage(run, step)
+    (run / "checkpoints" / "checkpoint-50-final.safetensors").write_bytes(b"")
+    done = distrust("prune", run, "--damaged", "--dry-run")
+    assert "no checkpoint would be left" in done.err
+    assert steps(run) == ALL

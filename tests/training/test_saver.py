@@ -59,7 +59,7 @@ def test_what_stands_is_said_when_a_run_stops(run, tmp_path, failing_saves):
     said = str(caught.value)
     assert said.endswith(
         "Saving failed 3 times in a row, so training stopped at step 8; "
-        "step 2 is saved, and the same command goes on from there"
+        "step 2 is saved: mend the cause, and the same command goes on from there"
     )
     assert "\n" not in said
     assert caught.value.wanted > 10_000

@@ -24,7 +24,7 @@ def test_the_first_signal_is_remembered(number):
 
 def test_it_is_the_first_that_counts():
     with StopRequest() as stop:
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM):
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM):
             signal.raise_signal(number)
     assert stop.signal == signal.SIGTERM
 

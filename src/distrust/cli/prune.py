@@ -58,9 +58,10 @@ def main(arguments: list[str]) -> int:
         except CheckpointError:
             account.print_sum(if_empty=False)  # what went before is gone, whatever came then
             raise
-        if account.removed and not store.named(directory):
+        if account.removed and account.is_all:
+            verb = "would be" if options.dry_run else "is"
             warnings.warn(
-                f"{directory}: no checkpoint is left: the same training would start from the beginning",
+                f"{directory}: no checkpoint {verb} left: the same training would start from the beginning",
                 DistrustWarning,
                 stacklevel=1,
             )
@@ -97,7 +98,13 @@ class _Account:
     def __init__(self, directory: Path, options: argparse.Namespace) -> None:
         self.removed: list[Removed] = []
         self._options = options
-        self._occupied = {path: _occupied(path) for path, _, _ in store.named(directory)}
+        self._directory = directory
+        self._occupied = {path.name: _occupied(path) for path, _, _ in store.named(directory)}
+
+    @property
+    def is_all(self) -> bool:
+        """Whether nothing else was there."""
+        return len(self.removed) == len(self._occupied)
 
     def add_damaged(self, file: DamagedFile) -> None:
         """Tell of a damaged file."""
@@ -105,7 +112,8 @@ class _Account:
 
     def add(self, path: Path, step: int, reason: str) -> None:
         """Tell of a file."""
-        one = Removed(str(path), step, self._occupied.get(path, 0), reason)
+        # As the user has named the directory, not as the manager has.
+        one = Removed(str(self._directory / path.name), step, self._occupied[path.name], reason)
         self.removed.append(one)
         if not self._options.json:
             verb = "would remove" if self._options.dry_run else "removed"

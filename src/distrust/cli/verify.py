@@ -14,7 +14,7 @@ def main(arguments: list[str]) -> int:
     """Read every byte of checkpoints and compare it with the digests; exit 1 if any is damaged."""
     arg = parser(
         "verify",
-        description="Exit code 0 if all are whole, 1 if any is damaged.",
+        description="Exit code 0 if all are whole, 1 if any is damaged or cannot be read.",
         examples=["distrust verify runs/train", "distrust verify runs/*/checkpoints/*-final.safetensors"],
     )
     arg.add_argument("targets", type=Path, nargs="+", metavar="target", help=TARGET)
@@ -23,20 +23,21 @@ def main(arguments: list[str]) -> int:
 
     rows = []
     for path in [path for target in options.targets for path in store.find(target)]:
-        reason = _damage(path)
-        rows.append({"path": str(path), "ok": reason is None, "reason": reason})
+        verdict, reason = _verdict(path)
+        rows.append({"path": str(path), "ok": reason is None, "verdict": verdict, "reason": reason})
         if not options.json:
-            print(printable(f"{path}: {'ok' if reason is None else f'DAMAGED: {reason}'}"), flush=True)
+            print(printable(f"{path}: {verdict}{f': {reason}' if reason else ''}"), flush=True)
     if options.json:
         print_json(rows)
     return 0 if all(row["ok"] for row in rows) else 1
 
 
-def _damage(path: Path) -> str | None:
+def _verdict(path: Path) -> tuple[str, str | None]:
+    """In a word, and why. What cannot be read may be whole."""
     try:
         store.verify(path)
     except CorruptCheckpoint as error:
-        return error.reason
+        return "DAMAGED", error.reason
     except CheckpointError as error:
-        return str(error)
-    return None
+        return "UNREADABLE", str(error).removeprefix(f"{path}: ")
+    return "ok", None

@@ -121,7 +121,7 @@ class Saver:
         except CheckpointError:
             stands = False
         if stands:
-            return f"step {step} is saved, and the same command goes on from there"
+            return f"step {step} is saved: mend the cause, and the same command goes on from there"
         return f"step {step} was saved, and cannot be found any more"
 
     @contextlib.contextmanager
