@@ -1,9 +1,10 @@
 """Signals that ask a run to stop: it saves first.
 
-SIGTERM, SIGHUP (a terminal that was closed), SIGUSR1 and the first Ctrl-C are remembered, and the loop looks at
-its next step's end; before the first step, who prepares it looks between one part and the next. The handler
-itself never raises for them: importing and loading run native code, some of which ends the process when an
-exception comes through it. A second Ctrl-C is a KeyboardInterrupt at once; no checkpoint is damaged by that.
+SIGTERM, SIGHUP (a terminal that was closed), SIGUSR1 and the first Ctrl-C are remembered, and the loop looks
+at its next step's end; before the first step, who prepares it looks between one part and the next. The
+handler itself never raises for them: importing and loading run native code, some of which ends the process
+when an exception comes through it. A second Ctrl-C is a KeyboardInterrupt at once; no checkpoint is damaged
+by that.
 """
 
 from __future__ import annotations
