@@ -25,9 +25,7 @@ so a case may have to be run a few times.
 from __future__ import annotations
 
 import random
-import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from signal import SIGKILL
@@ -127,15 +125,7 @@ def one_case(campaign: Campaign, case: Case, folder: Path, launcher: Launcher, a
 
 
 def body(campaign: Campaign) -> None:
-    place = Path(tempfile.mkdtemp(prefix="kills-", dir=campaign.options.directory))
-    alone = left_alone(place / "alone")
-    with training_run.forks() as forks:
-        for case in campaign.cases():
-            launcher = training_run.COMMAND if case.number % 3 == 0 else forks
-            folder = place / f"case-{case.number}"
-            one_case(campaign, case, folder, launcher, alone)
-            shutil.rmtree(folder)
-    shutil.rmtree(place)  # not after a counterexample: its folder is kept
+    training_run.disturb(campaign, real_every=3, leave_alone=left_alone, one_case=one_case)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

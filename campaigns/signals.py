@@ -21,9 +21,7 @@ from __future__ import annotations
 
 import random
 import re
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -224,16 +222,13 @@ def one_case(campaign: Campaign, case: Case, folder: Path, launcher: Launcher, a
     campaign.count(f"runs of {launcher.name} that ended in the state of the one left alone")
 
 
+def left_alone(folder: Path) -> str:
+    """Train without a disturbance; gives the final digest."""
+    return TrainingRun(folder, TRAINING, training_run.COMMAND).finish()
+
+
 def body(campaign: Campaign) -> None:
-    place = Path(tempfile.mkdtemp(prefix="signals-", dir=campaign.options.directory))
-    alone = TrainingRun(place / "alone", TRAINING, training_run.COMMAND).finish()
-    with training_run.forks() as forks:
-        for case in campaign.cases():
-            launcher = training_run.COMMAND if case.number % 2 == 0 else forks
-            folder = place / f"case-{case.number}"
-            one_case(campaign, case, folder, launcher, alone)
-            shutil.rmtree(folder)
-    shutil.rmtree(place)  # not after a counterexample: its folder is kept
+    training_run.disturb(campaign, real_every=2, leave_alone=left_alone, one_case=one_case)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

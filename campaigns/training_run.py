@@ -6,17 +6,22 @@ imported torch (``fork_server.py``), which begins within the second: the way to 
 
 from __future__ import annotations
 
+import shutil
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
-from campaigns.campaign import CounterExample
+from campaigns.campaign import Campaign, Case, CounterExample
 from campaigns.instants import Instant, strike
 from campaigns.processes import PATIENCE_SECONDS, Command, Forks, Launcher, Session
 from distrust.checkpoint import store
 from distrust.checkpoint.retention import Retention
 from distrust.errors import DistrustError
+
+Alone = TypeVar("Alone")
 
 COMMAND = Command([sys.executable, "-m", "distrust"], name="the real command")
 PROGRAM = "distrust.cli:main"
@@ -47,6 +52,32 @@ IMPORTS = [
 def forks() -> Forks:
     """Forks that train as the command does."""
     return Forks(PROGRAM, IMPORTS, name="a fork")
+
+
+def disturb(
+    campaign: Campaign,
+    *,
+    real_every: int,
+    leave_alone: Callable[[Path], Alone],
+    one_case: Callable[[Campaign, Case, Path, Launcher, Alone], None],
+) -> None:
+    """Go through the cases of a campaign that disturbs training runs, each in a folder of its own.
+
+    Args:
+        campaign: with the option ``directory``.
+        real_every: of so many cases the first one is the real command; the others are forks.
+        leave_alone: trains in a folder without a disturbance, by the real command.
+        one_case: given what that gave.
+    """
+    place = Path(tempfile.mkdtemp(prefix=f"{campaign.name}-", dir=campaign.options.directory))
+    alone = leave_alone(place / "alone")
+    with forks() as forked:
+        for case in campaign.cases():
+            launcher = COMMAND if case.number % real_every == 0 else forked
+            folder = place / f"case-{case.number}"
+            one_case(campaign, case, folder, launcher, alone)
+            shutil.rmtree(folder)
+    shutil.rmtree(place)  # not after a counterexample: its folder is kept
 
 
 @dataclass(frozen=True)
