@@ -1,0 +1,104 @@
+"""Attention within each of several examples that stand one after the other in one row, without padding.
+
+Every other layer of a transformer treats tokens one by one; only attention looks from one to another, and only
+here it matters where an example ends. Each example attends to itself, by the same fused kernel as a batch
+would, so nothing is spent on padding or on a mask of the whole row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+NAME = "distrust_packed"
+
+#: Of the row that is being computed: the tokens of each example. A process trains one row at a time, and the
+#: backward pass of a checkpointed layer must find it too, which no argument of a forward pass would reach.
+_lengths: list[int] = []
+
+
+class UnknownAttention(Exception):
+    """The model asks for something of attention that is not known here."""
+
+
+@contextlib.contextmanager
+def examples_of(lengths: list[int]) -> Iterator[None]:
+    """While this lasts, rows consist of examples of these lengths."""
+    global _lengths
+    before, _lengths = _lengths, lengths
+    try:
+        yield
+    finally:
+        _lengths = before
+
+
+def register() -> None:
+    """Make it known to transformers, under :data:`NAME`; it asks for no mask."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, packed_attention)
+
+
+@torch.compiler.disable
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    **more: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention as transformers calls it.
+
+    Args:
+        module: the layer.
+        query: [1, heads, n, width].
+        key: [1, key heads, n, width].
+        value: the same.
+        attention_mask: there is none.
+        scaling: of the products.
+        dropout: of the attention weights.
+        sliding_window: how far back a token sees.
+        is_causal: whether a token sees only those before it.
+        more: what changes nothing of the computation, or is refused.
+
+    Returns:
+        [1, n, heads, width], and no weights.
+
+    Raises:
+        UnknownAttention: for what this cannot compute.
+    """
+    unknown = [name for name in ("softcap", "s_aux", "position_bias") if more.get(name) is not None]
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if unknown or attention_mask is not None or query.shape[0] != 1 or not causal:
+        raise UnknownAttention(", ".join(unknown) or "not causal attention on one row")
+    if sum(_lengths) != query.shape[2]:
+        raise UnknownAttention(f"a row of {query.shape[2]} tokens for examples of {sum(_lengths)}")
+    grouped = query.shape[1] != key.shape[1]
+    parts = zip(*(tensor.split(_lengths, dim=2) for tensor in (query, key, value)), strict=True)
+    attended = [
+        scaled_dot_product_attention(
+            *part, **_mask(part[0], sliding_window), dropout_p=dropout, scale=scaling, enable_gqa=grouped
+        )
+        for part in parts
+    ]
+    return torch.cat(attended, dim=2).transpose(1, 2), None
+
+
+def _mask(query: torch.Tensor, window: int | None) -> dict[str, Any]:
+    """The causal mask, banded where an example is longer than the window."""
+    length = query.shape[2]
+    if window is None or length <= window:
+        return {"is_causal": True}
+    back = torch.arange(length, device=query.device)
+    distance = back[:, None] - back[None, :]
+    return {"attn_mask": (distance >= 0) & (distance < window)}
