@@ -25,9 +25,12 @@ def require_free(target: Path) -> None:
     """Refuse to write over anything; an empty folder is nothing.
 
     Raises:
-        ExportFailed: if something is there.
+        ExportFailed: if something is there, or nothing can be.
     """
     with _told(target):
+        above = next(parent for parent in target.absolute().parents if os.path.lexists(parent))
+        if not above.is_dir():
+            raise ExportFailed(f"{target}: cannot be made: {above} is no folder", path=target)
         if os.path.lexists(target) and not _is_empty_folder(target):
             raise ExportFailed(
                 f"{target}: is there already, and is not written over; remove it, or give another name",
@@ -51,6 +54,7 @@ def staged(target: Path, *, single_file: bool = False, disk: Disk | None = None)
     disk = disk or Disk()
     require_free(target)
     with _told(target):
+        named_in = {target.parent, *(made.parent for made in target.parents if not made.exists())}
         target.parent.mkdir(parents=True, exist_ok=True)
         _sweep(target)
         folder = target.parent / f".{target.name}.{secrets.token_hex(8)}.tmp"
@@ -59,12 +63,9 @@ def staged(target: Path, *, single_file: bool = False, disk: Disk | None = None)
         with _told(target), _locked(folder):
             yield folder
             _sync(folder, disk)
-            if single_file:
-                require_free(target)
-                disk.rename(folder / target.name, target)
-            else:
-                disk.rename(folder, target)  # the system refuses to replace a folder that holds anything
-        _sync_parent(target, disk)
+            require_free(target)  # still; and the system itself replaces no folder that holds anything
+            disk.rename(folder / target.name if single_file else folder, target)
+        _sync_names(target, named_in, disk)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -83,9 +84,11 @@ def _sync(folder: Path, disk: Disk) -> None:
         disk.sync_directory(Path(root))
 
 
-def _sync_parent(target: Path, disk: Disk) -> None:
+def _sync_names(target: Path, folders: set[Path], disk: Disk) -> None:
+    """Have the disk hold the names of the target, and of the parents that were made for it."""
     try:
-        disk.sync_directory(target.parent)
+        for folder in sorted(folders, reverse=True):
+            disk.sync_directory(folder)
     except OSError as error:
         raise ExportFailed(
             f"{target}: written and whole, but its folder could not be synced ({error.strerror}): "
