@@ -137,6 +137,7 @@ def test_an_adapter_says_all_that_peft_asks(place, run, tmp_path):
     assert {name.split(".")[-1] for name in said["target_modules"]} == set(linear.split())
     text = "ore melts <eos>"
     assert AutoTokenizer.from_pretrained(folder)(text) == AutoTokenizer.from_pretrained(place / "model")(text)
+    assert "local" not in (folder / "tokenizer_config.json").read_text()  # nothing of this machine
     again = export(run, tmp_path / "again").path
     names = sorted(path.name for path in folder.iterdir())
     assert names == sorted(path.name for path in again.iterdir())
@@ -522,3 +523,19 @@ def test_no_name_breaks_a_card(text):
     fences = re.findall("`+", row)
     assert len(set(map(len, (fences[0], fences[-1])))) == 1
     assert fences.count(fences[0]) == 4
+
+
+def test_a_base_model_of_a_hub_goes_by_its_name(place, run, tmp_path, monkeypatch):
+    """What works on another machine: the name, in the adapter's config and where hubs read it."""
+    cached = tmp_path / "hub" / "models--owner--tiny"
+    shutil.copytree(place / "model", cached / "snapshots" / ("0" * 40))
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for form, relation in (("adapter", "adapter"), ("merged", "finetune")):
+        folder = export(run, tmp_path / form, format=form, model="owner/tiny").path
+        front = front_matter((folder / "README.md").read_text())
+        assert (front["base_model"], front["base_model_relation"]) == ("owner/tiny", relation)
+    said = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert said["base_model_name_or_path"] == "owner/tiny"

@@ -60,7 +60,7 @@ def prepare_adapter(config: TrainConfig, tensors: Mapping[str, torch.Tensor], *,
         with _as_os_error():
             _save(weights, folder / ADAPTER_WEIGHTS)
             described.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+            _save_tokenizer(tokenizer, folder)
 
     return write
 
@@ -86,7 +86,7 @@ def prepare_merged(engine: TorchEngine, config: TrainConfig, *, dtype: ExportDty
     def write(folder: Path) -> None:
         with _as_os_error():
             whole.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+            _save_tokenizer(tokenizer, folder)
 
     return write
 
@@ -127,6 +127,12 @@ def _require_finite(named: Any, dtype: ExportDtype) -> None:
                 f"--dtype {dtype}: {name} holds numbers that are too large for it; "
                 "give bfloat16 or float32, which have the same range"
             )
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    for of_this_machine in ("is_local", "local_files_only"):  # how it was loaded here is saved with it
+        tokenizer.init_kwargs.pop(of_this_machine, None)
+    tokenizer.save_pretrained(folder)
 
 
 def _dtype(dtype: ExportDtype) -> torch.dtype:
