@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from distrust import CheckpointManager, DistrustTrainer, DistrustWarning, TrainConfig
+from distrust import Checkpoint, CheckpointManager, DistrustTrainer, DistrustWarning, TrainConfig
 from distrust.checkpoint.disk import Disk
 from distrust.engines import open_checkpoint
 from distrust.errors import (
@@ -296,6 +296,14 @@ def test_nothing_damaged_is_exported(run, tmp_path):
     with pytest.raises(NoGoodCheckpoint):
         export(copy, tmp_path / "none")
     assert sorted(os.listdir(tmp_path)) == ["adapter", "run"]
+
+
+def test_a_checkpoint_of_something_else(tmp_path):
+    with CheckpointManager(tmp_path / "own") as manager:
+        path = manager.save(Checkpoint(step=1, model={"w": torch.ones(3)}))
+    for form in ("adapter", "merged", "state"):
+        with pytest.raises(ResumeRefused, match="was not made by `distrust train`"):
+            export(path, tmp_path / "out.safetensors", format=form)
 
 
 def test_the_best_is_that_of_the_run(place, tmp_path):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import get_args
 
 from distrust.checkpoint.store import find
 from distrust.cli.arguments import TARGET, add_choice_of_checkpoint, parser, print_json, size
 from distrust.cli.printing import printable
+from distrust.config import ExportDtype, ExportFormat
 
 LOADED_BY = {
     "adapter": "peft: PeftModel.from_pretrained(base, {path!r})",
@@ -34,14 +36,14 @@ def main(arguments: list[str]) -> int:
     arg.add_argument("--to", type=Path, required=True, help="the new folder; for a state, the new file")
     arg.add_argument(
         "--format",
-        choices=["adapter", "merged", "state"],
+        choices=get_args(ExportFormat),
         help="adapter: for peft; merged: a whole model, for transformers; state: the trained tensors in one "
         "file. Default: adapter; merged, where all weights were trained",
     )
     add_choice_of_checkpoint(arg)
     arg.add_argument(
         "--dtype",
-        choices=["float32", "bfloat16", "float16"],
+        choices=get_args(ExportDtype),
         help="of the weights; default: of a merged model that of the run, else float32, as they were trained",
     )
     arg.add_argument("--json", action="store_true", help="print one object")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,8 +50,7 @@ def main(arguments: list[str]) -> int:
     columns = {"checkpoint": write(trained)}
     if options.compare:
         del trained  # one model in memory at a time
-        config = engines.config_of(file)
-        untrained = engines.create(replace(config, model=options.model or config.model))
+        untrained = engines.create(engines.config_of(file, model=options.model))
         columns = {"base": write(untrained), **columns}
 
     rows = [

@@ -34,17 +34,22 @@ def create(config: TrainConfig) -> Engine:
     return TorchEngine(config)
 
 
-def config_of(file: CheckpointFile) -> TrainConfig:
+def config_of(file: CheckpointFile, *, model: str | None = None) -> TrainConfig:
     """The config that a checkpoint was trained with.
+
+    Args:
+        file: the checkpoint.
+        model: where the base model lies now, if it was moved.
 
     Raises:
         ConfigError: if the checkpoint was made by something else than this trainer.
     """
     known = {key(field.name) for field in fields(TrainConfig)}
     saved = {**file.header.run_info.get("extra", {}), **file.header.config}
-    return options.from_mapping(
+    config = options.from_mapping(
         {name: value for name, value in saved.items() if name in known}, where=str(file.path)
     )
+    return config if model is None else replace(config, model=model)
 
 
 def read_checkpoint(
@@ -109,9 +114,7 @@ def engine_of(
         ModelError: if the base model cannot be loaded.
         ResumeRefused: if it is another base model.
     """
-    config = replace(config_of(file), **(changes or {}))
-    if model is not None:
-        config = replace(config, model=model)
+    config = replace(config_of(file, model=model), **(changes or {}))
     expected = base_fingerprint(file)
     with base_told(file, config.model, given=model is not None):
         engine = create(config)

@@ -12,21 +12,21 @@ comes from in its README.md (``facts.py``, ``card.py``).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from distrust import engines
-from distrust.config import TrainConfig
+from distrust.config import ExportDtype, ExportFormat, TrainConfig
 from distrust.errors import ConfigError
 from distrust.export import staging
 from distrust.export.card import model_card
-from distrust.export.facts import ExportDtype, Format, facts_of, public_name
+from distrust.export.facts import facts_of, public_name
 
 if TYPE_CHECKING:
     from distrust.checkpoint import Checkpoint, CheckpointFile
     from distrust.checkpoint.disk import Disk
+    from distrust.engines.torch.export import Write
 
 CARD = "README.md"
 STATE_SUFFIX = ".safetensors"
@@ -47,7 +47,7 @@ class Exported:
     """
 
     path: Path
-    format: Format
+    format: ExportFormat
     dtype: ExportDtype
     bytes: int
     checkpoint: Path
@@ -59,7 +59,7 @@ def export(
     target: str | os.PathLike[str],
     to: str | os.PathLike[str],
     *,
-    format: Format | None = None,  # noqa: A002 - the word for it
+    format: ExportFormat | None = None,  # noqa: A002 - the word for it
     step: int | None = None,
     best: bool = False,
     model: str | None = None,
@@ -85,50 +85,64 @@ def export(
         ResumeRefused: if it is another base model.
         ConfigError: for a format that the run has not, or a dtype that the weights do not fit.
     """
-    _require_one_of("--format", format, Format)
+    _require_one_of("--format", format, ExportFormat)
     _require_one_of("--dtype", dtype, ExportDtype)
     to = Path(os.path.abspath(to))
     staging.require_free(to)
     file, checkpoint = engines.read_checkpoint(Path(target), step=step, best=best)
-    fingerprint = engines.base_fingerprint(file)
+    fingerprint = engines.base_fingerprint(file)  # or it is nobody's that this could be made of
     config = engines.config_of(file)
-    source = config if model is None else replace(config, model=model)
     chosen = format or ("adapter" if config.lora_rank else "merged")
     _require_possible(chosen, config, file, to)
     if dtype is None:
         dtype = config.dtype if chosen == "merged" else "float32"
-
-    def told(write: Callable[[Path], None]) -> Exported:
-        with staging.staged(to, single_file=chosen == "state", disk=disk) as folder:
-            write(folder)
-            if chosen != "state":
-                facts = facts_of(file, config, title=to.name, base=source.model, form=chosen, dtype=dtype)
-                (folder / CARD).write_text(model_card(facts), encoding="utf-8")
-            nbytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        return Exported(to, chosen, dtype, nbytes, file.path, file.step, file.state_digest)
-
-    from distrust.engines.torch import export as of_torch
+    base = config.model if model is None else model
 
     if chosen == "state":
         about = {
             "step": str(file.step),
             "state_digest": file.state_digest,
-            "base_model": public_name(source.model),
+            "base_model": public_name(base),
             "base_model_fingerprint": fingerprint,
         }
-        return told(of_torch.prepare_state(checkpoint.model, file_name=to.name, dtype=dtype, about=about))
-    if chosen == "adapter":
-        with engines.base_told(file, source.model, given=model is not None):
-            return told(of_torch.prepare_adapter(source, checkpoint.model, dtype=dtype))
-    engine = _engine(file, checkpoint, model)
-    return told(of_torch.prepare_merged(engine, source, dtype=dtype))
+        write = _state(checkpoint, to.name, about, dtype=dtype)
+    elif chosen == "adapter":
+        write = _adapter(file, checkpoint, model, dtype=dtype)
+    else:
+        write = _merged(file, checkpoint, model, dtype=dtype)
+    with staging.staged(to, single_file=chosen == "state", disk=disk) as folder:
+        write(folder)
+        if chosen != "state":
+            facts = facts_of(file, config, title=to.name, base=base, form=chosen, dtype=dtype)
+            (folder / CARD).write_text(model_card(facts), encoding="utf-8")
+        nbytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return Exported(to, chosen, dtype, nbytes, file.path, file.step, file.state_digest)
 
 
-def _engine(file: CheckpointFile, checkpoint: Checkpoint, model: str | None) -> Any:
-    """The trained model on the CPU, whatever it was trained on, its base in full precision."""
+def _state(checkpoint: Checkpoint, name: str, about: dict[str, str], *, dtype: ExportDtype) -> Write:
+    from distrust.engines.torch.export import prepare_state
+
+    return prepare_state(checkpoint.model, file_name=name, about=about, dtype=dtype)
+
+
+def _adapter(file: CheckpointFile, checkpoint: Checkpoint, model: str | None, *, dtype: ExportDtype) -> Write:
+    from distrust.engines.torch.export import prepare_adapter
+
+    config = engines.config_of(file, model=model)
+    with engines.base_told(file, config.model, given=model is not None):
+        return prepare_adapter(config, checkpoint.model, dtype=dtype)
+
+
+def _merged(file: CheckpointFile, checkpoint: Checkpoint, model: str | None, *, dtype: ExportDtype) -> Write:
+    from distrust.engines.torch.engine import TorchEngine
+    from distrust.engines.torch.export import prepare_merged
+
+    # On the CPU, whatever it was trained on, and with the base model in full precision.
     changes: dict[str, Any] = {"device": "cpu", "gradient_checkpointing": False}
     changes |= {field.name: field.default for field in fields(TrainConfig) if field.name == "quantization"}
-    return engines.engine_of(file, checkpoint, model=model, changes=changes)
+    engine = engines.engine_of(file, checkpoint, model=model, changes=changes)
+    assert isinstance(engine, TorchEngine)  # noqa: S101 - the only engine there is
+    return prepare_merged(engine, engines.config_of(file, model=model), dtype=dtype)
 
 
 def _require_one_of(flag: str, value: str | None, choices: Any) -> None:
@@ -136,7 +150,7 @@ def _require_one_of(flag: str, value: str | None, choices: Any) -> None:
         raise ConfigError(f"{flag} is {value!r}: give one of {', '.join(get_args(choices))}")
 
 
-def _require_possible(chosen: Format, config: TrainConfig, file: CheckpointFile, to: Path) -> None:
+def _require_possible(chosen: ExportFormat, config: TrainConfig, file: CheckpointFile, to: Path) -> None:
     if chosen == "adapter" and not config.lora_rank:
         raise ConfigError(
             f"--format adapter: {file.path} has no adapter: all weights were trained (--lora-rank 0); "

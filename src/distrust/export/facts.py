@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Literal
 
 from distrust import __version__
 from distrust.checkpoint import CheckpointFile
-from distrust.config import BUNDLED, Dtype, TrainConfig, key
+from distrust.config import BUNDLED, Dtype, ExportDtype, ExportFormat, TrainConfig, key
 from distrust.engines.source import hub_name
 from distrust.export.card import Facts
 from distrust.training.resume import FINGERPRINTS
-
-Format = Literal["adapter", "merged", "state"]
-ExportDtype = Literal["float32", "bfloat16", "float16"]
 
 #: For whoever loads it: where this folder lies then.
 FOLDER = '"FOLDER"'
@@ -22,7 +18,13 @@ _WEIGHTING = ("weighting", "alpha", "lambda_", "max_ratio")
 
 
 def facts_of(
-    file: CheckpointFile, config: TrainConfig, *, title: str, base: str, form: Format, dtype: ExportDtype
+    file: CheckpointFile,
+    config: TrainConfig,
+    *,
+    title: str,
+    base: str,
+    form: ExportFormat,
+    dtype: ExportDtype,
 ) -> Facts:
     """The facts of a model card.
 

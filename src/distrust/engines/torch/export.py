@@ -9,17 +9,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from distrust.config import TrainConfig
+from distrust.config import ExportDtype, TrainConfig
 from distrust.engines.source import locate
 from distrust.engines.torch import adapter, model
 from distrust.engines.torch.engine import TorchEngine
 from distrust.errors import ConfigError, ResumeRefused
 
-ExportDtype = Literal["float32", "bfloat16", "float16"]
 Write = Callable[[Path], None]
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
