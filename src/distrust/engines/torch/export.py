@@ -79,7 +79,7 @@ def prepare_merged(engine: TorchEngine, config: TrainConfig, *, dtype: ExportDty
     whole.to(_dtype(dtype))
     _require_finite(whole.named_parameters(), dtype)
     # Switched off to train; who writes text wants what the model came with.
-    whole.config.use_cache = model.load_config(config.model).use_cache
+    whole.config.use_cache = getattr(model.load_config(config.model), "use_cache", True)
     tokenizer: Any = engine.tokenizer
 
     def write(folder: Path) -> None:
