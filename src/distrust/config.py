@@ -37,6 +37,8 @@ _PATHS = ("model", "data", "out", "eval_data", "branch")
 
 Effect = Literal["result", "bits", "free"]
 Dtype = Literal["float32", "bfloat16"]
+ExportDtype = Literal["float32", "bfloat16", "float16"]
+ExportFormat = Literal["adapter", "merged", "state"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Schedule = Literal["cosine", "linear", "constant"]
 Metric = Literal["loss", "eval_loss"]

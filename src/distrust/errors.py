@@ -7,6 +7,7 @@
     ├── ResumeRefused                   going on would not continue the same run
     ├── NonFiniteLoss                   a loss or gradient norm that is not finite; the step was not made
     ├── OutOfMemory                     a step that needs more memory than there is
+    ├── ExportFailed                    an export was not written; nothing of it is at its target
     └── CheckpointError
         ├── CheckpointNotFound          no such checkpoint
         ├── CorruptCheckpoint           a file that is not what was written
@@ -87,6 +88,18 @@ class NonFiniteLoss(DistrustError):
 
 class OutOfMemory(DistrustError):
     """A step that needs more memory than there is. The step was not made."""
+
+
+class ExportFailed(DistrustError):
+    """An export was not written; nothing of it is at its target.
+
+    Attributes:
+        path: the target.
+    """
+
+    def __init__(self, message: str, *, path: Path) -> None:
+        super().__init__(message)
+        self.path = path
 
 
 class CheckpointError(DistrustError):

@@ -72,6 +72,11 @@ def test_an_unknown_command(distrust, typed, hint):
         ["verify"],
         ["prune"],
         ["diff", "a"],
+        ["generate"],
+        ["generate", "a", "--checkpoint", "b"],
+        ["generate", "a", "--step", "1", "--best"],
+        ["export", "a"],
+        ["export", "a", "--to", "b", "--format", "gguf"],
         ["ls", "--nonsense", "a"],
         ["show", "a", "--step", "x"],
     ],
@@ -84,13 +89,21 @@ def test_bad_usage(distrust, arguments):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["ls"], ["show"], ["verify"], ["prune", "--damaged"], ["diff", "here"], ["generate", "--prompt", "a"]],
+    [
+        ["ls"],
+        ["show"],
+        ["verify"],
+        ["prune", "--damaged"],
+        ["diff", "here"],
+        ["generate", "--prompt", "a"],
+        ["export", "--to", "x"],
+    ],
 )
 def test_nothing_of_that_name(distrust, finished, tmp_path, arguments):
     verb, *more = [str(finished) if argument == "here" else argument for argument in arguments]
     given = distrust(verb, *more, tmp_path / "nowhere")
     assert (given.code, given.out) == (1, "")
-    what = "no such file or directory" if verb in ("ls", "verify", "prune") else "no such checkpoint"
+    what = "no such checkpoint" if verb in ("show", "diff") else "no such file or directory"
     assert given.err == f"distrust: {tmp_path}/nowhere: {what}\n"
 
 

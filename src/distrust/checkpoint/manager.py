@@ -6,7 +6,7 @@ import contextlib
 import copy
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
@@ -238,19 +238,7 @@ class CheckpointManager:
             UnsupportedVersion: if a later version of this program wrote the newest: going on from an older
                 one would lose what it did.
         """
-        while True:
-            found = self.scan()
-            everything: list[CheckpointFile | DamagedFile] = sorted(
-                [*found.files, *found.damaged],
-                key=lambda file: (file.step, file.path.stem.endswith("-final")),
-                reverse=True,
-            )
-            if not everything:
-                raise CheckpointNotFound(f"{self.directory}: no checkpoints here", path=self.directory)
-            try:
-                return self._first_good(everything, framework, mmap=mmap)
-            except CheckpointNotFound:
-                continue  # a writer removed one between listing and reading it
+        return self._first_good(self._newest_first, framework, mmap=mmap)[1]
 
     def load_best(self, *, framework: arrays.Framework = "numpy", mmap: bool = False) -> Checkpoint:
         """Read the checkpoint with the best metric that verifies, warning of each better one that does not.
@@ -261,20 +249,29 @@ class CheckpointManager:
             CheckpointNotFound: if none has the metric.
             NoGoodCheckpoint: if none of those that have it is whole.
         """
-        while True:
-            files = self.scan().by_step()
-            steps = retention.ranked(_candidates(files.values()), self._rules)
-            if not steps:
-                known = sorted({readable(name) for file in files.values() for name in file.metrics})
-                raise CheckpointNotFound(
-                    f"{self.directory}: no checkpoint has the metric {self._rules.metric!r}; "
-                    f"there are {shortened(', '.join(known)) or 'no metrics'} in steps {_listed(files)}",
-                    path=self.directory,
-                )
-            try:
-                return self._first_good([files[step] for step in steps], framework, mmap=mmap)
-            except CheckpointNotFound:
-                continue  # a writer removed one between listing and reading it: a better one may stand
+        return self._first_good(self._best_first, framework, mmap=mmap)[1]
+
+    def choose(
+        self, *, step: int | None = None, best: bool = False, framework: arrays.Framework = "numpy"
+    ) -> tuple[CheckpointFile, Checkpoint]:
+        """Read the checkpoint that is asked for, and say which file it was.
+
+        Args:
+            step: this one, as :meth:`load` reads it.
+            best: the best one, as :meth:`load_best` does; without either, as :meth:`load_latest`.
+            framework: of the arrays.
+
+        Raises:
+            CheckpointError: as those do.
+            ConfigError: for a step and the best one together.
+        """
+        if step is not None and best:
+            raise ConfigError("a step and the best one were asked for: give one of them")
+        if step is not None:
+            file, loaded = self._found(step, lambda path: image.read(path, framework=framework))
+            self._mark_resumed(file)
+            return file, loaded
+        return self._first_good(self._best_first if best else self._newest_first, framework, mmap=False)
 
     def inspect(self, checkpoint: int | str | os.PathLike[str]) -> CheckpointFile:
         """What a checkpoint's header says: step, kind, metadata, digests and tensors.
@@ -490,9 +487,46 @@ class CheckpointManager:
         else:
             self._session.good.add(_identity(file))
 
+    def _newest_first(self) -> list[CheckpointFile | DamagedFile]:
+        found = self.scan()
+        everything: list[CheckpointFile | DamagedFile] = sorted(
+            [*found.files, *found.damaged],
+            key=lambda file: (file.step, file.path.stem.endswith("-final")),
+            reverse=True,
+        )
+        if not everything:
+            raise CheckpointNotFound(f"{self.directory}: no checkpoints here", path=self.directory)
+        return everything
+
+    def _best_first(self) -> list[CheckpointFile]:
+        files = self.scan().by_step()
+        steps = retention.ranked(_candidates(files.values()), self._rules)
+        if not steps:
+            known = sorted({readable(name) for file in files.values() for name in file.metrics})
+            raise CheckpointNotFound(
+                f"{self.directory}: no checkpoint has the metric {self._rules.metric!r}; "
+                f"there are {shortened(', '.join(known)) or 'no metrics'} in steps {_listed(files)}",
+                path=self.directory,
+            )
+        return [files[step] for step in steps]
+
     def _first_good(
-        self, files: Iterable[CheckpointFile | DamagedFile], framework: arrays.Framework, *, mmap: bool
-    ) -> Checkpoint:
+        self,
+        candidates: Callable[[], Sequence[CheckpointFile | DamagedFile]],
+        framework: arrays.Framework,
+        *,
+        mmap: bool,
+    ) -> tuple[CheckpointFile, Checkpoint]:
+        while True:
+            files = candidates()
+            try:
+                return self._first_good_of(files, framework, mmap=mmap)
+            except CheckpointNotFound:
+                continue  # a writer removed one between listing and reading it: a better one may stand
+
+    def _first_good_of(
+        self, files: Sequence[CheckpointFile | DamagedFile], framework: arrays.Framework, *, mmap: bool
+    ) -> tuple[CheckpointFile, Checkpoint]:
         reasons = []
         for file in files:
             try:
@@ -505,9 +539,9 @@ class CheckpointManager:
                     self._session.damaged.add(_identity(file))
                 continue
             for reason in reasons:
-                warnings.warn(f"skipped a damaged checkpoint: {reason}", DistrustWarning, stacklevel=3)
+                warnings.warn(f"skipped a damaged checkpoint: {reason}", DistrustWarning, stacklevel=4)
             self._mark_resumed(read)
-            return loaded
+            return read, loaded
         raise NoGoodCheckpoint(
             "\n".join(
                 [

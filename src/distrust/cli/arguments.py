@@ -24,6 +24,14 @@ def parser(verb: str, *, description: str, examples: Sequence[str]) -> argparse.
     )
 
 
+def add_choice_of_checkpoint(arg: argparse.ArgumentParser) -> None:
+    """The options that say which checkpoint of a run is opened, and on which base model."""
+    which = arg.add_mutually_exclusive_group()
+    which.add_argument("--step", type=int, help="this step of a run instead of the newest")
+    which.add_argument("--best", action="store_true", help="the best one, by the metric of the run")
+    arg.add_argument("--model", help="where the base model lies now, if it was moved")
+
+
 def print_json(value: Any) -> None:
     """JSON that any reader takes: NaN and infinities, which JSON has no words for, become strings."""
     print(printable(json.dumps(_plain(value), indent=2, ensure_ascii=False), lines=True))

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distrust.checkpoint.store import newest
-from distrust.cli.arguments import TARGET, parser, print_json
+from distrust.checkpoint.store import find
+from distrust.cli.arguments import TARGET, add_choice_of_checkpoint, parser, print_json
 from distrust.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -19,11 +18,8 @@ if TYPE_CHECKING:
 def main(arguments: list[str]) -> int:
     """Let a trained model go on with prompts."""
     options = _options(arguments)
-    if options.max_new_tokens < 1:
-        raise ConfigError(f"--max-new-tokens is {options.max_new_tokens}: give 1 or more")
-    if not 0 <= options.temperature < float("inf"):
-        raise ConfigError(f"--temperature is {options.temperature}: give 0 or more")
-    file = newest(options.target)  # a wrong name is told before the frameworks are loaded
+    _require_sense(options)
+    find(options.target)  # a wrong name is told before the frameworks are loaded
     prompts = options.prompt or _lines()
     if not prompts:
         raise DataError("no prompt: give --prompt TEXT, or lines on the standard input")
@@ -39,19 +35,23 @@ def main(arguments: list[str]) -> int:
             generate(
                 engine,
                 prompt,
+                chat=options.chat,
                 max_new_tokens=options.max_new_tokens,
                 temperature=options.temperature,
+                top_p=options.top_p,
                 seed=options.seed,
             )
             for prompt in prompts
         ]
 
-    columns = {}
+    trained, file = engines.open_checkpoint(
+        options.target, step=options.step, best=options.best, model=options.model
+    )
+    columns = {"checkpoint": write(trained)}
     if options.compare:
-        config = engines.config_of(file)
-        columns["base"] = write(engines.create(replace(config, model=options.model or config.model)))
-    trained, _ = engines.open_checkpoint(file.path, model=options.model)
-    columns["checkpoint"] = write(trained)
+        del trained  # one model in memory at a time
+        untrained = engines.create(engines.config_of(file, model=options.model))
+        columns = {"base": write(untrained), **columns}
 
     rows = [
         {"prompt": prompt, **{name: texts[index] for name, texts in columns.items()}}
@@ -65,6 +65,19 @@ def main(arguments: list[str]) -> int:
         for name in columns:
             print(f"  {f'{name}: ' if options.compare else ''}{row[name]}")
     return 0
+
+
+def _require_sense(options: argparse.Namespace) -> None:
+    if options.max_new_tokens < 1:
+        raise ConfigError(f"--max-new-tokens is {options.max_new_tokens}: give 1 or more")
+    if not 0 <= options.temperature < float("inf"):
+        raise ConfigError(f"--temperature is {options.temperature}: give 0 or more")
+    if options.top_p is None:
+        return
+    if not 0 < options.top_p <= 1:
+        raise ConfigError(f"--top-p is {options.top_p}: give more than 0, up to 1")
+    if not options.temperature:
+        raise ConfigError("--top-p says what is drawn from, and nothing is drawn: give a --temperature too")
 
 
 def _lines() -> list[str]:
@@ -89,15 +102,24 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         examples=[
             'distrust generate runs/train --prompt "The melting point of"',
             'distrust generate runs/train --compare --prompt "Question: who? Answer:"',
+            'distrust generate --checkpoint runs/train/checkpoints/checkpoint-50.safetensors --prompt "It"',
+            'distrust generate runs/train --best --chat --temperature 0.7 --prompt "Where is it?"',
             "distrust generate runs/train --json < prompts.txt",
         ],
     )
-    arg.add_argument("target", type=Path, help=f"{TARGET}; of several, the newest")
+    arg.add_argument("run", type=Path, nargs="?", help=f"{TARGET}; of several, the newest that is whole")
+    arg.add_argument("--checkpoint", type=Path, metavar="PATH", help="the same, spelled out")
+    add_choice_of_checkpoint(arg)
     arg.add_argument("--prompt", action="append", help="text to go on with; may be given again")
+    arg.add_argument("--chat", action="store_true", help="each prompt is a user's turn, and is answered")
     arg.add_argument("--compare", action="store_true", help="show the base model's text beside it")
-    arg.add_argument("--model", help="where the base model lies now, if it was moved")
     arg.add_argument("--max-new-tokens", type=int, default=64, help="default: 64")
     arg.add_argument("--temperature", type=float, default=0.0, help="0, the default, draws nothing")
+    arg.add_argument("--top-p", type=float, help="draw from the likeliest tokens of this share only")
     arg.add_argument("--seed", type=int, default=0, help="of the drawing; default: 0")
     arg.add_argument("--json", action="store_true", help="print a list of objects")
-    return arg.parse_args(arguments)
+    options = arg.parse_args(arguments)
+    if (options.run is None) == (options.checkpoint is None):
+        arg.error("give a run, or --checkpoint PATH: one of the two")
+    options.target = options.run or options.checkpoint
+    return options

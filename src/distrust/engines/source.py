@@ -37,3 +37,9 @@ def locate(name: str) -> tuple[str, bool]:
     if not (folder / "config.json").is_file():
         raise ModelError(f"--model {name}: holds no config.json, so it is not the folder of a model")
     return name, True
+
+
+def hub_name(name: str) -> str | None:
+    """The name, if it is that of a model on a hub and not of a folder here."""
+    local = name == BUNDLED or Path(name).exists() or not _HUB_NAME.fullmatch(name)
+    return None if local else name

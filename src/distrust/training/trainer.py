@@ -261,6 +261,10 @@ class DistrustTrainer:
             run={
                 **config.with_effect("free"),
                 **config.with_effect("bits"),
+                "corpus": {
+                    "examples": len(self._plan.corpus),
+                    "tokens": int(self._plan.corpus.loss_tokens.sum()),
+                },
                 "environment": self._engine.environment(),
                 "elapsed_seconds": progress.elapsed_seconds,
             },

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -51,6 +52,73 @@ def trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
+
+
+def named_as_peft_does(
+    model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Tensors under the names of a checkpoint -> under those of peft's files.
+
+    They differ where peft keeps a tensor by the adapter's name itself, as for embeddings.
+
+    Args:
+        model: with the adapter, which has exactly these tensors.
+        tensors: by the names of :func:`trained_parameters`.
+    """
+    from peft import get_peft_model_state_dict
+
+    inside = (name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    state = {name: tensors[saved] for name, saved in zip(inside, trained_parameters(model), strict=True)}
+    named: dict[str, torch.Tensor] = get_peft_model_state_dict(
+        model, state_dict=state, adapter_name=ADAPTER_NAME, save_embedding_layers=False
+    )
+    return named
+
+
+def description(model: Any, *, base: str) -> Any:
+    """The adapter's config as peft saves it, the same bytes each time.
+
+    Args:
+        model: with the adapter.
+        base: the base model's hub name or folder.
+    """
+    config = model.peft_config[ADAPTER_NAME]
+    config.base_model_name_or_path = base
+    config.inference_mode = True
+    if not isinstance(config.target_modules, str):
+        config.target_modules = sorted(config.target_modules)  # a set, which comes in any order
+    if float(config.lora_alpha).is_integer():
+        config.lora_alpha = int(config.lora_alpha)  # readers other than peft take whole numbers only
+    return config
+
+
+def untie_adapted(model: Any) -> None:
+    """Give each adapted layer weights of its own, where it shares them.
+
+    Output layers often share the embedding's weights: to add an adapter's product to them would change the
+    embedding too, which the adapter never did.
+    """
+    holders: dict[int, int] = {}
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        holders[id(parameter)] = holders.get(id(parameter), 0) + 1
+    for module in model.modules():
+        weight = getattr(getattr(module, "base_layer", None), "weight", None)
+        if weight is not None and holders.get(id(weight), 0) > 1:
+            module.base_layer.weight = torch.nn.Parameter(weight.detach().clone(), requires_grad=False)
+            model.get_base_model().config.tie_word_embeddings = False
+
+
+def differences(saved: Mapping[str, Any], trained: Mapping[str, torch.nn.Parameter]) -> list[str]:
+    """A line for each tensor that is missing, of another shape or of another dtype."""
+    found = [f"{name}: in the model, not in the checkpoint" for name in trained if name not in saved]
+    found += [f"{name}: in the checkpoint, not in the model" for name in saved if name not in trained]
+    for name, parameter in trained.items():
+        was = saved.get(name)
+        if was is not None and (was.shape, was.dtype) != (parameter.shape, parameter.dtype):
+            found.append(
+                f"{name}: was {was.dtype}{list(was.shape)}, is {parameter.dtype}{list(parameter.shape)}"
+            )
+    return found
 
 
 def _is_linear(module: torch.nn.Module) -> bool:

@@ -181,7 +181,7 @@ class TorchEngine:
         Raises:
             ResumeRefused: if names, shapes or dtypes differ.
         """
-        differences = _differences(state.model, self._trained)
+        differences = adapter.differences(state.model, self._trained)
         names = [group["param_names"] for group in self._optimizer.state_dict()["param_groups"]]
         if names != [group["param_names"] for group in state.optimizer["param_groups"]]:
             differences.append("the optimizer's parameters have other names, or stand in another order")
@@ -248,18 +248,6 @@ def _losses(plain: torch.Tensor, weighted: torch.Tensor) -> Losses:
     # Summed in float64 on the host: MPS has no float64, and a sum of thousands of tokens deserves it.
     rows = torch.stack([plain.detach(), weighted.detach()]).cpu().double().sum(dim=2).numpy()
     return Losses(cross_entropy=rows[0], weighted=rows[1])
-
-
-def _differences(saved: Any, trained: dict[str, torch.nn.Parameter]) -> list[str]:
-    differences = [f"{name}: in the model, not in the checkpoint" for name in trained if name not in saved]
-    differences += [f"{name}: in the checkpoint, not in the model" for name in saved if name not in trained]
-    for name, parameter in trained.items():
-        was = saved.get(name)
-        if was is not None and (was.shape, was.dtype) != (parameter.shape, parameter.dtype):
-            differences.append(
-                f"{name}: was {was.dtype}{list(was.shape)}, is {parameter.dtype}{list(parameter.shape)}"
-            )
-    return differences
 
 
 @contextlib.contextmanager

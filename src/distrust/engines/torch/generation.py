@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from distrust.data import beginning
+from distrust.data import Tokenizer, beginning
 from distrust.engines.torch import randomness
 from distrust.engines.torch.engine import TorchEngine
-from distrust.errors import DataError
+from distrust.errors import DataError, ModelError
 
 
 @torch.no_grad()
-def generate(engine: TorchEngine, prompt: str, *, max_new_tokens: int, temperature: float, seed: int) -> str:
+def generate(
+    engine: TorchEngine,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    top_p: float | None = None,
+    chat: bool = False,
+) -> str:
     """What the model writes after a prompt, the prompt left out.
 
     Args:
@@ -20,16 +31,24 @@ def generate(engine: TorchEngine, prompt: str, *, max_new_tokens: int, temperatu
         max_new_tokens: at most so many; it ends earlier at the end-of-text token.
         temperature: 0 takes the most probable token each time.
         seed: of the drawing.
+        top_p: draw from the most probable tokens that have this probability together; None: as the model
+            says of itself.
+        chat: the prompt is a user's turn, and the answer to it is written.
 
     Raises:
         DataError: if there is nothing to go on from.
+        ModelError: if the tokenizer renders no conversations.
     """
     tokenizer = engine.tokenizer
-    ids = beginning(tokenizer) + tokenizer.encode(prompt, add_special_tokens=False)
+    ids = _asked(tokenizer, prompt) if chat else _begun(tokenizer, prompt)
     if not ids:
         raise DataError("an empty prompt: this tokenizer begins with nothing either; give some text")
     inputs = torch.tensor([ids], device=engine.device)
-    drawing = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    drawing: dict[str, Any] = {"do_sample": False}
+    if temperature:
+        drawing = {"do_sample": True, "temperature": temperature}
+        if top_p is not None:
+            drawing["top_p"] = top_p
     randomness.reseed(seed=seed, step=0, micro_step=0)
     engine.model.eval()
     output = engine.model.generate(  # type: ignore[operator]
@@ -43,3 +62,22 @@ def generate(engine: TorchEngine, prompt: str, *, max_new_tokens: int, temperatu
     )
     text: str = tokenizer.decode(output[0, len(ids) :].tolist(), skip_special_tokens=True)  # type: ignore[attr-defined]
     return text
+
+
+def _begun(tokenizer: Tokenizer, text: str) -> list[int]:
+    return beginning(tokenizer) + tokenizer.encode(text, add_special_tokens=False)
+
+
+def _asked(tokenizer: Tokenizer, question: str) -> list[int]:
+    """A conversation up to where the answer begins, as a template prints it in training."""
+    if tokenizer.chat_template is None:
+        raise ModelError(
+            "--chat: the model's tokenizer has no chat template, so it knows no turns; leave --chat out"
+        )
+    turns = [{"role": "user", "content": question}]
+    try:
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # a template is a program: it may raise anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ModelError(f"--chat: the model's chat template refuses the prompt: {reason}") from error
+    return tokenizer.encode(text, add_special_tokens=False)

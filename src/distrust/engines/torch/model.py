@@ -34,6 +34,34 @@ def load_model(name: str, *, dtype: torch.dtype, device: torch.device) -> torch.
     return module.eval()
 
 
+def hollow_model(name: str) -> torch.nn.Module:
+    """The same model without its weights: its modules, and their shapes, on the "meta" device.
+
+    Raises:
+        ModelError: saying which model, and why not.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(name)
+    try:
+        with torch.device("meta"):
+            module: torch.nn.Module = AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise ModelError(f"--model {name}: cannot be loaded: {' '.join(str(error).split())}") from error
+    return module.eval()
+
+
+def load_config(name: str) -> Any:
+    """The config of a model, as its folder has it.
+
+    Raises:
+        ModelError: saying which model, and why not.
+    """
+    from transformers import AutoConfig
+
+    return _loaded(AutoConfig, name)
+
+
 def load_tokenizer(name: str) -> Any:
     """The tokenizer of a model.
 

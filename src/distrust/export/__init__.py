@@ -1,0 +1,162 @@
+"""Out of a checkpoint: what a run learned, in the forms that other programs load.
+
+- ``adapter``: an adapter folder of peft, bit for bit what was trained; the base model stays where it is.
+- ``merged``: a whole model folder of transformers, the adapter added to the weights.
+- ``state``: the trained tensors alone, in one file of safetensors.
+
+Every byte of the checkpoint is verified before; what can be wrong with the base model is found before
+anything is written; and the target appears wholly or not at all (``staging.py``). A folder tells where it
+comes from in its README.md (``facts.py``, ``card.py``).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from distrust import engines
+from distrust.config import ExportDtype, ExportFormat, TrainConfig
+from distrust.errors import ConfigError
+from distrust.export import staging
+from distrust.export.card import model_card
+from distrust.export.facts import facts_of, public_name
+
+if TYPE_CHECKING:
+    from distrust.checkpoint import Checkpoint, CheckpointFile
+    from distrust.checkpoint.disk import Disk
+    from distrust.engines.torch.export import Write
+
+CARD = "README.md"
+STATE_SUFFIX = ".safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        path: the folder, or the file of a ``state``.
+        format: in which form.
+        dtype: of the weights.
+        bytes: of all files together.
+        checkpoint: the file it was made of.
+        step: of that.
+        state_digest: of that.
+    """
+
+    path: Path
+    format: ExportFormat
+    dtype: ExportDtype
+    bytes: int
+    checkpoint: Path
+    step: int
+    state_digest: str
+
+
+def export(
+    target: str | os.PathLike[str],
+    to: str | os.PathLike[str],
+    *,
+    format: ExportFormat | None = None,  # noqa: A002 - the word for it
+    step: int | None = None,
+    best: bool = False,
+    model: str | None = None,
+    dtype: ExportDtype | None = None,
+    disk: Disk | None = None,
+) -> Exported:
+    """Write what a checkpoint holds in a form that other programs load.
+
+    Args:
+        target: a run, a directory of checkpoints, or a file; of several the newest that is whole.
+        to: a folder that is not there yet; for ``state``, a file ``….safetensors``.
+        format: ``adapter`` unless all weights were trained, else ``merged``; or ``state``.
+        step: this checkpoint of several.
+        best: the best one, by the run's own metric.
+        model: where the base model lies now, if it was moved: a folder or a hub name.
+        dtype: of the weights. Default: for ``merged`` the run's, else float32, as they were trained.
+        disk: what syncs and renames, in place of the operating system's: one that fails, for tests.
+
+    Raises:
+        ExportFailed: if something is at ``to``, or it cannot be written.
+        CheckpointError: if there is no such checkpoint, or it is damaged.
+        ModelError: if the base model cannot be loaded, where it is needed.
+        ResumeRefused: if it is another base model.
+        ConfigError: for a format that the run has not, or a dtype that the weights do not fit.
+    """
+    _require_one_of("--format", format, ExportFormat)
+    _require_one_of("--dtype", dtype, ExportDtype)
+    to = Path(os.path.abspath(to))
+    staging.require_free(to)
+    file, checkpoint = engines.read_checkpoint(Path(target), step=step, best=best)
+    fingerprint = engines.base_fingerprint(file)  # or it is nobody's that this could be made of
+    config = engines.config_of(file)
+    chosen = format or ("adapter" if config.lora_rank else "merged")
+    _require_possible(chosen, config, file, to)
+    if dtype is None:
+        dtype = config.dtype if chosen == "merged" else "float32"
+    base = config.model if model is None else model
+
+    if chosen == "state":
+        about = {
+            "step": str(file.step),
+            "state_digest": file.state_digest,
+            "base_model": public_name(base),
+            "base_model_fingerprint": fingerprint,
+        }
+        write = _state(checkpoint, to.name, about, dtype=dtype)
+    elif chosen == "adapter":
+        write = _adapter(file, checkpoint, model, dtype=dtype)
+    else:
+        write = _merged(file, checkpoint, model, dtype=dtype)
+    with staging.staged(to, single_file=chosen == "state", disk=disk) as folder:
+        write(folder)
+        if chosen != "state":
+            facts = facts_of(file, config, title=to.name, base=base, form=chosen, dtype=dtype)
+            (folder / CARD).write_text(model_card(facts), encoding="utf-8")
+        nbytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return Exported(to, chosen, dtype, nbytes, file.path, file.step, file.state_digest)
+
+
+def _state(checkpoint: Checkpoint, name: str, about: dict[str, str], *, dtype: ExportDtype) -> Write:
+    from distrust.engines.torch.export import prepare_state
+
+    return prepare_state(checkpoint.model, file_name=name, about=about, dtype=dtype)
+
+
+def _adapter(file: CheckpointFile, checkpoint: Checkpoint, model: str | None, *, dtype: ExportDtype) -> Write:
+    from distrust.engines.torch.export import prepare_adapter
+
+    config = engines.config_of(file, model=model)
+    with engines.base_told(file, config.model, given=model is not None):
+        return prepare_adapter(config, checkpoint.model, dtype=dtype)
+
+
+def _merged(file: CheckpointFile, checkpoint: Checkpoint, model: str | None, *, dtype: ExportDtype) -> Write:
+    from distrust.engines.torch.engine import TorchEngine
+    from distrust.engines.torch.export import prepare_merged
+
+    # On the CPU, whatever it was trained on, and with the base model in full precision.
+    changes: dict[str, Any] = {"device": "cpu", "gradient_checkpointing": False}
+    changes |= {field.name: field.default for field in fields(TrainConfig) if field.name == "quantization"}
+    engine = engines.engine_of(file, checkpoint, model=model, changes=changes)
+    assert isinstance(engine, TorchEngine)  # noqa: S101 - the only engine there is
+    return prepare_merged(engine, engines.config_of(file, model=model), dtype=dtype)
+
+
+def _require_one_of(flag: str, value: str | None, choices: Any) -> None:
+    if value is not None and value not in get_args(choices):
+        raise ConfigError(f"{flag} is {value!r}: give one of {', '.join(get_args(choices))}")
+
+
+def _require_possible(chosen: ExportFormat, config: TrainConfig, file: CheckpointFile, to: Path) -> None:
+    if chosen == "adapter" and not config.lora_rank:
+        raise ConfigError(
+            f"--format adapter: {file.path} has no adapter: all weights were trained (--lora-rank 0); "
+            "give merged, or state"
+        )
+    if chosen == "state" and to.suffix != STATE_SUFFIX:
+        raise ConfigError(
+            f"--to {to.name}: the state is one file; give it a name that ends in {STATE_SUFFIX}"
+        )

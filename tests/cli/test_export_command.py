@@ -1,0 +1,75 @@
+"""``distrust export`` as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+
+from safetensors.torch import load_file
+
+from models import make_model
+
+
+def test_each_format(distrust, finished, tmp_path):
+    wanted = {"adapter": "adapter_model.safetensors", "merged": "model.safetensors", "state": None}
+    for form, name in wanted.items():
+        to = tmp_path / (form if name else "state.safetensors")
+        given = distrust("export", finished, "--to", to, "--format", form, "--json")
+        assert (given.code, given.err) == (0, "")
+        done = json.loads(given.out)
+        assert list(done) == ["path", "format", "dtype", "bytes", "checkpoint", "step", "state_digest"]
+        assert (done["path"], done["format"], done["step"]) == (str(to), form, 6)
+        assert done["checkpoint"] == str(finished / "checkpoints" / "checkpoint-6-final.safetensors")
+        files = list(to.iterdir()) if name else [to]
+        assert done["bytes"] == sum(path.stat().st_size for path in files)
+        assert load_file(to / name if name else to)
+        shown = json.loads(distrust("show", finished, "--json").out)
+        assert done["state_digest"] == shown["state_digest"]
+
+
+def test_for_people(distrust, finished, tmp_path):
+    given = distrust("export", finished, "--to", tmp_path / "a", "--step", 4, "--dtype", "bfloat16")
+    assert (given.code, given.err) == (0, "")
+    assert given.out.startswith(f"step 4 of {finished}/checkpoints/checkpoint-4.safetensors, state ")
+    assert "\nadapter, bfloat16, " in given.out
+    assert f"PeftModel.from_pretrained(base, '{tmp_path}/a')" in given.out
+
+
+def test_what_is_refused_is_one_line_and_leaves_nothing(distrust, folder, finished, tmp_path):
+    other = make_model(tmp_path / "other", seed=1)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").touch()
+    cases = {
+        ("--to", tmp_path / "full"): (1, "is there already, and is not written over"),
+        ("--to", tmp_path / "a", "--step", 5): (1, "no checkpoint of step 5; there are 2, 4, 6"),
+        ("--to", tmp_path / "a", "--best"): (1, "no checkpoint has the metric 'eval_loss'"),
+        ("--to", tmp_path / "a", "--format", "state"): (2, "give it a name that ends in .safetensors"),
+        ("--to", tmp_path / "a", "--format", "merged", "--model", other): (1, "was not trained on"),
+        ("--to", tmp_path / "a", "--model", tmp_path / "nowhere"): (1, "there is no such folder"),
+        ("--to", tmp_path / "full" / "mine" / "a"): (1, "mine is no folder"),
+    }
+    for arguments, (code, said) in cases.items():
+        given = distrust("export", finished, *arguments)
+        assert (given.code, given.out, given.err.count("\n")) == (code, "", 1), given.err
+        assert said in given.err
+    assert sorted(os.listdir(tmp_path)) == ["full", "other"]
+    assert os.listdir(tmp_path / "full") == ["mine"]
+
+
+def test_killed_while_it_writes(start, distrust, finished, tmp_path):
+    """A real kill, as soon as anything is to be seen on the disk."""
+    to = tmp_path / "merged"
+    process = start("export", finished, "--to", to, "--format", "merged")
+    deadline = time.monotonic() + 60
+    while not os.listdir(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    if not to.exists():  # the kill came before the rename
+        assert all(name.startswith(".merged.") for name in os.listdir(tmp_path))
+        assert distrust("export", finished, "--to", to, "--format", "merged").code == 0
+    assert os.listdir(tmp_path) == ["merged"]
+    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= set(os.listdir(to))
