@@ -1,8 +1,8 @@
 """Attention within each of several examples that stand one after the other in one row, without padding.
 
-Every other layer of a transformer treats tokens one by one; only attention looks from one to another, and only
-here it matters where an example ends. Each example attends to itself, by the same fused kernel as a batch
-would, so nothing is spent on padding or on a mask of the whole row.
+Every other layer of a transformer treats tokens one by one; only attention looks from one to another, and
+only here it matters where an example ends. Each example attends to itself, by the same fused kernel as a
+batch would, so nothing is spent on padding or on a mask of the whole row.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class UnknownAttention(Exception):
 
 @contextlib.contextmanager
 def examples_of(lengths: list[int]) -> Iterator[None]:
-    """While this lasts, rows consist of examples of these lengths."""
+    """While this lasts, a row consists of examples of these lengths; none: batches are as usual."""
     global _lengths
     before, _lengths = _lengths, lengths
     try:
@@ -37,13 +37,25 @@ def examples_of(lengths: list[int]) -> Iterator[None]:
 
 
 def register() -> None:
-    """Make it known to transformers, under :data:`NAME`; it asks for no mask."""
-    from transformers import AttentionInterface
+    """Make it known to transformers, under :data:`NAME`; elsewhere than in a packed row it is ``sdpa``."""
+    from transformers import AttentionInterface, AttentionMaskInterface
 
-    AttentionInterface.register(NAME, packed_attention)
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, _mask_of_row)
 
 
-@torch.compiler.disable
+def _mask_of_row(*arguments: Any, **options: Any) -> Any:
+    from transformers.masking_utils import sdpa_mask
+
+    return None if _lengths else sdpa_mask(*arguments, **options)
+
+
+def _attention(module: torch.nn.Module, *tensors: Any, **options: Any) -> Any:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    return (packed_attention if _lengths else sdpa_attention_forward)(module, *tensors, **options)
+
+
 def packed_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -84,21 +96,30 @@ def packed_attention(
     if sum(_lengths) != query.shape[2]:
         raise UnknownAttention(f"a row of {query.shape[2]} tokens for examples of {sum(_lengths)}")
     grouped = query.shape[1] != key.shape[1]
-    parts = zip(*(tensor.split(_lengths, dim=2) for tensor in (query, key, value)), strict=True)
-    attended = [
-        scaled_dot_product_attention(
-            *part, **_mask(part[0], sliding_window), dropout_p=dropout, scale=scaling, enable_gqa=grouped
+    parts = zip(*(torch.split(tensor, _lengths, dim=2) for tensor in (query, key, value)), strict=True)
+    attended = []
+    for of_query, of_key, of_value in parts:
+        mask = _mask(of_query, sliding_window)
+        attended.append(
+            scaled_dot_product_attention(
+                of_query,
+                of_key,
+                of_value,
+                attn_mask=mask,
+                is_causal=mask is None,
+                dropout_p=dropout,
+                scale=scaling,
+                enable_gqa=grouped,
+            )
         )
-        for part in parts
-    ]
     return torch.cat(attended, dim=2).transpose(1, 2), None
 
 
-def _mask(query: torch.Tensor, window: int | None) -> dict[str, Any]:
-    """The causal mask, banded where an example is longer than the window."""
+def _mask(query: torch.Tensor, window: int | None) -> torch.Tensor | None:
+    """Where an example is longer than the window, the band that its tokens see: bool[t, t]; else None."""
     length = query.shape[2]
     if window is None or length <= window:
-        return {"is_causal": True}
-    back = torch.arange(length, device=query.device)
-    distance = back[:, None] - back[None, :]
-    return {"attn_mask": (distance >= 0) & (distance < window)}
+        return None
+    place = torch.arange(length, device=query.device)
+    distance = place[:, None] - place[None, :]
+    return (distance >= 0) & (distance < window)

@@ -11,13 +11,13 @@ import os
 from collections.abc import Iterator
 from typing import Any, Literal
 
-import numpy as np
 import torch
 
 from distrust.config import TrainConfig
 from distrust.data import MicroBatch, Tokenizer
 from distrust.engines.torch import adapter, model, randomness
-from distrust.engines.torch.loss import token_losses
+from distrust.engines.torch.fused import fuse
+from distrust.engines.torch.passes import Passes
 from distrust.errors import OutOfMemory, ResumeRefused
 from distrust.training.engine import EngineState, Losses
 
@@ -56,7 +56,9 @@ class TorchEngine:
             enable: Any = getattr(base, "activation_checkpointing_enable", None)
             enable = enable or base.gradient_checkpointing_enable
             enable({"use_reentrant": False})
-        self._model = self._adapted(base, config)
+        self._model = self._adapted(base, config).eval()
+        self._fused = fuse(self._model)
+        self._passes = Passes(base, arithmetic=self._arithmetic)
         self._trained = adapter.trained_parameters(self._model)
         self._optimizer = _optimizer(self._trained, config)
 
@@ -111,7 +113,9 @@ class TorchEngine:
             "matmul_precision": torch.get_float32_matmul_precision(),
             "model_config": self._config_digest,
             "threads": torch.get_num_threads(),
-            "attention": self._attention,
+            "attention": f"{self._attention}, {'packed' if self._passes.packs else 'padded'}",
+            "loss": "in chunks" if self._passes.chunks else "of all logits",
+            "fused": self._fused,
             "optimizer": type(self._optimizer).__name__,
             "gradient_checkpointing": self._gradient_checkpointing,
             "compiled": False,
@@ -133,9 +137,7 @@ class TorchEngine:
         """Forward and backward: add the gradient of Σ weight · cross-entropy / ``tokens``."""
         self._model.train()
         with _memory_told():
-            plain, weighted = self._forward(batch)
-            (weighted.sum() / tokens).backward()  # type: ignore[no-untyped-call]
-        return _losses(plain, weighted)
+            return self._passes.train(batch, tokens=tokens)
 
     def clip_gradients(self, max_norm: float) -> float:
         """Scale the gradients down to ``max_norm`` (0: leave them); returns the norm before."""
@@ -160,12 +162,11 @@ class TorchEngine:
         # Or finite terms were too large together.
         return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
-    @torch.no_grad()
     def evaluate(self, batch: MicroBatch) -> Losses:
         """Forward only, without dropout."""
         self._model.eval()
         with _memory_told():
-            return _losses(*self._forward(batch))
+            return self._passes.evaluate(batch)
 
     def state(self) -> EngineState:
         """The trained weights, AdamW's state by the parameters' names, and the generators'."""
@@ -209,19 +210,6 @@ class TorchEngine:
         )
         return adapted.to(self._device)
 
-    def _forward(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        def on_device(array: np.ndarray[Any, Any]) -> torch.Tensor:
-            return torch.from_numpy(array).to(self._device)
-
-        autocast: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-        if self._arithmetic is not torch.float32:
-            autocast = torch.autocast(self._device.type, self._arithmetic)
-        with autocast:
-            logits = self._model(
-                input_ids=on_device(batch.input_ids), attention_mask=on_device(batch.attention_mask)
-            ).logits
-        return token_losses(logits, on_device(batch.labels), on_device(batch.weights))
-
 
 def _by_device(tensors: list[torch.Tensor]) -> list[list[torch.Tensor]]:
     devices = {tensor.device for tensor in tensors}
@@ -242,12 +230,6 @@ def _optimizer(trained: dict[str, torch.nn.Parameter], config: TrainConfig) -> t
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
     )
-
-
-def _losses(plain: torch.Tensor, weighted: torch.Tensor) -> Losses:
-    # Summed in float64 on the host: MPS has no float64, and a sum of thousands of tokens deserves it.
-    rows = torch.stack([plain.detach(), weighted.detach()]).cpu().double().sum(dim=2).numpy()
-    return Losses(cross_entropy=rows[0], weighted=rows[1])
 
 
 @contextlib.contextmanager

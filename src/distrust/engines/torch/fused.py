@@ -1,9 +1,10 @@
 """The same layers with less memory and less traffic: LoRA's linear, RMSNorm, and the gate of an MLP.
 
-Autograd keeps the results of elementary operations, and each of those reads and writes its tensors anew. These
-functions know the whole of a layer: they keep only what cannot be had again cheaply, and add in place. Modules stay
-what and where they are, and so does every name in a checkpoint; their ``forward`` alone is replaced, and only where
-a trial gives the module's own result. A module that a trial or its kind rules out keeps its own way.
+Autograd keeps the results of elementary operations, and each of those reads and writes its tensors anew.
+These functions know the whole of a layer: they keep only what cannot be had again cheaply, and add in place.
+Modules stay what and where they are, and so does every name in a checkpoint; their ``forward`` alone is
+replaced, and only where a trial gives the module's own result. A module that a trial or its kind rules out
+keeps its own way.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, silu
+from torch.nn.functional import silu
 
 from distrust.engines.torch.adapter import ADAPTER_NAME
+from distrust.engines.torch.products import product
 
 #: How far a trial may be off, beside its largest value: some rounding in each dtype.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -35,7 +37,7 @@ def fuse(model: torch.nn.Module) -> dict[str, int]:
     for module in model.modules():
         kind, forward = _way(module)
         if forward is not None and _same(module, forward):
-            module.forward = forward.__get__(module)  # type: ignore[method-assign]
+            module.forward = forward.__get__(module)
             taken[kind] += 1
     return taken
 
@@ -59,7 +61,7 @@ def _is_silu(function: Any) -> bool:
     return isinstance(function, torch.nn.SiLU) or type(function).__name__ == "SiLUActivation"
 
 
-def _is_plain_lora(module: torch.nn.Module) -> bool:
+def _is_plain_lora(module: Any) -> bool:
     """Whether it is peft's LoRA of one adapter on a frozen linear layer, with nothing more to it."""
     from peft.tuners.lora.layer import Linear
 
@@ -140,8 +142,8 @@ def _norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
 class _LoraLinear(torch.autograd.Function):
     """x Wᵀ + bias + scale · x Aᵀ Bᵀ, in the dtype of W; with a gate, of silu(gate) · x.
 
-    Kept for the way back: x and gate, which others keep anyway, and x Aᵀ, which is [n, rank]. The gated product
-    is computed again.
+    Kept for the way back: x and gate, which others keep anyway, and x Aᵀ, which is [n, rank]. The gated
+    product is computed again.
     """
 
     @staticmethod
@@ -158,11 +160,11 @@ class _LoraLinear(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             inputs = _gated(x, gate).to(weight.dtype).flatten(0, -2)
             low = torch.mm(inputs, a.to(weight.dtype).t())
-            result = linear(inputs, weight, bias)
+            result = product(inputs, weight, bias)
             result.addmm_(low, (b * scale).to(weight.dtype).t())
         ctx.save_for_backward(x, gate, weight, a, b, low)
         ctx.scale = scale
-        return result.unflatten(0, x.shape[:-1])
+        return _rows(result, x)
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
@@ -173,9 +175,8 @@ class _LoraLinear(torch.autograd.Function):
         of_a = torch.mm(of_low.t(), _gated(x, gate).to(weight.dtype).flatten(0, -2)).to(a.dtype)
         of_x = of_gate = None
         if ctx.needs_input_grad[0]:
-            of_inputs = torch.mm(slope, weight).addmm_(of_low, a.to(weight.dtype))
-            of_inputs = of_inputs.unflatten(0, x.shape[:-1])
-            of_gate, of_x = _of_gated(of_inputs, gate, x)
+            of_inputs = product(slope, weight.t()).addmm_(of_low, a.to(weight.dtype))
+            of_gate, of_x = _of_gated(_rows(of_inputs, x), gate, x)
         return of_x, of_gate, None, None, of_a, of_b, None
 
 
@@ -191,6 +192,10 @@ class _Gate(torch.autograd.Function):
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, Tensor]:
         gate, x = ctx.saved_tensors
         return _of_gated(slope, gate, x)
+
+
+def _rows(flat: Tensor, like: Tensor) -> Tensor:
+    return flat.view(*like.shape[:-1], flat.shape[-1])
 
 
 def _gated(x: Tensor, gate: Tensor | None) -> Tensor:
@@ -214,7 +219,8 @@ class _Norm(torch.autograd.Function):
         length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         factor = (length.square() / x.shape[-1] + epsilon).rsqrt()
         ctx.save_for_backward(x, weight, factor)
-        return (wide * factor).to(x.dtype).mul_(weight)
+        normed: Tensor = (wide * factor).to(x.dtype)
+        return normed.mul_(weight)
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:

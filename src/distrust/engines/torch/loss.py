@@ -17,28 +17,10 @@ from typing import Any
 
 import torch
 
-from distrust.data import IGNORED
+from distrust.engines.torch.products import product
 
 #: Numbers in the logits of a chunk: 64 MiB of float32. Larger ones are no faster.
 CHUNK_NUMBERS = 2**24
-
-
-def next_tokens(
-    labels: torch.Tensor, weights: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What is predicted where: examples one after the other, each token of the one before it.
-
-    The first token of an example is never learned, so nothing is predicted over a boundary.
-
-    Args:
-        labels: int64[n]: each token where it is learned, else -100. Not shifted.
-        weights: float32[n]: each token's weight. Not shifted.
-
-    Returns:
-        int64[m] each place whose successor is learned, int64[m] the successor, float32[m] its weight.
-    """
-    places = torch.nonzero(labels[1:] != IGNORED).squeeze(1)
-    return places, labels[places + 1], weights[places + 1]
 
 
 def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -108,7 +90,6 @@ def _losses(
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor | None]]:
     """The scaled sum, each loss, and the gradients that are wanted of hidden, weight and bias."""
     table = weight.to(hidden.dtype)
-    products = hidden.new_empty(min(rows, len(hidden)), len(weight))  # one block, used again and again
     losses = torch.empty_like(scales)
     of_hidden = torch.empty_like(hidden) if wanted[0] else None
     of_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
@@ -116,10 +97,7 @@ def _losses(
     for begin in range(0, len(hidden), rows):
         part = slice(begin, begin + rows)
         inputs, target, scale = hidden[part], targets[part, None], scales[part, None]
-        logits = torch.mm(inputs, table.t(), out=products[: len(inputs)])
-        if bias is not None:
-            logits += bias
-        odds = logits.float()  # the same memory where it is float32 already
+        odds = product(inputs, table, bias).float()  # the same memory where it is float32 already
         highest = odds.amax(dim=1, keepdim=True)
         hit = odds.gather(1, target) - highest
         odds.sub_(highest).exp_()
@@ -133,7 +111,7 @@ def _losses(
             of_bias += slopes.sum(dim=0)
         slopes = slopes.to(hidden.dtype)
         if of_hidden is not None:
-            torch.mm(slopes, table, out=of_hidden[part])
+            of_hidden[part] = product(slopes, table.t())
         if of_weight is not None:
             of_weight += torch.mm(slopes.t(), inputs)
     gradients = [
