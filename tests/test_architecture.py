@@ -137,6 +137,8 @@ def test_the_public_names():
         "DistrustTrainer",
         "DistrustWarning",
         "PendingSave",
+        "RunEnded",
+        "RunState",
         "TrainConfig",
     ]
     assert distrust.__all__ == sorted(distrust.__all__)

@@ -7,6 +7,7 @@
     ├── ResumeRefused                   going on would not continue the same run
     ├── NonFiniteLoss                   a loss or gradient norm that is not finite; the step was not made
     ├── OutOfMemory                     a step that needs more memory than there is
+    ├── RunInProgress                   another run of this process is training
     └── CheckpointError
         ├── CheckpointNotFound          no such checkpoint
         ├── CorruptCheckpoint           a file that is not what was written
@@ -87,6 +88,18 @@ class NonFiniteLoss(DistrustError):
 
 class OutOfMemory(DistrustError):
     """A step that needs more memory than there is. The step was not made."""
+
+
+class RunInProgress(DistrustError):
+    """Another run of this process is training: two at once would change each other's bits.
+
+    Attributes:
+        out: the folder of the run that is training.
+    """
+
+    def __init__(self, message: str, *, out: Path) -> None:
+        super().__init__(message)
+        self.out = out
 
 
 class CheckpointError(DistrustError):

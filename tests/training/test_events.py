@@ -173,7 +173,17 @@ def test_plain_lines_of_a_run_that_goes_on(run, tmp_path):
 def test_nothing_to_save_is_said_too():
     stream = io.StringIO()
     with ConsoleReporter(log_every=1, stream=stream) as console:
-        console(RunEnded(step=0, path=None, state_digest=None, stall_seconds=0.0, signal=2, already=False))
+        console(
+            RunEnded(
+                step=0,
+                path=None,
+                state_digest=None,
+                stall_seconds=0.0,
+                reason="signal",
+                signal=2,
+                already=False,
+            )
+        )
     assert stream.getvalue() == (
         "stopped by SIGINT: nothing to save yet. The same command goes on from there\n"
     )

@@ -95,7 +95,8 @@ def test_died_anywhere_it_ends_as_if_left_alone(run, died_after, save_every):
 def _options_of(path: Path) -> dict[str, object]:
     header = CheckpointManager(path.parent).inspect(path).header
     saved = {**header.run_info["extra"], **header.config}
-    del saved["environment"], saved["elapsed_seconds"], saved["fingerprints"]
+    for name in ("environment", "elapsed_seconds", "evaluations", "fingerprints"):
+        del saved[name]
     config = from_mapping(saved, where="here")
     return {name: getattr(config, name) for name in config.__dataclass_fields__}
 

@@ -31,6 +31,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "bfloat16": {"lora_rank": 4, "lora_dropout": 0.2, "dtype": "bfloat16"},
     "bfloat16, all weights": {"lora_rank": 0, "dtype": "bfloat16"},
     "gradient checkpointing": {"lora_rank": 4, "lora_dropout": 0.2, "gradient_checkpointing": True},
+    "dora": {"lora_rank": 4, "lora_dropout": 0.2, "dora": True, "rslora": True, "warmup_ratio": 0.3},
     "some modules": {"lora_rank": 2, "target_modules": ("q_proj", "v_proj"), "schedule": "linear"},
 }
 
