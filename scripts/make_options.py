@@ -13,17 +13,18 @@ from itertools import pairwise
 from pathlib import Path
 
 from distrust import config
-from distrust.config import TrainConfig, flag, key
+from distrust.config import TrainConfig, flag
 
 TARGET = Path(__file__).parent.parent / "docs" / "options.md"
 
 HEAD = """# Options
 
-Made from `src/distrust/config.py` by `python scripts/make_options.py`; do not edit. Each is a flag of `distrust
-train`, a key of the TOML file that `--config` names, and an argument of `TrainConfig` (there `lambda` is `lambda_`).
+Made from `src/distrust/config.py` by `python scripts/make_options.py`; do not edit. Each is a flag of
+`distrust train`, a key of the TOML file that `--config` names, and an argument of `TrainConfig` (there
+`lambda` is `lambda_`).
 
-When a run goes on, an option that changes the **result** must be what it was, or going on is refused; one that
-changes only the last **bits** is warned of; a **free** one may change.
+When a run goes on, an option that changes the **result** must be what it was, or going on is refused; one
+that changes only the last **bits** is warned of; a **free** one may change.
 """
 
 
@@ -68,7 +69,7 @@ def _type(annotation: str) -> str:
 
 
 def _shown(value: object) -> str:
-    return " ".join(value) if isinstance(value, tuple) else key(str(value))
+    return " ".join(value) if isinstance(value, tuple) else str(value)
 
 
 if __name__ == "__main__":
