@@ -6,30 +6,28 @@ import asyncio
 import os
 import signal
 import threading
-import time
 
 import pytest
 from toy_engine import ToyEngine
 
 from conftest import TOY
 from distrust import CheckpointManager, DistrustTrainer, TrainConfig
-from distrust.errors import ConfigError, RunInProgress, SaveFailed
+from distrust.errors import ConfigError, ResumeRefused, RunInProgress, SaveFailed
 from distrust.training.events import Preparing, RunEnded, StepEnded
 
 
-class Slow:
-    """An observer that holds each step up: what runs beside it has time to act."""
+class Held:
+    """An observer that holds the run after its first step until it is let go: what is tested comes then."""
 
-    def __init__(self, seconds: float = 0.02) -> None:
-        self.seconds = seconds
-        self.stepped = threading.Event()
+    def __init__(self) -> None:
+        self.stepped, self.let_go = threading.Event(), threading.Event()
         self.events = []
 
     def __call__(self, event) -> None:
         self.events.append(event)
-        if isinstance(event, StepEnded):
+        if isinstance(event, StepEnded) and not self.stepped.is_set():
             self.stepped.set()
-            time.sleep(self.seconds)
+            assert self.let_go.wait(30)
 
 
 @pytest.fixture
@@ -46,71 +44,76 @@ def alone(run, tmp_path):
     return run(tmp_path / "alone")[0]
 
 
-async def first_step(slow):
-    while not slow.stepped.is_set():
+async def first_step(held):
+    while not held.stepped.is_set():
         await asyncio.sleep(0.001)
 
 
 def test_awaited_it_makes_the_same_run_and_leaves_the_event_loop_free(trainer, alone, tmp_path):
     async def main():
-        slow = Slow()
-        turns = 0
-        task = asyncio.create_task(trainer(tmp_path / "run", slow).train_async())
-        while not task.done():
-            turns += 1
+        held = Held()
+        task = asyncio.create_task(trainer(tmp_path / "run", held).train_async())
+        await first_step(held)
+        for _ in range(10):  # the event loop turns, though the run stands still
             await asyncio.sleep(0.001)
-        return await task, turns, slow.events
+        held.let_go.set()
+        return await task, held.events
 
-    ended, turns, events = asyncio.run(main())
+    ended, events = asyncio.run(main())
     assert (ended.state_digest, ended.reason, ended.finished) == (alone.state_digest, "finished", True)
     assert events[-1] == ended
-    assert turns > 20
 
 
 @pytest.mark.parametrize("cancels", [1, 3])
 def test_cancelled_it_is_saved_first(trainer, alone, tmp_path, cancels):
-    slow = Slow()
+    held = Held()
 
     async def main():
-        task = asyncio.create_task(trainer(tmp_path / "run", slow).train_async())
-        await first_step(slow)
+        task = asyncio.create_task(trainer(tmp_path / "run", held).train_async())
+        await first_step(held)
         for _ in range(cancels):
             task.cancel()
             await asyncio.sleep(0.001)
+        assert not task.done()
+        held.let_go.set()
         with pytest.raises(asyncio.CancelledError):
             await task
 
     asyncio.run(main())
-    ended = slow.events[-1]
+    ended = held.events[-1]
     assert isinstance(ended, RunEnded)
-    assert (ended.reason, ended.signal, ended.finished) == ("stop", None, False)
-    assert 1 <= ended.step < 9
-    CheckpointManager(ended.path.parent).validate(ended.step)
+    assert (ended.step, ended.reason, ended.signal, ended.finished) == (1, "stop", None, False)
+    CheckpointManager(ended.path.parent).validate(1)
     assert trainer(tmp_path / "run").train().state_digest == alone.state_digest
 
 
 def test_an_event_loop_that_ends_waits_for_what_it_cancels(trainer, tmp_path):
-    slow = Slow()
+    held = Held()
 
     async def main():
-        asyncio.get_running_loop().create_task(trainer(tmp_path, slow).train_async())
-        await first_step(slow)
+        task = asyncio.create_task(trainer(tmp_path, held).train_async())
+        await first_step(held)
+        asyncio.get_running_loop().call_later(0.01, held.let_go.set)
+        return task  # nobody awaits it
 
     asyncio.run(main())
-    assert isinstance(slow.events[-1], RunEnded)
-    assert CheckpointManager(tmp_path / "checkpoints").list_checkpoints()[-1] == slow.events[-1].step
+    assert isinstance(held.events[-1], RunEnded)
+    assert CheckpointManager(tmp_path / "checkpoints").list_checkpoints() == [1]
 
 
 def test_a_timeout_stops_a_run(trainer, tmp_path):
-    slow = Slow(0.05)
+    held = Held()
 
     async def main():
-        async with asyncio.timeout(0.2):
-            await trainer(tmp_path, slow).train_async()
+        task = asyncio.create_task(trainer(tmp_path, held).train_async())
+        await first_step(held)
+        asyncio.get_running_loop().call_later(0.05, held.let_go.set)
+        await asyncio.wait_for(task, 0.001)
 
     with pytest.raises(TimeoutError):
         asyncio.run(main())
-    assert slow.events[-1].path.exists()
+    assert held.events[-1].path.name == "checkpoint-1.safetensors"
+    assert held.events[-1].path.exists()
 
 
 def test_cancelled_before_its_thread_began_it_stops_too(trainer, tmp_path):
@@ -128,19 +131,15 @@ def test_cancelled_before_its_thread_began_it_stops_too(trainer, tmp_path):
 
 
 def test_who_cancels_hears_that_it_could_not_be_saved(trainer, tmp_path):
-    def spoil(event):
-        if isinstance(event, StepEnded) and event.step == 3:
-            os.rename(tmp_path / "run", tmp_path / "elsewhere")
-            stepped.set()
-            time.sleep(0.1)
-
-    stepped = threading.Event()
+    held = Held()
 
     async def main():
-        task = asyncio.create_task(trainer(tmp_path / "run", spoil, save_every=0).train_async())
-        while not stepped.is_set():
-            await asyncio.sleep(0.001)
+        task = asyncio.create_task(trainer(tmp_path / "run", held, save_every=0).train_async())
+        await first_step(held)
+        os.rename(tmp_path / "run", tmp_path / "elsewhere")
         task.cancel()
+        await asyncio.sleep(0.001)
+        held.let_go.set()
         await task
 
     with pytest.raises(SaveFailed):
@@ -174,16 +173,17 @@ def test_stopped_while_it_prepares_there_is_nothing_to_save(trainer, tmp_path):
 
 
 def test_a_second_run_at_once_is_refused(trainer, alone, tmp_path):
-    slow = Slow()
+    held = Held()
 
     async def main():
-        task = asyncio.create_task(trainer(tmp_path / "run", slow).train_async())
-        await first_step(slow)
+        task = asyncio.create_task(trainer(tmp_path / "run", held).train_async())
+        await first_step(held)
         with pytest.raises(RunInProgress, match="this process is training") as error:
             await trainer(tmp_path / "other").train_async()
         with pytest.raises(RunInProgress):
             trainer(tmp_path / "other").train()
         assert error.value.out == tmp_path / "run"
+        held.let_go.set()
         return await task
 
     assert asyncio.run(main()).state_digest == alone.state_digest
@@ -216,12 +216,14 @@ def test_an_engine_that_cannot_go_back_is_not_gone_on_with(trainer, tmp_path):
         if isinstance(event, StepEnded):
             raise Broken
 
-    mine = trainer(tmp_path / "run", fail)
+    events = []
+    mine = trainer(tmp_path / "run", events.append, fail)
     with pytest.raises(Broken):
         mine.train()
+    assert (events[-1].step, events[-1].reason, events[-1].finished) == (1, "error", False)
     for file in (tmp_path / "run" / "checkpoints").glob("checkpoint-*"):
         file.unlink()
-    with pytest.raises(Exception, match="give a new engine"):
+    with pytest.raises(ResumeRefused, match="give a new engine"):
         mine.train()
 
 

@@ -17,7 +17,7 @@ from distrust.training.evaluations import Evaluations
 from distrust.training.events import Evaluated, StepEnded
 
 #: The toy overfits: its eval loss is best at the fourth step.
-EARLY = {"max_steps": 40, "early_stopping_patience": 2, "eval_every": 2, "learning_rate": 0.5}
+EARLY = {"max_steps": 30, "early_stopping_patience": 2, "eval_every": 2, "learning_rate": 0.5}
 
 
 def evaluated(events):
@@ -29,12 +29,12 @@ def test_it_ends_when_nothing_improved_for_so_long(run, eval_data, tmp_path):
     losses = evaluated(events)
     best = min(losses, key=losses.get)
     assert (ended.reason, ended.finished, ended.signal) == ("early_stopping", True, None)
-    assert ended.step == max(losses) == best + 2 * 2 < 40
+    assert ended.step == max(losses) == best + 2 * 2 < 30
     assert ended.path.name == f"checkpoint-{ended.step}-final.safetensors"
     manager = CheckpointManager(ended.path.parent)
     assert manager.load_best().step == best
     # Its steps are those of a run that was not watched.
-    plain, _ = run(tmp_path / "plain", max_steps=ended.step, learning_rate=0.5, schedule_steps=40)
+    plain, _ = run(tmp_path / "plain", max_steps=ended.step, learning_rate=0.5, schedule_steps=30)
     assert plain.state_digest == ended.state_digest
 
 
@@ -46,7 +46,7 @@ def test_ended_early_it_has_nothing_left_to_do_unless_it_gets_more_patience(run,
     more, events = run(tmp_path, eval_data=str(eval_data), **{**EARLY, "early_stopping_patience": 3})
     assert (more.step, more.reason) == (ended.step + 2, "early_stopping")
     rest, _ = run(tmp_path, eval_data=str(eval_data), **{**EARLY, "early_stopping_patience": None})
-    assert (rest.step, rest.reason) == (40, "finished")
+    assert (rest.step, rest.reason) == (30, "finished")
 
 
 def test_less_patience_than_was_used_up_ends_it_without_a_step(run, eval_data, tmp_path):
@@ -61,7 +61,7 @@ def test_less_patience_than_was_used_up_ends_it_without_a_step(run, eval_data, t
     assert not [event for event in events if isinstance(event, StepEnded)]
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(stops=st.lists(st.integers(1, 8), max_size=3).map(sorted), save_every=st.integers(0, 3))
 def test_interrupted_anywhere_it_ends_at_the_same_step(run, eval_data, stops, save_every):
     with tempfile.TemporaryDirectory() as folder:

@@ -65,7 +65,6 @@ def test_it_is_as_of_the_event_that_an_observer_sees(trainer, tmp_path):
 
 
 def test_a_run_that_goes_on_knows_what_it_knew(trainer):
-    alone = trainer(save_every=0)
     stopped = trainer(Stopper(3))
     stopped.train()
     before = stopped.state
@@ -84,11 +83,10 @@ def test_a_run_that_goes_on_knows_what_it_knew(trainer):
     again.train()
     for name in ("step", "tokens_seen", "metrics", "best", "checkpoint", "max_steps"):
         assert getattr(again.state, name) == getattr(later.state, name), name
-    assert alone.state.step == 0
 
 
 def test_any_thread_reads_a_whole_state(trainer):
-    """Each state that another thread sees is one that an observer saw, never a mixture."""
+    """Each state that another thread sees is one that an observer saw, or of before or after the steps."""
     told, read = [], []
     mine = trainer(lambda event: told.append(mine.state), max_steps=60, save_every=0)
     over = threading.Event()
@@ -103,15 +101,11 @@ def test_any_thread_reads_a_whole_state(trainer):
     over.set()
     poller.join()
     seen = {id(state) for state in told}
-    strange = [state for state in read if id(state) not in seen]
-    assert len({state.step for state in read}) > 3
-    # At the beginning and the end the run is not told by an event, and before each event it may be read.
-    assert all(
-        state.step == 0 or any(state == other for other in told) or not state.running for state in strange
-    )
+    assert read
+    assert all(state.step in (0, 60) for state in read if id(state) not in seen)
 
 
-def test_a_second_call_begins_with_what_is_on_disk(trainer):
+def test_a_second_call_begins_with_what_is_on_disk(trainer, tmp_path):
     """The first one's steps that were never saved are gone, in memory too."""
 
     class Died(BaseException):
@@ -128,6 +122,6 @@ def test_a_second_call_begins_with_what_is_on_disk(trainer):
         mine.train()
     assert mine.state.step == 3
     assert not mine.state.running
-    ended = mine.train()
-    assert ended.step == 9
-    assert mine.state.tokens_seen == 2 * mine.state.tokens_seen / 2
+    alone = trainer(out=str(tmp_path / "alone"))
+    assert mine.train().state_digest == alone.train().state_digest
+    assert mine.state.tokens_seen == alone.state.tokens_seen
