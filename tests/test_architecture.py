@@ -148,6 +148,10 @@ def test_the_public_names():
         _ = distrust.Nothing
 
 
+def test_the_package_says_that_it_is_typed():
+    assert (ROOT / "py.typed").is_file()
+
+
 HEAVY = {
     "asyncio",
     "jax",
