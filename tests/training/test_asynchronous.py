@@ -8,9 +8,8 @@ import signal
 import threading
 
 import pytest
-from toy_engine import ToyEngine
+from toy_engine import TOY, ToyEngine
 
-from conftest import TOY
 from distrust import CheckpointManager, DistrustTrainer, TrainConfig
 from distrust.errors import ConfigError, ResumeRefused, RunInProgress, SaveFailed
 from distrust.training.events import Preparing, RunEnded, StepEnded
@@ -230,8 +229,7 @@ def test_an_engine_that_cannot_go_back_is_not_gone_on_with(trainer, tmp_path):
 ASYNC_RUN = """
 import asyncio, sys
 sys.path[:0] = sys.argv[3:]
-from conftest import TOY
-from toy_engine import ToyEngine
+from toy_engine import TOY, ToyEngine
 from distrust import DistrustTrainer, TrainConfig
 from distrust.training.events import StepEnded
 import signal, time

@@ -6,9 +6,8 @@ import threading
 from dataclasses import FrozenInstanceError
 
 import pytest
-from toy_engine import ToyEngine
+from toy_engine import TOY, ToyEngine
 
-from conftest import TOY, Stopper
 from distrust import DistrustTrainer, RunState, TrainConfig
 from distrust.training.events import CheckpointSaved, Evaluated, RunEnded, StepEnded
 
@@ -65,7 +64,7 @@ def test_it_is_as_of_the_event_that_an_observer_sees(trainer, tmp_path):
 
 
 def test_a_run_that_goes_on_knows_what_it_knew(trainer):
-    stopped = trainer(Stopper(3))
+    stopped = trainer(lambda event: stopped.stop() if stopped.state.step == 3 else None)
     stopped.train()
     before = stopped.state
     resumed = []

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TypeVar
 
+WAKING_SECONDS = 0.5
+
 Result = TypeVar("Result")
 
 
@@ -36,7 +38,8 @@ async def in_thread(work: Callable[[], Result], *, ask_to_stop: Callable[[], Non
     try:
         while not waiting.done():
             try:
-                await asyncio.wait([waiting])
+                # Signal handlers run when the main thread does, and not every signal wakes it up.
+                await asyncio.wait([waiting], timeout=WAKING_SECONDS)
             except asyncio.CancelledError as error:
                 cancelled = cancelled or error
                 ask_to_stop()
