@@ -137,6 +137,8 @@ def test_the_public_names():
         "DistrustTrainer",
         "DistrustWarning",
         "PendingSave",
+        "RunEnded",
+        "RunState",
         "TrainConfig",
     ]
     assert distrust.__all__ == sorted(distrust.__all__)
@@ -144,6 +146,10 @@ def test_the_public_names():
         assert getattr(distrust, name).__name__ == name
     with pytest.raises(AttributeError, match="Nothing"):
         _ = distrust.Nothing
+
+
+def test_the_package_says_that_it_is_typed():
+    assert (ROOT / "py.typed").is_file()
 
 
 HEAVY = {

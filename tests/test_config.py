@@ -37,12 +37,15 @@ OPTIONS = [
     "lora_alpha",
     "lora_dropout",
     "target_modules",
+    "rslora",
+    "dora",
     "max_steps",
     "epochs",
     "batch_size",
     "gradient_accumulation",
     "learning_rate",
     "warmup_steps",
+    "warmup_ratio",
     "schedule",
     "schedule_steps",
     "weight_decay",
@@ -62,6 +65,8 @@ OPTIONS = [
     "metric",
     "metric_mode",
     "eval_every",
+    "eval_at_start",
+    "early_stopping_patience",
     "log_every",
     "from_step",
     "branch",
@@ -86,12 +91,15 @@ VALUES = {
     "lora_alpha": (1.0, 1e-3, 0.0),
     "lora_dropout": (0.0, 0.99, 1.0),
     "target_modules": (("q_proj",), ("a", "b"), ()),
+    "rslora": (True, False),
+    "dora": (True, False),
     "max_steps": (1, None, 0),
     "epochs": (1, 9, 0),
     "batch_size": (1, 64, 0),
     "gradient_accumulation": (1, 4, 0),
     "learning_rate": (0.0, 1.0, -1e-9),
     "warmup_steps": (0, 10**6, -1),
+    "warmup_ratio": (0.1, None, 1.5),
     "schedule": ("linear", "constant", "step"),
     "schedule_steps": (1, None, 0),
     "weight_decay": (0.0, 0.5, float("nan")),
@@ -111,6 +119,8 @@ VALUES = {
     "metric": ("loss", "eval_loss"),
     "metric_mode": ("max", "min", "most"),
     "eval_every": (1, 7, 0),
+    "eval_at_start": (True, False),
+    "early_stopping_patience": (1, None, 0),
     "log_every": (1, 7, 0),
     "from_step": (0, None, -1),
     "branch": (None,),
@@ -210,6 +220,12 @@ def test_all_that_is_wrong_at_once():
     assert wrong == [flag(field.name) for field in fields(TrainConfig) if len(VALUES[field.name]) > 2]
 
 
+@pytest.mark.parametrize("name", ["rslora", "dora"])
+def test_without_an_adapter_there_is_no_kind_of_it(name):
+    with pytest.raises(ConfigError, match=f"--{name} is True: give a --lora-rank; 0 makes no adapter"):
+        TrainConfig(lora_rank=0, **{name: True})
+
+
 def test_a_branch_begins_somewhere_and_elsewhere():
     with pytest.raises(ConfigError, match="--branch is 'b': say where it begins, with --from-step"):
         TrainConfig(branch="b")
@@ -218,8 +234,9 @@ def test_a_branch_begins_somewhere_and_elsewhere():
     assert TrainConfig(out="a", branch="b", from_step=1).branch == "b"
 
 
+NO_ADAPTER = {"rslora": False, "dora": False}
 configs = st.fixed_dictionaries({name: st.sampled_from(values[:2]) for name, values in VALUES.items()}).map(
-    lambda values: TrainConfig(**values)
+    lambda values: TrainConfig(**values | ({} if values["lora_rank"] else NO_ADAPTER))
 )
 
 

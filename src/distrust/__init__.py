@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from distrust.checkpoint import Checkpoint, CheckpointManager, PendingSave
     from distrust.config import TrainConfig
     from distrust.errors import DistrustError, DistrustWarning
-    from distrust.training import DistrustTrainer
+    from distrust.training import DistrustTrainer, RunEnded, RunState
 
 __version__ = "0.1.0"
 
@@ -23,6 +23,8 @@ _HOMES = {
     "DistrustTrainer": "distrust.training",
     "DistrustWarning": "distrust.errors",
     "PendingSave": "distrust.checkpoint",
+    "RunEnded": "distrust.training",
+    "RunState": "distrust.training",
     "TrainConfig": "distrust.config",
 }
 
@@ -33,6 +35,8 @@ __all__ = [
     "DistrustTrainer",
     "DistrustWarning",
     "PendingSave",
+    "RunEnded",
+    "RunState",
     "TrainConfig",
 ]
 

@@ -104,6 +104,11 @@ class TrainConfig:
     target_modules: tuple[str, ...] = _result(("all-linear",))
     """Names of the modules that get an adapter, or "all-linear"."""
 
+    rslora: bool = _result(False)
+    """Scale the adapter's output by alpha / sqrt(rank) instead (rank-stabilized LoRA)."""
+    dora: bool = _result(False)
+    """Train the magnitude of each weight's columns apart from their direction (DoRA)."""
+
     # Optimization
     max_steps: int | None = _free(None)
     """Optimizer steps of the whole run. Default: as many as `epochs` take."""
@@ -117,6 +122,8 @@ class TrainConfig:
     """Peak learning rate."""
     warmup_steps: int = _result(10)
     """Steps in which the learning rate rises to its peak."""
+    warmup_ratio: float | None = _result(None)
+    """Share of the schedule's steps to warm up in, 0 to 1, instead of `warmup_steps`."""
     schedule: Schedule = _result("cosine")
     """How the learning rate falls after the warm-up."""
     schedule_steps: int | None = _result(None)
@@ -159,6 +166,10 @@ class TrainConfig:
     """Whether a lower or a higher value of `metric` is better."""
     eval_every: int = _free(50)
     """Steps between evaluations, where there is something to evaluate on."""
+    eval_at_start: bool = _free(False)
+    """Evaluate before the first step, too."""
+    early_stopping_patience: int | None = _free(None)
+    """End the run after so many evaluations in a row in which `metric` did not improve. Default: never."""
     log_every: int = _free(10)
     """Steps between lines, where the output is no terminal."""
     from_step: int | None = _free(None)
@@ -262,6 +273,10 @@ def _bounds(c: TrainConfig) -> list[tuple[str, bool, str]]:
         ("lora_rank", c.lora_rank >= 0, "give 1 or more, or 0 to train all weights"),
         ("lora_alpha", c.lora_alpha > 0 and finite(c.lora_alpha), "give more than 0"),
         ("lora_dropout", 0 <= c.lora_dropout < 1, "give 0 to under 1"),
+        *(
+            (name, not getattr(c, name) or c.lora_rank > 0, "give a --lora-rank; 0 makes no adapter")
+            for name in ("rslora", "dora")
+        ),
         ("target_modules", len(c.target_modules) > 0, "give at least one name"),
         ("max_steps", c.max_steps is None or c.max_steps >= 1, "give 1 or more"),
         ("epochs", c.epochs >= 1, "give 1 or more"),
@@ -269,6 +284,7 @@ def _bounds(c: TrainConfig) -> list[tuple[str, bool, str]]:
         ("gradient_accumulation", c.gradient_accumulation >= 1, "give 1 or more"),
         ("learning_rate", _within(c.learning_rate, 0, FLOAT32_MAX), "give 0 or more, in float32's range"),
         ("warmup_steps", c.warmup_steps >= 0, "give 0 or more"),
+        ("warmup_ratio", _within(c.warmup_ratio, 0, 1), "give 0 to 1"),
         ("schedule", c.schedule in get_args(Schedule), f"give one of {', '.join(get_args(Schedule))}"),
         ("schedule_steps", c.schedule_steps is None or c.schedule_steps >= 1, "give 1 or more"),
         ("weight_decay", _within(c.weight_decay, 0, FLOAT32_MAX), "give 0 or more, in float32's range"),
@@ -287,6 +303,11 @@ def _bounds(c: TrainConfig) -> list[tuple[str, bool, str]]:
         ("metric", c.metric in get_args(Metric), f"give one of {', '.join(get_args(Metric))}"),
         ("metric_mode", c.metric_mode in get_args(MetricMode), "give min or max"),
         ("eval_every", c.eval_every >= 1, "give 1 or more"),
+        (
+            "early_stopping_patience",
+            c.early_stopping_patience is None or c.early_stopping_patience >= 1,
+            "give 1 or more",
+        ),
         ("log_every", c.log_every >= 1, "give 1 or more"),
         ("from_step", c.from_step is None or c.from_step >= 0, "give 0 or more"),
         ("branch", c.branch is None or c.from_step is not None, "say where it begins, with --from-step"),

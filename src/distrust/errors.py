@@ -8,6 +8,7 @@
     ├── NonFiniteLoss                   a loss or gradient norm that is not finite; the step was not made
     ├── OutOfMemory                     a step that needs more memory than there is
     ├── ExportFailed                    an export was not written; nothing of it is at its target
+    ├── RunInProgress                   another run of this process is training
     └── CheckpointError
         ├── CheckpointNotFound          no such checkpoint
         ├── CorruptCheckpoint           a file that is not what was written
@@ -100,6 +101,18 @@ class ExportFailed(DistrustError):
     def __init__(self, message: str, *, path: Path) -> None:
         super().__init__(message)
         self.path = path
+
+
+class RunInProgress(DistrustError):
+    """Another run of this process is training: two at once would change each other's bits.
+
+    Attributes:
+        out: the folder of the run that is training.
+    """
+
+    def __init__(self, message: str, *, out: Path) -> None:
+        super().__init__(message)
+        self.out = out
 
 
 class CheckpointError(DistrustError):

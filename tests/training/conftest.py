@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from toy_engine import ToyEngine
+from toy_engine import TOY, ToyEngine
 
 from distrust import DistrustTrainer, TrainConfig
 from distrust.training.events import Event, Observer, RunEnded, StepEnded
@@ -66,14 +66,3 @@ def run(data: Path) -> Run:
         return trainer.train(), events
 
     return run
-
-
-#: Eleven records in steps of four: three steps to an epoch, all but one.
-TOY: dict[str, Any] = {
-    "max_steps": 9,
-    "batch_size": 2,
-    "gradient_accumulation": 2,
-    "learning_rate": 0.05,
-    "warmup_steps": 2,
-    "save_every": 2,
-}

@@ -173,10 +173,45 @@ def test_plain_lines_of_a_run_that_goes_on(run, tmp_path):
 def test_nothing_to_save_is_said_too():
     stream = io.StringIO()
     with ConsoleReporter(log_every=1, stream=stream) as console:
-        console(RunEnded(step=0, path=None, state_digest=None, stall_seconds=0.0, signal=2, already=False))
+        console(
+            RunEnded(
+                step=0,
+                path=None,
+                state_digest=None,
+                stall_seconds=0.0,
+                reason="signal",
+                signal=2,
+                already=False,
+            )
+        )
     assert stream.getvalue() == (
         "stopped by SIGINT: nothing to save yet. The same command goes on from there\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("reason", "said"),
+    [
+        ("stop", "stopped: step 4 is saved. The same command goes on from there\n"),
+        ("early_stopping", "finished, early: no improvement, at step 4 in 0:00; "),
+        ("finished", "finished at step 4 in 0:00; "),
+    ],
+)
+def test_why_a_run_is_over_is_said(reason, said):
+    stream = io.StringIO()
+    with ConsoleReporter(log_every=1, stream=stream) as console:
+        console(
+            RunEnded(
+                step=4,
+                path=Path("checkpoint-4.safetensors"),
+                state_digest="d",
+                stall_seconds=0.0,
+                reason=reason,
+                signal=None,
+                already=False,
+            )
+        )
+    assert stream.getvalue().startswith(said)
 
 
 def test_names_are_printed_as_they_are(run, tmp_path):

@@ -95,7 +95,7 @@ def test_died_anywhere_it_ends_as_if_left_alone(run, died_after, save_every):
 def _options_of(path: Path) -> dict[str, object]:
     header = CheckpointManager(path.parent).inspect(path).header
     saved = {**header.run_info["extra"], **header.config}
-    for no_option in ("corpus", "elapsed_seconds", "environment", "fingerprints"):
+    for no_option in ("corpus", "elapsed_seconds", "environment", "evaluations", "fingerprints"):
         del saved[no_option]
     config = from_mapping(saved, where="here")
     return {name: getattr(config, name) for name in config.__dataclass_fields__}

@@ -9,7 +9,7 @@ from dataclasses import fields
 import pytest
 from toy_engine import ToyEngine
 
-from distrust import CheckpointManager, DistrustTrainer, DistrustWarning, TrainConfig
+from distrust import CheckpointManager, DistrustWarning, TrainConfig
 from distrust.config import flag
 from distrust.errors import (
     CheckpointDirectoryLocked,
@@ -34,10 +34,13 @@ OTHER = {
     "lora_alpha": 8.0,
     "lora_dropout": 0.1,
     "target_modules": ("q_proj",),
+    "rslora": True,
+    "dora": True,
     "batch_size": 1,
     "gradient_accumulation": 3,
     "learning_rate": 0.06,
     "warmup_steps": 3,
+    "warmup_ratio": 0.5,
     "schedule": "linear",
     "schedule_steps": 11,
     "weight_decay": 0.1,
@@ -230,20 +233,26 @@ def test_a_damaged_step_is_no_place_to_begin(run, tmp_path):
         run(tmp_path / "run", from_step=4)
 
 
-def test_a_second_trainer_in_the_folder_is_refused(run, tmp_path):
+def test_a_second_writer_in_the_folder_is_refused(run, tmp_path):
+    """A second trainer of the same process is refused wherever it writes: test_asynchronous.py."""
     refused = []
 
     def second(event):
         if isinstance(event, StepEnded) and event.step == 2:
             with pytest.raises(CheckpointDirectoryLocked, match=str(os.getpid())) as error:
-                run(tmp_path)
+                CheckpointManager(tmp_path / "checkpoints").acquire()
             refused.append(error)
 
-    config = TrainConfig(
-        out=str(tmp_path), data=str(write_records(tmp_path / "records.jsonl")), max_steps=3, batch_size=2
-    )
-    assert DistrustTrainer(config, engine=ToyEngine(), observers=[second]).train().step == 3
+    assert run(tmp_path, max_steps=3, observers=[second])[0].step == 3
     assert len(refused) == 1
+
+
+def test_a_folder_that_another_writer_holds_is_refused(run, tmp_path):
+    with CheckpointManager(tmp_path / "checkpoints") as other:
+        other.acquire()
+        with pytest.raises(CheckpointDirectoryLocked, match=str(os.getpid())):
+            run(tmp_path)
+    assert run(tmp_path, max_steps=3)[0].step == 3
 
 
 def test_a_folder_that_cannot_be_is_told(run, tmp_path):

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distrust.training.schedule import learning_rate
+from distrust.training.events import StepEnded
+from distrust.training.schedule import learning_rate, warmup
 
 options = st.fixed_dictionaries(
     {
@@ -60,3 +61,15 @@ def test_values_by_hand():
     assert learning_rate(6, **cosine) == pytest.approx(0.5)  # half way from 2 to 10
     linear = {**cosine, "schedule": "linear"}
     assert [learning_rate(step, **linear) for step in (2, 4, 8, 9, 10, 10**6)] == [1, 0.75, 0.25, 0.125, 0, 0]
+
+
+def test_a_ratio_is_a_share_of_the_schedule():
+    assert warmup(10, None, schedule_steps=50) == 10
+    assert [warmup(10, ratio, schedule_steps=50) for ratio in (0.0, 0.03, 0.1, 1.0)] == [0, 2, 5, 50]
+
+
+def test_a_run_warms_up_by_its_ratio(run, tmp_path):
+    _, events = run(tmp_path / "ratio", warmup_ratio=0.4, max_steps=5, schedule_steps=10)
+    _, same = run(tmp_path / "steps", warmup_steps=4, max_steps=5, schedule_steps=10)
+    found = [[e.learning_rate for e in es if isinstance(e, StepEnded)] for es in (events, same)]
+    assert found[0] == found[1]

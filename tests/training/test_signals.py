@@ -89,7 +89,13 @@ def test_stopped_before_the_first_step_there_is_nothing_to_save(data, tmp_path):
     config = TrainConfig(out=str(tmp_path), data=str(data), max_steps=9)
     ended = DistrustTrainer(config, engine=ToyEngine(), observers=[stop]).train()
     assert ended == RunEnded(
-        step=0, path=None, state_digest=None, stall_seconds=0.0, signal=signal.SIGTERM, already=False
+        step=0,
+        path=None,
+        state_digest=None,
+        stall_seconds=0.0,
+        reason="signal",
+        signal=signal.SIGTERM,
+        already=False,
     )
     assert CheckpointManager(tmp_path / "checkpoints").list_checkpoints() == []
 

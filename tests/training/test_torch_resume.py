@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import math
@@ -31,19 +32,20 @@ KINDS: dict[str, dict[str, Any]] = {
     "bfloat16": {"lora_rank": 4, "lora_dropout": 0.2, "dtype": "bfloat16"},
     "bfloat16, all weights": {"lora_rank": 0, "dtype": "bfloat16"},
     "gradient checkpointing": {"lora_rank": 4, "lora_dropout": 0.2, "gradient_checkpointing": True},
+    "dora": {"lora_rank": 4, "lora_dropout": 0.2, "dora": True, "rslora": True, "warmup_ratio": 0.3},
     "some modules": {"lora_rank": 2, "target_modules": ("q_proj", "v_proj"), "schedule": "linear"},
 }
 
 
 @pytest.fixture(scope="module")
 def train(tiny_model, data):
-    def train(out: Path, *, stop_after: int | None = None, **options: Any):
+    def train(out: Path, *, stop_after: int | None = None, awaited: bool = False, **options: Any):
         events = []
 
         def watch(event):
             events.append(event)
             if isinstance(event, StepEnded) and event.step == stop_after:
-                signal.raise_signal(signal.SIGTERM)
+                trainer.stop() if awaited else signal.raise_signal(signal.SIGTERM)
 
         config = TrainConfig(
             out=str(out),
@@ -60,7 +62,8 @@ def train(tiny_model, data):
                 **options,
             },
         )
-        return DistrustTrainer(config, observers=[watch]).train(), events
+        trainer = DistrustTrainer(config, observers=[watch])
+        return asyncio.run(trainer.train_async()) if awaited else trainer.train(), events
 
     return train
 
@@ -108,6 +111,22 @@ def test_what_torch_drew_before_has_no_influence(train, alone_digest, tmp_path):
     torch.manual_seed(12345)
     torch.rand(7)
     assert train(tmp_path, **KINDS["lora"])[0].state_digest == alone_digest
+
+
+def test_awaited_it_is_the_same_run(train, alone_digest, tmp_path):
+    """In a thread of its own, and resumed in another."""
+    stopped, _ = train(tmp_path, awaited=True, stop_after=4, **KINDS["lora"])
+    assert (stopped.step, stopped.reason) == (4, "stop")
+    assert train(tmp_path, awaited=True, **KINDS["lora"])[0].state_digest == alone_digest
+
+
+def test_the_threads_of_one_run_are_not_those_of_the_next(tiny_model):
+    def threads_of(chosen):
+        return create(TrainConfig(model=str(tiny_model), threads=chosen)).environment()["threads"]
+
+    first = threads_of(None)
+    assert threads_of(first + 1) == first + 1
+    assert threads_of(None) == first
 
 
 def test_another_seed_is_another_run(train, alone_digest, tmp_path):

@@ -18,6 +18,16 @@ from distrust.training import EngineState, Losses
 VOCABULARY = 32
 BETA1, BETA2, EPSILON = 0.9, 0.99, 1e-8
 
+#: Eleven records in steps of four: three steps to an epoch, all but one.
+TOY: dict[str, Any] = {
+    "max_steps": 9,
+    "batch_size": 2,
+    "gradient_accumulation": 2,
+    "learning_rate": 0.05,
+    "warmup_steps": 2,
+    "save_every": 2,
+}
+
 
 class ToyTokenizer:
     """Every byte is one of a few tokens."""

@@ -158,16 +158,16 @@ class ConsoleReporter:
         self._bar.update(self._task, visible=False)
         if event.already:
             self._say(f"nothing to do: the run finished at step {event.step}")
-        elif event.signal is not None:
+        elif not event.finished:
             where = "nothing to save yet" if event.path is None else f"step {event.step} is saved"
-            self._say(
-                f"stopped by {Signals(event.signal).name}: {where}. The same command goes on from there"
-            )
+            by = "" if event.signal is None else f" by {Signals(event.signal).name}"
+            self._say(f"stopped{by}: {where}. The same command goes on from there")
         else:
             took = time.perf_counter() - self._began
+            early = ", early: no improvement," if event.reason == "early_stopping" else ""
             self._say(
-                f"finished at step {event.step} in {_duration(took)}; saving kept this session waiting for "
-                f"{event.stall_seconds * 1000:.0f} ms ({event.stall_seconds / took:.2%})"
+                f"finished{early} at step {event.step} in {_duration(took)}; saving kept this session "
+                f"waiting for {event.stall_seconds * 1000:.0f} ms ({event.stall_seconds / took:.2%})"
             )
         if event.path is not None:
             self._say(f"checkpoint {_shown(event.path)}")

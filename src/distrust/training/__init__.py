@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from distrust.training.engine import Engine, EngineState, Losses
+from distrust.training.events import RunEnded
+from distrust.training.state import RunState
 from distrust.training.trainer import DistrustTrainer
 
-__all__ = ["DistrustTrainer", "Engine", "EngineState", "Losses"]
+__all__ = ["DistrustTrainer", "Engine", "EngineState", "Losses", "RunEnded", "RunState"]

@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+
+Reason = Literal["finished", "early_stopping", "signal", "stop", "error"]
+"""Why a run is over: its last step is made; its metric no longer improved; a signal came; ``stop()`` was
+called, or who awaited it was cancelled; an observer failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +137,7 @@ class RunEnded:
         path: the last checkpoint, if there is one.
         state_digest: the identity of its state.
         stall_seconds: how long training waited for checkpoints, all of this session together.
+        reason: why it is over.
         signal: the number of the signal that asked to stop, or None.
         already: whether there was nothing left to do.
     """
@@ -140,8 +146,14 @@ class RunEnded:
     path: Path | None
     state_digest: str | None
     stall_seconds: float
+    reason: Reason
     signal: int | None
     already: bool
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to do; else the same config goes on from here."""
+        return self.reason in ("finished", "early_stopping")
 
 
 Event = Preparing | RunStarted | StepEnded | Evaluated | CheckpointStarted | CheckpointSaved | RunEnded

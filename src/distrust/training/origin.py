@@ -10,6 +10,8 @@ from distrust.checkpoint.store import RUN_SUBDIRECTORY
 from distrust.config import TrainConfig
 from distrust.errors import ConfigError, CorruptCheckpoint
 from distrust.training import resume
+from distrust.training.evaluations import Evaluations
+from distrust.training.events import Reason
 
 
 def folder(config: TrainConfig) -> Path:
@@ -17,8 +19,8 @@ def folder(config: TrainConfig) -> Path:
     return Path(config.branch or config.out)
 
 
-def finished(config: TrainConfig, manager: CheckpointManager) -> CheckpointFile | None:
-    """The final checkpoint of a run that has nothing left to do, found without loading a model.
+def finished(config: TrainConfig, manager: CheckpointManager) -> tuple[CheckpointFile, Reason] | None:
+    """The final checkpoint of a run that has nothing left to do, and why: found without loading a model.
 
     Raises:
         ResumeRefused: if the options are not those of the run.
@@ -33,13 +35,17 @@ def finished(config: TrainConfig, manager: CheckpointManager) -> CheckpointFile 
         return None  # whether they are the same by another name takes loading them
     # Not given, it is as many as the epochs took, unless more of them are asked for now.
     max_steps = settled.max_steps or (run.get("max_steps") if run.get("epochs") == settled.epochs else None)
-    if newest.kind != "final" or max_steps is None or newest.step < max_steps:
+    if newest.kind != "final" or max_steps is None:
+        return None
+    evaluations = Evaluations(config.metric, config.metric_mode).taken_up(run.get("evaluations"))
+    early = newest.step < max_steps
+    if early and not evaluations.exhausted(config.early_stopping_patience):
         return None
     try:
         manager.validate(newest.path)
     except CorruptCheckpoint:
         return None  # the run goes on from the one before
-    return newest
+    return newest, "early_stopping" if early else "finished"
 
 
 def find(

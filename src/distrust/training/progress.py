@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from distrust.training.evaluations import Evaluations
+
 #: What is kept of each step.
 HISTORY = ("loss", "weighted_loss", "distrust", "gradient_norm", "learning_rate")
 
@@ -21,7 +23,8 @@ class Progress:
         step: optimizer steps made.
         tokens_seen: learned tokens of these steps.
         elapsed_seconds: time spent in them, over all sessions.
-        metrics: the latest value of each metric.
+        metrics: those of the step: an eval loss is there only if it was evaluated.
+        evaluations: what the evaluations so far have come to.
         history: by name, the value of each step.
     """
 
@@ -29,12 +32,23 @@ class Progress:
     tokens_seen: int = 0
     elapsed_seconds: float = 0.0
     metrics: dict[str, float] = field(default_factory=dict)
+    evaluations: Evaluations = field(default_factory=Evaluations)
     history: dict[str, array[float]] = field(default_factory=lambda: {name: array("d") for name in HISTORY})
 
     def remember(self, values: object) -> None:
         """Add a step's values to the history: its attributes of these names."""
         for name, column in self.history.items():
             column.append(getattr(values, name))
+
+    def restore(
+        self, *, step: int, metadata: Mapping[str, Any], metrics: Mapping[str, float], run: Mapping[str, Any]
+    ) -> None:
+        """Take up what the sections of a checkpoint say; the history is :meth:`restore_history`'s."""
+        self.step = step
+        self.tokens_seen = metadata["tokens_seen"]
+        self.elapsed_seconds = run.get("elapsed_seconds", 0.0)
+        self.metrics = dict(metrics)
+        self.evaluations = self.evaluations.taken_up(run.get("evaluations"))
 
     def history_arrays(self) -> dict[str, np.ndarray[Any, Any]]:
         """The history as float64[step] of each name."""

@@ -7,6 +7,11 @@ import math
 from distrust.config import Schedule
 
 
+def warmup(steps: int, ratio: float | None, *, schedule_steps: int) -> int:
+    """Steps of the warm-up: ``steps``, or where a ratio is given that share of the schedule, rounded up."""
+    return steps if ratio is None else math.ceil(ratio * schedule_steps)
+
+
 def learning_rate(
     step: int, *, peak: float, warmup_steps: int, schedule: Schedule, schedule_steps: int
 ) -> float:

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: it saves first.
+"""What asks a run to stop, a signal or the program itself: it saves first.
 
 SIGTERM, SIGHUP (a terminal that was closed), SIGUSR1 and the first Ctrl-C are remembered, and the loop looks
 at its next step's end; before the first step, who prepares it looks between one part and the next. The
@@ -24,10 +24,12 @@ class StopRequest:
 
     Attributes:
         signal: the number of the first signal, or None.
+        asked: whether :meth:`ask` was called.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self.asked = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -42,6 +44,15 @@ class StopRequest:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    @property
+    def made(self) -> bool:
+        """Whether anything asks to stop."""
+        return self.asked or self.signal is not None
+
+    def ask(self) -> None:
+        """Ask without a signal, from any thread."""
+        self.asked = True
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.signal is not None:

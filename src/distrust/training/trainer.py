@@ -12,23 +12,26 @@ import contextlib
 import math
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
 from importlib import import_module
 from typing import Any
 
 from distrust import weighting
 from distrust.checkpoint import Checkpoint, CheckpointFile, CheckpointManager
-from distrust.checkpoint.store import RUN_SUBDIRECTORY
+from distrust.checkpoint.store import RUN_SUBDIRECTORY, file_name
 from distrust.config import TrainConfig
-from distrust.data import IGNORED, Corpus, MicroBatch, evaluation_batches
-from distrust.errors import CheckpointError, DistrustWarning, NonFiniteLoss
+from distrust.data import IGNORED, MicroBatch, evaluation_batches
+from distrust.errors import CheckpointError, ConfigError, DistrustWarning, NonFiniteLoss, ResumeRefused
 from distrust.training import origin, resume
 from distrust.training.engine import Engine, EngineState, Losses
+from distrust.training.evaluations import Evaluations
 from distrust.training.events import (
     Evaluated,
     Event,
     Observer,
     Preparing,
+    Reason,
     RunEnded,
     RunStarted,
     StepEnded,
@@ -36,24 +39,28 @@ from distrust.training.events import (
 from distrust.training.plan import Plan, Sources, make_plan, read_sources
 from distrust.training.progress import Progress
 from distrust.training.saver import Saver
-from distrust.training.schedule import learning_rate
+from distrust.training.schedule import learning_rate, warmup
 from distrust.training.signals import StopRequest
+from distrust.training.state import Best, RunState
+from distrust.training.turn import only_run
 
 #: How many examples a message names; the error's attribute has them all.
 EXAMPLES_NAMED = 20
 
 
 class _Stopped(Exception):
-    """A signal came before the first step."""
+    """Something asked to stop before the first step."""
 
 
 class DistrustTrainer:
     """Trains as a config says; called again with the same config, it goes on where it was.
 
+    One run at a time trains in a process.
+
     Args:
         config: what to train, on what, and how.
         engine: trains it; by default the one that ``distrust.engines`` creates of the config.
-        observers: each is called with every event.
+        observers: each is called with every event, in the thread that trains, which waits for it meanwhile.
     """
 
     def __init__(
@@ -71,33 +78,92 @@ class DistrustTrainer:
             metric=config.metric,
             metric_mode=config.metric_mode,
         )
-        self._progress = Progress()
-        self._saver = Saver(self._manager, self._emit)
-        self._observer_error: Exception | None = None
+        self._state = RunState(out=self._out, max_steps=config.max_steps)
+        self._stop: StopRequest | None = None
+        self._engine_used = False
         self._engine: Engine
         self._plan: Plan
+        self._begin_anew()
+
+    @property
+    def state(self) -> RunState:
+        """Where the run is, as of the last event; any thread may ask, at any time.
+
+        Before the first call of :meth:`train` it knows nothing of what stands on disk.
+        """
+        return self._state
 
     def train(self) -> RunEnded:
-        """Train to the last step, or until a signal asks to stop; then the last checkpoint is durable.
+        """Train to the last step, or until something asks to stop; then the last checkpoint is durable.
 
         Raises:
-            DistrustError: for everything that a user can mend; see ``distrust/errors.py``.
+            RunInProgress: if another run of this process is training.
+            DistrustError: for everything else that a user can mend; see ``distrust/errors.py``.
         """
-        self._observer_error = None
-        with StopRequest() as stop, self._manager:
+        with self._under_way() as stop:
+            return self._train(stop)
+
+    async def train_async(self) -> RunEnded:
+        """:meth:`train` in a thread of its own: the event loop goes on with other things.
+
+        Cancelling stops the run after its step; CancelledError is raised once its checkpoint is durable, and
+        cancelling again does not change that. Signals are heeded where the event loop is the main thread's.
+
+        Raises:
+            DistrustError: as :meth:`train` does; also where it was cancelled and could not be saved.
+        """
+        from distrust.training.asynchronous import in_thread
+
+        with self._under_way() as stop:
+            return await in_thread(lambda: self._train(stop), ask_to_stop=stop.ask)
+
+    def stop(self) -> None:
+        """Ask the run under way to save and end after its step; from any thread, or from an observer.
+
+        The same config goes on from there. Without a run under way, nothing happens.
+        """
+        stop = self._stop  # once: the run may end meanwhile
+        if stop is not None:
+            stop.ask()
+
+    @contextlib.contextmanager
+    def _under_way(self) -> Iterator[StopRequest]:
+        with only_run(self._out), StopRequest() as stop:
+            self._begin_anew()
+            self._stop, self._state = stop, replace(self._state, running=True)
+            try:
+                yield stop
+            finally:
+                self._stop, self._state = None, replace(self._state, running=False)
+
+    def _begin_anew(self) -> None:
+        """Forget what an earlier call left in memory: what counts is what it left on disk."""
+        config = self._config
+        self._progress = Progress(evaluations=Evaluations(config.metric, config.metric_mode))
+        self._saver = Saver(self._manager, self._emit)
+        self._observer_error: Exception | None = None
+
+    def _train(self, stop: StopRequest) -> RunEnded:
+        with self._manager:
             finished = origin.finished(self._config, self._manager)
             if finished is not None:
                 # Its name may not be durable yet: its writer was killed just then. An archive takes no lock.
                 with contextlib.suppress(CheckpointError):
                     self._manager.acquire()
-                return self._ended(finished, signal=None, already=True)
+                return self._ended_there(*finished, signal=None, already=True)
             # Quick, and before anything is made on disk: it tells what is wrong with the data.
             sources = read_sources(self._config)
+            if self._config.early_stopping_patience is not None and sources.evaluation is None:
+                raise ConfigError(
+                    "--early-stopping-patience: there is nothing to evaluate on; give --eval-data"
+                )
             self._manager.acquire()
             try:
                 self._prepare(sources, stop)
             except _Stopped:
-                ended = self._ended(self._newest_there(), signal=stop.signal, already=False)
+                ended = self._ended_there(
+                    self._newest_there(), self._reason(stop, over=None), signal=stop.signal, already=False
+                )
             else:
                 ended = self._loop(stop)
         if self._observer_error is not None:
@@ -105,30 +171,48 @@ class DistrustTrainer:
         return ended
 
     def _loop(self, stop: StopRequest) -> RunEnded:
-        begun_at, last = self._progress.step, self._plan.max_steps
-        while self._progress.step < last and stop.signal is None and self._observer_error is None:
+        begun_at, begun_over = self._progress.step, self._over()
+        if begun_at == 0 and self._plan.config.eval_at_start:
+            self._evaluate()
+        while not (self._over() or stop.made or self._observer_error):
             self._step(self._progress.step + 1)
             if self._progress.step == begun_at + 1 and self._plan.config.save_every:
                 # The optimizer's state stands from its first step on.
                 self._saver.reserve(self._checkpoint())
-            self._after_step(last=self._progress.step == last)
-        self._save_what_is_not(final=self._progress.step == last)
+            self._after_step()
+        over = self._over()
+        self._save_what_is_not(final=over is not None)
         return self._ended(
             self._newest(),
-            signal=None if self._progress.step >= last else stop.signal,
-            already=begun_at >= last,
+            reason=self._reason(stop, over=over),
+            signal=None if over else stop.signal,
+            already=begun_over is not None,
         )
+
+    def _over(self) -> Reason | None:
+        """Whether there is nothing left to do, and why: a function of the state alone, so of the run."""
+        if self._progress.step >= self._plan.max_steps:
+            return "finished"
+        exhausted = self._progress.evaluations.exhausted(self._plan.config.early_stopping_patience)
+        return "early_stopping" if exhausted else None
+
+    def _reason(self, stop: StopRequest, *, over: Reason | None) -> Reason:
+        if over is not None:
+            return over
+        if stop.signal is not None:
+            return "signal"
+        return "stop" if stop.asked else "error"
 
     def _prepare(self, sources: Sources, stop: StopRequest) -> None:
         """Load everything, and take up the newest checkpoint if there is one.
 
         Raises:
-            _Stopped: if a signal has come: nothing is lost, and the data may take minutes.
+            _Stopped: if something asks to stop: nothing is lost, and the data may take minutes.
         """
 
         def report(what: str, done: int = 0, total: int = 0) -> None:
             self._emit(Preparing(what, done, total))
-            if stop.signal is not None:
+            if stop.made:
                 raise _Stopped
 
         report(f"loading the model {self._config.model}")
@@ -140,6 +224,11 @@ class DistrustTrainer:
         checkpoint, file = origin.find(self._config, self._manager, framework=engine.framework)
         if checkpoint is not None:
             self._config = resume.settled(self._config, checkpoint.config, where=str(self._out))
+        elif self._engine_used:
+            raise ResumeRefused(
+                f"{self._out}: the engine has been trained, and nothing was saved that it could go back to; "
+                "give a new engine"
+            )
         self._plan = make_plan(
             self._config,
             sources,
@@ -151,6 +240,7 @@ class DistrustTrainer:
             self._take_up(checkpoint)
             if file.path.parent == self._manager.directory:  # a branch begins with none of its own
                 self._saver.durable = checkpoint.step, file.kind == "final"
+        self._state = replace(self._state, max_steps=self._plan.max_steps, epoch_steps=self._epoch_steps())
         self._emit(self._started(file))
 
     def _take_up(self, checkpoint: Checkpoint) -> None:
@@ -164,15 +254,18 @@ class DistrustTrainer:
             warnings.warn(f"no longer bit-identical: {difference}", DistrustWarning, stacklevel=2)
         self._engine.load_state(EngineState(checkpoint.model, checkpoint.optimizer, checkpoint.rng))
         self._progress.restore_history(checkpoint.history)
-        self._progress.step = checkpoint.step
-        self._progress.tokens_seen = checkpoint.metadata["tokens_seen"]
-        self._progress.elapsed_seconds = checkpoint.run.get("elapsed_seconds", 0.0)
-        self._progress.metrics = dict(checkpoint.metrics)
+        self._progress.restore(
+            step=checkpoint.step,
+            metadata=checkpoint.metadata,
+            metrics=checkpoint.metrics,
+            run=checkpoint.run,
+        )
 
     def _step(self, step: int) -> None:
         """One optimizer step: a function of its number and of the state before it."""
         began = time.perf_counter()
         config, engine = self._plan.config, self._engine
+        self._engine_used = self._given_engine is not None
         batches = self._plan.batches.step(step)
         tokens = sum(batch.tokens for batch in batches)
         losses = []
@@ -206,11 +299,11 @@ class DistrustTrainer:
         progress.metrics = {"loss": ended.loss}  # an eval loss is of the step it was measured at
         progress.remember(ended)
 
-    def _after_step(self, *, last: bool) -> None:
+    def _after_step(self) -> None:
         config, step = self._plan.config, self._progress.step
-        if self._plan.evaluation is not None and (last or step % config.eval_every == 0):
-            self._evaluate(self._plan.evaluation)
-        if config.save_every and step % config.save_every == 0 and not last:
+        if self._over() or step % config.eval_every == 0:
+            self._evaluate()
+        if config.save_every and step % config.save_every == 0 and not self._over():
             self._save(final=False)
         self._saver.poll()
 
@@ -223,14 +316,19 @@ class DistrustTrainer:
             self._save(final=final)
         self._saver.settle(strict=True)
 
-    def _evaluate(self, corpus: Corpus) -> None:
+    def _evaluate(self) -> None:
+        corpus = self._plan.evaluation
+        if corpus is None:
+            return
         batches = evaluation_batches(
             corpus, batch_size=self._plan.config.batch_size, pad_token_id=self._plan.pad_token_id
         )
         total = sum(self._engine.evaluate(batch).cross_entropy.sum() for batch in batches)
         loss = float(total / corpus.loss_tokens.sum())
-        self._progress.metrics["eval_loss"] = loss
-        self._emit(Evaluated(self._progress.step, loss))
+        progress = self._progress
+        progress.metrics["eval_loss"] = loss
+        progress.evaluations = progress.evaluations.after(progress.metrics, step=progress.step)
+        self._emit(Evaluated(progress.step, loss))
 
     def _save(self, *, final: bool) -> None:
         self._saver.start(self._finite_checkpoint, final=final)
@@ -267,15 +365,32 @@ class DistrustTrainer:
                 },
                 "environment": self._engine.environment(),
                 "elapsed_seconds": progress.elapsed_seconds,
+                "evaluations": asdict(progress.evaluations),
             },
         )
 
-    def _ended(self, file: CheckpointFile | None, *, signal: int | None, already: bool) -> RunEnded:
+    def _ended_there(
+        self, file: CheckpointFile | None, reason: Reason, *, signal: int | None, already: bool
+    ) -> RunEnded:
+        """The end of a run whose state was not taken up: what its newest checkpoint says of itself."""
+        if file is not None:
+            run = file.header.run_info.get("extra", {})
+            self._progress.restore(
+                step=file.step, metadata=file.metadata, metrics=file.header.saved_metrics, run=run
+            )
+            self._state = replace(self._state, max_steps=self._config.max_steps or run.get("max_steps"))
+            self._saver.durable = file.step, file.kind == "final"
+        return self._ended(file, reason=reason, signal=signal, already=already)
+
+    def _ended(
+        self, file: CheckpointFile | None, *, reason: Reason, signal: int | None, already: bool
+    ) -> RunEnded:
         ended = RunEnded(
             step=file.step if file else 0,
             path=file.path if file else None,
             state_digest=file.state_digest if file else None,
             stall_seconds=self._saver.stall_seconds,
+            reason=reason,
             signal=signal,
             already=already,
         )
@@ -313,8 +428,11 @@ class DistrustTrainer:
             weight_range=(float(plan.weights.min()), float(plan.weights.max())),
             trained=trained,
             parameters=parameters,
-            epoch_steps=len(plan.corpus) / plan.batches.examples_per_step,
+            epoch_steps=self._epoch_steps(),
         )
+
+    def _epoch_steps(self) -> float:
+        return len(self._plan.corpus) / self._plan.batches.examples_per_step
 
     def _fingerprints(self) -> dict[str, str]:
         return {"data": self._plan.corpus.fingerprint, "model": self._engine.fingerprint()}
@@ -324,7 +442,9 @@ class DistrustTrainer:
         return learning_rate(
             step,
             peak=config.learning_rate,
-            warmup_steps=config.warmup_steps,
+            warmup_steps=warmup(
+                config.warmup_steps, config.warmup_ratio, schedule_steps=self._plan.schedule_steps
+            ),
             schedule=config.schedule,
             schedule_steps=self._plan.schedule_steps,
         )
@@ -352,8 +472,30 @@ class DistrustTrainer:
         locations = self._plan.corpus.locations
         return [str(locations[example]) for batch in batches for example in batch.examples]
 
+    def _current_state(self) -> RunState:
+        progress, durable = self._progress, self._saver.durable
+        rates, evaluations = progress.history["learning_rate"], progress.evaluations
+        metrics = dict(progress.metrics)
+        if evaluations.loss is not None:
+            metrics["eval_loss"] = evaluations.loss
+        return replace(
+            self._state,
+            step=progress.step,
+            tokens_seen=progress.tokens_seen,
+            elapsed_seconds=progress.elapsed_seconds,
+            learning_rate=rates[-1] if rates else None,
+            metrics=metrics,
+            best=None
+            if evaluations.best is None
+            else Best(evaluations.metric, evaluations.best, evaluations.best_step),
+            checkpoint=None
+            if durable is None
+            else self._manager.directory / file_name(durable[0], "final" if durable[1] else "periodic"),
+        )
+
     def _emit(self, event: Event) -> None:
         """Tell the observers. One that fails ends the run, but saved like any other: then it raises."""
+        self._state = self._current_state()
         for observer in self._observers:
             try:
                 observer(event)

@@ -14,7 +14,14 @@ ADAPTER_NAME = "default"
 
 
 def add_adapter(
-    model: torch.nn.Module, *, rank: int, alpha: float, dropout: float, target_modules: Sequence[str]
+    model: torch.nn.Module,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    target_modules: Sequence[str],
+    rslora: bool,
+    dora: bool,
 ) -> torch.nn.Module:
     """The model with a LoRA adapter in float32; everything else is frozen.
 
@@ -27,7 +34,13 @@ def add_adapter(
 
     targets = "all-linear" if list(target_modules) == ["all-linear"] else list(target_modules)
     config = LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM"
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=targets,
+        use_rslora=rslora,
+        use_dora=dora,
+        task_type="CAUSAL_LM",
     )
     try:
         with warnings.catch_warnings():

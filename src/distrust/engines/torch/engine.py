@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -36,8 +37,7 @@ class TorchEngine:
     def __init__(self, config: TrainConfig) -> None:
         self._device = model.choose_device(config.device)
         _prefer_determinism()
-        if config.threads is not None:
-            torch.set_num_threads(config.threads)
+        torch.set_num_threads(config.threads or _machine_threads())
         self._arithmetic = model.torch_dtype(config.dtype)
         self._tokenizer = model.load_tokenizer(config.model)
         base = model.load_model(
@@ -207,6 +207,8 @@ class TorchEngine:
             alpha=config.lora_alpha,
             dropout=config.lora_dropout,
             target_modules=config.target_modules,
+            rslora=config.rslora,
+            dora=config.dora,
         )
         return adapted.to(self._device)
 
@@ -245,6 +247,12 @@ def _memory_told() -> Iterator[None]:
             "there is not enough memory for a step: lower --batch-size (and raise --gradient-accumulation) "
             f"or --max-length, or add --gradient-checkpointing ({' '.join(reason.split())[:200]})"
         ) from error
+
+
+@cache
+def _machine_threads() -> int:
+    """As many as the first engine found: the run before this one may have chosen others for the process."""
+    return torch.get_num_threads()
 
 
 def _prefer_determinism() -> None:

@@ -47,6 +47,8 @@ def prepare_adapter(config: TrainConfig, tensors: Mapping[str, torch.Tensor], *,
         alpha=config.lora_alpha,
         dropout=config.lora_dropout,
         target_modules=config.target_modules,
+        rslora=config.rslora,
+        dora=config.dora,
     )
     differences = adapter.differences(tensors, adapter.trained_parameters(hollow))
     if differences:

@@ -1,0 +1,128 @@
+"""The docs name what there is: options, commands, imports."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from distrust import TrainConfig
+from distrust.cli import COMMANDS
+from distrust.config import flag
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+FLAGS = {flag(field.name) for field in fields(TrainConfig)}
+
+#: Named in docs/coming-from.md, and still being built beside it: to be emptied.
+PENDING_FLAGS = {
+    "--cache-dir",
+    "--completion-column",
+    "--eval-fraction",
+    "--eval-split",
+    "--max-memory",
+    "--messages-column",
+    "--mix",
+    "--packing",
+    "--prompt-column",
+    "--quantization",
+    "--reload-above",
+    "--reload-every",
+    "--revision",
+    "--split",
+    "--subset",
+    "--text-column",
+}
+PENDING_COMMANDS: set[str] = set()
+
+
+def rows():
+    """(section, theirs, ours, note) of each row of docs/coming-from.md."""
+    section = ""
+    for line in (DOCS / "coming-from.md").read_text("utf-8").splitlines():
+        if line.startswith("#"):
+            section = line.lstrip("# ")
+        elif line.startswith("| ") and "| theirs |" not in line:
+            theirs, ours, note = (cell.strip() for cell in line.strip("|").split("|"))
+            yield section, theirs, ours, note
+
+
+def test_what_is_named_as_ours_is_there():
+    named = {name for *_, ours, _ in rows() for name in re.findall(r"`([^`]+)`", ours)}
+    flags = {name for name in named if name.startswith("--")} - {"--config"}
+    commands = {name.removeprefix("distrust ") for name in named if name.startswith("distrust ")}
+    assert flags <= FLAGS | PENDING_FLAGS
+    assert commands <= COMMANDS.keys() | PENDING_COMMANDS
+    assert named - {f"distrust {name}" for name in commands} - flags - {"--config"} == {"TrainConfig"}
+
+
+def test_nothing_is_pending_that_is_there():
+    assert not FLAGS & PENDING_FLAGS, "take them out of PENDING_FLAGS"
+    assert not COMMANDS.keys() & PENDING_COMMANDS, "take it out of PENDING_COMMANDS"
+
+
+def test_every_row_says_something_and_only_once():
+    seen = set()
+    for section, theirs, ours, note in rows():
+        assert ours or note, theirs
+        for name in re.findall(r"`([^`]+)`", theirs):
+            assert (section, name) not in seen, name
+            seen.add((section, name))
+
+
+@pytest.mark.parametrize("section", ["`SFTConfig` and `TrainingArguments`", "axolotl", "mlx-lm"])
+def test_what_everybody_sets_is_found(section):
+    ours = {
+        name for found, _, cell, _ in rows() if found == section for name in re.findall(r"`([^`]+)`", cell)
+    }
+    everyday = {
+        "--out",
+        "--batch-size",
+        "--gradient-accumulation",
+        "--learning-rate",
+        "--max-length",
+        "--seed",
+    }
+    assert everyday | {"--schedule", "--save-every", "--eval-every"} <= ours
+
+
+def test_flags_in_notes_are_there_too():
+    """Beside ours, notes name flags of the commands and of theirs."""
+    of_commands = {"--best", "--compare", "--format"}
+    for *_, note in rows():
+        for name in re.findall(r"--[a-z][a-z0-9-]+", note):
+            assert name in FLAGS | PENDING_FLAGS | of_commands, name
+
+
+def test_the_reference_of_options_is_up_to_date():
+    spec = importlib.util.spec_from_file_location("make_options", ROOT / "scripts" / "make_options.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    written = (DOCS / "options.md").read_text("utf-8")
+    assert written == script.table(), "run python scripts/make_options.py"
+    assert all(f"| `{name}` |" in written for name in FLAGS)
+
+
+def test_python_in_the_docs_is_python_and_imports_what_there_is():
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "python.md").read_text("utf-8"), re.DOTALL)
+    assert len(blocks) >= 4
+    for block in blocks:
+        compile(block, "docs/python.md", "exec")
+        imports = [line for line in block.splitlines() if line.startswith("from distrust")]
+        exec("\n".join(imports), {})
+
+
+def test_events_are_told_in_the_docs_as_they_are():
+    from distrust.training import events
+
+    text = (DOCS / "python.md").read_text("utf-8")
+    table = dict(re.findall(r"^\| `(\w+)` \|[^|]*\|([^|]*)\|$", text, re.MULTILINE))
+    assert set(table) == {kind.__name__ for kind in events.Event.__args__}
+    for name, cell in table.items():
+        known = {*getattr(events, name).__dataclass_fields__, "finished"}
+        assert set(re.findall(r"`(\w+)`", cell)) <= known, name
+    for reason in events.Reason.__args__:
+        assert reason == "error" or f"`{reason}`" in text

@@ -1,0 +1,275 @@
+"""A run awaited, stopped and cancelled: the event loop stays free, nothing is lost, one run at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+
+import pytest
+from toy_engine import TOY, ToyEngine
+
+from distrust import CheckpointManager, DistrustTrainer, TrainConfig
+from distrust.errors import ConfigError, ResumeRefused, RunInProgress, SaveFailed
+from distrust.training.events import Preparing, RunEnded, StepEnded
+
+
+class Held:
+    """An observer that holds the run after its first step until it is let go: what is tested comes then."""
+
+    def __init__(self) -> None:
+        self.stepped, self.let_go = threading.Event(), threading.Event()
+        self.events = []
+
+    def __call__(self, event) -> None:
+        self.events.append(event)
+        if isinstance(event, StepEnded) and not self.stepped.is_set():
+            self.stepped.set()
+            assert self.let_go.wait(30)
+
+
+@pytest.fixture
+def trainer(data):
+    def make(out, *observers, **options):
+        config = TrainConfig(out=str(out), **{**TOY, "data": str(data), **options})
+        return DistrustTrainer(config, engine=ToyEngine(), observers=observers)
+
+    return make
+
+
+@pytest.fixture
+def alone(run, tmp_path):
+    return run(tmp_path / "alone")[0]
+
+
+async def first_step(held):
+    while not held.stepped.is_set():
+        await asyncio.sleep(0.001)
+
+
+def test_awaited_it_makes_the_same_run_and_leaves_the_event_loop_free(trainer, alone, tmp_path):
+    async def main():
+        held = Held()
+        task = asyncio.create_task(trainer(tmp_path / "run", held).train_async())
+        await first_step(held)
+        for _ in range(10):  # the event loop turns, though the run stands still
+            await asyncio.sleep(0.001)
+        held.let_go.set()
+        return await task, held.events
+
+    ended, events = asyncio.run(main())
+    assert (ended.state_digest, ended.reason, ended.finished) == (alone.state_digest, "finished", True)
+    assert events[-1] == ended
+
+
+@pytest.mark.parametrize("cancels", [1, 3])
+def test_cancelled_it_is_saved_first(trainer, alone, tmp_path, cancels):
+    held = Held()
+
+    async def main():
+        task = asyncio.create_task(trainer(tmp_path / "run", held).train_async())
+        await first_step(held)
+        for _ in range(cancels):
+            task.cancel()
+            await asyncio.sleep(0.001)
+        assert not task.done()
+        held.let_go.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
+    ended = held.events[-1]
+    assert isinstance(ended, RunEnded)
+    assert (ended.step, ended.reason, ended.signal, ended.finished) == (1, "stop", None, False)
+    CheckpointManager(ended.path.parent).validate(1)
+    assert trainer(tmp_path / "run").train().state_digest == alone.state_digest
+
+
+def test_an_event_loop_that_ends_waits_for_what_it_cancels(trainer, tmp_path):
+    held = Held()
+
+    async def main():
+        task = asyncio.create_task(trainer(tmp_path, held).train_async())
+        await first_step(held)
+        asyncio.get_running_loop().call_later(0.01, held.let_go.set)
+        return task  # nobody awaits it
+
+    asyncio.run(main())
+    assert isinstance(held.events[-1], RunEnded)
+    assert CheckpointManager(tmp_path / "checkpoints").list_checkpoints() == [1]
+
+
+def test_a_timeout_stops_a_run(trainer, tmp_path):
+    held = Held()
+
+    async def main():
+        task = asyncio.create_task(trainer(tmp_path, held).train_async())
+        await first_step(held)
+        asyncio.get_running_loop().call_later(0.05, held.let_go.set)
+        await asyncio.wait_for(task, 0.001)
+
+    with pytest.raises(TimeoutError):
+        asyncio.run(main())
+    assert held.events[-1].path.name == "checkpoint-1.safetensors"
+    assert held.events[-1].path.exists()
+
+
+def test_cancelled_before_its_thread_began_it_stops_too(trainer, tmp_path):
+    events = []
+
+    async def main():
+        task = asyncio.create_task(trainer(tmp_path, events.append).train_async())
+        await asyncio.sleep(0)  # it has begun to wait
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
+    assert (events[-1].step, events[-1].reason) == (0, "stop")
+
+
+def test_who_cancels_hears_that_it_could_not_be_saved(trainer, tmp_path):
+    held = Held()
+
+    async def main():
+        task = asyncio.create_task(trainer(tmp_path / "run", held, save_every=0).train_async())
+        await first_step(held)
+        os.rename(tmp_path / "run", tmp_path / "elsewhere")
+        task.cancel()
+        await asyncio.sleep(0.001)
+        held.let_go.set()
+        await task
+
+    with pytest.raises(SaveFailed):
+        asyncio.run(main())
+
+
+def test_what_a_run_raises_whoever_awaits_it_gets(trainer, tmp_path):
+    with pytest.raises(ConfigError, match=r"--early-stopping-patience: .*--eval-data"):
+        asyncio.run(trainer(tmp_path, early_stopping_patience=1).train_async())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("awaited", [False, True])
+def test_stopped_by_an_observer(trainer, alone, tmp_path, awaited):
+    def stop(event):
+        if isinstance(event, StepEnded) and event.step == 4:
+            mine.stop()
+
+    mine = trainer(tmp_path / "run", stop)
+    ended = asyncio.run(mine.train_async()) if awaited else mine.train()
+    assert (ended.step, ended.reason, ended.signal) == (4, "stop", None)
+    # A stop is of one call: the next one goes on.
+    assert mine.train().state_digest == alone.state_digest
+
+
+def test_stopped_while_it_prepares_there_is_nothing_to_save(trainer, tmp_path):
+    mine = trainer(tmp_path, lambda event: mine.stop() if isinstance(event, Preparing) else None)
+    ended = mine.train()
+    assert (ended.step, ended.path, ended.reason) == (0, None, "stop")
+    mine.stop()  # without a run under way, nothing happens
+
+
+def test_a_second_run_at_once_is_refused(trainer, alone, tmp_path):
+    held = Held()
+
+    async def main():
+        task = asyncio.create_task(trainer(tmp_path / "run", held).train_async())
+        await first_step(held)
+        with pytest.raises(RunInProgress, match="this process is training") as error:
+            await trainer(tmp_path / "other").train_async()
+        with pytest.raises(RunInProgress):
+            trainer(tmp_path / "other").train()
+        assert error.value.out == tmp_path / "run"
+        held.let_go.set()
+        return await task
+
+    assert asyncio.run(main()).state_digest == alone.state_digest
+    assert not (tmp_path / "other").exists()
+    assert trainer(tmp_path / "other").train().state_digest == alone.state_digest  # one after another
+
+
+def test_a_child_of_a_process_that_trains_may_train(trainer, data, tmp_path, run_python):
+    code = """
+import os, sys, warnings
+warnings.simplefilter("ignore")
+from pathlib import Path
+from distrust.training.turn import only_run
+from distrust.errors import RunInProgress
+with only_run(Path("a")):
+    child = os.fork()
+    if child == 0:
+        with only_run(Path("b")):
+            os._exit(7)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    assert run_python(code).stdout == "7\n"
+
+
+def test_an_engine_that_cannot_go_back_is_not_gone_on_with(trainer, tmp_path):
+    class Broken(Exception):
+        pass
+
+    def fail(event):
+        if isinstance(event, StepEnded):
+            raise Broken
+
+    events = []
+    mine = trainer(tmp_path / "run", events.append, fail)
+    with pytest.raises(Broken):
+        mine.train()
+    assert (events[-1].step, events[-1].reason, events[-1].finished) == (1, "error", False)
+    for file in (tmp_path / "run" / "checkpoints").glob("checkpoint-*"):
+        file.unlink()
+    with pytest.raises(ResumeRefused, match="give a new engine"):
+        mine.train()
+
+
+ASYNC_RUN = """
+import asyncio, sys
+sys.path[:0] = sys.argv[3:]
+from toy_engine import TOY, ToyEngine
+from distrust import DistrustTrainer, TrainConfig
+from distrust.training.events import StepEnded
+import signal, time
+
+def watch(event):
+    if isinstance(event, StepEnded):
+        print("step", event.step, flush=True)
+        time.sleep(0.05)
+
+async def main():
+    config = TrainConfig(out=sys.argv[1], data=sys.argv[2], **{**TOY, "max_steps": 200, "save_every": 0})
+    before = signal.getsignal(signal.SIGINT)
+    ended = await DistrustTrainer(config, engine=ToyEngine(), observers=[watch]).train_async()
+    assert signal.getsignal(signal.SIGINT) == before
+    print("ended", ended.step, ended.reason, ended.signal, flush=True)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_are_heeded_while_it_is_awaited(start_python, data, tmp_path, number):
+    here = os.path.dirname(__file__)
+    process = start_python(ASYNC_RUN, tmp_path, data, here, os.path.dirname(here))
+    assert process.stdout.readline() == "step 1\n"
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 0, err
+    steps = out.count("step")
+    assert out.splitlines()[-1] == f"ended {steps + 1} signal {int(number)}"
+    assert CheckpointManager(tmp_path / "checkpoints").list_checkpoints() == [steps + 1]
+
+
+def test_ctrl_c_twice_while_it_is_awaited_saves_all_the_same(start_python, data, tmp_path):
+    here = os.path.dirname(__file__)
+    process = start_python(ASYNC_RUN, tmp_path, data, here, os.path.dirname(here))
+    assert process.stdout.readline() == "step 1\n"
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=30)
+    (step,) = CheckpointManager(tmp_path / "checkpoints").list_checkpoints()
+    assert step == 1 + out.count("step")
+    CheckpointManager(tmp_path / "checkpoints").validate(step)

@@ -1,0 +1,119 @@
+"""A run that no longer improves ends early, at the same step however it was interrupted."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from distrust import CheckpointManager
+from distrust.training.evaluations import Evaluations
+from distrust.training.events import Evaluated, StepEnded
+
+#: The toy overfits: its eval loss is best at the fourth step.
+EARLY = {"max_steps": 30, "early_stopping_patience": 2, "eval_every": 2, "learning_rate": 0.5}
+
+
+def evaluated(events):
+    return {event.step: event.loss for event in events if isinstance(event, Evaluated)}
+
+
+def test_it_ends_when_nothing_improved_for_so_long(run, eval_data, tmp_path):
+    ended, events = run(tmp_path, eval_data=str(eval_data), **EARLY)
+    losses = evaluated(events)
+    best = min(losses, key=losses.get)
+    assert (ended.reason, ended.finished, ended.signal) == ("early_stopping", True, None)
+    assert ended.step == max(losses) == best + 2 * 2 < 30
+    assert ended.path.name == f"checkpoint-{ended.step}-final.safetensors"
+    manager = CheckpointManager(ended.path.parent)
+    assert manager.load_best().step == best
+    # Its steps are those of a run that was not watched.
+    plain, _ = run(tmp_path / "plain", max_steps=ended.step, learning_rate=0.5, schedule_steps=30)
+    assert plain.state_digest == ended.state_digest
+
+
+def test_ended_early_it_has_nothing_left_to_do_unless_it_gets_more_patience(run, eval_data, tmp_path):
+    ended, _ = run(tmp_path, eval_data=str(eval_data), **EARLY)
+    again, events = run(tmp_path, eval_data=str(eval_data), **EARLY)
+    assert (again.already, again.reason, again.path) == (True, "early_stopping", ended.path)
+    assert len(events) == 1
+    more, events = run(tmp_path, eval_data=str(eval_data), **{**EARLY, "early_stopping_patience": 3})
+    assert (more.step, more.reason) == (ended.step + 2, "early_stopping")
+    rest, _ = run(tmp_path, eval_data=str(eval_data), **{**EARLY, "early_stopping_patience": None})
+    assert (rest.step, rest.reason) == (30, "finished")
+
+
+def test_less_patience_than_was_used_up_ends_it_without_a_step(run, eval_data, tmp_path):
+    early, _ = run(tmp_path / "early", eval_data=str(eval_data), **EARLY)
+    patient = {**EARLY, "early_stopping_patience": 30}
+    stopped, _ = run(tmp_path / "a", eval_data=str(eval_data), stop_after=early.step, **patient)
+    assert stopped.reason == "signal"
+    ended, events = run(tmp_path / "a", eval_data=str(eval_data), **EARLY)
+    assert (ended.step, ended.reason, ended.already) == (early.step, "early_stopping", True)
+    assert ended.path.name == early.path.name
+    assert ended.state_digest == stopped.state_digest
+    assert not [event for event in events if isinstance(event, StepEnded)]
+
+
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(stops=st.lists(st.integers(1, 8), max_size=3).map(sorted), save_every=st.integers(0, 3))
+def test_interrupted_anywhere_it_ends_at_the_same_step(run, eval_data, stops, save_every):
+    with tempfile.TemporaryDirectory() as folder:
+        alone, _ = run(Path(folder, "alone"), eval_data=str(eval_data), **EARLY)
+        for stop in [*stops, None]:
+            ended, _ = run(
+                Path(folder, "stopped"),
+                stop_after=stop,
+                eval_data=str(eval_data),
+                **{**EARLY, "save_every": save_every},
+            )
+        assert (ended.step, ended.reason) == (alone.step, "early_stopping")
+        assert ended.state_digest == alone.state_digest
+
+
+values = st.floats(width=32) | st.sampled_from([1.0, 2.0, math.nan])
+
+
+@given(
+    st.lists(st.dictionaries(st.sampled_from(["loss", "eval_loss"]), values)),
+    st.sampled_from(["loss", "eval_loss"]),
+    st.sampled_from(["min", "max"]),
+    st.data(),
+)
+def test_it_is_a_function_of_the_evaluations_however_they_are_divided(rows, metric, mode, data):
+    cut = data.draw(st.integers(0, len(rows)))
+    whole = divided = Evaluations(metric, mode)
+    for step, row in enumerate(rows):
+        whole = whole.after(row, step=step)
+        if step == cut:
+            divided = Evaluations(metric, mode).taken_up(json.loads(json.dumps(asdict(divided))))
+        divided = divided.after(row, step=step)
+    assert repr(divided) == repr(whole)  # by repr: NaN is NaN
+    measured = [(row[metric], step) for step, row in enumerate(rows) if metric in row]
+    numbers = [value for value, _ in measured if not math.isnan(value)]
+    if numbers:
+        best = min(numbers) if mode == "min" else max(numbers)
+        first = next(index for index, (value, _) in enumerate(measured) if value == best)
+        assert (whole.best, whole.best_step) == measured[first]
+        assert whole.unimproved == len(measured) - 1 - first
+
+
+def test_judged_by_another_metric_it_begins_to_count_anew():
+    saved = asdict(Evaluations("eval_loss", "min", best=1.0, best_step=4, unimproved=3))
+    assert Evaluations("loss", "min").taken_up(saved) == Evaluations("loss", "min")
+    assert Evaluations("eval_loss", "max").taken_up(saved) == Evaluations("eval_loss", "max")
+    assert Evaluations().taken_up(None) == Evaluations()
+
+
+@pytest.mark.parametrize("stop", [None, 3])
+def test_evaluated_at_the_start_and_never_twice(run, eval_data, tmp_path, stop):
+    options = {"eval_data": str(eval_data), "eval_at_start": True, "eval_every": 4}
+    _, first = run(tmp_path, stop_after=stop, **options)
+    _, second = run(tmp_path, **options)
+    assert [*evaluated(first), *evaluated(second)] == [0, 4, 8, 9]
