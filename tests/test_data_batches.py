@@ -85,7 +85,7 @@ def test_no_weight_is_lost_in_collation(run):
     corpus, batches, weights = run
     n = len(corpus)
     seen = [batch for step in range(1, n + 1) for batch in batches.step(step)]
-    epochs = batches.examples_per_step  # n steps of G examples
+    epochs = batches.rows_per_step  # n steps of G examples
     total = sum(batch.weights.sum(dtype=np.float64) for batch in seen)
     assert total == pytest.approx(epochs * (weights * corpus.loss_tokens).sum(), rel=1e-6)
     assert sum(batch.tokens for batch in seen) == epochs * corpus.loss_tokens.sum()

@@ -26,7 +26,6 @@ PENDING_FLAGS = {
     "--max-memory",
     "--messages-column",
     "--mix",
-    "--packing",
     "--prompt-column",
     "--quantization",
     "--reload-above",

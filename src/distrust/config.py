@@ -115,7 +115,9 @@ class TrainConfig:
     epochs: int = _free(3)
     """Passes over the data, where `max_steps` is not given."""
     batch_size: int = _result(8)
-    """Examples of a micro-batch."""
+    """Rows of a micro-batch: examples, or with `packing` rows of up to `max_length` tokens."""
+    packing: bool = _result(False)
+    """Fill each row with whole examples; attention and positions stay within each of them."""
     gradient_accumulation: int = _result(1)
     """Micro-batches of an optimizer step."""
     learning_rate: float = _result(2e-4)
@@ -148,6 +150,8 @@ class TrainConfig:
     """Where to compute; "auto": CUDA, else MPS, else the CPU."""
     threads: int | None = _bits(None)
     """CPU threads. Default: the machine's, or those that the run began with."""
+    compile: bool = _bits(False)
+    """Have torch compile the layers: a minute at the start; pays on GPUs, and needs a C++ compiler on CPUs."""
     gradient_checkpointing: bool = _bits(False)
     """Keep fewer activations and compute them again: less memory, more time."""
 

@@ -8,6 +8,7 @@ segments.py    a record -> stretches of text, learned or only read
 tokens.py      records -> corpus
 corpus.py      the tokenized examples, and their fingerprint
 order.py       (seed, epoch) -> the order of an epoch
+sequences.py   which examples share a row: packing
 batches.py     step -> the arrays of its micro-batches
 """
 
@@ -15,6 +16,7 @@ from distrust.data.batches import IGNORED, Batches, MicroBatch, evaluation_batch
 from distrust.data.corpus import Corpus
 from distrust.data.order import MAX_SEED, Order, permutation
 from distrust.data.records import Completion, Conversation, Location, Message, Record, Text
+from distrust.data.sequences import Sequences, packed, single
 from distrust.data.sources import read_records
 from distrust.data.tokenizer import Tokenizer
 from distrust.data.tokens import beginning, tokenize
@@ -31,11 +33,14 @@ __all__ = [
     "MicroBatch",
     "Order",
     "Record",
+    "Sequences",
     "Text",
     "Tokenizer",
     "beginning",
     "evaluation_batches",
+    "packed",
     "permutation",
     "read_records",
+    "single",
     "tokenize",
 ]

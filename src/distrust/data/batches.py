@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from distrust.data.corpus import Corpus
 from distrust.data.order import Order
+from distrust.data.sequences import Sequences, single
 
 IGNORED = -100
 """The label of a token that carries no loss: transformers and torch know it by this number."""
@@ -54,8 +55,9 @@ class Batches:
         corpus: the examples.
         weights: float[n], the normalized weight of each.
         distrust: float[n], the published term of each.
-        order: the order of the corpus' examples.
-        batch_size: the examples of a micro-batch.
+        order: the order of the rows.
+        sequences: which examples share a row; by default each has one of its own.
+        batch_size: the rows of a micro-batch.
         gradient_accumulation: the micro-batches of a step.
         pad_token_id: what padding is filled with; it is masked and never learned.
 
@@ -70,43 +72,51 @@ class Batches:
         weights: ArrayLike,
         distrust: ArrayLike,
         order: Order,
+        sequences: Sequences | None = None,
         batch_size: int,
         gradient_accumulation: int,
         pad_token_id: int,
     ) -> None:
         if batch_size < 1 or gradient_accumulation < 1:
-            raise ValueError(f"a step needs an example: {batch_size} × {gradient_accumulation}")
-        if order.sequences != len(corpus):
-            raise ValueError(f"an order of {order.sequences} sequences for {len(corpus)} examples")
+            raise ValueError(f"a step needs a row: {batch_size} × {gradient_accumulation}")
+        sequences = single(np.arange(len(corpus))) if sequences is None else sequences
+        if order.sequences != len(sequences):
+            raise ValueError(f"an order of {order.sequences} sequences for {len(sequences)} rows")
         self._corpus = corpus
         self._weights = _per_example(weights, "weights", corpus)
         self._distrust = _per_example(distrust, "distrust", corpus)
+        self._sequences = sequences
         self._order = order
         self._batch_size = batch_size
         self._gradient_accumulation = gradient_accumulation
         self._pad_token_id = pad_token_id
 
     @property
-    def examples_per_step(self) -> int:
-        """The examples of a global batch."""
+    def rows_per_step(self) -> int:
+        """The rows of a global batch."""
         return self._batch_size * self._gradient_accumulation
 
+    @property
+    def epoch_steps(self) -> float:
+        """Optimizer steps of one pass over the data."""
+        return self._order.sequences / self.rows_per_step
+
     def step(self, step: int) -> list[MicroBatch]:
-        """The micro-batches of an optimizer step: the global positions from (step − 1)·G to step·G.
+        """The micro-batches of an optimizer step: the rows at the global positions from (step − 1)·G to step·G.
 
         Args:
             step: counted from 1.
 
         Returns:
-            ``gradient_accumulation`` micro-batches of ``batch_size`` examples.
+            ``gradient_accumulation`` micro-batches of ``batch_size`` rows.
 
         Raises:
             ValueError: the step is less than 1.
         """
         if step < 1:
             raise ValueError(f"steps are counted from 1, not {step}")
-        per_step = self.examples_per_step
-        chosen = self._order.at((step - 1) * per_step, per_step)
+        per_step = self.rows_per_step
+        chosen = self._order.at((step - 1) * per_step, per_step).reshape(self._gradient_accumulation, -1)
         return [
             _collate(
                 self._corpus,
@@ -115,7 +125,7 @@ class Batches:
                 distrust=self._distrust[examples],
                 pad_token_id=self._pad_token_id,
             )
-            for examples in chosen.reshape(self._gradient_accumulation, self._batch_size)
+            for examples in map(self._sequences.examples, chosen)
         ]
 
 

@@ -14,7 +14,18 @@ import numpy as np
 from distrust import weighting
 from distrust.bundled import CORPUS
 from distrust.config import BUNDLED, TrainConfig
-from distrust.data import Batches, Corpus, Order, Record, Tokenizer, read_records, tokenize
+from distrust.data import (
+    Batches,
+    Corpus,
+    Order,
+    Record,
+    Sequences,
+    Tokenizer,
+    packed,
+    read_records,
+    single,
+    tokenize,
+)
 from distrust.errors import ConfigError, DataError, DistrustWarning
 
 DEFAULT_MAX_LENGTH = 1024
@@ -115,8 +126,7 @@ def make_plan(
 
     corpus = tokenized(sources.training, config.data)
     weights = _weights(config, corpus)
-    per_step = config.batch_size * config.gradient_accumulation
-    max_steps = config.max_steps or math.ceil(config.epochs * len(corpus) / per_step)
+    sequences = _sequences(config, corpus, capacity=max_length)
     pad_token_id = _pad_token_id(tokenizer)
     batches = Batches(
         corpus,
@@ -124,11 +134,13 @@ def make_plan(
         distrust=weighting.distrust_term(
             corpus.authority_weight, corpus.provenance_entropy, alpha=config.alpha
         ),
-        order=Order(len(corpus), seed=config.seed),
+        order=Order(len(sequences), seed=config.seed),
+        sequences=sequences,
         batch_size=config.batch_size,
         gradient_accumulation=config.gradient_accumulation,
         pad_token_id=pad_token_id,
     )
+    max_steps = config.max_steps or math.ceil(config.epochs * batches.epoch_steps)
     evaluation = None
     if sources.evaluation is not None:
         evaluation = tokenized(sources.evaluation, str(config.eval_data))
@@ -152,6 +164,13 @@ def _pad_token_id(tokenizer: Tokenizer) -> int:
     if tokenizer.pad_token_id is not None:
         return tokenizer.pad_token_id
     return tokenizer.eos_token_id or 0  # padding is masked: any token serves
+
+
+def _sequences(config: TrainConfig, corpus: Corpus, *, capacity: int) -> Sequences:
+    examples = np.arange(len(corpus), dtype=np.int64)
+    if not config.packing:
+        return single(examples)
+    return packed(examples, corpus.lengths, capacity=capacity, seed=config.seed)
 
 
 def _path(source: str) -> Path:

@@ -24,6 +24,7 @@ from distrust.config import TrainConfig
 from distrust.data import IGNORED, MicroBatch, evaluation_batches
 from distrust.errors import CheckpointError, ConfigError, DistrustWarning, NonFiniteLoss, ResumeRefused
 from distrust.training import origin, resume
+from distrust.training.ahead import Ahead
 from distrust.training.engine import Engine, EngineState, Losses
 from distrust.training.evaluations import Evaluations
 from distrust.training.events import (
@@ -174,12 +175,14 @@ class DistrustTrainer:
         begun_at, begun_over = self._progress.step, self._over()
         if begun_at == 0 and self._plan.config.eval_at_start:
             self._evaluate()
-        while not (self._over() or stop.made or self._observer_error):
-            self._step(self._progress.step + 1)
-            if self._progress.step == begun_at + 1 and self._plan.config.save_every:
-                # The optimizer's state stands from its first step on.
-                self._saver.reserve(self._checkpoint())
-            self._after_step()
+        with Ahead(self._plan.batches.step, last=self._plan.max_steps) as batches:
+            while not (self._over() or stop.made or self._observer_error):
+                step = self._progress.step + 1
+                self._step(step, batches.take(step))
+                if step == begun_at + 1 and self._plan.config.save_every:
+                    # The optimizer's state stands from its first step on.
+                    self._saver.reserve(self._checkpoint())
+                self._after_step()
         over = self._over()
         self._save_what_is_not(final=over is not None)
         return self._ended(
@@ -261,12 +264,11 @@ class DistrustTrainer:
             run=checkpoint.run,
         )
 
-    def _step(self, step: int) -> None:
+    def _step(self, step: int, batches: Sequence[MicroBatch]) -> None:
         """One optimizer step: a function of its number and of the state before it."""
         began = time.perf_counter()
         config, engine = self._plan.config, self._engine
         self._engine_used = self._given_engine is not None
-        batches = self._plan.batches.step(step)
         tokens = sum(batch.tokens for batch in batches)
         losses = []
         for micro_step, batch in enumerate(batches):
@@ -432,7 +434,7 @@ class DistrustTrainer:
         )
 
     def _epoch_steps(self) -> float:
-        return len(self._plan.corpus) / self._plan.batches.examples_per_step
+        return self._plan.batches.epoch_steps
 
     def _fingerprints(self) -> dict[str, str]:
         return {"data": self._plan.corpus.fingerprint, "model": self._engine.fingerprint()}

@@ -36,11 +36,16 @@ def examples_of(lengths: list[int]) -> Iterator[None]:
         _lengths = before
 
 
-def register() -> None:
-    """Make it known to transformers, under :data:`NAME`; elsewhere than in a packed row it is ``sdpa``."""
+def register(*, outside_graphs: bool = False) -> None:
+    """Make it known to transformers, under :data:`NAME`; elsewhere than in a packed row it is ``sdpa``.
+
+    Args:
+        outside_graphs: whether layers are compiled: it is not, since it is another one for each batch.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    AttentionInterface.register(NAME, _attention)
+    function = torch.compiler.disable(_attention) if outside_graphs else _attention
+    AttentionInterface.register(NAME, function)
     AttentionMaskInterface.register(NAME, _mask_of_row)
 
 

@@ -17,6 +17,7 @@ import torch
 from distrust.config import TrainConfig
 from distrust.data import MicroBatch, Tokenizer
 from distrust.engines.torch import adapter, model, randomness
+from distrust.engines.torch.compiling import compile_layers, compiling_told
 from distrust.engines.torch.fused import fuse
 from distrust.engines.torch.passes import Passes
 from distrust.errors import OutOfMemory, ResumeRefused
@@ -57,8 +58,10 @@ class TorchEngine:
             enable = enable or base.gradient_checkpointing_enable
             enable({"use_reentrant": False})
         self._model = self._adapted(base, config).eval()
-        self._fused = fuse(self._model)
-        self._passes = Passes(base, arithmetic=self._arithmetic)
+        # A compiler fuses by itself, and better if it sees the whole of a layer.
+        self._fused = {} if config.compile else fuse(self._model)
+        self._passes = Passes(base, arithmetic=self._arithmetic, compiled=config.compile)
+        self._compiled = compile_layers(base) if config.compile else 0
         self._trained = adapter.trained_parameters(self._model)
         self._optimizer = _optimizer(self._trained, config)
 
@@ -116,9 +119,9 @@ class TorchEngine:
             "attention": f"{self._attention}, {'packed' if self._passes.packs else 'padded'}",
             "loss": "in chunks" if self._passes.chunks else "of all logits",
             "fused": self._fused,
-            "optimizer": type(self._optimizer).__name__,
+            "optimizer": f"fused {type(self._optimizer).__name__}",
             "gradient_checkpointing": self._gradient_checkpointing,
-            "compiled": False,
+            "compiled": bool(self._compiled),
         }
 
     def restore_environment(self, recorded: dict[str, Any]) -> None:
@@ -136,7 +139,7 @@ class TorchEngine:
     def micro_step(self, batch: MicroBatch, *, tokens: int) -> Losses:
         """Forward and backward: add the gradient of Σ weight · cross-entropy / ``tokens``."""
         self._model.train()
-        with _memory_told():
+        with _memory_told(), compiling_told():
             return self._passes.train(batch, tokens=tokens)
 
     def clip_gradients(self, max_norm: float) -> float:
@@ -165,7 +168,7 @@ class TorchEngine:
     def evaluate(self, batch: MicroBatch) -> Losses:
         """Forward only, without dropout."""
         self._model.eval()
-        with _memory_told():
+        with _memory_told(), compiling_told():
             return self._passes.evaluate(batch)
 
     def state(self) -> EngineState:
@@ -231,6 +234,7 @@ def _optimizer(trained: dict[str, torch.nn.Parameter], config: TrainConfig) -> t
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
+        fused=True,  # one pass over weights, moments and gradients
     )
 
 

@@ -63,10 +63,12 @@ class Passes:
     Args:
         model: a causal language model of transformers, in evaluation mode; its adapter sits in its layers.
         arithmetic: dtype of the products; another than float32 is by autocast.
+        compiled: whether its layers will be compiled.
     """
 
-    def __init__(self, model: Any, *, arithmetic: torch.dtype) -> None:
+    def __init__(self, model: Any, *, arithmetic: torch.dtype, compiled: bool = False) -> None:
         self._model = model
+        self._compiled = compiled
         self._arithmetic = arithmetic
         self._device: torch.device = model.device
         self._head: Any = model.get_output_embeddings()
@@ -154,7 +156,7 @@ class Passes:
         before = self._model.config._attn_implementation
         if before != "sdpa":
             return False  # it was chosen for a reason, by the model or by its user
-        attention.register()
+        attention.register(outside_graphs=self._compiled)
         try:
             self._model.set_attn_implementation(attention.NAME)
             first, second = torch.split(self._packed(self._trial_ids(0)), TRIAL)
