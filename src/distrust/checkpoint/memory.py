@@ -107,6 +107,39 @@ def _touch(address: int, start: int, end: int) -> None:
     parallel.run(touch, range(start, end, _TOUCH_BYTES), threads=parallel.cores())
 
 
+def resident_bytes() -> int:
+    """How much memory of the machine this process takes now."""
+    if sys.platform == "linux":
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return _resident_on_macos()
+
+
+def peak_resident_bytes() -> int:
+    """The most memory of the machine that this process ever took."""
+    if sys.platform == "linux":
+        # Not getrusage: what it tells goes on across exec, from the program that this one was forked of.
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes there, not kilobytes
+
+
+def _resident_on_macos() -> int:
+    usage = (ctypes.c_uint64 * 12)()  # rusage_info_v0: a UUID of 16 bytes, and numbers; the seventh of them
+    if ctypes.CDLL(None).proc_pid_rusage(os.getpid(), 0, ctypes.byref(usage)):
+        raise OSError(ctypes.get_errno(), "proc_pid_rusage tells nothing of this process")
+    return usage[8]
+
+
+def trim() -> None:
+    """Have the allocator give back what is free: glibc keeps it otherwise, for as long as the process runs."""
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):  # another C library
+            ctypes.CDLL(None).malloc_trim(0)
+
+
 def available_bytes(root: Path = Path("/")) -> int:
     """How much memory this process can still take, as far as the system and its cgroups say.
 
