@@ -7,7 +7,7 @@ A Llama of 135M parameters with random weights is written once; each candidate l
 own, through the ``quantization_config`` of transformers and LoRA of peft, as a training run would. Columns:
 
 - weights: all tensors that live once the model is loaded, over those of the model without quantization;
-- peak: the most memory that the process took over what it had before it loaded (on a GPU: of the GPU);
+- loading: the most memory that loading took at any moment (on a GPU: of the GPU);
 - step: forward and backward pass, median, over that without quantization; on a CPU the processor's time of
   one thread, which neighbours on the machine disturb least;
 - error: ‖logits − logits of float32‖ / ‖logits of float32‖, in training mode;
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib
 import importlib.metadata
 import json
 import statistics
@@ -108,10 +109,14 @@ def measure(folder: Path, library: str, bits: int, device: str, dtype: str) -> d
         ).to(device)
         return adapted.train()
 
+    for module in ("peft", "transformers.models.llama.modeling_llama"):
+        importlib.import_module(module)  # what the libraries themselves take is not the model's
+    if make is not None:
+        make(bits, number)
     before = _taken(device)
     model = load()
     gc.collect()
-    found: dict[str, Any] = {"weights": _living_bytes()}
+    found: dict[str, Any] = {"weights": _living_bytes(), "loading": _taken(device) - before}
     batch = torch.randint(0, SHAPE["vocab_size"], (BATCH, TOKENS), generator=torch.Generator().manual_seed(1))
     batch = batch.to(device)
 
@@ -122,14 +127,13 @@ def measure(folder: Path, library: str, bits: int, device: str, dtype: str) -> d
         gradients = [part.grad.clone() for part in model.parameters() if part.grad is not None]
         return result.logits.detach().float().cpu(), gradients
 
-    logits, gradients = passes()
+    _, gradients = passes()
     times = []
     for _ in range(WARM + TIMED):
         began = _clock(device)
         _, again = passes()
         times.append(_clock(device) - began)
     found["step"] = statistics.median(times[WARM:])
-    found["peak"] = _taken(device) - before
     repeated = _same(gradients, again)
     model.eval()
     with torch.no_grad():
@@ -221,8 +225,8 @@ def main() -> int:
         make_model(Path(folder), given.layers)
         _run(folder, "reference", 32, given.device, "float32")
         plain, _ = _run(folder, "none", 16 if given.dtype == "bfloat16" else 32, given.device, given.dtype)
-        print(f"{given.device}, {given.dtype}, {given.layers} layers; without quantization: {_line(plain, plain)}")
-        print("| library | bits | weights | peak | step | error | bits | evaluation |")
+        print(f"{given.device}, {given.dtype}, {given.layers} layers; unquantized: {_line(plain, plain)}")
+        print("| library | bits | weights | loading | step | error | bits | evaluation |")
         print("|---|---|---|---|---|---|---|---|")
         for library in CANDIDATES:
             for bits in (8, 4):
@@ -237,14 +241,16 @@ def _run(folder: str, library: str, bits: int, device: str, dtype: str) -> tuple
     if library in CANDIDATES and _version(library) == "":
         return {}, "not installed"
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.quantization", "--device", device, "--dtype", dtype]
-        + ["--child", folder, library, str(bits)],
+        [
+            *(sys.executable, "-m", "benchmarks.quantization", "--device", device, "--dtype", dtype),
+            *("--child", folder, library, str(bits)),
+        ],
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
     if done.returncode:
-        return {}, (done.stderr.strip().splitlines() or ["ended"])[-1][:160]
+        return {}, (done.stderr.strip().splitlines() or ["ended"])[-1][:72]
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return found, ""
 
@@ -252,7 +258,7 @@ def _run(folder: str, library: str, bits: int, device: str, dtype: str) -> tuple
 def _line(found: dict[str, Any], plain: dict[str, Any]) -> str:
     cells = [
         f"{found['weights'] / 2**20:.0f} MiB ({found['weights'] / plain['weights']:.2f})",
-        f"{found['peak'] / 2**20:.0f} MiB",
+        f"{found['loading'] / 2**20:.0f} MiB",
         f"{found['step'] * 1e3:.0f} ms ({found['step'] / plain['step']:.2f})",
         f"{found.get('error', 0):.2g}",
         "same" if found["bits"] else "**differ**",

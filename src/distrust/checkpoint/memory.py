@@ -10,11 +10,11 @@ import contextlib
 import ctypes
 import mmap
 import os
-import sys
 from pathlib import Path
 
 from distrust.checkpoint import parallel
 
+_LINUX = os.uname().sysname == "Linux"
 PAGE_BYTES = 4096
 _LARGE_PAGE_BYTES = 2 << 20
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; Python has no name for it
@@ -98,9 +98,7 @@ def _touch(address: int, start: int, end: int) -> None:
 
     def touch(offset: int) -> None:
         length = min(_TOUCH_BYTES, end - offset)
-        populated = sys.platform == "linux" and not libc.madvise(
-            address + offset, length, _MADV_POPULATE_WRITE
-        )
+        populated = _LINUX and not libc.madvise(address + offset, length, _MADV_POPULATE_WRITE)
         if not populated:
             ctypes.memset(address + offset, 0, length)
 
@@ -109,7 +107,7 @@ def _touch(address: int, start: int, end: int) -> None:
 
 def resident_bytes() -> int:
     """How much memory of the machine this process takes now."""
-    if sys.platform == "linux":
+    if _LINUX:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     return _resident_on_macos()
@@ -117,7 +115,7 @@ def resident_bytes() -> int:
 
 def peak_resident_bytes() -> int:
     """The most memory of the machine that this process ever took."""
-    if sys.platform == "linux":
+    if _LINUX:
         # Not getrusage: what it tells goes on across exec, from the program that this one was forked of.
         with open("/proc/self/status") as file:
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
@@ -134,8 +132,8 @@ def _resident_on_macos() -> int:
 
 
 def trim() -> None:
-    """Have the allocator give back what is free: glibc keeps it otherwise, for as long as the process runs."""
-    if sys.platform == "linux":
+    """Have the allocator give back what is free; glibc keeps it otherwise, until the process ends."""
+    if _LINUX:
         with contextlib.suppress(AttributeError):  # another C library
             ctypes.CDLL(None).malloc_trim(0)
 

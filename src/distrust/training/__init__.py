@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from distrust.training.engine import Engine, EngineState, Losses
+from distrust.training.engine import Engine, EngineState, Losses, MemoryUse
 from distrust.training.trainer import DistrustTrainer
 
-__all__ = ["DistrustTrainer", "Engine", "EngineState", "Losses"]
+__all__ = ["DistrustTrainer", "Engine", "EngineState", "Losses", "MemoryUse"]

@@ -16,10 +16,10 @@ import torch
 
 from distrust.config import TrainConfig
 from distrust.data import MicroBatch, Tokenizer
-from distrust.engines.torch import adapter, model, randomness
+from distrust.engines.torch import adapter, device_memory, model, quantization, randomness
 from distrust.engines.torch.loss import token_losses
 from distrust.errors import OutOfMemory, ResumeRefused
-from distrust.training.engine import EngineState, Losses
+from distrust.training.engine import EngineState, Losses, MemoryUse
 
 
 class TorchEngine:
@@ -44,9 +44,15 @@ class TorchEngine:
             config.model,
             dtype=self._arithmetic if config.lora_rank else torch.float32,
             device=self._device,
+            quantized=config.quantization,
         )
         model.require_room_for(self._tokenizer, base, name=config.model)
-        self._fingerprint = model.fingerprint(base)
+        self._fingerprint = (
+            model.fingerprint(sorted(base.named_parameters()))
+            if config.quantization == "none"
+            else model.fingerprint(model.stored_weights(config.model, dtype=self._arithmetic))
+        )
+        self._quantization = config.quantization
         self._config_digest = model.config_digest(base)
         self._context_length: int | None = getattr(base.config, "max_position_embeddings", None)
         self._gradient_checkpointing = config.gradient_checkpointing
@@ -90,10 +96,10 @@ class TorchEngine:
     def parameters(self) -> tuple[int, int]:
         """How many numbers are trained, and how many there are."""
         trained = sum(parameter.numel() for parameter in self._trained.values())
-        return trained, sum(parameter.numel() for parameter in self._model.parameters())
+        return trained, sum(quantization.count(parameter) for parameter in self._model.parameters())
 
     def fingerprint(self) -> str:
-        """BLAKE3 of the base model's weights, as they were loaded."""
+        """BLAKE3 of the base model's weights as they were loaded, before any quantization."""
         return self._fingerprint
 
     def environment(self) -> dict[str, Any]:
@@ -115,6 +121,7 @@ class TorchEngine:
             "optimizer": type(self._optimizer).__name__,
             "gradient_checkpointing": self._gradient_checkpointing,
             "compiled": False,
+            **quantization.environment(self._quantization),
         }
 
     def restore_environment(self, recorded: dict[str, Any]) -> None:
@@ -193,6 +200,15 @@ class TorchEngine:
         self._optimizer.load_state_dict(dict(state.optimizer))
         randomness.load_state(state.rng, self._device)
 
+    def device_memory(self) -> MemoryUse | None:
+        """What is allocated on the device; None where that is the host's memory."""
+        return device_memory.use(self._device)
+
+    def close(self) -> None:
+        """Let go of model, optimizer and caches."""
+        del self._model, self._trained, self._optimizer, self._tokenizer
+        device_memory.release(self._device)
+
     def _adapted(self, base: torch.nn.Module, config: TrainConfig) -> torch.nn.Module:
         if not config.lora_rank:
             return base
@@ -207,7 +223,8 @@ class TorchEngine:
             dropout=config.lora_dropout,
             target_modules=config.target_modules,
         )
-        return adapted.to(self._device)
+        # Quantized weights lie there already, and their adapters with them.
+        return adapted if config.quantization != "none" else adapted.to(self._device)
 
     def _forward(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
         def on_device(array: np.ndarray[Any, Any]) -> torch.Tensor:
