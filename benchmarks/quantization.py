@@ -7,7 +7,7 @@ A Llama of 135M parameters with random weights is written once; each candidate l
 own, through the ``quantization_config`` of transformers and LoRA of peft, as a training run would. Columns:
 
 - weights: all tensors that live once the model is loaded, over those of the model without quantization;
-- loading: the most memory that loading took at any moment (on a GPU: of the GPU);
+- peak: the most memory at any moment, of loading or of a step (on a GPU: of the GPU);
 - step: forward and backward pass, median, over that without quantization; on a CPU the processor's time of
   one thread, which neighbours on the machine disturb least;
 - error: ‖logits − logits of float32‖ / ‖logits of float32‖, in training mode;
@@ -116,7 +116,7 @@ def measure(folder: Path, library: str, bits: int, device: str, dtype: str) -> d
     before = _taken(device)
     model = load()
     gc.collect()
-    found: dict[str, Any] = {"weights": _living_bytes(), "loading": _taken(device) - before}
+    found: dict[str, Any] = {"weights": _living_bytes()}
     batch = torch.randint(0, SHAPE["vocab_size"], (BATCH, TOKENS), generator=torch.Generator().manual_seed(1))
     batch = batch.to(device)
 
@@ -134,6 +134,7 @@ def measure(folder: Path, library: str, bits: int, device: str, dtype: str) -> d
         _, again = passes()
         times.append(_clock(device) - began)
     found["step"] = statistics.median(times[WARM:])
+    found["peak"] = _taken(device) - before
     repeated = _same(gradients, again)
     model.eval()
     with torch.no_grad():
@@ -226,7 +227,7 @@ def main() -> int:
         _run(folder, "reference", 32, given.device, "float32")
         plain, _ = _run(folder, "none", 16 if given.dtype == "bfloat16" else 32, given.device, given.dtype)
         print(f"{given.device}, {given.dtype}, {given.layers} layers; unquantized: {_line(plain, plain)}")
-        print("| library | bits | weights | loading | step | error | bits | evaluation |")
+        print("| library | bits | weights | peak | step | error | bits | evaluation |")
         print("|---|---|---|---|---|---|---|---|")
         for library in CANDIDATES:
             for bits in (8, 4):
@@ -258,7 +259,7 @@ def _run(folder: str, library: str, bits: int, device: str, dtype: str) -> tuple
 def _line(found: dict[str, Any], plain: dict[str, Any]) -> str:
     cells = [
         f"{found['weights'] / 2**20:.0f} MiB ({found['weights'] / plain['weights']:.2f})",
-        f"{found['loading'] / 2**20:.0f} MiB",
+        f"{found['peak'] / 2**20:.0f} MiB",
         f"{found['step'] * 1e3:.0f} ms ({found['step'] / plain['step']:.2f})",
         f"{found.get('error', 0):.2g}",
         "same" if found["bits"] else "**differ**",
