@@ -55,6 +55,10 @@ OPTIONS = [
     "device",
     "threads",
     "gradient_checkpointing",
+    "quantization",
+    "reload_every",
+    "reload_above",
+    "max_memory",
     "save_every",
     "keep_last",
     "keep_best",
@@ -82,7 +86,7 @@ VALUES = {
     "alpha": (2.3, 3.0, 3.1),
     "lambda_": (0.0, 5.0, -0.1),
     "max_ratio": (1.0, None, 0.9),
-    "lora_rank": (0, 64, -1),
+    "lora_rank": (1, 64, -1),
     "lora_alpha": (1.0, 1e-3, 0.0),
     "lora_dropout": (0.0, 0.99, 1.0),
     "target_modules": (("q_proj",), ("a", "b"), ()),
@@ -104,6 +108,10 @@ VALUES = {
     "device": ("cpu", "mps", "tpu"),
     "threads": (1, None, 0),
     "gradient_checkpointing": (True, False),
+    "quantization": ("none", "8bit", "2bit"),
+    "reload_every": (1, None, 0),
+    "reload_above": (0.5, None, 0.0),
+    "max_memory": (1e-3, None, -1.0),
     "save_every": (0, 7, -1),
     "keep_last": (1, 7, 0),
     "keep_best": (0, 7, -1),
@@ -208,6 +216,12 @@ def test_all_that_is_wrong_at_once():
         TrainConfig(**{name: values[2] for name, values in VALUES.items() if len(values) > 2})
     wrong = [line.split(" is ")[0] for line in str(error.value).splitlines()]
     assert wrong == [flag(field.name) for field in fields(TrainConfig) if len(VALUES[field.name]) > 2]
+
+
+def test_rank_0_trains_all_weights_and_these_are_whole():
+    assert TrainConfig(lora_rank=0).lora_rank == 0
+    with pytest.raises(ConfigError, match="--quantization is '8bit': give --lora-rank 1 or more"):
+        TrainConfig(lora_rank=0, quantization="8bit")
 
 
 def test_a_branch_begins_somewhere_and_elsewhere():

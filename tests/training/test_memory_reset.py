@@ -7,6 +7,7 @@ import gc
 import signal
 import tempfile
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from toy_engine import ToyEngine
 
 from distrust import CheckpointManager, DistrustTrainer, DistrustWarning, TrainConfig
 from distrust.checkpoint.disk import Disk
+from distrust.engines import create
 from distrust.errors import ConfigError
 from distrust.training import MemoryUse
 from distrust.training.events import CheckpointSaved, MemoryReset, StepEnded
@@ -161,6 +163,43 @@ def test_a_signal_during_a_reset_stops_the_run_there(run, tmp_path, when):
     assert (ended.step, ended.signal) == (3, signal.SIGTERM)
     assert len(made) == (1 if when == "while it saves" else 2)  # stopped: it need not be loaded once more
     assert run(tmp_path / "reset", **options)[0].state_digest == alone.state_digest
+
+
+@pytest.mark.parametrize("lora_rank", [4, 0])
+def test_of_a_real_model_nothing_is_left_either(tiny_model, data, tmp_path, lora_rank):
+    """Weights, gradients, moments: no tensor of the engine before outlives it."""
+    import torch
+
+    options = {
+        "model": str(tiny_model),
+        "data": str(data),
+        "max_steps": 5,
+        "batch_size": 2,
+        "learning_rate": 5e-3,
+        "lora_rank": lora_rank,
+        "lora_dropout": 0.2,
+        "threads": 1,
+    }
+    made, left = [], []
+
+    def make(config):
+        left.append([known() for engine, known in made if engine() is not None or known() is not None])
+        engine = create(config)
+        made.append((weakref.ref(engine), weakref.ref(next(engine.model.parameters()))))
+        return engine
+
+    def train(out, **more):
+        config = TrainConfig(out=str(tmp_path / out), save_every=0, **options)
+        return DistrustTrainer(replace(config, **more), engine=make).train()
+
+    alone = train("alone")
+    del made[:], left[:]
+    gc.collect()
+    before = sum(issubclass(type(found), torch.Tensor) for found in gc.get_objects())
+    assert train("reset", reload_every=2).state_digest == alone.state_digest
+    assert left == [[], [], []]
+    gc.collect()
+    assert sum(issubclass(type(found), torch.Tensor) for found in gc.get_objects()) <= before
 
 
 KILLED = """
