@@ -7,7 +7,8 @@ A Llama of 135M parameters with random weights is written once; each candidate l
 own, through the ``quantization_config`` of transformers and LoRA of peft, as a training run would. Columns:
 
 - weights: all tensors that live once the model is loaded, over those of the model without quantization;
-- peak: the most memory at any moment, of loading or of a step (on a GPU: of the GPU);
+- level: memory between steps, over that before loading (resident; on a GPU, allocated there);
+- peak: the most at any moment, of loading or of a step; on a CPU, pages of the file that is read count, too;
 - step: forward and backward pass, median, over that without quantization; on a CPU the processor's time of
   one thread, which neighbours on the machine disturb least;
 - error: ‖logits − logits of float32‖ / ‖logits of float32‖, in training mode;
@@ -32,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.driver import ROOT
+from distrust.checkpoint import memory
 
 #: Of the 135M-parameter model; `--layers` makes it smaller.
 SHAPE = {
@@ -113,7 +115,7 @@ def measure(folder: Path, library: str, bits: int, device: str, dtype: str) -> d
         importlib.import_module(module)  # what the libraries themselves take is not the model's
     if make is not None:
         make(bits, number)
-    before = _taken(device)
+    before, level = _peak(device), _level(device)
     model = load()
     gc.collect()
     found: dict[str, Any] = {"weights": _living_bytes()}
@@ -134,7 +136,9 @@ def measure(folder: Path, library: str, bits: int, device: str, dtype: str) -> d
         _, again = passes()
         times.append(_clock(device) - began)
     found["step"] = statistics.median(times[WARM:])
-    found["peak"] = _taken(device) - before
+    found["peak"] = _peak(device) - before
+    model.zero_grad(set_to_none=True)
+    found["level"] = _level(device) - level
     repeated = _same(gradients, again)
     model.eval()
     with torch.no_grad():
@@ -174,15 +178,20 @@ def _living_bytes() -> int:
     return sum(sizes.values())
 
 
-def _taken(device: str) -> int:
+def _peak(device: str) -> int:
     """The most bytes taken so far."""
-    if device == "cuda":
-        import torch
+    import torch
 
-        return torch.cuda.max_memory_allocated()
-    from distrust.checkpoint.memory import peak_resident_bytes
+    return torch.cuda.max_memory_allocated() if device == "cuda" else memory.peak_resident_bytes()
 
-    return peak_resident_bytes()
+
+def _level(device: str) -> int:
+    """Bytes taken now."""
+    import torch
+
+    gc.collect()
+    memory.trim()
+    return torch.cuda.memory_allocated() if device == "cuda" else memory.resident_bytes()
 
 
 def _clock(device: str) -> float:
@@ -227,12 +236,12 @@ def main() -> int:
         _run(folder, "reference", 32, given.device, "float32")
         plain, _ = _run(folder, "none", 16 if given.dtype == "bfloat16" else 32, given.device, given.dtype)
         print(f"{given.device}, {given.dtype}, {given.layers} layers; unquantized: {_line(plain, plain)}")
-        print("| library | bits | weights | peak | step | error | bits | evaluation |")
-        print("|---|---|---|---|---|---|---|---|")
+        print("| library | bits | weights | level | peak | step | error | bits | evaluation |")
+        print("|---|---|---|---|---|---|---|---|---|")
         for library in CANDIDATES:
             for bits in (8, 4):
                 found, why = _run(folder, library, bits, given.device, given.dtype)
-                told = _line(found, plain) if found else f"{why} | | | | |"
+                told = _line(found, plain) if found else f"{why} | | | | | |"
                 print(f"| {library} {_version(library)} | {bits} | {told} |", flush=True)
     return 0
 
@@ -259,6 +268,7 @@ def _run(folder: str, library: str, bits: int, device: str, dtype: str) -> tuple
 def _line(found: dict[str, Any], plain: dict[str, Any]) -> str:
     cells = [
         f"{found['weights'] / 2**20:.0f} MiB ({found['weights'] / plain['weights']:.2f})",
+        f"{found['level'] / 2**20:.0f} MiB",
         f"{found['peak'] / 2**20:.0f} MiB",
         f"{found['step'] * 1e3:.0f} ms ({found['step'] / plain['step']:.2f})",
         f"{found.get('error', 0):.2g}",

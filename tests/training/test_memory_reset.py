@@ -17,7 +17,7 @@ from toy_engine import ToyEngine
 
 from distrust import CheckpointManager, DistrustTrainer, DistrustWarning, TrainConfig
 from distrust.checkpoint.disk import Disk
-from distrust.engines import create
+from distrust.engines import create, open_checkpoint
 from distrust.errors import ConfigError
 from distrust.training import MemoryUse
 from distrust.training.events import CheckpointSaved, MemoryReset, StepEnded
@@ -200,6 +200,12 @@ def test_of_a_real_model_nothing_is_left_either(tiny_model, data, tmp_path, lora
     assert left == [[], [], []]
     gc.collect()
     assert sum(issubclass(type(found), torch.Tensor) for found in gc.get_objects()) <= before
+    engine, _ = open_checkpoint(
+        tmp_path / "reset"
+    )  # nor does it hold the memory that a checkpoint was read into
+    tensors = [value for values in engine.state().optimizer["state"].values() for value in values.values()]
+    assert tensors
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in tensors)
 
 
 KILLED = """

@@ -197,7 +197,12 @@ class TorchEngine:
         with torch.no_grad():
             for name, parameter in self._trained.items():
                 parameter.copy_(state.model[name])
-        self._optimizer.load_state_dict(dict(state.optimizer))
+        # Copied: the tensors of a checkpoint lie in one block of memory, which any of them would keep whole.
+        moments = {
+            number: {name: torch.clone(value) for name, value in values.items()}
+            for number, values in state.optimizer["state"].items()
+        }
+        self._optimizer.load_state_dict({**state.optimizer, "state": moments})
         randomness.load_state(state.rng, self._device)
 
     def device_memory(self) -> MemoryUse | None:

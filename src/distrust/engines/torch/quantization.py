@@ -17,6 +17,8 @@ from distrust.config import Quantization
 from distrust.errors import ConfigError
 
 LIBRARY = "bitsandbytes"
+# Installed, it is imported by peft in any run, and logs of kernels it lacks; at each step, of its arithmetic.
+logging.getLogger(LIBRARY).setLevel(logging.ERROR)
 
 
 def loading_options(
@@ -39,8 +41,6 @@ def loading_options(
             f"--quantization {quantization}: needs {LIBRARY}, which is not installed; "
             "pip install 'distrust-trainer[quantization]'"
         )
-    # It logs at each step that it computes in half precision what it computes in half precision.
-    logging.getLogger(LIBRARY).setLevel(logging.ERROR)
     from transformers import BitsAndBytesConfig
 
     kept_in: dict[str, dict[str, Any]] = {
