@@ -105,6 +105,12 @@ def measure(folder: Path, library: str, bits: int, device: str, dtype: str) -> d
             options |= {"quantization_config": make(bits, number), "device_map": {"": device}}
         model = AutoModelForCausalLM.from_pretrained(folder, **options)
         model.config.use_cache = False
+        if (
+            make is not None
+        ):  # what is not quantized keeps the whole file mapped otherwise, as the engine knows
+            for parameter in model.parameters():
+                if type(parameter) is torch.nn.Parameter and parameter.is_floating_point():
+                    parameter.data = parameter.data.clone()
         torch.manual_seed(0)
         adapted = get_peft_model(
             model, LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False)

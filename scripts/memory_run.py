@@ -58,8 +58,9 @@ def train(out: Path, *, steps: int, leak: float, reload_every: int | None) -> di
             kept: list[Any] = []  # held by the hook, which the model holds
 
             def keep(_module: Any, _inputs: Any, outputs: Any) -> None:
-                copy = outputs.logits.detach().flatten()
-                kept.append(copy.repeat(1 + int(leak * MIB) // copy.nbytes)[: int(leak * MIB) // 4])
+                logits = outputs.logits.detach().flatten()
+                wanted = int(leak * MIB) // logits.element_size()
+                kept.append(logits.repeat(1 + wanted // len(logits))[:wanted].clone())
 
             engine.model.register_forward_hook(keep)
         return engine
@@ -107,8 +108,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=1200)
-    parser.add_argument("--reload-every", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=900)
+    parser.add_argument("--reload-every", type=int, default=150)
     parser.add_argument("--leak", type=float, default=0.5, help="MiB a step")
     parser.add_argument("--tolerance", type=float, default=0.05, help="as a share of the first level")
     parser.add_argument("--picture", type=Path, default=Path("docs/memory.png"))

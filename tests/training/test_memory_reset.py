@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import gc
+import io
+import re
 import signal
 import tempfile
 import weakref
@@ -19,6 +21,7 @@ from distrust import CheckpointManager, DistrustTrainer, DistrustWarning, TrainC
 from distrust.checkpoint.disk import Disk
 from distrust.engines import create, open_checkpoint
 from distrust.errors import ConfigError
+from distrust.reporting.console import ConsoleReporter
 from distrust.training import MemoryUse
 from distrust.training.events import CheckpointSaved, MemoryReset, StepEnded
 
@@ -81,6 +84,13 @@ def test_an_engine_that_somebody_holds_has_let_go(run, tmp_path):
 
     run(tmp_path, engine=make, reload_every=4)
     assert len(made) == 3
+
+
+def test_a_reset_is_shown(run, tmp_path):
+    words = io.StringIO()
+    with ConsoleReporter(log_every=1, stream=words) as console:
+        run(tmp_path, engine=made_anew, reload_every=6, observers=[console])
+    assert re.search(r"step 6: memory reset, 0\.\d\d to 0\.\d\d GiB in \d\.\d s\n", words.getvalue())
 
 
 def test_a_given_engine_cannot_be_built_again(data, tmp_path):

@@ -132,19 +132,27 @@ class DistrustTrainer:
         self._memory = MemoryWatch(self._plan.config, self._engine)
         if begun_at < last:
             self._require_room()
-        while self._progress.step < last and stop.signal is None and self._observer_error is None:
+        while self._goes_on(stop):
             self._step(self._progress.step + 1)
             if self._progress.step == begun_at + 1 and self._plan.config.save_every:
                 # The optimizer's state stands from its first step on.
                 self._saver.reserve(self._checkpoint())
             self._after_step(last=self._progress.step == last)
-            if self._progress.step < last and stop.signal is None:
+            if self._goes_on(stop):
                 self._mind_memory(stop)
         self._save_what_is_not(final=self._progress.step == last)
         return self._ended(
             self._newest(),
             signal=None if self._progress.step >= last else stop.signal,
             already=begun_at >= last,
+        )
+
+    def _goes_on(self, stop: StopRequest) -> bool:
+        """Whether there is another step to make."""
+        return (
+            self._progress.step < self._plan.max_steps
+            and stop.signal is None
+            and self._observer_error is None
         )
 
     def _prepare(self, sources: Sources, stop: StopRequest) -> None:
@@ -248,8 +256,8 @@ class DistrustTrainer:
     def _mind_memory(self, stop: StopRequest) -> None:
         self._memory.look(self._engine)
         if self._memory.reset_due(self._progress.step) and self._is_saved_for_good():
-            if stop.signal is not None:
-                return  # saved already: no need to load everything once more
+            if not self._goes_on(stop):
+                return  # stopped while it was saved: nothing need be loaded once more
             self._reset_memory()
         self._require_room()
 

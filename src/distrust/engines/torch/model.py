@@ -40,7 +40,7 @@ def load_model(
     model.config.use_cache = False  # a cache of keys is of no use in training
     module: torch.nn.Module = model
     if options:
-        quantization.keep_as_loaded(module)
+        quantization.settle(module)
     else:
         module.to(device)
     return module.eval()

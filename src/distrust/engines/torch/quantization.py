@@ -55,16 +55,20 @@ def loading_options(
     return {"quantization_config": BitsAndBytesConfig(**kept_in[quantization]), "device_map": {"": device}}
 
 
-def keep_as_loaded(model: torch.nn.Module) -> None:
-    """Keep an evaluation from changing the weights.
+def settle(model: torch.nn.Module) -> None:
+    """Make a model that was just loaded fit for training.
 
     On processors with bfloat16 instructions the library packs 4-bit weights anew at the first forward pass
-    outside training, with rounded scales, and leaves them so: the steps after it would be other ones.
+    outside training, with rounded scales, and leaves them so: the steps after it would be other ones. It is
+    told not to. And what is not quantized is copied: it lies in the mapped file, which it would keep whole.
     """
     module: Any
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.clone()
 
 
 def count(parameter: torch.Tensor) -> int:
