@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
+import shutil
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +120,18 @@ def test_fewer_bits_are_less_memory(options):
     assert sizes["8bit"] < 0.32 * sizes["none"]
     assert sizes["4bit"] < 0.20 * sizes["none"]
     assert len(counts) == 1  # and as many parameters
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's proc")
+@pytest.mark.parametrize("bits", BITS)
+def test_the_file_of_the_whole_weights_is_let_go(options, tmp_path, bits):
+    """What is not quantized would keep all of it mapped, and resident."""
+    folder = tmp_path / "model"
+    shutil.copytree(options["model"], folder)
+    engine = create(TrainConfig(**{**options, "model": str(folder), "quantization": bits}))
+    gc.collect()
+    assert str(folder) not in Path("/proc/self/maps").read_text()
+    assert engine.parameters[0] > 0
 
 
 def test_the_base_is_known_by_its_own_weights(options, tmp_path):
