@@ -47,6 +47,7 @@ OTHER = {
     "max_grad_norm": 0.5,
     "seed": 1,
     "dtype": "bfloat16",
+    "quantization": "8bit",
 }
 
 
