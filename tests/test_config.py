@@ -42,6 +42,7 @@ OPTIONS = [
     "max_steps",
     "epochs",
     "batch_size",
+    "packing",
     "gradient_accumulation",
     "learning_rate",
     "warmup_steps",
@@ -57,7 +58,12 @@ OPTIONS = [
     "dtype",
     "device",
     "threads",
+    "compile",
     "gradient_checkpointing",
+    "quantization",
+    "reload_every",
+    "reload_above",
+    "max_memory",
     "save_every",
     "keep_last",
     "keep_best",
@@ -87,12 +93,14 @@ VALUES = {
     "alpha": (2.3, 3.0, 3.1),
     "lambda_": (0.0, 5.0, -0.1),
     "max_ratio": (1.0, None, 0.9),
-    "lora_rank": (0, 64, -1),
+    "lora_rank": (1, 64, -1),
     "lora_alpha": (1.0, 1e-3, 0.0),
     "lora_dropout": (0.0, 0.99, 1.0),
     "target_modules": (("q_proj",), ("a", "b"), ()),
     "rslora": (True, False),
     "dora": (True, False),
+    "packing": (True, False),
+    "compile": (True, False),
     "max_steps": (1, None, 0),
     "epochs": (1, 9, 0),
     "batch_size": (1, 64, 0),
@@ -112,6 +120,10 @@ VALUES = {
     "device": ("cpu", "mps", "tpu"),
     "threads": (1, None, 0),
     "gradient_checkpointing": (True, False),
+    "quantization": ("none", "8bit", "2bit"),
+    "reload_every": (1, None, 0),
+    "reload_above": (0.5, None, 0.0),
+    "max_memory": (1e-3, None, -1.0),
     "save_every": (0, 7, -1),
     "keep_last": (1, 7, 0),
     "keep_best": (0, 7, -1),
@@ -224,6 +236,12 @@ def test_all_that_is_wrong_at_once():
 def test_without_an_adapter_there_is_no_kind_of_it(name):
     with pytest.raises(ConfigError, match=f"--{name} is True: give a --lora-rank; 0 makes no adapter"):
         TrainConfig(lora_rank=0, **{name: True})
+
+
+def test_rank_0_trains_all_weights_and_these_are_whole():
+    assert TrainConfig(lora_rank=0).lora_rank == 0
+    with pytest.raises(ConfigError, match="--quantization is '8bit': give --lora-rank 1 or more"):
+        TrainConfig(lora_rank=0, quantization="8bit")
 
 
 def test_a_branch_begins_somewhere_and_elsewhere():

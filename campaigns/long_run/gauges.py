@@ -5,11 +5,12 @@ from __future__ import annotations
 import gc
 import os
 import platform
-import subprocess
 import sys
 import threading
 import time
 from typing import NamedTuple
+
+from distrust.checkpoint.memory import resident_bytes
 
 _SETTLING_SECONDS = 0.2
 _LINUX = platform.system() == "Linux"
@@ -42,7 +43,7 @@ def read(usual_threads: int | None = None) -> Gauges:
     deadline = time.monotonic() + _SETTLING_SECONDS
     while (found := threads()) != (usual_threads or found) and time.monotonic() < deadline:
         time.sleep(0.001)
-    return Gauges(_resident(), sys.getallocatedblocks(), _descriptors(), found)
+    return Gauges(resident_bytes(), sys.getallocatedblocks(), _descriptors(), found)
 
 
 def threads() -> int:
@@ -54,11 +55,3 @@ def threads() -> int:
 
 def _descriptors() -> int:
     return len(os.listdir("/proc/self/fd" if _LINUX else "/dev/fd"))
-
-
-def _resident() -> int:
-    if _LINUX:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    told = subprocess.run(["ps", "-o", "rss=", "-p", str(os.getpid())], capture_output=True, check=True)
-    return int(told.stdout) * 1024

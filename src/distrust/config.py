@@ -40,6 +40,7 @@ Dtype = Literal["float32", "bfloat16"]
 ExportDtype = Literal["float32", "bfloat16", "float16"]
 ExportFormat = Literal["adapter", "merged", "state"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
+Quantization = Literal["none", "8bit", "4bit"]
 Schedule = Literal["cosine", "linear", "constant"]
 Metric = Literal["loss", "eval_loss"]
 
@@ -151,9 +152,19 @@ class TrainConfig:
     threads: int | None = _bits(None)
     """CPU threads. Default: the machine's, or those that the run began with."""
     compile: bool = _bits(False)
-    """Have torch compile the layers: a minute at the start; pays on GPUs, and needs a C++ compiler on CPUs."""
+    """Have torch compile the layers, a minute at the start; CPUs need a C++ compiler, and gain little."""
     gradient_checkpointing: bool = _bits(False)
     """Keep fewer activations and compute them again: less memory, more time."""
+
+    # Memory
+    quantization: Quantization = _result("none")
+    """Bits that the frozen base is kept in: "8bit", "4bit", or "none" for those of `dtype`. LoRA only."""
+    reload_every: int | None = _free(None)
+    """Steps after which memory is reset: model and optimizer are dropped and built again, bit for bit."""
+    reload_above: float | None = _free(None)
+    """GiB, resident on the host or allocated on the device, above which memory is reset."""
+    max_memory: float | None = _free(None)
+    """GiB, on the host or on the device, that no step may pass: the run stops before, saved."""
 
     # Checkpoints and reports
     save_every: int = _free(50)
@@ -300,6 +311,19 @@ def _bounds(c: TrainConfig) -> list[tuple[str, bool, str]]:
         ("dtype", c.dtype in get_args(Dtype), f"give one of {', '.join(get_args(Dtype))}"),
         ("device", c.device in get_args(Device), f"give one of {', '.join(get_args(Device))}"),
         ("threads", c.threads is None or c.threads >= 1, "give 1 or more"),
+        (
+            "quantization",
+            c.quantization in get_args(Quantization),
+            f"give one of {', '.join(get_args(Quantization))}",
+        ),
+        (
+            "quantization",
+            c.quantization not in ("8bit", "4bit") or c.lora_rank != 0,
+            "give --lora-rank 1 or more with it: quantized weights are frozen",
+        ),
+        ("reload_every", c.reload_every is None or c.reload_every >= 1, "give 1 or more"),
+        ("reload_above", _is_amount(c.reload_above), "give more than 0"),
+        ("max_memory", _is_amount(c.max_memory), "give more than 0"),
         ("save_every", c.save_every >= 0, "give 1 or more, or 0 for the final one only"),
         ("keep_last", c.keep_last >= 1, "give 1 or more"),
         ("keep_best", c.keep_best >= 0, "give 0 or more"),
@@ -325,6 +349,10 @@ def _bounds(c: TrainConfig) -> list[tuple[str, bool, str]]:
 
 def _within(value: float | None, low: float, high: float = math.inf) -> bool:
     return value is None or (math.isfinite(value) and low <= value <= high)
+
+
+def _is_amount(value: float | None) -> bool:
+    return value is None or (math.isfinite(value) and value > 0)
 
 
 @cache

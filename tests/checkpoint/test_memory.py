@@ -52,3 +52,24 @@ def test_a_blocking_save_takes_64_mib_and_a_background_save_one_copy(tmp_path, r
     blocking, behind = map(int, done.stdout.split())
     assert blocking < 64 * MIB
     assert 0.95 * STATE_MIB * MIB < behind < 1.05 * STATE_MIB * MIB
+
+
+MEASURED = """
+from distrust.checkpoint.memory import peak_resident_bytes, resident_bytes, trim
+import ctypes
+before = resident_bytes()
+blocks = [ctypes.create_string_buffer(b"x" * 60_000, 60_000) for _ in range(1_000)]  # small ones: no mmap
+between = [ctypes.create_string_buffer(1) for _ in range(1_000)]
+full = resident_bytes()
+del blocks
+trim()
+print(full - before, resident_bytes() - before, peak_resident_bytes() - before)
+"""
+
+
+def test_what_a_process_takes_and_took_and_gives_back(run_python):
+    done = run_python(MEASURED)
+    taken, left, peak = map(int, done.stdout.split())
+    assert 50 * MIB < taken < 70 * MIB
+    assert left < 5 * MIB
+    assert peak > taken - MIB  # the kernel counts in batches

@@ -37,6 +37,7 @@ OTHER = {
     "rslora": True,
     "dora": True,
     "batch_size": 1,
+    "packing": True,
     "gradient_accumulation": 3,
     "learning_rate": 0.06,
     "warmup_steps": 3,
@@ -50,6 +51,7 @@ OTHER = {
     "max_grad_norm": 0.5,
     "seed": 1,
     "dtype": "bfloat16",
+    "quantization": "8bit",
 }
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from distrust.data import IGNORED, MicroBatch
 from distrust.errors import ResumeRefused
-from distrust.training import EngineState, Losses
+from distrust.training import EngineState, Losses, MemoryUse
 
 VOCABULARY = 32
 BETA1, BETA2, EPSILON = 0.9, 0.99, 1e-8
@@ -66,6 +66,7 @@ class ToyEngine:
         environment: dict[str, Any] | None = None,
     ) -> None:
         self.tokenizer = ToyTokenizer()
+        self.closed = False
         self.poisoned = set(poisoned)
         self.threads_restored: int | None = None
         self._environment = environment or {"toy": "1", "threads": 1}
@@ -142,6 +143,12 @@ class ToyEngine:
         self._first[:], self._second[:] = state.optimizer["moments"]
         self._updates = state.optimizer["updates"]
         self._rng.bit_generator.state = state.rng
+
+    def device_memory(self) -> MemoryUse | None:
+        return None
+
+    def close(self) -> None:
+        self.closed = True
 
     def _forward(self, batch: MicroBatch, table: Any) -> tuple[Losses, Any]:
         logits = (self._base + table)[batch.input_ids[:, :-1]]

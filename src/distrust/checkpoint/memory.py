@@ -10,11 +10,11 @@ import contextlib
 import ctypes
 import mmap
 import os
-import sys
 from pathlib import Path
 
 from distrust.checkpoint import parallel
 
+_LINUX = os.uname().sysname == "Linux"
 PAGE_BYTES = 4096
 _LARGE_PAGE_BYTES = 2 << 20
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; Python has no name for it
@@ -98,13 +98,44 @@ def _touch(address: int, start: int, end: int) -> None:
 
     def touch(offset: int) -> None:
         length = min(_TOUCH_BYTES, end - offset)
-        populated = sys.platform == "linux" and not libc.madvise(
-            address + offset, length, _MADV_POPULATE_WRITE
-        )
+        populated = _LINUX and not libc.madvise(address + offset, length, _MADV_POPULATE_WRITE)
         if not populated:
             ctypes.memset(address + offset, 0, length)
 
     parallel.run(touch, range(start, end, _TOUCH_BYTES), threads=parallel.cores())
+
+
+def resident_bytes() -> int:
+    """How much memory of the machine this process takes now."""
+    if _LINUX:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return _resident_on_macos()
+
+
+def peak_resident_bytes() -> int:
+    """The most memory of the machine that this process ever took."""
+    if _LINUX:
+        # Not getrusage: what it tells goes on across exec, from the program that this one was forked of.
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes there, not kilobytes
+
+
+def _resident_on_macos() -> int:
+    usage = (ctypes.c_uint64 * 12)()  # rusage_info_v0: a UUID of 16 bytes, and numbers; the seventh of them
+    if ctypes.CDLL(None).proc_pid_rusage(os.getpid(), 0, ctypes.byref(usage)):
+        raise OSError(ctypes.get_errno(), "proc_pid_rusage tells nothing of this process")
+    return usage[8]
+
+
+def trim() -> None:
+    """Have the allocator give back what is free; glibc keeps it otherwise, until the process ends."""
+    if _LINUX:
+        with contextlib.suppress(AttributeError):  # another C library
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def available_bytes(root: Path = Path("/")) -> int:

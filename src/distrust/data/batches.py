@@ -102,7 +102,7 @@ class Batches:
         return self._order.sequences / self.rows_per_step
 
     def step(self, step: int) -> list[MicroBatch]:
-        """The micro-batches of an optimizer step: the rows at the global positions from (step − 1)·G to step·G.
+        """The micro-batches of an optimizer step: the rows at the positions from (step − 1)·G to step·G.
 
         Args:
             step: counted from 1.

@@ -1,9 +1,9 @@
 """Examples -> sequences: which examples share one row of a batch.
 
 Without packing each example is a row. With it, rows of up to ``capacity`` tokens are filled with whole
-examples: best fit, the longest first, within windows of examples drawn by the seed. Which examples share a row
-is settled once for the whole run, a pure function of (lengths, capacity, seed); each epoch then has the rows in
-an order of its own (``order``). So the rows of any step are known without those before it.
+examples: best fit, the longest first, within windows of examples drawn by the seed. Which examples share a
+row is settled once for the whole run, a pure function of (lengths, capacity, seed); each epoch then has the
+rows in an order of its own (``order``). So the rows of any step are known without those before it.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from distrust.training.events import (
     CheckpointSaved,
     Evaluated,
     Event,
+    MemoryReset,
     Preparing,
     RunEnded,
     RunStarted,
@@ -92,6 +93,11 @@ class ConsoleReporter:
                     self._say(
                         f"step {event.step}: saved {_shown(event.path)} (training waited {waited:.0f} ms)"
                     )
+            case MemoryReset():
+                self._say(
+                    f"step {event.step}: memory reset, {event.before_bytes / 2**30:.2f} to "
+                    f"{event.after_bytes / 2**30:.2f} GiB in {event.seconds:.1f} s"
+                )
             case RunEnded():
                 self._ended(event)
 

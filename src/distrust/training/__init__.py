@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from distrust.training.engine import Engine, EngineState, Losses
+from distrust.training.engine import Engine, EngineState, Losses, MemoryUse
 from distrust.training.events import RunEnded
 from distrust.training.state import RunState
 from distrust.training.trainer import DistrustTrainer
 
-__all__ = ["DistrustTrainer", "Engine", "EngineState", "Losses", "RunEnded", "RunState"]
+__all__ = ["DistrustTrainer", "Engine", "EngineState", "Losses", "MemoryUse", "RunEnded", "RunState"]

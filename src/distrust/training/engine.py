@@ -45,6 +45,19 @@ class EngineState:
     rng: Mapping[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class MemoryUse:
+    """Bytes taken at one place.
+
+    Attributes:
+        now: at this moment.
+        peak: the most ever taken, or as many as now where that is not known.
+    """
+
+    now: int
+    peak: int
+
+
 class Engine(Protocol):
     """A model, its adapter and its optimizer, in some framework."""
 
@@ -108,3 +121,9 @@ class Engine(Protocol):
         Raises:
             ResumeRefused: if names, shapes or dtypes differ.
         """
+
+    def device_memory(self) -> MemoryUse | None:
+        """What is allocated on the device; None where that is the host's memory."""
+
+    def close(self) -> None:
+        """Let go of model, optimizer and caches, whoever still holds the engine. It is not used again."""

@@ -129,6 +129,23 @@ class CheckpointSaved:
 
 
 @dataclass(frozen=True, slots=True)
+class MemoryReset:
+    """Model, optimizer and caches were dropped and built again from the checkpoint of this step.
+
+    Attributes:
+        step: optimizer steps made.
+        before_bytes: resident on the host and allocated on the device, before.
+        after_bytes: the same, after.
+        seconds: that it took, without the save.
+    """
+
+    step: int
+    before_bytes: int
+    after_bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class RunEnded:
     """The run is over, or was asked to stop; its last checkpoint is durable.
 
@@ -156,5 +173,14 @@ class RunEnded:
         return self.reason in ("finished", "early_stopping")
 
 
-Event = Preparing | RunStarted | StepEnded | Evaluated | CheckpointStarted | CheckpointSaved | RunEnded
+Event = (
+    Preparing
+    | RunStarted
+    | StepEnded
+    | Evaluated
+    | CheckpointStarted
+    | CheckpointSaved
+    | MemoryReset
+    | RunEnded
+)
 Observer = Callable[[Event], None]

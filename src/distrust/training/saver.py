@@ -95,6 +95,10 @@ class Saver:
             self.durable = self._pending_state
             self._emit(CheckpointSaved(self._pending_state[0], path, self._pending_stall))
 
+    def stands(self, step: int, *, final: bool = False) -> bool:
+        """Whether the checkpoint of a step is durable; with ``final``, as the final one."""
+        return self.durable is not None and self.durable[0] == step and (self.durable[1] or not final)
+
     def standing(self) -> str:
         """What stands, in a few words; waits for the save under way."""
         self.settle()

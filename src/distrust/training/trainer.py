@@ -12,7 +12,7 @@ import contextlib
 import math
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from importlib import import_module
 from typing import Any
@@ -22,7 +22,15 @@ from distrust.checkpoint import Checkpoint, CheckpointFile, CheckpointManager
 from distrust.checkpoint.store import RUN_SUBDIRECTORY, file_name
 from distrust.config import TrainConfig
 from distrust.data import IGNORED, MicroBatch, evaluation_batches
-from distrust.errors import CheckpointError, ConfigError, DistrustWarning, NonFiniteLoss, ResumeRefused
+from distrust.errors import (
+    CheckpointError,
+    ConfigError,
+    CorruptCheckpoint,
+    DistrustWarning,
+    NonFiniteLoss,
+    OutOfMemory,
+    ResumeRefused,
+)
 from distrust.training import origin, resume
 from distrust.training.ahead import Ahead
 from distrust.training.engine import Engine, EngineState, Losses
@@ -30,6 +38,7 @@ from distrust.training.evaluations import Evaluations
 from distrust.training.events import (
     Evaluated,
     Event,
+    MemoryReset,
     Observer,
     Preparing,
     Reason,
@@ -37,6 +46,7 @@ from distrust.training.events import (
     RunStarted,
     StepEnded,
 )
+from distrust.training.memory import GIB, MemoryWatch
 from distrust.training.plan import Plan, Sources, make_plan, read_sources
 from distrust.training.progress import Progress
 from distrust.training.saver import Saver
@@ -60,13 +70,26 @@ class DistrustTrainer:
 
     Args:
         config: what to train, on what, and how.
-        engine: trains it; by default the one that ``distrust.engines`` creates of the config.
+        engine: trains it, or makes of the config what does; by default, ``distrust.engines.create``. One
+            that is given, not made, cannot be built again.
         observers: each is called with every event, in the thread that trains, which waits for it meanwhile.
+
+    Raises:
+        ConfigError: if memory is to be reset, and the engine cannot be built again.
     """
 
     def __init__(
-        self, config: TrainConfig, *, engine: Engine | None = None, observers: Iterable[Observer] = ()
+        self,
+        config: TrainConfig,
+        *,
+        engine: Engine | Callable[[TrainConfig], Engine] | None = None,
+        observers: Iterable[Observer] = (),
     ) -> None:
+        if engine is not None and not callable(engine) and (config.reload_every or config.reload_above):
+            raise ConfigError(
+                "--reload-every and --reload-above build the engine again: give what makes it of a config, "
+                "engine=lambda config: ..., instead of the engine"
+            )
         self._config = config
         self._given_engine = engine
         self._observers = tuple(observers)
@@ -83,6 +106,7 @@ class DistrustTrainer:
         self._stop: StopRequest | None = None
         self._engine_used = False
         self._engine: Engine
+        self._memory: MemoryWatch
         self._plan: Plan
         self._begin_anew()
 
@@ -173,16 +197,21 @@ class DistrustTrainer:
 
     def _loop(self, stop: StopRequest) -> RunEnded:
         begun_at, begun_over = self._progress.step, self._over()
+        self._memory = MemoryWatch(self._plan.config, self._engine)
+        if not begun_over:
+            self._require_room()
         if begun_at == 0 and self._plan.config.eval_at_start:
             self._evaluate()
         with Ahead(self._plan.batches.step, last=self._plan.max_steps) as batches:
-            while not (self._over() or stop.made or self._observer_error):
+            while self._goes_on(stop):
                 step = self._progress.step + 1
                 self._step(step, batches.take(step))
                 if step == begun_at + 1 and self._plan.config.save_every:
                     # The optimizer's state stands from its first step on.
                     self._saver.reserve(self._checkpoint())
                 self._after_step()
+                if self._goes_on(stop):
+                    self._mind_memory(stop)
         over = self._over()
         self._save_what_is_not(final=over is not None)
         return self._ended(
@@ -191,6 +220,10 @@ class DistrustTrainer:
             signal=None if over else stop.signal,
             already=begun_over is not None,
         )
+
+    def _goes_on(self, stop: StopRequest) -> bool:
+        """Whether there is another step to make."""
+        return not (self._over() or stop.made or self._observer_error)
 
     def _over(self) -> Reason | None:
         """Whether there is nothing left to do, and why: a function of the state alone, so of the run."""
@@ -219,11 +252,7 @@ class DistrustTrainer:
                 raise _Stopped
 
         report(f"loading the model {self._config.model}")
-        engine = self._given_engine
-        if engine is None:
-            # Bound late: the loop names no framework, and what it is handed comes from above it.
-            engine = import_module("distrust.engines").create(self._config)
-        self._engine = engine
+        engine = self._engine = self._make_engine()
         checkpoint, file = origin.find(self._config, self._manager, framework=engine.framework)
         if checkpoint is not None:
             self._config = resume.settled(self._config, checkpoint.config, where=str(self._out))
@@ -245,6 +274,13 @@ class DistrustTrainer:
                 self._saver.durable = checkpoint.step, file.kind == "final"
         self._state = replace(self._state, max_steps=self._plan.max_steps, epoch_steps=self._epoch_steps())
         self._emit(self._started(file))
+
+    def _make_engine(self) -> Engine:
+        engine = self._given_engine
+        if engine is None:
+            # Bound late: the loop names no framework, and what it is handed comes from above it.
+            engine = import_module("distrust.engines").create
+        return engine(self._config) if callable(engine) else engine
 
     def _take_up(self, checkpoint: Checkpoint) -> None:
         resume.require_same_fingerprints(
@@ -268,7 +304,7 @@ class DistrustTrainer:
         """One optimizer step: a function of its number and of the state before it."""
         began = time.perf_counter()
         config, engine = self._plan.config, self._engine
-        self._engine_used = self._given_engine is not None
+        self._engine_used = self._given_engine is engine  # not one that was made
         tokens = sum(batch.tokens for batch in batches)
         losses = []
         for micro_step, batch in enumerate(batches):
@@ -309,12 +345,58 @@ class DistrustTrainer:
             self._save(final=False)
         self._saver.poll()
 
+    def _mind_memory(self, stop: StopRequest) -> None:
+        self._memory.look(self._engine)
+        if self._memory.reset_due(self._progress.step) and self._is_saved_for_good():
+            if not self._goes_on(stop):
+                return  # stopped while it was saved: nothing need be loaded once more
+            self._reset_memory()
+        self._require_room()
+
+    def _is_saved_for_good(self) -> bool:
+        """Save this step, and read it back: it is about to be all that is left of the run's state."""
+        step = self._progress.step
+        self._saver.settle()
+        if not self._saver.stands(step):
+            self._save(final=False)
+            self._saver.settle()  # one that failed was warned of: the run goes on, without a reset
+        try:
+            if self._saver.stands(step):
+                self._manager.validate(step)
+                return True
+        except CorruptCheckpoint as error:
+            warnings.warn(f"{error}. Memory is not reset at step {step}", DistrustWarning, stacklevel=2)
+        return False
+
+    def _reset_memory(self) -> None:
+        """Drop model, optimizer and caches, and build them again from the base model and the checkpoint."""
+        began, before = time.perf_counter(), self._memory.taken
+        self._engine.close()
+        del self._engine
+        self._engine = self._make_engine()
+        self._take_up(self._manager.load(self._progress.step, framework=self._engine.framework))
+        self._memory.begin_again(self._engine)
+        seconds = time.perf_counter() - began
+        self._emit(MemoryReset(self._progress.step, before, self._memory.taken, seconds))
+
+    def _require_room(self) -> None:
+        """Stop, saved, before a step that would take more memory than it may."""
+        excess = self._memory.excess()
+        if excess is None:
+            return
+        self._save_what_is_not(final=False)
+        raise OutOfMemory(
+            f"--max-memory {self._plan.config.max_memory:g}: at step {self._progress.step} the run takes "
+            f"{excess.now / GIB:.2f} GiB of {excess.place}, and the next step may take "
+            f"{excess.next_step / GIB:.2f}; {self._saver.standing()}. Raise the bound, or add --reload-above "
+            "or --gradient-checkpointing, and the same command goes on; a new run may take a smaller "
+            "--batch-size"
+        )
+
     def _save_what_is_not(self, *, final: bool) -> None:
         """The state that the run ends in: as the final one, or to go on from."""
         self._saver.settle()
-        durable = self._saver.durable
-        stands = durable is not None and durable[0] == self._progress.step and (durable[1] or not final)
-        if self._progress.step > 0 and not stands:
+        if self._progress.step > 0 and not self._saver.stands(self._progress.step, final=final):
             self._save(final=final)
         self._saver.settle(strict=True)
 

@@ -44,7 +44,8 @@ def register(*, outside_graphs: bool = False) -> None:
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    function = torch.compiler.disable(_attention) if outside_graphs else _attention
+    disable: Any = torch.compiler.disable
+    function = disable(_attention) if outside_graphs else _attention
     AttentionInterface.register(NAME, function)
     AttentionMaskInterface.register(NAME, _mask_of_row)
 

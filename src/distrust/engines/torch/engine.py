@@ -16,12 +16,12 @@ import torch
 
 from distrust.config import TrainConfig
 from distrust.data import MicroBatch, Tokenizer
-from distrust.engines.torch import adapter, model, randomness
+from distrust.engines.torch import adapter, device_memory, model, quantization, randomness
 from distrust.engines.torch.compiling import compile_layers, compiling_told
 from distrust.engines.torch.fused import fuse
 from distrust.engines.torch.passes import Passes
 from distrust.errors import OutOfMemory, ResumeRefused
-from distrust.training.engine import EngineState, Losses
+from distrust.training.engine import EngineState, Losses, MemoryUse
 
 
 class TorchEngine:
@@ -41,13 +41,20 @@ class TorchEngine:
         torch.set_num_threads(config.threads or _machine_threads())
         self._arithmetic = model.torch_dtype(config.dtype)
         self._tokenizer = model.load_tokenizer(config.model)
+        dtype = self._arithmetic if config.lora_rank else torch.float32
         base = model.load_model(
             config.model,
-            dtype=self._arithmetic if config.lora_rank else torch.float32,
+            dtype=dtype,
             device=self._device,
+            quantized=config.quantization,
         )
         model.require_room_for(self._tokenizer, base, name=config.model)
-        self._fingerprint = model.fingerprint(base)
+        self._fingerprint = (
+            model.fingerprint(sorted(base.named_parameters()))
+            if config.quantization == "none"
+            else model.fingerprint(model.stored_weights(config.model, dtype=self._arithmetic))
+        )
+        self._quantization = config.quantization
         self._config_digest = model.config_digest(base)
         self._context_length: int | None = getattr(base.config, "max_position_embeddings", None)
         self._gradient_checkpointing = config.gradient_checkpointing
@@ -59,7 +66,7 @@ class TorchEngine:
             enable({"use_reentrant": False})
         self._model = self._adapted(base, config).eval()
         # A compiler fuses by itself, and better if it sees the whole of a layer.
-        self._fused = {} if config.compile else fuse(self._model)
+        self._fused = {} if config.compile else fuse(self._model, dtype=dtype)
         self._passes = Passes(base, arithmetic=self._arithmetic, compiled=config.compile)
         self._compiled = compile_layers(base) if config.compile else 0
         self._trained = adapter.trained_parameters(self._model)
@@ -95,10 +102,10 @@ class TorchEngine:
     def parameters(self) -> tuple[int, int]:
         """How many numbers are trained, and how many there are."""
         trained = sum(parameter.numel() for parameter in self._trained.values())
-        return trained, sum(parameter.numel() for parameter in self._model.parameters())
+        return trained, sum(quantization.count(parameter) for parameter in self._model.parameters())
 
     def fingerprint(self) -> str:
-        """BLAKE3 of the base model's weights, as they were loaded."""
+        """BLAKE3 of the base model's weights as they were loaded, before any quantization."""
         return self._fingerprint
 
     def environment(self) -> dict[str, Any]:
@@ -122,6 +129,7 @@ class TorchEngine:
             "optimizer": f"fused {type(self._optimizer).__name__}",
             "gradient_checkpointing": self._gradient_checkpointing,
             "compiled": bool(self._compiled),
+            **quantization.environment(self._quantization),
         }
 
     def restore_environment(self, recorded: dict[str, Any]) -> None:
@@ -194,8 +202,22 @@ class TorchEngine:
         with torch.no_grad():
             for name, parameter in self._trained.items():
                 parameter.copy_(state.model[name])
-        self._optimizer.load_state_dict(dict(state.optimizer))
+        # Copied: the tensors of a checkpoint lie in one block of memory, which any of them would keep whole.
+        moments = {
+            number: {name: torch.clone(value) for name, value in values.items()}
+            for number, values in state.optimizer["state"].items()
+        }
+        self._optimizer.load_state_dict({**state.optimizer, "state": moments})
         randomness.load_state(state.rng, self._device)
+
+    def device_memory(self) -> MemoryUse | None:
+        """What is allocated on the device; None where that is the host's memory."""
+        return device_memory.use(self._device)
+
+    def close(self) -> None:
+        """Let go of model, optimizer and caches."""
+        del self._model, self._trained, self._optimizer, self._tokenizer
+        device_memory.release(self._device)
 
     def _adapted(self, base: torch.nn.Module, config: TrainConfig) -> torch.nn.Module:
         if not config.lora_rank:
@@ -213,7 +235,8 @@ class TorchEngine:
             rslora=config.rslora,
             dora=config.dora,
         )
-        return adapted.to(self._device)
+        # Quantized weights lie there already, and their adapters with them.
+        return adapted if config.quantization != "none" else adapted.to(self._device)
 
 
 def _by_device(tensors: list[torch.Tensor]) -> list[list[torch.Tensor]]:

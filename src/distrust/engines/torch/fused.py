@@ -24,11 +24,12 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 TRIAL_TOKENS = 4
 
 
-def fuse(model: torch.nn.Module) -> dict[str, int]:
+def fuse(model: torch.nn.Module, *, dtype: torch.dtype) -> dict[str, int]:
     """Have the layers of a model computed by the functions below, wherever that is the same.
 
     Args:
         model: with its adapter, in evaluation mode.
+        dtype: of what goes from layer to layer.
 
     Returns:
         How many modules of each kind were taken.
@@ -36,7 +37,7 @@ def fuse(model: torch.nn.Module) -> dict[str, int]:
     taken = {"lora": 0, "norm": 0, "gate": 0}
     for module in model.modules():
         kind, forward = _way(module)
-        if forward is not None and _same(module, forward):
+        if forward is not None and _same(module, forward, dtype):
             module.forward = forward.__get__(module)
             taken[kind] += 1
     return taken
@@ -77,23 +78,17 @@ def _is_plain_lora(module: Any) -> bool:
 
 
 @torch.no_grad()
-def _same(module: Any, forward: Callable[..., Tensor]) -> bool:
+def _same(module: Any, forward: Callable[..., Tensor], dtype: torch.dtype) -> bool:
     """Whether another forward gives what the module's own one gives, but for rounding."""
     weight = next(module.parameters())
     width = _width(module)
     generator = torch.Generator().manual_seed(0)  # the run's own is not touched
-    trial = torch.randn(1, TRIAL_TOKENS, width, generator=generator).to(weight.device, _dtype(module))
+    trial = torch.randn(1, TRIAL_TOKENS, width, generator=generator).to(weight.device, dtype)
     own, other = module(trial), forward(module, trial)
     if own.dtype != other.dtype or own.shape != other.shape or own.dtype not in TOLERANCE:
         return False
     apart = (own.float() - other.float()).abs().max()
     return bool(apart <= TOLERANCE[own.dtype] * own.float().abs().max())
-
-
-def _dtype(module: Any) -> torch.dtype:
-    layer = module.gate_proj if hasattr(module, "gate_proj") else module
-    weight: Tensor = (layer.base_layer if hasattr(layer, "base_layer") else layer).weight
-    return weight.dtype
 
 
 def _width(module: Any) -> int:

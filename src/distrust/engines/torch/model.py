@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from blake3 import blake3
 
 from distrust.checkpoint.format import tensor_hasher
-from distrust.config import Device, Dtype
+from distrust.config import Device, Dtype, Quantization
 from distrust.engines.source import locate
+from distrust.engines.torch import quantization
 from distrust.errors import ConfigError, ModelError
 
 
-def load_model(name: str, *, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
+def load_model(
+    name: str, *, dtype: torch.dtype, device: torch.device, quantized: Quantization = "none"
+) -> torch.nn.Module:
     """A causal language model of transformers, in evaluation mode.
 
     Raises:
         ModelError: saying which model, and why not.
+        ConfigError: if what quantizes is not installed.
     """
+    options = quantization.loading_options(quantized, dtype=dtype, device=device)
     from transformers import AutoModelForCausalLM
 
-    model, found = _loaded(AutoModelForCausalLM, name, dtype=dtype, output_loading_info=True)
+    model, found = _loaded(AutoModelForCausalLM, name, dtype=dtype, output_loading_info=True, **options)
     missing = sorted(found["missing_keys"])
     if missing:  # transformers would fill them with random values
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -30,7 +38,11 @@ def load_model(name: str, *, dtype: torch.dtype, device: torch.device) -> torch.
             f"--model {name}: its weights lack {missing[0]}{more}; is it a causal language model?"
         )
     model.config.use_cache = False  # a cache of keys is of no use in training
-    module: torch.nn.Module = model.to(device)
+    module: torch.nn.Module = model
+    if options:
+        quantization.settle(module)
+    else:
+        module.to(device)
     return module.eval()
 
 
@@ -142,10 +154,44 @@ def torch_dtype(dtype: Dtype) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
 
 
-def fingerprint(model: torch.nn.Module) -> str:
-    """BLAKE3 over name, dtype, shape and bytes of each parameter: equal weights, equal fingerprint."""
+def stored_weights(name: str, *, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights of a model as its files hold them, by name, each read when it is asked for.
+
+    Under the names of the files: those of the parameters, but for the few models that fuse weights when they
+    are loaded.
+    """
+    from safetensors import safe_open
+
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(safe_open(path, framework="pt")) for path in _weight_files(name)]
+        where = {label: file for file in files for label in file.keys()}  # noqa: SIM118  # no mapping
+        for label in sorted(where):
+            yield label, where[label].get_tensor(label).to(dtype)
+
+
+def _weight_files(name: str) -> list[Path]:
+    """The files of the weights, as transformers finds them; the model is loaded, so they are there."""
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+    from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+    source, local = locate(name)
+    options: dict[str, Any] = {"local_files_only": local, "_raise_exceptions_for_missing_entries": False}
+    whole = cached_file(source, SAFE_WEIGHTS_NAME, **options)
+    if whole is not None:
+        return [Path(whole)]
+    index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **options)
+    files, _ = get_checkpoint_shard_files(source, index, local_files_only=local)
+    return [Path(file) for file in files]
+
+
+def fingerprint(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """BLAKE3 over name, dtype, shape and bytes of each weight: equal weights, equal fingerprint.
+
+    Args:
+        weights: by ascending name.
+    """
     hasher = tensor_hasher(all_cores=True)
-    for name, parameter in sorted(model.named_parameters()):
+    for name, parameter in weights:
         hasher.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
         host = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         hasher.update(host.numpy().data)

@@ -1,0 +1,295 @@
+"""Which library quantizes the frozen base best: memory, speed, error and bits of each that is installed.
+
+    python -m benchmarks.quantization
+    python -m benchmarks.quantization --device cuda --dtype bfloat16 --layers 4
+
+A Llama of 135M parameters with random weights is written once; each candidate loads it in a process of its
+own, through the ``quantization_config`` of transformers and LoRA of peft, as a training run would. Columns:
+
+- weights: all tensors that live once the model is loaded, over those of the model without quantization;
+- level: memory between steps, over that before loading (resident; on a GPU, allocated there);
+- peak: the most at any moment, of loading or of a step; on a CPU, pages of the file that is read count, too;
+- step: forward and backward pass, median, over that without quantization; on a CPU the processor's time of
+  one thread, which neighbours on the machine disturb least;
+- error: ‖logits − logits of float32‖ / ‖logits of float32‖, in training mode;
+- bits: whether a second load gives the same gradients, bit for bit;
+- evaluation: whether gradients are the same bits before and after an evaluation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib
+import importlib.metadata
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.driver import ROOT
+from distrust.checkpoint import memory
+
+#: Of the 135M-parameter model; `--layers` makes it smaller.
+SHAPE = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+}
+BATCH, TOKENS, WARM, TIMED = 1, 64, 1, 3
+
+
+def _bitsandbytes(bits: int, dtype: Any) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _torchao(bits: int, dtype: Any) -> Any:
+    from torchao import quantization
+    from transformers import TorchAoConfig
+
+    kind = quantization.Int8WeightOnlyConfig() if bits == 8 else quantization.Int4WeightOnlyConfig()
+    return TorchAoConfig(kind)
+
+
+def _quanto(bits: int, dtype: Any) -> Any:
+    from transformers import QuantoConfig
+
+    return QuantoConfig(weights=f"int{bits}")
+
+
+def _hqq(bits: int, dtype: Any) -> Any:
+    from transformers import HqqConfig
+
+    return HqqConfig(nbits=bits, group_size=64)
+
+
+#: Name of the distribution -> what makes its configuration.
+CANDIDATES: dict[str, Callable[[int, Any], Any]] = {
+    "bitsandbytes": _bitsandbytes,
+    "torchao": _torchao,
+    "optimum-quanto": _quanto,
+    "hqq": _hqq,
+}
+
+
+def measure(folder: Path, library: str, bits: int, device: str, dtype: str) -> dict[str, Any]:
+    """One candidate, in this process."""
+    import torch
+
+    torch.set_num_threads(1)
+    number = getattr(torch, dtype)
+    make = CANDIDATES.get(library)
+
+    def load() -> Any:
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForCausalLM
+
+        options: dict[str, Any] = {"dtype": number}
+        if make is not None:
+            options |= {"quantization_config": make(bits, number), "device_map": {"": device}}
+        model = AutoModelForCausalLM.from_pretrained(folder, **options)
+        model.config.use_cache = False
+        if (
+            make is not None
+        ):  # what is not quantized keeps the whole file mapped otherwise, as the engine knows
+            for parameter in model.parameters():
+                if type(parameter) is torch.nn.Parameter and parameter.is_floating_point():
+                    parameter.data = parameter.data.clone()
+        torch.manual_seed(0)
+        adapted = get_peft_model(
+            model, LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False)
+        ).to(device)
+        return adapted.train()
+
+    for module in ("peft", "transformers.models.llama.modeling_llama"):
+        importlib.import_module(module)  # what the libraries themselves take is not the model's
+    if make is not None:
+        make(bits, number)
+    before, level = _peak(device), _level(device)
+    model = load()
+    gc.collect()
+    found: dict[str, Any] = {"weights": _living_bytes()}
+    batch = torch.randint(0, SHAPE["vocab_size"], (BATCH, TOKENS), generator=torch.Generator().manual_seed(1))
+    batch = batch.to(device)
+
+    def passes() -> tuple[Any, list[Any]]:
+        model.zero_grad(set_to_none=True)
+        result = model(input_ids=batch, labels=batch)
+        result.loss.backward()
+        gradients = [part.grad.clone() for part in model.parameters() if part.grad is not None]
+        return result.logits.detach().float().cpu(), gradients
+
+    _, gradients = passes()
+    times = []
+    for _ in range(WARM + TIMED):
+        began = _clock(device)
+        _, again = passes()
+        times.append(_clock(device) - began)
+    found["step"] = statistics.median(times[WARM:])
+    found["peak"] = _peak(device) - before
+    model.zero_grad(set_to_none=True)
+    found["level"] = _level(device) - level
+    repeated = _same(gradients, again)
+    model.eval()
+    with torch.no_grad():
+        model(input_ids=batch)
+    model.train()
+    found["evaluation"] = _same(gradients, passes()[1])
+    model = None
+    gc.collect()
+    model = load()
+    found["bits"] = repeated and _same(gradients, passes()[1])
+    with torch.no_grad():
+        for part in model.modules():  # without its adapter, as the reference is
+            if hasattr(part, "lora_B"):
+                for matrix in part.lora_B.values():
+                    matrix.weight.zero_()
+    torch.save(passes()[0], folder / f"{library}-{bits}.pt")
+    reference = folder / "reference-32.pt"
+    if reference.exists():
+        exact = torch.load(reference, weights_only=True)
+        ours = torch.load(folder / f"{library}-{bits}.pt", weights_only=True)
+        found["error"] = float((ours - exact).norm() / exact.norm())
+    return found
+
+
+def _living_bytes() -> int:
+    import torch
+
+    sizes = {}
+    for found in gc.get_objects():
+        if isinstance(found, torch.Tensor):
+            try:
+                storage = found.untyped_storage()
+                sizes[storage.data_ptr()] = storage.nbytes()
+            except (NotImplementedError, RuntimeError):
+                continue  # a wrapper: its parts are found too
+    sizes.pop(0, None)
+    return sum(sizes.values())
+
+
+def _peak(device: str) -> int:
+    """The most bytes taken so far."""
+    import torch
+
+    return torch.cuda.max_memory_allocated() if device == "cuda" else memory.peak_resident_bytes()
+
+
+def _level(device: str) -> int:
+    """Bytes taken now."""
+    import torch
+
+    gc.collect()
+    memory.trim()
+    return torch.cuda.memory_allocated() if device == "cuda" else memory.resident_bytes()
+
+
+def _clock(device: str) -> float:
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
+
+
+def _same(first: list[Any], second: list[Any]) -> bool:
+    return len(first) == len(second) and all(bool((a == b).all()) for a, b in zip(first, second, strict=True))
+
+
+def make_model(folder: Path, layers: int) -> None:
+    """A Llama with random weights."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(num_hidden_layers=layers, tie_word_embeddings=True, **SHAPE)
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def main() -> int:
+    """Measure all that are installed, and print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--child", nargs=3, metavar=("FOLDER", "LIBRARY", "BITS"), help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.child:
+        folder, library, bits = given.child
+        print(json.dumps(measure(Path(folder), library, int(bits), given.device, given.dtype)))
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        make_model(Path(folder), given.layers)
+        _run(folder, "reference", 32, given.device, "float32")
+        plain, _ = _run(folder, "none", 16 if given.dtype == "bfloat16" else 32, given.device, given.dtype)
+        print(f"{given.device}, {given.dtype}, {given.layers} layers; unquantized: {_line(plain, plain)}")
+        print("| library | bits | weights | level | peak | step | error | bits | evaluation |")
+        print("|---|---|---|---|---|---|---|---|---|")
+        for library in CANDIDATES:
+            for bits in (8, 4):
+                found, why = _run(folder, library, bits, given.device, given.dtype)
+                told = _line(found, plain) if found else f"{why} | | | | | |"
+                print(f"| {library} {_version(library)} | {bits} | {told} |", flush=True)
+    return 0
+
+
+def _run(folder: str, library: str, bits: int, device: str, dtype: str) -> tuple[dict[str, Any], str]:
+    """What a candidate measured in a fresh process, or why it could not."""
+    if library in CANDIDATES and _version(library) == "":
+        return {}, "not installed"
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "benchmarks.quantization", "--device", device, "--dtype", dtype),
+            *("--child", folder, library, str(bits)),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        return {}, (done.stderr.strip().splitlines() or ["ended"])[-1][:72]
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found, ""
+
+
+def _line(found: dict[str, Any], plain: dict[str, Any]) -> str:
+    cells = [
+        f"{found['weights'] / 2**20:.0f} MiB ({found['weights'] / plain['weights']:.2f})",
+        f"{found['level'] / 2**20:.0f} MiB",
+        f"{found['peak'] / 2**20:.0f} MiB",
+        f"{found['step'] * 1e3:.0f} ms ({found['step'] / plain['step']:.2f})",
+        f"{found.get('error', 0):.2g}",
+        "same" if found["bits"] else "**differ**",
+        "same" if found["evaluation"] else "**differ**",
+    ]
+    return " | ".join(cells)
+
+
+def _version(library: str) -> str:
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""A bound on memory: the run stops before the step that would pass it, saved, and goes on later."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from test_memory_reset import GIB, Hungry
+
+from distrust import CheckpointManager, DistrustWarning
+from distrust.errors import OutOfMemory
+from distrust.training import memory
+
+
+def stands(out: Path) -> list[int]:
+    return CheckpointManager(out / "checkpoints").list_checkpoints()
+
+
+@pytest.mark.parametrize(
+    ("eats", "stopped_at"),
+    [
+        ({"base": 2000, "leak": 1000}, 4),  # at 6000; it grew by 1000 in each step, so 7000 comes next
+        ({"base": 1000, "leak": 500, "transient": 3000}, 5),  # at 3500; the next one's peak would be 7000
+        ({"base": 6000, "leak": 1000}, 1),
+    ],
+)
+def test_it_stops_before_the_bound_is_passed(run, tmp_path, eats, stopped_at):
+    alone, _ = run(tmp_path / "alone")
+    made = []
+
+    def make(config):
+        made.append(Hungry(**eats))
+        return made[-1]
+
+    with pytest.raises(OutOfMemory) as stopped:
+        run(tmp_path / "bound", engine=make, save_every=0, max_memory=6500.0)
+    said = str(stopped.value)
+    assert "\n" not in said
+    assert said.startswith(f"--max-memory 6500: at step {stopped_at} the run takes ")
+    assert f"; step {stopped_at} is saved. " in said
+    assert stands(tmp_path / "bound") == [stopped_at]
+    if stopped_at > 1:
+        assert made[0].peak <= 6500
+    ended, _ = run(tmp_path / "bound", save_every=0)
+    assert ended.state_digest == alone.state_digest
+
+
+def test_what_is_too_large_from_the_start_makes_no_step(run, tmp_path):
+    with pytest.raises(
+        OutOfMemory, match=r"at step 0 the run takes 7000\.00 GiB of the device.*nothing was saved"
+    ):
+        run(tmp_path, engine=lambda config: Hungry(base=7000), max_memory=6500.0)
+    assert stands(tmp_path) == []
+
+
+def test_resets_keep_a_leaking_run_below_its_bound(run, tmp_path):
+    alone, _ = run(tmp_path / "alone")
+    ended, _ = run(
+        tmp_path / "bound",
+        engine=lambda config: Hungry(base=2000, leak=1000),
+        save_every=0,
+        reload_above=4500.0,
+        max_memory=6500.0,
+    )
+    assert ended.state_digest == alone.state_digest
+
+
+def test_within_its_bound_a_run_is_left_alone(run, tmp_path):
+    ended, _ = run(tmp_path, engine=lambda config: Hungry(base=2000, transient=4000), max_memory=6500.0)
+    assert ended.step == 9
+
+
+def test_the_system_running_out_is_warned_of_once(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "available_bytes", lambda: 10 << 20)
+    monkeypatch.setattr(memory, "SECONDS_BETWEEN_LOOKS", 0.0)
+    with pytest.warns(DistrustWarning, match="memory left.*--max-memory") as given:
+        ended, _ = run(tmp_path)
+    assert len(given) == 1
+    assert ended.step == 9
+
+
+LEAKING = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import numpy as np
+from toy_engine import ToyEngine
+from distrust import DistrustError, DistrustTrainer, TrainConfig
+from distrust.checkpoint.memory import resident_bytes
+kept = []
+def keep(event):
+    kept.append(np.ones(int(float(sys.argv[4]) * 2**17)))
+bound = float(sys.argv[5])
+config = TrainConfig(
+    data=sys.argv[2], out=sys.argv[3], max_steps=400, batch_size=2, save_every=0,
+    max_memory=bound or None)
+try:
+    print(DistrustTrainer(config, engine=ToyEngine(), observers=[keep]).train().state_digest)
+except DistrustError as error:
+    sys.exit(f"distrust: {error}")
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the watcher reads Linux's proc")
+def test_a_run_that_leaks_ends_saved_where_it_would_have_been_killed(start_python, data, tmp_path):
+    """The killer is as batch systems have it: it looks at resident memory, and sends SIGKILL."""
+    limit = 0.4 * GIB
+
+    def watched(out: str, *, leak: float, bound: float) -> tuple[int, str, str]:
+        process = start_python(LEAKING, Path(__file__).parent, data, tmp_path / out, leak, bound)
+        while process.poll() is None:
+            pages = Path(f"/proc/{process.pid}/statm").read_text().split()
+            if pages and int(pages[1]) * os.sysconf("SC_PAGE_SIZE") > limit:
+                process.kill()
+                break
+            time.sleep(0.001)
+        stdout, stderr = process.communicate(timeout=60)
+        return process.returncode, stdout, stderr
+
+    # Half a MiB with every event of a run: the killer, which looks a thousand times a second, is in time.
+    code, _, _ = watched("killed", leak=1.0, bound=0.0)
+    assert code == -signal.SIGKILL
+    assert stands(tmp_path / "killed") == []
+    code, _, said = watched("bound", leak=1.0, bound=0.35)
+    assert code == 1, said
+    assert said.startswith("distrust: --max-memory 0.35: at step ")
+    (step,) = stands(tmp_path / "bound")
+    assert 0 < step < 400
+    assert f"step {step} is saved" in said
+    # Without the leak, the same command finishes, and ends as a run that never leaked.
+    digests = [watched(out, leak=0.0, bound=0.35)[1] for out in ("bound", "alone")]
+    assert digests[0] == digests[1] != ""

@@ -1,0 +1,293 @@
+"""Memory resets: the same run bit for bit, with everything of the engine gone in between."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import io
+import re
+import signal
+import tempfile
+import weakref
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from toy_engine import ToyEngine
+
+from distrust import CheckpointManager, DistrustTrainer, DistrustWarning, TrainConfig
+from distrust.checkpoint.disk import Disk
+from distrust.engines import create, open_checkpoint
+from distrust.errors import ConfigError
+from distrust.reporting.console import ConsoleReporter
+from distrust.training import MemoryUse
+from distrust.training.events import CheckpointSaved, MemoryReset, StepEnded
+
+GIB = 2**30
+
+
+def made_anew(config):
+    return ToyEngine()
+
+
+def resets(events):
+    return [event.step for event in events if isinstance(event, MemoryReset)]
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    reload_every=st.integers(1, 9),
+    save_every=st.integers(0, 4),
+    stop=st.none() | st.integers(1, 8),
+    evaluated=st.booleans(),
+)
+def test_a_reset_changes_no_bit(run, eval_data, reload_every, save_every, stop, evaluated):
+    evaluation = {"eval_data": str(eval_data), "eval_every": 2} if evaluated else {}
+    with tempfile.TemporaryDirectory() as folder:
+        alone, _ = run(Path(folder, "alone"), **evaluation)
+        options = {"save_every": save_every, "keep_last": 1, "reload_every": reload_every, **evaluation}
+        events = []
+        for until in (stop, None) if stop else (None,):
+            ended, more = run(Path(folder, "reset"), engine=made_anew, stop_after=until, **options)
+            events += more
+        assert resets(events) == [step for step in range(reload_every, 9, reload_every) if step != stop]
+        assert [event.step for event in events if isinstance(event, StepEnded)] == list(range(1, 10))
+        assert ended.state_digest == alone.state_digest
+        # None was saved twice, and what was gone on from stood as long as it was needed.
+        saved = [event.step for event in events if isinstance(event, CheckpointSaved)]
+        assert len(saved) == len(set(saved))
+
+
+def test_nothing_of_the_engine_is_left(run, tmp_path):
+    made, alive = [], []
+
+    def make(config):
+        gc.collect()
+        alive.append([engine for engine in made if engine() is not None])
+        engine = ToyEngine()
+        made.append(weakref.ref(engine))
+        return engine
+
+    run(tmp_path, engine=make, reload_every=2)
+    assert alive == [[]] * 5  # at first, and at steps 2, 4, 6 and 8
+
+
+def test_an_engine_that_somebody_holds_has_let_go(run, tmp_path):
+    made = []
+
+    def make(config):
+        assert all(engine.closed for engine in made)
+        made.append(ToyEngine())
+        return made[-1]
+
+    run(tmp_path, engine=make, reload_every=4)
+    assert len(made) == 3
+
+
+def test_a_reset_is_shown(run, tmp_path):
+    words = io.StringIO()
+    with ConsoleReporter(log_every=1, stream=words) as console:
+        run(tmp_path, engine=made_anew, reload_every=6, observers=[console])
+    assert re.search(r"step 6: memory reset, 0\.\d\d to 0\.\d\d GiB in \d\.\d s\n", words.getvalue())
+
+
+def test_a_given_engine_cannot_be_built_again(data, tmp_path):
+    for option in ({"reload_every": 1}, {"reload_above": 1.0}):
+        config = TrainConfig(out=str(tmp_path), data=str(data), **option)
+        with pytest.raises(ConfigError, match="give what makes it of a config"):
+            DistrustTrainer(config, engine=ToyEngine())
+
+
+def test_the_load_is_no_stall(run, tmp_path, monkeypatch):
+    honest, loading = CheckpointManager.load, []
+
+    def load(manager, *args, **options):
+        loading.append(trainer_stall())
+        return honest(manager, *args, **options)
+
+    def trainer_stall():
+        return sum(event.stall_seconds for event in seen if isinstance(event, CheckpointSaved))
+
+    seen = []
+    monkeypatch.setattr(CheckpointManager, "load", load)
+    ended, events = run(tmp_path, engine=made_anew, reload_every=3, save_every=0, observers=[seen.append])
+    taken = [event.seconds for event in events if isinstance(event, MemoryReset)]
+    assert len(loading) == len(taken) == 2
+    assert ended.stall_seconds == pytest.approx(trainer_stall())
+
+
+def test_without_a_checkpoint_there_is_no_reset(run, tmp_path, monkeypatch):
+    """A save that failed is warned of; the run goes on with what it has."""
+    alone, _ = run(tmp_path / "alone")
+    honest, count = Disk.sync, []
+
+    def sync(disk, descriptor):
+        count.append(descriptor)
+        if len(count) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        honest(disk, descriptor)
+
+    monkeypatch.setattr(Disk, "sync", sync)
+    with pytest.warns(DistrustWarning, match="the next save tries again"):
+        ended, events = run(tmp_path / "reset", engine=made_anew, reload_every=3, save_every=0)
+    assert resets(events) == [6]
+    assert ended.state_digest == alone.state_digest
+
+
+def test_a_checkpoint_that_reads_back_wrong_is_not_gone_on_from(run, tmp_path):
+    alone, _ = run(tmp_path / "alone")
+
+    def damage(event):
+        if isinstance(event, CheckpointSaved) and event.step == 3:
+            raw = bytearray(event.path.read_bytes())
+            raw[-1] ^= 1
+            event.path.write_bytes(raw)
+
+    with pytest.warns(DistrustWarning, match="Memory is not reset at step 3"):
+        ended, events = run(
+            tmp_path / "reset", engine=made_anew, reload_every=3, save_every=0, observers=[damage]
+        )
+    assert resets(events) == [6]
+    assert ended.state_digest == alone.state_digest
+
+
+@pytest.mark.parametrize("when", ["while it saves", "while it loads"])
+def test_a_signal_during_a_reset_stops_the_run_there(run, tmp_path, when):
+    alone, _ = run(tmp_path / "alone")
+    made = []
+
+    def make(config):
+        made.append(config)
+        if len(made) == 2 and when == "while it loads":
+            signal.raise_signal(signal.SIGTERM)
+        return ToyEngine()
+
+    def stop(event):
+        if isinstance(event, CheckpointSaved) and event.step == 3 and when == "while it saves":
+            signal.raise_signal(signal.SIGTERM)
+
+    options = {"engine": make, "reload_every": 3, "save_every": 0}
+    ended, _ = run(tmp_path / "reset", observers=[stop], **options)
+    assert (ended.step, ended.signal) == (3, signal.SIGTERM)
+    assert len(made) == (1 if when == "while it saves" else 2)  # stopped: it need not be loaded once more
+    assert run(tmp_path / "reset", **options)[0].state_digest == alone.state_digest
+
+
+@pytest.mark.parametrize("lora_rank", [4, 0])
+def test_of_a_real_model_nothing_is_left_either(tiny_model, data, tmp_path, lora_rank):
+    """Weights, gradients, moments: no tensor of the engine before outlives it."""
+    import torch
+
+    options = {
+        "model": str(tiny_model),
+        "data": str(data),
+        "max_steps": 5,
+        "batch_size": 2,
+        "learning_rate": 5e-3,
+        "lora_rank": lora_rank,
+        "lora_dropout": 0.2,
+        "threads": 1,
+    }
+    made, left = [], []
+
+    def make(config):
+        left.append([known() for engine, known in made if engine() is not None or known() is not None])
+        engine = create(config)
+        made.append((weakref.ref(engine), weakref.ref(next(engine.model.parameters()))))
+        return engine
+
+    def train(out, **more):
+        config = TrainConfig(out=str(tmp_path / out), save_every=0, **options)
+        return DistrustTrainer(replace(config, **more), engine=make).train()
+
+    alone = train("alone")
+    del made[:], left[:]
+    gc.collect()
+    before = sum(issubclass(type(found), torch.Tensor) for found in gc.get_objects())
+    assert train("reset", reload_every=2).state_digest == alone.state_digest
+    assert left == [[], [], []]
+    gc.collect()
+    assert sum(issubclass(type(found), torch.Tensor) for found in gc.get_objects()) <= before
+    engine, _ = open_checkpoint(
+        tmp_path / "reset"
+    )  # nor does it hold the memory that a checkpoint was read into
+    tensors = [value for values in engine.state().optimizer["state"].values() for value in values.values()]
+    assert tensors
+    assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in tensors)
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+from toy_engine import ToyEngine
+from distrust import DistrustTrainer, TrainConfig
+made = []
+def make(config):
+    made.append(config)
+    if len(made) == 2 and sys.argv[4] == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return ToyEngine()
+config = TrainConfig(
+    data=sys.argv[2], out=sys.argv[3], max_steps=9, batch_size=2, gradient_accumulation=2, learning_rate=0.05,
+    warmup_steps=2, save_every=0, reload_every=4)
+print(DistrustTrainer(config, engine=make).train().state_digest)
+"""
+
+
+def test_killed_during_a_reset_nothing_is_lost(run, run_python, data, tmp_path):
+    alone, _ = run(tmp_path / "alone")
+    here = Path(__file__).parent
+    done = run_python(KILLED, here, data, tmp_path / "reset", "kill")
+    assert done.returncode == -signal.SIGKILL
+    assert CheckpointManager(tmp_path / "reset" / "checkpoints").list_checkpoints() == [4]
+    done = run_python(KILLED, here, data, tmp_path / "reset", "live")
+    assert done.stdout.strip() == alone.state_digest, done.stderr
+
+
+class Hungry(ToyEngine):
+    """Takes memory of a device: some at once, more with each step, and some only while it makes one."""
+
+    def __init__(self, *, base: float, leak: float = 0.0, transient: float = 0.0) -> None:
+        super().__init__()
+        self.now = self.peak = base
+        self.leak, self.transient = leak, transient
+
+    def update(self, *, learning_rate):
+        super().update(learning_rate=learning_rate)
+        self.now += self.leak
+        self.peak = max(self.peak, self.now + self.transient)
+
+    def device_memory(self):
+        return MemoryUse(int(self.now * GIB), int(self.peak * GIB))
+
+
+@pytest.mark.parametrize(
+    ("base", "leak", "expected"),
+    [
+        (2000, 1000, [4, 8]),  # 6000 is above the bound
+        (2000, 0, []),
+        (6000, 0, [1]),  # it does not help, so it is not tried again
+        (6000, 1000, [1, 4, 7]),  # each time a quarter has grown
+    ],
+)
+def test_above_a_bound_memory_is_reset_as_often_as_that_helps(run, tmp_path, base, leak, expected):
+    """In sizes that no host has: only the device's counts."""
+
+    def make(config):
+        return Hungry(base=base, leak=leak)
+
+    def reset():
+        return run(tmp_path, engine=make, save_every=0, reload_above=5500.0)
+
+    if base < 5500:
+        _, events = reset()
+    else:
+        with pytest.warns(DistrustWarning, match=r"right after a reset, so none can bring it below") as given:
+            _, events = reset()
+        assert len(given) == 1
+    assert resets(events) == expected
+    for event in events:
+        if isinstance(event, MemoryReset):
+            assert event.before_bytes - event.after_bytes >= (leak - 1) * GIB  # the host's own moves, too

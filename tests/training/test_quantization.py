@@ -1,0 +1,177 @@
+"""The frozen base in 8 and 4 bits: it trains, takes less memory, and resumes exactly."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import shutil
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distrust import DistrustTrainer, TrainConfig
+from distrust.engines import create, open_checkpoint
+from distrust.errors import ConfigError, ResumeRefused
+from distrust.training.events import Evaluated, MemoryReset, StepEnded
+
+STEPS = 7
+BITS = ["8bit", "4bit"]
+
+
+@pytest.fixture(scope="module")
+def options(tiny_model, data) -> dict[str, Any]:
+    return {
+        "model": str(tiny_model),
+        "data": str(data),
+        "max_steps": STEPS,
+        "batch_size": 2,
+        "gradient_accumulation": 2,
+        "learning_rate": 5e-3,
+        "warmup_steps": 2,
+        "lora_rank": 4,
+        "lora_dropout": 0.2,
+        "save_every": 3,
+        "threads": 1,
+    }
+
+
+@pytest.fixture(scope="module")
+def train(options):
+    def train(out: Path, *, stop_after: int | None = None, **more: Any):
+        events = []
+
+        def watch(event):
+            events.append(event)
+            if isinstance(event, StepEnded) and event.step == stop_after:
+                signal.raise_signal(signal.SIGTERM)
+
+        config = TrainConfig(out=str(out), **{**options, **more})
+        return DistrustTrainer(config, observers=[watch]).train(), events
+
+    return train
+
+
+def losses(events):
+    return [event.loss for event in events if isinstance(event, StepEnded)]
+
+
+@pytest.mark.parametrize(
+    ("bits", "more"),
+    [
+        ("8bit", {}),
+        ("4bit", {}),
+        ("8bit", {"gradient_checkpointing": True}),
+        ("4bit", {"gradient_checkpointing": True, "dtype": "bfloat16"}),
+    ],
+)
+def test_it_ends_as_if_left_alone(train, tmp_path, eval_data, bits, more):
+    """However often it was evaluated, stopped and reset."""
+    alone, steps = train(tmp_path / "alone", quantization=bits, **more)
+    assert losses(steps)[-1] < losses(steps)[0]  # gradients flow through the frozen base
+    made = []
+    for stop in (2, None):
+        ended, events = train(
+            tmp_path / "disturbed",
+            stop_after=stop,
+            quantization=bits,
+            eval_data=str(eval_data),
+            eval_every=1,
+            reload_every=3,
+            **more,
+        )
+        made += losses(events)
+    assert [event.step for event in events if isinstance(event, MemoryReset)] == [3, 6]
+    assert sum(isinstance(event, Evaluated) for event in events) == 5
+    assert made == losses(steps)
+    assert ended.state_digest == alone.state_digest
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_it_learns_about_what_the_whole_weights_do(train, tmp_path, bits):
+    whole, quantized = (
+        losses(train(tmp_path / kind, quantization=kind, save_every=0)[1]) for kind in ("none", bits)
+    )
+    assert quantized != whole
+    assert quantized == pytest.approx(whole, rel={"8bit": 0.005, "4bit": 0.03}[bits])
+
+
+def base_bytes(engine) -> int:
+    frozen = [part for part in engine.model.parameters() if not part.requires_grad]
+    states = [part.quant_state for part in frozen if getattr(part, "quant_state", None) is not None]
+    scales = [tensor for state in states for tensor in (state.absmax, state.state2.absmax)]
+    scales += [part.SCB for part in frozen if getattr(part, "SCB", None) is not None]
+    return sum(tensor.nbytes for tensor in [*frozen, *scales])
+
+
+def test_fewer_bits_are_less_memory(options):
+    sizes, counts = {}, set()
+    for kind in ("none", *BITS):
+        engine = create(TrainConfig(quantization=kind, **options))
+        kept = (
+            engine.model.get_input_embeddings().weight.nbytes
+            + engine.model.get_output_embeddings().weight.nbytes
+        )
+        sizes[kind] = base_bytes(engine) - kept
+        counts.add(engine.parameters)
+    assert sizes["8bit"] < 0.32 * sizes["none"]
+    assert sizes["4bit"] < 0.20 * sizes["none"]
+    assert len(counts) == 1  # and as many parameters
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's proc")
+@pytest.mark.parametrize("bits", BITS)
+def test_the_file_of_the_whole_weights_is_let_go(options, tmp_path, bits):
+    """What is not quantized would keep all of it mapped, and resident."""
+    folder = tmp_path / "model"
+    shutil.copytree(options["model"], folder)
+    engine = create(TrainConfig(**{**options, "model": str(folder), "quantization": bits}))
+    gc.collect()
+    assert str(folder) not in Path("/proc/self/maps").read_text()
+    assert engine.parameters[0] > 0
+
+
+def test_the_base_is_known_by_its_own_weights(options, tmp_path):
+    """Whatever it is kept in, and in however many files it lies."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    whole = create(TrainConfig(**options)).fingerprint()
+    parts = tmp_path / "parts"
+    AutoModelForCausalLM.from_pretrained(options["model"]).save_pretrained(parts, max_shard_size="40KB")
+    AutoTokenizer.from_pretrained(options["model"]).save_pretrained(parts)
+    assert len(list(parts.glob("*.safetensors"))) > 1
+    for kind in BITS:
+        for model in (options["model"], str(parts)):
+            config = TrainConfig(**{**options, "model": model, "quantization": kind})
+            assert create(config).fingerprint() == whole
+
+
+def test_a_checkpoint_opens_with_the_bits_it_was_trained_with(train, tmp_path):
+    train(tmp_path, quantization="4bit")
+    engine, _ = open_checkpoint(tmp_path)
+    kinds = {type(module).__name__ for module in engine.model.modules()}
+    assert "Linear4bit" in kinds
+    assert engine.environment()["bitsandbytes"]
+    assert {tensor.dtype for tensor in engine.state().model.values()} == {torch.float32}
+
+
+def test_other_bits_are_another_run(train, tmp_path):
+    train(tmp_path, quantization="8bit", stop_after=2)
+    with pytest.raises(ResumeRefused, match="--quantization was 8bit, is none"):
+        train(tmp_path)
+
+
+def test_a_library_that_is_missing_is_named(options, monkeypatch):
+    honest = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *more: None if name == "bitsandbytes" else honest(name, *more),
+    )
+    with pytest.raises(ConfigError) as refused:
+        create(TrainConfig(quantization="8bit", **options))
+    assert "pip install 'distrust-trainer[quantization]'" in str(refused.value)
+    assert "\n" not in str(refused.value)
