@@ -6,7 +6,12 @@ without any framework.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+import json
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Protocol, cast
+
+from blake3 import blake3
 
 
 class Tokenizer(Protocol):
@@ -35,3 +40,47 @@ class Tokenizer(Protocol):
         self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
     ) -> Any:
         """The conversation as text (``tokenize=False``), up to where an answer begins if so asked."""
+
+
+def encode_all(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """The ids of texts, without special tokens: those that ``encode`` gives of each.
+
+    The fast tokenizers of transformers take many texts at once, and then use all cores.
+    """
+    if texts and getattr(tokenizer, "is_fast", False) and callable(tokenizer):
+        encoded = tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        return cast(list[list[int]], encoded["input_ids"])
+    return [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+
+
+def digest_of(tokenizer: Tokenizer) -> str | None:
+    """BLAKE3, in hex, of all that decides a tokenizer's ids; None where that cannot be told.
+
+    It can be of the fast tokenizers of transformers: they print themselves whole. Versions of the libraries
+    are part of it.
+    """
+    core = getattr(tokenizer, "backend_tokenizer", None)
+    if core is None or not hasattr(core, "to_str"):
+        return None
+    decides = {
+        "core": core.to_str(),
+        "template": repr(tokenizer.chat_template),
+        "special": [tokenizer.bos_token_id, tokenizer.eos_token_id],
+        "split_special_tokens": repr(getattr(tokenizer, "split_special_tokens", None)),
+        "kind": type(tokenizer).__qualname__,
+        "versions": [_version(name) for name in ("transformers", "tokenizers", "jinja2")],
+    }
+    return blake3(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -13,13 +13,14 @@ import math
 import time
 import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
 from distrust import weighting
 from distrust.checkpoint import Checkpoint, CheckpointFile, CheckpointManager
 from distrust.checkpoint.store import RUN_SUBDIRECTORY
-from distrust.config import TrainConfig
+from distrust.config import EXAMPLES, TrainConfig
 from distrust.data import IGNORED, Corpus, MicroBatch, evaluation_batches
 from distrust.errors import CheckpointError, DistrustWarning, NonFiniteLoss
 from distrust.training import origin, resume
@@ -33,7 +34,8 @@ from distrust.training.events import (
     RunStarted,
     StepEnded,
 )
-from distrust.training.plan import Plan, Sources, make_plan, read_sources
+from distrust.training.plan import Examples, Plan, Sources, make_plan, read_sources
+from distrust.training.plan import Progress as ReportProgress
 from distrust.training.progress import Progress
 from distrust.training.saver import Saver
 from distrust.training.schedule import learning_rate
@@ -54,12 +56,27 @@ class DistrustTrainer:
         config: what to train, on what, and how.
         engine: trains it; by default the one that ``distrust.engines`` creates of the config.
         observers: each is called with every event.
+        examples: dicts to train on, instead of ``config.data``. They pass the same checks as a file's, and
+            are read once each time ``train`` is called; those of a generator, only the first time.
+        eval_examples: dicts to evaluate on, instead of ``config.eval_data``.
+
+    Raises:
+        ConfigError: examples beside the options that would name or mix them.
     """
 
     def __init__(
-        self, config: TrainConfig, *, engine: Engine | None = None, observers: Iterable[Observer] = ()
+        self,
+        config: TrainConfig,
+        *,
+        engine: Engine | None = None,
+        observers: Iterable[Observer] = (),
+        examples: Examples | None = None,
+        eval_examples: Examples | None = None,
     ) -> None:
+        if examples is not None:
+            config = replace(config, data=EXAMPLES)
         self._config = config
+        self._examples_given, self._eval_examples_given = examples, eval_examples
         self._given_engine = engine
         self._observers = tuple(observers)
         self._out = origin.folder(config)
@@ -91,10 +108,15 @@ class DistrustTrainer:
                 with contextlib.suppress(CheckpointError):
                     self._manager.acquire()
                 return self._ended(finished, signal=None, already=True)
-            # Quick, and before anything is made on disk: it tells what is wrong with the data.
-            sources = read_sources(self._config)
-            self._manager.acquire()
             try:
+                # Before anything is made in the run's folder: it tells what is wrong with the data.
+                sources = read_sources(
+                    self._config,
+                    examples=self._examples_given,
+                    eval_examples=self._eval_examples_given,
+                    report=self._reporter(stop),
+                )
+                self._manager.acquire()
                 self._prepare(sources, stop)
             except _Stopped:
                 ended = self._ended(self._newest_there(), signal=stop.signal, already=False)
@@ -125,13 +147,8 @@ class DistrustTrainer:
         Raises:
             _Stopped: if a signal has come: nothing is lost, and the data may take minutes.
         """
-
-        def report(what: str, done: int = 0, total: int = 0) -> None:
-            self._emit(Preparing(what, done, total))
-            if stop.signal is not None:
-                raise _Stopped
-
-        report(f"loading the model {self._config.model}")
+        report = self._reporter(stop)
+        report(f"loading the model {self._config.model}", 0, 0)
         engine = self._given_engine
         if engine is None:
             # Bound late: the loop names no framework, and what it is handed comes from above it.
@@ -152,6 +169,16 @@ class DistrustTrainer:
             if file.path.parent == self._manager.directory:  # a branch begins with none of its own
                 self._saver.durable = checkpoint.step, file.kind == "final"
         self._emit(self._started(file))
+
+    def _reporter(self, stop: StopRequest) -> ReportProgress:
+        """Tells the observers what is prepared, and raises _Stopped if a signal has come."""
+
+        def report(what: str, done: int, total: int) -> None:
+            self._emit(Preparing(what, done, total))
+            if stop.signal is not None:
+                raise _Stopped
+
+        return report
 
     def _take_up(self, checkpoint: Checkpoint) -> None:
         resume.require_same_fingerprints(
