@@ -35,11 +35,11 @@ FLOAT32_MAX = 3.4e38
 W_RANGE = (0, MAX_AUTHORITY_WEIGHT)
 #: As ``data`` of a run on examples that a program handed over: it stands for no file.
 EXAMPLES = "<examples>"
-#: Options that are names of files or folders, and those that may be several.
-_PATHS = ("model", "data", "out", "eval_data", "cache_dir", "branch")
+#: Options that are names of files or folders, those that may be several, and other names.
+_PATHS = ("model", "data", "out", "eval_data", "branch")
 _SEVERAL = ("data", "eval_data", "prompt_column")
 
-_COLUMNS = (
+_NAMES = (
     "split",
     "subset",
     "revision",
@@ -211,7 +211,7 @@ class TrainConfig:
     """Folder of the new run, where `from_step` is not the newest checkpoint."""
 
     def __post_init__(self) -> None:
-        for name in {*_PATHS, *_SEVERAL}:
+        for name in {*_PATHS, *_SEVERAL, "cache_dir"}:
             object.__setattr__(self, name, _named(getattr(self, name)))
         problems = [
             f"{flag(name)} is {getattr(self, name)!r}: {wanted}"
@@ -323,13 +323,14 @@ def _bounds(c: TrainConfig) -> list[tuple[str, bool, str]]:
             ),
             "give a share, 0 or more, for each source of --data, and not only zeros",
         ),
-        *((name, all(several(getattr(c, name))), "give a name") for name in _COLUMNS),
+        *((name, all(several(getattr(c, name))), "give a name") for name in _NAMES),
         ("eval_fraction", 0 <= c.eval_fraction < 1, "give 0 to under 1"),
         (
             "eval_fraction",
             not c.eval_fraction or (c.eval_data is None and c.eval_split is None),
             "give it without --eval-data and --eval-split",
         ),
+        ("cache_dir", c.cache_dir != "", "give a name"),
         ("weighting", c.weighting in get_args(Weighting), f"give one of {', '.join(get_args(Weighting))}"),
         ("alpha", _within(c.alpha, *ALPHA_RANGE), f"give {ALPHA_RANGE[0]} to {ALPHA_RANGE[1]}"),
         ("lambda_", _within(c.lambda_, 0), "give 0 or more"),

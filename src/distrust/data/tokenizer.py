@@ -9,9 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 from blake3 import blake3
+
+
+_COMPARED_CHARACTERS = 2000
 
 
 class Tokenizer(Protocol):
@@ -45,17 +48,18 @@ class Tokenizer(Protocol):
 def encode_all(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     """The ids of texts, without special tokens: those that ``encode`` gives of each.
 
-    The fast tokenizers of transformers take many texts at once, and then use all cores.
+    The core of transformers' fast tokenizers takes many texts at once, uses all CPU cores, and leaves out
+    what only ``encode`` needs. One text of all is encoded both ways: where a tokenizer does more than its
+    core, the texts go one by one.
     """
-    if texts and getattr(tokenizer, "is_fast", False) and callable(tokenizer):
-        encoded = tokenizer(
-            list(texts),
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
-        return cast(list[list[int]], encoded["input_ids"])
+    core = _core(tokenizer)
+    if texts and core is not None:
+        longest = max(range(len(texts)), key=lambda index: min(len(texts[index]), _COMPARED_CHARACTERS))
+        wanted = tokenizer.encode(texts[longest], add_special_tokens=False)
+        # After ``encode`` the core neither cuts nor pads, and treats special tokens as the tokenizer does.
+        found = [encoding.ids for encoding in core.encode_batch_fast(list(texts), add_special_tokens=False)]
+        if found[longest] == wanted:
+            return found
     return [tokenizer.encode(text, add_special_tokens=False) for text in texts]
 
 
@@ -65,9 +69,10 @@ def digest_of(tokenizer: Tokenizer) -> str | None:
     It can be of the fast tokenizers of transformers: they print themselves whole. Versions of the libraries
     are part of it.
     """
-    core = getattr(tokenizer, "backend_tokenizer", None)
-    if core is None or not hasattr(core, "to_str"):
+    core = _core(tokenizer)
+    if core is None:
         return None
+    tokenizer.encode("", add_special_tokens=False)  # it leaves its core neither cutting nor padding
     decides = {
         "core": core.to_str(),
         "template": repr(tokenizer.chat_template),
@@ -77,6 +82,12 @@ def digest_of(tokenizer: Tokenizer) -> str | None:
         "versions": [_version(name) for name in ("transformers", "tokenizers", "jinja2")],
     }
     return blake3(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+
+
+def _core(tokenizer: Tokenizer) -> Any:
+    """What a fast tokenizer of transformers is a face of; None for any other."""
+    core = getattr(tokenizer, "backend_tokenizer", None)
+    return core if hasattr(core, "encode_batch_fast") and hasattr(core, "to_str") else None
 
 
 def _version(package: str) -> str | None:
