@@ -1,9 +1,9 @@
-"""Does a corpus larger than memory train in constant memory? Makes one, trains on it, and watches the process.
+"""Does a corpus larger than memory train in constant memory? Makes one, trains on it, watches the process.
 
     python scripts/large_corpus.py --gib 0.25 4 --picture docs/large_corpus.png
 
-For each size: a JSON Lines corpus of synthetic text (fixed seed, documents of about 4 KiB), then a few hundred
-steps of a small model on it in a process of its own. The memory of that process is read from /proc while it
+For each size: a JSON Lines corpus of synthetic text (fixed seed, documents of about 5 KiB), then a few
+hundred steps of a small model on it in a process of its own. The memory of that process is read from /proc while it
 checks, tokenizes and trains: RssAnon is what it holds, RssFile what it has mapped of files, which the system
 takes back whenever it needs room. The tokenizer is a small one of words, so that most of the time is not its.
 """
@@ -144,8 +144,7 @@ def watch(process: subprocess.Popen[str], measured: Measured) -> None:
 
     def listen() -> None:
         assert process.stdout is not None
-        for line in process.stdout:
-            phase.append(line.strip())
+        phase.extend(line.strip() for line in process.stdout)
 
     threading.Thread(target=listen, daemon=True).start()
     began = time.monotonic()

@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distrust import TrainConfig
@@ -291,6 +291,7 @@ def test_there_and_back(config):
     assert from_mapping(keys_of(config), where="here") == config
 
 
+@settings(deadline=None)
 @given(configs)
 def test_a_file_says_what_flags_say(config):
     def toml(value):

@@ -327,7 +327,7 @@ def _bounds(c: TrainConfig) -> list[tuple[str, bool, str]]:
         ("eval_fraction", 0 <= c.eval_fraction < 1, "give 0 to under 1"),
         (
             "eval_fraction",
-            not c.eval_fraction or (c.eval_data is None and c.eval_split is None),
+            not (c.eval_fraction and (c.eval_data or c.eval_split)),
             "give it without --eval-data and --eval-split",
         ),
         ("cache_dir", c.cache_dir != "", "give a name"),

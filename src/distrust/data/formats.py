@@ -100,12 +100,12 @@ def _json_lines(file: BinaryIO, _: Columns) -> Iterator[Row]:
     for number, raw in enumerate(file, 1):
         line = (raw.removeprefix(_BOM) if number == 1 else raw).rstrip()
         if line:
-            yield number, _attempt(lambda line=line: _decoded(line))  # type: ignore[misc]
+            yield number, _attempt(_decoded, line)
 
 
-def _attempt(decode: Callable[[], Fields]) -> Fields | RecordError:
+def _attempt(decode: Callable[[Any], Fields], value: Any) -> Fields | RecordError:
     try:
-        return decode()
+        return decode(value)
     except RecordError as problem:
         return problem
 
@@ -144,8 +144,9 @@ def _json_list(file: BinaryIO, _: Columns) -> Iterator[Row]:
     """The objects of a list. After one that is no JSON nothing can be told of the rest, so it is the last."""
     number = 0
     try:
-        for number, value in enumerate(_elements(io.TextIOWrapper(file, encoding="utf-8-sig")), 1):
-            yield number, _attempt(lambda value=value: _fields(value))  # type: ignore[misc]
+        with io.TextIOWrapper(file, encoding="utf-8-sig") as text:
+            for number, value in enumerate(_elements(text), 1):
+                yield number, _attempt(_fields, value)
     except RecordError as problem:
         yield number + 1, problem
     except UnicodeDecodeError:
@@ -190,27 +191,31 @@ def _elements(file: io.TextIOWrapper) -> Iterator[Any]:
 def _separated(delimiter: str) -> Callable[[BinaryIO, Columns], Iterator[Row]]:
     def rows(file: BinaryIO, columns: Columns) -> Iterator[Row]:
         csv.field_size_limit(sys.maxsize)  # a document may be longer than the 128 KiB that are the default
-        lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-        reader = csv.reader(lines, delimiter=delimiter, strict=True)
-        header: list[str] | None = None
-        line = 1
-        try:
-            for cells in reader:
-                begins, line = line, reader.line_num + 1
-                if not cells:
-                    continue
-                if header is None:
-                    header = _header(cells)
-                else:
-                    yield begins, _attempt(lambda cells=cells, names=header: _cells(cells, names, columns))  # type: ignore[misc]
-        except RecordError as problem:
-            yield 1, problem
-        except csv.Error as error:
-            yield line, RecordError(f"invalid CSV: {error}; correct it")
-        except UnicodeDecodeError:
-            yield line, RecordError("invalid UTF-8 from here on; save the file as UTF-8")
+        with io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
+            yield from _csv_rows(csv.reader(text, delimiter=delimiter, strict=True), columns)
 
     return rows
+
+
+def _csv_rows(reader: Any, columns: Columns) -> Iterator[Row]:
+    """The rows under a header, each by the line it begins at."""
+    header: list[str] | None = None
+    line = 1
+    try:
+        for cells in reader:
+            begins, line = line, reader.line_num + 1
+            if not cells:
+                continue
+            if header is None:
+                header = _header(cells)
+            else:
+                yield begins, _cells(cells, header, columns)
+    except RecordError as problem:
+        yield 1, problem
+    except csv.Error as error:
+        yield line, RecordError(f"invalid CSV: {error}; correct it")
+    except UnicodeDecodeError:
+        yield line, RecordError("invalid UTF-8 from here on; save the file as UTF-8")
 
 
 def _header(cells: list[str]) -> list[str]:
@@ -220,9 +225,9 @@ def _header(cells: list[str]) -> list[str]:
     return cells
 
 
-def _cells(cells: list[str], header: list[str], columns: Columns) -> Fields:
+def _cells(cells: list[str], header: list[str], columns: Columns) -> Fields | RecordError:
     if len(cells) != len(header):
-        raise RecordError(f"{len(cells)} cells under a header of {len(header)}; correct it")
+        return RecordError(f"{len(cells)} cells under a header of {len(header)}; correct it")
     return {
         name: _number(cell) if name in columns.numbers else cell
         for name, cell in zip(header, cells, strict=True)

@@ -13,8 +13,7 @@ from typing import Any, Protocol
 
 from blake3 import blake3
 
-
-_COMPARED_CHARACTERS = 2000
+_PROBE_CHARACTERS = 2000
 
 
 class Tokenizer(Protocol):
@@ -49,16 +48,17 @@ def encode_all(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     """The ids of texts, without special tokens: those that ``encode`` gives of each.
 
     The core of transformers' fast tokenizers takes many texts at once, uses all CPU cores, and leaves out
-    what only ``encode`` needs. One text of all is encoded both ways: where a tokenizer does more than its
+    what only others need. A piece of one text is encoded both ways: where a tokenizer does more than its
     core, the texts go one by one.
     """
     core = _core(tokenizer)
     if texts and core is not None:
-        longest = max(range(len(texts)), key=lambda index: min(len(texts[index]), _COMPARED_CHARACTERS))
-        wanted = tokenizer.encode(texts[longest], add_special_tokens=False)
+        probe = max(texts, key=len)[:_PROBE_CHARACTERS]
+        wanted = tokenizer.encode(probe, add_special_tokens=False)
         # After ``encode`` the core neither cuts nor pads, and treats special tokens as the tokenizer does.
-        found = [encoding.ids for encoding in core.encode_batch_fast(list(texts), add_special_tokens=False)]
-        if found[longest] == wanted:
+        encodings = core.encode_batch_fast([*texts, probe], add_special_tokens=False)
+        *found, again = [encoding.ids for encoding in encodings]
+        if again == wanted:
             return found
     return [tokenizer.encode(text, add_special_tokens=False) for text in texts]
 
