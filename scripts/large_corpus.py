@@ -3,7 +3,7 @@
     python scripts/large_corpus.py --gib 0.25 4 --picture docs/large_corpus.png
 
 For each size: a JSON Lines corpus of synthetic text (fixed seed, documents of about 5 KiB), then a few
-hundred steps of a small model on it in a process of its own. The memory of that process is read from /proc while it
+hundred steps of a small model on it in a process of its own. Its memory is read from /proc while it
 checks, tokenizes and trains: RssAnon is what it holds, RssFile what it has mapped of files, which the system
 takes back whenever it needs room. The tokenizer is a small one of words, so that most of the time is not its.
 """
