@@ -148,11 +148,13 @@ def test_the_public_names():
 
 HEAVY = {
     "asyncio",
+    "datasets",
     "jax",
     "ml_dtypes",
     "mlx",
     "numpy",
     "peft",
+    "pyarrow",
     "safetensors",
     "torch",
     "transformers",

@@ -96,9 +96,9 @@ class TrainConfig:
     max_length: int | None = _result(None)
     """Tokens of an example; what is longer is cut. Default: 1024, or the model's context if that is less."""
     default_authority_weight: float | None = _free(None)
-    """Authority weight of examples that carry none; without it, they are an error."""
+    """Authority weight of examples that carry none. Without it they are an error, unless weighting is off."""
     default_provenance_entropy: float | None = _free(None)
-    """Provenance entropy in bits of examples that carry none; without it, they are an error."""
+    """Provenance entropy in bits of examples that carry none. Without it they are an error, as above."""
 
     # Data
     mix: tuple[float, ...] | None = _result(None)

@@ -136,6 +136,14 @@ def test_an_eval_set_is_another_split(run, tmp_path):
     assert losses[0] == losses[1] != []
 
 
+def test_without_weighting_nothing_asks_for_provenance(run, tmp_path):
+    data = tmp_path / "plain.jsonl"
+    data.write_text('{"text": "ore melts"}\n{"text": "salt melts at 9"}\n')
+    with pytest.raises(DataError, match="authority_weight: missing"):
+        run(tmp_path / "run", data=str(data))
+    assert run(tmp_path / "run", data=str(data), weighting="off")[0].step == 9
+
+
 def train_on(examples, out, data, *, stop_after=None, **more):
     from conftest import TOY, Stopper
 
@@ -163,6 +171,8 @@ def test_other_examples_are_refused_even_where_the_run_is_finished(data, tmp_pat
     assert again.state_digest == done.state_digest
     with pytest.raises(ResumeRefused, match="its content is not that of the run"):
         train_on([*rows[:-1], {**rows[-1], "authority_weight": 0.123}], tmp_path, data)
+    with pytest.raises(ConfigError, match="--eval-split test: a program's examples have no splits"):
+        train_on(rows, tmp_path / "new", data, eval_split="test")
     with pytest.raises(ConfigError, match="it must hand them over"):
         DistrustTrainer(TrainConfig(out=str(tmp_path / "new"), data=EXAMPLES), engine=ToyEngine()).train()
 

@@ -150,17 +150,20 @@ def read_sources(
 
     if examples is None and config.data == EXAMPLES:
         raise ConfigError(f"--data {EXAMPLES}: the run's examples were a program's; it must hand them over")
+    if config.data == EXAMPLES and config.eval_split and config.eval_data is None and eval_examples is None:
+        raise ConfigError(f"--eval-split {config.eval_split}: a program's examples have no splits")
+    # Without weighting nothing asks for provenance; an eval set, by plain cross-entropy, never does.
+    missing = 0.0 if config.weighting == "off" else None
     training = checked(
         opened(several(config.data), config.split) if examples is None else given(examples, "examples"),
-        config.default_authority_weight,
-        config.default_provenance_entropy,
+        missing if config.default_authority_weight is None else config.default_authority_weight,
+        missing if config.default_provenance_entropy is None else config.default_provenance_entropy,
     )
     evaluated: tuple[Source, ...] = ()
     if eval_examples is not None:
         evaluated = given(eval_examples, "eval_examples")
     elif config.eval_data is not None or config.eval_split is not None:
         evaluated = opened(several(config.eval_data or config.data), config.eval_split or config.split)
-    # Plain cross-entropy asks for no provenance: an eval set may go without.
     return Sources(training, checked(evaluated, 0.0, 0.0) if evaluated else None, cache)
 
 
