@@ -132,8 +132,7 @@ class Cache:
                 )
         with _unfinished(self.folder / _TOKENS, keep=key is not None) as (folder, kept):
             try:
-                _write(folder, make(), parts, sizes)
-                corpus = _open(folder, parts)
+                corpus = _corpus(folder, _write(folder, make(), parts, sizes), parts)
                 if kept and key is not None:
                     _publish(folder, self.folder / _TOKENS / key)
             except OSError as error:
@@ -190,8 +189,8 @@ def _sweep(folder: Path) -> None:
                 os.close(lock)
 
 
-def _write(folder: Path, made: Iterable[Corpus], parts: Parts, sizes: tuple[int, ...]) -> None:
-    """All files of an entry, durable; the manifest is the last."""
+def _write(folder: Path, made: Iterable[Corpus], parts: Parts, sizes: tuple[int, ...]) -> dict[str, Any]:
+    """All files of an entry, durable; the manifest is the last, and returned."""
     number = {name: index for index, (name, _) in enumerate(parts)}
     total = count = truncated = cut = 0
     with contextlib.ExitStack() as stack:
@@ -227,6 +226,7 @@ def _write(folder: Path, made: Iterable[Corpus], parts: Parts, sizes: tuple[int,
         file.flush()
         os.fsync(file.fileno())
     _sync(folder)
+    return manifest
 
 
 def _append(file: BinaryIO, array: NDArray[np.generic]) -> None:
@@ -249,6 +249,11 @@ def _open(folder: Path, parts: Parts) -> Corpus:
             raise _DamagedError(f"{name} has another length")
     if _fingerprint(folder, n, total) != manifest["fingerprint"] or _places(folder) != manifest["places"]:
         raise _DamagedError("its content is not what was written")
+    return _corpus(folder, manifest, parts)
+
+
+def _corpus(folder: Path, manifest: dict[str, Any], parts: Parts) -> Corpus:
+    """The corpus of an entry's files, mapped."""
     arrays = {name: _mapped(folder / name, dtype) for name, dtype in _DTYPES.items()}
     sizes = tuple(manifest["sizes"])
     corpus = Corpus(

@@ -72,17 +72,22 @@ def load_saved(folder: Path) -> Any:
         raise DataError(f"{folder}: cannot be loaded: {_reason(error)}") from error
 
 
-def rows(table: Any, columns: Columns) -> Iterator[Row]:
-    """The rows of a loaded split, counted from 1; of the columns that are needed, nothing else is decoded."""
+def rows(name: str, table: Any, columns: Columns) -> Iterator[Row]:
+    """The rows of a loaded split, counted from 1; of the columns that are needed, nothing else is decoded.
+
+    Raises:
+        DataError: what lies in the library's cache cannot be read.
+    """
     number = 0
-    for batch in table.with_format(None).select_columns(columns.among(table.column_names)).iter(_BATCH):
-        names = list(batch)
-        for values in zip(*batch.values(), strict=True):
-            number += 1
-            yield (
-                number,
-                {name: value for name, value in zip(names, values, strict=True) if value is not None},
-            )
+    try:
+        needed = table.with_format(None).select_columns(columns.among(table.column_names))
+        for batch in needed.iter(_BATCH):
+            for values in zip(*batch.values(), strict=True):
+                number += 1
+                row = zip(batch, values, strict=True)
+                yield number, {column: value for column, value in row if value is not None}
+    except Exception as error:  # of the library, and of whatever it reads with
+        raise DataError(f"{name}: cannot be read after row {number}: {_reason(error)}") from error
 
 
 def fingerprint(table: Any) -> str:

@@ -171,7 +171,7 @@ def _spool_part(kept: Spool, form: Format, columns: Columns, *, name: str, unit:
 
 def _table_part(name: str, table: Any, columns: Columns) -> Part:
     digest = blake3(f"table {hub.fingerprint(table)}".encode()).hexdigest()
-    return Part(name, "row", digest, lambda: hub.rows(table, columns))
+    return Part(name, "row", digest, lambda: hub.rows(name, table, columns))
 
 
 def _saved_part(folder: Path, columns: Columns) -> Part:
@@ -180,7 +180,7 @@ def _saved_part(folder: Path, columns: Columns) -> Part:
         for file in sorted(path for path in folder.iterdir() if path.is_file()):
             digest.update(f"{file.name} {_digest(file, 'file')}\n".encode())
     table = hub.load_saved(folder)
-    return Part(str(folder), "row", digest.hexdigest(), lambda: hub.rows(table, columns))
+    return Part(str(folder), "row", digest.hexdigest(), lambda: hub.rows(str(folder), table, columns))
 
 
 def _files(folder: Path, split: str) -> list[Path]:
