@@ -218,9 +218,11 @@ def picture(runs: list[Measured], path: Path) -> None:
                 axes.axvspan(at[0], at[-1], color=COLOURS[phase], label=phase, lw=0)
         axes.plot(run.seconds, run.anonymous, color="black", label="RssAnon")
         axes.plot(run.seconds, run.mapped, color="black", ls=":", label="RssFile (reclaimable)")
-        axes.set(title=f"a corpus of {run.gib:g} GiB", xlabel="seconds", ylabel="MiB", ylim=(0, None))
-    all_axes[0][0].legend(loc="upper left", fontsize=8)
-    figure.tight_layout()
+        axes.set(title=f"a corpus of {run.gib:g} GiB", xlabel="seconds", ylabel="MiB")
+    top = max(max(*run.anonymous, *run.mapped) for run in runs)
+    all_axes[0][0].set_ylim(0, 1.1 * top)
+    figure.legend(*all_axes[0][0].get_legend_handles_labels(), loc="lower center", ncols=7, fontsize=8)
+    figure.tight_layout(rect=(0, 0.08, 1, 1))
     figure.savefig(path, dpi=120)
 
 

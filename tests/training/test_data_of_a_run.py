@@ -144,53 +144,54 @@ def test_without_weighting_nothing_asks_for_provenance(run, tmp_path):
     assert run(tmp_path / "run", data=str(data), weighting="off")[0].step == 9
 
 
-def train_on(examples, out, data, *, stop_after=None, **more):
-    from conftest import TOY, Stopper
-
-    config = TrainConfig(out=str(out), **TOY, **more)
-    return DistrustTrainer(
-        config, engine=ToyEngine(), observers=[Stopper(stop_after)], examples=examples
-    ).train()
-
-
 def test_examples_of_a_program_are_a_file_of_them(run, data, tmp_path):
     alone, _ = run(tmp_path / "alone")
     rows = rows_of(data)
-    assert train_on(rows, tmp_path / "list", data).state_digest == alone.state_digest
-    train_on((row for row in rows), tmp_path / "once", data, stop_after=4)
-    assert train_on((row for row in rows), tmp_path / "once", data).state_digest == alone.state_digest
+    assert run(tmp_path / "list", examples=rows)[0].state_digest == alone.state_digest
+    run(tmp_path / "once", examples=iter(rows), stop_after=4)
+    ended, events = run(tmp_path / "once", examples=iter(rows))
+    assert steps_of(events) == [5, 6, 7, 8, 9]
+    assert ended.state_digest == alone.state_digest
     config = CheckpointManager(tmp_path / "once" / "checkpoints").inspect(9).header.run_info["extra"]
     assert config["data"] == EXAMPLES
 
 
-def test_other_examples_are_refused_even_where_the_run_is_finished(data, tmp_path):
+def test_other_examples_are_refused_even_where_the_run_is_finished(run, data, tmp_path):
     rows = rows_of(data)
-    done = train_on(rows, tmp_path, data)
-    again = train_on(rows, tmp_path, data)
+    done, _ = run(tmp_path, examples=rows)
+    again, _ = run(tmp_path, examples=rows)
     assert again.already
     assert again.state_digest == done.state_digest
     with pytest.raises(ResumeRefused, match="its content is not that of the run"):
-        train_on([*rows[:-1], {**rows[-1], "authority_weight": 0.123}], tmp_path, data)
-    with pytest.raises(ConfigError, match="--eval-split test: a program's examples have no splits"):
-        train_on(rows, tmp_path / "new", data, eval_split="test")
-    with pytest.raises(ConfigError, match="it must hand them over"):
-        DistrustTrainer(TrainConfig(out=str(tmp_path / "new"), data=EXAMPLES), engine=ToyEngine()).train()
+        run(tmp_path, examples=[*rows[:-1], {**rows[-1], "authority_weight": 0.123}])
 
 
-def test_wrong_examples_are_told_before_anything_is_made(data, tmp_path):
+def test_wrong_examples_are_told_before_anything_is_made(run, data, tmp_path):
     with pytest.raises(DataError) as caught:
-        train_on([*rows_of(data), {"text": 3}], tmp_path / "run", data)
+        run(tmp_path / "run", examples=[*rows_of(data), {"text": 3}])
     assert caught.value.problems[0] == "examples[11]: text: a number, not a string; give its text"
+    with pytest.raises(ConfigError, match="--eval-split test: a program's examples have no splits"):
+        run(tmp_path / "run", examples=rows_of(data), eval_split="test")
+    with pytest.raises(ConfigError, match="it must hand them over"):
+        run(tmp_path / "run", data=EXAMPLES)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_generator_serves_one_training(data, tmp_path):
-    from conftest import TOY, Stopper
-
-    config = TrainConfig(out=str(tmp_path), **TOY)
-    trainer = DistrustTrainer(
-        config, engine=ToyEngine(), observers=[Stopper(3)], examples=iter(rows_of(data))
-    )
+    config = TrainConfig(out=str(tmp_path), max_steps=2, save_every=0)
+    trainer = DistrustTrainer(config, engine=ToyEngine(), examples=iter(rows_of(data)))
     trainer.train()
     with pytest.raises(DataError, match="examples: holds no records"):
         trainer.train()
+
+
+def test_an_eval_set_of_a_program(data, eval_data, tmp_path):
+    losses = []
+    for out, options, given in (
+        ("file", {"eval_data": str(eval_data)}, {}),
+        ("program", {}, {"eval_examples": rows_of(eval_data)}),
+    ):
+        config = TrainConfig(out=str(tmp_path / out), data=str(data), max_steps=2, save_every=0, **options)
+        DistrustTrainer(config, engine=ToyEngine(), observers=[losses.append], **given).train()
+    first, second = [event.loss for event in losses if isinstance(event, Evaluated)]
+    assert first == second
