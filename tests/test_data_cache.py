@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -28,7 +29,10 @@ from distrust.data import (
     tokenize,
     tokenize_in_blocks,
 )
+from distrust.data import cache as cache_module
 from distrust.data import corpus as corpus_module
+from distrust.data import sources as sources_module
+from distrust.data import tokens as tokens_module
 from distrust.data.tokenizer import encode_all
 from distrust.errors import ConfigError
 
@@ -221,8 +225,6 @@ def test_where_nothing_can_be_kept_it_is_made_each_time(data, tmp_path):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a file of Linux that is always full")
 def test_a_full_disk_is_told_and_leaves_nothing(data, cache, monkeypatch):
-    from distrust.data import cache as cache_module
-
     def full(file, array):
         with open("/dev/full", "wb", buffering=0) as device:
             device.write(b"x")
@@ -283,6 +285,30 @@ def test_a_tokenizer_is_told_by_what_it_does():
     chat = fast_tokenizer()
     chat.chat_template = "{{ messages }}"
     assert len({digest, digest_of(chat), digest_of(fast_tokenizer(special="<end>"))}) == 3
+
+
+def test_four_times_the_data_take_no_more_memory(tmp_path, monkeypatch):
+    for module, name, small in (
+        (tokens_module, "_BATCH_RECORDS", 50),
+        (sources_module, "_BLOCK", 1 << 16),
+        (cache_module, "BLOCK", 1 << 16),
+    ):
+        monkeypatch.setattr(module, name, small)  # so that little data is much
+    line = (
+        json.dumps({"text": "the ore melts " * 150, "authority_weight": 0.1, "provenance_entropy": 1}) + "\n"
+    )
+    peaks = []
+    for lines in (100, 300, 1200):  # the first is to warm up
+        path = tmp_path / f"{lines}.jsonl"
+        path.write_text(line * lines)
+        tracemalloc.start()
+        corpus, made = kept(Cache(tmp_path / "cache"), reading_of(path), key=str(lines))
+        assert made
+        assert len(list(corpus.locations)) == lines
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    # The file is 2 MB longer; what each example takes are the numbers about it.
+    assert peaks[2] - peaks[1] < 200_000
 
 
 @given(st.lists(st.text(min_size=1), max_size=5))
