@@ -10,6 +10,12 @@ from collections.abc import Callable
 import pytest
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tests keep tokenized data to themselves, and so do the processes they start."""
+    os.environ["DISTRUST_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture
 def start_python() -> Callable[..., subprocess.Popen[str]]:
     """Starts ``python -c code arguments…`` with pipes; what runs at the end of the test is killed."""

@@ -154,11 +154,13 @@ def test_the_package_says_that_it_is_typed():
 
 HEAVY = {
     "asyncio",
+    "datasets",
     "jax",
     "ml_dtypes",
     "mlx",
     "numpy",
     "peft",
+    "pyarrow",
     "safetensors",
     "torch",
     "transformers",

@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distrust import TrainConfig
@@ -29,6 +29,19 @@ OPTIONS = [
     "max_length",
     "default_authority_weight",
     "default_provenance_entropy",
+    "mix",
+    "split",
+    "subset",
+    "revision",
+    "text_column",
+    "prompt_column",
+    "completion_column",
+    "messages_column",
+    "authority_weight_column",
+    "provenance_entropy_column",
+    "eval_split",
+    "eval_fraction",
+    "cache_dir",
     "weighting",
     "alpha",
     "lambda",
@@ -89,6 +102,19 @@ VALUES = {
     "max_length": (2, None, 1),
     "default_authority_weight": (0.99, 0.0, 1.0),
     "default_provenance_entropy": (0.0, None, -0.1),
+    "mix": ((1.0,), None, (-1.0,)),
+    "split": ("train", "test[:10%]", ""),
+    "subset": ("a", None, ""),
+    "revision": ("a", None, ""),
+    "text_column": ("a", None, ""),
+    "prompt_column": ("a", ("a", "b"), ""),
+    "completion_column": ("a", None, ""),
+    "messages_column": ("a", None, ""),
+    "authority_weight_column": ("a", None, ""),
+    "provenance_entropy_column": ("a", None, ""),
+    "eval_split": ("a", None, ""),
+    "eval_fraction": (0.0, 0.0, 1.0),
+    "cache_dir": ("a", None, ""),
     "weighting": ("off", "published", "on"),
     "alpha": (2.3, 3.0, 3.1),
     "lambda_": (0.0, 5.0, -0.1),
@@ -244,6 +270,35 @@ def test_rank_0_trains_all_weights_and_these_are_whole():
         TrainConfig(lora_rank=0, quantization="8bit")
 
 
+def test_data_is_one_source_or_several(tmp_path):
+    assert parse(["--data", "a"]).data == "a"
+    assert parse(["--data", "a", "b", "--mix", "3", "1"]) == TrainConfig(data=("a", "b"), mix=(3.0, 1.0))
+    assert TrainConfig(data=[Path("a")]).data == TrainConfig(data=("a",)).data == "a"
+    file = tmp_path / "run.toml"
+    file.write_text('data = ["a", "b"]\nmix = [3, 1]\n')
+    assert from_toml(file) == TrainConfig(data=("a", "b"), mix=(3.0, 1.0))
+
+
+@pytest.mark.parametrize("mix", [(1.0,), (0.0, 0.0), (1.0, -1.0), (1.0, float("nan"))])
+def test_a_mix_has_a_share_for_each_source(mix):
+    with pytest.raises(ConfigError, match=r"--mix is .*: give a share"):
+        TrainConfig(data=("a", "b"), mix=mix)
+
+
+@pytest.mark.parametrize("data", [(), ("a", "")])
+def test_every_source_has_a_name(data):
+    with pytest.raises(ConfigError, match=r"--data is .*: give a name"):
+        TrainConfig(data=data)
+
+
+def test_an_eval_set_is_given_or_split_off():
+    assert TrainConfig(eval_fraction=0.25).eval_fraction == 0.25
+    with pytest.raises(ConfigError, match=r"--eval-fraction is 0\.1: give it without"):
+        TrainConfig(eval_fraction=0.1, eval_data="a")
+    with pytest.raises(ConfigError, match=r"--eval-fraction is 0\.1: give it without"):
+        TrainConfig(eval_fraction=0.1, eval_split="test")
+
+
 def test_a_branch_begins_somewhere_and_elsewhere():
     with pytest.raises(ConfigError, match="--branch is 'b': say where it begins, with --from-step"):
         TrainConfig(branch="b")
@@ -271,6 +326,7 @@ def test_there_and_back(config):
     assert from_mapping(keys_of(config), where="here") == config
 
 
+@settings(deadline=None)
 @given(configs)
 def test_a_file_says_what_flags_say(config):
     def toml(value):
@@ -330,6 +386,10 @@ def test_an_unknown_key_gets_the_nearest_name(typed, meant):
         ("weighting", "on", "one of off, published, monotone"),
         ("weighting", 1, "one of off, published, monotone"),
         ("dtype", ["float32"], "one of float32, bfloat16"),
+        ("data", 1, "a name, or a list of names"),
+        ("data", ["a", 1], "a name, or a list of names"),
+        ("mix", "0.5", "a list of numbers"),
+        ("mix", [0.5, "a"], "a list of numbers"),
     ],
 )
 def test_a_value_of_a_wrong_type(name, value, wanted):

@@ -167,9 +167,9 @@ def test_changing_the_callers_weights_later_changes_no_batch():
     [
         ({"weights": np.ones(3)}, "weights must be one per example"),
         ({"distrust": np.ones((2, 1))}, "distrust must be one per example"),
-        ({"order": Order(3, seed=0)}, "an order of 3 sequences for 2 examples"),
-        ({"batch_size": 0}, "a step needs an example"),
-        ({"gradient_accumulation": 0}, "a step needs an example"),
+        ({"order": Order(3, seed=0)}, "an order of 3 sequences for 2 rows"),
+        ({"batch_size": 0}, "a step needs a row"),
+        ({"gradient_accumulation": 0}, "a step needs a row"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(change, words):

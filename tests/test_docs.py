@@ -17,22 +17,6 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 FLAGS = {flag(field.name) for field in fields(TrainConfig)}
 
-#: Named in docs/coming-from.md, and still being built beside it: to be emptied.
-PENDING_FLAGS = {
-    "--cache-dir",
-    "--completion-column",
-    "--eval-fraction",
-    "--eval-split",
-    "--messages-column",
-    "--mix",
-    "--prompt-column",
-    "--revision",
-    "--split",
-    "--subset",
-    "--text-column",
-}
-PENDING_COMMANDS: set[str] = set()
-
 
 def rows():
     """(section, theirs, ours, note) of each row of docs/coming-from.md."""
@@ -49,14 +33,9 @@ def test_what_is_named_as_ours_is_there():
     named = {name for *_, ours, _ in rows() for name in re.findall(r"`([^`]+)`", ours)}
     flags = {name for name in named if name.startswith("--")} - {"--config"}
     commands = {name.removeprefix("distrust ") for name in named if name.startswith("distrust ")}
-    assert flags <= FLAGS | PENDING_FLAGS
-    assert commands <= COMMANDS.keys() | PENDING_COMMANDS
+    assert flags <= FLAGS
+    assert commands <= COMMANDS.keys()
     assert named - {f"distrust {name}" for name in commands} - flags - {"--config"} == {"TrainConfig"}
-
-
-def test_nothing_is_pending_that_is_there():
-    assert not FLAGS & PENDING_FLAGS, "take them out of PENDING_FLAGS"
-    assert not COMMANDS.keys() & PENDING_COMMANDS, "take it out of PENDING_COMMANDS"
 
 
 def test_every_row_says_something_and_only_once():
@@ -89,7 +68,7 @@ def test_flags_in_notes_are_there_too():
     of_commands = {"--best", "--compare", "--format"}
     for *_, note in rows():
         for name in re.findall(r"--[a-z][a-z0-9-]+", note):
-            assert name in FLAGS | PENDING_FLAGS | of_commands, name
+            assert name in FLAGS | of_commands, name
 
 
 def test_the_reference_of_options_is_up_to_date():

@@ -10,12 +10,13 @@ an option changes decides what happens when it differs at resume:
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import math
 import os
 import tomllib
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from os.path import realpath
@@ -32,8 +33,24 @@ BUNDLED = "bundled"
 FLOAT32_MAX = 3.4e38
 
 W_RANGE = (0, MAX_AUTHORITY_WEIGHT)
-#: Options that are names of files or folders.
+#: As ``data`` of a run on examples that a program handed over: it stands for no file.
+EXAMPLES = "<examples>"
+#: Options that are names of files or folders, those that may be several, and other names.
 _PATHS = ("model", "data", "out", "eval_data", "branch")
+_SEVERAL = ("data", "eval_data", "prompt_column")
+
+_NAMES = (
+    "split",
+    "subset",
+    "revision",
+    "text_column",
+    "prompt_column",
+    "completion_column",
+    "messages_column",
+    "authority_weight_column",
+    "provenance_entropy_column",
+    "eval_split",
+)
 
 Effect = Literal["result", "bits", "free"]
 Dtype = Literal["float32", "bfloat16"]
@@ -72,18 +89,47 @@ class TrainConfig:
     # What to train on what. Models and data are compared by fingerprint, not by name.
     model: str = _free(BUNDLED)
     """Base model: a folder, a hub name, or "bundled" for the small one that comes with the package."""
-    data: str = _free(BUNDLED)
-    """Training examples: a JSON Lines file, or "bundled" for the corpus that comes with the package."""
+    data: str | tuple[str, ...] = _free(BUNDLED)
+    """Training examples, one source or several: a file (JSON Lines, JSON, CSV, Parquet), a folder of files, a
+    hub data set, or "bundled" for the corpus that comes with the package."""
     out: str = _free("runs/train")
     """Folder of the run. The same command with the same folder continues the run."""
-    eval_data: str | None = _free(None)
-    """JSON Lines file to evaluate on, by plain cross-entropy."""
+    eval_data: str | tuple[str, ...] | None = _free(None)
+    """What to evaluate on, by plain cross-entropy: the same kinds of source."""
     max_length: int | None = _result(None)
     """Tokens of an example; what is longer is cut. Default: 1024, or the model's context if that is less."""
     default_authority_weight: float | None = _free(None)
-    """Authority weight of examples that carry none; without it, they are an error."""
+    """Authority weight of examples that carry none. Without it they are an error, unless weighting is off."""
     default_provenance_entropy: float | None = _free(None)
-    """Provenance entropy in bits of examples that carry none; without it, they are an error."""
+    """Provenance entropy in bits of examples that carry none. Without it they are an error, as above."""
+
+    # Data
+    mix: tuple[float, ...] | None = _result(None)
+    """Shares of the sources in an epoch, one for each of `data`. Default: all examples of all sources."""
+    split: str = _free("train")
+    """Split to train on: of a hub data set, or of a folder whose files name splits."""
+    subset: str | None = _free(None)
+    """Configuration of a hub data set, where it has several."""
+    revision: str | None = _free(None)
+    """Branch, tag or commit of a hub data set."""
+    text_column: str | None = _free(None)
+    """Column of the text. Default: "text"."""
+    prompt_column: str | tuple[str, ...] | None = _free(None)
+    """Column of the prompt. Several are joined, an empty line after each. Default: "prompt"."""
+    completion_column: str | None = _free(None)
+    """Column of the completion. Default: "completion"."""
+    messages_column: str | None = _free(None)
+    """Column of the conversation. Default: "messages", or "conversations"."""
+    authority_weight_column: str | None = _free(None)
+    """Column of the authority weight. Default: "authority_weight", or "auth_weight"."""
+    provenance_entropy_column: str | None = _free(None)
+    """Column of the provenance entropy. Default: "provenance_entropy", or "prov_entropy"."""
+    eval_split: str | None = _free(None)
+    """Split to evaluate on: of `eval_data`, or else of `data`."""
+    eval_fraction: float = _result(0.0)
+    """Share of each source that is kept out of training, chosen by the seed, and evaluated on."""
+    cache_dir: str | None = _free(None)
+    """Folder of tokenized data. Default: $DISTRUST_CACHE, or distrust in the user's cache folder."""
 
     # Weighting
     weighting: Weighting = _result("monotone")
@@ -193,9 +239,8 @@ class TrainConfig:
     """Folder of the new run, where `from_step` is not the newest checkpoint."""
 
     def __post_init__(self) -> None:
-        for name in _PATHS:
-            if isinstance(getattr(self, name), os.PathLike):
-                object.__setattr__(self, name, os.fspath(getattr(self, name)))
+        for name in {*_PATHS, *_SEVERAL, "cache_dir"}:
+            object.__setattr__(self, name, _named(getattr(self, name)))
         problems = [
             f"{flag(name)} is {getattr(self, name)!r}: {wanted}"
             for name, holds, wanted in _bounds(self)
@@ -268,12 +313,27 @@ def key(name: str) -> str:
     return name.rstrip("_")
 
 
+def several(names: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The names that an option gives: of one that may be several, all; none of None."""
+    if names is None:
+        return ()
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _named(value: Any) -> Any:
+    """Paths as strings, and one name as itself, not as a list of one."""
+    if isinstance(value, (list, tuple)):
+        names = tuple(os.fspath(name) if isinstance(name, os.PathLike) else name for name in value)
+        return names[0] if len(names) == 1 else names or ("",)
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
 def _bounds(c: TrainConfig) -> list[tuple[str, bool, str]]:
     def finite(value: float) -> bool:
         return math.isfinite(value)
 
     return [
-        *((name, getattr(c, name) != "", "give a name") for name in _PATHS),
+        *((name, all(several(getattr(c, name))), "give a name") for name in _PATHS),
         ("max_length", c.max_length is None or c.max_length >= 2, "give 2 or more"),
         (
             "default_authority_weight",
@@ -281,6 +341,24 @@ def _bounds(c: TrainConfig) -> list[tuple[str, bool, str]]:
             f"give up to {W_RANGE[1]}",
         ),
         ("default_provenance_entropy", _within(c.default_provenance_entropy, 0), "give 0 or more"),
+        (
+            "mix",
+            c.mix is None
+            or (
+                len(c.mix) == len(several(c.data))
+                and all(_within(share, 0) for share in c.mix)
+                and any(c.mix)
+            ),
+            "give a share, 0 or more, for each source of --data, and not only zeros",
+        ),
+        *((name, all(several(getattr(c, name))), "give a name") for name in _NAMES),
+        ("eval_fraction", 0 <= c.eval_fraction < 1, "give 0 to under 1"),
+        (
+            "eval_fraction",
+            not (c.eval_fraction and (c.eval_data or c.eval_split)),
+            "give it without --eval-data and --eval-split",
+        ),
+        ("cache_dir", c.cache_dir != "", "give a name"),
         ("weighting", c.weighting in get_args(Weighting), f"give one of {', '.join(get_args(Weighting))}"),
         ("alpha", _within(c.alpha, *ALPHA_RANGE), f"give {ALPHA_RANGE[0]} to {ALPHA_RANGE[1]}"),
         ("lambda_", _within(c.lambda_, 0), "give 0 or more"),
@@ -372,16 +450,24 @@ def _typed(value: Any, hint: Any) -> Any:
     if origin in (Union, types.UnionType):
         if value is None and type(None) in get_args(hint):
             return None
-        (inner,) = [choice for choice in get_args(hint) if choice is not type(None)]
-        return _typed(value, inner)
+        *others, inner = [choice for choice in get_args(hint) if choice is not type(None)]
+        if not others:
+            return _typed(value, inner)
+        if isinstance(value, str):
+            return value
+        with contextlib.suppress(TypeError):
+            return _typed(value, inner)
+        raise TypeError("give a name, or a list of names")
     if origin is Literal:
         if value in get_args(hint):
             return value
         raise TypeError(f"give one of {', '.join(get_args(hint))}")
     if origin is tuple:
-        if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
-            return tuple(value)
-        raise TypeError("give a list of strings")
+        inner = get_args(hint)[0]
+        with contextlib.suppress(TypeError):
+            if isinstance(value, (list, tuple)):
+                return tuple(_typed(item, inner) for item in value)
+        raise TypeError(f"give a list of {'strings' if inner is str else 'numbers'}")
     if hint is float and type(value) is int:
         return float(value)
     if type(value) is not hint:

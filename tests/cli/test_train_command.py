@@ -129,7 +129,7 @@ def test_a_wrong_record_is_one_line_and_the_next_try_works(distrust, folder, fin
 
 FAILURES = {
     "no data": (["--data", "nowhere.jsonl"], 1, "nowhere.jsonl: no such file"),
-    "a folder as data": (["--data", "."], 1, ".: is a directory"),
+    "a folder as data": (["--data", "."], 1, ".: holds no data files"),
     "a folder without a model": (["--model", "."], 1, "--model .: holds no config.json"),
     "no such device": (["--device", "cuda"], 2, "--device cuda: not available here; available: cpu"),
     "too long": (["--max-length", "999"], 2, "--max-length 999: the model sees 128 tokens at once"),

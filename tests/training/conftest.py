@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +56,16 @@ def run(data: Path) -> Run:
         stop_after: int | None = None,
         engine: ToyEngine | None = None,
         observers: Sequence[Observer] = (),
+        examples: Iterable[dict[str, Any]] | None = None,
         **options: Any,
     ) -> tuple[RunEnded, list[Event]]:
         events: list[Event] = []
         config = TrainConfig(out=str(out), **{**TOY, "data": str(data), **options})
         trainer = DistrustTrainer(
-            config, engine=engine or ToyEngine(), observers=[events.append, Stopper(stop_after), *observers]
+            config,
+            engine=engine or ToyEngine(),
+            observers=[events.append, Stopper(stop_after), *observers],
+            examples=examples,
         )
         return trainer.train(), events
 

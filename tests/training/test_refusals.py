@@ -26,6 +26,8 @@ from models import write_records
 #: Another value of each option that changes the result.
 OTHER = {
     "max_length": 64,
+    "mix": (1.0,),
+    "eval_fraction": 0.2,
     "weighting": "published",
     "alpha": 2.5,
     "lambda_": 0.7,

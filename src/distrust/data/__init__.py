@@ -1,46 +1,73 @@
 """Data: sources -> records -> tokens -> order -> batches, each a small module, none of them with a framework.
 
 problems.py    how wrong records are told: all at once, with file, line and field
-records.py     what one line of a source says
-sources.py     a JSON Lines file -> records, every line checked
+records.py     what one record of a source says
+mapping.py     which columns hold what
+fields.py      a record's fields -> what is learned of it, and what its source is worth
+formats.py     bytes -> rows: JSON Lines, JSON, CSV, Parquet
+hub.py         data sets of the hub -> rows
+spool.py       what can be read only once -> a file
+sources.py     what a config names -> files and tables, each with a digest of its content
+reading.py     sources -> records, every one checked
 tokenizer.py   the contract: what is needed of a tokenizer
 segments.py    a record -> stretches of text, learned or only read
 tokens.py      records -> corpus
 corpus.py      the tokenized examples, and their fingerprint
+cache.py       a corpus on disk: made once, verified at each start, mapped
+split.py       corpus -> what is trained on and what is kept out to evaluate on
 order.py       (seed, epoch) -> the order of an epoch
 sequences.py   which examples share a row: packing
 batches.py     step -> the arrays of its micro-batches
 """
 
 from distrust.data.batches import IGNORED, Batches, MicroBatch, evaluation_batches
+from distrust.data.cache import Cache, cache_folder
 from distrust.data.corpus import Corpus
-from distrust.data.order import MAX_SEED, Order, permutation
+from distrust.data.mapping import Columns, columns_of
+from distrust.data.order import MAX_SEED, MixedOrder, Order, permutation
+from distrust.data.reading import Census, Reading, check, read_records
 from distrust.data.records import Completion, Conversation, Location, Message, Record, Text
-from distrust.data.sequences import Sequences, packed, single
-from distrust.data.sources import read_records
-from distrust.data.tokenizer import Tokenizer
-from distrust.data.tokens import beginning, tokenize
+from distrust.data.sequences import Sequences, concatenated, packed, single
+from distrust.data.sources import Source, examples_source, open_source
+from distrust.data.split import split_off
+from distrust.data.tokenizer import Tokenizer, digest_of
+from distrust.data.tokens import beginning, tokenize, tokenize_in_blocks
 
 __all__ = [
     "IGNORED",
     "MAX_SEED",
     "Batches",
+    "Cache",
+    "Census",
+    "Columns",
     "Completion",
     "Conversation",
     "Corpus",
     "Location",
     "Message",
     "MicroBatch",
+    "MixedOrder",
     "Order",
+    "Reading",
     "Record",
     "Sequences",
+    "Source",
     "Text",
     "Tokenizer",
     "beginning",
+    "cache_folder",
+    "check",
+    "columns_of",
+    "concatenated",
+    "digest_of",
     "evaluation_batches",
+    "examples_source",
+    "open_source",
     "packed",
     "permutation",
     "read_records",
     "single",
+    "split_off",
     "tokenize",
+    "tokenize_in_blocks",
 ]

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from distrust.data.corpus import Corpus
-from distrust.data.order import Order
+from distrust.data.order import MixedOrder, Order
 from distrust.data.sequences import Sequences, single
 
 IGNORED = -100
@@ -71,7 +71,7 @@ class Batches:
         *,
         weights: ArrayLike,
         distrust: ArrayLike,
-        order: Order,
+        order: Order | MixedOrder,
         sequences: Sequences | None = None,
         batch_size: int,
         gradient_accumulation: int,
@@ -169,7 +169,7 @@ def _collate(
     place = np.arange(lengths.max(), dtype=np.int64)
     real = place < lengths[:, None]
     # Padding reads the example's first token: any valid place does, it is masked out below.
-    source = corpus.offsets[examples][:, None] + np.where(real, place, 0)
+    source = corpus.starts[examples][:, None] + np.where(real, place, 0)
     tokens = corpus.input_ids[source].astype(np.int64)
     learned = real & corpus.learned[source]
     return MicroBatch(

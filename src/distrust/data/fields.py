@@ -1,6 +1,6 @@
 """A record's fields -> what is learned of it and what its source is worth, each checked.
 
-A null is a field that is not there, as tables exported to JSON have it (``sources`` leaves it out). Nothing
+A null is a field that is not there, as tables exported to JSON have it (``formats`` leaves it out). Nothing
 is repaired: what is wrong is a ``RecordError`` that names the field.
 """
 
@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
+from distrust.data.mapping import Columns
 from distrust.data.problems import RecordError
 from distrust.data.records import Completion, Conversation, Message, Role, Text
 from distrust.weighting import MAX_AUTHORITY_WEIGHT
@@ -18,48 +19,87 @@ from distrust.weighting import MAX_AUTHORITY_WEIGHT
 Fields = Mapping[str, Any]
 """The fields of one record, none of them null."""
 
-_KINDS = {"text": ("text",), "prompt + completion": ("prompt", "completion"), "messages": ("messages",)}
 _ROLES: tuple[str, ...] = get_args(Role)
+
+#: Who speaks, where turns are written as {"from", "value"}.
+_SPEAKERS = {"human": "user", "gpt": "assistant", **{role: role for role in _ROLES}}
 
 # Chat templates print these too: a turn without them would be learned as something that was never said.
 _UNSUPPORTED_IN_TURN = ("function_call", "reasoning_content", "thinking", "tool_calls")
 
 
-def read_content(fields: Fields) -> Text | Completion | Conversation:
+def read_content(fields: Fields, columns: Columns) -> Text | Completion | Conversation:
     """What the record teaches: exactly one of the three kinds of content."""
-    kinds = [kind for kind, names in _KINDS.items() if any(name in fields for name in names)]
+    kinds = [kind for kind, names in columns.kinds.items() if any(name in fields for name in names)]
     if not kinds:
-        there = ", ".join(shown(key) for key in list(fields)[:8]) or "nothing"
-        raise RecordError(
-            f"no text, no prompt + completion, and no messages; give one of them (there is {there})"
-        )
+        raise RecordError(_no_content(fields, columns))
     if len(kinds) > 1:
-        raise RecordError(f"{' and '.join(kinds)} in one record; keep one of them")
-    if kinds == ["text"]:
-        return Text(_string(fields["text"], "text", empty=False))
-    if kinds == ["messages"]:
-        return _conversation(fields["messages"])
-    for name, other in (("prompt", "completion"), ("completion", "prompt")):
-        if name not in fields:
-            raise RecordError(f"missing beside {other}; give both, or only text", field=name)
-    return Completion(
-        _string(fields["prompt"], "prompt"), _string(fields["completion"], "completion", empty=False)
+        raise RecordError(
+            f"{' and '.join(kinds)} in one record; keep one of them, or choose one with --text-column, "
+            "--completion-column or --messages-column"
+        )
+    names = columns.kinds[kinds[0]]
+    if names == (columns.text,):
+        return Text(_string(fields[names[0]], names[0], empty=False))
+    if names == columns.messages:
+        return _chat(fields, [name for name in names if name in fields])
+    return _completion(fields, columns.prompt, str(columns.completion))
+
+
+def _no_content(fields: Fields, columns: Columns) -> str:
+    *kinds, last = columns.kinds
+    none = f"no {', no '.join(kinds)}, and no {last}" if kinds else f"no {last}"
+    there = ", ".join(shown(key) for key in list(fields)[:8]) or "nothing"
+    remedy = (
+        "correct the option that names it"
+        if columns.given
+        else (
+            "give one of them, or name the columns with --text-column, with --prompt-column and "
+            "--completion-column, or with --messages-column"
+        )
     )
+    return f"{none}; {remedy} (there is {there})"
 
 
-def _conversation(value: Any) -> Conversation:
+def _completion(fields: Fields, prompts: tuple[str, ...], name: str) -> Completion | Conversation:
+    given = [prompt for prompt in prompts if prompt in fields]
+    if not given:
+        raise RecordError(f"missing beside {name}; give both, or only text", field=prompts[0])
+    if name not in fields:
+        raise RecordError(f"missing beside {given[0]}; give both, or only text", field=name)
+    if len(prompts) == 1 and isinstance(fields[given[0]], list) and isinstance(fields[name], list):
+        asked = _messages(fields[given[0]], given[0])
+        return _conversation(asked, _messages(fields[name], name), name)
+    texts = [_string(fields[prompt], prompt) for prompt in given]
+    prompt = texts[0] if len(prompts) == 1 else "".join(f"{text}\n\n" for text in texts if text.strip())
+    return Completion(prompt, _string(fields[name], name, empty=False))
+
+
+def _chat(fields: Fields, names: list[str]) -> Conversation:
+    if len(names) > 1:
+        raise RecordError(f"stands beside {names[1]}; choose one with --messages-column", field=names[0])
+    (name,) = names
+    value = fields[name]
     if not isinstance(value, list) or not value:
         what = "empty" if value == [] else f"{json_kind(value)}, not a list"
-        raise RecordError(f'{what}; give a list of {{"role", "content"}}', field="messages")
-    messages = tuple(_message(item, f"messages[{index}]") for index, item in enumerate(value))
-    if all(message.role != "assistant" for message in messages):
-        raise RecordError("no assistant turn; there is nothing to learn from it", field="messages")
-    if messages[0].role == "assistant":
+        raise RecordError(f'{what}; give a list of {{"role", "content"}}', field=name)
+    return _conversation((), _messages(value, name), name)
+
+
+def _messages(turns: list[Any], name: str) -> tuple[Message, ...]:
+    return tuple(_message(item, f"{name}[{index}]") for index, item in enumerate(turns))
+
+
+def _conversation(asked: tuple[Message, ...], told: tuple[Message, ...], name: str) -> Conversation:
+    """Of turns that are only read, and turns of which the assistant's are learned."""
+    if all(message.role != "assistant" for message in told):
+        raise RecordError("no assistant turn; there is nothing to learn from it", field=name)
+    if (asked + told)[0].role == "assistant":
         raise RecordError(
             "begins with the assistant; a chat template needs a user's or system turn before it",
-            field="messages[0]",
+            field=f"{name}[0]",
         )
-    return Conversation(messages)
+    return Conversation(asked + told, learned_from=len(asked))
 
 
 def _message(item: Any, field: str) -> Message:
@@ -70,14 +110,16 @@ def _message(item: Any, field: str) -> Message:
             raise RecordError(
                 "is not supported; write it into content, or leave it out", field=f"{field}.{name}"
             )
-    role = item.get("role")
+    who, what = ("from", "value") if "from" in item and "role" not in item else ("role", "content")
+    named = item.get(who)
+    role = _SPEAKERS.get(named, named) if who == "from" and isinstance(named, str) else named
     if role not in _ROLES:
-        what = "missing" if role is None else f"unknown: {shown(role)}"
-        raise RecordError(f"{what}; give one of {', '.join(_ROLES)}", field=f"{field}.role")
-    content = item.get("content")
+        problem = "missing" if named is None else f"unknown: {shown(named)}"
+        raise RecordError(f"{problem}; give one of {', '.join(_ROLES)}", field=f"{field}.{who}")
+    content = item.get(what)
     if content is None:
-        raise RecordError("missing; give the text of the turn", field=f"{field}.content")
-    return Message(role, _string(content, f"{field}.content", empty=role != "assistant"))
+        raise RecordError("missing; give the text of the turn", field=f"{field}.{what}")
+    return Message(cast(Role, role), _string(content, f"{field}.{what}", empty=role != "assistant"))
 
 
 def _string(value: Any, field: str, *, empty: bool = True) -> str:
@@ -95,20 +137,20 @@ def _string(value: Any, field: str, *, empty: bool = True) -> str:
     return value
 
 
-def read_authority_weight(fields: Fields, default: float | None) -> float:
+def read_authority_weight(fields: Fields, columns: Columns, default: float | None) -> float:
     """The record's w, or the default where it has none."""
-    names = ("authority_weight", "auth_weight")
+    names = columns.authority_weight
     return check_authority_weight(*_named(fields, names, default, "--default-authority-weight"))
 
 
-def read_provenance_entropy(fields: Fields, default: float | None) -> float:
+def read_provenance_entropy(fields: Fields, columns: Columns, default: float | None) -> float:
     """The record's H in bits, or the default where it has none."""
-    names = ("provenance_entropy", "prov_entropy")
+    names = columns.provenance_entropy
     return check_provenance_entropy(*_named(fields, names, default, "--default-provenance-entropy"))
 
 
-def _named(fields: Fields, names: tuple[str, str], default: float | None, flag: str) -> tuple[Any, str]:
-    """The value of a field that goes by either of two names, and the name it goes by here."""
+def _named(fields: Fields, names: tuple[str, ...], default: float | None, flag: str) -> tuple[Any, str]:
+    """The value of a field that goes by any of some names, and the name it goes by here."""
     given = [name for name in names if name in fields]
     if not given:
         if default is None:
@@ -162,10 +204,16 @@ def json_kind(value: Any) -> str:
     if isinstance(value, bool):
         return "a boolean"
     names = {str: "a string", list: "a list", dict: "an object", type(None): "null"}
-    return names.get(type(value), "a number")
+    if isinstance(value, int | float):
+        return "a number"
+    return names.get(type(value), f"a value of type {type(value).__name__}")
 
 
 def shown(value: Any) -> str:
     """A value for a message: no control characters, no surrogates, not too long."""
-    shown = json.dumps(value) if not isinstance(value, int) or value.bit_length() < 200 else "a huge integer"
+    shown = (
+        json.dumps(value, default=repr)
+        if not isinstance(value, int) or value.bit_length() < 200
+        else "a huge integer"
+    )
     return shown if len(shown) <= 40 else shown[:39] + "…"

@@ -9,10 +9,18 @@ state that is mixed of seed and epoch:
     state  = mix(mix(seed + γ) xor epoch)
     key(i) = mix(state + γ·(i + 1))         modulo 2⁶⁴, γ = 0x9E3779B97F4A7C15
 
-What is ordered are sequences: lists of examples that share one row of a batch. Here each holds one example.
+What is ordered are sequences: lists of examples that share one row of a batch.
+
+Where sources are mixed, an epoch is as long as all their sequences, and each source has as many places in
+it as its share says. Which places is drawn for each epoch; what stands there comes from the source's own
+endless order, so nothing of a source comes again before all of it has come.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,3 +110,85 @@ class Order:
         if cached[0] != epoch:
             cached = self._cached = (epoch, permutation(self.sequences, seed=self.seed, epoch=epoch))
         return cached[1]
+
+
+class MixedOrder:
+    """An endless row of epochs in which each source has its share; the interface of ``Order``.
+
+    The sequences are numbered source after source.
+
+    Args:
+        sizes: the sequences of each source, one at least.
+        shares: of each source, 0 or more, not all 0; they are normalized.
+        seed: the run's seed.
+
+    Attributes:
+        sequences: how many there are in an epoch: as many as in all sources.
+        counts: how many of them are of each source.
+        seed: the run's seed.
+    """
+
+    def __init__(self, sizes: Sequence[int], *, shares: Sequence[float], seed: int) -> None:
+        if not sizes or min(sizes) < 1 or len(sizes) != len(shares):
+            raise ValueError(f"every source needs sequences and a share: {list(sizes)}, {list(shares)}")
+        self.sequences = sum(sizes)
+        self.counts = apportioned(self.sequences, shares)
+        self.seed = seed
+        self._begins = [0, *accumulate(sizes)][:-1]
+        self._orders = [Order(size, seed=derived_seed(seed, k)) for k, size in enumerate(sizes)]
+        self._cached = (0, self._drawn(0))
+
+    def at(self, start: int, count: int) -> NDArray[np.int64]:
+        """The sequences at global positions, as ``Order.at`` gives them."""
+        if start < 0 or count < 0:
+            raise ValueError(f"neither start nor count may be negative: {start}, {count}")
+        taken = [np.empty(0, np.int64)]
+        while count:
+            epoch, place = divmod(start, self.sequences)
+            part = self._epoch(epoch)[place : place + count]
+            taken.append(part)
+            start, count = start + len(part), count - len(part)
+        return np.concatenate(taken)
+
+    def _epoch(self, epoch: int) -> NDArray[np.int64]:
+        cached = self._cached  # read once: another thread may replace it
+        if cached[0] != epoch:
+            cached = self._cached = (epoch, self._drawn(epoch))
+        return cached[1]
+
+    def _drawn(self, epoch: int) -> NDArray[np.int64]:
+        source = np.repeat(np.arange(len(self.counts)), self.counts)
+        source = source[permutation(self.sequences, seed=self.seed, epoch=epoch)]
+        drawn = np.empty(self.sequences, np.int64)
+        for k, (order, begin, count) in enumerate(zip(self._orders, self._begins, self.counts, strict=True)):
+            drawn[source == k] = begin + order.at(epoch * count, count)
+        return drawn
+
+
+def apportioned(places: int, shares: Sequence[float]) -> tuple[int, ...]:
+    """So many places by shares: by largest remainder, and one at least where a share is not 0.
+
+    Args:
+        places: to be given away; as many as there are shares, at least.
+        shares: 0 or more, not all 0; they are normalized.
+
+    Returns:
+        As many as there are shares, which add up to ``places``.
+    """
+    exact = [Fraction(share) for share in shares]
+    ideal = [share * places / sum(exact) for share in exact]
+    counts = [max(int(count), int(count > 0)) for count in ideal]
+    while (left := places - sum(counts)) != 0:
+        # The one that is furthest from its share; of equal ones the first.
+        gaps = [(count - ideal[k]) * (1 if left > 0 else -1) for k, count in enumerate(counts)]
+        able = [k for k in range(len(counts)) if ideal[k] > 0 and (left > 0 or counts[k] > 1)]
+        counts[min(able, key=lambda k: gaps[k])] += 1 if left > 0 else -1
+    return tuple(counts)
+
+
+def derived_seed(seed: int, stream: int) -> int:
+    """A seed for something of its own that a run draws: another one for each stream."""
+    if not 0 <= seed <= MAX_SEED:
+        raise ConfigError(f"seed must be from 0 to 2^63, not {seed}")
+    state = _mix(np.array([seed], np.uint64) + _GAMMA) ^ _mix(np.array([stream], np.uint64) - _GAMMA)
+    return int(_mix(state)[0] >> np.uint64(1))

@@ -1,6 +1,6 @@
-"""What one line of a source says: something to learn, and what its source is worth.
+"""What one record of a source says: something to learn, and what its source is worth.
 
-These are values that have been checked (``sources`` checks them); everything after can rely on it.
+These are values that have been checked (``reading`` checks them); everything after can rely on it.
 """
 
 from __future__ import annotations
@@ -10,21 +10,32 @@ from typing import Literal
 
 Role = Literal["system", "user", "assistant", "tool"]
 
+Unit = Literal["line", "row", "index"]
+"""What a record of a source is counted by: lines and rows from 1, an iterable's examples from 0."""
+
 
 @dataclass(frozen=True, slots=True)
 class Location:
     """Where a record stands: what a message about it begins with.
 
     Attributes:
-        file: the path as the user gave it.
-        line: counted from 1.
+        file: the path or the name as the user gave it.
+        line: its line, row or index.
+        unit: which of them it is.
     """
 
     file: str
     line: int
+    unit: Unit = "line"
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}"
+        match self.unit:
+            case "line":
+                return f"{self.file}:{self.line}"
+            case "row":
+                return f"{self.file}: row {self.line}"
+            case "index":
+                return f"{self.file}[{self.line}]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +63,15 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Turns of which one at least, and never the first, is the assistant's; only those are learned."""
+    """Turns of which one at least, and never the first, is the assistant's; only those are learned.
+
+    Attributes:
+        messages: the turns.
+        learned_from: the assistant's turns before this one are only read: they are the prompt's.
+    """
 
     messages: tuple[Message, ...]
+    learned_from: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,7 +51,7 @@ def _conversation(conversation: Conversation, tokenizer: Tokenizer) -> list[Segm
     found: list[Segment] = []
     done = 0
     for index, turn in enumerate(turns):
-        if turn["role"] != "assistant":
+        if turn["role"] != "assistant" or index < conversation.learned_from:
             continue
         before = _render(turns[:index], tokenizer, answer_next=True)
         through = _render(turns[: index + 1], tokenizer, answer_next=False)

@@ -1,159 +1,247 @@
-"""Sources -> records: reads a JSON Lines file and checks every line of it.
+"""What a config names -> sources: files, folders, data sets of the hub, and examples of a program.
 
-A record is one JSON object a line. Its content is ``text``, or ``prompt`` and ``completion``, or
-``messages``; its source is ``authority_weight`` and ``provenance_entropy`` (``auth_weight`` and
-``prov_entropy`` are the same fields by another name). A null is a field that is not there, as tables
-exported to JSON have it; fields of other names are nobody's business here. Nothing is repaired or
-skipped: what is wrong is an error, and all wrong lines are told at once.
+A source is made of parts, each a file or a table. A part knows the digest of its content, so that what was
+once checked and tokenized is found again, and gives its rows as often as one likes.
 """
 
 from __future__ import annotations
 
-import json
-from collections import Counter
-from collections.abc import Callable, Iterator
+import contextlib
+import os
+import re
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from os import PathLike, fspath
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, BinaryIO
 
-from distrust.data.fields import (
-    Fields,
-    check_authority_weight,
-    check_provenance_entropy,
-    json_kind,
-    read_authority_weight,
-    read_content,
-    read_provenance_entropy,
-    shown,
-)
-from distrust.data.problems import RecordError, collected
-from distrust.data.records import Location, Record
+from blake3 import blake3
+
+from distrust.bundled import CORPUS
+from distrust.config import BUNDLED
+from distrust.data import hub
+from distrust.data.formats import JSON_LINES, Format, Row, format_of, is_data, open_bytes
+from distrust.data.mapping import Columns
+from distrust.data.records import Unit
+from distrust.data.spool import Spool
 from distrust.errors import ConfigError, DataError
 
-T = TypeVar("T")
+_BLOCK = 1 << 22
 
-
-def read_records(
-    path: str | PathLike[str],
-    *,
-    default_authority_weight: float | None = None,
-    default_provenance_entropy: float | None = None,
-) -> list[Record]:
-    """Reads a JSON Lines file of records, UTF-8 with or without a byte order mark; blank lines are skipped.
-
-    Args:
-        path: the file.
-        default_authority_weight: w of records that have none; without it that is an error.
-        default_provenance_entropy: H in bits of records that have none; without it that is an error.
-
-    Returns:
-        The records in file order, at least one.
-
-    Raises:
-        DataError: the file cannot be read or is empty (one line), or records are wrong (a headline, then
-            one line for each of the first 20 problems; ``problems`` holds all).
-        ConfigError: a default is outside its range.
-    """
-    name = fspath(path)
-    source = _Source(
-        _checked_default("default_authority_weight", default_authority_weight, check_authority_weight),
-        _checked_default("default_provenance_entropy", default_provenance_entropy, check_provenance_entropy),
-    )
-    records: list[Record] = []
-    problems: list[str] = []
-    count = wrong = 0
-    for location, raw in _lines(name):
-        record, found = _read_line(raw, location, source)
-        count += 1
-        if record is not None:
-            records.append(record)
-        else:
-            wrong += 1
-            problems += [f"{location}: {problem}" for problem in found]
-    if problems:
-        are = "record is" if count == 1 else "records are"
-        raise collected(f"{name}: {wrong} of {count} {are} wrong", problems)
-    if not count:
-        raise DataError(f"{name}: holds no records; it must be JSON Lines, one JSON object a line")
-    return records
+#: What files and folders of a split are called.
+_SPLITS = {
+    "train": "train",
+    "training": "train",
+    "test": "test",
+    "testing": "test",
+    "eval": "test",
+    "evaluation": "test",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+}
 
 
 @dataclass(frozen=True, slots=True)
-class _Source:
-    """What a record's source is worth where the record does not say; None where it must."""
+class Part:
+    """A file or a table.
 
-    authority_weight: float | None
-    provenance_entropy: float | None
+    Attributes:
+        name: as a message calls it.
+        unit: what its rows are counted by.
+        digest: of its content and of how it is read.
+        rows: its rows, from the first; raises DataError if it cannot be read.
+    """
+
+    name: str
+    unit: Unit
+    digest: str
+    rows: Callable[[], Iterator[Row]]
 
 
-def _lines(name: str) -> Iterator[tuple[Location, bytes]]:
-    """The lines that are not blank. Only a line feed ends a line: JSON text may hold U+2028 and the like."""
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One of the things that a config names.
+
+    Attributes:
+        name: as the user gave it.
+        parts: at least one.
+    """
+
+    name: str
+    parts: tuple[Part, ...]
+
+
+def open_source(
+    name: str,
+    columns: Columns,
+    *,
+    split: str = "train",
+    subset: str | None = None,
+    revision: str | None = None,
+    spool: Path | None = None,
+) -> Source:
+    """What a name stands for.
+
+    Args:
+        name: a file, a folder, a data set of the hub, or ``bundled``.
+        columns: those that are needed of it.
+        split: of a data set of the hub or of a folder that has several.
+        subset: of a data set of the hub.
+        revision: of a data set of the hub.
+        spool: where the content of a pipe may lie.
+
+    Raises:
+        DataError: there is no such thing, or it cannot be read; one line.
+        ConfigError: an option for the hub beside a file.
+    """
+    path = CORPUS if name == BUNDLED else Path(name)
+    kind = _kind(path)
+    if kind is None and hub.is_name(name) and not is_data(path):
+        table = hub.load(name, split=split, subset=subset, revision=revision)
+        return Source(name, (_table_part(name, table, columns),))
+    for option, value in (("subset", subset), ("revision", revision)):
+        if value is not None:
+            raise ConfigError(f"--{option} {value}: is for data sets of the hub; {name} is a file or folder")
+    if kind != "folder":
+        return Source(name, (_file_part(path, str(path), columns, spool),))
+    if hub.is_saved(path):
+        return Source(name, (_saved_part(hub.saved_split(path, split), columns),))
+    files = _files(path, split)
+    return Source(name, tuple(_file_part(file, str(file), columns, spool) for file in files))
+
+
+def examples_source(
+    examples: Iterable[Mapping[str, Any]], columns: Columns, *, name: str, spool: Path
+) -> Source:
+    """The examples of a program, read once.
+
+    Raises:
+        DataError: one cannot be an example, or reading them fails with an OSError.
+    """
+    kept = Spool(spool)
+    with _readable(name):
+        kept.take(examples, columns, name=name)
+    return Source(name, (_spool_part(kept, JSON_LINES, columns, name=name, unit="index"),))
+
+
+def _kind(path: Path) -> str | None:
     try:
-        with open(name, "rb") as file:
-            for number, raw in enumerate(file, 1):
-                line = (raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw).rstrip()
-                if line:
-                    yield Location(name, number), line
+        mode = path.stat().st_mode
+    except (FileNotFoundError, ValueError):
+        return None
+    except OSError:
+        return "file"  # opening it tells why not
+    return "folder" if stat.S_ISDIR(mode) else "file"
+
+
+def _file_part(path: Path, name: str, columns: Columns, spool: Path | None) -> Part:
+    with _readable(name):
+        if not stat.S_ISREG(path.stat().st_mode):
+            kept = Spool(spool or Path(os.devnull))
+            kept.fill(path)
+            return _spool_part(kept, JSON_LINES, columns, name=name, unit="line")
+        form, packed = format_of(path)
+        before = _state(path)
+        digest = _digest(path, form.name)
+
+    def rows() -> Iterator[Row]:
+        with _readable(name):
+            with open_bytes(path, packed=packed) as file:
+                yield from form.rows(file, columns)
+            if _state(path) != before:
+                raise OSError("it changed while it was read; start again")
+
+    return Part(name, form.unit, digest, rows)
+
+
+def _spool_part(kept: Spool, form: Format, columns: Columns, *, name: str, unit: Unit) -> Part:
+    def rows() -> Iterator[Row]:
+        with _readable(name), kept.open() as file:
+            # An example's index counts from 0, and the spool has one a line.
+            shift = 1 if unit == "index" else 0
+            yield from ((number - shift, fields) for number, fields in form.rows(file, columns))
+
+    with _readable(name), kept.open() as file:
+        digest = blake3(f"{form.name}\n".encode())
+        _update(digest, file)
+    return Part(name, unit, digest.hexdigest(), rows)
+
+
+def _table_part(name: str, table: Any, columns: Columns) -> Part:
+    digest = blake3(f"table {hub.fingerprint(table)}".encode()).hexdigest()
+    return Part(name, "row", digest, lambda: hub.rows(name, table, columns))
+
+
+def _saved_part(folder: Path, columns: Columns) -> Part:
+    with _readable(str(folder)):
+        digest = blake3(b"saved\n")
+        for file in sorted(path for path in folder.iterdir() if path.is_file()):
+            digest.update(f"{file.name} {_digest(file, 'file')}\n".encode())
+    table = hub.load_saved(folder)
+    return Part(str(folder), "row", digest.hexdigest(), lambda: hub.rows(str(folder), table, columns))
+
+
+def _files(folder: Path, split: str) -> list[Path]:
+    """The data files of a folder that are of a split: by their names, as the hub tells them apart."""
+    with _readable(str(folder)):
+        inside = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+        found = sorted(
+            path for path in inside if is_data(path) and not any(part[0] in "._" for part in path.parts)
+        )
+        if not found:
+            raise DataError(
+                f"{folder}: holds no data files (.jsonl, .json, .csv, .tsv, .parquet, or those .gz)"
+            )
+        forms = sorted({format_of(folder / path)[0].name for path in found})
+    if len(forms) > 1:
+        raise DataError(f"{folder}: holds files of several formats ({', '.join(forms)}); name the files")
+    splits = {path: _split_of(path) for path in found}
+    if not any(splits.values()):
+        if split != "train":
+            raise DataError(f"{folder}: no file names a split, so all are train; there is no {split}")
+        return [folder / path for path in found]
+    wanted = _SPLITS.get(split, split)
+    chosen = [folder / path for path in found if splits[path] == wanted]
+    if not chosen:
+        there = ", ".join(sorted({name for name in splits.values() if name}))
+        raise DataError(f"{folder}: no file is of the split {split}; give one of {there}")
+    return chosen
+
+
+def _split_of(path: Path) -> str | None:
+    """The split that a file's name says, or else the nearest of its folders."""
+    for name in reversed(path.parts):
+        for word in re.split(r"[^a-z0-9]+", name.lower()):
+            if word in _SPLITS:
+                return _SPLITS[word]
+    return None
+
+
+def _digest(path: Path, how: str) -> str:
+    digest = blake3(f"{how}\n".encode(), max_threads=blake3.AUTO)
+    with path.open("rb") as file:
+        _update(digest, file)
+    return str(digest.hexdigest())
+
+
+def _update(digest: Any, file: BinaryIO) -> None:
+    while block := file.read(_BLOCK):
+        digest.update(block)
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    """What tells that a file was written to."""
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+@contextlib.contextmanager
+def _readable(name: str) -> Iterator[None]:
+    try:
+        yield
     except FileNotFoundError:
         raise DataError(f"{name}: no such file") from None
-    except IsADirectoryError:
-        raise DataError(f"{name}: is a directory; name a JSON Lines file in it") from None
     except OSError as error:
         raise DataError(f"{name}: cannot be read: {error.strerror or error}") from error
-
-
-def _read_line(raw: bytes, location: Location, source: _Source) -> tuple[Record | None, list[RecordError]]:
-    """The record of a line, or what is wrong with it: content and source are judged independently."""
-    problems: list[RecordError] = []
-
-    def attempt(read: Callable[[], T]) -> T | None:
-        try:
-            return read()
-        except RecordError as problem:
-            problems.append(problem)
-            return None
-
-    fields = attempt(lambda: _decode(raw))
-    if fields is None:
-        return None, problems
-    content = attempt(lambda: read_content(fields))
-    weight = attempt(lambda: read_authority_weight(fields, source.authority_weight))
-    entropy = attempt(lambda: read_provenance_entropy(fields, source.provenance_entropy))
-    if content is None or weight is None or entropy is None:
-        return None, problems
-    return Record(location, weight, entropy, content), problems
-
-
-def _decode(raw: bytes) -> Fields:
-    """The fields of a line, without those that are null."""
-    try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
-    except UnicodeDecodeError as error:
-        raise RecordError(f"invalid UTF-8 at byte {error.start + 1}; save the file as UTF-8") from None
-    except json.JSONDecodeError as error:
-        reason = error.msg[:1].lower() + error.msg[1:]
-        raise RecordError(
-            f"invalid JSON at column {error.colno}: {reason}; a record is one JSON object on one line"
-        ) from None
-    except (ValueError, RecursionError):  # a number of thousands of digits; brackets without end
-        raise RecordError("JSON with a number too long or nested too deep to read; simplify it") from None
-    if not isinstance(value, dict):
-        raise RecordError(f"{json_kind(value)}, not a JSON object; a record is one JSON object on one line")
-    return {key: field for key, field in value.items() if field is not None}
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise RecordError("stands twice in one object; keep one", field=shown(twice))
-    return fields
-
-
-def _checked_default(option: str, value: float | None, check: Callable[[Any, str], float]) -> float | None:
-    if value is None:
-        return None
-    try:
-        return check(value, option)
-    except RecordError as problem:
-        raise ConfigError(str(problem)) from None

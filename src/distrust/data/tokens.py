@@ -8,18 +8,23 @@ begins and ends with is printed by the chat template, here as in use.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
-from numpy.typing import NDArray
 
 from distrust.data.corpus import Corpus
-from distrust.data.problems import RecordError, collected
-from distrust.data.records import Conversation, Record
-from distrust.data.segments import segments
-from distrust.data.tokenizer import Tokenizer
+from distrust.data.problems import Problems, RecordError
+from distrust.data.reading import Census, census_of
+from distrust.data.records import Completion, Conversation, Record, Text
+from distrust.data.segments import Segment, segments
+from distrust.data.tokenizer import Tokenizer, encode_all
 from distrust.errors import ConfigError, DataError, ModelError
+
+#: What is tokenized together: so many records, or so many characters of them.
+_BATCH_RECORDS = 512
+_BATCH_CHARACTERS = 1 << 20
 
 
 def tokenize(
@@ -29,40 +34,68 @@ def tokenize(
     max_length: int,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Corpus:
-    """Tokenizes the records, and cuts each at ``max_length`` tokens.
+    """Tokenizes records that are in memory, and cuts each at ``max_length`` tokens.
 
     Args:
         records: at least one.
         tokenizer: a tokenizer of transformers, or anything that does what the protocol says.
         max_length: the most tokens of an example, 2 or more.
-        on_progress: called after each record with the number done and the number of all.
+        on_progress: called after some records with the number done and the number of all.
 
     Returns:
         The corpus, in the order of the records.
 
     Raises:
         DataError: there are no records, a conversation cannot be rendered, or an example has no token
-            left to learn from; all such records at once, as ``read_records`` tells them.
+            left to learn from; all such records at once, as ``check`` tells them.
         ModelError: the tokenizer has no EOS token.
         ConfigError: ``max_length`` is less than 2.
     """
-    if max_length < 2:
-        raise ConfigError(f"max_length must be 2 or more, not {max_length}: the first token is never learned")
     if not records:
         raise DataError("there are no records to tokenize")
-    frame = _frame(records, tokenizer)
-    examples: list[_Example] = []
-    problems: list[str] = []
-    for done, record in enumerate(records, 1):
-        try:
-            examples.append(_example(record, tokenizer, frame=frame, max_length=max_length))
-        except RecordError as problem:
-            problems.append(f"{record.location}: {problem}")
+    blocks = tokenize_in_blocks(
+        records, tokenizer, census=census_of(records), max_length=max_length, on_progress=on_progress
+    )
+    return _joined(list(blocks))
+
+
+def tokenize_in_blocks(
+    records: Iterable[Record],
+    tokenizer: Tokenizer,
+    *,
+    census: Census,
+    max_length: int,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Iterator[Corpus]:
+    """The same for records of which no more than a block is held in memory.
+
+    Args:
+        records: each is taken once.
+        tokenizer: as for ``tokenize``.
+        census: what there is of them.
+        max_length: as for ``tokenize``.
+        on_progress: as for ``tokenize``.
+
+    Yields:
+        The corpora of blocks of records, which make up the corpus one after the other.
+
+    Raises:
+        DataError, ModelError, ConfigError: as ``tokenize`` does, once all records have been seen.
+    """
+    if max_length < 2:
+        raise ConfigError(f"max_length must be 2 or more, not {max_length}: the first token is never learned")
+    frame = _frame(census, tokenizer)
+    problems = Problems()
+    done = 0
+    for batch in _batches(records):
+        block = _block(batch, tokenizer, frame=frame, max_length=max_length, problems=problems)
+        done += len(batch)
         if on_progress is not None:
-            on_progress(done, len(records))
-    if problems:
-        raise collected(f"{len(problems)} of {len(records)} records cannot be trained on", problems)
-    return _corpus(records, examples)
+            on_progress(done, census.records)
+        if not problems.records:
+            yield block
+    if problems.records:
+        raise problems.error(f"{problems.records} of {done} records cannot be trained on")
 
 
 def beginning(tokenizer: Tokenizer) -> list[int]:
@@ -81,22 +114,23 @@ class _Frame:
 
 @dataclass(frozen=True, slots=True)
 class _Example:
-    """One tokenized record: ids int32[t], learned bool[t], and how many tokens were cut off."""
+    """One tokenized record: its ids, whether each is learned, and how many tokens were cut off."""
 
-    ids: NDArray[np.int32]
-    learned: NDArray[np.bool_]
+    record: Record
+    ids: list[int]
+    learned: list[bool]
     cut: int
 
 
-def _frame(records: Sequence[Record], tokenizer: Tokenizer) -> _Frame:
+def _frame(census: Census, tokenizer: Tokenizer) -> _Frame:
     """Asks the tokenizer once for what the records need of it, so that one message tells what it lacks."""
-    chats = [record for record in records if isinstance(record.content, Conversation)]
-    if chats and tokenizer.chat_template is None:
+    if census.conversations and tokenizer.chat_template is None:
         raise DataError(
-            f"{chats[0].location}: messages: the tokenizer has no chat template ({len(chats)} of "
-            f"{len(records)} records need one); use a chat model's, or give prompt + completion"
+            f"{census.first_conversation}: messages: the tokenizer has no chat template "
+            f"({census.conversations} of {census.records} records need one); use a chat model's, or give "
+            "prompt + completion"
         )
-    if len(chats) == len(records):
+    if census.conversations == census.records:
         return _Frame([], [])
     eos = tokenizer.eos_token_id
     if eos is None:
@@ -106,41 +140,95 @@ def _frame(records: Sequence[Record], tokenizer: Tokenizer) -> _Frame:
     return _Frame(beginning(tokenizer), [eos])
 
 
-def _example(record: Record, tokenizer: Tokenizer, *, frame: _Frame, max_length: int) -> _Example:
-    pieces = [
-        (tokenizer.encode(segment.text, add_special_tokens=False), segment.learn)
-        for segment in segments(record.content, tokenizer)
-        if segment.text
-    ]
-    if not isinstance(record.content, Conversation):
-        pieces = [(frame.begin, False), *pieces, (frame.end, True)]
-    ids = np.array([token for tokens, _ in pieces for token in tokens], np.int32)
-    learned = np.repeat([learn for _, learn in pieces], [len(tokens) for tokens, _ in pieces])
-    learned[:1] = False  # nothing predicts the first token
+def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
+    batch: list[Record] = []
+    characters = 0
+    for record in records:
+        batch.append(record)
+        characters += _characters(record)
+        if len(batch) >= _BATCH_RECORDS or characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _characters(record: Record) -> int:
+    match record.content:
+        case Text(text):
+            return len(text)
+        case Completion(prompt, completion):
+            return len(prompt) + len(completion)
+        case Conversation(messages):
+            return sum(len(message.content) for message in messages)
+
+
+def _block(
+    batch: Sequence[Record], tokenizer: Tokenizer, *, frame: _Frame, max_length: int, problems: Problems
+) -> Corpus:
+    """The corpus of a batch; records that cannot be trained on are left out of it, and told."""
+    parts: list[tuple[Record, list[Segment]]] = []
+    for record in batch:
+        try:
+            parts.append((record, [part for part in segments(record.content, tokenizer) if part.text]))
+        except RecordError as problem:
+            problems.add(record.location, [problem])
+    encoded = iter(encode_all(tokenizer, [part.text for _, stretches in parts for part in stretches]))
+    examples: list[_Example] = []
+    for record, stretches in parts:
+        pieces = [(next(encoded), part.learn) for part in stretches]
+        if not isinstance(record.content, Conversation):
+            pieces = [(frame.begin, False), *pieces, (frame.end, True)]
+        try:
+            examples.append(_example(record, pieces, max_length))
+        except RecordError as problem:
+            problems.add(record.location, [problem])
+    return _corpus(examples)
+
+
+def _example(record: Record, pieces: Sequence[tuple[list[int], bool]], max_length: int) -> _Example:
+    ids = list(chain.from_iterable(tokens for tokens, _ in pieces))
+    learned = list(chain.from_iterable([learn] * len(tokens) for tokens, learn in pieces))
+    learned[:1] = [False] * bool(learned)  # nothing predicts the first token
     kept = learned[:max_length]
-    if not kept.any():
+    if not any(kept):
         raise RecordError(_nothing_to_learn(learned, max_length))
-    return _Example(ids[:max_length], kept, cut=len(ids) - len(kept))
+    return _Example(record, ids[:max_length], kept, cut=len(ids) - len(kept))
 
 
-def _nothing_to_learn(learned: NDArray[np.bool_], max_length: int) -> str:
-    if not learned.any():
+def _nothing_to_learn(learned: list[bool], max_length: int) -> str:
+    if not any(learned):
         return "no token to learn: none that is learned comes after another; remove the record"
     return (
-        f"no token to learn within max_length {max_length}: what is only read takes {int(learned.argmax())} "
+        f"no token to learn within max_length {max_length}: what is only read takes {learned.index(True)} "
         "tokens; raise --max-length, or shorten the prompt"
     )
 
 
-def _corpus(records: Sequence[Record], examples: Sequence[_Example]) -> Corpus:
+def _corpus(examples: Sequence[_Example]) -> Corpus:
     lengths = [len(example.ids) for example in examples]
     return Corpus(
-        input_ids=np.concatenate([example.ids for example in examples]),
-        learned=np.concatenate([example.learned for example in examples]),
+        input_ids=np.array(list(chain.from_iterable(example.ids for example in examples)), np.int32),
+        learned=np.array(list(chain.from_iterable(example.learned for example in examples)), np.bool_),
         offsets=np.concatenate(([0], np.cumsum(lengths, dtype=np.int64))),
-        authority_weight=np.array([record.authority_weight for record in records], np.float64),
-        provenance_entropy=np.array([record.provenance_entropy for record in records], np.float64),
-        locations=tuple(record.location for record in records),
+        authority_weight=np.array([example.record.authority_weight for example in examples], np.float64),
+        provenance_entropy=np.array([example.record.provenance_entropy for example in examples], np.float64),
+        locations=tuple(example.record.location for example in examples),
         truncated=sum(example.cut > 0 for example in examples),
         tokens_cut=sum(example.cut for example in examples),
+    )
+
+
+def _joined(parts: Sequence[Corpus]) -> Corpus:
+    begins = np.cumsum([0, *(part.offsets[-1] for part in parts)])
+    offsets = [part.offsets[1:] + begin for part, begin in zip(parts, begins[:-1], strict=True)]
+    return Corpus(
+        input_ids=np.concatenate([part.input_ids for part in parts]),
+        learned=np.concatenate([part.learned for part in parts]),
+        offsets=np.concatenate([np.zeros(1, np.int64), *offsets]),
+        authority_weight=np.concatenate([part.authority_weight for part in parts]),
+        provenance_entropy=np.concatenate([part.provenance_entropy for part in parts]),
+        locations=tuple(chain.from_iterable(part.locations for part in parts)),
+        truncated=sum(part.truncated for part in parts),
+        tokens_cut=sum(part.tokens_cut for part in parts),
     )

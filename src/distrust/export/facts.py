@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from distrust import __version__
 from distrust.checkpoint import CheckpointFile
-from distrust.config import BUNDLED, Dtype, ExportDtype, ExportFormat, TrainConfig, key
+from distrust.config import BUNDLED, Dtype, ExportDtype, ExportFormat, TrainConfig, key, several
 from distrust.engines.source import hub_name
 from distrust.export.card import Facts
 from distrust.training.resume import FINGERPRINTS
@@ -59,6 +59,10 @@ def public_name(name: str) -> str:
     if os.path.isabs(name) or name.startswith(".") or os.path.exists(name):
         return os.path.basename(os.path.abspath(name))
     return name
+
+
+def _public_names(names: str | Sequence[str] | None) -> str:
+    return ", ".join(map(public_name, several(names)))
 
 
 def _notes(config: TrainConfig, *, adapter: bool) -> list[str]:
@@ -117,14 +121,16 @@ def _sections(
             "fingerprint of its weights (BLAKE3)": fingerprints.get("model"),
         },
         "Data": {
-            "name": public_name(config.data),
+            "name": _public_names(config.data),
+            "shares": config.mix,
+            "kept out to evaluate on": config.eval_fraction or None,
             "examples": corpus.get("examples"),
             "learned tokens": corpus.get("tokens"),
             "learned tokens seen in training": file.metadata.get("tokens_seen"),
             "fingerprint (BLAKE3)": fingerprints.get("data"),
             "authority weight of examples without one": config.default_authority_weight,
             "provenance entropy of examples without one": config.default_provenance_entropy,
-            "evaluated on": None if config.eval_data is None else public_name(config.eval_data),
+            "evaluated on": _public_names(config.eval_data) or None,
         },
         "Weighting by provenance": weighting,
         "Metrics": file.metrics,

@@ -7,7 +7,7 @@ from pathlib import Path
 from distrust.checkpoint import Checkpoint, CheckpointFile, CheckpointManager, Scan
 from distrust.checkpoint.arrays import Framework
 from distrust.checkpoint.store import RUN_SUBDIRECTORY
-from distrust.config import TrainConfig
+from distrust.config import EXAMPLES, TrainConfig, several
 from distrust.errors import ConfigError, CorruptCheckpoint
 from distrust.training import resume
 from distrust.training.evaluations import Evaluations
@@ -31,8 +31,10 @@ def finished(config: TrainConfig, manager: CheckpointManager) -> tuple[Checkpoin
     newest = files[-1]
     settled = resume.settled(config, newest.header.config, where=str(folder(config)))
     run = newest.header.run_info.get("extra", {})
-    if (run.get("model"), run.get("data")) != (settled.model, settled.data):
+    if (run.get("model"), several(run.get("data"))) != (settled.model, several(settled.data)):
         return None  # whether they are the same by another name takes loading them
+    if settled.data == EXAMPLES:
+        return None  # a name that says nothing
     # Not given, it is as many as the epochs took, unless more of them are asked for now.
     max_steps = settled.max_steps or (run.get("max_steps") if run.get("epochs") == settled.epochs else None)
     if newest.kind != "final" or max_steps is None:

@@ -4,27 +4,37 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from blake3 import blake3
 
 from distrust import weighting
-from distrust.bundled import CORPUS
-from distrust.config import BUNDLED, TrainConfig
+from distrust.config import EXAMPLES, TrainConfig, several
 from distrust.data import (
     Batches,
+    Cache,
+    Census,
     Corpus,
+    MixedOrder,
     Order,
-    Record,
+    Reading,
     Sequences,
+    Source,
     Tokenizer,
+    cache_folder,
+    check,
+    columns_of,
+    concatenated,
+    digest_of,
+    examples_source,
+    open_source,
     packed,
-    read_records,
     single,
-    tokenize,
+    split_off,
+    tokenize_in_blocks,
 )
 from distrust.errors import ConfigError, DataError, DistrustWarning
 
@@ -61,36 +71,104 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
+class Checked:
+    """Data of which every record is known to be right.
+
+    Attributes:
+        reading: gives the records.
+        census: what there is of them.
+    """
+
+    reading: Reading
+    census: Census
+
+
+@dataclass(frozen=True, slots=True)
 class Sources:
-    """The records of a run, read and checked before anything slow is loaded.
+    """The data of a run, checked before anything slow is loaded.
 
     Attributes:
         training: to train on.
         evaluation: to evaluate on, or None.
+        cache: where it is found again once it is tokenized.
     """
 
-    training: list[Record]
-    evaluation: list[Record] | None
+    training: Checked
+    evaluation: Checked | None
+    cache: Cache
 
 
-def read_sources(config: TrainConfig) -> Sources:
-    """Read what a config names.
+Examples = Iterable[Mapping[str, Any]]
+
+
+def read_sources(
+    config: TrainConfig,
+    *,
+    examples: Examples | None = None,
+    eval_examples: Examples | None = None,
+    report: Progress | None = None,
+) -> Sources:
+    """Open and check what a config names, or what a program hands over instead.
+
+    Args:
+        config: names the sources.
+        examples: to train on, instead of ``data``; read once.
+        eval_examples: to evaluate on, instead of ``eval_data``; read once.
+        report: called now and then with what is done, how far it is, and 0.
 
     Raises:
         DataError: for records that cannot be trained on.
+        ConfigError: for options that do not fit the sources.
     """
-    training = read_records(
-        _path(config.data),
-        default_authority_weight=config.default_authority_weight,
-        default_provenance_entropy=config.default_provenance_entropy,
+    cache = Cache(cache_folder(config.cache_dir))
+    columns = columns_of(config)
+
+    def opened(names: tuple[str, ...], split: str) -> tuple[Source, ...]:
+        return tuple(
+            open_source(
+                name,
+                columns,
+                split=split,
+                subset=config.subset,
+                revision=config.revision,
+                spool=cache.folder,
+            )
+            for name in names
+        )
+
+    def given(rows: Examples, name: str) -> tuple[Source, ...]:
+        return (examples_source(rows, columns, name=name, spool=cache.folder),)
+
+    def checked(
+        sources: tuple[Source, ...], authority_weight: float | None, provenance_entropy: float | None
+    ) -> Checked:
+        reading = Reading(sources, columns, authority_weight, provenance_entropy)
+        census = cache.census(reading.key)
+        if census is None:
+            census = check(
+                reading,
+                on_progress=lambda done: report(f"checking {reading.name}", done, 0) if report else None,
+            )
+            cache.remember(reading.key, census)
+        return Checked(reading, census)
+
+    if examples is None and config.data == EXAMPLES:
+        raise ConfigError(f"--data {EXAMPLES}: the run's examples were a program's; it must hand them over")
+    if config.data == EXAMPLES and config.eval_split and config.eval_data is None and eval_examples is None:
+        raise ConfigError(f"--eval-split {config.eval_split}: a program's examples have no splits")
+    # Without weighting nothing asks for provenance; an eval set, by plain cross-entropy, never does.
+    missing = 0.0 if config.weighting == "off" else None
+    training = checked(
+        opened(several(config.data), config.split) if examples is None else given(examples, "examples"),
+        missing if config.default_authority_weight is None else config.default_authority_weight,
+        missing if config.default_provenance_entropy is None else config.default_provenance_entropy,
     )
-    if config.eval_data is None:
-        return Sources(training, None)
-    # Plain cross-entropy asks for no provenance: an eval set may go without.
-    evaluation = read_records(
-        _path(config.eval_data), default_authority_weight=0.0, default_provenance_entropy=0.0
-    )
-    return Sources(training, evaluation)
+    evaluated: tuple[Source, ...] = ()
+    if eval_examples is not None:
+        evaluated = given(eval_examples, "eval_examples")
+    elif config.eval_data is not None or config.eval_split is not None:
+        evaluated = opened(several(config.eval_data or config.data), config.eval_split or config.split)
+    return Sources(training, checked(evaluated, 0.0, 0.0) if evaluated else None, cache)
 
 
 def make_plan(
@@ -105,7 +183,7 @@ def make_plan(
 
     Args:
         config: options left open (None) are settled here.
-        sources: the records.
+        sources: the data, checked.
         tokenizer: of the base model.
         context_length: the model's, if it says.
         report: called with what is done, how far it is, and how far it goes.
@@ -115,18 +193,34 @@ def make_plan(
         ConfigError: for options that do not fit the model.
     """
     max_length = _max_length(config, context_length)
+    tokenizer_digest = digest_of(tokenizer)
 
-    def tokenized(records: list[Record], name: str) -> Corpus:
-        return tokenize(
-            records,
-            tokenizer,
-            max_length=max_length,
-            on_progress=lambda done, total: report(f"tokenizing {name}", done, total),
-        )
+    def tokenized(data: Checked) -> Corpus:
+        reading, census = data.reading, data.census
 
-    corpus = tokenized(sources.training, config.data)
-    weights = _weights(config, corpus)
-    sequences = _sequences(config, corpus, capacity=max_length)
+        def make() -> Iterable[Corpus]:
+            return tokenize_in_blocks(
+                reading.records(),
+                tokenizer,
+                census=census,
+                max_length=max_length,
+                on_progress=lambda done, total: report(f"tokenizing {reading.name}", done, total),
+            )
+
+        key = None
+        if tokenizer_digest is not None:
+            decides = f"{reading.key} {tokenizer_digest} {max_length}"
+            key = blake3(decides.encode()).hexdigest()
+        parts = [(part.name, part.unit) for source in reading.sources for part in source.parts]
+        return sources.cache.corpus(key, parts, census.sizes, make)
+
+    corpus = tokenized(sources.training)
+    evaluation = None if sources.evaluation is None else tokenized(sources.evaluation)
+    if config.eval_fraction:
+        corpus, evaluation = split_off(corpus, config.eval_fraction, seed=config.seed)
+    rows = _rows(config, corpus, capacity=max_length)
+    order = _order(config, [len(part) for part in rows])
+    weights = _weights(config, corpus, _drawn_per_epoch(order, rows, corpus))
     pad_token_id = _pad_token_id(tokenizer)
     batches = Batches(
         corpus,
@@ -134,19 +228,32 @@ def make_plan(
         distrust=weighting.distrust_term(
             corpus.authority_weight, corpus.provenance_entropy, alpha=config.alpha
         ),
-        order=Order(len(sequences), seed=config.seed),
-        sequences=sequences,
+        order=order,
+        sequences=concatenated(rows),
         batch_size=config.batch_size,
         gradient_accumulation=config.gradient_accumulation,
         pad_token_id=pad_token_id,
     )
     max_steps = config.max_steps or math.ceil(config.epochs * batches.epoch_steps)
-    evaluation = None
-    if sources.evaluation is not None:
-        evaluation = tokenized(sources.evaluation, str(config.eval_data))
     schedule_steps = config.schedule_steps or max_steps
     settled = replace(config, max_length=max_length, max_steps=max_steps, schedule_steps=schedule_steps)
     return Plan(settled, max_steps, schedule_steps, corpus, weights, batches, evaluation, pad_token_id)
+
+
+def _order(config: TrainConfig, sizes: Sequence[int]) -> Order | MixedOrder:
+    """The order of the sequences, of which each source has so many."""
+    if config.mix is None:
+        return Order(sum(sizes), seed=config.seed)
+    return MixedOrder(sizes, shares=config.mix, seed=config.seed)
+
+
+def _drawn_per_epoch(
+    order: Order | MixedOrder, rows: Sequence[Sequences], corpus: Corpus
+) -> np.ndarray[Any, Any] | None:
+    """float64[n], how often each example is drawn in an epoch, on average; None where each is once."""
+    if isinstance(order, Order):
+        return None
+    return np.repeat(np.divide(order.counts, [len(part) for part in rows]), corpus.sizes)
 
 
 def _max_length(config: TrainConfig, context_length: int | None) -> int:
@@ -166,18 +273,18 @@ def _pad_token_id(tokenizer: Tokenizer) -> int:
     return tokenizer.eos_token_id or 0  # padding is masked: any token serves
 
 
-def _sequences(config: TrainConfig, corpus: Corpus, *, capacity: int) -> Sequences:
-    examples = np.arange(len(corpus), dtype=np.int64)
+def _rows(config: TrainConfig, corpus: Corpus, *, capacity: int) -> list[Sequences]:
+    """The rows of each source: with mixing weights, each is drawn from by itself."""
+    ends = np.cumsum(corpus.sizes or (len(corpus),))
+    parts = np.split(np.arange(len(corpus), dtype=np.int64), ends[:-1])
     if not config.packing:
-        return single(examples)
-    return packed(examples, corpus.lengths, capacity=capacity, seed=config.seed)
+        return [single(examples) for examples in parts]
+    return [
+        packed(examples, corpus.lengths[examples], capacity=capacity, seed=config.seed) for examples in parts
+    ]
 
 
-def _path(source: str) -> Path:
-    return CORPUS if source == BUNDLED else Path(source)
-
-
-def _weights(config: TrainConfig, corpus: Corpus) -> np.ndarray[Any, Any]:
+def _weights(config: TrainConfig, corpus: Corpus, drawn: np.ndarray[Any, Any] | None) -> np.ndarray[Any, Any]:
     raw = weighting.example_weights(
         corpus.authority_weight,
         corpus.provenance_entropy,
@@ -194,7 +301,8 @@ def _weights(config: TrainConfig, corpus: Corpus) -> np.ndarray[Any, Any]:
             DistrustWarning,
             stacklevel=2,
         )
-    weights = weighting.normalize(raw, tokens=corpus.loss_tokens)
+    tokens = corpus.loss_tokens if drawn is None else corpus.loss_tokens * drawn
+    weights = weighting.normalize(raw, tokens=tokens)
     vanished = np.flatnonzero(weights.astype(np.float32) == 0)
     if len(vanished):  # tokens carry their weight in float32
         raise DataError(

@@ -29,9 +29,10 @@ def settled(config: TrainConfig, saved: Mapping[str, Any], *, where: str) -> Tra
     differences = []
     for option in fields(config):
         name = key(option.name)
-        if option.metadata["effect"] != "result" or name not in saved:
+        if option.metadata["effect"] != "result":
             continue
-        value, was = getattr(config, option.name), saved[name]
+        # An option that is younger than the run was at its default: that is what runs were before it.
+        value, was = getattr(config, option.name), saved.get(name, option.default)
         if value is None and option.name in SETTLED_AT_START:
             taken[option.name] = was
         elif value != was:
@@ -51,7 +52,7 @@ def require_same_fingerprints(
     """
     was = saved.get(FINGERPRINTS, {})
     differences = [
-        f"{flag(name)} {getattr(config, name)}: its content is not that of the run "
+        f"{flag(name)} {_shown(getattr(config, name))}: its content is not that of the run "
         f"(was {str(was.get(name))[:12]}, is {digest[:12]})"
         for name, digest in current.items()
         if was.get(name) != digest
@@ -79,4 +80,4 @@ def _refused(where: str, differences: list[str]) -> ResumeRefused:
 
 
 def _shown(value: Any) -> str:
-    return " ".join(value) if isinstance(value, tuple) else str(value)
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

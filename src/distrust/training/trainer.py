@@ -20,7 +20,7 @@ from typing import Any
 from distrust import weighting
 from distrust.checkpoint import Checkpoint, CheckpointFile, CheckpointManager
 from distrust.checkpoint.store import RUN_SUBDIRECTORY, file_name
-from distrust.config import TrainConfig
+from distrust.config import EXAMPLES, TrainConfig
 from distrust.data import IGNORED, MicroBatch, evaluation_batches
 from distrust.errors import (
     CheckpointError,
@@ -47,7 +47,8 @@ from distrust.training.events import (
     StepEnded,
 )
 from distrust.training.memory import GIB, MemoryWatch
-from distrust.training.plan import Plan, Sources, make_plan, read_sources
+from distrust.training.plan import Examples, Plan, Sources, make_plan, read_sources
+from distrust.training.plan import Progress as ReportProgress
 from distrust.training.progress import Progress
 from distrust.training.saver import Saver
 from distrust.training.schedule import learning_rate, warmup
@@ -73,9 +74,13 @@ class DistrustTrainer:
         engine: trains it, or makes of the config what does; by default, ``distrust.engines.create``. One
             that is given, not made, cannot be built again.
         observers: each is called with every event, in the thread that trains, which waits for it meanwhile.
+        examples: dicts to train on, instead of ``config.data``. They pass the same checks as a file's, and
+            are read once each time ``train`` is called; those of a generator, only the first time.
+        eval_examples: dicts to evaluate on, instead of ``config.eval_data``.
 
     Raises:
-        ConfigError: if memory is to be reset, and the engine cannot be built again.
+        ConfigError: if memory is to be reset, and the engine cannot be built again; examples beside the
+            options that would name or mix them.
     """
 
     def __init__(
@@ -84,13 +89,18 @@ class DistrustTrainer:
         *,
         engine: Engine | Callable[[TrainConfig], Engine] | None = None,
         observers: Iterable[Observer] = (),
+        examples: Examples | None = None,
+        eval_examples: Examples | None = None,
     ) -> None:
         if engine is not None and not callable(engine) and (config.reload_every or config.reload_above):
             raise ConfigError(
                 "--reload-every and --reload-above build the engine again: give what makes it of a config, "
                 "engine=lambda config: ..., instead of the engine"
             )
+        if examples is not None:
+            config = replace(config, data=EXAMPLES)
         self._config = config
+        self._examples_given, self._eval_examples_given = examples, eval_examples
         self._given_engine = engine
         self._observers = tuple(observers)
         self._out = origin.folder(config)
@@ -176,14 +186,16 @@ class DistrustTrainer:
                 with contextlib.suppress(CheckpointError):
                     self._manager.acquire()
                 return self._ended_there(*finished, signal=None, already=True)
-            # Quick, and before anything is made on disk: it tells what is wrong with the data.
-            sources = read_sources(self._config)
-            if self._config.early_stopping_patience is not None and sources.evaluation is None:
-                raise ConfigError(
-                    "--early-stopping-patience: there is nothing to evaluate on; give --eval-data"
-                )
-            self._manager.acquire()
             try:
+                # Before anything is made in the run's folder: it tells what is wrong with the data.
+                sources = read_sources(
+                    self._config,
+                    examples=self._examples_given,
+                    eval_examples=self._eval_examples_given,
+                    report=self._reporter(stop),
+                )
+                self._require_evaluation(sources)
+                self._manager.acquire()
                 self._prepare(sources, stop)
             except _Stopped:
                 ended = self._ended_there(
@@ -245,13 +257,8 @@ class DistrustTrainer:
         Raises:
             _Stopped: if something asks to stop: nothing is lost, and the data may take minutes.
         """
-
-        def report(what: str, done: int = 0, total: int = 0) -> None:
-            self._emit(Preparing(what, done, total))
-            if stop.made:
-                raise _Stopped
-
-        report(f"loading the model {self._config.model}")
+        report = self._reporter(stop)
+        report(f"loading the model {self._config.model}", 0, 0)
         engine = self._engine = self._make_engine()
         checkpoint, file = origin.find(self._config, self._manager, framework=engine.framework)
         if checkpoint is not None:
@@ -275,12 +282,30 @@ class DistrustTrainer:
         self._state = replace(self._state, max_steps=self._plan.max_steps, epoch_steps=self._epoch_steps())
         self._emit(self._started(file))
 
+    def _require_evaluation(self, sources: Sources) -> None:
+        config = self._config
+        if config.early_stopping_patience and sources.evaluation is None and not config.eval_fraction:
+            raise ConfigError(
+                "--early-stopping-patience: there is nothing to evaluate on; give --eval-data, or "
+                "--eval-fraction"
+            )
+
     def _make_engine(self) -> Engine:
         engine = self._given_engine
         if engine is None:
             # Bound late: the loop names no framework, and what it is handed comes from above it.
             engine = import_module("distrust.engines").create
         return engine(self._config) if callable(engine) else engine
+
+    def _reporter(self, stop: StopRequest) -> ReportProgress:
+        """Tells the observers what is prepared, and raises _Stopped if something asks to stop."""
+
+        def report(what: str, done: int, total: int) -> None:
+            self._emit(Preparing(what, done, total))
+            if stop.made:
+                raise _Stopped
+
+        return report
 
     def _take_up(self, checkpoint: Checkpoint) -> None:
         resume.require_same_fingerprints(

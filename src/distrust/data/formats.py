@@ -1,0 +1,281 @@
+"""Bytes -> rows: JSON Lines, JSON, CSV and Parquet, a row at a time, in memory that does not grow with them.
+
+A row is a number and its fields, or what is wrong with it. A null is a field that is not there, as tables
+exported to JSON have it. What is text stays the text it is: a cell of a CSV file is never guessed to be a
+number or a missing value, apart from those of w and H.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import sys
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from distrust.data.fields import Fields, json_kind, shown
+from distrust.data.mapping import Columns
+from distrust.data.problems import RecordError
+from distrust.data.records import Unit
+from distrust.errors import DataError
+
+Row = tuple[int, Fields | RecordError]
+"""The number of a row, and its fields or what is wrong with it."""
+
+_CHUNK = 1 << 20
+_BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """How the bytes of a file become rows.
+
+    Attributes:
+        name: as a cache's key has it.
+        unit: what its rows are counted by.
+        rows: of a file opened for bytes, and the columns that are needed.
+    """
+
+    name: str
+    unit: Unit
+    rows: Callable[[BinaryIO, Columns], Iterator[Row]]
+
+
+def format_of(path: Path) -> tuple[Format, bool]:
+    """How a file is read, by its name, and whether it is compressed (``.gz``).
+
+    A ``.json`` file is looked into: it is a list of objects, or JSON Lines. An unknown name is JSON Lines.
+
+    Raises:
+        OSError: a ``.json`` file cannot be read.
+    """
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    packed = suffixes[-1:] == [".gz"]
+    suffix = (suffixes[:-1] if packed else suffixes)[-1:]
+    name = suffix[0] if suffix else ""
+    if name == ".json":
+        return (JSON_LIST if _begins_a_list(path, packed=packed) else JSON_LINES), packed
+    return _BY_SUFFIX.get(name, JSON_LINES), packed
+
+
+def is_data(path: Path) -> bool:
+    """Whether a file's name says that it holds data."""
+    name = path.name.lower().removesuffix(".gz")
+    return Path(name).suffix in (*_BY_SUFFIX, ".json")
+
+
+def _begins_a_list(path: Path, *, packed: bool) -> bool:
+    with open_bytes(path, packed=packed) as file:
+        return file.read(4096).removeprefix(_BOM).lstrip()[:1] == b"["
+
+
+@contextlib.contextmanager
+def open_bytes(path: Path, *, packed: bool) -> Iterator[BinaryIO]:
+    """The file's content, unpacked.
+
+    Raises:
+        OSError: it cannot be read, or is not what ``.gz`` says.
+    """
+    with path.open("rb") as raw:
+        if not packed:
+            yield raw
+            return
+        import gzip
+
+        try:
+            with gzip.open(raw, "rb") as file:
+                yield cast(BinaryIO, file)
+        except (EOFError, zlib.error) as error:
+            raise OSError(f"damaged: {error}") from error
+
+
+def _json_lines(file: BinaryIO, _: Columns) -> Iterator[Row]:
+    """The lines that are not blank. Only a line feed ends a line: JSON text may hold U+2028 and the like."""
+    for number, raw in enumerate(file, 1):
+        line = (raw.removeprefix(_BOM) if number == 1 else raw).rstrip()
+        if line:
+            yield number, _attempt(_decoded, line)
+
+
+def _attempt(decode: Callable[[Any], Fields], value: Any) -> Fields | RecordError:
+    try:
+        return decode(value)
+    except RecordError as problem:
+        return problem
+
+
+def _decoded(raw: bytes) -> Fields:
+    """The fields of a line."""
+    try:
+        return _fields(json.loads(raw.decode("utf-8"), object_pairs_hook=_unique))
+    except UnicodeDecodeError as error:
+        raise RecordError(f"invalid UTF-8 at byte {error.start + 1}; save the file as UTF-8") from None
+    except json.JSONDecodeError as error:
+        reason = error.msg[:1].lower() + error.msg[1:]
+        raise RecordError(
+            f"invalid JSON at column {error.colno}: {reason}; a record is one JSON object on one line"
+        ) from None
+    except (ValueError, RecursionError):  # a number of thousands of digits; brackets without end
+        raise RecordError("JSON with a number too long or nested too deep to read; simplify it") from None
+
+
+def _fields(value: Any) -> Fields:
+    """An object's fields, without those that are null."""
+    if not isinstance(value, dict):
+        raise RecordError(f"{json_kind(value)}, not a JSON object; a record is one JSON object on one line")
+    return {key: field for key, field in value.items() if field is not None}
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise RecordError("stands twice in one object; keep one", field=shown(twice))
+    return fields
+
+
+def _json_list(file: BinaryIO, _: Columns) -> Iterator[Row]:
+    """The objects of a list. After one that is no JSON nothing can be told of the rest, so it is the last."""
+    number = 0
+    try:
+        with io.TextIOWrapper(file, encoding="utf-8-sig") as text:
+            for number, value in enumerate(_elements(text), 1):
+                yield number, _attempt(_fields, value)
+    except RecordError as problem:
+        yield number + 1, problem
+    except UnicodeDecodeError:
+        yield number + 1, RecordError("invalid UTF-8; save the file as UTF-8")
+    except json.JSONDecodeError as error:
+        yield number + 1, RecordError(f"invalid JSON: {error.msg[:1].lower() + error.msg[1:]}; correct it")
+    except (ValueError, RecursionError):
+        yield number + 1, RecordError("JSON with a number too long or nested too deep to read; simplify it")
+
+
+def _elements(file: io.TextIOWrapper) -> Iterator[Any]:
+    """The elements of a JSON list, with no more of it in memory than a chunk or an element."""
+    decoder = json.JSONDecoder(object_pairs_hook=_unique)
+    text, ended, first = file.read(_CHUNK).lstrip()[1:], False, True
+    while True:
+        text = text.lstrip()
+        if text.startswith("]") and first:
+            break
+        try:
+            value, end = decoder.raw_decode(text)
+            rest = text[end:].lstrip()
+        except json.JSONDecodeError:
+            rest = ""
+            if ended:
+                raise
+        if not rest and not ended:  # cut short, perhaps
+            more = file.read(max(_CHUNK, len(text)))  # as much again: a huge element costs no square
+            text, ended = text + more, not more
+            continue
+        first = False
+        yield value
+        if not rest.startswith(","):
+            text = rest
+            break
+        text = rest[1:]
+    if not text.startswith("]"):
+        raise json.JSONDecodeError("expecting ',' or ']' after an element", "", 0)
+    if (text[1:] + file.read(_CHUNK)).strip():
+        raise json.JSONDecodeError("extra data after the list", "", 0)
+
+
+def _separated(delimiter: str) -> Callable[[BinaryIO, Columns], Iterator[Row]]:
+    def rows(file: BinaryIO, columns: Columns) -> Iterator[Row]:
+        csv.field_size_limit(sys.maxsize)  # a document may be longer than the 128 KiB that are the default
+        with io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
+            yield from _csv_rows(csv.reader(text, delimiter=delimiter, strict=True), columns)
+
+    return rows
+
+
+def _csv_rows(reader: Any, columns: Columns) -> Iterator[Row]:
+    """The rows under a header, each by the line it begins at."""
+    header: list[str] | None = None
+    line = 1
+    try:
+        for cells in reader:
+            begins, line = line, reader.line_num + 1
+            if not cells:
+                continue
+            if header is None:
+                header = _header(cells)
+            else:
+                yield begins, _cells(cells, header, columns)
+    except RecordError as problem:
+        yield 1, problem
+    except csv.Error as error:
+        yield line, RecordError(f"invalid CSV: {error}; correct it")
+    except UnicodeDecodeError:
+        yield line, RecordError("invalid UTF-8 from here on; save the file as UTF-8")
+
+
+def _header(cells: list[str]) -> list[str]:
+    twice = [name for name, count in Counter(cells).items() if count > 1]
+    if twice:
+        raise RecordError("stands twice in the header; keep one", field=shown(twice[0]))
+    return cells
+
+
+def _cells(cells: list[str], header: list[str], columns: Columns) -> Fields | RecordError:
+    if len(cells) != len(header):
+        return RecordError(f"{len(cells)} cells under a header of {len(header)}; correct it")
+    return {
+        name: _number(cell) if name in columns.numbers else cell
+        for name, cell in zip(header, cells, strict=True)
+        if cell or name not in columns.numbers
+    }
+
+
+def _number(cell: str) -> float | str:
+    try:
+        return float(cell)
+    except ValueError:
+        return cell
+
+
+#: Rows of a Parquet file that are in memory at once.
+_BATCH = 256
+
+
+def _parquet(file: BinaryIO, columns: Columns) -> Iterator[Row]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise DataError(
+            f"Parquet files need pyarrow ({error}): pip install 'distrust-trainer[train]'"
+        ) from None
+    number = 0
+    try:
+        table = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=_CHUNK)
+        needed = columns.among(table.schema_arrow.names)
+        for batch in table.iter_batches(_BATCH, columns=needed, use_threads=False):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, {key: value for key, value in row.items() if value is not None}
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise OSError(f"is not the Parquet file that it should be: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+JSON_LINES = Format("json lines", "line", _json_lines)
+JSON_LIST = Format("json list", "row", _json_list)
+_BY_SUFFIX = {
+    ".jsonl": JSON_LINES,
+    ".ndjson": JSON_LINES,
+    ".csv": Format("csv", "line", _separated(",")),
+    ".tsv": Format("tsv", "line", _separated("\t")),
+    ".parquet": Format("parquet", "row", _parquet),
+}

@@ -1,0 +1,477 @@
+"""Every kind of source gives the same records, and says truthfully where one of them is wrong."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import os
+import threading
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distrust.config import TrainConfig
+from distrust.data import (
+    Columns,
+    Completion,
+    Conversation,
+    Message,
+    Reading,
+    Text,
+    check,
+    columns_of,
+    examples_source,
+    open_source,
+    read_records,
+)
+from distrust.errors import ConfigError, DataError
+
+ROWS = [
+    {"text": "ore melts", "authority_weight": 0.2, "provenance_entropy": 3.5},
+    {"text": "007", "authority_weight": 0.0, "provenance_entropy": 1.0},
+    {"text": "NA", "authority_weight": 0.9, "provenance_entropy": 0.25},
+    {"text": 'two\nlines, "quoted"', "authority_weight": 0.5, "provenance_entropy": 0.0},
+]
+
+
+def write_json_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def write_json_list(path, rows):
+    path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+
+
+def write_separated(delimiter):
+    def write(path, rows):
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]), delimiter=delimiter)
+            writer.writeheader()
+            writer.writerows(rows)
+
+    return write
+
+
+def write_parquet(path, rows):
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+def packed(write):
+    def write_packed(path, rows):
+        write(path, rows)
+        path.write_bytes(gzip.compress(path.read_bytes()))
+
+    return write_packed
+
+
+FORMATS = {
+    "data.jsonl": write_json_lines,
+    "lines.json": write_json_lines,
+    "list.json": write_json_list,
+    "data.csv": write_separated(","),
+    "data.tsv": write_separated("\t"),
+    "data.parquet": write_parquet,
+    "data.jsonl.gz": packed(write_json_lines),
+    "list.json.gz": packed(write_json_list),
+    "data.csv.gz": packed(write_separated(",")),
+}
+
+
+def contents(records):
+    return [(record.content, record.authority_weight, record.provenance_entropy) for record in records]
+
+
+EXPECTED = [(Text(row["text"]), row["authority_weight"], row["provenance_entropy"]) for row in ROWS]
+
+
+def reading(source, columns=None, w=None, h=None):
+    return Reading((source,), columns or Columns(), w, h)
+
+
+def records_of(source, columns=None, w=None, h=None):
+    what = reading(source, columns, w, h)
+    check(what)
+    return list(what.records())
+
+
+def mapped(path, **options):
+    columns = columns_of(TrainConfig(**options))
+    return [record.content for record in records_of(open_source(str(path), columns), columns, 0.0, 0.0)]
+
+
+def refused(path, **options):
+    with pytest.raises(DataError) as caught:
+        mapped(path, **options)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_gives_the_same_records(tmp_path, name):
+    FORMATS[name](tmp_path / name, ROWS)
+    assert contents(read_records(tmp_path / name)) == EXPECTED
+
+
+@pytest.mark.parametrize(
+    ("name", "places"),
+    [
+        ("data.jsonl", [":1", ":2"]),
+        ("data.csv", [":2", ":4"]),  # the header is a line, and the first text takes two
+        ("list.json", [": row 1", ": row 2"]),
+        ("data.parquet", [": row 1", ": row 2"]),
+    ],
+)
+def test_what_is_wrong_is_told_with_its_place(tmp_path, name, places):
+    path = tmp_path / name
+    FORMATS[name](path, [{**ROWS[3], "authority_weight": 2.0}, {**ROWS[0], "text": " "}, ROWS[1]])
+    with pytest.raises(DataError) as caught:
+        read_records(path)
+    assert str(caught.value).startswith(f"{path}: 2 of 3 records are wrong\n")
+    told = [problem.removeprefix(str(path)) for problem in caught.value.problems]
+    assert [line.split(": authority")[0].split(": text")[0] for line in told] == places
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("a.csv", b"text,text\na,b\n", ':1: "text": stands twice in the header'),
+        ("a.csv", b"text,authority_weight\na\n", ":2: 1 cells under a header of 2"),
+        ("a.csv", b"text\n\xff\n", "invalid UTF-8"),
+        ("a.csv", b'text\n"a\n', "invalid CSV"),
+        ("a.csv", b"text,authority_weight\na,high\n", 'authority_weight: a string ("high"), not a number'),
+        ("a.csv", b"text,authority_weight\na,\n", "authority_weight: missing; add it"),
+        ("a.csv", b"text\n", "holds no records"),
+        ("a.json", b'[{"text": "a"}, 3]', ": row 2: a number, not a JSON object"),
+        ("a.json", b'[{"text": "a"} {"text": "b"}]', "invalid JSON: expecting ',' or ']'"),
+        ("a.json", b'[{"text": "a"}', "invalid JSON"),
+        ("a.json", b'[{"text": "a"}] 7', "extra data after the list"),
+        ("a.json", b'[{"text": "a", "text": "b"}]', ': row 1: "text": stands twice'),
+        ("a.json", b"[]", "holds no records"),
+        ("a.json", b"[" * 100_000, "nested too deep"),
+        ("a.parquet", b"PAR1 or not", "cannot be read: is not the Parquet file that it should be"),
+        ("a.jsonl.gz", b"no gzip", "cannot be read: "),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}' * 999)[:-9], "cannot be read: damaged"),
+    ],
+)
+def test_files_that_are_not_what_they_should_be(tmp_path, name, content, problem):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        read_records(tmp_path / name)
+    assert problem in str(caught.value)
+    assert str(tmp_path / name) in str(caught.value)
+
+
+@given(st.lists(st.text(min_size=1).filter(str.strip), min_size=1, max_size=6))
+def test_any_text_comes_through_every_format(tmp_path_factory, texts):
+    folder = tmp_path_factory.mktemp("texts")
+    for name in ("list.json", "data.csv", "data.parquet"):
+        FORMATS[name](folder / name, [{**ROWS[0], "text": text} for text in texts])
+        assert [record.content for record in read_records(folder / name)] == [Text(t) for t in texts]
+
+
+def test_a_list_longer_than_what_is_read_at_once(tmp_path):
+    rows = [{**ROWS[0], "text": f"{n} " * 2000} for n in range(400)] + [{**ROWS[0], "text": "x" * (5 << 20)}]
+    write_json_list(tmp_path / "a.json", rows)
+    assert [record.content.text for record in read_records(tmp_path / "a.json")] == [r["text"] for r in rows]
+
+
+def test_a_cell_longer_than_a_csv_reader_takes_by_itself(tmp_path):
+    write_separated(",")(tmp_path / "a.csv", [{**ROWS[0], "text": "long " * 50_000}])
+    assert len(read_records(tmp_path / "a.csv")[0].content.text) == 250_000
+
+
+def test_a_pipe_is_read_once_and_kept(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    lines = "".join(json.dumps(row) + "\n" for row in ROWS)
+    writer = threading.Thread(target=pipe.write_text, args=(lines,))
+    writer.start()
+    columns = Columns()
+    source = open_source(str(pipe), columns, spool=tmp_path / "cache")
+    writer.join()
+    assert contents(records_of(source)) == contents(records_of(source)) == EXPECTED
+    assert list((tmp_path / "cache").iterdir()) == []  # nothing is left of it
+
+
+def test_a_file_that_changes_while_it_is_read(tmp_path):
+    path = tmp_path / "data.jsonl"
+    write_json_lines(path, ROWS)
+    what = reading(open_source(str(path), Columns()))
+    check(what)
+    write_json_lines(path, ROWS[:-1])
+    with pytest.raises(DataError, match="it changed while it was read; start again"):
+        list(what.records())
+
+
+# Folders
+
+
+def test_a_folder_is_its_files_in_order(tmp_path):
+    write_json_lines(tmp_path / "b.jsonl", ROWS[2:])
+    write_json_lines(tmp_path / "a.jsonl", ROWS[:2])
+    (tmp_path / "README.md").write_text("# Data")
+    (tmp_path / ".hidden.jsonl").write_text("{")
+    found = read_records(tmp_path)
+    assert contents(found) == EXPECTED
+    assert [str(record.location) for record in found[1:3]] == [
+        f"{tmp_path}/a.jsonl:2",
+        f"{tmp_path}/b.jsonl:1",
+    ]
+
+
+def test_a_folder_of_splits(tmp_path):
+    (tmp_path / "data").mkdir()
+    write_parquet(tmp_path / "data" / "train-00000-of-00002.parquet", ROWS[:1])
+    write_parquet(tmp_path / "data" / "train-00001-of-00002.parquet", ROWS[1:3])
+    write_parquet(tmp_path / "data" / "validation-00000-of-00001.parquet", ROWS[3:])
+
+    def of(split):
+        return contents(records_of(open_source(str(tmp_path), Columns(), split=split)))
+
+    assert of("train") == EXPECTED[:3]
+    assert of("validation") == of("dev") == EXPECTED[3:]
+    with pytest.raises(DataError, match="no file is of the split test; give one of train, validation"):
+        of("test")
+
+
+@pytest.mark.parametrize(
+    ("files", "split", "problem"),
+    [
+        ([], "train", "holds no data files"),
+        (["a.jsonl", "b.csv"], "train", "holds files of several formats (csv, json lines); name the files"),
+        (["a.jsonl"], "test", "no file names a split, so all are train; there is no test"),
+    ],
+)
+def test_folders_that_do_not_say_what_to_read(tmp_path, files, split, problem):
+    for name in files:
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(DataError) as caught:
+        open_source(str(tmp_path), Columns(), split=split)
+    assert problem in str(caught.value)
+
+
+# Data sets of the hub
+
+
+@pytest.fixture
+def table():
+    datasets = pytest.importorskip("datasets")
+    return datasets.Dataset.from_list([{**row, "id": n} for n, row in enumerate(ROWS)])
+
+
+def test_a_data_set_that_was_saved(tmp_path, table):
+    table.save_to_disk(tmp_path / "one")
+    assert contents(records_of(open_source(str(tmp_path / "one"), Columns()))) == EXPECTED
+    import datasets
+
+    datasets.DatasetDict(train=table.select([0]), test=table.select([1, 2])).save_to_disk(tmp_path / "two")
+    two = open_source(str(tmp_path / "two"), Columns(), split="test")
+    assert contents(records_of(two)) == EXPECTED[1:3]
+    with pytest.raises(DataError, match="has no split dev; give one of test, train"):
+        open_source(str(tmp_path / "two"), Columns(), split="dev")
+
+
+def test_a_data_set_of_the_hub(monkeypatch, table):
+    asked = []
+
+    def load_dataset(*arguments, **options):
+        asked.append((arguments, options))
+        return table
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    source = open_source("owner/name", Columns(), split="train[:4]", subset="small", revision="v1")
+    assert asked == [(("owner/name", "small"), {"split": "train[:4]", "revision": "v1"})]
+    found = records_of(source)
+    assert contents(found) == EXPECTED
+    assert str(found[2].location) == "owner/name: row 3"
+    assert open_source("owner/name", Columns()).parts[0].digest == source.parts[0].digest
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: table.select([0, 1]))
+    assert open_source("owner/name", Columns()).parts[0].digest != source.parts[0].digest
+
+
+def test_a_data_set_that_the_hub_does_not_give(run_python):
+    code = """
+import sys
+from distrust.data import Columns, open_source
+from distrust.errors import DataError
+try:
+    open_source("nobody/nothing", Columns())
+except DataError as error:
+    print(error)
+"""
+    done = run_python(code, HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    assert line.startswith("nobody/nothing: no file or folder here, and no data set that the hub gives: ")
+
+
+@pytest.mark.parametrize("name", ["none.jsonl", "owner/none.parquet", "./none", "a/b/c", "/none"])
+def test_what_can_only_be_a_file_is_not_asked_for_elsewhere(name):
+    with pytest.raises(DataError) as caught:
+        open_source(name, Columns())
+    assert str(caught.value).endswith(": no such file")
+
+
+def test_options_of_the_hub_are_not_for_files(tmp_path):
+    write_json_lines(tmp_path / "a.jsonl", ROWS)
+    with pytest.raises(ConfigError, match="--revision v1: is for data sets of the hub"):
+        open_source(str(tmp_path / "a.jsonl"), Columns(), revision="v1")
+
+
+def test_files_load_no_library_of_data_sets(run_python, tmp_path):
+    write_json_lines(tmp_path / "a.jsonl", ROWS)
+    write_separated(",")(tmp_path / "a.csv", ROWS)
+    code = """
+import sys
+from distrust.data import read_records
+for path in sys.argv[1:]:
+    assert len(read_records(path)) == 4
+assert not {"datasets", "pyarrow", "pandas", "torch"} & {name.split(".")[0] for name in sys.modules}
+"""
+    done = run_python(code, tmp_path / "a.jsonl", tmp_path / "a.csv")
+    assert done.returncode == 0, done.stderr
+
+
+# Examples of a program
+
+
+def given_examples(examples, tmp_path):
+    columns = Columns()
+    return examples_source(examples, columns, name="examples", spool=tmp_path)
+
+
+def test_examples_pass_the_same_door(tmp_path):
+    assert contents(records_of(given_examples(ROWS, tmp_path))) == EXPECTED
+    once = given_examples((row for row in ROWS), tmp_path)
+    assert contents(records_of(once)) == contents(records_of(once)) == EXPECTED
+    with pytest.raises(DataError) as caught:
+        records_of(given_examples([ROWS[0], {"text": 3}], tmp_path))
+    assert [problem.split(": ")[0] for problem in caught.value.problems] == ["examples[1]"] * 3
+
+
+def test_the_digest_of_examples_is_of_what_is_needed_of_them(tmp_path):
+    def digest(examples):
+        return given_examples(examples, tmp_path).parts[0].digest
+
+    assert digest(ROWS) == digest(iter(ROWS)) == digest([{**row, "id": object()} for row in ROWS])
+    assert digest(ROWS) != digest(ROWS[::-1])
+    assert digest(ROWS) != digest([*ROWS[:-1], {**ROWS[-1], "authority_weight": 0.4}])
+
+
+def test_examples_of_other_libraries(tmp_path, table):
+    assert contents(records_of(given_examples(table, tmp_path))) == EXPECTED
+    assert contents(records_of(given_examples(table.to_iterable_dataset(), tmp_path))) == EXPECTED
+    numbers = [{**row, "authority_weight": np.float32(row["authority_weight"])} for row in ROWS]
+    weights = [weight for _, weight, _ in contents(records_of(given_examples(numbers, tmp_path)))]
+    assert weights == pytest.approx([row["authority_weight"] for row in ROWS])
+
+
+@pytest.mark.parametrize(
+    ("example", "problem"),
+    [
+        ("a text", "examples[1]: a string, not a mapping"),
+        ({"text": b"a"}, "examples[1]: a value of type bytes"),
+    ],
+)
+def test_examples_that_are_none(tmp_path, example, problem):
+    with pytest.raises(DataError) as caught:
+        given_examples([ROWS[0], example], tmp_path)
+    assert str(caught.value).startswith(problem)
+
+
+# What people call their columns
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(*rows):
+        path = tmp_path / "data.jsonl"
+        write_json_lines(path, rows)
+        return path
+
+    return write
+
+
+ASKED, ANSWERED = Message("user", "Why?"), Message("assistant", "So.")
+AS_ROLES = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+AS_SPEAKERS = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]
+
+
+@pytest.mark.parametrize(
+    ("row", "content"),
+    [
+        ({"text": "a"}, Text("a")),
+        ({"prompt": "a", "completion": "b"}, Completion("a", "b")),
+        ({"messages": AS_ROLES}, Conversation((ASKED, ANSWERED))),
+        # The formats of TRL; the prompt's turns are only read, an assistant's among them too.
+        (
+            {"prompt": AS_ROLES[:1], "completion": AS_ROLES[1:]},
+            Conversation((ASKED, ANSWERED), learned_from=1),
+        ),
+        (
+            {"prompt": AS_ROLES + AS_ROLES[:1], "completion": AS_ROLES[1:]},
+            Conversation((ASKED, ANSWERED, ASKED, ANSWERED), learned_from=3),
+        ),
+        ({"conversations": AS_SPEAKERS}, Conversation((ASKED, ANSWERED))),
+        ({"messages": AS_SPEAKERS}, Conversation((ASKED, ANSWERED))),
+    ],
+)
+def test_the_usual_formats_need_no_option(write, row, content):
+    assert mapped(write(row)) == [content]
+
+
+def test_columns_are_named(write):
+    assert mapped(write({"body": "a", "text": 3}), text_column="body") == [Text("a")]
+    path = write({"text": "all", "q": "a", "completion": "b"})
+    assert mapped(path, prompt_column="q") == [Completion("a", "b")]
+    assert mapped(path, text_column="text") == [Text("all")]
+    assert mapped(write({"chat": AS_SPEAKERS}), messages_column="chat") == [Conversation((ASKED, ANSWERED))]
+
+
+def test_instructions_with_and_without_an_input(write):
+    path = write(
+        {"instruction": "Add.", "input": "1 2", "output": "3"},
+        {"instruction": "Hi!", "input": "", "output": "Ho"},
+    )
+    found = mapped(path, prompt_column=("instruction", "input"), completion_column="output")
+    assert found == [Completion("Add.\n\n1 2\n\n", "3"), Completion("Hi!\n\n", "Ho")]
+
+
+def test_weights_go_by_other_names(write):
+    columns = columns_of(TrainConfig(authority_weight_column="trust", provenance_entropy_column="bits"))
+    source = open_source(str(write({"text": "a", "trust": 0.5, "bits": 2, "authority_weight": 9})), columns)
+    assert contents(records_of(source, columns)) == [(Text("a"), 0.5, 2.0)]
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "problem"),
+    [
+        (
+            {"instruction": "a", "output": "b"},
+            {},
+            "--prompt-column and --completion-column, or with --messages",
+        ),
+        ({"instruction": "a", "output": "b"}, {}, '(there is "instruction", "output")'),
+        ({"text": "a"}, {"text_column": "body"}, "no body; correct the option that names it"),
+        ({"q": "a"}, {"prompt_column": "q", "completion_column": "r"}, "r: missing beside q"),
+        ({"body": 3}, {"text_column": "body"}, "body: a number, not a string"),
+        ({"messages": AS_ROLES, "conversations": AS_SPEAKERS}, {}, "choose one with --messages-column"),
+        ({"text": "a", "messages": AS_ROLES}, {}, "or choose one with --text-column"),
+        ({"conversations": [{"from": "bot", "value": "a"}]}, {}, 'conversations[0].from: unknown: "bot"'),
+        ({"prompt": AS_ROLES[:1], "completion": AS_ROLES[:1]}, {}, "completion: no assistant turn"),
+        ({"prompt": "a", "completion": AS_ROLES[1:]}, {}, "completion: a list, not a string"),
+    ],
+)
+def test_columns_that_are_not_there_or_not_clear(write, row, options, problem):
+    assert problem in refused(write(row), **options)
+
+
+def test_columns_of_a_table_are_named_too(tmp_path):
+    write_parquet(tmp_path / "a.parquet", [{"body": "a", "chat": AS_ROLES, "n": 1}])
+    assert mapped(tmp_path / "a.parquet", text_column="body") == [Text("a")]
+    assert mapped(tmp_path / "a.parquet", messages_column="chat") == [Conversation((ASKED, ANSWERED))]
+    assert '(there is "body", "chat", "n")' in refused(tmp_path / "a.parquet")

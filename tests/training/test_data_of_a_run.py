@@ -1,0 +1,197 @@
+"""Runs on every kind of data are exact: stopped anywhere, with what is cached or without."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from toy_engine import VOCABULARY, ToyEngine
+from transformers import PreTrainedTokenizerFast
+
+from distrust import CheckpointManager, DistrustTrainer, TrainConfig
+from distrust.config import EXAMPLES
+from distrust.errors import ConfigError, DataError, ResumeRefused
+from distrust.training.events import Evaluated, Preparing, RunStarted, StepEnded
+from distrust.training.plan import make_plan, read_sources
+from models import write_records
+
+
+def engine():
+    """The toy engine with a tokenizer of transformers: one whose tokens can be kept."""
+    words = ["<unk>", "<eos>", "ore", "salt", "the", "melts", "at", "9"]
+    core = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    toy = ToyEngine()
+    toy.tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>")
+    assert len(words) <= VOCABULARY
+    return toy
+
+
+@pytest.fixture
+def other(tmp_path):
+    return write_records(tmp_path / "other.jsonl", 5, seed=4)
+
+
+def rows_of(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def steps_of(events):
+    return [event.step for event in events if isinstance(event, StepEnded)]
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_mixed_run_that_is_stopped_is_the_run_left_alone(run, data, other, tmp_path, cached):
+    cache = tmp_path / "cache"
+    options = {
+        "data": (str(data), str(other)),
+        "mix": (0.25, 0.75),
+        "eval_fraction": 0.2,
+        "eval_every": 4,
+        "cache_dir": str(cache),
+    }
+    alone, _ = run(tmp_path / "alone", engine=engine(), **options)
+    made, tokenized = [], []
+    for stop in (2, 3, 7, None):
+        ended, events = run(tmp_path / "stopped", stop_after=stop, engine=engine(), **options)
+        made += steps_of(events)
+        tokenized.append(any(isinstance(event, Preparing) and "tokenizing" in event.what for event in events))
+        if not cached:
+            shutil.rmtree(cache)
+    assert made == list(range(1, 10))
+    assert tokenized == ([False] * 4 if cached else [False, True, True, True])
+    assert ended.state_digest == alone.state_digest
+
+
+def test_a_share_is_what_is_trained_on(data, other):
+    config = TrainConfig(data=(str(data), str(other)), mix=(1.0, 3.0), batch_size=4)
+    toy = engine()
+    plan = make_plan(config, read_sources(config), toy.tokenizer, context_length=None, report=lambda *_: None)
+    epoch = [batch for step in range(1, 5) for batch in plan.batches.step(step)]  # 4 × 4 = 11 + 5
+    drawn = [example for batch in epoch for example in batch.examples]
+    assert len(drawn) == 16
+    assert sum(example >= 11 for example in drawn) == 12
+    # Normalized over the tokens as they are drawn: over many epochs the weights' mean is 1.
+    many = [batch for step in range(1, 4 * 55 + 1) for batch in plan.batches.step(step)]
+    total = sum(batch.weights.sum(dtype=float) for batch in many)
+    assert total == pytest.approx(sum(batch.tokens for batch in many), rel=1e-4)
+
+
+def test_without_a_mix_sources_are_one_after_the_other(run, data, other, tmp_path):
+    joined = tmp_path / "joined.jsonl"
+    joined.write_text(data.read_text() + other.read_text())
+    _, one = run(tmp_path / "one", data=str(joined))
+    _, two = run(tmp_path / "two", data=(str(data), str(other)))
+    losses = [[event.loss for event in events if isinstance(event, StepEnded)] for events in (one, two)]
+    assert losses[0] == losses[1]
+
+
+def test_the_format_is_nothing_of_the_result(run, data, tmp_path):
+    alone, _ = run(tmp_path / "alone")
+    run(tmp_path / "moved", stop_after=4)
+    table = tmp_path / "data.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows_of(data)), table)
+    ended, _ = run(tmp_path / "moved", data=str(table))
+    assert ended.state_digest == alone.state_digest
+
+
+def test_other_sources_or_shares_are_refused(run, data, other, tmp_path):
+    both = (str(data), str(other))
+    run(tmp_path / "run", stop_after=3, data=both, mix=(1.0, 1.0))
+    with pytest.raises(ResumeRefused, match=r"--mix was 1\.0 1\.0, is 1\.0 2\.0"):
+        run(tmp_path / "run", data=both, mix=(1.0, 2.0))
+    with pytest.raises(ResumeRefused, match=f"--data {other} {data}: its content is not that of the run"):
+        run(tmp_path / "run", data=both[::-1], mix=(1.0, 1.0))
+    # A run that is older than an option was at its default.
+    run(tmp_path / "plain", stop_after=3)
+    with pytest.raises(ResumeRefused, match=r"--eval-fraction was 0\.0, is 0\.3"):
+        run(tmp_path / "plain", eval_fraction=0.3)
+
+
+def test_an_eval_set_is_split_off(run, data, tmp_path):
+    _, events = run(tmp_path, eval_fraction=0.3, eval_every=3)
+    (started,) = [event for event in events if isinstance(event, RunStarted)]
+    assert started.examples == 8  # 3 of 11 are kept out
+    assert [event.step for event in events if isinstance(event, Evaluated)] == [3, 6, 9]
+
+
+def test_an_eval_set_is_another_split(run, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_records(folder / "train.jsonl", 11)
+    write_records(folder / "test.jsonl", 4, seed=3)
+    _, events = run(tmp_path / "run", data=str(folder), eval_split="test", eval_every=9)
+    _, plain = run(
+        tmp_path / "plain",
+        data=str(folder / "train.jsonl"),
+        eval_data=str(folder / "test.jsonl"),
+        eval_every=9,
+    )
+    losses = [[event.loss for event in each if isinstance(event, Evaluated)] for each in (events, plain)]
+    assert losses[0] == losses[1] != []
+
+
+def test_without_weighting_nothing_asks_for_provenance(run, tmp_path):
+    data = tmp_path / "plain.jsonl"
+    data.write_text('{"text": "ore melts"}\n{"text": "salt melts at 9"}\n')
+    with pytest.raises(DataError, match="authority_weight: missing"):
+        run(tmp_path / "run", data=str(data))
+    assert run(tmp_path / "run", data=str(data), weighting="off")[0].step == 9
+
+
+def test_examples_of_a_program_are_a_file_of_them(run, data, tmp_path):
+    alone, _ = run(tmp_path / "alone")
+    rows = rows_of(data)
+    assert run(tmp_path / "list", examples=rows)[0].state_digest == alone.state_digest
+    run(tmp_path / "once", examples=iter(rows), stop_after=4)
+    ended, events = run(tmp_path / "once", examples=iter(rows))
+    assert steps_of(events) == [5, 6, 7, 8, 9]
+    assert ended.state_digest == alone.state_digest
+    config = CheckpointManager(tmp_path / "once" / "checkpoints").inspect(9).header.run_info["extra"]
+    assert config["data"] == EXAMPLES
+
+
+def test_other_examples_are_refused_even_where_the_run_is_finished(run, data, tmp_path):
+    rows = rows_of(data)
+    done, _ = run(tmp_path, examples=rows)
+    again, _ = run(tmp_path, examples=rows)
+    assert again.already
+    assert again.state_digest == done.state_digest
+    with pytest.raises(ResumeRefused, match="its content is not that of the run"):
+        run(tmp_path, examples=[*rows[:-1], {**rows[-1], "authority_weight": 0.123}])
+
+
+def test_wrong_examples_are_told_before_anything_is_made(run, data, tmp_path):
+    with pytest.raises(DataError) as caught:
+        run(tmp_path / "run", examples=[*rows_of(data), {"text": 3}])
+    assert caught.value.problems[0] == "examples[11]: text: a number, not a string; give its text"
+    with pytest.raises(ConfigError, match="--eval-split test: a program's examples have no splits"):
+        run(tmp_path / "run", examples=rows_of(data), eval_split="test")
+    with pytest.raises(ConfigError, match="it must hand them over"):
+        run(tmp_path / "run", data=EXAMPLES)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_generator_serves_one_training(data, tmp_path):
+    config = TrainConfig(out=str(tmp_path), max_steps=2, save_every=0)
+    trainer = DistrustTrainer(config, engine=ToyEngine(), examples=iter(rows_of(data)))
+    trainer.train()
+    with pytest.raises(DataError, match="examples: holds no records"):
+        trainer.train()
+
+
+def test_an_eval_set_of_a_program(data, eval_data, tmp_path):
+    losses = []
+    for out, options, given in (
+        ("file", {"eval_data": str(eval_data)}, {}),
+        ("program", {}, {"eval_examples": rows_of(eval_data)}),
+    ):
+        config = TrainConfig(out=str(tmp_path / out), data=str(data), max_steps=2, save_every=0, **options)
+        DistrustTrainer(config, engine=ToyEngine(), observers=[losses.append], **given).train()
+    first, second = [event.loss for event in losses if isinstance(event, Evaluated)]
+    assert first == second
