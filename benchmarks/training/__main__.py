@@ -1,0 +1,213 @@
+"""Training beside the peers: tokens a second that are no padding, and peak memory.
+
+    python -m benchmarks.training                      # both models in float32: an hour
+    python -m benchmarks.training --sizes 15M --rounds 3
+    python -m benchmarks.training --sizes 135M --dtype bfloat16 --trainers "distrust, packing" "TRL, packing"
+
+Every trainer has the same model (a Llama with random weights), the same texts, LoRA of rank 16 on all linear
+layers, the same dtype, threads, and about as many tokens a step: packed rows of --row tokens, or as many texts
+as fill them on average. Each runs in a fresh process, all of them in turn, round by round; the clock begins
+after the first steps. Ratios are of one round each, then the median of the rounds. Memory is the most that the
+process ever had, with Python and every library in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.driver import ROOT
+from benchmarks.training.picture import draw
+from benchmarks.training.trainers import TRAINERS
+from benchmarks.training.work import SIZES, Work, make
+
+OURS, OFF = "distrust, packing", "distrust, packing, weighting off"
+#: What the figures are measured against.
+FASTER, SMALLER, WEIGHTING_PERCENT = 1.3, 0.8, 1.0
+TIMEOUT_SECONDS = 1800
+
+Round = dict[str, dict[str, float]]
+
+
+def main() -> int:
+    """Measure, and print as it goes."""
+    options = _options()
+    console = Console(highlight=False)
+    results: dict[str, list[Round]] = {}
+    for size in options.sizes:
+        with tempfile.TemporaryDirectory(prefix="distrust-training-", dir=options.directory) as folder:
+            work = make(
+                Path(folder),
+                size=size,
+                dtype=options.dtype,
+                tokens=options.tokens,
+                row=options.row,
+                threads=options.threads,
+            )
+            what = f"{size}, {options.dtype}"
+            console.print(
+                f"{what}: a step has {work.rows} rows of {work.row} tokens, or {work.texts} texts of "
+                f"{work.mean_length:.0f} on average; {work.size.steps} steps are measured"
+            )
+            results[what] = _rounds(work, options, console)
+            _show(what, results[what], console)
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    if options.picture:
+        draw(results, options.picture)
+    return 0
+
+
+def _rounds(work: Work, options: argparse.Namespace, console: Console) -> list[Round]:
+    rounds: list[Round] = []
+    failed: set[str] = set()
+    for number in range(options.rounds):
+        order = [name for name in options.trainers if name not in failed]
+        random.Random(number).shuffle(order)  # nobody always follows the same one
+        rounds.append({})
+        for name in order:
+            try:
+                figures = rounds[-1][name] = _measure(name, work)
+            except (RuntimeError, subprocess.TimeoutExpired) as error:
+                failed.add(name)
+                console.print(f"  {name}: {str(error).strip().splitlines()[-1][:200]}")
+                continue
+            console.print(
+                f"  round {number + 1}, {name}: {figures['speed']:,.0f} tokens/s, "
+                f"{figures['peak_mib']:,.0f} MiB"
+            )
+    return rounds
+
+
+def _measure(name: str, work: Work) -> dict[str, float]:
+    for left in ("run", "out"):
+        shutil.rmtree(work.folder / left, ignore_errors=True)
+    environment = {
+        **os.environ,
+        "DISTRUST_CACHE": str(work.folder / "cache"),
+        "HF_HOME": str(work.folder / "hub"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": str(work.threads),
+    }
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "benchmarks.training.trainers", name, work.as_json()],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_SECONDS,
+    )
+    if done.returncode != 0:
+        raise RuntimeError(done.stderr)
+    figures = json.loads(done.stdout.splitlines()[-1])
+    if figures["steps"] != work.last_step:
+        raise RuntimeError(f"made {figures['steps']} steps, not {work.last_step}")
+    return {
+        "speed": figures["tokens"] / figures["seconds"],
+        "peak_mib": figures["peak_bytes"] / 2**20,
+        "tokens": figures["tokens"],
+        "seconds": figures["seconds"],
+    }
+
+
+def _show(what: str, rounds: Sequence[Round], console: Console) -> None:
+    table = Table(title=what, title_justify="left")
+    for heading in ("trainer", "tokens/s", "least to most", "ours is faster", "peak MiB", "ours of it"):
+        table.add_column(heading, justify="left" if heading == "trainer" else "right")
+    for name in TRAINERS:
+        figures = [found[name] for found in rounds if name in found]
+        if not figures:
+            continue
+        speeds = [figure["speed"] for figure in figures]
+        table.add_row(
+            name,
+            f"{statistics.median(speeds):,.0f}",
+            f"{min(speeds):,.0f} to {max(speeds):,.0f}",
+            _times(_ratios(rounds, OURS, name, "speed")),
+            f"{statistics.median(figure['peak_mib'] for figure in figures):,.0f}",
+            _times(_ratios(rounds, OURS, name, "peak_mib")),
+        )
+    console.print(table)
+    for line in _verdicts(rounds):
+        console.print(line)
+
+
+def _verdicts(rounds: Sequence[Round]) -> list[str]:
+    peers = [name for name in TRAINERS if not name.startswith("distrust") and any(name in r for r in rounds)]
+    if not any(OURS in found for found in rounds):
+        return []
+    lines = []
+    for key, wanted, words in (
+        ("speed", FASTER, "times as fast as the fastest peer"),
+        ("peak_mib", SMALLER, "of the memory of the leanest peer"),
+    ):
+        medians = {name: _median(_ratios(rounds, OURS, name, key)) for name in peers}
+        found = {name: ratio for name, ratio in medians.items() if ratio is not None}
+        if not found:
+            continue
+        hardest = (min if key == "speed" else max)(found, key=found.__getitem__)
+        good = found[hardest] >= wanted if key == "speed" else found[hardest] <= wanted
+        verdict = "reached" if good else "NOT reached"
+        lines.append(f"{found[hardest]:.2f} {words}, {hardest} (aim {wanted}: {verdict})")
+    weighing = _median(_ratios(rounds, OFF, OURS, "speed"))
+    if weighing is not None:
+        lines.append(f"weighting costs {100 * (weighing - 1):.1f} % (aim: under {WEIGHTING_PERCENT:g} %)")
+    return lines
+
+
+def _ratios(rounds: Sequence[Round], above: str, below: str, key: str) -> list[float]:
+    return [found[above][key] / found[below][key] for found in rounds if {above, below} <= found.keys()]
+
+
+def _median(ratios: Sequence[float]) -> float | None:
+    return statistics.median(ratios) if ratios else None
+
+
+def _times(ratios: Sequence[float]) -> str:
+    median = _median(ratios)
+    return "" if median is None else f"{median:.2f}"
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.training",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--trainers", nargs="+", choices=TRAINERS, default=list(TRAINERS), metavar="NAME",
+                        help=f"default: all of {', '.join(repr(name) for name in TRAINERS)}")  # fmt: skip
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--tokens", type=int, default=2048, help="of a step")
+    parser.add_argument(
+        "--row", type=int, default=512, help="tokens of a packed row, and of the longest text"
+    )
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--directory", type=Path, help="for model, data and caches; removed afterwards")
+    parser.add_argument("--json", type=Path, help="write every figure there")
+    parser.add_argument("--picture", type=Path, help="draw them there")
+    return parser.parse_args()
+
+
+def read(path: Path) -> Mapping[str, Any]:
+    """Figures that were written with ``--json``."""
+    results: Mapping[str, Any] = json.loads(path.read_text("utf-8"))
+    return results
+
+
+if __name__ == "__main__":
+    sys.exit(main())

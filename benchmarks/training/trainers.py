@@ -1,0 +1,261 @@
+"""The trainers, each in a process of its own: ``python -m benchmarks.training.trainers NAME WORK``.
+
+Each trains LoRA of one rank on all linear layers, by its own loop, loader and optimizer, as its documentation
+says to, without saves and without logging. Prints as JSON the tokens that are no padding and the seconds that
+they took, and the most memory that the process ever had.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.training.work import ALPHA, LEARNING_RATE, RANK, Work, from_json
+
+
+class Clock:
+    """When steps ended, and how many tokens they had."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+        self.tokens: list[int] = []
+
+    def step(self, tokens: int) -> None:
+        """A step has ended."""
+        self.ends.append(time.perf_counter())
+        self.tokens.append(tokens)
+
+
+def ours(work: Work, clock: Clock, **options: Any) -> None:
+    from distrust import DistrustTrainer, TrainConfig
+    from distrust.training.events import StepEnded
+
+    config = TrainConfig(
+        model=str(work.folder / "model"),
+        data=str(work.folder / "data.jsonl"),
+        out=str(work.folder / "run"),
+        max_length=work.row,
+        lora_rank=RANK,
+        lora_alpha=ALPHA,
+        learning_rate=LEARNING_RATE,
+        dtype="bfloat16" if work.dtype == "bfloat16" else "float32",
+        threads=work.threads,
+        max_steps=work.last_step,
+        save_every=0,
+        **options,
+    )
+    trainer = DistrustTrainer(config, observers=[lambda event: watch(event)])
+    texts: list[int] = []
+
+    def watch(event: Any) -> None:
+        if isinstance(event, StepEnded):
+            if not texts:  # a text has one token that is not learned, its first
+                batches = trainer._plan.batches
+                texts.extend(
+                    sum(len(b.examples) for b in batches.step(s)) for s in range(1, work.last_step + 1)
+                )
+            clock.step(event.tokens + texts[event.step - 1])
+
+    trainer.train()
+
+
+def ours_packed(work: Work, clock: Clock) -> None:
+    ours(work, clock, packing=True, batch_size=work.rows)
+
+
+def ours_packed_off(work: Work, clock: Clock) -> None:
+    ours(work, clock, packing=True, batch_size=work.rows, weighting="off")
+
+
+def ours_plain(work: Work, clock: Clock) -> None:
+    ours(work, clock, batch_size=work.texts)
+
+
+def _torch(work: Work) -> tuple[Any, Any]:
+    """Model and tokenizer, as users of peft load them."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.set_num_threads(work.threads)
+    model = AutoModelForCausalLM.from_pretrained(
+        work.folder / "model", dtype=getattr(torch, work.dtype), attn_implementation="sdpa"
+    )
+    return model, AutoTokenizer.from_pretrained(work.folder / "model")
+
+
+def _lora() -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def _arguments(work: Work, batch_size: int) -> dict[str, Any]:
+    return {
+        "output_dir": str(work.folder / "out"),
+        "per_device_train_batch_size": batch_size,
+        "max_steps": work.last_step,
+        "learning_rate": LEARNING_RATE,
+        "bf16": work.dtype == "bfloat16",
+        "use_cpu": True,
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "gradient_checkpointing": False,
+    }
+
+
+def _watched(trainer_class: Any, clock: Clock) -> Any:
+    class Watched(trainer_class):  # type: ignore[misc]
+        """Says after each step how many of its tokens were no padding."""
+
+        def training_step(self, model: Any, inputs: Any, *arguments: Any, **options: Any) -> Any:
+            ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+            self.tokens = int(ids.numel() if mask is None else (mask != 0).sum())
+            return super().training_step(model, inputs, *arguments, **options)
+
+    from transformers import TrainerCallback
+
+    class AtStep(TrainerCallback):  # type: ignore[misc]
+        """Takes the time when the optimizer's step is made."""
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            clock.step(watched[0].tokens)
+
+    watched: list[Any] = []
+
+    def make(**options: Any) -> Any:
+        watched.append(Watched(callbacks=[AtStep()], **options))
+        return watched[0]
+
+    return make
+
+
+def transformers_trainer(work: Work, clock: Clock, **more: Any) -> None:
+    from datasets import load_dataset
+    from peft import get_peft_model
+    from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
+
+    model, tokenizer = _torch(work)
+    data = load_dataset("json", data_files=str(work.folder / "data.jsonl"), split="train")
+    data = data.map(
+        lambda row: {
+            "input_ids": [*tokenizer(row["text"])["input_ids"][: work.row - 1], tokenizer.eos_token_id]
+        },
+        remove_columns=data.column_names,
+    )
+    trainer = _watched(Trainer, clock)(
+        model=get_peft_model(model, _lora()),
+        args=TrainingArguments(**_arguments(work, work.texts), **more),
+        train_dataset=data,
+        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+    )
+    trainer.train()
+
+
+def transformers_by_length(work: Work, clock: Clock) -> None:
+    transformers_trainer(work, clock, train_sampling_strategy="group_by_length")
+
+
+def trl(work: Work, clock: Clock, *, packing: bool) -> None:
+    from datasets import load_dataset
+    from trl import SFTConfig, SFTTrainer
+
+    model, tokenizer = _torch(work)
+    data = load_dataset("json", data_files=str(work.folder / "data.jsonl"), split="train").select_columns(
+        ["text"]
+    )
+    arguments = _arguments(work, work.rows if packing else work.texts)
+    trainer = _watched(SFTTrainer, clock)(
+        model=model,
+        args=SFTConfig(**arguments, packing=packing, max_length=work.row),
+        train_dataset=data,
+        processing_class=tokenizer,
+        peft_config=_lora(),
+    )
+    trainer.train()
+
+
+def trl_packed(work: Work, clock: Clock) -> None:
+    trl(work, clock, packing=True)
+
+
+def trl_plain(work: Work, clock: Clock) -> None:
+    trl(work, clock, packing=False)
+
+
+def mlx_lm(work: Work, clock: Clock) -> None:
+    import mlx.core as mx
+    import mlx.optimizers
+    from mlx_lm.tuner.datasets import CacheDataset, TextDataset
+    from mlx_lm.tuner.trainer import TrainingArgs, TrainingCallback, train
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+    from mlx_lm.utils import load
+
+    model, tokenizer, *_ = load(str(work.folder / "model"))
+    model.set_dtype(getattr(mx, work.dtype))
+    model.freeze()
+    linear_to_lora_layers(model, -1, {"rank": RANK, "scale": ALPHA / RANK, "dropout": 0.0})
+    rows = [json.loads(line) for line in (work.folder / "data.jsonl").open(encoding="utf-8")]
+    data = CacheDataset(TextDataset(rows, tokenizer, text_key="text"))
+
+    class AtStep(TrainingCallback):  # type: ignore[misc]
+        """Takes the time at each report, of which there is one a step."""
+
+        def __init__(self) -> None:
+            self.seen = 0
+
+        def on_train_loss_report(self, info: Any) -> None:
+            clock.step(int(info["trained_tokens"] - self.seen) + work.texts)
+            self.seen = info["trained_tokens"]
+
+    train(
+        model,
+        mlx.optimizers.AdamW(learning_rate=LEARNING_RATE),
+        data,
+        args=TrainingArgs(
+            batch_size=work.texts,
+            iters=work.last_step,
+            steps_per_report=1,
+            max_seq_length=work.row,
+            adapter_file=str(work.folder / "adapters.safetensors"),
+        ),
+        training_callback=AtStep(),
+    )
+
+
+TRAINERS: dict[str, Callable[[Work, Clock], None]] = {
+    "distrust, packing": ours_packed,
+    "distrust, packing, weighting off": ours_packed_off,
+    "distrust": ours_plain,
+    "transformers + peft": transformers_trainer,
+    "transformers + peft, by length": transformers_by_length,
+    "TRL, packing": trl_packed,
+    "TRL": trl_plain,
+    "mlx-lm": mlx_lm,
+}
+
+
+def main() -> None:
+    name, text = sys.argv[1:]
+    work, clock = from_json(text), Clock()
+    with contextlib.redirect_stdout(sys.stderr):
+        TRAINERS[name](work, clock)
+    first = work.size.warmup_steps
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    figures = {
+        "tokens": sum(clock.tokens[first:]),
+        "seconds": clock.ends[-1] - clock.ends[first - 1],
+        "steps": len(clock.ends),
+        "peak_bytes": peak,
+    }
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
