@@ -19,8 +19,10 @@ import torch
 
 from distrust.engines.torch.products import product
 
-#: Numbers in the logits of a chunk: 64 MiB of float32. Larger ones are no faster.
+#: Numbers in the logits of a chunk: 64 MiB of float32. Larger ones are no faster,
 CHUNK_NUMBERS = 2**24
+#: and fewer tokens at a time are slower: each product reads all of the head.
+CHUNK_TOKENS = 256
 
 
 def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -43,7 +45,7 @@ def chunked_losses(
         head: width -> vocabulary.
         targets: int64[m]: the token that is predicted.
         scales: float32[m]: what each token's loss is multiplied by.
-        chunk_numbers: how many logits stand in memory at once; one token's at least.
+        chunk_numbers: how many logits stand in memory at once; :data:`CHUNK_TOKENS` tokens' at least.
 
     Returns:
         float32[], the scaled sum, which has a gradient; float32[m], each token's cross-entropy, in nats.
@@ -67,7 +69,13 @@ class _ChunkedLosses(torch.autograd.Function):
         wanted = ctx.needs_input_grad[:3]
         with torch.autocast(hidden.device.type, enabled=False):
             total, losses, gradients = _losses(
-                hidden, weight, bias, targets, scales, max(1, chunk_numbers // weight.shape[0]), wanted
+                hidden,
+                weight,
+                bias,
+                targets,
+                scales,
+                max(CHUNK_TOKENS, chunk_numbers // weight.shape[0]),
+                wanted,
             )
         ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(losses)

@@ -1,0 +1,114 @@
+"""What the loss of a large vocabulary takes: all logits at once, or in chunks.
+
+    python -m benchmarks.training.loss
+    python -m benchmarks.training.loss --vocabulary 262144 --tokens 4096 --width 2048
+
+Each way in fresh processes in turn: the products of the head, the cross-entropy with a weight for each token,
+and the way back to what goes into the head. Memory is the most of the process beyond what it had before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.driver import ROOT
+
+WAYS = ("all logits", "in chunks")
+
+
+def main() -> int:
+    """Measure both ways, and compare what they give."""
+    options = _options()
+    if options.way:
+        print(json.dumps(_one(options)))
+        return 0
+    figures: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
+    for _ in range(options.rounds):
+        for way in WAYS:
+            figures[way].append(_child(way))
+    table = Table(title=f"{options.tokens:,} tokens, a vocabulary of {options.vocabulary:,}, float32")
+    for heading in ("way", "seconds", "memory MiB", "loss", "norm of the gradient"):
+        table.add_column(heading, justify="left" if heading == "way" else "right")
+    for way, found in figures.items():
+        middle = {name: statistics.median(each[name] for each in found) for name in found[0]}
+        table.add_row(
+            way,
+            f"{middle['seconds']:.2f}",
+            f"{middle['bytes'] / 2**20:,.0f}",
+            f"{middle['loss']:.6f}",
+            f"{middle['norm']:.6f}",
+        )
+    Console(highlight=False).print(table)
+    return 0
+
+
+def _child(way: str) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "benchmarks.training.loss", *sys.argv[1:], "--way", way],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode != 0:
+        raise SystemExit(done.stderr)
+    figures: dict[str, Any] = json.loads(done.stdout)
+    return figures
+
+
+def _one(options: argparse.Namespace) -> dict[str, float]:
+    import torch
+
+    from distrust.engines.torch.loss import chunked_losses, token_losses
+
+    torch.manual_seed(0)
+    head = torch.nn.Linear(options.width, options.vocabulary, bias=False)
+    head.weight.requires_grad_(False)
+    hidden = torch.randn(options.tokens, options.width, requires_grad=True)
+    targets = torch.randint(options.vocabulary, (options.tokens,))
+    scales = torch.rand(options.tokens) / options.tokens
+    before, began = _most_bytes(), time.perf_counter()
+    if options.way == "in chunks":
+        loss, _ = chunked_losses(hidden, head, targets, scales)
+    else:
+        loss = (token_losses(head(hidden), targets) * scales).sum()
+    loss.backward()  # type: ignore[no-untyped-call]
+    seconds = time.perf_counter() - began
+    assert hidden.grad is not None
+    return {
+        "seconds": seconds,
+        "bytes": _most_bytes() - before,
+        "loss": float(loss),
+        "norm": float(hidden.grad.norm()),
+    }
+
+
+def _most_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.training.loss",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--vocabulary", type=int, default=131_072)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--width", type=int, default=576)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
