@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 
+from distrust.checkpoint.memory import hold
 from distrust.config import TrainConfig
 from distrust.data import MicroBatch, Tokenizer
 from distrust.engines.torch import adapter, device_memory, model, quantization, randomness
@@ -38,6 +39,7 @@ class TorchEngine:
     def __init__(self, config: TrainConfig) -> None:
         self._device = model.choose_device(config.device)
         _prefer_determinism()
+        hold()
         torch.set_num_threads(config.threads or _machine_threads())
         self._arithmetic = model.torch_dtype(config.dtype)
         self._tokenizer = model.load_tokenizer(config.model)
