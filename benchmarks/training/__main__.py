@@ -61,6 +61,8 @@ def main() -> int:
                 row=options.row,
                 threads=options.threads,
             )
+            if options.steps:
+                work = replace(work, size=replace(work.size, steps=options.steps))
             what = f"{size}, {options.dtype}"
             console.print(
                 f"{what}: a step has {work.rows} rows of {work.row} tokens, or {work.texts} texts of "
@@ -207,6 +209,7 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, help="to measure; default: by the size of the model")
     parser.add_argument("--directory", type=Path, help="for model, data and caches; removed afterwards")
     parser.add_argument("--json", type=Path, help="write every figure there")
     parser.add_argument("--picture", type=Path, help="draw them there")
