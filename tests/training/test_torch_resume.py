@@ -241,6 +241,15 @@ def test_what_does_not_fit_is_refused(train, tmp_path, tiny_model, kind):
     assert all(torch.equal(tensor, before[name]) for name, tensor in engine.state().model.items())
 
 
+def test_the_optimizer_of_an_earlier_version_is_gone_on_from_by_this_one(tiny_model):
+    engine = create(TrainConfig(model=str(tiny_model), lora_rank=2, threads=1))
+    state = engine.state()
+    for group in state.optimizer["param_groups"]:
+        group["fused"] = None  # AdamW of torch as it was by default
+    engine.load_state(state)
+    assert all(group["fused"] for group in engine.state().optimizer["param_groups"])
+
+
 def test_names_that_no_module_has(tiny_model):
     with pytest.raises(ConfigError, match=r"--target-modules q_porj.*\n?.*linear modules are:.*q_proj"):
         create(TrainConfig(model=str(tiny_model), target_modules=("q_porj",), threads=1))

@@ -207,7 +207,9 @@ class TorchEngine:
             number: {name: torch.clone(value) for name, value in values.items()}
             for number, values in state.optimizer["state"].items()
         }
-        self._optimizer.load_state_dict({**state.optimizer, "state": moments})
+        # How it is computed is this version's choice, not the one that saved it.
+        groups = [{**group, "fused": True} for group in state.optimizer["param_groups"]]
+        self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
         randomness.load_state(state.rng, self._device)
 
     def device_memory(self) -> MemoryUse | None:
@@ -216,7 +218,7 @@ class TorchEngine:
 
     def close(self) -> None:
         """Let go of model, optimizer and caches."""
-        del self._model, self._trained, self._optimizer, self._tokenizer
+        del self._model, self._passes, self._trained, self._optimizer, self._tokenizer
         device_memory.release(self._device)
 
     def _adapted(self, base: torch.nn.Module, config: TrainConfig) -> torch.nn.Module:
