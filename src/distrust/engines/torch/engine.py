@@ -20,7 +20,7 @@ from distrust.engines.torch import adapter, device_memory, model, quantization, 
 from distrust.engines.torch.compiling import compile_layers, compiling_told
 from distrust.engines.torch.fused import fuse
 from distrust.engines.torch.passes import Passes
-from distrust.errors import OutOfMemory, ResumeRefused
+from distrust.errors import ConfigError, OutOfMemory, ResumeRefused
 from distrust.training.engine import EngineState, Losses, MemoryUse
 
 
@@ -68,6 +68,11 @@ class TorchEngine:
         # A compiler fuses by itself, and better if it sees the whole of a layer.
         self._fused = {} if config.compile else fuse(self._model, dtype=dtype)
         self._passes = Passes(base, arithmetic=self._arithmetic, compiled=config.compile)
+        if config.packing and not self._passes.packs:
+            raise ConfigError(
+                "--packing: this model cannot keep apart what stands in one row (its attention is "
+                f"{self._attention}, or its layers look across examples); leave it out"
+            )
         self._compiled = compile_layers(base) if config.compile else 0
         self._trained = adapter.trained_parameters(self._model)
         self._optimizer = _optimizer(self._trained, config)
