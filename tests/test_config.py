@@ -435,3 +435,8 @@ def test_whole_numbers_are_numbers_too():
 def test_tables_are_told_apart_from_unknown_options():
     with pytest.raises(ConfigError, match=r"f.toml: \[train\] is a table; options stand at the top"):
         from_mapping({"train": {"seed": 1}}, where="f.toml")
+
+
+def test_lists_are_the_same_as_what_flags_and_files_give():
+    given = TrainConfig(data=["a", "b"], mix=[1.0, 2.0], target_modules=["q_proj"])
+    assert given == TrainConfig(data=("a", "b"), mix=(1.0, 2.0), target_modules=("q_proj",))

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from distrust import DistrustWarning
 from distrust.data import (
     Cache,
+    Census,
     Columns,
     Corpus,
     Location,
@@ -348,3 +349,12 @@ def test_counting_in_blocks_counts_all(examples, block):
         fingerprint = corpus.fingerprint
     vars(corpus).pop("fingerprint")
     assert corpus.fingerprint == fingerprint
+
+
+def test_a_check_that_cannot_be_remembered_leaves_nothing(tmp_path, monkeypatch):
+    def replace(*_):
+        raise OSError
+
+    monkeypatch.setattr(os, "replace", replace)
+    Cache(tmp_path).remember("key", Census((1,)))
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []

@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import threading
+import time
 
 import numpy as np
 import pyarrow
@@ -29,6 +30,7 @@ from distrust.data import (
     open_source,
     read_records,
 )
+from distrust.data.formats import format_of
 from distrust.errors import ConfigError, DataError
 
 ROWS = [
@@ -165,6 +167,26 @@ def test_files_that_are_not_what_they_should_be(tmp_path, name, content, problem
     assert str(tmp_path / name) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("columns", "problem"),
+    [
+        ({"text": pyarrow.array([2**62], pyarrow.timestamp("us"))}, "date value out of range"),
+        ({"day": pyarrow.array([2**30], pyarrow.date32())}, "must have magnitude <= 999999999"),
+    ],
+)
+def test_a_table_with_what_python_cannot_hold(tmp_path, columns, problem):
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=problem):
+        read_records(tmp_path / "a.parquet")
+
+
+def test_a_table_in_which_a_column_stands_twice(tmp_path):
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match='"text": stands twice in the header; keep one'):
+        read_records(tmp_path / "a.parquet")
+
+
 @given(st.lists(st.text(min_size=1).filter(str.strip), min_size=1, max_size=6))
 def test_any_text_comes_through_every_format(tmp_path_factory, texts):
     folder = tmp_path_factory.mktemp("texts")
@@ -177,6 +199,27 @@ def test_a_list_longer_than_what_is_read_at_once(tmp_path):
     rows = [{**ROWS[0], "text": f"{n} " * 2000} for n in range(400)] + [{**ROWS[0], "text": "x" * (5 << 20)}]
     write_json_list(tmp_path / "a.json", rows)
     assert [record.content.text for record in read_records(tmp_path / "a.json")] == [r["text"] for r in rows]
+
+
+def test_a_list_takes_no_longer_than_lines(tmp_path):
+    def seconds(name):
+        FORMATS[name](tmp_path / name, [{**ROWS[0], "text": "x"}] * 12_000)
+        form, _ = format_of(tmp_path / name)
+        begun = time.process_time()
+        with (tmp_path / name).open("rb") as file:
+            assert sum(1 for _ in form.rows(file, Columns())) == 12_000
+        return time.process_time() - begun
+
+    assert seconds("list.json") < 4 * seconds("data.jsonl")
+
+
+def test_a_file_has_no_other_split_than_its_own(tmp_path):
+    for name in ("data.jsonl", "val-1.jsonl"):
+        write_json_lines(tmp_path / name, ROWS)
+    assert open_source(str(tmp_path / "val-1.jsonl"), Columns(), split="validation").parts
+    for name in ("data.jsonl", "val-1.jsonl"):
+        with pytest.raises(DataError, match=f"{name}: is one file, and has no split test"):
+            open_source(str(tmp_path / name), Columns(), split="test")
 
 
 def test_a_cell_longer_than_a_csv_reader_takes_by_itself(tmp_path):

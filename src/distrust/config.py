@@ -241,6 +241,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in {*_PATHS, *_SEVERAL, "cache_dir"}:
             object.__setattr__(self, name, _named(getattr(self, name)))
+        for name in ("mix", "target_modules"):  # as flags and files give them: equal ones compare equal
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         problems = [
             f"{flag(name)} is {getattr(self, name)!r}: {wanted}"
             for name, holds, wanted in _bounds(self)

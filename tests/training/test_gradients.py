@@ -236,3 +236,18 @@ def test_padding_and_unlearned_tokens_have_no_part(engine, plan_of):
     )
     assert (batches.step(1)[0].attention_mask == 0).any()
     assert same_bits(gradients(engine, batches.step(1)), gradients(engine, plan.batches.step(1)))
+
+
+@pytest.mark.parametrize("adapted", ["gate_proj down_proj", "up_proj down_proj", "o_proj", "q_proj v_proj"])
+def test_whatever_is_adapted_no_gradient_is_lost(tiny_model, plan_of, adapted):
+    engine = create(
+        TrainConfig(model=str(tiny_model), lora_rank=2, target_modules=tuple(adapted.split()), threads=1)
+    )
+    with torch.no_grad():
+        for parameter in trained(engine).values():
+            parameter.normal_(0, 0.05, generator=torch.Generator().manual_seed(1))
+    batches = plan_of().batches.step(1)
+    found = gradients(engine, batches)
+    for module in engine.model.modules():
+        vars(module).pop("forward", None)  # the layers compute as they came
+    assert_close(found, gradients(engine, batches))

@@ -7,6 +7,7 @@ import contextlib
 import json
 import math
 import re
+import shutil
 import signal
 import tempfile
 from pathlib import Path
@@ -239,6 +240,37 @@ def test_what_does_not_fit_is_refused(train, tmp_path, tiny_model, kind):
         engine.load_state(loaded)
     assert len(refused.value.differences) >= len(before)
     assert all(torch.equal(tensor, before[name]) for name, tensor in engine.state().model.items())
+
+
+def test_the_optimizer_of_an_earlier_version_is_gone_on_from_by_this_one(tiny_model):
+    engine = create(TrainConfig(model=str(tiny_model), lora_rank=2, threads=1))
+    state = engine.state()
+    for group in state.optimizer["param_groups"]:
+        group["fused"] = None  # AdamW of torch as it was by default
+    engine.load_state(state)
+    assert all(group["fused"] for group in engine.state().optimizer["param_groups"])
+
+
+def test_a_compiled_run_is_opened_without_a_compiler(train, tmp_path, monkeypatch):
+    def compile_layers(model):
+        calls.append(model)
+        return 1
+
+    calls = []
+    monkeypatch.setattr("distrust.engines.torch.engine.compile_layers", compile_layers)
+    train(tmp_path / "run", compile=True, **KINDS["lora"])
+    open_checkpoint(tmp_path / "run")
+    assert len(calls) == 1
+
+
+def test_packing_for_a_model_that_would_mix_the_examples_is_refused(tiny_model, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "attn_implementation": "eager"}))
+    assert "padded" in create(TrainConfig(model=str(folder), threads=1)).environment()["attention"]
+    with pytest.raises(ConfigError, match="--packing: this model cannot keep apart"):
+        create(TrainConfig(model=str(folder), packing=True, threads=1))
 
 
 def test_names_that_no_module_has(tiny_model):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,7 +51,7 @@ def main(arguments: list[str]) -> int:
     columns = {"checkpoint": write(trained)}
     if options.compare:
         del trained  # one model in memory at a time
-        untrained = engines.create(engines.config_of(file, model=options.model))
+        untrained = engines.create(replace(engines.config_of(file, model=options.model), compile=False))
         columns = {"base": write(untrained), **columns}
 
     rows = [

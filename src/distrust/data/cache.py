@@ -18,6 +18,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -92,17 +93,13 @@ class Cache:
             folder = self.folder / _CHECKED
             _make(folder)
             handle, temporary = tempfile.mkstemp(dir=folder, prefix=_UNFINISHED)
-            with open(handle, "wb") as file:
-                file.write(
-                    _seal(
-                        {
-                            "sizes": census.sizes,
-                            "conversations": census.conversations,
-                            "first_conversation": census.first_conversation,
-                        }
-                    )
-                )
-            os.replace(temporary, folder / f"{key}.json")
+            try:
+                with open(handle, "wb") as file:
+                    file.write(_seal(asdict(census)))
+                os.replace(temporary, folder / f"{key}.json")
+            except OSError:
+                os.unlink(temporary)
+                raise
 
     def corpus(
         self, key: str | None, parts: Parts, sizes: tuple[int, ...], make: Callable[[], Iterable[Corpus]]

@@ -11,6 +11,7 @@ import contextlib
 import csv
 import io
 import json
+import re
 import sys
 import zlib
 from collections import Counter
@@ -30,6 +31,7 @@ Row = tuple[int, Fields | RecordError]
 
 _CHUNK = 1 << 20
 _BOM = b"\xef\xbb\xbf"
+_SPACE = re.compile(r"[ \t\n\r]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,32 +162,38 @@ def _json_list(file: BinaryIO, _: Columns) -> Iterator[Row]:
 def _elements(file: io.TextIOWrapper) -> Iterator[Any]:
     """The elements of a JSON list, with no more of it in memory than a chunk or an element."""
     decoder = json.JSONDecoder(object_pairs_hook=_unique)
-    text, ended, first = file.read(_CHUNK).lstrip()[1:], False, True
+    text, ended, first = file.read(_CHUNK), False, True
+    place = _next(text, 0) + 1  # behind the bracket
     while True:
-        text = text.lstrip()
-        if text.startswith("]") and first:
+        place = _next(text, place)
+        if first and text.startswith("]", place):
             break
         try:
-            value, end = decoder.raw_decode(text)
-            rest = text[end:].lstrip()
+            value, end = decoder.raw_decode(text, place)
+            end = _next(text, end)
         except json.JSONDecodeError:
-            rest = ""
             if ended:
                 raise
-        if not rest and not ended:  # cut short, perhaps
-            more = file.read(max(_CHUNK, len(text)))  # as much again: a huge element costs no square
-            text, ended = text + more, not more
+            end = len(text)
+        if end == len(text) and not ended:  # cut short, perhaps
+            more = file.read(max(_CHUNK, end - place))  # as much again: a huge element costs no square
+            text, place, ended = text[place:] + more, 0, not more
             continue
         first = False
         yield value
-        if not rest.startswith(","):
-            text = rest
+        if not text.startswith(",", end):
+            place = end
             break
-        text = rest[1:]
-    if not text.startswith("]"):
+        place = end + 1
+    if not text.startswith("]", place):
         raise json.JSONDecodeError("expecting ',' or ']' after an element", "", 0)
-    if (text[1:] + file.read(_CHUNK)).strip():
+    if (text[place + 1 :] + file.read(_CHUNK)).strip():
         raise json.JSONDecodeError("extra data after the list", "", 0)
+
+
+def _next(text: str, place: int) -> int:
+    """Where the next token of JSON begins."""
+    return cast(re.Match[str], _SPACE.match(text, place)).end()
 
 
 def _separated(delimiter: str) -> Callable[[BinaryIO, Columns], Iterator[Row]]:
@@ -257,12 +265,15 @@ def _parquet(file: BinaryIO, columns: Columns) -> Iterator[Row]:
     number = 0
     try:
         table = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=_CHUNK)
-        needed = columns.among(table.schema_arrow.names)
+        needed = columns.among(_header(table.schema_arrow.names))
         for batch in table.iter_batches(_BATCH, columns=needed, use_threads=False):
             for row in batch.to_pylist():
                 number += 1
                 yield number, {key: value for key, value in row.items() if value is not None}
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+    except RecordError as problem:
+        yield 1, problem
+    except (pyarrow.ArrowException, ArithmeticError, LookupError, ValueError) as error:
+        # Not only of the file: a date may be beyond all that Python has.
         raise OSError(f"is not the Parquet file that it should be: {_first_line(error)}") from error
 
 

@@ -105,6 +105,7 @@ def open_source(
         if value is not None:
             raise ConfigError(f"--{option} {value}: is for data sets of the hub; {name} is a file or folder")
     if kind != "folder":
+        _require_split(path, split)
         return Source(name, (_file_part(path, str(path), columns, spool),))
     if hub.is_saved(path):
         return Source(name, (_saved_part(hub.saved_split(path, split), columns),))
@@ -208,6 +209,12 @@ def _files(folder: Path, split: str) -> list[Path]:
         there = ", ".join(sorted({name for name in splits.values() if name}))
         raise DataError(f"{folder}: no file is of the split {split}; give one of {there}")
     return chosen
+
+
+def _require_split(file: Path, split: str) -> None:
+    """A file is all of a split: of the one that its name says, else of train."""
+    if split != "train" and _split_of(Path(file.name)) != _SPLITS.get(split, split):
+        raise DataError(f"{file}: is one file, and has no split {split}; name the file of that split")
 
 
 def _split_of(path: Path) -> str | None:

@@ -114,7 +114,8 @@ def engine_of(
         ModelError: if the base model cannot be loaded.
         ResumeRefused: if it is another base model.
     """
-    config = replace(config_of(file, model=model), **(changes or {}))
+    # Compiling pays in training only, and needs a compiler, which may be missing here.
+    config = replace(config_of(file, model=model), **{"compile": False, **(changes or {})})
     expected = base_fingerprint(file)
     with base_told(file, config.model, given=model is not None):
         engine = create(config)

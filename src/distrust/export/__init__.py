@@ -12,7 +12,7 @@ comes from in its README.md (``facts.py``, ``card.py``).
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -138,8 +138,7 @@ def _merged(file: CheckpointFile, checkpoint: Checkpoint, model: str | None, *, 
     from distrust.engines.torch.export import prepare_merged
 
     # On the CPU, whatever it was trained on, and with the base model in full precision.
-    changes: dict[str, Any] = {"device": "cpu", "gradient_checkpointing": False}
-    changes |= {field.name: field.default for field in fields(TrainConfig) if field.name == "quantization"}
+    changes = {"device": "cpu", "gradient_checkpointing": False, "quantization": "none"}
     engine = engines.engine_of(file, checkpoint, model=model, changes=changes)
     assert isinstance(engine, TorchEngine)  # noqa: S101 - the only engine there is
     return prepare_merged(engine, engines.config_of(file, model=model), dtype=dtype)

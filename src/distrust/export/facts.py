@@ -74,10 +74,9 @@ def _notes(config: TrainConfig, *, adapter: bool) -> list[str]:
         )
     elif config.lora_rank:
         notes.append("The adapter was added to the base model's weights in float32, then rounded once.")
-    quantization = getattr(config, "quantization", None)
-    if quantization != getattr(TrainConfig(), "quantization", None):
+    if config.quantization != "none":
         now = "Load it so for the same numbers." if adapter else "This is the full-precision one."
-        notes.append(f"The run computed with a base model quantized by `{quantization}`. {now}")
+        notes.append(f"The run computed with a base model quantized to `{config.quantization}`. {now}")
     return notes
 
 

@@ -21,7 +21,7 @@ from distrust.engines.torch import adapter, device_memory, model, quantization, 
 from distrust.engines.torch.compiling import compile_layers, compiling_told
 from distrust.engines.torch.fused import fuse
 from distrust.engines.torch.passes import Passes
-from distrust.errors import OutOfMemory, ResumeRefused
+from distrust.errors import ConfigError, OutOfMemory, ResumeRefused
 from distrust.training.engine import EngineState, Losses, MemoryUse
 
 
@@ -70,6 +70,11 @@ class TorchEngine:
         # A compiler fuses by itself, and better if it sees the whole of a layer.
         self._fused = {} if config.compile else fuse(self._model, dtype=dtype)
         self._passes = Passes(base, arithmetic=self._arithmetic, compiled=config.compile)
+        if config.packing and not self._passes.packs:
+            raise ConfigError(
+                "--packing: this model cannot keep apart what stands in one row (its attention is "
+                f"{self._attention}, or its layers look across examples); leave it out"
+            )
         self._compiled = compile_layers(base) if config.compile else 0
         self._trained = adapter.trained_parameters(self._model)
         self._optimizer = _optimizer(self._trained, config)
@@ -209,7 +214,9 @@ class TorchEngine:
             number: {name: torch.clone(value) for name, value in values.items()}
             for number, values in state.optimizer["state"].items()
         }
-        self._optimizer.load_state_dict({**state.optimizer, "state": moments})
+        # How it is computed is this version's choice, not the one that saved it.
+        groups = [{**group, "fused": True} for group in state.optimizer["param_groups"]]
+        self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
         randomness.load_state(state.rng, self._device)
 
     def device_memory(self) -> MemoryUse | None:
@@ -218,7 +225,7 @@ class TorchEngine:
 
     def close(self) -> None:
         """Let go of model, optimizer and caches."""
-        del self._model, self._trained, self._optimizer, self._tokenizer
+        del self._model, self._passes, self._trained, self._optimizer, self._tokenizer
         device_memory.release(self._device)
 
     def _adapted(self, base: torch.nn.Module, config: TrainConfig) -> torch.nn.Module:

@@ -169,7 +169,7 @@ class _LoraLinear(torch.autograd.Function):
         of_b = torch.mm(slope.t(), low).to(b.dtype).mul_(ctx.scale)
         of_a = torch.mm(of_low.t(), _gated(x, gate).to(weight.dtype).flatten(0, -2)).to(a.dtype)
         of_x = of_gate = None
-        if ctx.needs_input_grad[0]:
+        if any(ctx.needs_input_grad[:2]):  # the gate's alone, where nothing before `x` is trained
             of_inputs = product(slope, weight.t()).addmm_(of_low, a.to(weight.dtype))
             of_gate, of_x = _of_gated(_rows(of_inputs, x), gate, x)
         return of_x, of_gate, None, None, of_a, of_b, None

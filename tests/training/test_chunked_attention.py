@@ -1,0 +1,45 @@
+"""A model of which each token sees only those of its chunk of the text, as Llama 4 has it in most layers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Llama4TextConfig
+
+from distrust.data import IGNORED, MicroBatch
+from distrust.engines.torch.passes import Passes
+
+
+@pytest.mark.parametrize("length", [5, 9, 23])
+def test_examples_longer_than_a_chunk_are_what_the_model_makes_of_them(length):
+    torch.manual_seed(0)
+    config = Llama4TextConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        intermediate_size_mlp=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+        num_local_experts=2,
+        attention_chunk_size=8,
+        pad_token_id=0,
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    ids = np.random.default_rng(0).integers(3, 60, (2, length))
+    labels = ids.copy()
+    labels[:, 0] = IGNORED
+    batch = MicroBatch(
+        input_ids=ids,
+        attention_mask=np.ones_like(ids),
+        labels=labels,
+        weights=(labels != IGNORED).astype(np.float32),
+        distrust=np.zeros(2),
+        examples=np.arange(2),
+    )
+    with torch.no_grad():
+        expected = model(input_ids=torch.from_numpy(ids), labels=torch.from_numpy(labels)).loss.item()
+    found = Passes(model, arithmetic=torch.float32).evaluate(batch)
+    assert found.cross_entropy.sum() / batch.tokens == pytest.approx(expected, rel=1e-5)
