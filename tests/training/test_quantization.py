@@ -63,8 +63,6 @@ def losses(events):
     ("bits", "more"),
     [
         ("8bit", {}),
-        ("4bit", {}),
-        ("8bit", {"gradient_checkpointing": True}),
         ("4bit", {"gradient_checkpointing": True, "dtype": "bfloat16"}),
     ],
 )
