@@ -18,7 +18,7 @@ from models import make_model, write_records
 
 @pytest.fixture(scope="session", autouse=True)
 def _disks_are_not_waited_for() -> Iterator[None]:
-    """What is synced matters where power fails: there (``test_power_cut``) the calls are seen, not the disk."""
+    """A sync matters where power fails: there (``test_power_cut``) the calls are seen, not the disk."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield
