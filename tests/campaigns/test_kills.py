@@ -11,7 +11,7 @@ from campaigns import kills
 
 @pytest.fixture(autouse=True)
 def few(monkeypatch):
-    monkeypatch.setattr(kills, "KILLS", 2)
+    monkeypatch.setattr(kills, "KILLS", 1)
 
 
 def test_killed_as_a_command_and_as_forks(toy_runs, tmp_path, capsys):

@@ -14,7 +14,7 @@ from campaigns.signals import Blow, Moment
 
 @pytest.fixture(autouse=True)
 def few(monkeypatch):
-    monkeypatch.setattr(signals, "SIGNALS", 3)
+    monkeypatch.setattr(signals, "SIGNALS", 2)
 
 
 def test_signals_to_a_command_and_to_forks(toy_runs, tmp_path, capsys):

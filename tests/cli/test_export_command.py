@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import time
 
 from safetensors.torch import load_file
 
@@ -56,20 +54,3 @@ def test_what_is_refused_is_one_line_and_leaves_nothing(distrust, folder, finish
         assert said in given.err
     assert sorted(os.listdir(tmp_path)) == ["full", "other"]
     assert os.listdir(tmp_path / "full") == ["mine"]
-
-
-def test_killed_while_it_writes(start, distrust, finished, tmp_path):
-    """A real kill, as soon as anything is to be seen on the disk."""
-    to = tmp_path / "merged"
-    process = start("export", finished, "--to", to, "--format", "merged")
-    deadline = time.monotonic() + 60
-    while not os.listdir(tmp_path) and time.monotonic() < deadline:
-        time.sleep(0.001)
-    assert process.poll() is None
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    if not to.exists():  # the kill came before the rename
-        assert all(name.startswith(".merged.") for name in os.listdir(tmp_path))
-        assert distrust("export", finished, "--to", to, "--format", "merged").code == 0
-    assert os.listdir(tmp_path) == ["merged"]
-    assert {"config.json", "model.safetensors", "tokenizer.json", "README.md"} <= set(os.listdir(to))

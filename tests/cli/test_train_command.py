@@ -14,7 +14,7 @@ from distrust import CheckpointManager
 from models import make_model, train_arguments, write_records
 
 #: Long enough to be killed in the middle.
-LONG = ["--max-steps", 150, "--save-every", 3, "--lora-dropout", 0.1, "--gradient-accumulation", 2]
+LONG = ["--max-steps", 90, "--save-every", 3, "--lora-dropout", 0.1, "--gradient-accumulation", 2]
 
 
 def digest_of(run):
@@ -40,13 +40,13 @@ def test_killed_stopped_and_run_again_it_ends_as_if_left_alone(distrust, start, 
 
     process = start(*command)
     reached = wait_for_step(tmp_path / "killed", 6, process)
-    time.sleep(random.uniform(0, 0.3))
+    time.sleep(random.uniform(0, 0.1))
     process.send_signal(signal.SIGKILL)
     assert process.wait(60) == -signal.SIGKILL
     assert not list((tmp_path / "killed").rglob("*-final*"))
 
     process = start(*command)
-    wait_for_step(tmp_path / "killed", reached + 21, process)
+    wait_for_step(tmp_path / "killed", reached + 12, process)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (128 + signal.SIGTERM, "")
@@ -63,7 +63,7 @@ def test_killed_stopped_and_run_again_it_ends_as_if_left_alone(distrust, start, 
 
     again = distrust(*command)
     assert (again.code, again.err) == (0, "")
-    assert "nothing to do: the run finished at step 150\n" in again.out
+    assert "nothing to do: the run finished at step 90\n" in again.out
     assert digest_of(tmp_path / "alone") in again.out
 
 

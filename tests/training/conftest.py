@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,14 @@ from toy_engine import TOY, ToyEngine
 from distrust import DistrustTrainer, TrainConfig
 from distrust.training.events import Event, Observer, RunEnded, StepEnded
 from models import make_model, write_records
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _disks_are_not_waited_for() -> Iterator[None]:
+    """A sync matters where power fails: there (``test_power_cut``) the calls are seen, not the disk."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from distrust.config import from_mapping
 from distrust.errors import NoGoodCheckpoint
 from distrust.training.events import CheckpointStarted, RunStarted, StepEnded
 
-quick = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def steps_of(events):

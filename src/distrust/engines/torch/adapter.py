@@ -46,6 +46,8 @@ def add_adapter(
         with warnings.catch_warnings():
             # peft asks transformers by a name that transformers has begun to change: not the user's concern.
             warnings.simplefilter("ignore", FutureWarning)
+            # Of layers that keep their weights the other way round it says that it found out.
+            warnings.filterwarnings("ignore", "fan_in_fan_out is set to False", UserWarning)
             adapted: torch.nn.Module = get_peft_model(model, config, adapter_name=ADAPTER_NAME)
     except ValueError as error:
         names = sorted(

@@ -50,10 +50,13 @@ def register(*, outside_graphs: bool = False) -> None:
     AttentionMaskInterface.register(NAME, _mask_of_row)
 
 
-def _mask_of_row(*arguments: Any, **options: Any) -> Any:
+def _mask_of_row(*arguments: Any, local_size: int | None = None, **options: Any) -> Any:
+    """In a packed row no mask, but how far back it would have let tokens see, for the layers to compare."""
     from transformers.masking_utils import sdpa_mask
 
-    return None if _lengths else sdpa_mask(*arguments, **options)
+    if not _lengths:
+        return sdpa_mask(*arguments, local_size=local_size, **options)
+    return None if local_size is None else torch.full((1, 1, 1, 1), local_size)
 
 
 def _attention(module: torch.nn.Module, *tensors: Any, **options: Any) -> Any:
@@ -82,7 +85,7 @@ def packed_attention(
         query: [1, heads, n, width].
         key: [1, key heads, n, width].
         value: the same.
-        attention_mask: there is none.
+        attention_mask: None, or int64[1, 1, 1, 1]: how far back a mask would have let tokens see.
         scaling: of the products.
         dropout: of the attention weights.
         sliding_window: how far back a token sees.
@@ -97,8 +100,11 @@ def packed_attention(
     """
     unknown = [name for name in ("softcap", "s_aux", "position_bias") if more.get(name) is not None]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    if unknown or attention_mask is not None or query.shape[0] != 1 or not causal:
+    if unknown or query.shape[0] != 1 or not causal:
         raise UnknownAttention(", ".join(unknown) or "not causal attention on one row")
+    if attention_mask is not None and (attention_mask.numel() != 1 or int(attention_mask) != sliding_window):
+        # Some models hide by the mask alone, in chunks for instance, what their layers know nothing of.
+        raise UnknownAttention("a mask that the layer says nothing of")
     if sum(_lengths) != query.shape[2]:
         raise UnknownAttention(f"a row of {query.shape[2]} tokens for examples of {sum(_lengths)}")
     grouped = query.shape[1] != key.shape[1]

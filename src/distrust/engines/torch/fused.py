@@ -84,7 +84,10 @@ def _same(module: Any, forward: Callable[..., Tensor], dtype: torch.dtype) -> bo
     width = _width(module)
     generator = torch.Generator().manual_seed(0)  # the run's own is not touched
     trial = torch.randn(1, TRIAL_TOKENS, width, generator=generator).to(weight.device, dtype)
-    own, other = module(trial), forward(module, trial)
+    try:
+        own, other = module(trial), forward(module, trial)
+    except (TypeError, RuntimeError, AttributeError):  # it wants more than this, or something else
+        return False
     if own.dtype != other.dtype or own.shape != other.shape or own.dtype not in TOLERANCE:
         return False
     apart = (own.float() - other.float()).abs().max()
@@ -118,7 +121,10 @@ def _lora(lora: Any, x: Tensor, gate: Tensor | None) -> Tensor:
     return result
 
 
-def _gate_forward(self: Any, x: Tensor) -> Tensor:
+def _gate_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    if args or kwargs:
+        own: Tensor = type(self).forward(self, x, *args, **kwargs)
+        return own
     gate, up, down = self.gate_proj(x), self.up_proj(x), self.down_proj
     if _is_plain_lora(down) and _applies(down):
         return _lora(down, up, gate)
@@ -126,9 +132,9 @@ def _gate_forward(self: Any, x: Tensor) -> Tensor:
     return result
 
 
-def _norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
-    if hidden_states.dtype != self.weight.dtype:
-        own: Tensor = type(self).forward(self, hidden_states)
+def _norm_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    if args or kwargs or hidden_states.dtype != self.weight.dtype:
+        own: Tensor = type(self).forward(self, hidden_states, *args, **kwargs)
         return own
     result: Tensor = _Norm.apply(hidden_states, self.weight, self.variance_epsilon)  # type: ignore[no-untyped-call]
     return result

@@ -50,7 +50,10 @@ def chunked_losses(
     Returns:
         float32[], the scaled sum, which has a gradient; float32[m], each token's cross-entropy, in nats.
     """
-    return _ChunkedLosses.apply(hidden, head.weight, head.bias, targets, scales, chunk_numbers)  # type: ignore[no-untyped-call,no-any-return]
+    parts = [hidden, head.weight, head.bias]
+    if not torch.is_grad_enabled():  # else the gradients would be made, and dropped
+        parts = [None if part is None else part.detach() for part in parts]
+    return _ChunkedLosses.apply(*parts, targets, scales, chunk_numbers)  # type: ignore[no-untyped-call,no-any-return]
 
 
 class _ChunkedLosses(torch.autograd.Function):
@@ -98,6 +101,7 @@ def _losses(
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor | None]]:
     """The scaled sum, each loss, and the gradients that are wanted of hidden, weight and bias."""
     table = weight.to(hidden.dtype)
+    shift = None if bias is None else bias.to(hidden.dtype)
     losses = torch.empty_like(scales)
     of_hidden = torch.empty_like(hidden) if wanted[0] else None
     of_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
@@ -105,7 +109,7 @@ def _losses(
     for begin in range(0, len(hidden), rows):
         part = slice(begin, begin + rows)
         inputs, target, scale = hidden[part], targets[part, None], scales[part, None]
-        odds = product(inputs, table, bias).float()  # the same memory where it is float32 already
+        odds = product(inputs, table, shift).float()  # the same memory where it is float32 already
         highest = odds.amax(dim=1, keepdim=True)
         hit = odds.gather(1, target) - highest
         odds.sub_(highest).exp_()

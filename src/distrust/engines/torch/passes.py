@@ -156,8 +156,6 @@ class Passes:
         before = self._model.config._attn_implementation
         if before != "sdpa":
             return False  # it was chosen for a reason, by the model or by its user
-        if getattr(self._model.config, "attention_chunk_size", None) is not None:
-            return False  # told by a mask alone, and only of examples that are longer
         attention.register(outside_graphs=self._compiled)
         try:
             self._model.set_attn_implementation(attention.NAME)

@@ -6,7 +6,6 @@ Chosen by trying, see ``docs/memory.md``. 8 bits are LLM.int8, 4 bits are NF4 wi
 from __future__ import annotations
 
 import importlib.util
-import logging
 import math
 from importlib.metadata import version
 from typing import Any
@@ -17,8 +16,6 @@ from distrust.config import Quantization
 from distrust.errors import ConfigError
 
 LIBRARY = "bitsandbytes"
-# Installed, it is imported by peft in any run, and logs of kernels it lacks; at each step, of its arithmetic.
-logging.getLogger(LIBRARY).setLevel(logging.ERROR)
 
 
 def loading_options(

@@ -1,0 +1,127 @@
+"""Small models of several families, made in memory, and passes through them as transformers makes them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import torch
+
+from distrust.data import IGNORED, MicroBatch
+from distrust.engines.torch.adapter import add_adapter
+
+VOCABULARY = 61
+WINDOW = 4  # of the models with a sliding window; examples are longer
+LENGTHS = (9, 3, 12, 6)
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+_GPT2: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 64,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "attn_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "resid_pdrop": 0.0,
+}
+_OWN: dict[str, dict[str, Any]] = {
+    "qwen2, tied": {"tie_word_embeddings": True},
+    "mistral, sliding window": {"sliding_window": WINDOW},
+    "gemma2, softcapping": {"head_dim": 8, "query_pre_attn_scalar": 8},
+    "qwen2_moe, window of the mask": {
+        "use_sliding_window": True,
+        "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "sliding_attention"],
+        "num_experts": 2,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+    },
+    "cohere, scaled logits": {"logit_scale": 0.25},
+}
+
+
+def small_model(kind: str, *, dtype: torch.dtype = torch.float32) -> Any:
+    """A model of a family, by transformers, in evaluation mode; ``kind`` begins with its name."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    family = kind.split(",")[0]
+    sizes = _GPT2 if family == "gpt2" else {**_SIZES, **_OWN.get(kind, {})}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes))
+        for parameter in model.parameters():  # no bias is 0 and no norm's weight 1: they would hide mistakes
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+    model.config.use_cache = False
+    return model.to(dtype).eval()
+
+
+def adapted(model: Any, *, rank: int, **options: Any) -> Any:
+    """The same model with an adapter that does something; with rank 0 all its weights are trained."""
+    if not rank:
+        return model
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        defaults = {"alpha": 8.0, "dropout": 0.0, "target_modules": ["all-linear"]}
+        lora = add_adapter(model, rank=rank, **{**defaults, "rslora": False, "dora": False, **options})
+        for parameter in trained(lora).values():
+            parameter.data.normal_(0, 0.1)
+    return lora.eval()
+
+
+def trained(model: Any) -> dict[str, torch.nn.Parameter]:
+    return {name: part for name, part in model.named_parameters() if part.requires_grad}
+
+
+def gradients(model: Any) -> dict[str, torch.Tensor]:
+    """Of everything that is trained, where there is one."""
+    return {name: part.grad.clone() for name, part in trained(model).items() if part.grad is not None}
+
+
+def a_batch(*, seed: int = 0, lengths: tuple[int, ...] = LENGTHS) -> MicroBatch:
+    """Examples of different lengths; some tokens are not learned, and each has a weight of its own."""
+    rng = np.random.default_rng(seed)
+    place = np.arange(max(lengths))
+    real = place < np.array(lengths)[:, None]
+    ids = np.where(real, rng.integers(3, VOCABULARY, real.shape), 2)
+    learned = real & (rng.random(real.shape) < 0.7) & (place > 0)
+    learned[:, 1] = True
+    return MicroBatch(
+        input_ids=ids,
+        attention_mask=real.astype(np.int64),
+        labels=np.where(learned, ids, IGNORED),
+        weights=np.where(learned, rng.uniform(0.2, 3, real.shape), 0).astype(np.float32),
+        distrust=np.zeros(len(lengths)),
+        examples=np.arange(len(lengths)),
+    )
+
+
+def reference(
+    model: Any, batch: MicroBatch, *, autocast: bool = False
+) -> tuple[Any, dict[str, torch.Tensor]]:
+    """Of a copy of the model, on the padded batch: cross-entropies [b, t − 1] and gradients."""
+    model = copy.deepcopy(model)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        logits = model(
+            input_ids=torch.from_numpy(batch.input_ids), attention_mask=torch.from_numpy(batch.attention_mask)
+        ).logits
+    losses = torch.nn.functional.cross_entropy(
+        logits[:, :-1].float().transpose(1, 2), torch.from_numpy(batch.labels[:, 1:]), reduction="none"
+    )
+    (losses * torch.from_numpy(batch.weights[:, 1:])).sum().div(batch.tokens).backward()
+    return losses.detach().double().numpy(), gradients(model)

@@ -1,0 +1,74 @@
+"""Batches made one step ahead are the batches that are asked for."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distrust.training.ahead import Ahead
+
+
+@given(st.lists(st.integers(1, 20), max_size=30), st.integers(1, 20))
+def test_each_step_gets_its_own_in_whichever_order(steps, last):
+    made = []
+    with Ahead(lambda step: made.append(step) or step * 10, last=last) as ahead:
+        assert [ahead.take(step) for step in steps] == [step * 10 for step in steps]
+    assert max(made, default=0) <= max([last, *steps])
+
+
+def test_in_order_each_is_made_once():
+    made = []
+    with Ahead(lambda step: made.append(step) or step, last=9) as ahead:
+        assert [ahead.take(step) for step in range(3, 10)] == list(range(3, 10))
+    assert made == list(range(3, 10))  # and none after the last
+
+
+def test_the_next_one_is_made_meanwhile():
+    begun = {step: threading.Event() for step in (1, 2, 3)}
+    by = {}
+
+    def make(step):
+        by[step] = threading.current_thread()
+        begun[step].set()
+
+    with Ahead(make, last=3) as ahead:
+        ahead.take(1)
+        assert begun[2].wait(10)  # nobody asked for it yet
+        assert not begun[3].is_set()
+    assert by[1] is threading.current_thread()
+    assert by[2] is not threading.current_thread()
+
+
+def test_what_goes_wrong_is_raised_where_it_is_wanted():
+    def make(step):
+        if step % 3 == 0:
+            raise OSError(f"no {step}")
+        return step
+
+    with Ahead(make, last=7) as ahead:
+        assert [ahead.take(1), ahead.take(2)] == [1, 2]  # 3 fails behind it
+        with pytest.raises(OSError, match="no 3"):
+            ahead.take(3)
+        assert ahead.take(3 + 1) == 4
+        with pytest.raises(OSError, match="no 6"):
+            ahead.take(6)  # at once
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_at_the_end_no_thread_is_left(fails):
+    def threads():
+        return [thread for thread in threading.enumerate() if thread.name.startswith("distrust-ahead")]
+
+    slow = threading.Event()
+    try:
+        with Ahead(lambda step: step == 2 and slow.wait(0.05), last=5) as ahead:
+            ahead.take(1)
+            assert len(threads()) == 1
+            if fails:
+                raise KeyError
+    except KeyError:
+        pass
+    assert threads() == []

@@ -1,0 +1,243 @@
+"""The shortest way through a model is the same as transformers' own padded batch with its own loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_models import a_batch, adapted, gradients, reference, small_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from distrust.engines.torch import attention
+from distrust.engines.torch.fused import fuse
+from distrust.engines.torch.loss import chunked_losses
+from distrust.engines.torch.passes import Passes
+
+BFLOAT16 = torch.bfloat16
+#: What each kind of model allows: whether its examples are packed, and its logits made in chunks.
+ALLOWED = {
+    "llama": (True, True),
+    "qwen2, tied": (True, True),
+    "mistral, sliding window": (True, True),
+    "gpt2": (True, True),
+    "gemma2, softcapping": (False, False),
+    "cohere, scaled logits": (True, False),
+    "qwen2_moe, window of the mask": (False, True),
+}
+
+
+def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], *, rounding: float):
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        apart = float((found[name] - gradient).norm())
+        assert apart <= rounding * float(gradient.norm()) + 1e-7, name
+
+
+def check(
+    model: Any, base: Any, *, arithmetic: torch.dtype = torch.float32, rounding: float = 2e-5
+) -> Passes:
+    """Losses and gradients of the passes are those of transformers; returns the passes."""
+    batch = a_batch()
+    losses, expected = reference(model, batch, autocast=arithmetic is not torch.float32)
+    fuse(model, dtype=next(base.parameters()).dtype)
+    passes = Passes(base, arithmetic=arithmetic)
+    evaluated = passes.evaluate(batch)
+    model.train()
+    made = passes.train(batch, tokens=batch.tokens)
+    for found in (evaluated, made):
+        np.testing.assert_allclose(found.cross_entropy, losses.sum(axis=1), rtol=rounding)
+        weighted = (losses * batch.weights[:, 1:]).sum(axis=1)
+        np.testing.assert_allclose(found.weighted, weighted, rtol=rounding)
+    assert_close(gradients(model), expected, rounding=rounding)
+    return passes
+
+
+@pytest.mark.parametrize("rank", [4, 0])
+@pytest.mark.parametrize("kind", ALLOWED)
+def test_losses_and_gradients_are_those_of_padded_examples(kind, rank):
+    base = small_model(kind)
+    passes = check(adapted(base, rank=rank), base)
+    assert (passes.packs, passes.chunks) == ALLOWED[kind]
+
+
+@pytest.mark.parametrize(("rank", "kept"), [(4, BFLOAT16), (0, torch.float32)])
+@pytest.mark.parametrize("kind", ["llama", "mistral, sliding window", "gpt2"])
+def test_in_bfloat16_too(kind, rank, kept):
+    base = small_model(kind, dtype=kept)
+    passes = check(adapted(base, rank=rank), base, arithmetic=BFLOAT16, rounding=0.08)
+    assert passes.packs
+    assert passes.chunks
+
+
+@pytest.mark.parametrize("rank", [4, 0])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_with_checkpointed_layers_too(kind, rank):
+    base = small_model(kind)
+    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    if rank:
+        base.enable_input_require_grads()
+    assert check(adapted(base, rank=rank), base).packs
+
+
+def test_the_loss_is_that_of_transformers():
+    model, batch = small_model("llama"), a_batch()
+    labels, mask = torch.from_numpy(batch.labels), torch.from_numpy(batch.attention_mask)
+    with torch.no_grad():
+        loss = model(input_ids=torch.from_numpy(batch.input_ids), attention_mask=mask, labels=labels).loss
+    ours = Passes(model, arithmetic=torch.float32).evaluate(batch)
+    assert ours.cross_entropy.sum() / batch.tokens == pytest.approx(float(loss), rel=1e-5)
+
+
+class _Mixing(torch.nn.Module):
+    """A norm that lets each token see the one before it."""
+
+    def __init__(self, norm: torch.nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.norm(hidden + torch.nn.functional.pad(hidden, (0, 0, 1, 0))[:, :-1])
+
+
+class _RunningOn(torch.nn.Module):
+    """Rotary positions that know no new beginning."""
+
+    def __init__(self, rotary: torch.nn.Module) -> None:
+        super().__init__()
+        self.rotary = rotary
+
+    def forward(self, hidden: torch.Tensor, position_ids: torch.Tensor) -> Any:
+        return self.rotary(hidden, torch.arange(hidden.shape[1])[None] ** 2)
+
+
+@pytest.mark.parametrize("fault", ["attention", "positions", "a layer"])
+def test_examples_that_would_see_each_other_are_not_packed(monkeypatch, fault):
+    model = small_model("llama")
+    if fault == "attention":
+        own = attention.packed_attention
+
+        def leaking(module, query, *tensors, **options):
+            with attention.examples_of([query.shape[2]]):
+                return own(module, query, *tensors, **options)
+
+        monkeypatch.setattr(attention, "packed_attention", leaking)
+    elif fault == "positions":
+        model.model.rotary_emb = _RunningOn(model.model.rotary_emb)
+    else:
+        model.model.layers[1].input_layernorm = _Mixing(model.model.layers[1].input_layernorm)
+    assert not check(model, model).packs
+
+
+@pytest.mark.parametrize("chosen", ["eager", "sdpa"])
+def test_attention_that_was_chosen_stays(chosen):
+    model = small_model("llama")
+    model.set_attn_implementation(chosen)
+    assert Passes(model, arithmetic=torch.float32).packs == (chosen == "sdpa")
+    if chosen == "eager":
+        assert model.config._attn_implementation == "eager"
+
+
+def test_outside_of_passes_a_packed_model_is_as_usual():
+    """Generation, and whoever calls the model by himself."""
+    model, plain, batch = small_model("llama"), small_model("llama"), a_batch()
+    assert Passes(model, arithmetic=torch.float32).packs
+    given = {
+        "input_ids": torch.from_numpy(batch.input_ids),
+        "attention_mask": torch.from_numpy(batch.attention_mask),
+    }
+    assert torch.equal(model(**given).logits, plain(**given).logits)
+
+
+@st.composite
+def _heads(draw):
+    """What goes into a head and comes out of it, and how much of it stands in memory at once."""
+    tokens, width, words = draw(st.integers(0, 9)), draw(st.integers(1, 6)), draw(st.integers(1, 12))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    dtype = draw(st.sampled_from([torch.float32, BFLOAT16]))
+    head = torch.nn.Linear(width, words, bias=draw(st.booleans())).to(
+        draw(st.sampled_from([dtype, torch.float32]))
+    )
+    for part in head.parameters():
+        part.data.copy_(torch.randn(part.shape, generator=generator) * 2)
+        part.requires_grad_(draw(st.booleans()))
+    hidden = torch.randn(tokens, width, generator=generator).to(dtype).requires_grad_(draw(st.booleans()))
+    targets = torch.randint(words, (tokens,), generator=generator)
+    scales = torch.rand(tokens, generator=generator) * torch.randint(0, 2, (tokens,), generator=generator)
+    return hidden, head, targets, scales, draw(st.integers(1, 60))
+
+
+@settings(max_examples=60, deadline=None)
+@given(_heads())
+def test_in_chunks_it_is_the_cross_entropy_of_all_logits(case):
+    hidden, head, targets, scales, chunk_numbers = case
+    leaves = [part for part in (hidden, *head.parameters()) if part.requires_grad]
+    exact = [
+        None if part is None else part.detach().double().requires_grad_()
+        for part in (hidden, head.weight, head.bias)
+    ]
+    expected = torch.nn.functional.cross_entropy(
+        torch.nn.functional.linear(*exact), targets, reduction="none"
+    )
+    total, losses = chunked_losses(hidden, head, targets, scales, chunk_numbers=chunk_numbers)
+    rounding = 1e-5 if hidden.dtype == torch.float32 else 0.1
+    torch.testing.assert_close(losses.double(), expected.detach(), rtol=rounding, atol=rounding)
+    torch.testing.assert_close(total, (losses * scales).sum())
+    assert not losses.requires_grad
+    assert total.requires_grad == bool(leaves)
+    if not leaves:
+        return
+    (total * 3).backward()
+    (expected * scales.double() * 3).sum().backward()
+    for found, wanted in zip((hidden, head.weight, head.bias), exact, strict=True):
+        if found is None or not found.requires_grad:
+            assert found is None or found.grad is None
+            continue
+        assert found.grad.dtype == found.dtype
+        size = float(wanted.grad.norm()) if wanted.grad.numel() else 0.0
+        assert float((found.grad.double() - wanted.grad).norm()) <= rounding * size + rounding * 0.1
+
+
+def test_without_gradients_none_is_made(monkeypatch):
+    """An evaluation of a model whose head is trained would make a gradient as large as the head."""
+    head = torch.nn.Linear(4, 8)
+    shapes = []
+    own = torch.zeros_like
+    monkeypatch.setattr(
+        torch, "zeros_like", lambda like, **more: shapes.append(like.shape) or own(like, **more)
+    )
+    arguments = torch.randn(3, 4), head, torch.tensor([0, 5, 7]), torch.ones(3)
+    with torch.no_grad():
+        assert not chunked_losses(*arguments)[0].requires_grad
+    assert shapes == []
+    chunked_losses(*arguments)
+    assert shapes == [head.weight.shape, head.bias.shape]
+
+
+class _Largest(TorchDispatchMode):
+    """Sees every tensor that is made, and keeps the size of the largest."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        made = function(*arguments, **(options or {}))
+        sizes = [part.numel() for part in tree_leaves(made) if isinstance(part, torch.Tensor)]
+        self.numbers = max(self.numbers, *sizes, 0)
+        return made
+
+
+def test_the_logits_never_stand_there_whole():
+    tokens, width, words = 1000, 3, 70
+    head = torch.nn.Linear(width, words)
+    hidden = torch.randn(tokens, width, requires_grad=True)
+    with _Largest() as largest:
+        total, _ = chunked_losses(
+            hidden, head, torch.zeros(tokens, dtype=torch.int64), torch.ones(tokens), chunk_numbers=700
+        )
+        total.backward()
+    assert largest.numbers == tokens * width  # and with all logits tokens * words
