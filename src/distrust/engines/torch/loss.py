@@ -36,7 +36,7 @@ def chunked_losses(
     targets: torch.Tensor,
     scales: torch.Tensor,
     *,
-    chunk_numbers: int = CHUNK_NUMBERS,
+    chunk_tokens: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scaled sum of the cross-entropy of each token, from what goes into the head.
 
@@ -45,15 +45,18 @@ def chunked_losses(
         head: width -> vocabulary.
         targets: int64[m]: the token that is predicted.
         scales: float32[m]: what each token's loss is multiplied by.
-        chunk_numbers: how many logits stand in memory at once; :data:`CHUNK_TOKENS` tokens' at least.
+        chunk_tokens: the logits of how many tokens stand in memory at once. Default: :data:`CHUNK_NUMBERS`
+            logits, and those of :data:`CHUNK_TOKENS` tokens at least.
 
     Returns:
         float32[], the scaled sum, which has a gradient; float32[m], each token's cross-entropy, in nats.
     """
+    if chunk_tokens is None:
+        chunk_tokens = max(CHUNK_TOKENS, CHUNK_NUMBERS // head.weight.shape[0])
     parts = [hidden, head.weight, head.bias]
     if not torch.is_grad_enabled():  # else the gradients would be made, and dropped
         parts = [None if part is None else part.detach() for part in parts]
-    return _ChunkedLosses.apply(*parts, targets, scales, chunk_numbers)  # type: ignore[no-untyped-call,no-any-return]
+    return _ChunkedLosses.apply(*parts, targets, scales, chunk_tokens)  # type: ignore[no-untyped-call,no-any-return]
 
 
 class _ChunkedLosses(torch.autograd.Function):
@@ -67,7 +70,7 @@ class _ChunkedLosses(torch.autograd.Function):
         bias: torch.Tensor | None,
         targets: torch.Tensor,
         scales: torch.Tensor,
-        chunk_numbers: int,
+        chunk_tokens: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         wanted = ctx.needs_input_grad[:3]
         with torch.autocast(hidden.device.type, enabled=False):
@@ -77,7 +80,7 @@ class _ChunkedLosses(torch.autograd.Function):
                 bias,
                 targets,
                 scales,
-                max(CHUNK_TOKENS, chunk_numbers // weight.shape[0]),
+                chunk_tokens,
                 wanted,
             )
         ctx.save_for_backward(*gradients)
