@@ -440,3 +440,22 @@ def test_tables_are_told_apart_from_unknown_options():
 def test_lists_are_the_same_as_what_flags_and_files_give():
     given = TrainConfig(data=["a", "b"], mix=[1.0, 2.0], target_modules=["q_proj"])
     assert given == TrainConfig(data=("a", "b"), mix=(1.0, 2.0), target_modules=("q_proj",))
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"batch_size": "8"}, "--batch-size is '8': give a whole number"),
+        ({"max_steps": 2.5}, "--max-steps is 2.5: give a whole number"),
+        ({"packing": "no"}, "--packing is 'no': give true or false"),
+        ({"out": None}, "--out is None: give a string"),
+        ({"data": ["a", 3]}, r"--data is \('a', 3\): give a name, or a list of names"),
+    ],
+)
+def test_from_python_a_wrong_type_is_told_as_in_a_file(given, words):
+    with pytest.raises(ConfigError, match=words):
+        TrainConfig(**given)
+
+
+def test_a_whole_number_is_a_number():
+    assert TrainConfig(learning_rate=1) == TrainConfig(learning_rate=1.0)

@@ -100,3 +100,8 @@ def test_events_are_told_in_the_docs_as_they_are():
         assert set(re.findall(r"`(\w+)`", cell)) <= known, name
     for reason in events.Reason.__args__:
         assert reason == "error" or f"`{reason}`" in text
+
+
+@pytest.mark.parametrize("page", sorted([ROOT / "README.md", *DOCS.glob("*.md")]), ids=lambda page: page.stem)
+def test_no_place_is_held_for_something_to_come(page):
+    assert not re.findall(r"^[A-Z_]{4,}$", page.read_text("utf-8"), flags=re.MULTILINE)

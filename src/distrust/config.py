@@ -241,9 +241,16 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in {*_PATHS, *_SEVERAL, "cache_dir"}:
             object.__setattr__(self, name, _named(getattr(self, name)))
-        for name in ("mix", "target_modules"):  # as flags and files give them: equal ones compare equal
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
+        problems = []
+        for name, hint in _hints().items():  # as flags and files give them: equal ones compare equal
+            if get_origin(hint) is Literal:
+                continue  # told below, with what else is out of its bounds
+            try:
+                object.__setattr__(self, name, _typed(getattr(self, name), hint))
+            except TypeError as error:
+                problems.append(f"{flag(name)} is {getattr(self, name)!r}: {error}")
+        if problems:  # what is of a wrong type has no bounds
+            raise ConfigError("\n".join(problems))
         problems = [
             f"{flag(name)} is {getattr(self, name)!r}: {wanted}"
             for name, holds, wanted in _bounds(self)

@@ -154,7 +154,9 @@ def _named(fields: Fields, names: tuple[str, ...], default: float | None, flag: 
     given = [name for name in names if name in fields]
     if not given:
         if default is None:
-            raise RecordError(f"missing; add it, or give {flag} for records without it", field=names[0])
+            raise RecordError(
+                f"missing; add it, or give {flag} for records without it, or --weighting off", field=names[0]
+            )
         return default, names[0]
     if len(given) == 2 and fields[names[0]] != fields[names[1]]:
         values = " and ".join(shown(fields[name]) for name in names)
