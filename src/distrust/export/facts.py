@@ -107,6 +107,7 @@ def _sections(
     corpus = run.get("corpus", {})
     options = config.with_effect("result")
     weighting = {key(name): options.pop(key(name)) for name in _WEIGHTING}
+    shares, kept_out = options.pop("mix"), options.pop("eval_fraction")
     environment = run.get("environment", {})
     sections: dict[str, Mapping[str, object]] = {
         "Checkpoint": {
@@ -121,8 +122,8 @@ def _sections(
         },
         "Data": {
             "name": _public_names(config.data),
-            "shares": config.mix,
-            "kept out to evaluate on": config.eval_fraction or None,
+            "shares": shares,
+            "kept out to evaluate on": kept_out or None,
             "examples": corpus.get("examples"),
             "learned tokens": corpus.get("tokens"),
             "learned tokens seen in training": file.metadata.get("tokens_seen"),

@@ -144,6 +144,8 @@ class Passes:
             with self._autocast():
                 logits = self._model(input_ids=ids, use_cache=False).logits
                 hidden = self._model.base_model(input_ids=ids, use_cache=False)[0]
+        except Exception:  # a model whose parts are called otherwise makes its logits itself
+            return False
         finally:
             hook.remove()
         if len(seen) != 2:
