@@ -23,10 +23,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -214,12 +213,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write every figure there")
     parser.add_argument("--picture", type=Path, help="draw them there")
     return parser.parse_args()
-
-
-def read(path: Path) -> Mapping[str, Any]:
-    """Figures that were written with ``--json``."""
-    results: Mapping[str, Any] = json.loads(path.read_text("utf-8"))
-    return results
 
 
 if __name__ == "__main__":

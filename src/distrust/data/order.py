@@ -65,20 +65,13 @@ def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return z ^ (z >> np.uint64(31))
 
 
-class Order:
-    """An endless row of epochs, each in an order of its own, that can be entered anywhere at one price.
-
-    Attributes:
-        sequences: how many there are in an epoch.
-        seed: the run's seed.
-    """
+class _Epochs:
+    """An endless row of epochs that can be entered anywhere at one price: what an order of either kind is."""
 
     def __init__(self, sequences: int, *, seed: int) -> None:
-        if sequences < 1:
-            raise ValueError(f"there must be a sequence to order, not {sequences}")
         self.sequences = sequences
         self.seed = seed
-        self._cached = (0, permutation(sequences, seed=seed, epoch=0))
+        self._cached: tuple[int, NDArray[np.int64]] | None = None
 
     def at(self, start: int, count: int) -> NDArray[np.int64]:
         """The sequences at global positions ``start`` to ``start + count``; epoch = position // sequences.
@@ -107,12 +100,34 @@ class Order:
 
     def _epoch(self, epoch: int) -> NDArray[np.int64]:
         cached = self._cached  # read once: another thread may replace it
-        if cached[0] != epoch:
-            cached = self._cached = (epoch, permutation(self.sequences, seed=self.seed, epoch=epoch))
+        if cached is None or cached[0] != epoch:
+            cached = self._cached = (epoch, self._drawn(epoch))
         return cached[1]
 
+    def _drawn(self, epoch: int) -> NDArray[np.int64]:
+        """The order of an epoch: int64[sequences]."""
+        raise NotImplementedError
 
-class MixedOrder:
+
+class Order(_Epochs):
+    """An endless row of epochs, each in an order of its own, that can be entered anywhere at one price.
+
+    Attributes:
+        sequences: how many there are in an epoch.
+        seed: the run's seed.
+    """
+
+    def __init__(self, sequences: int, *, seed: int) -> None:
+        if sequences < 1:
+            raise ValueError(f"there must be a sequence to order, not {sequences}")
+        super().__init__(sequences, seed=seed)
+        self._epoch(0)
+
+    def _drawn(self, epoch: int) -> NDArray[np.int64]:
+        return permutation(self.sequences, seed=self.seed, epoch=epoch)
+
+
+class MixedOrder(_Epochs):
     """An endless row of epochs in which each source has its share; the interface of ``Order``.
 
     The sequences are numbered source after source.
@@ -131,30 +146,11 @@ class MixedOrder:
     def __init__(self, sizes: Sequence[int], *, shares: Sequence[float], seed: int) -> None:
         if not sizes or min(sizes) < 1 or len(sizes) != len(shares):
             raise ValueError(f"every source needs sequences and a share: {list(sizes)}, {list(shares)}")
-        self.sequences = sum(sizes)
+        super().__init__(sum(sizes), seed=seed)
         self.counts = apportioned(self.sequences, shares)
-        self.seed = seed
         self._begins = [0, *accumulate(sizes)][:-1]
         self._orders = [Order(size, seed=derived_seed(seed, k)) for k, size in enumerate(sizes)]
-        self._cached = (0, self._drawn(0))
-
-    def at(self, start: int, count: int) -> NDArray[np.int64]:
-        """The sequences at global positions, as ``Order.at`` gives them."""
-        if start < 0 or count < 0:
-            raise ValueError(f"neither start nor count may be negative: {start}, {count}")
-        taken = [np.empty(0, np.int64)]
-        while count:
-            epoch, place = divmod(start, self.sequences)
-            part = self._epoch(epoch)[place : place + count]
-            taken.append(part)
-            start, count = start + len(part), count - len(part)
-        return np.concatenate(taken)
-
-    def _epoch(self, epoch: int) -> NDArray[np.int64]:
-        cached = self._cached  # read once: another thread may replace it
-        if cached[0] != epoch:
-            cached = self._cached = (epoch, self._drawn(epoch))
-        return cached[1]
+        self._epoch(0)
 
     def _drawn(self, epoch: int) -> NDArray[np.int64]:
         source = np.repeat(np.arange(len(self.counts)), self.counts)
