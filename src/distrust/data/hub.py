@@ -22,7 +22,7 @@ _BATCH = 256
 
 
 def is_name(name: str) -> bool:
-    """Whether a data set of the hub can be called so."""
+    """Whether something of the hub can be called so, a data set or a model."""
     return _NAME.fullmatch(name) is not None
 
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from distrust.bundled import MODEL
 from distrust.checkpoint.store import RUN_SUBDIRECTORY
 from distrust.config import BUNDLED
+from distrust.data.hub import is_name
 from distrust.errors import ModelError
-
-#: NAME or OWNER/NAME; anything else can only be a folder.
-_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 
 
 def locate(name: str) -> tuple[str, bool]:
@@ -27,7 +24,7 @@ def locate(name: str) -> tuple[str, bool]:
         return str(MODEL), True
     folder = Path(name)
     if not folder.exists():
-        if not _HUB_NAME.fullmatch(name):
+        if not is_name(name):
             raise ModelError(f"--model {name}: there is no such folder")
         return name, False
     if not folder.is_dir():
@@ -41,5 +38,5 @@ def locate(name: str) -> tuple[str, bool]:
 
 def hub_name(name: str) -> str | None:
     """The name, if it is that of a model on a hub and not of a folder here."""
-    local = name == BUNDLED or Path(name).exists() or not _HUB_NAME.fullmatch(name)
+    local = name == BUNDLED or Path(name).exists() or not is_name(name)
     return None if local else name
