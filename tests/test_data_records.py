@@ -251,7 +251,7 @@ def test_all_that_is_wrong_is_told_at_once(write):
 
 
 def test_the_first_twenty_are_shown_and_the_rest_counted(write):
-    path = write(*[{"text": 1, **SOURCE}] * 33)
+    path = write(*({"text": "a", **SOURCE, "authority_weight": 2 + number} for number in range(33)))
     with pytest.raises(DataError) as caught:
         read_records(path)
     lines = str(caught.value).splitlines()
@@ -259,6 +259,19 @@ def test_the_first_twenty_are_shown_and_the_rest_counted(write):
     assert lines[20].startswith(f"{path}:20: ")
     assert lines[21] == "and 13 more"
     assert len(caught.value.problems) == 33
+
+
+def test_what_is_wrong_with_every_record_is_not_told_twenty_times(write):
+    """Every problem is told, or counted with those that say the same: once each."""
+    rows = [{"text": 1, **SOURCE}] * 1500 + [{"text": "a", "authority_weight": 0.1}] * 2
+    path = write(*rows[1500:], *rows[:1500])
+    with pytest.raises(DataError) as caught:
+        read_records(path)
+    headline, *lines = str(caught.value).splitlines()
+    assert headline == f"{path}: 1502 of 1502 records are wrong"
+    assert [line.removeprefix(f"{path}:").split(":")[0] for line in lines[:5]] == ["1", "2", "3", "4", "5"]
+    assert lines[5].startswith("and 1,497 more: text: a number")
+    assert len(lines) == 6
 
 
 def one_line(path):

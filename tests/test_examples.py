@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import re
 import subprocess
@@ -10,8 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from distrust import DistrustTrainer
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -24,9 +21,6 @@ SAID = {
     "train": r"stopped after step 2, saved as checkpoint-2\.safetensors\nfinished at step 4: ",
     "weights": r"notebook +weighs (\S+)\n(.*\n)*encyclopedia +weighs 0\.\d+\n",
 }
-TAKES_EXAMPLES = "examples" in inspect.signature(DistrustTrainer).parameters
-
-
 #: Those of a group run in one process: most of the time of each would go into loading its libraries.
 GROUPS = [["train", "callbacks", "asynchronous", "own_examples"], ["plain_checkpoints"], ["weights"]]
 RUN = """
@@ -43,7 +37,7 @@ def said():
     """What each prints."""
     running = [
         subprocess.Popen(
-            [sys.executable, "-c", RUN, *(EXAMPLES / f"{name}.py" for name in group if _runs(name))],
+            [sys.executable, "-c", RUN, *(EXAMPLES / f"{name}.py" for name in group)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -61,14 +55,8 @@ def said():
     return {Path(path).stem: text for path, _, text in parts}
 
 
-def _runs(name):
-    return name != "own_examples" or TAKES_EXAMPLES
-
-
 @pytest.mark.parametrize("name", SAID)
 def test_an_example_says_what_it_promises(said, name):
-    if not _runs(name):
-        pytest.skip("DistrustTrainer does not take examples yet")
     assert re.search(SAID[name], said[name]), said[name]
 
 

@@ -14,7 +14,7 @@ from distrust import CheckpointManager
 from models import make_model, train_arguments, write_records
 
 #: Long enough to be killed in the middle.
-LONG = ["--max-steps", 90, "--save-every", 3, "--lora-dropout", 0.1, "--gradient-accumulation", 2]
+LONG = ["--max-steps", 45, "--save-every", 3, "--lora-dropout", 0.1, "--gradient-accumulation", 2]
 
 
 def digest_of(run):
@@ -63,7 +63,7 @@ def test_killed_stopped_and_run_again_it_ends_as_if_left_alone(distrust, start, 
 
     again = distrust(*command)
     assert (again.code, again.err) == (0, "")
-    assert "nothing to do: the run finished at step 90\n" in again.out
+    assert "nothing to do: the run finished at step 45\n" in again.out
     assert digest_of(tmp_path / "alone") in again.out
 
 
@@ -79,6 +79,7 @@ def test_plain_lines_where_the_output_is_no_terminal(distrust, folder, tmp_path)
     assert [line.split(":")[0] for line in saved] == ["step 2", "step 4", "step 6"]
     assert any(line.startswith("finished at step 6 in ") for line in lines)
     assert lines[-1] == f"state digest {digest_of(tmp_path / 'run')}"
+    assert any(line.startswith("all 6 steps lie in the warm-up of 10: ") for line in lines)
 
 
 def test_a_toml_file_says_the_same(distrust, folder, finished, tmp_path):
@@ -131,6 +132,7 @@ FAILURES = {
     "no data": (["--data", "nowhere.jsonl"], 1, "nowhere.jsonl: no such file"),
     "a folder as data": (["--data", "."], 1, ".: holds no data files"),
     "a folder without a model": (["--model", "."], 1, "--model .: holds no config.json"),
+    "an adapter": (["--model", "adapter"], 1, "--model adapter: holds an adapter, not a model; "),
     "no such device": (["--device", "cuda"], 2, "--device cuda: not available here; available: cpu"),
     "too long": (["--max-length", "999"], 2, "--max-length 999: the model sees 128 tokens at once"),
     "no such module": (["--target-modules", "nothing"], 2, "--target-modules nothing: "),
@@ -147,6 +149,9 @@ def test_a_failure_is_one_line(distrust, folder, tmp_path, monkeypatch, kind):
     if kind == "no such device" and torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
     monkeypatch.chdir(tmp_path)
+    if kind == "an adapter":
+        (tmp_path / "adapter").mkdir()
+        (tmp_path / "adapter" / "adapter_config.json").touch()
     given = distrust(*train_arguments(folder, tmp_path / "run", *arguments))
     assert given.code == code
     assert given.err.startswith("distrust: ")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 
 from distrust.data.records import Location
 from distrust.errors import DataError
 
 SHOWN = 20
 """How many problems a message lists."""
+
+SAME = 3
+"""How many of them may say the same, where there are more than that."""
 
 KEPT = 1000
 """How many the error's ``problems`` holds: a file of a billion wrong lines must not fill the memory."""
@@ -35,7 +39,8 @@ class Problems:
 
     def __init__(self) -> None:
         self.records = 0
-        self._lines: list[str] = []
+        self._kept: list[tuple[str, str]] = []  # the line, and the cause in it
+        self._counts: Counter[str] = Counter()  # of the causes that are kept
         self._count = 0
 
     def add(self, location: Location, found: Iterable[RecordError]) -> None:
@@ -43,12 +48,30 @@ class Problems:
         self.records += 1
         for problem in found:
             self._count += 1
-            if len(self._lines) < KEPT:
-                self._lines.append(f"{location}: {problem}")
+            cause = str(problem)
+            if len(self._kept) < KEPT:
+                self._kept.append((f"{location}: {cause}", cause))
+                self._counts[cause] += 1
+            elif cause in self._counts:
+                self._counts[cause] += 1
 
     def error(self, headline: str) -> DataError:
-        """One error for all of them: the headline, the first ``SHOWN``, and how many more."""
-        lines = [headline, *self._lines[:SHOWN]]
-        if self._count > SHOWN:
-            lines.append(f"and {self._count - SHOWN} more")
-        return DataError("\n".join(lines), self._lines)
+        """One error for all of them: the headline, the first ``SHOWN``, and how many more of which cause."""
+        kept = [line for line, _ in self._kept]
+        return DataError("\n".join([headline, *self._shown()]), kept)
+
+    def _shown(self) -> Iterator[str]:
+        """All problems if they are few; else of each cause a few, and how many more."""
+        most = SHOWN if self._count <= SHOWN else SAME
+        shown: Counter[str] = Counter()
+        for line, cause in self._kept:
+            if shown[cause] < most and shown.total() < SHOWN:
+                shown[cause] += 1
+                yield line
+        left = self._count - shown.total()
+        for cause, number in shown.items():
+            if number == most and self._counts[cause] > number:
+                left -= self._counts[cause] - number
+                yield f"and {self._counts[cause] - number:,} more: {cause}"
+        if left:
+            yield f"and {left:,} more"

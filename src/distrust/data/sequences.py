@@ -8,7 +8,7 @@ rows in an order of its own (``order``). So the rows of any step are known witho
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,14 +68,13 @@ def packed(
     if len(lengths) and int(lengths.max()) > capacity:
         raise ValueError(f"an example of {int(lengths.max())} tokens does not fit a row of {capacity}")
     drawn = permutation(len(examples), seed=seed, epoch=PACKING)
-    rows = [
-        [int(member) for member in row]
-        for start in range(0, len(drawn), window)
-        for row in _best_fit(drawn[start : start + window], lengths, capacity)
-    ]
-    sizes = np.array([len(row) for row in rows], np.int64)
-    members = np.array([member for row in rows for member in row], np.int64)
-    return Sequences(np.concatenate(([0], np.cumsum(sizes))), examples[members])
+    sizes, members = [np.zeros(1, np.int64)], [drawn[:0]]
+    for start in range(0, len(drawn), window):
+        rows = _best_fit(drawn[start : start + window], lengths, capacity)
+        # Arrays, window by window: lists of all rows would take ten times the memory.
+        sizes.append(np.array([len(row) for row in rows], np.int64))
+        members.append(np.concatenate(rows))
+    return Sequences(np.cumsum(np.concatenate(sizes)), examples[np.concatenate(members)])
 
 
 def concatenated(parts: Sequence[Sequences]) -> Sequences:
@@ -87,9 +86,7 @@ def concatenated(parts: Sequence[Sequences]) -> Sequences:
     )
 
 
-def _best_fit(
-    window: NDArray[np.int64], lengths: NDArray[np.int64], capacity: int
-) -> Iterator[list[np.int64]]:
+def _best_fit(window: NDArray[np.int64], lengths: NDArray[np.int64], capacity: int) -> list[list[np.int64]]:
     """Each example into the fullest row that still has room for it, the longest example first."""
     rows: list[list[np.int64]] = []
     by_room: dict[int, list[int]] = {}
@@ -112,4 +109,4 @@ def _best_fit(
         if left:
             by_room.setdefault(left, []).append(row)
             rooms |= 1 << left
-    yield from rows
+    return rows

@@ -129,6 +129,11 @@ class ConsoleReporter:
             f"({event.effective_examples / event.examples:.0%})"
         )
         self._say(f"training {event.trained:,} of {event.parameters:,} parameters, into {event.out}")
+        if event.max_steps < event.warmup_steps:
+            self._say(
+                f"all {event.max_steps} steps lie in the warm-up of {event.warmup_steps}: the learning rate "
+                "does not reach its peak; --warmup-ratio 0.1 fits the warm-up to the run"
+            )
         if event.resumed_from is not None:
             self._say(f"going on after step {event.step}, from {_shown(event.resumed_from)}")
         self._max_steps = event.max_steps

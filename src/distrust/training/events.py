@@ -40,11 +40,12 @@ class RunStarted:
         tokens: learned ones in the training data.
         truncated: examples that were cut.
         tokens_cut: tokens that they lost.
-        effective_examples: (Σu)²/Σu² of the examples' weights u.
+        effective_examples: (Σu)²/Σu² of the examples' weights u, times how often `mix` draws each.
         weight_range: the smallest and the largest u.
         trained: how many numbers are trained.
         parameters: how many the model has.
         epoch_steps: optimizer steps of one pass over the data, as a fraction.
+        warmup_steps: in which the learning rate rises to its peak.
     """
 
     out: Path
@@ -60,6 +61,7 @@ class RunStarted:
     trained: int
     parameters: int
     epoch_steps: float
+    warmup_steps: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,11 +72,13 @@ class Excess:
         place: where, in words.
         now: bytes taken there.
         next_step: bytes that the next step may take there.
+        bound: bytes that it may not pass.
     """
 
     place: str
     now: int
     next_step: int
+    bound: float
 
 
 class MemoryWatch:
@@ -131,7 +133,7 @@ class MemoryWatch:
         bound = self._config.max_memory
         for place, forecast in self._places.items():
             if bound is not None and forecast.next_step > bound * GIB:
-                return Excess(place, forecast.now, forecast.next_step)
+                return Excess(place, forecast.now, forecast.next_step, bound * GIB)
         return None
 
     @property

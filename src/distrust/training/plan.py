@@ -55,6 +55,7 @@ class Plan:
         schedule_steps: after which the learning rate's schedule has ended.
         corpus: the tokenized examples.
         weights: float64[examples]: normalized.
+        effective_examples: how many equal ones they are worth, by how often each is drawn.
         batches: the batches of each step.
         evaluation: the tokenized eval set, or None.
         pad_token_id: what batches are padded with.
@@ -65,6 +66,7 @@ class Plan:
     schedule_steps: int
     corpus: Corpus
     weights: np.ndarray[Any, Any]
+    effective_examples: float
     batches: Batches
     evaluation: Corpus | None
     pad_token_id: int
@@ -120,55 +122,59 @@ def read_sources(
         DataError: for records that cannot be trained on.
         ConfigError: for options that do not fit the sources.
     """
-    cache = Cache(cache_folder(config.cache_dir))
-    columns = columns_of(config)
-
-    def opened(names: tuple[str, ...], split: str) -> tuple[Source, ...]:
-        return tuple(
-            open_source(
-                name,
-                columns,
-                split=split,
-                subset=config.subset,
-                revision=config.revision,
-                spool=cache.folder,
-            )
-            for name in names
-        )
-
-    def given(rows: Examples, name: str) -> tuple[Source, ...]:
-        return (examples_source(rows, columns, name=name, spool=cache.folder),)
-
-    def checked(
-        sources: tuple[Source, ...], authority_weight: float | None, provenance_entropy: float | None
-    ) -> Checked:
-        reading = Reading(sources, columns, authority_weight, provenance_entropy)
-        census = cache.census(reading.key)
-        if census is None:
-            census = check(
-                reading,
-                on_progress=lambda done: report(f"checking {reading.name}", done, 0) if report else None,
-            )
-            cache.remember(reading.key, census)
-        return Checked(reading, census)
-
     if examples is None and config.data == EXAMPLES:
         raise ConfigError(f"--data {EXAMPLES}: the run's examples were a program's; it must hand them over")
     if config.data == EXAMPLES and config.eval_split and config.eval_data is None and eval_examples is None:
         raise ConfigError(f"--eval-split {config.eval_split}: a program's examples have no splits")
+    cache = Cache(cache_folder(config.cache_dir))
     # Without weighting nothing asks for provenance; an eval set, by plain cross-entropy, never does.
     missing = 0.0 if config.weighting == "off" else None
-    training = checked(
-        opened(several(config.data), config.split) if examples is None else given(examples, "examples"),
+    training = Reading(
+        _opened(config, several(config.data), config.split, cache)
+        if examples is None
+        else _given(config, examples, "examples", cache),
+        columns_of(config),
         missing if config.default_authority_weight is None else config.default_authority_weight,
         missing if config.default_provenance_entropy is None else config.default_provenance_entropy,
     )
+    checked = _checked(training, cache, report)
     evaluated: tuple[Source, ...] = ()
     if eval_examples is not None:
-        evaluated = given(eval_examples, "eval_examples")
+        evaluated = _given(config, eval_examples, "eval_examples", cache)
     elif config.eval_data is not None or config.eval_split is not None:
-        evaluated = opened(several(config.eval_data or config.data), config.eval_split or config.split)
-    return Sources(training, checked(evaluated, 0.0, 0.0) if evaluated else None, cache)
+        names = several(config.eval_data or config.data)
+        evaluated = _opened(config, names, config.eval_split or config.split, cache)
+    evaluation = Reading(evaluated, columns_of(config), 0.0, 0.0)
+    return Sources(checked, _checked(evaluation, cache, report) if evaluated else None, cache)
+
+
+def _opened(config: TrainConfig, names: tuple[str, ...], split: str, cache: Cache) -> tuple[Source, ...]:
+    return tuple(
+        open_source(
+            name,
+            columns_of(config),
+            split=split,
+            subset=config.subset,
+            revision=config.revision,
+            spool=cache.folder,
+        )
+        for name in names
+    )
+
+
+def _given(config: TrainConfig, rows: Examples, name: str, cache: Cache) -> tuple[Source, ...]:
+    return (examples_source(rows, columns_of(config), name=name, spool=cache.folder),)
+
+
+def _checked(reading: Reading, cache: Cache, report: Progress | None) -> Checked:
+    census = cache.census(reading.key)
+    if census is None:
+        census = check(
+            reading,
+            on_progress=lambda done: report(f"checking {reading.name}", done, 0) if report else None,
+        )
+        cache.remember(reading.key, census)
+    return Checked(reading, census)
 
 
 def make_plan(
@@ -193,26 +199,9 @@ def make_plan(
         ConfigError: for options that do not fit the model.
     """
     max_length = _max_length(config, context_length)
-    tokenizer_digest = digest_of(tokenizer)
 
     def tokenized(data: Checked) -> Corpus:
-        reading, census = data.reading, data.census
-
-        def make() -> Iterable[Corpus]:
-            return tokenize_in_blocks(
-                reading.records(),
-                tokenizer,
-                census=census,
-                max_length=max_length,
-                on_progress=lambda done, total: report(f"tokenizing {reading.name}", done, total),
-            )
-
-        key = None
-        if tokenizer_digest is not None:
-            decides = f"{reading.key} {tokenizer_digest} {max_length}"
-            key = blake3(decides.encode()).hexdigest()
-        parts = [(part.name, part.unit) for source in reading.sources for part in source.parts]
-        return sources.cache.corpus(key, parts, census.sizes, make)
+        return _tokenized(data, tokenizer, cache=sources.cache, max_length=max_length, report=report)
 
     corpus = tokenized(sources.training)
     evaluation = None if sources.evaluation is None else tokenized(sources.evaluation)
@@ -220,7 +209,9 @@ def make_plan(
         corpus, evaluation = split_off(corpus, config.eval_fraction, seed=config.seed)
     rows = _rows(config, corpus, capacity=max_length)
     order = _order(config, [len(part) for part in rows])
-    weights = _weights(config, corpus, _drawn_per_epoch(order, rows, corpus))
+    drawn = _drawn_per_epoch(order, rows, corpus)
+    weights = _weights(config, corpus, drawn)
+    effective = _effective_examples(weights, drawn)
     pad_token_id = _pad_token_id(tokenizer)
     batches = Batches(
         corpus,
@@ -237,7 +228,31 @@ def make_plan(
     max_steps = config.max_steps or math.ceil(config.epochs * batches.epoch_steps)
     schedule_steps = config.schedule_steps or max_steps
     settled = replace(config, max_length=max_length, max_steps=max_steps, schedule_steps=schedule_steps)
-    return Plan(settled, max_steps, schedule_steps, corpus, weights, batches, evaluation, pad_token_id)
+    return Plan(
+        settled, max_steps, schedule_steps, corpus, weights, effective, batches, evaluation, pad_token_id
+    )
+
+
+def _tokenized(
+    data: Checked, tokenizer: Tokenizer, *, cache: Cache, max_length: int, report: Progress
+) -> Corpus:
+    """The corpus, from the cache where it has been made before."""
+    reading, census = data.reading, data.census
+
+    def make() -> Iterable[Corpus]:
+        return tokenize_in_blocks(
+            reading.records(),
+            tokenizer,
+            census=census,
+            max_length=max_length,
+            on_progress=lambda done, total: report(f"tokenizing {reading.name}", done, total),
+        )
+
+    key, tokenizer_digest = None, digest_of(tokenizer)
+    if tokenizer_digest is not None:
+        key = blake3(f"{reading.key} {tokenizer_digest} {max_length}".encode()).hexdigest()
+    parts = [(part.name, part.unit) for source in reading.sources for part in source.parts]
+    return cache.corpus(key, parts, census.sizes, make)
 
 
 def _order(config: TrainConfig, sizes: Sequence[int]) -> Order | MixedOrder:
@@ -293,14 +308,6 @@ def _weights(config: TrainConfig, corpus: Corpus, drawn: np.ndarray[Any, Any] | 
         lambda_=config.lambda_,
         max_ratio=config.max_ratio,
     )
-    effective = weighting.effective_sample_size(raw)
-    if effective < LOW_EFFECTIVE_SHARE * len(corpus):
-        warnings.warn(
-            f"{len(corpus)} examples weigh as much as {effective:.0f} equal ones: a few of them decide "
-            "the run; --max-ratio bounds how much one can outweigh another",
-            DistrustWarning,
-            stacklevel=2,
-        )
     tokens = corpus.loss_tokens if drawn is None else corpus.loss_tokens * drawn
     weights = weighting.normalize(raw, tokens=tokens)
     vanished = np.flatnonzero(weights.astype(np.float32) == 0)
@@ -310,3 +317,18 @@ def _weights(config: TrainConfig, corpus: Corpus, drawn: np.ndarray[Any, Any] | 
             f"{len(vanished)} that do; look for a provenance_entropy that is too large, or give --max-ratio"
         )
     return weights
+
+
+def _effective_examples(weights: np.ndarray[Any, Any], drawn: np.ndarray[Any, Any] | None) -> float:
+    """How many equal examples these are worth; one that is drawn more often counts for more."""
+    if drawn is not None:
+        weights = (weights * drawn)[drawn > 0]
+    effective = weighting.effective_sample_size(weights)
+    if effective < LOW_EFFECTIVE_SHARE * len(weights):
+        warnings.warn(
+            f"{len(weights)} examples weigh as much as {effective:.0f} equal ones: a few of them decide "
+            "the run; --max-ratio, or a --mix that is less uneven, bounds how much one can outweigh another",
+            DistrustWarning,
+            stacklevel=2,
+        )
+    return effective

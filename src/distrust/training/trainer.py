@@ -17,7 +17,6 @@ from dataclasses import asdict, replace
 from importlib import import_module
 from typing import Any
 
-from distrust import weighting
 from distrust.checkpoint import Checkpoint, CheckpointFile, CheckpointManager
 from distrust.checkpoint.store import RUN_SUBDIRECTORY, file_name
 from distrust.config import EXAMPLES, TrainConfig
@@ -410,12 +409,18 @@ class DistrustTrainer:
         if excess is None:
             return
         self._save_what_is_not(final=False)
+        advice = (
+            "Raise the bound, or add --reload-above or --gradient-checkpointing, and the same command goes "
+            "on; a new run may take a smaller --batch-size"
+        )
+        if self._progress.step == 0 and excess.now > excess.bound:
+            advice = (
+                "The model itself takes as much: raise the bound, or give --quantization or a smaller --model"
+            )
         raise OutOfMemory(
-            f"--max-memory {self._plan.config.max_memory:g}: at step {self._progress.step} the run takes "
+            f"--max-memory {excess.bound / GIB:g}: at step {self._progress.step} the run takes "
             f"{excess.now / GIB:.2f} GiB of {excess.place}, and the next step may take "
-            f"{excess.next_step / GIB:.2f}; {self._saver.standing()}. Raise the bound, or add --reload-above "
-            "or --gradient-checkpointing, and the same command goes on; a new run may take a smaller "
-            "--batch-size"
+            f"{excess.next_step / GIB:.2f}; {self._saver.standing()}. {advice}"
         )
 
     def _save_what_is_not(self, *, final: bool) -> None:
@@ -533,15 +538,20 @@ class DistrustTrainer:
             tokens=int(plan.corpus.loss_tokens.sum()),
             truncated=plan.corpus.truncated,
             tokens_cut=plan.corpus.tokens_cut,
-            effective_examples=weighting.effective_sample_size(plan.weights),
+            effective_examples=plan.effective_examples,
             weight_range=(float(plan.weights.min()), float(plan.weights.max())),
             trained=trained,
             parameters=parameters,
             epoch_steps=self._epoch_steps(),
+            warmup_steps=self._warmup_steps(),
         )
 
     def _epoch_steps(self) -> float:
         return self._plan.batches.epoch_steps
+
+    def _warmup_steps(self) -> int:
+        config = self._plan.config
+        return warmup(config.warmup_steps, config.warmup_ratio, schedule_steps=self._plan.schedule_steps)
 
     def _fingerprints(self) -> dict[str, str]:
         return {"data": self._plan.corpus.fingerprint, "model": self._engine.fingerprint()}
@@ -551,9 +561,7 @@ class DistrustTrainer:
         return learning_rate(
             step,
             peak=config.learning_rate,
-            warmup_steps=warmup(
-                config.warmup_steps, config.warmup_ratio, schedule_steps=self._plan.schedule_steps
-            ),
+            warmup_steps=self._warmup_steps(),
             schedule=config.schedule,
             schedule_steps=self._plan.schedule_steps,
         )

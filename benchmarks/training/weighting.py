@@ -1,0 +1,138 @@
+"""What weighting costs: the same steps with it and without, in pairs.
+
+    python -m benchmarks.training.weighting
+    python -m benchmarks.training.weighting --size 135M --pairs 10 --threads 1
+
+One process and one model make every step twice: the batches made, forward, backward, clipping and the
+optimizer's update, once with the weights of ``--weighting monotone`` and once with those of ``off``; which
+one comes first alternates. What else the machine does falls on both, so the ratio of a pair says more than
+two runs. The interval is of the median, by resampling the pairs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+
+from benchmarks.training.work import ALPHA, LEARNING_RATE, RANK, SIZES, Work, make
+from distrust import TrainConfig, engines
+from distrust.training.engine import Engine
+from distrust.training.plan import Plan, make_plan, read_sources
+
+WAYS = ("monotone", "off")
+AIM_PERCENT = 1.0
+WARMUP = 2
+RESAMPLED = 2000
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, and print the ratio."""
+    options = _options(arguments)
+    console = Console(highlight=False)
+    with tempfile.TemporaryDirectory(prefix="distrust-weighting-") as folder:
+        work = make(
+            Path(folder),
+            size=options.size,
+            dtype=options.dtype,
+            tokens=options.tokens,
+            row=min(512, options.tokens),
+            threads=options.threads,
+        )
+        configs = {way: _config(work, way) for way in WAYS}
+        engine = engines.create(configs["monotone"])
+        plans = {way: _plan(config, engine) for way, config in configs.items()}
+        for step in range(1, WARMUP + 1):
+            _seconds(engine, plans["monotone"], step)
+        pairs = []
+        for pair in track(range(options.pairs), "pairs", console=console, transient=True):
+            step = WARMUP + 1 + pair
+            order = WAYS if pair % 2 else WAYS[::-1]
+            pairs.append({way: _seconds(engine, plans[way], step) for way in order})
+    ratios = [pair["monotone"] / pair["off"] for pair in pairs]
+    low, high = _interval(ratios)
+    for way in WAYS:
+        console.print(f"{way}: {statistics.median(pair[way] for pair in pairs):.4f} seconds a step (median)")
+    percent = 100 * (statistics.median(ratios) - 1)
+    reached = "reached" if high < 1 + AIM_PERCENT / 100 else "NOT shown"
+    console.print(
+        f"weighting costs {percent:+.2f} % of a step, 95 % interval {100 * (low - 1):+.2f} to "
+        f"{100 * (high - 1):+.2f} %, {len(pairs)} pairs (aim: under {AIM_PERCENT:g} %: {reached})"
+    )
+    return 0
+
+
+def _config(work: Work, way: str) -> TrainConfig:
+    return TrainConfig(
+        model=str(work.folder / "model"),
+        data=str(work.folder / "data.jsonl"),
+        out=str(work.folder / "run"),
+        cache_dir=str(work.folder / "cache"),
+        max_length=work.row,
+        packing=True,
+        batch_size=work.rows,
+        lora_rank=RANK,
+        lora_alpha=ALPHA,
+        learning_rate=LEARNING_RATE,
+        dtype="bfloat16" if work.dtype == "bfloat16" else "float32",
+        threads=work.threads,
+        max_steps=1,
+        weighting="monotone" if way == "monotone" else "off",
+    )
+
+
+def _plan(config: TrainConfig, engine: Engine) -> Plan:
+    sources = read_sources(config)
+    return make_plan(
+        config,
+        sources,
+        engine.tokenizer,
+        context_length=engine.context_length,
+        report=lambda what, done, total: None,
+    )
+
+
+def _seconds(engine: Engine, plan: Plan, step: int) -> float:
+    """Make a step as the training loop does, batches included: the loop makes them beside the step before."""
+    began = time.perf_counter()
+    batches = plan.batches.step(step)
+    tokens = sum(batch.tokens for batch in batches)
+    for micro_step, batch in enumerate(batches):
+        engine.begin_micro_step(seed=plan.config.seed, step=step, micro_step=micro_step)
+        engine.micro_step(batch, tokens=tokens)
+    engine.clip_gradients(plan.config.max_grad_norm)
+    engine.update(learning_rate=LEARNING_RATE)
+    return time.perf_counter() - began
+
+
+def _interval(ratios: Sequence[float]) -> tuple[float, float]:
+    """Of the median, 95 %, by the bootstrap."""
+    chance = random.Random(0)
+    medians = sorted(statistics.median(chance.choices(ratios, k=len(ratios))) for _ in range(RESAMPLED))
+    return medians[round(0.025 * RESAMPLED)], medians[round(0.975 * RESAMPLED) - 1]
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.training.weighting",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--size", choices=SIZES, default="15M")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--tokens", type=int, default=2048, help="of a step")
+    parser.add_argument("--pairs", type=int, default=40)
+    parser.add_argument("--threads", type=int, default=1)
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
