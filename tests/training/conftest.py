@@ -16,9 +16,12 @@ from distrust.training.events import Event, Observer, RunEnded, StepEnded
 from models import make_model, write_records
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _disks_are_not_waited_for() -> Iterator[None]:
-    """A sync matters where power fails: there (``test_power_cut``) the calls are seen, not the disk."""
+    """A sync matters where power fails: there (``test_power_cut``) the calls are seen, not the disk.
+
+    Of a module and no longer: the same process may look for losses on failing disks next.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield
