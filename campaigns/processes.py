@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -49,6 +49,19 @@ class Launcher(Protocol):
         """Start one that appends what it prints to two files."""
 
 
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """What a shell starts in the background ignores Ctrl-C: what is started here does not inherit that."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 class Command:
     """A command line: a process of its own, from the first instruction on."""
 
@@ -57,7 +70,7 @@ class Command:
         self._command = command
 
     def start(self, arguments: Sequence[str], *, out: Path, err: Path) -> subprocess.Popen[bytes]:
-        with out.open("ab") as output, err.open("ab") as errors:
+        with out.open("ab") as output, err.open("ab") as errors, _interruptible():
             return subprocess.Popen([*self._command, *arguments], stdout=output, stderr=errors)
 
 
@@ -74,12 +87,13 @@ class Forks:
 
     def __init__(self, program: str, imports: Sequence[str] = (), *, name: str) -> None:
         self.name = name
-        self._server = subprocess.Popen(
-            [sys.executable, "-m", "campaigns.fork_server", program, *imports],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=_environment(),
-        )
+        with _interruptible():
+            self._server = subprocess.Popen(
+                [sys.executable, "-m", "campaigns.fork_server", program, *imports],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=_environment(),
+            )
         self._child: _Fork | None = None
         self._answer()
 

@@ -263,15 +263,19 @@ def test_the_first_twenty_are_shown_and_the_rest_counted(write):
 
 def test_what_is_wrong_with_every_record_is_not_told_twenty_times(write):
     """Every problem is told, or counted with those that say the same: once each."""
-    rows = [{"text": 1, **SOURCE}] * 1500 + [{"text": "a", "authority_weight": 0.1}] * 2
-    path = write(*rows[1500:], *rows[:1500])
+    number, missing = {"text": 1, **SOURCE}, {"text": "a", "authority_weight": 0.1}
+    path = write(*[missing] * 2, *[number] * 1500, *[{"text": "", **SOURCE}] * 4)
     with pytest.raises(DataError) as caught:
         read_records(path)
     headline, *lines = str(caught.value).splitlines()
-    assert headline == f"{path}: 1502 of 1502 records are wrong"
-    assert [line.removeprefix(f"{path}:").split(":")[0] for line in lines[:5]] == ["1", "2", "3", "4", "5"]
+    assert headline == f"{path}: 1506 of 1506 records are wrong"
+    numbers = [line.removeprefix(f"{path}:").split(":")[0] for line in lines]
+    assert numbers[:5] == ["1", "2", "3", "4", "5"]
     assert lines[5].startswith("and 1,497 more: text: a number")
-    assert len(lines) == 6
+    assert numbers[6:9] == ["1503", "1504", "1505"]
+    assert lines[9].startswith("and 1 more: text: ")
+    assert len(lines) == 10
+    assert len(caught.value.problems) == 1000
 
 
 def one_line(path):

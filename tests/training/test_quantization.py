@@ -173,3 +173,12 @@ def test_a_library_that_is_missing_is_named(options, monkeypatch):
         create(TrainConfig(quantization="8bit", **options))
     assert "pip install 'distrust-trainer[quantization]'" in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_packed_rows_in_8_bits_where_tokens_round_each_other(data, tmp_path):
+    """The bundled model has columns that LLM.int8 keeps in full, for all tokens of a pass."""
+    config = TrainConfig(
+        data=str(data), out=str(tmp_path), quantization="8bit", packing=True, max_steps=1, threads=1
+    )
+    ended = DistrustTrainer(config).train()
+    assert ended.step == 1

@@ -39,9 +39,10 @@ class Problems:
 
     def __init__(self) -> None:
         self.records = 0
-        self._kept: list[tuple[str, str]] = []  # the line, and the cause in it
-        self._counts: Counter[str] = Counter()  # of the causes that are kept
+        self._lines: list[str] = []
         self._count = 0
+        self._first: dict[str, list[str]] = {}  # of the first causes, the first lines
+        self._counts: Counter[str] = Counter()  # how often each of these causes was found
 
     def add(self, location: Location, found: Iterable[RecordError]) -> None:
         """What is wrong with one record."""
@@ -49,29 +50,33 @@ class Problems:
         for problem in found:
             self._count += 1
             cause = str(problem)
-            if len(self._kept) < KEPT:
-                self._kept.append((f"{location}: {cause}", cause))
+            line = f"{location}: {cause}"
+            if len(self._lines) < KEPT:
+                self._lines.append(line)
+            if cause in self._first or len(self._first) < SHOWN:
                 self._counts[cause] += 1
-            elif cause in self._counts:
-                self._counts[cause] += 1
+                first = self._first.setdefault(cause, [])
+                if len(first) < SAME:
+                    first.append(line)
 
     def error(self, headline: str) -> DataError:
-        """One error for all of them: the headline, the first ``SHOWN``, and how many more of which cause."""
-        kept = [line for line, _ in self._kept]
-        return DataError("\n".join([headline, *self._shown()]), kept)
+        """One error for all of them: the headline, the first ones, and how many more of which cause."""
+        return DataError("\n".join([headline, *self._shown()]), self._lines)
 
     def _shown(self) -> Iterator[str]:
-        """All problems if they are few; else of each cause a few, and how many more."""
-        most = SHOWN if self._count <= SHOWN else SAME
-        shown: Counter[str] = Counter()
-        for line, cause in self._kept:
-            if shown[cause] < most and shown.total() < SHOWN:
-                shown[cause] += 1
-                yield line
-        left = self._count - shown.total()
-        for cause, number in shown.items():
-            if number == most and self._counts[cause] > number:
-                left -= self._counts[cause] - number
-                yield f"and {self._counts[cause] - number:,} more: {cause}"
+        """All of them if they are few; else, cause by cause, a few and how many more."""
+        if self._count <= SHOWN:
+            yield from self._lines
+            return
+        room, left = SHOWN, self._count
+        for cause, first in self._first.items():
+            shown = first[:room]
+            if not shown:
+                break
+            yield from shown
+            if more := self._counts[cause] - len(shown):
+                yield f"and {more:,} more: {cause}"
+            room -= len(shown)
+            left -= self._counts[cause]
         if left:
             yield f"and {left:,} more"

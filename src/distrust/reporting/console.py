@@ -132,7 +132,7 @@ class ConsoleReporter:
         if event.max_steps < event.warmup_steps:
             self._say(
                 f"all {event.max_steps} steps lie in the warm-up of {event.warmup_steps}: the learning rate "
-                "does not reach its peak; --warmup-ratio 0.1 fits the warm-up to the run"
+                "does not reach its peak; a new run may take fewer --warmup-steps"
             )
         if event.resumed_from is not None:
             self._say(f"going on after step {event.step}, from {_shown(event.resumed_from)}")

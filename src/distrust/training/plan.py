@@ -321,9 +321,8 @@ def _weights(config: TrainConfig, corpus: Corpus, drawn: np.ndarray[Any, Any] | 
 
 def _effective_examples(weights: np.ndarray[Any, Any], drawn: np.ndarray[Any, Any] | None) -> float:
     """How many equal examples these are worth; one that is drawn more often counts for more."""
-    if drawn is not None:
-        weights = (weights * drawn)[drawn > 0]
-    effective = weighting.effective_sample_size(weights)
+    taken = weights if drawn is None else (weights * drawn)[drawn > 0]
+    effective = weighting.effective_sample_size(taken)
     if effective < LOW_EFFECTIVE_SHARE * len(weights):
         warnings.warn(
             f"{len(weights)} examples weigh as much as {effective:.0f} equal ones: a few of them decide "

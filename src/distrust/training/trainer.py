@@ -210,7 +210,7 @@ class DistrustTrainer:
         begun_at, begun_over = self._progress.step, self._over()
         self._memory = MemoryWatch(self._plan.config, self._engine)
         if not begun_over:
-            self._require_room()
+            self._require_room(before_any_step=True)
         if begun_at == 0 and self._plan.config.eval_at_start:
             self._evaluate()
         with Ahead(self._plan.batches.step, last=self._plan.max_steps) as batches:
@@ -403,7 +403,7 @@ class DistrustTrainer:
         seconds = time.perf_counter() - began
         self._emit(MemoryReset(self._progress.step, before, self._memory.taken, seconds))
 
-    def _require_room(self) -> None:
+    def _require_room(self, *, before_any_step: bool = False) -> None:
         """Stop, saved, before a step that would take more memory than it may."""
         excess = self._memory.excess()
         if excess is None:
@@ -413,9 +413,10 @@ class DistrustTrainer:
             "Raise the bound, or add --reload-above or --gradient-checkpointing, and the same command goes "
             "on; a new run may take a smaller --batch-size"
         )
-        if self._progress.step == 0 and excess.now > excess.bound:
+        if before_any_step and excess.now > excess.bound:
             advice = (
-                "The model itself takes as much: raise the bound, or give --quantization or a smaller --model"
+                "Libraries, data and model take as much before any step: raise the bound, or begin with a "
+                "smaller --model"
             )
         raise OutOfMemory(
             f"--max-memory {excess.bound / GIB:g}: at step {self._progress.step} the run takes "

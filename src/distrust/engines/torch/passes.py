@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from distrust.data import IGNORED, MicroBatch
-from distrust.engines.torch import attention
+from distrust.engines.torch import attention, quantization
 from distrust.engines.torch.loss import chunked_losses, token_losses
 from distrust.training.engine import Losses
 
@@ -161,10 +161,11 @@ class Passes:
         attention.register(outside_graphs=self._compiled)
         try:
             self._model.set_attn_implementation(attention.NAME)
-            first, second = torch.split(self._packed(self._trial_ids(0)), TRIAL)
-            other_first, _ = torch.split(self._packed(self._trial_ids(1)), TRIAL)
-            _, other_second = torch.split(self._packed(self._trial_ids(2)), TRIAL)
-            alone = self._packed(self._trial_ids(0)[TRIAL[0] :])
+            with quantization.token_by_token(self._model):
+                first, second = torch.split(self._packed(self._trial_ids(0)), TRIAL)
+                other_first, _ = torch.split(self._packed(self._trial_ids(1)), TRIAL)
+                _, other_second = torch.split(self._packed(self._trial_ids(2)), TRIAL)
+                alone = self._packed(self._trial_ids(0)[TRIAL[0] :])
         except Exception:  # a model's code may raise anything where it is run in a way it was not made for
             good = False
         else:

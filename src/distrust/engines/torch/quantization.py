@@ -5,8 +5,10 @@ Chosen by trying, see ``docs/memory.md``. 8 bits are LLM.int8, 4 bits are NF4 wi
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import math
+from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any
 
@@ -66,6 +68,25 @@ def settle(model: torch.nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.clone()
+
+
+@contextlib.contextmanager
+def token_by_token(model: torch.nn.Module) -> Iterator[None]:
+    """A context in which each token is computed by itself, as everywhere but in LLM.int8.
+
+    There a column with one large value is kept in full for all tokens of a pass, so that each moves the
+    others by rounding, in any batch: not what a trial of boundaries looks for.
+    """
+    found: list[Any] = [getattr(module, "state", None) for module in model.modules()]
+    states = [state for state in found if hasattr(state, "threshold")]
+    thresholds = [state.threshold for state in states]
+    try:
+        for state in states:
+            state.threshold = 0.0
+        yield
+    finally:
+        for state, threshold in zip(states, thresholds, strict=True):
+            state.threshold = threshold
 
 
 def count(parameter: torch.Tensor) -> int:
