@@ -51,7 +51,7 @@ def test_it_stops_before_the_bound_is_passed(run, tmp_path, eats, stopped_at):
 def test_what_is_too_large_from_the_start_makes_no_step(run, tmp_path):
     with pytest.raises(
         OutOfMemory,
-        match=r"at step 0 the run takes 7000\.00 GiB of the device.*nothing was saved.* as much before any step",
+        match=r"at step 0 the run takes 7000\.00 GiB of the device.*nothing was saved.* before any step",
     ):
         run(tmp_path, engine=lambda config: Hungry(base=7000), max_memory=6500.0)
     assert stands(tmp_path) == []
