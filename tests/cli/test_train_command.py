@@ -79,7 +79,7 @@ def test_plain_lines_where_the_output_is_no_terminal(distrust, folder, tmp_path)
     assert [line.split(":")[0] for line in saved] == ["step 2", "step 4", "step 6"]
     assert any(line.startswith("finished at step 6 in ") for line in lines)
     assert lines[-1] == f"state digest {digest_of(tmp_path / 'run')}"
-    assert any(line.startswith("all 6 steps lie in the warm-up of 10: ") for line in lines)
+    assert any(line.startswith("warm-up: 6 of 6 steps, ") for line in lines)
 
 
 def test_a_toml_file_says_the_same(distrust, folder, finished, tmp_path):

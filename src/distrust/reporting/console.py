@@ -129,10 +129,10 @@ class ConsoleReporter:
             f"({event.effective_examples / event.examples:.0%})"
         )
         self._say(f"training {event.trained:,} of {event.parameters:,} parameters, into {event.out}")
-        if event.max_steps < event.warmup_steps:
+        if event.max_steps < 2 * event.warmup_steps:
             self._say(
-                f"all {event.max_steps} steps lie in the warm-up of {event.warmup_steps}: the learning rate "
-                "does not reach its peak; a new run may take fewer --warmup-steps"
+                f"warm-up: {min(event.max_steps, event.warmup_steps)} of {event.max_steps} steps, so the run "
+                "learns little; fewer --warmup-steps, a smaller --batch-size or more --epochs change that"
             )
         if event.resumed_from is not None:
             self._say(f"going on after step {event.step}, from {_shown(event.resumed_from)}")

@@ -522,9 +522,10 @@ class DistrustTrainer:
 
     def _started(self, resumed_from: CheckpointFile | None) -> RunStarted:
         plan = self._plan
-        if plan.config.schedule != "constant" and plan.max_steps > plan.schedule_steps:
+        schedule_ends = max(plan.schedule_steps, self._warmup_steps())
+        if plan.config.schedule != "constant" and plan.max_steps > schedule_ends:
             warnings.warn(
-                f"the schedule ends at step {plan.schedule_steps}: beyond it the learning rate is 0. "
+                f"the schedule ends at step {schedule_ends}: beyond it the learning rate is 0. "
                 "To learn on, begin a new run with --schedule-steps, or with --schedule constant",
                 DistrustWarning,
                 stacklevel=2,
