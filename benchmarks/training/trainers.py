@@ -13,9 +13,12 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.training.work import ALPHA, LEARNING_RATE, RANK, Work, from_json
+
+if TYPE_CHECKING:
+    from distrust import TrainConfig
 
 
 class Clock:
@@ -31,11 +34,10 @@ class Clock:
         self.tokens.append(tokens)
 
 
-def ours(work: Work, clock: Clock, **options: Any) -> None:
-    from distrust import DistrustTrainer, TrainConfig
-    from distrust.training.events import StepEnded
+def our_config(work: Work, **options: Any) -> TrainConfig:
+    from distrust import TrainConfig
 
-    config = TrainConfig(
+    return TrainConfig(
         model=str(work.folder / "model"),
         data=str(work.folder / "data.jsonl"),
         out=str(work.folder / "run"),
@@ -45,10 +47,15 @@ def ours(work: Work, clock: Clock, **options: Any) -> None:
         learning_rate=LEARNING_RATE,
         dtype="bfloat16" if work.dtype == "bfloat16" else "float32",
         threads=work.threads,
-        max_steps=work.last_step,
-        save_every=0,
         **options,
     )
+
+
+def ours(work: Work, clock: Clock, **options: Any) -> None:
+    from distrust import DistrustTrainer
+    from distrust.training.events import StepEnded
+
+    config = our_config(work, max_steps=work.last_step, save_every=0, **options)
     trainer = DistrustTrainer(config, observers=[lambda event: watch(event)])
     texts: list[int] = []
 

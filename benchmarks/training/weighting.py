@@ -23,7 +23,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks.training.work import ALPHA, LEARNING_RATE, RANK, SIZES, Work, make
+from benchmarks.training.trainers import our_config
+from benchmarks.training.work import LEARNING_RATE, SIZES, Work, make
 from distrust import TrainConfig, engines
 from distrust.training.engine import Engine
 from distrust.training.plan import Plan, make_plan, read_sources
@@ -71,21 +72,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _config(work: Work, way: str) -> TrainConfig:
-    return TrainConfig(
-        model=str(work.folder / "model"),
-        data=str(work.folder / "data.jsonl"),
-        out=str(work.folder / "run"),
-        cache_dir=str(work.folder / "cache"),
-        max_length=work.row,
+    return our_config(
+        work,
         packing=True,
         batch_size=work.rows,
-        lora_rank=RANK,
-        lora_alpha=ALPHA,
-        learning_rate=LEARNING_RATE,
-        dtype="bfloat16" if work.dtype == "bfloat16" else "float32",
-        threads=work.threads,
         max_steps=1,
-        weighting="monotone" if way == "monotone" else "off",
+        cache_dir=str(work.folder / "cache"),
+        weighting=way,
     )
 
 
