@@ -31,12 +31,12 @@ def locate(name: str) -> tuple[str, bool]:
         raise ModelError(f"--model {name}: is a file; give the folder of a model")
     if (folder / RUN_SUBDIRECTORY).is_dir():
         raise ModelError(f"--model {name}: is a run, not a model; give the folder of the model it trained")
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        raise ModelError(
-            f"--model {name}: holds an adapter, not a model; give its base model, or a folder that "
-            "`distrust export --format merged` or peft's merge_and_unload made of both"
-        )
     if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise ModelError(
+                f"--model {name}: holds an adapter, not a model; give its base model, or a folder that "
+                "`distrust export --format merged` or peft's merge_and_unload made of both"
+            )
         raise ModelError(f"--model {name}: holds no config.json, so it is not the folder of a model")
     return name, True
 

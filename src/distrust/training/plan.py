@@ -199,9 +199,12 @@ def make_plan(
         ConfigError: for options that do not fit the model.
     """
     max_length = _max_length(config, context_length)
+    tokenizer_digest = digest_of(tokenizer)
 
     def tokenized(data: Checked) -> Corpus:
-        return _tokenized(data, tokenizer, cache=sources.cache, max_length=max_length, report=report)
+        decides = f"{data.reading.key} {tokenizer_digest} {max_length}"
+        key = None if tokenizer_digest is None else blake3(decides.encode()).hexdigest()
+        return _tokenized(data, tokenizer, key, cache=sources.cache, max_length=max_length, report=report)
 
     corpus = tokenized(sources.training)
     evaluation = None if sources.evaluation is None else tokenized(sources.evaluation)
@@ -234,9 +237,9 @@ def make_plan(
 
 
 def _tokenized(
-    data: Checked, tokenizer: Tokenizer, *, cache: Cache, max_length: int, report: Progress
+    data: Checked, tokenizer: Tokenizer, key: str | None, *, cache: Cache, max_length: int, report: Progress
 ) -> Corpus:
-    """The corpus, from the cache where it has been made before."""
+    """The corpus, from the cache where it has been made before under this key."""
     reading, census = data.reading, data.census
 
     def make() -> Iterable[Corpus]:
@@ -248,9 +251,6 @@ def _tokenized(
             on_progress=lambda done, total: report(f"tokenizing {reading.name}", done, total),
         )
 
-    key, tokenizer_digest = None, digest_of(tokenizer)
-    if tokenizer_digest is not None:
-        key = blake3(f"{reading.key} {tokenizer_digest} {max_length}".encode()).hexdigest()
     parts = [(part.name, part.unit) for source in reading.sources for part in source.parts]
     return cache.corpus(key, parts, census.sizes, make)
 

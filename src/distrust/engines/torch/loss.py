@@ -74,15 +74,7 @@ class _ChunkedLosses(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         wanted = ctx.needs_input_grad[:3]
         with torch.autocast(hidden.device.type, enabled=False):
-            total, losses, gradients = _losses(
-                hidden,
-                weight,
-                bias,
-                targets,
-                scales,
-                chunk_tokens,
-                wanted,
-            )
+            total, losses, gradients = _losses(hidden, weight, bias, targets, scales, chunk_tokens, wanted)
         ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(losses)
         return total, losses
