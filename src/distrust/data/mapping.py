@@ -23,6 +23,7 @@ class Columns:
         messages: of a conversation: any one of these names.
         authority_weight: of w: any of these names.
         provenance_entropy: of H: any of these names.
+        source: of the source class: any of these names.
         given: whether the content's names come from options.
     """
 
@@ -32,6 +33,7 @@ class Columns:
     messages: tuple[str, ...] = ("messages", "conversations")
     authority_weight: tuple[str, ...] = ("authority_weight", "auth_weight")
     provenance_entropy: tuple[str, ...] = ("provenance_entropy", "prov_entropy")
+    source: tuple[str, ...] = ("source",)
     given: bool = False
 
     @property
@@ -60,7 +62,7 @@ class Columns:
         """Those of a table's columns that are needed: all of them if none holds content, to tell so."""
         if not any(name in there for name in self.content):
             return list(there)
-        return [name for name in there if name in self.content + self.numbers]
+        return [name for name in there if name in self.content + self.numbers + self.source]
 
 
 def columns_of(config: TrainConfig) -> Columns:
@@ -68,9 +70,10 @@ def columns_of(config: TrainConfig) -> Columns:
     usual = Columns()
     weights = several(config.authority_weight_column) or usual.authority_weight
     entropies = several(config.provenance_entropy_column) or usual.provenance_entropy
+    source = several(config.source_column) or usual.source
     prompt, completion = several(config.prompt_column), config.completion_column
     if not (config.text_column or prompt or completion or config.messages_column):
-        return Columns(authority_weight=weights, provenance_entropy=entropies)
+        return Columns(authority_weight=weights, provenance_entropy=entropies, source=source)
     pair = bool(prompt or completion)
     return Columns(
         text=config.text_column,
@@ -79,5 +82,6 @@ def columns_of(config: TrainConfig) -> Columns:
         messages=several(config.messages_column),
         authority_weight=weights,
         provenance_entropy=entropies,
+        source=source,
         given=True,
     )

@@ -18,6 +18,7 @@ from distrust.data import (
     Cache,
     Census,
     Corpus,
+    Distribution,
     MixedOrder,
     Order,
     Reading,
@@ -29,6 +30,7 @@ from distrust.data import (
     columns_of,
     concatenated,
     digest_of,
+    distribution,
     examples_source,
     open_source,
     packed,
@@ -37,6 +39,7 @@ from distrust.data import (
     tokenize_in_blocks,
 )
 from distrust.errors import ConfigError, DataError, DistrustWarning
+from distrust.training.evaluation_set import EvaluationSet, evaluation_set
 
 DEFAULT_MAX_LENGTH = 1024
 #: Below this share of the examples, few of them decide everything.
@@ -45,7 +48,7 @@ LOW_EFFECTIVE_SHARE = 0.1
 Progress = Callable[[str, int, int], None]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """The data of a run.
 
@@ -54,10 +57,9 @@ class Plan:
         max_steps: optimizer steps of the whole run.
         schedule_steps: after which the learning rate's schedule has ended.
         corpus: the tokenized examples.
-        weights: float64[examples]: normalized.
-        effective_examples: how many equal ones they are worth, by how often each is drawn.
+        distribution: of the examples' weights, normalized.
         batches: the batches of each step.
-        evaluation: the tokenized eval set, or None.
+        evaluation: what is evaluated on, or None.
         pad_token_id: what batches are padded with.
     """
 
@@ -65,10 +67,9 @@ class Plan:
     max_steps: int
     schedule_steps: int
     corpus: Corpus
-    weights: np.ndarray[Any, Any]
-    effective_examples: float
+    distribution: Distribution
     batches: Batches
-    evaluation: Corpus | None
+    evaluation: EvaluationSet | None
     pad_token_id: int
 
 
@@ -127,7 +128,7 @@ def read_sources(
     if config.data == EXAMPLES and config.eval_split and config.eval_data is None and eval_examples is None:
         raise ConfigError(f"--eval-split {config.eval_split}: a program's examples have no splits")
     cache = Cache(cache_folder(config.cache_dir))
-    # Without weighting nothing asks for provenance; an eval set, by plain cross-entropy, never does.
+    # Without weighting nothing asks for provenance; an eval set never does: it has a plain loss besides.
     missing = 0.0 if config.weighting == "off" else None
     training = Reading(
         _opened(config, several(config.data), config.split, cache)
@@ -144,7 +145,12 @@ def read_sources(
     elif config.eval_data is not None or config.eval_split is not None:
         names = several(config.eval_data or config.data)
         evaluated = _opened(config, names, config.eval_split or config.split, cache)
-    evaluation = Reading(evaluated, columns_of(config), 0.0, 0.0)
+    evaluation = Reading(
+        evaluated,
+        columns_of(config),
+        config.default_authority_weight or 0.0,
+        config.default_provenance_entropy or 0.0,
+    )
     return Sources(checked, _checked(evaluation, cache, report) if evaluated else None, cache)
 
 
@@ -214,7 +220,6 @@ def make_plan(
     order = _order(config, [len(part) for part in rows])
     drawn = _drawn_per_epoch(order, rows, corpus)
     weights = _weights(config, corpus, drawn)
-    effective = _effective_examples(weights, drawn)
     pad_token_id = _pad_token_id(tokenizer)
     batches = Batches(
         corpus,
@@ -232,7 +237,14 @@ def make_plan(
     schedule_steps = config.schedule_steps or max_steps
     settled = replace(config, max_length=max_length, max_steps=max_steps, schedule_steps=schedule_steps)
     return Plan(
-        settled, max_steps, schedule_steps, corpus, weights, effective, batches, evaluation, pad_token_id
+        config=settled,
+        max_steps=max_steps,
+        schedule_steps=schedule_steps,
+        corpus=corpus,
+        distribution=_distribution(corpus, weights, drawn),
+        batches=batches,
+        evaluation=None if evaluation is None else evaluation_set(evaluation, settled),
+        pad_token_id=pad_token_id,
     )
 
 
@@ -317,6 +329,21 @@ def _weights(config: TrainConfig, corpus: Corpus, drawn: np.ndarray[Any, Any] | 
             f"{len(vanished)} that do; look for a provenance_entropy that is too large, or give --max-ratio"
         )
     return weights
+
+
+def _distribution(
+    corpus: Corpus, weights: np.ndarray[Any, Any], drawn: np.ndarray[Any, Any] | None
+) -> Distribution:
+    return distribution(
+        authority_weight=corpus.authority_weight,
+        provenance_entropy=corpus.provenance_entropy,
+        weights=weights,
+        tokens=corpus.loss_tokens,
+        classes=corpus.classes,
+        class_of=corpus.class_numbers,
+        locations=corpus.locations,
+        effective_examples=_effective_examples(weights, drawn),
+    )
 
 
 def _effective_examples(weights: np.ndarray[Any, Any], drawn: np.ndarray[Any, Any] | None) -> float:
