@@ -138,8 +138,10 @@ def prove() -> int:
     equal = True
     for run in (killed, stopped, resumed):
         digest = run.training.finish()
-        equal = equal and digest == expected
+        same_log = run.training.numbers() == alone.training.numbers()
+        equal = equal and digest == expected and same_log
         print(f"{run.out.name:8} {digest}  {'the same' if digest == expected else 'DIFFERENT'}")
+        print(f"         metrics.jsonl: {'the same numbers' if same_log else 'DIFFERENT'}")
         for line in run.story:
             print(f"         {line}")
     print("all four ended in the same state, bit for bit" if equal else "NOT the same state")

@@ -430,7 +430,6 @@ def _bounds(c: TrainConfig) -> list[tuple[str, bool, str]]:
             _is_metric(c.metric),
             f"give one of {', '.join((*STEP_METRICS, *EVALUATION_METRICS))}, or eval_loss/CLASS",
         ),
-        ("report_to", len(set(c.report_to)) == len(c.report_to), "give each once"),
         ("metric_mode", c.metric_mode in get_args(MetricMode), "give min or max"),
         ("eval_every", c.eval_every >= 1, "give 1 or more"),
         (
@@ -438,6 +437,7 @@ def _bounds(c: TrainConfig) -> list[tuple[str, bool, str]]:
             c.early_stopping_patience is None or c.early_stopping_patience >= 1,
             "give 1 or more",
         ),
+        ("report_to", len(set(c.report_to)) == len(c.report_to), "give each once"),
         ("log_every", c.log_every >= 1, "give 1 or more"),
         ("from_step", c.from_step is None or c.from_step >= 0, "give 0 or more"),
         ("branch", c.branch is None or c.from_step is not None, "say where it begins, with --from-step"),
