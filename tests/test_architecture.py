@@ -19,7 +19,7 @@ MODULES = {
 
 #: Whatever stands in a line may import what stands in the lines above it, and nothing of its own line.
 STOREYS = [
-    {"errors", "bundled"},
+    {"errors", "bundled", "durable"},
     {"checkpoint", "weighting"},
     {"config"},
     {"data"},

@@ -99,7 +99,7 @@ def test_over_all_tokens_that_are_drawn_the_weights_have_a_mean_of_one(plan_of, 
     assert len(set(counts[:23])) == len(set(counts[23:])) == 1
     assert (len(set(counts)) == 1) == (mix is None)
     taken = plan.weights * counts  # what each example had of the gradient
-    assert plan.effective_examples == pytest.approx(taken.sum() ** 2 / (taken**2).sum())
+    assert plan.distribution.effective_examples == pytest.approx(taken.sum() ** 2 / (taken**2).sum())
 
 
 def test_each_example_is_in_one_row_of_its_own_source(plan_of):

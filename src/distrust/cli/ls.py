@@ -49,10 +49,10 @@ def _scan(target: Path) -> store.Scan:
 
 
 def _main_metrics(file: store.CheckpointFile) -> list[tuple[str, float]]:
-    """Of a run the losses, and what its best one is told by; of what others save, all."""
-    metrics = sorted(file.metrics.items())
+    """Of a run the main ones, and what its best checkpoint is told by; of what others save, all."""
     best_by = file.header.run_info.get("extra", {}).get("metric")
-    return [item for item in metrics if best_by is None or item[0] in ("loss", "eval_loss", best_by)]
+    main = ("loss", "eval_loss", "tokens_seen", best_by)
+    return [item for item in sorted(file.metrics.items()) if best_by is None or item[0] in main]
 
 
 def _row(file: store.CheckpointFile) -> dict[str, object]:

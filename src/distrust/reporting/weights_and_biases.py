@@ -10,7 +10,7 @@ from typing import Any
 
 from distrust.config import TrainConfig, key
 from distrust.errors import ConfigError
-from distrust.reporting.series import values_of
+from distrust.reporting.tags import values_of
 from distrust.training.events import Event, RunEnded, RunStarted
 
 #: The identity of the run there, in the run's folder: the same command goes on with the same one.

@@ -57,7 +57,8 @@ class Plan:
         max_steps: optimizer steps of the whole run.
         schedule_steps: after which the learning rate's schedule has ended.
         corpus: the tokenized examples.
-        distribution: of the examples' weights, normalized.
+        weights: float64[examples]: normalized.
+        distribution: of these weights.
         batches: the batches of each step.
         evaluation: what is evaluated on, or None.
         pad_token_id: what batches are padded with.
@@ -67,6 +68,7 @@ class Plan:
     max_steps: int
     schedule_steps: int
     corpus: Corpus
+    weights: np.ndarray[Any, Any]
     distribution: Distribution
     batches: Batches
     evaluation: EvaluationSet | None
@@ -241,6 +243,7 @@ def make_plan(
         max_steps=max_steps,
         schedule_steps=schedule_steps,
         corpus=corpus,
+        weights=weights,
         distribution=_distribution(corpus, weights, drawn),
         batches=batches,
         evaluation=None if evaluation is None else evaluation_set(evaluation, settled),
