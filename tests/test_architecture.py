@@ -25,7 +25,7 @@ STOREYS = [
     {"data"},
     {"training"},
     {"engines", "reporting"},
-    {"demo", "export"},
+    {"demo", "evaluation", "export"},
     {"cli"},
     {"__main__"},
 ]

@@ -21,6 +21,7 @@ COMMANDS = {
     "demo": "train the bundled model twice and show what the weighting does",
     "train": "train, or go on with a run",
     "generate": "let a trained model write",
+    "eval": "the losses of a trained model on data, by source class",
     "export": "write what was trained as an adapter of peft, a whole model, or its tensors alone",
     "ls": "list checkpoints",
     "show": "what one checkpoint holds",

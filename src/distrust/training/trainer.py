@@ -46,12 +46,13 @@ from distrust.training.events import (
     StepEnded,
 )
 from distrust.training.memory import GIB, MemoryWatch
-from distrust.training.plan import Examples, Plan, Sources, make_plan, read_sources
-from distrust.training.plan import Progress as ReportProgress
+from distrust.training.plan import Plan, make_plan
 from distrust.training.progress import Progress
 from distrust.training.saver import Saver
 from distrust.training.schedule import learning_rate, warmup
 from distrust.training.signals import StopRequest
+from distrust.training.sources import Examples, Sources, read_sources
+from distrust.training.sources import Progress as ReportProgress
 from distrust.training.state import Best, RunState
 from distrust.training.turn import only_run
 
