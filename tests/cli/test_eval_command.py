@@ -9,13 +9,17 @@ import pytest
 from models import train_arguments, write_records
 
 
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
 @pytest.fixture(scope="module")
 def evaluated(folder, tmp_path_factory):
     """A run that was evaluated at each second step, on records of two source classes."""
     from distrust.cli import main
 
     place = tmp_path_factory.mktemp("eval")
-    records = [json.loads(line) for line in write_records(place / "plain.jsonl", 7, seed=3).open()]
+    records = read_lines(write_records(place / "plain.jsonl", 7, seed=3))
     rows = [{**record, "kind": "press" if number % 3 else "log"} for number, record in enumerate(records)]
     (place / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     more = ["--eval-data", place / "eval.jsonl", "--eval-every", 2, "--source-column", "kind"]
@@ -25,8 +29,7 @@ def evaluated(folder, tmp_path_factory):
 
 
 def logged(run):
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").open()]
-    return {line["step"]: line for line in lines if "eval_loss" in line}
+    return {line["step"]: line for line in read_lines(run / "metrics.jsonl") if "eval_loss" in line}
 
 
 def test_it_says_what_the_run_said_to_the_last_bit(distrust, evaluated):
