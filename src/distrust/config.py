@@ -60,6 +60,7 @@ ExportFormat = Literal["adapter", "merged", "state"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Quantization = Literal["none", "8bit", "4bit"]
 Schedule = Literal["cosine", "linear", "constant"]
+Clipping = Literal["weighted", "plain"]
 Reporter = Literal["tensorboard", "wandb"]
 #: What is logged of each step, and of each evaluation; some of each source class, too: ``eval_loss/CLASS``.
 STEP_METRICS = ("loss", "weighted_loss", "distrust", "gradient_norm", "learning_rate")
@@ -194,6 +195,8 @@ class TrainConfig:
     """AdamW's epsilon."""
     max_grad_norm: float = _result(1.0)
     """Gradients are scaled down to this norm; 0 for no clipping."""
+    clipping: Clipping = _result("weighted")
+    """That norm for a step of heavy examples: "weighted", times their mean weight, or "plain", the same."""
     seed: int = _result(0)
     """Seed of the order of the data, of the adapter's first values and of dropout."""
 
@@ -404,6 +407,7 @@ def _bounds(c: TrainConfig) -> list[tuple[str, bool, str]]:
         ("adam_beta2", 0 <= c.adam_beta2 < 1, "give 0 to under 1"),
         ("adam_epsilon", c.adam_epsilon > 0 and finite(c.adam_epsilon), "give more than 0"),
         ("max_grad_norm", _within(c.max_grad_norm, 0), "give 0 or more"),
+        ("clipping", c.clipping in get_args(Clipping), f"give one of {', '.join(get_args(Clipping))}"),
         ("seed", 0 <= c.seed < 2**63, "give 0 to 2^63 - 1"),
         ("dtype", c.dtype in get_args(Dtype), f"give one of {', '.join(get_args(Dtype))}"),
         ("device", c.device in get_args(Device), f"give one of {', '.join(get_args(Device))}"),

@@ -348,7 +348,7 @@ class DistrustTrainer:
         for micro_step, batch in enumerate(batches):
             engine.begin_micro_step(seed=config.seed, step=step, micro_step=micro_step)
             losses.append(engine.micro_step(batch, tokens=tokens))
-        norm = engine.clip_gradients(config.max_grad_norm)
+        norm = engine.clip_gradients(self._max_norm(batches, tokens))
         self._require_finite(step, batches, losses, norm)
         rate = self._learning_rate(step)
         self._saver.wait_copied()  # the copy of what changes now ran beside the passes above
@@ -369,6 +369,16 @@ class DistrustTrainer:
         self._stall_told = self._saver.stall_seconds
         self._remember(ended)
         self._emit(ended)
+
+    def _max_norm(self, batches: Sequence[MicroBatch], tokens: int) -> float:
+        """What this step's gradient is scaled down to; 0 for no clipping.
+
+        A weighted gradient is larger by its weights: clipped to one norm for all steps, it would lose them
+        again. With equal weights the factor is exactly 1.
+        """
+        if self._plan.config.clipping == "plain":
+            return self._plan.config.max_grad_norm
+        return self._plan.config.max_grad_norm * _mean([batch.weights for batch in batches], tokens)
 
     def _remember(self, ended: StepEnded) -> None:
         progress = self._progress
