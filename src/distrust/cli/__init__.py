@@ -20,7 +20,7 @@ from distrust.errors import ConfigError, DistrustError, DistrustWarning
 COMMANDS = {
     "demo": "train the bundled model twice and show what the weighting does",
     "train": "train, or go on with a run",
-    "weigh": "compute or check what each record's source is worth, and show what the data weighs",
+    "weigh": "compute or check what sources are worth, and show what the data weighs",
     "generate": "let a trained model write",
     "export": "write what was trained as an adapter of peft, a whole model, or its tensors alone",
     "ls": "list checkpoints",

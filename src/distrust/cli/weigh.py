@@ -25,18 +25,36 @@ if TYPE_CHECKING:
     from distrust.data.sources import Source
     from distrust.data.weighing import Check, Weighed
 
+DESCRIPTION = """A record that
+brings its authority weight w and provenance entropy H keeps them; where it also has a rank, counts
+or evidence, they are checked against these. One that brings none has them computed: a table says
+how, and what the columns are called (--print-table); --table replaces it, whole or in part. The
+weights shown are u, as --weighting says, before training divides them by their mean. Exit code 1:
+records are wrong, or with --strict, differ from what is computed."""
+
 _OPTIONS_OF_TRAIN = {
     "weighting": {"choices": get_args(Weighting), "help": f"default: {TrainConfig.weighting}"},
-    "alpha": {"type": float, "help": f"default: {ALPHA}"},
-    "lambda_": {"type": float, "help": f"default: {LAMBDA}"},
-    "max_ratio": {"type": float, "help": "default: no bound"},
-    "default_authority_weight": {"type": float, "help": "of records with neither w nor its ingredients"},
-    "default_provenance_entropy": {"type": float, "help": "of records with neither H nor evidence"},
-    "authority_weight_column": {"help": "default: authority_weight, or auth_weight"},
-    "provenance_entropy_column": {"help": "default: provenance_entropy, or prov_entropy"},
-    "split": {"help": "of a hub data set, or of a folder whose files name splits; default: train"},
-    "subset": {"help": "of a hub data set"},
-    "revision": {"help": "of a hub data set"},
+    "alpha": {"type": float, "metavar": "A", "help": f"default: {ALPHA}"},
+    "lambda_": {"type": float, "metavar": "L", "help": f"default: {LAMBDA}"},
+    "max_ratio": {"type": float, "metavar": "R", "help": "default: no bound"},
+    "default_authority_weight": {
+        "type": float,
+        "metavar": "W",
+        "help": "of records with neither w nor its ingredients",
+    },
+    "default_provenance_entropy": {
+        "type": float,
+        "metavar": "BITS",
+        "help": "of records with neither H nor evidence",
+    },
+    "authority_weight_column": {"metavar": "NAME", "help": "default: authority_weight, or auth_weight"},
+    "provenance_entropy_column": {"metavar": "NAME", "help": "default: provenance_entropy, or prov_entropy"},
+    "split": {
+        "metavar": "NAME",
+        "help": "of a hub data set, or of a folder whose files name splits; default: train",
+    },
+    "subset": {"metavar": "NAME", "help": "of a hub data set"},
+    "revision": {"metavar": "NAME", "help": "of a hub data set"},
 }
 _FIRST_REPORT_SECONDS, _REPORT_SECONDS = 2.0, 10.0
 
@@ -94,13 +112,7 @@ def main(arguments: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     arg = parser(
         "weigh",
-        description=(
-            "A record that brings its authority weight w\nand provenance entropy H keeps them, and they are "
-            "checked against its rank, counts\nand evidence, if it has these; a record that brings none has "
-            "them computed. How, and\nwhat the columns are called, stands in a table (--print-table), which "
-            "--table replaces.\nThe weights shown are u as --weighting says, before training divides them by "
-            "their\nmean. Exit code 1: records are wrong, or with --strict, differ from what is computed."
-        ),
+        description=DESCRIPTION,
         examples=[
             "distrust weigh examples.jsonl",
             "distrust weigh raw.jsonl --table ranks.toml --out weighed.jsonl --plot weighed.png",
@@ -110,10 +122,15 @@ def _parser() -> argparse.ArgumentParser:
         ],
     )
     arg.add_argument("data", nargs="*", metavar="DATA", help="what --data of distrust train takes")
-    arg.add_argument("--table", type=Path, help="TOML file of ranks, coefficients and columns' names")
+    arg.add_argument(
+        "--table", type=Path, metavar="FILE", help="TOML file of ranks, coefficients and columns' names"
+    )
     arg.add_argument("--print-table", action="store_true", help="print the table that comes with it")
     arg.add_argument(
-        "--out", type=Path, help="write the records with both columns: .jsonl, .jsonl.gz or .parquet"
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="write the records with both columns: .jsonl, .jsonl.gz or .parquet",
     )
     arg.add_argument(
         "--plot", type=Path, metavar="PICTURE", help="draw the distribution: .png or .svg; only if asked for"
@@ -122,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     arg.add_argument(
         "--recompute",
         action="store_true",
-        help="the computed value replaces the record's own, where there is one",
+        help="where w or H can be computed, that replaces the record's own",
     )
     arg.add_argument("--strict", action="store_true", help="exit with 1 if a record differs")
     arg.add_argument(
@@ -132,9 +149,14 @@ def _parser() -> argparse.ArgumentParser:
         "--tolerance-h", type=float, default=0.05, metavar="BITS", help="likewise of H; default: 0.05"
     )
     arg.add_argument(
-        "--source-column", default="source", help="column that names the class of a source; default: source"
+        "--source-column",
+        metavar="NAME",
+        default="source",
+        help="column that names the class of a source; default: source",
     )
-    arg.add_argument("--top", type=int, default=5, help="how many of the heaviest and lightest; default: 5")
+    arg.add_argument(
+        "--top", type=int, metavar="N", default=5, help="how many of the heaviest and lightest; default: 5"
+    )
     arg.add_argument("--json", action="store_true", help="print one object")
     same = arg.add_argument_group("as distrust train has them")
     for name, details in _OPTIONS_OF_TRAIN.items():

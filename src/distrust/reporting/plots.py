@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,7 +52,7 @@ def plot_beliefs(beliefs: Mapping[str, list[tuple[float, float, bool]]], path: P
         figure.savefig(path, dpi=150)
 
 
-#: Points of a picture: more hide each other, and fill an SVG with what nobody sees.
+#: Points of a picture, each of the records that are alike: more hide each other and fill an SVG.
 _POINTS = 5000
 
 #: Classes of a picture.
@@ -85,6 +85,7 @@ def plot_weights(
 
     with mpl.rc_context({"font.size": 10, "svg.hashsalt": "distrust"}):
         figure = Figure(figsize=(15, 4.8), layout="constrained")
+        cast(Any, figure.get_layout_engine()).set(w_pad=0.12)
         provenance, histogram, classes = figure.subplots(1, 3, width_ratios=(1.25, 1, 1.1))
         _draw_provenance(figure, provenance, authority_weight, provenance_entropy, weights, weigh)
         _draw_histogram(histogram, shown)
@@ -114,17 +115,31 @@ def _draw_provenance(
     if is_wide:
         levels = np.geomspace(low, high, 7)[1:-1]
         drawn = panel.contour(across, up, lines, levels=levels, colors=QUIET, linewidths=0.8)
-        panel.clabel(drawn, fmt=lambda level: f"{level:.3g}", fontsize=8)
-    order = np.arange(len(u))
-    if len(u) > _POINTS:
-        order = np.random.default_rng(0).choice(len(u), _POINTS, replace=False)
-    order = order[np.argsort(u[order], kind="stable")]  # the heavy ones above the others
-    points = panel.scatter(
-        w[order], h[order], c=u[order], cmap="viridis_r", norm=norm, s=22, alpha=0.75, linewidths=0
+        column = len(across) // 3  # where the labels stand
+        rows = [int(np.abs(lines[:, column] - level).argmin()) for level in levels]
+        places = [(float(across[row, column]), float(up[row, column])) for row in rows]
+        panel.clabel(drawn, fmt=lambda level: f"{level:.3g}", fontsize=8, manual=places)
+    pairs, first, counts = np.unique(
+        np.round(np.stack([w, h], axis=1), 3), axis=0, return_index=True, return_counts=True
     )
-    figure.colorbar(points, ax=panel, label="weight u", format="%.3g", ticks=_ticks(low, high), pad=0.02)
-    of = f"{len(u):,} records" if len(u) <= _POINTS else f"{_POINTS:,} of {len(u):,} records, at random"
-    panel.set_title(f"{of}; lines of equal weight")
+    if len(pairs) > _POINTS:
+        some = np.random.default_rng(0).choice(len(pairs), _POINTS, replace=False)
+        pairs, first, counts = pairs[some], first[some], counts[some]
+    points = panel.scatter(
+        *pairs.T,
+        c=u[first],
+        cmap="viridis_r",
+        norm=norm,
+        s=np.minimum(18 * np.sqrt(counts), 400),
+        alpha=0.75,
+        linewidths=0,
+    )
+    bar = figure.colorbar(
+        points, ax=panel, label="weight u", format="%.3g", ticks=_ticks(low, high), pad=0.02
+    )
+    bar.minorticks_off()
+    part = "" if counts.sum() == len(u) else f", {counts.sum():,} of them drawn"
+    panel.set_title(f"{len(u):,} records{part} (large dots: several)\nand lines of equal weight")
     panel.set_xlabel("authority weight w (0: primary, 0.99: consensus)")
     panel.set_ylabel("provenance entropy H, bits")
     panel.set_xlim(-0.02, 1.02)
@@ -137,7 +152,7 @@ def _ticks(low: float, high: float) -> list[float]:
 
 def _draw_histogram(panel: Any, shown: Distribution) -> None:
     """How many records have which weight, on an axis of powers."""
-    from matplotlib.ticker import NullFormatter
+    from matplotlib.ticker import NullLocator
 
     edges = np.array(shown.edges)
     panel.bar(
@@ -146,7 +161,7 @@ def _draw_histogram(panel: Any, shown: Distribution) -> None:
     panel.set_xscale("log")
     ticks = np.geomspace(edges[0], edges[-1], 6)
     panel.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
-    panel.xaxis.set_minor_formatter(NullFormatter())
+    panel.xaxis.set_minor_locator(NullLocator())
     share = shown.effective_examples / shown.examples
     panel.set_title(f"worth {shown.effective_examples:,.0f} equal records ({share:.0%})")
     panel.set_xlabel("weight u")

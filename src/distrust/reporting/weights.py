@@ -37,7 +37,8 @@ def _check(symbol: str, unit: str, check: Check, *, recomputed: bool) -> Iterato
         yield f"{symbol}: {check.defaulted:,} by default: nothing to compute it from"
     if check.checked:
         what = "the computed ones hold" if recomputed else "their own hold; --recompute replaces them"
-        differ = f"{check.differing:,} differ by more than {check.tolerance:g}{unit} ({what})"
+        verb = "differs" if check.differing == 1 else "differ"
+        differ = f"{check.differing:,} {verb} by more than {check.tolerance:g}{unit} ({what})"
         yield f"{symbol}: {check.checked:,} checked: {differ if check.differing else 'none differs'}"
     for difference in check.largest:
         yield f"   {difference.where}: {difference.given:.4g} in the data, {difference.computed:.4g} computed"
