@@ -77,15 +77,13 @@ def new_file(path: Path, *, force: bool, disk: Disk | None = None) -> Iterator[B
         _sweep(target)
         file = temporary.open("xb")
     try:
-        with file:
-            with _told(path):
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                yield file
-                file.flush()
-                disk.sync(file.fileno())
+        with _told(path), file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield file
+            file.flush()
+            disk.sync(file.fileno())
             require_writable(path, force=force)  # still
-            with _told(path):
-                disk.rename(temporary, target)
+            disk.rename(temporary, target)
     finally:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()

@@ -192,9 +192,19 @@ def _schema(part: Part) -> Any:
     rows = (row for _, row in part.rows() if not isinstance(row, RecordError))
     while batch := list(islice(rows, _BATCH_ROWS)):
         names = dict.fromkeys(name for row in batch for name in row)
-        fields = [(name, pyarrow.array([row.get(name) for row in batch]).type) for name in names]
+        fields = [(name, _type(name, [row.get(name) for row in batch])) for name in names]
         schema = pyarrow.unify_schemas([schema, pyarrow.schema(fields)], promote_options="permissive")
     return schema
+
+
+def _type(name: str, values: list[Any]) -> Any:
+    """The type that a column's values have in common."""
+    import pyarrow
+
+    try:
+        return pyarrow.array(values).type
+    except (pyarrow.ArrowException, ArithmeticError, TypeError, ValueError) as error:
+        raise ValueError(f"column {shown(name)}: {error}") from None
 
 
 def _with_columns(schema: Any, columns: Columns) -> Any:
