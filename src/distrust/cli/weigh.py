@@ -83,23 +83,25 @@ def main(arguments: list[str]) -> int:
         tolerances={"authority_weight": options.tolerance_w, "provenance_entropy": options.tolerance_h},
         recompute=options.recompute,
     )
-    if options.out is not None:
-        require_format(options.out)
-    for target in filter(None, (options.out, options.plot)):
-        require_writable(target, force=options.force, inputs=[*options.data, str(options.table or "")])
     columns = WholeRows(**{field.name: getattr(scale.columns, field.name) for field in fields(scale.columns)})
     sources = [
         open_source(name, columns, split=config.split, subset=config.subset, revision=config.revision)
         for name in options.data
     ]
-    with _Progress() as progress:
+    read = [*options.data, *(part.name for source in sources for part in source.parts), options.table or ""]
+    if options.out is not None:
+        require_format(options.out)
+    for target in filter(None, (options.out, options.plot)):
+        require_writable(target, force=options.force, inputs=map(str, read))
+    with _Progress("read") as progress:
         weighed = weigh(sources, scale, on_progress=progress)
     weights = example_weights(weighed.authority_weight, weighed.provenance_entropy, **_weighting_of(config))
     shown = _distribution(weighed, weights, extremes=options.top)
     if options.plot is not None:
         _plot(options, config, weighed, weights, shown)
     if options.out is not None:
-        write_weighed(sources, weighed, columns, options.out, force=options.force)
+        with _Progress("written") as progress:
+            write_weighed(sources, weighed, columns, options.out, force=options.force, on_progress=progress)
     if options.json:
         print_json(_object(options, config, weighed, shown))
     else:
@@ -285,7 +287,8 @@ def _lines(
 class _Progress:
     """Tells on stderr how far it is, where it takes long: over and over on a terminal, else now and then."""
 
-    def __init__(self) -> None:
+    def __init__(self, verb: str) -> None:
+        self._verb = verb
         self._live = sys.stderr.isatty()
         self._next = time.monotonic() + _FIRST_REPORT_SECONDS
         self._told = False
@@ -294,13 +297,15 @@ class _Progress:
         return self
 
     def __call__(self, records: int) -> None:
-        """So many records have been read."""
+        """So many records have been read, or written."""
         now = time.monotonic()
         if now < self._next:
             return
         self._next = now + (0.2 if self._live else _REPORT_SECONDS)
         self._told = True
-        print(f"{records:,} records read", end="\r" if self._live else "\n", file=sys.stderr, flush=True)
+        print(
+            f"{records:,} records {self._verb}", end="\r" if self._live else "\n", file=sys.stderr, flush=True
+        )
 
     def __exit__(self, *exception: object) -> None:
         if self._live and self._told:

@@ -71,7 +71,7 @@ def _rank(value: Any, table: Table) -> float:
             raise MissingIngredientError(
                 f"{shown(value)} has no rank; give it one under [ranks] of a --table",
                 field=field,
-                reason=f"a {field} that is not in [ranks] of {table.name}",
+                reason=f"{field} not in [ranks] of {table.name}",
             )
         value = number
     number = _number(value, field)

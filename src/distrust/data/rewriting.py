@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from json import JSONDecoder
 from pathlib import Path
@@ -22,7 +22,7 @@ from distrust.data.newfile import new_file
 from distrust.data.problems import RecordError
 from distrust.data.records import Location
 from distrust.data.sources import Part, Source
-from distrust.data.weighing import Weighed
+from distrust.data.weighing import REPORT_EVERY, Weighed
 from distrust.errors import ConfigError, DataError
 
 _BATCH_ROWS = 256
@@ -41,7 +41,13 @@ def require_format(target: Path) -> None:
 
 
 def write_weighed(
-    sources: Sequence[Source], weighed: Weighed, columns: Columns, target: Path, *, force: bool
+    sources: Sequence[Source],
+    weighed: Weighed,
+    columns: Columns,
+    target: Path,
+    *,
+    force: bool,
+    on_progress: Callable[[int], None] | None = None,
 ) -> None:
     """Writes all records with their w and H.
 
@@ -53,6 +59,7 @@ def write_weighed(
         columns: which fields hold w and H.
         target: of a format that ``require_format`` knows.
         force: whether a file that is there is replaced.
+        on_progress: called now and then with the number of records written.
 
     Raises:
         ConfigError: the name is of no known format, or taken.
@@ -61,7 +68,7 @@ def write_weighed(
     """
     require_format(target)
     parts = [part for source in sources for part in source.parts]
-    pairs = zip(weighed.authority_weight.tolist(), weighed.provenance_entropy.tolist(), strict=True)
+    pairs = _pairs(weighed, on_progress)
     with new_file(target, force=force) as file:
         if target.name.lower().endswith(".parquet"):
             _write_table(file, parts, pairs, columns)
@@ -74,21 +81,30 @@ def write_weighed(
             raise DataError(f"{parts[-1].name}: it changed while it was read; start again")
 
 
-Pairs = Iterator[tuple[float, float]]
+Pair = tuple[float, float]
+Pairs = Iterator[Pair]
 """The w and H of each record, in the order of the sources."""
 
 
-def _rows(part: Part, pairs: Pairs, columns: Columns) -> Iterator[tuple[Location, Fields, dict[str, float]]]:
-    """Each record of a part, and what of it is to be set."""
+def _pairs(weighed: Weighed, on_progress: Callable[[int], None] | None) -> Pairs:
+    numbers = zip(weighed.authority_weight, weighed.provenance_entropy, strict=True)
+    for count, (w, h) in enumerate(numbers, 1):
+        yield float(w), float(h)
+        if on_progress is not None and count % REPORT_EVERY == 0:
+            on_progress(count)
+
+
+def _rows(part: Part, pairs: Pairs) -> Iterator[tuple[Location, Fields, Pair]]:
+    """Each record of a part, and its w and H."""
     for number, row in part.rows():
         location = Location(part.name, number, part.unit)
         pair = next(pairs, None)
         if pair is None or isinstance(row, RecordError):
             raise DataError(f"{location}: it changed while it was read; start again")
-        yield location, row, _to_set(row, pair, columns)
+        yield location, row, pair
 
 
-def _to_set(row: Fields, pair: tuple[float, float], columns: Columns) -> dict[str, float]:
+def _to_set(row: Fields, pair: Pair, columns: Columns) -> dict[str, float]:
     """The fields that do not yet say what holds; none where the record's own values were kept."""
     new = {}
     for names, value in zip((columns.authority_weight, columns.provenance_entropy), pair, strict=True):
@@ -99,7 +115,8 @@ def _to_set(row: Fields, pair: tuple[float, float], columns: Columns) -> dict[st
 
 def _write_lines(file: BinaryIO, parts: Sequence[Part], pairs: Pairs, columns: Columns) -> None:
     for part in parts:
-        for location, row, new in _rows(part, pairs, columns):
+        for location, row, pair in _rows(part, pairs):
+            new = _to_set(row, pair, columns)
             text = row.text if isinstance(row, WholeRow) else None
             line = _as_json(row, new, location) if text is None else _with_members(text, row, new)
             file.write(line.encode("utf-8"))
@@ -224,31 +241,36 @@ def _tables(parts: Sequence[Part], schema: Any, pairs: Pairs, columns: Columns) 
     import pyarrow
     import pyarrow.parquet
 
+    numbers = {
+        name: index
+        for index, names in enumerate((columns.authority_weight, columns.provenance_entropy))
+        for name in names
+        if name in schema.names
+    }
     for part in parts:
         if part.parquet is None:
-            rows = _rows(part, pairs, columns)
-            while batch := [{**row, **new} for _, row, new in islice(rows, _BATCH_ROWS)]:
+            rows = (
+                {**row, **{name: pair[index] for name, index in numbers.items()}}
+                for _, row, pair in _rows(part, pairs)
+            )
+            while batch := list(islice(rows, _BATCH_ROWS)):
                 yield pyarrow.Table.from_pylist(batch, schema=schema)
             continue
         with part.parquet() as file:
             table = pyarrow.parquet.ParquetFile(file, pre_buffer=False)
             for batch in table.iter_batches(_BATCH_ROWS, use_threads=False):
-                yield _with_numbers(batch, list(islice(pairs, len(batch))), schema, columns)
+                yield _with_numbers(batch, list(islice(pairs, len(batch))), schema, numbers)
 
 
-def _with_numbers(batch: Any, pairs: Sequence[tuple[float, float]], schema: Any, columns: Columns) -> Any:
+def _with_numbers(batch: Any, pairs: Sequence[Pair], schema: Any, numbers: Mapping[str, int]) -> Any:
     """Some rows of a table, with their w and H."""
     import pyarrow
 
-    numbers = {
-        name: [pair[index] for pair in pairs]
-        for index, names in enumerate((columns.authority_weight, columns.provenance_entropy))
-        for name in names
-    }
     values = []
     for field in schema:
         if field.name in numbers:
-            values.append(pyarrow.array(numbers[field.name], pyarrow.float64()))
+            index = numbers[field.name]
+            values.append(pyarrow.array([pair[index] for pair in pairs], pyarrow.float64()))
         elif field.name in batch.schema.names:
             values.append(batch.column(field.name).cast(field.type))
         else:

@@ -33,7 +33,8 @@ Quantity = Literal["authority_weight", "provenance_entropy"]
 LARGEST = 5
 """How many of the differences are told, the largest ones."""
 
-_REPORT_EVERY = 5000
+REPORT_EVERY = 5000
+"""Records between two calls of ``on_progress``."""
 
 _CAPTION_CHARACTERS = 60
 
@@ -211,7 +212,7 @@ def weigh(
             problems.add(location, found)
         part_of.append(index)
         lines.append(location.line)
-        if on_progress is not None and len(lines) % _REPORT_EVERY == 0:
+        if on_progress is not None and len(lines) % REPORT_EVERY == 0:
             on_progress(len(lines))
     names = ", ".join(source.name for source in sources)
     if problems.records:

@@ -14,6 +14,7 @@ from distrust.reporting.weights import NO_CLASS
 
 #: Colour-blind safe, and apart in grey.
 PRIMARY, COORDINATED, QUIET = "#0072b2", "#d55e00", "#888888"
+LINE = "#444444"
 
 
 def plot_beliefs(beliefs: Mapping[str, list[tuple[float, float, bool]]], path: Path) -> None:
@@ -105,6 +106,7 @@ def _draw_provenance(
 ) -> None:
     """Each record by what its source is worth, above the lines on which the weight is the same."""
     from matplotlib.colors import LogNorm, Normalize
+    from matplotlib.patheffects import withStroke
 
     low, high = float(u.min()), float(u.max())
     is_wide = high > 1.05 * low
@@ -114,23 +116,25 @@ def _draw_provenance(
     lines = weigh(np.minimum(across, 0.99).ravel(), up.ravel()).reshape(across.shape)
     if is_wide:
         levels = np.geomspace(low, high, 7)[1:-1]
-        drawn = panel.contour(across, up, lines, levels=levels, colors=QUIET, linewidths=0.8)
+        drawn = panel.contour(across, up, lines, levels=levels, colors=LINE, linewidths=0.8, zorder=2)
         column = len(across) // 3  # where the labels stand
         rows = [int(np.abs(lines[:, column] - level).argmin()) for level in levels]
         places = [(float(across[row, column]), float(up[row, column])) for row in rows]
-        panel.clabel(drawn, fmt=lambda level: f"{level:.3g}", fontsize=8, manual=places)
+        for label in panel.clabel(drawn, fmt=lambda level: f"{level:.3g}", fontsize=8, manual=places):
+            label.set_path_effects([withStroke(linewidth=2, foreground="white")])
     pairs, first, counts = np.unique(
         np.round(np.stack([w, h], axis=1), 3), axis=0, return_index=True, return_counts=True
     )
     if len(pairs) > _POINTS:
         some = np.random.default_rng(0).choice(len(pairs), _POINTS, replace=False)
         pairs, first, counts = pairs[some], first[some], counts[some]
+    size = 18 if len(pairs) < 1000 else 6
     points = panel.scatter(
         *pairs.T,
         c=u[first],
         cmap="viridis_r",
         norm=norm,
-        s=np.minimum(18 * np.sqrt(counts), 400),
+        s=size * np.minimum(np.sqrt(counts), 15),
         alpha=0.75,
         linewidths=0,
     )
@@ -162,6 +166,7 @@ def _draw_histogram(panel: Any, shown: Distribution) -> None:
     ticks = np.geomspace(edges[0], edges[-1], 6)
     panel.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
     panel.xaxis.set_minor_locator(NullLocator())
+    panel.yaxis.set_major_formatter(lambda records, _: f"{records:,.0f}")
     share = shown.effective_examples / shown.examples
     panel.set_title(f"worth {shown.effective_examples:,.0f} equal records ({share:.0%})")
     panel.set_xlabel("weight u")
@@ -186,7 +191,7 @@ def _draw_classes(panel: Any, shown: Distribution) -> None:
     panel.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     left = "" if len(classes) == len(shown.classes) else f", the first {_CLASSES}"
     panel.set_title(f"source classes{left}")
-    panel.legend(loc="lower right", frameon=False)
+    panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2, frameon=False)
 
 
 def _label(name: str) -> str:

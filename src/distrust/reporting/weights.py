@@ -72,7 +72,7 @@ def distribution_lines(shown: Distribution, captions: Mapping[str, str], *, bloc
             yield from _extremes(title, extremes, captions)
     yield ""
     worth, records = shown.effective_examples, shown.examples
-    yield f"worth {worth:,.1f} equally weighted records of {records:,} ({worth / records:.0%})"
+    yield f"worth {worth:,.0f} equally weighted records of {records:,} ({worth / records:.0%})"
 
 
 def _histogram(shown: Distribution, *, blocks: bool) -> Iterator[str]:
