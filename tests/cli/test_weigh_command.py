@@ -7,6 +7,7 @@ import gzip
 import json
 import math
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -27,6 +28,7 @@ from distrust.errors import WriteFailed
 
 ROOT = Path(__file__).parent.parent.parent
 PEPS = ROOT.parent / "shared" / "data" / "documents" / "peps.jsonl"
+DOCS = ROOT / "docs" / "provenance.md"
 TABLE = '[ranks]\nlab = 0.2\n"press office" = 0.6\n'
 CHAIN = [{"kind": "report", "id": "a", "share": 1}, {"kind": "report", "id": "b", "share": 1}]
 
@@ -376,6 +378,11 @@ def test_the_table_can_be_printed_and_given_again(distrust, raw, tmp_path):
     assert distrust("weigh", raw, "--table", own).code == 0
 
 
+def test_the_docs_show_the_table_as_it_is():
+    (shown,) = re.findall(r"```toml\n(.*?)```", DOCS.read_text("utf-8"), re.DOTALL)
+    assert PROVENANCE_TABLE.read_text("utf-8").endswith(f"\n\n{shown}")
+
+
 # What is refused
 
 
@@ -551,6 +558,17 @@ def test_the_example_s_table_gives_the_weights_of_real_documents(distrust, peps,
         assert list(before) == list(after)
         assert all(before[name] == after[name] for name in before if name not in weights)
     assert len(read_records(out)) == 300
+
+
+def test_the_docs_show_what_the_command_prints(distrust, peps, tmp_path):
+    data = tmp_path / "peps.jsonl"
+    data.write_bytes(peps.read_bytes())
+    flags = ("--table", PEPS_TABLE, "--source-column", "status", "--top", 3)
+    printed = distrust("weigh", data, *flags).out.splitlines()
+    shown = DOCS.read_text("utf-8").split("--plot weigh.png\n")[-1].split("\n```")[0].splitlines()
+    assert shown[-1] == "picture weigh.png"
+    squeezed = [" ".join(line.replace(str(data), "peps.jsonl").split()) for line in printed]
+    assert squeezed == [" ".join(line.split()) for line in shown[:-1]]
 
 
 def test_without_the_two_columns_they_are_computed_again(distrust, peps, tmp_path):

@@ -61,7 +61,7 @@ _FIRST_REPORT_SECONDS, _REPORT_SECONDS = 2.0, 10.0
 
 def main(arguments: list[str]) -> int:
     """Compute, check and show what the records of a data set weigh."""
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_intermixed_args(arguments)
     if options.print_table:
         print(PROVENANCE_TABLE.read_text("utf-8"), end="")
         return 0
