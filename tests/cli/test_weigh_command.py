@@ -428,6 +428,29 @@ def test_usage_that_makes_no_sense_is_one_line(distrust, raw, table, tmp_path):
     assert "holds no records" in empty.err
 
 
+def test_one_file_that_fails_takes_the_other_with_it(distrust, raw, table, tmp_path):
+    picture = tmp_path / "p.png"
+    flags = ("--table", table, "--plot", picture, "--out", tmp_path / f"{'x' * 250}.jsonl")
+    given = distrust("weigh", raw, *flags)
+    assert (given.code, given.out) == (1, "")
+    assert "not written: File name too long" in given.err
+    assert sorted(os.listdir(tmp_path)) == ["raw.jsonl", "table.toml"]
+
+
+def test_a_terminal_without_the_letters_is_no_reason_to_fail(tmp_path):
+    row = {"text": "t", "title": "日本 ä", "authority_weight": 0.1, "provenance_entropy": 1}
+    data = write(tmp_path / "a.jsonl", [row])
+    done = subprocess.run(
+        [sys.executable, "-m", "distrust", "weigh", data],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "latin-1"},
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"\\u65e5\\u672c \xe4" in done.stdout
+    assert b"  ####" in done.stdout
+
+
 @pytest.mark.parametrize("name", ["out.jsonl", "out.jsonl.gz", "out.parquet"])
 def test_a_full_disk_leaves_what_was_there(tmp_path, name):
     """Nothing can be written beyond some bytes: the file that stood there stands."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, BinaryIO, get_args
 
 from distrust.bundled import PROVENANCE_TABLE
 from distrust.cli.arguments import parser, print_json
@@ -68,7 +69,7 @@ def main(arguments: list[str]) -> int:
     config = _config(options)
 
     from distrust.data.mapping import WholeRows, columns_of
-    from distrust.data.newfile import require_writable
+    from distrust.data.newfile import new_file, require_writable
     from distrust.data.rewriting import require_format, write_weighed
     from distrust.data.sources import open_source
     from distrust.data.table import load_table
@@ -97,10 +98,12 @@ def main(arguments: list[str]) -> int:
         weighed = weigh(sources, scale, on_progress=progress)
     weights = example_weights(weighed.authority_weight, weighed.provenance_entropy, **_weighting_of(config))
     shown = _distribution(weighed, weights, extremes=options.top)
-    if options.plot is not None:
-        _plot(options, config, weighed, weights, shown)
-    if options.out is not None:
-        with _Progress("written") as progress:
+    with contextlib.ExitStack() as files:
+        if options.plot is not None:  # first written and last named: a failure leaves neither file
+            picture = files.enter_context(new_file(options.plot, force=options.force))
+            _draw(picture, options.plot.suffix, config, weighed, weights, shown)
+        if options.out is not None:
+            progress = files.enter_context(_Progress("written"))
             write_weighed(sources, weighed, columns, options.out, force=options.force, on_progress=progress)
     if options.json:
         print_json(_object(options, config, weighed, shown))
@@ -206,8 +209,9 @@ def _distribution(weighed: Weighed, weights: NDArray[np.float64], *, extremes: i
     )
 
 
-def _plot(
-    options: argparse.Namespace,
+def _draw(
+    file: BinaryIO,
+    suffix: str,
     config: TrainConfig,
     weighed: Weighed,
     weights: NDArray[np.float64],
@@ -215,21 +219,19 @@ def _plot(
 ) -> None:
     import numpy as np
 
-    from distrust.data.newfile import new_file
     from distrust.reporting.plots import plot_weights
 
     free = {**_weighting_of(config), "max_ratio": None}
     highest = np.inf if config.max_ratio is None else config.max_ratio * float(weights.min())
-    with new_file(options.plot, force=options.force) as file:
-        plot_weights(
-            file,
-            shown,
-            authority_weight=weighed.authority_weight,
-            provenance_entropy=weighed.provenance_entropy,
-            weights=weights,
-            weigh=lambda w, h: np.minimum(example_weights(w, h, **free), highest),
-            form=options.plot.suffix.lower().removeprefix("."),
-        )
+    plot_weights(
+        file,
+        shown,
+        authority_weight=weighed.authority_weight,
+        provenance_entropy=weighed.provenance_entropy,
+        weights=weights,
+        weigh=lambda w, h: np.minimum(example_weights(w, h, **free), highest),
+        form=suffix.lower().removeprefix("."),
+    )
 
 
 def _captions(sources: Sequence[Source], columns: Any, shown: Distribution) -> dict[str, str]:
@@ -274,7 +276,8 @@ def _lines(
 ) -> Iterator[str]:
     from distrust.reporting.weights import check_lines, distribution_lines
 
-    yield f"{len(weighed):,} records of {', '.join(options.data)}"
+    are = "record" if len(weighed) == 1 else "records"
+    yield f"{len(weighed):,} {are} of {', '.join(options.data)}"
     yield from check_lines(weighed.checks, recomputed=options.recompute)
     yield ""
     blocks = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
