@@ -21,6 +21,7 @@ MODULES = {
 STOREYS = [
     {"errors", "bundled", "durable"},
     {"checkpoint", "weighting"},
+    {"provenance"},
     {"config"},
     {"data"},
     {"training"},

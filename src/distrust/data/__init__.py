@@ -19,6 +19,7 @@ split.py       corpus -> what is trained on and what is kept out to evaluate on
 order.py       (seed, epoch) -> the order of an epoch
 sequences.py   which examples share a row: packing
 batches.py     step -> the arrays of its micro-batches
+distribution.py  weights -> what is shown of them
 """
 
 from distrust.data.batches import IGNORED, Batches, MicroBatch, evaluation_batches

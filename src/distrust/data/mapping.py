@@ -6,8 +6,9 @@ beside a prompt and its completion, and the option chooses.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from distrust.config import TrainConfig, several
 
@@ -63,6 +64,41 @@ class Columns:
         if not any(name in there for name in self.content):
             return list(there)
         return [name for name in there if name in self.content + self.numbers + self.source]
+
+    def taken(self, row: Mapping[str, Any], text: str | None = None) -> Mapping[str, Any]:  # noqa: ARG002
+        """What is read of a row: a null is a field that is not there.
+
+        Args:
+            row: its values.
+            text: of JSON, the object as it is written, on one line.
+        """
+        return {name: value for name, value in row.items() if value is not None}
+
+
+class WholeRow(dict[str, Any]):
+    """All of a row, nulls too.
+
+    Attributes:
+        text: the object as its file has it, where that is JSON.
+    """
+
+    __slots__ = ("text",)
+
+    def __init__(self, row: Mapping[str, Any], text: str | None) -> None:
+        super().__init__(row)
+        self.text = text
+
+
+class WholeRows(Columns):
+    """Names of fields for a reader that wants all there is of a row: one that writes it again."""
+
+    def among(self, there: Sequence[str]) -> list[str]:
+        """All of them."""
+        return list(there)
+
+    def taken(self, row: Mapping[str, Any], text: str | None = None) -> WholeRow:
+        """All of it."""
+        return WholeRow(row, text)
 
 
 def columns_of(config: TrainConfig) -> Columns:
