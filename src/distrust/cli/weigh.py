@@ -50,6 +50,7 @@ _OPTIONS_OF_TRAIN = {
     },
     "authority_weight_column": {"metavar": "NAME", "help": "default: authority_weight, or auth_weight"},
     "provenance_entropy_column": {"metavar": "NAME", "help": "default: provenance_entropy, or prov_entropy"},
+    "text_column": {"metavar": "NAME", "help": "whose beginning names a record; default: text"},
     "split": {
         "metavar": "NAME",
         "help": "of a hub data set, or of a folder whose files name splits; default: train",

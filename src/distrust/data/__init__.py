@@ -20,6 +20,11 @@ order.py       (seed, epoch) -> the order of an epoch
 sequences.py   which examples share a row: packing
 batches.py     step -> the arrays of its micro-batches
 distribution.py  weights -> what is shown of them
+table.py       the user's table -> what the ingredients of w and H count for
+evidence.py    a record's fields and a table -> its w and H
+weighing.py    sources -> the w and H of each record, computed or checked
+rewriting.py   weighed records -> a data set with both columns
+newfile.py     a file that appears under its name wholly or not at all
 """
 
 from distrust.data.batches import IGNORED, Batches, MicroBatch, evaluation_batches

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from distrust.data.distribution import Distribution
 from distrust.reporting.weights import NO_CLASS
+from distrust.weighting import MAX_AUTHORITY_WEIGHT
 
 #: Colour-blind safe, and apart in grey.
 PRIMARY, COORDINATED, QUIET = "#0072b2", "#d55e00", "#888888"
@@ -112,8 +113,8 @@ def _draw_provenance(
     is_wide = high > 1.05 * low
     norm = LogNorm(low, high) if is_wide else Normalize(low - 0.5, high + 0.5)
     top = max(1.0, 1.05 * float(h.max()))
-    across, up = np.meshgrid(np.linspace(0, 1, 201), np.linspace(0, top, 201))
-    lines = weigh(np.minimum(across, 0.99).ravel(), up.ravel()).reshape(across.shape)
+    across, up = np.meshgrid(np.linspace(0, MAX_AUTHORITY_WEIGHT, 201), np.linspace(0, top, 201))
+    lines = weigh(across.ravel(), up.ravel()).reshape(across.shape)
     if is_wide:
         levels = np.geomspace(low, high, 7)[1:-1]
         drawn = panel.contour(across, up, lines, levels=levels, colors=LINE, linewidths=0.8, zorder=2)
@@ -186,7 +187,7 @@ def _draw_classes(panel: Any, shown: Distribution) -> None:
     panel.set_yticks(places, [_label(summary.name) for summary in classes])
     for label in panel.get_yticklabels():
         label.set_parse_math(False)  # a dollar in a name is a dollar
-    panel.invert_yaxis()
+    panel.set_ylim(max(len(classes), 5) - 0.4, -0.6)  # the first is the highest; a single one no wall
     panel.set_xlim(0, 1.15 * max(*records, *shares))
     panel.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     left = "" if len(classes) == len(shown.classes) else f", the first {_CLASSES}"
