@@ -19,9 +19,9 @@ MODULES = {
 
 #: Whatever stands in a line may import what stands in the lines above it, and nothing of its own line.
 STOREYS = [
-    {"errors", "bundled", "durable"},
+    {"errors", "bundled"},
     {"checkpoint", "weighting"},
-    {"provenance"},
+    {"provenance", "durable"},
     {"config"},
     {"data"},
     {"training"},

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distrust.data.distribution import BINS, CLASSES, OTHERS, distribution
+from distrust.data.corpus import OTHER_CLASSES
+from distrust.data.distribution import BINS, CLASSES, distribution
 from distrust.data.records import Location
 from distrust.errors import DataError
 from distrust.weighting import effective_sample_size
@@ -61,7 +62,7 @@ def test_the_classes_are_parts_of_the_whole(data):
     assert sum(c.examples for c in shown.classes) == n
     assert sum(c.tokens for c in shown.classes) == shown.tokens == tokens.sum()
     assert math.isclose(sum(c.share for c in shown.classes), 1)
-    named = [c for c in shown.classes if c.name != OTHERS]
+    named = [c for c in shown.classes if c.name != OTHER_CLASSES]
     assert [c.share for c in named] == sorted((c.share for c in named), reverse=True)
     assert len(named) == min(CLASSES, len(set(class_of.tolist())))
     for c in named:

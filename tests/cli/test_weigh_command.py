@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from distrust.bundled import CORPUS, PROVENANCE_TABLE
 from distrust.cli import main
 from distrust.data import read_records
-from distrust.data.newfile import new_file
+from distrust.durable import new_file
 from distrust.errors import WriteFailed
 
 ROOT = Path(__file__).parent.parent.parent
@@ -480,7 +480,7 @@ def test_a_killed_writer_leaves_nothing_that_stays(distrust, tmp_path):
     code = """
 import os, signal, sys
 from pathlib import Path
-from distrust.data.newfile import new_file
+from distrust.durable import new_file
 with new_file(Path(sys.argv[1]), force=False) as file:
     file.write(b"half")
     file.flush()

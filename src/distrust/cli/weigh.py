@@ -51,6 +51,7 @@ _OPTIONS_OF_TRAIN = {
     "authority_weight_column": {"metavar": "NAME", "help": "default: authority_weight, or auth_weight"},
     "provenance_entropy_column": {"metavar": "NAME", "help": "default: provenance_entropy, or prov_entropy"},
     "text_column": {"metavar": "NAME", "help": "whose beginning names a record; default: text"},
+    "source_column": {"metavar": "NAME", "help": "that names the class of a source; default: source"},
     "split": {
         "metavar": "NAME",
         "help": "of a hub data set, or of a folder whose files name splits; default: train",
@@ -70,16 +71,15 @@ def main(arguments: list[str]) -> int:
     config = _config(options)
 
     from distrust.data.mapping import WholeRows, columns_of
-    from distrust.data.newfile import new_file, require_writable
     from distrust.data.rewriting import require_format, write_weighed
     from distrust.data.sources import open_source
     from distrust.data.table import load_table
     from distrust.data.weighing import Scale, weigh
+    from distrust.durable import new_file, require_writable
 
     scale = Scale(
         columns=columns_of(config),
         table=load_table(options.table),
-        source_column=options.source_column,
         authority_weight=config.default_authority_weight,
         provenance_entropy=config.default_provenance_entropy,
         tolerances={"authority_weight": options.tolerance_w, "provenance_entropy": options.tolerance_h},
@@ -153,12 +153,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     arg.add_argument(
         "--tolerance-h", type=float, default=0.05, metavar="BITS", help="likewise of H; default: 0.05"
-    )
-    arg.add_argument(
-        "--source-column",
-        metavar="NAME",
-        default="source",
-        help="column that names the class of a source; default: source",
     )
     arg.add_argument(
         "--top", type=int, metavar="N", default=5, help="how many of the heaviest and lightest; default: 5"

@@ -24,7 +24,6 @@ table.py       the user's table -> what the ingredients of w and H count for
 evidence.py    a record's fields and a table -> its w and H
 weighing.py    sources -> the w and H of each record, computed or checked
 rewriting.py   weighed records -> a data set with both columns
-newfile.py     a file that appears under its name wholly or not at all
 """
 
 from distrust.data.batches import IGNORED, Batches, MicroBatch, evaluation_batches

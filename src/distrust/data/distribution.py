@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from distrust.data.corpus import OTHER_CLASSES
 from distrust.data.records import Location
 from distrust.errors import DataError
 
@@ -20,9 +21,6 @@ BINS = 24
 
 CLASSES = 20
 """How many source classes are told apart; what the smaller ones weigh is summed up."""
-
-OTHERS = "(others)"
-"""What the summed-up classes are called."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,10 +195,11 @@ def _summaries(
     columns = (np.ones_like(u), n, w, h, u, n * u)
     sums = np.stack([np.bincount(class_of, column, minlength=len(classes)) for column in columns], axis=1)
     order = np.argsort(-sums[:, 5], kind="stable")
-    order = order[sums[order, 0] > 0]
-    rows = [(classes[i], sums[i]) for i in order[:CLASSES].tolist()]
-    if len(order) > CLASSES:
-        rows.append((OTHERS, sums[order[CLASSES:]].sum(axis=0)))
+    present = [i for i in order.tolist() if sums[i, 0] > 0]
+    named = [i for i in present if classes[i] != OTHER_CLASSES][:CLASSES]  # those are summed up already
+    rows = [(classes[i], sums[i]) for i in named]
+    if len(named) < len(present):
+        rows.append((OTHER_CLASSES, sums[[i for i in present if i not in named]].sum(axis=0)))
     total = float(sums[:, 5].sum()) or 1.0  # no token: no share
     return tuple(_summary(name, row.tolist(), total) for name, row in rows)
 

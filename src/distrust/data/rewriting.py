@@ -18,11 +18,11 @@ from typing import Any, BinaryIO, cast
 from distrust.data.fields import Fields, shown
 from distrust.data.formats import next_token
 from distrust.data.mapping import Columns, WholeRow
-from distrust.data.newfile import new_file
 from distrust.data.problems import RecordError
 from distrust.data.records import Location
 from distrust.data.sources import Part, Source
 from distrust.data.weighing import REPORT_EVERY, Weighed
+from distrust.durable import new_file
 from distrust.errors import ConfigError, DataError
 
 _BATCH_ROWS = 256

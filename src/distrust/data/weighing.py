@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distrust.data import evidence
-from distrust.data.corpus import Locations
+from distrust.data.corpus import Classes, Locations
 from distrust.data.evidence import MissingIngredientError
-from distrust.data.fields import Fields, json_kind, read_authority_weight, read_provenance_entropy
+from distrust.data.fields import Fields, read_authority_weight, read_provenance_entropy, read_source
 from distrust.data.mapping import Columns
 from distrust.data.problems import Problems, RecordError
 from distrust.data.records import Location
@@ -100,7 +100,7 @@ class Weighed:
     Attributes:
         authority_weight: w, float64[n].
         provenance_entropy: H in bits, float64[n].
-        classes: the names of the source classes, by first appearance; empty for none.
+        classes: the names of the source classes, by first appearance; one without a name for none.
         class_of: int32[n], the class of each record.
         locations: where each record stands.
         checks: where the values come from.
@@ -122,9 +122,8 @@ class Scale:
     """How records are weighed.
 
     Attributes:
-        columns: which fields hold w and H.
+        columns: which fields hold w, H and the source class.
         table: how they are computed.
-        source_column: the field that names a record's source class.
         authority_weight: w of records that have none, nor the ingredients; None where that is an error.
         provenance_entropy: H in bits of such records, likewise.
         tolerances: up to which a record's own value and the computed one are the same.
@@ -133,7 +132,6 @@ class Scale:
 
     columns: Columns
     table: Table
-    source_column: str
     authority_weight: float | None = None
     provenance_entropy: float | None = None
     tolerances: Mapping[Quantity, float] = field(
@@ -189,7 +187,7 @@ def weigh(
     parts = [part for source in sources for part in source.parts]
     checks: dict[Quantity, Check] = {name: Check(limit) for name, limit in scale.tolerances.items()}
     values: dict[Quantity, array[float]] = {name: array("d") for name in checks}
-    classes: dict[str, int] = {}
+    classes = Classes()
     class_of, part_of, lines = array("i"), array("i"), array("q")
     problems = Problems()
     for index, location, row in _rows(parts):
@@ -203,11 +201,7 @@ def weigh(
                     values[name].append(scale.settle(name, fields, location, check))
                 except RecordError as problem:
                     found.append(problem)
-            try:
-                name_of_class = _source_class(fields, scale.source_column)
-                class_of.append(classes.setdefault(name_of_class, len(classes)))
-            except RecordError as problem:
-                found.append(problem)
+            class_of.extend(classes.number([read_source(fields, scale.columns)]).tolist())
         if found:
             problems.add(location, found)
         part_of.append(index)
@@ -227,7 +221,7 @@ def weigh(
     return Weighed(
         np.asarray(values["authority_weight"], np.float64),
         np.asarray(values["provenance_entropy"], np.float64),
-        list(classes),
+        classes.names,
         np.asarray(class_of, np.int32),
         Locations(
             [(part.name, part.unit) for part in parts],
@@ -242,16 +236,6 @@ def _rows(parts: Sequence[Part]) -> Iterator[tuple[int, Location, Fields | Recor
     for index, part in enumerate(parts):
         for number, row in part.rows():
             yield index, Location(part.name, number, part.unit), row
-
-
-def _source_class(fields: Fields, column: str) -> str:
-    """The class of a record's source: text, or a number shown as text; empty where there is none."""
-    value = fields.get(column, "")
-    if isinstance(value, str):
-        return value
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise RecordError(f"{json_kind(value)}, not the name of a source class; give a string", field=column)
-    return str(value)
 
 
 def captions(sources: Sequence[Source], columns: Columns, wanted: Collection[str]) -> dict[str, str]:

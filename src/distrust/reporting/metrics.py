@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from distrust.config import STEP_METRICS, TrainConfig
-from distrust.durable import replacing
-from distrust.errors import DistrustWarning
+from distrust.durable import new_file
+from distrust.errors import DistrustWarning, WriteFailed
 from distrust.training.events import CheckpointStarted, Evaluated, Event, RunEnded, RunStarted, StepEnded
 
 METRICS = "metrics.jsonl"
@@ -71,11 +71,11 @@ class MetricsWriter:
             before = event.resumed_from.parent.parent / METRICS
         with self._tolerant():
             event.out.mkdir(parents=True, exist_ok=True)
-            with replacing(self._path) as file:
+            with new_file(self._path, force=True) as file:
                 for line in mended(_lines(before), step=event.step, history=event.history):
                     file.write(line)
             self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND)
-            with replacing(event.out / PROVENANCE) as file:
+            with new_file(event.out / PROVENANCE, force=True) as file:
                 file.write(_json({**event.distribution.as_json(), **_weighting(self._config)}, indent=1))
 
     def _write(self, values: Mapping[str, Any]) -> None:
@@ -101,11 +101,12 @@ class MetricsWriter:
         """A log is not worth a run: a failure is warned of, once, and the next start mends the file."""
         try:
             yield
-        except OSError as error:
+        except (OSError, WriteFailed) as error:
             if not self._warned:
                 self._warned = True
+                what = f"{self._path}: {error.strerror or error}" if isinstance(error, OSError) else error
                 warnings.warn(
-                    f"{self._path}: cannot be written: {error.strerror or error}. Training goes on; the "
+                    f"the log cannot be written: {what}. Training goes on; the "
                     "lines of its steps come back when the run is started again",
                     DistrustWarning,
                     stacklevel=4,
