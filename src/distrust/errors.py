@@ -9,6 +9,8 @@
     ├── OutOfMemory                     a step that needs more memory than there is
     ├── ExportFailed                    an export was not written; nothing of it is at its target
     ├── RunInProgress                   another run of this process is training
+    ├── RunNotFound                     a folder that holds no run
+    ├── ReportFailed                    a picture or page was not written; what stood there still stands
     └── CheckpointError
         ├── CheckpointNotFound          no such checkpoint
         ├── CorruptCheckpoint           a file that is not what was written
@@ -113,6 +115,30 @@ class RunInProgress(DistrustError):
     def __init__(self, message: str, *, out: Path) -> None:
         super().__init__(message)
         self.out = out
+
+
+class RunNotFound(DistrustError):
+    """A folder that holds no run.
+
+    Attributes:
+        path: the folder.
+    """
+
+    def __init__(self, message: str, *, path: Path) -> None:
+        super().__init__(message)
+        self.path = path
+
+
+class ReportFailed(DistrustError):
+    """A picture or page was not written; what stood there before still stands.
+
+    Attributes:
+        path: the file.
+    """
+
+    def __init__(self, message: str, *, path: Path) -> None:
+        super().__init__(message)
+        self.path = path
 
 
 class CheckpointError(DistrustError):
