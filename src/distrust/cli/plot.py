@@ -19,8 +19,8 @@ def main(arguments: list[str]) -> int:
     arg = parser(
         "plot",
         description=(
-            "The runs are only read: they may be training. Several runs get a colour each. What no run has data for is "
-            "left out; runs without metrics.jsonl are drawn from the history in their newest checkpoint."
+            "The runs are only read: they may be training. Each gets a colour; what none has data for is "
+            "left out. A run without metrics.jsonl is drawn from the history in its newest checkpoint."
         ),
         examples=[
             "distrust plot runs/train",

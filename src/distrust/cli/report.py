@@ -14,8 +14,8 @@ def main(arguments: list[str]) -> int:
     arg = parser(
         "report",
         description=(
-            "The page is one HTML file with its pictures in it: it needs no network, and can be mailed. The run "
-            "is only read: it may be training, and the page says how far it is."
+            "The page is one HTML file with its pictures in it: it needs no network, and can be mailed. The "
+            "run is only read: it may be training, and the page says how far it is."
         ),
         examples=["distrust report runs/train --open", "distrust report runs/train --out first-try.html"],
     )

@@ -24,6 +24,8 @@ SERIES = (PRIMARY, COORDINATED, "#009e73", "#cc79a7", "#e69f00", "#56b4e9", INK)
 BROWN = "#8c6d31"
 #: More lines, or rows, of source classes are not told apart.
 CLASSES = 8
+#: What is larger is drawn as little as what is not finite: no axis could be divided.
+LARGEST = 1e100
 NAME_CHARACTERS = 28
 
 XAxis = Literal["step", "tokens", "time"]
@@ -93,10 +95,17 @@ def positions(run: Run, axis: XAxis) -> Values:
     values = run.steps.columns.get(name)
     if values is None or not np.isfinite(values).any():
         raise ConfigError(f"--x {axis}: {run.path / METRICS} has no {name}; draw over steps, with --x step")
-    finite = np.isfinite(values)
+    finite = np.abs(values) <= LARGEST
+    mean = values[finite].mean() if finite.any() else 0.0
+    lasted = np.where(finite, values, mean)
     if axis == "time" and "stall_seconds" in run.steps.columns:
-        values = values + np.nan_to_num(run.steps.columns["stall_seconds"])
-    return np.cumsum(np.where(finite, values, values[finite].mean()))
+        lasted += known(run.steps.columns["stall_seconds"])
+    return np.cumsum(lasted)
+
+
+def known(values: Values) -> Values:
+    """The values, and 0 in place of what is not known, or cannot be added up."""
+    return np.where(np.abs(values) <= LARGEST, values, 0.0)
 
 
 def plain(text: str, characters: int = 10**6) -> str:
@@ -126,7 +135,7 @@ def _over_steps(axes: Any, shown: Shown, values: Values, **style: Any) -> None:
 
 
 def _line(axes: Any, x: NDArray[Any], y: Values, **style: Any) -> None:
-    x, y = thinned(x, np.where(np.isfinite(y), y, np.nan))
+    x, y = thinned(x, np.where(np.abs(y) <= LARGEST, y, np.nan))
     axes.plot(x, y, **style)
 
 
@@ -184,9 +193,10 @@ def _draw_classes(axes: Any, shown: Shown, classes: list[str]) -> list[str]:
     for name, colour in zip(classes[:CLASSES], others, strict=False):
         steps, values = shown.run.evaluated(f"eval_loss/{name}")
         _line(axes, shown.at(steps), values, color=colour, linewidth=1.2, label=class_name(name))
+    columns = 3 if max(len(class_name(name)) for name in classes[:CLASSES]) < 16 else 2
     # Below the axes, where it covers no line.
     legend = axes.legend(
-        loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=3, frameon=False, fontsize="small",
+        loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=columns, frameon=False, fontsize="small",
         handlelength=1.4, columnspacing=1.2,
     )  # fmt: skip
     _as_text(legend.get_texts())
@@ -224,8 +234,8 @@ def stall_share(run: Run) -> Values:
 
     Seconds that a line does not have count as none.
     """
-    stall = np.cumsum(np.nan_to_num(run.steps.columns["stall_seconds"]))
-    steps = np.cumsum(np.nan_to_num(run.steps.columns["seconds"]))
+    stall = np.cumsum(known(run.steps.columns["stall_seconds"]))
+    steps = np.cumsum(known(run.steps.columns["seconds"]))
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(stall + steps > 0, stall / (stall + steps), 0.0)
 
@@ -245,7 +255,7 @@ def _draw_memory(axes: Any, runs: Sequence[Shown]) -> str:
     axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
     if len(runs) > 1:
         return ""
-    return f"peak {np.nanmax(runs[0].run.steps.columns['memory_bytes']) / 2**30:.2f} GiB"
+    return f"peak {np.nanmax(runs[0].run.steps.columns['memory_bytes']) / 2**30:.3g} GiB"
 
 
 def _draw_weights(axes: Any, runs: Sequence[Shown]) -> str:

@@ -2,7 +2,7 @@
 
 Three things make a run: its checkpoints, ``metrics.jsonl`` and ``provenance.json``. Each may be missing: for
 want of ``metrics.jsonl``, what is known of the steps is the history in the newest whole checkpoint. It is all
-text that anybody may have written: what no run writes is an error that names file and line, or file and field.
+text that anybody may have written: what no run writes is an error that names file and line, or the field.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import numpy as np
 from distrust.checkpoint import CheckpointFile
 from distrust.checkpoint.retention import Candidate, Retention, ranked
 from distrust.config import TrainConfig, key
-from distrust.reporting.panels import by_share, class_name, stall_share
+from distrust.reporting.panels import by_share, class_name, known, stall_share
 from distrust.reporting.runs import Evaluation, Run
 
 #: Rows of evaluations that a page shows: a long run has thousands.
@@ -111,10 +111,10 @@ def facts(run: Run) -> list[Fact]:
         _tokens(run),
     ]
     if "stall_seconds" in columns and "seconds" in columns:
-        waited = float(np.nansum(columns["stall_seconds"]))
+        waited = float(known(columns["stall_seconds"]).sum())
         found.append(Fact("held up by checkpoints", f"{stall_share(run)[-1]:.2%}", duration(waited)))
     if "memory_bytes" in columns:
-        found.append(Fact("peak memory", f"{np.nanmax(columns['memory_bytes']) / 2**30:.2f} GiB"))
+        found.append(Fact("peak memory", f"{np.nanmax(columns['memory_bytes']) / 2**30:.3g} GiB"))
     if run.provenance is not None:
         weights = run.provenance.weights
         share = weights.effective_examples / max(1, weights.examples)
@@ -131,12 +131,17 @@ def facts(run: Run) -> list[Fact]:
 def best_evaluation(run: Run) -> tuple[str, float, int] | None:
     """Metric, value and step of the best evaluation, by the run's own metric; None without any."""
     rules = _rules(run)
-    candidates = [Candidate(e.step, final=False, metrics=e.metrics) for e in run.evaluations]
-    steps = ranked(candidates, rules)
-    if not steps:
-        return None
-    value = next(e.metrics[rules.metric] for e in run.evaluations if e.step == steps[0])
-    return rules.metric, value, steps[0]
+    metrics = {e.step: {**_metrics_of_step(run, e.step), **e.metrics} for e in run.evaluations}
+    steps = ranked([Candidate(step, final=False, metrics=found) for step, found in metrics.items()], rules)
+    return (rules.metric, metrics[steps[0]][rules.metric], steps[0]) if steps else None
+
+
+def _metrics_of_step(run: Run, step: int) -> dict[str, float]:
+    """What was logged of a step itself: it may be what the best one is told by."""
+    at = int(np.searchsorted(run.steps.step, step))
+    if at == len(run.steps) or run.steps.step[at] != step:
+        return {}
+    return {name: float(values[at]) for name, values in run.steps.columns.items()}
 
 
 def best_checkpoint(run: Run) -> CheckpointFile | None:
@@ -179,13 +184,13 @@ def _checkpoints(run: Run) -> list[Fact]:
 def _time(run: Run) -> Fact | None:
     seconds = run.steps.columns.get("seconds")
     if seconds is not None:
-        known = np.isfinite(seconds)
-        more = f"{float(np.nanmean(seconds)):.3g} s a step"
-        if not known.all():
-            more += f"; of {known.sum():,} steps"
-        return Fact("time in steps", duration(float(np.nansum(seconds))), more)
+        total, measured = float(known(seconds).sum()), int(np.isfinite(seconds).sum())
+        more = f"{total / max(1, measured):.3g} s a step"
+        if measured < len(seconds):
+            more += f"; of {measured:,} steps"
+        return Fact("time in steps", duration(total), more)
     elapsed = options_of(run).get("elapsed_seconds")
-    return Fact("time in steps", duration(elapsed)) if isinstance(elapsed, (int, float)) else None
+    return Fact("time in steps", duration(elapsed)) if isinstance(elapsed, float) else None
 
 
 def _tokens(run: Run) -> Fact | None:
@@ -196,9 +201,9 @@ def _tokens(run: Run) -> Fact | None:
     more = ""
     if "seconds" in columns:
         both = np.isfinite(columns["tokens"]) & np.isfinite(columns["seconds"])
-        seconds = float(columns["seconds"][both].sum())
-        more = f"{columns['tokens'][both].sum() / seconds:,.0f} a second" if seconds > 0 else ""
-    return Fact("learned tokens", f"{np.nansum(columns['tokens']):,.0f}", more)
+        seconds, tokens = (float(known(columns[name][both]).sum()) for name in ("seconds", "tokens"))
+        more = f"{tokens / seconds:,.0f} a second" if seconds > 0 and math.isfinite(tokens / seconds) else ""
+    return Fact("learned tokens", f"{known(columns['tokens']).sum():,.0f}", more)
 
 
 #: The columns of a table of evaluations, as they are headed.
