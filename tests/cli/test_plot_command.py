@@ -60,7 +60,7 @@ def test_files_of_both_kinds_under_names_of_their_own(distrust, runs, tmp_path):
         (["--panels", "loss,lose"], 2, "no panel 'lose'; there are loss, eval, sources"),
         (["--smooth", "0"], 2, "'0': give a whole number, 1 or more"),
         (["--x", "epochs"], 2, "epochs"),
-        (["--out", "/dev/null/plot.png"], 1, "/dev/null/plot.png: not written: "),
+        (["--panels", "lr", "--out", "/dev/null/plot.png"], 1, "/dev/null/plot.png: not written: "),
     ],
 )
 def test_mistakes_are_told_in_a_line(distrust, runs, more, code, what):
@@ -95,3 +95,15 @@ def test_help_shows_examples(distrust):
         done = distrust(command, "--help")
         assert done.code == 0
         assert f"distrust {command} runs/train" in done.out
+
+
+def test_drawing_loads_no_framework(run_python, runs):
+    code = """
+import sys
+from distrust.cli import main
+assert main(["plot", sys.argv[1], "--panels", "lr"]) == 0
+assert not {"torch", "transformers", "datasets", "pyarrow", "mlx", "jax"} & sys.modules.keys()
+assert "matplotlib.pyplot" not in sys.modules
+"""
+    done = run_python(code, runs / "off")
+    assert done.returncode == 0, done.stderr

@@ -13,7 +13,7 @@ from distrust.errors import ConfigError
 def main(arguments: list[str]) -> int:
     """Draw one run, or several in one picture."""
     # numpy takes a moment to load, and the names of the panels are theirs to say.
-    from distrust.reporting import panels, pictures
+    from distrust.reporting import drawing, panels, pictures
     from distrust.reporting.runs import read_run
 
     arg = parser(
@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> int:
         "the run if there is one, else here",
     )
     arg.add_argument(
-        "--x", choices=panels.X_AXES, default="step", help="what steps are drawn over; default: step"
+        "--x", choices=drawing.X_AXES, default="step", help="what steps are drawn over; default: step"
     )
     arg.add_argument(
         "--smooth", type=_whole, metavar="N", help="steps to smooth over; default: a twenty-fifth of the run"

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from distrust.checkpoint.checkpoint import MAX_STEP
 from distrust.errors import DataError, readable
 
+_DECODE = json.JSONDecoder().decode  # json.loads would first guess the encoding, a million times
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
-@contextlib.contextmanager
-def told(where: str) -> Iterator[None]:
-    """What is wrong inside is told with the place where it stands.
+#: What the functions below raise.
+WRONG = (ValueError, OverflowError, RecursionError)
 
-    Raises:
-        DataError: for every error that the functions below raise.
-    """
-    try:
-        yield
-    except (ValueError, OverflowError, RecursionError) as error:
-        raise DataError(f"{where}: {error}; no run writes that: restore the file, or move it away") from None
+
+def told(where: str, error: Exception) -> DataError:
+    """The error for the user, with the place where it stands."""
+    return DataError(f"{where}: {error}; no run writes that: restore the file, or move it away")
 
 
 def refuse(name: str, what: str) -> NoReturn:
@@ -35,7 +31,7 @@ def refuse(name: str, what: str) -> NoReturn:
 def parsed(text: bytes) -> dict[str, Any]:
     """A JSON object."""
     try:
-        value = json.loads(text)
+        value = _DECODE(text.decode())
     except UnicodeDecodeError:
         raise ValueError("not UTF-8") from None
     except ValueError as error:

@@ -1,63 +1,36 @@
 """What a picture of runs is made of: panels, each drawn into axes that it is given.
 
-A panel knows for which runs it has something to show, and draws all of them, a colour a run. Class names and
-the like are anybody's text: they are shown as text, whatever they hold.
+A panel knows for which runs it has something to show, and draws all of them, a colour a run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from distrust.errors import ConfigError
-from distrust.reporting.plots import COORDINATED, PRIMARY
-from distrust.reporting.runs import METRICS, Run
-from distrust.reporting.series import Values, smoothed, thinned, usual_window
+from distrust.reporting.drawing import (
+    BROWN,
+    QUIET,
+    SERIES,
+    Shown,
+    as_text,
+    class_name,
+    compact,
+    draw_line,
+    draw_over_steps,
+    draw_raw_and_smoothed,
+    known,
+    plain,
+)
+from distrust.reporting.runs import Run
+from distrust.reporting.series import Values
 
-INK, QUIET, GRID = "#1f2328", "#6e7781", "#d8dee4"
-#: Okabe and Ito's, which colour-blind people tell apart; without the yellow, which is lost on white.
-SERIES = (PRIMARY, COORDINATED, "#009e73", "#cc79a7", "#e69f00", "#56b4e9", INK)
-BROWN = "#8c6d31"
-#: More lines, or rows, of source classes are not told apart.
+#: More lines of source classes are not told apart, nor more than twice as many rows.
 CLASSES = 8
-#: What is larger is drawn as little as what is not finite: no axis could be divided.
-LARGEST = 1e100
-NAME_CHARACTERS = 28
-
-XAxis = Literal["step", "tokens", "time"]
-
-
-@dataclass(frozen=True, slots=True)
-class Shown:
-    """A run as it is drawn.
-
-    Attributes:
-        run: the run.
-        name: that tells it apart.
-        colour: of its lines.
-        x: where each of its steps lies, float64[n].
-        smooth: steps to smooth over; None for the usual.
-    """
-
-    run: Run
-    name: str
-    colour: Any
-    x: Values
-    smooth: int | None = None
-
-    def at(self, steps: NDArray[np.int64]) -> Values:
-        """Where these numbers of steps lie: at the start, what comes before the first one that is known."""
-        if not len(self.x):
-            return steps.astype(np.float64)
-        return np.interp(steps, self.run.steps.step, self.x, left=0.0)
-
-    def line(self, values: Values) -> Values:
-        """The values, smoothed."""
-        return smoothed(values, self.smooth or usual_window(len(values)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,71 +54,6 @@ class Panel:
     minor: bool = False
 
 
-def positions(run: Run, axis: XAxis) -> Values:
-    """Where each step of a run lies on an axis, float64[n]: its number, tokens until then, or seconds.
-
-    A step whose tokens or seconds are not known counts as the mean of the others.
-
-    Raises:
-        ConfigError: if they are known of no step.
-    """
-    if axis == "step":
-        return run.steps.step.astype(np.float64)
-    name = {"tokens": "tokens", "time": "seconds"}[axis]
-    values = run.steps.columns.get(name)
-    if values is None or not np.isfinite(values).any():
-        raise ConfigError(f"--x {axis}: {run.path / METRICS} has no {name}; draw over steps, with --x step")
-    finite = np.abs(values) <= LARGEST
-    mean = values[finite].mean() if finite.any() else 0.0
-    lasted = np.where(finite, values, mean)
-    if axis == "time" and "stall_seconds" in run.steps.columns:
-        lasted += known(run.steps.columns["stall_seconds"])
-    return np.cumsum(lasted)
-
-
-def known(values: Values) -> Values:
-    """The values, and 0 in place of what is not known, or cannot be added up."""
-    return np.where(np.abs(values) <= LARGEST, values, 0.0)
-
-
-def plain(text: str, characters: int = 10**6) -> str:
-    """Text from anywhere on one line, what cannot be seen replaced, cut to so many letters."""
-    seen = "".join(letter if letter.isprintable() else "\ufffd" for letter in text[: characters + 1])
-    return seen if len(seen) <= characters else seen[: characters - 1] + "…"
-
-
-def class_name(name: str) -> str:
-    """What a source class is called: that of the examples that name none has no name of its own."""
-    return plain(name, NAME_CHARACTERS) or "(none)"
-
-
-def compact(value: float, _: object = None) -> str:
-    """A number on an axis."""
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= max(size, 1e4):
-            return f"{value / size:g}{letter}"
-    if 0 < abs(value) < 1e-3:
-        digits, _, power = f"{value:.6e}".partition("e")
-        return f"{float(digits):g}e{int(power)}"
-    return f"{value:g}"
-
-
-def _over_steps(axes: Any, shown: Shown, values: Values, **style: Any) -> None:
-    _line(axes, shown.x, values, color=shown.colour, **style)
-
-
-def _line(axes: Any, x: NDArray[Any], y: Values, **style: Any) -> None:
-    x, y = thinned(x, np.where(np.abs(y) <= LARGEST, y, np.nan))
-    axes.plot(x, y, **style)
-
-
-def _raw_and_smoothed(axes: Any, shown: Shown, values: Values) -> None:
-    line = shown.line(values)
-    if not np.array_equal(line, values):
-        _over_steps(axes, shown, values, linewidth=0.7, alpha=0.28)
-    _over_steps(axes, shown, line, linewidth=1.7)
-
-
 def _differ(one: Values | None, other: Values | None) -> bool:
     return one is not None and other is not None and not np.array_equal(one, other, equal_nan=True)
 
@@ -154,11 +62,11 @@ def _draw_loss(axes: Any, runs: Sequence[Shown]) -> str:
     dashed = False
     for shown in runs:
         columns = shown.run.steps.columns
-        _raw_and_smoothed(axes, shown, columns["loss"])
+        draw_raw_and_smoothed(axes, shown, columns["loss"])
         if _differ(columns["loss"], columns.get("weighted_loss")):
             dashed = True
             line = shown.line(columns["weighted_loss"])
-            _over_steps(axes, shown, line, linewidth=1.2, linestyle=(0, (4, 2)))
+            draw_over_steps(axes, shown, line, linewidth=1.2, linestyle=(0, (4, 2)))
     axes.set_ylabel("nats a token")
     return "dashed: weighted" if dashed else ""
 
@@ -168,14 +76,16 @@ def _draw_evaluations(axes: Any, runs: Sequence[Shown]) -> str:
     for shown in runs:
         steps, values = shown.run.evaluated("eval_loss")
         few = "o" if len(steps) <= 50 else ""
-        _line(
+        draw_line(
             axes, shown.at(steps), values, color=shown.colour, linewidth=2, marker=few, markersize=3.5,
             label="all", zorder=3,
         )  # fmt: skip
         steps, weighted = shown.run.evaluated("eval_weighted_loss")
         if len(steps) and _differ(values, weighted):
             remarks = ["dashed: weighted"]
-            _line(axes, shown.at(steps), weighted, color=shown.colour, linewidth=1.2, linestyle=(0, (4, 2)))
+            draw_line(
+                axes, shown.at(steps), weighted, color=shown.colour, linewidth=1.2, linestyle=(0, (4, 2))
+            )
     axes.set_ylabel("nats a token")
     if len(runs) == 1 and len(classes := by_share(runs[0].run)) > 1:
         remarks += _draw_classes(axes, runs[0], classes)
@@ -192,27 +102,27 @@ def _draw_classes(axes: Any, shown: Shown, classes: list[str]) -> list[str]:
     others = [colour for colour in (*SERIES, QUIET, BROWN) if colour != shown.colour]
     for name, colour in zip(classes[:CLASSES], others, strict=False):
         steps, values = shown.run.evaluated(f"eval_loss/{name}")
-        _line(axes, shown.at(steps), values, color=colour, linewidth=1.2, label=class_name(name))
+        draw_line(axes, shown.at(steps), values, color=colour, linewidth=1.2, label=class_name(name))
     columns = 3 if max(len(class_name(name)) for name in classes[:CLASSES]) < 16 else 2
     # Below the axes, where it covers no line.
     legend = axes.legend(
         loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=columns, frameon=False, fontsize="small",
         handlelength=1.4, columnspacing=1.2,
     )  # fmt: skip
-    _as_text(legend.get_texts())
+    as_text(legend.get_texts())
     return [f"{CLASSES} of {len(classes)} source classes"] if len(classes) > CLASSES else []
 
 
 def _draw_rate(axes: Any, runs: Sequence[Shown]) -> str:
     for shown in runs:
-        _over_steps(axes, shown, shown.run.steps.columns["learning_rate"], linewidth=1.7)
+        draw_over_steps(axes, shown, shown.run.steps.columns["learning_rate"], linewidth=1.7)
     axes.set_ylim(bottom=0)
     return ""
 
 
 def _draw_norm(axes: Any, runs: Sequence[Shown]) -> str:
     for shown in runs:
-        _raw_and_smoothed(axes, shown, shown.run.steps.columns["gradient_norm"])
+        draw_raw_and_smoothed(axes, shown, shown.run.steps.columns["gradient_norm"])
     axes.set_ylim(bottom=0)
     return "before clipping"
 
@@ -223,7 +133,7 @@ def _draw_speed(axes: Any, runs: Sequence[Shown]) -> str:
         with np.errstate(invalid="ignore", divide="ignore"):
             # Tokens of the window over its seconds, not a mean of speeds: short steps must not count more.
             speed = shown.line(columns["tokens"]) / shown.line(columns["seconds"])
-        _over_steps(axes, shown, speed, linewidth=1.7)
+        draw_over_steps(axes, shown, speed, linewidth=1.7)
     axes.set_ylabel("tokens a second")
     axes.set_ylim(bottom=0)
     return ""
@@ -242,7 +152,7 @@ def stall_share(run: Run) -> Values:
 
 def _draw_stall(axes: Any, runs: Sequence[Shown]) -> str:
     for shown in runs:
-        _over_steps(axes, shown, 100 * stall_share(shown.run), linewidth=1.7)
+        draw_over_steps(axes, shown, 100 * stall_share(shown.run), linewidth=1.7)
     axes.set_ylabel("% of the time so far")
     axes.set_ylim(bottom=0)
     return f"{stall_share(runs[0].run)[-1]:.2%} in all" if len(runs) == 1 else ""
@@ -250,7 +160,7 @@ def _draw_stall(axes: Any, runs: Sequence[Shown]) -> str:
 
 def _draw_memory(axes: Any, runs: Sequence[Shown]) -> str:
     for shown in runs:
-        _over_steps(axes, shown, shown.run.steps.columns["memory_bytes"] / 2**30, linewidth=1.7)
+        draw_over_steps(axes, shown, shown.run.steps.columns["memory_bytes"] / 2**30, linewidth=1.7)
     axes.set_ylabel("GiB")
     axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
     if len(runs) > 1:
@@ -302,17 +212,11 @@ def _draw_sources(axes: Any, runs: Sequence[Shown]) -> str:
                 axes.plot(100 * part, y, marker="o", markersize=5, color=QUIET, markerfacecolor="none")
                 axes.plot(100 * found.share, y, marker="o", markersize=6, color=shown.colour)
     axes.set_yticks(list(rows.values()), [class_name(name) for name in rows])
-    _as_text(axes.get_yticklabels())
+    as_text(axes.get_yticklabels())
     axes.set_ylim(-len(rows) + 0.4, 0.6)
     axes.set_xlim(left=0)
     axes.set_xlabel("% of the tokens (ring), of the weight (dot)")
     return f"{len(rows)} of {len(names)} source classes" if len(names) > len(rows) else ""
-
-
-def _as_text(texts: Sequence[Any]) -> None:
-    """Names are no formulas, whatever signs of dollars they hold."""
-    for text in texts:
-        text.set_parse_math(False)
 
 
 def _has(*columns: str) -> Callable[[Run], bool]:
@@ -382,6 +286,3 @@ def require_known(names: Sequence[str]) -> None:
             raise ConfigError(
                 f"--panels: there is no panel {plain(name, 60)!r}; there are {', '.join(PANELS)}"
             )
-
-
-X_AXES = get_args(XAxis)

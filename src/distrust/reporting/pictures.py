@@ -13,21 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from distrust.errors import ConfigError, DistrustWarning, ReportFailed
-from distrust.reporting.panels import (
+from distrust.reporting.drawing import (
     GRID,
     INK,
     NAME_CHARACTERS,
-    PANELS,
     QUIET,
     SERIES,
-    Panel,
     Shown,
     XAxis,
     compact,
     plain,
     positions,
-    require_known,
 )
+from distrust.reporting.panels import PANELS, Panel, require_known
 from distrust.reporting.runs import Run
 
 SUFFIXES = (".png", ".svg")
@@ -166,11 +164,14 @@ def is_there(name: str, scene: Scene) -> bool:
 
 def _figure(panels: Sequence[Panel], scene: Scene, *, title: str, panel_titles: bool) -> Any:
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     columns = 1 if len(panels) == 1 else 2 if len(panels) in (2, 4) else 3
     rows = -(-len(panels) // columns)
     with styled():
-        figure = Figure(figsize=(_WIDTH * columns, _HEIGHT * rows), layout="constrained")
+        # Room for each, and for what is beside it: nothing is drawn over anything.
+        layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.14, rect=(0.006, 0.008, 0.988, 0.98))
+        figure = Figure(figsize=(_WIDTH * columns, _HEIGHT * rows), layout=layout)
         cells = list(figure.subplots(rows, columns, squeeze=False).flat)
         for panel, axes in zip(panels, cells, strict=False):
             _draw_into(axes, panel, scene)

@@ -44,6 +44,7 @@ COLUMNS = (
     "stall_seconds",
     "memory_bytes",
 )
+_OF_A_STEP = {"step", *COLUMNS}
 #: What a metric of an evaluation begins with. Behind a slash may stand the source class that it is of.
 EVALUATED = "eval_"
 #: Nobody writes longer ones, and a file without a newline must not fill the memory.
@@ -178,26 +179,33 @@ def _parsed(path: Path, lines: Iterator[bytes]) -> tuple[Steps, list[Evaluation]
     numbers: array[int] = array("q")
     values: array[float] = array("d")  # row by row; there may be millions
     evaluations: list[Evaluation] = []
-    for count, line in enumerate(lines, 1):
-        if not line.endswith(b"\n"):
-            if len(line) == _MAX_BYTES:
-                raise DataError(f"{path}:{count}: a line of more than {_MAX_BYTES:,} bytes")
-            break  # torn: its writer is in the middle of it, or was killed there
-        with checked.told(f"{path}:{count}"):
+    count = 0
+    try:
+        for count, line in enumerate(lines, 1):  # noqa: B007 - for the message
+            if not line.endswith(b"\n"):
+                if len(line) == _MAX_BYTES:
+                    raise ValueError(f"more than {_MAX_BYTES:,} bytes")
+                break  # torn: its writer is in the middle of it, or was killed there
             record = checked.parsed(line)
             step = checked.whole(record, "step")
-            evaluated = {name: checked.number(record, name) for name in record if name.startswith(EVALUATED)}
-            if evaluated:
+            if not record.keys() <= _OF_A_STEP and (evaluated := _evaluated(record)):
                 _require_order(step, evaluations[-1].step if evaluations else -1)
                 evaluations.append(Evaluation(step, evaluated))
             else:
                 _require_order(step, numbers[-1] if numbers else -1)
                 numbers.append(step)
-                values.extend(
-                    checked.number(record, name) if name in record else math.nan for name in COLUMNS
-                )
+                row = [record.get(name, math.nan) for name in COLUMNS]
+                if not set(map(type, row)) <= {float, int}:
+                    row = [checked.number(record, name) if name in record else math.nan for name in COLUMNS]
+                values.extend(row)
+    except checked.WRONG as error:
+        raise checked.told(f"{path}:{count}", error) from None
     rows = np.array(values).reshape(-1, len(COLUMNS))
     return _steps(np.array(numbers, np.int64), rows.T), evaluations
+
+
+def _evaluated(record: Mapping[str, Any]) -> dict[str, float]:
+    return {name: checked.number(record, name) for name in record if name.startswith(EVALUATED)}
 
 
 def _require_order(step: int, before: int) -> None:
@@ -254,10 +262,12 @@ def _read_provenance(path: Path) -> Provenance | None:
         return None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    with checked.told(str(path)):
+    try:
         found = checked.parsed(text)
         options = ("weighting", "alpha", "lambda", "max_ratio")
         return Provenance({name: checked.scalar(found, name) for name in options}, _distribution(found))
+    except checked.WRONG as error:
+        raise checked.told(str(path), error) from None
 
 
 def _distribution(found: Mapping[str, Any]) -> Distribution:

@@ -12,11 +12,14 @@ import numpy as np
 from distrust.checkpoint import CheckpointFile
 from distrust.checkpoint.retention import Candidate, Retention, ranked
 from distrust.config import TrainConfig, key
-from distrust.reporting.panels import by_share, class_name, known, stall_share
+from distrust.reporting.drawing import class_name, known
+from distrust.reporting.panels import by_share, stall_share
 from distrust.reporting.runs import Evaluation, Run
 
 #: Rows of evaluations that a page shows: a long run has thousands.
 ROWS = 25
+#: Letters of a class's name in a table: it has more room than a picture.
+NAME_CHARACTERS = 120
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,7 +257,7 @@ def evaluations_by_class(run: Run) -> tuple[list[str], list[Row]]:
         last = [run.evaluated(f"{metric}/{name}")[1] for metric in metrics]
         rows.append(
             Row(
-                class_name(name),
+                class_name(name, NAME_CHARACTERS),
                 [
                     number(float(values[0])),
                     *(number(float(of[-1])) if len(of) else "" for of in last),
