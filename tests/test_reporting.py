@@ -352,9 +352,9 @@ def test_a_million_steps_are_drawn_in_seconds(tmp_path):
     steps = np.arange(1, 1_000_001)
     columns = {name: np.sin(steps / 1e5) + 2 for name in COLUMNS}
     long = type(run)(path=tmp_path, steps=type(run.steps)(steps, columns))
-    began = time.perf_counter()
+    began = time.process_time()
     svg = drawn(long)
-    assert time.perf_counter() - began < 15
+    assert time.process_time() - began < 15
     assert len(svg) < 3_000_000
 
 

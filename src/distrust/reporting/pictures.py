@@ -170,7 +170,7 @@ def _figure(panels: Sequence[Panel], scene: Scene, *, title: str, panel_titles: 
     rows = -(-len(panels) // columns)
     with styled():
         # Room for each, and for what is beside it: nothing is drawn over anything.
-        layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.14, rect=(0.006, 0.008, 0.988, 0.98))
+        layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1, rect=(0.006, 0.008, 0.988, 0.98))
         figure = Figure(figsize=(_WIDTH * columns, _HEIGHT * rows), layout=layout)
         cells = list(figure.subplots(rows, columns, squeeze=False).flat)
         for panel, axes in zip(panels, cells, strict=False):
