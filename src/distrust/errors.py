@@ -10,6 +10,7 @@
     ├── ExportFailed                    an export was not written; nothing of it is at its target
     ├── WriteFailed                     a file was not written; what stood under its name still stands
     ├── RunInProgress                   another run of this process is training
+    ├── RunNotFound                     a folder that holds no run
     └── CheckpointError
         ├── CheckpointNotFound          no such checkpoint
         ├── CorruptCheckpoint           a file that is not what was written
@@ -126,6 +127,18 @@ class RunInProgress(DistrustError):
     def __init__(self, message: str, *, out: Path) -> None:
         super().__init__(message)
         self.out = out
+
+
+class RunNotFound(DistrustError):
+    """A folder that holds no run.
+
+    Attributes:
+        path: the folder.
+    """
+
+    def __init__(self, message: str, *, path: Path) -> None:
+        super().__init__(message)
+        self.path = path
 
 
 class CheckpointError(DistrustError):

@@ -292,7 +292,6 @@ def test_all_that_is_wrong_is_told_at_once_and_nothing_is_written(distrust, tabl
         {**good, "institutional_rank": "tabloid"},
         {**good, "citation_count": None},
         {**good, "evidence": [*CHAIN, {"kind": "report", "share": -1}], "citation_count": "x"},
-        {**good, "source": ["a"]},
         {**good, "authority_weight": 1.5},
     ]
     data = write(tmp_path / "wrong.jsonl", rows)
@@ -302,16 +301,15 @@ def test_all_that_is_wrong_is_told_at_once_and_nothing_is_written(distrust, tabl
     done = distrust("weigh", data, "--table", table, "--out", out, "--plot", picture)
     assert (done.code, done.out) == (1, "")
     headline, *lines = done.err.splitlines()
-    assert headline == f"distrust: {data}: 6 of 7 records are wrong"
+    assert headline == f"distrust: {data}: 5 of 6 records are wrong"
     places = [line.removeprefix(f"{data}:").split(": ")[:2] for line in lines]
     assert places == [
         ["2", "institutional_rank"],
         ["3", "citation_count"],
         ["4", "citation_count"],
         ["4", "evidence[2].share"],
-        ["5", "source"],
-        ["6", "authority_weight"],
-        ["7", "invalid JSON at column 2"],
+        ["5", "authority_weight"],
+        ["6", "invalid JSON at column 2"],
     ]
     assert not out.exists()
     assert not picture.exists()

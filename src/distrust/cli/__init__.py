@@ -30,6 +30,8 @@ COMMANDS = {
     "verify": "check every byte of checkpoints",
     "prune": "remove checkpoints: superseded ones, or damaged ones",
     "diff": "what differs between two checkpoints",
+    "plot": "draw how runs go: losses, learning rate, weights, stall, memory",
+    "report": "one page on a run: its state, pictures, provenance, checkpoints, options",
 }
 
 

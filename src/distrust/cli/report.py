@@ -1,0 +1,39 @@
+"""The command ``distrust report``."""
+
+from __future__ import annotations
+
+import webbrowser
+from pathlib import Path
+
+from distrust.cli.arguments import parser
+from distrust.cli.printing import printable
+
+
+def main(arguments: list[str]) -> int:
+    """Write a page on a run."""
+    arg = parser(
+        "report",
+        description=(
+            "The page is one HTML file with its pictures in it: it needs no network, and can be mailed. The "
+            "run is only read: it may be training, and the page says how far it is."
+        ),
+        examples=["distrust report runs/train --open", "distrust report runs/train --out first-try.html"],
+    )
+    arg.add_argument("run", type=Path, metavar="RUN", help="folder of a run, its --out")
+    arg.add_argument(
+        "--out", type=Path, help="file to write, .html; default: report.html in the folder of the run"
+    )
+    arg.add_argument("--open", action="store_true", help="show it in the browser")
+    options = arg.parse_args(arguments)
+
+    from distrust.reporting import pictures
+    from distrust.reporting.page import page
+    from distrust.reporting.runs import read_run
+
+    target = options.out or options.run / "report.html"
+    pictures.require_suffix(target, (".html", ".htm"))
+    pictures.write(target, page(read_run(options.run)).encode())
+    print(printable(str(target)))
+    if options.open:
+        webbrowser.open(target.absolute().as_uri())
+    return 0

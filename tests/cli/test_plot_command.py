@@ -1,0 +1,109 @@
+"""distrust plot: files of pictures, and one line where there can be none."""
+
+from __future__ import annotations
+
+import os
+import struct
+
+import pytest
+
+from run_folders import step_line, write_lines, write_run
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    for name in ("off", "monotone"):
+        write_run(folder / name, weighting=name)
+    return folder
+
+
+def size_of_png(path):
+    head = path.read_bytes()[:24]
+    assert head.startswith(b"\x89PNG\r\n\x1a\n")
+    return struct.unpack(">II", head[16:])
+
+
+def test_one_run_is_drawn_into_its_folder(distrust, runs):
+    done = distrust("plot", runs / "off", "--panels", "loss,lr")
+    assert (done.code, done.out, done.err) == (0, f"{runs / 'off' / 'plot.png'}\n", "")
+    width, height = size_of_png(runs / "off" / "plot.png")
+    assert width > height > 400
+
+
+def test_several_runs_are_drawn_here(distrust, runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = distrust("plot", runs / "off", runs / "monotone", "--panels", "loss", "--title", "both of them")
+    assert (done.code, done.out) == (0, "plot.png\n")
+    assert os.listdir(tmp_path) == ["plot.png"]
+
+
+def test_files_of_both_kinds_under_names_of_their_own(distrust, runs, tmp_path):
+    png, svg = tmp_path / "new" / "a.png", tmp_path / "b.SVG"
+    done = distrust(
+        "plot", runs / "off", runs / "monotone", "--out", png, "--out", svg, "--panels", "loss,weights",
+        "--x", "tokens", "--smooth", 7, "--title", "off <and> monotone",
+    )  # fmt: skip
+    assert (done.code, done.out) == (0, f"{png}\n{svg}\n")
+    size_of_png(png)
+    text = svg.read_text("utf-8")
+    assert text.startswith("<?xml")
+    assert "off &lt;and&gt; monotone" in text
+    assert ">tokens<" in text
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "what"),
+    [
+        (["--out", "plot.pdf"], 2, "--out plot.pdf: give a name that ends with .png or .svg"),
+        (["--out", "plot"], 2, "--out plot: give a name"),
+        (["--panels", "loss,lose"], 2, "no panel 'lose'; there are loss, eval, sources"),
+        (["--smooth", "0"], 2, "'0': give a whole number, 1 or more"),
+        (["--x", "epochs"], 2, "epochs"),
+        (["--panels", "lr", "--out", "/dev/null/plot.png"], 1, "/dev/null/plot.png: not written: "),
+    ],
+)
+def test_mistakes_are_told_in_a_line(distrust, runs, more, code, what):
+    done = distrust("plot", runs / "monotone", *more)
+    assert (done.code, done.out) == (code, "")
+    assert what in done.err
+    assert "Traceback" not in done.err
+
+
+def test_what_is_no_run_is_told_in_a_line(distrust, runs, tmp_path):
+    done = distrust("plot", tmp_path)
+    assert (done.code, done.err.count("\n")) == (1, 1)
+    assert "no run here" in done.err
+    done = distrust("plot", runs / "off", runs / "off")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    (tmp_path / "metrics.jsonl").write_text("}\n")
+    done = distrust("plot", tmp_path)
+    assert (done.code, done.err.count("\n")) == (1, 1)
+    assert f"{tmp_path}/metrics.jsonl:1: not JSON" in done.err
+    assert os.listdir(tmp_path) == ["metrics.jsonl"]
+
+
+def test_a_run_that_trains_is_drawn_as_far_as_it_is(distrust, tmp_path):
+    path = write_lines(tmp_path, [step_line(step) for step in range(1, 4)])
+    with path.open("a") as file:
+        file.write('{"step": 4, "lo')  # its writer is in the middle of it
+    assert distrust("plot", tmp_path, "--panels", "loss").code == 0
+
+
+def test_help_shows_examples(distrust):
+    for command in ("plot", "report"):
+        done = distrust(command, "--help")
+        assert done.code == 0
+        assert f"distrust {command} runs/train" in done.out
+
+
+def test_drawing_loads_no_framework(run_python, runs):
+    code = """
+import sys
+from distrust.cli import main
+assert main(["plot", sys.argv[1], "--panels", "lr"]) == 0
+assert not {"torch", "transformers", "datasets", "pyarrow", "mlx", "jax"} & sys.modules.keys()
+assert "matplotlib.pyplot" not in sys.modules
+"""
+    done = run_python(code, runs / "off")
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,380 @@
+"""A run folder read, thinned out, smoothed and drawn."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import time
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from distrust.errors import ConfigError, DataError, DistrustWarning, RunNotFound, WriteFailed
+from distrust.reporting import pictures, summary
+from distrust.reporting.panels import PANELS
+from distrust.reporting.runs import COLUMNS, read_run
+from distrust.reporting.series import smoothed, thinned
+from run_folders import (
+    CLASSES,
+    HOSTILE,
+    evaluation_line,
+    step_line,
+    write_checkpoints,
+    write_lines,
+    write_provenance,
+    write_run,
+)
+
+numbers = st.floats(allow_nan=True, allow_infinity=True)
+some_of_a_step = st.dictionaries(st.sampled_from(COLUMNS), numbers)
+some_of_an_evaluation = st.dictionaries(
+    st.text('ab/"\n\\é😀', max_size=4).map("eval_loss/".__add__)
+    | st.sampled_from(["eval_loss", "eval_perplexity"]),
+    numbers,
+    min_size=1,
+)
+
+
+def written(value: float) -> float | str:
+    """As a run writes a number."""
+    return value if math.isfinite(value) else str(value)
+
+
+def same(one: float, other: float) -> bool:
+    return one == other or (math.isnan(one) and math.isnan(other))
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("lines")
+
+
+@settings(max_examples=50)
+@given(data=st.data())
+def test_what_was_written_is_what_is_read(scratch, data):
+    steps = sorted(data.draw(st.sets(st.integers(1, 10**18 - 1), max_size=6)))
+    evaluated = sorted(data.draw(st.sets(st.integers(0, 10**18 - 1), max_size=3)))
+    rows = {step: data.draw(some_of_a_step) for step in steps}
+    evaluations = {step: data.draw(some_of_an_evaluation) for step in evaluated}
+    lines = [(step, 0, values) for step, values in rows.items()]
+    lines += [(step, 1, values) for step, values in evaluations.items()]
+    text = "".join(
+        json.dumps({"step": step, **{name: written(value) for name, value in values.items()}}) + "\n"
+        for step, _, values in sorted(lines, key=lambda line: line[:2])
+    )
+    torn = data.draw(st.sampled_from(["", '{"step": 9', "{", "\x00"]))
+    (scratch / "metrics.jsonl").write_text(text + torn, encoding="utf-8")
+
+    run = read_run(scratch)
+
+    assert run.steps.step.tolist() == steps
+    for name in COLUMNS:
+        wanted = [rows[step].get(name, math.nan) for step in steps]
+        read = run.steps.columns.get(name, np.full(len(steps), np.nan)).tolist()
+        assert all(map(same, read, wanted))
+    assert [e.step for e in run.evaluations] == evaluated
+    for e in run.evaluations:
+        assert e.metrics.keys() == evaluations[e.step].keys()
+        assert all(same(e.metrics[name], value) for name, value in evaluations[e.step].items())
+
+
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        ("{not json}", "not JSON"),
+        ("[1]", "not a JSON object"),
+        ("", "not JSON"),
+        ("[" * 100_000, "not JSON|recursion"),
+        ('{"loss": 1.0}', "step: missing"),
+        ('{"step": -1}', "step: not a whole number"),
+        ('{"step": true}', "step: not a whole number"),
+        ('{"step": 2.0}', "step: not a whole number"),
+        ('{"step": 2, "loss": null}', "loss: neither a number"),
+        ('{"step": 2, "loss": "low"}', "loss: neither a number"),
+        ('{"step": 2, "loss": 1%s}' % ("0" * 400), "too large"),
+        ('{"step": 2, "loss": 1%s}' % ("0" * 5000), "not JSON"),
+        ('{"step": 2, "eval_loss": []}', "eval_loss: neither a number"),
+        ('{"step": 1, "loss": 2.0}', "step: 1 comes after 1"),
+    ],
+)
+def test_a_line_that_no_run_writes_is_told_with_its_place(tmp_path, line, what):
+    (tmp_path / "metrics.jsonl").write_text(
+        f"{json.dumps(step_line(1))}\n{line}\n{json.dumps(step_line(3))}\n"
+    )
+    with pytest.raises(DataError, match=what) as told:
+        read_run(tmp_path)
+    assert str(told.value).startswith(f"{tmp_path}/metrics.jsonl:2: ")
+    assert "\n" not in str(told.value)
+
+
+def test_bytes_that_are_no_text_are_told_too(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b"\xff\xfe{}\n")
+    with pytest.raises(DataError, match=r"metrics.jsonl:1: not UTF-8"):
+        read_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changed", "what"),
+    [
+        ({"examples": "many"}, "examples: not a whole number"),
+        ({"edges": [1.0, 1.0], "counts": [3]}, "edges"),
+        ({"counts": [1, 2]}, "edges"),
+        ({"classes": [{"name": 7}]}, "name: not a string"),
+        ({"classes": {}}, "classes: not a list"),
+        ({"heaviest": [{"where": "a:1", "weight": "nan"}]}, "heaviest.authority_weight: not a finite number"),
+        ({"quantiles": {"weight": [1, 2]}}, "quantiles.weight"),
+        ({"alpha": []}, "alpha"),
+    ],
+)
+def test_a_provenance_that_no_run_writes_is_told_with_its_field(tmp_path, changed, what):
+    path = write_provenance(tmp_path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    with pytest.raises(DataError, match=what) as told:
+        read_run(tmp_path)
+    assert str(told.value).startswith(f"{path}: ")
+
+
+def test_the_provenance_comes_back(tmp_path):
+    path = write_provenance(tmp_path)
+    found = read_run(tmp_path).provenance
+    assert found.weights.as_json() | dict(found.options) == json.loads(path.read_text())
+
+
+def test_what_is_no_run_is_said_in_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    for path, what in [
+        (tmp_path, "no run here"),
+        (tmp_path / "no", "no such"),
+        (tmp_path / "file", "a file"),
+    ]:
+        with pytest.raises(RunNotFound, match=what) as told:
+            read_run(path)
+        assert "\n" not in str(told.value)
+
+
+def test_without_metrics_the_newest_whole_checkpoint_tells(tmp_path):
+    write_checkpoints(tmp_path, [20, 40, 60], max_steps=60)
+    whole = read_run(tmp_path)
+    assert whole.from_history
+    assert whole.steps.step.tolist() == list(range(1, 61))
+    assert whole.steps.columns["loss"].tolist() == [step_line(step)["loss"] for step in range(1, 61)]
+    assert [e.step for e in whole.evaluations] == [20, 40, 60]
+    assert "seconds" not in whole.steps.columns
+
+    newest = whole.newest
+    history = next(tensor for tensor in newest.tensors if tensor.name == "history.loss")
+    with newest.path.open("r+b") as file:
+        file.seek(history.offset + 3)
+        file.write(b"\xaa")
+    with pytest.warns(DistrustWarning, match="history.loss"):
+        assert len(read_run(tmp_path).steps) == 40
+
+
+def test_damaged_checkpoints_do_not_hide_the_run(tmp_path):
+    write_run(tmp_path)
+    (tmp_path / "checkpoints" / "checkpoint-80.safetensors").write_bytes(b"cut")
+    run = read_run(tmp_path)
+    assert [file.step for file in run.checkpoints.damaged] == [80]
+    assert summary.state(run)[0] == "finished"
+
+
+def test_the_state_of_a_run(tmp_path):
+    assert summary.state(read_run(write_run(tmp_path / "whole"))) == ("finished", "step 60 of 60")
+    assert summary.state(read_run(write_run(tmp_path / "half", max_steps=90)))[0] == "not finished"
+    early = tmp_path / "early"
+    write_checkpoints(early, [20], max_steps=90)
+    assert summary.state(read_run(early)) == ("ended early", "step 20 of 90")
+    write_lines(early, [step_line(step) for step in range(1, 31)])  # a final one that was gone on from
+    assert summary.state(read_run(early))[0] == "not finished"
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    write_lines(begun, [step_line(1)])
+    assert summary.state(read_run(begun)) == ("not saved yet", "step 1: no checkpoint stands")
+
+
+def test_the_best_evaluation_is_by_the_metric_of_the_run(tmp_path):
+    run = read_run(write_run(tmp_path))
+    assert summary.best_evaluation(run) == ("eval_loss", evaluation_line(60)["eval_loss"], 60)
+    assert summary.best_checkpoint(run).step == 60
+
+
+def test_of_many_evaluations_the_first_the_best_and_the_newest_are_shown(tmp_path):
+    lines = [evaluation_line(step) for step in range(1, 101)]
+    lines[29]["eval_loss"] = 0.5
+    write_lines(tmp_path, lines)
+    _, rows, left_out = summary.evaluations(read_run(tmp_path))
+    assert [row.name for row in rows][-2:] == ["30", "1"]
+    assert rows[0].name == "100"
+    assert [row.best for row in rows].count(True) == 1
+    assert rows[-2].best
+    assert len(rows) + left_out == 100
+
+
+values = arrays(
+    np.float64, st.integers(1, 300), elements=st.floats(-1e9, 1e9) | st.sampled_from([np.nan, np.inf])
+)
+
+
+@given(values=values, points=st.integers(4, 40))
+def test_thinning_keeps_first_last_lowest_and_highest(values, points):
+    x, y = thinned(np.arange(len(values)), values, points)
+    assert len(x) <= max(points, 4)
+    assert (np.diff(x) > 0).all()
+    assert np.array_equal(y, values[x], equal_nan=True)
+    assert (x[0], x[-1]) == (0, len(values) - 1)
+    finite = values[np.isfinite(values)]
+    if finite.size:
+        assert (np.nanmin(y[np.isfinite(y)]), np.nanmax(y[np.isfinite(y)])) == (finite.min(), finite.max())
+
+
+@given(values=values, window=st.integers(1, 50))
+def test_smoothing_is_the_mean_of_the_finite_values_around(values, window):
+    found = smoothed(values, window)
+    assert len(found) == len(values)
+    for at, mean in enumerate(found):
+        around = values[max(0, at - (window - 1) // 2) : at + window // 2 + 1]
+        finite = around[np.isfinite(around)]
+        if finite.size:
+            assert mean == pytest.approx(finite.mean(), rel=1e-9, abs=1e-3)
+        else:
+            assert np.isnan(mean)
+
+
+def test_names_are_the_parts_that_tell_runs_apart():
+    def names(*paths):
+        return pictures.names_of([Path(path) for path in paths])
+
+    assert names("runs/a") == ["a"]
+    assert names("runs/a", "runs/b") == ["a", "b"]
+    assert names("runs/a/seed", "runs/b/seed") == ["a", "b"]
+    assert names("x/a/s/1", "x/b/s/2") == ["a/s/1", "b/s/2"]
+    assert names("runs", "runs/b") == ["runs", "runs/b"]
+    assert names("a\x1b[31m", "b") == ["a\ufffd[31m", "b"]
+
+
+@given(
+    paths=st.lists(
+        st.lists(st.sampled_from("ab"), min_size=1, max_size=4), unique_by=tuple, min_size=2, max_size=4
+    )
+)
+def test_no_two_runs_have_one_name(paths):
+    names = pictures.names_of([Path("/", *parts) for parts in paths])
+    assert len(set(names)) == len(names)
+    assert all(names)
+
+
+def drawn(*runs, panels=(), axis="step", suffix=".svg", **more) -> bytes:
+    return pictures.rendered(pictures.draw(pictures.scene(runs, axis=axis), panels, **more), suffix)
+
+
+def texts(svg: bytes) -> set[str]:
+    return {
+        "".join(found.itertext())
+        for found in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")
+    }
+
+
+def test_a_picture_has_a_panel_for_all_that_is_known(tmp_path):
+    run = read_run(write_run(tmp_path / "run"))
+    svg = drawn(run)
+    assert {panel.title for panel in PANELS.values()} <= texts(svg)
+    assert {*CLASSES, "all", "dashed: weighted", "run"} <= texts(svg)
+    assert drawn(run, panels=["eval"]) == drawn(run, panels=["eval"])  # the same bytes each time
+
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    (tmp_path / "run" / "provenance.json").unlink()
+    titles = {PANELS[name].title for name in ("loss", "eval", "lr", "norm")}
+    assert {panel.title for panel in PANELS.values()} & texts(drawn(read_run(tmp_path / "run"))) == titles
+
+
+def test_several_runs_are_told_apart(tmp_path):
+    runs = [read_run(write_run(tmp_path / name, weighting=name)) for name in ("off", "monotone", "published")]
+    assert {"off", "monotone", "published"} <= texts(drawn(*runs))
+    crowd = pictures.scene([runs[0]] * 12).runs
+    assert len({shown.colour for shown in crowd}) == 12
+
+
+def test_what_was_asked_for_and_is_not_there_is_said(tmp_path):
+    write_lines(tmp_path, [step_line(1)])
+    run = read_run(tmp_path)
+    with pytest.warns(DistrustWarning, match="--panels eval"):
+        drawn(run, panels=["loss", "eval"])
+    with pytest.raises(ConfigError, match="no panel 'lose'"):
+        drawn(run, panels=["lose"])
+    write_lines(tmp_path, [])
+    with pytest.raises(RunNotFound, match="nothing to draw"):
+        drawn(read_run(tmp_path))
+    with pytest.raises(ConfigError, match=r"--x tokens: .*metrics.jsonl has no tokens"):
+        drawn(read_run(tmp_path), axis="tokens")
+
+
+def test_axes_of_tokens_and_of_time(tmp_path):
+    lines = [step_line(step, tokens=10, seconds=60, stall_seconds=0) for step in range(1, 11)]
+    for name in ("tokens", "seconds", "stall_seconds"):
+        del lines[3][name]  # restored after a crash
+    write_lines(tmp_path, [*lines, evaluation_line(10)])
+    run = read_run(tmp_path)
+    assert pictures.scene([run], axis="tokens").runs[0].x.tolist() == [10.0 * step for step in range(1, 11)]
+    scene = pictures.scene([run], axis="time")
+    assert scene.x_label == "minutes"
+    assert scene.runs[0].x.tolist() == pytest.approx(range(1, 11))
+    assert scene.runs[0].at(np.array([0, 10])).tolist() == [0, 10]
+
+
+def test_names_are_drawn_as_text(tmp_path):
+    svg = drawn(read_run(write_run(tmp_path, classes=HOSTILE)), panels=["sources", "eval"])
+    tags = {element.tag.rpartition("}")[2] for element in ElementTree.fromstring(svg).iter()}
+    assert not tags & {"script", "img", "foreignObject"}
+    shown = " ".join(texts(svg))
+    assert "<script>document" in shown
+    assert "</svg><img" in shown
+    assert "${x_1}$" in shown  # no formula
+
+
+@pytest.mark.parametrize("value", ["nan", "-inf", 1e308, -1e308, 5e-324])
+def test_no_number_breaks_a_picture(tmp_path, value):
+    names = [name for name in COLUMNS if name != "step"]
+    lines = [step_line(step, **dict.fromkeys(names, value)) for step in range(1, 5)]
+    write_lines(tmp_path, [*lines, step_line(5), evaluation_line(5) | {"eval_loss": value}])
+    drawn(read_run(tmp_path), axis="time", suffix=".png", panels=["loss", "eval", "stall", "memory"])
+    summary.facts(read_run(tmp_path))
+
+
+def test_a_million_steps_are_drawn_in_seconds(tmp_path):
+    run = read_run(write_run(tmp_path))
+    steps = np.arange(1, 1_000_001)
+    columns = {name: np.sin(steps / 1e5) + 2 for name in COLUMNS}
+    long = type(run)(path=tmp_path, steps=type(run.steps)(steps, columns))
+    began = time.process_time()
+    svg = drawn(long)
+    assert time.process_time() - began < 15
+    assert len(svg) < 3_000_000
+
+
+def test_a_file_is_replaced_wholly_or_not_at_all(tmp_path):
+    target = tmp_path / "new" / "plot.png"
+    pictures.write(target, b"one")
+    pictures.write(target, b"two")
+    assert target.read_bytes() == b"two"
+    folder = tmp_path / "folder.png"
+    (folder / "full").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=re.escape(f"{folder}: is there already, and is no file")):
+        pictures.write(folder, b"three")
+    (tmp_path / "file").touch()
+    with pytest.raises(WriteFailed, match="not written"):
+        pictures.write(tmp_path / "file" / "plot.png", b"four")
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder.png", "new"]
+    assert os.listdir(target.parent) == ["plot.png"]
+
+
+def test_an_evaluation_behind_the_last_known_step_keeps_its_place(tmp_path):
+    write_lines(tmp_path, [step_line(10), step_line(20), *map(evaluation_line, (5, 20, 30))])
+    (shown,) = pictures.scene([read_run(tmp_path)]).runs
+    assert shown.at(np.array([0, 5, 20, 30])).tolist() == [0, 5, 20, 30]
