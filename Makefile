@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check bench campaigns clean
+.PHONY: demo test check bench campaigns experiment clean
 
 demo: $(READY)
 	$(BIN)/distrust demo --out runs/demo
@@ -24,6 +24,9 @@ bench: $(READY)
 campaigns: $(READY)
 	-$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[campaigns]'
 	$(BIN)/python -m campaigns $(CAMPAIGNS)
+
+experiment: $(READY)
+	$(BIN)/python -m experiments.weighting --out runs/weighting --write-docs docs/weighting.md $(EXPERIMENT)
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.11")'
