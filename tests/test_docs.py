@@ -109,3 +109,9 @@ def test_events_are_told_in_the_docs_as_they_are():
 @pytest.mark.parametrize("page", sorted([ROOT / "README.md", *DOCS.glob("*.md")]), ids=lambda page: page.stem)
 def test_no_place_is_held_for_something_to_come(page):
     assert not re.findall(r"^[A-Z_]{4,}$", page.read_text("utf-8"), flags=re.MULTILINE)
+
+
+def test_the_readme_tells_of_every_command():
+    told = re.findall(r"^\| `distrust (\w+)", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE)
+    assert set(told) == set(COMMANDS)
+    assert len(told) == len(COMMANDS)
