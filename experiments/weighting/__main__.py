@@ -13,15 +13,12 @@ missing. Tables come to OUT/tables.md, and pictures to OUT/weighting.png and OUT
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import os
 import sys
-import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
-from experiments.weighting.design import METHODS, QUICK, SEEDS, WORLDS, Run, Training, digest, runs
+from experiments.weighting.design import METHODS, QUICK, SEEDS, WORLDS, Training, digest, runs
 from experiments.weighting.results import Results
+from experiments.weighting.workers import compute
 
 
 def main() -> int:
@@ -29,7 +26,7 @@ def main() -> int:
     training = QUICK if options.quick else Training()
     results = Results(options.out / "results.jsonl", design=digest(training))
     wanted = list(runs(options.worlds, options.seeds, options.methods))
-    _compute(results, results.missing(wanted), len(wanted), training, options)
+    compute(results, wanted, training, jobs=options.jobs, folder=options.out / "work")
     from experiments.weighting import picture, tables
 
     blocks = tables.blocks(results.all)
@@ -40,43 +37,6 @@ def main() -> int:
     if options.write_docs:
         tables.write_into(options.write_docs, blocks)
     return 0
-
-
-def _compute(
-    results: Results, missing: list[Run], total: int, training: Training, options: argparse.Namespace
-) -> None:
-    if not missing:
-        return
-    os.environ["OMP_NUM_THREADS"] = str(training.threads)  # read by a worker's libraries when it starts
-    began, done = time.perf_counter(), total - len(missing)
-    workers = ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn"))
-    try:
-        pending = [
-            workers.submit(_execute, run, training, options.out / "work" / str(number))
-            for number, run in enumerate(missing)
-        ]
-        for future in as_completed(pending):
-            run, result = future.result()
-            if result is None:
-                raise SystemExit(f"stopped at {run}; the same command goes on")
-            results.add(result)
-            done += 1
-            spent = time.perf_counter() - began
-            left = spent / (done - total + len(missing)) * (total - done)
-            print(
-                f"{done}/{total} {run}: {result['seconds']:.0f} s; about {left / 60:.0f} min left",
-                file=sys.stderr, flush=True,
-            )  # fmt: skip
-    except KeyboardInterrupt:
-        raise SystemExit("stopped; the same command goes on") from None
-    finally:
-        workers.shutdown(cancel_futures=True)
-
-
-def _execute(run: Run, training: Training, folder: Path) -> tuple[Run, dict[str, object] | None]:
-    from experiments.weighting.run import execute  # the libraries, once for each worker
-
-    return run, execute(run, training, folder)
 
 
 def _options() -> argparse.Namespace:
