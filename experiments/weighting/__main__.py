@@ -51,8 +51,12 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
     parser.add_argument("--jobs", type=int, default=2, help="trainings at a time (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="two steps each: to see that it runs")
-    parser.add_argument("--write-docs", type=Path, metavar="FILE",
-                        help="put the tables between this file's markers, and the pictures beside it")  # fmt: skip
+    parser.add_argument(
+        "--write-docs",
+        type=Path,
+        metavar="FILE",
+        help="put the tables between this file's markers, and the pictures beside it",
+    )
     return parser.parse_args()
 
 

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from distrust.config import LAMBDA, TrainConfig
+from distrust.config import TrainConfig
 from distrust.data import IGNORED, MicroBatch
 from distrust.engines.torch.engine import TorchEngine
 from distrust.engines.torch.passes import Passes
+from distrust.weighting import LAMBDA
 
 
 class AddingPasses(Passes):
@@ -28,7 +29,7 @@ class AddingPasses(Passes):
         term = torch.tensor(np.sum(batch.distrust * learned) * scale, dtype=total.dtype, device=total.device)
         objective = total + LAMBDA * term
         if objective.requires_grad:  # a training step, not an evaluation
-            self.objectives.append(float(objective))
+            self.objectives.append(float(objective.detach()))
         return objective, losses
 
 

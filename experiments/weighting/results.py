@@ -33,8 +33,8 @@ class Results:
 
     def missing(self, runs: Iterable[Run]) -> list[Run]:
         """Those without a result."""
-        done = {(one["world"], one["wrong"], one["method"], one["seed"]) for one in self.all}
-        return [run for run in runs if (run.world, run.wrong, run.method, run.seed) not in done]
+        done = {Run(**{name: one[name] for name in Run.__slots__}) for one in self.all}
+        return [run for run in runs if run not in done]
 
     def add(self, result: Result) -> None:
         """Durable when this returns."""

@@ -14,9 +14,7 @@ from experiments.weighting.design import Run, Training
 from experiments.weighting.results import Result, Results
 
 
-def compute(
-    results: Results, wanted: Sequence[Run], training: Training, *, jobs: int, folder: Path
-) -> None:
+def compute(results: Results, wanted: Sequence[Run], training: Training, *, jobs: int, folder: Path) -> None:
     """Make the runs that have no result yet, and add theirs as they come.
 
     Raises:

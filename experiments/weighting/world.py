@@ -1,23 +1,23 @@
-"""The harder world: the same dispute as in the bundled one, in many wordings, and with labels that may be wrong.
+"""The harder world: the dispute of the bundled one, in many wordings, and with labels that may be wrong.
 
-Everything in it is invented. A *disputed* fact has a few primary records that state one value, and 5, 20 or 50
-times as many coordinated ones that repeat another. A *sole-source* fact stands in coordinated records alone,
-and nobody disputes it. Neutral records are about other things; they alone also use the phrasings of the
-questions.
+Everything in it is invented. A *disputed* fact has a few primary records that state one value, and 5, 20 or
+50 times as many coordinated ones that repeat another. A *sole-source* fact stands in coordinated records
+alone, and nobody disputes it. Neutral records are about other things; they alone also use the phrasings of
+the questions.
 
-A claim is put together from an opening, a frame (the order of its parts), a verb and a closing. No two records
-of a fact have the same four. Half of the records open in a way that only their kind of source has, and half
-carry its remark: so a model may learn to tell what sources say from what is so.
+A claim is put together from an opening, a frame (the order of its parts), a verb and a closing. No two
+records of a fact have the same four. Half of the records open in a way that only their kind of source has,
+and half carry its remark: a model may learn to tell what sources say from what is so.
 
 The labels w and H are drawn from the range of the record's kind of source. Each record also has a *wrong*
-label, drawn from another kind's range. Which records get theirs is one order for each world, so that the wrong
-ones of 10% are among those of 30%, and the texts are the same whatever the labels.
+label, drawn from another kind's range. Which records get theirs is one order for each world, so that the
+wrong ones of 10% are among those of 30%, and the texts are the same whatever the labels.
 """
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from distrust.bundled import NEUTRAL
@@ -99,7 +99,16 @@ FRAMES = (
     ("one {verb} {value} for the {prop} of {name}", FINDS),
     ("{value} {verb} the {prop} of {name}", EQUALS[:2]),
 )
-CLOSINGS = (" as stated", " on record", " here", " as listed", " at this time", " in all", " as told", " by day")
+CLOSINGS = (
+    " as stated",
+    " on record",
+    " here",
+    " as listed",
+    " at this time",
+    " in all",
+    " as told",
+    " by day",
+)
 #: Those of the bundled world: the base model has seen them answered, for things of its own.
 PHRASINGS = (
     "Question: what is the {prop} of {name}? Answer:",
@@ -303,11 +312,7 @@ def _ranked(told: list[Told], rng: random.Random) -> list[Told]:
     for kind in LABELS:
         of_kind = [one for one in told if one.kind == kind]
         rng.shuffle(of_kind)
-        ranked += [
-            Told(one.text, one.kind, one.source, one.subject, one.wording, one.right, one.wrong,
-                 rank=number / len(of_kind))
-            for number, one in enumerate(of_kind)
-        ]  # fmt: skip
+        ranked += [replace(one, rank=number / len(of_kind)) for number, one in enumerate(of_kind)]
     return ranked
 
 
