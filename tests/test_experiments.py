@@ -149,7 +149,6 @@ def test_the_command_goes_on_where_it_was_and_writes_everything(tmp_path):
         "wrong": 0.0,
         "method": "off",
         "seed": 1,
-        "longer": 1,
         "disputed": [[2.0, 0.5, 0.1]],
         "sole": [],
         "neutral_loss": 1.25,

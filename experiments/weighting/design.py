@@ -1,6 +1,4 @@
-"""What is run: methods, worlds, and the training that all of them share.
-
-Fixed before the first result, but for the longer trainings.
+"""What is run: methods, worlds, and the training that all of them share. Fixed before the first result.
 
 A *cell* is a method on a world with a share of wrong labels; a *run* is a cell with a seed.
 """
@@ -21,9 +19,6 @@ WORLDS = {"bundled": None, "1:5": 5, "1:20": 20, "1:50": 50}
 #: Where the added term is trained: it has to give what `off` gives, and needs no more worlds to show it.
 ADDITIVE_IN = ("bundled", "1:5")
 WRONG = (0.0, 0.1, 0.3)
-#: Asked after the first results: whether a method loses for want of steps. So many times as many of them.
-LONGER, LONGER_IN = 4, ("1:20", "1:50")
-LONGER_METHODS = ("off", "monotone", "filter", "upsample")
 SEEDS = (1, 2, 3, 4, 5)
 
 
@@ -39,8 +34,8 @@ class Training:
     threads: int = 1
     neutral_records: int = 400
 
-    def steps_of(self, run: Run) -> int:
-        return run.longer * (self.steps if run.world == "bundled" else self.harder_steps)
+    def steps_of(self, world: str) -> int:
+        return self.steps if world == "bundled" else self.harder_steps
 
 
 #: To see that everything runs: what comes out of it says nothing.
@@ -51,25 +46,22 @@ QUICK = Training(steps=2, harder_steps=2, batch_size=2, neutral_records=8)
 class Run:
     """A method on a world, with this share of wrong labels, and a seed.
 
-    The seed is that of the training, and, but for the bundled world, of the world too. `longer` multiplies
-    the steps.
+    The seed is that of the training, and, but for the bundled world, of the world too.
     """
 
     world: str
     wrong: float
     method: str
     seed: int
-    longer: int = 1
 
     def __str__(self) -> str:
         labels = f", {self.wrong:.0%} wrong labels" if self.wrong else ""
-        steps = f", {self.longer} times the steps" if self.longer > 1 else ""
-        return f"{self.world}{labels}, {self.method}, seed {self.seed}{steps}"
+        return f"{self.world}{labels}, {self.method}, seed {self.seed}"
 
 
 def runs(worlds: Iterable[str], seeds: Iterable[int], methods: Iterable[str] = METHODS) -> Iterator[Run]:
-    """All runs, seed by seed: what is there when time is up are whole seeds. The longer ones come last."""
-    worlds, seeds, methods = list(worlds), list(seeds), list(methods)
+    """All runs, seed by seed: what is there when time is up are whole seeds."""
+    worlds, methods = list(worlds), list(methods)
     for seed in seeds:
         for world in worlds:
             for wrong in WRONG if WORLDS[world] else WRONG[:1]:
@@ -79,11 +71,6 @@ def runs(worlds: Iterable[str], seeds: Iterable[int], methods: Iterable[str] = M
                     if method == "additive" and world not in ADDITIVE_IN:
                         continue
                     yield Run(world, wrong, method, seed)
-    for seed in seeds:
-        for world in LONGER_IN:
-            for method in LONGER_METHODS:
-                if world in worlds and method in methods:
-                    yield Run(world, 0.0, method, seed, LONGER)
 
 
 def digest(training: Training) -> str:

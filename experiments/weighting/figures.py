@@ -77,13 +77,10 @@ def calibration_error(results: Iterable[Result]) -> float:
     )
 
 
-def of_cell(
-    results: Sequence[Result], world: str, wrong: float, method: str, *, longer: int = 1
-) -> list[Result]:
+def of_cell(results: Sequence[Result], world: str, wrong: float, method: str) -> list[Result]:
     """The results of a cell, by seed. Methods that see no labels have those of right labels."""
     wrong = 0.0 if method in BLIND else wrong
-    cell = (world, wrong, method, longer)
-    found = [one for one in results if (one["world"], one["wrong"], one["method"], one["longer"]) == cell]
+    found = [one for one in results if (one["world"], one["wrong"], one["method"]) == (world, wrong, method)]
     return sorted(found, key=lambda result: int(result["seed"]))
 
 

@@ -77,7 +77,7 @@ def weights(records: Records) -> np.ndarray[Any, np.dtype[np.float64]]:
 
 def config_of(run: Run, training: Training, out: Path) -> TrainConfig:
     """The same for every method but for the weighting."""
-    steps = training.steps_of(run)
+    steps = training.steps_of(run.world)
     return TrainConfig(
         out=str(out),
         cache_dir=str(out / "cache"),
@@ -128,7 +128,6 @@ def execute(run: Run, training: Training, folder: Path) -> dict[str, Any] | None
         "wrong": run.wrong,
         "method": run.method,
         "seed": run.seed,
-        "longer": run.longer,
         **facts,
         "disputed": _plain(measure(engine, world.disputed)),
         "sole": _plain(measure(engine, world.sole)) if world.sole else [],

@@ -5,13 +5,18 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
+from typing import Any
 
+from distrust.weighting import Weighting, example_weights
 from experiments.weighting import figures
-from experiments.weighting.design import LONGER, LONGER_IN, LONGER_METHODS, METHODS, WORLDS, WRONG
+from experiments.weighting.design import METHODS, WORLDS, WRONG
 from experiments.weighting.figures import Estimate, Measure
 from experiments.weighting.results import Result
+from experiments.weighting.world import World, make_world
 
 HARDER = [world for world, ratio in WORLDS.items() if ratio]
 COMPARED = ("off", "published", "monotone", "filter", "upsample")
@@ -30,7 +35,7 @@ def blocks(results: Sequence[Result]) -> dict[str, str]:
         "ece": _calibration(results),
         "neutral": _harder(results, figures.neutral_loss, _number, before=True),
         "records": _records(results),
-        "longer": _longer(results),
+        "odds": _odds(results),
     }
 
 
@@ -133,18 +138,35 @@ def _differences(results: Sequence[Result]) -> str:
     return _grid(results, [method for method in COMPARED if method != "monotone"], cell, heading="minus `{}`")
 
 
-def _longer(results: Sequence[Result]) -> str:
-    rows = []
-    for world in LONGER_IN:
-        for what, measure in (("preferred", figures.preferred), ("sole kept", figures.sole_kept)):
-            for longer in (1, LONGER):
-                found = (
-                    figures.of_cell(results, world, 0.0, method, longer=longer) for method in LONGER_METHODS
-                )
-                cells = [_percent(figures.estimate(one, measure)) for one in found]
-                if any(cells):
-                    rows.append([f"{world}, {what}", f"{longer} ×", *cells])
-    return _table(["ratio", "steps", *(f"`{method}`" for method in LONGER_METHODS)], rows)
+def _odds(results: Sequence[Result]) -> str:
+    """Of the disputed facts: the weight of all primary records over that of all coordinated ones."""
+    seeds = sorted({result["seed"] for result in results})
+
+    @cache
+    def worlds(ratio: int) -> list[World]:
+        return [make_world(seed, ratio) for seed in seeds]
+
+    def cell(world: str, wrong: float, method: str) -> str:
+        ratio = WORLDS[world]
+        assert ratio is not None
+        total: defaultdict[str, float] = defaultdict(float)
+        for one in worlds(ratio):
+            disputed = {told.subject for told in one.told if told.kind == "primary"}
+            for told, weight in zip(one.told, _weights(one.corpus(wrong), method), strict=True):
+                total[told.kind] += weight if told.subject in disputed else 0.0
+        return f"{total['primary'] / total['coordinated']:.2f}" if total["coordinated"] else "no other"
+
+    return _grid(results, ("off", "published", "monotone", "filter"), cell)
+
+
+def _weights(records: list[dict[str, Any]], method: str) -> list[float]:
+    names: dict[str, Weighting] = {"off": "off", "published": "published"}
+    u = example_weights(
+        [record["authority_weight"] for record in records],
+        [record["provenance_entropy"] for record in records],
+        weighting=names.get(method, "monotone"),
+    )
+    return [float(weight > 1) if method == "filter" else float(weight) for weight in u]
 
 
 def _records(results: Sequence[Result]) -> str:
