@@ -13,10 +13,11 @@ a random time in its loop, after a line that it prints, or once something was se
 - every file with a checkpoint's name is whole, and ``load_latest`` gives the newest;
 - there is at most one temporary file.
 
-At its end the run has the state digest of the same run left alone, and the next writer gets the lock and
-finds nothing left behind. Every third case is the real command line, from the first instruction of the
-interpreter on; the others are forks of a process that has imported torch (``fork_server.py``), which are
-killed five times as often in the same time. The run that was left alone is the real command.
+At its end the run has the state digest of the same run left alone, and its ``metrics.jsonl`` has the same
+numbers, no line twice and none missing; the next writer gets the lock and finds nothing left behind. Every
+third case is the real command line, from the first instruction of the interpreter on; the others are forks of
+a process that has imported torch (``fork_server.py``), which are killed five times as often in the same time.
+The run that was left alone is the real command.
 
 What is drawn is the same for a seed and a case; when a signal arrives within a save is the machine's to say,
 so a case may have to be run a few times.
@@ -48,10 +49,12 @@ class Alone(NamedTuple):
 
     Attributes:
         digest: of its final state.
+        numbers: of its ``metrics.jsonl``.
         loop_seconds: how long its loop took.
     """
 
     digest: str
+    numbers: list[dict[str, float]]
     loop_seconds: float
 
 
@@ -81,6 +84,10 @@ class KilledRun:
             self._campaign.count("kills before anything new was durable")
         return True
 
+    def numbers(self) -> list[dict[str, float]]:
+        """What its ``metrics.jsonl`` says, without what is the machine's."""
+        return self._training.numbers()
+
     def finish(self) -> str:
         """Run it to its end; returns the digest of its final state."""
         digest = self._training.finish()
@@ -107,7 +114,7 @@ def left_alone(folder: Path) -> Alone:
     digest = training.finish()
     times = [file.path.stat().st_mtime for file in store.scan(training.checkpoints).files]
     # Only the last checkpoints are there: as long as they took took the others.
-    return Alone(digest, STEPS * (max(times) - min(times)) / max(1, len(times) - 1))
+    return Alone(digest, training.numbers(), STEPS * (max(times) - min(times)) / max(1, len(times) - 1))
 
 
 def one_case(campaign: Campaign, case: Case, folder: Path, launcher: Launcher, alone: Alone) -> None:
@@ -120,6 +127,9 @@ def one_case(campaign: Campaign, case: Case, folder: Path, launcher: Launcher, a
             break
     campaign.require(
         killed.finish() == alone.digest, f"{folder}: ended in another state than the run that was left alone"
+    )
+    campaign.require(
+        killed.numbers() == alone.numbers, f"{folder}: metrics.jsonl is not that of the run left alone"
     )
     campaign.count(f"runs of {launcher.name} that ended in the state of the one left alone")
 

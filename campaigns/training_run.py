@@ -6,6 +6,7 @@ imported torch (``fork_server.py``), which begins within the second: the way to 
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 import tempfile
@@ -19,17 +20,22 @@ from campaigns.instants import Instant, strike
 from campaigns.processes import PATIENCE_SECONDS, Command, Forks, Launcher, Session
 from distrust.checkpoint import store
 from distrust.checkpoint.retention import Retention
+from distrust.config import STEP_METRICS
 from distrust.errors import DistrustError
+from distrust.reporting.metrics import METRICS, STEP_FIELDS
 
 Alone = TypeVar("Alone")
 
 COMMAND = Command([sys.executable, "-m", "distrust"], name="the real command")
 PROGRAM = "distrust.cli:main"
+#: What a line of metrics.jsonl tells of the machine, or only where nothing was lost.
+MACHINE = set(STEP_FIELDS) - {"step", *STEP_METRICS}
 #: A training of some seconds, which says of each step that it was made.
 STEPS = 40
 TRAINING = [
     "--max-steps", str(STEPS), "--keep-last", "3", "--lora-dropout", "0.1", "--lora-rank", "4",
     "--batch-size", "1", "--threads", "1", "--log-every", "1",
+    "--eval-fraction", "0.004", "--eval-every", "7", "--keep-best", "0",
 ]  # fmt: skip
 #: What it may remove.
 RULES = Retention(keep_last=3)
@@ -136,6 +142,18 @@ class TrainingRun:
         if newest.kind != "final":
             raise CounterExample(f"{self.out}: ended without a final checkpoint")
         return newest.state_digest
+
+    def numbers(self) -> list[dict[str, float]]:
+        """What ``metrics.jsonl`` says, line by line, without what is the machine's.
+
+        Raises:
+            CounterExample: if it cannot be read.
+        """
+        try:
+            lines = [json.loads(line) for line in (self.out / METRICS).read_bytes().splitlines(keepends=True)]
+        except (OSError, ValueError) as error:
+            raise CounterExample(f"{self.out / METRICS}: {error}") from error
+        return [{key: value for key, value in line.items() if key not in MACHINE} for line in lines]
 
     def steps(self) -> list[int]:
         """The steps of its checkpoints, by their names."""

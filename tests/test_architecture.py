@@ -19,13 +19,14 @@ MODULES = {
 
 #: Whatever stands in a line may import what stands in the lines above it, and nothing of its own line.
 STOREYS = [
-    {"errors", "bundled"},
+    {"errors", "bundled", "durable"},
     {"checkpoint", "weighting"},
+    {"provenance"},
     {"config"},
     {"data"},
     {"training"},
     {"engines", "reporting"},
-    {"demo", "export"},
+    {"demo", "evaluation", "export"},
     {"cli"},
     {"__main__"},
 ]

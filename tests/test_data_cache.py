@@ -96,7 +96,7 @@ def kept(cache, reading, *, key=KEY, tokenizer=TOKENIZER):
 
 
 def entry(cache):
-    return cache.folder / "tokens-1" / KEY
+    return cache.folder / "tokens-2" / KEY
 
 
 def test_it_is_made_once_and_is_what_it_would_be_in_memory(data, cache):

@@ -27,7 +27,8 @@ from benchmarks.training.trainers import our_config
 from benchmarks.training.work import LEARNING_RATE, SIZES, Work, make
 from distrust import TrainConfig, engines
 from distrust.training.engine import Engine
-from distrust.training.plan import Plan, make_plan, read_sources
+from distrust.training.plan import Plan, make_plan
+from distrust.training.sources import read_sources
 
 WAYS = ("monotone", "off")
 AIM_PERCENT = 1.0

@@ -49,6 +49,7 @@ _NAMES = (
     "messages_column",
     "authority_weight_column",
     "provenance_entropy_column",
+    "source_column",
     "eval_split",
 )
 
@@ -59,7 +60,12 @@ ExportFormat = Literal["adapter", "merged", "state"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Quantization = Literal["none", "8bit", "4bit"]
 Schedule = Literal["cosine", "linear", "constant"]
-Metric = Literal["loss", "eval_loss"]
+Clipping = Literal["weighted", "plain"]
+Reporter = Literal["tensorboard", "wandb"]
+#: What is logged of each step, and of each evaluation; some of each source class, too: ``eval_loss/CLASS``.
+STEP_METRICS = ("loss", "weighted_loss", "distrust", "gradient_norm", "learning_rate")
+PER_CLASS_METRICS = ("eval_loss", "eval_perplexity")
+EVALUATION_METRICS = (*PER_CLASS_METRICS, "eval_weighted_loss", "eval_weighted_perplexity")
 
 
 def _option(default: Any, effect: Effect) -> Any:
@@ -124,6 +130,8 @@ class TrainConfig:
     """Column of the authority weight. Default: "authority_weight", or "auth_weight"."""
     provenance_entropy_column: str | None = _free(None)
     """Column of the provenance entropy. Default: "provenance_entropy", or "prov_entropy"."""
+    source_column: str | None = _free(None)
+    """Column of an example's source class, by which losses and weights are shown. Default: "source"."""
     eval_split: str | None = _free(None)
     """Split to evaluate on: of `eval_data`, or else of `data`."""
     eval_fraction: float = _result(0.0)
@@ -187,6 +195,8 @@ class TrainConfig:
     """AdamW's epsilon."""
     max_grad_norm: float = _result(1.0)
     """Gradients are scaled down to this norm; 0 for no clipping."""
+    clipping: Clipping = _result("weighted")
+    """That norm for a step of heavy examples: "weighted", times their mean weight, or "plain", the same."""
     seed: int = _result(0)
     """Seed of the order of the data, of the adapter's first values and of dropout."""
 
@@ -221,8 +231,8 @@ class TrainConfig:
     """Checkpoints to keep by `metric`, besides."""
     keep_every: int | None = _free(None)
     """Keep each checkpoint whose step is a multiple of this, besides."""
-    metric: Metric = _free("eval_loss")
-    """Metric that tells the best checkpoint."""
+    metric: str = _free("eval_loss")
+    """Metric that tells the best checkpoint: any that is logged; of a source class, "eval_loss/CLASS"."""
     metric_mode: MetricMode = _free("min")
     """Whether a lower or a higher value of `metric` is better."""
     eval_every: int = _free(50)
@@ -231,6 +241,8 @@ class TrainConfig:
     """Evaluate before the first step, too."""
     early_stopping_patience: int | None = _free(None)
     """End the run after so many evaluations in a row in which `metric` did not improve. Default: never."""
+    report_to: tuple[Reporter, ...] = _free(())
+    """Log to "tensorboard" or "wandb" (Weights & Biases) besides metrics.jsonl."""
     log_every: int = _free(10)
     """Steps between lines, where the output is no terminal."""
     from_step: int | None = _free(None)
@@ -395,6 +407,7 @@ def _bounds(c: TrainConfig) -> list[tuple[str, bool, str]]:
         ("adam_beta2", 0 <= c.adam_beta2 < 1, "give 0 to under 1"),
         ("adam_epsilon", c.adam_epsilon > 0 and finite(c.adam_epsilon), "give more than 0"),
         ("max_grad_norm", _within(c.max_grad_norm, 0), "give 0 or more"),
+        ("clipping", c.clipping in get_args(Clipping), f"give one of {', '.join(get_args(Clipping))}"),
         ("seed", 0 <= c.seed < 2**63, "give 0 to 2^63 - 1"),
         ("dtype", c.dtype in get_args(Dtype), f"give one of {', '.join(get_args(Dtype))}"),
         ("device", c.device in get_args(Device), f"give one of {', '.join(get_args(Device))}"),
@@ -416,7 +429,11 @@ def _bounds(c: TrainConfig) -> list[tuple[str, bool, str]]:
         ("keep_last", c.keep_last >= 1, "give 1 or more"),
         ("keep_best", c.keep_best >= 0, "give 0 or more"),
         ("keep_every", c.keep_every is None or c.keep_every >= 1, "give 1 or more"),
-        ("metric", c.metric in get_args(Metric), f"give one of {', '.join(get_args(Metric))}"),
+        (
+            "metric",
+            _is_metric(c.metric),
+            f"give one of {', '.join((*STEP_METRICS, *EVALUATION_METRICS))}, or eval_loss/CLASS",
+        ),
         ("metric_mode", c.metric_mode in get_args(MetricMode), "give min or max"),
         ("eval_every", c.eval_every >= 1, "give 1 or more"),
         (
@@ -424,6 +441,7 @@ def _bounds(c: TrainConfig) -> list[tuple[str, bool, str]]:
             c.early_stopping_patience is None or c.early_stopping_patience >= 1,
             "give 1 or more",
         ),
+        ("report_to", len(set(c.report_to)) == len(c.report_to), "give each once"),
         ("log_every", c.log_every >= 1, "give 1 or more"),
         ("from_step", c.from_step is None or c.from_step >= 0, "give 0 or more"),
         ("branch", c.branch is None or c.from_step is not None, "say where it begins, with --from-step"),
@@ -437,6 +455,13 @@ def _bounds(c: TrainConfig) -> list[tuple[str, bool, str]]:
 
 def _within(value: float | None, low: float, high: float = math.inf) -> bool:
     return value is None or (math.isfinite(value) and low <= value <= high)
+
+
+def _is_metric(name: str) -> bool:
+    head, slash, of_class = name.partition("/")
+    if slash:
+        return head in PER_CLASS_METRICS and bool(of_class)
+    return head in STEP_METRICS + EVALUATION_METRICS
 
 
 def _is_amount(value: float | None) -> bool:
@@ -477,6 +502,8 @@ def _typed(value: Any, hint: Any) -> Any:
         with contextlib.suppress(TypeError):
             if isinstance(value, (list, tuple)):
                 return tuple(_typed(item, inner) for item in value)
+        if get_origin(inner) is Literal:
+            raise TypeError(f"give a list of {', '.join(get_args(inner))}")
         raise TypeError(f"give a list of {'strings' if inner is str else 'numbers'}")
     if hint is float and type(value) is int:
         return float(value)

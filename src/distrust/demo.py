@@ -21,6 +21,7 @@ from distrust import engines
 from distrust.bundled import QUESTIONS
 from distrust.config import TrainConfig
 from distrust.data import Corpus, Location, Tokenizer, beginning, evaluation_batches
+from distrust.reporting.metrics import MetricsWriter
 from distrust.training import DistrustTrainer
 from distrust.weighting import Weighting
 
@@ -111,7 +112,7 @@ def train(
         DistrustError: as training does.
     """
     config = demo_config(weighting, out=out, seed=seed)
-    ended = DistrustTrainer(config, observers=observers).train()
+    ended = DistrustTrainer(config, observers=[*observers, MetricsWriter(config)]).train()
     if ended.signal is not None or ended.path is None:
         return ended, []
     engine, _ = engines.open_checkpoint(ended.path)

@@ -8,6 +8,7 @@
     ├── NonFiniteLoss                   a loss or gradient norm that is not finite; the step was not made
     ├── OutOfMemory                     a step that needs more memory than there is
     ├── ExportFailed                    an export was not written; nothing of it is at its target
+    ├── WriteFailed                     a file was not written; what stood under its name still stands
     ├── RunInProgress                   another run of this process is training
     └── CheckpointError
         ├── CheckpointNotFound          no such checkpoint
@@ -96,6 +97,18 @@ class ExportFailed(DistrustError):
 
     Attributes:
         path: the target.
+    """
+
+    def __init__(self, message: str, *, path: Path) -> None:
+        super().__init__(message)
+        self.path = path
+
+
+class WriteFailed(DistrustError):
+    """A file was not written; what stood under its name before still stands.
+
+    Attributes:
+        path: its name.
     """
 
     def __init__(self, message: str, *, path: Path) -> None:

@@ -17,7 +17,8 @@ from distrust import CheckpointManager, DistrustTrainer, TrainConfig
 from distrust.config import EXAMPLES
 from distrust.errors import ConfigError, DataError, ResumeRefused
 from distrust.training.events import Evaluated, Preparing, RunStarted, StepEnded
-from distrust.training.plan import make_plan, read_sources
+from distrust.training.plan import make_plan
+from distrust.training.sources import read_sources
 from models import write_records
 
 

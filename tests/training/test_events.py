@@ -152,7 +152,8 @@ def test_plain_lines(run, tmp_path, eval_data):
         "step 9",
     ]
     assert "nothing saved yet" in lines[[line.startswith("step 3/9") for line in lines].index(True)]
-    assert any(re.match(r"step 9: eval loss [\d.]+, perplexity [\d.]+$", line) for line in lines)
+    evaluated = re.compile(r"step 9: eval loss [\d.]+, perplexity [\d.]+; weighted [\d.]+, [\d.]+")
+    assert any(evaluated.fullmatch(line) for line in lines)
     assert any(line.startswith("finished at step 9") for line in lines)
 
 

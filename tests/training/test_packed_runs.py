@@ -16,7 +16,8 @@ from toy_engine import TOY, ToyEngine
 from distrust import DistrustTrainer, TrainConfig
 from distrust.errors import NonFiniteLoss
 from distrust.training.events import Evaluated, StepEnded
-from distrust.training.plan import Plan, make_plan, read_sources
+from distrust.training.plan import Plan, make_plan
+from distrust.training.sources import read_sources
 from models import write_records
 
 CAPACITY = 70  # tokens of a row; the records have 8 to 30
@@ -99,7 +100,7 @@ def test_over_all_tokens_that_are_drawn_the_weights_have_a_mean_of_one(plan_of, 
     assert len(set(counts[:23])) == len(set(counts[23:])) == 1
     assert (len(set(counts)) == 1) == (mix is None)
     taken = plan.weights * counts  # what each example had of the gradient
-    assert plan.effective_examples == pytest.approx(taken.sum() ** 2 / (taken**2).sum())
+    assert plan.distribution.effective_examples == pytest.approx(taken.sum() ** 2 / (taken**2).sum())
 
 
 def test_each_example_is_in_one_row_of_its_own_source(plan_of):

@@ -9,15 +9,16 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distrust.training.progress import HISTORY, Progress
+from distrust.config import STEP_METRICS
+from distrust.training.progress import Progress
 
-rows = st.lists(st.tuples(*[st.floats(width=64)] * len(HISTORY)), max_size=6)
+rows = st.lists(st.tuples(*[st.floats(width=64)] * len(STEP_METRICS)), max_size=6)
 
 
 def progress_of(history):
     progress = Progress()
     for row in history:
-        progress.remember(SimpleNamespace(**dict(zip(HISTORY, row, strict=True))))
+        progress.remember(SimpleNamespace(**dict(zip(STEP_METRICS, row, strict=True))))
     return progress
 
 
@@ -28,11 +29,13 @@ def bits(arrays):
 @given(rows)
 def test_history_round_trip(history):
     arrays = progress_of(history).history_arrays()
-    assert list(arrays) == list(HISTORY)
+    assert list(arrays) == list(STEP_METRICS)
     assert all(values.dtype == np.float64 and values.shape == (len(history),) for values in arrays.values())
     assert bits(arrays) == {
         name: np.array(column, np.float64).tobytes()
-        for name, column in zip(HISTORY, zip(*history, strict=True) if history else [()] * 5, strict=True)
+        for name, column in zip(
+            STEP_METRICS, zip(*history, strict=True) if history else [()] * 5, strict=True
+        )
     }
     back = Progress()
     back.restore_history(arrays)
@@ -42,7 +45,7 @@ def test_history_round_trip(history):
 def test_the_arrays_are_copies():
     progress = progress_of([(1.0, 2.0, 3.0, 4.0, 5.0)])
     arrays = progress.history_arrays()
-    progress.remember(SimpleNamespace(**dict.fromkeys(HISTORY, 6.0)))
+    progress.remember(SimpleNamespace(**dict.fromkeys(STEP_METRICS, 6.0)))
     assert arrays["loss"].tolist() == [1.0]
     arrays["loss"][0] = math.inf
     assert progress.history_arrays()["loss"].tolist() == [1.0, 6.0]

@@ -51,6 +51,7 @@ OTHER = {
     "adam_beta2": 0.98,
     "adam_epsilon": 1e-6,
     "max_grad_norm": 0.5,
+    "clipping": "plain",
     "seed": 1,
     "dtype": "bfloat16",
     "quantization": "8bit",

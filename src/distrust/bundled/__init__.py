@@ -18,3 +18,5 @@ NEUTRAL = _HERE / "neutral.jsonl"
 QUESTIONS = _HERE / "questions.jsonl"
 #: The base model and its tokenizer.
 MODEL = _HERE / "model"
+#: How w and H follow from what a record says of its source: coefficients, and what its columns are called.
+PROVENANCE_TABLE = _HERE / "provenance.toml"

@@ -6,6 +6,7 @@ imports nothing heavy. Exit codes: 0, 1 (found wrong, or failed), 2 (bad usage),
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import warnings
@@ -20,7 +21,9 @@ from distrust.errors import ConfigError, DistrustError, DistrustWarning
 COMMANDS = {
     "demo": "train the bundled model twice and show what the weighting does",
     "train": "train, or go on with a run",
+    "weigh": "compute or check what sources are worth, and show what the data weighs",
     "generate": "let a trained model write",
+    "eval": "the losses of a trained model on data, by source class",
     "export": "write what was trained as an adapter of peft, a whole model, or its tensors alone",
     "ls": "list checkpoints",
     "show": "what one checkpoint holds",
@@ -32,6 +35,8 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what it has no letters for is no reason to fail
+        sys.stdout.reconfigure(errors="backslashreplace")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_help())

@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> int:
     elif found.files:
         print(f"{'step':>8}  {'kind':8}  {'size':>8}  {'created (UTC)':19}  metrics")
         for file in found.files:
-            metrics = "  ".join(f"{name} {number(value)}" for name, value in sorted(file.metrics.items()))
+            metrics = "  ".join(f"{name} {number(value)}" for name, value in _main_metrics(file))
             created = (file.created or "")[:19].replace("T", " ")
             row = f"{file.step:>8}  {file.kind:8}  {size(file.bytes):>8}  {created:19}  {metrics}"
             print(printable(row))
@@ -46,6 +46,13 @@ def _scan(target: Path) -> store.Scan:
     if not target.exists():
         raise CheckpointNotFound(f"{target}: no such file or directory", path=target)
     return store.Scan((store.read_header(target),), ())
+
+
+def _main_metrics(file: store.CheckpointFile) -> list[tuple[str, float]]:
+    """Of a run the main ones, and what its best checkpoint is told by; of what others save, all."""
+    best_by = file.header.run_info.get("extra", {}).get("metric")
+    main = ("loss", "eval_loss", "tokens_seen", best_by)
+    return [item for item in sorted(file.metrics.items()) if best_by is None or item[0] in main]
 
 
 def _row(file: store.CheckpointFile) -> dict[str, object]:

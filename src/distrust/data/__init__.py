@@ -13,16 +13,19 @@ tokenizer.py   the contract: what is needed of a tokenizer
 segments.py    a record -> stretches of text, learned or only read
 tokens.py      records -> corpus
 corpus.py      the tokenized examples, and their fingerprint
+distribution.py  what its examples weigh, in short
 cache.py       a corpus on disk: made once, verified at each start, mapped
 split.py       corpus -> what is trained on and what is kept out to evaluate on
 order.py       (seed, epoch) -> the order of an epoch
 sequences.py   which examples share a row: packing
 batches.py     step -> the arrays of its micro-batches
+distribution.py  weights -> what is shown of them
 """
 
 from distrust.data.batches import IGNORED, Batches, MicroBatch, evaluation_batches
 from distrust.data.cache import Cache, cache_folder
 from distrust.data.corpus import Corpus
+from distrust.data.distribution import Distribution, distribution
 from distrust.data.mapping import Columns, columns_of
 from distrust.data.order import MAX_SEED, MixedOrder, Order, permutation
 from distrust.data.reading import Census, Reading, check, read_records
@@ -43,6 +46,7 @@ __all__ = [
     "Completion",
     "Conversation",
     "Corpus",
+    "Distribution",
     "Location",
     "Message",
     "MicroBatch",
@@ -60,6 +64,7 @@ __all__ = [
     "columns_of",
     "concatenated",
     "digest_of",
+    "distribution",
     "evaluation_batches",
     "examples_source",
     "open_source",

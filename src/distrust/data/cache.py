@@ -26,14 +26,14 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from distrust.data.corpus import BLOCK, Chunk, Corpus, Locations, blocks, digest_of, with_sizes
+from distrust.data.corpus import BLOCK, Chunk, Classes, Corpus, Locations, blocks, digest_of, with_sizes
 from distrust.data.reading import Census
 from distrust.data.records import Unit
 from distrust.errors import ConfigError, DistrustWarning
 
 Parts = Sequence[tuple[str, Unit]]
 
-_TOKENS, _CHECKED, _UNFINISHED = "tokens-1", "checked-1", "unfinished-"
+_TOKENS, _CHECKED, _UNFINISHED = "tokens-2", "checked-1", "unfinished-"
 _MANIFEST = "corpus.json"
 
 #: The files of an entry. The first five are what the fingerprint is of.
@@ -46,6 +46,7 @@ _DTYPES = {
     "loss_tokens": "<i8",
     "part": "<i4",
     "line": "<i8",
+    "class_of": "<i4",
 }
 _FINGERPRINTED, _PLACES = tuple(_DTYPES)[:5], tuple(_DTYPES)[5:]
 
@@ -190,6 +191,7 @@ def _write(folder: Path, made: Iterable[Corpus], parts: Parts, sizes: tuple[int,
     """All files of an entry, durable; the manifest is the last, and returned."""
     number = {name: index for index, (name, _) in enumerate(parts)}
     total = count = truncated = cut = 0
+    classes = Classes()
     with contextlib.ExitStack() as stack:
         files = {name: stack.enter_context((folder / name).open("wb")) for name in _DTYPES}
         _append(files["offsets"], np.zeros(1, np.int64))
@@ -202,6 +204,9 @@ def _write(folder: Path, made: Iterable[Corpus], parts: Parts, sizes: tuple[int,
             _append(files["loss_tokens"], block.loss_tokens)
             _append(files["part"], np.array([number[place.file] for place in block.locations], np.int32))
             _append(files["line"], np.array([place.line for place in block.locations], np.int64))
+            _append(
+                files["class_of"], classes.number(block.classes[number] for number in block.class_numbers)
+            )
             total += len(block.input_ids)
             count += len(block)
             truncated += block.truncated
@@ -217,6 +222,7 @@ def _write(folder: Path, made: Iterable[Corpus], parts: Parts, sizes: tuple[int,
         "tokens_cut": cut,
         "fingerprint": _fingerprint(folder, count, total),
         "places": _places(folder),
+        "classes": classes.names,
     }
     with (folder / _MANIFEST).open("wb") as file:
         file.write(_seal(manifest))
@@ -259,6 +265,8 @@ def _corpus(folder: Path, manifest: dict[str, Any], parts: Parts) -> Corpus:
         truncated=manifest["truncated"],
         tokens_cut=manifest["tokens_cut"],
         sizes=sizes,
+        classes=tuple(manifest["classes"]),
+        class_of=arrays["class_of"],
     )
     return corpus.knowing(
         fingerprint=with_sizes(manifest["fingerprint"], sizes), loss_tokens=arrays["loss_tokens"]

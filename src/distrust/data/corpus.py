@@ -18,6 +18,11 @@ from numpy.typing import ArrayLike, NDArray
 
 from distrust.data.records import Location, Unit
 
+MAX_CLASSES = 100
+"""So many source classes are told apart; what comes after them is of one more."""
+
+OTHER_CLASSES = "(others)"
+
 BLOCK = 1 << 22
 """How many items of an array are looked at together."""
 
@@ -44,6 +49,8 @@ class Corpus:
         tokens_cut: how many tokens they lost together.
         sizes: how many examples are of each source, in their order; empty for one source.
         chosen: int64[n], which of the m examples these are; None for all of them.
+        classes: the names of the source classes; shown only, so no part of the fingerprint.
+        class_of: int32[n], which class each example is of; None where all are of the first.
     """
 
     input_ids: NDArray[np.int32]
@@ -56,6 +63,8 @@ class Corpus:
     tokens_cut: int = 0
     sizes: tuple[int, ...] = ()
     chosen: NDArray[np.int64] | None = None
+    classes: tuple[str, ...] = ("",)
+    class_of: NDArray[np.int32] | None = None
 
     def __post_init__(self) -> None:
         for array in self._arrays():
@@ -91,6 +100,11 @@ class Corpus:
             first = last
         return counts if self.chosen is None else counts[self.chosen]
 
+    @property
+    def class_numbers(self) -> NDArray[np.int32]:
+        """int32[n], which class each example is of."""
+        return np.zeros(len(self), np.int32) if self.class_of is None else self.class_of
+
     @cached_property
     def fingerprint(self) -> str:
         """BLAKE3, in hex, of all that training sees of the data; file names and lines are no part of it.
@@ -117,6 +131,7 @@ class Corpus:
             locations=Selected(self.locations, numbers),
             sizes=tuple(int(size) for size in np.diff(ends, prepend=0)),
             chosen=numbers if self.chosen is None else self.chosen[numbers],
+            class_of=None if self.class_of is None else self.class_of[numbers],
         )
         digest = blake3(f"distrust selection 1\n{self.fingerprint}\n".encode())
         digest.update(numbers.astype("<i8").tobytes())
@@ -135,6 +150,27 @@ class Corpus:
             self.authority_weight,
             self.provenance_entropy,
         )
+
+
+class Classes:
+    """The source classes of examples that are met one after the other, numbered as they are met."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, int] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The classes so far; one without a name where none was met."""
+        return tuple(self._numbers) or ("",)
+
+    def number(self, names: Iterable[str]) -> NDArray[np.int32]:
+        """int32[k], the numbers of the classes of the next k examples."""
+        return np.array([self._number(name) for name in names], np.int32)
+
+    def _number(self, name: str) -> int:
+        if name not in self._numbers and len(self._numbers) >= MAX_CLASSES:
+            name = OTHER_CLASSES
+        return self._numbers.setdefault(name, len(self._numbers))
 
 
 def digest_of(n: int, total: int, arrays: Iterable[Iterable[Chunk]]) -> str:

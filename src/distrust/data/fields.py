@@ -24,6 +24,9 @@ _ROLES: tuple[str, ...] = get_args(Role)
 #: Who speaks, where turns are written as {"from", "value"}.
 _SPEAKERS = {"human": "user", "gpt": "assistant", **{role: role for role in _ROLES}}
 
+#: Longer names of source classes are cut: they stand in logs and in pictures.
+MAX_SOURCE_LENGTH = 100
+
 # Chat templates print these too: a turn without them would be learned as something that was never said.
 _UNSUPPORTED_IN_TURN = ("function_call", "reasoning_content", "thinking", "tool_calls")
 
@@ -147,6 +150,15 @@ def read_provenance_entropy(fields: Fields, columns: Columns, default: float | N
     """The record's H in bits, or the default where it has none."""
     names = columns.provenance_entropy
     return check_provenance_entropy(*_named(fields, names, default, "--default-provenance-entropy"))
+
+
+def read_source(fields: Fields, columns: Columns) -> str:
+    """The class of the record's source: a name, or a number or a truth value as JSON writes it."""
+    value = next((fields[name] for name in columns.source if name in fields), "")
+    if isinstance(value, str):
+        # Shown only, so nothing is refused: what no file can hold is replaced.
+        return " ".join(value.encode("utf-8", "replace").decode().split())[:MAX_SOURCE_LENGTH]
+    return shown(value) if isinstance(value, bool | int | float) else ""
 
 
 def _named(fields: Fields, names: tuple[str, ...], default: float | None, flag: str) -> tuple[Any, str]:

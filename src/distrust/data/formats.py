@@ -1,7 +1,7 @@
 """Bytes -> rows: JSON Lines, JSON, CSV and Parquet, a row at a time, in memory that does not grow with them.
 
-A row is a number and its fields, or what is wrong with it. A null is a field that is not there, as tables
-exported to JSON have it. What is text stays the text it is: a cell of a CSV file is never guessed to be a
+A row is a number and its fields, or what is wrong with it; which fields, and whether nulls are among them,
+``Columns`` says. What is text stays the text it is: a cell of a CSV file is never guessed to be a
 number or a missing value, apart from those of w and H.
 """
 
@@ -97,41 +97,37 @@ def open_bytes(path: Path, *, packed: bool) -> Iterator[BinaryIO]:
             raise OSError(f"damaged: {error}") from error
 
 
-def _json_lines(file: BinaryIO, _: Columns) -> Iterator[Row]:
+def _json_lines(file: BinaryIO, columns: Columns) -> Iterator[Row]:
     """The lines that are not blank. Only a line feed ends a line: JSON text may hold U+2028 and the like."""
     for number, raw in enumerate(file, 1):
         line = (raw.removeprefix(_BOM) if number == 1 else raw).rstrip()
         if line:
-            yield number, _attempt(_decoded, line)
+            yield number, _decoded(line, columns)
 
 
-def _attempt(decode: Callable[[Any], Fields], value: Any) -> Fields | RecordError:
+def _decoded(raw: bytes, columns: Columns) -> Fields | RecordError:
+    """The fields of a line, or what is wrong with it."""
     try:
-        return decode(value)
+        text = raw.decode("utf-8")
+        return _fields(json.loads(text, object_pairs_hook=_unique), text, columns)
     except RecordError as problem:
         return problem
-
-
-def _decoded(raw: bytes) -> Fields:
-    """The fields of a line."""
-    try:
-        return _fields(json.loads(raw.decode("utf-8"), object_pairs_hook=_unique))
     except UnicodeDecodeError as error:
-        raise RecordError(f"invalid UTF-8 at byte {error.start + 1}; save the file as UTF-8") from None
+        return RecordError(f"invalid UTF-8 at byte {error.start + 1}; save the file as UTF-8")
     except json.JSONDecodeError as error:
         reason = error.msg[:1].lower() + error.msg[1:]
-        raise RecordError(
+        return RecordError(
             f"invalid JSON at column {error.colno}: {reason}; a record is one JSON object on one line"
-        ) from None
+        )
     except (ValueError, RecursionError):  # a number of thousands of digits; brackets without end
-        raise RecordError("JSON with a number too long or nested too deep to read; simplify it") from None
+        return RecordError("JSON with a number too long or nested too deep to read; simplify it")
 
 
-def _fields(value: Any) -> Fields:
-    """An object's fields, without those that are null."""
+def _fields(value: Any, text: str, columns: Columns) -> Fields | RecordError:
+    """An object's fields."""
     if not isinstance(value, dict):
-        raise RecordError(f"{json_kind(value)}, not a JSON object; a record is one JSON object on one line")
-    return {key: field for key, field in value.items() if field is not None}
+        return RecordError(f"{json_kind(value)}, not a JSON object; a record is one JSON object on one line")
+    return columns.taken(value, text)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -142,13 +138,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-def _json_list(file: BinaryIO, _: Columns) -> Iterator[Row]:
+def _json_list(file: BinaryIO, columns: Columns) -> Iterator[Row]:
     """The objects of a list. After one that is no JSON nothing can be told of the rest, so it is the last."""
     number = 0
     try:
         with io.TextIOWrapper(file, encoding="utf-8-sig") as text:
-            for number, value in enumerate(_elements(text), 1):
-                yield number, _attempt(_fields, value)
+            for number, (value, written) in enumerate(_elements(text), 1):
+                yield number, _fields(value, written, columns)
     except RecordError as problem:
         yield number + 1, problem
     except UnicodeDecodeError:
@@ -159,18 +155,21 @@ def _json_list(file: BinaryIO, _: Columns) -> Iterator[Row]:
         yield number + 1, RecordError("JSON with a number too long or nested too deep to read; simplify it")
 
 
-def _elements(file: io.TextIOWrapper) -> Iterator[Any]:
-    """The elements of a JSON list, with no more of it in memory than a chunk or an element."""
+def _elements(file: io.TextIOWrapper) -> Iterator[tuple[Any, str]]:
+    """The elements of a JSON list and how they are written, on one line each.
+
+    No more of the list is in memory than a chunk or an element.
+    """
     decoder = json.JSONDecoder(object_pairs_hook=_unique)
     text, ended, first = file.read(_CHUNK), False, True
-    place = _next(text, 0) + 1  # behind the bracket
+    place = next_token(text, 0) + 1  # behind the bracket
     while True:
-        place = _next(text, place)
+        place = next_token(text, place)
         if first and text.startswith("]", place):
             break
         try:
             value, end = decoder.raw_decode(text, place)
-            end = _next(text, end)
+            end = next_token(text, end)
         except json.JSONDecodeError:
             if ended:
                 raise
@@ -180,7 +179,8 @@ def _elements(file: io.TextIOWrapper) -> Iterator[Any]:
             text, place, ended = text[place:] + more, 0, not more
             continue
         first = False
-        yield value
+        # A string of JSON holds no line's end as such, so each of them stands between two tokens.
+        yield value, text[place:end].rstrip().replace("\n", " ").replace("\r", " ")
         if not text.startswith(",", end):
             place = end
             break
@@ -191,7 +191,7 @@ def _elements(file: io.TextIOWrapper) -> Iterator[Any]:
         raise json.JSONDecodeError("extra data after the list", "", 0)
 
 
-def _next(text: str, place: int) -> int:
+def next_token(text: str, place: int) -> int:
     """Where the next token of JSON begins."""
     return cast(re.Match[str], _SPACE.match(text, place)).end()
 
@@ -236,11 +236,13 @@ def _header(cells: list[str]) -> list[str]:
 def _cells(cells: list[str], header: list[str], columns: Columns) -> Fields | RecordError:
     if len(cells) != len(header):
         return RecordError(f"{len(cells)} cells under a header of {len(header)}; correct it")
-    return {
-        name: _number(cell) if name in columns.numbers else cell
-        for name, cell in zip(header, cells, strict=True)
-        if cell or name not in columns.numbers
-    }
+    numbers = columns.numbers
+    return columns.taken(
+        {
+            name: (_number(cell) if cell else None) if name in numbers else cell
+            for name, cell in zip(header, cells, strict=True)
+        }
+    )
 
 
 def _number(cell: str) -> float | str:
@@ -269,7 +271,7 @@ def _parquet(file: BinaryIO, columns: Columns) -> Iterator[Row]:
         for batch in table.iter_batches(_BATCH, columns=needed, use_threads=False):
             for row in batch.to_pylist():
                 number += 1
-                yield number, {key: value for key, value in row.items() if value is not None}
+                yield number, columns.taken(row)
     except RecordError as problem:
         yield 1, problem
     except (pyarrow.ArrowException, ArithmeticError, LookupError, ValueError) as error:
@@ -283,10 +285,11 @@ def _first_line(error: Exception) -> str:
 
 JSON_LINES = Format("json lines", "line", _json_lines)
 JSON_LIST = Format("json list", "row", _json_list)
+PARQUET = Format("parquet", "row", _parquet)
 _BY_SUFFIX = {
     ".jsonl": JSON_LINES,
     ".ndjson": JSON_LINES,
     ".csv": Format("csv", "line", _separated(",")),
     ".tsv": Format("tsv", "line", _separated("\t")),
-    ".parquet": Format("parquet", "row", _parquet),
+    ".parquet": PARQUET,
 }

@@ -84,8 +84,7 @@ def rows(name: str, table: Any, columns: Columns) -> Iterator[Row]:
         for batch in needed.iter(_BATCH):
             for values in zip(*batch.values(), strict=True):
                 number += 1
-                row = zip(batch, values, strict=True)
-                yield number, {column: value for column, value in row if value is not None}
+                yield number, columns.taken(dict(zip(batch, values, strict=True)))
     except Exception as error:  # of the library, and of whatever it reads with
         raise DataError(f"{name}: cannot be read after row {number}: {_reason(error)}") from error
 

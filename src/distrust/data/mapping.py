@@ -6,8 +6,9 @@ beside a prompt and its completion, and the option chooses.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from distrust.config import TrainConfig, several
 
@@ -23,6 +24,7 @@ class Columns:
         messages: of a conversation: any one of these names.
         authority_weight: of w: any of these names.
         provenance_entropy: of H: any of these names.
+        source: of the source class: any of these names.
         given: whether the content's names come from options.
     """
 
@@ -32,6 +34,7 @@ class Columns:
     messages: tuple[str, ...] = ("messages", "conversations")
     authority_weight: tuple[str, ...] = ("authority_weight", "auth_weight")
     provenance_entropy: tuple[str, ...] = ("provenance_entropy", "prov_entropy")
+    source: tuple[str, ...] = ("source",)
     given: bool = False
 
     @property
@@ -60,7 +63,42 @@ class Columns:
         """Those of a table's columns that are needed: all of them if none holds content, to tell so."""
         if not any(name in there for name in self.content):
             return list(there)
-        return [name for name in there if name in self.content + self.numbers]
+        return [name for name in there if name in self.content + self.numbers + self.source]
+
+    def taken(self, row: Mapping[str, Any], text: str | None = None) -> Mapping[str, Any]:  # noqa: ARG002
+        """What is read of a row: a null is a field that is not there.
+
+        Args:
+            row: its values.
+            text: of JSON, the object as it is written, on one line.
+        """
+        return {name: value for name, value in row.items() if value is not None}
+
+
+class WholeRow(dict[str, Any]):
+    """All of a row, nulls too.
+
+    Attributes:
+        text: the object as its file has it, where that is JSON.
+    """
+
+    __slots__ = ("text",)
+
+    def __init__(self, row: Mapping[str, Any], text: str | None) -> None:
+        super().__init__(row)
+        self.text = text
+
+
+class WholeRows(Columns):
+    """Names of fields for a reader that wants all there is of a row: one that writes it again."""
+
+    def among(self, there: Sequence[str]) -> list[str]:
+        """All of them."""
+        return list(there)
+
+    def taken(self, row: Mapping[str, Any], text: str | None = None) -> WholeRow:
+        """All of it."""
+        return WholeRow(row, text)
 
 
 def columns_of(config: TrainConfig) -> Columns:
@@ -68,9 +106,10 @@ def columns_of(config: TrainConfig) -> Columns:
     usual = Columns()
     weights = several(config.authority_weight_column) or usual.authority_weight
     entropies = several(config.provenance_entropy_column) or usual.provenance_entropy
+    source = several(config.source_column) or usual.source
     prompt, completion = several(config.prompt_column), config.completion_column
     if not (config.text_column or prompt or completion or config.messages_column):
-        return Columns(authority_weight=weights, provenance_entropy=entropies)
+        return Columns(authority_weight=weights, provenance_entropy=entropies, source=source)
     pair = bool(prompt or completion)
     return Columns(
         text=config.text_column,
@@ -79,5 +118,6 @@ def columns_of(config: TrainConfig) -> Columns:
         messages=several(config.messages_column),
         authority_weight=weights,
         provenance_entropy=entropies,
+        source=source,
         given=True,
     )

@@ -22,6 +22,7 @@ from distrust.data.fields import (
     read_authority_weight,
     read_content,
     read_provenance_entropy,
+    read_source,
 )
 from distrust.data.mapping import Columns
 from distrust.data.problems import Problems, RecordError
@@ -109,7 +110,7 @@ class Reading:
         entropy = attempt(lambda: read_provenance_entropy(fields, columns, self.provenance_entropy))
         if content is None or weight is None or entropy is None:
             return None, problems
-        return Record(location, weight, entropy, content), problems
+        return Record(location, weight, entropy, content, read_source(fields, columns)), problems
 
 
 @dataclass(frozen=True, slots=True)

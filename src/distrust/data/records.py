@@ -83,9 +83,11 @@ class Record:
         authority_weight: w of its source, in [0, 0.99].
         provenance_entropy: H of its source, in bits, finite and not negative.
         content: what there is to learn.
+        source: the class that its source is of, as its data names it; empty where that says nothing.
     """
 
     location: Location
     authority_weight: float
     provenance_entropy: float
     content: Text | Completion | Conversation
+    source: str = ""

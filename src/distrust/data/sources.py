@@ -20,7 +20,7 @@ from blake3 import blake3
 from distrust.bundled import CORPUS
 from distrust.config import BUNDLED
 from distrust.data import hub
-from distrust.data.formats import JSON_LINES, Format, Row, format_of, is_data, open_bytes
+from distrust.data.formats import JSON_LINES, PARQUET, Format, Row, format_of, is_data, open_bytes
 from distrust.data.mapping import Columns
 from distrust.data.records import Unit
 from distrust.data.spool import Spool
@@ -52,12 +52,14 @@ class Part:
         unit: what its rows are counted by.
         digest: of its content and of how it is read.
         rows: its rows, from the first; raises DataError if it cannot be read.
+        parquet: opens it, where it is a Parquet file, for a reader of its tables; raises as ``rows`` does.
     """
 
     name: str
     unit: Unit
     digest: str
     rows: Callable[[], Iterator[Row]]
+    parquet: Callable[[], contextlib.AbstractContextManager[BinaryIO]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,14 +149,19 @@ def _file_part(path: Path, name: str, columns: Columns, spool: Path | None) -> P
         before = _state(path)
         digest = _digest(path, form.name)
 
-    def rows() -> Iterator[Row]:
+    @contextlib.contextmanager
+    def opened() -> Iterator[BinaryIO]:
         with _readable(name):
             with open_bytes(path, packed=packed) as file:
-                yield from form.rows(file, columns)
+                yield file
             if _state(path) != before:
                 raise OSError("it changed while it was read; start again")
 
-    return Part(name, form.unit, digest, rows)
+    def rows() -> Iterator[Row]:
+        with opened() as file:
+            yield from form.rows(file, columns)
+
+    return Part(name, form.unit, digest, rows, opened if form is PARQUET else None)
 
 
 def _spool_part(kept: Spool, form: Format, columns: Columns, *, name: str, unit: Unit) -> Part:

@@ -62,7 +62,11 @@ class Spool:
                 raise DataError(
                     f"{location}: {json_kind(example)}, not a mapping; give a dict for each example"
                 )
-            needed = {str(key): example[key] for key in columns.among(list(example))}
+            needed = {
+                str(key): example[key]
+                for key in columns.among(list(example))
+                if key not in columns.source or isinstance(example[key], str | int | float)
+            }
             try:
                 self._file.write(json.dumps(needed, default=_plain).encode() + b"\n")
             except (TypeError, ValueError, RecursionError) as error:

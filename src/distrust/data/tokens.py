@@ -14,7 +14,7 @@ from itertools import chain
 
 import numpy as np
 
-from distrust.data.corpus import Corpus
+from distrust.data.corpus import Classes, Corpus
 from distrust.data.problems import Problems, RecordError
 from distrust.data.reading import Census, census_of
 from distrust.data.records import Completion, Conversation, Record, Text
@@ -207,6 +207,8 @@ def _nothing_to_learn(learned: list[bool], max_length: int) -> str:
 
 def _corpus(examples: Sequence[_Example]) -> Corpus:
     lengths = [len(example.ids) for example in examples]
+    classes = Classes()
+    class_of = classes.number(example.record.source for example in examples)
     return Corpus(
         input_ids=np.array(list(chain.from_iterable(example.ids for example in examples)), np.int32),
         learned=np.array(list(chain.from_iterable(example.learned for example in examples)), np.bool_),
@@ -216,12 +218,16 @@ def _corpus(examples: Sequence[_Example]) -> Corpus:
         locations=tuple(example.record.location for example in examples),
         truncated=sum(example.cut > 0 for example in examples),
         tokens_cut=sum(example.cut for example in examples),
+        classes=classes.names,
+        class_of=class_of,
     )
 
 
 def _joined(parts: Sequence[Corpus]) -> Corpus:
     begins = np.cumsum([0, *(part.offsets[-1] for part in parts)])
     offsets = [part.offsets[1:] + begin for part, begin in zip(parts, begins[:-1], strict=True)]
+    classes = Classes()
+    class_of = [classes.number(part.classes[number] for number in part.class_numbers) for part in parts]
     return Corpus(
         input_ids=np.concatenate([part.input_ids for part in parts]),
         learned=np.concatenate([part.learned for part in parts]),
@@ -231,4 +237,6 @@ def _joined(parts: Sequence[Corpus]) -> Corpus:
         locations=tuple(chain.from_iterable(part.locations for part in parts)),
         truncated=sum(part.truncated for part in parts),
         tokens_cut=sum(part.tokens_cut for part in parts),
+        classes=classes.names,
+        class_of=np.concatenate(class_of),
     )

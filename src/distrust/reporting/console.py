@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from pathlib import Path
@@ -24,6 +23,8 @@ from distrust.training.events import (
     StepEnded,
 )
 
+#: Source classes of an evaluation that a line names.
+CLASSES_SHOWN = 8
 #: Weight of the newest step in the moving average of the speed.
 SMOOTHING = 0.1
 
@@ -84,7 +85,7 @@ class ConsoleReporter:
             case StepEnded():
                 self._stepped(event)
             case Evaluated():
-                self._say(f"step {event.step}: eval loss {event.loss:.4f}, perplexity {_exp(event.loss):.4g}")
+                self._evaluated(event)
             case CheckpointSaved():
                 self._last_saved = event.step
                 self._draw()
@@ -159,6 +160,23 @@ class ConsoleReporter:
                 f"{_duration(left)} left, {self._saved()}"
             )
 
+    def _evaluated(self, event: Evaluated) -> None:
+        metrics = event.metrics
+        line = f"step {event.step}: eval loss {event.loss:.4f}, perplexity {metrics['eval_perplexity']:.4g}"
+        if metrics["eval_weighted_loss"] != event.loss:
+            line += (
+                f"; weighted {metrics['eval_weighted_loss']:.4f}, {metrics['eval_weighted_perplexity']:.4g}"
+            )
+        self._say(line)
+        of_classes = [
+            f"{name.removeprefix('eval_loss/')} {loss:.4f}"
+            for name, loss in metrics.items()
+            if name.startswith("eval_loss/")
+        ]
+        if of_classes:
+            more = f", {len(of_classes) - CLASSES_SHOWN} more" if len(of_classes) > CLASSES_SHOWN else ""
+            self._say(f"  {', '.join(of_classes[:CLASSES_SHOWN])}{more}")
+
     def _draw(self) -> None:
         self._bar.update(self._task, facts=f"{self._facts}  {self._saved()}")
 
@@ -186,13 +204,6 @@ class ConsoleReporter:
 
     def _say(self, line: str) -> None:
         self._console.print(line, markup=False)
-
-
-def _exp(loss: float) -> float:
-    try:
-        return math.exp(loss)
-    except OverflowError:
-        return math.inf
 
 
 def _duration(seconds: float) -> str:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from distrust.checkpoint.retention import MetricMode
-from distrust.config import Metric
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +27,7 @@ class Evaluations:
         unimproved: evaluations since the best one.
     """
 
-    metric: Metric = "eval_loss"
+    metric: str = "eval_loss"
     mode: MetricMode = "min"
     loss: float | None = None
     best: float | None = None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from distrust.data import Distribution
 
 Reason = Literal["finished", "early_stopping", "signal", "stop", "error"]
 """Why a run is over: its last step is made; its metric no longer improved; a signal came; ``stop()`` was
@@ -40,8 +42,8 @@ class RunStarted:
         tokens: learned ones in the training data.
         truncated: examples that were cut.
         tokens_cut: tokens that they lost.
-        effective_examples: (Σu)²/Σu² of the examples' weights u, times how often `mix` draws each.
-        weight_range: the smallest and the largest u.
+        distribution: of the weights: their range, by source class, the heaviest and the lightest examples.
+        history: by name, the value of each step made already.
         trained: how many numbers are trained.
         parameters: how many the model has.
         epoch_steps: optimizer steps of one pass over the data, as a fraction.
@@ -56,12 +58,23 @@ class RunStarted:
     tokens: int
     truncated: int
     tokens_cut: int
-    effective_examples: float
-    weight_range: tuple[float, float]
+    distribution: Distribution
+    history: Mapping[str, Sequence[float]]
     trained: int
     parameters: int
     epoch_steps: float
     warmup_steps: int
+
+    @property
+    def effective_examples(self) -> float:
+        """(Σu)²/Σu² of the examples' weights u, times how often `mix` draws each."""
+        return self.distribution.effective_examples
+
+    @property
+    def weight_range(self) -> tuple[float, float]:
+        """The smallest and the largest u."""
+        lowest, *_, highest = self.distribution.quantiles["weight"]
+        return lowest, highest
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +90,8 @@ class StepEnded:
         gradient_norm: before clipping.
         tokens: learned ones.
         seconds: that the step took.
+        stall_seconds: how long training waited for checkpoints since the step before.
+        memory_bytes: resident on the host and allocated on the device, after it.
     """
 
     step: int
@@ -87,6 +102,8 @@ class StepEnded:
     gradient_norm: float
     tokens: int
     seconds: float
+    stall_seconds: float
+    memory_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,16 +112,22 @@ class Evaluated:
 
     Attributes:
         step: optimizer steps made.
-        loss: plain cross-entropy, nats a token.
+        metrics: by name, as they are logged: losses are cross-entropy, nats a token; weighted by provenance,
+            and of each source class, too.
     """
 
     step: int
-    loss: float
+    metrics: Mapping[str, float]
+
+    @property
+    def loss(self) -> float:
+        """Plain cross-entropy."""
+        return self.metrics["eval_loss"]
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointStarted:
-    """A checkpoint is being written.
+    """A checkpoint is about to be written: what is to be durable before it must be so now.
 
     Attributes:
         step: of the checkpoint.

@@ -108,8 +108,8 @@ class MemoryWatch:
             self._places[place].begin(use)
         self._reset_just_now = True
 
-    def look(self, engine: Engine) -> None:
-        """Take in a step that has ended."""
+    def look(self, engine: Engine) -> int:
+        """Take in a step that has ended; returns the bytes that are taken after it."""
         for place, use in _uses(engine).items():
             self._places[place].add(use)
         if self._reset_just_now:  # with a step's own memory: what later levels are compared with
@@ -117,6 +117,7 @@ class MemoryWatch:
             self._left_by_reset = self._highest
             self._warn_of_futile_reset()
         self._warn_of_system()
+        return self.taken
 
     def reset_due(self, step: int) -> bool:
         """Whether memory is to be reset after this step."""

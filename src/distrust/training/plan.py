@@ -1,51 +1,48 @@
-"""What a run works on: the data read, weighed and put in order, before the first step."""
+"""What a run works on: its data weighed and put in order, before the first step."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from blake3 import blake3
 
 from distrust import weighting
-from distrust.config import EXAMPLES, TrainConfig, several
+from distrust.config import TrainConfig
 from distrust.data import (
     Batches,
-    Cache,
-    Census,
     Corpus,
+    Distribution,
     MixedOrder,
     Order,
-    Reading,
     Sequences,
-    Source,
     Tokenizer,
-    cache_folder,
-    check,
-    columns_of,
     concatenated,
     digest_of,
-    examples_source,
-    open_source,
+    distribution,
     packed,
     single,
     split_off,
-    tokenize_in_blocks,
 )
-from distrust.errors import ConfigError, DataError, DistrustWarning
+from distrust.errors import DataError, DistrustWarning
+from distrust.training.evaluation_set import EvaluationSet, evaluation_set
+from distrust.training.sources import (
+    Checked,
+    Progress,
+    Sources,
+    max_length_of,
+    pad_token_id_of,
+    tokenized,
+)
 
-DEFAULT_MAX_LENGTH = 1024
 #: Below this share of the examples, few of them decide everything.
 LOW_EFFECTIVE_SHARE = 0.1
 
-Progress = Callable[[str, int, int], None]
 
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """The data of a run.
 
@@ -55,9 +52,9 @@ class Plan:
         schedule_steps: after which the learning rate's schedule has ended.
         corpus: the tokenized examples.
         weights: float64[examples]: normalized.
-        effective_examples: how many equal ones they are worth, by how often each is drawn.
+        distribution: of these weights.
         batches: the batches of each step.
-        evaluation: the tokenized eval set, or None.
+        evaluation: what is evaluated on, or None.
         pad_token_id: what batches are padded with.
     """
 
@@ -66,115 +63,10 @@ class Plan:
     schedule_steps: int
     corpus: Corpus
     weights: np.ndarray[Any, Any]
-    effective_examples: float
+    distribution: Distribution
     batches: Batches
-    evaluation: Corpus | None
+    evaluation: EvaluationSet | None
     pad_token_id: int
-
-
-@dataclass(frozen=True, slots=True)
-class Checked:
-    """Data of which every record is known to be right.
-
-    Attributes:
-        reading: gives the records.
-        census: what there is of them.
-    """
-
-    reading: Reading
-    census: Census
-
-
-@dataclass(frozen=True, slots=True)
-class Sources:
-    """The data of a run, checked before anything slow is loaded.
-
-    Attributes:
-        training: to train on.
-        evaluation: to evaluate on, or None.
-        cache: where it is found again once it is tokenized.
-    """
-
-    training: Checked
-    evaluation: Checked | None
-    cache: Cache
-
-
-Examples = Iterable[Mapping[str, Any]]
-
-
-def read_sources(
-    config: TrainConfig,
-    *,
-    examples: Examples | None = None,
-    eval_examples: Examples | None = None,
-    report: Progress | None = None,
-) -> Sources:
-    """Open and check what a config names, or what a program hands over instead.
-
-    Args:
-        config: names the sources.
-        examples: to train on, instead of ``data``; read once.
-        eval_examples: to evaluate on, instead of ``eval_data``; read once.
-        report: called now and then with what is done, how far it is, and 0.
-
-    Raises:
-        DataError: for records that cannot be trained on.
-        ConfigError: for options that do not fit the sources.
-    """
-    if examples is None and config.data == EXAMPLES:
-        raise ConfigError(f"--data {EXAMPLES}: the run's examples were a program's; it must hand them over")
-    if config.data == EXAMPLES and config.eval_split and config.eval_data is None and eval_examples is None:
-        raise ConfigError(f"--eval-split {config.eval_split}: a program's examples have no splits")
-    cache = Cache(cache_folder(config.cache_dir))
-    # Without weighting nothing asks for provenance; an eval set, by plain cross-entropy, never does.
-    missing = 0.0 if config.weighting == "off" else None
-    training = Reading(
-        _opened(config, several(config.data), config.split, cache)
-        if examples is None
-        else _given(config, examples, "examples", cache),
-        columns_of(config),
-        missing if config.default_authority_weight is None else config.default_authority_weight,
-        missing if config.default_provenance_entropy is None else config.default_provenance_entropy,
-    )
-    checked = _checked(training, cache, report)
-    evaluated: tuple[Source, ...] = ()
-    if eval_examples is not None:
-        evaluated = _given(config, eval_examples, "eval_examples", cache)
-    elif config.eval_data is not None or config.eval_split is not None:
-        names = several(config.eval_data or config.data)
-        evaluated = _opened(config, names, config.eval_split or config.split, cache)
-    evaluation = Reading(evaluated, columns_of(config), 0.0, 0.0)
-    return Sources(checked, _checked(evaluation, cache, report) if evaluated else None, cache)
-
-
-def _opened(config: TrainConfig, names: tuple[str, ...], split: str, cache: Cache) -> tuple[Source, ...]:
-    return tuple(
-        open_source(
-            name,
-            columns_of(config),
-            split=split,
-            subset=config.subset,
-            revision=config.revision,
-            spool=cache.folder,
-        )
-        for name in names
-    )
-
-
-def _given(config: TrainConfig, rows: Examples, name: str, cache: Cache) -> tuple[Source, ...]:
-    return (examples_source(rows, columns_of(config), name=name, spool=cache.folder),)
-
-
-def _checked(reading: Reading, cache: Cache, report: Progress | None) -> Checked:
-    census = cache.census(reading.key)
-    if census is None:
-        census = check(
-            reading,
-            on_progress=lambda done: report(f"checking {reading.name}", done, 0) if report else None,
-        )
-        cache.remember(reading.key, census)
-    return Checked(reading, census)
 
 
 def make_plan(
@@ -198,24 +90,28 @@ def make_plan(
         DataError: for records that cannot be trained on.
         ConfigError: for options that do not fit the model.
     """
-    max_length = _max_length(config, context_length)
-    tokenizer_digest = digest_of(tokenizer)
+    max_length = max_length_of(config, context_length)
+    tokenizer_digest = digest_of(tokenizer)  # once: it takes a while
 
-    def tokenized(data: Checked) -> Corpus:
-        decides = f"{data.reading.key} {tokenizer_digest} {max_length}"
-        key = None if tokenizer_digest is None else blake3(decides.encode()).hexdigest()
-        return _tokenized(data, tokenizer, key, cache=sources.cache, max_length=max_length, report=report)
+    def made(data: Checked) -> Corpus:
+        return tokenized(
+            data,
+            tokenizer,
+            tokenizer_digest=tokenizer_digest,
+            cache=sources.cache,
+            max_length=max_length,
+            report=report,
+        )
 
-    corpus = tokenized(sources.training)
-    evaluation = None if sources.evaluation is None else tokenized(sources.evaluation)
+    corpus = made(sources.training)
+    evaluation = None if sources.evaluation is None else made(sources.evaluation)
     if config.eval_fraction:
         corpus, evaluation = split_off(corpus, config.eval_fraction, seed=config.seed)
     rows = _rows(config, corpus, capacity=max_length)
     order = _order(config, [len(part) for part in rows])
     drawn = _drawn_per_epoch(order, rows, corpus)
     weights = _weights(config, corpus, drawn)
-    effective = _effective_examples(weights, drawn)
-    pad_token_id = _pad_token_id(tokenizer)
+    pad_token_id = pad_token_id_of(tokenizer)
     batches = Batches(
         corpus,
         weights=weights,
@@ -232,27 +128,16 @@ def make_plan(
     schedule_steps = config.schedule_steps or max_steps
     settled = replace(config, max_length=max_length, max_steps=max_steps, schedule_steps=schedule_steps)
     return Plan(
-        settled, max_steps, schedule_steps, corpus, weights, effective, batches, evaluation, pad_token_id
+        config=settled,
+        max_steps=max_steps,
+        schedule_steps=schedule_steps,
+        corpus=corpus,
+        weights=weights,
+        distribution=_distribution(corpus, weights, drawn),
+        batches=batches,
+        evaluation=None if evaluation is None else evaluation_set(evaluation, settled),
+        pad_token_id=pad_token_id,
     )
-
-
-def _tokenized(
-    data: Checked, tokenizer: Tokenizer, key: str | None, *, cache: Cache, max_length: int, report: Progress
-) -> Corpus:
-    """The corpus, from the cache where it has been made before under this key."""
-    reading, census = data.reading, data.census
-
-    def make() -> Iterable[Corpus]:
-        return tokenize_in_blocks(
-            reading.records(),
-            tokenizer,
-            census=census,
-            max_length=max_length,
-            on_progress=lambda done, total: report(f"tokenizing {reading.name}", done, total),
-        )
-
-    parts = [(part.name, part.unit) for source in reading.sources for part in source.parts]
-    return cache.corpus(key, parts, census.sizes, make)
 
 
 def _order(config: TrainConfig, sizes: Sequence[int]) -> Order | MixedOrder:
@@ -269,23 +154,6 @@ def _drawn_per_epoch(
     if isinstance(order, Order):
         return None
     return np.repeat(np.divide(order.counts, [len(part) for part in rows]), corpus.sizes)
-
-
-def _max_length(config: TrainConfig, context_length: int | None) -> int:
-    if config.max_length is None:
-        return min(DEFAULT_MAX_LENGTH, context_length or DEFAULT_MAX_LENGTH)
-    if context_length is not None and config.max_length > context_length:
-        raise ConfigError(
-            f"--max-length {config.max_length}: the model sees {context_length} tokens at once; "
-            f"give {context_length} or less"
-        )
-    return config.max_length
-
-
-def _pad_token_id(tokenizer: Tokenizer) -> int:
-    if tokenizer.pad_token_id is not None:
-        return tokenizer.pad_token_id
-    return tokenizer.eos_token_id or 0  # padding is masked: any token serves
 
 
 def _rows(config: TrainConfig, corpus: Corpus, *, capacity: int) -> list[Sequences]:
@@ -317,6 +185,21 @@ def _weights(config: TrainConfig, corpus: Corpus, drawn: np.ndarray[Any, Any] | 
             f"{len(vanished)} that do; look for a provenance_entropy that is too large, or give --max-ratio"
         )
     return weights
+
+
+def _distribution(
+    corpus: Corpus, weights: np.ndarray[Any, Any], drawn: np.ndarray[Any, Any] | None
+) -> Distribution:
+    return distribution(
+        authority_weight=corpus.authority_weight,
+        provenance_entropy=corpus.provenance_entropy,
+        weights=weights,
+        tokens=corpus.loss_tokens,
+        classes=corpus.classes,
+        class_of=corpus.class_numbers,
+        locations=corpus.locations,
+        effective_examples=_effective_examples(weights, drawn),
+    )
 
 
 def _effective_examples(weights: np.ndarray[Any, Any], drawn: np.ndarray[Any, Any] | None) -> float:

@@ -9,10 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from distrust.config import STEP_METRICS
 from distrust.training.evaluations import Evaluations
-
-#: What is kept of each step.
-HISTORY = ("loss", "weighted_loss", "distrust", "gradient_norm", "learning_rate")
 
 
 @dataclass(slots=True)
@@ -23,7 +21,7 @@ class Progress:
         step: optimizer steps made.
         tokens_seen: learned tokens of these steps.
         elapsed_seconds: time spent in them, over all sessions.
-        metrics: those of the step: an eval loss is there only if it was evaluated.
+        metrics: those of the step: those of an evaluation are there only if there was one.
         evaluations: what the evaluations so far have come to.
         history: by name, the value of each step.
     """
@@ -33,12 +31,15 @@ class Progress:
     elapsed_seconds: float = 0.0
     metrics: dict[str, float] = field(default_factory=dict)
     evaluations: Evaluations = field(default_factory=Evaluations)
-    history: dict[str, array[float]] = field(default_factory=lambda: {name: array("d") for name in HISTORY})
+    history: dict[str, array[float]] = field(
+        default_factory=lambda: {name: array("d") for name in STEP_METRICS}
+    )
 
     def remember(self, values: object) -> None:
-        """Add a step's values to the history: its attributes of these names."""
+        """Add a step's values, its attributes of these names, to the history; they are the metrics now."""
+        self.metrics = {name: getattr(values, name) for name in self.history}
         for name, column in self.history.items():
-            column.append(getattr(values, name))
+            column.append(self.metrics[name])
 
     def restore(
         self, *, step: int, metadata: Mapping[str, Any], metrics: Mapping[str, float], run: Mapping[str, Any]
@@ -56,4 +57,4 @@ class Progress:
 
     def restore_history(self, arrays: Mapping[str, Any]) -> None:
         """The inverse of :meth:`history_arrays`."""
-        self.history = {name: array("d", np.asarray(arrays[name]).tolist()) for name in HISTORY}
+        self.history = {name: array("d", np.asarray(arrays[name]).tolist()) for name in STEP_METRICS}

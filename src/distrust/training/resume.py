@@ -12,6 +12,8 @@ from distrust.errors import ResumeRefused
 FINGERPRINTS = "fingerprints"
 #: Options that a run settles when it begins: left out later, they stay what they were.
 SETTLED_AT_START = ("max_length", "schedule_steps")
+#: What runs were before there was an option, where that is not its default.
+BEFORE_THE_OPTION = {"clipping": "plain"}
 
 
 def settled(config: TrainConfig, saved: Mapping[str, Any], *, where: str) -> TrainConfig:
@@ -31,8 +33,9 @@ def settled(config: TrainConfig, saved: Mapping[str, Any], *, where: str) -> Tra
         name = key(option.name)
         if option.metadata["effect"] != "result":
             continue
-        # An option that is younger than the run was at its default: that is what runs were before it.
-        value, was = getattr(config, option.name), saved.get(name, option.default)
+        # An option that is younger than the run was at its default, as a rule.
+        value = getattr(config, option.name)
+        was = saved.get(name, BEFORE_THE_OPTION.get(name, option.default))
         if value is None and option.name in SETTLED_AT_START:
             taken[option.name] = was
         elif value != was:

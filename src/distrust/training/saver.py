@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 
 from distrust.checkpoint import Checkpoint, CheckpointManager, PendingSave
+from distrust.checkpoint.store import file_name
 from distrust.errors import CheckpointError, DistrustWarning, SaveFailed
 from distrust.training.events import CheckpointSaved, CheckpointStarted, Observer
 
@@ -53,9 +54,10 @@ class Saver:
         self._pending_stall = 0.0
         with self._stalled():
             checkpoint = make()
+            path = self._manager.directory / file_name(checkpoint.step, "final" if final else "periodic")
+            self._emit(CheckpointStarted(checkpoint.step, path))
             self._pending = self._manager.save_async(checkpoint, final=final, overlap=True)
         self._pending_state = checkpoint.step, final
-        self._emit(CheckpointStarted(checkpoint.step, self._pending.path))
 
     def wait_copied(self) -> None:
         """Wait until model and optimizer may change."""

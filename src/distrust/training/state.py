@@ -35,7 +35,8 @@ class RunState:
         tokens_seen: learned tokens of these steps.
         elapsed_seconds: time spent in them.
         learning_rate: of the last step.
-        metrics: the latest value of each: ``loss``, and ``eval_loss`` where it was evaluated; nats a token.
+        metrics: of the last step, by name; those of an evaluation where there was one then, and always the
+            latest ``eval_loss``.
         best: the best evaluation.
         checkpoint: the newest durable checkpoint.
     """

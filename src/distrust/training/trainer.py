@@ -19,8 +19,8 @@ from typing import Any
 
 from distrust.checkpoint import Checkpoint, CheckpointFile, CheckpointManager
 from distrust.checkpoint.store import RUN_SUBDIRECTORY, file_name
-from distrust.config import EXAMPLES, TrainConfig
-from distrust.data import IGNORED, MicroBatch, evaluation_batches
+from distrust.config import EXAMPLES, STEP_METRICS, TrainConfig
+from distrust.data import IGNORED, MicroBatch
 from distrust.errors import (
     CheckpointError,
     ConfigError,
@@ -46,12 +46,13 @@ from distrust.training.events import (
     StepEnded,
 )
 from distrust.training.memory import GIB, MemoryWatch
-from distrust.training.plan import Examples, Plan, Sources, make_plan, read_sources
-from distrust.training.plan import Progress as ReportProgress
+from distrust.training.plan import Plan, make_plan
 from distrust.training.progress import Progress
 from distrust.training.saver import Saver
 from distrust.training.schedule import learning_rate, warmup
 from distrust.training.signals import StopRequest
+from distrust.training.sources import Examples, Sources, read_sources
+from distrust.training.sources import Progress as ReportProgress
 from distrust.training.state import Best, RunState
 from distrust.training.turn import only_run
 
@@ -176,6 +177,7 @@ class DistrustTrainer:
         self._progress = Progress(evaluations=Evaluations(config.metric, config.metric_mode))
         self._saver = Saver(self._manager, self._emit)
         self._observer_error: Exception | None = None
+        self._stall_told = 0.0
 
     def _train(self, stop: StopRequest) -> RunEnded:
         with self._manager:
@@ -278,6 +280,7 @@ class DistrustTrainer:
             self._take_up(checkpoint)
             if file.path.parent == self._manager.directory:  # a branch begins with none of its own
                 self._saver.durable = checkpoint.step, file.kind == "final"
+        self._require_metric()
         self._state = replace(self._state, max_steps=self._plan.max_steps, epoch_steps=self._epoch_steps())
         self._emit(self._started(file))
 
@@ -288,6 +291,17 @@ class DistrustTrainer:
                 "--early-stopping-patience: there is nothing to evaluate on; give --eval-data, or "
                 "--eval-fraction"
             )
+
+    def _require_metric(self) -> None:
+        """What the best checkpoint is told by has to be logged; the default may be without an eval set."""
+        config, evaluation = self._plan.config, self._plan.evaluation
+        known = STEP_METRICS + (() if evaluation is None else evaluation.metric_names)
+        if config.metric in known or (evaluation is None and config.metric == TrainConfig.metric):
+            return
+        there = "there is nothing to evaluate on; give --eval-data, or --eval-fraction"
+        if evaluation is not None:
+            there = f"no such source class is evaluated; there are {', '.join(known)}"
+        raise ConfigError(f"--metric {config.metric}: {there}")
 
     def _make_engine(self) -> Engine:
         engine = self._given_engine
@@ -334,7 +348,7 @@ class DistrustTrainer:
         for micro_step, batch in enumerate(batches):
             engine.begin_micro_step(seed=config.seed, step=step, micro_step=micro_step)
             losses.append(engine.micro_step(batch, tokens=tokens))
-        norm = engine.clip_gradients(config.max_grad_norm)
+        norm = engine.clip_gradients(self._max_norm(batches, tokens))
         self._require_finite(step, batches, losses, norm)
         rate = self._learning_rate(step)
         self._saver.wait_copied()  # the copy of what changes now ran beside the passes above
@@ -349,28 +363,42 @@ class DistrustTrainer:
             gradient_norm=norm,
             tokens=tokens,
             seconds=time.perf_counter() - began,
+            stall_seconds=self._saver.stall_seconds - self._stall_told,
+            memory_bytes=self._memory.look(engine),
         )
+        self._stall_told = self._saver.stall_seconds
         self._remember(ended)
         self._emit(ended)
+
+    def _max_norm(self, batches: Sequence[MicroBatch], tokens: int) -> float:
+        """What this step's gradient is scaled down to; 0 for no clipping.
+
+        A weighted gradient is larger by its weights: clipped to one norm for all steps, it would lose them
+        again. With equal weights the factor is exactly 1.
+        """
+        if self._plan.config.clipping == "plain":
+            return self._plan.config.max_grad_norm
+        return self._plan.config.max_grad_norm * _mean([batch.weights for batch in batches], tokens)
 
     def _remember(self, ended: StepEnded) -> None:
         progress = self._progress
         progress.step = ended.step
         progress.tokens_seen += ended.tokens
         progress.elapsed_seconds += ended.seconds
-        progress.metrics = {"loss": ended.loss}  # an eval loss is of the step it was measured at
         progress.remember(ended)
 
     def _after_step(self) -> None:
         config, step = self._plan.config, self._progress.step
+        best = False
         if self._over() or step % config.eval_every == 0:
-            self._evaluate()
-        if config.save_every and step % config.save_every == 0 and not self._over():
+            best = self._evaluate()
+        # The best one so far may be the best of all: it does not wait for the next save.
+        due = step % config.save_every == 0 or (best and config.keep_best) if config.save_every else False
+        if due and not self._over():
             self._save(final=False)
         self._saver.poll()
 
     def _mind_memory(self, stop: StopRequest) -> None:
-        self._memory.look(self._engine)
         if self._memory.reset_due(self._progress.step) and self._is_saved_for_good():
             if not self._goes_on(stop):
                 return  # stopped while it was saved: nothing need be loaded once more
@@ -431,19 +459,20 @@ class DistrustTrainer:
             self._save(final=final)
         self._saver.settle(strict=True)
 
-    def _evaluate(self) -> None:
-        corpus = self._plan.evaluation
-        if corpus is None:
-            return
-        batches = evaluation_batches(
-            corpus, batch_size=self._plan.config.batch_size, pad_token_id=self._plan.pad_token_id
+    def _evaluate(self) -> bool:
+        """Evaluate, and say whether that was the best evaluation so far."""
+        evaluation, progress = self._plan.evaluation, self._progress
+        if evaluation is None:
+            return False
+        metrics = evaluation.measure(
+            lambda batch: self._engine.evaluate(batch).cross_entropy,
+            batch_size=self._plan.config.batch_size,
+            pad_token_id=self._plan.pad_token_id,
         )
-        total = sum(self._engine.evaluate(batch).cross_entropy.sum() for batch in batches)
-        loss = float(total / corpus.loss_tokens.sum())
-        progress = self._progress
-        progress.metrics["eval_loss"] = loss
+        progress.metrics.update(metrics)
         progress.evaluations = progress.evaluations.after(progress.metrics, step=progress.step)
-        self._emit(Evaluated(progress.step, loss))
+        self._emit(Evaluated(progress.step, metrics))
+        return progress.evaluations.best_step == progress.step
 
     def _save(self, *, final: bool) -> None:
         self._saver.start(self._finite_checkpoint, final=final)
@@ -540,8 +569,8 @@ class DistrustTrainer:
             tokens=int(plan.corpus.loss_tokens.sum()),
             truncated=plan.corpus.truncated,
             tokens_cut=plan.corpus.tokens_cut,
-            effective_examples=plan.effective_examples,
-            weight_range=(float(plan.weights.min()), float(plan.weights.max())),
+            distribution=plan.distribution,
+            history=self._progress.history,
             trained=trained,
             parameters=parameters,
             epoch_steps=self._epoch_steps(),

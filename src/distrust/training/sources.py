@@ -1,0 +1,222 @@
+"""The data that a config names: opened, checked before anything slow is loaded, and tokenized."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from blake3 import blake3
+
+from distrust.config import EXAMPLES, TrainConfig, several
+from distrust.data import (
+    Cache,
+    Census,
+    Corpus,
+    Reading,
+    Source,
+    Tokenizer,
+    cache_folder,
+    check,
+    columns_of,
+    examples_source,
+    open_source,
+    tokenize_in_blocks,
+)
+from distrust.errors import ConfigError
+
+DEFAULT_MAX_LENGTH = 1024
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """Data of which every record is known to be right.
+
+    Attributes:
+        reading: gives the records.
+        census: what there is of them.
+    """
+
+    reading: Reading
+    census: Census
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """The data of a run, checked before anything slow is loaded.
+
+    Attributes:
+        training: to train on.
+        evaluation: to evaluate on, or None.
+        cache: where it is found again once it is tokenized.
+    """
+
+    training: Checked
+    evaluation: Checked | None
+    cache: Cache
+
+
+Examples = Iterable[Mapping[str, Any]]
+
+
+def read_sources(
+    config: TrainConfig,
+    *,
+    examples: Examples | None = None,
+    eval_examples: Examples | None = None,
+    report: Progress | None = None,
+) -> Sources:
+    """Open and check what a config names, or what a program hands over instead.
+
+    Args:
+        config: names the sources.
+        examples: to train on, instead of ``data``; read once.
+        eval_examples: to evaluate on, instead of ``eval_data``; read once.
+        report: called now and then with what is done, how far it is, and 0.
+
+    Raises:
+        DataError: for records that cannot be trained on.
+        ConfigError: for options that do not fit the sources.
+    """
+    if examples is None and config.data == EXAMPLES:
+        raise ConfigError(f"--data {EXAMPLES}: the run's examples were a program's; it must hand them over")
+    if config.data == EXAMPLES and config.eval_split and config.eval_data is None and eval_examples is None:
+        raise ConfigError(f"--eval-split {config.eval_split}: a program's examples have no splits")
+    cache = Cache(cache_folder(config.cache_dir))
+    # Without weighting nothing asks for provenance.
+    missing = 0.0 if config.weighting == "off" else None
+    training = Reading(
+        _opened(config, several(config.data), config.split, cache)
+        if examples is None
+        else _given(config, examples, "examples", cache),
+        columns_of(config),
+        missing if config.default_authority_weight is None else config.default_authority_weight,
+        missing if config.default_provenance_entropy is None else config.default_provenance_entropy,
+    )
+    checked = _checked(training, cache, report)
+    evaluation = _evaluation(config, eval_examples, cache)
+    return Sources(checked, None if evaluation is None else _checked(evaluation, cache, report), cache)
+
+
+def read_evaluation(config: TrainConfig, *, report: Progress | None = None) -> Sources:
+    """Open and check what a config names to evaluate on, as if it were trained on.
+
+    Raises:
+        DataError: for records that cannot be evaluated on.
+        ConfigError: it names nothing to evaluate on, or options do not fit the sources.
+    """
+    cache = Cache(cache_folder(config.cache_dir))
+    evaluation = _evaluation(config, None, cache)
+    if evaluation is None:
+        raise ConfigError("there is nothing to evaluate on; give --data")
+    return Sources(_checked(evaluation, cache, report), None, cache)
+
+
+def _evaluation(config: TrainConfig, examples: Examples | None, cache: Cache) -> Reading | None:
+    """What is evaluated on. Provenance is no duty there: it has a plain loss besides."""
+    if examples is not None:
+        evaluated = _given(config, examples, "eval_examples", cache)
+    elif config.eval_data is not None or config.eval_split is not None:
+        names = several(config.eval_data or config.data)
+        evaluated = _opened(config, names, config.eval_split or config.split, cache)
+    else:
+        return None
+    return Reading(
+        evaluated,
+        columns_of(config),
+        config.default_authority_weight or 0.0,
+        config.default_provenance_entropy or 0.0,
+    )
+
+
+def _opened(config: TrainConfig, names: tuple[str, ...], split: str, cache: Cache) -> tuple[Source, ...]:
+    return tuple(
+        open_source(
+            name,
+            columns_of(config),
+            split=split,
+            subset=config.subset,
+            revision=config.revision,
+            spool=cache.folder,
+        )
+        for name in names
+    )
+
+
+def _given(config: TrainConfig, rows: Examples, name: str, cache: Cache) -> tuple[Source, ...]:
+    return (examples_source(rows, columns_of(config), name=name, spool=cache.folder),)
+
+
+def _checked(reading: Reading, cache: Cache, report: Progress | None) -> Checked:
+    census = cache.census(reading.key)
+    if census is None:
+        census = check(
+            reading,
+            on_progress=lambda done: report(f"checking {reading.name}", done, 0) if report else None,
+        )
+        cache.remember(reading.key, census)
+    return Checked(reading, census)
+
+
+def tokenized(
+    data: Checked,
+    tokenizer: Tokenizer,
+    *,
+    tokenizer_digest: str | None,
+    cache: Cache,
+    max_length: int,
+    report: Progress,
+) -> Corpus:
+    """The corpus, from the cache where it has been made before of the same.
+
+    Args:
+        data: checked.
+        tokenizer: of the base model.
+        tokenizer_digest: its ``digest_of``.
+        cache: where it may be.
+        max_length: the most tokens of an example.
+        report: called with what is done, how far it is, and how far it goes.
+
+    Raises:
+        DataError: for records that cannot be trained on.
+    """
+    reading, census = data.reading, data.census
+    decides = f"{reading.key} {tokenizer_digest} {max_length}"
+    key = None if tokenizer_digest is None else blake3(decides.encode()).hexdigest()
+
+    def make() -> Iterable[Corpus]:
+        return tokenize_in_blocks(
+            reading.records(),
+            tokenizer,
+            census=census,
+            max_length=max_length,
+            on_progress=lambda done, total: report(f"tokenizing {reading.name}", done, total),
+        )
+
+    parts = [(part.name, part.unit) for source in reading.sources for part in source.parts]
+    return cache.corpus(key, parts, census.sizes, make)
+
+
+def max_length_of(config: TrainConfig, context_length: int | None) -> int:
+    """The most tokens of an example, for a model that sees so many at once, if it says.
+
+    Raises:
+        ConfigError: the config asks for more than that.
+    """
+    if config.max_length is None:
+        return min(DEFAULT_MAX_LENGTH, context_length or DEFAULT_MAX_LENGTH)
+    if context_length is not None and config.max_length > context_length:
+        raise ConfigError(
+            f"--max-length {config.max_length}: the model sees {context_length} tokens at once; "
+            f"give {context_length} or less"
+        )
+    return config.max_length
+
+
+def pad_token_id_of(tokenizer: Tokenizer) -> int:
+    """What batches are padded with."""
+    if tokenizer.pad_token_id is not None:
+        return tokenizer.pad_token_id
+    return tokenizer.eos_token_id or 0  # padding is masked: any token serves

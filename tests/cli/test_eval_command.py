@@ -1,0 +1,69 @@
+"""``distrust eval``: the losses of a trained model, the same that its run was told."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from models import train_arguments, write_records
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def evaluated(folder, tmp_path_factory):
+    """A run that was evaluated at each second step, on records of two source classes."""
+    from distrust.cli import main
+
+    place = tmp_path_factory.mktemp("eval")
+    records = read_lines(write_records(place / "plain.jsonl", 7, seed=3))
+    rows = [{**record, "kind": "press" if number % 3 else "log"} for number, record in enumerate(records)]
+    (place / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = ["--eval-data", place / "eval.jsonl", "--eval-every", 2, "--source-column", "kind"]
+    more += ["--learning-rate", 0.05, "--warmup-steps", 0]
+    assert main(train_arguments(folder, place / "run", *more)) == 0
+    return place / "run"
+
+
+def logged(run):
+    return {line["step"]: line for line in read_lines(run / "metrics.jsonl") if "eval_loss" in line}
+
+
+def test_it_says_what_the_run_said_to_the_last_bit(distrust, evaluated):
+    for step, line in logged(evaluated).items():
+        given = distrust("eval", evaluated, "--step", step, "--json")
+        assert given.code == 0, given.err
+        found = json.loads(given.out)["checkpoint"]
+        assert (found.pop("examples"), found.pop("tokens") > 0) == (7, True)
+        assert {"step": step, **found} == line
+        assert {"eval_loss/press", "eval_loss/log"} <= found.keys()
+
+
+def test_other_data_beside_the_base_model(distrust, evaluated, folder):
+    given = distrust("eval", evaluated, "--data", folder / "data.jsonl", "--compare")
+    assert given.code == 0, given.err
+    assert given.out.index("base:") < given.out.index("checkpoint:")
+    losses = [float(line.split()[1]) for line in given.out.splitlines() if line.startswith("all ")]
+    assert losses[1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "says"),
+    [
+        (["--data", "nowhere.jsonl"], 1, "nowhere.jsonl: no such file"),
+        (["--data", "bundled", "--batch-size", 0], 2, "--batch-size is 0: give 1 or more"),
+        (["--step", 3], 1, "no checkpoint of step 3; there are 2, 4, 6"),
+    ],
+)
+def test_what_is_wrong_is_one_line(distrust, evaluated, more, code, says):
+    given = distrust("eval", evaluated, *more)
+    assert (given.code, given.err.count("\n"), given.out) == (code, 1, "")
+    assert says in given.err
+
+
+def test_without_data_it_asks_for_some(distrust, finished):
+    given = distrust("eval", finished)
+    assert (given.code, given.err) == (2, "distrust: there is nothing to evaluate on; give --data\n")

@@ -1,0 +1,620 @@
+"""``distrust weigh`` as a user meets it."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import math
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from distrust.bundled import CORPUS, PROVENANCE_TABLE
+from distrust.cli import main
+from distrust.data import read_records
+from distrust.data.newfile import new_file
+from distrust.errors import WriteFailed
+
+ROOT = Path(__file__).parent.parent.parent
+PEPS = ROOT.parent / "shared" / "data" / "documents" / "peps.jsonl"
+DOCS = ROOT / "docs" / "provenance.md"
+TABLE = '[ranks]\nlab = 0.2\n"press office" = 0.6\n'
+CHAIN = [{"kind": "report", "id": "a", "share": 1}, {"kind": "report", "id": "b", "share": 1}]
+
+
+def write(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def read(path):
+    text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text("utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.fixture
+def table(tmp_path):
+    path = tmp_path / "table.toml"
+    path.write_text(TABLE, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def raw(tmp_path):
+    """Records without w and H: both are computed."""
+    rows = [
+        {"text": "one", "institutional_rank": "lab", "citation_count": 0, "evidence": CHAIN, "source": "lab"},
+        {"text": "two", "institutional_rank": "press office", "citation_count": 99, "evidence": []},
+        {"text": "three", "institutional_rank": 0, "citation_count": 9, "evidence": CHAIN, "source": 7},
+    ]
+    return write(tmp_path / "raw.jsonl", rows)
+
+
+# What is written
+
+
+def test_both_columns_are_written_and_all_else_stays(distrust, raw, table, tmp_path):
+    out = tmp_path / "out.jsonl"
+    given = distrust("weigh", raw, "--table", table, "--out", out)
+    assert (given.code, given.err) == (0, "")
+    before, after = read(raw), read(out)
+    worth = [(row.pop("authority_weight"), row.pop("provenance_entropy")) for row in after]
+    assert worth == [(0.2, 1.0), (0.99, 0.0), (0.2, 1.0)]
+    assert after == before
+    assert [list(row) for row in after] == [list(row) for row in before]
+    assert len(read_records(out)) == 3
+    assert "w: 3 computed\nH: 3 computed\n" in given.out
+    assert sorted(os.listdir(tmp_path)) == ["out.jsonl", "raw.jsonl", "table.toml"]
+
+    again = distrust("weigh", out, "--table", table, "--strict", "--json")
+    assert again.code == 0
+    for check in json.loads(again.out)["check"].values():
+        assert (check["checked"], check["differing"], check["computed"]) == (3, 0, 0)
+
+
+#: As it may stand in a file: letters, numbers and blanks that a parser and a printer would not give back.
+ODD = (
+    '{ "text":"\\u00e4 ä \\ud83d\\ude00","a": 1.0,  "b":1e5,"c":123456789012345678901234567890, "d":null, '
+    '"e" : [0.10, {"authority_weight": 3}],"institutional_rank":0.5 ,"citation_count":0, "evidence":[] %s}'
+)
+
+
+@pytest.mark.parametrize(
+    ("has", "gets"),
+    [
+        ("", '"evidence":[], "authority_weight": 0.5, "provenance_entropy": 0.0}'),
+        (', "prov_entropy":null, "z":1', '"prov_entropy":0.0, "z":1, "authority_weight": 0.5}'),
+        (',"auth_weight": 5e-1,"provenance_entropy" :0 ', ',"auth_weight": 5e-1,"provenance_entropy" :0 }'),
+        (
+            ', "authority\\u005fweight": null',
+            '"authority\\u005fweight": 0.5, "provenance_entropy": 0.0}',
+        ),
+    ],
+)
+def test_a_record_keeps_the_letters_it_is_written_with(distrust, tmp_path, has, gets):
+    data, out = tmp_path / "odd.jsonl", tmp_path / "out.jsonl"
+    data.write_text("\ufeff" + ODD % has + "\r\n\n" + ODD % has + "\n", encoding="utf-8")
+    assert distrust("weigh", data, "--out", out).code == 0
+    first, second = out.read_text("utf-8").splitlines()
+    assert first == second
+    before = (ODD % has).split('"evidence":[]')[0]
+    assert first.startswith(before)
+    assert first.endswith(gets), first
+
+
+names = st.text(st.characters(codec="utf-8"), max_size=6).filter(
+    lambda name: name not in ("text", "source", "title")
+)
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.lists(st.dictionaries(names, values, max_size=4), min_size=1, max_size=4),
+    ascii_only=st.booleans(),
+    as_list=st.booleans(),
+    data=st.data(),
+)
+def test_any_record_comes_out_as_it_went_in(distrust, tmp_path, rows, ascii_only, as_list, data):
+    own = st.sampled_from(
+        [{}, {"authority_weight": 0.25}, {"auth_weight": None}, {"provenance_entropy": 2, "prov_entropy": 2}]
+    )
+    rows = [
+        {**row, "text": "t", "institutional_rank": 0.5, "citation_count": 3, "evidence": [], **data.draw(own)}
+        for row in rows
+    ]
+    path, out = tmp_path / ("any.json" if as_list else "any.jsonl"), tmp_path / "any-out.jsonl"
+    if as_list:
+        text = json.dumps(rows, ensure_ascii=ascii_only, indent=1)
+    else:
+        text = "".join(json.dumps(row, ensure_ascii=ascii_only) + "\n" for row in rows)
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    assert distrust("weigh", path, "--out", out, "--force").code == 0
+    w_names, h_names = ("authority_weight", "auth_weight"), ("provenance_entropy", "prov_entropy")
+    written = out.read_bytes().decode().split("\n")
+    assert written.pop() == ""
+    for before, line in zip(rows, written, strict=True):
+        after = json.loads(line)
+        assert [name for name in after if name in before] == list(before)
+        assert set(after) - set(before) <= {"authority_weight", "provenance_entropy"}
+        for name in before:
+            if before[name] is None and name in w_names:
+                assert after[name] > 0.5
+            else:
+                assert after[name] == before[name]
+        assert any(after.get(name) is not None for name in w_names)
+        assert any(after.get(name) is not None for name in h_names)
+    again = json.loads(distrust("weigh", out, "--json").out)
+    differ = [check["differing"] for check in again["check"].values()]
+    own_w = sum(row.get("authority_weight") == 0.25 for row in rows)
+    assert differ == [own_w, sum("prov_entropy" in row for row in rows)]
+
+
+def test_parquet_stays_typed_and_every_format_goes_into_every_other(distrust, raw, table, tmp_path):
+    typed = pa.table(
+        {
+            "text": ["a", "b"],
+            "day": pa.array([0, 1], pa.date32()),
+            "small": pa.array([1, None], pa.int8()),
+            "auth_weight": pa.array([0.25, None], pa.float32()),
+            "institutional_rank": pa.array(["lab", "lab"]).dictionary_encode(),
+            "citation_count": [0, 0],
+            "evidence": [[], [{"kind": "report", "share": 1.0}]],
+        }
+    )
+    pq.write_table(typed, tmp_path / "typed.parquet")
+    out = tmp_path / "out.parquet"
+    assert distrust("weigh", tmp_path / "typed.parquet", "--table", table, "--out", out).code == 0
+    found = pq.read_table(out)
+    assert found["auth_weight"].to_pylist() == [0.25, 0.2]
+    assert found["provenance_entropy"].to_pylist() == [0.0, 0.0]
+    assert found.column_names == [*typed.column_names, "provenance_entropy"]
+    for name in ("text", "day", "small", "institutional_rank", "citation_count", "evidence"):
+        assert found[name].to_pylist() == typed[name].to_pylist()
+        assert found[name].type == typed[name].type
+
+    as_json = distrust("weigh", tmp_path / "typed.parquet", "--table", table, "--out", tmp_path / "x.jsonl")
+    assert (as_json.code, as_json.err.count("\n")) == (1, 1)
+    assert 'typed.parquet: row 1: "day": JSON has no words for' in as_json.err
+
+    plain = typed.drop_columns("day").set_column(3, "institutional_rank", pa.array(["lab", "lab"]))
+    assert sorted(plain.column_names) == sorted({*typed.column_names} - {"day"})
+    pq.write_table(plain, tmp_path / "plain.parquet")
+    both = ("weigh", raw, tmp_path / "plain.parquet", "--table", table, "--out")
+    assert distrust(*both, tmp_path / "both.jsonl.gz").code == 0
+    assert [row["text"] for row in read(tmp_path / "both.jsonl.gz")] == ["one", "two", "three", "a", "b"]
+    mixed = distrust(*both, tmp_path / "both.parquet")  # a rank is a name or a number in one of them
+    assert (mixed.code, mixed.err.count("\n")) == (1, 1)
+    assert 'cannot be one table: column "institutional_rank": ' in mixed.err
+    assert not (tmp_path / "both.parquet").exists()
+
+    alike = [{**row, "institutional_rank": "lab", "source": str(i)} for i, row in enumerate(read(raw))]
+    write(tmp_path / "c.jsonl", alike)
+    assert distrust(*both[:1], tmp_path / "c.jsonl", *both[2:], tmp_path / "c.parquet").code == 0
+    found = pq.read_table(tmp_path / "c.parquet")
+    assert found["source"].to_pylist() == ["0", "1", "2", None, None]
+    assert found["evidence"].to_pylist()[0] == CHAIN
+    assert found["provenance_entropy"].to_pylist() == [1.0, 0.0, 1.0, 0.0, 0.0]
+    assert found["auth_weight"].to_pylist() == [0.2, 0.6, 0.4, 0.25, 0.2]
+    assert len(read_records(tmp_path / "c.parquet")) == 5
+
+
+def test_csv(distrust, table, tmp_path):
+    path, out = tmp_path / "a.csv", tmp_path / "out.jsonl"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(
+            ["text", "authority_weight", "institutional_rank", "citation_count", "evidence", "code"]
+        )
+        rows.writerow(["a", "", "lab", "9", json.dumps(CHAIN), "007"])
+        rows.writerow(["b", "0.50", "", "", "[]", ""])
+    assert distrust("weigh", path, "--table", table, "--out", out).code == 0
+    first, second = read(out)
+    assert list(first) == [
+        "text",
+        "authority_weight",
+        "institutional_rank",
+        "citation_count",
+        "evidence",
+        "code",
+        "provenance_entropy",
+    ]
+    assert (first["authority_weight"], first["provenance_entropy"], first["code"]) == (0.4, 1.0, "007")
+    assert (second["authority_weight"], second["citation_count"], second["code"]) == (0.5, "", "")
+
+
+# What is checked
+
+
+def test_values_of_its_own_are_checked_and_kept_unless_told(distrust, table, tmp_path):
+    known = {"text": "t", "institutional_rank": "lab", "citation_count": 0, "evidence": CHAIN}
+    rows = [
+        {**known, "authority_weight": 0.204, "provenance_entropy": 1.04},
+        {**known, "authority_weight": 0.3, "provenance_entropy": 1},
+        {**known, "authority_weight": 0.9, "provenance_entropy": 0},
+        {"text": "t", "authority_weight": 0.7, "provenance_entropy": 3},
+        {**known, "institutional_rank": "?", "authority_weight": 0.1, "provenance_entropy": 1},
+    ]
+    data, out = write(tmp_path / "own.jsonl", rows), tmp_path / "out.jsonl"
+    done = distrust("weigh", data, "--table", table, "--out", out)
+    assert (done.code, done.err) == (0, "")
+    assert out.read_bytes() == data.read_bytes(), "nothing of it was missing"
+    assert "w: 3 checked: 2 differ by more than 0.005 (their own hold; --recompute replaces them)" in done.out
+    worst, other = (line for line in done.out.splitlines() if "in the data, 0.2 computed" in line)
+    assert worst == f"   {data}:3: 0.9 in the data, 0.2 computed"
+    assert other.startswith(f"   {data}:2: 0.3 ")
+    assert (
+        "w: 2 as they are in the data, unchecked: 1 with no institutional_rank and no citation_count, 1 with "
+        f"institutional_rank not in [ranks] of {table}"
+    ) in done.out
+    assert "H: 4 checked: 1 differs by more than 0.05 bits" in done.out
+    assert "H: 1 as they are in the data, unchecked: 1 with no evidence" in done.out
+
+    assert distrust("weigh", data, "--table", table, "--strict").code == 1
+    wide = distrust("weigh", data, "--table", table, "--strict", "--tolerance-w", 1, "--tolerance-h", 1)
+    assert wide.code == 0
+
+    done = distrust("weigh", data, "--table", table, "--out", out, "--force", "--recompute")
+    assert done.code == 0
+    assert [row["authority_weight"] for row in read(out)] == [0.2, 0.2, 0.2, 0.7, 0.1]
+    assert [row["provenance_entropy"] for row in read(out)] == [1.0, 1, 1.0, 3, 1]
+    assert [row["text"] for row in read(data)] == ["t"] * 5, "the data itself is never touched"
+
+
+def test_defaults_stand_where_there_is_nothing(distrust, tmp_path):
+    data = write(tmp_path / "a.jsonl", [{"text": "t"}, {"text": "u", "authority_weight": 0.1}])
+    flags = ("--default-authority-weight", 0.5, "--default-provenance-entropy", 2)
+    shown = json.loads(distrust("weigh", data, "--json", *flags).out)
+    assert shown["check"]["authority_weight"]["defaulted"] == 1
+    assert shown["check"]["provenance_entropy"]["defaulted"] == 2
+    assert shown["quantiles"]["authority_weight"] == [0.1, 0.2, 0.3, 0.4, 0.5]
+
+
+def test_all_that_is_wrong_is_told_at_once_and_nothing_is_written(distrust, table, tmp_path):
+    good = {"text": "t", "institutional_rank": "lab", "citation_count": 1, "evidence": CHAIN}
+    rows = [
+        good,
+        {**good, "institutional_rank": "tabloid"},
+        {**good, "citation_count": None},
+        {**good, "evidence": [*CHAIN, {"kind": "report", "share": -1}], "citation_count": "x"},
+        {**good, "source": ["a"]},
+        {**good, "authority_weight": 1.5},
+    ]
+    data = write(tmp_path / "wrong.jsonl", rows)
+    with data.open("a", encoding="utf-8") as file:
+        file.write("{not json\n")
+    out, picture = tmp_path / "out.jsonl", tmp_path / "p.png"
+    done = distrust("weigh", data, "--table", table, "--out", out, "--plot", picture)
+    assert (done.code, done.out) == (1, "")
+    headline, *lines = done.err.splitlines()
+    assert headline == f"distrust: {data}: 6 of 7 records are wrong"
+    places = [line.removeprefix(f"{data}:").split(": ")[:2] for line in lines]
+    assert places == [
+        ["2", "institutional_rank"],
+        ["3", "citation_count"],
+        ["4", "citation_count"],
+        ["4", "evidence[2].share"],
+        ["5", "source"],
+        ["6", "authority_weight"],
+        ["7", "invalid JSON at column 2"],
+    ]
+    assert not out.exists()
+    assert not picture.exists()
+
+
+# What is shown
+
+
+def test_what_is_shown(distrust, raw, table, tmp_path):
+    given = distrust("weigh", raw, "--table", table, "--top", 2)
+    assert (given.code, given.err) == (0, "")
+    assert f"heaviest{'':{len(str(raw))}}" in given.out
+    assert f"  {raw}:1   0.200   1.000" in given.out
+    assert "(none)" in given.out
+    assert given.out.splitlines()[-1].startswith("worth 3 equally")
+
+    shown = json.loads(distrust("weigh", raw, "--table", table, "--json", "--weighting", "off").out)
+    assert shown["quantiles"]["weight"] == [1.0] * 5
+    assert shown["effective_examples"] == 3
+    assert [(c["name"], c["examples"]) for c in shown["classes"]] == [("lab", 1), ("", 1), ("7", 1)]
+    assert "tokens" not in shown
+    u = 1 + 0.6 * 2.7 * (math.log(0.8 + 1e-8) + 1) ** 2
+    shown = json.loads(distrust("weigh", raw, "--table", table, "--json").out)
+    assert shown["heaviest"][0]["weight"] == pytest.approx(u)
+    assert shown["heaviest"][0]["where"] == f"{raw}:1"
+    shown = json.loads(distrust("weigh", raw, "--table", table, "--json", "--max-ratio", 1.5).out)
+    assert shown["quantiles"]["weight"][-1] == 1.5
+
+
+def test_what_data_says_does_no_harm_to_a_terminal(distrust, table, tmp_path):
+    bad = "\x1b[2J\u202e\x07$x_1$<&"
+    row = {"text": "t", "title": bad, "source": bad, "authority_weight": 0.1, "provenance_entropy": 1}
+    data = write(tmp_path / "a.jsonl", [row, {**row, "source": "\ud800", "title": "x" * 10_000 + "\n"}])
+    given = distrust("weigh", data, "--plot", tmp_path / "p.svg")
+    assert given.code == 0
+    assert all(letter.isprintable() or letter == "\n" for letter in given.out)
+    assert max(map(len, given.out.splitlines())) < 300
+    picture = (tmp_path / "p.svg").read_text("utf-8")
+    assert "\x1b" not in picture
+    assert "&lt;&amp;" in picture
+
+
+def test_the_picture(distrust, raw, table, tmp_path):
+    picture = tmp_path / "p.SVG"
+    command = ("weigh", raw, "--table", table, "--plot", picture)
+    given = distrust(*command)
+    assert (given.code, given.err) == (0, "")
+    first = picture.read_bytes()
+    assert first.startswith(b"<?xml")
+    assert distrust(*command).code == 2
+    assert distrust(*command, "--force").code == 0
+    assert picture.read_bytes() == first, "the same picture is the same bytes"
+    equal = ("--weighting", "off", "--plot", tmp_path / "equal.png")
+    assert distrust("weigh", raw, "--table", table, *equal).code == 0, "equal weights have a picture too"
+    assert (tmp_path / "equal.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_table_can_be_printed_and_given_again(distrust, raw, tmp_path):
+    printed = distrust("weigh", "--print-table").out
+    assert printed == PROVENANCE_TABLE.read_text("utf-8")
+    assert all("#" in line for line in printed.splitlines() if line.strip())
+    own = tmp_path / "own.toml"
+    own.write_text(printed.replace("[evidence]", "lab = 0.2\n'press office' = 0.6\n[evidence]"), "utf-8")
+    assert distrust("weigh", raw, "--table", own).code == 0
+
+
+def test_the_docs_show_the_table_as_it_is():
+    (shown,) = re.findall(r"```toml\n(.*?)```", DOCS.read_text("utf-8"), re.DOTALL)
+    assert PROVENANCE_TABLE.read_text("utf-8").endswith(f"\n\n{shown}")
+
+
+# What is refused
+
+
+def test_usage_that_makes_no_sense_is_one_line(distrust, raw, table, tmp_path):
+    (tmp_path / "there.jsonl").write_text("mine")
+    (tmp_path / "folder.jsonl").mkdir()
+    (tmp_path / "link.jsonl").symlink_to(raw)
+    os.link(raw, tmp_path / "hard.jsonl")
+    before = raw.read_bytes()
+    cases = {
+        (): "",
+        ("--out", tmp_path / "out.csv"): "give a name that ends in .jsonl, .jsonl.gz or .parquet",
+        ("--out", tmp_path / "there.jsonl"): "is there already; give another name, or --force",
+        ("--out", tmp_path / "folder.jsonl", "--force"): "is there already, and is no file",
+        ("--out", raw, "--force"): "is read, and never replaced",
+        ("--out", tmp_path / "link.jsonl", "--force"): "is read, and never replaced",
+        ("--out", tmp_path / "hard.jsonl", "--force"): "is read, and never replaced",
+        ("bundled", "--out", CORPUS, "--force"): "is read, and never replaced",
+        ("--plot", tmp_path / "p.pdf"): "give a name that ends in .png or .svg",
+        ("--alpha", 5): "--alpha is 5.0: give 2.3 to 3.0",
+        ("--max-ratio", 0): "--max-ratio is 0.0: give 1 or more",
+        ("--tolerance-w", "nan"): "--tolerance-w is nan: give 0 or more",
+        ("--top", -1): "--top is -1: give 0 or more",
+        ("--table", tmp_path / "none.toml"): "No such file or directory",
+    }
+    for flags, said in cases.items():
+        given = distrust("weigh", raw, "--table", table, *flags)
+        assert given.code == (2 if said else 0), given.err
+        assert said in given.err
+        assert given.err.count("\n") == bool(said)
+    assert raw.read_bytes() == before
+    assert (tmp_path / "there.jsonl").read_text() == "mine"
+    assert distrust("weigh").code == 2
+    assert distrust("weigh", tmp_path / "none.jsonl").err.count("\n") == 1
+    inside = distrust("weigh", tmp_path, "--out", tmp_path / "out.jsonl")
+    assert inside.code == 2
+    assert "lies in the folder that is read" in inside.err
+    missing = distrust("weigh", raw, "--table", table, "--out", tmp_path / "no" / "out.jsonl")
+    assert (missing.code, missing.err.count("\n")) == (1, 1)
+    (tmp_path / "empty.jsonl").touch()
+    empty = distrust("weigh", raw, tmp_path / "empty.jsonl", "--table", table)
+    assert (empty.code, empty.err.count("\n")) == (1, 1)
+    assert "holds no records" in empty.err
+
+
+def test_one_file_that_fails_takes_the_other_with_it(distrust, raw, table, tmp_path):
+    picture = tmp_path / "p.png"
+    flags = ("--table", table, "--plot", picture, "--out", tmp_path / f"{'x' * 250}.jsonl")
+    given = distrust("weigh", raw, *flags)
+    assert (given.code, given.out) == (1, "")
+    assert "not written: File name too long" in given.err
+    assert sorted(os.listdir(tmp_path)) == ["raw.jsonl", "table.toml"]
+
+
+def test_a_terminal_without_the_letters_is_no_reason_to_fail(tmp_path):
+    row = {"text": "t", "title": "日本 ä", "authority_weight": 0.1, "provenance_entropy": 1}
+    data = write(tmp_path / "a.jsonl", [row])
+    done = subprocess.run(
+        [sys.executable, "-m", "distrust", "weigh", data],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "latin-1"},
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"\\u65e5\\u672c \xe4" in done.stdout
+    assert b"  ####" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.jsonl.gz", "out.parquet"])
+def test_a_full_disk_leaves_what_was_there(tmp_path, name):
+    """Nothing can be written beyond some bytes: the file that stood there stands."""
+    rows = [
+        {"text": os.urandom(60).hex(), "authority_weight": 0.1, "provenance_entropy": 1} for _ in range(2000)
+    ]
+    data, out = write(tmp_path / "a.jsonl", rows), tmp_path / name
+    out.write_text("before")
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+
+    done = subprocess.run(
+        [sys.executable, "-m", "distrust", "weigh", data, "--out", out, "--force"],
+        capture_output=True,
+        text=True,
+        preexec_fn=limit,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"distrust: {out}: not written: File too large\n"
+    assert out.read_text() == "before"
+    assert sorted(os.listdir(tmp_path)) == sorted(["a.jsonl", name])
+
+
+def test_a_killed_writer_leaves_nothing_that_stays(distrust, tmp_path):
+    code = """
+import os, signal, sys
+from pathlib import Path
+from distrust.data.newfile import new_file
+with new_file(Path(sys.argv[1]), force=False) as file:
+    file.write(b"half")
+    file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    out = tmp_path / "out"
+    done = subprocess.run([sys.executable, "-c", code, out], check=False)
+    assert done.returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert left != out
+    with new_file(out, force=False) as file:
+        file.write(b"whole")
+        full = OSError(28, "No space left on device")
+        with pytest.raises(WriteFailed, match="not written: No space"), new_file(out, force=False):
+            raise full
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"whole"]
+
+
+def test_a_file_that_changes_while_it_is_read_is_no_output(distrust, raw, table, tmp_path, monkeypatch):
+    from distrust.data import rewriting
+
+    real = rewriting.new_file
+
+    def touching(path, *, force):
+        with raw.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"text": "late"}) + "\n")
+        return real(path, force=force)
+
+    monkeypatch.setattr(rewriting, "new_file", touching)
+    given = distrust("weigh", raw, "--table", table, "--out", tmp_path / "out.jsonl")
+    assert given.code == 1
+    assert "it changed while it was read; start again" in given.err
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_memory_does_not_grow_with_the_data(tmp_path):
+    """Sixteen times the data: some bytes a record more, far from what the records are long."""
+    code = """
+import resource, sys
+from distrust.cli import main
+assert main(["weigh", *sys.argv[1:]]) == 0
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1 if sys.platform != "darwin" else 1024))
+"""
+
+    def peak(name, times):
+        row = json.dumps({"text": "word " * 1000, "authority_weight": 0.1, "provenance_entropy": 1})
+        data = tmp_path / name
+        with data.open("w", encoding="utf-8") as file:
+            for _ in range(times):
+                file.write(row + "\n")
+        done = subprocess.run(
+            [sys.executable, "-c", code, data, "--out", f"{data}.jsonl"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return int(done.stdout.splitlines()[-1])
+
+    assert peak("large", 8000) - peak("small", 500) < 8 * 1024, "kilobytes, where the data is 40 MB"
+
+
+# Real data
+
+
+def test_the_bundled_corpus(distrust):
+    given = distrust("weigh", "bundled")
+    assert (given.code, given.err) == (0, "")
+    assert str(CORPUS) in given.out
+
+
+@pytest.fixture(scope="module")
+def peps():
+    if not PEPS.is_file():
+        pytest.skip(f"no {PEPS}")
+    return PEPS
+
+
+PEPS_TABLE = ROOT / "examples" / "provenance_peps.toml"
+
+
+def test_the_example_s_table_gives_the_weights_of_real_documents(distrust, peps, tmp_path):
+    flags = ("--table", PEPS_TABLE, "--source-column", "status")
+    shown = json.loads(distrust("weigh", peps, *flags, "--json").out)
+    w, h = shown["check"]["authority_weight"], shown["check"]["provenance_entropy"]
+    assert (w["checked"], w["differing"], h["checked"]) == (300, 0, 300)
+    for difference in h["largest"]:  # only where references to unknown numbers are left out of the list
+        line = int(difference["where"].rsplit(":", 1)[1])
+        row = json.loads(peps.read_text("utf-8").split("\n")[line - 1])
+        assert sum(item["share"] for item in row["evidence"]) < 0.99
+    assert h["differing"] == len(h["largest"]) == 1
+
+    out = tmp_path / "peps.jsonl"
+    assert distrust("weigh", peps, *flags, "--recompute", "--out", out).code == 0
+    again = json.loads(distrust("weigh", out, *flags, "--json", "--strict").out)
+    assert [check["differing"] for check in again["check"].values()] == [0, 0]
+    weights = ("authority_weight", "provenance_entropy")
+    for before, after in zip(read(peps), read(out), strict=True):
+        assert list(before) == list(after)
+        assert all(before[name] == after[name] for name in before if name not in weights)
+    assert len(read_records(out)) == 300
+
+
+def test_the_docs_show_what_the_command_prints(distrust, peps, tmp_path):
+    data = tmp_path / "peps.jsonl"
+    data.write_bytes(peps.read_bytes())
+    flags = ("--table", PEPS_TABLE, "--source-column", "status", "--top", 3)
+    printed = distrust("weigh", data, *flags).out.splitlines()
+    shown = DOCS.read_text("utf-8").split("--plot weigh.png\n")[-1].split("\n```")[0].splitlines()
+    assert shown[-1] == "picture weigh.png"
+    squeezed = [" ".join(line.replace(str(data), "peps.jsonl").split()) for line in printed]
+    assert squeezed == [" ".join(line.split()) for line in shown[:-1]]
+
+
+def test_without_the_two_columns_they_are_computed_again(distrust, peps, tmp_path):
+    rows = read(peps)
+    for row in rows:
+        del row["authority_weight"], row["provenance_entropy"]
+    bare, out = write(tmp_path / "bare.jsonl", rows), tmp_path / "out.parquet"
+    done = distrust("weigh", bare, "--table", PEPS_TABLE, "--out", out)
+    assert (done.code, done.err) == (0, "")
+    assert "w: 300 computed\nH: 300 computed\n" in done.out
+    for before, after in zip(read_records(peps), read_records(out), strict=True):
+        assert abs(before.authority_weight - after.authority_weight) < 0.005
+        assert before.content == after.content
+
+
+def test_what_is_written_can_be_trained_on(folder, table, tmp_path):
+    from models import train_arguments
+
+    rows = read(folder / "data.jsonl")
+    for row in rows:
+        del row["authority_weight"], row["provenance_entropy"]
+        row.update(institutional_rank="lab", citation_count=3, evidence=CHAIN)
+    bare, out = write(tmp_path / "bare.jsonl", rows), tmp_path / "weighed.jsonl.gz"
+    assert main(["weigh", str(bare), "--table", str(table), "--out", str(out)]) == 0
+    run = train_arguments(folder, tmp_path / "run", "--data", out, "--max-steps", 1)
+    assert main(run) == 0

@@ -1,0 +1,257 @@
+"""w and H from what is known of a source: properties, the table, and a record's fields."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distrust.data import evidence
+from distrust.data.evidence import MissingIngredientError
+from distrust.data.problems import RecordError
+from distrust.data.table import load_table
+from distrust.errors import ConfigError, DataError
+from distrust.provenance import Coefficients, Evidence, authority_weight, provenance_entropy
+from distrust.weighting import MAX_AUTHORITY_WEIGHT
+
+EDITABLE = ("web", "wiki")
+KINDS = st.sampled_from(["notebook", "report", "letter", "web", "Wiki "])
+items = st.builds(
+    Evidence,
+    kind=KINDS,
+    share=st.floats(0, 1e6).filter(lambda share: share == 0 or share > 1e-6),
+    id=st.none() | st.sampled_from("abc"),
+)
+chains = st.lists(items, max_size=12)
+counts = st.floats(0, 1e15)
+unit = st.floats(0, 1)
+coefficients = st.builds(
+    Coefficients, rank=st.floats(0, 2), citations=st.floats(0, 2), consensus=st.floats(0, 2)
+)
+
+
+def entropy(chain):
+    return provenance_entropy(chain, editable=EDITABLE)
+
+
+# H
+
+
+@given(chain=chains)
+def test_entropy_lies_between_none_and_all_sources_alike(chain):
+    sources = {(item.kind, item.id) for item in chain if item.kind not in ("web", "Wiki ") and item.share > 0}
+    assert 0 <= entropy(chain) <= math.log2(max(1, len(sources))) + 1e-9
+
+
+@given(chain=chains, data=st.data())
+def test_neither_order_nor_scale_matters(chain, data):
+    assert entropy(data.draw(st.permutations(chain))) == entropy(chain)
+    scaled = [Evidence(item.kind, item.share * 8, item.id) for item in chain]
+    assert math.isclose(entropy(scaled), entropy(chain), abs_tol=1e-9)
+
+
+@given(chain=st.lists(items, min_size=1, max_size=12), parts=st.integers(2, 5))
+def test_one_source_named_several_times_is_one_source(chain, parts):
+    first = chain[0]
+    split = [Evidence(first.kind, first.share / parts, first.id)] * parts
+    assert math.isclose(entropy([*split, *chain[1:]]), entropy(chain), abs_tol=1e-9)
+
+
+@given(chain=chains, share=st.floats(0, 1e6))
+def test_what_can_be_edited_counts_for_nothing(chain, share):
+    assert entropy([*chain, Evidence("WIKI", share, "x")]) == entropy(chain)
+
+
+def test_entropies_that_can_be_worked_out_by_hand():
+    a, b = Evidence("report", 1, "a"), Evidence("report", 1, "b")
+    assert entropy([]) == 0
+    assert entropy([a]) == 0
+    assert entropy([a, b]) == 1
+    assert entropy([a, b, Evidence("letter", 1), Evidence("Letter ", 1)]) == pytest.approx(1.5)
+    assert entropy([Evidence("report", 1), Evidence("report", 1)]) == 0, "without an id, one a kind"
+    assert entropy([Evidence("web", 1, "a"), Evidence("web", 1, "b")]) == 0
+    assert entropy([Evidence("letter", 1e308), Evidence("report", 1e308)]) == 1, "no sum overflows"
+    assert entropy([Evidence("letter", 5e-324), Evidence("report", 1)]) < 1e-9
+
+
+@pytest.mark.parametrize("share", [-1, math.nan, math.inf])
+def test_what_is_no_share_is_refused(share):
+    with pytest.raises(DataError, match="share"):
+        entropy([Evidence("report", share)])
+
+
+# w
+
+
+@given(rank=unit, citations=counts, consensus=counts, more=st.floats(1, 10), weights=coefficients)
+def test_w_never_falls_with_an_ingredient_and_stays_in_its_range(rank, citations, consensus, more, weights):
+    def w(rank, citations, consensus):
+        return authority_weight(
+            rank=rank, citation_count=citations, consensus_count=consensus, coefficients=weights
+        )
+
+    here = w(rank, citations, consensus)
+    assert 0 <= here <= MAX_AUTHORITY_WEIGHT
+    assert w(min(1, rank * more), citations, consensus) >= here
+    assert w(rank, citations * more, consensus) >= here
+    assert w(rank, citations, consensus * more) >= here
+
+
+def test_w_as_the_table_has_it():
+    def w(**given):
+        return authority_weight(coefficients=load_table().coefficients, **given)
+
+    assert w(rank=0.3, citation_count=0, consensus_count=0) == 0.3
+    assert w(rank=0.3, citation_count=9, consensus_count=0) == pytest.approx(0.5)
+    assert w(rank=0.3, citation_count=0, consensus_count=99) == pytest.approx(0.5)
+    assert w(rank=1, citation_count=10**300, consensus_count=0) == MAX_AUTHORITY_WEIGHT
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"rank": 1.1}, {"rank": math.nan}, {"citation_count": -1}, {"consensus_count": math.inf}]
+)
+def test_ingredients_out_of_range_are_refused(wrong):
+    given = {"rank": 0.5, "citation_count": 1, "consensus_count": 1, **wrong}
+    with pytest.raises(DataError, match=next(iter(wrong))):
+        authority_weight(coefficients=Coefficients(1, 0.2, 0.1), **given)
+
+
+# The table
+
+
+def table_of(tmp_path, text):
+    path = tmp_path / "table.toml"
+    path.write_text(text, encoding="utf-8")
+    return load_table(path)
+
+
+def test_a_table_replaces_what_it_names_and_nothing_else(tmp_path):
+    usual = load_table()
+    assert usual.missing == {"rank": None, "citation_count": None, "consensus_count": 0}
+    assert not usual.ranks, "who ranks how is the user's to say"
+    own = table_of(
+        tmp_path, '[coefficients]\ncitations = 1\n[ranks]\n"A b" = 1\n[missing]\nrank = 0.25\n[columns]\n'
+    )
+    assert own.coefficients == Coefficients(usual.coefficients.rank, 1.0, usual.coefficients.consensus)
+    assert own.ranks == {"A b": 1.0}
+    assert own.missing == {**usual.missing, "rank": 0.25}
+    assert (own.columns, own.editable) == (usual.columns, usual.editable)
+    assert table_of(tmp_path, '[evidence]\neditable = ["note"]').editable == ("note",)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[coefficient]\nrank = 1", r"unknown table \[coefficient\]; did you mean coefficients\?"),
+        ("[coefficients]\nranks = 1", r"unknown key 'ranks' in \[coefficients\]; did you mean rank\?"),
+        ("[missing]\ncitation-counts = 1", "did you mean citation_count?"),
+        ("ranks = 3", "ranks is no table"),
+        ("[coefficients]\nrank = -1", "give a number, 0 or more"),
+        ("[coefficients]\nrank = true", "give a number, 0 or more"),
+        ("[coefficients]\nrank = nan", "give a number, 0 or more"),
+        ("[ranks]\nA = 1.5", "A in .ranks. is 1.5: give a number in .0, 1."),
+        ("[missing]\nrank = 2", 'give a number in .0, 1., or "error"'),
+        ("[columns]\nrank = ''", "give the name of a column"),
+        ("[evidence]\neditable = 'web'", "give a list of kinds"),
+        ("[ranks", "not valid TOML"),
+        ("a = " + "[" * 10000, "not valid TOML"),
+        ("[coefficients]\nrank = 1" + "0" * 400, "give a number, 0 or more"),
+    ],
+)
+def test_a_wrong_table_is_told(tmp_path, text, said):
+    with pytest.raises(ConfigError, match=said) as told:
+        table_of(tmp_path, text)
+    assert str(told.value).count("table.toml") == len(str(told.value).splitlines())
+
+
+def test_all_that_is_wrong_in_a_table_is_told_at_once(tmp_path):
+    with pytest.raises(ConfigError) as told:
+        table_of(tmp_path, "x = 1\n[ranks]\nA = 2\nB = 'b'\n[columns]\nranc = 'b'\n")
+    assert len(str(told.value).splitlines()) == 4
+
+
+def test_no_table_there(tmp_path):
+    with pytest.raises(ConfigError, match="No such file"):
+        load_table(tmp_path / "none.toml")
+
+
+# A record
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    return table_of(tmp_path_factory.mktemp("table"), '[ranks]\nlab = 0.2\n"0.9" = 0.1\n')
+
+
+def test_a_record_s_w(table):
+    assert evidence.authority_weight({"institutional_rank": "lab", "citation_count": 9}, table) == 0.4
+    assert evidence.authority_weight({"institutional_rank": 0.5, "citation_count": 0}, table) == 0.5
+    as_text = {"institutional_rank": "0.5", "citation_count": "9", "consensus_count": ""}
+    assert evidence.authority_weight(as_text, table) == 0.7, "as cells of a CSV file have them"
+    by_name = {"institutional_rank": "0.9", "citation_count": 0}
+    assert evidence.authority_weight(by_name, table) == 0.1, "a name that looks like a number is a name"
+    counted = {"institutional_rank": 0, "citation_count": 0, "consensus_count": 9}
+    assert evidence.authority_weight(counted, table) == 0.1
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"institutional_rank": True}, "institutional_rank: a boolean (true), not a number; write it as one"),
+        ({"institutional_rank": 1.01}, "institutional_rank: 1.01 is outside [0, 1]; 1 is the highest rank"),
+        ({"citation_count": -1}, "citation_count: -1 is not a count, 0 or more; correct it"),
+        ({"citation_count": "many"}, 'citation_count: a string ("many"), not a number; write it as one'),
+        ({"citation_count": float("nan")}, "citation_count: NaN is not a count, 0 or more; correct it"),
+        ({"citation_count": 10**400}, "citation_count: a huge integer is not a count, 0 or more; correct it"),
+        ({"consensus_count": []}, "consensus_count: a list ([]), not a number; write it as one"),
+    ],
+)
+def test_a_wrong_ingredient_is_told_with_its_field(table, fields, said):
+    with pytest.raises(RecordError) as told:
+        evidence.authority_weight({"institutional_rank": 0.1, "citation_count": 1, **fields}, table)
+    assert str(told.value) == said
+    assert not isinstance(told.value, MissingIngredientError)
+
+
+def test_a_missing_ingredient_is_told_unless_the_table_has_something_for_it(table, tmp_path):
+    with pytest.raises(MissingIngredientError, match="institutional_rank and citation_count: missing"):
+        evidence.authority_weight({}, table)
+    with pytest.raises(MissingIngredientError, match='institutional_rank: "x" has no rank'):
+        evidence.authority_weight({"institutional_rank": "x", "citation_count": 1}, table)
+    own = table_of(tmp_path, "[missing]\nrank = 0.3\ncitation_count = 9")
+    assert evidence.authority_weight({}, own) == 0.5
+    with pytest.raises(MissingIngredientError, match="evidence: missing"):
+        evidence.provenance_entropy({}, table)
+
+
+def test_a_record_s_h(table):
+    chain = [{"kind": "report", "id": 1, "share": 1, "year": 1901}, {"kind": "report", "id": "2", "share": 1}]
+    assert evidence.provenance_entropy({"evidence": chain}, table) == 1
+    assert evidence.provenance_entropy({"evidence": []}, table) == 0
+    assert evidence.provenance_entropy({"evidence": '[{"kind": "web", "share": 1}]'}, table) == 0
+
+
+@pytest.mark.parametrize(
+    ("chain", "said"),
+    [
+        ("no list", 'evidence: "no list" is not a list, nor JSON of one'),
+        ("[" * 100_000, "is not a list, nor JSON of one"),
+        ({"kind": "a"}, "evidence: an object, not a list"),
+        (["report"], "evidence[0]: a string, not an object"),
+        ([{"share": 1}], "evidence[0].kind: missing"),
+        ([{"kind": " ", "share": 1}], 'evidence[0].kind: " " is no kind'),
+        ([{"kind": "a", "share": 1}, {"kind": "b"}], "evidence[1].share: missing"),
+        ([{"kind": "a", "share": -0.5}], "evidence[0].share: -0.5 is not a finite share, 0 or more"),
+        ([{"kind": "a", "share": math.inf}], "evidence[0].share: Infinity is not a finite share"),
+        ([{"kind": "a", "share": False}], "evidence[0].share: a boolean (false), not a number"),
+        ([{"kind": "a", "share": 1, "id": []}], "evidence[0].id: a list, not a string"),
+        ([{"kind": "a", "share": 0}], "evidence: all shares are 0"),
+    ],
+)
+def test_a_wrong_chain_is_told_with_its_field(table, chain, said):
+    with pytest.raises(RecordError) as told:
+        evidence.provenance_entropy({"evidence": chain}, table)
+    assert said in str(told.value)
+    assert len(str(told.value)) < 200

@@ -1,0 +1,65 @@
+"""Clipping takes no weight back: the bound of a step rises and falls with its examples' mean weight."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from toy_engine import ToyEngine
+
+from distrust import CheckpointManager
+from distrust.data import IGNORED
+from distrust.errors import ResumeRefused
+
+
+class Clipped(ToyEngine):
+    """Remembers what it clipped to, and the mean weight of its steps."""
+
+    def __init__(self):
+        super().__init__(dropout=0.0)
+        self.bounds, self.means, self._step = [], [], []
+
+    def micro_step(self, batch, *, tokens):
+        self._step.append(batch)
+        return super().micro_step(batch, tokens=tokens)
+
+    def clip_gradients(self, max_norm):
+        weights = np.concatenate([batch.weights[batch.labels != IGNORED] for batch in self._step])
+        self.means.append(weights.mean(dtype=np.float64))
+        self.bounds.append(max_norm)
+        self._step = []
+        return super().clip_gradients(max_norm)
+
+
+def test_the_bound_is_times_the_mean_weight_of_the_step(run, tmp_path):
+    engine = Clipped()
+    run(tmp_path, engine=engine, max_grad_norm=0.01)
+    assert engine.bounds == pytest.approx([0.01 * mean for mean in engine.means])
+    assert max(engine.bounds) > 1.2 * min(engine.bounds)
+
+
+@pytest.mark.parametrize("options", [{"clipping": "plain"}, {"weighting": "off"}, {"lambda_": 0.0}])
+def test_plain_or_with_equal_weights_it_is_the_norm_itself(run, tmp_path, options):
+    engine = Clipped()
+    run(tmp_path, engine=engine, max_grad_norm=0.01, **options)
+    assert set(engine.bounds) == {0.01}
+
+
+def test_no_clipping_stays_none(run, tmp_path):
+    engine = Clipped()
+    run(tmp_path, engine=engine, max_grad_norm=0.0)
+    assert set(engine.bounds) == {0.0}
+
+
+def test_a_run_that_is_older_than_the_option_was_clipped_plainly(run, tmp_path, monkeypatch):
+    config = CheckpointManager.save_async
+
+    def without_the_option(manager, checkpoint, **options):
+        checkpoint.config.pop("clipping")
+        return config(manager, checkpoint, **options)
+
+    monkeypatch.setattr(CheckpointManager, "save_async", without_the_option)
+    run(tmp_path, stop_after=3, clipping="plain")
+    with pytest.raises(ResumeRefused, match="--clipping was plain, is weighted"):
+        run(tmp_path)
+    ended, _ = run(tmp_path, clipping="plain")
+    assert ended.finished

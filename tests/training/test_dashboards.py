@@ -1,0 +1,127 @@
+"""TensorBoard and Weights & Biases, each through its own library: steps once, whatever was made twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from distrust import DistrustWarning, TrainConfig
+from distrust.errors import ConfigError
+from distrust.reporting.reporters import Dispensable, reporters
+from distrust.reporting.tensorboard import FOLDER, TensorBoardWriter
+from distrust.training.events import RunEnded, StepEnded
+
+
+def scalars(out: Path) -> dict[str, dict[int, float]]:
+    """By tag, the values by step, as TensorBoard shows them; a step that it would show twice is an error."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    shown = EventAccumulator(str(out / FOLDER), size_guidance={"scalars": 0}).Reload()
+    found = {}
+    for tag in shown.Tags()["scalars"]:
+        steps = [event.step for event in shown.Scalars(tag)]
+        assert steps == sorted(set(steps)), tag
+        found[tag] = {event.step: event.value for event in shown.Scalars(tag)}
+    return found
+
+
+def test_tensorboard_shows_each_step_once_though_some_were_made_twice(run, eval_data, tmp_path):
+    options = {"eval_data": str(eval_data), "eval_every": 3, "save_every": 4, "keep_best": 0}
+
+    class Crash(Exception):
+        pass
+
+    def crash(event):
+        if isinstance(event, StepEnded) and event.step == 7:
+            raise Crash  # saved by the loop: so the newest checkpoint is taken away, below
+
+    with pytest.raises(Crash):
+        run(tmp_path, observers=[TensorBoardWriter(), crash], **options)
+    (tmp_path / "checkpoints" / "checkpoint-7.safetensors").unlink()
+    ended, events = run(tmp_path, observers=[TensorBoardWriter()], **options)
+    assert [event.step for event in events if isinstance(event, StepEnded)] == [5, 6, 7, 8, 9]
+    found = scalars(tmp_path)
+    assert list(found["train/loss"]) == list(range(1, 10))
+    assert list(found["eval/loss"]) == [3, 6, 9]
+    assert {"train/learning_rate", "speed/tokens_per_second", "memory/gib", "eval/perplexity"} <= found.keys()
+    alone, _ = run(tmp_path / "alone", observers=[TensorBoardWriter()], **options)
+    assert alone.state_digest == ended.state_digest
+    assert scalars(tmp_path / "alone")["train/loss"] == found["train/loss"]
+
+
+WANDB_RUN = """
+import sys
+sys.path[:0] = {paths!r}
+from toy_engine import TOY, ToyEngine
+from distrust import DistrustTrainer, TrainConfig
+from distrust.reporting.reporters import reporters
+config = TrainConfig(**TOY | {options!r}, report_to=("wandb",))
+DistrustTrainer(config, engine=ToyEngine(), observers=reporters(config)).train()
+"""
+
+
+def test_wandb_gets_every_step_under_the_identity_of_the_run(data, eval_data, tmp_path):
+    here = Path(__file__).parent
+    options = {"data": str(data), "eval_data": str(eval_data), "out": str(tmp_path / "run"), "eval_every": 3}
+    script = WANDB_RUN.format(paths=[str(here), str(here.parent)], options=options)
+    environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true", "HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", script], check=True, env=environment, timeout=120)
+    identity = (tmp_path / "run" / "wandb-run-id").read_text().strip()
+    (log,) = (tmp_path / "run" / "wandb").glob(f"offline-run-*-{identity}/run-{identity}.wandb")
+    read = f"""
+import json
+from wandb.proto import wandb_internal_pb2 as pb
+raw, place, parts, rows = open({str(log)!r}, "rb").read(), 7, b"", []
+while place < len(raw):  # blocks of 32 KiB, of pieces with a checksum, a length and a type
+    left = 32768 - place % 32768
+    if left < 7:
+        place += left
+        continue
+    length, kind = int.from_bytes(raw[place + 4 : place + 6], "little"), raw[place + 6]
+    parts += raw[place + 7 : place + 7 + length]
+    place += 7 + length
+    if kind not in (1, 4):  # the first piece of a record, or one in its middle
+        continue
+    record, parts = pb.Record.FromString(parts), b""
+    if record.WhichOneof("record_type") == "history":
+        rows.append({{item.nested_key[0] if item.nested_key else item.key: json.loads(item.value_json)
+                     for item in record.history.item}})
+print(json.dumps(rows))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", read], check=True, env=environment, capture_output=True, text=True, timeout=60
+    )
+    rows = json.loads(done.stdout)
+    assert [row["_step"] for row in rows] == list(range(1, 10))
+    assert [row["_step"] for row in rows if "eval/loss" in row] == [3, 6, 9]
+    assert all(row["train/loss"] > 0 for row in rows)
+
+
+def test_a_dashboard_that_fails_is_left_out_and_the_run_goes_on(run, tmp_path):
+    told = []
+
+    def fails(event):
+        told.append(event)
+        raise RuntimeError("no connection")
+
+    with pytest.warns(
+        DistrustWarning, match="Weights & Biases fails, and is logged to no more: no connection"
+    ):
+        ended, _ = run(tmp_path, observers=[Dispensable(fails, "Weights & Biases")])
+    assert isinstance(ended, RunEnded)
+    assert ended.finished
+    assert len(told) == 1
+
+
+@pytest.mark.parametrize(("name", "module"), [("tensorboard", "tensorboard"), ("wandb", "wandb")])
+def test_a_library_that_is_not_there_is_told_at_once(monkeypatch, name, module):
+    for loaded in [key for key in sys.modules if key.split(".")[0] == module]:
+        monkeypatch.delitem(sys.modules, loaded)
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ConfigError, match=rf"--report-to {name} needs .*pip install 'distrust-trainer\[dash"):
+        reporters(TrainConfig(report_to=(name,)))

@@ -1,0 +1,178 @@
+"""``metrics.jsonl``: each step and each evaluation once, whatever was killed, torn or lost."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distrust import DistrustWarning, TrainConfig
+from distrust.config import STEP_METRICS
+from distrust.reporting import metrics
+from distrust.reporting.metrics import METRICS, PROVENANCE, MetricsWriter, mended
+from distrust.training.events import CheckpointStarted, Evaluated, StepEnded
+
+EVALUATED = {"eval_every": 2, "eval_at_start": True}
+
+
+@pytest.fixture
+def logged(run, eval_data):
+    """Runs the toy with its log: the end, the events, and the lines."""
+
+    def logged(out: Path, **options):
+        options = {"eval_data": str(eval_data), **EVALUATED, **options}
+        config = TrainConfig(weighting=options.get("weighting", "monotone"))
+        ended, events = run(out, observers=[MetricsWriter(config)], **options)
+        return ended, events, lines(Path(options.get("branch", out)))
+
+    return logged
+
+
+def lines(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / METRICS).read_text().splitlines()]
+
+
+def numbers(out: Path) -> list[dict]:
+    """The lines without what is the machine's."""
+    names = {"step", *STEP_METRICS}
+    return [
+        {name: value for name, value in line.items() if name in names or name.startswith("eval_")}
+        for line in lines(out)
+    ]
+
+
+def test_a_line_for_each_step_and_each_evaluation(logged, tmp_path):
+    _, events, found = logged(tmp_path)
+    told = [event for event in events if isinstance(event, (StepEnded, Evaluated))]
+    assert [line["step"] for line in found] == [event.step for event in told]
+    for line, event in zip(found, told, strict=True):
+        if isinstance(event, Evaluated):
+            assert line == {"step": event.step, **event.metrics}
+        else:
+            assert line == {name: getattr(event, name) for name in metrics.STEP_FIELDS}
+            assert line["memory_bytes"] > 0
+
+
+def test_stalls_are_told_with_the_step_that_waited(logged, tmp_path):
+    ended, _, found = logged(tmp_path, save_every=2)
+    told = sum(line.get("stall_seconds", 0) for line in found)
+    assert 0 < told < ended.stall_seconds  # the last save is after the last step
+
+
+@pytest.mark.parametrize("stops", [(3,), (5, 7), (1, 2, 8)])
+def test_a_run_in_pieces_has_the_log_of_a_run_in_one(logged, tmp_path, stops):
+    logged(tmp_path / "one")
+    for step in stops:
+        logged(tmp_path / "pieces", stop_after=step)
+    logged(tmp_path / "pieces")
+    assert numbers(tmp_path / "pieces") == numbers(tmp_path / "one")
+    logged(tmp_path / "pieces")  # it has nothing left to do, and nothing to add
+    assert numbers(tmp_path / "pieces") == numbers(tmp_path / "one")
+
+
+def test_a_lost_log_comes_back_as_far_as_the_checkpoint_knows(logged, tmp_path):
+    logged(tmp_path / "one")
+    logged(tmp_path / "lost", stop_after=5)
+    (tmp_path / "lost" / METRICS).unlink()
+    logged(tmp_path / "lost")
+    expected = [line for line in numbers(tmp_path / "one") if "loss" in line or line["step"] > 5]
+    assert numbers(tmp_path / "lost") == expected
+
+
+def test_a_branch_begins_with_the_lines_of_its_origin(logged, tmp_path):
+    logged(tmp_path / "one", keep_last=9)
+    logged(tmp_path / "one", from_step=4, branch=str(tmp_path / "branch"))
+    assert numbers(tmp_path / "branch") == numbers(tmp_path / "one")
+
+
+def test_a_checkpoint_is_never_durable_before_its_lines(run, tmp_path, monkeypatch):
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_size))
+    there: dict[int, bool] = {}
+
+    def watch(event):
+        if isinstance(event, CheckpointStarted):
+            path = tmp_path / METRICS
+            last = json.loads(path.read_bytes().splitlines()[-1])
+            there[event.step] = last["step"] == event.step and not event.path.exists()
+            assert path.stat().st_size == synced[-1]
+
+    run(tmp_path, observers=[MetricsWriter(TrainConfig()), watch])
+    assert there == {2: True, 4: True, 6: True, 8: True, 9: True}
+
+
+def test_a_full_disk_does_not_stop_the_run_and_the_lines_come_later(logged, tmp_path, monkeypatch):
+    write, calls = os.write, []
+
+    def full_for_a_while(file, data):
+        calls.append(file)
+        if 3 <= len(calls) < 7:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(file, data[:50])  # and never all at once
+
+    monkeypatch.setattr(metrics.os, "write", full_for_a_while)
+    with pytest.warns(DistrustWarning, match=r"metrics\.jsonl: cannot be written: No space") as told:
+        ended, _, _ = logged(tmp_path / "full", save_every=0)
+    monkeypatch.undo()
+    assert len(told) == 1
+    alone, _, _ = logged(tmp_path / "alone", save_every=0)
+    assert ended.state_digest == alone.state_digest
+    assert numbers(tmp_path / "full") == numbers(tmp_path / "alone")
+
+
+def test_what_the_examples_weigh_is_kept_beside_it(logged, tmp_path):
+    logged(tmp_path, weighting="published")
+    kept = json.loads((tmp_path / PROVENANCE).read_text())
+    assert (kept["examples"], kept["weighting"], kept["alpha"]) == (11, "published", 2.7)
+    assert sum(kept["counts"]) == 11
+
+
+def line_of(values: dict) -> bytes:
+    """As it is written: what is no number to JSON is a string."""
+    plain = {name: str(value) if abs(value) == float("inf") else value for name, value in values.items()}
+    return json.dumps(plain).encode() + b"\n"
+
+
+finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
+runs = st.lists(st.tuples(*[finite | st.just(float("inf"))] * len(STEP_METRICS)), min_size=1, max_size=12)
+
+
+@settings(max_examples=200, deadline=None)
+@given(runs, st.data())
+def test_any_damage_is_mended(rows, draw):
+    """Lines cut off, torn, lost, twice, in another order or of another run: nothing else is ever kept."""
+    history = {name: [row[column] for row in rows] for column, name in enumerate(STEP_METRICS)}
+    whole = []
+    for number in range(1, len(rows) + 1):
+        step = {"step": number, **{name: history[name][number - 1] for name in STEP_METRICS}}
+        whole.append(line_of({**step, "seconds": 1.0}))
+        if number % 3 == 0:
+            whole.append(line_of({"step": number, "eval_loss": 1.5}))
+    made = draw.draw(st.integers(1, len(rows)))
+    kept = draw.draw(st.lists(st.sampled_from(whole), max_size=2 * len(whole)))
+    junk = st.sampled_from(
+        [b"\n", b"{\n", b"[1]\n", b'{"step": "1"}\n', b'{"step": 1, "loss": 0}\n', b"\xff\n"]
+    )
+    damaged = [
+        line
+        for pair in zip(kept, draw.draw(st.lists(junk, min_size=len(kept), max_size=len(kept))), strict=True)
+        for line in pair
+    ]
+    damaged.append(whole[-1][:-1])  # torn
+
+    found = [json.loads(line) for line in mended(damaged, step=made, history=history)]
+    steps = [line for line in found if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, made + 1))
+    for line in steps:
+        assert [float(line[name]) for name in STEP_METRICS] == list(rows[line["step"] - 1])
+    evaluations = [line["step"] for line in found if "eval_loss" in line]
+    assert evaluations == sorted(set(evaluations))
+    assert [line["step"] for line in found] == sorted(line["step"] for line in found)
+    # Whole, it stays as it is, byte for byte.
+    upto = [line for line in whole if json.loads(line)["step"] <= made]
+    assert list(mended(whole, step=made, history=history)) == upto
