@@ -21,11 +21,15 @@ from distrust.training.engine import Engine
 from distrust.training.events import Event, StepEnded
 from distrust.weighting import Weighting
 from experiments.weighting.additive import Adding
-from experiments.weighting.design import WORLDS, Run, Training, digest
+from experiments.weighting.design import CLIPPED_PLAINLY, WORLDS, Run, Training, digest
 from experiments.weighting.world import make_world
 
 Records = list[dict[str, Any]]
-WEIGHTINGS: dict[str, Weighting] = {"published": "published", "monotone": "monotone"}
+WEIGHTINGS: dict[str, Weighting] = {
+    "published": "published",
+    "monotone": "monotone",
+    CLIPPED_PLAINLY: "monotone",
+}
 LAST = 10  # steps whose mean is the training loss at the end
 
 
@@ -82,6 +86,7 @@ def config_of(run: Run, training: Training, out: Path) -> TrainConfig:
         out=str(out),
         cache_dir=str(out / "cache"),
         weighting=WEIGHTINGS.get(run.method, "off"),
+        clipping="plain" if run.method == CLIPPED_PLAINLY else "weighted",
         seed=run.seed,
         max_steps=steps,
         batch_size=training.batch_size,

@@ -13,7 +13,7 @@ from typing import Any
 
 from distrust.weighting import Weighting, example_weights
 from experiments.weighting import figures
-from experiments.weighting.design import METHODS, WORLDS, WRONG
+from experiments.weighting.design import CLIPPED_PLAINLY, METHODS, WORLDS, WRONG
 from experiments.weighting.figures import Estimate, Measure
 from experiments.weighting.results import Result
 from experiments.weighting.world import World, make_world
@@ -30,6 +30,7 @@ def blocks(results: Sequence[Result]) -> dict[str, str]:
         "bundled": _bundled(results),
         "preferred": _harder(results, figures.preferred, _percent),
         "differences": _differences(results),
+        "clipping": _clipping(results),
         "sole": _harder(results, figures.sole_kept, _percent),
         "brier": _harder(results, figures.brier, _number),
         "ece": _calibration(results),
@@ -136,6 +137,20 @@ def _differences(results: Sequence[Result]) -> str:
         return _points(figures.difference(ours, theirs, figures.preferred))
 
     return _grid(results, [method for method in COMPARED if method != "monotone"], cell, heading="minus `{}`")
+
+
+def _clipping(results: Sequence[Result]) -> str:
+    rows = []
+    for world in WORLDS:
+        pair = [figures.of_cell(results, world, 0.0, method) for method in (CLIPPED_PLAINLY, "monotone")]
+        cells = [
+            form(figures.estimate(found, measure))
+            for measure, form in ((figures.preferred, _percent), (figures.neutral_loss, _number))
+            for found in pair
+        ]
+        rows.append([world, *cells])
+    headings = ["", "preferred, plain", "preferred, weighted", "neutral loss, plain", "neutral loss, weighted"]
+    return _table(headings, rows)
 
 
 def _odds(results: Sequence[Result]) -> str:
