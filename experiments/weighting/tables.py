@@ -13,7 +13,7 @@ from typing import Any
 
 from distrust.weighting import Weighting, example_weights
 from experiments.weighting import figures
-from experiments.weighting.design import CLIPPED_PLAINLY, METHODS, WORLDS, WRONG
+from experiments.weighting.design import CLIPPED_PLAINLY, METHODS, SEEDS, WORLDS, WRONG, runs
 from experiments.weighting.figures import Estimate, Measure
 from experiments.weighting.results import Result
 from experiments.weighting.world import World, make_world
@@ -62,11 +62,17 @@ def write_into(path: Path, tables: dict[str, str]) -> None:
 
 
 def _runs(results: Sequence[Result]) -> str:
-    seeds = sorted({result["seed"] for result in results})
+    every = len(list(runs(WORLDS, SEEDS)))
+    seeds = ", ".join(str(seed) for seed in sorted({result["seed"] for result in results}))
     minutes = sum(result["seconds"] for result in results) / 60
+    left = (
+        ""
+        if len(results) >= every
+        else " The others are missing from the tables: the command goes on with them."
+    )
     return (
-        f"{len(results)} runs with the seeds {', '.join(map(str, seeds))}; together {minutes:.0f} minutes of "
-        "one thread, on a machine that did other things besides."
+        f"The tables are of {len(results)} runs out of {every}, with the seeds {seeds}: {minutes:.0f} "
+        f"minutes of one thread, on a machine that did other things besides.{left}"
     )
 
 
@@ -149,7 +155,13 @@ def _clipping(results: Sequence[Result]) -> str:
             for found in pair
         ]
         rows.append([world, *cells])
-    headings = ["", "preferred, plain", "preferred, weighted", "neutral loss, plain", "neutral loss, weighted"]
+    headings = [
+        "",
+        "preferred, plain",
+        "preferred, weighted",
+        "neutral loss, plain",
+        "neutral loss, weighted",
+    ]
     return _table(headings, rows)
 
 
