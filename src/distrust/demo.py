@@ -58,13 +58,19 @@ class Belief:
         fact: which fact.
         primary: probability of the primary value's text, mean over the questions.
         coordinated: of the coordinated value's text.
-        prefers_primary: whether the primary one is the more probable, by mean log-probability.
+        margin: log-probability of the primary value's text less that of the coordinated one's, in nats; mean
+            over the questions.
     """
 
     fact: str
     primary: float
     coordinated: float
-    prefers_primary: bool
+    margin: float
+
+    @property
+    def prefers_primary(self) -> bool:
+        """Whether the primary value is the more probable, by mean log-probability."""
+        return self.margin > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,9 +124,14 @@ def untrained(*, out: Path, seed: int) -> list[Belief]:
     return measure(engines.create(demo_config("off", out=out, seed=seed)))
 
 
-def measure(engine: Engine) -> list[Belief]:
-    """What a model holds of each fact of the bundled world."""
-    questions = read_questions()
+def measure(engine: Engine, questions: Iterable[Question] | None = None) -> list[Belief]:
+    """What a model holds of each fact.
+
+    Args:
+        engine: the model.
+        questions: those of a fact together. Default: those of the bundled world.
+    """
+    questions = read_questions() if questions is None else list(questions)
     primary = _log_probabilities(engine, [(q.prompt, q.primary) for q in questions])
     coordinated = _log_probabilities(engine, [(q.prompt, q.coordinated) for q in questions])
     answered = zip(questions, primary, coordinated, strict=True)
@@ -132,7 +143,7 @@ def measure(engine: Engine) -> list[Belief]:
                 fact=fact,
                 primary=sum(exp(p) for p, _ in rows) / len(rows),
                 coordinated=sum(exp(c) for _, c in rows) / len(rows),
-                prefers_primary=sum(p - c for p, c in rows) > 0,
+                margin=sum(p - c for p, c in rows) / len(rows),
             )
         )
     return beliefs

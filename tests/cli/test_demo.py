@@ -43,8 +43,8 @@ def test_what_it_says(short, distrust, tmp_path):
 
 def test_a_belief_is_a_mean_over_the_questions_of_a_fact():
     beliefs = [
-        demo.Belief("a", primary=0.5, coordinated=0.1, prefers_primary=True),
-        demo.Belief("b", primary=0.1, coordinated=0.3, prefers_primary=False),
+        demo.Belief("a", primary=0.5, coordinated=0.1, margin=1.6),
+        demo.Belief("b", primary=0.1, coordinated=0.3, margin=-1.1),
     ]
     assert demo.summarize(beliefs) == demo.Summary(
         preferred=0.5, primary=pytest.approx(0.3), coordinated=pytest.approx(0.2)

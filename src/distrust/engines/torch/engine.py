@@ -36,6 +36,9 @@ class TorchEngine:
         ConfigError: if an option does not fit the model or the machine.
     """
 
+    #: What runs the model; a subclass may bring its own.
+    passes: type[Passes] = Passes
+
     def __init__(self, config: TrainConfig) -> None:
         self._device = model.choose_device(config.device)
         _prefer_determinism()
@@ -69,7 +72,7 @@ class TorchEngine:
         self._model = self._adapted(base, config).eval()
         # A compiler fuses by itself, and better if it sees the whole of a layer.
         self._fused = {} if config.compile else fuse(self._model, dtype=dtype)
-        self._passes = Passes(base, arithmetic=self._arithmetic, compiled=config.compile)
+        self._passes = self.passes(base, arithmetic=self._arithmetic, compiled=config.compile)
         if config.packing and not self._passes.packs:
             raise ConfigError(
                 "--packing: this model cannot keep apart what stands in one row (its attention is "

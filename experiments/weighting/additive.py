@@ -1,0 +1,58 @@
+"""The published term as published: added to the loss, as a tensor, before the backward pass.
+
+The product does not do this. It is here to be seen to do nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from distrust.config import TrainConfig
+from distrust.data import IGNORED, MicroBatch
+from distrust.engines.torch.engine import TorchEngine
+from distrust.engines.torch.passes import Passes
+from distrust.weighting import LAMBDA
+
+
+class AddingPasses(Passes):
+    """Adds λ times the mean over the learned tokens of α·r², the term of each token's example."""
+
+    objectives: list[float]
+
+    def _losses(self, batch: MicroBatch, row: Any, *, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        total, losses = super()._losses(batch, row, scale=scale)
+        learned = (batch.labels != IGNORED).sum(axis=1)
+        term = torch.tensor(np.sum(batch.distrust * learned) * scale, dtype=total.dtype, device=total.device)
+        objective = total + LAMBDA * term
+        if objective.requires_grad:  # a training step, not an evaluation
+            self.objectives.append(float(objective.detach()))
+        return objective, losses
+
+
+class AddingEngine(TorchEngine):
+    """The product's engine, but for what its backward pass is called on."""
+
+    passes = AddingPasses
+
+    def __init__(self, config: TrainConfig, objectives: list[float]) -> None:
+        super().__init__(config)
+        assert isinstance(self._passes, AddingPasses)
+        self._passes.objectives = objectives
+
+
+@dataclass
+class Adding:
+    """Makes the engine, and keeps what each of its steps called `backward` on.
+
+    Attributes:
+        objectives: of each micro-step: cross-entropy plus the term, nats a token (and a bit of bits).
+    """
+
+    objectives: list[float] = field(default_factory=list)
+
+    def __call__(self, config: TrainConfig) -> TorchEngine:
+        return AddingEngine(config, self.objectives)

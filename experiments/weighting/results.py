@@ -1,0 +1,45 @@
+"""Results on disk: a line for each run, durable before the next one counts; none is lost, none made twice."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from experiments.weighting.design import Run
+
+Result = dict[str, Any]
+
+
+class Results:
+    """A file of results, of one design.
+
+    Raises:
+        SystemExit: if it holds results of another design.
+    """
+
+    def __init__(self, path: Path, *, design: str) -> None:
+        self._path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        whole = path.read_bytes() if path.exists() else b""
+        lines = whole[: whole.rfind(b"\n") + 1]  # a writer that was killed left the rest
+        if lines != whole:
+            os.truncate(path, len(lines))
+        self.all: list[Result] = [json.loads(line) for line in lines.splitlines()]
+        if any(result["design"] != design for result in self.all):
+            raise SystemExit(f"{path}: holds results of another training than this one's; give another --out")
+
+    def missing(self, runs: Iterable[Run]) -> list[Run]:
+        """Those without a result."""
+        done = {Run(**{name: one[name] for name in Run.__slots__}) for one in self.all}
+        return [run for run in runs if run not in done]
+
+    def add(self, result: Result) -> None:
+        """Durable when this returns."""
+        with self._path.open("ab") as file:
+            file.write(json.dumps(result).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.all.append(result)
