@@ -1,7 +1,7 @@
 """What is run: methods, worlds, and the training that all of them share.
 
 Fixed before the grid was begun, but for one thing: the first seeds showed that clipping took weights back. So
-the product was mended (``--clipping weighted``) and what weighs was run anew; ``monotone-plain`` is as it was.
+the product was mended (``--clipping weighted``), what weighs was run anew; ``monotone-plain`` is as it was.
 
 A *cell* is a method on a world with a share of wrong labels; a *run* is a cell with a seed.
 """
