@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 from distrust.config import TrainConfig
 from distrust.data import MicroBatch, digest_of
 from distrust.training.evaluation_set import evaluation_set
-from distrust.training.sources import Progress, max_length_of, pad_token_id_of, read_evaluation, tokenized
+from distrust.training.sources import (
+    Progress,
+    max_length_of,
+    pad_token_id_of,
+    read_evaluation,
+    tokenized,
+    warn_where_no_class,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,6 +57,7 @@ def evaluate(engine: Engine, sources: Sources, config: TrainConfig, *, report: P
         max_length=max_length_of(config, engine.context_length),
         report=report,
     )
+    warn_where_no_class(config, [corpus])
     done = 0
 
     def losses(batch: MicroBatch) -> np.ndarray[Any, Any]:

@@ -66,4 +66,4 @@ def test_what_is_wrong_is_one_line(distrust, evaluated, more, code, says):
 
 def test_without_data_it_asks_for_some(distrust, finished):
     given = distrust("eval", finished)
-    assert (given.code, given.err) == (2, "distrust: there is nothing to evaluate on; give --data\n")
+    assert (given.code, given.err) == (2, "distrust: there is nothing to evaluate on; name it with --data\n")

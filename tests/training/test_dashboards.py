@@ -123,5 +123,5 @@ def test_a_library_that_is_not_there_is_told_at_once(monkeypatch, name, module):
     for loaded in [key for key in sys.modules if key.split(".")[0] == module]:
         monkeypatch.delitem(sys.modules, loaded)
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ConfigError, match=rf"--report-to {name} needs .*pip install 'distrust-trainer\[dash"):
+    with pytest.raises(ConfigError, match=rf"--report-to {name} needs its library .*: pip install {module}"):
         reporters(TrainConfig(report_to=(name,)))

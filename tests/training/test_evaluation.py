@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from toy_engine import ToyEngine, ToyTokenizer
 
-from distrust import CheckpointManager, TrainConfig, weighting
+from distrust import CheckpointManager, DistrustWarning, TrainConfig, weighting
 from distrust.data import Completion, Location, Record, Text, tokenize
 from distrust.data.corpus import MAX_CLASSES, OTHER_CLASSES
 from distrust.errors import ConfigError
@@ -111,6 +111,11 @@ def test_the_source_class_is_any_column(run, tmp_path):
     _, events = run(tmp_path / "other", eval_data=data, max_steps=1)
     (event,) = evaluated(events)
     assert not [name for name in event.metrics if "/" in name]
+
+
+def test_a_class_column_that_nobody_has_is_told(run, eval_data, tmp_path):
+    with pytest.warns(DistrustWarning, match="--source-column statuss: no record has it"):
+        run(tmp_path, eval_data=str(eval_data), source_column="statuss", max_steps=1)
 
 
 def test_a_column_of_identities_is_no_flood(run, tmp_path):

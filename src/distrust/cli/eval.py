@@ -77,7 +77,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         ),
         examples=[
             "distrust eval runs/train --data held-out.jsonl",
-            "distrust eval runs/train --best --compare",
+            "distrust eval runs/train --data held-out.jsonl --best --compare",
             "distrust eval runs/train --data held-out.jsonl --source-column status --json",
         ],
     )

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -15,7 +16,7 @@ from distrust.bundled import PROVENANCE_TABLE
 from distrust.cli.arguments import parser, print_json
 from distrust.cli.printing import printable
 from distrust.config import TrainConfig, flag
-from distrust.errors import ConfigError
+from distrust.errors import ConfigError, DistrustWarning
 from distrust.weighting import ALPHA, LAMBDA, Weighting, effective_sample_size, example_weights
 
 if TYPE_CHECKING:
@@ -97,6 +98,10 @@ def main(arguments: list[str]) -> int:
         require_writable(target, force=options.force, inputs=map(str, read))
     with _Progress("read") as progress:
         weighed = weigh(sources, scale, on_progress=progress)
+    if config.source_column and set(weighed.classes) == {""}:
+        warnings.warn(
+            f"--source-column {config.source_column}: no record has it", DistrustWarning, stacklevel=2
+        )
     weights = example_weights(weighed.authority_weight, weighed.provenance_entropy, **_weighting_of(config))
     shown = _distribution(weighed, weights, extremes=options.top)
     with contextlib.ExitStack() as files:

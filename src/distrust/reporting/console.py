@@ -186,7 +186,8 @@ class ConsoleReporter:
     def _ended(self, event: RunEnded) -> None:
         self._bar.update(self._task, visible=False)
         if event.already:
-            self._say(f"nothing to do: the run finished at step {event.step}")
+            early = ", early: its metric no longer improved" if event.reason == "early_stopping" else ""
+            self._say(f"nothing to do: the run finished at step {event.step}{early}")
         elif not event.finished:
             where = "nothing to save yet" if event.path is None else f"step {event.step} is saved"
             by = "" if event.signal is None else f" by {Signals(event.signal).name}"

@@ -57,7 +57,6 @@ def page(run: Run) -> str:
         word=word,
         sentence=sentence,
         facts=summary.facts(run),
-        largest_share=summary.largest_share(run),
         pictures=_pictures(run),
         evaluations=summary.evaluations(run),
         by_class=summary.evaluations_by_class(run),

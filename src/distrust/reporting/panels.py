@@ -106,7 +106,7 @@ def _draw_classes(axes: Any, shown: Shown, classes: list[str]) -> list[str]:
     columns = 3 if max(len(class_name(name)) for name in classes[:CLASSES]) < 16 else 2
     # Below the axes, where it covers no line.
     legend = axes.legend(
-        loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=columns, frameon=False, fontsize="small",
+        loc="upper center", bbox_to_anchor=(0.5, -0.21), ncols=columns, frameon=False, fontsize="small",
         handlelength=1.4, columnspacing=1.2,
     )  # fmt: skip
     as_text(legend.get_texts())

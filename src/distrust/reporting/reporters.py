@@ -51,7 +51,11 @@ class Dispensable:
         except Exception as error:
             self._observer = None
             warnings.warn(
-                f"{self._name} fails, and is logged to no more: {str(error) or type(error).__name__}",
+                f"{self._name} fails, and is logged to no more: {_in_a_line(error)}",
                 DistrustWarning,
                 stacklevel=2,
             )
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

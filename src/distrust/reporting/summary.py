@@ -218,15 +218,6 @@ EVALUATED = {
 }
 
 
-def largest_share(run: Run) -> float:
-    """The largest part that a source class has, of the tokens or of the weight; more than 0."""
-    if run.provenance is None:
-        return 1.0
-    weights = run.provenance.weights
-    parts = [part for c in weights.classes for part in (c.share, c.tokens / max(1, weights.tokens))]
-    return max([part for part in parts if part > 0], default=1.0)
-
-
 def evaluations(run: Run) -> tuple[list[str], list[Row], int]:
     """A table of the evaluations: its columns, its rows, newest first, and how many rows are left out.
 

@@ -29,8 +29,7 @@ class TensorBoardWriter:
             from tensorboard.summary.writer.event_file_writer import EventFileWriter
         except ImportError as error:
             raise ConfigError(
-                f"--report-to tensorboard needs its library ({error}): "
-                "pip install 'distrust-trainer[dashboards]'"
+                f"--report-to tensorboard needs its library ({error}): pip install tensorboard"
             ) from None
         self._event, self._summary, self._writer = event_pb2, summary_pb2, EventFileWriter
         self._file: Any = None

@@ -36,6 +36,7 @@ from distrust.training.sources import (
     max_length_of,
     pad_token_id_of,
     tokenized,
+    warn_where_no_class,
 )
 
 #: Below this share of the examples, few of them decide everything.
@@ -105,6 +106,7 @@ def make_plan(
 
     corpus = made(sources.training)
     evaluation = None if sources.evaluation is None else made(sources.evaluation)
+    warn_where_no_class(config, [corpus] if evaluation is None else [corpus, evaluation])
     if config.eval_fraction:
         corpus, evaluation = split_off(corpus, config.eval_fraction, seed=config.seed)
     rows = _rows(config, corpus, capacity=max_length)

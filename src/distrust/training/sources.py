@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,7 @@ from distrust.data import (
     open_source,
     tokenize_in_blocks,
 )
-from distrust.errors import ConfigError
+from distrust.errors import ConfigError, DistrustWarning
 
 DEFAULT_MAX_LENGTH = 1024
 
@@ -110,7 +111,7 @@ def read_evaluation(config: TrainConfig, *, report: Progress | None = None) -> S
     cache = Cache(cache_folder(config.cache_dir))
     evaluation = _evaluation(config, None, cache)
     if evaluation is None:
-        raise ConfigError("there is nothing to evaluate on; give --data")
+        raise ConfigError("there is nothing to evaluate on; name it with --data")
     return Sources(_checked(evaluation, cache, report), None, cache)
 
 
@@ -197,6 +198,16 @@ def tokenized(
 
     parts = [(part.name, part.unit) for source in reading.sources for part in source.parts]
     return cache.corpus(key, parts, census.sizes, make)
+
+
+def warn_where_no_class(config: TrainConfig, corpora: Iterable[Corpus]) -> None:
+    """A column that was named, and that no record has, is a slip of the pen."""
+    if config.source_column and all(set(corpus.classes) == {""} for corpus in corpora):
+        warnings.warn(
+            f"--source-column {config.source_column}: no record has it, so nothing is shown by source class",
+            DistrustWarning,
+            stacklevel=2,
+        )
 
 
 def max_length_of(config: TrainConfig, context_length: int | None) -> int:
