@@ -115,13 +115,20 @@ def test_a_timeout_stops_a_run(trainer, tmp_path):
     assert held.events[-1].path.exists()
 
 
-def test_cancelled_before_its_thread_began_it_stops_too(trainer, tmp_path):
+def test_cancelled_before_its_thread_has_done_anything_it_stops_too(trainer, tmp_path):
     events = []
+    let_go = threading.Event()
+
+    def held(event):
+        assert let_go.wait(60)  # else a fast thread would make steps meanwhile
+        events.append(event)
 
     async def main():
-        task = asyncio.create_task(trainer(tmp_path, events.append).train_async())
+        task = asyncio.create_task(trainer(tmp_path, held).train_async())
         await asyncio.sleep(0)  # it has begun to wait
         task.cancel()
+        await asyncio.sleep(0)  # it has asked to stop
+        let_go.set()
         with pytest.raises(asyncio.CancelledError):
             await task
 
