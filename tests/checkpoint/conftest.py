@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import mmap
 import os
 import threading
@@ -48,6 +49,14 @@ def takes_direct_io(directory: Path) -> bool:
         os.close(descriptor)
         with contextlib.suppress(FileNotFoundError):
             probe.unlink()
+
+
+@pytest.fixture
+def no_collector():
+    """Python ignores what a signal raises in a callback of the garbage collector, such as hypothesis has."""
+    gc.disable()
+    yield
+    gc.enable()
 
 
 @pytest.fixture

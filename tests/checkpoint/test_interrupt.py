@@ -21,7 +21,7 @@ BLOCKS = 5 * 8
 
 
 @pytest.fixture
-def interrupting(monkeypatch):
+def interrupting(monkeypatch, no_collector):
     """Has SIGINT arrive at the main thread in a call, before that does its work; returns a list of calls."""
     main, arrived = threading.main_thread(), threading.Event()
 

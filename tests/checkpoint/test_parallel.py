@@ -56,6 +56,7 @@ def test_the_earliest_failure_is_raised_though_a_later_one_came_first():
     assert caught.value.args == (0,)
 
 
+@pytest.mark.usefixtures("no_collector")
 def test_an_interrupt_while_others_work_stops_them_and_waits_for_them():
     """Were they left to themselves, they would go on writing to memory that belongs to the next save."""
     main = threading.main_thread()
