@@ -67,3 +67,38 @@ def test_what_is_wrong_is_one_line(distrust, evaluated, more, code, says):
 def test_without_data_it_asks_for_some(distrust, finished):
     given = distrust("eval", finished)
     assert (given.code, given.err) == (2, "distrust: there is nothing to evaluate on; name it with --data\n")
+
+
+@pytest.fixture
+def kept_out(folder, tmp_path):
+    """A run that keeps a part of its data out, and that data."""
+    from distrust.cli import main
+
+    data = tmp_path / "data.jsonl"
+    data.write_bytes((folder / "data.jsonl").read_bytes())
+    more = ["--data", data, "--eval-fraction", 0.3, "--eval-every", 3]
+    assert main(train_arguments(folder, tmp_path / "run", *more)) == 0
+    return tmp_path / "run", data
+
+
+def test_what_the_run_kept_out_is_found_again(distrust, kept_out):
+    run, data = kept_out
+    given = distrust("eval", run, "--json")
+    assert given.code == 0, given.err
+    found = json.loads(given.out)
+    assert found["step"] == 6
+    assert found["checkpoint"].items() > {k: v for k, v in logged(run)[6].items() if k != "step"}.items()
+    assert found["checkpoint"]["examples"] < len(read_lines(data))
+
+
+def test_of_other_data_nobody_knows_what_was_kept_out(distrust, kept_out):
+    run, data = kept_out
+    lines = data.read_text("utf-8").splitlines(keepends=True)
+    data.write_text("".join(lines[:-1]), "utf-8")
+    given = distrust("eval", run)
+    assert (given.code, given.out) == (1, "")
+    assert given.err.splitlines()[-1] == (
+        f"distrust: {data}: not the data that the run was trained on, so what it kept out is not known; name "
+        "what to evaluate on with --data"
+    )
+    assert distrust("eval", run, "--data", data).code == 0

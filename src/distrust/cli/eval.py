@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,10 @@ def main(arguments: list[str]) -> int:
 
     file, checkpoint = engines.read_checkpoint(options.target, step=options.step, best=options.best)
     given = {name: value for name, value in _given(options).items() if value is not None}
-    config = replace(engines.config_of(file, model=options.model), eval_fraction=0.0, **given)
+    if "eval_data" in given or "eval_split" in given:
+        given["eval_fraction"] = 0.0
+    config = replace(engines.config_of(file, model=options.model), **given)
+    trained_on = engines.fingerprint_of(file, "data")
     with ConsoleReporter(log_every=1, stream=sys.stderr) as console:
 
         def report(what: str, done: int, total: int) -> None:
@@ -32,11 +36,14 @@ def main(arguments: list[str]) -> int:
 
         sources = evaluation.read(config, report=report)
         engine = engines.engine_of(file, checkpoint, model=options.model)
-        found = {"checkpoint": evaluation.evaluate(engine, sources, config, report=report)}
+        measured = partial(
+            evaluation.evaluate, sources=sources, config=config, trained_on=trained_on, report=report
+        )
+        found = {"checkpoint": measured(engine)}
         if options.compare:
             del engine  # one model in memory at a time
             untrained = engines.create(replace(config, compile=False))
-            found = {"base": evaluation.evaluate(untrained, sources, config, report=report), **found}
+            found = {"base": measured(untrained), **found}
     if options.json:
         print_json({"path": str(file.path), "step": file.step, **found})
         return 0
@@ -82,7 +89,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         ],
     )
     arg.add_argument("target", type=Path, help=f"{TARGET}; of several, the newest that is whole")
-    arg.add_argument("--data", nargs="+", help="what to evaluate on; default: the run's own --eval-data")
+    arg.add_argument("--data", nargs="+", help="what to evaluate on; default: what the run was evaluated on")
     arg.add_argument("--split", help="of a data set of the hub, or of a folder whose files name splits")
     arg.add_argument("--source-column", help="column of the source class; default: that of the run")
     arg.add_argument("--batch-size", type=int, help="examples of a batch; default: that of the run")

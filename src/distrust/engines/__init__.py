@@ -116,7 +116,7 @@ def engine_of(
     """
     # Compiling pays in training only, and needs a compiler, which may be missing here.
     config = replace(config_of(file, model=model), **{"compile": False, **(changes or {})})
-    expected = base_fingerprint(file)
+    expected = fingerprint_of(file, "model")
     with base_told(file, config.model, given=model is not None):
         engine = create(config)
     if engine.fingerprint() != expected:
@@ -125,15 +125,16 @@ def engine_of(
     return engine
 
 
-def base_fingerprint(file: CheckpointFile) -> str:
-    """The fingerprint of the base model that a checkpoint was trained on.
+def fingerprint_of(file: CheckpointFile, what: Literal["model", "data"]) -> str:
+    """The fingerprint of the base model, or of the training data, that a checkpoint was trained on.
 
     Raises:
         ResumeRefused: if it was made by something else than this trainer.
     """
-    found: str | None = file.header.config.get(FINGERPRINTS, {}).get("model")
+    found: str | None = file.header.config.get(FINGERPRINTS, {}).get(what)
     if found is None:
-        raise ResumeRefused(f"{file.path}: was not made by `distrust train`, so its base model is not known")
+        known = "base model" if what == "model" else "data"
+        raise ResumeRefused(f"{file.path}: was not made by `distrust train`, so its {known} is not known")
     return found
 
 

@@ -90,7 +90,7 @@ def export(
     to = Path(os.path.abspath(to))
     staging.require_free(to)
     file, checkpoint = engines.read_checkpoint(Path(target), step=step, best=best)
-    fingerprint = engines.base_fingerprint(file)  # or it is nobody's that this could be made of
+    fingerprint = engines.fingerprint_of(file, "model")  # or it is nobody's that this could be made of
     config = engines.config_of(file)
     chosen = format or ("adapter" if config.lora_rank else "merged")
     _require_possible(chosen, config, file, to)
