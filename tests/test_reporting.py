@@ -149,7 +149,12 @@ def test_the_provenance_comes_back(tmp_path):
 
 def test_what_is_no_run_is_said_in_one_line(tmp_path):
     (tmp_path / "file").touch()
+    (tmp_path / "begun" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "metrics.jsonl").touch()
     for path, what in [
+        (tmp_path / "begun", "no step and saved nothing yet"),
+        (tmp_path / "run" / "checkpoints", f"checkpoints of a run; give {tmp_path / 'run'}$"),
         (tmp_path, "no run here"),
         (tmp_path / "no", "no such"),
         (tmp_path / "file", "a file"),

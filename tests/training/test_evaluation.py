@@ -118,6 +118,13 @@ def test_a_class_column_that_nobody_has_is_told(run, eval_data, tmp_path):
         run(tmp_path, eval_data=str(eval_data), source_column="statuss", max_steps=1)
 
 
+def test_a_class_that_nothing_is_evaluated_of_is_named(run, tmp_path):
+    data = write_classes(tmp_path / "data.jsonl", ["final", "draft", "old"], column="status")
+    eval_data = write_classes(tmp_path / "eval.jsonl", ["final", "draft"], column="status")
+    with pytest.warns(DistrustWarning, match="status: nothing that is evaluated on is of old, so"):
+        run(tmp_path / "run", data=data, eval_data=eval_data, source_column="status", max_steps=1)
+
+
 def test_a_column_of_identities_is_no_flood(run, tmp_path):
     count = MAX_CLASSES + 50
     data = write_classes(tmp_path / "data.jsonl", [f"https://{n}" for n in range(count)])

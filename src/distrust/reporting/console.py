@@ -120,7 +120,7 @@ class ConsoleReporter:
             f"{event.examples:,} examples, {event.tokens:,} learned tokens, {event.epoch_steps:.1f} steps an "
             f"epoch"
             + (
-                f"; {event.truncated:,} examples cut to fit, {event.tokens_cut:,} tokens lost"
+                f"; {event.truncated:,} of all that were read cut to fit, {event.tokens_cut:,} tokens lost"
                 if event.truncated
                 else ""
             )

@@ -136,14 +136,19 @@ def read_run(folder: Path) -> Run:
     if not folder.is_dir():
         what = "is a file; give the folder of the run" if folder.exists() else "no such folder"
         raise RunNotFound(f"{folder}: {what}", path=folder)
+    if folder.name == store.RUN_SUBDIRECTORY and (folder.parent / METRICS).is_file():
+        raise RunNotFound(f"{folder}: holds the checkpoints of a run; give {folder.parent}", path=folder)
     checkpoints = store.scan(store.checkpoint_directory(folder))
     lines = _read_metrics(folder / METRICS)
     provenance = _read_provenance(folder / PROVENANCE)
     if lines is None and provenance is None and not any(checkpoints):
-        raise RunNotFound(
-            f"{folder}: no run here: neither checkpoints nor {METRICS}; give the --out of a training",
-            path=folder,
+        begun = (folder / store.RUN_SUBDIRECTORY).is_dir()
+        what = (
+            "the run has made no step and saved nothing yet; try again when it has"
+            if begun
+            else f"no run here: neither checkpoints nor {METRICS}; give the --out of a training"
         )
+        raise RunNotFound(f"{folder}: {what}", path=folder)
     steps, evaluations = lines or (_history(checkpoints), _evaluations_of(checkpoints))
     return Run(
         path=folder,

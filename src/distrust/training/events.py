@@ -40,7 +40,7 @@ class RunStarted:
         resumed_from: the checkpoint that the run goes on from.
         examples: in the training data.
         tokens: learned ones in the training data.
-        truncated: examples that were cut.
+        truncated: examples that were cut, with those that `eval_fraction` keeps out.
         tokens_cut: tokens that they lost.
         distribution: of the weights: their range, by source class, the heaviest and the lightest examples.
         history: by name, the value of each step made already.

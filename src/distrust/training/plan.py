@@ -36,6 +36,7 @@ from distrust.training.sources import (
     max_length_of,
     pad_token_id_of,
     tokenized,
+    warn_of_unmeasured_classes,
     warn_where_no_class,
 )
 
@@ -109,6 +110,8 @@ def make_plan(
     warn_where_no_class(config, [corpus] if evaluation is None else [corpus, evaluation])
     if config.eval_fraction:
         corpus, evaluation = split_off(corpus, config.eval_fraction, seed=config.seed)
+    if evaluation is not None:
+        warn_of_unmeasured_classes(config, corpus, evaluation)
     rows = _rows(config, corpus, capacity=max_length)
     order = _order(config, [len(part) for part in rows])
     drawn = _drawn_per_epoch(order, rows, corpus)

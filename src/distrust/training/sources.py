@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from blake3 import blake3
 
 from distrust.config import EXAMPLES, TrainConfig, several
@@ -27,6 +28,9 @@ from distrust.data import (
 from distrust.errors import ConfigError, DistrustWarning
 
 DEFAULT_MAX_LENGTH = 1024
+
+CLASSES_NAMED = 5
+"""So many source classes a warning names."""
 
 Progress = Callable[[str, int, int], None]
 
@@ -205,6 +209,21 @@ def warn_where_no_class(config: TrainConfig, corpora: Iterable[Corpus]) -> None:
     if config.source_column and all(set(corpus.classes) == {""} for corpus in corpora):
         warnings.warn(
             f"--source-column {config.source_column}: no record has it, so nothing is shown by source class",
+            DistrustWarning,
+            stacklevel=2,
+        )
+
+
+def warn_of_unmeasured_classes(config: TrainConfig, trained: Corpus, evaluated: Corpus) -> None:
+    """A class that nothing is kept out of has no loss of its own, though its column was asked for."""
+    measured = {evaluated.classes[number] for number in np.unique(evaluated.class_numbers)}
+    found = (trained.classes[number] for number in np.unique(trained.class_numbers))
+    missing = [name for name in found if name and name not in measured]
+    if config.source_column and missing:
+        names = ", ".join(missing[:CLASSES_NAMED]) + (", …" if len(missing) > CLASSES_NAMED else "")
+        warnings.warn(
+            f"--source-column {config.source_column}: nothing that is evaluated on is of {names}, so no "
+            "evaluation is shown of them",
             DistrustWarning,
             stacklevel=2,
         )
