@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from distrust.config import TrainConfig, key
+from distrust.durable import new_file
 from distrust.errors import ConfigError
 from distrust.reporting.tags import values_of
 from distrust.training.events import Event, RunEnded, RunStarted
@@ -72,5 +73,6 @@ def _run_id(out: Path) -> str:
         return file.read_text().strip()
     except FileNotFoundError:
         made = secrets.token_hex(8)
-        file.write_text(f"{made}\n")
+        with new_file(file, force=False) as new:
+            new.write(f"{made}\n".encode())
         return made
