@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from distrust import Checkpoint, CheckpointManager
 from distrust.errors import ConfigError, DataError, DistrustWarning, RunNotFound, WriteFailed
 from distrust.reporting import pictures, summary
 from distrust.reporting.panels import PANELS
@@ -90,7 +91,6 @@ def test_what_was_written_is_what_is_read(scratch, data):
     [
         ("{not json}", "not JSON"),
         ("[1]", "not a JSON object"),
-        ("", "not JSON"),
         ("[" * 100_000, "not JSON|recursion"),
         ('{"loss": 1.0}', "step: missing"),
         ('{"step": -1}', "step: not a whole number"),
@@ -98,8 +98,8 @@ def test_what_was_written_is_what_is_read(scratch, data):
         ('{"step": 2.0}', "step: not a whole number"),
         ('{"step": 2, "loss": null}', "loss: neither a number"),
         ('{"step": 2, "loss": "low"}', "loss: neither a number"),
-        ('{"step": 2, "loss": 1%s}' % ("0" * 400), "too large"),
-        ('{"step": 2, "loss": 1%s}' % ("0" * 5000), "not JSON"),
+        ('{"step": 2, "loss": 1%s}' % ("0" * 400), "loss: too large a number"),
+        ('{"step": 2, "loss": 1%s}' % ("0" * 5000), "a number with too many digits"),
         ('{"step": 2, "eval_loss": []}', "eval_loss: neither a number"),
         ('{"step": 1, "loss": 2.0}', "step: 1 comes after 1"),
     ],
@@ -114,6 +114,37 @@ def test_a_line_that_no_run_writes_is_told_with_its_place(tmp_path, line, what):
     assert "\n" not in str(told.value)
 
 
+def test_a_run_that_goes_further_than_it_was_to_does_not_say_so_wrongly(tmp_path):
+    """It says how far with its next checkpoint."""
+    run = write_run(tmp_path / "run", steps=60)
+    assert summary.state(read_run(run)) == ("finished", "step 60 of 60")
+    write_lines(run, [step_line(step) for step in range(1, 74)])
+    assert summary.state(read_run(run)) == ("not finished", "step 73; the newest checkpoint is of step 60")
+    assert summary.facts(read_run(run))[0] == summary.Fact("steps", "73")
+
+
+def test_options_that_this_program_does_not_know_are_shown(tmp_path):
+    with CheckpointManager(tmp_path / "checkpoints") as manager:
+        config = {"lora_rank": 2, "a_new_option": 3, "fingerprints": {"data": "1"}}
+        manager.save(Checkpoint(step=1, config=config))
+    shown = {option.name: option.value for option in summary.options(read_run(tmp_path))}
+    assert shown == {"lora_rank": "2", "a_new_option": "3"}
+
+
+def test_empty_lines_are_nothing(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(
+        f"\n{json.dumps(step_line(1))}\r\n \n{json.dumps(step_line(2))}\n"
+    )
+    assert read_run(tmp_path).steps.step.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "provenance.json"])
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(DataError, match=f"{name}: is no file; move it away"):
+        read_run(tmp_path)
+
+
 def test_bytes_that_are_no_text_are_told_too(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(b"\xff\xfe{}\n")
     with pytest.raises(DataError, match=r"metrics.jsonl:1: not UTF-8"):
@@ -126,6 +157,9 @@ def test_bytes_that_are_no_text_are_told_too(tmp_path):
         ({"examples": "many"}, "examples: not a whole number"),
         ({"edges": [1.0, 1.0], "counts": [3]}, "edges"),
         ({"counts": [1, 2]}, "edges"),
+        ({"edges": [-1e308, 1e308], "counts": [1 << 52]}, "edges: not one more than counts, above 0"),
+        ({"effective_examples": 1e308}, "effective_examples: more than there are examples"),
+        ({"effective_examples": 10**400}, "effective_examples: too large a number"),
         ({"classes": [{"name": 7}]}, "name: not a string"),
         ({"classes": {}}, "classes: not a list"),
         ({"heaviest": [{"where": "a:1", "weight": "nan"}]}, "heaviest.authority_weight: not a finite number"),

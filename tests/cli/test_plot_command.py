@@ -70,6 +70,25 @@ def test_mistakes_are_told_in_a_line(distrust, runs, more, code, what):
     assert "Traceback" not in done.err
 
 
+@pytest.mark.parametrize(("command", "name"), [("plot", "plot.png"), ("report", "report.html")])
+def test_a_link_in_a_run_folder_is_not_written_through_unasked(distrust, tmp_path, command, name):
+    run = write_run(tmp_path / "run", steps=3)
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    (run / name).symlink_to(precious)
+    done = distrust(command, run)
+    assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
+    assert f"{run / name}: is a link" in done.err
+    assert precious.read_text() == "mine"
+    assert distrust(command, run, "--out", run / name).code == 0
+
+
+def test_one_run_under_two_names_is_one_run(distrust, runs, tmp_path):
+    done = distrust("plot", runs / "off", runs / "monotone" / ".." / "off", "--out", tmp_path / "a.png")
+    assert (done.code, done.out) == (2, "")
+    assert done.err == f"distrust: {runs / 'monotone' / '..' / 'off'} is given twice; name each run once\n"
+
+
 def test_what_is_no_run_is_told_in_a_line(distrust, runs, tmp_path):
     done = distrust("plot", tmp_path)
     assert (done.code, done.err.count("\n")) == (1, 1)

@@ -53,11 +53,13 @@ def main(arguments: list[str]) -> int:
     options = arg.parse_args(arguments)
 
     panels.require_known(options.panels)
-    targets = options.out or [options.runs[0] / "plot.png" if len(options.runs) == 1 else Path("plot.png")]
+    folder = options.runs[0] if len(options.runs) == 1 else Path()
+    targets = options.out or [pictures.default_target(folder, "plot.png")]
     suffixes = [pictures.require_suffix(target) for target in targets]
-    twice = {path for path in options.runs if options.runs.count(path) > 1}
+    there = [path.resolve() for path in options.runs]
+    twice = [path for path, place in zip(options.runs, there, strict=True) if there.count(place) > 1]
     if twice:
-        raise ConfigError(f"{min(twice)} is given twice; name each run once")
+        raise ConfigError(f"{twice[-1]} is given twice; name each run once")
     scene = pictures.scene([read_run(path) for path in options.runs], axis=options.x, smooth=options.smooth)
     figure = pictures.draw(scene, options.panels, title=options.title)
     for target, suffix in zip(targets, suffixes, strict=True):

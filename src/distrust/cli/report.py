@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> int:
     from distrust.reporting.page import page
     from distrust.reporting.runs import read_run
 
-    target = options.out or options.run / "report.html"
+    target = options.out or pictures.default_target(options.run, "report.html")
     pictures.require_suffix(target, (".html", ".htm"))
     pictures.write(target, page(read_run(options.run)).encode())
     print(printable(str(target)))

@@ -15,7 +15,7 @@ _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
 #: What the functions below raise.
-WRONG = (ValueError, OverflowError, RecursionError)
+WRONG = (ValueError, RecursionError)
 
 
 def told(where: str, error: Exception) -> DataError:
@@ -34,8 +34,10 @@ def parsed(text: bytes) -> dict[str, Any]:
         value = _DECODE(text.decode())
     except UnicodeDecodeError:
         raise ValueError("not UTF-8") from None
-    except ValueError as error:
+    except json.JSONDecodeError as error:
         raise ValueError(f"not JSON ({error})") from None
+    except ValueError:  # of Python's own bound
+        raise ValueError("a number with too many digits") from None
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
     return value
@@ -56,14 +58,21 @@ def number(record: Mapping[str, Any], name: str) -> float:
         return _NOT_FINITE[value]
     if type(value) not in (int, float):
         refuse(name, 'neither a number nor "nan", "inf" or "-inf"')
-    return float(value)
+    return _float(value, name)
 
 
 def finite(value: Any, name: str) -> float:
     """A finite number."""
-    if type(value) not in (int, float) or not math.isfinite(value):
+    if type(value) not in (int, float) or not math.isfinite(number := _float(value, name)):
         refuse(name, "not a finite number")
-    return float(value)
+    return number
+
+
+def _float(value: int | float, name: str) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        refuse(name, "too large a number")
 
 
 def text(record: Mapping[str, Any], name: str) -> str:

@@ -165,7 +165,7 @@ def _draw_memory(axes: Any, runs: Sequence[Shown]) -> str:
     axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
     if len(runs) > 1:
         return ""
-    return f"peak {np.nanmax(runs[0].run.steps.columns['memory_bytes']) / 2**30:.3g} GiB"
+    return f"peak {known(runs[0].run.steps.columns['memory_bytes']).max() / 2**30:.3g} GiB"
 
 
 def _draw_weights(axes: Any, runs: Sequence[Shown]) -> str:
@@ -176,8 +176,7 @@ def _draw_weights(axes: Any, runs: Sequence[Shown]) -> str:
         else:
             shares = np.array(weights.counts) / max(1, sum(weights.counts)) * 100
             axes.stairs(shares, weights.edges, color=shown.colour, linewidth=1.7)
-    if all(shown.run.provenance.weights.edges[0] > 0 for shown in runs):  # type: ignore[union-attr]
-        _scale_log(axes, [e for shown in runs for e in shown.run.provenance.weights.edges])  # type: ignore[union-attr]
+    _scale_log(axes, [e for shown in runs for e in shown.run.provenance.weights.edges])  # type: ignore[union-attr]
     axes.axvline(1, color=QUIET, linewidth=1, linestyle=":")
     axes.set_xlabel("weight of an example (mean over the tokens: 1)")
     axes.set_ylabel("examples" if len(runs) == 1 else "% of the examples")

@@ -247,6 +247,18 @@ def require_suffix(path: Path, suffixes: Sequence[str] = SUFFIXES) -> str:
     return path.suffix.lower()
 
 
+def default_target(run: Path, name: str) -> Path:
+    """Where a picture of a run, or a page on it, is put by itself: into its folder.
+
+    Raises:
+        ConfigError: if a link stands there: who handed the folder over must not choose what is replaced.
+    """
+    target = run / name
+    if target.is_symlink():
+        raise ConfigError(f"{target}: is a link, and is not written through unasked; give --out")
+    return target
+
+
 def write(path: Path, content: bytes) -> None:
     """Put a file under its name, wholly or not at all, in place of one that stands there.
 

@@ -7,7 +7,10 @@ text that anybody may have written: what no run writes is an error that names fi
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
+import stat
 import warnings
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -162,12 +165,21 @@ def read_run(folder: Path) -> Run:
 
 def _read_metrics(path: Path) -> tuple[Steps, list[Evaluation]] | None:
     try:
-        with path.open("rb") as file:
+        with _opened(path) as file:
             return _parsed(path, iter(partial(file.readline, _MAX_BYTES), b""))
     except FileNotFoundError:
         return None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """A file to read; nobody may ever write to a pipe that stands in its place."""
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise DataError(f"{path}: is no file; move it away")
+        yield file
 
 
 def _parsed(path: Path, lines: Iterator[bytes]) -> tuple[Steps, list[Evaluation]]:
@@ -181,6 +193,8 @@ def _parsed(path: Path, lines: Iterator[bytes]) -> tuple[Steps, list[Evaluation]
                 if len(line) == _MAX_BYTES:
                     raise ValueError(f"more than {_MAX_BYTES:,} bytes")
                 break  # torn: its writer is in the middle of it, or was killed there
+            if line.isspace():
+                continue  # of an editor
             record = checked.parsed(line)
             step = checked.whole(record, "step")
             if not record.keys() <= _OF_A_STEP and (evaluated := _evaluated(record)):
@@ -189,14 +203,20 @@ def _parsed(path: Path, lines: Iterator[bytes]) -> tuple[Steps, list[Evaluation]
             else:
                 _require_order(step, numbers[-1] if numbers else -1)
                 numbers.append(step)
-                row = [record.get(name, math.nan) for name in COLUMNS]
-                if not set(map(type, row)) <= {float, int}:
-                    row = [checked.number(record, name) if name in record else math.nan for name in COLUMNS]
-                values.extend(row)
+                values.extend(_row(record))
     except checked.WRONG as error:
         raise checked.told(f"{path}:{count}", error) from None
     rows = np.array(values).reshape(-1, len(COLUMNS))
     return _steps(np.array(numbers, np.int64), rows.T), evaluations
+
+
+def _row(record: Mapping[str, Any]) -> array[float]:
+    """The columns of a line of a step: what it must do a million times, it does at once."""
+    found = [record.get(name, math.nan) for name in COLUMNS]
+    if set(map(type, found)) <= {float, int}:
+        with contextlib.suppress(OverflowError):  # told below, with its name
+            return array("d", found)
+    return array("d", [checked.number(record, name) if name in record else math.nan for name in COLUMNS])
 
 
 def _evaluated(record: Mapping[str, Any]) -> dict[str, float]:
@@ -251,7 +271,7 @@ def _real(value: int | float) -> float:
 
 def _read_provenance(path: Path) -> Provenance | None:
     try:
-        with path.open("rb") as file:
+        with _opened(path) as file:
             text = file.read(_MAX_BYTES)
     except FileNotFoundError:
         return None
@@ -268,13 +288,16 @@ def _read_provenance(path: Path) -> Provenance | None:
 def _distribution(found: Mapping[str, Any]) -> Distribution:
     counts = tuple(checked.whole({"counts": count}, "counts") for count in checked.items(found, "counts"))
     edges = tuple(checked.finite(edge, "edges") for edge in checked.items(found, "edges"))
-    if len(edges) != len(counts) + 1 or any(low >= high for low, high in pairwise(edges)):
-        checked.refuse("edges", "not one more than counts, rising")
+    if len(edges) != len(counts) + 1 or any(low >= high for low, high in pairwise((0.0, *edges))):
+        checked.refuse("edges", "not one more than counts, above 0 and rising")
     quantiles = checked.mapping(found.get("quantiles"), "quantiles")
+    effective = checked.finite(found.get("effective_examples"), "effective_examples")
+    if not 0 <= effective <= checked.whole(found, "examples") + 1:
+        checked.refuse("effective_examples", "more than there are examples, or less than 0")
     return Distribution(
         examples=checked.whole(found, "examples"),
         tokens=checked.whole(found, "tokens"),
-        effective_examples=checked.finite(found.get("effective_examples"), "effective_examples"),
+        effective_examples=effective,
         quantiles={name: _quartiles(value, f"quantiles.{name}") for name, value in quantiles.items()},
         edges=edges,
         counts=counts,

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 
 from distrust.checkpoint import CheckpointFile
+from distrust.checkpoint.checkpoint import MAX_STEP
 from distrust.checkpoint.retention import Candidate, Retention, ranked
 from distrust.config import TrainConfig, key
 from distrust.reporting.drawing import class_name, known
 from distrust.reporting.panels import by_share, stall_share
 from distrust.reporting.runs import Evaluation, Run
+from distrust.training.resume import FINGERPRINTS
 
 #: Rows of evaluations that a page shows: a long run has thousands.
 ROWS = 25
@@ -83,20 +85,26 @@ def last_step(run: Run) -> int:
     )
 
 
-def _of_steps(run: Run) -> str:
+def _max_steps(run: Run) -> int | None:
+    """How far the run goes, if that is known: until it saves, one that was made longer has not said so."""
     last = options_of(run).get("max_steps")
-    return f"of {last:,}" if isinstance(last, int) else ""
+    return last if isinstance(last, int) and last_step(run) <= last < MAX_STEP else None
+
+
+def _of_steps(run: Run) -> str:
+    last = _max_steps(run)
+    return "" if last is None else f"of {last:,}"
 
 
 def state(run: Run) -> tuple[str, str]:
     """Where a run is: a word, and a sentence."""
-    step, last = last_step(run), options_of(run).get("max_steps")
+    step, last = last_step(run), _max_steps(run)
     of = f"step {step:,} {_of_steps(run)}".rstrip()
     newest = run.newest
     if newest is None:
         return "not saved yet", f"{of}: no checkpoint stands"
     if newest.kind == "final" and newest.step == step:
-        early = isinstance(last, int) and step < last
+        early = last is not None and step < last
         return ("ended early" if early else "finished"), of
     return "not finished", f"{of}; the newest checkpoint is of step {newest.step:,}"
 
@@ -117,7 +125,7 @@ def facts(run: Run) -> list[Fact]:
         waited = float(known(columns["stall_seconds"]).sum())
         found.append(Fact("held up by checkpoints", f"{stall_share(run)[-1]:.2%}", duration(waited)))
     if "memory_bytes" in columns:
-        found.append(Fact("peak memory", f"{np.nanmax(columns['memory_bytes']) / 2**30:.3g} GiB"))
+        found.append(Fact("peak memory", f"{known(columns['memory_bytes']).max() / 2**30:.3g} GiB"))
     if run.provenance is not None:
         weights = run.provenance.weights
         share = weights.effective_examples / max(1, weights.examples)
@@ -260,15 +268,20 @@ def evaluations_by_class(run: Run) -> tuple[list[str], list[Row]]:
 
 
 def options(run: Run) -> list[Option]:
-    """Every option of the run, in the order of the reference; then what this program knows no option of."""
+    """Every option of the run, in the order of the reference; then those that this program does not know."""
     there = options_of(run)
-    known = {key(field.name): field.default for field in fields(TrainConfig)}
+    defaults = {key(field.name): field.default for field in fields(TrainConfig)}
     rows = []
-    for name, default in known.items():
+    for name, default in defaults.items():
         if name in there:
             value, usual = words(there[name]), words(default)
             rows.append(Option(name, value, usual if value != usual else None))
-    return rows
+    saved = {} if run.newest is None else run.newest.header.config
+    return rows + [
+        Option(name, words(value))
+        for name, value in saved.items()
+        if name not in defaults and name != FINGERPRINTS
+    ]
 
 
 def environment(run: Run) -> list[Fact]:
@@ -282,7 +295,7 @@ def environment(run: Run) -> list[Fact]:
         if isinstance(extra.get(part), dict):
             prefix = "" if part == "environment" else f"{part}: "
             found |= {f"{prefix}{name}": value for name, value in extra[part].items()}
-    prints = run.newest.header.config.get("fingerprints")
+    prints = run.newest.header.config.get(FINGERPRINTS)
     if isinstance(prints, dict):
         found |= {f"fingerprint of the {name}": value for name, value in prints.items()}
     return [Fact(str(name), words(value)) for name, value in found.items()]
