@@ -13,9 +13,9 @@ from toy_engine import ToyEngine, ToyTokenizer
 
 from distrust import CheckpointManager, DistrustWarning, TrainConfig, weighting
 from distrust.data import Completion, Location, Record, Text, tokenize
-from distrust.data.corpus import MAX_CLASSES, OTHER_CLASSES
+from distrust.data.corpus import MAX_CLASSES, NO_CLASS, OTHER_CLASSES
 from distrust.errors import ConfigError
-from distrust.training.evaluation_set import CLASSES_MEASURED, NO_CLASS, evaluation_set
+from distrust.training.evaluation_set import CLASSES_MEASURED, evaluation_set
 from distrust.training.events import Evaluated, RunStarted
 
 

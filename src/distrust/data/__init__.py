@@ -28,7 +28,7 @@ rewriting.py   weighed records -> a data set with both columns
 
 from distrust.data.batches import IGNORED, Batches, MicroBatch, evaluation_batches
 from distrust.data.cache import Cache, cache_folder
-from distrust.data.corpus import Corpus
+from distrust.data.corpus import NO_CLASS, Corpus
 from distrust.data.distribution import Distribution, distribution
 from distrust.data.mapping import Columns, columns_of
 from distrust.data.order import MAX_SEED, MixedOrder, Order, permutation
@@ -43,6 +43,7 @@ from distrust.data.tokens import beginning, tokenize, tokenize_in_blocks
 __all__ = [
     "IGNORED",
     "MAX_SEED",
+    "NO_CLASS",
     "Batches",
     "Cache",
     "Census",

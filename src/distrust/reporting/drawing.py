@@ -1,7 +1,4 @@
-"""What the panels of a picture share: colours, runs as they are drawn, lines, and text that is only text.
-
-Class names and the like are anybody's: they are shown as text, whatever they hold.
-"""
+"""What the panels of a picture share: colours, runs as they are drawn, lines, and text that is no formula."""
 
 from __future__ import annotations
 
@@ -24,7 +21,6 @@ SERIES = (PRIMARY, COORDINATED, "#009e73", "#cc79a7", "#e69f00", "#56b4e9", INK)
 BROWN = "#8c6d31"
 #: What is larger is drawn as little as what is not finite: no axis could be divided.
 LARGEST = 1e100
-NAME_CHARACTERS = 28
 
 XAxis = Literal["step", "tokens", "time"]
 X_AXES = get_args(XAxis)
@@ -87,17 +83,6 @@ def positions(run: Run, axis: XAxis) -> Values:
 def known(values: Values) -> Values:
     """The values, and 0 in place of what is not known, or cannot be added up."""
     return np.where(np.abs(values) <= LARGEST, values, 0.0)
-
-
-def plain(text: str, characters: int = 10**6) -> str:
-    """Text from anywhere on one line, what cannot be seen replaced, cut to so many letters."""
-    seen = "".join(letter if letter.isprintable() else "\ufffd" for letter in text[: characters + 1])
-    return seen if len(seen) <= characters else seen[: characters - 1] + "…"
-
-
-def class_name(name: str, characters: int = NAME_CHARACTERS) -> str:
-    """What a source class is called: that of the examples that name none has no name of its own."""
-    return plain(name, characters) or "(none)"
 
 
 def compact(value: float, _: object = None) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
-from distrust.reporting import drawing, inline, panels, pictures, summary
+from distrust.reporting import inline, names, panels, pictures, summary
 from distrust.reporting.runs import Run
 
 _TEMPLATE = "page.html.jinja"
@@ -44,7 +44,7 @@ def page(run: Run) -> str:
     )
     environment.filters |= {
         "n": summary.number,
-        "class_name": drawing.class_name,
+        "class_name": names.class_name,
         "g": "{:.4g}".format,
         "percent": "{:.1%}".format,
     }
@@ -70,7 +70,7 @@ def _seen(value: Any) -> Any:
     """Text with what cannot be seen, or would turn what stands beside it, replaced."""
     from markupsafe import Markup
 
-    return drawing.plain(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+    return names.plain(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _pictures(run: Run) -> list[Picture]:

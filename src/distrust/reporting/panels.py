@@ -18,14 +18,13 @@ from distrust.reporting.drawing import (
     SERIES,
     Shown,
     as_text,
-    class_name,
     compact,
     draw_line,
     draw_over_steps,
     draw_raw_and_smoothed,
     known,
-    plain,
 )
+from distrust.reporting.names import class_name, plain
 from distrust.reporting.runs import Run
 from distrust.reporting.series import Values
 

@@ -16,15 +16,14 @@ from distrust.errors import ConfigError, DistrustWarning, RunNotFound, WriteFail
 from distrust.reporting.drawing import (
     GRID,
     INK,
-    NAME_CHARACTERS,
     QUIET,
     SERIES,
     Shown,
     XAxis,
     compact,
-    plain,
     positions,
 )
+from distrust.reporting.names import NAME_CHARACTERS, plain
 from distrust.reporting.panels import PANELS, Panel, require_known
 from distrust.reporting.runs import Run
 

@@ -1,4 +1,4 @@
-"""Pictures."""
+"""What `distrust demo` and `distrust weigh` draw; pictures of runs are made by ``pictures``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distrust.data.distribution import Distribution
-from distrust.reporting.weights import NO_CLASS
+from distrust.reporting.names import class_name
 from distrust.weighting import MAX_AUTHORITY_WEIGHT
 
 #: Colour-blind safe, and apart in grey.
@@ -184,7 +184,7 @@ def _draw_classes(panel: Any, shown: Distribution) -> None:
     panel.barh(places + 0.2, shares, 0.38, color=PRIMARY, label="of the weight")
     for place, share in zip(places, shares, strict=True):
         panel.text(share, place + 0.2, f" {share:.1%}", va="center", fontsize=8)
-    panel.set_yticks(places, [_label(summary.name) for summary in classes])
+    panel.set_yticks(places, [class_name(summary.name) for summary in classes])
     for label in panel.get_yticklabels():
         label.set_parse_math(False)  # a dollar in a name is a dollar
     panel.set_ylim(max(len(classes), 5) - 0.4, -0.6)  # the first is the highest; a single one no wall
@@ -193,9 +193,3 @@ def _draw_classes(panel: Any, shown: Distribution) -> None:
     left = "" if len(classes) == len(shown.classes) else f", the first {_CLASSES}"
     panel.set_title(f"source classes{left}")
     panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=2, frameon=False)
-
-
-def _label(name: str) -> str:
-    """A name from the data, as a picture can show it."""
-    plain = "".join(letter if letter.isprintable() else "·" for letter in name) or NO_CLASS
-    return plain if len(plain) <= 24 else plain[:23] + "…"

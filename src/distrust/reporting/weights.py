@@ -6,9 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from distrust.data.distribution import ClassSummary, Distribution, Extreme
 from distrust.data.weighing import Check, Quantity
-
-NO_CLASS = "(none)"
-"""What the class of records that name none is called."""
+from distrust.reporting.names import class_name
 
 _SYMBOLS: Mapping[Quantity, tuple[str, str]] = {
     "authority_weight": ("w", ""),
@@ -16,7 +14,6 @@ _SYMBOLS: Mapping[Quantity, tuple[str, str]] = {
 }
 _BAR = 40
 _ROWS = 12
-_NAME = 32
 
 
 def check_lines(checks: Mapping[Quantity, Check], *, recomputed: bool) -> Iterator[str]:
@@ -95,7 +92,7 @@ def _block_bar(length: float) -> str:
 
 
 def _classes(classes: Sequence[ClassSummary]) -> Iterator[str]:
-    names = [_shortened(summary.name) for summary in classes]
+    names = [class_name(summary.name) for summary in classes]
     width = max([12, *map(len, names)])
     examples = sum(summary.examples for summary in classes)
     yield (
@@ -118,8 +115,3 @@ def _extremes(title: str, extremes: Sequence[Extreme], captions: Mapping[str, st
             f"  {extreme.where:{width}}  {extreme.authority_weight:>6.3f}  "
             f"{extreme.provenance_entropy:>6.3f}  {extreme.weight:>8.4g}  {captions.get(extreme.where, '')}"
         ).rstrip()
-
-
-def _shortened(name: str) -> str:
-    name = " ".join(name.split()) or NO_CLASS
-    return name if len(name) <= _NAME else name[: _NAME - 1] + "…"

@@ -11,12 +11,10 @@ import numpy as np
 
 from distrust import weighting
 from distrust.config import TrainConfig
-from distrust.data import Corpus, MicroBatch, evaluation_batches
+from distrust.data import NO_CLASS, Corpus, MicroBatch, evaluation_batches
 
 #: Source classes that have metrics of their own: those with the most learned tokens.
 CLASSES_MEASURED = 20
-#: What a record without a class is shown as.
-NO_CLASS = "(none)"
 
 
 @dataclass(frozen=True, slots=True)
