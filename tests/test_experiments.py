@@ -8,18 +8,20 @@ import statistics
 import subprocess
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distrust.bundled import NEUTRAL
+from distrust import TrainConfig
+from distrust.bundled import CORPUS, NEUTRAL
 from distrust.weighting import example_weights
-from experiments.weighting import figures, tables
-from experiments.weighting.design import QUICK, SEEDS, WORLDS, WRONG, Run, digest, runs
+from experiments.weighting import figures, run, tables, world
+from experiments.weighting.design import QUICK, SEEDS, WORLDS, WRONG, Run, Training, runs
 from experiments.weighting.results import Results
-from experiments.weighting.run import chosen, execute, material, weights
+from experiments.weighting.run import chosen, digest, execute, material, weights
 from experiments.weighting.world import (
     CLAIMS_PER_NEUTRAL_THING,
     DISPUTED,
@@ -183,8 +185,27 @@ def test_the_command_goes_on_where_it_was_and_writes_everything(tmp_path):
 def test_results_of_another_training_are_not_mixed_in(tmp_path):
     results = Results(tmp_path / "results.jsonl", design=digest(QUICK))
     results.add({"design": digest(QUICK), "world": "bundled", "wrong": 0.0, "method": "off", "seed": 1})
-    with pytest.raises(SystemExit, match="another training"):
-        Results(tmp_path / "results.jsonl", design="other")
+    with pytest.raises(SystemExit, match="another design"):
+        Results(tmp_path / "results.jsonl", design=digest(Training()))
+
+
+def test_whatever_decides_the_results_decides_the_design(monkeypatch, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"another")
+    changes = [
+        (world, "DISPUTED", 11),
+        (world, "OWN_OPENING", 0.4),
+        (run, "TrainConfig", partial(TrainConfig, lambda_=0.7)),
+        (run, "TrainConfig", partial(TrainConfig, lora_rank=4)),
+        (run, "NEUTRAL", CORPUS),
+        (run, "MODEL", tmp_path),
+    ]
+    designs = {digest.__wrapped__(QUICK), digest.__wrapped__(Training())}
+    for change in changes:
+        with monkeypatch.context() as patch:
+            patch.setattr(*change)
+            designs.add(digest.__wrapped__(QUICK))
+    assert len(designs) == 2 + len(changes)
+    assert digest.__wrapped__(QUICK) == digest(QUICK)
 
 
 def test_every_run_is_there_once_and_labels_matter_only_where_they_are_seen():

@@ -16,8 +16,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from experiments.weighting.design import METHODS, QUICK, SEEDS, WORLDS, Training, digest, runs
+from experiments.weighting.design import METHODS, QUICK, SEEDS, WORLDS, Training, runs
 from experiments.weighting.results import Results
+from experiments.weighting.run import digest
 from experiments.weighting.workers import compute
 
 

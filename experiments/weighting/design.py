@@ -8,10 +8,8 @@ A *cell* is a method on a world with a share of wrong labels; a *run* is a cell 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
-from hashlib import blake2b
+from dataclasses import dataclass
 
 METHODS = ("before", "off", "additive", "published", "monotone", "monotone-plain", "filter", "upsample")
 #: Without wrong labels only: what it shows needs no more.
@@ -76,8 +74,3 @@ def runs(worlds: Iterable[str], seeds: Iterable[int], methods: Iterable[str] = M
                     if method == "additive" and world not in ADDITIVE_IN:
                         continue
                     yield Run(world, wrong, method, seed)
-
-
-def digest(training: Training) -> str:
-    """Of the training: results of different ones are never put into one table."""
-    return blake2b(json.dumps(asdict(training), sort_keys=True).encode(), digest_size=8).hexdigest()

@@ -29,7 +29,7 @@ class Results:
             os.truncate(path, len(lines))
         self.all: list[Result] = [json.loads(line) for line in lines.splitlines()]
         if any(result["design"] != design for result in self.all):
-            raise SystemExit(f"{path}: holds results of another training than this one's; give another --out")
+            raise SystemExit(f"{path}: holds results of another design than this one; give another --out")
 
     def missing(self, runs: Iterable[Run]) -> list[Run]:
         """Those without a result."""

@@ -6,22 +6,23 @@ import json
 import random
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from distrust import DistrustTrainer, TrainConfig, engines, weighting
-from distrust.bundled import CORPUS, NEUTRAL
+from distrust.bundled import CORPUS, MODEL, NEUTRAL
 from distrust.data import evaluation_batches, read_records, tokenize
 from distrust.demo import Belief, Question, measure, read_questions
 from distrust.training.engine import Engine
 from distrust.training.events import Event, StepEnded
 from distrust.weighting import Weighting
 from experiments.weighting.additive import Adding
-from experiments.weighting.design import CLIPPED_PLAINLY, WORLDS, Run, Training, digest
+from experiments.weighting.design import CLIPPED_PLAINLY, SEEDS, WORLDS, WRONG, Run, Training
 from experiments.weighting.world import make_world
 
 Records = list[dict[str, Any]]
@@ -97,6 +98,21 @@ def config_of(run: Run, training: Training, out: Path) -> TrainConfig:
         device="cpu",
         save_every=0,
     )
+
+
+@cache
+def digest(training: Training) -> str:
+    """Of what all runs are made of: results of different designs are never put into one table.
+
+    That is the training with every option's default, the worlds, the questions, the neutral text and the
+    base model; not the code that works on them.
+    """
+    one = Run("1:5", max(WRONG), "monotone", min(SEEDS))
+    options = config_of(one, training, Path("out")).with_effect("result")
+    options["model"] = [blake2b(path.read_bytes()).hexdigest() for path in sorted(MODEL.iterdir())]
+    worlds = [asdict(material(replace(one, world=world))) for world in WORLDS]
+    decides = [asdict(training), options, worlds, blake2b(NEUTRAL.read_bytes()).hexdigest()]
+    return blake2b(json.dumps(decides, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def execute(run: Run, training: Training, folder: Path) -> dict[str, Any] | None:
