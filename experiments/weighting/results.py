@@ -13,6 +13,11 @@ from experiments.weighting.design import Run
 Result = dict[str, Any]
 
 
+def run_of(result: Result) -> Run:
+    """Which run a result is of."""
+    return Run(**{name: result[name] for name in Run.__slots__})
+
+
 class Results:
     """A file of results, of one design.
 
@@ -33,7 +38,7 @@ class Results:
 
     def missing(self, runs: Iterable[Run]) -> list[Run]:
         """Those without a result."""
-        done = {Run(**{name: one[name] for name in Run.__slots__}) for one in self.all}
+        done = set(map(run_of, self.all))
         return [run for run in runs if run not in done]
 
     def add(self, result: Result) -> None:

@@ -15,7 +15,7 @@ from distrust.weighting import Weighting, example_weights
 from experiments.weighting import figures
 from experiments.weighting.design import CLIPPED_PLAINLY, METHODS, SEEDS, WORLDS, WRONG, runs
 from experiments.weighting.figures import Estimate, Measure
-from experiments.weighting.results import Result
+from experiments.weighting.results import Result, run_of
 from experiments.weighting.world import World, make_world
 
 HARDER = [world for world, ratio in WORLDS.items() if ratio]
@@ -31,7 +31,7 @@ def blocks(results: Sequence[Result]) -> dict[str, str]:
         "preferred": _harder(results, figures.preferred, _percent),
         "differences": _differences(results),
         "clipping": _clipping(results),
-        "sole": _harder(results, figures.sole_kept, _percent),
+        "sole": _harder(results, figures.sole_kept, _percent, before=True),
         "brier": _harder(results, figures.brier, _number),
         "ece": _calibration(results),
         "neutral": _harder(results, figures.neutral_loss, _number, before=True),
@@ -62,16 +62,15 @@ def write_into(path: Path, tables: dict[str, str]) -> None:
 
 
 def _runs(results: Sequence[Result]) -> str:
-    every = len(list(runs(WORLDS, SEEDS)))
+    every = set(runs(WORLDS, SEEDS))
+    missing = every - set(map(run_of, results))
     seeds = ", ".join(str(seed) for seed in sorted({result["seed"] for result in results}))
     minutes = sum(result["seconds"] for result in results) / 60
-    left = (
-        ""
-        if len(results) >= every
-        else " The others are missing from the tables: the command goes on with them."
-    )
+    left = " The others are missing from the tables: the command goes on with them." if missing else ""
+    more = len(results) - len(every) + len(missing)
     return (
-        f"The tables are of {len(results)} runs out of {every}, with the seeds {seeds}: {minutes:.0f} "
+        f"The tables are of {len(every) - len(missing)} runs out of {len(every)}"
+        f"{f' and {more} more' if more else ''}, with the seeds {seeds}: {minutes:.0f} "
         f"minutes of one thread, on a machine that did other things besides.{left}"
     )
 
