@@ -50,7 +50,7 @@ def version_of(checkpoint: Checkpoint, *, step: int | None = None) -> int:
     return int(of[1])
 
 
-def _arrays(step: int, version: int, size: int) -> dict[str, dict[str, Any]]:
+def _arrays(step: int, version: int, size: int) -> dict[str, Any]:
     weights = np.arange(size, dtype=np.int64) * 2_654_435_761 + (step * 1_000_003 + version)
     return {
         "model": {"weights": weights, "odd": (weights[:77] % 251).astype(np.uint8)},

@@ -180,6 +180,29 @@ def test_the_best_one_does_not_wait_for_the_next_save(run, eval_data, tmp_path):
     assert CheckpointManager(tmp_path / "none" / "checkpoints").list_checkpoints() == [30]
 
 
+def test_losses_on_other_data_are_not_compared(run, eval_data, tmp_path):
+    """Neither for the best checkpoint, nor for the patience that ends a run."""
+    hard = tmp_path / "hard.jsonl"
+    rows = [json.loads(line) for line in eval_data.read_text().splitlines()]
+    hard.write_text("".join(json.dumps({**row, "text": "xq zz"}) + "\n" for row in rows))
+    options = {"eval_every": 2, "save_every": 2, "keep_last": 1, "schedule": "constant", "warmup_steps": 0}
+    run(tmp_path / "run", eval_data=str(eval_data), max_steps=8, **options)
+    manager = CheckpointManager(tmp_path / "run" / "checkpoints")
+    easiest = manager.inspect(manager.load_best().step).metrics["eval_loss"]
+
+    with pytest.warns(DistrustWarning, match="evaluated on other data .* is told anew"):
+        _, events = run(
+            tmp_path / "run", eval_data=str(hard), max_steps=16, early_stopping_patience=2, **options
+        )
+    losses = {event.step: event.loss for event in evaluated(events)}
+    assert min(losses.values()) > easiest
+    assert len(losses) > 2  # were they compared, it would end after two
+    assert manager.load_best().step == min(losses, key=losses.get)
+    _, events = run(tmp_path / "run", eval_data=str(hard), max_steps=20, **options)
+    losses |= {event.step: event.loss for event in evaluated(events)}
+    assert manager.load_best().step == min(losses, key=losses.get)
+
+
 @pytest.mark.parametrize(
     ("metric", "options", "says"),
     [

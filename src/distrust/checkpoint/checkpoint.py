@@ -34,6 +34,8 @@ class Checkpoint:
         metadata: anything of the caller's; its numbers count as metrics.
         metrics: numbers by which checkpoints are listed and the best one is chosen. They do not enter
             ``state_digest``.
+        measured_on: what the metrics were measured on, such as the digest of an eval set, if that matters:
+            the best checkpoint is looked for among those that have it in common with the newest.
         run: what may differ between two equal runs (paths, intervals, versions), as plain JSON values. It
             does not enter ``state_digest``.
     """
@@ -46,6 +48,7 @@ class Checkpoint:
     config: Mapping[Any, Any] = field(default_factory=dict)
     metadata: Mapping[Any, Any] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
+    measured_on: str = ""
     run: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -57,6 +60,10 @@ class Checkpoint:
                 raise UnsupportedState(
                     f"{name} must be a dict, such as a state_dict(), not a {kind}", label=name
                 )
+        if type(self.measured_on) is not str:
+            raise UnsupportedState(
+                f"measured_on must be a str, not {self.measured_on!r}", label="measured_on"
+            )
 
     @property
     def nbytes(self) -> int:

@@ -116,6 +116,12 @@ class Header:
         saved: dict[str, float] = self.run_info["metrics"]
         return saved
 
+    @property
+    def measured_on(self) -> str:
+        """What the metrics were measured on; empty where that was not said."""
+        found: str = self.run_info.get("measured_on", "")
+        return found
+
     @Once
     def tensors(self) -> tuple[TensorInfo, ...]:
         """In the order of their data.
@@ -308,6 +314,8 @@ def _run_info(text: str) -> dict[str, Any]:
         _require_same(text, compact_json(run))  # its keys stand as the caller gave them
     if type(run) is not dict or any(type(run.get(part)) is not dict for part in ("metrics", "extra")):
         raise CorruptCheckpoint("the header's run is not what a writer makes")
+    if type(run.get("measured_on", "")) is not str:
+        raise CorruptCheckpoint("the header's run does not say in words what was measured on")
     if tree.is_too_deep(run):
         raise CorruptCheckpoint(f"the header's run is nested deeper than {tree.MAX_DEPTH} levels")
     return run

@@ -110,6 +110,7 @@ def read(
             config=header.config,
             metadata=header.metadata,
             metrics=header.saved_metrics,
+            measured_on=header.measured_on,
             run=header.run_info["extra"],
         )
         return CheckpointFile(path, header), checkpoint
@@ -126,6 +127,8 @@ def _run(checkpoint: Checkpoint) -> str:
         "metrics": metrics,
         "extra": checkpoint.run,
     }
+    if checkpoint.measured_on:
+        run["measured_on"] = checkpoint.measured_on
     try:
         text = canonical_json(run)
         text.encode()

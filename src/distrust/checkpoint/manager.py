@@ -604,7 +604,7 @@ def _identity(file: CheckpointFile) -> tuple[str, str]:
 
 
 def _candidates(files: Iterable[CheckpointFile]) -> list[Candidate]:
-    return [Candidate(file.step, file.kind == "final", file.metrics) for file in files]
+    return [Candidate(file.step, file.kind == "final", file.metrics, file.measured_on) for file in files]
 
 
 def _listed(steps: Iterable[int]) -> str:

@@ -48,11 +48,13 @@ class Candidate:
         step: its number.
         final: whether it is a final checkpoint.
         metrics: its metrics.
+        measured_on: what they were measured on; empty where that was not said.
     """
 
     step: int
     final: bool
     metrics: Mapping[str, float]
+    measured_on: str = ""
 
 
 def last(candidates: Iterable[Candidate], rules: Retention) -> set[int]:
@@ -62,12 +64,17 @@ def last(candidates: Iterable[Candidate], rules: Retention) -> set[int]:
 
 
 def ranked(candidates: Iterable[Candidate], rules: Retention) -> list[int]:
-    """The steps that have the metric, best first; of equals the earlier first."""
+    """The steps that have the metric, best first; of equals the earlier first.
+
+    Values that were measured on something else than the newest one are no worse and no better, and left out.
+    """
+    measured = [candidate for candidate in candidates if rules.metric in candidate.metrics]
+    measured_on = max(measured, key=lambda candidate: candidate.step).measured_on if measured else ""
     sign = 1 if rules.metric_mode == "min" else -1
     values = [
         (sign * candidate.metrics[rules.metric], candidate.step)
-        for candidate in candidates
-        if rules.metric in candidate.metrics and not _is_nan(candidate.metrics[rules.metric])
+        for candidate in measured
+        if candidate.measured_on == measured_on and not _is_nan(candidate.metrics[rules.metric])
     ]
     return [step for _, step in sorted(values)]
 

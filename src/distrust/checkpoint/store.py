@@ -78,6 +78,11 @@ class CheckpointFile(NamedTuple):
         return self.header.metrics
 
     @property
+    def measured_on(self) -> str:
+        """What its metrics were measured on; empty where that was not said."""
+        return self.header.measured_on
+
+    @property
     def metadata(self) -> dict[str, Any]:
         """The caller's metadata."""
         return self.header.metadata

@@ -160,7 +160,7 @@ def best_checkpoint(run: Run) -> CheckpointFile | None:
     """The best of the checkpoints that stand, by the run's own metric."""
     files = run.checkpoints.by_step()
     steps = ranked(
-        [Candidate(step, final=False, metrics=file.metrics) for step, file in files.items()], _rules(run)
+        [Candidate(step, False, file.metrics, file.measured_on) for step, file in files.items()], _rules(run)
     )
     return files[steps[0]] if steps else None
 

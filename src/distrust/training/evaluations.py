@@ -25,6 +25,7 @@ class Evaluations:
         best: value of the metric at the best one.
         best_step: optimizer steps made by then.
         unimproved: evaluations since the best one.
+        measured_on: the fingerprint of what is evaluated on; None where that is not known.
     """
 
     metric: str = "eval_loss"
@@ -33,6 +34,7 @@ class Evaluations:
     best: float | None = None
     best_step: int = 0
     unimproved: int = 0
+    measured_on: str | None = None
 
     def after(self, metrics: Mapping[str, float], *, step: int) -> Evaluations:
         """With one more, by the metrics of its step; one that was not measured there counts for nothing."""
@@ -49,10 +51,17 @@ class Evaluations:
         return patience is not None and self.unimproved >= patience
 
     def taken_up(self, saved: Mapping[str, Any] | None) -> Evaluations:
-        """Those that a checkpoint holds; none of them, if they were judged by another metric."""
+        """Those that a checkpoint holds; none of them, if they cannot be compared with those to come."""
         if saved is None or (saved["metric"], saved["mode"]) != (self.metric, self.mode):
             return self
-        return Evaluations(**saved)
+        if self.of_other_data(saved):
+            return self
+        return replace(Evaluations(**saved), measured_on=self.measured_on)
+
+    def of_other_data(self, saved: Mapping[str, Any] | None) -> bool:
+        """Whether those that a checkpoint holds were measured on other data."""
+        known = (self.measured_on, (saved or {}).get("measured_on"))
+        return None not in known and known[0] != known[1]
 
     def _improves(self, value: float) -> bool:
         if self.best is None or math.isnan(self.best):

@@ -41,7 +41,11 @@ def finished(config: TrainConfig, manager: CheckpointManager) -> tuple[Checkpoin
         return None
     evaluations = Evaluations(config.metric, config.metric_mode).taken_up(run.get("evaluations"))
     early = newest.step < max_steps
-    if early and not evaluations.exhausted(config.early_stopping_patience):
+    if early and (
+        not evaluations.exhausted(config.early_stopping_patience)
+        or several(run.get("eval_data") or ()) != several(settled.eval_data or ())
+        or run.get("eval_split") != settled.eval_split
+    ):
         return None
     try:
         manager.validate(newest.path)

@@ -276,6 +276,7 @@ class DistrustTrainer:
             context_length=engine.context_length,
             report=report,
         )
+        self._progress.evaluations = replace(self._progress.evaluations, measured_on=self._measured_on())
         if checkpoint is not None and file is not None:
             self._take_up(checkpoint)
             if file.path.parent == self._manager.directory:  # a branch begins with none of its own
@@ -330,6 +331,13 @@ class DistrustTrainer:
         for difference in resume.environment_differences(self._engine.environment(), recorded):
             warnings.warn(f"no longer bit-identical: {difference}", DistrustWarning, stacklevel=2)
         self._engine.load_state(EngineState(checkpoint.model, checkpoint.optimizer, checkpoint.rng))
+        if self._progress.evaluations.of_other_data(checkpoint.run.get("evaluations")):
+            warnings.warn(
+                "this is evaluated on other data than the run was until now: which checkpoint is the best, and "
+                "how long it is that none was better, is told anew",
+                DistrustWarning,
+                stacklevel=2,
+            )
         self._progress.restore_history(checkpoint.history)
         self._progress.restore(
             step=checkpoint.step,
@@ -500,6 +508,7 @@ class DistrustTrainer:
             config={**config.with_effect("result"), resume.FINGERPRINTS: self._fingerprints()},
             metadata={"tokens_seen": progress.tokens_seen},
             metrics=progress.metrics,
+            measured_on=self._measured_on() or "",
             run={
                 **config.with_effect("free"),
                 **config.with_effect("bits"),
@@ -576,6 +585,13 @@ class DistrustTrainer:
             epoch_steps=self._epoch_steps(),
             warmup_steps=self._warmup_steps(),
         )
+
+    def _measured_on(self) -> str | None:
+        """The fingerprint of what the metric that tells the best checkpoint is measured on."""
+        evaluation = self._plan.evaluation
+        if evaluation is None or self._plan.config.metric in STEP_METRICS:
+            return None
+        return evaluation.corpus.fingerprint
 
     def _epoch_steps(self) -> float:
         return self._plan.batches.epoch_steps
