@@ -229,6 +229,8 @@ def test_a_missing_ingredient_is_told_unless_the_table_has_something_for_it(tabl
 def test_a_record_s_h(table):
     chain = [{"kind": "report", "id": 1, "share": 1, "year": 1901}, {"kind": "report", "id": "2", "share": 1}]
     assert evidence.provenance_entropy({"evidence": chain}, table) == 1
+    with_gaps = [{**item, "id": 1.0} for item in chain]  # one and the same, of a table whose ids have gaps
+    assert evidence.provenance_entropy({"evidence": with_gaps}, table) == 0
     assert evidence.provenance_entropy({"evidence": []}, table) == 0
     assert evidence.provenance_entropy({"evidence": '[{"kind": "web", "share": 1}]'}, table) == 0
 
@@ -246,7 +248,12 @@ def test_a_record_s_h(table):
         ([{"kind": "a", "share": -0.5}], "evidence[0].share: -0.5 is not a finite share, 0 or more"),
         ([{"kind": "a", "share": math.inf}], "evidence[0].share: Infinity is not a finite share"),
         ([{"kind": "a", "share": False}], "evidence[0].share: a boolean (false), not a number"),
-        ([{"kind": "a", "share": 1, "id": []}], "evidence[0].id: a list, not a string"),
+        ([{"kind": "a", "share": 1, "id": []}], "evidence[0].id: a list ([]), not a name or a whole number"),
+        (
+            [{"kind": "a", "share": 1, "id": 1.5}],
+            "evidence[0].id: a number (1.5), not a name or",
+        ),
+        ('[{"kind": "a", "share": 1, "share": 5}]', '"share": stands twice in one object'),
         ([{"kind": "a", "share": 0}], "evidence: all shares are 0"),
     ],
 )

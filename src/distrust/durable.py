@@ -12,6 +12,7 @@ import fcntl
 import os
 import re
 import secrets
+import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -72,13 +73,13 @@ def new_file(path: Path, *, force: bool, disk: Disk | None = None) -> Iterator[B
     disk = disk or Disk()
     target = path.resolve()
     require_writable(path, force=force)
-    temporary = target.parent / f".{target.name}.{secrets.token_hex(8)}.tmp"
     with _told(path):
         _sweep(target)
-        file = temporary.open("xb")
+        temporary, file = _made(target)
     try:
         with _told(path), file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with contextlib.suppress(FileNotFoundError):  # who may read it, still may, and nobody else
+                os.fchmod(file.fileno(), stat.S_IMODE(target.stat().st_mode))
             yield file
             file.flush()
             disk.sync(file.fileno())
@@ -95,6 +96,20 @@ def new_file(path: Path, *, force: bool, disk: Disk | None = None) -> Iterator[B
             "may still take it away",
             path=path,
         ) from error
+
+
+def _made(target: Path) -> tuple[Path, BinaryIO]:
+    """A file under a name that nobody has, locked."""
+    while True:
+        temporary = target.parent / f".{target.name}.{secrets.token_hex(8)}.tmp"
+        with contextlib.ExitStack() as undo:
+            file = undo.enter_context(temporary.open("xb"))
+            undo.callback(temporary.unlink, missing_ok=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if os.fstat(file.fileno()).st_nlink:
+                undo.pop_all()
+                return temporary, file
+            # Until it was locked, another writer took it for one of the dead.
 
 
 @contextlib.contextmanager

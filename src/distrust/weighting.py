@@ -18,6 +18,7 @@ the examples nor on how a numerical library splits a sum.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import numpy as np
@@ -86,6 +87,7 @@ def example_weights(
     alpha: float = ALPHA,
     lambda_: float = LAMBDA,
     max_ratio: float | None = None,
+    locations: Sequence[object] | None = None,
 ) -> NDArray[np.float64]:
     """The weight u of each example, before it is normalized.
 
@@ -96,6 +98,7 @@ def example_weights(
         alpha: α, within ``ALPHA_RANGE``.
         lambda_: λ, finite and not negative.
         max_ratio: if given, no weight exceeds this many times the smallest one; at least 1.
+        locations: where each example stands, for messages.
 
     Returns:
         float64[n], each at least 1.
@@ -110,7 +113,8 @@ def example_weights(
         return np.ones_like(r)
     with np.errstate(over="ignore"):  # reported below, with the example
         u = 1 + lambda_ * alpha * (np.maximum(r, 0) if weighting == "monotone" else r) ** 2
-    _require(np.isfinite(u), u, "weight", "overflows; its provenance entropy or λ is far too large")
+    what = "overflows; its provenance entropy or λ is far too large"
+    _require(np.isfinite(u), u, "weight", what, locations)
     return np.minimum(u, max_ratio * u.min()) if max_ratio is not None and u.size else u
 
 
@@ -185,10 +189,17 @@ def _pair(
     return a, b
 
 
-def _require(good: NDArray[np.bool_], values: NDArray[np.float64], name: str, what: str) -> None:
+def _require(
+    good: NDArray[np.bool_],
+    values: NDArray[np.float64],
+    name: str,
+    what: str,
+    locations: Sequence[object] | None = None,
+) -> None:
     if not good.all():
         first = int(np.argmin(good))
-        raise DataError(f"{name} of example {first} {what}: {float(values[first])}")
+        whose = f"{name} of example {first}" if locations is None else f"{locations[first]}: its {name}"
+        raise DataError(f"{whose} {what}: {float(values[first])}")
 
 
 def _check_alpha(alpha: float) -> None:

@@ -10,8 +10,10 @@ import os
 import re
 import resource
 import signal
+import stat
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -313,6 +315,37 @@ def test_all_that_is_wrong_is_told_at_once_and_nothing_is_written(distrust, tabl
     ]
     assert not out.exists()
     assert not picture.exists()
+
+
+def test_a_weight_that_overflows_is_told_with_its_record(distrust, tmp_path):
+    rows = [{"text": "t", "authority_weight": 0.1, "provenance_entropy": h} for h in (1.0, 1e200)]
+    data = write(tmp_path / "a.jsonl", rows)
+    done = distrust("weigh", data)
+    assert (done.code, done.out, done.err.count("\n")) == (1, "", 1)
+    assert f"{data}:2: its weight overflows" in done.err
+
+
+def test_who_may_read_a_file_still_may_when_it_is_replaced_and_nobody_else(distrust, raw, table, tmp_path):
+    out = tmp_path / "private.jsonl"
+    out.touch(mode=0o600)
+    assert distrust("weigh", raw, "--table", table, "--out", out, "--force").code == 0
+    assert stat.S_IMODE(out.stat().st_mode) == 0o600
+    assert out.stat().st_size > 0
+
+
+def test_several_that_write_one_file_all_succeed(tmp_path):
+    """One sweeps what it takes for the file of a dead one: that is made again."""
+
+    def write_often(number: int) -> None:
+        for _ in range(100):
+            with new_file(tmp_path / "one", force=True) as file:
+                file.write(bytes([number]) * 100)
+
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(write_often, number) for number in range(4)]:
+            done.result()
+    assert [path.name for path in tmp_path.iterdir()] == ["one"]
+    assert len(set((tmp_path / "one").read_bytes())) == 1
 
 
 # What is shown

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -55,12 +56,18 @@ def test_tensorboard_shows_each_step_once_though_some_were_made_twice(run, eval_
 
 
 WANDB_RUN = """
-import sys
+import os, signal, sys
 sys.path[:0] = {paths!r}
 from toy_engine import TOY, ToyEngine
 from distrust import DistrustTrainer, TrainConfig
 from distrust.reporting.reporters import reporters
+from distrust.training.events import StepEnded
 config = TrainConfig(**TOY | {options!r}, report_to=("wandb",))
+if {killed}:
+    def kill(event):
+        if isinstance(event, StepEnded) and event.step == {killed}:
+            os.kill(os.getpid(), signal.SIGKILL)
+    DistrustTrainer(config, engine=ToyEngine(), observers=[*reporters(config), kill]).train()
 DistrustTrainer(config, engine=ToyEngine(), observers=reporters(config)).train()
 """
 
@@ -68,11 +75,14 @@ DistrustTrainer(config, engine=ToyEngine(), observers=reporters(config)).train()
 def test_wandb_gets_every_step_under_the_identity_of_the_run(data, eval_data, tmp_path):
     here = Path(__file__).parent
     options = {"data": str(data), "eval_data": str(eval_data), "out": str(tmp_path / "run"), "eval_every": 3}
-    script = WANDB_RUN.format(paths=[str(here), str(here.parent)], options=options)
     environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true", "HOME": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", script], check=True, env=environment, timeout=120)
+    for killed in (5, 0):
+        script = WANDB_RUN.format(paths=[str(here), str(here.parent)], options=options, killed=killed)
+        done = subprocess.run([sys.executable, "-c", script], check=False, env=environment, timeout=120)
+        assert done.returncode == (-signal.SIGKILL if killed else 0)
     identity = (tmp_path / "run" / "wandb-run-id").read_text().strip()
-    (log,) = (tmp_path / "run" / "wandb").glob(f"offline-run-*-{identity}/run-{identity}.wandb")
+    logs = (tmp_path / "run" / "wandb").glob(f"offline-run-*-{identity}/run-{identity}.wandb")
+    log = max(logs, key=lambda path: path.stat().st_mtime)
     read = f"""
 import json
 from wandb.proto import wandb_internal_pb2 as pb
@@ -98,7 +108,10 @@ print(json.dumps(rows))
     )
     rows = json.loads(done.stdout)
     assert [row["_step"] for row in rows] == list(range(1, 10))
-    assert [row["_step"] for row in rows if "eval/loss" in row] == [3, 6, 9]
+    assert [row["_step"] for row in rows if "eval/loss" in row] == [
+        6,
+        9,
+    ]  # the killed one had that of 3
     assert all(row["train/loss"] > 0 for row in rows)
 
 

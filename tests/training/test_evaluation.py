@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from toy_engine import ToyEngine, ToyTokenizer
 
 from distrust import CheckpointManager, DistrustWarning, TrainConfig, weighting
-from distrust.data import Completion, Location, Record, Text, tokenize
-from distrust.data.corpus import MAX_CLASSES, NO_CLASS, OTHER_CLASSES
+from distrust.data import NO_CLASS, Completion, Location, Record, Text, tokenize
+from distrust.data.corpus import MAX_CLASSES, OTHER_CLASSES
 from distrust.errors import ConfigError
 from distrust.training.evaluation_set import CLASSES_MEASURED, evaluation_set
 from distrust.training.events import Evaluated, RunStarted
@@ -104,7 +104,7 @@ def test_provenance_of_the_eval_set_is_no_duty_and_a_default_serves_it(run, tmp_
 
 
 def test_the_source_class_is_any_column(run, tmp_path):
-    data = write_classes(tmp_path / "eval.jsonl", ["final", "draft", 7, None, "final"], column="status")
+    data = write_classes(tmp_path / "eval.jsonl", ["final", "draft", 7, None, NO_CLASS], column="status")
     _, events = run(tmp_path / "run", eval_data=data, source_column="status", max_steps=1)
     (event,) = evaluated(events)
     assert {name.partition("/")[2] for name in event.metrics} - {""} == {"final", "draft", "7", NO_CLASS}

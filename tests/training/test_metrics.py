@@ -24,10 +24,10 @@ EVALUATED = {"eval_every": 2, "eval_at_start": True}
 def logged(run, eval_data):
     """Runs the toy with its log: the end, the events, and the lines."""
 
-    def logged(out: Path, **options):
+    def logged(out: Path, *, before=(), after=(), **options):
         options = {"eval_data": str(eval_data), **EVALUATED, **options}
         config = TrainConfig(weighting=options.get("weighting", "monotone"))
-        ended, events = run(out, observers=[MetricsWriter(config)], **options)
+        ended, events = run(out, observers=[*before, MetricsWriter(config), *after], **options)
         return ended, events, lines(Path(options.get("branch", out)))
 
     return logged
@@ -123,6 +123,70 @@ def test_a_full_disk_does_not_stop_the_run_and_the_lines_come_later(logged, tmp_
     alone, _, _ = logged(tmp_path / "alone", save_every=0)
     assert ended.state_digest == alone.state_digest
     assert numbers(tmp_path / "full") == numbers(tmp_path / "alone")
+
+
+@pytest.mark.parametrize("name", [METRICS, PROVENANCE])
+def test_a_log_that_cannot_be_made_is_tried_again_with_each_checkpoint(logged, tmp_path, name):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / name).symlink_to(tmp_path / "later" / name)
+
+    def room(event):
+        if isinstance(event, StepEnded) and event.step == 5:
+            (tmp_path / "later").mkdir()
+
+    with pytest.warns(DistrustWarning, match=f"log cannot be written: .*{name}: ") as told:
+        logged(out, after=[room])
+    assert len(told) == 1
+    logged(tmp_path / "alone")
+    assert numbers(out) == numbers(tmp_path / "alone")
+    assert (out / PROVENANCE).read_text() == (tmp_path / "alone" / PROVENANCE).read_text()
+
+
+def test_room_that_comes_with_the_last_checkpoint_serves_the_last_lines(logged, tmp_path, monkeypatch):
+    write, full = os.write, []
+
+    def watch(event):
+        full[:] = [True] if isinstance(event, StepEnded) and event.step >= 8 else []
+
+    def on_a_full_disk(file, data):
+        if full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(file, data)
+
+    monkeypatch.setattr(metrics.os, "write", on_a_full_disk)
+    with pytest.warns(DistrustWarning, match="log cannot be written"):
+        logged(tmp_path / "full", before=[watch])
+    monkeypatch.undo()
+    logged(tmp_path / "alone")
+    assert numbers(tmp_path / "full") == numbers(tmp_path / "alone")
+
+
+@pytest.mark.parametrize("name", [METRICS, PROVENANCE])
+def test_what_is_no_file_in_its_place_does_not_stop_the_run(run, tmp_path, name):
+    (tmp_path / "run" / name).mkdir(parents=True)
+    with pytest.warns(DistrustWarning, match=f"{name}: is there already, and is no file"):
+        ended, _ = run(tmp_path / "run", observers=[MetricsWriter(TrainConfig())])
+    assert ended.finished
+
+
+def test_a_step_that_damage_changed_takes_no_other_line_with_it():
+    """Of an evaluation: believed, it would have all steps until then made anew."""
+    history = {name: [float(step) for step in range(1, 31)] for name in STEP_METRICS}
+    whole = []
+    for step in range(1, 31):
+        whole.append(line_of({"step": step, **dict.fromkeys(STEP_METRICS, float(step)), "seconds": 1.0}))
+        if step % 5 == 0:
+            whole.append(line_of({"step": step, "eval_loss": 1.5}))
+    at = whole.index(line_of({"step": 10, "eval_loss": 1.5}))
+    damaged = [*whole[:at], line_of({"step": 25, "eval_loss": 1.5}), *whole[at + 1 :]]
+    assert list(mended(damaged, step=30, history=history)) == [*whole[:at], *whole[at + 1 :]]
+    # A line of a step that is lost takes no evaluation with it: the lines around it agree.
+    for lost in ([at - 1], [at - 1, at - 2], [len(whole) - 2]):
+        damaged = [line for number, line in enumerate(whole) if number not in lost]
+        found = [json.loads(line) for line in mended(damaged, step=30, history=history)]
+        assert [line["step"] for line in found] == [json.loads(line)["step"] for line in whole]
+        assert sum("eval_loss" in line for line in found) == 6
 
 
 def test_what_the_examples_weigh_is_kept_beside_it(logged, tmp_path):

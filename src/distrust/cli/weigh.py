@@ -102,7 +102,12 @@ def main(arguments: list[str]) -> int:
         warnings.warn(
             f"--source-column {config.source_column}: no record has it", DistrustWarning, stacklevel=2
         )
-    weights = example_weights(weighed.authority_weight, weighed.provenance_entropy, **_weighting_of(config))
+    weights = example_weights(
+        weighed.authority_weight,
+        weighed.provenance_entropy,
+        **_weighting_of(config),
+        locations=weighed.locations,
+    )
     shown = _distribution(weighed, weights, extremes=options.top)
     with contextlib.ExitStack() as files:
         if options.plot is not None:  # first written and last named: a failure leaves neither file

@@ -28,8 +28,9 @@ rewriting.py   weighed records -> a data set with both columns
 
 from distrust.data.batches import IGNORED, Batches, MicroBatch, evaluation_batches
 from distrust.data.cache import Cache, cache_folder
-from distrust.data.corpus import NO_CLASS, Corpus
+from distrust.data.corpus import Corpus
 from distrust.data.distribution import Distribution, distribution
+from distrust.data.fields import NO_CLASS
 from distrust.data.mapping import Columns, columns_of
 from distrust.data.order import MAX_SEED, MixedOrder, Order, permutation
 from distrust.data.reading import Census, Reading, check, read_records

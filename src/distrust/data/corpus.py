@@ -23,9 +23,6 @@ MAX_CLASSES = 100
 
 OTHER_CLASSES = "(others)"
 
-NO_CLASS = "(none)"
-"""What the class of examples that name none is shown as."""
-
 BLOCK = 1 << 22
 """How many items of an array are looked at together."""
 

@@ -11,7 +11,7 @@ import math
 from typing import Any
 
 from distrust import provenance
-from distrust.data.fields import Fields, json_kind, shown
+from distrust.data.fields import Fields, json_kind, members, shown
 from distrust.data.problems import RecordError
 from distrust.data.table import Table
 from distrust.provenance import Evidence
@@ -104,7 +104,7 @@ def provenance_entropy(fields: Fields, table: Table) -> float:
         )
     if isinstance(chain, str):  # of a CSV file
         try:
-            chain = json.loads(chain)
+            chain = json.loads(chain, object_pairs_hook=members)
         except (ValueError, RecursionError):
             raise RecordError(f"{shown(chain)} is not a list, nor JSON of one", field=field) from None
     if not isinstance(chain, list):
@@ -127,8 +127,11 @@ def _item(item: Any, field: str) -> Evidence:
     number = _number(share, f"{field}.share")
     if not 0 <= number < math.inf:
         raise RecordError(f"{shown(share)} is not a finite share, 0 or more", field=f"{field}.share")
+    if isinstance(name, float) and name.is_integer():  # of a table whose column has gaps
+        name = int(name)
     if isinstance(name, bool) or not isinstance(name, str | int | None):
-        raise RecordError(f"{json_kind(name)}, not a string; give a name or a number", field=f"{field}.id")
+        what = f"{json_kind(name)} ({shown(name)}), not a name or a whole number; give one of these"
+        raise RecordError(what, field=f"{field}.id")
     return Evidence(kind, number, None if name is None else str(name))
 
 

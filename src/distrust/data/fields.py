@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, cast, get_args
 
@@ -26,6 +27,8 @@ _SPEAKERS = {"human": "user", "gpt": "assistant", **{role: role for role in _ROL
 
 #: Longer names of source classes are cut: they stand in logs and in pictures.
 MAX_SOURCE_LENGTH = 100
+#: What the class of records that name none is shown as; one of that name is the same.
+NO_CLASS = "(none)"
 
 # Chat templates print these too: a turn without them would be learned as something that was never said.
 _UNSUPPORTED_IN_TURN = ("function_call", "reasoning_content", "thinking", "tool_calls")
@@ -157,7 +160,8 @@ def read_source(fields: Fields, columns: Columns) -> str:
     value = next((fields[name] for name in columns.source if name in fields), "")
     if isinstance(value, str):
         # Shown only, so nothing is refused: what no file can hold is replaced.
-        return " ".join(value.encode("utf-8", "replace").decode().split())[:MAX_SOURCE_LENGTH]
+        name = " ".join(value.encode("utf-8", "replace").decode().split())[:MAX_SOURCE_LENGTH]
+        return "" if name == NO_CLASS else name
     return shown(value) if isinstance(value, bool | int | float) else ""
 
 
@@ -211,6 +215,19 @@ def _number(value: Any, field: str) -> float:
         return float(value)
     except OverflowError:  # an integer beyond the largest float
         return math.inf if value > 0 else -math.inf
+
+
+def members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The members of an object of JSON, for ``object_pairs_hook``.
+
+    Raises:
+        RecordError: for a name that stands twice: which of the values counts is not said.
+    """
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise RecordError("stands twice in one object; keep one", field=shown(twice))
+    return fields
 
 
 def json_kind(value: Any) -> str:

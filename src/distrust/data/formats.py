@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from distrust.data.fields import Fields, json_kind, shown
+from distrust.data.fields import Fields, json_kind, members, shown
 from distrust.data.mapping import Columns
 from distrust.data.problems import RecordError
 from distrust.data.records import Unit
@@ -109,7 +109,7 @@ def _decoded(raw: bytes, columns: Columns) -> Fields | RecordError:
     """The fields of a line, or what is wrong with it."""
     try:
         text = raw.decode("utf-8")
-        return _fields(json.loads(text, object_pairs_hook=_unique), text, columns)
+        return _fields(json.loads(text, object_pairs_hook=members), text, columns)
     except RecordError as problem:
         return problem
     except UnicodeDecodeError as error:
@@ -128,14 +128,6 @@ def _fields(value: Any, text: str, columns: Columns) -> Fields | RecordError:
     if not isinstance(value, dict):
         return RecordError(f"{json_kind(value)}, not a JSON object; a record is one JSON object on one line")
     return columns.taken(value, text)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise RecordError("stands twice in one object; keep one", field=shown(twice))
-    return fields
 
 
 def _json_list(file: BinaryIO, columns: Columns) -> Iterator[Row]:
@@ -160,7 +152,7 @@ def _elements(file: io.TextIOWrapper) -> Iterator[tuple[Any, str]]:
 
     No more of the list is in memory than a chunk or an element.
     """
-    decoder = json.JSONDecoder(object_pairs_hook=_unique)
+    decoder = json.JSONDecoder(object_pairs_hook=members)
     text, ended, first = file.read(_CHUNK), False, True
     place = next_token(text, 0) + 1  # behind the bracket
     while True:

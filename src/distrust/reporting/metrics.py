@@ -7,7 +7,7 @@ and a step whose line is missing gets it back from the checkpoint's own history.
 numbers to the last bit; ``seconds``, ``stall_seconds`` and ``memory_bytes`` are of the machine, and a line
 that was brought back has none.
 
-What cannot be written never stops a run: it is warned of, kept, and tried again.
+What cannot be written never stops a run: it is warned of, kept, and tried again with each checkpoint.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 from distrust.config import STEP_METRICS, TrainConfig
 from distrust.durable import new_file
-from distrust.errors import DistrustWarning, WriteFailed
+from distrust.errors import ConfigError, DistrustWarning, WriteFailed
 from distrust.training.events import CheckpointStarted, Evaluated, Event, RunEnded, RunStarted, StepEnded
 
 METRICS = "metrics.jsonl"
@@ -42,7 +42,7 @@ class MetricsWriter:
 
     def __init__(self, config: TrainConfig) -> None:
         self._config = config
-        self._path: Path | None = None
+        self._started: RunStarted | None = None
         self._file: int | None = None
         self._unwritten = b""
         self._warned = False
@@ -51,7 +51,9 @@ class MetricsWriter:
         """Write what an event says."""
         match event:
             case RunStarted():
-                self._begin(event)
+                self._close()
+                self._started, self._unwritten, self._warned = event, b"", False
+                self._open()
             case StepEnded():
                 self._write({name: getattr(event, name) for name in STEP_FIELDS})
             case Evaluated():
@@ -62,24 +64,32 @@ class MetricsWriter:
                 self._make_durable()
                 self._close()
 
-    def _begin(self, event: RunStarted) -> None:
-        self._close()
-        self._unwritten, self._warned = b"", False
-        self._path = event.out / METRICS
-        before = self._path
-        if event.resumed_from is not None and not before.exists():  # a branch begins with its origin's lines
-            before = event.resumed_from.parent.parent / METRICS
+    def _open(self) -> None:
+        """Mend what is there, to go on with it; where that fails, it is tried again with each checkpoint."""
+        if self._started is None:
+            return
         with self._tolerant():
-            event.out.mkdir(parents=True, exist_ok=True)
-            with new_file(self._path, force=True) as file:
-                for line in mended(_lines(before), step=event.step, history=event.history):
-                    file.write(line)
-            self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND)
-            with new_file(event.out / PROVENANCE, force=True) as file:
-                file.write(_json({**event.distribution.as_json(), **_weighting(self._config)}, indent=1))
+            self._started.out.mkdir(parents=True, exist_ok=True)
+            self._mend(self._started)
+            with new_file(self._started.out / PROVENANCE, force=True) as file:
+                weights = self._started.distribution.as_json()
+                file.write(_json({**weights, **_weighting(self._config)}, indent=1))
+            self._file = os.open(self._started.out / METRICS, os.O_WRONLY | os.O_APPEND)
+
+    def _mend(self, started: RunStarted) -> None:
+        path = started.out / METRICS
+        before = path
+        if started.resumed_from is not None and not path.exists():  # a branch begins with its origin's lines
+            before = started.resumed_from.parent.parent / METRICS
+        with new_file(path, force=True) as file:
+            for line in mended(_lines(before), step=started.step, history=started.history):
+                file.write(line)
 
     def _write(self, values: Mapping[str, Any]) -> None:
         self._unwritten += _json(values)
+        self._flush()
+
+    def _flush(self) -> None:
         if self._file is None:
             return
         with self._tolerant():
@@ -87,6 +97,9 @@ class MetricsWriter:
                 self._unwritten = self._unwritten[os.write(self._file, self._unwritten) :]
 
     def _make_durable(self) -> None:
+        if self._file is None:
+            self._open()
+        self._flush()
         if self._file is not None:
             with self._tolerant():
                 os.fsync(self._file)
@@ -94,20 +107,22 @@ class MetricsWriter:
     def _close(self) -> None:
         if self._file is not None:
             os.close(self._file)
-        self._file = None
+        self._file = self._started = None
 
     @contextlib.contextmanager
     def _tolerant(self) -> Iterator[None]:
-        """A log is not worth a run: a failure is warned of, once, and the next start mends the file."""
+        """A log is not worth a run: a failure is warned of, once."""
         try:
             yield
-        except (OSError, WriteFailed) as error:
-            if not self._warned:
+        except (OSError, WriteFailed, ConfigError) as error:
+            if not self._warned and self._started is not None:
                 self._warned = True
-                what = f"{self._path}: {error.strerror or error}" if isinstance(error, OSError) else error
+                path = self._started.out / METRICS
+                what = f"{path}: {error.strerror or error}" if isinstance(error, OSError) else error
                 warnings.warn(
-                    f"the log cannot be written: {what}. Training goes on; the "
-                    "lines of its steps come back when the run is started again",
+                    f"the log cannot be written: {what}. Training goes on, and it is tried again with each "
+                    "checkpoint. Of what is missing in the end, the losses of the steps come back when the "
+                    "run goes on, evaluations do not",
                     DistrustWarning,
                     stacklevel=4,
                 )
@@ -122,6 +137,7 @@ def mended(lines: Iterable[bytes], *, step: int, history: Mapping[str, Sequence[
         history: by name, the value of each step up to this one.
     """
     made, evaluated = 0, -1
+    held: tuple[int, bytes] | None = None  # an evaluation of a step whose line is not there
 
     def brought_back(last: int) -> Iterator[bytes]:
         for missing in range(made + 1, last + 1):
@@ -133,16 +149,22 @@ def mended(lines: Iterable[bytes], *, step: int, history: Mapping[str, Sequence[
             continue
         at = line["step"]
         if "eval_loss" in line:
-            if at <= evaluated or at < made:
-                continue
-            yield from brought_back(at)
-            made, evaluated = at, at
-            yield raw
+            if at == made and at > evaluated:
+                evaluated = at
+                yield raw
+            elif at > made:
+                held = at, raw
         elif at > made and all(line.get(name) == _plain(history[name][at - 1]) for name in STEP_METRICS):
+            # Damage can change a number: an evaluation is believed if the lines around it agree.
+            if held is not None and held[0] == at - 1:
+                yield from (*brought_back(at - 1), held[1])
+                made = evaluated = at - 1
             yield from brought_back(at - 1)
-            made = at
+            made, held = at, None
             yield raw
     yield from brought_back(step)
+    if held is not None and held[0] == step > made:
+        yield held[1]
 
 
 def _lines(path: Path) -> Iterator[bytes]:

@@ -6,6 +6,7 @@ from distrust.config import STEP_METRICS
 from distrust.training.events import Evaluated, Event, StepEnded
 
 GIB = 2**30
+TRAINING = "train/"
 
 
 def values_of(event: Event) -> tuple[int, dict[str, float]]:
@@ -17,7 +18,7 @@ def values_of(event: Event) -> tuple[int, dict[str, float]]:
     match event:
         case StepEnded():
             return event.step, {
-                **{f"train/{name}": getattr(event, name) for name in STEP_METRICS},
+                **{f"{TRAINING}{name}": getattr(event, name) for name in STEP_METRICS},
                 "speed/tokens_per_second": event.tokens / event.seconds,
                 "speed/stall_seconds": event.stall_seconds,
                 "memory/gib": event.memory_bytes / GIB,

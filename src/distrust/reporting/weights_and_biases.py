@@ -11,7 +11,7 @@ from typing import Any
 from distrust.config import TrainConfig, key
 from distrust.durable import new_file
 from distrust.errors import ConfigError
-from distrust.reporting.tags import values_of
+from distrust.reporting.tags import TRAINING, values_of
 from distrust.training.events import Event, RunEnded, RunStarted
 
 #: The identity of the run there, in the run's folder: the same command goes on with the same one.
@@ -23,7 +23,8 @@ class WandbWriter:
     """Logs to Weights & Biases.
 
     Steps that are made again after a crash have the numbers that they had, so what is there already stays,
-    and only what is new is sent.
+    and only what is new is sent. Of what a killed session took with it, as it does offline, the next one
+    sends what its checkpoint remembers: the losses of the steps.
 
     Args:
         config: of the run.
@@ -46,7 +47,7 @@ class WandbWriter:
         """Log what an event says."""
         match event:
             case RunStarted():
-                self._begin(event.out)
+                self._begin(event)
             case RunEnded() if self._run is not None:
                 self._run.finish(exit_code=0 if event.finished else 1)
                 self._run = None
@@ -55,7 +56,8 @@ class WandbWriter:
                 if values and step >= self._next_step:
                     self._run.log(values, step=step)
 
-    def _begin(self, out: Path) -> None:
+    def _begin(self, event: RunStarted) -> None:
+        out = event.out
         self._run = self._wandb.init(
             project=os.environ.get("WANDB_PROJECT", DEFAULT_PROJECT),
             name=out.name,
@@ -65,6 +67,10 @@ class WandbWriter:
             config={key(name): value for name, value in asdict(self._config).items()},
         )
         self._next_step = self._run.starting_step
+        for step in range(max(1, self._next_step), event.step + 1):
+            known = {f"{TRAINING}{name}": values[step - 1] for name, values in event.history.items()}
+            self._run.log(known, step=step)
+            self._next_step = step + 1
 
 
 def _run_id(out: Path) -> str:

@@ -84,6 +84,7 @@ def evaluation_set(corpus: Corpus, config: TrainConfig) -> EvaluationSet:
         alpha=config.alpha,
         lambda_=config.lambda_,
         max_ratio=config.max_ratio,
+        locations=corpus.locations,
     )
     return EvaluationSet(corpus, weighting.normalize(raw, tokens=corpus.loss_tokens))
 

@@ -180,6 +180,7 @@ def _weights(config: TrainConfig, corpus: Corpus, drawn: np.ndarray[Any, Any] | 
         alpha=config.alpha,
         lambda_=config.lambda_,
         max_ratio=config.max_ratio,
+        locations=corpus.locations,
     )
     tokens = corpus.loss_tokens if drawn is None else corpus.loss_tokens * drawn
     weights = weighting.normalize(raw, tokens=tokens)

@@ -333,8 +333,8 @@ class DistrustTrainer:
         self._engine.load_state(EngineState(checkpoint.model, checkpoint.optimizer, checkpoint.rng))
         if self._progress.evaluations.of_other_data(checkpoint.run.get("evaluations")):
             warnings.warn(
-                "this is evaluated on other data than the run was until now: which checkpoint is the best, and "
-                "how long it is that none was better, is told anew",
+                "this is evaluated on other data than the run was until now: which checkpoint is the best, "
+                "and how long it is that none was better, is told anew",
                 DistrustWarning,
                 stacklevel=2,
             )
