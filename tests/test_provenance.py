@@ -232,6 +232,8 @@ def test_a_record_s_h(table):
     with_gaps = [{**item, "id": 1.0} for item in chain]  # one and the same, of a table whose ids have gaps
     assert evidence.provenance_entropy({"evidence": with_gaps}, table) == 0
     assert evidence.provenance_entropy({"evidence": []}, table) == 0
+    all_but_one = [{"kind": "a", "share": 1e308}, {"kind": "b", "share": 1e-308}]
+    assert str(evidence.provenance_entropy({"evidence": all_but_one}, table)) == "0.0"
     assert evidence.provenance_entropy({"evidence": '[{"kind": "web", "share": 1}]'}, table) == 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -17,11 +18,14 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from distrust import Checkpoint, CheckpointManager
+from distrust.data import NO_CLASS
 from distrust.errors import ConfigError, DataError, DistrustWarning, RunNotFound, WriteFailed
 from distrust.reporting import pictures, summary
-from distrust.reporting.panels import PANELS
+from distrust.reporting.console import ConsoleReporter
+from distrust.reporting.panels import PANELS, by_share
 from distrust.reporting.runs import COLUMNS, read_run
 from distrust.reporting.series import smoothed, thinned
+from distrust.training.events import Evaluated, Preparing
 from run_folders import (
     CLASSES,
     HOSTILE,
@@ -417,3 +421,21 @@ def test_an_evaluation_behind_the_last_known_step_keeps_its_place(tmp_path):
     write_lines(tmp_path, [step_line(10), step_line(20), *map(evaluation_line, (5, 20, 30))])
     (shown,) = pictures.scene([read_run(tmp_path)]).runs
     assert shown.at(np.array([0, 5, 20, 30])).tolist() == [0, 5, 20, 30]
+
+
+def test_the_class_without_a_name_is_drawn_by_what_it_weighs(tmp_path):
+    """Its evaluations go by another name than its weights."""
+    write_lines(tmp_path, [step_line(1), evaluation_line(1, [*CLASSES, NO_CLASS])])
+    write_provenance(tmp_path, ["", *CLASSES])
+    assert by_share(read_run(tmp_path))[0] == NO_CLASS
+
+
+def test_what_a_terminal_obeys_is_shown_as_text():
+    words = io.StringIO()
+    name = "\x1b[31mRED\x1b]0;pwn\x07\u202e"
+    metrics = dict.fromkeys(("eval_loss", "eval_perplexity", "eval_weighted_loss", f"eval_loss/{name}"), 1.0)
+    with ConsoleReporter(log_every=1, stream=words) as console:
+        console(Preparing(f"checking {name}"))
+        console(Evaluated(1, metrics))
+    assert words.getvalue().count("RED") == 2
+    assert not set("\x1b\x07\u202e") & set(words.getvalue())

@@ -38,7 +38,7 @@ def require_writable(path: Path, *, force: bool, inputs: Iterable[str] = ()) -> 
                 f"{path}: is read, and never replaced: what the data said before would be gone; give another "
                 "name"
             )
-        if os.path.isdir(name) and Path(name).resolve() in path.resolve().parents:
+        if os.path.isdir(name) and Path(os.path.realpath(name)) in Path(os.path.realpath(path)).parents:
             raise ConfigError(
                 f"{path}: lies in the folder that is read, and would be read as its data; give another name"
             )
@@ -71,7 +71,7 @@ def new_file(path: Path, *, force: bool, disk: Disk | None = None) -> Iterator[B
             sync of the folder, failed: then the new file stands.
     """
     disk = disk or Disk()
-    target = path.resolve()
+    target = Path(os.path.realpath(path))  # of a link that leads to itself, the link: no file to write
     require_writable(path, force=force)
     with _told(path):
         _sweep(target)

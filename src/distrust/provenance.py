@@ -121,7 +121,8 @@ def provenance_entropy(chain: Iterable[Evidence], *, editable: Collection[str]) 
     largest = max(map(max, shares.values()))  # divided by it, no sum overflows
     sources = [math.fsum(share / largest for share in parts) for parts in shares.values()]
     total = math.fsum(sources)
-    return -math.fsum(p * math.log2(p) for p in (source / total for source in sources) if p)
+    entropy = -math.fsum(p * math.log2(p) for p in (source / total for source in sources) if p)
+    return max(0.0, entropy)  # where one share is all but everything, it would be -0.0
 
 
 def _same(kind: str) -> str:

@@ -117,3 +117,11 @@ def test_evaluated_at_the_start_and_never_twice(run, eval_data, tmp_path, stop):
     _, first = run(tmp_path, stop_after=stop, **options)
     _, second = run(tmp_path, **options)
     assert [*evaluated(first), *evaluated(second)] == [0, 4, 8, 9]
+
+
+def test_evaluations_that_are_no_number_improve_on_nothing():
+    found = Evaluations()
+    for step in range(1, 5):
+        found = found.after({"eval_loss": math.nan}, step=step)
+    assert (found.best_step, found.exhausted(3)) == (1, True)
+    assert found.after({"eval_loss": 9.0}, step=5).best_step == 5

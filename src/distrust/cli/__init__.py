@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-from distrust.cli.printing import printable
 from distrust.errors import ConfigError, DistrustError, DistrustWarning
+from distrust.reporting.printing import printable
 
 #: Each verb and what it does; its module has the verb's name.
 COMMANDS = {

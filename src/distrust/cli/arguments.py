@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from distrust.cli import COMMANDS
-from distrust.cli.printing import printable
+from distrust.reporting.printing import printable
 
 TARGET = "a run, a directory of checkpoints, or a checkpoint file"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from distrust.checkpoint import store
 from distrust.checkpoint.compare import differences
 from distrust.cli.arguments import TARGET, parser, print_json
-from distrust.cli.printing import printable
+from distrust.reporting.printing import printable
 
 DIGEST_SHOWN = 16
 SHOWN = 20

@@ -11,7 +11,7 @@ from typing import Any
 
 from distrust.checkpoint.store import find
 from distrust.cli.arguments import TARGET, add_choice_of_checkpoint, parser, print_json
-from distrust.cli.printing import printable
+from distrust.reporting.printing import printable
 
 
 def main(arguments: list[str]) -> int:

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 
 from distrust.cli.arguments import parser
-from distrust.cli.printing import printable
 from distrust.errors import ConfigError
+from distrust.reporting.printing import printable
 
 
 def main(arguments: list[str]) -> int:

@@ -13,8 +13,8 @@ from distrust.checkpoint.manager import CheckpointManager
 from distrust.checkpoint.retention import MetricMode
 from distrust.checkpoint.store import DamagedFile
 from distrust.cli.arguments import parser, print_json, size
-from distrust.cli.printing import printable
 from distrust.errors import CheckpointError, ConfigError, DistrustWarning
+from distrust.reporting.printing import printable
 
 #: What ``st_blocks`` counts, whatever the file system's own blocks are.
 BLOCK_BYTES = 512

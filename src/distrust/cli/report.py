@@ -6,7 +6,7 @@ import webbrowser
 from pathlib import Path
 
 from distrust.cli.arguments import parser
-from distrust.cli.printing import printable
+from distrust.reporting.printing import printable
 
 
 def main(arguments: list[str]) -> int:

@@ -7,8 +7,8 @@ from typing import Any
 
 from distrust.checkpoint import store
 from distrust.cli.arguments import TARGET, number, parser, print_json, size
-from distrust.cli.printing import printable
 from distrust.errors import CheckpointNotFound, ConfigError
+from distrust.reporting.printing import printable
 
 
 def main(arguments: list[str]) -> int:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from distrust.checkpoint import store
 from distrust.cli.arguments import TARGET, parser, print_json
-from distrust.cli.printing import printable
 from distrust.errors import CheckpointError, CorruptCheckpoint
+from distrust.reporting.printing import printable
 
 
 def main(arguments: list[str]) -> int:

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO, get_args
 
 from distrust.bundled import PROVENANCE_TABLE
 from distrust.cli.arguments import parser, print_json
-from distrust.cli.printing import printable
 from distrust.config import TrainConfig, flag
 from distrust.errors import ConfigError, DistrustWarning
+from distrust.reporting.printing import printable
 from distrust.weighting import ALPHA, LAMBDA, Weighting, effective_sample_size, example_weights
 
 if TYPE_CHECKING:

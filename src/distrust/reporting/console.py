@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from distrust.reporting.printing import printable
 from distrust.training.events import (
     CheckpointSaved,
     Evaluated,
@@ -106,7 +107,7 @@ class ConsoleReporter:
         if self._live:
             self._bar.update(
                 self._task,
-                description=escape(event.what),
+                description=escape(printable(event.what)),
                 total=event.total or None,
                 completed=event.done,
                 visible=True,
@@ -204,7 +205,7 @@ class ConsoleReporter:
             self._say(f"state digest {event.state_digest}")
 
     def _say(self, line: str) -> None:
-        self._console.print(line, markup=False)
+        self._console.print(printable(line), markup=False)
 
 
 def _duration(seconds: float) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from distrust.data import NO_CLASS
 from distrust.errors import ConfigError
 from distrust.reporting.drawing import (
     BROWN,
@@ -93,7 +94,8 @@ def _draw_evaluations(axes: Any, runs: Sequence[Shown]) -> str:
 
 def by_share(run: Run) -> list[str]:
     """The source classes that were evaluated: those that weigh most first."""
-    shares = {c.name: c.share for c in run.provenance.weights.classes} if run.provenance else {}
+    classes = run.provenance.weights.classes if run.provenance else ()
+    shares = {c.name or NO_CLASS: c.share for c in classes}  # so an evaluation calls the nameless one
     return sorted(run.classes_of("eval_loss"), key=lambda name: -shares.get(name, 0.0))
 
 

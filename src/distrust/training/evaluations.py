@@ -64,6 +64,8 @@ class Evaluations:
         return None not in known and known[0] != known[1]
 
     def _improves(self, value: float) -> bool:
-        if self.best is None or math.isnan(self.best):
+        if self.best is None:
             return True
+        if math.isnan(value) or math.isnan(self.best):
+            return not math.isnan(value)
         return value < self.best if self.mode == "min" else value > self.best
