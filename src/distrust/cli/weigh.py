@@ -159,10 +159,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     arg.add_argument("--strict", action="store_true", help="exit with 1 if a record differs")
     arg.add_argument(
-        "--tolerance-w", type=float, default=0.005, metavar="W", help="that is no difference; default: 0.005"
+        "--tolerance-w",
+        type=float,
+        default=0.005,
+        metavar="W",
+        help="up to it, w is the same; default: %(default)s",
     )
     arg.add_argument(
-        "--tolerance-h", type=float, default=0.05, metavar="BITS", help="likewise of H; default: 0.05"
+        "--tolerance-h", type=float, default=0.05, metavar="BITS", help="likewise of H; default: %(default)s"
     )
     arg.add_argument(
         "--top", type=int, metavar="N", default=5, help="how many of the heaviest and lightest; default: 5"

@@ -124,19 +124,17 @@ class Scale:
     Attributes:
         columns: which fields hold w, H and the source class.
         table: how they are computed.
+        tolerances: up to which a record's own value and the computed one are the same.
         authority_weight: w of records that have none, nor the ingredients; None where that is an error.
         provenance_entropy: H in bits of such records, likewise.
-        tolerances: up to which a record's own value and the computed one are the same.
         recompute: whether the computed value replaces the record's own.
     """
 
     columns: Columns
     table: Table
+    tolerances: Mapping[Quantity, float]
     authority_weight: float | None = None
     provenance_entropy: float | None = None
-    tolerances: Mapping[Quantity, float] = field(
-        default_factory=lambda: {"authority_weight": 0.005, "provenance_entropy": 0.05}
-    )
     recompute: bool = False
 
     def settle(self, quantity: Quantity, fields: Fields, location: Location, check: Check) -> float:

@@ -25,7 +25,7 @@ class Evaluations:
         best: value of the metric at the best one.
         best_step: optimizer steps made by then.
         unimproved: evaluations since the best one.
-        measured_on: the fingerprint of what is evaluated on; None where that is not known.
+        measured_on: the fingerprint of what is evaluated on; empty where that is not known.
     """
 
     metric: str = "eval_loss"
@@ -34,7 +34,7 @@ class Evaluations:
     best: float | None = None
     best_step: int = 0
     unimproved: int = 0
-    measured_on: str | None = None
+    measured_on: str = ""
 
     def after(self, metrics: Mapping[str, float], *, step: int) -> Evaluations:
         """With one more, by the metrics of its step; one that was not measured there counts for nothing."""
@@ -60,8 +60,8 @@ class Evaluations:
 
     def of_other_data(self, saved: Mapping[str, Any] | None) -> bool:
         """Whether those that a checkpoint holds were measured on other data."""
-        known = (self.measured_on, (saved or {}).get("measured_on"))
-        return None not in known and known[0] != known[1]
+        there = (saved or {}).get("measured_on")
+        return bool(there and self.measured_on) and there != self.measured_on
 
     def _improves(self, value: float) -> bool:
         if self.best is None:

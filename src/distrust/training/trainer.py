@@ -508,7 +508,7 @@ class DistrustTrainer:
             config={**config.with_effect("result"), resume.FINGERPRINTS: self._fingerprints()},
             metadata={"tokens_seen": progress.tokens_seen},
             metrics=progress.metrics,
-            measured_on=self._measured_on() or "",
+            measured_on=self._measured_on(),
             run={
                 **config.with_effect("free"),
                 **config.with_effect("bits"),
@@ -586,11 +586,11 @@ class DistrustTrainer:
             warmup_steps=self._warmup_steps(),
         )
 
-    def _measured_on(self) -> str | None:
-        """The fingerprint of what the metric that tells the best checkpoint is measured on."""
+    def _measured_on(self) -> str:
+        """The fingerprint of the eval set, where the best checkpoint is told by it."""
         evaluation = self._plan.evaluation
         if evaluation is None or self._plan.config.metric in STEP_METRICS:
-            return None
+            return ""
         return evaluation.corpus.fingerprint
 
     def _epoch_steps(self) -> float:
