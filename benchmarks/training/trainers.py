@@ -83,6 +83,10 @@ def ours_plain(work: Work, clock: Clock) -> None:
     ours(work, clock, batch_size=work.texts)
 
 
+def ours_mlx(work: Work, clock: Clock) -> None:
+    ours(work, clock, batch_size=work.texts, engine="mlx")
+
+
 def _torch(work: Work) -> tuple[Any, Any]:
     """Model and tokenizer, as users of peft load them."""
     import torch
@@ -240,6 +244,7 @@ TRAINERS: dict[str, Callable[[Work, Clock], None]] = {
     "distrust, packing": ours_packed,
     "distrust, packing, weighting off": ours_packed_off,
     "distrust": ours_plain,
+    "distrust, mlx": ours_mlx,
     "transformers + peft": transformers_trainer,
     "transformers + peft, by length": transformers_by_length,
     "TRL, packing": trl_packed,

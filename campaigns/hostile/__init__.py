@@ -5,6 +5,7 @@ that are right, so that the checks behind the digests are reached (``forging``).
 of every answer is said in ``readers``. The cases:
 
 - each family of files by name (``families``), then things that are no files in the place of one;
+- each family of checkpoints in the older formats (``older``), with checksums that are right and that lie;
 - what a save leaves for others to read, under four umasks;
 - each family that is made to cost more than it looks, in three sizes: time that does not grow faster than the
   file, and memory that is proven by a limit (``costs``). What was only damaged is refused with
@@ -18,6 +19,7 @@ needs ``pip install atheris``, and its finding is kept as a file, to be read aga
 is limited and measured by means of Linux.
 
 families      changes that a reader could fall for, and files that cost more than they look
+older         the same for the formats that were before ours
 forging       gives a forged file the digests that are right
 specimens     the real checkpoints that they are made of
 readers       the ways to read a file, and what is promised of every answer

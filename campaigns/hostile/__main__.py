@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from campaigns import hostile
 from campaigns.campaign import Campaign, CounterExample, parser, run
-from campaigns.hostile import families, obstacles, permissions, readers, sizes, specimens
+from campaigns.hostile import families, obstacles, older, permissions, readers, sizes, specimens
 from campaigns.hostile.forging import Draft, Specimen
 from campaigns.hostile.worker import Worker
 
@@ -31,6 +31,7 @@ GUIDED_RUNS = 20_000
 ALLOWED_BYTES = 64 << 20
 IN_MEMORY = Path("/dev/shm")
 READ_IN_MEMORY = "files read in memory"
+OLDER = "checkpoints in an older format, in every way"
 READ_FROM_DISK = "files read from disk, in every way"
 COVERAGE = (
     "edges of the reader's code reached",
@@ -85,7 +86,8 @@ def _body(campaign: Campaign) -> None:
         if campaign.options.replay is not None:
             _add(campaign, _read(campaign.options.replay.read_bytes(), asked))
         else:
-            _by_number(campaign, _plan(asked, directory, campaign.options))
+            elders = older.Directory(directory / "older" / "files", asked.good.path.read_bytes())
+            _by_number(campaign, _plan(asked, elders, directory, campaign.options))
 
 
 def _by_number(campaign: Campaign, plan: Plan) -> None:
@@ -104,20 +106,23 @@ def _add(campaign: Campaign, counts: Counter[str]) -> None:
         campaign.count(what, number)
 
 
-def _plan(asked: readers.Directory, directory: Path, options: argparse.Namespace) -> Plan:
+def _plan(
+    asked: readers.Directory, elders: older.Directory, directory: Path, options: argparse.Namespace
+) -> Plan:
     size = int(options.mebibytes * (1 << 20))
     return Plan(
         reading=[
             *(partial(_change, asked, change) for change in families.CHANGES.values()),
             *(partial(_file, asked, make) for make in families.FILES.values()),
             partial(_obstacles, asked),
+            *(partial(_older, elders, make) for make in older.FAMILIES.values()),
         ],
         apart=[
             partial(_permissions, directory),
             partial(_writing, directory),
             *(partial(_sizes, asked, name, size) for name in families.GROWING),
         ],
-        random=partial(_random, asked),
+        random=partial(_random, asked, elders),
     )
 
 
@@ -170,7 +175,17 @@ def _obstacles(asked: readers.Directory, _: Random, counts: Counter[str]) -> Non
         counts["things in the place of a checkpoint"] += 1
 
 
-def _random(asked: readers.Directory, chance: Random, counts: Counter[str]) -> None:
+def _older(elders: older.Directory, make: older.Make, chance: Random, counts: Counter[str]) -> None:
+    """One kind of hostile checkpoint in an older format, a few times, with right checksums and with lies."""
+    for turn in range(2 * NAMED_TIMES):
+        elders.try_out(make, chance, counts, lies=turn % 2 == 0)
+        counts[OLDER] += 1
+
+
+def _random(asked: readers.Directory, elders: older.Directory, chance: Random, counts: Counter[str]) -> None:
+    make = chance.choice([*older.FAMILIES.values()])
+    elders.try_out(make, chance, counts, lies=chance.random() < 0.5)
+    counts[OLDER] += 1
     for index in range(FILES_PER_CASE):
         raw = families.mutated(chance.choice(asked.specimens), chance)
         readers.in_memory(raw, asked.good, counts)

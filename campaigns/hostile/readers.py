@@ -31,6 +31,7 @@ from distrust.checkpoint import store
 from distrust.checkpoint.compare import differences
 from distrust.checkpoint.format import ITEM_SIZES
 from distrust.checkpoint.header import Header, header_length, parse_header
+from distrust.checkpoint.older.header import OlderHeader
 from distrust.checkpoint.store import CheckpointFile
 from distrust.checkpoint.tree import STATE_SECTIONS
 from distrust.cli import main
@@ -96,7 +97,7 @@ def _in_memory(raw: bytes, good: CheckpointFile) -> str:
     return "whole"
 
 
-def _shown(header: Header) -> None:
+def _shown(header: Header | OlderHeader) -> None:
     """What a listing shows of it can be written down."""
     shown = [header.metrics, header.metadata, header.config, header.run_info, header.saved_metrics]
     json.dumps(shown, skipkeys=True, ensure_ascii=False).encode()

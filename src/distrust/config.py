@@ -56,7 +56,8 @@ _NAMES = (
 Effect = Literal["result", "bits", "free"]
 Dtype = Literal["float32", "bfloat16"]
 ExportDtype = Literal["float32", "bfloat16", "float16"]
-ExportFormat = Literal["adapter", "merged", "state"]
+ExportFormat = Literal["adapter", "mlx", "merged", "state"]
+EngineName = Literal["auto", "torch", "mlx"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Quantization = Literal["none", "8bit", "4bit"]
 Schedule = Literal["cosine", "linear", "constant"]
@@ -201,14 +202,18 @@ class TrainConfig:
     """Seed of the order of the data, of the adapter's first values and of dropout."""
 
     # Computing
+    engine: EngineName = _bits("auto")
+    """What trains: "torch", or "mlx". "auto": what the run began with; else mlx on Apple silicon where it is
+    installed, or where torch is not, and torch elsewhere."""
     dtype: Dtype = _result("float32")
     """Precision of the frozen base and of the arithmetic. What is trained is always float32."""
     device: Device = _bits("auto")
-    """Where to compute; "auto": CUDA, else MPS, else the CPU."""
+    """Where to compute; "auto": CUDA, else MPS, else the CPU. With mlx, "mps" is Apple's GPU."""
     threads: int | None = _bits(None)
-    """CPU threads. Default: the machine's, or those that the run began with."""
+    """CPU threads of torch. Default: the machine's, or those that the run began with."""
     compile: bool = _bits(False)
-    """Have torch compile the layers, a minute at the start; CPUs need a C++ compiler, and gain little."""
+    """Have torch compile the layers, a minute at the start; CPUs need a C++ compiler, and gain little. mlx
+    compiles its steps anyway."""
     gradient_checkpointing: bool = _bits(False)
     """Keep fewer activations and compute them again: less memory, more time."""
 
@@ -409,6 +414,7 @@ def _bounds(c: TrainConfig) -> list[tuple[str, bool, str]]:
         ("max_grad_norm", _within(c.max_grad_norm, 0), "give 0 or more"),
         ("clipping", c.clipping in get_args(Clipping), f"give one of {', '.join(get_args(Clipping))}"),
         ("seed", 0 <= c.seed < 2**63, "give 0 to 2^63 - 1"),
+        ("engine", c.engine in get_args(EngineName), f"give one of {', '.join(get_args(EngineName))}"),
         ("dtype", c.dtype in get_args(Dtype), f"give one of {', '.join(get_args(Dtype))}"),
         ("device", c.device in get_args(Device), f"give one of {', '.join(get_args(Device))}"),
         ("threads", c.threads is None or c.threads >= 1, "give 1 or more"),

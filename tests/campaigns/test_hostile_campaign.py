@@ -18,14 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from campaigns.campaign import CounterExample
-from campaigns.hostile import families, forging, readers, specimens
+from campaigns.hostile import families, forging, older, readers, specimens
 from campaigns.hostile.__main__ import Plan
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits memory by means of Linux")
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 ATHERIS = pytest.mark.skipif(importlib.util.find_spec("atheris") is None, reason="no atheris")
-READING = [*families.CHANGES, *families.FILES, "obstacles"]
+READING = [*families.CHANGES, *families.FILES, "obstacles", *older.FAMILIES]
 APART = ["permissions", "writing", *families.GROWING]
 #: The first case with files at random.
 AT_RANDOM = len(READING) + len(APART)
@@ -62,7 +62,20 @@ def directory(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "name", ["shape", "escapes for a terminal", "header lengths", "obstacles", "permissions", "writing"]
+    "name",
+    [
+        "shape",
+        "escapes for a terminal",
+        "header lengths",
+        "obstacles",
+        "permissions",
+        "writing",
+        "older: bits",
+        "older: pickles",
+        "older: bombs",
+        "older: no files",
+        "older: moments in a file",
+    ],
 )
 def test_the_cases_with_a_name(campaign, name):
     code, said = campaign("--case", number(name))
@@ -136,6 +149,14 @@ def open_to_all(disk, path):
     return descriptor
 Disk.create = open_to_all
 """,
+    ),
+    "a checksum is not compared": (
+        "older: another's files", "was taken for whole",
+        "from distrust.checkpoint.older import checksums\nchecksums.compare = lambda *_: None",
+    ),
+    "a bomb is let in": (
+        "older: bombs", "CheckpointUnreadable",
+        "from distrust.checkpoint.older import npz\nnpz.TIMES_ITS_SIZE = npz.SMALL_BYTES = 10**9",
     ),
     "a terminal is commanded": (
         "escapes for a terminal", "what is printed holds",

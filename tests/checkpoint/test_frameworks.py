@@ -328,6 +328,64 @@ def test_what_another_thread_cannot_compute_is_refused_there_and_saved_here(chec
     assert check(framework, LAZY_ELSEWHERE) == "done\n"
 
 
+LAZY_HERE = """
+def train():
+    with mx.stream(mx.new_stream(mx.cpu)):  # what is lazy here is computed there
+        elsewhere = mx.ones((1000,), dtype=mx.bfloat16) * 3
+    lazy = {"sum": mx.arange(1000) + 1, "elsewhere": elsewhere, "both": elsewhere.astype(mx.float32) - 1}
+    go.clear()
+    pending = manager.save_async(Checkpoint(step=1, model=dict(lazy)))
+    for name in lazy:
+        lazy[name] += 1  # lazy again
+    lazy["elsewhere"][3:] = 0
+    mx.eval(lazy)
+    lazy.clear()
+    mx.clear_cache()
+    go.set()
+    pending.wait()
+    saved = manager.load(1, framework=framework).model
+    assert (saved["sum"] == mx.arange(1, 1001)).all()
+    assert saved["elsewhere"].dtype == mx.bfloat16 and (saved["elsewhere"] == 3).all()
+    assert (saved["both"] == 2).all()
+    print("done")
+
+trainer = threading.Thread(target=train)
+trainer.start()
+trainer.join()
+"""
+
+
+@pytest.mark.parametrize("framework", mlx_only)
+def test_what_a_training_thread_has_yet_to_compute_is_saved_as_it_was_then(check, framework):
+    """Evaluated and aliased on the caller's thread, whatever stream it is of, before the write begins."""
+    assert check(framework, HELD_BACK + LAZY_HERE) == "done\n"
+
+
+MAPPED = """
+manager.save(Checkpoint(step=1, model={"w": mx.arange(4096)}))
+kept = [
+    manager.load(1, framework=framework, mmap=True, **options).model["w"]
+    for options in ({}, {"verify": "lazy"})
+]
+viewed = manager.load(1, mmap=True, verify="lazy").model
+with open(manager.inspect(1).path, "r+b") as file:
+    file.seek(-4096, 2)
+    file.write(bytes(4096))
+assert all((array == mx.arange(4096)).all() for array in kept)
+try:
+    viewed["w"]
+except CorruptCheckpoint:
+    print("views of numpy are of the file")
+"""
+
+
+@pytest.mark.parametrize("framework", mlx_only)
+def test_a_mapped_file_is_copied_for_mlx(check, framework):
+    """It takes no view: its arrays do not change with the file, and need it no more."""
+    found = check(framework, "from distrust.errors import CorruptCheckpoint\n" + MAPPED)
+    assert found == "views of numpy are of the file\n"
+
+
 EXPECT = """
 import os
 told = []

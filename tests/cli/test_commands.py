@@ -125,7 +125,7 @@ def test_ls(distrust, finished):
     rows = json.loads(given.out)
     assert [(row["step"], row["kind"]) for row in rows] == [(2, "periodic"), (4, "periodic"), (6, "final")]
     for row in rows:
-        assert list(row) == ["step", "kind", "path", "bytes", "created", "metrics"]
+        assert list(row) == ["step", "kind", "path", "format", "bytes", "created", "metrics"]
         path = finished / "checkpoints" / row["path"].rpartition("/")[2]
         assert row["path"] == str(path)
         assert row["bytes"] == path.stat().st_size
@@ -153,7 +153,7 @@ def test_show(distrust, finished):
     given = distrust("show", finished, "--json")
     assert (given.code, given.err) == (0, "")
     shown = json.loads(given.out)
-    wanted = {"path", "step", "kind", "digest", "state_digest", "metadata", "tensors"}
+    wanted = {"path", "format", "step", "kind", "digest", "state_digest", "metadata", "tensors"}
     assert set(shown) == wanted | {"config", "run"}
     assert (shown["path"], shown["step"], shown["kind"]) == (str(path), 6, "final")
     assert HEX.fullmatch(shown["digest"])

@@ -7,9 +7,11 @@ import random
 import shutil
 import signal
 import time
+from importlib.util import find_spec
 
 import pytest
 
+from campaigns.training_run import TrainingRun
 from distrust import CheckpointManager
 from models import make_model, train_arguments, write_records
 
@@ -34,9 +36,19 @@ def wait_for_step(run, step, process):
     raise AssertionError(f"no checkpoint of step {step}")
 
 
-def test_killed_stopped_and_run_again_it_ends_as_if_left_alone(distrust, start, folder, tmp_path):
-    assert distrust(*train_arguments(folder, tmp_path / "alone", *LONG)).code == 0
-    command = train_arguments(folder, tmp_path / "killed", *LONG)
+@pytest.mark.parametrize(
+    "engine",
+    [
+        "torch",
+        pytest.param(
+            "mlx", marks=pytest.mark.skipif(find_spec("mlx_lm") is None, reason="mlx-lm is not installed")
+        ),
+    ],
+)
+def test_killed_stopped_and_run_again_it_ends_as_if_left_alone(distrust, start, folder, tmp_path, engine):
+    options = ["--engine", engine, "--device", "cpu", *LONG]
+    assert distrust(*train_arguments(folder, tmp_path / "alone", *options)).code == 0
+    command = train_arguments(folder, tmp_path / "killed", *options)
 
     process = start(*command)
     reached = wait_for_step(tmp_path / "killed", 6, process)
@@ -59,6 +71,9 @@ def test_killed_stopped_and_run_again_it_ends_as_if_left_alone(distrust, start, 
     assert (ended.code, ended.err) == (0, "")
     assert f"going on after step {step}, from " in ended.out
     assert digest_of(tmp_path / "killed") == digest_of(tmp_path / "alone")
+    logged, expected = (TrainingRun(tmp_path / run, []).numbers() for run in ("killed", "alone"))
+    assert logged == expected
+    assert [line["step"] for line in logged] == list(range(1, 46))
     assert f"state digest {digest_of(tmp_path / 'alone')}" in ended.out
 
     again = distrust(*command)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,6 +17,21 @@ from distrust import DistrustTrainer, TrainConfig
 from distrust.training.events import Event, Observer, RunEnded, StepEnded
 from models import make_model, write_records
 
+#: Steps of four examples each, on the tiny model.
+TINY: dict[str, Any] = {
+    "engine": "torch",
+    "device": "cpu",
+    "max_steps": 7,
+    "batch_size": 2,
+    "gradient_accumulation": 2,
+    "learning_rate": 5e-3,
+    "warmup_steps": 2,
+    "lora_rank": 4,
+    "lora_dropout": 0.2,
+    "save_every": 3,
+    "threads": 1,
+}
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _disks_are_not_waited_for() -> Iterator[None]:
@@ -25,6 +42,15 @@ def _disks_are_not_waited_for() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield
+
+
+@pytest.fixture(scope="module")
+def _only_what_is_new_is_searched() -> Iterator[None]:
+    """A search for what can go takes half a second among all that the tests before have imported."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
@@ -82,3 +108,27 @@ def run(data: Path) -> Run:
         return trainer.train(), events
 
     return run
+
+
+@pytest.fixture(scope="session")
+def train(tiny_model: Path, data: Path) -> Run:
+    """The same on the tiny model, by torch unless told: seven steps, and eleven records make an epoch.
+
+    With ``awaited`` it runs in a thread of its own, and is stopped by a call.
+    """
+
+    def train(
+        out: Path, *, stop_after: int | None = None, awaited: bool = False, **options: Any
+    ) -> tuple[RunEnded, list[Event]]:
+        events: list[Event] = []
+
+        def watch(event: Event) -> None:
+            events.append(event)
+            if isinstance(event, StepEnded) and event.step == stop_after:
+                trainer.stop() if awaited else signal.raise_signal(signal.SIGTERM)
+
+        config = TrainConfig(out=str(out), **{**TINY, "model": str(tiny_model), "data": str(data), **options})
+        trainer = DistrustTrainer(config, observers=[watch])
+        return asyncio.run(trainer.train_async()) if awaited else trainer.train(), events
+
+    return train

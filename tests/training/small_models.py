@@ -5,15 +5,13 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import numpy as np
 import torch
+from small_batches import VOCABULARY
 
-from distrust.data import IGNORED, MicroBatch
+from distrust.data import MicroBatch
 from distrust.engines.torch.adapter import add_adapter
 
-VOCABULARY = 61
 WINDOW = 4  # of the models with a sliding window; examples are longer
-LENGTHS = (9, 3, 12, 6)
 
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -91,24 +89,6 @@ def trained(model: Any) -> dict[str, torch.nn.Parameter]:
 def gradients(model: Any) -> dict[str, torch.Tensor]:
     """Of everything that is trained, where there is one."""
     return {name: part.grad.clone() for name, part in trained(model).items() if part.grad is not None}
-
-
-def a_batch(*, seed: int = 0, lengths: tuple[int, ...] = LENGTHS) -> MicroBatch:
-    """Examples of different lengths; some tokens are not learned, and each has a weight of its own."""
-    rng = np.random.default_rng(seed)
-    place = np.arange(max(lengths))
-    real = place < np.array(lengths)[:, None]
-    ids = np.where(real, rng.integers(3, VOCABULARY, real.shape), 2)
-    learned = real & (rng.random(real.shape) < 0.7) & (place > 0)
-    learned[:, 1] = True
-    return MicroBatch(
-        input_ids=ids,
-        attention_mask=real.astype(np.int64),
-        labels=np.where(learned, ids, IGNORED),
-        weights=np.where(learned, rng.uniform(0.2, 3, real.shape), 0).astype(np.float32),
-        distrust=np.zeros(len(lengths)),
-        examples=np.arange(len(lengths)),
-    )
 
 
 def reference(

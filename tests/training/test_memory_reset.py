@@ -28,13 +28,7 @@ from distrust.training.events import CheckpointSaved, MemoryReset, StepEnded
 GIB = 2**30
 
 
-@pytest.fixture(autouse=True)
-def _only_what_is_new_is_searched():
-    """A search for what can go takes half a second among all that the tests before have imported."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("_only_what_is_new_is_searched")
 
 
 def made_anew(config):

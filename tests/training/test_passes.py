@@ -9,7 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_models import a_batch, adapted, gradients, reference, small_model
+from small_batches import a_batch
+from small_models import adapted, gradients, reference, small_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 

@@ -124,7 +124,7 @@ class ToyEngine:
         self._gradient[:] = 0
 
     def is_finite(self) -> bool:
-        return all(np.isfinite(array).all() for array in self.state().model.values())
+        return all(np.isfinite(array).all() for array in (self._table, self._first, self._second))
 
     def evaluate(self, batch: MicroBatch) -> Losses:
         return self._forward(batch, self._table)[0]
@@ -137,8 +137,9 @@ class ToyEngine:
         )
 
     def load_state(self, state: EngineState) -> None:
-        if state.model["table"].shape != self._table.shape:
-            raise ResumeRefused("the checkpoint does not fit the model:", ["table has another shape"])
+        expected = {"table": (self._table.shape, self._table.dtype)}
+        if {name: (array.shape, array.dtype) for name, array in state.model.items()} != expected:
+            raise ResumeRefused("the checkpoint does not fit the model:", ["its tables are others"])
         self._table[:] = state.model["table"]
         self._first[:], self._second[:] = state.optimizer["moments"]
         self._updates = state.optimizer["updates"]

@@ -41,13 +41,18 @@ def differences(a: CheckpointFile, b: CheckpointFile) -> list[Difference]:
 
     Raises:
         CorruptCheckpoint: if one of them does not hold what its digest of the state says.
+        CheckpointError: if one of them is in an older format.
     """
     a.require_whole()
     b.require_whole()
+    sections_a, sections_b = (
+        a.header.sections,
+        b.header.sections,
+    )  # an older format has none: it is not compared
     if a.state_digest == b.state_digest:
         return []
     found: list[Difference] = []
-    _compare_nodes({"d": a.header.sections}, {"d": b.header.sections}, "", found)
+    _compare_nodes({"d": sections_a}, {"d": sections_b}, "", found)
     if a.step != b.step:
         found.append(Difference("state", "step", str(a.step), str(b.step)))
     found.sort(key=lambda difference: difference.name)

@@ -86,6 +86,8 @@ class Header:
         run_info: what ``run`` says: created, host, metrics and the caller's own.
     """
 
+    format = FORMAT
+
     def __init__(self, metadata: dict[str, str], table: str, data_offset: int, file_size: int) -> None:
         self.step = _integer(metadata["step"], "step")
         self.kind = _kind(metadata["kind"])

@@ -12,7 +12,9 @@ from typing import Any
 
 from distrust.checkpoint import arrays, lazily, reading, tree
 from distrust.checkpoint.checkpoint import ARRAY_SECTIONS, STATE_SECTIONS, Checkpoint
-from distrust.checkpoint.format import Kind, Layout, TensorInfo, canonical_json
+from distrust.checkpoint.format import Kind, Layout, TensorInfo, canonical_json, tensor_hasher
+from distrust.checkpoint.header import parse_header
+from distrust.checkpoint.memory import allocate
 from distrust.checkpoint.store import CheckpointFile, opened
 from distrust.errors import CorruptCheckpoint, UnsupportedState
 
@@ -56,6 +58,22 @@ def prepare(checkpoint: Checkpoint, kind: Kind) -> Image:
     layout = Layout(tensors, step=checkpoint.step, kind=kind, sections=sections, run=_run(checkpoint))
     flats, held = arrays.settle(found)
     return Image(checkpoint.step, layout, [flats[name] for name in layout.names], held)
+
+
+def state_digest(checkpoint: Checkpoint, kind: Kind) -> str:
+    """The identity of a state, as its file will have it; nothing is written.
+
+    Raises:
+        UnsupportedState: for a value that would not come back exactly.
+    """
+    prepared = prepare(checkpoint, kind)
+    digests = []
+    for flat in prepared.flats:
+        memory = allocate(flat.nbytes)
+        arrays.fill(memory, 0, [flat])
+        digests.append(tensor_hasher(all_cores=False).update(memory[: flat.nbytes]).hexdigest())
+    raw, _ = prepared.layout.header(digests)
+    return parse_header(raw, prepared.layout.file_size).state_digest
 
 
 def read(

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
-from distrust.checkpoint import arrays, image, pouring, pruning, retention, storage, store
+from distrust.checkpoint import arrays, image, older, pouring, pruning, retention, storage, store
 from distrust.checkpoint.checkpoint import Checkpoint
 from distrust.checkpoint.disk import Disk
 from distrust.checkpoint.format import Kind
@@ -179,11 +179,11 @@ class CheckpointManager:
             return self._session.snapshot.reserve(nbytes)
 
     def list_checkpoints(self) -> list[int]:
-        """The steps that are there, finals included, in ascending order."""
+        """The steps that are there, finals and those in an older format included, in ascending order."""
         return list(self.scan().by_step())
 
     def scan(self) -> Scan:
-        """The files that are there, and those that are damaged."""
+        """The files that are there, those that are damaged, and those in an older format."""
         return store.scan(self.directory, self._session.listed)
 
     def load(
@@ -194,10 +194,12 @@ class CheckpointManager:
         mmap: bool = False,
         verify: Verify = "full",
     ) -> Checkpoint:
-        """Read and verify a checkpoint.
+        """Read and verify a checkpoint, in our format or an older one.
 
-        The arrays lie side by side in one block of memory, which goes when the last of them has gone; those
-        of mlx have memory of their own.
+        One in an older format is always read and verified as a whole, whatever ``mmap`` and ``verify`` say;
+        :mod:`distrust.checkpoint.older.state` says what of it becomes what. The arrays of one in ours lie
+        side by side in one block of memory, which goes when the last of them has gone; those of mlx have
+        memory of their own.
 
         Args:
             checkpoint: a step (where both stand, the final one is read), or a path.
@@ -221,7 +223,7 @@ class CheckpointManager:
         if lazy and not mmap:
             raise ConfigError('verify="lazy" goes with mmap=True: without it everything is read now')
         file, loaded = self._found(
-            checkpoint, lambda path: image.read(path, framework=framework, mapped=mmap, lazy=lazy)
+            checkpoint, lambda path: _read(path, framework=framework, mapped=mmap, lazy=lazy)
         )
         if file.path.parent == self.directory and not lazy:
             self._mark_resumed(file)
@@ -262,19 +264,23 @@ class CheckpointManager:
             framework: of the arrays.
 
         Raises:
-            CheckpointError: as those do.
+            CheckpointError: as those do; if it is in an older format, which says nothing of a base model.
             ConfigError: for a step and the best one together.
         """
         if step is not None and best:
             raise ConfigError("a step and the best one were asked for: give one of them")
         if step is not None:
-            file, loaded = self._found(step, lambda path: image.read(path, framework=framework))
+            file, loaded = self._found(step, lambda path: _read(path, framework=framework))
             self._mark_resumed(file)
-            return file, loaded
-        return self._first_good(self._best_first if best else self._newest_first, framework, mmap=False)
+        else:
+            candidates = self._best_first if best else self._newest_first
+            file, loaded = self._first_good(candidates, framework, mmap=False)
+        require_converted(file)
+        return file, loaded
 
     def inspect(self, checkpoint: int | str | os.PathLike[str]) -> CheckpointFile:
-        """What a checkpoint's header says: step, kind, metadata, digests and tensors.
+        """What a checkpoint's header says: step, kind, metadata, digests and tensors; of an older format, its
+        metadata, without digests.
 
         Raises:
             CheckpointNotFound: listing what there is.
@@ -290,7 +296,9 @@ class CheckpointManager:
             CorruptCheckpoint: with what is wrong, and where.
         """
         file = self._found(checkpoint, store.verify)
-        if file.path.parent == self.directory:  # a copy elsewhere proves nothing of the one here
+        if (
+            file.path.parent == self.directory and not file.is_older
+        ):  # a copy elsewhere proves nothing of the one here
             self._session.good.add(_identity(file))
 
     def cleanup(self, *, keep_last: int | None = None) -> list[int]:
@@ -401,7 +409,14 @@ class CheckpointManager:
         self._session.leaving = False
         self.acquire()
         kind: Kind = "final" if final else "periodic"
-        return self.directory / store.file_name(checkpoint.step, kind), kind
+        path = self.directory / store.file_name(checkpoint.step, kind)
+        if older.recognised(path):
+            raise SaveFailed(
+                f"{path}: not saved: a checkpoint in an older format has this name, and is never replaced. "
+                "Move it away, or save elsewhere",
+                path=path,
+            )
+        return path, kind
 
     def _poured(self, prepared: image.Image) -> Callable[[AtomicFile], str]:
         return lambda file: pouring.write_filling(file, prepared, self._session.ring)
@@ -490,9 +505,7 @@ class CheckpointManager:
     def _newest_first(self) -> list[CheckpointFile | DamagedFile]:
         found = self.scan()
         everything: list[CheckpointFile | DamagedFile] = sorted(
-            [*found.files, *found.damaged],
-            key=lambda file: (file.step, file.path.stem.endswith("-final")),
-            reverse=True,
+            [*found.everything, *found.damaged], key=_newness, reverse=True
         )
         if not everything:
             raise CheckpointNotFound(f"{self.directory}: no checkpoints here", path=self.directory)
@@ -532,10 +545,10 @@ class CheckpointManager:
             try:
                 if isinstance(file, DamagedFile):
                     raise file.error
-                read, loaded = image.read(file.path, framework=framework, mapped=mmap)
+                read, loaded = _read(file.path, framework=framework, mapped=mmap)
             except CorruptCheckpoint as error:
                 reasons.append(str(error))
-                if isinstance(file, CheckpointFile):
+                if isinstance(file, CheckpointFile) and not file.is_older:
                     self._session.damaged.add(_identity(file))
                 continue
             for reason in reasons:
@@ -554,8 +567,9 @@ class CheckpointManager:
         )
 
     def _mark_resumed(self, file: CheckpointFile) -> None:
-        self._session.good.add(_identity(file))
-        self._session.resumed_from = file
+        if not file.is_older:  # no rule ever counts or removes one
+            self._session.good.add(_identity(file))
+            self._session.resumed_from = file
 
     def _found(self, checkpoint: int | str | os.PathLike[str], read: Callable[[Path], Found]) -> Found:
         """Read what a step or a path stands for."""
@@ -597,6 +611,35 @@ def _reported(path: Path) -> Iterator[None]:
         raise SaveFailed(
             f"{path}: not saved: {what}. What stood there before is untouched", path=path
         ) from error
+
+
+def _read(
+    path: Path, *, framework: arrays.Framework, mapped: bool = False, lazy: bool = False
+) -> tuple[CheckpointFile, Checkpoint]:
+    """Read what is there, in our format or in an older one."""
+    if older.recognised(path):
+        header, loaded = older.read(path, framework=framework)
+        return CheckpointFile(path, header), loaded
+    return image.read(path, framework=framework, mapped=mapped, lazy=lazy)
+
+
+def require_converted(file: CheckpointFile) -> None:
+    """That a checkpoint is in our format.
+
+    Raises:
+        CheckpointError: if it is in an older one, with what to do.
+    """
+    if file.is_older:
+        raise CheckpointError(
+            f"{file.path}: in an older format ({file.format}); convert it first: "
+            f"distrust convert {file.path} --to FOLDER",
+            path=file.path,
+        )
+
+
+def _newness(file: CheckpointFile | DamagedFile) -> tuple[int, bool, bool]:
+    ours = not (isinstance(file, CheckpointFile) and file.is_older)
+    return file.step, ours, file.path.stem.endswith("-final")
 
 
 def _identity(file: CheckpointFile) -> tuple[str, str]:

@@ -21,6 +21,7 @@ _MADV_POPULATE_WRITE = 23  # Linux 5.14; Python has no name for it
 _TOUCH_BYTES = 64 << 20
 # Of glibc's malloc.h; larger blocks it does not keep.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_LARGE_BLOCK_BYTES = 1 << 20
 _LARGEST_BLOCK_BYTES = 32 << 20
 
 
@@ -145,6 +146,17 @@ def hold() -> None:
             tell = ctypes.CDLL(None).mallopt
             tell(_M_MMAP_THRESHOLD, _LARGEST_BLOCK_BYTES)
             tell(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def let_go() -> None:
+    """Have the allocator give large blocks back as soon as they are freed: the opposite of :func:`hold`.
+
+    For who keeps what it will take again by itself, such as mlx: what the allocator kept besides would lie
+    between them, in pieces, and come on top.
+    """
+    if _LINUX:
+        with contextlib.suppress(AttributeError):  # another C library
+            ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK_BYTES)
 
 
 def trim() -> None:

@@ -3,7 +3,8 @@
 Damaged is what was read, every byte of it, and is not what was written. Wherever there is a doubt, the file
 is left to a person, with a warning that says why: what this process cannot read may be whole, and so may a
 file of a later version of the format, or of another program; a whole checkpoint under a name that is not its
-own may be the only copy of its step; a directory may hold anything. Of a symbolic link only the link is
+own may be the only copy of its step; a directory may hold anything; one in an older format has no digests of
+this library, and is never removed. Of a symbolic link only the link is
 meant, never what it points to.
 """
 
@@ -17,10 +18,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from distrust.checkpoint import store
+from distrust.checkpoint import older, store
 from distrust.checkpoint.format import FORMAT, LENGTH_BYTES, MAX_HEADER_BYTES, METADATA, OPENING
 from distrust.checkpoint.store import DamagedFile
 from distrust.errors import (
+    CheckpointError,
     CheckpointNotFound,
     CheckpointUnreadable,
     CorruptCheckpoint,
@@ -53,6 +55,8 @@ def damaged(directory: Path) -> Iterator[DamagedFile]:
 
 def _verdict(path: Path) -> CorruptCheckpoint | str | None:
     """What is wrong with a file; or, in words, why that is doubtful; or None if nothing is."""
+    if older.recognised(path):
+        return _older_verdict(path)
     if os.path.isdir(path) and not path.is_symlink():  # Path.is_dir() may raise for a link
         return "a directory; remove it yourself if nothing in it is needed"
     try:
@@ -68,6 +72,15 @@ def _verdict(path: Path) -> CorruptCheckpoint | str | None:
     except CorruptCheckpoint as error:
         own = store.file_name(file.step, file.kind)
         return f"every byte is right, but {error.reason}; rename it {own}, or move it away"
+    return None
+
+
+def _older_verdict(path: Path) -> str | None:
+    """Why one in an older format is left although it is damaged: it is never removed."""
+    try:
+        store.verify(path)
+    except CheckpointError as error:
+        return f"in an older format, and {str(error).removeprefix(f'{path}: ')}"
     return None
 
 

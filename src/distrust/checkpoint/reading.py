@@ -28,7 +28,7 @@ from distrust.checkpoint import direct, parallel
 from distrust.checkpoint.format import TensorInfo, tensor_hasher
 from distrust.checkpoint.header import Header
 from distrust.checkpoint.memory import PAGE_BYTES, address_of, allocate, rounded
-from distrust.checkpoint.store import CUT_WHILE_READ, read_into
+from distrust.checkpoint.opening import CUT_WHILE_READ, read_into
 from distrust.errors import CorruptCheckpoint, readable
 
 #: A piece stays in a core's cache between its read and its digest.

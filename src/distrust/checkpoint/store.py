@@ -5,39 +5,46 @@ proven by its digest, or the reason why it is damaged. *Good* there means that n
 what is checked of a header when is said in :mod:`distrust.checkpoint.header`. :func:`verify` reads all of it,
 and the data too; what a listing takes for damaged, it does not call whole. A file is opened once and asked
 through its descriptor: a writer that replaces or removes it meanwhile cannot mix two files into one answer.
+
+Checkpoints in the formats that were before this one (:mod:`distrust.checkpoint.older`) are listed apart, so
+that no rule ever counts or removes them; where a step stands in both, ours is the one that is meant.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
-import re
-import stat
 import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from distrust.checkpoint.format import ALIGNMENT, Kind, TensorInfo
+from distrust.checkpoint import older
+from distrust.checkpoint.format import ALIGNMENT, FORMAT, Kind, TensorInfo
 from distrust.checkpoint.header import Header, header_length, parse_header
+from distrust.checkpoint.naming import Entry, file_name, parsed
+from distrust.checkpoint.opening import located, read_into, regular_file
 from distrust.errors import (
     CheckpointError,
     CheckpointNotFound,
-    CheckpointUnreadable,
     CorruptCheckpoint,
     DistrustWarning,
     UnsupportedVersion,
 )
 
+if TYPE_CHECKING:
+    from distrust.checkpoint.older.header import OlderHeader
+
+__all__ = [
+    "RUN_SUBDIRECTORY", "CheckpointFile", "DamagedFile", "Entry", "Identity", "Known", "Scan",
+    "checkpoint_directory", "file_name", "find", "identity", "is_directory", "link_to_nothing", "named",
+    "newest", "opened", "read_header", "require_name", "scan", "verify", "verify_content",
+]  # fmt: skip
+
 RUN_SUBDIRECTORY = "checkpoints"
 #: A file changed later than this before it was read is read again: no file system's clock is coarser.
 SETTLED_NANOSECONDS = 2_000_000_000
-#: Such a file may be whole: to fall back from it to an older one would lose what it holds.
-_NOT_THE_FILES_FAULT = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENODEV}
-CUT_WHILE_READ = "the file ends in the middle: it was cut while it was read"
-_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})(-final)?\.safetensors", re.ASCII)
 
 
 class CheckpointFile(NamedTuple):
@@ -49,7 +56,17 @@ class CheckpointFile(NamedTuple):
     """
 
     path: Path
-    header: Header
+    header: Header | OlderHeader
+
+    @property
+    def format(self) -> str:
+        """``distrust``, or the name of an older format."""
+        return self.header.format
+
+    @property
+    def is_older(self) -> bool:
+        """Whether it is in an older format: it has no digests, and is never removed."""
+        return self.format != FORMAT
 
     @property
     def step(self) -> int:
@@ -104,7 +121,7 @@ class CheckpointFile(NamedTuple):
         Raises:
             CorruptCheckpoint: if they are not described as a writer does; damage was found before.
         """
-        with _located(self.path):
+        with located(self.path):
             return self.header.tensors
 
     def require_whole(self) -> None:
@@ -113,7 +130,7 @@ class CheckpointFile(NamedTuple):
         Raises:
             CorruptCheckpoint: with what no writer makes.
         """
-        with _located(self.path):
+        with located(self.path):
             self.header.require_whole()
 
 
@@ -142,26 +159,31 @@ class Scan(NamedTuple):
     Attributes:
         files: checkpoints whose headers are whole, by step, a periodic one before the final of its step.
         damaged: the others, by step.
+        older: those in an older format whose metadata is whole, in the same order.
     """
 
     files: tuple[CheckpointFile, ...]
     damaged: tuple[DamagedFile, ...]
+    older: tuple[CheckpointFile, ...] = ()
+
+    @property
+    def everything(self) -> tuple[CheckpointFile, ...]:
+        """All that are whole, by step; of a step the one that is meant stands last."""
+        return tuple(sorted([*self.older, *self.files], key=_rank))
 
     def by_step(self) -> dict[int, CheckpointFile]:
-        """One file a step, in ascending order: where both kinds stand, the final one."""
-        return {file.step: file for file in self.files}
+        """One file a step, in ascending order: ours before an older one, and then the final one."""
+        return {file.step: file for file in self.everything}
+
+
+def _rank(file: CheckpointFile) -> tuple[int, bool, bool]:
+    return file.step, not file.is_older, file.kind == "final"
 
 
 #: What tells that a file is the same, with the same content: device, inode, size, times of its last changes.
 Identity = tuple[int, int, int, int, int]
 #: Checkpoints as a scan found them; see :func:`scan`.
 Known = dict[Path, tuple[Identity, CheckpointFile]]
-Entry = tuple[Path, int, Kind]
-
-
-def file_name(step: int, kind: Kind) -> str:
-    """The name of a checkpoint's file."""
-    return f"checkpoint-{step}{'-final' if kind == 'final' else ''}.safetensors"
 
 
 def scan(directory: Path, known: Known | None = None) -> Scan:
@@ -186,19 +208,21 @@ def scan(directory: Path, known: Known | None = None) -> Scan:
                 for path in list(known):
                     if path not in seen:
                         known.pop(path, None)
+            whole = [file for file in found if isinstance(file, CheckpointFile)]
             return Scan(
-                files=tuple(file for file in found if isinstance(file, CheckpointFile)),
+                files=tuple(file for file in whole if not file.is_older),
                 damaged=tuple(file for file in found if isinstance(file, DamagedFile)),
+                older=tuple(file for file in whole if file.is_older),
             )
 
 
 def find(target: Path) -> list[Path]:
-    """The checkpoint files that a run, a directory of checkpoints, or a file stands for, by step.
+    """The checkpoints that a run, a directory of them, or one of them stands for, by step.
 
     Raises:
         CheckpointNotFound: if there are none.
     """
-    if _is_directory(target):
+    if is_directory(target):
         directory = checkpoint_directory(target)
         paths = [path for path, _, _ in named(directory)]
         if not paths:
@@ -218,26 +242,30 @@ def newest(target: Path) -> CheckpointFile:
         CheckpointNotFound: if there is none.
         CorruptCheckpoint: if a file was named and its header is damaged.
     """
-    if not _is_directory(target):
+    if not is_directory(target):
         return read_header(target)
     found = scan(checkpoint_directory(target))
-    if not found.files:
+    files = found.everything
+    if not files:
         also = f"; {len(found.damaged)} damaged" if found.damaged else ""
         raise CheckpointNotFound(f"{target}: no checkpoints here{also}", path=target)
     for damaged in found.damaged:
-        if damaged.step >= found.files[-1].step:
+        if damaged.step >= files[-1].step:
             warnings.warn(f"skipped a damaged checkpoint: {damaged.error}", DistrustWarning, stacklevel=2)
-    return found.files[-1]
+    return files[-1]
 
 
 def checkpoint_directory(target: Path) -> Path:
     """The directory of checkpoints of a run, or ``target`` itself if it is one."""
     inner = target / RUN_SUBDIRECTORY
-    return inner if _is_directory(inner) else target
+    return inner if os.path.isdir(inner) else target
 
 
-def _is_directory(path: Path) -> bool:
-    return os.path.isdir(path)  # a link that cannot be followed is none; Path.is_dir() may raise for it
+def is_directory(path: Path) -> bool:
+    """Whether it may hold checkpoints: a folder that is one itself, in an older format, does not."""
+    return (
+        os.path.isdir(path) and older.recognised(path) is None
+    )  # a link that cannot be followed is none; Path.is_dir() may raise for it
 
 
 def read_header(path: Path) -> CheckpointFile:
@@ -249,6 +277,8 @@ def read_header(path: Path) -> CheckpointFile:
         CheckpointUnreadable: if this process cannot read it.
         UnsupportedVersion: if a later version of the format wrote it.
     """
+    if older.recognised(path):
+        return CheckpointFile(path, older.read_header(path))
     return _read_header(path)[0]
 
 
@@ -275,6 +305,9 @@ def verify_content(path: Path) -> CheckpointFile:
         CheckpointUnreadable: if this process cannot read it.
         UnsupportedVersion: if a later version of the format wrote it.
     """
+    if older.recognised(path):
+        return CheckpointFile(path, older.verify(path))
+
     from distrust.checkpoint import reading  # listing, which is all that most commands do, needs none of it
 
     with opened(path) as (descriptor, header):
@@ -292,46 +325,10 @@ def opened(path: Path) -> Iterator[tuple[int, Header]]:
         CheckpointUnreadable: if this process cannot read it.
         UnsupportedVersion: if a later version of the format wrote it.
     """
-    with _located(path), _descriptor(path) as (descriptor, status):
+    with located(path), regular_file(path) as (descriptor, status):
         header = _header(descriptor, status.st_size)
         header.require_whole()
         yield descriptor, header
-
-
-@contextlib.contextmanager
-def _located(path: Path) -> Iterator[None]:
-    """Errors raised inside say which file it is, and are this library's."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise CheckpointNotFound(f"{path}: no such checkpoint", path=path) from None
-    except OSError as error:
-        if error.errno in _NOT_THE_FILES_FAULT:
-            raise CheckpointUnreadable(f"{path}: cannot be read: {error.strerror}", path=path) from error
-        raise CorruptCheckpoint(f"it cannot be read: {error.strerror}", path=path) from error
-    except MemoryError as error:
-        raise CheckpointUnreadable(
-            f"{path}: cannot be read: {str(error) or 'no memory'}", path=path
-        ) from error
-    except CorruptCheckpoint as error:
-        raise CorruptCheckpoint(error.reason, path=path, tensor=error.tensor) from None
-    except UnsupportedVersion as error:
-        raise UnsupportedVersion(f"{path}: {error}", path=path) from None
-
-
-@contextlib.contextmanager
-def _descriptor(path: Path) -> Iterator[tuple[int, os.stat_result]]:
-    """A regular file, open to be read, and its status."""
-    # O_NONBLOCK: opening a pipe that lies in the way must not wait for its writer.
-    # O_NOCTTY: opening a terminal there must not make it the one whose keys end this process.
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise CorruptCheckpoint("not a regular file")
-        yield descriptor, status
-    finally:
-        os.close(descriptor)
 
 
 def _header(descriptor: int, file_size: int) -> Header:
@@ -344,23 +341,8 @@ def _header(descriptor: int, file_size: int) -> Header:
     return parse_header(raw, file_size)
 
 
-def read_into(descriptor: int, view: memoryview, offset: int) -> None:
-    """Fill ``view`` from ``offset`` on.
-
-    Raises:
-        CorruptCheckpoint: if the file ends before.
-        OSError: if the disk cannot be read.
-    """
-    while view:
-        count = os.preadv(descriptor, [view], offset)
-        if count == 0:
-            raise CorruptCheckpoint(CUT_WHILE_READ)
-        view = view[count:]
-        offset += count
-
-
 def _read_header(path: Path) -> tuple[CheckpointFile, os.stat_result]:
-    with _located(path), _descriptor(path) as (descriptor, status):
+    with located(path), regular_file(path) as (descriptor, status):
         return CheckpointFile(path, _header(descriptor, status.st_size)), status
 
 
@@ -372,6 +354,10 @@ def _listed(entry: Entry, known: Known, seen: Known) -> CheckpointFile | Damaged
         if before is not None and before[0] == identity(_status(path)):
             seen[path] = before
             return before[1]
+        if older.recognised(path):
+            file = CheckpointFile(path, older.read_header(path))
+            require_name(file)
+            return file
         file, status = _read_header(path)
         require_name(file)
         # Changed twice within a tick of the file system's clock, a file shows the same time.
@@ -387,7 +373,7 @@ def _listed(entry: Entry, known: Known, seen: Known) -> CheckpointFile | Damaged
 
 
 def _status(path: Path) -> os.stat_result:
-    with _located(path):
+    with located(path):
         return path.stat()
 
 
@@ -402,7 +388,7 @@ def require_name(file: CheckpointFile) -> None:
     Raises:
         CorruptCheckpoint: if it is not.
     """
-    entry = _parsed(file.path)
+    entry = parsed(file.path)
     if entry is not None and (file.step, file.kind) != entry[1:]:
         reason = f"it holds step {file.step} ({file.kind}), not what its name says"
         raise CorruptCheckpoint(reason, path=file.path)
@@ -414,19 +400,20 @@ def identity(status: os.stat_result) -> Identity:
 
 
 def named(directory: Path) -> list[Entry]:
-    """The files named as checkpoints, by step, a periodic one before the final of its step."""
+    """What is named as a checkpoint: files, and folders of an older format, which stand before them.
+
+    By step; a periodic one stands before the final of its step.
+
+    Raises:
+        CheckpointError: if the directory cannot be read.
+    """
     try:
         names = os.listdir(directory)
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
         raise CheckpointError(f"{directory}: cannot be read: {error.strerror}", path=directory) from error
-    found = [entry for name in names if (entry := _parsed(directory / name)) is not None]
+    entries = [entry for name in names if (entry := parsed(directory / name)) is not None]
+    found = [entry for entry in entries if entry[0].suffix or older.recognised(entry[0])]
     # "final" would sort before "periodic": the periodic one of a step comes first.
-    return sorted(found, key=lambda entry: (entry[1], entry[2] == "final"))
-
-
-def _parsed(path: Path) -> Entry | None:
-    """What the name of a checkpoint says."""
-    match = _NAME.fullmatch(path.name)
-    return (path, int(match[1]), "final" if match[2] else "periodic") if match else None
+    return sorted(found, key=lambda entry: (entry[1], bool(entry[0].suffix), entry[2] == "final"))

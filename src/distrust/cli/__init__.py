@@ -25,6 +25,7 @@ COMMANDS = {
     "generate": "let a trained model write",
     "eval": "the losses of a trained model on data, by source class",
     "export": "write what was trained as an adapter of peft, a whole model, or its tensors alone",
+    "convert": "write checkpoints of other programs as ours",
     "ls": "list checkpoints",
     "show": "what one checkpoint holds",
     "verify": "check every byte of checkpoints",

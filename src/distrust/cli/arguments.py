@@ -10,7 +10,7 @@ from typing import Any
 from distrust.cli import COMMANDS
 from distrust.reporting.printing import printable
 
-TARGET = "a run, a directory of checkpoints, or a checkpoint file"
+TARGET = "a run, a directory of checkpoints, or one checkpoint"
 
 
 def parser(verb: str, *, description: str, examples: Sequence[str]) -> argparse.ArgumentParser:

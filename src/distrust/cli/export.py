@@ -13,6 +13,7 @@ from distrust.reporting.printing import printable
 
 LOADED_BY = {
     "adapter": "peft: PeftModel.from_pretrained(base, {path!r})",
+    "mlx": "mlx-lm: load(base, adapter_path={path!r})",
     "merged": "transformers: AutoModelForCausalLM.from_pretrained({path!r})",
     "state": "safetensors: load_file({path!r})",
 }
@@ -29,6 +30,7 @@ def main(arguments: list[str]) -> int:
         examples=[
             "distrust export runs/train --to my-adapter",
             "distrust export runs/train --to my-model --format merged --dtype bfloat16",
+            "distrust export runs/train --to my-mlx-adapter --format mlx",
             "distrust export runs/train --to weights.safetensors --format state --step 50",
         ],
     )
@@ -37,8 +39,8 @@ def main(arguments: list[str]) -> int:
     arg.add_argument(
         "--format",
         choices=get_args(ExportFormat),
-        help="adapter: for peft; merged: a whole model, for transformers; state: the trained tensors in one "
-        "file. Default: adapter; merged, where all weights were trained",
+        help="adapter: for peft; mlx: for mlx-lm; merged: a model, for transformers; state: the trained "
+        "tensors in one file. Default: adapter; of a run of mlx, mlx; merged, where all weights were trained",
     )
     add_choice_of_checkpoint(arg)
     arg.add_argument(

@@ -27,13 +27,10 @@ def main(arguments: list[str]) -> int:
     _require_utf8(prompts)
 
     from distrust import engines
-    from distrust.engines.torch.engine import TorchEngine
-    from distrust.engines.torch.generation import generate
 
     def write(engine: Engine) -> list[str]:
-        assert isinstance(engine, TorchEngine)  # noqa: S101 - the only engine there is
         return [
-            generate(
+            engines.generate(
                 engine,
                 prompt,
                 chat=options.chat,

@@ -27,11 +27,13 @@ def main(arguments: list[str]) -> int:
         warning = f"distrust: warning: {damaged.path}: damaged: {damaged.reason}"
         print(printable(warning), file=sys.stderr)
     if options.json:
-        print_json([_row(file) for file in found.files])
-    elif found.files:
+        print_json([_row(file) for file in found.everything])
+    elif found.everything:
         print(f"{'step':>8}  {'kind':8}  {'size':>8}  {'created (UTC)':19}  metrics")
-        for file in found.files:
+        for file in found.everything:
             metrics = "  ".join(f"{name} {number(value)}" for name, value in _main_metrics(file))
+            if file.is_older:
+                metrics += f"{'  ' if metrics else ''}(older format: {file.format})"
             created = (file.created or "")[:19].replace("T", " ")
             row = f"{file.step:>8}  {file.kind:8}  {size(file.bytes):>8}  {created:19}  {metrics}"
             print(printable(row))
@@ -41,11 +43,12 @@ def main(arguments: list[str]) -> int:
 
 
 def _scan(target: Path) -> store.Scan:
-    if target.is_dir():
+    if store.is_directory(target):
         return store.scan(store.checkpoint_directory(target))
     if not target.exists():
         raise CheckpointNotFound(f"{target}: no such file or directory", path=target)
-    return store.Scan((store.read_header(target),), ())
+    one = (store.read_header(target),)
+    return store.Scan((), (), one) if one[0].is_older else store.Scan(one, ())
 
 
 def _main_metrics(file: store.CheckpointFile) -> list[tuple[str, float]]:
@@ -60,6 +63,7 @@ def _row(file: store.CheckpointFile) -> dict[str, object]:
         "step": file.step,
         "kind": file.kind,
         "path": str(file.path),
+        "format": file.format,
         "bytes": file.bytes,
         "created": file.created,
         "metrics": file.metrics,

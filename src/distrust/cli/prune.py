@@ -161,8 +161,12 @@ def _check(options: argparse.Namespace) -> None:
     for name in ("metric", "metric_mode"):
         if getattr(options, name) is not None and not options.keep_best:
             raise ConfigError(f"--{name.replace('_', '-')} goes with --keep-best N, for 1 or more")
-    if options.target.is_file():
-        raise ConfigError(f"prune goes with a run or a directory of checkpoints; {options.target} is a file")
+    if options.target.exists() and not store.is_directory(options.target):
+        raise ConfigError(
+            f"prune goes with a run or a directory of checkpoints; {options.target} is a file"
+            if options.target.is_file()
+            else f"prune goes with a run or a directory of checkpoints; {options.target} is one checkpoint"
+        )
 
 
 def _has_rule(options: argparse.Namespace) -> bool:
@@ -182,7 +186,8 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         "prune",
         description="What\n"
         "stays is what any rule keeps; finals and the newest good one always stay. Damaged ones count for\n"
-        "nothing, and go by --damaged alone. Refused where a training runs: that cleans up by itself.",
+        "nothing, and go by --damaged alone. Those in an older format are never removed.\n"
+        "Refused where a training runs: that cleans up by itself.",
         examples=[
             "distrust prune runs/train --keep-last 2 --dry-run",
             "distrust prune runs/train --keep-best 1 --metric loss --keep-every 1000",

@@ -35,10 +35,13 @@ def main(arguments: list[str]) -> int:
         return 0
     run = file.header.run_info
     print(printable(f"{file.path}"))
-    made = f"created {file.created} on {run.get('host')}"
-    print(printable(f"step {file.step}, {file.kind}, {size(file.bytes)}, {made}"))
-    print(f"state digest  {file.state_digest}")
-    print(f"file digest   {file.digest}")
+    where = f" on {run.get('host')}" if run.get("host") else ""
+    print(printable(f"step {file.step}, {file.kind}, {size(file.bytes)}, created {file.created}{where}"))
+    if file.is_older:
+        print(f"older format  {file.format}: it has no digests; `distrust convert` gives it some")
+    else:
+        print(f"state digest  {file.state_digest}")
+        print(f"file digest   {file.digest}")
     for section in ("model", "optimizer", "rng", "history"):
         tensors = [tensor for tensor in file.tensors if tensor.name.startswith(f"{section}.")]
         nbytes = sum(tensor.nbytes for tensor in tensors)
@@ -58,7 +61,7 @@ def main(arguments: list[str]) -> int:
 def _chosen(target: Path, step: int | None) -> store.CheckpointFile:
     if step is None:
         return store.newest(target)
-    if target.is_file():
+    if not store.is_directory(target) and target.exists():
         raise ConfigError(f"--step goes with a run or a directory; {target} is one checkpoint")
     files = store.scan(store.checkpoint_directory(target)).by_step()
     if step not in files:
@@ -70,6 +73,7 @@ def _chosen(target: Path, step: int | None) -> store.CheckpointFile:
 def _object(file: store.CheckpointFile) -> dict[str, Any]:
     return {
         "path": str(file.path),
+        "format": file.format,
         "step": file.step,
         "kind": file.kind,
         "digest": file.digest,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from distrust.checkpoint import store
+from distrust.checkpoint.header import Header
 from distrust.cli.arguments import TARGET, parser, print_json
 from distrust.errors import CheckpointError, CorruptCheckpoint
 from distrust.reporting.printing import printable
@@ -23,21 +24,34 @@ def main(arguments: list[str]) -> int:
 
     rows = []
     for path in [path for target in options.targets for path in store.find(target)]:
-        verdict, reason = _verdict(path)
-        rows.append({"path": str(path), "ok": reason is None, "verdict": verdict, "reason": reason})
+        verdict, reason, note = _verdict(path)
+        row = {"path": str(path), "ok": reason is None, "verdict": verdict, "reason": reason}
+        rows.append({**row, "note": note} if note else row)
         if not options.json:
-            print(printable(f"{path}: {verdict}{f': {reason}' if reason else ''}"), flush=True)
+            said = reason or note
+            print(printable(f"{path}: {verdict}{f': {said}' if said else ''}"), flush=True)
     if options.json:
         print_json(rows)
     return 0 if all(row["ok"] for row in rows) else 1
 
 
-def _verdict(path: Path) -> tuple[str, str | None]:
-    """In a word, and why. What cannot be read may be whole."""
+def _verdict(path: Path) -> tuple[str, str | None, str | None]:
+    """In a word, and why; and what to know of one that is well. What cannot be read may be whole."""
     try:
-        store.verify(path)
+        file = store.verify(path)
     except CorruptCheckpoint as error:
-        return "DAMAGED", error.reason
+        return "DAMAGED", error.reason, None
     except CheckpointError as error:
-        return "UNREADABLE", str(error).removeprefix(f"{path}: ")
-    return "ok", None
+        return "UNREADABLE", str(error).removeprefix(f"{path}: "), None
+    return "ok", None, _note(file)
+
+
+def _note(file: store.CheckpointFile) -> str | None:
+    """What an older format leaves open."""
+    if isinstance(file.header, Header):
+        return None
+    if file.header.lacks_arrays:
+        return f"in an older format ({file.format}): metadata alone, no model and no optimizer"
+    if file.format == "directory":
+        return "in an older format (directory): every file has its checksum"
+    return f"in an older format ({file.format}), which has no checksums: nothing contradicts itself"

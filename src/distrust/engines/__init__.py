@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 import contextlib
+import platform
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 from distrust import config as options
 from distrust.checkpoint import Checkpoint, CheckpointFile, CheckpointManager, image
-from distrust.checkpoint.store import checkpoint_directory, find, scan
+from distrust.checkpoint.manager import require_converted
+from distrust.checkpoint.store import (
+    RUN_SUBDIRECTORY,
+    checkpoint_directory,
+    find,
+    is_directory,
+    read_header,
+    scan,
+)
 from distrust.config import TrainConfig, key
 from distrust.engines.source import locate
 from distrust.errors import ConfigError, ModelError, ResumeRefused
+from distrust.training import origin
+from distrust.training.elsewhere import is_begun_elsewhere
 from distrust.training.engine import Engine, EngineState
-from distrust.training.resume import FINGERPRINTS
+from distrust.training.resume import FINGERPRINTS, FIRST_ENGINE
 
-#: Of the arrays that the engines here take.
-FRAMEWORK: Literal["torch"] = "torch"
+Name = Literal["torch", "mlx"]
+#: What each needs, and the extra of this package that brings it.
+_NEEDS: dict[Name, tuple[str, str]] = {"torch": ("torch", "train"), "mlx": ("mlx_lm", "mlx")}
 
 
 def create(config: TrainConfig) -> Engine:
@@ -26,12 +41,44 @@ def create(config: TrainConfig) -> Engine:
 
     Raises:
         ModelError: if the model or tokenizer cannot be loaded.
-        ConfigError: if an option does not fit the model or the machine.
+        ConfigError: if an option does not fit the model or the machine, or the engine is not installed.
     """
     locate(config.model)
+    name = chosen(config)
+    require_installed(name)
+    if name == "mlx":
+        from distrust.engines.mlx.engine import MlxEngine
+
+        return MlxEngine(config)
     from distrust.engines.torch.engine import TorchEngine
 
     return TorchEngine(config)
+
+
+def chosen(config: TrainConfig) -> Name:
+    """The engine that a config stands for: the one it names, or the run's, or the machine's own."""
+    if config.engine != "auto":
+        return config.engine
+    for folder in (origin.folder(config), Path(config.out)):
+        files = scan(folder / RUN_SUBDIRECTORY).files
+        if files and installed(recorded(files[-1])):
+            return recorded(files[-1])
+    return _natural()
+
+
+def recorded(file: CheckpointFile) -> Name:
+    """The engine that a checkpoint was made by."""
+    extra = file.header.run_info.get("extra")
+    environment = extra.get("environment") if isinstance(extra, dict) else None
+    named = environment.get("engine") if isinstance(environment, dict) else None
+    return "mlx" if named == "mlx" else FIRST_ENGINE
+
+
+def generate(engine: Engine, prompt: str, **options: Any) -> str:
+    """What a model writes after a prompt: see the engine's own ``generation.generate``."""
+    generation = import_module(f"distrust.engines.{engine.framework}.generation")
+    text: str = generation.generate(engine, prompt, **options)
+    return text
 
 
 def config_of(file: CheckpointFile, *, model: str | None = None) -> TrainConfig:
@@ -53,7 +100,7 @@ def config_of(file: CheckpointFile, *, model: str | None = None) -> TrainConfig:
 
 
 def read_checkpoint(
-    target: Path, *, step: int | None = None, best: bool = False
+    target: Path, *, step: int | None = None, best: bool = False, framework: Name | None = None
 ) -> tuple[CheckpointFile, Checkpoint]:
     """The one place that says which checkpoint a target stands for; read, and every byte of it verified.
 
@@ -61,18 +108,22 @@ def read_checkpoint(
         target: a run, a directory of checkpoints, or a file; of several the newest that is whole.
         step: this one of several.
         best: the best of several, by the metric that the run was told to go by.
+        framework: of the arrays. Default: that of the engine which made the newest, if it is installed here.
 
     Raises:
         CheckpointError: if there is none, or it is damaged.
         ConfigError: for a step, or the best one, of a single file.
     """
     find(target)
-    if not target.is_dir():
+    if framework is None:
+        framework = _opener(target)
+    if not is_directory(target):
         if step is not None or best:
             asked = "--best" if step is None else f"--step {step}"
             raise ConfigError(f"{asked} goes with a run or a directory; {target} is one checkpoint")
-        return image.read(target, framework=FRAMEWORK)
-    return _manager(checkpoint_directory(target)).choose(step=step, best=best, framework=FRAMEWORK)
+        require_converted(read_header(target))
+        return image.read(target, framework=framework)
+    return _manager(checkpoint_directory(target)).choose(step=step, best=best, framework=framework)
 
 
 def open_checkpoint(
@@ -115,7 +166,10 @@ def engine_of(
         ResumeRefused: if it is another base model.
     """
     # Compiling pays in training only, and needs a compiler, which may be missing here.
-    config = replace(config_of(file, model=model), **{"compile": False, **(changes or {})})
+    made_for: Name = "mlx" if _is_mlx(checkpoint) else "torch"
+    config = replace(
+        config_of(file, model=model), **{"compile": False, "engine": made_for, **(changes or {})}
+    )
     expected = fingerprint_of(file, "model")
     with base_told(file, config.model, given=model is not None):
         engine = create(config)
@@ -134,6 +188,11 @@ def fingerprint_of(file: CheckpointFile, what: Literal["model", "data"]) -> str:
     found: str | None = file.header.config.get(FINGERPRINTS, {}).get(what)
     if found is None:
         known = "base model" if what == "model" else "data"
+        if is_begun_elsewhere(file.header.run_info.get("extra", {})):
+            raise ResumeRefused(
+                f"{file.path}: was begun elsewhere, so its {known} is not known; `distrust train` goes on "
+                "with it, and what that saves knows it"
+            )
         raise ResumeRefused(f"{file.path}: was not made by `distrust train`, so its {known} is not known")
     return found
 
@@ -154,6 +213,42 @@ def base_told(file: CheckpointFile, name: str, *, given: bool) -> Iterator[None]
             f"{file.path}: was trained on the model {name}, which cannot be loaded from here; say "
             f"where it lies with --model ({error})"
         ) from error
+
+
+def _opener(target: Path) -> Name:
+    files = scan(checkpoint_directory(target)).files if is_directory(target) else (read_header(target),)
+    made_by = recorded(files[-1]) if files else _natural()
+    if installed(made_by):
+        return made_by
+    return next((name for name in _NEEDS if installed(name)), made_by)
+
+
+def _is_mlx(checkpoint: Checkpoint) -> bool:
+    array = next(iter(checkpoint.model.values()), None)
+    return type(array).__module__.partition(".")[0] == "mlx"
+
+
+def _natural() -> Name:
+    apple = sys.platform == "darwin" and platform.machine() == "arm64"
+    return "mlx" if installed("mlx") and (apple or not installed("torch")) else "torch"
+
+
+def installed(name: Name) -> bool:
+    """Whether what an engine needs is there."""
+    return find_spec(_NEEDS[name][0]) is not None
+
+
+def require_installed(name: Name) -> None:
+    """Refuse an engine that is not there.
+
+    Raises:
+        ConfigError: saying how to install it.
+    """
+    if not installed(name):
+        library, extra = _NEEDS[name]
+        raise ConfigError(
+            f"--engine {name}: {library} is not installed; pip install 'distrust-trainer[{extra}]'"
+        )
 
 
 def _manager(directory: Path) -> CheckpointManager:

@@ -45,3 +45,9 @@ def hub_name(name: str) -> str | None:
     """The name, if it is that of a model on a hub and not of a folder here."""
     local = name == BUNDLED or Path(name).exists() or not is_name(name)
     return None if local else name
+
+
+def reference(name: str) -> str:
+    """What an adapter says of its base model: the hub name, or the folder on this machine."""
+    source, local = locate(name)
+    return str(Path(source).absolute()) if local else source

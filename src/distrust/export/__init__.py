@@ -1,6 +1,7 @@
 """Out of a checkpoint: what a run learned, in the forms that other programs load.
 
 - ``adapter``: an adapter folder of peft, bit for bit what was trained; the base model stays where it is.
+- ``mlx``: the same for mlx-lm. Either can be made of a run of either engine.
 - ``merged``: a whole model folder of transformers, the adapter added to the weights.
 - ``state``: the trained tensors alone, in one file of safetensors.
 
@@ -12,21 +13,25 @@ comes from in its README.md (``facts.py``, ``card.py``).
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from distrust import engines
 from distrust.config import ExportDtype, ExportFormat, TrainConfig
+from distrust.engines import exchange
+from distrust.engines.source import reference
 from distrust.errors import ConfigError
-from distrust.export import staging
+from distrust.export import mlx_folder, staging
 from distrust.export.card import model_card
 from distrust.export.facts import facts_of, public_name
 
 if TYPE_CHECKING:
     from distrust.checkpoint import Checkpoint, CheckpointFile
     from distrust.checkpoint.disk import Disk
-    from distrust.engines.torch.export import Write
+
+Write = Callable[[Path], None]
 
 CARD = "README.md"
 STATE_SUFFIX = ".safetensors"
@@ -71,7 +76,7 @@ def export(
     Args:
         target: a run, a directory of checkpoints, or a file; of several the newest that is whole.
         to: a folder that is not there yet; for ``state``, a file ``….safetensors``.
-        format: ``adapter`` unless all weights were trained, else ``merged``; or ``state``.
+        format: Default: ``adapter``, of a run of mlx ``mlx``; ``merged`` where all weights were trained.
         step: this checkpoint of several.
         best: the best one, by the run's own metric.
         model: where the base model lies now, if it was moved: a folder or a hub name.
@@ -89,10 +94,11 @@ def export(
     _require_one_of("--dtype", dtype, ExportDtype)
     to = Path(os.path.abspath(to))
     staging.require_free(to)
-    file, checkpoint = engines.read_checkpoint(Path(target), step=step, best=best)
+    framework: engines.Name = "torch" if engines.installed("torch") else "mlx"
+    file, checkpoint = engines.read_checkpoint(Path(target), step=step, best=best, framework=framework)
     fingerprint = engines.fingerprint_of(file, "model")  # or it is nobody's that this could be made of
     config = engines.config_of(file)
-    chosen = format or ("adapter" if config.lora_rank else "merged")
+    chosen = format or _default_format(config, file)
     _require_possible(chosen, config, file, to)
     if dtype is None:
         dtype = config.dtype if chosen == "merged" else "float32"
@@ -105,7 +111,9 @@ def export(
             "base_model": public_name(base),
             "base_model_fingerprint": fingerprint,
         }
-        write = _state(checkpoint, to.name, about, dtype=dtype)
+        write = _state(checkpoint.model, to.name, about, dtype=dtype)
+    elif chosen == "mlx":
+        write = _mlx(file, checkpoint, base, dtype=dtype)
     elif chosen == "adapter":
         write = _adapter(file, checkpoint, model, dtype=dtype)
     else:
@@ -119,28 +127,51 @@ def export(
     return Exported(to, chosen, dtype, nbytes, file.path, file.step, file.state_digest)
 
 
-def _state(checkpoint: Checkpoint, name: str, about: dict[str, str], *, dtype: ExportDtype) -> Write:
-    from distrust.engines.torch.export import prepare_state
+def _default_format(config: TrainConfig, file: CheckpointFile) -> ExportFormat:
+    if not config.lora_rank:
+        return "merged"
+    return "mlx" if engines.recorded(file) == "mlx" else "adapter"
 
-    return prepare_state(checkpoint.model, file_name=name, about=about, dtype=dtype)
+
+def _state(tensors: Mapping[str, Any], name: str, about: Mapping[str, str], *, dtype: ExportDtype) -> Write:
+    prepare: Callable[..., Write]
+    if engines.installed("torch"):
+        from distrust.engines.torch.export import prepare_state as prepare
+    else:
+        from distrust.engines.mlx.export import prepare_state as prepare
+    return prepare(tensors, file_name=name, about=about, dtype=dtype)
+
+
+def _mlx(file: CheckpointFile, checkpoint: Checkpoint, base: str, *, dtype: ExportDtype) -> Write:
+    tensors = exchange.for_mlx(checkpoint.model)
+    described = mlx_folder.adapter_config(engines.config_of(file), tensors, base=reference(base))
+    write_weights = _state(tensors, exchange.MLX_WEIGHTS, {"format": "mlx"}, dtype=dtype)
+
+    def write(folder: Path) -> None:
+        write_weights(folder)
+        mlx_folder.write_config(folder, described)
+
+    return write
 
 
 def _adapter(file: CheckpointFile, checkpoint: Checkpoint, model: str | None, *, dtype: ExportDtype) -> Write:
+    engines.require_installed("torch")
     from distrust.engines.torch.export import prepare_adapter
 
     config = engines.config_of(file, model=model)
     with engines.base_told(file, config.model, given=model is not None):
-        return prepare_adapter(config, checkpoint.model, dtype=dtype)
+        return prepare_adapter(config, exchange.for_torch(checkpoint.model), dtype=dtype)
 
 
 def _merged(file: CheckpointFile, checkpoint: Checkpoint, model: str | None, *, dtype: ExportDtype) -> Write:
+    engines.require_installed("torch")
     from distrust.engines.torch.engine import TorchEngine
     from distrust.engines.torch.export import prepare_merged
 
     # On the CPU, whatever it was trained on, and with the base model in full precision.
-    changes = {"device": "cpu", "gradient_checkpointing": False, "quantization": "none"}
+    changes = {"engine": "torch", "device": "cpu", "gradient_checkpointing": False, "quantization": "none"}
     engine = engines.engine_of(file, checkpoint, model=model, changes=changes)
-    assert isinstance(engine, TorchEngine)  # noqa: S101 - the only engine there is
+    assert isinstance(engine, TorchEngine)  # noqa: S101 - as was asked
     return prepare_merged(engine, engines.config_of(file, model=model), dtype=dtype)
 
 
@@ -150,9 +181,9 @@ def _require_one_of(flag: str, value: str | None, choices: Any) -> None:
 
 
 def _require_possible(chosen: ExportFormat, config: TrainConfig, file: CheckpointFile, to: Path) -> None:
-    if chosen == "adapter" and not config.lora_rank:
+    if chosen in ("adapter", "mlx") and not config.lora_rank:
         raise ConfigError(
-            f"--format adapter: {file.path} has no adapter: all weights were trained (--lora-rank 0); "
+            f"--format {chosen}: {file.path} has no adapter: all weights were trained (--lora-rank 0); "
             "give merged, or state"
         )
     if chosen == "state" and to.suffix != STATE_SUFFIX:

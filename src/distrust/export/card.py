@@ -20,7 +20,7 @@ class Facts:
 
     Attributes:
         title: of the card, such as the name of the folder.
-        library: that loads the folder: ``peft`` or ``transformers``.
+        library: that loads the folder: ``peft``, ``mlx`` or ``transformers``.
         base: name of the base model, as people know it.
         hub_name: of the base model on a hub, or None.
         tags: for hubs.
@@ -66,7 +66,7 @@ def yaml_text(text: str) -> str:
 
 
 def _front_matter(facts: Facts) -> list[str]:
-    relation = "adapter" if facts.library == "peft" else "finetune"
+    relation = "finetune" if facts.library == "transformers" else "adapter"
     lines = ["---", f"library_name: {facts.library}", "pipeline_tag: text-generation"]
     if facts.hub_name is not None:  # a hub refuses what is no name of its own
         lines += [f"base_model: {yaml_text(facts.hub_name)}", f"base_model_relation: {relation}"]

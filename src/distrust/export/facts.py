@@ -14,6 +14,8 @@ from distrust.training.resume import FINGERPRINTS
 
 #: For whoever loads it: where this folder lies then.
 FOLDER = '"FOLDER"'
+_LIBRARIES = {"adapter": "peft", "mlx": "mlx", "merged": "transformers"}
+_LIBRARIES_OF_A_RUN = ("torch", "transformers", "peft", "mlx", "mlx_lm")
 _WEIGHTING = ("weighting", "alpha", "lambda_", "max_ratio")
 
 
@@ -33,13 +35,13 @@ def facts_of(
         config: that it was trained with.
         title: of the card.
         base: name or folder of the base model, as it lies now.
-        form: ``adapter`` or ``merged``.
+        form: ``adapter``, ``mlx`` or ``merged``.
         dtype: of the exported weights.
     """
-    adapter = form == "adapter"
+    adapter = form != "merged"
     return Facts(
         title=title,
-        library="peft" if adapter else "transformers",
+        library=_LIBRARIES[form],
         base=public_name(base),
         hub_name=hub_name(base),
         tags=["distrust-trainer", "provenance-weighting", *(["lora"] if config.lora_rank else [])],
@@ -48,8 +50,8 @@ def facts_of(
             if adapter
             else "A causal language model, fine-tuned with DistrustTrainer."
         ),
-        load=_loading_adapter(base, config.dtype) if adapter else _loading_model(dtype),
-        notes=_notes(config, adapter=adapter),
+        load=_loading(form, base, config.dtype, dtype),
+        notes=_notes(config, form),
         sections=_sections(file, config, base=base, dtype=dtype),
     )
 
@@ -65,9 +67,12 @@ def _public_names(names: str | Sequence[str] | None) -> str:
     return ", ".join(map(public_name, several(names)))
 
 
-def _notes(config: TrainConfig, *, adapter: bool) -> list[str]:
+def _notes(config: TrainConfig, form: ExportFormat) -> list[str]:
     notes = []
-    if adapter:
+    adapter = form != "merged"
+    if form == "mlx":
+        notes.append("The base model was not read: it is the right one if its fingerprint is the one below.")
+    elif adapter:
         notes.append(
             "The adapter's names and shapes were compared with the base model's; the base model's weights "
             "were not read. They are the right ones if their fingerprint is the one below."
@@ -80,6 +85,19 @@ def _notes(config: TrainConfig, *, adapter: bool) -> list[str]:
     return notes
 
 
+def _loading(form: ExportFormat, base: str, arithmetic: Dtype, dtype: ExportDtype) -> str:
+    if form == "mlx":
+        return _loading_mlx(base)
+    return _loading_adapter(base, arithmetic) if form == "adapter" else _loading_model(dtype)
+
+
+def _loading_mlx(base: str) -> str:
+    imported, where = _base_in_code(base)
+    return f"""{imported}from mlx_lm import load
+
+model, tokenizer = load({where}, adapter_path={FOLDER})"""
+
+
 def _loading_model(dtype: ExportDtype) -> str:
     return f"""from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -88,15 +106,21 @@ model = AutoModelForCausalLM.from_pretrained({FOLDER}, dtype="{dtype}")"""
 
 
 def _loading_adapter(base: str, dtype: Dtype) -> str:
-    bundled, hub = base == BUNDLED, hub_name(base)
-    where = "MODEL" if bundled else f'"{hub}"' if hub else '"FOLDER-OF-THE-BASE-MODEL"'
-    imported = "from distrust.bundled import MODEL\n" if bundled else ""
+    imported, where = _base_in_code(base)
     return f"""{imported}from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 base = AutoModelForCausalLM.from_pretrained({where}, dtype="{dtype}")
 model = PeftModel.from_pretrained(base, {FOLDER})
 tokenizer = AutoTokenizer.from_pretrained({FOLDER})"""
+
+
+def _base_in_code(base: str) -> tuple[str, str]:
+    """An import, if one is needed, and the base model."""
+    if base == BUNDLED:
+        return "from distrust.bundled import MODEL\n", "MODEL"
+    hub = hub_name(base)
+    return "", f'"{hub}"' if hub else '"FOLDER-OF-THE-BASE-MODEL"'
 
 
 def _sections(
@@ -137,7 +161,7 @@ def _sections(
         "Training options": {**options, "max_steps": config.max_steps},
         "Versions": {
             "distrust-trainer": __version__,
-            **{name: environment[name] for name in ("torch", "transformers", "peft") if name in environment},
+            **{name: environment[name] for name in _LIBRARIES_OF_A_RUN if name in environment},
         },
     }
     told = {heading: _without_none(values) for heading, values in sections.items()}

@@ -144,7 +144,7 @@ def read_run(folder: Path) -> Run:
     checkpoints = store.scan(store.checkpoint_directory(folder))
     lines = _read_metrics(folder / METRICS)
     provenance = _read_provenance(folder / PROVENANCE)
-    if lines is None and provenance is None and not any(checkpoints):
+    if lines is None and provenance is None and not (checkpoints.files or checkpoints.damaged):
         begun = (folder / store.RUN_SUBDIRECTORY).is_dir()
         what = (
             "the run has made no step and saved nothing yet; try again when it has"

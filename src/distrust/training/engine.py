@@ -62,7 +62,7 @@ class Engine(Protocol):
     """A model, its adapter and its optimizer, in some framework."""
 
     @property
-    def framework(self) -> Literal["numpy", "torch"]:
+    def framework(self) -> Literal["numpy", "torch", "mlx"]:
         """Of the arrays that :meth:`load_state` takes."""
 
     @property

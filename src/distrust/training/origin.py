@@ -6,10 +6,11 @@ from pathlib import Path
 
 from distrust.checkpoint import Checkpoint, CheckpointFile, CheckpointManager, Scan
 from distrust.checkpoint.arrays import Framework
+from distrust.checkpoint.manager import require_converted
 from distrust.checkpoint.store import RUN_SUBDIRECTORY
 from distrust.config import EXAMPLES, TrainConfig, several
 from distrust.errors import ConfigError, CorruptCheckpoint
-from distrust.training import resume
+from distrust.training import elsewhere, resume
 from distrust.training.evaluations import Evaluations
 from distrust.training.events import Reason
 
@@ -29,6 +30,8 @@ def finished(config: TrainConfig, manager: CheckpointManager) -> tuple[Checkpoin
     if not files or config.from_step is not None:
         return None
     newest = files[-1]
+    if elsewhere.is_begun_elsewhere(newest.header.run_info.get("extra", {})):
+        return None
     settled = resume.settled(config, newest.header.config, where=str(folder(config)))
     run = newest.header.run_info.get("extra", {})
     if (run.get("model"), several(run.get("data"))) != (settled.model, several(settled.data)):
@@ -62,10 +65,13 @@ def find(
     A branch that has checkpoints of its own goes on from them: the same command again continues it, too.
 
     Raises:
-        CheckpointError: if there are some and none is whole, or the one asked for is not there.
+        CheckpointError: if there are some and none is whole, or the one asked for is not there; if the
+            newest is in an older format, and waits to be converted.
         ConfigError: if an older one is asked for where newer ones stand.
     """
     found = manager.scan()
+    if found.older and found.everything[-1].is_older:
+        require_converted(found.everything[-1])
     if found.files or found.damaged:
         if config.from_step is None or config.branch is not None or _gone_on_from(config.from_step, found):
             checkpoint = manager.load_latest(framework=framework)

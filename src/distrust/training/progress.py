@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from distrust.config import STEP_METRICS
+from distrust.training.elsewhere import CONTINUES
 from distrust.training.evaluations import Evaluations
 
 
@@ -24,6 +25,7 @@ class Progress:
         metrics: those of the step: those of an evaluation are there only if there was one.
         evaluations: what the evaluations so far have come to.
         history: by name, the value of each step.
+        continues: what the run was begun as by another program; empty where it was begun here.
     """
 
     step: int = 0
@@ -34,6 +36,7 @@ class Progress:
     history: dict[str, array[float]] = field(
         default_factory=lambda: {name: array("d") for name in STEP_METRICS}
     )
+    continues: str = ""
 
     def remember(self, values: object) -> None:
         """Add a step's values, its attributes of these names, to the history; they are the metrics now."""
@@ -48,6 +51,7 @@ class Progress:
         self.step = step
         self.tokens_seen = metadata["tokens_seen"]
         self.elapsed_seconds = run.get("elapsed_seconds", 0.0)
+        self.continues = run.get(CONTINUES, "")
         self.metrics = dict(metrics)
         self.evaluations = self.evaluations.taken_up(run.get("evaluations"))
 

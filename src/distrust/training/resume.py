@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, Final
 
 from distrust.config import TrainConfig, flag, key
 from distrust.errors import ResumeRefused
@@ -14,6 +14,9 @@ FINGERPRINTS = "fingerprints"
 SETTLED_AT_START = ("max_length", "schedule_steps")
 #: What runs were before there was an option, where that is not its default.
 BEFORE_THE_OPTION = {"clipping": "plain"}
+
+#: The one that runs were trained with before their environment named it.
+FIRST_ENGINE: Final = "torch"
 
 
 def settled(config: TrainConfig, saved: Mapping[str, Any], *, where: str) -> TrainConfig:
@@ -46,9 +49,21 @@ def settled(config: TrainConfig, saved: Mapping[str, Any], *, where: str) -> Tra
 
 
 def require_same_fingerprints(
-    current: Mapping[str, str], saved: Mapping[str, Any], *, config: TrainConfig, where: str
+    current: Mapping[str, str],
+    saved: Mapping[str, Any],
+    *,
+    config: TrainConfig,
+    where: str,
+    known_only: bool = False,
 ) -> None:
     """Refuse to go on with other data, or on another base model.
+
+    Args:
+        current: what it is now, by option.
+        saved: the ``config`` section of the checkpoint.
+        config: names both.
+        where: the run, for the message.
+        known_only: whether a fingerprint that is missing there is not known, and not another one.
 
     Raises:
         ResumeRefused: a line for each that differs.
@@ -58,7 +73,7 @@ def require_same_fingerprints(
         f"{flag(name)} {_shown(getattr(config, name))}: its content is not that of the run "
         f"(was {str(was.get(name))[:12]}, is {digest[:12]})"
         for name, digest in current.items()
-        if was.get(name) != digest
+        if was.get(name) != digest and not (known_only and name not in was)
     ]
     if differences:
         raise _refused(where, differences)
@@ -66,6 +81,13 @@ def require_same_fingerprints(
 
 def environment_differences(current: Mapping[str, Any], recorded: Mapping[str, Any]) -> list[str]:
     """What may change the last bits: a line for each thing that differs."""
+    engine, was = current.get("engine"), recorded.get("engine", FIRST_ENGINE)
+    if recorded and engine is not None and engine != was:
+        return [
+            f"the run was trained with --engine {was}, and goes on with {engine}. Weights, moments and the "
+            "number of steps are taken over; the states of random generators are not, each step seeds its "
+            "own; a quantized base is rounded in another way"
+        ]
     return [
         f"{name} was {_shown(recorded[name])}, is {_shown(value)}"
         for name, value in current.items()

@@ -30,7 +30,7 @@ from distrust.errors import (
     OutOfMemory,
     ResumeRefused,
 )
-from distrust.training import origin, resume
+from distrust.training import elsewhere, origin, resume
 from distrust.training.ahead import Ahead
 from distrust.training.engine import Engine, EngineState, Losses
 from distrust.training.evaluations import Evaluations
@@ -263,6 +263,7 @@ class DistrustTrainer:
         engine = self._engine = self._make_engine()
         checkpoint, file = origin.find(self._config, self._manager, framework=engine.framework)
         if checkpoint is not None:
+            checkpoint = elsewhere.adopted(checkpoint, self._config, where=str(self._out))
             self._config = resume.settled(self._config, checkpoint.config, where=str(self._out))
         elif self._engine_used:
             raise ResumeRefused(
@@ -278,7 +279,9 @@ class DistrustTrainer:
         )
         self._progress.evaluations = replace(self._progress.evaluations, measured_on=self._measured_on())
         if checkpoint is not None and file is not None:
+            elsewhere.require_steps_left(checkpoint, max_steps=self._plan.max_steps, where=self._out)
             self._take_up(checkpoint)
+            elsewhere.tell(checkpoint, where=self._out)
             if file.path.parent == self._manager.directory:  # a branch begins with none of its own
                 self._saver.durable = checkpoint.step, file.kind == "final"
         self._require_metric()
@@ -323,14 +326,18 @@ class DistrustTrainer:
 
     def _take_up(self, checkpoint: Checkpoint) -> None:
         resume.require_same_fingerprints(
-            self._fingerprints(), checkpoint.config, config=self._plan.config, where=str(self._out)
+            self._fingerprints(),
+            checkpoint.config,
+            config=self._plan.config,
+            where=str(self._out),
+            known_only=elsewhere.is_begun_elsewhere(checkpoint.run),
         )
         recorded = checkpoint.run.get("environment", {})
         if self._config.threads is None:
             self._engine.restore_environment(recorded)
+        self._engine.load_state(EngineState(checkpoint.model, checkpoint.optimizer, checkpoint.rng))
         for difference in resume.environment_differences(self._engine.environment(), recorded):
             warnings.warn(f"no longer bit-identical: {difference}", DistrustWarning, stacklevel=2)
-        self._engine.load_state(EngineState(checkpoint.model, checkpoint.optimizer, checkpoint.rng))
         if self._progress.evaluations.of_other_data(checkpoint.run.get("evaluations")):
             warnings.warn(
                 "this is evaluated on other data than the run was until now: which checkpoint is the best, "
@@ -519,6 +526,7 @@ class DistrustTrainer:
                 "environment": self._engine.environment(),
                 "elapsed_seconds": progress.elapsed_seconds,
                 "evaluations": asdict(progress.evaluations),
+                **({elsewhere.CONTINUES: progress.continues} if progress.continues else {}),
             },
         )
 

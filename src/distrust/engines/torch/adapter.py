@@ -10,6 +10,8 @@ import torch
 
 from distrust.errors import ConfigError
 
+#: Widened exactly, where another program saved such.
+NARROWER = (torch.float16, torch.bfloat16)
 ADAPTER_NAME = "default"
 
 
@@ -129,7 +131,8 @@ def differences(saved: Mapping[str, Any], trained: Mapping[str, torch.nn.Paramet
     found += [f"{name}: in the checkpoint, not in the model" for name in saved if name not in trained]
     for name, parameter in trained.items():
         was = saved.get(name)
-        if was is not None and (was.shape, was.dtype) != (parameter.shape, parameter.dtype):
+        fits = was is not None and was.shape == parameter.shape
+        if was is not None and not (fits and was.dtype in (parameter.dtype, *NARROWER)):
             found.append(
                 f"{name}: was {was.dtype}{list(was.shape)}, is {parameter.dtype}{list(parameter.shape)}"
             )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any, Literal
 
@@ -17,6 +17,8 @@ import torch
 from distrust.checkpoint.memory import hold
 from distrust.config import TrainConfig
 from distrust.data import MicroBatch, Tokenizer
+from distrust.engines import exchange, tokenizer
+from distrust.engines.fingerprint import fingerprint
 from distrust.engines.torch import adapter, device_memory, model, quantization, randomness
 from distrust.engines.torch.compiling import compile_layers, compiling_told
 from distrust.engines.torch.fused import fuse
@@ -45,7 +47,7 @@ class TorchEngine:
         hold()
         torch.set_num_threads(config.threads or _machine_threads())
         self._arithmetic = model.torch_dtype(config.dtype)
-        self._tokenizer = model.load_tokenizer(config.model)
+        self._tokenizer = tokenizer.load_tokenizer(config.model)
         dtype = self._arithmetic if config.lora_rank else torch.float32
         base = model.load_model(
             config.model,
@@ -53,12 +55,14 @@ class TorchEngine:
             device=self._device,
             quantized=config.quantization,
         )
-        model.require_room_for(self._tokenizer, base, name=config.model)
-        self._fingerprint = (
-            model.fingerprint(sorted(base.named_parameters()))
+        rows = base.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+        tokenizer.require_room_for(self._tokenizer, rows, name=config.model)
+        weights = (
+            sorted(base.named_parameters())
             if config.quantization == "none"
-            else model.fingerprint(model.stored_weights(config.model, dtype=self._arithmetic))
+            else model.stored_weights(config.model, dtype=self._arithmetic)
         )
+        self._fingerprint = fingerprint(model.described(weights))
         self._quantization = config.quantization
         self._config_digest = model.config_digest(base)
         self._context_length: int | None = getattr(base.config, "max_position_embeddings", None)
@@ -80,10 +84,10 @@ class TorchEngine:
             )
         self._compiled = compile_layers(base) if config.compile else 0
         self._trained = adapter.trained_parameters(self._model)
-        self._optimizer = _optimizer(self._trained, config)
+        self._optimizer = make_optimizer(self._trained, config)
 
     @property
-    def framework(self) -> Literal["numpy", "torch"]:
+    def framework(self) -> Literal["torch"]:
         """Of the arrays that :meth:`load_state` takes."""
         return "torch"
 
@@ -125,6 +129,7 @@ class TorchEngine:
 
         name = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else self._device.type
         return {
+            "engine": "torch",
             "torch": torch.__version__,
             "peft": peft.__version__,
             "transformers": transformers.__version__,
@@ -198,14 +203,16 @@ class TorchEngine:
         )
 
     def load_state(self, state: EngineState) -> None:
-        """Take a state back, into the existing parameters.
+        """Take a state back, or one of the engine of mlx, into the existing parameters.
 
         Raises:
             ResumeRefused: if names, shapes or dtypes differ.
         """
+        here = self._optimizer.state_dict()["param_groups"]
+        state = exchange.to_torch(state, here)
         differences = adapter.differences(state.model, self._trained)
-        names = [group["param_names"] for group in self._optimizer.state_dict()["param_groups"]]
-        if names != [group["param_names"] for group in state.optimizer["param_groups"]]:
+        names = [group["param_names"] for group in here]
+        if names != [group.get("param_names") for group in state.optimizer["param_groups"]]:
             differences.append("the optimizer's parameters have other names, or stand in another order")
         if differences:
             raise ResumeRefused("the checkpoint does not fit the model:", differences)
@@ -214,7 +221,7 @@ class TorchEngine:
                 parameter.copy_(state.model[name])
         # Copied: the tensors of a checkpoint lie in one block of memory, which any of them would keep whole.
         moments = {
-            number: {name: torch.clone(value) for name, value in values.items()}
+            number: {name: _moment(value) for name, value in values.items()}
             for number, values in state.optimizer["state"].items()
         }
         # How it is computed is this version's choice, not the one that saved it.
@@ -251,12 +258,18 @@ class TorchEngine:
         return adapted if config.quantization != "none" else adapted.to(self._device)
 
 
+def _moment(value: Any) -> torch.Tensor:
+    """float32 in memory of its own, and in the parameter's order: what steps fused pairs them as they lie."""
+    return torch.as_tensor(value).to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+
+
 def _by_device(tensors: list[torch.Tensor]) -> list[list[torch.Tensor]]:
     devices = {tensor.device for tensor in tensors}
     return [[tensor for tensor in tensors if tensor.device == device] for device in devices]
 
 
-def _optimizer(trained: dict[str, torch.nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
+def make_optimizer(trained: Mapping[str, torch.nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW of what is trained: matrices with weight decay, vectors without."""
     matrices = [(name, parameter) for name, parameter in trained.items() if parameter.ndim >= 2]
     vectors = [(name, parameter) for name, parameter in trained.items() if parameter.ndim < 2]
     groups = [

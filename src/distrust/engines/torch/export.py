@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from distrust.config import ExportDtype, TrainConfig
-from distrust.engines.source import locate
+from distrust.engines.source import reference
+from distrust.engines.tokenizer import load_tokenizer
 from distrust.engines.torch import adapter, model
 from distrust.engines.torch.engine import TorchEngine
 from distrust.errors import ConfigError, ResumeRefused
@@ -40,7 +41,7 @@ def prepare_adapter(config: TrainConfig, tensors: Mapping[str, torch.Tensor], *,
         ResumeRefused: if the adapter does not fit the model.
         ConfigError: if the tensors do not fit the dtype.
     """
-    tokenizer = model.load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config.model)
     hollow: Any = adapter.add_adapter(
         model.hollow_model(config.model),
         rank=config.lora_rank,
@@ -55,7 +56,7 @@ def prepare_adapter(config: TrainConfig, tensors: Mapping[str, torch.Tensor], *,
         lines = "".join(f"\n  {line}" for line in differences)
         raise ResumeRefused(f"the adapter does not fit --model {config.model}:{lines}", differences)
     weights = adapter.named_as_peft_does(hollow, _cast(tensors, dtype))
-    described = adapter.description(hollow, base=base_reference(config.model))
+    described = adapter.description(hollow, base=reference(config.model))
 
     def write(folder: Path) -> None:
         with _as_os_error():
@@ -107,12 +108,6 @@ def prepare_state(
             _save(weights, folder / file_name, about)
 
     return write
-
-
-def base_reference(name: str) -> str:
-    """What an adapter says of its base model: the hub name, or the folder on this machine."""
-    source, local = locate(name)
-    return str(Path(source).absolute()) if local else source
 
 
 def _cast(tensors: Mapping[str, torch.Tensor], dtype: ExportDtype) -> dict[str, torch.Tensor]:

@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 
-from distrust.data import Tokenizer, beginning
+from distrust.engines.prompts import prompt_tokens
 from distrust.engines.torch import randomness
 from distrust.engines.torch.engine import TorchEngine
-from distrust.errors import DataError, ModelError
 
 
 @torch.no_grad()
@@ -40,9 +39,7 @@ def generate(
         ModelError: if the tokenizer renders no conversations.
     """
     tokenizer = engine.tokenizer
-    ids = _asked(tokenizer, prompt) if chat else _begun(tokenizer, prompt)
-    if not ids:
-        raise DataError("an empty prompt: this tokenizer begins with nothing either; give some text")
+    ids = prompt_tokens(tokenizer, prompt, chat=chat)
     inputs = torch.tensor([ids], device=engine.device)
     drawing: dict[str, Any] = {"do_sample": False}
     if temperature:
@@ -62,22 +59,3 @@ def generate(
     )
     text: str = tokenizer.decode(output[0, len(ids) :].tolist(), skip_special_tokens=True)  # type: ignore[attr-defined]
     return text
-
-
-def _begun(tokenizer: Tokenizer, text: str) -> list[int]:
-    return beginning(tokenizer) + tokenizer.encode(text, add_special_tokens=False)
-
-
-def _asked(tokenizer: Tokenizer, question: str) -> list[int]:
-    """A conversation up to where the answer begins, as a template prints it in training."""
-    if tokenizer.chat_template is None:
-        raise ModelError(
-            "--chat: the model's tokenizer has no chat template, so it knows no turns; leave --chat out"
-        )
-    turns = [{"role": "user", "content": question}]
-    try:
-        text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-    except Exception as error:  # a template is a program: it may raise anything
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ModelError(f"--chat: the model's chat template refuses the prompt: {reason}") from error
-    return tokenizer.encode(text, add_special_tokens=False)

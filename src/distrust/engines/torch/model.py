@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from blake3 import blake3
 
-from distrust.checkpoint.format import tensor_hasher
 from distrust.config import Device, Dtype, Quantization
 from distrust.engines.source import locate
+from distrust.engines.tokenizer import loaded
 from distrust.engines.torch import quantization
 from distrust.errors import ConfigError, ModelError
 
@@ -30,7 +30,7 @@ def load_model(
     options = quantization.loading_options(quantized, dtype=dtype, device=device)
     from transformers import AutoModelForCausalLM
 
-    model, found = _loaded(AutoModelForCausalLM, name, dtype=dtype, output_loading_info=True, **options)
+    model, found = loaded(AutoModelForCausalLM, name, dtype=dtype, output_loading_info=True, **options)
     missing = sorted(found["missing_keys"])
     if missing:  # transformers would fill them with random values
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -71,18 +71,7 @@ def load_config(name: str) -> Any:
     """
     from transformers import AutoConfig
 
-    return _loaded(AutoConfig, name)
-
-
-def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a model.
-
-    Raises:
-        ModelError: saying which model, and why not.
-    """
-    from transformers import AutoTokenizer
-
-    return _loaded(AutoTokenizer, name)
+    return loaded(AutoConfig, name)
 
 
 def config_digest(model: torch.nn.Module) -> str:
@@ -94,40 +83,6 @@ def config_digest(model: torch.nn.Module) -> str:
     silent = ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache")
     told = {name: value for name, value in config.items() if name not in silent}
     return blake3(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def require_room_for(tokenizer: Any, model: torch.nn.Module, *, name: str) -> None:
-    """Refuse a tokenizer whose tokens the model does not know.
-
-    Raises:
-        ModelError: saying how many are too many.
-    """
-    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    if len(tokenizer) > rows:
-        raise ModelError(
-            f"--model {name}: its tokenizer has {len(tokenizer)} tokens, the model {rows}; "
-            "they do not belong together"
-        )
-
-
-def _loaded(loader: Any, name: str, **options: Any) -> Any:
-    from huggingface_hub.utils import logging as hub_logging
-    from safetensors import SafetensorError
-    from transformers.utils import logging
-
-    hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    source, local = locate(name)
-    try:
-        # Weights only as safetensors: the older format is a pickle.
-        if "dtype" in options:
-            options["use_safetensors"] = True
-        return loader.from_pretrained(source, local_files_only=local, trust_remote_code=False, **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        hint = "" if local else "; there is no folder of this name, and the hub did not give it"
-        raise ModelError(f"--model {name}: cannot be loaded{hint}: {reason}") from error
 
 
 def choose_device(device: Device) -> torch.device:
@@ -184,15 +139,9 @@ def _weight_files(name: str) -> list[Path]:
     return [Path(file) for file in files]
 
 
-def fingerprint(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """BLAKE3 over name, dtype, shape and bytes of each weight: equal weights, equal fingerprint.
-
-    Args:
-        weights: by ascending name.
-    """
-    hasher = tensor_hasher(all_cores=True)
+def described(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, str, tuple[int, ...], Any]]:
+    """Weights as :func:`distrust.engines.fingerprint.fingerprint` takes them."""
     for name, parameter in weights:
-        hasher.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
         host = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        hasher.update(host.numpy().data)
-    return hasher.hexdigest()
+        dtype = str(parameter.dtype).removeprefix("torch.")
+        yield name, dtype, tuple(parameter.shape), host.numpy().data

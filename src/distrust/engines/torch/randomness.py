@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from blake3 import blake3
+
+from distrust.engines.seeds import micro_step_seed
 
 
 def reseed(*, seed: int, step: int, micro_step: int) -> None:
     """Seed the generators of every device by these three."""
-    digest = blake3(f"micro-step {seed} {step} {micro_step}".encode()).digest(8)
-    torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+    torch.manual_seed(micro_step_seed(seed=seed, step=step, micro_step=micro_step))
 
 
 def state(device: torch.device) -> dict[str, Any]:
@@ -30,8 +30,9 @@ def state(device: torch.device) -> dict[str, Any]:
 
 
 def load_state(states: Mapping[str, Any], device: torch.device) -> None:
-    """The inverse of :func:`state`; what another device left behind is ignored."""
-    torch.set_rng_state(states["cpu"])
+    """The inverse of :func:`state`; what another device or engine left behind is ignored."""
+    if "cpu" in states:
+        torch.set_rng_state(states["cpu"])
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)
     elif device.type == "mps" and "mps" in states:

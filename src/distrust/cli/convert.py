@@ -1,0 +1,69 @@
+"""The command ``distrust convert``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from distrust.checkpoint.store import RUN_SUBDIRECTORY
+from distrust.cli.arguments import parser, print_json
+from distrust.convert import Converted, convert, target_directory
+from distrust.reporting.printing import printable
+
+
+def main(arguments: list[str]) -> int:
+    """Write checkpoints of other programs as ours; exit 1 if one could not be converted."""
+    arg = parser(
+        "convert",
+        description=(
+            "Each is verified\nbefore, written atomically, read back and compared; the old ones stay as they "
+            "are. The same command\nagain goes on where it was stopped. Exit code 1 if one was damaged, "
+            "incomplete or refused."
+        ),
+        examples=[
+            "distrust convert old/checkpoint-30-final --to runs/first",
+            "distrust convert old --to runs/first && distrust ls runs/first",
+            "distrust convert output/checkpoint-500 --to runs/first --model ./my-model",
+            "distrust convert my-adapter --to runs/first",
+        ],
+    )
+    arg.add_argument(
+        "source",
+        type=Path,
+        help="a checkpoint in an older format or of the transformers Trainer, a folder of such, or an "
+        "adapter folder of peft or mlx-lm",
+    )
+    arg.add_argument(
+        "--to", type=Path, required=True, help="a run, new or there already, or a directory of checkpoints"
+    )
+    arg.add_argument("--model", help="base model of a Trainer's or peft's folder, if it lies elsewhere now")
+    arg.add_argument("--force", action="store_true", help="replace what holds another state there")
+    arg.add_argument("--json", action="store_true", help="print a list of objects")
+    options = arg.parse_args(arguments)
+
+    def tell(one: Converted) -> None:
+        if not options.json:
+            print(printable(_line(one)), flush=True)
+
+    done = convert(options.source, options.to, force=options.force, model=options.model, report=tell)
+    if options.json:
+        print_json([_object(one) for one in done])
+    well = sum(one.is_well for one in done)
+    directory = target_directory(options.to)
+    if not options.json:
+        print(printable(f"{well} of {len(done)} stand in {directory}"))
+        if well and directory.name == RUN_SUBDIRECTORY:
+            print(printable(f"to go on training: distrust train --out {directory.parent} ..."))
+    return 0 if well == len(done) else 1
+
+
+def _line(one: Converted) -> str:
+    if one.target is None:
+        return f"{one.source}: {one.outcome}: {one.reason}"
+    said = f"{one.source}: {one.outcome}: {one.target}, state {(one.state_digest or '')[:16]}"
+    return f"{said} ({one.reason})" if one.reason else said
+
+
+def _object(one: Converted) -> dict[str, object]:
+    paths = {"source": str(one.source), "target": None if one.target is None else str(one.target)}
+    return {**asdict(one), **paths}

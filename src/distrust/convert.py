@@ -1,0 +1,211 @@
+"""Checkpoints of other programs -> ours: each verified before, written atomically, read back and compared.
+
+What is read is left alone: nothing of it is changed, moved or removed. What is written is one of our files,
+by :class:`CheckpointManager`: under its lock, durable, with its digests. Nothing is cleaned up on the way. A
+conversion that was stopped is gone on with by the same call: what stands already is recognised by its
+``state_digest``.
+
+Read are the two older formats (:mod:`distrust.checkpoint.older`), the checkpoint folders of the transformers
+Trainer, and adapter folders of peft and mlx-lm, which stand at step 0. Whatever there is to know of the
+program that began the run stands in the checkpoint: ``run["begun_elsewhere"]`` names the format,
+``metadata["config_there"]`` is that program's config.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Literal
+
+from distrust.checkpoint import Checkpoint, CheckpointManager, image, older, store
+from distrust.checkpoint.format import Kind
+from distrust.checkpoint.naming import parsed
+from distrust.errors import (
+    CheckpointError,
+    CheckpointNotFound,
+    CorruptCheckpoint,
+    DistrustError,
+    SaveFailed,
+)
+
+__all__ = ["Converted", "Outcome", "convert"]
+
+Outcome = Literal["converted", "already there", "refused", "damaged", "incomplete"]
+#: The outcomes after which a checkpoint stands in the target.
+WELL: tuple[Outcome, ...] = ("converted", "already there")
+
+_NO_MODEL = "it holds no model, so there is nothing to go on from; `distrust show` tells what it does hold"
+#: What tells an adapter folder, and a file that tells whose.
+_ADAPTER_CONFIG, _OF_MLX = "adapter_config.json", "adapters.safetensors"
+_TRAINER_FOLDER, _MLX_FOLDER = "distrust.engines.torch.trainer_folder", "distrust.engines.mlx.adapter_folder"
+
+
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """What became of one checkpoint.
+
+    Attributes:
+        source: where it is.
+        outcome: ``converted``; ``already there``, with the same state; ``refused``, because another state
+            stands there; ``damaged``, or not readable; ``incomplete``, without a model.
+        reason: why nothing was written, or what to know of what was.
+        step: optimizer steps made; None where that could not be read.
+        target: our file, where one stands now.
+        state_digest: the identity of its state.
+    """
+
+    source: Path
+    outcome: Outcome
+    reason: str | None = None
+    step: int | None = None
+    target: Path | None = None
+    state_digest: str | None = None
+
+    @property
+    def is_well(self) -> bool:
+        """Whether the checkpoint stands in the target now."""
+        return self.outcome in WELL
+
+
+def convert(
+    source: Path,
+    to: Path,
+    *,
+    force: bool = False,
+    model: str | None = None,
+    report: Callable[[Converted], None] | None = None,
+) -> list[Converted]:
+    """Convert one checkpoint, or all of a directory, by step.
+
+    What cannot be converted is told, and the others are.
+
+    Args:
+        source: a checkpoint in an older format or of the transformers Trainer, a directory of them, or a run.
+        to: the directory that gets our files; of a run folder, its directory of checkpoints.
+        force: replace what stands there with another state. What is in an older format is never replaced.
+        model: the base model of a Trainer's or peft's folder, if it does not lie where that says.
+        report: told of each checkpoint as soon as it is done: to convert them all may take long.
+
+    Raises:
+        CheckpointNotFound: if there is nothing to convert.
+        CheckpointDirectoryLocked: if a training writes to the target.
+        SaveFailed: if the target cannot be written to.
+    """
+    sources = _found(source)
+    done = []
+    with CheckpointManager(target_directory(to), keep_last=None) as manager:
+        manager.acquire()
+        for path in sources:
+            done.append(_convert(path, manager, force=force, model=model))
+            if report is not None:
+                report(done[-1])
+    return done
+
+
+def target_directory(to: Path) -> Path:
+    """The directory of checkpoints that a target stands for: itself if it is one, else that of a run.
+
+    A run need not be there yet.
+    """
+    is_one = to.name == store.RUN_SUBDIRECTORY or (to.is_dir() and bool(store.named(to)))
+    return to if is_one else to / store.RUN_SUBDIRECTORY
+
+
+def _found(source: Path) -> list[Path]:
+    if _is_convertible(source):
+        return [source]
+    if not os.path.lexists(source):
+        raise CheckpointNotFound(f"{source}: no such file or directory", path=source)
+    if not os.path.isdir(source):
+        raise CheckpointNotFound(f"{source}: no checkpoint in a format that can be converted", path=source)
+    directory = store.checkpoint_directory(source)
+    entries = [entry for path in directory.iterdir() if (entry := parsed(path)) and _is_convertible(path)]
+    if not entries:
+        ours = len(store.scan(directory).files)
+        also = f"; {ours} are in this program's own format, and need none" if ours else ""
+        raise CheckpointNotFound(f"{source}: no checkpoints here that can be converted{also}", path=source)
+    return [path for path, *_ in sorted(entries, key=lambda entry: (entry[1], entry[2] == "final"))]
+
+
+def _is_convertible(path: Path) -> bool:
+    return older.recognised(path) is not None or _is_trainer_folder(path) or _is_adapter(path)
+
+
+def _is_adapter(path: Path) -> bool:
+    return os.path.isfile(path / _ADAPTER_CONFIG)
+
+
+def _is_trainer_folder(path: Path) -> bool:
+    return os.path.isfile(path / older.TRAINER_STATE)
+
+
+def _convert(source: Path, manager: CheckpointManager, *, force: bool, model: str | None) -> Converted:
+    try:
+        checkpoint, kind = _read(source, model)
+    except CheckpointError as error:
+        return Converted(source, "damaged", str(error).removeprefix(f"{source}: "))
+    step = checkpoint.step
+    if not checkpoint.model:
+        return Converted(
+            source,
+            "incomplete",
+            _NO_MODEL,
+            step,
+        )
+    checkpoint = replace(checkpoint, run={**checkpoint.run, "converted_from": str(source.absolute())})
+    path = manager.directory / store.file_name(step, kind)
+    try:
+        digest = image.state_digest(checkpoint, kind)
+        standing = _standing(path)
+        if standing == digest:
+            return Converted(source, "already there", None, step, path, digest)
+        if standing is not None and not force:
+            reason = f"{path} holds another state ({standing[:16]}, not {digest[:16]}); --force replaces it"
+            return Converted(source, "refused", reason, step)
+        manager.save(checkpoint, final=kind == "final")
+        _require_same(path, digest)
+    except SaveFailed:
+        if older.recognised(path) is None:
+            raise  # the disk: the next one would fail, too
+        reason = f"{path} is in an older format, and is never replaced; give another folder"
+        return Converted(source, "refused", reason, step)
+    except DistrustError as error:
+        return Converted(source, "refused", str(error), step)
+    missing = None if checkpoint.optimizer else "it had no optimizer: its moments begin anew"
+    return Converted(source, "converted", missing, step, path, digest)
+
+
+def _read(source: Path, model: str | None) -> tuple[Checkpoint, Kind]:
+    """The checkpoint, every byte of it verified as far as its format allows, and its kind."""
+    if not _is_trainer_folder(source) and _is_adapter(source):
+        if os.path.isfile(source / _OF_MLX):
+            return import_module(_MLX_FOLDER).read(source), "periodic"
+        return import_module(_TRAINER_FOLDER).read_adapter(source, model=model), "periodic"
+    if not _is_trainer_folder(source):
+        header, checkpoint = older.read(source)
+        store.require_name(store.CheckpointFile(source, header))
+        return checkpoint, header.kind
+    named = parsed(source)
+    # Here, by its name: who converts another format needs no torch.
+    checkpoint = import_module(_TRAINER_FOLDER).read(source, model=model)
+    return checkpoint, named[2] if named else "periodic"
+
+
+def _standing(path: Path) -> str | None:
+    """The identity of what stands in the target; None if nothing does."""
+    if not os.path.lexists(path):
+        return None
+    try:
+        return store.verify(path).state_digest or "in an older format"
+    except CorruptCheckpoint:
+        return "a damaged file"
+
+
+def _require_same(path: Path, digest: str) -> None:
+    """Read back what was written."""
+    written = store.verify(path).state_digest
+    if written != digest:
+        raise CorruptCheckpoint(f"what was read back is another state: {written}, not {digest}", path=path)

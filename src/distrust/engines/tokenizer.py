@@ -1,0 +1,67 @@
+"""Tokenizers and configs of transformers, which no engine brings of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from distrust.engines.source import locate
+from distrust.errors import ModelError
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a model.
+
+    Raises:
+        ModelError: saying which model, and why not.
+    """
+    from transformers import AutoTokenizer
+
+    return loaded(AutoTokenizer, name)
+
+
+def require_room_for(tokenizer: Any, rows: int, *, name: str) -> None:
+    """Refuse a tokenizer whose tokens the model does not know.
+
+    Args:
+        tokenizer: of the model, as it should be.
+        rows: of the model's embedding.
+        name: of the model, for the message.
+
+    Raises:
+        ModelError: saying how many are too many.
+    """
+    if len(tokenizer) > rows:
+        raise ModelError(
+            f"--model {name}: its tokenizer has {len(tokenizer)} tokens, the model {rows}; "
+            "they do not belong together"
+        )
+
+
+def loaded(loader: Any, name: str, **options: Any) -> Any:
+    """What a loader of transformers makes of a folder or a hub name; its code is never run.
+
+    Raises:
+        ModelError: saying which model, and why not.
+    """
+    from huggingface_hub.utils import logging as hub_logging
+    from safetensors import SafetensorError
+    from transformers.utils import logging
+
+    hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    source, local = locate(name)
+    try:
+        # Weights only as safetensors: the older format is a pickle.
+        if "dtype" in options:
+            options["use_safetensors"] = True
+        return loader.from_pretrained(source, local_files_only=local, trust_remote_code=False, **options)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        raise not_loaded(name, error) from error
+
+
+def not_loaded(name: str, error: Exception) -> ModelError:
+    """The error for a model that a library did not load."""
+    hint = "" if locate(name)[1] else "; there is no folder of this name, and the hub did not give it"
+    reason = " ".join(str(error).split())
+    return ModelError(f"--model {name}: cannot be loaded{hint}: {reason}")

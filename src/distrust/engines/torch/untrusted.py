@@ -1,0 +1,76 @@
+"""Tensors in files of other programs, which may hold anything."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from distrust.engines.untrusted import opened, told
+from distrust.errors import CorruptCheckpoint
+
+#: What stands in a file of torch is named in so many entries at most.
+MAX_ENTRIES = 1_000_000
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, by name.
+
+    Raises:
+        CheckpointError: if it is not there, or no such file.
+    """
+    from safetensors import safe_open
+
+    with told(path):
+        with opened(path):
+            pass
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
+
+
+def read_pickled(path: Path) -> Any:
+    """What ``torch.save`` wrote, if it is tensors and plain containers; views of the file, not copies.
+
+    Raises:
+        CheckpointError: if it is not there, holds objects of any other kind, or is no such file.
+    """
+    with told(path):
+        with opened(path) as file:
+            _require_stored(path, file)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def floats(tensor: Any, *, shape: torch.Size, what: str, path: Path) -> torch.Tensor:
+    """float32 of a shape: a tensor that is that, widened from bfloat16 or float16 if need be.
+
+    Raises:
+        CorruptCheckpoint: saying what it is instead.
+    """
+    if type(tensor) is not torch.Tensor or tensor.layout != torch.strided or tensor.device.type != "cpu":
+        raise CorruptCheckpoint(f"{what} is not a plain tensor", path=path, tensor=what)
+    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16) or tensor.shape != shape:
+        raise CorruptCheckpoint(
+            f"{what} is {tensor.dtype}{list(tensor.shape)[:8]}, not a float tensor of shape {list(shape)}",
+            path=path,
+            tensor=what,
+        )
+    wide = tensor.detach().to(torch.float32).contiguous()
+    if not bool(torch.isfinite(wide).all()):
+        raise CorruptCheckpoint(f"{what} holds numbers that are not finite", path=path, tensor=what)
+    return wide
+
+
+def _require_stored(path: Path, file: BinaryIO) -> None:
+    """Nothing in the archive may grow when it is read: torch compresses nothing, and repeats nothing."""
+    size = os.fstat(file.fileno()).st_size
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+    if len(entries) > MAX_ENTRIES:
+        raise CorruptCheckpoint(f"holds {len(entries)} entries", path=path)
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise CorruptCheckpoint("holds compressed entries, which torch never writes", path=path)
+    if sum(max(entry.file_size, entry.compress_size) for entry in entries) > size:
+        raise CorruptCheckpoint("holds more than its size allows", path=path)

@@ -1,0 +1,71 @@
+"""Files of other programs, which may hold anything: read without running what they say.
+
+Only regular files are opened, nothing is unpickled but tensors and plain containers, and no file can make
+its reader take more memory than a small multiple of its own size. What is wrong is one line with the path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from distrust.errors import CheckpointError, CheckpointNotFound, CheckpointUnreadable, CorruptCheckpoint
+
+
+def read_json(path: Path, *, max_bytes: int) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        CheckpointError: if it is not there, too large, or anything else.
+    """
+    with told(path), opened(path) as file:
+        raw = file.read(max_bytes + 1)
+        if len(raw) > max_bytes:
+            raise CorruptCheckpoint(f"larger than {max_bytes >> 20} MiB", path=path)
+        found = json.loads(raw)
+        if type(found) is not dict:
+            raise CorruptCheckpoint("not a JSON object", path=path)
+        return found
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """A regular file, open to be read; nobody is waited for."""
+    # Opening a pipe that lies in the way must not wait for its writer.
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    with open(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise CorruptCheckpoint("not a regular file", path=path)
+        yield file
+
+
+@contextlib.contextmanager
+def told(path: Path) -> Iterator[None]:
+    """Whatever a hostile file makes of its reader is one line."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except FileNotFoundError:
+        raise CheckpointNotFound(f"{path}: is not there", path=path) from None
+    except OSError as error:
+        raise CheckpointUnreadable(f"{path}: cannot be read: {error.strerror or error}", path=path) from error
+    except MemoryError as error:
+        raise CheckpointUnreadable(f"{path}: cannot be read: no memory", path=path) from error
+    except pickle.UnpicklingError as error:
+        raise CorruptCheckpoint(
+            "holds other objects than tensors and plain containers; such a file can run any code when it is "
+            "read, so it is not read",
+            path=path,
+        ) from error
+    except Exception as error:  # the parsers raise of every kind
+        raise CorruptCheckpoint(
+            f"not a whole file of its kind ({type(error).__name__}: {' '.join(str(error).split())[:120]})",
+            path=path,
+        ) from error

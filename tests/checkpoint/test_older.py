@@ -1,0 +1,553 @@
+"""Checkpoints in the two older formats: listed, shown, verified and loaded; never touched."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import warnings
+import zipfile
+from dataclasses import fields as fields_of
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from distrust import Checkpoint, CheckpointManager, TrainConfig
+from distrust.cli import main
+from distrust.config import key
+from distrust.errors import (
+    CheckpointError,
+    CheckpointNotFound,
+    CorruptCheckpoint,
+    DistrustWarning,
+    NoGoodCheckpoint,
+    SaveFailed,
+)
+from distrust.training import origin
+from older_files import (
+    FIELDS,
+    A,
+    B,
+    arrays,
+    moments,
+    packed,
+    spelled,
+    write_byte_tensors,
+    write_checksums,
+    write_directory,
+)
+
+REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "directory-checkpoints"
+#: Several examples share a directory; each clears it first.
+PROPERTY = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
+
+
+def same(a, b):
+    """Equal trees, bit for bit in their arrays."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
+    if isinstance(a, np.ndarray):
+        return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+    return type(a) is type(b) and (a == b or a != a)
+
+
+def ours(step):
+    return Checkpoint(step=step, model={"w": np.full(3, step, np.float32)}, metrics={"eval_loss": 1.0 / step})
+
+
+def said(capsys):
+    captured = capsys.readouterr()
+    return captured.out + captured.err
+
+
+@pytest.fixture(params=["directory", "byte tensors"])
+def written(request, tmp_path):
+    """Writes a checkpoint of step 10 in each format."""
+    if request.param == "directory":
+        return write_directory(tmp_path / "checkpoint-10")
+    return write_byte_tensors(tmp_path / "checkpoint-10.safetensors")
+
+
+def test_what_it_becomes(written, tmp_path):
+    loaded = CheckpointManager(tmp_path).load(10)
+    assert loaded.step == 10
+    assert same(loaded.model, arrays())
+    assert same(loaded.optimizer, {"step": 10, "learning_rate": 2e-4, **moments()})
+    assert same(loaded.history, {"loss": np.array([2.5, 2.25])})
+    assert same(loaded.rng, {"seed": 7, "numpy": np.array([1, 2, 3], np.int64)})
+    assert loaded.config == {"lora_rank": 2}  # of the arrays: what the config there says is wrong
+    assert {"lora_rank"} <= {key(field.name) for field in fields_of(TrainConfig)}
+    assert loaded.metadata == {**FIELDS["metadata"], "config_there": FIELDS["config"]}
+    assert loaded.metrics == {"loss": 2.25}
+    assert loaded.run["timestamp"] == FIELDS["timestamp"]
+    assert loaded.run["begun_elsewhere"] == ("directory" if written.is_dir() else "byte tensors")
+
+
+def test_the_manager_knows_it(written, tmp_path):
+    manager = CheckpointManager(tmp_path)
+    assert manager.list_checkpoints() == [10]
+    manager.validate(10)
+    manager.validate(written)
+    assert manager.load_latest().step == 10
+    assert manager.load(written).step == 10
+    file = manager.inspect(10)
+    assert (file.step, file.kind, file.path) == (10, "periodic", written)
+    assert file.metrics == {"best_loss": 1.25, "loss": 2.25}
+    assert file.created == "2025-11-24T16:00:10.000+00:00"
+    names = {tensor.name: (tensor.dtype, tensor.shape) for tensor in file.tensors}
+    assert names[f"model.{A}"] == ("F32", (6, 2))
+    assert names[f"optimizer.v.{B}"] == ("F32", (2, 3))
+    with pytest.raises(CheckpointNotFound, match="eval_loss"):
+        manager.load_best()
+    assert CheckpointManager(tmp_path, metric="best_loss").load_best().step == 10
+
+
+def test_the_commands_know_it(written, tmp_path, capsys):
+    assert main(["ls", str(tmp_path)]) == 0
+    assert "10  periodic" in said(capsys)
+    assert main(["ls", str(written), "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert (row["step"], row["format"]) == (10, "directory" if written.is_dir() else "byte tensors")
+    assert main(["show", str(tmp_path), "--tensors"]) == 0
+    assert f"model.{A}" in said(capsys)
+    assert main(["verify", str(tmp_path)]) == 0
+    assert f"{written}: ok" in said(capsys)
+    assert main(["diff", str(written), str(written)]) == 1
+    assert "convert" in said(capsys)
+    assert main(["export", str(written), "--to", str(tmp_path / "x")]) == 1
+    assert f"distrust convert {written}" in said(capsys)
+
+
+def test_metadata_alone(tmp_path, capsys):
+    path = write_directory(tmp_path / "checkpoint-10-final", bare=True)
+    manager = CheckpointManager(tmp_path)
+    assert manager.list_checkpoints() == [10]
+    loaded = manager.load(10)
+    assert (loaded.model, same(loaded.optimizer, FIELDS["optimizer_scalars"])) == ({}, True)
+    assert main(["verify", str(path)]) == 0
+    assert "no model and no optimizer" in said(capsys)
+
+
+@pytest.mark.parametrize(
+    "spelling", ["by moment", "by parameter", "under state", "flat", "shapes beside", "nested"]
+)
+def test_every_spelling_of_an_optimizer(tmp_path, spelling):
+    path = write_byte_tensors(tmp_path / "checkpoint-10.safetensors", optimizer=spelled(moments(), spelling))
+    optimizer = dict(CheckpointManager(tmp_path).load(path).optimizer)
+    optimizer.pop("param_groups", None)
+    assert same(optimizer, {"step": 10, "learning_rate": 2e-4, **moments()})
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "reason"),
+    [
+        ({"exp_avg": {"unknown": [1.0, 2.0]}}, "nothing says its shape"),
+        ({"exp_avg": {A: [1.0]}}, "the shape [6, 2]"),
+        ({"exp_avg": {A: ["x"] * 12}}, "something else than numbers"),
+        ({"exp_avg": {A: [[1.0, 2.0], [1.0]]}}, "rows of several lengths"),
+        ({"exp_avg": {A: {"shape": [-1, 2], "data": []}}}, "the shape of"),
+        ({"exp_avg": {A: {"shape": [1], "data": [1.0], "dtype": "object"}}}, "a dtype"),
+        ({"exp_avg": {A: {"shape": [1], "data": [10**400]}}}, "something else than numbers"),
+        ({"momentum": {A: [1.0] * 12}}, "names no moments"),
+        ({A: {"exp_avg": [1.0] * 12, "step": 1}, B: {"exp_avg": [1.0] * 6, "step": 2}}, "the same steps"),
+        ({"exp_avg": {A: [1.0] * 12}, "m": 1}, "a value of the name m"),
+    ],
+)
+def test_other_spellings_are_refused_in_one_line(tmp_path, optimizer, reason):
+    path = write_byte_tensors(tmp_path / "checkpoint-10.safetensors", optimizer=optimizer)
+    for use in (CheckpointManager(tmp_path).load, CheckpointManager(tmp_path).validate):
+        with pytest.raises(CorruptCheckpoint) as told:
+            use(path)
+        assert reason in str(told.value)
+        assert "\n" not in str(told.value)
+
+
+STATES = st.dictionaries(
+    st.text("abw.01_", min_size=1, max_size=8).map("model.".__add__),
+    hnp.arrays(
+        st.sampled_from([np.float32, np.float16]), hnp.array_shapes(min_dims=0, max_side=3, min_side=0)
+    ),
+    max_size=3,
+)
+
+
+@settings(max_examples=15, **PROPERTY)
+@given(STATES, st.lists(st.floats(allow_nan=False) | st.just(float("nan"))), st.booleans())
+def test_whatever_was_written_comes_back(tmp_path, model, losses, compressed):
+    optimizer = moments(model) if model else {}
+    said = {**FIELDS, "loss_history": losses}
+    shutil.rmtree(tmp_path)
+    tmp_path.mkdir()
+    write_directory(tmp_path / "checkpoint-10", said, model=model, optimizer=optimizer, compressed=compressed)
+    write_byte_tensors(
+        tmp_path / "other.safetensors", said, model=model, optimizer=spelled(optimizer) if model else {}
+    )
+    for path in (tmp_path / "checkpoint-10", tmp_path / "other.safetensors"):
+        loaded = CheckpointManager(tmp_path).load(path)
+        assert same(loaded.model, model)
+        assert same(loaded.optimizer, {**FIELDS["optimizer_scalars"], **optimizer})
+        assert same(dict(loaded.history), {"loss": np.array(losses)} if losses else {})
+
+
+@pytest.fixture(scope="module")
+def one_directory(tmp_path_factory):
+    return write_directory(tmp_path_factory.mktemp("flipped") / "checkpoint-10")
+
+
+@settings(max_examples=60, **PROPERTY)
+@given(st.data())
+def test_every_flipped_bit_of_the_folder_is_found(one_directory, data):
+    """Of checksum.txt too, but for how the letters of a digest are written, and spaces."""
+    name = data.draw(st.sampled_from(["metadata.json", "model.npz", "optimizer.npz", "checksum.txt"]))
+    path = one_directory / name
+    good = path.read_bytes()
+    place = data.draw(st.integers(0, len(good) - 1))
+    bad = bytearray(good)
+    bad[place] ^= 1 << data.draw(st.integers(0, 7))
+    path.write_bytes(bad)
+    try:
+        with pytest.raises(CheckpointError) as told:
+            CheckpointManager(one_directory.parent).validate(one_directory)
+        assert "\n" not in str(told.value)
+    except BaseException:
+        if name != "checksum.txt" or bytes(bad).decode("latin-1").lower().split() != good.decode().split():
+            raise
+    finally:
+        path.write_bytes(good)
+
+
+def test_wrong_and_missing_files_are_named_at_once(tmp_path, capsys):
+    path = write_directory(tmp_path / "checkpoint-10")
+    expected = (path / "checksum.txt").read_text().split()[2]
+    (path / "model.npz").write_bytes(b"something else")
+    (path / "optimizer.npz").unlink()
+    assert main(["verify", str(path)]) == 1
+    assert "DAMAGED: optimizer.npz is missing" in said(capsys)
+    write = (path / "checksum.txt").read_text().splitlines()
+    (path / "checksum.txt").write_text("\n".join(line for line in write if "optimizer" not in line))
+    assert main(["verify", str(path)]) == 1
+    told = said(capsys)
+    assert f"model.npz is not what checksum.txt says: expected {expected}, found " in told
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda path: (path / "checksum.txt").unlink(), "checksum.txt is missing"),
+        (lambda path: (path / "metadata.json").unlink(), "metadata.json is missing"),
+        (
+            lambda path: (path / "checksum.txt").write_text(
+                "".join(
+                    line
+                    for line in (path / "checksum.txt").read_text().splitlines(keepends=True)
+                    if "model" not in line
+                )
+            ),
+            "model.npz is not in checksum.txt",
+        ),
+        (lambda path: append(path / "checksum.txt", f"{'0' * 64}  ../x\n"), "is no plain file name"),
+        (lambda path: append(path / "checksum.txt", f"{'0' * 64}  /etc/passwd\n"), "is no plain file name"),
+        (lambda path: append(path / "checksum.txt", f"{'0' * 64}  gone.txt\n"), "gone.txt is missing"),
+        (lambda path: append(path / "checksum.txt", "hello\n"), "line 4: not '<64 hex digits>  <file>'"),
+        (lambda path: replaced(path / "model.npz", os.mkfifo), "model.npz is not a regular file"),
+        (lambda path: replaced(path / "metadata.json", os.mkdir), "metadata.json is not a regular file"),
+        (lambda path: linked(path / "model.npz"), "model.npz is a link"),
+        (lambda path: linked(path / "checksum.txt"), "checksum.txt is a link"),
+        (lambda path: path.rename(path.with_name("checkpoint-11")), "it holds step 10"),
+    ],
+)
+def test_what_is_wrong_with_the_files(tmp_path, change, reason, capsys):
+    path = write_directory(tmp_path / "checkpoint-10")
+    change(path)
+    (path,) = tmp_path.glob("checkpoint-*")
+    assert main(["verify", str(path)]) == 1
+    told = said(capsys)
+    assert reason in told
+    assert told.count("\n") == 1
+    assert main(["ls", str(tmp_path)]) == 0
+    assert reason in said(capsys)
+    with pytest.raises(NoGoodCheckpoint):
+        CheckpointManager(tmp_path).load_latest()
+
+
+def append(path, line):
+    path.write_text(path.read_text() + line)
+
+
+def replaced(path, make):
+    path.unlink()
+    make(path)
+
+
+def linked(path):
+    path.symlink_to(path.rename(path.parent.parent / "elsewhere"))
+
+
+def test_a_file_that_is_no_part_of_it_is_told_of(tmp_path):
+    path = write_directory(tmp_path / "checkpoint-10")
+    (path / "notes.txt").write_text("mine")
+    (path / ".DS_Store").write_text("the system's")
+    with pytest.warns(DistrustWarning, match=r"notes\.txt is not in checksum\.txt") as told:
+        CheckpointManager(tmp_path).validate(10)
+    assert len(told) == 1
+
+
+def npz(members):
+    """A zip of members whose content is given."""
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w") as zipped, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a name that stands twice
+        for name, content, kind in members:
+            zipped.writestr(zipfile.ZipInfo(name), content, compress_type=kind)
+    return made.getvalue()
+
+
+def npy(array, **options):
+    made = io.BytesIO()
+    np.save(made, array, **options)
+    return made.getvalue()
+
+
+PLAIN = npy(np.zeros(4, np.float32))
+STORED, DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ([("w.npy", npy(np.array([{}], object), allow_pickle=True), STORED)], "'w.npy'|never loaded"),
+        ([("w.npy", npy(np.zeros(1, [("a", "f4")])), STORED)], "array of numbers"),
+        ([("w.npy", npy(np.array(["text"])), STORED)], "no number"),
+        ([("w.npy", PLAIN.replace(b"(4,)", b"(5,)"), STORED)], "20 bytes, and there are 16"),
+        ([("w.npy", PLAIN.replace(b"(4,)", b"(-4,"), STORED)], "array of numbers"),
+        ([("w.npy", b"\x93NUMPY\x03\x00\xff\xff\xff\x7f" + PLAIN, STORED)], "2,147,483,647 bytes"),
+        ([("w.npy", b"\x80\x04N.", STORED)], "no array of numpy"),
+        ([("w.npy", npy(np.zeros(30 << 20, np.uint8)), DEFLATED)], "would expand"),
+        ([("../w.npy", PLAIN, STORED)], "named like a path"),
+        ([("/w.npy", PLAIN, STORED)], "named like a path"),
+        ([("a/w.npy", PLAIN, STORED)], "named like a path"),
+        ([("w.pkl", PLAIN, STORED)], "no .npy"),
+        ([("w.npy", PLAIN, STORED)] * 2, "stands there twice"),
+        ([("w.npy", PLAIN, zipfile.ZIP_LZMA)], "neither stored nor deflated"),
+        ([("w.npy", npy(np.zeros(4, bool))[:-1] + b"\2", STORED)], "neither true nor false"),
+    ],
+)  # fmt: skip
+def test_hostile_arrays_are_refused_and_named(tmp_path, content, reason):
+    """Their checksums are right: whoever made them could digest, too."""
+    path = write_directory(tmp_path / "checkpoint-10")
+    (path / "model.npz").write_bytes(npz(content))
+    write_checksums(path)
+    for use in (CheckpointManager(tmp_path).load, CheckpointManager(tmp_path).validate):
+        with pytest.raises(CorruptCheckpoint, match=reason) as told:
+            use(10)
+        assert "model.npz" in str(told.value)
+
+
+def test_a_bomb_and_a_file_without_end_cost_nothing(tmp_path):
+    path = write_directory(tmp_path / "checkpoint-10")
+    (path / "model.npz").unlink()
+    with (path / "model.npz").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(CorruptCheckpoint, match=r"model\.npz"):
+        CheckpointManager(tmp_path).validate(10)
+
+
+def test_encrypted_members_and_what_is_hidden_between_them(tmp_path):
+    path = write_directory(tmp_path / "checkpoint-10")
+    raw = bytearray(npz([("w.npy", PLAIN, STORED)]))
+    raw[raw.index(b"PK\1\2") + 8] |= 1
+    (path / "model.npz").write_bytes(raw)
+    write_checksums(path)
+    with pytest.raises(CorruptCheckpoint, match="encrypted"):
+        CheckpointManager(tmp_path).load(10)
+    (path / "model.npz").write_bytes(bytes(1 << 20) + npz([("w.npy", PLAIN, STORED)]))
+    write_checksums(path)
+    with pytest.raises(CorruptCheckpoint, match="its members hold"):
+        CheckpointManager(tmp_path).load(10)
+
+
+def test_arrays_of_other_layouts_come_back(tmp_path):
+    model = {
+        "fortran": np.asfortranarray(np.arange(6, dtype=np.float32).reshape(2, 3)),
+        "big": np.arange(3, dtype=">f8"),
+        "complex": np.array([1 + 2j], dtype=">c8"),
+        "flags": np.array([True, False]),
+    }
+    write_directory(tmp_path / "checkpoint-10", model=model, optimizer={})
+    loaded = CheckpointManager(tmp_path).load(10).model
+    for name, array in model.items():
+        assert loaded[name].dtype == array.dtype.newbyteorder("<")
+        assert np.array_equal(loaded[name], array)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("[" * 100_000, "no JSON"),
+        ('{"step":1,"config":' + '{"a":' * 95 + "1" + "}" * 96, "nested deeper"),
+        ('{"step":10,"step":10}', "stands twice"),
+        ('{"step":' + "9" * 5000 + "}", "digits"),
+        ('{"step":10.5}', "step is 10.5"),
+        ('{"step":true}', "step is True"),
+        ('{"step":10,"loss_history":[1,null]}', "no list of numbers"),
+        ('{"step":10,"loss_history":[1' + "0" * 400 + "]}", "no float"),
+        ('{"step":10,"metadata":[]}', "metadata is no object"),
+        ('{"step":10,"metadata":{"config_there":1}}', "two values of the name config_there"),
+        ('{"step":10,"metadata":{"a":"\\ud800"}}', "half a letter"),
+        ("null", "no JSON object"),
+        ("\xff", "not UTF-8"),
+    ],
+)
+def test_hostile_metadata(tmp_path, text, reason):
+    path = write_directory(tmp_path / "checkpoint-10", bare=True)
+    (path / "metadata.json").write_bytes(text.encode("latin-1"))
+    write_checksums(path)
+    with pytest.raises(CorruptCheckpoint, match=reason):
+        CheckpointManager(tmp_path).load(path)
+
+
+def test_numbers_that_json_has_no_words_for_are_kept(tmp_path):
+    write_directory(tmp_path / "checkpoint-10", {**FIELDS, "loss_history": [float("nan"), float("inf")]})
+    assert same(CheckpointManager(tmp_path).load(10).history["loss"], np.array([float("nan"), float("inf")]))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda raw: raw[:-1], "the tensors end at"),
+        (lambda raw: raw + b"x", "the tensors end at"),
+        (lambda raw: raw.replace(b'"dtype": "U8"', b'"dtype": "I8"'), "no row of bytes"),
+        (lambda raw: raw.replace(b'"F32"', b'"F99"'), "not described"),
+        (lambda raw: raw.replace(b'"step"', b'"step ', 1), "no JSON"),
+    ],
+)
+def test_damaged_byte_tensors(tmp_path, change, reason):
+    path = write_byte_tensors(tmp_path / "checkpoint-10.safetensors")
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(CorruptCheckpoint, match=reason):
+        CheckpointManager(tmp_path).load(path)
+
+
+def test_other_safetensors_files_are_what_they_were(tmp_path):
+    path = tmp_path / "checkpoint-10.safetensors"
+    path.write_bytes(packed(arrays()))
+    with pytest.raises(CorruptCheckpoint, match="not a checkpoint of this library"):
+        CheckpointManager(tmp_path).load(10)
+
+
+def test_ours_wins_and_all_are_listed_in_order(tmp_path, capsys):
+    write_directory(tmp_path / "checkpoint-10")
+    write_directory(tmp_path / "checkpoint-30-final", {**FIELDS, "step": 30})
+    with CheckpointManager(tmp_path, keep_last=None) as manager:
+        for step in (10, 20):
+            manager.save(ours(step))
+        assert manager.list_checkpoints() == [10, 20, 30]
+        assert list(manager.load(10).model) == ["w"]
+        assert manager.load_latest().step == 30
+        assert manager.load_best().step == 20
+    assert main(["ls", str(tmp_path), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["step"], row["format"]) for row in rows] == [
+        (10, "directory"), (10, "distrust"), (20, "distrust"), (30, "directory"),
+    ]  # fmt: skip
+
+
+def content(path):
+    files = [path] if path.is_file() else sorted(path.iterdir())
+    return {file.name: (file.read_bytes(), file.stat().st_ino) for file in files}
+
+
+@pytest.mark.parametrize("damage", [False, True])
+def test_nothing_removes_or_counts_one(tmp_path, damage, capsys):
+    """Neither retention, nor prune, nor prune --damaged; and a newer one does not cost ours its place."""
+    older = [
+        write_directory(tmp_path / "checkpoint-10"),
+        write_directory(tmp_path / "checkpoint-90", {**FIELDS, "step": 90}),
+        write_byte_tensors(tmp_path / "checkpoint-91.safetensors", {**FIELDS, "step": 91}),
+    ]
+    if damage:
+        append(older[0] / "metadata.json", "x")
+        (older[1] / "model.npz").write_bytes(b"")
+        raw = older[2].read_bytes()
+        older[2].write_bytes(raw[:-5])
+    before = [content(path) for path in older]
+    with CheckpointManager(tmp_path, keep_last=2, keep_best=0) as manager:
+        for step in (20, 30, 40):
+            manager.save(ours(step))
+        assert [file.step for file in manager.scan().files] == [30, 40]
+        manager.cleanup(keep_last=1)
+        assert [file.step for file in manager.scan().files] == [40]
+    assert main(["prune", str(tmp_path), "--damaged", "--keep-last", "1"]) == 0
+    assert said(capsys).count("left: in an older format") == (3 if damage else 0)
+    assert main(["prune", str(older[0]), "--keep-last", "1"]) == 2
+    assert [content(path) for path in older] == before
+
+
+def test_a_save_never_replaces_one(tmp_path):
+    path = write_byte_tensors(tmp_path / "checkpoint-10.safetensors")
+    before = content(path)
+    with CheckpointManager(tmp_path) as manager, pytest.raises(SaveFailed, match="never replaced"):
+        manager.save(ours(10))
+    assert content(path) == before
+
+
+def test_a_training_never_begins_beside_one_silently(tmp_path):
+    directory = tmp_path / "checkpoints"
+    write_directory(directory / "checkpoint-10")
+    config = TrainConfig(out=str(tmp_path))
+    manager = CheckpointManager(directory)
+    with pytest.raises(CheckpointError, match="distrust convert"):
+        origin.find(config, manager, framework="numpy")
+    with manager:
+        manager.save(ours(20))
+    found, file = origin.find(config, manager, framework="numpy")
+    assert (found.step, file.step) == (20, 20)
+
+
+def test_a_folder_of_another_name_and_folders_of_others(tmp_path):
+    moved = write_directory(tmp_path / "checkpoint-10").rename(tmp_path / "my-best")
+    assert CheckpointManager(tmp_path).load(moved).step == 10
+    (tmp_path / "checkpoint-20").mkdir()
+    (tmp_path / "checkpoint-30").mkdir()
+    (tmp_path / "checkpoint-30" / "trainer_state.json").write_text("{}")
+    assert CheckpointManager(tmp_path).scan() == ((), (), ())
+
+
+def test_listing_stays_light(run_python, tmp_path):
+    write_directory(tmp_path / "checkpoint-10")
+    write_byte_tensors(tmp_path / "checkpoint-20.safetensors", {**FIELDS, "step": 20})
+    for command in ("ls", "show", "verify"):
+        done = run_python(
+            "import sys; from distrust.cli import main; assert main() == 0; print('numpy' in sys.modules)",
+            command,
+            tmp_path,
+        )
+        assert done.stdout.endswith("False\n"), done.stdout + done.stderr
+
+
+def test_in_another_framework(tmp_path):
+    torch = pytest.importorskip("torch")
+    write_directory(tmp_path / "checkpoint-10")
+    loaded = CheckpointManager(tmp_path).load(10, framework="torch", mmap=True, verify="lazy")
+    assert torch.equal(loaded.model[A], torch.arange(12.0).reshape(6, 2))
+    assert loaded.history["loss"].dtype == torch.float64
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="the shared checkpoints are not here")
+def test_real_ones(capsys):
+    manager = CheckpointManager(REAL)
+    assert manager.list_checkpoints() == [10, 20, 30]
+    assert main(["verify", str(REAL)]) == 0
+    assert said(capsys).count(": ok") == 3
+    loaded = manager.load_latest()
+    assert (len(loaded.model), len(loaded.optimizer["m"]), len(loaded.optimizer["v"])) == (8, 8, 8)
+    assert loaded.config == {"lora_rank": 8}
+    assert loaded.optimizer["step"] == 30
+    for name, array in loaded.model.items():
+        with np.load(REAL / "checkpoint-30-final" / "model.npz") as real:
+            assert same(array, real[name])

@@ -1,0 +1,180 @@
+"""Adapter folders of peft and mlx-lm: made of runs of either engine, loaded by their programs, taken back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.numpy import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from distrust import CheckpointManager, DistrustTrainer, TrainConfig
+from distrust.cli import main
+from distrust.convert import convert
+from distrust.engines import open_checkpoint
+from distrust.errors import ConfigError
+from distrust.export import export
+from models import make_model, write_records
+
+mx = pytest.importorskip("mlx.core")
+mlx_lm = pytest.importorskip("mlx_lm")
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning", "ignore::DeprecationWarning"
+)
+
+IDS = [0, 70, 81, 72, 3, 99, 100, 101]
+KINDS = {
+    "lora": {"lora_rank": 4, "lora_alpha": 24.0},
+    "dora of some": {"lora_rank": 2, "dora": True, "rslora": True, "target_modules": ("q_proj", "down_proj")},
+}
+ENGINES = ("torch", "mlx")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    place = tmp_path_factory.mktemp("adapters")
+    make_model(place / "model")
+    write_records(place / "records.jsonl")
+    return place
+
+
+def train(place, out, *, steps=3, **options):
+    config = {
+        "model": str(place / "model"),
+        "data": str(place / "records.jsonl"),
+        "max_steps": steps,
+        "batch_size": 2,
+        "learning_rate": 0.02,
+        "warmup_steps": 0,
+        "schedule": "constant",
+        "threads": 1,
+        **options,
+    }
+    DistrustTrainer(TrainConfig(out=str(out), **config)).train()
+    return out
+
+
+@pytest.fixture(scope="module")
+def runs(place):
+    return {
+        (engine, kind): train(place, place / f"{engine} {kind}", engine=engine, **options)
+        for engine in ENGINES
+        for kind, options in KINDS.items()
+    }
+
+
+@torch.no_grad()
+def by_torch(model):
+    return model.eval()(input_ids=torch.tensor([IDS])).logits.float().numpy()
+
+
+def by_mlx(model):
+    model.eval()
+    return np.asarray(model(mx.array([IDS])))
+
+
+def own_logits(run):
+    engine = open_checkpoint(run)[0]
+    return by_torch(engine.model) if engine.framework == "torch" else by_mlx(engine.model)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_its_program_loads_it_and_computes_the_same(place, runs, tmp_path, engine, kind):
+    run = runs[engine, kind]
+    wanted = own_logits(run)
+    export(run, tmp_path / "mlx", format="mlx")
+    loaded, _ = mlx_lm.load(str(place / "model"), adapter_path=str(tmp_path / "mlx"))
+    assert np.abs(by_mlx(loaded) - wanted).max() < 1e-5
+    export(run, tmp_path / "peft", format="adapter")
+    base = AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.float32)
+    untrained = by_torch(base)
+    assert np.abs(by_torch(PeftModel.from_pretrained(base, tmp_path / "peft")) - wanted).max() < 1e-5
+    export(run, tmp_path / "merged", format="merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert np.abs(by_torch(merged) - wanted).max() < 1e-4
+    assert np.abs(untrained - wanted).max() > 0.01
+
+
+def test_each_engine_has_its_own_default(runs, tmp_path):
+    forms = {engine: export(runs[engine, "lora"], tmp_path / engine).format for engine in ENGINES}
+    assert forms == {"torch": "adapter", "mlx": "mlx"}
+    described = json.loads((tmp_path / "mlx" / "adapter_config.json").read_text())
+    assert described["lora_parameters"]["scale"] == 6.0
+    assert "self_attn.q_proj" in described["lora_parameters"]["keys"]
+    card = (tmp_path / "mlx" / "README.md").read_text()
+    assert "library_name: mlx" in card
+    assert "adapter_path=" in card
+
+
+@pytest.mark.parametrize("form", ["mlx", "adapter"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_taken_back_the_weights_are_those_and_a_run_begins_from_them(place, runs, tmp_path, engine, form):
+    """From a run of one engine, out, in again, and on with the other."""
+    run = runs[engine, "lora"]
+    export(run, tmp_path / "folder", format=form)
+    (done,) = convert(tmp_path / "folder", tmp_path / "run")
+    assert (done.step, done.outcome) == (0, "converted")
+    other = "mlx" if engine == "torch" else "torch"
+    with pytest.warns(match="begun elsewhere"):
+        train(place, tmp_path / "run", steps=1, learning_rate=0.0, engine=other, **KINDS["lora"])
+    assert np.abs(own_logits(tmp_path / "run") - own_logits(run)).max() < 1e-5
+
+
+def test_there_and_back_is_bit_for_bit(runs, tmp_path):
+    run = runs["mlx", "lora"]
+    export(run, tmp_path / "peft", format="adapter")
+    convert(tmp_path / "peft", tmp_path / "run")
+    back = export_state(tmp_path / "run", run)
+    trained = CheckpointManager(run / "checkpoints").load_latest().model
+    assert back.keys() == trained.keys()
+    assert all(np.array_equal(back[name], trained[name]) for name in trained)
+
+
+def export_state(run, like):
+    """What the converted checkpoint holds, by mlx-lm's names."""
+    from distrust.engines.exchange import for_mlx
+
+    return for_mlx(CheckpointManager(run / "checkpoints").load(0).model)
+
+
+def test_what_is_no_adapter_is_told(place, runs, tmp_path, capsys):
+    good = export(runs["mlx", "lora"], tmp_path / "good").path
+    config = json.loads((good / "adapter_config.json").read_text())
+    tensors = load_file(good / "adapters.safetensors")
+    name = next(iter(tensors))
+    broken = {
+        "fine_tune_type": (config | {"fine_tune_type": "full"}, None),
+        "lora_parameters": ({"model": "x"}, None),
+        "rank that": (config | {"lora_parameters": config["lora_parameters"] | {"rank": 5}}, None),
+        "scale is no number": (config | {"lora_parameters": {"rank": 4, "scale": "x"}}, None),
+        "no part of a plain LoRA": (config, {**tensors, "strange": tensors[name]}),
+        "not a whole file": (config, b"no tensors"),
+        "not a JSON object": ([], None),
+    }
+    for number, (reason, (described, weights)) in enumerate(broken.items()):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text(json.dumps(described))
+        if isinstance(weights, bytes):
+            (folder / "adapters.safetensors").write_bytes(weights)
+        else:
+            save_file(weights or tensors, folder / "adapters.safetensors")
+        assert main(["convert", str(folder), "--to", str(tmp_path / f"run{number}")]) == 1
+        told = capsys.readouterr()
+        assert reason in told.out + told.err
+        assert "Traceback" not in told.err
+
+
+def test_all_weights_are_no_adapter(place, tmp_path):
+    run = train(place, tmp_path / "run", engine="mlx", lora_rank=0, steps=1)
+    with pytest.raises(ConfigError, match="--format mlx"):
+        export(run, tmp_path / "out", format="mlx")
+    assert export(run, tmp_path / "merged").format == "merged"
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert np.abs(by_torch(merged) - own_logits(run)).max() < 1e-5

@@ -1,0 +1,53 @@
+"""Micro-batches drawn at random, for whatever can run them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from distrust.data import IGNORED, MicroBatch
+
+VOCABULARY = 61
+LENGTHS = (9, 3, 12, 6)
+
+
+def a_batch(*, seed: int = 0, lengths: tuple[int, ...] = LENGTHS, vocabulary: int = VOCABULARY) -> MicroBatch:
+    """Examples of different lengths; some tokens are not learned, and each has a weight of its own."""
+    rng = np.random.default_rng(seed)
+    place = np.arange(max(lengths))
+    real = place < np.array(lengths)[:, None]
+    ids = np.where(real, rng.integers(3, vocabulary, real.shape), 2)
+    learned = real & (rng.random(real.shape) < 0.7) & (place > 0)
+    learned[:, 1] = True
+    return MicroBatch(
+        input_ids=ids,
+        attention_mask=real.astype(np.int64),
+        labels=np.where(learned, ids, IGNORED),
+        weights=np.where(learned, rng.uniform(0.2, 3, real.shape), 0).astype(np.float32),
+        distrust=np.zeros(len(lengths)),
+        examples=np.arange(len(lengths)),
+    )
+
+
+def some_of(batch: MicroBatch, rows: Sequence[int], *, filler: int = 2) -> MicroBatch:
+    """These examples of a batch, in this order, padded to the longest of them with a token."""
+    chosen = list(rows)
+    width = int(batch.attention_mask[chosen].sum(axis=1).max())
+    mask = batch.attention_mask[chosen, :width]
+    return MicroBatch(
+        input_ids=np.where(mask, batch.input_ids[chosen, :width], filler),
+        attention_mask=mask,
+        labels=batch.labels[chosen, :width],
+        weights=batch.weights[chosen, :width],
+        distrust=batch.distrust[chosen],
+        examples=batch.examples[chosen],
+    )
+
+
+def weighing(batch: MicroBatch, weights: ArrayLike) -> MicroBatch:
+    """The same examples, each with a weight of its own."""
+    column = np.asarray(weights, np.float32)[:, None]
+    return replace(batch, weights=np.where(batch.labels != IGNORED, column, 0).astype(np.float32))

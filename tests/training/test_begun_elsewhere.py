@@ -1,0 +1,330 @@
+"""A run that transformers' Trainer began goes on here: the same weights, moments and steps."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from distrust import CheckpointManager, DistrustTrainer, DistrustWarning, TrainConfig
+from distrust.data import IGNORED
+from distrust.engines import open_checkpoint
+from distrust.engines.torch.trainer_folder import is_trainer_folder, read
+from distrust.errors import CheckpointError, ConfigError, ModelError, ResumeRefused
+from distrust.training.events import StepEnded
+from models import make_model
+
+TEXTS = ["ore melts", "the salt", "salt melts at 9 9 9", "at the ore"]
+BEGUN, STEPS = 3, 6
+RATE = 5e-3
+
+
+def begin(base: Path, out: Path, *, rank: int) -> Path:
+    """``STEPS`` steps of the real Trainer, each on all texts: their order changes nothing."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    rows = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in TEXTS]
+    length = max(map(len, rows))
+
+    def padded(row: list[int]) -> dict[str, list[int]]:
+        short = length - len(row)
+        return {
+            "input_ids": row + [tokenizer.pad_token_id] * short,
+            "attention_mask": [1] * len(row) + [0] * short,
+            "labels": row + [IGNORED] * short,
+        }
+
+    torch.manual_seed(5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        if rank:
+            model = get_peft_model(
+                model, LoraConfig(r=rank, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+            )
+        arguments = TrainingArguments(
+            output_dir=str(out),
+            max_steps=STEPS,
+            save_steps=BEGUN,
+            per_device_train_batch_size=len(TEXTS),
+            learning_rate=RATE,
+            weight_decay=0.1,
+            lr_scheduler_type="constant",
+            logging_steps=1,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        Trainer(model=model, args=arguments, train_dataset=[padded(row) for row in rows]).train()
+    return out
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def begun(base, tmp_path_factory):
+    """Folders of the Trainer by rank: adapters and all weights."""
+    return {rank: begin(base, tmp_path_factory.mktemp("begun"), rank=rank) for rank in (4, 0)}
+
+
+@pytest.fixture
+def folder(begun, tmp_path):
+    """A copy of an adapter's, to change."""
+    return shutil.copytree(begun[4] / f"checkpoint-{BEGUN}", tmp_path / "theirs")
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("texts") / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return path
+
+
+def convert(folder: Path, out: Path, **options: Any) -> Path:
+    with CheckpointManager(out / "checkpoints") as manager:
+        manager.save(read(folder, **options))
+    return out
+
+
+@pytest.fixture
+def go_on(base, texts):
+    def go_on(out: Path, *, stop_after: int | None = None, **changed: Any):
+        events = []
+
+        def watch(event):
+            events.append(event)
+            if isinstance(event, StepEnded) and event.step == stop_after:
+                signal.raise_signal(signal.SIGTERM)
+
+        options = {
+            "lora_rank": 4,
+            "lora_alpha": 8.0,
+            "max_steps": STEPS,
+            "batch_size": len(TEXTS),
+            "learning_rate": RATE,
+            "weight_decay": 0.1,
+            "schedule": "constant",
+            "warmup_steps": 0,
+            "weighting": "off",
+            "save_every": 0,
+            "threads": 1,
+            **changed,
+        }
+        config = TrainConfig(model=str(base), data=str(texts), out=str(out), **options)
+        return DistrustTrainer(config, observers=[watch]).train(), events
+
+    return go_on
+
+
+@pytest.mark.parametrize("rank", [4, 0])
+def test_it_makes_the_steps_that_the_trainer_would_have_made(begun, base, go_on, tmp_path, rank):
+    theirs = begun[rank]
+    assert is_trainer_folder(theirs / f"checkpoint-{BEGUN}")
+    taken = read(theirs / f"checkpoint-{BEGUN}", model=str(base))
+    weights = "adapter_model.safetensors" if rank else "model.safetensors"
+    saved = load_file(theirs / f"checkpoint-{BEGUN}" / weights)
+    assert taken.model.keys() == saved.keys()
+    assert all(torch.equal(taken.model[name], saved[name]) for name in saved)
+    state = torch.load(theirs / f"checkpoint-{BEGUN}" / "optimizer.pt", weights_only=True)["state"]
+    moments = {"exp_avg": 0.0, "exp_avg_sq": 0.0}
+    for part in moments:  # by another way: all of them together are the same numbers
+        ours = sum(float(values[part].double().sum()) for values in taken.optimizer["state"].values())
+        assert ours == pytest.approx(sum(float(v[part].double().sum()) for v in state.values()), rel=1e-12)
+    assert taken.step == BEGUN
+    assert "fingerprints" not in taken.config
+
+    convert(theirs / f"checkpoint-{BEGUN}", tmp_path, model=str(base))
+    alpha = {} if rank else {"lora_alpha": 32.0}
+    with pytest.warns(DistrustWarning, match=f"begun elsewhere .transformers Trainer.*its step {BEGUN}"):
+        ended, events = go_on(tmp_path, lora_rank=rank, **alpha)
+    log = json.loads((theirs / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())["log_history"]
+    expected = {line["step"]: line["loss"] for line in log}
+    made = {event.step: event.loss for event in events if isinstance(event, StepEnded)}
+    assert made == pytest.approx({step: expected[step] for step in range(BEGUN + 1, STEPS + 1)}, abs=1e-5)
+    assert expected[BEGUN] - made[STEPS] > 1e-2  # it learns meanwhile
+    last = CheckpointManager(ended.path.parent).load(STEPS, framework="torch")
+    their_last = read(theirs / f"checkpoint-{STEPS}", model=str(base))
+    for name, value in their_last.model.items():
+        torch.testing.assert_close(last.model[name], value, rtol=0, atol=1e-4)
+    for number, values in their_last.optimizer["state"].items():
+        torch.testing.assert_close(last.optimizer["state"][number], values, rtol=1e-3, atol=1e-6)
+    assert np.allclose(last.history["loss"], [expected[step] for step in range(1, STEPS + 1)], atol=1e-5)
+    assert last.run["continues"] == f"transformers Trainer, step {BEGUN}"
+
+
+def test_each_moment_goes_to_its_own_weight(folder):
+    """Moments that are told apart: the number of the parameter, in the Trainer's order."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(base), folder, is_trainable=True
+        )
+    order = [name.replace(".default.", ".") for name, p in model.named_parameters() if p.requires_grad]
+    saved = torch.load(folder / "optimizer.pt", weights_only=True)
+    for number, values in saved["state"].items():
+        values["exp_avg"].fill_(number)
+    torch.save(saved, folder / "optimizer.pt")
+    optimizer = read(folder).optimizer
+    names = [name for group in optimizer["param_groups"] for name in group["param_names"]]
+    found = {
+        names[number]: values["exp_avg"].unique().tolist() for number, values in optimizer["state"].items()
+    }
+    assert found == {name: [number] for number, name in enumerate(order)}
+
+
+def test_stopped_and_resumed_it_ends_as_if_left_alone(folder, go_on, tmp_path):
+    def ends(out: Path, *stops: int) -> str | None:
+        convert(folder, out)
+        with pytest.warns(DistrustWarning, match="begun elsewhere"):
+            ended, _ = go_on(out, stop_after=stops[0] if stops else None, lora_dropout=0.0, save_every=1)
+        if stops:  # now it is a run like any other: nothing is warned of
+            ended, _ = go_on(out, save_every=1)
+        return ended.state_digest
+
+    assert ends(tmp_path / "alone") == ends(tmp_path / "stopped", 4)
+
+
+def test_options_that_are_known_are_compared(folder, go_on, tmp_path):
+    convert(folder, tmp_path / "run")
+    with pytest.raises(ResumeRefused) as refused:
+        go_on(tmp_path / "run", lora_rank=2, weight_decay=0.0, learning_rate=1.0, target_modules=("q_proj",))
+    assert refused.value.differences == (
+        "--lora-rank was 4, is 2",
+        "--target-modules was all-linear, is q_proj",
+        "--weight-decay was 0.1, is 0.0",
+    )
+
+
+def test_a_run_that_would_end_before_is_refused(folder, go_on, tmp_path):
+    convert(folder, tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"has 3 steps.*is at step 3 already; give more"):
+        go_on(tmp_path / "run", max_steps=BEGUN)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("*.safetensors")] == [
+        "checkpoint-3.safetensors"
+    ]
+
+
+def test_before_it_is_gone_on_with_it_cannot_be_measured(folder, tmp_path):
+    with pytest.raises(
+        ResumeRefused, match=r"begun elsewhere, so its base model is not known; .distrust train"
+    ):
+        open_checkpoint(convert(folder, tmp_path / "run"))
+
+
+def test_without_moments_they_begin_at_zero_and_that_is_told(folder, go_on, tmp_path):
+    (folder / "optimizer.pt").unlink()
+    with pytest.warns(DistrustWarning, match=r"no optimizer\.pt: they begin at zero"):
+        convert(folder, tmp_path / "run")
+    with pytest.warns(DistrustWarning, match="not taken over: AdamW's moments"):
+        ended, _ = go_on(tmp_path / "run")
+    assert ended.step == STEPS
+
+
+def test_a_bfloat16_adapter_is_widened(folder):
+    path = folder / "adapter_model.safetensors"
+    narrow = {name: value.bfloat16() for name, value in load_file(path).items()}
+    save_file(narrow, path)
+    model = read(folder).model
+    assert {value.dtype for value in model.values()} == {torch.float32}
+    assert all(torch.equal(model[name], narrow[name].float()) for name in narrow)
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def changed_optimizer(folder: Path, change) -> None:
+    saved = torch.load(folder / "optimizer.pt", weights_only=True)
+    change(saved)
+    torch.save(saved, folder / "optimizer.pt")
+
+
+def changed_json(folder: Path, name: str, **values: Any) -> None:
+    path = folder / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def recompressed(folder: Path) -> None:
+    path = folder / "optimizer.pt"
+    with zipfile.ZipFile(path) as there:
+        entries = [(entry.filename, there.read(entry)) for entry in there.infolist()]
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, content in entries:
+            file.writestr(name, content)
+
+
+def piped(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+BROKEN = {
+    "objects": lambda f: torch.save({"state": Evil(), "param_groups": []}, f / "optimizer.pt"),
+    "a bare pickle": lambda f: (f / "optimizer.pt").write_bytes(pickle.dumps(Evil())),
+    "compressed": recompressed,
+    "cut": lambda f: os.truncate(f / "optimizer.pt", 20_000),
+    "a pipe": lambda f: piped(f / "optimizer.pt"),
+    "a pipe for a state": lambda f: piped(f / "trainer_state.json"),
+    "a pipe for weights": lambda f: piped(f / "adapter_model.safetensors"),
+    "deep": lambda f: (f / "adapter_config.json").write_text('{"a":' * 100_000),
+    "huge": lambda f: (f / "adapter_config.json").write_text(" " * (5 << 20)),
+    "8-bit": lambda f: changed_optimizer(
+        f, lambda s: [v.update(state1=v.pop("exp_avg")) for v in s["state"].values()]
+    ),
+    "amsgrad": lambda f: changed_optimizer(
+        f, lambda s: [v.update(max_exp_avg_sq=v["exp_avg_sq"]) for v in s["state"].values()]
+    ),
+    "too few": lambda f: changed_optimizer(f, lambda s: s["param_groups"][0]["params"].pop()),
+    "other shapes": lambda f: changed_optimizer(
+        f, lambda s: s["state"][1].update(exp_avg=s["state"][0]["exp_avg"])
+    ),
+    "not finite": lambda f: changed_optimizer(f, lambda s: s["state"][1]["exp_avg"].fill_(float("nan"))),
+    "too many steps": lambda f: changed_optimizer(f, lambda s: s["state"][1]["step"].fill_(9.0)),
+    "no groups": lambda f: torch.save({"state": {}}, f / "optimizer.pt"),
+    "no step": lambda f: changed_json(f, "trainer_state.json", global_step="3"),
+    "endless step": lambda f: changed_json(f, "trainer_state.json", global_step=10**17),
+    "whole modules": lambda f: changed_json(f, "adapter_config.json", modules_to_save=["lm_head"]),
+    "one rank each": lambda f: changed_json(f, "adapter_config.json", rank_pattern={"q_proj": 8}),
+    "pissa": lambda f: changed_json(f, "adapter_config.json", init_lora_weights="pissa"),
+    "another rank": lambda f: changed_json(f, "adapter_config.json", r=1_000_000_000),
+    "no rank": lambda f: changed_json(f, "adapter_config.json", r=None),
+    "no base": lambda f: changed_json(f, "adapter_config.json", base_model_name_or_path="./nowhere"),
+    "dropout": lambda f: changed_json(f, "adapter_config.json", lora_dropout=3),
+    "deepspeed": lambda f: (
+        (f / "adapter_model.safetensors").unlink(),
+        (f / "zero_to_fp32.py").write_text(""),
+    ),
+    "nothing": lambda f: (f / "adapter_model.safetensors").unlink(),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_what_does_not_fit_is_one_line(folder, monkeypatch, kind):
+    monkeypatch.chdir(folder.parent)
+    BROKEN[kind](folder)
+    with pytest.raises((CheckpointError, ResumeRefused, ModelError, ConfigError)) as refused:
+        read(folder)
+    assert "\n" not in str(refused.value)
+    assert len(str(refused.value)) < 1000
+    assert not (folder.parent / "executed").exists()

@@ -1,0 +1,251 @@
+"""What the engine of mlx has of its own: its memory, compiled steps, quantized models, and no torch."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+mx = pytest.importorskip("mlx.core")
+pytest.importorskip("mlx_lm")
+
+from small_batches import a_batch, some_of  # noqa: E402 - after what is asked for
+from test_conformance import digest, pass_through, same, step, trained  # noqa: E402
+
+from distrust import TrainConfig  # noqa: E402
+from distrust.engines import create  # noqa: E402
+from distrust.errors import ConfigError  # noqa: E402
+from distrust.training.events import StepEnded  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("_only_what_is_new_is_searched")
+BATCH = a_batch()
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="mlx compiles by g++ on a CPU")
+
+
+@pytest.fixture(scope="module")
+def config(tiny_model: Path) -> TrainConfig:
+    return TrainConfig(engine="mlx", device="cpu", model=str(tiny_model), lora_rank=4, lora_alpha=8.0)
+
+
+MEMORY = """
+import gc, json, sys
+import mlx.core as mx
+from distrust import DistrustTrainer, TrainConfig
+from distrust.engines import create
+from distrust.training.events import MemoryReset
+
+def train(name, make=create, **more):
+    taken = []
+
+    def watch(event):
+        if isinstance(event, MemoryReset):
+            taken.append((mx.get_active_memory(), mx.get_cache_memory()))
+
+    config = TrainConfig(engine="mlx", device="cpu", model=sys.argv[1], data=sys.argv[2], batch_size=2,
+                         lora_rank=4, lora_dropout=0.1, save_every=0, out=f"{sys.argv[3]}/{name}", **more)
+    return DistrustTrainer(config, engine=make, observers=[watch]).train().state_digest, taken
+
+def hoard(config):
+    engine = create(config)
+    kept.append(engine.model)
+    return engine
+
+kept = []
+alone, _ = train("alone", max_steps=12)
+gc.collect()
+gc.freeze()  # the libraries need not be searched for what can go: half of the time
+reset, taken = train("reset", reload_every=1, max_steps=12)
+assert reset == alone, (reset, alone)
+_, hoarded = train("hoarded", hoard, reload_every=1, max_steps=3)
+print(json.dumps([taken, hoarded]))
+"""
+
+
+def test_after_ten_resets_mlx_has_as_much_as_after_the_first(run_python, tiny_model, data, tmp_path):
+    """What is held, to 2 %: mlx takes a freed buffer for something a bit smaller. What is kept for later, to
+    30 %: what a new engine's first passes leave there is its threads' to say.
+    """
+    done = run_python(MEMORY, tiny_model, data, tmp_path)
+    assert done.returncode == 0, done.stderr
+    taken, hoarded = json.loads(done.stdout)
+    assert len(taken) == 11
+    (active, cached), (active_later, cached_later) = taken[0], taken[10]
+    assert active_later == pytest.approx(active, rel=0.02)
+    assert cached_later == pytest.approx(cached, rel=0.3)
+    assert hoarded[1][0] > 1.3 * hoarded[0][0]  # what somebody holds would show
+
+
+@pytest.mark.parametrize("options", [{}, {"dora": True}, {"lora_rank": 0}, {"quantization": "4bit"}])
+def test_with_checkpointed_layers_it_is_the_same(config, options):
+    plain = trained(create(replace(config, **options)))
+    again = create(replace(config, gradient_checkpointing=True, **options))
+    again.load_state(plain.state())
+    for number in (3, 4):
+        (losses, norm), expected = (step(engine, [BATCH], number=number) for engine in (again, plain))
+        assert losses == pytest.approx(expected[0], rel=1e-5)
+        assert norm == pytest.approx(expected[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_with_dropout_the_gradient_is_the_slope_of_the_loss(config, checkpointed, compiled):
+    """On the way back, too, it drops what it dropped: the loss falls by what the gradient says."""
+    engine = create(replace(config, lora_dropout=0.3, gradient_checkpointing=checkpointed, compile=compiled))
+    begun = trained(engine).state()
+
+    def loss(state):
+        engine.load_state(state)
+        (losses,) = pass_through(engine, [BATCH])
+        return losses.weighted.sum() / BATCH.tokens
+
+    empty = {name: array * 0 for name, array in begun.model.items()}
+    before = loss(replace(begun, optimizer={**begun.optimizer, "m": empty}))
+    engine.clip_gradients(0.0)
+    engine.update(learning_rate=0.0)
+    moments = engine.state().optimizer["m"]
+    gradient = {name: moment / (1 - config.adam_beta1) for name, moment in moments.items()}
+    squares = sum(float((slope * slope).sum()) for slope in gradient.values())
+    length = 1e-3
+    ends = [
+        loss(replace(begun, model={k: v + sign * length * gradient[k] for k, v in begun.model.items()}))
+        for sign in (1, -1)
+    ]
+    assert min(ends) < before < max(ends)
+    assert (ends[0] - ends[1]) / (2 * length) == pytest.approx(squares, rel=0.02)
+
+
+@needs_compiler
+def test_compiled_it_is_the_same_to_rounding_and_resumes_to_the_bit(config, tmp_path):
+    """Dropout is drawn for other shapes then: rows are padded, so that few shapes need be compiled."""
+    plain, compiled = create(config), create(replace(config, compile=True))
+    assert compiled.environment()["compiled"]
+    batches = [some_of(BATCH, [1]), some_of(BATCH, [0, 3])]
+    for number in (1, 2):
+        (losses, norm), expected = (step(engine, batches, number=number) for engine in (compiled, plain))
+        assert losses == pytest.approx(expected[0], rel=1e-5)
+        assert norm == pytest.approx(expected[1], rel=1e-4)
+    dropping = replace(config, compile=True, lora_dropout=0.2)
+    first, later = trained(create(dropping)), create(dropping)
+    later.load_state(first.state())
+    assert step(later, batches, number=3) == step(first, batches, number=3)
+    assert digest(later, tmp_path) == digest(first, tmp_path)
+
+
+def _is_wide_enough(module: Any) -> bool:
+    return hasattr(module, "to_quantized") and module.weight.shape[-1] % 32 == 0
+
+
+@pytest.fixture(scope="module")
+def quantized_folder(tiny_model, tmp_path_factory) -> Path:
+    """The tiny model in mlx's own layout, in four bits."""
+    import mlx.nn as nn
+    from mlx_lm.utils import load_model, save_config, save_model
+
+    folder = tmp_path_factory.mktemp("quantized")
+    model, config = load_model(tiny_model)
+    groups = {"group_size": 32, "bits": 4}
+    nn.quantize(model, **groups, class_predicate=lambda _, module: _is_wide_enough(module))
+    narrow = {f"model.layers.{layer}.mlp.down_proj": False for layer in range(2)}
+    save_model(folder, model)
+    save_config({**config, "quantization": {**groups, **narrow}}, folder / "config.json")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_model / name, folder)
+    return folder
+
+
+def test_a_model_that_was_quantized_elsewhere_is_trained(train, config, quantized_folder, tmp_path):
+    options: dict[str, Any] = {"engine": "mlx", "model": str(quantized_folder)}
+    alone, events = train(tmp_path / "alone", **options)
+    losses = [event.loss for event in events if isinstance(event, StepEnded)]
+    assert losses[-1] < losses[0]
+    train(tmp_path / "stopped", stop_after=3, **options)
+    assert train(tmp_path / "stopped", **options)[0].state_digest == alone.state_digest
+    # It is what quantizing it here would have made.
+    there, here = (
+        create(replace(config, model=str(quantized_folder))),
+        create(replace(config, quantization="4bit")),
+    )
+    assert there.parameters == here.parameters
+    assert same(there.evaluate(BATCH), here.evaluate(BATCH))
+    with pytest.raises(ConfigError, match=r"--quantization 4bit: .* quantized already"):
+        create(replace(config, model=str(quantized_folder), quantization="4bit"))
+
+
+def test_fewer_bits_change_the_losses_a_little(config):
+    losses = {
+        kind: create(replace(config, quantization=kind)).evaluate(BATCH).cross_entropy
+        for kind in ("none", "8bit", "4bit")
+    }
+    for bits, off in (("8bit", 0.01), ("4bit", 0.1)):
+        assert not np.array_equal(losses[bits], losses["none"])
+        np.testing.assert_allclose(losses[bits], losses["none"], rtol=off)
+
+
+def test_quantized_or_not_it_is_the_same_base(config):
+    assert create(replace(config, quantization="4bit")).fingerprint() == create(config).fingerprint()
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_a_device_that_is_not_there(config, device):
+    available = {"cuda": hasattr(mx, "cuda") and mx.cuda.is_available(), "mps": mx.metal.is_available()}
+    if available[device]:
+        pytest.skip("this machine has it")
+    with pytest.raises(ConfigError, match=f"--device {device}: not available to mlx here; available: cpu"):
+        create(replace(config, device=device))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"target_modules": ("q_porj",)}, "--target-modules q_porj: .*linear modules are: .*q_proj"),
+        ({"target_modules": ("embed_tokens",)}, "--target-modules embed_tokens: "),
+    ],
+)
+def test_names_that_no_linear_module_has(config, options, said):
+    with pytest.raises(ConfigError, match=said) as error:
+        create(replace(config, **options))
+    assert "\n" not in str(error.value)
+
+
+COMMAND = """
+import sys
+from importlib.machinery import PathFinder
+
+class Without(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name in sys.argv[1].split() else super().find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Without
+from distrust.cli import main
+code = main(sys.argv[2:])
+assert not {"torch", "peft"} & sys.modules.keys()
+raise SystemExit(code)
+"""
+TRAIN = ["--max-steps", 2, "--batch-size", 2, "--lora-rank", 2, "--device", "cpu"]
+
+
+@pytest.mark.parametrize("chosen", [["--engine", "mlx"], []])
+def test_it_needs_no_torch(run_python, tiny_model, data, tmp_path, chosen):
+    """Where torch is not there, it is what trains; the checkpoint tells so."""
+    arguments = ["train", "--model", tiny_model, "--data", data, "--out", tmp_path, *TRAIN, *chosen]
+    done = run_python(COMMAND, "torch peft", *arguments)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "finished at step 2" in done.stdout
+    shown = run_python(COMMAND, "torch peft", "eval", tmp_path, "--data", data)
+    assert (shown.returncode, shown.stderr) == (0, "")
+
+
+def test_without_mlx_lm_it_says_how_to_get_it(run_python, tiny_model, data, tmp_path):
+    arguments = ["train", "--model", tiny_model, "--data", data, "--out", tmp_path, *TRAIN, "--engine", "mlx"]
+    done = run_python(COMMAND, "mlx_lm", *arguments)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "distrust: --engine mlx: mlx_lm is not installed; pip install 'distrust-trainer[mlx]'"
+    ]
+    assert not list(tmp_path.rglob("*.safetensors"))
