@@ -61,6 +61,7 @@ def place(tmp_path_factory) -> Path:
 def train(place: Path, out: Path, **options) -> Path:
     """A few steps that move the weights far enough to be seen."""
     config = {
+        "engine": "torch",
         "model": str(place / "model"),
         "data": str(place / "records.jsonl"),
         "max_steps": 4,

@@ -19,7 +19,9 @@ from distrust.training.sources import read_sources
 @pytest.fixture(scope="module", params=["lora", "all weights"])
 def engine(request, tiny_model):
     engine = create(
-        TrainConfig(model=str(tiny_model), lora_rank=4 if request.param == "lora" else 0, threads=1)
+        TrainConfig(
+            engine="torch", model=str(tiny_model), lora_rank=4 if request.param == "lora" else 0, threads=1
+        )
     )
     with torch.no_grad():
         for parameter in trained(engine).values():
@@ -35,7 +37,9 @@ def trained(engine):
 @pytest.fixture(scope="module")
 def plan_of(engine, data, tiny_model):
     def plan_of(**options: Any):
-        config = TrainConfig(model=str(tiny_model), **{"data": str(data), "max_steps": 4, **options})
+        config = TrainConfig(
+            engine="torch", model=str(tiny_model), **{"data": str(data), "max_steps": 4, **options}
+        )
         return make_plan(
             config,
             read_sources(config),
@@ -242,7 +246,13 @@ def test_padding_and_unlearned_tokens_have_no_part(engine, plan_of):
 @pytest.mark.parametrize("adapted", ["gate_proj down_proj", "up_proj down_proj", "o_proj", "q_proj v_proj"])
 def test_whatever_is_adapted_no_gradient_is_lost(tiny_model, plan_of, adapted):
     engine = create(
-        TrainConfig(model=str(tiny_model), lora_rank=2, target_modules=tuple(adapted.split()), threads=1)
+        TrainConfig(
+            engine="torch",
+            model=str(tiny_model),
+            lora_rank=2,
+            target_modules=tuple(adapted.split()),
+            threads=1,
+        )
     )
     with torch.no_grad():
         for parameter in trained(engine).values():

@@ -25,6 +25,7 @@ BITS = ["8bit", "4bit"]
 @pytest.fixture(scope="module")
 def options(tiny_model, data) -> dict[str, Any]:
     return {
+        "engine": "torch",
         "model": str(tiny_model),
         "data": str(data),
         "max_steps": STEPS,

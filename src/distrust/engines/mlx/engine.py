@@ -7,10 +7,9 @@ by name and handed to each pass; the model is what they are put into.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any, Literal
 
@@ -26,7 +25,8 @@ from distrust.engines.mlx import adapter, columns, compiling, device_memory, mod
 from distrust.engines.mlx.checkpointing import checkpoint_layers
 from distrust.engines.mlx.optimizer import AdamW
 from distrust.engines.mlx.passes import Passes
-from distrust.errors import DistrustWarning, OutOfMemory, ResumeRefused
+from distrust.engines.out_of_memory import memory_told
+from distrust.errors import DistrustWarning, ResumeRefused
 from distrust.training.engine import EngineState, Losses, MemoryUse
 from distrust.training.sources import DEFAULT_MAX_LENGTH
 
@@ -144,7 +144,7 @@ class MlxEngine:
 
     def micro_step(self, batch: MicroBatch, *, tokens: int) -> Losses:
         """Forward and backward: add the gradient of Σ weight · cross-entropy / ``tokens``."""
-        with _memory_told():
+        with memory_told("alloc", "out of memory"):
             losses, self._gradients = self._passes.train(self._trained, self._gradients, batch, tokens=tokens)
         return losses
 
@@ -172,7 +172,7 @@ class MlxEngine:
 
     def evaluate(self, batch: MicroBatch) -> Losses:
         """Forward only, without dropout."""
-        with _memory_told():
+        with memory_told("alloc", "out of memory"):
             return self._passes.evaluate(self._trained, batch)
 
     def state(self) -> EngineState:
@@ -254,19 +254,3 @@ def _copied(arrays: Any, names: Any) -> dict[str, mx.array]:
     copied = {name: mx.contiguous(arrays[name].astype(mx.float32)) for name in names}
     mx.eval(copied)
     return copied
-
-
-@contextlib.contextmanager
-def _memory_told() -> Iterator[None]:
-    """Out of memory is the user's to mend."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        reason = str(error)
-        known = "alloc" in reason.lower() or "out of memory" in reason.lower()
-        if type(error) is RuntimeError and not known:
-            raise
-        raise OutOfMemory(
-            "there is not enough memory for a step: lower --batch-size (and raise --gradient-accumulation) "
-            f"or --max-length, or add --gradient-checkpointing ({' '.join(reason.split())[:200]})"
-        ) from error

@@ -6,9 +6,8 @@ for the arithmetic. With rank 0 all weights are trained, in float32.
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache
 from typing import Any, Literal
 
@@ -19,11 +18,12 @@ from distrust.config import TrainConfig
 from distrust.data import MicroBatch, Tokenizer
 from distrust.engines import exchange, tokenizer
 from distrust.engines.fingerprint import fingerprint
+from distrust.engines.out_of_memory import memory_told
 from distrust.engines.torch import adapter, device_memory, model, quantization, randomness
 from distrust.engines.torch.compiling import compile_layers, compiling_told
 from distrust.engines.torch.fused import fuse
 from distrust.engines.torch.passes import Passes
-from distrust.errors import ConfigError, OutOfMemory, ResumeRefused
+from distrust.errors import ConfigError, ResumeRefused
 from distrust.training.engine import EngineState, Losses, MemoryUse
 
 
@@ -162,7 +162,7 @@ class TorchEngine:
     def micro_step(self, batch: MicroBatch, *, tokens: int) -> Losses:
         """Forward and backward: add the gradient of Σ weight · cross-entropy / ``tokens``."""
         self._model.train()
-        with _memory_told(), compiling_told():
+        with memory_told("can't allocate memory"), compiling_told():
             return self._passes.train(batch, tokens=tokens)
 
     def clip_gradients(self, max_norm: float) -> float:
@@ -191,7 +191,7 @@ class TorchEngine:
     def evaluate(self, batch: MicroBatch) -> Losses:
         """Forward only, without dropout."""
         self._model.eval()
-        with _memory_told(), compiling_told():
+        with memory_told("can't allocate memory"), compiling_told():
             return self._passes.evaluate(batch)
 
     def state(self) -> EngineState:
@@ -284,21 +284,6 @@ def make_optimizer(trained: Mapping[str, torch.nn.Parameter], config: TrainConfi
         eps=config.adam_epsilon,
         fused=True,  # one pass over weights, moments and gradients
     )
-
-
-@contextlib.contextmanager
-def _memory_told() -> Iterator[None]:
-    """Out of memory is the user's to mend; torch says it in three ways."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        reason = str(error)
-        if type(error) is RuntimeError and "can't allocate memory" not in reason:
-            raise
-        raise OutOfMemory(
-            "there is not enough memory for a step: lower --batch-size (and raise --gradient-accumulation) "
-            f"or --max-length, or add --gradient-checkpointing ({' '.join(reason.split())[:200]})"
-        ) from error
 
 
 @cache
