@@ -11,6 +11,7 @@ import pytest
 from test_memory_reset import GIB, Hungry
 
 from distrust import CheckpointManager, DistrustWarning
+from distrust.engines.out_of_memory import memory_told
 from distrust.errors import OutOfMemory
 from distrust.training import memory
 
@@ -81,6 +82,28 @@ def test_the_system_running_out_is_warned_of_once(run, tmp_path, monkeypatch):
         ended, _ = run(tmp_path)
     assert len(given) == 1
     assert ended.step == 9
+
+
+class OwnOutOfMemoryError(RuntimeError):
+    """As torch has one."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), OwnOutOfMemoryError("of 2 GiB\n1 is free"), RuntimeError("Insufficient Memory (8)")],
+)
+def test_what_frameworks_say_is_one_line(error):
+    with (
+        pytest.raises(OutOfMemory, match=r"--batch-size.*--gradient-checkpointing") as told,
+        memory_told("insufficient memory"),
+    ):
+        raise error
+    assert "\n" not in str(told.value)
+
+
+def test_what_is_no_lack_of_memory_stays_what_it_is():
+    with pytest.raises(RuntimeError, match="shapes differ"), memory_told("insufficient memory"):
+        raise RuntimeError("shapes differ")
 
 
 LEAKING = """

@@ -144,7 +144,7 @@ class MlxEngine:
 
     def micro_step(self, batch: MicroBatch, *, tokens: int) -> Losses:
         """Forward and backward: add the gradient of Σ weight · cross-entropy / ``tokens``."""
-        with memory_told("alloc", "out of memory"):
+        with memory_told("alloc", "out of memory", "insufficient memory"):
             losses, self._gradients = self._passes.train(self._trained, self._gradients, batch, tokens=tokens)
         return losses
 
@@ -172,7 +172,7 @@ class MlxEngine:
 
     def evaluate(self, batch: MicroBatch) -> Losses:
         """Forward only, without dropout."""
-        with memory_told("alloc", "out of memory"):
+        with memory_told("alloc", "out of memory", "insufficient memory"):
             return self._passes.evaluate(self._trained, batch)
 
     def state(self) -> EngineState:
