@@ -2,6 +2,7 @@
 
     python -m campaigns.kills --seed 1 --cases 30
     python -m campaigns.kills --seed 1 --case 3
+    python -m campaigns.kills --seed 1 --cases 5 --engine mlx
 
 A case is a training run of the bundled model, ``distrust train``, that saves at every step, or at every
 second one. It is killed some ten times, and started again by the same command each time: while it starts, at
@@ -17,7 +18,7 @@ At its end the run has the state digest of the same run left alone, and its ``me
 numbers, no line twice and none missing; the next writer gets the lock and finds nothing left behind. Every
 third case is the real command line, from the first instruction of the interpreter on; the others are forks of
 a process that has imported torch (``fork_server.py``), which are killed five times as often in the same time.
-The run that was left alone is the real command.
+With ``--engine mlx`` every case is the real command line, and the run that was left alone always is.
 
 What is drawn is the same for a seed and a case; when a signal arrives within a save is the machine's to say,
 so a case may have to be run a few times.
@@ -28,15 +29,13 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from signal import SIGKILL
 from typing import NamedTuple
 
 from campaigns import aftermath, training_run
-from campaigns.campaign import Campaign, Case, parser, run
+from campaigns.campaign import Campaign, Case, run
 from campaigns.instants import Instant, Seen, after, once_said, once_seen
-from campaigns.processes import Launcher
-from campaigns.training_run import LOOP, RULES, STEPS, TRAINING, TrainingRun
+from campaigns.training_run import LOOP, RULES, STEPS, TrainingRun
 from campaigns.witness import Witness
 from distrust.checkpoint import store
 
@@ -108,30 +107,30 @@ def instant_of(chance: random.Random, alone: Alone) -> tuple[Instant, float]:
     return once_seen(chance.choice(EVENTS), count), chance.choice([0.0, 0.0, chance.uniform(0, 0.003)])
 
 
-def left_alone(folder: Path) -> Alone:
+def left_alone(training: TrainingRun) -> Alone:
     """Train without a disturbance."""
-    training = TrainingRun(folder, [*TRAINING, "--save-every", "1"], training_run.COMMAND)
+    training = training.with_options("--save-every", "1")
     digest = training.finish()
     times = [file.path.stat().st_mtime for file in store.scan(training.checkpoints).files]
     # Only the last checkpoints are there: as long as they took took the others.
     return Alone(digest, training.numbers(), STEPS * (max(times) - min(times)) / max(1, len(times) - 1))
 
 
-def one_case(campaign: Campaign, case: Case, folder: Path, launcher: Launcher, alone: Alone) -> None:
+def one_case(campaign: Campaign, case: Case, training: TrainingRun, alone: Alone) -> None:
     """Kill a run again and again, and let it come to its end."""
-    every = ["--save-every", str(case.chance.choice([1, 1, 2]))]
-    killed = KilledRun(campaign, TrainingRun(folder, [*TRAINING, *every], launcher))
+    killed = KilledRun(campaign, training.with_options("--save-every", str(case.chance.choice([1, 1, 2]))))
     for _ in range(KILLS):
         if not killed.kill(*instant_of(case.chance, alone)):
             campaign.count("runs at their end before their last kill")
             break
     campaign.require(
-        killed.finish() == alone.digest, f"{folder}: ended in another state than the run that was left alone"
+        killed.finish() == alone.digest,
+        f"{training.out}: ended in another state than the run that was left alone",
     )
     campaign.require(
-        killed.numbers() == alone.numbers, f"{folder}: metrics.jsonl is not that of the run left alone"
+        killed.numbers() == alone.numbers, f"{training.out}: metrics.jsonl is not that of the run left alone"
     )
-    campaign.count(f"runs of {launcher.name} that ended in the state of the one left alone")
+    campaign.count(f"runs of {training.launcher.name} that ended in the state of the one left alone")
 
 
 def body(campaign: Campaign) -> None:
@@ -139,9 +138,7 @@ def body(campaign: Campaign) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    made = parser(__doc__)
-    made.add_argument("--directory", type=Path, help="where to train; default: where temporary files go")
-    return run("kills", made, body, cases=6, arguments=arguments)
+    return run("kills", training_run.parser(__doc__), body, cases=6, arguments=arguments)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python -m campaigns.signals --seed 1 --cases 20
     python -m campaigns.signals --seed 1 --case 3
+    python -m campaigns.signals --seed 1 --cases 5 --engine mlx
 
 A case is a training run, ``distrust train``, that gets some signals, one a session, and is started again by
 the same command each time: SIGTERM, SIGUSR1, Ctrl-C once, or twice, the second one a moment later or while
@@ -14,7 +15,8 @@ before the first step, in the loop, in a save, in the last step and its final sa
 - nothing that was durable is gone or damaged (``aftermath.py``), and the next writer gets the lock.
 
 At its end the run has the state digest of the same run left alone. Every second case is the real command,
-the others are forks (``fork_server.py``). The time from a signal to the run's last word is measured.
+the others are forks (``fork_server.py``), if torch trains. The time from a signal to the run's last word is
+measured.
 """
 
 from __future__ import annotations
@@ -24,15 +26,14 @@ import re
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from signal import SIGABRT, SIGINT, SIGTERM, SIGUSR1, Signals
 from typing import NamedTuple
 
 from campaigns import aftermath, training_run
-from campaigns.campaign import Campaign, Case, parser, run
+from campaigns.campaign import Campaign, Case, run
 from campaigns.instants import Instant, Seen, after, once_said, once_seen, strike
-from campaigns.processes import Launcher, Session
-from campaigns.training_run import LOADING, LOOP, RULES, STEPS, TRAINING, TrainingRun
+from campaigns.processes import Session
+from campaigns.training_run import LOADING, LOOP, RULES, STEPS, TrainingRun
 from campaigns.witness import Witness
 from distrust.checkpoint.store import Scan
 
@@ -209,22 +210,23 @@ def moment_of(chance: random.Random, *, last: bool) -> Moment:
     )
 
 
-def one_case(campaign: Campaign, case: Case, folder: Path, launcher: Launcher, alone: str) -> None:
+def one_case(campaign: Campaign, case: Case, training: TrainingRun, alone: str) -> None:
     """Stop a run again and again, and let it come to its end."""
-    every = ["--save-every", str(case.chance.choice([0, 1, 2]))]
-    disturbed = DisturbedRun(campaign, TrainingRun(folder, [*TRAINING, *every], launcher))
+    every = str(case.chance.choice([0, 1, 2]))
+    disturbed = DisturbedRun(campaign, training.with_options("--save-every", every))
     for number in range(SIGNALS):
         last = number == SIGNALS - 1
         disturbed.send(blow_of(case.chance), moment_of(case.chance, last=last))
     campaign.require(
-        disturbed.finish() == alone, f"{folder}: ended in another state than the run that was left alone"
+        disturbed.finish() == alone,
+        f"{training.out}: ended in another state than the run that was left alone",
     )
-    campaign.count(f"runs of {launcher.name} that ended in the state of the one left alone")
+    campaign.count(f"runs of {training.launcher.name} that ended in the state of the one left alone")
 
 
-def left_alone(folder: Path) -> str:
+def left_alone(training: TrainingRun) -> str:
     """Train without a disturbance; gives the final digest."""
-    return TrainingRun(folder, TRAINING, training_run.COMMAND).finish()
+    return training.finish()
 
 
 def body(campaign: Campaign) -> None:
@@ -232,9 +234,7 @@ def body(campaign: Campaign) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    made = parser(__doc__)
-    made.add_argument("--directory", type=Path, help="where to train; default: where temporary files go")
-    return run("signals", made, body, cases=4, arguments=arguments)
+    return run("signals", training_run.parser(__doc__), body, cases=4, arguments=arguments)
 
 
 if __name__ == "__main__":

@@ -6,16 +6,19 @@ imported torch (``fork_server.py``), which begins within the second: the way to 
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 from campaigns.campaign import Campaign, Case, CounterExample
+from campaigns.campaign import parser as campaign_parser
 from campaigns.instants import Instant, strike
 from campaigns.processes import PATIENCE_SECONDS, Command, Forks, Launcher, Session
 from distrust.checkpoint import store
@@ -30,6 +33,7 @@ COMMAND = Command([sys.executable, "-m", "distrust"], name="the real command")
 PROGRAM = "distrust.cli:main"
 #: What a line of metrics.jsonl tells of the machine, or only where nothing was lost.
 MACHINE = set(STEP_FIELDS) - {"step", *STEP_METRICS}
+ENGINES = ("torch", "mlx")
 #: A training of some seconds, which says of each step that it was made.
 STEPS = 40
 TRAINING = [
@@ -55,8 +59,16 @@ IMPORTS = [
 ]
 
 
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The options of a campaign that disturbs training runs."""
+    made = campaign_parser(description)
+    made.add_argument("--directory", type=Path, help="where to train; default: where temporary files go")
+    made.add_argument("--engine", choices=ENGINES, default="torch", help="that trains (default: torch)")
+    return made
+
+
 def forks() -> Forks:
-    """Forks that train as the command does."""
+    """Forks that train as the command does, with torch."""
     return Forks(PROGRAM, IMPORTS, name="a fork")
 
 
@@ -64,24 +76,27 @@ def disturb(
     campaign: Campaign,
     *,
     real_every: int,
-    leave_alone: Callable[[Path], Alone],
-    one_case: Callable[[Campaign, Case, Path, Launcher, Alone], None],
+    leave_alone: Callable[[TrainingRun], Alone],
+    one_case: Callable[[Campaign, Case, TrainingRun, Alone], None],
 ) -> None:
     """Go through the cases of a campaign that disturbs training runs, each in a folder of its own.
 
     Args:
-        campaign: with the option ``directory``.
-        real_every: of so many cases the first one is the real command; the others are forks.
-        leave_alone: trains in a folder without a disturbance, by the real command.
-        one_case: given what that gave.
+        campaign: with the options of :func:`parser`.
+        real_every: of so many cases the first one is the real command; the others are forks, if torch trains.
+        leave_alone: trains without a disturbance, by the real command.
+        one_case: disturbs a run; given what that gave.
     """
+    engine = campaign.options.engine
+    training = [*TRAINING, "--engine", engine]
     place = Path(tempfile.mkdtemp(prefix=f"{campaign.name}-", dir=campaign.options.directory))
-    alone = leave_alone(place / "alone")
-    with forks() as forked:
+    alone = leave_alone(TrainingRun(place / "alone", training, COMMAND))
+    # Only torch is known to work in a fork of a process that has imported it.
+    with forks() if engine == "torch" else nullcontext(COMMAND) as forked:
         for case in campaign.cases():
             launcher = COMMAND if case.number % real_every == 0 else forked
             folder = place / f"case-{case.number}"
-            one_case(campaign, case, folder, launcher, alone)
+            one_case(campaign, case, TrainingRun(folder, training, launcher), alone)
             shutil.rmtree(folder)
     shutil.rmtree(place)  # not after a counterexample: its folder is kept
 
@@ -106,6 +121,10 @@ class TrainingRun:
     def checkpoints(self) -> Path:
         """The directory of its checkpoints."""
         return self.out / store.RUN_SUBDIRECTORY
+
+    def with_options(self, *options: str) -> TrainingRun:
+        """The same with more options."""
+        return replace(self, options=[*self.options, *options])
 
     def start(self) -> Session:
         """Start the command: at the beginning, or where it was."""
