@@ -5,6 +5,7 @@ What is computed exactly so is compared bit for bit; sums that are made in anoth
 
 from __future__ import annotations
 
+import copy
 import gc
 import math
 import weakref
@@ -301,6 +302,41 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(engine, tmp_pa
     with pytest.raises(ResumeRefused, match="the checkpoint does not fit the model") as refused:
         engine.load_state(replace(state, model=wrong))
     assert refused.value.differences
+    assert digest(engine, tmp_path) == before
+
+
+def moments_of(optimizer: Any) -> list[tuple[dict[Any, Any], Any]]:
+    """Where each moment stands: a container of the state, and its key there."""
+    if "state" in optimizer:
+        return [(values, key) for values in optimizer["state"].values() for key in ("exp_avg", "exp_avg_sq")]
+    return [(optimizer[moment], name) for moment in ("m", "v") for name in optimizer[moment]]
+
+
+@pytest.mark.parametrize("make", ENGINES[1:], indirect=True)
+@pytest.mark.parametrize(
+    "misfit", [lambda array: array[1:], lambda array: array[:1, :1], lambda array: array.T]
+)
+def test_moments_of_another_shape_are_refused_and_change_nothing(make, tmp_path, misfit):
+    """What is fused would read and write beyond them."""
+    engine = trained(make())
+    state, before = copy.deepcopy(engine.state()), digest(engine, tmp_path)
+    for container, key in moments_of(state.optimizer):
+        container[key] = misfit(container[key])
+    with pytest.raises(ResumeRefused, match=r"the checkpoint does not fit the model:\n.*lora") as refused:
+        engine.load_state(state)
+    assert refused.value.differences
+    assert digest(engine, tmp_path) == before
+
+
+@pytest.mark.parametrize("make", ENGINES[1:], indirect=True)
+@pytest.mark.parametrize("steps", ["x", -5, 1.5, float("nan"), [1]])
+def test_a_number_of_steps_that_is_none_is_refused(make, tmp_path, steps):
+    engine = trained(make())
+    state, before = copy.deepcopy(engine.state()), digest(engine, tmp_path)
+    for values in state.optimizer["state"].values() if "state" in state.optimizer else [state.optimizer]:
+        values["step"] = steps
+    with pytest.raises(ResumeRefused):
+        engine.load_state(state)
     assert digest(engine, tmp_path) == before
 
 

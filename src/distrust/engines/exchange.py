@@ -16,10 +16,12 @@ counterpart: the generators of random numbers, which each micro-step seeds anew.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from distrust.errors import ResumeRefused
+from distrust.errors import ResumeRefused, readable
 from distrust.training.engine import EngineState
 
 _PEFT = "base_model.model."
@@ -33,6 +35,12 @@ _ENDS = (
 _TO_MLX = [(_PEFT, f".{there}", "", f".{here}", turned) for there, here, turned in _ENDS]
 _TO_TORCH = [("", f".{here}", _PEFT, f".{there}", turned) for there, here, turned in _ENDS]
 
+
+#: Where a layer's number stands in a module's name.
+_LAYER = re.compile(r"\.(\d+)\.")
+_OF_NEITHER = "the checkpoint's optimizer is neither torch's nor mlx's"
+#: How many differences a message shows.
+LINES_SHOWN = 4
 
 #: An adapter folder of mlx-lm: its two files, and how the names of its arrays end.
 MLX_WEIGHTS, MLX_CONFIG = "adapters.safetensors", "adapter_config.json"
@@ -51,12 +59,12 @@ def is_torch(optimizer: Mapping[str, Any]) -> bool:
 
 def for_mlx(arrays: Mapping[str, Any]) -> dict[str, Any]:
     """Arrays of the engine of torch by mlx-lm's names, the way round that they lie there."""
-    return dict(_renamed(name, array, _TO_MLX) for name, array in arrays.items())
+    return _mapped(arrays, _TO_MLX)
 
 
 def for_torch(arrays: Mapping[str, Any]) -> dict[str, Any]:
     """Arrays of the engine of mlx by peft's names, the way round that they lie there."""
-    return dict(_renamed(name, array, _TO_TORCH) for name, array in arrays.items())
+    return _mapped(arrays, _TO_TORCH)
 
 
 def to_mlx(state: EngineState) -> EngineState:
@@ -71,16 +79,9 @@ def to_mlx(state: EngineState) -> EngineState:
         zeros = {name: array * 0 for name, array in model.items()}
         return EngineState(model, {"step": 0, "m": zeros, "v": zeros}, state.rng)
     if not is_torch(optimizer):
-        if not {"step", "m", "v"} <= optimizer.keys():
-            raise ResumeRefused("the checkpoint's optimizer is neither torch's nor mlx's")
-        return state
-    names = {
-        number: name
-        for group in optimizer["param_groups"]
-        for number, name in zip(group["params"], group["param_names"], strict=True)
-    }
-    moments = {names[number]: values for number, values in optimizer["state"].items()}
-    steps = {int(values["step"]) for values in moments.values()}
+        return replace(state, optimizer={**optimizer, "step": _steps_of_mlx(optimizer)})
+    moments = _named_moments(optimizer)
+    steps = {_steps(values["step"]) for values in moments.values()}
     if len(steps) > 1:
         raise ResumeRefused("the checkpoint's optimizer has made a number of steps of each parameter")
     model = for_mlx(state.model)
@@ -109,8 +110,7 @@ def to_torch(state: EngineState, groups: Sequence[Mapping[str, Any]]) -> EngineS
         return EngineState(for_torch(state.model), {"state": {}, "param_groups": list(groups)}, state.rng)
     if is_torch(optimizer):
         return state
-    if not {"step", "m", "v"} <= optimizer.keys():
-        raise ResumeRefused("the checkpoint's optimizer is neither torch's nor mlx's")
+    step = _steps_of_mlx(optimizer)
     model, m, v = for_torch(state.model), for_torch(optimizer["m"]), for_torch(optimizer["v"])
     names = {
         number: name
@@ -124,19 +124,102 @@ def to_torch(state: EngineState, groups: Sequence[Mapping[str, Any]]) -> EngineS
         if name not in m.keys() & v.keys()
     ]
     if missing:
-        raise ResumeRefused("the checkpoint does not fit the model:", missing)
+        raise unfit("the checkpoint does not fit the model", missing, model)
     moments = {
-        number: {"step": optimizer["step"], "exp_avg": m[name], "exp_avg_sq": v[name]}
-        for number, name in names.items()
+        number: {"step": step, "exp_avg": m[name], "exp_avg_sq": v[name]} for number, name in names.items()
     }
-    return EngineState(
-        model, {"state": moments if optimizer["step"] else {}, "param_groups": list(groups)}, state.rng
-    )
+    return EngineState(model, {"state": moments if step else {}, "param_groups": list(groups)}, state.rng)
 
 
-def _renamed(name: str, array: Any, rules: Sequence[tuple[str, str, str, str, bool]]) -> tuple[str, Any]:
+def steps_made(value: Any) -> int | None:
+    """An optimizer's number of steps, a number in any form; None for what is none."""
+    try:
+        made = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return int(made) if made >= 0 and made.is_integer() else None
+
+
+def unfit(what: str, differences: Sequence[str], saved: Iterable[str]) -> ResumeRefused:
+    """The error for a state that is another model's, or another adapter's.
+
+    Args:
+        what: what does not fit what.
+        differences: a line each; the message has the first ones.
+        saved: the names of the saved arrays: what they adapt is told.
+    """
+    lines = list(map(readable, differences[:LINES_SHOWN]))
+    if len(differences) > LINES_SHOWN:
+        lines.append(f"and {len(differences) - LINES_SHOWN} more")
+    if targets := target_modules(saved):
+        lines.append(f"what was saved is an adapter of --target-modules {' '.join(map(readable, targets))}")
+    return ResumeRefused("\n  ".join([f"{what}:", *lines]), differences)
+
+
+def target_modules(names: Iterable[str]) -> list[str]:
+    """What an adapter's arrays adapt, as ``--target-modules`` takes it; of all weights nothing.
+
+    The last parts of the modules' names, where every layer from the first to the last one has the same; else
+    each module by its whole name.
+
+    Args:
+        names: of the arrays, in the form of either engine.
+    """
+    ends = {_renamed(name, _TO_MLX)[0].rpartition(".") for name in names}
+    modules = sorted({module for module, _, end in ends if f".{end}" in MLX_ENDS})
+    layers: dict[str, set[str]] = {}
+    for module in modules:
+        if (found := _LAYER.search(module)) is None:
+            return modules
+        layers.setdefault(found[1], set()).add(module[found.end() :])
+    first, *others = layers.values() or [set()]
+    if layers.keys() == set(map(str, range(len(layers)))) and all(other == first for other in others):
+        return sorted({module.rpartition(".")[2] for module in modules})
+    return modules
+
+
+def _named_moments(optimizer: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Of torch's state: what is kept of each parameter, by its name."""
+    try:
+        names = {
+            number: name
+            for group in optimizer["param_groups"]
+            for number, name in zip(group["params"], group["param_names"], strict=True)
+        }
+        moments: dict[str, Mapping[str, Any]] = {
+            names[number]: dict(values) for number, values in optimizer["state"].items()
+        }
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ResumeRefused(_OF_NEITHER) from None
+    if any(not {"step", "exp_avg", "exp_avg_sq"} <= values.keys() for values in moments.values()):
+        raise ResumeRefused(_OF_NEITHER)
+    return moments
+
+
+def _steps_of_mlx(optimizer: Mapping[str, Any]) -> int:
+    if not {"step", "m", "v"} <= optimizer.keys():
+        raise ResumeRefused(_OF_NEITHER)
+    return _steps(optimizer["step"])
+
+
+def _steps(value: Any) -> int:
+    made = steps_made(value)
+    if made is None:
+        raise ResumeRefused(f"the checkpoint's optimizer says that it made {readable(str(value))} steps")
+    return made
+
+
+def _renamed(name: str, rules: Sequence[tuple[str, str, str, str, bool]]) -> tuple[str, bool]:
+    """The name by the other's rules, and whether the matrix is turned."""
     for begin, end, new_begin, new_end, turned in rules:
         if name.startswith(begin) and name.endswith(end):
-            inner = name.removeprefix(begin).removesuffix(end)
-            return f"{new_begin}{inner}{new_end}", array.T if turned else array
-    return name, array
+            return f"{new_begin}{name.removeprefix(begin).removesuffix(end)}{new_end}", turned
+    return name, False
+
+
+def _mapped(arrays: Mapping[str, Any], rules: Sequence[tuple[str, str, str, str, bool]]) -> dict[str, Any]:
+    mapped = {}
+    for name, array in arrays.items():
+        new, turned = _renamed(name, rules)
+        mapped[new] = array.T if turned else array
+    return mapped

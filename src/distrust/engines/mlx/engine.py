@@ -26,7 +26,7 @@ from distrust.engines.mlx.checkpointing import checkpoint_layers
 from distrust.engines.mlx.optimizer import AdamW
 from distrust.engines.mlx.passes import Passes
 from distrust.engines.out_of_memory import memory_told
-from distrust.errors import DistrustWarning, ResumeRefused
+from distrust.errors import DistrustWarning
 from distrust.training.engine import EngineState, Losses, MemoryUse
 from distrust.training.sources import DEFAULT_MAX_LENGTH
 
@@ -196,9 +196,9 @@ class MlxEngine:
             found = adapter.differences(state.optimizer[moment], self._trained)
             differences += [f"moment {moment} of {line}" for line in found]
         if differences:
-            raise ResumeRefused("the checkpoint does not fit the model:", differences)
+            raise exchange.unfit("the checkpoint does not fit the model", differences, state.model)
         self._trained = _copied(state.model, self._trained)
-        self._optimizer.step = int(state.optimizer["step"])
+        self._optimizer.step = state.optimizer["step"]
         self._optimizer.m = _copied(state.optimizer["m"], self._trained)
         self._optimizer.v = _copied(state.optimizer["v"], self._trained)
         randomness.load_state(state.rng)

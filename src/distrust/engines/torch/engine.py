@@ -7,7 +7,6 @@ for the arithmetic. With rank 0 all weights are trained, in float32.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from functools import cache
 from typing import Any, Literal
 
@@ -19,11 +18,11 @@ from distrust.data import MicroBatch, Tokenizer
 from distrust.engines import exchange, tokenizer
 from distrust.engines.fingerprint import fingerprint
 from distrust.engines.out_of_memory import memory_told
-from distrust.engines.torch import adapter, device_memory, model, quantization, randomness
+from distrust.engines.torch import adapter, device_memory, model, optimizer, quantization, randomness
 from distrust.engines.torch.compiling import compile_layers, compiling_told
 from distrust.engines.torch.fused import fuse
 from distrust.engines.torch.passes import Passes
-from distrust.errors import ConfigError, ResumeRefused
+from distrust.errors import ConfigError
 from distrust.training.engine import EngineState, Losses, MemoryUse
 
 
@@ -84,7 +83,7 @@ class TorchEngine:
             )
         self._compiled = compile_layers(base) if config.compile else 0
         self._trained = adapter.trained_parameters(self._model)
-        self._optimizer = make_optimizer(self._trained, config)
+        self._optimizer = optimizer.make_optimizer(self._trained, config)
 
     @property
     def framework(self) -> Literal["torch"]:
@@ -208,25 +207,15 @@ class TorchEngine:
         Raises:
             ResumeRefused: if names, shapes or dtypes differ.
         """
-        here = self._optimizer.state_dict()["param_groups"]
-        state = exchange.to_torch(state, here)
+        state = exchange.to_torch(state, self._optimizer.state_dict()["param_groups"])
         differences = adapter.differences(state.model, self._trained)
-        names = [group["param_names"] for group in here]
-        if names != [group.get("param_names") for group in state.optimizer["param_groups"]]:
-            differences.append("the optimizer's parameters have other names, or stand in another order")
+        differences += optimizer.differences(state.optimizer, self._optimizer)
         if differences:
-            raise ResumeRefused("the checkpoint does not fit the model:", differences)
+            raise exchange.unfit("the checkpoint does not fit the model", differences, state.model)
         with torch.no_grad():
             for name, parameter in self._trained.items():
                 parameter.copy_(state.model[name])
-        # Copied: the tensors of a checkpoint lie in one block of memory, which any of them would keep whole.
-        moments = {
-            number: {name: _moment(value) for name, value in values.items()}
-            for number, values in state.optimizer["state"].items()
-        }
-        # How it is computed is this version's choice, not the one that saved it.
-        groups = [{**group, "fused": True} for group in state.optimizer["param_groups"]]
-        self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        optimizer.load(state.optimizer, self._optimizer)
         randomness.load_state(state.rng, self._device)
 
     def device_memory(self) -> MemoryUse | None:
@@ -258,32 +247,9 @@ class TorchEngine:
         return adapted if config.quantization != "none" else adapted.to(self._device)
 
 
-def _moment(value: Any) -> torch.Tensor:
-    """float32 in memory of its own, and in the parameter's order: what steps fused pairs them as they lie."""
-    return torch.as_tensor(value).to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-
-
 def _by_device(tensors: list[torch.Tensor]) -> list[list[torch.Tensor]]:
     devices = {tensor.device for tensor in tensors}
     return [[tensor for tensor in tensors if tensor.device == device] for device in devices]
-
-
-def make_optimizer(trained: Mapping[str, torch.nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW of what is trained: matrices with weight decay, vectors without."""
-    matrices = [(name, parameter) for name, parameter in trained.items() if parameter.ndim >= 2]
-    vectors = [(name, parameter) for name, parameter in trained.items() if parameter.ndim < 2]
-    groups = [
-        {"params": group, "weight_decay": decay}
-        for group, decay in ((matrices, config.weight_decay), (vectors, 0.0))
-        if group
-    ]
-    return torch.optim.AdamW(
-        groups,
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        fused=True,  # one pass over weights, moments and gradients
-    )
 
 
 @cache

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from distrust.config import ExportDtype, TrainConfig
+from distrust.engines import exchange
 from distrust.engines.source import reference
 from distrust.engines.tokenizer import load_tokenizer
 from distrust.engines.torch import adapter, model
 from distrust.engines.torch.engine import TorchEngine
-from distrust.errors import ConfigError, ResumeRefused
+from distrust.errors import ConfigError
 
 Write = Callable[[Path], None]
 
@@ -53,8 +54,7 @@ def prepare_adapter(config: TrainConfig, tensors: Mapping[str, torch.Tensor], *,
     )
     differences = adapter.differences(tensors, adapter.trained_parameters(hollow))
     if differences:
-        lines = "".join(f"\n  {line}" for line in differences)
-        raise ResumeRefused(f"the adapter does not fit --model {config.model}:{lines}", differences)
+        raise exchange.unfit(f"the adapter does not fit --model {config.model}", differences, tensors)
     weights = adapter.named_as_peft_does(hollow, _cast(tensors, dtype))
     described = adapter.description(hollow, base=reference(config.model))
 

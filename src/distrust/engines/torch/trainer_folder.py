@@ -25,8 +25,8 @@ import torch
 from distrust import config as options
 from distrust.checkpoint import Checkpoint
 from distrust.engines.torch import adapter, untrusted
-from distrust.engines.torch.engine import make_optimizer
 from distrust.engines.torch.model import hollow_model
+from distrust.engines.torch.optimizer import MOMENTS, make_optimizer
 from distrust.engines.untrusted import read_json
 from distrust.errors import CorruptCheckpoint, DistrustWarning, ModelError, ResumeRefused, readable
 from distrust.training.elsewhere import BEGUN_ELSEWHERE, MAX_STEP, NOT_TAKEN_OVER
@@ -75,7 +75,6 @@ _ADAPTED = re.compile(
 )
 #: Options that the optimizer's own file tells: they are taken over with the moments.
 _OF_THE_OPTIMIZER = ("adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay")
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 #: The Trainer's names for what it logs of a step -> ours.
 _LOGGED = {"loss": "loss", "grad_norm": "gradient_norm", "learning_rate": "learning_rate"}
 
@@ -365,7 +364,7 @@ def _names(
 
 
 def _moments(values: Any, name: str, shape: torch.Size, path: Path, *, step: int) -> dict[str, torch.Tensor]:
-    if type(values) is not dict or values.keys() != {"step", *_MOMENTS}:
+    if type(values) is not dict or values.keys() != {"step", *MOMENTS}:
         raise _not_adamw(path)
     made = values["step"]
     if type(made) is torch.Tensor and made.numel() == 1 and made.device.type == "cpu":
@@ -374,7 +373,7 @@ def _moments(values: Any, name: str, shape: torch.Size, path: Path, *, step: int
         raise CorruptCheckpoint(f"{name}: made {readable(repr(made))} of {step} steps", path=path)
     found = {
         part: untrusted.floats(values[part], shape=shape, what=f"{part} of {name}", path=path)
-        for part in _MOMENTS
+        for part in MOMENTS
     }
     if bool((found["exp_avg_sq"] < 0).any()):
         raise CorruptCheckpoint(f"exp_avg_sq of {name} is less than 0", path=path)
