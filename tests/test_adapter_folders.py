@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from distrust import CheckpointManager, DistrustTrainer, TrainConfig
 from distrust.cli import main
 from distrust.convert import convert
 from distrust.engines import open_checkpoint
-from distrust.errors import ConfigError
+from distrust.errors import ConfigError, ResumeRefused
 from distrust.export import export
 from models import make_model, write_records
 
@@ -126,6 +127,35 @@ def test_taken_back_the_weights_are_those_and_a_run_begins_from_them(place, runs
     assert np.abs(own_logits(tmp_path / "run") - own_logits(run)).max() < 1e-5
 
 
+@pytest.mark.parametrize("layers", [1, 2])
+def test_the_command_that_convert_prints_trains_on(place, runs, tmp_path, capsys, layers):
+    """Of an adapter of the last layer alone, as mlx-lm makes them of large models, and of all."""
+    folder = export(runs["mlx", "lora"], tmp_path / "folder").path
+    weights = load_file(folder / "adapters.safetensors")
+    last = {name: array for name, array in weights.items() if layers == 2 or ".layers.1." in name}
+    assert 0 < len(last) <= len(weights)
+    save_file(last, folder / "adapters.safetensors")
+    assert main(["convert", str(folder), "--to", str(tmp_path / "run")]) == 0
+    printed = capsys.readouterr().out.splitlines()[-1].partition("distrust ")[2]
+    command = printed.replace("MODEL", str(place / "model")).replace("DATA", str(place / "records.jsonl"))
+    assert ("layers.1." in command) == (layers == 1)
+    words = [*shlex.split(command), "--max-steps", "1", "--batch-size", "2", "--device", "cpu"]
+    assert main(words) == 0
+    assert "begun elsewhere (mlx-lm adapter)" in capsys.readouterr().err
+    assert CheckpointManager(tmp_path / "run" / "checkpoints").list_checkpoints() == [0, 1]
+
+
+def test_an_adapter_of_other_modules_says_of_which(place, runs, tmp_path):
+    folder = export(runs["mlx", "lora"], tmp_path / "folder").path
+    weights = load_file(folder / "adapters.safetensors")
+    save_file(
+        {name: array for name, array in weights.items() if "q_proj" in name}, folder / "adapters.safetensors"
+    )
+    convert(folder, tmp_path / "run")
+    with pytest.raises(ResumeRefused, match=r"not in the checkpoint\n(.*\n)*.*--target-modules q_proj"):
+        train(place, tmp_path / "run", steps=1, engine="mlx", **KINDS["lora"])
+
+
 def test_there_and_back_is_bit_for_bit(runs, tmp_path):
     run = runs["mlx", "lora"]
     export(run, tmp_path / "peft", format="adapter")
@@ -155,7 +185,7 @@ def test_what_is_no_adapter_is_told(place, runs, tmp_path, capsys):
         "scale is no number": (config | {"lora_parameters": {"rank": 4, "scale": "x"}}, None),
         "no part of a plain LoRA": (config, {**tensors, "strange": tensors[name]}),
         "not a whole file": (config, b"no tensors"),
-        "not a JSON object": ([], None),
+        "no JSON object": ([], None),
     }
     for number, (reason, (described, weights)) in enumerate(broken.items()):
         folder = tmp_path / str(number)

@@ -3,7 +3,8 @@
 What is read is left alone: nothing of it is changed, moved or removed. What is written is one of our files,
 by :class:`CheckpointManager`: under its lock, durable, with its digests. Nothing is cleaned up on the way. A
 conversion that was stopped is gone on with by the same call: what stands already is recognised by its
-``state_digest``.
+``state_digest``. Two timelines never share a directory: where a training has gone on, or checkpoints of
+another one stand, nothing is written.
 
 Read are the two older formats (:mod:`distrust.checkpoint.older`), the checkpoint folders of the transformers
 Trainer, and adapter folders of peft and mlx-lm, which stand at step 0. Whatever there is to know of the
@@ -18,26 +19,33 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from distrust.checkpoint import Checkpoint, CheckpointManager, image, older, store
 from distrust.checkpoint.format import Kind
 from distrust.checkpoint.naming import parsed
+from distrust.engines import require_installed
 from distrust.errors import (
     CheckpointError,
     CheckpointNotFound,
+    CheckpointUnreadable,
+    ConfigError,
     CorruptCheckpoint,
     DistrustError,
     SaveFailed,
 )
+from distrust.training import elsewhere
 
 __all__ = ["Converted", "Outcome", "convert"]
 
-Outcome = Literal["converted", "already there", "refused", "damaged", "incomplete"]
+Outcome = Literal["converted", "already there", "refused", "damaged", "unreadable", "incomplete"]
 #: The outcomes after which a checkpoint stands in the target.
 WELL: tuple[Outcome, ...] = ("converted", "already there")
 
+#: In ``run`` of what is written: where it was.
+_FROM = "converted_from"
 _NO_MODEL = "it holds no model, so there is nothing to go on from; `distrust show` tells what it does hold"
+_UNPROVEN = "its format has no checksums of the weights: a flipped bit would not be found"
 #: What tells an adapter folder, and a file that tells whose.
 _ADAPTER_CONFIG, _OF_MLX = "adapter_config.json", "adapters.safetensors"
 _TRAINER_FOLDER, _MLX_FOLDER = "distrust.engines.torch.trainer_folder", "distrust.engines.mlx.adapter_folder"
@@ -49,8 +57,9 @@ class Converted:
 
     Attributes:
         source: where it is.
-        outcome: ``converted``; ``already there``, with the same state; ``refused``, because another state
-            stands there; ``damaged``, or not readable; ``incomplete``, without a model.
+        outcome: ``converted``; ``already there``, with the same state; ``refused``, because of what stands
+            there, or because no run here could go on from it; ``damaged``; ``unreadable`` by this process;
+            ``incomplete``, without a model.
         reason: why nothing was written, or what to know of what was.
         step: optimizer steps made; None where that could not be read.
         target: our file, where one stands now.
@@ -85,19 +94,21 @@ def convert(
     Args:
         source: a checkpoint in an older format or of the transformers Trainer, a directory of them, or a run.
         to: the directory that gets our files; of a run folder, its directory of checkpoints.
-        force: replace what stands there with another state. What is in an older format is never replaced.
+        force: replace what stands there with another state, and write beside checkpoints of another training.
+            What is in an older format is never replaced.
         model: the base model of a Trainer's or peft's folder, if it does not lie where that says.
         report: told of each checkpoint as soon as it is done: to convert them all may take long.
 
     Raises:
         CheckpointNotFound: if there is nothing to convert.
+        ConfigError: if the target is, or lies in, another program's checkpoint.
         CheckpointDirectoryLocked: if a training writes to the target.
         SaveFailed: if the target cannot be written to.
     """
     sources = _found(source)
+    _require_place(to)
     done = []
     with CheckpointManager(target_directory(to), keep_last=None) as manager:
-        manager.acquire()
         for path in sources:
             done.append(_convert(path, manager, force=force, model=model))
             if report is not None:
@@ -112,6 +123,14 @@ def target_directory(to: Path) -> Path:
     """
     is_one = to.name == store.RUN_SUBDIRECTORY or (to.is_dir() and bool(store.named(to)))
     return to if is_one else to / store.RUN_SUBDIRECTORY
+
+
+def _require_place(to: Path) -> None:
+    """What other programs wrote is left as it is, so nothing is put into it."""
+    absolute = to.absolute()
+    for place in (absolute, *absolute.parents):
+        if _is_convertible(place):
+            raise ConfigError(f"--to {to}: {place} is a checkpoint of another program; give a run of its own")
 
 
 def _found(source: Path) -> list[Path]:
@@ -145,25 +164,22 @@ def _is_trainer_folder(path: Path) -> bool:
 def _convert(source: Path, manager: CheckpointManager, *, force: bool, model: str | None) -> Converted:
     try:
         checkpoint, kind = _read(source, model)
-    except CheckpointError as error:
-        return Converted(source, "damaged", str(error).removeprefix(f"{source}: "))
+    except DistrustError as error:
+        outcome = _outcome(error)
+        return Converted(source, outcome, str(error).removeprefix(f"{source}: "))
     step = checkpoint.step
     if not checkpoint.model:
-        return Converted(
-            source,
-            "incomplete",
-            _NO_MODEL,
-            step,
-        )
-    checkpoint = replace(checkpoint, run={**checkpoint.run, "converted_from": str(source.absolute())})
+        return Converted(source, "incomplete", _NO_MODEL, step)
+    checkpoint = replace(checkpoint, run={**checkpoint.run, _FROM: str(source.absolute())})
     path = manager.directory / store.file_name(step, kind)
+    manager.acquire()
     try:
         digest = image.state_digest(checkpoint, kind)
         standing = _standing(path)
         if standing == digest:
             return Converted(source, "already there", None, step, path, digest)
-        if standing is not None and not force:
-            reason = f"{path} holds another state ({standing[:16]}, not {digest[:16]}); --force replaces it"
+        reason = None if force else _taken(path, standing, digest) or _of_another_training(manager, source)
+        if reason is not None:
             return Converted(source, "refused", reason, step)
         manager.save(checkpoint, final=kind == "final")
         _require_same(path, digest)
@@ -174,30 +190,71 @@ def _convert(source: Path, manager: CheckpointManager, *, force: bool, model: st
         return Converted(source, "refused", reason, step)
     except DistrustError as error:
         return Converted(source, "refused", str(error), step)
-    missing = None if checkpoint.optimizer else "it had no optimizer: its moments begin anew"
-    return Converted(source, "converted", missing, step, path, digest)
+    return Converted(source, "converted", _to_know(source, checkpoint), step, path, digest)
+
+
+def _outcome(error: DistrustError) -> Outcome:
+    if isinstance(error, CheckpointUnreadable):
+        return "unreadable"
+    return "damaged" if isinstance(error, CheckpointError) else "refused"
+
+
+def _taken(path: Path, standing: str | None, digest: str) -> str | None:
+    """Why a name is not free."""
+    if standing is None:
+        return None
+    return f"{path} holds another state ({standing[:16]}, not {digest[:16]}); --force replaces it"
+
+
+def _of_another_training(manager: CheckpointManager, source: Path) -> str | None:
+    """Why a directory is not the place for a checkpoint: others there are no steps of the same training."""
+    for file in manager.scan().files:
+        came_from = file.header.run_info.get("extra", {}).get(_FROM)
+        if type(came_from) is not str or Path(came_from).parent != source.absolute().parent:
+            return (
+                f"{file.path} is of another training, or of one that went on here, and two never share a "
+                "folder; give another --to, or --force to write beside it"
+            )
+    return None
+
+
+def _to_know(source: Path, checkpoint: Checkpoint) -> str | None:
+    """What is not as somebody who goes on from it would expect."""
+    lost = [f"not taken over: {line}" for line in elsewhere.not_taken_over(checkpoint)]
+    unproven = [] if older.recognised(source) == "directory" else [_UNPROVEN]
+    return "; ".join([*lost, *unproven]) or None
 
 
 def _read(source: Path, model: str | None) -> tuple[Checkpoint, Kind]:
     """The checkpoint, every byte of it verified as far as its format allows, and its kind."""
     if not _is_trainer_folder(source) and _is_adapter(source):
         if os.path.isfile(source / _OF_MLX):
-            return import_module(_MLX_FOLDER).read(source), "periodic"
-        return import_module(_TRAINER_FOLDER).read_adapter(source, model=model), "periodic"
+            return _reader("mlx", _MLX_FOLDER).read(source), "periodic"
+        return _reader("torch", _TRAINER_FOLDER).read_adapter(source, model=model), "periodic"
     if not _is_trainer_folder(source):
         header, checkpoint = older.read(source)
         store.require_name(store.CheckpointFile(source, header))
         return checkpoint, header.kind
     named = parsed(source)
-    # Here, by its name: who converts another format needs no torch.
-    checkpoint = import_module(_TRAINER_FOLDER).read(source, model=model)
+    checkpoint = _reader("torch", _TRAINER_FOLDER).read(source, model=model)
+    if named and named[1] != checkpoint.step:
+        said = f"{older.TRAINER_STATE} says step {checkpoint.step}, its name says {named[1]}"
+        raise CorruptCheckpoint(said, path=source)
     return checkpoint, named[2] if named else "periodic"
+
+
+def _reader(engine: Literal["torch", "mlx"], module: str) -> Any:
+    """Imported where it is needed: who converts another format needs no framework."""
+    require_installed(engine, what="to read this folder")
+    return import_module(module)
 
 
 def _standing(path: Path) -> str | None:
     """The identity of what stands in the target; None if nothing does."""
     if not os.path.lexists(path):
         return None
+    if os.path.isdir(path) and older.recognised(path) is None:
+        raise CheckpointError(f"{path}: a folder has this name", path=path)
     try:
         return store.verify(path).state_digest or "in an older format"
     except CorruptCheckpoint:

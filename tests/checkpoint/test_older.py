@@ -502,9 +502,10 @@ def test_a_training_never_begins_beside_one_silently(tmp_path):
     config = TrainConfig(out=str(tmp_path))
     manager = CheckpointManager(directory)
     with pytest.raises(CheckpointError, match="distrust convert"):
-        origin.find(config, manager, framework="numpy")
+        origin.require_ready(config, manager)
     with manager:
         manager.save(ours(20))
+    origin.require_ready(config, manager)
     found, file = origin.find(config, manager, framework="numpy")
     assert (found.step, file.step) == (20, 20)
 

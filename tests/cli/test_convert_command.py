@@ -10,10 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distrust import Checkpoint, CheckpointManager
+from distrust import Checkpoint, CheckpointManager, DistrustTrainer, DistrustWarning, TrainConfig
 from distrust.cli import main
 from distrust.convert import convert
-from distrust.errors import CheckpointDirectoryLocked, CheckpointNotFound
+from distrust.errors import (
+    CheckpointDirectoryLocked,
+    CheckpointError,
+    CheckpointNotFound,
+    ConfigError,
+    ResumeRefused,
+)
+from distrust.training import elsewhere
 from older_files import (
     FIELDS,
     arrays,
@@ -84,9 +91,12 @@ def test_another_state_is_replaced_only_by_force(source, tmp_path):
     with CheckpointManager(target) as manager:
         path = manager.save(Checkpoint(step=10, model={"mine": np.zeros(3)}))
     raw = path.read_bytes()
-    assert outcomes(convert(source, target)) == [(10, "refused"), (20, "converted"), (30, "converted")]
+    done = convert(source, target)
+    assert outcomes(done) == [(10, "refused"), (20, "refused"), (30, "refused")]
+    assert "holds another state" in done[0].reason
+    assert "of another training" in done[1].reason
     assert path.read_bytes() == raw
-    assert outcomes(convert(source, target, force=True))[0] == (10, "converted")
+    assert all(one.outcome == "converted" for one in convert(source, target, force=True))
     path.write_bytes(b"damaged")
     (first, *_) = convert(source, target)
     assert (first.outcome, "a damaged file" in first.reason) == ("refused", True)
@@ -123,7 +133,7 @@ def test_without_an_optimizer(tmp_path, capsys):
     (path / "optimizer.npz").unlink()
     write_checksums(path)
     assert main(["convert", str(path), "--to", str(tmp_path / "checkpoints")]) == 0
-    assert "its moments begin anew" in capsys.readouterr().out
+    assert "not taken over: AdamW's moments" in capsys.readouterr().out
 
 
 def test_a_run_gets_them_into_its_checkpoints(source, tmp_path, capsys):
@@ -171,6 +181,106 @@ def test_a_folder_of_the_trainer_goes_to_its_reader(tmp_path, monkeypatch):
     assert outcomes(done) == [(5, "converted")]
     run = CheckpointManager(tmp_path / "run" / "checkpoints").load(5).run
     assert (run["begun_elsewhere"], run["model"]) == ("transformers Trainer", "a-model")
+
+
+def test_what_is_refused_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
+    """One that no run goes on from, one whose step is another than its name's, and one that is good."""
+    for step in (5, 6, 7):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+
+    def read(path, model):
+        if path.name == "checkpoint-5":
+            raise ResumeRefused(f"{path}: trained in a way that is not done here")
+        return Checkpoint(step=7, model={"w": np.ones(2)})
+
+    reader = types.ModuleType("distrust.engines.torch.trainer_folder")
+    reader.read = read
+    monkeypatch.setitem(sys.modules, reader.__name__, reader)
+    assert main(["convert", str(tmp_path), "--to", str(tmp_path / "run")]) == 1
+    refused, damaged, good, *_ = capsys.readouterr().out.splitlines()
+    assert refused == f"{tmp_path / 'checkpoint-5'}: refused: trained in a way that is not done here"
+    assert "checkpoint-6: damaged: trainer_state.json says step 7, its name says 6" in damaged
+    assert "checkpoint-7: converted" in good
+    assert "no checksums" in good
+    assert CheckpointManager(tmp_path / "run" / "checkpoints").list_checkpoints() == [7]
+
+
+def test_two_trainings_never_share_a_folder(source, tmp_path):
+    target = tmp_path / "run" / "checkpoints"
+    convert(source / "checkpoint-10", target)
+    assert outcomes(convert(source / "checkpoint-20.safetensors", target)) == [(20, "converted")]
+    with CheckpointManager(target) as manager:  # the run goes on here
+        manager.save(Checkpoint(step=25, model={"mine": np.zeros(3)}))
+    before = content(target)
+    assert outcomes(convert(source, target)) == [
+        (10, "already there"),
+        (20, "already there"),
+        (30, "refused"),
+    ]
+    other = write_directory(tmp_path / "other" / "checkpoint-40", {**FIELDS, "step": 40})
+    (done,) = convert(other, target)
+    assert (done.outcome, "of another training" in done.reason) == ("refused", True)
+    assert content(target) == before
+    assert outcomes(convert(other, target, force=True)) == [(40, "converted")]
+
+
+def test_nothing_is_put_into_what_others_wrote(source, tmp_path, capsys):
+    before = content(source)
+    place = source / "checkpoint-10"
+    for to in (place, place / "new" / "run"):
+        assert main(["convert", str(place), "--to", str(to)]) == 2
+        assert "is a checkpoint of another program" in capsys.readouterr().err
+    assert content(source) == before
+    assert sorted(path.name for path in place.iterdir()) == sorted(
+        ["metadata.json", "checksum.txt", "model.npz", "optimizer.npz"]
+    )
+
+
+def test_of_damaged_ones_alone_nothing_is_made(tmp_path):
+    path = write_directory(tmp_path / "checkpoint-10")
+    (path / "model.npz").write_bytes(b"x")
+    assert outcomes(convert(path, tmp_path / "run")) == [(None, "damaged")]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_has_the_name_is_left(source, tmp_path):
+    (tmp_path / "checkpoints" / "checkpoint-10.safetensors").mkdir(parents=True)
+    for force in (False, True):
+        done = convert(source / "checkpoint-10", tmp_path / "checkpoints", force=force)
+        assert [(one.outcome, "a folder has this name" in one.reason) for one in done] == [("refused", True)]
+
+
+@pytest.mark.parametrize("lacks", ["optimizer.npz", "steps"])
+def test_what_is_lost_is_told_when_a_run_goes_on(tmp_path, lacks):
+    """Moments that are not there, and losses of steps that nobody names."""
+    path = write_directory(tmp_path / "checkpoint-10")
+    if lacks == "optimizer.npz":
+        (path / lacks).unlink()
+        write_checksums(path)
+    convert(path, tmp_path / "run")
+    checkpoint = CheckpointManager(tmp_path / "run" / "checkpoints").load(10)
+    adopted = elsewhere.adopted(checkpoint, TrainConfig(), where="here")
+    lost = "the loss of 2 steps: it is not said of which of the 10"
+    with pytest.warns(DistrustWarning, match="not known there.*--lora-alpha") as told:
+        elsewhere.tell(adopted, where=tmp_path)
+    said = str(told[0].message)
+    assert f"not taken over: {lost}" in said
+    assert ("history are" in said, "AdamW's moments" in said) == (False, lacks == "optimizer.npz")
+    assert bool(adopted.optimizer) == (lacks == "steps")
+
+
+@pytest.mark.parametrize("inner", ["", "checkpoints"])
+def test_a_training_does_not_begin_above_checkpoints(tmp_path, inner):
+    write_directory(tmp_path / inner / "checkpoint-10")
+    with pytest.raises((ConfigError, CheckpointError), match="distrust convert"):
+        DistrustTrainer(TrainConfig(out=str(tmp_path), data="nothing")).train()
+    ours = tmp_path / "ours" / "checkpoints"
+    with CheckpointManager(ours) as manager:
+        manager.save(Checkpoint(step=1))
+    with pytest.raises(ConfigError, match=f"give --out {ours.parent}"):
+        DistrustTrainer(TrainConfig(out=str(ours), data="nothing")).train()
+    assert sorted(path.name for path in ours.iterdir()) == [".lock", "checkpoint-1.safetensors"]
 
 
 @pytest.mark.skipif(not REAL.exists(), reason="the shared checkpoints are not here")

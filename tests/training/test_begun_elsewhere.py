@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from distrust import CheckpointManager, DistrustTrainer, DistrustWarning, TrainConfig
 from distrust.data import IGNORED
 from distrust.engines import open_checkpoint
-from distrust.engines.torch.trainer_folder import is_trainer_folder, read
+from distrust.engines.torch.trainer_folder import read
 from distrust.errors import CheckpointError, ConfigError, ModelError, ResumeRefused
 from distrust.training.events import StepEnded
 from models import make_model
@@ -135,7 +135,6 @@ def go_on(base, texts):
 @pytest.mark.parametrize("rank", [4, 0])
 def test_it_makes_the_steps_that_the_trainer_would_have_made(begun, base, go_on, tmp_path, rank):
     theirs = begun[rank]
-    assert is_trainer_folder(theirs / f"checkpoint-{BEGUN}")
     taken = read(theirs / f"checkpoint-{BEGUN}", model=str(base))
     weights = "adapter_model.safetensors" if rank else "model.safetensors"
     saved = load_file(theirs / f"checkpoint-{BEGUN}" / weights)
@@ -233,8 +232,7 @@ def test_before_it_is_gone_on_with_it_cannot_be_measured(folder, tmp_path):
 
 def test_without_moments_they_begin_at_zero_and_that_is_told(folder, go_on, tmp_path):
     (folder / "optimizer.pt").unlink()
-    with pytest.warns(DistrustWarning, match=r"no optimizer\.pt: they begin at zero"):
-        convert(folder, tmp_path / "run")
+    convert(folder, tmp_path / "run")
     with pytest.warns(DistrustWarning, match="not taken over: AdamW's moments"):
         ended, _ = go_on(tmp_path / "run")
     assert ended.step == STEPS
@@ -274,6 +272,20 @@ def recompressed(folder: Path) -> None:
             file.writestr(name, content)
 
 
+def flipped(path: Path) -> None:
+    """A bit of the largest entry, which torch would take as it is."""
+    raw = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as file:
+        largest = max(file.infolist(), key=lambda entry: entry.file_size)
+    raw[largest.header_offset + largest.file_size // 2] ^= 1
+    path.write_bytes(raw)
+
+
+def dangling(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("nowhere")
+
+
 def piped(path: Path) -> None:
     path.unlink()
     os.mkfifo(path)
@@ -308,6 +320,16 @@ BROKEN = {
     "one rank each": lambda f: changed_json(f, "adapter_config.json", rank_pattern={"q_proj": 8}),
     "pissa": lambda f: changed_json(f, "adapter_config.json", init_lora_weights="pissa"),
     "another rank": lambda f: changed_json(f, "adapter_config.json", r=1_000_000_000),
+    "ranks": lambda f: changed_json(f, "adapter_config.json", r=[4]),
+    "half a rank": lambda f: changed_json(f, "adapter_config.json", r=4.0),
+    "a rank twice": lambda f: (f / "adapter_config.json").write_text('{"r": 4, "r": 4}'),
+    "a base of two lines": lambda f: changed_json(
+        f, "adapter_config.json", base_model_name_or_path="x\n\x1b"
+    ),
+    "a flipped bit": lambda f: flipped(f / "optimizer.pt"),
+    "a link to nothing": lambda f: dangling(f / "optimizer.pt"),
+    "uphill": lambda f: changed_optimizer(f, lambda s: s["param_groups"][0].update(maximize=True)),
+    "other numbers": lambda f: changed_optimizer(f, lambda s: s["state"].update({0.5: s["state"].pop(0)})),
     "no rank": lambda f: changed_json(f, "adapter_config.json", r=None),
     "no base": lambda f: changed_json(f, "adapter_config.json", base_model_name_or_path="./nowhere"),
     "dropout": lambda f: changed_json(f, "adapter_config.json", lora_dropout=3),

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import shlex
+from collections.abc import Iterator
+from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
+from distrust.checkpoint import CheckpointManager
 from distrust.checkpoint.store import RUN_SUBDIRECTORY
 from distrust.cli.arguments import parser, print_json
+from distrust.config import TrainConfig, flag, key
 from distrust.convert import Converted, convert, target_directory
+from distrust.engines.exchange import target_modules
 from distrust.reporting.printing import printable
 
 
@@ -16,9 +22,10 @@ def main(arguments: list[str]) -> int:
     arg = parser(
         "convert",
         description=(
-            "Each is verified\nbefore, written atomically, read back and compared; the old ones stay as they "
-            "are. The same command\nagain goes on where it was stopped. Exit code 1 if one was damaged, "
-            "incomplete or refused."
+            "Each is verified\nbefore as far as its format has checksums, written atomically, read back and "
+            "compared; the old ones\nstay as they are. The same command again goes on where it was "
+            "stopped. Its last line is the command\nthat trains on. Exit code 1 if one was damaged, "
+            "unreadable, incomplete or refused."
         ),
         examples=[
             "distrust convert old/checkpoint-30-final --to runs/first",
@@ -34,10 +41,12 @@ def main(arguments: list[str]) -> int:
         "adapter folder of peft or mlx-lm",
     )
     arg.add_argument(
-        "--to", type=Path, required=True, help="a run, new or there already, or a directory of checkpoints"
+        "--to", type=Path, required=True, help="a new run, or one with other steps of the same training"
     )
     arg.add_argument("--model", help="base model of a Trainer's or peft's folder, if it lies elsewhere now")
-    arg.add_argument("--force", action="store_true", help="replace what holds another state there")
+    arg.add_argument(
+        "--force", action="store_true", help="replace another state, write beside another training"
+    )
     arg.add_argument("--json", action="store_true", help="print a list of objects")
     options = arg.parse_args(arguments)
 
@@ -53,8 +62,28 @@ def main(arguments: list[str]) -> int:
     if not options.json:
         print(printable(f"{well} of {len(done)} stand in {directory}"))
         if well and directory.name == RUN_SUBDIRECTORY:
-            print(printable(f"to go on training: distrust train --out {directory.parent} ..."))
+            print(printable(f"to go on training: {shlex.join(_to_go_on(directory))}"))
     return 0 if well == len(done) else 1
+
+
+def _to_go_on(directory: Path) -> Iterator[str]:
+    """The command that trains on from the newest, with the options that it knows."""
+    header = CheckpointManager(directory).scan().files[-1].header
+    model = header.run_info.get("extra", {}).get("model")
+    yield from ("distrust", "train", "--out", str(directory.parent))
+    yield from ("--model", model if type(model) is str else "MODEL", "--data", "DATA")
+    names = (tensor.name.partition(".") for tensor in header.tensors)
+    targets = target_modules(name for section, _, name in names if section == "model")
+    known = {**({"target_modules": targets} if targets else {}), **header.config}
+    for option in fields(TrainConfig):
+        value = known.get(key(option.name), option.default)
+        if option.metadata["effect"] == "result" and value != option.default:
+            yield flag(option.name)
+            yield from map(_word, value if type(value) in (list, tuple) else [value])
+
+
+def _word(value: Any) -> str:
+    return f"{value:g}" if type(value) is float and float(f"{value:g}") == value else str(value)
 
 
 def _line(one: Converted) -> str:

@@ -238,17 +238,22 @@ def installed(name: Name) -> bool:
     return find_spec(_NEEDS[name][0]) is not None
 
 
-def require_installed(name: Name) -> None:
+def require_installed(name: Name, *, what: str | None = None) -> None:
     """Refuse an engine that is not there.
+
+    Args:
+        name: of the engine.
+        what: what is to be done with it. Default: what ``--engine`` says.
 
     Raises:
         ConfigError: saying how to install it.
     """
     if not installed(name):
         library, extra = _NEEDS[name]
-        raise ConfigError(
-            f"--engine {name}: {library} is not installed; pip install 'distrust-trainer[{extra}]'"
+        needed = (
+            f"--engine {name}: {library} is" if what is None else f"{what}, {library} is needed, which is"
         )
+        raise ConfigError(f"{needed} not installed; pip install 'distrust-trainer[{extra}]'")
 
 
 def _manager(directory: Path) -> CheckpointManager:

@@ -7,7 +7,6 @@ its reader take more memory than a small multiple of its own size. What is wrong
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import pickle
 import stat
@@ -15,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from distrust.checkpoint.older.bounded import parse_object
+from distrust.checkpoint.opening import located
 from distrust.errors import CheckpointError, CheckpointNotFound, CheckpointUnreadable, CorruptCheckpoint
 
 
@@ -28,10 +29,8 @@ def read_json(path: Path, *, max_bytes: int) -> dict[str, Any]:
         raw = file.read(max_bytes + 1)
         if len(raw) > max_bytes:
             raise CorruptCheckpoint(f"larger than {max_bytes >> 20} MiB", path=path)
-        found = json.loads(raw)
-        if type(found) is not dict:
-            raise CorruptCheckpoint("not a JSON object", path=path)
-        return found
+        with located(path):
+            return parse_object(raw, "the file")
 
 
 @contextlib.contextmanager

@@ -155,7 +155,7 @@ def _mlx(file: CheckpointFile, checkpoint: Checkpoint, base: str, *, dtype: Expo
 
 
 def _adapter(file: CheckpointFile, checkpoint: Checkpoint, model: str | None, *, dtype: ExportDtype) -> Write:
-    engines.require_installed("torch")
+    engines.require_installed("torch", what="for --format adapter")
     from distrust.engines.torch.export import prepare_adapter
 
     config = engines.config_of(file, model=model)
@@ -164,7 +164,7 @@ def _adapter(file: CheckpointFile, checkpoint: Checkpoint, model: str | None, *,
 
 
 def _merged(file: CheckpointFile, checkpoint: Checkpoint, model: str | None, *, dtype: ExportDtype) -> Write:
-    engines.require_installed("torch")
+    engines.require_installed("torch", what="for --format merged")
     from distrust.engines.torch.engine import TorchEngine
     from distrust.engines.torch.export import prepare_merged
 

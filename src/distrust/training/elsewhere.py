@@ -16,17 +16,21 @@ from typing import Any
 import numpy as np
 
 from distrust.checkpoint import Checkpoint
-from distrust.config import STEP_METRICS, TrainConfig
+from distrust.checkpoint.older.header import BEGUN_ELSEWHERE
+from distrust.config import STEP_METRICS, TrainConfig, flag
 from distrust.errors import ConfigError, DistrustWarning, ResumeRefused, readable
 
-#: In ``run`` of a converted checkpoint: the name of the format that it came from.
-BEGUN_ELSEWHERE = "begun_elsewhere"
-#: There, too: a list of lines, what the format holds that is not taken over, or lacks.
+#: In ``run`` of a converted checkpoint: a list of lines, what is not taken over of it, or what it lacks.
 NOT_TAKEN_OVER = "not_taken_over"
+NO_MOMENTS = "AdamW's moments, which it has not: they begin at zero"
 #: In ``run`` of what is saved after that: where it began.
 CONTINUES = "continues"
+#: In ``run`` of what is taken up, and never saved: options that the checkpoint does not know.
+_UNKNOWN = "unknown"
 #: Of what a run remembers there are some numbers for each step.
 MAX_STEP = 10_000_000
+#: What an adapter is beside its arrays, which tell the rest: what is not known of it is told.
+_OF_AN_ADAPTER = ("lora_alpha", "rslora", "lora_dropout")
 
 
 def is_begun_elsewhere(run: Mapping[str, Any]) -> bool:
@@ -50,18 +54,54 @@ def adopted(checkpoint: Checkpoint, config: TrainConfig, *, where: str) -> Check
     if checkpoint.step > MAX_STEP:
         raise ResumeRefused(f"{where}: step {checkpoint.step} is beyond {MAX_STEP}, where no run goes on")
     tokens = checkpoint.metadata.get("tokens_seen")
-    optimizer = checkpoint.optimizer
-    if "m" in optimizer and "step" not in optimizer:  # who saves moments only makes a step each step
+    optimizer, lost = checkpoint.optimizer, not_taken_over(checkpoint)
+    if not has_moments(optimizer):
+        optimizer = {}
+    elif "m" in optimizer and "step" not in optimizer:  # who saves moments only makes a step each step
         optimizer = {**optimizer, "step": checkpoint.step}
+    found = {name: _numbers(checkpoint.history.get(name)) for name in STEP_METRICS}
+    lost += [
+        f"the {name} of {values.size} steps: it is not said of which of the {checkpoint.step}"
+        for name, values in found.items()
+        if values.size and values.shape != (checkpoint.step,)
+    ]
     return replace(
         checkpoint,
         optimizer=optimizer,
-        config={**config.with_effect("result"), **checkpoint.config},
-        history={name: _column(checkpoint.history.get(name), checkpoint.step) for name in STEP_METRICS},
+        config=completed(checkpoint.config, config),
+        history={name: _column(values, checkpoint.step) for name, values in found.items()},
         metadata={"tokens_seen": tokens if type(tokens) is int else 0},
         metrics={name: value for name, value in checkpoint.metrics.items() if name in STEP_METRICS},
-        run={**checkpoint.run, CONTINUES: f"{_origin(checkpoint)}, step {checkpoint.step}"},
+        run={
+            **checkpoint.run,
+            CONTINUES: f"{_origin(checkpoint)}, step {checkpoint.step}",
+            NOT_TAKEN_OVER: lost,
+            _UNKNOWN: [
+                f"{flag(name)} {_shown(getattr(config, name))}"
+                for name in _OF_AN_ADAPTER
+                if config.lora_rank and name not in checkpoint.config
+            ],
+        },
     )
+
+
+def completed(known: Mapping[str, Any], config: TrainConfig) -> dict[str, Any]:
+    """The options that a checkpoint knows, and for all others those that the user asks for."""
+    return {**config.with_effect("result"), **known}
+
+
+def has_moments(optimizer: Mapping[str, Any]) -> bool:
+    """Whether an optimizer's state, in the form of either engine, is more than its options."""
+    return bool(optimizer.get("state")) or bool(optimizer.get("m") and optimizer.get("v"))
+
+
+def not_taken_over(checkpoint: Checkpoint) -> list[str]:
+    """A line for each thing that a checkpoint begun elsewhere lacks, or that no run here takes over."""
+    lines = checkpoint.run.get(NOT_TAKEN_OVER)
+    lost = [readable(line) for line in lines if type(line) is str] if type(lines) is list else []
+    if not has_moments(checkpoint.optimizer) and NO_MOMENTS not in lost:
+        lost.append(NO_MOMENTS)
+    return lost
 
 
 def require_steps_left(checkpoint: Checkpoint, *, max_steps: int, where: Path) -> None:
@@ -81,26 +121,44 @@ def tell(checkpoint: Checkpoint, *, where: Path) -> None:
     """Warn, in a few lines, of what is taken over and what is not."""
     if not is_begun_elsewhere(checkpoint.run):
         return
-    step, lines = checkpoint.step, checkpoint.run.get(NOT_TAKEN_OVER)
-    lost = [readable(line) for line in lines if type(line) is str] if type(lines) is list else []
+    step, origin = checkpoint.step, _origin(checkpoint)
+    history = any(np.isfinite(values).any() for values in checkpoint.history.values())
+    taken = [
+        "weights",
+        *(["optimizer"] if has_moments(checkpoint.optimizer) else []),
+        *(["history"] if history else []),
+    ]
+    unknown = checkpoint.run.get(_UNKNOWN) or []
     warnings.warn(
-        f"{where} was begun elsewhere ({_origin(checkpoint)}): weights, optimizer and history are those of "
-        f"its step {step}. From step {step + 1} on, data, weighting, learning rate and random numbers are "
-        "this run's, as if it had made the steps before; on which base model, data and schedule those were "
-        "made is not known" + "".join(f"\n  not taken over: {line}" for line in lost),
+        f"{where} was begun elsewhere ({origin}): {_listed(taken)} are those of its step {step}. "
+        f"From step {step + 1} on, data, weighting, learning rate and random numbers are this run's, as if "
+        "it had made the steps before; on which base model, data and schedule those were made is not known"
+        + "".join(f"\n  not taken over: {line}" for line in checkpoint.run[NOT_TAKEN_OVER])
+        + (f"\n  not known there, so as this run has them: {', '.join(unknown)}" if unknown else ""),
         DistrustWarning,
         stacklevel=3,
     )
+
+
+def _listed(words: list[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _origin(checkpoint: Checkpoint) -> str:
     return readable(str(checkpoint.run[BEGUN_ELSEWHERE]))
 
 
-def _column(found: Any, step: int) -> np.ndarray[Any, Any]:
-    """float64[step] of what is known of each step, NaN where that is nothing."""
+def _numbers(found: Any) -> np.ndarray[Any, Any]:
     try:
-        values = np.asarray(found, np.float64)
+        return np.asarray([] if found is None else found, np.float64)
     except (TypeError, ValueError):
-        values = np.empty(0)
+        return np.empty(0)
+
+
+def _column(values: np.ndarray[Any, Any], step: int) -> np.ndarray[Any, Any]:
+    """float64[step] of what is known of each step, NaN where that is nothing."""
     return values if values.shape == (step,) else np.full(step, np.nan)

@@ -7,7 +7,7 @@ from pathlib import Path
 from distrust.checkpoint import Checkpoint, CheckpointFile, CheckpointManager, Scan
 from distrust.checkpoint.arrays import Framework
 from distrust.checkpoint.manager import require_converted
-from distrust.checkpoint.store import RUN_SUBDIRECTORY
+from distrust.checkpoint.store import RUN_SUBDIRECTORY, named
 from distrust.config import EXAMPLES, TrainConfig, several
 from distrust.errors import ConfigError, CorruptCheckpoint
 from distrust.training import elsewhere, resume
@@ -18,6 +18,26 @@ from distrust.training.events import Reason
 def folder(config: TrainConfig) -> Path:
     """The folder that the run writes into."""
     return Path(config.branch or config.out)
+
+
+def require_ready(config: TrainConfig, manager: CheckpointManager) -> None:
+    """Refuse to begin beside checkpoints that the user may mean to go on from.
+
+    Raises:
+        CheckpointError: if the newest is in an older format, and waits to be converted.
+        ConfigError: if they are where no run has them, and there are none where it has.
+    """
+    found = manager.scan()
+    if found.older and found.everything[-1].is_older:
+        require_converted(found.everything[-1])
+    out = folder(config)
+    here = [] if found.everything or found.damaged else named(out)
+    if not here:
+        return
+    what = f"--out {out}: {here[-1][0].name} is there, and a run has its checkpoints in {RUN_SUBDIRECTORY}/"
+    if out.name == RUN_SUBDIRECTORY:
+        raise ConfigError(f"{what}; give --out {out.parent}")
+    raise ConfigError(f"{what}; go on from it by `distrust convert {out} --to RUN`, or give another --out")
 
 
 def finished(config: TrainConfig, manager: CheckpointManager) -> tuple[CheckpointFile, Reason] | None:
@@ -31,6 +51,8 @@ def finished(config: TrainConfig, manager: CheckpointManager) -> tuple[Checkpoin
         return None
     newest = files[-1]
     if elsewhere.is_begun_elsewhere(newest.header.run_info.get("extra", {})):
+        known = elsewhere.completed(newest.header.config, config)
+        resume.settled(config, known, where=str(folder(config)))
         return None
     settled = resume.settled(config, newest.header.config, where=str(folder(config)))
     run = newest.header.run_info.get("extra", {})
@@ -65,13 +87,10 @@ def find(
     A branch that has checkpoints of its own goes on from them: the same command again continues it, too.
 
     Raises:
-        CheckpointError: if there are some and none is whole, or the one asked for is not there; if the
-            newest is in an older format, and waits to be converted.
+        CheckpointError: if there are some and none is whole, or the one asked for is not there.
         ConfigError: if an older one is asked for where newer ones stand.
     """
     found = manager.scan()
-    if found.older and found.everything[-1].is_older:
-        require_converted(found.everything[-1])
     if found.files or found.damaged:
         if config.from_step is None or config.branch is not None or _gone_on_from(config.from_step, found):
             checkpoint = manager.load_latest(framework=framework)

@@ -181,6 +181,7 @@ class DistrustTrainer:
 
     def _train(self, stop: StopRequest) -> RunEnded:
         with self._manager:
+            origin.require_ready(self._config, self._manager)
             finished = origin.finished(self._config, self._manager)
             if finished is not None:
                 # Its name may not be durable yet: its writer was killed just then. An archive takes no lock.

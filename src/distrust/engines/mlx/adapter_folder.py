@@ -9,14 +9,13 @@ from typing import Any
 import mlx.core as mx
 
 from distrust.checkpoint import Checkpoint
+from distrust.checkpoint.older.header import BEGUN_ELSEWHERE
 from distrust.engines.exchange import MLX_CONFIG, MLX_ENDS, MLX_WEIGHTS
 from distrust.engines.untrusted import read_json, told
 from distrust.errors import CorruptCheckpoint, ResumeRefused, readable
-from distrust.training.elsewhere import BEGUN_ELSEWHERE, NOT_TAKEN_OVER
 
 FORMAT = "mlx-lm adapter"
 MAX_CONFIG_BYTES = 4 << 20
-_NO_MOMENTS = "AdamW's moments, which such a folder has not: they begin at zero"
 
 
 def read(folder: Path) -> Checkpoint:
@@ -41,12 +40,9 @@ def read(folder: Path) -> Checkpoint:
     ranks = {array.shape[1] for name, array in model.items() if name.endswith(".lora_a")}
     if ranks != {rank}:
         raise ResumeRefused(f"{folder}: its weights are not of the rank that {MLX_CONFIG} says")
-    zeros = {name: mx.zeros_like(array) for name, array in model.items()}
-    mx.eval(model, zeros)
     return Checkpoint(
         step=0,
         model=model,
-        optimizer={"step": 0, "m": zeros, "v": dict(zeros)},
         config={
             "lora_rank": int(rank),
             "lora_alpha": _number(parameters, "scale", folder) * rank,
@@ -54,7 +50,7 @@ def read(folder: Path) -> Checkpoint:
             "dora": kind == "dora",
             "rslora": False,
         },
-        run={BEGUN_ELSEWHERE: FORMAT, NOT_TAKEN_OVER: [_NO_MOMENTS]},
+        run={BEGUN_ELSEWHERE: FORMAT},
     )
 
 
@@ -71,6 +67,9 @@ def _weights(path: Path) -> dict[str, Any]:
             raise CorruptCheckpoint(f"holds {what}, which is no part of a plain LoRA", path=path)
         wide = {name: array.astype(mx.float32) for name, array in sorted(found.items())}
         mx.eval(wide)
+        endless = [name for name, array in wide.items() if not mx.isfinite(array).all().item()]
+        if endless:
+            raise CorruptCheckpoint(f"{readable(endless[0])} holds numbers that are not finite", path=path)
         return wide
 
 

@@ -12,8 +12,8 @@ Nothing is unpickled but tensors: ``training_args.bin`` and ``rng_state.pth`` ar
 from __future__ import annotations
 
 import math
+import os
 import re
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,16 +24,17 @@ import torch
 
 from distrust import config as options
 from distrust.checkpoint import Checkpoint
+from distrust.checkpoint.older import TRAINER_STATE
+from distrust.checkpoint.older.header import BEGUN_ELSEWHERE
 from distrust.engines.torch import adapter, untrusted
 from distrust.engines.torch.model import hollow_model
 from distrust.engines.torch.optimizer import MOMENTS, make_optimizer
 from distrust.engines.untrusted import read_json
-from distrust.errors import CorruptCheckpoint, DistrustWarning, ModelError, ResumeRefused, readable
-from distrust.training.elsewhere import BEGUN_ELSEWHERE, MAX_STEP, NOT_TAKEN_OVER
+from distrust.errors import CorruptCheckpoint, ModelError, ResumeRefused, readable
+from distrust.training.elsewhere import MAX_STEP, NO_MOMENTS, NOT_TAKEN_OVER
 
 FORMAT, ADAPTER_FORMAT = "transformers Trainer", "peft adapter"
 
-STATE = "trainer_state.json"
 OPTIMIZER = "optimizer.pt"
 ADAPTER = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -79,11 +80,6 @@ _OF_THE_OPTIMIZER = ("adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay")
 _LOGGED = {"loss": "loss", "grad_norm": "gradient_norm", "learning_rate": "learning_rate"}
 
 
-def is_trainer_folder(path: Path) -> bool:
-    """Whether a folder looks like one that the Trainer saved."""
-    return (path / STATE).exists()
-
-
 def read(folder: Path, *, model: str | None = None) -> Checkpoint:
     """What the Trainer saved, as the torch engine here takes it.
 
@@ -102,22 +98,21 @@ def read(folder: Path, *, model: str | None = None) -> Checkpoint:
         ResumeRefused: for training of a kind that is not done here, or that does not fit the model.
         ConfigError: for values that no option here takes.
     """
+    has_adapter = any(map(os.path.lexists, (folder / ADAPTER, folder / ADAPTER_CONFIG)))
     for name, what in _OTHER_KINDS.items():
-        if (folder / name).exists() and not (folder / ADAPTER).exists():
+        if os.path.lexists(folder / name) and not os.path.lexists(folder / ADAPTER):
             raise _refused(folder, f"{what} ({name})")
-    state = read_json(folder / STATE, max_bytes=MAX_STATE_BYTES)
+    state = read_json(folder / TRAINER_STATE, max_bytes=MAX_STATE_BYTES)
     step = _count(state, "global_step", folder)
-    trained = (_adapter if (folder / ADAPTER).exists() else _whole)(folder, model)
+    trained = (_adapter if has_adapter else _whole)(folder, model)
     optimizer, known, left = _optimizer(folder, trained, step=step)
-    for line in left:
-        warnings.warn(f"{folder}: {line}", DistrustWarning, stacklevel=2)
     return Checkpoint(
         step=step,
         model=trained.weights,
         optimizer=optimizer,
         history=_history(state, step),
         config={**trained.known, **known},
-        metadata={"tokens_seen": _count(state, "num_input_tokens_seen", folder, missing=0)},
+        metadata=_tokens(state, folder),
         metrics=_metrics(state, step),
         run={
             BEGUN_ELSEWHERE: FORMAT,
@@ -179,9 +174,8 @@ def _adapter(folder: Path, base: str | None) -> _Trained:
     saved = untrusted.read_tensors(path)
     modules = {_module(name, folder) for name in saved}
     rank = described.get("r")
-    if {value.shape[:1] for name, value in saved.items() if "lora_A" in name or "embedding_A" in name} != {
-        (rank,)
-    }:
+    ranks = {value.shape[:1] for name, value in saved.items() if "lora_A" in name or "embedding_A" in name}
+    if type(rank) is not int or ranks != {(rank,)}:
         # Seen before anything is made as large as a file claims.
         raise _refused(folder, f"its weights are not of the rank that {ADAPTER_CONFIG} says")
     base = _named_base(described, folder) if base is None else base
@@ -234,7 +228,7 @@ def _require_plain_lora(described: Mapping[str, Any], folder: Path, *, base_give
 
 def _named_base(described: Mapping[str, Any], folder: Path) -> str:
     name = described.get("base_model_name_or_path")
-    if type(name) is not str or not name:
+    if type(name) is not str or not name or not name.isprintable():
         raise _refused(folder, f"{ADAPTER_CONFIG} does not name the base model; give it as --model")
     try:
         hollow_model(name)
@@ -271,9 +265,12 @@ def _require_same(folder: Path, base: str, saved: Collection[str], built: Collec
     for there, here, missing in ((saved, built, "the model has not"), (built, saved, "the folder has not")):
         found = sorted(set(there) - set(here))
         if found:
-            more = f" and {len(found) - NAMES_SHOWN} more" if len(found) > NAMES_SHOWN else ""
-            names = ", ".join(map(readable, found[:NAMES_SHOWN]))
-            raise _refused(folder, f"it does not fit --model {base}: {missing} {names}{more}")
+            raise _refused(folder, f"it does not fit --model {base}: {missing} {_some(found)}")
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return ", ".join(map(readable, names[:NAMES_SHOWN])) + more
 
 
 def _optimizer(
@@ -281,13 +278,9 @@ def _optimizer(
 ) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
     """AdamW's state by our groups, the options it tells, and what of it is not taken over."""
     path = folder / OPTIMIZER
-    if not path.exists():
+    if not os.path.lexists(path):
         config = options.from_mapping({**trained.known}, where=str(folder))
-        return (
-            make_optimizer(trained.parameters, config).state_dict(),
-            {},
-            [f"AdamW's moments, as there is no {OPTIMIZER}: they begin at zero"],
-        )
+        return make_optimizer(trained.parameters, config).state_dict(), {}, [NO_MOMENTS]
     saved = untrusted.read_pickled(path)
     groups, state = _parts(saved, path)
     known = _options_of(groups, path)
@@ -295,7 +288,12 @@ def _optimizer(
     ours = make_optimizer(trained.parameters, config).state_dict()
     names = _names(groups, trained.parameters, path)
     if state.keys() != names.keys():
-        raise _refused(path, f"has the moments of {len(state)} parameters, and {len(names)} are trained")
+        there, here = sorted(map(repr, state)), sorted(map(repr, names))
+        raise _refused(
+            path,
+            f"has the moments of {len(there)} parameters ({_some(there)}), and its groups name "
+            f"{len(here)} ({_some(here)})",
+        )
     moments = {}
     for number, name in names.items():
         moments[name] = _moments(state[number], name, trained.parameters[name].shape, path, step=step)
@@ -330,6 +328,8 @@ def _options_of(groups: Sequence[Mapping[str, Any]], path: Path) -> dict[str, An
             type(betas) not in (tuple, list)
             or len(betas) != 2
             or group.get("decoupled_weight_decay") is False
+            or group.get("maximize")
+            or group.get("amsgrad")
         ):
             raise _not_adamw(path)
         found.append({"adam_beta1": betas[0], "adam_beta2": betas[1], "adam_epsilon": group.get("eps")})
@@ -383,8 +383,14 @@ def _moments(values: Any, name: str, shape: torch.Size, path: Path, *, step: int
 def _count(state: Mapping[str, Any], name: str, folder: Path, *, missing: int | None = None) -> int:
     value = state.get(name, missing)
     if type(value) is not int or not 0 <= value <= (MAX_STEP if missing is None else 1 << 62):
-        raise CorruptCheckpoint(f"{name} is {readable(repr(value))}", path=folder / STATE)
+        raise CorruptCheckpoint(f"{name} is {readable(repr(value))}", path=folder / TRAINER_STATE)
     return value
+
+
+def _tokens(state: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """How many it has seen; unless it was asked to, the Trainer does not count them and says 0."""
+    seen = _count(state, "num_input_tokens_seen", folder, missing=0)
+    return {"tokens_seen": seen} if seen else {}
 
 
 def _logged(state: Mapping[str, Any], step: int) -> list[tuple[int, dict[str, float]]]:

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 import torch
 
 from distrust.engines.untrusted import opened, told
-from distrust.errors import CorruptCheckpoint
+from distrust.errors import CorruptCheckpoint, readable
 
 #: What stands in a file of torch is named in so many entries at most.
 MAX_ENTRIES = 1_000_000
@@ -64,13 +64,21 @@ def floats(tensor: Any, *, shape: torch.Size, what: str, path: Path) -> torch.Te
 
 
 def _require_stored(path: Path, file: BinaryIO) -> None:
-    """Nothing in the archive may grow when it is read: torch compresses nothing, and repeats nothing."""
+    """Nothing in the archive may grow when it is read: torch compresses nothing, and repeats nothing.
+
+    Then each entry is read and compared with its CRC-32, which torch writes and does not look at.
+    """
     size = os.fstat(file.fileno()).st_size
-    with zipfile.ZipFile(file) as archive:
-        entries = archive.infolist()
+    archive = zipfile.ZipFile(file)
+    entries = archive.infolist()
     if len(entries) > MAX_ENTRIES:
         raise CorruptCheckpoint(f"holds {len(entries)} entries", path=path)
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise CorruptCheckpoint("holds compressed entries, which torch never writes", path=path)
     if sum(max(entry.file_size, entry.compress_size) for entry in entries) > size:
         raise CorruptCheckpoint("holds more than its size allows", path=path)
+    damaged = archive.testzip()
+    if damaged is not None:
+        raise CorruptCheckpoint(
+            f"{readable(damaged)} is not what was written: its CRC-32 is another", path=path
+        )
