@@ -203,7 +203,7 @@ class TrainConfig:
 
     # Computing
     engine: EngineName = _bits("auto")
-    """What trains: "torch", or "mlx". "auto": what the run began with; else mlx on Apple silicon where it is
+    """What trains: "torch", or "mlx". "auto": what trained the run until now; else mlx on Apple silicon where it is
     installed, or where torch is not, and torch elsewhere."""
     dtype: Dtype = _result("float32")
     """Precision of the frozen base and of the arithmetic. What is trained is always float32."""
@@ -212,8 +212,8 @@ class TrainConfig:
     threads: int | None = _bits(None)
     """CPU threads of torch. Default: the machine's, or those that the run began with."""
     compile: bool = _bits(False)
-    """Have torch compile the layers, a minute at the start; CPUs need a C++ compiler, and gain little. mlx
-    compiles its steps anyway."""
+    """Have torch compile the layers, a minute at the start; CPUs need a C++ compiler, and gain little. On
+    GPUs mlx compiles its steps anyway."""
     gradient_checkpointing: bool = _bits(False)
     """Keep fewer activations and compute them again: less memory, more time."""
 

@@ -24,7 +24,7 @@ COMMANDS = {
     "weigh": "compute or check what sources are worth, and show what the data weighs",
     "generate": "let a trained model write",
     "eval": "the losses of a trained model on data, by source class",
-    "export": "write what was trained as an adapter of peft, a whole model, or its tensors alone",
+    "export": "write what was trained as an adapter of peft or mlx-lm, a whole model, or its tensors alone",
     "convert": "write checkpoints of other programs as ours",
     "ls": "list checkpoints",
     "show": "what one checkpoint holds",

@@ -79,14 +79,22 @@ def require_same_fingerprints(
         raise _refused(where, differences)
 
 
-def environment_differences(current: Mapping[str, Any], recorded: Mapping[str, Any]) -> list[str]:
-    """What may change the last bits: a line for each thing that differs."""
+def environment_differences(
+    current: Mapping[str, Any], recorded: Mapping[str, Any], *, quantized: bool
+) -> list[str]:
+    """What may change the last bits: a line for each thing that differs.
+
+    Args:
+        current: what it is now, by name.
+        recorded: what it was.
+        quantized: whether the engine rounds the base model.
+    """
     engine, was = current.get("engine"), recorded.get("engine", FIRST_ENGINE)
     if recorded and engine is not None and engine != was:
         return [
             f"the run was trained with --engine {was}, and goes on with {engine}. Weights, moments and the "
-            "number of steps are taken over; the states of random generators are not, each step seeds its "
-            "own; a quantized base is rounded in another way"
+            "number of steps are taken over; the states of random generators are not, each step seeds its own"
+            + ("; the quantized base is rounded in another way" if quantized else "")
         ]
     return [
         f"{name} was {_shown(recorded[name])}, is {_shown(value)}"

@@ -337,7 +337,9 @@ class DistrustTrainer:
         if self._config.threads is None:
             self._engine.restore_environment(recorded)
         self._engine.load_state(EngineState(checkpoint.model, checkpoint.optimizer, checkpoint.rng))
-        for difference in resume.environment_differences(self._engine.environment(), recorded):
+        quantized = self._config.quantization != "none"
+        current = self._engine.environment()
+        for difference in resume.environment_differences(current, recorded, quantized=quantized):
             warnings.warn(f"no longer bit-identical: {difference}", DistrustWarning, stacklevel=2)
         if self._progress.evaluations.of_other_data(checkpoint.run.get("evaluations")):
             warnings.warn(
