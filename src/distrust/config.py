@@ -203,8 +203,8 @@ class TrainConfig:
 
     # Computing
     engine: EngineName = _bits("auto")
-    """What trains: "torch", or "mlx". "auto": what trained the run until now; else mlx on Apple silicon where it is
-    installed, or where torch is not, and torch elsewhere."""
+    """What trains: "torch", or "mlx". "auto": what trained the run until now; else mlx on Apple silicon where
+    it is installed, or where torch is not, and torch elsewhere."""
     dtype: Dtype = _result("float32")
     """Precision of the frozen base and of the arithmetic. What is trained is always float32."""
     device: Device = _bits("auto")
