@@ -33,6 +33,7 @@ from older_files import (
     FIELDS,
     A,
     B,
+    Raw,
     arrays,
     moments,
     packed,
@@ -167,13 +168,15 @@ def test_other_spellings_are_refused_in_one_line(tmp_path, optimizer, reason):
         assert "\n" not in str(told.value)
 
 
-STATES = st.dictionaries(
-    st.text("abw.01_", min_size=1, max_size=8).map("model.".__add__),
-    hnp.arrays(
-        st.sampled_from([np.float32, np.float16]), hnp.array_shapes(min_dims=0, max_side=3, min_side=0)
-    ),
-    max_size=3,
+FINITE = {"allow_nan": False, "allow_infinity": False}
+ARRAYS = st.sampled_from([np.dtype(np.float32), np.dtype(np.float16)]).flatmap(
+    lambda dtype: hnp.arrays(
+        dtype,
+        hnp.array_shapes(min_dims=0, max_side=3, min_side=0),
+        elements=hnp.from_dtype(dtype, **FINITE),
+    )
 )
+STATES = st.dictionaries(st.text("abw.01_", min_size=1, max_size=8).map("model.".__add__), ARRAYS, max_size=3)
 
 
 @settings(max_examples=15, **PROPERTY)
@@ -192,6 +195,193 @@ def test_whatever_was_written_comes_back(tmp_path, model, losses, compressed):
         assert same(loaded.model, model)
         assert same(loaded.optimizer, {**FIELDS["optimizer_scalars"], **optimizer})
         assert same(dict(loaded.history), {"loss": np.array(losses)} if losses else {})
+
+
+def both(directory, fields=FIELDS, *, model=None, optimizer=None):
+    """The same in each format; returns what is told of it, whether it is loaded or verified."""
+    model = arrays() if model is None else model
+    optimizer = moments(model) if optimizer is None else optimizer
+    paths = [
+        write_directory(directory / "checkpoint-10", fields, model=model, optimizer=optimizer),
+        write_byte_tensors(
+            directory / "checkpoint-10.safetensors", fields, model=model, optimizer=spelled(optimizer)
+        ),
+    ]
+    told = []
+    manager = CheckpointManager(directory)
+    for path in paths:
+        for use in (manager.load, manager.validate):
+            with pytest.raises(CorruptCheckpoint) as error:
+                use(path)
+            assert error.value.path == path
+            assert "\n" not in str(error.value)
+            told.append(error.value)
+    return told
+
+
+def changed(moment, name, value):
+    """The moments with one of them replaced, or taken out."""
+    made = moments()
+    if value is None:
+        del made[moment][name]
+    else:
+        made[moment][name] = np.asarray(value, np.float32)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "tensor", "reason"),
+    [
+        (changed("m", A, np.ones((2, 6))), f"m.{A}", f"m.{A} has the shape [2, 6], and its array [6, 2]"),
+        (changed("v", A, np.ones((3, 4))), f"v.{A}", f"v.{A} has the shape [3, 4], and its array [6, 2]"),
+        (changed("v", B, np.ones((1, 2, 3))), f"v.{B}", "[1, 2, 3], and its array [2, 3]"),
+        (changed("v", B, None), f"m.{B}", f"m.{B} is there without its v"),
+        (changed("m", B, None), f"v.{B}", f"v.{B} is there without its m"),
+        ({"m": moments()["m"]}, f"m.{A}", f"m.{A} is there without its v"),
+        ({"v": moments()["v"]}, f"v.{A}", f"v.{A} is there without its m"),
+        (moments({**arrays(), "w": np.ones(2)}), "m.w", "m.w is of no array that the model has"),
+    ],
+)
+def test_moments_are_those_of_the_model(tmp_path, optimizer, tensor, reason):
+    for error in both(tmp_path, optimizer=optimizer):
+        assert reason in error.reason
+        assert error.tensor == f"optimizer.{tensor}"
+
+
+@settings(max_examples=25, **PROPERTY)
+@given(
+    hnp.array_shapes(max_side=3),
+    hnp.array_shapes(max_side=3),
+    hnp.array_shapes(max_side=3),
+    st.booleans(),
+)
+def test_shapes_agree_or_are_told(tmp_path, of_array, of_m, of_v, has_model):
+    shutil.rmtree(tmp_path)
+    tmp_path.mkdir()
+    model = {"w": np.ones(of_array, np.float32)} if has_model else {}
+    optimizer = {"m": {"w": np.ones(of_m, np.float32)}, "v": {"w": np.ones(of_v, np.float32)}}
+    if of_m == of_v and (of_m == of_array or not has_model):
+        write_directory(tmp_path / "checkpoint-10", model=model, optimizer=optimizer)
+        write_byte_tensors(tmp_path / "checkpoint-10.safetensors", model=model, optimizer=spelled(optimizer))
+        assert main(["verify", str(tmp_path)]) == 0
+    else:
+        both(tmp_path, model=model, optimizer=optimizer)
+
+
+def test_a_model_without_some_moments_or_all_is_whole(tmp_path):
+    one = {moment: {A: group[A]} for moment, group in moments().items()}
+    for name, optimizer in (("one", one), ("none", {})):
+        path = write_directory(tmp_path / name, optimizer=optimizer)
+        assert same(
+            {**optimizer, **FIELDS["optimizer_scalars"]}, CheckpointManager(tmp_path).load(path).optimizer
+        )
+
+
+@pytest.mark.parametrize("step", ["x", 0, -5, 11, 99, 10.5, True, None, [10], 10**3000, float("nan")])
+def test_the_step_of_moments_is_one_that_was_made(tmp_path, step):
+    scalars = {"optimizer_scalars": {"step": step, "learning_rate": 0.1}}
+    for error in both(tmp_path, {**FIELDS, **scalars}):
+        assert "optimizer_scalars.step is " in error.reason
+        assert len(error.reason) < 500
+
+
+@pytest.mark.parametrize("step", ["x", 0, 11, 10.5])
+def test_the_step_of_an_optimizer_of_its_own(tmp_path, step):
+    optimizer = {**spelled(moments()), "step": step}
+    said = {**FIELDS, "optimizer_scalars": {}}
+    path = write_byte_tensors(tmp_path / "checkpoint-10.safetensors", said, optimizer=optimizer)
+    with pytest.raises(CorruptCheckpoint, match=f"_optimizer: step is '?{step}'?: beside moments"):
+        CheckpointManager(tmp_path).validate(path)
+
+
+def test_steps_that_are_well(tmp_path):
+    """Fewer than the checkpoint's, none said, or anything where there are no moments to count them."""
+    for step in range(1, 11):
+        said = {**FIELDS, "optimizer_scalars": {"step": step}}
+        write_directory(tmp_path / str(step) / "checkpoint-10", said)
+    write_directory(tmp_path / "none" / "checkpoint-10", {**FIELDS, "optimizer_scalars": {}})
+    write_directory(
+        tmp_path / "bare" / "checkpoint-10", {**FIELDS, "optimizer_scalars": {"step": "x"}}, bare=True
+    )
+    for path in sorted(tmp_path.iterdir()):
+        CheckpointManager(path).validate(10)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", ["model", "m", "v"])
+@pytest.mark.parametrize("at", [0, -1])
+def test_numbers_are_finite(tmp_path, number, place, at):
+    model, optimizer = arrays(), moments()
+    group = model if place == "model" else optimizer[place]
+    group[B].reshape(-1)[at] = number
+    for error in both(tmp_path, model=model, optimizer=optimizer):
+        assert "holds numbers that are not finite" in error.reason
+        assert B in error.reason
+
+
+@settings(max_examples=30, **PROPERTY)
+@given(st.data(), st.sampled_from(["<f2", "<f4", "<f8", "<c8", ">f2", ">f4", ">f8", ">c8"]))
+def test_only_what_is_not_finite_is_refused(tmp_path, data, dtype):
+    """The largest numbers that there are, and negative zeros where squares stand, are numbers."""
+    dtype = np.dtype(dtype)
+    largest = np.finfo(dtype).max
+    numbers = hnp.from_dtype(dtype) | st.sampled_from([largest, -largest, np.nan, np.inf]).map(dtype.type)
+    array = data.draw(hnp.arrays(dtype, 4, elements=numbers))
+    squares = (
+        np.abs(array)
+        if dtype.kind == "c"
+        else data.draw(st.sampled_from([array, np.abs(array), -np.zeros(4)]))
+    )
+    shutil.rmtree(tmp_path)
+    path = write_directory(
+        tmp_path / "checkpoint-10",
+        model={"w": array},
+        optimizer={"m": {"w": array}, "v": {"w": squares.astype(dtype)}},
+    )
+    if np.isfinite(array).all() and (dtype.kind == "c" or not (squares < 0).any()):
+        CheckpointManager(tmp_path).validate(path)
+    else:
+        with pytest.raises(CorruptCheckpoint, match=r"not finite|below zero"):
+            CheckpointManager(tmp_path).validate(path)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "good", "bad"),
+    [
+        ("BF16", "7f7f 7fff 0000", "807f"),
+        ("BF16", "7fff", "c0ff"),
+        ("F8_E4M3", "7e fe 80", "7f"),
+        ("F8_E5M2", "7b fb 80", "fc"),
+        ("F8_E5M2FNUZ", "7f ff", "80"),
+        ("F32", "ffff7f7f ffff7fff", "0000c07f"),
+    ],
+)
+def test_dtypes_that_numpy_has_not(tmp_path, dtype, good, bad):
+    width = len(bytes.fromhex(bad))
+    good = bytes.fromhex(good)
+    for name, data in (("good", good), ("bad", good + bytes.fromhex(bad))):
+        raw = Raw(dtype, (len(data) // width,), data)
+        path = write_byte_tensors(tmp_path / f"{name}.safetensors", model={"w": raw}, optimizer={})
+        if name == "good":
+            CheckpointManager(tmp_path).validate(path)
+        else:
+            with pytest.raises(CorruptCheckpoint, match="tensor w: it holds numbers that are not finite"):
+                CheckpointManager(tmp_path).validate(path)
+
+
+def test_squares_are_not_negative(tmp_path):
+    for error in both(tmp_path, optimizer=changed("v", B, -np.ones((2, 3)))):
+        assert B in error.reason
+        assert "below zero" in error.reason
+
+
+@pytest.mark.parametrize(("dtype", "number"), [("float16", 65520.0), ("float32", 3.5e38)])
+def test_numbers_too_large_for_their_dtype_are_not_finite(tmp_path, dtype, number):
+    optimizer = spelled(moments())
+    optimizer["exp_avg"][A] = {"shape": [6, 2], "data": [number] * 12, "dtype": dtype}
+    path = write_byte_tensors(tmp_path / "checkpoint-10.safetensors", optimizer=optimizer)
+    with pytest.raises(CorruptCheckpoint, match="not finite"):
+        CheckpointManager(tmp_path).load(path)
 
 
 @pytest.fixture(scope="module")

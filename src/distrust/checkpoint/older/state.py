@@ -86,8 +86,7 @@ def _mapped(node: Any, made: Callable[[Bytes], Any]) -> Any:
     if isinstance(node, Bytes):
         return made(node)
     if isinstance(node, Numbers):
-        with np.errstate(over="ignore"):  # what is too large for its dtype is infinite in it
-            values = np.array(node.values, NUMPY_NAMES[node.dtype]).reshape(node.shape)
+        values = np.array(node.values, NUMPY_NAMES[node.dtype]).reshape(node.shape)
         return made(_bytes(values, node.dtype))
     if type(node) is dict:
         return {key: _mapped(value, made) for key, value in node.items()}
