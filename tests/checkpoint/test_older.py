@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
 import shutil
+import subprocess
+import sys
 import warnings
 import zipfile
 from dataclasses import fields as fields_of
@@ -23,6 +26,7 @@ from distrust.config import key
 from distrust.errors import (
     CheckpointError,
     CheckpointNotFound,
+    CheckpointUnreadable,
     CorruptCheckpoint,
     DistrustWarning,
     NoGoodCheckpoint,
@@ -702,10 +706,90 @@ def test_a_training_never_begins_beside_one_silently(tmp_path):
 def test_a_folder_of_another_name_and_folders_of_others(tmp_path):
     moved = write_directory(tmp_path / "checkpoint-10").rename(tmp_path / "my-best")
     assert CheckpointManager(tmp_path).load(moved).step == 10
-    (tmp_path / "checkpoint-20").mkdir()
-    (tmp_path / "checkpoint-30").mkdir()
-    (tmp_path / "checkpoint-30" / "trainer_state.json").write_text("{}")
+    for name in ("checkpoint-20/trainer_state.json", "checkpoint-30/adapter_model.bin", "checkpoint-40/a/b"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "checkpoint-50").write_text("a file")
+    (tmp_path / "empty").mkdir()
     assert CheckpointManager(tmp_path).scan() == ((), (), ())
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda path: path.mkdir(), "an empty folder"),
+        (lambda path: path.symlink_to(path), "Too many levels of symbolic links"),
+        (lambda path: path.symlink_to("nowhere"), "a link to nothing"),
+    ],
+)
+def test_a_name_without_a_checkpoint_is_told(tmp_path, make, reason, capsys):
+    write_directory(tmp_path / "checkpoint-10")
+    make(tmp_path / "checkpoint-20")
+    assert main(["ls", str(tmp_path)]) == 0
+    assert f"{tmp_path / 'checkpoint-20'}: damaged: " in (told := said(capsys))
+    assert reason in told
+    assert main(["verify", str(tmp_path)]) == 1
+    assert str(tmp_path / "checkpoint-20") in said(capsys)
+    assert main(["prune", str(tmp_path), "--damaged"]) == 0
+    assert os.path.lexists(tmp_path / "checkpoint-20")
+    with pytest.warns(DistrustWarning, match=reason):
+        assert CheckpointManager(tmp_path).load_latest().step == 10
+
+
+#: Root without its privileges may do what anybody may.
+AS_ANYBODY = ["setpriv", *(f"--{of}=-dac_override,-dac_read_search" for of in ("inh-caps", "bounding-set"))]
+
+
+def unprivileged():
+    """The beginning of a command that obeys permissions; None where there is none."""
+    if os.geteuid() != 0:
+        return []
+    there = shutil.which("setpriv") and subprocess.run([*AS_ANYBODY, "true"], check=False).returncode == 0
+    return AS_ANYBODY if there else None
+
+
+@pytest.mark.parametrize("mode", [0o000, 0o400, 0o100])
+def test_a_folder_that_cannot_be_entered_is_told(tmp_path, mode):
+    if (before := unprivileged()) is None:
+        pytest.skip("root may read everything here")
+    write_directory(tmp_path / "checkpoint-10")
+    path = write_directory(tmp_path / "checkpoint-20", {**FIELDS, "step": 20})
+    path.chmod(mode)
+    for command in ("ls", "verify", "convert"):
+        more = ["--to", str(tmp_path / "to")] if command == "convert" else []
+        done = subprocess.run(
+            [*before, sys.executable, "-m", "distrust", command, tmp_path, *more],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 1
+        assert f"{path}: " in (told := done.stdout + done.stderr)
+        assert "Permission denied" in told
+    path.chmod(0o700)
+
+
+def test_what_cannot_be_looked_at_is_told(tmp_path, monkeypatch):
+    """Whatever the reason: a network that does not answer, too many open files."""
+    path = write_directory(tmp_path / "checkpoint-20", {**FIELDS, "step": 20})
+    real = os.listdir
+
+    def listdir(folder=".", *more):
+        if os.fspath(folder) == str(path):
+            raise OSError(errno.EACCES, "Permission denied")
+        return real(folder, *more)
+
+    def denied(name, *more, _open=os.open, **options):
+        if os.fspath(name) == str(path):
+            raise OSError(errno.EACCES, "Permission denied")
+        return _open(name, *more, **options)
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    monkeypatch.setattr(os, "open", denied)
+    manager = CheckpointManager(tmp_path)
+    for use in (manager.scan, manager.load_latest, lambda: manager.validate(path)):
+        with pytest.raises(CheckpointUnreadable, match="checkpoint-20: cannot be read: Permission denied"):
+            use()
 
 
 def test_listing_stays_light(run_python, tmp_path):

@@ -128,6 +128,8 @@ class _Folder:
 
     def header(self) -> OlderHeader:
         """Check what files there are, and read the metadata, compared with its checksum."""
+        if not self._names:
+            raise CorruptCheckpoint("an empty folder")
         findings = _Findings()
         members = sorted({*MEMBERS} & self._names)
         sizes = dict.fromkeys(members, 0)
