@@ -138,6 +138,52 @@ def test_metadata_alone(tmp_path, capsys):
     assert "no model and no optimizer" in said(capsys)
 
 
+def at(step, best_loss, metadata=FIELDS["metadata"]):
+    return {**FIELDS, "step": step, "metadata": {**metadata, "best_loss": best_loss}, "optimizer_scalars": {}}
+
+
+@pytest.mark.parametrize("use", ["load_latest", "load_best"])
+@pytest.mark.parametrize("damage", [False, True])
+def test_metadata_alone_is_passed_over(tmp_path, use, damage):
+    """A model of an earlier step, or a worse one, is worth more than none."""
+    write_directory(tmp_path / "checkpoint-10", at(10, 0.5))
+    newer = write_directory(tmp_path / "checkpoint-20", at(20, 0.25), bare=True)
+    write_byte_tensors(tmp_path / "checkpoint-30.safetensors", at(30, 0.125), model={}, optimizer={})
+    manager = CheckpointManager(tmp_path, metric="best_loss")
+    if damage:
+        append(newer / "checksum.txt", "x")
+    with pytest.warns(DistrustWarning) as told:
+        assert getattr(manager, use)().step == 10
+    lines = sorted(str(one.message) for one in told)
+    without = f"skipped a checkpoint without a model, metadata alone: {tmp_path / 'checkpoint-'}"
+    if damage and use == "load_latest":  # a damaged one has no metric
+        assert lines.pop().startswith(f"skipped a damaged checkpoint: {newer}: ")
+    assert lines == [f"{without}30.safetensors"] if damage else [f"{without}20", f"{without}30.safetensors"]
+    assert [manager.load(step).model for step in ([30] if damage else [20, 30])] == [{}] * (2 - damage)
+
+
+@pytest.mark.parametrize("use", ["load_latest", "load_best", "choose"])
+def test_nothing_but_metadata(tmp_path, use):
+    for step in (10, 20):
+        path = write_directory(tmp_path / f"checkpoint-{step}", at(step, 0.5), bare=True)
+    manager = CheckpointManager(tmp_path, metric="best_loss")
+    with pytest.raises(NoGoodCheckpoint, match=r"metadata alone.* there are 10, 20$"):
+        getattr(manager, use)()
+    with pytest.raises(CheckpointError, match="metadata alone: there is no model"):
+        manager.choose(step=20)
+    append(path / "checksum.txt", "x")
+    with pytest.raises(NoGoodCheckpoint, match="checkpoint-10: holds no model"):
+        manager.load_latest()
+
+
+def test_of_a_step_the_one_with_a_model_is_meant(tmp_path):
+    write_directory(tmp_path / "checkpoint-10")
+    write_directory(tmp_path / "checkpoint-10-final", bare=True)
+    manager = CheckpointManager(tmp_path, metric="best_loss")
+    assert same(manager.load(10).model, arrays())
+    assert same(manager.load_best().model, arrays())
+
+
 @pytest.mark.parametrize(
     "spelling", ["by moment", "by parameter", "under state", "flat", "shapes beside", "nested"]
 )
