@@ -128,6 +128,90 @@ def test_the_commands_know_it(written, tmp_path, capsys):
     assert f"distrust convert {written}" in said(capsys)
 
 
+def shown(capsys, *arguments):
+    assert main(["show", *map(str, arguments)]) == 0
+    return capsys.readouterr().out
+
+
+def test_show_counts_what_conversion_makes(written, tmp_path, capsys):
+    """The losses and the random state stand in the metadata, and become arrays."""
+    assert main(["convert", str(written), "--to", str(tmp_path / "to")]) == 0
+    (path,) = (tmp_path / "to").rglob("*.safetensors")
+    capsys.readouterr()
+    before, after = shown(capsys, written), shown(capsys, path)
+    for section, count in (("model", 2), ("optimizer", 4), ("rng", 1), ("history", 1)):
+        (line,) = (line for line in before.splitlines() if line.startswith(f"{section} "))
+        assert line.split()[1:3] == [str(count), "tensors,"]
+        assert line in after.splitlines()
+    there, here = (
+        {tensor.name: (tensor.dtype, tensor.shape, tensor.nbytes) for tensor in manager.inspect(file).tensors}
+        for manager, file in ((CheckpointManager(tmp_path), written), (CheckpointManager(tmp_path), path))
+    )
+    assert there == here
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text("ab.~", max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text("ab.~", max_size=3), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=25, **PROPERTY)
+@given(JSON, st.lists(st.floats(allow_nan=False), max_size=3))
+def test_what_is_listed_is_what_is_loaded(tmp_path, state, losses):
+    shutil.rmtree(tmp_path)
+    said = {**FIELDS, "random_state": state, "loss_history": losses}
+    path = write_directory(tmp_path / "checkpoint-10", said)
+    manager = CheckpointManager(tmp_path)
+    listed = {tensor.name: (tensor.dtype, tensor.shape) for tensor in manager.inspect(path).tensors}
+    with CheckpointManager(tmp_path / "to") as ours_there:
+        saved = ours_there.inspect(ours_there.save(manager.load(path)))
+    assert listed == {tensor.name: (tensor.dtype, tensor.shape) for tensor in saved.tensors}
+
+
+def test_no_line_is_longer_than_a_screen(tmp_path, capsys):
+    numbers = {"best_loss": int("1234" * 1000), "low": -(10**3998), "tokens": 1234567, "text": "x" * 10**6}
+    path = write_directory(tmp_path / "checkpoint-10", {**FIELDS, "metadata": numbers, "timestamp": None})
+    assert main(["ls", str(tmp_path)]) == 0
+    assert "best_loss 1.234e+3999  loss 2.25  low -1.000e+3998  tokens 1,234,567" in (told := said(capsys))
+    assert max(map(len, told.splitlines())) < 200
+    told = shown(capsys, path)
+    assert "  best_loss: 1.234e+3999" in told
+    assert "created" not in told
+    assert "(1,000,000 characters; --json prints all)" in told
+    assert max(map(len, told.splitlines())) < 1200
+
+
+def test_show_tells_of_damage_what_verify_does(tmp_path, capsys):
+    """That a checksum is wrong says more than what zipfile makes of the bytes."""
+    path = write_directory(tmp_path / "checkpoint-10")
+    whole = (path / "model.npz").read_bytes()
+    flipped = bytearray(whole)
+    flipped[whole.index(b"NUMPY") + 20] ^= 1
+    for raw in (b"something else", whole[:-30], bytes(flipped)):
+        (path / "model.npz").write_bytes(raw)
+        assert main(["show", str(path), "--tensors"]) == 1
+        assert "model.npz is not what checksum.txt says" in said(capsys)
+
+
+def test_no_line_ends_in_blanks(written, capsys):
+    lines = shown(capsys, written, "--tensors").splitlines()
+    assert [line for line in lines if line != line.rstrip()] == []
+
+
+@pytest.mark.parametrize("name", ["metadata.json", "checksum.txt"])
+def test_a_mark_that_windows_writes(tmp_path, name):
+    path = write_directory(tmp_path / "checkpoint-10")
+    (path / name).write_bytes(b"\xef\xbb\xbf" + (path / name).read_bytes())
+    if name == "metadata.json":
+        write_checksums(path)  # of the bytes that are there
+    CheckpointManager(tmp_path).validate(10)
+    assert same(CheckpointManager(tmp_path).load(10).model, arrays())
+
+
 def test_metadata_alone(tmp_path, capsys):
     path = write_directory(tmp_path / "checkpoint-10-final", bare=True)
     manager = CheckpointManager(tmp_path)

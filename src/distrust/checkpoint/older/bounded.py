@@ -20,7 +20,7 @@ def parse_object(raw: bytes, what: str) -> dict[str, Any]:
     """An object of JSON. NaN and infinities are numbers, as Python writes them.
 
     Args:
-        raw: UTF-8.
+        raw: UTF-8, behind a mark of its own (a BOM) or not: some editors write one.
         what: for messages: whose JSON it is.
 
     Raises:
@@ -30,7 +30,7 @@ def parse_object(raw: bytes, what: str) -> dict[str, Any]:
     if len(raw) > _UNASKED_BYTES and _TIMES_ITS_SIZE * len(raw) > available_bytes():
         raise CheckpointUnreadable(f"{what}: {len(raw):,} bytes of JSON take more memory than is free")
     try:
-        text = str(raw, "utf-8")
+        text = str(raw, "utf-8-sig")
         value = json.loads(text, object_pairs_hook=_each_key_once, parse_int=_integer)
     except UnicodeDecodeError:
         raise CorruptCheckpoint(f"{what} is not UTF-8") from None

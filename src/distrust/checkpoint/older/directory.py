@@ -169,8 +169,9 @@ class _Folder:
         """The arrays of a file, as their members say; none of a file that is not there."""
         if name not in self._names:
             return []
-        with self._file(name) as (descriptor, _):
-            return npz.describe(descriptor, name)
+        self._expected = self._expected or self._checksums()
+        with self._file(name) as (descriptor, status):
+            return self._described(descriptor, name, status.st_size)
 
     def unlisted(self) -> list[str]:
         """Files that are no part of the format and that no checksum proves; hidden ones are the system's."""
@@ -197,19 +198,22 @@ class _Folder:
     def _proven(self, name: str, use: Use | None) -> Any:
         """What ``use`` makes of a file, which has the right checksum and is the same before and after."""
         with self._file(name) as (descriptor, before):
-            try:
-                if use is not None:
-                    npz.describe(descriptor, name)
-            except CorruptCheckpoint:
-                # That the checksum is wrong says more. But a sparse file may be without end.
-                if before.st_size <= _DIGESTED_ANYHOW_BYTES:
-                    checksums.compare(name, self._expected, checksums.of_file(descriptor))
-                raise
+            if use is not None:
+                self._described(descriptor, name, before.st_size)
             checksums.compare(name, self._expected, checksums.of_file(descriptor))
             made = None if use is None else use(descriptor, name, _SQUARES.get(name))
             if _written(before) != _written(os.fstat(descriptor)):
                 raise CorruptCheckpoint(f"{name} changed while it was read")
             return made
+
+    def _described(self, descriptor: int, name: str, size: int) -> list[npz.Array]:
+        try:
+            return npz.describe(descriptor, name)
+        except CorruptCheckpoint:
+            # That the checksum is wrong says more. But a sparse file may be without end.
+            if size <= _DIGESTED_ANYHOW_BYTES:
+                checksums.compare(name, self._expected, checksums.of_file(descriptor))
+            raise
 
     def _content(self, name: str, most: int) -> bytes:
         """A small file."""
@@ -265,7 +269,7 @@ def _written(status: os.stat_result) -> tuple[int, int, int]:
 
 
 def _tensors(path: Path) -> tuple[TensorInfo, ...]:
-    """The arrays as their members describe them; neither their checksums nor their data are looked at."""
+    """The arrays as their members describe them; checksums are looked at only where that makes no sense."""
     found = []
     with located(path), _opened(path) as folder:
         for name, section in zip(_ARRAYS, ("model", "optimizer"), strict=True):

@@ -25,7 +25,7 @@ class OlderHeader:
         fields: what its metadata says.
         kind: by its name.
         file_size: of all its files, in bytes.
-        tensors: describes its tensors when they are asked for.
+        tensors: describes the tensors of its model and its optimizer, when they are asked for.
         lacks_arrays: whether it holds neither model nor optimizer.
 
     Attributes:
@@ -93,12 +93,12 @@ class OlderHeader:
 
     @Once
     def tensors(self) -> tuple[TensorInfo, ...]:
-        """By name, without digests.
+        """By name, without digests; and what of the metadata becomes arrays when it is loaded.
 
         Raises:
             CorruptCheckpoint: if they are not described as numpy or safetensors do.
         """
-        return self._tensors()
+        return tuple(sorted([*self._tensors(), *self.fields.tensors]))
 
     @property
     def sections(self) -> dict[str, Any]:
