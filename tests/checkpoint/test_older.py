@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tracemalloc
 import warnings
 import zipfile
 from dataclasses import fields as fields_of
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from distrust import Checkpoint, CheckpointManager, TrainConfig
+from distrust.checkpoint.older import bounded
 from distrust.cli import main
 from distrust.config import key
 from distrust.errors import (
@@ -732,6 +734,38 @@ def test_hostile_metadata(tmp_path, text, reason):
     (path / "metadata.json").write_bytes(text.encode("latin-1"))
     write_checksums(path)
     with pytest.raises(CorruptCheckpoint, match=reason):
+        CheckpointManager(tmp_path).load(path)
+
+
+@pytest.mark.parametrize(
+    ("piece", "times"),
+    [
+        ("[],", 3), ("[" * 80 + "]" * 80 + ",", 2), ("{},", 3), ('{"":' * 80 + "1" + "}" * 80 + ",", 4),
+        ("[[]],", 2), ("[1.5],", 2), ('"\u0100",', 3), ('"ab",', 3), ("1.5,", 2), ("999,", 2),
+    ],
+)  # fmt: skip
+def test_json_for_which_there_is_no_memory_is_not_begun(monkeypatch, piece, times):
+    """What it takes is known well enough before: never too little, and not many times too much."""
+    raw = b'{"a":[' + piece.encode() * (1_100_000 // len(piece)) + b"1]}"
+    tracemalloc.start()
+    try:
+        bounded.parse_object(raw, "it")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    monkeypatch.setattr(bounded, "available_bytes", lambda: peak)
+    with pytest.raises(CheckpointUnreadable, match="more memory than is free"):
+        bounded.parse_object(raw, "it")
+    monkeypatch.setattr(bounded, "available_bytes", lambda: times * peak)
+    bounded.parse_object(raw, "it")
+
+
+@pytest.mark.parametrize("text", ['"\\ud800"', '{"\\udfff": 1}', '[1, {"a": ["\\ud83d"]}]'])
+def test_half_letters_are_found_wherever_they_stand(tmp_path, text):
+    path = write_directory(tmp_path / "checkpoint-10", bare=True)
+    (path / "metadata.json").write_text('{"step": 10, "config": ["\\ud83d\\ude00", ' + text + "]}")
+    write_checksums(path)
+    with pytest.raises(CorruptCheckpoint, match="half a letter"):
         CheckpointManager(tmp_path).load(path)
 
 

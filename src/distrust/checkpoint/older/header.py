@@ -12,7 +12,8 @@ from distrust.checkpoint.older.fields import Fields
 from distrust.checkpoint.once import Once
 from distrust.errors import CheckpointError
 
-#: The key of ``Checkpoint.run`` that names the format of a checkpoint that was not written here.
+#: The key of ``Checkpoint.run`` that names the format of a checkpoint that was not written here: for whoever
+#: writes it, and for whoever asks for it.
 BEGUN_ELSEWHERE = "begun_elsewhere"
 NO_DIGEST = ""
 
