@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import io
 import json
 import os
@@ -740,19 +741,21 @@ def test_hostile_metadata(tmp_path, text, reason):
 @pytest.mark.parametrize(
     ("piece", "times"),
     [
-        ("[],", 3), ("[" * 80 + "]" * 80 + ",", 2), ("{},", 3), ('{"":' * 80 + "1" + "}" * 80 + ",", 4),
-        ("[[]],", 2), ("[1.5],", 2), ('"\u0100",', 3), ('"ab",', 3), ("1.5,", 2), ("999,", 2),
+        ("[],", 3), ("[" * 80 + "]" * 80 + ",", 2), ('{"":' * 80 + "1" + "}" * 80 + ",", 4),
+        ('"\u0100",', 3), ("1.5,", 2), ("999,", 2),
     ],
 )  # fmt: skip
 def test_json_for_which_there_is_no_memory_is_not_begun(monkeypatch, piece, times):
     """What it takes is known well enough before: never too little, and not many times too much."""
     raw = b'{"a":[' + piece.encode() * (1_100_000 // len(piece)) + b"1]}"
+    gc.disable()  # it would look at each of a million lists again and again
     tracemalloc.start()
     try:
         bounded.parse_object(raw, "it")
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
+        gc.enable()
     monkeypatch.setattr(bounded, "available_bytes", lambda: peak)
     with pytest.raises(CheckpointUnreadable, match="more memory than is free"):
         bounded.parse_object(raw, "it")
