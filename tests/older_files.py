@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -125,14 +125,23 @@ def write_byte_tensors(
     return path
 
 
-def packed(tensors: Mapping[str, np.ndarray]) -> bytes:
+class Raw(NamedTuple):
+    """A tensor of a dtype that numpy has not."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
+
+
+def packed(tensors: Mapping[str, np.ndarray | Raw]) -> bytes:
     """A safetensors file."""
     names = {"float32": "F32", "float16": "F16", "uint8": "U8", "float64": "F64", "int32": "I32"}
     header, data = {}, b""
     for name, array in tensors.items():
-        raw = np.ascontiguousarray(array).tobytes()
+        known = isinstance(array, Raw)
+        raw = array.data if known else np.ascontiguousarray(array).tobytes()
         header[name] = {
-            "dtype": names[array.dtype.name],
+            "dtype": array.dtype if known else names[array.dtype.name],
             "shape": list(array.shape),
             "data_offsets": [len(data), len(data) + len(raw)],
         }

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import gc
 import io
 import json
 import os
 import shutil
+import subprocess
+import sys
+import tracemalloc
 import warnings
 import zipfile
 from dataclasses import fields as fields_of
@@ -18,11 +23,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from distrust import Checkpoint, CheckpointManager, TrainConfig
+from distrust.checkpoint.older import bounded
 from distrust.cli import main
 from distrust.config import key
 from distrust.errors import (
     CheckpointError,
     CheckpointNotFound,
+    CheckpointUnreadable,
     CorruptCheckpoint,
     DistrustWarning,
     NoGoodCheckpoint,
@@ -33,6 +40,7 @@ from older_files import (
     FIELDS,
     A,
     B,
+    Raw,
     arrays,
     moments,
     packed,
@@ -123,6 +131,90 @@ def test_the_commands_know_it(written, tmp_path, capsys):
     assert f"distrust convert {written}" in said(capsys)
 
 
+def shown(capsys, *arguments):
+    assert main(["show", *map(str, arguments)]) == 0
+    return capsys.readouterr().out
+
+
+def test_show_counts_what_conversion_makes(written, tmp_path, capsys):
+    """The losses and the random state stand in the metadata, and become arrays."""
+    assert main(["convert", str(written), "--to", str(tmp_path / "to")]) == 0
+    (path,) = (tmp_path / "to").rglob("*.safetensors")
+    capsys.readouterr()
+    before, after = shown(capsys, written), shown(capsys, path)
+    for section, count in (("model", 2), ("optimizer", 4), ("rng", 1), ("history", 1)):
+        (line,) = (line for line in before.splitlines() if line.startswith(f"{section} "))
+        assert line.split()[1:3] == [str(count), "tensors,"]
+        assert line in after.splitlines()
+    there, here = (
+        {tensor.name: (tensor.dtype, tensor.shape, tensor.nbytes) for tensor in manager.inspect(file).tensors}
+        for manager, file in ((CheckpointManager(tmp_path), written), (CheckpointManager(tmp_path), path))
+    )
+    assert there == here
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text("ab.~", max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text("ab.~", max_size=3), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=25, **PROPERTY)
+@given(JSON, st.lists(st.floats(allow_nan=False), max_size=3))
+def test_what_is_listed_is_what_is_loaded(tmp_path, state, losses):
+    shutil.rmtree(tmp_path)
+    said = {**FIELDS, "random_state": state, "loss_history": losses}
+    path = write_directory(tmp_path / "checkpoint-10", said)
+    manager = CheckpointManager(tmp_path)
+    listed = {tensor.name: (tensor.dtype, tensor.shape) for tensor in manager.inspect(path).tensors}
+    with CheckpointManager(tmp_path / "to") as ours_there:
+        saved = ours_there.inspect(ours_there.save(manager.load(path)))
+    assert listed == {tensor.name: (tensor.dtype, tensor.shape) for tensor in saved.tensors}
+
+
+def test_no_line_is_longer_than_a_screen(tmp_path, capsys):
+    numbers = {"best_loss": int("1234" * 1000), "low": -(10**3998), "tokens": 1234567, "text": "x" * 10**6}
+    path = write_directory(tmp_path / "checkpoint-10", {**FIELDS, "metadata": numbers, "timestamp": None})
+    assert main(["ls", str(tmp_path)]) == 0
+    assert "best_loss 1.234e+3999  loss 2.25  low -1.000e+3998  tokens 1,234,567" in (told := said(capsys))
+    assert max(map(len, told.splitlines())) < 200
+    told = shown(capsys, path)
+    assert "  best_loss: 1.234e+3999" in told
+    assert "created" not in told
+    assert "(1,000,000 characters; --json prints all)" in told
+    assert max(map(len, told.splitlines())) < 1200
+
+
+def test_show_tells_of_damage_what_verify_does(tmp_path, capsys):
+    """That a checksum is wrong says more than what zipfile makes of the bytes."""
+    path = write_directory(tmp_path / "checkpoint-10")
+    whole = (path / "model.npz").read_bytes()
+    flipped = bytearray(whole)
+    flipped[whole.index(b"NUMPY") + 20] ^= 1
+    for raw in (b"something else", whole[:-30], bytes(flipped)):
+        (path / "model.npz").write_bytes(raw)
+        assert main(["show", str(path), "--tensors"]) == 1
+        assert "model.npz is not what checksum.txt says" in said(capsys)
+
+
+def test_no_line_ends_in_blanks(written, capsys):
+    lines = shown(capsys, written, "--tensors").splitlines()
+    assert [line for line in lines if line != line.rstrip()] == []
+
+
+@pytest.mark.parametrize("name", ["metadata.json", "checksum.txt"])
+def test_a_mark_that_windows_writes(tmp_path, name):
+    path = write_directory(tmp_path / "checkpoint-10")
+    (path / name).write_bytes(b"\xef\xbb\xbf" + (path / name).read_bytes())
+    if name == "metadata.json":
+        write_checksums(path)  # of the bytes that are there
+    CheckpointManager(tmp_path).validate(10)
+    assert same(CheckpointManager(tmp_path).load(10).model, arrays())
+
+
 def test_metadata_alone(tmp_path, capsys):
     path = write_directory(tmp_path / "checkpoint-10-final", bare=True)
     manager = CheckpointManager(tmp_path)
@@ -131,6 +223,52 @@ def test_metadata_alone(tmp_path, capsys):
     assert (loaded.model, same(loaded.optimizer, FIELDS["optimizer_scalars"])) == ({}, True)
     assert main(["verify", str(path)]) == 0
     assert "no model and no optimizer" in said(capsys)
+
+
+def at(step, best_loss, metadata=FIELDS["metadata"]):
+    return {**FIELDS, "step": step, "metadata": {**metadata, "best_loss": best_loss}, "optimizer_scalars": {}}
+
+
+@pytest.mark.parametrize("use", ["load_latest", "load_best"])
+@pytest.mark.parametrize("damage", [False, True])
+def test_metadata_alone_is_passed_over(tmp_path, use, damage):
+    """A model of an earlier step, or a worse one, is worth more than none."""
+    write_directory(tmp_path / "checkpoint-10", at(10, 0.5))
+    newer = write_directory(tmp_path / "checkpoint-20", at(20, 0.25), bare=True)
+    write_byte_tensors(tmp_path / "checkpoint-30.safetensors", at(30, 0.125), model={}, optimizer={})
+    manager = CheckpointManager(tmp_path, metric="best_loss")
+    if damage:
+        append(newer / "checksum.txt", "x")
+    with pytest.warns(DistrustWarning) as told:
+        assert getattr(manager, use)().step == 10
+    lines = sorted(str(one.message) for one in told)
+    without = f"skipped a checkpoint without a model, metadata alone: {tmp_path / 'checkpoint-'}"
+    if damage and use == "load_latest":  # a damaged one has no metric
+        assert lines.pop().startswith(f"skipped a damaged checkpoint: {newer}: ")
+    assert lines == [f"{without}30.safetensors"] if damage else [f"{without}20", f"{without}30.safetensors"]
+    assert [manager.load(step).model for step in ([30] if damage else [20, 30])] == [{}] * (2 - damage)
+
+
+@pytest.mark.parametrize("use", ["load_latest", "load_best", "choose"])
+def test_nothing_but_metadata(tmp_path, use):
+    for step in (10, 20):
+        path = write_directory(tmp_path / f"checkpoint-{step}", at(step, 0.5), bare=True)
+    manager = CheckpointManager(tmp_path, metric="best_loss")
+    with pytest.raises(NoGoodCheckpoint, match=r"metadata alone.* there are 10, 20$"):
+        getattr(manager, use)()
+    with pytest.raises(CheckpointError, match="metadata alone: there is no model"):
+        manager.choose(step=20)
+    append(path / "checksum.txt", "x")
+    with pytest.raises(NoGoodCheckpoint, match="checkpoint-10: holds no model"):
+        manager.load_latest()
+
+
+def test_of_a_step_the_one_with_a_model_is_meant(tmp_path):
+    write_directory(tmp_path / "checkpoint-10")
+    write_directory(tmp_path / "checkpoint-10-final", bare=True)
+    manager = CheckpointManager(tmp_path, metric="best_loss")
+    assert same(manager.load(10).model, arrays())
+    assert same(manager.load_best().model, arrays())
 
 
 @pytest.mark.parametrize(
@@ -167,13 +305,15 @@ def test_other_spellings_are_refused_in_one_line(tmp_path, optimizer, reason):
         assert "\n" not in str(told.value)
 
 
-STATES = st.dictionaries(
-    st.text("abw.01_", min_size=1, max_size=8).map("model.".__add__),
-    hnp.arrays(
-        st.sampled_from([np.float32, np.float16]), hnp.array_shapes(min_dims=0, max_side=3, min_side=0)
-    ),
-    max_size=3,
+FINITE = {"allow_nan": False, "allow_infinity": False}
+ARRAYS = st.sampled_from([np.dtype(np.float32), np.dtype(np.float16)]).flatmap(
+    lambda dtype: hnp.arrays(
+        dtype,
+        hnp.array_shapes(min_dims=0, max_side=3, min_side=0),
+        elements=hnp.from_dtype(dtype, **FINITE),
+    )
 )
+STATES = st.dictionaries(st.text("abw.01_", min_size=1, max_size=8).map("model.".__add__), ARRAYS, max_size=3)
 
 
 @settings(max_examples=15, **PROPERTY)
@@ -192,6 +332,193 @@ def test_whatever_was_written_comes_back(tmp_path, model, losses, compressed):
         assert same(loaded.model, model)
         assert same(loaded.optimizer, {**FIELDS["optimizer_scalars"], **optimizer})
         assert same(dict(loaded.history), {"loss": np.array(losses)} if losses else {})
+
+
+def both(directory, fields=FIELDS, *, model=None, optimizer=None):
+    """The same in each format; returns what is told of it, whether it is loaded or verified."""
+    model = arrays() if model is None else model
+    optimizer = moments(model) if optimizer is None else optimizer
+    paths = [
+        write_directory(directory / "checkpoint-10", fields, model=model, optimizer=optimizer),
+        write_byte_tensors(
+            directory / "checkpoint-10.safetensors", fields, model=model, optimizer=spelled(optimizer)
+        ),
+    ]
+    told = []
+    manager = CheckpointManager(directory)
+    for path in paths:
+        for use in (manager.load, manager.validate):
+            with pytest.raises(CorruptCheckpoint) as error:
+                use(path)
+            assert error.value.path == path
+            assert "\n" not in str(error.value)
+            told.append(error.value)
+    return told
+
+
+def changed(moment, name, value):
+    """The moments with one of them replaced, or taken out."""
+    made = moments()
+    if value is None:
+        del made[moment][name]
+    else:
+        made[moment][name] = np.asarray(value, np.float32)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "tensor", "reason"),
+    [
+        (changed("m", A, np.ones((2, 6))), f"m.{A}", f"m.{A} has the shape [2, 6], and its array [6, 2]"),
+        (changed("v", A, np.ones((3, 4))), f"v.{A}", f"v.{A} has the shape [3, 4], and its array [6, 2]"),
+        (changed("v", B, np.ones((1, 2, 3))), f"v.{B}", "[1, 2, 3], and its array [2, 3]"),
+        (changed("v", B, None), f"m.{B}", f"m.{B} is there without its v"),
+        (changed("m", B, None), f"v.{B}", f"v.{B} is there without its m"),
+        ({"m": moments()["m"]}, f"m.{A}", f"m.{A} is there without its v"),
+        ({"v": moments()["v"]}, f"v.{A}", f"v.{A} is there without its m"),
+        (moments({**arrays(), "w": np.ones(2)}), "m.w", "m.w is of no array that the model has"),
+    ],
+)
+def test_moments_are_those_of_the_model(tmp_path, optimizer, tensor, reason):
+    for error in both(tmp_path, optimizer=optimizer):
+        assert reason in error.reason
+        assert error.tensor == f"optimizer.{tensor}"
+
+
+@settings(max_examples=25, **PROPERTY)
+@given(
+    hnp.array_shapes(max_side=3),
+    hnp.array_shapes(max_side=3),
+    hnp.array_shapes(max_side=3),
+    st.booleans(),
+)
+def test_shapes_agree_or_are_told(tmp_path, of_array, of_m, of_v, has_model):
+    shutil.rmtree(tmp_path)
+    tmp_path.mkdir()
+    model = {"w": np.ones(of_array, np.float32)} if has_model else {}
+    optimizer = {"m": {"w": np.ones(of_m, np.float32)}, "v": {"w": np.ones(of_v, np.float32)}}
+    if of_m == of_v and (of_m == of_array or not has_model):
+        write_directory(tmp_path / "checkpoint-10", model=model, optimizer=optimizer)
+        write_byte_tensors(tmp_path / "checkpoint-10.safetensors", model=model, optimizer=spelled(optimizer))
+        assert main(["verify", str(tmp_path)]) == 0
+    else:
+        both(tmp_path, model=model, optimizer=optimizer)
+
+
+def test_a_model_without_some_moments_or_all_is_whole(tmp_path):
+    one = {moment: {A: group[A]} for moment, group in moments().items()}
+    for name, optimizer in (("one", one), ("none", {})):
+        path = write_directory(tmp_path / name, optimizer=optimizer)
+        assert same(
+            {**optimizer, **FIELDS["optimizer_scalars"]}, CheckpointManager(tmp_path).load(path).optimizer
+        )
+
+
+@pytest.mark.parametrize("step", ["x", 0, -5, 11, 99, 10.5, True, None, [10], 10**3000, float("nan")])
+def test_the_step_of_moments_is_one_that_was_made(tmp_path, step):
+    scalars = {"optimizer_scalars": {"step": step, "learning_rate": 0.1}}
+    for error in both(tmp_path, {**FIELDS, **scalars}):
+        assert "optimizer_scalars.step is " in error.reason
+        assert len(error.reason) < 500
+
+
+@pytest.mark.parametrize("step", ["x", 0, 11, 10.5])
+def test_the_step_of_an_optimizer_of_its_own(tmp_path, step):
+    optimizer = {**spelled(moments()), "step": step}
+    said = {**FIELDS, "optimizer_scalars": {}}
+    path = write_byte_tensors(tmp_path / "checkpoint-10.safetensors", said, optimizer=optimizer)
+    with pytest.raises(CorruptCheckpoint, match=f"_optimizer: step is '?{step}'?: beside moments"):
+        CheckpointManager(tmp_path).validate(path)
+
+
+def test_steps_that_are_well(tmp_path):
+    """Fewer than the checkpoint's, none said, or anything where there are no moments to count them."""
+    for step in range(1, 11):
+        said = {**FIELDS, "optimizer_scalars": {"step": step}}
+        write_directory(tmp_path / str(step) / "checkpoint-10", said)
+    write_directory(tmp_path / "none" / "checkpoint-10", {**FIELDS, "optimizer_scalars": {}})
+    write_directory(
+        tmp_path / "bare" / "checkpoint-10", {**FIELDS, "optimizer_scalars": {"step": "x"}}, bare=True
+    )
+    for path in sorted(tmp_path.iterdir()):
+        CheckpointManager(path).validate(10)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", ["model", "m", "v"])
+@pytest.mark.parametrize("at", [0, -1])
+def test_numbers_are_finite(tmp_path, number, place, at):
+    model, optimizer = arrays(), moments()
+    group = model if place == "model" else optimizer[place]
+    group[B].reshape(-1)[at] = number
+    for error in both(tmp_path, model=model, optimizer=optimizer):
+        assert "holds numbers that are not finite" in error.reason
+        assert B in error.reason
+
+
+@settings(max_examples=30, **PROPERTY)
+@given(st.data(), st.sampled_from(["<f2", "<f4", "<f8", "<c8", ">f2", ">f4", ">f8", ">c8"]))
+def test_only_what_is_not_finite_is_refused(tmp_path, data, dtype):
+    """The largest numbers that there are, and negative zeros where squares stand, are numbers."""
+    dtype = np.dtype(dtype)
+    largest = np.finfo(dtype).max
+    numbers = hnp.from_dtype(dtype) | st.sampled_from([largest, -largest, np.nan, np.inf]).map(dtype.type)
+    array = data.draw(hnp.arrays(dtype, 4, elements=numbers))
+    squares = (
+        np.abs(array)
+        if dtype.kind == "c"
+        else data.draw(st.sampled_from([array, np.abs(array), -np.zeros(4)]))
+    )
+    shutil.rmtree(tmp_path)
+    path = write_directory(
+        tmp_path / "checkpoint-10",
+        model={"w": array},
+        optimizer={"m": {"w": array}, "v": {"w": squares.astype(dtype)}},
+    )
+    if np.isfinite(array).all() and (dtype.kind == "c" or not (squares < 0).any()):
+        CheckpointManager(tmp_path).validate(path)
+    else:
+        with pytest.raises(CorruptCheckpoint, match=r"not finite|below zero"):
+            CheckpointManager(tmp_path).validate(path)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "good", "bad"),
+    [
+        ("BF16", "7f7f 7fff 0000", "807f"),
+        ("BF16", "7fff", "c0ff"),
+        ("F8_E4M3", "7e fe 80", "7f"),
+        ("F8_E5M2", "7b fb 80", "fc"),
+        ("F8_E5M2FNUZ", "7f ff", "80"),
+        ("F32", "ffff7f7f ffff7fff", "0000c07f"),
+    ],
+)
+def test_dtypes_that_numpy_has_not(tmp_path, dtype, good, bad):
+    width = len(bytes.fromhex(bad))
+    good = bytes.fromhex(good)
+    for name, data in (("good", good), ("bad", good + bytes.fromhex(bad))):
+        raw = Raw(dtype, (len(data) // width,), data)
+        path = write_byte_tensors(tmp_path / f"{name}.safetensors", model={"w": raw}, optimizer={})
+        if name == "good":
+            CheckpointManager(tmp_path).validate(path)
+        else:
+            with pytest.raises(CorruptCheckpoint, match="tensor w: it holds numbers that are not finite"):
+                CheckpointManager(tmp_path).validate(path)
+
+
+def test_squares_are_not_negative(tmp_path):
+    for error in both(tmp_path, optimizer=changed("v", B, -np.ones((2, 3)))):
+        assert B in error.reason
+        assert "below zero" in error.reason
+
+
+@pytest.mark.parametrize(("dtype", "number"), [("float16", 65520.0), ("float32", 3.5e38)])
+def test_numbers_too_large_for_their_dtype_are_not_finite(tmp_path, dtype, number):
+    optimizer = spelled(moments())
+    optimizer["exp_avg"][A] = {"shape": [6, 2], "data": [number] * 12, "dtype": dtype}
+    path = write_byte_tensors(tmp_path / "checkpoint-10.safetensors", optimizer=optimizer)
+    with pytest.raises(CorruptCheckpoint, match="not finite"):
+        CheckpointManager(tmp_path).load(path)
 
 
 @pytest.fixture(scope="module")
@@ -411,6 +738,40 @@ def test_hostile_metadata(tmp_path, text, reason):
         CheckpointManager(tmp_path).load(path)
 
 
+@pytest.mark.parametrize(
+    ("piece", "times"),
+    [
+        ("[],", 3), ("[" * 80 + "]" * 80 + ",", 2), ('{"":' * 80 + "1" + "}" * 80 + ",", 4),
+        ('"\u0100",', 3), ("1.5,", 2), ("999,", 2),
+    ],
+)  # fmt: skip
+def test_json_for_which_there_is_no_memory_is_not_begun(monkeypatch, piece, times):
+    """What it takes is known well enough before: never too little, and not many times too much."""
+    raw = b'{"a":[' + piece.encode() * (1_100_000 // len(piece)) + b"1]}"
+    gc.disable()  # it would look at each of a million lists again and again
+    tracemalloc.start()
+    try:
+        bounded.parse_object(raw, "it")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+        gc.enable()
+    monkeypatch.setattr(bounded, "available_bytes", lambda: peak)
+    with pytest.raises(CheckpointUnreadable, match="more memory than is free"):
+        bounded.parse_object(raw, "it")
+    monkeypatch.setattr(bounded, "available_bytes", lambda: times * peak)
+    bounded.parse_object(raw, "it")
+
+
+@pytest.mark.parametrize("text", ['"\\ud800"', '{"\\udfff": 1}', '[1, {"a": ["\\ud83d"]}]'])
+def test_half_letters_are_found_wherever_they_stand(tmp_path, text):
+    path = write_directory(tmp_path / "checkpoint-10", bare=True)
+    (path / "metadata.json").write_text('{"step": 10, "config": ["\\ud83d\\ude00", ' + text + "]}")
+    write_checksums(path)
+    with pytest.raises(CorruptCheckpoint, match="half a letter"):
+        CheckpointManager(tmp_path).load(path)
+
+
 def test_numbers_that_json_has_no_words_for_are_kept(tmp_path):
     write_directory(tmp_path / "checkpoint-10", {**FIELDS, "loss_history": [float("nan"), float("inf")]})
     assert same(CheckpointManager(tmp_path).load(10).history["loss"], np.array([float("nan"), float("inf")]))
@@ -513,10 +874,90 @@ def test_a_training_never_begins_beside_one_silently(tmp_path):
 def test_a_folder_of_another_name_and_folders_of_others(tmp_path):
     moved = write_directory(tmp_path / "checkpoint-10").rename(tmp_path / "my-best")
     assert CheckpointManager(tmp_path).load(moved).step == 10
-    (tmp_path / "checkpoint-20").mkdir()
-    (tmp_path / "checkpoint-30").mkdir()
-    (tmp_path / "checkpoint-30" / "trainer_state.json").write_text("{}")
+    for name in ("checkpoint-20/trainer_state.json", "checkpoint-30/adapter_model.bin", "checkpoint-40/a/b"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "checkpoint-50").write_text("a file")
+    (tmp_path / "empty").mkdir()
     assert CheckpointManager(tmp_path).scan() == ((), (), ())
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda path: path.mkdir(), "an empty folder"),
+        (lambda path: path.symlink_to(path), "Too many levels of symbolic links"),
+        (lambda path: path.symlink_to("nowhere"), "a link to nothing"),
+    ],
+)
+def test_a_name_without_a_checkpoint_is_told(tmp_path, make, reason, capsys):
+    write_directory(tmp_path / "checkpoint-10")
+    make(tmp_path / "checkpoint-20")
+    assert main(["ls", str(tmp_path)]) == 0
+    assert f"{tmp_path / 'checkpoint-20'}: damaged: " in (told := said(capsys))
+    assert reason in told
+    assert main(["verify", str(tmp_path)]) == 1
+    assert str(tmp_path / "checkpoint-20") in said(capsys)
+    assert main(["prune", str(tmp_path), "--damaged"]) == 0
+    assert os.path.lexists(tmp_path / "checkpoint-20")
+    with pytest.warns(DistrustWarning, match=reason):
+        assert CheckpointManager(tmp_path).load_latest().step == 10
+
+
+#: Root without its privileges may do what anybody may.
+AS_ANYBODY = ["setpriv", *(f"--{of}=-dac_override,-dac_read_search" for of in ("inh-caps", "bounding-set"))]
+
+
+def unprivileged():
+    """The beginning of a command that obeys permissions; None where there is none."""
+    if os.geteuid() != 0:
+        return []
+    there = shutil.which("setpriv") and subprocess.run([*AS_ANYBODY, "true"], check=False).returncode == 0
+    return AS_ANYBODY if there else None
+
+
+@pytest.mark.parametrize("mode", [0o000, 0o400, 0o100])
+def test_a_folder_that_cannot_be_entered_is_told(tmp_path, mode):
+    if (before := unprivileged()) is None:
+        pytest.skip("root may read everything here")
+    write_directory(tmp_path / "checkpoint-10")
+    path = write_directory(tmp_path / "checkpoint-20", {**FIELDS, "step": 20})
+    path.chmod(mode)
+    for command in ("ls", "verify", "convert"):
+        more = ["--to", str(tmp_path / "to")] if command == "convert" else []
+        done = subprocess.run(
+            [*before, sys.executable, "-m", "distrust", command, tmp_path, *more],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 1
+        assert f"{path}: " in (told := done.stdout + done.stderr)
+        assert "Permission denied" in told
+    path.chmod(0o700)
+
+
+def test_what_cannot_be_looked_at_is_told(tmp_path, monkeypatch):
+    """Whatever the reason: a network that does not answer, too many open files."""
+    path = write_directory(tmp_path / "checkpoint-20", {**FIELDS, "step": 20})
+    real = os.listdir
+
+    def listdir(folder=".", *more):
+        if os.fspath(folder) == str(path):
+            raise OSError(errno.EACCES, "Permission denied")
+        return real(folder, *more)
+
+    def denied(name, *more, _open=os.open, **options):
+        if os.fspath(name) == str(path):
+            raise OSError(errno.EACCES, "Permission denied")
+        return _open(name, *more, **options)
+
+    monkeypatch.setattr(os, "listdir", listdir)
+    monkeypatch.setattr(os, "open", denied)
+    manager = CheckpointManager(tmp_path)
+    for use in (manager.scan, manager.load_latest, lambda: manager.validate(path)):
+        with pytest.raises(CheckpointUnreadable, match="checkpoint-20: cannot be read: Permission denied"):
+            use()
 
 
 def test_listing_stays_light(run_python, tmp_path):

@@ -232,11 +232,12 @@ class CheckpointManager:
     def load_latest(self, *, framework: arrays.Framework = "numpy", mmap: bool = False) -> Checkpoint:
         """Read the newest checkpoint that verifies, warning of each newer one that does not.
 
+        One in an older format that holds no model is passed over in the same way.
         ``framework`` and ``mmap`` are those of :meth:`load`.
 
         Raises:
             CheckpointNotFound: if there are none at all.
-            NoGoodCheckpoint: if there are some, and none of them is whole.
+            NoGoodCheckpoint: if there are some, and none of them is whole and holds a model.
             UnsupportedVersion: if a later version of this program wrote the newest: going on from an older
                 one would lose what it did.
         """
@@ -245,11 +246,12 @@ class CheckpointManager:
     def load_best(self, *, framework: arrays.Framework = "numpy", mmap: bool = False) -> Checkpoint:
         """Read the checkpoint with the best metric that verifies, warning of each better one that does not.
 
+        One in an older format that holds no model is passed over in the same way.
         ``framework`` and ``mmap`` are those of :meth:`load`.
 
         Raises:
             CheckpointNotFound: if none has the metric.
-            NoGoodCheckpoint: if none of those that have it is whole.
+            NoGoodCheckpoint: if none of those that have it is whole and holds a model.
         """
         return self._first_good(self._best_first, framework, mmap=mmap)[1]
 
@@ -540,7 +542,7 @@ class CheckpointManager:
     def _first_good_of(
         self, files: Sequence[CheckpointFile | DamagedFile], framework: arrays.Framework, *, mmap: bool
     ) -> tuple[CheckpointFile, Checkpoint]:
-        reasons = []
+        reasons, bare = [], []
         for file in files:
             try:
                 if isinstance(file, DamagedFile):
@@ -551,15 +553,27 @@ class CheckpointManager:
                 if isinstance(file, CheckpointFile) and not file.is_older:
                     self._session.damaged.add(_identity(file))
                 continue
-            for reason in reasons:
-                warnings.warn(f"skipped a damaged checkpoint: {reason}", DistrustWarning, stacklevel=4)
+            if read.is_older and not loaded.model:
+                bare.append(read.path)
+                continue
+            told = [f"skipped a damaged checkpoint: {reason}" for reason in reasons]
+            told += [f"skipped a checkpoint without a model, metadata alone: {path}" for path in bare]
+            for line in told:
+                warnings.warn(line, DistrustWarning, stacklevel=4)
             self._mark_resumed(read)
             return read, loaded
+        if not reasons:
+            raise NoGoodCheckpoint(
+                f"{self.directory}: there are checkpoints, and none of them holds a model: they are metadata "
+                f"alone, which load(step) reads; there are {_listed(sorted({file.step for file in files}))}",
+                path=self.directory,
+            )
         raise NoGoodCheckpoint(
             "\n".join(
                 [
                     f"{self.directory}: there are checkpoints, and none of them is whole:",
                     *reasons,
+                    *(f"{path}: holds no model" for path in bare),
                     "move them away to start over, or restore one from a copy",
                 ]
             ),
@@ -629,6 +643,12 @@ def require_converted(file: CheckpointFile) -> None:
     Raises:
         CheckpointError: if it is in an older one, with what to do.
     """
+    if file.lacks_arrays:
+        raise CheckpointError(
+            f"{file.path}: in an older format ({file.format}), and metadata alone: there is no model to go "
+            "on from; move it away",
+            path=file.path,
+        )
     if file.is_older:
         raise CheckpointError(
             f"{file.path}: in an older format ({file.format}); convert it first: "

@@ -69,6 +69,11 @@ class CheckpointFile(NamedTuple):
         return self.format != FORMAT
 
     @property
+    def lacks_arrays(self) -> bool:
+        """Whether it is metadata alone, as only one in an older format can be."""
+        return not isinstance(self.header, Header) and self.header.lacks_arrays
+
+    @property
     def step(self) -> int:
         """Optimizer steps made."""
         return self.header.step
@@ -172,12 +177,15 @@ class Scan(NamedTuple):
         return tuple(sorted([*self.older, *self.files], key=_rank))
 
     def by_step(self) -> dict[int, CheckpointFile]:
-        """One file a step, in ascending order: ours before an older one, and then the final one."""
+        """One file a step, in ascending order: ours before an older one, and then the final one.
+
+        Metadata alone stands for a step only where nothing else does.
+        """
         return {file.step: file for file in self.everything}
 
 
-def _rank(file: CheckpointFile) -> tuple[int, bool, bool]:
-    return file.step, not file.is_older, file.kind == "final"
+def _rank(file: CheckpointFile) -> tuple[int, bool, bool, bool]:
+    return file.step, not file.lacks_arrays, not file.is_older, file.kind == "final"
 
 
 #: What tells that a file is the same, with the same content: device, inode, size, times of its last changes.

@@ -10,6 +10,7 @@ from typing import Any
 from distrust.cli import COMMANDS
 from distrust.reporting.printing import printable
 
+_LARGEST_READ = 10**18
 TARGET = "a run, a directory of checkpoints, or one checkpoint"
 
 
@@ -58,5 +59,11 @@ def size(nbytes: int) -> str:
 
 
 def number(value: float) -> str:
-    """A metric for people."""
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+    """A metric for people; of whole numbers that nobody reads, the first digits."""
+    if isinstance(value, int) and abs(value) < _LARGEST_READ:
+        return f"{value:,}"
+    if isinstance(value, int):
+        from decimal import Decimal  # metadata may hold what is too large for a float
+
+        return f"{Decimal(value):.4g}"
+    return f"{value:.4g}"

@@ -7,8 +7,11 @@ from typing import Any
 
 from distrust.checkpoint import store
 from distrust.cli.arguments import TARGET, number, parser, print_json, size
-from distrust.errors import CheckpointNotFound, ConfigError
+from distrust.errors import CheckpointNotFound, ConfigError, shortened
 from distrust.reporting.printing import printable
+
+#: Of a value: more than a section of a config takes.
+_SHOWN_CHARACTERS = 1000
 
 
 def main(arguments: list[str]) -> int:
@@ -35,8 +38,9 @@ def main(arguments: list[str]) -> int:
         return 0
     run = file.header.run_info
     print(printable(f"{file.path}"))
+    when = f", created {shortened(file.created)}" if file.created else ""
     where = f" on {run.get('host')}" if run.get("host") else ""
-    print(printable(f"step {file.step}, {file.kind}, {size(file.bytes)}, created {file.created}{where}"))
+    print(printable(f"step {file.step}, {file.kind}, {size(file.bytes)}{when}{where}"))
     if file.is_older:
         print(f"older format  {file.format}: it has no digests; `distrust convert` gives it some")
     else:
@@ -54,7 +58,7 @@ def main(arguments: list[str]) -> int:
         print("tensors")
         for tensor in file.tensors:
             row = f"  {tensor.name}  {tensor.dtype}{list(tensor.shape)}  {tensor.digest[:16]}"
-            print(printable(row))
+            print(printable(row.rstrip()))  # an older format has no digests
     return 0
 
 
@@ -97,4 +101,12 @@ def _print_table(title: str, values: dict[str, Any]) -> None:
     if values:
         print(title)
         for name, value in sorted(values.items(), key=lambda item: str(item[0])):
-            print(printable(f"  {name}: {value}"))
+            print(printable(f"  {shortened(str(name))}: {_bounded(value)}"))
+
+
+def _bounded(value: Any) -> str:
+    """A value on one line that a terminal holds: metadata is anybody's, and may be of any length."""
+    text = str(value)
+    if len(text) <= _SHOWN_CHARACTERS:
+        return text
+    return f"{text[:_SHOWN_CHARACTERS]}… ({len(text):,} characters; --json prints all)"

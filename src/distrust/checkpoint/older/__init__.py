@@ -15,6 +15,7 @@ listing pays for where there are none.
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -41,12 +42,20 @@ _PIECE_BYTES = 1 << 20
 
 
 def recognised(path: Path) -> OlderFormat | None:
-    """The older format that stands at ``path``; None for one of ours, and for whatever else. Never raises."""
+    """The older format that stands at ``path``; None for one of ours, and for whatever else. Never raises.
+
+    What has the name of such a folder and cannot be looked into counts as one: whoever reads it is told why
+    not, and without that it would be missing from every list without a word.
+    """
     try:
-        if os.path.isdir(path):
+        if stat.S_ISDIR(os.stat(path).st_mode):
             return "directory" if _is_directory_format(path) else None
         return "byte tensors" if _is_byte_tensors(path) else None
-    except (OSError, ValueError, CorruptCheckpoint):
+    except FileNotFoundError:
+        return "directory" if _is_named_folder(path) and os.path.islink(path) else None
+    except OSError:
+        return "directory" if _is_named_folder(path) and not os.path.isfile(path) else None
+    except (ValueError, CorruptCheckpoint):
         return None
 
 
@@ -116,10 +125,17 @@ def read(path: Path, *, framework: Framework = "numpy") -> tuple[OlderHeader, Ch
         return byte_tensors.read(path, framework)
 
 
+def _is_named_folder(path: Path) -> bool:
+    return parsed(path) is not None and not path.suffix
+
+
 def _is_directory_format(path: Path) -> bool:
-    there = {name for name in (*MEMBERS, TRAINER_STATE) if os.path.lexists(path / name)}
+    names = os.listdir(path)
+    there = {*MEMBERS, TRAINER_STATE}.intersection(names)
     if TRAINER_STATE in there:
         return False
+    if not names:
+        return _is_named_folder(path)  # what was in it is gone
     # Under its own name any of the files tells it; a folder of another name could be anything.
     return bool(there) if parsed(path) else METADATA in there and len(there) > 1
 

@@ -24,7 +24,7 @@ from distrust.checkpoint.format import (
 from distrust.checkpoint.header import header_length
 from distrust.checkpoint.memory import available_bytes
 from distrust.checkpoint.naming import parsed
-from distrust.checkpoint.older import fields, moments
+from distrust.checkpoint.older import agreement, fields, finite, moments
 from distrust.checkpoint.older.bounded import parse_object
 from distrust.checkpoint.older.fields import together
 from distrust.checkpoint.older.header import NO_DIGEST, OlderHeader
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 METADATA_TENSOR, OPTIMIZER_TENSOR = "_metadata", "_optimizer"
 #: The numbers of a hundred million moments.
 MAX_OPTIMIZER_BYTES = 2 << 30
+_PIECE_BYTES = 1 << 20
 
 
 def header(path: Path) -> OlderHeader:
@@ -51,6 +52,7 @@ def verify(path: Path) -> OlderHeader:
     """See :func:`distrust.checkpoint.older.verify`."""
     with _opened(path) as file:
         file.optimizer()
+        file.require_finite()
         return file.header
 
 
@@ -76,6 +78,7 @@ class _File:
         self._descriptor = descriptor
         self._tensors = _tensors(descriptor, size)
         self._shapes = {name: info.shape for name, info in self._tensors.items()}
+        self._of_model = [info for name, info in self._tensors.items() if name not in _OURS]
         named = parsed(path)
         raw = self._bytes(METADATA_TENSOR, fields.MAX_METADATA_BYTES)
         self.header = OlderHeader(
@@ -97,7 +100,26 @@ class _File:
         # A scalar that is told twice, and is the same, is one.
         again = {name for name in scalars.keys() & found.keys() if scalars[name] == found[name]}
         told_once = {name: value for name, value in scalars.items() if name not in again}
-        return together(told_once, found, f"{METADATA_TENSOR} and {OPTIMIZER_TENSOR}")
+        tree = together(told_once, found, f"{METADATA_TENSOR} and {OPTIMIZER_TENSOR}")
+        told_there = agreement.STEP in told_once
+        agreement.require(
+            tree,
+            {info.name: info.shape for info in self._of_model},
+            step=self.header.step,
+            of_moments=OPTIMIZER_TENSOR,
+            of_step=f"{METADATA_TENSOR}: optimizer_scalars.step"
+            if told_there
+            else f"{OPTIMIZER_TENSOR}: step",
+        )
+        return tree
+
+    def require_finite(self) -> None:
+        """Read the model to its end, a piece at a time, and check that its numbers are finite."""
+        for info in self._of_model:
+            for offset in range(0, info.nbytes, _PIECE_BYTES):
+                piece = bytearray(min(_PIECE_BYTES, info.nbytes - offset))
+                read_into(self._descriptor, memoryview(piece), info.offset + offset)
+                _require_finite(piece, info)
 
     def model(self) -> dict[str, Bytes]:
         """Every tensor but those two."""
@@ -105,22 +127,21 @@ class _File:
 
         from distrust.checkpoint.older.state import Bytes
 
-        wanted = [info for name, info in self._tensors.items() if name not in _OURS]
-        total = sum(info.nbytes for info in wanted)
+        total = sum(info.nbytes for info in self._of_model)
         if total > (free := available_bytes()):
             raise CheckpointUnreadable(f"its tensors take {total:,} bytes of memory, and {free:,} are free")
         found = {}
-        for info in wanted:
+        for info in self._of_model:
             data = np.empty(info.nbytes, np.uint8)
             read_into(self._descriptor, data.data, info.offset)
+            for offset in range(0, info.nbytes, _PIECE_BYTES):
+                _require_finite(data[offset : offset + _PIECE_BYTES].tobytes(), info)
             found[info.name] = Bytes(data, info.dtype, info.shape)
         return found
 
     def described(self) -> tuple[TensorInfo, ...]:
         """The tensors as a listing shows them."""
-        model = [
-            info._replace(name=f"model.{name}") for name, info in self._tensors.items() if name not in _OURS
-        ]
+        model = [info._replace(name=f"model.{info.name}") for info in self._of_model]
         return tuple(sorted(model + moments.described(self.optimizer(), "optimizer")))
 
     def _bytes(self, name: str, most: int) -> bytes:
@@ -137,6 +158,15 @@ class _File:
 
 
 _OURS = {METADATA_TENSOR, OPTIMIZER_TENSOR}
+
+
+def _require_finite(piece: bytes | bytearray, info: TensorInfo) -> None:
+    try:
+        finite.require(piece, info.dtype)
+    except CorruptCheckpoint as error:
+        raise CorruptCheckpoint(
+            f"tensor {readable(info.name)}: {error.reason}", tensor=f"model.{info.name}"
+        ) from None
 
 
 def _described(path: Path) -> tuple[TensorInfo, ...]:

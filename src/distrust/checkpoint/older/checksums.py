@@ -21,7 +21,7 @@ def parse(raw: bytes, what: str) -> dict[str, str]:
         CorruptCheckpoint: naming the first line that is none of sha256sum's.
     """
     try:
-        lines = str(raw, "utf-8").splitlines()
+        lines = str(raw, "utf-8-sig").splitlines()  # Windows writes a mark (a BOM) before the first one
     except UnicodeDecodeError:
         raise CorruptCheckpoint(f"{what} is not UTF-8") from None
     found: dict[str, str] = {}

@@ -20,7 +20,17 @@ from typing import TYPE_CHECKING, Any
 
 from distrust.checkpoint.format import TensorInfo
 from distrust.checkpoint.naming import parsed
-from distrust.checkpoint.older import CHECKSUMS, MEMBERS, METADATA, MODEL, OPTIMIZER, checksums, fields, npz
+from distrust.checkpoint.older import (
+    CHECKSUMS,
+    MEMBERS,
+    METADATA,
+    MODEL,
+    OPTIMIZER,
+    agreement,
+    checksums,
+    fields,
+    npz,
+)
 from distrust.checkpoint.older.fields import together
 from distrust.checkpoint.older.header import NO_DIGEST, OlderHeader
 from distrust.checkpoint.opening import located, read_into, regular_file
@@ -35,10 +45,12 @@ _ARRAYS = (MODEL, OPTIMIZER)
 _DIGESTED_ANYHOW_BYTES = 1 << 30
 #: So many findings are told, of a folder in which everything is wrong.
 _TOLD = 8
-_MOMENTS = {"m.": "m", "v.": "v"}
+_MOMENTS = {"m.": agreement.M, "v.": agreement.V}
+#: The arrays of a file that are means of squares, by what their names begin with.
+_SQUARES = {OPTIMIZER: "v."}
 
-#: Is handed the descriptor of an ``.npz`` and its name.
-Use = Callable[[int, str], Any]
+#: Is handed the descriptor of an ``.npz``, its name, and what the names of its squares begin with.
+Use = Callable[[int, str, str | None], Any]
 
 
 def header(path: Path) -> OlderHeader:
@@ -59,7 +71,7 @@ def verify(path: Path) -> OlderHeader:
                 stacklevel=4,
             )
         content = folder.each_array_file(npz.verify)
-        _optimizer(found, content.get(OPTIMIZER, {}))
+        _optimizer(found, content)
         return found
 
 
@@ -70,21 +82,30 @@ def read(path: Path, framework: Framework) -> tuple[OlderHeader, Checkpoint]:
     with _opened(path) as folder:
         found = folder.header()
         content = folder.each_array_file(npz.read)
-    optimizer = _optimizer(found, content.get(OPTIMIZER, {}))
+    optimizer = _optimizer(found, content)
     return found, state.assemble(found, content.get(MODEL, {}), optimizer, framework=framework)
 
 
 def _optimizer(header: OlderHeader, content: dict[str, Any]) -> dict[str, Any]:
-    """The optimizer's tree, of arrays whose names say where in it they belong."""
+    """The optimizer's tree, of arrays whose names say where in it they belong; it agrees with the model."""
     sections: dict[str, dict[str, Any]] = {}
     others: dict[str, Any] = {}
-    for name, value in content.items():
+    for name, value in content.get(OPTIMIZER, {}).items():
         if section := _MOMENTS.get(name[:2]):
             sections.setdefault(section, {})[name[2:]] = value
         else:
             others[name] = value
     what = f"{METADATA} and {OPTIMIZER}"
-    return together(together(header.fields.optimizer_scalars, others, what), sections, what)
+    scalars = header.fields.optimizer_scalars
+    tree = together(together(scalars, others, what), sections, what)
+    agreement.require(
+        tree,
+        {name: array.shape for name, array in content.get(MODEL, {}).items()},
+        step=header.step,
+        of_moments=OPTIMIZER,
+        of_step=f"{METADATA}: optimizer_scalars.step" if agreement.STEP in scalars else f"{OPTIMIZER}: step",
+    )
+    return tree
 
 
 @contextlib.contextmanager
@@ -107,6 +128,8 @@ class _Folder:
 
     def header(self) -> OlderHeader:
         """Check what files there are, and read the metadata, compared with its checksum."""
+        if not self._names:
+            raise CorruptCheckpoint("an empty folder")
         findings = _Findings()
         members = sorted({*MEMBERS} & self._names)
         sizes = dict.fromkeys(members, 0)
@@ -146,8 +169,9 @@ class _Folder:
         """The arrays of a file, as their members say; none of a file that is not there."""
         if name not in self._names:
             return []
-        with self._file(name) as (descriptor, _):
-            return npz.describe(descriptor, name)
+        self._expected = self._expected or self._checksums()
+        with self._file(name) as (descriptor, status):
+            return self._described(descriptor, name, status.st_size)
 
     def unlisted(self) -> list[str]:
         """Files that are no part of the format and that no checksum proves; hidden ones are the system's."""
@@ -174,19 +198,22 @@ class _Folder:
     def _proven(self, name: str, use: Use | None) -> Any:
         """What ``use`` makes of a file, which has the right checksum and is the same before and after."""
         with self._file(name) as (descriptor, before):
-            try:
-                if use is not None:
-                    npz.describe(descriptor, name)
-            except CorruptCheckpoint:
-                # That the checksum is wrong says more. But a sparse file may be without end.
-                if before.st_size <= _DIGESTED_ANYHOW_BYTES:
-                    checksums.compare(name, self._expected, checksums.of_file(descriptor))
-                raise
+            if use is not None:
+                self._described(descriptor, name, before.st_size)
             checksums.compare(name, self._expected, checksums.of_file(descriptor))
-            made = None if use is None else use(descriptor, name)
+            made = None if use is None else use(descriptor, name, _SQUARES.get(name))
             if _written(before) != _written(os.fstat(descriptor)):
                 raise CorruptCheckpoint(f"{name} changed while it was read")
             return made
+
+    def _described(self, descriptor: int, name: str, size: int) -> list[npz.Array]:
+        try:
+            return npz.describe(descriptor, name)
+        except CorruptCheckpoint:
+            # That the checksum is wrong says more. But a sparse file may be without end.
+            if size <= _DIGESTED_ANYHOW_BYTES:
+                checksums.compare(name, self._expected, checksums.of_file(descriptor))
+            raise
 
     def _content(self, name: str, most: int) -> bytes:
         """A small file."""
@@ -242,7 +269,7 @@ def _written(status: os.stat_result) -> tuple[int, int, int]:
 
 
 def _tensors(path: Path) -> tuple[TensorInfo, ...]:
-    """The arrays as their members describe them; neither their checksums nor their data are looked at."""
+    """The arrays as their members describe them; checksums are looked at only where that makes no sense."""
     found = []
     with located(path), _opened(path) as folder:
         for name, section in zip(_ARRAYS, ("model", "optimizer"), strict=True):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from distrust.checkpoint.checkpoint import MAX_STEP
+from distrust.checkpoint.format import TensorInfo
 from distrust.checkpoint.naming import parsed
 from distrust.checkpoint.older.bounded import parse_object
+from distrust.checkpoint.tree import flatten
 from distrust.errors import CorruptCheckpoint, readable, shortened
 
 #: Keys of the metadata of the checkpoint that it becomes.
@@ -18,6 +20,16 @@ MAX_METADATA_BYTES = 64 << 20
 _KNOWN = (
     "step", "timestamp", "loss_history", "random_state", "metadata", "optimizer_scalars", "config"
 )  # fmt: skip
+
+
+class Whole(NamedTuple):
+    """A list of whole numbers that becomes an array of int64.
+
+    Attributes:
+        values: of them there is one at least.
+    """
+
+    values: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +66,27 @@ class Fields:
     def metrics(self) -> dict[str, float]:
         """The last loss, where there is one: nothing else here is plainly a metric."""
         return {"loss": self.losses[-1]} if self.losses else {}
+
+    @property
+    def rng(self) -> dict[str, Any]:
+        """The state of random generators; its lists of whole numbers, which are long, are :class:`Whole`."""
+        if self.random_state is None:
+            return {}
+        found = _with_arrays(self.random_state)
+        return found if type(found) is dict else {"state": found}
+
+    @property
+    def tensors(self) -> list[TensorInfo]:
+        """What of it becomes an array, as a listing shows it."""
+        losses = [TensorInfo("history.loss", "F64", (len(self.losses),), 0, 8 * len(self.losses), "")]
+        whole = flatten({"rng": self.rng}, is_array=lambda value: isinstance(value, Whole))[1]
+        return [
+            *(losses if self.losses else []),
+            *(
+                TensorInfo(label, "I64", (len(found.values),), 0, 8 * len(found.values), "")
+                for label, found in whole.items()
+            ),
+        ]
 
 
 def parse(raw: bytes, what: str, path: Path) -> Fields:
@@ -97,6 +130,16 @@ def together(a: dict[str, Any], b: dict[str, Any], what: str) -> dict[str, Any]:
     if both := a.keys() & b.keys():
         raise CorruptCheckpoint(f"{what}: there would be two values of the name {readable(min(both))}")
     return {**a, **b}
+
+
+def _with_arrays(node: Any) -> Any:
+    if type(node) is dict:
+        return {key: _with_arrays(value) for key, value in node.items()}
+    if type(node) is not list:
+        return node
+    if {*map(type, node)} == {int} and min(node) >= -(2**63) and max(node) < 2**63:
+        return Whole(node)
+    return [_with_arrays(value) for value in node]
 
 
 def _object(found: dict[str, Any], name: str, what: str) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from distrust.checkpoint.older.fields import Fields
 from distrust.checkpoint.once import Once
 from distrust.errors import CheckpointError
 
-#: The key of ``Checkpoint.run`` that names the format of a checkpoint that was not written here.
+#: The key of ``Checkpoint.run`` that names the format of a checkpoint that was not written here: for whoever
+#: writes it, and for whoever asks for it.
 BEGUN_ELSEWHERE = "begun_elsewhere"
 NO_DIGEST = ""
 
@@ -25,7 +26,7 @@ class OlderHeader:
         fields: what its metadata says.
         kind: by its name.
         file_size: of all its files, in bytes.
-        tensors: describes its tensors when they are asked for.
+        tensors: describes the tensors of its model and its optimizer, when they are asked for.
         lacks_arrays: whether it holds neither model nor optimizer.
 
     Attributes:
@@ -93,12 +94,12 @@ class OlderHeader:
 
     @Once
     def tensors(self) -> tuple[TensorInfo, ...]:
-        """By name, without digests.
+        """By name, without digests; and what of the metadata becomes arrays when it is loaded.
 
         Raises:
             CorruptCheckpoint: if they are not described as numpy or safetensors do.
         """
-        return self._tensors()
+        return tuple(sorted([*self._tensors(), *self.fields.tensors]))
 
     @property
     def sections(self) -> dict[str, Any]:

@@ -24,13 +24,15 @@ from math import prod
 from typing import Any, NamedTuple
 
 from distrust.checkpoint.format import ITEM_SIZES, TensorInfo, is_possible
+from distrust.checkpoint.older import finite
+from distrust.checkpoint.older.agreement import STEP, M, V
 from distrust.errors import CorruptCheckpoint, readable
 
 WHAT = "_optimizer"
 #: Their names there, and here.
-_MOMENTS = {"exp_avg": "m", "exp_avg_sq": "v"}
+_MOMENTS = {"exp_avg": M, "exp_avg_sq": V}
 _DTYPES = {"float16": "F16", "float32": "F32", "float64": "F64"}
-_STEP, _STATE, _SHAPES = "step", "state", "shapes"
+_STATE, _SHAPES = "state", "shapes"
 _SPELLINGS = '{"exp_avg": {name: …}, "exp_avg_sq": {name: …}} or {name: {"exp_avg": …, "exp_avg_sq": …}}'
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -73,7 +75,7 @@ def parse(found: dict[str, Any], model: Shapes) -> dict[str, Any]:
         moments = {ours: rest.pop(theirs, {}) for theirs, ours in _MOMENTS.items()}
     else:
         moments = _turned(rest)
-    if not any(moments.values()) and rest.keys() - {_STEP}:
+    if not any(moments.values()) and rest.keys() - {STEP}:
         raise _unknown("it names no moments")
     made: dict[str, Any] = {}
     for ours, arrays in moments.items():
@@ -112,19 +114,19 @@ def _turned(rest: dict[str, Any]) -> dict[str, dict[str, Any]]:
         if type(value) is not dict or not _MOMENTS.keys() & value.keys():
             continue
         del rest[name]
-        if more := value.keys() - _MOMENTS.keys() - {_STEP}:
+        if more := value.keys() - _MOMENTS.keys() - {STEP}:
             raise _unknown(f"{readable(name)} has {readable(min(more))} beside its moments")
         for theirs, ours in _MOMENTS.items():
             if theirs in value:
                 moments[ours][name] = value[theirs]
-        if _STEP in value:
-            steps.add(_whole(value[_STEP], name))
-    if len(steps) > 1 or (steps and _STEP in rest and [rest[_STEP]] != [*steps]):
+        if STEP in value:
+            steps.add(_whole(value[STEP], name))
+    if len(steps) > 1 or (steps and STEP in rest and [rest[STEP]] != [*steps]):
         raise _unknown(
             f"not every parameter has made the same steps: {', '.join(map(str, sorted(steps)[:5]))}"
         )
     if steps:
-        rest[_STEP] = steps.pop()
+        rest[STEP] = steps.pop()
     return moments
 
 
@@ -132,7 +134,7 @@ def _whole(value: Any, name: str) -> int:
     if type(value) is float and value.is_integer():
         value = int(value)
     if type(value) is not int:
-        raise _unknown(f"the {_STEP} of {readable(name)} is no whole number")
+        raise _unknown(f"the {STEP} of {readable(name)} is no whole number")
     number: int = value
     return number
 
@@ -174,6 +176,10 @@ def _numbers(name: str, value: Any, known: tuple[int, ...] | None) -> Numbers:
             raise _unknown(f"{readable(name)} is a flat list, and nothing says its shape")
     if prod(shape) != len(flat) or (len(nested) > 1 and nested != shape):
         raise _unknown(f"{readable(name)} has {len(flat):,} numbers, and the shape {[*shape]}")
+    try:
+        finite.require_in(flat, dtype, never_negative=name.startswith(f"{V}."))
+    except CorruptCheckpoint as error:
+        raise CorruptCheckpoint(f"{WHAT}: {readable(name)}: {error.reason}") from None
     return Numbers(flat, dtype, shape)
 
 

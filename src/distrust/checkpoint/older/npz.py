@@ -5,7 +5,7 @@ An ``.npz`` is a zip of ``.npy`` members. What it says of itself is bounded befo
 - members have plain names that end in ``.npy``, each once; they are stored or deflated, and not encrypted;
 - all of them together expand to no more than :data:`TIMES_ITS_SIZE` the file (small ones to more), as the zip
   declares it. What a member really holds is counted while it is read: it is what was declared, and its CRC
-  is right;
+  is right, and its numbers are finite;
 - a member's header is text of the one form that numpy writes; dtype times shape is the length of its data;
 - the members fill the file: nothing large is hidden between them.
 
@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 from distrust.checkpoint.format import ITEM_SIZES, is_possible
 from distrust.checkpoint.memory import available_bytes
+from distrust.checkpoint.older import finite
 from distrust.errors import CheckpointUnreadable, CorruptCheckpoint, shortened
 
 #: How many times as large as the file its arrays may be: random numbers, which weights are, hardly shrink.
@@ -87,8 +88,13 @@ def describe(descriptor: int, what: str) -> list[Array]:
     return found
 
 
-def verify(descriptor: int, what: str) -> dict[str, Array]:
+def verify(descriptor: int, what: str, squares: str | None = None) -> dict[str, Array]:
     """Read every member to its end; returns how each array is described, by its name.
+
+    Args:
+        descriptor: of the file.
+        what: for messages: its name.
+        squares: what the names of arrays begin with that hold nothing below zero.
 
     Raises:
         CorruptCheckpoint: with the first member that is not what it says.
@@ -98,15 +104,19 @@ def verify(descriptor: int, what: str) -> dict[str, Array]:
     def drop(array: Array, pieces: Iterator[bytes]) -> None:
         found[array.name] = array
         for piece in pieces:
-            if array.dtype == "BOOL":
-                _require_booleans(piece)
+            _require_numbers(piece, array, squares)
 
     _walk(descriptor, what, drop)
     return found
 
 
-def read(descriptor: int, what: str) -> dict[str, Any]:
+def read(descriptor: int, what: str, squares: str | None = None) -> dict[str, Any]:
     """Every array by its name, as :class:`~distrust.checkpoint.older.state.Bytes`.
+
+    Args:
+        descriptor: of the file.
+        what: for messages: its name.
+        squares: what the names of arrays begin with that hold nothing below zero.
 
     Raises:
         CorruptCheckpoint: with the first member that is not what it says.
@@ -124,8 +134,7 @@ def read(descriptor: int, what: str) -> dict[str, Any]:
     def keep(array: Array, pieces: Iterator[bytes]) -> None:
         data, offset = np.empty(array.nbytes, np.uint8), 0
         for piece in pieces:
-            if array.dtype == "BOOL":
-                _require_booleans(piece)
+            _require_numbers(piece, array, squares)
             data[offset : offset + len(piece)] = np.frombuffer(piece, np.uint8)
             offset += len(piece)
         found[array.name] = Bytes(_in_order(data, array), array.dtype, array.shape)
@@ -245,9 +254,11 @@ def _pieces(stream: Any, nbytes: int) -> Iterator[bytes]:
         raise CorruptCheckpoint("it is longer than it says")
 
 
-def _require_booleans(piece: bytes) -> None:
-    if piece.translate(None, b"\0\1"):
+def _require_numbers(piece: bytes, array: Array, squares: str | None) -> None:
+    if array.dtype == "BOOL" and piece.translate(None, b"\0\1"):
         raise CorruptCheckpoint("it holds booleans that are neither true nor false")
+    never_negative = squares is not None and array.name.startswith(squares)
+    finite.require(piece, array.dtype, swapped=array.swapped, never_negative=never_negative)
 
 
 @contextlib.contextmanager

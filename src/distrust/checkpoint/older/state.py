@@ -27,6 +27,7 @@ from distrust.checkpoint import arrays
 from distrust.checkpoint.arrays import Framework
 from distrust.checkpoint.arrays.host import NUMPY_NAMES
 from distrust.checkpoint.checkpoint import Checkpoint
+from distrust.checkpoint.older.fields import Whole
 from distrust.checkpoint.older.header import BEGUN_ELSEWHERE, OlderHeader
 from distrust.checkpoint.older.moments import Numbers
 
@@ -73,7 +74,7 @@ def assemble(
         step=header.step,
         model={name: made(value) for name, value in model.items()},
         optimizer=_mapped(optimizer, made),
-        rng=_mapped(_random(fields.random_state), made),
+        rng=_mapped(fields.rng, made),
         history={"loss": made(_bytes(losses, "F64"))} if fields.losses else {},
         config=_certain(model),
         metadata=fields.kept,
@@ -86,29 +87,13 @@ def _mapped(node: Any, made: Callable[[Bytes], Any]) -> Any:
     if isinstance(node, Bytes):
         return made(node)
     if isinstance(node, Numbers):
-        with np.errstate(over="ignore"):  # what is too large for its dtype is infinite in it
-            values = np.array(node.values, NUMPY_NAMES[node.dtype]).reshape(node.shape)
+        values = np.array(node.values, NUMPY_NAMES[node.dtype]).reshape(node.shape)
         return made(_bytes(values, node.dtype))
+    if isinstance(node, Whole):
+        return made(_bytes(np.array(node.values, np.int64), "I64"))
     if type(node) is dict:
         return {key: _mapped(value, made) for key, value in node.items()}
     return [_mapped(value, made) for value in node] if type(node) is list else node
-
-
-def _random(value: Any) -> Any:
-    """A state of random generators; its lists of whole numbers, which are long, become arrays."""
-    if value is None:
-        return {}
-    return _numbers(value if type(value) is dict else {"state": value})
-
-
-def _numbers(node: Any) -> Any:
-    if type(node) is dict:
-        return {key: _numbers(value) for key, value in node.items()}
-    if type(node) is not list:
-        return node
-    if {*map(type, node)} == {int} and min(node) >= -(2**63) and max(node) < 2**63:
-        return _bytes(np.array(node, np.int64), "I64")
-    return [_numbers(value) for value in node]
 
 
 def _bytes(values: Any, dtype: str) -> Bytes:
