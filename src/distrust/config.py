@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from distrust.checkpoint.retention import MetricMode
-from distrust.errors import ConfigError
+from distrust.errors import ConfigError, why_unread
 from distrust.weighting import ALPHA, ALPHA_RANGE, LAMBDA, MAX_AUTHORITY_WEIGHT, Weighting
 
 #: As ``model`` or ``data``: the small ones that come with the package.
@@ -324,7 +324,7 @@ def from_toml(path: Path) -> TrainConfig:
         with path.open("rb") as file:
             values = tomllib.load(file)
     except OSError as error:
-        raise ConfigError(f"--config {path}: {error.strerror}") from None
+        raise ConfigError(f"--config {path}: {why_unread(error)}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path}: not valid TOML: {error}") from None
     return from_mapping(values, where=str(path))

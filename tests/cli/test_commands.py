@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -95,6 +97,9 @@ def test_bad_usage(distrust, arguments):
         ["verify"],
         ["prune", "--damaged"],
         ["diff", "here"],
+        ["show", "--step", "4"],
+        ["plot"],
+        ["report"],
         ["generate", "--prompt", "a"],
         ["export", "--to", "x"],
     ],
@@ -103,8 +108,7 @@ def test_nothing_of_that_name(distrust, finished, tmp_path, arguments):
     verb, *more = [str(finished) if argument == "here" else argument for argument in arguments]
     given = distrust(verb, *more, tmp_path / "nowhere")
     assert (given.code, given.out) == (1, "")
-    what = "no such checkpoint" if verb in ("show", "diff") else "no such file or directory"
-    assert given.err == f"distrust: {tmp_path}/nowhere: {what}\n"
+    assert given.err == f"distrust: {tmp_path}/nowhere: no such file or directory\n"
 
 
 @pytest.mark.parametrize("verb", ["show", "verify", "generate"])
@@ -210,6 +214,32 @@ def test_a_file_that_is_no_checkpoint(distrust, tmp_path, verb):
     assert given.err.startswith(f"distrust: {path}: ")
     assert given.err.count("\n") == 1
     assert distrust("verify", path).code == 1
+
+
+@pytest.mark.parametrize("verb", ["ls", "show", "verify"])
+def test_what_may_not_be_looked_at_is_not_said_to_be_missing(distrust, tmp_path, monkeypatch, verb):
+    path = str(tmp_path / "there")
+    real = os.stat
+
+    def stat(asked, *arguments, **options):
+        if asked == path or str(asked) == path:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return real(asked, *arguments, **options)
+
+    monkeypatch.setattr(os, "stat", stat)
+    given = distrust(verb, path)
+    assert (given.code, given.out) == (1, "")
+    assert given.err == f"distrust: {path}: cannot be read: Permission denied\n"
+
+
+@pytest.mark.parametrize(("name", "named"), [("a file", "a file: "), (b"a file", "a file: "), (None, "")])
+def test_what_the_system_refuses_is_named(distrust, monkeypatch, name, named):
+    def main(arguments):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), name)
+
+    monkeypatch.setattr("distrust.cli.ls.main", main)
+    given = distrust("ls", "x")
+    assert (given.code, given.out, given.err) == (1, "", f"distrust: ls: {named}Permission denied\n")
 
 
 def test_diff(distrust, finished, copy):

@@ -45,7 +45,7 @@ def test_what_is_refused_is_one_line_and_leaves_nothing(distrust, folder, finish
         ("--to", tmp_path / "a", "--best"): (1, "no checkpoint has the metric 'eval_loss'"),
         ("--to", tmp_path / "a", "--format", "state"): (2, "give it a name that ends in .safetensors"),
         ("--to", tmp_path / "a", "--format", "merged", "--model", other): (1, "was not trained on"),
-        ("--to", tmp_path / "a", "--model", tmp_path / "nowhere"): (1, "there is no such folder"),
+        ("--to", tmp_path / "a", "--model", tmp_path / "nowhere"): (1, "no such file or directory"),
         ("--to", tmp_path / "full" / "mine" / "a"): (1, "mine is no folder"),
     }
     for arguments, (code, said) in cases.items():

@@ -26,11 +26,14 @@ from distrust.checkpoint.header import Header, header_length, parse_header
 from distrust.checkpoint.naming import Entry, file_name, parsed
 from distrust.checkpoint.opening import located, read_into, regular_file
 from distrust.errors import (
+    NOT_THERE,
     CheckpointError,
     CheckpointNotFound,
+    CheckpointUnreadable,
     CorruptCheckpoint,
     DistrustWarning,
     UnsupportedVersion,
+    why_unread,
 )
 
 if TYPE_CHECKING:
@@ -39,7 +42,7 @@ if TYPE_CHECKING:
 __all__ = [
     "RUN_SUBDIRECTORY", "CheckpointFile", "DamagedFile", "Entry", "Identity", "Known", "Scan",
     "checkpoint_directory", "file_name", "find", "identity", "is_directory", "link_to_nothing", "named",
-    "newest", "opened", "read_header", "require_name", "scan", "verify", "verify_content",
+    "newest", "opened", "read_header", "require_name", "require_there", "scan", "verify", "verify_content",
 ]  # fmt: skip
 
 RUN_SUBDIRECTORY = "checkpoints"
@@ -228,9 +231,23 @@ def find(target: Path) -> list[Path]:
         if not paths:
             raise CheckpointNotFound(f"{target}: no checkpoints here", path=target)
         return paths
-    if not os.path.exists(target):
-        raise CheckpointNotFound(f"{target}: no such file or directory", path=target)
+    require_there(target)
     return [target]
+
+
+def require_there(target: Path) -> None:
+    """Check that something is at the place that a user has named.
+
+    Raises:
+        CheckpointNotFound: if nothing is.
+        CheckpointUnreadable: if this process may not look.
+    """
+    try:
+        os.stat(target)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        raise CheckpointNotFound(f"{target}: {NOT_THERE}", path=target) from None
+    except OSError as error:
+        raise CheckpointUnreadable(f"{target}: {why_unread(error)}", path=target) from error
 
 
 def newest(target: Path) -> CheckpointFile:
@@ -243,6 +260,7 @@ def newest(target: Path) -> CheckpointFile:
         CorruptCheckpoint: if a file was named and its header is damaged.
     """
     if not is_directory(target):
+        require_there(target)
         return read_header(target)
     found = scan(checkpoint_directory(target))
     files = found.everything

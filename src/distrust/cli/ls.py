@@ -7,7 +7,6 @@ from pathlib import Path
 
 from distrust.checkpoint import store
 from distrust.cli.arguments import TARGET, number, parser, print_json, size
-from distrust.errors import CheckpointNotFound
 from distrust.reporting.printing import printable
 
 
@@ -45,8 +44,7 @@ def main(arguments: list[str]) -> int:
 def _scan(target: Path) -> store.Scan:
     if store.is_directory(target):
         return store.scan(store.checkpoint_directory(target))
-    if not target.exists():
-        raise CheckpointNotFound(f"{target}: no such file or directory", path=target)
+    store.require_there(target)
     one = (store.read_header(target),)
     return store.Scan((), (), one) if one[0].is_older else store.Scan(one, ())
 
