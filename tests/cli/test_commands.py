@@ -10,8 +10,10 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
+from distrust import Checkpoint, CheckpointManager
 from distrust.cli import COMMANDS
 
 HEX = re.compile("[0-9a-f]{64}")
@@ -123,6 +125,39 @@ def test_ls_of_a_folder_without_checkpoints(distrust, tmp_path):
     assert json.loads(distrust("ls", tmp_path, "--json").out) == []
 
 
+ELSEWHERE = {
+    "a folder of the transformers Trainer": ["checkpoint-5/trainer_state.json"],
+    "a folder of the transformers Trainer: distrust convert ": ["trainer_state.json", "adapter_config.json"],
+    "an adapter folder of peft": ["adapter_config.json", "adapter_model.safetensors"],
+    "an adapter folder of mlx-lm": ["adapter_config.json", "adapters.safetensors"],
+}
+
+
+@pytest.mark.parametrize("what", ELSEWHERE)
+def test_a_folder_of_another_program_is_recognised(distrust, tmp_path, what):
+    folder = tmp_path / "out put"
+    for name in ELSEWHERE[what]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    command = f"distrust convert '{folder}' --to RUN makes a run of it\n"
+    listed = distrust("ls", folder)
+    assert (listed.code, listed.err) == (0, "")
+    for said in (listed.out, *(distrust(verb, folder).err for verb in ("show", "verify"))):
+        assert f"; it is {what}" in said
+        assert said.endswith(command)
+        assert said.count("\n") == 1
+    assert distrust("ls", folder, "--json").out == "[]\n"
+
+
+def test_of_a_trainers_folder_with_an_adapter_beside_the_newest_checkpoint_is_meant(distrust, tmp_path):
+    for name in ("checkpoint-9", "checkpoint-10"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "trainer_state.json").touch()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).touch()
+    assert f"distrust convert {tmp_path}/checkpoint-10 --to RUN" in distrust("ls", tmp_path).out
+
+
 def test_ls(distrust, finished):
     given = distrust("ls", finished, "--json")
     assert (given.code, given.err) == (0, "")
@@ -205,6 +240,30 @@ def test_verify(distrust, finished, copy):
     assert distrust("verify", finished, copy / "checkpoints" / "checkpoint-2.safetensors").code == 0
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "data.jsonl"])
+def test_a_file_of_another_program_is_not_damaged(distrust, tmp_path, name):
+    path = tmp_path / name
+    header = b'{"w":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}'
+    content = len(header).to_bytes(8, "little") + header + b"x"
+    path.write_bytes(b'{"text": "ore"}\n' * 99 if name.endswith(".jsonl") else content)
+    given = distrust("verify", path)
+    said = "neither its name nor its beginning is that of one"
+    assert (given.code, given.out) == (1, f"{path}: NOT A CHECKPOINT: {said}\n")
+    (row,) = json.loads(distrust("verify", path, "--json").out)
+    assert row == {"path": str(path), "ok": False, "verdict": "NOT A CHECKPOINT", "reason": said}
+    named = path.rename(tmp_path / "checkpoint-7.safetensors")
+    assert f"{named}: DAMAGED: " in distrust("verify", named).out
+
+
+def test_a_damaged_checkpoint_under_another_name_is_damaged(distrust, finished, tmp_path):
+    path = tmp_path / "backup.safetensors"
+    for place in (100, 5000, -1):
+        raw = bytearray((finished / "checkpoints" / "checkpoint-4.safetensors").read_bytes())
+        raw[place] ^= 1
+        path.write_bytes(raw)
+        assert f"{path}: DAMAGED: " in distrust("verify", path).out
+
+
 @pytest.mark.parametrize("verb", ["show", "ls"])
 def test_a_file_that_is_no_checkpoint(distrust, tmp_path, verb):
     path = tmp_path / "notes.txt"
@@ -263,6 +322,21 @@ def test_diff(distrust, finished, copy):
     assert ("tensor", "history.loss") in names
     assert any(what == "tensor" and "lora_A" in name for what, name in names)
     assert not any("config" in name for _, name in names)
+
+
+def test_diff_of_what_two_engines_made(distrust, tmp_path):
+    for engine, names in (("torch", "abc"), ("mlx", "cdefg")):
+        run = {"environment": {"engine": engine}}
+        model = {name: np.full(3, ord(name)) for name in names}
+        with CheckpointManager(tmp_path / engine) as manager:
+            manager.save(Checkpoint(step=1, model=model, run=run))
+    given = distrust("diff", tmp_path / "torch", tmp_path / "mlx")
+    assert given.code == 1
+    lines = given.out.splitlines()
+    assert lines[2].startswith("a was made with torch, b with mlx: each names its tensors its own way")
+    assert lines[-1] == "different: 0 scalars, 6 of 7 tensors"
+    alone = distrust("diff", tmp_path / "torch", tmp_path / "torch")
+    assert (alone.code, "was made with" in alone.out) == (0, False)
 
 
 def test_diff_reads_headers_only(distrust, copy, finished):

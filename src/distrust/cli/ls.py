@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from distrust.checkpoint import store
+from distrust.checkpoint import foreign, store
 from distrust.cli.arguments import TARGET, number, parser, print_json, size
 from distrust.reporting.printing import printable
 
@@ -37,7 +37,8 @@ def main(arguments: list[str]) -> int:
             row = f"{file.step:>8}  {file.kind:8}  {size(file.bytes):>8}  {created:19}  {metrics}"
             print(printable(row))
     else:
-        print(printable(f"no {'whole ' if found.damaged else ''}checkpoints in {options.target}"))
+        whole, hint = ("whole ", "") if found.damaged else ("", foreign.hint(options.target))
+        print(printable(f"no {whole}checkpoints in {options.target}{hint}"))
     return 0
 
 
