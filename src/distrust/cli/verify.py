@@ -16,7 +16,8 @@ def main(arguments: list[str]) -> int:
     arg = parser(
         "verify",
         description=(
-            "Exit code 0 if all are whole, 1 if any is\nDAMAGED, UNREADABLE by this process, or NOT A CHECKPOINT."
+            "Exit code 0 if all are whole, 1 if any is\n"
+            "DAMAGED, UNREADABLE by this process, or NOT A CHECKPOINT."
         ),
         examples=["distrust verify runs/train", "distrust verify runs/*/checkpoints/*-final.safetensors"],
     )

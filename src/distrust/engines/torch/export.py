@@ -45,8 +45,9 @@ def prepare_adapter(config: TrainConfig, tensors: Mapping[str, torch.Tensor], *,
     tokenizer = load_tokenizer(config.model)
     if model.is_quantized_by_mlx(config.model):
         warnings.warn(
-            f"{config.model} is in mlx's quantized layout, which transformers does not load: the adapter needs "
-            "the model that it was made of, whose weights are other ones; --format mlx makes one for mlx-lm",
+            f"{config.model} is in mlx's quantized layout, which transformers does not load: the adapter "
+            "needs the model that it was made of, whose weights are other ones; --format mlx makes one for "
+            "mlx-lm",
             DistrustWarning,
             stacklevel=2,
         )
@@ -84,8 +85,8 @@ def require_mergeable(config: TrainConfig) -> None:
     """
     if model.is_quantized_by_mlx(config.model):
         raise ConfigError(
-            f"--format merged: {config.model} is in mlx's quantized layout, which torch does not read; give mlx, "
-            "and merge it with mlx_lm.fuse"
+            f"--format merged: {config.model} is in mlx's quantized layout, which torch does not read; give "
+            "mlx, and merge it with mlx_lm.fuse"
         )
 
 

@@ -29,8 +29,8 @@ def load_model(
     """
     if is_quantized_by_mlx(name):
         raise ConfigError(
-            f"--model {name}: is in mlx's quantized layout, which torch does not read: use --engine mlx, or give "
-            "the model that it was made of"
+            f"--model {name}: is in mlx's quantized layout, which torch does not read: use --engine mlx, or "
+            "give the model that it was made of"
         )
     options = quantization.loading_options(quantized, dtype=dtype, device=device)
     from transformers import AutoModelForCausalLM
