@@ -57,6 +57,12 @@ def test_what_is_refused_is_one_line_and_leaves_nothing(distrust, folder, finish
     assert os.listdir(tmp_path / "full") == ["mine"]
 
 
+def test_folders_above_are_made(distrust, finished, tmp_path):
+    to = tmp_path / "not" / "there" / "yet.safetensors"
+    assert distrust("export", finished, "--to", to, "--format", "state").code == 0
+    assert load_file(to)
+
+
 @pytest.mark.parametrize("entry", ["quantization", "quantization_config"])
 def test_a_base_model_that_mlx_has_quantized(distrust, finished, tmp_path, entry):
     """As its folder says: the weights are not looked at."""
