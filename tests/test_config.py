@@ -184,6 +184,15 @@ def test_every_option_says_what_it_changes():
     assert sorted(name for names in effects for name in names) == sorted(OPTIONS)
 
 
+def test_the_help_says_no_default_twice(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    shown = capsys.readouterr().out
+    assert "default: None" not in shown
+    assert "(default: bundled)" in shown
+    assert "--engine mlx" in shown.partition("examples:")[2]
+
+
 def test_every_option_has_its_doc_in_the_help(capsys):
     with pytest.raises(SystemExit) as left:
         parse(["--help"])
@@ -200,6 +209,7 @@ def test_every_option_has_its_doc_in_the_help(capsys):
     for name, doc in docs.items():
         assert re.search(rf"{re.escape(flag(name))}\b", out), name
         assert re.sub(r"\s+", "", doc) in shown, name
+        assert all(line.endswith(".") for line in doc.splitlines()), f"{name}: the help breaks a sentence"
     assert "--config" in out
     assert "--lambda_" not in out
     assert "distrust train --model ./my-model" in out

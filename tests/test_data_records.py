@@ -287,7 +287,7 @@ def one_line(path):
 
 
 def test_files_that_cannot_be_read(tmp_path):
-    assert one_line(tmp_path / "none.jsonl") == f"{tmp_path}/none.jsonl: no such file"
+    assert one_line(tmp_path / "none.jsonl") == f"{tmp_path}/none.jsonl: no such file or directory"
     assert "holds no data files" in one_line(tmp_path)
     (tmp_path / "file").touch()
     assert "cannot be read: Not a directory" in one_line(tmp_path / "file" / "data.jsonl")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import gzip
 import json
 import os
@@ -266,6 +267,58 @@ def test_a_folder_is_its_files_in_order(tmp_path):
     ]
 
 
+class TestWhatMayNotBeRead:
+    """Root may read everything, so the operating system's refusals are put in its mouth."""
+
+    def test_a_folder_is_named(self, tmp_path, monkeypatch):
+        folder = tmp_path / "data"
+        folder.mkdir()
+        refuse(monkeypatch, "stat", str(folder / "dataset_dict.json"))
+        with pytest.raises(DataError) as caught:
+            open_source(str(folder), Columns())
+        assert str(caught.value) == f"{folder}: cannot be read: Permission denied"
+
+    def test_a_folder_in_a_folder_is_not_left_out(self, tmp_path, monkeypatch):
+        write_json_lines(tmp_path / "a.jsonl", ROWS)
+        for name in ("inner", ".hidden"):
+            (tmp_path / name).mkdir()
+        refuse(monkeypatch, "scandir", str(tmp_path / ".hidden"))
+        assert len(open_source(str(tmp_path), Columns()).parts) == 1
+        refuse(monkeypatch, "scandir", str(tmp_path / "inner"))
+        with pytest.raises(DataError) as caught:
+            open_source(str(tmp_path), Columns())
+        assert str(caught.value) == f"{tmp_path / 'inner'}: cannot be read: Permission denied"
+
+
+def refuse(monkeypatch, name, refused):
+    real = getattr(os, name)
+
+    def call(path, *arguments, **options):
+        if os.fspath(path) == refused:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), refused)
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(os, name, call)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pages.tar.gz"])
+def test_a_binary_file_is_told_in_one_line(tmp_path, name):
+    path = tmp_path / name
+    content = b"\xe8\x03\0\0\0\0\0\0{}\n" * 500
+    path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    with pytest.raises(DataError) as caught:
+        open_source(str(path), Columns())
+    assert str(caught.value).startswith(f"{path}: is no data file; give JSON Lines, JSON, CSV, ")
+    assert "\n" not in str(caught.value)
+
+
+def test_text_of_another_encoding_is_no_binary_file(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text(json.dumps(ROWS[0]), encoding="utf-16")
+    with pytest.raises(DataError, match="save the file as UTF-8"):
+        read_records(path)
+
+
 def test_a_folder_of_splits(tmp_path):
     (tmp_path / "data").mkdir()
     write_parquet(tmp_path / "data" / "train-00000-of-00002.parquet", ROWS[:1])
@@ -356,7 +409,7 @@ except DataError as error:
 def test_what_can_only_be_a_file_is_not_asked_for_elsewhere(name):
     with pytest.raises(DataError) as caught:
         open_source(name, Columns())
-    assert str(caught.value).endswith(": no such file")
+    assert str(caught.value).endswith(": no such file or directory")
 
 
 def test_options_of_the_hub_are_not_for_files(tmp_path):

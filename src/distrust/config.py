@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from distrust.checkpoint.retention import MetricMode
-from distrust.errors import ConfigError
+from distrust.errors import ConfigError, why_unread
 from distrust.weighting import ALPHA, ALPHA_RANGE, LAMBDA, MAX_AUTHORITY_WEIGHT, Weighting
 
 #: As ``model`` or ``data``: the small ones that come with the package.
@@ -89,6 +89,8 @@ def _free(default: Any) -> Any:
 class TrainConfig:
     """What to train, on what, and how.
 
+    The help shows a doc's lines as they stand: one that is broken in two is broken between sentences.
+
     Raises:
         ConfigError: naming every option that is wrong, one a line.
     """
@@ -97,8 +99,8 @@ class TrainConfig:
     model: str = _free(BUNDLED)
     """Base model: a folder, a hub name, or "bundled" for the small one that comes with the package."""
     data: str | tuple[str, ...] = _free(BUNDLED)
-    """Training examples, one source or several: a file (JSON Lines, JSON, CSV, Parquet), a folder of files, a
-    hub data set, or "bundled" for the corpus that comes with the package."""
+    """Training examples, one source or several, or "bundled" for the corpus that comes with the package.
+    A source is a file (JSON Lines, JSON, CSV, TSV, Parquet), a folder of files, or a data set of the hub."""
     out: str = _free("runs/train")
     """Folder of the run. The same command with the same folder continues the run."""
     eval_data: str | tuple[str, ...] | None = _free(None)
@@ -203,8 +205,8 @@ class TrainConfig:
 
     # Computing
     engine: EngineName = _bits("auto")
-    """What trains: "torch", or "mlx". "auto": what trained the run until now; else mlx on Apple silicon where
-    it is installed, or where torch is not, and torch elsewhere."""
+    """What trains: "torch", "mlx", or with "auto" what trained the run until now.
+    A new run gets mlx on Apple silicon where it is installed, or where torch is not, and torch elsewhere."""
     dtype: Dtype = _result("float32")
     """Precision of the frozen base and of the arithmetic. What is trained is always float32."""
     device: Device = _bits("auto")
@@ -212,8 +214,8 @@ class TrainConfig:
     threads: int | None = _bits(None)
     """CPU threads of torch. Default: the machine's, or those that the run began with."""
     compile: bool = _bits(False)
-    """Have torch compile the layers, a minute at the start; CPUs need a C++ compiler, and gain little. On
-    GPUs mlx compiles its steps anyway."""
+    """Have torch compile the layers, a minute at the start; CPUs need a C++ compiler, and gain little.
+    With mlx, steps are compiled on a GPU anyway."""
     gradient_checkpointing: bool = _bits(False)
     """Keep fewer activations and compute them again: less memory, more time."""
 
@@ -324,7 +326,7 @@ def from_toml(path: Path) -> TrainConfig:
         with path.open("rb") as file:
             values = tomllib.load(file)
     except OSError as error:
-        raise ConfigError(f"--config {path}: {error.strerror}") from None
+        raise ConfigError(f"--config {path}: {why_unread(error)}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path}: not valid TOML: {error}") from None
     return from_mapping(values, where=str(path))

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from distrust.checkpoint.disk import Disk
-from distrust.errors import ConfigError, WriteFailed
+from distrust.errors import NOT_THERE, ConfigError, WriteFailed
 
 
 def require_writable(path: Path, *, force: bool, inputs: Iterable[str] = ()) -> None:
@@ -31,6 +31,7 @@ def require_writable(path: Path, *, force: bool, inputs: Iterable[str] = ()) -> 
 
     Raises:
         ConfigError: for a file that is there, or one that is read.
+        WriteFailed: where its folder is not there.
     """
     for name in inputs:
         if _is_same(path, name):
@@ -42,6 +43,10 @@ def require_writable(path: Path, *, force: bool, inputs: Iterable[str] = ()) -> 
             raise ConfigError(
                 f"{path}: lies in the folder that is read, and would be read as its data; give another name"
             )
+    folder = path.parent
+    if not os.path.isdir(folder):
+        what = "is no folder" if os.path.lexists(folder) else NOT_THERE
+        raise WriteFailed(f"{path}: not written: {folder}: {what}; make that folder first", path=path)
     if os.path.lexists(path):
         if path.exists() and not path.is_file():
             raise ConfigError(f"{path}: is there already, and is no file; give another name")

@@ -32,6 +32,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+#: What is said of a path that is not there, everywhere.
+NOT_THERE = "no such file or directory"
+
 _SHOWN_CHARACTERS = 200
 
 
@@ -213,6 +216,11 @@ class SaveFailed(CheckpointError):
         super().__init__(message, path=path)
         self.wanted = wanted
         self.free = free
+
+
+def why_unread(error: OSError) -> str:
+    """Why a file was not read, behind its name."""
+    return NOT_THERE if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror or error}"
 
 
 def shortened(text: str) -> str:

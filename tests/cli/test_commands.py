@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
+from distrust import Checkpoint, CheckpointManager
 from distrust.cli import COMMANDS
 
 HEX = re.compile("[0-9a-f]{64}")
@@ -95,6 +99,9 @@ def test_bad_usage(distrust, arguments):
         ["verify"],
         ["prune", "--damaged"],
         ["diff", "here"],
+        ["show", "--step", "4"],
+        ["plot"],
+        ["report"],
         ["generate", "--prompt", "a"],
         ["export", "--to", "x"],
     ],
@@ -103,8 +110,7 @@ def test_nothing_of_that_name(distrust, finished, tmp_path, arguments):
     verb, *more = [str(finished) if argument == "here" else argument for argument in arguments]
     given = distrust(verb, *more, tmp_path / "nowhere")
     assert (given.code, given.out) == (1, "")
-    what = "no such checkpoint" if verb in ("show", "diff") else "no such file or directory"
-    assert given.err == f"distrust: {tmp_path}/nowhere: {what}\n"
+    assert given.err == f"distrust: {tmp_path}/nowhere: no such file or directory\n"
 
 
 @pytest.mark.parametrize("verb", ["show", "verify", "generate"])
@@ -117,6 +123,39 @@ def test_a_folder_without_checkpoints(distrust, tmp_path, verb):
 def test_ls_of_a_folder_without_checkpoints(distrust, tmp_path):
     assert distrust("ls", tmp_path).out == f"no checkpoints in {tmp_path}\n"
     assert json.loads(distrust("ls", tmp_path, "--json").out) == []
+
+
+ELSEWHERE = {
+    "a folder of the transformers Trainer": ["checkpoint-5/trainer_state.json"],
+    "a folder of the transformers Trainer: distrust convert ": ["trainer_state.json", "adapter_config.json"],
+    "an adapter folder of peft": ["adapter_config.json", "adapter_model.safetensors"],
+    "an adapter folder of mlx-lm": ["adapter_config.json", "adapters.safetensors"],
+}
+
+
+@pytest.mark.parametrize("what", ELSEWHERE)
+def test_a_folder_of_another_program_is_recognised(distrust, tmp_path, what):
+    folder = tmp_path / "out put"
+    for name in ELSEWHERE[what]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    command = f"distrust convert '{folder}' --to RUN makes a run of it\n"
+    listed = distrust("ls", folder)
+    assert (listed.code, listed.err) == (0, "")
+    for said in (listed.out, *(distrust(verb, folder).err for verb in ("show", "verify"))):
+        assert f"; it is {what}" in said
+        assert said.endswith(command)
+        assert said.count("\n") == 1
+    assert distrust("ls", folder, "--json").out == "[]\n"
+
+
+def test_of_a_trainers_folder_with_an_adapter_beside_the_newest_checkpoint_is_meant(distrust, tmp_path):
+    for name in ("checkpoint-9", "checkpoint-10"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "trainer_state.json").touch()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).touch()
+    assert f"distrust convert {tmp_path}/checkpoint-10 --to RUN" in distrust("ls", tmp_path).out
 
 
 def test_ls(distrust, finished):
@@ -201,6 +240,30 @@ def test_verify(distrust, finished, copy):
     assert distrust("verify", finished, copy / "checkpoints" / "checkpoint-2.safetensors").code == 0
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "data.jsonl"])
+def test_a_file_of_another_program_is_not_damaged(distrust, tmp_path, name):
+    path = tmp_path / name
+    header = b'{"w":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}'
+    content = len(header).to_bytes(8, "little") + header + b"x"
+    path.write_bytes(b'{"text": "ore"}\n' * 99 if name.endswith(".jsonl") else content)
+    given = distrust("verify", path)
+    said = "neither its name nor its beginning is that of one"
+    assert (given.code, given.out) == (1, f"{path}: NOT A CHECKPOINT: {said}\n")
+    (row,) = json.loads(distrust("verify", path, "--json").out)
+    assert row == {"path": str(path), "ok": False, "verdict": "NOT A CHECKPOINT", "reason": said}
+    named = path.rename(tmp_path / "checkpoint-7.safetensors")
+    assert f"{named}: DAMAGED: " in distrust("verify", named).out
+
+
+def test_a_damaged_checkpoint_under_another_name_is_damaged(distrust, finished, tmp_path):
+    path = tmp_path / "backup.safetensors"
+    for place in (100, 5000, -1):
+        raw = bytearray((finished / "checkpoints" / "checkpoint-4.safetensors").read_bytes())
+        raw[place] ^= 1
+        path.write_bytes(raw)
+        assert f"{path}: DAMAGED: " in distrust("verify", path).out
+
+
 @pytest.mark.parametrize("verb", ["show", "ls"])
 def test_a_file_that_is_no_checkpoint(distrust, tmp_path, verb):
     path = tmp_path / "notes.txt"
@@ -210,6 +273,32 @@ def test_a_file_that_is_no_checkpoint(distrust, tmp_path, verb):
     assert given.err.startswith(f"distrust: {path}: ")
     assert given.err.count("\n") == 1
     assert distrust("verify", path).code == 1
+
+
+@pytest.mark.parametrize("verb", ["ls", "show", "verify"])
+def test_what_may_not_be_looked_at_is_not_said_to_be_missing(distrust, tmp_path, monkeypatch, verb):
+    path = str(tmp_path / "there")
+    real = os.stat
+
+    def stat(asked, *arguments, **options):
+        if asked == path or str(asked) == path:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return real(asked, *arguments, **options)
+
+    monkeypatch.setattr(os, "stat", stat)
+    given = distrust(verb, path)
+    assert (given.code, given.out) == (1, "")
+    assert given.err == f"distrust: {path}: cannot be read: Permission denied\n"
+
+
+@pytest.mark.parametrize(("name", "named"), [("a file", "a file: "), (b"a file", "a file: "), (None, "")])
+def test_what_the_system_refuses_is_named(distrust, monkeypatch, name, named):
+    def main(arguments):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), name)
+
+    monkeypatch.setattr("distrust.cli.ls.main", main)
+    given = distrust("ls", "x")
+    assert (given.code, given.out, given.err) == (1, "", f"distrust: ls: {named}Permission denied\n")
 
 
 def test_diff(distrust, finished, copy):
@@ -233,6 +322,21 @@ def test_diff(distrust, finished, copy):
     assert ("tensor", "history.loss") in names
     assert any(what == "tensor" and "lora_A" in name for what, name in names)
     assert not any("config" in name for _, name in names)
+
+
+def test_diff_of_what_two_engines_made(distrust, tmp_path):
+    for engine, names in (("torch", "abc"), ("mlx", "cdefg")):
+        run = {"environment": {"engine": engine}}
+        model = {name: np.full(3, ord(name)) for name in names}
+        with CheckpointManager(tmp_path / engine) as manager:
+            manager.save(Checkpoint(step=1, model=model, run=run))
+    given = distrust("diff", tmp_path / "torch", tmp_path / "mlx")
+    assert given.code == 1
+    lines = given.out.splitlines()
+    assert lines[2].startswith("a was made with torch, b with mlx: each names its tensors its own way")
+    assert lines[-1] == "different: 0 scalars, 6 of 7 tensors"
+    alone = distrust("diff", tmp_path / "torch", tmp_path / "torch")
+    assert (alone.code, "was made with" in alone.out) == (0, False)
 
 
 def test_diff_reads_headers_only(distrust, copy, finished):

@@ -53,7 +53,7 @@ def test_other_data_beside_the_base_model(distrust, evaluated, folder):
 @pytest.mark.parametrize(
     ("more", "code", "says"),
     [
-        (["--data", "nowhere.jsonl"], 1, "nowhere.jsonl: no such file"),
+        (["--data", "nowhere.jsonl"], 1, "nowhere.jsonl: no such file or directory"),
         (["--data", "bundled", "--batch-size", 0], 2, "--batch-size is 0: give 1 or more"),
         (["--step", 3], 1, "no checkpoint of step 3; there are 2, 4, 6"),
     ],

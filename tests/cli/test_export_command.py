@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 
+import pytest
 from safetensors.torch import load_file
 
 from models import make_model
@@ -45,7 +46,7 @@ def test_what_is_refused_is_one_line_and_leaves_nothing(distrust, folder, finish
         ("--to", tmp_path / "a", "--best"): (1, "no checkpoint has the metric 'eval_loss'"),
         ("--to", tmp_path / "a", "--format", "state"): (2, "give it a name that ends in .safetensors"),
         ("--to", tmp_path / "a", "--format", "merged", "--model", other): (1, "was not trained on"),
-        ("--to", tmp_path / "a", "--model", tmp_path / "nowhere"): (1, "there is no such folder"),
+        ("--to", tmp_path / "a", "--model", tmp_path / "nowhere"): (1, "no such file or directory"),
         ("--to", tmp_path / "full" / "mine" / "a"): (1, "mine is no folder"),
     }
     for arguments, (code, said) in cases.items():
@@ -54,3 +55,27 @@ def test_what_is_refused_is_one_line_and_leaves_nothing(distrust, folder, finish
         assert said in given.err
     assert sorted(os.listdir(tmp_path)) == ["full", "other"]
     assert os.listdir(tmp_path / "full") == ["mine"]
+
+
+def test_folders_above_are_made(distrust, finished, tmp_path):
+    to = tmp_path / "not" / "there" / "yet.safetensors"
+    assert distrust("export", finished, "--to", to, "--format", "state").code == 0
+    assert load_file(to)
+
+
+@pytest.mark.parametrize("entry", ["quantization", "quantization_config"])
+def test_a_base_model_that_mlx_has_quantized(distrust, finished, tmp_path, entry):
+    """As its folder says: the weights are not looked at."""
+    base = make_model(tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    config[entry] = {"group_size": 64, "bits": 4, "mode": "affine"}
+    (base / "config.json").write_text(json.dumps(config))
+    given = distrust("export", finished, "--to", tmp_path / "a", "--model", base, "--format", "merged")
+    assert (given.code, given.err.count("\n")) == (2, 1)
+    assert f"{base} is in mlx's quantized layout, which torch does not read; give mlx" in given.err
+    given = distrust("export", finished, "--to", tmp_path / "a", "--model", base, "--format", "adapter")
+    assert (given.code, given.err.count("\n")) == (0, 1)
+    assert f"warning: {base} is in mlx's quantized layout, which transformers does not load" in given.err
+    given = distrust("train", "--engine", "torch", "--model", base, "--out", tmp_path / "run")
+    assert (given.code, given.err.count("\n")) == (2, 1)
+    assert "which torch does not read: use --engine mlx, or give the model that it was made of" in given.err

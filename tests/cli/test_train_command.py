@@ -94,6 +94,10 @@ def test_plain_lines_where_the_output_is_no_terminal(distrust, folder, tmp_path)
     assert [line.split(":")[0] for line in saved] == ["step 2", "step 4", "step 6"]
     assert any(line.startswith("finished at step 6 in ") for line in lines)
     assert lines[-1] == f"state digest {digest_of(tmp_path / 'run')}"
+    trained = [line for line in lines if line.startswith("training ")]
+    assert [line.partition(" parameters ")[2] for line in trained] == [
+        f"with torch on cpu, into {tmp_path / 'run'}"
+    ]
     assert any(line.startswith("warm-up: 6 of 6 steps, ") for line in lines)
 
 
@@ -144,14 +148,14 @@ def test_a_wrong_record_is_one_line_and_the_next_try_works(distrust, folder, fin
 
 
 FAILURES = {
-    "no data": (["--data", "nowhere.jsonl"], 1, "nowhere.jsonl: no such file"),
+    "no data": (["--data", "nowhere.jsonl"], 1, "nowhere.jsonl: no such file or directory"),
     "a folder as data": (["--data", "."], 1, ".: holds no data files"),
     "a folder without a model": (["--model", "."], 1, "--model .: holds no config.json"),
     "an adapter": (["--model", "adapter"], 1, "--model adapter: holds an adapter, not a model; "),
     "no such device": (["--device", "cuda"], 2, "--device cuda: not available here; available: cpu"),
     "too long": (["--max-length", "999"], 2, "--max-length 999: the model sees 128 tokens at once"),
     "no such module": (["--target-modules", "nothing"], 2, "--target-modules nothing: "),
-    "no config": (["--config", "no.toml"], 2, "--config no.toml: No such file or directory"),
+    "no config": (["--config", "no.toml"], 2, "--config no.toml: no such file or directory"),
     "no such step": (["--from-step", "7"], 1, "no checkpoint of step 7"),
 }
 

@@ -437,7 +437,7 @@ def test_usage_that_makes_no_sense_is_one_line(distrust, raw, table, tmp_path):
         ("--max-ratio", 0): "--max-ratio is 0.0: give 1 or more",
         ("--tolerance-w", "nan"): "--tolerance-w is nan: give 0 or more",
         ("--top", -1): "--top is -1: give 0 or more",
-        ("--table", tmp_path / "none.toml"): "No such file or directory",
+        ("--table", tmp_path / "none.toml"): "none.toml: no such file or directory",
     }
     for flags, said in cases.items():
         given = distrust("weigh", raw, "--table", table, *flags)
@@ -453,6 +453,7 @@ def test_usage_that_makes_no_sense_is_one_line(distrust, raw, table, tmp_path):
     assert "lies in the folder that is read" in inside.err
     missing = distrust("weigh", raw, "--table", table, "--out", tmp_path / "no" / "out.jsonl")
     assert (missing.code, missing.err.count("\n")) == (1, 1)
+    assert missing.err.endswith(f"{tmp_path / 'no'}: no such file or directory; make that folder first\n")
     (tmp_path / "empty.jsonl").touch()
     empty = distrust("weigh", raw, tmp_path / "empty.jsonl", "--table", table)
     assert (empty.code, empty.err.count("\n")) == (1, 1)

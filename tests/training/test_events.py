@@ -126,7 +126,7 @@ def test_few_examples_that_decide_everything_are_warned_of(run, tmp_path):
     quiet = '{"text": "ore", "authority_weight": 0.9, "provenance_entropy": 0}'
     loud = '{"text": "ore", "authority_weight": 0, "provenance_entropy": 40}'
     data.write_text("\n".join([quiet] * len(lines) + [loud]))
-    with pytest.warns(DistrustWarning, match="41 examples weigh as much as 1 equal ones"):
+    with pytest.warns(DistrustWarning, match="41 examples weigh as much as 1 equal one:"):
         run(tmp_path / "run", data=str(data))
 
 
@@ -169,6 +169,21 @@ def test_plain_lines_of_a_run_that_goes_on(run, tmp_path):
     digests = re.findall(r"^state digest ([0-9a-f]{64})$", text, re.MULTILINE)
     assert len(digests) == 3
     assert digests[1] == digests[2]
+
+
+def test_what_trains_and_where_is_said_at_the_start(run, tmp_path):
+    stream = io.StringIO()
+    report(run, tmp_path, stream)
+    (line,) = [line for line in stream.getvalue().splitlines() if line.startswith("training ")]
+    assert re.fullmatch(r"training [\d,]+ of [\d,]+ parameters with numpy, into .+", line)
+
+
+def test_one_is_not_said_as_several(run, tmp_path):
+    data = write_records(tmp_path / "data.jsonl", 1)
+    stream = io.StringIO()
+    report(run, tmp_path / "run", stream, data=str(data), batch_size=1, gradient_accumulation=1)
+    assert "worth 1 equal example (100%)\n" in stream.getvalue()
+    assert "\n1 example, 11 learned tokens, " in stream.getvalue()
 
 
 def test_nothing_to_save_is_said_too():

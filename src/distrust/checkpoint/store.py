@@ -20,17 +20,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from distrust.checkpoint import older
-from distrust.checkpoint.format import ALIGNMENT, FORMAT, Kind, TensorInfo
+from distrust.checkpoint import foreign, older
+from distrust.checkpoint.format import ALIGNMENT, FORMAT, LENGTH_BYTES, OPENING, Kind, TensorInfo
 from distrust.checkpoint.header import Header, header_length, parse_header
 from distrust.checkpoint.naming import Entry, file_name, parsed
 from distrust.checkpoint.opening import located, read_into, regular_file
 from distrust.errors import (
+    NOT_THERE,
     CheckpointError,
     CheckpointNotFound,
+    CheckpointUnreadable,
     CorruptCheckpoint,
     DistrustWarning,
     UnsupportedVersion,
+    why_unread,
 )
 
 if TYPE_CHECKING:
@@ -39,7 +42,8 @@ if TYPE_CHECKING:
 __all__ = [
     "RUN_SUBDIRECTORY", "CheckpointFile", "DamagedFile", "Entry", "Identity", "Known", "Scan",
     "checkpoint_directory", "file_name", "find", "identity", "is_directory", "link_to_nothing", "named",
-    "newest", "opened", "read_header", "require_name", "scan", "verify", "verify_content",
+    "newest", "opened", "read_header", "require_name", "require_there", "scan", "seems_one", "verify",
+    "verify_content",
 ]  # fmt: skip
 
 RUN_SUBDIRECTORY = "checkpoints"
@@ -234,11 +238,25 @@ def find(target: Path) -> list[Path]:
         directory = checkpoint_directory(target)
         paths = [path for path, _, _ in named(directory)]
         if not paths:
-            raise CheckpointNotFound(f"{target}: no checkpoints here", path=target)
+            raise CheckpointNotFound(f"{target}: no checkpoints here{foreign.hint(target)}", path=target)
         return paths
-    if not os.path.exists(target):
-        raise CheckpointNotFound(f"{target}: no such file or directory", path=target)
+    require_there(target)
     return [target]
+
+
+def require_there(target: Path) -> None:
+    """Check that something is at the place that a user has named.
+
+    Raises:
+        CheckpointNotFound: if nothing is.
+        CheckpointUnreadable: if this process may not look.
+    """
+    try:
+        os.stat(target)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        raise CheckpointNotFound(f"{target}: {NOT_THERE}", path=target) from None
+    except OSError as error:
+        raise CheckpointUnreadable(f"{target}: {why_unread(error)}", path=target) from error
 
 
 def newest(target: Path) -> CheckpointFile:
@@ -251,11 +269,12 @@ def newest(target: Path) -> CheckpointFile:
         CorruptCheckpoint: if a file was named and its header is damaged.
     """
     if not is_directory(target):
+        require_there(target)
         return read_header(target)
     found = scan(checkpoint_directory(target))
     files = found.everything
     if not files:
-        also = f"; {len(found.damaged)} damaged" if found.damaged else ""
+        also = f"; {len(found.damaged)} damaged" if found.damaged else foreign.hint(target)
         raise CheckpointNotFound(f"{target}: no checkpoints here{also}", path=target)
     for damaged in found.damaged:
         if damaged.step >= files[-1].step:
@@ -400,6 +419,22 @@ def require_name(file: CheckpointFile) -> None:
     if entry is not None and (file.step, file.kind) != entry[1:]:
         reason = f"it holds step {file.step} ({file.kind}), not what its name says"
         raise CorruptCheckpoint(reason, path=file.path)
+
+
+def seems_one(path: Path) -> bool:
+    """Whether anything says that a file is or was a checkpoint: its name, or how it begins.
+
+    What may not or cannot be looked into may be one.
+    """
+    if parsed(path) is not None or older.recognised(path) is not None:
+        return True
+    try:
+        with regular_file(path) as (descriptor, _):
+            return os.pread(descriptor, LENGTH_BYTES + len(OPENING), 0).startswith(OPENING, LENGTH_BYTES)
+    except CorruptCheckpoint:
+        return False
+    except OSError:
+        return True
 
 
 def identity(status: os.stat_result) -> Identity:

@@ -87,7 +87,8 @@ def _run(verb: str, arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
-        return _complain(f"{verb}: {error.strerror or error}", 1)
+        where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
+        return _complain(f"{verb}: {where}{error.strerror or error}", 1)
 
 
 def _help() -> str:

@@ -44,18 +44,35 @@ def main(arguments: list[str]) -> int:
     for side, file in (("a", a), ("b", b)):
         state = file.state_digest[:DIGEST_SHOWN]
         print(printable(f"{side}: step {file.step}, {file.kind}, state {state}, {file.path}"))
+    engines = _engine(a), _engine(b)
+    if found and all(engines) and engines[0] != engines[1]:
+        print(
+            printable(
+                f"a was made with {engines[0]}, b with {engines[1]}: each names its tensors its own way and "
+                "lays them out so, and what is the same in both is told as different, too"
+            )
+        )
     for difference in found[:SHOWN]:
         sides = f"{_short(difference.a)} -> {_short(difference.b)}"
         print(printable(f"{difference.what} {difference.name}: {sides}"))
     if len(found) > SHOWN:
         print(f"and {len(found) - SHOWN} more; --json lists them all")
     tensors = sum(difference.what == "tensor" for difference in found)
+    either = len({tensor.name for tensor in (*a.tensors, *b.tensors)})
     print(
-        f"different: {len(found) - tensors} scalars, {tensors} of {len(a.tensors)} tensors"
+        f"different: {len(found) - tensors} scalars, {tensors} of {either} tensors"
         if found
         else "equal: by their headers the states are the same, bit for bit"
     )
     return 1 if found else 0
+
+
+def _engine(file: store.CheckpointFile) -> str:
+    """The name of the engine that made it; empty of what no training made."""
+    extra = file.header.run_info.get("extra")
+    environment = extra.get("environment") if isinstance(extra, dict) else None
+    named = environment.get("engine") if isinstance(environment, dict) else None
+    return named if isinstance(named, str) else ""
 
 
 def _short(text: str) -> str:

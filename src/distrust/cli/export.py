@@ -35,7 +35,12 @@ def main(arguments: list[str]) -> int:
         ],
     )
     arg.add_argument("target", type=Path, help=f"{TARGET}; of several, the newest that is whole")
-    arg.add_argument("--to", type=Path, required=True, help="the new folder; for a state, the new file")
+    arg.add_argument(
+        "--to",
+        type=Path,
+        required=True,
+        help="the new folder, or for a state the new file; the folders above it are made",
+    )
     arg.add_argument(
         "--format",
         choices=get_args(ExportFormat),

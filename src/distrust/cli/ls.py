@@ -5,9 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from distrust.checkpoint import store
+from distrust.checkpoint import foreign, store
 from distrust.cli.arguments import TARGET, number, parser, print_json, size
-from distrust.errors import CheckpointNotFound
 from distrust.reporting.printing import printable
 
 
@@ -38,15 +37,15 @@ def main(arguments: list[str]) -> int:
             row = f"{file.step:>8}  {file.kind:8}  {size(file.bytes):>8}  {created:19}  {metrics}"
             print(printable(row))
     else:
-        print(printable(f"no {'whole ' if found.damaged else ''}checkpoints in {options.target}"))
+        whole, hint = ("whole ", "") if found.damaged else ("", foreign.hint(options.target))
+        print(printable(f"no {whole}checkpoints in {options.target}{hint}"))
     return 0
 
 
 def _scan(target: Path) -> store.Scan:
     if store.is_directory(target):
         return store.scan(store.checkpoint_directory(target))
-    if not target.exists():
-        raise CheckpointNotFound(f"{target}: no such file or directory", path=target)
+    store.require_there(target)
     one = (store.read_header(target),)
     return store.Scan((), (), one) if one[0].is_older else store.Scan(one, ())
 

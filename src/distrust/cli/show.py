@@ -65,7 +65,8 @@ def main(arguments: list[str]) -> int:
 def _chosen(target: Path, step: int | None) -> store.CheckpointFile:
     if step is None:
         return store.newest(target)
-    if not store.is_directory(target) and target.exists():
+    store.require_there(target)
+    if not store.is_directory(target):
         raise ConfigError(f"--step goes with a run or a directory; {target} is one checkpoint")
     files = store.scan(store.checkpoint_directory(target)).by_step()
     if step not in files:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import tyro
 
@@ -23,16 +23,31 @@ underscores) and from flags; flags win.
 examples:
   distrust train
   distrust train --model ./my-model --data examples.jsonl --out runs/first --max-steps 500
+  distrust train --engine mlx --model ./my-model --data examples.jsonl --out runs/first
   distrust train --config run.toml --learning-rate 1e-4
   distrust train --out runs/first --from-step 200 --branch runs/second --max-steps 300"""
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Command(TrainConfig):
+class _Flags(TrainConfig):
     config: str | None = None
     """TOML file with options."""
     lambda_: Annotated[float, tyro.conf.arg(name="lambda")] = TrainConfig.lambda_
     """How far the term enters the example's weight: 1 + lambda * alpha * term; 0 or more."""
+
+
+#: The same, but that the help does not say "default: None" behind a doc that says what that stands for.
+_Command: Any = make_dataclass(
+    "_Command",
+    [
+        (name, Annotated[hint, tyro.conf.arg(help_behavior_hint="")], field(default=None))
+        for name, hint in get_type_hints(_Flags, include_extras=True).items()
+        if getattr(_Flags, name) is None
+    ],
+    bases=(_Flags,),
+    frozen=True,
+    kw_only=True,
+)
 
 
 def main(arguments: list[str]) -> int:
@@ -72,4 +87,4 @@ def parse(arguments: list[str]) -> TrainConfig:
 
 
 def _values(config: TrainConfig) -> dict[str, Any]:
-    return {field.name: getattr(config, field.name) for field in fields(TrainConfig)}
+    return {option.name: getattr(config, option.name) for option in fields(TrainConfig)}

@@ -12,10 +12,13 @@ from distrust.reporting.printing import printable
 
 
 def main(arguments: list[str]) -> int:
-    """Read every byte of checkpoints and compare it with the digests; exit 1 if any is damaged."""
+    """Read every byte of checkpoints and compare it with the digests; exit 1 unless all are whole."""
     arg = parser(
         "verify",
-        description="Exit code 0 if all are whole, 1 if any is damaged or cannot be read.",
+        description=(
+            "Exit code 0 if all are whole, 1 if any is\n"
+            "DAMAGED, UNREADABLE by this process, or NOT A CHECKPOINT."
+        ),
         examples=["distrust verify runs/train", "distrust verify runs/*/checkpoints/*-final.safetensors"],
     )
     arg.add_argument("targets", type=Path, nargs="+", metavar="target", help=TARGET)
@@ -40,6 +43,8 @@ def _verdict(path: Path) -> tuple[str, str | None, str | None]:
     try:
         file = store.verify(path)
     except CorruptCheckpoint as error:
+        if not store.seems_one(path):  # another program's file is not damaged
+            return "NOT A CHECKPOINT", "neither its name nor its beginning is that of one", None
         return "DAMAGED", error.reason, None
     except CheckpointError as error:
         return "UNREADABLE", str(error).removeprefix(f"{path}: "), None

@@ -7,6 +7,7 @@ number or a missing value, apart from those of w and H.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import csv
 import io
@@ -30,6 +31,8 @@ Row = tuple[int, Fields | RecordError]
 """The number of a row, and its fields or what is wrong with it."""
 
 _CHUNK = 1 << 20
+#: Of a file's beginning, to tell what it is.
+_LOOKED_AT = 4096
 _BOM = b"\xef\xbb\xbf"
 _SPACE = re.compile(r"[ \t\n\r]*")
 
@@ -72,9 +75,20 @@ def is_data(path: Path) -> bool:
     return Path(name).suffix in (*_BY_SUFFIX, ".json")
 
 
+def is_binary(path: Path, *, packed: bool) -> bool:
+    """Whether a file begins as no text does, with a zero byte; text in UTF-16 has its mark first.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with open_bytes(path, packed=packed) as file:
+        first = file.read(_LOOKED_AT)
+    return b"\0" in first and not first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+
+
 def _begins_a_list(path: Path, *, packed: bool) -> bool:
     with open_bytes(path, packed=packed) as file:
-        return file.read(4096).removeprefix(_BOM).lstrip()[:1] == b"["
+        return file.read(_LOOKED_AT).removeprefix(_BOM).lstrip()[:1] == b"["
 
 
 @contextlib.contextmanager

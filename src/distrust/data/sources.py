@@ -20,11 +20,11 @@ from blake3 import blake3
 from distrust.bundled import CORPUS
 from distrust.config import BUNDLED
 from distrust.data import hub
-from distrust.data.formats import JSON_LINES, PARQUET, Format, Row, format_of, is_data, open_bytes
+from distrust.data.formats import JSON_LINES, PARQUET, Format, Row, format_of, is_binary, is_data, open_bytes
 from distrust.data.mapping import Columns
 from distrust.data.records import Unit
 from distrust.data.spool import Spool
-from distrust.errors import ConfigError, DataError
+from distrust.errors import ConfigError, DataError, why_unread
 
 _BLOCK = 1 << 22
 
@@ -109,8 +109,10 @@ def open_source(
     if kind != "folder":
         _require_split(path, split)
         return Source(name, (_file_part(path, str(path), columns, spool),))
-    if hub.is_saved(path):
-        return Source(name, (_saved_part(hub.saved_split(path, split), columns),))
+    with _readable(str(path)):
+        saved = hub.saved_split(path, split) if hub.is_saved(path) else None
+    if saved is not None:
+        return Source(name, (_saved_part(saved, columns),))
     files = _files(path, split)
     return Source(name, tuple(_file_part(file, str(file), columns, spool) for file in files))
 
@@ -146,6 +148,10 @@ def _file_part(path: Path, name: str, columns: Columns, spool: Path | None) -> P
             kept.fill(path)
             return _spool_part(kept, JSON_LINES, columns, name=name, unit="line")
         form, packed = format_of(path)
+        if not is_data(path) and is_binary(path, packed=packed):
+            raise DataError(
+                f"{name}: is no data file; give JSON Lines, JSON, CSV, TSV or Parquet (text also as .gz)"
+            )
         before = _state(path)
         digest = _digest(path, form.name)
 
@@ -194,10 +200,7 @@ def _saved_part(folder: Path, columns: Columns) -> Part:
 def _files(folder: Path, split: str) -> list[Path]:
     """The data files of a folder that are of a split: by their names, as the hub tells them apart."""
     with _readable(str(folder)):
-        inside = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-        found = sorted(
-            path for path in inside if is_data(path) and not any(part[0] in "._" for part in path.parts)
-        )
+        found = sorted(path.relative_to(folder) for path in _visible(folder) if is_data(path))
         if not found:
             raise DataError(
                 f"{folder}: holds no data files (.jsonl, .json, .csv, .tsv, .parquet, or those .gz)"
@@ -216,6 +219,22 @@ def _files(folder: Path, split: str) -> list[Path]:
         there = ", ".join(sorted({name for name in splits.values() if name}))
         raise DataError(f"{folder}: no file is of the split {split}; give one of {there}")
     return chosen
+
+
+def _visible(folder: Path) -> Iterator[Path]:
+    """The files in a folder and in those in it, without hidden ones. None is left out silently.
+
+    Raises:
+        DataError: a folder cannot be listed: what lies in it would be missed.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename}: {why_unread(error)}") from error
+
+    for root, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if name[0] not in "._"]
+        paths = (Path(root, name) for name in names if name[0] not in "._")
+        yield from (path for path in paths if path.is_file())
 
 
 def _require_split(file: Path, split: str) -> None:
@@ -255,7 +274,5 @@ def _state(path: Path) -> tuple[int, ...]:
 def _readable(name: str) -> Iterator[None]:
     try:
         yield
-    except FileNotFoundError:
-        raise DataError(f"{name}: no such file") from None
     except OSError as error:
-        raise DataError(f"{name}: cannot be read: {error.strerror or error}") from error
+        raise DataError(f"{name}: {why_unread(error)}") from error

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from distrust.bundled import PROVENANCE_TABLE
-from distrust.errors import ConfigError, shortened
+from distrust.errors import ConfigError, shortened, why_unread
 from distrust.provenance import Coefficients
 
 _IS_AN_ERROR = "error"
@@ -89,7 +89,7 @@ def _read(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             return tomllib.load(file)
     except OSError as error:
-        raise ConfigError(f"--table {path}: {error.strerror or error}") from None
+        raise ConfigError(f"--table {path}: {why_unread(error)}") from None
     except (ValueError, RecursionError) as error:  # TOML, UTF-8, a number of thousands of digits
         raise ConfigError(f"--table {path}: not valid TOML: {error}") from None
 

@@ -166,13 +166,16 @@ def _adapter(file: CheckpointFile, checkpoint: Checkpoint, model: str | None, *,
 def _merged(file: CheckpointFile, checkpoint: Checkpoint, model: str | None, *, dtype: ExportDtype) -> Write:
     engines.require_installed("torch", what="for --format merged")
     from distrust.engines.torch.engine import TorchEngine
-    from distrust.engines.torch.export import prepare_merged
+    from distrust.engines.torch.export import prepare_merged, require_mergeable
 
+    config = engines.config_of(file, model=model)
+    with engines.base_told(file, config.model, given=model is not None):
+        require_mergeable(config)
     # On the CPU, whatever it was trained on, and with the base model in full precision.
     changes = {"engine": "torch", "device": "cpu", "gradient_checkpointing": False, "quantization": "none"}
     engine = engines.engine_of(file, checkpoint, model=model, changes=changes)
     assert isinstance(engine, TorchEngine)  # noqa: S101 - as was asked
-    return prepare_merged(engine, engines.config_of(file, model=model), dtype=dtype)
+    return prepare_merged(engine, config, dtype=dtype)
 
 
 def _require_one_of(flag: str, value: str | None, choices: Any) -> None:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from distrust.reporting.printing import printable
+from distrust.reporting.printing import counted, printable
 from distrust.training.events import (
     CheckpointSaved,
     Evaluated,
@@ -118,19 +118,23 @@ class ConsoleReporter:
     def _started(self, event: RunStarted) -> None:
         low, high = event.weight_range
         self._say(
-            f"{event.examples:,} examples, {event.tokens:,} learned tokens, {event.epoch_steps:.1f} steps an "
-            f"epoch"
+            f"{counted(event.examples, 'example')}, {counted(event.tokens, 'learned token')}, "
+            f"{event.epoch_steps:.1f} steps an epoch"
             + (
-                f"; {event.truncated:,} of all that were read cut to fit, {event.tokens_cut:,} tokens lost"
+                f"; {event.truncated:,} of all that were read cut to fit, "
+                f"{counted(event.tokens_cut, 'token')} lost"
                 if event.truncated
                 else ""
             )
         )
         self._say(
-            f"weights {low:.3g} to {high:.3g}: worth {event.effective_examples:,.0f} equal examples "
+            f"weights {low:.3g} to {high:.3g}: worth {counted(event.effective_examples, 'equal example')} "
             f"({event.effective_examples / event.examples:.0%})"
         )
-        self._say(f"training {event.trained:,} of {event.parameters:,} parameters, into {event.out}")
+        by = f"{event.engine} on {event.device}" if event.device else event.engine
+        self._say(
+            f"training {event.trained:,} of {event.parameters:,} parameters with {by}, into {event.out}"
+        )
         if event.max_steps < 2 * event.warmup_steps:
             self._say(
                 f"warm-up: {min(event.max_steps, event.warmup_steps)} of {event.max_steps} steps, so the run "

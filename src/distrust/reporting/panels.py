@@ -26,6 +26,7 @@ from distrust.reporting.drawing import (
     known,
 )
 from distrust.reporting.names import class_name, plain
+from distrust.reporting.printing import counted
 from distrust.reporting.runs import Run
 from distrust.reporting.series import Values
 
@@ -184,7 +185,7 @@ def _draw_weights(axes: Any, runs: Sequence[Shown]) -> str:
     if len(runs) > 1:
         return ""
     weights = runs[0].run.provenance.weights  # type: ignore[union-attr]
-    return f"worth {weights.effective_examples:,.0f} of {weights.examples:,} examples"
+    return f"worth {weights.effective_examples:,.0f} of {counted(weights.examples, 'example')}"
 
 
 def _scale_log(axes: Any, edges: Sequence[float]) -> None:

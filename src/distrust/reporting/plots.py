@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from distrust.data.distribution import Distribution
 from distrust.reporting.names import class_name
+from distrust.reporting.printing import counted
 from distrust.weighting import MAX_AUTHORITY_WEIGHT
 
 #: Colour-blind safe, and apart in grey.
@@ -169,7 +170,7 @@ def _draw_histogram(panel: Any, shown: Distribution) -> None:
     panel.xaxis.set_minor_locator(NullLocator())
     panel.yaxis.set_major_formatter(lambda records, _: f"{records:,.0f}")
     share = shown.effective_examples / shown.examples
-    panel.set_title(f"worth {shown.effective_examples:,.0f} equal records ({share:.0%})")
+    panel.set_title(f"worth {counted(shown.effective_examples, 'equal record')} ({share:.0%})")
     panel.set_xlabel("weight u")
     panel.set_ylabel("records")
 

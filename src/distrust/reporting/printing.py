@@ -31,3 +31,8 @@ def _seen(letter: str) -> str:
     if letter.isprintable() or unicodedata.category(letter) == "Zs":  # the other kinds of spaces
         return letter
     return json.dumps(letter)[1:-1]
+
+
+def counted(number: float, thing: str) -> str:
+    """So many of a thing, to the nearest whole one: its name gets an s, but for one."""
+    return f"{number:,.0f} {thing}{'' if round(number) == 1 else 's'}"

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from distrust.checkpoint import CheckpointFile, CheckpointManager, Scan, store
 from distrust.data.distribution import ClassSummary, Distribution, Extreme, Quartiles
 from distrust.errors import (
+    NOT_THERE,
     CheckpointNotFound,
     CorruptCheckpoint,
     DataError,
@@ -137,7 +138,7 @@ def read_run(folder: Path) -> Run:
         CheckpointError: if checkpoints are there that cannot be read at all.
     """
     if not folder.is_dir():
-        what = "is a file; give the folder of the run" if folder.exists() else "no such folder"
+        what = "is a file; give the folder of the run" if folder.exists() else NOT_THERE
         raise RunNotFound(f"{folder}: {what}", path=folder)
     if folder.name == store.RUN_SUBDIRECTORY and (folder.parent / METRICS).is_file():
         raise RunNotFound(f"{folder}: holds the checkpoints of a run; give {folder.parent}", path=folder)

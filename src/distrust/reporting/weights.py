@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from distrust.data.distribution import ClassSummary, Distribution, Extreme
 from distrust.data.weighing import Check, Quantity
 from distrust.reporting.names import class_name
+from distrust.reporting.printing import counted
 
 _SYMBOLS: Mapping[Quantity, tuple[str, str]] = {
     "authority_weight": ("w", ""),
@@ -69,7 +70,7 @@ def distribution_lines(shown: Distribution, captions: Mapping[str, str], *, bloc
             yield from _extremes(title, extremes, captions)
     yield ""
     worth, records = shown.effective_examples, shown.examples
-    yield f"worth {worth:,.0f} equally weighted records of {records:,} ({worth / records:.0%})"
+    yield f"worth {counted(worth, 'equally weighted record')} of {records:,} ({worth / records:.0%})"
 
 
 def _histogram(shown: Distribution, *, blocks: bool) -> Iterator[str]:

@@ -46,6 +46,8 @@ class RunStarted:
         history: by name, the value of each step made already.
         trained: how many numbers are trained.
         parameters: how many the model has.
+        engine: what trains, by name.
+        device: where, as the engine calls it; empty if it does not say.
         epoch_steps: optimizer steps of one pass over the data, as a fraction.
         warmup_steps: in which the learning rate rises to its peak.
     """
@@ -62,6 +64,8 @@ class RunStarted:
     history: Mapping[str, Sequence[float]]
     trained: int
     parameters: int
+    engine: str
+    device: str
     epoch_steps: float
     warmup_steps: int
 

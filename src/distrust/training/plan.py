@@ -214,7 +214,8 @@ def _effective_examples(weights: np.ndarray[Any, Any], drawn: np.ndarray[Any, An
     effective = weighting.effective_sample_size(taken)
     if effective < LOW_EFFECTIVE_SHARE * len(weights):
         warnings.warn(
-            f"{len(weights)} examples weigh as much as {effective:.0f} equal ones: a few of them decide "
+            f"{len(weights)} examples weigh as much as {effective:.0f} equal "
+            f"{'one' if round(effective) == 1 else 'ones'}: a few of them decide "
             "the run; --max-ratio, or a --mix that is less uneven, bounds how much one can outweigh another",
             DistrustWarning,
             stacklevel=2,

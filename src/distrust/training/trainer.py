@@ -593,6 +593,8 @@ class DistrustTrainer:
             history=self._progress.history,
             trained=trained,
             parameters=parameters,
+            engine=self._engine.framework,
+            device=str(self._engine.environment().get("device", "")),
             epoch_steps=self._epoch_steps(),
             warmup_steps=self._warmup_steps(),
         )

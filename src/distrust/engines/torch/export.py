@@ -7,6 +7,7 @@ is on the disk.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from distrust.engines.source import reference
 from distrust.engines.tokenizer import load_tokenizer
 from distrust.engines.torch import adapter, model
 from distrust.engines.torch.engine import TorchEngine
-from distrust.errors import ConfigError
+from distrust.errors import ConfigError, DistrustWarning
 
 Write = Callable[[Path], None]
 
@@ -43,6 +44,14 @@ def prepare_adapter(config: TrainConfig, tensors: Mapping[str, torch.Tensor], *,
         ConfigError: if the tensors do not fit the dtype.
     """
     tokenizer = load_tokenizer(config.model)
+    if model.is_quantized_by_mlx(config.model):
+        warnings.warn(
+            f"{config.model} is in mlx's quantized layout, which transformers does not load: the adapter "
+            "needs the model that it was made of, whose weights are other ones; --format mlx makes one for "
+            "mlx-lm",
+            DistrustWarning,
+            stacklevel=2,
+        )
     hollow: Any = adapter.add_adapter(
         model.hollow_model(config.model),
         rank=config.lora_rank,
@@ -65,6 +74,20 @@ def prepare_adapter(config: TrainConfig, tensors: Mapping[str, torch.Tensor], *,
             _save_tokenizer(tokenizer, folder)
 
     return write
+
+
+def require_mergeable(config: TrainConfig) -> None:
+    """Refuse a base model whose weights nothing can be added to here.
+
+    Raises:
+        ModelError: if it cannot be looked at.
+        ConfigError: if mlx has quantized it.
+    """
+    if model.is_quantized_by_mlx(config.model):
+        raise ConfigError(
+            f"--format merged: {config.model} is in mlx's quantized layout, which torch does not read; give "
+            "mlx, and merge it with mlx_lm.fuse"
+        )
 
 
 def prepare_merged(engine: TorchEngine, config: TrainConfig, *, dtype: ExportDtype) -> Write:

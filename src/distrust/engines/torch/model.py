@@ -25,8 +25,13 @@ def load_model(
 
     Raises:
         ModelError: saying which model, and why not.
-        ConfigError: if what quantizes is not installed.
+        ConfigError: if what quantizes is not installed, or mlx has quantized the model.
     """
+    if is_quantized_by_mlx(name):
+        raise ConfigError(
+            f"--model {name}: is in mlx's quantized layout, which torch does not read: use --engine mlx, or "
+            "give the model that it was made of"
+        )
     options = quantization.loading_options(quantized, dtype=dtype, device=device)
     from transformers import AutoModelForCausalLM
 
@@ -72,6 +77,17 @@ def load_config(name: str) -> Any:
     from transformers import AutoConfig
 
     return loaded(AutoConfig, name)
+
+
+def is_quantized_by_mlx(name: str) -> bool:
+    """Whether a model's weights are packed as mlx packs them; transformers names the method of all others.
+
+    Raises:
+        ModelError: saying which model cannot be looked at, and why not.
+    """
+    config = load_config(name)
+    told = [getattr(config, entry, None) for entry in ("quantization", "quantization_config")]
+    return any(isinstance(how, dict) and "bits" in how and "quant_method" not in how for how in told)
 
 
 def config_digest(model: torch.nn.Module) -> str:
