@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distrust.checkpoint import Checkpoint, CheckpointManager, image, older, store
+from distrust.checkpoint.foreign import ADAPTER_CONFIG, MLX_WEIGHTS, is_trainer_folder
 from distrust.checkpoint.format import Kind
 from distrust.checkpoint.naming import parsed
 from distrust.engines import require_installed
@@ -46,8 +47,6 @@ WELL: tuple[Outcome, ...] = ("converted", "already there")
 _FROM = "converted_from"
 _NO_MODEL = "it holds no model, so there is nothing to go on from; `distrust show` tells what it does hold"
 _UNPROVEN = "its format has no checksums of the weights: a flipped bit would not be found"
-#: What tells an adapter folder, and a file that tells whose.
-_ADAPTER_CONFIG, _OF_MLX = "adapter_config.json", "adapters.safetensors"
 _TRAINER_FOLDER, _MLX_FOLDER = "distrust.engines.torch.trainer_folder", "distrust.engines.mlx.adapter_folder"
 
 
@@ -150,15 +149,11 @@ def _found(source: Path) -> list[Path]:
 
 
 def _is_convertible(path: Path) -> bool:
-    return older.recognised(path) is not None or _is_trainer_folder(path) or _is_adapter(path)
+    return older.recognised(path) is not None or is_trainer_folder(path) or _is_adapter(path)
 
 
 def _is_adapter(path: Path) -> bool:
-    return os.path.isfile(path / _ADAPTER_CONFIG)
-
-
-def _is_trainer_folder(path: Path) -> bool:
-    return os.path.isfile(path / older.TRAINER_STATE)
+    return os.path.isfile(path / ADAPTER_CONFIG)
 
 
 def _convert(source: Path, manager: CheckpointManager, *, force: bool, model: str | None) -> Converted:
@@ -227,11 +222,11 @@ def _to_know(source: Path, checkpoint: Checkpoint) -> str | None:
 
 def _read(source: Path, model: str | None) -> tuple[Checkpoint, Kind]:
     """The checkpoint, every byte of it verified as far as its format allows, and its kind."""
-    if not _is_trainer_folder(source) and _is_adapter(source):
-        if os.path.isfile(source / _OF_MLX):
+    if not is_trainer_folder(source) and _is_adapter(source):
+        if os.path.isfile(source / MLX_WEIGHTS):
             return _reader("mlx", _MLX_FOLDER).read(source), "periodic"
         return _reader("torch", _TRAINER_FOLDER).read_adapter(source, model=model), "periodic"
-    if not _is_trainer_folder(source):
+    if not is_trainer_folder(source):
         header, checkpoint = older.read(source)
         store.require_name(store.CheckpointFile(source, header))
         return checkpoint, header.kind

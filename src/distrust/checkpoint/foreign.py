@@ -30,7 +30,7 @@ def hint(folder: Path) -> str:
     except OSError:
         return ""
     entries = [entry for name in names if (entry := parsed(folder / name)) is not None]
-    saved = [(step, path) for path, step, _ in entries if _is_trainer_folder(path)]
+    saved = [(step, path) for path, step, _ in entries if is_trainer_folder(path)]
     is_adapter = ADAPTER_CONFIG in names and not names.isdisjoint({PEFT_WEIGHTS, MLX_WEIGHTS})
     if older.TRAINER_STATE in names or saved:
         what = "a folder of the transformers Trainer"
@@ -43,5 +43,6 @@ def hint(folder: Path) -> str:
     return f"; it is {what}: distrust convert {shlex.quote(str(folder))} --to RUN makes a run of it"
 
 
-def _is_trainer_folder(path: Path) -> bool:
+def is_trainer_folder(path: Path) -> bool:
+    """Whether the transformers Trainer saved a checkpoint there."""
     return os.path.lexists(path / older.TRAINER_STATE)

@@ -42,8 +42,7 @@ _OF_NEITHER = "the checkpoint's optimizer is neither torch's nor mlx's"
 #: How many differences a message shows.
 LINES_SHOWN = 4
 
-#: An adapter folder of mlx-lm: its two files, and how the names of its arrays end.
-MLX_WEIGHTS, MLX_CONFIG = "adapters.safetensors", "adapter_config.json"
+#: How the names of mlx-lm's arrays end.
 MLX_ENDS = tuple(f".{here}" for _, here, _ in _ENDS)
 
 

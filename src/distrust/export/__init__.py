@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from distrust import engines
+from distrust.checkpoint.foreign import MLX_WEIGHTS
 from distrust.config import ExportDtype, ExportFormat, TrainConfig
 from distrust.engines import exchange
 from distrust.engines.source import reference
@@ -145,7 +146,7 @@ def _state(tensors: Mapping[str, Any], name: str, about: Mapping[str, str], *, d
 def _mlx(file: CheckpointFile, checkpoint: Checkpoint, base: str, *, dtype: ExportDtype) -> Write:
     tensors = exchange.for_mlx(checkpoint.model)
     described = mlx_folder.adapter_config(engines.config_of(file), tensors, base=reference(base))
-    write_weights = _state(tensors, exchange.MLX_WEIGHTS, {"format": "mlx"}, dtype=dtype)
+    write_weights = _state(tensors, MLX_WEIGHTS, {"format": "mlx"}, dtype=dtype)
 
     def write(folder: Path) -> None:
         write_weights(folder)

@@ -8,8 +8,9 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from distrust.checkpoint.foreign import ADAPTER_CONFIG
 from distrust.config import TrainConfig
-from distrust.engines.exchange import MLX_CONFIG, MLX_ENDS, lora_scale
+from distrust.engines.exchange import MLX_ENDS, lora_scale
 from distrust.errors import ConfigError
 
 _OF_A_LAYER = re.compile(r"(.*\.)?layers\.(\d+)\.(.+)")
@@ -45,7 +46,9 @@ def adapter_config(config: TrainConfig, names: Collection[str], *, base: str) ->
 
 def write_config(folder: Path, described: dict[str, Any]) -> None:
     """Write it where mlx-lm looks for it."""
-    (folder / MLX_CONFIG).write_text(json.dumps(described, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / ADAPTER_CONFIG).write_text(
+        json.dumps(described, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+    )
 
 
 def _keys(modules: list[str]) -> list[str]:

@@ -9,8 +9,9 @@ from typing import Any
 import mlx.core as mx
 
 from distrust.checkpoint import Checkpoint
+from distrust.checkpoint.foreign import ADAPTER_CONFIG, MLX_WEIGHTS
 from distrust.checkpoint.older.header import BEGUN_ELSEWHERE
-from distrust.engines.exchange import MLX_CONFIG, MLX_ENDS, MLX_WEIGHTS
+from distrust.engines.exchange import MLX_ENDS
 from distrust.engines.untrusted import read_json, told
 from distrust.errors import CorruptCheckpoint, ResumeRefused, readable
 
@@ -28,18 +29,20 @@ def read(folder: Path) -> Checkpoint:
         CheckpointError: for files that are missing or damaged.
         ResumeRefused: for what is no LoRA or DoRA.
     """
-    described = read_json(folder / MLX_CONFIG, max_bytes=MAX_CONFIG_BYTES)
+    described = read_json(folder / ADAPTER_CONFIG, max_bytes=MAX_CONFIG_BYTES)
     kind = described.get("fine_tune_type", "lora")
     if kind not in ("lora", "dora"):
-        raise ResumeRefused(f"{folder}: {MLX_CONFIG} says fine_tune_type {readable(str(kind))}: no adapter")
+        raise ResumeRefused(
+            f"{folder}: {ADAPTER_CONFIG} says fine_tune_type {readable(str(kind))}: no adapter"
+        )
     parameters = described.get("lora_parameters")
     if type(parameters) is not dict:
-        raise ResumeRefused(f"{folder}: {MLX_CONFIG} has no lora_parameters")
+        raise ResumeRefused(f"{folder}: {ADAPTER_CONFIG} has no lora_parameters")
     model = _weights(folder / MLX_WEIGHTS)
     rank = _number(parameters, "rank", folder)
     ranks = {array.shape[1] for name, array in model.items() if name.endswith(".lora_a")}
     if ranks != {rank}:
-        raise ResumeRefused(f"{folder}: its weights are not of the rank that {MLX_CONFIG} says")
+        raise ResumeRefused(f"{folder}: its weights are not of the rank that {ADAPTER_CONFIG} says")
     return Checkpoint(
         step=0,
         model=model,
@@ -76,5 +79,5 @@ def _weights(path: Path) -> dict[str, Any]:
 def _number(parameters: dict[str, Any], name: str, folder: Path, default: float | None = None) -> float:
     value: Any = parameters.get(name, default)
     if type(value) not in (int, float) or not math.isfinite(value) or value < 0:
-        raise ResumeRefused(f"{folder}: {MLX_CONFIG}: lora_parameters.{name} is no number of 0 or more")
+        raise ResumeRefused(f"{folder}: {ADAPTER_CONFIG}: lora_parameters.{name} is no number of 0 or more")
     return float(value)

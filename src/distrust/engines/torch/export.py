@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from distrust.checkpoint.foreign import PEFT_WEIGHTS
 from distrust.config import ExportDtype, TrainConfig
 from distrust.engines import exchange
 from distrust.engines.source import reference
@@ -23,8 +24,6 @@ from distrust.engines.torch.engine import TorchEngine
 from distrust.errors import ConfigError, DistrustWarning
 
 Write = Callable[[Path], None]
-
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def prepare_adapter(config: TrainConfig, tensors: Mapping[str, torch.Tensor], *, dtype: ExportDtype) -> Write:
@@ -69,7 +68,7 @@ def prepare_adapter(config: TrainConfig, tensors: Mapping[str, torch.Tensor], *,
 
     def write(folder: Path) -> None:
         with _as_os_error():
-            _save(weights, folder / ADAPTER_WEIGHTS)
+            _save(weights, folder / PEFT_WEIGHTS)
             described.save_pretrained(folder)
             _save_tokenizer(tokenizer, folder)
 

@@ -24,6 +24,7 @@ import torch
 
 from distrust import config as options
 from distrust.checkpoint import Checkpoint
+from distrust.checkpoint.foreign import ADAPTER_CONFIG, PEFT_WEIGHTS
 from distrust.checkpoint.older import TRAINER_STATE
 from distrust.checkpoint.older.header import BEGUN_ELSEWHERE
 from distrust.engines.torch import adapter, untrusted
@@ -36,8 +37,6 @@ from distrust.training.elsewhere import MAX_STEP, NO_MOMENTS, NOT_TAKEN_OVER
 FORMAT, ADAPTER_FORMAT = "transformers Trainer", "peft adapter"
 
 OPTIMIZER = "optimizer.pt"
-ADAPTER = "adapter_model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
 WEIGHTS = "model.safetensors"
 
 MAX_STATE_BYTES = 256 << 20
@@ -98,9 +97,9 @@ def read(folder: Path, *, model: str | None = None) -> Checkpoint:
         ResumeRefused: for training of a kind that is not done here, or that does not fit the model.
         ConfigError: for values that no option here takes.
     """
-    has_adapter = any(map(os.path.lexists, (folder / ADAPTER, folder / ADAPTER_CONFIG)))
+    has_adapter = any(map(os.path.lexists, (folder / PEFT_WEIGHTS, folder / ADAPTER_CONFIG)))
     for name, what in _OTHER_KINDS.items():
-        if os.path.lexists(folder / name) and not os.path.lexists(folder / ADAPTER):
+        if os.path.lexists(folder / name) and not os.path.lexists(folder / PEFT_WEIGHTS):
             raise _refused(folder, f"{what} ({name})")
     state = read_json(folder / TRAINER_STATE, max_bytes=MAX_STATE_BYTES)
     step = _count(state, "global_step", folder)
@@ -168,7 +167,7 @@ def _whole(folder: Path, base: str | None) -> _Trained:
 
 
 def _adapter(folder: Path, base: str | None) -> _Trained:
-    path = folder / ADAPTER
+    path = folder / PEFT_WEIGHTS
     described = read_json(folder / ADAPTER_CONFIG, max_bytes=MAX_CONFIG_BYTES)
     _require_plain_lora(described, folder, base_given=base is not None)
     saved = untrusted.read_tensors(path)
@@ -243,7 +242,7 @@ def _named_base(described: Mapping[str, Any], folder: Path) -> str:
 def _module(name: str, folder: Path) -> str:
     found = _ADAPTED.fullmatch(name)
     if found is None:
-        raise _refused(folder, f"{ADAPTER} holds {readable(name)}, which is no part of a plain LoRA")
+        raise _refused(folder, f"{PEFT_WEIGHTS} holds {readable(name)}, which is no part of a plain LoRA")
     return found[1]
 
 
