@@ -19,11 +19,23 @@ from typing import NamedTuple
 
 from campaigns import hostile
 from campaigns.campaign import Campaign, CounterExample, parser, run
-from campaigns.hostile import families, obstacles, older, permissions, readers, sizes, specimens
+from campaigns.hostile import (
+    elsewhere,
+    families,
+    obstacles,
+    older,
+    permissions,
+    readers,
+    sizes,
+    specimens,
+    training,
+)
 from campaigns.hostile.forging import Draft, Specimen
 from campaigns.hostile.worker import Worker
 
 FILES_PER_CASE = 100
+#: Of so many cases at random one is of folders of other programs.
+ELSEWHERE_EVERY = 4
 #: Of so many files in a case one is a real one, read in every way.
 FILES_EVERY = 50
 NAMED_TIMES = 4
@@ -40,6 +52,7 @@ COVERAGE = (
 )
 
 Step = Callable[[Random, Counter[str]], None]
+BenchStep = Callable[[training.Bench, Random], Counter[str]]
 
 
 class Plan(NamedTuple):
@@ -48,21 +61,33 @@ class Plan(NamedTuple):
     Attributes:
         reading: the first ones; a worker does them.
         apart: the next ones, which make processes of their own.
+        elsewhere: the next ones, of other programs' folders; the engines' processes do them.
         random: all others; a worker does them, too.
+        random_elsewhere: in the place of one of :data:`ELSEWHERE_EVERY` of them.
     """
 
     reading: Sequence[Step]
     apart: Sequence[Step]
+    elsewhere: Sequence[BenchStep]
     random: Step
+    random_elsewhere: BenchStep
 
     def step(self, number: int) -> Step:
-        """What a case does."""
+        """What a case does that no engine does."""
         named = (*self.reading, *self.apart)
         return named[number] if number < len(named) else self.random
 
     def is_apart(self, number: int) -> bool:
         """Whether it makes processes of its own."""
         return 0 <= number - len(self.reading) < len(self.apart)
+
+    def of_engines(self, number: int) -> BenchStep | None:
+        """What a case does that the engines do."""
+        beyond = number - len(self.reading) - len(self.apart)
+        if 0 <= beyond < len(self.elsewhere):
+            return self.elsewhere[beyond]
+        is_theirs = beyond >= 0 and (beyond - len(self.elsewhere)) % ELSEWHERE_EVERY == 1
+        return self.random_elsewhere if is_theirs else None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -87,18 +112,32 @@ def _body(campaign: Campaign) -> None:
             _add(campaign, _read(campaign.options.replay.read_bytes(), asked))
         else:
             elders = older.Directory(directory / "older" / "files", asked.good.path.read_bytes())
-            _by_number(campaign, _plan(asked, elders, directory, campaign.options))
+            _by_number(campaign, _plan(asked, elders, directory, campaign.options), directory)
 
 
-def _by_number(campaign: Campaign, plan: Plan) -> None:
+def _by_number(campaign: Campaign, plan: Plan, directory: Path) -> None:
+    def chance(number: int) -> Random:
+        return Random(f"{campaign.options.seed}/{number}")
+
     def work(number: int) -> Counter[str]:
         counts: Counter[str] = Counter()
-        plan.step(number)(Random(f"{campaign.options.seed}/{number}"), counts)
+        plan.step(number)(chance(number), counts)
         return counts
 
-    with Worker(work, allowed=ALLOWED_BYTES) as worker:
+    def with_engines(bench: training.Bench, number: int) -> Counter[str]:
+        step = plan.of_engines(number)
+        assert step is not None
+        return step(bench, chance(number))
+
+    with (
+        Worker(work, allowed=ALLOWED_BYTES) as worker,
+        training.Engines(with_engines, directory / "elsewhere") as engines,
+    ):
         for case in campaign.cases():
-            _add(campaign, work(case.number) if plan.is_apart(case.number) else worker.do(case.number))
+            if plan.of_engines(case.number) is not None:
+                _add(campaign, engines.do(case.number))
+            else:
+                _add(campaign, work(case.number) if plan.is_apart(case.number) else worker.do(case.number))
 
 
 def _add(campaign: Campaign, counts: Counter[str]) -> None:
@@ -122,7 +161,9 @@ def _plan(
             partial(_writing, directory),
             *(partial(_sizes, asked, name, size) for name in families.GROWING),
         ],
+        elsewhere=[partial(_elsewhere, family) for family in elsewhere.FAMILIES.values()],
         random=partial(_random, asked, elders),
+        random_elsewhere=lambda bench, chance: bench.random(chance),
     )
 
 
@@ -193,6 +234,10 @@ def _random(asked: readers.Directory, elders: older.Directory, chance: Random, c
         if index % FILES_EVERY == 0:
             asked.ask(raw, counts)
             counts[READ_FROM_DISK] += 1
+
+
+def _elsewhere(family: elsewhere.Family, bench: training.Bench, chance: Random) -> Counter[str]:
+    return bench.family(family, chance)
 
 
 def _permissions(directory: Path, _: Random, counts: Counter[str]) -> None:

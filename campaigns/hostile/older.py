@@ -16,11 +16,9 @@ import io
 import json
 import os
 import pickle
-import shutil
-import socket
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -28,9 +26,10 @@ from typing import Any
 import numpy as np
 
 from campaigns.campaign import CounterExample
-from campaigns.hostile import families, readers
+from campaigns.hostile import families, harm, readers
 
 Make = Callable[[Path, Random], None]
+Arrays = Mapping[str, Any]
 
 _FIELDS = {
     "step": 1,
@@ -79,7 +78,7 @@ class Directory(readers.Directory):
             CounterExample: if a promise was not kept.
         """
         for folder in self.path.glob("checkpoint-1*"):
-            _clear(folder)
+            harm.clear(folder)
         as_folder = make in FOLDERS.values()
         self.hostile = self.path / ("checkpoint-1" if as_folder else "checkpoint-1.safetensors")
         before = None
@@ -113,14 +112,25 @@ class Directory(readers.Directory):
         return {name: use for name, use in uses.items() if "diff" not in name}
 
 
-def write_folder(path: Path) -> None:
-    """A good one."""
+_MODEL = {"model.a.lora_a": np.arange(12, dtype=np.float32).reshape(6, 2), "b": np.ones(3, np.float16)}
+
+
+def write_folder(
+    path: Path, fields: Any = _FIELDS, model: Arrays = _MODEL, moments: Arrays | None = None
+) -> None:
+    """A good one, if its parts are; moments are named m.x and v.x, and are by default the weights."""
     path.mkdir()
-    model = {"model.a.lora_a": np.arange(12, dtype=np.float32).reshape(6, 2), "b": np.ones(3, np.float16)}
-    (path / "metadata.json").write_text(json.dumps(_FIELDS))
-    np.savez(path / "model.npz", **model)  # type: ignore[arg-type]
-    np.savez(path / "optimizer.npz", **{f"{m}.{name}": a for m in "mv" for name, a in model.items()})  # type: ignore[arg-type]
+    if moments is None:
+        moments = {f"{moment}.{name}": array for moment in "mv" for name, array in model.items()}
+    (path / "metadata.json").write_text(json.dumps(fields))
+    _save_arrays(path / "model.npz", model)
+    _save_arrays(path / "optimizer.npz", moments)
     sign(path)
+
+
+def _save_arrays(path: Path, arrays: Arrays) -> None:
+    # Not savez: a name may be one of its own arguments.
+    path.write_bytes(zipped([(f"{name}.npy", _npy(array)) for name, array in arrays.items()]))
 
 
 def sign(path: Path) -> None:
@@ -153,37 +163,9 @@ def _bytes(path: Path) -> int:
     return sum(file.lstat().st_size for file in files)
 
 
-def _clear(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _flipped(path: Path, chance: Random) -> None:
-    file = path / chance.choice(_MEMBERS)
-    raw = bytearray(file.read_bytes())
-    for _ in range(chance.choice((1, 1, 8))):
-        raw[chance.randrange(len(raw))] ^= 1 << chance.randrange(8)
-    file.write_bytes(raw)
-
-
-def _cut(path: Path, chance: Random) -> None:
-    file = path / chance.choice(_MEMBERS)
-    raw = file.read_bytes()
-    file.write_bytes(raw[: chance.randrange(len(raw))])
-
-
-def _spliced(path: Path, chance: Random) -> None:
-    file = path / chance.choice(_MEMBERS)
-    raw = file.read_bytes()
-    begin = chance.randrange(len(raw))
-    snippet = chance.choice((chance.randbytes(8), b"\xff" * 8, b"PK\5\6", *families.JSON_SNIPPETS))
-    file.write_bytes(raw[:begin] + snippet + raw[begin + chance.choice((0, len(snippet))) :])
-
-
-def _missing(path: Path, chance: Random) -> None:
-    (path / chance.choice(_MEMBERS)).unlink()
+def _member(change: harm.Harm) -> Make:
+    """Change one of the files."""
+    return lambda path, chance: change(path / chance.choice(_MEMBERS), chance)
 
 
 def _metadata(path: Path, chance: Random) -> None:
@@ -212,13 +194,14 @@ def _checksums(path: Path, chance: Random) -> None:
     file.write_text("\n".join(lines))
 
 
-def _zip(members: list[tuple[str, bytes]], method: int = zipfile.ZIP_STORED) -> bytes:
+def zipped(members: list[tuple[str, bytes]], method: int = zipfile.ZIP_STORED) -> bytes:
+    """A zip of these: names and contents."""
     made = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a name that stands twice
-        with zipfile.ZipFile(made, "w") as zipped:
+        with zipfile.ZipFile(made, "w") as archive:
             for name, content in members:
-                zipped.writestr(zipfile.ZipInfo(name), content, compress_type=method)
+                archive.writestr(zipfile.ZipInfo(name), content, compress_type=method)
     return made.getvalue()
 
 
@@ -228,23 +211,13 @@ def _npy(array: Any, **options: Any) -> bytes:
     return made.getvalue()
 
 
-class _Writes:
-    """A pickle of this one writes a file when it is loaded."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (self._path,)
-
-
 def _pickled(path: Path, chance: Random) -> None:
     canary = path.parent.parent / "unpickled"
     raw = chance.choice((
-        _zip([("w.npy", _npy(np.array([_Writes(canary)], object), allow_pickle=True))]),
-        _zip([("w.npy", pickle.dumps(_Writes(canary)))]),
-        pickle.dumps(_Writes(canary)),
-        _npy(np.array([_Writes(canary)], object), allow_pickle=True),
+        zipped([("w.npy", _npy(np.array([harm.Writes(canary)], object), allow_pickle=True))]),
+        zipped([("w.npy", pickle.dumps(harm.Writes(canary)))]),
+        pickle.dumps(harm.Writes(canary)),
+        _npy(np.array([harm.Writes(canary)], object), allow_pickle=True),
     ))  # fmt: skip
     (path / chance.choice(_ARRAY_FILES)).write_bytes(raw)
 
@@ -253,7 +226,7 @@ def _pickled(path: Path, chance: Random) -> None:
 def _packed_zeros() -> tuple[bytes, int]:
     """A zip of zeros, and the length of each of its members."""
     zeros = _npy(np.zeros(_BOMB_BYTES // _BOMB_MEMBERS, np.uint8))
-    return _zip([(f"{at}.npy", zeros) for at in range(_BOMB_MEMBERS)], zipfile.ZIP_DEFLATED), len(zeros)
+    return zipped([(f"{at}.npy", zeros) for at in range(_BOMB_MEMBERS)], zipfile.ZIP_DEFLATED), len(zeros)
 
 
 def _bomb(path: Path, chance: Random) -> None:
@@ -277,63 +250,34 @@ def _headers(path: Path, chance: Random) -> None:
     version = chance.choice((b"\1\0", b"\3\0", b"\t\0"))
     width = 2 if version == b"\1\0" else 4
     content = b"\x93NUMPY" + version + length.to_bytes(width, "little") + text + bytes(16)
-    (path / chance.choice(_ARRAY_FILES)).write_bytes(_zip([("w.npy", content)]))
+    (path / chance.choice(_ARRAY_FILES)).write_bytes(zipped([("w.npy", content)]))
 
 
 def _members(path: Path, chance: Random) -> None:
     plain = _npy(np.zeros(4, np.float32))
     names = chance.choices((*_NAMES, "w.npy", "m.w.npy"), k=chance.choice((1, 2, 3)))
     method = chance.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2))
-    raw = bytearray(_zip([(name, plain) for name in names], method))
+    raw = bytearray(zipped([(name, plain) for name in names], method))
     place = raw.index(b"PK\1\2") + chance.choice((8, 10, 12, 16, 20, 24, 28, 30, 42))
     if chance.random() < 0.5:
         raw[place : place + 2] = chance.choice((b"\1\0", b"\xff\xff", b"\0\0"))
     (path / chance.choice(_ARRAY_FILES)).write_bytes(raw)
 
 
-def _no_files(path: Path, chance: Random) -> None:
-    """Something else in the place of a file."""
-    file = path / chance.choice(_MEMBERS)
-    file.unlink()
-    kind = chance.randrange(7)
-    if kind == 0:
-        os.mkfifo(file)
-    elif kind == 1:
-        file.mkdir()
-    elif kind == 2:
-        with socket.socket(socket.AF_UNIX) as made:
-            made.bind(str(file))
-    elif kind == 3:
-        file.touch()
-        os.truncate(file, 1 << 40)
-    else:
-        file.symlink_to(("/dev/zero", "/etc/passwd", file.name)[kind - 4])
-
-
 FOLDERS: dict[str, Make] = {
-    "older: bits": _flipped,
-    "older: cut": _cut,
-    "older: spliced": _spliced,
+    "older: bits": _member(harm.flipped),
+    "older: cut": _member(harm.cut),
+    "older: spliced": _member(harm.spliced),
     "older: another's files": _others,
-    "older: missing files": _missing,
+    "older: missing files": _member(harm.missing),
     "older: metadata": _metadata,
     "older: checksums": _checksums,
     "older: pickles": _pickled,
     "older: bombs": _bomb,
     "older: headers of arrays": _headers,
     "older: members of a zip": _members,
-    "older: no files": _no_files,
+    "older: no files": _member(harm.no_file),
 }
-
-
-def _packed(tensors: dict[str, tuple[str, list[int], bytes]]) -> bytes:
-    header, data = {}, b""
-    for name, (dtype, shape, raw) in tensors.items():
-        offsets = [len(data), len(data) + len(raw)]
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
-        data += raw
-    text = json.dumps(header).encode()
-    return len(text).to_bytes(8, "little") + text + data
 
 
 def _byte_tensors(fields: Any = _FIELDS, optimizer: Any = None) -> bytes:
@@ -341,7 +285,7 @@ def _byte_tensors(fields: Any = _FIELDS, optimizer: Any = None) -> bytes:
     optimizer = {"exp_avg": {"w": array}, "exp_avg_sq": {"w": array}} if optimizer is None else optimizer
     texts = {"_metadata": json.dumps(fields).encode(), "_optimizer": json.dumps(optimizer).encode()}
     rows = {name: ("U8", [len(text)], text) for name, text in texts.items()}
-    return _packed({"w": ("F32", [2, 2], bytes(16)), **rows})
+    return harm.packed({"w": ("F32", [2, 2], bytes(16)), **rows})
 
 
 def _noise(path: Path, chance: Random) -> None:

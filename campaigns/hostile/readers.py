@@ -15,17 +15,15 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import time
-import unicodedata
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from campaigns.campaign import CounterExample
+from campaigns.hostile import converting
 from campaigns.hostile.forging import METADATA, Specimen
+from campaigns.hostile.promises import bound, only_what_is_promised, require, require_plain, seconds
 from distrust import CheckpointManager
 from distrust.checkpoint import store
 from distrust.checkpoint.compare import differences
@@ -35,34 +33,9 @@ from distrust.checkpoint.older.header import OlderHeader
 from distrust.checkpoint.store import CheckpointFile
 from distrust.checkpoint.tree import STATE_SECTIONS
 from distrust.cli import main
-from distrust.errors import (
-    CheckpointNotFound,
-    CorruptCheckpoint,
-    DistrustError,
-    DistrustWarning,
-    NoGoodCheckpoint,
-    UnsupportedVersion,
-)
-
-SECONDS = 1.0
-SECONDS_PER_MIB = 2.0
-MESSAGE_CHARACTERS = 4000
-_MIB = 1 << 20
-#: What may be said of a file. CheckpointUnreadable is not among them: it would mean that memory ran out.
-_SAID_OF_A_FILE = (CorruptCheckpoint, UnsupportedVersion, NoGoodCheckpoint, CheckpointNotFound)
-_UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+from distrust.errors import CheckpointError, DistrustError
 
 Answers = Counter[str]
-
-
-def bound(nbytes: int) -> float:
-    """How many seconds of the processor an answer may take."""
-    return SECONDS + SECONDS_PER_MIB * nbytes / _MIB
-
-
-def seconds() -> float:
-    """Of the processor, in all threads."""
-    return time.process_time()
 
 
 def in_memory(raw: bytes, good: CheckpointFile, answers: Answers) -> None:
@@ -74,14 +47,14 @@ def in_memory(raw: bytes, good: CheckpointFile, answers: Answers) -> None:
     began = seconds()
     answer = _in_memory(raw, good)
     took = seconds() - began
-    _require(took <= bound(len(raw)), f"{took:.1f} s for {len(raw):,} bytes in memory")
+    require(took <= bound(len(raw)), f"{took:.1f} s for {len(raw):,} bytes in memory")
     answers[f"answers in memory: {answer}"] += 1
 
 
 def _in_memory(raw: bytes, good: CheckpointFile) -> str:
     step = "parse_header"
     try:
-        with _only_what_is_promised("in memory"):
+        with only_what_is_promised("in memory"):
             header = parse_header(raw[: header_length(raw[:4096], len(raw))], len(raw))
             _shown(header)
             step = "tensors"
@@ -112,12 +85,12 @@ def require_sense(header: Header, raw: bytes) -> None:
     specimen = Specimen(raw)
     fields = json.loads(specimen.body, object_pairs_hook=_each_key_once)
     state = json.loads(fields[METADATA]["state"], object_pairs_hook=_each_key_once)
-    _require({*state} == {"sections", "step"}, f"taken for whole, with a state of {[*state]!a}")
-    _require({*state["sections"]} == {*STATE_SECTIONS}, f"taken for whole, with {[*state['sections']]!a}")
+    require({*state} == {"sections", "step"}, f"taken for whole, with a state of {[*state]!a}")
+    require({*state["sections"]} == {*STATE_SECTIONS}, f"taken for whole, with {[*state['sections']]!a}")
     json.loads(fields[METADATA]["run"], object_pairs_hook=_each_key_once)
     _require_keys_differ(state)
     described = {name: field for name, field in fields.items() if name != METADATA}
-    _require({tensor.name for tensor in header.tensors} == described.keys(), "other tensors than in the file")
+    require({tensor.name for tensor in header.tensors} == described.keys(), "other tensors than in the file")
     end = specimen.end
     for tensor in header.tensors:
         field = described[tensor.name]
@@ -129,9 +102,9 @@ def require_sense(header: Header, raw: bytes) -> None:
             and (field["dtype"], field["shape"]) == (tensor.dtype, list(tensor.shape))
             and field["data_offsets"] == [begin, begin + tensor.nbytes]
         )
-        _require(right, f"taken for whole, with the tensor {tensor.name!a} at {tensor.offset}")
+        require(right, f"taken for whole, with the tensor {tensor.name!a} at {tensor.offset}")
         end += tensor.nbytes
-    _require(end == len(raw), f"taken for whole, with {len(raw)} bytes and tensors up to {end}")
+    require(end == len(raw), f"taken for whole, with {len(raw)} bytes and tensors up to {end}")
 
 
 _KEYS: dict[str, Callable[[str], Any]] = {
@@ -147,11 +120,11 @@ def _require_keys_differ(node: Any) -> None:
         waiting += node.values() if type(node) is dict else node if type(node) is list else ()
         if type(node) is dict and [*node] == ["d"]:
             keys = {_KEYS[key[:1]](key[1:]) for key in node["d"]}
-            _require(len(keys) == len(node["d"]), f"taken for whole, with the keys {[*node['d']]!a}")
+            require(len(keys) == len(node["d"]), f"taken for whole, with the keys {[*node['d']]!a}")
 
 
 def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    _require(len(dict(pairs)) == len(pairs), "taken for whole, with a key that stands twice")
+    require(len(dict(pairs)) == len(pairs), "taken for whole, with a key that stands twice")
     return dict(pairs)
 
 
@@ -192,14 +165,14 @@ class Directory:
         for name, use in self.uses().items():
             began = seconds()
             try:
-                with _only_what_is_promised(name):
+                with only_what_is_promised(name):
                     use()
             except DistrustError as error:
                 said[name] = type(error).__name__
             else:
                 said[name] = "well"
             took = seconds() - began
-            _require(took <= bound(nbytes), f"{name}: {took:.1f} s for {nbytes:,} bytes")
+            require(took <= bound(nbytes), f"{name}: {took:.1f} s for {nbytes:,} bytes")
             answers[f"answers from disk: {said[name]}"] += 1
         self._require_one_mind(said)
 
@@ -226,16 +199,34 @@ class Directory:
             "distrust diff": lambda: command("diff", path, self.good.path),
             "distrust diff --json": lambda: command("diff", self.good.path, path, "--json"),
             "distrust verify": lambda: command("verify", self.path),
+            "convert": self._convert,
+            "distrust convert": self._command_convert,
         }
 
     def _load_latest(self, manager: CheckpointManager) -> None:
         loaded = manager.load_latest()
-        _require(loaded.step in (0, 1), f"load_latest came back with step {loaded.step}")
+        require(loaded.step in (0, 1), f"load_latest came back with step {loaded.step}")
+
+    def _convert(self) -> None:
+        with converting.target(self.path.parent) as to:
+            done = converting.converted(self.hostile, to)
+        is_whole = True
+        try:
+            store.verify(self.hostile)
+        except CheckpointError:
+            is_whole = False
+        for one in done:
+            damaged = one.outcome == "damaged"
+            require(damaged is not is_whole, f"convert takes it for {one.outcome}, and verify does not")
+
+    def _command_convert(self) -> None:
+        with converting.target(self.path.parent) as to:
+            command("convert", self.hostile, "--to", to)
 
     def _require_one_mind(self, said: dict[str, str]) -> None:
         readers = {said[name] for name in ("validate", "load", "load mapped", "load lazily")}
-        _require(len(readers) == 1, f"some take it for whole and others do not: {said}")
-        _require(said["load_latest"] in ("well", "UnsupportedVersion"), f"no fall back: {said}")
+        require(len(readers) == 1, f"some take it for whole and others do not: {said}")
+        require(said["load_latest"] in ("well", "UnsupportedVersion"), f"no fall back: {said}")
 
 
 def touched(loaded: Any) -> None:
@@ -249,39 +240,5 @@ def command(*arguments: object) -> None:
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main([str(argument) for argument in arguments])
-    _require(code in (0, 1), f"exit code {code}: {err.getvalue()[:500]!r}")
-    _require_plain("what is printed", out.getvalue() + err.getvalue())
-
-
-@contextlib.contextmanager
-def _only_what_is_promised(name: str) -> Iterator[None]:
-    """Errors of the library go through, if they are about the file; everything else was never promised."""
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            yield
-    except CounterExample:
-        raise
-    except _SAID_OF_A_FILE as error:
-        message = str(error)
-        _require(len(message) <= MESSAGE_CHARACTERS, f"{name}: a message of {len(message):,} characters")
-        _require_plain(f"{name}: the message", message)
-        raise
-    except BaseException as error:  # whatever it is, nobody was told of it
-        raise CounterExample(f"{name}: {type(error).__name__}: {str(error)[:500]!a}") from error
-    for warning in caught:
-        right = issubclass(warning.category, DistrustWarning)
-        _require(right, f"{name}: {warning.category.__name__}: {warning.message}")
-        _require_plain(f"{name}: the warning", str(warning.message))
-
-
-def _require_plain(what: str, text: str) -> None:
-    if text.isprintable():
-        return
-    for letter in set(text) - {"\n"}:
-        _require(unicodedata.category(letter) not in _UNSEEN, f"{what} holds {letter!a}: {text[:500]!a}")
-
-
-def _require(kept: bool, promise: str) -> None:
-    if not kept:
-        raise CounterExample(promise)
+    require(code in (0, 1), f"exit code {code}: {err.getvalue()[:500]!r}")
+    require_plain("what is printed", out.getvalue() + err.getvalue())

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from campaigns.campaign import CounterExample
-from campaigns.hostile import costs, families, readers
+from campaigns.hostile import costs, families, promises, readers
 from distrust import CheckpointManager
 from distrust.checkpoint import store
 from distrust.checkpoint.compare import differences
@@ -79,7 +79,7 @@ def _measured(name: str, use: str, asked: readers.Directory, size: int) -> costs
     cost = _cost(f"{name}: {use}", _uses(asked)[use], allowed)
     if cost.answer not in ("well", "CorruptCheckpoint"):
         raise CounterExample(f"{name}: {use}: {size:,} bytes, {allowed:,} allowed: {cost.answer}")
-    if cost.seconds > readers.bound(size):
+    if cost.seconds > promises.bound(size):
         raise CounterExample(f"{name}: {use}: {cost.seconds:.1f} s for {size:,} bytes")
     return cost
 
