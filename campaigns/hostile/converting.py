@@ -19,7 +19,6 @@ from typing import Any
 from campaigns.hostile import harm
 from campaigns.hostile.promises import (
     MESSAGE_CHARACTERS,
-    SAID_OF_A_FILE,
     only_what_is_promised,
     require,
     require_plain,
@@ -27,11 +26,9 @@ from campaigns.hostile.promises import (
 from distrust.checkpoint import store
 from distrust.checkpoint.lock import LOCK_NAME
 from distrust.convert import Converted, convert, target_directory
-from distrust.errors import ConfigError, ModelError, ResumeRefused
 
 #: Larger files are sparse: who has no memory for such a one has not taken it for what it is not.
 _LARGE_BYTES = 1 << 30
-_REFUSED = (ConfigError, ModelError, ResumeRefused)
 
 
 @contextlib.contextmanager
@@ -59,7 +56,7 @@ def converted(source: Path, to: Path, *, model: str | None = None) -> list[Conve
     """
     before = as_it_lies(source)
     try:
-        with only_what_is_promised("convert", (*SAID_OF_A_FILE, *_REFUSED)):
+        with only_what_is_promised("convert"):
             done = convert(source, to, model=model)
     finally:
         require(as_it_lies(source) == before, "convert: what was read is not as it was")
@@ -67,7 +64,7 @@ def converted(source: Path, to: Path, *, model: str | None = None) -> list[Conve
         _require_told(one, before)
         _require_standing(one)
     directory = target_directory(to)
-    there = {path.name for path in directory.iterdir()} - {LOCK_NAME}
+    there = {path.name for path in directory.glob("*")} - {LOCK_NAME}
     well = {one.target.name for one in done if one.target is not None}
     require(there == well, f"convert: {sorted(well)} were converted, and {sorted(there)} are there")
     if well:

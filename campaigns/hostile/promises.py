@@ -12,7 +12,6 @@ from campaigns.campaign import CounterExample
 from distrust.errors import (
     CheckpointNotFound,
     CorruptCheckpoint,
-    DistrustError,
     DistrustWarning,
     NoGoodCheckpoint,
     UnsupportedVersion,
@@ -23,7 +22,7 @@ SECONDS_PER_MIB = 2.0
 MESSAGE_CHARACTERS = 4000
 _MIB = 1 << 20
 #: What may be said of a file. CheckpointUnreadable is not among them: it would mean that memory ran out.
-SAID_OF_A_FILE = (CorruptCheckpoint, UnsupportedVersion, NoGoodCheckpoint, CheckpointNotFound)
+_SAID_OF_A_FILE = (CorruptCheckpoint, UnsupportedVersion, NoGoodCheckpoint, CheckpointNotFound)
 _UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 
 
@@ -38,9 +37,7 @@ def seconds() -> float:
 
 
 @contextlib.contextmanager
-def only_what_is_promised(
-    name: str, errors: tuple[type[DistrustError], ...] = SAID_OF_A_FILE
-) -> Iterator[None]:
+def only_what_is_promised(name: str) -> Iterator[None]:
     """Errors of the library go through, if they are about the file; everything else was never promised."""
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -48,7 +45,7 @@ def only_what_is_promised(
             yield
     except CounterExample:
         raise
-    except errors as error:
+    except _SAID_OF_A_FILE as error:
         message = str(error)
         require(len(message) <= MESSAGE_CHARACTERS, f"{name}: a message of {len(message):,} characters")
         require_plain(f"{name}: the message", message)

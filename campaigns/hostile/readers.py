@@ -216,7 +216,7 @@ class Directory:
         except CheckpointError:
             is_whole = False
         for one in done:
-            damaged = one.outcome == "damaged"
+            damaged = one.outcome in ("damaged", "unreadable")
             require(damaged is not is_whole, f"convert takes it for {one.outcome}, and verify does not")
 
     def _command_convert(self) -> None:
