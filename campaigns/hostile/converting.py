@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from campaigns.campaign import CounterExample
 from campaigns.hostile import harm
 from campaigns.hostile.promises import (
     MESSAGE_CHARACTERS,
@@ -26,6 +27,7 @@ from campaigns.hostile.promises import (
 from distrust.checkpoint import store
 from distrust.checkpoint.lock import LOCK_NAME
 from distrust.convert import Converted, convert, target_directory
+from distrust.errors import DistrustError
 
 #: Larger files are sparse: who has no memory for such a one has not taken it for what it is not.
 _LARGE_BYTES = 1 << 30
@@ -105,5 +107,8 @@ def _require_standing(one: Converted) -> None:
     require(one.is_well is (one.target is not None), f"convert: {one.outcome}, and a target {one.target}")
     require(one.is_well or bool(one.reason), f"convert: {one.outcome}, and no reason why")
     if one.target is not None:
-        digest = store.verify(one.target).state_digest
+        try:
+            digest = store.verify(one.target).state_digest
+        except DistrustError as error:
+            raise CounterExample(f"convert: what was converted does not verify: {error}") from error
         require(digest == one.state_digest, "convert: told the digest of another state")

@@ -34,8 +34,8 @@ ALLOWED_BYTES = 512 << 20
 SECONDS = 10.0
 TIMES = 2
 AT_RANDOM = 12
-CONVERTED = "folders of other programs, converted"
-TRAINED = "of them gone on"
+CONVERTED = "folders of other programs given to convert"
+GONE_ON = "of them gone on with"
 _EXAMPLES = [{"text": "salt melts at nine"}, {"text": "the ore"}]
 
 #: What a case does in the process of torch.
@@ -109,14 +109,14 @@ class Bench:
             self._good = elsewhere.make(self._goods)
             for kind in self._good.kinds:
                 counts = self.try_out(kind, lambda _: None, Random(0))
-                if counts[f"{CONVERTED}: converted"] != 1 or counts[f"{TRAINED} with torch: well"] != 1:
+                if counts[f"{CONVERTED}: converted"] != 1 or counts[f"{GONE_ON} torch: well"] != 1:
                     raise AssertionError(f"a good one of {kind} is not gone on with: {dict(counts)}")
             os.rename(self._runs, self._sound)
             self._clear()
             gc.freeze()  # what was imported stays: to look through it each time would take most of the time
             return
         counts = self.go_on(engine, self._sound)
-        if set(counts) != {f"{TRAINED} with {engine}: well"}:
+        if set(counts) != {f"{GONE_ON} {engine}: well"}:
             raise AssertionError(f"good ones are not gone on with: {dict(counts)}")
         gc.freeze()
 
@@ -168,7 +168,7 @@ class Bench:
             return counts
         copy = self._patients / "run"  # the other engine goes on with what this one found
         shutil.copytree(run, copy)
-        counts[f"{TRAINED} with torch: {self._gone_on(copy, 'torch', run.name)}"] += 1
+        counts[f"{GONE_ON} torch: {self._gone_on(copy, 'torch', run.name)}"] += 1
         return counts
 
     def go_on(self, engine: str, runs: Path | None = None) -> Counter[str]:
@@ -182,7 +182,7 @@ class Bench:
             copy = self._runs.parent / f"run of {engine}"
             harm.clear(copy)
             shutil.copytree(run, copy)
-            counts[f"{TRAINED} with {engine}: {self._gone_on(copy, engine, run.name)}"] += 1
+            counts[f"{GONE_ON} {engine}: {self._gone_on(copy, engine, run.name)}"] += 1
             harm.clear(copy)
         gc.collect()
         return counts

@@ -18,8 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from campaigns.campaign import CounterExample
-from campaigns.hostile import families, forging, older, readers, specimens
+from campaigns.hostile import converting, elsewhere, families, forging, older, readers, specimens
 from campaigns.hostile.__main__ import Plan
+from distrust.convert import Converted
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits memory by means of Linux")
 
@@ -27,12 +28,13 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 ATHERIS = pytest.mark.skipif(importlib.util.find_spec("atheris") is None, reason="no atheris")
 READING = [*families.CHANGES, *families.FILES, "obstacles", *older.FAMILIES]
 APART = ["permissions", "writing", *families.GROWING]
-#: The first case with files at random.
-AT_RANDOM = len(READING) + len(APART)
+NAMED = [*READING, *APART, *elsewhere.FAMILIES]
+#: The first case with files at random, and the first with folders of other programs at random.
+AT_RANDOM, ELSEWHERE_AT_RANDOM = len(NAMED), len(NAMED) + 1
 
 
 def number(name: str) -> int:
-    return (READING + APART).index(name)
+    return NAMED.index(name)
 
 
 @pytest.fixture
@@ -90,6 +92,17 @@ def test_files_at_random(campaign, tmp_path):
     # Files that are refused at once, some that are refused late, and good ones.
     for answer in ("CorruptCheckpoint by parse_header", "CorruptCheckpoint by sections", "whole"):
         assert counts[f"answers in memory: {answer}"] > 2
+
+
+@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
+def test_folders_of_other_programs_are_converted_and_gone_on_with(campaign, tmp_path):
+    code, said = campaign("--case", ELSEWHERE_AT_RANDOM, "--seed", 2, "--json", tmp_path / "figures.json")
+    assert code == 0, said
+    counts = json.loads((tmp_path / "figures.json").read_text())["counts"]
+    # Some were harmless, and some were not.
+    given, gone_on = "folders of other programs given to convert", "of them gone on with"
+    for what in (f"{given}: converted", f"{given}: damaged", f"{gone_on} torch: well"):
+        assert counts[what] > 0, counts
 
 
 def test_files_that_cost(campaign):
@@ -158,6 +171,15 @@ Disk.create = open_to_all
         "older: bombs", "CheckpointUnreadable",
         "from distrust.checkpoint.older import npz\nnpz.TIMES_ITS_SIZE = npz.SMALL_BYTES = 10**9",
     ),
+    "what convert raises is not told": (
+        "older: metadata", "convert: ValueError",
+        """
+from distrust import convert
+def read(*_):
+    raise ValueError
+convert._read = read
+""",
+    ),
     "a terminal is commanded": (
         "escapes for a terminal", "what is printed holds",
         "from distrust.cli import show\nshow.printable = lambda text: text",
@@ -196,9 +218,73 @@ def test_a_fault_is_found_and_found_again(campaign, fault):
 
 
 def test_the_numbers_of_the_cases_are_those_of_the_plan():
-    plan = Plan(["a", "b"], ["c"], "random")
-    assert [plan.step(case) for case in range(5)] == ["a", "b", "c", "random", "random"]
+    plan = Plan(["a", "b"], ["c"], ["d"], "random", "elsewhere")
+    assert [plan.step(case) for case in (0, 1, 2, 4, 6)] == ["a", "b", "c", "random", "random"]
     assert [plan.is_apart(case) for case in range(5)] == [False, False, True, False, False]
+    of_engines = [plan.of_engines(case) for case in range(10)]
+    assert of_engines == [None, None, None, "d", None, "elsewhere", None, None, None, "elsewhere"]
+
+
+def test_a_process_that_died_or_hangs_begins_again(run_python):
+    code = """
+import os, time
+from campaigns.campaign import CounterExample
+from campaigns.hostile import costs
+from campaigns.hostile.worker import Worker
+from collections import Counter
+costs.HANG_SECONDS = 0.3
+work = {0: lambda: os.abort(), 1: lambda: time.sleep(9), 2: lambda: Counter(well=1)}
+with Worker(lambda number: work[number](), allowed=1 << 26) as worker:
+    for number in (2, 0, 2, 1, 2):
+        try:
+            print(worker.do(number)["well"])
+        except CounterExample as found:
+            print(found)
+"""
+    said = run_python(code, PYTHONPATH=os.pathsep.join((str(ROOT / "src"), str(ROOT)))).stdout
+    died, hangs = "the process died: exit code -6", "no answer within 0.3 s"
+    assert said.splitlines() == ["1", died, "1", hangs, "1"]
+
+
+def harmed(tmp_path: Path) -> Path:
+    older.write_folder(tmp_path / "checkpoint-1")
+    return tmp_path / "checkpoint-1"
+
+
+def changes(source, to, **_):
+    (source / "metadata.json").touch()
+    return []
+
+
+def takes_without_a_file(source, to, **_):
+    return [Converted(source, "converted", step=1, target=to / "checkpoints" / "checkpoint-1.safetensors")]
+
+
+def tells_in_lines(source, to, **_):
+    return [Converted(source, "damaged", "one\ntwo")]
+
+
+def leaves_a_file(source, to, **_):
+    (to / "checkpoints").mkdir(parents=True)
+    (to / "checkpoints" / "left").touch()
+    return [Converted(source, "damaged", "so")]
+
+
+FAULTY = {
+    changes: "not as it was",
+    takes_without_a_file: "does not verify",
+    tells_in_lines: "several lines",
+    leaves_a_file: "'left'",
+}
+
+
+@pytest.mark.parametrize("faulty", FAULTY)
+def test_what_convert_promises_is_looked_at(tmp_path, monkeypatch, faulty):
+    source = harmed(tmp_path)
+    assert [one.outcome for one in converting.converted(source, tmp_path / "well")] == ["converted"]
+    monkeypatch.setattr(converting, "convert", faulty)
+    with pytest.raises(CounterExample, match=FAULTY[faulty]):
+        converting.converted(source, tmp_path / "to")
 
 
 def test_what_is_taken_for_whole_makes_sense(directory):
