@@ -252,6 +252,13 @@ class Evil:
         return os.mkdir, ("executed",)
 
 
+class Large:
+    """A small pickle that asks for 64 GiB, of a function that torch takes for harmless."""
+
+    def __reduce__(self):
+        return bytearray, (64 << 30,)
+
+
 def changed_optimizer(folder: Path, change) -> None:
     saved = torch.load(folder / "optimizer.pt", weights_only=True)
     change(saved)
@@ -261,6 +268,15 @@ def changed_optimizer(folder: Path, change) -> None:
 def changed_json(folder: Path, name: str, **values: Any) -> None:
     path = folder / name
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def changed_base(folder: Path, **values: Any) -> Path:
+    """A base model whose config makes no sense."""
+    path = folder / "adapter_config.json"
+    base = shutil.copytree(json.loads(path.read_text())["base_model_name_or_path"], folder.parent / "base")
+    changed_json(base, "config.json", **values)
+    changed_json(folder, "adapter_config.json", base_model_name_or_path=str(base))
+    return base
 
 
 def recompressed(folder: Path) -> None:
@@ -293,6 +309,7 @@ def piped(path: Path) -> None:
 
 BROKEN = {
     "objects": lambda f: torch.save({"state": Evil(), "param_groups": []}, f / "optimizer.pt"),
+    "much of nothing": lambda f: torch.save({"state": Large(), "param_groups": []}, f / "optimizer.pt"),
     "a bare pickle": lambda f: (f / "optimizer.pt").write_bytes(pickle.dumps(Evil())),
     "compressed": recompressed,
     "cut": lambda f: os.truncate(f / "optimizer.pt", 20_000),
@@ -333,6 +350,12 @@ BROKEN = {
     "no rank": lambda f: changed_json(f, "adapter_config.json", r=None),
     "no base": lambda f: changed_json(f, "adapter_config.json", base_model_name_or_path="./nowhere"),
     "dropout": lambda f: changed_json(f, "adapter_config.json", lora_dropout=3),
+    "a base of many layers": lambda f: changed_base(f, num_hidden_layers=10**6),
+    "a base of strange layers": lambda f: changed_base(f, attention_bias=24),
+    "a base of strange heads": lambda f: changed_base(f, num_attention_heads=65),
+    "a base of strange activations": lambda f: changed_base(f, hidden_act="20"),
+    "a base of a strange kind": lambda f: changed_base(f, model_type={}),
+    "a base that is a tebibyte": lambda f: os.truncate(changed_base(f) / "config.json", 1 << 40),
     "deepspeed": lambda f: (
         (f / "adapter_model.safetensors").unlink(),
         (f / "zero_to_fp32.py").write_text(""),

@@ -633,7 +633,9 @@ def _read(
     """Read what is there, in our format or in an older one."""
     if older.recognised(path):
         header, loaded = older.read(path, framework=framework)
-        return CheckpointFile(path, header), loaded
+        file = CheckpointFile(path, header)
+        store.require_name(file)
+        return file, loaded
     return image.read(path, framework=framework, mapped=mapped, lazy=lazy)
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from distrust.engines.source import locate
 from distrust.errors import ModelError
+
+#: Of the files that describe a model; the largest tokenizers take some ten MiB.
+MAX_JSON_BYTES = 256 << 20
 
 
 def load_tokenizer(name: str) -> Any:
@@ -44,24 +48,34 @@ def loaded(loader: Any, name: str, **options: Any) -> Any:
         ModelError: saying which model, and why not.
     """
     from huggingface_hub.utils import logging as hub_logging
-    from safetensors import SafetensorError
     from transformers.utils import logging
 
     hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     source, local = locate(name)
+    if local:
+        _require_small(name, Path(source))
     try:
         # Weights only as safetensors: the older format is a pickle.
         if "dtype" in options:
             options["use_safetensors"] = True
         return loader.from_pretrained(source, local_files_only=local, trust_remote_code=False, **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # of a config that makes no sense it raises of every kind
         raise not_loaded(name, error) from error
+
+
+def _require_small(name: str, folder: Path) -> None:
+    """What describes a model is read as a whole: not whatever its size."""
+    for path in folder.glob("*.json"):
+        if path.is_file() and path.stat().st_size > MAX_JSON_BYTES:
+            raise ModelError(f"--model {name}: cannot be loaded: {path.name} is larger than any model's")
 
 
 def not_loaded(name: str, error: Exception) -> ModelError:
     """The error for a model that a library did not load."""
     hint = "" if locate(name)[1] else "; there is no folder of this name, and the hub did not give it"
     reason = " ".join(str(error).split())
+    if not isinstance(error, (OSError, ValueError, ImportError, RuntimeError)):
+        reason = f"{type(error).__name__}: {reason}"  # such as a KeyError, which says its key
     return ModelError(f"--model {name}: cannot be loaded{hint}: {reason}")

@@ -16,7 +16,13 @@ from typing import Any, BinaryIO
 
 from distrust.checkpoint.older.bounded import parse_object
 from distrust.checkpoint.opening import located
-from distrust.errors import CheckpointError, CheckpointNotFound, CheckpointUnreadable, CorruptCheckpoint
+from distrust.errors import (
+    CheckpointError,
+    CheckpointNotFound,
+    CheckpointUnreadable,
+    CorruptCheckpoint,
+    readable,
+)
 
 
 def read_json(path: Path, *, max_bytes: int) -> dict[str, Any]:
@@ -64,7 +70,6 @@ def told(path: Path) -> Iterator[None]:
             path=path,
         ) from error
     except Exception as error:  # the parsers raise of every kind
-        raise CorruptCheckpoint(
-            f"not a whole file of its kind ({type(error).__name__}: {' '.join(str(error).split())[:120]})",
-            path=path,
-        ) from error
+        said = readable(" ".join(str(error).split()))
+        reason = f"not a whole file of its kind ({type(error).__name__}: {said})"
+        raise CorruptCheckpoint(reason, path=path) from error

@@ -64,7 +64,11 @@ def _weights(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="np"):  # its header makes sense
             pass
         found: Any = mx.load(str(path), format="safetensors")
-        strange = [name for name, array in found.items() if not name.endswith(MLX_ENDS) or array.ndim > 2]
+        strange = [
+            name
+            for name, array in found.items()
+            if not name.endswith(MLX_ENDS) or array.ndim != (1 if name.endswith(".m") else 2)
+        ]
         if strange or not found:
             what = readable(strange[0]) if strange else "nothing"
             raise CorruptCheckpoint(f"holds {what}, which is no part of a plain LoRA", path=path)

@@ -13,9 +13,12 @@ from blake3 import blake3
 
 from distrust.config import Device, Dtype, Quantization
 from distrust.engines.source import locate
-from distrust.engines.tokenizer import loaded
+from distrust.engines.tokenizer import loaded, not_loaded
 from distrust.engines.torch import quantization
 from distrust.errors import ConfigError, ModelError
+
+#: No model has as many: to make the modules of a million takes minutes.
+MAX_LAYERS = 10_000
 
 
 def load_model(
@@ -60,11 +63,14 @@ def hollow_model(name: str) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
 
     config = load_config(name)
+    layers = getattr(config, "num_hidden_layers", None)
+    if type(layers) is int and layers > MAX_LAYERS:
+        raise ModelError(f"--model {name}: cannot be loaded: its config says {layers} layers")
     try:
         with torch.device("meta"):
             module: torch.nn.Module = AutoModelForCausalLM.from_config(config)
-    except ValueError as error:
-        raise ModelError(f"--model {name}: cannot be loaded: {' '.join(str(error).split())}") from error
+    except Exception as error:  # of a config that makes no sense it raises of every kind
+        raise not_loaded(name, error) from error
     return module.eval()
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import pickle
+import pickletools
 import zipfile
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
@@ -14,6 +16,9 @@ from distrust.errors import CorruptCheckpoint, readable
 
 #: What stands in a file of torch is named in so many entries at most.
 MAX_ENTRIES = 1_000_000
+MAX_PICKLE_BYTES = 64 << 20
+#: What a pickle of an optimizer's state calls; others may take any memory, as ``bytearray(1 << 40)`` does.
+_CALLED = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"}
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -39,7 +44,9 @@ def read_pickled(path: Path) -> Any:
     """
     with told(path):
         with opened(path) as file:
-            _require_stored(path, file)
+            archive = zipfile.ZipFile(file)
+            _require_stored(path, archive, size=os.fstat(file.fileno()).st_size)
+            _require_tensors(path, archive)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
@@ -63,13 +70,11 @@ def floats(tensor: Any, *, shape: torch.Size, what: str, path: Path) -> torch.Te
     return wide
 
 
-def _require_stored(path: Path, file: BinaryIO) -> None:
+def _require_stored(path: Path, archive: zipfile.ZipFile, *, size: int) -> None:
     """Nothing in the archive may grow when it is read: torch compresses nothing, and repeats nothing.
 
     Then each entry is read and compared with its CRC-32, which torch writes and does not look at.
     """
-    size = os.fstat(file.fileno()).st_size
-    archive = zipfile.ZipFile(file)
     entries = archive.infolist()
     if len(entries) > MAX_ENTRIES:
         raise CorruptCheckpoint(f"holds {len(entries)} entries", path=path)
@@ -82,3 +87,23 @@ def _require_stored(path: Path, file: BinaryIO) -> None:
         raise CorruptCheckpoint(
             f"{readable(damaged)} is not what was written: its CRC-32 is another", path=path
         )
+
+
+def _require_tensors(path: Path, archive: zipfile.ZipFile) -> None:
+    """Nothing may be called but what makes a tensor out of bytes that are there."""
+    for entry in archive.infolist():
+        if not entry.filename.endswith("/data.pkl"):
+            continue
+        if entry.file_size > MAX_PICKLE_BYTES:
+            raise CorruptCheckpoint(f"holds a pickle of {entry.file_size >> 20} MiB", path=path)
+        for opcode, named, _ in pickletools.genops(archive.read(entry)):
+            if opcode.name == "GLOBAL" and (named in _CALLED or _is_storage(str(named))):
+                continue
+            if opcode.name in ("GLOBAL", "STACK_GLOBAL", "INST"):
+                raise pickle.UnpicklingError(f"it calls {named}")
+
+
+def _is_storage(named: str) -> bool:
+    """Such as ``torch FloatStorage``, which names a dtype."""
+    module, _, name = named.partition(" ")
+    return module in ("torch", "torch.storage") and name.endswith("Storage")
