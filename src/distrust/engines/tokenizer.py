@@ -10,6 +10,7 @@ from distrust.errors import ModelError
 
 #: Of the files that describe a model; the largest tokenizers take some ten MiB.
 MAX_JSON_BYTES = 256 << 20
+REASON_CHARACTERS = 500
 
 
 def load_tokenizer(name: str) -> Any:
@@ -78,4 +79,6 @@ def not_loaded(name: str, error: Exception) -> ModelError:
     reason = " ".join(str(error).split())
     if not isinstance(error, (OSError, ValueError, ImportError, RuntimeError)):
         reason = f"{type(error).__name__}: {reason}"  # such as a KeyError, which says its key
+    if len(reason) > REASON_CHARACTERS:  # it may list every model that there is
+        reason = f"{reason[:REASON_CHARACTERS]}…"
     return ModelError(f"--model {name}: cannot be loaded{hint}: {reason}")
