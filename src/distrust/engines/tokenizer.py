@@ -81,4 +81,6 @@ def not_loaded(name: str, error: Exception) -> ModelError:
         reason = f"{type(error).__name__}: {reason}"  # such as a KeyError, which says its key
     if len(reason) > REASON_CHARACTERS:  # it may list every model that there is
         reason = f"{reason[:REASON_CHARACTERS]}…"
+    if not reason.isprintable():  # what a config holds may stand in it
+        reason = repr(reason)
     return ModelError(f"--model {name}: cannot be loaded{hint}: {reason}")
