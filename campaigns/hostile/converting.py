@@ -96,7 +96,8 @@ def as_it_lies(path: Path) -> dict[str, Any]:
 
 def _require_told(one: Converted, before: dict[str, Any]) -> None:
     reason = one.reason or ""
-    require(len(reason) <= MESSAGE_CHARACTERS, f"convert: a reason of {len(reason):,} characters")
+    long = f"{len(reason):,} characters: {reason[:300]!a}…{reason[-300:]!a}"
+    require(len(reason) <= MESSAGE_CHARACTERS, f"convert: a reason of {long}")
     require("\n" not in reason, f"convert: a reason of several lines: {reason[:500]!a}")
     require_plain("convert: the reason", reason)
     large = any(size >= _LARGE_BYTES for _, size, *_ in before.values())

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from distrust.checkpoint.retention import MetricMode
-from distrust.errors import ConfigError, why_unread
+from distrust.errors import ConfigError, shortened, why_unread
 from distrust.weighting import ALPHA, ALPHA_RANGE, LAMBDA, MAX_AUTHORITY_WEIGHT, Weighting
 
 #: As ``model`` or ``data``: the small ones that come with the package.
@@ -267,11 +267,11 @@ class TrainConfig:
             try:
                 object.__setattr__(self, name, _typed(getattr(self, name), hint))
             except TypeError as error:
-                problems.append(f"{flag(name)} is {getattr(self, name)!r}: {error}")
+                problems.append(f"{flag(name)} is {shortened(repr(getattr(self, name)))}: {error}")
         if problems:  # what is of a wrong type has no bounds
             raise ConfigError("\n".join(problems))
         problems = [
-            f"{flag(name)} is {getattr(self, name)!r}: {wanted}"
+            f"{flag(name)} is {shortened(repr(getattr(self, name)))}: {wanted}"
             for name, holds, wanted in _bounds(self)
             if not holds
         ]
@@ -302,12 +302,12 @@ def from_mapping(values: Mapping[str, Any], *, where: str) -> TrainConfig:
         if isinstance(value, dict):
             problems.append(f"{where}: [{given}] is a table; options stand at the top, as key = value")
         elif given not in known:
-            problems.append(f"{where}: unknown option {given!r}{_nearest(given, known)}")
+            problems.append(f"{where}: unknown option {shortened(repr(given))}{_nearest(given, known)}")
         else:
             try:
                 arguments[known[given]] = _typed(value, hints[known[given]])
             except TypeError as error:
-                problems.append(f"{where}: {given} is {value!r}: {error}")
+                problems.append(f"{where}: {shortened(given)} is {shortened(repr(value))}: {error}")
     if problems:
         raise ConfigError("\n".join(problems))
     try:

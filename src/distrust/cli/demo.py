@@ -54,5 +54,6 @@ def main(arguments: list[str]) -> int:
         print(f"{name:10}  {preferred:>17.0%}  {primary:>10.3f}  {coordinated:>14.3f}")
     print(f"\npicture {picture}")
     question = demo.read_questions()[0].prompt
-    print(f'try: distrust generate {options.out}/monotone --compare --prompt "{question}"')
+    command = Path(sys.argv[0]) if Path(sys.argv[0]).name == "distrust" else "distrust"
+    print(f'try: {command} generate {options.out}/monotone --compare --prompt "{question}"')
     return 0

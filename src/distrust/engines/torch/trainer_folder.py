@@ -41,6 +41,7 @@ WEIGHTS = "model.safetensors"
 
 MAX_STATE_BYTES = 256 << 20
 MAX_CONFIG_BYTES = 4 << 20
+MAX_NAME_CHARACTERS = 1000
 #: How many a message names of many.
 NAMES_SHOWN = 3
 
@@ -227,7 +228,7 @@ def _require_plain_lora(described: Mapping[str, Any], folder: Path, *, base_give
 
 def _named_base(described: Mapping[str, Any], folder: Path) -> str:
     name = described.get("base_model_name_or_path")
-    if type(name) is not str or not name or not name.isprintable():
+    if type(name) is not str or not 0 < len(name) <= MAX_NAME_CHARACTERS or not name.isprintable():
         raise _refused(folder, f"{ADAPTER_CONFIG} does not name the base model; give it as --model")
     try:
         hollow_model(name)
