@@ -15,8 +15,10 @@ from transformers import AutoModelForCausalLM
 
 from distrust import CheckpointManager, DistrustTrainer, TrainConfig
 from distrust.cli import main
+from distrust.cli.train import parse
 from distrust.convert import convert
 from distrust.engines import open_checkpoint
+from distrust.engines.exchange import target_modules
 from distrust.errors import ConfigError, ResumeRefused
 from distrust.export import export
 from models import make_model, write_records
@@ -138,6 +140,7 @@ def test_the_command_that_convert_prints_trains_on(place, runs, tmp_path, capsys
     assert main(["convert", str(folder), "--to", str(tmp_path / "run")]) == 0
     printed = capsys.readouterr().out.splitlines()[-1].partition("distrust ")[2]
     command = printed.replace("MODEL", str(place / "model")).replace("DATA", str(place / "records.jsonl"))
+    assert "STEPS" not in command
     assert ("layers.1." in command) == (layers == 1)
     words = [*shlex.split(command), "--max-steps", "1", "--batch-size", "2", "--device", "cpu"]
     assert main(words) == 0
@@ -145,14 +148,44 @@ def test_the_command_that_convert_prints_trains_on(place, runs, tmp_path, capsys
     assert CheckpointManager(tmp_path / "run" / "checkpoints").list_checkpoints() == [0, 1]
 
 
+def test_the_command_has_what_is_no_default(runs, tmp_path, capsys):
+    folder = export(runs["mlx", "dora of some"], tmp_path / "folder").path
+    assert main(["convert", str(folder), "--to", str(tmp_path / "run")]) == 0
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1].partition("distrust train")[2])
+    config = parse(words)
+    assert (config.dora, config.lora_rank) == (True, 2)
+    assert config.target_modules == ("mlp.down_proj", "self_attn.q_proj")
+
+
+NAMED = {
+    "model.layers.0.self_attn.q_proj model.layers.1.self_attn.q_proj": "self_attn.q_proj",
+    "transformer.h.0.attn.c_proj transformer.h.1.attn.c_proj": "attn.c_proj",
+    "model.layers.0.mlp.experts.0.w1 model.layers.0.mlp.experts.2.w1": "mlp.experts.0.w1 mlp.experts.2.w1",
+    "model.layers.1.q model.layers.2.q": "model.layers.1.q model.layers.2.q",
+    "model.layers.0.q model.layers.1.k": "model.layers.0.q model.layers.1.k",
+    "enc.layers.0.q enc.layers.1.q dec.layers.0.q": "q",
+    "enc.layers.0.q dec.layers.0.k": "dec.layers.0.k enc.layers.0.q",
+    "head model.layers.0.q": "head model.layers.0.q",
+    "": "",
+}
+
+
+@pytest.mark.parametrize("modules", NAMED)
+@pytest.mark.parametrize("form", ["{}.lora_a", "base_model.model.{}.lora_B.weight"])
+def test_what_an_adapter_adapts_is_told_by_its_names(modules, form):
+    assert target_modules(form.format(module) for module in modules.split()) == NAMED[modules].split()
+    assert target_modules(f"{module}.weight" for module in modules.split()) == []
+
+
 def test_an_adapter_of_other_modules_says_of_which(place, runs, tmp_path):
     folder = export(runs["mlx", "lora"], tmp_path / "folder").path
     weights = load_file(folder / "adapters.safetensors")
-    save_file(
-        {name: array for name, array in weights.items() if "q_proj" in name}, folder / "adapters.safetensors"
-    )
+    some = {name: array for name, array in weights.items() if "q_proj" in name}
+    save_file(some, folder / "adapters.safetensors")
     convert(folder, tmp_path / "run")
-    with pytest.raises(ResumeRefused, match=r"not in the checkpoint\n(.*\n)*.*--target-modules q_proj"):
+    with pytest.raises(
+        ResumeRefused, match=r"not in the checkpoint\n(.*\n)*.*--target-modules self_attn.q_proj$"
+    ):
         train(place, tmp_path / "run", steps=1, engine="mlx", **KINDS["lora"])
 
 

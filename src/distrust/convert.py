@@ -24,7 +24,7 @@ from typing import Any, Literal
 from distrust.checkpoint import Checkpoint, CheckpointManager, image, older, store
 from distrust.checkpoint.foreign import ADAPTER_CONFIG, MLX_WEIGHTS, is_trainer_folder
 from distrust.checkpoint.format import Kind
-from distrust.checkpoint.naming import parsed
+from distrust.checkpoint.naming import Entry, parsed
 from distrust.engines import require_installed
 from distrust.errors import (
     CheckpointError,
@@ -34,6 +34,7 @@ from distrust.errors import (
     CorruptCheckpoint,
     DistrustError,
     SaveFailed,
+    readable,
 )
 from distrust.training import elsewhere
 
@@ -46,7 +47,6 @@ WELL: tuple[Outcome, ...] = ("converted", "already there")
 #: In ``run`` of what is written: where it was.
 _FROM = "converted_from"
 _NO_MODEL = "it holds no model, so there is nothing to go on from; `distrust show` tells what it does hold"
-_UNPROVEN = "its format has no checksums of the weights: a flipped bit would not be found"
 _TRAINER_FOLDER, _MLX_FOLDER = "distrust.engines.torch.trainer_folder", "distrust.engines.mlx.adapter_folder"
 
 
@@ -63,6 +63,8 @@ class Converted:
         step: optimizer steps made; None where that could not be read.
         target: our file, where one stands now.
         state_digest: the identity of its state.
+        is_proven: whether its format has checksums of the weights, which were compared. Of the others a bit
+            that flipped before is not found.
     """
 
     source: Path
@@ -71,6 +73,7 @@ class Converted:
     step: int | None = None
     target: Path | None = None
     state_digest: str | None = None
+    is_proven: bool = False
 
     @property
     def is_well(self) -> bool:
@@ -107,9 +110,11 @@ def convert(
     sources = _found(source)
     _require_place(to)
     done = []
+    #: Where the steps of this training were found, now or before their folder was moved.
+    origins = {Path(os.path.realpath(source)).parent for source in sources}
     with CheckpointManager(target_directory(to), keep_last=None) as manager:
         for path in sources:
-            done.append(_convert(path, manager, force=force, model=model))
+            done.append(_convert(path, manager, origins, force=force, model=model))
             if report is not None:
                 report(done[-1])
     return done
@@ -140,12 +145,17 @@ def _found(source: Path) -> list[Path]:
     if not os.path.isdir(source):
         raise CheckpointNotFound(f"{source}: no checkpoint in a format that can be converted", path=source)
     directory = store.checkpoint_directory(source)
-    entries = [entry for path in directory.iterdir() if (entry := parsed(path)) and _is_convertible(path)]
+    # What lies beside a run's own directory is older than that: a run may have been made of it in its place.
+    entries = _entries(directory) or _entries(source)
     if not entries:
         ours = len(store.scan(directory).files)
         also = f"; {ours} are in this program's own format, and need none" if ours else ""
         raise CheckpointNotFound(f"{source}: no checkpoints here that can be converted{also}", path=source)
     return [path for path, *_ in sorted(entries, key=lambda entry: (entry[1], entry[2] == "final"))]
+
+
+def _entries(directory: Path) -> list[Entry]:
+    return [entry for path in directory.iterdir() if (entry := parsed(path)) and _is_convertible(path)]
 
 
 def _is_convertible(path: Path) -> bool:
@@ -156,7 +166,9 @@ def _is_adapter(path: Path) -> bool:
     return os.path.isfile(path / ADAPTER_CONFIG)
 
 
-def _convert(source: Path, manager: CheckpointManager, *, force: bool, model: str | None) -> Converted:
+def _convert(
+    source: Path, manager: CheckpointManager, origins: set[Path], *, force: bool, model: str | None
+) -> Converted:
     try:
         checkpoint, kind = _read(source, model)
     except DistrustError as error:
@@ -165,15 +177,17 @@ def _convert(source: Path, manager: CheckpointManager, *, force: bool, model: st
     step = checkpoint.step
     if not checkpoint.model:
         return Converted(source, "incomplete", _NO_MODEL, step)
-    checkpoint = replace(checkpoint, run={**checkpoint.run, _FROM: str(source.absolute())})
+    checkpoint = replace(checkpoint, run={**checkpoint.run, _FROM: os.path.realpath(source)})
     path = manager.directory / store.file_name(step, kind)
     manager.acquire()
     try:
         digest = image.state_digest(checkpoint, kind)
         standing = _standing(path)
+        proven = older.recognised(source) == "directory"
         if standing == digest:
-            return Converted(source, "already there", None, step, path, digest)
-        reason = None if force else _taken(path, standing, digest) or _of_another_training(manager, source)
+            origins |= _origin(store.read_header(path))
+            return Converted(source, "already there", None, step, path, digest, proven)
+        reason = None if force else _taken(path, standing, digest) or _of_another_training(manager, origins)
         if reason is not None:
             return Converted(source, "refused", reason, step)
         manager.save(checkpoint, final=kind == "final")
@@ -185,7 +199,8 @@ def _convert(source: Path, manager: CheckpointManager, *, force: bool, model: st
         return Converted(source, "refused", reason, step)
     except DistrustError as error:
         return Converted(source, "refused", str(error), step)
-    return Converted(source, "converted", _to_know(source, checkpoint), step, path, digest)
+    lost = [f"not taken over: {line}" for line in elsewhere.not_taken_over(checkpoint)]
+    return Converted(source, "converted", "; ".join(lost) or None, step, path, digest, proven)
 
 
 def _outcome(error: DistrustError) -> Outcome:
@@ -201,23 +216,25 @@ def _taken(path: Path, standing: str | None, digest: str) -> str | None:
     return f"{path} holds another state ({standing[:16]}, not {digest[:16]}); --force replaces it"
 
 
-def _of_another_training(manager: CheckpointManager, source: Path) -> str | None:
+def _of_another_training(manager: CheckpointManager, origins: set[Path]) -> str | None:
     """Why a directory is not the place for a checkpoint: others there are no steps of the same training."""
     for file in manager.scan().files:
-        came_from = file.header.run_info.get("extra", {}).get(_FROM)
-        if type(came_from) is not str or Path(came_from).parent != source.absolute().parent:
+        came_from = _origin(file)
+        if not came_from:
+            said = f"{file.path} is of a training that goes on there"
+            return f"{said}, and two never share a folder; give another --to"
+        if not came_from <= origins:
             return (
-                f"{file.path} is of another training, or of one that went on here, and two never share a "
-                "folder; give another --to, or --force to write beside it"
+                f"{file.path} came from {readable(str(*came_from))}, another training, and two never share a "
+                "folder; give another --to, or --force if it is the same one"
             )
     return None
 
 
-def _to_know(source: Path, checkpoint: Checkpoint) -> str | None:
-    """What is not as somebody who goes on from it would expect."""
-    lost = [f"not taken over: {line}" for line in elsewhere.not_taken_over(checkpoint)]
-    unproven = [] if older.recognised(source) == "directory" else [_UNPROVEN]
-    return "; ".join([*lost, *unproven]) or None
+def _origin(file: store.CheckpointFile) -> set[Path]:
+    """The folder that a converted checkpoint lay in; nothing of what was saved by a run here."""
+    came_from = file.header.run_info.get("extra", {}).get(_FROM)
+    return {Path(came_from).parent} if type(came_from) is str else set()
 
 
 def _read(source: Path, model: str | None) -> tuple[Checkpoint, Kind]:

@@ -18,6 +18,7 @@ from distrust.errors import (
     CheckpointError,
     CheckpointNotFound,
     ConfigError,
+    DataError,
     ResumeRefused,
 )
 from distrust.training import elsewhere
@@ -94,7 +95,7 @@ def test_another_state_is_replaced_only_by_force(source, tmp_path):
     done = convert(source, target)
     assert outcomes(done) == [(10, "refused"), (20, "refused"), (30, "refused")]
     assert "holds another state" in done[0].reason
-    assert "of another training" in done[1].reason
+    assert "of a training that goes on there" in done[1].reason
     assert path.read_bytes() == raw
     assert all(one.outcome == "converted" for one in convert(source, target, force=True))
     path.write_bytes(b"damaged")
@@ -198,11 +199,11 @@ def test_what_is_refused_does_not_stop_the_others(tmp_path, monkeypatch, capsys)
     reader.read = read
     monkeypatch.setitem(sys.modules, reader.__name__, reader)
     assert main(["convert", str(tmp_path), "--to", str(tmp_path / "run")]) == 1
-    refused, damaged, good, *_ = capsys.readouterr().out.splitlines()
+    refused, damaged, good, _, unproven, _ = capsys.readouterr().out.splitlines()
     assert refused == f"{tmp_path / 'checkpoint-5'}: refused: trained in a way that is not done here"
     assert "checkpoint-6: damaged: trainer_state.json says step 7, its name says 6" in damaged
     assert "checkpoint-7: converted" in good
-    assert "no checksums" in good
+    assert unproven.startswith("1 of them in a format without checksums")
     assert CheckpointManager(tmp_path / "run" / "checkpoints").list_checkpoints() == [7]
 
 
@@ -220,9 +221,39 @@ def test_two_trainings_never_share_a_folder(source, tmp_path):
     ]
     other = write_directory(tmp_path / "other" / "checkpoint-40", {**FIELDS, "step": 40})
     (done,) = convert(other, target)
-    assert (done.outcome, "of another training" in done.reason) == ("refused", True)
+    assert (done.outcome, "two never share a folder" in done.reason) == ("refused", True)
     assert content(target) == before
     assert outcomes(convert(other, target, force=True)) == [(40, "converted")]
+
+
+def test_other_checkpoints_are_of_another_training_unless_their_folder_was_moved(
+    source, tmp_path, monkeypatch
+):
+    target = tmp_path / "run" / "checkpoints"
+    convert(source / "checkpoint-10", target)
+    other = write_directory(tmp_path / "other" / "checkpoint-40", {**FIELDS, "step": 40})
+    (done,) = convert(other, target)
+    assert (done.outcome, f"came from {source}, another training" in done.reason) == ("refused", True)
+    (tmp_path / "link").symlink_to(source)
+    monkeypatch.chdir(other)
+    relative = Path("..", "..", "link", "checkpoint-20.safetensors")
+    assert outcomes(convert(relative, target)) == [(20, "converted")]
+    moved = source.rename(tmp_path / "moved")
+    assert outcomes(convert(moved, target)) == [
+        (10, "already there"),
+        (20, "already there"),
+        (30, "converted"),
+    ]
+
+
+def test_in_the_place_of_the_folder_itself(source):
+    """A run that is made where the old ones lie; stopped, it is gone on with."""
+    convert(source / "checkpoint-10", source / "checkpoints")
+    assert outcomes(convert(source, source / "checkpoints")) == [
+        (10, "already there"),
+        (20, "converted"),
+        (30, "converted"),
+    ]
 
 
 def test_nothing_is_put_into_what_others_wrote(source, tmp_path, capsys):
@@ -281,6 +312,18 @@ def test_a_training_does_not_begin_above_checkpoints(tmp_path, inner):
     with pytest.raises(ConfigError, match=f"give --out {ours.parent}"):
         DistrustTrainer(TrainConfig(out=str(ours), data="nothing")).train()
     assert sorted(path.name for path in ours.iterdir()) == [".lock", "checkpoint-1.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["checkpoint-5/trainer_state.json", "trainer_state.json"])
+def test_a_training_does_not_begin_in_a_folder_of_the_trainer(tmp_path, name):
+    path = tmp_path / "output" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("{}")
+    with pytest.raises(ConfigError, match="a folder of the transformers Trainer: distrust convert"):
+        DistrustTrainer(TrainConfig(out=str(tmp_path / "output"), data="nothing")).train()
+    (tmp_path / "new" / "checkpoint-7").mkdir(parents=True)  # empty: nothing to go on from
+    with pytest.raises(DataError):
+        DistrustTrainer(TrainConfig(out=str(tmp_path / "new"), data="./nothing.jsonl")).train()
 
 
 @pytest.mark.skipif(not REAL.exists(), reason="the shared checkpoints are not here")

@@ -61,6 +61,11 @@ def main(arguments: list[str]) -> int:
     directory = target_directory(options.to)
     if not options.json:
         print(printable(f"{well} of {len(done)} stand in {directory}"))
+        if unproven := sum(one.is_well and not one.is_proven for one in done):
+            print(
+                f"{unproven} of them in a format without checksums: a bit of the weights that had flipped "
+                "was not found"
+            )
         if well and directory.name == RUN_SUBDIRECTORY:
             print(printable(f"to go on training: {shlex.join(_to_go_on(directory))}"))
     return 0 if well == len(done) else 1
@@ -72,12 +77,18 @@ def _to_go_on(directory: Path) -> Iterator[str]:
     model = header.run_info.get("extra", {}).get("model")
     yield from ("distrust", "train", "--out", str(directory.parent))
     yield from ("--model", model if type(model) is str else "MODEL", "--data", "DATA")
+    if header.step:  # as many as the whole run has, of which these were made
+        yield from ("--max-steps", "STEPS")
     names = (tensor.name.partition(".") for tensor in header.tensors)
     targets = target_modules(name for section, _, name in names if section == "model")
     known = {**({"target_modules": targets} if targets else {}), **header.config}
     for option in fields(TrainConfig):
         value = known.get(key(option.name), option.default)
-        if option.metadata["effect"] == "result" and value != option.default:
+        if option.metadata["effect"] != "result" or value == option.default:
+            continue
+        if type(value) is bool:
+            yield flag(option.name) if value else f"--no-{flag(option.name)[2:]}"
+        else:
             yield flag(option.name)
             yield from map(_word, value if type(value) in (list, tuple) else [value])
 

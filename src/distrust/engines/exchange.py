@@ -41,6 +41,7 @@ _LAYER = re.compile(r"\.(\d+)\.")
 _OF_NEITHER = "the checkpoint's optimizer is neither torch's nor mlx's"
 #: How many differences a message shows.
 LINES_SHOWN = 4
+TARGETS_SHOWN = 12
 
 #: How the names of mlx-lm's arrays end.
 MLX_ENDS = tuple(f".{here}" for _, here, _ in _ENDS)
@@ -151,30 +152,35 @@ def unfit(what: str, differences: Sequence[str], saved: Iterable[str]) -> Resume
     if len(differences) > LINES_SHOWN:
         lines.append(f"and {len(differences) - LINES_SHOWN} more")
     if targets := target_modules(saved):
-        lines.append(f"what was saved is an adapter of --target-modules {' '.join(map(readable, targets))}")
+        shown = " ".join(map(readable, targets[:TARGETS_SHOWN]))
+        more = len(targets) - TARGETS_SHOWN
+        lines.append(
+            f"what was saved is an adapter of --target-modules {shown}"
+            + (f" and {more} more, which `distrust convert` prints" if more > 0 else "")
+        )
     return ResumeRefused("\n  ".join([f"{what}:", *lines]), differences)
 
 
 def target_modules(names: Iterable[str]) -> list[str]:
     """What an adapter's arrays adapt, as ``--target-modules`` takes it; of all weights nothing.
 
-    The last parts of the modules' names, where every layer from the first to the last one has the same; else
-    each module by its whole name.
+    The modules by what stands behind the number of their layer, if each layer from the first one on has the
+    same; else each by its whole name. Names alone do not tell whether the model has more layers than these.
 
     Args:
         names: of the arrays, in the form of either engine.
     """
     ends = {_renamed(name, _TO_MLX)[0].rpartition(".") for name in names}
     modules = sorted({module for module, _, end in ends if f".{end}" in MLX_ENDS})
-    layers: dict[str, set[str]] = {}
+    stacks: dict[str, dict[str, set[str]]] = {}
     for module in modules:
         if (found := _LAYER.search(module)) is None:
             return modules
+        layers = stacks.setdefault(module[: found.start()], {})
         layers.setdefault(found[1], set()).add(module[found.end() :])
-    first, *others = layers.values() or [set()]
-    if layers.keys() == set(map(str, range(len(layers)))) and all(other == first for other in others):
-        return sorted({module.rpartition(".")[2] for module in modules})
-    return modules
+    inside = [names for layers in stacks.values() for names in layers.values()]
+    whole = all(layers.keys() == set(map(str, range(len(layers)))) for layers in stacks.values())
+    return sorted(inside[0]) if whole and inside and all(names == inside[0] for names in inside) else modules
 
 
 def _named_moments(optimizer: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:

@@ -64,9 +64,10 @@ def told(path: Path) -> Iterator[None]:
     except MemoryError as error:
         raise CheckpointUnreadable(f"{path}: cannot be read: no memory", path=path) from error
     except pickle.UnpicklingError as error:
+        said = readable(" ".join(str(error).split()))
         raise CorruptCheckpoint(
-            "holds other objects than tensors and plain containers; such a file can run any code when it is "
-            "read, so it is not read",
+            f"holds other objects than tensors and plain containers ({said}); such a file can run any code "
+            "when it is read, so it is not read",
             path=path,
         ) from error
     except Exception as error:  # the parsers raise of every kind

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-from distrust.checkpoint import Checkpoint, CheckpointFile, CheckpointManager, Scan
+from distrust.checkpoint import Checkpoint, CheckpointFile, CheckpointManager, Scan, foreign
 from distrust.checkpoint.arrays import Framework
 from distrust.checkpoint.manager import require_converted
 from distrust.checkpoint.store import RUN_SUBDIRECTORY, named
@@ -25,19 +26,31 @@ def require_ready(config: TrainConfig, manager: CheckpointManager) -> None:
 
     Raises:
         CheckpointError: if the newest is in an older format, and waits to be converted.
-        ConfigError: if they are where no run has them, and there are none where it has.
+        ConfigError: if they are where no run has them, and there are none where it has; also if they are of
+            the transformers Trainer, or an adapter.
     """
     found = manager.scan()
     if found.older and found.everything[-1].is_older:
         require_converted(found.everything[-1])
     out = folder(config)
-    here = [] if found.everything or found.damaged else named(out)
+    if found.everything or found.damaged:
+        return
+    if hint := foreign.hint(out):
+        raise ConfigError(f"--out {out}: has no checkpoints of ours{hint}; or give another --out")
+    here = [path for path, *_ in named(out) if not _is_empty_folder(path)]
     if not here:
         return
-    what = f"--out {out}: {here[-1][0].name} is there, and a run has its checkpoints in {RUN_SUBDIRECTORY}/"
+    what = f"--out {out}: {here[-1].name} is there, and a run has its checkpoints in {RUN_SUBDIRECTORY}/"
     if out.name == RUN_SUBDIRECTORY:
         raise ConfigError(f"{what}; give --out {out.parent}")
     raise ConfigError(f"{what}; go on from it by `distrust convert {out} --to RUN`, or give another --out")
+
+
+def _is_empty_folder(path: Path) -> bool:
+    try:
+        return not os.listdir(path)
+    except OSError:
+        return False
 
 
 def finished(config: TrainConfig, manager: CheckpointManager) -> tuple[CheckpointFile, Reason] | None:

@@ -44,6 +44,8 @@ def read_pickled(path: Path) -> Any:
     """
     with told(path):
         with opened(path) as file:
+            if not zipfile.is_zipfile(file):
+                raise CorruptCheckpoint("not what torch saves since 1.6", path=path)
             archive = zipfile.ZipFile(file)
             _require_stored(path, archive, size=os.fstat(file.fileno()).st_size)
             _require_tensors(path, archive)
