@@ -211,8 +211,9 @@ header.canonical_json = lambda value: (bytearray(80_000_000), text(value))[1]
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_found_and_found_again(campaign, fault):
     name, said_of_it, code = FAULTS[fault]
-    arguments = ["--seed", 2, "--case", number(name), "--mebibytes", 0.15]
-    result, said = campaign(*arguments, fault=code)
+    # What grows with a square shows in files that are large enough.
+    mebibytes = 0.25 if name == "keys of one hash" else 0.15
+    result, said = campaign("--seed", 2, "--case", number(name), "--mebibytes", mebibytes, fault=code)
     assert (result, "COUNTEREXAMPLE" in said, said_of_it in said) == (1, True, True), said
     assert f"again: python -m campaigns.hostile --seed 2 --case {number(name)}" in said
 
