@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import os
 import stat
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from distrust.checkpoint.format import LENGTH_BYTES, MAX_HEADER_BYTES, OPENING
 from distrust.checkpoint.naming import parsed
@@ -70,13 +71,8 @@ def read_header(path: Path) -> OlderHeader:
         CheckpointUnreadable: if this process cannot read it.
     """
     with located(path):
-        if os.path.isdir(path):
-            from distrust.checkpoint.older import directory
-
-            return directory.header(path)
-        from distrust.checkpoint.older import byte_tensors
-
-        return byte_tensors.header(path)
+        header: OlderHeader = _reader(path).header(path)
+        return header
 
 
 def verify(path: Path) -> OlderHeader:
@@ -90,13 +86,8 @@ def verify(path: Path) -> OlderHeader:
         CheckpointUnreadable: if this process cannot read it.
     """
     with located(path):
-        if os.path.isdir(path):
-            from distrust.checkpoint.older import directory
-
-            return directory.verify(path)
-        from distrust.checkpoint.older import byte_tensors
-
-        return byte_tensors.verify(path)
+        header: OlderHeader = _reader(path).verify(path)
+        return header
 
 
 def read(path: Path, *, framework: Framework = "numpy") -> tuple[OlderHeader, Checkpoint]:
@@ -116,13 +107,14 @@ def read(path: Path, *, framework: Framework = "numpy") -> tuple[OlderHeader, Ch
 
     arrays.require(framework)
     with located(path):
-        if os.path.isdir(path):
-            from distrust.checkpoint.older import directory
+        found: tuple[OlderHeader, Checkpoint] = _reader(path).read(path, framework)
+        return found
 
-            return directory.read(path, framework)
-        from distrust.checkpoint.older import byte_tensors
 
-        return byte_tensors.read(path, framework)
+def _reader(path: Path) -> Any:
+    """The module of a format: each has the same functions. Imported here, so that a listing stays light."""
+    name = "directory" if os.path.isdir(path) else "byte_tensors"
+    return import_module(f"distrust.checkpoint.older.{name}")
 
 
 def _is_named_folder(path: Path) -> bool:
