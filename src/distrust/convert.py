@@ -94,8 +94,8 @@ def convert(
     What cannot be converted is told, and the others are.
 
     Args:
-        source: a checkpoint in an older format or of the transformers Trainer, a directory of them, a run, or an
-            adapter folder of peft or mlx-lm.
+        source: a checkpoint in an older format or of the transformers Trainer, a directory of them, a run, or
+            an adapter folder of peft or mlx-lm.
         to: the directory that gets our files; of a run folder, its directory of checkpoints.
         force: replace what stands there with another state, and write beside checkpoints of another training.
             What is in an older format is never replaced.
