@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
 CONTEXT = 128
@@ -58,6 +59,24 @@ def write_records(path: Path, count: int = 11, *, seed: int = 0) -> Path:
     ]
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return path
+
+
+def train_a_little(place: Path, out: Path, **options: object) -> Path:
+    """A few steps on ``model`` and ``records.jsonl`` that move the weights far enough to be seen."""
+    from distrust import DistrustTrainer, TrainConfig
+
+    config: dict[str, Any] = {
+        "model": str(place / "model"),
+        "data": str(place / "records.jsonl"),
+        "batch_size": 2,
+        "learning_rate": 0.02,
+        "warmup_steps": 0,
+        "schedule": "constant",
+        "threads": 1,
+        **options,
+    }
+    DistrustTrainer(TrainConfig(out=str(out), **config)).train()
+    return out
 
 
 def train_arguments(folder: Path, out: Path, *more: object) -> list[str]:

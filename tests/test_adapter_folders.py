@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from distrust import CheckpointManager, DistrustTrainer, TrainConfig
+from distrust import CheckpointManager
 from distrust.cli import main
 from distrust.cli.train import parse
 from distrust.convert import convert
@@ -21,7 +21,7 @@ from distrust.engines import open_checkpoint
 from distrust.engines.exchange import target_modules
 from distrust.errors import ConfigError, ResumeRefused
 from distrust.export import export
-from models import make_model, write_records
+from models import make_model, train_a_little, write_records
 
 mx = pytest.importorskip("mlx.core")
 mlx_lm = pytest.importorskip("mlx_lm")
@@ -47,19 +47,7 @@ def place(tmp_path_factory) -> Path:
 
 
 def train(place, out, *, steps=3, **options):
-    config = {
-        "model": str(place / "model"),
-        "data": str(place / "records.jsonl"),
-        "max_steps": steps,
-        "batch_size": 2,
-        "learning_rate": 0.02,
-        "warmup_steps": 0,
-        "schedule": "constant",
-        "threads": 1,
-        **options,
-    }
-    DistrustTrainer(TrainConfig(out=str(out), **config)).train()
-    return out
+    return train_a_little(place, out, max_steps=steps, **options)
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from distrust import Checkpoint, CheckpointManager, DistrustTrainer, DistrustWarning, TrainConfig
+from distrust import Checkpoint, CheckpointManager, DistrustWarning
 from distrust.checkpoint.disk import Disk
 from distrust.engines import open_checkpoint
 from distrust.errors import (
@@ -36,7 +36,7 @@ from distrust.errors import (
 from distrust.export import export
 from distrust.export.card import Facts, model_card, yaml_text
 from distrust.export.staging import staged
-from models import make_model, write_records
+from models import make_model, train_a_little, write_records
 
 # peft asks transformers by a name that transformers has begun to change.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -59,22 +59,7 @@ def place(tmp_path_factory) -> Path:
 
 
 def train(place: Path, out: Path, **options) -> Path:
-    """A few steps that move the weights far enough to be seen."""
-    config = {
-        "engine": "torch",
-        "model": str(place / "model"),
-        "data": str(place / "records.jsonl"),
-        "max_steps": 4,
-        "save_every": 2,
-        "batch_size": 2,
-        "learning_rate": 0.02,
-        "warmup_steps": 0,
-        "schedule": "constant",
-        "threads": 1,
-        **options,
-    }
-    DistrustTrainer(TrainConfig(out=str(out), **config)).train()
-    return out
+    return train_a_little(place, out, **{"engine": "torch", "max_steps": 4, "save_every": 2, **options})
 
 
 @pytest.fixture(scope="module")

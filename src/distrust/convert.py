@@ -240,20 +240,20 @@ def _origin(file: store.CheckpointFile) -> set[Path]:
 
 def _read(source: Path, model: str | None) -> tuple[Checkpoint, Kind]:
     """The checkpoint, every byte of it verified as far as its format allows, and its kind."""
-    if not is_trainer_folder(source) and _is_adapter(source):
+    if is_trainer_folder(source):
+        named = parsed(source)
+        checkpoint = _reader("torch", _TRAINER_FOLDER).read(source, model=model)
+        if named and named[1] != checkpoint.step:
+            said = f"{older.TRAINER_STATE} says step {checkpoint.step}, its name says {named[1]}"
+            raise CorruptCheckpoint(said, path=source)
+        return checkpoint, named[2] if named else "periodic"
+    if _is_adapter(source):
         if os.path.isfile(source / MLX_WEIGHTS):
             return _reader("mlx", _MLX_FOLDER).read(source), "periodic"
         return _reader("torch", _TRAINER_FOLDER).read_adapter(source, model=model), "periodic"
-    if not is_trainer_folder(source):
-        header, checkpoint = older.read(source)
-        store.require_name(store.CheckpointFile(source, header))
-        return checkpoint, header.kind
-    named = parsed(source)
-    checkpoint = _reader("torch", _TRAINER_FOLDER).read(source, model=model)
-    if named and named[1] != checkpoint.step:
-        said = f"{older.TRAINER_STATE} says step {checkpoint.step}, its name says {named[1]}"
-        raise CorruptCheckpoint(said, path=source)
-    return checkpoint, named[2] if named else "periodic"
+    header, checkpoint = older.read(source)
+    store.require_name(store.CheckpointFile(source, header))
+    return checkpoint, header.kind
 
 
 def _reader(engine: Literal["torch", "mlx"], module: str) -> Any:

@@ -84,13 +84,15 @@ def _to_go_on(directory: Path) -> Iterator[str]:
     known = {**({"target_modules": targets} if targets else {}), **header.config}
     for option in fields(TrainConfig):
         value = known.get(key(option.name), option.default)
-        if option.metadata["effect"] != "result" or value == option.default:
-            continue
-        if type(value) is bool:
-            yield flag(option.name) if value else f"--no-{flag(option.name)[2:]}"
-        else:
-            yield flag(option.name)
-            yield from map(_word, value if type(value) in (list, tuple) else [value])
+        if option.metadata["effect"] == "result" and value != option.default:
+            yield from _words(flag(option.name), value)
+
+
+def _words(name: str, value: Any) -> list[str]:
+    """An option as it is typed."""
+    if type(value) is bool:
+        return [name if value else name.replace("--", "--no-", 1)]
+    return [name, *map(_word, value if type(value) in (list, tuple) else [value])]
 
 
 def _word(value: Any) -> str:

@@ -7,15 +7,13 @@ its reader take more memory than a small multiple of its own size. What is wrong
 from __future__ import annotations
 
 import contextlib
-import os
 import pickle
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from distrust.checkpoint.older.bounded import parse_object
-from distrust.checkpoint.opening import located
+from distrust.checkpoint.opening import regular_file
 from distrust.errors import (
     CheckpointError,
     CheckpointNotFound,
@@ -34,19 +32,14 @@ def read_json(path: Path, *, max_bytes: int) -> dict[str, Any]:
     with told(path), opened(path) as file:
         raw = file.read(max_bytes + 1)
         if len(raw) > max_bytes:
-            raise CorruptCheckpoint(f"larger than {max_bytes >> 20} MiB", path=path)
-        with located(path):
-            return parse_object(raw, "the file")
+            raise CorruptCheckpoint(f"larger than {max_bytes >> 20} MiB")
+        return parse_object(raw, "the file")
 
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
     """A regular file, open to be read; nobody is waited for."""
-    # Opening a pipe that lies in the way must not wait for its writer.
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
-    with open(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise CorruptCheckpoint("not a regular file", path=path)
+    with regular_file(path) as (descriptor, _), open(descriptor, "rb", closefd=False) as file:
         yield file
 
 
@@ -55,6 +48,8 @@ def told(path: Path) -> Iterator[None]:
     """Whatever a hostile file makes of its reader is one line."""
     try:
         yield
+    except CorruptCheckpoint as error:
+        raise CorruptCheckpoint(error.reason, path=path, tensor=error.tensor) from error
     except CheckpointError:
         raise
     except FileNotFoundError:

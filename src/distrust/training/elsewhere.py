@@ -22,7 +22,7 @@ from distrust.errors import ConfigError, DistrustWarning, ResumeRefused, readabl
 
 #: In ``run`` of a converted checkpoint: a list of lines, what is not taken over of it, or what it lacks.
 NOT_TAKEN_OVER = "not_taken_over"
-NO_MOMENTS = "AdamW's moments, which it has not: they begin at zero"
+_NO_MOMENTS = "AdamW's moments, which it has not: they begin at zero"
 #: In ``run`` of what is saved after that: where it began.
 CONTINUES = "continues"
 #: In ``run`` of what is taken up, and never saved: options that the checkpoint does not know.
@@ -77,7 +77,7 @@ def adopted(checkpoint: Checkpoint, config: TrainConfig, *, where: str) -> Check
             CONTINUES: f"{_origin(checkpoint)}, step {checkpoint.step}",
             NOT_TAKEN_OVER: lost,
             _UNKNOWN: [
-                f"{flag(name)} {_shown(getattr(config, name))}"
+                f"{flag(name)} {getattr(config, name)}"
                 for name in _OF_AN_ADAPTER
                 if config.lora_rank and name not in checkpoint.config
             ],
@@ -99,9 +99,7 @@ def not_taken_over(checkpoint: Checkpoint) -> list[str]:
     """A line for each thing that a checkpoint begun elsewhere lacks, or that no run here takes over."""
     lines = checkpoint.run.get(NOT_TAKEN_OVER)
     lost = [readable(line) for line in lines if type(line) is str] if type(lines) is list else []
-    if not has_moments(checkpoint.optimizer) and NO_MOMENTS not in lost:
-        lost.append(NO_MOMENTS)
-    return lost
+    return lost if has_moments(checkpoint.optimizer) else [*lost, _NO_MOMENTS]
 
 
 def require_steps_left(checkpoint: Checkpoint, *, max_steps: int, where: Path) -> None:
@@ -142,10 +140,6 @@ def tell(checkpoint: Checkpoint, *, where: Path) -> None:
 
 def _listed(words: list[str]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
-
-
-def _shown(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def _origin(checkpoint: Checkpoint) -> str:

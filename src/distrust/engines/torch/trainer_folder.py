@@ -32,7 +32,7 @@ from distrust.engines.torch.model import hollow_model
 from distrust.engines.torch.optimizer import MOMENTS, make_optimizer
 from distrust.engines.untrusted import read_json
 from distrust.errors import CorruptCheckpoint, ModelError, ResumeRefused, readable
-from distrust.training.elsewhere import MAX_STEP, NO_MOMENTS, NOT_TAKEN_OVER
+from distrust.training.elsewhere import MAX_STEP, NOT_TAKEN_OVER
 
 FORMAT, ADAPTER_FORMAT = "transformers Trainer", "peft adapter"
 
@@ -178,8 +178,8 @@ def _adapter(folder: Path, base: str | None) -> _Trained:
     if type(rank) is not int or ranks != {(rank,)}:
         # Seen before anything is made as large as a file claims.
         raise _refused(folder, f"its weights are not of the rank that {ADAPTER_CONFIG} says")
-    base = _named_base(described, folder) if base is None else base
-    if not modules <= dict(hollow_model(base).named_modules()).keys():
+    base, bare = _found_base(described, folder) if base is None else (base, hollow_model(base))
+    if not modules <= dict(bare.named_modules()).keys():
         raise _refused(folder, f"it adapts modules that --model {base} does not have")
     known = {ours: described[theirs] for theirs, ours in _TAKEN.items() if described.get(theirs) is not None}
     for targets in _ways_to_name(modules):
@@ -226,18 +226,18 @@ def _require_plain_lora(described: Mapping[str, Any], folder: Path, *, base_give
         raise _refused(folder, "its base model is of a certain revision; give a folder of that as --model")
 
 
-def _named_base(described: Mapping[str, Any], folder: Path) -> str:
+def _found_base(described: Mapping[str, Any], folder: Path) -> tuple[str, torch.nn.Module]:
+    """The base model that an adapter names, and itself without its weights."""
     name = described.get("base_model_name_or_path")
     if type(name) is not str or not 0 < len(name) <= MAX_NAME_CHARACTERS or not name.isprintable():
         raise _refused(folder, f"{ADAPTER_CONFIG} does not name the base model; give it as --model")
     try:
-        hollow_model(name)
+        return name, hollow_model(name)
     except ModelError as error:
         raise ModelError(
             f"{folder}: its base model {readable(name)} cannot be loaded from here; say where it lies with "
             f"--model ({error})"
         ) from error
-    return name
 
 
 def _module(name: str, folder: Path) -> str:
@@ -279,8 +279,7 @@ def _optimizer(
     """AdamW's state by our groups, the options it tells, and what of it is not taken over."""
     path = folder / OPTIMIZER
     if not os.path.lexists(path):
-        config = options.from_mapping({**trained.known}, where=str(folder))
-        return make_optimizer(trained.parameters, config).state_dict(), {}, [NO_MOMENTS]
+        return {}, {}, []
     saved = untrusted.read_pickled(path)
     groups, state = _parts(saved, path)
     known = _options_of(groups, path)
