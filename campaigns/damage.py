@@ -44,11 +44,11 @@ from unittest import mock
 import torch
 
 from campaigns.campaign import Campaign, Case, CounterExample, parser, run
-from campaigns.injuries import NAME, OLDER_STEP, STEP, Files, Injury, Kind, kinds
+from campaigns.corruptions import NAME, OLDER_STEP, STEP, Files, Injury, Kind, kinds
 from distrust import Checkpoint, CheckpointManager, DistrustWarning
-from distrust.checkpoint import image
+from distrust.checkpoint import serialization
+from distrust.checkpoint.catalog import file_name
 from distrust.checkpoint.lock import LOCK_NAME
-from distrust.checkpoint.store import file_name
 from distrust.cli import main as distrust
 from distrust.errors import CorruptCheckpoint
 
@@ -330,7 +330,7 @@ class _Frozen:
 def _saved(checkpoint: Checkpoint, *, final: bool = False) -> bytes:
     with (
         tempfile.TemporaryDirectory() as folder,
-        mock.patch.object(image, "datetime", _Frozen),
+        mock.patch.object(serialization, "datetime", _Frozen),
         mock.patch("platform.node", return_value="host"),
         CheckpointManager(folder) as manager,
     ):

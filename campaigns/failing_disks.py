@@ -32,7 +32,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from campaigns.campaign import Campaign, Case, CounterExample, parser, run
-from campaigns.disks import apart, devices, directories, full, limits, real_runs, toy_runs
+from campaigns.disks import devices, directories, full, isolated, limits, real_runs, toy_runs
 
 CASES = 60
 #: No case takes as long: one that does, hangs.
@@ -84,7 +84,7 @@ def _run_case(running: Campaign, case: Case, kind: str) -> None:
         real_runs.undisturbed()  # here, once: what the cases compute goes with them
     work = real_runs.real_training if kind == REAL else KINDS[kind][0]
     with tempfile.TemporaryDirectory(prefix="distrust-") as home:
-        found = apart.run(
+        found = isolated.run(
             lambda counts: work(case.chance, Path(home).resolve(), counts), seconds=PATIENCE_SECONDS
         )
     for what, number in sorted(found.counts.items()):

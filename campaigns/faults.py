@@ -134,15 +134,15 @@ def _no_mutex() -> None:
     """Clones that do not wait for one another."""
     import contextlib
 
-    from distrust.checkpoint import session
+    from distrust.checkpoint import manager_state
 
-    honest = session.Session.begin
+    honest = manager_state.Session.begin
 
     def begin(begun: Any) -> None:
         honest(begun)
         begun.mutex = contextlib.nullcontext()
 
-    _replaced(session.Session, "begin", begin)
+    _replaced(manager_state.Session, "begin", begin)
 
 
 #: By name: what is to be broken.

@@ -33,15 +33,15 @@ from dataclasses import replace
 from pathlib import Path
 from signal import SIGKILL
 
-from campaigns import aftermath
+from campaigns import invariants
 from campaigns.campaign import Campaign, Case, CounterExample, parser, run
 from campaigns.faults import FAULTS
-from campaigns.instants import Instant, Seen, after, once_said, once_seen, strike
 from campaigns.processes import Forks, Session
 from campaigns.saving import METRIC, Plan, Report
+from campaigns.triggers import Instant, Seen, after, once_said, once_seen, strike
 from distrust import CheckpointManager
+from distrust.checkpoint.catalog import Scan
 from distrust.checkpoint.retention import Candidate
-from distrust.checkpoint.store import Scan
 
 KILLS = 20
 STEPS = 60
@@ -73,7 +73,7 @@ class KilledWalk:
             return False
         self._require(code == -SIGKILL, f"exit code {code}: {session.complaints()}")
         scan = self._require_kept()
-        phase = aftermath.phase(self._directory, scan, self._candidates(), self._plan.rules)
+        phase = invariants.phase(self._directory, scan, self._candidates(), self._plan.rules)
         self._campaign.count("kills")
         self._campaign.count(f"  {phase}")
         if self._newest() == before:
@@ -90,7 +90,7 @@ class KilledWalk:
         self._require(
             (scan.files[-1].step, scan.files[-1].kind) == (self._plan.steps, "final"), "no final one"
         )
-        aftermath.require_writable(self._directory)
+        invariants.require_writable(self._directory)
         return CheckpointManager(self._directory).inspect(self._plan.steps).state_digest
 
     def _start(self) -> Session:
@@ -111,7 +111,7 @@ class KilledWalk:
         ]
 
     def _require_kept(self) -> Scan:
-        scan = aftermath.require_kept(self._directory, self._candidates(), self._plan.rules)
+        scan = invariants.require_kept(self._directory, self._candidates(), self._plan.rules)
         numbers = {(file.step, file.kind == "final"): file for file in scan.files}
         for report in self._reports:
             file = numbers.get((report.step, report.final))

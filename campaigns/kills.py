@@ -32,12 +32,12 @@ from collections.abc import Sequence
 from signal import SIGKILL
 from typing import NamedTuple
 
-from campaigns import aftermath, training_run
+from campaigns import invariants, training_run
 from campaigns.campaign import Campaign, Case, run
-from campaigns.instants import Instant, Seen, after, once_said, once_seen
 from campaigns.training_run import LOOP, RULES, STEPS, TrainingRun
+from campaigns.triggers import Instant, Seen, after, once_said, once_seen
 from campaigns.witness import Witness
-from distrust.checkpoint import store
+from distrust.checkpoint import catalog
 
 KILLS = 10
 EVENTS: tuple[Seen, ...] = ("made", "reserved", "renamed", "removed")
@@ -78,7 +78,7 @@ class KilledRun:
         reported = witness.reported
         scan = witness.require_kept()
         self._campaign.count(f"kills of {self._training.launcher.name}")
-        self._campaign.count(f"  {aftermath.phase(self._training.checkpoints, scan, reported, RULES)}")
+        self._campaign.count(f"  {invariants.phase(self._training.checkpoints, scan, reported, RULES)}")
         if witness.newest == before:
             self._campaign.count("kills before anything new was durable")
         return True
@@ -91,7 +91,7 @@ class KilledRun:
         """Run it to its end; returns the digest of its final state."""
         digest = self._training.finish()
         self._witness.require_kept()
-        aftermath.require_writable(self._training.checkpoints)
+        invariants.require_writable(self._training.checkpoints)
         return digest
 
 
@@ -111,7 +111,7 @@ def left_alone(training: TrainingRun) -> Alone:
     """Train without a disturbance."""
     training = training.with_options("--save-every", "1")
     digest = training.finish()
-    times = [file.path.stat().st_mtime for file in store.scan(training.checkpoints).files]
+    times = [file.path.stat().st_mtime for file in catalog.scan(training.checkpoints).files]
     # Only the last checkpoints are there: as long as they took took the others.
     return Alone(digest, training.numbers(), STEPS * (max(times) - min(times)) / max(1, len(times) - 1))
 

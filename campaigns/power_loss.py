@@ -40,7 +40,7 @@ from campaigns.campaign import Campaign, CounterExample
 from campaigns.power_cut import FATES, PAGE_BYTES, Fate, Image, World
 from campaigns.recording import Killed, Operation, RecordingDisk, Rename, Sync, SyncDirectory, Unlink
 from distrust import Checkpoint, CheckpointManager
-from distrust.checkpoint import direct, pouring, storage
+from distrust.checkpoint import direct_io, storage, stream_writer
 from distrust.checkpoint.disk import Disk
 from distrust.checkpoint.lock import LOCK_NAME
 from distrust.errors import CheckpointNotFound, DistrustError, SaveFailed
@@ -485,13 +485,13 @@ def build(target: Path, root: Path, image: Image) -> None:
 @contextlib.contextmanager
 def small_blocks(*, buffered: bool) -> Iterator[None]:
     """Blocks of a page, written one after the other, so that a case is the same each time."""
-    before = pouring.BLOCK_BYTES, storage.WRITES_IN_FLIGHT, direct.FLAG
-    pouring.BLOCK_BYTES, storage.WRITES_IN_FLIGHT = PAGE_BYTES, 1
-    direct.FLAG = 0 if buffered else direct.FLAG
+    before = stream_writer.BLOCK_BYTES, storage.WRITES_IN_FLIGHT, direct_io.FLAG
+    stream_writer.BLOCK_BYTES, storage.WRITES_IN_FLIGHT = PAGE_BYTES, 1
+    direct_io.FLAG = 0 if buffered else direct_io.FLAG
     try:
         yield
     finally:
-        pouring.BLOCK_BYTES, storage.WRITES_IN_FLIGHT, direct.FLAG = before
+        stream_writer.BLOCK_BYTES, storage.WRITES_IN_FLIGHT, direct_io.FLAG = before
 
 
 def search(

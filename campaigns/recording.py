@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from distrust.checkpoint import direct
+from distrust.checkpoint import direct_io
 from distrust.checkpoint.disk import Disk
 
 
@@ -145,7 +145,7 @@ class RecordingDisk(Disk):
     def write(self, descriptor: int, view: memoryview, offset: int) -> None:
         self._call("write")
         super().write(descriptor, view, offset)
-        self.direct_writes += direct.is_on(descriptor)
+        self.direct_writes += direct_io.is_on(descriptor)
         self._record(Write(self._files[descriptor], offset, bytes(view)))
 
     def truncate(self, descriptor: int, size: int) -> None:

@@ -25,7 +25,7 @@ import numpy as np
 
 from campaigns.faults import plant
 from distrust import Checkpoint, CheckpointManager
-from distrust.checkpoint import direct, pouring
+from distrust.checkpoint import direct_io, stream_writer
 from distrust.checkpoint.retention import Retention
 from distrust.errors import CheckpointNotFound
 
@@ -218,8 +218,8 @@ def main(arguments: Sequence[str]) -> int:
     """Walk to the end, from the newest checkpoint on."""
     plan = Plan(**json.loads(arguments[0]))
     if not plan.direct:
-        direct.FLAG = 0
-    pouring.BLOCK_BYTES = plan.block_bytes
+        direct_io.FLAG = 0
+    stream_writer.BLOCK_BYTES = plan.block_bytes
     plant(plan.fault)
     walk, saver = Walk(plan), Saver(plan)
     saver.restore(walk)

@@ -29,13 +29,13 @@ from collections.abc import Sequence
 from signal import SIGABRT, SIGINT, SIGTERM, SIGUSR1, Signals
 from typing import NamedTuple
 
-from campaigns import aftermath, training_run
+from campaigns import invariants, training_run
 from campaigns.campaign import Campaign, Case, run
-from campaigns.instants import Instant, Seen, after, once_said, once_seen, strike
 from campaigns.processes import Session
 from campaigns.training_run import LOADING, LOOP, RULES, STEPS, TrainingRun
+from campaigns.triggers import Instant, Seen, after, once_said, once_seen, strike
 from campaigns.witness import Witness
-from distrust.checkpoint.store import Scan
+from distrust.checkpoint.catalog import Scan
 
 #: Of them the last one comes at the end of the run.
 SIGNALS = 6
@@ -98,7 +98,7 @@ class DisturbedRun:
         what = f"{blow.name} ({moment.phase}): exit code {code}"
         self._require(_allowed(blow, session, code), f"{what}: {session.said()} {session.complaints()}")
         self._require_said(session, code, scan, what)
-        aftermath.require_writable(self._training.checkpoints)
+        invariants.require_writable(self._training.checkpoints)
         if not sent:
             self._campaign.count("runs at their end before the signal")
             return

@@ -19,9 +19,9 @@ from typing import TypeVar
 
 from campaigns.campaign import Campaign, Case, CounterExample
 from campaigns.campaign import parser as campaign_parser
-from campaigns.instants import Instant, strike
 from campaigns.processes import PATIENCE_SECONDS, Command, Forks, Launcher, Session
-from distrust.checkpoint import store
+from campaigns.triggers import Instant, strike
+from distrust.checkpoint import catalog
 from distrust.checkpoint.retention import Retention
 from distrust.config import STEP_METRICS
 from distrust.errors import DistrustError
@@ -120,7 +120,7 @@ class TrainingRun:
     @property
     def checkpoints(self) -> Path:
         """The directory of its checkpoints."""
-        return self.out / store.RUN_SUBDIRECTORY
+        return self.out / catalog.RUN_SUBDIRECTORY
 
     def with_options(self, *options: str) -> TrainingRun:
         """The same with more options."""
@@ -155,7 +155,7 @@ class TrainingRun:
         if code != 0:
             raise CounterExample(f"{self.out}: exit code {code}: {session.complaints()}")
         try:
-            newest = store.newest(self.checkpoints)
+            newest = catalog.newest(self.checkpoints)
         except DistrustError as error:
             raise CounterExample(f"{self.out}: {error}") from error
         if newest.kind != "final":

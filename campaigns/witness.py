@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from campaigns import aftermath
-from campaigns.instants import Instant
+from campaigns import invariants
 from campaigns.processes import Session
+from campaigns.triggers import Instant
+from distrust.checkpoint.catalog import Scan
 from distrust.checkpoint.retention import Candidate, Retention
-from distrust.checkpoint.store import Scan
 
 
 class Witness:
@@ -61,9 +61,9 @@ class Witness:
         """Check what is promised of all that is known, and take down what stands; returns what is there.
 
         Raises:
-            CounterExample: see :func:`campaigns.aftermath.require_kept`.
+            CounterExample: see :func:`campaigns.invariants.require_kept`.
         """
-        scan = aftermath.require_kept(self._directory, self.reported, self._rules)
+        scan = invariants.require_kept(self._directory, self.reported, self._rules)
         self._durable |= {(file.step, file.kind == "final") for file in scan.files}
         return scan
 

@@ -28,9 +28,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from campaigns.campaign import CounterExample
-from campaigns.instants import Instant, after
 from campaigns.processes import Session
 from campaigns.training_run import TrainingRun
+from campaigns.triggers import Instant, after
 
 SAVE_EVERY = 5
 TRAINING = [

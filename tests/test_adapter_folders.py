@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM
 from distrust import CheckpointManager
 from distrust.cli import main
 from distrust.cli.train import parse
-from distrust.convert import convert
 from distrust.engines import open_checkpoint
-from distrust.engines.exchange import target_modules
+from distrust.engines.state_conversion import target_modules
 from distrust.errors import ConfigError, ResumeRefused
 from distrust.export import export
+from distrust.importers.convert import convert
 from models import make_model, train_a_little, write_records
 
 mx = pytest.importorskip("mlx.core")
@@ -189,7 +189,7 @@ def test_there_and_back_is_bit_for_bit(runs, tmp_path):
 
 def export_state(run, like):
     """What the converted checkpoint holds, by mlx-lm's names."""
-    from distrust.engines.exchange import for_mlx
+    from distrust.engines.state_conversion import for_mlx
 
     return for_mlx(CheckpointManager(run / "checkpoints").load(0).model)
 

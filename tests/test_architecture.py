@@ -175,7 +175,7 @@ SHOW = "\nimport sys; print(*sorted({name.split('.')[0] for name in sys.modules}
     [
         "import distrust",
         "from distrust import DistrustError, DistrustWarning",
-        "import distrust.checkpoint.format, distrust.checkpoint.store, distrust.checkpoint.tree",
+        "import distrust.checkpoint.format, distrust.checkpoint.catalog, distrust.checkpoint.tree",
         "from distrust import CheckpointManager; CheckpointManager('nowhere').list_checkpoints()",
         "import distrust.cli",
     ],

@@ -33,7 +33,7 @@ from distrust.data import (
 from distrust.data import cache as cache_module
 from distrust.data import corpus as corpus_module
 from distrust.data import sources as sources_module
-from distrust.data import tokens as tokens_module
+from distrust.data import tokenizing as tokens_module
 from distrust.data.tokenizer import encode_all
 from distrust.errors import ConfigError
 

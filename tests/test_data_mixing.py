@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distrust.data import Corpus, Location, MixedOrder, Order, split_off
-from distrust.data.order import apportioned, derived_seed
+from distrust.data.sampler import apportioned, derived_seed
 from distrust.errors import ConfigError
 
 sources = st.lists(

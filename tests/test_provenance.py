@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distrust.data import evidence
-from distrust.data.evidence import MissingIngredientError
-from distrust.data.problems import RecordError
-from distrust.data.table import load_table
+from distrust.data.provenance import evidence
+from distrust.data.provenance.evidence import MissingIngredientError
+from distrust.data.provenance.table import load_table
+from distrust.data.record_errors import RecordError
 from distrust.errors import ConfigError, DataError
 from distrust.provenance import Coefficients, Evidence, authority_weight, provenance_entropy
 from distrust.weighting import MAX_AUTHORITY_WEIGHT

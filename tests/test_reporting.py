@@ -20,10 +20,10 @@ from hypothesis.extra.numpy import arrays
 from distrust import Checkpoint, CheckpointManager
 from distrust.data import NO_CLASS
 from distrust.errors import ConfigError, DataError, DistrustWarning, RunNotFound, WriteFailed
-from distrust.reporting import pictures, summary
+from distrust.reporting import figures, summary
 from distrust.reporting.console import ConsoleReporter
 from distrust.reporting.panels import PANELS, by_share
-from distrust.reporting.runs import COLUMNS, read_run
+from distrust.reporting.run_reader import COLUMNS, read_run
 from distrust.reporting.series import smoothed, thinned
 from distrust.training.events import Evaluated, Preparing
 from run_folders import (
@@ -292,7 +292,7 @@ def test_smoothing_is_the_mean_of_the_finite_values_around(values, window):
 
 def test_names_are_the_parts_that_tell_runs_apart():
     def names(*paths):
-        return pictures.names_of([Path(path) for path in paths])
+        return figures.names_of([Path(path) for path in paths])
 
     assert names("runs/a") == ["a"]
     assert names("runs/a", "runs/b") == ["a", "b"]
@@ -308,13 +308,13 @@ def test_names_are_the_parts_that_tell_runs_apart():
     )
 )
 def test_no_two_runs_have_one_name(paths):
-    names = pictures.names_of([Path("/", *parts) for parts in paths])
+    names = figures.names_of([Path("/", *parts) for parts in paths])
     assert len(set(names)) == len(names)
     assert all(names)
 
 
 def drawn(*runs, panels=(), axis="step", suffix=".svg", **more) -> bytes:
-    return pictures.rendered(pictures.draw(pictures.scene(runs, axis=axis), panels, **more), suffix)
+    return figures.rendered(figures.draw(figures.scene(runs, axis=axis), panels, **more), suffix)
 
 
 def texts(svg: bytes) -> set[str]:
@@ -340,7 +340,7 @@ def test_a_picture_has_a_panel_for_all_that_is_known(tmp_path):
 def test_several_runs_are_told_apart(tmp_path):
     runs = [read_run(write_run(tmp_path / name, weighting=name)) for name in ("off", "monotone", "published")]
     assert {"off", "monotone", "published"} <= texts(drawn(*runs))
-    crowd = pictures.scene([runs[0]] * 12).runs
+    crowd = figures.scene([runs[0]] * 12).runs
     assert len({shown.colour for shown in crowd}) == 12
 
 
@@ -364,8 +364,8 @@ def test_axes_of_tokens_and_of_time(tmp_path):
         del lines[3][name]  # restored after a crash
     write_lines(tmp_path, [*lines, evaluation_line(10)])
     run = read_run(tmp_path)
-    assert pictures.scene([run], axis="tokens").runs[0].x.tolist() == [10.0 * step for step in range(1, 11)]
-    scene = pictures.scene([run], axis="time")
+    assert figures.scene([run], axis="tokens").runs[0].x.tolist() == [10.0 * step for step in range(1, 11)]
+    scene = figures.scene([run], axis="time")
     assert scene.x_label == "minutes"
     assert scene.runs[0].x.tolist() == pytest.approx(range(1, 11))
     assert scene.runs[0].at(np.array([0, 10])).tolist() == [0, 10]
@@ -403,23 +403,23 @@ def test_a_million_steps_are_drawn_in_seconds(tmp_path):
 
 def test_a_file_is_replaced_wholly_or_not_at_all(tmp_path):
     target = tmp_path / "new" / "plot.png"
-    pictures.write(target, b"one")
-    pictures.write(target, b"two")
+    figures.write(target, b"one")
+    figures.write(target, b"two")
     assert target.read_bytes() == b"two"
     folder = tmp_path / "folder.png"
     (folder / "full").mkdir(parents=True)
     with pytest.raises(ConfigError, match=re.escape(f"{folder}: is there already, and is no file")):
-        pictures.write(folder, b"three")
+        figures.write(folder, b"three")
     (tmp_path / "file").touch()
     with pytest.raises(WriteFailed, match="not written"):
-        pictures.write(tmp_path / "file" / "plot.png", b"four")
+        figures.write(tmp_path / "file" / "plot.png", b"four")
     assert sorted(os.listdir(tmp_path)) == ["file", "folder.png", "new"]
     assert os.listdir(target.parent) == ["plot.png"]
 
 
 def test_an_evaluation_behind_the_last_known_step_keeps_its_place(tmp_path):
     write_lines(tmp_path, [step_line(10), step_line(20), *map(evaluation_line, (5, 20, 30))])
-    (shown,) = pictures.scene([read_run(tmp_path)]).runs
+    (shown,) = figures.scene([read_run(tmp_path)]).runs
     assert shown.at(np.array([0, 5, 20, 30])).tolist() == [0, 5, 20, 30]
 
 

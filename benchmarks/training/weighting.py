@@ -26,9 +26,9 @@ from rich.progress import track
 from benchmarks.training.trainers import our_config
 from benchmarks.training.work import LEARNING_RATE, SIZES, Work, make
 from distrust import TrainConfig, engines
-from distrust.training.engine import Engine
-from distrust.training.plan import Plan, make_plan
-from distrust.training.sources import read_sources
+from distrust.contract import Engine
+from distrust.training.data_sources import read_sources
+from distrust.training.prepare_data import Plan, make_plan
 
 WAYS = ("monotone", "off")
 AIM_PERCENT = 1.0

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from campaigns.disks import volumes
-from campaigns.disks.apart import Skipped
+from campaigns.disks.isolated import Skipped
 from campaigns.disks.volumes import MIB, Filler
 from campaigns.disks.witness import Witness
 

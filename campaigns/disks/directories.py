@@ -21,7 +21,7 @@ import numpy as np
 
 from campaigns.campaign import CounterExample
 from campaigns.disks import volumes
-from campaigns.disks.apart import Skipped
+from campaigns.disks.isolated import Skipped
 from campaigns.disks.witness import Witness, contents, temporary
 from distrust import Checkpoint, CheckpointManager
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from campaigns.campaign import CounterExample
-from campaigns.disks.apart import Skipped
+from campaigns.disks.isolated import Skipped
 from campaigns.disks.witness import Witness, temporary
 from distrust.checkpoint import CheckpointManager
 

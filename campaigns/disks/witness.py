@@ -23,7 +23,7 @@ import numpy as np
 from campaigns.campaign import CounterExample
 from campaigns.disks.volumes import eventually
 from distrust import Checkpoint, CheckpointManager
-from distrust.checkpoint import direct
+from distrust.checkpoint import direct_io
 from distrust.errors import CheckpointNotFound, SaveFailed
 
 WAYS = ("blocking", "background", "overlapped")
@@ -72,7 +72,7 @@ class Witness:
         self._finals: set[Step] = set()
         self.manager = self._open()
         if chance.random() < 0.5:
-            direct.FLAG = 0  # this process is the case's own
+            direct_io.FLAG = 0  # this process is the case's own
         warnings.simplefilter("ignore")  # a clean-up that fails warns, and is no failed save
 
     def reopen(self) -> None:

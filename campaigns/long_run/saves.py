@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from campaigns.actors import Actor
 from campaigns.campaign import Campaign
+from campaigns.child_lines import Actor
 from campaigns.long_run import verdict
 from campaigns.long_run.saver import metric
 

@@ -7,8 +7,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from campaigns.actors import Actor
 from campaigns.campaign import Campaign
+from campaigns.child_lines import Actor
 from campaigns.long_run import verdict
 
 WINDOWS = 20

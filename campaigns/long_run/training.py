@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from campaigns.actors import Actor
 from campaigns.campaign import Campaign
+from campaigns.child_lines import Actor
 from campaigns.long_run import verdict
 
 WINDOWS = 40

@@ -14,7 +14,7 @@ import torch
 from distrust.config import TrainConfig
 from distrust.data import IGNORED, MicroBatch
 from distrust.engines.torch.engine import TorchEngine
-from distrust.engines.torch.passes import Passes
+from distrust.engines.torch.model_runner import Passes
 from distrust.weighting import LAMBDA
 
 

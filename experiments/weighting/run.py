@@ -16,9 +16,9 @@ import numpy as np
 
 from distrust import DistrustTrainer, TrainConfig, engines, weighting
 from distrust.bundled import CORPUS, MODEL, NEUTRAL
+from distrust.contract import Engine
 from distrust.data import evaluation_batches, read_records, tokenize
 from distrust.demo import Belief, Question, measure, read_questions
-from distrust.training.engine import Engine
 from distrust.training.events import Event, StepEnded
 from distrust.weighting import Weighting
 from experiments.weighting.additive import Adding

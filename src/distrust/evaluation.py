@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 from distrust.config import TrainConfig
 from distrust.data import MicroBatch, digest_of, split_off
 from distrust.errors import DataError
-from distrust.training.evaluation_set import evaluation_set
-from distrust.training.sources import (
+from distrust.training.data_sources import (
     Progress,
     max_length_of,
     pad_token_id_of,
@@ -17,12 +16,13 @@ from distrust.training.sources import (
     tokenized,
     warn_where_no_class,
 )
+from distrust.training.evaluation_set import evaluation_set
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from distrust.training.engine import Engine
-    from distrust.training.sources import Sources
+    from distrust.contract import Engine
+    from distrust.training.data_sources import Sources
 
 
 def read(config: TrainConfig, *, report: Progress) -> Sources:

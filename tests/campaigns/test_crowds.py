@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from campaigns.crowds.__main__ import CYCLE, main
+from campaigns.concurrency.__main__ import CYCLE, main
 
 #: Of each part, a case: its number says which part it is.
 FIRST = {part: str(CYCLE.index(part)) for part in CYCLE}
@@ -52,4 +52,4 @@ def test_a_broken_promise_is_found(capsys, fault):
     assert main(["--only", part, "--fault", fault, *more]) == 1
     told = capsys.readouterr().out
     assert re.search(what, told), told
-    assert "again: python -m campaigns.crowds --seed 1 --case " in told
+    assert "again: python -m campaigns.concurrency --seed 1 --case " in told

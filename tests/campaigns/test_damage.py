@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from campaigns.corruptions import kinds
 from campaigns.damage import Round, main
-from campaigns.injuries import kinds
 from distrust import CheckpointManager
-from distrust.checkpoint import header, manager, reading, storage, store
+from distrust.checkpoint import catalog, header, manager, storage, verified_read
 
 AGAIN = re.compile(r"again: python -m campaigns\.damage (--seed \d+ --case \d+)")
 
@@ -32,7 +32,7 @@ def trusts_the_header(patch: pytest.MonkeyPatch) -> None:
 
 
 def counts_damaged_ones(patch: pytest.MonkeyPatch) -> None:
-    def judge(self: CheckpointManager, file: store.CheckpointFile) -> None:
+    def judge(self: CheckpointManager, file: catalog.CheckpointFile) -> None:
         self._session.good.add((file.path.name, file.digest))
 
     patch.setattr(CheckpointManager, "_judge", judge)
@@ -40,7 +40,7 @@ def counts_damaged_ones(patch: pytest.MonkeyPatch) -> None:
 
 FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
     "data is not compared": (
-        lambda patch: patch.setattr(reading, "check_digest", nothing),
+        lambda patch: patch.setattr(verified_read, "check_digest", nothing),
         "validate does not find it",
     ),
     "the header is trusted": (trusts_the_header, "validate does not find it"),
@@ -49,7 +49,7 @@ FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
         "appended: validate does not find it",
     ),
     "names are not compared": (
-        lambda patch: patch.setattr(store, "require_name", nothing),
+        lambda patch: patch.setattr(catalog, "require_name", nothing),
         "validate does not find it",
     ),
     "nobody is warned": (

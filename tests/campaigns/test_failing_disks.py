@@ -12,8 +12,8 @@ from collections import Counter
 import pytest
 
 from campaigns import failing_disks
-from campaigns.disks import apart, volumes
-from campaigns.disks.apart import Skipped
+from campaigns.disks import isolated, volumes
+from campaigns.disks.isolated import Skipped
 from distrust.checkpoint import storage
 from distrust.checkpoint.disk import Disk
 from distrust.checkpoint.lock import DirectoryLock
@@ -172,8 +172,8 @@ def test_a_case_that_hangs_or_dies_is_a_counterexample():
         while True:
             os.read(0, 0)
 
-    assert "did not end within" in apart.run(hangs, seconds=0.3).broken
-    assert "without a word" in apart.run(lambda _: os.kill(os.getpid(), 9), seconds=30).broken
+    assert "did not end within" in isolated.run(hangs, seconds=0.3).broken
+    assert "without a word" in isolated.run(lambda _: os.kill(os.getpid(), 9), seconds=30).broken
 
 
 def test_whatever_comes_out_of_a_case_is_a_counterexample():
@@ -181,7 +181,7 @@ def test_whatever_comes_out_of_a_case_is_a_counterexample():
         counts["tried"] += 1
         raise OSError(errno.EIO, "Input/output error")
 
-    found = apart.run(fails, seconds=30)
+    found = isolated.run(fails, seconds=30)
     assert found.counts == {"tried": 1}
     assert found.broken.startswith("OSError came out of it: [Errno 5] Input/output error\nTraceback")
 

@@ -18,9 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from campaigns.campaign import CounterExample
-from campaigns.hostile import converting, elsewhere, families, forging, older, readers, specimens
-from campaigns.hostile.__main__ import Plan
-from distrust.convert import Converted
+from campaigns.fuzz import converting, families, forging, imports, older, readers, specimens
+from campaigns.fuzz.__main__ import Plan
+from distrust.importers.convert import Converted
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits memory by means of Linux")
 
@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 ATHERIS = pytest.mark.skipif(importlib.util.find_spec("atheris") is None, reason="no atheris")
 READING = [*families.CHANGES, *families.FILES, "obstacles", *older.FAMILIES]
 APART = ["permissions", "writing", *families.GROWING]
-NAMED = [*READING, *APART, *elsewhere.FAMILIES]
+NAMED = [*READING, *APART, *imports.FAMILIES]
 #: The first case with files at random, and the first with folders of other programs at random.
 AT_RANDOM, ELSEWHERE_AT_RANDOM = len(NAMED), len(NAMED) + 1
 
@@ -46,7 +46,7 @@ def campaign(run_python, tmp_path, monkeypatch):
         code = f"""
 import sys
 {fault}
-from campaigns.hostile.__main__ import main
+from campaigns.fuzz.__main__ import main
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
 """
@@ -138,7 +138,7 @@ FAULTS = {
         """
 from distrust.checkpoint import header
 header._require_same = lambda text, encoded: None
-from campaigns.hostile import families
+from campaigns.fuzz import families
 def twice(draft, chance):
     draft.run = '{"created":"","extra":{},"extra":{},"host":"","metrics":{}}'
 families.CHANGES["keys"] = twice
@@ -146,7 +146,7 @@ families.CHANGES["keys"] = twice
     ),
     "a pipe is waited for": (
         "obstacles", "no answer within",
-        "import os\nos.O_NONBLOCK = 0\nfrom campaigns.hostile import costs\ncosts.HANG_SECONDS = 2",
+        "import os\nos.O_NONBLOCK = 0\nfrom campaigns.fuzz import costs\ncosts.HANG_SECONDS = 2",
     ),
     "a link is followed by a writer": ("writing", "a link in the place of the lock",
     "import os\nos.O_NOFOLLOW = 0"),
@@ -165,11 +165,11 @@ Disk.create = open_to_all
     ),
     "a checksum is not compared": (
         "older: another's files", "was taken for whole",
-        "from distrust.checkpoint.older import checksums\nchecksums.compare = lambda *_: None",
+        "from distrust.importers import checksums\nchecksums.compare = lambda *_: None",
     ),
     "a bomb is let in": (
         "older: bombs", "CheckpointUnreadable",
-        "from distrust.checkpoint.older import npz\nnpz.TIMES_ITS_SIZE = npz.SMALL_BYTES = 10**9",
+        "from distrust.importers import npz\nnpz.TIMES_ITS_SIZE = npz.SMALL_BYTES = 10**9",
     ),
     "what convert raises is not told": (
         "older: metadata", "convert: ValueError",
@@ -215,7 +215,7 @@ def test_a_fault_is_found_and_found_again(campaign, fault):
     mebibytes = 0.25 if name == "keys of one hash" else 0.15
     result, said = campaign("--seed", 2, "--case", number(name), "--mebibytes", mebibytes, fault=code)
     assert (result, "COUNTEREXAMPLE" in said, said_of_it in said) == (1, True, True), said
-    assert f"again: python -m campaigns.hostile --seed 2 --case {number(name)}" in said
+    assert f"again: python -m campaigns.fuzz --seed 2 --case {number(name)}" in said
 
 
 def test_the_numbers_of_the_cases_are_those_of_the_plan():
@@ -230,8 +230,8 @@ def test_a_process_that_died_or_hangs_begins_again(run_python):
     code = """
 import os, time
 from campaigns.campaign import CounterExample
-from campaigns.hostile import costs
-from campaigns.hostile.worker import Worker
+from campaigns.fuzz import costs
+from campaigns.fuzz.worker import Worker
 from collections import Counter
 costs.HANG_SECONDS = 0.3
 work = {0: lambda: os.abort(), 1: lambda: time.sleep(9), 2: lambda: Counter(well=1)}
@@ -315,7 +315,7 @@ def test_what_the_guided_engine_finds_is_kept_and_found_again(campaign, tmp_path
     code, said = campaign("--engine", "guided", "--cases", 5000, source=source)
     assert (code, "in memory: " in said) == (1, True), said
     kept = tmp_path / "counterexample.safetensors"
-    assert f"again: python -m campaigns.hostile --replay {kept}" in said
+    assert f"again: python -m campaigns.fuzz --replay {kept}" in said
     code, again = campaign("--replay", kept, source=source)
     found = said.partition("COUNTEREXAMPLE: ")[2].partition("; again")[0]
     assert (code, f"COUNTEREXAMPLE: {found}" in again) == (1, True), again

@@ -8,8 +8,8 @@ import signal
 import pytest
 
 from campaigns import signals
-from campaigns.instants import once_said
 from campaigns.signals import Blow, Moment
+from campaigns.triggers import once_said
 
 
 @pytest.fixture(autouse=True)

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from distrust.checkpoint import direct
+from distrust.checkpoint import direct_io
 
-BUFFERED = "from distrust.checkpoint import direct; direct.FLAG = 0\n"
+BUFFERED = "from distrust.checkpoint import direct_io; direct_io.FLAG = 0\n"
 
 
 @pytest.fixture(params=["direct", "buffered"])
@@ -22,12 +22,12 @@ def write_path(request, monkeypatch) -> str:
     """Direct I/O where the file system takes it, and then none; what a child process has to run first."""
     if request.param == "direct":
         return ""
-    monkeypatch.setattr(direct, "FLAG", 0)
+    monkeypatch.setattr(direct_io, "FLAG", 0)
     return BUFFERED
 
 
-@pytest.fixture
-def direct_io(tmp_path) -> None:
+@pytest.fixture(name="direct_io")
+def _direct_io(tmp_path) -> None:
     """Only where the file system of the test takes direct I/O."""
     if not takes_direct_io(tmp_path):
         pytest.skip("this file system takes no direct I/O")
@@ -37,12 +37,12 @@ def takes_direct_io(directory: Path) -> bool:
     probe = directory / "probe"
     flags = os.O_RDWR | os.O_CREAT
     try:
-        descriptor = os.open(probe, flags | direct.FLAG)
+        descriptor = os.open(probe, flags | direct_io.FLAG)
     except OSError:
         return False
     try:
         os.pwrite(descriptor, mmap.mmap(-1, 4096), 0)
-        return direct.is_on(descriptor)
+        return direct_io.is_on(descriptor)
     except OSError:
         return False
     finally:

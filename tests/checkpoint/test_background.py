@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from distrust import Checkpoint, CheckpointManager, PendingSave
-from distrust.checkpoint import arrays, pouring, writer
+from distrust.checkpoint import arrays, stream_writer, writer
 from distrust.errors import SaveFailed
 
 
@@ -255,8 +255,8 @@ def test_tensors_changed_too_early_are_not_saved_as_a_mixture(manager, monkeypat
 
 def test_the_arrays_are_let_go_of_when_they_are_copied(manager, monkeypatch):
     """Not only when they are written: a program may need their memory before."""
-    honest, hold = pouring.write_filled, threading.Event()
-    monkeypatch.setattr(pouring, "write_filled", lambda *given: (hold.wait(), honest(*given))[1])
+    honest, hold = stream_writer.write_filled, threading.Event()
+    monkeypatch.setattr(stream_writer, "write_filled", lambda *given: (hold.wait(), honest(*given))[1])
     for overlap in (False, True):
         hold.clear()
         array = np.ones(1000)

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from campaigns.hostile.forging import Tensor, built
+from campaigns.fuzz.forging import Tensor, built
 from distrust import Checkpoint, CheckpointManager
-from distrust.checkpoint import store
+from distrust.checkpoint import catalog
 from distrust.checkpoint.compare import Difference, differences
 
 
@@ -20,7 +20,7 @@ def compared(tmp_path):
         files = []
         for name, sections in (("a", a), ("b", b)):
             with CheckpointManager(tmp_path / name) as manager:
-                files.append(store.read_header(manager.save(Checkpoint(step=1, **sections))))
+                files.append(catalog.read_header(manager.save(Checkpoint(step=1, **sections))))
         return differences(*files)
 
     return compared
@@ -71,7 +71,7 @@ def test_the_same_arrays_in_other_places_differ(tmp_path):
     for name, labels in (("a", ["model.a", "model.b"]), ("b", ["model.b", "model.a"])):
         path = tmp_path / name
         path.write_bytes(built(tensors, names={"d": {"s": {"l": [{"a": label} for label in labels]}}}))
-        files.append(store.read_header(path))
+        files.append(catalog.read_header(path))
     (found,) = differences(*files)
     assert (found.what, found.name) == ("state", "skeleton")
     assert found.a != found.b
@@ -82,7 +82,7 @@ def test_a_long_key_above_many_values_costs_no_memory(tmp_path):
     for value in (0, 1):
         path = tmp_path / str(value)
         path.write_bytes(built(sections={"metadata": {"d": {"s" + "k" * 500_000: {"l": [value] * 2000}}}}))
-        files.append(store.read_header(path))
+        files.append(catalog.read_header(path))
         files[-1].require_whole()
     tracemalloc.start()
     try:

@@ -19,9 +19,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from campaigns.hostile.forging import Specimen, canonical, encodable, framed, signed, state_digest
+from campaigns.fuzz.forging import Specimen, canonical, encodable, framed, signed, state_digest
 from distrust import Checkpoint, CheckpointManager
-from distrust.checkpoint import store, tree
+from distrust.checkpoint import catalog, tree
 from distrust.errors import (
     CheckpointError,
     CheckpointNotFound,
@@ -543,20 +543,20 @@ def test_messages_are_short_and_command_no_terminal(tmp_path):
 @pytest.mark.parametrize("instead", ["nothing", "a link to itself", "a link that is too long"])
 def test_what_was_known_and_is_not_there_any_more(tmp_path, monkeypatch, instead):
     """Between its name in the listing and the look at it; a manager that lists again looks at no more."""
-    monkeypatch.setattr(store, "SETTLED_NANOSECONDS", -1)
+    monkeypatch.setattr(catalog, "SETTLED_NANOSECONDS", -1)
     with CheckpointManager(tmp_path) as manager:
         path = manager.save(Checkpoint(step=1))
-    known: store.Known = {}
-    assert len(store.scan(tmp_path, known).files) == 1
+    known: catalog.Known = {}
+    assert len(catalog.scan(tmp_path, known).files) == 1
     assert path in known
 
-    named = store.named(tmp_path)
+    named = catalog.named(tmp_path)
     path.unlink()
     if instead != "nothing":
         path.symlink_to(path if instead == "a link to itself" else "x" * 300)
     listings = iter([named])
-    monkeypatch.setattr(store, "named", lambda directory: next(listings, []))
-    scan = store.scan(tmp_path, known)
+    monkeypatch.setattr(catalog, "named", lambda directory: next(listings, []))
+    scan = catalog.scan(tmp_path, known)
     assert scan.files == ()
     assert len(scan.damaged) == (instead != "nothing")
 
@@ -564,11 +564,11 @@ def test_what_was_known_and_is_not_there_any_more(tmp_path, monkeypatch, instead
 def test_a_link_that_cannot_be_followed_is_no_directory(tmp_path):
     target = tmp_path / "run"
     target.symlink_to("x" * 300)
-    for use in (store.newest, store.find, store.verify):
+    for use in (catalog.newest, catalog.find, catalog.verify):
         with pytest.raises(CheckpointError):
             use(target)
     (tmp_path / "checkpoints").symlink_to("x" * 300)
-    assert store.checkpoint_directory(tmp_path) == tmp_path
+    assert catalog.checkpoint_directory(tmp_path) == tmp_path
 
 
 def test_a_link_to_a_terminal_does_not_become_that_of_the_process(tmp_path, run_python):

@@ -11,7 +11,7 @@ import pytest
 from states import EDGE, random_items, state_of
 
 from distrust import Checkpoint, CheckpointManager
-from distrust.checkpoint import lock, pouring, reading
+from distrust.checkpoint import lock, stream_writer, verified_read
 from distrust.checkpoint.disk import Disk
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
@@ -57,7 +57,7 @@ def interrupting(monkeypatch, no_collector):
 def test_an_interrupted_save_leaves_what_stood_before(
     tmp_path, monkeypatch, interrupting, no_thread_left, write
 ):
-    monkeypatch.setattr(pouring, "BLOCK_BYTES", EDGE)
+    monkeypatch.setattr(stream_writer, "BLOCK_BYTES", EDGE)
     with CheckpointManager(tmp_path) as manager:
         before = manager.save(Checkpoint(step=1)).read_bytes()
         writes = interrupting("pwrite", write)
@@ -98,9 +98,9 @@ def test_an_interrupt_when_the_file_has_just_been_made_removes_it(tmp_path, monk
 def test_an_interrupted_load_leaves_nothing_that_goes_on(
     tmp_path, monkeypatch, interrupting, no_thread_left, cold, read
 ):
-    monkeypatch.setattr(reading, "_is_cold", lambda *_: cold)
-    monkeypatch.setattr(reading, "FETCH_BYTES", EDGE)
-    monkeypatch.setattr(reading, "PIECE_BYTES", EDGE)
+    monkeypatch.setattr(verified_read, "_is_cold", lambda *_: cold)
+    monkeypatch.setattr(verified_read, "FETCH_BYTES", EDGE)
+    monkeypatch.setattr(verified_read, "PIECE_BYTES", EDGE)
     with CheckpointManager(tmp_path) as manager:
         manager.save(STATE.checkpoint)
         files = len(os.listdir("/dev/fd"))

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from states import EDGE, SECTIONS, State, content, random_items, state_of, states
 
 from distrust import Checkpoint, CheckpointManager
-from distrust.checkpoint import direct, memory, reading
+from distrust.checkpoint import direct_io, memory, verified_read
 from distrust.errors import CheckpointUnreadable, CorruptCheckpoint
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
@@ -45,9 +45,9 @@ def read_path(request, monkeypatch) -> str:
 
 
 def take(way: str, patch: pytest.MonkeyPatch, *, fetch_bytes: int = EDGE) -> None:
-    patch.setattr(reading, "_is_cold", lambda _, header: way == "past the cache" and header.tensors)
-    patch.setattr(reading, "FETCH_BYTES", fetch_bytes)
-    patch.setattr(reading, "PIECE_BYTES", EDGE)
+    patch.setattr(verified_read, "_is_cold", lambda _, header: way == "past the cache" and header.tensors)
+    patch.setattr(verified_read, "FETCH_BYTES", fetch_bytes)
+    patch.setattr(verified_read, "PIECE_BYTES", EDGE)
 
 
 def drop_from_cache(path: Path) -> None:
@@ -59,7 +59,7 @@ def drop_from_cache(path: Path) -> None:
 
 def is_cold(manager: CheckpointManager, path: Path) -> bool:
     with path.open("rb") as file:
-        return reading._is_cold(file.fileno(), manager.inspect(path).header)
+        return verified_read._is_cold(file.fileno(), manager.inspect(path).header)
 
 
 def load(manager: CheckpointManager, path: Path, way: str, framework: str = "numpy") -> Checkpoint:
@@ -124,12 +124,12 @@ def test_a_file_that_is_not_cached_is_read_past_the_cache_and_stays_out_of_it(tm
     """A checkpoint of the size of the memory would drive out everything else."""
     if sys.platform != "linux":
         pytest.skip("only there the system is asked what it has cached")
-    state = state_of([random_items(WORDS, 3 * reading.FETCH_BYTES // 8)])
+    state = state_of([random_items(WORDS, 3 * verified_read.FETCH_BYTES // 8)])
     seen = []
     honest = os.preadv
 
     def watched(descriptor, buffers, offset):
-        seen.append(direct.is_on(descriptor))
+        seen.append(direct_io.is_on(descriptor))
         return honest(descriptor, buffers, offset)
 
     with CheckpointManager(tmp_path) as manager:
@@ -161,7 +161,7 @@ def test_refused_and_short_reads_change_nothing(manager, answers):
     def fickle(descriptor, buffers, offset):
         with lock:
             answer = next(left, "whole")
-        if answer == "refused" and direct.is_on(descriptor):
+        if answer == "refused" and direct_io.is_on(descriptor):
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         if answer == "a page":
             return honest(descriptor, [buffers[0][:EDGE]], offset)
@@ -285,7 +285,7 @@ def test_a_failure_that_is_not_the_files_fault_is_no_damage(file, monkeypatch, r
 
 def test_where_the_whole_finds_no_memory_the_file_is_not_damaged(file, monkeypatch, read_path):
     manager, path = file
-    monkeypatch.setattr(reading, "allocate", refuse_above(LARGE_BYTES // 2))
+    monkeypatch.setattr(verified_read, "allocate", refuse_above(LARGE_BYTES // 2))
     for load in (manager.load_latest, lambda: manager.load(path)):
         with pytest.raises(CheckpointUnreadable, match="memory") as caught:
             load()
@@ -302,7 +302,7 @@ def test_threads_that_find_no_memory_leave_nobody_waiting(file, monkeypatch):
             raise MemoryError("no memory for it")
         return honest(nbytes)
 
-    monkeypatch.setattr(reading, "allocate", refuse)
+    monkeypatch.setattr(verified_read, "allocate", refuse)
     with pytest.raises(CheckpointUnreadable, match="no memory for it"):
         manager.load(path)
 
@@ -322,7 +322,7 @@ def test_a_load_that_failed_gives_its_memory_back_at_once(file, monkeypatch, rea
     def fail() -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(reading, "allocate", allocate)
+    monkeypatch.setattr(verified_read, "allocate", allocate)
     if how == "damaged":
         flip(path, path.stat().st_size - 1)
     else:
@@ -351,13 +351,13 @@ def refuse_above(limit: int) -> Callable:
 
 def test_a_file_that_is_cut_before_it_is_mapped_is_damaged(file, monkeypatch):
     manager, path = file
-    honest = reading.mapped
+    honest = verified_read.mapped
 
     def cut_first(*arguments):
         os.truncate(path, path.stat().st_size - 1)
         return honest(*arguments)
 
-    monkeypatch.setattr(reading, "mapped", cut_first)
+    monkeypatch.setattr(verified_read, "mapped", cut_first)
     with pytest.raises(CorruptCheckpoint, match="cut while it was read"):
         manager.load(path, mmap=True)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from distrust import Checkpoint, CheckpointManager
-from distrust.checkpoint import reading
+from distrust.checkpoint import verified_read
 from distrust.errors import ConfigError, CorruptCheckpoint
 
 NESTED = {
@@ -130,13 +130,13 @@ def test_the_copy_method_gives_plain_dicts_all_the_way_down(lazy):
 def test_only_what_is_touched_is_verified_and_that_once(manager, monkeypatch):
     manager.save(Checkpoint(step=1, model=NESTED, history={"loss": np.arange(9)}))
     verified = []
-    honest = reading.verify_content
+    honest = verified_read.verify_content
 
     def watched(content, tensors) -> None:
         verified.extend(tensor.name for tensor in tensors)
         honest(content, tensors)
 
-    monkeypatch.setattr(reading, "verify_content", watched)
+    monkeypatch.setattr(verified_read, "verify_content", watched)
     lazy = manager.load(1, mmap=True, verify="lazy")
     assert (len(lazy.model), repr(lazy.model), lazy.model["scalar"]) == (5, repr(lazy.model), 1.5)
     assert verified == []

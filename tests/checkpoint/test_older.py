@@ -23,7 +23,6 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from distrust import Checkpoint, CheckpointManager, TrainConfig
-from distrust.checkpoint.older import bounded
 from distrust.cli import main
 from distrust.config import key
 from distrust.errors import (
@@ -35,7 +34,8 @@ from distrust.errors import (
     NoGoodCheckpoint,
     SaveFailed,
 )
-from distrust.training import origin
+from distrust.importers import bounded
+from distrust.training import resume_point
 from older_files import (
     FIELDS,
     A,
@@ -863,11 +863,11 @@ def test_a_training_never_begins_beside_one_silently(tmp_path):
     config = TrainConfig(out=str(tmp_path))
     manager = CheckpointManager(directory)
     with pytest.raises(CheckpointError, match="distrust convert"):
-        origin.require_ready(config, manager)
+        resume_point.require_ready(config, manager)
     with manager:
         manager.save(ours(20))
-    origin.require_ready(config, manager)
-    found, file = origin.find(config, manager, framework="numpy")
+    resume_point.require_ready(config, manager)
+    found, file = resume_point.find(config, manager, framework="numpy")
     assert (found.step, file.step) == (20, 20)
 
 

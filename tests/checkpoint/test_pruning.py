@@ -13,7 +13,7 @@ import pytest
 import safetensors.numpy
 
 from distrust import Checkpoint, CheckpointManager, DistrustWarning
-from distrust.checkpoint import store
+from distrust.checkpoint import catalog
 from distrust.checkpoint.disk import Disk
 from distrust.checkpoint.format import own_digest
 from distrust.errors import CheckpointDirectoryLocked, CheckpointError, CorruptCheckpoint
@@ -29,7 +29,7 @@ def manager(tmp_path):
 
 
 def path_of(manager: CheckpointManager, step: int) -> Path:
-    return manager.directory / store.file_name(step, "periodic")
+    return manager.directory / catalog.file_name(step, "periodic")
 
 
 def damage(path: Path, at: int = -1) -> bytes:
@@ -199,9 +199,9 @@ def test_a_good_one_put_there_while_the_damaged_one_was_read_stays(manager, monk
     path = path_of(manager, 20)
     good = path.read_bytes()
     damage(path)
-    real = store.verify_content
+    real = catalog.verify_content
 
-    def verify_while_it_is_replaced(name: Path) -> store.CheckpointFile:
+    def verify_while_it_is_replaced(name: Path) -> catalog.CheckpointFile:
         try:
             return real(name)
         finally:
@@ -210,7 +210,7 @@ def test_a_good_one_put_there_while_the_damaged_one_was_read_stays(manager, monk
                 new.write_bytes(good)
                 new.replace(path)
 
-    monkeypatch.setattr(store, "verify_content", verify_while_it_is_replaced)
+    monkeypatch.setattr(catalog, "verify_content", verify_while_it_is_replaced)
     with pytest.warns(DistrustWarning, match="changed while it was read"):
         assert manager.remove_damaged() == []
     assert path.read_bytes() == good

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from distrust import Checkpoint, CheckpointManager
-from distrust.checkpoint import image, store
+from distrust.checkpoint import catalog, serialization
 from distrust.errors import CheckpointNotFound
 
 
@@ -22,35 +22,35 @@ def written(directory: Path, *steps: int) -> list[Path]:
 @pytest.fixture
 def settled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files count as long unchanged, though they were written just now."""
-    monkeypatch.setattr(store, "SETTLED_NANOSECONDS", -(10**12))
+    monkeypatch.setattr(catalog, "SETTLED_NANOSECONDS", -(10**12))
 
 
 def test_an_unchanged_file_is_read_once(tmp_path, settled):
     written(tmp_path, 1, 2)
-    known: store.Known = {}
-    first = store.scan(tmp_path, known)
-    again = store.scan(tmp_path, known)
+    known: catalog.Known = {}
+    first = catalog.scan(tmp_path, known)
+    again = catalog.scan(tmp_path, known)
     assert [file.step for file in first.files] == [1, 2]
     assert all(a.header is b.header for a, b in zip(first.files, again.files, strict=True))
-    fresh = store.scan(tmp_path)
+    fresh = catalog.scan(tmp_path)
     assert fresh.files[0].header is not first.files[0].header
     assert [file.digest for file in fresh.files] == [file.digest for file in first.files]
 
 
 def test_a_new_file_is_found_and_one_that_is_gone_is_forgotten(tmp_path, settled):
     paths = written(tmp_path, 1, 2)
-    known: store.Known = {}
-    store.scan(tmp_path, known)
+    known: catalog.Known = {}
+    catalog.scan(tmp_path, known)
     paths[0].unlink()
     written(tmp_path, 3)
-    assert [file.step for file in store.scan(tmp_path, known).files] == [2, 3]
+    assert [file.step for file in catalog.scan(tmp_path, known).files] == [2, 3]
     assert [path.name for path in known] == ["checkpoint-2.safetensors", "checkpoint-3.safetensors"]
 
 
 def test_a_file_that_was_replaced_or_damaged_is_read_again(tmp_path, settled):
     paths = written(tmp_path, 1, 2, 3)
-    known: store.Known = {}
-    before = store.scan(tmp_path, known)
+    known: catalog.Known = {}
+    before = catalog.scan(tmp_path, known)
     with CheckpointManager(tmp_path, keep_last=None) as manager:
         manager.save(Checkpoint(step=1, model={"w": np.zeros(3)}))
     with paths[1].open("r+b") as file:
@@ -58,36 +58,36 @@ def test_a_file_that_was_replaced_or_damaged_is_read_again(tmp_path, settled):
         file.write(b"x")
     os.truncate(paths[2], paths[2].stat().st_size - 1)
 
-    after = store.scan(tmp_path, known)
+    after = catalog.scan(tmp_path, known)
 
     assert [file.step for file in after.files] == [1]
     assert after.files[0].state_digest != before.files[0].state_digest
     assert [file.step for file in after.damaged] == [2, 3]
     assert list(known) == [paths[0]]
-    assert [file.step for file in store.scan(tmp_path, known).damaged] == [2, 3]
+    assert [file.step for file in catalog.scan(tmp_path, known).damaged] == [2, 3]
 
 
 def test_a_file_written_just_now_is_not_taken_for_known(tmp_path):
     """Changed again within a tick of the clock, it would show the same times."""
     written(tmp_path, 1)
-    known: store.Known = {}
-    assert len(store.scan(tmp_path, known).files) == 1
+    known: catalog.Known = {}
+    assert len(catalog.scan(tmp_path, known).files) == 1
     assert known == {}
 
 
 def test_a_known_file_that_goes_while_it_is_listed_is_gone(tmp_path, settled, monkeypatch):
     paths = written(tmp_path, 1, 2)
-    known: store.Known = {}
-    store.scan(tmp_path, known)
-    honest = store.named
+    known: catalog.Known = {}
+    catalog.scan(tmp_path, known)
+    honest = catalog.named
 
     def removed_just_after(directory):
         entries = honest(directory)
         paths[0].unlink(missing_ok=True)
         return entries
 
-    monkeypatch.setattr(store, "named", removed_just_after)
-    assert [file.step for file in store.scan(tmp_path, known).files] == [2]
+    monkeypatch.setattr(catalog, "named", removed_just_after)
+    assert [file.step for file in catalog.scan(tmp_path, known).files] == [2]
 
 
 def interfered(monkeypatch: pytest.MonkeyPatch, module: object, name: str, act: Callable[[], object]) -> None:
@@ -108,14 +108,14 @@ def test_a_best_one_that_goes_before_it_is_read_makes_room_for_a_better_one(tmp_
         manager.save(Checkpoint(step=1, metrics={"m": 1.0}))
         manager.save(Checkpoint(step=2, metrics={"m": 2.0}))
         better = Checkpoint(step=3, metrics={"m": 0.5})
-        interfered(monkeypatch, image, "read", lambda: manager.save(better))
+        interfered(monkeypatch, serialization, "read", lambda: manager.save(better))
         assert CheckpointManager(tmp_path, metric="m").load_best().step == 3
 
 
 READS = {
-    "load": ((image, "read"), lambda manager: manager.load(1).step),
-    "inspect": ((store, "read_header"), lambda manager: manager.inspect(1).step),
-    "validate": ((store, "verify"), lambda manager: manager.validate(1)),
+    "load": ((serialization, "read"), lambda manager: manager.load(1).step),
+    "inspect": ((catalog, "read_header"), lambda manager: manager.inspect(1).step),
+    "validate": ((catalog, "verify"), lambda manager: manager.validate(1)),
 }
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from distrust import Checkpoint, CheckpointManager
-from distrust.checkpoint import arrays, memory, pouring, snapshot
+from distrust.checkpoint import arrays, memory, snapshot, stream_writer
 from distrust.checkpoint import manager as manager_module
 from distrust.checkpoint.disk import Disk
 from distrust.errors import DistrustWarning
@@ -243,7 +243,7 @@ def test_where_the_system_refuses_what_the_budget_allows_the_save_is_not_lost(ma
         return honest(nbytes)
 
     monkeypatch.setattr(memory, "allocate", refuse_much)
-    monkeypatch.setattr(pouring, "BLOCK_BYTES", 4096)
+    monkeypatch.setattr(stream_writer, "BLOCK_BYTES", 4096)
     large = np.arange(1 << 20)
     assert not manager.reserve(large.nbytes)
     with pytest.warns(DistrustWarning, match="quarter of the free"):

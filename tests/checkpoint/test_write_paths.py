@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from states import EDGE, State, random_items, state_of, states
 
 from distrust import Checkpoint, CheckpointManager
-from distrust.checkpoint import direct, parallel, pouring
+from distrust.checkpoint import direct_io, parallel, stream_writer
 from distrust.checkpoint.disk import Disk
 from distrust.errors import SaveFailed
 
@@ -44,7 +44,7 @@ def save(request) -> Callable[[CheckpointManager, Checkpoint], Path]:
 
 @pytest.fixture
 def small_blocks(monkeypatch) -> None:
-    monkeypatch.setattr(pouring, "BLOCK_BYTES", EDGE)
+    monkeypatch.setattr(stream_writer, "BLOCK_BYTES", EDGE)
 
 
 def data_of(manager: CheckpointManager, path: Path) -> bytes:
@@ -69,7 +69,7 @@ PAGES = np.dtype(np.float64)
 @example(state_of([random_items(PAGES, 512), np.zeros(0), torch.zeros(1), np.zeros(0, "?")]), EDGE, True)
 def test_every_way_to_save_writes_the_same_bytes(manager, state: State, block_bytes, on_all_cores):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pouring, "BLOCK_BYTES", block_bytes)
+        patch.setattr(stream_writer, "BLOCK_BYTES", block_bytes)
         patch.setattr(Disk, "sync", lambda *_: None)  # most of the time it would take
         if on_all_cores:
             patch.setattr(parallel, "worthwhile_threads", lambda nbytes: 3)
@@ -87,7 +87,7 @@ def test_every_way_to_save_writes_the_same_bytes(manager, state: State, block_by
 
 @on_both_paths
 def test_blocks_of_their_real_size_hold_the_same_bytes(manager, save):
-    count = 5 * pouring.BLOCK_BYTES // 8
+    count = 5 * stream_writer.BLOCK_BYTES // 8
     state = state_of([random_items(PAGES, count), torch.arange(count), random_items(ONE, 7)])
 
     assert data_of(manager, save(manager, state.checkpoint)) == state.data
@@ -101,7 +101,7 @@ def test_writes_go_past_the_page_cache_where_the_file_system_lets_them(tmp_path,
 
     def watched(descriptor, view, offset):
         written = honest(descriptor, view, offset)
-        seen.append((direct.is_on(descriptor), written == len(view)))
+        seen.append((direct_io.is_on(descriptor), written == len(view)))
         return written
 
     with CheckpointManager(tmp_path) as manager:
@@ -123,8 +123,8 @@ def test_where_direct_io_is_refused_when_the_file_is_opened_it_is_written_all_th
     refused = []
 
     def refusing(path, flags, *more, **named):
-        if flags & direct.FLAG and flags & os.O_CREAT:
-            os.close(honest(path, flags & ~direct.FLAG, *more, **named))  # Linux refuses after making it
+        if flags & direct_io.FLAG and flags & os.O_CREAT:
+            os.close(honest(path, flags & ~direct_io.FLAG, *more, **named))  # Linux refuses after making it
             refused.append(path)
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), path)
         return honest(path, flags, *more, **named)
@@ -133,7 +133,7 @@ def test_where_direct_io_is_refused_when_the_file_is_opened_it_is_written_all_th
     with CheckpointManager(tmp_path) as manager:
         path = save(manager, state.checkpoint)
 
-    assert len(refused) == bool(direct.FLAG)
+    assert len(refused) == bool(direct_io.FLAG)
     assert data_of(manager, path) == state.data
     assert sorted(entry.name for entry in tmp_path.iterdir()) == [".lock", path.name]
 
@@ -153,7 +153,7 @@ class FickleSystem:
     def pwrite(self, descriptor: int, view: memoryview, offset: int) -> int:
         with self._lock:
             answer = next(self._answers, "whole")
-        if answer == "refused" and direct.is_on(descriptor):
+        if answer == "refused" and direct_io.is_on(descriptor):
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         if answer == "a page":
             return self._honest(descriptor, view[:EDGE], offset)
@@ -173,7 +173,7 @@ def test_refused_and_short_writes_change_nothing_in_the_file(manager, answers, h
     state = state_of([random_items(PAGES, 5 * EDGE // 4), random_items(ONE, 5)])
     manager.acquire()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pouring, "BLOCK_BYTES", 2 * EDGE)
+        patch.setattr(stream_writer, "BLOCK_BYTES", 2 * EDGE)
         patch.setattr(os, "pwrite", FickleSystem(answers).pwrite)
         path = SAVES[how](manager, state.checkpoint)
 

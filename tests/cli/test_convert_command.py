@@ -12,7 +12,6 @@ import pytest
 
 from distrust import Checkpoint, CheckpointManager, DistrustTrainer, DistrustWarning, TrainConfig
 from distrust.cli import main
-from distrust.convert import convert
 from distrust.errors import (
     CheckpointDirectoryLocked,
     CheckpointError,
@@ -21,7 +20,8 @@ from distrust.errors import (
     DataError,
     ResumeRefused,
 )
-from distrust.training import elsewhere
+from distrust.importers.convert import convert
+from distrust.training import imported
 from older_files import (
     FIELDS,
     arrays,
@@ -170,7 +170,7 @@ def test_a_folder_of_the_trainer_goes_to_its_reader(tmp_path, monkeypatch):
     folder = tmp_path / "checkpoint-5"
     folder.mkdir()
     (folder / "trainer_state.json").write_text("{}")
-    reader = types.ModuleType("distrust.engines.torch.trainer_folder")
+    reader = types.ModuleType("distrust.importers.trainer_folder")
     reader.read = lambda path, model: Checkpoint(
         step=5,
         model={"w": np.ones(2)},
@@ -195,7 +195,7 @@ def test_what_is_refused_does_not_stop_the_others(tmp_path, monkeypatch, capsys)
             raise ResumeRefused(f"{path}: trained in a way that is not done here")
         return Checkpoint(step=7, model={"w": np.ones(2)})
 
-    reader = types.ModuleType("distrust.engines.torch.trainer_folder")
+    reader = types.ModuleType("distrust.importers.trainer_folder")
     reader.read = read
     monkeypatch.setitem(sys.modules, reader.__name__, reader)
     assert main(["convert", str(tmp_path), "--to", str(tmp_path / "run")]) == 1
@@ -291,10 +291,10 @@ def test_what_is_lost_is_told_when_a_run_goes_on(tmp_path, lacks):
         write_checksums(path)
     convert(path, tmp_path / "run")
     checkpoint = CheckpointManager(tmp_path / "run" / "checkpoints").load(10)
-    adopted = elsewhere.adopted(checkpoint, TrainConfig(), where="here")
+    adopted = imported.adopted(checkpoint, TrainConfig(), where="here")
     lost = "the loss of 2 steps: it is not said of which of the 10"
     with pytest.warns(DistrustWarning, match="not known there.*--lora-alpha") as told:
-        elsewhere.tell(adopted, where=tmp_path)
+        imported.tell(adopted, where=tmp_path)
     said = str(told[0].message)
     assert f"not taken over: {lost}" in said
     assert ("history are" in said, "AdamW's moments" in said) == (False, lacks == "optimizer.npz")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from distrust import Checkpoint, CheckpointManager
-from distrust.reporting.printing import printable
+from distrust.reporting.display import printable
 
 COMMAND = "\x1b[2J\x9b\u202e\x07\x7f"
 

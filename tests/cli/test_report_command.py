@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from distrust.checkpoint import store
+from distrust.checkpoint import catalog
 from distrust.reporting.panels import PANELS
 from run_folders import HOSTILE, write_run
 
@@ -187,7 +187,7 @@ def test_the_page_needs_nothing_but_itself(report):
 
 def test_the_page_tells_what_the_folder_holds(report, run):
     text = " ".join(_Markup(report.read_text("utf-8")).words)
-    newest = store.scan(run / "checkpoints").files[-1]
+    newest = catalog.scan(run / "checkpoints").files[-1]
     for wanted in (
         newest.state_digest,
         "step 60 of 90; the newest checkpoint is of step 60",

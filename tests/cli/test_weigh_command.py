@@ -22,10 +22,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from distrust.atomic import new_file
 from distrust.bundled import CORPUS, PROVENANCE_TABLE
 from distrust.cli import main
 from distrust.data import read_records
-from distrust.durable import new_file
 from distrust.errors import WriteFailed
 
 ROOT = Path(__file__).parent.parent.parent
@@ -512,7 +512,7 @@ def test_a_killed_writer_leaves_nothing_that_stays(distrust, tmp_path):
     code = """
 import os, signal, sys
 from pathlib import Path
-from distrust.durable import new_file
+from distrust.atomic import new_file
 with new_file(Path(sys.argv[1]), force=False) as file:
     file.write(b"half")
     file.flush()
@@ -532,16 +532,16 @@ with new_file(Path(sys.argv[1]), force=False) as file:
 
 
 def test_a_file_that_changes_while_it_is_read_is_no_output(distrust, raw, table, tmp_path, monkeypatch):
-    from distrust.data import rewriting
+    from distrust.data.provenance import write_dataset
 
-    real = rewriting.new_file
+    real = write_dataset.new_file
 
     def touching(path, *, force):
         with raw.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"text": "late"}) + "\n")
         return real(path, force=force)
 
-    monkeypatch.setattr(rewriting, "new_file", touching)
+    monkeypatch.setattr(write_dataset, "new_file", touching)
     given = distrust("weigh", raw, "--table", table, "--out", tmp_path / "out.jsonl")
     assert given.code == 1
     assert "it changed while it was read; start again" in given.err

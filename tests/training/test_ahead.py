@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distrust.training.ahead import Ahead
+from distrust.training.prefetch import Ahead
 
 
 @given(st.lists(st.integers(1, 20), max_size=30), st.integers(1, 20))

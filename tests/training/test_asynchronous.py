@@ -202,7 +202,7 @@ def test_a_child_of_a_process_that_trains_may_train(trainer, data, tmp_path, run
 import os, sys, warnings
 warnings.simplefilter("ignore")
 from pathlib import Path
-from distrust.training.turn import only_run
+from distrust.training.run_lock import only_run
 from distrust.errors import RunInProgress
 with only_run(Path("a")):
     child = os.fork()

@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from distrust import CheckpointManager, DistrustTrainer, DistrustWarning, TrainConfig
 from distrust.data import IGNORED
 from distrust.engines import open_checkpoint
-from distrust.engines.torch.trainer_folder import read
 from distrust.errors import CheckpointError, ConfigError, ModelError, ResumeRefused
+from distrust.importers.trainer_folder import read
 from distrust.training.events import StepEnded
 from models import make_model
 

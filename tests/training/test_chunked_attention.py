@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, Llama4TextConfig
 
 from distrust.data import IGNORED, MicroBatch
-from distrust.engines.torch.passes import Passes
+from distrust.engines.torch.model_runner import Passes
 
 
 @pytest.mark.parametrize("length", [5, 9, 23])

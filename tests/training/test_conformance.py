@@ -24,10 +24,10 @@ from small_batches import LENGTHS, a_batch, some_of, weighing
 from toy_engine import VOCABULARY, ToyEngine
 
 from distrust import Checkpoint, CheckpointManager, TrainConfig
+from distrust.contract import Engine, EngineState, Losses
 from distrust.data import MicroBatch
 from distrust.engines import create
 from distrust.errors import ResumeRefused
-from distrust.training.engine import Engine, EngineState, Losses
 from models import make_model
 
 Make = Callable[..., Engine]

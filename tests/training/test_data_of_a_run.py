@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerFast
 from distrust import CheckpointManager, DistrustTrainer, TrainConfig
 from distrust.config import EXAMPLES
 from distrust.errors import ConfigError, DataError, ResumeRefused
+from distrust.training.data_sources import read_sources
 from distrust.training.events import Evaluated, Preparing, RunStarted, StepEnded
-from distrust.training.plan import make_plan
-from distrust.training.sources import read_sources
+from distrust.training.prepare_data import make_plan
 from models import write_records
 
 

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from distrust import CheckpointManager
-from distrust.training.evaluations import Evaluations
+from distrust.training.best_tracker import Evaluations
 from distrust.training.events import Evaluated, StepEnded
 
 #: The toy overfits: its eval loss is best at the fourth step.

@@ -12,8 +12,8 @@ import torch
 from distrust import TrainConfig, weighting
 from distrust.data import IGNORED, Batches, MicroBatch, Order, evaluation_batches
 from distrust.engines import create
-from distrust.training.plan import make_plan
-from distrust.training.sources import read_sources
+from distrust.training.data_sources import read_sources
+from distrust.training.prepare_data import make_plan
 
 
 @pytest.fixture(scope="module", params=["lora", "all weights"])

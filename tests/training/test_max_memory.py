@@ -13,7 +13,7 @@ from test_memory_reset import GIB, Hungry
 from distrust import CheckpointManager, DistrustWarning
 from distrust.engines.out_of_memory import memory_told
 from distrust.errors import OutOfMemory
-from distrust.training import memory
+from distrust.training import memory_guard
 
 
 def stands(out: Path) -> list[int]:
@@ -76,8 +76,8 @@ def test_within_its_bound_a_run_is_left_alone(run, tmp_path):
 
 
 def test_the_system_running_out_is_warned_of_once(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "available_bytes", lambda: 10 << 20)
-    monkeypatch.setattr(memory, "SECONDS_BETWEEN_LOOKS", 0.0)
+    monkeypatch.setattr(memory_guard, "available_bytes", lambda: 10 << 20)
+    monkeypatch.setattr(memory_guard, "SECONDS_BETWEEN_LOOKS", 0.0)
     with pytest.warns(DistrustWarning, match="memory left.*--max-memory") as given:
         ended, _ = run(tmp_path)
     assert len(given) == 1

@@ -15,9 +15,9 @@ from toy_engine import TOY, ToyEngine
 
 from distrust import DistrustTrainer, TrainConfig
 from distrust.errors import NonFiniteLoss
+from distrust.training.data_sources import read_sources
 from distrust.training.events import Evaluated, StepEnded
-from distrust.training.plan import Plan, make_plan
-from distrust.training.sources import read_sources
+from distrust.training.prepare_data import Plan, make_plan
 from models import write_records
 
 CAPACITY = 70  # tokens of a row; the records have 8 to 30

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from distrust.engines.torch import attention
 from distrust.engines.torch.fused import fuse
 from distrust.engines.torch.loss import chunked_losses
-from distrust.engines.torch.passes import Passes
+from distrust.engines.torch.model_runner import Passes
 
 BFLOAT16 = torch.bfloat16
 #: What each kind of model allows: whether its examples are packed, and its logits made in chunks.

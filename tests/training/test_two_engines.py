@@ -18,9 +18,9 @@ from small_batches import a_batch
 from test_conformance import digest, trained
 
 from distrust import Checkpoint, CheckpointManager, DistrustWarning, TrainConfig
+from distrust.contract import Engine, EngineState
 from distrust.engines import config_of, create, open_checkpoint
 from distrust.errors import ConfigError, ResumeRefused
-from distrust.training.engine import Engine, EngineState
 from distrust.training.events import StepEnded
 
 pytestmark = pytest.mark.usefixtures("_only_what_is_new_is_searched")

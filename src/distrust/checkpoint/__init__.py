@@ -10,18 +10,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from distrust.checkpoint.catalog import CheckpointFile, DamagedFile, Scan
     from distrust.checkpoint.checkpoint import Checkpoint
     from distrust.checkpoint.manager import CheckpointManager
-    from distrust.checkpoint.store import CheckpointFile, DamagedFile, Scan
     from distrust.checkpoint.writer import PendingSave
 
 _HOMES = {
     "Checkpoint": "checkpoint",
-    "CheckpointFile": "store",
+    "CheckpointFile": "catalog",
     "CheckpointManager": "manager",
-    "DamagedFile": "store",
+    "DamagedFile": "catalog",
     "PendingSave": "writer",
-    "Scan": "store",
+    "Scan": "catalog",
 }
 
 __all__ = ["Checkpoint", "CheckpointFile", "CheckpointManager", "DamagedFile", "PendingSave", "Scan"]

@@ -19,7 +19,7 @@ import struct
 import sys
 from pathlib import Path
 
-from distrust.checkpoint import direct
+from distrust.checkpoint import direct_io
 
 _SYNC_FILE_RANGE_WRITE = 2
 
@@ -44,7 +44,7 @@ class Disk:
         """Make a new file and open it to be written, for direct I/O if its file system has it."""
         flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
         try:
-            descriptor = os.open(path, flags | direct.FLAG, 0o666)
+            descriptor = os.open(path, flags | direct_io.FLAG, 0o666)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
@@ -83,7 +83,7 @@ class Disk:
                 if error.errno != errno.EINVAL or refused:
                     raise
                 # Direct I/O may be refused only here: by the file system, or for what a short write left.
-                direct.drop(descriptor)
+                direct_io.drop(descriptor)
                 refused = True
                 continue
             view = view[written:]
@@ -133,7 +133,7 @@ def _sync(descriptor: int) -> None:
 
 def _start_write_back(descriptor: int, offset: int, length: int) -> None:
     """Have the disk begin now what the sync would otherwise find to do at the end."""
-    if sys.platform == "linux" and not direct.is_on(descriptor):
+    if sys.platform == "linux" and not direct_io.is_on(descriptor):
         libc = ctypes.CDLL(None)
         libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
         # Advice only: whether it was written is for the sync to say.

@@ -9,8 +9,8 @@ import os
 import shlex
 from pathlib import Path
 
-from distrust.checkpoint import older
-from distrust.checkpoint.naming import parsed
+from distrust import importers
+from distrust.checkpoint.files import parsed
 
 ADAPTER_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS, MLX_WEIGHTS = "adapter_model.safetensors", "adapters.safetensors"
@@ -32,9 +32,11 @@ def hint(folder: Path) -> str:
     entries = [entry for name in names if (entry := parsed(folder / name)) is not None]
     saved = [(step, path) for path, step, _ in entries if is_trainer_folder(path)]
     is_adapter = ADAPTER_CONFIG in names and not names.isdisjoint({PEFT_WEIGHTS, MLX_WEIGHTS})
-    if older.TRAINER_STATE in names or saved:
+    if importers.TRAINER_STATE in names or saved:
         what = "a folder of the transformers Trainer"
-        if is_adapter and older.TRAINER_STATE not in names:  # taken as it is, it would be the adapter alone
+        if (
+            is_adapter and importers.TRAINER_STATE not in names
+        ):  # taken as it is, it would be the adapter alone
             folder = max(saved)[1]
     elif is_adapter:
         what = f"an adapter folder of {'mlx-lm' if MLX_WEIGHTS in names else 'peft'}"
@@ -45,4 +47,4 @@ def hint(folder: Path) -> str:
 
 def is_trainer_folder(path: Path) -> bool:
     """Whether the transformers Trainer saved a checkpoint there."""
-    return os.path.lexists(path / older.TRAINER_STATE)
+    return os.path.lexists(path / importers.TRAINER_STATE)

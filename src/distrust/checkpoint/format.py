@@ -30,7 +30,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 from blake3 import blake3
 
-from distrust.checkpoint.once import Once
+from distrust.checkpoint.lazy import Once
 from distrust.errors import UnsupportedState
 
 FORMAT = "distrust"

@@ -47,7 +47,7 @@ from distrust.checkpoint.format import (
     is_possible,
     own_digest,
 )
-from distrust.checkpoint.once import Once
+from distrust.checkpoint.lazy import Once
 from distrust.checkpoint.tree import ARRAY_SECTIONS, STATE_SECTIONS
 from distrust.errors import CorruptCheckpoint, UnsupportedVersion, shortened
 

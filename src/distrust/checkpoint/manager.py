@@ -12,14 +12,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
-from distrust.checkpoint import arrays, image, older, pouring, pruning, retention, storage, store
+from distrust import importers
+from distrust.checkpoint import arrays, catalog, damage, retention, serialization, storage, stream_writer
+from distrust.checkpoint.catalog import CheckpointFile, DamagedFile, Scan
 from distrust.checkpoint.checkpoint import Checkpoint
 from distrust.checkpoint.disk import Disk
 from distrust.checkpoint.format import Kind
+from distrust.checkpoint.manager_state import Session
 from distrust.checkpoint.retention import Candidate, MetricMode, Retention
-from distrust.checkpoint.session import Session
 from distrust.checkpoint.storage import AtomicFile
-from distrust.checkpoint.store import CheckpointFile, DamagedFile, Scan
 from distrust.checkpoint.writer import PendingSave
 from distrust.errors import (
     CheckpointError,
@@ -104,7 +105,7 @@ class CheckpointManager:
         with self._session.mutex:
             path, kind = self._begin(checkpoint, final=final)
             with _reported(path):
-                prepared = image.prepare(checkpoint, kind)
+                prepared = serialization.prepare(checkpoint, kind)
             self._commit(path, prepared.layout.file_size, prepared.step, self._poured(prepared))
             return path
 
@@ -134,7 +135,7 @@ class CheckpointManager:
             session = self._session
             try:
                 with _reported(path):
-                    prepared = image.prepare(checkpoint, kind)
+                    prepared = serialization.prepare(checkpoint, kind)
                     capture = session.snapshot.begin(
                         prepared, later=_OVERLAPPED if overlap else (), ring=session.ring
                     )
@@ -184,7 +185,7 @@ class CheckpointManager:
 
     def scan(self) -> Scan:
         """The files that are there, those that are damaged, and those in an older format."""
-        return store.scan(self.directory, self._session.listed)
+        return catalog.scan(self.directory, self._session.listed)
 
     def load(
         self,
@@ -197,7 +198,7 @@ class CheckpointManager:
         """Read and verify a checkpoint, in our format or an older one.
 
         One in an older format is always read and verified as a whole, whatever ``mmap`` and ``verify`` say;
-        :mod:`distrust.checkpoint.older.state` says what of it becomes what. The arrays of one in ours lie
+        :mod:`distrust.importers.state` says what of it becomes what. The arrays of one in ours lie
         side by side in one block of memory, which goes when the last of them has gone; those of mlx have
         memory of their own.
 
@@ -288,7 +289,7 @@ class CheckpointManager:
             CheckpointNotFound: listing what there is.
             CorruptCheckpoint: if the header is damaged.
         """
-        return self._found(checkpoint, store.read_header)
+        return self._found(checkpoint, catalog.read_header)
 
     def validate(self, checkpoint: int | str | os.PathLike[str]) -> None:
         """Check every byte of a checkpoint, and that it is the one that its name says.
@@ -297,7 +298,7 @@ class CheckpointManager:
             CheckpointNotFound: listing what there is.
             CorruptCheckpoint: with what is wrong, and where.
         """
-        file = self._found(checkpoint, store.verify)
+        file = self._found(checkpoint, catalog.verify)
         if (
             file.path.parent == self.directory and not file.is_older
         ):  # a copy elsewhere proves nothing of the one here
@@ -336,7 +337,7 @@ class CheckpointManager:
         Raises:
             CheckpointError: if the directory cannot be read.
         """
-        return list(pruning.damaged(self.directory))
+        return list(damage.damaged(self.directory))
 
     def remove_damaged(self, report: Callable[[DamagedFile], None] | None = None) -> list[DamagedFile]:
         """Read every byte of every checkpoint and remove those that are damaged: nothing else ever does.
@@ -361,7 +362,7 @@ class CheckpointManager:
             self._session.writer.settle()
             self.acquire()
             removed = []
-            for file in pruning.damaged(self.directory):
+            for file in damage.damaged(self.directory):
                 self._session.lock.confirm()
                 storage.remove([file.path], self._session.disk)
                 removed.append(file)
@@ -411,8 +412,8 @@ class CheckpointManager:
         self._session.leaving = False
         self.acquire()
         kind: Kind = "final" if final else "periodic"
-        path = self.directory / store.file_name(checkpoint.step, kind)
-        if older.recognised(path):
+        path = self.directory / catalog.file_name(checkpoint.step, kind)
+        if importers.recognised(path):
             raise SaveFailed(
                 f"{path}: not saved: a checkpoint in an older format has this name, and is never replaced. "
                 "Move it away, or save elsewhere",
@@ -420,8 +421,8 @@ class CheckpointManager:
             )
         return path, kind
 
-    def _poured(self, prepared: image.Image) -> Callable[[AtomicFile], str]:
-        return lambda file: pouring.write_filling(file, prepared, self._session.ring)
+    def _poured(self, prepared: serialization.Image) -> Callable[[AtomicFile], str]:
+        return lambda file: stream_writer.write_filling(file, prepared, self._session.ring)
 
     def _commit(self, path: Path, size: int, step: int, write: Callable[[AtomicFile], str]) -> None:
         session = self._session
@@ -495,7 +496,7 @@ class CheckpointManager:
 
     def _judge(self, file: CheckpointFile) -> None:
         try:
-            store.verify(file.path)
+            catalog.verify(file.path)
         except CheckpointNotFound:
             return
         except CorruptCheckpoint as error:
@@ -631,12 +632,12 @@ def _read(
     path: Path, *, framework: arrays.Framework, mapped: bool = False, lazy: bool = False
 ) -> tuple[CheckpointFile, Checkpoint]:
     """Read what is there, in our format or in an older one."""
-    if older.recognised(path):
-        header, loaded = older.read(path, framework=framework)
+    if importers.recognised(path):
+        header, loaded = importers.read(path, framework=framework)
         file = CheckpointFile(path, header)
-        store.require_name(file)
+        catalog.require_name(file)
         return file, loaded
-    return image.read(path, framework=framework, mapped=mapped, lazy=lazy)
+    return serialization.read(path, framework=framework, mapped=mapped, lazy=lazy)
 
 
 def require_converted(file: CheckpointFile) -> None:

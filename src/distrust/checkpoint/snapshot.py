@@ -13,9 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from distrust.checkpoint import arrays, pouring
-from distrust.checkpoint.image import Image
+from distrust.checkpoint import arrays, stream_writer
 from distrust.checkpoint.memory import PAGE_BYTES, ReusableMemory, available_bytes, rounded
+from distrust.checkpoint.serialization import Image
 from distrust.checkpoint.storage import AtomicFile
 from distrust.errors import SaveFailed
 
@@ -79,7 +79,7 @@ class Snapshot:
             for label, flat in zip(image.layout.names, image.flats, strict=True)
         ]
         held = replace(image, flats=flats)
-        return Capture(_nothing_to_copy, lambda file: pouring.write_filling(file, held, ring))
+        return Capture(_nothing_to_copy, lambda file: stream_writer.write_filling(file, held, ring))
 
     def _copied(self, image: Image, later: tuple[str, ...]) -> Capture | None:
         layout = image.layout
@@ -104,7 +104,7 @@ class Snapshot:
                         path=path,
                     )
 
-        return Capture(copy, lambda file: pouring.write_filled(file, layout, memory))
+        return Capture(copy, lambda file: stream_writer.write_filled(file, layout, memory))
 
 
 def _nothing_to_copy(_: Path) -> None:

@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import Any
 
 from distrust.errors import ConfigError, DistrustError, DistrustWarning
-from distrust.reporting.printing import printable
+from distrust.reporting.display import printable
 
 #: Each verb and what it does; its module has the verb's name.
 COMMANDS = {

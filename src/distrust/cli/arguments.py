@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from distrust.cli import COMMANDS
-from distrust.reporting.printing import printable
+from distrust.reporting.display import printable
 
 _LARGEST_READ = 10**18
 TARGET = "a run, a directory of checkpoints, or one checkpoint"

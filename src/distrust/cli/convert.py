@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from distrust.checkpoint import CheckpointManager
-from distrust.checkpoint.store import RUN_SUBDIRECTORY
+from distrust.checkpoint.catalog import RUN_SUBDIRECTORY
 from distrust.cli.arguments import parser, print_json
 from distrust.config import TrainConfig, flag, key
-from distrust.convert import Converted, convert, target_directory
-from distrust.engines.exchange import target_modules
-from distrust.reporting.printing import printable
+from distrust.engines.state_conversion import target_modules
+from distrust.importers.convert import Converted, convert, target_directory
+from distrust.reporting.display import printable
 
 
 def main(arguments: list[str]) -> int:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
-from distrust.checkpoint import store
+from distrust.checkpoint import catalog
 from distrust.checkpoint.compare import differences
 from distrust.cli.arguments import TARGET, parser, print_json
-from distrust.reporting.printing import printable
+from distrust.reporting.display import printable
 
 DIGEST_SHOWN = 16
 SHOWN = 20
@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> int:
     arg.add_argument("--json", action="store_true", help="print one object")
     options = arg.parse_args(arguments)
 
-    a, b = store.newest(options.a), store.newest(options.b)
+    a, b = catalog.newest(options.a), catalog.newest(options.b)
     found = differences(a, b)
     if options.json:
         print_json(
@@ -67,7 +67,7 @@ def main(arguments: list[str]) -> int:
     return 1 if found else 0
 
 
-def _engine(file: store.CheckpointFile) -> str:
+def _engine(file: catalog.CheckpointFile) -> str:
     """The name of the engine that made it; empty of what no training made."""
     extra = file.header.run_info.get("extra")
     environment = extra.get("environment") if isinstance(extra, dict) else None

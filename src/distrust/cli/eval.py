@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from distrust.checkpoint.store import find
+from distrust.checkpoint.catalog import find
 from distrust.cli.arguments import TARGET, add_choice_of_checkpoint, parser, print_json
-from distrust.reporting.printing import printable
+from distrust.reporting.display import printable
 
 
 def main(arguments: list[str]) -> int:

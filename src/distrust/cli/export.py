@@ -6,10 +6,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import get_args
 
-from distrust.checkpoint.store import find
+from distrust.checkpoint.catalog import find
 from distrust.cli.arguments import TARGET, add_choice_of_checkpoint, parser, print_json, size
 from distrust.config import ExportDtype, ExportFormat
-from distrust.reporting.printing import printable
+from distrust.reporting.display import printable
 
 LOADED_BY = {
     "adapter": "peft: PeftModel.from_pretrained(base, {path!r})",

@@ -8,12 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distrust.checkpoint.store import find
+from distrust.checkpoint.catalog import find
 from distrust.cli.arguments import TARGET, add_choice_of_checkpoint, parser, print_json
 from distrust.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from distrust.training.engine import Engine
+    from distrust.contract import Engine
 
 
 def main(arguments: list[str]) -> int:

@@ -7,14 +7,14 @@ from pathlib import Path
 
 from distrust.cli.arguments import parser
 from distrust.errors import ConfigError
-from distrust.reporting.printing import printable
+from distrust.reporting.display import printable
 
 
 def main(arguments: list[str]) -> int:
     """Draw one run, or several in one picture."""
     # numpy takes a moment to load, and the names of the panels are theirs to say.
-    from distrust.reporting import drawing, panels, pictures
-    from distrust.reporting.runs import read_run
+    from distrust.reporting import figures, panels, style
+    from distrust.reporting.run_reader import read_run
 
     arg = parser(
         "plot",
@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> int:
         "the run if there is one, else here",
     )
     arg.add_argument(
-        "--x", choices=drawing.X_AXES, default="step", help="what steps are drawn over; default: step"
+        "--x", choices=style.X_AXES, default="step", help="what steps are drawn over; default: step"
     )
     arg.add_argument(
         "--smooth", type=_whole, metavar="N", help="steps to smooth over; default: a twenty-fifth of the run"
@@ -54,16 +54,16 @@ def main(arguments: list[str]) -> int:
 
     panels.require_known(options.panels)
     folder = options.runs[0] if len(options.runs) == 1 else Path()
-    targets = options.out or [pictures.default_target(folder, "plot.png")]
-    suffixes = [pictures.require_suffix(target) for target in targets]
+    targets = options.out or [figures.default_target(folder, "plot.png")]
+    suffixes = [figures.require_suffix(target) for target in targets]
     there = [path.resolve() for path in options.runs]
     twice = [path for path, place in zip(options.runs, there, strict=True) if there.count(place) > 1]
     if twice:
         raise ConfigError(f"{twice[-1]} is given twice; name each run once")
-    scene = pictures.scene([read_run(path) for path in options.runs], axis=options.x, smooth=options.smooth)
-    figure = pictures.draw(scene, options.panels, title=options.title)
+    scene = figures.scene([read_run(path) for path in options.runs], axis=options.x, smooth=options.smooth)
+    figure = figures.draw(scene, options.panels, title=options.title)
     for target, suffix in zip(targets, suffixes, strict=True):
-        pictures.write(target, pictures.rendered(figure, suffix))
+        figures.write(target, figures.rendered(figure, suffix))
         print(printable(str(target)))
     return 0
 

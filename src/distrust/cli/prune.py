@@ -8,13 +8,13 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple, get_args
 
-from distrust.checkpoint import store
+from distrust.checkpoint import catalog
+from distrust.checkpoint.catalog import DamagedFile
 from distrust.checkpoint.manager import CheckpointManager
 from distrust.checkpoint.retention import MetricMode
-from distrust.checkpoint.store import DamagedFile
 from distrust.cli.arguments import parser, print_json, size
 from distrust.errors import CheckpointError, ConfigError, DistrustWarning
-from distrust.reporting.printing import printable
+from distrust.reporting.display import printable
 
 #: What ``st_blocks`` counts, whatever the file system's own blocks are.
 BLOCK_BYTES = 512
@@ -40,8 +40,8 @@ def main(arguments: list[str]) -> int:
     """Remove checkpoints that no rule keeps, damaged ones, or both."""
     options = _options(arguments)
     _check(options)
-    store.find(options.target)  # a wrong name is told, and nothing is made there
-    directory = store.checkpoint_directory(options.target)
+    catalog.find(options.target)  # a wrong name is told, and nothing is made there
+    directory = catalog.checkpoint_directory(options.target)
     account = _Account(directory, options)
     with CheckpointManager(
         directory,
@@ -99,7 +99,7 @@ class _Account:
         self.removed: list[Removed] = []
         self._options = options
         self._directory = directory
-        self._occupied = {path.name: _occupied(path) for path, _, _ in store.named(directory)}
+        self._occupied = {path.name: _occupied(path) for path, _, _ in catalog.named(directory)}
 
     @property
     def is_all(self) -> bool:
@@ -161,7 +161,7 @@ def _check(options: argparse.Namespace) -> None:
     for name in ("metric", "metric_mode"):
         if getattr(options, name) is not None and not options.keep_best:
             raise ConfigError(f"--{name.replace('_', '-')} goes with --keep-best N, for 1 or more")
-    if options.target.exists() and not store.is_directory(options.target):
+    if options.target.exists() and not catalog.is_directory(options.target):
         raise ConfigError(
             f"prune goes with a run or a directory of checkpoints; {options.target} is a file"
             if options.target.is_file()

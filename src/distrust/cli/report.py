@@ -6,7 +6,7 @@ import webbrowser
 from pathlib import Path
 
 from distrust.cli.arguments import parser
-from distrust.reporting.printing import printable
+from distrust.reporting.display import printable
 
 
 def main(arguments: list[str]) -> int:
@@ -26,13 +26,13 @@ def main(arguments: list[str]) -> int:
     arg.add_argument("--open", action="store_true", help="show it in the browser")
     options = arg.parse_args(arguments)
 
-    from distrust.reporting import pictures
+    from distrust.reporting import figures
     from distrust.reporting.page import page
-    from distrust.reporting.runs import read_run
+    from distrust.reporting.run_reader import read_run
 
-    target = options.out or pictures.default_target(options.run, "report.html")
-    pictures.require_suffix(target, (".html", ".htm"))
-    pictures.write(target, page(read_run(options.run)).encode())
+    target = options.out or figures.default_target(options.run, "report.html")
+    figures.require_suffix(target, (".html", ".htm"))
+    figures.write(target, page(read_run(options.run)).encode())
     print(printable(str(target)))
     if options.open:
         webbrowser.open(target.absolute().as_uri())

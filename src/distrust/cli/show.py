@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from distrust.checkpoint import store
+from distrust.checkpoint import catalog
 from distrust.cli.arguments import TARGET, number, parser, print_json, size
 from distrust.errors import CheckpointNotFound, ConfigError, shortened
-from distrust.reporting.printing import printable
+from distrust.reporting.display import printable
 
 #: Of a value: more than a section of a config takes.
 _SHOWN_CHARACTERS = 1000
@@ -62,20 +62,20 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _chosen(target: Path, step: int | None) -> store.CheckpointFile:
+def _chosen(target: Path, step: int | None) -> catalog.CheckpointFile:
     if step is None:
-        return store.newest(target)
-    store.require_there(target)
-    if not store.is_directory(target):
+        return catalog.newest(target)
+    catalog.require_there(target)
+    if not catalog.is_directory(target):
         raise ConfigError(f"--step goes with a run or a directory; {target} is one checkpoint")
-    files = store.scan(store.checkpoint_directory(target)).by_step()
+    files = catalog.scan(catalog.checkpoint_directory(target)).by_step()
     if step not in files:
         there = ", ".join(map(str, files)) or "none"
         raise CheckpointNotFound(f"{target}: no checkpoint of step {step}; there are {there}", path=target)
     return files[step]
 
 
-def _object(file: store.CheckpointFile) -> dict[str, Any]:
+def _object(file: catalog.CheckpointFile) -> dict[str, Any]:
     return {
         "path": str(file.path),
         "format": file.format,

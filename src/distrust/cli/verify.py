@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from distrust.checkpoint import store
+from distrust.checkpoint import catalog
 from distrust.checkpoint.header import Header
 from distrust.cli.arguments import TARGET, parser, print_json
 from distrust.errors import CheckpointError, CorruptCheckpoint
-from distrust.reporting.printing import printable
+from distrust.reporting.display import printable
 
 
 def main(arguments: list[str]) -> int:
@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> int:
     options = arg.parse_args(arguments)
 
     rows = []
-    for path in [path for target in options.targets for path in store.find(target)]:
+    for path in [path for target in options.targets for path in catalog.find(target)]:
         verdict, reason, note = _verdict(path)
         row = {"path": str(path), "ok": reason is None, "verdict": verdict, "reason": reason}
         rows.append({**row, "note": note} if note else row)
@@ -41,9 +41,9 @@ def main(arguments: list[str]) -> int:
 def _verdict(path: Path) -> tuple[str, str | None, str | None]:
     """In a word, and why; and what to know of one that is well. What cannot be read may be whole."""
     try:
-        file = store.verify(path)
+        file = catalog.verify(path)
     except CorruptCheckpoint as error:
-        if not store.seems_one(path):  # another program's file is not damaged
+        if not catalog.seems_one(path):  # another program's file is not damaged
             return "NOT A CHECKPOINT", "neither its name nor its beginning is that of one", None
         return "DAMAGED", error.reason, None
     except CheckpointError as error:
@@ -51,7 +51,7 @@ def _verdict(path: Path) -> tuple[str, str | None, str | None]:
     return "ok", None, _note(file)
 
 
-def _note(file: store.CheckpointFile) -> str | None:
+def _note(file: catalog.CheckpointFile) -> str | None:
     """What an older format leaves open."""
     if isinstance(file.header, Header):
         return None

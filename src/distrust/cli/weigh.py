@@ -16,7 +16,7 @@ from distrust.bundled import PROVENANCE_TABLE
 from distrust.cli.arguments import parser, print_json
 from distrust.config import TrainConfig, flag
 from distrust.errors import ConfigError, DistrustWarning
-from distrust.reporting.printing import printable
+from distrust.reporting.display import printable
 from distrust.weighting import ALPHA, LAMBDA, Weighting, effective_sample_size, example_weights
 
 if TYPE_CHECKING:
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from distrust.data.distribution import Distribution
+    from distrust.data.provenance.score import Check, Weighed
     from distrust.data.sources import Source
-    from distrust.data.weighing import Check, Weighed
 
 DESCRIPTION = """A record that
 brings its authority weight w and provenance entropy H keeps them; where it also has a rank, counts
@@ -71,12 +71,12 @@ def main(arguments: list[str]) -> int:
         return 0
     config = _config(options)
 
-    from distrust.data.mapping import WholeRows, columns_of
-    from distrust.data.rewriting import require_format, write_weighed
+    from distrust.atomic import new_file, require_writable
+    from distrust.data.columns import WholeRows, columns_of
+    from distrust.data.provenance.score import Scale, weigh
+    from distrust.data.provenance.table import load_table
+    from distrust.data.provenance.write_dataset import require_format, write_weighed
     from distrust.data.sources import open_source
-    from distrust.data.table import load_table
-    from distrust.data.weighing import Scale, weigh
-    from distrust.durable import new_file, require_writable
 
     scale = Scale(
         columns=columns_of(config),
@@ -244,7 +244,7 @@ def _draw(
 
 
 def _captions(sources: Sequence[Source], columns: Any, shown: Distribution) -> dict[str, str]:
-    from distrust.data.weighing import captions
+    from distrust.data.provenance.score import captions
 
     return captions(sources, columns, {extreme.where for extreme in (*shown.heaviest, *shown.lightest)})
 
@@ -283,7 +283,7 @@ def _check_object(check: Check) -> dict[str, Any]:
 def _lines(
     options: argparse.Namespace, weighed: Weighed, shown: Distribution, captions: Mapping[str, str]
 ) -> Iterator[str]:
-    from distrust.reporting.weights import check_lines, distribution_lines
+    from distrust.reporting.weights_table import check_lines, distribution_lines
 
     are = "record" if len(weighed) == 1 else "records"
     yield f"{len(weighed):,} {are} of {', '.join(options.data)}"

@@ -28,18 +28,18 @@ rewriting.py   weighed records -> a data set with both columns
 
 from distrust.data.batches import IGNORED, Batches, MicroBatch, evaluation_batches
 from distrust.data.cache import Cache, cache_folder
+from distrust.data.columns import Columns, columns_of
 from distrust.data.corpus import Corpus
 from distrust.data.distribution import Distribution, distribution
 from distrust.data.fields import NO_CLASS
-from distrust.data.mapping import Columns, columns_of
-from distrust.data.order import MAX_SEED, MixedOrder, Order, permutation
+from distrust.data.packing import Sequences, concatenated, packed, single
 from distrust.data.reading import Census, Reading, check, read_records
 from distrust.data.records import Completion, Conversation, Location, Message, Record, Text
-from distrust.data.sequences import Sequences, concatenated, packed, single
+from distrust.data.sampler import MAX_SEED, MixedOrder, Order, permutation
 from distrust.data.sources import Source, examples_source, open_source
 from distrust.data.split import split_off
 from distrust.data.tokenizer import Tokenizer, digest_of
-from distrust.data.tokens import beginning, tokenize, tokenize_in_blocks
+from distrust.data.tokenizing import beginning, tokenize, tokenize_in_blocks
 
 __all__ = [
     "IGNORED",

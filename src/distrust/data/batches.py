@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from distrust.data.corpus import Corpus
-from distrust.data.order import MixedOrder, Order
-from distrust.data.sequences import Sequences, single
+from distrust.data.packing import Sequences, single
+from distrust.data.sampler import MixedOrder, Order
 
 IGNORED = -100
 """The label of a token that carries no loss: transformers and torch know it by this number."""

@@ -12,8 +12,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any, cast, get_args
 
-from distrust.data.mapping import Columns
-from distrust.data.problems import RecordError
+from distrust.data.columns import Columns
+from distrust.data.record_errors import RecordError
 from distrust.data.records import Completion, Conversation, Message, Role, Text
 from distrust.weighting import MAX_AUTHORITY_WEIGHT
 

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from distrust.data.columns import Columns
 from distrust.data.fields import Fields, json_kind, members, shown
-from distrust.data.mapping import Columns
-from distrust.data.problems import RecordError
+from distrust.data.record_errors import RecordError
 from distrust.data.records import Unit
 from distrust.errors import DataError
 

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from distrust.data.columns import Columns
 from distrust.data.formats import Row
-from distrust.data.mapping import Columns
 from distrust.errors import DataError
 
 #: NAME or OWNER/NAME; anything else can only be a file.

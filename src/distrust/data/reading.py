@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from blake3 import blake3
 
+from distrust.data.columns import Columns
 from distrust.data.fields import (
     Fields,
     check_authority_weight,
@@ -24,8 +25,7 @@ from distrust.data.fields import (
     read_provenance_entropy,
     read_source,
 )
-from distrust.data.mapping import Columns
-from distrust.data.problems import Problems, RecordError
+from distrust.data.record_errors import Problems, RecordError
 from distrust.data.records import Conversation, Location, Record
 from distrust.data.sources import Source, open_source
 from distrust.errors import ConfigError, DataError

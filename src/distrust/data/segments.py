@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from distrust.data.problems import RecordError
+from distrust.data.record_errors import RecordError
 from distrust.data.records import Completion, Conversation, Text
 from distrust.data.tokenizer import Tokenizer
 

@@ -20,10 +20,10 @@ from blake3 import blake3
 from distrust.bundled import CORPUS
 from distrust.config import BUNDLED
 from distrust.data import hub
+from distrust.data.columns import Columns
 from distrust.data.formats import JSON_LINES, PARQUET, Format, Row, format_of, is_binary, is_data, open_bytes
-from distrust.data.mapping import Columns
 from distrust.data.records import Unit
-from distrust.data.spool import Spool
+from distrust.data.temp_copy import Spool
 from distrust.errors import ConfigError, DataError, why_unread
 
 _BLOCK = 1 << 22

@@ -7,7 +7,7 @@ from itertools import accumulate
 import numpy as np
 
 from distrust.data.corpus import Corpus
-from distrust.data.order import derived_seed, permutation
+from distrust.data.sampler import derived_seed, permutation
 from distrust.errors import ConfigError
 
 #: Beyond the streams of the sources of a mix.

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distrust import config as options
-from distrust.checkpoint import Checkpoint, CheckpointFile, CheckpointManager, image
-from distrust.checkpoint.manager import require_converted
-from distrust.checkpoint.store import (
+from distrust.checkpoint import Checkpoint, CheckpointFile, CheckpointManager, serialization
+from distrust.checkpoint.catalog import (
     RUN_SUBDIRECTORY,
     checkpoint_directory,
     find,
@@ -23,12 +22,13 @@ from distrust.checkpoint.store import (
     read_header,
     scan,
 )
+from distrust.checkpoint.manager import require_converted
 from distrust.config import TrainConfig, key
-from distrust.engines.source import locate
+from distrust.contract import Engine, EngineState
+from distrust.engines.model_source import locate
 from distrust.errors import ConfigError, ModelError, ResumeRefused
-from distrust.training import origin
-from distrust.training.elsewhere import is_begun_elsewhere
-from distrust.training.engine import Engine, EngineState
+from distrust.training import resume_point
+from distrust.training.imported import is_begun_elsewhere
 from distrust.training.resume import FINGERPRINTS, FIRST_ENGINE
 
 Name = Literal["torch", "mlx"]
@@ -59,7 +59,7 @@ def chosen(config: TrainConfig) -> Name:
     """The engine that a config stands for: the one it names, or the run's, or the machine's own."""
     if config.engine != "auto":
         return config.engine
-    for folder in (origin.folder(config), Path(config.out)):
+    for folder in (resume_point.folder(config), Path(config.out)):
         files = scan(folder / RUN_SUBDIRECTORY).files
         if files and installed(recorded(files[-1])):
             return recorded(files[-1])
@@ -122,7 +122,7 @@ def read_checkpoint(
             asked = "--best" if step is None else f"--step {step}"
             raise ConfigError(f"{asked} goes with a run or a directory; {target} is one checkpoint")
         require_converted(read_header(target))
-        return image.read(target, framework=framework)
+        return serialization.read(target, framework=framework)
     return _manager(checkpoint_directory(target)).choose(step=step, best=best, framework=framework)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from distrust.engines.source import locate
+from distrust.engines.model_source import locate
 from distrust.errors import ModelError
 
 #: Of the files that describe a model; the largest tokenizers take some ten MiB.

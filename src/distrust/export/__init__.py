@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, get_args
 from distrust import engines
 from distrust.checkpoint.foreign import MLX_WEIGHTS
 from distrust.config import ExportDtype, ExportFormat, TrainConfig
-from distrust.engines import exchange
-from distrust.engines.source import reference
+from distrust.engines import state_conversion
+from distrust.engines.model_source import reference
 from distrust.errors import ConfigError
 from distrust.export import mlx_folder, staging
 from distrust.export.card import model_card
@@ -144,7 +144,7 @@ def _state(tensors: Mapping[str, Any], name: str, about: Mapping[str, str], *, d
 
 
 def _mlx(file: CheckpointFile, checkpoint: Checkpoint, base: str, *, dtype: ExportDtype) -> Write:
-    tensors = exchange.for_mlx(checkpoint.model)
+    tensors = state_conversion.for_mlx(checkpoint.model)
     described = mlx_folder.adapter_config(engines.config_of(file), tensors, base=reference(base))
     write_weights = _state(tensors, MLX_WEIGHTS, {"format": "mlx"}, dtype=dtype)
 
@@ -161,7 +161,7 @@ def _adapter(file: CheckpointFile, checkpoint: Checkpoint, model: str | None, *,
 
     config = engines.config_of(file, model=model)
     with engines.base_told(file, config.model, given=model is not None):
-        return prepare_adapter(config, exchange.for_torch(checkpoint.model), dtype=dtype)
+        return prepare_adapter(config, state_conversion.for_torch(checkpoint.model), dtype=dtype)
 
 
 def _merged(file: CheckpointFile, checkpoint: Checkpoint, model: str | None, *, dtype: ExportDtype) -> Write:

@@ -10,7 +10,7 @@ from typing import Any
 
 from distrust.checkpoint.foreign import ADAPTER_CONFIG
 from distrust.config import TrainConfig
-from distrust.engines.exchange import MLX_ENDS, lora_scale
+from distrust.engines.state_conversion import MLX_ENDS, lora_scale
 from distrust.errors import ConfigError
 
 _OF_A_LAYER = re.compile(r"(.*\.)?layers\.(\d+)\.(.+)")

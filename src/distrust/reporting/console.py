@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from distrust.reporting.printing import counted, printable
+from distrust.reporting.display import counted, printable
 from distrust.training.events import (
     CheckpointSaved,
     Evaluated,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from xml.etree import ElementTree
 
-from distrust.reporting.drawing import BROWN, GRID, INK, QUIET, SERIES
+from distrust.reporting.style import BROWN, GRID, INK, QUIET, SERIES
 
 #: The variable of each colour; the page gives them values.
 VARIABLES = {

@@ -21,8 +21,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from distrust.atomic import new_file
 from distrust.config import STEP_METRICS, TrainConfig
-from distrust.durable import new_file
 from distrust.errors import ConfigError, DistrustWarning, WriteFailed
 from distrust.training.events import CheckpointStarted, Evaluated, Event, RunEnded, RunStarted, StepEnded
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
-from distrust.reporting import inline, names, panels, pictures, summary
-from distrust.reporting.runs import Run
+from distrust.reporting import figures, inline, names, panels, summary
+from distrust.reporting.run_reader import Run
 
 _TEMPLATE = "page.html.jinja"
 
@@ -53,7 +53,7 @@ def page(run: Run) -> str:
     return template.render(
         run=run,
         name_characters=summary.NAME_CHARACTERS,
-        name=pictures.names_of([run.path])[0],
+        name=figures.names_of([run.path])[0],
         word=word,
         sentence=sentence,
         facts=summary.facts(run),
@@ -76,12 +76,12 @@ def _seen(value: Any) -> Any:
 def _pictures(run: Run) -> list[Picture]:
     from markupsafe import Markup
 
-    scene = pictures.scene([run])
+    scene = figures.scene([run])
     drawn = []
     for name, panel in panels.PANELS.items():
-        if pictures.is_there(name, scene):
-            figure = pictures.draw(scene, [name], panel_titles=False)
-            svg = pictures.rendered(figure, ".svg", transparent=True)
+        if figures.is_there(name, scene):
+            figure = figures.draw(scene, [name], panel_titles=False)
+            svg = figures.rendered(figure, ".svg", transparent=True)
             label = f"{panel.title}. {panel.caption}"
             markup = Markup(inline.inlined(svg, prefix=f"{name}-", label=label))  # noqa: S704 - escaped by ElementTree
             drawn.append(Picture(name, panel.title, panel.caption, markup, panel.minor))

@@ -13,7 +13,11 @@ import numpy as np
 
 from distrust.data import NO_CLASS
 from distrust.errors import ConfigError
-from distrust.reporting.drawing import (
+from distrust.reporting.display import counted
+from distrust.reporting.names import class_name, plain
+from distrust.reporting.run_reader import Run
+from distrust.reporting.series import Values
+from distrust.reporting.style import (
     BROWN,
     QUIET,
     SERIES,
@@ -25,10 +29,6 @@ from distrust.reporting.drawing import (
     draw_raw_and_smoothed,
     known,
 )
-from distrust.reporting.names import class_name, plain
-from distrust.reporting.printing import counted
-from distrust.reporting.runs import Run
-from distrust.reporting.series import Values
 
 #: More lines of source classes are not told apart, nor more than twice as many rows.
 CLASSES = 8

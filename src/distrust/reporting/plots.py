@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distrust.data.distribution import Distribution
+from distrust.reporting.display import counted
 from distrust.reporting.names import class_name
-from distrust.reporting.printing import counted
 from distrust.weighting import MAX_AUTHORITY_WEIGHT
 
 #: Colour-blind safe, and apart in grey.

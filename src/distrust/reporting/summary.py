@@ -13,10 +13,10 @@ from distrust.checkpoint import CheckpointFile
 from distrust.checkpoint.checkpoint import MAX_STEP
 from distrust.checkpoint.retention import Candidate, Retention, ranked
 from distrust.config import TrainConfig, key
-from distrust.reporting.drawing import known
 from distrust.reporting.names import class_name
 from distrust.reporting.panels import by_share, stall_share
-from distrust.reporting.runs import Evaluation, Run
+from distrust.reporting.run_reader import Evaluation, Run
+from distrust.reporting.style import known
 from distrust.training.resume import FINGERPRINTS
 
 #: Rows of evaluations that a page shows: a long run has thousands.

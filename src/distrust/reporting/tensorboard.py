@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from distrust.errors import ConfigError
-from distrust.reporting.tags import values_of
+from distrust.reporting.scalars import values_of
 from distrust.training.events import CheckpointStarted, Event, RunEnded, RunStarted
 
 FOLDER = "tensorboard"

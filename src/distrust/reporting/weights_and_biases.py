@@ -8,10 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from distrust.atomic import new_file
 from distrust.config import TrainConfig, key
-from distrust.durable import new_file
 from distrust.errors import ConfigError
-from distrust.reporting.tags import TRAINING, values_of
+from distrust.reporting.scalars import TRAINING, values_of
 from distrust.training.events import Event, RunEnded, RunStarted
 
 #: The identity of the run there, in the run's folder: the same command goes on with the same one.

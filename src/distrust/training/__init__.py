@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from distrust.training.engine import Engine, EngineState, Losses, MemoryUse
+from distrust.contract import Engine, EngineState, Losses, MemoryUse
 from distrust.training.events import RunEnded
 from distrust.training.state import RunState
 from distrust.training.trainer import DistrustTrainer

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from distrust.config import STEP_METRICS
-from distrust.training.elsewhere import CONTINUES
-from distrust.training.evaluations import Evaluations
+from distrust.training.best_tracker import Evaluations
+from distrust.training.imported import CONTINUES
 
 
 @dataclass(slots=True)

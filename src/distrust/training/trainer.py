@@ -18,8 +18,9 @@ from importlib import import_module
 from typing import Any
 
 from distrust.checkpoint import Checkpoint, CheckpointFile, CheckpointManager
-from distrust.checkpoint.store import RUN_SUBDIRECTORY, file_name
+from distrust.checkpoint.catalog import RUN_SUBDIRECTORY, file_name
 from distrust.config import EXAMPLES, STEP_METRICS, TrainConfig
+from distrust.contract import Engine, EngineState, Losses
 from distrust.data import IGNORED, MicroBatch
 from distrust.errors import (
     CheckpointError,
@@ -30,10 +31,10 @@ from distrust.errors import (
     OutOfMemory,
     ResumeRefused,
 )
-from distrust.training import elsewhere, origin, resume
-from distrust.training.ahead import Ahead
-from distrust.training.engine import Engine, EngineState, Losses
-from distrust.training.evaluations import Evaluations
+from distrust.training import imported, resume, resume_point
+from distrust.training.best_tracker import Evaluations
+from distrust.training.data_sources import Examples, Sources, read_sources
+from distrust.training.data_sources import Progress as ReportProgress
 from distrust.training.events import (
     Evaluated,
     Event,
@@ -45,16 +46,15 @@ from distrust.training.events import (
     RunStarted,
     StepEnded,
 )
-from distrust.training.memory import GIB, MemoryWatch
-from distrust.training.plan import Plan, make_plan
+from distrust.training.memory_guard import GIB, MemoryWatch
+from distrust.training.prefetch import Ahead
+from distrust.training.prepare_data import Plan, make_plan
 from distrust.training.progress import Progress
+from distrust.training.run_lock import only_run
 from distrust.training.saver import Saver
 from distrust.training.schedule import learning_rate, warmup
 from distrust.training.signals import StopRequest
-from distrust.training.sources import Examples, Sources, read_sources
-from distrust.training.sources import Progress as ReportProgress
 from distrust.training.state import Best, RunState
-from distrust.training.turn import only_run
 
 #: How many examples a message names; the error's attribute has them all.
 EXAMPLES_NAMED = 20
@@ -103,7 +103,7 @@ class DistrustTrainer:
         self._examples_given, self._eval_examples_given = examples, eval_examples
         self._given_engine = engine
         self._observers = tuple(observers)
-        self._out = origin.folder(config)
+        self._out = resume_point.folder(config)
         self._manager = CheckpointManager(
             self._out / RUN_SUBDIRECTORY,
             keep_last=config.keep_last,
@@ -181,8 +181,8 @@ class DistrustTrainer:
 
     def _train(self, stop: StopRequest) -> RunEnded:
         with self._manager:
-            origin.require_ready(self._config, self._manager)
-            finished = origin.finished(self._config, self._manager)
+            resume_point.require_ready(self._config, self._manager)
+            finished = resume_point.finished(self._config, self._manager)
             if finished is not None:
                 # Its name may not be durable yet: its writer was killed just then. An archive takes no lock.
                 with contextlib.suppress(CheckpointError):
@@ -262,9 +262,9 @@ class DistrustTrainer:
         report = self._reporter(stop)
         report(f"loading the model {self._config.model}", 0, 0)
         engine = self._engine = self._make_engine()
-        checkpoint, file = origin.find(self._config, self._manager, framework=engine.framework)
+        checkpoint, file = resume_point.find(self._config, self._manager, framework=engine.framework)
         if checkpoint is not None:
-            checkpoint = elsewhere.adopted(checkpoint, self._config, where=str(self._out))
+            checkpoint = imported.adopted(checkpoint, self._config, where=str(self._out))
             self._config = resume.settled(self._config, checkpoint.config, where=str(self._out))
         elif self._engine_used:
             raise ResumeRefused(
@@ -280,9 +280,9 @@ class DistrustTrainer:
         )
         self._progress.evaluations = replace(self._progress.evaluations, measured_on=self._measured_on())
         if checkpoint is not None and file is not None:
-            elsewhere.require_steps_left(checkpoint, max_steps=self._plan.max_steps, where=self._out)
+            imported.require_steps_left(checkpoint, max_steps=self._plan.max_steps, where=self._out)
             self._take_up(checkpoint)
-            elsewhere.tell(checkpoint, where=self._out)
+            imported.tell(checkpoint, where=self._out)
             if file.path.parent == self._manager.directory:  # a branch begins with none of its own
                 self._saver.durable = checkpoint.step, file.kind == "final"
         self._require_metric()
@@ -331,7 +331,7 @@ class DistrustTrainer:
             checkpoint.config,
             config=self._plan.config,
             where=str(self._out),
-            known_only=elsewhere.is_begun_elsewhere(checkpoint.run),
+            known_only=imported.is_begun_elsewhere(checkpoint.run),
         )
         recorded = checkpoint.run.get("environment", {})
         if self._config.threads is None:
@@ -529,7 +529,7 @@ class DistrustTrainer:
                 "environment": self._engine.environment(),
                 "elapsed_seconds": progress.elapsed_seconds,
                 "evaluations": asdict(progress.evaluations),
-                **({elsewhere.CONTINUES: progress.continues} if progress.continues else {}),
+                **({imported.CONTINUES: progress.continues} if progress.continues else {}),
             },
         )
 

@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from distrust.engines.exchange import lora_scale
+from distrust.engines.state_conversion import lora_scale
 from distrust.errors import ConfigError
 
 #: Widened exactly, where another program saved such.

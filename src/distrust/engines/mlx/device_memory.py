@@ -7,7 +7,7 @@ import gc
 import mlx.core as mx
 
 from distrust.checkpoint.memory import trim
-from distrust.training.engine import MemoryUse
+from distrust.contract import MemoryUse
 
 
 def use(device: mx.Device) -> MemoryUse | None:

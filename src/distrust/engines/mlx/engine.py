@@ -18,17 +18,17 @@ from mlx_lm.utils import get_total_parameters
 
 from distrust.checkpoint.memory import let_go
 from distrust.config import TrainConfig
+from distrust.contract import EngineState, Losses, MemoryUse
 from distrust.data import MicroBatch, Tokenizer
-from distrust.engines import exchange, tokenizer
+from distrust.engines import state_conversion, tokenizer
 from distrust.engines.fingerprint import fingerprint
-from distrust.engines.mlx import adapter, columns, compiling, device_memory, model, randomness
+from distrust.engines.mlx import adapter, compiling, device_memory, linear_by_columns, model, randomness
 from distrust.engines.mlx.checkpointing import checkpoint_layers
+from distrust.engines.mlx.model_runner import Passes
 from distrust.engines.mlx.optimizer import AdamW
-from distrust.engines.mlx.passes import Passes
 from distrust.engines.out_of_memory import memory_told
 from distrust.errors import DistrustWarning
-from distrust.training.engine import EngineState, Losses, MemoryUse
-from distrust.training.sources import DEFAULT_MAX_LENGTH
+from distrust.training.data_sources import DEFAULT_MAX_LENGTH
 
 
 class MlxEngine:
@@ -58,9 +58,9 @@ class MlxEngine:
         model.quantize(self._model, config.quantization)
         self._context_length: int | None = model.text_of(self._config, "max_position_embeddings")
         self._gradient_checkpointing = config.gradient_checkpointing
-        self._columns = columns.wanted(self._device) and bool(config.lora_rank)
+        self._columns = linear_by_columns.wanted(self._device) and bool(config.lora_rank)
         if self._columns:
-            columns.use_columns(self._model)
+            linear_by_columns.use_columns(self._model)
         self._compiled = compiling.wanted(config, self._device)
         base = get_total_parameters(self._model)  # it knows how many a packed one holds
         self._adapt(config)
@@ -190,13 +190,13 @@ class MlxEngine:
         Raises:
             ResumeRefused: if names, shapes or dtypes differ.
         """
-        state = exchange.to_mlx(state)
+        state = state_conversion.to_mlx(state)
         differences = adapter.differences(state.model, self._trained)
         for moment in ("m", "v"):
             found = adapter.differences(state.optimizer[moment], self._trained)
             differences += [f"moment {moment} of {line}" for line in found]
         if differences:
-            raise exchange.unfit("the checkpoint does not fit the model", differences, state.model)
+            raise state_conversion.unfit("the checkpoint does not fit the model", differences, state.model)
         self._trained = _copied(state.model, self._trained)
         self._optimizer.step = state.optimizer["step"]
         self._optimizer.m = _copied(state.optimizer["m"], self._trained)

@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model as load_model_of_mlx_lm
 
 from distrust.config import Device, Dtype, Quantization
-from distrust.engines.source import locate
+from distrust.engines.model_source import locate
 from distrust.engines.tokenizer import not_loaded
 from distrust.errors import ConfigError, ModelError
 

@@ -7,7 +7,7 @@ import gc
 import torch
 
 from distrust.checkpoint.memory import trim
-from distrust.training.engine import MemoryUse
+from distrust.contract import MemoryUse
 
 
 def use(device: torch.device) -> MemoryUse | None:

@@ -14,16 +14,16 @@ import torch
 
 from distrust.checkpoint.memory import hold
 from distrust.config import TrainConfig
+from distrust.contract import EngineState, Losses, MemoryUse
 from distrust.data import MicroBatch, Tokenizer
-from distrust.engines import exchange, tokenizer
+from distrust.engines import state_conversion, tokenizer
 from distrust.engines.fingerprint import fingerprint
 from distrust.engines.out_of_memory import memory_told
 from distrust.engines.torch import adapter, device_memory, model, optimizer, quantization, randomness
 from distrust.engines.torch.compiling import compile_layers, compiling_told
 from distrust.engines.torch.fused import fuse
-from distrust.engines.torch.passes import Passes
+from distrust.engines.torch.model_runner import Passes
 from distrust.errors import ConfigError
-from distrust.training.engine import EngineState, Losses, MemoryUse
 
 
 class TorchEngine:
@@ -207,11 +207,11 @@ class TorchEngine:
         Raises:
             ResumeRefused: if names, shapes or dtypes differ.
         """
-        state = exchange.to_torch(state, self._optimizer.state_dict()["param_groups"])
+        state = state_conversion.to_torch(state, self._optimizer.state_dict()["param_groups"])
         differences = adapter.differences(state.model, self._trained)
         differences += optimizer.differences(state.optimizer, self._optimizer)
         if differences:
-            raise exchange.unfit("the checkpoint does not fit the model", differences, state.model)
+            raise state_conversion.unfit("the checkpoint does not fit the model", differences, state.model)
         with torch.no_grad():
             for name, parameter in self._trained.items():
                 parameter.copy_(state.model[name])

@@ -16,8 +16,8 @@ import torch
 
 from distrust.checkpoint.foreign import PEFT_WEIGHTS
 from distrust.config import ExportDtype, TrainConfig
-from distrust.engines import exchange
-from distrust.engines.source import reference
+from distrust.engines import state_conversion
+from distrust.engines.model_source import reference
 from distrust.engines.tokenizer import load_tokenizer
 from distrust.engines.torch import adapter, model
 from distrust.engines.torch.engine import TorchEngine
@@ -62,7 +62,7 @@ def prepare_adapter(config: TrainConfig, tensors: Mapping[str, torch.Tensor], *,
     )
     differences = adapter.differences(tensors, adapter.trained_parameters(hollow))
     if differences:
-        raise exchange.unfit(f"the adapter does not fit --model {config.model}", differences, tensors)
+        raise state_conversion.unfit(f"the adapter does not fit --model {config.model}", differences, tensors)
     weights = adapter.named_as_peft_does(hollow, _cast(tensors, dtype))
     described = adapter.description(hollow, base=reference(config.model))
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from distrust.engines.torch.adapter import ADAPTER_NAME
-from distrust.engines.torch.products import product
+from distrust.engines.torch.linear_onednn import product
 
 #: How far a trial may be off, beside its largest value: some rounding in each dtype.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}

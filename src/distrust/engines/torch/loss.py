@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from distrust.engines.torch.products import product
+from distrust.engines.torch.linear_onednn import product
 
 #: Numbers in the logits of a chunk: 64 MiB of float32. Larger ones are no faster,
 CHUNK_NUMBERS = 2**24

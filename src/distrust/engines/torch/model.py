@@ -12,7 +12,7 @@ import torch
 from blake3 import blake3
 
 from distrust.config import Device, Dtype, Quantization
-from distrust.engines.source import locate
+from distrust.engines.model_source import locate
 from distrust.engines.tokenizer import loaded, not_loaded
 from distrust.engines.torch import quantization
 from distrust.errors import ConfigError, ModelError

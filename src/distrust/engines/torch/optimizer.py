@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from distrust.config import TrainConfig
-from distrust.engines.exchange import steps_made
+from distrust.engines.state_conversion import steps_made
 
 #: What it keeps of each parameter beside its number of steps.
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -1,0 +1,45 @@
+"""The good checkpoints that hostile files are made of: small, real, and written by the manager."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from campaigns.fuzz.forging import Specimen
+from distrust import Checkpoint, CheckpointManager
+
+
+def make(directory: Path) -> tuple[bytes, list[Specimen]]:
+    """The bytes of a good checkpoint of step 0, and specimens of step 1.
+
+    Args:
+        directory: where they are written; it may hold nothing else.
+    """
+    with CheckpointManager(directory, keep_last=None) as manager:
+        good = manager.save(Checkpoint(step=0, model={"a": np.zeros(4, np.float32)}))
+        paths = []
+        for number, checkpoint in enumerate(_checkpoints()):
+            path = manager.save(checkpoint)
+            paths.append(path.rename(directory / f"specimen-{number}"))
+        return good.read_bytes(), [Specimen.of(path) for path in paths]
+
+
+def _checkpoints() -> list[Checkpoint]:
+    model = {"a": np.arange(4, dtype=np.float32), "b": np.arange(3, dtype=np.uint8)}
+    return [
+        Checkpoint(step=1, model=model, optimizer={"n": [1, (2.5, None)]}, metadata={"m": "x"}),
+        Checkpoint(step=1),
+        Checkpoint(
+            step=1,
+            model={"": np.float64(1.5), "a.b": np.zeros((2, 0, 3), np.int16), "ü": np.ones(5, np.complex64)},
+            optimizer={"state": {0: {"step": np.float32(3), "lr": 0.1}, 1: {}}, "groups": [{"betas": (0.9,
+            0.99)}]},
+            rng={"torch": np.arange(16, dtype=np.uint8), "python": (3, [1, 2], None)},
+            history={"loss": np.linspace(1, 0, 7)},
+            config={"rank": 8, "deep": {True: [1.0, "x", {None: -0.0}]}},
+            metadata={"best_loss": float("inf"), "note": 'say "ü\n"'},
+            metrics={"eval_loss": 0.25},
+            run={"paths": ["a", "b"], "every": 10},
+        ),
+    ]  # fmt: skip

@@ -1,0 +1,153 @@
+"""A record's fields and a table -> the w and H that follow from what the record says of its source.
+
+What is wrong is a ``RecordError`` that names the field. An ingredient that is not there is a
+``MissingIngredientError``: a record that brings its own w or H can do without.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from distrust import provenance
+from distrust.data.fields import Fields, json_kind, members, shown
+from distrust.data.provenance.table import Table
+from distrust.data.record_errors import RecordError
+from distrust.provenance import Evidence
+
+DIGITS = 6
+"""Decimal places of what is computed: more would claim a precision that no rank and no share has."""
+
+
+class MissingIngredientError(RecordError):
+    """Something that w or H is computed from is not there.
+
+    Attributes:
+        reason: what, in words that are the same for all records.
+    """
+
+    def __init__(self, what: str, *, field: str, reason: str) -> None:
+        super().__init__(what, field=field)
+        self.reason = reason
+
+
+def authority_weight(fields: Fields, table: Table) -> float:
+    """The w of a record, from its rank and counts, to ``DIGITS`` decimal places.
+
+    Raises:
+        RecordError: an ingredient is wrong, or missing with nothing in the table to stand for it.
+    """
+    columns = table.columns
+    names = {
+        "rank": columns.rank,
+        "citation_count": columns.citation_count,
+        "consensus_count": columns.consensus_count,
+    }
+    there = {key for key, name in names.items() if fields.get(name, "") != ""}
+    absent = [name for key, name in names.items() if key not in there and table.missing[key] is None]
+    if absent:
+        raise MissingIngredientError(
+            "missing, so there is no authority_weight to compute; add it, say under [missing] of a --table "
+            "what stands for it, or give --default-authority-weight",
+            field=" and ".join(absent),
+            reason=f"no {' and no '.join(absent)}",
+        )
+    counts = {
+        key: _count(fields[names[key]], names[key]) if key in there else float(table.missing[key] or 0)
+        for key in ("citation_count", "consensus_count")
+    }
+    rank = _rank(fields[columns.rank], table) if "rank" in there else float(table.missing["rank"] or 0)
+    return round(provenance.authority_weight(rank=rank, coefficients=table.coefficients, **counts), DIGITS)
+
+
+def _rank(value: Any, table: Table) -> float:
+    field = table.columns.rank
+    if isinstance(value, str):
+        if value in table.ranks:
+            return table.ranks[value]
+        number = _as_number(value)
+        if number is None:
+            raise MissingIngredientError(
+                f"{shown(value)} has no rank; give it one under [ranks] of a --table",
+                field=field,
+                reason=f"{field} not in [ranks] of {table.name}",
+            )
+        value = number
+    number = _number(value, field)
+    if not 0 <= number <= 1:
+        raise RecordError(f"{shown(value)} is outside [0, 1]; 1 is the highest rank", field=field)
+    return number
+
+
+def _count(value: Any, field: str) -> float:
+    number = _number(value, field)
+    if not 0 <= number < math.inf:
+        raise RecordError(f"{shown(value)} is not a count, 0 or more; correct it", field=field)
+    return number
+
+
+def provenance_entropy(fields: Fields, table: Table) -> float:
+    """The H of a record in bits, from its chain of evidence, to ``DIGITS`` decimal places.
+
+    Raises:
+        RecordError: the chain is wrong, or missing.
+    """
+    field = table.columns.evidence
+    chain = fields.get(field, "")
+    if chain == "":
+        raise MissingIngredientError(
+            "missing, so there is no provenance_entropy to compute; add it ([] for no evidence), or give "
+            "--default-provenance-entropy",
+            field=field,
+            reason=f"no {field}",
+        )
+    if isinstance(chain, str):  # of a CSV file
+        try:
+            chain = json.loads(chain, object_pairs_hook=members)
+        except (ValueError, RecursionError):
+            raise RecordError(f"{shown(chain)} is not a list, nor JSON of one", field=field) from None
+    if not isinstance(chain, list):
+        raise RecordError(f'{json_kind(chain)}, not a list; give a list of {{"kind", "share"}}', field=field)
+    items = [_item(item, f"{field}[{index}]") for index, item in enumerate(chain)]
+    if items and not any(item.share for item in items):
+        raise RecordError("all shares are 0; give those that count a share above it", field=field)
+    return round(provenance.provenance_entropy(items, editable=table.editable), DIGITS)
+
+
+def _item(item: Any, field: str) -> Evidence:
+    if not isinstance(item, dict):
+        raise RecordError(f'{json_kind(item)}, not an object; give {{"kind", "share"}}', field=field)
+    kind, share, name = item.get("kind"), item.get("share"), item.get("id")
+    if not isinstance(kind, str) or not kind.strip():
+        what = "missing" if kind is None else f"{shown(kind)} is no kind"
+        raise RecordError(f'{what}; give a name such as "notebook"', field=f"{field}.kind")
+    if share is None:
+        raise RecordError("missing; give its part in the chain", field=f"{field}.share")
+    number = _number(share, f"{field}.share")
+    if not 0 <= number < math.inf:
+        raise RecordError(f"{shown(share)} is not a finite share, 0 or more", field=f"{field}.share")
+    if isinstance(name, float) and name.is_integer():  # of a table whose column has gaps
+        name = int(name)
+    if isinstance(name, bool) or not isinstance(name, str | int | None):
+        what = f"{json_kind(name)} ({shown(name)}), not a name or a whole number; give one of these"
+        raise RecordError(what, field=f"{field}.id")
+    return Evidence(kind, number, None if name is None else str(name))
+
+
+def _number(value: Any, field: str) -> float:
+    """A number, also one that is written as text, as CSV files have them."""
+    number = _as_number(value) if isinstance(value, str) else value
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        raise RecordError(f"{json_kind(value)} ({shown(value)}), not a number; write it as one", field=field)
+    try:
+        return float(number)
+    except OverflowError:  # an integer beyond the largest float
+        return math.inf if number > 0 else -math.inf
+
+
+def _as_number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None

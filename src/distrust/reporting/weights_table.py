@@ -1,0 +1,118 @@
+"""What a data set weighs, for people: lines for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from distrust.data.distribution import ClassSummary, Distribution, Extreme
+from distrust.data.provenance.score import Check, Quantity
+from distrust.reporting.display import counted
+from distrust.reporting.names import class_name
+
+_SYMBOLS: Mapping[Quantity, tuple[str, str]] = {
+    "authority_weight": ("w", ""),
+    "provenance_entropy": ("H", " bits"),
+}
+_BAR = 40
+_ROWS = 12
+
+
+def check_lines(checks: Mapping[Quantity, Check], *, recomputed: bool) -> Iterator[str]:
+    """Where the values of w and H come from, and the largest differences.
+
+    Args:
+        checks: of each quantity.
+        recomputed: whether the computed value replaced the records' own.
+    """
+    for name, check in checks.items():
+        yield from _check(*_SYMBOLS[name], check, recomputed=recomputed)
+
+
+def _check(symbol: str, unit: str, check: Check, *, recomputed: bool) -> Iterator[str]:
+    if check.computed:
+        yield f"{symbol}: {check.computed:,} computed"
+    if check.defaulted:
+        yield f"{symbol}: {check.defaulted:,} by default: nothing to compute it from"
+    if check.checked:
+        what = "the computed ones hold" if recomputed else "their own hold; --recompute replaces them"
+        verb = "differs" if check.differing == 1 else "differ"
+        differ = f"{check.differing:,} {verb} by more than {check.tolerance:g}{unit} ({what})"
+        yield f"{symbol}: {check.checked:,} checked: {differ if check.differing else 'none differs'}"
+    for difference in check.largest:
+        yield f"   {difference.where}: {difference.given:.4g} in the data, {difference.computed:.4g} computed"
+    if check.unchecked:
+        reasons = ", ".join(f"{count:,} with {reason}" for reason, count in check.unchecked.most_common(3))
+        yield f"{symbol}: {sum(check.unchecked.values()):,} as they are in the data, unchecked: {reasons}"
+
+
+def distribution_lines(shown: Distribution, captions: Mapping[str, str], *, blocks: bool) -> Iterator[str]:
+    """Quantiles, histogram, source classes and extremes.
+
+    Args:
+        shown: the distribution.
+        captions: location -> what a person knows the record by.
+        blocks: whether the terminal has block characters.
+    """
+    yield f"{'':20}  {'smallest':>8}  {'quarter':>8}  {'median':>8}  {'3 quarters':>10}  {'largest':>8}"
+    titles = {"authority_weight": "authority weight w", "provenance_entropy": "entropy H, bits"}
+    for name, (low, lower, median, upper, high) in shown.quantiles.items():
+        yield (
+            f"{titles.get(name, 'weight u'):20}  {low:>8.4g}  {lower:>8.4g}  {median:>8.4g}  {upper:>10.4g}  "
+            f"{high:>8.4g}"
+        )
+    yield ""
+    yield from _histogram(shown, blocks=blocks)
+    yield ""
+    yield from _classes(shown.classes)
+    for title, extremes in (("heaviest", shown.heaviest), ("lightest", shown.lightest)):
+        if extremes:
+            yield ""
+            yield from _extremes(title, extremes, captions)
+    yield ""
+    worth, records = shown.effective_examples, shown.examples
+    yield f"worth {counted(worth, 'equally weighted record')} of {records:,} ({worth / records:.0%})"
+
+
+def _histogram(shown: Distribution, *, blocks: bool) -> Iterator[str]:
+    """A bar for each two bins: half as many lines, and each as wide as a half of a factor."""
+    step = max(1, len(shown.counts) // _ROWS)
+    counts = [sum(shown.counts[i : i + step]) for i in range(0, len(shown.counts), step)]
+    edges = shown.edges[::step]
+    yield "records by weight u"
+    for count, low, high in zip(counts, edges, edges[1:], strict=False):
+        length = _BAR * count / max(counts)
+        bar = _block_bar(length) if blocks else "#" * round(length)
+        yield f"  {low:>8.4g} to {high:<8.4g}  {bar or ('|' if count else '')} {count:,}"
+
+
+def _block_bar(length: float) -> str:
+    """A bar to an eighth of a character."""
+    eighths = round(length * 8)
+    full, rest = divmod(eighths, 8)
+    return "█" * full + ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")[rest]
+
+
+def _classes(classes: Sequence[ClassSummary]) -> Iterator[str]:
+    names = [class_name(summary.name) for summary in classes]
+    width = max([12, *map(len, names)])
+    examples = sum(summary.examples for summary in classes)
+    yield (
+        f"{'source class':{width}}  {'records':>9}  {'share':>6}  {'mean w':>7}  {'mean H':>7}  "
+        f"{'mean u':>7}  {'of the weight':>13}"
+    )
+    for name, summary in zip(names, classes, strict=True):
+        yield (
+            f"{name:{width}}  {summary.examples:>9,}  {summary.examples / examples:>6.1%}  "
+            f"{summary.authority_weight:>7.3f}  {summary.provenance_entropy:>7.3f}  {summary.weight:>7.4g}  "
+            f"{summary.share:>13.1%}"
+        )
+
+
+def _extremes(title: str, extremes: Sequence[Extreme], captions: Mapping[str, str]) -> Iterator[str]:
+    width = max(len(extreme.where) for extreme in extremes)
+    yield f"{title:{width + 2}}  {'w':>6}  {'H':>6}  {'u':>8}"
+    for extreme in extremes:
+        yield (
+            f"  {extreme.where:{width}}  {extreme.authority_weight:>6.3f}  "
+            f"{extreme.provenance_entropy:>6.3f}  {extreme.weight:>8.4g}  {captions.get(extreme.where, '')}"
+        ).rstrip()
