@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import combinations
 from typing import Any, NamedTuple
 
-from distrust.checkpoint.catalog import file_name
+from distrust.checkpoint.catalog import checkpoint_file_name
 
 STEP = 20
 OLDER_STEP = 10
-NAME = file_name(STEP, "periodic")
+NAME = checkpoint_file_name(STEP, "periodic")
 #: Of a file system, and of a disk.
 BLOCK_SIZES = (4096, 512)
 ZEROS_APPENDED = 4096
@@ -159,7 +159,7 @@ def _pieces(files: Files) -> Iterator[Kind]:
 
 def _whole_files(files: Files) -> Iterator[Kind]:
     good, older = files.good, files.older
-    final = file_name(STEP, "final")
+    final = checkpoint_file_name(STEP, "final")
     yield _listed(
         "files under another's name",
         [
@@ -167,8 +167,10 @@ def _whole_files(files: Files) -> Iterator[Kind]:
             Injury("a final one in its place", files.final, misnamed=True),
             Injury("renamed to a final one", good, final, misnamed=True),
             Injury("an older one renamed to a final one of its step", older, final, misnamed=True),
-            Injury("renamed to a later step", good, file_name(STEP + 1, "periodic"), misnamed=True),
-            Injury("renamed to a later final", good, file_name(10 * STEP, "final"), misnamed=True),
+            Injury(
+                "renamed to a later step", good, checkpoint_file_name(STEP + 1, "periodic"), misnamed=True
+            ),
+            Injury("renamed to a later final", good, checkpoint_file_name(10 * STEP, "final"), misnamed=True),
         ],
     )
 

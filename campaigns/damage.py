@@ -47,13 +47,13 @@ from campaigns.campaign import Campaign, Case, CounterExample, parser, run
 from campaigns.corruptions import NAME, OLDER_STEP, STEP, Files, Injury, Kind, kinds
 from distrust import Checkpoint, CheckpointManager, DistrustWarning
 from distrust.checkpoint import serialization
-from distrust.checkpoint.catalog import file_name
+from distrust.checkpoint.catalog import checkpoint_file_name
 from distrust.checkpoint.lock import LOCK_NAME
 from distrust.cli import main as distrust
 from distrust.errors import CorruptCheckpoint
 
 MEMORY = Path("/dev/shm")
-OLDER = file_name(OLDER_STEP, "periodic")
+OLDER = checkpoint_file_name(OLDER_STEP, "periodic")
 #: Later than every name that an injury gives.
 NEXT_STEP = 1000
 #: A kind of no more injuries is looked into thoroughly; of a larger one, one case of so many.

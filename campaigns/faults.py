@@ -127,7 +127,7 @@ def _children_clean_up() -> None:
 def _removes_the_best() -> None:
     from distrust.checkpoint import retention
 
-    _replaced(retention, "ranked", lambda *_: [])
+    _replaced(retention, "rank_by_metric", lambda *_: [])
 
 
 def _no_mutex() -> None:
@@ -136,13 +136,13 @@ def _no_mutex() -> None:
 
     from distrust.checkpoint import manager_state
 
-    honest = manager_state.Session.begin
+    honest = manager_state.ManagerState.reset
 
     def begin(begun: Any) -> None:
         honest(begun)
         begun.mutex = contextlib.nullcontext()
 
-    _replaced(manager_state.Session, "begin", begin)
+    _replaced(manager_state.ManagerState, "reset", begin)
 
 
 #: By name: what is to be broken.

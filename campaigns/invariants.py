@@ -53,9 +53,9 @@ def _require_there(
     directory: Path, reported: list[Candidate], there: dict[int, Candidate], rules: Retention
 ) -> None:
     # What was removed once stays removable: newer ones and better ones only ever come in addition.
-    kept = retention.kept({**{one.step: one for one in reported}, **there}.values(), rules)
+    kept = retention.steps_to_keep({**{one.step: one for one in reported}, **there}.values(), rules)
     for one in reported:
-        name = catalog.file_name(one.step, "final" if one.final else "periodic")
+        name = catalog.checkpoint_file_name(one.step, "final" if one.final else "periodic")
         if one.step in kept and one.step not in there:
             raise CounterExample(f"{directory}: {name} was durable, no rule removes it, and it is gone")
         if one.final and not there[one.step].final:
@@ -99,7 +99,7 @@ def phase(directory: Path, scan: Scan, reported: Iterable[Candidate], rules: Ret
         return _of_temporary(path)
     newest = max((file.step for file in scan.files), default=-1)
     if newest > max((one.step for one in reported), default=-1):
-        if len(scan.files) > len(retention.kept(_candidates(scan), rules)):
+        if len(scan.files) > len(retention.steps_to_keep(_candidates(scan), rules)):
             return "renamed, the old one not yet removed"
         return "renamed, not yet reported"
     return "no save to be seen"

@@ -38,7 +38,7 @@ from campaigns.campaign import Campaign, Case, CounterExample, parser, run
 from campaigns.faults import FAULTS
 from campaigns.processes import Forks, Session
 from campaigns.saving import METRIC, Plan, Report
-from campaigns.triggers import Instant, Seen, after, once_said, once_seen, strike
+from campaigns.triggers import Seen, Trigger, after, once_said, once_seen, strike
 from distrust import CheckpointManager
 from distrust.checkpoint.catalog import Scan
 from distrust.checkpoint.retention import Candidate
@@ -62,7 +62,7 @@ class KilledWalk:
         self._reports: list[Report] = []
         self._directory = Path(plan.directory)
 
-    def kill(self, instant: Instant, delay: float) -> bool:
+    def kill(self, instant: Trigger, delay: float) -> bool:
         """Start it, and kill it; False if it had come to its end by then."""
         session = self._start()
         before = self._newest()
@@ -141,7 +141,7 @@ def plan_of(chance: random.Random, *, fault: str | None) -> Plan:
     )
 
 
-def instant_of(chance: random.Random, alone_seconds: float) -> tuple[Instant, float]:
+def instant_of(chance: random.Random, alone_seconds: float) -> tuple[Trigger, float]:
     """When to kill, and how long to wait then."""
     drawn = chance.random()
     if drawn < 0.3:

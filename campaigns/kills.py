@@ -35,8 +35,8 @@ from typing import NamedTuple
 from campaigns import invariants, training_run
 from campaigns.campaign import Campaign, Case, run
 from campaigns.training_run import LOOP, RULES, STEPS, TrainingRun
-from campaigns.triggers import Instant, Seen, after, once_said, once_seen
-from campaigns.witness import Witness
+from campaigns.triggers import Seen, Trigger, after, once_said, once_seen
+from campaigns.witness import DurabilityRecord
 from distrust.checkpoint import catalog
 
 KILLS = 10
@@ -63,9 +63,9 @@ class KilledRun:
     def __init__(self, campaign: Campaign, training: TrainingRun) -> None:
         self._campaign = campaign
         self._training = training
-        self._witness = Witness(training.checkpoints, RULES)
+        self._witness = DurabilityRecord(training.checkpoints, RULES)
 
-    def kill(self, instant: Instant, delay: float) -> bool:
+    def kill(self, instant: Trigger, delay: float) -> bool:
         """Start it, and kill it; False if it had ended by then."""
         witness = self._witness
         before = witness.newest
@@ -95,7 +95,7 @@ class KilledRun:
         return digest
 
 
-def instant_of(chance: random.Random, alone: Alone) -> tuple[Instant, float]:
+def instant_of(chance: random.Random, alone: Alone) -> tuple[Trigger, float]:
     """When to kill, and how long to wait then."""
     drawn, count = chance.random(), chance.randint(1, 6)
     if drawn < 0.1:

@@ -126,7 +126,7 @@ class Ruled(NamedTuple):
 Event = Operation | Began | Reported | Ruled
 
 
-class Promises:
+class Invariants:
     """What is promised at an instant, worked out from the events until then.
 
     Args:
@@ -290,7 +290,7 @@ class QuickDisk(Disk):
         """Not here."""
 
 
-def look(root: Path, promises: Promises, versions: dict[int, Version]) -> list[Version]:
+def look(root: Path, promises: Invariants, versions: dict[int, Version]) -> list[Version]:
     """Start again on a disk that a cut has left; returns what stands there.
 
     Raises:
@@ -308,7 +308,7 @@ def look(root: Path, promises: Promises, versions: dict[int, Version]) -> list[V
 
 
 def _what_stands(
-    manager: CheckpointManager, promises: Promises, versions: dict[int, Version]
+    manager: CheckpointManager, promises: Invariants, versions: dict[int, Version]
 ) -> list[Version]:
     there = []
     found = manager.scan()
@@ -409,7 +409,7 @@ class Search:
         for event in events:
             if isinstance(event, Began):
                 self._versions[event.version.number] = event.version
-        promises = Promises(World(self._root, image), self._root / INNER, there)
+        promises = Invariants(World(self._root, image), self._root / INNER, there)
         stops_at = chance.randrange(len(events))
         left: tuple[Image, list[Version]] = image, there
         for number, event in enumerate(events):
@@ -417,7 +417,7 @@ class Search:
             self._run.count("instants of a cut")
             for names, contents in _fates(promises.world, chance):
                 after = promises.world.after_cut(names, contents, chance)
-                stands = self._look_once(after, promises, f"{names}/{contents} after {told(event)}")
+                stands = self._look_once(after, promises, f"{names}/{contents} after {describe_event(event)}")
                 if number == stops_at:
                     left = after, stands
         self._require_true_model(promises.world)
@@ -434,7 +434,7 @@ class Search:
             if not path.is_dir() if content is None else path.read_bytes() != content:
                 raise CounterExample(f"the model of {path.name} is not what the real disk holds")
 
-    def _look_once(self, image: Image, promises: Promises, what: str) -> list[Version]:
+    def _look_once(self, image: Image, promises: Invariants, what: str) -> list[Version]:
         disk = hashlib.blake2b(digest_size=16)
         for path, content in image.items():
             disk.update(f"{path}:{None if content is None else len(content)}\n".encode())
@@ -463,7 +463,7 @@ def _fates(world: World, chance: Random) -> Iterator[tuple[Fate, Fate]]:
             yield chance.choice(FATES), chance.choice(FATES)
 
 
-def told(event: Event) -> str:
+def describe_event(event: Event) -> str:
     """An event in a few words."""
     paths = [part.name for part in event if isinstance(part, Path)]
     return " ".join([type(event).__name__, *paths])

@@ -145,7 +145,7 @@ class RecordingDisk(Disk):
     def write(self, descriptor: int, view: memoryview, offset: int) -> None:
         self._call("write")
         super().write(descriptor, view, offset)
-        self.direct_writes += direct_io.is_on(descriptor)
+        self.direct_writes += direct_io.is_enabled(descriptor)
         self._record(Write(self._files[descriptor], offset, bytes(view)))
 
     def truncate(self, descriptor: int, size: int) -> None:

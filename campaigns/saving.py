@@ -202,7 +202,7 @@ class Saver:
         report = self._next(walk, final=False)
         pending = self._manager.save_async(walk.checkpoint(report.number), overlap=overlap)
         # At its very end, on its own thread, whatever the loop does meanwhile.
-        pending.add_done_callback(lambda: None if pending.failed_unseen else _say(report))
+        pending.add_done_callback(lambda: None if pending.has_unreported_error else _say(report))
         pending.wait_copied()
 
     def _next(self, walk: Walk, *, final: bool) -> Report:

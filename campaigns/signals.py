@@ -33,8 +33,8 @@ from campaigns import invariants, training_run
 from campaigns.campaign import Campaign, Case, run
 from campaigns.processes import Session
 from campaigns.training_run import LOADING, LOOP, RULES, STEPS, TrainingRun
-from campaigns.triggers import Instant, Seen, after, once_said, once_seen, strike
-from campaigns.witness import Witness
+from campaigns.triggers import Seen, Trigger, after, once_said, once_seen, strike
+from campaigns.witness import DurabilityRecord
 from distrust.checkpoint.catalog import Scan
 
 #: Of them the last one comes at the end of the run.
@@ -56,7 +56,7 @@ class Moment(NamedTuple):
     """
 
     phase: str
-    instant: Instant
+    instant: Trigger
     delay: float
 
 
@@ -83,7 +83,7 @@ class DisturbedRun:
     def __init__(self, campaign: Campaign, training: TrainingRun) -> None:
         self._campaign = campaign
         self._training = training
-        self._witness = Witness(training.checkpoints, RULES)
+        self._witness = DurabilityRecord(training.checkpoints, RULES)
 
     def send(self, blow: Blow, moment: Moment) -> None:
         """Start it, send what there is to send, and check what is left when it has ended."""

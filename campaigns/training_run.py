@@ -20,7 +20,7 @@ from typing import TypeVar
 from campaigns.campaign import Campaign, Case, CounterExample
 from campaigns.campaign import parser as campaign_parser
 from campaigns.processes import PATIENCE_SECONDS, Command, Forks, Launcher, Session
-from campaigns.triggers import Instant, strike
+from campaigns.triggers import Trigger, strike
 from distrust.checkpoint import catalog
 from distrust.checkpoint.retention import Retention
 from distrust.config import STEP_METRICS
@@ -138,7 +138,7 @@ class TrainingRun:
             patience_seconds=self.patience_seconds,
         )
 
-    def disturb(self, number: int, instant: Instant, delay: float = 0.0) -> tuple[Session, int]:
+    def disturb(self, number: int, instant: Trigger, delay: float = 0.0) -> tuple[Session, int]:
         """Start it, and send a signal; returns the session, which has ended, and its exit code."""
         session = self.start()
         strike(session, number, instant, delay)

@@ -17,21 +17,21 @@ from typing import Literal, NamedTuple
 from campaigns.processes import POLL_SECONDS, Session
 
 #: Something that came to be true of a session; asked again and again, from its start on.
-Instant = Callable[[Session], Callable[[], bool]]
+Trigger = Callable[[Session], Callable[[], bool]]
 Seen = Literal["made", "reserved", "renamed", "removed"]
 
 
-def after(seconds: float) -> Instant:
+def after(seconds: float) -> Trigger:
     """So long after the start."""
     return lambda session: lambda: session.seconds >= seconds
 
 
-def once_said(text: str, count: int = 1) -> Instant:
+def once_said(text: str, count: int = 1) -> Trigger:
     """Once it has printed so many lines with a text."""
     return lambda session: lambda: sum(text in line for line in session.said()) >= count
 
 
-def once_seen(event: Seen, count: int = 1) -> Instant:
+def once_seen(event: Seen, count: int = 1) -> Trigger:
     """Once something has happened in its directory for so many times."""
 
     def watched(session: Session) -> Callable[[], bool]:
@@ -41,7 +41,7 @@ def once_seen(event: Seen, count: int = 1) -> Instant:
     return watched
 
 
-def strike(session: Session, number: int, instant: Instant, delay: float = 0.0) -> bool:
+def strike(session: Session, number: int, instant: Trigger, delay: float = 0.0) -> bool:
     """Send a signal at an instant, or so many seconds later; False if the process had ended by then."""
     come = instant(session)
     while session.running and not come():

@@ -11,12 +11,12 @@ from pathlib import Path
 
 from campaigns import invariants
 from campaigns.processes import Session
-from campaigns.triggers import Instant
+from campaigns.triggers import Trigger
 from distrust.checkpoint.catalog import Scan
 from distrust.checkpoint.retention import Candidate, Retention
 
 
-class Witness:
+class DurabilityRecord:
     """Remembers the checkpoints of one run over all its sessions.
 
     Args:
@@ -39,7 +39,7 @@ class Witness:
         """All that is known."""
         return [Candidate(step, final, {}) for step, final in sorted(self._durable)]
 
-    def watching(self, instant: Instant) -> Instant:
+    def watching(self, instant: Trigger) -> Trigger:
         """The same instant, with a look at the directory each time that it is asked for."""
 
         def watched(session: Session) -> Callable[[], bool]:

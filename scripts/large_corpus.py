@@ -119,8 +119,8 @@ def train(model: str, data: str, out: str, cache: str, steps: str) -> None:
         phase = said[-1]
         if isinstance(event, RunStarted):
             phase = "training"
-        elif isinstance(event, Preparing) and event.what.split()[0] in PHASES:
-            phase = event.what.split()[0]
+        elif isinstance(event, Preparing) and event.task.split()[0] in PHASES:
+            phase = event.task.split()[0]
         if phase != said[-1]:
             said.append(phase)
             print(phase, flush=True)

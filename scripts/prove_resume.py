@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from campaigns.campaign import CounterExample
 from campaigns.processes import Session
 from campaigns.training_run import TrainingRun
-from campaigns.triggers import Instant, after
+from campaigns.triggers import Trigger, after
 
 SAVE_EVERY = 5
 TRAINING = [
@@ -46,7 +46,7 @@ class Run:
         self.training = TrainingRun(out, [*TRAINING, *options], patience_seconds=math.inf)
         self.story: list[str] = []
 
-    def disturb(self, number: signal.Signals, instant: Instant, what: str) -> bool:
+    def disturb(self, number: signal.Signals, instant: Trigger, what: str) -> bool:
         """Start, and send a signal at an instant; False if the run had ended by then."""
         session, code = self.training.disturb(number, instant)
         hit = code == (-number if number == signal.SIGKILL else 128 + number)
@@ -69,7 +69,7 @@ def kill_during_save(run: Run) -> None:
         run.story[-1] += ", but the save was faster"
 
 
-def _new_file(training: TrainingRun) -> Instant:
+def _new_file(training: TrainingRun) -> Trigger:
     def begun(_: Session) -> Callable[[], bool]:
         before = set(training.temporary())
         return lambda: bool(set(training.temporary()) - before)

@@ -189,9 +189,9 @@ def test_there_and_back_is_bit_for_bit(runs, tmp_path):
 
 def export_state(run, like):
     """What the converted checkpoint holds, by mlx-lm's names."""
-    from distrust.engines.state_conversion import for_mlx
+    from distrust.engines.state_conversion import arrays_to_mlx
 
-    return for_mlx(CheckpointManager(run / "checkpoints").load(0).model)
+    return arrays_to_mlx(CheckpointManager(run / "checkpoints").load(0).model)
 
 
 def test_what_is_no_adapter_is_told(place, runs, tmp_path, capsys):

@@ -10,7 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distrust.data import IGNORED, Batches, Order, Tokenizer, evaluation_batches, read_records, tokenize
+from distrust.data import (
+    IGNORED,
+    Batches,
+    EpochSampler,
+    Tokenizer,
+    evaluation_batches,
+    read_records,
+    tokenize,
+)
 from distrust.weighting import distrust_term, effective_sample_size, example_weights, normalize
 
 PEPS = Path(__file__).parents[2] / "shared" / "data" / "documents" / "peps.jsonl"
@@ -41,7 +49,7 @@ def batches_of(corpus, *, batch_size=2, gradient_accumulation=2, seed=0, weighti
         corpus,
         weights=weights,
         distrust=distrust_term(w, h),
-        order=Order(len(corpus), seed=seed),
+        order=EpochSampler(len(corpus), seed=seed),
         batch_size=batch_size,
         gradient_accumulation=gradient_accumulation,
         pad_token_id=TOKENIZER.pad_token_id,

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distrust.data import IGNORED, Batches, Corpus, Location, Order, evaluation_batches
+from distrust.data import IGNORED, Batches, Corpus, EpochSampler, Location, evaluation_batches
 
 PAD = 0
 
@@ -18,7 +18,7 @@ def corpus_of(examples):
     n = len(examples)
     return Corpus(
         input_ids=np.arange(1, sum(lengths) + 1, dtype=np.int32),
-        learned=np.array([flag for flags in examples for flag in flags], bool),
+        loss_mask=np.array([flag for flags in examples for flag in flags], bool),
         offsets=np.concatenate(([0], np.cumsum(lengths, dtype=np.int64))),
         authority_weight=np.zeros(n),
         provenance_entropy=np.zeros(n),
@@ -38,7 +38,7 @@ def runs(draw):
             corpus,
             weights=weights,
             distrust=weights * 10,
-            order=Order(n, seed=draw(st.integers(0, 2**63))),
+            order=EpochSampler(n, seed=draw(st.integers(0, 2**63))),
             batch_size=draw(st.integers(1, 5)),
             gradient_accumulation=draw(st.integers(1, 3)),
             pad_token_id=PAD,
@@ -105,7 +105,7 @@ def test_a_step_is_the_same_whatever_was_asked_before(run, steps):
 
 def test_steps_follow_the_order_without_gap_or_repeat():
     corpus = corpus_of([[False, True]] * 7)
-    order = Order(7, seed=3)
+    order = EpochSampler(7, seed=3)
     batches = Batches(
         corpus,
         weights=np.ones(7),
@@ -152,7 +152,7 @@ def test_changing_the_callers_weights_later_changes_no_batch():
         corpus,
         weights=weights,
         distrust=weights,
-        order=Order(2, seed=0),
+        order=EpochSampler(2, seed=0),
         batch_size=2,
         gradient_accumulation=1,
         pad_token_id=PAD,
@@ -167,7 +167,7 @@ def test_changing_the_callers_weights_later_changes_no_batch():
     [
         ({"weights": np.ones(3)}, "weights must be one per example"),
         ({"distrust": np.ones((2, 1))}, "distrust must be one per example"),
-        ({"order": Order(3, seed=0)}, "an order of 3 sequences for 2 rows"),
+        ({"order": EpochSampler(3, seed=0)}, "an order of 3 sequences for 2 rows"),
         ({"batch_size": 0}, "a step needs a row"),
         ({"gradient_accumulation": 0}, "a step needs a row"),
     ],
@@ -176,7 +176,7 @@ def test_parts_that_do_not_fit_are_refused(change, words):
     parts = {
         "weights": np.ones(2),
         "distrust": np.ones(2),
-        "order": Order(2, seed=0),
+        "order": EpochSampler(2, seed=0),
         "batch_size": 1,
         "gradient_accumulation": 1,
     }
@@ -186,7 +186,7 @@ def test_parts_that_do_not_fit_are_refused(change, words):
 
 def test_steps_and_batches_have_a_first_one():
     corpus = corpus_of([[False, True]])
-    parts = {"weights": [1.0], "distrust": [1.0], "order": Order(1, seed=0)}
+    parts = {"weights": [1.0], "distrust": [1.0], "order": EpochSampler(1, seed=0)}
     batches = Batches(corpus, batch_size=1, gradient_accumulation=1, pad_token_id=PAD, **parts)
     with pytest.raises(ValueError, match="counted from 1"):
         batches.step(0)

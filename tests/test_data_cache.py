@@ -19,12 +19,12 @@ from transformers import PreTrainedTokenizerFast
 from distrust import DistrustWarning
 from distrust.data import (
     Cache,
-    Census,
     Columns,
     Corpus,
+    DatasetStats,
     Location,
-    Reading,
-    check,
+    RecordReader,
+    check_records,
     digest_of,
     open_source,
     tokenize,
@@ -79,12 +79,12 @@ def cache(tmp_path):
 
 def reading_of(*paths, w=None, h=None, columns=None):
     columns = columns or Columns()
-    return Reading(tuple(open_source(str(path), columns) for path in paths), columns, w, h)
+    return RecordReader(tuple(open_source(str(path), columns) for path in paths), columns, w, h)
 
 
 def kept(cache, reading, *, key=KEY, tokenizer=TOKENIZER):
     """The corpus, and whether it was made anew."""
-    census = check(reading)
+    census = check_records(reading)
     made = []
 
     def make():
@@ -219,9 +219,9 @@ def test_where_nothing_can_be_kept_it_is_made_each_time(data, tmp_path):
         assert made
         assert len(corpus) == RECORDS
         assert corpus.loss_tokens.sum() > 0
-    census = check(reading_of(data))
-    cache.remember(KEY, census)
-    assert cache.census(KEY) is None
+    census = check_records(reading_of(data))
+    cache.store_stats(KEY, census)
+    assert cache.stats(KEY) is None
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a file of Linux that is always full")
@@ -253,7 +253,7 @@ def test_a_tokenizer_that_cannot_be_told_apart_keeps_nothing(data, cache):
 
 def test_a_check_that_found_nothing_wrong_is_remembered(data, cache):
     reading = reading_of(data)
-    census = check(reading)
+    census = check_records(reading)
     assert cache.census(reading.key) is None
     cache.remember(reading.key, census)
     assert cache.census(reading.key) == census
@@ -339,7 +339,7 @@ def test_counting_in_blocks_counts_all(examples, block):
         patch.setattr(corpus_module, "BLOCK", block)
         corpus = Corpus(
             input_ids=np.arange(sum(lengths), dtype=np.int32),
-            learned=np.array([flag for flags in examples for flag in flags]),
+            loss_mask=np.array([flag for flags in examples for flag in flags]),
             offsets=np.concatenate(([0], np.cumsum(lengths))),
             authority_weight=np.zeros(len(lengths)),
             provenance_entropy=np.zeros(len(lengths)),
@@ -356,5 +356,5 @@ def test_a_check_that_cannot_be_remembered_leaves_nothing(tmp_path, monkeypatch)
         raise OSError
 
     monkeypatch.setattr(os, "replace", replace)
-    Cache(tmp_path).remember("key", Census((1,)))
+    Cache(tmp_path).store_stats("key", DatasetStats((1,)))
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distrust.data import Corpus, Location, MixedOrder, Order, split_off
-from distrust.data.sampler import apportioned, derived_seed
+from distrust.data import Corpus, EpochSampler, Location, MixtureSampler, split_off
+from distrust.data.sampler import apportion, derived_seed
 from distrust.errors import ConfigError
 
 sources = st.lists(
@@ -18,7 +18,7 @@ seeds = st.integers(0, 2**63)
 
 
 def order_of(pairs, seed):
-    return MixedOrder([size for size, _ in pairs], shares=[share for _, share in pairs], seed=seed)
+    return MixtureSampler([size for size, _ in pairs], shares=[share for _, share in pairs], seed=seed)
 
 
 def drawn_of(order, sizes, source, epochs):
@@ -63,46 +63,47 @@ def test_it_can_be_entered_anywhere(pairs, seed, start, count):
 )
 def test_places_are_apportioned(places, shares):
     places += len(shares)
-    counts = apportioned(places, shares)
+    counts = apportion(places, shares)
     assert sum(counts) == places
     for count, share in zip(counts, shares, strict=True):
         assert (count > 0) == (share > 0)
         # Nobody is a place away from the exact share, but for those that must have one at least.
         assert abs(count - places * share / sum(shares)) < len(shares)
-    assert apportioned(places, [share * 4 for share in shares]) == counts
+    assert apportion(places, [share * 4 for share in shares]) == counts
 
 
 def test_places_by_largest_remainder():
-    assert apportioned(10, [1, 1, 1]) == (4, 3, 3)
-    assert apportioned(10, [0.7, 0.3, 0]) == (7, 3, 0)
-    assert apportioned(10, [1e-9, 1]) == (1, 9)
-    assert apportioned(100, [0.5, 0.25, 0.25]) == (50, 25, 25)
+    assert apportion(10, [1, 1, 1]) == (4, 3, 3)
+    assert apportion(10, [0.7, 0.3, 0]) == (7, 3, 0)
+    assert apportion(10, [1e-9, 1]) == (1, 9)
+    assert apportion(100, [0.5, 0.25, 0.25]) == (50, 25, 25)
 
 
 def test_the_order_is_what_it_always_was():
-    order = MixedOrder([3, 2], shares=[1, 4], seed=7)
+    order = MixtureSampler([3, 2], shares=[1, 4], seed=7)
     assert order.counts == (1, 4)
     assert order.at(0, 10).tolist() == [4, 3, 3, 4, 1, 4, 3, 3, 4, 2]
     assert [derived_seed(7, stream) for stream in (0, 1)] == [8125623220279172431, 3531574278937139713]
     assert (
-        order.at(10**12, 5).tolist() == MixedOrder([3, 2], shares=[0.2, 0.8], seed=7).at(10**12, 5).tolist()
+        order.at(10**12, 5).tolist()
+        == MixtureSampler([3, 2], shares=[0.2, 0.8], seed=7).at(10**12, 5).tolist()
     )
 
 
 def test_sources_are_not_in_step_with_each_other():
-    order = MixedOrder([50, 50], shares=[1, 1], seed=0)
+    order = MixtureSampler([50, 50], shares=[1, 1], seed=0)
     first, second = (drawn_of(order, [50, 50], source, epochs=1) for source in (0, 1))
     assert first.tolist() != second.tolist()
-    assert first.tolist() != Order(50, seed=0).at(0, 50).tolist()
+    assert first.tolist() != EpochSampler(50, seed=0).at(0, 50).tolist()
 
 
 def test_wrong_use_is_refused():
     with pytest.raises(ValueError, match="every source needs"):
-        MixedOrder([3, 0], shares=[1, 1], seed=0)
+        MixtureSampler([3, 0], shares=[1, 1], seed=0)
     with pytest.raises(ValueError, match="every source needs"):
-        MixedOrder([3], shares=[1, 1], seed=0)
+        MixtureSampler([3], shares=[1, 1], seed=0)
     with pytest.raises(ValueError, match="negative"):
-        MixedOrder([3], shares=[1], seed=0).at(-1, 1)
+        MixtureSampler([3], shares=[1], seed=0).at(-1, 1)
 
 
 def corpus_of(*sizes):
@@ -114,7 +115,7 @@ def corpus_of(*sizes):
     learned[offsets[:-1]] = False
     return Corpus(
         input_ids=np.arange(lengths.sum(), dtype=np.int32),
-        learned=learned,
+        loss_mask=learned,
         offsets=offsets,
         authority_weight=np.linspace(0, 0.9, n),
         provenance_entropy=np.arange(n, dtype=float),

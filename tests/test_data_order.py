@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distrust.data import MAX_SEED, Order, permutation
+from distrust.data import MAX_SEED, EpochSampler, permutation
 from distrust.errors import ConfigError
 
 seeds = st.integers(0, MAX_SEED)
@@ -49,7 +49,7 @@ def test_the_order_follows_the_documented_formula(n, seed, epoch):
 
 @given(st.integers(1, 200), seeds, st.integers(0, 10**12))
 def test_every_epoch_visits_each_sequence_once(n, seed, epoch):
-    visited = Order(n, seed=seed).at(epoch * n, n)
+    visited = EpochSampler(n, seed=seed).at(epoch * n, n)
     assert sorted(visited) == list(range(n))
 
 
@@ -59,12 +59,12 @@ def test_every_epoch_visits_each_sequence_once(n, seed, epoch):
     st.lists(st.tuples(st.integers(0, 10**15), st.integers(0, 120)), min_size=1, max_size=8),
 )
 def test_a_position_is_the_same_whoever_asks_and_when(n, seed, questions):
-    used = Order(n, seed=seed)
+    used = EpochSampler(n, seed=seed)
     for start, count in questions:
         answer = used.at(start, count)
         assert answer.dtype == np.int64
         assert len(answer) == count
-        assert np.array_equal(answer, Order(n, seed=seed).at(start, count))
+        assert np.array_equal(answer, EpochSampler(n, seed=seed).at(start, count))
         one_by_one = [permutation(n, seed=seed, epoch=p // n)[p % n] for p in range(start, start + count)]
         assert answer.tolist() == one_by_one
 
@@ -82,7 +82,7 @@ def test_every_place_is_equally_likely():
 
 
 def test_a_far_position_costs_what_the_first_costs():
-    order = Order(1000, seed=1)
+    order = EpochSampler(1000, seed=1)
     began = time.perf_counter()
     for position in range(10**12, 10**12 + 10**6, 1000):
         order.at(position, 8)
@@ -90,19 +90,19 @@ def test_a_far_position_costs_what_the_first_costs():
 
 
 def test_what_is_returned_can_be_changed_without_harm():
-    order = Order(5, seed=0)
+    order = EpochSampler(5, seed=0)
     order.at(0, 5)[:] = 0
     assert sorted(order.at(0, 5)) == [0, 1, 2, 3, 4]
 
 
 def test_wrong_use_is_refused():
     with pytest.raises(ConfigError, match="seed"):
-        Order(5, seed=-1)
+        EpochSampler(5, seed=-1)
     with pytest.raises(ConfigError, match="seed"):
         permutation(5, seed=2**63 + 1, epoch=0)
     with pytest.raises(ValueError, match="sequence"):
-        Order(0, seed=0)
+        EpochSampler(0, seed=0)
     with pytest.raises(ValueError, match="negative"):
-        Order(5, seed=0).at(-1, 2)
+        EpochSampler(5, seed=0).at(-1, 2)
     with pytest.raises(ValueError, match="negative"):
         permutation(5, seed=0, epoch=-1)

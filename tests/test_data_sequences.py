@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distrust.data import concatenated, packed, single
+from distrust.data import concatenate, one_per_row, pack
 
 seeds = st.integers(0, 2**63)
 
@@ -41,7 +41,7 @@ def first_come(lengths, capacity):
 def test_each_example_stands_in_one_row_that_has_room_for_it(case):
     examples, lengths, options = case
     length_of = dict(zip(examples.tolist(), lengths.tolist(), strict=True))
-    rows = rows_of(packed(examples, lengths, **options))
+    rows = rows_of(pack(examples, lengths, **options))
     assert sorted(example for row in rows for example in row) == examples.tolist()
     sums = [sum(length_of[example] for example in row) for row in rows]
     assert all(0 < total <= options["capacity"] for total in sums)
@@ -51,9 +51,7 @@ def test_each_example_stands_in_one_row_that_has_room_for_it(case):
 def test_rows_are_a_function_of_lengths_capacity_and_seed(case):
     examples, lengths, options = case
     np.random.seed(len(examples))  # what others draw has no part in it
-    assert rows_of(packed(examples, lengths, **options)) == rows_of(
-        packed(examples.copy(), lengths, **options)
-    )
+    assert rows_of(pack(examples, lengths, **options)) == rows_of(pack(examples.copy(), lengths, **options))
 
 
 @given(packings())
@@ -61,7 +59,7 @@ def test_rows_are_as_few_as_best_fit_promises(case):
     """3/2 of the fewest possible at most, with the longest first (Simchi-Levi, 1994), in each window."""
     examples, lengths, options = case
     capacity = options["capacity"]
-    rows = len(packed(examples, lengths, **{**options, "window": len(examples)}))
+    rows = len(pack(examples, lengths, **{**options, "window": len(examples)}))
     assert rows >= math.ceil(lengths.sum() / capacity)
     assert rows >= (lengths > capacity / 2).sum()
     # No two rows would fit in one: so they are more than half full on the whole.
@@ -73,7 +71,7 @@ def test_of_many_examples_hardly_a_place_stays_empty():
     rng = np.random.default_rng(0)
     lengths = np.minimum(1024, rng.lognormal(5, 0.9, 10_000).astype(np.int64) + 2)
     examples = np.arange(len(lengths))
-    rows = len(packed(examples, lengths, capacity=1024, seed=0))
+    rows = len(pack(examples, lengths, capacity=1024, seed=0))
     fewest = math.ceil(lengths.sum() / 1024)
     assert rows <= 1.01 * fewest
     assert first_come(lengths, 1024) > 1.1 * fewest  # it was a task
@@ -82,37 +80,37 @@ def test_of_many_examples_hardly_a_place_stays_empty():
 def test_windows_are_drawn_by_the_seed_from_all_examples():
     """With as many examples in a window as fit a row, a row is a window: no run of neighbours."""
     examples = np.arange(60)
-    by_seed = [rows_of(packed(examples, np.ones(60, np.int64), capacity=6, seed=s, window=6)) for s in (0, 1)]
+    by_seed = [rows_of(pack(examples, np.ones(60, np.int64), capacity=6, seed=s, window=6)) for s in (0, 1)]
     assert by_seed[0] != by_seed[1]
     for rows in by_seed:
         assert len(rows) == 10
         assert sum(sorted(row) == list(range(min(row), min(row) + 6)) for row in rows) < 2
     # In windows of one, nothing is packed.
-    assert len(packed(examples, np.ones(60, np.int64), capacity=6, seed=0, window=1)) == 60
+    assert len(pack(examples, np.ones(60, np.int64), capacity=6, seed=0, window=1)) == 60
 
 
 def test_rows_are_what_they_always_were():
     lengths = np.array([5, 1, 4, 2, 3, 6, 2])
-    rows = rows_of(packed(np.arange(10, 17), lengths, capacity=7, seed=3))
+    rows = rows_of(pack(np.arange(10, 17), lengths, capacity=7, seed=3))
     assert rows == [[15, 11], [10, 16], [12, 14], [13]]
 
 
 def test_an_example_that_fits_no_row_is_refused():
     with pytest.raises(ValueError, match="an example of 8 tokens does not fit a row of 7"):
-        packed(np.arange(2), np.array([7, 8]), capacity=7, seed=0)
+        pack(np.arange(2), np.array([7, 8]), capacity=7, seed=0)
 
 
 @given(st.lists(packings(), min_size=1, max_size=3))
 @settings(max_examples=30)
 def test_parts_stand_one_after_the_other(cases):
-    parts = [packed(examples, lengths, **options) for examples, lengths, options in cases]
-    together = concatenated(parts)
+    parts = [pack(examples, lengths, **options) for examples, lengths, options in cases]
+    together = concatenate(parts)
     assert rows_of(together) == [row for part in parts for row in rows_of(part)]
     assert len(together) == sum(map(len, parts))
 
 
 def test_rows_of_single_examples():
-    alone = single(np.array([4, 2, 9]))
+    alone = one_per_row(np.array([4, 2, 9]))
     assert len(alone) == 3
     assert rows_of(alone) == [[4], [2], [9]]
     assert alone.examples(np.array([2, 0, 2])).tolist() == [9, 4, 9]

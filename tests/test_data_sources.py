@@ -23,9 +23,9 @@ from distrust.data import (
     Completion,
     Conversation,
     Message,
-    Reading,
+    RecordReader,
     Text,
-    check,
+    check_records,
     columns_of,
     examples_source,
     open_source,
@@ -93,12 +93,12 @@ EXPECTED = [(Text(row["text"]), row["authority_weight"], row["provenance_entropy
 
 
 def reading(source, columns=None, w=None, h=None):
-    return Reading((source,), columns or Columns(), w, h)
+    return RecordReader((source,), columns or Columns(), w, h)
 
 
 def records_of(source, columns=None, w=None, h=None):
     what = reading(source, columns, w, h)
-    check(what)
+    check_records(what)
     return list(what.records())
 
 
@@ -245,7 +245,7 @@ def test_a_file_that_changes_while_it_is_read(tmp_path):
     path = tmp_path / "data.jsonl"
     write_json_lines(path, ROWS)
     what = reading(open_source(str(path), Columns()))
-    check(what)
+    check_records(what)
     write_json_lines(path, ROWS[:-1])
     with pytest.raises(DataError, match="it changed while it was read; start again"):
         list(what.records())
@@ -506,11 +506,11 @@ AS_SPEAKERS = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So.
         # The formats of TRL; the prompt's turns are only read, an assistant's among them too.
         (
             {"prompt": AS_ROLES[:1], "completion": AS_ROLES[1:]},
-            Conversation((ASKED, ANSWERED), learned_from=1),
+            Conversation((ASKED, ANSWERED), trained_turns=1),
         ),
         (
             {"prompt": AS_ROLES + AS_ROLES[:1], "completion": AS_ROLES[1:]},
-            Conversation((ASKED, ANSWERED, ASKED, ANSWERED), learned_from=3),
+            Conversation((ASKED, ANSWERED, ASKED, ANSWERED), trained_turns=3),
         ),
         ({"conversations": AS_SPEAKERS}, Conversation((ASKED, ANSWERED))),
         ({"messages": AS_SPEAKERS}, Conversation((ASKED, ANSWERED))),

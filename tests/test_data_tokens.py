@@ -64,9 +64,9 @@ def conversation(*contents, system=None):
 def read_and_learned(content, tokenizer, max_length=1000):
     """The example as text, and the stretches of it that are learned."""
     corpus = tokenize([record(content)], tokenizer, max_length=max_length)
-    change = np.flatnonzero(np.diff(corpus.learned)) + 1
+    change = np.flatnonzero(np.diff(corpus.loss_mask)) + 1
     pieces = np.split(corpus.input_ids, change)
-    flags = np.split(corpus.learned, change)
+    flags = np.split(corpus.loss_mask, change)
     texts = [tokenizer.decode(piece, skip_special_tokens=False) for piece in pieces]
     return "".join(texts), [text for text, flag in zip(texts, flags, strict=True) if flag.all()]
 
@@ -74,7 +74,7 @@ def read_and_learned(content, tokenizer, max_length=1000):
 def test_a_text_is_learned_from_its_second_token_to_its_end(plain):
     corpus = tokenize([record(Text("the fox"))], plain, max_length=100)
     assert corpus.input_ids.tolist() == [*plain.encode("the fox", add_special_tokens=False), 1]
-    assert corpus.learned.tolist() == [False] + [True] * (len(corpus.input_ids) - 1)
+    assert corpus.loss_mask.tolist() == [False] + [True] * (len(corpus.input_ids) - 1)
 
 
 def test_only_the_completion_is_learned(plain):
@@ -89,13 +89,13 @@ def test_a_prompt_has_the_tokens_that_it_has_in_use(plain):
     corpus = tokenize([record(Completion(prompt, completion))], plain, max_length=100)
     alone = plain.encode(prompt, add_special_tokens=False)
     assert corpus.input_ids[: len(alone)].tolist() == alone
-    assert corpus.learned.tolist() == [False] * len(alone) + [True] * (len(corpus.input_ids) - len(alone))
+    assert corpus.loss_mask.tolist() == [False] * len(alone) + [True] * (len(corpus.input_ids) - len(alone))
     assert corpus.input_ids.tolist() != [*plain.encode(prompt + completion, add_special_tokens=False), 1]
 
 
 def test_an_empty_prompt_leaves_the_first_token_unlearned(plain):
     corpus = tokenize([record(Completion("", "ab"))], plain, max_length=100)
-    assert corpus.learned.tolist() == [False, True, True]
+    assert corpus.loss_mask.tolist() == [False, True, True]
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_the_segments_of_any_conversation_make_up_its_rendering(plain, contents,
     rendered = plain.apply_chat_template(as_dicts, tokenize=False, add_generation_prompt=False)
     assert "".join(segment.text for segment in found) == rendered
     answers = [turn.content + "<|im_end|>" for turn in turns.messages if turn.role == "assistant"]
-    assert [segment.text for segment in found if segment.learn] == answers
+    assert [segment.text for segment in found if segment.trained] == answers
 
 
 @pytest.mark.parametrize(
@@ -282,7 +282,7 @@ def test_the_corpus_as_arrays(plain):
     assert corpus.authority_weight.tolist() == [0.25, 0.0]
     assert corpus.provenance_entropy.tolist() == [2.0, 0.0]
     assert [str(location) for location in corpus.locations] == ["data.jsonl:1", "data.jsonl:5"]
-    arrays = (corpus.input_ids, corpus.learned, corpus.offsets, corpus.authority_weight, corpus.loss_tokens)
+    arrays = (corpus.input_ids, corpus.loss_mask, corpus.offsets, corpus.authority_weight, corpus.loss_tokens)
     assert [array.dtype.name for array in arrays] == ["int32", "bool", "int64", "float64", "int64"]
     with pytest.raises(ValueError, match="read-only"):
         corpus.input_ids[0] = 1

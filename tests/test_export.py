@@ -30,12 +30,12 @@ from distrust.errors import (
     CorruptCheckpoint,
     ExportFailed,
     ModelError,
-    NoGoodCheckpoint,
+    NoIntactCheckpoint,
     ResumeRefused,
 )
 from distrust.export import export
 from distrust.export.card import Facts, model_card, yaml_text
-from distrust.export.staging import staged
+from distrust.export.staging import atomic_directory
 from models import make_model, train_a_little, write_records
 
 # peft asks transformers by a name that transformers has begun to change.
@@ -279,7 +279,7 @@ def test_nothing_damaged_is_exported(run, tmp_path):
         with pytest.raises(CorruptCheckpoint, match="is damaged"):
             export(to=tmp_path / "none", **named)
     damage(copy / "checkpoints" / "checkpoint-2.safetensors")
-    with pytest.raises(NoGoodCheckpoint):
+    with pytest.raises(NoIntactCheckpoint):
         export(copy, tmp_path / "none")
     assert sorted(os.listdir(tmp_path)) == ["adapter", "run"]
 
@@ -361,7 +361,7 @@ class FailingDisk(Disk):
 
 
 def write_some(target: Path, disk: Disk) -> None:
-    with staged(target, disk=disk) as folder:
+    with atomic_directory(target, disk=disk) as folder:
         (folder / "inner").mkdir()
         for name in ("a", "b", "inner/c"):
             (folder / name).write_text(name * 1000)
@@ -411,8 +411,8 @@ def test_killed_at_any_call_nothing_is_half_done(tmp_path):
 
 
 def write_while_another_does(target: Path) -> None:
-    with staged(target) as slow:
-        with staged(target) as quick:
+    with atomic_directory(target) as slow:
+        with atomic_directory(target) as quick:
             (quick / "of the quick one").touch()
         (slow / "not swept by it").touch()
 
@@ -425,7 +425,7 @@ def test_of_two_writers_at_once_the_first_to_end_wins(tmp_path):
 
 
 def interrupted(target: Path) -> None:
-    with staged(target) as folder:
+    with atomic_directory(target) as folder:
         (folder / "half").touch()
         raise KeyboardInterrupt
 

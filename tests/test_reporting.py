@@ -24,7 +24,7 @@ from distrust.reporting import figures, summary
 from distrust.reporting.console import ConsoleReporter
 from distrust.reporting.panels import PANELS, by_share
 from distrust.reporting.run_reader import COLUMNS, read_run
-from distrust.reporting.series import smoothed, thinned
+from distrust.reporting.series import smooth, thin
 from distrust.training.events import Evaluated, Preparing
 from run_folders import (
     CLASSES,
@@ -267,7 +267,7 @@ values = arrays(
 
 @given(values=values, points=st.integers(4, 40))
 def test_thinning_keeps_first_last_lowest_and_highest(values, points):
-    x, y = thinned(np.arange(len(values)), values, points)
+    x, y = thin(np.arange(len(values)), values, points)
     assert len(x) <= max(points, 4)
     assert (np.diff(x) > 0).all()
     assert np.array_equal(y, values[x], equal_nan=True)
@@ -279,7 +279,7 @@ def test_thinning_keeps_first_last_lowest_and_highest(values, points):
 
 @given(values=values, window=st.integers(1, 50))
 def test_smoothing_is_the_mean_of_the_finite_values_around(values, window):
-    found = smoothed(values, window)
+    found = smooth(values, window)
     assert len(found) == len(values)
     for at, mean in enumerate(found):
         around = values[max(0, at - (window - 1) // 2) : at + window // 2 + 1]
@@ -314,7 +314,7 @@ def test_no_two_runs_have_one_name(paths):
 
 
 def drawn(*runs, panels=(), axis="step", suffix=".svg", **more) -> bytes:
-    return figures.rendered(figures.draw(figures.scene(runs, axis=axis), panels, **more), suffix)
+    return figures.render(figures.draw(figures.prepare_runs(runs, axis=axis), panels, **more), suffix)
 
 
 def texts(svg: bytes) -> set[str]:
@@ -340,7 +340,7 @@ def test_a_picture_has_a_panel_for_all_that_is_known(tmp_path):
 def test_several_runs_are_told_apart(tmp_path):
     runs = [read_run(write_run(tmp_path / name, weighting=name)) for name in ("off", "monotone", "published")]
     assert {"off", "monotone", "published"} <= texts(drawn(*runs))
-    crowd = figures.scene([runs[0]] * 12).runs
+    crowd = figures.prepare_runs([runs[0]] * 12).runs
     assert len({shown.colour for shown in crowd}) == 12
 
 
@@ -364,8 +364,10 @@ def test_axes_of_tokens_and_of_time(tmp_path):
         del lines[3][name]  # restored after a crash
     write_lines(tmp_path, [*lines, evaluation_line(10)])
     run = read_run(tmp_path)
-    assert figures.scene([run], axis="tokens").runs[0].x.tolist() == [10.0 * step for step in range(1, 11)]
-    scene = figures.scene([run], axis="time")
+    assert figures.prepare_runs([run], axis="tokens").runs[0].x.tolist() == [
+        10.0 * step for step in range(1, 11)
+    ]
+    scene = figures.prepare_runs([run], axis="time")
     assert scene.x_label == "minutes"
     assert scene.runs[0].x.tolist() == pytest.approx(range(1, 11))
     assert scene.runs[0].at(np.array([0, 10])).tolist() == [0, 10]
@@ -419,7 +421,7 @@ def test_a_file_is_replaced_wholly_or_not_at_all(tmp_path):
 
 def test_an_evaluation_behind_the_last_known_step_keeps_its_place(tmp_path):
     write_lines(tmp_path, [step_line(10), step_line(20), *map(evaluation_line, (5, 20, 30))])
-    (shown,) = figures.scene([read_run(tmp_path)]).runs
+    (shown,) = figures.prepare_runs([read_run(tmp_path)]).runs
     assert shown.at(np.array([0, 5, 20, 30])).tolist() == [0, 5, 20, 30]
 
 

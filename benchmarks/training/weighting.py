@@ -28,7 +28,7 @@ from benchmarks.training.work import LEARNING_RATE, SIZES, Work, make
 from distrust import TrainConfig, engines
 from distrust.contract import Engine
 from distrust.training.data_sources import read_sources
-from distrust.training.prepare_data import Plan, make_plan
+from distrust.training.prepare_data import PreparedData, prepare_data
 
 WAYS = ("monotone", "off")
 AIM_PERCENT = 1.0
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             threads=options.threads,
         )
         configs = {way: _config(work, way) for way in WAYS}
-        engine = engines.create(configs["monotone"])
+        engine = engines.create_engine(configs["monotone"])
         plans = {way: _plan(config, engine) for way, config in configs.items()}
         for step in range(1, WARMUP + 1):
             _seconds(engine, plans["monotone"], step)
@@ -83,9 +83,9 @@ def _config(work: Work, way: str) -> TrainConfig:
     )
 
 
-def _plan(config: TrainConfig, engine: Engine) -> Plan:
+def _plan(config: TrainConfig, engine: Engine) -> PreparedData:
     sources = read_sources(config)
-    return make_plan(
+    return prepare_data(
         config,
         sources,
         engine.tokenizer,
@@ -94,7 +94,7 @@ def _plan(config: TrainConfig, engine: Engine) -> Plan:
     )
 
 
-def _seconds(engine: Engine, plan: Plan, step: int) -> float:
+def _seconds(engine: Engine, plan: PreparedData, step: int) -> float:
     """Make a step as the training loop does, batches included: the loop makes them beside the step before."""
     began = time.perf_counter()
     batches = plan.batches.step(step)

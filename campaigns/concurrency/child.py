@@ -66,7 +66,7 @@ def _use(manager: CheckpointManager) -> None:
     from distrust.checkpoint import lock
     from distrust.errors import CheckpointDirectoryLocked
 
-    lock.PATIENCE_SECONDS = 0.02
+    lock.WAIT_SECONDS = 0.02
     content.version_of(manager.load_latest())
     try:
         manager.save(content.make(999, 999, 16))

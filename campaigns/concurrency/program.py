@@ -226,8 +226,8 @@ class Program:
             if settled:
                 there = handle.manager.list_checkpoints()
                 require(there == listed, f"a child lists {there}, not {listed}")
-            together([handle.manager.list_checkpoints] * 3)
-            together([lambda: self._refused_here(handle.manager.acquire, may=free)] * 2)
+            run_concurrently([handle.manager.list_checkpoints] * 3)
+            run_concurrently([lambda: self._refused_here(handle.manager.acquire, may=free)] * 2)
             self._refused_here(lambda: handle.manager.save(made, final=file.final), may=free)
 
         in_child(self.directory.parent, body)
@@ -354,7 +354,7 @@ _OPERATIONS = (
 )
 
 
-def together(acts: list[Callable[[], object]]) -> None:
+def run_concurrently(acts: list[Callable[[], object]]) -> None:
     """Do it on a thread each, all at once; raises what one of them raised."""
     begin, failed = threading.Barrier(len(acts)), []
 
@@ -395,7 +395,7 @@ def main() -> None:
     warnings.simplefilter("error")
     # Later versions of Python warn of every fork beside threads.
     warnings.filterwarnings("ignore", ".*fork.*", DeprecationWarning)
-    lock.PATIENCE_SECONDS = PATIENCE_SECONDS
+    lock.WAIT_SECONDS = PATIENCE_SECONDS
     honest = direct_io.FLAG
     for number in range(given.programs):
         chance = random.Random(f"{given.seed}/{number}")

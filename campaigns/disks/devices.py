@@ -23,7 +23,7 @@ from pathlib import Path
 from campaigns.disks import volumes
 from campaigns.disks.isolated import Skipped
 from campaigns.disks.volumes import MIB, Filler
-from campaigns.disks.witness import Witness
+from campaigns.disks.witness import SaveChecker
 
 _SHUT_DOWN = 0x8004587D  # FS_IOC_SHUTDOWN
 _LOSE_THE_JOURNAL = 2
@@ -37,7 +37,7 @@ def device_fails(chance: random.Random, home: Path, counts: Counter[str]) -> Non
     if what == "thin":
         home = volumes.make("tmpfs", home, mib=chance.randint(16, 24))
     root = volumes.make(kind, home, mib=64)
-    witness = Witness(root / "run", chance, counts, f"{kind}, device {what}")
+    witness = SaveChecker(root / "run", chance, counts, f"{kind}, device {what}")
     nbytes = int(10 ** chance.uniform(2, 6.4))
     step = 1
     for step in range(1, chance.randint(2, 4)):
@@ -65,7 +65,7 @@ def device_fails(chance: random.Random, home: Path, counts: Counter[str]) -> Non
     witness.save(step + 3, nbytes)
 
 
-def _start_again(witness: Witness, kind: str, home: Path, counts: Counter[str]) -> None:
+def _start_again(witness: SaveChecker, kind: str, home: Path, counts: Counter[str]) -> None:
     witness.reopen()
     Filler(home).gone()
     volumes.mount_again(kind, home)

@@ -22,7 +22,7 @@ import numpy as np
 from campaigns.campaign import CounterExample
 from campaigns.disks import volumes
 from campaigns.disks.isolated import Skipped
-from campaigns.disks.witness import Witness, contents, temporary
+from campaigns.disks.witness import SaveChecker, contents, temporary
 from distrust import Checkpoint, CheckpointManager
 
 NOBODY = 65534
@@ -51,7 +51,7 @@ def directory_taken_away(chance: random.Random, home: Path, counts: Counter[str]
         volumes.private_mounts(home)
         home = volumes.make(chance.choice(["ext4", "tmpfs"]), home, mib=16)
     directory = home / "run" / "checkpoints"
-    witness = Witness(directory, chance, counts, f"directory {what}")
+    witness = SaveChecker(directory, chance, counts, f"directory {what}")
     nbytes = int(10 ** chance.uniform(0, 6.3))
     if what == "without permission":
         _belongs_to_nobody(home)
@@ -63,7 +63,7 @@ def directory_taken_away(chance: random.Random, home: Path, counts: Counter[str]
         _between(witness, what, chance, step + 1, nbytes)
 
 
-def _between(witness: Witness, what: str, chance: random.Random, step: int, nbytes: int) -> None:
+def _between(witness: SaveChecker, what: str, chance: random.Random, step: int, nbytes: int) -> None:
     accident = _ACCIDENTS[what](witness.directory)
     others = _others(witness, accident)
     for _ in range(chance.randint(1, 3)):
@@ -78,7 +78,7 @@ def _between(witness: Witness, what: str, chance: random.Random, step: int, nbyt
     _mend(witness, accident, step + 1, nbytes)
 
 
-def _in_the_middle(witness: Witness, what: str, chance: random.Random, step: int, nbytes: int) -> None:
+def _in_the_middle(witness: SaveChecker, what: str, chance: random.Random, step: int, nbytes: int) -> None:
     """Then the save may have been over before: it is only required that nobody else's is touched."""
     happened: list[Accident] = []
     others: list[dict[str, str]] = []
@@ -98,7 +98,7 @@ def _in_the_middle(witness: Witness, what: str, chance: random.Random, step: int
     _mend(witness, accident, step + 1, nbytes)
 
 
-def _others(witness: Witness, accident: Accident) -> dict[str, str]:
+def _others(witness: SaveChecker, accident: Accident) -> dict[str, str]:
     if accident.other is None:
         return {}
     value = np.zeros(9)
@@ -107,7 +107,7 @@ def _others(witness: Witness, accident: Accident) -> dict[str, str]:
     return contents(witness.directory)
 
 
-def _require_left_alone(others: dict[str, str], accident: Accident, witness: Witness) -> None:
+def _require_left_alone(others: dict[str, str], accident: Accident, witness: SaveChecker) -> None:
     if accident.other is not None:
         if contents(witness.directory) != others:
             raise CounterExample("wrote into a directory that is another writer's now")
@@ -115,7 +115,7 @@ def _require_left_alone(others: dict[str, str], accident: Accident, witness: Wit
             raise CounterExample("left a temporary file in a directory that is another writer's now")
 
 
-def _mend(witness: Witness, accident: Accident, step: int, nbytes: int) -> None:
+def _mend(witness: SaveChecker, accident: Accident, step: int, nbytes: int) -> None:
     if accident.other is not None:
         accident.other.close()
     if accident.mend is not None:

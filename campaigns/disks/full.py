@@ -9,7 +9,7 @@ from pathlib import Path
 
 from campaigns.disks import volumes
 from campaigns.disks.volumes import MIB, Filler
-from campaigns.disks.witness import Witness
+from campaigns.disks.witness import SaveChecker
 
 #: How often each is drawn. The larger ones take longer to make.
 DISKS = {"ext4": 5, "tmpfs": 4, "ext3": 2, "ext2": 3, "overlay": 2, "xfs": 1, "btrfs": 1}
@@ -22,7 +22,7 @@ def disk_full(chance: random.Random, home: Path, counts: Counter[str]) -> None:
     mib = chance.randint(12, 48)
     volumes.private_mounts(home)
     root = volumes.make(kind, home, mib=mib)
-    witness = Witness(root / "run" / "checkpoints", chance, counts, kind)
+    witness = SaveChecker(root / "run" / "checkpoints", chance, counts, kind)
     moment = chance.choice(MOMENTS)
     filler = Filler(root)
     nbytes = int(10 ** chance.uniform(0, 6.4))  # up to 2.5 MB: four of them always fit
@@ -50,7 +50,7 @@ def inodes_used_up(chance: random.Random, home: Path, counts: Counter[str]) -> N
     kind = chance.choice(["ext4", "tmpfs", "ext2"])
     volumes.private_mounts(home)
     root = volumes.make(kind, home, mib=16, inodes=chance.randint(64, 200))
-    witness = Witness(root / "run" / "checkpoints", chance, counts, f"{kind}, no inodes")
+    witness = SaveChecker(root / "run" / "checkpoints", chance, counts, f"{kind}, no inodes")
     nbytes, step = chance.randint(1, 100_000), 1
     if chance.random() < 0.5:
         witness.save(step, nbytes)
@@ -66,7 +66,7 @@ def quota_used_up(chance: random.Random, home: Path, counts: Counter[str]) -> No
     """Room on the disk, but not for this user: the system says so when the file is reserved, or synced."""
     volumes.private_mounts(home)
     root, part = volumes.make_limited(home, mib=128)
-    witness = Witness(part / "checkpoints", chance, counts, "btrfs, quota")
+    witness = SaveChecker(part / "checkpoints", chance, counts, "btrfs, quota")
     nbytes = int(10 ** chance.uniform(3, 6.4))
     witness.save(1, nbytes)
     os.sync()

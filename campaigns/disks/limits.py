@@ -13,7 +13,7 @@ from pathlib import Path
 
 from campaigns.campaign import CounterExample
 from campaigns.disks.isolated import Skipped
-from campaigns.disks.witness import Witness, temporary
+from campaigns.disks.witness import SaveChecker, temporary
 from distrust.checkpoint import CheckpointManager
 
 _LIMITED_TO = "ulimit -f"
@@ -23,7 +23,7 @@ _SIZES = Path("/proc/self/statm")
 
 def file_size(chance: random.Random, home: Path, counts: Counter[str]) -> None:
     """A limit of the size of files, which acts like a quota. Python ignores the signal that comes with it."""
-    witness = Witness(home / "run", chance, counts, _LIMITED_TO)
+    witness = SaveChecker(home / "run", chance, counts, _LIMITED_TO)
     nbytes = int(10 ** chance.uniform(0, 6.4))
     step = 1
     if chance.random() < 0.8:
@@ -38,7 +38,7 @@ def file_size(chance: random.Random, home: Path, counts: Counter[str]) -> None:
 
 def killed_by_file_size(chance: random.Random, home: Path, counts: Counter[str]) -> None:
     """The same limit where nobody ignores the signal: it ends the process, in the middle of the save."""
-    witness = Witness(home / "run", chance, counts, "ulimit -f, killed")
+    witness = SaveChecker(home / "run", chance, counts, "ulimit -f, killed")
     nbytes = int(10 ** chance.uniform(4, 6.4))
     witness.save(1, nbytes)
     witness.reopen()
@@ -62,7 +62,7 @@ def killed_by_file_size(chance: random.Random, home: Path, counts: Counter[str])
 
 def open_files(chance: random.Random, home: Path, counts: Counter[str]) -> None:
     """No descriptor left, or only a few: for the lock, the file, or the directory that is to be synced."""
-    witness = Witness(home / "run", chance, counts, "ulimit -n")
+    witness = SaveChecker(home / "run", chance, counts, "ulimit -n")
     nbytes = int(10 ** chance.uniform(0, 6.4))
     step = 1
     if chance.random() < 0.7:
@@ -76,7 +76,7 @@ def memory(chance: random.Random, home: Path, counts: Counter[str]) -> None:
     """No memory for a copy of the state, or not even for the blocks that are written."""
     if not _SIZES.exists():
         raise Skipped("ulimit -v: this system does not say how much memory a process has")
-    witness = Witness(home / "run", chance, counts, "ulimit -v")
+    witness = SaveChecker(home / "run", chance, counts, "ulimit -v")
     nbytes = chance.randint(1, 40) << 20
     step = 1
     if chance.random() < 0.7:

@@ -47,7 +47,7 @@ class Outcome(NamedTuple):
     resources: tuple[int, int]
 
 
-class Witness:
+class SaveChecker:
     """Saves into a directory, and requires what is promised.
 
     Args:
@@ -162,8 +162,8 @@ class Witness:
         if isinstance(cause, OSError) and cause.strerror:
             _require(cause.strerror in text, f"it does not say what: {text}")
         if isinstance(cause, OSError) and cause.errno in _NO_ROOM and "not saved" in text:
-            _require(error.wanted is not None and error.wanted >= nbytes, f"wanted: {error.wanted}: {text}")
-            _require(f"{error.wanted:,} bytes wanted" in text and " free" in text, f"how many bytes? {text}")
+            _require(error.needed is not None and error.needed >= nbytes, f"wanted: {error.needed}: {text}")
+            _require(f"{error.needed:,} bytes wanted" in text and " free" in text, f"how many bytes? {text}")
 
     def save(self, step: Step, nbytes: int) -> None:
         """Save where nothing is in the way.

@@ -27,7 +27,7 @@ from campaigns.fuzz.invariants import (
 from distrust.checkpoint import catalog
 from distrust.checkpoint.lock import LOCK_NAME
 from distrust.errors import DistrustError
-from distrust.importers.convert import Converted, convert, target_directory
+from distrust.importers.convert import ConvertedCheckpoint, convert, target_directory
 
 #: Larger files are sparse: who has no memory for such a one has not taken it for what it is not.
 _LARGE_BYTES = 1 << 30
@@ -44,7 +44,7 @@ def target(directory: Path) -> Iterator[Path]:
         corruptions.clear(path)
 
 
-def converted(source: Path, to: Path, *, model: str | None = None) -> list[Converted]:
+def converted(source: Path, to: Path, *, model: str | None = None) -> list[ConvertedCheckpoint]:
     """Convert; what came of it keeps every promise.
 
     Args:
@@ -73,7 +73,7 @@ def converted(source: Path, to: Path, *, model: str | None = None) -> list[Conve
         with only_what_is_promised("convert again"):
             again = convert(source, to, model=model)
         same = [(one.outcome, one.state_digest) for one in again]
-        expected = [("already there" if one.is_well else one.outcome, one.state_digest) for one in done]
+        expected = [("already there" if one.succeeded else one.outcome, one.state_digest) for one in done]
         require(same == expected, f"convert: {expected}, and the same again: {same}")
     return done
 
@@ -94,7 +94,7 @@ def as_it_lies(path: Path) -> dict[str, Any]:
     return found
 
 
-def _require_told(one: Converted, before: dict[str, Any]) -> None:
+def _require_told(one: ConvertedCheckpoint, before: dict[str, Any]) -> None:
     reason = one.reason or ""
     long = f"{len(reason):,} characters: {reason[:300]!a}…{reason[-300:]!a}"
     require(len(reason) <= MESSAGE_CHARACTERS, f"convert: a reason of {long}")
@@ -104,9 +104,9 @@ def _require_told(one: Converted, before: dict[str, Any]) -> None:
     require("no memory" not in reason or large, f"convert: {reason[:500]}")
 
 
-def _require_standing(one: Converted) -> None:
-    require(one.is_well is (one.target is not None), f"convert: {one.outcome}, and a target {one.target}")
-    require(one.is_well or bool(one.reason), f"convert: {one.outcome}, and no reason why")
+def _require_standing(one: ConvertedCheckpoint) -> None:
+    require(one.succeeded is (one.target is not None), f"convert: {one.outcome}, and a target {one.target}")
+    require(one.succeeded or bool(one.reason), f"convert: {one.outcome}, and no reason why")
     if one.target is not None:
         try:
             digest = catalog.verify(one.target).state_digest

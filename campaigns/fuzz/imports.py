@@ -37,7 +37,7 @@ _LARGE_TEXT = b" " * (5 << 20)
 _NUMBERS = (0.0, -1.0, 1e-45, 3e38, float("inf"), float("nan"))
 
 
-class Good(NamedTuple):
+class Fixtures(NamedTuple):
     """The good ones.
 
     Attributes:
@@ -55,7 +55,7 @@ class Good(NamedTuple):
     moments: dict[str, Any]
 
 
-class Patient(NamedTuple):
+class Victim(NamedTuple):
     """One that is to be harmed.
 
     Attributes:
@@ -67,7 +67,7 @@ class Patient(NamedTuple):
 
     path: Path
     kind: str
-    good: Good
+    good: Fixtures
     chance: Random
 
     @property
@@ -89,7 +89,7 @@ class Patient(NamedTuple):
         return self.chance.choice(sorted(self.path.iterdir())) if self.path.is_dir() else self.path
 
 
-Family = Callable[[Patient], None]
+Family = Callable[[Victim], None]
 
 
 def base_of(directory: Path) -> Path:
@@ -97,7 +97,7 @@ def base_of(directory: Path) -> Path:
     return directory / "base"
 
 
-def make(directory: Path) -> Good:
+def make(directory: Path) -> Fixtures:
     """A model of one narrow layer, and one of each kind that was trained on it.
 
     Args:
@@ -130,7 +130,7 @@ def make(directory: Path) -> Good:
     names = {n: n.replace(".default", "") for n, p in adapted.named_parameters() if p.requires_grad}
     weights = {names[n]: p.detach().numpy().copy() for n, p in adapted.named_parameters() if n in names}
     moments = {f"{name[:2]}{names[name[2:]]}": array for name, array in moments.items()}
-    good = Good(base, {}, _fields(), weights, moments)
+    good = Fixtures(base, {}, _fields(), weights, moments)
     good.kinds.update({"trainer": trainer, "whole": whole, "peft": adapter})
     if find_spec("mlx_lm") is not None:
         good.kinds["mlx-lm"] = _mlx_adapter(good, directory / "mlx-lm" / "adapter")
@@ -169,7 +169,7 @@ def _train(model: Any, folder: Path) -> dict[str, Any]:
     }
 
 
-def _mlx_adapter(good: Good, path: Path) -> Path:
+def _mlx_adapter(good: Fixtures, path: Path) -> Path:
     path.mkdir(parents=True)
     arrays = {
         _as_in_mlx(name): ("F32", [*array.T.shape], array.T.tobytes()) for name, array in good.weights.items()
@@ -224,7 +224,7 @@ def _write_older(
 _DTYPES = {"float32": "F32", "float16": "F16", "float64": "F64", "int64": "I64"}
 
 
-def _field(patient: Patient) -> None:
+def _field(patient: Victim) -> None:
     """A field of its JSON is any value, or missing, or another's."""
     file, chance = patient.one_of(_JSON), patient.chance
     tree = json.loads(file.read_text())
@@ -234,7 +234,7 @@ def _field(patient: Patient) -> None:
     patient.sign()
 
 
-def _text(patient: Patient) -> None:
+def _text(patient: Victim) -> None:
     """JSON that no writer makes, or none."""
     file, chance = patient.one_of(_JSON), patient.chance
     text = file.read_bytes()
@@ -249,7 +249,7 @@ def _text(patient: Patient) -> None:
     patient.sign()
 
 
-def _header(patient: Patient) -> None:
+def _header(patient: Victim) -> None:
     """A header of tensors that says something else, or is not as long as it says."""
     file, chance = patient.one_of(_TENSORS), patient.chance
     raw = file.read_bytes()
@@ -265,7 +265,7 @@ def _header(patient: Patient) -> None:
     file.write_bytes(length.to_bytes(8, "little") + text + raw[end:])
 
 
-def _tensors(patient: Patient) -> None:
+def _tensors(patient: Victim) -> None:
     """Whole tensors of another name, shape, dtype or value."""
     file, chance = patient.one_of(_TENSORS), patient.chance
     raw = file.read_bytes()
@@ -311,7 +311,7 @@ def _harm_arrays(arrays: dict[str, Any], chance: Random) -> None:
             arrays[name] = np.ascontiguousarray(chance.choice(shapes)).astype(np.float32)
 
 
-def _older_arrays(patient: Patient) -> None:
+def _older_arrays(patient: Victim) -> None:
     """Weights, or moments, of an older format that do not fit."""
     if patient.kind not in ("directory", "byte tensors"):
         raise LookupError("no older format")
@@ -320,7 +320,7 @@ def _older_arrays(patient: Patient) -> None:
     _write_older(patient.path, patient.kind, patient.good.fields, weights, moments)
 
 
-def _older_fields(patient: Patient) -> None:
+def _older_fields(patient: Victim) -> None:
     """What an older format says of its optimizer and its run, anything."""
     if patient.kind not in ("directory", "byte tensors"):
         raise LookupError("no older format")
@@ -331,7 +331,7 @@ def _older_fields(patient: Patient) -> None:
     _write_older(patient.path, patient.kind, fields, patient.good.weights, patient.good.moments)
 
 
-def _base_model(patient: Patient) -> None:
+def _base_model(patient: Victim) -> None:
     """The name of its base model leads somewhere else."""
     file, chance = patient.path / "adapter_config.json", patient.chance
     described = json.loads(file.read_text())
@@ -352,7 +352,7 @@ def _base_model(patient: Patient) -> None:
     file.write_text(json.dumps(described))
 
 
-def _whole_config(patient: Patient) -> None:
+def _whole_config(patient: Victim) -> None:
     """The model's own config says something else of its shape."""
     file, chance = patient.path / "config.json", patient.chance
     described = json.loads(file.read_text())
@@ -361,7 +361,7 @@ def _whole_config(patient: Patient) -> None:
     file.write_text(json.dumps(described))
 
 
-def _state(patient: Patient) -> None:
+def _state(patient: Victim) -> None:
     """A place in the optimizer's state holds something else."""
     import torch
 
@@ -426,7 +426,7 @@ class _Calls:
         return self._call
 
 
-def _objects(patient: Patient) -> None:
+def _objects(patient: Victim) -> None:
     """Objects in the place of tensors: code to run, and calls that torch allows with other arguments."""
     import torch
 
@@ -458,7 +458,7 @@ def _objects(patient: Patient) -> None:
     torch.save(state, file, _use_new_zipfile_serialization=chance.random() < 0.85)
 
 
-def _archive(patient: Patient) -> None:
+def _archive(patient: Victim) -> None:
     """The zip around the optimizer's state: packed, doubled, or other than it says."""
     file, chance = patient.path / _OPTIMIZER, patient.chance
     with zipfile.ZipFile(file) as there:
@@ -495,13 +495,13 @@ def _archive(patient: Patient) -> None:
 
 
 def _any_file(change: corruptions.Harm) -> Family:
-    def harmed(patient: Patient) -> None:
+    def harmed(patient: Victim) -> None:
         change(patient.any_file(), patient.chance)
 
     return harmed
 
 
-def _instead(patient: Patient) -> None:
+def _instead(patient: Victim) -> None:
     """A file of another kind's folder in the place of one, or beside it."""
     chance = patient.chance
     others = [

@@ -13,7 +13,7 @@ from distrust.errors import (
     CheckpointNotFound,
     CorruptCheckpoint,
     DistrustWarning,
-    NoGoodCheckpoint,
+    NoIntactCheckpoint,
     UnsupportedVersion,
 )
 
@@ -22,7 +22,7 @@ SECONDS_PER_MIB = 2.0
 MESSAGE_CHARACTERS = 4000
 _MIB = 1 << 20
 #: What may be said of a file. CheckpointUnreadable is not among them: it would mean that memory ran out.
-_SAID_OF_A_FILE = (CorruptCheckpoint, UnsupportedVersion, NoGoodCheckpoint, CheckpointNotFound)
+_SAID_OF_A_FILE = (CorruptCheckpoint, UnsupportedVersion, NoIntactCheckpoint, CheckpointNotFound)
 _UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 
 

@@ -127,7 +127,7 @@ class Scene:
 
     def file(self, step: int) -> Path:
         """Where a checkpoint belongs."""
-        return self.inside / catalog.file_name(step, "periodic")
+        return self.inside / catalog.checkpoint_file_name(step, "periodic")
 
 
 def _link_in_the_way(scene: Scene) -> None:

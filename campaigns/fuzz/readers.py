@@ -61,8 +61,8 @@ def _in_memory(raw: bytes, good: CheckpointFile) -> str:
             _ = header.tensors
             step = "sections"
             _ = header.sections
-            step = "require_whole"
-            header.require_whole()
+            step = "require_intact"
+            header.require_intact()
             require_sense(header, raw)
             differences(CheckpointFile(Path("forged"), header), good)
     except DistrustError as error:
@@ -141,9 +141,9 @@ class Directory:
         self.path = path
         self.specimens = specimens
         path.mkdir(parents=True, exist_ok=True)
-        (path / catalog.file_name(0, "periodic")).write_bytes(good)
-        self.good = catalog.read_header(path / catalog.file_name(0, "periodic"))
-        self.hostile = path / catalog.file_name(1, "periodic")
+        (path / catalog.checkpoint_file_name(0, "periodic")).write_bytes(good)
+        self.good = catalog.read_header(path / catalog.checkpoint_file_name(0, "periodic"))
+        self.hostile = path / catalog.checkpoint_file_name(1, "periodic")
 
     def ask(self, raw: bytes, answers: Answers) -> None:
         """Put a hostile file there, and ask everything of it.

@@ -97,7 +97,7 @@ class Bench:
         self._runs = directory / "runs"
         self._sound = directory / "sound"
         self._here = directory / "here"
-        self._good: imports.Good
+        self._good: imports.Fixtures
 
     def prepare(self, engine: str) -> None:
         """Import what is needed, and go on with good ones: what that takes is not a hostile file's doing."""
@@ -195,12 +195,12 @@ class Bench:
         corruptions.clear(self._runs)
         self._runs.mkdir()
 
-    def _harmed(self, kind: str, family: imports.Family, chance: Random) -> imports.Patient | None:
+    def _harmed(self, kind: str, family: imports.Family, chance: Random) -> imports.Victim | None:
         self._runs.mkdir(exist_ok=True)
         corruptions.clear(self._patients)
         self._patients.mkdir()
         good = self._good.kinds[kind]
-        patient = imports.Patient(self._patients / good.name, kind, self._good, chance)
+        patient = imports.Victim(self._patients / good.name, kind, self._good, chance)
         if good.is_dir():
             shutil.copytree(good, patient.path)
         else:

@@ -14,11 +14,11 @@ import torch
 from distrust.config import TrainConfig
 from distrust.data import IGNORED, MicroBatch
 from distrust.engines.torch.engine import TorchEngine
-from distrust.engines.torch.model_runner import Passes
+from distrust.engines.torch.model_runner import ModelRunner
 from distrust.weighting import LAMBDA
 
 
-class AddingPasses(Passes):
+class AddingPasses(ModelRunner):
     """Adds λ times the mean over the learned tokens of α·r², the term of each token's example."""
 
     objectives: list[float]

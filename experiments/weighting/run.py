@@ -123,7 +123,7 @@ def execute(run: Run, training: Training, folder: Path) -> dict[str, Any] | None
     config = config_of(run, training, folder)
     facts: dict[str, Any] = {}
     if run.method == "before":
-        engine = engines.create(config)
+        engine = engines.create_engine(config)
     else:
         steps: list[StepEnded] = []
 

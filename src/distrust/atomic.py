@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from distrust.checkpoint.disk import Disk
-from distrust.errors import NOT_THERE, ConfigError, WriteFailed
+from distrust.errors import NOT_FOUND_ERRORS, ConfigError, WriteFailed
 
 
 def require_writable(path: Path, *, force: bool, inputs: Iterable[str] = ()) -> None:
@@ -45,7 +45,7 @@ def require_writable(path: Path, *, force: bool, inputs: Iterable[str] = ()) -> 
             )
     folder = path.parent
     if not os.path.isdir(folder):
-        what = "is no folder" if os.path.lexists(folder) else NOT_THERE
+        what = "is no folder" if os.path.lexists(folder) else NOT_FOUND_ERRORS
         raise WriteFailed(f"{path}: not written: {folder}: {what}; make that folder first", path=path)
     if os.path.lexists(path):
         if path.exists() and not path.is_file():
@@ -62,7 +62,7 @@ def _is_same(path: Path, name: str) -> bool:
 
 
 @contextlib.contextmanager
-def new_file(path: Path, *, force: bool, disk: Disk | None = None) -> Iterator[BinaryIO]:
+def atomic_file(path: Path, *, force: bool, disk: Disk | None = None) -> Iterator[BinaryIO]:
     """A file to write into; it has its name when the block ends, and vanishes if that raises.
 
     Args:
@@ -78,11 +78,11 @@ def new_file(path: Path, *, force: bool, disk: Disk | None = None) -> Iterator[B
     disk = disk or Disk()
     target = Path(os.path.realpath(path))  # of a link that leads to itself, the link: no file to write
     require_writable(path, force=force)
-    with _told(path):
+    with _errors_with_path(path):
         _sweep(target)
         temporary, file = _made(target)
     try:
-        with _told(path), file:
+        with _errors_with_path(path), file:
             with contextlib.suppress(FileNotFoundError):  # who may read it, still may, and nobody else
                 os.fchmod(file.fileno(), stat.S_IMODE(target.stat().st_mode))
             yield file
@@ -118,7 +118,7 @@ def _made(target: Path) -> tuple[Path, BinaryIO]:
 
 
 @contextlib.contextmanager
-def _told(path: Path) -> Iterator[None]:
+def _errors_with_path(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from distrust.checkpoint.retention import MetricMode
-from distrust.errors import ConfigError, shortened, why_unread
+from distrust.errors import ConfigError, read_failure_reason, shorten
 from distrust.weighting import ALPHA, ALPHA_RANGE, LAMBDA, MAX_AUTHORITY_WEIGHT, Weighting
 
 #: As ``model`` or ``data``: the small ones that come with the package.
@@ -259,19 +259,19 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in {*_PATHS, *_SEVERAL, "cache_dir"}:
-            object.__setattr__(self, name, _named(getattr(self, name)))
+            object.__setattr__(self, name, _to_plain(getattr(self, name)))
         problems = []
         for name, hint in _hints().items():  # as flags and files give them: equal ones compare equal
             if get_origin(hint) is Literal:
                 continue  # told below, with what else is out of its bounds
             try:
-                object.__setattr__(self, name, _typed(getattr(self, name), hint))
+                object.__setattr__(self, name, _coerce(getattr(self, name), hint))
             except TypeError as error:
-                problems.append(f"{flag(name)} is {shortened(repr(getattr(self, name)))}: {error}")
+                problems.append(f"{flag(name)} is {shorten(repr(getattr(self, name)))}: {error}")
         if problems:  # what is of a wrong type has no bounds
             raise ConfigError("\n".join(problems))
         problems = [
-            f"{flag(name)} is {shortened(repr(getattr(self, name)))}: {wanted}"
+            f"{flag(name)} is {shorten(repr(getattr(self, name)))}: {wanted}"
             for name, holds, wanted in _bounds(self)
             if not holds
         ]
@@ -302,12 +302,12 @@ def from_mapping(values: Mapping[str, Any], *, where: str) -> TrainConfig:
         if isinstance(value, dict):
             problems.append(f"{where}: [{given}] is a table; options stand at the top, as key = value")
         elif given not in known:
-            problems.append(f"{where}: unknown option {shortened(repr(given))}{_nearest(given, known)}")
+            problems.append(f"{where}: unknown option {shorten(repr(given))}{_nearest(given, known)}")
         else:
             try:
-                arguments[known[given]] = _typed(value, hints[known[given]])
+                arguments[known[given]] = _coerce(value, hints[known[given]])
             except TypeError as error:
-                problems.append(f"{where}: {shortened(given)} is {shortened(repr(value))}: {error}")
+                problems.append(f"{where}: {shorten(given)} is {shorten(repr(value))}: {error}")
     if problems:
         raise ConfigError("\n".join(problems))
     try:
@@ -326,7 +326,7 @@ def from_toml(path: Path) -> TrainConfig:
         with path.open("rb") as file:
             values = tomllib.load(file)
     except OSError as error:
-        raise ConfigError(f"--config {path}: {why_unread(error)}") from None
+        raise ConfigError(f"--config {path}: {read_failure_reason(error)}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {path}: not valid TOML: {error}") from None
     return from_mapping(values, where=str(path))
@@ -342,14 +342,14 @@ def key(name: str) -> str:
     return name.rstrip("_")
 
 
-def several(names: str | Sequence[str] | None) -> tuple[str, ...]:
+def as_names(names: str | Sequence[str] | None) -> tuple[str, ...]:
     """The names that an option gives: of one that may be several, all; none of None."""
     if names is None:
         return ()
     return (names,) if isinstance(names, str) else tuple(names)
 
 
-def _named(value: Any) -> Any:
+def _to_plain(value: Any) -> Any:
     """Paths as strings, and one name as itself, not as a list of one."""
     if isinstance(value, (list, tuple)):
         names = tuple(os.fspath(name) if isinstance(name, os.PathLike) else name for name in value)
@@ -362,25 +362,25 @@ def _bounds(c: TrainConfig) -> list[tuple[str, bool, str]]:
         return math.isfinite(value)
 
     return [
-        *((name, all(several(getattr(c, name))), "give a name") for name in _PATHS),
+        *((name, all(as_names(getattr(c, name))), "give a name") for name in _PATHS),
         ("max_length", c.max_length is None or c.max_length >= 2, "give 2 or more"),
         (
             "default_authority_weight",
-            _within(c.default_authority_weight, *W_RANGE),
+            _range_check(c.default_authority_weight, *W_RANGE),
             f"give up to {W_RANGE[1]}",
         ),
-        ("default_provenance_entropy", _within(c.default_provenance_entropy, 0), "give 0 or more"),
+        ("default_provenance_entropy", _range_check(c.default_provenance_entropy, 0), "give 0 or more"),
         (
             "mix",
             c.mix is None
             or (
-                len(c.mix) == len(several(c.data))
-                and all(_within(share, 0) for share in c.mix)
+                len(c.mix) == len(as_names(c.data))
+                and all(_range_check(share, 0) for share in c.mix)
                 and any(c.mix)
             ),
             "give a share, 0 or more, for each source of --data, and not only zeros",
         ),
-        *((name, all(several(getattr(c, name))), "give a name") for name in _NAMES),
+        *((name, all(as_names(getattr(c, name))), "give a name") for name in _NAMES),
         ("eval_fraction", 0 <= c.eval_fraction < 1, "give 0 to under 1"),
         (
             "eval_fraction",
@@ -389,9 +389,9 @@ def _bounds(c: TrainConfig) -> list[tuple[str, bool, str]]:
         ),
         ("cache_dir", c.cache_dir != "", "give a name"),
         ("weighting", c.weighting in get_args(Weighting), f"give one of {', '.join(get_args(Weighting))}"),
-        ("alpha", _within(c.alpha, *ALPHA_RANGE), f"give {ALPHA_RANGE[0]} to {ALPHA_RANGE[1]}"),
-        ("lambda_", _within(c.lambda_, 0), "give 0 or more"),
-        ("max_ratio", _within(c.max_ratio, 1), "give 1 or more"),
+        ("alpha", _range_check(c.alpha, *ALPHA_RANGE), f"give {ALPHA_RANGE[0]} to {ALPHA_RANGE[1]}"),
+        ("lambda_", _range_check(c.lambda_, 0), "give 0 or more"),
+        ("max_ratio", _range_check(c.max_ratio, 1), "give 1 or more"),
         ("lora_rank", c.lora_rank >= 0, "give 1 or more, or 0 to train all weights"),
         ("lora_alpha", c.lora_alpha > 0 and finite(c.lora_alpha), "give more than 0"),
         ("lora_dropout", 0 <= c.lora_dropout < 1, "give 0 to under 1"),
@@ -404,16 +404,20 @@ def _bounds(c: TrainConfig) -> list[tuple[str, bool, str]]:
         ("epochs", c.epochs >= 1, "give 1 or more"),
         ("batch_size", c.batch_size >= 1, "give 1 or more"),
         ("gradient_accumulation", c.gradient_accumulation >= 1, "give 1 or more"),
-        ("learning_rate", _within(c.learning_rate, 0, FLOAT32_MAX), "give 0 or more, in float32's range"),
+        (
+            "learning_rate",
+            _range_check(c.learning_rate, 0, FLOAT32_MAX),
+            "give 0 or more, in float32's range",
+        ),
         ("warmup_steps", c.warmup_steps >= 0, "give 0 or more"),
-        ("warmup_ratio", _within(c.warmup_ratio, 0, 1), "give 0 to 1"),
+        ("warmup_ratio", _range_check(c.warmup_ratio, 0, 1), "give 0 to 1"),
         ("schedule", c.schedule in get_args(Schedule), f"give one of {', '.join(get_args(Schedule))}"),
         ("schedule_steps", c.schedule_steps is None or c.schedule_steps >= 1, "give 1 or more"),
-        ("weight_decay", _within(c.weight_decay, 0, FLOAT32_MAX), "give 0 or more, in float32's range"),
+        ("weight_decay", _range_check(c.weight_decay, 0, FLOAT32_MAX), "give 0 or more, in float32's range"),
         ("adam_beta1", 0 <= c.adam_beta1 < 1, "give 0 to under 1"),
         ("adam_beta2", 0 <= c.adam_beta2 < 1, "give 0 to under 1"),
         ("adam_epsilon", c.adam_epsilon > 0 and finite(c.adam_epsilon), "give more than 0"),
-        ("max_grad_norm", _within(c.max_grad_norm, 0), "give 0 or more"),
+        ("max_grad_norm", _range_check(c.max_grad_norm, 0), "give 0 or more"),
         ("clipping", c.clipping in get_args(Clipping), f"give one of {', '.join(get_args(Clipping))}"),
         ("seed", 0 <= c.seed < 2**63, "give 0 to 2^63 - 1"),
         ("engine", c.engine in get_args(EngineName), f"give one of {', '.join(get_args(EngineName))}"),
@@ -461,7 +465,7 @@ def _bounds(c: TrainConfig) -> list[tuple[str, bool, str]]:
     ]
 
 
-def _within(value: float | None, low: float, high: float = math.inf) -> bool:
+def _range_check(value: float | None, low: float, high: float = math.inf) -> bool:
     return value is None or (math.isfinite(value) and low <= value <= high)
 
 
@@ -487,7 +491,7 @@ def _nearest(name: str, known: Mapping[str, str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def _typed(value: Any, hint: Any) -> Any:
+def _coerce(value: Any, hint: Any) -> Any:
     """``value`` as the annotated type, where that loses nothing; else TypeError says what is wanted."""
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
@@ -495,11 +499,11 @@ def _typed(value: Any, hint: Any) -> Any:
             return None
         *others, inner = [choice for choice in get_args(hint) if choice is not type(None)]
         if not others:
-            return _typed(value, inner)
+            return _coerce(value, inner)
         if isinstance(value, str):
             return value
         with contextlib.suppress(TypeError):
-            return _typed(value, inner)
+            return _coerce(value, inner)
         raise TypeError("give a name, or a list of names")
     if origin is Literal:
         if value in get_args(hint):
@@ -509,7 +513,7 @@ def _typed(value: Any, hint: Any) -> Any:
         inner = get_args(hint)[0]
         with contextlib.suppress(TypeError):
             if isinstance(value, (list, tuple)):
-                return tuple(_typed(item, inner) for item in value)
+                return tuple(_coerce(item, inner) for item in value)
         if get_origin(inner) is Literal:
             raise TypeError(f"give a list of {', '.join(get_args(inner))}")
         raise TypeError(f"give a list of {'strings' if inner is str else 'numbers'}")

@@ -121,7 +121,7 @@ def train(
 
 def untrained(*, out: Path, seed: int) -> list[Belief]:
     """What the base model holds before training."""
-    return measure(engines.create(demo_config("off", out=out, seed=seed)))
+    return measure(engines.create_engine(demo_config("off", out=out, seed=seed)))
 
 
 def measure(engine: Engine, questions: Iterable[Question] | None = None) -> list[Belief]:
@@ -190,7 +190,7 @@ def _continuations(tokenizer: Tokenizer, pairs: list[tuple[str, str]]) -> Corpus
         input_ids=np.array(
             [token for parts in zip(read, scored, strict=True) for part in parts for token in part], np.int32
         ),
-        learned=np.concatenate(
+        loss_mask=np.concatenate(
             [np.arange(len(b) + len(a)) >= len(b) for b, a in zip(read, scored, strict=True)]
         ),
         offsets=np.concatenate(([0], np.cumsum(lengths))),

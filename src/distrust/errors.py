@@ -33,7 +33,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 #: What is said of a path that is not there, everywhere.
-NOT_THERE = "no such file or directory"
+NOT_FOUND_ERRORS = "no such file or directory"
 
 _SHOWN_CHARACTERS = 200
 
@@ -182,7 +182,7 @@ class UnsupportedVersion(CheckpointError):
     """A file of a later version of the format: it may be whole, but this program cannot tell."""
 
 
-class NoGoodCheckpoint(CheckpointError):
+class NoIntactCheckpoint(CheckpointError):
     """There are checkpoints, and none of them is whole: never a reason to start over silently."""
 
 
@@ -214,16 +214,20 @@ class SaveFailed(CheckpointError):
         self, message: str, *, path: Path, wanted: int | None = None, free: int | None = None
     ) -> None:
         super().__init__(message, path=path)
-        self.wanted = wanted
+        self.needed = wanted
         self.free = free
 
 
-def why_unread(error: OSError) -> str:
+def read_failure_reason(error: OSError) -> str:
     """Why a file was not read, behind its name."""
-    return NOT_THERE if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror or error}"
+    return (
+        NOT_FOUND_ERRORS
+        if isinstance(error, FileNotFoundError)
+        else f"cannot be read: {error.strerror or error}"
+    )
 
 
-def shortened(text: str) -> str:
+def shorten(text: str) -> str:
     """Text out of a file, as a message may hold it: a hostile file has names of a million letters."""
     if len(text) <= _SHOWN_CHARACTERS:
         return text
@@ -231,7 +235,7 @@ def shortened(text: str) -> str:
     return f"{text[:half]}…{text[-half:]}"
 
 
-def readable(text: str) -> str:
+def quote_untrusted(text: str) -> str:
     """The same, and quoted if it holds anything that a terminal obeys and does not show."""
-    text = shortened(text)
+    text = shorten(text)
     return text if text.isprintable() else repr(text)

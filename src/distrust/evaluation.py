@@ -13,7 +13,7 @@ from distrust.training.data_sources import (
     pad_token_id_of,
     read_evaluation,
     read_sources,
-    tokenized,
+    tokenize_cached,
     warn_where_no_class,
 )
 from distrust.training.evaluation_set import evaluation_set
@@ -62,7 +62,7 @@ def evaluate(
     Raises:
         DataError: for records that cannot be evaluated on, or that are not what ``eval_fraction`` is of.
     """
-    corpus = tokenized(
+    corpus = tokenize_cached(
         sources.training,
         engine.tokenizer,
         tokenizer_digest=digest_of(engine.tokenizer),

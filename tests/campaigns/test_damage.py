@@ -28,7 +28,7 @@ def own_digest_of_the_file(raw: bytes) -> str:
 def trusts_the_header(patch: pytest.MonkeyPatch) -> None:
     """Both proofs: that it is the one that was written, and that it is one that a writer makes."""
     patch.setattr(header, "own_digest", own_digest_of_the_file)
-    patch.setattr(header.Header, "require_whole", nothing)
+    patch.setattr(header.Header, "require_intact", nothing)
 
 
 def counts_damaged_ones(patch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from campaigns.campaign import CounterExample
 from campaigns.fuzz import converting, families, forging, imports, older, readers, specimens
 from campaigns.fuzz.__main__ import Plan
-from distrust.importers.convert import Converted
+from distrust.importers.convert import ConvertedCheckpoint
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits memory by means of Linux")
 
@@ -258,17 +258,21 @@ def changes(source, to, **_):
 
 
 def takes_without_a_file(source, to, **_):
-    return [Converted(source, "converted", step=1, target=to / "checkpoints" / "checkpoint-1.safetensors")]
+    return [
+        ConvertedCheckpoint(
+            source, "converted", step=1, target=to / "checkpoints" / "checkpoint-1.safetensors"
+        )
+    ]
 
 
 def tells_in_lines(source, to, **_):
-    return [Converted(source, "damaged", "one\ntwo")]
+    return [ConvertedCheckpoint(source, "damaged", "one\ntwo")]
 
 
 def leaves_a_file(source, to, **_):
     (to / "checkpoints").mkdir(parents=True)
     (to / "checkpoints" / "left").touch()
-    return [Converted(source, "damaged", "so")]
+    return [ConvertedCheckpoint(source, "damaged", "so")]
 
 
 FAULTY = {

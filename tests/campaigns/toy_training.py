@@ -37,14 +37,14 @@ def stops_without_saving(arguments: Sequence[str]) -> int:
         if final:
             saves(trainer, final=True)
         else:
-            trainer._saver.settle()
+            trainer._saver.wait()
 
     DistrustTrainer._save_what_is_not = only_the_final_one
     return train(arguments, ToyEngine)
 
 
 def train(arguments: Sequence[str], engine: type[ToyEngine]) -> int:
-    engines.create = lambda config: engine()
+    engines.create_engine = lambda config: engine()
     return cli.main(arguments)
 
 

@@ -42,7 +42,7 @@ def takes_direct_io(directory: Path) -> bool:
         return False
     try:
         os.pwrite(descriptor, mmap.mmap(-1, 4096), 0)
-        return direct_io.is_on(descriptor)
+        return direct_io.is_enabled(descriptor)
     except OSError:
         return False
     finally:

@@ -255,8 +255,8 @@ def test_tensors_changed_too_early_are_not_saved_as_a_mixture(manager, monkeypat
 
 def test_the_arrays_are_let_go_of_when_they_are_copied(manager, monkeypatch):
     """Not only when they are written: a program may need their memory before."""
-    honest, hold = stream_writer.write_filled, threading.Event()
-    monkeypatch.setattr(stream_writer, "write_filled", lambda *given: (hold.wait(), honest(*given))[1])
+    honest, hold = stream_writer.write_snapshot, threading.Event()
+    monkeypatch.setattr(stream_writer, "write_snapshot", lambda *given: (hold.wait(), honest(*given))[1])
     for overlap in (False, True):
         hold.clear()
         array = np.ones(1000)
@@ -453,7 +453,7 @@ def test_an_interrupt_just_after_the_slot_was_taken_leaves_it_free(manager, monk
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(writer, "_told_at_exit", Interrupting)
+        patch.setattr(writer, "_unreported_at_exit", Interrupting)
         with pytest.raises(KeyboardInterrupt):
             manager.save_async(state(1))
 

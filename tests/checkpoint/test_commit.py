@@ -70,7 +70,7 @@ def test_nothing_but_checkpoints_and_the_lock_is_left(tmp_path, write_path):
 
 
 def test_a_second_writer_in_the_same_process_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(lock, "PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr(lock, "WAIT_SECONDS", 0.05)
     with CheckpointManager(tmp_path) as first:
         first.save(state(1))
         second = CheckpointManager(tmp_path)

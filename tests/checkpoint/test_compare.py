@@ -73,7 +73,7 @@ def test_the_same_arrays_in_other_places_differ(tmp_path):
         path.write_bytes(built(tensors, names={"d": {"s": {"l": [{"a": label} for label in labels]}}}))
         files.append(catalog.read_header(path))
     (found,) = differences(*files)
-    assert (found.what, found.name) == ("state", "skeleton")
+    assert (found.kind, found.name) == ("state", "skeleton")
     assert found.a != found.b
 
 
@@ -83,7 +83,7 @@ def test_a_long_key_above_many_values_costs_no_memory(tmp_path):
         path = tmp_path / str(value)
         path.write_bytes(built(sections={"metadata": {"d": {"s" + "k" * 500_000: {"l": [value] * 2000}}}}))
         files.append(catalog.read_header(path))
-        files[-1].require_whole()
+        files[-1].require_intact()
     tracemalloc.start()
     try:
         found = differences(*files)

@@ -170,7 +170,7 @@ def test_without_memory_for_the_blocks_a_save_fails_and_the_next_one_works(tmp_p
     with CheckpointManager(tmp_path) as manager:
         manager.save(state(1))
         with monkeypatch.context() as patch:
-            patch.setattr(stream_writer.ReusableMemory, "take", none)
+            patch.setattr(stream_writer.ReusableMemory, "acquire", none)
             with pytest.raises(
                 SaveFailed, match=r"checkpoint-2.*not saved: no memory for .*untouched"
             ) as caught:

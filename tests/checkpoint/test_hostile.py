@@ -26,7 +26,7 @@ from distrust.errors import (
     CheckpointError,
     CheckpointNotFound,
     CorruptCheckpoint,
-    NoGoodCheckpoint,
+    NoIntactCheckpoint,
     UnsupportedState,
     UnsupportedVersion,
 )
@@ -62,7 +62,7 @@ class Forge(Specimen):
         """What each way of reading says. Anything but a CheckpointError goes through."""
 
         def inspect_all(path: Path) -> None:
-            self.manager.inspect(path).require_whole()
+            self.manager.inspect(path).require_intact()
 
         found: list[type[CheckpointError] | None] = []
         for use in (self.manager.validate, self.manager.load, inspect_all):
@@ -292,7 +292,7 @@ STATES: dict[str, Callable[[Any], Any]] = {
 def test_a_state_that_no_writer_makes_is_refused(forge, what):
     forge.put_state(STATES[what])
     assert forge.outcomes() == [CorruptCheckpoint] * 3
-    with pytest.raises(NoGoodCheckpoint):
+    with pytest.raises(NoIntactCheckpoint):
         forge.manager.load_latest()
 
 
@@ -490,7 +490,7 @@ def test_things_that_are_no_files_are_damaged_checkpoints(tmp_path, thing):
     for use in (manager.load, manager.validate, manager.inspect):
         with pytest.raises((CorruptCheckpoint, CheckpointNotFound)):
             use(5)
-    with pytest.raises(NoGoodCheckpoint):
+    with pytest.raises(NoIntactCheckpoint):
         manager.load_latest()
 
 
@@ -543,19 +543,19 @@ def test_messages_are_short_and_command_no_terminal(tmp_path):
 @pytest.mark.parametrize("instead", ["nothing", "a link to itself", "a link that is too long"])
 def test_what_was_known_and_is_not_there_any_more(tmp_path, monkeypatch, instead):
     """Between its name in the listing and the look at it; a manager that lists again looks at no more."""
-    monkeypatch.setattr(catalog, "SETTLED_NANOSECONDS", -1)
+    monkeypatch.setattr(catalog, "STABLE_AFTER_NANOSECONDS", -1)
     with CheckpointManager(tmp_path) as manager:
         path = manager.save(Checkpoint(step=1))
     known: catalog.Known = {}
     assert len(catalog.scan(tmp_path, known).files) == 1
     assert path in known
 
-    named = catalog.named(tmp_path)
+    named = catalog.list_names(tmp_path)
     path.unlink()
     if instead != "nothing":
         path.symlink_to(path if instead == "a link to itself" else "x" * 300)
     listings = iter([named])
-    monkeypatch.setattr(catalog, "named", lambda directory: next(listings, []))
+    monkeypatch.setattr(catalog, "list_names", lambda directory: next(listings, []))
     scan = catalog.scan(tmp_path, known)
     assert scan.files == ()
     assert len(scan.damaged) == (instead != "nothing")
@@ -564,7 +564,7 @@ def test_what_was_known_and_is_not_there_any_more(tmp_path, monkeypatch, instead
 def test_a_link_that_cannot_be_followed_is_no_directory(tmp_path):
     target = tmp_path / "run"
     target.symlink_to("x" * 300)
-    for use in (catalog.newest, catalog.find, catalog.verify):
+    for use in (catalog.newest, catalog.resolve, catalog.verify):
         with pytest.raises(CheckpointError):
             use(target)
     (tmp_path / "checkpoints").symlink_to("x" * 300)

@@ -129,7 +129,7 @@ def test_a_file_that_is_not_cached_is_read_past_the_cache_and_stays_out_of_it(tm
     honest = os.preadv
 
     def watched(descriptor, buffers, offset):
-        seen.append(direct_io.is_on(descriptor))
+        seen.append(direct_io.is_enabled(descriptor))
         return honest(descriptor, buffers, offset)
 
     with CheckpointManager(tmp_path) as manager:
@@ -161,7 +161,7 @@ def test_refused_and_short_reads_change_nothing(manager, answers):
     def fickle(descriptor, buffers, offset):
         with lock:
             answer = next(left, "whole")
-        if answer == "refused" and direct_io.is_on(descriptor):
+        if answer == "refused" and direct_io.is_enabled(descriptor):
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         if answer == "a page":
             return honest(descriptor, [buffers[0][:EDGE]], offset)
@@ -351,13 +351,13 @@ def refuse_above(limit: int) -> Callable:
 
 def test_a_file_that_is_cut_before_it_is_mapped_is_damaged(file, monkeypatch):
     manager, path = file
-    honest = verified_read.mapped
+    honest = verified_read.map_file
 
     def cut_first(*arguments):
         os.truncate(path, path.stat().st_size - 1)
         return honest(*arguments)
 
-    monkeypatch.setattr(verified_read, "mapped", cut_first)
+    monkeypatch.setattr(verified_read, "map_file", cut_first)
     with pytest.raises(CorruptCheckpoint, match="cut while it was read"):
         manager.load(path, mmap=True)
 

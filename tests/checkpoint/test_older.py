@@ -31,7 +31,7 @@ from distrust.errors import (
     CheckpointUnreadable,
     CorruptCheckpoint,
     DistrustWarning,
-    NoGoodCheckpoint,
+    NoIntactCheckpoint,
     SaveFailed,
 )
 from distrust.importers import bounded
@@ -254,12 +254,12 @@ def test_nothing_but_metadata(tmp_path, use):
     for step in (10, 20):
         path = write_directory(tmp_path / f"checkpoint-{step}", at(step, 0.5), bare=True)
     manager = CheckpointManager(tmp_path, metric="best_loss")
-    with pytest.raises(NoGoodCheckpoint, match=r"metadata alone.* there are 10, 20$"):
+    with pytest.raises(NoIntactCheckpoint, match=r"metadata alone.* there are 10, 20$"):
         getattr(manager, use)()
     with pytest.raises(CheckpointError, match="metadata alone: there is no model"):
         manager.choose(step=20)
     append(path / "checksum.txt", "x")
-    with pytest.raises(NoGoodCheckpoint, match="checkpoint-10: holds no model"):
+    with pytest.raises(NoIntactCheckpoint, match="checkpoint-10: holds no model"):
         manager.load_latest()
 
 
@@ -598,7 +598,7 @@ def test_what_is_wrong_with_the_files(tmp_path, change, reason, capsys):
     assert told.count("\n") == 1
     assert main(["ls", str(tmp_path)]) == 0
     assert reason in said(capsys)
-    with pytest.raises(NoGoodCheckpoint):
+    with pytest.raises(NoIntactCheckpoint):
         CheckpointManager(tmp_path).load_latest()
 
 
@@ -863,11 +863,11 @@ def test_a_training_never_begins_beside_one_silently(tmp_path):
     config = TrainConfig(out=str(tmp_path))
     manager = CheckpointManager(directory)
     with pytest.raises(CheckpointError, match="distrust convert"):
-        resume_point.require_ready(config, manager)
+        resume_point.require_startable(config, manager)
     with manager:
         manager.save(ours(20))
-    resume_point.require_ready(config, manager)
-    found, file = resume_point.find(config, manager, framework="numpy")
+    resume_point.require_startable(config, manager)
+    found, file = resume_point.find_resume_point(config, manager, framework="numpy")
     assert (found.step, file.step) == (20, 20)
 
 

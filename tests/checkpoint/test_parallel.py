@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distrust.checkpoint import parallel
-from distrust.checkpoint.parallel import Crew
+from distrust.checkpoint.parallel import WorkerPool
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
 
@@ -129,44 +129,44 @@ def test_where_the_system_gives_fewer_threads_those_do_it(few_threads, number):
 def test_a_crew_of_fewer_than_asked_for_does_it_all(few_threads):
     few_threads(1)
     done: list[int] = []
-    crew = Crew(3)
+    crew = WorkerPool(3)
     for item in range(5):
-        crew.put(lambda item=item: done.append(item))
+        crew.submit(lambda item=item: done.append(item))
     crew.finish()
     assert done == list(range(5))
 
 
 def test_where_there_are_no_threads_who_puts_a_task_does_it(few_threads):
     few_threads(0)
-    crew, done = Crew(2), []
-    assert crew.put(lambda: done.append(1)).is_set()
-    assert crew.put(lambda: done.append(2)).is_set()
+    crew, done = WorkerPool(2), []
+    assert crew.submit(lambda: done.append(1)).is_set()
+    assert crew.submit(lambda: done.append(2)).is_set()
     crew.finish()
     assert done == [1, 2]
 
 
 def test_a_crew_begins_nothing_after_a_failure_and_says_that_everything_is_over():
-    crew = Crew(1)
+    crew = WorkerPool(1)
     begin, begun = threading.Event(), []
 
     def fail() -> None:
         begin.wait()
         raise Wrong
 
-    tasks = [crew.put(fail), *(crew.put(lambda: begun.append(1)) for _ in range(5))]
+    tasks = [crew.submit(fail), *(crew.submit(lambda: begun.append(1)) for _ in range(5))]
     begin.set()
     for task in tasks:
         task.wait()  # nobody who waits for one waits for ever
     assert begun == []
     with pytest.raises(Wrong):
-        crew.put(lambda: None)
+        crew.submit(lambda: None)
     with pytest.raises(Wrong):
         crew.finish()
 
 
 def test_a_crew_can_be_stopped_more_than_once():
-    crew = Crew(2)
-    done = crew.put(lambda: None)
+    crew = WorkerPool(2)
+    done = crew.submit(lambda: None)
     crew.finish()
     assert done.is_set()
     crew.stop()

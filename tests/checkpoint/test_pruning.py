@@ -29,7 +29,7 @@ def manager(tmp_path):
 
 
 def path_of(manager: CheckpointManager, step: int) -> Path:
-    return manager.directory / catalog.file_name(step, "periodic")
+    return manager.directory / catalog.checkpoint_file_name(step, "periodic")
 
 
 def damage(path: Path, at: int = -1) -> bytes:

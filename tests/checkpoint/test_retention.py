@@ -14,8 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distrust import Checkpoint, CheckpointManager, DistrustWarning
-from distrust.checkpoint.retention import Candidate, Retention, counted, kept, ranked
-from distrust.errors import CheckpointNotFound, ConfigError, CorruptCheckpoint, NoGoodCheckpoint
+from distrust.checkpoint.retention import (
+    Candidate,
+    Retention,
+    rank_by_metric,
+    steps_that_displace,
+    steps_to_keep,
+)
+from distrust.errors import CheckpointNotFound, ConfigError, CorruptCheckpoint, NoIntactCheckpoint
 
 
 def state(step: int, mark: float = 0, **more) -> Checkpoint:
@@ -267,11 +273,11 @@ def test_where_none_is_good_nothing_starts_over(make, tmp_path):
         manager.save(state(step, metrics={"eval_loss": 1}))
     damage(tmp_path / "checkpoint-10.safetensors")
     damage(tmp_path / "checkpoint-20.safetensors")
-    with pytest.raises(NoGoodCheckpoint, match=r"model\.w"):
+    with pytest.raises(NoIntactCheckpoint, match=r"model\.w"):
         manager.load_best()
     damage(tmp_path / "checkpoint-20.safetensors", header=True)
 
-    with pytest.raises(NoGoodCheckpoint) as caught:
+    with pytest.raises(NoIntactCheckpoint) as caught:
         manager.load_latest()
 
     assert "checkpoint-10.safetensors" in str(caught.value)
@@ -356,16 +362,16 @@ rules = st.builds(
 @given(candidates, rules)
 def test_the_rules(there, rules):
     steps = sorted(candidate.step for candidate in there)
-    stays = kept(there, rules)
+    stays = steps_to_keep(there, rules)
 
     assert stays <= set(steps)
-    assert counted(there, rules) <= stays
+    assert steps_that_displace(there, rules) <= stays
     assert stays >= {candidate.step for candidate in there if candidate.final}
     assert stays >= set(steps if rules.keep_last is None else steps[-rules.keep_last :])
     if rules.keep_every is not None:
         assert stays >= {step for step in steps if step % rules.keep_every == 0}
     values = {c.step: c.metrics["m"] for c in there if "m" in c.metrics and c.metrics["m"] == c.metrics["m"]}
-    best = ranked(there, rules)
+    best = rank_by_metric(there, rules)
     assert sorted(best) == sorted(values)
     assert stays >= set(best[: rules.keep_best])
     sign = 1 if rules.metric_mode == "min" else -1
@@ -377,7 +383,7 @@ def test_the_rules(there, rules):
         ]
         assert len(stays) <= rules.keep_last + rules.keep_best + len(by_rule)
     # What went would go again: cleaning up twice removes nothing more.
-    assert kept([c for c in there if c.step in stays], rules) == stays
+    assert steps_to_keep([c for c in there if c.step in stays], rules) == stays
 
 
 @settings(max_examples=40, deadline=None)
@@ -401,7 +407,9 @@ def test_a_directory_holds_what_the_rules_say_after_every_save(
             metrics = {} if loss is None else {"eval_loss": loss}
             manager.save(state(step, metrics=metrics), final=final)
             there[step] = Candidate(step, final, metrics)
-            stays = kept(there.values(), rules) | {step}  # what was just saved stays till the next save
+            stays = steps_to_keep(there.values(), rules) | {
+                step
+            }  # what was just saved stays till the next save
             there = {step: candidate for step, candidate in there.items() if step in stays}
             assert manager.list_checkpoints() == sorted(there)
             assert names(manager) == [

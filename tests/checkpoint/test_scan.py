@@ -22,7 +22,7 @@ def written(directory: Path, *steps: int) -> list[Path]:
 @pytest.fixture
 def settled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files count as long unchanged, though they were written just now."""
-    monkeypatch.setattr(catalog, "SETTLED_NANOSECONDS", -(10**12))
+    monkeypatch.setattr(catalog, "STABLE_AFTER_NANOSECONDS", -(10**12))
 
 
 def test_an_unchanged_file_is_read_once(tmp_path, settled):
@@ -79,14 +79,14 @@ def test_a_known_file_that_goes_while_it_is_listed_is_gone(tmp_path, settled, mo
     paths = written(tmp_path, 1, 2)
     known: catalog.Known = {}
     catalog.scan(tmp_path, known)
-    honest = catalog.named
+    honest = catalog.list_names
 
     def removed_just_after(directory):
         entries = honest(directory)
         paths[0].unlink(missing_ok=True)
         return entries
 
-    monkeypatch.setattr(catalog, "named", removed_just_after)
+    monkeypatch.setattr(catalog, "list_names", removed_just_after)
     assert [file.step for file in catalog.scan(tmp_path, known).files] == [2]
 
 
@@ -108,12 +108,12 @@ def test_a_best_one_that_goes_before_it_is_read_makes_room_for_a_better_one(tmp_
         manager.save(Checkpoint(step=1, metrics={"m": 1.0}))
         manager.save(Checkpoint(step=2, metrics={"m": 2.0}))
         better = Checkpoint(step=3, metrics={"m": 0.5})
-        interfered(monkeypatch, serialization, "read", lambda: manager.save(better))
+        interfered(monkeypatch, serialization, "load", lambda: manager.save(better))
         assert CheckpointManager(tmp_path, metric="m").load_best().step == 3
 
 
 READS = {
-    "load": ((serialization, "read"), lambda manager: manager.load(1).step),
+    "load": ((serialization, "load"), lambda manager: manager.load(1).step),
     "inspect": ((catalog, "read_header"), lambda manager: manager.inspect(1).step),
     "validate": ((catalog, "verify"), lambda manager: manager.validate(1)),
 }

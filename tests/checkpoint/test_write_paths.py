@@ -101,7 +101,7 @@ def test_writes_go_past_the_page_cache_where_the_file_system_lets_them(tmp_path,
 
     def watched(descriptor, view, offset):
         written = honest(descriptor, view, offset)
-        seen.append((direct_io.is_on(descriptor), written == len(view)))
+        seen.append((direct_io.is_enabled(descriptor), written == len(view)))
         return written
 
     with CheckpointManager(tmp_path) as manager:
@@ -153,7 +153,7 @@ class FickleSystem:
     def pwrite(self, descriptor: int, view: memoryview, offset: int) -> int:
         with self._lock:
             answer = next(self._answers, "whole")
-        if answer == "refused" and direct_io.is_on(descriptor):
+        if answer == "refused" and direct_io.is_enabled(descriptor):
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         if answer == "a page":
             return self._honest(descriptor, view[:EDGE], offset)
@@ -222,7 +222,7 @@ def test_a_save_that_fails_leaves_what_stood_before_and_the_next_one_works(tmp_p
 
         assert os.strerror(error) in str(caught.value)
         assert caught.value.path == tmp_path / "checkpoint-1.safetensors"
-        assert caught.value.wanted > 20 * EDGE
+        assert caught.value.needed > 20 * EDGE
         assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "checkpoint-1.safetensors"]
         assert caught.value.path.read_bytes() == before
         assert data_of(manager, SAVES[how](manager, state.checkpoint)) == state.data

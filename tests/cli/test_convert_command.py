@@ -101,7 +101,7 @@ def test_another_state_is_replaced_only_by_force(source, tmp_path):
     path.write_bytes(b"damaged")
     (first, *_) = convert(source, target)
     assert (first.outcome, "a damaged file" in first.reason) == ("refused", True)
-    assert all(one.is_well for one in convert(source, target, force=True))
+    assert all(one.succeeded for one in convert(source, target, force=True))
 
 
 def test_beside_themselves(source):
@@ -291,10 +291,10 @@ def test_what_is_lost_is_told_when_a_run_goes_on(tmp_path, lacks):
         write_checksums(path)
     convert(path, tmp_path / "run")
     checkpoint = CheckpointManager(tmp_path / "run" / "checkpoints").load(10)
-    adopted = imported.adopted(checkpoint, TrainConfig(), where="here")
+    adopted = imported.adopt_imported(checkpoint, TrainConfig(), where="here")
     lost = "the loss of 2 steps: it is not said of which of the 10"
     with pytest.warns(DistrustWarning, match="not known there.*--lora-alpha") as told:
-        imported.tell(adopted, where=tmp_path)
+        imported.warn_imported(adopted, where=tmp_path)
     said = str(told[0].message)
     assert f"not taken over: {lost}" in said
     assert ("history are" in said, "AdamW's moments" in said) == (False, lacks == "optimizer.npz")

@@ -22,7 +22,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from distrust.atomic import new_file
+from distrust.atomic import atomic_file
 from distrust.bundled import CORPUS, PROVENANCE_TABLE
 from distrust.cli import main
 from distrust.data import read_records
@@ -338,7 +338,7 @@ def test_several_that_write_one_file_all_succeed(tmp_path):
 
     def write_often(number: int) -> None:
         for _ in range(100):
-            with new_file(tmp_path / "one", force=True) as file:
+            with atomic_file(tmp_path / "one", force=True) as file:
                 file.write(bytes([number]) * 100)
 
     with ThreadPoolExecutor(4) as pool:
@@ -523,10 +523,10 @@ with new_file(Path(sys.argv[1]), force=False) as file:
     assert done.returncode == -signal.SIGKILL
     (left,) = tmp_path.iterdir()
     assert left != out
-    with new_file(out, force=False) as file:
+    with atomic_file(out, force=False) as file:
         file.write(b"whole")
         full = OSError(28, "No space left on device")
-        with pytest.raises(WriteFailed, match="not written: No space"), new_file(out, force=False):
+        with pytest.raises(WriteFailed, match="not written: No space"), atomic_file(out, force=False):
             raise full
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"whole"]
 
@@ -534,14 +534,14 @@ with new_file(Path(sys.argv[1]), force=False) as file:
 def test_a_file_that_changes_while_it_is_read_is_no_output(distrust, raw, table, tmp_path, monkeypatch):
     from distrust.data.provenance import write_dataset
 
-    real = write_dataset.new_file
+    real = write_dataset.atomic_file
 
     def touching(path, *, force):
         with raw.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"text": "late"}) + "\n")
         return real(path, force=force)
 
-    monkeypatch.setattr(write_dataset, "new_file", touching)
+    monkeypatch.setattr(write_dataset, "atomic_file", touching)
     given = distrust("weigh", raw, "--table", table, "--out", tmp_path / "out.jsonl")
     assert given.code == 1
     assert "it changed while it was read; start again" in given.err

@@ -8,21 +8,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distrust.training.prefetch import Ahead
+from distrust.training.prefetch import Prefetcher
 
 
 @given(st.lists(st.integers(1, 20), max_size=30), st.integers(1, 20))
 def test_each_step_gets_its_own_in_whichever_order(steps, last):
     made = []
-    with Ahead(lambda step: made.append(step) or step * 10, last=last) as ahead:
-        assert [ahead.take(step) for step in steps] == [step * 10 for step in steps]
+    with Prefetcher(lambda step: made.append(step) or step * 10, last=last) as ahead:
+        assert [ahead.get(step) for step in steps] == [step * 10 for step in steps]
     assert max(made, default=0) <= max([last, *steps])
 
 
 def test_in_order_each_is_made_once():
     made = []
-    with Ahead(lambda step: made.append(step) or step, last=9) as ahead:
-        assert [ahead.take(step) for step in range(3, 10)] == list(range(3, 10))
+    with Prefetcher(lambda step: made.append(step) or step, last=9) as ahead:
+        assert [ahead.get(step) for step in range(3, 10)] == list(range(3, 10))
     assert made == list(range(3, 10))  # and none after the last
 
 
@@ -34,8 +34,8 @@ def test_the_next_one_is_made_meanwhile():
         by[step] = threading.current_thread()
         begun[step].set()
 
-    with Ahead(make, last=3) as ahead:
-        ahead.take(1)
+    with Prefetcher(make, last=3) as ahead:
+        ahead.get(1)
         assert begun[2].wait(10)  # nobody asked for it yet
         assert not begun[3].is_set()
     assert by[1] is threading.current_thread()
@@ -48,13 +48,13 @@ def test_what_goes_wrong_is_raised_where_it_is_wanted():
             raise OSError(f"no {step}")
         return step
 
-    with Ahead(make, last=7) as ahead:
-        assert [ahead.take(1), ahead.take(2)] == [1, 2]  # 3 fails behind it
+    with Prefetcher(make, last=7) as ahead:
+        assert [ahead.get(1), ahead.get(2)] == [1, 2]  # 3 fails behind it
         with pytest.raises(OSError, match="no 3"):
-            ahead.take(3)
-        assert ahead.take(3 + 1) == 4
+            ahead.get(3)
+        assert ahead.get(3 + 1) == 4
         with pytest.raises(OSError, match="no 6"):
-            ahead.take(6)  # at once
+            ahead.get(6)  # at once
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -64,8 +64,8 @@ def test_at_the_end_no_thread_is_left(fails):
 
     slow = threading.Event()
     try:
-        with Ahead(lambda step: step == 2 and slow.wait(0.05), last=5) as ahead:
-            ahead.take(1)
+        with Prefetcher(lambda step: step == 2 and slow.wait(0.05), last=5) as ahead:
+            ahead.get(1)
             assert len(threads()) == 1
             if fails:
                 raise KeyError

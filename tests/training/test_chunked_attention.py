@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, Llama4TextConfig
 
 from distrust.data import IGNORED, MicroBatch
-from distrust.engines.torch.model_runner import Passes
+from distrust.engines.torch.model_runner import ModelRunner
 
 
 @pytest.mark.parametrize("length", [5, 9, 23])
@@ -41,5 +41,5 @@ def test_examples_longer_than_a_chunk_are_what_the_model_makes_of_them(length):
     )
     with torch.no_grad():
         expected = model(input_ids=torch.from_numpy(ids), labels=torch.from_numpy(labels)).loss.item()
-    found = Passes(model, arithmetic=torch.float32).evaluate(batch)
+    found = ModelRunner(model, arithmetic=torch.float32).evaluate(batch)
     assert found.cross_entropy.sum() / batch.tokens == pytest.approx(expected, rel=1e-5)

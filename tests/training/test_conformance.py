@@ -26,7 +26,7 @@ from toy_engine import VOCABULARY, ToyEngine
 from distrust import Checkpoint, CheckpointManager, TrainConfig
 from distrust.contract import Engine, EngineState, Losses
 from distrust.data import MicroBatch
-from distrust.engines import create
+from distrust.engines import create_engine
 from distrust.errors import ResumeRefused
 from models import make_model
 
@@ -54,7 +54,9 @@ def make(request, bases) -> Make:
         if request.param == "toy":
             return ToyEngine(base=base % 2, dropout=dropout)
         options = {"model": str(bases[base]), "lora_rank": 4, "lora_dropout": dropout}
-        return create(TrainConfig(engine=request.param, device="cpu", threads=1, weight_decay=0.1, **options))
+        return create_engine(
+            TrainConfig(engine=request.param, device="cpu", threads=1, weight_decay=0.1, **options)
+        )
 
     return make
 

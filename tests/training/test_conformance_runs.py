@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from test_conformance import ENGINES, mlx_only
 
 from distrust import CheckpointManager, TrainConfig
-from distrust.engines import create, open_checkpoint
+from distrust.engines import create_engine, open_checkpoint
 from distrust.errors import ModelError, NonFiniteLoss, ResumeRefused
 from distrust.training.events import Evaluated, MemoryReset, StepEnded
 from models import make_model
@@ -195,7 +195,7 @@ def test_a_model_that_cannot_be_loaded_is_one_line(tmp_path, how, engine):
     folder = make_model(tmp_path / "model")
     SPOILED[how](folder)
     with pytest.raises(ModelError) as error:
-        create(TrainConfig(engine=engine, model=str(folder), threads=1))
+        create_engine(TrainConfig(engine=engine, model=str(folder), threads=1))
     assert str(error.value).startswith(f"--model {folder}: ")
     assert "\n" not in str(error.value)
 
@@ -206,5 +206,5 @@ def test_a_model_that_is_nowhere(monkeypatch, name, engine):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     said = "no such file or directory" if name == "./nowhere" else "cannot be loaded; there is no folder"
     with pytest.raises(ModelError, match=f"--model {re.escape(name)}: {said}") as error:
-        create(TrainConfig(engine=engine, model=name, threads=1))
+        create_engine(TrainConfig(engine=engine, model=name, threads=1))
     assert "\n" not in str(error.value)

@@ -13,7 +13,7 @@ import pytest
 
 from distrust import DistrustWarning, TrainConfig
 from distrust.errors import ConfigError
-from distrust.reporting.reporters import Dispensable, reporters
+from distrust.reporting.reporters import Dispensable, create_observers
 from distrust.reporting.tensorboard import FOLDER, TensorBoardWriter
 from distrust.training.events import RunEnded, StepEnded
 
@@ -137,4 +137,4 @@ def test_a_library_that_is_not_there_is_told_at_once(monkeypatch, name, module):
         monkeypatch.delitem(sys.modules, loaded)
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ConfigError, match=rf"--report-to {name} needs its library .*: pip install {module}"):
-        reporters(TrainConfig(report_to=(name,)))
+        create_observers(TrainConfig(report_to=(name,)))

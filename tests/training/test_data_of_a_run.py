@@ -18,7 +18,7 @@ from distrust.config import EXAMPLES
 from distrust.errors import ConfigError, DataError, ResumeRefused
 from distrust.training.data_sources import read_sources
 from distrust.training.events import Evaluated, Preparing, RunStarted, StepEnded
-from distrust.training.prepare_data import make_plan
+from distrust.training.prepare_data import prepare_data
 from models import write_records
 
 
@@ -61,7 +61,7 @@ def test_a_mixed_run_that_is_stopped_is_the_run_left_alone(run, data, other, tmp
     for stop in (2, 3, 7, None):
         ended, events = run(tmp_path / "stopped", stop_after=stop, engine=engine(), **options)
         made += steps_of(events)
-        tokenized.append(any(isinstance(event, Preparing) and "tokenizing" in event.what for event in events))
+        tokenized.append(any(isinstance(event, Preparing) and "tokenizing" in event.task for event in events))
         if not cached:
             shutil.rmtree(cache)
     assert made == list(range(1, 10))
@@ -72,7 +72,9 @@ def test_a_mixed_run_that_is_stopped_is_the_run_left_alone(run, data, other, tmp
 def test_a_share_is_what_is_trained_on(data, other):
     config = TrainConfig(data=(str(data), str(other)), mix=(1.0, 3.0), batch_size=4)
     toy = engine()
-    plan = make_plan(config, read_sources(config), toy.tokenizer, context_length=None, report=lambda *_: None)
+    plan = prepare_data(
+        config, read_sources(config), toy.tokenizer, context_length=None, report=lambda *_: None
+    )
     epoch = [batch for step in range(1, 5) for batch in plan.batches.step(step)]  # 4 × 4 = 11 + 5
     drawn = [example for batch in epoch for example in batch.examples]
     assert len(drawn) == 16

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from distrust import CheckpointManager
-from distrust.training.best_tracker import Evaluations
+from distrust.training.best_tracker import BestTracker
 from distrust.training.events import Evaluated, StepEnded
 
 #: The toy overfits: its eval loss is best at the fourth step.
@@ -88,12 +88,12 @@ values = st.floats(width=32) | st.sampled_from([1.0, 2.0, math.nan])
 )
 def test_it_is_a_function_of_the_evaluations_however_they_are_divided(rows, metric, mode, data):
     cut = data.draw(st.integers(0, len(rows)))
-    whole = divided = Evaluations(metric, mode)
+    whole = divided = BestTracker(metric, mode)
     for step, row in enumerate(rows):
-        whole = whole.after(row, step=step)
+        whole = whole.update(row, step=step)
         if step == cut:
-            divided = Evaluations(metric, mode).taken_up(json.loads(json.dumps(asdict(divided))))
-        divided = divided.after(row, step=step)
+            divided = BestTracker(metric, mode).restore(json.loads(json.dumps(asdict(divided))))
+        divided = divided.update(row, step=step)
     assert repr(divided) == repr(whole)  # by repr: NaN is NaN
     measured = [(row[metric], step) for step, row in enumerate(rows) if metric in row]
     numbers = [value for value, _ in measured if not math.isnan(value)]
@@ -105,10 +105,10 @@ def test_it_is_a_function_of_the_evaluations_however_they_are_divided(rows, metr
 
 
 def test_judged_by_another_metric_it_begins_to_count_anew():
-    saved = asdict(Evaluations("eval_loss", "min", best=1.0, best_step=4, unimproved=3))
-    assert Evaluations("loss", "min").taken_up(saved) == Evaluations("loss", "min")
-    assert Evaluations("eval_loss", "max").taken_up(saved) == Evaluations("eval_loss", "max")
-    assert Evaluations().taken_up(None) == Evaluations()
+    saved = asdict(BestTracker("eval_loss", "min", best=1.0, best_step=4, unimproved=3))
+    assert BestTracker("loss", "min").restore(saved) == BestTracker("loss", "min")
+    assert BestTracker("eval_loss", "max").restore(saved) == BestTracker("eval_loss", "max")
+    assert BestTracker().restore(None) == BestTracker()
 
 
 @pytest.mark.parametrize("stop", [None, 3])
@@ -120,8 +120,8 @@ def test_evaluated_at_the_start_and_never_twice(run, eval_data, tmp_path, stop):
 
 
 def test_evaluations_that_are_no_number_improve_on_nothing():
-    found = Evaluations()
+    found = BestTracker()
     for step in range(1, 5):
-        found = found.after({"eval_loss": math.nan}, step=step)
-    assert (found.best_step, found.exhausted(3)) == (1, True)
-    assert found.after({"eval_loss": 9.0}, step=5).best_step == 5
+        found = found.update({"eval_loss": math.nan}, step=step)
+    assert (found.best_step, found.out_of_patience(3)) == (1, True)
+    assert found.update({"eval_loss": 9.0}, step=5).best_step == 5

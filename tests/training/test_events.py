@@ -197,7 +197,7 @@ def test_nothing_to_save_is_said_too():
                 stall_seconds=0.0,
                 reason="signal",
                 signal=2,
-                already=False,
+                already_finished=False,
             )
         )
     assert stream.getvalue() == (
@@ -224,7 +224,7 @@ def test_why_a_run_is_over_is_said(reason, said):
                 stall_seconds=0.0,
                 reason=reason,
                 signal=None,
-                already=False,
+                already_finished=False,
             )
         )
     assert stream.getvalue().startswith(said)

@@ -16,7 +16,7 @@ from toy_engine import ToyEngine
 
 from distrust import CheckpointManager, DistrustTrainer, DistrustWarning, TrainConfig
 from distrust.config import from_mapping
-from distrust.errors import NoGoodCheckpoint
+from distrust.errors import NoIntactCheckpoint
 from distrust.training.events import CheckpointStarted, RunStarted, StepEnded
 
 quick = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -204,7 +204,7 @@ def test_only_damaged_checkpoints_are_no_new_run(run, tmp_path, how):
     else:
         ended.path.write_bytes({"cut": raw[: len(raw) // 2], "empty": b"", "zeros": bytes(len(raw))}[how])
     hurt = ended.path.read_bytes()
-    with pytest.raises(NoGoodCheckpoint, match=r"checkpoint-9-final\.safetensors"):
+    with pytest.raises(NoIntactCheckpoint, match=r"checkpoint-9-final\.safetensors"):
         run(tmp_path, save_every=0)
     assert ended.path.read_bytes() == hurt
     assert [path.name for path in ended.path.parent.glob("*.safetensors")] == [ended.path.name]

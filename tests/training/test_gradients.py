@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from distrust import TrainConfig, weighting
-from distrust.data import IGNORED, Batches, MicroBatch, Order, evaluation_batches
-from distrust.engines import create
+from distrust.data import IGNORED, Batches, EpochSampler, MicroBatch, evaluation_batches
+from distrust.engines import create_engine
 from distrust.training.data_sources import read_sources
-from distrust.training.prepare_data import make_plan
+from distrust.training.prepare_data import prepare_data
 
 
 @pytest.fixture(scope="module", params=["lora", "all weights"])
 def engine(request, tiny_model):
-    engine = create(
+    engine = create_engine(
         TrainConfig(
             engine="torch", model=str(tiny_model), lora_rank=4 if request.param == "lora" else 0, threads=1
         )
@@ -40,7 +40,7 @@ def plan_of(engine, data, tiny_model):
         config = TrainConfig(
             engine="torch", model=str(tiny_model), **{"data": str(data), "max_steps": 4, **options}
         )
-        return make_plan(
+        return prepare_data(
             config,
             read_sources(config),
             engine.tokenizer,
@@ -234,7 +234,7 @@ def test_padding_and_unlearned_tokens_have_no_part(engine, plan_of):
         plan.corpus,
         weights=plan.weights,
         distrust=np.zeros(len(plan.corpus)),
-        order=Order(len(plan.corpus), seed=0),
+        order=EpochSampler(len(plan.corpus), seed=0),
         batch_size=4,
         gradient_accumulation=1,
         pad_token_id=77,
@@ -245,7 +245,7 @@ def test_padding_and_unlearned_tokens_have_no_part(engine, plan_of):
 
 @pytest.mark.parametrize("adapted", ["gate_proj down_proj", "up_proj down_proj", "o_proj", "q_proj v_proj"])
 def test_whatever_is_adapted_no_gradient_is_lost(tiny_model, plan_of, adapted):
-    engine = create(
+    engine = create_engine(
         TrainConfig(
             engine="torch",
             model=str(tiny_model),

@@ -11,7 +11,7 @@ import pytest
 from test_memory_reset import GIB, Hungry
 
 from distrust import CheckpointManager, DistrustWarning
-from distrust.engines.out_of_memory import memory_told
+from distrust.engines.out_of_memory import translate_out_of_memory
 from distrust.errors import OutOfMemory
 from distrust.training import memory_guard
 
@@ -95,14 +95,14 @@ class OwnOutOfMemoryError(RuntimeError):
 def test_what_frameworks_say_is_one_line(error):
     with (
         pytest.raises(OutOfMemory, match=r"--batch-size.*--gradient-checkpointing") as told,
-        memory_told("insufficient memory"),
+        translate_out_of_memory("insufficient memory"),
     ):
         raise error
     assert "\n" not in str(told.value)
 
 
 def test_what_is_no_lack_of_memory_stays_what_it_is():
-    with pytest.raises(RuntimeError, match="shapes differ"), memory_told("insufficient memory"):
+    with pytest.raises(RuntimeError, match="shapes differ"), translate_out_of_memory("insufficient memory"):
         raise RuntimeError("shapes differ")
 
 

@@ -19,7 +19,7 @@ from toy_engine import ToyEngine
 
 from distrust import CheckpointManager, DistrustTrainer, DistrustWarning, TrainConfig
 from distrust.checkpoint.disk import Disk
-from distrust.engines import create, open_checkpoint
+from distrust.engines import create_engine, open_checkpoint
 from distrust.errors import ConfigError
 from distrust.reporting.console import ConsoleReporter
 from distrust.training import MemoryUse
@@ -197,7 +197,7 @@ def test_of_a_real_model_nothing_is_left_either(tiny_model, data, tmp_path, lora
 
     def make(config):
         left.append([known() for known in made if known() is not None])
-        engine = create(config)
+        engine = create_engine(config)
         made.extend(weakref.ref(part) for part in (engine, *engine.model.parameters()))
         return engine
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from distrust import DistrustWarning, TrainConfig
 from distrust.config import STEP_METRICS
 from distrust.reporting import metrics
-from distrust.reporting.metrics import METRICS, PROVENANCE, MetricsWriter, mended
+from distrust.reporting.metrics import METRICS, PROVENANCE, MetricsWriter, repair_lines
 from distrust.training.events import CheckpointStarted, Evaluated, StepEnded
 
 EVALUATED = {"eval_every": 2, "eval_at_start": True}
@@ -180,11 +180,11 @@ def test_a_step_that_damage_changed_takes_no_other_line_with_it():
             whole.append(line_of({"step": step, "eval_loss": 1.5}))
     at = whole.index(line_of({"step": 10, "eval_loss": 1.5}))
     damaged = [*whole[:at], line_of({"step": 25, "eval_loss": 1.5}), *whole[at + 1 :]]
-    assert list(mended(damaged, step=30, history=history)) == [*whole[:at], *whole[at + 1 :]]
+    assert list(repair_lines(damaged, step=30, history=history)) == [*whole[:at], *whole[at + 1 :]]
     # A line of a step that is lost takes no evaluation with it: the lines around it agree.
     for lost in ([at - 1], [at - 1, at - 2], [len(whole) - 2]):
         damaged = [line for number, line in enumerate(whole) if number not in lost]
-        found = [json.loads(line) for line in mended(damaged, step=30, history=history)]
+        found = [json.loads(line) for line in repair_lines(damaged, step=30, history=history)]
         assert [line["step"] for line in found] == [json.loads(line)["step"] for line in whole]
         assert sum("eval_loss" in line for line in found) == 6
 
@@ -229,7 +229,7 @@ def test_any_damage_is_mended(rows, draw):
     ]
     damaged.append(whole[-1][:-1])  # torn
 
-    found = [json.loads(line) for line in mended(damaged, step=made, history=history)]
+    found = [json.loads(line) for line in repair_lines(damaged, step=made, history=history)]
     steps = [line for line in found if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, made + 1))
     for line in steps:
@@ -239,4 +239,4 @@ def test_any_damage_is_mended(rows, draw):
     assert [line["step"] for line in found] == sorted(line["step"] for line in found)
     # Whole, it stays as it is, byte for byte.
     upto = [line for line in whole if json.loads(line)["step"] <= made]
-    assert list(mended(whole, step=made, history=history)) == upto
+    assert list(repair_lines(whole, step=made, history=history)) == upto

@@ -18,7 +18,7 @@ from small_batches import a_batch, some_of  # noqa: E402 - after what is asked f
 from test_conformance import digest, pass_through, same, step, trained  # noqa: E402
 
 from distrust import TrainConfig  # noqa: E402
-from distrust.engines import create  # noqa: E402
+from distrust.engines import create_engine  # noqa: E402
 from distrust.errors import ConfigError  # noqa: E402
 from distrust.training.events import StepEnded  # noqa: E402
 
@@ -82,8 +82,8 @@ def test_after_ten_resets_mlx_has_as_much_as_after_the_first(run_python, tiny_mo
 
 @pytest.mark.parametrize("options", [{}, {"dora": True}, {"lora_rank": 0}, {"quantization": "4bit"}])
 def test_with_checkpointed_layers_it_is_the_same(config, options):
-    plain = trained(create(replace(config, **options)))
-    again = create(replace(config, gradient_checkpointing=True, **options))
+    plain = trained(create_engine(replace(config, **options)))
+    again = create_engine(replace(config, gradient_checkpointing=True, **options))
     again.load_state(plain.state())
     for number in (3, 4):
         (losses, norm), expected = (step(engine, [BATCH], number=number) for engine in (again, plain))
@@ -95,7 +95,9 @@ def test_with_checkpointed_layers_it_is_the_same(config, options):
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_with_dropout_the_gradient_is_the_slope_of_the_loss(config, checkpointed, compiled):
     """On the way back, too, it drops what it dropped: the loss falls by what the gradient says."""
-    engine = create(replace(config, lora_dropout=0.3, gradient_checkpointing=checkpointed, compile=compiled))
+    engine = create_engine(
+        replace(config, lora_dropout=0.3, gradient_checkpointing=checkpointed, compile=compiled)
+    )
     begun = trained(engine).state()
 
     def loss(state):
@@ -122,7 +124,7 @@ def test_with_dropout_the_gradient_is_the_slope_of_the_loss(config, checkpointed
 @needs_compiler
 def test_compiled_it_is_the_same_to_rounding_and_resumes_to_the_bit(config, tmp_path):
     """Dropout is drawn for other shapes then: rows are padded, so that few shapes need be compiled."""
-    plain, compiled = create(config), create(replace(config, compile=True))
+    plain, compiled = create_engine(config), create_engine(replace(config, compile=True))
     assert compiled.environment()["compiled"]
     batches = [some_of(BATCH, [1]), some_of(BATCH, [0, 3])]
     for number in (1, 2):
@@ -130,7 +132,7 @@ def test_compiled_it_is_the_same_to_rounding_and_resumes_to_the_bit(config, tmp_
         assert losses == pytest.approx(expected[0], rel=1e-5)
         assert norm == pytest.approx(expected[1], rel=1e-4)
     dropping = replace(config, compile=True, lora_dropout=0.2)
-    first, later = trained(create(dropping)), create(dropping)
+    first, later = trained(create_engine(dropping)), create_engine(dropping)
     later.load_state(first.state())
     assert step(later, batches, number=3) == step(first, batches, number=3)
     assert digest(later, tmp_path) == digest(first, tmp_path)
@@ -167,18 +169,18 @@ def test_a_model_that_was_quantized_elsewhere_is_trained(train, config, quantize
     assert train(tmp_path / "stopped", **options)[0].state_digest == alone.state_digest
     # It is what quantizing it here would have made.
     there, here = (
-        create(replace(config, model=str(quantized_folder))),
-        create(replace(config, quantization="4bit")),
+        create_engine(replace(config, model=str(quantized_folder))),
+        create_engine(replace(config, quantization="4bit")),
     )
     assert there.parameters == here.parameters
     assert same(there.evaluate(BATCH), here.evaluate(BATCH))
     with pytest.raises(ConfigError, match=r"--quantization 4bit: .* quantized already"):
-        create(replace(config, model=str(quantized_folder), quantization="4bit"))
+        create_engine(replace(config, model=str(quantized_folder), quantization="4bit"))
 
 
 def test_fewer_bits_change_the_losses_a_little(config):
     losses = {
-        kind: create(replace(config, quantization=kind)).evaluate(BATCH).cross_entropy
+        kind: create_engine(replace(config, quantization=kind)).evaluate(BATCH).cross_entropy
         for kind in ("none", "8bit", "4bit")
     }
     for bits, off in (("8bit", 0.01), ("4bit", 0.1)):
@@ -187,7 +189,10 @@ def test_fewer_bits_change_the_losses_a_little(config):
 
 
 def test_quantized_or_not_it_is_the_same_base(config):
-    assert create(replace(config, quantization="4bit")).fingerprint() == create(config).fingerprint()
+    assert (
+        create_engine(replace(config, quantization="4bit")).fingerprint()
+        == create_engine(config).fingerprint()
+    )
 
 
 @pytest.mark.parametrize("device", ["cuda", "mps"])
@@ -196,7 +201,7 @@ def test_a_device_that_is_not_there(config, device):
     if available[device]:
         pytest.skip("this machine has it")
     with pytest.raises(ConfigError, match=f"--device {device}: not available to mlx here; available: cpu"):
-        create(replace(config, device=device))
+        create_engine(replace(config, device=device))
 
 
 @pytest.mark.parametrize(
@@ -208,7 +213,7 @@ def test_a_device_that_is_not_there(config, device):
 )
 def test_names_that_no_linear_module_has(config, options, said):
     with pytest.raises(ConfigError, match=said) as error:
-        create(replace(config, **options))
+        create_engine(replace(config, **options))
     assert "\n" not in str(error.value)
 
 

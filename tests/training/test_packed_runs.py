@@ -17,7 +17,7 @@ from distrust import DistrustTrainer, TrainConfig
 from distrust.errors import NonFiniteLoss
 from distrust.training.data_sources import read_sources
 from distrust.training.events import Evaluated, StepEnded
-from distrust.training.prepare_data import Plan, make_plan
+from distrust.training.prepare_data import PreparedData, prepare_data
 from models import write_records
 
 CAPACITY = 70  # tokens of a row; the records have 8 to 30
@@ -34,9 +34,9 @@ def sources(tmp_path_factory) -> tuple[str, str]:
 
 @pytest.fixture(scope="module")
 def plan_of(sources):
-    def plan_of(**options: Any) -> Plan:
+    def plan_of(**options: Any) -> PreparedData:
         config = TrainConfig(**{"data": sources, "packing": True, "max_length": CAPACITY, **TOY, **options})
-        return make_plan(
+        return prepare_data(
             config,
             read_sources(config),
             ToyEngine().tokenizer,
@@ -77,7 +77,7 @@ def test_packing_makes_another_run_of_fewer_steps(run, sources, tmp_path):
     assert sum(event.tokens for event in steps if isinstance(event, StepEnded)) > 0
 
 
-def tokens_and_weights(plan: Plan, *, epochs: int) -> tuple[int, float, list[int]]:
+def tokens_and_weights(plan: PreparedData, *, epochs: int) -> tuple[int, float, list[int]]:
     """Of whole epochs: learned tokens, the sum of their weights, and the examples in the order they came."""
     steps = plan.batches.epoch_steps * epochs
     assert steps == int(steps)

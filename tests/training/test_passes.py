@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from distrust.engines.torch import attention
 from distrust.engines.torch.fused import fuse
 from distrust.engines.torch.loss import chunked_losses
-from distrust.engines.torch.model_runner import Passes
+from distrust.engines.torch.model_runner import ModelRunner
 
 BFLOAT16 = torch.bfloat16
 #: What each kind of model allows: whether its examples are packed, and its logits made in chunks.
@@ -41,12 +41,12 @@ def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 
 def check(
     model: Any, base: Any, *, arithmetic: torch.dtype = torch.float32, rounding: float = 2e-5
-) -> Passes:
+) -> ModelRunner:
     """Losses and gradients of the passes are those of transformers; returns the passes."""
     batch = a_batch()
     losses, expected = reference(model, batch, autocast=arithmetic is not torch.float32)
     fuse(model, dtype=next(base.parameters()).dtype)
-    passes = Passes(base, arithmetic=arithmetic)
+    passes = ModelRunner(base, arithmetic=arithmetic)
     evaluated = passes.evaluate(batch)
     model.train()
     made = passes.train(batch, tokens=batch.tokens)
@@ -91,7 +91,7 @@ def test_the_loss_is_that_of_transformers():
     labels, mask = torch.from_numpy(batch.labels), torch.from_numpy(batch.attention_mask)
     with torch.no_grad():
         loss = model(input_ids=torch.from_numpy(batch.input_ids), attention_mask=mask, labels=labels).loss
-    ours = Passes(model, arithmetic=torch.float32).evaluate(batch)
+    ours = ModelRunner(model, arithmetic=torch.float32).evaluate(batch)
     assert ours.cross_entropy.sum() / batch.tokens == pytest.approx(float(loss), rel=1e-5)
 
 
@@ -139,7 +139,7 @@ def test_examples_that_would_see_each_other_are_not_packed(monkeypatch, fault):
 def test_attention_that_was_chosen_stays(chosen):
     model = small_model("llama")
     model.set_attn_implementation(chosen)
-    assert Passes(model, arithmetic=torch.float32).packs == (chosen == "sdpa")
+    assert ModelRunner(model, arithmetic=torch.float32).packs == (chosen == "sdpa")
     if chosen == "eager":
         assert model.config._attn_implementation == "eager"
 
@@ -147,7 +147,7 @@ def test_attention_that_was_chosen_stays(chosen):
 def test_outside_of_passes_a_packed_model_is_as_usual():
     """Generation, and whoever calls the model by himself."""
     model, plain, batch = small_model("llama"), small_model("llama"), a_batch()
-    assert Passes(model, arithmetic=torch.float32).packs
+    assert ModelRunner(model, arithmetic=torch.float32).packs
     given = {
         "input_ids": torch.from_numpy(batch.input_ids),
         "attention_mask": torch.from_numpy(batch.attention_mask),

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from distrust import DistrustTrainer, TrainConfig
-from distrust.engines import create, open_checkpoint
+from distrust.engines import create_engine, open_checkpoint
 from distrust.errors import ConfigError, ResumeRefused
 from distrust.training.events import Evaluated, MemoryReset, StepEnded
 
@@ -109,7 +109,7 @@ def base_bytes(engine) -> int:
 def test_fewer_bits_are_less_memory(options):
     sizes, counts = {}, set()
     for kind in ("none", *BITS):
-        engine = create(TrainConfig(quantization=kind, **options))
+        engine = create_engine(TrainConfig(quantization=kind, **options))
         kept = (
             engine.model.get_input_embeddings().weight.nbytes
             + engine.model.get_output_embeddings().weight.nbytes
@@ -127,7 +127,7 @@ def test_the_file_of_the_whole_weights_is_let_go(options, tmp_path, bits):
     """What is not quantized would keep all of it mapped, and resident."""
     folder = tmp_path / "model"
     shutil.copytree(options["model"], folder)
-    engine = create(TrainConfig(**{**options, "model": str(folder), "quantization": bits}))
+    engine = create_engine(TrainConfig(**{**options, "model": str(folder), "quantization": bits}))
     gc.collect()
     assert str(folder) not in Path("/proc/self/maps").read_text()
     assert engine.parameters[0] > 0
@@ -137,7 +137,7 @@ def test_the_base_is_known_by_its_own_weights(options, tmp_path):
     """Whatever it is kept in, and in however many files it lies."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    whole = create(TrainConfig(**options)).fingerprint()
+    whole = create_engine(TrainConfig(**options)).fingerprint()
     parts = tmp_path / "parts"
     AutoModelForCausalLM.from_pretrained(options["model"]).save_pretrained(parts, max_shard_size="40KB")
     AutoTokenizer.from_pretrained(options["model"]).save_pretrained(parts)
@@ -145,7 +145,7 @@ def test_the_base_is_known_by_its_own_weights(options, tmp_path):
     for kind in BITS:
         for model in (options["model"], str(parts)):
             config = TrainConfig(**{**options, "model": model, "quantization": kind})
-            assert create(config).fingerprint() == whole
+            assert create_engine(config).fingerprint() == whole
 
 
 def test_a_checkpoint_opens_with_the_bits_it_was_trained_with(train, tmp_path):
@@ -171,7 +171,7 @@ def test_a_library_that_is_missing_is_named(options, monkeypatch):
         lambda name, *more: None if name == "bitsandbytes" else honest(name, *more),
     )
     with pytest.raises(ConfigError) as refused:
-        create(TrainConfig(quantization="8bit", **options))
+        create_engine(TrainConfig(quantization="8bit", **options))
     assert "pip install 'distrust-trainer[quantization]'" in str(refused.value)
     assert "\n" not in str(refused.value)
 

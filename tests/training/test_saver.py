@@ -62,7 +62,7 @@ def test_what_stands_is_said_when_a_run_stops(run, tmp_path, failing_saves):
         "step 2 is saved: mend the cause, and the same command goes on from there"
     )
     assert "\n" not in said
-    assert caught.value.wanted > 10_000
+    assert caught.value.needed > 10_000
     assert caught.value.free > 0
     assert "going on" not in said
     assert run(tmp_path)[0].step == 9

@@ -73,7 +73,7 @@ def test_a_stopped_run_is_saved_at_that_step(run, data, tmp_path, number):
 
     config = TrainConfig(out=str(tmp_path), data=str(data), batch_size=2, max_steps=9, save_every=0)
     ended = DistrustTrainer(config, engine=ToyEngine(), observers=[stop]).train()
-    assert (ended.step, ended.signal, ended.already) == (3, number, False)
+    assert (ended.step, ended.signal, ended.already_finished) == (3, number, False)
     assert ended.path == tmp_path / "checkpoints" / "checkpoint-3.safetensors"
     manager = CheckpointManager(ended.path.parent)
     manager.validate(3)
@@ -95,7 +95,7 @@ def test_stopped_before_the_first_step_there_is_nothing_to_save(data, tmp_path):
         stall_seconds=0.0,
         reason="signal",
         signal=signal.SIGTERM,
-        already=False,
+        already_finished=False,
     )
     assert CheckpointManager(tmp_path / "checkpoints").list_checkpoints() == []
 
@@ -123,7 +123,7 @@ def test_once_the_model_is_loaded_a_stopped_run_leaves_the_data_alone(data, tmp_
         loaded.append(ToyEngine())
         return loaded[0]
 
-    monkeypatch.setattr("distrust.engines.create", load)
+    monkeypatch.setattr("distrust.engines.create_engine", load)
     config = TrainConfig(out=str(tmp_path), data=str(data), max_steps=9)
     ended = DistrustTrainer(config, observers=[events.append]).train()
     assert (ended.step, ended.path, ended.signal) == (0, None, number)

@@ -9,16 +9,16 @@ import pytest
 import torch
 
 from distrust import CheckpointManager, DistrustWarning, TrainConfig
-from distrust.engines import config_of, create, open_checkpoint
+from distrust.engines import config_of, create_engine, open_checkpoint
 from distrust.errors import ConfigError, ResumeRefused
 from models import make_model
 
 
 def test_the_threads_of_one_run_are_not_those_of_the_next(tiny_model):
     def threads_of(chosen):
-        return create(TrainConfig(engine="torch", model=str(tiny_model), threads=chosen)).environment()[
-            "threads"
-        ]
+        return create_engine(
+            TrainConfig(engine="torch", model=str(tiny_model), threads=chosen)
+        ).environment()["threads"]
 
     first = threads_of(None)
     assert threads_of(first + 1) == first + 1
@@ -80,7 +80,7 @@ def test_a_checkpoint_knows_its_config(train, tmp_path, tiny_model, data):
 
 
 def test_the_optimizer_of_an_earlier_version_is_gone_on_from_by_this_one(tiny_model):
-    engine = create(TrainConfig(engine="torch", model=str(tiny_model), lora_rank=2, threads=1))
+    engine = create_engine(TrainConfig(engine="torch", model=str(tiny_model), lora_rank=2, threads=1))
     state = engine.state()
     for group in state.optimizer["param_groups"]:
         group["fused"] = None  # AdamW of torch as it was by default
@@ -107,15 +107,17 @@ def test_packing_for_a_model_that_would_mix_the_examples_is_refused(tiny_model, 
     (folder / "config.json").write_text(json.dumps({**config, "attn_implementation": "eager"}))
     assert (
         "padded"
-        in create(TrainConfig(engine="torch", model=str(folder), threads=1)).environment()["attention"]
+        in create_engine(TrainConfig(engine="torch", model=str(folder), threads=1)).environment()["attention"]
     )
     with pytest.raises(ConfigError, match="--packing: this model cannot keep apart"):
-        create(TrainConfig(engine="torch", model=str(folder), packing=True, threads=1))
+        create_engine(TrainConfig(engine="torch", model=str(folder), packing=True, threads=1))
 
 
 def test_names_that_no_module_has(tiny_model):
     with pytest.raises(ConfigError, match=r"--target-modules q_porj.*\n?.*linear modules are:.*q_proj"):
-        create(TrainConfig(engine="torch", model=str(tiny_model), target_modules=("q_porj",), threads=1))
+        create_engine(
+            TrainConfig(engine="torch", model=str(tiny_model), target_modules=("q_porj",), threads=1)
+        )
 
 
 def test_longer_than_the_model_sees(train, tmp_path):

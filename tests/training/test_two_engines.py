@@ -19,7 +19,7 @@ from test_conformance import digest, trained
 
 from distrust import Checkpoint, CheckpointManager, DistrustWarning, TrainConfig
 from distrust.contract import Engine, EngineState
-from distrust.engines import config_of, create, open_checkpoint
+from distrust.engines import config_of, create_engine, open_checkpoint
 from distrust.errors import ConfigError, ResumeRefused
 from distrust.training.events import StepEnded
 
@@ -106,7 +106,7 @@ def test_the_first_steps_losses_are_equal(losses, tmp_path, kind):
 
 def test_the_base_is_the_same(tiny_model):
     configs = [TrainConfig(engine=engine, model=str(tiny_model), device="cpu") for engine in OTHER]
-    torch, mlx = map(create, configs)
+    torch, mlx = map(create_engine, configs)
     assert torch.fingerprint() == mlx.fingerprint()
     assert torch.parameters == mlx.parameters
     assert torch.context_length == mlx.context_length
@@ -123,7 +123,7 @@ def test_a_run_of_one_goes_on_with_the_other(losses, tmp_path, first, kind):
     expected = losses(tmp_path / "stays", engine=first, **options)
 
     manager = CheckpointManager(tmp_path / "run" / "checkpoints")
-    taker = create(replace(config_of(manager.inspect(3)), engine=OTHER[first]))
+    taker = create_engine(replace(config_of(manager.inspect(3)), engine=OTHER[first]))
     take_up(manager, 3, taker)
     saved = manager.load(3)
     expected_state = compared(first, saved.model, saved.optimizer)
@@ -153,7 +153,7 @@ def handed_over(giver: Engine, taker: Engine, folder: Path) -> None:
 def test_there_and_back_no_bit_is_lost(tiny_model, tmp_path, first, steps):
     """Nor where no step was made, and torch has no moments yet."""
     config = TrainConfig(engine=first, model=str(tiny_model), lora_rank=4, dora=True, device="cpu", threads=1)
-    engines = [create(replace(config, engine=name)) for name in (first, OTHER[first], first)]
+    engines = [create_engine(replace(config, engine=name)) for name in (first, OTHER[first], first)]
     if steps:
         trained(engines[0])
     handed_over(engines[0], engines[1], tmp_path / "there")
@@ -182,7 +182,9 @@ def test_what_mlx_has_no_adapter_for_is_refused(losses, tmp_path):
 )
 @from_either
 def test_an_optimizer_of_neither_is_refused(tiny_model, tmp_path, first, optimizer):
-    engine = create(TrainConfig(engine=first, model=str(tiny_model), lora_rank=4, device="cpu", threads=1))
+    engine = create_engine(
+        TrainConfig(engine=first, model=str(tiny_model), lora_rank=4, device="cpu", threads=1)
+    )
     before = digest(engine, tmp_path)
     with pytest.raises(ResumeRefused, match="neither torch's nor mlx's"):
         engine.load_state(replace(engine.state(), optimizer=optimizer))
@@ -227,7 +229,7 @@ def test_positions_turn_alike_however_the_config_says_it(tiny_model, tmp_path, r
     model = with_sharp_attention(tiny_model, tmp_path / "plain")
     turned = with_config(model, tmp_path / "turned", rope_parameters=ROTARY[rotary])
     plain, *found = [
-        create(TrainConfig(engine=engine, model=str(folder), device="cpu", threads=1)).evaluate(batch)
+        create_engine(TrainConfig(engine=engine, model=str(folder), device="cpu", threads=1)).evaluate(batch)
         for engine, folder in (("mlx", model), ("torch", turned), ("mlx", turned))
     ]
     np.testing.assert_allclose(found[0].cross_entropy, found[1].cross_entropy, rtol=1e-5)
@@ -243,5 +245,5 @@ def test_a_window_that_mlx_does_not_apply_is_told(tiny_model, tmp_path):
         sliding_window=8,
     )
     with pytest.warns(DistrustWarning, match="8 tokens back"):
-        create(TrainConfig(engine="mlx", model=str(model), device="cpu", max_length=16))
-    create(TrainConfig(engine="mlx", model=str(model), device="cpu", max_length=8))
+        create_engine(TrainConfig(engine="mlx", model=str(model), device="cpu", max_length=16))
+    create_engine(TrainConfig(engine="mlx", model=str(model), device="cpu", max_length=8))

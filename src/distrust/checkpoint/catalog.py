@@ -22,33 +22,59 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from distrust import importers
 from distrust.checkpoint import foreign
-from distrust.checkpoint.files import Entry, file_name, located, parsed, read_into, regular_file
+from distrust.checkpoint.files import (
+    Entry,
+    checkpoint_file_name,
+    errors_with_path,
+    open_regular,
+    parse_checkpoint_name,
+    read_into,
+)
 from distrust.checkpoint.format import ALIGNMENT, FORMAT, LENGTH_BYTES, OPENING, Kind, TensorInfo
 from distrust.checkpoint.header import Header, header_length, parse_header
 from distrust.errors import (
-    NOT_THERE,
+    NOT_FOUND_ERRORS,
     CheckpointError,
     CheckpointNotFound,
     CheckpointUnreadable,
     CorruptCheckpoint,
     DistrustWarning,
     UnsupportedVersion,
-    why_unread,
+    read_failure_reason,
 )
 
 if TYPE_CHECKING:
     from distrust.importers.header import OlderHeader
 
 __all__ = [
-    "RUN_SUBDIRECTORY", "CheckpointFile", "DamagedFile", "Entry", "Identity", "Known", "Scan",
-    "checkpoint_directory", "file_name", "find", "identity", "is_directory", "link_to_nothing", "named",
-    "newest", "opened", "read_header", "require_name", "require_there", "scan", "seems_one", "verify",
+    "RUN_SUBDIRECTORY",
+    "CheckpointFile",
+    "DamagedFile",
+    "Entry",
+    "Identity",
+    "Known",
+    "Scan",
+    "checkpoint_directory",
+    "checkpoint_file_name",
+    "dangling_link",
+    "file_identity",
+    "is_directory",
+    "list_names",
+    "looks_like_checkpoint",
+    "newest",
+    "open_checkpoint",
+    "read_header",
+    "require_exists",
+    "require_name",
+    "resolve",
+    "scan",
+    "verify",
     "verify_content",
 ]  # fmt: skip
 
 RUN_SUBDIRECTORY = "checkpoints"
 #: A file changed later than this before it was read is read again: no file system's clock is coarser.
-SETTLED_NANOSECONDS = 2_000_000_000
+STABLE_AFTER_NANOSECONDS = 2_000_000_000
 
 
 class CheckpointFile(NamedTuple):
@@ -68,12 +94,12 @@ class CheckpointFile(NamedTuple):
         return self.header.format
 
     @property
-    def is_older(self) -> bool:
+    def is_foreign(self) -> bool:
         """Whether it is in an older format: it has no digests, and is never removed."""
         return self.format != FORMAT
 
     @property
-    def lacks_arrays(self) -> bool:
+    def metadata_only(self) -> bool:
         """Whether it is metadata alone, as only one in an older format can be."""
         return not isinstance(self.header, Header) and self.header.lacks_arrays
 
@@ -130,17 +156,17 @@ class CheckpointFile(NamedTuple):
         Raises:
             CorruptCheckpoint: if they are not described as a writer does; damage was found before.
         """
-        with located(self.path):
+        with errors_with_path(self.path):
             return self.header.tensors
 
-    def require_whole(self) -> None:
+    def require_intact(self) -> None:
         """Check all that is checked without the tensors' bytes; see :mod:`distrust.checkpoint.header`.
 
         Raises:
             CorruptCheckpoint: with what no writer makes.
         """
-        with located(self.path):
-            self.header.require_whole()
+        with errors_with_path(self.path):
+            self.header.require_intact()
 
 
 class DamagedFile(NamedTuple):
@@ -176,7 +202,7 @@ class Scan(NamedTuple):
     foreign: tuple[CheckpointFile, ...] = ()
 
     @property
-    def everything(self) -> tuple[CheckpointFile, ...]:
+    def all_intact(self) -> tuple[CheckpointFile, ...]:
         """All that are whole, by step; of a step the one that is meant stands last."""
         return tuple(sorted([*self.foreign, *self.files], key=_rank))
 
@@ -185,11 +211,11 @@ class Scan(NamedTuple):
 
         Metadata alone stands for a step only where nothing else does.
         """
-        return {file.step: file for file in self.everything}
+        return {file.step: file for file in self.all_intact}
 
 
 def _rank(file: CheckpointFile) -> tuple[int, bool, bool, bool]:
-    return file.step, not file.lacks_arrays, not file.is_older, file.kind == "final"
+    return file.step, not file.metadata_only, not file.is_foreign, file.kind == "final"
 
 
 #: What tells that a file is the same, with the same content: device, inode, size, times of its last changes.
@@ -211,7 +237,7 @@ def scan(directory: Path, known: Known | None = None) -> Scan:
     """
     while True:
         seen: Known = {}
-        found = [_listed(entry, known or {}, seen) for entry in named(directory)]
+        found = [_classify(entry, known or {}, seen) for entry in list_names(directory)]
         # A writer removes a checkpoint once a newer one stands: that one was not in the list.
         if None not in found:
             if known is not None:
@@ -222,13 +248,13 @@ def scan(directory: Path, known: Known | None = None) -> Scan:
                         known.pop(path, None)
             whole = [file for file in found if isinstance(file, CheckpointFile)]
             return Scan(
-                files=tuple(file for file in whole if not file.is_older),
+                files=tuple(file for file in whole if not file.is_foreign),
                 damaged=tuple(file for file in found if isinstance(file, DamagedFile)),
-                foreign=tuple(file for file in whole if file.is_older),
+                foreign=tuple(file for file in whole if file.is_foreign),
             )
 
 
-def find(target: Path) -> list[Path]:
+def resolve(target: Path) -> list[Path]:
     """The checkpoints that a run, a directory of them, or one of them stands for, by step.
 
     Raises:
@@ -236,15 +262,17 @@ def find(target: Path) -> list[Path]:
     """
     if is_directory(target):
         directory = checkpoint_directory(target)
-        paths = [path for path, _, _ in named(directory)]
+        paths = [path for path, _, _ in list_names(directory)]
         if not paths:
-            raise CheckpointNotFound(f"{target}: no checkpoints here{foreign.hint(target)}", path=target)
+            raise CheckpointNotFound(
+                f"{target}: no checkpoints here{foreign.import_hint(target)}", path=target
+            )
         return paths
-    require_there(target)
+    require_exists(target)
     return [target]
 
 
-def require_there(target: Path) -> None:
+def require_exists(target: Path) -> None:
     """Check that something is at the place that a user has named.
 
     Raises:
@@ -254,9 +282,9 @@ def require_there(target: Path) -> None:
     try:
         os.stat(target)
     except (FileNotFoundError, NotADirectoryError, ValueError):
-        raise CheckpointNotFound(f"{target}: {NOT_THERE}", path=target) from None
+        raise CheckpointNotFound(f"{target}: {NOT_FOUND_ERRORS}", path=target) from None
     except OSError as error:
-        raise CheckpointUnreadable(f"{target}: {why_unread(error)}", path=target) from error
+        raise CheckpointUnreadable(f"{target}: {read_failure_reason(error)}", path=target) from error
 
 
 def newest(target: Path) -> CheckpointFile:
@@ -269,12 +297,12 @@ def newest(target: Path) -> CheckpointFile:
         CorruptCheckpoint: if a file was named and its header is damaged.
     """
     if not is_directory(target):
-        require_there(target)
+        require_exists(target)
         return read_header(target)
     found = scan(checkpoint_directory(target))
-    files = found.everything
+    files = found.all_intact
     if not files:
-        also = f"; {len(found.damaged)} damaged" if found.damaged else foreign.hint(target)
+        also = f"; {len(found.damaged)} damaged" if found.damaged else foreign.import_hint(target)
         raise CheckpointNotFound(f"{target}: no checkpoints here{also}", path=target)
     for damaged in found.damaged:
         if damaged.step >= files[-1].step:
@@ -291,7 +319,7 @@ def checkpoint_directory(target: Path) -> Path:
 def is_directory(path: Path) -> bool:
     """Whether it may hold checkpoints: a folder that is one itself, in an older format, does not."""
     return (
-        os.path.isdir(path) and importers.recognised(path) is None
+        os.path.isdir(path) and importers.detect_format(path) is None
     )  # a link that cannot be followed is none; Path.is_dir() may raise for it
 
 
@@ -304,7 +332,7 @@ def read_header(path: Path) -> CheckpointFile:
         CheckpointUnreadable: if this process cannot read it.
         UnsupportedVersion: if a later version of the format wrote it.
     """
-    if importers.recognised(path):
+    if importers.detect_format(path):
         return CheckpointFile(path, importers.read_header(path))
     return _read_header(path)[0]
 
@@ -332,20 +360,20 @@ def verify_content(path: Path) -> CheckpointFile:
         CheckpointUnreadable: if this process cannot read it.
         UnsupportedVersion: if a later version of the format wrote it.
     """
-    if importers.recognised(path):
+    if importers.detect_format(path):
         return CheckpointFile(path, importers.verify(path))
 
     from distrust.checkpoint import (
         verified_read,  # listing, which is all that most commands do, needs none of it
     )
 
-    with opened(path) as (descriptor, header):
+    with open_checkpoint(path) as (descriptor, header):
         verified_read.verify_file(descriptor, header)
         return CheckpointFile(path, header)
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[tuple[int, Header]]:
+def open_checkpoint(path: Path) -> Iterator[tuple[int, Header]]:
     """A checkpoint's descriptor and its header, all of which was checked; errors raised inside get the path.
 
     Raises:
@@ -354,9 +382,9 @@ def opened(path: Path) -> Iterator[tuple[int, Header]]:
         CheckpointUnreadable: if this process cannot read it.
         UnsupportedVersion: if a later version of the format wrote it.
     """
-    with located(path), regular_file(path) as (descriptor, status):
+    with errors_with_path(path), open_regular(path) as (descriptor, status):
         header = _header(descriptor, status.st_size)
-        header.require_whole()
+        header.require_intact()
         yield descriptor, header
 
 
@@ -371,42 +399,42 @@ def _header(descriptor: int, file_size: int) -> Header:
 
 
 def _read_header(path: Path) -> tuple[CheckpointFile, os.stat_result]:
-    with located(path), regular_file(path) as (descriptor, status):
+    with errors_with_path(path), open_regular(path) as (descriptor, status):
         return CheckpointFile(path, _header(descriptor, status.st_size)), status
 
 
-def _listed(entry: Entry, known: Known, seen: Known) -> CheckpointFile | DamagedFile | None:
+def _classify(entry: Entry, known: Known, seen: Known) -> CheckpointFile | DamagedFile | None:
     """What a file of that name is; None if it is not there any more."""
     path, step, _ = entry
     try:
         before = known.get(path)
-        if before is not None and before[0] == identity(_status(path)):
+        if before is not None and before[0] == file_identity(_status(path)):
             seen[path] = before
             return before[1]
-        if importers.recognised(path):
+        if importers.detect_format(path):
             file = CheckpointFile(path, importers.read_header(path))
             require_name(file)
             return file
         file, status = _read_header(path)
         require_name(file)
         # Changed twice within a tick of the file system's clock, a file shows the same time.
-        if time.time_ns() - status.st_ctime_ns > SETTLED_NANOSECONDS:
-            seen[path] = identity(status), file
+        if time.time_ns() - status.st_ctime_ns > STABLE_AFTER_NANOSECONDS:
+            seen[path] = file_identity(status), file
         return file
     except CheckpointNotFound:
         if not path.is_symlink():
             return None
-        return DamagedFile(path, step, link_to_nothing(path))
+        return DamagedFile(path, step, dangling_link(path))
     except (CorruptCheckpoint, UnsupportedVersion) as error:
         return DamagedFile(path, step, error)
 
 
 def _status(path: Path) -> os.stat_result:
-    with located(path):
+    with errors_with_path(path):
         return path.stat()
 
 
-def link_to_nothing(path: Path) -> CorruptCheckpoint:
+def dangling_link(path: Path) -> CorruptCheckpoint:
     """The error for a symbolic link whose end is not there."""
     return CorruptCheckpoint("a link to nothing", path=path)
 
@@ -417,21 +445,21 @@ def require_name(file: CheckpointFile) -> None:
     Raises:
         CorruptCheckpoint: if it is not.
     """
-    entry = parsed(file.path)
+    entry = parse_checkpoint_name(file.path)
     if entry is not None and (file.step, file.kind) != entry[1:]:
         reason = f"it holds step {file.step} ({file.kind}), not what its name says"
         raise CorruptCheckpoint(reason, path=file.path)
 
 
-def seems_one(path: Path) -> bool:
+def looks_like_checkpoint(path: Path) -> bool:
     """Whether anything says that a file is or was a checkpoint: its name, or how it begins.
 
     What may not or cannot be looked into may be one.
     """
-    if parsed(path) is not None or importers.recognised(path) is not None:
+    if parse_checkpoint_name(path) is not None or importers.detect_format(path) is not None:
         return True
     try:
-        with regular_file(path) as (descriptor, _):
+        with open_regular(path) as (descriptor, _):
             return os.pread(descriptor, LENGTH_BYTES + len(OPENING), 0).startswith(OPENING, LENGTH_BYTES)
     except CorruptCheckpoint:
         return False
@@ -439,12 +467,12 @@ def seems_one(path: Path) -> bool:
         return True
 
 
-def identity(status: os.stat_result) -> Identity:
+def file_identity(status: os.stat_result) -> Identity:
     """What tells that a file is the same, with the same content."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-def named(directory: Path) -> list[Entry]:
+def list_names(directory: Path) -> list[Entry]:
     """What is named as a checkpoint: files, and folders of an older format, which stand before them.
 
     By step; a periodic one stands before the final of its step.
@@ -458,7 +486,7 @@ def named(directory: Path) -> list[Entry]:
         return []
     except OSError as error:
         raise CheckpointError(f"{directory}: cannot be read: {error.strerror}", path=directory) from error
-    entries = [entry for name in names if (entry := parsed(directory / name)) is not None]
-    found = [entry for entry in entries if entry[0].suffix or importers.recognised(entry[0])]
+    entries = [entry for name in names if (entry := parse_checkpoint_name(directory / name)) is not None]
+    found = [entry for entry in entries if entry[0].suffix or importers.detect_format(entry[0])]
     # "final" would sort before "periodic": the periodic one of a step comes first.
     return sorted(found, key=lambda entry: (entry[1], bool(entry[0].suffix), entry[2] == "final"))

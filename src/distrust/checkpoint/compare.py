@@ -9,7 +9,7 @@ from typing import Any
 from distrust.checkpoint.catalog import CheckpointFile
 from distrust.checkpoint.format import TensorInfo
 from distrust.checkpoint.tree import decode_key
-from distrust.errors import shortened
+from distrust.errors import shorten
 
 #: Stands for a value that one side does not have.
 ABSENT = "absent"
@@ -30,7 +30,7 @@ class Difference:
         b: how the second one has it.
     """
 
-    what: str
+    kind: str
     name: str
     a: str
     b: str
@@ -43,8 +43,8 @@ def differences(a: CheckpointFile, b: CheckpointFile) -> list[Difference]:
         CorruptCheckpoint: if one of them does not hold what its digest of the state says.
         CheckpointError: if one of them is in an older format.
     """
-    a.require_whole()
-    b.require_whole()
+    a.require_intact()
+    b.require_intact()
     sections_a, sections_b = (
         a.header.sections,
         b.header.sections,
@@ -85,7 +85,7 @@ def _compare_nodes(a: Any, b: Any, path: str, found: list[Difference]) -> None:
         mine, theirs = _children(a), _children(b)
         for key in {**mine, **theirs}:
             name = key if not path or type(key) is int else decode_key(key)
-            inner = shortened(f"{path}.{shortened(str(name))}") if path else key
+            inner = shorten(f"{path}.{shorten(str(name))}") if path else key
             _compare_nodes(mine.get(key, _NOTHING), theirs.get(key, _NOTHING), inner, found)
     elif not kinds <= _COMPARED_AS_TENSORS and (was := _text(a)) != (now := _text(b)):
         found.append(Difference("state", path, was, now))

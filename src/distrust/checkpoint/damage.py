@@ -34,7 +34,7 @@ from distrust.errors import (
 _Identity = tuple[catalog.Identity | None, catalog.Identity | None]
 
 
-def damaged(directory: Path) -> Iterator[DamagedFile]:
+def find_damaged(directory: Path) -> Iterator[DamagedFile]:
     """The damaged files of a directory, by step; warns of each doubtful one.
 
     Each is told of as soon as it was read. Whoever removes it does so before asking for the next: so there is
@@ -43,9 +43,9 @@ def damaged(directory: Path) -> Iterator[DamagedFile]:
     Raises:
         CheckpointError: if the directory cannot be read.
     """
-    for path, step, _ in catalog.named(directory):
+    for path, step, _ in catalog.list_names(directory):
         before = _identity(path)
-        found = _verdict(path)
+        found = _classify(path)
         if isinstance(found, CorruptCheckpoint) and _identity(path) != before:
             found = "it changed while it was read"
         if isinstance(found, CorruptCheckpoint):
@@ -54,29 +54,29 @@ def damaged(directory: Path) -> Iterator[DamagedFile]:
             warnings.warn(f"{path}: left: {found}", DistrustWarning, stacklevel=2)
 
 
-def _verdict(path: Path) -> CorruptCheckpoint | str | None:
+def _classify(path: Path) -> CorruptCheckpoint | str | None:
     """What is wrong with a file; or, in words, why that is doubtful; or None if nothing is."""
-    if importers.recognised(path):
-        return _older_verdict(path)
+    if importers.detect_format(path):
+        return _classify_foreign(path)
     if os.path.isdir(path) and not path.is_symlink():  # Path.is_dir() may raise for a link
         return "a directory; remove it yourself if nothing in it is needed"
     try:
         file = catalog.verify_content(path)
     except CheckpointNotFound:
-        return catalog.link_to_nothing(path) if path.is_symlink() else None
+        return catalog.dangling_link(path) if path.is_symlink() else None
     except CorruptCheckpoint as error:
-        return _doubt(path, error) or error
+        return _reason_to_keep(path, error) or error
     except (CheckpointUnreadable, UnsupportedVersion) as error:
         return str(error).removeprefix(f"{path}: ")
     try:
         catalog.require_name(file)
     except CorruptCheckpoint as error:
-        own = catalog.file_name(file.step, file.kind)
+        own = catalog.checkpoint_file_name(file.step, file.kind)
         return f"every byte is right, but {error.reason}; rename it {own}, or move it away"
     return None
 
 
-def _older_verdict(path: Path) -> str | None:
+def _classify_foreign(path: Path) -> str | None:
     """Why one in an older format is left although it is damaged: it is never removed."""
     try:
         catalog.verify(path)
@@ -85,7 +85,7 @@ def _older_verdict(path: Path) -> str | None:
     return None
 
 
-def _doubt(path: Path, error: CorruptCheckpoint) -> str | None:
+def _reason_to_keep(path: Path, error: CorruptCheckpoint) -> str | None:
     """Why a file that did not verify may still be worth something; None if it is not."""
     cause = error.__cause__
     if isinstance(cause, OSError) and cause.errno != errno.ELOOP:  # a link to itself has no content
@@ -126,7 +126,7 @@ def _identity(path: Path) -> _Identity:
     identities: list[catalog.Identity | None] = []
     for status in (os.lstat, os.stat):
         try:
-            identities.append(catalog.identity(status(path)))
+            identities.append(catalog.file_identity(status(path)))
         except OSError:
             identities.append(None)
     return identities[0], identities[1]

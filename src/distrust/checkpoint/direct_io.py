@@ -14,17 +14,17 @@ import os
 FLAG = getattr(os, "O_DIRECT", 0)
 
 
-def is_on(descriptor: int) -> bool:
+def is_enabled(descriptor: int) -> bool:
     """Whether a descriptor uses it."""
     return bool(fcntl.fcntl(descriptor, fcntl.F_GETFL) & FLAG)
 
 
-def take(descriptor: int) -> None:
+def enable(descriptor: int) -> None:
     """Use it from now on, if the file system lets us."""
     with contextlib.suppress(OSError):
         fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | FLAG)
 
 
-def drop(descriptor: int) -> None:
+def disable(descriptor: int) -> None:
     """Use it no more."""
     fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~FLAG)

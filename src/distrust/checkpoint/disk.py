@@ -35,7 +35,7 @@ class Disk:
         """Open a file to be locked; made if it is not there, never followed if it is a link."""
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
 
-    def note(self, descriptor: int, text: str) -> None:
+    def write_lock_note(self, descriptor: int, text: str) -> None:
         """Have a lock say who holds it; it is overwritten, and never synced."""
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, text.encode(), 0)
@@ -67,7 +67,7 @@ class Disk:
             code = ctypes.get_errno()
             if code not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EINTR):
                 raise OSError(code, os.strerror(code))
-        elif size and sys.platform == "darwin" and _preallocated(descriptor, size):
+        elif size and sys.platform == "darwin" and _preallocate(descriptor, size):
             return
         status = os.fstatvfs(descriptor)
         if status.f_bavail * status.f_frsize < size:
@@ -83,7 +83,7 @@ class Disk:
                 if error.errno != errno.EINVAL or refused:
                     raise
                 # Direct I/O may be refused only here: by the file system, or for what a short write left.
-                direct_io.drop(descriptor)
+                direct_io.disable(descriptor)
                 refused = True
                 continue
             view = view[written:]
@@ -133,14 +133,14 @@ def _sync(descriptor: int) -> None:
 
 def _start_write_back(descriptor: int, offset: int, length: int) -> None:
     """Have the disk begin now what the sync would otherwise find to do at the end."""
-    if sys.platform == "linux" and not direct_io.is_on(descriptor):
+    if sys.platform == "linux" and not direct_io.is_enabled(descriptor):
         libc = ctypes.CDLL(None)
         libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
         # Advice only: whether it was written is for the sync to say.
         libc.sync_file_range(descriptor, offset, length, _SYNC_FILE_RANGE_WRITE)
 
 
-def _preallocated(descriptor: int, size: int) -> bool:
+def _preallocate(descriptor: int, size: int) -> bool:
     """macOS: whether the space was given. The file keeps its size: it grows as it is written."""
     allocate_all, from_the_end = 4, 3  # F_ALLOCATEALL, F_PEOFPOSMODE; Python has no names for them
     wanted = struct.pack("@Iiqqq", allocate_all, from_the_end, 0, size, 0)

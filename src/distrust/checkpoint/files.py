@@ -19,7 +19,7 @@ CUT_WHILE_READ = "the file ends in the middle: it was cut while it was read"
 
 
 @contextlib.contextmanager
-def located(path: Path) -> Iterator[None]:
+def errors_with_path(path: Path) -> Iterator[None]:
     """Errors raised inside say which file it is, and are this library's."""
     try:
         yield
@@ -40,7 +40,7 @@ def located(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def regular_file(path: str | Path, *, folder: int | None = None) -> Iterator[tuple[int, os.stat_result]]:
+def open_regular(path: str | Path, *, folder: int | None = None) -> Iterator[tuple[int, os.stat_result]]:
     """A regular file, open to be read, and its status.
 
     Args:
@@ -86,12 +86,12 @@ _NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})(-final)?(\.safetensors)?", 
 Entry = tuple[Path, int, Kind]
 
 
-def file_name(step: int, kind: Kind) -> str:
+def checkpoint_file_name(step: int, kind: Kind) -> str:
     """The name of a checkpoint's file."""
     return f"checkpoint-{step}{'-final' if kind == 'final' else ''}.safetensors"
 
 
-def parsed(path: Path) -> Entry | None:
+def parse_checkpoint_name(path: Path) -> Entry | None:
     """What the name of a checkpoint says, of a file or of a folder."""
     match = _NAME.fullmatch(path.name)
     return (path, int(match[1]), "final" if match[2] else "periodic") if match else None

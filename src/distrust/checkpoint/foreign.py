@@ -10,13 +10,13 @@ import shlex
 from pathlib import Path
 
 from distrust import importers
-from distrust.checkpoint.files import parsed
+from distrust.checkpoint.files import parse_checkpoint_name
 
 ADAPTER_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS, MLX_WEIGHTS = "adapter_model.safetensors", "adapters.safetensors"
 
 
-def hint(folder: Path) -> str:
+def import_hint(folder: Path) -> str:
     """What a folder seems to be, and the command that makes a run of it, to stand behind a message.
 
     Args:
@@ -29,7 +29,7 @@ def hint(folder: Path) -> str:
         names = set(os.listdir(folder))
     except OSError:
         return ""
-    entries = [entry for name in names if (entry := parsed(folder / name)) is not None]
+    entries = [entry for name in names if (entry := parse_checkpoint_name(folder / name)) is not None]
     saved = [(step, path) for path, step, _ in entries if is_trainer_folder(path)]
     is_adapter = ADAPTER_CONFIG in names and not names.isdisjoint({PEFT_WEIGHTS, MLX_WEIGHTS})
     if importers.TRAINER_STATE in names or saved:

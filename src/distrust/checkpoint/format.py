@@ -30,7 +30,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 from blake3 import blake3
 
-from distrust.checkpoint.lazy import Once
+from distrust.checkpoint.lazy import lockfree_cached_property
 from distrust.errors import UnsupportedState
 
 FORMAT = "distrust"
@@ -158,7 +158,7 @@ class TensorTable:
         described = ",".join(map('[%s,%s,"%s"]'.__mod__, zip(*columns, strict=True)))
         return blake3(f'{{"state":{encode_text(state)},"tensors":[{described}]}}'.encode()).hexdigest()
 
-    @Once
+    @lockfree_cached_property
     def _encoded_names(self) -> list[str]:
         return [*map(encode_text, self.names)]
 
@@ -276,7 +276,7 @@ class Layout:
         """
         return self.data_offset + self.data_bytes
 
-    @Once
+    @lockfree_cached_property
     def tensors(self) -> tuple[TensorInfo, ...]:
         """In the order of their data, with offsets, without digests.
 
@@ -296,11 +296,11 @@ class Layout:
         """
         return self._text.complete(digests, self._table.state_digest(self._state, digests))
 
-    @Once
+    @lockfree_cached_property
     def _state(self) -> str:
         return canonical_json({"sections": self._sections, "step": self._step})
 
-    @Once
+    @lockfree_cached_property
     def _text(self) -> HeaderText:
         text = HeaderText(
             step=self._step, kind=self._kind, state=self._state, run=self._run, table=self._table

@@ -7,7 +7,7 @@ A reader trusts nothing that a file says of itself, and pays only for what it as
   all a listing shows. The tensors' descriptions and the skeleton of their sections, which may be thousands
   of times as long, are covered by the digest and not parsed.
 - :attr:`Header.tensors` and :attr:`Header.sections` parse and check those when first asked for.
-- :meth:`Header.require_whole` checks everything: the two above, the state's digest, and canonical form.
+- :meth:`Header.require_intact` checks everything: the two above, the state's digest, and canonical form.
   Whoever reads the data calls it before.
 
 So damage is found at once, wherever it is. What is forged, with digests that are right, is found where it is
@@ -47,9 +47,9 @@ from distrust.checkpoint.format import (
     is_possible,
     own_digest,
 )
-from distrust.checkpoint.lazy import Once
+from distrust.checkpoint.lazy import lockfree_cached_property
 from distrust.checkpoint.tree import ARRAY_SECTIONS, STATE_SECTIONS
-from distrust.errors import CorruptCheckpoint, UnsupportedVersion, shortened
+from distrust.errors import CorruptCheckpoint, UnsupportedVersion, shorten
 
 METADATA_KEYS = (
     "digest", "digests", "format", "kind", "run", "state", "state_digest", "step", "version"
@@ -102,7 +102,7 @@ class Header:
         self.config, self.metadata = _plain_sections(self.state, self.step)
         self.run_info = _run_info(self.run)
 
-    @Once
+    @lockfree_cached_property
     def metrics(self) -> dict[str, float]:
         """The numbers of the metadata, and those saved as metrics."""
         candidates = {**self.metadata, **self.saved_metrics}
@@ -124,7 +124,7 @@ class Header:
         found: str = self.run_info.get("measured_on", "")
         return found
 
-    @Once
+    @lockfree_cached_property
     def tensors(self) -> tuple[TensorInfo, ...]:
         """In the order of their data.
 
@@ -133,7 +133,7 @@ class Header:
         """
         return self._table.tensors(self._data_offset, self._each_digest)
 
-    @Once
+    @lockfree_cached_property
     def sections(self) -> dict[str, Any]:
         """The skeleton of each section of the state; together they name every tensor once.
 
@@ -154,13 +154,13 @@ class Header:
             if type(tree.unflatten(sections.get(name), labels.append)) is not dict:
                 raise CorruptCheckpoint(f"the state has no {name}")
             if labels and name not in ARRAY_SECTIONS:
-                raise CorruptCheckpoint(f"{name} names a tensor, {shortened(labels[0])!r}")
+                raise CorruptCheckpoint(f"{name} names a tensor, {shorten(labels[0])!r}")
             named += labels
         if sorted(named) != self._table.names:
             raise CorruptCheckpoint("the state does not name every tensor of the file once")
         return sections
 
-    def require_whole(self) -> None:
+    def require_intact(self) -> None:
         """Check all that is checked without the tensors' bytes.
 
         Raises:
@@ -179,7 +179,7 @@ class Header:
         if self.digest != digest:
             raise CorruptCheckpoint("the header is not in canonical form")
 
-    @Once
+    @lockfree_cached_property
     def _table(self) -> TensorTable:
         names, spans, dtypes, shapes = _columns(self._table_text)
         try:
@@ -187,16 +187,14 @@ class Header:
         except ImpossibleTensor as error:
             name, _ = error.args
             raise CorruptCheckpoint(
-                f"tensor {shortened(name)!r} has an unknown dtype or no valid shape"
+                f"tensor {shorten(name)!r} has an unknown dtype or no valid shape"
             ) from None
         if not all(map(lt, [METADATA, *names], names)):
             raise CorruptCheckpoint("the tensors do not stand in the order of their names, each once")
         belong = [*map("%d,%d".__mod__, table.spans())]
         if spans != belong:
             name, span = next((n, b) for n, s, b in zip(names, spans, belong, strict=True) if s != b)
-            raise CorruptCheckpoint(
-                f"tensor {shortened(name)!r} does not lie in the bytes {span} of the data"
-            )
+            raise CorruptCheckpoint(f"tensor {shorten(name)!r} does not lie in the bytes {span} of the data")
         if len(self._digests) != DIGEST_CHARACTERS * len(names):
             raise CorruptCheckpoint(f"there are not {len(names)} digests for {len(names)} tensors")
         return table
@@ -307,7 +305,7 @@ def _plain_sections(state: str, step: int) -> tuple[dict[str, Any], dict[str, An
 
 
 def _refuse_tensor(label: str) -> None:
-    raise CorruptCheckpoint(f"config or metadata names a tensor, {shortened(label)!r}")
+    raise CorruptCheckpoint(f"config or metadata names a tensor, {shorten(label)!r}")
 
 
 def _run_info(text: str) -> dict[str, Any]:
@@ -365,7 +363,7 @@ def _shape(text: str) -> tuple[int, ...]:
         _require_same(f"[{text}]", compact_json(shape))
     # Before anybody puts shapes into a set: who may choose the numbers in them chooses their hashes, too.
     if not is_possible(shape):
-        raise CorruptCheckpoint(f"no tensor has the shape [{shortened(text)}]")
+        raise CorruptCheckpoint(f"no tensor has the shape [{shorten(text)}]")
     return shape
 
 
@@ -386,5 +384,5 @@ def _integer(text: Any, name: str) -> int:
 
 def _kind(text: str) -> Kind:
     if text not in _KINDS:
-        raise CorruptCheckpoint(f"the header's kind {shortened(text)!r} is none of {', '.join(_KINDS)}")
+        raise CorruptCheckpoint(f"the header's kind {shorten(text)!r} is none of {', '.join(_KINDS)}")
     return cast(Kind, text)

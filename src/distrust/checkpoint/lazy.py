@@ -8,7 +8,7 @@ from typing import Any, Generic, Self, TypeVar, overload
 
 
 @dataclass(frozen=True, slots=True)
-class Untouched:
+class LazyTensor:
     """Stands for a tensor until somebody asks for it."""
 
     label: str
@@ -43,7 +43,7 @@ class LazyMapping(Mapping[Any, Any]):
         return {key: _plain(value) for key, value in self.items()}
 
     def _touched(self, value: Any) -> Any:
-        if isinstance(value, Untouched):
+        if isinstance(value, LazyTensor):
             return self._touch(value.label)
         if isinstance(value, dict):
             return LazyMapping(value, self._touch)
@@ -63,7 +63,7 @@ def _plain(value: Any) -> Any:
 Value = TypeVar("Value")
 
 
-class Once(Generic[Value]):
+class lockfree_cached_property(Generic[Value]):  # noqa: N801 - it is used as a decorator
     """Makes a method of one object such an attribute.
 
     Args:

@@ -17,11 +17,11 @@ import weakref
 from pathlib import Path
 
 from distrust.checkpoint.disk import Disk
-from distrust.checkpoint.storage import make_directory, sweep, sync_names, writable
-from distrust.errors import CheckpointDirectoryLocked, SaveFailed, readable
+from distrust.checkpoint.storage import errors_for_directory, make_directory, remove_stale_files, sync_names
+from distrust.errors import CheckpointDirectoryLocked, SaveFailed, quote_untrusted
 
 LOCK_NAME = ".lock"
-PATIENCE_SECONDS = 1.0
+WAIT_SECONDS = 1.0
 
 
 class DirectoryLock:
@@ -47,12 +47,12 @@ class DirectoryLock:
         """
         if self.held:
             return
-        with writable(self._directory):
+        with errors_for_directory(self._directory):
             make_directory(self._directory, self._disk)
             file = _LockFile(self._directory / LOCK_NAME, self._disk)
             try:
                 self._lock(file.descriptor)
-                sweep(self._directory, self._disk)
+                remove_stale_files(self._directory, self._disk)
                 sync_names(self._directory, self._disk)
             except BaseException:
                 file.close()
@@ -69,7 +69,7 @@ class DirectoryLock:
                 hold what is there now.
         """
         assert self._file is not None  # noqa: S101 - whoever is about to write holds it
-        with writable(self._directory):
+        with errors_for_directory(self._directory):
             try:
                 there = os.lstat(self._directory / LOCK_NAME)
                 if os.path.samestat(there, os.fstat(self._file.descriptor)):
@@ -93,11 +93,11 @@ class DirectoryLock:
     def _lock(self, descriptor: int) -> None:
         # A killed writer lets go when the kernel has taken it apart, and a child that it had just forked when
         # it runs for the first time: a restart right after the kill waits for that.
-        given_up = time.monotonic() + PATIENCE_SECONDS
+        given_up = time.monotonic() + WAIT_SECONDS
         while not _try_lock(descriptor):
             if time.monotonic() > given_up:
                 # The note is for the message only: whether a lock is stale is the kernel's to know.
-                holder = readable(os.pread(descriptor, 256, 0).decode(errors="replace").strip())
+                holder = quote_untrusted(os.pread(descriptor, 256, 0).decode(errors="replace").strip())
                 if holder == _holder():
                     what = f"another manager of this process ({holder}) holds this directory: close() it"
                 else:
@@ -109,9 +109,9 @@ class DirectoryLock:
                     f"{self._directory}: {what}",
                     path=self._directory,
                 )
-            time.sleep(PATIENCE_SECONDS / 20)
+            time.sleep(WAIT_SECONDS / 20)
         with contextlib.suppress(OSError):  # a full disk has no room for it
-            self._disk.note(descriptor, f"{_holder()}\n")
+            self._disk.write_lock_note(descriptor, f"{_holder()}\n")
 
 
 def _holder() -> str:

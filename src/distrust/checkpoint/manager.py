@@ -18,7 +18,7 @@ from distrust.checkpoint.catalog import CheckpointFile, DamagedFile, Scan
 from distrust.checkpoint.checkpoint import Checkpoint
 from distrust.checkpoint.disk import Disk
 from distrust.checkpoint.format import Kind
-from distrust.checkpoint.manager_state import Session
+from distrust.checkpoint.manager_state import ManagerState
 from distrust.checkpoint.retention import Candidate, MetricMode, Retention
 from distrust.checkpoint.storage import AtomicFile
 from distrust.checkpoint.writer import PendingSave
@@ -28,10 +28,10 @@ from distrust.errors import (
     ConfigError,
     CorruptCheckpoint,
     DistrustWarning,
-    NoGoodCheckpoint,
+    NoIntactCheckpoint,
     SaveFailed,
-    readable,
-    shortened,
+    quote_untrusted,
+    shorten,
 )
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class CheckpointManager:
     ) -> None:
         self.directory = Path(directory).absolute()
         self._rules = Retention(keep_last, keep_best, keep_every, metric, metric_mode)
-        self._session = Session(self.directory, disk or Disk())
+        self._session = ManagerState(self.directory, disk or Disk())
 
     def acquire(self) -> None:
         """Take the directory's lock, and sweep what dead writers left there.
@@ -104,9 +104,9 @@ class CheckpointManager:
         """
         with self._session.mutex:
             path, kind = self._begin(checkpoint, final=final)
-            with _reported(path):
+            with _resource_errors(path):
                 prepared = serialization.prepare(checkpoint, kind)
-            self._commit(path, prepared.layout.file_size, prepared.step, self._poured(prepared))
+            self._commit(path, prepared.layout.file_size, prepared.step, self._write_streaming(prepared))
             return path
 
     def save_async(
@@ -134,18 +134,18 @@ class CheckpointManager:
             path, kind = self._begin(checkpoint, final=final)
             session = self._session
             try:
-                with _reported(path):
+                with _resource_errors(path):
                     prepared = serialization.prepare(checkpoint, kind)
-                    capture = session.snapshot.begin(
+                    capture = session.snapshot.start_copy(
                         prepared, later=_OVERLAPPED if overlap else (), ring=session.ring
                     )
             except SaveFailed as error:
-                return session.writer.failed(path, error)
+                return session.writer.record_failure(path, error)
             # The thread holds no more than it needs: the caller's arrays are to go when they are copied.
             size, step = prepared.layout.file_size, prepared.step
             if capture is None:
                 pending = session.writer.run(
-                    path, lambda: self._commit(path, size, step, self._poured(prepared))
+                    path, lambda: self._commit(path, size, step, self._write_streaming(prepared))
                 )
                 warnings.warn(
                     f"step {checkpoint.step}: no memory for its copy, which may take a quarter of the free "
@@ -176,7 +176,7 @@ class CheckpointManager:
         if type(nbytes) is not int or nbytes < 0:
             raise ConfigError(f"reserve({nbytes!r}): give a whole number of bytes, 0 or more")
         with self._session.mutex:
-            self._session.writer.settle()
+            self._session.writer.wait()
             return self._session.snapshot.reserve(nbytes)
 
     def list_checkpoints(self) -> list[int]:
@@ -223,7 +223,7 @@ class CheckpointManager:
         lazy = verify == "lazy"
         if lazy and not mmap:
             raise ConfigError('verify="lazy" goes with mmap=True: without it everything is read now')
-        file, loaded = self._found(
+        file, loaded = self._resolve(
             checkpoint, lambda path: _read(path, framework=framework, mapped=mmap, lazy=lazy)
         )
         if file.path.parent == self.directory and not lazy:
@@ -273,7 +273,7 @@ class CheckpointManager:
         if step is not None and best:
             raise ConfigError("a step and the best one were asked for: give one of them")
         if step is not None:
-            file, loaded = self._found(step, lambda path: _read(path, framework=framework))
+            file, loaded = self._resolve(step, lambda path: _read(path, framework=framework))
             self._mark_resumed(file)
         else:
             candidates = self._best_first if best else self._newest_first
@@ -289,7 +289,7 @@ class CheckpointManager:
             CheckpointNotFound: listing what there is.
             CorruptCheckpoint: if the header is damaged.
         """
-        return self._found(checkpoint, catalog.read_header)
+        return self._resolve(checkpoint, catalog.read_header)
 
     def validate(self, checkpoint: int | str | os.PathLike[str]) -> None:
         """Check every byte of a checkpoint, and that it is the one that its name says.
@@ -298,9 +298,9 @@ class CheckpointManager:
             CheckpointNotFound: listing what there is.
             CorruptCheckpoint: with what is wrong, and where.
         """
-        file = self._found(checkpoint, catalog.verify)
+        file = self._resolve(checkpoint, catalog.verify)
         if (
-            file.path.parent == self.directory and not file.is_older
+            file.path.parent == self.directory and not file.is_foreign
         ):  # a copy elsewhere proves nothing of the one here
             self._session.good.add(_identity(file))
 
@@ -320,7 +320,7 @@ class CheckpointManager:
             CheckpointError: if one cannot be removed.
         """
         with self._session.mutex:
-            self._session.writer.settle()
+            self._session.writer.wait()
             self.acquire()
             storage.sync_names(self.directory, self._session.disk)
             rules = self._rules if keep_last is None else replace(self._rules, keep_last=keep_last)
@@ -337,7 +337,7 @@ class CheckpointManager:
         Raises:
             CheckpointError: if the directory cannot be read.
         """
-        return list(damage.damaged(self.directory))
+        return list(damage.find_damaged(self.directory))
 
     def remove_damaged(self, report: Callable[[DamagedFile], None] | None = None) -> list[DamagedFile]:
         """Read every byte of every checkpoint and remove those that are damaged: nothing else ever does.
@@ -359,10 +359,10 @@ class CheckpointManager:
             CheckpointError: if the directory cannot be read, or a file of it cannot be removed.
         """
         with self._session.mutex:
-            self._session.writer.settle()
+            self._session.writer.wait()
             self.acquire()
             removed = []
-            for file in damage.damaged(self.directory):
+            for file in damage.find_damaged(self.directory):
                 self._session.lock.confirm()
                 storage.remove([file.path], self._session.disk)
                 removed.append(file)
@@ -378,9 +378,9 @@ class CheckpointManager:
         """
         with self._session.mutex:
             try:
-                self._session.writer.settle()
+                self._session.writer.wait()
             finally:
-                self._session.leave()
+                self._session.release_when_idle()
 
     def __enter__(self) -> Self:
         return self
@@ -389,7 +389,7 @@ class CheckpointManager:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is KeyboardInterrupt and not self._session.writer.idle:
-            self._session.leave()  # whoever interrupts does not want to wait
+            self._session.release_when_idle()  # whoever interrupts does not want to wait
         else:
             self.close()
 
@@ -408,12 +408,12 @@ class CheckpointManager:
         self.__init__(**state)  # type: ignore[misc]  # a fresh one: it holds no lock
 
     def _begin(self, checkpoint: Checkpoint, *, final: bool) -> tuple[Path, Kind]:
-        self._session.writer.settle()
+        self._session.writer.wait()
         self._session.leaving = False
         self.acquire()
         kind: Kind = "final" if final else "periodic"
-        path = self.directory / catalog.file_name(checkpoint.step, kind)
-        if importers.recognised(path):
+        path = self.directory / catalog.checkpoint_file_name(checkpoint.step, kind)
+        if importers.detect_format(path):
             raise SaveFailed(
                 f"{path}: not saved: a checkpoint in an older format has this name, and is never replaced. "
                 "Move it away, or save elsewhere",
@@ -421,13 +421,13 @@ class CheckpointManager:
             )
         return path, kind
 
-    def _poured(self, prepared: serialization.Image) -> Callable[[AtomicFile], str]:
-        return lambda file: stream_writer.write_filling(file, prepared, self._session.ring)
+    def _write_streaming(self, prepared: serialization.PreparedCheckpoint) -> Callable[[AtomicFile], str]:
+        return lambda file: stream_writer.write_streaming(file, prepared, self._session.ring)
 
     def _commit(self, path: Path, size: int, step: int, write: Callable[[AtomicFile], str]) -> None:
         session = self._session
         session.lock.confirm()
-        with _reported(path), AtomicFile(path, size, session.disk) as file:
+        with _resource_errors(path), AtomicFile(path, size, session.disk) as file:
             digest = write(file)
             # Once more: replaced before the file was made, the directory is another's; replaced since, it
             # took the file with it, which then cannot be renamed.
@@ -446,7 +446,9 @@ class CheckpointManager:
         """Remove what no rule keeps; ``written`` is the file of the save that this follows."""
         session = self._session
         session.lock.confirm()
-        storage.sweep(self.directory, session.disk)  # what could not be removed when its save failed
+        storage.remove_stale_files(
+            self.directory, session.disk
+        )  # what could not be removed when its save failed
         files, superseded = self._divide(rules, written=written)
         storage.remove([file.path for file in superseded], session.disk)
         remaining = {file.step for file in files if file not in superseded}
@@ -463,17 +465,17 @@ class CheckpointManager:
         session = self._session
         resumed_from = session.resumed_from and _identity(session.resumed_from)
         while True:
-            files = [file for file in self._standing() if _identity(file) not in session.damaged]
+            files = [file for file in self._scan_again() if _identity(file) not in session.damaged]
             by_step = Scan(tuple(files), ()).by_step()
             candidates = _candidates(by_step.values())
-            kept = {by_step[step].path for step in retention.kept(candidates, rules)}
+            kept = {by_step[step].path for step in retention.steps_to_keep(candidates, rules)}
             superseded = [
                 file
                 for file in files
                 if file.path not in kept and file.path != written and _identity(file) != resumed_from
             ]
             # The final of a step has to be good before its periodic twin goes.
-            relied_on = retention.counted(candidates, rules) | {file.step for file in superseded}
+            relied_on = retention.steps_that_displace(candidates, rules) | {file.step for file in superseded}
             unknown = [
                 file
                 for file in [*(by_step[step] for step in relied_on), *superseded]
@@ -484,7 +486,7 @@ class CheckpointManager:
             for file in unknown:
                 self._judge(file)
 
-    def _standing(self) -> tuple[CheckpointFile, ...]:
+    def _scan_again(self) -> tuple[CheckpointFile, ...]:
         """The files that are there; what is known of others is forgotten: a long run writes many."""
         session = self._session
         known = session.good | session.damaged  # a save that ends meanwhile adds its own
@@ -508,7 +510,7 @@ class CheckpointManager:
     def _newest_first(self) -> list[CheckpointFile | DamagedFile]:
         found = self.scan()
         everything: list[CheckpointFile | DamagedFile] = sorted(
-            [*found.everything, *found.damaged], key=_newness, reverse=True
+            [*found.all_intact, *found.damaged], key=_newness, reverse=True
         )
         if not everything:
             raise CheckpointNotFound(f"{self.directory}: no checkpoints here", path=self.directory)
@@ -516,12 +518,12 @@ class CheckpointManager:
 
     def _best_first(self) -> list[CheckpointFile]:
         files = self.scan().by_step()
-        steps = retention.ranked(_candidates(files.values()), self._rules)
+        steps = retention.rank_by_metric(_candidates(files.values()), self._rules)
         if not steps:
-            known = sorted({readable(name) for file in files.values() for name in file.metrics})
+            known = sorted({quote_untrusted(name) for file in files.values() for name in file.metrics})
             raise CheckpointNotFound(
                 f"{self.directory}: no checkpoint has the metric {self._rules.metric!r}; "
-                f"there are {shortened(', '.join(known)) or 'no metrics'} in steps {_listed(files)}",
+                f"there are {shorten(', '.join(known)) or 'no metrics'} in steps {_format_steps(files)}",
                 path=self.directory,
             )
         return [files[step] for step in steps]
@@ -551,10 +553,10 @@ class CheckpointManager:
                 read, loaded = _read(file.path, framework=framework, mapped=mmap)
             except CorruptCheckpoint as error:
                 reasons.append(str(error))
-                if isinstance(file, CheckpointFile) and not file.is_older:
+                if isinstance(file, CheckpointFile) and not file.is_foreign:
                     self._session.damaged.add(_identity(file))
                 continue
-            if read.is_older and not loaded.model:
+            if read.is_foreign and not loaded.model:
                 bare.append(read.path)
                 continue
             told = [f"skipped a damaged checkpoint: {reason}" for reason in reasons]
@@ -564,12 +566,12 @@ class CheckpointManager:
             self._mark_resumed(read)
             return read, loaded
         if not reasons:
-            raise NoGoodCheckpoint(
+            raise NoIntactCheckpoint(
                 f"{self.directory}: there are checkpoints, and none of them holds a model: they are metadata "
-                f"alone, which load(step) reads; there are {_listed(sorted({file.step for file in files}))}",
+                f"alone, which load(step) reads; steps: {_format_steps(sorted({file.step for file in files}))}",
                 path=self.directory,
             )
-        raise NoGoodCheckpoint(
+        raise NoIntactCheckpoint(
             "\n".join(
                 [
                     f"{self.directory}: there are checkpoints, and none of them is whole:",
@@ -582,11 +584,11 @@ class CheckpointManager:
         )
 
     def _mark_resumed(self, file: CheckpointFile) -> None:
-        if not file.is_older:  # no rule ever counts or removes one
+        if not file.is_foreign:  # no rule ever counts or removes one
             self._session.good.add(_identity(file))
             self._session.resumed_from = file
 
-    def _found(self, checkpoint: int | str | os.PathLike[str], read: Callable[[Path], Found]) -> Found:
+    def _resolve(self, checkpoint: int | str | os.PathLike[str], read: Callable[[Path], Found]) -> Found:
         """Read what a step or a path stands for."""
         while True:
             path = self._path_of(checkpoint)
@@ -611,13 +613,13 @@ class CheckpointManager:
             if damaged.step == checkpoint:
                 raise damaged.error
         raise CheckpointNotFound(
-            f"{self.directory}: no checkpoint of step {checkpoint}; there are {_listed(found.by_step())}",
+            f"{self.directory}: no checkpoint of step {checkpoint}; steps: {_format_steps(found.by_step())}",
             path=self.directory,
         )
 
 
 @contextlib.contextmanager
-def _reported(path: Path) -> Iterator[None]:
+def _resource_errors(path: Path) -> Iterator[None]:
     """Without memory, or a descriptor to load a module with, a save fails as it does without room."""
     try:
         yield
@@ -632,12 +634,12 @@ def _read(
     path: Path, *, framework: arrays.Framework, mapped: bool = False, lazy: bool = False
 ) -> tuple[CheckpointFile, Checkpoint]:
     """Read what is there, in our format or in an older one."""
-    if importers.recognised(path):
+    if importers.detect_format(path):
         header, loaded = importers.read(path, framework=framework)
         file = CheckpointFile(path, header)
         catalog.require_name(file)
         return file, loaded
-    return serialization.read(path, framework=framework, mapped=mapped, lazy=lazy)
+    return serialization.load(path, framework=framework, mapped=mapped, lazy=lazy)
 
 
 def require_converted(file: CheckpointFile) -> None:
@@ -646,13 +648,13 @@ def require_converted(file: CheckpointFile) -> None:
     Raises:
         CheckpointError: if it is in an older one, with what to do.
     """
-    if file.lacks_arrays:
+    if file.metadata_only:
         raise CheckpointError(
             f"{file.path}: in an older format ({file.format}), and metadata alone: there is no model to go "
             "on from; move it away",
             path=file.path,
         )
-    if file.is_older:
+    if file.is_foreign:
         raise CheckpointError(
             f"{file.path}: in an older format ({file.format}); convert it first: "
             f"distrust convert {file.path} --to FOLDER",
@@ -661,7 +663,7 @@ def require_converted(file: CheckpointFile) -> None:
 
 
 def _newness(file: CheckpointFile | DamagedFile) -> tuple[int, bool, bool]:
-    ours = not (isinstance(file, CheckpointFile) and file.is_older)
+    ours = not (isinstance(file, CheckpointFile) and file.is_foreign)
     return file.step, ours, file.path.stem.endswith("-final")
 
 
@@ -673,5 +675,5 @@ def _candidates(files: Iterable[CheckpointFile]) -> list[Candidate]:
     return [Candidate(file.step, file.kind == "final", file.metrics, file.measured_on) for file in files]
 
 
-def _listed(steps: Iterable[int]) -> str:
+def _format_steps(steps: Iterable[int]) -> str:
     return ", ".join(map(str, steps)) or "none"

@@ -17,16 +17,16 @@ from distrust.checkpoint.snapshot import Snapshot
 from distrust.checkpoint.writer import BackgroundWriter
 
 
-class Session:
+class ManagerState:
     """What the clones of a manager share: the lock, the writer, and what is known of the files."""
 
     def __init__(self, directory: Path, disk: Disk) -> None:
         self.directory = directory
         self.disk = disk
-        self.begin()
-        _begun_anew_in_children().add(self)
+        self.reset()
+        _reset_in_forked_children().add(self)
 
-    def begin(self) -> None:
+    def reset(self) -> None:
         """Know nothing and hold nothing: at first, and in a forked child."""
         self.lock = DirectoryLock(self.directory, self.disk)
         self.writer = BackgroundWriter()
@@ -40,7 +40,7 @@ class Session:
         self.resumed_from: CheckpointFile | None = None
         self.listed: catalog.Known = {}
 
-    def leave(self) -> None:
+    def release_when_idle(self) -> None:
         """Let go of the lock once no write is under way: before, the next writer would sweep its file."""
         self.leaving = True
         self.writer.when_idle(self._let_go)
@@ -54,17 +54,17 @@ class Session:
 
 
 @functools.cache
-def _begun_anew_in_children() -> weakref.WeakSet[Session]:
+def _reset_in_forked_children() -> weakref.WeakSet[ManagerState]:
     """Neither the parent's lock nor its thread is in a forked child.
 
     There it is one thread's work, before any other can be: two that found out at the same time would each
     begin, and take the lock from one another.
     """
-    sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+    sessions: weakref.WeakSet[ManagerState] = weakref.WeakSet()
 
     def begin_all() -> None:
         for session in list(sessions):
-            session.begin()
+            session.reset()
 
     os.register_at_fork(after_in_child=begin_all)
     return sessions

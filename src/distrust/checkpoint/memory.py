@@ -63,11 +63,11 @@ class ReusableMemory:
         self._touched = 0
 
     @property
-    def touched(self) -> int:
+    def touched_bytes(self) -> int:
         """So many bytes of it cost no page fault any more."""
         return self._touched
 
-    def take(self, nbytes: int) -> mmap.mmap:
+    def acquire(self, nbytes: int) -> mmap.mmap:
         """At least ``nbytes``, all of it touched.
 
         Raises:
@@ -76,10 +76,10 @@ class ReusableMemory:
         if self._memory is None or len(self._memory) < nbytes:
             self.release()
             # Room to grow: states grow with their history, and what is not touched takes no memory.
-            self._memory = allocate(rounded(nbytes + nbytes // 4, _LARGE_PAGE_BYTES))
+            self._memory = allocate(round_up(nbytes + nbytes // 4, _LARGE_PAGE_BYTES))
             prefer_large_pages(self._memory)
         if self._touched < nbytes:
-            end = min(rounded(nbytes, _LARGE_PAGE_BYTES), len(self._memory))
+            end = min(round_up(nbytes, _LARGE_PAGE_BYTES), len(self._memory))
             _touch(address_of(self._memory), self._touched, end)
             self._touched = end
         return self._memory
@@ -91,7 +91,7 @@ class ReusableMemory:
         self._touched = 0
 
 
-def rounded(nbytes: int, unit: int) -> int:
+def round_up(nbytes: int, unit: int) -> int:
     """The next multiple of ``unit``."""
     return -(-nbytes // unit) * unit
 
@@ -135,7 +135,7 @@ def _resident_on_macos() -> int:
     return usage[8]
 
 
-def hold() -> None:
+def keep_freed_memory() -> None:
     """Have the allocator keep what is freed, for the next step to take again: fresh pages cost a tenth of it.
 
     glibc does so by itself for blocks of up to 32 MiB, once it has seen one, but gives back what lies free at
@@ -148,7 +148,7 @@ def hold() -> None:
             tell(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
-def let_go() -> None:
+def return_freed_memory() -> None:
     """Have the allocator give large blocks back as soon as they are freed: the opposite of :func:`hold`.
 
     For who keeps what it will take again by itself, such as mlx: what the allocator kept besides would lie

@@ -70,7 +70,7 @@ class Threads:
             ended.set()
 
 
-class Crew:
+class WorkerPool:
     """Threads that take tasks in the order in which they were put.
 
     Args:
@@ -86,7 +86,7 @@ class Crew:
         self._error: BaseException | None = None
         self._threads = Threads(self._work, threads)
 
-    def put(self, task: Callable[[], None]) -> threading.Event:
+    def submit(self, task: Callable[[], None]) -> threading.Event:
         """Have a task done; returns what is set when it is."""
         self._raise_error()
         done = threading.Event()

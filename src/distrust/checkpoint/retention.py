@@ -57,13 +57,13 @@ class Candidate:
     measured_on: str = ""
 
 
-def last(candidates: Iterable[Candidate], rules: Retention) -> set[int]:
+def last_steps(candidates: Iterable[Candidate], rules: Retention) -> set[int]:
     """The steps that the rule "last N" counts; the newest one always."""
     steps = sorted(candidate.step for candidate in candidates)
     return set(steps if rules.keep_last is None else steps[-rules.keep_last :])
 
 
-def ranked(candidates: Iterable[Candidate], rules: Retention) -> list[int]:
+def rank_by_metric(candidates: Iterable[Candidate], rules: Retention) -> list[int]:
     """The steps that have the metric, best first; of equals the earlier first.
 
     Values that were measured on something else than the newest one are no worse and no better, and left out.
@@ -84,13 +84,13 @@ def _is_nan(value: float) -> bool:
     return value != value
 
 
-def counted(candidates: Iterable[Candidate], rules: Retention) -> set[int]:
+def steps_that_displace(candidates: Iterable[Candidate], rules: Retention) -> set[int]:
     """The steps whose place in a rule of N lets another one go: they have to be good."""
     candidates = list(candidates)
-    return last(candidates, rules) | set(ranked(candidates, rules)[: rules.keep_best])
+    return last_steps(candidates, rules) | set(rank_by_metric(candidates, rules)[: rules.keep_best])
 
 
-def kept(candidates: Iterable[Candidate], rules: Retention) -> set[int]:
+def steps_to_keep(candidates: Iterable[Candidate], rules: Retention) -> set[int]:
     """The steps that stay."""
     candidates = list(candidates)
     finals = {candidate.step for candidate in candidates if candidate.final}
@@ -99,4 +99,4 @@ def kept(candidates: Iterable[Candidate], rules: Retention) -> set[int]:
         for candidate in candidates
         if rules.keep_every is not None and candidate.step % rules.keep_every == 0
     }
-    return counted(candidates, rules) | finals | every
+    return steps_that_displace(candidates, rules) | finals | every

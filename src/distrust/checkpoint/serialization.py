@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from distrust.checkpoint import arrays, tree, verified_read
-from distrust.checkpoint.catalog import CheckpointFile, opened
+from distrust.checkpoint.catalog import CheckpointFile, open_checkpoint
 from distrust.checkpoint.checkpoint import ARRAY_SECTIONS, STATE_SECTIONS, Checkpoint
 from distrust.checkpoint.format import Kind, Layout, TensorInfo, canonical_json, tensor_hasher
 from distrust.checkpoint.header import parse_header
-from distrust.checkpoint.lazy import LazyMapping, Untouched
+from distrust.checkpoint.lazy import LazyMapping, LazyTensor
 from distrust.checkpoint.memory import allocate
 from distrust.errors import CorruptCheckpoint, UnsupportedState
 
@@ -23,7 +23,7 @@ _PLAIN_SECTIONS = tuple(f"{section}." for section in STATE_SECTIONS if section n
 
 
 @dataclass(frozen=True, slots=True)
-class Image:
+class PreparedCheckpoint:
     """A checkpoint taken apart for a file, the data of its tensors not yet read.
 
     Attributes:
@@ -35,11 +35,11 @@ class Image:
 
     step: int
     layout: Layout
-    flats: Sequence[Any]
-    held: set[str]
+    flat_arrays: Sequence[Any]
+    zero_copy: set[str]
 
 
-def prepare(checkpoint: Checkpoint, kind: Kind) -> Image:
+def prepare(checkpoint: Checkpoint, kind: Kind) -> PreparedCheckpoint:
     """Take a checkpoint apart: everything but the bytes of its arrays is held from now on.
 
     Raises:
@@ -57,8 +57,8 @@ def prepare(checkpoint: Checkpoint, kind: Kind) -> Image:
             )
     tensors = [TensorInfo(label, *described) for label, described in arrays.describe(found).items()]
     layout = Layout(tensors, step=checkpoint.step, kind=kind, sections=sections, run=_run(checkpoint))
-    flats, held = arrays.settle(found)
-    return Image(checkpoint.step, layout, [flats[name] for name in layout.names], held)
+    flats, held = arrays.flat_arrays(found)
+    return PreparedCheckpoint(checkpoint.step, layout, [flats[name] for name in layout.names], held)
 
 
 def state_digest(checkpoint: Checkpoint, kind: Kind) -> str:
@@ -69,7 +69,7 @@ def state_digest(checkpoint: Checkpoint, kind: Kind) -> str:
     """
     prepared = prepare(checkpoint, kind)
     digests = []
-    for flat in prepared.flats:
+    for flat in prepared.flat_arrays:
         memory = allocate(flat.nbytes)
         arrays.fill(memory, 0, [flat])
         digests.append(tensor_hasher(all_cores=False).update(memory[: flat.nbytes]).hexdigest())
@@ -77,7 +77,7 @@ def state_digest(checkpoint: Checkpoint, kind: Kind) -> str:
     return parse_header(raw, prepared.layout.file_size).state_digest
 
 
-def read(
+def load(
     path: Path, *, framework: arrays.Framework, mapped: bool = False, lazy: bool = False
 ) -> tuple[CheckpointFile, Checkpoint]:
     """Read and verify a whole checkpoint: what its header says, and its content.
@@ -95,10 +95,10 @@ def read(
     """
     import numpy as np
 
-    arrays.require(framework)
-    with opened(path) as (descriptor, header):
+    arrays.require_framework(framework)
+    with open_checkpoint(path) as (descriptor, header):
         content = (
-            verified_read.mapped(descriptor, header) if mapped else verified_read.load(descriptor, header)
+            verified_read.map_file(descriptor, header) if mapped else verified_read.load(descriptor, header)
         )
         data = np.frombuffer(content.data, np.uint8)
         tensors = {tensor.name: tensor for tensor in header.tensors}
@@ -119,7 +119,7 @@ def read(
         if mapped and not lazy:
             verified_read.verify_content(content, header.tensors)
         sections = {
-            name: tree.unflatten(header.sections[name], Untouched if lazy else array)
+            name: tree.unflatten(header.sections[name], LazyTensor if lazy else array)
             for name in ARRAY_SECTIONS
         }
         if lazy:

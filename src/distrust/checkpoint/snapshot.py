@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from distrust.checkpoint import arrays, stream_writer
-from distrust.checkpoint.memory import PAGE_BYTES, ReusableMemory, available_bytes, rounded
-from distrust.checkpoint.serialization import Image
+from distrust.checkpoint.memory import PAGE_BYTES, ReusableMemory, available_bytes, round_up
+from distrust.checkpoint.serialization import PreparedCheckpoint
 from distrust.checkpoint.storage import AtomicFile
 from distrust.errors import SaveFailed
 
@@ -23,7 +23,7 @@ from distrust.errors import SaveFailed
 BUDGET = 0.25
 
 
-class Capture(NamedTuple):
+class PendingCopy(NamedTuple):
     """A state on its way into a snapshot.
 
     Attributes:
@@ -44,16 +44,18 @@ class Snapshot:
 
     def reserve(self, nbytes: int) -> bool:
         """Have room for ``nbytes``, all of it touched; returns whether budget and system allow that."""
-        missing = nbytes - self._memory.touched
+        missing = nbytes - self._memory.touched_bytes
         if missing > 0 and missing > BUDGET * available_bytes():
             return False
         try:
-            self._memory.take(rounded(nbytes, PAGE_BYTES))
+            self._memory.acquire(round_up(nbytes, PAGE_BYTES))
         except MemoryError:  # limits that no estimate knows of
             return False
         return True
 
-    def begin(self, image: Image, *, later: tuple[str, ...], ring: ReusableMemory) -> Capture | None:
+    def start_copy(
+        self, image: PreparedCheckpoint, *, later: tuple[str, ...], ring: ReusableMemory
+    ) -> PendingCopy | None:
         """Take a state in; None if the budget does not allow its copy.
 
         Args:
@@ -62,34 +64,34 @@ class Snapshot:
                 everything else is copied when this returns.
             ring: memory for the blocks in which arrays are written that need no copy.
         """
-        return self._held(image, ring) if image.held else self._copied(image, later)
+        return self._held(image, ring) if image.zero_copy else self._copied(image, later)
 
     def release(self) -> None:
         """Give it back."""
         self._memory.release()
 
-    def _held(self, image: Image, ring: ReusableMemory) -> Capture | None:
+    def _held(self, image: PreparedCheckpoint, ring: ReusableMemory) -> PendingCopy | None:
         # What changes beside arrays that are held is little, most often: random numbers, history.
         edges = zip(image.layout.names, image.layout.edges, image.layout.edges[1:], strict=False)
-        changing = sum(end - begin for label, begin, end in edges if label not in image.held)
+        changing = sum(end - begin for label, begin, end in edges if label not in image.zero_copy)
         if changing > BUDGET * available_bytes():
             return None
         flats = [
-            flat if label in image.held else arrays.copied(flat)
-            for label, flat in zip(image.layout.names, image.flats, strict=True)
+            flat if label in image.zero_copy else arrays.private_copy(flat)
+            for label, flat in zip(image.layout.names, image.flat_arrays, strict=True)
         ]
-        held = replace(image, flats=flats)
-        return Capture(_nothing_to_copy, lambda file: stream_writer.write_filling(file, held, ring))
+        held = replace(image, flat_arrays=flats)
+        return PendingCopy(_nothing_to_copy, lambda file: stream_writer.write_streaming(file, held, ring))
 
-    def _copied(self, image: Image, later: tuple[str, ...]) -> Capture | None:
+    def _copied(self, image: PreparedCheckpoint, later: tuple[str, ...]) -> PendingCopy | None:
         layout = image.layout
         if not self.reserve(layout.data_bytes):
             return None
-        memory = self._memory.take(rounded(layout.data_bytes, PAGE_BYTES))
+        memory = self._memory.acquire(round_up(layout.data_bytes, PAGE_BYTES))
         waiting = []
         for behind, place, flats in _runs(image, later):
             if behind:
-                waiting.append((place, flats, arrays.changes(flats)))
+                waiting.append((place, flats, arrays.versions(flats)))
             else:
                 arrays.fill(memory, place, flats)
 
@@ -97,24 +99,24 @@ class Snapshot:
             while waiting:  # emptied: the caller's arrays are held no longer than it takes
                 place, flats, changes = waiting.pop()
                 arrays.fill(memory, place, flats)
-                if arrays.changes(flats) != changes:
+                if arrays.versions(flats) != changes:
                     raise SaveFailed(
                         f"{path}: not saved: model or optimizer changed while it was copied, and it would "
                         "hold a mixture; call wait_copied() before the optimizer's step",
                         path=path,
                     )
 
-        return Capture(copy, lambda file: stream_writer.write_filled(file, layout, memory))
+        return PendingCopy(copy, lambda file: stream_writer.write_snapshot(file, layout, memory))
 
 
 def _nothing_to_copy(_: Path) -> None:
     pass
 
 
-def _runs(image: Image, later: tuple[str, ...]) -> Iterator[tuple[bool, int, list[Any]]]:
+def _runs(image: PreparedCheckpoint, later: tuple[str, ...]) -> Iterator[tuple[bool, int, list[Any]]]:
     """Arrays that lie side by side and are copied together: whether later, where, and which."""
     begin = 0
     for behind, labels in itertools.groupby(image.layout.names, key=lambda label: label.startswith(later)):
         end = begin + len(list(labels))
-        yield behind, image.layout.edges[begin], list(image.flats[begin:end])
+        yield behind, image.layout.edges[begin], list(image.flat_arrays[begin:end])
         begin = end

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from distrust.checkpoint.disk import Disk
-from distrust.checkpoint.parallel import Crew
+from distrust.checkpoint.parallel import WorkerPool
 from distrust.errors import CheckpointError, SaveFailed
 
 #: Threads, not asynchronous system calls: two, in a write most of the time, keep a disk busy on every system.
@@ -49,13 +49,13 @@ class AtomicFile:
         self._size = size
         self._disk = disk
         self._temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}.tmp"
-        self._writers: Crew | None = None
+        self._writers: WorkerPool | None = None
         self._descriptor = -1
         try:
-            with self._reported():
+            with self._cleanup_on_error():
                 self._descriptor = disk.create(self._temporary)
                 disk.reserve(self._descriptor, size)
-            self._writers = Crew(WRITES_IN_FLIGHT)
+            self._writers = WorkerPool(WRITES_IN_FLIGHT)
         except BaseException:
             self.discard()
             raise
@@ -71,13 +71,13 @@ class AtomicFile:
             What is set when the block is written; until then it may not change.
         """
         assert self._writers is not None  # noqa: S101 - until it is committed or discarded
-        with self._reported():
-            return self._writers.put(lambda: self._disk.write(self._descriptor, block, offset))
+        with self._cleanup_on_error():
+            return self._writers.submit(lambda: self._disk.write(self._descriptor, block, offset))
 
     def commit(self) -> None:
         """Make the file durable and put it under its name."""
         assert self._writers is not None  # noqa: S101 - until it is committed or discarded
-        with self._reported():
+        with self._cleanup_on_error():
             self._writers.finish()
             self._disk.truncate(self._descriptor, self._size)  # pages are written whole, the last one too
             self._disk.sync(self._descriptor)
@@ -118,7 +118,7 @@ class AtomicFile:
         self.discard()
 
     @contextlib.contextmanager
-    def _reported(self) -> Iterator[None]:
+    def _cleanup_on_error(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
@@ -150,7 +150,7 @@ def sync_names(directory: Path, disk: Disk) -> None:
     Raises:
         SaveFailed: if that cannot be done.
     """
-    with writable(directory):
+    with errors_for_directory(directory):
         disk.sync_directory(directory)
         device = os.stat(directory).st_dev
         for parent in directory.parents:
@@ -170,7 +170,7 @@ def _may_sync(directory: Path) -> bool:
 
 
 @contextlib.contextmanager
-def writable(directory: Path) -> Iterator[None]:
+def errors_for_directory(directory: Path) -> Iterator[None]:
     """What the system refuses inside is said of the directory.
 
     Raises:
@@ -182,7 +182,7 @@ def writable(directory: Path) -> Iterator[None]:
         raise SaveFailed(f"{directory}: cannot be written to: {error.strerror}", path=directory) from error
 
 
-def sweep(directory: Path, disk: Disk) -> None:
+def remove_stale_files(directory: Path, disk: Disk) -> None:
     """Remove the temporary files of dead writers, and of saves that failed where nothing could be removed.
 
     The caller holds the lock and has no write under way, so nobody needs one. What cannot be removed now is

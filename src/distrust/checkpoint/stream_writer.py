@@ -24,8 +24,8 @@ from typing import Any
 
 from distrust.checkpoint import arrays
 from distrust.checkpoint.format import Layout, tensor_hasher
-from distrust.checkpoint.memory import PAGE_BYTES, ReusableMemory, allocate, rounded
-from distrust.checkpoint.serialization import Image
+from distrust.checkpoint.memory import PAGE_BYTES, ReusableMemory, allocate, round_up
+from distrust.checkpoint.serialization import PreparedCheckpoint
 from distrust.checkpoint.storage import AtomicFile
 
 #: What is written at once.
@@ -35,7 +35,7 @@ BLOCKS = 4
 _OF_NOTHING = tensor_hasher(all_cores=False).hexdigest()
 
 
-def write_filled(file: AtomicFile, layout: Layout, data: mmap.mmap) -> str:
+def write_snapshot(file: AtomicFile, layout: Layout, data: mmap.mmap) -> str:
     """Write a file, to be committed by the caller; returns its header's digest.
 
     Args:
@@ -49,13 +49,13 @@ def write_filled(file: AtomicFile, layout: Layout, data: mmap.mmap) -> str:
     """
     digests = _Digests(layout)
     for begin, end in _blocks(layout):
-        block = memoryview(data)[begin : rounded(end, PAGE_BYTES)]
+        block = memoryview(data)[begin : round_up(end, PAGE_BYTES)]
         file.write(block, layout.data_offset + begin)
         digests.update(block, begin, end)
-    return _write_header(file, layout, digests.finished())
+    return _write_header(file, layout, digests.digests())
 
 
-def write_filling(file: AtomicFile, image: Image, ring: ReusableMemory) -> str:
+def write_streaming(file: AtomicFile, image: PreparedCheckpoint, ring: ReusableMemory) -> str:
     """Write a file, to be committed by the caller; returns its header's digest.
 
     Args:
@@ -70,17 +70,17 @@ def write_filling(file: AtomicFile, image: Image, ring: ReusableMemory) -> str:
     layout = image.layout
     digests = _Digests(layout)
     slots = min(BLOCKS, len(_blocks(layout)))
-    memory = ring.take(slots * BLOCK_BYTES)
+    memory = ring.acquire(slots * BLOCK_BYTES)
     under_way: deque[threading.Event] = deque()
     for number, (begin, end) in enumerate(_blocks(layout)):
         if number >= slots:
             under_way.popleft().wait()
         place = number % slots * BLOCK_BYTES
-        arrays.fill(memory, place, _cut(image, begin, end))
-        block = memoryview(memory)[place : place + rounded(end - begin, PAGE_BYTES)]
+        arrays.fill(memory, place, _arrays_in_range(image, begin, end))
+        block = memoryview(memory)[place : place + round_up(end - begin, PAGE_BYTES)]
         under_way.append(file.write(block, layout.data_offset + begin))
         digests.update(block, begin, end)
-    return _write_header(file, layout, digests.finished())
+    return _write_header(file, layout, digests.digests())
 
 
 class _Digests:
@@ -93,7 +93,7 @@ class _Digests:
 
     def update(self, block: memoryview, begin: int, end: int) -> None:
         """Go on with the data from ``begin`` to ``end``, with which ``block`` begins."""
-        for index in _touched(self._edges, begin, end):
+        for index in _tensors_in_range(self._edges, begin, end):
             first, last = max(begin, self._edges[index]), min(end, self._edges[index + 1])
             hasher = self._begun.pop(index, None) or tensor_hasher(all_cores=False)
             hasher.update(block[first - begin : last - begin])
@@ -102,7 +102,7 @@ class _Digests:
             else:
                 self._begun[index] = hasher
 
-    def finished(self) -> list[str]:
+    def digests(self) -> list[str]:
         """Each tensor's, in the order of the data."""
         return self._digests
 
@@ -113,19 +113,19 @@ def _blocks(layout: Layout) -> list[tuple[int, int]]:
     return list(itertools.pairwise([*begins, layout.data_bytes])) if begins else []
 
 
-def _touched(edges: Sequence[int], begin: int, end: int) -> range:
+def _tensors_in_range(edges: Sequence[int], begin: int, end: int) -> range:
     """The tensors that have data from ``begin`` to ``end``."""
     return range(bisect.bisect_right(edges, begin) - 1, bisect.bisect_left(edges, end))
 
 
-def _cut(image: Image, begin: int, end: int) -> list[Any]:
+def _arrays_in_range(image: PreparedCheckpoint, begin: int, end: int) -> list[Any]:
     """The arrays with data from ``begin`` to ``end``, and of the first and last one what is of that."""
     edges = image.layout.edges
-    touched = _touched(edges, begin, end)
-    cut = list(image.flats[touched.start : touched.stop])
+    touched = _tensors_in_range(edges, begin, end)
+    cut = list(image.flat_arrays[touched.start : touched.stop])
     # The last one first: where there is only one, its end is cut off before its beginning is.
-    cut[-1] = arrays.part(cut[-1], 0, min(end, edges[touched.stop]) - edges[touched.stop - 1])
-    cut[0] = arrays.part(cut[0], max(begin, edges[touched.start]) - edges[touched.start], cut[0].nbytes)
+    cut[-1] = arrays.byte_range(cut[-1], 0, min(end, edges[touched.stop]) - edges[touched.stop - 1])
+    cut[0] = arrays.byte_range(cut[0], max(begin, edges[touched.start]) - edges[touched.start], cut[0].nbytes)
     return cut
 
 

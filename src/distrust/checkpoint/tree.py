@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence, Sized
 from operator import itemgetter
 from typing import Any
 
-from distrust.errors import CorruptCheckpoint, UnsupportedState, shortened
+from distrust.errors import CorruptCheckpoint, UnsupportedState, shorten
 
 #: The sections of a state that may hold arrays; the label of every tensor begins with one of them.
 ARRAY_SECTIONS = ("model", "optimizer", "rng", "history")
@@ -85,7 +85,7 @@ class _Walk:
         if isinstance(value, str):
             return _text(str(value), label)
         if isinstance(value, int):
-            return _bounded(value, label)
+            return _check_integer(value, label)
         if isinstance(value, float):
             return value
         if self._is_array(value):
@@ -147,7 +147,7 @@ def _require_depth(container: Sized, label: str, depth: int) -> None:
         raise UnsupportedState(f"{label}: nested deeper than {MAX_DEPTH} levels", label=label)
 
 
-def _bounded(value: int, label: str) -> int:
+def _check_integer(value: int, label: str) -> int:
     if value.bit_length() > MAX_INTEGER_BITS:
         raise UnsupportedState(f"{label}: an integer of {value.bit_length()} bits is too long", label=label)
     return value
@@ -181,7 +181,7 @@ def encode_key(key: Any, label: str) -> str:
             label=label,
         )
     if letter == "i":
-        _bounded(key, label)
+        _check_integer(key, label)
     return letter + (_text(key, label) if letter == "s" else repr(key))
 
 
@@ -193,12 +193,12 @@ def decode_key(text: str) -> Any:
     if letter in ("i", "f"):
         number = int(rest) if letter == "i" else float(rest)
         if repr(number) != rest:  # or two keys of a file could become one: "1" and "01"
-            raise ValueError(f"{shortened(text)!r} is not how {shortened(repr(number))} is written")
+            raise ValueError(f"{shorten(text)!r} is not how {shorten(repr(number))} is written")
         return number
     constants = {"bTrue": True, "bFalse": False, "nNone": None}
     if text in constants:
         return constants[text]
-    raise ValueError(f"no key begins like {shortened(text)!r}")
+    raise ValueError(f"no key begins like {shorten(text)!r}")
 
 
 def equal_hashes(keys: Collection[Any]) -> int:
@@ -245,7 +245,7 @@ def unflatten(node: Any, arrays: Callable[[str], Any], depth: int = 0) -> Any:
                 keys = [key[1:] if key.startswith("s") else decode_key(key) for key in content]
             except ValueError as error:
                 raise CorruptCheckpoint(
-                    f"the state has a key that cannot be read: {shortened(str(error))}"
+                    f"the state has a key that cannot be read: {shorten(str(error))}"
                 ) from None
             if equal_hashes(keys) > MAX_EQUAL_HASHES:
                 raise CorruptCheckpoint("the state has a dict whose keys were chosen to make it slow")

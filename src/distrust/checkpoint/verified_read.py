@@ -28,8 +28,8 @@ from distrust.checkpoint import direct_io, parallel
 from distrust.checkpoint.files import CUT_WHILE_READ, read_into
 from distrust.checkpoint.format import TensorInfo, tensor_hasher
 from distrust.checkpoint.header import Header
-from distrust.checkpoint.memory import PAGE_BYTES, address_of, allocate, rounded
-from distrust.errors import CorruptCheckpoint, readable
+from distrust.checkpoint.memory import PAGE_BYTES, address_of, allocate, round_up
+from distrust.errors import CorruptCheckpoint, quote_untrusted
 
 #: A piece stays in a core's cache between its read and its digest.
 PIECE_BYTES = 1 << 20
@@ -42,7 +42,7 @@ FETCHES_IN_FLIGHT = 3
 _PROBES = 16
 
 
-class Content(NamedTuple):
+class TensorBytes(NamedTuple):
     """The bytes of tensors.
 
     Attributes:
@@ -59,7 +59,7 @@ class Content(NamedTuple):
         return self.data[offset + begin : offset + end]
 
 
-def load(descriptor: int, header: Header) -> Content:
+def load(descriptor: int, header: Header) -> TensorBytes:
     """All tensors, verified, in memory of their own.
 
     Each begins on a cache line, as in memory that frameworks allocate: where an array begins decides how some
@@ -70,13 +70,13 @@ def load(descriptor: int, header: Header) -> Content:
         OSError: if the disk cannot be read.
         MemoryError: if there is not enough memory.
     """
-    sizes = (rounded(tensor.nbytes, CACHE_LINE_BYTES) for tensor in header.tensors)
+    sizes = (round_up(tensor.nbytes, CACHE_LINE_BYTES) for tensor in header.tensors)
     places = list(itertools.accumulate(sizes, initial=0))
     memory = allocate(places[-1])
     offsets = {tensor.name: place for tensor, place in zip(header.tensors, places, strict=False)}
-    content = Content(memoryview(memory), offsets)
+    content = TensorBytes(memoryview(memory), offsets)
     if _is_cold(descriptor, header):
-        with _Fetched(descriptor, header, content, address_of(memory)) as fetched:
+        with _Prefetcher(descriptor, header, content, address_of(memory)) as fetched:
             _verify_all(header.tensors, fetched.piece)
         return content
 
@@ -89,7 +89,7 @@ def load(descriptor: int, header: Header) -> Content:
     return content
 
 
-def mapped(descriptor: int, header: Header) -> Content:
+def map_file(descriptor: int, header: Header) -> TensorBytes:
     """All tensors as the file itself, not verified.
 
     Raises:
@@ -100,10 +100,10 @@ def mapped(descriptor: int, header: Header) -> Content:
         file = mmap.mmap(descriptor, header.file_size, access=mmap.ACCESS_COPY)
     except ValueError:
         raise CorruptCheckpoint(CUT_WHILE_READ) from None
-    return Content(memoryview(file), {tensor.name: tensor.offset for tensor in header.tensors})
+    return TensorBytes(memoryview(file), {tensor.name: tensor.offset for tensor in header.tensors})
 
 
-def verify_content(content: Content, tensors: Sequence[TensorInfo]) -> None:
+def verify_content(content: TensorBytes, tensors: Sequence[TensorInfo]) -> None:
     """Verify tensors that are in memory.
 
     Raises:
@@ -160,7 +160,9 @@ def check_digest(tensor: TensorInfo, digest: str) -> None:
     """
     if digest != tensor.digest:
         place = f"bytes {tensor.offset} to {tensor.offset + tensor.nbytes}"
-        raise CorruptCheckpoint(f"tensor {readable(tensor.name)} is damaged ({place})", tensor=tensor.name)
+        raise CorruptCheckpoint(
+            f"tensor {quote_untrusted(tensor.name)} is damaged ({place})", tensor=tensor.name
+        )
 
 
 def _is_cold(descriptor: int, header: Header) -> bool:
@@ -189,13 +191,13 @@ def _is_cold(descriptor: int, header: Header) -> bool:
     return missing > _PROBES // 2
 
 
-class _Fetched:
+class _Prefetcher:
     """Tensors that threads read ahead of their digests, past the page cache if the file system allows that.
 
     Direct I/O reads whole pages: blocks of the file are read beside, and copied to where the tensors begin.
     """
 
-    def __init__(self, descriptor: int, header: Header, content: Content, address: int) -> None:
+    def __init__(self, descriptor: int, header: Header, content: TensorBytes, address: int) -> None:
         self._descriptor = descriptor
         self._header = header
         self._content = content
@@ -216,7 +218,7 @@ class _Fetched:
         return self._content.of(tensor, begin, end)
 
     def __enter__(self) -> Self:
-        direct_io.take(self._descriptor)
+        direct_io.enable(self._descriptor)
         self._threads = parallel.Threads(self._fetch, FETCHES_IN_FLIGHT)
         if not len(self._threads):
             self._fetch()
@@ -258,7 +260,7 @@ class _Fetched:
             except OSError as error:
                 if error.errno != errno.EINVAL or refused:
                     raise
-                direct_io.drop(self._descriptor)
+                direct_io.disable(self._descriptor)
                 refused = True
                 continue
             if count == 0:

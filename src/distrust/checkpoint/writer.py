@@ -41,7 +41,7 @@ class PendingSave:
         return self._future.done()
 
     @property
-    def failed_unseen(self) -> bool:
+    def has_unreported_error(self) -> bool:
         """Whether it failed and nobody has been told."""
         return self.done and not self._taken and self._future.exception() is not None
 
@@ -49,9 +49,9 @@ class PendingSave:
         """Call ``then`` once the write has ended, on its thread, or at once."""
         self._future.add_done_callback(lambda _: then())
 
-    def report_unseen(self) -> None:
+    def print_unreported_error(self) -> None:
         """Print the error that nobody has been told of."""
-        if self.failed_unseen:
+        if self.has_unreported_error:
             print(f"distrust: a save in the background failed: {self._future.exception()}", file=sys.stderr)
 
     def wait(self, timeout: float | None = None) -> Path:
@@ -158,14 +158,14 @@ class BackgroundWriter:
         try:
             write()
         except SaveFailed as error:
-            return self.failed(path, error)
-        return self._over(path, None)
+            return self.record_failure(path, error)
+        return self._finish(path, None)
 
-    def failed(self, path: Path, error: SaveFailed) -> PendingSave:
+    def record_failure(self, path: Path, error: SaveFailed) -> PendingSave:
         """A save that failed before anything could be written; told like one in the background."""
-        return self._over(path, error)
+        return self._finish(path, error)
 
-    def _over(self, path: Path, error: SaveFailed | None) -> PendingSave:
+    def _finish(self, path: Path, error: SaveFailed | None) -> PendingSave:
         future: Future[Path] = Future()
         copied = threading.Event()
         copied.set()
@@ -179,9 +179,9 @@ class BackgroundWriter:
 
     def _take(self, pending: PendingSave) -> None:
         self._pending = pending
-        _told_at_exit().add(pending)
+        _unreported_at_exit().add(pending)
 
-    def settle(self) -> None:
+    def wait(self) -> None:
         """Wait for the save under way.
 
         Raises:
@@ -191,16 +191,16 @@ class BackgroundWriter:
         if pending is None:
             return
         try:
-            if not pending.done or pending.failed_unseen:
+            if not pending.done or pending.has_unreported_error:
                 pending.wait()
         finally:
             if pending.done:  # an interrupted wait leaves the slot taken
                 self._pending = None
-                _told_at_exit().discard(pending)
+                _unreported_at_exit().discard(pending)
 
 
 @functools.cache
-def _told_at_exit() -> set[PendingSave]:
+def _unreported_at_exit() -> set[PendingSave]:
     """The saves that nobody has settled yet.
 
     One hook for them all: the interpreter keeps the place of one that was taken back, and looks at it again
@@ -210,7 +210,7 @@ def _told_at_exit() -> set[PendingSave]:
 
     def report() -> None:
         for pending in unsettled:
-            pending.report_unseen()
+            pending.print_unreported_error()
 
     atexit.register(report)
     return unsettled

@@ -13,7 +13,7 @@ from distrust.checkpoint.catalog import RUN_SUBDIRECTORY
 from distrust.cli.arguments import parser, print_json
 from distrust.config import TrainConfig, flag, key
 from distrust.engines.state_conversion import target_modules
-from distrust.importers.convert import Converted, convert, target_directory
+from distrust.importers.convert import ConvertedCheckpoint, convert, target_directory
 from distrust.reporting.display import printable
 
 
@@ -50,18 +50,18 @@ def main(arguments: list[str]) -> int:
     arg.add_argument("--json", action="store_true", help="print a list of objects")
     options = arg.parse_args(arguments)
 
-    def tell(one: Converted) -> None:
+    def tell(one: ConvertedCheckpoint) -> None:
         if not options.json:
             print(printable(_line(one)), flush=True)
 
     done = convert(options.source, options.to, force=options.force, model=options.model, report=tell)
     if options.json:
         print_json([_object(one) for one in done])
-    well = sum(one.is_well for one in done)
+    well = sum(one.succeeded for one in done)
     directory = target_directory(options.to)
     if not options.json:
         print(printable(f"{well} of {len(done)} stand in {directory}"))
-        if unproven := sum(one.is_well and not one.is_proven for one in done):
+        if unproven := sum(one.succeeded and not one.is_verified for one in done):
             print(
                 f"{unproven} of them in a format without checksums: a bit of the weights that had flipped "
                 "was not found"
@@ -99,13 +99,13 @@ def _word(value: Any) -> str:
     return f"{value:g}" if type(value) is float and float(f"{value:g}") == value else str(value)
 
 
-def _line(one: Converted) -> str:
+def _line(one: ConvertedCheckpoint) -> str:
     if one.target is None:
         return f"{one.source}: {one.outcome}: {one.reason}"
     said = f"{one.source}: {one.outcome}: {one.target}, state {(one.state_digest or '')[:16]}"
     return f"{said} ({one.reason})" if one.reason else said
 
 
-def _object(one: Converted) -> dict[str, object]:
+def _object(one: ConvertedCheckpoint) -> dict[str, object]:
     paths = {"source": str(one.source), "target": None if one.target is None else str(one.target)}
     return {**asdict(one), **paths}

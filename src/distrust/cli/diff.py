@@ -54,10 +54,10 @@ def main(arguments: list[str]) -> int:
         )
     for difference in found[:SHOWN]:
         sides = f"{_short(difference.a)} -> {_short(difference.b)}"
-        print(printable(f"{difference.what} {difference.name}: {sides}"))
+        print(printable(f"{difference.kind} {difference.name}: {sides}"))
     if len(found) > SHOWN:
         print(f"and {len(found) - SHOWN} more; --json lists them all")
-    tensors = sum(difference.what == "tensor" for difference in found)
+    tensors = sum(difference.kind == "tensor" for difference in found)
     either = len({tensor.name for tensor in (*a.tensors, *b.tensors)})
     print(
         f"different: {len(found) - tensors} scalars, {tensors} of {either} tensors"

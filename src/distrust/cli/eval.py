@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from distrust.checkpoint.catalog import find
+from distrust.checkpoint.catalog import resolve
 from distrust.cli.arguments import TARGET, add_choice_of_checkpoint, parser, print_json
 from distrust.reporting.display import printable
 
@@ -17,7 +17,7 @@ from distrust.reporting.display import printable
 def main(arguments: list[str]) -> int:
     """Tell the losses of a trained model on data."""
     options = _options(arguments)
-    find(options.target)  # a wrong name is told before the frameworks are loaded
+    resolve(options.target)  # a wrong name is told before the frameworks are loaded
 
     from distrust import engines, evaluation
     from distrust.reporting.console import ConsoleReporter
@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
         found = {"checkpoint": measured(engine)}
         if options.compare:
             del engine  # one model in memory at a time
-            untrained = engines.create(replace(config, compile=False))
+            untrained = engines.create_engine(replace(config, compile=False))
             found = {"base": measured(untrained), **found}
     if options.json:
         print_json({"path": str(file.path), "step": file.step, **found})

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import get_args
 
-from distrust.checkpoint.catalog import find
+from distrust.checkpoint.catalog import resolve
 from distrust.cli.arguments import TARGET, add_choice_of_checkpoint, parser, print_json, size
 from distrust.config import ExportDtype, ExportFormat
 from distrust.reporting.display import printable
@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> int:
     )
     arg.add_argument("--json", action="store_true", help="print one object")
     options = arg.parse_args(arguments)
-    find(options.target)  # a wrong name is told before the frameworks are loaded
+    resolve(options.target)  # a wrong name is told before the frameworks are loaded
 
     from distrust.export import export
 

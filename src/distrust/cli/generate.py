@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distrust.checkpoint.catalog import find
+from distrust.checkpoint.catalog import resolve
 from distrust.cli.arguments import TARGET, add_choice_of_checkpoint, parser, print_json
 from distrust.errors import ConfigError, DataError
 
@@ -20,7 +20,7 @@ def main(arguments: list[str]) -> int:
     """Let a trained model go on with prompts."""
     options = _options(arguments)
     _require_sense(options)
-    find(options.target)  # a wrong name is told before the frameworks are loaded
+    resolve(options.target)  # a wrong name is told before the frameworks are loaded
     prompts = options.prompt or _lines()
     if not prompts:
         raise DataError("no prompt: give --prompt TEXT, or lines on the standard input")
@@ -48,7 +48,9 @@ def main(arguments: list[str]) -> int:
     columns = {"checkpoint": write(trained)}
     if options.compare:
         del trained  # one model in memory at a time
-        untrained = engines.create(replace(engines.config_of(file, model=options.model), compile=False))
+        untrained = engines.create_engine(
+            replace(engines.config_of(file, model=options.model), compile=False)
+        )
         columns = {"base": write(untrained), **columns}
 
     rows = [

@@ -26,18 +26,18 @@ def main(arguments: list[str]) -> int:
         warning = f"distrust: warning: {damaged.path}: damaged: {damaged.reason}"
         print(printable(warning), file=sys.stderr)
     if options.json:
-        print_json([_row(file) for file in found.everything])
-    elif found.everything:
+        print_json([_row(file) for file in found.all_intact])
+    elif found.all_intact:
         print(f"{'step':>8}  {'kind':8}  {'size':>8}  {'created (UTC)':19}  metrics")
-        for file in found.everything:
+        for file in found.all_intact:
             metrics = "  ".join(f"{name} {number(value)}" for name, value in _main_metrics(file))
-            if file.is_older:
+            if file.is_foreign:
                 metrics += f"{'  ' if metrics else ''}(older format: {file.format})"
             created = (file.created or "")[:19].replace("T", " ")
             row = f"{file.step:>8}  {file.kind:8}  {size(file.bytes):>8}  {created:19}  {metrics}"
             print(printable(row))
     else:
-        whole, hint = ("whole ", "") if found.damaged else ("", foreign.hint(options.target))
+        whole, hint = ("whole ", "") if found.damaged else ("", foreign.import_hint(options.target))
         print(printable(f"no {whole}checkpoints in {options.target}{hint}"))
     return 0
 
@@ -45,9 +45,9 @@ def main(arguments: list[str]) -> int:
 def _scan(target: Path) -> catalog.Scan:
     if catalog.is_directory(target):
         return catalog.scan(catalog.checkpoint_directory(target))
-    catalog.require_there(target)
+    catalog.require_exists(target)
     one = (catalog.read_header(target),)
-    return catalog.Scan((), (), one) if one[0].is_older else catalog.Scan(one, ())
+    return catalog.Scan((), (), one) if one[0].is_foreign else catalog.Scan(one, ())
 
 
 def _main_metrics(file: catalog.CheckpointFile) -> list[tuple[str, float]]:

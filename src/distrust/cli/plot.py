@@ -60,10 +60,12 @@ def main(arguments: list[str]) -> int:
     twice = [path for path, place in zip(options.runs, there, strict=True) if there.count(place) > 1]
     if twice:
         raise ConfigError(f"{twice[-1]} is given twice; name each run once")
-    scene = figures.scene([read_run(path) for path in options.runs], axis=options.x, smooth=options.smooth)
+    scene = figures.prepare_runs(
+        [read_run(path) for path in options.runs], axis=options.x, smooth=options.smooth
+    )
     figure = figures.draw(scene, options.panels, title=options.title)
     for target, suffix in zip(targets, suffixes, strict=True):
-        figures.write(target, figures.rendered(figure, suffix))
+        figures.write(target, figures.render(figure, suffix))
         print(printable(str(target)))
     return 0
 

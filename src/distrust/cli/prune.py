@@ -20,7 +20,7 @@ from distrust.reporting.display import printable
 BLOCK_BYTES = 512
 
 
-class Removed(NamedTuple):
+class RemovedFile(NamedTuple):
     """A file that went, or would go.
 
     Attributes:
@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
     """Remove checkpoints that no rule keeps, damaged ones, or both."""
     options = _options(arguments)
     _check(options)
-    catalog.find(options.target)  # a wrong name is told, and nothing is made there
+    catalog.resolve(options.target)  # a wrong name is told, and nothing is made there
     directory = catalog.checkpoint_directory(options.target)
     account = _Account(directory, options)
     with CheckpointManager(
@@ -96,10 +96,10 @@ class _Account:
     """What went, or would go: told line by line, and summed up."""
 
     def __init__(self, directory: Path, options: argparse.Namespace) -> None:
-        self.removed: list[Removed] = []
+        self.removed: list[RemovedFile] = []
         self._options = options
         self._directory = directory
-        self._occupied = {path.name: _occupied(path) for path, _, _ in catalog.named(directory)}
+        self._occupied = {path.name: _occupied(path) for path, _, _ in catalog.list_names(directory)}
 
     @property
     def is_all(self) -> bool:
@@ -113,7 +113,7 @@ class _Account:
     def add(self, path: Path, step: int, reason: str) -> None:
         """Tell of a file."""
         # As the user has named the directory, not as the manager has.
-        one = Removed(str(self._directory / path.name), step, self._occupied[path.name], reason)
+        one = RemovedFile(str(self._directory / path.name), step, self._occupied[path.name], reason)
         self.removed.append(one)
         if not self._options.json:
             verb = "would remove" if self._options.dry_run else "removed"

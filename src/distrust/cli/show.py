@@ -7,7 +7,7 @@ from typing import Any
 
 from distrust.checkpoint import catalog
 from distrust.cli.arguments import TARGET, number, parser, print_json, size
-from distrust.errors import CheckpointNotFound, ConfigError, shortened
+from distrust.errors import CheckpointNotFound, ConfigError, shorten
 from distrust.reporting.display import printable
 
 #: Of a value: more than a section of a config takes.
@@ -32,16 +32,16 @@ def main(arguments: list[str]) -> int:
     options = arg.parse_args(arguments)
 
     file = _chosen(options.target, options.step)
-    file.require_whole()
+    file.require_intact()
     if options.json:
         print_json(_object(file))
         return 0
     run = file.header.run_info
     print(printable(f"{file.path}"))
-    when = f", created {shortened(file.created)}" if file.created else ""
+    when = f", created {shorten(file.created)}" if file.created else ""
     where = f" on {run.get('host')}" if run.get("host") else ""
     print(printable(f"step {file.step}, {file.kind}, {size(file.bytes)}{when}{where}"))
-    if file.is_older:
+    if file.is_foreign:
         print(f"older format  {file.format}: it has no digests; `distrust convert` gives it some")
     else:
         print(f"state digest  {file.state_digest}")
@@ -65,7 +65,7 @@ def main(arguments: list[str]) -> int:
 def _chosen(target: Path, step: int | None) -> catalog.CheckpointFile:
     if step is None:
         return catalog.newest(target)
-    catalog.require_there(target)
+    catalog.require_exists(target)
     if not catalog.is_directory(target):
         raise ConfigError(f"--step goes with a run or a directory; {target} is one checkpoint")
     files = catalog.scan(catalog.checkpoint_directory(target)).by_step()
@@ -102,7 +102,7 @@ def _print_table(title: str, values: dict[str, Any]) -> None:
     if values:
         print(title)
         for name, value in sorted(values.items(), key=lambda item: str(item[0])):
-            print(printable(f"  {shortened(str(name))}: {_bounded(value)}"))
+            print(printable(f"  {shorten(str(name))}: {_bounded(value)}"))
 
 
 def _bounded(value: Any) -> str:

@@ -55,11 +55,11 @@ def main(arguments: list[str]) -> int:
     config = parse(arguments)
     # torch and transformers take seconds to load: not before the flags are known to be right.
     from distrust.reporting.console import ConsoleReporter
-    from distrust.reporting.reporters import reporters
+    from distrust.reporting.reporters import create_observers
     from distrust.training import DistrustTrainer
 
     with ConsoleReporter(log_every=config.log_every) as console:
-        ended = DistrustTrainer(config, observers=[console, *reporters(config)]).train()
+        ended = DistrustTrainer(config, observers=[console, *create_observers(config)]).train()
     return 0 if ended.signal is None else 128 + ended.signal
 
 

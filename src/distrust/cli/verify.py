@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> int:
     options = arg.parse_args(arguments)
 
     rows = []
-    for path in [path for target in options.targets for path in catalog.find(target)]:
+    for path in [path for target in options.targets for path in catalog.resolve(target)]:
         verdict, reason, note = _verdict(path)
         row = {"path": str(path), "ok": reason is None, "verdict": verdict, "reason": reason}
         rows.append({**row, "note": note} if note else row)
@@ -43,7 +43,7 @@ def _verdict(path: Path) -> tuple[str, str | None, str | None]:
     try:
         file = catalog.verify(path)
     except CorruptCheckpoint as error:
-        if not catalog.seems_one(path):  # another program's file is not damaged
+        if not catalog.looks_like_checkpoint(path):  # another program's file is not damaged
             return "NOT A CHECKPOINT", "neither its name nor its beginning is that of one", None
         return "DAMAGED", error.reason, None
     except CheckpointError as error:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from distrust.data.distribution import Distribution
-    from distrust.data.provenance.score import Check, Weighed
+    from distrust.data.provenance.score import Check, ScoredRecords
     from distrust.data.sources import Source
 
 DESCRIPTION = """A record that
@@ -71,14 +71,14 @@ def main(arguments: list[str]) -> int:
         return 0
     config = _config(options)
 
-    from distrust.atomic import new_file, require_writable
+    from distrust.atomic import atomic_file, require_writable
     from distrust.data.columns import WholeRows, columns_of
-    from distrust.data.provenance.score import Scale, weigh
+    from distrust.data.provenance.score import Scoring, score_records
     from distrust.data.provenance.table import load_table
-    from distrust.data.provenance.write_dataset import require_format, write_weighed
+    from distrust.data.provenance.write_dataset import require_format, write_scored
     from distrust.data.sources import open_source
 
-    scale = Scale(
+    scale = Scoring(
         columns=columns_of(config),
         table=load_table(options.table),
         authority_weight=config.default_authority_weight,
@@ -97,7 +97,7 @@ def main(arguments: list[str]) -> int:
     for target in filter(None, (options.out, options.plot)):
         require_writable(target, force=options.force, inputs=map(str, read))
     with _Progress("read") as progress:
-        weighed = weigh(sources, scale, on_progress=progress)
+        weighed = score_records(sources, scale, on_progress=progress)
     if config.source_column and set(weighed.classes) == {""}:
         warnings.warn(
             f"--source-column {config.source_column}: no record has it", DistrustWarning, stacklevel=2
@@ -111,11 +111,11 @@ def main(arguments: list[str]) -> int:
     shown = _distribution(weighed, weights, extremes=options.top)
     with contextlib.ExitStack() as files:
         if options.plot is not None:  # first written and last named: a failure leaves neither file
-            picture = files.enter_context(new_file(options.plot, force=options.force))
+            picture = files.enter_context(atomic_file(options.plot, force=options.force))
             _draw(picture, options.plot.suffix, config, weighed, weights, shown)
         if options.out is not None:
             progress = files.enter_context(_Progress("written"))
-            write_weighed(sources, weighed, columns, options.out, force=options.force, on_progress=progress)
+            write_scored(sources, weighed, columns, options.out, force=options.force, on_progress=progress)
     if options.json:
         print_json(_object(options, config, weighed, shown))
     else:
@@ -199,7 +199,7 @@ def _weighting_of(config: TrainConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names}
 
 
-def _distribution(weighed: Weighed, weights: NDArray[np.float64], *, extremes: int) -> Distribution:
+def _distribution(weighed: ScoredRecords, weights: NDArray[np.float64], *, extremes: int) -> Distribution:
     """Of records that count as one token each: how many they have is for a tokenizer to say."""
     import numpy as np
 
@@ -222,7 +222,7 @@ def _draw(
     file: BinaryIO,
     suffix: str,
     config: TrainConfig,
-    weighed: Weighed,
+    weighed: ScoredRecords,
     weights: NDArray[np.float64],
     shown: Distribution,
 ) -> None:
@@ -250,7 +250,7 @@ def _captions(sources: Sequence[Source], columns: Any, shown: Distribution) -> d
 
 
 def _object(
-    options: argparse.Namespace, config: TrainConfig, weighed: Weighed, shown: Distribution
+    options: argparse.Namespace, config: TrainConfig, weighed: ScoredRecords, shown: Distribution
 ) -> dict[str, Any]:
     """What is shown, for programs; tokens are left out, as nobody has counted them."""
     found = shown.as_json()
@@ -281,13 +281,13 @@ def _check_object(check: Check) -> dict[str, Any]:
 
 
 def _lines(
-    options: argparse.Namespace, weighed: Weighed, shown: Distribution, captions: Mapping[str, str]
+    options: argparse.Namespace, weighed: ScoredRecords, shown: Distribution, captions: Mapping[str, str]
 ) -> Iterator[str]:
-    from distrust.reporting.weights_table import check_lines, distribution_lines
+    from distrust.reporting.weights_table import distribution_lines, score_lines
 
     are = "record" if len(weighed) == 1 else "records"
     yield f"{len(weighed):,} {are} of {', '.join(options.data)}"
-    yield from check_lines(weighed.checks, recomputed=options.recompute)
+    yield from score_lines(weighed.checks, recomputed=options.recompute)
     yield ""
     blocks = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
     yield from distribution_lines(shown, captions, blocks=blocks)

@@ -32,10 +32,10 @@ from distrust.data.columns import Columns, columns_of
 from distrust.data.corpus import Corpus
 from distrust.data.distribution import Distribution, distribution
 from distrust.data.fields import NO_CLASS
-from distrust.data.packing import Sequences, concatenated, packed, single
-from distrust.data.reading import Census, Reading, check, read_records
+from distrust.data.packing import PackedRows, concatenate, one_per_row, pack
+from distrust.data.reading import DatasetStats, RecordReader, check_records, read_records
 from distrust.data.records import Completion, Conversation, Location, Message, Record, Text
-from distrust.data.sampler import MAX_SEED, MixedOrder, Order, permutation
+from distrust.data.sampler import MAX_SEED, EpochSampler, MixtureSampler, permutation
 from distrust.data.sources import Source, examples_source, open_source
 from distrust.data.split import split_off
 from distrust.data.tokenizer import Tokenizer, digest_of
@@ -47,37 +47,37 @@ __all__ = [
     "NO_CLASS",
     "Batches",
     "Cache",
-    "Census",
     "Columns",
     "Completion",
     "Conversation",
     "Corpus",
+    "DatasetStats",
     "Distribution",
+    "EpochSampler",
     "Location",
     "Message",
     "MicroBatch",
-    "MixedOrder",
-    "Order",
-    "Reading",
+    "MixtureSampler",
+    "PackedRows",
     "Record",
-    "Sequences",
+    "RecordReader",
     "Source",
     "Text",
     "Tokenizer",
     "beginning",
     "cache_folder",
-    "check",
+    "check_records",
     "columns_of",
-    "concatenated",
+    "concatenate",
     "digest_of",
     "distribution",
     "evaluation_batches",
     "examples_source",
+    "one_per_row",
     "open_source",
-    "packed",
+    "pack",
     "permutation",
     "read_records",
-    "single",
     "split_off",
     "tokenize",
     "tokenize_in_blocks",

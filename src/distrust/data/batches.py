@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from distrust.data.corpus import Corpus
-from distrust.data.packing import Sequences, single
-from distrust.data.sampler import MixedOrder, Order
+from distrust.data.packing import PackedRows, one_per_row
+from distrust.data.sampler import EpochSampler, MixtureSampler
 
 IGNORED = -100
 """The label of a token that carries no loss: transformers and torch know it by this number."""
@@ -71,15 +71,15 @@ class Batches:
         *,
         weights: ArrayLike,
         distrust: ArrayLike,
-        order: Order | MixedOrder,
-        sequences: Sequences | None = None,
+        order: EpochSampler | MixtureSampler,
+        sequences: PackedRows | None = None,
         batch_size: int,
         gradient_accumulation: int,
         pad_token_id: int,
     ) -> None:
         if batch_size < 1 or gradient_accumulation < 1:
             raise ValueError(f"a step needs a row: {batch_size} × {gradient_accumulation}")
-        sequences = single(np.arange(len(corpus))) if sequences is None else sequences
+        sequences = one_per_row(np.arange(len(corpus))) if sequences is None else sequences
         if order.sequences != len(sequences):
             raise ValueError(f"an order of {order.sequences} sequences for {len(sequences)} rows")
         self._corpus = corpus
@@ -171,7 +171,7 @@ def _collate(
     # Padding reads the example's first token: any valid place does, it is masked out below.
     source = corpus.starts[examples][:, None] + np.where(real, place, 0)
     tokens = corpus.input_ids[source].astype(np.int64)
-    learned = real & corpus.learned[source]
+    learned = real & corpus.loss_mask[source]
     return MicroBatch(
         input_ids=np.where(real, tokens, pad_token_id),
         attention_mask=real.astype(np.int64),

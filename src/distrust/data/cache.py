@@ -27,7 +27,7 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from distrust.data.corpus import BLOCK, Chunk, Classes, Corpus, Locations, blocks, digest_of, with_sizes
-from distrust.data.reading import Census
+from distrust.data.reading import DatasetStats
 from distrust.data.records import Unit
 from distrust.errors import ConfigError, DistrustWarning
 
@@ -80,15 +80,15 @@ class Cache:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def census(self, key: str) -> Census | None:
+    def stats(self, key: str) -> DatasetStats | None:
         """What a check found that had nothing to say against the records, if it was made."""
         try:
-            found = _sealed((self.folder / _CHECKED / f"{key}.json").read_bytes())
+            found = _open_sealed((self.folder / _CHECKED / f"{key}.json").read_bytes())
         except (OSError, _DamagedError):
             return None
-        return Census(tuple(found["sizes"]), found["conversations"], found["first_conversation"])
+        return DatasetStats(tuple(found["sizes"]), found["conversations"], found["first_conversation"])
 
-    def remember(self, key: str, census: Census) -> None:
+    def store_stats(self, key: str, census: DatasetStats) -> None:
         """Remember that a check had nothing to say; where that cannot be, it is made again."""
         with contextlib.suppress(OSError):
             folder = self.folder / _CHECKED
@@ -197,7 +197,7 @@ def _write(folder: Path, made: Iterable[Corpus], parts: Parts, sizes: tuple[int,
         _append(files["offsets"], np.zeros(1, np.int64))
         for block in made:
             _append(files["input_ids"], block.input_ids)
-            _append(files["learned"], block.learned)
+            _append(files["learned"], block.loss_mask)
             _append(files["offsets"], block.offsets[1:] + total)
             _append(files["authority_weight"], block.authority_weight)
             _append(files["provenance_entropy"], block.provenance_entropy)
@@ -244,7 +244,7 @@ def _open(folder: Path, parts: Parts) -> Corpus:
         _DamagedError: it is not.
         OSError: it cannot be read.
     """
-    manifest = _sealed((folder / _MANIFEST).read_bytes())
+    manifest = _open_sealed((folder / _MANIFEST).read_bytes())
     n, total = manifest["n"], manifest["total"]
     lengths = {"input_ids": total, "learned": total, "offsets": n + 1}
     for name, dtype in _DTYPES.items():
@@ -257,7 +257,7 @@ def _open(folder: Path, parts: Parts) -> Corpus:
 
 def _corpus(folder: Path, manifest: dict[str, Any], parts: Parts) -> Corpus:
     """The corpus of an entry's files, mapped."""
-    arrays = {name: _mapped(folder / name, dtype) for name, dtype in _DTYPES.items()}
+    arrays = {name: _map_array(folder / name, dtype) for name, dtype in _DTYPES.items()}
     sizes = tuple(manifest["sizes"])
     corpus = Corpus(
         **{name: arrays[name] for name in _FINGERPRINTED},
@@ -268,12 +268,12 @@ def _corpus(folder: Path, manifest: dict[str, Any], parts: Parts) -> Corpus:
         classes=tuple(manifest["classes"]),
         class_of=arrays["class_of"],
     )
-    return corpus.knowing(
+    return corpus.with_known(
         fingerprint=with_sizes(manifest["fingerprint"], sizes), loss_tokens=arrays["loss_tokens"]
     )
 
 
-def _mapped(path: Path, dtype: str) -> NDArray[Any]:
+def _map_array(path: Path, dtype: str) -> NDArray[Any]:
     return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
 
 
@@ -323,7 +323,7 @@ def _seal(values: dict[str, Any]) -> bytes:
     return json.dumps([body, blake3(body.encode()).hexdigest()]).encode()
 
 
-def _sealed(raw: bytes) -> dict[str, Any]:
+def _open_sealed(raw: bytes) -> dict[str, Any]:
     try:
         body, digest = json.loads(raw)
         if blake3(body.encode()).hexdigest() == digest:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from distrust.config import TrainConfig, several
+from distrust.config import TrainConfig, as_names
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +59,13 @@ class Columns:
         """All columns of numbers."""
         return self.authority_weight + self.provenance_entropy
 
-    def among(self, there: Sequence[str]) -> list[str]:
+    def needed_from(self, there: Sequence[str]) -> list[str]:
         """Those of a table's columns that are needed: all of them if none holds content, to tell so."""
         if not any(name in there for name in self.content):
             return list(there)
         return [name for name in there if name in self.content + self.numbers + self.source]
 
-    def taken(self, row: Mapping[str, Any], text: str | None = None) -> Mapping[str, Any]:  # noqa: ARG002
+    def select(self, row: Mapping[str, Any], text: str | None = None) -> Mapping[str, Any]:  # noqa: ARG002
         """What is read of a row: a null is a field that is not there.
 
         Args:
@@ -104,10 +104,10 @@ class WholeRows(Columns):
 def columns_of(config: TrainConfig) -> Columns:
     """The columns that a config names, and the usual names for the others."""
     usual = Columns()
-    weights = several(config.authority_weight_column) or usual.authority_weight
-    entropies = several(config.provenance_entropy_column) or usual.provenance_entropy
-    source = several(config.source_column) or usual.source
-    prompt, completion = several(config.prompt_column), config.completion_column
+    weights = as_names(config.authority_weight_column) or usual.authority_weight
+    entropies = as_names(config.provenance_entropy_column) or usual.provenance_entropy
+    source = as_names(config.source_column) or usual.source
+    prompt, completion = as_names(config.prompt_column), config.completion_column
     if not (config.text_column or prompt or completion or config.messages_column):
         return Columns(authority_weight=weights, provenance_entropy=entropies, source=source)
     pair = bool(prompt or completion)
@@ -115,7 +115,7 @@ def columns_of(config: TrainConfig) -> Columns:
         text=config.text_column,
         prompt=(prompt or usual.prompt) if pair else (),
         completion=(completion or usual.completion) if pair else None,
-        messages=several(config.messages_column),
+        messages=as_names(config.messages_column),
         authority_weight=weights,
         provenance_entropy=entropies,
         source=source,

@@ -54,7 +54,7 @@ class Corpus:
     """
 
     input_ids: NDArray[np.int32]
-    learned: NDArray[np.bool_]
+    loss_mask: NDArray[np.bool_]
     offsets: NDArray[np.int64]
     authority_weight: NDArray[np.float64]
     provenance_entropy: NDArray[np.float64]
@@ -95,7 +95,7 @@ class Corpus:
             # As many examples as fill a block, and one at least.
             last = max(first + 1, int(np.searchsorted(self.offsets, begin + BLOCK, "right")) - 1)
             ends = self.offsets[first : last + 1] - begin
-            sums = np.concatenate(([0], np.cumsum(self.learned[begin : begin + ends[-1]], dtype=np.int64)))
+            sums = np.concatenate(([0], np.cumsum(self.loss_mask[begin : begin + ends[-1]], dtype=np.int64)))
             counts[first:last] = np.diff(sums[ends])
             first = last
         return counts if self.chosen is None else counts[self.chosen]
@@ -128,16 +128,16 @@ class Corpus:
             self,
             authority_weight=self.authority_weight[numbers],
             provenance_entropy=self.provenance_entropy[numbers],
-            locations=Selected(self.locations, numbers),
+            locations=SelectedLocations(self.locations, numbers),
             sizes=tuple(int(size) for size in np.diff(ends, prepend=0)),
             chosen=numbers if self.chosen is None else self.chosen[numbers],
             class_of=None if self.class_of is None else self.class_of[numbers],
         )
         digest = blake3(f"distrust selection 1\n{self.fingerprint}\n".encode())
         digest.update(numbers.astype("<i8").tobytes())
-        return selected.knowing(fingerprint=digest.hexdigest(), loss_tokens=self.loss_tokens[numbers])
+        return selected.with_known(fingerprint=digest.hexdigest(), loss_tokens=self.loss_tokens[numbers])
 
-    def knowing(self, *, fingerprint: str, loss_tokens: NDArray[np.int64]) -> Corpus:
+    def with_known(self, *, fingerprint: str, loss_tokens: NDArray[np.int64]) -> Corpus:
         """This corpus, with what is known of it already and need not be computed."""
         vars(self).update(fingerprint=fingerprint, loss_tokens=loss_tokens)
         return self
@@ -145,7 +145,7 @@ class Corpus:
     def _arrays(self) -> tuple[NDArray[np.generic], ...]:
         return (
             self.input_ids,
-            self.learned,
+            self.loss_mask,
             self.offsets,
             self.authority_weight,
             self.provenance_entropy,
@@ -232,7 +232,7 @@ class Locations(Sequence[Location]):
         return Location(name, int(self._line[example]), unit)
 
 
-class Selected(Sequence[Location]):
+class SelectedLocations(Sequence[Location]):
     """Some of the locations.
 
     Args:
@@ -253,5 +253,5 @@ class Selected(Sequence[Location]):
     def __getitem__(self, example: slice) -> Sequence[Location]: ...
     def __getitem__(self, example: int | slice) -> Location | Sequence[Location]:
         if isinstance(example, slice):
-            return Selected(self._locations, self._chosen[example])
+            return SelectedLocations(self._locations, self._chosen[example])
         return self._locations[int(self._chosen[example])]

@@ -55,7 +55,7 @@ def read_content(fields: Fields, columns: Columns) -> Text | Completion | Conver
 def _no_content(fields: Fields, columns: Columns) -> str:
     *kinds, last = columns.kinds
     none = f"no {', no '.join(kinds)}, and no {last}" if kinds else f"no {last}"
-    there = ", ".join(shown(key) for key in list(fields)[:8]) or "nothing"
+    there = ", ".join(quote_value(key) for key in list(fields)[:8]) or "nothing"
     remedy = (
         "correct the option that names it"
         if columns.given
@@ -105,7 +105,7 @@ def _conversation(asked: tuple[Message, ...], told: tuple[Message, ...], name: s
             "begins with the assistant; a chat template needs a user's or system turn before it",
             field=f"{name}[0]",
         )
-    return Conversation(asked + told, learned_from=len(asked))
+    return Conversation(asked + told, trained_turns=len(asked))
 
 
 def _message(item: Any, field: str) -> Message:
@@ -120,7 +120,7 @@ def _message(item: Any, field: str) -> Message:
     named = item.get(who)
     role = _SPEAKERS.get(named, named) if who == "from" and isinstance(named, str) else named
     if role not in _ROLES:
-        problem = "missing" if named is None else f"unknown: {shown(named)}"
+        problem = "missing" if named is None else f"unknown: {quote_value(named)}"
         raise RecordError(f"{problem}; give one of {', '.join(_ROLES)}", field=f"{field}.{who}")
     content = item.get(what)
     if content is None:
@@ -146,13 +146,13 @@ def _string(value: Any, field: str, *, empty: bool = True) -> str:
 def read_authority_weight(fields: Fields, columns: Columns, default: float | None) -> float:
     """The record's w, or the default where it has none."""
     names = columns.authority_weight
-    return check_authority_weight(*_named(fields, names, default, "--default-authority-weight"))
+    return check_authority_weight(*_field_value(fields, names, default, "--default-authority-weight"))
 
 
 def read_provenance_entropy(fields: Fields, columns: Columns, default: float | None) -> float:
     """The record's H in bits, or the default where it has none."""
     names = columns.provenance_entropy
-    return check_provenance_entropy(*_named(fields, names, default, "--default-provenance-entropy"))
+    return check_provenance_entropy(*_field_value(fields, names, default, "--default-provenance-entropy"))
 
 
 def read_source(fields: Fields, columns: Columns) -> str:
@@ -162,10 +162,10 @@ def read_source(fields: Fields, columns: Columns) -> str:
         # Shown only, so nothing is refused: what no file can hold is replaced.
         name = " ".join(value.encode("utf-8", "replace").decode().split())[:MAX_SOURCE_LENGTH]
         return "" if name == NO_CLASS else name
-    return shown(value) if isinstance(value, bool | int | float) else ""
+    return quote_value(value) if isinstance(value, bool | int | float) else ""
 
 
-def _named(fields: Fields, names: tuple[str, ...], default: float | None, flag: str) -> tuple[Any, str]:
+def _field_value(fields: Fields, names: tuple[str, ...], default: float | None, flag: str) -> tuple[Any, str]:
     """The value of a field that goes by any of some names, and the name it goes by here."""
     given = [name for name in names if name in fields]
     if not given:
@@ -175,7 +175,7 @@ def _named(fields: Fields, names: tuple[str, ...], default: float | None, flag: 
             )
         return default, names[0]
     if len(given) == 2 and fields[names[0]] != fields[names[1]]:
-        values = " and ".join(shown(fields[name]) for name in names)
+        values = " and ".join(quote_value(fields[name]) for name in names)
         raise RecordError(f"differs from its other name, {names[1]} ({values}); keep one", field=names[0])
     return fields[given[0]], given[0]
 
@@ -185,13 +185,13 @@ def check_authority_weight(value: Any, field: str) -> float:
     number = _number(value, field)
     if MAX_AUTHORITY_WEIGHT < number <= 1:
         raise RecordError(
-            f"{shown(value)} is above {MAX_AUTHORITY_WEIGHT}, the highest authority there is; "
+            f"{quote_value(value)} is above {MAX_AUTHORITY_WEIGHT}, the highest authority there is; "
             f"write {MAX_AUTHORITY_WEIGHT}",
             field=field,
         )
     if not 0 <= number <= MAX_AUTHORITY_WEIGHT:
         raise RecordError(
-            f"{shown(value)} is outside [0, {MAX_AUTHORITY_WEIGHT}]; "
+            f"{quote_value(value)} is outside [0, {MAX_AUTHORITY_WEIGHT}]; "
             f"0 is no authority, {MAX_AUTHORITY_WEIGHT} the highest",
             field=field,
         )
@@ -203,21 +203,23 @@ def check_provenance_entropy(value: Any, field: str) -> float:
     number = _number(value, field)
     if not (math.isfinite(number) and number >= 0):
         raise RecordError(
-            f"{shown(value)} is not a finite number of bits, 0 or more; correct it", field=field
+            f"{quote_value(value)} is not a finite number of bits, 0 or more; correct it", field=field
         )
     return number
 
 
 def _number(value: Any, field: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise RecordError(f"{json_kind(value)} ({shown(value)}), not a number; write it as one", field=field)
+        raise RecordError(
+            f"{json_kind(value)} ({quote_value(value)}), not a number; write it as one", field=field
+        )
     try:
         return float(value)
     except OverflowError:  # an integer beyond the largest float
         return math.inf if value > 0 else -math.inf
 
 
-def members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """The members of an object of JSON, for ``object_pairs_hook``.
 
     Raises:
@@ -226,7 +228,7 @@ def members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
         twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise RecordError("stands twice in one object; keep one", field=shown(twice))
+        raise RecordError("stands twice in one object; keep one", field=quote_value(twice))
     return fields
 
 
@@ -240,7 +242,7 @@ def json_kind(value: Any) -> str:
     return names.get(type(value), f"a value of type {type(value).__name__}")
 
 
-def shown(value: Any) -> str:
+def quote_value(value: Any) -> str:
     """A value for a message: no control characters, no surrogates, not too long."""
     shown = (
         json.dumps(value, default=repr)

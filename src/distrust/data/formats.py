@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from distrust.data.columns import Columns
-from distrust.data.fields import Fields, json_kind, members, shown
+from distrust.data.fields import Fields, json_kind, quote_value, unique_members
 from distrust.data.record_errors import RecordError
 from distrust.data.records import Unit
 from distrust.errors import DataError
@@ -116,14 +116,14 @@ def _json_lines(file: BinaryIO, columns: Columns) -> Iterator[Row]:
     for number, raw in enumerate(file, 1):
         line = (raw.removeprefix(_BOM) if number == 1 else raw).rstrip()
         if line:
-            yield number, _decoded(line, columns)
+            yield number, _decode(line, columns)
 
 
-def _decoded(raw: bytes, columns: Columns) -> Fields | RecordError:
+def _decode(raw: bytes, columns: Columns) -> Fields | RecordError:
     """The fields of a line, or what is wrong with it."""
     try:
         text = raw.decode("utf-8")
-        return _fields(json.loads(text, object_pairs_hook=members), text, columns)
+        return _fields(json.loads(text, object_pairs_hook=unique_members), text, columns)
     except RecordError as problem:
         return problem
     except UnicodeDecodeError as error:
@@ -141,7 +141,7 @@ def _fields(value: Any, text: str, columns: Columns) -> Fields | RecordError:
     """An object's fields."""
     if not isinstance(value, dict):
         return RecordError(f"{json_kind(value)}, not a JSON object; a record is one JSON object on one line")
-    return columns.taken(value, text)
+    return columns.select(value, text)
 
 
 def _json_list(file: BinaryIO, columns: Columns) -> Iterator[Row]:
@@ -166,7 +166,7 @@ def _elements(file: io.TextIOWrapper) -> Iterator[tuple[Any, str]]:
 
     No more of the list is in memory than a chunk or an element.
     """
-    decoder = json.JSONDecoder(object_pairs_hook=members)
+    decoder = json.JSONDecoder(object_pairs_hook=unique_members)
     text, ended, first = file.read(_CHUNK), False, True
     place = next_token(text, 0) + 1  # behind the bracket
     while True:
@@ -202,7 +202,7 @@ def next_token(text: str, place: int) -> int:
     return cast(re.Match[str], _SPACE.match(text, place)).end()
 
 
-def _separated(delimiter: str) -> Callable[[BinaryIO, Columns], Iterator[Row]]:
+def _csv_format(delimiter: str) -> Callable[[BinaryIO, Columns], Iterator[Row]]:
     def rows(file: BinaryIO, columns: Columns) -> Iterator[Row]:
         csv.field_size_limit(sys.maxsize)  # a document may be longer than the 128 KiB that are the default
         with io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
@@ -235,7 +235,7 @@ def _csv_rows(reader: Any, columns: Columns) -> Iterator[Row]:
 def _header(cells: list[str]) -> list[str]:
     twice = [name for name, count in Counter(cells).items() if count > 1]
     if twice:
-        raise RecordError("stands twice in the header; keep one", field=shown(twice[0]))
+        raise RecordError("stands twice in the header; keep one", field=quote_value(twice[0]))
     return cells
 
 
@@ -243,7 +243,7 @@ def _cells(cells: list[str], header: list[str], columns: Columns) -> Fields | Re
     if len(cells) != len(header):
         return RecordError(f"{len(cells)} cells under a header of {len(header)}; correct it")
     numbers = columns.numbers
-    return columns.taken(
+    return columns.select(
         {
             name: (_number(cell) if cell else None) if name in numbers else cell
             for name, cell in zip(header, cells, strict=True)
@@ -273,11 +273,11 @@ def _parquet(file: BinaryIO, columns: Columns) -> Iterator[Row]:
     number = 0
     try:
         table = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=_CHUNK)
-        needed = columns.among(_header(table.schema_arrow.names))
+        needed = columns.needed_from(_header(table.schema_arrow.names))
         for batch in table.iter_batches(_BATCH, columns=needed, use_threads=False):
             for row in batch.to_pylist():
                 number += 1
-                yield number, columns.taken(row)
+                yield number, columns.select(row)
     except RecordError as problem:
         yield 1, problem
     except (pyarrow.ArrowException, ArithmeticError, LookupError, ValueError) as error:
@@ -295,7 +295,7 @@ PARQUET = Format("parquet", "row", _parquet)
 _BY_SUFFIX = {
     ".jsonl": JSON_LINES,
     ".ndjson": JSON_LINES,
-    ".csv": Format("csv", "line", _separated(",")),
-    ".tsv": Format("tsv", "line", _separated("\t")),
+    ".csv": Format("csv", "line", _csv_format(",")),
+    ".tsv": Format("tsv", "line", _csv_format("\t")),
     ".parquet": PARQUET,
 }

@@ -80,11 +80,11 @@ def rows(name: str, table: Any, columns: Columns) -> Iterator[Row]:
     """
     number = 0
     try:
-        needed = table.with_format(None).select_columns(columns.among(table.column_names))
+        needed = table.with_format(None).select_columns(columns.needed_from(table.column_names))
         for batch in needed.iter(_BATCH):
             for values in zip(*batch.values(), strict=True):
                 number += 1
-                yield number, columns.taken(dict(zip(batch, values, strict=True)))
+                yield number, columns.select(dict(zip(batch, values, strict=True)))
     except Exception as error:  # of the library, and of whatever it reads with
         raise DataError(f"{name}: cannot be read after row {number}: {_reason(error)}") from error
 

@@ -23,7 +23,7 @@ PACKING = 2**63
 
 
 @dataclass(frozen=True)
-class Sequences:
+class PackedRows:
     """Rows of a batch: row i holds ``members[offsets[i]:offsets[i + 1]]``.
 
     Attributes:
@@ -42,14 +42,14 @@ class Sequences:
         return np.concatenate([self.members[self.offsets[row] : self.offsets[row + 1]] for row in rows])
 
 
-def single(examples: NDArray[np.int64]) -> Sequences:
+def one_per_row(examples: NDArray[np.int64]) -> PackedRows:
     """Each example a row of its own."""
-    return Sequences(np.arange(len(examples) + 1, dtype=np.int64), examples)
+    return PackedRows(np.arange(len(examples) + 1, dtype=np.int64), examples)
 
 
-def packed(
+def pack(
     examples: NDArray[np.int64], lengths: NDArray[np.int64], *, capacity: int, seed: int, window: int = WINDOW
-) -> Sequences:
+) -> PackedRows:
     """Rows of several examples each.
 
     Args:
@@ -74,14 +74,14 @@ def packed(
         # Arrays, window by window: lists of all rows would take ten times the memory.
         sizes.append(np.array([len(row) for row in rows], np.int64))
         members.append(np.concatenate(rows))
-    return Sequences(np.cumsum(np.concatenate(sizes)), examples[np.concatenate(members)])
+    return PackedRows(np.cumsum(np.concatenate(sizes)), examples[np.concatenate(members)])
 
 
-def concatenated(parts: Sequence[Sequences]) -> Sequences:
+def concatenate(parts: Sequence[PackedRows]) -> PackedRows:
     """The rows of each part, one part after the other."""
     starts = np.cumsum([0, *(len(part.members) for part in parts)])
     offsets = [part.offsets[:-1] + start for part, start in zip(parts, starts[:-1], strict=True)]
-    return Sequences(
+    return PackedRows(
         np.concatenate([*offsets, starts[-1:]]), np.concatenate([part.members for part in parts])
     )
 

@@ -25,7 +25,7 @@ from distrust.data.fields import (
     read_provenance_entropy,
     read_source,
 )
-from distrust.data.record_errors import Problems, RecordError
+from distrust.data.record_errors import RecordError, RecordErrors
 from distrust.data.records import Conversation, Location, Record
 from distrust.data.sources import Source, open_source
 from distrust.errors import ConfigError, DataError
@@ -39,7 +39,7 @@ _REPORT_EVERY = 5000
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class RecordReader:
     """Sources and how they are read.
 
     Attributes:
@@ -114,7 +114,7 @@ class Reading:
 
 
 @dataclass(frozen=True, slots=True)
-class Census:
+class DatasetStats:
     """What there is, once all of it is known to be right.
 
     Attributes:
@@ -133,7 +133,7 @@ class Census:
         return sum(self.sizes)
 
 
-def census_of(records: Iterable[Record]) -> Census:
+def dataset_stats(records: Iterable[Record]) -> DatasetStats:
     """Of records that are at hand, as one source."""
     count = conversations = 0
     first = None
@@ -142,10 +142,10 @@ def census_of(records: Iterable[Record]) -> Census:
         if isinstance(record.content, Conversation):
             conversations += 1
             first = first or str(record.location)
-    return Census((count,), conversations, first)
+    return DatasetStats((count,), conversations, first)
 
 
-def check(reading: Reading, *, on_progress: Callable[[int], None] | None = None) -> Census:
+def check_records(reading: RecordReader, *, on_progress: Callable[[int], None] | None = None) -> DatasetStats:
     """Reads every record once, and keeps none.
 
     Args:
@@ -156,7 +156,7 @@ def check(reading: Reading, *, on_progress: Callable[[int], None] | None = None)
         DataError: a source cannot be read or holds nothing (one line), or records are wrong (a headline,
             then one line for each of the first 20 problems; ``problems`` holds the first 1000).
     """
-    problems = Problems()
+    problems = RecordErrors()
     sizes: list[int] = []
     read = 0
 
@@ -175,11 +175,11 @@ def check(reading: Reading, *, on_progress: Callable[[int], None] | None = None)
             raise DataError(f"{source.name}: holds no records; there must be one at least")
         sizes.append(read - before)
 
-    census = census_of(record for source in reading.sources for record in good(source))
+    census = dataset_stats(record for source in reading.sources for record in good(source))
     if problems.records:
         are = "record is" if read == 1 else "records are"
-        raise problems.error(f"{reading.name}: {problems.records} of {read} {are} wrong")
-    return Census(tuple(sizes), census.conversations, census.first_conversation)
+        raise problems.to_data_error(f"{reading.name}: {problems.records} of {read} {are} wrong")
+    return DatasetStats(tuple(sizes), census.conversations, census.first_conversation)
 
 
 def read_records(
@@ -203,13 +203,13 @@ def read_records(
         ConfigError: a default is outside its range.
     """
     columns = Columns()
-    reading = Reading(
+    reading = RecordReader(
         (open_source(fspath(path), columns),),
         columns,
         _checked_default("default_authority_weight", default_authority_weight, check_authority_weight),
         _checked_default("default_provenance_entropy", default_provenance_entropy, check_provenance_entropy),
     )
-    check(reading)
+    check_records(reading)
     return list(reading.records())
 
 

@@ -30,7 +30,7 @@ class RecordError(Exception):
         super().__init__(what if field is None else f"{field}: {what}")
 
 
-class Problems:
+class RecordErrors:
     """What is wrong with the records of a run: the first ones in words, the rest as a number.
 
     Attributes:
@@ -59,11 +59,11 @@ class Problems:
                 if len(first) < SAME:
                     first.append(line)
 
-    def error(self, headline: str) -> DataError:
+    def to_data_error(self, headline: str) -> DataError:
         """One error for all of them: the headline, the first ones, and how many more of which cause."""
-        return DataError("\n".join([headline, *self._shown()]), self._lines)
+        return DataError("\n".join([headline, *self._summary_lines()]), self._lines)
 
-    def _shown(self) -> Iterator[str]:
+    def _summary_lines(self) -> Iterator[str]:
         """All of them if they are few; else, cause by cause, a few and how many more."""
         if self._count <= SHOWN:
             yield from self._lines

@@ -71,7 +71,7 @@ class Conversation:
     """
 
     messages: tuple[Message, ...]
-    learned_from: int = 0
+    trained_turns: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,7 +65,7 @@ def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return z ^ (z >> np.uint64(31))
 
 
-class _Epochs:
+class _Sampler:
     """An endless row of epochs that can be entered anywhere at one price: what an order of either kind is."""
 
     def __init__(self, sequences: int, *, seed: int) -> None:
@@ -101,15 +101,15 @@ class _Epochs:
     def _epoch(self, epoch: int) -> NDArray[np.int64]:
         cached = self._cached  # read once: another thread may replace it
         if cached is None or cached[0] != epoch:
-            cached = self._cached = (epoch, self._drawn(epoch))
+            cached = self._cached = (epoch, self._permutation(epoch))
         return cached[1]
 
-    def _drawn(self, epoch: int) -> NDArray[np.int64]:
+    def _permutation(self, epoch: int) -> NDArray[np.int64]:
         """The order of an epoch: int64[sequences]."""
         raise NotImplementedError
 
 
-class Order(_Epochs):
+class EpochSampler(_Sampler):
     """An endless row of epochs, each in an order of its own, that can be entered anywhere at one price.
 
     Attributes:
@@ -123,11 +123,11 @@ class Order(_Epochs):
         super().__init__(sequences, seed=seed)
         self._epoch(0)
 
-    def _drawn(self, epoch: int) -> NDArray[np.int64]:
+    def _permutation(self, epoch: int) -> NDArray[np.int64]:
         return permutation(self.sequences, seed=self.seed, epoch=epoch)
 
 
-class MixedOrder(_Epochs):
+class MixtureSampler(_Sampler):
     """An endless row of epochs in which each source has its share; the interface of ``Order``.
 
     The sequences are numbered source after source.
@@ -147,12 +147,12 @@ class MixedOrder(_Epochs):
         if not sizes or min(sizes) < 1 or len(sizes) != len(shares):
             raise ValueError(f"every source needs sequences and a share: {list(sizes)}, {list(shares)}")
         super().__init__(sum(sizes), seed=seed)
-        self.counts = apportioned(self.sequences, shares)
+        self.counts = apportion(self.sequences, shares)
         self._begins = [0, *accumulate(sizes)][:-1]
-        self._orders = [Order(size, seed=derived_seed(seed, k)) for k, size in enumerate(sizes)]
+        self._orders = [EpochSampler(size, seed=derived_seed(seed, k)) for k, size in enumerate(sizes)]
         self._epoch(0)
 
-    def _drawn(self, epoch: int) -> NDArray[np.int64]:
+    def _permutation(self, epoch: int) -> NDArray[np.int64]:
         source = np.repeat(np.arange(len(self.counts)), self.counts)
         source = source[permutation(self.sequences, seed=self.seed, epoch=epoch)]
         drawn = np.empty(self.sequences, np.int64)
@@ -161,7 +161,7 @@ class MixedOrder(_Epochs):
         return drawn
 
 
-def apportioned(places: int, shares: Sequence[float]) -> tuple[int, ...]:
+def apportion(places: int, shares: Sequence[float]) -> tuple[int, ...]:
     """So many places by shares: by largest remainder, and one at least where a share is not 0.
 
     Args:

@@ -27,7 +27,7 @@ class Segment(NamedTuple):
     """
 
     text: str
-    learn: bool
+    trained: bool
 
 
 def segments(content: Text | Completion | Conversation, tokenizer: Tokenizer) -> list[Segment]:
@@ -38,9 +38,9 @@ def segments(content: Text | Completion | Conversation, tokenizer: Tokenizer) ->
     """
     match content:
         case Text(text):
-            return [Segment(text, learn=True)]
+            return [Segment(text, trained=True)]
         case Completion(prompt, completion):
-            return [Segment(prompt, learn=False), Segment(completion, learn=True)]
+            return [Segment(prompt, trained=False), Segment(completion, trained=True)]
         case Conversation():
             return _conversation(content, tokenizer)
 
@@ -51,7 +51,7 @@ def _conversation(conversation: Conversation, tokenizer: Tokenizer) -> list[Segm
     found: list[Segment] = []
     done = 0
     for index, turn in enumerate(turns):
-        if turn["role"] != "assistant" or index < conversation.learned_from:
+        if turn["role"] != "assistant" or index < conversation.trained_turns:
             continue
         before = _render(turns[:index], tokenizer, answer_next=True)
         through = _render(turns[: index + 1], tokenizer, answer_next=False)
@@ -63,9 +63,9 @@ def _conversation(conversation: Conversation, tokenizer: Tokenizer) -> list[Segm
                 field=f"messages[{index}]",
             )
         end = begin + len(_through_end_mark(through[begin:], turn["content"]))
-        found += [Segment(whole[done:begin], learn=False), Segment(whole[begin:end], learn=True)]
+        found += [Segment(whole[done:begin], trained=False), Segment(whole[begin:end], trained=True)]
         done = end
-    return [*found, Segment(whole[done:], learn=False)]
+    return [*found, Segment(whole[done:], trained=False)]
 
 
 def _through_end_mark(printed: str, content: str) -> str:

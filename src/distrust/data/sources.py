@@ -23,8 +23,8 @@ from distrust.data import hub
 from distrust.data.columns import Columns
 from distrust.data.formats import JSON_LINES, PARQUET, Format, Row, format_of, is_binary, is_data, open_bytes
 from distrust.data.records import Unit
-from distrust.data.temp_copy import Spool
-from distrust.errors import ConfigError, DataError, why_unread
+from distrust.data.temp_copy import TempCopy
+from distrust.errors import ConfigError, DataError, read_failure_reason
 
 _BLOCK = 1 << 22
 
@@ -125,9 +125,9 @@ def examples_source(
     Raises:
         DataError: one cannot be an example, or reading them fails with an OSError.
     """
-    kept = Spool(spool)
+    kept = TempCopy(spool)
     with _readable(name):
-        kept.take(examples, columns, name=name)
+        kept.copy_examples(examples, columns, name=name)
     return Source(name, (_spool_part(kept, JSON_LINES, columns, name=name, unit="index"),))
 
 
@@ -144,8 +144,8 @@ def _kind(path: Path) -> str | None:
 def _file_part(path: Path, name: str, columns: Columns, spool: Path | None) -> Part:
     with _readable(name):
         if not stat.S_ISREG(path.stat().st_mode):
-            kept = Spool(spool or Path(os.devnull))
-            kept.fill(path)
+            kept = TempCopy(spool or Path(os.devnull))
+            kept.copy_pipe(path)
             return _spool_part(kept, JSON_LINES, columns, name=name, unit="line")
         form, packed = format_of(path)
         if not is_data(path) and is_binary(path, packed=packed):
@@ -170,7 +170,7 @@ def _file_part(path: Path, name: str, columns: Columns, spool: Path | None) -> P
     return Part(name, form.unit, digest, rows, opened if form is PARQUET else None)
 
 
-def _spool_part(kept: Spool, form: Format, columns: Columns, *, name: str, unit: Unit) -> Part:
+def _spool_part(kept: TempCopy, form: Format, columns: Columns, *, name: str, unit: Unit) -> Part:
     def rows() -> Iterator[Row]:
         with _readable(name), kept.open() as file:
             # An example's index counts from 0, and the spool has one a line.
@@ -229,7 +229,7 @@ def _visible(folder: Path) -> Iterator[Path]:
     """
 
     def refuse(error: OSError) -> None:
-        raise DataError(f"{error.filename}: {why_unread(error)}") from error
+        raise DataError(f"{error.filename}: {read_failure_reason(error)}") from error
 
     for root, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if name[0] not in "._"]
@@ -275,4 +275,4 @@ def _readable(name: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise DataError(f"{name}: {why_unread(error)}") from error
+        raise DataError(f"{name}: {read_failure_reason(error)}") from error

@@ -22,7 +22,7 @@ from distrust.data.records import Location
 from distrust.errors import DataError
 
 
-class Spool:
+class TempCopy:
     """A file without a name, which can be read as often as one likes.
 
     Args:
@@ -45,12 +45,12 @@ class Spool:
             file.seek(0)
             yield file
 
-    def fill(self, pipe: Path) -> None:
+    def copy_pipe(self, pipe: Path) -> None:
         """Take over what a pipe holds."""
         with pipe.open("rb") as file:
             shutil.copyfileobj(file, self._file, 1 << 20)
 
-    def take(self, examples: Iterable[Mapping[str, Any]], columns: Columns, *, name: str) -> None:
+    def copy_examples(self, examples: Iterable[Mapping[str, Any]], columns: Columns, *, name: str) -> None:
         """Take over what is needed of examples.
 
         Raises:
@@ -64,7 +64,7 @@ class Spool:
                 )
             needed = {
                 str(key): example[key]
-                for key in columns.among(list(example))
+                for key in columns.needed_from(list(example))
                 if key not in columns.source or isinstance(example[key], str | int | float)
             }
             try:

@@ -15,8 +15,8 @@ from itertools import chain
 import numpy as np
 
 from distrust.data.corpus import Classes, Corpus
-from distrust.data.reading import Census, census_of
-from distrust.data.record_errors import Problems, RecordError
+from distrust.data.reading import DatasetStats, dataset_stats
+from distrust.data.record_errors import RecordError, RecordErrors
 from distrust.data.records import Completion, Conversation, Record, Text
 from distrust.data.segments import Segment, segments
 from distrust.data.tokenizer import Tokenizer, encode_all
@@ -54,16 +54,16 @@ def tokenize(
     if not records:
         raise DataError("there are no records to tokenize")
     blocks = tokenize_in_blocks(
-        records, tokenizer, census=census_of(records), max_length=max_length, on_progress=on_progress
+        records, tokenizer, census=dataset_stats(records), max_length=max_length, on_progress=on_progress
     )
-    return _joined(list(blocks))
+    return _concatenate(list(blocks))
 
 
 def tokenize_in_blocks(
     records: Iterable[Record],
     tokenizer: Tokenizer,
     *,
-    census: Census,
+    census: DatasetStats,
     max_length: int,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Corpus]:
@@ -85,7 +85,7 @@ def tokenize_in_blocks(
     if max_length < 2:
         raise ConfigError(f"max_length must be 2 or more, not {max_length}: the first token is never learned")
     frame = _frame(census, tokenizer)
-    problems = Problems()
+    problems = RecordErrors()
     done = 0
     for batch in _batches(records):
         block = _block(batch, tokenizer, frame=frame, max_length=max_length, problems=problems)
@@ -95,7 +95,7 @@ def tokenize_in_blocks(
         if not problems.records:
             yield block
     if problems.records:
-        raise problems.error(f"{problems.records} of {done} records cannot be trained on")
+        raise problems.to_data_error(f"{problems.records} of {done} records cannot be trained on")
 
 
 def beginning(tokenizer: Tokenizer) -> list[int]:
@@ -118,11 +118,11 @@ class _Example:
 
     record: Record
     ids: list[int]
-    learned: list[bool]
+    loss_mask: list[bool]
     cut: int
 
 
-def _frame(census: Census, tokenizer: Tokenizer) -> _Frame:
+def _frame(census: DatasetStats, tokenizer: Tokenizer) -> _Frame:
     """Asks the tokenizer once for what the records need of it, so that one message tells what it lacks."""
     if census.conversations and tokenizer.chat_template is None:
         raise DataError(
@@ -164,7 +164,7 @@ def _characters(record: Record) -> int:
 
 
 def _block(
-    batch: Sequence[Record], tokenizer: Tokenizer, *, frame: _Frame, max_length: int, problems: Problems
+    batch: Sequence[Record], tokenizer: Tokenizer, *, frame: _Frame, max_length: int, problems: RecordErrors
 ) -> Corpus:
     """The corpus of a batch; records that cannot be trained on are left out of it, and told."""
     parts: list[tuple[Record, list[Segment]]] = []
@@ -176,7 +176,7 @@ def _block(
     encoded = iter(encode_all(tokenizer, [part.text for _, stretches in parts for part in stretches]))
     examples: list[_Example] = []
     for record, stretches in parts:
-        pieces = [(next(encoded), part.learn) for part in stretches]
+        pieces = [(next(encoded), part.trained) for part in stretches]
         if not isinstance(record.content, Conversation):
             pieces = [(frame.begin, False), *pieces, (frame.end, True)]
         try:
@@ -192,11 +192,11 @@ def _example(record: Record, pieces: Sequence[tuple[list[int], bool]], max_lengt
     learned[:1] = [False] * bool(learned)  # nothing predicts the first token
     kept = learned[:max_length]
     if not any(kept):
-        raise RecordError(_nothing_to_learn(learned, max_length))
+        raise RecordError(_no_trained_tokens(learned, max_length))
     return _Example(record, ids[:max_length], kept, cut=len(ids) - len(kept))
 
 
-def _nothing_to_learn(learned: list[bool], max_length: int) -> str:
+def _no_trained_tokens(learned: list[bool], max_length: int) -> str:
     if not any(learned):
         return "no token to learn: none that is learned comes after another; remove the record"
     return (
@@ -211,7 +211,7 @@ def _corpus(examples: Sequence[_Example]) -> Corpus:
     class_of = classes.number(example.record.source for example in examples)
     return Corpus(
         input_ids=np.array(list(chain.from_iterable(example.ids for example in examples)), np.int32),
-        learned=np.array(list(chain.from_iterable(example.learned for example in examples)), np.bool_),
+        loss_mask=np.array(list(chain.from_iterable(example.loss_mask for example in examples)), np.bool_),
         offsets=np.concatenate(([0], np.cumsum(lengths, dtype=np.int64))),
         authority_weight=np.array([example.record.authority_weight for example in examples], np.float64),
         provenance_entropy=np.array([example.record.provenance_entropy for example in examples], np.float64),
@@ -223,14 +223,14 @@ def _corpus(examples: Sequence[_Example]) -> Corpus:
     )
 
 
-def _joined(parts: Sequence[Corpus]) -> Corpus:
+def _concatenate(parts: Sequence[Corpus]) -> Corpus:
     begins = np.cumsum([0, *(part.offsets[-1] for part in parts)])
     offsets = [part.offsets[1:] + begin for part, begin in zip(parts, begins[:-1], strict=True)]
     classes = Classes()
     class_of = [classes.number(part.classes[number] for number in part.class_numbers) for part in parts]
     return Corpus(
         input_ids=np.concatenate([part.input_ids for part in parts]),
-        learned=np.concatenate([part.learned for part in parts]),
+        loss_mask=np.concatenate([part.loss_mask for part in parts]),
         offsets=np.concatenate([np.zeros(1, np.int64), *offsets]),
         authority_weight=np.concatenate([part.authority_weight for part in parts]),
         provenance_entropy=np.concatenate([part.provenance_entropy for part in parts]),

@@ -17,9 +17,9 @@ from distrust.checkpoint import Checkpoint, CheckpointFile, CheckpointManager, s
 from distrust.checkpoint.catalog import (
     RUN_SUBDIRECTORY,
     checkpoint_directory,
-    find,
     is_directory,
     read_header,
+    resolve,
     scan,
 )
 from distrust.checkpoint.manager import require_converted
@@ -28,7 +28,7 @@ from distrust.contract import Engine, EngineState
 from distrust.engines.model_source import locate
 from distrust.errors import ConfigError, ModelError, ResumeRefused
 from distrust.training import resume_point
-from distrust.training.imported import is_begun_elsewhere
+from distrust.training.imported import is_imported
 from distrust.training.resume import FINGERPRINTS, FIRST_ENGINE
 
 Name = Literal["torch", "mlx"]
@@ -36,7 +36,7 @@ Name = Literal["torch", "mlx"]
 _NEEDS: dict[Name, tuple[str, str]] = {"torch": ("torch", "train"), "mlx": ("mlx_lm", "mlx")}
 
 
-def create(config: TrainConfig) -> Engine:
+def create_engine(config: TrainConfig) -> Engine:
     """The engine that trains ``config``: model, tokenizer, adapter and optimizer, loaded.
 
     Raises:
@@ -44,7 +44,7 @@ def create(config: TrainConfig) -> Engine:
         ConfigError: if an option does not fit the model or the machine, or the engine is not installed.
     """
     locate(config.model)
-    name = chosen(config)
+    name = select_engine(config)
     require_installed(name)
     if name == "mlx":
         from distrust.engines.mlx.engine import MlxEngine
@@ -55,18 +55,18 @@ def create(config: TrainConfig) -> Engine:
     return TorchEngine(config)
 
 
-def chosen(config: TrainConfig) -> Name:
+def select_engine(config: TrainConfig) -> Name:
     """The engine that a config stands for: the one it names, or the run's, or the machine's own."""
     if config.engine != "auto":
         return config.engine
-    for folder in (resume_point.folder(config), Path(config.out)):
+    for folder in (resume_point.run_folder(config), Path(config.out)):
         files = scan(folder / RUN_SUBDIRECTORY).files
-        if files and installed(recorded(files[-1])):
-            return recorded(files[-1])
-    return _natural()
+        if files and is_installed(recorded_engine(files[-1])):
+            return recorded_engine(files[-1])
+    return _default_engine()
 
 
-def recorded(file: CheckpointFile) -> Name:
+def recorded_engine(file: CheckpointFile) -> Name:
     """The engine that a checkpoint was made by."""
     extra = file.header.run_info.get("extra")
     environment = extra.get("environment") if isinstance(extra, dict) else None
@@ -114,7 +114,7 @@ def read_checkpoint(
         CheckpointError: if there is none, or it is damaged.
         ConfigError: for a step, or the best one, of a single file.
     """
-    find(target)
+    resolve(target)
     if framework is None:
         framework = _opener(target)
     if not is_directory(target):
@@ -122,7 +122,7 @@ def read_checkpoint(
             asked = "--best" if step is None else f"--step {step}"
             raise ConfigError(f"{asked} goes with a run or a directory; {target} is one checkpoint")
         require_converted(read_header(target))
-        return serialization.read(target, framework=framework)
+        return serialization.load(target, framework=framework)
     return _manager(checkpoint_directory(target)).choose(step=step, best=best, framework=framework)
 
 
@@ -171,8 +171,8 @@ def engine_of(
         config_of(file, model=model), **{"compile": False, "engine": made_for, **(changes or {})}
     )
     expected = fingerprint_of(file, "model")
-    with base_told(file, config.model, given=model is not None):
-        engine = create(config)
+    with base_model_errors(file, config.model, given=model is not None):
+        engine = create_engine(config)
     if engine.fingerprint() != expected:
         raise ResumeRefused(f"{file.path}: was not trained on the weights of --model {config.model}")
     engine.load_state(EngineState(checkpoint.model, checkpoint.optimizer, checkpoint.rng))
@@ -188,7 +188,7 @@ def fingerprint_of(file: CheckpointFile, what: Literal["model", "data"]) -> str:
     found: str | None = file.header.config.get(FINGERPRINTS, {}).get(what)
     if found is None:
         known = "base model" if what == "model" else "data"
-        if is_begun_elsewhere(file.header.run_info.get("extra", {})):
+        if is_imported(file.header.run_info.get("extra", {})):
             raise ResumeRefused(
                 f"{file.path}: was begun elsewhere, so its {known} is not known; `distrust train` goes on "
                 "with it, and what that saves knows it"
@@ -198,7 +198,7 @@ def fingerprint_of(file: CheckpointFile, what: Literal["model", "data"]) -> str:
 
 
 @contextlib.contextmanager
-def base_told(file: CheckpointFile, name: str, *, given: bool) -> Iterator[None]:
+def base_model_errors(file: CheckpointFile, name: str, *, given: bool) -> Iterator[None]:
     """A base model that cannot be loaded inside may have been moved; unless it was given just now.
 
     Raises:
@@ -217,10 +217,10 @@ def base_told(file: CheckpointFile, name: str, *, given: bool) -> Iterator[None]
 
 def _opener(target: Path) -> Name:
     files = scan(checkpoint_directory(target)).files if is_directory(target) else (read_header(target),)
-    made_by = recorded(files[-1]) if files else _natural()
-    if installed(made_by):
+    made_by = recorded_engine(files[-1]) if files else _default_engine()
+    if is_installed(made_by):
         return made_by
-    return next((name for name in _NEEDS if installed(name)), made_by)
+    return next((name for name in _NEEDS if is_installed(name)), made_by)
 
 
 def _is_mlx(checkpoint: Checkpoint) -> bool:
@@ -228,12 +228,12 @@ def _is_mlx(checkpoint: Checkpoint) -> bool:
     return type(array).__module__.partition(".")[0] == "mlx"
 
 
-def _natural() -> Name:
+def _default_engine() -> Name:
     apple = sys.platform == "darwin" and platform.machine() == "arm64"
-    return "mlx" if installed("mlx") and (apple or not installed("torch")) else "torch"
+    return "mlx" if is_installed("mlx") and (apple or not is_installed("torch")) else "torch"
 
 
-def installed(name: Name) -> bool:
+def is_installed(name: Name) -> bool:
     """Whether what an engine needs is there."""
     return find_spec(_NEEDS[name][0]) is not None
 
@@ -248,7 +248,7 @@ def require_installed(name: Name, *, what: str | None = None) -> None:
     Raises:
         ConfigError: saying how to install it.
     """
-    if not installed(name):
+    if not is_installed(name):
         library, extra = _NEEDS[name]
         needed = (
             f"--engine {name}: {library} is" if what is None else f"{what}, {library} is needed, which is"

@@ -8,7 +8,7 @@ from distrust.bundled import MODEL
 from distrust.checkpoint.catalog import RUN_SUBDIRECTORY
 from distrust.config import BUNDLED
 from distrust.data.hub import is_name
-from distrust.errors import NOT_THERE, ModelError
+from distrust.errors import NOT_FOUND_ERRORS, ModelError
 
 
 def locate(name: str) -> tuple[str, bool]:
@@ -25,7 +25,7 @@ def locate(name: str) -> tuple[str, bool]:
     folder = Path(name)
     if not folder.exists():
         if not is_name(name):
-            raise ModelError(f"--model {name}: {NOT_THERE}")
+            raise ModelError(f"--model {name}: {NOT_FOUND_ERRORS}")
         return name, False
     if not folder.is_dir():
         raise ModelError(f"--model {name}: is a file; give the folder of a model")

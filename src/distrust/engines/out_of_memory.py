@@ -9,7 +9,7 @@ from distrust.errors import OutOfMemory
 
 
 @contextlib.contextmanager
-def memory_told(*said: str) -> Iterator[None]:
+def translate_out_of_memory(*said: str) -> Iterator[None]:
     """Out of memory is the user's to mend.
 
     Args:

@@ -18,17 +18,17 @@ def prompt_tokens(tokenizer: Tokenizer, prompt: str, *, chat: bool) -> list[int]
         DataError: if there is nothing to go on from.
         ModelError: if the tokenizer renders no conversations.
     """
-    ids = _asked(tokenizer, prompt) if chat else _begun(tokenizer, prompt)
+    ids = _chat_prompt(tokenizer, prompt) if chat else _with_bos(tokenizer, prompt)
     if not ids:
         raise DataError("an empty prompt: this tokenizer begins with nothing either; give some text")
     return ids
 
 
-def _begun(tokenizer: Tokenizer, text: str) -> list[int]:
+def _with_bos(tokenizer: Tokenizer, text: str) -> list[int]:
     return beginning(tokenizer) + tokenizer.encode(text, add_special_tokens=False)
 
 
-def _asked(tokenizer: Tokenizer, question: str) -> list[int]:
+def _chat_prompt(tokenizer: Tokenizer, question: str) -> list[int]:
     """A conversation up to where the answer begins, as a template prints it in training."""
     if tokenizer.chat_template is None:
         raise ModelError(

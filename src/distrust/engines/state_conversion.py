@@ -22,7 +22,7 @@ from dataclasses import replace
 from typing import Any
 
 from distrust.contract import EngineState
-from distrust.errors import ResumeRefused, readable
+from distrust.errors import ResumeRefused, quote_untrusted
 
 _PEFT = "base_model.model."
 #: The ends of a name here and there, and whether the matrix lies the other way round.
@@ -57,14 +57,14 @@ def is_torch(optimizer: Mapping[str, Any]) -> bool:
     return "param_groups" in optimizer
 
 
-def for_mlx(arrays: Mapping[str, Any]) -> dict[str, Any]:
+def arrays_to_mlx(arrays: Mapping[str, Any]) -> dict[str, Any]:
     """Arrays of the engine of torch by mlx-lm's names, the way round that they lie there."""
-    return _mapped(arrays, _TO_MLX)
+    return _rename_all(arrays, _TO_MLX)
 
 
-def for_torch(arrays: Mapping[str, Any]) -> dict[str, Any]:
+def arrays_to_torch(arrays: Mapping[str, Any]) -> dict[str, Any]:
     """Arrays of the engine of mlx by peft's names, the way round that they lie there."""
-    return _mapped(arrays, _TO_TORCH)
+    return _rename_all(arrays, _TO_TORCH)
 
 
 def to_mlx(state: EngineState) -> EngineState:
@@ -75,7 +75,7 @@ def to_mlx(state: EngineState) -> EngineState:
     """
     optimizer = state.optimizer
     if not optimizer:  # weights alone: everything else begins anew
-        model = for_mlx(state.model)
+        model = arrays_to_mlx(state.model)
         zeros = {name: array * 0 for name, array in model.items()}
         return EngineState(model, {"step": 0, "m": zeros, "v": zeros}, state.rng)
     if not is_torch(optimizer):
@@ -84,10 +84,10 @@ def to_mlx(state: EngineState) -> EngineState:
     steps = {_steps(values["step"]) for values in moments.values()}
     if len(steps) > 1:
         raise ResumeRefused("the checkpoint's optimizer has made a number of steps of each parameter")
-    model = for_mlx(state.model)
+    model = arrays_to_mlx(state.model)
     if moments:
         m, v = (
-            for_mlx({name: values[key] for name, values in moments.items()})
+            arrays_to_mlx({name: values[key] for name, values in moments.items()})
             for key in ("exp_avg", "exp_avg_sq")
         )
     else:  # no step was made
@@ -107,11 +107,17 @@ def to_torch(state: EngineState, groups: Sequence[Mapping[str, Any]]) -> EngineS
     """
     optimizer = state.optimizer
     if not optimizer:
-        return EngineState(for_torch(state.model), {"state": {}, "param_groups": list(groups)}, state.rng)
+        return EngineState(
+            arrays_to_torch(state.model), {"state": {}, "param_groups": list(groups)}, state.rng
+        )
     if is_torch(optimizer):
         return state
     step = _steps_of_mlx(optimizer)
-    model, m, v = for_torch(state.model), for_torch(optimizer["m"]), for_torch(optimizer["v"])
+    model, m, v = (
+        arrays_to_torch(state.model),
+        arrays_to_torch(optimizer["m"]),
+        arrays_to_torch(optimizer["v"]),
+    )
     names = {
         number: name
         for group in groups
@@ -124,7 +130,7 @@ def to_torch(state: EngineState, groups: Sequence[Mapping[str, Any]]) -> EngineS
         if name not in m.keys() & v.keys()
     ]
     if missing:
-        raise unfit("the checkpoint does not fit the model", missing, model)
+        raise state_mismatch("the checkpoint does not fit the model", missing, model)
     moments = {
         number: {"step": step, "exp_avg": m[name], "exp_avg_sq": v[name]} for number, name in names.items()
     }
@@ -140,7 +146,7 @@ def steps_made(value: Any) -> int | None:
     return int(made) if made >= 0 and made.is_integer() else None
 
 
-def unfit(what: str, differences: Sequence[str], saved: Iterable[str]) -> ResumeRefused:
+def state_mismatch(what: str, differences: Sequence[str], saved: Iterable[str]) -> ResumeRefused:
     """The error for a state that is another model's, or another adapter's.
 
     Args:
@@ -148,11 +154,11 @@ def unfit(what: str, differences: Sequence[str], saved: Iterable[str]) -> Resume
         differences: a line each; the message has the first ones.
         saved: the names of the saved arrays: what they adapt is told.
     """
-    lines = list(map(readable, differences[:LINES_SHOWN]))
+    lines = list(map(quote_untrusted, differences[:LINES_SHOWN]))
     if len(differences) > LINES_SHOWN:
         lines.append(f"and {len(differences) - LINES_SHOWN} more")
     if targets := target_modules(saved):
-        shown = " ".join(map(readable, targets[:TARGETS_SHOWN]))
+        shown = " ".join(map(quote_untrusted, targets[:TARGETS_SHOWN]))
         more = len(targets) - TARGETS_SHOWN
         lines.append(
             f"what was saved is an adapter of --target-modules {shown}"
@@ -170,7 +176,7 @@ def target_modules(names: Iterable[str]) -> list[str]:
     Args:
         names: of the arrays, in the form of either engine.
     """
-    ends = {_renamed(name, _TO_MLX)[0].rpartition(".") for name in names}
+    ends = {_rename(name, _TO_MLX)[0].rpartition(".") for name in names}
     modules = sorted({module for module, _, end in ends if f".{end}" in MLX_ENDS})
     stacks: dict[str, dict[str, set[str]]] = {}
     for module in modules:
@@ -210,11 +216,13 @@ def _steps_of_mlx(optimizer: Mapping[str, Any]) -> int:
 def _steps(value: Any) -> int:
     made = steps_made(value)
     if made is None:
-        raise ResumeRefused(f"the checkpoint's optimizer says that it made {readable(str(value))} steps")
+        raise ResumeRefused(
+            f"the checkpoint's optimizer says that it made {quote_untrusted(str(value))} steps"
+        )
     return made
 
 
-def _renamed(name: str, rules: Sequence[tuple[str, str, str, str, bool]]) -> tuple[str, bool]:
+def _rename(name: str, rules: Sequence[tuple[str, str, str, str, bool]]) -> tuple[str, bool]:
     """The name by the other's rules, and whether the matrix is turned."""
     for begin, end, new_begin, new_end, turned in rules:
         if name.startswith(begin) and name.endswith(end):
@@ -222,9 +230,11 @@ def _renamed(name: str, rules: Sequence[tuple[str, str, str, str, bool]]) -> tup
     return name, False
 
 
-def _mapped(arrays: Mapping[str, Any], rules: Sequence[tuple[str, str, str, str, bool]]) -> dict[str, Any]:
+def _rename_all(
+    arrays: Mapping[str, Any], rules: Sequence[tuple[str, str, str, str, bool]]
+) -> dict[str, Any]:
     mapped = {}
     for name, array in arrays.items():
-        new, turned = _renamed(name, rules)
+        new, turned = _rename(name, rules)
         mapped[new] = array.T if turned else array
     return mapped

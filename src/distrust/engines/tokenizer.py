@@ -21,7 +21,7 @@ def load_tokenizer(name: str) -> Any:
     """
     from transformers import AutoTokenizer
 
-    return loaded(AutoTokenizer, name)
+    return load_pretrained(AutoTokenizer, name)
 
 
 def require_room_for(tokenizer: Any, rows: int, *, name: str) -> None:
@@ -42,7 +42,7 @@ def require_room_for(tokenizer: Any, rows: int, *, name: str) -> None:
         )
 
 
-def loaded(loader: Any, name: str, **options: Any) -> Any:
+def load_pretrained(loader: Any, name: str, **options: Any) -> Any:
     """What a loader of transformers makes of a folder or a hub name; its code is never run.
 
     Raises:
@@ -63,7 +63,7 @@ def loaded(loader: Any, name: str, **options: Any) -> Any:
             options["use_safetensors"] = True
         return loader.from_pretrained(source, local_files_only=local, trust_remote_code=False, **options)
     except Exception as error:  # of a config that makes no sense it raises of every kind
-        raise not_loaded(name, error) from error
+        raise load_error(name, error) from error
 
 
 def _require_small(name: str, folder: Path) -> None:
@@ -73,7 +73,7 @@ def _require_small(name: str, folder: Path) -> None:
             raise ModelError(f"--model {name}: cannot be loaded: {path.name} is larger than any model's")
 
 
-def not_loaded(name: str, error: Exception) -> ModelError:
+def load_error(name: str, error: Exception) -> ModelError:
     """The error for a model that a library did not load."""
     hint = "" if locate(name)[1] else "; there is no folder of this name, and the hub did not give it"
     reason = " ".join(str(error).split())

@@ -39,7 +39,7 @@ STATE_SUFFIX = ".safetensors"
 
 
 @dataclass(frozen=True, slots=True)
-class Exported:
+class ExportResult:
     """What was written.
 
     Attributes:
@@ -71,7 +71,7 @@ def export(
     model: str | None = None,
     dtype: ExportDtype | None = None,
     disk: Disk | None = None,
-) -> Exported:
+) -> ExportResult:
     """Write what a checkpoint holds in a form that other programs load.
 
     Args:
@@ -95,7 +95,7 @@ def export(
     _require_one_of("--dtype", dtype, ExportDtype)
     to = Path(os.path.abspath(to))
     staging.require_free(to)
-    framework: engines.Name = "torch" if engines.installed("torch") else "mlx"
+    framework: engines.Name = "torch" if engines.is_installed("torch") else "mlx"
     file, checkpoint = engines.read_checkpoint(Path(target), step=step, best=best, framework=framework)
     fingerprint = engines.fingerprint_of(file, "model")  # or it is nobody's that this could be made of
     config = engines.config_of(file)
@@ -119,24 +119,24 @@ def export(
         write = _adapter(file, checkpoint, model, dtype=dtype)
     else:
         write = _merged(file, checkpoint, model, dtype=dtype)
-    with staging.staged(to, single_file=chosen == "state", disk=disk) as folder:
+    with staging.atomic_directory(to, single_file=chosen == "state", disk=disk) as folder:
         write(folder)
         if chosen != "state":
             facts = facts_of(file, config, title=to.name, base=base, form=chosen, dtype=dtype)
             (folder / CARD).write_text(model_card(facts), encoding="utf-8")
         nbytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return Exported(to, chosen, dtype, nbytes, file.path, file.step, file.state_digest)
+    return ExportResult(to, chosen, dtype, nbytes, file.path, file.step, file.state_digest)
 
 
 def _default_format(config: TrainConfig, file: CheckpointFile) -> ExportFormat:
     if not config.lora_rank:
         return "merged"
-    return "mlx" if engines.recorded(file) == "mlx" else "adapter"
+    return "mlx" if engines.recorded_engine(file) == "mlx" else "adapter"
 
 
 def _state(tensors: Mapping[str, Any], name: str, about: Mapping[str, str], *, dtype: ExportDtype) -> Write:
     prepare: Callable[..., Write]
-    if engines.installed("torch"):
+    if engines.is_installed("torch"):
         from distrust.engines.torch.export import prepare_state as prepare
     else:
         from distrust.engines.mlx.export import prepare_state as prepare
@@ -144,7 +144,7 @@ def _state(tensors: Mapping[str, Any], name: str, about: Mapping[str, str], *, d
 
 
 def _mlx(file: CheckpointFile, checkpoint: Checkpoint, base: str, *, dtype: ExportDtype) -> Write:
-    tensors = state_conversion.for_mlx(checkpoint.model)
+    tensors = state_conversion.arrays_to_mlx(checkpoint.model)
     described = mlx_folder.adapter_config(engines.config_of(file), tensors, base=reference(base))
     write_weights = _state(tensors, MLX_WEIGHTS, {"format": "mlx"}, dtype=dtype)
 
@@ -160,8 +160,8 @@ def _adapter(file: CheckpointFile, checkpoint: Checkpoint, model: str | None, *,
     from distrust.engines.torch.export import prepare_adapter
 
     config = engines.config_of(file, model=model)
-    with engines.base_told(file, config.model, given=model is not None):
-        return prepare_adapter(config, state_conversion.for_torch(checkpoint.model), dtype=dtype)
+    with engines.base_model_errors(file, config.model, given=model is not None):
+        return prepare_adapter(config, state_conversion.arrays_to_torch(checkpoint.model), dtype=dtype)
 
 
 def _merged(file: CheckpointFile, checkpoint: Checkpoint, model: str | None, *, dtype: ExportDtype) -> Write:
@@ -170,7 +170,7 @@ def _merged(file: CheckpointFile, checkpoint: Checkpoint, model: str | None, *, 
     from distrust.engines.torch.export import prepare_merged, require_mergeable
 
     config = engines.config_of(file, model=model)
-    with engines.base_told(file, config.model, given=model is not None):
+    with engines.base_model_errors(file, config.model, given=model is not None):
         require_mergeable(config)
     # On the CPU, whatever it was trained on, and with the base model in full precision.
     changes = {"engine": "torch", "device": "cpu", "gradient_checkpointing": False, "quantization": "none"}

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from distrust.errors import shortened
+from distrust.errors import shorten
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,7 @@ def _front_matter(facts: Facts) -> list[str]:
 
 def _code(text: str) -> str:
     """A code span: fenced by more backticks than any that stand in it."""
-    line = "".join(_plain(letter) for letter in shortened(text))
+    line = "".join(_plain(letter) for letter in shorten(text))
     fence = "`" * (max((len(run) for run in re.findall("`+", line)), default=0) + 1)
     # A space at either end is taken off again: the text may begin or end with a backtick, or be empty.
     pad = " " if not line.strip() or line[0] in "` " or line[-1] in "` " else ""

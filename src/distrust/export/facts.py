@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from distrust import __version__
 from distrust.checkpoint import CheckpointFile
-from distrust.config import BUNDLED, Dtype, ExportDtype, ExportFormat, TrainConfig, key, several
+from distrust.config import BUNDLED, Dtype, ExportDtype, ExportFormat, TrainConfig, as_names, key
 from distrust.engines.model_source import hub_name
 from distrust.export.card import Facts
 from distrust.training.resume import FINGERPRINTS
@@ -64,7 +64,7 @@ def public_name(name: str) -> str:
 
 
 def _public_names(names: str | Sequence[str] | None) -> str:
-    return ", ".join(map(public_name, several(names)))
+    return ", ".join(map(public_name, as_names(names)))
 
 
 def _notes(config: TrainConfig, form: ExportFormat) -> list[str]:

@@ -27,7 +27,7 @@ def require_free(target: Path) -> None:
     Raises:
         ExportFailed: if something is there, or nothing can be.
     """
-    with _told(target):
+    with _errors_with_path(target):
         above = next(parent for parent in target.absolute().parents if os.path.lexists(parent))
         if not above.is_dir():
             raise ExportFailed(f"{target}: cannot be made: {above} is no folder", path=target)
@@ -39,7 +39,7 @@ def require_free(target: Path) -> None:
 
 
 @contextlib.contextmanager
-def staged(target: Path, *, single_file: bool = False, disk: Disk | None = None) -> Iterator[Path]:
+def atomic_directory(target: Path, *, single_file: bool = False, disk: Disk | None = None) -> Iterator[Path]:
     """A folder to write into; it becomes the target when the block ends, and vanishes if that raises.
 
     Args:
@@ -53,14 +53,14 @@ def staged(target: Path, *, single_file: bool = False, disk: Disk | None = None)
     """
     disk = disk or Disk()
     require_free(target)
-    with _told(target):
+    with _errors_with_path(target):
         named_in = {target.parent, *(made.parent for made in target.parents if not made.exists())}
         target.parent.mkdir(parents=True, exist_ok=True)
         _sweep(target)
         folder = target.parent / f".{target.name}.{secrets.token_hex(8)}.tmp"
         disk.make_directory(folder)
     try:
-        with _told(target), _locked(folder):
+        with _errors_with_path(target), _locked(folder):
             yield folder
             _sync(folder, disk)
             require_free(target)  # still; and the system itself replaces no folder that holds anything
@@ -118,7 +118,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _told(target: Path) -> Iterator[None]:
+def _errors_with_path(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

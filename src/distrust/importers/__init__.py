@@ -20,7 +20,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from distrust.checkpoint.files import located, parsed, regular_file
+from distrust.checkpoint.files import errors_with_path, open_regular, parse_checkpoint_name
 from distrust.checkpoint.format import LENGTH_BYTES, MAX_HEADER_BYTES, OPENING
 from distrust.errors import CorruptCheckpoint
 
@@ -41,7 +41,7 @@ _BYTE_TENSOR = b'"_metadata"'
 _PIECE_BYTES = 1 << 20
 
 
-def recognised(path: Path) -> OlderFormat | None:
+def detect_format(path: Path) -> OlderFormat | None:
     """The older format that stands at ``path``; None for one of ours, and for whatever else. Never raises.
 
     What has the name of such a folder and cannot be looked into counts as one: whoever reads it is told why
@@ -69,7 +69,7 @@ def read_header(path: Path) -> OlderHeader:
         CorruptCheckpoint: with all that is wrong, in one line.
         CheckpointUnreadable: if this process cannot read it.
     """
-    with located(path):
+    with errors_with_path(path):
         header: OlderHeader = _reader(path).header(path)
         return header
 
@@ -84,7 +84,7 @@ def verify(path: Path) -> OlderHeader:
         CorruptCheckpoint: with all that is wrong, in one line.
         CheckpointUnreadable: if this process cannot read it.
     """
-    with located(path):
+    with errors_with_path(path):
         header: OlderHeader = _reader(path).verify(path)
         return header
 
@@ -104,8 +104,8 @@ def read(path: Path, *, framework: Framework = "numpy") -> tuple[OlderHeader, Ch
     """
     from distrust.checkpoint import arrays
 
-    arrays.require(framework)
-    with located(path):
+    arrays.require_framework(framework)
+    with errors_with_path(path):
         found: tuple[OlderHeader, Checkpoint] = _reader(path).read(path, framework)
         return found
 
@@ -117,7 +117,7 @@ def _reader(path: Path) -> Any:
 
 
 def _is_named_folder(path: Path) -> bool:
-    return parsed(path) is not None and not path.suffix
+    return parse_checkpoint_name(path) is not None and not path.suffix
 
 
 def _is_directory_format(path: Path) -> bool:
@@ -128,11 +128,11 @@ def _is_directory_format(path: Path) -> bool:
     if not names:
         return _is_named_folder(path)  # what was in it is gone
     # Under its own name any of the files tells it; a folder of another name could be anything.
-    return bool(there) if parsed(path) else METADATA in there and len(there) > 1
+    return bool(there) if parse_checkpoint_name(path) else METADATA in there and len(there) > 1
 
 
 def _is_byte_tensors(path: Path) -> bool:
-    with regular_file(path) as (descriptor, status):
+    with open_regular(path) as (descriptor, status):
         first = os.pread(descriptor, LENGTH_BYTES + len(OPENING), 0)
         if first.startswith(OPENING, LENGTH_BYTES):
             return False

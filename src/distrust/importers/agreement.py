@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from distrust.errors import CorruptCheckpoint, readable, shortened
+from distrust.errors import CorruptCheckpoint, quote_untrusted, shorten
 
 M, V, STEP = "m", "v", "step"
 #: So many findings are told, where everything is wrong.
@@ -57,7 +57,7 @@ def _of_moments(m: Shapes, v: Shapes, model: Shapes) -> Iterator[tuple[str, str]
     for moment, mine, other, others in ((M, m, V, v), (V, v, M, m)):
         for name, shape in sorted(mine.items()):
             label = f"{moment}.{name}"
-            shown = readable(label)
+            shown = quote_untrusted(label)
             if model and name not in model:
                 yield label, f"{shown} is of no array that the model has"
             elif model and model[name] != shape:
@@ -70,7 +70,7 @@ def _of_moments(m: Shapes, v: Shapes, model: Shapes) -> Iterator[tuple[str, str]
 
 def _require_step(found: Any, step: int, of_step: str) -> None:
     if type(found) is not int or not 0 < found <= step:
-        shown = "an array" if hasattr(found, "shape") else shortened(repr(found))
+        shown = "an array" if hasattr(found, "shape") else shorten(repr(found))
         raise CorruptCheckpoint(
             f"{of_step} is {shown}: beside moments it is a whole number, above 0 and not above {step}, the "
             "step of the checkpoint"

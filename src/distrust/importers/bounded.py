@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from distrust.checkpoint.memory import available_bytes
-from distrust.errors import CheckpointUnreadable, CorruptCheckpoint, shortened
+from distrust.errors import CheckpointUnreadable, CorruptCheckpoint, shorten
 
 #: One level less than a state may have: what stands here stands one or two levels deeper there.
 MAX_DEPTH = 90
@@ -38,7 +38,7 @@ def parse_object(raw: bytes, what: str) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise CorruptCheckpoint(f"{what} is not UTF-8") from None
     except (ValueError, RecursionError) as error:
-        raise CorruptCheckpoint(f"{what} is no JSON that can be read: {shortened(str(error))}") from None
+        raise CorruptCheckpoint(f"{what} is no JSON that can be read: {shorten(str(error))}") from None
     if type(value) is not dict:
         raise CorruptCheckpoint(f"{what} is no JSON object")
     if _is_too_deep(value):
@@ -78,7 +78,7 @@ def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(made) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {shortened(twice)!r} stands twice")
+        raise ValueError(f"the key {shorten(twice)!r} stands twice")
     return made
 
 

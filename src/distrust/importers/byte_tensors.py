@@ -14,7 +14,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distrust.checkpoint.files import located, parsed, read_into, regular_file
+from distrust.checkpoint.files import errors_with_path, open_regular, parse_checkpoint_name, read_into
 from distrust.checkpoint.format import (
     ITEM_SIZES,
     LENGTH_BYTES,
@@ -24,7 +24,7 @@ from distrust.checkpoint.format import (
 )
 from distrust.checkpoint.header import header_length
 from distrust.checkpoint.memory import available_bytes
-from distrust.errors import CheckpointUnreadable, CorruptCheckpoint, readable, shortened
+from distrust.errors import CheckpointUnreadable, CorruptCheckpoint, quote_untrusted, shorten
 from distrust.importers import agreement, fields, finite, moments
 from distrust.importers.bounded import parse_object
 from distrust.importers.fields import together
@@ -66,7 +66,7 @@ def read(path: Path, framework: Framework) -> tuple[OlderHeader, Checkpoint]:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[_File]:
-    with regular_file(path) as (descriptor, status):
+    with open_regular(path) as (descriptor, status):
         yield _File(path, descriptor, status.st_size)
 
 
@@ -78,7 +78,7 @@ class _File:
         self._tensors = _tensors(descriptor, size)
         self._shapes = {name: info.shape for name, info in self._tensors.items()}
         self._of_model = [info for name, info in self._tensors.items() if name not in _OURS]
-        named = parsed(path)
+        named = parse_checkpoint_name(path)
         raw = self._bytes(METADATA_TENSOR, fields.MAX_METADATA_BYTES)
         self.header = OlderHeader(
             "byte tensors",
@@ -164,12 +164,12 @@ def _require_finite(piece: bytes | bytearray, info: TensorInfo) -> None:
         finite.require(piece, info.dtype)
     except CorruptCheckpoint as error:
         raise CorruptCheckpoint(
-            f"tensor {readable(info.name)}: {error.reason}", tensor=f"model.{info.name}"
+            f"tensor {quote_untrusted(info.name)}: {error.reason}", tensor=f"model.{info.name}"
         ) from None
 
 
 def _described(path: Path) -> tuple[TensorInfo, ...]:
-    with located(path), _opened(path) as file:
+    with errors_with_path(path), _opened(path) as file:
         return file.described()
 
 
@@ -186,7 +186,7 @@ def _tensors(descriptor: int, size: int) -> dict[str, TensorInfo]:
     for info in sorted(found.values(), key=lambda info: (info.offset, info.nbytes)):
         if info.offset != place:
             raise CorruptCheckpoint(
-                f"tensor {readable(info.name)} does not begin where the one before it ends"
+                f"tensor {quote_untrusted(info.name)} does not begin where the one before it ends"
             )
         place += info.nbytes
     if place != size:
@@ -210,5 +210,7 @@ def _tensor(name: str, value: Any, begin: int) -> TensorInfo:
         or not 0 <= offsets[0] <= offsets[1]
         or offsets[1] - offsets[0] != prod(shape) * ITEM_SIZES[dtype]
     ):
-        raise CorruptCheckpoint(f"tensor {readable(shortened(name))} is not described as safetensors does")
+        raise CorruptCheckpoint(
+            f"tensor {quote_untrusted(shorten(name))} is not described as safetensors does"
+        )
     return TensorInfo(name, dtype, tuple(shape), begin + offsets[0], offsets[1] - offsets[0], NO_DIGEST)

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Mapping
 
-from distrust.errors import CorruptCheckpoint, readable, shortened
+from distrust.errors import CorruptCheckpoint, quote_untrusted, shorten
 
 MAX_CHECKSUMS_BYTES = 1 << 20
 _LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](?:\./)?([^\r\n]+)", re.ASCII)
@@ -34,11 +34,11 @@ def parse(raw: bytes, what: str) -> dict[str, str]:
         digest, name = match.groups()
         if "/" in name or "\\" in name or "\0" in name or name in (".", ".."):
             raise CorruptCheckpoint(
-                f"{what}, line {number}: {shortened(name)!r} is no plain file name; "
+                f"{what}, line {number}: {shorten(name)!r} is no plain file name; "
                 "nothing outside the folder is read"
             )
         if name in found:
-            raise CorruptCheckpoint(f"{what}, line {number}: {shortened(name)!r} stands there twice")
+            raise CorruptCheckpoint(f"{what}, line {number}: {shorten(name)!r} stands there twice")
         found[name] = digest.lower()
     return found
 
@@ -61,5 +61,5 @@ def compare(name: str, expected: Mapping[str, str], found: str) -> None:
     wanted = expected.get(name, found)
     if wanted != found:
         raise CorruptCheckpoint(
-            f"{readable(name)} is not what checksum.txt says: expected {wanted}, found {found}"
+            f"{quote_untrusted(name)} is not what checksum.txt says: expected {wanted}, found {found}"
         )

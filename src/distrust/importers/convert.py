@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from distrust import importers
 from distrust.checkpoint import Checkpoint, CheckpointManager, catalog, serialization
-from distrust.checkpoint.files import Entry, parsed
+from distrust.checkpoint.files import Entry, parse_checkpoint_name
 from distrust.checkpoint.foreign import ADAPTER_CONFIG, MLX_WEIGHTS, is_trainer_folder
 from distrust.checkpoint.format import Kind
 from distrust.engines import require_installed
@@ -35,15 +35,15 @@ from distrust.errors import (
     CorruptCheckpoint,
     DistrustError,
     SaveFailed,
-    readable,
+    quote_untrusted,
 )
 from distrust.training import imported
 
-__all__ = ["Converted", "Outcome", "convert"]
+__all__ = ["ConvertedCheckpoint", "Outcome", "convert"]
 
 Outcome = Literal["converted", "already there", "refused", "damaged", "unreadable", "incomplete"]
 #: The outcomes after which a checkpoint stands in the target.
-WELL: tuple[Outcome, ...] = ("converted", "already there")
+SUCCEEDED: tuple[Outcome, ...] = ("converted", "already there")
 
 #: In ``run`` of what is written: where it was.
 _FROM = "converted_from"
@@ -52,7 +52,7 @@ _TRAINER_FOLDER, _MLX_FOLDER = "distrust.importers.trainer_folder", "distrust.im
 
 
 @dataclass(frozen=True, slots=True)
-class Converted:
+class ConvertedCheckpoint:
     """What became of one checkpoint.
 
     Attributes:
@@ -74,12 +74,12 @@ class Converted:
     step: int | None = None
     target: Path | None = None
     state_digest: str | None = None
-    is_proven: bool = False
+    is_verified: bool = False
 
     @property
-    def is_well(self) -> bool:
+    def succeeded(self) -> bool:
         """Whether the checkpoint stands in the target now."""
-        return self.outcome in WELL
+        return self.outcome in SUCCEEDED
 
 
 def convert(
@@ -88,8 +88,8 @@ def convert(
     *,
     force: bool = False,
     model: str | None = None,
-    report: Callable[[Converted], None] | None = None,
-) -> list[Converted]:
+    report: Callable[[ConvertedCheckpoint], None] | None = None,
+) -> list[ConvertedCheckpoint]:
     """Convert one checkpoint, or all of a directory, by step.
 
     What cannot be converted is told, and the others are.
@@ -127,7 +127,7 @@ def target_directory(to: Path) -> Path:
 
     A run need not be there yet.
     """
-    is_one = to.name == catalog.RUN_SUBDIRECTORY or (to.is_dir() and bool(catalog.named(to)))
+    is_one = to.name == catalog.RUN_SUBDIRECTORY or (to.is_dir() and bool(catalog.list_names(to)))
     return to if is_one else to / catalog.RUN_SUBDIRECTORY
 
 
@@ -157,11 +157,15 @@ def _found(source: Path) -> list[Path]:
 
 
 def _entries(directory: Path) -> list[Entry]:
-    return [entry for path in directory.iterdir() if (entry := parsed(path)) and _is_convertible(path)]
+    return [
+        entry
+        for path in directory.iterdir()
+        if (entry := parse_checkpoint_name(path)) and _is_convertible(path)
+    ]
 
 
 def _is_convertible(path: Path) -> bool:
-    return importers.recognised(path) is not None or is_trainer_folder(path) or _is_adapter(path)
+    return importers.detect_format(path) is not None or is_trainer_folder(path) or _is_adapter(path)
 
 
 def _is_adapter(path: Path) -> bool:
@@ -170,39 +174,39 @@ def _is_adapter(path: Path) -> bool:
 
 def _convert(
     source: Path, manager: CheckpointManager, origins: set[Path], *, force: bool, model: str | None
-) -> Converted:
+) -> ConvertedCheckpoint:
     try:
         checkpoint, kind = _read(source, model)
     except DistrustError as error:
         outcome = _outcome(error)
-        return Converted(source, outcome, str(error).removeprefix(f"{source}: "))
+        return ConvertedCheckpoint(source, outcome, str(error).removeprefix(f"{source}: "))
     step = checkpoint.step
     if not checkpoint.model:
-        return Converted(source, "incomplete", _NO_MODEL, step)
+        return ConvertedCheckpoint(source, "incomplete", _NO_MODEL, step)
     checkpoint = replace(checkpoint, run={**checkpoint.run, _FROM: os.path.realpath(source)})
-    path = manager.directory / catalog.file_name(step, kind)
+    path = manager.directory / catalog.checkpoint_file_name(step, kind)
     manager.acquire()
     try:
         digest = serialization.state_digest(checkpoint, kind)
         standing = _standing(path)
-        proven = importers.recognised(source) == "directory"
+        proven = importers.detect_format(source) == "directory"
         if standing == digest:
             origins |= _origin(catalog.read_header(path))
-            return Converted(source, "already there", None, step, path, digest, proven)
+            return ConvertedCheckpoint(source, "already there", None, step, path, digest, proven)
         reason = None if force else _taken(path, standing, digest) or _of_another_training(manager, origins)
         if reason is not None:
-            return Converted(source, "refused", reason, step)
+            return ConvertedCheckpoint(source, "refused", reason, step)
         manager.save(checkpoint, final=kind == "final")
         _require_same(path, digest)
     except SaveFailed:
-        if importers.recognised(path) is None:
+        if importers.detect_format(path) is None:
             raise  # the disk: the next one would fail, too
         reason = f"{path} is in an older format, and is never replaced; give another folder"
-        return Converted(source, "refused", reason, step)
+        return ConvertedCheckpoint(source, "refused", reason, step)
     except DistrustError as error:
-        return Converted(source, "refused", str(error), step)
-    lost = [f"not taken over: {line}" for line in imported.not_taken_over(checkpoint)]
-    return Converted(source, "converted", "; ".join(lost) or None, step, path, digest, proven)
+        return ConvertedCheckpoint(source, "refused", str(error), step)
+    lost = [f"not taken over: {line}" for line in imported.list_dropped(checkpoint)]
+    return ConvertedCheckpoint(source, "converted", "; ".join(lost) or None, step, path, digest, proven)
 
 
 def _outcome(error: DistrustError) -> Outcome:
@@ -227,8 +231,8 @@ def _of_another_training(manager: CheckpointManager, origins: set[Path]) -> str 
             return f"{said}, and two never share a folder; give another --to"
         if not came_from <= origins:
             return (
-                f"{file.path} came from {readable(str(*came_from))}, another training, and two never share a "
-                "folder; give another --to, or --force if it is the same one"
+                f"{file.path} came from {quote_untrusted(str(*came_from))}, another training, and two never "
+                "share a folder; give another --to, or --force if it is the same one"
             )
     return None
 
@@ -242,7 +246,7 @@ def _origin(file: catalog.CheckpointFile) -> set[Path]:
 def _read(source: Path, model: str | None) -> tuple[Checkpoint, Kind]:
     """The checkpoint, every byte of it verified as far as its format allows, and its kind."""
     if is_trainer_folder(source):
-        named = parsed(source)
+        named = parse_checkpoint_name(source)
         checkpoint = _reader("torch", _TRAINER_FOLDER).read(source, model=model)
         if named and named[1] != checkpoint.step:
             said = f"{importers.TRAINER_STATE} says step {checkpoint.step}, its name says {named[1]}"
@@ -267,7 +271,7 @@ def _standing(path: Path) -> str | None:
     """The identity of what stands in the target; None if nothing does."""
     if not os.path.lexists(path):
         return None
-    if os.path.isdir(path) and importers.recognised(path) is None:
+    if os.path.isdir(path) and importers.detect_format(path) is None:
         raise CheckpointError(f"{path}: a folder has this name", path=path)
     try:
         return catalog.verify(path).state_digest or "in an older format"

@@ -18,9 +18,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from distrust.checkpoint.files import located, parsed, read_into, regular_file
+from distrust.checkpoint.files import errors_with_path, open_regular, parse_checkpoint_name, read_into
 from distrust.checkpoint.format import TensorInfo
-from distrust.errors import CorruptCheckpoint, DistrustWarning, readable
+from distrust.errors import CorruptCheckpoint, DistrustWarning, quote_untrusted
 from distrust.importers import (
     CHECKSUMS,
     MEMBERS,
@@ -65,7 +65,7 @@ def verify(path: Path) -> OlderHeader:
         for name in folder.unlisted():
             # It is no part of the checkpoint; but whoever relies on checksums wants to know.
             warnings.warn(
-                f"{path}: {readable(name)} is not in {CHECKSUMS}, and was not read",
+                f"{path}: {quote_untrusted(name)} is not in {CHECKSUMS}, and was not read",
                 DistrustWarning,
                 stacklevel=4,
             )
@@ -137,14 +137,16 @@ class _Folder:
                 sizes[name] = self._status(name).st_size
         with findings:
             self._expected = self._checksums()
-            findings += [f"{readable(name)} is missing" for name in sorted({*self._expected} - self._names)]
+            findings += [
+                f"{quote_untrusted(name)} is missing" for name in sorted({*self._expected} - self._names)
+            ]
             unproven = sorted({*members} - {*self._expected, CHECKSUMS})
             findings += [f"{name} is not in {CHECKSUMS}" for name in unproven]
         raw = b""
         with findings:
             raw = self._metadata()
         findings.require_none()
-        named = parsed(self._path)
+        named = parse_checkpoint_name(self._path)
         return OlderHeader(
             "directory",
             fields.parse(raw, METADATA, self._path),
@@ -226,7 +228,7 @@ class _Folder:
     @contextlib.contextmanager
     def _file(self, name: str) -> Iterator[tuple[int, os.stat_result]]:
         self._status(name)
-        with regular_file(name, folder=self._descriptor) as opened:
+        with open_regular(name, folder=self._descriptor) as opened:
             yield opened
 
     def _status(self, name: str) -> os.stat_result:
@@ -234,10 +236,10 @@ class _Folder:
         status = os.stat(name, dir_fd=self._descriptor, follow_symlinks=False)
         if stat.S_ISLNK(status.st_mode):
             raise CorruptCheckpoint(
-                f"{readable(name)} is a link, and none is followed here: put the file there"
+                f"{quote_untrusted(name)} is a link, and none is followed here: put the file there"
             )
         if not stat.S_ISREG(status.st_mode):
-            raise CorruptCheckpoint(f"{readable(name)} is not a regular file")
+            raise CorruptCheckpoint(f"{quote_untrusted(name)} is not a regular file")
         return status
 
 
@@ -270,7 +272,7 @@ def _written(status: os.stat_result) -> tuple[int, int, int]:
 def _tensors(path: Path) -> tuple[TensorInfo, ...]:
     """The arrays as their members describe them; checksums are looked at only where that makes no sense."""
     found = []
-    with located(path), _opened(path) as folder:
+    with errors_with_path(path), _opened(path) as folder:
         for name, section in zip(_ARRAYS, ("model", "optimizer"), strict=True):
             found += [
                 TensorInfo(f"{section}.{array.name}", array.dtype, array.shape, 0, array.nbytes, NO_DIGEST)

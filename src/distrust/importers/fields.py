@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from distrust.checkpoint.checkpoint import MAX_STEP
-from distrust.checkpoint.files import parsed
+from distrust.checkpoint.files import parse_checkpoint_name
 from distrust.checkpoint.format import TensorInfo
 from distrust.checkpoint.tree import flatten
-from distrust.errors import CorruptCheckpoint, readable, shortened
+from distrust.errors import CorruptCheckpoint, quote_untrusted, shorten
 from distrust.importers.bounded import parse_object
 
 #: Keys of the metadata of the checkpoint that it becomes.
@@ -103,10 +103,10 @@ def parse(raw: bytes, what: str, path: Path) -> Fields:
     """
     found = parse_object(raw, what)
     step = found.get("step")
-    if step is None and (named := parsed(path)):
+    if step is None and (named := parse_checkpoint_name(path)):
         step = named[1]
     if type(step) is not int or not 0 <= step < MAX_STEP:
-        raise CorruptCheckpoint(f"{what}: step is {shortened(repr(step))}, no number of optimizer steps")
+        raise CorruptCheckpoint(f"{what}: step is {shorten(repr(step))}, no number of optimizer steps")
     metadata = _object(found, "metadata", what)
     together(metadata, {CONFIG_THERE: None, FIELDS_THERE: None}, f"{what}: its metadata")
     return Fields(
@@ -128,7 +128,7 @@ def together(a: dict[str, Any], b: dict[str, Any], what: str) -> dict[str, Any]:
         CorruptCheckpoint: naming the first that does.
     """
     if both := a.keys() & b.keys():
-        raise CorruptCheckpoint(f"{what}: there would be two values of the name {readable(min(both))}")
+        raise CorruptCheckpoint(f"{what}: there would be two values of the name {quote_untrusted(min(both))}")
     return {**a, **b}
 
 

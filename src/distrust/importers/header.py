@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from distrust.checkpoint.format import Kind, TensorInfo
-from distrust.checkpoint.lazy import Once
+from distrust.checkpoint.lazy import lockfree_cached_property
 from distrust.errors import CheckpointError
 from distrust.importers import OlderFormat
 from distrust.importers.fields import Fields
@@ -92,7 +92,7 @@ class OlderHeader:
         }
         return {**numbers, **self.saved_metrics}
 
-    @Once
+    @lockfree_cached_property
     def tensors(self) -> tuple[TensorInfo, ...]:
         """By name, without digests; and what of the metadata becomes arrays when it is loaded.
 
@@ -113,7 +113,7 @@ class OlderHeader:
             "`distrust convert` it, and compare that"
         )
 
-    def require_whole(self) -> None:
+    def require_intact(self) -> None:
         """Check all that is checked without the arrays' data.
 
         Raises:

@@ -11,9 +11,9 @@ import mlx.core as mx
 from distrust.checkpoint import Checkpoint
 from distrust.checkpoint.foreign import ADAPTER_CONFIG, MLX_WEIGHTS
 from distrust.engines.state_conversion import MLX_ENDS
-from distrust.errors import CorruptCheckpoint, ResumeRefused, readable
+from distrust.errors import CorruptCheckpoint, ResumeRefused, quote_untrusted
 from distrust.importers.header import BEGUN_ELSEWHERE
-from distrust.importers.safe_read import read_json, told
+from distrust.importers.safe_read import errors_with_path, read_json
 
 FORMAT = "mlx-lm adapter"
 MAX_CONFIG_BYTES = 4 << 20
@@ -33,7 +33,7 @@ def read(folder: Path) -> Checkpoint:
     kind = described.get("fine_tune_type", "lora")
     if kind not in ("lora", "dora"):
         raise ResumeRefused(
-            f"{folder}: {ADAPTER_CONFIG} says fine_tune_type {readable(str(kind))}: no adapter"
+            f"{folder}: {ADAPTER_CONFIG} says fine_tune_type {quote_untrusted(str(kind))}: no adapter"
         )
     parameters = described.get("lora_parameters")
     if type(parameters) is not dict:
@@ -60,7 +60,7 @@ def read(folder: Path) -> Checkpoint:
 def _weights(path: Path) -> dict[str, Any]:
     from safetensors import safe_open
 
-    with told(path):
+    with errors_with_path(path):
         with safe_open(path, framework="np"):  # its header makes sense
             pass
         found: Any = mx.load(str(path), format="safetensors")
@@ -70,13 +70,15 @@ def _weights(path: Path) -> dict[str, Any]:
             if not name.endswith(MLX_ENDS) or array.ndim != (1 if name.endswith(".m") else 2)
         ]
         if strange or not found:
-            what = readable(strange[0]) if strange else "nothing"
+            what = quote_untrusted(strange[0]) if strange else "nothing"
             raise CorruptCheckpoint(f"holds {what}, which is no part of a plain LoRA", path=path)
         wide = {name: array.astype(mx.float32) for name, array in sorted(found.items())}
         mx.eval(wide)
         endless = [name for name, array in wide.items() if not mx.isfinite(array).all().item()]
         if endless:
-            raise CorruptCheckpoint(f"{readable(endless[0])} holds numbers that are not finite", path=path)
+            raise CorruptCheckpoint(
+                f"{quote_untrusted(endless[0])} holds numbers that are not finite", path=path
+            )
         return wide
 
 

@@ -24,7 +24,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 from distrust.checkpoint.format import ITEM_SIZES, TensorInfo, is_possible
-from distrust.errors import CorruptCheckpoint, readable
+from distrust.errors import CorruptCheckpoint, quote_untrusted
 from distrust.importers import finite
 from distrust.importers.agreement import STEP, M, V
 
@@ -66,7 +66,7 @@ def parse(found: dict[str, Any], model: Shapes) -> dict[str, Any]:
     inner = rest.pop(_STATE, None)
     if type(inner) is dict:
         if both := inner.keys() & rest.keys():
-            raise _unknown(f"{readable(min(both))} stands in it and in its {_STATE}")
+            raise _unknown(f"{quote_untrusted(min(both))} stands in it and in its {_STATE}")
         rest |= inner
     elif inner is not None:
         raise _unknown(f"its {_STATE} is no object")
@@ -115,7 +115,7 @@ def _turned(rest: dict[str, Any]) -> dict[str, dict[str, Any]]:
             continue
         del rest[name]
         if more := value.keys() - _MOMENTS.keys() - {STEP}:
-            raise _unknown(f"{readable(name)} has {readable(min(more))} beside its moments")
+            raise _unknown(f"{quote_untrusted(name)} has {quote_untrusted(min(more))} beside its moments")
         for theirs, ours in _MOMENTS.items():
             if theirs in value:
                 moments[ours][name] = value[theirs]
@@ -134,7 +134,7 @@ def _whole(value: Any, name: str) -> int:
     if type(value) is float and value.is_integer():
         value = int(value)
     if type(value) is not int:
-        raise _unknown(f"the {STEP} of {readable(name)} is no whole number")
+        raise _unknown(f"the {STEP} of {quote_untrusted(name)} is no whole number")
     number: int = value
     return number
 
@@ -147,7 +147,7 @@ def _shapes(value: Any) -> dict[str, tuple[int, ...]]:
 
 def _shape(value: Any, name: str) -> tuple[int, ...]:
     if type(value) is not list or not is_possible(tuple(value)):
-        raise _unknown(f"the shape of {readable(name)} is none")
+        raise _unknown(f"the shape of {quote_untrusted(name)} is none")
     return tuple(value)
 
 
@@ -159,27 +159,29 @@ def _numbers(name: str, value: Any, known: tuple[int, ...] | None) -> Numbers:
         given = rest.pop("dtype", "float32")
         named = given.rpartition(".")[2] if type(given) is str else ""  # "torch.float32", "mlx.core.float32"
         if named not in _DTYPES:
-            raise _unknown(f"{readable(name)} has a dtype that is none of {', '.join(_DTYPES)}")
+            raise _unknown(f"{quote_untrusted(name)} has a dtype that is none of {', '.join(_DTYPES)}")
         dtype = _DTYPES[named]
         value = rest.pop("data" if "data" in rest else "values", None)
         if rest:
-            raise _unknown(f"{readable(name)} has {readable(min(rest))} beside its data")
+            raise _unknown(f"{quote_untrusted(name)} has {quote_untrusted(min(rest))} beside its data")
     if type(value) is not list:
-        raise _unknown(f"{readable(name)} is no list of numbers")
+        raise _unknown(f"{quote_untrusted(name)} is no list of numbers")
     nested = _nesting(value)
     flat = _flat(value, nested)
     if flat is None:
-        raise _unknown(f"{readable(name)} holds something else than numbers, or rows of several lengths")
+        raise _unknown(
+            f"{quote_untrusted(name)} holds something else than numbers, or rows of several lengths"
+        )
     if shape is None:
         shape = nested if len(nested) > 1 or known is None else known
         if len(nested) == 1 and known is None:
-            raise _unknown(f"{readable(name)} is a flat list, and nothing says its shape")
+            raise _unknown(f"{quote_untrusted(name)} is a flat list, and nothing says its shape")
     if prod(shape) != len(flat) or (len(nested) > 1 and nested != shape):
-        raise _unknown(f"{readable(name)} has {len(flat):,} numbers, and the shape {[*shape]}")
+        raise _unknown(f"{quote_untrusted(name)} has {len(flat):,} numbers, and the shape {[*shape]}")
     try:
         finite.require_in(flat, dtype, never_negative=name.startswith(f"{V}."))
     except CorruptCheckpoint as error:
-        raise CorruptCheckpoint(f"{WHAT}: {readable(name)}: {error.reason}") from None
+        raise CorruptCheckpoint(f"{WHAT}: {quote_untrusted(name)}: {error.reason}") from None
     return Numbers(flat, dtype, shape)
 
 

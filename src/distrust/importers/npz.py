@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 from distrust.checkpoint.format import ITEM_SIZES, is_possible
 from distrust.checkpoint.memory import available_bytes
-from distrust.errors import CheckpointUnreadable, CorruptCheckpoint, shortened
+from distrust.errors import CheckpointUnreadable, CorruptCheckpoint, shorten
 from distrust.importers import finite
 
 #: How many times as large as the file its arrays may be: random numbers, which weights are, hardly shrink.
@@ -165,9 +165,9 @@ def _walk(descriptor: int, what: str, take: Take) -> None:
         for member in members:
             name = _name(member, what)
             if name in seen:
-                raise CorruptCheckpoint(f"{what}: the member {shortened(name)!r} stands there twice")
+                raise CorruptCheckpoint(f"{what}: the member {shorten(name)!r} stands there twice")
             seen.add(name)
-            with _told(f"{what}: the member {shortened(name)!r}"), zipped.open(member) as stream:
+            with _told(f"{what}: the member {shorten(name)!r}"), zipped.open(member) as stream:
                 array = _array(stream, name, member.file_size)
                 take(array, _pieces(stream, array.nbytes))
 
@@ -190,13 +190,13 @@ def _name(member: zipfile.ZipInfo, what: str) -> str:
     # Not `filename`, which zipfile has made fit: what was written counts.
     name = member.orig_filename
     if "/" in name or "\\" in name or "\0" in name:
-        raise CorruptCheckpoint(f"{what}: the member {shortened(name)!r} is named like a path")
+        raise CorruptCheckpoint(f"{what}: the member {shorten(name)!r} is named like a path")
     if not name.endswith(".npy"):
-        raise CorruptCheckpoint(f"{what}: the member {shortened(name)!r} is no .npy")
+        raise CorruptCheckpoint(f"{what}: the member {shorten(name)!r} is no .npy")
     if member.flag_bits & 1:
-        raise CorruptCheckpoint(f"{what}: the member {shortened(name)!r} is encrypted")
+        raise CorruptCheckpoint(f"{what}: the member {shorten(name)!r} is encrypted")
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise CorruptCheckpoint(f"{what}: the member {shortened(name)!r} is neither stored nor deflated")
+        raise CorruptCheckpoint(f"{what}: the member {shorten(name)!r} is neither stored nor deflated")
     return name.removesuffix(".npy")
 
 
@@ -218,7 +218,7 @@ def _array(stream: Any, name: str, declared: int) -> Array:
         raise CorruptCheckpoint("it holds Python objects (a pickle), which are never loaded")
     dtype = _DTYPES.get(descr[1:]) if descr[0] in "<>|=" else None
     if dtype is None:
-        raise CorruptCheckpoint(f"its dtype {shortened(descr)!r} is no number that a checkpoint can hold")
+        raise CorruptCheckpoint(f"its dtype {shorten(descr)!r} is no number that a checkpoint can hold")
     shape = _shape(dimensions)
     nbytes = prod(shape) * ITEM_SIZES[dtype]
     begin = len(start) + width + length
@@ -275,7 +275,7 @@ def _told(what: str) -> Iterator[None]:
             raise
         raise CorruptCheckpoint(f"{what} cannot be read as a zip: {error.strerror}") from None
     except _ZIP_ERRORS as error:
-        reason = shortened(str(error)) or type(error).__name__
+        reason = shorten(str(error)) or type(error).__name__
         raise CorruptCheckpoint(f"{what} cannot be read as a zip: {reason}") from None
 
 

@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from distrust.checkpoint.files import regular_file
+from distrust.checkpoint.files import open_regular
 from distrust.errors import (
     CheckpointError,
     CheckpointNotFound,
     CheckpointUnreadable,
     CorruptCheckpoint,
-    readable,
+    quote_untrusted,
 )
 from distrust.importers.bounded import parse_object
 
@@ -29,7 +29,7 @@ def read_json(path: Path, *, max_bytes: int) -> dict[str, Any]:
     Raises:
         CheckpointError: if it is not there, too large, or anything else.
     """
-    with told(path), opened(path) as file:
+    with errors_with_path(path), open_file(path) as file:
         raw = file.read(max_bytes + 1)
         if len(raw) > max_bytes:
             raise CorruptCheckpoint(f"larger than {max_bytes >> 20} MiB")
@@ -37,14 +37,14 @@ def read_json(path: Path, *, max_bytes: int) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Iterator[BinaryIO]:
+def open_file(path: Path) -> Iterator[BinaryIO]:
     """A regular file, open to be read; nobody is waited for."""
-    with regular_file(path) as (descriptor, _), open(descriptor, "rb", closefd=False) as file:
+    with open_regular(path) as (descriptor, _), open(descriptor, "rb", closefd=False) as file:
         yield file
 
 
 @contextlib.contextmanager
-def told(path: Path) -> Iterator[None]:
+def errors_with_path(path: Path) -> Iterator[None]:
     """Whatever a hostile file makes of its reader is one line."""
     try:
         yield
@@ -59,13 +59,13 @@ def told(path: Path) -> Iterator[None]:
     except MemoryError as error:
         raise CheckpointUnreadable(f"{path}: cannot be read: no memory", path=path) from error
     except pickle.UnpicklingError as error:
-        said = readable(" ".join(str(error).split()))
+        said = quote_untrusted(" ".join(str(error).split()))
         raise CorruptCheckpoint(
             f"holds other objects than tensors and plain containers ({said}); such a file can run any code "
             "when it is read, so it is not read",
             path=path,
         ) from error
     except Exception as error:  # the parsers raise of every kind
-        said = readable(" ".join(str(error).split()))
+        said = quote_untrusted(" ".join(str(error).split()))
         reason = f"not a whole file of its kind ({type(error).__name__}: {said})"
         raise CorruptCheckpoint(reason, path=path) from error

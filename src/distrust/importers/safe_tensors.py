@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from distrust.errors import CorruptCheckpoint, readable
-from distrust.importers.safe_read import opened, told
+from distrust.errors import CorruptCheckpoint, quote_untrusted
+from distrust.importers.safe_read import errors_with_path, open_file
 
 #: What stands in a file of torch is named in so many entries at most.
 MAX_ENTRIES = 1_000_000
@@ -29,8 +29,8 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """
     from safetensors import safe_open
 
-    with told(path):
-        with opened(path):
+    with errors_with_path(path):
+        with open_file(path):
             pass
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
@@ -42,8 +42,8 @@ def read_pickled(path: Path) -> Any:
     Raises:
         CheckpointError: if it is not there, holds objects of any other kind, or is no such file.
     """
-    with told(path):
-        with opened(path) as file:
+    with errors_with_path(path):
+        with open_file(path) as file:
             if not zipfile.is_zipfile(file):
                 raise CorruptCheckpoint("not what torch saves since 1.6", path=path)
             archive = zipfile.ZipFile(file)
@@ -52,7 +52,7 @@ def read_pickled(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
-def floats(tensor: Any, *, shape: torch.Size, what: str, path: Path) -> torch.Tensor:
+def as_float32(tensor: Any, *, shape: torch.Size, what: str, path: Path) -> torch.Tensor:
     """float32 of a shape: a tensor that is that, widened from bfloat16 or float16 if need be.
 
     Raises:
@@ -87,7 +87,7 @@ def _require_stored(path: Path, archive: zipfile.ZipFile, *, size: int) -> None:
     damaged = archive.testzip()
     if damaged is not None:
         raise CorruptCheckpoint(
-            f"{readable(damaged)} is not what was written: its CRC-32 is another", path=path
+            f"{quote_untrusted(damaged)} is not what was written: its CRC-32 is another", path=path
         )
 
 

@@ -26,13 +26,13 @@ from distrust import config as options
 from distrust.checkpoint import Checkpoint
 from distrust.checkpoint.foreign import ADAPTER_CONFIG, PEFT_WEIGHTS
 from distrust.engines.torch import adapter
-from distrust.engines.torch.model import hollow_model
+from distrust.engines.torch.model import meta_model
 from distrust.engines.torch.optimizer import MOMENTS, make_optimizer
-from distrust.errors import CorruptCheckpoint, ModelError, ResumeRefused, readable
+from distrust.errors import CorruptCheckpoint, ModelError, ResumeRefused, quote_untrusted
 from distrust.importers import TRAINER_STATE, safe_tensors
 from distrust.importers.header import BEGUN_ELSEWHERE
 from distrust.importers.safe_read import read_json
-from distrust.training.imported import MAX_STEP, NOT_TAKEN_OVER
+from distrust.training.imported import DROPPED, MAX_STEP
 
 FORMAT, ADAPTER_FORMAT = "transformers Trainer", "peft adapter"
 
@@ -116,7 +116,7 @@ def read(folder: Path, *, model: str | None = None) -> Checkpoint:
         metrics=_metrics(state, step),
         run={
             BEGUN_ELSEWHERE: FORMAT,
-            NOT_TAKEN_OVER: left,
+            DROPPED: left,
             "model": trained.base,
             "trainer": _told(state),
         },
@@ -135,7 +135,7 @@ def read_adapter(folder: Path, *, model: str | None = None) -> Checkpoint:
         model=trained.weights,
         optimizer=optimizer,
         config={**trained.known, **known},
-        run={BEGUN_ELSEWHERE: ADAPTER_FORMAT, NOT_TAKEN_OVER: left, "model": trained.base},
+        run={BEGUN_ELSEWHERE: ADAPTER_FORMAT, DROPPED: left, "model": trained.base},
     )
 
 
@@ -159,7 +159,7 @@ class _Trained:
 def _whole(folder: Path, base: str | None) -> _Trained:
     base = str(folder) if base is None else base
     saved = safe_tensors.read_tensors(folder / WEIGHTS)
-    hollow = hollow_model(base)
+    hollow = meta_model(base)
     parameters = dict(hollow.named_parameters())
     # Shared weights have several names, and may be saved under any of them, or all.
     others = dict(hollow.named_parameters(remove_duplicate=False)).keys() - parameters.keys()
@@ -178,7 +178,7 @@ def _adapter(folder: Path, base: str | None) -> _Trained:
     if type(rank) is not int or ranks != {(rank,)}:
         # Seen before anything is made as large as a file claims.
         raise _refused(folder, f"its weights are not of the rank that {ADAPTER_CONFIG} says")
-    base, bare = _found_base(described, folder) if base is None else (base, hollow_model(base))
+    base, bare = _found_base(described, folder) if base is None else (base, meta_model(base))
     if not modules <= dict(bare.named_modules()).keys():
         raise _refused(folder, f"it adapts modules that --model {base} does not have")
     known = {ours: described[theirs] for theirs, ours in _TAKEN.items() if described.get(theirs) is not None}
@@ -187,7 +187,7 @@ def _adapter(folder: Path, base: str | None) -> _Trained:
             {**known, "target_modules": targets}, where=str(folder / ADAPTER_CONFIG)
         )
         hollow = adapter.add_adapter(
-            hollow_model(base),
+            meta_model(base),
             rank=config.lora_rank,
             alpha=config.lora_alpha,
             dropout=config.lora_dropout,
@@ -214,7 +214,7 @@ def _require_plain_lora(described: Mapping[str, Any], folder: Path, *, base_give
         raise _refused(folder, "its adapter is not a LoRA of a causal language model")
     for name, value in described.items():
         if name not in _HARMLESS and name not in _TAKEN and value:
-            raise _refused(folder, f"{ADAPTER_CONFIG} sets {readable(name)}, which is not done here")
+            raise _refused(folder, f"{ADAPTER_CONFIG} sets {quote_untrusted(name)}, which is not done here")
     if described.get("bias") not in ("none", None):
         raise _refused(folder, f"{ADAPTER_CONFIG} sets bias: biases are not trained here")
     beginning = described.get("init_lora_weights")
@@ -232,18 +232,20 @@ def _found_base(described: Mapping[str, Any], folder: Path) -> tuple[str, torch.
     if type(name) is not str or not 0 < len(name) <= MAX_NAME_CHARACTERS or not name.isprintable():
         raise _refused(folder, f"{ADAPTER_CONFIG} does not name the base model; give it as --model")
     try:
-        return name, hollow_model(name)
+        return name, meta_model(name)
     except ModelError as error:
         raise ModelError(
-            f"{folder}: its base model {readable(name)} cannot be loaded from here; say where it lies with "
-            f"--model ({error})"
+            f"{folder}: its base model {quote_untrusted(name)} cannot be loaded from here; say where it "
+            f"lies with --model ({error})"
         ) from error
 
 
 def _module(name: str, folder: Path) -> str:
     found = _ADAPTED.fullmatch(name)
     if found is None:
-        raise _refused(folder, f"{PEFT_WEIGHTS} holds {readable(name)}, which is no part of a plain LoRA")
+        raise _refused(
+            folder, f"{PEFT_WEIGHTS} holds {quote_untrusted(name)}, which is no part of a plain LoRA"
+        )
     return found[1]
 
 
@@ -256,7 +258,9 @@ def _weights(
     path: Path, saved: Mapping[str, torch.Tensor], parameters: Mapping[str, torch.nn.Parameter]
 ) -> dict[str, torch.Tensor]:
     return {
-        name: safe_tensors.floats(saved[name], shape=parameter.shape, what=readable(name), path=path)
+        name: safe_tensors.as_float32(
+            saved[name], shape=parameter.shape, what=quote_untrusted(name), path=path
+        )
         for name, parameter in parameters.items()
     }
 
@@ -270,7 +274,7 @@ def _require_same(folder: Path, base: str, saved: Collection[str], built: Collec
 
 def _some(names: Sequence[str]) -> str:
     more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-    return ", ".join(map(readable, names[:NAMES_SHOWN])) + more
+    return ", ".join(map(quote_untrusted, names[:NAMES_SHOWN])) + more
 
 
 def _optimizer(
@@ -369,9 +373,9 @@ def _moments(values: Any, name: str, shape: torch.Size, path: Path, *, step: int
     if type(made) is torch.Tensor and made.numel() == 1 and made.device.type == "cpu":
         made = made.item()
     if type(made) not in (int, float) or not 0 < made <= step:
-        raise CorruptCheckpoint(f"{name}: made {readable(repr(made))} of {step} steps", path=path)
+        raise CorruptCheckpoint(f"{name}: made {quote_untrusted(repr(made))} of {step} steps", path=path)
     found = {
-        part: safe_tensors.floats(values[part], shape=shape, what=f"{part} of {name}", path=path)
+        part: safe_tensors.as_float32(values[part], shape=shape, what=f"{part} of {name}", path=path)
         for part in MOMENTS
     }
     if bool((found["exp_avg_sq"] < 0).any()):
@@ -382,7 +386,7 @@ def _moments(values: Any, name: str, shape: torch.Size, path: Path, *, step: int
 def _count(state: Mapping[str, Any], name: str, folder: Path, *, missing: int | None = None) -> int:
     value = state.get(name, missing)
     if type(value) is not int or not 0 <= value <= (MAX_STEP if missing is None else 1 << 62):
-        raise CorruptCheckpoint(f"{name} is {readable(repr(value))}", path=folder / TRAINER_STATE)
+        raise CorruptCheckpoint(f"{name} is {quote_untrusted(repr(value))}", path=folder / TRAINER_STATE)
     return value
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from distrust.reporting.display import counted, printable
+from distrust.reporting.display import pluralize, printable
 from distrust.training.events import (
     CheckpointSaved,
     Evaluated,
@@ -107,28 +107,28 @@ class ConsoleReporter:
         if self._live:
             self._bar.update(
                 self._task,
-                description=escape(printable(event.what)),
+                description=escape(printable(event.task)),
                 total=event.total or None,
-                completed=event.done,
+                completed=event.completed,
                 visible=True,
             )
-        elif event.done == 0 and event.total == 0:
-            self._say(event.what)
+        elif event.completed == 0 and event.total == 0:
+            self._say(event.task)
 
     def _started(self, event: RunStarted) -> None:
         low, high = event.weight_range
         self._say(
-            f"{counted(event.examples, 'example')}, {counted(event.tokens, 'learned token')}, "
+            f"{pluralize(event.examples, 'example')}, {pluralize(event.tokens, 'learned token')}, "
             f"{event.epoch_steps:.1f} steps an epoch"
             + (
                 f"; {event.truncated:,} of all that were read cut to fit, "
-                f"{counted(event.tokens_cut, 'token')} lost"
+                f"{pluralize(event.tokens_cut, 'token')} lost"
                 if event.truncated
                 else ""
             )
         )
         self._say(
-            f"weights {low:.3g} to {high:.3g}: worth {counted(event.effective_examples, 'equal example')} "
+            f"weights {low:.3g} to {high:.3g}: worth {pluralize(event.effective_examples, 'equal example')} "
             f"({event.effective_examples / event.examples:.0%})"
         )
         by = f"{event.engine} on {event.device}" if event.device else event.engine
@@ -190,7 +190,7 @@ class ConsoleReporter:
 
     def _ended(self, event: RunEnded) -> None:
         self._bar.update(self._task, visible=False)
-        if event.already:
+        if event.already_finished:
             early = ", early: its metric no longer improved" if event.reason == "early_stopping" else ""
             self._say(f"nothing to do: the run finished at step {event.step}{early}")
         elif not event.finished:

@@ -33,6 +33,6 @@ def _seen(letter: str) -> str:
     return json.dumps(letter)[1:-1]
 
 
-def counted(number: float, thing: str) -> str:
+def pluralize(number: float, thing: str) -> str:
     """So many of a thing, to the nearest whole one: its name gets an s, but for one."""
     return f"{number:,.0f} {thing}{'' if round(number) == 1 else 's'}"

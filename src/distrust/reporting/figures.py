@@ -11,17 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distrust.atomic import new_file
+from distrust.atomic import atomic_file
 from distrust.errors import ConfigError, DistrustWarning, RunNotFound, WriteFailed
-from distrust.reporting.names import NAME_CHARACTERS, plain
+from distrust.reporting.names import NAME_CHARACTERS, one_line
 from distrust.reporting.panels import PANELS, Panel, require_known
-from distrust.reporting.run_reader import Run
+from distrust.reporting.run_reader import RunData
 from distrust.reporting.style import (
     GRID,
     INK,
     QUIET,
     SERIES,
-    Shown,
+    PlottedRun,
     XAxis,
     compact,
     positions,
@@ -58,7 +58,7 @@ _STYLE = {
 
 
 @dataclass(frozen=True, slots=True)
-class Scene:
+class PlottedRuns:
     """What is drawn.
 
     Attributes:
@@ -66,11 +66,11 @@ class Scene:
         x_label: what they are drawn over.
     """
 
-    runs: Sequence[Shown]
+    runs: Sequence[PlottedRun]
     x_label: str
 
 
-def scene(runs: Sequence[Run], *, axis: XAxis = "step", smooth: int | None = None) -> Scene:
+def prepare_runs(runs: Sequence[RunData], *, axis: XAxis = "step", smooth: int | None = None) -> PlottedRuns:
     """Runs, made ready to be drawn.
 
     Args:
@@ -84,8 +84,9 @@ def scene(runs: Sequence[Run], *, axis: XAxis = "step", smooth: int | None = Non
     xs = [positions(run, axis) for run in runs]
     unit, label = _unit(axis, max((float(x[-1]) for x in xs if len(x)), default=0.0))
     names, colours = names_of([run.path for run in runs]), _colours(len(runs))
-    return Scene(
-        [Shown(*of, smooth) for of in zip(runs, names, colours, (x / unit for x in xs), strict=True)], label
+    return PlottedRuns(
+        [PlottedRun(*of, smooth) for of in zip(runs, names, colours, (x / unit for x in xs), strict=True)],
+        label,
     )
 
 
@@ -105,7 +106,7 @@ def names_of(paths: Sequence[Path]) -> list[str]:
     shortest = min(map(len, parts))
     first = _equal(parts, shortest - 1)
     last = _equal([part[::-1] for part in parts], shortest - 1 - first)
-    return [plain(os.path.join(*part[first : len(part) - last])) for part in parts]
+    return [one_line(os.path.join(*part[first : len(part) - last])) for part in parts]
 
 
 def _equal(rows: Sequence[Sequence[str]], most: int) -> int:
@@ -125,7 +126,7 @@ def _colours(count: int) -> Sequence[Any]:
 
 
 def draw(
-    scene: Scene, panels: Sequence[str] = (), *, title: str | None = None, panel_titles: bool = True
+    scene: PlottedRuns, panels: Sequence[str] = (), *, title: str | None = None, panel_titles: bool = True
 ) -> Any:
     """A figure of runs.
 
@@ -144,7 +145,7 @@ def draw(
         RunNotFound: if there is nothing to draw.
     """
     require_known(panels)
-    there = {name: PANELS[name] for name in panels or PANELS if is_there(name, scene)}
+    there = {name: PANELS[name] for name in panels or PANELS if has_data(name, scene)}
     for name in panels:
         if name not in there:
             warnings.warn(f"--panels {name}: the runs have no data for it", DistrustWarning, stacklevel=2)
@@ -156,18 +157,18 @@ def draw(
     return _figure(list(there.values()), scene, title=title, panel_titles=panel_titles)
 
 
-def is_there(name: str, scene: Scene) -> bool:
+def has_data(name: str, scene: PlottedRuns) -> bool:
     """Whether a panel has something to show."""
     return any(PANELS[name].has(shown.run) for shown in scene.runs)
 
 
-def _figure(panels: Sequence[Panel], scene: Scene, *, title: str, panel_titles: bool) -> Any:
+def _figure(panels: Sequence[Panel], scene: PlottedRuns, *, title: str, panel_titles: bool) -> Any:
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     columns = 1 if len(panels) == 1 else 2 if len(panels) in (2, 4) else 3
     rows = -(-len(panels) // columns)
-    with styled():
+    with style_context():
         # Room for each, and for what is beside it: nothing is drawn over anything.
         layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1, rect=(0.006, 0.008, 0.988, 0.98))
         figure = Figure(figsize=(_WIDTH * columns, _HEIGHT * rows), layout=layout)
@@ -179,13 +180,13 @@ def _figure(panels: Sequence[Panel], scene: Scene, *, title: str, panel_titles: 
         for axes in cells[len(panels) :]:
             axes.remove()
         if title:
-            figure.suptitle(plain(title, 120), fontsize=13, fontweight="bold")
+            figure.suptitle(one_line(title, 120), fontsize=13, fontweight="bold")
         if len(scene.runs) > 1:
             _add_legend(figure, scene.runs, columns)
     return figure
 
 
-def _draw_into(axes: Any, panel: Panel, scene: Scene) -> None:
+def _draw_into(axes: Any, panel: Panel, scene: PlottedRuns) -> None:
     from matplotlib.ticker import FuncFormatter
 
     if panel.over_steps:
@@ -196,13 +197,13 @@ def _draw_into(axes: Any, panel: Panel, scene: Scene) -> None:
     axes.set_title(remark, loc="right", fontsize=8.5, fontweight="normal", color=QUIET)
 
 
-def _add_legend(figure: Any, runs: Sequence[Shown], columns: int) -> None:
+def _add_legend(figure: Any, runs: Sequence[PlottedRun], columns: int) -> None:
     """Which colour is which run: below the panels, where it covers no line."""
     from matplotlib.lines import Line2D
 
     figure.legend(
         [Line2D([], [], color=shown.colour, linewidth=2.5) for shown in runs],
-        [plain(shown.name, 2 * NAME_CHARACTERS) for shown in runs],
+        [one_line(shown.name, 2 * NAME_CHARACTERS) for shown in runs],
         loc="outside lower center",
         ncols=min(len(runs), 2 * columns),
         frameon=False,
@@ -211,7 +212,7 @@ def _add_legend(figure: Any, runs: Sequence[Shown], columns: int) -> None:
 
 
 @contextlib.contextmanager
-def styled() -> Iterator[None]:
+def style_context() -> Iterator[None]:
     """How all of it looks. Names may have letters that no font here has: a box is drawn, and nothing said."""
     import matplotlib as mpl
 
@@ -220,7 +221,7 @@ def styled() -> Iterator[None]:
         yield
 
 
-def rendered(figure: Any, suffix: str, *, transparent: bool = False) -> bytes:
+def render(figure: Any, suffix: str, *, transparent: bool = False) -> bytes:
     """A figure as the bytes of a file: the same figure gives the same ones.
 
     Args:
@@ -230,7 +231,7 @@ def rendered(figure: Any, suffix: str, *, transparent: bool = False) -> bytes:
     """
     target = io.BytesIO()
     metadata = {"Date": None} if suffix == ".svg" else {}
-    with styled():
+    with style_context():
         figure.savefig(target, format=suffix[1:], dpi=150, transparent=transparent, metadata=metadata)
     return target.getvalue()
 
@@ -268,5 +269,5 @@ def write(path: Path, content: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise WriteFailed(f"{path}: not written: {error.strerror or error}", path=path) from error
-    with new_file(path, force=True) as file:
+    with atomic_file(path, force=True) as file:
         file.write(content)

@@ -24,7 +24,7 @@ _COLOUR = re.compile("#[0-9a-f]{6}")
 _REFERENCE = re.compile(r"url\(#([^)]+)\)")
 
 
-def inlined(svg: bytes, *, prefix: str, label: str) -> str:
+def inline_svg(svg: bytes, *, prefix: str, label: str) -> str:
     """An SVG of matplotlib as an element of a page.
 
     Args:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from distrust.checkpoint.checkpoint import MAX_STEP
-from distrust.errors import DataError, readable
+from distrust.errors import DataError, quote_untrusted
 
 _DECODE = json.JSONDecoder().decode  # json.loads would first guess the encoding, a million times
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -18,17 +18,17 @@ _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 WRONG = (ValueError, RecursionError)
 
 
-def told(where: str, error: Exception) -> DataError:
+def field_error(where: str, error: Exception) -> DataError:
     """The error for the user, with the place where it stands."""
     return DataError(f"{where}: {error}; no run writes that: restore the file, or move it away")
 
 
 def refuse(name: str, what: str) -> NoReturn:
     """Say what is wrong with a field."""
-    raise ValueError(f"{readable(name)}: {what}")
+    raise ValueError(f"{quote_untrusted(name)}: {what}")
 
 
-def parsed(text: bytes) -> dict[str, Any]:
+def parse_object(text: bytes) -> dict[str, Any]:
     """A JSON object."""
     try:
         value = _DECODE(text.decode())
@@ -43,7 +43,7 @@ def parsed(text: bytes) -> dict[str, Any]:
     return value
 
 
-def whole(record: Mapping[str, Any], name: str) -> int:
+def integer(record: Mapping[str, Any], name: str) -> int:
     """A number that counts something."""
     value = record.get(name)
     if type(value) is not int or not 0 <= value < MAX_STEP:

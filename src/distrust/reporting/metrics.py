@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from distrust.atomic import new_file
+from distrust.atomic import atomic_file
 from distrust.config import STEP_METRICS, TrainConfig
 from distrust.errors import ConfigError, DistrustWarning, WriteFailed
 from distrust.training.events import CheckpointStarted, Evaluated, Event, RunEnded, RunStarted, StepEnded
@@ -70,19 +70,19 @@ class MetricsWriter:
             return
         with self._tolerant():
             self._started.out.mkdir(parents=True, exist_ok=True)
-            self._mend(self._started)
-            with new_file(self._started.out / PROVENANCE, force=True) as file:
+            self._repair(self._started)
+            with atomic_file(self._started.out / PROVENANCE, force=True) as file:
                 weights = self._started.distribution.as_json()
                 file.write(_json({**weights, **_weighting(self._config)}, indent=1))
             self._file = os.open(self._started.out / METRICS, os.O_WRONLY | os.O_APPEND)
 
-    def _mend(self, started: RunStarted) -> None:
+    def _repair(self, started: RunStarted) -> None:
         path = started.out / METRICS
         before = path
         if started.resumed_from is not None and not path.exists():  # a branch begins with its origin's lines
             before = started.resumed_from.parent.parent / METRICS
-        with new_file(path, force=True) as file:
-            for line in mended(_lines(before), step=started.step, history=started.history):
+        with atomic_file(path, force=True) as file:
+            for line in repair_lines(_lines(before), step=started.step, history=started.history):
                 file.write(line)
 
     def _write(self, values: Mapping[str, Any]) -> None:
@@ -128,7 +128,9 @@ class MetricsWriter:
                 )
 
 
-def mended(lines: Iterable[bytes], *, step: int, history: Mapping[str, Sequence[float]]) -> Iterator[bytes]:
+def repair_lines(
+    lines: Iterable[bytes], *, step: int, history: Mapping[str, Sequence[float]]
+) -> Iterator[bytes]:
     """The lines of the steps up to one: each step once, each evaluation once, in order.
 
     Args:
@@ -144,7 +146,7 @@ def mended(lines: Iterable[bytes], *, step: int, history: Mapping[str, Sequence[
             yield _json({"step": missing, **{name: history[name][missing - 1] for name in STEP_METRICS}})
 
     for raw in lines:
-        line = _parsed(raw)
+        line = _parse_line(raw)
         if line is None or not 0 <= line["step"] <= step or step == 0:
             continue
         at = line["step"]
@@ -172,7 +174,7 @@ def _lines(path: Path) -> Iterator[bytes]:
         yield from file
 
 
-def _parsed(raw: bytes) -> dict[str, Any] | None:
+def _parse_line(raw: bytes) -> dict[str, Any] | None:
     """A line, if it is whole and one of ours."""
     if not raw.endswith(b"\n"):
         return None

@@ -11,7 +11,7 @@ from importlib import resources
 from typing import Any
 
 from distrust.reporting import figures, inline, names, panels, summary
-from distrust.reporting.run_reader import Run
+from distrust.reporting.run_reader import RunData
 
 _TEMPLATE = "page.html.jinja"
 
@@ -35,7 +35,7 @@ class Picture:
     small: bool
 
 
-def page(run: Run) -> str:
+def page(run: RunData) -> str:
     """The page of a run."""
     from jinja2 import Environment, StrictUndefined
 
@@ -70,19 +70,19 @@ def _seen(value: Any) -> Any:
     """Text with what cannot be seen, or would turn what stands beside it, replaced."""
     from markupsafe import Markup
 
-    return names.plain(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+    return names.one_line(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
-def _pictures(run: Run) -> list[Picture]:
+def _pictures(run: RunData) -> list[Picture]:
     from markupsafe import Markup
 
-    scene = figures.scene([run])
+    scene = figures.prepare_runs([run])
     drawn = []
     for name, panel in panels.PANELS.items():
-        if figures.is_there(name, scene):
+        if figures.has_data(name, scene):
             figure = figures.draw(scene, [name], panel_titles=False)
-            svg = figures.rendered(figure, ".svg", transparent=True)
+            svg = figures.render(figure, ".svg", transparent=True)
             label = f"{panel.title}. {panel.caption}"
-            markup = Markup(inline.inlined(svg, prefix=f"{name}-", label=label))  # noqa: S704 - escaped by ElementTree
+            markup = Markup(inline.inline_svg(svg, prefix=f"{name}-", label=label))  # noqa: S704 - escaped by ElementTree
             drawn.append(Picture(name, panel.title, panel.caption, markup, panel.minor))
     return drawn

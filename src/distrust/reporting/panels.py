@@ -13,21 +13,21 @@ import numpy as np
 
 from distrust.data import NO_CLASS
 from distrust.errors import ConfigError
-from distrust.reporting.display import counted
-from distrust.reporting.names import class_name, plain
-from distrust.reporting.run_reader import Run
+from distrust.reporting.display import pluralize
+from distrust.reporting.names import class_name, one_line
+from distrust.reporting.run_reader import RunData
 from distrust.reporting.series import Values
 from distrust.reporting.style import (
     BROWN,
     QUIET,
     SERIES,
-    Shown,
+    PlottedRun,
     as_text,
     compact,
     draw_line,
     draw_over_steps,
     draw_raw_and_smoothed,
-    known,
+    zero_unknown,
 )
 
 #: More lines of source classes are not told apart, nor more than twice as many rows.
@@ -49,8 +49,8 @@ class Panel:
 
     title: str
     caption: str
-    has: Callable[[Run], bool]
-    draw: Callable[[Any, Sequence[Shown]], str]
+    has: Callable[[RunData], bool]
+    draw: Callable[[Any, Sequence[PlottedRun]], str]
     over_steps: bool = True
     minor: bool = False
 
@@ -59,7 +59,7 @@ def _differ(one: Values | None, other: Values | None) -> bool:
     return one is not None and other is not None and not np.array_equal(one, other, equal_nan=True)
 
 
-def _draw_loss(axes: Any, runs: Sequence[Shown]) -> str:
+def _draw_loss(axes: Any, runs: Sequence[PlottedRun]) -> str:
     dashed = False
     for shown in runs:
         columns = shown.run.steps.columns
@@ -72,16 +72,16 @@ def _draw_loss(axes: Any, runs: Sequence[Shown]) -> str:
     return "dashed: weighted" if dashed else ""
 
 
-def _draw_evaluations(axes: Any, runs: Sequence[Shown]) -> str:
+def _draw_evaluations(axes: Any, runs: Sequence[PlottedRun]) -> str:
     remarks = []
     for shown in runs:
-        steps, values = shown.run.evaluated("eval_loss")
+        steps, values = shown.run.evaluations_of("eval_loss")
         few = "o" if len(steps) <= 50 else ""
         draw_line(
             axes, shown.at(steps), values, color=shown.colour, linewidth=2, marker=few, markersize=3.5,
             label="all", zorder=3,
         )  # fmt: skip
-        steps, weighted = shown.run.evaluated("eval_weighted_loss")
+        steps, weighted = shown.run.evaluations_of("eval_weighted_loss")
         if len(steps) and _differ(values, weighted):
             remarks = ["dashed: weighted"]
             draw_line(
@@ -93,17 +93,17 @@ def _draw_evaluations(axes: Any, runs: Sequence[Shown]) -> str:
     return ", ".join(remarks)
 
 
-def by_share(run: Run) -> list[str]:
+def by_share(run: RunData) -> list[str]:
     """The source classes that were evaluated: those that weigh most first."""
     classes = run.provenance.weights.classes if run.provenance else ()
     shares = {c.name or NO_CLASS: c.share for c in classes}  # so an evaluation calls the nameless one
     return sorted(run.classes_of("eval_loss"), key=lambda name: -shares.get(name, 0.0))
 
 
-def _draw_classes(axes: Any, shown: Shown, classes: list[str]) -> list[str]:
+def _draw_classes(axes: Any, shown: PlottedRun, classes: list[str]) -> list[str]:
     others = [colour for colour in (*SERIES, QUIET, BROWN) if colour != shown.colour]
     for name, colour in zip(classes[:CLASSES], others, strict=False):
-        steps, values = shown.run.evaluated(f"eval_loss/{name}")
+        steps, values = shown.run.evaluations_of(f"eval_loss/{name}")
         draw_line(axes, shown.at(steps), values, color=colour, linewidth=1.2, label=class_name(name))
     columns = 3 if max(len(class_name(name)) for name in classes[:CLASSES]) < 16 else 2
     # Below the axes, where it covers no line.
@@ -115,21 +115,21 @@ def _draw_classes(axes: Any, shown: Shown, classes: list[str]) -> list[str]:
     return [f"{CLASSES} of {len(classes)} source classes"] if len(classes) > CLASSES else []
 
 
-def _draw_rate(axes: Any, runs: Sequence[Shown]) -> str:
+def _draw_rate(axes: Any, runs: Sequence[PlottedRun]) -> str:
     for shown in runs:
         draw_over_steps(axes, shown, shown.run.steps.columns["learning_rate"], linewidth=1.7)
     axes.set_ylim(bottom=0)
     return ""
 
 
-def _draw_norm(axes: Any, runs: Sequence[Shown]) -> str:
+def _draw_norm(axes: Any, runs: Sequence[PlottedRun]) -> str:
     for shown in runs:
         draw_raw_and_smoothed(axes, shown, shown.run.steps.columns["gradient_norm"])
     axes.set_ylim(bottom=0)
     return "before clipping"
 
 
-def _draw_speed(axes: Any, runs: Sequence[Shown]) -> str:
+def _draw_speed(axes: Any, runs: Sequence[PlottedRun]) -> str:
     for shown in runs:
         columns = shown.run.steps.columns
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -141,18 +141,18 @@ def _draw_speed(axes: Any, runs: Sequence[Shown]) -> str:
     return ""
 
 
-def stall_share(run: Run) -> Values:
+def stall_share(run: RunData) -> Values:
     """The part of the time until each step that checkpoints took, in [0, 1]: float64[n].
 
     Seconds that a line does not have count as none.
     """
-    stall = np.cumsum(known(run.steps.columns["stall_seconds"]))
-    steps = np.cumsum(known(run.steps.columns["seconds"]))
+    stall = np.cumsum(zero_unknown(run.steps.columns["stall_seconds"]))
+    steps = np.cumsum(zero_unknown(run.steps.columns["seconds"]))
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(stall + steps > 0, stall / (stall + steps), 0.0)
 
 
-def _draw_stall(axes: Any, runs: Sequence[Shown]) -> str:
+def _draw_stall(axes: Any, runs: Sequence[PlottedRun]) -> str:
     for shown in runs:
         draw_over_steps(axes, shown, 100 * stall_share(shown.run), linewidth=1.7)
     axes.set_ylabel("% of the time so far")
@@ -160,17 +160,17 @@ def _draw_stall(axes: Any, runs: Sequence[Shown]) -> str:
     return f"{stall_share(runs[0].run)[-1]:.2%} in all" if len(runs) == 1 else ""
 
 
-def _draw_memory(axes: Any, runs: Sequence[Shown]) -> str:
+def _draw_memory(axes: Any, runs: Sequence[PlottedRun]) -> str:
     for shown in runs:
         draw_over_steps(axes, shown, shown.run.steps.columns["memory_bytes"] / 2**30, linewidth=1.7)
     axes.set_ylabel("GiB")
     axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
     if len(runs) > 1:
         return ""
-    return f"peak {known(runs[0].run.steps.columns['memory_bytes']).max() / 2**30:.3g} GiB"
+    return f"peak {zero_unknown(runs[0].run.steps.columns['memory_bytes']).max() / 2**30:.3g} GiB"
 
 
-def _draw_weights(axes: Any, runs: Sequence[Shown]) -> str:
+def _draw_weights(axes: Any, runs: Sequence[PlottedRun]) -> str:
     for shown in runs:
         weights = shown.run.provenance.weights  # type: ignore[union-attr] # it has one, or is not drawn
         if len(runs) == 1:
@@ -185,7 +185,7 @@ def _draw_weights(axes: Any, runs: Sequence[Shown]) -> str:
     if len(runs) > 1:
         return ""
     weights = runs[0].run.provenance.weights  # type: ignore[union-attr]
-    return f"worth {weights.effective_examples:,.0f} of {counted(weights.examples, 'example')}"
+    return f"worth {weights.effective_examples:,.0f} of {pluralize(weights.examples, 'example')}"
 
 
 def _scale_log(axes: Any, edges: Sequence[float]) -> None:
@@ -199,7 +199,7 @@ def _scale_log(axes: Any, edges: Sequence[float]) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _draw_sources(axes: Any, runs: Sequence[Shown]) -> str:
+def _draw_sources(axes: Any, runs: Sequence[PlottedRun]) -> str:
     """For each class, what part of the tokens it is, and what part of the weight."""
     tables = [shown.run.provenance.weights for shown in runs]  # type: ignore[union-attr]
     names = list(dict.fromkeys(c.name for table in tables for c in table.classes))
@@ -220,15 +220,15 @@ def _draw_sources(axes: Any, runs: Sequence[Shown]) -> str:
     return f"{len(rows)} of {len(names)} source classes" if len(names) > len(rows) else ""
 
 
-def _has(*columns: str) -> Callable[[Run], bool]:
-    def has(run: Run) -> bool:
+def _has(*columns: str) -> Callable[[RunData], bool]:
+    def has(run: RunData) -> bool:
         there = run.steps.columns
         return all(name in there and bool(np.isfinite(there[name]).any()) for name in columns)
 
     return has
 
 
-def _has_classes(run: Run) -> bool:
+def _has_classes(run: RunData) -> bool:
     return run.provenance is not None and len(run.provenance.weights.classes) > 1
 
 
@@ -239,7 +239,7 @@ PANELS: Mapping[str, Panel] = {
     "eval": Panel(
         "Evaluation loss",
         "Cross-entropy on the examples kept out of training.",
-        lambda run: bool(len(run.evaluated("eval_loss")[0])),
+        lambda run: bool(len(run.evaluations_of("eval_loss")[0])),
         _draw_evaluations,
     ),
     "sources": Panel(
@@ -285,5 +285,5 @@ def require_known(names: Sequence[str]) -> None:
     for name in names:
         if name not in PANELS:
             raise ConfigError(
-                f"--panels: there is no panel {plain(name, 60)!r}; there are {', '.join(PANELS)}"
+                f"--panels: there is no panel {one_line(name, 60)!r}; there are {', '.join(PANELS)}"
             )

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distrust.data.distribution import Distribution
-from distrust.reporting.display import counted
+from distrust.reporting.display import pluralize
 from distrust.reporting.names import class_name
 from distrust.weighting import MAX_AUTHORITY_WEIGHT
 
@@ -170,7 +170,7 @@ def _draw_histogram(panel: Any, shown: Distribution) -> None:
     panel.xaxis.set_minor_locator(NullLocator())
     panel.yaxis.set_major_formatter(lambda records, _: f"{records:,.0f}")
     share = shown.effective_examples / shown.examples
-    panel.set_title(f"worth {counted(shown.effective_examples, 'equal record')} ({share:.0%})")
+    panel.set_title(f"worth {pluralize(shown.effective_examples, 'equal record')} ({share:.0%})")
     panel.set_xlabel("weight u")
     panel.set_ylabel("records")
 

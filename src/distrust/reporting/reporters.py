@@ -10,7 +10,7 @@ from distrust.reporting.metrics import MetricsWriter
 from distrust.training.events import Event, Observer
 
 
-def reporters(config: TrainConfig) -> list[Observer]:
+def create_observers(config: TrainConfig) -> list[Observer]:
     """What writes ``metrics.jsonl``, and logs to each of ``report_to``.
 
     Raises:

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from distrust.checkpoint import CheckpointFile, CheckpointManager, Scan, catalog
 from distrust.data.distribution import ClassSummary, Distribution, Extreme, Quartiles
 from distrust.errors import (
-    NOT_THERE,
+    NOT_FOUND_ERRORS,
     CheckpointNotFound,
     CorruptCheckpoint,
     DataError,
@@ -91,7 +91,7 @@ class Provenance:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
+class RunData:
     """What a run folder says.
 
     Attributes:
@@ -115,7 +115,7 @@ class Run:
         """The newest checkpoint whose header is whole."""
         return self.checkpoints.files[-1] if self.checkpoints.files else None
 
-    def evaluated(self, metric: str) -> tuple[NDArray[np.int64], Values]:
+    def evaluations_of(self, metric: str) -> tuple[NDArray[np.int64], Values]:
         """The steps at which a metric was measured, int64[n], and its values, float64[n]."""
         found = [(e.step, e.metrics[metric]) for e in self.evaluations if metric in e.metrics]
         return np.array([step for step, _ in found], np.int64), np.array([value for _, value in found])
@@ -127,7 +127,7 @@ class Run:
         return [name.removeprefix(prefix) for name in names]
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path) -> RunData:
     """What a run folder says.
 
     Warns of a checkpoint whose history was to be read and is damaged.
@@ -138,7 +138,7 @@ def read_run(folder: Path) -> Run:
         CheckpointError: if checkpoints are there that cannot be read at all.
     """
     if not folder.is_dir():
-        what = "is a file; give the folder of the run" if folder.exists() else NOT_THERE
+        what = "is a file; give the folder of the run" if folder.exists() else NOT_FOUND_ERRORS
         raise RunNotFound(f"{folder}: {what}", path=folder)
     if folder.name == catalog.RUN_SUBDIRECTORY and (folder.parent / METRICS).is_file():
         raise RunNotFound(f"{folder}: holds the checkpoints of a run; give {folder.parent}", path=folder)
@@ -154,7 +154,7 @@ def read_run(folder: Path) -> Run:
         )
         raise RunNotFound(f"{folder}: {what}", path=folder)
     steps, evaluations = lines or (_history(checkpoints), _evaluations_of(checkpoints))
-    return Run(
+    return RunData(
         path=folder,
         steps=steps,
         evaluations=evaluations,
@@ -166,7 +166,7 @@ def read_run(folder: Path) -> Run:
 
 def _read_metrics(path: Path) -> tuple[Steps, list[Evaluation]] | None:
     try:
-        with _opened(path) as file:
+        with _open(path) as file:
             return _parsed(path, iter(partial(file.readline, _MAX_BYTES), b""))
     except FileNotFoundError:
         return None
@@ -175,7 +175,7 @@ def _read_metrics(path: Path) -> tuple[Steps, list[Evaluation]] | None:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
+def _open(path: Path) -> Iterator[BinaryIO]:
     """A file to read; nobody may ever write to a pipe that stands in its place."""
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -196,9 +196,9 @@ def _parsed(path: Path, lines: Iterator[bytes]) -> tuple[Steps, list[Evaluation]
                 break  # torn: its writer is in the middle of it, or was killed there
             if line.isspace():
                 continue  # of an editor
-            record = json_fields.parsed(line)
-            step = json_fields.whole(record, "step")
-            if not record.keys() <= _OF_A_STEP and (evaluated := _evaluated(record)):
+            record = json_fields.parse_object(line)
+            step = json_fields.integer(record, "step")
+            if not record.keys() <= _OF_A_STEP and (evaluated := _evaluation_metrics(record)):
                 _require_order(step, evaluations[-1].step if evaluations else -1)
                 evaluations.append(Evaluation(step, evaluated))
             else:
@@ -206,7 +206,7 @@ def _parsed(path: Path, lines: Iterator[bytes]) -> tuple[Steps, list[Evaluation]
                 numbers.append(step)
                 values.extend(_row(record))
     except json_fields.WRONG as error:
-        raise json_fields.told(f"{path}:{count}", error) from None
+        raise json_fields.field_error(f"{path}:{count}", error) from None
     rows = np.array(values).reshape(-1, len(COLUMNS))
     return _steps(np.array(numbers, np.int64), rows.T), evaluations
 
@@ -220,7 +220,7 @@ def _row(record: Mapping[str, Any]) -> array[float]:
     return array("d", [json_fields.number(record, name) if name in record else math.nan for name in COLUMNS])
 
 
-def _evaluated(record: Mapping[str, Any]) -> dict[str, float]:
+def _evaluation_metrics(record: Mapping[str, Any]) -> dict[str, float]:
     return {name: json_fields.number(record, name) for name in record if name.startswith(EVALUATED)}
 
 
@@ -272,34 +272,34 @@ def _real(value: int | float) -> float:
 
 def _read_provenance(path: Path) -> Provenance | None:
     try:
-        with _opened(path) as file:
+        with _open(path) as file:
             text = file.read(_MAX_BYTES)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
     try:
-        found = json_fields.parsed(text)
+        found = json_fields.parse_object(text)
         options = ("weighting", "alpha", "lambda", "max_ratio")
         return Provenance({name: json_fields.scalar(found, name) for name in options}, _distribution(found))
     except json_fields.WRONG as error:
-        raise json_fields.told(str(path), error) from None
+        raise json_fields.field_error(str(path), error) from None
 
 
 def _distribution(found: Mapping[str, Any]) -> Distribution:
     counts = tuple(
-        json_fields.whole({"counts": count}, "counts") for count in json_fields.items(found, "counts")
+        json_fields.integer({"counts": count}, "counts") for count in json_fields.items(found, "counts")
     )
     edges = tuple(json_fields.finite(edge, "edges") for edge in json_fields.items(found, "edges"))
     if len(edges) != len(counts) + 1 or any(low >= high for low, high in pairwise((0.0, *edges))):
         json_fields.refuse("edges", "not one more than counts, above 0 and rising")
     quantiles = json_fields.mapping(found.get("quantiles"), "quantiles")
     effective = json_fields.finite(found.get("effective_examples"), "effective_examples")
-    if not 0 <= effective <= json_fields.whole(found, "examples") + 1:
+    if not 0 <= effective <= json_fields.integer(found, "examples") + 1:
         json_fields.refuse("effective_examples", "more than there are examples, or less than 0")
     return Distribution(
-        examples=json_fields.whole(found, "examples"),
-        tokens=json_fields.whole(found, "tokens"),
+        examples=json_fields.integer(found, "examples"),
+        tokens=json_fields.integer(found, "tokens"),
         effective_examples=effective,
         quantiles={name: _quartiles(value, f"quantiles.{name}") for name, value in quantiles.items()},
         edges=edges,
@@ -315,8 +315,8 @@ def _class(value: Any) -> ClassSummary:
     numbers = ("authority_weight", "provenance_entropy", "weight", "share")
     return ClassSummary(
         name=json_fields.text(item, "name"),
-        examples=json_fields.whole(item, "examples"),
-        tokens=json_fields.whole(item, "tokens"),
+        examples=json_fields.integer(item, "examples"),
+        tokens=json_fields.integer(item, "tokens"),
         **{name: json_fields.finite(item.get(name), f"classes.{name}") for name in numbers},
     )
 

@@ -9,7 +9,7 @@ GIB = 2**30
 TRAINING = "train/"
 
 
-def values_of(event: Event) -> tuple[int, dict[str, float]]:
+def scalars_of(event: Event) -> tuple[int, dict[str, float]]:
     """The step and, by ``group/name``, the values of an event; none where it is of something else.
 
     ``train/loss``, ``train/learning_rate`` and the like; ``eval/loss``, ``eval/loss/CLASS``;

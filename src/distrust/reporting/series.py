@@ -13,7 +13,7 @@ Values = NDArray[np.float64]
 POINTS = 2000
 
 
-def smoothed(values: Values, window: int) -> Values:
+def smooth(values: Values, window: int) -> Values:
     """The mean of the finite values around each: ``window`` of them, fewer at both ends.
 
     Args:
@@ -45,7 +45,7 @@ def usual_window(count: int) -> int:
     return max(1, round(count / 25))
 
 
-def thinned(x: NDArray[Any], y: Values, points: int = POINTS) -> tuple[NDArray[Any], Values]:
+def thin(x: NDArray[Any], y: Values, points: int = POINTS) -> tuple[NDArray[Any], Values]:
     """No more than so many points that look the same: of each stretch the lowest and the highest one.
 
     Args:

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from distrust.errors import ConfigError
 from distrust.reporting.metrics import METRICS
 from distrust.reporting.plots import COORDINATED, PRIMARY
-from distrust.reporting.run_reader import Run
-from distrust.reporting.series import Values, smoothed, thinned, usual_window
+from distrust.reporting.run_reader import RunData
+from distrust.reporting.series import Values, smooth, thin, usual_window
 
 INK, QUIET, GRID = "#1f2328", "#6e7781", "#d8dee4"
 #: Okabe and Ito's, which colour-blind people tell apart; without the yellow, which is lost on white.
@@ -27,7 +27,7 @@ X_AXES = get_args(XAxis)
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
+class PlottedRun:
     """A run as it is drawn.
 
     Attributes:
@@ -38,7 +38,7 @@ class Shown:
         smooth: steps to smooth over; None for the usual.
     """
 
-    run: Run
+    run: RunData
     name: str
     colour: Any
     x: Values
@@ -55,10 +55,10 @@ class Shown:
 
     def line(self, values: Values) -> Values:
         """The values of its steps, smoothed."""
-        return smoothed(values, self.smooth or usual_window(len(values)))
+        return smooth(values, self.smooth or usual_window(len(values)))
 
 
-def positions(run: Run, axis: XAxis) -> Values:
+def positions(run: RunData, axis: XAxis) -> Values:
     """Where each step of a run lies on an axis, float64[n]: its number, tokens until then, or seconds.
 
     A step whose tokens or seconds are not known counts as the mean of the others.
@@ -76,11 +76,11 @@ def positions(run: Run, axis: XAxis) -> Values:
     mean = values[finite].mean() if finite.any() else 0.0
     lasted = np.where(finite, values, mean)
     if axis == "time" and "stall_seconds" in run.steps.columns:
-        lasted += known(run.steps.columns["stall_seconds"])
+        lasted += zero_unknown(run.steps.columns["stall_seconds"])
     return np.cumsum(lasted)
 
 
-def known(values: Values) -> Values:
+def zero_unknown(values: Values) -> Values:
     """The values, and 0 in place of what is not known, or cannot be added up."""
     return np.where(np.abs(values) <= LARGEST, values, 0.0)
 
@@ -96,18 +96,18 @@ def compact(value: float, _: object = None) -> str:
     return f"{value:g}"
 
 
-def draw_over_steps(axes: Any, shown: Shown, values: Values, **style: Any) -> None:
+def draw_over_steps(axes: Any, shown: PlottedRun, values: Values, **style: Any) -> None:
     """A line of a value for each step."""
     draw_line(axes, shown.x, values, color=shown.colour, **style)
 
 
 def draw_line(axes: Any, x: NDArray[Any], y: Values, **style: Any) -> None:
     """A line with a gap where nothing can be drawn."""
-    x, y = thinned(x, np.where(np.abs(y) <= LARGEST, y, np.nan))
+    x, y = thin(x, np.where(np.abs(y) <= LARGEST, y, np.nan))
     axes.plot(x, y, **style)
 
 
-def draw_raw_and_smoothed(axes: Any, shown: Shown, values: Values) -> None:
+def draw_raw_and_smoothed(axes: Any, shown: PlottedRun, values: Values) -> None:
     """A line for the eye, and the values it comes from behind it."""
     line = shown.line(values)
     if not np.array_equal(line, values):

@@ -11,12 +11,12 @@ import numpy as np
 
 from distrust.checkpoint import CheckpointFile
 from distrust.checkpoint.checkpoint import MAX_STEP
-from distrust.checkpoint.retention import Candidate, Retention, ranked
+from distrust.checkpoint.retention import Candidate, Retention, rank_by_metric
 from distrust.config import TrainConfig, key
 from distrust.reporting.names import class_name
 from distrust.reporting.panels import by_share, stall_share
-from distrust.reporting.run_reader import Evaluation, Run
-from distrust.reporting.style import known
+from distrust.reporting.run_reader import Evaluation, RunData
+from distrust.reporting.style import zero_unknown
 from distrust.training.resume import FINGERPRINTS
 
 #: Rows of evaluations that a page shows: a long run has thousands.
@@ -70,7 +70,7 @@ class Row:
     best: bool = False
 
 
-def options_of(run: Run) -> dict[str, Any]:
+def options_of(run: RunData) -> dict[str, Any]:
     """All options that its newest checkpoint holds, by key."""
     if run.newest is None:
         return {}
@@ -78,7 +78,7 @@ def options_of(run: Run) -> dict[str, Any]:
     return {**header.run_info["extra"], **header.config}
 
 
-def last_step(run: Run) -> int:
+def last_step(run: RunData) -> int:
     """The last step that is known to be made."""
     return max(
         int(run.steps.step[-1]) if len(run.steps) else 0,
@@ -86,18 +86,18 @@ def last_step(run: Run) -> int:
     )
 
 
-def _max_steps(run: Run) -> int | None:
+def _max_steps(run: RunData) -> int | None:
     """How far the run goes, if that is known: until it saves, one that was made longer has not said so."""
     last = options_of(run).get("max_steps")
     return last if isinstance(last, int) and last_step(run) <= last < MAX_STEP else None
 
 
-def _of_steps(run: Run) -> str:
+def _of_steps(run: RunData) -> str:
     last = _max_steps(run)
     return "" if last is None else f"of {last:,}"
 
 
-def state(run: Run) -> tuple[str, str]:
+def state(run: RunData) -> tuple[str, str]:
     """Where a run is: a word, and a sentence."""
     step, last = last_step(run), _max_steps(run)
     of = f"step {step:,} {_of_steps(run)}".rstrip()
@@ -110,7 +110,7 @@ def state(run: Run) -> tuple[str, str]:
     return "not finished", f"{of}; the newest checkpoint is of step {newest.step:,}"
 
 
-def facts(run: Run) -> list[Fact]:
+def facts(run: RunData) -> list[Fact]:
     """The figures at the top of the page; what is not known is left out."""
     columns = run.steps.columns
     best = best_evaluation(run)
@@ -123,10 +123,10 @@ def facts(run: Run) -> list[Fact]:
         _tokens(run),
     ]
     if "stall_seconds" in columns and "seconds" in columns:
-        waited = float(known(columns["stall_seconds"]).sum())
+        waited = float(zero_unknown(columns["stall_seconds"]).sum())
         found.append(Fact("held up by checkpoints", f"{stall_share(run)[-1]:.2%}", duration(waited)))
     if "memory_bytes" in columns:
-        found.append(Fact("peak memory", f"{known(columns['memory_bytes']).max() / 2**30:.3g} GiB"))
+        found.append(Fact("peak memory", f"{zero_unknown(columns['memory_bytes']).max() / 2**30:.3g} GiB"))
     if run.provenance is not None:
         weights = run.provenance.weights
         share = weights.effective_examples / max(1, weights.examples)
@@ -140,15 +140,17 @@ def facts(run: Run) -> list[Fact]:
     return [fact for fact in found if fact]
 
 
-def best_evaluation(run: Run) -> tuple[str, float, int] | None:
+def best_evaluation(run: RunData) -> tuple[str, float, int] | None:
     """Metric, value and step of the best evaluation, by the run's own metric; None without any."""
     rules = _rules(run)
     metrics = {e.step: {**_metrics_of_step(run, e.step), **e.metrics} for e in run.evaluations}
-    steps = ranked([Candidate(step, final=False, metrics=found) for step, found in metrics.items()], rules)
+    steps = rank_by_metric(
+        [Candidate(step, final=False, metrics=found) for step, found in metrics.items()], rules
+    )
     return (rules.metric, metrics[steps[0]][rules.metric], steps[0]) if steps else None
 
 
-def _metrics_of_step(run: Run, step: int) -> dict[str, float]:
+def _metrics_of_step(run: RunData, step: int) -> dict[str, float]:
     """What was logged of a step itself: it may be what the best one is told by."""
     at = int(np.searchsorted(run.steps.step, step))
     if at == len(run.steps) or run.steps.step[at] != step:
@@ -156,16 +158,16 @@ def _metrics_of_step(run: Run, step: int) -> dict[str, float]:
     return {name: float(values[at]) for name, values in run.steps.columns.items()}
 
 
-def best_checkpoint(run: Run) -> CheckpointFile | None:
+def best_checkpoint(run: RunData) -> CheckpointFile | None:
     """The best of the checkpoints that stand, by the run's own metric."""
     files = run.checkpoints.by_step()
-    steps = ranked(
+    steps = rank_by_metric(
         [Candidate(step, False, file.metrics, file.measured_on) for step, file in files.items()], _rules(run)
     )
     return files[steps[0]] if steps else None
 
 
-def _rules(run: Run) -> Retention:
+def _rules(run: RunData) -> Retention:
     options = options_of(run)
     metric, mode = options.get("metric"), options.get("metric_mode")
     return Retention(
@@ -174,13 +176,13 @@ def _rules(run: Run) -> Retention:
     )
 
 
-def _last_loss(run: Run) -> Fact | None:
+def _last_loss(run: RunData) -> Fact | None:
     if "loss" not in run.steps.columns:
         return None
     return Fact("training loss", number(float(run.steps.columns["loss"][-1])), "of the last step")
 
 
-def _checkpoints(run: Run) -> list[Fact]:
+def _checkpoints(run: RunData) -> list[Fact]:
     newest, best = run.newest, best_checkpoint(run)
     found = []
     if newest is not None:
@@ -193,10 +195,10 @@ def _checkpoints(run: Run) -> list[Fact]:
     return found
 
 
-def _time(run: Run) -> Fact | None:
+def _time(run: RunData) -> Fact | None:
     seconds = run.steps.columns.get("seconds")
     if seconds is not None:
-        total, measured = float(known(seconds).sum()), int(np.isfinite(seconds).sum())
+        total, measured = float(zero_unknown(seconds).sum()), int(np.isfinite(seconds).sum())
         more = f"{total / max(1, measured):.3g} s a step"
         if measured < len(seconds):
             more += f"; of {measured:,} steps"
@@ -205,7 +207,7 @@ def _time(run: Run) -> Fact | None:
     return Fact("time in steps", duration(elapsed)) if isinstance(elapsed, float) else None
 
 
-def _tokens(run: Run) -> Fact | None:
+def _tokens(run: RunData) -> Fact | None:
     columns = run.steps.columns
     seen = run.newest.metadata.get("tokens_seen") if run.newest is not None else None
     if "tokens" not in columns:
@@ -213,9 +215,9 @@ def _tokens(run: Run) -> Fact | None:
     more = ""
     if "seconds" in columns:
         both = np.isfinite(columns["tokens"]) & np.isfinite(columns["seconds"])
-        seconds, tokens = (float(known(columns[name][both]).sum()) for name in ("seconds", "tokens"))
+        seconds, tokens = (float(zero_unknown(columns[name][both]).sum()) for name in ("seconds", "tokens"))
         more = f"{tokens / seconds:,.0f} a second" if seconds > 0 and math.isfinite(tokens / seconds) else ""
-    return Fact("learned tokens", f"{known(columns['tokens']).sum():,.0f}", more)
+    return Fact("learned tokens", f"{zero_unknown(columns['tokens']).sum():,.0f}", more)
 
 
 #: The columns of a table of evaluations, as they are headed.
@@ -227,7 +229,7 @@ EVALUATED = {
 }
 
 
-def evaluations(run: Run) -> tuple[list[str], list[Row], int]:
+def evaluations(run: RunData) -> tuple[list[str], list[Row], int]:
     """A table of the evaluations: its columns, its rows, newest first, and how many rows are left out.
 
     Of many, the newest are there, the first, and the best.
@@ -248,13 +250,13 @@ def evaluations(run: Run) -> tuple[list[str], list[Row], int]:
     return [EVALUATED[name] for name in names], rows, len(run.evaluations) - len(chosen)
 
 
-def evaluations_by_class(run: Run) -> tuple[list[str], list[Row]]:
+def evaluations_by_class(run: RunData) -> tuple[list[str], list[Row]]:
     """A table of the source classes: how each did at its last evaluation, and at its first."""
     metrics = ("eval_loss", "eval_perplexity")
     rows = []
     for name in by_share(run):
-        _, values = run.evaluated(f"eval_loss/{name}")
-        last = [run.evaluated(f"{metric}/{name}")[1] for metric in metrics]
+        _, values = run.evaluations_of(f"eval_loss/{name}")
+        last = [run.evaluations_of(f"{metric}/{name}")[1] for metric in metrics]
         rows.append(
             Row(
                 class_name(name, NAME_CHARACTERS),
@@ -268,7 +270,7 @@ def evaluations_by_class(run: Run) -> tuple[list[str], list[Row]]:
     return ["first loss", "last loss", "last perplexity", "change"], rows
 
 
-def options(run: Run) -> list[Option]:
+def options(run: RunData) -> list[Option]:
     """Every option of the run, in the order of the reference; then those that this program does not know."""
     there = options_of(run)
     defaults = {key(field.name): field.default for field in fields(TrainConfig)}
@@ -285,7 +287,7 @@ def options(run: Run) -> list[Option]:
     ]
 
 
-def environment(run: Run) -> list[Fact]:
+def environment(run: RunData) -> list[Fact]:
     """Where the newest checkpoint was made, and with what: names and values as it says them."""
     if run.newest is None:
         return []

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from distrust.errors import ConfigError
-from distrust.reporting.scalars import values_of
+from distrust.reporting.scalars import scalars_of
 from distrust.training.events import CheckpointStarted, Event, RunEnded, RunStarted
 
 FOLDER = "tensorboard"
@@ -47,7 +47,7 @@ class TensorBoardWriter:
                 self._file.close()
                 self._file = None
             case _ if self._file is not None:
-                step, values = values_of(event)
+                step, values = scalars_of(event)
                 if values:
                     self._add(step, summary=self._summarized(values))
 

@@ -8,10 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from distrust.atomic import new_file
+from distrust.atomic import atomic_file
 from distrust.config import TrainConfig, key
 from distrust.errors import ConfigError
-from distrust.reporting.scalars import TRAINING, values_of
+from distrust.reporting.scalars import TRAINING, scalars_of
 from distrust.training.events import Event, RunEnded, RunStarted
 
 #: The identity of the run there, in the run's folder: the same command goes on with the same one.
@@ -52,7 +52,7 @@ class WandbWriter:
                 self._run.finish(exit_code=0 if event.finished else 1)
                 self._run = None
             case _ if self._run is not None:
-                step, values = values_of(event)
+                step, values = scalars_of(event)
                 if values and step >= self._next_step:
                     self._run.log(values, step=step)
 
@@ -79,6 +79,6 @@ def _run_id(out: Path) -> str:
         return file.read_text().strip()
     except FileNotFoundError:
         made = secrets.token_hex(8)
-        with new_file(file, force=False) as new:
+        with atomic_file(file, force=False) as new:
             new.write(f"{made}\n".encode())
         return made

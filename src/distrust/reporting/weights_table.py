@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from distrust.data.distribution import ClassSummary, Distribution, Extreme
 from distrust.data.provenance.score import Check, Quantity
-from distrust.reporting.display import counted
+from distrust.reporting.display import pluralize
 from distrust.reporting.names import class_name
 
 _SYMBOLS: Mapping[Quantity, tuple[str, str]] = {
@@ -17,7 +17,7 @@ _BAR = 40
 _ROWS = 12
 
 
-def check_lines(checks: Mapping[Quantity, Check], *, recomputed: bool) -> Iterator[str]:
+def score_lines(checks: Mapping[Quantity, Check], *, recomputed: bool) -> Iterator[str]:
     """Where the values of w and H come from, and the largest differences.
 
     Args:
@@ -70,7 +70,7 @@ def distribution_lines(shown: Distribution, captions: Mapping[str, str], *, bloc
             yield from _extremes(title, extremes, captions)
     yield ""
     worth, records = shown.effective_examples, shown.examples
-    yield f"worth {counted(worth, 'equally weighted record')} of {records:,} ({worth / records:.0%})"
+    yield f"worth {pluralize(worth, 'equally weighted record')} of {records:,} ({worth / records:.0%})"
 
 
 def _histogram(shown: Distribution, *, blocks: bool) -> Iterator[str]:

@@ -14,7 +14,7 @@ WAKING_SECONDS = 0.5
 Result = TypeVar("Result")
 
 
-async def in_thread(work: Callable[[], Result], *, ask_to_stop: Callable[[], None]) -> Result:
+async def run_in_thread(work: Callable[[], Result], *, ask_to_stop: Callable[[], None]) -> Result:
     """Run ``work`` in a new thread while the event loop goes on with other things.
 
     Cancelled, once or again, this asks ``work`` to stop and goes on waiting for it; then it raises

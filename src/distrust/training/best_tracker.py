@@ -15,7 +15,7 @@ from distrust.checkpoint.retention import MetricMode
 
 
 @dataclass(frozen=True, slots=True)
-class Evaluations:
+class BestTracker:
     """The last evaluation, the best one, and how many there were since.
 
     Attributes:
@@ -36,7 +36,7 @@ class Evaluations:
     unimproved: int = 0
     measured_on: str = ""
 
-    def after(self, metrics: Mapping[str, float], *, step: int) -> Evaluations:
+    def update(self, metrics: Mapping[str, float], *, step: int) -> BestTracker:
         """With one more, by the metrics of its step; one that was not measured there counts for nothing."""
         evaluated = replace(self, loss=metrics.get("eval_loss"))
         value = metrics.get(self.metric)
@@ -46,19 +46,19 @@ class Evaluations:
             return replace(evaluated, best=value, best_step=step, unimproved=0)
         return replace(evaluated, unimproved=self.unimproved + 1)
 
-    def exhausted(self, patience: int | None) -> bool:
+    def out_of_patience(self, patience: int | None) -> bool:
         """Whether as many as that have not improved on the best one."""
         return patience is not None and self.unimproved >= patience
 
-    def taken_up(self, saved: Mapping[str, Any] | None) -> Evaluations:
+    def restore(self, saved: Mapping[str, Any] | None) -> BestTracker:
         """Those that a checkpoint holds; none of them, if they cannot be compared with those to come."""
         if saved is None or (saved["metric"], saved["mode"]) != (self.metric, self.mode):
             return self
-        if self.of_other_data(saved):
+        if self.used_other_data(saved):
             return self
-        return replace(Evaluations(**saved), measured_on=self.measured_on)
+        return replace(BestTracker(**saved), measured_on=self.measured_on)
 
-    def of_other_data(self, saved: Mapping[str, Any] | None) -> bool:
+    def used_other_data(self, saved: Mapping[str, Any] | None) -> bool:
         """Whether those that a checkpoint holds were measured on other data."""
         there = (saved or {}).get("measured_on")
         return bool(there and self.measured_on) and there != self.measured_on

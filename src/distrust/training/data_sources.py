@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 from blake3 import blake3
 
-from distrust.config import EXAMPLES, TrainConfig, several
+from distrust.config import EXAMPLES, TrainConfig, as_names
 from distrust.data import (
     Cache,
-    Census,
     Corpus,
-    Reading,
+    DatasetStats,
+    RecordReader,
     Source,
     Tokenizer,
     cache_folder,
-    check,
+    check_records,
     columns_of,
     examples_source,
     open_source,
@@ -36,7 +36,7 @@ Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Checked:
+class CheckedData:
     """Data of which every record is known to be right.
 
     Attributes:
@@ -44,8 +44,8 @@ class Checked:
         census: what there is of them.
     """
 
-    reading: Reading
-    census: Census
+    reading: RecordReader
+    census: DatasetStats
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +58,8 @@ class Sources:
         cache: where it is found again once it is tokenized.
     """
 
-    training: Checked
-    evaluation: Checked | None
+    training: CheckedData
+    evaluation: CheckedData | None
     cache: Cache
 
 
@@ -92,17 +92,17 @@ def read_sources(
     cache = Cache(cache_folder(config.cache_dir))
     # Without weighting nothing asks for provenance.
     missing = 0.0 if config.weighting == "off" else None
-    training = Reading(
-        _opened(config, several(config.data), config.split, cache)
+    training = RecordReader(
+        _open(config, as_names(config.data), config.split, cache)
         if examples is None
-        else _given(config, examples, "examples", cache),
+        else _open_examples(config, examples, "examples", cache),
         columns_of(config),
         missing if config.default_authority_weight is None else config.default_authority_weight,
         missing if config.default_provenance_entropy is None else config.default_provenance_entropy,
     )
-    checked = _checked(training, cache, report)
+    checked = _check(training, cache, report)
     evaluation = _evaluation(config, eval_examples, cache)
-    return Sources(checked, None if evaluation is None else _checked(evaluation, cache, report), cache)
+    return Sources(checked, None if evaluation is None else _check(evaluation, cache, report), cache)
 
 
 def read_evaluation(config: TrainConfig, *, report: Progress | None = None) -> Sources:
@@ -116,19 +116,19 @@ def read_evaluation(config: TrainConfig, *, report: Progress | None = None) -> S
     evaluation = _evaluation(config, None, cache)
     if evaluation is None:
         raise ConfigError("there is nothing to evaluate on; name it with --data")
-    return Sources(_checked(evaluation, cache, report), None, cache)
+    return Sources(_check(evaluation, cache, report), None, cache)
 
 
-def _evaluation(config: TrainConfig, examples: Examples | None, cache: Cache) -> Reading | None:
+def _evaluation(config: TrainConfig, examples: Examples | None, cache: Cache) -> RecordReader | None:
     """What is evaluated on. Provenance is no duty there: it has a plain loss besides."""
     if examples is not None:
-        evaluated = _given(config, examples, "eval_examples", cache)
+        evaluated = _open_examples(config, examples, "eval_examples", cache)
     elif config.eval_data is not None or config.eval_split is not None:
-        names = several(config.eval_data or config.data)
-        evaluated = _opened(config, names, config.eval_split or config.split, cache)
+        names = as_names(config.eval_data or config.data)
+        evaluated = _open(config, names, config.eval_split or config.split, cache)
     else:
         return None
-    return Reading(
+    return RecordReader(
         evaluated,
         columns_of(config),
         config.default_authority_weight or 0.0,
@@ -136,7 +136,7 @@ def _evaluation(config: TrainConfig, examples: Examples | None, cache: Cache) ->
     )
 
 
-def _opened(config: TrainConfig, names: tuple[str, ...], split: str, cache: Cache) -> tuple[Source, ...]:
+def _open(config: TrainConfig, names: tuple[str, ...], split: str, cache: Cache) -> tuple[Source, ...]:
     return tuple(
         open_source(
             name,
@@ -150,23 +150,23 @@ def _opened(config: TrainConfig, names: tuple[str, ...], split: str, cache: Cach
     )
 
 
-def _given(config: TrainConfig, rows: Examples, name: str, cache: Cache) -> tuple[Source, ...]:
+def _open_examples(config: TrainConfig, rows: Examples, name: str, cache: Cache) -> tuple[Source, ...]:
     return (examples_source(rows, columns_of(config), name=name, spool=cache.folder),)
 
 
-def _checked(reading: Reading, cache: Cache, report: Progress | None) -> Checked:
-    census = cache.census(reading.key)
+def _check(reading: RecordReader, cache: Cache, report: Progress | None) -> CheckedData:
+    census = cache.stats(reading.key)
     if census is None:
-        census = check(
+        census = check_records(
             reading,
             on_progress=lambda done: report(f"checking {reading.name}", done, 0) if report else None,
         )
-        cache.remember(reading.key, census)
-    return Checked(reading, census)
+        cache.store_stats(reading.key, census)
+    return CheckedData(reading, census)
 
 
-def tokenized(
-    data: Checked,
+def tokenize_cached(
+    data: CheckedData,
     tokenizer: Tokenizer,
     *,
     tokenizer_digest: str | None,

@@ -24,8 +24,8 @@ class Preparing:
         total: how many there are; 0 where it has none.
     """
 
-    what: str
-    done: int = 0
+    task: str
+    completed: int = 0
     total: int = 0
 
 
@@ -194,7 +194,7 @@ class RunEnded:
     stall_seconds: float
     reason: Reason
     signal: int | None
-    already: bool
+    already_finished: bool
 
     @property
     def finished(self) -> bool:

@@ -17,11 +17,11 @@ import numpy as np
 
 from distrust.checkpoint import Checkpoint
 from distrust.config import STEP_METRICS, TrainConfig, flag
-from distrust.errors import ConfigError, DistrustWarning, ResumeRefused, readable
+from distrust.errors import ConfigError, DistrustWarning, ResumeRefused, quote_untrusted
 from distrust.importers.header import BEGUN_ELSEWHERE
 
 #: In ``run`` of a converted checkpoint: a list of lines, what is not taken over of it, or what it lacks.
-NOT_TAKEN_OVER = "not_taken_over"
+DROPPED = "not_taken_over"
 _NO_MOMENTS = "AdamW's moments, which it has not: they begin at zero"
 #: In ``run`` of what is saved after that: where it began.
 CONTINUES = "continues"
@@ -33,12 +33,12 @@ MAX_STEP = 10_000_000
 _OF_AN_ADAPTER = ("lora_alpha", "rslora", "lora_dropout")
 
 
-def is_begun_elsewhere(run: Mapping[str, Any]) -> bool:
+def is_imported(run: Mapping[str, Any]) -> bool:
     """Whether another program made this step, by the section ``run`` of its checkpoint."""
     return bool(run.get(BEGUN_ELSEWHERE))
 
 
-def adopted(checkpoint: Checkpoint, config: TrainConfig, *, where: str) -> Checkpoint:
+def adopt_imported(checkpoint: Checkpoint, config: TrainConfig, *, where: str) -> Checkpoint:
     """A checkpoint that was begun elsewhere, completed; any other as it is.
 
     Args:
@@ -49,12 +49,12 @@ def adopted(checkpoint: Checkpoint, config: TrainConfig, *, where: str) -> Check
     Raises:
         ResumeRefused: if its step is beyond what a run can remember.
     """
-    if not is_begun_elsewhere(checkpoint.run):
+    if not is_imported(checkpoint.run):
         return checkpoint
     if checkpoint.step > MAX_STEP:
         raise ResumeRefused(f"{where}: step {checkpoint.step} is beyond {MAX_STEP}, where no run goes on")
     tokens = checkpoint.metadata.get("tokens_seen")
-    optimizer, lost = checkpoint.optimizer, not_taken_over(checkpoint)
+    optimizer, lost = checkpoint.optimizer, list_dropped(checkpoint)
     if not has_moments(optimizer):
         optimizer = {}
     elif "m" in optimizer and "step" not in optimizer:  # who saves moments only makes a step each step
@@ -68,14 +68,14 @@ def adopted(checkpoint: Checkpoint, config: TrainConfig, *, where: str) -> Check
     return replace(
         checkpoint,
         optimizer=optimizer,
-        config=completed(checkpoint.config, config),
+        config=complete_config(checkpoint.config, config),
         history={name: _column(values, checkpoint.step) for name, values in found.items()},
         metadata={"tokens_seen": tokens if type(tokens) is int else 0},
         metrics={name: value for name, value in checkpoint.metrics.items() if name in STEP_METRICS},
         run={
             **checkpoint.run,
             CONTINUES: f"{_origin(checkpoint)}, step {checkpoint.step}",
-            NOT_TAKEN_OVER: lost,
+            DROPPED: lost,
             _UNKNOWN: [
                 f"{flag(name)} {getattr(config, name)}"
                 for name in _OF_AN_ADAPTER
@@ -85,7 +85,7 @@ def adopted(checkpoint: Checkpoint, config: TrainConfig, *, where: str) -> Check
     )
 
 
-def completed(known: Mapping[str, Any], config: TrainConfig) -> dict[str, Any]:
+def complete_config(known: Mapping[str, Any], config: TrainConfig) -> dict[str, Any]:
     """The options that a checkpoint knows, and for all others those that the user asks for."""
     return {**config.with_effect("result"), **known}
 
@@ -95,10 +95,10 @@ def has_moments(optimizer: Mapping[str, Any]) -> bool:
     return bool(optimizer.get("state")) or bool(optimizer.get("m") and optimizer.get("v"))
 
 
-def not_taken_over(checkpoint: Checkpoint) -> list[str]:
+def list_dropped(checkpoint: Checkpoint) -> list[str]:
     """A line for each thing that a checkpoint begun elsewhere lacks, or that no run here takes over."""
-    lines = checkpoint.run.get(NOT_TAKEN_OVER)
-    lost = [readable(line) for line in lines if type(line) is str] if type(lines) is list else []
+    lines = checkpoint.run.get(DROPPED)
+    lost = [quote_untrusted(line) for line in lines if type(line) is str] if type(lines) is list else []
     return lost if has_moments(checkpoint.optimizer) else [*lost, _NO_MOMENTS]
 
 
@@ -108,16 +108,16 @@ def require_steps_left(checkpoint: Checkpoint, *, max_steps: int, where: Path) -
     Raises:
         ConfigError: saying how many steps there have to be.
     """
-    if is_begun_elsewhere(checkpoint.run) and checkpoint.step >= max_steps:
+    if is_imported(checkpoint.run) and checkpoint.step >= max_steps:
         raise ConfigError(
             f"--max-steps: the run has {max_steps} steps, and {where} was begun elsewhere and is at step "
             f"{checkpoint.step} already; give more: they are those of the whole run"
         )
 
 
-def tell(checkpoint: Checkpoint, *, where: Path) -> None:
+def warn_imported(checkpoint: Checkpoint, *, where: Path) -> None:
     """Warn, in a few lines, of what is taken over and what is not."""
-    if not is_begun_elsewhere(checkpoint.run):
+    if not is_imported(checkpoint.run):
         return
     step, origin = checkpoint.step, _origin(checkpoint)
     history = any(np.isfinite(values).any() for values in checkpoint.history.values())
@@ -128,22 +128,22 @@ def tell(checkpoint: Checkpoint, *, where: Path) -> None:
     ]
     unknown = checkpoint.run.get(_UNKNOWN) or []
     warnings.warn(
-        f"{where} was begun elsewhere ({origin}): {_listed(taken)} are those of its step {step}. "
+        f"{where} was begun elsewhere ({origin}): {_join_words(taken)} are those of its step {step}. "
         f"From step {step + 1} on, data, weighting, learning rate and random numbers are this run's, as if "
         "it had made the steps before; on which base model, data and schedule those were made is not known"
-        + "".join(f"\n  not taken over: {line}" for line in checkpoint.run[NOT_TAKEN_OVER])
+        + "".join(f"\n  not taken over: {line}" for line in checkpoint.run[DROPPED])
         + (f"\n  not known there, so as this run has them: {', '.join(unknown)}" if unknown else ""),
         DistrustWarning,
         stacklevel=3,
     )
 
 
-def _listed(words: list[str]) -> str:
+def _join_words(words: list[str]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def _origin(checkpoint: Checkpoint) -> str:
-    return readable(str(checkpoint.run[BEGUN_ELSEWHERE]))
+    return quote_untrusted(str(checkpoint.run[BEGUN_ELSEWHERE]))
 
 
 def _numbers(found: Any) -> np.ndarray[Any, Any]:

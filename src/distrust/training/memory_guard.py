@@ -37,9 +37,9 @@ class Forecast:
 
     def __init__(self, use: MemoryUse) -> None:
         self._transient = 0
-        self.begin(use)
+        self.restart(use)
 
-    def begin(self, use: MemoryUse) -> None:
+    def restart(self, use: MemoryUse) -> None:
         """Go on from here: what came before was no step, such as loading a model."""
         self._peak = use.peak
         self._levels = deque([use.now], maxlen=GROWING_STEPS + 1)
@@ -81,7 +81,7 @@ class Excess:
     bound: float
 
 
-class MemoryWatch:
+class MemoryGuard:
     """Looks at memory between steps, and says what is to be done. Changes nothing of the run.
 
     Args:
@@ -98,17 +98,17 @@ class MemoryWatch:
         self._looked = -SECONDS_BETWEEN_LOOKS
 
     @property
-    def taken(self) -> int:
+    def used_bytes(self) -> int:
         """Bytes of the host and the device together."""
         return sum(forecast.now for forecast in self._places.values())
 
-    def begin_again(self, engine: Engine) -> None:
+    def restart(self, engine: Engine) -> None:
         """The engine was built again."""
         for place, use in _uses(engine).items():
-            self._places[place].begin(use)
+            self._places[place].restart(use)
         self._reset_just_now = True
 
-    def look(self, engine: Engine) -> int:
+    def observe_step(self, engine: Engine) -> int:
         """Take in a step that has ended; returns the bytes that are taken after it."""
         for place, use in _uses(engine).items():
             self._places[place].add(use)
@@ -117,7 +117,7 @@ class MemoryWatch:
             self._left_by_reset = self._highest
             self._warn_of_futile_reset()
         self._warn_of_system()
-        return self.taken
+        return self.used_bytes
 
     def reset_due(self, step: int) -> bool:
         """Whether memory is to be reset after this step."""

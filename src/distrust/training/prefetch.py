@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
-class Ahead(Generic[T]):
+class Prefetcher(Generic[T]):
     """What a pure function of the step gives, asked for one step ahead in a thread; a context.
 
     Args:
@@ -24,7 +24,7 @@ class Ahead(Generic[T]):
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="distrust-ahead")
         self._begun: tuple[int, Future[T]] | None = None
 
-    def __enter__(self) -> Ahead[T]:
+    def __enter__(self) -> Prefetcher[T]:
         return self
 
     def __exit__(
@@ -32,7 +32,7 @@ class Ahead(Generic[T]):
     ) -> None:
         self._thread.shutdown(wait=True, cancel_futures=True)
 
-    def take(self, step: int) -> T:
+    def get(self, step: int) -> T:
         """What this step needs; the next one's is begun. Raises what making it raised."""
         begun, self._begun = self._begun, None
         made = begun[1].result() if begun is not None and begun[0] == step else self._make(step)

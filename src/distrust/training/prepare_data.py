@@ -16,25 +16,25 @@ from distrust.data import (
     Batches,
     Corpus,
     Distribution,
-    MixedOrder,
-    Order,
-    Sequences,
+    EpochSampler,
+    MixtureSampler,
+    PackedRows,
     Tokenizer,
-    concatenated,
+    concatenate,
     digest_of,
     distribution,
-    packed,
-    single,
+    one_per_row,
+    pack,
     split_off,
 )
 from distrust.errors import DataError, DistrustWarning
 from distrust.training.data_sources import (
-    Checked,
+    CheckedData,
     Progress,
     Sources,
     max_length_of,
     pad_token_id_of,
-    tokenized,
+    tokenize_cached,
     warn_of_unmeasured_classes,
     warn_where_no_class,
 )
@@ -45,7 +45,7 @@ LOW_EFFECTIVE_SHARE = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class PreparedData:
     """The data of a run.
 
     Attributes:
@@ -71,14 +71,14 @@ class Plan:
     pad_token_id: int
 
 
-def make_plan(
+def prepare_data(
     config: TrainConfig,
     sources: Sources,
     tokenizer: Tokenizer,
     *,
     context_length: int | None,
     report: Progress,
-) -> Plan:
+) -> PreparedData:
     """Tokenize, weigh and order the data.
 
     Args:
@@ -95,8 +95,8 @@ def make_plan(
     max_length = max_length_of(config, context_length)
     tokenizer_digest = digest_of(tokenizer)  # once: it takes a while
 
-    def made(data: Checked) -> Corpus:
-        return tokenized(
+    def made(data: CheckedData) -> Corpus:
+        return tokenize_cached(
             data,
             tokenizer,
             tokenizer_digest=tokenizer_digest,
@@ -113,8 +113,8 @@ def make_plan(
     if evaluation is not None:
         warn_of_unmeasured_classes(config, corpus, evaluation)
     rows = _rows(config, corpus, capacity=max_length)
-    order = _order(config, [len(part) for part in rows])
-    drawn = _drawn_per_epoch(order, rows, corpus)
+    order = _sampler(config, [len(part) for part in rows])
+    drawn = _sample_counts(order, rows, corpus)
     weights = _weights(config, corpus, drawn)
     pad_token_id = pad_token_id_of(tokenizer)
     batches = Batches(
@@ -124,7 +124,7 @@ def make_plan(
             corpus.authority_weight, corpus.provenance_entropy, alpha=config.alpha
         ),
         order=order,
-        sequences=concatenated(rows),
+        sequences=concatenate(rows),
         batch_size=config.batch_size,
         gradient_accumulation=config.gradient_accumulation,
         pad_token_id=pad_token_id,
@@ -132,7 +132,7 @@ def make_plan(
     max_steps = config.max_steps or math.ceil(config.epochs * batches.epoch_steps)
     schedule_steps = config.schedule_steps or max_steps
     settled = replace(config, max_length=max_length, max_steps=max_steps, schedule_steps=schedule_steps)
-    return Plan(
+    return PreparedData(
         config=settled,
         max_steps=max_steps,
         schedule_steps=schedule_steps,
@@ -145,30 +145,30 @@ def make_plan(
     )
 
 
-def _order(config: TrainConfig, sizes: Sequence[int]) -> Order | MixedOrder:
+def _sampler(config: TrainConfig, sizes: Sequence[int]) -> EpochSampler | MixtureSampler:
     """The order of the sequences, of which each source has so many."""
     if config.mix is None:
-        return Order(sum(sizes), seed=config.seed)
-    return MixedOrder(sizes, shares=config.mix, seed=config.seed)
+        return EpochSampler(sum(sizes), seed=config.seed)
+    return MixtureSampler(sizes, shares=config.mix, seed=config.seed)
 
 
-def _drawn_per_epoch(
-    order: Order | MixedOrder, rows: Sequence[Sequences], corpus: Corpus
+def _sample_counts(
+    order: EpochSampler | MixtureSampler, rows: Sequence[PackedRows], corpus: Corpus
 ) -> np.ndarray[Any, Any] | None:
     """float64[n], how often each example is drawn in an epoch, on average; None where each is once."""
-    if isinstance(order, Order):
+    if isinstance(order, EpochSampler):
         return None
     return np.repeat(np.divide(order.counts, [len(part) for part in rows]), corpus.sizes)
 
 
-def _rows(config: TrainConfig, corpus: Corpus, *, capacity: int) -> list[Sequences]:
+def _rows(config: TrainConfig, corpus: Corpus, *, capacity: int) -> list[PackedRows]:
     """The rows of each source: with mixing weights, each is drawn from by itself."""
     ends = np.cumsum(corpus.sizes or (len(corpus),))
     parts = np.split(np.arange(len(corpus), dtype=np.int64), ends[:-1])
     if not config.packing:
-        return [single(examples) for examples in parts]
+        return [one_per_row(examples) for examples in parts]
     return [
-        packed(examples, corpus.lengths[examples], capacity=capacity, seed=config.seed) for examples in parts
+        pack(examples, corpus.lengths[examples], capacity=capacity, seed=config.seed) for examples in parts
     ]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from distrust.config import STEP_METRICS
-from distrust.training.best_tracker import Evaluations
+from distrust.training.best_tracker import BestTracker
 from distrust.training.imported import CONTINUES
 
 
@@ -32,7 +32,7 @@ class Progress:
     tokens_seen: int = 0
     elapsed_seconds: float = 0.0
     metrics: dict[str, float] = field(default_factory=dict)
-    evaluations: Evaluations = field(default_factory=Evaluations)
+    evaluations: BestTracker = field(default_factory=BestTracker)
     history: dict[str, array[float]] = field(
         default_factory=lambda: {name: array("d") for name in STEP_METRICS}
     )
@@ -53,7 +53,7 @@ class Progress:
         self.elapsed_seconds = run.get("elapsed_seconds", 0.0)
         self.continues = run.get(CONTINUES, "")
         self.metrics = dict(metrics)
-        self.evaluations = self.evaluations.taken_up(run.get("evaluations"))
+        self.evaluations = self.evaluations.restore(run.get("evaluations"))
 
     def history_arrays(self) -> dict[str, np.ndarray[Any, Any]]:
         """The history as float64[step] of each name."""

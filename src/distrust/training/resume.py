@@ -11,7 +11,7 @@ from distrust.errors import ResumeRefused
 
 FINGERPRINTS = "fingerprints"
 #: Options that a run settles when it begins: left out later, they stay what they were.
-SETTLED_AT_START = ("max_length", "schedule_steps")
+FIXED_AT_START = ("max_length", "schedule_steps")
 #: What runs were before there was an option, where that is not its default.
 BEFORE_THE_OPTION = {"clipping": "plain"}
 
@@ -19,7 +19,7 @@ BEFORE_THE_OPTION = {"clipping": "plain"}
 FIRST_ENGINE: Final = "torch"
 
 
-def settled(config: TrainConfig, saved: Mapping[str, Any], *, where: str) -> TrainConfig:
+def merge_saved_options(config: TrainConfig, saved: Mapping[str, Any], *, where: str) -> TrainConfig:
     """The config, with what it leaves open taken from the checkpoint.
 
     Args:
@@ -39,12 +39,12 @@ def settled(config: TrainConfig, saved: Mapping[str, Any], *, where: str) -> Tra
         # An option that is younger than the run was at its default, as a rule.
         value = getattr(config, option.name)
         was = saved.get(name, BEFORE_THE_OPTION.get(name, option.default))
-        if value is None and option.name in SETTLED_AT_START:
+        if value is None and option.name in FIXED_AT_START:
             taken[option.name] = was
         elif value != was:
             differences.append(f"{flag(option.name)} was {_shown(was)}, is {_shown(value)}")
     if differences:
-        raise _refused(where, differences)
+        raise _refusal(where, differences)
     return replace(config, **taken)
 
 
@@ -76,7 +76,7 @@ def require_same_fingerprints(
         if was.get(name) != digest and not (known_only and name not in was)
     ]
     if differences:
-        raise _refused(where, differences)
+        raise _refusal(where, differences)
 
 
 def environment_differences(
@@ -103,7 +103,7 @@ def environment_differences(
     ]
 
 
-def _refused(where: str, differences: list[str]) -> ResumeRefused:
+def _refusal(where: str, differences: list[str]) -> ResumeRefused:
     lines = "".join(f"\n  {line}" for line in differences)
     return ResumeRefused(
         f"{where}: this would not continue the run that is there:{lines}\n"

@@ -7,21 +7,21 @@ from pathlib import Path
 
 from distrust.checkpoint import Checkpoint, CheckpointFile, CheckpointManager, Scan, foreign
 from distrust.checkpoint.arrays import Framework
-from distrust.checkpoint.catalog import RUN_SUBDIRECTORY, named
+from distrust.checkpoint.catalog import RUN_SUBDIRECTORY, list_names
 from distrust.checkpoint.manager import require_converted
-from distrust.config import EXAMPLES, TrainConfig, several
+from distrust.config import EXAMPLES, TrainConfig, as_names
 from distrust.errors import ConfigError, CorruptCheckpoint
 from distrust.training import imported, resume
-from distrust.training.best_tracker import Evaluations
+from distrust.training.best_tracker import BestTracker
 from distrust.training.events import Reason
 
 
-def folder(config: TrainConfig) -> Path:
+def run_folder(config: TrainConfig) -> Path:
     """The folder that the run writes into."""
     return Path(config.branch or config.out)
 
 
-def require_ready(config: TrainConfig, manager: CheckpointManager) -> None:
+def require_startable(config: TrainConfig, manager: CheckpointManager) -> None:
     """Refuse to begin beside checkpoints that the user may mean to go on from.
 
     Raises:
@@ -30,14 +30,14 @@ def require_ready(config: TrainConfig, manager: CheckpointManager) -> None:
             the transformers Trainer, or an adapter.
     """
     found = manager.scan()
-    if found.foreign and found.everything[-1].is_older:
-        require_converted(found.everything[-1])
-    out = folder(config)
-    if found.everything or found.damaged:
+    if found.foreign and found.all_intact[-1].is_foreign:
+        require_converted(found.all_intact[-1])
+    out = run_folder(config)
+    if found.all_intact or found.damaged:
         return
-    if hint := foreign.hint(out):
+    if hint := foreign.import_hint(out):
         raise ConfigError(f"--out {out}: has no checkpoints of ours{hint}; or give another --out")
-    here = [path for path, *_ in named(out) if not _is_empty_folder(path)]
+    here = [path for path, *_ in list_names(out) if not _is_empty_folder(path)]
     if not here:
         return
     what = f"--out {out}: {here[-1].name} is there, and a run has its checkpoints in {RUN_SUBDIRECTORY}/"
@@ -53,7 +53,9 @@ def _is_empty_folder(path: Path) -> bool:
         return False
 
 
-def finished(config: TrainConfig, manager: CheckpointManager) -> tuple[CheckpointFile, Reason] | None:
+def find_finished_run(
+    config: TrainConfig, manager: CheckpointManager
+) -> tuple[CheckpointFile, Reason] | None:
     """The final checkpoint of a run that has nothing left to do, and why: found without loading a model.
 
     Raises:
@@ -63,13 +65,13 @@ def finished(config: TrainConfig, manager: CheckpointManager) -> tuple[Checkpoin
     if not files or config.from_step is not None:
         return None
     newest = files[-1]
-    if imported.is_begun_elsewhere(newest.header.run_info.get("extra", {})):
-        known = imported.completed(newest.header.config, config)
-        resume.settled(config, known, where=str(folder(config)))
+    if imported.is_imported(newest.header.run_info.get("extra", {})):
+        known = imported.complete_config(newest.header.config, config)
+        resume.merge_saved_options(config, known, where=str(run_folder(config)))
         return None
-    settled = resume.settled(config, newest.header.config, where=str(folder(config)))
+    settled = resume.merge_saved_options(config, newest.header.config, where=str(run_folder(config)))
     run = newest.header.run_info.get("extra", {})
-    if (run.get("model"), several(run.get("data"))) != (settled.model, several(settled.data)):
+    if (run.get("model"), as_names(run.get("data"))) != (settled.model, as_names(settled.data)):
         return None  # whether they are the same by another name takes loading them
     if settled.data == EXAMPLES:
         return None  # a name that says nothing
@@ -77,11 +79,11 @@ def finished(config: TrainConfig, manager: CheckpointManager) -> tuple[Checkpoin
     max_steps = settled.max_steps or (run.get("max_steps") if run.get("epochs") == settled.epochs else None)
     if newest.kind != "final" or max_steps is None:
         return None
-    evaluations = Evaluations(config.metric, config.metric_mode).taken_up(run.get("evaluations"))
+    evaluations = BestTracker(config.metric, config.metric_mode).restore(run.get("evaluations"))
     early = newest.step < max_steps
     if early and (
-        not evaluations.exhausted(config.early_stopping_patience)
-        or several(run.get("eval_data") or ()) != several(settled.eval_data or ())
+        not evaluations.out_of_patience(config.early_stopping_patience)
+        or as_names(run.get("eval_data") or ()) != as_names(settled.eval_data or ())
         or run.get("eval_split") != settled.eval_split
     ):
         return None
@@ -92,7 +94,7 @@ def finished(config: TrainConfig, manager: CheckpointManager) -> tuple[Checkpoin
     return newest, "early_stopping" if early else "finished"
 
 
-def find(
+def find_resume_point(
     config: TrainConfig, manager: CheckpointManager, *, framework: Framework
 ) -> tuple[Checkpoint | None, CheckpointFile | None]:
     """The checkpoint that a run goes on from, read and verified, and its file; or nothing.
@@ -105,7 +107,11 @@ def find(
     """
     found = manager.scan()
     if found.files or found.damaged:
-        if config.from_step is None or config.branch is not None or _gone_on_from(config.from_step, found):
+        if (
+            config.from_step is None
+            or config.branch is not None
+            or _already_branched(config.from_step, found)
+        ):
             checkpoint = manager.load_latest(framework=framework)
         else:
             _require_newest(config.from_step, manager.list_checkpoints(), config.out)
@@ -118,7 +124,7 @@ def find(
     return checkpoint, source.inspect(config.from_step)
 
 
-def _gone_on_from(step: int, found: Scan) -> bool:
+def _already_branched(step: int, found: Scan) -> bool:
     """Whether this very command has gone on from that step before: then it continues what it did."""
     newest = found.files[-1] if found.files else None
     return newest is not None and newest.header.run_info.get("extra", {}).get("from_step") == step

@@ -15,7 +15,7 @@ from pathlib import Path
 from distrust.errors import RunInProgress
 
 
-class _Turn:
+class _RunLock:
     def __init__(self) -> None:
         self.renew()
         os.register_at_fork(after_in_child=self.renew)  # the parent's run is not the child's
@@ -25,11 +25,11 @@ class _Turn:
         self.holder = Path()
 
 
-_turn = _Turn()
+_turn = _RunLock()
 
 
 @contextmanager
-def only_run(out: Path) -> Iterator[None]:
+def exclusive_run(out: Path) -> Iterator[None]:
     """A context in which no other run of this process trains.
 
     Raises:

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 
 from distrust.checkpoint import Checkpoint, CheckpointManager, PendingSave
-from distrust.checkpoint.catalog import file_name
+from distrust.checkpoint.catalog import checkpoint_file_name
 from distrust.errors import CheckpointError, DistrustWarning, SaveFailed
 from distrust.training.events import CheckpointSaved, CheckpointStarted, Observer
 
@@ -50,11 +50,13 @@ class Saver:
         Raises:
             SaveFailed: if that was one failure too many.
         """
-        self.settle()
+        self.wait()
         self._pending_stall = 0.0
-        with self._stalled():
+        with self._measure_stall():
             checkpoint = make()
-            path = self._manager.directory / file_name(checkpoint.step, "final" if final else "periodic")
+            path = self._manager.directory / checkpoint_file_name(
+                checkpoint.step, "final" if final else "periodic"
+            )
             self._emit(CheckpointStarted(checkpoint.step, path))
             self._pending = self._manager.save_async(checkpoint, final=final, overlap=True)
         self._pending_state = checkpoint.step, final
@@ -62,15 +64,15 @@ class Saver:
     def wait_copied(self) -> None:
         """Wait until model and optimizer may change."""
         if self._pending is not None:
-            with self._stalled():
+            with self._measure_stall():
                 self._pending.wait_copied()
 
     def poll(self) -> None:
         """Take the outcome of a save that has ended meanwhile."""
         if self._pending is not None and self._pending.done:
-            self.settle()
+            self.wait()
 
-    def settle(self, *, strict: bool = False) -> None:
+    def wait(self, *, strict: bool = False) -> None:
         """Wait for the save under way.
 
         Args:
@@ -83,7 +85,7 @@ class Saver:
         if pending is None:
             return
         try:
-            with self._stalled():
+            with self._measure_stall():
                 path = pending.wait()
         except SaveFailed as error:
             self._failures += 1
@@ -97,13 +99,13 @@ class Saver:
             self.durable = self._pending_state
             self._emit(CheckpointSaved(self._pending_state[0], path, self._pending_stall))
 
-    def stands(self, step: int, *, final: bool = False) -> bool:
+    def is_durable(self, step: int, *, final: bool = False) -> bool:
         """Whether the checkpoint of a step is durable; with ``final``, as the final one."""
         return self.durable is not None and self.durable[0] == step and (self.durable[1] or not final)
 
-    def standing(self) -> str:
+    def describe_durable(self) -> str:
         """What stands, in a few words; waits for the save under way."""
-        self.settle()
+        self.wait()
         return "nothing was saved yet" if self.durable is None else f"step {self.durable[0]} is saved"
 
     def _last(self, error: SaveFailed) -> SaveFailed:
@@ -111,13 +113,13 @@ class Saver:
         times = f" {self._failures} times in a row" if self._failures > 1 else ""
         return SaveFailed(
             f"{error}. Saving failed{times}, so training stopped at step {self._pending_state[0]}; "
-            f"{self._left()}",
+            f"{self.describe_remaining()}",
             path=error.path or self._manager.directory,
-            wanted=error.wanted,
+            wanted=error.needed,
             free=error.free,
         )
 
-    def _left(self) -> str:
+    def describe_remaining(self) -> str:
         """What there is to go on from. Looked for: what failed may have taken the directory with it."""
         if self.durable is None:
             return "nothing was saved yet"
@@ -131,7 +133,7 @@ class Saver:
         return f"step {step} was saved, and cannot be found any more"
 
     @contextlib.contextmanager
-    def _stalled(self) -> Iterator[None]:
+    def _measure_stall(self) -> Iterator[None]:
         """The loop waits meanwhile, for the pending save."""
         began = time.perf_counter()
         try:

@@ -46,11 +46,11 @@ class StopRequest:
             signal.signal(number, handler)
 
     @property
-    def made(self) -> bool:
+    def is_set(self) -> bool:
         """Whether anything asks to stop."""
         return self.asked or self.signal is not None
 
-    def ask(self) -> None:
+    def set(self) -> None:
         """Ask without a signal, from any thread."""
         self.asked = True
 

@@ -18,7 +18,7 @@ from importlib import import_module
 from typing import Any
 
 from distrust.checkpoint import Checkpoint, CheckpointFile, CheckpointManager
-from distrust.checkpoint.catalog import RUN_SUBDIRECTORY, file_name
+from distrust.checkpoint.catalog import RUN_SUBDIRECTORY, checkpoint_file_name
 from distrust.config import EXAMPLES, STEP_METRICS, TrainConfig
 from distrust.contract import Engine, EngineState, Losses
 from distrust.data import IGNORED, MicroBatch
@@ -32,7 +32,7 @@ from distrust.errors import (
     ResumeRefused,
 )
 from distrust.training import imported, resume, resume_point
-from distrust.training.best_tracker import Evaluations
+from distrust.training.best_tracker import BestTracker
 from distrust.training.data_sources import Examples, Sources, read_sources
 from distrust.training.data_sources import Progress as ReportProgress
 from distrust.training.events import (
@@ -46,11 +46,11 @@ from distrust.training.events import (
     RunStarted,
     StepEnded,
 )
-from distrust.training.memory_guard import GIB, MemoryWatch
-from distrust.training.prefetch import Ahead
-from distrust.training.prepare_data import Plan, make_plan
+from distrust.training.memory_guard import GIB, MemoryGuard
+from distrust.training.prefetch import Prefetcher
+from distrust.training.prepare_data import PreparedData, prepare_data
 from distrust.training.progress import Progress
-from distrust.training.run_lock import only_run
+from distrust.training.run_lock import exclusive_run
 from distrust.training.saver import Saver
 from distrust.training.schedule import learning_rate, warmup
 from distrust.training.signals import StopRequest
@@ -103,7 +103,7 @@ class DistrustTrainer:
         self._examples_given, self._eval_examples_given = examples, eval_examples
         self._given_engine = engine
         self._observers = tuple(observers)
-        self._out = resume_point.folder(config)
+        self._out = resume_point.run_folder(config)
         self._manager = CheckpointManager(
             self._out / RUN_SUBDIRECTORY,
             keep_last=config.keep_last,
@@ -116,8 +116,8 @@ class DistrustTrainer:
         self._stop: StopRequest | None = None
         self._engine_used = False
         self._engine: Engine
-        self._memory: MemoryWatch
-        self._plan: Plan
+        self._memory: MemoryGuard
+        self._plan: PreparedData
         self._begin_anew()
 
     @property
@@ -147,10 +147,10 @@ class DistrustTrainer:
         Raises:
             DistrustError: as :meth:`train` does; also where it was cancelled and could not be saved.
         """
-        from distrust.training.asynchronous import in_thread
+        from distrust.training.asynchronous import run_in_thread
 
         with self._under_way() as stop:
-            return await in_thread(lambda: self._train(stop), ask_to_stop=stop.ask)
+            return await run_in_thread(lambda: self._train(stop), ask_to_stop=stop.set)
 
     def stop(self) -> None:
         """Ask the run under way to save and end after its step; from any thread, or from an observer.
@@ -159,11 +159,11 @@ class DistrustTrainer:
         """
         stop = self._stop  # once: the run may end meanwhile
         if stop is not None:
-            stop.ask()
+            stop.set()
 
     @contextlib.contextmanager
     def _under_way(self) -> Iterator[StopRequest]:
-        with only_run(self._out), StopRequest() as stop:
+        with exclusive_run(self._out), StopRequest() as stop:
             self._begin_anew()
             self._stop, self._state = stop, replace(self._state, running=True)
             try:
@@ -174,15 +174,15 @@ class DistrustTrainer:
     def _begin_anew(self) -> None:
         """Forget what an earlier call left in memory: what counts is what it left on disk."""
         config = self._config
-        self._progress = Progress(evaluations=Evaluations(config.metric, config.metric_mode))
+        self._progress = Progress(evaluations=BestTracker(config.metric, config.metric_mode))
         self._saver = Saver(self._manager, self._emit)
         self._observer_error: Exception | None = None
         self._stall_told = 0.0
 
     def _train(self, stop: StopRequest) -> RunEnded:
         with self._manager:
-            resume_point.require_ready(self._config, self._manager)
-            finished = resume_point.finished(self._config, self._manager)
+            resume_point.require_startable(self._config, self._manager)
+            finished = resume_point.find_finished_run(self._config, self._manager)
             if finished is not None:
                 # Its name may not be durable yet: its writer was killed just then. An archive takes no lock.
                 with contextlib.suppress(CheckpointError):
@@ -211,15 +211,15 @@ class DistrustTrainer:
 
     def _loop(self, stop: StopRequest) -> RunEnded:
         begun_at, begun_over = self._progress.step, self._over()
-        self._memory = MemoryWatch(self._plan.config, self._engine)
+        self._memory = MemoryGuard(self._plan.config, self._engine)
         if not begun_over:
             self._require_room(before_any_step=True)
         if begun_at == 0 and self._plan.config.eval_at_start:
             self._evaluate()
-        with Ahead(self._plan.batches.step, last=self._plan.max_steps) as batches:
+        with Prefetcher(self._plan.batches.step, last=self._plan.max_steps) as batches:
             while self._goes_on(stop):
                 step = self._progress.step + 1
-                self._step(step, batches.take(step))
+                self._step(step, batches.get(step))
                 if step == begun_at + 1 and self._plan.config.save_every:
                     # The optimizer's state stands from its first step on.
                     self._saver.reserve(self._checkpoint())
@@ -237,13 +237,13 @@ class DistrustTrainer:
 
     def _goes_on(self, stop: StopRequest) -> bool:
         """Whether there is another step to make."""
-        return not (self._over() or stop.made or self._observer_error)
+        return not (self._over() or stop.is_set or self._observer_error)
 
     def _over(self) -> Reason | None:
         """Whether there is nothing left to do, and why: a function of the state alone, so of the run."""
         if self._progress.step >= self._plan.max_steps:
             return "finished"
-        exhausted = self._progress.evaluations.exhausted(self._plan.config.early_stopping_patience)
+        exhausted = self._progress.evaluations.out_of_patience(self._plan.config.early_stopping_patience)
         return "early_stopping" if exhausted else None
 
     def _reason(self, stop: StopRequest, *, over: Reason | None) -> Reason:
@@ -262,16 +262,18 @@ class DistrustTrainer:
         report = self._reporter(stop)
         report(f"loading the model {self._config.model}", 0, 0)
         engine = self._engine = self._make_engine()
-        checkpoint, file = resume_point.find(self._config, self._manager, framework=engine.framework)
+        checkpoint, file = resume_point.find_resume_point(
+            self._config, self._manager, framework=engine.framework
+        )
         if checkpoint is not None:
-            checkpoint = imported.adopted(checkpoint, self._config, where=str(self._out))
-            self._config = resume.settled(self._config, checkpoint.config, where=str(self._out))
+            checkpoint = imported.adopt_imported(checkpoint, self._config, where=str(self._out))
+            self._config = resume.merge_saved_options(self._config, checkpoint.config, where=str(self._out))
         elif self._engine_used:
             raise ResumeRefused(
                 f"{self._out}: the engine has been trained, and nothing was saved that it could go back to; "
                 "give a new engine"
             )
-        self._plan = make_plan(
+        self._plan = prepare_data(
             self._config,
             sources,
             engine.tokenizer,
@@ -282,7 +284,7 @@ class DistrustTrainer:
         if checkpoint is not None and file is not None:
             imported.require_steps_left(checkpoint, max_steps=self._plan.max_steps, where=self._out)
             self._take_up(checkpoint)
-            imported.tell(checkpoint, where=self._out)
+            imported.warn_imported(checkpoint, where=self._out)
             if file.path.parent == self._manager.directory:  # a branch begins with none of its own
                 self._saver.durable = checkpoint.step, file.kind == "final"
         self._require_metric()
@@ -320,7 +322,7 @@ class DistrustTrainer:
 
         def report(what: str, done: int, total: int) -> None:
             self._emit(Preparing(what, done, total))
-            if stop.made:
+            if stop.is_set:
                 raise _Stopped
 
         return report
@@ -331,7 +333,7 @@ class DistrustTrainer:
             checkpoint.config,
             config=self._plan.config,
             where=str(self._out),
-            known_only=imported.is_begun_elsewhere(checkpoint.run),
+            known_only=imported.is_imported(checkpoint.run),
         )
         recorded = checkpoint.run.get("environment", {})
         if self._config.threads is None:
@@ -341,7 +343,7 @@ class DistrustTrainer:
         current = self._engine.environment()
         for difference in resume.environment_differences(current, recorded, quantized=quantized):
             warnings.warn(f"no longer bit-identical: {difference}", DistrustWarning, stacklevel=2)
-        if self._progress.evaluations.of_other_data(checkpoint.run.get("evaluations")):
+        if self._progress.evaluations.used_other_data(checkpoint.run.get("evaluations")):
             warnings.warn(
                 "this is evaluated on other data than the run was until now: which checkpoint is the best, "
                 "and how long it is that none was better, is told anew",
@@ -382,7 +384,7 @@ class DistrustTrainer:
             tokens=tokens,
             seconds=time.perf_counter() - began,
             stall_seconds=self._saver.stall_seconds - self._stall_told,
-            memory_bytes=self._memory.look(engine),
+            memory_bytes=self._memory.observe_step(engine),
         )
         self._stall_told = self._saver.stall_seconds
         self._remember(ended)
@@ -426,12 +428,12 @@ class DistrustTrainer:
     def _is_saved_for_good(self) -> bool:
         """Save this step, and read it back: it is about to be all that is left of the run's state."""
         step = self._progress.step
-        self._saver.settle()
-        if not self._saver.stands(step):
+        self._saver.wait()
+        if not self._saver.is_durable(step):
             self._save(final=False)
-            self._saver.settle()  # one that failed was warned of: the run goes on, without a reset
+            self._saver.wait()  # one that failed was warned of: the run goes on, without a reset
         try:
-            if self._saver.stands(step):
+            if self._saver.is_durable(step):
                 self._manager.validate(step)
                 return True
         except CorruptCheckpoint as error:
@@ -440,14 +442,14 @@ class DistrustTrainer:
 
     def _reset_memory(self) -> None:
         """Drop model, optimizer and caches, and build them again from the base model and the checkpoint."""
-        began, before = time.perf_counter(), self._memory.taken
+        began, before = time.perf_counter(), self._memory.used_bytes
         self._engine.close()
         del self._engine
         self._engine = self._make_engine()
         self._take_up(self._manager.load(self._progress.step, framework=self._engine.framework))
-        self._memory.begin_again(self._engine)
+        self._memory.restart(self._engine)
         seconds = time.perf_counter() - began
-        self._emit(MemoryReset(self._progress.step, before, self._memory.taken, seconds))
+        self._emit(MemoryReset(self._progress.step, before, self._memory.used_bytes, seconds))
 
     def _require_room(self, *, before_any_step: bool = False) -> None:
         """Stop, saved, before a step that would take more memory than it may."""
@@ -467,15 +469,15 @@ class DistrustTrainer:
         raise OutOfMemory(
             f"--max-memory {excess.bound / GIB:g}: at step {self._progress.step} the run takes "
             f"{excess.now / GIB:.2f} GiB of {excess.place}, and the next step may take "
-            f"{excess.next_step / GIB:.2f}; {self._saver.standing()}. {advice}"
+            f"{excess.next_step / GIB:.2f}; {self._saver.describe_durable()}. {advice}"
         )
 
     def _save_what_is_not(self, *, final: bool) -> None:
         """The state that the run ends in: as the final one, or to go on from."""
-        self._saver.settle()
-        if self._progress.step > 0 and not self._saver.stands(self._progress.step, final=final):
+        self._saver.wait()
+        if self._progress.step > 0 and not self._saver.is_durable(self._progress.step, final=final):
             self._save(final=final)
-        self._saver.settle(strict=True)
+        self._saver.wait(strict=True)
 
     def _evaluate(self) -> bool:
         """Evaluate, and say whether that was the best evaluation so far."""
@@ -488,7 +490,7 @@ class DistrustTrainer:
             pad_token_id=self._plan.pad_token_id,
         )
         progress.metrics.update(metrics)
-        progress.evaluations = progress.evaluations.after(progress.metrics, step=progress.step)
+        progress.evaluations = progress.evaluations.update(progress.metrics, step=progress.step)
         self._emit(Evaluated(progress.step, metrics))
         return progress.evaluations.best_step == progress.step
 
@@ -500,7 +502,7 @@ class DistrustTrainer:
         if not self._engine.is_finite():
             raise NonFiniteLoss(
                 f"step {step}: its update left weights or moments that are not finite; it is not saved, and "
-                f"{self._saver.standing()}. Lower --learning-rate or --weight-decay",
+                f"{self._saver.describe_durable()}. Lower --learning-rate or --weight-decay",
                 step=step,
                 examples=self._examples(self._plan.batches.step(step)),
             )
@@ -556,7 +558,7 @@ class DistrustTrainer:
             stall_seconds=self._saver.stall_seconds,
             reason=reason,
             signal=signal,
-            already=already,
+            already_finished=already,
         )
         self._emit(ended)
         return ended
@@ -639,8 +641,8 @@ class DistrustTrainer:
         guilty = bad or drawn
         more = f" and {len(guilty) - EXAMPLES_NAMED} more" if len(guilty) > EXAMPLES_NAMED else ""
         raise NonFiniteLoss(
-            f"step {step}: {what} is not finite; the step was not made, and {self._saver.standing()}. "
-            f"Examples: {', '.join(guilty[:EXAMPLES_NAMED])}{more}. Look at them, or lower --learning-rate",
+            f"step {step}: {what} is not finite; the step was not made, and "
+            f"{self._saver.describe_durable()}. Examples: {', '.join(guilty[:EXAMPLES_NAMED])}{more}. Look at them, or lower --learning-rate",
             step=step,
             examples=guilty,
         )
@@ -667,7 +669,8 @@ class DistrustTrainer:
             else Best(evaluations.metric, evaluations.best, evaluations.best_step),
             checkpoint=None
             if durable is None
-            else self._manager.directory / file_name(durable[0], "final" if durable[1] else "periodic"),
+            else self._manager.directory
+            / checkpoint_file_name(durable[0], "final" if durable[1] else "periodic"),
         )
 
     def _emit(self, event: Event) -> None:

@@ -53,12 +53,12 @@ def describe(arrays: Mapping[str, Any]) -> dict[str, Description]:
     return described
 
 
-def settle(arrays: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
+def flat_arrays(arrays: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
     """By label, each array flat, and the labels of those that stay as they are without a copy."""
     settled: dict[str, Any] = {}
     held: set[str] = set()
     for adapter, group in _grouped(arrays).items():
-        settled.update(zip(group, adapter.settle(list(group.values())), strict=True))
+        settled.update(zip(group, adapter.flat_arrays(list(group.values())), strict=True))
         if adapter.holds:
             held.update(group)
     return settled, held
@@ -78,21 +78,21 @@ def fill(memory: mmap.mmap, place: int, flats: Sequence[Any]) -> None:
             place = of_torch.fill(memory, place, arrays)
 
 
-def changes(flats: Sequence[Any]) -> list[int]:
+def versions(flats: Sequence[Any]) -> list[int]:
     """How often each settled array has been changed so far, where its framework counts that; else 0."""
     if "torch" not in sys.modules:
         return []
     from distrust.checkpoint.arrays import of_torch
 
-    return of_torch.changes(flats)
+    return of_torch.versions(flats)
 
 
-def part(flat: Any, begin: int, end: int) -> Any:
+def byte_range(flat: Any, begin: int, end: int) -> Any:
     """Some bytes of a settled array, as one: whole items."""
     return flat[begin // flat.itemsize : end // flat.itemsize]
 
 
-def copied(flat: Any) -> Any:
+def private_copy(flat: Any) -> Any:
     """A settled array that nobody else will change."""
     from distrust.checkpoint.arrays import of_numpy
 
@@ -100,7 +100,7 @@ def copied(flat: Any) -> Any:
     return flat.copy() if type(flat) is of_numpy.Flat else flat.to("cpu", copy=True)
 
 
-def require(framework: str) -> None:
+def require_framework(framework: str) -> None:
     """That a framework is one of those there are, and installed.
 
     Raises:
@@ -156,6 +156,15 @@ def _adapter(framework: str) -> Adapter:
 
 
 __all__ = [
-    "Description", "Framework", "changes", "copied", "describe", "fill", "from_host", "is_array", "part",
-    "require", "settle",
+    "Description",
+    "Framework",
+    "byte_range",
+    "describe",
+    "fill",
+    "flat_arrays",
+    "from_host",
+    "is_array",
+    "private_copy",
+    "require_framework",
+    "versions",
 ]  # fmt: skip

@@ -40,6 +40,6 @@ class Adapter(NamedTuple):
     """
 
     describe: Callable[[Sequence[str], Sequence[Any]], list[Description]]
-    settle: Callable[[Sequence[Any]], list[Any]]
+    flat_arrays: Callable[[Sequence[Any]], list[Any]]
     holds: bool
     from_host: Callable[[Any, str, tuple[int, ...]], Any]

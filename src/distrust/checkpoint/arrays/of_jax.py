@@ -18,13 +18,13 @@ def describe(labels: Sequence[str], values: Sequence[Any]) -> list[Description]:
     return [_describe(label, value) for label, value in zip(labels, values, strict=True)]
 
 
-def settle(values: Sequence[Any]) -> list[Any]:
+def flat_arrays(values: Sequence[Any]) -> list[Any]:
     """See :class:`~distrust.checkpoint.arrays.host.Adapter`."""
     for value in values:
         value.copy_to_host_async()  # devices send side by side; on a CPU there is nothing to send
     # A view, where the array lies in the host's memory. jax knows of it: of an array that is donated while a
     # view is held it takes no memory, but gives the result memory of its own.
-    return of_numpy.settle([np.asarray(value) for value in values])
+    return of_numpy.flat_arrays([np.asarray(value) for value in values])
 
 
 def from_host(data: Any, dtype: str, shape: tuple[int, ...]) -> Any:
@@ -64,4 +64,4 @@ def _obstacle(value: Any) -> str | None:
     return None
 
 
-ADAPTER = Adapter(describe, settle, holds=True, from_host=from_host)
+ADAPTER = Adapter(describe, flat_arrays, holds=True, from_host=from_host)

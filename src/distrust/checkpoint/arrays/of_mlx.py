@@ -35,7 +35,7 @@ def describe(labels: Sequence[str], values: Sequence[Any]) -> list[Description]:
     return [(_NAMES[value.dtype], tuple(value.shape)) for value in values]
 
 
-def settle(values: Sequence[Any]) -> list[Any]:
+def flat_arrays(values: Sequence[Any]) -> list[Any]:
     """See :class:`~distrust.checkpoint.arrays.host.Adapter`."""
     # An array of its own on the same memory: `value += 1` gives `value` other memory, and leaves this one's.
     aliases = [mx.view(value, _CARRIERS[value.itemsize]) for value in values]
@@ -48,7 +48,7 @@ def settle(values: Sequence[Any]) -> list[Any]:
             label="mlx arrays",
         ) from None
     # Flat in numpy, as bytes too: mlx counts items in 32 bits.
-    return of_numpy.settle([np.asarray(alias) for alias in aliases])
+    return of_numpy.flat_arrays([np.asarray(alias) for alias in aliases])
 
 
 def from_host(data: Any, dtype: str, shape: tuple[int, ...]) -> Any:
@@ -63,4 +63,4 @@ def from_host(data: Any, dtype: str, shape: tuple[int, ...]) -> Any:
     return array
 
 
-ADAPTER = Adapter(describe, settle, holds=True, from_host=from_host)
+ADAPTER = Adapter(describe, flat_arrays, holds=True, from_host=from_host)

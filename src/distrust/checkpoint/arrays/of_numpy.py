@@ -29,7 +29,7 @@ def describe(labels: Sequence[str], values: Sequence[Any]) -> list[Description]:
     return [_describe(label, value) for label, value in zip(labels, values, strict=True)]
 
 
-def settle(values: Sequence[Any]) -> list[Any]:
+def flat_arrays(values: Sequence[Any]) -> list[Any]:
     """See :class:`~distrust.checkpoint.arrays.host.Adapter`."""
     return [_bytes(value) for value in values]
 
@@ -76,4 +76,4 @@ def _bytes(value: Any) -> np.ndarray[Any, Any]:
     return flat.view(np.uint8)
 
 
-ADAPTER = Adapter(describe, settle, holds=False, from_host=from_host)
+ADAPTER = Adapter(describe, flat_arrays, holds=False, from_host=from_host)

@@ -39,7 +39,7 @@ def describe(labels: Sequence[str], values: Sequence[Any]) -> list[Description]:
 
 
 @torch.no_grad()
-def settle(values: Sequence[Any]) -> list[Any]:
+def flat_arrays(values: Sequence[Any]) -> list[Any]:
     """See :class:`~distrust.checkpoint.arrays.host.Adapter`."""
     flats = [value.reshape(-1) for value in values]
     for dtype in {flat.dtype for flat in flats} & _CARRIERS.keys():
@@ -125,7 +125,7 @@ def _concatenate(portion: tuple[Any, list[Any]]) -> None:
     torch.cat(flat, out=target)
 
 
-def changes(flats: Sequence[Any]) -> list[int]:
+def versions(flats: Sequence[Any]) -> list[int]:
     """How often each settled tensor, or the one that it is a view of, has been changed so far."""
     return [
         flat._version if isinstance(flat, torch.Tensor) and not flat.is_inference() else 0 for flat in flats
@@ -144,4 +144,4 @@ def _copy_from_device(places: Any, flats: list[Any]) -> None:
     stream.synchronize()
 
 
-ADAPTER = Adapter(describe, settle, holds=False, from_host=from_host)
+ADAPTER = Adapter(describe, flat_arrays, holds=False, from_host=from_host)

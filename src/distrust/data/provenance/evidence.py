@@ -11,7 +11,7 @@ import math
 from typing import Any
 
 from distrust import provenance
-from distrust.data.fields import Fields, json_kind, members, shown
+from distrust.data.fields import Fields, json_kind, quote_value, unique_members
 from distrust.data.provenance.table import Table
 from distrust.data.record_errors import RecordError
 from distrust.provenance import Evidence
@@ -69,21 +69,21 @@ def _rank(value: Any, table: Table) -> float:
         number = _as_number(value)
         if number is None:
             raise MissingIngredientError(
-                f"{shown(value)} has no rank; give it one under [ranks] of a --table",
+                f"{quote_value(value)} has no rank; give it one under [ranks] of a --table",
                 field=field,
                 reason=f"{field} not in [ranks] of {table.name}",
             )
         value = number
     number = _number(value, field)
     if not 0 <= number <= 1:
-        raise RecordError(f"{shown(value)} is outside [0, 1]; 1 is the highest rank", field=field)
+        raise RecordError(f"{quote_value(value)} is outside [0, 1]; 1 is the highest rank", field=field)
     return number
 
 
 def _count(value: Any, field: str) -> float:
     number = _number(value, field)
     if not 0 <= number < math.inf:
-        raise RecordError(f"{shown(value)} is not a count, 0 or more; correct it", field=field)
+        raise RecordError(f"{quote_value(value)} is not a count, 0 or more; correct it", field=field)
     return number
 
 
@@ -104,9 +104,9 @@ def provenance_entropy(fields: Fields, table: Table) -> float:
         )
     if isinstance(chain, str):  # of a CSV file
         try:
-            chain = json.loads(chain, object_pairs_hook=members)
+            chain = json.loads(chain, object_pairs_hook=unique_members)
         except (ValueError, RecursionError):
-            raise RecordError(f"{shown(chain)} is not a list, nor JSON of one", field=field) from None
+            raise RecordError(f"{quote_value(chain)} is not a list, nor JSON of one", field=field) from None
     if not isinstance(chain, list):
         raise RecordError(f'{json_kind(chain)}, not a list; give a list of {{"kind", "share"}}', field=field)
     items = [_item(item, f"{field}[{index}]") for index, item in enumerate(chain)]
@@ -120,17 +120,17 @@ def _item(item: Any, field: str) -> Evidence:
         raise RecordError(f'{json_kind(item)}, not an object; give {{"kind", "share"}}', field=field)
     kind, share, name = item.get("kind"), item.get("share"), item.get("id")
     if not isinstance(kind, str) or not kind.strip():
-        what = "missing" if kind is None else f"{shown(kind)} is no kind"
+        what = "missing" if kind is None else f"{quote_value(kind)} is no kind"
         raise RecordError(f'{what}; give a name such as "notebook"', field=f"{field}.kind")
     if share is None:
         raise RecordError("missing; give its part in the chain", field=f"{field}.share")
     number = _number(share, f"{field}.share")
     if not 0 <= number < math.inf:
-        raise RecordError(f"{shown(share)} is not a finite share, 0 or more", field=f"{field}.share")
+        raise RecordError(f"{quote_value(share)} is not a finite share, 0 or more", field=f"{field}.share")
     if isinstance(name, float) and name.is_integer():  # of a table whose column has gaps
         name = int(name)
     if isinstance(name, bool) or not isinstance(name, str | int | None):
-        what = f"{json_kind(name)} ({shown(name)}), not a name or a whole number; give one of these"
+        what = f"{json_kind(name)} ({quote_value(name)}), not a name or a whole number; give one of these"
         raise RecordError(what, field=f"{field}.id")
     return Evidence(kind, number, None if name is None else str(name))
 
@@ -139,7 +139,9 @@ def _number(value: Any, field: str) -> float:
     """A number, also one that is written as text, as CSV files have them."""
     number = _as_number(value) if isinstance(value, str) else value
     if isinstance(number, bool) or not isinstance(number, int | float):
-        raise RecordError(f"{json_kind(value)} ({shown(value)}), not a number; write it as one", field=field)
+        raise RecordError(
+            f"{json_kind(value)} ({quote_value(value)}), not a number; write it as one", field=field
+        )
     try:
         return float(number)
     except OverflowError:  # an integer beyond the largest float

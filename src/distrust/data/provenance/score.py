@@ -23,7 +23,7 @@ from distrust.data.fields import Fields, read_authority_weight, read_provenance_
 from distrust.data.provenance import evidence
 from distrust.data.provenance.evidence import MissingIngredientError
 from distrust.data.provenance.table import Table
-from distrust.data.record_errors import Problems, RecordError
+from distrust.data.record_errors import RecordError, RecordErrors
 from distrust.data.records import Location
 from distrust.data.sources import Part, Source
 from distrust.errors import DataError
@@ -94,7 +94,7 @@ class Check:
 
 
 @dataclass(frozen=True, slots=True)
-class Weighed:
+class ScoredRecords:
     """What was found of n records.
 
     Attributes:
@@ -118,7 +118,7 @@ class Weighed:
 
 
 @dataclass(frozen=True, slots=True)
-class Scale:
+class Scoring:
     """How records are weighed.
 
     Attributes:
@@ -137,7 +137,7 @@ class Scale:
     provenance_entropy: float | None = None
     recompute: bool = False
 
-    def settle(self, quantity: Quantity, fields: Fields, location: Location, check: Check) -> float:
+    def score(self, quantity: Quantity, fields: Fields, location: Location, check: Check) -> float:
         """The value that holds for a record.
 
         Raises:
@@ -168,9 +168,9 @@ class Scale:
         return computed if self.recompute else given
 
 
-def weigh(
-    sources: Sequence[Source], scale: Scale, *, on_progress: Callable[[int], None] | None = None
-) -> Weighed:
+def score_records(
+    sources: Sequence[Source], scale: Scoring, *, on_progress: Callable[[int], None] | None = None
+) -> ScoredRecords:
     """Reads every record once, and keeps its numbers.
 
     Args:
@@ -187,7 +187,7 @@ def weigh(
     values: dict[Quantity, array[float]] = {name: array("d") for name in checks}
     classes = Classes()
     class_of, part_of, lines = array("i"), array("i"), array("q")
-    problems = Problems()
+    problems = RecordErrors()
     for index, location, row in _rows(parts):
         found: list[RecordError] = []
         if isinstance(row, RecordError):
@@ -196,7 +196,7 @@ def weigh(
             fields = {name: value for name, value in row.items() if value is not None}
             for name, check in checks.items():
                 try:
-                    values[name].append(scale.settle(name, fields, location, check))
+                    values[name].append(scale.score(name, fields, location, check))
                 except RecordError as problem:
                     found.append(problem)
             class_of.extend(classes.number([read_source(fields, scale.columns)]).tolist())
@@ -209,14 +209,14 @@ def weigh(
     names = ", ".join(source.name for source in sources)
     if problems.records:
         are = "record is" if len(lines) == 1 else "records are"
-        raise problems.error(f"{names}: {problems.records} of {len(lines)} {are} wrong")
+        raise problems.to_data_error(f"{names}: {problems.records} of {len(lines)} {are} wrong")
     counted = np.bincount(np.asarray(part_of, np.int32), minlength=len(parts)).tolist()
     first = 0
     for source in sources:
         if not any(counted[first : first + len(source.parts)]):
             raise DataError(f"{source.name}: holds no records; there must be one at least")
         first += len(source.parts)
-    return Weighed(
+    return ScoredRecords(
         np.asarray(values["authority_weight"], np.float64),
         np.asarray(values["provenance_entropy"], np.float64),
         classes.names,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from distrust.bundled import PROVENANCE_TABLE
-from distrust.errors import ConfigError, shortened, why_unread
+from distrust.errors import ConfigError, read_failure_reason, shorten
 from distrust.provenance import Coefficients
 
 _IS_AN_ERROR = "error"
@@ -89,7 +89,7 @@ def _read(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             return tomllib.load(file)
     except OSError as error:
-        raise ConfigError(f"--table {path}: {why_unread(error)}") from None
+        raise ConfigError(f"--table {path}: {read_failure_reason(error)}") from None
     except (ValueError, RecursionError) as error:  # TOML, UTF-8, a number of thousands of digits
         raise ConfigError(f"--table {path}: not valid TOML: {error}") from None
 
@@ -99,7 +99,7 @@ def _problems(given: Mapping[str, Any], known: Mapping[str, Mapping[str, Any]]) 
     problems = []
     for section, keys in given.items():
         if section not in known:
-            problems.append(f"unknown table [{shortened(section)}]{_nearest(section, known)}")
+            problems.append(f"unknown table [{shorten(section)}]{_nearest(section, known)}")
         elif not isinstance(keys, dict):
             problems.append(f"{section} is no table; write [{section}], and key = value beneath it")
         else:
@@ -107,33 +107,33 @@ def _problems(given: Mapping[str, Any], known: Mapping[str, Mapping[str, Any]]) 
                 # Ranks are of names that only the user knows.
                 if section != "ranks" and key not in known[section]:
                     there = known[section]
-                    problems.append(f"unknown key {shortened(key)!r} in [{section}]{_nearest(key, there)}")
-                elif wanted := _wanted(section, key, value):
-                    problems.append(
-                        f"{shortened(key)} in [{section}] is {shortened(repr(value))}: give {wanted}"
-                    )
+                    problems.append(f"unknown key {shorten(key)!r} in [{section}]{_nearest(key, there)}")
+                elif wanted := _expected_type(section, key, value):
+                    problems.append(f"{shorten(key)} in [{section}] is {shorten(repr(value))}: give {wanted}")
     return problems
 
 
-def _wanted(section: str, key: str, value: Any) -> str | None:
+def _expected_type(section: str, key: str, value: Any) -> str | None:
     """What a key's value should be, if it is not."""
     match section:
         case "coefficients":
-            return None if _within(value) else "a number, 0 or more"
+            return None if _range_check(value) else "a number, 0 or more"
         case "columns":
             return None if isinstance(value, str) and value else "the name of a column"
         case "missing" if key == "rank":
-            return None if value == _IS_AN_ERROR or _within(value, 1) else 'a number in [0, 1], or "error"'
+            return (
+                None if value == _IS_AN_ERROR or _range_check(value, 1) else 'a number in [0, 1], or "error"'
+            )
         case "missing":
-            return None if value == _IS_AN_ERROR or _within(value) else 'a number, 0 or more, or "error"'
+            return None if value == _IS_AN_ERROR or _range_check(value) else 'a number, 0 or more, or "error"'
         case "ranks":
-            return None if _within(value, 1) else "a number in [0, 1]"
+            return None if _range_check(value, 1) else "a number in [0, 1]"
         case _:
             is_list = isinstance(value, list) and all(isinstance(kind, str) for kind in value)
             return None if is_list else "a list of kinds"
 
 
-def _within(value: Any, high: float = math.inf) -> bool:
+def _range_check(value: Any, high: float = math.inf) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     try:

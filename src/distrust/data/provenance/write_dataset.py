@@ -15,11 +15,11 @@ from json import JSONDecoder
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from distrust.atomic import new_file
+from distrust.atomic import atomic_file
 from distrust.data.columns import Columns, WholeRow
-from distrust.data.fields import Fields, shown
+from distrust.data.fields import Fields, quote_value
 from distrust.data.formats import next_token
-from distrust.data.provenance.score import REPORT_EVERY, Weighed
+from distrust.data.provenance.score import REPORT_EVERY, ScoredRecords
 from distrust.data.record_errors import RecordError
 from distrust.data.records import Location
 from distrust.data.sources import Part, Source
@@ -40,9 +40,9 @@ def require_format(target: Path) -> None:
         raise ConfigError(f"{target}: give a name that ends in .jsonl, .jsonl.gz or .parquet")
 
 
-def write_weighed(
+def write_scored(
     sources: Sequence[Source],
-    weighed: Weighed,
+    weighed: ScoredRecords,
     columns: Columns,
     target: Path,
     *,
@@ -69,7 +69,7 @@ def write_weighed(
     require_format(target)
     parts = [part for source in sources for part in source.parts]
     pairs = _pairs(weighed, on_progress)
-    with new_file(target, force=force) as file:
+    with atomic_file(target, force=force) as file:
         if target.name.lower().endswith(".parquet"):
             _write_table(file, parts, pairs, columns)
         elif target.name.lower().endswith(".gz"):
@@ -86,7 +86,7 @@ Pairs = Iterator[Pair]
 """The w and H of each record, in the order of the sources."""
 
 
-def _pairs(weighed: Weighed, on_progress: Callable[[int], None] | None) -> Pairs:
+def _pairs(weighed: ScoredRecords, on_progress: Callable[[int], None] | None) -> Pairs:
     numbers = zip(weighed.authority_weight, weighed.provenance_entropy, strict=True)
     for count, (w, h) in enumerate(numbers, 1):
         yield float(w), float(h)
@@ -161,8 +161,8 @@ def _as_json(row: Fields, new: Mapping[str, float], location: Location) -> str:
     except (TypeError, ValueError, RecursionError):
         name = next(name for name, value in values.items() if not _has_words(value))
         raise DataError(
-            f"{location}: {shown(name)}: JSON has no words for {shown(values[name])}; give --out a name that "
-            "ends in .parquet"
+            f"{location}: {quote_value(name)}: JSON has no words for {quote_value(values[name])}; give --out a "
+            "name that ends in .parquet"
         ) from None
 
 
@@ -221,7 +221,7 @@ def _type(name: str, values: list[Any]) -> Any:
     try:
         return pyarrow.array(values).type
     except (pyarrow.ArrowException, ArithmeticError, TypeError, ValueError) as error:
-        raise ValueError(f"column {shown(name)}: {error}") from None
+        raise ValueError(f"column {quote_value(name)}: {error}") from None
 
 
 def _with_columns(schema: Any, columns: Columns) -> Any:

@@ -37,7 +37,7 @@ def add_adapter(
         ConfigError: if the layers have no module of these names, or one that cannot be adapted so.
     """
     model.freeze()
-    names = _adapted(model, target_modules)
+    names = _matching_modules(model, target_modules)
     parameters = {
         "rank": rank,
         "scale": lora_scale(rank, alpha, rslora=rslora),
@@ -63,15 +63,15 @@ def differences(saved: Mapping[str, Any], trained: Mapping[str, mx.array]) -> li
         was = saved.get(name)
         fits = was is not None and tuple(was.shape) == tuple(parameter.shape)
         if was is not None and not (fits and was.dtype in (parameter.dtype, *NARROWER)):
-            found.append(f"{name}: was {_told(was)}, is {_told(parameter)}")
+            found.append(f"{name}: was {_describe_array(was)}, is {_describe_array(parameter)}")
     return found
 
 
-def _told(array: Any) -> str:
+def _describe_array(array: Any) -> str:
     return f"{str(array.dtype).removeprefix('mlx.core.')}{list(array.shape)}"
 
 
-def _adapted(model: Any, target_modules: Sequence[str]) -> list[str]:
+def _matching_modules(model: Any, target_modules: Sequence[str]) -> list[str]:
     """The modules that the targets name as peft does: by a name, or the end of one."""
     names = [
         name

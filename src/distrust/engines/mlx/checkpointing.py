@@ -18,10 +18,10 @@ def checkpoint_layers(model: Any) -> None:
         for _, module in layer.named_modules():
             if type(module) is nn.Dropout:
                 module.__class__ = _Dropout
-        layer.__class__ = _checkpointed(type(layer))
+        layer.__class__ = _checkpointing_class(type(layer))
 
 
-def _checkpointed(kind: type) -> type:
+def _checkpointing_class(kind: type) -> type:
     def __call__(self: Any, *inputs: Any, **options: Any) -> Any:  # noqa: N807
         dropouts = [module for _, module in self.named_modules() if _draws(module)]
         keys = _drawn_keys(len(dropouts))

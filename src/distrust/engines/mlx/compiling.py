@@ -12,7 +12,7 @@ from distrust.config import TrainConfig
 from distrust.errors import ConfigError
 
 
-def wanted(config: TrainConfig, device: mx.Device) -> bool:
+def should_compile(config: TrainConfig, device: mx.Device) -> bool:
     """Whether to compile.
 
     Raises:

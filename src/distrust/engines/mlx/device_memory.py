@@ -10,7 +10,7 @@ from distrust.checkpoint.memory import trim
 from distrust.contract import MemoryUse
 
 
-def use(device: mx.Device) -> MemoryUse | None:
+def allocated(device: mx.Device) -> MemoryUse | None:
     """Bytes allocated on the device, mlx's cache included; None for the CPU, whose memory is the host's."""
     if device.type == mx.DeviceType.cpu:
         return None

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import mlx.core as mx
 from mlx_lm.utils import get_total_parameters
 
-from distrust.checkpoint.memory import let_go
+from distrust.checkpoint.memory import return_freed_memory
 from distrust.config import TrainConfig
 from distrust.contract import EngineState, Losses, MemoryUse
 from distrust.data import MicroBatch, Tokenizer
@@ -24,9 +24,9 @@ from distrust.engines import state_conversion, tokenizer
 from distrust.engines.fingerprint import fingerprint
 from distrust.engines.mlx import adapter, compiling, device_memory, linear_by_columns, model, randomness
 from distrust.engines.mlx.checkpointing import checkpoint_layers
-from distrust.engines.mlx.model_runner import Passes
+from distrust.engines.mlx.model_runner import ModelRunner
 from distrust.engines.mlx.optimizer import AdamW
-from distrust.engines.out_of_memory import memory_told
+from distrust.engines.out_of_memory import translate_out_of_memory
 from distrust.errors import DistrustWarning
 from distrust.training.data_sources import DEFAULT_MAX_LENGTH
 
@@ -47,21 +47,21 @@ class MlxEngine:
     def __init__(self, config: TrainConfig) -> None:
         self._device = model.choose_device(config.device)
         mx.set_default_device(self._device)
-        let_go()
+        return_freed_memory()
         self._tokenizer = tokenizer.load_tokenizer(config.model)
         self._model, self._config = model.load_model(
             config.model, dtype=config.dtype if config.lora_rank else "float32"
         )
         rows = model.text_of(self._config, "vocab_size")
         tokenizer.require_room_for(self._tokenizer, rows or len(self._tokenizer), name=config.model)
-        self._fingerprint = fingerprint(model.described(self._model))
+        self._fingerprint = fingerprint(model.named_weights(self._model))
         model.quantize(self._model, config.quantization)
         self._context_length: int | None = model.text_of(self._config, "max_position_embeddings")
         self._gradient_checkpointing = config.gradient_checkpointing
-        self._columns = linear_by_columns.wanted(self._device) and bool(config.lora_rank)
+        self._columns = linear_by_columns.is_faster(self._device) and bool(config.lora_rank)
         if self._columns:
             linear_by_columns.use_columns(self._model)
-        self._compiled = compiling.wanted(config, self._device)
+        self._compiled = compiling.should_compile(config, self._device)
         base = get_total_parameters(self._model)  # it knows how many a packed one holds
         self._adapt(config)
         if config.gradient_checkpointing:
@@ -71,7 +71,7 @@ class MlxEngine:
         trained = sum(array.size for array in self._trained.values())
         self._parameters = trained, base + trained if config.lora_rank else base
         whole = not config.lora_rank and config.dtype != "float32"
-        self._passes = Passes(
+        self._passes = ModelRunner(
             self._model,
             arithmetic=getattr(mx, config.dtype) if whole else None,
             frozen_head=all(".layers." in f".{name}" for name in self._trained),
@@ -144,7 +144,7 @@ class MlxEngine:
 
     def micro_step(self, batch: MicroBatch, *, tokens: int) -> Losses:
         """Forward and backward: add the gradient of Σ weight · cross-entropy / ``tokens``."""
-        with memory_told("alloc", "out of memory", "insufficient memory"):
+        with translate_out_of_memory("alloc", "out of memory", "insufficient memory"):
             losses, self._gradients = self._passes.train(self._trained, self._gradients, batch, tokens=tokens)
         return losses
 
@@ -172,7 +172,7 @@ class MlxEngine:
 
     def evaluate(self, batch: MicroBatch) -> Losses:
         """Forward only, without dropout."""
-        with memory_told("alloc", "out of memory", "insufficient memory"):
+        with translate_out_of_memory("alloc", "out of memory", "insufficient memory"):
             return self._passes.evaluate(self._trained, batch)
 
     def state(self) -> EngineState:
@@ -196,16 +196,18 @@ class MlxEngine:
             found = adapter.differences(state.optimizer[moment], self._trained)
             differences += [f"moment {moment} of {line}" for line in found]
         if differences:
-            raise state_conversion.unfit("the checkpoint does not fit the model", differences, state.model)
-        self._trained = _copied(state.model, self._trained)
+            raise state_conversion.state_mismatch(
+                "the checkpoint does not fit the model", differences, state.model
+            )
+        self._trained = _copies(state.model, self._trained)
         self._optimizer.step = state.optimizer["step"]
-        self._optimizer.m = _copied(state.optimizer["m"], self._trained)
-        self._optimizer.v = _copied(state.optimizer["v"], self._trained)
+        self._optimizer.m = _copies(state.optimizer["m"], self._trained)
+        self._optimizer.v = _copies(state.optimizer["v"], self._trained)
         randomness.load_state(state.rng)
 
     def device_memory(self) -> MemoryUse | None:
         """What is allocated on the device, mlx's cache included; None where that is the host's memory."""
-        return device_memory.use(self._device)
+        return device_memory.allocated(self._device)
 
     def close(self) -> None:
         """Let go of model, optimizer and caches."""
@@ -249,7 +251,7 @@ class MlxEngine:
         return str(mx.device_info().get("device_name", "gpu"))
 
 
-def _copied(arrays: Any, names: Any) -> dict[str, mx.array]:
+def _copies(arrays: Any, names: Any) -> dict[str, mx.array]:
     """In the order of the names, each contiguous and evaluated."""
     copied = {name: mx.contiguous(arrays[name].astype(mx.float32)) for name in names}
     mx.eval(copied)

@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 
-def wanted(device: mx.Device) -> bool:
+def is_faster(device: mx.Device) -> bool:
     """Whether it helps: Apple's own library knows no such difference, and no GPU does."""
     return device.type == mx.DeviceType.cpu and sys.platform != "darwin"
 

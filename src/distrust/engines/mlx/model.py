@@ -15,7 +15,7 @@ from mlx_lm.utils import load_model as load_model_of_mlx_lm
 
 from distrust.config import Device, Dtype, Quantization
 from distrust.engines.model_source import locate
-from distrust.engines.tokenizer import not_loaded
+from distrust.engines.tokenizer import load_error
 from distrust.errors import ConfigError, ModelError
 
 #: How many weights share a scale; the second for models that are too narrow for the first.
@@ -32,19 +32,19 @@ def load_model(name: str, *, dtype: Dtype) -> tuple[Any, dict[str, Any]]:
     """
     try:
         folder = model_folder(name)
-        told = rope_told(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        told = rope_settings(json.loads((folder / "config.json").read_text(encoding="utf-8")))
         model, config = load_model_of_mlx_lm(folder, lazy=True, trust_remote_code=False, model_config=told)
         model.set_dtype(getattr(mx, dtype))
         mx.eval(model.parameters())
     except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, AttributeError) as error:
-        raise not_loaded(name, error) from error
+        raise load_error(name, error) from error
     if not hasattr(model, "layers"):
         raise ModelError(f"--model {name}: mlx-lm's {type(model).__module__} has no list of layers to adapt")
     model.eval()
     return model, config
 
 
-def rope_told(config: dict[str, Any]) -> dict[str, Any]:
+def rope_settings(config: dict[str, Any]) -> dict[str, Any]:
     """What mlx-lm is to be told of rotary positions: transformers 5 writes them where few of its models look.
 
     Args:
@@ -66,7 +66,7 @@ def rope_told(config: dict[str, Any]) -> dict[str, Any]:
             told["rope_scaling"] = found
     told = {name: value for name, value in told.items() if value is not None and config.get(name) is None}
     inner = config.get("text_config")
-    if isinstance(inner, dict) and (lifted := rope_told(inner)):
+    if isinstance(inner, dict) and (lifted := rope_settings(inner)):
         told["text_config"] = {**inner, **lifted}
     return told
 
@@ -120,7 +120,7 @@ def quantize(model: Any, quantization: Quantization) -> None:
     )
 
 
-def described(model: Any) -> Iterator[tuple[str, str, tuple[int, ...], Any]]:
+def named_weights(model: Any) -> Iterator[tuple[str, str, tuple[int, ...], Any]]:
     """Weights as :func:`distrust.engines.fingerprint.fingerprint` takes them."""
     for name, array in sorted(tree_flatten(model.parameters())):
         host: Any = mx.view(mx.contiguous(array).reshape(-1), mx.uint8)

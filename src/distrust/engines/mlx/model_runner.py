@@ -90,7 +90,7 @@ class _SharedRows:
         return keys, values
 
 
-class Passes:
+class ModelRunner:
     """Runs a model.
 
     Args:
@@ -136,14 +136,14 @@ class Passes:
             tokens: learned tokens of the whole optimizer step.
         """
         rows = self._rows(batch)
-        losses, found = self._train(dict(trained), gradients, *_there(rows, scale=1 / tokens))
+        losses, found = self._train(dict(trained), gradients, *_to_device(rows, scale=1 / tokens))
         mx.eval(losses, found)
         return _per_example(rows, losses, len(batch.examples)), found
 
     def evaluate(self, trained: Trained, batch: MicroBatch) -> Losses:
         """Forward only."""
         rows = self._rows(batch)
-        losses = self._evaluate(dict(trained), *_there(rows, scale=1.0))
+        losses = self._evaluate(dict(trained), *_to_device(rows, scale=1.0))
         mx.eval(losses)
         return _per_example(rows, losses, len(batch.examples))
 
@@ -255,7 +255,7 @@ def _at(rows: mx.array, places: mx.array) -> mx.array:
     return found
 
 
-def _there(rows: _Rows, *, scale: float) -> tuple[mx.array | None, ...]:
+def _to_device(rows: _Rows, *, scale: float) -> tuple[mx.array | None, ...]:
     segments = None if rows.segments is None else mx.array(rows.segments)
     scales = mx.array(rows.weights * np.float32(scale))
     return mx.array(rows.input_ids), segments, mx.array(rows.places), mx.array(rows.targets), scales
@@ -263,7 +263,9 @@ def _there(rows: _Rows, *, scale: float) -> tuple[mx.array | None, ...]:
 
 def _rows(batch: MicroBatch, *, share: bool, multiple: int) -> _Rows:
     lengths = batch.attention_mask.sum(axis=1)
-    row_of, start_of = _placed(lengths) if share else (np.arange(len(lengths)), np.zeros_like(lengths))
+    row_of, start_of = (
+        _place_examples(lengths) if share else (np.arange(len(lengths)), np.zeros_like(lengths))
+    )
     shape = int(row_of.max()) + 1, _up(int(lengths.max()), multiple)
     input_ids = np.zeros(shape, np.int32)
     segments = np.full(shape, -1, np.int32)
@@ -285,7 +287,7 @@ def _rows(batch: MicroBatch, *, share: bool, multiple: int) -> _Rows:
     )
 
 
-def _placed(lengths: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def _place_examples(lengths: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Row and start of each example: the longest first, each in the first row that has room for it."""
     room: list[int] = []
     row_of, start_of = np.zeros_like(lengths), np.zeros_like(lengths)

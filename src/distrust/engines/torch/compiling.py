@@ -34,7 +34,7 @@ def compile_layers(model: Any) -> int:
 
 
 @contextlib.contextmanager
-def compiling_told() -> Iterator[None]:
+def compiler_errors() -> Iterator[None]:
     """What a compiler lacks is the user's to mend."""
     try:
         yield

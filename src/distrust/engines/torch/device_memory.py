@@ -10,7 +10,7 @@ from distrust.checkpoint.memory import trim
 from distrust.contract import MemoryUse
 
 
-def use(device: torch.device) -> MemoryUse | None:
+def allocated(device: torch.device) -> MemoryUse | None:
     """Bytes allocated on the device; None for the CPU, whose memory is the host's."""
     if device.type == "cuda":
         return MemoryUse(torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device))

@@ -12,17 +12,17 @@ from typing import Any, Literal
 
 import torch
 
-from distrust.checkpoint.memory import hold
+from distrust.checkpoint.memory import keep_freed_memory
 from distrust.config import TrainConfig
 from distrust.contract import EngineState, Losses, MemoryUse
 from distrust.data import MicroBatch, Tokenizer
 from distrust.engines import state_conversion, tokenizer
 from distrust.engines.fingerprint import fingerprint
-from distrust.engines.out_of_memory import memory_told
+from distrust.engines.out_of_memory import translate_out_of_memory
 from distrust.engines.torch import adapter, device_memory, model, optimizer, quantization, randomness
-from distrust.engines.torch.compiling import compile_layers, compiling_told
+from distrust.engines.torch.compiling import compile_layers, compiler_errors
 from distrust.engines.torch.fused import fuse
-from distrust.engines.torch.model_runner import Passes
+from distrust.engines.torch.model_runner import ModelRunner
 from distrust.errors import ConfigError
 
 
@@ -38,12 +38,12 @@ class TorchEngine:
     """
 
     #: What runs the model; a subclass may bring its own.
-    passes: type[Passes] = Passes
+    runner: type[ModelRunner] = ModelRunner
 
     def __init__(self, config: TrainConfig) -> None:
         self._device = model.choose_device(config.device)
         _prefer_determinism()
-        hold()
+        keep_freed_memory()
         torch.set_num_threads(config.threads or _machine_threads())
         self._arithmetic = model.torch_dtype(config.dtype)
         self._tokenizer = tokenizer.load_tokenizer(config.model)
@@ -61,7 +61,7 @@ class TorchEngine:
             if config.quantization == "none"
             else model.stored_weights(config.model, dtype=self._arithmetic)
         )
-        self._fingerprint = fingerprint(model.described(weights))
+        self._fingerprint = fingerprint(model.named_weights(weights))
         self._quantization = config.quantization
         self._config_digest = model.config_digest(base)
         self._context_length: int | None = getattr(base.config, "max_position_embeddings", None)
@@ -75,7 +75,7 @@ class TorchEngine:
         self._model = self._adapted(base, config).eval()
         # A compiler fuses by itself, and better if it sees the whole of a layer.
         self._fused = {} if config.compile else fuse(self._model, dtype=dtype)
-        self._passes = self.passes(base, arithmetic=self._arithmetic, compiled=config.compile)
+        self._passes = self.runner(base, arithmetic=self._arithmetic, compiled=config.compile)
         if config.packing and not self._passes.packs:
             raise ConfigError(
                 "--packing: this model cannot keep apart what stands in one row (its attention is "
@@ -161,7 +161,7 @@ class TorchEngine:
     def micro_step(self, batch: MicroBatch, *, tokens: int) -> Losses:
         """Forward and backward: add the gradient of Σ weight · cross-entropy / ``tokens``."""
         self._model.train()
-        with memory_told("can't allocate memory"), compiling_told():
+        with translate_out_of_memory("can't allocate memory"), compiler_errors():
             return self._passes.train(batch, tokens=tokens)
 
     def clip_gradients(self, max_norm: float) -> float:
@@ -190,7 +190,7 @@ class TorchEngine:
     def evaluate(self, batch: MicroBatch) -> Losses:
         """Forward only, without dropout."""
         self._model.eval()
-        with memory_told("can't allocate memory"), compiling_told():
+        with translate_out_of_memory("can't allocate memory"), compiler_errors():
             return self._passes.evaluate(batch)
 
     def state(self) -> EngineState:
@@ -211,7 +211,9 @@ class TorchEngine:
         differences = adapter.differences(state.model, self._trained)
         differences += optimizer.differences(state.optimizer, self._optimizer)
         if differences:
-            raise state_conversion.unfit("the checkpoint does not fit the model", differences, state.model)
+            raise state_conversion.state_mismatch(
+                "the checkpoint does not fit the model", differences, state.model
+            )
         with torch.no_grad():
             for name, parameter in self._trained.items():
                 parameter.copy_(state.model[name])
@@ -220,7 +222,7 @@ class TorchEngine:
 
     def device_memory(self) -> MemoryUse | None:
         """What is allocated on the device; None where that is the host's memory."""
-        return device_memory.use(self._device)
+        return device_memory.allocated(self._device)
 
     def close(self) -> None:
         """Let go of model, optimizer and caches."""

@@ -52,7 +52,7 @@ def prepare_adapter(config: TrainConfig, tensors: Mapping[str, torch.Tensor], *,
             stacklevel=2,
         )
     hollow: Any = adapter.add_adapter(
-        model.hollow_model(config.model),
+        model.meta_model(config.model),
         rank=config.lora_rank,
         alpha=config.lora_alpha,
         dropout=config.lora_dropout,
@@ -62,7 +62,9 @@ def prepare_adapter(config: TrainConfig, tensors: Mapping[str, torch.Tensor], *,
     )
     differences = adapter.differences(tensors, adapter.trained_parameters(hollow))
     if differences:
-        raise state_conversion.unfit(f"the adapter does not fit --model {config.model}", differences, tensors)
+        raise state_conversion.state_mismatch(
+            f"the adapter does not fit --model {config.model}", differences, tensors
+        )
     weights = adapter.named_as_peft_does(hollow, _cast(tensors, dtype))
     described = adapter.description(hollow, base=reference(config.model))
 

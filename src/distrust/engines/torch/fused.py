@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from distrust.engines.torch.adapter import ADAPTER_NAME
-from distrust.engines.torch.linear_onednn import product
+from distrust.engines.torch.linear_onednn import linear
 
 #: How far a trial may be off, beside its largest value: some rounding in each dtype.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -159,9 +159,9 @@ class _LoraLinear(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            inputs = _gated(x, gate).to(weight.dtype).flatten(0, -2)
+            inputs = _silu_gate(x, gate).to(weight.dtype).flatten(0, -2)
             low = torch.mm(inputs, a.to(weight.dtype).t())
-            result = product(inputs, weight, bias)
+            result = linear(inputs, weight, bias)
             result.addmm_(low, (b * scale).to(weight.dtype).t())
         ctx.save_for_backward(x, gate, weight, a, b, low)
         ctx.scale = scale
@@ -173,11 +173,11 @@ class _LoraLinear(torch.autograd.Function):
         slope = slope.flatten(0, -2).to(weight.dtype)
         of_low = torch.mm(slope, (b * ctx.scale).to(weight.dtype))
         of_b = torch.mm(slope.t(), low).to(b.dtype).mul_(ctx.scale)
-        of_a = torch.mm(of_low.t(), _gated(x, gate).to(weight.dtype).flatten(0, -2)).to(a.dtype)
+        of_a = torch.mm(of_low.t(), _silu_gate(x, gate).to(weight.dtype).flatten(0, -2)).to(a.dtype)
         of_x = of_gate = None
         if any(ctx.needs_input_grad[:2]):  # the gate's alone, where nothing before `x` is trained
-            of_inputs = product(slope, weight.t()).addmm_(of_low, a.to(weight.dtype))
-            of_gate, of_x = _of_gated(_rows(of_inputs, x), gate, x)
+            of_inputs = linear(slope, weight.t()).addmm_(of_low, a.to(weight.dtype))
+            of_gate, of_x = _silu_gate_gradients(_rows(of_inputs, x), gate, x)
         return of_x, of_gate, None, None, of_a, of_b, None
 
 
@@ -187,23 +187,23 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, x: Tensor) -> Tensor:
         ctx.save_for_backward(gate, x)
-        return _gated(x, gate)
+        return _silu_gate(x, gate)
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, Tensor]:
         gate, x = ctx.saved_tensors
-        return _of_gated(slope, gate, x)
+        return _silu_gate_gradients(slope, gate, x)
 
 
 def _rows(flat: Tensor, like: Tensor) -> Tensor:
     return flat.view(*like.shape[:-1], flat.shape[-1])
 
 
-def _gated(x: Tensor, gate: Tensor | None) -> Tensor:
+def _silu_gate(x: Tensor, gate: Tensor | None) -> Tensor:
     return x if gate is None else silu(gate).mul_(x)
 
 
-def _of_gated(slope: Tensor, gate: Tensor | None, x: Tensor) -> tuple[Tensor | None, Tensor]:
+def _silu_gate_gradients(slope: Tensor, gate: Tensor | None, x: Tensor) -> tuple[Tensor | None, Tensor]:
     """The gradients of gate and x."""
     if gate is None:
         return None, slope.to(x.dtype)

@@ -14,7 +14,7 @@ from torch import Tensor
 WORTH_IT = 2**27
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The product x · weightᵀ + bias, [m, k] by [n, k] -> [m, n]; no gradient passes through it."""
     large = x.shape[0] * weight.numel() >= WORTH_IT
     if large and x.dtype == torch.float32 and x.device.type == "cpu" and _onednn():

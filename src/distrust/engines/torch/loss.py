@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from distrust.engines.torch.linear_onednn import product
+from distrust.engines.torch.linear_onednn import linear
 
 #: Numbers in the logits of a chunk: 64 MiB of float32. Larger ones are no faster,
 CHUNK_NUMBERS = 2**24
@@ -104,7 +104,7 @@ def _losses(
     for begin in range(0, len(hidden), rows):
         part = slice(begin, begin + rows)
         inputs, target, scale = hidden[part], targets[part, None], scales[part, None]
-        odds = product(inputs, table, shift).float()  # the same memory where it is float32 already
+        odds = linear(inputs, table, shift).float()  # the same memory where it is float32 already
         highest = odds.amax(dim=1, keepdim=True)
         hit = odds.gather(1, target) - highest
         odds.sub_(highest).exp_()
@@ -118,7 +118,7 @@ def _losses(
             of_bias += slopes.sum(dim=0)
         slopes = slopes.to(hidden.dtype)
         if of_hidden is not None:
-            of_hidden[part] = product(slopes, table.t())
+            of_hidden[part] = linear(slopes, table.t())
         if of_weight is not None:
             of_weight += torch.mm(slopes.t(), inputs)
     gradients = [

@@ -13,7 +13,7 @@ from blake3 import blake3
 
 from distrust.config import Device, Dtype, Quantization
 from distrust.engines.model_source import locate
-from distrust.engines.tokenizer import loaded, not_loaded
+from distrust.engines.tokenizer import load_error, load_pretrained
 from distrust.engines.torch import quantization
 from distrust.errors import ConfigError, ModelError
 
@@ -38,7 +38,9 @@ def load_model(
     options = quantization.loading_options(quantized, dtype=dtype, device=device)
     from transformers import AutoModelForCausalLM
 
-    model, found = loaded(AutoModelForCausalLM, name, dtype=dtype, output_loading_info=True, **options)
+    model, found = load_pretrained(
+        AutoModelForCausalLM, name, dtype=dtype, output_loading_info=True, **options
+    )
     missing = sorted(found["missing_keys"])
     if missing:  # transformers would fill them with random values
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -48,13 +50,13 @@ def load_model(
     model.config.use_cache = False  # a cache of keys is of no use in training
     module: torch.nn.Module = model
     if options:
-        quantization.settle(module)
+        quantization.prepare_quantized(module)
     else:
         module.to(device)
     return module.eval()
 
 
-def hollow_model(name: str) -> torch.nn.Module:
+def meta_model(name: str) -> torch.nn.Module:
     """The same model without its weights: its modules, and their shapes, on the "meta" device.
 
     Raises:
@@ -70,7 +72,7 @@ def hollow_model(name: str) -> torch.nn.Module:
         with torch.device("meta"):
             module: torch.nn.Module = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # of a config that makes no sense it raises of every kind
-        raise not_loaded(name, error) from error
+        raise load_error(name, error) from error
     return module.eval()
 
 
@@ -82,7 +84,7 @@ def load_config(name: str) -> Any:
     """
     from transformers import AutoConfig
 
-    return loaded(AutoConfig, name)
+    return load_pretrained(AutoConfig, name)
 
 
 def is_quantized_by_mlx(name: str) -> bool:
@@ -161,7 +163,9 @@ def _weight_files(name: str) -> list[Path]:
     return [Path(file) for file in files]
 
 
-def described(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, str, tuple[int, ...], Any]]:
+def named_weights(
+    weights: Iterable[tuple[str, torch.Tensor]],
+) -> Iterator[tuple[str, str, tuple[int, ...], Any]]:
     """Weights as :func:`distrust.engines.fingerprint.fingerprint` takes them."""
     for name, parameter in weights:
         host = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)

@@ -57,7 +57,7 @@ class _Row:
     examples: np.ndarray[Any, Any]
 
 
-class Passes:
+class ModelRunner:
     """Runs a model.
 
     Args:
@@ -79,7 +79,7 @@ class Passes:
         """Forward and backward: add the gradient of Σ weight · cross-entropy / ``tokens``."""
         row = _row(batch)
         # Until the backward pass is done: a checkpointed layer computes its attention again there.
-        with self._within(row):
+        with self._packed_row(row):
             total, losses = self._losses(batch, row, scale=1 / tokens)
             total.backward()  # type: ignore[no-untyped-call]
         return _per_example(row, losses, len(batch.examples))
@@ -88,14 +88,14 @@ class Passes:
     def evaluate(self, batch: MicroBatch) -> Losses:
         """Forward only."""
         row = _row(batch)
-        with self._within(row):
+        with self._packed_row(row):
             _, losses = self._losses(batch, row, scale=1.0)
         return _per_example(row, losses, len(batch.examples))
 
     def _losses(self, batch: MicroBatch, row: _Row, *, scale: float) -> tuple[Tensor, Tensor]:
         """The scaled and weighted sum, and the cross-entropy of each learned token: float32[], float32[m]."""
-        places, targets = self._there(row.places), self._there(row.targets)
-        scales = self._there(row.weights) * scale
+        places, targets = self._to_device(row.places), self._to_device(row.targets)
+        scales = self._to_device(row.weights) * scale
         with self._autocast():
             output = self._last(batch, row).index_select(0, places)
         if self.chunks:
@@ -107,10 +107,11 @@ class Passes:
         """Of each token the last hidden state, or the logits where the model makes them: [n, …]."""
         if self.packs:
             return self._run(
-                input_ids=self._there(row.input_ids)[None], position_ids=self._there(row.positions)[None]
+                input_ids=self._to_device(row.input_ids)[None],
+                position_ids=self._to_device(row.positions)[None],
             )[0]
-        mask = self._there(batch.attention_mask)
-        return self._run(input_ids=self._there(batch.input_ids), attention_mask=mask)[mask.bool()]
+        mask = self._to_device(batch.attention_mask)
+        return self._run(input_ids=self._to_device(batch.input_ids), attention_mask=mask)[mask.bool()]
 
     def _run(self, **inputs: Tensor) -> Tensor:
         if self.chunks:
@@ -120,7 +121,7 @@ class Passes:
         return logits
 
     @contextlib.contextmanager
-    def _within(self, row: _Row) -> Iterator[None]:
+    def _packed_row(self, row: _Row) -> Iterator[None]:
         with attention.examples_of(row.lengths if self.packs else []):
             yield
 
@@ -129,7 +130,7 @@ class Passes:
             return contextlib.nullcontext()
         return torch.autocast(self._device.type, self._arithmetic)
 
-    def _there(self, array: np.ndarray[Any, Any]) -> Tensor:
+    def _to_device(self, array: np.ndarray[Any, Any]) -> Tensor:
         return torch.from_numpy(array).to(self._device)
 
     @torch.no_grad()

@@ -54,7 +54,7 @@ def loading_options(
     return {"quantization_config": BitsAndBytesConfig(**kept_in[quantization]), "device_map": {"": device}}
 
 
-def settle(model: torch.nn.Module) -> None:
+def prepare_quantized(model: torch.nn.Module) -> None:
     """Make a model that was just loaded fit for training.
 
     On processors with bfloat16 instructions the library packs 4-bit weights anew at the first forward pass
