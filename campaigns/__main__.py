@@ -13,8 +13,8 @@ import subprocess
 import sys
 
 CAMPAIGNS = (
-    "power_loss", "failing_calls", "killed_saves", "kills", "signals", "damage", "failing_disks", "crowds",
-    "hostile", "long_run",
+    "power_loss", "failing_calls", "killed_saves", "kills", "signals", "damage", "failing_disks",
+    "concurrency", "fuzz", "long_run",
 )  # fmt: skip
 
 

@@ -21,12 +21,13 @@ MODULES = {
 STOREYS = [
     {"errors", "bundled"},
     {"checkpoint", "weighting"},
-    {"provenance", "durable"},
+    {"provenance", "atomic"},
     {"config"},
     {"data"},
-    {"training"},
-    {"engines", "reporting"},
-    {"convert", "demo", "evaluation", "export"},
+    {"contract"},
+    {"training", "engines"},
+    {"testing", "importers", "reporting"},
+    {"demo", "evaluation", "export"},
     {"cli"},
     {"__main__"},
 ]

@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options.add_argument("--directory", type=Path, help="where to save (default: the system's temporary one)")
     options.add_argument("--fault", choices=FAULTS, help="break the product, to see that it is found")
-    return run("crowds", options, _body, cases=CASES, arguments=arguments)
+    return run("concurrency", options, _body, cases=CASES, arguments=arguments)
 
 
 def _body(campaign: Campaign) -> None:

@@ -6,8 +6,6 @@ It trains the toy engine of the tests: a whole run takes some milliseconds.
 from __future__ import annotations
 
 import contextlib
-import functools
-import importlib.util
 import json
 import random
 import resource
@@ -22,10 +20,10 @@ from campaigns.disks import volumes
 from campaigns.disks.volumes import Filler
 from distrust import CheckpointManager, DistrustTrainer, TrainConfig
 from distrust.errors import DistrustWarning, SaveFailed
+from distrust.testing.toy_engine import ToyEngine
 from distrust.training.events import CheckpointSaved, Event, StepEnded
 from distrust.training.saver import MAX_FAILURES
 
-_TOY_ENGINE = Path(__file__).resolve().parents[2] / "tests" / "training" / "toy_engine.py"
 _STEPS = 16
 
 
@@ -114,7 +112,7 @@ def _train(
         warnings.simplefilter("always", DistrustWarning)
         warnings.showwarning = warn
         try:
-            trainer = DistrustTrainer(config, engine=_toy_engine(), observers=[observe])
+            trainer = DistrustTrainer(config, engine=ToyEngine(), observers=[observe])
             return trainer.train().state_digest, log
         except SaveFailed as error:
             return error, log
@@ -149,20 +147,6 @@ def _require_saved(log: Log, directory: Path) -> None:
 
 def _steps_made(log: Log) -> int:
     return sum(entry.startswith("step") for entry in log)
-
-
-@functools.cache
-def _toy_engine_module() -> Any:
-    spec = importlib.util.spec_from_file_location("toy_engine", _TOY_ENGINE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def _toy_engine() -> Any:
-    return _toy_engine_module().ToyEngine()
 
 
 def _records(path: Path) -> Path:

@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     made.add_argument("--replay", type=Path, help="read this file in every way, and nothing else")
     made.add_argument("--mebibytes", type=float, default=1.0, help="of the largest files (default: 1)")
-    return run("hostile", made, _body, cases=200, arguments=arguments)
+    return run("fuzz", made, _body, cases=200, arguments=arguments)
 
 
 def _body(campaign: Campaign) -> None:

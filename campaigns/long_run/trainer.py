@@ -6,10 +6,8 @@ It prints a sample now and then, as a line of JSON.
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import statistics
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,6 @@ from typing import Any
 from campaigns.faults import plant
 from campaigns.long_run import gauges
 
-ENGINE = Path(__file__).parent.parent.parent / "tests" / "training"
 RECORDS = 64
 
 
@@ -59,10 +56,8 @@ def main() -> None:
     options.add_argument("--fault")
     given = options.parse_args()
     plant(given.fault)
-    sys.path.insert(0, str(ENGINE))
-    toy: Any = importlib.import_module("toy_engine")
-
     from distrust import DistrustTrainer, TrainConfig
+    from distrust.testing import toy_engine as toy
 
     data = given.directory / "records.jsonl"
     record = {"authority_weight": 0.3, "provenance_entropy": 0.5}

@@ -206,15 +206,15 @@ class SaveFailed(CheckpointError):
     """The checkpoint was not written; what stood before still stands.
 
     Attributes:
-        wanted: bytes that the checkpoint needs, where known.
+        needed: bytes that the checkpoint needs, where known.
         free: bytes that the file system had free, where known.
     """
 
     def __init__(
-        self, message: str, *, path: Path, wanted: int | None = None, free: int | None = None
+        self, message: str, *, path: Path, needed: int | None = None, free: int | None = None
     ) -> None:
         super().__init__(message, path=path)
-        self.needed = wanted
+        self.needed = needed
         self.free = free
 
 

@@ -98,7 +98,7 @@ MUTANTS = {
     "renamed before it is synced": (power_loss, storage.AtomicFile, "commit", commit_before_sync),
     "a failed sync is tried again": (failing_calls, storage.AtomicFile, "commit", sync_again_if_it_fails),
     "the oldest are kept": (
-        power_loss, retention, "last", lambda found, rules: {min(each.step for each in found)},
+        power_loss, retention, "last_steps", lambda found, rules: {min(each.step for each in found)},
     ),
     "nothing is swept": (power_loss, storage, "_TEMPORARY_NAME", re.compile("none")),
 }  # fmt: skip

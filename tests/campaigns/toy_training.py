@@ -7,13 +7,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "training"))
-
-from toy_engine import ToyEngine
 
 from distrust import DistrustTrainer, cli, engines
+from distrust.testing.toy_engine import ToyEngine
 from distrust.training import EngineState
 
 

@@ -499,7 +499,7 @@ for save in (manager.save, lambda state: manager.save_async(state).wait()):
     try:
         save(Checkpoint(step=2, model={"w": np.ones(100_000)}))
     except SaveFailed as error:
-        assert error.wanted > 800_000, error.wanted
+        assert error.needed > 800_000, error.needed
         assert error.free > 0, error.free
         assert str(error.path) in str(error) and "\\n" not in str(error)
         print(error)

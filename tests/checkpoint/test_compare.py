@@ -59,7 +59,7 @@ def test_equal_states_do_not_differ(compared):
 
 def test_arrays_are_compared_as_tensors(compared):
     found = compared({"model": {"a": np.ones(3), "b": np.ones(2)}}, {"model": {"a": np.zeros(3)}})
-    assert [(difference.what, difference.name) for difference in found] == [
+    assert [(difference.kind, difference.name) for difference in found] == [
         ("tensor", "model.a"), ("tensor", "model.b"),
     ]  # fmt: skip
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from distrust.cli import main
-from models import make_model, train_arguments, write_records
+from distrust.testing.models import make_model, train_arguments, write_records
 
 
 @dataclass(frozen=True)

@@ -316,7 +316,7 @@ def test_diff(distrust, finished, copy):
     assert set(shown) == {"equal", "a", "b", "differences"}
     assert shown["equal"] is False
     assert (shown["a"]["step"], shown["b"]["step"]) == (6, 4)
-    names = {(row["what"], row["name"]) for row in shown["differences"]}
+    names = {(row["kind"], row["name"]) for row in shown["differences"]}
     assert ("state", "step") in names
     assert ("state", "metadata.tokens_seen") in names
     assert ("tensor", "history.loss") in names

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from models import train_arguments, write_records
+from distrust.testing.models import train_arguments, write_records
 
 
 def read_lines(path):

@@ -8,7 +8,7 @@ import os
 import pytest
 from safetensors.torch import load_file
 
-from models import make_model
+from distrust.testing.models import make_model
 
 
 def test_each_format(distrust, finished, tmp_path):

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from models import train_arguments, write_records
+from distrust.testing.models import train_arguments, write_records
 
 SHORT = ["--max-new-tokens", 12, "--json", "--prompt", "ore"]
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"

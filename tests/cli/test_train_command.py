@@ -13,7 +13,7 @@ import pytest
 
 from campaigns.training_run import TrainingRun
 from distrust import CheckpointManager
-from models import make_model, train_arguments, write_records
+from distrust.testing.models import make_model, train_arguments, write_records
 
 #: Long enough to be killed in the middle.
 LONG = ["--max-steps", 45, "--save-every", 3, "--lora-dropout", 0.1, "--gradient-accumulation", 2]

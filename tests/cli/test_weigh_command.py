@@ -640,7 +640,7 @@ def test_without_the_two_columns_they_are_computed_again(distrust, peps, tmp_pat
 
 
 def test_what_is_written_can_be_trained_on(folder, table, tmp_path):
-    from models import train_arguments
+    from distrust.testing.models import train_arguments
 
     rows = read(folder / "data.jsonl")
     for row in rows:

@@ -8,10 +8,10 @@ import signal
 import threading
 
 import pytest
-from toy_engine import TOY, ToyEngine
 
 from distrust import CheckpointManager, DistrustTrainer, TrainConfig
 from distrust.errors import ConfigError, ResumeRefused, RunInProgress, SaveFailed
+from distrust.testing.toy_engine import TOY, ToyEngine
 from distrust.training.events import Preparing, RunEnded, StepEnded
 
 
@@ -236,7 +236,7 @@ def test_an_engine_that_cannot_go_back_is_not_gone_on_with(trainer, tmp_path):
 ASYNC_RUN = """
 import asyncio, sys
 sys.path[:0] = sys.argv[3:]
-from toy_engine import TOY, ToyEngine
+from distrust.testing.toy_engine import TOY, ToyEngine
 from distrust import DistrustTrainer, TrainConfig
 from distrust.training.events import StepEnded
 import signal, time

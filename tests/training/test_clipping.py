@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from toy_engine import ToyEngine
 
 from distrust import CheckpointManager
 from distrust.data import IGNORED
 from distrust.errors import ResumeRefused
+from distrust.testing.toy_engine import ToyEngine
 
 
 class Clipped(ToyEngine):

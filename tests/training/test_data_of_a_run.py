@@ -10,16 +10,16 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
-from toy_engine import VOCABULARY, ToyEngine
 from transformers import PreTrainedTokenizerFast
 
 from distrust import CheckpointManager, DistrustTrainer, TrainConfig
 from distrust.config import EXAMPLES
 from distrust.errors import ConfigError, DataError, ResumeRefused
+from distrust.testing.models import write_records
+from distrust.testing.toy_engine import VOCABULARY, ToyEngine
 from distrust.training.data_sources import read_sources
 from distrust.training.events import Evaluated, Preparing, RunStarted, StepEnded
 from distrust.training.prepare_data import prepare_data
-from models import write_records
 
 
 def engine():
@@ -163,7 +163,7 @@ def test_other_examples_are_refused_even_where_the_run_is_finished(run, data, tm
     rows = rows_of(data)
     done, _ = run(tmp_path, examples=rows)
     again, _ = run(tmp_path, examples=rows)
-    assert again.already
+    assert again.already_finished
     assert again.state_digest == done.state_digest
     with pytest.raises(ResumeRefused, match="its content is not that of the run"):
         run(tmp_path, examples=[*rows[:-1], {**rows[-1], "authority_weight": 0.123}])

@@ -41,7 +41,7 @@ def test_it_ends_when_nothing_improved_for_so_long(run, eval_data, tmp_path):
 def test_ended_early_it_has_nothing_left_to_do_unless_it_gets_more_patience(run, eval_data, tmp_path):
     ended, _ = run(tmp_path, eval_data=str(eval_data), **EARLY)
     again, events = run(tmp_path, eval_data=str(eval_data), **EARLY)
-    assert (again.already, again.reason, again.path) == (True, "early_stopping", ended.path)
+    assert (again.already_finished, again.reason, again.path) == (True, "early_stopping", ended.path)
     assert len(events) == 1
     more, events = run(tmp_path, eval_data=str(eval_data), **{**EARLY, "early_stopping_patience": 3})
     assert (more.step, more.reason) == (ended.step + 2, "early_stopping")
@@ -55,7 +55,7 @@ def test_less_patience_than_was_used_up_ends_it_without_a_step(run, eval_data, t
     stopped, _ = run(tmp_path / "a", eval_data=str(eval_data), stop_after=early.step, **patient)
     assert stopped.reason == "signal"
     ended, events = run(tmp_path / "a", eval_data=str(eval_data), **EARLY)
-    assert (ended.step, ended.reason, ended.already) == (early.step, "early_stopping", True)
+    assert (ended.step, ended.reason, ended.already_finished) == (early.step, "early_stopping", True)
     assert ended.path.name == early.path.name
     assert ended.state_digest == stopped.state_digest
     assert not [event for event in events if isinstance(event, StepEnded)]

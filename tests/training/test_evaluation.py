@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from toy_engine import ToyEngine, ToyTokenizer
 
 from distrust import CheckpointManager, DistrustWarning, TrainConfig, weighting
 from distrust.data import NO_CLASS, Completion, Location, Record, Text, tokenize
 from distrust.data.corpus import MAX_CLASSES, OTHER_CLASSES
 from distrust.errors import ConfigError
+from distrust.testing.toy_engine import ToyEngine, ToyTokenizer
 from distrust.training.evaluation_set import CLASSES_MEASURED, evaluation_set
 from distrust.training.events import Evaluated, RunStarted
 

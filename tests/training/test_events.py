@@ -16,6 +16,7 @@ import pytest
 
 from distrust import CheckpointManager, DistrustWarning, weighting
 from distrust.reporting.console import ConsoleReporter
+from distrust.testing.models import write_records
 from distrust.training.events import (
     CheckpointSaved,
     CheckpointStarted,
@@ -25,7 +26,6 @@ from distrust.training.events import (
     RunStarted,
     StepEnded,
 )
-from models import write_records
 
 
 def names(events):

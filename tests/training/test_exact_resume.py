@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from toy_engine import ToyEngine
 
 from distrust import CheckpointManager, DistrustTrainer, DistrustWarning, TrainConfig
 from distrust.config import from_mapping
 from distrust.errors import NoIntactCheckpoint
+from distrust.testing.toy_engine import ToyEngine
 from distrust.training.events import CheckpointStarted, RunStarted, StepEnded
 
 quick = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -139,8 +139,8 @@ def test_a_finished_run_has_nothing_left_to_do(run, tmp_path):
     finished, _ = run(tmp_path)
     content = finished.path.read_bytes()
     again, events = run(tmp_path)
-    assert again.already
-    assert not finished.already
+    assert again.already_finished
+    assert not finished.already_finished
     assert (again.step, again.path, again.state_digest) == (9, finished.path, finished.state_digest)
     assert events == [again]  # nothing was loaded, trained or saved
     assert finished.path.read_bytes() == content
@@ -149,7 +149,7 @@ def test_a_finished_run_has_nothing_left_to_do(run, tmp_path):
 def test_more_epochs_than_before_are_more_to_do(run, tmp_path):
     once, _ = run(tmp_path, max_steps=None, epochs=1, schedule="constant")
     again, _ = run(tmp_path, max_steps=None, epochs=1, schedule="constant")
-    assert again.already
+    assert again.already_finished
     twice, steps = run(tmp_path, max_steps=None, epochs=2, schedule="constant")
     assert once.step == 3  # 11 records in steps of 4
     assert steps_of(steps) == [4, 5, 6]
@@ -190,7 +190,7 @@ def test_the_final_checkpoint_is_damaged(run, tmp_path):
     with pytest.warns(DistrustWarning, match="skipped a damaged checkpoint"):
         ended, steps = run(tmp_path)
     assert steps_of(steps) == [9]
-    assert not ended.already
+    assert not ended.already_finished
     assert (ended.path, ended.state_digest) == (finished.path, finished.state_digest)
     CheckpointManager(ended.path.parent).validate(9)
 

@@ -110,7 +110,7 @@ LEAKING = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import numpy as np
-from toy_engine import ToyEngine
+from distrust.testing.toy_engine import ToyEngine
 from distrust import DistrustError, DistrustTrainer, TrainConfig
 from distrust.checkpoint.memory import resident_bytes
 kept = []

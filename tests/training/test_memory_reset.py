@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from toy_engine import ToyEngine
 
 from distrust import CheckpointManager, DistrustTrainer, DistrustWarning, TrainConfig
 from distrust.checkpoint.disk import Disk
 from distrust.engines import create_engine, open_checkpoint
 from distrust.errors import ConfigError
 from distrust.reporting.console import ConsoleReporter
+from distrust.testing.toy_engine import ToyEngine
 from distrust.training import MemoryUse
 from distrust.training.events import CheckpointSaved, MemoryReset, StepEnded
 
@@ -224,7 +224,7 @@ def test_of_a_real_model_nothing_is_left_either(tiny_model, data, tmp_path, lora
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
-from toy_engine import ToyEngine
+from distrust.testing.toy_engine import ToyEngine
 from distrust import DistrustTrainer, TrainConfig
 made = []
 def make(config):

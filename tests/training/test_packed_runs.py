@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from toy_engine import TOY, ToyEngine
 
 from distrust import DistrustTrainer, TrainConfig
 from distrust.errors import NonFiniteLoss
+from distrust.testing.models import write_records
+from distrust.testing.toy_engine import TOY, ToyEngine
 from distrust.training.data_sources import read_sources
 from distrust.training.events import Evaluated, StepEnded
 from distrust.training.prepare_data import PreparedData, prepare_data
-from models import write_records
 
 CAPACITY = 70  # tokens of a row; the records have 8 to 30
 

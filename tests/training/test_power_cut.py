@@ -63,5 +63,5 @@ def test_a_run_that_says_it_is_finished_stays_finished(run, tmp_path, monkeypatc
     else:
         pytest.fail("the final checkpoint was never there without its name being durable")
     machine.disk.dies_after = None
-    assert machine.run(run).already
+    assert machine.run(run).already_finished
     assert machine.world.is_certain(final)

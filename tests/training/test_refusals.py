@@ -7,7 +7,6 @@ import warnings
 from dataclasses import fields
 
 import pytest
-from toy_engine import ToyEngine
 
 from distrust import CheckpointManager, DistrustWarning, TrainConfig
 from distrust.config import flag
@@ -20,8 +19,9 @@ from distrust.errors import (
     ResumeRefused,
     SaveFailed,
 )
+from distrust.testing.models import write_records
+from distrust.testing.toy_engine import ToyEngine
 from distrust.training.events import CheckpointStarted, StepEnded
-from models import write_records
 
 #: Another value of each option that changes the result.
 OTHER = {

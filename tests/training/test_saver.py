@@ -9,12 +9,12 @@ import threading
 import time
 
 import pytest
-from toy_engine import ToyEngine
 
 from distrust import CheckpointManager, DistrustWarning
 from distrust.checkpoint import arrays, memory, snapshot
 from distrust.checkpoint.disk import Disk
 from distrust.errors import SaveFailed
+from distrust.testing.toy_engine import ToyEngine
 from distrust.training.events import CheckpointSaved
 
 
@@ -105,7 +105,7 @@ def test_the_last_save_has_to_succeed(run, tmp_path, failing_saves):
 def test_a_run_shortened_to_where_it_was_stopped_is_finished(run, tmp_path):
     run(tmp_path, stop_after=5)
     ended, _ = run(tmp_path, max_steps=5)
-    assert (ended.path.name, ended.already) == ("checkpoint-5-final.safetensors", True)
+    assert (ended.path.name, ended.already_finished) == ("checkpoint-5-final.safetensors", True)
 
 
 def test_a_signal_after_the_last_step_stops_nothing(run, tmp_path):

@@ -7,9 +7,9 @@ import signal
 import threading
 
 import pytest
-from toy_engine import ToyEngine
 
 from distrust import CheckpointManager, DistrustTrainer, TrainConfig
+from distrust.testing.toy_engine import ToyEngine
 from distrust.training.events import Preparing, RunEnded, StepEnded
 from distrust.training.signals import STOPPING, StopRequest
 

@@ -6,9 +6,9 @@ import threading
 from dataclasses import FrozenInstanceError
 
 import pytest
-from toy_engine import TOY, ToyEngine
 
 from distrust import DistrustTrainer, RunState, TrainConfig
+from distrust.testing.toy_engine import TOY, ToyEngine
 from distrust.training.events import CheckpointSaved, Evaluated, RunEnded, StepEnded
 
 

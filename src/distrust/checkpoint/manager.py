@@ -568,7 +568,7 @@ class CheckpointManager:
         if not reasons:
             raise NoIntactCheckpoint(
                 f"{self.directory}: there are checkpoints, and none of them holds a model: they are metadata "
-                f"alone, which load(step) reads; steps: {_format_steps(sorted({file.step for file in files}))}",
+                f"alone, which load(step) reads: {_format_steps(sorted({file.step for file in files}))}",
                 path=self.directory,
             )
         raise NoIntactCheckpoint(

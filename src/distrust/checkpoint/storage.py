@@ -127,7 +127,7 @@ class AtomicFile:
                 f"{self._path}: not saved: {error.strerror}; {self._size:,} bytes wanted, "
                 f"{'unknown' if free is None else f'{free:,}'} free. What stood there before is untouched",
                 path=self._path,
-                wanted=self._size,
+                needed=self._size,
                 free=free,
             ) from error
 

@@ -39,7 +39,7 @@ _MANIFEST = "corpus.json"
 #: The files of an entry. The first five are what the fingerprint is of.
 _DTYPES = {
     "input_ids": "<i4",
-    "learned": "|b1",
+    "loss_mask": "|b1",
     "offsets": "<i8",
     "authority_weight": "<f8",
     "provenance_entropy": "<f8",
@@ -197,7 +197,7 @@ def _write(folder: Path, made: Iterable[Corpus], parts: Parts, sizes: tuple[int,
         _append(files["offsets"], np.zeros(1, np.int64))
         for block in made:
             _append(files["input_ids"], block.input_ids)
-            _append(files["learned"], block.loss_mask)
+            _append(files["loss_mask"], block.loss_mask)
             _append(files["offsets"], block.offsets[1:] + total)
             _append(files["authority_weight"], block.authority_weight)
             _append(files["provenance_entropy"], block.provenance_entropy)
@@ -246,7 +246,7 @@ def _open(folder: Path, parts: Parts) -> Corpus:
     """
     manifest = _open_sealed((folder / _MANIFEST).read_bytes())
     n, total = manifest["n"], manifest["total"]
-    lengths = {"input_ids": total, "learned": total, "offsets": n + 1}
+    lengths = {"input_ids": total, "loss_mask": total, "offsets": n + 1}
     for name, dtype in _DTYPES.items():
         if (folder / name).stat().st_size != lengths.get(name, n) * np.dtype(dtype).itemsize:
             raise _DamagedError(f"{name} has another length")

@@ -115,7 +115,7 @@ class Saver:
             f"{error}. Saving failed{times}, so training stopped at step {self._pending_state[0]}; "
             f"{self.describe_remaining()}",
             path=error.path or self._manager.directory,
-            wanted=error.needed,
+            needed=error.needed,
             free=error.free,
         )
 

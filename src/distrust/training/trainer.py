@@ -71,7 +71,7 @@ class DistrustTrainer:
 
     Args:
         config: what to train, on what, and how.
-        engine: trains it, or makes of the config what does; by default, ``distrust.engines.create``. One
+        engine: trains it, or makes of the config what does; by default, ``engines.create_engine``. One
             that is given, not made, cannot be built again.
         observers: each is called with every event, in the thread that trains, which waits for it meanwhile.
         examples: dicts to train on, instead of ``config.data``. They pass the same checks as a file's, and
@@ -314,7 +314,7 @@ class DistrustTrainer:
         engine = self._given_engine
         if engine is None:
             # Bound late: the loop names no framework, and what it is handed comes from above it.
-            engine = import_module("distrust.engines").create
+            engine = import_module("distrust.engines").create_engine
         return engine(self._config) if callable(engine) else engine
 
     def _reporter(self, stop: StopRequest) -> ReportProgress:
@@ -642,7 +642,8 @@ class DistrustTrainer:
         more = f" and {len(guilty) - EXAMPLES_NAMED} more" if len(guilty) > EXAMPLES_NAMED else ""
         raise NonFiniteLoss(
             f"step {step}: {what} is not finite; the step was not made, and "
-            f"{self._saver.describe_durable()}. Examples: {', '.join(guilty[:EXAMPLES_NAMED])}{more}. Look at them, or lower --learning-rate",
+            f"{self._saver.describe_durable()}. Examples: {', '.join(guilty[:EXAMPLES_NAMED])}{more}. "
+            "Look at them, or lower --learning-rate",
             step=step,
             examples=guilty,
         )

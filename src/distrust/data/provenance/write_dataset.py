@@ -161,8 +161,8 @@ def _as_json(row: Fields, new: Mapping[str, float], location: Location) -> str:
     except (TypeError, ValueError, RecursionError):
         name = next(name for name, value in values.items() if not _has_words(value))
         raise DataError(
-            f"{location}: {quote_value(name)}: JSON has no words for {quote_value(values[name])}; give --out a "
-            "name that ends in .parquet"
+            f"{location}: {quote_value(name)}: JSON has no words for {quote_value(values[name])}; give "
+            "--out a name that ends in .parquet"
         ) from None
 
 

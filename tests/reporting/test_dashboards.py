@@ -58,17 +58,17 @@ def test_tensorboard_shows_each_step_once_though_some_were_made_twice(run, eval_
 WANDB_RUN = """
 import os, signal, sys
 sys.path[:0] = {paths!r}
-from toy_engine import TOY, ToyEngine
+from distrust.testing.toy_engine import TOY, ToyEngine
 from distrust import DistrustTrainer, TrainConfig
-from distrust.reporting.reporters import reporters
+from distrust.reporting.reporters import create_observers
 from distrust.training.events import StepEnded
 config = TrainConfig(**TOY | {options!r}, report_to=("wandb",))
 if {killed}:
     def kill(event):
         if isinstance(event, StepEnded) and event.step == {killed}:
             os.kill(os.getpid(), signal.SIGKILL)
-    DistrustTrainer(config, engine=ToyEngine(), observers=[*reporters(config), kill]).train()
-DistrustTrainer(config, engine=ToyEngine(), observers=reporters(config)).train()
+    DistrustTrainer(config, engine=ToyEngine(), observers=[*create_observers(config), kill]).train()
+DistrustTrainer(config, engine=ToyEngine(), observers=create_observers(config)).train()
 """
 
 

@@ -21,14 +21,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_batches import LENGTHS, a_batch, some_of, weighing
-from toy_engine import VOCABULARY, ToyEngine
 
 from distrust import Checkpoint, CheckpointManager, TrainConfig
 from distrust.contract import Engine, EngineState, Losses
 from distrust.data import MicroBatch
 from distrust.engines import create_engine
 from distrust.errors import ResumeRefused
-from models import make_model
+from distrust.testing.models import make_model
+from distrust.testing.toy_engine import VOCABULARY, ToyEngine
 
 Make = Callable[..., Engine]
 

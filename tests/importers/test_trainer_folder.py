@@ -22,8 +22,8 @@ from distrust.data import IGNORED
 from distrust.engines import open_checkpoint
 from distrust.errors import CheckpointError, ConfigError, ModelError, ResumeRefused
 from distrust.importers.trainer_folder import read
+from distrust.testing.models import make_model
 from distrust.training.events import StepEnded
-from models import make_model
 
 TEXTS = ["ore melts", "the salt", "salt melts at 9 9 9", "at the ore"]
 BEGUN, STEPS = 3, 6

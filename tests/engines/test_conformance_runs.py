@@ -20,8 +20,8 @@ from test_conformance import ENGINES, mlx_only
 from distrust import CheckpointManager, TrainConfig
 from distrust.engines import create_engine, open_checkpoint
 from distrust.errors import ModelError, NonFiniteLoss, ResumeRefused
+from distrust.testing.models import make_model
 from distrust.training.events import Evaluated, MemoryReset, StepEnded
-from models import make_model
 
 pytestmark = pytest.mark.usefixtures("_only_what_is_new_is_searched")
 

@@ -21,7 +21,7 @@ from distrust.data import (
 )
 from distrust.weighting import distrust_term, effective_sample_size, example_weights, normalize
 
-PEPS = Path(__file__).parents[2] / "shared" / "data" / "documents" / "peps.jsonl"
+PEPS = Path(__file__).parents[3] / "shared" / "data" / "documents" / "peps.jsonl"
 
 
 class Bytes:

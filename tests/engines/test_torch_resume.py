@@ -11,7 +11,7 @@ import torch
 from distrust import CheckpointManager, DistrustWarning, TrainConfig
 from distrust.engines import config_of, create_engine, open_checkpoint
 from distrust.errors import ConfigError, ResumeRefused
-from models import make_model
+from distrust.testing.models import make_model
 
 
 def test_the_threads_of_one_run_are_not_those_of_the_next(tiny_model):

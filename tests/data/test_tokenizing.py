@@ -291,7 +291,7 @@ def test_the_corpus_as_arrays(plain):
 def corpus(**changes):
     parts = {
         "input_ids": np.array([5, 6, 7], np.int32),
-        "learned": np.array([False, True, True]),
+        "loss_mask": np.array([False, True, True]),
         "offsets": np.array([0, 3], np.int64),
         "authority_weight": np.array([0.5]),
         "provenance_entropy": np.array([1.0]),
@@ -313,7 +313,7 @@ def test_the_fingerprint_is_what_it_always_was():
         ({"locations": (Location("elsewhere.jsonl", 9),)}, True),
         ({"truncated": 1, "tokens_cut": 5}, True),
         ({"input_ids": np.array([5, 6, 8], np.int32)}, False),
-        ({"learned": np.array([False, False, True])}, False),
+        ({"loss_mask": np.array([False, False, True])}, False),
         ({"authority_weight": np.array([0.25])}, False),
         ({"provenance_entropy": np.array([1.5])}, False),
     ],

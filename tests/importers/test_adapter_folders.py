@@ -21,7 +21,7 @@ from distrust.engines.state_conversion import target_modules
 from distrust.errors import ConfigError, ResumeRefused
 from distrust.export import export
 from distrust.importers.convert import convert
-from models import make_model, train_a_little, write_records
+from distrust.testing.models import make_model, train_a_little, write_records
 
 mx = pytest.importorskip("mlx.core")
 mlx_lm = pytest.importorskip("mlx_lm")

@@ -59,7 +59,7 @@ def check_rows(corpus, batch, weights):
     assert batch.input_ids.shape[1] == corpus.lengths[batch.examples].max()
     for row, example in enumerate(batch.examples):
         piece = slice(corpus.offsets[example], corpus.offsets[example + 1])
-        ids, learned = corpus.input_ids[piece], corpus.learned[piece]
+        ids, learned = corpus.input_ids[piece], corpus.loss_mask[piece]
         t = len(ids)
         assert np.array_equal(batch.input_ids[row, :t], ids)
         assert np.array_equal(batch.labels[row, :t], np.where(learned, ids, IGNORED))

@@ -36,7 +36,7 @@ from distrust.errors import (
 from distrust.export import export
 from distrust.export.card import Facts, model_card, yaml_text
 from distrust.export.staging import atomic_directory
-from models import make_model, train_a_little, write_records
+from distrust.testing.models import make_model, train_a_little, write_records
 
 # peft asks transformers by a name that transformers has begun to change.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")

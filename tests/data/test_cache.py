@@ -108,7 +108,7 @@ def test_it_is_made_once_and_is_what_it_would_be_in_memory(data, cache):
     for corpus in (first, again):
         assert corpus.fingerprint == plain.fingerprint
         assert (corpus.truncated, corpus.tokens_cut) == (plain.truncated, plain.tokens_cut)
-        for name in ("input_ids", "learned", "starts", "lengths", "loss_tokens", "provenance_entropy"):
+        for name in ("input_ids", "loss_mask", "starts", "lengths", "loss_tokens", "provenance_entropy"):
             assert np.array_equal(getattr(corpus, name), getattr(plain, name))
             assert getattr(corpus, name).dtype == getattr(plain, name).dtype
         assert list(corpus.locations) == list(plain.locations)
@@ -126,7 +126,16 @@ def test_several_sources_are_told_apart(data, cache, tmp_path):
     assert str(corpus.locations[RECORDS]) == f"{other}:2"
 
 
-FILES = ["corpus.json", "input_ids", "learned", "offsets", "authority_weight", "loss_tokens", "part", "line"]
+FILES = [
+    "corpus.json",
+    "input_ids",
+    "loss_mask",
+    "offsets",
+    "authority_weight",
+    "loss_tokens",
+    "part",
+    "line",
+]
 
 
 @pytest.mark.parametrize(
@@ -171,7 +180,7 @@ CHILD = """
 import os, signal, sys
 sys.path[:0] = sys.argv[3].split(os.pathsep)
 from pathlib import Path
-from test_data_cache import TOKENIZER, Cache, check, kept, reading_of
+from test_cache import TOKENIZER, Cache, check, kept, reading_of
 reading = reading_of(sys.argv[1])
 if sys.argv[4] == "die":
     from distrust.data import cache
@@ -254,12 +263,12 @@ def test_a_tokenizer_that_cannot_be_told_apart_keeps_nothing(data, cache):
 def test_a_check_that_found_nothing_wrong_is_remembered(data, cache):
     reading = reading_of(data)
     census = check_records(reading)
-    assert cache.census(reading.key) is None
-    cache.remember(reading.key, census)
-    assert cache.census(reading.key) == census
+    assert cache.stats(reading.key) is None
+    cache.store_stats(reading.key, census)
+    assert cache.stats(reading.key) == census
     (path,) = (cache.folder / "checked-1").iterdir()
     path.write_bytes(path.read_bytes().replace(b"150", b"151"))
-    assert cache.census(reading.key) is None
+    assert cache.stats(reading.key) is None
 
 
 def test_the_key_is_of_the_content_and_how_it_is_read(data, tmp_path):
