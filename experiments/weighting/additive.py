@@ -36,7 +36,7 @@ class AddingPasses(ModelRunner):
 class AddingEngine(TorchEngine):
     """The product's engine, but for what its backward pass is called on."""
 
-    passes = AddingPasses
+    runner = AddingPasses
 
     def __init__(self, config: TrainConfig, objectives: list[float]) -> None:
         super().__init__(config)

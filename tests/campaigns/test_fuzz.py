@@ -174,7 +174,7 @@ Disk.create = open_to_all
     "what convert raises is not told": (
         "older: metadata", "convert: ValueError",
         """
-from distrust import convert
+from distrust.importers import convert
 def read(*_):
     raise ValueError
 convert._read = read

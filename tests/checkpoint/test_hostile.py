@@ -579,9 +579,9 @@ def test_a_link_to_a_terminal_does_not_become_that_of_the_process(tmp_path, run_
         code = """
 import os, sys
 from pathlib import Path
-from distrust.checkpoint import store
+from distrust.checkpoint import catalog
 os.setsid()
-(damaged,) = store.scan(Path(sys.argv[1])).damaged
+(damaged,) = catalog.scan(Path(sys.argv[1])).damaged
 assert "not a regular file" in damaged.reason, damaged.reason
 try:
     os.open("/dev/tty", os.O_RDWR)

@@ -512,8 +512,8 @@ def test_a_killed_writer_leaves_nothing_that_stays(distrust, tmp_path):
     code = """
 import os, signal, sys
 from pathlib import Path
-from distrust.atomic import new_file
-with new_file(Path(sys.argv[1]), force=False) as file:
+from distrust.atomic import atomic_file
+with atomic_file(Path(sys.argv[1]), force=False) as file:
     file.write(b"half")
     file.flush()
     os.kill(os.getpid(), signal.SIGKILL)

@@ -180,7 +180,7 @@ CHILD = """
 import os, signal, sys
 sys.path[:0] = sys.argv[3].split(os.pathsep)
 from pathlib import Path
-from test_cache import TOKENIZER, Cache, check, kept, reading_of
+from test_cache import TOKENIZER, Cache, kept, reading_of
 reading = reading_of(sys.argv[1])
 if sys.argv[4] == "die":
     from distrust.data import cache

@@ -36,10 +36,10 @@ MEMORY = """
 import gc, json, sys
 import mlx.core as mx
 from distrust import DistrustTrainer, TrainConfig
-from distrust.engines import create
+from distrust.engines import create_engine
 from distrust.training.events import MemoryReset
 
-def train(name, make=create, **more):
+def train(name, make=create_engine, **more):
     taken = []
 
     def watch(event):
@@ -51,7 +51,7 @@ def train(name, make=create, **more):
     return DistrustTrainer(config, engine=make, observers=[watch]).train().state_digest, taken
 
 def hoard(config):
-    engine = create(config)
+    engine = create_engine(config)
     kept.append(engine.model)
     return engine
 

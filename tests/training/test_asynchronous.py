@@ -202,12 +202,12 @@ def test_a_child_of_a_process_that_trains_may_train(trainer, data, tmp_path, run
 import os, sys, warnings
 warnings.simplefilter("ignore")
 from pathlib import Path
-from distrust.training.run_lock import only_run
+from distrust.training.run_lock import exclusive_run
 from distrust.errors import RunInProgress
-with only_run(Path("a")):
+with exclusive_run(Path("a")):
     child = os.fork()
     if child == 0:
-        with only_run(Path("b")):
+        with exclusive_run(Path("b")):
             os._exit(7)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """

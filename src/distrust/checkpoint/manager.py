@@ -568,7 +568,8 @@ class CheckpointManager:
         if not reasons:
             raise NoIntactCheckpoint(
                 f"{self.directory}: there are checkpoints, and none of them holds a model: they are metadata "
-                f"alone, which load(step) reads: {_format_steps(sorted({file.step for file in files}))}",
+                "alone, which load(step) reads; there are "
+                f"{_format_steps(sorted({file.step for file in files}))}",
                 path=self.directory,
             )
         raise NoIntactCheckpoint(
@@ -613,7 +614,8 @@ class CheckpointManager:
             if damaged.step == checkpoint:
                 raise damaged.error
         raise CheckpointNotFound(
-            f"{self.directory}: no checkpoint of step {checkpoint}; steps: {_format_steps(found.by_step())}",
+            f"{self.directory}: no checkpoint of step {checkpoint}; "
+            f"there are {_format_steps(found.by_step())}",
             path=self.directory,
         )
 

@@ -92,11 +92,11 @@ class WholeRow(dict[str, Any]):
 class WholeRows(Columns):
     """Names of fields for a reader that wants all there is of a row: one that writes it again."""
 
-    def among(self, there: Sequence[str]) -> list[str]:
+    def needed_from(self, there: Sequence[str]) -> list[str]:
         """All of them."""
         return list(there)
 
-    def taken(self, row: Mapping[str, Any], text: str | None = None) -> WholeRow:
+    def select(self, row: Mapping[str, Any], text: str | None = None) -> WholeRow:
         """All of it."""
         return WholeRow(row, text)
 
