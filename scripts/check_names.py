@@ -60,30 +60,25 @@ def check(tree: ast.AST) -> Iterator[tuple[int, int, str]]:
 
 def _check_node(node: ast.AST, *, in_function: bool) -> Iterator[tuple[int, int, str]]:
     for child in ast.iter_child_nodes(node):
-        is_function = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef))
-        # A property is read like an attribute, and there `done` or `closed` is the usual name of a state.
-        if is_function and is_participle(child.name) and not _is_property(child):
-            yield (
-                child.lineno,
-                child.col_offset,
-                f"function `{child.name}` is named by a participle: use a verb",
-            )
-        if (
-            in_function
-            and isinstance(child, ast.Name)
-            and isinstance(child.ctx, ast.Store)
-            and _is_vague(child.id)
-        ):
-            yield child.lineno, child.col_offset, f"local name `{child.id}` is vague: say what the value is"
-        yield from _check_node(child, in_function=in_function or is_function)
+        inside = in_function
+        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            inside = True
+            # A property is read like an attribute, and there `done` or `closed` is the usual name of a state.
+            if is_participle(child.name) and not _is_property(child):
+                message = f"function `{child.name}` is named by a participle: use a verb"
+                yield child.lineno, child.col_offset, message
+        elif in_function and isinstance(child, ast.Name) and isinstance(child.ctx, ast.Store):
+            if child.id in VAGUE and child.id not in EXCEPTIONS:
+                yield (
+                    child.lineno,
+                    child.col_offset,
+                    f"local name `{child.id}` is vague: say what the value is",
+                )
+        yield from _check_node(child, in_function=inside)
 
 
 def _is_property(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
     return any("property" in ast.unparse(decorator) for decorator in function.decorator_list)
-
-
-def _is_vague(name: str) -> bool:
-    return name in VAGUE and name not in EXCEPTIONS
 
 
 def main(arguments: Sequence[str]) -> int:
