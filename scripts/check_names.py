@@ -14,6 +14,7 @@ import ast
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TypeGuard
 
 _VAGUE_WORDS = """
     after apart asked bad before came comes done drawn elsewhere found given goes gone good held here
@@ -75,6 +76,15 @@ def _check_node(node: ast.AST, *, in_function: bool) -> Iterator[tuple[int, int,
                     f"local name `{child.id}` is vague: say what the value is",
                 )
         yield from _check_node(child, in_function=inside)
+
+
+def _binds_vague_name(node: ast.AST) -> TypeGuard[ast.Name]:
+    return (
+        isinstance(node, ast.Name)
+        and isinstance(node.ctx, ast.Store)
+        and node.id in VAGUE
+        and node.id not in EXCEPTIONS
+    )
 
 
 def _is_property(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
