@@ -68,13 +68,9 @@ def _check_node(node: ast.AST, *, in_function: bool) -> Iterator[tuple[int, int,
             if is_participle(child.name) and not _is_property(child):
                 message = f"function `{child.name}` is named by a participle: use a verb"
                 yield child.lineno, child.col_offset, message
-        elif in_function and isinstance(child, ast.Name) and isinstance(child.ctx, ast.Store):
-            if child.id in VAGUE and child.id not in EXCEPTIONS:
-                yield (
-                    child.lineno,
-                    child.col_offset,
-                    f"local name `{child.id}` is vague: say what the value is",
-                )
+        elif in_function and _binds_vague_name(child):
+            message = f"local name `{child.id}` is vague: say what the value is"
+            yield child.lineno, child.col_offset, message
         yield from _check_node(child, in_function=inside)
 
 
