@@ -200,9 +200,7 @@ def test_nothing_to_save_is_said_too():
                 already_finished=False,
             )
         )
-    assert stream.getvalue() == (
-        "Stopped by SIGINT: nothing to save yet. Run the same command to resume\n"
-    )
+    assert stream.getvalue() == ("Stopped by SIGINT: nothing to save yet. Run the same command to resume\n")
 
 
 @pytest.mark.parametrize(
