@@ -197,8 +197,11 @@ class ConsoleReporter:
             self._say(f"Stopped{by}: {saved}. Run the same command to resume")
         else:
             took = time.perf_counter() - self._began
-            early = event.reason == "early_stopping"
-            end = f"early at step {event.step} (no improvement)" if early else f"step {event.step}"
+            end = (
+                f"early at step {event.step} (no improvement)"
+                if event.reason == "early_stopping"
+                else f"step {event.step}"
+            )
             self._say(
                 f"Finished {end} in {_duration(took)}; checkpoint stall "
                 f"{event.stall_seconds * 1000:.0f} ms ({event.stall_seconds / took:.2%})"
