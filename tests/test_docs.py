@@ -123,7 +123,9 @@ def test_the_index_names_every_page():
 
 def test_the_architecture_page_names_every_module_once():
     """The tree in docs/architecture.md: a line for each module, indented below its package."""
-    tree = re.search(r"^```text\n(.*?)^```", (DOCS / "architecture.md").read_text("utf-8"), re.DOTALL | re.MULTILINE)
+    tree = re.search(
+        r"^```text\n(.*?)^```", (DOCS / "architecture.md").read_text("utf-8"), re.DOTALL | re.MULTILINE
+    )
     assert tree is not None
     folders: list[tuple[int, str]] = []
     named = []

@@ -28,7 +28,9 @@ def test_every_block_runs(tmp_path):
         if code in MAKE:
             continue
         assert language in {"sh", "python"}, language
-        command = ["bash", "-euo", "pipefail", "-c", code] if language == "sh" else [sys.executable, "-c", code]
+        command = (
+            ["bash", "-euo", "pipefail", "-c", code] if language == "sh" else [sys.executable, "-c", code]
+        )
         result = subprocess.run(
             command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False
         )
@@ -42,7 +44,10 @@ def test_every_block_runs(tmp_path):
 @pytest.mark.parametrize("line", [line for code in MAKE for line in code.splitlines()])
 def test_the_make_targets_exist(line):
     target = line.split("#")[0].split()[1]
-    assert subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, check=False).returncode == 0
+    assert (
+        subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, check=False).returncode
+        == 0
+    )
 
 
 def test_links_lead_somewhere():
