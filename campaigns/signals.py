@@ -43,7 +43,7 @@ NUMBERS = (SIGTERM, SIGUSR1, SIGINT)
 LOOK_SECONDS = 0.005
 EVENTS: tuple[Seen, ...] = ("made", "reserved", "renamed", "removed")
 _STEP = re.compile(rf"step (\d+)/{STEPS}: loss")
-_STOPPED = re.compile(r"stopped by (\w+): (?:step (\d+) is saved|nothing to save yet)")
+_STOPPED = re.compile(r"Stopped by (\w+): (?:step (\d+) is saved|nothing to save yet)")
 
 
 class Moment(NamedTuple):
@@ -146,7 +146,7 @@ def _stopped(session: Session) -> re.Match[str] | None:
 
 def _over(session: Session) -> bool:
     """Whether it has said how it ended: everything that matters is durable."""
-    return any(line.startswith(("finished at ", "nothing to do", "stopped by ")) for line in session.said())
+    return any(line.startswith(("Finished ", "Nothing to do", "Stopped by ")) for line in session.said())
 
 
 def _until_its_last_word(session: Session) -> float:

@@ -22,12 +22,12 @@ def nothing(*_: Any, **__: Any) -> None: ...
 
 
 def own_digest_of_the_file(raw: bytes) -> str:
-    return bytes(raw[header.DIGEST_PLACE]).decode("latin-1")
+    return bytes(raw[header.DIGEST_SLICE]).decode("latin-1")
 
 
 def trusts_the_header(patch: pytest.MonkeyPatch) -> None:
     """Both proofs: that it is the one that was written, and that it is one that a writer makes."""
-    patch.setattr(header, "own_digest", own_digest_of_the_file)
+    patch.setattr(header, "header_digest", own_digest_of_the_file)
     patch.setattr(header.Header, "require_intact", nothing)
 
 

@@ -16,7 +16,7 @@ from distrust import Checkpoint, CheckpointManager, DistrustWarning
 from distrust.checkpoint import CheckpointFile, catalog
 from distrust.checkpoint.disk import Disk
 from distrust.checkpoint.files import checkpoint_file_name
-from distrust.checkpoint.format import own_digest
+from distrust.checkpoint.format import header_digest
 from distrust.errors import CheckpointDirectoryLocked, CheckpointError, CorruptCheckpoint
 
 
@@ -95,7 +95,7 @@ def later_version(path: Path) -> None:
     """As a later version of this program would write it, by what all versions keep to."""
     raw = bytearray(path.read_bytes().replace(b'"version":"1"', b'"version":"2"'))
     end = 8 + int.from_bytes(raw[:8], "little")
-    digest = own_digest(raw[:end]).encode()
+    digest = header_digest(raw[:end]).encode()
     place = raw.index(b'"digest":"') + len(b'"digest":"')
     raw[place : place + 64] = digest
     path.write_bytes(raw)

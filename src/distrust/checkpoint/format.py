@@ -50,7 +50,7 @@ METADATA = "__metadata__"
 #: What every header begins with, after its length; then comes its own digest.
 OPENING = f'{{"{METADATA}":{{"digest":"'.encode()
 #: Where a header's own digest stands in the file.
-DIGEST_PLACE = slice(LENGTH_BYTES + len(OPENING), LENGTH_BYTES + len(OPENING) + DIGEST_CHARACTERS)
+DIGEST_SLICE = slice(LENGTH_BYTES + len(OPENING), LENGTH_BYTES + len(OPENING) + DIGEST_CHARACTERS)
 _DIGESTS = b'","digests":"'
 
 Kind = Literal["periodic", "final"]
@@ -314,12 +314,12 @@ class Layout:
         return text
 
 
-def own_digest(header: bytes | bytearray) -> str:
+def header_digest(header: bytes | bytearray) -> str:
     """The digest of a header, from its length to its padding, with the place of its own digest blank."""
     view = memoryview(header)
-    hasher = blake3(view[: DIGEST_PLACE.start])
+    hasher = blake3(view[: DIGEST_SLICE.start])
     hasher.update(NO_DIGEST.encode())
-    return hasher.update(view[DIGEST_PLACE.stop :]).hexdigest()
+    return hasher.update(view[DIGEST_SLICE.stop :]).hexdigest()
 
 
 def tensor_hasher(*, all_cores: bool) -> blake3:
@@ -353,7 +353,7 @@ def compact_json(value: Any) -> str:
     return _COMPACT.encode(value)
 
 
-def is_possible(shape: tuple[int, ...]) -> bool:
+def is_valid_shape(shape: tuple[int, ...]) -> bool:
     """Whether a tensor of the smallest items can have that shape. Nothing about it is trusted."""
     return _size("U8", shape) >= 0
 

@@ -30,7 +30,7 @@ from distrust.checkpoint import tree
 from distrust.checkpoint.format import (
     ALIGNMENT,
     DIGEST_CHARACTERS,
-    DIGEST_PLACE,
+    DIGEST_SLICE,
     FORMAT,
     LENGTH_BYTES,
     MAX_HEADER_BYTES,
@@ -44,8 +44,8 @@ from distrust.checkpoint.format import (
     TensorTable,
     canonical_json,
     compact_json,
-    is_possible,
-    own_digest,
+    header_digest,
+    is_valid_shape,
 )
 from distrust.checkpoint.lazy import lockfree_cached_property
 from distrust.checkpoint.tree import ARRAY_SECTIONS, STATE_SECTIONS
@@ -241,7 +241,7 @@ def parse_header(raw: bytes | bytearray, file_size: int) -> Header:
             f"not a checkpoint of this library: its header does not begin as one of {FORMAT}"
         )
     # Every version of the format keeps to this, and what follows can rely on it.
-    if raw[DIGEST_PLACE] != own_digest(raw).encode():
+    if raw[DIGEST_SLICE] != header_digest(raw).encode():
         raise CorruptCheckpoint("the header's digest does not match the header")
     try:
         text = str(memoryview(raw)[LENGTH_BYTES:], "utf-8")
@@ -363,7 +363,7 @@ def _shape(text: str) -> tuple[int, ...]:
         shape = tuple(json.loads(f"[{text}]"))
         _require_same(f"[{text}]", compact_json(shape))
     # Before anybody puts shapes into a set: who may choose the numbers in them chooses their hashes, too.
-    if not is_possible(shape):
+    if not is_valid_shape(shape):
         raise CorruptCheckpoint(f"no tensor has the shape [{shorten(text)}]")
     return shape
 

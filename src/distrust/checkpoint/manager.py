@@ -146,7 +146,7 @@ class CheckpointManager:
                 with _resource_errors(path):
                     prepared = serialization.prepare(checkpoint, kind)
                     capture = session.snapshot.start_copy(
-                        prepared, later=_OVERLAPPED if overlap else (), ring=session.ring
+                        prepared, deferred=_OVERLAPPED if overlap else (), block_buffer=session.ring
                     )
             except SaveFailed as error:
                 return session.writer.record_failure(path, error)

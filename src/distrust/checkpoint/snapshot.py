@@ -54,23 +54,23 @@ class Snapshot:
         return True
 
     def start_copy(
-        self, image: PreparedCheckpoint, *, later: tuple[str, ...], ring: ReusableMemory
+        self, image: PreparedCheckpoint, *, deferred: tuple[str, ...], block_buffer: ReusableMemory
     ) -> PendingCopy | None:
         """Take a state in; None if the budget does not allow its copy.
 
         Args:
             image: the state.
-            later: how the labels begin of what :meth:`Capture.copy` copies, and may not change until then;
+            deferred: how the labels begin of what :meth:`Capture.copy` copies, and may not change until then;
                 everything else is copied when this returns.
-            ring: memory for the blocks in which arrays are written that need no copy.
+            block_buffer: memory for the blocks in which arrays are written that need no copy.
         """
-        return self._held(image, ring) if image.zero_copy else self._copied(image, later)
+        return self._held(image, block_buffer) if image.zero_copy else self._copied(image, deferred)
 
     def release(self) -> None:
         """Give it back."""
         self._memory.release()
 
-    def _held(self, image: PreparedCheckpoint, ring: ReusableMemory) -> PendingCopy | None:
+    def _held(self, image: PreparedCheckpoint, block_buffer: ReusableMemory) -> PendingCopy | None:
         # What changes beside arrays that are held is little, most often: random numbers, history.
         edges = zip(image.layout.names, image.layout.edges, image.layout.edges[1:], strict=False)
         changing = sum(end - begin for label, begin, end in edges if label not in image.zero_copy)
@@ -81,15 +81,17 @@ class Snapshot:
             for label, flat in zip(image.layout.names, image.flat_arrays, strict=True)
         ]
         held = replace(image, flat_arrays=flats)
-        return PendingCopy(_nothing_to_copy, lambda file: stream_writer.write_streaming(file, held, ring))
+        return PendingCopy(
+            _nothing_to_copy, lambda file: stream_writer.write_streaming(file, held, block_buffer)
+        )
 
-    def _copied(self, image: PreparedCheckpoint, later: tuple[str, ...]) -> PendingCopy | None:
+    def _copied(self, image: PreparedCheckpoint, deferred: tuple[str, ...]) -> PendingCopy | None:
         layout = image.layout
         if not self.reserve(layout.data_bytes):
             return None
         memory = self._memory.acquire(round_up(layout.data_bytes, PAGE_BYTES))
         waiting = []
-        for behind, place, flats in _runs(image, later):
+        for behind, place, flats in _runs(image, deferred):
             if behind:
                 waiting.append((place, flats, arrays.versions(flats)))
             else:
@@ -113,10 +115,10 @@ def _nothing_to_copy(_: Path) -> None:
     pass
 
 
-def _runs(image: PreparedCheckpoint, later: tuple[str, ...]) -> Iterator[tuple[bool, int, list[Any]]]:
+def _runs(image: PreparedCheckpoint, deferred: tuple[str, ...]) -> Iterator[tuple[bool, int, list[Any]]]:
     """Arrays that lie side by side and are copied together: whether later, where, and which."""
     begin = 0
-    for behind, labels in itertools.groupby(image.layout.names, key=lambda label: label.startswith(later)):
+    for behind, labels in itertools.groupby(image.layout.names, key=lambda label: label.startswith(deferred)):
         end = begin + len(list(labels))
         yield behind, image.layout.edges[begin], list(image.flat_arrays[begin:end])
         begin = end

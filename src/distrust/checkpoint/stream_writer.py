@@ -55,13 +55,13 @@ def write_snapshot(file: AtomicFile, layout: Layout, data: mmap.mmap) -> str:
     return _write_header(file, layout, digests.digests())
 
 
-def write_streaming(file: AtomicFile, image: PreparedCheckpoint, ring: ReusableMemory) -> str:
+def write_streaming(file: AtomicFile, image: PreparedCheckpoint, block_buffer: ReusableMemory) -> str:
     """Write a file, to be committed by the caller; returns its header's digest.
 
     Args:
         file: new, of the size that the layout wants.
         image: what to write.
-        ring: memory for the blocks.
+        block_buffer: memory for the blocks.
 
     Raises:
         SaveFailed: with what stood before untouched.
@@ -70,7 +70,7 @@ def write_streaming(file: AtomicFile, image: PreparedCheckpoint, ring: ReusableM
     layout = image.layout
     digests = _Digests(layout)
     slots = min(BLOCKS, len(_blocks(layout)))
-    memory = ring.acquire(slots * BLOCK_BYTES)
+    memory = block_buffer.acquire(slots * BLOCK_BYTES)
     under_way: deque[threading.Event] = deque()
     for number, (begin, end) in enumerate(_blocks(layout)):
         if number >= slots:

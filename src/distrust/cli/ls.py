@@ -37,8 +37,8 @@ def main(arguments: list[str]) -> int:
             row = f"{file.step:>8}  {file.kind:8}  {size(file.bytes):>8}  {created:19}  {metrics}"
             print(printable(row))
     else:
-        whole, hint = ("whole ", "") if found.damaged else ("", foreign.import_hint(options.target))
-        print(printable(f"no {whole}checkpoints in {options.target}{hint}"))
+        adjective, hint = ("intact ", "") if found.damaged else ("", foreign.import_hint(options.target))
+        print(printable(f"no {adjective}checkpoints in {options.target}{hint}"))
     return 0
 
 
