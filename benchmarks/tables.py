@@ -15,10 +15,10 @@ from benchmarks.states import Spec
 HEADS = ("", "min", "median", "max", "limit / time", "time / ours", "extra memory")
 TARGET_HEADS = ("target", "state", "bound", "median", "min to max", "reached")
 NOTES = (
-    "Times in ms. limit / time: 1.00 is as fast as the hardware. time / ours: above 1 the other library is "
-    "slower; **below 1 it is faster**. Ratios are medians of the ratios within each repeat. Extra memory: the "
-    "rise of resident memory above its level with the state in memory. ° marks the limit. Each target states "
-    "its own bound."
+    "Times in ms. limit / time: 1.00 is as fast as the hardware. time / ours: above 1 the other library "
+    "is slower; **below 1 it is faster**. Ratios are medians of the ratios within each repeat. Extra memory: "
+    "the rise of resident memory above its level with the state in memory. ° marks the limit. Each target "
+    "states its own bound."
 )
 
 
