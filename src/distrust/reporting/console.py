@@ -91,10 +91,8 @@ class ConsoleReporter:
                 self._last_saved = event.step
                 self._draw()
                 if not self._live:
-                    waited = event.stall_seconds * 1000
-                    self._say(
-                        f"step {event.step}: saved {_shown(event.path)} (training waited {waited:.0f} ms)"
-                    )
+                    stall = event.stall_seconds * 1000
+                    self._say(f"step {event.step}: saved {_shown(event.path)} (stall {stall:.0f} ms)")
             case MemoryReset():
                 self._say(
                     f"step {event.step}: memory reset, {event.before_bytes / 2**30:.2f} to "
@@ -118,17 +116,17 @@ class ConsoleReporter:
     def _started(self, event: RunStarted) -> None:
         low, high = event.weight_range
         self._say(
-            f"{pluralize(event.examples, 'example')}, {pluralize(event.tokens, 'learned token')}, "
-            f"{event.epoch_steps:.1f} steps an epoch"
+            f"{pluralize(event.examples, 'example')}, {pluralize(event.tokens, 'trained token')}, "
+            f"{event.epoch_steps:.1f} steps per epoch"
             + (
-                f"; {event.truncated:,} of all that were read cut to fit, "
-                f"{pluralize(event.tokens_cut, 'token')} lost"
+                f"; {pluralize(event.truncated, 'example')} truncated, "
+                f"{pluralize(event.tokens_cut, 'token')} dropped"
                 if event.truncated
                 else ""
             )
         )
         self._say(
-            f"weights {low:.3g} to {high:.3g}: worth {pluralize(event.effective_examples, 'equal example')} "
+            f"weights {low:.3g} to {high:.3g}: effective sample size {event.effective_examples:,.0f} "
             f"({event.effective_examples / event.examples:.0%})"
         )
         by = f"{event.engine} on {event.device}" if event.device else event.engine
@@ -137,11 +135,11 @@ class ConsoleReporter:
         )
         if event.max_steps < 2 * event.warmup_steps:
             self._say(
-                f"warm-up: {min(event.max_steps, event.warmup_steps)} of {event.max_steps} steps, so the run "
-                "learns little; fewer --warmup-steps, a smaller --batch-size or more --epochs change that"
+                f"warm-up: {min(event.max_steps, event.warmup_steps)} of {event.max_steps} steps, so the "
+                "model learns little; use fewer --warmup-steps, a smaller --batch-size or more --epochs"
             )
         if event.resumed_from is not None:
-            self._say(f"going on after step {event.step}, from {_shown(event.resumed_from)}")
+            self._say(f"Resuming from step {event.step} ({_shown(event.resumed_from)})")
         self._max_steps = event.max_steps
         self._last_saved = event.step or None
         self._bar.reset(
@@ -191,18 +189,22 @@ class ConsoleReporter:
     def _ended(self, event: RunEnded) -> None:
         self._bar.update(self._task, visible=False)
         if event.already_finished:
-            early = ", early: its metric no longer improved" if event.reason == "early_stopping" else ""
-            self._say(f"nothing to do: the run finished at step {event.step}{early}")
+            early = " early" if event.reason == "early_stopping" else ""
+            self._say(f"Nothing to do: the run finished{early} at step {event.step}")
         elif not event.finished:
-            where = "nothing to save yet" if event.path is None else f"step {event.step} is saved"
+            saved = "nothing to save yet" if event.path is None else f"step {event.step} is saved"
             by = "" if event.signal is None else f" by {Signals(event.signal).name}"
-            self._say(f"stopped{by}: {where}. The same command goes on from there")
+            self._say(f"Stopped{by}: {saved}. Run the same command to resume")
         else:
             took = time.perf_counter() - self._began
-            early = ", early: no improvement," if event.reason == "early_stopping" else ""
+            end = (
+                f"early at step {event.step} (no improvement)"
+                if event.reason == "early_stopping"
+                else f"step {event.step}"
+            )
             self._say(
-                f"finished{early} at step {event.step} in {_duration(took)}; saving kept this session "
-                f"waiting for {event.stall_seconds * 1000:.0f} ms ({event.stall_seconds / took:.2%})"
+                f"Finished {end} in {_duration(took)}; checkpoint stall "
+                f"{event.stall_seconds * 1000:.0f} ms ({event.stall_seconds / took:.2%})"
             )
         if event.path is not None:
             self._say(f"checkpoint {_shown(event.path)}")
