@@ -20,7 +20,7 @@ import numpy as np
 from distrust import engines
 from distrust.bundled import QUESTIONS
 from distrust.config import TrainConfig
-from distrust.data import Corpus, Location, Tokenizer, beginning, evaluation_batches
+from distrust.data import Corpus, Location, Tokenizer, bos_prefix, evaluation_batches
 from distrust.reporting.metrics import MetricsWriter
 from distrust.training import DistrustTrainer
 from distrust.weighting import Weighting
@@ -211,7 +211,7 @@ def _log_probabilities(engine: Engine, pairs: list[tuple[str, str]]) -> list[flo
 
 def _continuations(tokenizer: Tokenizer, pairs: list[tuple[str, str]]) -> Corpus:
     """A corpus of prompts and texts, only the texts scored. Unlike in training, no end-of-text token."""
-    begin = beginning(tokenizer)
+    begin = bos_prefix(tokenizer)
     prompts = [begin + tokenizer.encode(prompt, add_special_tokens=False) for prompt, _ in pairs]
     texts = [tokenizer.encode(text, add_special_tokens=False) for _, text in pairs]
     rows = list(zip(prompts, texts, strict=True))
