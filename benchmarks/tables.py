@@ -12,13 +12,13 @@ from benchmarks.operations import EXTRA, OPERATIONS, TARGETS, Kind, Operation, R
 from benchmarks.results import NOT_INSTALLED, Figure, Results
 from benchmarks.states import Spec
 
-HEADS = ("", "min", "median", "max", "of the limit", "time / ours", "extra memory")
-TARGET_HEADS = ("target", "state", "wanted", "median", "min to max", "reached")
+HEADS = ("", "min", "median", "max", "limit / time", "time / ours", "extra memory")
+TARGET_HEADS = ("target", "state", "bound", "median", "min to max", "reached")
 NOTES = (
-    "Times in ms. Of the limit: its time over this one's; 1.00 is as fast as the hardware. Time / ours: "
-    "above 1 the peer is slower; **below 1 it is faster**, and marked. Ratios are medians of the ratios "
-    "within each repeat. Extra memory: how far resident memory rose above where it was when the state "
-    "stood. ° marks the limit. The targets below have their own sense: what is wanted stands beside each."
+    "Times in ms. limit / time: 1.00 is as fast as the hardware. time / ours: above 1 the other library "
+    "is slower; **below 1 it is faster**. Ratios are medians of the ratios within each repeat. Extra memory: "
+    "the rise of resident memory above its level with the state in memory. ° marks the limit. Each target "
+    "states its own bound."
 )
 
 
