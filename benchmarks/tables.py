@@ -12,13 +12,13 @@ from benchmarks.operations import EXTRA, OPERATIONS, TARGETS, Kind, Operation, R
 from benchmarks.results import NOT_INSTALLED, Figure, Results
 from benchmarks.states import Spec
 
-HEADS = ("", "min", "median", "max", "of the limit", "time / ours", "extra memory")
-TARGET_HEADS = ("target", "state", "wanted", "median", "min to max", "reached")
+HEADS = ("", "min", "median", "max", "limit / time", "time / ours", "extra memory")
+TARGET_HEADS = ("target", "state", "bound", "median", "min to max", "reached")
 NOTES = (
-    "Times in ms. Of the limit: its time over this one's; 1.00 is as fast as the hardware. Time / ours: "
-    "above 1 the peer is slower; **below 1 it is faster**, and marked. Ratios are medians of the ratios "
-    "within each repeat. Extra memory: how far resident memory rose above where it was when the state "
-    "stood. ° marks the limit. The targets below have their own sense: what is wanted stands beside each."
+    "Times in ms. limit / time: 1.00 is as fast as the hardware. time / ours: above 1 the other library "
+    "is slower; **below 1 it is faster**. Ratios are medians of the ratios within each repeat. Extra memory: "
+    "the rise of resident memory above its level with the state in memory. ° marks the limit. Each target "
+    "states its own bound."
 )
 
 
@@ -58,13 +58,20 @@ def targets(results: Results, specs: Sequence[Spec]) -> list[tuple[str, ...]]:
             values = target.values(results, spec)
             if values:
                 median = statistics.median(values)
-                wanted = f"{'≥' if target.at_least else '≤'} {target.bound:g}"
+                bound = f"{'≥' if target.at_least else '≤'} {target.bound:g}"
                 spread = f"{_number(min(values))} to {_number(max(values))}"
-                verdict = "yes" if target.reached(median) else "NO"
+                verdict = "yes" if target.is_reached(median) else "NO"
                 if len(values) < ENOUGH:
                     verdict = "too few"
                 rows.append(
-                    (_named(results, spec, target), spec.title, wanted, _number(median), spread, verdict)
+                    (
+                        _target_title(results, spec, target),
+                        spec.title,
+                        bound,
+                        _number(median),
+                        spread,
+                        verdict,
+                    )
                 )
     return rows
 
@@ -101,13 +108,13 @@ def markdown(results: Results, specs: Sequence[Spec], about: str) -> str:
         for title, lines in sections(results, spec):
             parts.append(f"**{spec.title}: {title}**")
             cells = [
-                line.cells if line.kind == "peer" and not line.faster else _marked(line) for line in lines
+                line.cells if line.kind == "peer" and not line.faster else _mark_cells(line) for line in lines
             ]
             parts.append(_markdown_table(HEADS, cells, left=1))
     return "\n\n".join(parts) + "\n"
 
 
-def _named(results: Results, spec: Spec, target: Target) -> str:
+def _target_title(results: Results, spec: Spec, target: Target) -> str:
     best = None if target.best_of is None else results.least(spec, target.best_of)
     if best is None:
         return target.text
@@ -137,7 +144,7 @@ def _line(results: Results, spec: Spec, operation: Operation, row: Row) -> Line:
     return Line(row.kind, cells, faster)
 
 
-def _marked(line: Line) -> tuple[str, ...]:
+def _mark_cells(line: Line) -> tuple[str, ...]:
     if line.faster:
         return tuple(f"**{cell}**" if position == HEADS.index("time / ours") else cell
                      for position, cell in enumerate(line.cells))  # fmt: skip
