@@ -1,15 +1,15 @@
 """Example weights from the provenance of their sources: pure functions of numpy arrays.
 
 Each example has the authority weight w of its source, dimensionless in [0, 0.99], and the entropy H of its
-provenance in bits. A high authority weight means LESS training weight: 0 is a primary record, 0.99 coordinated
-consensus. With r = ln(1 − w + 1e-8) + H:
+provenance in bits. A high authority weight means LESS training weight: 0 is a primary record, 0.99 is
+coordinated consensus. With r = ln(1 − w + 1e-8) + H:
 
 - The published term is α·r² (Brian Roemmele, "Empirical Distrust Term", 25 November 2025, public domain). It
   does not depend on the model: added to a loss it changes no gradient, so it is logged and never added. It
   adds nats to bits, as published.
 - The example weight u multiplies the example's loss, and so its gradient. ``monotone`` takes
   u = 1 + λ·α·max(r, 0)²: u never grows with w and never falls with H. ``published`` takes u = 1 + λ·α·r²,
-  which grows again for r < 0: w = 0.99, H = 0 has r² = 21.2, but w = 0.90, H = 1 has 1.7. ``off`` takes u = 1.
+  which grows again for r < 0: w = 0.99, H = 0 has r² = 21.2, but w = 0.90, H = 1 has 1.7. ``off`` takes 1.
 
 ``normalize`` divides by the mean over the training tokens, so that the learning rate keeps its meaning.
 Results are float64. Sums are correctly rounded (``math.fsum``): they depend neither on the order of the
@@ -62,7 +62,7 @@ MAX_AUTHORITY_WEIGHT = 0.99
 def distrust_term(
     authority_weight: ArrayLike, provenance_entropy: ArrayLike, *, alpha: float = ALPHA
 ) -> NDArray[np.float64]:
-    """The published term of each example, α·r² with r = ln(1 − w + 1e-8) + H (Roemmele, 2025). For the log only.
+    """The published term α·r² of each example, r = ln(1 − w + 1e-8) + H (Roemmele, 2025). For the log only.
 
     Args:
         authority_weight: w, shape [n], in [0, 0.99]; 0: primary record, 0.99: coordinated consensus.
@@ -167,7 +167,7 @@ def effective_sample_size(weights: ArrayLike) -> float:
 
 
 def _r(authority_weight: ArrayLike, provenance_entropy: ArrayLike) -> NDArray[np.float64]:
-    """r = ln(1 − w + 1e-8) + H, float64[n]."""
+    """The published r = ln(1 − w + 1e-8) + H, float64[n]."""
     w, h = _pair(authority_weight, provenance_entropy, "authority_weight", "provenance_entropy")
     _require(
         (w >= 0) & (w <= MAX_AUTHORITY_WEIGHT),  # false for NaN

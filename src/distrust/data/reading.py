@@ -1,8 +1,8 @@
 """Reads and validates records one at a time. Nothing is repaired or skipped.
 
-A record's content is a text, a prompt and completion, or a conversation; its provenance is an authority weight
-and an entropy. Other fields are ignored. All wrong records are reported in one error, before anything slow,
-such as a model, is loaded.
+A record's content is a text, a prompt and completion, or a conversation; its provenance is an authority
+weight and an entropy. Other fields are ignored. All wrong records are reported in one error, before anything
+slow, such as a model, is loaded.
 """
 
 from __future__ import annotations

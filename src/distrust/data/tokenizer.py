@@ -54,7 +54,7 @@ def encode_all(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     if texts and core is not None:
         probe = max(texts, key=len)[:_PROBE_CHARACTERS]
         expected = tokenizer.encode(probe, add_special_tokens=False)
-        # After ``encode`` the core neither truncates nor pads, and treats special tokens as the tokenizer does.
+        # ``encode`` has set the core up: no truncation, no padding, special tokens as in the tokenizer.
         encodings = core.encode_batch_fast([*texts, probe], add_special_tokens=False)
         *ids, probe_ids = [encoding.ids for encoding in encodings]
         if probe_ids == expected:

@@ -1,1 +1,1 @@
-"""Authority weight and provenance entropy of each record: computed, checked, and written to a new data set."""
+"""Authority weight and provenance entropy of each record: computed, checked and written."""
