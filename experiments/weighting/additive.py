@@ -36,12 +36,12 @@ class AddingPasses(ModelRunner):
 class AddingEngine(TorchEngine):
     """The product's engine, but for what its backward pass is called on."""
 
-    runner = AddingPasses
+    runner_class = AddingPasses
 
     def __init__(self, config: TrainConfig, objectives: list[float]) -> None:
         super().__init__(config)
-        assert isinstance(self._passes, AddingPasses)
-        self._passes.objectives = objectives
+        assert isinstance(self._runner, AddingPasses)
+        self._runner.objectives = objectives
 
 
 @dataclass
