@@ -1,4 +1,4 @@
-"""Trains the demo's base model: a small Llama with a byte-level tokenizer, on the text of `make_world.py`.
+"""Trains the demo's base model: a small Llama with a byte-level tokenizer, on the text of `make_world.py`."""
 
 from __future__ import annotations
 
