@@ -11,7 +11,7 @@ from typing import Any, Literal
 from distrust import config as options
 from distrust.checkpoint import Checkpoint, CheckpointFile, CheckpointManager, serialization
 from distrust.checkpoint.catalog import checkpoint_directory, is_directory, read_header, resolve, scan
-from distrust.checkpoint.manager import require_converted
+from distrust.checkpoint.foreign import require_converted
 from distrust.config import TrainConfig, key
 from distrust.contract import Engine, EngineState
 from distrust.engines.registry import (

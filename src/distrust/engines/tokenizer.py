@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from distrust.data import Tokenizer, beginning
+from distrust.data import Tokenizer, bos_prefix
 from distrust.engines.loading import load_pretrained
 from distrust.errors import DataError, ModelError
 
@@ -48,7 +48,7 @@ def prompt_tokens(tokenizer: Tokenizer, prompt: str, *, chat: bool) -> list[int]
     if chat:
         ids = tokenizer.encode(_render_chat(tokenizer, prompt), add_special_tokens=False)
     else:
-        ids = beginning(tokenizer) + tokenizer.encode(prompt, add_special_tokens=False)
+        ids = bos_prefix(tokenizer) + tokenizer.encode(prompt, add_special_tokens=False)
     if not ids:
         raise DataError("an empty prompt: this tokenizer adds no begin-of-text token; give some text")
     return ids

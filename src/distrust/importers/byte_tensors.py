@@ -20,7 +20,7 @@ from distrust.checkpoint.format import (
     LENGTH_BYTES,
     METADATA,
     TensorInfo,
-    is_possible,
+    is_valid_shape,
 )
 from distrust.checkpoint.header import header_length
 from distrust.checkpoint.memory import available_bytes
@@ -204,7 +204,7 @@ def _tensor(name: str, value: Any, begin: int) -> TensorInfo:
         or type(offsets) is not list
         or type(dtype) is not str
         or dtype not in ITEM_SIZES
-        or not is_possible(tuple(shape))
+        or not is_valid_shape(tuple(shape))
         or {*map(type, offsets)} != {int}
         or len(offsets) != 2
         or not 0 <= offsets[0] <= offsets[1]

@@ -9,9 +9,9 @@ from typing import Any
 import mlx.core as mx
 
 from distrust.checkpoint import Checkpoint
-from distrust.checkpoint.foreign import ADAPTER_CONFIG, MLX_WEIGHTS
 from distrust.engines.state_conversion import MLX_SUFFIXES
 from distrust.errors import CorruptCheckpoint, ResumeRefused, quote_untrusted
+from distrust.importers.detect import ADAPTER_CONFIG, MLX_WEIGHTS
 from distrust.importers.header import BEGUN_ELSEWHERE
 from distrust.importers.safe_read import errors_with_path, read_json
 

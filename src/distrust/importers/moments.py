@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from math import prod
 from typing import Any, NamedTuple
 
-from distrust.checkpoint.format import ITEM_SIZES, TensorInfo, is_possible
+from distrust.checkpoint.format import ITEM_SIZES, TensorInfo, is_valid_shape
 from distrust.errors import CorruptCheckpoint, quote_untrusted
 from distrust.importers import finite
 from distrust.importers.agreement import STEP, M, V
@@ -146,7 +146,7 @@ def _shapes(value: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _shape(value: Any, name: str) -> tuple[int, ...]:
-    if type(value) is not list or not is_possible(tuple(value)):
+    if type(value) is not list or not is_valid_shape(tuple(value)):
         raise _unknown(f"the shape of {quote_untrusted(name)} is none")
     return tuple(value)
 

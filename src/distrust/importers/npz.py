@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from math import prod
 from typing import Any, NamedTuple
 
-from distrust.checkpoint.format import ITEM_SIZES, is_possible
+from distrust.checkpoint.format import ITEM_SIZES, is_valid_shape
 from distrust.checkpoint.memory import available_bytes
 from distrust.errors import CheckpointUnreadable, CorruptCheckpoint, shorten
 from distrust.importers import finite
@@ -236,7 +236,7 @@ def _shape(text: str) -> tuple[int, ...]:
     if not all(number.isdigit() and len(number) <= 18 for number in numbers):
         raise CorruptCheckpoint("its shape is no shape")
     shape = tuple(map(int, numbers))
-    if not is_possible(shape):
+    if not is_valid_shape(shape):
         raise CorruptCheckpoint("no array has its shape")
     return shape
 

@@ -24,13 +24,13 @@ import torch
 
 from distrust import config as options
 from distrust.checkpoint import Checkpoint
-from distrust.checkpoint.foreign import ADAPTER_CONFIG, PEFT_WEIGHTS
 from distrust.engines.lora_config import LoraConfig
 from distrust.engines.torch import adapter
 from distrust.engines.torch.model import meta_model
 from distrust.engines.torch.optimizer import MOMENTS, make_optimizer
 from distrust.errors import CorruptCheckpoint, ModelError, ResumeRefused, quote_untrusted
-from distrust.importers import TRAINER_STATE, safe_tensors
+from distrust.importers import safe_tensors
+from distrust.importers.detect import ADAPTER_CONFIG, PEFT_WEIGHTS, TRAINER_STATE
 from distrust.importers.header import BEGUN_ELSEWHERE
 from distrust.importers.safe_read import read_json
 from distrust.training.imported import DROPPED, MAX_STEP
