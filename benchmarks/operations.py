@@ -1,4 +1,4 @@
-"""What stands beside what: each operation with its limit, ours and the peers; and what we aim at."""
+"""What is compared: each operation with its limit, ours and the other libraries; and our targets."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ Kind = Literal["ours", "peer", "limit"]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A line of a table.
+    """A row of a table.
 
     Attributes:
-        label: who and how.
+        label: library and method.
         figure: what was measured.
-        kind: whose it is.
+        kind: ours, a limit, or another library.
     """
 
     label: str
@@ -47,9 +47,9 @@ class Operation:
     """Figures that are compared.
 
     Attributes:
-        title: what is done.
-        limit: the least that it can take.
-        ours: what the peers are compared to.
+        title: of the operation.
+        limit: the least time that it can take.
+        ours: what the other libraries are compared with.
         rows: in the order of the table.
     """
 
@@ -87,7 +87,7 @@ _BEHIND = {
 }
 _THREADS = ("one thread", "all cores")
 _RAW_WRITES = {f"raw O_DIRECT write + fsync, {n} in flight": f"raw write, {n} in flight" for n in (1, 2, 3)}
-#: The fastest of the ways to have a private copy is the one we are compared to.
+#: The fastest way to make a private copy is the one that we are compared with.
 SAFETENSORS_WARM: Figures = tuple(map(Figure, _safetensors_loads("warm").values()))
 SAFETENSORS_COLD: Figures = tuple(map(Figure, _safetensors_loads("cold").values()))
 
@@ -195,15 +195,15 @@ OPERATIONS = (
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What we aim at.
+    """A target.
 
     Attributes:
         text: for people.
         values: of each repeat.
         bound: of their median.
-        at_least: whether the bound is the least, or the most.
-        fits: the states that it is meant for.
-        best_of: what it was compared to the fastest of, to be named.
+        at_least: whether the bound is a minimum or a maximum.
+        fits: the states that it applies to.
+        best_of: the alternatives whose fastest is named in the title.
     """
 
     text: str
@@ -214,7 +214,7 @@ class Target:
     best_of: Figures | None = None
 
     def is_reached(self, value: float) -> bool:
-        """Whether a median is within the bound."""
+        """Whether a median satisfies the bound."""
         return value >= self.bound if self.at_least else value <= self.bound
 
 

@@ -22,18 +22,18 @@ NOTES = (
 )
 
 
-#: Fewer repeats say nothing of a target.
+#: Fewer repeats are not enough to judge a target.
 ENOUGH = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A row with its cells.
+    """A row and its cells.
 
     Attributes:
-        kind: whose it is.
+        kind: ours, a limit, or another library.
         cells: as many as there are heads.
-        faster: whether it is a peer that is faster than we are.
+        faster: whether it is another library that is faster than ours.
     """
 
     kind: Kind
@@ -42,7 +42,7 @@ class Line:
 
 
 def sections(results: Results, spec: Spec) -> Iterator[tuple[str, list[Line]]]:
-    """Each operation that was tried with a state."""
+    """Each operation that was measured with a state."""
     tried = {*results.samples.get(spec.text, {}), *results.failures.get(spec.text, {})}
     for operation in OPERATIONS:
         rows = [row for row in operation.rows if row.figure.case in tried]
@@ -77,7 +77,7 @@ def targets(results: Results, specs: Sequence[Spec]) -> list[tuple[str, ...]]:
 
 
 def for_terminal(results: Results, specs: Sequence[Spec]) -> Iterator[Table]:
-    """The tables, in colour: ours bold, limits dim, faster peers red."""
+    """The tables, in colour: ours bold, limits dim, faster libraries red."""
     for spec in specs:
         table = Table(title=f"\n{spec.title}", title_justify="left", title_style="bold", box=None)
         for position, head in enumerate(HEADS):
@@ -128,7 +128,7 @@ def _line(results: Results, spec: Spec, operation: Operation, row: Row) -> Line:
     label = f"{row.label} °" if row.figure == limit else row.label
     if not values:
         reason = results.failures.get(spec.text, {}).get(row.figure.case)
-        short = NOT_INSTALLED if reason == NOT_INSTALLED else "failed"  # the whole of it is in the JSON
+        short = NOT_INSTALLED if reason == NOT_INSTALLED else "failed"  # the JSON has everything
         return Line(row.kind, (label, short, *[""] * (len(HEADS) - 2)))
     of_limit = None if limit is None else results.ratio(spec, limit, row.figure)
     of_ours = results.ratio(spec, row.figure, operation.ours)
