@@ -110,9 +110,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     arg.add_argument("--checkpoint", type=Path, metavar="PATH", help="the same as an option")
     add_checkpoint_options(arg)
     arg.add_argument("--prompt", action="append", help="text to continue; may be repeated")
-    arg.add_argument(
-        "--chat", action="store_true", help="answer each prompt as a user's message"
-    )
+    arg.add_argument("--chat", action="store_true", help="answer each prompt as a user's message")
     arg.add_argument("--compare", action="store_true", help="also show the base model's text")
     arg.add_argument("--max-new-tokens", type=int, default=64, help="default: 64")
     arg.add_argument("--temperature", type=float, default=0.0, help="0, the default, does not sample")

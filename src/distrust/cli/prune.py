@@ -191,9 +191,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     arg.add_argument("target", type=Path, help="a run, or a directory of checkpoints")
     arg.add_argument("--keep-last", type=int, metavar="N", help="keep the newest N; default: 1")
     arg.add_argument("--keep-best", type=int, metavar="N", help="also keep the best N by --metric")
-    arg.add_argument(
-        "--keep-every", type=int, metavar="N", help="also keep each multiple of N steps"
-    )
+    arg.add_argument("--keep-every", type=int, metavar="N", help="also keep each multiple of N steps")
     arg.add_argument("--metric", help="metric that chooses the best; default: eval_loss")
     arg.add_argument("--metric-mode", choices=get_args(MetricMode), help="min, the default: lower is better")
     arg.add_argument(
