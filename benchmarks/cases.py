@@ -109,8 +109,8 @@ def inspect(task: Task) -> Figures:
     CheckpointManager(task.prepared / f"{OURS}{SMALL}").inspect(STEP)
     manager = CheckpointManager(task.prepared / OURS)
     began = time.perf_counter()
-    found = manager.inspect(STEP)
-    names = [tensor.name for tensor in found.tensors]
+    inspection = manager.inspect(STEP)
+    names = [tensor.name for tensor in inspection.tensors]
     return {"seconds": time.perf_counter() - began, "tensors": float(len(names))}
 
 

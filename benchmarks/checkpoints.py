@@ -47,7 +47,7 @@ FILE_WIDTH = 130
 def main() -> int:
     """Measure, and show what was measured."""
     options = _options()
-    results, about = _read(options.redraw) if options.redraw else _measured(options)
+    results, about = _read(options.redraw) if options.redraw else _measure_or_load(options)
     specs = [spec for spec in options.states if spec.text in results.samples]
     if not specs:
         return 1
@@ -73,7 +73,7 @@ def file_system(path: Path) -> str:
     return kinds[-1] if kinds else "unknown"
 
 
-def _measured(options: argparse.Namespace) -> tuple[Results, dict[str, Any]]:
+def _measure_or_load(options: argparse.Namespace) -> tuple[Results, dict[str, Any]]:
     results, console = Results(), Console(stderr=True)
     with tempfile.TemporaryDirectory(dir=options.directory, prefix=".bench-") as folder:
         kind = file_system(Path(folder))
@@ -99,13 +99,13 @@ def _run(folder: Path, options: argparse.Namespace, results: Results, console: C
     )
     with Progress(*columns, console=console, speed_estimate_period=600) as progress:
         task = progress.add_task("", total=len(turns))
-        said = None
+        skip_reason = None
         for turn in driver.measure(turns, folder, options.pause, results):
-            what = f"{turn.spec.title}, repeat {turn.repeat + 1} of {options.repeats}"
-            if not console.is_terminal and what != said:
-                console.print(f"{what}: {progress.tasks[task].completed:.0f} of {len(turns)} done")
-                said = what
-            progress.update(task, description=f"{what}: {turn.case.name}")
+            label = f"{turn.spec.title}, repeat {turn.repeat + 1} of {options.repeats}"
+            if not console.is_terminal and label != skip_reason:
+                console.print(f"{label}: {progress.tasks[task].completed:.0f} of {len(turns)} done")
+                skip_reason = label
+            progress.update(task, description=f"{label}: {turn.case.name}")
             progress.advance(task)
 
 

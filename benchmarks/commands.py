@@ -17,12 +17,12 @@ FEW, MANY = 10, 10_000
 
 def start_python() -> Figures:
     """The same interpreter, doing nothing."""
-    return _timed([sys.executable, "-c", "pass"])
+    return _time_command([sys.executable, "-c", "pass"])
 
 
 def ls(folder: Path) -> Figures:
     """``distrust ls`` of a folder."""
-    return _timed([sys.executable, "-m", "distrust", "ls", str(folder)])
+    return _time_command([sys.executable, "-m", "distrust", "ls", str(folder)])
 
 
 def write_small_checkpoints(folder: Path, count: int) -> None:
@@ -44,7 +44,7 @@ def write_small_checkpoints(folder: Path, count: int) -> None:
             path.rename(folder / path.name)
 
 
-def _timed(command: list[str]) -> Figures:
+def _time_command(command: list[str]) -> Figures:
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)  # so that its files are cached
     began = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

@@ -76,7 +76,7 @@ def torch_state(spec: Spec) -> Any:
     """The state as torch tensors, in the memory that numpy touched."""
     import torch
 
-    return states.mapped(states.make(spec), torch.from_numpy)
+    return states.map_arrays(states.make(spec), torch.from_numpy)
 
 
 class Distrust(Library):
@@ -260,8 +260,8 @@ class Orbax(Library):
         # Its trees have string keys, and no lists of plain numbers.
         moments = {str(index): value for index, value in tree["optimizer"].get("state", {}).items()}
         parts = {"model": tree["model"], "optimizer": moments}
-        given = {name: part for name, part in parts.items() if part}
-        return jax.block_until_ready(jax.tree.map(jax.numpy.asarray, given))
+        items = {name: part for name, part in parts.items() if part}
+        return jax.block_until_ready(jax.tree.map(jax.numpy.asarray, items))
 
     def save(self, state: Any, path: Path) -> None:
         import orbax.checkpoint as ocp

@@ -30,20 +30,20 @@ def copy(spec: Spec, threads: int) -> Figures:
     """One copy from touched into touched memory."""
     import numpy as np
 
-    source, target = _touched(spec.nbytes), np.zeros(spec.nbytes, np.uint8)
+    source, target = _touched_buffer(spec.nbytes), np.zeros(spec.nbytes, np.uint8)
     target[:] = 1  # zeros are mapped lazily
     share = -(-spec.nbytes // threads)
     parts = [slice(index * share, (index + 1) * share) for index in range(threads)]
     if threads == 1:  # a pool would cost the copy of a small state a tenth of a millisecond
-        return _timed(lambda: np.copyto(target, source))
+        return _time(lambda: np.copyto(target, source))
     with _pool(threads) as pool:
-        return _timed(lambda: list(pool.map(lambda part: np.copyto(target[part], source[part]), parts)))
+        return _time(lambda: list(pool.map(lambda part: np.copyto(target[part], source[part]), parts)))
 
 
 def write(spec: Spec, folder: Path, in_flight: int) -> Figures:
     """Space reserved, written around the page cache in 16 MiB blocks, then fsync."""
     blocks = _blocks()
-    size = _padded(spec.nbytes)
+    size = _round_up_to_page(spec.nbytes)
 
     def work() -> None:
         descriptor = os.open(folder / "raw", os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_DIRECT, 0o666)
@@ -58,7 +58,7 @@ def write(spec: Spec, folder: Path, in_flight: int) -> Figures:
         os.close(descriptor)
 
     with _pool(in_flight) as pool:
-        return _timed(work)
+        return _time(work)
 
 
 def read_cached(file: Path, *, fresh: bool) -> Figures:
@@ -67,8 +67,8 @@ def read_cached(file: Path, *, fresh: bool) -> Figures:
 
     probes.warm(file)
     size = file.stat().st_size
-    touched = None if fresh else _touched(size)
-    return _timed(lambda: _read(file, (np.empty(size, np.uint8) if touched is None else touched).data))
+    touched = None if fresh else _touched_buffer(size)
+    return _time(lambda: _read(file, (np.empty(size, np.uint8) if touched is None else touched).data))
 
 
 def read_cold(file: Path) -> Figures:
@@ -81,7 +81,7 @@ def read_cold(file: Path) -> Figures:
             while opened.readinto(block):
                 pass
 
-    return _timed(work)
+    return _time(work)
 
 
 def read_direct(file: Path) -> Figures:
@@ -93,7 +93,7 @@ def read_direct(file: Path) -> Figures:
     def work() -> None:
         descriptor = os.open(file, os.O_RDONLY | os.O_DIRECT)
         jobs = pool.map(
-            lambda offset: os.preadv(descriptor, [_block(blocks, offset, _padded(size))], offset),
+            lambda offset: os.preadv(descriptor, [_block(blocks, offset, _round_up_to_page(size))], offset),
             range(0, size, BLOCK_BYTES),
         )
         if sum(jobs) != size:
@@ -101,26 +101,26 @@ def read_direct(file: Path) -> Figures:
         os.close(descriptor)
 
     with _pool(2) as pool:
-        return _timed(work)
+        return _time(work)
 
 
 def digest(spec: Spec, *, all_cores: bool) -> Figures:
     """BLAKE3 of a buffer that was just written."""
     from blake3 import blake3
 
-    source = _touched(spec.nbytes).data
+    source = _touched_buffer(spec.nbytes).data
     threads = blake3.AUTO if all_cores else 1
     blake3(source[: 1 << 20], max_threads=threads).digest()  # starts the threads
-    return _timed(lambda: blake3(source, max_threads=threads).digest())
+    return _time(lambda: blake3(source, max_threads=threads).digest())
 
 
-def _timed(work: Callable[[], object]) -> Figures:
+def _time(work: Callable[[], object]) -> Figures:
     began = time.perf_counter()
     work()
     return {"seconds": time.perf_counter() - began}
 
 
-def _touched(size: int) -> Any:
+def _touched_buffer(size: int) -> Any:
     import numpy as np
 
     return np.resize(np.random.default_rng(0).integers(0, 256, BLOCK_BYTES, np.uint8), size)
@@ -137,15 +137,15 @@ def _block(blocks: mmap.mmap, offset: int, size: int) -> memoryview:
     return memoryview(blocks)[start : start + min(BLOCK_BYTES, size - offset)]
 
 
-def _padded(size: int) -> int:
+def _round_up_to_page(size: int) -> int:
     return -(-size // PAGE) * PAGE
 
 
 def _read(file: Path, view: memoryview) -> None:
     with file.open("rb", buffering=0) as opened:
-        done = 0
-        while done < len(view):
-            done += os.preadv(opened.fileno(), [view[done : done + BLOCK_BYTES]], done)
+        offset = 0
+        while offset < len(view):
+            offset += os.preadv(opened.fileno(), [view[offset : offset + BLOCK_BYTES]], offset)
 
 
 @contextmanager

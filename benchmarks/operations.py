@@ -213,7 +213,7 @@ class Target:
     fits: Callable[[Spec], bool]
     best_of: Figures | None = None
 
-    def reached(self, value: float) -> bool:
+    def is_reached(self, value: float) -> bool:
         """Whether a median is within the bound."""
         return value >= self.bound if self.at_least else value <= self.bound
 

@@ -171,7 +171,7 @@ def draw(results: Results, specs: Sequence[Spec], path: Path, *, about: str) -> 
 
 
 def _bars(axes: Any, results: Results, spec: Spec, panel: Bars) -> None:
-    rows = list(_measured(results, spec, panel))
+    rows = list(_measurements(results, spec, panel))
     _bare(axes, panel.title, panel.note)
     if not rows:
         _nothing(axes)
@@ -253,14 +253,14 @@ def _growth(
     axes.grid(axis="y", color="#e6e8ea", linewidth=0.8)
     axes.set_axisbelow(True)
     ends = {label: line[-1] for label, line in lines.items() if line[-1] is not None}
-    for label, (height, value) in _apart(axes, ends).items():
+    for label, (height, value) in _spread_labels(axes, ends).items():
         axes.annotate(
             f"{label}  {_time(value)}", (1.02, height), xycoords="axes fraction", va="center", fontsize=8.5,
             color=INK if GROWTH[label][1] in (PEER, QUIET) else GROWTH[label][1], annotation_clip=False,
         )  # fmt: skip
 
 
-def _apart(axes: Any, ends: Mapping[str, float | None]) -> dict[str, tuple[float, float]]:
+def _spread_labels(axes: Any, ends: Mapping[str, float | None]) -> dict[str, tuple[float, float]]:
     """Where each line's label goes, as a fraction of the height: none on another."""
     heights = {}
     to_fraction = axes.transData + axes.transAxes.inverted()
@@ -279,7 +279,7 @@ def _apart(axes: Any, ends: Mapping[str, float | None]) -> dict[str, tuple[float
     return placed
 
 
-def _measured(results: Results, spec: Spec, panel: Bars) -> Iterator[tuple[str, list[float]]]:
+def _measurements(results: Results, spec: Spec, panel: Bars) -> Iterator[tuple[str, list[float]]]:
     for label, figures in panel.bars.items():
         least = results.least(spec, figures)
         if least is not None:

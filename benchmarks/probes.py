@@ -63,9 +63,11 @@ def drop(path: Path) -> None:
         with file.open("rb", buffering=0) as opened:
             os.fsync(opened.fileno())  # a dirty page cannot be dropped
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        kept = resident_share(file)
-        if kept > 0.01 and file.stat().st_size > BLOCK_BYTES:
-            raise RuntimeError(f"{kept:.0%} of the file is still in the page cache: nothing cold to measure")
+        resident = resident_share(file)
+        if resident > 0.01 and file.stat().st_size > BLOCK_BYTES:
+            raise RuntimeError(
+                f"{resident:.0%} of the file is still in the page cache: nothing cold to measure"
+            )
 
 
 def resident_share(file: Path) -> float:

@@ -121,10 +121,10 @@ def measure(folder: Path, library: str, bits: int, device: str, dtype: str) -> d
         importlib.import_module(module)  # what the libraries themselves take is not the model's
     if make is not None:
         make(bits, number)
-    before, level = _peak(device), _level(device)
+    base_bytes, level = _peak(device), _level(device)
     model = load()
     gc.collect()
-    found: dict[str, Any] = {"weights": _living_bytes()}
+    figures: dict[str, Any] = {"weights": _living_bytes()}
     batch = torch.randint(0, SHAPE["vocab_size"], (BATCH, TOKENS), generator=torch.Generator().manual_seed(1))
     batch = batch.to(device)
 
@@ -141,20 +141,20 @@ def measure(folder: Path, library: str, bits: int, device: str, dtype: str) -> d
         began = _clock(device)
         _, again = passes()
         times.append(_clock(device) - began)
-    found["step"] = statistics.median(times[WARM:])
-    found["peak"] = _peak(device) - before
+    figures["step"] = statistics.median(times[WARM:])
+    figures["peak"] = _peak(device) - base_bytes
     model.zero_grad(set_to_none=True)
-    found["level"] = _level(device) - level
+    figures["level"] = _level(device) - level
     repeated = _same(gradients, again)
     model.eval()
     with torch.no_grad():
         model(input_ids=batch)
     model.train()
-    found["evaluation"] = _same(gradients, passes()[1])
+    figures["evaluation"] = _same(gradients, passes()[1])
     model = None
     gc.collect()
     model = load()
-    found["bits"] = repeated and _same(gradients, passes()[1])
+    figures["bits"] = repeated and _same(gradients, passes()[1])
     with torch.no_grad():
         for part in model.modules():  # without its adapter, as the reference is
             if hasattr(part, "lora_B"):
@@ -164,19 +164,19 @@ def measure(folder: Path, library: str, bits: int, device: str, dtype: str) -> d
     reference = folder / "reference-32.pt"
     if reference.exists():
         exact = torch.load(reference, weights_only=True)
-        ours = torch.load(folder / f"{library}-{bits}.pt", weights_only=True)
-        found["error"] = float((ours - exact).norm() / exact.norm())
-    return found
+        output = torch.load(folder / f"{library}-{bits}.pt", weights_only=True)
+        figures["error"] = float((output - exact).norm() / exact.norm())
+    return figures
 
 
 def _living_bytes() -> int:
     import torch
 
     sizes = {}
-    for found in gc.get_objects():
-        if isinstance(found, torch.Tensor):
+    for item in gc.get_objects():
+        if isinstance(item, torch.Tensor):
             try:
-                storage = found.untyped_storage()
+                storage = item.untyped_storage()
                 sizes[storage.data_ptr()] = storage.nbytes()
             except (NotImplementedError, RuntimeError):
                 continue  # a wrapper: its parts are found too
@@ -232,23 +232,27 @@ def main() -> int:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--child", nargs=3, metavar=("FOLDER", "LIBRARY", "BITS"), help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.child:
-        folder, library, bits = given.child
-        print(json.dumps(measure(Path(folder), library, int(bits), given.device, given.dtype)))
+    options = parser.parse_args()
+    if options.child:
+        folder, library, bits = options.child
+        print(json.dumps(measure(Path(folder), library, int(bits), options.device, options.dtype)))
         return 0
     with tempfile.TemporaryDirectory() as folder:
-        make_model(Path(folder), given.layers)
-        _run(folder, "reference", 32, given.device, "float32")
-        plain, _ = _run(folder, "none", 16 if given.dtype == "bfloat16" else 32, given.device, given.dtype)
-        print(f"{given.device}, {given.dtype}, {given.layers} layers; unquantized: {_line(plain, plain)}")
+        make_model(Path(folder), options.layers)
+        _run(folder, "reference", 32, options.device, "float32")
+        plain, _ = _run(
+            folder, "none", 16 if options.dtype == "bfloat16" else 32, options.device, options.dtype
+        )
+        print(
+            f"{options.device}, {options.dtype}, {options.layers} layers; unquantized: {_line(plain, plain)}"
+        )
         print("| library | bits | weights | level | peak | step | error | bits | evaluation |")
         print("|---|---|---|---|---|---|---|---|---|")
         for library in CANDIDATES:
             for bits in (8, 4):
-                found, why = _run(folder, library, bits, given.device, given.dtype)
-                told = _line(found, plain) if found else f"{why} | | | | | |"
-                print(f"| {library} {_version(library)} | {bits} | {told} |", flush=True)
+                figures, why = _run(folder, library, bits, options.device, options.dtype)
+                row = _line(figures, plain) if figures else f"{why} | | | | | |"
+                print(f"| {library} {_version(library)} | {bits} | {row} |", flush=True)
     return 0
 
 
@@ -256,7 +260,7 @@ def _run(folder: str, library: str, bits: int, device: str, dtype: str) -> tuple
     """What a candidate measured in a fresh process, or why it could not."""
     if library in CANDIDATES and _version(library) == "":
         return {}, "not installed"
-    done = subprocess.run(
+    process = subprocess.run(
         [
             *(sys.executable, "-m", "benchmarks.quantization", "--device", device, "--dtype", dtype),
             *("--child", folder, library, str(bits)),
@@ -265,10 +269,10 @@ def _run(folder: str, library: str, bits: int, device: str, dtype: str) -> tuple
         capture_output=True,
         text=True,
     )
-    if done.returncode:
-        return {}, (done.stderr.strip().splitlines() or ["ended"])[-1][:72]
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found, ""
+    if process.returncode:
+        return {}, (process.stderr.strip().splitlines() or ["ended"])[-1][:72]
+    figures: dict[str, Any] = json.loads(process.stdout.strip().splitlines()[-1])
+    return figures, ""
 
 
 def _line(found: dict[str, Any], plain: dict[str, Any]) -> str:

@@ -81,5 +81,5 @@ class Results:
 
     def ratio(self, spec: Spec, above: Figures, below: Figures) -> float | None:
         """The median of the ratios."""
-        found = self.ratios(spec, above, below)
-        return statistics.median(found) if found else None
+        ratios = self.ratios(spec, above, below)
+        return statistics.median(ratios) if ratios else None

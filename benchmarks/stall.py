@@ -81,7 +81,7 @@ def train(options: argparse.Namespace, save_every: int, out: Path) -> Figures:
     (final,) = (out / "checkpoints").glob("*-final.safetensors")
     return {
         "seconds": clock.ends[last] - clock.ends[first],
-        "stretch_seconds": statistics.median(after - before for before, after in pairwise(marks)),
+        "stretch_seconds": statistics.median(later - earlier for earlier, later in pairwise(marks)),
         "steps": last - first,
         "saves": sum(step < last for step in clock.waited),
         "waited_seconds": sum(seconds for step, seconds in clock.waited.items() if step < last),
@@ -124,8 +124,8 @@ def _child(options: argparse.Namespace, save_every: int) -> Figures:
         }
         flags = [text for name, value in arguments.items() for text in (_flag(name), str(value))]
         command = [sys.executable, "-m", "benchmarks.stall", *flags]
-        done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
-    figures: Figures = json.loads(done.stdout.splitlines()[-1])
+        process = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    figures: Figures = json.loads(process.stdout.splitlines()[-1])
     return figures
 
 

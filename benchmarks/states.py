@@ -94,18 +94,18 @@ def make(spec: Spec) -> Tree:
     }
 
 
-def mapped(tree: Any, change: Callable[[np.ndarray[Any, Any]], Any]) -> Any:
+def map_arrays(tree: Any, change: Callable[[np.ndarray[Any, Any]], Any]) -> Any:
     """The tree with each array changed."""
     if isinstance(tree, dict):
-        return {key: mapped(value, change) for key, value in tree.items()}
+        return {key: map_arrays(value, change) for key, value in tree.items()}
     if isinstance(tree, list):
-        return [mapped(value, change) for value in tree]
+        return [map_arrays(value, change) for value in tree]
     return change(tree) if hasattr(tree, "dtype") else tree
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     """The arrays alone, by name."""
-    return dict(_named(tree, prefix))
+    return dict(_named_arrays(tree, prefix))
 
 
 def nbytes(tree: Any) -> int:
@@ -113,10 +113,10 @@ def nbytes(tree: Any) -> int:
     return sum(array.nbytes for array in flat(tree).values())
 
 
-def _named(tree: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+def _named_arrays(tree: Any, prefix: str) -> Iterator[tuple[str, Any]]:
     if isinstance(tree, dict):
         for key, value in tree.items():
-            yield from _named(value, f"{prefix}.{key}" if prefix else str(key))
+            yield from _named_arrays(value, f"{prefix}.{key}" if prefix else str(key))
     elif hasattr(tree, "dtype"):
         yield prefix, tree
 
@@ -147,11 +147,11 @@ def _filler() -> Callable[[int, tuple[int, ...]], np.ndarray[Any, Any]]:
 
     def fill(index: int, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
         array = np.empty(prod(shape), np.float32)
-        done, start = 0, index * STRIDE % PATTERN_ITEMS
-        while done < array.size:
-            part = pattern[start : start + array.size - done]
-            array[done : done + part.size] = part
-            done, start = done + part.size, 0
+        filled, start = 0, index * STRIDE % PATTERN_ITEMS
+        while filled < array.size:
+            part = pattern[start : start + array.size - filled]
+            array[filled : filled + part.size] = part
+            filled, start = filled + part.size, 0
         return array.reshape(shape)
 
     return fill

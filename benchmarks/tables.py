@@ -58,13 +58,20 @@ def targets(results: Results, specs: Sequence[Spec]) -> list[tuple[str, ...]]:
             values = target.values(results, spec)
             if values:
                 median = statistics.median(values)
-                wanted = f"{'≥' if target.at_least else '≤'} {target.bound:g}"
+                bound = f"{'≥' if target.at_least else '≤'} {target.bound:g}"
                 spread = f"{_number(min(values))} to {_number(max(values))}"
-                verdict = "yes" if target.reached(median) else "NO"
+                verdict = "yes" if target.is_reached(median) else "NO"
                 if len(values) < ENOUGH:
                     verdict = "too few"
                 rows.append(
-                    (_named(results, spec, target), spec.title, wanted, _number(median), spread, verdict)
+                    (
+                        _target_title(results, spec, target),
+                        spec.title,
+                        bound,
+                        _number(median),
+                        spread,
+                        verdict,
+                    )
                 )
     return rows
 
@@ -101,13 +108,13 @@ def markdown(results: Results, specs: Sequence[Spec], about: str) -> str:
         for title, lines in sections(results, spec):
             parts.append(f"**{spec.title}: {title}**")
             cells = [
-                line.cells if line.kind == "peer" and not line.faster else _marked(line) for line in lines
+                line.cells if line.kind == "peer" and not line.faster else _mark_cells(line) for line in lines
             ]
             parts.append(_markdown_table(HEADS, cells, left=1))
     return "\n\n".join(parts) + "\n"
 
 
-def _named(results: Results, spec: Spec, target: Target) -> str:
+def _target_title(results: Results, spec: Spec, target: Target) -> str:
     best = None if target.best_of is None else results.least(spec, target.best_of)
     if best is None:
         return target.text
@@ -137,7 +144,7 @@ def _line(results: Results, spec: Spec, operation: Operation, row: Row) -> Line:
     return Line(row.kind, cells, faster)
 
 
-def _marked(line: Line) -> tuple[str, ...]:
+def _mark_cells(line: Line) -> tuple[str, ...]:
     if line.faster:
         return tuple(f"**{cell}**" if position == HEADS.index("time / ours") else cell
                      for position, cell in enumerate(line.cells))  # fmt: skip

@@ -47,12 +47,12 @@ def _model(spec: Spec) -> Any:
 
     from distrust.bundled import MODEL
 
-    def adapted(rank: int) -> Any:
+    def with_adapter(rank: int) -> Any:
         base = AutoModelForCausalLM.from_pretrained(MODEL, dtype="float32")
         return get_peft_model(base, LoraConfig(r=rank, target_modules="all-linear"))
 
-    one: int = adapted(1).get_nb_trainable_parameters()[0]
-    return adapted(max(1, spec.nbytes // (3 * 4 * one)))  # weights and two moments, float32
+    one: int = with_adapter(1).get_nb_trainable_parameters()[0]
+    return with_adapter(max(1, spec.nbytes // (3 * 4 * one)))  # weights and two moments, float32
 
 
 def _examples() -> list[dict[str, Any]]:

@@ -35,7 +35,7 @@ from campaigns.processes import Session
 from campaigns.training_run import LOADING, LOOP, RULES, STEPS, TrainingRun
 from campaigns.triggers import Seen, Trigger, after, once_said, once_seen, strike
 from campaigns.witness import DurabilityRecord
-from distrust.checkpoint.catalog import Scan
+from distrust.checkpoint import Scan
 
 #: Of them the last one comes at the end of the run.
 SIGNALS = 6

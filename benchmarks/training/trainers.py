@@ -121,7 +121,7 @@ def _arguments(work: Work, batch_size: int) -> dict[str, Any]:
     }
 
 
-def _watched(trainer_class: Any, clock: Clock) -> Any:
+def _with_clock(trainer_class: Any, clock: Clock) -> Any:
     class Watched(trainer_class):  # type: ignore[misc]
         """Says after each step how many of its tokens were no padding."""
 
@@ -160,7 +160,7 @@ def transformers_trainer(work: Work, clock: Clock, **more: Any) -> None:
         },
         remove_columns=data.column_names,
     )
-    trainer = _watched(Trainer, clock)(
+    trainer = _with_clock(Trainer, clock)(
         model=get_peft_model(model, _lora()),
         args=TrainingArguments(**_arguments(work, work.texts), **more),
         train_dataset=data,
@@ -182,7 +182,7 @@ def trl(work: Work, clock: Clock, *, packing: bool) -> None:
         ["text"]
     )
     arguments = _arguments(work, work.rows if packing else work.texts)
-    trainer = _watched(SFTTrainer, clock)(
+    trainer = _with_clock(SFTTrainer, clock)(
         model=model,
         args=SFTConfig(**arguments, packing=packing, max_length=work.row),
         train_dataset=data,

@@ -49,20 +49,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
             row=min(512, options.tokens),
             threads=options.threads,
         )
-        configs = {way: _config(work, way) for way in WAYS}
+        configs = {weighting: _config(work, weighting) for weighting in WAYS}
         engine = engines.create_engine(configs["monotone"])
-        plans = {way: _plan(config, engine) for way, config in configs.items()}
+        plans = {weighting: _plan(config, engine) for weighting, config in configs.items()}
         for step in range(1, WARMUP + 1):
             _seconds(engine, plans["monotone"], step)
         pairs = []
         for pair in track(range(options.pairs), "pairs", console=console, transient=True):
             step = WARMUP + 1 + pair
             order = WAYS if pair % 2 else WAYS[::-1]
-            pairs.append({way: _seconds(engine, plans[way], step) for way in order})
+            pairs.append({weighting: _seconds(engine, plans[weighting], step) for weighting in order})
     ratios = [pair["monotone"] / pair["off"] for pair in pairs]
     low, high = _interval(ratios)
-    for way in WAYS:
-        console.print(f"{way}: {statistics.median(pair[way] for pair in pairs):.4f} seconds a step (median)")
+    for weighting in WAYS:
+        console.print(
+            f"{weighting}: {statistics.median(pair[weighting] for pair in pairs):.4f} seconds a step (median)"
+        )
     percent = 100 * (statistics.median(ratios) - 1)
     reached = "reached" if high < 1 + AIM_PERCENT / 100 else "NOT shown"
     console.print(

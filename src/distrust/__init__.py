@@ -8,11 +8,16 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from distrust.checkpoint import foreign
+
 if TYPE_CHECKING:
     from distrust.checkpoint import Checkpoint, CheckpointManager, PendingSave
+    from distrust.checkpoint.foreign import ForeignReader
     from distrust.config import TrainConfig
     from distrust.errors import DistrustError, DistrustWarning
-    from distrust.training import DistrustTrainer, RunEnded, RunState
+    from distrust.trainer import DistrustTrainer
+    from distrust.training.events import RunEnded
+    from distrust.training.progress import RunState
 
 __version__ = "0.1.0"
 
@@ -20,11 +25,11 @@ _HOMES = {
     "Checkpoint": "distrust.checkpoint",
     "CheckpointManager": "distrust.checkpoint",
     "DistrustError": "distrust.errors",
-    "DistrustTrainer": "distrust.training",
+    "DistrustTrainer": "distrust.trainer",
     "DistrustWarning": "distrust.errors",
     "PendingSave": "distrust.checkpoint",
-    "RunEnded": "distrust.training",
-    "RunState": "distrust.training",
+    "RunEnded": "distrust.training.events",
+    "RunState": "distrust.training.progress",
     "TrainConfig": "distrust.config",
 }
 
@@ -45,3 +50,12 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'distrust' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
+
+
+def _importers() -> ForeignReader:
+    from distrust import importers  # only when a path is not in the core's own format
+
+    return importers
+
+
+foreign.register(_importers)

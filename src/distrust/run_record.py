@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from distrust.checkpoint import Checkpoint
     from distrust.config import TrainConfig
-    from distrust.contract import EngineState
 
 _FINGERPRINTS = "fingerprints"  # in config: hashed into the state digest
 _TOKENS_SEEN = "tokens_seen"  # in metadata: hashed, too
@@ -44,6 +43,15 @@ class _Header(Protocol):
     def metadata(self) -> dict[str, Any]: ...
 
     run_info: dict[str, Any]
+
+
+class _State(Protocol):
+    @property
+    def model(self) -> Mapping[str, Any]: ...
+    @property
+    def optimizer(self) -> Mapping[str, Any]: ...
+    @property
+    def rng(self) -> Mapping[str, Any]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +126,7 @@ class RunRecord:
         self,
         *,
         step: int,
-        state: EngineState,
+        state: _State,
         history: Mapping[str, np.ndarray[Any, Any]],
         metrics: Mapping[str, float],
         measured_on: str,

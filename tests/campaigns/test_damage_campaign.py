@@ -13,7 +13,7 @@ import pytest
 from campaigns.corruptions import kinds
 from campaigns.damage import Round, main
 from distrust import CheckpointManager
-from distrust.checkpoint import catalog, header, manager, storage, verified_read
+from distrust.checkpoint import CheckpointFile, catalog, header, manager, storage, verified_read
 
 AGAIN = re.compile(r"again: python -m campaigns\.damage (--seed \d+ --case \d+)")
 
@@ -32,7 +32,7 @@ def trusts_the_header(patch: pytest.MonkeyPatch) -> None:
 
 
 def counts_damaged_ones(patch: pytest.MonkeyPatch) -> None:
-    def judge(self: CheckpointManager, file: catalog.CheckpointFile) -> None:
+    def judge(self: CheckpointManager, file: CheckpointFile) -> None:
         self._session.good.add((file.path.name, file.digest))
 
     patch.setattr(CheckpointManager, "_judge", judge)

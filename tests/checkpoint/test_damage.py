@@ -13,8 +13,9 @@ import pytest
 import safetensors.numpy
 
 from distrust import Checkpoint, CheckpointManager, DistrustWarning
-from distrust.checkpoint import catalog
+from distrust.checkpoint import CheckpointFile, catalog
 from distrust.checkpoint.disk import Disk
+from distrust.checkpoint.files import checkpoint_file_name
 from distrust.checkpoint.format import header_digest
 from distrust.errors import CheckpointDirectoryLocked, CheckpointError, CorruptCheckpoint
 
@@ -29,7 +30,7 @@ def manager(tmp_path):
 
 
 def path_of(manager: CheckpointManager, step: int) -> Path:
-    return manager.directory / catalog.checkpoint_file_name(step, "periodic")
+    return manager.directory / checkpoint_file_name(step, "periodic")
 
 
 def damage(path: Path, at: int = -1) -> bytes:
@@ -201,7 +202,7 @@ def test_a_good_one_put_there_while_the_damaged_one_was_read_stays(manager, monk
     damage(path)
     real = catalog.verify_content
 
-    def verify_while_it_is_replaced(name: Path) -> catalog.CheckpointFile:
+    def verify_while_it_is_replaced(name: Path) -> CheckpointFile:
         try:
             return real(name)
         finally:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from distrust.checkpoint.catalog import CheckpointFile
+from distrust.checkpoint.checkpoint_file import CheckpointFile
 from distrust.checkpoint.format import TensorInfo
 from distrust.checkpoint.tree import decode_key
 from distrust.errors import shorten

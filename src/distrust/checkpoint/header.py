@@ -87,6 +87,7 @@ class Header:
     """
 
     format = FORMAT
+    lacks_arrays = False  # only a foreign header can be metadata alone
 
     def __init__(self, metadata: dict[str, str], table: str, data_offset: int, file_size: int) -> None:
         self.step = _integer(metadata["step"], "step")

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from distrust.checkpoint import arrays, tree, verified_read
-from distrust.checkpoint.catalog import CheckpointFile, open_checkpoint
+from distrust.checkpoint.catalog import open_checkpoint
 from distrust.checkpoint.checkpoint import ARRAY_SECTIONS, STATE_SECTIONS, Checkpoint
+from distrust.checkpoint.checkpoint_file import CheckpointFile
 from distrust.checkpoint.format import Kind, Layout, TensorInfo, canonical_json, tensor_hasher
 from distrust.checkpoint.header import parse_header
 from distrust.checkpoint.lazy import LazyMapping, LazyTensor

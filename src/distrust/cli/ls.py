@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from distrust.checkpoint import catalog, foreign
+from distrust.checkpoint import CheckpointFile, Scan, catalog, foreign
 from distrust.cli.arguments import TARGET, number, parser, print_json, size
 from distrust.reporting.display import printable
 
@@ -42,22 +42,22 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _scan(target: Path) -> catalog.Scan:
+def _scan(target: Path) -> Scan:
     if catalog.is_directory(target):
         return catalog.scan(catalog.checkpoint_directory(target))
     catalog.require_exists(target)
     one = (catalog.read_header(target),)
-    return catalog.Scan((), (), one) if one[0].is_foreign else catalog.Scan(one, ())
+    return Scan((), (), one) if one[0].is_foreign else Scan(one, ())
 
 
-def _main_metrics(file: catalog.CheckpointFile) -> list[tuple[str, float]]:
+def _main_metrics(file: CheckpointFile) -> list[tuple[str, float]]:
     """Of a run the main ones, and what its best checkpoint is told by; of what others save, all."""
-    best_by = file.header.run_info.get("extra", {}).get("metric")
+    best_by = RunRecord.from_header(file.header).settings.get("metric")
     main = ("loss", "eval_loss", "tokens_seen", best_by)
     return [item for item in sorted(file.metrics.items()) if best_by is None or item[0] in main]
 
 
-def _row(file: catalog.CheckpointFile) -> dict[str, object]:
+def _row(file: CheckpointFile) -> dict[str, object]:
     return {
         "step": file.step,
         "kind": file.kind,

@@ -8,8 +8,7 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple, get_args
 
-from distrust.checkpoint import catalog
-from distrust.checkpoint.catalog import DamagedFile
+from distrust.checkpoint import DamagedFile, catalog
 from distrust.checkpoint.manager import CheckpointManager
 from distrust.checkpoint.retention import MetricMode
 from distrust.cli.arguments import parser, print_json, size

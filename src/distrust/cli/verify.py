@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from distrust.checkpoint import catalog
+from distrust.checkpoint import CheckpointFile, catalog
 from distrust.checkpoint.header import Header
 from distrust.cli.arguments import TARGET, parser, print_json
 from distrust.errors import CheckpointError, CorruptCheckpoint
@@ -51,7 +51,7 @@ def _verdict(path: Path) -> tuple[str, str | None, str | None]:
     return "ok", None, _note(file)
 
 
-def _note(file: catalog.CheckpointFile) -> str | None:
+def _note(file: CheckpointFile) -> str | None:
     """What an older format leaves open."""
     if isinstance(file.header, Header):
         return None

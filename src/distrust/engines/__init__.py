@@ -6,13 +6,12 @@ import contextlib
 import platform
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from distrust import config as options
 from distrust.checkpoint import Checkpoint, CheckpointFile, CheckpointManager, serialization
 from distrust.checkpoint.catalog import (
     RUN_SUBDIRECTORY,
@@ -22,14 +21,12 @@ from distrust.checkpoint.catalog import (
     resolve,
     scan,
 )
-from distrust.checkpoint.manager import require_converted
-from distrust.config import TrainConfig, key
-from distrust.contract import Engine, EngineState
+from distrust.checkpoint.foreign import require_converted
+from distrust.config import TrainConfig
+from distrust.contract import FIRST_ENGINE, Engine, EngineState
 from distrust.engines.model_source import locate
 from distrust.errors import ConfigError, ModelError, ResumeRefused
-from distrust.training import resume_point
-from distrust.training.imported import is_imported
-from distrust.training.resume import FINGERPRINTS, FIRST_ENGINE
+from distrust.run_record import RunRecord
 
 Name = Literal["torch", "mlx"]
 #: What each needs, and the extra of this package that brings it.
@@ -59,7 +56,7 @@ def select_engine(config: TrainConfig) -> Name:
     """The engine that a config stands for: the one it names, or the run's, or the machine's own."""
     if config.engine != "auto":
         return config.engine
-    for folder in (resume_point.run_folder(config), Path(config.out)):
+    for folder in (config.run_directory, Path(config.out)):
         files = scan(folder / RUN_SUBDIRECTORY).files
         if files and is_installed(recorded_engine(files[-1])):
             return recorded_engine(files[-1])
@@ -68,10 +65,7 @@ def select_engine(config: TrainConfig) -> Name:
 
 def recorded_engine(file: CheckpointFile) -> Name:
     """The engine that a checkpoint was made by."""
-    extra = file.header.run_info.get("extra")
-    environment = extra.get("environment") if isinstance(extra, dict) else None
-    named = environment.get("engine") if isinstance(environment, dict) else None
-    return "mlx" if named == "mlx" else FIRST_ENGINE
+    return "mlx" if RunRecord.from_header(file.header).engine == "mlx" else FIRST_ENGINE
 
 
 def generate(engine: Engine, prompt: str, **options: Any) -> str:
@@ -91,11 +85,7 @@ def config_of(file: CheckpointFile, *, model: str | None = None) -> TrainConfig:
     Raises:
         ConfigError: if the checkpoint was made by something else than this trainer.
     """
-    known = {key(field.name) for field in fields(TrainConfig)}
-    saved = {**file.header.run_info.get("extra", {}), **file.header.config}
-    config = options.from_mapping(
-        {name: value for name, value in saved.items() if name in known}, where=str(file.path)
-    )
+    config = RunRecord.from_header(file.header).train_config(where=str(file.path))
     return config if model is None else replace(config, model=model)
 
 
@@ -185,16 +175,17 @@ def fingerprint_of(file: CheckpointFile, what: Literal["model", "data"]) -> str:
     Raises:
         ResumeRefused: if it was made by something else than this trainer.
     """
-    found: str | None = file.header.config.get(FINGERPRINTS, {}).get(what)
-    if found is None:
+    record = RunRecord.from_header(file.header)
+    fingerprint = record.fingerprints.get(what)
+    if fingerprint is None:
         known = "base model" if what == "model" else "data"
-        if is_imported(file.header.run_info.get("extra", {})):
+        if record.imported_from:
             raise ResumeRefused(
-                f"{file.path}: was begun elsewhere, so its {known} is not known; `distrust train` goes on "
-                "with it, and what that saves knows it"
+                f"{file.path}: was imported, so its {known} is not known; resume it with `distrust "
+                "train`, and the checkpoints that this saves record it"
             )
         raise ResumeRefused(f"{file.path}: was not made by `distrust train`, so its {known} is not known")
-    return found
+    return fingerprint
 
 
 @contextlib.contextmanager
@@ -261,6 +252,6 @@ def _manager(directory: Path) -> CheckpointManager:
     files = scan(directory).files
     if not files:
         return CheckpointManager(directory)
-    run = files[-1].header.run_info.get("extra", {})
-    told = {name: run[name] for name in ("metric", "metric_mode") if isinstance(run.get(name), str)}
-    return CheckpointManager(directory, **told)
+    saved = RunRecord.from_header(files[-1].header).settings
+    ranking = {name: saved[name] for name in ("metric", "metric_mode") if isinstance(saved.get(name), str)}
+    return CheckpointManager(directory, **ranking)

@@ -23,19 +23,20 @@ from typing import TYPE_CHECKING, Any, Literal
 from distrust.checkpoint.files import errors_with_path, open_regular, parse_checkpoint_name
 from distrust.checkpoint.format import LENGTH_BYTES, MAX_HEADER_BYTES, OPENING
 from distrust.errors import CorruptCheckpoint
+from distrust.importers.detect import TRAINER_STATE, convert_hint, import_hint
 
 if TYPE_CHECKING:
     from distrust.checkpoint.arrays import Framework
     from distrust.checkpoint.checkpoint import Checkpoint
     from distrust.importers.header import OlderHeader
 
+__all__ = ["convert_hint", "detect_format", "import_hint", "read", "read_header", "verify"]
+
 OlderFormat = Literal["directory", "byte tensors"]
 
 METADATA, CHECKSUMS, MODEL, OPTIMIZER = "metadata.json", "checksum.txt", "model.npz", "optimizer.npz"
 #: What a folder of the directory format holds, and nothing else.
 MEMBERS = (METADATA, CHECKSUMS, MODEL, OPTIMIZER)
-#: What tells a checkpoint folder of the transformers Trainer, which has the same name.
-TRAINER_STATE = "trainer_state.json"
 #: How the name of the tensor that tells the other format stands in its header.
 _BYTE_TENSOR = b'"_metadata"'
 _PIECE_BYTES = 1 << 20

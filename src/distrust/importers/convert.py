@@ -8,8 +8,8 @@ another one stand, nothing is written.
 
 Read are the two older formats (:mod:`distrust.importers`), the checkpoint folders of the transformers
 Trainer, and adapter folders of peft and mlx-lm, which stand at step 0. Whatever there is to know of the
-program that began the run stands in the checkpoint: ``run["begun_elsewhere"]`` names the format,
-``metadata["config_there"]`` is that program's config.
+program that began the run stands in the checkpoint: ``run["imported_from"]`` names the format,
+``metadata["foreign_config"]`` is that program's config.
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distrust import importers
-from distrust.checkpoint import Checkpoint, CheckpointManager, catalog, serialization
-from distrust.checkpoint.files import Entry, parse_checkpoint_name
-from distrust.checkpoint.foreign import ADAPTER_CONFIG, MLX_WEIGHTS, is_trainer_folder
+from distrust.checkpoint import Checkpoint, CheckpointFile, CheckpointManager, catalog, serialization
+from distrust.checkpoint.files import Entry, checkpoint_file_name, parse_checkpoint_name
 from distrust.checkpoint.format import Kind
 from distrust.engines import require_installed
 from distrust.errors import (
@@ -37,6 +36,8 @@ from distrust.errors import (
     SaveFailed,
     quote_untrusted,
 )
+from distrust.importers.detect import ADAPTER_CONFIG, MLX_WEIGHTS, TRAINER_STATE, is_trainer_folder
+from distrust.run_record import RunRecord, with_conversion_source
 from distrust.training import imported
 
 __all__ = ["ConvertedCheckpoint", "Outcome", "convert"]
@@ -46,7 +47,6 @@ Outcome = Literal["converted", "already there", "refused", "damaged", "unreadabl
 SUCCEEDED: tuple[Outcome, ...] = ("converted", "already there")
 
 #: In ``run`` of what is written: where it was.
-_FROM = "converted_from"
 _NO_MODEL = "it holds no model, so there is nothing to go on from; `distrust show` tells what it does hold"
 _TRAINER_FOLDER, _MLX_FOLDER = "distrust.importers.trainer_folder", "distrust.importers.mlx_adapter"
 
@@ -183,8 +183,8 @@ def _convert(
     step = checkpoint.step
     if not checkpoint.model:
         return ConvertedCheckpoint(source, "incomplete", _NO_MODEL, step)
-    checkpoint = replace(checkpoint, run={**checkpoint.run, _FROM: os.path.realpath(source)})
-    path = manager.directory / catalog.checkpoint_file_name(step, kind)
+    checkpoint = replace(checkpoint, run=with_conversion_source(checkpoint.run, os.path.realpath(source)))
+    path = manager.directory / checkpoint_file_name(step, kind)
     manager.acquire()
     try:
         digest = serialization.state_digest(checkpoint, kind)
@@ -205,7 +205,7 @@ def _convert(
         return ConvertedCheckpoint(source, "refused", reason, step)
     except DistrustError as error:
         return ConvertedCheckpoint(source, "refused", str(error), step)
-    lost = [f"not taken over: {line}" for line in imported.list_dropped(checkpoint)]
+    lost = [f"dropped: {line}" for line in imported.list_dropped(checkpoint)]
     return ConvertedCheckpoint(source, "converted", "; ".join(lost) or None, step, path, digest, proven)
 
 
@@ -237,10 +237,10 @@ def _of_another_training(manager: CheckpointManager, origins: set[Path]) -> str 
     return None
 
 
-def _origin(file: catalog.CheckpointFile) -> set[Path]:
+def _origin(file: CheckpointFile) -> set[Path]:
     """The folder that a converted checkpoint lay in; nothing of what was saved by a run here."""
-    came_from = file.header.run_info.get("extra", {}).get(_FROM)
-    return {Path(came_from).parent} if type(came_from) is str else set()
+    source = RunRecord.from_header(file.header).converted_from
+    return {Path(source).parent} if source else set()
 
 
 def _read(source: Path, model: str | None) -> tuple[Checkpoint, Kind]:
@@ -249,7 +249,7 @@ def _read(source: Path, model: str | None) -> tuple[Checkpoint, Kind]:
         named = parse_checkpoint_name(source)
         checkpoint = _reader("torch", _TRAINER_FOLDER).read(source, model=model)
         if named and named[1] != checkpoint.step:
-            said = f"{importers.TRAINER_STATE} says step {checkpoint.step}, its name says {named[1]}"
+            said = f"{TRAINER_STATE} says step {checkpoint.step}, its name says {named[1]}"
             raise CorruptCheckpoint(said, path=source)
         return checkpoint, named[2] if named else "periodic"
     if _is_adapter(source):
@@ -257,7 +257,7 @@ def _read(source: Path, model: str | None) -> tuple[Checkpoint, Kind]:
             return _reader("mlx", _MLX_FOLDER).read(source), "periodic"
         return _reader("torch", _TRAINER_FOLDER).read_adapter(source, model=model), "periodic"
     header, checkpoint = importers.read(source)
-    catalog.require_name(catalog.CheckpointFile(source, header))
+    CheckpointFile(source, header).require_name()
     return checkpoint, header.kind
 
 

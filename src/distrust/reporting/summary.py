@@ -17,7 +17,7 @@ from distrust.reporting.names import class_name
 from distrust.reporting.panels import by_share, stall_share
 from distrust.reporting.run_reader import Evaluation, RunData
 from distrust.reporting.style import zero_unknown
-from distrust.training.resume import FINGERPRINTS
+from distrust.run_record import RunRecord
 
 #: Rows of evaluations that a page shows: a long run has thousands.
 ROWS = 25
@@ -74,8 +74,7 @@ def options_of(run: RunData) -> dict[str, Any]:
     """All options that its newest checkpoint holds, by key."""
     if run.newest is None:
         return {}
-    header = run.newest.header
-    return {**header.run_info["extra"], **header.config}
+    return RunRecord.from_header(run.newest.header).options
 
 
 def last_step(run: RunData) -> int:
@@ -203,15 +202,15 @@ def _time(run: RunData) -> Fact | None:
         if measured < len(seconds):
             more += f"; of {measured:,} steps"
         return Fact("time in steps", duration(total), more)
-    elapsed = options_of(run).get("elapsed_seconds")
-    return Fact("time in steps", duration(elapsed)) if isinstance(elapsed, float) else None
+    elapsed = None if run.newest is None else RunRecord.from_header(run.newest.header).elapsed_seconds
+    return None if elapsed is None else Fact("time in steps", duration(elapsed))
 
 
 def _tokens(run: RunData) -> Fact | None:
     columns = run.steps.columns
-    seen = run.newest.metadata.get("tokens_seen") if run.newest is not None else None
+    seen = None if run.newest is None else RunRecord.from_header(run.newest.header).tokens_seen
     if "tokens" not in columns:
-        return Fact("learned tokens", f"{seen:,}") if isinstance(seen, int) else None
+        return Fact("learned tokens", f"{seen:,}") if seen is not None else None
     more = ""
     if "seconds" in columns:
         both = np.isfinite(columns["tokens"]) & np.isfinite(columns["seconds"])
@@ -279,28 +278,19 @@ def options(run: RunData) -> list[Option]:
         if name in there:
             value, usual = words(there[name]), words(default)
             rows.append(Option(name, value, usual if value != usual else None))
-    saved = {} if run.newest is None else run.newest.header.config
-    return rows + [
-        Option(name, words(value))
-        for name, value in saved.items()
-        if name not in defaults and name != FINGERPRINTS
-    ]
+    saved = {} if run.newest is None else RunRecord.from_header(run.newest.header).config
+    return rows + [Option(name, words(value)) for name, value in saved.items() if name not in defaults]
 
 
 def environment(run: RunData) -> list[Fact]:
     """Where the newest checkpoint was made, and with what: names and values as it says them."""
     if run.newest is None:
         return []
-    info = run.newest.header.run_info
-    extra = info["extra"]
+    info, record = run.newest.header.run_info, RunRecord.from_header(run.newest.header)
     found: dict[str, Any] = {name: info.get(name) for name in ("host", "created") if name in info}
-    for part in ("environment", "corpus"):
-        if isinstance(extra.get(part), dict):
-            prefix = "" if part == "environment" else f"{part}: "
-            found |= {f"{prefix}{name}": value for name, value in extra[part].items()}
-    prints = run.newest.header.config.get(FINGERPRINTS)
-    if isinstance(prints, dict):
-        found |= {f"fingerprint of the {name}": value for name, value in prints.items()}
+    found |= record.environment
+    found |= {f"corpus: {name}": value for name, value in record.corpus.items()}
+    found |= {f"fingerprint of the {name}": value for name, value in record.fingerprints.items()}
     return [Fact(str(name), words(value)) for name, value in found.items()]
 
 

@@ -51,7 +51,7 @@ class BestTracker:
         return patience is not None and self.unimproved >= patience
 
     def restore(self, saved: Mapping[str, Any] | None) -> BestTracker:
-        """The saved tracker, or this empty one if later evaluations cannot be compared with the saved ones."""
+        """The saved tracker, or this empty one if later evaluations cannot be compared with it."""
         if saved is None or (saved["metric"], saved["mode"]) != (self.metric, self.mode):
             return self
         if self.used_other_data(saved):

@@ -146,14 +146,14 @@ def _open(config: TrainConfig, names: tuple[str, ...], split: str, cache: Cache)
             split=split,
             subset=config.subset,
             revision=config.revision,
-            spool=cache.folder,
+            temp_folder=cache.folder,
         )
         for name in names
     )
 
 
 def _open_examples(config: TrainConfig, rows: Examples, name: str, cache: Cache) -> tuple[Source, ...]:
-    return (examples_source(rows, columns_of(config), name=name, spool=cache.folder),)
+    return (examples_source(rows, columns_of(config), name=name, temp_folder=cache.folder),)
 
 
 def _check(reading: RecordReader, cache: Cache, report: Progress | None) -> CheckedData:
@@ -197,7 +197,7 @@ def tokenize_cached(
         return tokenize_in_blocks(
             reading.records(),
             tokenizer,
-            census=census,
+            stats=census,
             max_length=max_length,
             on_progress=lambda done, total: report(f"tokenizing {reading.name}", done, total),
         )
@@ -210,8 +210,8 @@ def warn_of_missing_classes(config: TrainConfig, corpora: Iterable[Corpus]) -> N
     """Warn if no record has the ``source_column``: its name is probably misspelled."""
     if config.source_column and all(set(corpus.classes) == {""} for corpus in corpora):
         warnings.warn(
-            f"--source-column {config.source_column}: no record has this column, so nothing is shown by source "
-            "class",
+            f"--source-column {config.source_column}: no record has this column, so nothing is shown by "
+            "source class",
             DistrustWarning,
             stacklevel=2,
         )

@@ -53,7 +53,7 @@ def adopt_imported(
         optimizer = {**optimizer, "step": step}
     history = {name: _to_numbers(checkpoint.history.get(name)) for name in STEP_METRICS}
     dropped = list_dropped(checkpoint) + [
-        f"the {name} of {values.size} steps: the checkpoint does not say which of the {step} steps they belong to"
+        f"the {name} of {values.size} steps: it is not known which of the {step} steps they are of"
         for name, values in history.items()
         if values.size and values.shape != (step,)
     ]
@@ -121,7 +121,9 @@ def warn_imported(checkpoint: Checkpoint, record: RunRecord, *, where: Path) -> 
         f"From step {step + 1} on, data, weighting, learning rate and random numbers are this run's, as if "
         "it had made the steps before. The base model, data and schedule of those steps are not known"
         + "".join(f"\n  dropped: {line}" for line in record.dropped)
-        + (f"\n  not recorded, so taken from this run: {', '.join(record.assumed)}" if record.assumed else ""),
+        + (
+            f"\n  not recorded, so taken from this run: {', '.join(record.assumed)}" if record.assumed else ""
+        ),
         DistrustWarning,
         stacklevel=3,
     )

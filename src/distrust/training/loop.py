@@ -77,7 +77,9 @@ class TrainingLoop:
                 self._progress.add_step(ended)
                 self._events.emit(ended)
                 if step == first_step and self._config.save_every:
-                    self._saver.reserve(self._checkpoint())  # not earlier: the first update creates the moments
+                    self._saver.reserve(
+                        self._checkpoint()
+                    )  # not earlier: the first update creates the moments
                 is_best = self._evaluation_is_due() and self._evaluate()
                 if self._save_is_due(is_best=is_best):
                     self._save(final=False)
@@ -166,13 +168,11 @@ class TrainingLoop:
             return
         self._save_unsaved(final=False)
         advice = (
-            "Raise the limit, or add --reload-above or --gradient-checkpointing, and the same command resumes; "
-            "a new run may use a smaller --batch-size"
+            "Raise the limit, or add --reload-above or --gradient-checkpointing, and the same command "
+            "resumes; a new run may use a smaller --batch-size"
         )
         if before_first_step and excess.now > excess.bound:
-            advice = (
-                "Libraries, data and model exceed it before any step: raise the limit, or use a smaller --model"
-            )
+            advice = "It is exceeded before any step: raise the limit, or use a smaller --model"
         raise OutOfMemory(
             f"--max-memory {excess.bound / GIB:g}: at step {self._progress.step} the run uses "
             f"{excess.now / GIB:.2f} GiB of {excess.place}, and the next step may use "

@@ -148,8 +148,8 @@ class MemoryGuard:
         self._warned_of_reset = True
         next_reset = self._highest * (1 + WORTHWHILE_GROWTH) / GIB
         warnings.warn(
-            f"--reload-above {above:g}: the run uses {self._highest / GIB:.2f} GiB right after a reset, so no "
-            f"reset can bring it below; the next reset is above {next_reset:.2f} GiB",
+            f"--reload-above {above:g}: the run uses {self._highest / GIB:.2f} GiB right after a reset, so "
+            f"no reset can bring it below; the next reset is above {next_reset:.2f} GiB",
             DistrustWarning,
             stacklevel=2,
         )

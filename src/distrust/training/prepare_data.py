@@ -22,11 +22,11 @@ from distrust.data import (
     PackedRows,
     Tokenizer,
     concatenate,
-    digest_of,
-    distribution,
+    digest_tokenizer,
     one_per_row,
     pack,
     split_off,
+    summarize_weights,
 )
 from distrust.errors import ConfigError, DataError, DistrustWarning
 from distrust.training.data_sources import (
@@ -113,7 +113,7 @@ def prepare_data(
         ConfigError: options do not fit the model or the data.
     """
     max_length = max_length_of(config, context_length)
-    tokenizer_digest = digest_of(tokenizer)  # computed once: it takes a while
+    tokenizer_digest = digest_tokenizer(tokenizer)  # computed once: it takes a while
 
     def tokenize(data: CheckedData) -> Corpus:
         return tokenize_cached(
@@ -133,8 +133,8 @@ def prepare_data(
     if eval_corpus is not None:
         warn_of_unmeasured_classes(config, corpus, eval_corpus)
     rows = _rows(config, corpus, capacity=max_length)
-    order = _sampler(config, [len(part) for part in rows])
-    sample_counts = _sample_counts(order, rows, corpus)
+    sampler = _sampler(config, [len(part) for part in rows])
+    sample_counts = _sample_counts(sampler, rows, corpus)
     weights = _weights(config, corpus, sample_counts)
     pad_token_id = pad_token_id_of(tokenizer)
     batches = Batches(
@@ -143,8 +143,8 @@ def prepare_data(
         distrust=weighting.distrust_term(
             corpus.authority_weight, corpus.provenance_entropy, alpha=config.alpha
         ),
-        order=order,
-        sequences=concatenate(rows),
+        sampler=sampler,
+        rows=concatenate(rows),
         batch_size=config.batch_size,
         gradient_accumulation=config.gradient_accumulation,
         pad_token_id=pad_token_id,
@@ -185,12 +185,12 @@ def _sampler(config: TrainConfig, sizes: Sequence[int]) -> EpochSampler | Mixtur
 
 
 def _sample_counts(
-    order: EpochSampler | MixtureSampler, rows: Sequence[PackedRows], corpus: Corpus
+    sampler: EpochSampler | MixtureSampler, rows: Sequence[PackedRows], corpus: Corpus
 ) -> np.ndarray[Any, Any] | None:
     """float64[n]: how often an epoch samples each example, on average; None if each once."""
-    if isinstance(order, EpochSampler):
+    if isinstance(sampler, EpochSampler):
         return None
-    return np.repeat(np.divide(order.counts, [len(part) for part in rows]), corpus.sizes)
+    return np.repeat(np.divide(sampler.counts, [len(part) for part in rows]), corpus.sizes)
 
 
 def _rows(config: TrainConfig, corpus: Corpus, *, capacity: int) -> list[PackedRows]:
@@ -222,7 +222,7 @@ def _weights(
 def _distribution(
     corpus: Corpus, weights: np.ndarray[Any, Any], sample_counts: np.ndarray[Any, Any] | None
 ) -> Distribution:
-    return distribution(
+    return summarize_weights(
         authority_weight=corpus.authority_weight,
         provenance_entropy=corpus.provenance_entropy,
         weights=weights,
@@ -234,16 +234,14 @@ def _distribution(
     )
 
 
-def _effective_examples(
-    weights: np.ndarray[Any, Any], sample_counts: np.ndarray[Any, Any] | None
-) -> float:
+def _effective_examples(weights: np.ndarray[Any, Any], sample_counts: np.ndarray[Any, Any] | None) -> float:
     """Effective sample size; an example that is sampled more often counts for more."""
     sampled = weights if sample_counts is None else (weights * sample_counts)[sample_counts > 0]
     effective = weighting.effective_sample_size(sampled)
     if effective < LOW_EFFECTIVE_SHARE * len(weights):
         warnings.warn(
-            f"the effective sample size of {len(weights)} examples is {effective:.0f}: a few of them dominate "
-            "the run. Bound the weights with --max-ratio, or give a less uneven --mix",
+            f"the effective sample size of {len(weights)} examples is {effective:.0f}: a few of them "
+            "dominate the run. Bound the weights with --max-ratio, or give a less uneven --mix",
             DistrustWarning,
             stacklevel=2,
         )

@@ -81,8 +81,8 @@ def restore(
         warnings.warn(f"no longer bit-identical: {difference}", DistrustWarning, stacklevel=2)
     if progress.evaluations.used_other_data(record.evaluations):
         warnings.warn(
-            "the evaluation data differs from that of the run so far: the best checkpoint and the patience of "
-            "early stopping start afresh",
+            "the evaluation data differs from that of the run so far: the best checkpoint and "
+            "the patience of early stopping start afresh",
             DistrustWarning,
             stacklevel=2,
         )

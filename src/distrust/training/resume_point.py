@@ -8,7 +8,7 @@ from pathlib import Path
 from distrust.checkpoint import Checkpoint, CheckpointFile, CheckpointManager, Scan, foreign
 from distrust.checkpoint.arrays import Framework
 from distrust.checkpoint.catalog import RUN_SUBDIRECTORY, list_names
-from distrust.checkpoint.manager import require_converted
+from distrust.checkpoint.foreign import require_converted
 from distrust.config import EXAMPLES, TrainConfig, as_names
 from distrust.errors import ConfigError, CorruptCheckpoint
 from distrust.run_record import RunRecord
@@ -35,7 +35,9 @@ def require_startable(config: TrainConfig, manager: CheckpointManager) -> None:
     misplaced = [path for path, *_ in list_names(out) if not _is_empty_folder(path)]
     if not misplaced:
         return
-    problem = f"--out {out}: contains {misplaced[-1].name}, but a run keeps its checkpoints in {RUN_SUBDIRECTORY}/"
+    problem = (
+        f"--out {out}: contains {misplaced[-1].name}, but a run keeps its checkpoints in {RUN_SUBDIRECTORY}/"
+    )
     if out.name == RUN_SUBDIRECTORY:
         raise ConfigError(f"{problem}; give --out {out.parent}")
     raise ConfigError(
@@ -125,6 +127,6 @@ def _already_branched(step: int, scan: Scan) -> bool:
 def _require_newest(step: int, steps: list[int], out: str) -> None:
     if step in steps and step != steps[-1]:
         raise ConfigError(
-            f"--from-step {step}: {out} already continues to step {steps[-1]}, and a folder holds one timeline "
-            "only; add --branch NEW_FOLDER"
+            f"--from-step {step}: {out} already continues to step {steps[-1]}, and a folder holds only "
+            "one timeline; add --branch NEW_FOLDER"
         )

@@ -85,9 +85,11 @@ class Run:
             self._manager.acquire()
             loop = self._prepare(sources)
         except _StopRequested:
-            file = self._newest_checkpoint()
             return self._end_untrained(
-                file, self._stop.reason, signal=self._stop.signal, already_finished=False
+                self._newest_checkpoint(),
+                self._stop.reason,
+                signal=self._stop.signal,
+                already_finished=False,
             )
         return loop.run()
 
@@ -107,8 +109,8 @@ class Run:
             config = resume.merge_saved_options(config, record.config, where=out)
         elif self._engines.is_spent:
             raise ResumeRefused(
-                f"{out}: the engine has already been trained, and no checkpoint was saved to restore it from; "
-                "give a new engine"
+                f"{out}: the engine has already been trained, and no checkpoint was saved to restore it "
+                "from; give a new engine"
             )
         data = prepare_data(
             config, sources, engine.tokenizer, context_length=engine.context_length, report=self._report
@@ -143,8 +145,8 @@ class Run:
         schedule_end = max(data.schedule_steps, data.warmup_steps)
         if data.config.schedule != "constant" and data.max_steps > schedule_end:
             warnings.warn(
-                f"the schedule ends at step {schedule_end}; after it the learning rate is 0. To train longer, "
-                "begin a new run with --schedule-steps, or with --schedule constant",
+                f"the schedule ends at step {schedule_end}; after it the learning rate is 0. To train "
+                "longer, begin a new run with --schedule-steps, or with --schedule constant",
                 DistrustWarning,
                 stacklevel=2,
             )

@@ -38,8 +38,8 @@ def exclusive_run(out: Path) -> Iterator[None]:
     lock = _run_lock.lock
     if not lock.acquire(blocking=False):
         raise RunInProgress(
-            f"{out}: cannot start, because this process is training {_run_lock.holder}. Random generators and "
-            "threads belong to the process, so two runs at once would change each other's results: wait for "
+            f"{out}: cannot start, because this process is training {_run_lock.holder}. Random generators "
+            "and threads belong to the process, so two runs at once would change each other's results: wait for "
             "it, or start another process",
             out=_run_lock.holder,
         )

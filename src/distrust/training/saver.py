@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from distrust.checkpoint import Checkpoint, CheckpointManager, PendingSave
-from distrust.checkpoint.catalog import checkpoint_file_name
+from distrust.checkpoint.files import checkpoint_file_name
 from distrust.errors import CheckpointError, DistrustWarning, SaveFailed
 from distrust.training.events import CheckpointSaved, CheckpointStarted, Observer
 
@@ -113,7 +113,9 @@ class Saver:
     def describe_durable(self) -> str:
         """The last durable step, for messages; waits for the pending save."""
         self.wait()
-        return "nothing was saved yet" if self.last_durable is None else f"step {self.last_durable[0]} is saved"
+        return (
+            "nothing was saved yet" if self.last_durable is None else f"step {self.last_durable[0]} is saved"
+        )
 
     def describe_remaining(self) -> str:
         """What a resume can start from. Checks the directory: the failure may have removed it."""

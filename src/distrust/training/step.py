@@ -136,7 +136,9 @@ class StepRunner:
         """Runs before the update, so a state after a non-finite loss is never saved."""
         examples = self._data.locations(batches)
         per_example = [loss for part in losses for loss in part.weighted]
-        non_finite = [name for name, loss in zip(examples, per_example, strict=True) if not math.isfinite(loss)]
+        non_finite = [
+            name for name, loss in zip(examples, per_example, strict=True) if not math.isfinite(loss)
+        ]
         if not non_finite and math.isfinite(norm):
             return
         quantity = "the loss" if non_finite else f"the gradient norm ({norm})"

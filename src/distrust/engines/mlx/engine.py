@@ -18,7 +18,7 @@ from mlx_lm.utils import get_total_parameters
 
 from distrust.checkpoint.memory import return_freed_memory
 from distrust.config import TrainConfig
-from distrust.contract import EngineState, Losses, MemoryUse
+from distrust.contract import DEFAULT_MAX_LENGTH, EngineState, Losses, MemoryUse
 from distrust.data import MicroBatch, Tokenizer
 from distrust.engines import state_conversion, tokenizer
 from distrust.engines.fingerprint import fingerprint
@@ -28,7 +28,6 @@ from distrust.engines.mlx.model_runner import ModelRunner
 from distrust.engines.mlx.optimizer import AdamW
 from distrust.engines.out_of_memory import translate_out_of_memory
 from distrust.errors import DistrustWarning
-from distrust.training.data_sources import DEFAULT_MAX_LENGTH
 
 
 class MlxEngine:
