@@ -11,17 +11,10 @@ from typing import Any
 import numpy as np
 
 from distrust.checkpoint import parallel
-from distrust.checkpoint.arrays.host import (
-    DTYPES,
-    ML_DTYPES_NAMES,
-    NUMPY_NAMES,
-    Adapter,
-    Description,
-)
+from distrust.checkpoint.arrays.host import DTYPES, ML_DTYPES_NAMES, NUMPY_NAMES, Adapter, Description
 from distrust.errors import ConfigError, UnsupportedState
 
-#: The type of a settled array: uint8, one-dimensional, contiguous.
-Flat = np.ndarray
+Flat = np.ndarray  #: The type of a flat array of numpy: uint8, one-dimensional, contiguous.
 
 
 def describe(labels: Sequence[str], values: Sequence[Any]) -> list[Description]:
@@ -34,15 +27,15 @@ def flat_arrays(values: Sequence[Any]) -> list[Any]:
     return [_bytes(value) for value in values]
 
 
-def fill(memory: mmap.mmap, place: int, flats: Sequence[Any]) -> int:
-    """Copy settled arrays into ``memory``, one behind the other; returns where the last one ends."""
+def fill(memory: mmap.mmap, offset: int, flats: Sequence[Any]) -> int:
+    """Copy flat arrays into ``memory``, back to back from ``offset`` (bytes); return the end offset."""
     target = np.frombuffer(memory, np.uint8)
-    edges: list[int] = list(itertools.accumulate((flat.nbytes for flat in flats), initial=place))
+    edges: list[int] = list(itertools.accumulate((flat.nbytes for flat in flats), initial=offset))
 
     def copy(index: int) -> None:
-        target[edges[index] : edges[index + 1]] = flats[index]
+        target[edges[index] : edges[index + 1]] = flats[index]  # numpy releases the GIL while it copies
 
-    threads = parallel.worthwhile_threads(edges[-1] - place)
+    threads = parallel.worthwhile_threads(edges[-1] - offset)
     parallel.run(copy, range(len(flats)), threads=threads)
     return edges[-1]
 
@@ -64,16 +57,18 @@ def _describe(label: str, value: Any) -> Description:
     dtype = DTYPES.get(value.dtype.name)
     if dtype is None:
         raise UnsupportedState(f"{label}: numpy arrays of {value.dtype} cannot be saved", label=label)
+    # By attribute, too: other libraries subclass ndarray with a mask of their own.
     if type(value).__module__ == "numpy.ma" or hasattr(value, "mask"):
         raise UnsupportedState(f"{label}: a masked array would lose its mask", label=label)
     return dtype, tuple(value.shape)
 
 
 def _bytes(value: Any) -> np.ndarray[Any, Any]:
-    flat = np.ascontiguousarray(np.asarray(value)).reshape(-1)
+    flat = np.ascontiguousarray(np.asarray(value)).reshape(-1)  # asarray: numpy scalars become arrays
+    # The file is little-endian on every machine.
     if flat.dtype.byteorder == ">" or (flat.dtype.byteorder == "=" and sys.byteorder == "big"):
         flat = flat.byteswap()
     return flat.view(np.uint8)
 
 
-ADAPTER = Adapter(describe, flat_arrays, holds=False, from_host=from_host)
+ADAPTER = Adapter(describe, flat_arrays, zero_copy=False, from_host=from_host)  # callers may write in place
