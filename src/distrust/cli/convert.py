@@ -15,6 +15,7 @@ from distrust.config import TrainConfig, flag, key
 from distrust.engines.state_conversion import target_modules
 from distrust.importers.convert import ConvertedCheckpoint, convert, target_directory
 from distrust.reporting.display import printable
+from distrust.run_record import RunRecord
 
 
 def main(arguments: list[str]) -> int:

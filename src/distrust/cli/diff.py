@@ -9,6 +9,7 @@ from distrust.checkpoint import CheckpointFile, catalog
 from distrust.checkpoint.compare import differences
 from distrust.cli.arguments import TARGET, parser, print_json
 from distrust.reporting.display import printable
+from distrust.run_record import RunRecord
 
 DIGEST_SHOWN = 16
 SHOWN = 20

@@ -8,6 +8,7 @@ from pathlib import Path
 from distrust.checkpoint import CheckpointFile, Scan, catalog, foreign
 from distrust.cli.arguments import TARGET, number, parser, print_json, size
 from distrust.reporting.display import printable
+from distrust.run_record import RunRecord
 
 
 def main(arguments: list[str]) -> int:

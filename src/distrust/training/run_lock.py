@@ -39,8 +39,8 @@ def exclusive_run(out: Path) -> Iterator[None]:
     if not lock.acquire(blocking=False):
         raise RunInProgress(
             f"{out}: cannot start, because this process is training {_run_lock.holder}. Random generators "
-            "and threads belong to the process, so two runs at once would change each other's results: wait for "
-            "it, or start another process",
+            "and threads belong to the process, so two runs at once would change each other's results: wait "
+            "for it, or start another process",
             out=_run_lock.holder,
         )
     try:
