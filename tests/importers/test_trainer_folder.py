@@ -216,7 +216,7 @@ def test_options_that_are_known_are_compared(folder, go_on, tmp_path):
 
 def test_a_run_that_would_end_before_is_refused(folder, go_on, tmp_path):
     convert(folder, tmp_path / "run")
-    with pytest.raises(ConfigError, match=r"has 3 steps.*is at step 3 already; give more"):
+    with pytest.raises(ConfigError, match=r"has 3 steps.*was imported at step 3; give more"):
         go_on(tmp_path / "run", max_steps=BEGUN)
     assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("*.safetensors")] == [
         "checkpoint-3.safetensors"
@@ -225,7 +225,7 @@ def test_a_run_that_would_end_before_is_refused(folder, go_on, tmp_path):
 
 def test_before_it_is_gone_on_with_it_cannot_be_measured(folder, tmp_path):
     with pytest.raises(
-        ResumeRefused, match=r"was imported, so its base model is not known; resume it with .distrust train"
+        ResumeRefused, match=r"is imported, and its base model is unknown; resume it with .distrust train"
     ):
         open_checkpoint(convert(folder, tmp_path / "run"))
 
