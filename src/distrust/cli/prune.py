@@ -12,7 +12,7 @@ from distrust.checkpoint import DamagedFile, catalog
 from distrust.checkpoint.manager import CheckpointManager
 from distrust.checkpoint.retention import MetricMode
 from distrust.cli.arguments import parser, print_json, size
-from distrust.errors import CheckpointError, ConfigError, DistrustWarning
+from distrust.errors import CheckpointError, ConfigError, DamagedCheckpointWarning, DistrustWarning
 from distrust.reporting.display import printable
 
 #: What ``st_blocks`` counts, whatever the file system's own blocks are.
@@ -79,8 +79,8 @@ def _remove(manager: CheckpointManager, options: argparse.Namespace, account: _A
         manager.remove_damaged(account.add_damaged)
     if _has_rule(options):
         with warnings.catch_warnings():
-            if options.damaged:  # told of above
-                warnings.filterwarnings("ignore", ".*it counts for nothing and was left", DistrustWarning)
+            if options.damaged:  # reported above
+                warnings.simplefilter("ignore", DamagedCheckpointWarning)
             superseded = manager.list_superseded()
         try:
             if not options.dry_run:
