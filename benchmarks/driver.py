@@ -1,8 +1,8 @@
-"""Which case runs when: repeat by repeat, each in a fresh process, group by group in an order drawn by lot.
+"""Which case runs when: repeat by repeat, each in a fresh process, group by group in random order.
 
-Cases of a group follow each other, for they are compared; the lot keeps any of them from always standing
-behind the same neighbour. What a case wrote is removed before the next one begins, and the disk is left
-alone for a moment, for a file system may still be discarding the blocks.
+Cases of a group run one after the other, because they are compared; the random order keeps a case from always
+following the same neighbour. What a case wrote is removed before the next one starts, and the disk is left
+alone for a moment, because a file system may still be discarding the blocks.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TIMEOUT_SECONDS = 900
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What is about to be measured.
+    """One measurement to make.
 
     Attributes:
         spec: the state.
@@ -44,7 +44,7 @@ class Turn:
 
 
 def plan(specs: Sequence[Spec], cases: Sequence[Case], repeats: int, results: Results) -> list[Turn]:
-    """All turns in their order; what is not installed is noted in ``results`` and left out."""
+    """All turns in order; what is not installed is noted in ``results`` and skipped."""
     missing = {case.name for case in cases if not all(map(_is_installed, case.modules))}
     turns = []
     for spec in specs:
@@ -59,13 +59,13 @@ def plan(specs: Sequence[Spec], cases: Sequence[Case], repeats: int, results: Re
 
 
 def measure(turns: Sequence[Turn], directory: Path, pause: float, results: Results) -> Iterator[Turn]:
-    """Make every turn; yields each before it begins.
+    """Run every turn; yields each before it starts.
 
     Args:
         turns: by state.
-        directory: on the disk to measure; what is made in it is removed.
+        directory: on the disk to measure; what is created in it is removed.
         pause: seconds between two turns.
-        results: take every figure, and what failed.
+        results: receives every figure and failure.
     """
     for spec, of_state in groupby(turns, key=lambda turn: turn.spec):
         prepared = directory / "prepared"
@@ -122,7 +122,7 @@ class _Folder:
 
     def __exit__(self, *_: object) -> None:
         shutil.rmtree(self.path)
-        # Names and freed blocks reach the disk now, not in the middle of the next case.
+        # Write names and freed blocks to the disk now, not during the next case.
         descriptor = os.open(self.path.parent, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
@@ -138,5 +138,5 @@ def _shuffle(cases: Sequence[Case], *, seed: int) -> Iterator[Case]:
 def _is_installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # its parent is not
+    except ModuleNotFoundError:  # its parent does not exist
         return False

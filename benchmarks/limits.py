@@ -1,7 +1,7 @@
-"""What the hardware can do: the least that any save or load of so many bytes takes.
+"""The limits of the hardware: the least time that saving or loading so many bytes takes.
 
-Memory is touched before, except where fresh memory is the point; buffers are handed to the kernel page by
-page aligned, thread pools are there before the clock runs, nothing is digested, named or put together.
+Memory is touched beforehand, except where fresh memory is the point; buffers are page-aligned, thread pools
+exist before the clock starts, and nothing is hashed, named or assembled.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ def copy(spec: Spec, threads: int) -> Figures:
     target[:] = 1  # zeros are mapped lazily
     share = -(-spec.nbytes // threads)
     parts = [slice(index * share, (index + 1) * share) for index in range(threads)]
-    if threads == 1:  # a pool would cost the copy of a small state a tenth of a millisecond
+    if threads == 1:  # a pool would cost the copy of a small state 0.1 ms
         return _time(lambda: np.copyto(target, source))
     with _pool(threads) as pool:
         return _time(lambda: list(pool.map(lambda part: np.copyto(target[part], source[part]), parts)))
 
 
 def write(spec: Spec, folder: Path, in_flight: int) -> Figures:
-    """Space reserved, written around the page cache in 16 MiB blocks, then fsync."""
+    """Reserve space, write 16 MiB blocks with O_DIRECT, then fsync."""
     blocks = _blocks()
     size = _round_up_to_page(spec.nbytes)
 
@@ -62,7 +62,7 @@ def write(spec: Spec, folder: Path, in_flight: int) -> Figures:
 
 
 def read_cached(file: Path, *, fresh: bool) -> Figures:
-    """The file out of the page cache, into touched or into fresh memory."""
+    """Read the file from the page cache, into touched or into fresh memory."""
     import numpy as np
 
     probes.warm(file)
@@ -72,7 +72,7 @@ def read_cached(file: Path, *, fresh: bool) -> Figures:
 
 
 def read_cold(file: Path) -> Figures:
-    """The file off the disk through the page cache, in 16 MiB reads into touched memory."""
+    """Read the file from the disk through the page cache, in 16 MiB reads into touched memory."""
     probes.drop(file)
     block = memoryview(_blocks())[:BLOCK_BYTES]
 
@@ -85,7 +85,7 @@ def read_cold(file: Path) -> Figures:
 
 
 def read_direct(file: Path) -> Figures:
-    """The file off the disk around the page cache, two reads in flight into touched memory."""
+    """Read the file from the disk with O_DIRECT, two reads in flight into touched memory."""
     probes.drop(file)
     blocks = _blocks()
     size = file.stat().st_size
@@ -127,7 +127,7 @@ def _touched_buffer(size: int) -> Any:
 
 
 def _blocks() -> mmap.mmap:
-    blocks = mmap.mmap(-1, BLOCKS * BLOCK_BYTES)  # page-aligned, as O_DIRECT wants it
+    blocks = mmap.mmap(-1, BLOCKS * BLOCK_BYTES)  # page-aligned, as O_DIRECT requires
     blocks.write(os.urandom(BLOCK_BYTES) * BLOCKS)
     return blocks
 
@@ -151,5 +151,5 @@ def _read(file: Path, view: memoryview) -> None:
 @contextmanager
 def _pool(threads: int) -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(time.sleep, [0.01] * threads))  # all of them are there
+        list(pool.map(time.sleep, [0.01] * threads))  # all threads have started
         yield pool

@@ -1,7 +1,7 @@
-"""What transformers' own Trainer takes to save a LoRA run: adapter, AdamW's state, and what it resumes by.
+"""What transformers' own Trainer takes to save a LoRA run: adapter, AdamW's state, and what it resumes from.
 
-Its second save is measured, from the end of the step to the ``on_save`` that follows. It syncs nothing, so
-what it has saved a power cut may take: the others pay for that, and it does not.
+Its second save is measured, from the end of the step to the ``on_save`` that follows. It syncs nothing, so a
+power cut may lose what it has saved; the other libraries pay for that guarantee.
 """
 
 from __future__ import annotations

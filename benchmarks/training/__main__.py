@@ -1,15 +1,15 @@
-"""Training beside the peers: tokens a second that are no padding, and peak memory.
+"""Training compared with other trainers: tokens per second without padding, and peak memory.
 
     python -m benchmarks.training                      # both models in float32: an hour
     python -m benchmarks.training --sizes 15M --rounds 3
     python -m benchmarks.training --sizes 135M --dtype bfloat16 --trainers "distrust, packing" "TRL, packing"
 
 Every trainer has the same model (a Llama with random weights), the same texts, LoRA of rank 16 on all
-linear layers, the same dtype, threads, and about as many tokens a step: packed rows of --row tokens, or as
+linear layers, the same dtype, threads, and about as many tokens per step: packed rows of --row tokens, or as
 many texts as fill them on average. Each runs in a fresh process, all of them in turn, round by round; the
-clock begins after the first steps. Ratios are of one round each, then the median of the rounds. Memory is
-the most that the process ever had, with Python and every library in it. mlx, which is slow on a processor,
-is measured with two steps, and in the first round alone, unless nothing else is:
+clock starts after the first steps. Ratios are within one round, then the median of the rounds. Memory is the
+peak of the process, with Python and every library in it. mlx, which is slow on a CPU, is measured with two
+steps, and in the first round only, unless nothing else is measured:
 
     python -m benchmarks.training --sizes 15M --tokens 512 --threads 1 --trainers "distrust, mlx" "mlx-lm"
 """
@@ -38,20 +38,20 @@ from benchmarks.training.trainers import TRAINERS
 from benchmarks.training.work import SIZES, Work, make
 
 OURS, OFF = "distrust, packing", "distrust, packing, weighting off"
-#: What the figures are measured against.
+#: What the other trainers are compared with.
 FASTER, SMALLER, WEIGHTING_PERCENT = 1.3, 0.8, 1.0
 TIMEOUT_SECONDS = 1800
-#: The engine on mlx is measured against mlx-lm's own trainer.
+#: The MLX engine is compared with mlx-lm's own trainer.
 OURS_MLX, MLX_LM = "distrust, mlx", "mlx-lm"
 MLX_FASTER, MLX_SMALLER = 1.1, 0.9
-#: Takes minutes a step on processors: its home are Apple's GPUs.
+#: Takes minutes per step on CPUs: it is made for Apple's GPUs.
 SLOW = (OURS_MLX, MLX_LM)
 
 Round = dict[str, dict[str, float]]
 
 
 def main() -> int:
-    """Measure, and print as it goes."""
+    """Measure, and print results as they come."""
     options = _options()
     console = Console(highlight=False)
     results: dict[str, list[Round]] = {}
@@ -90,7 +90,7 @@ def _rounds(work: Work, options: argparse.Namespace, console: Console) -> list[R
             for name in options.trainers
             if name not in failed and (name not in SLOW or number == 0 or set(options.trainers) <= {*SLOW})
         ]
-        random.Random(number).shuffle(order)  # nobody always follows the same one
+        random.Random(number).shuffle(order)  # no trainer always follows the same one
         rounds.append({})
         for name in order:
             try:

@@ -1,10 +1,10 @@
-"""What the loss of a large vocabulary takes: all logits at once, or in chunks.
+"""What the loss of a large vocabulary costs: all logits at once, or in chunks.
 
     python -m benchmarks.training.loss
     python -m benchmarks.training.loss --vocabulary 262144 --tokens 4096 --width 2048
 
-Each way in fresh processes in turn: the products of the head, the cross-entropy with a weight for each token,
-and the way back to what goes into the head. Memory is the most of the process beyond what it had before.
+Each method runs in fresh processes in turn: the products of the head, the weighted cross-entropy of each
+token, and the gradient of the head's inputs. Memory is the peak of the process above its level before.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ WAYS = ("all logits", "in chunks")
 
 
 def main() -> int:
-    """Measure both ways, and compare what they give."""
+    """Measure both methods, and compare their results."""
     options = _options()
     if options.method:
         print(json.dumps(_one(options)))

@@ -1,4 +1,4 @@
-"""The picture: tokens a second and peak memory of each trainer."""
+"""The picture: tokens per second and peak memory of each trainer."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 
 from benchmarks.picture import INK, OURS, PEER, QUIET
 
-#: What is drawn, from above; without the variant that only shows what weighting costs.
+#: What is drawn, from top to bottom; without the variant that only shows the cost of weighting.
 SHOWN = ("distrust, packing", "distrust", "TRL, packing", "TRL", "transformers + peft, by length",
          "transformers + peft", "mlx-lm")  # fmt: skip
 
 
 def draw(results: Mapping[str, Sequence[Mapping[str, Mapping[str, float]]]], path: Path) -> None:
-    """Two panels for each model: medians as bars, least to most as a line."""
+    """Two panels for each model: medians as bars, minimum to maximum as a line."""
     import matplotlib
 
     matplotlib.use("Agg")

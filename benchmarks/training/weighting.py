@@ -3,10 +3,10 @@
     python -m benchmarks.training.weighting
     python -m benchmarks.training.weighting --size 135M --pairs 10 --threads 1
 
-One process and one model make every step twice: the batches made, forward, backward, clipping and the
-optimizer's update, once with the weights of ``--weighting monotone`` and once with those of ``off``; which
-one comes first alternates. What else the machine does falls on both, so the ratio of a pair says more than
-two runs. The interval is of the median, by resampling the pairs.
+One process and one model make every step twice: batches, forward, backward, clipping and the optimizer's
+update, once with the weights of ``--weighting monotone`` and once with those of ``off``, in alternating
+order. Other load on the machine affects both, so the ratio of a pair is more exact than two runs. The
+confidence interval of the median comes from resampling the pairs.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def _plan(config: TrainConfig, engine: Engine) -> PreparedData:
 
 
 def _seconds(engine: Engine, plan: PreparedData, step: int) -> float:
-    """Make a step as the training loop does, batches included: the loop makes them beside the step before."""
+    """Make a step as the training loop does, batches included (the loop prefetches them)."""
     began = time.perf_counter()
     batches = plan.batches.step(step)
     tokens = sum(batch.tokens for batch in batches)
@@ -110,7 +110,7 @@ def _seconds(engine: Engine, plan: PreparedData, step: int) -> float:
 
 
 def _interval(ratios: Sequence[float]) -> tuple[float, float]:
-    """Of the median, 95 %, by the bootstrap."""
+    """The 95 % interval of the median, by the bootstrap."""
     chance = random.Random(0)
     medians = sorted(statistics.median(chance.choices(ratios, k=len(ratios))) for _ in range(RESAMPLED))
     return medians[round(0.025 * RESAMPLED)], medians[round(0.975 * RESAMPLED) - 1]

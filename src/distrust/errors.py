@@ -3,6 +3,7 @@
     DistrustError
     ├── ConfigError                     an option is wrong, unknown, or contradicts another
     ├── DataError                       records that cannot be trained on: every one with file, line and field
+    ├── MissingDependency               an optional library that is not installed
     ├── ModelError                      a base model or tokenizer that cannot be loaded or used
     ├── ResumeRefused                   going on would not continue the same run
     ├── NonFiniteLoss                   a loss or gradient norm that is not finite; the step was not made
@@ -82,6 +83,27 @@ class DataError(DistrustError):
     def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
         super().__init__(message)
         self.problems = tuple(problems)
+
+
+class MissingDependency(DistrustError):
+    """An optional library that is not installed. The message says how to install it.
+
+    Attributes:
+        library: the missing module.
+        extra: the extra of this package that installs it.
+    """
+
+    def __init__(self, purpose: str, *, library: str, extra: str) -> None:
+        super().__init__(f"{purpose} needs {library}, which is not installed: {install_command(extra)}")
+        self.library = library
+        self.extra = extra
+
+
+def install_command(extra: str) -> str:
+    """The command that installs an extra of this package: from its checkout, if this code is in one."""
+    checkout = Path(__file__).resolve().parents[2]
+    package = checkout if (checkout / "pyproject.toml").is_file() else "distrust-trainer"
+    return f"pip install '{package}[{extra}]'"
 
 
 class ModelError(DistrustError):

@@ -152,7 +152,7 @@ FAILURES = {
     "a folder as data": (["--data", "."], 1, ".: holds no data files"),
     "a folder without a model": (["--model", "."], 1, "--model .: holds no config.json"),
     "an adapter": (["--model", "adapter"], 1, "--model adapter: holds an adapter, not a model; "),
-    "no such device": (["--device", "cuda"], 2, "--device cuda: not available here; available: cpu"),
+    "no such device": (["--device", "cuda"], 2, "--device cuda: not available to torch here; available: cpu"),
     "too long": (["--max-length", "999"], 2, "--max-length 999: the model sees 128 tokens at once"),
     "no such module": (["--target-modules", "nothing"], 2, "--target-modules nothing: "),
     "no config": (["--config", "no.toml"], 2, "--config no.toml: no such file or directory"),

@@ -225,7 +225,7 @@ def test_a_run_that_would_end_before_is_refused(folder, go_on, tmp_path):
 
 def test_before_it_is_gone_on_with_it_cannot_be_measured(folder, tmp_path):
     with pytest.raises(
-        ResumeRefused, match=r"begun elsewhere, so its base model is not known; .distrust train"
+        ResumeRefused, match=r"is imported, and its base model is unknown; resume it with .distrust train"
     ):
         open_checkpoint(convert(folder, tmp_path / "run"))
 

@@ -11,7 +11,7 @@ import pytest
 from test_memory_reset import GIB, Hungry
 
 from distrust import CheckpointManager, DistrustWarning
-from distrust.engines.out_of_memory import translate_out_of_memory
+from distrust.engines.runtime import translate_out_of_memory
 from distrust.errors import OutOfMemory
 from distrust.training import memory_guard
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,18 +21,11 @@ _COMPARED_AS_TENSORS = {"a", ""}
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One difference.
+    """One difference between two checkpoints."""
 
-    Attributes:
-        kind: ``tensor`` or ``state``.
-        name: the tensor's label, or the path of a scalar in the state, shortened if very long.
-        a: the value in the first checkpoint, as text.
-        b: the value in the second one.
-    """
-
-    kind: str
-    name: str
-    a: str
+    kind: str  # "tensor" or "state"
+    name: str  # the tensor's label, or the path of a scalar in the state; shortened if very long
+    a: str  # the value in the first checkpoint, as text
     b: str
 
 
@@ -56,16 +49,13 @@ def differences(a: CheckpointFile, b: CheckpointFile) -> list[Difference]:
     result.sort(key=lambda difference: difference.name)
     tensors_a = {tensor.name: _describe(tensor) for tensor in a.tensors}
     tensors_b = {tensor.name: _describe(tensor) for tensor in b.tensors}
-    result += [Difference("tensor", *row) for row in _unequal(tensors_a, tensors_b)]
+    result += [
+        Difference("tensor", name, value_a, value_b)
+        for name in sorted(tensors_a.keys() | tensors_b.keys())
+        if (value_a := tensors_a.get(name, ABSENT)) != (value_b := tensors_b.get(name, ABSENT))
+    ]
     # The digests differ, but neither tensors nor scalars do: the same arrays are at other paths.
     return result or [Difference("state", "skeleton", a.state_digest, b.state_digest)]
-
-
-def _unequal(a: dict[str, str], b: dict[str, str]) -> Iterator[tuple[str, str, str]]:
-    for name in sorted(a.keys() | b.keys()):
-        value_a, value_b = a.get(name, ABSENT), b.get(name, ABSENT)
-        if value_a != value_b:
-            yield name, value_a, value_b
 
 
 def _describe(tensor: TensorInfo) -> str:

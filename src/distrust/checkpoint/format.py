@@ -22,11 +22,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from json.encoder import encode_basestring as encode_text
 from math import prod
-from operator import add, itemgetter
+from operator import add
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from blake3 import blake3
@@ -51,7 +51,8 @@ OPENING = f'{{"{METADATA}":{{"digest":"'.encode()
 DIGEST_SLICE = slice(LENGTH_BYTES + len(OPENING), LENGTH_BYTES + len(OPENING) + DIGEST_CHARACTERS)
 _DIGESTS = b'","digests":"'
 
-Kind = Literal["periodic", "final"]
+Kind = Literal["periodic", "final"]  # a final one is never cleaned up
+Description = tuple[str, tuple[int, ...]]  # a tensor's dtype and shape
 _Value = TypeVar("_Value")
 
 #: Every dtype of the format with a whole number of bytes -> its item size.
@@ -64,43 +65,21 @@ ITEM_SIZES = {
 
 
 class TensorInfo(NamedTuple):
-    """A tensor as the header describes it.
-
-    Attributes:
-        name: its label.
-        dtype: a key of :data:`ITEM_SIZES`.
-        shape: its dimensions.
-        offset: of its first byte, from the beginning of the file.
-        nbytes: its length.
-        digest: BLAKE3 of its bytes, in hexadecimal.
-    """
+    """A tensor as the header describes it."""
 
     name: str
-    dtype: str
+    dtype: str  # a key of ITEM_SIZES
     shape: tuple[int, ...]
-    offset: int = 0
-    nbytes: int = 0
-    digest: str = NO_DIGEST
+    offset: int  # of its first byte, from the beginning of the file
+    nbytes: int
+    digest: str  # BLAKE3 of its bytes, in hexadecimal
 
 
 class TensorTable:
     """Every tensor of a file: its description in the header, and the position of its data.
 
     Stored and processed as columns in the order of the names (that of the header): a Python statement per
-    tensor would cost more than everything else about a header.
-
-    Args:
-        names: of the tensors, ascending.
-        dtypes: of the tensors, in the same order.
-        shapes: of the tensors, in the same order.
-
-    Attributes:
-        order: the index in ``names`` of each tensor, in the order of the data.
-        edges: where each tensor begins in the data, in that order, and where the last one ends.
-        data_bytes: the length of all data.
-
-    Raises:
-        InvalidTensor: for an unknown dtype, or a shape that no reader accepts.
+    tensor would cost more than everything else about a header. Raises :class:`InvalidTensor`.
     """
 
     def __init__(
@@ -116,7 +95,9 @@ class TensorTable:
         self._sizes = [*map(sizes.__getitem__, self._pairs)]
         # By descending item size, so that each tensor is aligned to its items without padding between them.
         descending = [-ITEM_SIZES[dtype] for dtype, _ in self._pairs]
-        self.order = sorted(range(len(names)), key=descending.__getitem__)  # stable: then by name
+        # The index in ``names`` of each tensor, in the order of the data. The sort is stable: then by name.
+        self.order = sorted(range(len(names)), key=descending.__getitem__)
+        # Where each tensor begins in the data, in that order, and where the last one ends.
         self.edges = [*accumulate([self._sizes[index] for index in self.order], initial=0)]
         self.data_bytes = self.edges[-1]
         self._begins = self._by_name(self.edges[:-1])
@@ -141,12 +122,7 @@ class TensorTable:
         return "".join(map(',%s:{"data_offsets":[%d,%d%s'.__mod__, zip(*columns, strict=True)))
 
     def state_digest(self, state: str, digests: Sequence[str]) -> str:
-        """Return the digest of a state: over ``state`` and each tensor's name, dtype, shape and digest.
-
-        Args:
-            state: canonical JSON.
-            digests: of each tensor, in the order of the data.
-        """
+        """Return the digest of a state, given as canonical JSON and the digests in the order of the data."""
         # By name, not in the order of the data: the identity must not depend on the layout.
         columns = (self._encoded_names, self._format_pairs('"{}",[{}]'), self._by_name(digests))
         tensors = ",".join(map('[%s,%s,"%s"]'.__mod__, zip(*columns, strict=True)))
@@ -174,11 +150,7 @@ class InvalidTensor(Exception):
 
 
 class HeaderText:
-    """An encoded header without its digests. Digests have a fixed length, so the header's length is known.
-
-    Attributes:
-        nbytes: of the header with its length and its padding; the data begins there.
-    """
+    """An encoded header without its digests. Digests have a fixed length, so the header's length is known."""
 
     def __init__(self, *, step: int, kind: Kind, state: str, run: str, table: TensorTable) -> None:
         self._between_digests = (
@@ -189,7 +161,7 @@ class HeaderText:
         encoded = sum(map(len, (OPENING, _DIGESTS, self._between_digests, self._suffix)))
         # One digest for each tensor, the state's and the header's own.
         self._end = LENGTH_BYTES + encoded + DIGEST_CHARACTERS * (2 + len(table.names))
-        self.nbytes = -(-self._end // ALIGNMENT) * ALIGNMENT  # rounded up
+        self.nbytes = -(-self._end // ALIGNMENT) * ALIGNMENT  # with the padding: the data begins here
 
     def complete(self, digests: Iterable[str], state_digest: str) -> tuple[bytes, str]:
         """Return the header's bytes and the ``digest`` in them; ``digests`` in the order of the data."""
@@ -215,29 +187,20 @@ class Layout:
     """The position of every byte in a new file; known before any tensor is read.
 
     The caller waits while a layout is created, so the header is encoded only when first needed.
-    ``data_offset``, ``file_size``, ``tensors`` and ``header`` raise UnsupportedState if it would exceed the
-    size that readers accept.
-
-    Attributes:
-        names: of the tensors, in the order of their data.
-        edges: where each tensor begins in the data, in that order, and where the last one ends.
-        data_bytes: the length of all data.
-
-    Raises:
-        UnsupportedState: if no reader would accept a tensor's shape.
+    Raises UnsupportedState for a shape, or a size of the header, that readers reject.
     """
 
     def __init__(
-        self, tensors: Iterable[TensorInfo], *, step: int, kind: Kind, sections: dict[str, Any], run: str
+        self, tensors: Mapping[str, Description], *, step: int, kind: Kind, sections: dict[str, Any], run: str
     ) -> None:
-        by_name = sorted(tensors, key=itemgetter(0))
-        names, dtypes, shapes, *_ = zip(*by_name, strict=True) if by_name else ((), (), ())
+        names = sorted(tensors)
+        dtypes, shapes = zip(*map(tensors.__getitem__, names), strict=True) if names else ((), ())
         try:
             self._table = TensorTable(names, dtypes, shapes)
         except InvalidTensor as error:
             name, shape = error.args
             raise UnsupportedState(f"{name}: no reader accepts the shape {shape}", label=name) from None
-        self.names = [names[index] for index in self._table.order]
+        self.names = [names[index] for index in self._table.order]  # from here on, in the order of the data
         self.edges = self._table.edges
         self.data_bytes = self._table.data_bytes
         self._step, self._kind, self._sections, self._run = step, kind, sections, run
@@ -252,17 +215,8 @@ class Layout:
         """Size of the whole file, in bytes."""
         return self.data_offset + self.data_bytes
 
-    @lockfree_cached_property
-    def tensors(self) -> tuple[TensorInfo, ...]:
-        """The tensors in the order of their data, with offsets, without digests."""
-        return self._table.tensors(self._text.nbytes, [NO_DIGEST] * len(self.names))
-
     def header(self, digests: Sequence[str]) -> tuple[bytes, str]:
-        """Return the bytes before the data and the ``digest`` in them.
-
-        Args:
-            digests: of each tensor, in the order of the data.
-        """
+        """Return the header's bytes and the ``digest`` in them; ``digests`` in the order of the data."""
         return self._text.complete(digests, self._table.state_digest(self._state, digests))
 
     @lockfree_cached_property

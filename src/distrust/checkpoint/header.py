@@ -71,20 +71,7 @@ _PAIRS_DECODER = json.JSONDecoder(object_pairs_hook=tuple)
 
 
 class Header:
-    """The contents of a header.
-
-    Attributes:
-        step: completed optimizer steps.
-        kind: ``periodic``, or ``final`` for one that is never cleaned up.
-        state: canonical JSON of the skeleton, the scalars, the config and the metadata.
-        run: JSON of what may differ between equal runs.
-        state_digest: the identity of the state.
-        digest: of the header.
-        file_size: in bytes.
-        config: the options that change the result.
-        metadata: the caller's metadata.
-        run_info: ``run``, parsed: created, host, metrics and the caller's own values.
-    """
+    """The contents of a header."""
 
     format = FORMAT
     lacks_arrays = False  # only a foreign header can be metadata alone
@@ -92,12 +79,12 @@ class Header:
     def __init__(self, metadata: dict[str, str], table: str, data_offset: int, file_size: int) -> None:
         self.step = _integer(metadata["step"], "step")
         self.kind = _kind(metadata["kind"])
-        self.state = metadata["state"]
-        self.run = metadata["run"]
-        self.state_digest = metadata["state_digest"]
-        self.digest = metadata["digest"]
+        self.state = metadata["state"]  # canonical JSON: skeleton, scalars, config and metadata
+        self.run = metadata["run"]  # JSON of what may differ between equal runs
+        self.state_digest = metadata["state_digest"]  # the identity of the state
+        self.digest = metadata["digest"]  # of the header
         self.file_size = file_size
-        self._digests = metadata["digests"]
+        self._digests = metadata["digests"]  # of the tensors, concatenated
         self._table_text = table
         self._data_offset = data_offset
         self.config, self.metadata = _plain_sections(self.state, self.step)
@@ -127,20 +114,12 @@ class Header:
 
     @lockfree_cached_property
     def tensors(self) -> tuple[TensorInfo, ...]:
-        """The tensors in the order of their data.
-
-        Raises:
-            CorruptCheckpoint: if their layout is not the one that a writer produces.
-        """
+        """The tensors in the order of their data; CorruptCheckpoint if no writer lays them out like this."""
         return self._table.tensors(self._data_offset, self._tensor_digests)
 
     @lockfree_cached_property
     def sections(self) -> dict[str, Any]:
-        """The skeleton of each section of the state; together they name every tensor once.
-
-        Raises:
-            CorruptCheckpoint: if ``state`` is not one that a writer produces.
-        """
+        """The skeleton of each section; CorruptCheckpoint unless together they name every tensor once."""
         with _json_errors("state"):
             state = json.loads(self.state)
             _require_same(self.state, canonical_json(state))
@@ -162,11 +141,7 @@ class Header:
         return sections
 
     def require_intact(self) -> None:
-        """Check everything that can be checked without the tensors' bytes.
-
-        Raises:
-            CorruptCheckpoint: describing what no writer produces.
-        """
+        """Check everything that can be checked without the tensors' bytes; raise CorruptCheckpoint."""
         _ = self.sections  # parses and checks them
         with _json_errors("header"):  # lone surrogates cannot be encoded
             state_digest = self._table.state_digest(self.state, self._tensor_digests)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, Self, TypeVar, overload
+from typing import Any, Generic, TypeVar
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,16 +15,11 @@ class LazyTensor:
 
 
 class LazyMapping(Mapping[Any, Any]):
-    """A dict of a lazily loaded state. Reading a value verifies the tensors in it, once each.
-
-    Args:
-        content: keys and values; tensors in it are :class:`LazyTensor`.
-        load_tensor: label -> the verified array. Must cache its results.
-    """
+    """A dict of a lazily loaded state, with :class:`LazyTensor` for tensors. Reading verifies them."""
 
     def __init__(self, content: Mapping[Any, Any], load_tensor: Callable[[str], Any]) -> None:
         self._content = content
-        self._load_tensor = load_tensor
+        self._load_tensor = load_tensor  # label -> verified array; caches its results
 
     def __getitem__(self, key: Any) -> Any:
         return self._resolve(self._content[key])
@@ -75,15 +70,9 @@ class lockfree_cached_property(Generic[Value]):  # noqa: N801 - used as a decora
         self._compute = compute
         self._name = compute.__name__
 
-    @overload
-    def __get__(self, instance: None, owner: type) -> Self: ...
-
-    @overload
-    def __get__(self, instance: object, owner: type) -> Value: ...
-
-    def __get__(self, instance: object | None, owner: type) -> Self | Value:
+    def __get__(self, instance: object | None, owner: type) -> Value:
         if instance is None:
-            return self
+            return self  # type: ignore[return-value]  # help() and inspect look it up on the class
         value = self._compute(instance)
         # A non-data descriptor: from now on the instance's own attribute hides it.
         instance.__dict__[self._name] = value

@@ -28,10 +28,7 @@ def allocate(nbytes: int) -> mmap.mmap:
     """Return zeroed, page-aligned memory of at least ``nbytes``, not yet touched.
 
     For memory that is used once, so without a request for large pages: on virtual machines that return free
-    large pages to their host, the first touch of each is several times slower.
-
-    Raises:
-        MemoryError: if the system refuses.
+    large pages to their host, the first touch of each is several times slower. Raises MemoryError.
     """
     try:
         return mmap.mmap(-1, max(nbytes, PAGE_BYTES), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -64,11 +61,7 @@ class ReusableMemory:
         return self._touched
 
     def acquire(self, nbytes: int) -> mmap.mmap:
-        """Return memory of at least ``nbytes``, all of it touched. What it returned before may be replaced.
-
-        Raises:
-            MemoryError: if the system refuses.
-        """
+        """Return at least ``nbytes``, all touched; memory returned before is invalid. Raises MemoryError."""
         if self._memory is None or len(self._memory) < nbytes:
             self.release()
             # Room to grow with the history of a run: pages that are not touched use no memory.
@@ -138,11 +131,8 @@ def keep_freed_memory() -> None:
     glibc does so for blocks of up to 32 MiB once it has freed one, but returns what is free at the end of the
     heap. :func:`trim` returns all of it.
     """
-    if _LINUX:
-        with contextlib.suppress(AttributeError):  # another C library
-            mallopt = ctypes.CDLL(None).mallopt
-            mallopt(_M_MMAP_THRESHOLD, _LARGEST_BLOCK_BYTES)
-            mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+    _call_glibc("mallopt", _M_MMAP_THRESHOLD, _LARGEST_BLOCK_BYTES)
+    _call_glibc("mallopt", _M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def return_freed_memory() -> None:
@@ -150,24 +140,22 @@ def return_freed_memory() -> None:
 
     For frameworks with a cache of their own, such as mlx: what the allocator keeps would add to it.
     """
-    if _LINUX:
-        with contextlib.suppress(AttributeError):  # another C library
-            ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK_BYTES)
+    _call_glibc("mallopt", _M_MMAP_THRESHOLD, _LARGE_BLOCK_BYTES)
 
 
 def trim() -> None:
     """Make the allocator return free memory to the system; glibc otherwise keeps it."""
+    _call_glibc("malloc_trim", 0)
+
+
+def _call_glibc(function: str, *arguments: int) -> None:
     if _LINUX:
-        with contextlib.suppress(AttributeError):  # another C library
-            ctypes.CDLL(None).malloc_trim(0)
+        with contextlib.suppress(AttributeError):  # another C library, such as musl
+            getattr(ctypes.CDLL(None), function)(*arguments)
 
 
 def available_bytes(root: Path = Path("/")) -> int:
-    """Return how many bytes this process can still allocate, according to the system and its cgroups.
-
-    Args:
-        root: the directory that contains ``proc`` and ``sys``.
-    """
+    """Return how many bytes this process can still allocate, by the system and its cgroups below ``root``."""
     limits = [_cgroup_bytes(directory) for directory in _cgroups(root)]
     return min([_system_bytes(root), *(limit for limit in limits if limit is not None)])
 

@@ -14,7 +14,7 @@ from distrust.checkpoint import arrays, tree, verified_read
 from distrust.checkpoint.catalog import open_checkpoint
 from distrust.checkpoint.checkpoint import ARRAY_SECTIONS, STATE_SECTIONS, Checkpoint
 from distrust.checkpoint.checkpoint_file import CheckpointFile
-from distrust.checkpoint.format import Kind, Layout, TensorInfo, canonical_json, tensor_hasher
+from distrust.checkpoint.format import Kind, Layout, canonical_json, tensor_hasher
 from distrust.checkpoint.header import parse_header
 from distrust.checkpoint.lazy import LazyMapping, LazyTensor
 from distrust.checkpoint.memory import allocate
@@ -25,26 +25,18 @@ _PLAIN_SECTIONS = tuple(f"{section}." for section in STATE_SECTIONS if section n
 
 @dataclass(frozen=True, slots=True)
 class PreparedCheckpoint:
-    """A checkpoint ready to be written. The data of its tensors is not read yet.
-
-    Attributes:
-        step: completed optimizer steps.
-        layout: the position of every byte.
-        flat_arrays: the flat arrays in the order of their data; any thread may read them.
-        zero_copy: the labels of those that stay unchanged without a copy.
-    """
+    """A checkpoint ready to be written. The data of its tensors is not read yet."""
 
     step: int
     layout: Layout
-    flat_arrays: Sequence[Any]
-    zero_copy: set[str]
+    flat_arrays: Sequence[Any]  # in the order of their data; any thread may read them
+    zero_copy: set[str]  # the labels of those that keep their contents without a copy
 
 
 def prepare(checkpoint: Checkpoint, kind: Kind) -> PreparedCheckpoint:
     """Flatten a checkpoint and lay out its file. Later changes to it, except in arrays, have no effect.
 
-    Raises:
-        UnsupportedState: for a value that would not be restored exactly.
+    Raises UnsupportedState for a value that would not be restored exactly, and so does :func:`state_digest`.
     """
     sections, by_label = tree.flatten(
         {name: getattr(checkpoint, name) for name in STATE_SECTIONS}, is_array=arrays.is_array
@@ -56,18 +48,14 @@ def prepare(checkpoint: Checkpoint, kind: Kind) -> PreparedCheckpoint:
                 "use plain numbers and lists here, such as float(x) or x.tolist()",
                 label=label,
             )
-    tensors = [TensorInfo(label, *description) for label, description in arrays.describe(by_label).items()]
+    tensors = arrays.describe(by_label)
     layout = Layout(tensors, step=checkpoint.step, kind=kind, sections=sections, run=_run_json(checkpoint))
     flats, zero_copy = arrays.flat_arrays(by_label)
     return PreparedCheckpoint(checkpoint.step, layout, [flats[name] for name in layout.names], zero_copy)
 
 
 def state_digest(checkpoint: Checkpoint, kind: Kind) -> str:
-    """Return the ``state_digest`` that a checkpoint's file would have, without writing it.
-
-    Raises:
-        UnsupportedState: for a value that would not be restored exactly.
-    """
+    """Return the ``state_digest`` that a checkpoint's file would have, without writing it."""
     prepared = prepare(checkpoint, kind)
     digests = []
     for flat in prepared.flat_arrays:

@@ -24,15 +24,12 @@ BUDGET = 0.25
 
 
 class PendingCopy(NamedTuple):
-    """A state that is partly copied.
+    """A state that is partly copied."""
 
-    Attributes:
-        copy: copies the rest, given the path for its error. The caller must not change those arrays until it
-            returns; where the framework counts changes, a violation raises SaveFailed.
-        write: writes the state into a new file, which the caller commits; returns the digest of its header.
-    """
-
+    #: Copies the rest. The caller must not change those arrays until it returns; where the framework counts
+    #: changes, it raises SaveFailed with the given path if they were changed.
     copy: Callable[[Path], None]
+    #: Writes the state into a new file, which the caller commits; returns the digest of its header.
     write: Callable[[AtomicFile], str]
 
 
@@ -87,7 +84,7 @@ class Snapshot:
         ]
         unchanging = replace(prepared, flat_arrays=flats)
         return PendingCopy(
-            _nothing_to_copy, lambda file: stream_writer.write_streaming(file, unchanging, block_buffer)
+            lambda _: None, lambda file: stream_writer.write_streaming(file, unchanging, block_buffer)
         )
 
     def _copy_all(self, prepared: PreparedCheckpoint, deferred: tuple[str, ...]) -> PendingCopy | None:
@@ -114,10 +111,6 @@ class Snapshot:
                     )
 
         return PendingCopy(copy, lambda file: stream_writer.write_snapshot(file, layout, memory))
-
-
-def _nothing_to_copy(_: Path) -> None:
-    pass
 
 
 def _runs(prepared: PreparedCheckpoint, deferred: tuple[str, ...]) -> Iterator[tuple[bool, int, list[Any]]]:

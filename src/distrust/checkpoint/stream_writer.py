@@ -8,6 +8,10 @@ Two ways, to the same bytes:
   passes through a ring buffer: one block is filled while earlier ones are written. The block is hashed, not
   the array, which the caller may have changed since.
 
+Both write into a new file of the layout's size, which the caller commits, and return the digest of its
+header. They raise SaveFailed, with existing files unchanged, and UnsupportedState if no reader would accept
+the header.
+
 One thread copies and hashes, at about the speed of a 3 GB/s disk. Hashing on more threads was slower on two
 cores, which the writing threads need as well.
 """
@@ -36,17 +40,7 @@ _EMPTY_DIGEST = tensor_hasher(all_cores=False).hexdigest()
 
 
 def write_snapshot(file: AtomicFile, layout: Layout, data: mmap.mmap) -> str:
-    """Write a file, which the caller commits; return the digest of its header.
-
-    Args:
-        file: new, of the size of the layout.
-        layout: the position of every byte.
-        data: the tensors in the layout of the file, padded to whole pages.
-
-    Raises:
-        SaveFailed: existing files are unchanged.
-        UnsupportedState: if no reader would accept the header.
-    """
+    """Write ``data``: the tensors in the layout of the file, padded to whole pages."""
     digests = _TensorDigests(layout)
     for begin, end in _blocks(layout):
         block = memoryview(data)[begin : round_up(end, PAGE_BYTES)]  # O_DIRECT writes whole pages
@@ -56,17 +50,7 @@ def write_snapshot(file: AtomicFile, layout: Layout, data: mmap.mmap) -> str:
 
 
 def write_streaming(file: AtomicFile, prepared: PreparedCheckpoint, block_buffer: ReusableMemory) -> str:
-    """Write a file, which the caller commits; return the digest of its header.
-
-    Args:
-        file: new, of the size of the layout.
-        prepared: what to write.
-        block_buffer: memory for the ring buffer.
-
-    Raises:
-        SaveFailed: existing files are unchanged.
-        UnsupportedState: if no reader would accept the header.
-    """
+    """Write a checkpoint that is not in one piece, with ``block_buffer`` as the memory of the ring buffer."""
     layout = prepared.layout
     digests = _TensorDigests(layout)
     slots = min(BLOCKS, len(_blocks(layout)))

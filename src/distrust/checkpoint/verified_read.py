@@ -8,7 +8,8 @@ final position, and hashes the piece while it is in the CPU cache. Three ways to
 - :func:`map_file`: the file itself, mapped; pages are copied only when somebody writes to them.
 - :func:`verify_file`: into scratch memory, to learn only whether the file is intact.
 
-In the first and the last, a read error raises an exception. In mapped memory the system sends SIGBUS.
+All raise CorruptCheckpoint naming the first damaged tensor. In the first and the last, a read error raises
+OSError. In mapped memory the system sends SIGBUS.
 """
 
 from __future__ import annotations
@@ -41,15 +42,10 @@ _PROBES = 16
 
 
 class TensorBytes(NamedTuple):
-    """The bytes of all tensors.
-
-    Attributes:
-        data: the memory that contains them.
-        offsets: where each tensor begins in it, by name.
-    """
+    """The bytes of all tensors, in one piece of memory."""
 
     data: memoryview
-    offsets: Mapping[str, int]
+    offsets: Mapping[str, int]  # where each tensor begins in it, by name
 
     def view(self, tensor: TensorInfo, begin: int, end: int) -> memoryview:
         """Return bytes ``begin`` to ``end`` of a tensor."""
@@ -58,13 +54,7 @@ class TensorBytes(NamedTuple):
 
 
 def load(descriptor: int, header: Header) -> TensorBytes:
-    """Read and verify all tensors, into new memory.
-
-    Raises:
-        CorruptCheckpoint: naming the first damaged tensor.
-        OSError: if the disk cannot be read.
-        MemoryError: if there is not enough memory.
-    """
+    """Read and verify all tensors, into new memory."""
     # Each tensor on a cache line, like memory that frameworks allocate: the alignment of an array decides how
     # some libraries sum it, and so the last bits of what is computed from it.
     sizes = (round_up(tensor.nbytes, CACHE_LINE_BYTES) for tensor in header.tensors)
@@ -87,34 +77,21 @@ def load(descriptor: int, header: Header) -> TensorBytes:
 
 
 def map_file(descriptor: int, header: Header) -> TensorBytes:
-    """Map the file and return all tensors, not verified.
-
-    Raises:
-        CorruptCheckpoint: if the file was truncated since its header was read.
-    """
+    """Map the file and return all tensors, not verified."""
     try:  # private and writable: a caller's changes stay in memory
         file = mmap.mmap(descriptor, header.file_size, access=mmap.ACCESS_COPY)
-    except ValueError:
+    except ValueError:  # truncated since its header was read
         raise CorruptCheckpoint(CUT_WHILE_READ) from None
     return TensorBytes(memoryview(file), {tensor.name: tensor.offset for tensor in header.tensors})
 
 
 def verify_content(content: TensorBytes, tensors: Sequence[TensorInfo]) -> None:
-    """Verify tensors in memory.
-
-    Raises:
-        CorruptCheckpoint: naming the first damaged tensor.
-    """
+    """Verify tensors in memory."""
     _verify_all(tensors, content.view)
 
 
 def verify_file(descriptor: int, header: Header) -> None:
-    """Read and verify all tensors, keeping none.
-
-    Raises:
-        CorruptCheckpoint: naming the first damaged tensor.
-        OSError: if the disk cannot be read.
-    """
+    """Read and verify all tensors, keeping none."""
     scratch = threading.local()
     size = max((_piece_bytes(tensor) for tensor in header.tensors), default=0)
 
@@ -151,11 +128,7 @@ def _piece_bytes(tensor: TensorInfo) -> int:
 
 
 def check_digest(tensor: TensorInfo, digest: str) -> None:
-    """Compare a tensor's digest with the header's.
-
-    Raises:
-        CorruptCheckpoint: naming the tensor and its byte range in the file.
-    """
+    """Compare a tensor's digest with the header's."""
     if digest != tensor.digest:
         location = f"bytes {tensor.offset} to {tensor.offset + tensor.nbytes}"
         raise CorruptCheckpoint(

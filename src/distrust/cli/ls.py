@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 from distrust.checkpoint import CheckpointFile, Scan, catalog, foreign
-from distrust.cli.arguments import TARGET, number, parser, print_json, size
-from distrust.reporting.display import printable
+from distrust.cli.arguments import TARGET, parser, print_json
+from distrust.reporting.display import number, printable, size
 
 
 def main(arguments: list[str]) -> int:

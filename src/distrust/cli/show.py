@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from distrust.checkpoint import CheckpointFile, catalog
-from distrust.cli.arguments import TARGET, number, parser, print_json, size
+from distrust.cli.arguments import TARGET, parser, print_json
 from distrust.errors import CheckpointNotFound, ConfigError, shorten
-from distrust.reporting.display import printable
+from distrust.reporting.display import number, printable, size
 
 #: Of a value: more than a section of a config takes.
 _SHOWN_CHARACTERS = 1000

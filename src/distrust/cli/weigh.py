@@ -228,7 +228,7 @@ def _draw(
 ) -> None:
     import numpy as np
 
-    from distrust.reporting.plots import plot_weights
+    from distrust.reporting.weights_figure import plot_weights
 
     free = {**_weighting_of(config), "max_ratio": None}
     highest = np.inf if config.max_ratio is None else config.max_ratio * float(weights.min())

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from distrust import __version__
 from distrust.checkpoint import CheckpointFile
 from distrust.config import BUNDLED, Dtype, ExportDtype, ExportFormat, TrainConfig, as_names, key
-from distrust.engines.model_source import hub_name
+from distrust.engines.loading import hub_name
 from distrust.export.card import Facts
 from distrust.training.resume import FINGERPRINTS
 

@@ -263,7 +263,7 @@ def _read(source: Path, model: str | None) -> tuple[Checkpoint, Kind]:
 
 def _reader(engine: Literal["torch", "mlx"], module: str) -> Any:
     """Imported where it is needed: who converts another format needs no framework."""
-    require_installed(engine, what="to read this folder")
+    require_installed(engine, purpose="this folder")
     return import_module(module)
 
 

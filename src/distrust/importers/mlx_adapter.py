@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from distrust.checkpoint import Checkpoint
-from distrust.engines.state_conversion import MLX_ENDS
+from distrust.engines.state_conversion import MLX_SUFFIXES
 from distrust.errors import CorruptCheckpoint, ResumeRefused, quote_untrusted
 from distrust.importers.detect import ADAPTER_CONFIG, MLX_WEIGHTS
 from distrust.importers.header import BEGUN_ELSEWHERE
@@ -67,7 +67,7 @@ def _weights(path: Path) -> dict[str, Any]:
         strange = [
             name
             for name, array in found.items()
-            if not name.endswith(MLX_ENDS) or array.ndim != (1 if name.endswith(".m") else 2)
+            if not name.endswith(MLX_SUFFIXES) or array.ndim != (1 if name.endswith(".m") else 2)
         ]
         if strange or not found:
             what = quote_untrusted(strange[0]) if strange else "nothing"

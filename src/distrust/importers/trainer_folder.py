@@ -24,6 +24,7 @@ import torch
 
 from distrust import config as options
 from distrust.checkpoint import Checkpoint
+from distrust.engines.lora_config import LoraConfig
 from distrust.engines.torch import adapter
 from distrust.engines.torch.model import meta_model
 from distrust.engines.torch.optimizer import MOMENTS, make_optimizer
@@ -186,20 +187,10 @@ def _adapter(folder: Path, base: str | None) -> _Trained:
         config = options.from_mapping(
             {**known, "target_modules": targets}, where=str(folder / ADAPTER_CONFIG)
         )
-        hollow = adapter.add_adapter(
-            meta_model(base),
-            rank=config.lora_rank,
-            alpha=config.lora_alpha,
-            dropout=config.lora_dropout,
-            target_modules=config.target_modules,
-            rslora=config.rslora,
-            dora=config.dora,
-        )
+        hollow = adapter.add_adapter(meta_model(base), LoraConfig.from_options(config))
         parameters = adapter.trained_parameters(hollow)
         # Under peft's names, the parameters themselves: which is which is told by identity.
-        theirs_of = {
-            id(value): name for name, value in adapter.named_as_peft_does(hollow, parameters).items()
-        }
+        theirs_of = {id(value): name for name, value in adapter.to_peft_names(hollow, parameters).items()}
         if set(theirs_of.values()) == saved.keys():
             break
     _require_same(folder, base, saved.keys(), theirs_of.values())

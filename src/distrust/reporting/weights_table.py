@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from distrust.data.distribution import ClassSummary, Distribution, Extreme
 from distrust.data.provenance.score import Check, Quantity
-from distrust.reporting.display import pluralize
-from distrust.reporting.names import class_name
+from distrust.reporting.display import class_name, pluralize
 
 _SYMBOLS: Mapping[Quantity, tuple[str, str]] = {
     "authority_weight": ("w", ""),

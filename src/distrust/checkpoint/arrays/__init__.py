@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from distrust.checkpoint.arrays.host import Adapter, Description
+from distrust.checkpoint.arrays.host import Adapter
+from distrust.checkpoint.format import Description
 from distrust.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -39,11 +40,7 @@ def is_array(value: Any) -> bool:
 
 
 def describe(arrays: Mapping[str, Any]) -> dict[str, Description]:
-    """Return the format dtype and shape of each array, by label, without touching its data.
-
-    Raises:
-        UnsupportedState: if the format cannot represent an array exactly.
-    """
+    """Return dtype and shape of each array by label; raise UnsupportedState if one cannot be represented."""
     descriptions: dict[str, Description] = {}
     for adapter, group in _by_adapter(arrays).items():
         descriptions.update(zip(group, adapter.describe(list(group), list(group.values())), strict=True))
@@ -98,22 +95,14 @@ def private_copy(flat: Any) -> Any:
 
 
 def require_framework(framework: str) -> None:
-    """Check that a framework is supported and installed.
-
-    Raises:
-        ConfigError: if it is not.
-    """
+    """Raise ConfigError unless a framework is supported and installed."""
     if framework not in get_args(Framework):
         raise ConfigError(f"framework {framework!r} is none of {', '.join(get_args(Framework))}")
     _adapter(framework)
 
 
 def from_host(data: np.ndarray[Any, Any], dtype: str, shape: tuple[int, ...], *, framework: Framework) -> Any:
-    """Return an array of ``framework`` with the bytes of ``data``, uint8[nbytes]; only mlx always copies.
-
-    Raises:
-        ConfigError: if the framework is not installed or lacks the dtype.
-    """
+    """Return an array with the bytes of ``data``, uint8[nbytes]; raise ConfigError if that is impossible."""
     return _adapter(framework).from_host(data, dtype, shape)
 
 
@@ -150,18 +139,3 @@ def _adapter(framework: str) -> Adapter:
         return import_module(f"{__name__}.of_{framework}").ADAPTER  # type: ignore[no-any-return]
     except ImportError as error:
         raise ConfigError(f"framework {framework!r} is not installed: {error}") from None
-
-
-__all__ = [
-    "Description",
-    "Framework",
-    "byte_range",
-    "describe",
-    "fill",
-    "flat_arrays",
-    "from_host",
-    "is_array",
-    "private_copy",
-    "require_framework",
-    "versions",
-]  # fmt: skip

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from distrust.checkpoint.format import Description
+
 #: Format dtype -> name in numpy.
 NUMPY_NAMES = {
     "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "F16": "float16",
@@ -24,27 +26,19 @@ ML_DTYPES_NAMES = {
 NAMES = {**NUMPY_NAMES, **ML_DTYPES_NAMES}
 DTYPES = {name: dtype for dtype, name in NAMES.items()}
 
-Description = tuple[str, tuple[int, ...]]  # format dtype, shape
-
 
 class Adapter(NamedTuple):
     """What the core needs of a framework; each ``of_*`` module provides one.
 
     The first two functions take many arrays per call: a training state has thousands of small ones, and the
     training loop waits.
-
-    Attributes:
-        describe: (labels, arrays) -> dtype and shape of each, without touching the data. Raises
-            UnsupportedState for an array that the format cannot represent exactly.
-        flat_arrays: arrays -> flat arrays, copied only where layout or framework require it. Must run on the
-            thread that owns the arrays.
-        zero_copy: whether the flat arrays stay unchanged whatever their owner does with the originals, so
-            that a snapshot needs no copy.
-        from_host: (uint8[nbytes], dtype, shape) -> an array on that memory, or a copy where the framework
-            manages its own memory.
     """
 
+    #: (labels, arrays) -> dtype and shape of each; the data is not touched. Raises UnsupportedState.
     describe: Callable[[Sequence[str], Sequence[Any]], list[Description]]
+    #: arrays -> flat arrays, copied only where necessary. Must run on the thread that owns the arrays.
     flat_arrays: Callable[[Sequence[Any]], list[Any]]
+    #: Whether flat arrays keep their contents whatever the owner does with the originals: no snapshot needed.
     zero_copy: bool
+    #: (uint8[nbytes], dtype, shape) -> an array on that memory, or a copy if the framework owns its memory.
     from_host: Callable[[Any, str, tuple[int, ...]], Any]

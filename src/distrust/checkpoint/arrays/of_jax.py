@@ -9,26 +9,24 @@ import jax
 import numpy as np
 
 from distrust.checkpoint.arrays import of_numpy
-from distrust.checkpoint.arrays.host import DTYPES, Adapter, Description
+from distrust.checkpoint.arrays.host import DTYPES, Adapter
+from distrust.checkpoint.format import Description
 from distrust.errors import ConfigError, UnsupportedState
 
 
-def describe(labels: Sequence[str], values: Sequence[Any]) -> list[Description]:
-    """See :class:`~distrust.checkpoint.arrays.host.Adapter`."""
-    return [_describe(label, value) for label, value in zip(labels, values, strict=True)]
+def _describe(labels: Sequence[str], values: Sequence[Any]) -> list[Description]:
+    return [_describe_one(label, value) for label, value in zip(labels, values, strict=True)]
 
 
-def flat_arrays(values: Sequence[Any]) -> list[Any]:
-    """See :class:`~distrust.checkpoint.arrays.host.Adapter`."""
+def _flat_arrays(values: Sequence[Any]) -> list[Any]:
     for value in values:
         value.copy_to_host_async()  # transfers from all devices overlap; a no-op on a CPU
     # On a CPU a view, which jax tracks: it does not reuse the memory of a donated array that has views.
-    return of_numpy.flat_arrays([np.asarray(value) for value in values])
+    return of_numpy.ADAPTER.flat_arrays([np.asarray(value) for value in values])
 
 
-def from_host(data: Any, dtype: str, shape: tuple[int, ...]) -> Any:
-    """See :class:`~distrust.checkpoint.arrays.host.Adapter`."""
-    host = of_numpy.from_host(data, dtype, shape)
+def _from_host(data: Any, dtype: str, shape: tuple[int, ...]) -> Any:
+    host = of_numpy.ADAPTER.from_host(data, dtype, shape)
     try:
         array = jax.device_put(host)
     except TypeError:
@@ -41,7 +39,7 @@ def from_host(data: Any, dtype: str, shape: tuple[int, ...]) -> Any:
     return array
 
 
-def _describe(label: str, value: Any) -> Description:
+def _describe_one(label: str, value: Any) -> Description:
     obstacle = _obstacle(value)
     if obstacle:
         raise UnsupportedState(f"{label}: this jax array cannot be saved: {obstacle}", label=label)
@@ -64,4 +62,4 @@ def _obstacle(value: Any) -> str | None:
     return None
 
 
-ADAPTER = Adapter(describe, flat_arrays, zero_copy=True, from_host=from_host)  # jax arrays are immutable
+ADAPTER = Adapter(_describe, _flat_arrays, zero_copy=True, from_host=_from_host)  # jax arrays are immutable

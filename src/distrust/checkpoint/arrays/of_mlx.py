@@ -9,7 +9,8 @@ import mlx.core as mx
 import numpy as np
 
 from distrust.checkpoint.arrays import of_numpy
-from distrust.checkpoint.arrays.host import NAMES, Adapter, Description
+from distrust.checkpoint.arrays.host import NAMES, Adapter
+from distrust.checkpoint.format import Description
 from distrust.errors import ConfigError, UnsupportedState
 
 _DTYPES = {
@@ -23,8 +24,7 @@ _NAMES = {mlx_dtype: dtype for dtype, mlx_dtype in _DTYPES.items()}
 _CARRIERS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
 
 
-def describe(labels: Sequence[str], values: Sequence[Any]) -> list[Description]:
-    """See :class:`~distrust.checkpoint.arrays.host.Adapter`."""
+def _describe(labels: Sequence[str], values: Sequence[Any]) -> list[Description]:
     for label, value in zip(labels, values, strict=True):
         if value.dtype not in _NAMES:
             raise UnsupportedState(
@@ -35,8 +35,7 @@ def describe(labels: Sequence[str], values: Sequence[Any]) -> list[Description]:
     return [(_NAMES[value.dtype], tuple(value.shape)) for value in values]
 
 
-def flat_arrays(values: Sequence[Any]) -> list[Any]:
-    """See :class:`~distrust.checkpoint.arrays.host.Adapter`."""
+def _flat_arrays(values: Sequence[Any]) -> list[Any]:
     # An alias, not a copy: `value += 1` gives `value` new memory, and the alias keeps the old contents.
     aliases = [mx.view(value, _CARRIERS[value.itemsize]) for value in values]
     try:
@@ -48,11 +47,10 @@ def flat_arrays(values: Sequence[Any]) -> list[Any]:
             label="mlx arrays",
         ) from None
     # Reshaped in numpy: mlx counts items in 32 bits.
-    return of_numpy.flat_arrays([np.asarray(alias) for alias in aliases])
+    return of_numpy.ADAPTER.flat_arrays([np.asarray(alias) for alias in aliases])
 
 
-def from_host(data: Any, dtype: str, shape: tuple[int, ...]) -> Any:
-    """See :class:`~distrust.checkpoint.arrays.host.Adapter`."""
+def _from_host(data: Any, dtype: str, shape: tuple[int, ...]) -> Any:
     mlx_dtype = _DTYPES.get(dtype)
     if mlx_dtype is None:
         raise ConfigError(f'mlx has no {NAMES[dtype]}: load with framework="numpy" or "torch"')
@@ -62,4 +60,4 @@ def from_host(data: Any, dtype: str, shape: tuple[int, ...]) -> Any:
     return array
 
 
-ADAPTER = Adapter(describe, flat_arrays, zero_copy=True, from_host=from_host)  # aliases keep the contents
+ADAPTER = Adapter(_describe, _flat_arrays, zero_copy=True, from_host=_from_host)  # aliases keep the contents

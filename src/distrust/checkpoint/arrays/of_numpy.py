@@ -11,19 +11,18 @@ from typing import Any
 import numpy as np
 
 from distrust.checkpoint import parallel
-from distrust.checkpoint.arrays.host import DTYPES, ML_DTYPES_NAMES, NUMPY_NAMES, Adapter, Description
+from distrust.checkpoint.arrays.host import DTYPES, ML_DTYPES_NAMES, NUMPY_NAMES, Adapter
+from distrust.checkpoint.format import Description
 from distrust.errors import ConfigError, UnsupportedState
 
 Flat = np.ndarray  #: The type of a flat array of numpy: uint8, one-dimensional, contiguous.
 
 
-def describe(labels: Sequence[str], values: Sequence[Any]) -> list[Description]:
-    """See :class:`~distrust.checkpoint.arrays.host.Adapter`."""
-    return [_describe(label, value) for label, value in zip(labels, values, strict=True)]
+def _describe(labels: Sequence[str], values: Sequence[Any]) -> list[Description]:
+    return [_describe_one(label, value) for label, value in zip(labels, values, strict=True)]
 
 
-def flat_arrays(values: Sequence[Any]) -> list[Any]:
-    """See :class:`~distrust.checkpoint.arrays.host.Adapter`."""
+def _flat_arrays(values: Sequence[Any]) -> list[Any]:
     return [_bytes(value) for value in values]
 
 
@@ -40,8 +39,7 @@ def fill(memory: mmap.mmap, offset: int, flats: Sequence[Any]) -> int:
     return edges[-1]
 
 
-def from_host(data: Any, dtype: str, shape: tuple[int, ...]) -> Any:
-    """See :class:`~distrust.checkpoint.arrays.host.Adapter`."""
+def _from_host(data: Any, dtype: str, shape: tuple[int, ...]) -> Any:
     if dtype in NUMPY_NAMES:
         return data.view(np.dtype(NUMPY_NAMES[dtype]).newbyteorder("<")).reshape(shape)
     try:
@@ -53,7 +51,7 @@ def from_host(data: Any, dtype: str, shape: tuple[int, ...]) -> Any:
     return data.view(getattr(ml_dtypes, ML_DTYPES_NAMES[dtype])).reshape(shape)
 
 
-def _describe(label: str, value: Any) -> Description:
+def _describe_one(label: str, value: Any) -> Description:
     dtype = DTYPES.get(value.dtype.name)
     if dtype is None:
         raise UnsupportedState(f"{label}: numpy arrays of {value.dtype} cannot be saved", label=label)
@@ -71,4 +69,4 @@ def _bytes(value: Any) -> np.ndarray[Any, Any]:
     return flat.view(np.uint8)
 
 
-ADAPTER = Adapter(describe, flat_arrays, zero_copy=False, from_host=from_host)  # callers may write in place
+ADAPTER = Adapter(_describe, _flat_arrays, zero_copy=False, from_host=_from_host)  # owners write in place

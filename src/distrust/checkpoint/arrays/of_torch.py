@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from distrust.checkpoint import parallel
-from distrust.checkpoint.arrays.host import DTYPES, NAMES, Adapter, Description
+from distrust.checkpoint.arrays.host import DTYPES, NAMES, Adapter
+from distrust.checkpoint.format import Description
 from distrust.errors import ConfigError, UnsupportedState
 
 _NAMES = {getattr(torch, name): dtype for name, dtype in DTYPES.items() if hasattr(torch, name)}
@@ -26,8 +27,7 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _SERIAL_ELEMENTS = 32768
 
 
-def describe(labels: Sequence[str], values: Sequence[Any]) -> list[Description]:
-    """See :class:`~distrust.checkpoint.arrays.host.Adapter`."""
+def _describe(labels: Sequence[str], values: Sequence[Any]) -> list[Description]:
     dtypes = [_NAMES.get(value.dtype) for value in values]
     # Checked once per distinct (type, layout, device), not per tensor: there are thousands.
     if None in dtypes or not all(map(_is_plain, set(map(_storage_kind, values)))):
@@ -41,8 +41,7 @@ def describe(labels: Sequence[str], values: Sequence[Any]) -> list[Description]:
 
 
 @torch.no_grad()
-def flat_arrays(values: Sequence[Any]) -> list[Any]:
-    """See :class:`~distrust.checkpoint.arrays.host.Adapter`."""
+def _flat_arrays(values: Sequence[Any]) -> list[Any]:
     flats = [value.reshape(-1) for value in values]
     for dtype in {flat.dtype for flat in flats} & _CARRIERS.keys():
         carrier = _CARRIERS[dtype]
@@ -80,8 +79,7 @@ def fill(memory: mmap.mmap, offset: int, flats: Sequence[Any]) -> int:
     return offset
 
 
-def from_host(data: Any, dtype: str, shape: tuple[int, ...]) -> Any:
-    """See :class:`~distrust.checkpoint.arrays.host.Adapter`."""
+def _from_host(data: Any, dtype: str, shape: tuple[int, ...]) -> Any:
     torch_dtype = getattr(torch, NAMES[dtype], None)
     if torch_dtype is None:
         raise ConfigError(f"this version of torch has no {dtype}: upgrade it")
@@ -143,4 +141,4 @@ def _copy_from_device(targets: Any, flats: list[Any]) -> None:
     stream.synchronize()
 
 
-ADAPTER = Adapter(describe, flat_arrays, zero_copy=False, from_host=from_host)  # callers may write in place
+ADAPTER = Adapter(_describe, _flat_arrays, zero_copy=False, from_host=_from_host)  # owners write in place
