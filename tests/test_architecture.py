@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import distrust
+import distrust.errors
 from distrust import Checkpoint, CheckpointManager
 
 ROOT = Path(distrust.__file__).parent
@@ -252,20 +253,13 @@ def test_no_module_imports_itself_in_a_circle():
 
 
 def test_the_public_names():
-    assert distrust.__all__ == [
-        "Checkpoint",
-        "CheckpointManager",
-        "DistrustError",
-        "DistrustTrainer",
-        "DistrustWarning",
-        "PendingSave",
-        "RunEnded",
-        "RunState",
-        "TrainConfig",
-    ]
-    assert distrust.__all__ == sorted(distrust.__all__)
+    names = {"Checkpoint", "CheckpointManager", "DistrustTrainer", "PendingSave", "RunEnded", "RunState"}
+    classes = [value for value in vars(distrust.errors).values() if isinstance(value, type)]
+    errors = {error.__name__ for error in classes if issubclass(error, Exception)}
+    assert distrust.__all__ == sorted(names | {"TrainConfig"} | errors)
     for name in distrust.__all__:
         assert getattr(distrust, name).__name__ == name
+    assert dir(distrust) == sorted([*distrust.__all__, "__version__"]), "no Python internals"
     with pytest.raises(AttributeError, match="Nothing"):
         _ = distrust.Nothing
 

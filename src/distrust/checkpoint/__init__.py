@@ -31,3 +31,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'distrust.checkpoint' has no attribute {name!r}")
     return getattr(import_module(f"distrust.checkpoint.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
