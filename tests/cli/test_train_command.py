@@ -239,7 +239,7 @@ def test_damaged_checkpoints(distrust, folder, finished, tmp_path):
         path.write_bytes(b"")
     given = distrust(*train_arguments(folder, tmp_path / "run"))
     assert given.code == 1
-    assert "there are checkpoints, and none of them is whole" in given.err
+    assert "there are checkpoints, and none of them is intact" in given.err
     assert "Traceback" not in given.err
 
 

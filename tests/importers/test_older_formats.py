@@ -242,7 +242,7 @@ def test_metadata_alone_is_passed_over(tmp_path, use, damage):
     with pytest.warns(DistrustWarning) as told:
         assert getattr(manager, use)().step == 10
     lines = sorted(str(one.message) for one in told)
-    without = f"skipped a checkpoint without a model, metadata alone: {tmp_path / 'checkpoint-'}"
+    without = f"skipped a checkpoint without a model, metadata only: {tmp_path / 'checkpoint-'}"
     if damage and use == "load_latest":  # a damaged one has no metric
         assert lines.pop().startswith(f"skipped a damaged checkpoint: {newer}: ")
     assert lines == [f"{without}30.safetensors"] if damage else [f"{without}20", f"{without}30.safetensors"]
@@ -254,12 +254,12 @@ def test_nothing_but_metadata(tmp_path, use):
     for step in (10, 20):
         path = write_directory(tmp_path / f"checkpoint-{step}", at(step, 0.5), bare=True)
     manager = CheckpointManager(tmp_path, metric="best_loss")
-    with pytest.raises(NoIntactCheckpoint, match=r"metadata alone.* there are 10, 20$"):
+    with pytest.raises(NoIntactCheckpoint, match=r"metadata only.* there are 10, 20$"):
         getattr(manager, use)()
     with pytest.raises(CheckpointError, match="metadata only: there is no model"):
         manager.choose(step=20)
     append(path / "checksum.txt", "x")
-    with pytest.raises(NoIntactCheckpoint, match="checkpoint-10: holds no model"):
+    with pytest.raises(NoIntactCheckpoint, match="checkpoint-10: contains no model"):
         manager.load_latest()
 
 
