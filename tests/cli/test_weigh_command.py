@@ -261,11 +261,11 @@ def test_values_of_its_own_are_checked_and_kept_unless_told(distrust, table, tmp
     assert worst == f"   {data}:3: 0.9 in the data, 0.2 computed"
     assert other.startswith(f"   {data}:2: 0.3 ")
     assert (
-        "w: 2 as they are in the data, unchecked: 1 with no institutional_rank and no citation_count, 1 with "
+        "w: 2 kept unchecked: 1 with no institutional_rank and no citation_count, 1 with "
         f"institutional_rank not in [ranks] of {table}"
     ) in done.out
     assert "H: 4 checked: 1 differs by more than 0.05 bits" in done.out
-    assert "H: 1 as they are in the data, unchecked: 1 with no evidence" in done.out
+    assert "H: 1 kept unchecked: 1 with no evidence" in done.out
 
     assert distrust("weigh", data, "--table", table, "--strict").code == 1
     wide = distrust("weigh", data, "--table", table, "--strict", "--tolerance-w", 1, "--tolerance-h", 1)
