@@ -40,25 +40,15 @@ STATE_SUFFIX = ".safetensors"
 
 @dataclass(frozen=True, slots=True)
 class ExportResult:
-    """The result of an export.
+    """The result of an export."""
 
-    Attributes:
-        path: the folder, or the file of a ``state``.
-        format: of the export.
-        dtype: of the weights.
-        bytes: total size of the files.
-        checkpoint: the exported file.
-        step: of the checkpoint.
-        state_digest: of the checkpoint.
-    """
-
-    path: Path
+    path: Path  # the folder, or the file of a ``state``
     format: ExportFormat
-    dtype: ExportDtype
-    bytes: int
-    checkpoint: Path
-    step: int
-    state_digest: str
+    dtype: ExportDtype  # of the weights
+    bytes: int  # total size of the files
+    checkpoint: Path  # the exported file
+    step: int  # of the checkpoint
+    state_digest: str  # of the checkpoint
 
 
 def export(

@@ -16,29 +16,17 @@ from distrust.errors import shorten
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """The contents of a card.
+    """The contents of a card."""
 
-    Attributes:
-        title: of the card, such as the name of the folder.
-        library: loads the folder: ``peft``, ``mlx`` or ``transformers``.
-        base: public name of the base model.
-        hub_name: of the base model on a hub, or None.
-        tags: for hubs.
-        summary: one sentence about the folder.
-        load: Python code that loads the folder.
-        notes: sentences for users of the folder.
-        sections: heading -> name -> value.
-    """
-
-    title: str
-    library: str
-    base: str
-    hub_name: str | None
-    tags: Sequence[str]
-    summary: str
-    load: str
-    notes: Sequence[str]
-    sections: Mapping[str, Mapping[str, object]]
+    title: str  # such as the name of the folder
+    library: str  # loads the folder: peft, mlx or transformers
+    base: str  # public name of the base model
+    hub_name: str | None  # of the base model on a hub
+    tags: Sequence[str]  # for hubs
+    summary: str  # one sentence about the folder
+    load: str  # Python code that loads the folder
+    notes: Sequence[str]  # sentences for users of the folder
+    sections: Mapping[str, Mapping[str, object]]  # heading -> name -> value
 
 
 def model_card(facts: Facts) -> str:

@@ -12,8 +12,22 @@ from distrust.engines.loading import hub_name
 from distrust.export.card import Facts
 from distrust.run_record import RunRecord
 
-#: Stands for the path of the exported folder in the code that loads it.
-FOLDER = '"FOLDER"'
+#: Code that loads each format. "FOLDER" stands for the path of the exported folder.
+_LOAD_CODE = {
+    "mlx": """from mlx_lm import load
+
+model, tokenizer = load({model}, adapter_path="FOLDER")""",
+    "merged": """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+model = AutoModelForCausalLM.from_pretrained("FOLDER", dtype="{dtype}")""",
+    "adapter": """from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = AutoModelForCausalLM.from_pretrained({model}, dtype="{base_dtype}")
+model = PeftModel.from_pretrained(base, "FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")""",
+}
 _LIBRARIES = {"adapter": "peft", "mlx": "mlx", "merged": "transformers"}
 _RECORDED_LIBRARIES = ("torch", "transformers", "peft", "mlx", "mlx_lm")
 _WEIGHTING = ("weighting", "alpha", "lambda_", "max_ratio")
@@ -85,42 +99,15 @@ def _notes(config: TrainConfig, form: ExportFormat) -> list[str]:
     return notes
 
 
-def _load_code(form: ExportFormat, base: str, arithmetic: Dtype, dtype: ExportDtype) -> str:
-    if form == "mlx":
-        return _load_mlx(base)
-    return _load_adapter(base, arithmetic) if form == "adapter" else _load_model(dtype)
-
-
-def _load_mlx(base: str) -> str:
-    imports, model = _base_in_code(base)
-    return f"""{imports}from mlx_lm import load
-
-model, tokenizer = load({model}, adapter_path={FOLDER})"""
-
-
-def _load_model(dtype: ExportDtype) -> str:
-    return f"""from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained({FOLDER})
-model = AutoModelForCausalLM.from_pretrained({FOLDER}, dtype="{dtype}")"""
-
-
-def _load_adapter(base: str, dtype: Dtype) -> str:
-    imports, model = _base_in_code(base)
-    return f"""{imports}from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-base = AutoModelForCausalLM.from_pretrained({model}, dtype="{dtype}")
-model = PeftModel.from_pretrained(base, {FOLDER})
-tokenizer = AutoTokenizer.from_pretrained({FOLDER})"""
-
-
-def _base_in_code(base: str) -> tuple[str, str]:
-    """The base model in Python code: an import, if it needs one, and an expression."""
-    if base == BUNDLED:
-        return "from distrust.bundled import MODEL\n", "MODEL"
+def _load_code(form: ExportFormat, base: str, base_dtype: Dtype, dtype: ExportDtype) -> str:
+    """Python code that loads the folder."""
     hub = hub_name(base)
-    return "", f'"{hub}"' if hub else '"FOLDER-OF-THE-BASE-MODEL"'
+    model = f'"{hub}"' if hub else '"FOLDER-OF-THE-BASE-MODEL"'
+    imports = ""
+    if base == BUNDLED:
+        imports, model = "from distrust.bundled import MODEL\n", "MODEL"
+    code = _LOAD_CODE[form].format(model=model, base_dtype=base_dtype, dtype=dtype)
+    return code if form == "merged" else imports + code
 
 
 def _sections(
