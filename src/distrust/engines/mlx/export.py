@@ -18,12 +18,6 @@ def prepare_state(
 ) -> Write:
     """Prepare one safetensors file of the trained arrays, under the names of the checkpoint.
 
-    Args:
-        arrays: of the checkpoint.
-        file_name: of the file, in the folder that the returned function takes.
-        dtype: of the written arrays.
-        about: metadata of the file.
-
     Raises:
         ConfigError: if the arrays overflow the dtype.
     """

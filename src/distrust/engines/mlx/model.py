@@ -24,14 +24,7 @@ FILES = ("*.json", "model*.safetensors")
 
 
 def load_model(name: str, *, dtype: Dtype) -> tuple[Any, dict[str, Any]]:
-    """Load a language model of mlx-lm in evaluation mode.
-
-    Args:
-        name: a folder, a hub name, or ``bundled``.
-        dtype: of the weights.
-
-    Returns:
-        The model, and its config.
+    """Load a language model of mlx-lm, in evaluation mode, and its config.
 
     Raises:
         ModelError: if the model cannot be loaded.

@@ -37,11 +37,7 @@ def packed_examples(lengths: list[int]) -> Iterator[None]:
 
 
 def register(*, outside_graphs: bool = False) -> None:
-    """Register with transformers as :data:`NAME`; outside :func:`packed_examples` it is ``sdpa``.
-
-    Args:
-        outside_graphs: exclude it from compiled graphs: every batch has other lengths.
-    """
+    """Register with transformers as :data:`NAME`; outside :func:`packed_examples` it is ``sdpa``."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     disable: Any = torch.compiler.disable

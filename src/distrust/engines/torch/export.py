@@ -33,14 +33,6 @@ def prepare_adapter(config: TrainConfig, tensors: Mapping[str, torch.Tensor], *,
     Reads only the config and the tokenizer of the base model, not its weights, and checks names and shapes of
     the adapter's tensors against them.
 
-    Args:
-        config: of the run, with ``model`` where the base model is.
-        tensors: of the checkpoint.
-        dtype: of the written tensors.
-
-    Returns:
-        A function that writes into a folder.
-
     Raises:
         ModelError: if config or tokenizer cannot be loaded.
         ResumeRefused: if the adapter does not fit the model.
@@ -91,14 +83,6 @@ def prepare_merged(engine: TorchEngine, config: TrainConfig, *, dtype: ExportDty
 
     Adds in float32, and rounds once, to ``dtype``. The engine cannot be used afterwards.
 
-    Args:
-        engine: with the trained weights.
-        config: of the run.
-        dtype: of the written weights.
-
-    Returns:
-        A function that writes into a folder.
-
     Raises:
         ConfigError: if the weights overflow the dtype.
     """
@@ -124,12 +108,6 @@ def prepare_state(
     tensors: Mapping[str, torch.Tensor], *, file_name: str, dtype: ExportDtype, about: Mapping[str, str]
 ) -> Write:
     """Prepare one safetensors file of the trained tensors, under the names of the checkpoint.
-
-    Args:
-        tensors: of the checkpoint.
-        file_name: of the file, in the folder that the returned function takes.
-        dtype: of the written tensors.
-        about: metadata of the file.
 
     Raises:
         ConfigError: if the tensors overflow the dtype.

@@ -23,12 +23,6 @@ def load_model(
 ) -> torch.nn.Module:
     """Load a causal language model of transformers, in evaluation mode.
 
-    Args:
-        name: a folder, a hub name, or ``bundled``.
-        dtype: of the weights; with quantization, of the arithmetic.
-        device: where the model computes.
-        quantized: bits of the linear layers' weights.
-
     Raises:
         ModelError: if the model cannot be loaded, or its files lack weights.
         ConfigError: if mlx has quantized the model.

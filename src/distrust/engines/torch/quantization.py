@@ -26,11 +26,6 @@ def loading_options(
 ) -> dict[str, Any]:
     """Options for the loader of transformers.
 
-    Args:
-        quantization: number of bits; "none" needs no option.
-        dtype: of the arithmetic.
-        device: where the weights are quantized, and the model computes.
-
     Raises:
         MissingDependency: if the library is not installed.
     """

@@ -100,16 +100,10 @@ def release_memory(device: torch.device) -> None:
 
 
 def compile_layers(model: Any) -> int:
-    """Have torch compile the repeated blocks of a model, each when it first runs.
+    """Have torch compile the repeated blocks of a model, each when it first runs; returns their number.
 
     One block at a time: blocks of one class share compiled code, and attention, which differs for each packed
     batch, stays outside the graphs.
-
-    Args:
-        model: of transformers.
-
-    Returns:
-        The number of blocks.
 
     Raises:
         ConfigError: if the model does not declare its blocks.
