@@ -23,14 +23,12 @@ from distrust.config import TrainConfig
 from distrust.contract import EngineState, Losses, MemoryUse
 from distrust.data import MicroBatch
 from distrust.engines import state_conversion
-from distrust.engines.loading import config_digest, fingerprint
+from distrust.engines.loading import config_digest, fingerprint, load_tokenizer, require_vocabulary
 from distrust.engines.lora_config import LoraConfig
-from distrust.engines.mlx import adapter, linear, model, runtime
-from distrust.engines.mlx.gradient_checkpointing import checkpoint_layers
+from distrust.engines.mlx import adapter, layers, model, runtime
 from distrust.engines.mlx.model_runner import ModelRunner
 from distrust.engines.mlx.optimizer import AdamW
 from distrust.engines.runtime import translate_out_of_memory
-from distrust.engines.tokenizer import load_tokenizer, require_vocabulary
 from distrust.errors import DistrustWarning
 from distrust.training.data_sources import DEFAULT_MAX_LENGTH
 
@@ -63,14 +61,14 @@ class MlxEngine:
         model.quantize(self._model, config.quantization)
         self.context_length: int | None = model.text_entry(self._config, "max_position_embeddings")
         self._gradient_checkpointing = config.gradient_checkpointing
-        self._by_columns = linear.columns_are_faster(self._device) and bool(config.lora_rank)
+        self._by_columns = layers.columns_are_faster(self._device) and bool(config.lora_rank)
         if self._by_columns:
-            linear.use_columns(self._model)
+            layers.use_columns(self._model)
         self._compiled = runtime.should_compile(config, self._device)
         base_parameters = get_total_parameters(self._model)  # counts packed weights, too
         self._add_adapter(config)
         if config.gradient_checkpointing:
-            checkpoint_layers(self._model)
+            layers.checkpoint_layers(self._model)
         self._trained = adapter.trained_parameters(self._model)
         mx.eval(self._trained)
         trained = sum(array.size for array in self._trained.values())

@@ -90,11 +90,7 @@ def sliding_window(config: dict[str, Any]) -> int | None:
 
 
 def quantize(model: Any, quantization: Quantization) -> None:
-    """Store the weights of linear layers and embeddings in 8 or 4 bits, in groups with a scale and a bias.
-
-    Raises:
-        ConfigError: if no layer can be quantized.
-    """
+    """Store the weights of linear layers and embeddings in 8 or 4 bits, in groups with a scale and a bias."""
     if quantization == "none":
         return
     bits = int(quantization.removesuffix("bit"))

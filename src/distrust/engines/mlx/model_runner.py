@@ -23,7 +23,7 @@ from mlx_lm.models.base import create_causal_mask
 
 from distrust.contract import Losses
 from distrust.data import IGNORED, MicroBatch
-from distrust.engines.mlx.linear import linear
+from distrust.engines.mlx.layers import linear
 from distrust.engines.mlx.loss import Head, chunked_losses, token_losses
 from distrust.engines.model_runner import Array, keeps_examples_independent, sum_per_example, trial_ids
 from distrust.engines.state_conversion import dtype_name
@@ -95,13 +95,7 @@ class _SegmentMask:
         self._windows = windows  # records the sliding windows that the layers request
         self._same_example = segments[:, None, :, None] == segments[:, None, None, :]  # [r, 1, t, t]
 
-    def make_mask(
-        self,
-        length: int,
-        *,
-        window_size: int | None = None,
-        return_array: bool = True,  # noqa: ARG002
-    ) -> mx.array:
+    def make_mask(self, length: int, *, window_size: int | None = None, **_: Any) -> mx.array:
         """bool[r, 1, t, t]: earlier tokens of the same example."""
         self._windows.add(window_size)
         return mx.logical_and(self._same_example, create_causal_mask(length, window_size=window_size))
@@ -118,7 +112,7 @@ class ModelRunner:
         model: a language model of mlx-lm; its adapter is in its layers.
         arithmetic: dtype that the trained arrays are cast to in each pass; None: as they are.
         frozen_head: whether nothing of the head is trained.
-        by_columns: whether products with frozen weights are computed by columns (``linear.py``).
+        by_columns: whether products with frozen weights are computed by columns (``layers.py``).
         compiled: whether the passes are compiled.
     """
 
@@ -132,7 +126,7 @@ class ModelRunner:
         self._head = self._separable_head() if frozen_head else None
         self.uses_chunked_loss = self._head is not None  # the logits of a batch never exist as a whole
         self.windows: set[int | None] = set()  # sliding windows that the layers have requested, in tokens
-        # Examples share rows.
+        #: Examples share rows.
         self.uses_varlen = keeps_examples_independent(self._run_trial, vocabulary=self._vocabulary)
         self._compiled = compiled
         self._loss_and_gradients = mx.value_and_grad(self._losses)
@@ -142,7 +136,7 @@ class ModelRunner:
     def train(
         self, trained: Arrays, gradients: Arrays | None, batch: MicroBatch, *, tokens: int
     ) -> tuple[Losses, dict[str, mx.array]]:
-        """Forward and backward: the losses, and ``gradients`` plus that of Σ weight · cross-entropy / ``tokens``.
+        """Forward and backward: add the gradient of Σ weight · cross-entropy / ``tokens`` to ``gradients``.
 
         ``gradients`` is the sum over the earlier micro-batches of the step, None for the first.
         """
@@ -192,10 +186,9 @@ class ModelRunner:
             logits = self._model(input_ids, self._cache(segments))
             losses = token_losses(_take_rows(logits, predictor_index), targets)
             return (losses * token_weights).sum(), losses
-        hidden = _take_rows(
-            self._model.model(input_ids, self._cache(segments)), predictor_index
-        )  # [n, width]
-        return chunked_losses(self._head, hidden, targets, token_weights, vocabulary=self._vocabulary)
+        hidden = self._model.model(input_ids, self._cache(segments))  # [r, t, width]
+        inputs = _take_rows(hidden, predictor_index)
+        return chunked_losses(self._head, inputs, targets, token_weights, vocabulary=self._vocabulary)
 
     def _cache(self, segments: mx.array | None) -> list[_SegmentMask] | None:
         if segments is None:

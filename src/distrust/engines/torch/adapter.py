@@ -19,9 +19,6 @@ def add_adapter(model: torch.nn.Module, lora: LoraConfig) -> torch.nn.Module:
     """Wrap a model with a LoRA adapter in float32, and freeze everything else.
 
     torch's generator initializes the adapter: seed it first.
-
-    Raises:
-        ConfigError: if the model has no such target modules.
     """
     import peft
 

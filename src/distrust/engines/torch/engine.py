@@ -15,12 +15,11 @@ from distrust.config import TrainConfig
 from distrust.contract import EngineState, Losses, MemoryUse
 from distrust.data import MicroBatch
 from distrust.engines import state_conversion
-from distrust.engines.loading import config_digest, fingerprint
+from distrust.engines.loading import config_digest, fingerprint, load_tokenizer, require_vocabulary
 from distrust.engines.lora_config import LoraConfig
 from distrust.engines.runtime import translate_out_of_memory
-from distrust.engines.tokenizer import load_tokenizer, require_vocabulary
 from distrust.engines.torch import adapter, model, optimizer, quantization, runtime
-from distrust.engines.torch.fused import fuse
+from distrust.engines.torch.layers import fuse
 from distrust.engines.torch.model_runner import ModelRunner
 from distrust.errors import ConfigError
 

@@ -75,22 +75,14 @@ def meta_model(name: str) -> torch.nn.Module:
 
 
 def load_config(name: str) -> Any:
-    """The config of a model, as its folder has it.
-
-    Raises:
-        ModelError: if it cannot be loaded.
-    """
+    """The config of a model, as its folder has it."""
     from transformers import AutoConfig
 
     return load_pretrained(AutoConfig, name)
 
 
 def is_quantized_by_mlx(name: str) -> bool:
-    """Whether a model's weights are in mlx's packed layout.
-
-    Raises:
-        ModelError: if its config cannot be loaded.
-    """
+    """Whether a model's weights are in mlx's packed layout."""
     config = load_config(name)
     entries = [getattr(config, entry, None) for entry in ("quantization", "quantization_config")]
     # Every method that transformers supports names itself in "quant_method"; mlx does not.

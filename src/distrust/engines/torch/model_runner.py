@@ -120,10 +120,8 @@ class ModelRunner:
 
     def _run(self, **inputs: Tensor) -> Tensor:
         if self.uses_chunked_loss:
-            hidden: Tensor = self._model.base_model(**inputs, use_cache=False).last_hidden_state
-            return hidden
-        logits: Tensor = self._model(**inputs, use_cache=False).logits
-        return logits
+            return self._model.base_model(**inputs, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+        return self._model(**inputs, use_cache=False).logits  # type: ignore[no-any-return]
 
     def _packed(self, row: _Row) -> contextlib.AbstractContextManager[None]:
         return attention.packed_examples(row.lengths if self.uses_varlen else [])
