@@ -90,10 +90,10 @@ def test_what_it_becomes(written, tmp_path):
     assert same(loaded.rng, {"seed": 7, "numpy": np.array([1, 2, 3], np.int64)})
     assert loaded.config == {"lora_rank": 2}  # of the arrays: what the config there says is wrong
     assert {"lora_rank"} <= {key(field.name) for field in fields_of(TrainConfig)}
-    assert loaded.metadata == {**FIELDS["metadata"], "config_there": FIELDS["config"]}
+    assert loaded.metadata == {**FIELDS["metadata"], "foreign_config": FIELDS["config"]}
     assert loaded.metrics == {"loss": 2.25}
     assert loaded.run["timestamp"] == FIELDS["timestamp"]
-    assert loaded.run["begun_elsewhere"] == ("directory" if written.is_dir() else "byte tensors")
+    assert loaded.run["imported_from"] == ("directory" if written.is_dir() else "byte tensors")
 
 
 def test_the_manager_knows_it(written, tmp_path):
@@ -242,7 +242,7 @@ def test_metadata_alone_is_passed_over(tmp_path, use, damage):
     with pytest.warns(DistrustWarning) as told:
         assert getattr(manager, use)().step == 10
     lines = sorted(str(one.message) for one in told)
-    without = f"skipped a checkpoint without a model, metadata alone: {tmp_path / 'checkpoint-'}"
+    without = f"skipped a checkpoint without a model, metadata only: {tmp_path / 'checkpoint-'}"
     if damage and use == "load_latest":  # a damaged one has no metric
         assert lines.pop().startswith(f"skipped a damaged checkpoint: {newer}: ")
     assert lines == [f"{without}30.safetensors"] if damage else [f"{without}20", f"{without}30.safetensors"]
@@ -254,12 +254,12 @@ def test_nothing_but_metadata(tmp_path, use):
     for step in (10, 20):
         path = write_directory(tmp_path / f"checkpoint-{step}", at(step, 0.5), bare=True)
     manager = CheckpointManager(tmp_path, metric="best_loss")
-    with pytest.raises(NoIntactCheckpoint, match=r"metadata alone.* there are 10, 20$"):
+    with pytest.raises(NoIntactCheckpoint, match=r"metadata only.* there are 10, 20$"):
         getattr(manager, use)()
     with pytest.raises(CheckpointError, match="metadata only: there is no model"):
         manager.choose(step=20)
     append(path / "checksum.txt", "x")
-    with pytest.raises(NoIntactCheckpoint, match="checkpoint-10: holds no model"):
+    with pytest.raises(NoIntactCheckpoint, match="checkpoint-10: contains no model"):
         manager.load_latest()
 
 
@@ -724,7 +724,7 @@ def test_arrays_of_other_layouts_come_back(tmp_path):
         ('{"step":10,"loss_history":[1,null]}', "no list of numbers"),
         ('{"step":10,"loss_history":[1' + "0" * 400 + "]}", "no float"),
         ('{"step":10,"metadata":[]}', "metadata is no object"),
-        ('{"step":10,"metadata":{"config_there":1}}', "two values of the name config_there"),
+        ('{"step":10,"metadata":{"foreign_config":1}}', "two values of the name foreign_config"),
         ('{"step":10,"metadata":{"a":"\\ud800"}}', "half a letter"),
         ("null", "no JSON object"),
         ("\xff", "not UTF-8"),
