@@ -45,7 +45,7 @@ FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
     ),
     "the header is trusted": (trusts_the_header, "validate does not find it"),
     "the file's size is not compared": (
-        lambda patch: patch.setattr(header, "_fill", lambda *_: True),
+        lambda patch: patch.setattr(header, "_fits_data", lambda *_: True),
         "appended: validate does not find it",
     ),
     "names are not compared": (
