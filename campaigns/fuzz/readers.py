@@ -33,7 +33,7 @@ from distrust.checkpoint.header import Header, header_length, parse_header
 from distrust.checkpoint.tree import STATE_SECTIONS
 from distrust.cli import main
 from distrust.errors import CheckpointError, DistrustError
-from distrust.importers.header import OlderHeader
+from distrust.importers.imported import ImportedHeader
 
 Answers = Counter[str]
 
@@ -70,7 +70,7 @@ def _in_memory(raw: bytes, good: CheckpointFile) -> str:
     return "whole"
 
 
-def _shown(header: Header | OlderHeader) -> None:
+def _shown(header: Header | ImportedHeader) -> None:
     """What a listing shows of it can be written down."""
     shown = [header.metrics, header.metadata, header.config, header.run_info, header.saved_metrics]
     json.dumps(shown, skipkeys=True, ensure_ascii=False).encode()

@@ -44,7 +44,7 @@ from distrust.errors import (
 )
 
 if TYPE_CHECKING:
-    from distrust.importers.header import OlderHeader
+    from distrust.importers.imported import ImportedHeader
 
 __all__ = [
     "RUN_SUBDIRECTORY",
@@ -86,7 +86,7 @@ class CheckpointFile(NamedTuple):
     """
 
     path: Path
-    header: Header | OlderHeader
+    header: Header | ImportedHeader
 
     @property
     def format(self) -> str:

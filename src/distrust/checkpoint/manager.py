@@ -198,7 +198,7 @@ class CheckpointManager:
         """Read and verify a checkpoint, in our format or an older one.
 
         One in an older format is always read and verified as a whole, whatever ``mmap`` and ``verify`` say;
-        :mod:`distrust.importers.state` says what of it becomes what. The arrays of one in ours lie
+        :mod:`distrust.importers.imported` says what of it becomes what. The arrays of one in ours lie
         side by side in one block of memory, which goes when the last of them has gone; those of mlx have
         memory of their own.
 

@@ -18,7 +18,7 @@ import numpy as np
 from distrust.checkpoint import Checkpoint
 from distrust.config import STEP_METRICS, TrainConfig, flag
 from distrust.errors import ConfigError, DistrustWarning, ResumeRefused, quote_untrusted
-from distrust.importers.header import BEGUN_ELSEWHERE
+from distrust.importers.imported import BEGUN_ELSEWHERE
 
 #: In ``run`` of a converted checkpoint: a list of lines, what is not taken over of it, or what it lacks.
 DROPPED = "not_taken_over"
