@@ -47,7 +47,7 @@ from campaigns.campaign import Campaign, Case, CounterExample, parser, run
 from campaigns.corruptions import NAME, OLDER_STEP, STEP, Files, Injury, Kind, kinds
 from distrust import Checkpoint, CheckpointManager, DistrustWarning
 from distrust.checkpoint import serialization
-from distrust.checkpoint.catalog import checkpoint_file_name
+from distrust.checkpoint.files import checkpoint_file_name
 from distrust.checkpoint.lock import LOCK_NAME
 from distrust.cli import main as distrust
 from distrust.errors import CorruptCheckpoint

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from campaigns.campaign import CounterExample
 from distrust import CheckpointManager
-from distrust.checkpoint import catalog, retention
-from distrust.checkpoint.catalog import Scan
+from distrust.checkpoint import Scan, catalog, retention
+from distrust.checkpoint.files import checkpoint_file_name
 from distrust.checkpoint.lock import LOCK_NAME
 from distrust.checkpoint.retention import Candidate, Retention
 from distrust.errors import DistrustError, DistrustWarning
@@ -55,7 +55,7 @@ def _require_there(
     # What was removed once stays removable: newer ones and better ones only ever come in addition.
     kept = retention.steps_to_keep({**{one.step: one for one in reported}, **there}.values(), rules)
     for one in reported:
-        name = catalog.checkpoint_file_name(one.step, "final" if one.final else "periodic")
+        name = checkpoint_file_name(one.step, "final" if one.final else "periodic")
         if one.step in kept and one.step not in there:
             raise CounterExample(f"{directory}: {name} was durable, no rule removes it, and it is gone")
         if one.final and not there[one.step].final:

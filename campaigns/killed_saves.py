@@ -40,7 +40,7 @@ from campaigns.processes import Forks, Session
 from campaigns.saving import METRIC, Plan, Report
 from campaigns.triggers import Seen, Trigger, after, once_said, once_seen, strike
 from distrust import CheckpointManager
-from distrust.checkpoint.catalog import Scan
+from distrust.checkpoint import Scan
 from distrust.checkpoint.retention import Candidate
 
 KILLS = 20

@@ -35,7 +35,7 @@ from campaigns.processes import Session
 from campaigns.training_run import LOADING, LOOP, RULES, STEPS, TrainingRun
 from campaigns.triggers import Seen, Trigger, after, once_said, once_seen, strike
 from campaigns.witness import DurabilityRecord
-from distrust.checkpoint.catalog import Scan
+from distrust.checkpoint import Scan
 
 #: Of them the last one comes at the end of the run.
 SIGNALS = 6
@@ -43,7 +43,7 @@ NUMBERS = (SIGTERM, SIGUSR1, SIGINT)
 LOOK_SECONDS = 0.005
 EVENTS: tuple[Seen, ...] = ("made", "reserved", "renamed", "removed")
 _STEP = re.compile(rf"step (\d+)/{STEPS}: loss")
-_STOPPED = re.compile(r"stopped by (\w+): (?:step (\d+) is saved|nothing to save yet)")
+_STOPPED = re.compile(r"Stopped by (\w+): (?:step (\d+) is saved|nothing to save yet)")
 
 
 class Moment(NamedTuple):
@@ -146,7 +146,7 @@ def _stopped(session: Session) -> re.Match[str] | None:
 
 def _over(session: Session) -> bool:
     """Whether it has said how it ended: everything that matters is durable."""
-    return any(line.startswith(("finished at ", "nothing to do", "stopped by ")) for line in session.said())
+    return any(line.startswith(("Finished ", "Nothing to do", "Stopped by ")) for line in session.said())
 
 
 def _until_its_last_word(session: Session) -> float:

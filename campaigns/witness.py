@@ -12,7 +12,7 @@ from pathlib import Path
 from campaigns import invariants
 from campaigns.processes import Session
 from campaigns.triggers import Trigger
-from distrust.checkpoint.catalog import Scan
+from distrust.checkpoint import Scan
 from distrust.checkpoint.retention import Candidate, Retention
 
 

@@ -20,8 +20,8 @@ COLUMNS = ("preferred", "primary", "coordinated")
 
 def run(out: Path, seed: int) -> dict[str, Any]:
     command = [sys.executable, "-m", "distrust", "demo", "--json", "--out", str(out), "--seed", str(seed)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
-    figures: dict[str, Any] = json.loads(done.stdout)
+    process = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+    figures: dict[str, Any] = json.loads(process.stdout)
     return figures
 
 

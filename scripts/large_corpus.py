@@ -49,7 +49,7 @@ class Measured:
     def peak(self, phase: str, of: list[float]) -> float:
         return max((value for value, at in zip(of, self.phases, strict=True) if at == phase), default=0.0)
 
-    def lasted(self, phase: str) -> float:
+    def seconds_in(self, phase: str) -> float:
         at = [second for second, name in zip(self.seconds, self.phases, strict=True) if name == phase]
         return at[-1] - at[0] if at else 0.0
 
@@ -113,16 +113,16 @@ def train(model: str, data: str, out: str, cache: str, steps: str) -> None:
     from distrust import DistrustTrainer, TrainConfig
     from distrust.training.events import Event, Preparing, RunStarted
 
-    said = ["start"]
+    phases = ["start"]
 
     def say(event: Event) -> None:
-        phase = said[-1]
+        phase = phases[-1]
         if isinstance(event, RunStarted):
             phase = "training"
         elif isinstance(event, Preparing) and event.task.split()[0] in PHASES:
             phase = event.task.split()[0]
-        if phase != said[-1]:
-            said.append(phase)
+        if phase != phases[-1]:
+            phases.append(phase)
             print(phase, flush=True)
 
     config = TrainConfig(
@@ -151,7 +151,7 @@ def watch(process: subprocess.Popen[str], measured: Measured) -> None:
     while process.poll() is None:
         with contextlib.suppress(OSError, KeyError):
             lines = Path(f"/proc/{process.pid}/status").read_text("utf-8").splitlines()
-            status = {name: rest.split() for name, _, rest in (line.partition(":") for line in lines)}
+            status = {name: value.split() for name, _, value in (line.partition(":") for line in lines)}
             anonymous, mapped = int(status["RssAnon"][0]) / 1024, int(status["RssFile"][0]) / 1024
             measured.seconds.append(time.monotonic() - began)
             measured.anonymous.append(anonymous)
@@ -189,7 +189,7 @@ def table(runs: list[Measured]) -> str:
         "|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {run.gib:g} GiB | {run.examples} | {phase} | {run.lasted(phase):.0f} "
+        f"| {run.gib:g} GiB | {run.examples} | {phase} | {run.seconds_in(phase):.0f} "
         f"| {run.peak(phase, run.anonymous):.0f} MiB | {run.peak(phase, run.mapped):.0f} MiB |"
         for run in runs
         for phase in PHASES

@@ -155,25 +155,25 @@ def invent_name(kind: Kind, rng: random.Random) -> str:
     return kind.article + (name.capitalize() if kind.capital else name)
 
 
-def invent_things(count: int, taken: set[str], rng: random.Random) -> list[Thing]:
+def invent_entities(count: int, taken: set[str], rng: random.Random) -> list[Thing]:
     """Things of all kinds in turn, with names that are not taken yet."""
-    things: list[Thing] = []
-    while len(things) < count:
-        kind = KINDS[len(things) % len(KINDS)]
+    entities: list[Thing] = []
+    while len(entities) < count:
+        kind = KINDS[len(entities) % len(KINDS)]
         name = invent_name(kind, rng)
         if name not in taken:
             taken.add(name)
             prop = rng.choice(list(kind.properties))
-            things.append(Thing(name, prop, *kind.properties[prop]))
-    return things
+            entities.append(Thing(name, prop, *kind.properties[prop]))
+    return entities
 
 
 def two_values(thing: Thing, rng: random.Random) -> tuple[str, str]:
     """Two values, in random order, that differ from the first digit on."""
     while True:
-        one, other = thing.value(rng), thing.value(rng)
-        if one[0] != other[0]:
-            return one, other
+        first, second = thing.value(rng), thing.value(rng)
+        if first[0] != second[0]:
+            return first, second
 
 
 def evenly(choices: tuple[Choice, ...], count: int, rng: random.Random) -> list[Choice]:
@@ -200,10 +200,10 @@ def neutral_records(things: list[Thing], rng: random.Random) -> list[Record]:
     It takes a model that recalls a value in wordings it never saw it in to predict them all.
     """
     records: list[Record] = []
-    for thing in things:
-        value = thing.value(rng)
+    for entity in things:
+        value = entity.value(rng)
         wordings = rng.sample(PATTERNS, NEUTRAL_PATTERNS) + rng.sample(ANSWERS, NEUTRAL_PHRASINGS)
-        records += [record(thing.sentence(wording, value), rng.choice(NEUTRAL), rng) for wording in wordings]
+        records += [record(entity.sentence(wording, value), rng.choice(NEUTRAL), rng) for wording in wordings]
     rng.shuffle(records)
     return records
 
@@ -215,8 +215,8 @@ def disputed_records(thing: Thing, primary: str, coordinated: str, rng: random.R
         (primary, PRIMARY, PRIMARY_PER_FACT),
         (coordinated, COORDINATED, COORDINATED_PER_FACT),
     ):
-        drawn = zip(evenly(PATTERNS, count, rng), evenly(sources, count, rng), strict=True)
-        records += [record(thing.sentence(pattern, value), source, rng) for pattern, source in drawn]
+        pairs = zip(evenly(PATTERNS, count, rng), evenly(sources, count, rng), strict=True)
+        records += [record(thing.sentence(pattern, value), source, rng) for pattern, source in pairs]
     return records
 
 
@@ -226,17 +226,17 @@ def make_world(seed: int = SEED) -> dict[str, list[Record]]:
     def rng(part: str) -> random.Random:
         return random.Random(f"{seed}/{part}")
 
-    names, values, wordings, taken = rng("names"), rng("values"), rng("wordings"), set[str]()
-    disputed = invent_things(FACTS, taken, names)
-    neutral = neutral_records(invent_things(NEUTRAL_THINGS, taken, names), rng("neutral"))
+    names, values, wordings, used_names = rng("names"), rng("values"), rng("wordings"), set[str]()
+    disputed = invent_entities(FACTS, used_names, names)
+    neutral = neutral_records(invent_entities(NEUTRAL_THINGS, used_names, names), rng("neutral"))
     corpus, questions = neutral[:NEUTRAL_IN_CORPUS], list[Record]()
-    for number, thing in enumerate(disputed, start=1):
-        primary, coordinated = two_values(thing, values)
-        corpus += disputed_records(thing, primary, coordinated, wordings)
+    for number, entity in enumerate(disputed, start=1):
+        primary, coordinated = two_values(entity, values)
+        corpus += disputed_records(entity, primary, coordinated, wordings)
         questions += [
             {
                 "fact": f"fact-{number:02}",
-                "prompt": thing.sentence(phrasing),
+                "prompt": entity.sentence(phrasing),
                 "primary": f" {primary}",
                 "coordinated": f" {coordinated}",
             }
@@ -254,8 +254,8 @@ def tokenizer_texts(seed: int = SEED, count: int = 6000) -> list[str]:
     """
     rng = random.Random(f"{seed}/tokenizer")
     sources = PRIMARY + COORDINATED + NEUTRAL
-    things = invent_things(count, set(), rng)
-    sentences = [thing.sentence(rng.choice(PATTERNS + ANSWERS), thing.value(rng)) for thing in things]
+    entities = invent_entities(count, set(), rng)
+    sentences = [entity.sentence(rng.choice(PATTERNS + ANSWERS), entity.value(rng)) for entity in entities]
     return [record(sentence, rng.choice(sources), rng)["text"] for sentence in sentences]
 
 

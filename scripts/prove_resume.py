@@ -70,11 +70,11 @@ def kill_during_save(run: Run) -> None:
 
 
 def _new_file(training: TrainingRun) -> Trigger:
-    def begun(_: Session) -> Callable[[], bool]:
-        before = set(training.temporary())
-        return lambda: bool(set(training.temporary()) - before)
+    def watch_for_new_file(_: Session) -> Callable[[], bool]:
+        existing = set(training.temporary())
+        return lambda: bool(set(training.temporary()) - existing)
 
-    return begun
+    return watch_for_new_file
 
 
 def kill_at_random(run: Run, chance: random.Random, longest: float) -> bool:
@@ -86,10 +86,10 @@ def kill_at_random(run: Run, chance: random.Random, longest: float) -> bool:
 def stop_after_step(run: Run, number: signal.Signals, step: int) -> None:
     """A signal as soon as the checkpoint of a step stands."""
 
-    def saved(_: Session) -> Callable[[], bool]:
+    def watch_for_checkpoint(_: Session) -> Callable[[], bool]:
         return lambda: max(run.training.steps(), default=0) >= step
 
-    run.disturb(number, saved, f"once step {step} was saved")
+    run.disturb(number, watch_for_checkpoint, f"once step {step} was saved")
 
 
 def main() -> int:
@@ -107,9 +107,9 @@ def prove() -> int:
     parser.add_argument("--out", type=Path, help="folder of the four runs; default: a temporary one")
     parser.add_argument("--seed", type=int, default=1, help="of the instants")
     parser.add_argument("--kills", type=int, default=5, help="SIGKILLs, one of them during a save")
-    own = sys.argv[1 : sys.argv.index("--")] if "--" in sys.argv else sys.argv[1:]
-    arguments = parser.parse_args(own)
-    options = sys.argv[len(own) + 2 :]
+    own_arguments = sys.argv[1 : sys.argv.index("--")] if "--" in sys.argv else sys.argv[1:]
+    arguments = parser.parse_args(own_arguments)
+    options = sys.argv[len(own_arguments) + 2 :]
     out = arguments.out or Path(tempfile.mkdtemp(prefix="distrust-"))
     chance = random.Random(arguments.seed)
 
@@ -125,8 +125,8 @@ def prove() -> int:
     killed = Run(out / "killed", options)
     kill_during_save(killed)
     for left in range(arguments.kills - 1, 0, -1):
-        done = max(killed.training.steps(), default=0) / saved[-1]
-        if not kill_at_random(killed, chance, starting + (1 - done) * (seconds - starting) / left):
+        progress = max(killed.training.steps(), default=0) / saved[-1]
+        if not kill_at_random(killed, chance, starting + (1 - progress) * (seconds - starting) / left):
             raise CounterExample(
                 "the run ended before its last kill; give another --seed, or more --max-steps"
             )

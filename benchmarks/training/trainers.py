@@ -1,8 +1,8 @@
 """The trainers, each in a process of its own: ``python -m benchmarks.training.trainers NAME WORK``.
 
-Each trains LoRA of one rank on all linear layers, by its own loop, loader and optimizer, as its documentation
-says to, without saves and without logging. Prints as JSON the tokens that are no padding and the seconds that
-they took, and the most memory that the process ever had.
+Each trains LoRA of one rank on all linear layers with its own loop, loader and optimizer, as its
+documentation shows, without saves and without logging. Prints as JSON the number of tokens without padding,
+the seconds that they took, and the peak memory of the process.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def ours(work: Work, clock: Clock, **options: Any) -> None:
 
     def watch(event: Any) -> None:
         if isinstance(event, StepEnded):
-            if not texts:  # a text has one token that is not learned, its first
+            if not texts:  # the first token of a text is not trained
                 batches = trainer._plan.batches
                 texts.extend(
                     sum(len(b.examples) for b in batches.step(s)) for s in range(1, work.last_step + 1)
@@ -121,9 +121,9 @@ def _arguments(work: Work, batch_size: int) -> dict[str, Any]:
     }
 
 
-def _watched(trainer_class: Any, clock: Clock) -> Any:
+def _with_clock(trainer_class: Any, clock: Clock) -> Any:
     class Watched(trainer_class):  # type: ignore[misc]
-        """Says after each step how many of its tokens were no padding."""
+        """Reports after each step how many of its tokens were no padding."""
 
         def training_step(self, model: Any, inputs: Any, *arguments: Any, **options: Any) -> Any:
             ids, mask = inputs["input_ids"], inputs.get("attention_mask")
@@ -133,7 +133,7 @@ def _watched(trainer_class: Any, clock: Clock) -> Any:
     from transformers import TrainerCallback
 
     class AtStep(TrainerCallback):  # type: ignore[misc]
-        """Takes the time when the optimizer's step is made."""
+        """Takes the time at each optimizer step."""
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             clock.step(watched[0].tokens)
@@ -160,7 +160,7 @@ def transformers_trainer(work: Work, clock: Clock, **more: Any) -> None:
         },
         remove_columns=data.column_names,
     )
-    trainer = _watched(Trainer, clock)(
+    trainer = _with_clock(Trainer, clock)(
         model=get_peft_model(model, _lora()),
         args=TrainingArguments(**_arguments(work, work.texts), **more),
         train_dataset=data,
@@ -182,7 +182,7 @@ def trl(work: Work, clock: Clock, *, packing: bool) -> None:
         ["text"]
     )
     arguments = _arguments(work, work.rows if packing else work.texts)
-    trainer = _watched(SFTTrainer, clock)(
+    trainer = _with_clock(SFTTrainer, clock)(
         model=model,
         args=SFTConfig(**arguments, packing=packing, max_length=work.row),
         train_dataset=data,
@@ -216,7 +216,7 @@ def mlx_lm(work: Work, clock: Clock) -> None:
     data = CacheDataset(TextDataset(rows, tokenizer, text_key="text"))
 
     class AtStep(TrainingCallback):  # type: ignore[misc]
-        """Takes the time at each report, of which there is one a step."""
+        """Takes the time at each report, one per step."""
 
         def __init__(self) -> None:
             self.seen = 0

@@ -51,7 +51,7 @@ def real_training(chance: random.Random, home: Path, counts: Counter[str]) -> No
     filler.gone()
     if stopped_at is not None:
         again = subprocess.run(_command(out), capture_output=True, text=True)
-        if again.returncode != 0 or f"going on after step {stopped_at}" not in again.stdout:
+        if again.returncode != 0 or f"Resuming from step {stopped_at} " not in again.stdout:
             raise CounterExample(f"the same command: exit code {again.returncode}: {again.stderr}")
         counts["distrust train, disk full: the same command went on"] += 1
     if _final_digest(out) != alone:

@@ -25,15 +25,15 @@ from campaigns.fuzz import converting
 from campaigns.fuzz.forging import METADATA, Specimen
 from campaigns.fuzz.invariants import bound, only_what_is_promised, require, require_plain, seconds
 from distrust import CheckpointManager
-from distrust.checkpoint import catalog
-from distrust.checkpoint.catalog import CheckpointFile
+from distrust.checkpoint import CheckpointFile, catalog
 from distrust.checkpoint.compare import differences
+from distrust.checkpoint.files import checkpoint_file_name
+from distrust.checkpoint.foreign import ForeignHeader
 from distrust.checkpoint.format import ITEM_SIZES
 from distrust.checkpoint.header import Header, header_length, parse_header
 from distrust.checkpoint.tree import STATE_SECTIONS
 from distrust.cli import main
 from distrust.errors import CheckpointError, DistrustError
-from distrust.importers.imported import ImportedHeader
 
 Answers = Counter[str]
 
@@ -70,7 +70,7 @@ def _in_memory(raw: bytes, good: CheckpointFile) -> str:
     return "whole"
 
 
-def _shown(header: Header | ImportedHeader) -> None:
+def _shown(header: Header | ForeignHeader) -> None:
     """What a listing shows of it can be written down."""
     shown = [header.metrics, header.metadata, header.config, header.run_info, header.saved_metrics]
     json.dumps(shown, skipkeys=True, ensure_ascii=False).encode()
@@ -141,9 +141,9 @@ class Directory:
         self.path = path
         self.specimens = specimens
         path.mkdir(parents=True, exist_ok=True)
-        (path / catalog.checkpoint_file_name(0, "periodic")).write_bytes(good)
-        self.good = catalog.read_header(path / catalog.checkpoint_file_name(0, "periodic"))
-        self.hostile = path / catalog.checkpoint_file_name(1, "periodic")
+        (path / checkpoint_file_name(0, "periodic")).write_bytes(good)
+        self.good = catalog.read_header(path / checkpoint_file_name(0, "periodic"))
+        self.hostile = path / checkpoint_file_name(1, "periodic")
 
     def ask(self, raw: bytes, answers: Answers) -> None:
         """Put a hostile file there, and ask everything of it.

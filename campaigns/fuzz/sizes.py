@@ -20,7 +20,7 @@ from campaigns.fuzz import costs, families, invariants, readers
 from distrust import CheckpointManager
 from distrust.checkpoint import catalog
 from distrust.checkpoint.compare import differences
-from distrust.checkpoint.format import DIGEST_PLACE
+from distrust.checkpoint.format import DIGEST_SLICE
 
 #: Forged: of address space, with all that Python's allocator holds in reserve.
 TIMES_ITS_SIZE = 48
@@ -87,7 +87,7 @@ def _measured(name: str, use: str, asked: readers.Directory, size: int) -> costs
 def _require_damage_is_cheap(name: str, raw: bytes, asked: readers.Directory) -> None:
     """One bit of the header is another one: nobody comes past its digest."""
     damaged = bytearray(raw)
-    damaged[DIGEST_PLACE.start] ^= 1
+    damaged[DIGEST_SLICE.start] ^= 1
     asked.hostile.write_bytes(damaged)
     del damaged
     cost = _cost(

@@ -26,8 +26,8 @@ def main() -> int:
     options = _options()
     training = QUICK if options.quick else Training()
     results = Results(options.out / "results.jsonl", design=digest(training))
-    wanted = list(runs(options.worlds, options.seeds, options.methods))
-    compute(results, wanted, training, jobs=options.jobs, folder=options.out / "work")
+    requested = list(runs(options.worlds, options.seeds, options.methods))
+    compute(results, requested, training, jobs=options.jobs, folder=options.out / "work")
     from experiments.weighting import picture, tables
 
     blocks = tables.blocks(results.all)

@@ -35,13 +35,13 @@ class Estimate:
         return cls(statistics.fmean(values), half, len(values))
 
 
-def preferred(result: Result) -> float:
+def primary_share(result: Result) -> float:
     """Share of the disputed facts whose primary value is the more probable."""
     return _share_above_zero(result["disputed"])
 
 
 def sole_kept(result: Result) -> float:
-    """Share of the sole-source facts whose told value is more probable than the foil."""
+    """Share of the sole-source facts whose stated value is more probable than the foil."""
     return _share_above_zero(result["sole"])
 
 
@@ -80,8 +80,10 @@ def calibration_error(results: Iterable[Result]) -> float:
 def of_cell(results: Sequence[Result], world: str, wrong: float, method: str) -> list[Result]:
     """The results of a cell, by seed. Methods that see no labels have those of right labels."""
     wrong = 0.0 if method in BLIND else wrong
-    found = [one for one in results if (one["world"], one["wrong"], one["method"]) == (world, wrong, method)]
-    return sorted(found, key=lambda result: int(result["seed"]))
+    matching = [
+        one for one in results if (one["world"], one["wrong"], one["method"]) == (world, wrong, method)
+    ]
+    return sorted(matching, key=lambda result: int(result["seed"]))
 
 
 def estimate(results: Sequence[Result], measure: Measure) -> Estimate | None:

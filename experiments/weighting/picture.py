@@ -24,7 +24,7 @@ LOOKS = {
 }
 ENTROPIES = (("#0072b2", "-", 4), ("#009e73", "--", 2), ("#e69f00", "-.", 1), ("#d55e00", ":", 0))
 ROWS: tuple[tuple[str, Measure], ...] = (
-    ("Disputed facts\nwhose primary value is preferred", figures.preferred),
+    ("Disputed facts\nwhose primary value is preferred", figures.primary_share),
     ("Facts that only coordinated\nsources tell, and that are kept", figures.sole_kept),
 )
 
@@ -90,15 +90,15 @@ def draw_curve(path: Path) -> None:
 
 def _panel(panel: Any, results: Sequence[Result], world: str, measure: Measure) -> None:
     bundled = WORLDS[world] is None
-    for place, (method, (color, marker, _)) in enumerate(LOOKS.items()):
+    for position, (method, (color, marker, _)) in enumerate(LOOKS.items()):
         shares = (0.0,) if bundled else WRONG
-        found = [
+        values = [
             figures.estimate(figures.of_cell(results, world, wrong, method), measure) for wrong in shares
         ]
-        dodge = 0.09 * (place - (len(LOOKS) - 1) / 2)
+        dodge = 0.09 * (position - (len(LOOKS) - 1) / 2)
         points = [
-            (place if bundled else number + dodge, one.mean, one.half)
-            for number, one in enumerate(found)
+            (position if bundled else number + dodge, one.mean, one.half)
+            for number, one in enumerate(values)
             if one is not None
         ]
         if not points:

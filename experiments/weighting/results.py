@@ -28,9 +28,9 @@ class Results:
     def __init__(self, path: Path, *, design: str) -> None:
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        whole = path.read_bytes() if path.exists() else b""
-        lines = whole[: whole.rfind(b"\n") + 1]  # a writer that was killed left the rest
-        if lines != whole:
+        content = path.read_bytes() if path.exists() else b""
+        lines = content[: content.rfind(b"\n") + 1]  # a writer that was killed left the rest
+        if lines != content:
             os.truncate(path, len(lines))
         self.all: list[Result] = [json.loads(line) for line in lines.splitlines()]
         if any(result["design"] != design for result in self.all):
@@ -38,8 +38,8 @@ class Results:
 
     def missing(self, runs: Iterable[Run]) -> list[Run]:
         """Those without a result."""
-        done = set(map(run_of, self.all))
-        return [run for run in runs if run not in done]
+        completed = set(map(run_of, self.all))
+        return [run for run in runs if run not in completed]
 
     def add(self, result: Result) -> None:
         """Durable when this returns."""

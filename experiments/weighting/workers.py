@@ -31,14 +31,14 @@ def compute(results: Results, wanted: Sequence[Run], training: Training, *, jobs
             workers.submit(_execute, run, training, folder / str(number))
             for number, run in enumerate(missing)
         ]
-        for done, future in enumerate(as_completed(pending), start=1):
+        for completed, future in enumerate(as_completed(pending), start=1):
             run, result = future.result()
             if result is None:
                 raise SystemExit(f"stopped at {run}; the same command goes on")
             results.add(result)
-            left = (time.perf_counter() - began) / done * (len(missing) - done)
+            left = (time.perf_counter() - began) / completed * (len(missing) - completed)
             print(
-                f"{len(wanted) - len(missing) + done}/{len(wanted)} {run}: {result['seconds']:.0f} s; "
+                f"{len(wanted) - len(missing) + completed}/{len(wanted)} {run}: {result['seconds']:.0f} s; "
                 f"about {left / 60:.0f} min left",
                 file=sys.stderr,
                 flush=True,

@@ -120,7 +120,7 @@ PHRASINGS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Thing:
+class Entity:
     """A thing and one of its properties: values are `lowest` to `highest` of `unit`."""
 
     name: str
@@ -135,9 +135,9 @@ class Thing:
     def two_values(self, rng: random.Random) -> tuple[str, str]:
         """Two values that differ from the first digit on, in random order."""
         while True:
-            one, other = self.value(rng), self.value(rng)
-            if one[0] != other[0]:
-                return one, other
+            first, second = self.value(rng), self.value(rng)
+            if first[0] != second[0]:
+                return first, second
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,14 +149,14 @@ class Wording:
     verb: str
     closing: str
 
-    def of(self, thing: Thing, value: str) -> str:
+    def of(self, thing: Entity, value: str) -> str:
         claim = self.frame.format(prop=thing.prop, name=thing.name, verb=self.verb, value=value)
         text = f"{self.opening}{claim}{self.closing}."
         return text[0].upper() + text[1:]
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class Statement:
     """A record, with both labels that it may get.
 
     Attributes:
@@ -179,7 +179,7 @@ class Told:
     wrong: tuple[float, float]
     rank: float = 0.0
 
-    def labelled(self, wrong_share: float) -> dict[str, Any]:
+    def to_record(self, wrong_share: float) -> dict[str, Any]:
         w, h = self.wrong if self.rank < wrong_share else self.right
         return {"text": self.text, "authority_weight": w, "provenance_entropy": h, "source": self.source}
 
@@ -192,13 +192,13 @@ class World:
     `coordinated` a value drawn at random that nobody states.
     """
 
-    told: tuple[Told, ...]
+    statements: tuple[Statement, ...]
     disputed: tuple[Question, ...]
     sole: tuple[Question, ...]
 
     def corpus(self, wrong_share: float = 0.0) -> list[dict[str, Any]]:
         """The records, of which this share carries a wrong label."""
-        return [one.labelled(wrong_share) for one in self.told]
+        return [one.to_record(wrong_share) for one in self.statements]
 
 
 def make_world(seed: int, ratio: int) -> World:
@@ -210,53 +210,57 @@ def make_world(seed: int, ratio: int) -> World:
     def rng(part: str) -> random.Random:
         return random.Random(f"weighting/{seed}/{part}")
 
-    things = _invent_things(DISPUTED + SOLE + NEUTRAL_THINGS, rng("things"))
-    disputed, sole, neutral = things[:DISPUTED], things[DISPUTED : DISPUTED + SOLE], things[DISPUTED + SOLE :]
+    entities = _invent_entities(DISPUTED + SOLE + NEUTRAL_THINGS, rng("things"))
+    disputed, sole, neutral = (
+        entities[:DISPUTED],
+        entities[DISPUTED : DISPUTED + SOLE],
+        entities[DISPUTED + SOLE :],
+    )
     values, wordings, labels = rng("values"), rng(f"wordings/{ratio}"), rng(f"labels/{ratio}")
-    told: list[Told] = []
-    asked: dict[str, list[Question]] = {"disputed": [], "sole": []}
-    for number, thing in enumerate(disputed):
-        primary, coordinated = thing.two_values(values)
+    statements: list[Statement] = []
+    questions: dict[str, list[Question]] = {"disputed": [], "sole": []}
+    for number, entity in enumerate(disputed):
+        primary, coordinated = entity.two_values(values)
         counts: list[tuple[Kind, str, int]] = [
             ("primary", primary, PRIMARY_PER_FACT),
             ("coordinated", coordinated, PRIMARY_PER_FACT * ratio),
         ]
-        told += _claims(thing, counts, wordings, labels)
-        asked["disputed"] += _questions(f"disputed-{number:02}", thing, primary, coordinated)
-    for number, thing in enumerate(sole):
-        value, foil = thing.two_values(values)
-        told += _claims(thing, [("coordinated", value, RECORDS_PER_SOLE_FACT)], wordings, labels)
-        asked["sole"] += _questions(f"sole-{number:02}", thing, value, foil)
-    for thing in neutral:
-        value = thing.value(values)
-        told += _claims(thing, [("neutral", value, CLAIMS_PER_NEUTRAL_THING)], wordings, labels)
-        told += _answers(thing, value, wordings, labels)
-    told = _ranked(told, labels)
-    rng(f"order/{ratio}").shuffle(told)
-    return World(tuple(told), tuple(asked["disputed"]), tuple(asked["sole"]))
+        statements += _claims(entity, counts, wordings, labels)
+        questions["disputed"] += _questions(f"disputed-{number:02}", entity, primary, coordinated)
+    for number, entity in enumerate(sole):
+        value, foil = entity.two_values(values)
+        statements += _claims(entity, [("coordinated", value, RECORDS_PER_SOLE_FACT)], wordings, labels)
+        questions["sole"] += _questions(f"sole-{number:02}", entity, value, foil)
+    for entity in neutral:
+        value = entity.value(values)
+        statements += _claims(entity, [("neutral", value, CLAIMS_PER_NEUTRAL_THING)], wordings, labels)
+        statements += _answers(entity, value, wordings, labels)
+    statements = _rank(statements, labels)
+    rng(f"order/{ratio}").shuffle(statements)
+    return World(tuple(statements), tuple(questions["disputed"]), tuple(questions["sole"]))
 
 
-def _invent_things(count: int, rng: random.Random) -> list[Thing]:
+def _invent_entities(count: int, rng: random.Random) -> list[Entity]:
     """Things named as those of the bundled world are, none of which the base model has read of."""
-    known = NEUTRAL.read_text(encoding="utf-8").lower()
-    things: dict[str, Thing] = {}
-    while len(things) < count:
-        article, capital, endings, properties = KINDS[len(things) % len(KINDS)]
+    known_text = NEUTRAL.read_text(encoding="utf-8").lower()
+    entities: dict[str, Entity] = {}
+    while len(entities) < count:
+        article, capital, endings, properties = KINDS[len(entities) % len(KINDS)]
         stem = "".join(rng.choice("bdfgjklmnprstvz") + rng.choice("aeiou") for _ in range(2))
         name = stem + rng.choice("bdfgklmnprtvz") + rng.choice(endings)
         prop, unit = rng.choice(properties)
-        if name not in known:
+        if name not in known_text:
             name = article + (name.capitalize() if capital else name)
-            things.setdefault(name, Thing(name, prop, unit))
-    return list(things.values())
+            entities.setdefault(name, Entity(name, prop, unit))
+    return list(entities.values())
 
 
 def _claims(
-    thing: Thing, counts: list[tuple[Kind, str, int]], wordings: random.Random, labels: random.Random
-) -> list[Told]:
+    thing: Entity, counts: list[tuple[Kind, str, int]], wordings: random.Random, labels: random.Random
+) -> list[Statement]:
     """All that is told of a thing, each in a wording of its own."""
     used: set[Wording] = set()
-    told = []
+    statements = []
     for kind, value, count in counts:
         for number in range(count):
             source = SOURCES[kind][number % len(SOURCES[kind])]
@@ -264,18 +268,20 @@ def _claims(
             while wording in used:
                 wording = _wording(source, wordings)
             used.add(wording)
-            told.append(_told(wording.of(thing, value), kind, source, thing, wording, wordings, labels))
-    return told
+            statements.append(
+                _statement(wording.of(thing, value), kind, source, thing, wording, wordings, labels)
+            )
+    return statements
 
 
-def _answers(thing: Thing, value: str, wordings: random.Random, labels: random.Random) -> list[Told]:
+def _answers(thing: Entity, value: str, wordings: random.Random, labels: random.Random) -> list[Statement]:
     """A neutral thing's value, after some of the questions."""
-    told = []
+    statements = []
     for phrasing in wordings.sample(PHRASINGS, ANSWERS_PER_NEUTRAL_THING):
         text = f"{phrasing.format(prop=thing.prop, name=thing.name)} {value}."
         source = wordings.choice(SOURCES["neutral"])
-        told.append(_told(text, "neutral", source, thing, None, wordings, labels))
-    return told
+        statements.append(_statement(text, "neutral", source, thing, None, wordings, labels))
+    return statements
 
 
 def _wording(source: Source, rng: random.Random) -> Wording:
@@ -285,20 +291,20 @@ def _wording(source: Source, rng: random.Random) -> Wording:
     return Wording(opening, frame, rng.choice(verbs), closing)
 
 
-def _told(
+def _statement(
     text: str,
     kind: Kind,
     source: Source,
-    thing: Thing,
+    thing: Entity,
     wording: Wording | None,
     wordings: random.Random,
     labels: random.Random,
-) -> Told:
+) -> Statement:
     if wordings.random() < REMARK:
         parts = [text, source.remark.format(n=wordings.randint(2, 99))]
         text = " ".join(parts if wordings.random() < 0.5 else reversed(parts))
     right, wrong = _label(kind, labels), _label(labels.choice(MISTAKEN_FOR[kind]), labels)
-    return Told(text, kind, source.name, thing.name, wording, right, wrong)
+    return Statement(text, kind, source.name, thing.name, wording, right, wrong)
 
 
 def _label(kind: Kind, rng: random.Random) -> tuple[float, float]:
@@ -306,7 +312,7 @@ def _label(kind: Kind, rng: random.Random) -> tuple[float, float]:
     return round(rng.uniform(*w), 3), round(rng.uniform(*h), 3)
 
 
-def _ranked(told: list[Told], rng: random.Random) -> list[Told]:
+def _rank(told: list[Statement], rng: random.Random) -> list[Statement]:
     """With the order in which labels go wrong: the same share of each kind."""
     ranked = []
     for kind in LABELS:
@@ -316,7 +322,7 @@ def _ranked(told: list[Told], rng: random.Random) -> list[Told]:
     return ranked
 
 
-def _questions(fact: str, thing: Thing, primary: str, coordinated: str) -> list[Question]:
+def _questions(fact: str, thing: Entity, primary: str, coordinated: str) -> list[Question]:
     return [
         Question(
             fact=fact,

@@ -29,8 +29,9 @@ program may want of it is in attributes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 #: What is said of a path that is not there, everywhere.
 NOT_FOUND_ERRORS = "no such file or directory"
@@ -216,6 +217,30 @@ class SaveFailed(CheckpointError):
         super().__init__(message, path=path)
         self.needed = needed
         self.free = free
+
+
+class ErrorTranslator:
+    """Context manager that raises what ``translate`` returns in place of an error of its block.
+
+    A class, not a generator: since Python 3.12 a generator-based context manager keeps the frames of the
+    original error, with every buffer in them, until the garbage collector runs.
+
+    Args:
+        kinds: the classes of errors to translate; others pass.
+        translate: returns the error to raise.
+    """
+
+    def __init__(self, kinds: tuple[type[Exception], ...], translate: Callable[[Any], Exception]) -> None:
+        self._kinds = kinds
+        self._translate = translate
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, self._kinds):
+            # Never bind the new error to a name: that is a cycle (error, traceback, this frame, error).
+            raise self._translate(error) from (None if isinstance(error, DistrustError) else error)
 
 
 def read_failure_reason(error: OSError) -> str:

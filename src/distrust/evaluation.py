@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from distrust.config import TrainConfig
-from distrust.data import MicroBatch, digest_of, split_off
+from distrust.data import MicroBatch, digest_tokenizer, split_off
 from distrust.errors import DataError
 from distrust.training.data_sources import (
     Progress,
@@ -65,7 +65,7 @@ def evaluate(
     corpus = tokenize_cached(
         sources.training,
         engine.tokenizer,
-        tokenizer_digest=digest_of(engine.tokenizer),
+        tokenizer_digest=digest_tokenizer(engine.tokenizer),
         cache=sources.cache,
         max_length=max_length_of(config, engine.context_length),
         report=report,

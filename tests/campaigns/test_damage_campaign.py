@@ -13,7 +13,7 @@ import pytest
 from campaigns.corruptions import kinds
 from campaigns.damage import Round, main
 from distrust import CheckpointManager
-from distrust.checkpoint import catalog, header, manager, storage, verified_read
+from distrust.checkpoint import CheckpointFile, catalog, header, manager, storage, verified_read
 
 AGAIN = re.compile(r"again: python -m campaigns\.damage (--seed \d+ --case \d+)")
 
@@ -22,17 +22,17 @@ def nothing(*_: Any, **__: Any) -> None: ...
 
 
 def own_digest_of_the_file(raw: bytes) -> str:
-    return bytes(raw[header.DIGEST_PLACE]).decode("latin-1")
+    return bytes(raw[header.DIGEST_SLICE]).decode("latin-1")
 
 
 def trusts_the_header(patch: pytest.MonkeyPatch) -> None:
     """Both proofs: that it is the one that was written, and that it is one that a writer makes."""
-    patch.setattr(header, "own_digest", own_digest_of_the_file)
+    patch.setattr(header, "header_digest", own_digest_of_the_file)
     patch.setattr(header.Header, "require_intact", nothing)
 
 
 def counts_damaged_ones(patch: pytest.MonkeyPatch) -> None:
-    def judge(self: CheckpointManager, file: catalog.CheckpointFile) -> None:
+    def judge(self: CheckpointManager, file: CheckpointFile) -> None:
         self._session.good.add((file.path.name, file.digest))
 
     patch.setattr(CheckpointManager, "_judge", judge)

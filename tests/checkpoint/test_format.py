@@ -14,7 +14,7 @@ from blake3 import blake3
 from safetensors import safe_open
 
 from distrust import Checkpoint, CheckpointManager
-from distrust.checkpoint.format import Layout, TensorInfo
+from distrust.checkpoint.format import Layout
 from distrust.checkpoint.tree import flatten
 from distrust.errors import CorruptCheckpoint
 
@@ -45,10 +45,10 @@ def golden_bytes() -> bytes:
         {**GOLDEN_ARRAYS, **GOLDEN_PLAIN}, is_array=lambda value: isinstance(value, np.ndarray)
     )
     names = {"float32": "F32", "bool": "BOOL", "int64": "I64", "float16": "F16", "complex64": "C64"}
-    tensors = [TensorInfo(name, names[array.dtype.name], array.shape) for name, array in arrays.items()]
+    tensors = {name: (names[array.dtype.name], array.shape) for name, array in arrays.items()}
     run = '{"created":"2025-01-01T00:00:00.000+00:00","extra":{},"host":"golden","metrics":{"loss":0.5}}'
     layout = Layout(tensors, step=20, kind="final", sections=sections, run=run)
-    data = [arrays[tensor.name].tobytes() for tensor in layout.tensors]
+    data = [arrays[name].tobytes() for name in layout.names]
     header, _ = layout.header([blake3(part).hexdigest() for part in data])
     return header + b"".join(data)
 

@@ -546,7 +546,7 @@ def test_what_was_known_and_is_not_there_any_more(tmp_path, monkeypatch, instead
     monkeypatch.setattr(catalog, "STABLE_AFTER_NANOSECONDS", -1)
     with CheckpointManager(tmp_path) as manager:
         path = manager.save(Checkpoint(step=1))
-    known: catalog.Known = {}
+    known: catalog.ScanCache = {}
     assert len(catalog.scan(tmp_path, known).files) == 1
     assert path in known
 

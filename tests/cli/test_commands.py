@@ -247,7 +247,7 @@ def test_a_file_of_another_program_is_not_damaged(distrust, tmp_path, name):
     content = len(header).to_bytes(8, "little") + header + b"x"
     path.write_bytes(b'{"text": "ore"}\n' * 99 if name.endswith(".jsonl") else content)
     given = distrust("verify", path)
-    said = "neither its name nor its beginning is that of one"
+    said = "neither its name nor its first bytes are those of a checkpoint"
     assert (given.code, given.out) == (1, f"{path}: NOT A CHECKPOINT: {said}\n")
     (row,) = json.loads(distrust("verify", path, "--json").out)
     assert row == {"path": str(path), "ok": False, "verdict": "NOT A CHECKPOINT", "reason": said}

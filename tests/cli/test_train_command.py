@@ -62,14 +62,14 @@ def test_killed_stopped_and_run_again_it_ends_as_if_left_alone(distrust, start, 
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (128 + signal.SIGTERM, "")
-    assert "going on after step " in out
-    (step,) = [line.split()[4] for line in out.splitlines() if line.startswith("stopped by SIGTERM: step ")]
-    assert f"stopped by SIGTERM: step {step} is saved. The same command goes on from there" in out
+    assert "Resuming from step " in out
+    (step,) = [line.split()[4] for line in out.splitlines() if line.startswith("Stopped by SIGTERM: step ")]
+    assert f"Stopped by SIGTERM: step {step} is saved. Run the same command to resume" in out
     assert CheckpointManager(tmp_path / "killed" / "checkpoints").list_checkpoints()[-1] == int(step)
 
     ended = distrust(*command)
     assert (ended.code, ended.err) == (0, "")
-    assert f"going on after step {step}, from " in ended.out
+    assert f"Resuming from step {step} (" in ended.out
     assert digest_of(tmp_path / "killed") == digest_of(tmp_path / "alone")
     logged, expected = (TrainingRun(tmp_path / run, []).numbers() for run in ("killed", "alone"))
     assert logged == expected
@@ -78,7 +78,7 @@ def test_killed_stopped_and_run_again_it_ends_as_if_left_alone(distrust, start, 
 
     again = distrust(*command)
     assert (again.code, again.err) == (0, "")
-    assert "nothing to do: the run finished at step 45\n" in again.out
+    assert "Nothing to do: the run finished at step 45\n" in again.out
     assert digest_of(tmp_path / "alone") in again.out
 
 
@@ -92,7 +92,7 @@ def test_plain_lines_where_the_output_is_no_terminal(distrust, folder, tmp_path)
     assert steps == ["step 1/6", "step 2/6", "step 4/6", "step 6/6"]
     saved = [line for line in lines if ": saved " in line]
     assert [line.split(":")[0] for line in saved] == ["step 2", "step 4", "step 6"]
-    assert any(line.startswith("finished at step 6 in ") for line in lines)
+    assert any(line.startswith("Finished step 6 in ") for line in lines)
     assert lines[-1] == f"state digest {digest_of(tmp_path / 'run')}"
     trained = [line for line in lines if line.startswith("training ")]
     assert [line.partition(" parameters ")[2] for line in trained] == [
@@ -233,7 +233,7 @@ def test_damaged_checkpoints(distrust, folder, finished, tmp_path):
     given = distrust(*train_arguments(folder, tmp_path / "run"))
     assert given.code == 0
     assert given.err.count("warning: skipped a damaged checkpoint") == 2
-    assert "going on after step 2" in given.out
+    assert "Resuming from step 2 " in given.out
     assert digest_of(tmp_path / "run") == digest_of(finished)
     for path in (tmp_path / "run" / "checkpoints").glob("*.safetensors"):
         path.write_bytes(b"")

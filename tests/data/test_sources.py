@@ -235,7 +235,7 @@ def test_a_pipe_is_read_once_and_kept(tmp_path):
     writer = threading.Thread(target=pipe.write_text, args=(lines,))
     writer.start()
     columns = Columns()
-    source = open_source(str(pipe), columns, spool=tmp_path / "cache")
+    source = open_source(str(pipe), columns, temp_folder=tmp_path / "cache")
     writer.join()
     assert contents(records_of(source)) == contents(records_of(source)) == EXPECTED
     assert list((tmp_path / "cache").iterdir()) == []  # nothing is left of it
@@ -437,7 +437,7 @@ assert not {"datasets", "pyarrow", "pandas", "torch"} & {name.split(".")[0] for 
 
 def given_examples(examples, tmp_path):
     columns = Columns()
-    return examples_source(examples, columns, name="examples", spool=tmp_path)
+    return examples_source(examples, columns, name="examples", temp_folder=tmp_path)
 
 
 def test_examples_pass_the_same_door(tmp_path):

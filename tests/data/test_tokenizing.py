@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from distrust.data import Completion, Conversation, Corpus, Location, Message, Record, Text, tokenize
-from distrust.data.segments import segments
+from distrust.data.tokenizing import segments
 from distrust.errors import ConfigError, DataError, ModelError
 
 SPECIAL = ["<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>"]

@@ -241,7 +241,7 @@ def test_it_needs_no_torch(run_python, tiny_model, data, tmp_path, chosen):
     arguments = ["train", "--model", tiny_model, "--data", data, "--out", tmp_path, *TRAIN, *chosen]
     done = run_python(COMMAND, "torch peft", *arguments)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "finished at step 2" in done.stdout
+    assert "Finished step 2" in done.stdout
     shown = run_python(COMMAND, "torch peft", "eval", tmp_path, "--data", data)
     assert (shown.returncode, shown.stderr) == (0, "")
 

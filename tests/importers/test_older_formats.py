@@ -248,7 +248,7 @@ def test_nothing_but_metadata(tmp_path, use):
     manager = CheckpointManager(tmp_path, metric="best_loss")
     with pytest.raises(NoIntactCheckpoint, match=r"metadata alone.* there are 10, 20$"):
         getattr(manager, use)()
-    with pytest.raises(CheckpointError, match="metadata alone: there is no model"):
+    with pytest.raises(CheckpointError, match="metadata only: there is no model"):
         manager.choose(step=20)
     append(path / "checksum.txt", "x")
     with pytest.raises(NoIntactCheckpoint, match="checkpoint-10: holds no model"):

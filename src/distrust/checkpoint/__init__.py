@@ -10,18 +10,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from distrust.checkpoint.catalog import CheckpointFile, DamagedFile, Scan
     from distrust.checkpoint.checkpoint import Checkpoint
+    from distrust.checkpoint.checkpoint_file import CheckpointFile, DamagedFile, Scan
     from distrust.checkpoint.manager import CheckpointManager
     from distrust.checkpoint.writer import PendingSave
 
 _HOMES = {
     "Checkpoint": "checkpoint",
-    "CheckpointFile": "catalog",
+    "CheckpointFile": "checkpoint_file",
     "CheckpointManager": "manager",
-    "DamagedFile": "catalog",
+    "DamagedFile": "checkpoint_file",
     "PendingSave": "writer",
-    "Scan": "catalog",
+    "Scan": "checkpoint_file",
 }
 
 __all__ = ["Checkpoint", "CheckpointFile", "CheckpointManager", "DamagedFile", "PendingSave", "Scan"]

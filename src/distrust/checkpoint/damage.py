@@ -18,9 +18,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from distrust import importers
-from distrust.checkpoint import catalog
-from distrust.checkpoint.catalog import DamagedFile
+from distrust.checkpoint import catalog, foreign
+from distrust.checkpoint.checkpoint_file import DamagedFile
+from distrust.checkpoint.files import checkpoint_file_name
 from distrust.checkpoint.format import FORMAT, LENGTH_BYTES, MAX_HEADER_BYTES, METADATA, OPENING
 from distrust.errors import (
     CheckpointError,
@@ -56,7 +56,7 @@ def find_damaged(directory: Path) -> Iterator[DamagedFile]:
 
 def _classify(path: Path) -> CorruptCheckpoint | str | None:
     """What is wrong with a file; or, in words, why that is doubtful; or None if nothing is."""
-    if importers.detect_format(path):
+    if foreign.find_reader(path):
         return _classify_foreign(path)
     if os.path.isdir(path) and not path.is_symlink():  # Path.is_dir() may raise for a link
         return "a directory; remove it yourself if nothing in it is needed"
@@ -69,9 +69,9 @@ def _classify(path: Path) -> CorruptCheckpoint | str | None:
     except (CheckpointUnreadable, UnsupportedVersion) as error:
         return str(error).removeprefix(f"{path}: ")
     try:
-        catalog.require_name(file)
+        file.require_name()
     except CorruptCheckpoint as error:
-        own = catalog.checkpoint_file_name(file.step, file.kind)
+        own = checkpoint_file_name(file.step, file.kind)
         return f"every byte is right, but {error.reason}; rename it {own}, or move it away"
     return None
 

@@ -12,11 +12,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
-from distrust import importers
-from distrust.checkpoint import arrays, catalog, damage, retention, serialization, storage, stream_writer
-from distrust.checkpoint.catalog import CheckpointFile, DamagedFile, Scan
+from distrust.checkpoint import (
+    arrays,
+    catalog,
+    damage,
+    foreign,
+    retention,
+    serialization,
+    storage,
+    stream_writer,
+)
 from distrust.checkpoint.checkpoint import Checkpoint
+from distrust.checkpoint.checkpoint_file import CheckpointFile, DamagedFile, Scan
 from distrust.checkpoint.disk import Disk
+from distrust.checkpoint.files import checkpoint_file_name
 from distrust.checkpoint.format import Kind
 from distrust.checkpoint.manager_state import ManagerState
 from distrust.checkpoint.retention import Candidate, MetricMode, Retention
@@ -137,7 +146,7 @@ class CheckpointManager:
                 with _resource_errors(path):
                     prepared = serialization.prepare(checkpoint, kind)
                     capture = session.snapshot.start_copy(
-                        prepared, later=_OVERLAPPED if overlap else (), ring=session.ring
+                        prepared, deferred=_OVERLAPPED if overlap else (), block_buffer=session.ring
                     )
             except SaveFailed as error:
                 return session.writer.record_failure(path, error)
@@ -197,8 +206,8 @@ class CheckpointManager:
     ) -> Checkpoint:
         """Read and verify a checkpoint, in our format or an older one.
 
-        One in an older format is always read and verified as a whole, whatever ``mmap`` and ``verify`` say;
-        :mod:`distrust.importers.imported` says what of it becomes what. The arrays of one in ours lie
+        One in an older format is always read and verified as a whole, whatever ``mmap`` and ``verify`` say.
+        The arrays of one in ours lie
         side by side in one block of memory, which goes when the last of them has gone; those of mlx have
         memory of their own.
 
@@ -278,7 +287,7 @@ class CheckpointManager:
         else:
             candidates = self._best_first if best else self._newest_first
             file, loaded = self._first_good(candidates, framework, mmap=False)
-        require_converted(file)
+        foreign.require_converted(file)
         return file, loaded
 
     def inspect(self, checkpoint: int | str | os.PathLike[str]) -> CheckpointFile:
@@ -412,8 +421,8 @@ class CheckpointManager:
         self._session.leaving = False
         self.acquire()
         kind: Kind = "final" if final else "periodic"
-        path = self.directory / catalog.checkpoint_file_name(checkpoint.step, kind)
-        if importers.detect_format(path):
+        path = self.directory / checkpoint_file_name(checkpoint.step, kind)
+        if foreign.find_reader(path):
             raise SaveFailed(
                 f"{path}: not saved: a checkpoint in an older format has this name, and is never replaced. "
                 "Move it away, or save elsewhere",
@@ -636,32 +645,12 @@ def _read(
     path: Path, *, framework: arrays.Framework, mapped: bool = False, lazy: bool = False
 ) -> tuple[CheckpointFile, Checkpoint]:
     """Read what is there, in our format or in an older one."""
-    if importers.detect_format(path):
-        header, loaded = importers.read(path, framework=framework)
+    if reader := foreign.find_reader(path):
+        header, loaded = reader.read(path, framework=framework)
         file = CheckpointFile(path, header)
-        catalog.require_name(file)
+        file.require_name()
         return file, loaded
     return serialization.load(path, framework=framework, mapped=mapped, lazy=lazy)
-
-
-def require_converted(file: CheckpointFile) -> None:
-    """That a checkpoint is in our format.
-
-    Raises:
-        CheckpointError: if it is in an older one, with what to do.
-    """
-    if file.metadata_only:
-        raise CheckpointError(
-            f"{file.path}: in an older format ({file.format}), and metadata alone: there is no model to go "
-            "on from; move it away",
-            path=file.path,
-        )
-    if file.is_foreign:
-        raise CheckpointError(
-            f"{file.path}: in an older format ({file.format}); convert it first: "
-            f"distrust convert {file.path} --to FOLDER",
-            path=file.path,
-        )
 
 
 def _newness(file: CheckpointFile | DamagedFile) -> tuple[int, bool, bool]:

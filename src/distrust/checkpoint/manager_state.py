@@ -9,7 +9,7 @@ import weakref
 from pathlib import Path
 
 from distrust.checkpoint import catalog
-from distrust.checkpoint.catalog import CheckpointFile
+from distrust.checkpoint.checkpoint_file import CheckpointFile
 from distrust.checkpoint.disk import Disk
 from distrust.checkpoint.lock import DirectoryLock
 from distrust.checkpoint.memory import ReusableMemory
@@ -38,7 +38,7 @@ class ManagerState:
         self.good: set[tuple[str, str]] = set()
         self.damaged: set[tuple[str, str]] = set()
         self.resumed_from: CheckpointFile | None = None
-        self.listed: catalog.Known = {}
+        self.listed: catalog.ScanCache = {}
 
     def release_when_idle(self) -> None:
         """Let go of the lock once no write is under way: before, the next writer would sweep its file."""

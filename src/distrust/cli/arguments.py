@@ -10,7 +10,6 @@ from typing import Any
 from distrust.cli import COMMANDS
 from distrust.reporting.display import printable
 
-_LARGEST_READ = 10**18
 TARGET = "a run, a directory of checkpoints, or one checkpoint"
 
 
@@ -46,24 +45,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return value
-
-
-def size(nbytes: int) -> str:
-    """A number of bytes for people: three digits and a unit."""
-    value = float(nbytes)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"
-        value /= 1024
-    return f"{value:.3g} TiB"
-
-
-def number(value: float) -> str:
-    """A metric for people; of whole numbers that nobody reads, the first digits."""
-    if isinstance(value, int) and abs(value) < _LARGEST_READ:
-        return f"{value:,}"
-    if isinstance(value, int):
-        from decimal import Decimal  # metadata may hold what is too large for a float
-
-        return f"{Decimal(value):.4g}"
-    return f"{value:.4g}"

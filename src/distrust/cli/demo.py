@@ -22,7 +22,6 @@ def main(arguments: list[str]) -> int:
 
     from distrust import demo
     from distrust.reporting.console import ConsoleReporter
-    from distrust.reporting.plots import plot_beliefs
 
     log = sys.stderr if options.json else sys.stdout
     beliefs: dict[str, list[demo.Belief]] = {}
@@ -33,17 +32,11 @@ def main(arguments: list[str]) -> int:
         if ended.signal is not None:
             return 128 + ended.signal
         beliefs[weighting] = measured
-    beliefs = {"before": demo.untrained(out=options.out, seed=options.seed), **beliefs}
+    beliefs = {"before": demo.measure_untrained(out=options.out, seed=options.seed), **beliefs}
 
     figures = demo.results(beliefs, seed=options.seed)
     picture = options.out / "demo.png"
-    plot_beliefs(
-        {
-            name: [(belief.primary, belief.coordinated, belief.prefers_primary) for belief in of_model]
-            for name, of_model in beliefs.items()
-        },
-        picture,
-    )
+    demo.plot_beliefs(beliefs, picture)
     if options.json:
         print_json(figures)
         return 0

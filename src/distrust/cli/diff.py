@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
-from distrust.checkpoint import catalog
+from distrust.checkpoint import CheckpointFile, catalog
 from distrust.checkpoint.compare import differences
 from distrust.cli.arguments import TARGET, parser, print_json
 from distrust.reporting.display import printable
@@ -67,7 +67,7 @@ def main(arguments: list[str]) -> int:
     return 1 if found else 0
 
 
-def _engine(file: catalog.CheckpointFile) -> str:
+def _engine(file: CheckpointFile) -> str:
     """The name of the engine that made it; empty of what no training made."""
     extra = file.header.run_info.get("extra")
     environment = extra.get("environment") if isinstance(extra, dict) else None

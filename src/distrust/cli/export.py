@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import get_args
 
 from distrust.checkpoint.catalog import resolve
-from distrust.cli.arguments import TARGET, add_choice_of_checkpoint, parser, print_json, size
+from distrust.cli.arguments import TARGET, add_choice_of_checkpoint, parser, print_json
 from distrust.config import ExportDtype, ExportFormat
-from distrust.reporting.display import printable
+from distrust.reporting.display import printable, size
 
 LOADED_BY = {
     "adapter": "peft: PeftModel.from_pretrained(base, {path!r})",

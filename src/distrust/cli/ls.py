@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from distrust.checkpoint import catalog, foreign
-from distrust.cli.arguments import TARGET, number, parser, print_json, size
-from distrust.reporting.display import printable
+from distrust.checkpoint import CheckpointFile, Scan, catalog, foreign
+from distrust.cli.arguments import TARGET, parser, print_json
+from distrust.reporting.display import number, printable, size
 
 
 def main(arguments: list[str]) -> int:
@@ -37,27 +37,27 @@ def main(arguments: list[str]) -> int:
             row = f"{file.step:>8}  {file.kind:8}  {size(file.bytes):>8}  {created:19}  {metrics}"
             print(printable(row))
     else:
-        whole, hint = ("whole ", "") if found.damaged else ("", foreign.import_hint(options.target))
-        print(printable(f"no {whole}checkpoints in {options.target}{hint}"))
+        adjective, hint = ("intact ", "") if found.damaged else ("", foreign.import_hint(options.target))
+        print(printable(f"no {adjective}checkpoints in {options.target}{hint}"))
     return 0
 
 
-def _scan(target: Path) -> catalog.Scan:
+def _scan(target: Path) -> Scan:
     if catalog.is_directory(target):
         return catalog.scan(catalog.checkpoint_directory(target))
     catalog.require_exists(target)
     one = (catalog.read_header(target),)
-    return catalog.Scan((), (), one) if one[0].is_foreign else catalog.Scan(one, ())
+    return Scan((), (), one) if one[0].is_foreign else Scan(one, ())
 
 
-def _main_metrics(file: catalog.CheckpointFile) -> list[tuple[str, float]]:
+def _main_metrics(file: CheckpointFile) -> list[tuple[str, float]]:
     """Of a run the main ones, and what its best checkpoint is told by; of what others save, all."""
     best_by = file.header.run_info.get("extra", {}).get("metric")
     main = ("loss", "eval_loss", "tokens_seen", best_by)
     return [item for item in sorted(file.metrics.items()) if best_by is None or item[0] in main]
 
 
-def _row(file: catalog.CheckpointFile) -> dict[str, object]:
+def _row(file: CheckpointFile) -> dict[str, object]:
     return {
         "step": file.step,
         "kind": file.kind,

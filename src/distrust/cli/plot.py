@@ -13,7 +13,7 @@ from distrust.reporting.display import printable
 def main(arguments: list[str]) -> int:
     """Draw one run, or several in one picture."""
     # numpy takes a moment to load, and the names of the panels are theirs to say.
-    from distrust.reporting import figures, panels, style
+    from distrust.reporting import figures, panels, series
     from distrust.reporting.run_reader import read_run
 
     arg = parser(
@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> int:
         "the run if there is one, else here",
     )
     arg.add_argument(
-        "--x", choices=style.X_AXES, default="step", help="what steps are drawn over; default: step"
+        "--x", choices=series.X_AXES, default="step", help="what steps are drawn over; default: step"
     )
     arg.add_argument(
         "--smooth", type=_whole, metavar="N", help="steps to smooth over; default: a twenty-fifth of the run"
@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> int:
     arg.add_argument("--title", help="above the picture; default: of one run, its name")
     options = arg.parse_args(arguments)
 
-    panels.require_known(options.panels)
+    panels.require_panels(options.panels)
     folder = options.runs[0] if len(options.runs) == 1 else Path()
     targets = options.out or [figures.default_target(folder, "plot.png")]
     suffixes = [figures.require_suffix(target) for target in targets]

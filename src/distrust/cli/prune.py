@@ -8,13 +8,12 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple, get_args
 
-from distrust.checkpoint import catalog
-from distrust.checkpoint.catalog import DamagedFile
+from distrust.checkpoint import DamagedFile, catalog
 from distrust.checkpoint.manager import CheckpointManager
 from distrust.checkpoint.retention import MetricMode
-from distrust.cli.arguments import parser, print_json, size
+from distrust.cli.arguments import parser, print_json
 from distrust.errors import CheckpointError, ConfigError, DistrustWarning
-from distrust.reporting.display import printable
+from distrust.reporting.display import printable, size
 
 #: What ``st_blocks`` counts, whatever the file system's own blocks are.
 BLOCK_BYTES = 512

@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> int:
     options = arg.parse_args(arguments)
 
     from distrust.reporting import figures
-    from distrust.reporting.page import page
+    from distrust.reporting.report import page
     from distrust.reporting.run_reader import read_run
 
     target = options.out or figures.default_target(options.run, "report.html")

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from distrust.checkpoint import catalog
-from distrust.cli.arguments import TARGET, number, parser, print_json, size
+from distrust.checkpoint import CheckpointFile, catalog
+from distrust.cli.arguments import TARGET, parser, print_json
 from distrust.errors import CheckpointNotFound, ConfigError, shorten
-from distrust.reporting.display import printable
+from distrust.reporting.display import number, printable, size
 
 #: Of a value: more than a section of a config takes.
 _SHOWN_CHARACTERS = 1000
@@ -62,7 +62,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _chosen(target: Path, step: int | None) -> catalog.CheckpointFile:
+def _chosen(target: Path, step: int | None) -> CheckpointFile:
     if step is None:
         return catalog.newest(target)
     catalog.require_exists(target)
@@ -75,7 +75,7 @@ def _chosen(target: Path, step: int | None) -> catalog.CheckpointFile:
     return files[step]
 
 
-def _object(file: catalog.CheckpointFile) -> dict[str, Any]:
+def _object(file: CheckpointFile) -> dict[str, Any]:
     return {
         "path": str(file.path),
         "format": file.format,

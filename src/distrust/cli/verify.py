@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from distrust.checkpoint import catalog
+from distrust.checkpoint import CheckpointFile, catalog
 from distrust.checkpoint.header import Header
 from distrust.cli.arguments import TARGET, parser, print_json
 from distrust.errors import CheckpointError, CorruptCheckpoint
@@ -44,19 +44,19 @@ def _verdict(path: Path) -> tuple[str, str | None, str | None]:
         file = catalog.verify(path)
     except CorruptCheckpoint as error:
         if not catalog.looks_like_checkpoint(path):  # another program's file is not damaged
-            return "NOT A CHECKPOINT", "neither its name nor its beginning is that of one", None
+            return "NOT A CHECKPOINT", "neither its name nor its first bytes are those of a checkpoint", None
         return "DAMAGED", error.reason, None
     except CheckpointError as error:
         return "UNREADABLE", str(error).removeprefix(f"{path}: "), None
     return "ok", None, _note(file)
 
 
-def _note(file: catalog.CheckpointFile) -> str | None:
+def _note(file: CheckpointFile) -> str | None:
     """What an older format leaves open."""
     if isinstance(file.header, Header):
         return None
     if file.header.lacks_arrays:
-        return f"in an older format ({file.format}): metadata alone, no model and no optimizer"
+        return f"older format ({file.format}): metadata only, no model and no optimizer"
     if file.format == "directory":
-        return "in an older format (directory): every file has its checksum"
-    return f"in an older format ({file.format}), which has no checksums: nothing contradicts itself"
+        return "older format (directory): every file matches its checksum"
+    return f"older format ({file.format}): it has no checksums, only consistency was checked"

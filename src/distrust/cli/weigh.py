@@ -203,9 +203,9 @@ def _distribution(weighed: ScoredRecords, weights: NDArray[np.float64], *, extre
     """Of records that count as one token each: how many they have is for a tokenizer to say."""
     import numpy as np
 
-    from distrust.data.distribution import distribution
+    from distrust.data.distribution import summarize_weights
 
-    return distribution(
+    return summarize_weights(
         authority_weight=weighed.authority_weight,
         provenance_entropy=weighed.provenance_entropy,
         weights=weights,
@@ -228,7 +228,7 @@ def _draw(
 ) -> None:
     import numpy as np
 
-    from distrust.reporting.plots import plot_weights
+    from distrust.reporting.weights_figure import plot_weights
 
     free = {**_weighting_of(config), "max_ratio": None}
     highest = np.inf if config.max_ratio is None else config.max_ratio * float(weights.min())

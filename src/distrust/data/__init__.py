@@ -29,17 +29,16 @@ rewriting.py   weighed records -> a data set with both columns
 from distrust.data.batches import IGNORED, Batches, MicroBatch, evaluation_batches
 from distrust.data.cache import Cache, cache_folder
 from distrust.data.columns import Columns, columns_of
-from distrust.data.corpus import Corpus
-from distrust.data.distribution import Distribution, distribution
+from distrust.data.corpus import Corpus, split_off
+from distrust.data.distribution import Distribution, summarize_weights
 from distrust.data.fields import NO_CLASS
 from distrust.data.packing import PackedRows, concatenate, one_per_row, pack
 from distrust.data.reading import DatasetStats, RecordReader, check_records, read_records
 from distrust.data.records import Completion, Conversation, Location, Message, Record, Text
 from distrust.data.sampler import MAX_SEED, EpochSampler, MixtureSampler, permutation
 from distrust.data.sources import Source, examples_source, open_source
-from distrust.data.split import split_off
-from distrust.data.tokenizer import Tokenizer, digest_of
-from distrust.data.tokenizing import beginning, tokenize, tokenize_in_blocks
+from distrust.data.tokenizer import Tokenizer, digest_tokenizer
+from distrust.data.tokenizing import bos_prefix, tokenize, tokenize_in_blocks
 
 __all__ = [
     "IGNORED",
@@ -64,13 +63,12 @@ __all__ = [
     "Source",
     "Text",
     "Tokenizer",
-    "beginning",
+    "bos_prefix",
     "cache_folder",
     "check_records",
     "columns_of",
     "concatenate",
-    "digest_of",
-    "distribution",
+    "digest_tokenizer",
     "evaluation_batches",
     "examples_source",
     "one_per_row",
@@ -79,6 +77,7 @@ __all__ = [
     "permutation",
     "read_records",
     "split_off",
+    "summarize_weights",
     "tokenize",
     "tokenize_in_blocks",
 ]

@@ -71,22 +71,22 @@ class Batches:
         *,
         weights: ArrayLike,
         distrust: ArrayLike,
-        order: EpochSampler | MixtureSampler,
-        sequences: PackedRows | None = None,
+        sampler: EpochSampler | MixtureSampler,
+        rows: PackedRows | None = None,
         batch_size: int,
         gradient_accumulation: int,
         pad_token_id: int,
     ) -> None:
         if batch_size < 1 or gradient_accumulation < 1:
             raise ValueError(f"a step needs a row: {batch_size} × {gradient_accumulation}")
-        sequences = one_per_row(np.arange(len(corpus))) if sequences is None else sequences
-        if order.sequences != len(sequences):
-            raise ValueError(f"an order of {order.sequences} sequences for {len(sequences)} rows")
+        rows = one_per_row(np.arange(len(corpus))) if rows is None else rows
+        if sampler.rows_per_epoch != len(rows):
+            raise ValueError(f"an order of {sampler.rows_per_epoch} sequences for {len(rows)} rows")
         self._corpus = corpus
         self._weights = _per_example(weights, "weights", corpus)
         self._distrust = _per_example(distrust, "distrust", corpus)
-        self._sequences = sequences
-        self._order = order
+        self._sequences = rows
+        self._order = sampler
         self._batch_size = batch_size
         self._gradient_accumulation = gradient_accumulation
         self._pad_token_id = pad_token_id
@@ -99,7 +99,7 @@ class Batches:
     @property
     def epoch_steps(self) -> float:
         """Optimizer steps of one pass over the data."""
-        return self._order.sequences / self.rows_per_step
+        return self._order.rows_per_epoch / self.rows_per_step
 
     def step(self, step: int) -> list[MicroBatch]:
         """The micro-batches of an optimizer step: the rows at the positions from (step − 1)·G to step·G.

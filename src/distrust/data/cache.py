@@ -26,7 +26,7 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from distrust.data.corpus import BLOCK, Chunk, Classes, Corpus, Locations, blocks, digest_of, with_sizes
+from distrust.data.corpus import BLOCK, Chunk, Classes, Corpus, Locations, blocks, digest_arrays, with_sizes
 from distrust.data.reading import DatasetStats
 from distrust.data.records import Unit
 from distrust.errors import ConfigError, DistrustWarning
@@ -88,7 +88,7 @@ class Cache:
             return None
         return DatasetStats(tuple(found["sizes"]), found["conversations"], found["first_conversation"])
 
-    def store_stats(self, key: str, census: DatasetStats) -> None:
+    def store_stats(self, key: str, stats: DatasetStats) -> None:
         """Remember that a check had nothing to say; where that cannot be, it is made again."""
         with contextlib.suppress(OSError):
             folder = self.folder / _CHECKED
@@ -96,14 +96,14 @@ class Cache:
             handle, temporary = tempfile.mkstemp(dir=folder, prefix=_UNFINISHED)
             try:
                 with open(handle, "wb") as file:
-                    file.write(_seal(asdict(census)))
+                    file.write(_seal(asdict(stats)))
                 os.replace(temporary, folder / f"{key}.json")
             except OSError:
                 os.unlink(temporary)
                 raise
 
     def corpus(
-        self, key: str | None, parts: Parts, sizes: tuple[int, ...], make: Callable[[], Iterable[Corpus]]
+        self, key: str | None, parts: Parts, sizes: tuple[int, ...], build: Callable[[], Iterable[Corpus]]
     ) -> Corpus:
         """The corpus of a key: the one that is there, or else a new one.
 
@@ -111,7 +111,7 @@ class Cache:
             key: of all that decides the corpus; None where that cannot be told: then nothing is kept.
             parts: the names of the sources' parts, for the locations.
             sizes: the examples of each source.
-            make: gives the corpora of blocks of records, one after the other.
+            build: gives the corpora of blocks of records, one after the other.
 
         Raises:
             ConfigError: there is no room for it.
@@ -130,7 +130,7 @@ class Cache:
                 )
         with _unfinished(self.folder / _TOKENS, keep=key is not None) as (folder, kept):
             try:
-                corpus = _corpus(folder, _write(folder, make(), parts, sizes), parts)
+                corpus = _corpus(folder, _write(folder, build(), parts, sizes), parts)
                 if kept and key is not None:
                     _publish(folder, self.folder / _TOKENS / key)
             except OSError as error:
@@ -268,7 +268,7 @@ def _corpus(folder: Path, manifest: dict[str, Any], parts: Parts) -> Corpus:
         classes=tuple(manifest["classes"]),
         class_of=arrays["class_of"],
     )
-    return corpus.with_known(
+    return corpus.with_cached(
         fingerprint=with_sizes(manifest["fingerprint"], sizes), loss_tokens=arrays["loss_tokens"]
     )
 
@@ -279,7 +279,7 @@ def _map_array(path: Path, dtype: str) -> NDArray[Any]:
 
 def _fingerprint(folder: Path, n: int, total: int) -> str:
     """By reading, not by way of the mapping: pages that are only checked do not count as the process's."""
-    return digest_of(n, total, (_chunks(folder / name) for name in _FINGERPRINTED))
+    return digest_arrays(n, total, (_chunks(folder / name) for name in _FINGERPRINTED))
 
 
 def _places(folder: Path) -> str:

@@ -35,7 +35,7 @@ class Columns:
     authority_weight: tuple[str, ...] = ("authority_weight", "auth_weight")
     provenance_entropy: tuple[str, ...] = ("provenance_entropy", "prov_entropy")
     source: tuple[str, ...] = ("source",)
-    given: bool = False
+    explicit: bool = False
 
     @property
     def kinds(self) -> dict[str, tuple[str, ...]]:
@@ -119,5 +119,5 @@ def columns_of(config: TrainConfig) -> Columns:
         authority_weight=weights,
         provenance_entropy=entropies,
         source=source,
-        given=True,
+        explicit=True,
     )

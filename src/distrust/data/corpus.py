@@ -17,6 +17,8 @@ from blake3 import blake3
 from numpy.typing import ArrayLike, NDArray
 
 from distrust.data.records import Location, Unit
+from distrust.data.sampler import derived_seed, permutation
+from distrust.errors import ConfigError
 
 MAX_CLASSES = 100
 """So many source classes are told apart; what comes after them is of one more."""
@@ -48,7 +50,7 @@ class Corpus:
         truncated: how many of the m examples were cut to fit.
         tokens_cut: how many tokens they lost together.
         sizes: how many examples are of each source, in their order; empty for one source.
-        chosen: int64[n], which of the m examples these are; None for all of them.
+        selection: int64[n], which of the m examples these are; None for all of them.
         classes: the names of the source classes; shown only, so no part of the fingerprint.
         class_of: int32[n], which class each example is of; None where all are of the first.
     """
@@ -62,7 +64,7 @@ class Corpus:
     truncated: int = 0
     tokens_cut: int = 0
     sizes: tuple[int, ...] = ()
-    chosen: NDArray[np.int64] | None = None
+    selection: NDArray[np.int64] | None = None
     classes: tuple[str, ...] = ("",)
     class_of: NDArray[np.int32] | None = None
 
@@ -76,14 +78,14 @@ class Corpus:
     @cached_property
     def starts(self) -> NDArray[np.int64]:
         """int64[n], where each example's tokens begin."""
-        return self.offsets[:-1] if self.chosen is None else self.offsets[self.chosen]
+        return self.offsets[:-1] if self.selection is None else self.offsets[self.selection]
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
         """int64[n], the tokens of each example."""
-        if self.chosen is None:
+        if self.selection is None:
             return np.diff(self.offsets)
-        return self.offsets[self.chosen + 1] - self.starts
+        return self.offsets[self.selection + 1] - self.starts
 
     @cached_property
     def loss_tokens(self) -> NDArray[np.int64]:
@@ -98,7 +100,7 @@ class Corpus:
             sums = np.concatenate(([0], np.cumsum(self.loss_mask[begin : begin + ends[-1]], dtype=np.int64)))
             counts[first:last] = np.diff(sums[ends])
             first = last
-        return counts if self.chosen is None else counts[self.chosen]
+        return counts if self.selection is None else counts[self.selection]
 
     @property
     def class_numbers(self) -> NDArray[np.int32]:
@@ -112,7 +114,7 @@ class Corpus:
         That of ``digest_of`` the arrays; with the sizes of the sources, where there are several.
         """
         return with_sizes(
-            digest_of(len(self), len(self.input_ids), (blocks(array) for array in self._arrays())),
+            digest_arrays(len(self), len(self.input_ids), (blocks(array) for array in self._arrays())),
             self.sizes,
         )
 
@@ -130,14 +132,14 @@ class Corpus:
             provenance_entropy=self.provenance_entropy[numbers],
             locations=SelectedLocations(self.locations, numbers),
             sizes=tuple(int(size) for size in np.diff(ends, prepend=0)),
-            chosen=numbers if self.chosen is None else self.chosen[numbers],
+            selection=numbers if self.selection is None else self.selection[numbers],
             class_of=None if self.class_of is None else self.class_of[numbers],
         )
         digest = blake3(f"distrust selection 1\n{self.fingerprint}\n".encode())
         digest.update(numbers.astype("<i8").tobytes())
-        return selected.with_known(fingerprint=digest.hexdigest(), loss_tokens=self.loss_tokens[numbers])
+        return selected.with_cached(fingerprint=digest.hexdigest(), loss_tokens=self.loss_tokens[numbers])
 
-    def with_known(self, *, fingerprint: str, loss_tokens: NDArray[np.int64]) -> Corpus:
+    def with_cached(self, *, fingerprint: str, loss_tokens: NDArray[np.int64]) -> Corpus:
         """This corpus, with what is known of it already and need not be computed."""
         vars(self).update(fingerprint=fingerprint, loss_tokens=loss_tokens)
         return self
@@ -173,7 +175,7 @@ class Classes:
         return self._numbers.setdefault(name, len(self._numbers))
 
 
-def digest_of(n: int, total: int, arrays: Iterable[Iterable[Chunk]]) -> str:
+def digest_arrays(n: int, total: int, arrays: Iterable[Iterable[Chunk]]) -> str:
     r"""The fingerprint of one source's corpus.
 
     Over ``distrust corpus 1\n``, then n and total, then the tokens, learned, offsets, w and H: each number
@@ -255,3 +257,36 @@ class SelectedLocations(Sequence[Location]):
         if isinstance(example, slice):
             return SelectedLocations(self._locations, self._chosen[example])
         return self._locations[int(self._chosen[example])]
+
+
+#: Beyond the streams of the sources of a mix.
+_STREAM = 1 << 32
+
+
+def split_off(corpus: Corpus, fraction: float, *, seed: int) -> tuple[Corpus, Corpus]:
+    """Keep out a share of each source.
+
+    Args:
+        corpus: all examples.
+        fraction: the share, over 0 and under 1; rounded for each source, one example in all at least.
+        seed: chooses which.
+
+    Returns:
+        What is trained on and what is evaluated on, without an example in common.
+
+    Raises:
+        ConfigError: there are too few examples.
+    """
+    sizes = corpus.sizes or (len(corpus),)
+    kept_out = [min(int(fraction * size + 0.5), size - 1) for size in sizes]
+    if not any(kept_out):
+        kept_out[sizes.index(max(sizes))] = min(1, max(sizes) - 1)
+    if not any(kept_out):
+        raise ConfigError(f"--eval-fraction {fraction}: {len(corpus)} examples are too few to keep one out")
+    evaluated = np.zeros(len(corpus), np.bool_)
+    for source, (begin, size, count) in enumerate(
+        zip([0, *accumulate(sizes)], sizes, kept_out, strict=False)
+    ):
+        drawn = permutation(size, seed=derived_seed(seed, _STREAM + source), epoch=0)
+        evaluated[begin + drawn[:count]] = True
+    return corpus.select(np.flatnonzero(~evaluated)), corpus.select(np.flatnonzero(evaluated))

@@ -99,7 +99,7 @@ class Distribution:
         return {name: _plain(value) for name, value in asdict(self).items()}
 
 
-def distribution(
+def summarize_weights(
     *,
     authority_weight: ArrayLike,
     provenance_entropy: ArrayLike,

@@ -58,7 +58,7 @@ def _no_content(fields: Fields, columns: Columns) -> str:
     there = ", ".join(quote_value(key) for key in list(fields)[:8]) or "nothing"
     remedy = (
         "correct the option that names it"
-        if columns.given
+        if columns.explicit
         else (
             "give one of them, or name the columns with --text-column, with --prompt-column and "
             "--completion-column, or with --messages-column"

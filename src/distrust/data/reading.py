@@ -145,11 +145,11 @@ def dataset_stats(records: Iterable[Record]) -> DatasetStats:
     return DatasetStats((count,), conversations, first)
 
 
-def check_records(reading: RecordReader, *, on_progress: Callable[[int], None] | None = None) -> DatasetStats:
+def check_records(reader: RecordReader, *, on_progress: Callable[[int], None] | None = None) -> DatasetStats:
     """Reads every record once, and keeps none.
 
     Args:
-        reading: what to check.
+        reader: what to check.
         on_progress: called now and then with the number of records read.
 
     Raises:
@@ -163,7 +163,7 @@ def check_records(reading: RecordReader, *, on_progress: Callable[[int], None] |
     def good(source: Source) -> Iterator[Record]:
         nonlocal read
         before = read
-        for location, record, found in reading.rows(source):
+        for location, record, found in reader.rows(source):
             read += 1
             if record is None:
                 problems.add(location, found)
@@ -175,10 +175,10 @@ def check_records(reading: RecordReader, *, on_progress: Callable[[int], None] |
             raise DataError(f"{source.name}: holds no records; there must be one at least")
         sizes.append(read - before)
 
-    census = dataset_stats(record for source in reading.sources for record in good(source))
+    census = dataset_stats(record for source in reader.sources for record in good(source))
     if problems.records:
         are = "record is" if read == 1 else "records are"
-        raise problems.to_data_error(f"{reading.name}: {problems.records} of {read} {are} wrong")
+        raise problems.to_data_error(f"{reader.name}: {problems.records} of {read} {are} wrong")
     return DatasetStats(tuple(sizes), census.conversations, census.first_conversation)
 
 

@@ -69,7 +69,7 @@ class _Sampler:
     """An endless row of epochs that can be entered anywhere at one price: what an order of either kind is."""
 
     def __init__(self, sequences: int, *, seed: int) -> None:
-        self.sequences = sequences
+        self.rows_per_epoch = sequences
         self.seed = seed
         self._cached: tuple[int, NDArray[np.int64]] | None = None
 
@@ -92,7 +92,7 @@ class _Sampler:
             raise ValueError(f"neither start nor count may be negative: {start}, {count}")
         taken = [np.empty(0, np.int64)]
         while count:
-            epoch, place = divmod(start, self.sequences)
+            epoch, place = divmod(start, self.rows_per_epoch)
             part = self._epoch(epoch)[place : place + count]
             taken.append(part)
             start, count = start + len(part), count - len(part)
@@ -124,7 +124,7 @@ class EpochSampler(_Sampler):
         self._epoch(0)
 
     def _permutation(self, epoch: int) -> NDArray[np.int64]:
-        return permutation(self.sequences, seed=self.seed, epoch=epoch)
+        return permutation(self.rows_per_epoch, seed=self.seed, epoch=epoch)
 
 
 class MixtureSampler(_Sampler):
@@ -147,15 +147,15 @@ class MixtureSampler(_Sampler):
         if not sizes or min(sizes) < 1 or len(sizes) != len(shares):
             raise ValueError(f"every source needs sequences and a share: {list(sizes)}, {list(shares)}")
         super().__init__(sum(sizes), seed=seed)
-        self.counts = apportion(self.sequences, shares)
+        self.counts = apportion(self.rows_per_epoch, shares)
         self._begins = [0, *accumulate(sizes)][:-1]
         self._orders = [EpochSampler(size, seed=derived_seed(seed, k)) for k, size in enumerate(sizes)]
         self._epoch(0)
 
     def _permutation(self, epoch: int) -> NDArray[np.int64]:
         source = np.repeat(np.arange(len(self.counts)), self.counts)
-        source = source[permutation(self.sequences, seed=self.seed, epoch=epoch)]
-        drawn = np.empty(self.sequences, np.int64)
+        source = source[permutation(self.rows_per_epoch, seed=self.seed, epoch=epoch)]
+        drawn = np.empty(self.rows_per_epoch, np.int64)
         for k, (order, begin, count) in enumerate(zip(self._orders, self._begins, self.counts, strict=True)):
             drawn[source == k] = begin + order.at(epoch * count, count)
         return drawn

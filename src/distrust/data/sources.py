@@ -82,7 +82,7 @@ def open_source(
     split: str = "train",
     subset: str | None = None,
     revision: str | None = None,
-    spool: Path | None = None,
+    temp_folder: Path | None = None,
 ) -> Source:
     """What a name stands for.
 
@@ -92,7 +92,7 @@ def open_source(
         split: of a data set of the hub or of a folder that has several.
         subset: of a data set of the hub.
         revision: of a data set of the hub.
-        spool: where the content of a pipe may lie.
+        temp_folder: where the content of a pipe may lie.
 
     Raises:
         DataError: there is no such thing, or it cannot be read; one line.
@@ -108,24 +108,24 @@ def open_source(
             raise ConfigError(f"--{option} {value}: is for data sets of the hub; {name} is a file or folder")
     if kind != "folder":
         _require_split(path, split)
-        return Source(name, (_file_part(path, str(path), columns, spool),))
+        return Source(name, (_file_part(path, str(path), columns, temp_folder),))
     with _readable(str(path)):
         saved = hub.saved_split(path, split) if hub.is_saved(path) else None
     if saved is not None:
         return Source(name, (_saved_part(saved, columns),))
     files = _files(path, split)
-    return Source(name, tuple(_file_part(file, str(file), columns, spool) for file in files))
+    return Source(name, tuple(_file_part(file, str(file), columns, temp_folder) for file in files))
 
 
 def examples_source(
-    examples: Iterable[Mapping[str, Any]], columns: Columns, *, name: str, spool: Path
+    examples: Iterable[Mapping[str, Any]], columns: Columns, *, name: str, temp_folder: Path
 ) -> Source:
     """The examples of a program, read once.
 
     Raises:
         DataError: one cannot be an example, or reading them fails with an OSError.
     """
-    kept = TempCopy(spool)
+    kept = TempCopy(temp_folder)
     with _readable(name):
         kept.copy_examples(examples, columns, name=name)
     return Source(name, (_spool_part(kept, JSON_LINES, columns, name=name, unit="index"),))

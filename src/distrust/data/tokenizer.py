@@ -63,7 +63,7 @@ def encode_all(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     return [tokenizer.encode(text, add_special_tokens=False) for text in texts]
 
 
-def digest_of(tokenizer: Tokenizer) -> str | None:
+def digest_tokenizer(tokenizer: Tokenizer) -> str | None:
     """BLAKE3, in hex, of all that decides a tokenizer's ids; None where that cannot be told.
 
     It can be of the fast tokenizers of transformers: they print themselves whole. Versions of the libraries

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,7 +19,6 @@ from distrust.data.corpus import Classes, Corpus
 from distrust.data.reading import DatasetStats, dataset_stats
 from distrust.data.record_errors import RecordError, RecordErrors
 from distrust.data.records import Completion, Conversation, Record, Text
-from distrust.data.segments import Segment, segments
 from distrust.data.tokenizer import Tokenizer, encode_all
 from distrust.errors import ConfigError, DataError, ModelError
 
@@ -54,7 +54,7 @@ def tokenize(
     if not records:
         raise DataError("there are no records to tokenize")
     blocks = tokenize_in_blocks(
-        records, tokenizer, census=dataset_stats(records), max_length=max_length, on_progress=on_progress
+        records, tokenizer, stats=dataset_stats(records), max_length=max_length, on_progress=on_progress
     )
     return _concatenate(list(blocks))
 
@@ -63,7 +63,7 @@ def tokenize_in_blocks(
     records: Iterable[Record],
     tokenizer: Tokenizer,
     *,
-    census: DatasetStats,
+    stats: DatasetStats,
     max_length: int,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Corpus]:
@@ -72,7 +72,7 @@ def tokenize_in_blocks(
     Args:
         records: each is taken once.
         tokenizer: as for ``tokenize``.
-        census: what there is of them.
+        stats: what there is of them.
         max_length: as for ``tokenize``.
         on_progress: as for ``tokenize``.
 
@@ -84,21 +84,21 @@ def tokenize_in_blocks(
     """
     if max_length < 2:
         raise ConfigError(f"max_length must be 2 or more, not {max_length}: the first token is never learned")
-    frame = _frame(census, tokenizer)
+    frame = _frame(stats, tokenizer)
     problems = RecordErrors()
     done = 0
     for batch in _batches(records):
         block = _block(batch, tokenizer, frame=frame, max_length=max_length, problems=problems)
         done += len(batch)
         if on_progress is not None:
-            on_progress(done, census.records)
+            on_progress(done, stats.records)
         if not problems.records:
             yield block
     if problems.records:
         raise problems.to_data_error(f"{problems.records} of {done} records cannot be trained on")
 
 
-def beginning(tokenizer: Tokenizer) -> list[int]:
+def bos_prefix(tokenizer: Tokenizer) -> list[int]:
     """What a text begins with, in training and in use: BOS, if the tokenizer itself puts it there."""
     begins_with = tokenizer.encode("", add_special_tokens=True)[:1]
     return begins_with if begins_with == [tokenizer.bos_token_id] else []
@@ -137,7 +137,7 @@ def _frame(census: DatasetStats, tokenizer: Tokenizer) -> _Frame:
         raise ModelError(
             "the tokenizer has no EOS token, so the model could not learn to stop; set eos_token"
         )
-    return _Frame(beginning(tokenizer), [eos])
+    return _Frame(bos_prefix(tokenizer), [eos])
 
 
 def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
@@ -240,3 +240,71 @@ def _concatenate(parts: Sequence[Corpus]) -> Corpus:
         classes=classes.names,
         class_of=np.concatenate(class_of),
     )
+
+
+class Segment(NamedTuple):
+    """A stretch of an example's text.
+
+    Attributes:
+        text: the stretch.
+        learn: whether its tokens carry loss.
+    """
+
+    text: str
+    trained: bool
+
+
+def segments(content: Text | Completion | Conversation, tokenizer: Tokenizer) -> list[Segment]:
+    """The stretches of a record's text, in order.
+
+    Raises:
+        RecordError: the tokenizer's chat template cannot render the conversation turn by turn.
+    """
+    match content:
+        case Text(text):
+            return [Segment(text, trained=True)]
+        case Completion(prompt, completion):
+            return [Segment(prompt, trained=False), Segment(completion, trained=True)]
+        case Conversation():
+            return _conversation(content, tokenizer)
+
+
+def _conversation(conversation: Conversation, tokenizer: Tokenizer) -> list[Segment]:
+    turns = [{"role": message.role, "content": message.content} for message in conversation.messages]
+    whole = _render(turns, tokenizer, answer_next=False)
+    found: list[Segment] = []
+    done = 0
+    for index, turn in enumerate(turns):
+        if turn["role"] != "assistant" or index < conversation.trained_turns:
+            continue
+        before = _render(turns[:index], tokenizer, answer_next=True)
+        through = _render(turns[: index + 1], tokenizer, answer_next=False)
+        begin = len(before)
+        if not (done <= begin < len(through) and through.startswith(before) and whole.startswith(through)):
+            raise RecordError(
+                "the tokenizer's chat template does not print this turn the same wherever it stands; "
+                "use a template that does",
+                field=f"messages[{index}]",
+            )
+        end = begin + len(_through_end_mark(through[begin:], turn["content"]))
+        found += [Segment(whole[done:begin], trained=False), Segment(whole[begin:end], trained=True)]
+        done = end
+    return [*found, Segment(whole[done:], trained=False)]
+
+
+def _through_end_mark(printed: str, content: str) -> str:
+    """A turn as printed, without the white space after its end mark: nothing is generated after that."""
+    stripped = printed.rstrip()
+    # Without any other mark the white space is what ends the turn.
+    return printed if stripped.endswith(content.rstrip()) else stripped
+
+
+def _render(turns: list[dict[str, str]], tokenizer: Tokenizer, *, answer_next: bool) -> str:
+    try:
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer_next))
+    except Exception as error:  # a template is a program: it may raise anything, its own refusals too
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise RecordError(
+            f"the tokenizer's chat template refuses it ({reason}); change the record or the template",
+            field="messages",
+        ) from error

@@ -22,7 +22,7 @@ from distrust.checkpoint.catalog import (
     resolve,
     scan,
 )
-from distrust.checkpoint.manager import require_converted
+from distrust.checkpoint.foreign import require_converted
 from distrust.config import TrainConfig, key
 from distrust.contract import Engine, EngineState
 from distrust.engines.model_source import locate

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from distrust.data import Tokenizer, beginning
+from distrust.data import Tokenizer, bos_prefix
 from distrust.errors import DataError, ModelError
 
 
@@ -25,7 +25,7 @@ def prompt_tokens(tokenizer: Tokenizer, prompt: str, *, chat: bool) -> list[int]
 
 
 def _with_bos(tokenizer: Tokenizer, text: str) -> list[int]:
-    return beginning(tokenizer) + tokenizer.encode(text, add_special_tokens=False)
+    return bos_prefix(tokenizer) + tokenizer.encode(text, add_special_tokens=False)
 
 
 def _chat_prompt(tokenizer: Tokenizer, question: str) -> list[int]:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from distrust import engines
-from distrust.checkpoint.foreign import MLX_WEIGHTS
 from distrust.config import ExportDtype, ExportFormat, TrainConfig
 from distrust.engines import state_conversion
 from distrust.engines.model_source import reference
@@ -27,6 +26,7 @@ from distrust.errors import ConfigError
 from distrust.export import mlx_folder, staging
 from distrust.export.card import model_card
 from distrust.export.facts import facts_of, public_name
+from distrust.importers.detect import MLX_WEIGHTS
 
 if TYPE_CHECKING:
     from distrust.checkpoint import Checkpoint, CheckpointFile

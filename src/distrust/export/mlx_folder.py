@@ -8,10 +8,10 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from distrust.checkpoint.foreign import ADAPTER_CONFIG
 from distrust.config import TrainConfig
 from distrust.engines.state_conversion import MLX_ENDS, lora_scale
 from distrust.errors import ConfigError
+from distrust.importers.detect import ADAPTER_CONFIG
 
 _OF_A_LAYER = re.compile(r"(.*\.)?layers\.(\d+)\.(.+)")
 

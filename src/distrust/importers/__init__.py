@@ -27,19 +27,20 @@ from typing import TYPE_CHECKING, Any
 from distrust.checkpoint.files import errors_with_path, open_regular, parse_checkpoint_name
 from distrust.checkpoint.format import LENGTH_BYTES, MAX_HEADER_BYTES, OPENING
 from distrust.errors import CorruptCheckpoint
+from distrust.importers.detect import TRAINER_STATE, convert_hint, import_hint
 
 if TYPE_CHECKING:
     from distrust.checkpoint.arrays import Framework
     from distrust.checkpoint.checkpoint import Checkpoint
     from distrust.importers.imported import Imported, ImportedHeader
 
+__all__ = ["convert_hint", "detect_format", "import_hint", "load", "read", "read_header", "verify"]
+
 #: The names of the two formats, in listings and in converted checkpoints.
 DIRECTORY, TENSOR_FILE = "directory", "tensor file"
 METADATA, CHECKSUMS, MODEL, OPTIMIZER = "metadata.json", "checksum.txt", "model.npz", "optimizer.npz"
 #: The files of the directory format.
 MEMBERS = (METADATA, CHECKSUMS, MODEL, OPTIMIZER)
-#: The file that identifies a checkpoint folder of the transformers Trainer; its name is like one of ours.
-TRAINER_STATE = "trainer_state.json"
 #: The key in the header of a tensor file that identifies it.
 _METADATA_KEY = b'"_metadata"'
 _PIECE_BYTES = 1 << 20

@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distrust import importers
-from distrust.checkpoint import Checkpoint, CheckpointManager, catalog, serialization
-from distrust.checkpoint.files import Entry, parse_checkpoint_name
-from distrust.checkpoint.foreign import ADAPTER_CONFIG, MLX_WEIGHTS, is_trainer_folder
+from distrust.checkpoint import Checkpoint, CheckpointFile, CheckpointManager, catalog, serialization
+from distrust.checkpoint.files import Entry, checkpoint_file_name, parse_checkpoint_name
 from distrust.engines import require_installed
 from distrust.errors import (
     CheckpointError,
@@ -33,6 +32,7 @@ from distrust.errors import (
     SaveFailed,
     quote_untrusted,
 )
+from distrust.importers.detect import ADAPTER_CONFIG, MLX_WEIGHTS, TRAINER_STATE, is_trainer_folder
 from distrust.importers.imported import Imported
 from distrust.training import imported as adoption
 
@@ -182,7 +182,7 @@ def _convert(
     if not checkpoint.model:
         return ConvertedCheckpoint(source, "incomplete", _NO_MODEL, step)
     checkpoint = replace(checkpoint, run={**checkpoint.run, _CONVERTED_FROM: os.path.realpath(source)})
-    path = manager.directory / catalog.checkpoint_file_name(step, imported.kind)
+    path = manager.directory / checkpoint_file_name(step, imported.kind)
     manager.acquire()  # from here on nobody else writes to the target
     try:
         digest = serialization.state_digest(checkpoint, imported.kind)
@@ -236,7 +236,7 @@ def _other_training(manager: CheckpointManager, origins: set[Path]) -> str | Non
     return None
 
 
-def _origin(file: catalog.CheckpointFile) -> set[Path]:
+def _origin(file: CheckpointFile) -> set[Path]:
     """The folder that a checkpoint was converted from; empty if a run here saved it."""
     path = file.header.run_info.get("extra", {}).get(_CONVERTED_FROM)
     return {Path(path).parent} if type(path) is str else set()
@@ -249,7 +249,7 @@ def _read(source: Path, model: str | None) -> Imported:
         imported: Imported = _load_reader("torch", _TRAINER_FOLDER).read(source, model=model)
         if entry and entry[1] != imported.step:
             raise CorruptCheckpoint(
-                f"{importers.TRAINER_STATE} says step {imported.step}, its name says {entry[1]}", path=source
+                f"{TRAINER_STATE} says step {imported.step}, its name says {entry[1]}", path=source
             )
         return replace(imported, kind=entry[2]) if entry else imported
     if _is_adapter(source):
@@ -259,7 +259,7 @@ def _read(source: Path, model: str | None) -> Imported:
             imported = _load_reader("torch", _TRAINER_FOLDER).read_adapter(source, model=model)
         return imported
     header, imported = importers.load(source)
-    catalog.require_name(catalog.CheckpointFile(source, header))
+    CheckpointFile(source, header).require_name()
     return imported
 
 

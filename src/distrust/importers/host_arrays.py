@@ -42,7 +42,7 @@ class HostArray(NamedTuple):
 
     def info(self, label: str) -> TensorInfo:
         """Its line in a listing."""
-        return TensorInfo(label, self.dtype, self.shape, 0, self.nbytes)
+        return TensorInfo(label, self.dtype, self.shape, 0, self.nbytes, "")
 
 
 def make_array(values: Iterable[Any], dtype: str) -> HostArray:

@@ -7,9 +7,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from distrust.checkpoint.foreign import ADAPTER_CONFIG, MLX_WEIGHTS
 from distrust.engines.state_conversion import MLX_ENDS
 from distrust.errors import CorruptCheckpoint, ResumeRefused, quote_untrusted
+from distrust.importers.detect import ADAPTER_CONFIG, MLX_WEIGHTS
 from distrust.importers.imported import Imported
 from distrust.importers.safe_load import open_file, read_json, safe_errors
 

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 from distrust.checkpoint.arrays.host import NUMPY_NAMES
-from distrust.checkpoint.format import is_possible
+from distrust.checkpoint.format import is_valid_shape
 from distrust.checkpoint.memory import available_bytes
 from distrust.errors import CheckpointUnreadable, CorruptCheckpoint, shorten
 from distrust.importers.host_arrays import PIECE_BYTES, HostArray, require_finite
@@ -118,7 +118,7 @@ def _read_member(stream: IO[bytes], declared: int, depth: Depth, *, nonnegative:
         raise CorruptCheckpoint(
             f"its dtype {shorten(str(dtype))!r} is not a number that a checkpoint can hold"
         )
-    if not is_possible(shape):
+    if not is_valid_shape(shape):
         raise CorruptCheckpoint("its shape is not that of an array")
     array = HostArray(_DTYPES[dtype.name], shape)
     if header_bytes + array.nbytes != declared:  # checked before memory is allocated for it

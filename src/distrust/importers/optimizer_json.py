@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from distrust.checkpoint.format import is_possible
+from distrust.checkpoint.format import is_valid_shape
 from distrust.errors import CorruptCheckpoint, quote_untrusted, shorten
 from distrust.importers.host_arrays import HostArray, require_finite
 from distrust.importers.validate_optimizer import STEP, M, Shapes, V
@@ -137,7 +137,7 @@ def _moment(value: Any, *, nonnegative: bool) -> HostArray:
     if type(value) is not list or [*map(type, value)] != [list, list]:
         raise CorruptCheckpoint("it is not a pair [numbers, shape]")
     numbers, shape = value
-    if {*map(type, numbers)} - {int, float} or not is_possible(tuple(shape)):
+    if {*map(type, numbers)} - {int, float} or not is_valid_shape(tuple(shape)):
         raise CorruptCheckpoint("it is not a pair of a list of numbers and a shape")
     if prod(shape) != len(numbers):
         raise CorruptCheckpoint(f"it has {len(numbers):,} numbers, but the shape {shape}")

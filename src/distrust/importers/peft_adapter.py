@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from distrust import config as options
-from distrust.checkpoint.foreign import ADAPTER_CONFIG, PEFT_WEIGHTS
 from distrust.config import TrainConfig
 from distrust.engines.torch import adapter
 from distrust.engines.torch.model import meta_model
 from distrust.errors import ModelError, ResumeRefused, quote_untrusted
+from distrust.importers.detect import ADAPTER_CONFIG, PEFT_WEIGHTS
 from distrust.importers.safe_load import read_json, read_tensors, to_float32
 
 WEIGHTS = "model.safetensors"

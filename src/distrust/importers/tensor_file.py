@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distrust.checkpoint.files import errors_with_path, open_regular, parse_checkpoint_name, read_into
-from distrust.checkpoint.format import ITEM_SIZES, LENGTH_BYTES, METADATA, TensorInfo, is_possible
+from distrust.checkpoint.format import ITEM_SIZES, LENGTH_BYTES, METADATA, TensorInfo, is_valid_shape
 from distrust.checkpoint.header import header_length
 from distrust.checkpoint.memory import available_bytes
 from distrust.errors import CheckpointUnreadable, CorruptCheckpoint, quote_untrusted, shorten
@@ -252,7 +252,7 @@ def _parse_tensor(name: str, value: Any, data_begin: int) -> TensorInfo:
         or type(offsets) is not list
         or type(dtype) is not str
         or dtype not in ITEM_SIZES
-        or not is_possible(tuple(shape))
+        or not is_valid_shape(tuple(shape))
         or [*map(type, offsets)] != [int, int]
         or not 0 <= offsets[0] <= offsets[1]
         or offsets[1] - offsets[0] != prod(shape) * ITEM_SIZES[dtype]
@@ -260,4 +260,4 @@ def _parse_tensor(name: str, value: Any, data_begin: int) -> TensorInfo:
         raise CorruptCheckpoint(
             f"tensor {quote_untrusted(shorten(name))} is not described as safetensors does"
         )
-    return TensorInfo(name, dtype, tuple(shape), data_begin + offsets[0], offsets[1] - offsets[0])
+    return TensorInfo(name, dtype, tuple(shape), data_begin + offsets[0], offsets[1] - offsets[0], "")

@@ -20,10 +20,10 @@ import numpy as np
 import torch
 
 from distrust import config as options
-from distrust.checkpoint.foreign import ADAPTER_CONFIG, PEFT_WEIGHTS
 from distrust.engines.torch.optimizer import MOMENTS, make_optimizer
 from distrust.errors import CorruptCheckpoint, ResumeRefused, quote_untrusted
-from distrust.importers import TRAINER_STATE, peft_adapter
+from distrust.importers import peft_adapter
+from distrust.importers.detect import ADAPTER_CONFIG, PEFT_WEIGHTS, TRAINER_STATE
 from distrust.importers.imported import Imported
 from distrust.importers.peft_adapter import TrainedWeights, refusal, shorten_list
 from distrust.importers.safe_load import read_json, read_torch, to_float32

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from distrust.data.distribution import ClassSummary, Distribution, Extreme
 from distrust.data.provenance.score import Check, Quantity
-from distrust.reporting.display import pluralize
-from distrust.reporting.names import class_name
+from distrust.reporting.display import class_name, pluralize
 
 _SYMBOLS: Mapping[Quantity, tuple[str, str]] = {
     "authority_weight": ("w", ""),
@@ -39,7 +38,8 @@ def _check(symbol: str, unit: str, check: Check, *, recomputed: bool) -> Iterato
         differ = f"{check.differing:,} {verb} by more than {check.tolerance:g}{unit} ({what})"
         yield f"{symbol}: {check.checked:,} checked: {differ if check.differing else 'none differs'}"
     for difference in check.largest:
-        yield f"   {difference.where}: {difference.given:.4g} in the data, {difference.computed:.4g} computed"
+        recorded, computed = f"{difference.recorded:.4g}", f"{difference.computed:.4g}"
+        yield f"   {difference.where}: {recorded} in the data, {computed} computed"
     if check.unchecked:
         reasons = ", ".join(f"{count:,} with {reason}" for reason, count in check.unchecked.most_common(3))
         yield f"{symbol}: {sum(check.unchecked.values()):,} as they are in the data, unchecked: {reasons}"

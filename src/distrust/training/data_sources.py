@@ -144,14 +144,14 @@ def _open(config: TrainConfig, names: tuple[str, ...], split: str, cache: Cache)
             split=split,
             subset=config.subset,
             revision=config.revision,
-            spool=cache.folder,
+            temp_folder=cache.folder,
         )
         for name in names
     )
 
 
 def _open_examples(config: TrainConfig, rows: Examples, name: str, cache: Cache) -> tuple[Source, ...]:
-    return (examples_source(rows, columns_of(config), name=name, spool=cache.folder),)
+    return (examples_source(rows, columns_of(config), name=name, temp_folder=cache.folder),)
 
 
 def _check(reading: RecordReader, cache: Cache, report: Progress | None) -> CheckedData:
@@ -195,7 +195,7 @@ def tokenize_cached(
         return tokenize_in_blocks(
             reading.records(),
             tokenizer,
-            census=census,
+            stats=census,
             max_length=max_length,
             on_progress=lambda done, total: report(f"tokenizing {reading.name}", done, total),
         )

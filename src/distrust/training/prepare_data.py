@@ -21,11 +21,11 @@ from distrust.data import (
     PackedRows,
     Tokenizer,
     concatenate,
-    digest_of,
-    distribution,
+    digest_tokenizer,
     one_per_row,
     pack,
     split_off,
+    summarize_weights,
 )
 from distrust.errors import DataError, DistrustWarning
 from distrust.training.data_sources import (
@@ -93,7 +93,7 @@ def prepare_data(
         ConfigError: for options that do not fit the model.
     """
     max_length = max_length_of(config, context_length)
-    tokenizer_digest = digest_of(tokenizer)  # once: it takes a while
+    tokenizer_digest = digest_tokenizer(tokenizer)  # once: it takes a while
 
     def made(data: CheckedData) -> Corpus:
         return tokenize_cached(
@@ -123,8 +123,8 @@ def prepare_data(
         distrust=weighting.distrust_term(
             corpus.authority_weight, corpus.provenance_entropy, alpha=config.alpha
         ),
-        order=order,
-        sequences=concatenate(rows),
+        sampler=order,
+        rows=concatenate(rows),
         batch_size=config.batch_size,
         gradient_accumulation=config.gradient_accumulation,
         pad_token_id=pad_token_id,
@@ -196,7 +196,7 @@ def _weights(config: TrainConfig, corpus: Corpus, drawn: np.ndarray[Any, Any] | 
 def _distribution(
     corpus: Corpus, weights: np.ndarray[Any, Any], drawn: np.ndarray[Any, Any] | None
 ) -> Distribution:
-    return distribution(
+    return summarize_weights(
         authority_weight=corpus.authority_weight,
         provenance_entropy=corpus.provenance_entropy,
         weights=weights,

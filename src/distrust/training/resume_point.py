@@ -8,7 +8,7 @@ from pathlib import Path
 from distrust.checkpoint import Checkpoint, CheckpointFile, CheckpointManager, Scan, foreign
 from distrust.checkpoint.arrays import Framework
 from distrust.checkpoint.catalog import RUN_SUBDIRECTORY, list_names
-from distrust.checkpoint.manager import require_converted
+from distrust.checkpoint.foreign import require_converted
 from distrust.config import EXAMPLES, TrainConfig, as_names
 from distrust.errors import ConfigError, CorruptCheckpoint
 from distrust.training import imported, resume

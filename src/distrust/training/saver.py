@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 
 from distrust.checkpoint import Checkpoint, CheckpointManager, PendingSave
-from distrust.checkpoint.catalog import checkpoint_file_name
+from distrust.checkpoint.files import checkpoint_file_name
 from distrust.errors import CheckpointError, DistrustWarning, SaveFailed
 from distrust.training.events import CheckpointSaved, CheckpointStarted, Observer
 

@@ -18,7 +18,8 @@ from importlib import import_module
 from typing import Any
 
 from distrust.checkpoint import Checkpoint, CheckpointFile, CheckpointManager
-from distrust.checkpoint.catalog import RUN_SUBDIRECTORY, checkpoint_file_name
+from distrust.checkpoint.catalog import RUN_SUBDIRECTORY
+from distrust.checkpoint.files import checkpoint_file_name
 from distrust.config import EXAMPLES, STEP_METRICS, TrainConfig
 from distrust.contract import Engine, EngineState, Losses
 from distrust.data import IGNORED, MicroBatch

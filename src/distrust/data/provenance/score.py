@@ -50,7 +50,7 @@ class Difference:
     """
 
     where: str
-    given: float
+    recorded: float
     computed: float
 
 
@@ -169,13 +169,13 @@ class Scoring:
 
 
 def score_records(
-    sources: Sequence[Source], scale: Scoring, *, on_progress: Callable[[int], None] | None = None
+    sources: Sequence[Source], scoring: Scoring, *, on_progress: Callable[[int], None] | None = None
 ) -> ScoredRecords:
     """Reads every record once, and keeps its numbers.
 
     Args:
         sources: at least one.
-        scale: how they are weighed.
+        scoring: how they are weighed.
         on_progress: called now and then with the number of records read.
 
     Raises:
@@ -183,7 +183,7 @@ def score_records(
             then a line for each of the first problems).
     """
     parts = [part for source in sources for part in source.parts]
-    checks: dict[Quantity, Check] = {name: Check(limit) for name, limit in scale.tolerances.items()}
+    checks: dict[Quantity, Check] = {name: Check(limit) for name, limit in scoring.tolerances.items()}
     values: dict[Quantity, array[float]] = {name: array("d") for name in checks}
     classes = Classes()
     class_of, part_of, lines = array("i"), array("i"), array("q")
@@ -196,10 +196,10 @@ def score_records(
             fields = {name: value for name, value in row.items() if value is not None}
             for name, check in checks.items():
                 try:
-                    values[name].append(scale.score(name, fields, location, check))
+                    values[name].append(scoring.score(name, fields, location, check))
                 except RecordError as problem:
                     found.append(problem)
-            class_of.extend(classes.number([read_source(fields, scale.columns)]).tolist())
+            class_of.extend(classes.number([read_source(fields, scoring.columns)]).tolist())
         if found:
             problems.add(location, found)
         part_of.append(index)

@@ -6,15 +6,15 @@ names. No source, person or institution is named there: who ranks how is the use
 
 from __future__ import annotations
 
-import difflib
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from distrust.bundled import PROVENANCE_TABLE
+from distrust.config import in_range, suggest_name
 from distrust.errors import ConfigError, read_failure_reason, shorten
 from distrust.provenance import Coefficients
 
@@ -99,7 +99,7 @@ def _problems(given: Mapping[str, Any], known: Mapping[str, Mapping[str, Any]]) 
     problems = []
     for section, keys in given.items():
         if section not in known:
-            problems.append(f"unknown table [{shorten(section)}]{_nearest(section, known)}")
+            problems.append(f"unknown table [{shorten(section)}]{_suggest(section, known)}")
         elif not isinstance(keys, dict):
             problems.append(f"{section} is no table; write [{section}], and key = value beneath it")
         else:
@@ -107,7 +107,7 @@ def _problems(given: Mapping[str, Any], known: Mapping[str, Mapping[str, Any]]) 
                 # Ranks are of names that only the user knows.
                 if section != "ranks" and key not in known[section]:
                     there = known[section]
-                    problems.append(f"unknown key {shorten(key)!r} in [{section}]{_nearest(key, there)}")
+                    problems.append(f"unknown key {shorten(key)!r} in [{section}]{_suggest(key, there)}")
                 elif wanted := _expected_type(section, key, value):
                     problems.append(f"{shorten(key)} in [{section}] is {shorten(repr(value))}: give {wanted}")
     return problems
@@ -117,31 +117,23 @@ def _expected_type(section: str, key: str, value: Any) -> str | None:
     """What a key's value should be, if it is not."""
     match section:
         case "coefficients":
-            return None if _range_check(value) else "a number, 0 or more"
+            return None if _is_number(value) else "a number, 0 or more"
         case "columns":
             return None if isinstance(value, str) and value else "the name of a column"
         case "missing" if key == "rank":
-            return (
-                None if value == _IS_AN_ERROR or _range_check(value, 1) else 'a number in [0, 1], or "error"'
-            )
+            return None if value == _IS_AN_ERROR or _is_number(value, 1) else 'a number in [0, 1], or "error"'
         case "missing":
-            return None if value == _IS_AN_ERROR or _range_check(value) else 'a number, 0 or more, or "error"'
+            return None if value == _IS_AN_ERROR or _is_number(value) else 'a number, 0 or more, or "error"'
         case "ranks":
-            return None if _range_check(value, 1) else "a number in [0, 1]"
+            return None if _is_number(value, 1) else "a number in [0, 1]"
         case _:
             is_list = isinstance(value, list) and all(isinstance(kind, str) for kind in value)
             return None if is_list else "a list of kinds"
 
 
-def _range_check(value: Any, high: float = math.inf) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    try:
-        return math.isfinite(value) and 0 <= value <= high
-    except OverflowError:  # an integer beyond the largest float
-        return False
+def _is_number(value: Any, high: float = math.inf) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and in_range(value, 0, high)
 
 
-def _nearest(name: str, known: Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(name.lower().replace("-", "_"), known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(known)}"
+def _suggest(name: str, known: Iterable[str]) -> str:
+    return suggest_name(name, known) or f"; give one of {', '.join(known)}"

@@ -42,7 +42,7 @@ def require_format(target: Path) -> None:
 
 def write_scored(
     sources: Sequence[Source],
-    weighed: ScoredRecords,
+    scored: ScoredRecords,
     columns: Columns,
     target: Path,
     *,
@@ -55,7 +55,7 @@ def write_scored(
 
     Args:
         sources: as they were weighed, read as whole rows.
-        weighed: what was found.
+        scored: what was found.
         columns: which fields hold w and H.
         target: of a format that ``require_format`` knows.
         force: whether a file that is there is replaced.
@@ -68,7 +68,7 @@ def write_scored(
     """
     require_format(target)
     parts = [part for source in sources for part in source.parts]
-    pairs = _pairs(weighed, on_progress)
+    pairs = _pairs(scored, on_progress)
     with atomic_file(target, force=force) as file:
         if target.name.lower().endswith(".parquet"):
             _write_table(file, parts, pairs, columns)

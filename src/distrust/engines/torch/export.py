@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from distrust.checkpoint.foreign import PEFT_WEIGHTS
 from distrust.config import ExportDtype, TrainConfig
 from distrust.engines import state_conversion
 from distrust.engines.model_source import reference
@@ -23,6 +22,7 @@ from distrust.engines.torch import adapter, model
 from distrust.engines.torch.engine import TorchEngine
 from distrust.errors import ConfigError, DistrustWarning
 
+PEFT_WEIGHTS = "adapter_model.safetensors"  # the name that peft loads
 Write = Callable[[Path], None]
 
 
