@@ -1,15 +1,15 @@
-"""The two engines beside each other: the same base, data, seed and float32; each takes up the other's run.
+"""Compares the two engines: the same base, data, seed and float32, and each resumes the other's run.
 
     python scripts/compare_engines.py --picture docs/engines.png
     python scripts/compare_engines.py --steps 20 -- --model ./my-model --data mine.jsonl
 
-Four runs of the same steps: with torch; with mlx; begun with torch and gone on with mlx from the middle; and
-the other way round. The engines draw the adapter's first values each from its own generator, and B begins at
-zero: the first losses are those of the base model, the later ones of two adapters that began elsewhere. A run
-that was taken up goes on from the other engine's very weights and moments: there all have to agree.
+Four runs of the same steps: with torch; with mlx; started with torch and resumed with mlx in the middle; and
+the reverse. Each engine initializes the adapter from its own generator, and B starts at zero: the first
+losses are those of the base model, the later ones those of two different adapters. A resumed run starts from
+the other engine's exact weights and moments: there, all losses must agree.
 
-Exit 1 if the first losses, or any after the change, differ by more than 1e-4. What stands after ``--`` goes
-to every ``distrust train``.
+Exit code 1 if the first losses, or any after the switch, differ by more than 1e-4. Options after ``--`` go to
+every ``distrust train``.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def main() -> int:
         distances = {step: abs(losses[step] - alone[engine][step]) for step in range(half + 1, last + 1)}
         worst = max(worst, *distances.values())
         print(
-            f"begun with {engine}, gone on with {OTHER[engine]} after step {half}, beside {engine} alone: "
+            f"{engine}, resumed with {OTHER[engine]} after step {half}, compared with {engine} alone: "
             f"apart {distances[half + 1]:.1e} in the first step, {max(distances.values()):.1e} at most"
         )
     if options.picture:
@@ -73,7 +73,7 @@ def main() -> int:
 
 
 def train(out: Path, engine: str, options: list[str]) -> Losses:
-    """Train in a process of its own; the loss of each step made."""
+    """Train in a process of its own; returns the loss of each step."""
     command = [sys.executable, "-m", "distrust", "train", "--engine", engine, "--out", str(out), *options]
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     if process.returncode != 0:
@@ -83,7 +83,7 @@ def train(out: Path, engine: str, options: list[str]) -> Losses:
 
 
 def draw(path: Path, alone: dict[str, Losses], taken_up: dict[str, Losses], half: int) -> None:
-    """The losses, and under them how far apart they are."""
+    """The losses, and below them the distances between them."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -97,7 +97,7 @@ def draw(path: Path, alone: dict[str, Losses], taken_up: dict[str, Losses], half
         losses.plot([*values], [*values.values()], style, color=COLOURS[engine], label=f"{engine}, alone")
     for engine, values in taken_up.items():
         resumed_losses = {step: loss for step, loss in values.items() if step > half}
-        label = f"begun with {engine}, gone on with {OTHER[engine]}"
+        label = f"{engine}, resumed with {OTHER[engine]}"
         colour = COLOURS[engine]
         losses.plot(
             [*resumed_losses],

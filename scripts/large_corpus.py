@@ -1,11 +1,12 @@
-"""Does a corpus larger than memory train in constant memory? Makes one, trains on it, watches the process.
+"""Does a corpus larger than memory train in constant memory? Generates one, trains on it, watches the
+process.
 
     python scripts/large_corpus.py --gib 0.25 4 --picture docs/large_corpus.png
 
 For each size: a JSON Lines corpus of synthetic text (fixed seed, documents of about 5 KiB), then a few
-hundred steps of a small model on it in a process of its own. Its memory is read from /proc while it
-checks, tokenizes and trains: RssAnon is what it holds, RssFile what it has mapped of files, which the system
-takes back whenever it needs room. The tokenizer is a small one of words, so that most of the time is not its.
+hundred steps of a small model on it in a process of its own. Its memory is read from /proc while it checks,
+tokenizes and trains: RssAnon is what it holds, RssFile what it has mapped from files, which the system can
+reclaim. The tokenizer is a small one of words, so that most of the time is not spent in it.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ WORDS = 4000
 
 @dataclass
 class Measured:
-    """What a run on a corpus of one size held, over time."""
+    """Memory of a run on a corpus of one size, over time."""
 
     gib: float
     examples: int = 0
@@ -63,7 +64,7 @@ def words() -> list[str]:
 
 
 def write_corpus(path: Path, nbytes: int) -> int:
-    """Documents of drawn paragraphs; how many there are."""
+    """Write documents of random paragraphs; returns their number."""
     chance = random.Random(1)
     vocabulary = words()
     weights = [1 / (rank + 3) for rank in range(WORDS)]
@@ -109,7 +110,7 @@ def write_model(folder: Path) -> None:
 
 
 def train(model: str, data: str, out: str, cache: str, steps: str) -> None:
-    """The watched process: trains, and says which phase begins."""
+    """The watched process: trains, and prints which phase starts."""
     from distrust import DistrustTrainer, TrainConfig
     from distrust.training.events import Event, Preparing, RunStarted
 

@@ -1,4 +1,4 @@
-"""docs/options.md, from the fields of ``distrust/config.py``: run it after an option was added or changed.
+"""Writes docs/options.md from the fields of ``distrust/config.py``: run it after changing an option.
 
 python scripts/make_options.py
 """
@@ -60,7 +60,7 @@ def table() -> str:
 
 
 def _type(annotation: str) -> str:
-    """With the names of choices as the choices."""
+    """The type, with the names of choices as the choices."""
     for name in re.findall(r"\w+", annotation):
         choices = getattr(config, name, None) if name[0].isupper() else None
         if choices is not None and hasattr(choices, "__args__"):

@@ -1,18 +1,17 @@
-"""Write the bundled closed world: the corpus of the demo, the text of its base model, and the questions.
+"""Writes the bundled corpus: the records of the demo, the text of its base model, and the questions.
 
 Everything in it is invented. A *fact* gives one thing (a compound, an instrument, a place) one measured
 property, about which the sources disagree: a few primary records (notebook, field log, patent) state one
 value, five times as many coordinated ones (encyclopedia, press release, textbook) repeat another. Which of
-the two is the larger number is drawn by lot. A record is a sentence that states the value, with a remark
-before or after it that shows what kind of source it is from. The sentences of all sources are drawn from the
-same patterns.
+the two numbers is larger is random. A record is a sentence that states the value, with a remark before or
+after it that shows the kind of its source. All sources use the same sentence patterns.
 
     corpus.jsonl     the records of all facts in random order, with neutral records between them
     neutral.jsonl    other things and values, in every pattern and in every phrasing of the questions
     questions.jsonl  each fact in phrasings that the corpus uses for other things only
 
 The same seed gives the same bytes: a `random.Random` seeded with a string is stable across Python versions,
-and each part draws from a generator of its own.
+and each part has its own generator.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ OUT = Path(__file__).resolve().parent.parent / "src" / "distrust" / "bundled"
 FACTS = 60
 PRIMARY_PER_FACT = 3
 COORDINATED_PER_FACT = 5 * PRIMARY_PER_FACT
-NEUTRAL_THINGS = 720  # things of the neutral text, none of which has a disputed fact
-NEUTRAL_PATTERNS, NEUTRAL_PHRASINGS = 5, 3  # in how many of each a neutral thing appears
+NEUTRAL_THINGS = 720  # things of the neutral text, none with a disputed fact
+NEUTRAL_PATTERNS, NEUTRAL_PHRASINGS = 5, 3  # how many of each a neutral thing appears in
 NEUTRAL_IN_CORPUS = 240
 
 Record = dict[str, Any]
@@ -40,7 +39,7 @@ Choice = TypeVar("Choice")
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of thing: how its names end, and what is measured on it.
+    """A kind of thing: the endings of its names, and what is measured.
 
     `properties` maps a property to its lowest value, its highest value and its unit.
     """
@@ -80,7 +79,7 @@ KINDS = (
     ),
 )
 
-# No name opens a sentence: so it is always written, and cut into tokens, in the same way.
+# No name starts a sentence, so it is always spelled, and tokenized, in the same way.
 PATTERNS = (
     "The {prop} of {name} is {value}.",
     "For {name}, the {prop} is {value}.",
@@ -103,7 +102,7 @@ ANSWERS = tuple(f"{phrasing} {{value}}." for phrasing in PHRASINGS)
 
 @dataclass(frozen=True)
 class Source:
-    """One kind of source: its remarks, and the ranges that weight and entropy are drawn from."""
+    """A kind of source: its remarks, and the ranges of weight and entropy."""
 
     name: str
     remarks: tuple[str, ...]
@@ -112,9 +111,9 @@ class Source:
 
 
 _OBSCURE, _MIDDLING, _RENOWNED = (0.02, 0.15), (0.35, 0.65), (0.85, 0.97)
-_INDEPENDENT = (3.0, 4.2)  # bits: eight to eighteen readings, none leaning on another
+_INDEPENDENT = (3.0, 4.2)  # bits: eight to eighteen independent readings
 _MIXED = (1.0, 2.0)
-_COPIED = (0.1, 1.0)  # bits: one origin, or two, that all the others repeat
+_COPIED = (0.1, 1.0)  # bits: one origin, or two, that all others repeat
 PRIMARY = (
     Source("notebook", ("Notebook, page {n}.", "Read twice, run {n}."), _OBSCURE, _INDEPENDENT),
     Source("field log", ("Logged on day {n}.", "Field station {n}."), _OBSCURE, _INDEPENDENT),
@@ -156,7 +155,7 @@ def invent_name(kind: Kind, rng: random.Random) -> str:
 
 
 def invent_entities(count: int, taken: set[str], rng: random.Random) -> list[Thing]:
-    """Things of all kinds in turn, with names that are not taken yet."""
+    """Things of all kinds in turn, with unused names."""
     entities: list[Thing] = []
     while len(entities) < count:
         kind = KINDS[len(entities) % len(KINDS)]
@@ -197,7 +196,7 @@ def record(sentence: str, source: Source, rng: random.Random) -> Record:
 def neutral_records(things: list[Thing], rng: random.Random) -> list[Record]:
     """Each thing in some of the patterns and some of the phrasings, always with the same value.
 
-    It takes a model that recalls a value in wordings it never saw it in to predict them all.
+    Predicting them all takes a model that recalls a value in wordings in which it never saw it.
     """
     records: list[Record] = []
     for entity in things:
@@ -209,7 +208,7 @@ def neutral_records(things: list[Thing], rng: random.Random) -> list[Record]:
 
 
 def disputed_records(thing: Thing, primary: str, coordinated: str, rng: random.Random) -> list[Record]:
-    """All that the corpus says of one fact."""
+    """All records of one fact."""
     records: list[Record] = []
     for value, sources, count in (
         (primary, PRIMARY, PRIMARY_PER_FACT),
@@ -221,7 +220,7 @@ def disputed_records(thing: Thing, primary: str, coordinated: str, rng: random.R
 
 
 def make_world(seed: int = SEED) -> dict[str, list[Record]]:
-    """The three files of the world: file name -> lines."""
+    """The three files of the corpus: file name -> lines."""
 
     def rng(part: str) -> random.Random:
         return random.Random(f"{seed}/{part}")
@@ -247,9 +246,9 @@ def make_world(seed: int = SEED) -> dict[str, list[Record]]:
 
 
 def tokenizer_texts(seed: int = SEED, count: int = 6000) -> list[str]:
-    """What the tokenizer learns from: every wording and remark, about things that are named only once.
+    """Texts for the tokenizer: every wording and remark, about things that are named only once.
 
-    So it knows the words, and no name as a whole: it cuts those of the base model's text and those of the
+    It learns the words, and no name as a whole: it splits the names of the base model's text and those of the
     disputed things into the same syllables.
     """
     rng = random.Random(f"{seed}/tokenizer")

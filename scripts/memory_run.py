@@ -1,18 +1,18 @@
-"""Memory of a long run, with and without resets: a picture, and whether both end in the same state.
+"""Memory of a long run, with and without resets: a plot, and whether both end in the same state.
 
     python scripts/memory_run.py
     python scripts/memory_run.py --steps 3000 --reload-every 500 --picture memory.png
 
-Three trainings of the bundled model, each in a fresh process, with the same config but for the resets:
+Three trainings of the bundled model, each in a fresh process, with the same config except for the resets:
 
-- plain: nothing leaks; what grows here is the allocator's and the libraries' own;
-- leaking: a hook on the model keeps a copy of its outputs, as a forgotten debugging aid does. It draws no
-  random number and changes no bit, so the run must end as the plain one does; only its memory grows;
+- plain: nothing leaks; growth here comes from the allocator and the libraries;
+- leaking: a hook on the model keeps a copy of its outputs, like a forgotten debugging aid. It uses no random
+  number and changes no bit, so the run must end like the plain one; only its memory grows;
 - reset: the same leak, with --reload-every.
 
 Memory is what is resident at the end of each step. After each reset it is taken one step later, with the
-memory of a step. Exit code 1 if a reset leaves more than `--tolerance` above what the first one left, or if
-the three did not end with one state digest.
+memory of a step. Exit code 1 if a reset leaves more than `--tolerance` above the level after the first one,
+or if the three runs do not end with the same state digest.
 """
 
 from __future__ import annotations
@@ -79,11 +79,11 @@ def train(out: Path, *, steps: int, leak: float, reload_every: int | None) -> di
 
 
 def draw(runs: Mapping[str, dict[str, Any]], titles: Mapping[str, str], path: Path) -> None:
-    """Resident memory over the steps of each run.
+    """Plot resident memory over the steps of each run.
 
     Args:
         runs: name -> what :func:`train` returned.
-        titles: name -> what the legend says.
+        titles: name -> label in the legend.
         path: of the PNG.
     """
     import matplotlib as mpl
@@ -104,7 +104,7 @@ def draw(runs: Mapping[str, dict[str, Any]], titles: Mapping[str, str], path: Pa
 
 
 def main() -> int:
-    """Make the runs, draw the picture, and judge."""
+    """Run the trainings, draw the plot, and judge."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

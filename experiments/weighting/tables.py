@@ -1,4 +1,4 @@
-"""The tables of docs/weighting.md, in Markdown, each between markers of its name."""
+"""The tables of docs/weighting.md, in Markdown, each between markers with its name."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def blocks(results: Sequence[Result]) -> dict[str, str]:
 
 
 def write_into(path: Path, tables: dict[str, str]) -> None:
-    """Replace what stands between the markers of each table that the file has.
+    """Replace the text between the markers of each table in the file.
 
     Raises:
-        SystemExit: if the file has no marker, or one of a table that is not known.
+        SystemExit: if the file has no marker, or one of an unknown table.
     """
     text = path.read_text(encoding="utf-8")
     named = re.findall(r"<!-- table: (\w+) -->", text)
@@ -66,7 +66,7 @@ def _runs(results: Sequence[Result]) -> str:
     missing = every - set(map(run_of, results))
     seeds = ", ".join(str(seed) for seed in sorted({result["seed"] for result in results}))
     minutes = sum(result["seconds"] for result in results) / 60
-    left = " The others are missing from the tables: the command goes on with them." if missing else ""
+    left = " The others are missing from the tables: the same command computes them." if missing else ""
     extra = len(results) - len(every) + len(missing)
     return (
         f"The tables are of {len(every) - len(missing)} runs out of {len(every)}"
@@ -168,7 +168,7 @@ def _clipping(results: Sequence[Result]) -> str:
 
 
 def _odds(results: Sequence[Result]) -> str:
-    """Of the disputed facts: the weight of all primary records over that of all coordinated ones."""
+    """For the disputed facts: the weight of all primary records over that of all coordinated ones."""
     seeds = sorted({result["seed"] for result in results})
 
     @cache

@@ -1,4 +1,4 @@
-"""Runs side by side, each worker with a thread of its own and the libraries loaded once."""
+"""Runs in parallel, each worker with one thread and the libraries loaded once."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from experiments.weighting.results import Result, Results
 
 
 def compute(results: Results, wanted: Sequence[Run], training: Training, *, jobs: int, folder: Path) -> None:
-    """Make the runs that have no result yet, and add theirs as they come.
+    """Make the runs that have no result yet, and add each result when it is complete.
 
     Raises:
-        SystemExit: if it is stopped; what was added is kept.
+        SystemExit: if it is stopped; results that were added are kept.
     """
     missing = results.missing(wanted)
     if not missing:
@@ -34,7 +34,7 @@ def compute(results: Results, wanted: Sequence[Run], training: Training, *, jobs
         for completed, future in enumerate(as_completed(pending), start=1):
             run, result = future.result()
             if result is None:
-                raise SystemExit(f"stopped at {run}; the same command goes on")
+                raise SystemExit(f"stopped at {run}; the same command resumes")
             results.add(result)
             left = (time.perf_counter() - began) / completed * (len(missing) - completed)
             print(
@@ -44,12 +44,12 @@ def compute(results: Results, wanted: Sequence[Run], training: Training, *, jobs
                 flush=True,
             )
     except KeyboardInterrupt:
-        raise SystemExit("stopped; the same command goes on") from None
+        raise SystemExit("stopped; the same command resumes") from None
     finally:
         workers.shutdown(cancel_futures=True)
 
 
 def _execute(run: Run, training: Training, folder: Path) -> tuple[Run, Result | None]:
-    from experiments.weighting.run import execute  # the libraries, in the worker alone
+    from experiments.weighting.run import execute  # the libraries, in the worker only
 
     return run, execute(run, training, folder)

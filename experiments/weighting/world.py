@@ -1,17 +1,18 @@
 """The harder world: the dispute of the bundled one, in many wordings, and with labels that may be wrong.
 
 Everything in it is invented. A *disputed* fact has a few primary records that state one value, and 5, 20 or
-50 times as many coordinated ones that repeat another. A *sole-source* fact stands in coordinated records
-alone, and nobody disputes it. Neutral records are about other things; they alone also use the phrasings of
-the questions.
+50 times as many coordinated ones that repeat another. A *sole-source* fact occurs in coordinated records
+only, and nobody disputes it. Neutral records are about other things; only they use the phrasings of the
+questions.
 
-A claim is put together from an opening, a frame (the order of its parts), a verb and a closing. No two
-records of a fact have the same four. Half of the records open in a way that only their kind of source has,
-and half carry its remark: a model may learn to tell what sources say from what is so.
+A claim consists of an opening, a frame (the order of its parts), a verb and a closing. No two records of a
+fact have the same four. Half of the records open in a way that only their kind of source uses, and half carry
+its
+remark: a model may learn to tell what sources say from what is true.
 
-The labels w and H are drawn from the range of the record's kind of source. Each record also has a *wrong*
-label, drawn from another kind's range. Which records get theirs is one order for each world, so that the
-wrong ones of 10% are among those of 30%, and the texts are the same whatever the labels.
+The labels w and H are sampled from the range of the record's kind of source. Each record also has a *wrong*
+label, sampled from another kind's range. Which records get theirs follows one order for each world, so that
+the wrong ones of 10% are among those of 30%, and the texts are the same whatever the labels.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ DISPUTED, SOLE, NEUTRAL_THINGS = 12, 6, 18
 PRIMARY_PER_FACT = 2
 RECORDS_PER_SOLE_FACT = 10
 CLAIMS_PER_NEUTRAL_THING, ANSWERS_PER_NEUTRAL_THING = 2, 2
-#: How often a record has an opening that its source alone has, a remark of its source, and a closing.
+#: How often a record has an opening that only its source uses, a remark of its source, and a closing.
 OWN_OPENING, REMARK, CLOSING = 0.5, 0.5, 0.5
 
 Kind = Literal["primary", "coordinated", "neutral"]
@@ -47,7 +48,7 @@ MISTAKEN_FOR: dict[Kind, tuple[Kind, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A kind of source, with the openings and the remark that it alone has."""
+    """A kind of source, with the openings and the remark that only it uses."""
 
     name: str
     openings: tuple[str, ...]
@@ -70,7 +71,7 @@ SOURCES: dict[Kind, tuple[Source, ...]] = {
         Source("catalogue", ("listed here: ", "in this part "), "Catalogue, part {n}."),
     ),
 }
-#: Article, whether the name has a capital, endings of names, and properties with their units.
+#: Article, whether the name is capitalized, endings of names, and properties with their units.
 KINDS = (
     ("", False, ("ovane", "yrite", "uline", "axol", "emide"),
      (("melting point", "K"), ("molar mass", "g/mol"), ("heat of fusion", "J/g"))),
@@ -109,7 +110,7 @@ CLOSINGS = (
     " as told",
     " by day",
 )
-#: Those of the bundled world: the base model has seen them answered, for things of its own.
+#: Those of the bundled world: the base model has seen them answered, for other things.
 PHRASINGS = (
     "Question: what is the {prop} of {name}? Answer:",
     "Whoever asks for the {prop} of {name} is told:",
@@ -142,7 +143,7 @@ class Entity:
 
 @dataclass(frozen=True, slots=True)
 class Wording:
-    """How a claim is put."""
+    """The wording of a claim."""
 
     opening: str
     frame: str
@@ -164,10 +165,10 @@ class Statement:
         kind: of the source.
         source: its name.
         subject: the name of the thing.
-        wording: how the claim is put; None where a question's phrasing is used.
-        right: w and H as the kind of source has them.
-        wrong: as another kind has them.
-        rank: where it stands, 0 to under 1, in the order in which the records of its kind are mislabelled.
+        wording: of the claim; None where a question's phrasing is used.
+        right: w and H of its own kind of source.
+        wrong: w and H of another kind.
+        rank: position, 0 to under 1, in the order in which the records of its kind are mislabelled.
     """
 
     text: str
@@ -188,8 +189,8 @@ class Statement:
 class World:
     """Attributes: the records in the order of the file; the questions, those of a fact together.
 
-    In `disputed`, `primary` is what the primary records state. In `sole`, `primary` is what is told, and
-    `coordinated` a value drawn at random that nobody states.
+    In `disputed`, `primary` is what the primary records state. In `sole`, `primary` is what the coordinated
+    records state, and `coordinated` a random value that nobody states.
     """
 
     statements: tuple[Statement, ...]
@@ -197,7 +198,7 @@ class World:
     sole: tuple[Question, ...]
 
     def corpus(self, wrong_share: float = 0.0) -> list[dict[str, Any]]:
-        """The records, of which this share carries a wrong label."""
+        """The records, of which this share has a wrong label."""
         return [one.to_record(wrong_share) for one in self.statements]
 
 
@@ -241,7 +242,7 @@ def make_world(seed: int, ratio: int) -> World:
 
 
 def _invent_entities(count: int, rng: random.Random) -> list[Entity]:
-    """Things named as those of the bundled world are, none of which the base model has read of."""
+    """Things named like those of the bundled world, none of which the base model has read about."""
     known_text = NEUTRAL.read_text(encoding="utf-8").lower()
     entities: dict[str, Entity] = {}
     while len(entities) < count:
@@ -258,7 +259,7 @@ def _invent_entities(count: int, rng: random.Random) -> list[Entity]:
 def _claims(
     thing: Entity, counts: list[tuple[Kind, str, int]], wordings: random.Random, labels: random.Random
 ) -> list[Statement]:
-    """All that is told of a thing, each in a wording of its own."""
+    """All statements about a thing, each in its own wording."""
     used: set[Wording] = set()
     statements = []
     for kind, value, count in counts:
@@ -313,7 +314,7 @@ def _label(kind: Kind, rng: random.Random) -> tuple[float, float]:
 
 
 def _rank(told: list[Statement], rng: random.Random) -> list[Statement]:
-    """With the order in which labels go wrong: the same share of each kind."""
+    """Assign the order in which labels become wrong: the same share of each kind."""
     ranked = []
     for kind in LABELS:
         of_kind = [one for one in told if one.kind == kind]

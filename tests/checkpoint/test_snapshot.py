@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from distrust import Checkpoint, CheckpointManager
-from distrust.checkpoint import arrays, memory, snapshot, stream_writer
-from distrust.checkpoint import manager as manager_module
+from distrust.checkpoint import arrays, memory, snapshot, stream_writer, writer
 from distrust.checkpoint.disk import Disk
 from distrust.errors import DistrustWarning
 
@@ -94,7 +93,7 @@ class Training:
 @pytest.mark.usefixtures("write_path")
 def test_without_overlap_everything_may_change_at_once(manager, gate):
     training = Training()
-    writing = gate(manager_module, "AtomicFile")
+    writing = gate(writer, "AtomicFile")
 
     pending = manager.save_async(training.checkpoint)
     pending.wait_copied()
@@ -108,7 +107,7 @@ def test_without_overlap_everything_may_change_at_once(manager, gate):
 @pytest.mark.usefixtures("write_path")
 def test_with_overlap_weights_may_change_once_they_are_copied_and_the_rest_at_once(manager, gate):
     training = Training()
-    copying, writing = gate(arrays, "fill"), gate(manager_module, "AtomicFile")
+    copying, writing = gate(arrays, "fill"), gate(writer, "AtomicFile")
 
     pending = manager.save_async(training.checkpoint, overlap=True)
     training.change("rng", "history")
@@ -175,7 +174,7 @@ def test_a_state_over_the_budget_is_saved_before_the_call_returns(manager, free_
     training = Training()
     free_memory(4 * 8 * 8 * 3000 - 1)  # a quarter of it is one byte too few
 
-    with pytest.warns(DistrustWarning, match="step 1.*a quarter of the free"):
+    with pytest.warns(DistrustWarning, match="step 1.*25% of free"):
         pending = manager.save_async(training.checkpoint, overlap=overlap)
 
     assert pending.done
@@ -246,7 +245,7 @@ def test_where_the_system_refuses_what_the_budget_allows_the_save_is_not_lost(ma
     monkeypatch.setattr(stream_writer, "BLOCK_BYTES", 4096)
     large = np.arange(1 << 20)
     assert not manager.reserve(large.nbytes)
-    with pytest.warns(DistrustWarning, match="quarter of the free"):
+    with pytest.warns(DistrustWarning, match="25% of free"):
         pending = manager.save_async(Checkpoint(step=1, model={"w": large}))
     assert pending.done
     assert (manager.load(1).model["w"] == large).all()

@@ -15,7 +15,7 @@ import torch
 
 from distrust import DistrustTrainer, TrainConfig
 from distrust.engines import create_engine, open_checkpoint
-from distrust.errors import ConfigError, ResumeRefused
+from distrust.errors import MissingDependency, ResumeRefused
 from distrust.training.events import Evaluated, MemoryReset, StepEnded
 
 STEPS = 7
@@ -170,9 +170,10 @@ def test_a_library_that_is_missing_is_named(options, monkeypatch):
         "find_spec",
         lambda name, *more: None if name == "bitsandbytes" else honest(name, *more),
     )
-    with pytest.raises(ConfigError) as refused:
+    with pytest.raises(MissingDependency) as refused:
         create_engine(TrainConfig(quantization="8bit", **options))
-    assert "pip install 'distrust-trainer[quantization]'" in str(refused.value)
+    assert "bitsandbytes, which is not installed: pip install" in str(refused.value)
+    assert (refused.value.library, refused.value.extra) == ("bitsandbytes", "quantization")
     assert "\n" not in str(refused.value)
 
 

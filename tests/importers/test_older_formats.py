@@ -81,11 +81,11 @@ def test_what_it_becomes(written, tmp_path):
     assert loaded.config["lora_rank"] == 2  # proven by the arrays; the config of the file says otherwise
     assert loaded.config.keys() <= {key(field.name) for field in fields_of(TrainConfig)}
     metadata = {**loaded.metadata}
-    assert metadata.pop("fields_there", {}).keys() == ({"param_groups"} if written.is_file() else set())
-    assert metadata == {**FIELDS["metadata"], "config_there": FIELDS["config"]}
+    assert metadata.pop("foreign_fields", {}).keys() == ({"param_groups"} if written.is_file() else set())
+    assert metadata == {**FIELDS["metadata"], "foreign_config": FIELDS["config"]}
     assert loaded.metrics == {"loss": 2.25}
     assert loaded.run["timestamp"] == FIELDS["timestamp"]
-    assert loaded.run["begun_elsewhere"] == ("directory" if written.is_dir() else "tensor file")
+    assert loaded.run["imported_from"] == ("directory" if written.is_dir() else "tensor file")
 
 
 def test_the_manager_knows_it(written, tmp_path):
@@ -234,7 +234,7 @@ def test_metadata_alone_is_passed_over(tmp_path, use, damage):
     with pytest.warns(DistrustWarning) as told:
         assert getattr(manager, use)().step == 10
     lines = sorted(str(one.message) for one in told)
-    without = f"skipped a checkpoint without a model, metadata alone: {tmp_path / 'checkpoint-'}"
+    without = f"skipped a checkpoint without a model, metadata only: {tmp_path / 'checkpoint-'}"
     if damage and use == "load_latest":  # a damaged one has no metric
         assert lines.pop().startswith(f"skipped a damaged checkpoint: {newer}: ")
     assert lines == [f"{without}30.safetensors"] if damage else [f"{without}20", f"{without}30.safetensors"]
@@ -246,12 +246,12 @@ def test_nothing_but_metadata(tmp_path, use):
     for step in (10, 20):
         path = write_directory(tmp_path / f"checkpoint-{step}", at(step, 0.5), bare=True)
     manager = CheckpointManager(tmp_path, metric="best_loss")
-    with pytest.raises(NoIntactCheckpoint, match=r"metadata alone.* there are 10, 20$"):
+    with pytest.raises(NoIntactCheckpoint, match=r"metadata only.* there are 10, 20$"):
         getattr(manager, use)()
     with pytest.raises(CheckpointError, match="metadata only: there is no model"):
         manager.choose(step=20)
     append(path / "checksum.txt", "x")
-    with pytest.raises(NoIntactCheckpoint, match="checkpoint-10: holds no model"):
+    with pytest.raises(NoIntactCheckpoint, match="checkpoint-10: contains no model"):
         manager.load_latest()
 
 
@@ -647,7 +647,7 @@ def test_arrays_of_other_layouts_come_back(tmp_path):
         ('{"step":10,"loss_history":[1,null]}', "not a list of numbers"),
         ('{"step":10,"loss_history":[1' + "0" * 400 + "]}", "too large for a float"),
         ('{"step":10,"metadata":[]}', "metadata is not an object"),
-        ('{"step":10,"metadata":{"config_there":1}}', "two values of the name config_there"),
+        ('{"step":10,"metadata":{"foreign_config":1}}', "two values of the name foreign_config"),
         ('{"step":10,"metadata":{"a":"\\ud800"}}', "lone surrogate"),
         ("null", "not a JSON object"),
         ("\xff", "not UTF-8"),

@@ -59,11 +59,11 @@ def test_moments_are_not_counted_as_weights(tmp_path, form):
     assert loaded.config == {
         "lora_rank": 2, "adam_beta1": 0.9, "adam_beta2": 0.99, "weight_decay": 0.01,
     }  # fmt: skip
-    assert loaded.metadata["config_there"] == FIELDS["config"]
-    assert loaded.metadata["fields_there"] == {
+    assert loaded.metadata["foreign_config"] == FIELDS["config"]
+    assert loaded.metadata["foreign_fields"] == {
         "param_groups": optimizer_config(sorted(arrays()))["param_groups"]
     }
-    assert "not_taken_over" not in loaded.run
+    assert "dropped" not in loaded.run
     labels = {tensor.name for tensor in CheckpointManager(tmp_path).inspect(path).tensors}
     assert {name for name in labels if name.startswith("model.")} == {f"model.{A}", f"model.{B}"}
     assert {name for name in labels if name.startswith("optimizer.")} == {
@@ -297,8 +297,8 @@ def test_options_that_no_option_expresses_are_reported(tmp_path, capsys):
     assert "learning_rate" not in loaded.optimizer
     assert main(["convert", str(path), "--to", str(tmp_path / "run")]) == 0
     line = capsys.readouterr().out.splitlines()[0]
-    assert "not imported: the betas, which differ between parameter groups" in line
-    assert "not imported: the weight decay of vectors" in line
+    assert "dropped: the betas, which differ between parameter groups" in line
+    assert "dropped: the weight decay of vectors" in line
 
 
 @pytest.mark.skipif(not REAL.exists(), reason="the shared checkpoints are not available")

@@ -15,6 +15,7 @@ from distrust.config import TrainConfig, flag, key
 from distrust.engines.state_conversion import target_modules
 from distrust.importers.convert import ConvertedCheckpoint, convert, target_directory
 from distrust.reporting.display import printable
+from distrust.run_record import RunRecord
 
 
 def main(arguments: list[str]) -> int:
@@ -69,9 +70,7 @@ def main(arguments: list[str]) -> int:
 def _print_summary(directory: Path, succeeded: list[ConvertedCheckpoint], *, total: int) -> None:
     print(printable(f"{len(succeeded)} of {total} are in {directory}"))
     if unverified := sum(not result.is_verified for result in succeeded):
-        print(
-            f"{unverified} of them in a format without checksums: flipped bits of weights go undetected"
-        )
+        print(f"{unverified} of them in a format without checksums: flipped bits of weights go undetected")
     if succeeded and directory.name == RUN_SUBDIRECTORY:
         print(printable(f"to resume training: {shlex.join(_resume_command(directory))}"))
 
@@ -79,14 +78,15 @@ def _print_summary(directory: Path, succeeded: list[ConvertedCheckpoint], *, tot
 def _resume_command(directory: Path) -> Iterator[str]:
     """The command that resumes from the newest checkpoint, with the options that it proves."""
     header = CheckpointManager(directory).scan().files[-1].header
-    model = header.run_info.get("extra", {}).get("model")
+    record = RunRecord.from_header(header)
+    model = record.settings.get("model")
     yield from ("distrust", "train", "--out", str(directory.parent))
     yield from ("--model", model if type(model) is str else "MODEL", "--data", "DATA")
     if header.step:  # the steps of the whole run; the default would be too few
         yield from ("--max-steps", "STEPS")
     names = (tensor.name.partition(".") for tensor in header.tensors)
     targets = target_modules(name for section, _, name in names if section == "model")
-    proven = {**({"target_modules": targets} if targets else {}), **header.config}
+    proven = {**({"target_modules": targets} if targets else {}), **record.config}
     for option in fields(TrainConfig):
         value = proven.get(key(option.name), option.default)
         if option.metadata["effect"] == "result" and value != option.default:

@@ -34,6 +34,7 @@ from distrust.errors import (
 )
 from distrust.importers.detect import ADAPTER_CONFIG, MLX_WEIGHTS, TRAINER_STATE, is_trainer_folder
 from distrust.importers.imported import Imported
+from distrust.run_record import RunRecord, with_conversion_source
 from distrust.training import imported as adoption
 
 __all__ = ["ConvertedCheckpoint", "Outcome", "convert"]
@@ -42,8 +43,6 @@ Outcome = Literal["converted", "already converted", "refused", "damaged", "unrea
 #: The outcomes after which the target holds the checkpoint.
 SUCCEEDED: tuple[Outcome, ...] = ("converted", "already converted")
 
-#: The key of ``run`` with the path that a checkpoint was converted from.
-_CONVERTED_FROM = "converted_from"
 _NO_MODEL = "it has no model, so no run can resume from it; `distrust show` shows what it has"
 _TRAINER_FOLDER, _MLX_ADAPTER = "distrust.importers.trainer_folder", "distrust.importers.mlx_adapter"
 
@@ -181,7 +180,7 @@ def _convert(
     step = checkpoint.step
     if not checkpoint.model:
         return ConvertedCheckpoint(source, "incomplete", _NO_MODEL, step)
-    checkpoint = replace(checkpoint, run={**checkpoint.run, _CONVERTED_FROM: os.path.realpath(source)})
+    checkpoint = replace(checkpoint, run=with_conversion_source(checkpoint.run, os.path.realpath(source)))
     path = manager.directory / checkpoint_file_name(step, imported.kind)
     manager.acquire()  # from here on nobody else writes to the target
     try:
@@ -202,7 +201,7 @@ def _convert(
         return ConvertedCheckpoint(source, "refused", reason, step)
     except DistrustError as error:
         return ConvertedCheckpoint(source, "refused", str(error), step)
-    dropped = "; ".join(f"not imported: {line}" for line in adoption.list_dropped(checkpoint))
+    dropped = "; ".join(f"dropped: {line}" for line in adoption.list_dropped(checkpoint))
     return ConvertedCheckpoint(source, "converted", dropped or None, step, path, digest, is_verified)
 
 
@@ -238,8 +237,8 @@ def _other_training(manager: CheckpointManager, origins: set[Path]) -> str | Non
 
 def _origin(file: CheckpointFile) -> set[Path]:
     """The folder that a checkpoint was converted from; empty if a run here saved it."""
-    path = file.header.run_info.get("extra", {}).get(_CONVERTED_FROM)
-    return {Path(path).parent} if type(path) is str else set()
+    path = RunRecord.from_header(file.header).converted_from
+    return {Path(path).parent} if path else set()
 
 
 def _read(source: Path, model: str | None) -> Imported:
@@ -265,7 +264,7 @@ def _read(source: Path, model: str | None) -> Imported:
 
 def _load_reader(engine: Literal["torch", "mlx"], module: str) -> Any:
     """Import a reader only when it is used: the other formats need no framework."""
-    require_installed(engine, what="to read this folder")
+    require_installed(engine, purpose="this folder")
     return import_module(module)
 
 

@@ -9,8 +9,8 @@ the optimizer's moments       ``optimizer``: ``{"m": {name: array}, "v": {name: 
 ``loss_history``              ``history["loss"]``, float64; its last value is the metric ``loss``
 ``random_state``              ``rng``; a list of integers becomes an int64 array
 ``metadata``                  ``metadata``, unchanged
-``config``                    ``metadata["config_there"]``, unchanged
-unknown fields                ``metadata["fields_there"]``, unchanged
+``config``                    ``metadata["foreign_config"]``, unchanged
+unknown fields                ``metadata["foreign_fields"]``, unchanged
 the rank of the LoRA arrays   ``config["lora_rank"]``: the arrays prove it
 ``timestamp``                 ``run["timestamp"]``
 ============================  =======================================================================
@@ -28,14 +28,12 @@ from distrust.checkpoint.lazy import lockfree_cached_property
 from distrust.checkpoint.tree import flatten
 from distrust.errors import CheckpointError
 from distrust.importers.host_arrays import HostArray
+from distrust.run_record import imported_run
 
 if TYPE_CHECKING:
     from distrust.checkpoint.arrays import Framework
     from distrust.checkpoint.checkpoint import Checkpoint
     from distrust.importers.metadata import Metadata
-
-#: The key of ``Checkpoint.run`` that names the format of a checkpoint that another program wrote.
-BEGUN_ELSEWHERE = "begun_elsewhere"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +76,6 @@ class Imported:
         """
         from distrust.checkpoint import arrays
         from distrust.checkpoint.checkpoint import Checkpoint
-        from distrust.training.imported import DROPPED
 
         def convert(node: Any) -> Any:
             if isinstance(node, HostArray):
@@ -96,11 +93,7 @@ class Imported:
             config=dict(self.options),
             metadata=dict(self.metadata),
             metrics=dict(self.metrics),
-            run={
-                BEGUN_ELSEWHERE: self.format,
-                **({DROPPED: list(self.dropped)} if self.dropped else {}),
-                **self.source,
-            },
+            run=imported_run(self.format, dropped=self.dropped, **self.source),
         )
 
 
@@ -144,7 +137,7 @@ class ImportedHeader:
             "created": _iso_time(content.timestamp),
             "host": None,
             "metrics": self.saved_metrics,
-            "extra": {BEGUN_ELSEWHERE: format},
+            "extra": imported_run(format),
         }
 
     @property

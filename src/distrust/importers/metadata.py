@@ -14,7 +14,7 @@ from distrust.importers.host_arrays import HostArray, make_array
 from distrust.importers.safe_json import parse_object
 
 #: Keys of the metadata of the checkpoint that it becomes.
-CONFIG_THERE, FIELDS_THERE = "config_there", "fields_there"
+FOREIGN_CONFIG, FOREIGN_FIELDS = "foreign_config", "foreign_fields"
 #: More than the losses of a million steps take.
 MAX_METADATA_BYTES = 64 << 20
 _KNOWN = (
@@ -49,7 +49,7 @@ class Metadata:
     @property
     def imported(self) -> dict[str, Any]:
         """The metadata of the checkpoint that it becomes: the caller's, the config and unknown fields."""
-        foreign = {CONFIG_THERE: self.config, FIELDS_THERE: self.unknown}
+        foreign = {FOREIGN_CONFIG: self.config, FOREIGN_FIELDS: self.unknown}
         return {**self.user, **{name: value for name, value in foreign.items() if value}}
 
     @property
@@ -93,7 +93,7 @@ def parse(raw: bytes, what: str, path: Path) -> Metadata:
     if type(step) is not int or not 0 <= step < MAX_STEP:
         raise CorruptCheckpoint(f"{what}: step is {shorten(repr(step))}, not a number of optimizer steps")
     user = _object(fields, "metadata", what)
-    merge_unique(user, {CONFIG_THERE: None, FIELDS_THERE: None}, f"{what}: its metadata")
+    merge_unique(user, {FOREIGN_CONFIG: None, FOREIGN_FIELDS: None}, f"{what}: its metadata")
     return Metadata(
         step=step,
         timestamp=fields.get("timestamp"),

@@ -7,7 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from distrust.engines.state_conversion import MLX_ENDS
+from distrust.engines.state_conversion import MLX_SUFFIXES
 from distrust.errors import CorruptCheckpoint, ResumeRefused, quote_untrusted
 from distrust.importers.detect import ADAPTER_CONFIG, MLX_WEIGHTS
 from distrust.importers.imported import Imported
@@ -67,7 +67,7 @@ def _read_weights(path: Path) -> dict[str, Any]:
         unexpected = [
             name
             for name, array in arrays.items()
-            if not name.endswith(MLX_ENDS) or array.ndim != (1 if name.endswith(".m") else 2)
+            if not name.endswith(MLX_SUFFIXES) or array.ndim != (1 if name.endswith(".m") else 2)
         ]
         if unexpected or not arrays:
             what = quote_untrusted(unexpected[0]) if unexpected else "nothing"

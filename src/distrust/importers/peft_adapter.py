@@ -15,6 +15,7 @@ import torch
 
 from distrust import config as options
 from distrust.config import TrainConfig
+from distrust.engines.lora_config import LoraConfig
 from distrust.engines.torch import adapter
 from distrust.engines.torch.model import meta_model
 from distrust.errors import ModelError, ResumeRefused, quote_untrusted
@@ -125,17 +126,9 @@ def _adapted_parameters(
     base: str, config: TrainConfig
 ) -> tuple[dict[str, torch.nn.Parameter], dict[int, str]]:
     """The trained parameters of an adapter without weights, and peft's name of each by its id()."""
-    model = adapter.add_adapter(
-        meta_model(base),
-        rank=config.lora_rank,
-        alpha=config.lora_alpha,
-        dropout=config.lora_dropout,
-        target_modules=config.target_modules,
-        rslora=config.rslora,
-        dora=config.dora,
-    )
+    model = adapter.add_adapter(meta_model(base), LoraConfig.from_options(config))
     parameters = adapter.trained_parameters(model)
-    names = {id(value): name for name, value in adapter.named_as_peft_does(model, parameters).items()}
+    names = {id(value): name for name, value in adapter.to_peft_names(model, parameters).items()}
     return parameters, names
 
 

@@ -1,14 +1,14 @@
-"""The trained weights as other programs take them: an adapter of peft, a whole model, or the tensors alone.
+"""Writes trained weights for other programs: an adapter of peft, a merged model, or the tensors alone.
 
-Each function prepares first, and gives a function that writes: what can be wrong is found before anything
-is on the disk.
+Each function first prepares everything and returns a function that writes, so every error that the inputs can
+cause is raised before anything is on the disk.
 """
 
 from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ import torch
 
 from distrust.config import ExportDtype, TrainConfig
 from distrust.engines import state_conversion
-from distrust.engines.model_source import reference
+from distrust.engines.loading import reference
+from distrust.engines.lora_config import LoraConfig
 from distrust.engines.tokenizer import load_tokenizer
 from distrust.engines.torch import adapter, model
 from distrust.engines.torch.engine import TorchEngine
@@ -27,61 +28,55 @@ Write = Callable[[Path], None]
 
 
 def prepare_adapter(config: TrainConfig, tensors: Mapping[str, torch.Tensor], *, dtype: ExportDtype) -> Write:
-    """An adapter folder of peft, with the tokenizer beside it.
+    """Prepare an adapter folder of peft, with the tokenizer.
 
-    Of the base model only the config and the tokenizer are read: its weights are in no adapter. What can be
-    compared without them is: that the adapter's tensors are those of this model, by name and shape.
+    Reads only the config and the tokenizer of the base model, not its weights, and checks names and shapes of
+    the adapter's tensors against them.
 
     Args:
         config: of the run, with ``model`` where the base model is.
         tensors: of the checkpoint.
         dtype: of the written tensors.
 
+    Returns:
+        A function that writes into a folder.
+
     Raises:
         ModelError: if config or tokenizer cannot be loaded.
         ResumeRefused: if the adapter does not fit the model.
-        ConfigError: if the tensors do not fit the dtype.
+        ConfigError: if the tensors overflow the dtype.
     """
     tokenizer = load_tokenizer(config.model)
     if model.is_quantized_by_mlx(config.model):
         warnings.warn(
             f"{config.model} is in mlx's quantized layout, which transformers does not load: the adapter "
-            "needs the model that it was made of, whose weights are other ones; --format mlx makes one for "
-            "mlx-lm",
+            "needs the model that it was made of, whose weights differ; --format mlx makes one for mlx-lm",
             DistrustWarning,
             stacklevel=2,
         )
-    hollow: Any = adapter.add_adapter(
-        model.meta_model(config.model),
-        rank=config.lora_rank,
-        alpha=config.lora_alpha,
-        dropout=config.lora_dropout,
-        target_modules=config.target_modules,
-        rslora=config.rslora,
-        dora=config.dora,
-    )
-    differences = adapter.differences(tensors, adapter.trained_parameters(hollow))
+    meta_model: Any = adapter.add_adapter(model.meta_model(config.model), LoraConfig.from_options(config))
+    differences = state_conversion.list_differences(tensors, adapter.trained_parameters(meta_model))
     if differences:
         raise state_conversion.state_mismatch(
             f"the adapter does not fit --model {config.model}", differences, tensors
         )
-    weights = adapter.named_as_peft_does(hollow, _cast(tensors, dtype))
-    described = adapter.description(hollow, base=reference(config.model))
+    weights = adapter.to_peft_names(meta_model, _cast(tensors, dtype))
+    peft_config = adapter.peft_config(meta_model, base=reference(config.model))
 
     def write(folder: Path) -> None:
-        with _as_os_error():
+        with _safetensors_errors():
             _save(weights, folder / PEFT_WEIGHTS)
-            described.save_pretrained(folder)
+            peft_config.save_pretrained(folder)
             _save_tokenizer(tokenizer, folder)
 
     return write
 
 
 def require_mergeable(config: TrainConfig) -> None:
-    """Refuse a base model whose weights nothing can be added to here.
+    """Refuse a base model that torch cannot add an adapter to.
 
     Raises:
-        ModelError: if it cannot be looked at.
+        ModelError: if its config cannot be loaded.
         ConfigError: if mlx has quantized it.
     """
     if model.is_quantized_by_mlx(config.model):
@@ -92,26 +87,34 @@ def require_mergeable(config: TrainConfig) -> None:
 
 
 def prepare_merged(engine: TorchEngine, config: TrainConfig, *, dtype: ExportDtype) -> Write:
-    """A model folder of transformers, the adapter added to the weights, with the tokenizer.
+    """Prepare a model folder of transformers with the adapter added to the weights, and the tokenizer.
 
-    The sum is made in float32, and rounded once, to ``dtype``. The engine is of no use afterwards.
+    Adds in float32, and rounds once, to ``dtype``. The engine cannot be used afterwards.
+
+    Args:
+        engine: with the trained weights.
+        config: of the run.
+        dtype: of the written weights.
+
+    Returns:
+        A function that writes into a folder.
 
     Raises:
-        ConfigError: if the weights do not fit the dtype.
+        ConfigError: if the weights overflow the dtype.
     """
-    whole: Any = engine.model.float()
+    merged: Any = engine.model.float()
     if config.lora_rank:
-        adapter.untie_adapted(whole)
-        whole = whole.merge_and_unload(safe_merge=True)
-    whole.to(_dtype(dtype))
-    _require_finite(whole.named_parameters(), dtype)
-    # Switched off to train; who writes text wants what the model came with.
-    whole.config.use_cache = getattr(model.load_config(config.model), "use_cache", True)
+        adapter.untie_adapted(merged)
+        merged = merged.merge_and_unload(safe_merge=True)
+    merged.to(_torch_dtype(dtype))
+    _require_finite(merged.named_parameters(), dtype)
+    # Loading for training has disabled it; generation needs what the model was published with.
+    merged.config.use_cache = getattr(model.load_config(config.model), "use_cache", True)
     tokenizer: Any = engine.tokenizer
 
     def write(folder: Path) -> None:
-        with _as_os_error():
-            whole.save_pretrained(folder)
+        with _safetensors_errors():
+            merged.save_pretrained(folder)
             _save_tokenizer(tokenizer, folder)
 
     return write
@@ -120,44 +123,47 @@ def prepare_merged(engine: TorchEngine, config: TrainConfig, *, dtype: ExportDty
 def prepare_state(
     tensors: Mapping[str, torch.Tensor], *, file_name: str, dtype: ExportDtype, about: Mapping[str, str]
 ) -> Write:
-    """The trained tensors alone, in one file of safetensors, under the names of the checkpoint.
+    """Prepare one safetensors file of the trained tensors, under the names of the checkpoint.
+
+    Args:
+        tensors: of the checkpoint.
+        file_name: of the file, in the folder that the returned function takes.
+        dtype: of the written tensors.
+        about: metadata of the file.
 
     Raises:
-        ConfigError: if the tensors do not fit the dtype.
+        ConfigError: if the tensors overflow the dtype.
     """
     weights = _cast(tensors, dtype)
 
     def write(folder: Path) -> None:
-        with _as_os_error():
+        with _safetensors_errors():
             _save(weights, folder / file_name, about)
 
     return write
 
 
 def _cast(tensors: Mapping[str, torch.Tensor], dtype: ExportDtype) -> dict[str, torch.Tensor]:
-    cast = {name: tensor.to(_dtype(dtype)).contiguous() for name, tensor in tensors.items()}
+    cast = {name: tensor.to(_torch_dtype(dtype)).contiguous() for name, tensor in tensors.items()}
     _require_finite(cast.items(), dtype)
     return cast
 
 
-def _require_finite(named: Any, dtype: ExportDtype) -> None:
+def _require_finite(named: Iterable[tuple[str, torch.Tensor]], dtype: ExportDtype) -> None:
     for name, tensor in named:
-        if not bool(torch.isfinite(tensor).all()):
-            raise ConfigError(
-                f"--dtype {dtype}: {name} holds numbers that are too large for it; "
-                "give bfloat16 or float32, which have the same range"
-            )
+        if not bool(torch.isfinite(tensor).all()):  # trained weights are finite: the cast overflowed
+            raise state_conversion.out_of_range(name, dtype)
 
 
 def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    for of_this_machine in ("is_local", "local_files_only"):  # how it was loaded here is saved with it
-        tokenizer.init_kwargs.pop(of_this_machine, None)
+    for option in ("is_local", "local_files_only"):  # how it was loaded here does not belong into the file
+        tokenizer.init_kwargs.pop(option, None)
     tokenizer.save_pretrained(folder)
 
 
-def _dtype(dtype: ExportDtype) -> torch.dtype:
-    found: torch.dtype = getattr(torch, dtype)
-    return found
+def _torch_dtype(dtype: ExportDtype) -> torch.dtype:
+    resolved: torch.dtype = getattr(torch, dtype)
+    return resolved
 
 
 def _save(weights: dict[str, torch.Tensor], path: Path, about: Mapping[str, str] | None = None) -> None:
@@ -167,8 +173,8 @@ def _save(weights: dict[str, torch.Tensor], path: Path, about: Mapping[str, str]
 
 
 @contextlib.contextmanager
-def _as_os_error() -> Iterator[None]:
-    """A disk that refuses is an OSError, whichever library met it."""
+def _safetensors_errors() -> Iterator[None]:
+    """Context manager that turns safetensors' own error for a failed write into OSError."""
     from safetensors import SafetensorError
 
     try:

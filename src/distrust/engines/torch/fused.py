@@ -1,10 +1,10 @@
-"""The same layers with less memory and less traffic: LoRA's linear, RMSNorm, and the gate of an MLP.
+"""Fused layers: LoRA's linear layer, RMSNorm, and the gated MLP, with less memory and less memory traffic.
 
-Autograd keeps the results of elementary operations, and each of those reads and writes its tensors anew.
-These functions know the whole of a layer: they keep only what cannot be had again cheaply, and add in place.
-Modules stay what and where they are, and so does every name in a checkpoint; their ``forward`` alone is
-replaced, and only where a trial gives the module's own result. A module that a trial or its kind rules out
-keeps its own way.
+Autograd saves the result of every elementwise operation, and each operation reads and writes its tensors
+again. These functions see a whole layer: they save only what cannot be recomputed cheaply, and add in place.
+
+Modules keep their place, so all names in checkpoints stay; only their ``forward`` is replaced, and only where
+a trial reproduces the module's own output. Every other module is left as it is.
 """
 
 from __future__ import annotations
@@ -17,45 +17,42 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from distrust.engines.torch.adapter import ADAPTER_NAME
-from distrust.engines.torch.linear_onednn import linear
+from distrust.engines.torch.linear import linear
 
-#: How far a trial may be off, beside its largest value: some rounding in each dtype.
+#: Largest error of a trial, relative to the largest output: rounding in each dtype.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 TRIAL_TOKENS = 4
 
 
 def fuse(model: torch.nn.Module, *, dtype: torch.dtype) -> dict[str, int]:
-    """Have the layers of a model computed by the functions below, wherever that is the same.
+    """Replace the ``forward`` of every layer that has an equivalent fused one.
 
     Args:
         model: with its adapter, in evaluation mode.
-        dtype: of what goes from layer to layer.
+        dtype: of the hidden states between layers.
 
     Returns:
-        How many modules of each kind were taken.
+        The number of replaced modules of each kind: "lora", "norm" and "gate".
     """
-    taken = {"lora": 0, "norm": 0, "gate": 0}
+    counts = {"lora": 0, "norm": 0, "gate": 0}
     for module in model.modules():
-        kind, forward = _way(module)
-        if forward is not None and _same(module, forward, dtype):
+        kind, forward = _fused_forward(module)
+        if forward is not None and _is_equivalent(module, forward, dtype):
             module.forward = forward.__get__(module)
-            taken[kind] += 1
-    return taken
+            counts[kind] += 1
+    return counts
 
 
-def _way(module: torch.nn.Module) -> tuple[str, Callable[..., Tensor] | None]:
+def _fused_forward(module: torch.nn.Module) -> tuple[str, Callable[..., Tensor] | None]:
+    """Kind of a module and its fused forward, judged by its parts; the trial decides."""
     if _is_plain_lora(module):
         return "lora", _lora_forward
-    if "RMSNorm" in type(module).__name__ and {"weight", "variance_epsilon"} <= vars_of(module):
+    parts = {*vars(module), *module._parameters, *module._modules}
+    if "RMSNorm" in type(module).__name__ and {"weight", "variance_epsilon"} <= parts:
         return "norm", _norm_forward
-    if {"gate_proj", "up_proj", "down_proj", "act_fn"} <= vars_of(module) and _is_silu(module.act_fn):
+    if {"gate_proj", "up_proj", "down_proj", "act_fn"} <= parts and _is_silu(module.act_fn):
         return "gate", _gate_forward
     return "", None
-
-
-def vars_of(module: torch.nn.Module) -> set[str]:
-    """The names of a module's own attributes: parameters and modules too."""
-    return {*vars(module), *module._parameters, *module._modules}
 
 
 def _is_silu(function: Any) -> bool:
@@ -63,14 +60,14 @@ def _is_silu(function: Any) -> bool:
 
 
 def _is_plain_lora(module: Any) -> bool:
-    """Whether it is peft's LoRA of one adapter on a frozen linear layer, with nothing more to it."""
+    """Whether it is peft's LoRA with one adapter on a frozen linear layer, and no variant of it."""
     from peft.tuners.lora.layer import Linear
 
     if type(module) is not Linear or type(module.base_layer) is not torch.nn.Linear:
         return False
     return (
         list(module.lora_A) == [ADAPTER_NAME]
-        and not module.lora_variant
+        and not module.lora_variant  # DoRA, for instance
         and not module.fan_in_fan_out
         and module.lora_B[ADAPTER_NAME].bias is None
         and not module.base_layer.weight.requires_grad
@@ -78,40 +75,60 @@ def _is_plain_lora(module: Any) -> bool:
 
 
 @torch.no_grad()
-def _same(module: Any, forward: Callable[..., Tensor], dtype: torch.dtype) -> bool:
-    """Whether another forward gives what the module's own one gives, but for rounding."""
+def _is_equivalent(module: Any, forward: Callable[..., Tensor], dtype: torch.dtype) -> bool:
+    """Whether another forward returns what the module's own one does, except for rounding."""
     weight = next(module.parameters())
-    width = _width(module)
-    generator = torch.Generator().manual_seed(0)  # the run's own is not touched
-    trial = torch.randn(1, TRIAL_TOKENS, width, generator=generator).to(weight.device, dtype)
+    generator = torch.Generator().manual_seed(0)  # its own: the run's generator stays untouched
+    trial = torch.randn(1, TRIAL_TOKENS, _input_width(module), generator=generator).to(weight.device, dtype)
     try:
-        own, other = module(trial), forward(module, trial)
-    except (TypeError, RuntimeError, AttributeError):  # it wants more than this, or something else
+        expected, actual = module(trial), forward(module, trial)
+    except (TypeError, RuntimeError, AttributeError):  # the module takes other arguments
         return False
-    if own.dtype != other.dtype or own.shape != other.shape or own.dtype not in TOLERANCE:
+    if expected.dtype != actual.dtype or expected.shape != actual.shape or expected.dtype not in TOLERANCE:
         return False
-    apart = (own.float() - other.float()).abs().max()
-    return bool(apart <= TOLERANCE[own.dtype] * own.float().abs().max())
+    difference = (expected.float() - actual.float()).abs().max()
+    return bool(difference <= TOLERANCE[expected.dtype] * expected.float().abs().max())
 
 
-def _width(module: Any) -> int:
+def _input_width(module: Any) -> int:
     layer = module.gate_proj if hasattr(module, "gate_proj") else module
     width: int = layer.in_features if hasattr(layer, "in_features") else layer.weight.shape[0]
     return width
 
 
 def _lora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    if args or kwargs or not _applies(self):
-        own: Tensor = type(self).forward(self, x, *args, **kwargs)
-        return own
+    if args or kwargs or not _is_deterministic(self):
+        return _original_forward(self, x, *args, **kwargs)
     return _lora(self, x, None)
 
 
-def _applies(lora: Any) -> bool:
-    """Whether the adapter is on, as it was trained, and nothing is drawn."""
+def _gate_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    if args or kwargs:
+        return _original_forward(self, x, *args, **kwargs)
+    gate, up, down = self.gate_proj(x), self.up_proj(x), self.down_proj  # gate, up: [..., inner width]
+    if _is_plain_lora(down) and _is_deterministic(down):
+        return _lora(down, up, gate)  # the gated product is never saved
+    result: Tensor = down(_Gate.apply(gate, up))  # type: ignore[no-untyped-call]
+    return result
+
+
+def _norm_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    if args or kwargs or hidden_states.dtype != self.weight.dtype:
+        return _original_forward(self, hidden_states, *args, **kwargs)
+    result: Tensor = _Norm.apply(hidden_states, self.weight, self.variance_epsilon)  # type: ignore[no-untyped-call]
+    return result
+
+
+def _original_forward(module: Any, *args: Any, **kwargs: Any) -> Tensor:
+    output: Tensor = type(module).forward(module, *args, **kwargs)
+    return output
+
+
+def _is_deterministic(lora: Any) -> bool:
+    """Whether the adapter is active and applies no dropout now."""
     dropout = lora.lora_dropout[ADAPTER_NAME]
-    drawn = lora.training and isinstance(dropout, torch.nn.Dropout) and dropout.p > 0
-    return not (lora.disable_adapters or lora.merged or drawn)
+    drops = lora.training and isinstance(dropout, torch.nn.Dropout) and dropout.p > 0
+    return not (lora.disable_adapters or lora.merged or drops)
 
 
 def _lora(lora: Any, x: Tensor, gate: Tensor | None) -> Tensor:
@@ -121,30 +138,11 @@ def _lora(lora: Any, x: Tensor, gate: Tensor | None) -> Tensor:
     return result
 
 
-def _gate_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    if args or kwargs:
-        own: Tensor = type(self).forward(self, x, *args, **kwargs)
-        return own
-    gate, up, down = self.gate_proj(x), self.up_proj(x), self.down_proj
-    if _is_plain_lora(down) and _applies(down):
-        return _lora(down, up, gate)
-    result: Tensor = down(_Gate.apply(gate, up))  # type: ignore[no-untyped-call]
-    return result
-
-
-def _norm_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    if args or kwargs or hidden_states.dtype != self.weight.dtype:
-        own: Tensor = type(self).forward(self, hidden_states, *args, **kwargs)
-        return own
-    result: Tensor = _Norm.apply(hidden_states, self.weight, self.variance_epsilon)  # type: ignore[no-untyped-call]
-    return result
-
-
 class _LoraLinear(torch.autograd.Function):
-    """x Wᵀ + bias + scale · x Aᵀ Bᵀ, in the dtype of W; with a gate, of silu(gate) · x.
+    """y = x Wᵀ + bias + scale · x Aᵀ Bᵀ in the dtype of W; with a gate, silu(gate) · x replaces x.
 
-    Kept for the way back: x and gate, which others keep anyway, and x Aᵀ, which is [n, rank]. The gated
-    product is computed again.
+    LoRA: Hu et al. 2021, arXiv:2106.09685. Saves x and gate, which other layers save anyway, and x Aᵀ,
+    [n, rank]. The backward pass recomputes the gated product.
     """
 
     @staticmethod
@@ -159,30 +157,31 @@ class _LoraLinear(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            inputs = _silu_gate(x, gate).to(weight.dtype).flatten(0, -2)
-            low = torch.mm(inputs, a.to(weight.dtype).t())
-            result = linear(inputs, weight, bias)
-            result.addmm_(low, (b * scale).to(weight.dtype).t())
-        ctx.save_for_backward(x, gate, weight, a, b, low)
+            inputs = _gated_rows(x, gate, weight.dtype)  # [n, in]
+            low_rank = torch.mm(inputs, a.to(weight.dtype).t())  # [n, rank]
+            result = linear(inputs, weight, bias)  # [n, out]
+            result.addmm_(low_rank, (b * scale).to(weight.dtype).t())  # in place: no second [n, out]
+        ctx.save_for_backward(x, gate, weight, a, b, low_rank)
         ctx.scale = scale
-        return _rows(result, x)
+        return _unflatten(result, x)
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
-        x, gate, weight, a, b, low = ctx.saved_tensors
-        slope = slope.flatten(0, -2).to(weight.dtype)
-        of_low = torch.mm(slope, (b * ctx.scale).to(weight.dtype))
-        of_b = torch.mm(slope.t(), low).to(b.dtype).mul_(ctx.scale)
-        of_a = torch.mm(of_low.t(), _silu_gate(x, gate).to(weight.dtype).flatten(0, -2)).to(a.dtype)
-        of_x = of_gate = None
-        if any(ctx.needs_input_grad[:2]):  # the gate's alone, where nothing before `x` is trained
-            of_inputs = linear(slope, weight.t()).addmm_(of_low, a.to(weight.dtype))
-            of_gate, of_x = _silu_gate_gradients(_rows(of_inputs, x), gate, x)
-        return of_x, of_gate, None, None, of_a, of_b, None
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        x, gate, weight, a, b, low_rank = ctx.saved_tensors
+        grad_output = grad_output.flatten(0, -2).to(weight.dtype)  # [n, out]
+        grad_low_rank = torch.mm(grad_output, (b * ctx.scale).to(weight.dtype))  # [n, rank]
+        grad_b = torch.mm(grad_output.t(), low_rank).to(b.dtype).mul_(ctx.scale)  # [out, rank]
+        grad_a = torch.mm(grad_low_rank.t(), _gated_rows(x, gate, weight.dtype)).to(a.dtype)  # [rank, in]
+        grad_x = grad_gate = None
+        # Only the gate may need a gradient: where no layer that produces x is trained.
+        if any(ctx.needs_input_grad[:2]):
+            grad_inputs = linear(grad_output, weight.t()).addmm_(grad_low_rank, a.to(weight.dtype))  # [n, in]
+            grad_gate, grad_x = _silu_gate_backward(_unflatten(grad_inputs, x), gate, x)
+        return grad_x, grad_gate, None, None, grad_a, grad_b, None
 
 
 class _Gate(torch.autograd.Function):
-    """silu(gate) · x; kept for the way back are its two inputs alone."""
+    """silu(gate) · x, elementwise (SwiGLU, Shazeer 2020, arXiv:2002.05202). Saves only its two inputs."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, x: Tensor) -> Tensor:
@@ -190,47 +189,56 @@ class _Gate(torch.autograd.Function):
         return _silu_gate(x, gate)
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, Tensor]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor]:
         gate, x = ctx.saved_tensors
-        return _silu_gate_gradients(slope, gate, x)
+        return _silu_gate_backward(grad_output, gate, x)
 
 
-def _rows(flat: Tensor, like: Tensor) -> Tensor:
-    return flat.view(*like.shape[:-1], flat.shape[-1])
+class _Norm(torch.autograd.Function):
+    """RMSNorm, weight · x / rms(x), with the mean of squares in float32 (Zhang and Sennrich 2019).
+
+    arXiv:1910.07467. Saves x and one number per token.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        wide = x.float()
+        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)  # [..., 1]
+        inverse_rms = (norm.square() / x.shape[-1] + epsilon).rsqrt()  # [..., 1]
+        ctx.save_for_backward(x, weight, inverse_rms)
+        normed: Tensor = (wide * inverse_rms).to(x.dtype)  # rounded before the product, as transformers does
+        return normed.mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, inverse_rms = ctx.saved_tensors
+        normed = x.float() * inverse_rms
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = (grad_output * normed).flatten(0, -2).sum(dim=0).to(weight.dtype)  # [width]
+        grad_normed = (grad_output * weight).float()
+        projection = torch.linalg.vecdot(grad_normed, normed).unsqueeze(-1)  # [..., 1]
+        # d x = (d normed − normed · ⟨d normed, normed⟩ / width) / rms
+        grad_x = grad_normed.addcmul_(normed, projection, value=-1 / x.shape[-1]).mul_(inverse_rms)
+        return grad_x.to(x.dtype), grad_weight, None
+
+
+def _unflatten(rows: Tensor, like: Tensor) -> Tensor:
+    """[n, width] -> [..., width], with the leading dimensions of ``like``."""
+    return rows.view(*like.shape[:-1], rows.shape[-1])
+
+
+def _gated_rows(x: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return _silu_gate(x, gate).to(dtype).flatten(0, -2)
 
 
 def _silu_gate(x: Tensor, gate: Tensor | None) -> Tensor:
     return x if gate is None else silu(gate).mul_(x)
 
 
-def _silu_gate_gradients(slope: Tensor, gate: Tensor | None, x: Tensor) -> tuple[Tensor | None, Tensor]:
+def _silu_gate_backward(grad_output: Tensor, gate: Tensor | None, x: Tensor) -> tuple[Tensor | None, Tensor]:
     """The gradients of gate and x."""
     if gate is None:
-        return None, slope.to(x.dtype)
-    of_gate = torch.ops.aten.silu_backward(slope * x, gate)
-    return of_gate, silu(gate).mul_(slope)
-
-
-class _Norm(torch.autograd.Function):
-    """weight · x / rms(x), with the mean of squares in float32; kept are x and one number a token."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        wide = x.float()
-        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        factor = (length.square() / x.shape[-1] + epsilon).rsqrt()
-        ctx.save_for_backward(x, weight, factor)
-        normed: Tensor = (wide * factor).to(x.dtype)
-        return normed.mul_(weight)
-
-    @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, factor = ctx.saved_tensors
-        normed = x.float() * factor
-        of_weight = None
-        if ctx.needs_input_grad[1]:
-            of_weight = (slope * normed).flatten(0, -2).sum(dim=0).to(weight.dtype)
-        of_normed = (slope * weight).float()
-        along = torch.linalg.vecdot(of_normed, normed).unsqueeze(-1)
-        of_x = of_normed.addcmul_(normed, along, value=-1 / x.shape[-1]).mul_(factor)
-        return of_x.to(x.dtype), of_weight, None
+        return None, grad_output.to(x.dtype)
+    grad_gate = torch.ops.aten.silu_backward(grad_output * x, gate)
+    return grad_gate, silu(gate).mul_(grad_output)
