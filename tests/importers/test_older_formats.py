@@ -171,7 +171,7 @@ def test_no_line_is_longer_than_a_screen(tmp_path, capsys):
     numbers = {"best_loss": int("1234" * 1000), "low": -(10**3998), "tokens": 1234567, "text": "x" * 10**6}
     path = write_directory(tmp_path / "checkpoint-10", {**FIELDS, "metadata": numbers, "timestamp": None})
     assert main(["ls", str(tmp_path)]) == 0
-    assert "best_loss 1.234e+3999  loss 2.25  low -1.000e+3998  tokens 1,234,567" in (told := said(capsys))
+    assert "best_loss 1.234e+3999  loss 2.250  low -1.000e+3998  tokens 1,234,567" in (told := said(capsys))
     assert max(map(len, told.splitlines())) < 200
     told = shown(capsys, path)
     assert "  best_loss: 1.234e+3999" in told
