@@ -11,8 +11,7 @@ import pytest
 from states import as_tensor
 
 from distrust import Checkpoint, CheckpointManager
-from distrust.checkpoint import arrays, memory, snapshot, stream_writer
-from distrust.checkpoint import manager as manager_module
+from distrust.checkpoint import arrays, memory, snapshot, stream_writer, writer
 from distrust.checkpoint.disk import Disk
 from distrust.errors import DistrustWarning
 
@@ -95,7 +94,7 @@ class Training:
 @pytest.mark.usefixtures("write_path")
 def test_without_overlap_the_caller_may_modify_everything_at_once(manager, gate):
     training = Training()
-    writing = gate(manager_module, "AtomicFile")
+    writing = gate(writer, "AtomicFile")
 
     pending = manager.save_async(training.checkpoint)
     pending.wait_copied()
@@ -109,7 +108,7 @@ def test_without_overlap_the_caller_may_modify_everything_at_once(manager, gate)
 @pytest.mark.usefixtures("write_path")
 def test_with_overlap_the_caller_may_modify_weights_after_wait_copied(manager, gate):
     training = Training()
-    copying, writing = gate(arrays, "fill"), gate(manager_module, "AtomicFile")
+    copying, writing = gate(arrays, "fill"), gate(writer, "AtomicFile")
 
     pending = manager.save_async(training.checkpoint, overlap=True)
     training.modify("rng", "history")
@@ -175,7 +174,7 @@ def test_state_over_the_memory_budget_is_saved_synchronously(manager, free_memor
     training = Training()
     free_memory(4 * 8 * 8 * 3000 - 1)  # a quarter of it is one byte less than the state
 
-    with pytest.warns(DistrustWarning, match="step 1.*a quarter of the free"):
+    with pytest.warns(DistrustWarning, match="step 1.*25% of free"):
         pending = manager.save_async(training.checkpoint, overlap=overlap)
 
     assert pending.done
@@ -246,7 +245,7 @@ def test_save_is_synchronous_if_the_system_refuses_memory_within_the_budget(mana
     monkeypatch.setattr(stream_writer, "BLOCK_BYTES", 4096)
     large = np.arange(1 << 20)
     assert not manager.reserve(large.nbytes)
-    with pytest.warns(DistrustWarning, match="quarter of the free"):
+    with pytest.warns(DistrustWarning, match="25% of free"):
         pending = manager.save_async(Checkpoint(step=1, model={"w": large}))
     assert pending.done
     assert (manager.load(1).model["w"] == large).all()

@@ -167,9 +167,9 @@ def test_changing_the_callers_weights_later_changes_no_batch():
     [
         ({"weights": np.ones(3)}, "weights must be one per example"),
         ({"distrust": np.ones((2, 1))}, "distrust must be one per example"),
-        ({"sampler": EpochSampler(3, seed=0)}, "an order of 3 sequences for 2 rows"),
-        ({"batch_size": 0}, "a step needs a row"),
-        ({"gradient_accumulation": 0}, "a step needs a row"),
+        ({"sampler": EpochSampler(3, seed=0)}, "the sampler has 3 rows, the data 2"),
+        ({"batch_size": 0}, "a step needs at least one row"),
+        ({"gradient_accumulation": 0}, "a step needs at least one row"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(change, words):
@@ -190,5 +190,5 @@ def test_steps_and_batches_have_a_first_one():
     batches = Batches(corpus, batch_size=1, gradient_accumulation=1, pad_token_id=PAD, **parts)
     with pytest.raises(ValueError, match="counted from 1"):
         batches.step(0)
-    with pytest.raises(ValueError, match="needs an example"):
+    with pytest.raises(ValueError, match="needs at least one example"):
         next(evaluation_batches(corpus, batch_size=0, pad_token_id=PAD))

@@ -96,7 +96,7 @@ def kept(cache, reading, *, key=KEY, tokenizer=TOKENIZER):
 
 
 def entry(cache):
-    return cache.folder / "tokens-2" / KEY
+    return cache.folder / "tokens-3" / KEY
 
 
 def test_it_is_made_once_and_is_what_it_would_be_in_memory(data, cache):
@@ -155,7 +155,7 @@ def test_what_is_damaged_is_made_again(data, cache, file, how):
     path.unlink()  # what is mapped stays what it was
     if how != "gone":
         path.write_bytes(damaged[how])
-    with pytest.warns(DistrustWarning, match="are damaged .* made again"):
+    with pytest.warns(DistrustWarning, match="are damaged .*; tokenizing again"):
         corpus, made = kept(cache, reading)
     assert made
     assert corpus.fingerprint == whole.fingerprint
@@ -240,7 +240,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(data, cache, monkeypatch):
             device.write(b"x")
 
     monkeypatch.setattr(cache_module, "_append", full)
-    with pytest.raises(ConfigError, match="cannot be written there: No space left on device; give another"):
+    with pytest.raises(ConfigError, match="cannot write the tokens: No space left on device; give another"):
         kept(cache, reading_of(data))
     assert list(entry(cache).parent.iterdir()) == []
 

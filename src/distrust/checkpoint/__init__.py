@@ -10,17 +10,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from distrust.checkpoint.background import PendingSave
     from distrust.checkpoint.checkpoint import Checkpoint
     from distrust.checkpoint.checkpoint_file import CheckpointFile, DamagedFile, Scan
     from distrust.checkpoint.manager import CheckpointManager
-    from distrust.checkpoint.writer import PendingSave
 
 _HOMES = {
     "Checkpoint": "checkpoint",
     "CheckpointFile": "checkpoint_file",
     "CheckpointManager": "manager",
     "DamagedFile": "checkpoint_file",
-    "PendingSave": "writer",
+    "PendingSave": "background",
     "Scan": "checkpoint_file",
 }
 
@@ -31,3 +31,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'distrust.checkpoint' has no attribute {name!r}")
     return getattr(import_module(f"distrust.checkpoint.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
