@@ -23,6 +23,7 @@
         └── SaveFailed                  the checkpoint was not written; what stood before still stands
 
     DistrustWarning                     something a user should know that stops nothing
+    └── DamagedCheckpointWarning        a damaged checkpoint was skipped or does not count
 
 The message is one line (or one line a finding) that says what is wrong, where, and what to do. What a
 program may want of it is in attributes.
@@ -30,6 +31,7 @@ program may want of it is in attributes.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,25 @@ class DistrustError(Exception):
 
 class DistrustWarning(UserWarning):
     """Something a user should know that stops nothing."""
+
+
+class DamagedCheckpointWarning(DistrustWarning):
+    """A damaged checkpoint was skipped, or does not count towards a retention rule."""
+
+
+class WarningCollector(list[DistrustWarning]):
+    """Context manager that issues the warnings appended in its block, when the block ends.
+
+    They point at the caller of the function that contains the block. So a public method issues them, and the
+    functions below it need not know how deep they are.
+    """
+
+    def __enter__(self) -> WarningCollector:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for warning in self:
+            warnings.warn(warning, stacklevel=3)  # this method, the method with the block, its caller
 
 
 class ConfigError(DistrustError):

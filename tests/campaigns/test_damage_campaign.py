@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from campaigns.corruptions import kinds
 from campaigns.damage import Round, main
-from distrust import CheckpointManager
-from distrust.checkpoint import CheckpointFile, catalog, header, manager, storage, verified_read
+from distrust.checkpoint import CheckpointFile, header, storage, verified_read
+from distrust.checkpoint.retainer import Retainer
+from distrust.errors import WarningCollector
 
 AGAIN = re.compile(r"again: python -m campaigns\.damage (--seed \d+ --case \d+)")
 
@@ -32,10 +32,10 @@ def trusts_the_header(patch: pytest.MonkeyPatch) -> None:
 
 
 def counts_damaged_ones(patch: pytest.MonkeyPatch) -> None:
-    def judge(self: CheckpointManager, file: CheckpointFile) -> None:
-        self._session.good.add((file.path.name, file.digest))
+    def verify(self: Retainer, file: CheckpointFile, warnings: object) -> None:
+        self._state.intact.add(file.identity)
 
-    patch.setattr(CheckpointManager, "_judge", judge)
+    patch.setattr(Retainer, "_verify", verify)
 
 
 FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
@@ -45,15 +45,15 @@ FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
     ),
     "the header is trusted": (trusts_the_header, "validate does not find it"),
     "the file's size is not compared": (
-        lambda patch: patch.setattr(header, "_fill", lambda *_: True),
+        lambda patch: patch.setattr(header, "_fits_data", lambda *_: True),
         "appended: validate does not find it",
     ),
     "names are not compared": (
-        lambda patch: patch.setattr(catalog, "require_name", nothing),
+        lambda patch: patch.setattr(CheckpointFile, "require_name", nothing),
         "validate does not find it",
     ),
     "nobody is warned": (
-        lambda patch: patch.setattr(manager, "warnings", SimpleNamespace(warn=nothing)),
+        lambda patch: patch.setattr(WarningCollector, "append", nothing),
         "load_latest warns with []",
     ),
     "damaged ones count": (counts_damaged_ones, r"a clean-up removed [10]"),

@@ -107,7 +107,7 @@ def does_not_ask_whose_directory_it_is(monkeypatch):
 
 def lets_the_system_speak(monkeypatch):
     monkeypatch.setattr(AtomicFile, "_cleanup_on_error", lambda file: contextlib.nullcontext())
-    monkeypatch.setattr("distrust.checkpoint.manager._resource_errors", lambda path: contextlib.nullcontext())
+    monkeypatch.setattr("distrust.checkpoint.writer._save_errors", lambda path: contextlib.nullcontext())
 
 
 def says_nothing_of_bytes(monkeypatch):

@@ -240,7 +240,7 @@ def test_what_would_be_superseded_is_what_goes(manager):
     manager.close()
     manager = CheckpointManager(manager.directory, keep_last=1)
     damage(path_of(manager, 30))
-    with pytest.warns(DistrustWarning, match="checkpoint-30.*counts for nothing"):
+    with pytest.warns(DistrustWarning, match="checkpoint-30.*counts towards no rule"):
         assert [file.step for file in manager.list_superseded()] == [10]
     assert there(manager.directory) == {path_of(manager, step).name for step in (10, 20, 30)}
     with manager:

@@ -10,17 +10,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from distrust.checkpoint.background import PendingSave
     from distrust.checkpoint.checkpoint import Checkpoint
     from distrust.checkpoint.checkpoint_file import CheckpointFile, DamagedFile, Scan
     from distrust.checkpoint.manager import CheckpointManager
-    from distrust.checkpoint.writer import PendingSave
 
 _HOMES = {
     "Checkpoint": "checkpoint",
     "CheckpointFile": "checkpoint_file",
     "CheckpointManager": "manager",
     "DamagedFile": "checkpoint_file",
-    "PendingSave": "writer",
+    "PendingSave": "background",
     "Scan": "checkpoint_file",
 }
 

@@ -12,7 +12,7 @@ from distrust.checkpoint import DamagedFile, catalog
 from distrust.checkpoint.manager import CheckpointManager
 from distrust.checkpoint.retention import MetricMode
 from distrust.cli.arguments import parser, print_json
-from distrust.errors import CheckpointError, ConfigError, DistrustWarning
+from distrust.errors import CheckpointError, ConfigError, DamagedCheckpointWarning, DistrustWarning
 from distrust.reporting.display import pluralize, printable, size
 
 #: The unit of ``st_blocks``, whatever the block size of the file system.
@@ -82,7 +82,7 @@ def _remove(manager: CheckpointManager, options: argparse.Namespace, removal: _R
         return
     with warnings.catch_warnings():
         if options.damaged:  # already reported
-            warnings.filterwarnings("ignore", ".*it counts for nothing and was left", DistrustWarning)
+            warnings.simplefilter("ignore", DamagedCheckpointWarning)
         superseded = manager.list_superseded()
     try:
         if not options.dry_run:
