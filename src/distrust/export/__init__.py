@@ -26,7 +26,6 @@ from distrust.errors import ConfigError
 from distrust.export import mlx_folder, staging
 from distrust.export.card import model_card
 from distrust.export.facts import facts_of, public_name
-from distrust.importers.detect import ADAPTER_CONFIG, MLX_WEIGHTS
 
 if TYPE_CHECKING:
     from distrust.checkpoint import Checkpoint, CheckpointFile
@@ -138,11 +137,11 @@ def _state(tensors: Mapping[str, Any], name: str, about: Mapping[str, str], *, d
 def _mlx(file: CheckpointFile, checkpoint: Checkpoint, base: str, *, dtype: ExportDtype) -> Write:
     tensors = state_conversion.arrays_to_mlx(checkpoint.model)
     config = mlx_folder.adapter_config(engines.config_of(file), tensors, base=reference(base))
-    write_weights = _state(tensors, MLX_WEIGHTS, {"format": "mlx"}, dtype=dtype)
+    write_weights = _state(tensors, mlx_folder.WEIGHTS, {"format": "mlx"}, dtype=dtype)
 
     def write(folder: Path) -> None:
         write_weights(folder)
-        (folder / ADAPTER_CONFIG).write_text(config, encoding="utf-8")
+        (folder / mlx_folder.CONFIG).write_text(config, encoding="utf-8")
 
     return write
 

@@ -11,6 +11,8 @@ from distrust.engines.lora_config import LoraConfig
 from distrust.engines.state_conversion import MLX_SUFFIXES
 from distrust.errors import ConfigError
 
+#: The file names that mlx-lm loads.
+CONFIG, WEIGHTS = "adapter_config.json", "adapters.safetensors"
 _LAYER_MODULE = re.compile(r"(.*\.)?layers\.(\d+)\.(.+)")
 
 
