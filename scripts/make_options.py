@@ -16,8 +16,8 @@ TARGET = Path(__file__).parent.parent / "docs" / "options.md"
 HEAD = """# Options
 
 Generated from `src/distrust/config.py` by `python scripts/make_options.py`; do not edit. Each option is a
-flag of `distrust train`, a key of the TOML file that `--config` names, and an argument of `TrainConfig` (there
-`lambda` is `lambda_`).
+flag of `distrust train`, a key of the TOML file that `--config` names, and an argument of `TrainConfig`.
+In Python, `lambda` is `lambda_`.
 
 The column "changes" says what an option changes, and so what happens if it differs when a run resumes. An
 option that changes the **result** must stay the same, or the resume is refused. One that changes only the
