@@ -1,8 +1,8 @@
 """The trainers, each in a process of its own: ``python -m benchmarks.training.trainers NAME WORK``.
 
-Each trains LoRA of one rank on all linear layers with its own loop, loader and optimizer, as its
-documentation shows, without saves and without logging. Prints as JSON the number of tokens without padding,
-the seconds that they took, and the peak memory of the process.
+Each trains LoRA of one rank on all linear layers, by its own loop, loader and optimizer, as its documentation
+says to, without saves and without logging. Prints as JSON the tokens that are no padding and the seconds that
+they took, and the most memory that the process ever had.
 """
 
 from __future__ import annotations
@@ -52,22 +52,29 @@ def our_config(work: Work, **options: Any) -> TrainConfig:
 
 
 def ours(work: Work, clock: Clock, **options: Any) -> None:
-    from distrust import DistrustTrainer
+    from distrust import DistrustTrainer, engines
     from distrust.training.events import StepEnded
 
     config = our_config(work, max_steps=work.last_step, save_every=0, **options)
-    trainer = DistrustTrainer(config, observers=[lambda event: watch(event)])
-    texts: list[int] = []
+    examples = [0]  # of the step in progress
+
+    def create(config: Any) -> Any:
+        engine = engines.create_engine(config)
+        micro_step = engine.micro_step
+
+        def count(batch: Any, *, tokens: int) -> Any:
+            examples[0] += len(batch.examples)
+            return micro_step(batch, tokens=tokens)
+
+        engine.micro_step = count  # type: ignore[method-assign]
+        return engine
 
     def watch(event: Any) -> None:
         if isinstance(event, StepEnded):
-            if not texts:  # the first token of a text is not trained
-                batches = trainer._plan.batches
-                texts.extend(
-                    sum(len(b.examples) for b in batches.step(s)) for s in range(1, work.last_step + 1)
-                )
-            clock.step(event.tokens + texts[event.step - 1])
+            clock.step(event.tokens + examples[0])  # the first token of an example is not trained
+            examples[0] = 0
 
+    trainer = DistrustTrainer(config, engine=create, observers=[watch])
     trainer.train()
 
 
@@ -123,7 +130,7 @@ def _arguments(work: Work, batch_size: int) -> dict[str, Any]:
 
 def _with_clock(trainer_class: Any, clock: Clock) -> Any:
     class Watched(trainer_class):  # type: ignore[misc]
-        """Reports after each step how many of its tokens were no padding."""
+        """Says after each step how many of its tokens were no padding."""
 
         def training_step(self, model: Any, inputs: Any, *arguments: Any, **options: Any) -> Any:
             ids, mask = inputs["input_ids"], inputs.get("attention_mask")
@@ -133,7 +140,7 @@ def _with_clock(trainer_class: Any, clock: Clock) -> Any:
     from transformers import TrainerCallback
 
     class AtStep(TrainerCallback):  # type: ignore[misc]
-        """Takes the time at each optimizer step."""
+        """Takes the time when the optimizer's step is made."""
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             clock.step(watched[0].tokens)
@@ -216,7 +223,7 @@ def mlx_lm(work: Work, clock: Clock) -> None:
     data = CacheDataset(TextDataset(rows, tokenizer, text_key="text"))
 
     class AtStep(TrainingCallback):  # type: ignore[misc]
-        """Takes the time at each report, one per step."""
+        """Takes the time at each report, of which there is one a step."""
 
         def __init__(self) -> None:
             self.seen = 0

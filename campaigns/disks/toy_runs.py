@@ -130,7 +130,7 @@ def _judge_log(log: Log, ended: str | SaveFailed | None) -> None:
 
 def _judge_message(error: SaveFailed, directory: Path) -> None:
     text, there = str(error), CheckpointManager(directory).list_checkpoints()
-    known = ["cannot be found any more", "nothing was saved yet"]
+    known = ["no longer exists", "nothing was saved yet"]
     known += [f"step {step} is saved" for step in there]
     if "\n" in text or not any(what in text for what in known):
         raise CounterExample(f"steps {there} stand, and the message is: {text}")

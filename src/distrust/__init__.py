@@ -38,7 +38,9 @@ if TYPE_CHECKING:
         UnsupportedVersion,
         WriteFailed,
     )
-    from distrust.training import DistrustTrainer, RunEnded, RunState
+    from distrust.trainer import DistrustTrainer
+    from distrust.training.events import RunEnded
+    from distrust.training.progress import RunState
 
 __version__ = "0.1.0"
 
@@ -46,10 +48,10 @@ __version__ = "0.1.0"
 _MODULES = {
     "Checkpoint": "distrust.checkpoint",
     "CheckpointManager": "distrust.checkpoint",
-    "DistrustTrainer": "distrust.training",
+    "DistrustTrainer": "distrust.trainer",
     "PendingSave": "distrust.checkpoint",
-    "RunEnded": "distrust.training",
-    "RunState": "distrust.training",
+    "RunEnded": "distrust.training.events",
+    "RunState": "distrust.training.progress",
     "TrainConfig": "distrust.config",
 }
 

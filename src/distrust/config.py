@@ -278,6 +278,11 @@ class TrainConfig:
         if problems:
             raise ConfigError("\n".join(problems))
 
+    @property
+    def run_directory(self) -> Path:
+        """The folder that the run writes to."""
+        return Path(self.branch or self.out)
+
     def with_effect(self, effect: Effect) -> dict[str, Any]:
         """The options of one effect, by key."""
         values = asdict(self)
@@ -340,6 +345,11 @@ def flag(name: str) -> str:
 def key(name: str) -> str:
     """The key of a field in a file: Python's keyword ``lambda`` keeps its own name there."""
     return name.rstrip("_")
+
+
+def option_keys() -> list[str]:
+    """The keys of all options, in the order of their fields."""
+    return [key(option.name) for option in fields(TrainConfig)]
 
 
 def as_names(names: str | Sequence[str] | None) -> tuple[str, ...]:

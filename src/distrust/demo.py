@@ -22,11 +22,11 @@ from distrust.bundled import QUESTIONS
 from distrust.config import TrainConfig
 from distrust.data import Corpus, Location, Tokenizer, bos_prefix, evaluation_batches
 from distrust.reporting.metrics import MetricsWriter
-from distrust.training import DistrustTrainer
+from distrust.trainer import DistrustTrainer
 from distrust.weighting import Weighting
 
 if TYPE_CHECKING:
-    from distrust.training import Engine
+    from distrust.contract import Engine
     from distrust.training.events import Observer, RunEnded
 
 WEIGHTINGS: tuple[Weighting, ...] = ("off", "monotone")

@@ -73,7 +73,7 @@ def test_what_is_converted_is_what_was_there(source, tmp_path):
         for part, group in moments().items():
             assert all(np.array_equal(new.optimizer[part][name], array) for name, array in group.items())
         assert (new.config, new.metadata, new.metrics) == (old.config, old.metadata, old.metrics)
-        assert new.run["begun_elsewhere"] == old.run["begun_elsewhere"]
+        assert new.run["imported_from"] == old.run["imported_from"]
         assert new.run["converted_from"] == str(there.inspect(step).path)
     assert [manager.inspect(one.step).state_digest for one in done] == [one.state_digest for one in done]
     assert content(source) == before
@@ -134,7 +134,7 @@ def test_without_an_optimizer(tmp_path, capsys):
     (path / "optimizer.npz").unlink()
     write_checksums(path)
     assert main(["convert", str(path), "--to", str(tmp_path / "checkpoints")]) == 0
-    assert "not taken over: AdamW's moments" in capsys.readouterr().out
+    assert "dropped: AdamW's moments" in capsys.readouterr().out
 
 
 def test_a_run_gets_them_into_its_checkpoints(source, tmp_path, capsys):
@@ -175,13 +175,13 @@ def test_a_folder_of_the_trainer_goes_to_its_reader(tmp_path, monkeypatch):
         step=5,
         model={"w": np.ones(2)},
         optimizer={"m": {}},
-        run={"begun_elsewhere": "transformers Trainer", "model": model},
+        run={"imported_from": "transformers Trainer", "model": model},
     )
     monkeypatch.setitem(sys.modules, reader.__name__, reader)
     done = convert(tmp_path, tmp_path / "run", model="a-model")
     assert outcomes(done) == [(5, "converted")]
     run = CheckpointManager(tmp_path / "run" / "checkpoints").load(5).run
-    assert (run["begun_elsewhere"], run["model"]) == ("transformers Trainer", "a-model")
+    assert (run["imported_from"], run["model"]) == ("transformers Trainer", "a-model")
 
 
 def test_what_is_refused_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
@@ -291,12 +291,12 @@ def test_what_is_lost_is_told_when_a_run_goes_on(tmp_path, lacks):
         write_checksums(path)
     convert(path, tmp_path / "run")
     checkpoint = CheckpointManager(tmp_path / "run" / "checkpoints").load(10)
-    adopted = imported.adopt_imported(checkpoint, TrainConfig(), where="here")
-    lost = "the loss of 2 steps: it is not said of which of the 10"
-    with pytest.warns(DistrustWarning, match="not known there.*--lora-alpha") as told:
-        imported.warn_imported(adopted, where=tmp_path)
+    adopted, record = imported.adopt_imported(checkpoint, TrainConfig(), where=tmp_path)
+    lost = "the loss of 2 steps: it is not known which of the 10 steps they are of"
+    with pytest.warns(DistrustWarning, match="not recorded.*--lora-alpha") as told:
+        imported.warn_imported(adopted, record, where=tmp_path)
     said = str(told[0].message)
-    assert f"not taken over: {lost}" in said
+    assert f"dropped: {lost}" in said
     assert ("history are" in said, "AdamW's moments" in said) == (False, lacks == "optimizer.npz")
     assert bool(adopted.optimizer) == (lacks == "steps")
 

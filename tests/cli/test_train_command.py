@@ -153,7 +153,7 @@ FAILURES = {
     "a folder without a model": (["--model", "."], 1, "--model .: holds no config.json"),
     "an adapter": (["--model", "adapter"], 1, "--model adapter: holds an adapter, not a model; "),
     "no such device": (["--device", "cuda"], 2, "--device cuda: not available to torch here; available: cpu"),
-    "too long": (["--max-length", "999"], 2, "--max-length 999: the model sees 128 tokens at once"),
+    "too long": (["--max-length", "999"], 2, "--max-length 999: the model's context is 128 tokens"),
     "no such module": (["--target-modules", "nothing"], 2, "--target-modules nothing: "),
     "no config": (["--config", "no.toml"], 2, "--config no.toml: no such file or directory"),
     "no such step": (["--from-step", "7"], 1, "no checkpoint of step 7"),
@@ -217,7 +217,7 @@ def test_a_changed_option_is_refused(distrust, folder, finished):
     given = distrust(*train_arguments(folder, finished, "--batch-size", 3, "--seed", 4))
     assert given.code == 1
     assert given.err.splitlines() == [
-        f"distrust: {finished}: this would not continue the run that is there:",
+        f"distrust: {finished}: this would not continue the run in that folder:",
         "  --batch-size was 2, is 3",
         "  --seed was 0, is 4",
         "give the options of that run, or another --out",

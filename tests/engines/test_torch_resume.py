@@ -123,5 +123,5 @@ def test_names_that_no_module_has(tiny_model):
 
 
 def test_longer_than_the_model_sees(train, tmp_path):
-    with pytest.raises(ConfigError, match="--max-length 129: the model sees 128 tokens at once"):
+    with pytest.raises(ConfigError, match="--max-length 129: the model's context is 128 tokens"):
         train(tmp_path, max_length=129)

@@ -90,10 +90,10 @@ def test_what_it_becomes(written, tmp_path):
     assert same(loaded.rng, {"seed": 7, "numpy": np.array([1, 2, 3], np.int64)})
     assert loaded.config == {"lora_rank": 2}  # of the arrays: what the config there says is wrong
     assert {"lora_rank"} <= {key(field.name) for field in fields_of(TrainConfig)}
-    assert loaded.metadata == {**FIELDS["metadata"], "config_there": FIELDS["config"]}
+    assert loaded.metadata == {**FIELDS["metadata"], "foreign_config": FIELDS["config"]}
     assert loaded.metrics == {"loss": 2.25}
     assert loaded.run["timestamp"] == FIELDS["timestamp"]
-    assert loaded.run["begun_elsewhere"] == ("directory" if written.is_dir() else "byte tensors")
+    assert loaded.run["imported_from"] == ("directory" if written.is_dir() else "byte tensors")
 
 
 def test_the_manager_knows_it(written, tmp_path):
@@ -724,7 +724,7 @@ def test_arrays_of_other_layouts_come_back(tmp_path):
         ('{"step":10,"loss_history":[1,null]}', "no list of numbers"),
         ('{"step":10,"loss_history":[1' + "0" * 400 + "]}", "no float"),
         ('{"step":10,"metadata":[]}', "metadata is no object"),
-        ('{"step":10,"metadata":{"config_there":1}}', "two values of the name config_there"),
+        ('{"step":10,"metadata":{"foreign_config":1}}', "two values of the name foreign_config"),
         ('{"step":10,"metadata":{"a":"\\ud800"}}', "half a letter"),
         ("null", "no JSON object"),
         ("\xff", "not UTF-8"),

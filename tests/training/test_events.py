@@ -126,7 +126,7 @@ def test_few_examples_that_decide_everything_are_warned_of(run, tmp_path):
     quiet = '{"text": "ore", "authority_weight": 0.9, "provenance_entropy": 0}'
     loud = '{"text": "ore", "authority_weight": 0, "provenance_entropy": 40}'
     data.write_text("\n".join([quiet] * len(lines) + [loud]))
-    with pytest.warns(DistrustWarning, match="41 examples weigh as much as 1 equal one:"):
+    with pytest.warns(DistrustWarning, match="effective sample size of 41 examples is 1:"):
         run(tmp_path / "run", data=str(data))
 
 

@@ -12,8 +12,7 @@ import pytest
 from campaigns.power_cut import FATES, World
 from campaigns.power_loss import build
 from campaigns.recording import Killed, RecordingDisk
-from distrust import CheckpointManager
-from distrust.training import trainer
+from distrust import CheckpointManager, trainer
 
 
 class Machine:

@@ -15,6 +15,7 @@ from distrust.config import TrainConfig, flag, key
 from distrust.engines.state_conversion import target_modules
 from distrust.importers.convert import ConvertedCheckpoint, convert, target_directory
 from distrust.reporting.display import printable
+from distrust.run_record import RunRecord
 
 
 def main(arguments: list[str]) -> int:
@@ -74,14 +75,15 @@ def main(arguments: list[str]) -> int:
 def _to_go_on(directory: Path) -> Iterator[str]:
     """The command that trains on from the newest, with the options that it knows."""
     header = CheckpointManager(directory).scan().files[-1].header
-    model = header.run_info.get("extra", {}).get("model")
+    record = RunRecord.from_header(header)
+    model = record.settings.get("model")
     yield from ("distrust", "train", "--out", str(directory.parent))
     yield from ("--model", model if type(model) is str else "MODEL", "--data", "DATA")
     if header.step:  # as many as the whole run has, of which these were made
         yield from ("--max-steps", "STEPS")
     names = (tensor.name.partition(".") for tensor in header.tensors)
     targets = target_modules(name for section, _, name in names if section == "model")
-    known = {**({"target_modules": targets} if targets else {}), **header.config}
+    known = {**({"target_modules": targets} if targets else {}), **record.config}
     for option in fields(TrainConfig):
         value = known.get(key(option.name), option.default)
         if option.metadata["effect"] == "result" and value != option.default:

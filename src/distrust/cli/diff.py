@@ -9,6 +9,7 @@ from distrust.checkpoint import CheckpointFile, catalog
 from distrust.checkpoint.compare import Difference, differences
 from distrust.cli.arguments import TARGET, parser, print_json
 from distrust.reporting.display import printable
+from distrust.run_record import RunRecord
 
 DIGEST_CHARACTERS = 16
 #: Differences that are printed; --json has all.
@@ -73,10 +74,7 @@ def _json(file: CheckpointFile) -> dict[str, object]:
 
 def _engine(file: CheckpointFile) -> str:
     """The engine that made a checkpoint; empty if no training made it."""
-    extra = file.header.run_info.get("extra")
-    environment = extra.get("environment") if isinstance(extra, dict) else None
-    engine = environment.get("engine") if isinstance(environment, dict) else None
-    return engine if isinstance(engine, str) else ""
+    return RunRecord.from_header(file.header).engine
 
 
 def _shorten_digest(text: str) -> str:

@@ -11,6 +11,7 @@ from distrust.checkpoint import CheckpointFile, Scan, catalog, foreign
 from distrust.cli.arguments import TARGET, parser, print_json
 from distrust.errors import CheckpointError
 from distrust.reporting.display import number, printable, size
+from distrust.run_record import RunRecord
 
 
 class Run(NamedTuple):
@@ -88,7 +89,7 @@ def _print_checkpoints(contents: Scan) -> None:
 
 def _main_metrics(file: CheckpointFile) -> list[tuple[str, float]]:
     """The main metrics of a run's checkpoint, among them the one that chooses the best; else all metrics."""
-    best_by = file.header.run_info.get("extra", {}).get("metric")
+    best_by = RunRecord.from_header(file.header).settings.get("metric")
     main = ("loss", "eval_loss", "tokens_seen", best_by)
     return [item for item in sorted(file.metrics.items()) if best_by is None or item[0] in main]
 

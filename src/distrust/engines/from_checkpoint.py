@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from distrust import config as options
 from distrust.checkpoint import Checkpoint, CheckpointFile, CheckpointManager, serialization
 from distrust.checkpoint.catalog import checkpoint_directory, is_directory, read_header, resolve, scan
 from distrust.checkpoint.foreign import require_converted
-from distrust.config import TrainConfig, key
+from distrust.config import TrainConfig
 from distrust.contract import Engine, EngineState
 from distrust.engines.registry import (
     EngineName,
@@ -22,8 +21,7 @@ from distrust.engines.registry import (
     recorded_engine,
 )
 from distrust.errors import ConfigError, ModelError, ResumeRefused
-from distrust.training.imported import is_imported
-from distrust.training.resume import FINGERPRINTS
+from distrust.run_record import RunRecord
 
 
 def read_checkpoint(
@@ -117,11 +115,7 @@ def config_of(file: CheckpointFile, *, model: str | None = None) -> TrainConfig:
     Raises:
         ConfigError: if an option is invalid, in a checkpoint of another program.
     """
-    known = {key(field.name) for field in fields(TrainConfig)}
-    saved = {**file.header.run_info.get("extra", {}), **file.header.config}
-    config = options.from_mapping(
-        {name: value for name, value in saved.items() if name in known}, where=str(file.path)
-    )
+    config = RunRecord.from_header(file.header).train_config(where=str(file.path))
     return config if model is None else replace(config, model=model)
 
 
@@ -131,11 +125,11 @@ def fingerprint_of(file: CheckpointFile, content: Literal["model", "data"]) -> s
     Raises:
         ResumeRefused: if another program wrote the checkpoint, so the fingerprint is unknown.
     """
-    recorded: str | None = file.header.config.get(FINGERPRINTS, {}).get(content)
-    if recorded is not None:
-        return recorded
+    record = RunRecord.from_header(file.header)
+    if content in record.fingerprints:
+        return record.fingerprints[content]
     unknown = "base model" if content == "model" else "data"
-    if is_imported(file.header.run_info.get("extra", {})):
+    if record.imported_from:
         raise ResumeRefused(
             f"{file.path}: is imported, and its {unknown} is unknown; resume it with `distrust train`: the "
             "checkpoints that it saves record both"
@@ -182,6 +176,6 @@ def _manager(directory: Path) -> CheckpointManager:
     files = scan(directory).files
     if not files:
         return CheckpointManager(directory)
-    run = files[-1].header.run_info.get("extra", {})
-    rules = {name: run[name] for name in ("metric", "metric_mode") if isinstance(run.get(name), str)}
+    saved = RunRecord.from_header(files[-1].header).settings
+    rules = {name: saved[name] for name in ("metric", "metric_mode") if isinstance(saved.get(name), str)}
     return CheckpointManager(directory, **rules)

@@ -13,11 +13,10 @@ from typing import Literal
 from distrust.checkpoint import CheckpointFile
 from distrust.checkpoint.catalog import RUN_SUBDIRECTORY, scan
 from distrust.config import TrainConfig
-from distrust.contract import Engine
+from distrust.contract import FIRST_ENGINE, Engine
 from distrust.engines.loading import locate
 from distrust.errors import MissingDependency
-from distrust.training import resume_point
-from distrust.training.resume import FIRST_ENGINE
+from distrust.run_record import RunRecord
 
 EngineName = Literal["torch", "mlx"]
 
@@ -73,7 +72,7 @@ def select_engine(config: TrainConfig) -> EngineName:
     """The engine that ``config`` names, or that of the run it resumes, or this machine's default."""
     if config.engine != "auto":
         return config.engine
-    for folder in (resume_point.run_folder(config), Path(config.out)):  # a branch starts from --out
+    for folder in (config.run_directory, Path(config.out)):  # a branch starts from --out
         files = scan(folder / RUN_SUBDIRECTORY).files
         if files and is_installed(recorded_engine(files[-1])):
             return recorded_engine(files[-1])
@@ -82,10 +81,7 @@ def select_engine(config: TrainConfig) -> EngineName:
 
 def recorded_engine(file: CheckpointFile) -> EngineName:
     """The engine that wrote a checkpoint."""
-    extra = file.header.run_info.get("extra")
-    environment = extra.get("environment") if isinstance(extra, dict) else None
-    recorded = environment.get("engine") if isinstance(environment, dict) else None
-    return "mlx" if recorded == "mlx" else FIRST_ENGINE
+    return "mlx" if RunRecord.from_header(file.header).engine == "mlx" else FIRST_ENGINE
 
 
 def default_engine() -> EngineName:

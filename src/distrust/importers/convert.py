@@ -8,8 +8,8 @@ another one stand, nothing is written.
 
 Read are the two older formats (:mod:`distrust.importers`), the checkpoint folders of the transformers
 Trainer, and adapter folders of peft and mlx-lm, which stand at step 0. Whatever there is to know of the
-program that began the run stands in the checkpoint: ``run["begun_elsewhere"]`` names the format,
-``metadata["config_there"]`` is that program's config.
+program that began the run stands in the checkpoint: ``run["imported_from"]`` names the format,
+``metadata["foreign_config"]`` is that program's config.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from distrust.errors import (
     quote_untrusted,
 )
 from distrust.importers.detect import ADAPTER_CONFIG, MLX_WEIGHTS, TRAINER_STATE, is_trainer_folder
+from distrust.run_record import RunRecord, with_conversion_source
 from distrust.training import imported
 
 __all__ = ["ConvertedCheckpoint", "Outcome", "convert"]
@@ -46,7 +47,6 @@ Outcome = Literal["converted", "already there", "refused", "damaged", "unreadabl
 SUCCEEDED: tuple[Outcome, ...] = ("converted", "already there")
 
 #: In ``run`` of what is written: where it was.
-_FROM = "converted_from"
 _NO_MODEL = "it holds no model, so there is nothing to go on from; `distrust show` tells what it does hold"
 _TRAINER_FOLDER, _MLX_FOLDER = "distrust.importers.trainer_folder", "distrust.importers.mlx_adapter"
 
@@ -183,7 +183,7 @@ def _convert(
     step = checkpoint.step
     if not checkpoint.model:
         return ConvertedCheckpoint(source, "incomplete", _NO_MODEL, step)
-    checkpoint = replace(checkpoint, run={**checkpoint.run, _FROM: os.path.realpath(source)})
+    checkpoint = replace(checkpoint, run=with_conversion_source(checkpoint.run, os.path.realpath(source)))
     path = manager.directory / checkpoint_file_name(step, kind)
     manager.acquire()
     try:
@@ -205,7 +205,7 @@ def _convert(
         return ConvertedCheckpoint(source, "refused", reason, step)
     except DistrustError as error:
         return ConvertedCheckpoint(source, "refused", str(error), step)
-    lost = [f"not taken over: {line}" for line in imported.list_dropped(checkpoint)]
+    lost = [f"dropped: {line}" for line in imported.list_dropped(checkpoint)]
     return ConvertedCheckpoint(source, "converted", "; ".join(lost) or None, step, path, digest, proven)
 
 
@@ -239,8 +239,8 @@ def _of_another_training(manager: CheckpointManager, origins: set[Path]) -> str 
 
 def _origin(file: CheckpointFile) -> set[Path]:
     """The folder that a converted checkpoint lay in; nothing of what was saved by a run here."""
-    came_from = file.header.run_info.get("extra", {}).get(_FROM)
-    return {Path(came_from).parent} if type(came_from) is str else set()
+    source = RunRecord.from_header(file.header).converted_from
+    return {Path(source).parent} if source else set()
 
 
 def _read(source: Path, model: str | None) -> tuple[Checkpoint, Kind]:

@@ -14,7 +14,7 @@ from distrust.errors import CorruptCheckpoint, quote_untrusted, shorten
 from distrust.importers.bounded import parse_object
 
 #: Keys of the metadata of the checkpoint that it becomes.
-CONFIG_THERE, FIELDS_THERE = "config_there", "fields_there"
+FOREIGN_CONFIG, FOREIGN_FIELDS = "foreign_config", "foreign_fields"
 #: More than the losses of a million steps take.
 MAX_METADATA_BYTES = 64 << 20
 _KNOWN = (
@@ -59,7 +59,7 @@ class Fields:
     @property
     def kept(self) -> dict[str, Any]:
         """The metadata of the checkpoint that it becomes: the caller's, and what has no other place."""
-        ours = {CONFIG_THERE: self.config, FIELDS_THERE: self.others}
+        ours = {FOREIGN_CONFIG: self.config, FOREIGN_FIELDS: self.others}
         return {**self.metadata, **{name: value for name, value in ours.items() if value}}
 
     @property
@@ -108,7 +108,7 @@ def parse(raw: bytes, what: str, path: Path) -> Fields:
     if type(step) is not int or not 0 <= step < MAX_STEP:
         raise CorruptCheckpoint(f"{what}: step is {shorten(repr(step))}, no number of optimizer steps")
     metadata = _object(found, "metadata", what)
-    together(metadata, {CONFIG_THERE: None, FIELDS_THERE: None}, f"{what}: its metadata")
+    together(metadata, {FOREIGN_CONFIG: None, FOREIGN_FIELDS: None}, f"{what}: its metadata")
     return Fields(
         step=step,
         timestamp=found.get("timestamp"),

@@ -11,10 +11,8 @@ from distrust.checkpoint.lazy import lockfree_cached_property
 from distrust.errors import CheckpointError
 from distrust.importers import OlderFormat
 from distrust.importers.fields import Fields
+from distrust.run_record import imported_run
 
-#: The key of ``Checkpoint.run`` that names the format of a checkpoint that was not written here: for whoever
-#: writes it, and for whoever asks for it.
-BEGUN_ELSEWHERE = "begun_elsewhere"
 NO_DIGEST = ""
 
 
@@ -59,7 +57,7 @@ class OlderHeader:
             "created": _as_time(fields.timestamp),
             "host": None,
             "metrics": self.saved_metrics,
-            "extra": {BEGUN_ELSEWHERE: format},
+            "extra": imported_run(format),
         }
 
     @property

@@ -12,8 +12,8 @@ from distrust.checkpoint import Checkpoint
 from distrust.engines.state_conversion import MLX_SUFFIXES
 from distrust.errors import CorruptCheckpoint, ResumeRefused, quote_untrusted
 from distrust.importers.detect import ADAPTER_CONFIG, MLX_WEIGHTS
-from distrust.importers.header import BEGUN_ELSEWHERE
 from distrust.importers.safe_read import errors_with_path, read_json
+from distrust.run_record import imported_run
 
 FORMAT = "mlx-lm adapter"
 MAX_CONFIG_BYTES = 4 << 20
@@ -53,7 +53,7 @@ def read(folder: Path) -> Checkpoint:
             "dora": kind == "dora",
             "rslora": False,
         },
-        run={BEGUN_ELSEWHERE: FORMAT},
+        run=imported_run(FORMAT),
     )
 
 

@@ -9,10 +9,10 @@ the optimizer's moments       ``optimizer``: ``{"m": {name: array}, "v": {name: 
 ``loss_history``              ``history["loss"]``, float64; its last value is the metric ``loss``
 ``random_state``              ``rng``; a list of whole numbers is an int64 array
 ``metadata``                  ``metadata``, as it stands
-``config``                    ``metadata["config_there"]``, as it stands
-fields not known here         ``metadata["fields_there"]``, as they stand
+``config``                    ``metadata["foreign_config"]``, unchanged
+fields not known here         ``metadata["foreign_fields"]``, unchanged
 the rank of the LoRA arrays   ``config["lora_rank"]``: of our options the only one that is certain
-``timestamp``                 ``run["timestamp"]``, with the format's name as ``run["begun_elsewhere"]``
+``timestamp``                 ``run["timestamp"]``, with the format's name as ``run["imported_from"]``
 ============================  =======================================================================
 """
 
@@ -28,8 +28,9 @@ from distrust.checkpoint.arrays import Framework
 from distrust.checkpoint.arrays.host import NUMPY_NAMES
 from distrust.checkpoint.checkpoint import Checkpoint
 from distrust.importers.fields import Whole
-from distrust.importers.header import BEGUN_ELSEWHERE, OlderHeader
+from distrust.importers.header import OlderHeader
 from distrust.importers.moments import Numbers
+from distrust.run_record import imported_run
 
 
 class Bytes(NamedTuple):
@@ -79,7 +80,7 @@ def assemble(
         config=_certain(model),
         metadata=fields.kept,
         metrics=header.saved_metrics,
-        run={BEGUN_ELSEWHERE: header.format, "timestamp": fields.timestamp},
+        run=imported_run(header.format, timestamp=fields.timestamp),
     )
 
 

@@ -31,9 +31,9 @@ from distrust.engines.torch.optimizer import MOMENTS, make_optimizer
 from distrust.errors import CorruptCheckpoint, ModelError, ResumeRefused, quote_untrusted
 from distrust.importers import safe_tensors
 from distrust.importers.detect import ADAPTER_CONFIG, PEFT_WEIGHTS, TRAINER_STATE
-from distrust.importers.header import BEGUN_ELSEWHERE
 from distrust.importers.safe_read import read_json
-from distrust.training.imported import DROPPED, MAX_STEP
+from distrust.run_record import imported_run
+from distrust.training.imported import MAX_STEP
 
 FORMAT, ADAPTER_FORMAT = "transformers Trainer", "peft adapter"
 
@@ -115,12 +115,7 @@ def read(folder: Path, *, model: str | None = None) -> Checkpoint:
         config={**trained.known, **known},
         metadata=_tokens(state, folder),
         metrics=_metrics(state, step),
-        run={
-            BEGUN_ELSEWHERE: FORMAT,
-            DROPPED: left,
-            "model": trained.base,
-            "trainer": _told(state),
-        },
+        run=imported_run(FORMAT, dropped=left, model=trained.base, trainer=_told(state)),
     )
 
 
@@ -136,7 +131,7 @@ def read_adapter(folder: Path, *, model: str | None = None) -> Checkpoint:
         model=trained.weights,
         optimizer=optimizer,
         config={**trained.known, **known},
-        run={BEGUN_ELSEWHERE: ADAPTER_FORMAT, DROPPED: left, "model": trained.base},
+        run=imported_run(ADAPTER_FORMAT, dropped=left, model=trained.base),
     )
 
 

@@ -17,7 +17,7 @@ from distrust.reporting.display import TABLE_NAME_CHARACTERS, class_name, durati
 from distrust.reporting.panels import classes_by_share
 from distrust.reporting.run_reader import RunData
 from distrust.reporting.series import stall_share, zero_unknown
-from distrust.training.resume import FINGERPRINTS
+from distrust.run_record import RunRecord
 
 #: Evaluations that a page lists: a long run has thousands.
 ROWS = 25
@@ -80,8 +80,7 @@ def saved_options(run: RunData) -> dict[str, Any]:
     """All options that the newest checkpoint records, by key."""
     if run.newest is None:
         return {}
-    header = run.newest.header
-    return {**header.run_info["extra"], **header.config}
+    return RunRecord.from_header(run.newest.header).options
 
 
 def last_step(run: RunData) -> int:
@@ -194,15 +193,15 @@ def _time(run: RunData) -> Fact | None:
         if measured < len(seconds):
             detail += f"; of {measured:,} steps"
         return Fact("time in steps", duration(total), detail)
-    elapsed = saved_options(run).get("elapsed_seconds")
-    return Fact("time in steps", duration(elapsed)) if isinstance(elapsed, float) else None
+    elapsed = None if run.newest is None else RunRecord.from_header(run.newest.header).elapsed_seconds
+    return None if elapsed is None else Fact("time in steps", duration(elapsed))
 
 
 def _tokens(run: RunData) -> Fact | None:
     columns = run.steps.columns
-    seen = run.newest.metadata.get("tokens_seen") if run.newest is not None else None
+    seen = None if run.newest is None else RunRecord.from_header(run.newest.header).tokens_seen
     if "tokens" not in columns:
-        return Fact("trained tokens", f"{seen:,}") if isinstance(seen, int) else None
+        return Fact("trained tokens", f"{seen:,}") if seen is not None else None
     detail = ""
     if "seconds" in columns:
         timed = np.isfinite(columns["tokens"]) & np.isfinite(columns["seconds"])
@@ -280,25 +279,19 @@ def options(run: RunData) -> list[Option]:
         if name in saved:
             value, standard = words(saved[name]), words(default)
             rows.append(Option(name, value, standard if value != standard else None))
-    config = {} if run.newest is None else run.newest.header.config
-    unknown = [name for name in config if name not in defaults and name != FINGERPRINTS]
-    return rows + [Option(name, words(config[name])) for name in unknown]
+    config = {} if run.newest is None else RunRecord.from_header(run.newest.header).config
+    return rows + [Option(name, words(value)) for name, value in config.items() if name not in defaults]
 
 
 def environment(run: RunData) -> list[Fact]:
     """The machine and the software of the newest checkpoint."""
     if run.newest is None:
         return []
-    info = run.newest.header.run_info
-    extra = info["extra"]
+    info, record = run.newest.header.run_info, RunRecord.from_header(run.newest.header)
     values: dict[str, Any] = {name: info.get(name) for name in ("host", "created") if name in info}
-    for part in ("environment", "corpus"):
-        if isinstance(extra.get(part), dict):
-            prefix = "" if part == "environment" else f"{part}: "
-            values |= {f"{prefix}{name}": value for name, value in extra[part].items()}
-    fingerprints = run.newest.header.config.get(FINGERPRINTS)
-    if isinstance(fingerprints, dict):
-        values |= {f"fingerprint of the {name}": value for name, value in fingerprints.items()}
+    values |= record.environment
+    values |= {f"corpus: {name}": value for name, value in record.corpus.items()}
+    values |= {f"fingerprint of the {name}": value for name, value in record.fingerprints.items()}
     return [Fact(str(name), words(value)) for name, value in values.items()]
 
 

@@ -20,7 +20,7 @@ from mlx_lm.utils import get_total_parameters
 
 from distrust.checkpoint.memory import return_freed_memory
 from distrust.config import TrainConfig
-from distrust.contract import EngineState, Losses, MemoryUse
+from distrust.contract import DEFAULT_MAX_LENGTH, EngineState, Losses, MemoryUse
 from distrust.data import MicroBatch, Tokenizer
 from distrust.engines import state_conversion
 from distrust.engines.loading import config_digest, fingerprint
@@ -32,7 +32,6 @@ from distrust.engines.mlx.optimizer import AdamW
 from distrust.engines.runtime import translate_out_of_memory
 from distrust.engines.tokenizer import load_tokenizer, require_vocabulary
 from distrust.errors import DistrustWarning
-from distrust.training.data_sources import DEFAULT_MAX_LENGTH
 
 #: In the RuntimeErrors of mlx's allocators.
 _OUT_OF_MEMORY = ("alloc", "out of memory", "insufficient memory")
