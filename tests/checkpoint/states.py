@@ -1,4 +1,7 @@
-"""States whose tensors begin and end around the edges of blocks, and the bytes that a file of them holds."""
+"""States whose tensors begin and end around the edges of blocks, and the bytes that a file of them holds.
+
+The core's tests also run with numpy and blake3 only: without torch or ml_dtypes, states have fewer types.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,24 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
-import torch
+import pytest
 from hypothesis import strategies as st
 
 from distrust import Checkpoint
+
+try:
+    import torch
+except ModuleNotFoundError:
+    torch = None
+try:
+    import ml_dtypes
+except ModuleNotFoundError:
+    ml_dtypes = None
+
+needs_torch = pytest.mark.skipif(torch is None, reason="torch is not installed")
+needs_ml_dtypes = pytest.mark.skipif(ml_dtypes is None, reason="ml_dtypes is not installed")
+FRAMEWORKS = ["numpy", *(["torch"] if torch else [])]
 
 EDGE = 4096
 SECTIONS = ("model", "optimizer", "rng", "history")
@@ -22,6 +37,7 @@ DTYPES = [
         "uint64", "int64", "float64", "complex64", "float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu",
         "float8_e4m3fnuz", "float8_e5m2fnuz",
     ]
+    if ml_dtypes or not name.startswith(("bfloat", "float8"))
 ]  # fmt: skip
 
 #: Arrays of a dtype and a number of items, out of random bits.
@@ -79,13 +95,18 @@ def random_tensor(dtype: np.dtype, count: int) -> torch.Tensor:
     return torch.from_numpy(random_items(dtype, count).view(np.uint8)).view(kind)
 
 
+def zeros(*shape: int) -> Any:
+    """A tensor of torch; of numpy if torch is not installed."""
+    return torch.zeros(*shape) if torch else np.zeros(shape, np.float32)
+
+
 def halved(count: int) -> tuple[int, int]:
     return (2, count // 2) if count % 2 == 0 else (1, count)
 
 
 def content(array: Any) -> bytes:
     """An array's bytes, in C order, little-endian; by other means than the library's."""
-    if isinstance(array, torch.Tensor):
+    if torch and isinstance(array, torch.Tensor):
         plain = array.detach().resolve_conj().resolve_neg().flatten()
         plain = plain.clone(memory_format=torch.contiguous_format)
         return plain.view(torch.uint8).numpy().tobytes() if plain.numel() else b""
@@ -105,7 +126,7 @@ def state_of(arrays: list[Any], *, step: int = 1) -> State:
 
 @st.composite
 def arrays(draw: st.DrawFn) -> Any:
-    layouts = draw(st.sampled_from([NUMPY_LAYOUTS, TORCH_LAYOUTS]))
+    layouts = draw(st.sampled_from([NUMPY_LAYOUTS, TORCH_LAYOUTS] if torch else [NUMPY_LAYOUTS]))
     layout = layouts[draw(st.sampled_from(sorted(layouts)))]
     dtype = draw(st.sampled_from(DTYPES))
     at_edge = draw(st.sampled_from([0, 1, 2, 3, 9])) * EDGE // dtype.itemsize

@@ -6,12 +6,9 @@ import json
 import math
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 import pytest
-import torch
 from blake3 import blake3
-from safetensors import safe_open
 
 from distrust import Checkpoint, CheckpointManager
 from distrust.checkpoint.format import Layout
@@ -167,6 +164,8 @@ def test_the_state_digest_is_the_identity_of_the_state(tmp_path, change):
 
 
 def test_other_readers_of_safetensors_read_it(tmp_path):
+    ml_dtypes, safetensors = pytest.importorskip("ml_dtypes"), pytest.importorskip("safetensors")
+    torch = pytest.importorskip("torch")
     rng = np.random.default_rng(1)
     model = {
         "f64": rng.normal(size=(3, 2)),
@@ -189,14 +188,14 @@ def test_other_readers_of_safetensors_read_it(tmp_path):
 
     expected = {f"model.{name}": array for name, array in model.items() if name != "nested"}
     expected["model.nested.é.x"] = model["nested"]["é.x"]
-    with safe_open(path, framework="np") as opened:
+    with safetensors.safe_open(path, framework="np") as opened:
         assert sorted(opened.keys()) == sorted(expected) == sorted(names)
         assert opened.metadata()["format"] == "distrust"
         for name, array in expected.items():
             read = opened.get_tensor(name)
             assert (name, read.dtype, read.shape) == (name, array.dtype, array.shape)
             np.testing.assert_array_equal(read, array)
-    with safe_open(brainy, framework="pt") as opened:
+    with safetensors.safe_open(brainy, framework="pt") as opened:
         for name, array in expected.items():
             assert torch.equal(opened.get_tensor(name), torch.from_numpy(np.array(array))), name
         assert opened.get_tensor("model.bf16").tolist() == [0, 1, 2, 3, 4]

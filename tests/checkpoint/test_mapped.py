@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
+from states import FRAMEWORKS, needs_torch, torch
 
 from distrust import Checkpoint, CheckpointManager
 from distrust.checkpoint import verified_read
@@ -54,7 +54,7 @@ def damage(manager: CheckpointManager, path: Path, name: str) -> None:
     path.write_bytes(raw)
 
 
-@pytest.mark.parametrize("framework", ["numpy", "torch"])
+@pytest.mark.parametrize("framework", FRAMEWORKS)
 @pytest.mark.parametrize("verify", ["full", "lazy"])
 def test_what_is_written_to_mapped_arrays_stays_in_memory(manager, framework, verify):
     path = manager.save(Checkpoint(step=1, model={"w": np.arange(5000)}))
@@ -189,6 +189,7 @@ def test_a_lazy_state_can_be_saved_again_and_is_the_same(manager, lazy, save):
     assert plain(manager.load(1).model) == plain(NESTED)
 
 
+@needs_torch
 def test_torch_goes_on_from_a_lazy_state_as_from_its_own(manager):
     torch.manual_seed(1)
     model, other = torch.nn.Linear(5, 3), torch.nn.Linear(5, 3)

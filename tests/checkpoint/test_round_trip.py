@@ -6,13 +6,12 @@ import math
 import struct
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
-import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from states import FRAMEWORKS, ml_dtypes, needs_ml_dtypes, needs_torch, torch, zeros
 
 from distrust import Checkpoint, CheckpointManager
 from distrust.checkpoint.checkpoint import STATE_SECTIONS
@@ -44,6 +43,8 @@ ML_DTYPES = [
     np.dtype(getattr(ml_dtypes, name))
     for name in (
         ["bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu", "float8_e4m3fnuz", "float8_e5m2fnuz"]
+        if ml_dtypes
+        else []
     )
 ]
 DTYPES = NUMPY_DTYPES + ML_DTYPES
@@ -85,7 +86,7 @@ def torch_tensor(dtype: np.dtype) -> torch.Tensor:
 
 def bits(array: np.ndarray | torch.Tensor) -> bytes:
     """An array's bytes, in C order, little-endian."""
-    if isinstance(array, torch.Tensor):
+    if torch and isinstance(array, torch.Tensor):
         items = [array[index] for index in np.ndindex(*array.shape)]
         return b"".join(bytes(item.detach().reshape(1).clone().view(torch.uint8).tolist()) for item in items)
     return (array.byteswap() if array.dtype.byteorder == ">" else array).tobytes()
@@ -139,6 +140,7 @@ def test_a_numpy_array_of_any_layout_comes_back_bit_for_bit(manager, dtype):
         assert loaded[name].flags.writeable
 
 
+@needs_torch
 @on_both_paths
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_torch_tensor_of_any_layout_comes_back_bit_for_bit(manager, dtype):
@@ -151,6 +153,7 @@ def test_a_torch_tensor_of_any_layout_comes_back_bit_for_bit(manager, dtype):
         assert bits(loaded[name]) == bits(tensor), name
 
 
+@needs_torch
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_frameworks_read_each_other(manager, dtype):
     from_torch = round_trip(manager, model={"w": torch_tensor(dtype)}).model["w"]
@@ -161,6 +164,7 @@ def test_frameworks_read_each_other(manager, dtype):
     assert bits(from_numpy) == bits(torch_tensor(dtype))
 
 
+@needs_torch
 @on_both_paths
 def test_lazy_torch_tensors_are_resolved(manager):
     """Conjugation and negation are bits on a view, not in its bytes."""
@@ -298,8 +302,9 @@ def deep() -> Any:
     return tree
 
 
-class Weight(torch.nn.Parameter):
+def quantized_weight() -> Any:
     """Stands for quantized weights, which hold more than their bytes."""
+    return type("Weight", (torch.nn.Parameter,), {})(torch.zeros(1))
 
 
 REFUSED: dict[str, Any] = {
@@ -326,13 +331,22 @@ REFUSED: dict[str, Any] = {
     "sparse": lambda: {"x": torch.eye(2).to_sparse()},
     "torch complex128": lambda: {"x": torch.zeros(1, dtype=torch.complex128)},
     "meta": lambda: {"x": torch.zeros(1, device="meta")},
-    "subclass": lambda: {"x": Weight(torch.zeros(1))},
+    "subclass": lambda: {"x": quantized_weight()},
     "65 dimensions": lambda: {"x": torch.zeros([1] * 65)},
     "more JSON than a reader takes": lambda: {"x": "x" * 100_000_000},
 }
 
 
-@pytest.mark.parametrize("why", REFUSED)
+OF_TORCH = {"sparse", "torch complex128", "meta", "subclass", "65 dimensions"}
+
+
+@pytest.mark.parametrize(
+    "why",
+    [
+        pytest.param(why, marks=needs_torch if why in OF_TORCH else needs_ml_dtypes if why == "int4" else ())
+        for why in REFUSED
+    ],
+)
 def test_what_would_not_come_back_exactly_is_refused_and_nothing_is_written(tmp_path, why):
     with CheckpointManager(tmp_path) as manager:
         with pytest.raises(UnsupportedState) as caught:
@@ -344,7 +358,7 @@ def test_what_would_not_come_back_exactly_is_refused_and_nothing_is_written(tmp_
 
 
 @pytest.mark.parametrize("section", ["metadata", "config"])
-@pytest.mark.parametrize("value", [x, np.float32(1), torch.zeros(1)], ids=["array", "scalar", "tensor"])
+@pytest.mark.parametrize("value", [x, np.float32(1), zeros(1)], ids=["array", "scalar", "tensor"])
 def test_arrays_in_plain_sections_are_refused(manager, section, value):
     with pytest.raises(UnsupportedState, match=section):
         manager.save(Checkpoint(step=1, **{section: {"x": value}}))
@@ -417,7 +431,7 @@ print(resident() - before)
 """
 
 
-@pytest.mark.parametrize("framework", ["numpy", "torch"])
+@pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_memory_is_released_on_reload(tmp_path, run_python, framework):
     done = run_python(MEMORY, tmp_path, framework)
 
