@@ -165,11 +165,11 @@ Disk.create = open_to_all
     ),
     "a checksum is not compared": (
         "older: another's files", "was taken for whole",
-        "from distrust.importers import checksums\nchecksums.compare = lambda *_: None",
+        "from distrust.importers import npz_folder\nnpz_folder.require_checksum = lambda *_: None",
     ),
     "a bomb is let in": (
         "older: bombs", "CheckpointUnreadable",
-        "from distrust.importers import npz\nnpz.TIMES_ITS_SIZE = npz.SMALL_BYTES = 10**9",
+        "from distrust.importers import npz\nnpz.MAX_EXPANSION = npz.SMALL_BYTES = 10**9",
     ),
     "what convert raises is not told": (
         "older: metadata", "convert: ValueError",

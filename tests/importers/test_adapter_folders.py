@@ -202,11 +202,14 @@ def test_what_is_no_adapter_is_told(place, runs, tmp_path, capsys):
     broken = {
         "fine_tune_type": (config | {"fine_tune_type": "full"}, None),
         "lora_parameters": ({"model": "x"}, None),
-        "rank that": (config | {"lora_parameters": config["lora_parameters"] | {"rank": 5}}, None),
-        "scale is no number": (config | {"lora_parameters": {"rank": 4, "scale": "x"}}, None),
-        "no part of a plain LoRA": (config, {**tensors, "strange": tensors[name]}),
-        "not a whole file": (config, b"no tensors"),
-        "no JSON object": ([], None),
+        "the rank of its weights": (
+            config | {"lora_parameters": config["lora_parameters"] | {"rank": 5}},
+            None,
+        ),
+        "scale is not a number": (config | {"lora_parameters": {"rank": 4, "scale": "x"}}, None),
+        "not part of a plain LoRA": (config, {**tensors, "strange": tensors[name]}),
+        "not a valid file": (config, b"no tensors"),
+        "not a JSON object": ([], None),
     }
     for number, (reason, (described, weights)) in enumerate(broken.items()):
         folder = tmp_path / str(number)
