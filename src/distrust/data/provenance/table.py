@@ -46,12 +46,6 @@ class Table:
 def load_table(path: Path | None = None) -> Table:
     """Load the package's table, with the keys of a user's table in place of its own.
 
-    Args:
-        path: the user's TOML file; None for the package's table alone.
-
-    Returns:
-        The table.
-
     Raises:
         ConfigError: the file cannot be read, or has unknown keys or wrong values: a line for each.
     """
