@@ -6,7 +6,7 @@
 - ``state``: the trained tensors alone, in one file of safetensors.
 
 Every byte of the checkpoint is verified before; what can be wrong with the base model is found before
-anything is written; and the target appears wholly or not at all (``staging.py``). A folder tells where it
+anything is written; and the target appears wholly or not at all (``atomic.py``). A folder tells where it
 comes from in its README.md (``facts.py``, ``card.py``).
 """
 
@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from distrust import engines
+from distrust.atomic import atomic_directory, require_free
 from distrust.config import ExportDtype, ExportFormat, TrainConfig
 from distrust.engines import state_conversion
 from distrust.engines.loading import reference
 from distrust.errors import ConfigError
-from distrust.export import mlx_folder, staging
+from distrust.export import mlx_folder
 from distrust.export.card import model_card
 from distrust.export.facts import facts_of, public_name
 from distrust.importers.detect import MLX_WEIGHTS
@@ -94,7 +95,7 @@ def export(
     _require_one_of("--format", format, ExportFormat)
     _require_one_of("--dtype", dtype, ExportDtype)
     to = Path(os.path.abspath(to))
-    staging.require_free(to)
+    require_free(to)
     # torch writes every format; without it, the framework of the checkpoint's engine, or any other.
     framework: engines.EngineName | None = "torch" if engines.is_installed("torch") else None
     file, checkpoint = engines.read_checkpoint(Path(target), step=step, best=best, framework=framework)
@@ -120,7 +121,7 @@ def export(
         write = _adapter(file, checkpoint, model, dtype=dtype)
     else:
         write = _merged(file, checkpoint, model, dtype=dtype)
-    with staging.atomic_directory(to, single_file=chosen == "state", disk=disk) as folder:
+    with atomic_directory(to, single_file=chosen == "state", disk=disk) as folder:
         write(folder)
         if chosen != "state":
             facts = facts_of(file, config, title=to.name, base=base, form=chosen, dtype=dtype)
