@@ -621,7 +621,7 @@ def test_the_docs_show_what_the_command_prints(distrust, peps, tmp_path):
     flags = ("--table", PEPS_TABLE, "--source-column", "status", "--top", 3)
     printed = distrust("weigh", data, *flags).out.splitlines()
     shown = DOCS.read_text("utf-8").split("--plot weigh.png\n")[-1].split("\n```")[0].splitlines()
-    assert shown[-1] == "picture weigh.png"
+    assert shown[-1] == "figure weigh.png"
     squeezed = [" ".join(line.replace(str(data), "peps.jsonl").split()) for line in printed]
     assert squeezed == [" ".join(line.split()) for line in shown[:-1]]
 

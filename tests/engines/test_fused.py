@@ -9,7 +9,7 @@ import pytest
 import torch
 from small_models import adapted, gradients, small_model, trained
 
-from distrust.engines.torch.fused import fuse
+from distrust.engines.torch.layers import fuse
 
 LAYERS = 2
 ALL = {"lora": 7 * LAYERS, "norm": 2 * LAYERS + 1, "gate": LAYERS}

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from distrust.engines.torch import attention
-from distrust.engines.torch.fused import fuse
+from distrust.engines.torch.layers import fuse
 from distrust.engines.torch.loss import chunked_losses
 from distrust.engines.torch.model_runner import ModelRunner
 

@@ -61,11 +61,7 @@ def losses(events):
 
 
 @pytest.mark.parametrize(
-    ("bits", "more"),
-    [
-        ("8bit", {}),
-        ("4bit", {"gradient_checkpointing": True, "dtype": "bfloat16"}),
-    ],
+    ("bits", "more"), [("8bit", {}), ("4bit", {"gradient_checkpointing": True, "dtype": "bfloat16"})]
 )
 def test_it_ends_as_if_left_alone(train, tmp_path, eval_data, bits, more):
     """However often it was evaluated, stopped and reset."""

@@ -14,6 +14,7 @@ from distrust.checkpoint import arrays, tree, verified_read
 from distrust.checkpoint.catalog import open_checkpoint
 from distrust.checkpoint.checkpoint import ARRAY_SECTIONS, STATE_SECTIONS, Checkpoint
 from distrust.checkpoint.checkpoint_file import CheckpointFile
+from distrust.checkpoint.files import errors_with_path
 from distrust.checkpoint.format import Kind, Layout, canonical_json, tensor_hasher
 from distrust.checkpoint.header import parse_header
 from distrust.checkpoint.lazy import LazyMapping, LazyTensor
@@ -85,7 +86,7 @@ def load(
     import numpy as np
 
     arrays.require_framework(framework)
-    with open_checkpoint(path) as (descriptor, header):
+    with errors_with_path(path), open_checkpoint(path) as (descriptor, header):
         content = (
             verified_read.map_file(descriptor, header) if mapped else verified_read.load(descriptor, header)
         )

@@ -3,8 +3,7 @@
 registry.py          name -> what an engine needs, and how it is created
 from_checkpoint.py   checkpoint -> its config, or an engine with its weights
 generation.py        prompt -> text
-loading.py           name of a base model -> where it is, and its digests
-tokenizer.py         tokenizers, and prompts as tokens
+loading.py           name of a base model -> where it is, its tokenizer, its digests
 lora_config.py       the adapter's hyperparameters
 state_conversion.py  the state of one engine <-> that of the other
 model_runner.py      what both model runners share

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any, Protocol, cast
 
 from distrust.contract import Engine
-from distrust.engines.tokenizer import prompt_tokens
+from distrust.data import Tokenizer, bos_prefix
+from distrust.errors import DataError, ModelError
 
 
 class Generator(Protocol):
@@ -47,9 +48,30 @@ def generate(
         ModelError: if the tokenizer has no chat template.
     """
     tokenizer: Any = engine.tokenizer
-    ids = prompt_tokens(tokenizer, prompt, chat=chat)
+    ids = _prompt_tokens(tokenizer, prompt, chat=chat)
     new_ids = cast(Generator, engine).sample_tokens(
         ids, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
     )
     text: str = tokenizer.decode(new_ids, skip_special_tokens=True)
     return text
+
+
+def _prompt_tokens(tokenizer: Tokenizer, prompt: str, *, chat: bool) -> list[int]:
+    if chat:  # the prompt as a user's turn, up to where the answer starts
+        ids = tokenizer.encode(_render_chat(tokenizer, prompt), add_special_tokens=False)
+    else:
+        ids = bos_prefix(tokenizer) + tokenizer.encode(prompt, add_special_tokens=False)
+    if not ids:
+        raise DataError("an empty prompt: this tokenizer adds no begin-of-text token; give some text")
+    return ids
+
+
+def _render_chat(tokenizer: Tokenizer, question: str) -> str:
+    if tokenizer.chat_template is None:
+        raise ModelError("--chat: the model's tokenizer has no chat template; leave --chat out")
+    turns = [{"role": "user", "content": question}]
+    try:
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # a template is a program: it may raise anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ModelError(f"--chat: the model's chat template refuses the prompt: {reason}") from error

@@ -1,4 +1,4 @@
-"""Locates and loads base models: paths and hub names, transformers' loaders, and the base model's digests.
+"""Locates base models by folder or hub name, loads them and tokenizers with transformers, and digests them.
 
 Invariants: a model's own code never runs, weights are read from safetensors only, and nothing here imports a
 framework before the name of the model has been checked.
@@ -75,11 +75,7 @@ def reference(name: str) -> str:
 
 
 def load_pretrained(loader: Any, name: str, **options: Any) -> Any:
-    """Call ``from_pretrained`` of a class of transformers on a folder or a hub name.
-
-    Raises:
-        ModelError: if the model cannot be loaded.
-    """
+    """Call ``from_pretrained`` of a class of transformers on a folder or a hub name."""
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
@@ -95,6 +91,22 @@ def load_pretrained(loader: Any, name: str, **options: Any) -> Any:
         return loader.from_pretrained(source, local_files_only=local, trust_remote_code=False, **options)
     except Exception as error:  # an invalid config can raise anything
         raise load_error(name, error) from error
+
+
+def load_tokenizer(name: str) -> Any:
+    """Load the tokenizer of a model, by its folder or hub name."""
+    from transformers import AutoTokenizer
+
+    return load_pretrained(AutoTokenizer, name)
+
+
+def require_vocabulary(tokenizer: Any, embedding_rows: int, *, name: str) -> None:
+    """Refuse a tokenizer with token ids outside the model's embedding."""
+    if len(tokenizer) > embedding_rows:
+        raise ModelError(
+            f"--model {name}: its tokenizer has {len(tokenizer)} tokens, the model {embedding_rows}; "
+            "they do not belong together"
+        )
 
 
 def load_error(name: str, error: Exception) -> ModelError:

@@ -14,11 +14,6 @@ from distrust.errors import ConfigError, OutOfMemory
 def choose_device(requested: Device, available: Mapping[Device, bool], *, engine: str) -> Device:
     """The device that ``--device`` selects.
 
-    Args:
-        requested: the option; ``auto`` is the first available device.
-        available: whether this machine has each device, in order of preference.
-        engine: name of the engine, for the message.
-
     Raises:
         ConfigError: if this machine, or this build of the framework, does not have the device.
     """

@@ -151,13 +151,7 @@ def list_differences(saved: Mapping[str, Any], expected: Mapping[str, Any]) -> l
 
 
 def state_mismatch(summary: str, differences: Sequence[str], saved: Iterable[str]) -> ResumeRefused:
-    """The error for a state of another model or another adapter.
-
-    Args:
-        summary: what does not fit.
-        differences: one line each; the message shows the first ones.
-        saved: names of the saved arrays; the message says which modules they adapt.
-    """
+    """The error for a state of another model or adapter: the first differences, and what ``saved`` adapts."""
     lines = list(map(quote_untrusted, differences[:LINES_SHOWN]))
     if len(differences) > LINES_SHOWN:
         lines.append(f"and {len(differences) - LINES_SHOWN} more")

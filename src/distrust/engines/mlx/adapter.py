@@ -21,9 +21,6 @@ def add_adapter(model: Any, lora: LoraConfig) -> None:
     """Give the layers of a model LoRA adapters in float32, and freeze everything else.
 
     mlx's generator initializes the adapters: seed it first.
-
-    Raises:
-        ConfigError: if the layers have no such target modules, or mlx-lm cannot adapt one of them.
     """
     model.freeze()
     parameters = {

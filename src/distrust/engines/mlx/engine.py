@@ -21,16 +21,14 @@ from mlx_lm.utils import get_total_parameters
 from distrust.checkpoint.memory import return_freed_memory
 from distrust.config import TrainConfig
 from distrust.contract import DEFAULT_MAX_LENGTH, EngineState, Losses, MemoryUse
-from distrust.data import MicroBatch, Tokenizer
+from distrust.data import MicroBatch
 from distrust.engines import state_conversion
-from distrust.engines.loading import config_digest, fingerprint
+from distrust.engines.loading import config_digest, fingerprint, load_tokenizer, require_vocabulary
 from distrust.engines.lora_config import LoraConfig
-from distrust.engines.mlx import adapter, linear, model, runtime
-from distrust.engines.mlx.gradient_checkpointing import checkpoint_layers
+from distrust.engines.mlx import adapter, layers, model, runtime
 from distrust.engines.mlx.model_runner import ModelRunner
 from distrust.engines.mlx.optimizer import AdamW
 from distrust.engines.runtime import translate_out_of_memory
-from distrust.engines.tokenizer import load_tokenizer, require_vocabulary
 from distrust.errors import DistrustWarning
 
 #: In the RuntimeErrors of mlx's allocators.
@@ -50,64 +48,40 @@ class MlxEngine:
         ConfigError: if an option does not fit the model or the machine.
     """
 
+    framework: Literal["mlx"] = "mlx"
+
     def __init__(self, config: TrainConfig) -> None:
         self._device = runtime.choose_device(config.device)
         mx.set_default_device(self._device)
         return_freed_memory()
-        self._tokenizer = load_tokenizer(config.model)
+        self.tokenizer: Any = load_tokenizer(config.model)
         self._model, self._config = self._load_base(config)
         self._fingerprint = fingerprint(model.named_weights(self._model))  # before quantization
         model.quantize(self._model, config.quantization)
-        self._context_length: int | None = model.text_entry(self._config, "max_position_embeddings")
+        self.context_length: int | None = model.text_entry(self._config, "max_position_embeddings")
         self._gradient_checkpointing = config.gradient_checkpointing
-        self._by_columns = linear.columns_are_faster(self._device) and bool(config.lora_rank)
+        self._by_columns = layers.columns_are_faster(self._device) and bool(config.lora_rank)
         if self._by_columns:
-            linear.use_columns(self._model)
+            layers.use_columns(self._model)
         self._compiled = runtime.should_compile(config, self._device)
         base_parameters = get_total_parameters(self._model)  # counts packed weights, too
         self._add_adapter(config)
         if config.gradient_checkpointing:
-            checkpoint_layers(self._model)
+            layers.checkpoint_layers(self._model)
         self._trained = adapter.trained_parameters(self._model)
         mx.eval(self._trained)
         trained = sum(array.size for array in self._trained.values())
-        self._parameters = trained, base_parameters + (trained if config.lora_rank else 0)
+        self.parameters = trained, base_parameters + (trained if config.lora_rank else 0)
         self._runner = self._create_runner(config)
         self._warn_of_unlimited_window(config)
         self._optimizer = AdamW(self._trained, config, compile=self._compile)
         self._gradients: dict[str, mx.array] | None = None
 
     @property
-    def framework(self) -> Literal["mlx"]:
-        """Framework of the arrays that :meth:`load_state` takes."""
-        return "mlx"
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The base model's tokenizer, of transformers."""
-        tokenizer: Tokenizer = self._tokenizer
-        return tokenizer
-
-    @property
     def model(self) -> Any:
         """The model with its adapter, with the current trained arrays."""
         self._runner.set_parameters(self._trained)
         return self._model
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The model's config."""
-        return self._config
-
-    @property
-    def context_length(self) -> int | None:
-        """Tokens that the model can attend to at once, if its config says."""
-        return self._context_length
-
-    @property
-    def parameters(self) -> tuple[int, int]:
-        """Number of trained weights, and of all weights."""
-        return self._parameters
 
     def fingerprint(self) -> str:
         """BLAKE3 of the base model's weights as loaded, before any quantization."""
@@ -179,7 +153,7 @@ class MlxEngine:
         sampler = make_sampler(temp=temperature, top_p=top_p or 0.0)  # 0.0: all tokens
         new_ids: list[int] = []
         for token, _ in generate_step(mx.array(ids), model, max_tokens=max_new_tokens, sampler=sampler):
-            if token == self._tokenizer.eos_token_id:
+            if token == self.tokenizer.eos_token_id:
                 break
             new_ids.append(token)
         return new_ids
@@ -220,15 +194,15 @@ class MlxEngine:
 
     def close(self) -> None:
         """Release model, optimizer and caches."""
-        del self._model, self._runner, self._trained, self._optimizer, self._tokenizer, self._gradients
+        del self._model, self._runner, self._trained, self._optimizer, self.tokenizer, self._gradients
         runtime.release_memory()
 
     def _load_base(self, config: TrainConfig) -> tuple[Any, dict[str, Any]]:
         base, described = model.load_model(
             config.model, dtype=config.dtype if config.lora_rank else "float32"
         )
-        rows = model.text_entry(described, "vocab_size") or len(self._tokenizer)
-        require_vocabulary(self._tokenizer, rows, name=config.model)
+        rows = model.text_entry(described, "vocab_size") or len(self.tokenizer)
+        require_vocabulary(self.tokenizer, rows, name=config.model)
         return base, described
 
     def _add_adapter(self, config: TrainConfig) -> None:

@@ -16,17 +16,7 @@ Write = Callable[[Path], None]
 def prepare_state(
     arrays: Mapping[str, mx.array], *, file_name: str, dtype: ExportDtype, about: Mapping[str, str]
 ) -> Write:
-    """Prepare one safetensors file of the trained arrays, under the names of the checkpoint.
-
-    Args:
-        arrays: of the checkpoint.
-        file_name: of the file, in the folder that the returned function takes.
-        dtype: of the written arrays.
-        about: metadata of the file.
-
-    Raises:
-        ConfigError: if the arrays overflow the dtype.
-    """
+    """Prepare one safetensors file of the trained arrays, under the names of the checkpoint."""
     weights = {name: mx.contiguous(array.astype(getattr(mx, dtype))) for name, array in arrays.items()}
     for name, array in weights.items():
         if not bool(mx.isfinite(array).all()):

@@ -23,15 +23,7 @@ Head = Callable[[mx.array], mx.array]
 
 
 def token_losses(logits: mx.array, targets: mx.array) -> mx.array:
-    """Cross-entropy of each token from its logits.
-
-    Args:
-        logits: [m, vocabulary].
-        targets: int32[m], the predicted token.
-
-    Returns:
-        float32[m], in nats.
-    """
+    """Cross-entropy of each token, float32[m] in nats, from logits [m, vocabulary] and targets int32[m]."""
     logits = logits.astype(mx.float32)
     return mx.logsumexp(logits, axis=-1) - _target_logits(logits, targets)
 
@@ -53,8 +45,7 @@ def chunked_losses(
         targets: int32[m], the predicted token.
         token_weights: float32[m], the factor of each token's loss.
         vocabulary: logits of a token.
-        chunk_tokens: tokens whose logits exist at once. Default: as many as have :data:`CHUNK_LOGITS`
-            logits, and at least :data:`MIN_CHUNK_TOKENS`.
+        chunk_tokens: tokens whose logits exist at once.
 
     Returns:
         float32[], the weighted sum, with a gradient; float32[m], each token's cross-entropy, in nats.

@@ -24,14 +24,7 @@ FILES = ("*.json", "model*.safetensors")
 
 
 def load_model(name: str, *, dtype: Dtype) -> tuple[Any, dict[str, Any]]:
-    """Load a language model of mlx-lm in evaluation mode.
-
-    Args:
-        name: a folder, a hub name, or ``bundled``.
-        dtype: of the weights.
-
-    Returns:
-        The model, and its config.
+    """Load a language model of mlx-lm, in evaluation mode, and its config.
 
     Raises:
         ModelError: if the model cannot be loaded.
@@ -97,11 +90,7 @@ def sliding_window(config: dict[str, Any]) -> int | None:
 
 
 def quantize(model: Any, quantization: Quantization) -> None:
-    """Store the weights of linear layers and embeddings in 8 or 4 bits, in groups with a scale and a bias.
-
-    Raises:
-        ConfigError: if no layer can be quantized.
-    """
+    """Store the weights of linear layers and embeddings in 8 or 4 bits, in groups with a scale and a bias."""
     if quantization == "none":
         return
     bits = int(quantization.removesuffix("bit"))

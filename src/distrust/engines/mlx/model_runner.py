@@ -23,7 +23,7 @@ from mlx_lm.models.base import create_causal_mask
 
 from distrust.contract import Losses
 from distrust.data import IGNORED, MicroBatch
-from distrust.engines.mlx.linear import linear
+from distrust.engines.mlx.layers import linear
 from distrust.engines.mlx.loss import Head, chunked_losses, token_losses
 from distrust.engines.model_runner import Array, keeps_examples_independent, sum_per_example, trial_ids
 from distrust.engines.state_conversion import dtype_name
@@ -36,35 +36,19 @@ Arrays = Mapping[str, mx.array]
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """A micro-batch on the host: b examples in r rows of t tokens, m of them trained, padded to n.
+    """A micro-batch on the host: b examples in r rows of t tokens, m of them trained, padded to n."""
 
-    Attributes:
-        input_ids: int32[r, t].
-        segments: int32[r, t], the example of each token, -1 for padding; None if each has its own row.
-        predictor_index: int32[n], index in the flattened rows of the token that predicts a trained one.
-        targets: int32[n], the trained tokens.
-        token_weights: float32[n], 0 for padding.
-        examples: int64[m], the example of each trained token, 0 to b - 1.
-        count: b.
-    """
-
-    input_ids: Array
-    segments: Array | None
-    predictor_index: Array
-    targets: Array
-    token_weights: Array
-    examples: Array
-    count: int
+    input_ids: Array  # int32[r, t]
+    segments: Array | None  # int32[r, t], each token's example, -1 for padding; None: each has its own row
+    predictor_index: Array  # int32[n], index in the flattened rows of the token that predicts a trained one
+    targets: Array  # int32[n], the trained tokens
+    token_weights: Array  # float32[n], 0 for padding
+    examples: Array  # int64[m], the example of each trained token, 0 to b - 1
+    count: int  # b
 
     @classmethod
     def of(cls, batch: MicroBatch, *, share: bool, multiple: int) -> _Rows:
-        """Place the examples of a micro-batch into rows.
-
-        Args:
-            batch: the examples.
-            share: whether several may be in a row.
-            multiple: the lengths t and n are multiples of it.
-        """
+        """Place the examples into rows, several in one if they ``share``; ``multiple`` divides t and n."""
         lengths = batch.attention_mask.sum(axis=1)  # [b]
         row_of, start_of = _first_fit(lengths) if share else (np.arange(len(lengths)), np.zeros_like(lengths))
         shape = int(row_of.max()) + 1, _round_up(int(lengths.max()), multiple)
@@ -103,26 +87,15 @@ class _Rows:
 
 
 class _SegmentMask:
-    """Takes the place of a key-value cache in mlx-lm's models: caches nothing, and supplies the mask.
-
-    Args:
-        segments: int32[r, t], the example of each token.
-        windows: records the sliding windows that the layers request.
-    """
+    """Takes the place of a key-value cache in mlx-lm's models: caches nothing, and supplies the mask."""
 
     offset = 0
 
     def __init__(self, segments: mx.array, windows: set[int | None]) -> None:
-        self._windows = windows
+        self._windows = windows  # records the sliding windows that the layers request
         self._same_example = segments[:, None, :, None] == segments[:, None, None, :]  # [r, 1, t, t]
 
-    def make_mask(
-        self,
-        length: int,
-        *,
-        window_size: int | None = None,
-        return_array: bool = True,  # noqa: ARG002
-    ) -> mx.array:
+    def make_mask(self, length: int, *, window_size: int | None = None, **_: Any) -> mx.array:
         """bool[r, 1, t, t]: earlier tokens of the same example."""
         self._windows.add(window_size)
         return mx.logical_and(self._same_example, create_causal_mask(length, window_size=window_size))
@@ -139,31 +112,21 @@ class ModelRunner:
         model: a language model of mlx-lm; its adapter is in its layers.
         arithmetic: dtype that the trained arrays are cast to in each pass; None: as they are.
         frozen_head: whether nothing of the head is trained.
-        by_columns: whether products with frozen weights are computed by columns (``linear.py``).
+        by_columns: whether products with frozen weights are computed by columns (``layers.py``).
         compiled: whether the passes are compiled.
-
-    Attributes:
-        uses_varlen: examples share rows.
-        uses_chunked_loss: the logits of a batch never exist as a whole.
-        windows: sliding windows that the layers have requested, in tokens.
     """
 
     def __init__(
-        self,
-        model: Any,
-        *,
-        arithmetic: mx.Dtype | None,
-        frozen_head: bool,
-        by_columns: bool,
-        compiled: bool,
+        self, model: Any, *, arithmetic: mx.Dtype | None, frozen_head: bool, by_columns: bool, compiled: bool
     ) -> None:
         self._model = model
         self._arithmetic = arithmetic
         self._by_columns = by_columns
         self._vocabulary: int = self._logits(np.zeros(1, np.int32)).shape[-1]
         self._head = self._separable_head() if frozen_head else None
-        self.uses_chunked_loss = self._head is not None
-        self.windows: set[int | None] = set()
+        self.uses_chunked_loss = self._head is not None  # the logits of a batch never exist as a whole
+        self.windows: set[int | None] = set()  # sliding windows that the layers have requested, in tokens
+        #: Examples share rows.
         self.uses_varlen = keeps_examples_independent(self._run_trial, vocabulary=self._vocabulary)
         self._compiled = compiled
         self._loss_and_gradients = mx.value_and_grad(self._losses)
@@ -173,16 +136,9 @@ class ModelRunner:
     def train(
         self, trained: Arrays, gradients: Arrays | None, batch: MicroBatch, *, tokens: int
     ) -> tuple[Losses, dict[str, mx.array]]:
-        """Forward and backward: add the gradient of Σ weight · cross-entropy / ``tokens``.
+        """Forward and backward: add the gradient of Σ weight · cross-entropy / ``tokens`` to ``gradients``.
 
-        Args:
-            trained: the trained arrays, by name.
-            gradients: sum over the earlier micro-batches of the step; None for the first.
-            batch: the examples.
-            tokens: trained tokens of the whole optimizer step.
-
-        Returns:
-            The losses, and the new sum of the gradients.
+        ``gradients`` is the sum over the earlier micro-batches of the step, None for the first.
         """
         rows = self._rows(batch)
         losses, accumulated = self._train(dict(trained), gradients, *rows.to_device(scale=1 / tokens))
@@ -230,10 +186,9 @@ class ModelRunner:
             logits = self._model(input_ids, self._cache(segments))
             losses = token_losses(_take_rows(logits, predictor_index), targets)
             return (losses * token_weights).sum(), losses
-        hidden = _take_rows(
-            self._model.model(input_ids, self._cache(segments)), predictor_index
-        )  # [n, width]
-        return chunked_losses(self._head, hidden, targets, token_weights, vocabulary=self._vocabulary)
+        hidden = self._model.model(input_ids, self._cache(segments))  # [r, t, width]
+        inputs = _take_rows(hidden, predictor_index)
+        return chunked_losses(self._head, inputs, targets, token_weights, vocabulary=self._vocabulary)
 
     def _cache(self, segments: mx.array | None) -> list[_SegmentMask] | None:
         if segments is None:

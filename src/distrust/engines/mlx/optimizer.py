@@ -17,18 +17,7 @@ Arrays = Mapping[str, mx.array]
 
 
 class AdamW:
-    """The moments of the trained arrays, and the rule of a step.
-
-    Args:
-        trained: float32 arrays, by name.
-        config: decay, betas and epsilon.
-        compile: compiles a function, or returns it unchanged.
-
-    Attributes:
-        step: number of steps made.
-        m: first moments, by name.
-        v: second moments, by name.
-    """
+    """The moments of the trained arrays, and the rule of a step, which ``compile`` may compile."""
 
     def __init__(
         self,
@@ -37,7 +26,7 @@ class AdamW:
         *,
         compile: Callable[[Any], Any],  # noqa: A002
     ) -> None:
-        self.step = 0
+        self.step = 0  # steps made
         self.m = {name: mx.zeros_like(array) for name, array in trained.items()}
         self.v = {name: mx.zeros_like(array) for name, array in trained.items()}
         # mlx's AdamW has one decay for all arrays, so there is one instance for each decay.

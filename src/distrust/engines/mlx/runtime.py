@@ -16,11 +16,7 @@ from distrust.errors import ConfigError
 
 
 def choose_device(requested: Device) -> mx.Device:
-    """The device that ``--device`` selects.
-
-    Raises:
-        ConfigError: if this machine, or this build of mlx, does not have it.
-    """
+    """The device that ``--device`` selects."""
     cuda = getattr(mx, "cuda", None)  # not in every build
     available: dict[Device, bool] = {
         "mps": mx.metal.is_available(),
@@ -69,9 +65,6 @@ def should_compile(config: TrainConfig, device: mx.Device) -> bool:
 
     Always on a GPU: kernels build instantly, and each saves a pass over memory. On a CPU only with
     ``--compile``: mlx runs a C++ compiler for every kernel there, and the steps are no faster.
-
-    Raises:
-        ConfigError: if compilation is requested and mlx finds no compiler.
     """
     if device.type != mx.DeviceType.cpu:
         return True

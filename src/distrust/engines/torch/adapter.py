@@ -19,9 +19,6 @@ def add_adapter(model: torch.nn.Module, lora: LoraConfig) -> torch.nn.Module:
     """Wrap a model with a LoRA adapter in float32, and freeze everything else.
 
     torch's generator initializes the adapter: seed it first.
-
-    Raises:
-        ConfigError: if the model has no such target modules.
     """
     import peft
 
@@ -67,11 +64,8 @@ def trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 def to_peft_names(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Rename tensors from a checkpoint's names to those of peft's files.
 
-    The names differ where peft's module stores the tensor under the adapter's name, as for embeddings.
-
-    Args:
-        model: with the adapter; it has exactly these tensors.
-        tensors: by the names of :func:`trained_parameters`.
+    The names differ where peft's module stores the tensor under the adapter's name, as for embeddings. The
+    tensors are those of :func:`trained_parameters` of the model.
     """
     from peft import get_peft_model_state_dict
 
@@ -85,12 +79,7 @@ def to_peft_names(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -
 
 
 def peft_config(model: Any, *, base: str) -> Any:
-    """The adapter's config in the form that peft saves, the same bytes each time.
-
-    Args:
-        model: with the adapter.
-        base: the base model's hub name or folder.
-    """
+    """The adapter's config in the form that peft saves, the same bytes each time."""
     config = model.peft_config[ADAPTER_NAME]
     config.base_model_name_or_path = base
     config.inference_mode = True

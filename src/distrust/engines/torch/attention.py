@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 NAME = "distrust_packed"
@@ -37,11 +38,7 @@ def packed_examples(lengths: list[int]) -> Iterator[None]:
 
 
 def register(*, outside_graphs: bool = False) -> None:
-    """Register with transformers as :data:`NAME`; outside :func:`packed_examples` it is ``sdpa``.
-
-    Args:
-        outside_graphs: exclude it from compiled graphs: every batch has other lengths.
-    """
+    """Register with transformers as :data:`NAME`; outside :func:`packed_examples` it is ``sdpa``."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     disable: Any = torch.compiler.disable
@@ -67,17 +64,17 @@ def _attention(module: torch.nn.Module, *tensors: Any, **options: Any) -> Any:
 
 def packed_attention(
     module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
     is_causal: bool | None = None,
     **features: Any,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[Tensor, None]:
     """Attention within each example, in the signature of transformers.
 
     Args:
@@ -127,7 +124,7 @@ def packed_attention(
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
-def _band_mask(query: torch.Tensor, window: int | None) -> torch.Tensor | None:
+def _band_mask(query: Tensor, window: int | None) -> Tensor | None:
     """bool[t, t], the band that each token sees; None if the example is no longer than the window."""
     length = query.shape[2]
     if window is None or length <= window:

@@ -13,14 +13,13 @@ import torch
 from distrust.checkpoint.memory import keep_freed_memory
 from distrust.config import TrainConfig
 from distrust.contract import EngineState, Losses, MemoryUse
-from distrust.data import MicroBatch, Tokenizer
+from distrust.data import MicroBatch
 from distrust.engines import state_conversion
-from distrust.engines.loading import config_digest, fingerprint
+from distrust.engines.loading import config_digest, fingerprint, load_tokenizer, require_vocabulary
 from distrust.engines.lora_config import LoraConfig
 from distrust.engines.runtime import translate_out_of_memory
-from distrust.engines.tokenizer import load_tokenizer, require_vocabulary
 from distrust.engines.torch import adapter, model, optimizer, quantization, runtime
-from distrust.engines.torch.fused import fuse
+from distrust.engines.torch.layers import fuse
 from distrust.engines.torch.model_runner import ModelRunner
 from distrust.errors import ConfigError
 
@@ -38,8 +37,8 @@ class TorchEngine:
         ConfigError: if an option does not fit the model or the machine.
     """
 
-    #: The class that runs the model; a subclass may replace it.
-    runner_class: type[ModelRunner] = ModelRunner
+    framework: Literal["torch"] = "torch"
+    runner_class: type[ModelRunner] = ModelRunner  # a subclass of the engine may replace it
 
     def __init__(self, config: TrainConfig) -> None:
         self._device = runtime.choose_device(config.device)
@@ -48,19 +47,19 @@ class TorchEngine:
         torch.set_num_threads(config.threads or runtime.default_threads())
         arithmetic = runtime.torch_dtype(config.dtype)
         dtype = arithmetic if config.lora_rank else torch.float32
-        self._tokenizer = load_tokenizer(config.model)
+        self.tokenizer: Any = load_tokenizer(config.model)
         base = self._load_base(config, dtype)
         self._fingerprint = _fingerprint(base, config, arithmetic)
         self._quantization = config.quantization
         self._config_digest = config_digest(base.config.to_diff_dict())  # type: ignore[operator, union-attr]
-        self._context_length: int | None = getattr(base.config, "max_position_embeddings", None)
+        self.context_length: int | None = getattr(base.config, "max_position_embeddings", None)
         self._attention = str(getattr(base.config, "_attn_implementation", "unknown"))
         self._gradient_checkpointing = config.gradient_checkpointing
         if config.gradient_checkpointing:
             _checkpoint_layers(base)
-        self._model = self._add_adapter(base, config).eval()
+        self.model: torch.nn.Module = self._add_adapter(base, config).eval()
         # A compiler fuses by itself, and better if it sees whole layers.
-        self._fused = {} if config.compile else fuse(self._model, dtype=dtype)
+        self._fused = {} if config.compile else fuse(self.model, dtype=dtype)
         self._runner = self.runner_class(base, arithmetic=arithmetic, compiled=config.compile)
         if config.packing and not self._runner.uses_varlen:
             raise ConfigError(
@@ -68,40 +67,14 @@ class TorchEngine:
                 f"{self._attention}, or its layers look across examples); leave it out"
             )
         self._compiled = runtime.compile_layers(base) if config.compile else 0
-        self._trained = adapter.trained_parameters(self._model)
+        self._trained = adapter.trained_parameters(self.model)
         self._optimizer = optimizer.make_optimizer(self._trained, config)
-
-    @property
-    def framework(self) -> Literal["torch"]:
-        """Framework of the arrays that :meth:`load_state` takes."""
-        return "torch"
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The base model's tokenizer."""
-        tokenizer: Tokenizer = self._tokenizer
-        return tokenizer
-
-    @property
-    def model(self) -> torch.nn.Module:
-        """The model with its adapter."""
-        return self._model
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model computes."""
-        return self._device
-
-    @property
-    def context_length(self) -> int | None:
-        """Tokens that the model can attend to at once, if its config says."""
-        return self._context_length
 
     @property
     def parameters(self) -> tuple[int, int]:
         """Number of trained weights, and of all weights."""
         trained = sum(parameter.numel() for parameter in self._trained.values())
-        return trained, sum(quantization.count(parameter) for parameter in self._model.parameters())
+        return trained, sum(quantization.count(parameter) for parameter in self.model.parameters())
 
     def fingerprint(self) -> str:
         """BLAKE3 of the base model's weights as loaded, before any quantization."""
@@ -146,7 +119,7 @@ class TorchEngine:
 
     def micro_step(self, batch: MicroBatch, *, tokens: int) -> Losses:
         """Forward and backward: add the gradient of Σ weight · cross-entropy / ``tokens``."""
-        self._model.train()
+        self.model.train()
         with translate_out_of_memory(_OUT_OF_MEMORY), runtime.compiler_errors():
             return self._runner.train(batch, tokens=tokens)
 
@@ -175,7 +148,7 @@ class TorchEngine:
 
     def evaluate(self, batch: MicroBatch) -> Losses:
         """Forward only, without dropout."""
-        self._model.eval()
+        self.model.eval()
         with translate_out_of_memory(_OUT_OF_MEMORY), runtime.compiler_errors():
             return self._runner.evaluate(batch)
 
@@ -191,8 +164,8 @@ class TorchEngine:
             if top_p is not None:
                 sampling["top_p"] = top_p
         runtime.reseed(seed=seed, step=0, micro_step=0)
-        end_of_text = self._tokenizer.eos_token_id
-        output = self._model.eval().generate(  # type: ignore[operator]
+        end_of_text = self.tokenizer.eos_token_id
+        output = self.model.eval().generate(  # type: ignore[operator]
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
             max_new_tokens=max_new_tokens,
@@ -216,7 +189,7 @@ class TorchEngine:
         """Load a state of either engine into the existing parameters.
 
         Raises:
-            ResumeRefused: if names, shapes or dtypes differ; nothing has changed then.
+            ResumeRefused: if names, shapes or dtypes differ. Nothing has changed then.
         """
         state = state_conversion.to_torch(state, self._optimizer.state_dict()["param_groups"])
         differences = state_conversion.list_differences(state.model, self._trained)
@@ -237,13 +210,13 @@ class TorchEngine:
 
     def close(self) -> None:
         """Release model, optimizer and caches."""
-        del self._model, self._runner, self._trained, self._optimizer, self._tokenizer
+        del self.model, self._runner, self._trained, self._optimizer, self.tokenizer
         runtime.release_memory(self._device)
 
     def _load_base(self, config: TrainConfig, dtype: torch.dtype) -> torch.nn.Module:
         base = model.load_model(config.model, dtype=dtype, device=self._device, quantized=config.quantization)
         rows = base.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-        require_vocabulary(self._tokenizer, rows, name=config.model)
+        require_vocabulary(self.tokenizer, rows, name=config.model)
         return base
 
     def _add_adapter(self, base: torch.nn.Module, config: TrainConfig) -> torch.nn.Module:
@@ -269,9 +242,8 @@ def _fingerprint(base: torch.nn.Module, config: TrainConfig, dtype: torch.dtype)
 
 
 def _checkpoint_layers(base: torch.nn.Module) -> None:
-    # Later versions of transformers use the first name, earlier ones the second.
-    enable: Any = getattr(base, "activation_checkpointing_enable", None)
-    enable = enable or base.gradient_checkpointing_enable
+    # Its name in later versions of transformers, and in earlier ones.
+    enable: Any = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
     enable({"use_reentrant": False})
 
 

@@ -6,22 +6,22 @@ cause is raised before anything is on the disk.
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from distrust.config import ExportDtype, TrainConfig
 from distrust.engines import state_conversion
-from distrust.engines.loading import reference
+from distrust.engines.loading import load_tokenizer, reference
 from distrust.engines.lora_config import LoraConfig
-from distrust.engines.tokenizer import load_tokenizer
-from distrust.engines.torch import adapter, model
+from distrust.engines.torch import adapter, model, runtime
 from distrust.engines.torch.engine import TorchEngine
-from distrust.errors import ConfigError, DistrustWarning
+from distrust.errors import ConfigError, DistrustWarning, ErrorTranslator
 
 PEFT_WEIGHTS = "adapter_model.safetensors"  # the name that peft loads
 Write = Callable[[Path], None]
@@ -32,14 +32,6 @@ def prepare_adapter(config: TrainConfig, tensors: Mapping[str, torch.Tensor], *,
 
     Reads only the config and the tokenizer of the base model, not its weights, and checks names and shapes of
     the adapter's tensors against them.
-
-    Args:
-        config: of the run, with ``model`` where the base model is.
-        tensors: of the checkpoint.
-        dtype: of the written tensors.
-
-    Returns:
-        A function that writes into a folder.
 
     Raises:
         ModelError: if config or tokenizer cannot be loaded.
@@ -64,7 +56,7 @@ def prepare_adapter(config: TrainConfig, tensors: Mapping[str, torch.Tensor], *,
     peft_config = adapter.peft_config(meta_model, base=reference(config.model))
 
     def write(folder: Path) -> None:
-        with _safetensors_errors():
+        with ErrorTranslator((SafetensorError,), _as_os_error):
             _save(weights, folder / PEFT_WEIGHTS)
             peft_config.save_pretrained(folder)
             _save_tokenizer(tokenizer, folder)
@@ -73,12 +65,7 @@ def prepare_adapter(config: TrainConfig, tensors: Mapping[str, torch.Tensor], *,
 
 
 def require_mergeable(config: TrainConfig) -> None:
-    """Refuse a base model that torch cannot add an adapter to.
-
-    Raises:
-        ModelError: if its config cannot be loaded.
-        ConfigError: if mlx has quantized it.
-    """
+    """Refuse a base model that torch cannot add an adapter to."""
     if model.is_quantized_by_mlx(config.model):
         raise ConfigError(
             f"--format merged: {config.model} is in mlx's quantized layout, which torch does not read; give "
@@ -90,30 +77,19 @@ def prepare_merged(engine: TorchEngine, config: TrainConfig, *, dtype: ExportDty
     """Prepare a model folder of transformers with the adapter added to the weights, and the tokenizer.
 
     Adds in float32, and rounds once, to ``dtype``. The engine cannot be used afterwards.
-
-    Args:
-        engine: with the trained weights.
-        config: of the run.
-        dtype: of the written weights.
-
-    Returns:
-        A function that writes into a folder.
-
-    Raises:
-        ConfigError: if the weights overflow the dtype.
     """
     merged: Any = engine.model.float()
     if config.lora_rank:
         adapter.untie_adapted(merged)
         merged = merged.merge_and_unload(safe_merge=True)
-    merged.to(_torch_dtype(dtype))
+    merged.to(runtime.torch_dtype(dtype))
     _require_finite(merged.named_parameters(), dtype)
     # Loading for training has disabled it; generation needs what the model was published with.
     merged.config.use_cache = getattr(model.load_config(config.model), "use_cache", True)
     tokenizer: Any = engine.tokenizer
 
     def write(folder: Path) -> None:
-        with _safetensors_errors():
+        with ErrorTranslator((SafetensorError,), _as_os_error):
             merged.save_pretrained(folder)
             _save_tokenizer(tokenizer, folder)
 
@@ -123,28 +99,18 @@ def prepare_merged(engine: TorchEngine, config: TrainConfig, *, dtype: ExportDty
 def prepare_state(
     tensors: Mapping[str, torch.Tensor], *, file_name: str, dtype: ExportDtype, about: Mapping[str, str]
 ) -> Write:
-    """Prepare one safetensors file of the trained tensors, under the names of the checkpoint.
-
-    Args:
-        tensors: of the checkpoint.
-        file_name: of the file, in the folder that the returned function takes.
-        dtype: of the written tensors.
-        about: metadata of the file.
-
-    Raises:
-        ConfigError: if the tensors overflow the dtype.
-    """
+    """Prepare one safetensors file of the trained tensors, under the names of the checkpoint."""
     weights = _cast(tensors, dtype)
 
     def write(folder: Path) -> None:
-        with _safetensors_errors():
+        with ErrorTranslator((SafetensorError,), _as_os_error):
             _save(weights, folder / file_name, about)
 
     return write
 
 
 def _cast(tensors: Mapping[str, torch.Tensor], dtype: ExportDtype) -> dict[str, torch.Tensor]:
-    cast = {name: tensor.to(_torch_dtype(dtype)).contiguous() for name, tensor in tensors.items()}
+    cast = {name: tensor.to(runtime.torch_dtype(dtype)).contiguous() for name, tensor in tensors.items()}
     _require_finite(cast.items(), dtype)
     return cast
 
@@ -161,23 +127,9 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _torch_dtype(dtype: ExportDtype) -> torch.dtype:
-    resolved: torch.dtype = getattr(torch, dtype)
-    return resolved
-
-
 def _save(weights: dict[str, torch.Tensor], path: Path, about: Mapping[str, str] | None = None) -> None:
-    from safetensors.torch import save_file
-
     save_file(weights, path, metadata={"format": "pt", **(about or {})})
 
 
-@contextlib.contextmanager
-def _safetensors_errors() -> Iterator[None]:
-    """Context manager that turns safetensors' own error for a failed write into OSError."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except SafetensorError as error:
-        raise OSError(" ".join(str(error).split())) from error
+def _as_os_error(error: Exception) -> OSError:
+    return OSError(" ".join(str(error).split()))  # a failed write, in safetensors' own class

@@ -16,8 +16,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from distrust.engines.torch.linear import linear
+from distrust.engines.torch.layers import linear
 
 #: Logits of a chunk: 64 MiB of float32. Larger chunks are not faster,
 CHUNK_LOGITS = 2**24
@@ -25,27 +26,19 @@ CHUNK_LOGITS = 2**24
 MIN_CHUNK_TOKENS = 256
 
 
-def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of each token from existing logits.
-
-    Args:
-        logits: [m, vocabulary].
-        targets: int64[m], the predicted token.
-
-    Returns:
-        float32[m], in nats.
-    """
+def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of each token, float32[m] in nats, from logits [m, vocabulary] and targets int64[m]."""
     return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
 
 
 def chunked_losses(
-    hidden: torch.Tensor,
+    hidden: Tensor,
     head: torch.nn.Linear,
-    targets: torch.Tensor,
-    token_weights: torch.Tensor,
+    targets: Tensor,
+    token_weights: Tensor,
     *,
     chunk_tokens: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Weighted sum of the cross-entropy of each token, from the input of the head.
 
     Args:
@@ -73,13 +66,13 @@ class _ChunkedLosses(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        targets: torch.Tensor,
-        token_weights: torch.Tensor,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        token_weights: Tensor,
         chunk_tokens: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         needs_grad = ctx.needs_input_grad[:3]
         with torch.autocast(hidden.device.type, enabled=False):
             total, losses, gradients = _losses_and_gradients(
@@ -90,7 +83,7 @@ class _ChunkedLosses(torch.autograd.Function):
         return total, losses
 
     @staticmethod
-    def backward(ctx: Any, grad_output: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         gradients = [
             None if gradient is None else gradient * grad_output.to(gradient.dtype)
             for gradient in ctx.saved_tensors
@@ -99,14 +92,14 @@ class _ChunkedLosses(torch.autograd.Function):
 
 
 def _losses_and_gradients(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    targets: torch.Tensor,
-    token_weights: torch.Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    token_weights: Tensor,
     chunk_tokens: int,
     needs_grad: tuple[bool, bool, bool],
-) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor | None]]:
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     """The weighted sum, each loss, and the requested gradients of hidden, weight and bias."""
     head_weight = weight.to(hidden.dtype)  # [vocabulary, width]
     head_bias = None if bias is None else bias.to(hidden.dtype)

@@ -23,12 +23,6 @@ def load_model(
 ) -> torch.nn.Module:
     """Load a causal language model of transformers, in evaluation mode.
 
-    Args:
-        name: a folder, a hub name, or ``bundled``.
-        dtype: of the weights; with quantization, of the arithmetic.
-        device: where the model computes.
-        quantized: bits of the linear layers' weights.
-
     Raises:
         ModelError: if the model cannot be loaded, or its files lack weights.
         ConfigError: if mlx has quantized the model.
@@ -81,22 +75,14 @@ def meta_model(name: str) -> torch.nn.Module:
 
 
 def load_config(name: str) -> Any:
-    """The config of a model, as its folder has it.
-
-    Raises:
-        ModelError: if it cannot be loaded.
-    """
+    """The config of a model, as its folder has it."""
     from transformers import AutoConfig
 
     return load_pretrained(AutoConfig, name)
 
 
 def is_quantized_by_mlx(name: str) -> bool:
-    """Whether a model's weights are in mlx's packed layout.
-
-    Raises:
-        ModelError: if its config cannot be loaded.
-    """
+    """Whether a model's weights are in mlx's packed layout."""
     config = load_config(name)
     entries = [getattr(config, entry, None) for entry in ("quantization", "quantization_config")]
     # Every method that transformers supports names itself in "quant_method"; mlx does not.

@@ -28,25 +28,15 @@ from distrust.engines.torch.loss import chunked_losses, token_losses
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """A micro-batch as one row on the host: n tokens of b examples, m of them trained.
+    """A micro-batch as one row on the host: n tokens of b examples, m of them trained."""
 
-    Attributes:
-        input_ids: int64[n].
-        positions: int64[n], each token's position in its example.
-        lengths: tokens of each example.
-        predictor_index: int64[m], index of the token before each trained one, which predicts it.
-        targets: int64[m], the trained tokens.
-        token_weights: float32[m].
-        examples: int64[m], the example of each trained token, 0 to b - 1.
-    """
-
-    input_ids: Array
-    positions: Array
-    lengths: list[int]
-    predictor_index: Array
-    targets: Array
-    token_weights: Array
-    examples: Array
+    input_ids: Array  # int64[n]
+    positions: Array  # int64[n], each token's position in its example
+    lengths: list[int]  # tokens of each example
+    predictor_index: Array  # int64[m], index of the token before each trained one, which predicts it
+    targets: Array  # int64[m], the trained tokens
+    token_weights: Array  # float32[m]
+    examples: Array  # int64[m], the example of each trained token, 0 to b - 1
 
     @classmethod
     def of(cls, batch: MicroBatch) -> _Row:
@@ -78,10 +68,6 @@ class ModelRunner:
         model: a causal language model of transformers, in evaluation mode; its adapter is in its layers.
         arithmetic: dtype of the products; autocast applies any but float32.
         compiled: whether its layers will be compiled.
-
-    Attributes:
-        uses_varlen: examples share one row without padding.
-        uses_chunked_loss: the logits of a batch never exist as a whole.
     """
 
     def __init__(self, model: Any, *, arithmetic: torch.dtype, compiled: bool = False) -> None:
@@ -91,8 +77,8 @@ class ModelRunner:
         self._device: torch.device = model.device
         self._head: Any = model.get_output_embeddings()
         self._vocabulary: int = model.get_input_embeddings().weight.shape[0]
-        self.uses_chunked_loss = self._head_makes_logits()
-        self.uses_varlen = self._enable_varlen()
+        self.uses_chunked_loss = self._head_makes_logits()  # the logits of a batch never exist as a whole
+        self.uses_varlen = self._enable_varlen()  # examples share one row without padding
 
     def train(self, batch: MicroBatch, *, tokens: int) -> Losses:
         """Forward and backward: add the gradient of Σ weight · cross-entropy / ``tokens``."""
@@ -134,10 +120,8 @@ class ModelRunner:
 
     def _run(self, **inputs: Tensor) -> Tensor:
         if self.uses_chunked_loss:
-            hidden: Tensor = self._model.base_model(**inputs, use_cache=False).last_hidden_state
-            return hidden
-        logits: Tensor = self._model(**inputs, use_cache=False).logits
-        return logits
+            return self._model.base_model(**inputs, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+        return self._model(**inputs, use_cache=False).logits  # type: ignore[no-any-return]
 
     def _packed(self, row: _Row) -> contextlib.AbstractContextManager[None]:
         return attention.packed_examples(row.lengths if self.uses_varlen else [])

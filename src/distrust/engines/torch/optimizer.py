@@ -20,12 +20,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def make_optimizer(trained: Mapping[str, torch.nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over the trained parameters.
-
-    Args:
-        trained: the parameters, by name.
-        config: learning rate, decay, betas and epsilon.
-    """
+    """AdamW over the trained parameters."""
     matrices = [(name, parameter) for name, parameter in trained.items() if parameter.ndim >= 2]
     vectors = [(name, parameter) for name, parameter in trained.items() if parameter.ndim < 2]
     groups = [

@@ -24,16 +24,7 @@ LIBRARY = "bitsandbytes"
 def loading_options(
     quantization: Quantization, *, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Any]:
-    """Options for the loader of transformers.
-
-    Args:
-        quantization: number of bits; "none" needs no option.
-        dtype: of the arithmetic.
-        device: where the weights are quantized, and the model computes.
-
-    Raises:
-        MissingDependency: if the library is not installed.
-    """
+    """Options for the loader of transformers."""
     if quantization == "none":
         return {}
     if importlib.util.find_spec(LIBRARY) is None:

@@ -16,18 +16,14 @@ from typing import Any
 import torch
 
 from distrust.checkpoint.memory import trim
-from distrust.config import Device, Dtype
+from distrust.config import Device, Dtype, ExportDtype
 from distrust.contract import MemoryUse
 from distrust.engines import runtime
 from distrust.errors import ConfigError
 
 
 def choose_device(requested: Device) -> torch.device:
-    """The device that ``--device`` selects.
-
-    Raises:
-        ConfigError: if this machine, or this build of torch, does not have it.
-    """
+    """The device that ``--device`` selects."""
     available: dict[Device, bool] = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
@@ -36,9 +32,9 @@ def choose_device(requested: Device) -> torch.device:
     return torch.device(runtime.choose_device(requested, available, engine="torch"))
 
 
-def torch_dtype(dtype: Dtype) -> torch.dtype:
+def torch_dtype(dtype: Dtype | ExportDtype) -> torch.dtype:
     """The dtype that an option selects."""
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+    return getattr(torch, dtype)  # type: ignore[no-any-return]
 
 
 def prefer_determinism() -> None:
@@ -100,19 +96,10 @@ def release_memory(device: torch.device) -> None:
 
 
 def compile_layers(model: Any) -> int:
-    """Have torch compile the repeated blocks of a model, each when it first runs.
+    """Have torch compile the repeated blocks of a model, each when it first runs; returns their number.
 
     One block at a time: blocks of one class share compiled code, and attention, which differs for each packed
     batch, stays outside the graphs.
-
-    Args:
-        model: of transformers.
-
-    Returns:
-        The number of blocks.
-
-    Raises:
-        ConfigError: if the model does not declare its blocks.
     """
     block_classes = set(getattr(model, "_no_split_modules", None) or ())
     blocks = [module for module in model.modules() if type(module).__name__ in block_classes]

@@ -10,6 +10,7 @@ a trial reproduces the module's own output. Every other module is left as it is.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,11 +18,14 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from distrust.engines.torch.adapter import ADAPTER_NAME
-from distrust.engines.torch.linear import linear
 
 #: Largest error of a trial, relative to the largest output: rounding in each dtype.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 TRIAL_TOKENS = 4
+#: A module and its input -> its output, or None where it declines.
+Fused = Callable[[Any, Tensor], Tensor | None]
+#: Multiplications from which oneDNN pays: below, MKL is as fast, and each new shape costs oneDNN a set-up.
+MIN_MULTIPLICATIONS = 2**27
 
 
 def fuse(model: torch.nn.Module, *, dtype: torch.dtype) -> dict[str, int]:
@@ -36,22 +40,22 @@ def fuse(model: torch.nn.Module, *, dtype: torch.dtype) -> dict[str, int]:
     """
     counts = {"lora": 0, "norm": 0, "gate": 0}
     for module in model.modules():
-        kind, forward = _fused_forward(module)
-        if forward is not None and _is_equivalent(module, forward, dtype):
-            module.forward = forward.__get__(module)
+        kind, fused = _fused_forward(module)
+        if fused is not None and _is_equivalent(module, fused, dtype):
+            module.forward = partial(_forward, module, fused)
             counts[kind] += 1
     return counts
 
 
-def _fused_forward(module: torch.nn.Module) -> tuple[str, Callable[..., Tensor] | None]:
+def _fused_forward(module: torch.nn.Module) -> tuple[str, Fused | None]:
     """Kind of a module and its fused forward, judged by its parts; the trial decides."""
     if _is_plain_lora(module):
-        return "lora", _lora_forward
+        return "lora", _fused_lora
     parts = {*vars(module), *module._parameters, *module._modules}
     if "RMSNorm" in type(module).__name__ and {"weight", "variance_epsilon"} <= parts:
-        return "norm", _norm_forward
+        return "norm", _fused_norm
     if {"gate_proj", "up_proj", "down_proj", "act_fn"} <= parts and _is_silu(module.act_fn):
-        return "gate", _gate_forward
+        return "gate", _fused_gate
     return "", None
 
 
@@ -75,13 +79,13 @@ def _is_plain_lora(module: Any) -> bool:
 
 
 @torch.no_grad()
-def _is_equivalent(module: Any, forward: Callable[..., Tensor], dtype: torch.dtype) -> bool:
+def _is_equivalent(module: Any, fused: Fused, dtype: torch.dtype) -> bool:
     """Whether another forward returns what the module's own one does, except for rounding."""
     weight = next(module.parameters())
     generator = torch.Generator().manual_seed(0)  # its own: the run's generator stays untouched
     trial = torch.randn(1, TRIAL_TOKENS, _input_width(module), generator=generator).to(weight.device, dtype)
     try:
-        expected, actual = module(trial), forward(module, trial)
+        expected, actual = module(trial), _forward(module, fused, trial)
     except (TypeError, RuntimeError, AttributeError):  # the module takes other arguments
         return False
     if expected.dtype != actual.dtype or expected.shape != actual.shape or expected.dtype not in TOLERANCE:
@@ -96,32 +100,27 @@ def _input_width(module: Any) -> int:
     return width
 
 
-def _lora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    if args or kwargs or not _is_deterministic(self):
-        return _original_forward(self, x, *args, **kwargs)
-    return _lora(self, x, None)
+def _forward(module: Any, fused: Fused, *args: Any, **kwargs: Any) -> Any:
+    """The fused result, or the module's own for other arguments or where ``fused`` declines."""
+    output = fused(module, *args) if len(args) == 1 and not kwargs else None
+    return type(module).forward(module, *args, **kwargs) if output is None else output
 
 
-def _gate_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    if args or kwargs:
-        return _original_forward(self, x, *args, **kwargs)
-    gate, up, down = self.gate_proj(x), self.up_proj(x), self.down_proj  # gate, up: [..., inner width]
+def _fused_lora(module: Any, x: Tensor) -> Tensor | None:
+    return _lora(module, x, None) if _is_deterministic(module) else None
+
+
+def _fused_gate(module: Any, x: Tensor) -> Tensor | None:
+    gate, up, down = module.gate_proj(x), module.up_proj(x), module.down_proj  # gate, up: [..., inner width]
     if _is_plain_lora(down) and _is_deterministic(down):
         return _lora(down, up, gate)  # the gated product is never saved
-    result: Tensor = down(_Gate.apply(gate, up))  # type: ignore[no-untyped-call]
-    return result
+    return down(_Gate.apply(gate, up))  # type: ignore[no-any-return, no-untyped-call]
 
 
-def _norm_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    if args or kwargs or hidden_states.dtype != self.weight.dtype:
-        return _original_forward(self, hidden_states, *args, **kwargs)
-    result: Tensor = _Norm.apply(hidden_states, self.weight, self.variance_epsilon)  # type: ignore[no-untyped-call]
-    return result
-
-
-def _original_forward(module: Any, *args: Any, **kwargs: Any) -> Tensor:
-    output: Tensor = type(module).forward(module, *args, **kwargs)
-    return output
+def _fused_norm(module: Any, x: Tensor) -> Tensor | None:
+    if x.dtype != module.weight.dtype:
+        return None
+    return _Norm.apply(x, module.weight, module.variance_epsilon)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _is_deterministic(lora: Any) -> bool:
@@ -134,8 +133,8 @@ def _is_deterministic(lora: Any) -> bool:
 def _lora(lora: Any, x: Tensor, gate: Tensor | None) -> Tensor:
     base = lora.base_layer
     a, b = lora.lora_A[ADAPTER_NAME].weight, lora.lora_B[ADAPTER_NAME].weight
-    result: Tensor = _LoraLinear.apply(x, gate, base.weight, base.bias, a, b, lora.scaling[ADAPTER_NAME])  # type: ignore[no-untyped-call]
-    return result
+    scale = lora.scaling[ADAPTER_NAME]
+    return _LoraLinear.apply(x, gate, base.weight, base.bias, a, b, scale)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -242,3 +241,17 @@ def _silu_gate_backward(grad_output: Tensor, gate: Tensor | None, x: Tensor) -> 
         return None, grad_output.to(x.dtype)
     grad_gate = torch.ops.aten.silu_backward(grad_output * x, gate)
     return grad_gate, silu(gate).mul_(grad_output)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """X · weightᵀ + bias, [m, k] and [n, k] -> [m, n], outside autograd."""
+    large = x.shape[0] * weight.numel() >= MIN_MULTIPLICATIONS
+    if large and x.dtype == torch.float32 and x.device.type == "cpu" and _has_onednn():
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return product
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+def _has_onednn() -> bool:
+    available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return bool(available) and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # a private operator of torch
