@@ -467,7 +467,7 @@ def test_the_card_says_where_it_comes_from(place, run, tmp_path):
         "- `name`: `records.jsonl`",
         "- `name`: `model`",
         "- `examples`: `11`",
-        f"- `learned tokens seen in training`: `{file.metadata['tokens_seen']}`",
+        f"- `tokens seen in training`: `{file.metadata['tokens_seen']}`",
         "- `weighting`: `monotone`",
         "- `alpha`: `2.7`",
         "- `lambda`: `0.6`",
