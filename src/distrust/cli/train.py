@@ -91,4 +91,4 @@ def _description() -> str:
     paragraph = textwrap.fill(_DESCRIPTION, width, initial_indent="  ", subsequent_indent="  ")
     purpose = f"{COMMANDS['train'][0].upper()}{COMMANDS['train'][1:]}."
     examples = "\n".join(f"  {example}" for example in _EXAMPLES)
-    return f"{purpose}\n\n{paragraph}\n\nexamples:\n{examples}"
+    return f"{purpose}\n{paragraph}\n\nexamples:\n{examples}"
