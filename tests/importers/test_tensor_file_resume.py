@@ -59,10 +59,10 @@ def test_it_resumes_with_weights_and_moments(folder, complete, tmp_path, form, e
         train_a_little(folder, run, engine=engine, max_steps=STEPS, **OPTIONS)
     resumed, expected = arrays(run, STEPS), arrays(complete, STEPS)
     if engine == "mlx":  # the same bits
-        for part, wanted in (
+        for part, expected_arrays in (
             (resumed.model, expected.model),
             (resumed.optimizer["v"], expected.optimizer["v"]),
         ):
-            assert part.keys() == wanted.keys()
-            assert all(np.array_equal(part[name], wanted[name]) for name in wanted)
+            assert part.keys() == expected_arrays.keys()
+            assert all(np.array_equal(part[name], expected_arrays[name]) for name in expected_arrays)
     assert np.allclose(resumed.history["loss"], expected.history["loss"], atol=1e-4)
