@@ -296,7 +296,7 @@ def test_a_resumed_run_warns_of_what_was_dropped(tmp_path, lacks):
         write_checksums(path)
     convert(path, tmp_path / "run")
     checkpoint = CheckpointManager(tmp_path / "run" / "checkpoints").load(10)
-    adopted, record = imported.adopt_imported(checkpoint, TrainConfig(), where=tmp_path)
+    adopted, record = imported.adopt_imported(checkpoint, TrainConfig())
     dropped = "the loss of 2 steps: it is not known which of the 10 steps they are of"
     with pytest.warns(DistrustWarning, match="not recorded.*--lora-alpha") as caught:
         imported.warn_imported(adopted, record, where=tmp_path)

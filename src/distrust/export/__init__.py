@@ -6,7 +6,7 @@
 - ``state``: the trained tensors alone, in one safetensors file.
 
 Every byte of the checkpoint is verified first. Problems with the base model are found before anything is
-written, and the target appears completely or not at all (``staging.py``). The README.md of a folder records
+written, and the target appears completely or not at all (``atomic.py``). The README.md of a folder records
 its origin (``facts.py``, ``card.py``).
 """
 
@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from distrust import engines
+from distrust.atomic import atomic_directory, require_free
 from distrust.config import ExportDtype, ExportFormat, TrainConfig
 from distrust.engines import state_conversion
 from distrust.engines.loading import reference
 from distrust.errors import ConfigError
-from distrust.export import mlx_folder, staging
+from distrust.export import mlx_folder
 from distrust.export.card import model_card
 from distrust.export.facts import facts_of, public_name
 
@@ -83,7 +84,7 @@ def export(
     _require_one_of("--format", format, ExportFormat)
     _require_one_of("--dtype", dtype, ExportDtype)
     to = Path(os.path.abspath(to))
-    staging.require_free(to)
+    require_free(to)
     # torch writes every format; without it, the framework of the checkpoint's engine, or any other.
     framework: engines.EngineName | None = "torch" if engines.is_installed("torch") else None
     file, checkpoint = engines.read_checkpoint(Path(target), step=step, best=best, framework=framework)
@@ -110,7 +111,7 @@ def export(
     else:
         write = _merged(file, checkpoint, model, dtype=dtype)
     # The folder appears at its name only after the block ends without an error.
-    with staging.atomic_directory(to, single_file=chosen == "state", disk=disk) as folder:
+    with atomic_directory(to, single_file=chosen == "state", disk=disk) as folder:
         write(folder)
         if chosen != "state":
             facts = facts_of(file, config, title=to.name, base=base, form=chosen, dtype=dtype)

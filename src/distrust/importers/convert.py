@@ -51,12 +51,14 @@ class ConvertedCheckpoint:
 
     Attributes:
         source: its path.
-        outcome: ``converted``; ``already converted``, with the same state; ``refused``, because of the
-        target, or because no run here could resume from it; ``damaged``; ``unreadable`` by this process;
-        ``incomplete``, without a model. reason: why nothing was written, or what was not imported. step:
-        optimizer steps made; None if unknown. target: our file; None if there is none. state_digest: the
-        identity of its state. is_verified: whether its format has checksums of the weights, which were
-        compared. In other formats, a bit that flipped earlier is not detected.
+        outcome: ``already converted``: with the same state; ``refused``: because of the target, or because no
+            run here could resume from it; ``unreadable``: by this process; ``incomplete``: without a model.
+        reason: why nothing was written, or what was not imported.
+        step: optimizer steps made; None if unknown.
+        target: our file; None if there is none.
+        state_digest: the identity of its state.
+        is_verified: whether its format has checksums of the weights, which were compared. In other formats, a
+            bit that flipped earlier is not detected.
     """
 
     source: Path
