@@ -198,12 +198,11 @@ def test_help_has_the_groups_of_the_reference(capsys, monkeypatch):
         parse(["--help"])
     out = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
     assert max(map(len, out.splitlines())) <= 90
-    groups = re.split(r"^[^\w-]*((?:\w+ )?options)\W*$", out, flags=re.MULTILINE)[
-        1:
-    ]  # title, text, title, ...
+    # Title, text, title, text, ...
+    groups = re.split(r"^[^\w-]*((?:\w+ )?options)\W*$", out, flags=re.MULTILINE)[1:]
     assert groups[::2] == ["options", *(f"{title} options" for title in option_groups())]
     for text, options in zip(groups[3::2], option_groups().values(), strict=True):
-        flags = re.findall(r"^\W*(--[\w-]+) ", text, re.MULTILINE)
+        flags = re.findall(r"^\W*(--[\w-]+)[ ,]", text, re.MULTILINE)
         assert flags == [flag(option.name) for option in options]
 
 
