@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 #: What is said of a path that is not there, everywhere.
-NOT_FOUND_ERRORS = "no such file or directory"
+NO_SUCH_FILE = "no such file or directory"
 
 _SHOWN_CHARACTERS = 200
 
@@ -289,7 +289,7 @@ class ErrorTranslator:
 def read_failure_reason(error: OSError) -> str:
     """Why a file was not read, behind its name."""
     return (
-        NOT_FOUND_ERRORS
+        NO_SUCH_FILE
         if isinstance(error, FileNotFoundError)
         else f"cannot be read: {error.strerror or error}"
     )

@@ -129,7 +129,7 @@ def test_without_the_lock_nothing_is_saved_until_it_is_put_back(tmp_path, save, 
         manager.save(state(1))
         path.rename(tmp_path / "away")
         for _ in range(2):
-            with pytest.raises(SaveFailed, match=r"cannot be written to: .*no \.lock stands there"):
+            with pytest.raises(SaveFailed, match=r"cannot be written to: .*no \.lock exists there"):
                 save(manager, state(2))
         assert not path.exists()
         (tmp_path / "away").rename(path)
