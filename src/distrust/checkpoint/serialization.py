@@ -35,10 +35,8 @@ class PreparedCheckpoint:
 
 
 def prepare(checkpoint: Checkpoint, kind: Kind) -> PreparedCheckpoint:
-    """Flatten a checkpoint and lay out its file. Later changes to it, except in arrays, have no effect.
-
-    Raises UnsupportedState for a value that would not be restored exactly, and so does :func:`state_digest`.
-    """
+    """Flatten a checkpoint and lay out its file; UnsupportedState if it could not be restored exactly."""
+    # From here on, the caller's changes have no effect, except those in arrays.
     sections, by_label = tree.flatten(
         {name: getattr(checkpoint, name) for name in STATE_SECTIONS}, is_array=arrays.is_array
     )
@@ -87,9 +85,8 @@ def load(
 
     arrays.require_framework(framework)
     with errors_with_path(path), open_checkpoint(path) as (descriptor, header):
-        content = (
-            verified_read.map_file(descriptor, header) if mapped else verified_read.load(descriptor, header)
-        )
+        read = verified_read.map_file if mapped else verified_read.load
+        content = read(descriptor, header)
         data = np.frombuffer(content.data, np.uint8)
         tensors = {tensor.name: tensor for tensor in header.tensors}
 
