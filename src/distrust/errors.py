@@ -43,7 +43,15 @@ _MAX_SHOWN_CHARACTERS = 200
 
 
 class DistrustError(Exception):
-    """The root: ``except DistrustError`` catches every error that is not a bug."""
+    """The root: ``except DistrustError`` catches every error that is not a bug.
+
+    Attributes:
+        path: the file or folder it is about; None if there is none.
+    """
+
+    def __init__(self, message: str, *, path: Path | None = None) -> None:
+        super().__init__(message)
+        self.path = path
 
 
 class DistrustWarning(UserWarning):
@@ -140,27 +148,11 @@ class OutOfMemory(DistrustError):
 
 
 class ExportFailed(DistrustError):
-    """An export was not written; nothing was created at its target.
-
-    Attributes:
-        path: the target.
-    """
-
-    def __init__(self, message: str, *, path: Path) -> None:
-        super().__init__(message)
-        self.path = path
+    """An export was not written; nothing was created at its target."""
 
 
 class WriteFailed(DistrustError):
-    """A file was not written; an existing file of that name is unchanged.
-
-    Attributes:
-        path: its name.
-    """
-
-    def __init__(self, message: str, *, path: Path) -> None:
-        super().__init__(message)
-        self.path = path
+    """A file was not written; an existing file of that name is unchanged."""
 
 
 class RunInProgress(DistrustError):
@@ -176,27 +168,11 @@ class RunInProgress(DistrustError):
 
 
 class RunNotFound(DistrustError):
-    """A folder contains no run.
-
-    Attributes:
-        path: the folder.
-    """
-
-    def __init__(self, message: str, *, path: Path) -> None:
-        super().__init__(message)
-        self.path = path
+    """A folder contains no run."""
 
 
 class CheckpointError(DistrustError):
-    """An error about a checkpoint, or a directory of them.
-
-    Attributes:
-        path: the file or directory it is about.
-    """
-
-    def __init__(self, message: str, *, path: Path | None = None) -> None:
-        super().__init__(message)
-        self.path = path
+    """An error about a checkpoint, or a directory of them."""
 
 
 class CheckpointNotFound(CheckpointError):
@@ -288,9 +264,7 @@ class ErrorTranslator:
 def read_failure_reason(error: OSError) -> str:
     """Why a file cannot be read, to append to its name."""
     return (
-        NO_SUCH_FILE
-        if isinstance(error, FileNotFoundError)
-        else f"cannot be read: {error.strerror or error}"
+        NO_SUCH_FILE if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror or error}"
     )
 
 

@@ -63,7 +63,7 @@ class Disk:
     def reserve(self, descriptor: int, size: int) -> None:
         """Reserve space for a file, or raise ENOSPC before a byte is written."""
         if size and sys.platform == "linux":
-            # Not os.posix_fallocate: without support in the file system, glibc writes a byte into every block.
+            # Not os.posix_fallocate: glibc emulates it by writing a byte into every block.
             fallocate = ctypes.CDLL(None, use_errno=True).fallocate
             fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
             if fallocate(descriptor, 0, 0, size) == 0:

@@ -1,6 +1,6 @@
 """The commit protocol: the only module that has anything written, synced, renamed or removed.
 
-The calls themselves are methods of a disk (``disk.py``), so that tests can replace it. A checkpoint is written
+The calls are methods of a disk (``disk.py``), so that tests can replace it. A checkpoint is written
 to a hidden temporary name in its own directory, data first and header last (``stream_writer.py``), then
 synced, renamed into place, and the directory synced. So at every instant the directory contains, under the
 final name, either the previous file or the complete new one.
@@ -180,7 +180,7 @@ def errors_for_directory(directory: Path) -> ErrorTranslator:
 def remove_stale_files(directory: Path, disk: Disk) -> None:
     """Remove the temporary files of dead writers and failed saves.
 
-    The caller has the lock and no write in progress, so nobody uses them. A file that cannot be removed now is
+    The caller has the lock and no write in progress, so nobody uses them. What cannot be removed now is
     left for the next call.
     """
     try:
