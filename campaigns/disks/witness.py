@@ -163,7 +163,7 @@ class SaveChecker:
             _require(cause.strerror in text, f"it does not say what: {text}")
         if isinstance(cause, OSError) and cause.errno in _NO_ROOM and "not saved" in text:
             _require(error.needed is not None and error.needed >= nbytes, f"wanted: {error.needed}: {text}")
-            _require(f"{error.needed:,} bytes wanted" in text and " free" in text, f"how many bytes? {text}")
+            _require(f"{error.needed:,} bytes needed" in text and " free" in text, f"how many bytes? {text}")
 
     def save(self, step: Step, nbytes: int) -> None:
         """Save where nothing is in the way.

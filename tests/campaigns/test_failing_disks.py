@@ -106,7 +106,7 @@ def does_not_ask_whose_directory_it_is(monkeypatch):
 
 
 def lets_the_system_speak(monkeypatch):
-    monkeypatch.setattr(AtomicFile, "_cleanup_on_error", lambda file: contextlib.nullcontext())
+    monkeypatch.setattr(AtomicFile, "_save_errors", lambda file: contextlib.nullcontext())
     monkeypatch.setattr("distrust.checkpoint.writer._save_errors", lambda path: contextlib.nullcontext())
 
 
