@@ -135,7 +135,6 @@ class NpzFolder:
             self._path,
             format=importers.DIRECTORY,
             file_size=file_size,
-            describe=importers.describe,
             lacks_arrays=not self._names & {*_ARRAY_FILES},
         )
 

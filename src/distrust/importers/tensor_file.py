@@ -66,7 +66,6 @@ class TensorFile:
             path,
             format=importers.TENSOR_FILE,
             file_size=size,
-            describe=importers.describe,
             lacks_arrays=not self._model and self._json.keys() == {METADATA_TENSOR},
         )
         if self.header.optimizer_scalars:  # two sources of the optimizer's step could disagree
