@@ -1,7 +1,7 @@
-"""What a checkpoint holds here: a function of its step, of its version and of its size, and of nothing else.
+"""The content of checkpoints here: a function of the step, the version and the size, and of nothing else.
 
-A version is the number of the save: a step that is saved again has a new one. Whoever loads a checkpoint can
-tell from what it says of itself what every one of its bytes has to be.
+A version is the number of the save: a step that is saved again has a new one. So a reader can compute from a
+checkpoint's metadata what each of its bytes must be.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from campaigns.oracle import Saved
 from distrust import Checkpoint
 
 METRIC = "eval_loss"
@@ -27,25 +28,26 @@ def make(step: int, version: int, size: int) -> Checkpoint:
 
 
 def metric(step: int) -> float:
-    """Its metric: the same whenever the step is saved, so the best one never gets worse."""
+    """The metric of a step: the same whenever the step is saved, so the best one never gets worse."""
     return random.Random(step).random()
 
 
-def version_of(checkpoint: Checkpoint, *, step: int | None = None) -> int:
-    """Check every byte of a checkpoint; returns its version.
+def saved(step: int, final: bool) -> Saved:
+    """The step as the retention oracle sees it."""
+    return Saved(step, final, metric(step))
 
-    Raises:
-        ValueError: if it is not what was saved.
-    """
+
+def version_of(checkpoint: Checkpoint, *, step: int | None = None) -> int:
+    """Check every byte of a checkpoint, and raise ValueError for a wrong one; returns its version."""
     of = checkpoint.metadata["of"]
     if checkpoint.step != of[0] or step not in (None, of[0]):
-        raise ValueError(f"step {checkpoint.step}, asked for {step}, holds what step {of[0]} saved")
+        raise ValueError(f"step {checkpoint.step}, requested {step}, holds what step {of[0]} saved")
     for section, expected in _arrays(*of).items():
-        found = getattr(checkpoint, section)
-        if sorted(found) != sorted(expected):
-            raise ValueError(f"{of}: {section} holds {sorted(found)}")
+        loaded = getattr(checkpoint, section)
+        if sorted(loaded) != sorted(expected):
+            raise ValueError(f"{of}: {section} holds {sorted(loaded)}")
         for name, array in expected.items():
-            if found[name].dtype != array.dtype or not np.array_equal(found[name], array):
+            if loaded[name].dtype != array.dtype or not np.array_equal(loaded[name], array):
                 raise ValueError(f"{of}: {section}.{name} is not what was saved")
     return int(of[1])
 

@@ -1,12 +1,12 @@
-"""A device that fails: its writes, its journal, or all of it at once. Then the machine is started again.
+"""A device that fails: its writes, its journal, or all of it at once. Then the machine is restarted.
 
-- It has less room than it says: a file system on a thin device, whose own disk is full. Blocks that were
-  reserved cannot be written; the system says so when they are written or synced, and the journal may end.
+- It has less space than it reports: a file system on a thin device, whose own disk is full. Blocks that were
+  reserved cannot be written; the system reports it at the write or the sync, and the journal may end.
 - The journal is aborted: the file system protects itself from writes.
-- The file system is shut down, as by a power cut: every call from then on is an I/O error, and what was not
-  synced is lost.
+- The file system is shut down, as by a power cut: every later call is an I/O error, and what was not synced
+  is lost.
 
-After each the file system is mounted again. Whatever was reported durable has to be there.
+After each the file system is mounted again. Whatever was reported durable must exist.
 """
 
 from __future__ import annotations
@@ -22,71 +22,71 @@ from pathlib import Path
 
 from campaigns.disks import volumes
 from campaigns.disks.isolated import Skipped
+from campaigns.disks.save_checker import SaveChecker
 from campaigns.disks.volumes import MIB, Filler
-from campaigns.disks.witness import SaveChecker
 
-_SHUT_DOWN = 0x8004587D  # FS_IOC_SHUTDOWN
+_FS_IOC_SHUTDOWN = 0x8004587D
 _LOSE_THE_JOURNAL = 2
 
 
-def device_fails(chance: random.Random, home: Path, counts: Counter[str]) -> None:
-    """Saves before, while and after it fails; then all that was reported durable is looked for."""
+def device_fails(rng: random.Random, home: Path, counts: Counter[str]) -> None:
+    """Save before, during and after the failure; then require all that was reported durable."""
     volumes.private_mounts(home)
-    what = chance.choice(list(_FAILURES))
-    kind = chance.choice(_FAILURES[what][1])
-    if what == "thin":
-        home = volumes.make("tmpfs", home, mib=chance.randint(16, 24))
+    failure = rng.choice(list(_FAILURES))
+    fail, kinds = _FAILURES[failure]
+    kind = rng.choice(kinds)
+    if failure == "thin":
+        home = volumes.make("tmpfs", home, mib=rng.randint(16, 24))
     root = volumes.make(kind, home, mib=64)
-    witness = SaveChecker(root / "run", chance, counts, f"{kind}, device {what}")
-    nbytes = int(10 ** chance.uniform(2, 6.4))
+    checker = SaveChecker(root / "run", rng, counts, f"{kind}, device {failure}")
+    nbytes = int(10 ** rng.uniform(2, 6.4))
     step = 1
-    for step in range(1, chance.randint(2, 4)):
-        witness.save(step, nbytes)
-    fail = _FAILURES[what][0]
-    if chance.random() < 0.5:
-        fail(root, chance)
-        outcome = witness.try_to_save(step + 1, nbytes)
+    for step in range(1, rng.randint(2, 4)):
+        checker.save(step, nbytes)
+    if rng.random() < 0.5:
+        fail(root, rng)
+        outcome = checker.attempt(step + 1, nbytes)
     else:
-        delay = chance.choice([0, 10 ** chance.uniform(-5, -2)])
+        delay = rng.choice([0, 10 ** rng.uniform(-5, -2)])
 
-        def meanwhile() -> None:
+        def during() -> None:
             time.sleep(delay)
-            fail(root, chance)
+            fail(root, rng)
 
-        outcome = witness.try_to_save(step + 1, nbytes, meanwhile=meanwhile)
+        outcome = checker.attempt(step + 1, nbytes, during=during)
     if outcome.error is None:
-        witness.reported[step + 1] = outcome.checkpoint
-    again = witness.try_to_save(step + 2, nbytes)
-    if again.error is None:
-        witness.reported[step + 2] = again.checkpoint
-    witness.judge_message(outcome)
-    witness.judge_message(again)
-    _start_again(witness, kind, home, counts)
-    witness.save(step + 3, nbytes)
+        checker.reported[step + 1] = outcome.checkpoint
+    second = checker.attempt(step + 2, nbytes)
+    if second.error is None:
+        checker.reported[step + 2] = second.checkpoint
+    checker.check_message(outcome)
+    checker.check_message(second)
+    _restart(checker, kind, home, counts)
+    checker.save(step + 3, nbytes)
 
 
-def _start_again(witness: SaveChecker, kind: str, home: Path, counts: Counter[str]) -> None:
-    witness.reopen()
-    Filler(home).gone()
+def _restart(checker: SaveChecker, kind: str, home: Path, counts: Counter[str]) -> None:
+    checker.reopen()
+    Filler(home).remove()
     volumes.mount_again(kind, home)
-    witness.forget_removed()
-    witness.require_newest()
-    witness.require_all()
-    counts["mounted again: all that was reported durable is there"] += 1
+    checker.forget_removed()
+    checker.require_newest()
+    checker.require_all()
+    counts["mounted again: all that was reported durable exists"] += 1
 
 
-def _fill_what_is_below(root: Path, chance: random.Random) -> None:
-    Filler(root.parent).leave(chance.choice([0, 4096, chance.randint(0, 2 * MIB)]))
+def _fill_backing_disk(root: Path, rng: random.Random) -> None:
+    Filler(root.parent).fill(rng.choice([0, 4096, rng.randint(0, 2 * MIB)]))
 
 
-def _abort_the_journal(root: Path, _chance: random.Random) -> None:
+def _abort_journal(root: Path, _rng: random.Random) -> None:
     volumes.command("mount", "-o", "remount,abort", str(root))
 
 
-def _shut_down(root: Path, chance: random.Random) -> None:
+def _shut_down(root: Path, rng: random.Random) -> None:
     descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fcntl.ioctl(descriptor, _SHUT_DOWN, struct.pack("I", chance.choice([0, 1, _LOSE_THE_JOURNAL])))
+        fcntl.ioctl(descriptor, _FS_IOC_SHUTDOWN, struct.pack("I", rng.choice([0, 1, _LOSE_THE_JOURNAL])))
     except OSError as error:
         raise Skipped(f"shutting down a file system: {error.strerror}") from None
     finally:
@@ -94,7 +94,7 @@ def _shut_down(root: Path, chance: random.Random) -> None:
 
 
 _FAILURES: dict[str, tuple[Callable[[Path, random.Random], None], tuple[str, ...]]] = {
-    "thin": (_fill_what_is_below, ("ext4", "ext3", "ext2")),
-    "without journal": (_abort_the_journal, ("ext4", "ext3")),
+    "thin": (_fill_backing_disk, ("ext4", "ext3", "ext2")),
+    "without journal": (_abort_journal, ("ext4", "ext3")),
     "shut down": (_shut_down, ("ext4", "ext3", "xfs")),
 }

@@ -13,119 +13,113 @@ from pathlib import Path
 
 from campaigns.campaign import CounterExample
 from campaigns.disks.isolated import Skipped
-from campaigns.disks.witness import SaveChecker, temporary
+from campaigns.disks.save_checker import SaveChecker
+from campaigns.invariants import temporary_files
 from distrust.checkpoint import CheckpointManager
 
-_LIMITED_TO = "ulimit -f"
-_MOST_FILES = 512
-_SIZES = Path("/proc/self/statm")
+_FILE_SIZE = "ulimit -f"
+_OPEN_FILES = 512
+_STATM = Path("/proc/self/statm")
 
 
-def file_size(chance: random.Random, home: Path, counts: Counter[str]) -> None:
-    """A limit of the size of files, which acts like a quota. Python ignores the signal that comes with it."""
-    witness = SaveChecker(home / "run", chance, counts, _LIMITED_TO)
-    nbytes = int(10 ** chance.uniform(0, 6.4))
+def file_size(rng: random.Random, home: Path, counts: Counter[str]) -> None:
+    """A limit on the size of files, which acts like a quota. Python ignores the signal that comes with it."""
+    checker = SaveChecker(home / "run", rng, counts, _FILE_SIZE)
+    nbytes = int(10 ** rng.uniform(0, 6.4))
     step = 1
-    if chance.random() < 0.8:
-        witness.save(step, nbytes)
-        step += chance.randint(0, 1)
-    outcome = witness.try_to_save(
-        step, nbytes, within=_limited(resource.RLIMIT_FSIZE, _limit(chance, nbytes))
-    )
-    witness.judge(outcome)
-    witness.save(step + 1, nbytes)
+    if rng.random() < 0.8:
+        checker.save(step, nbytes)
+        step += rng.randint(0, 1)
+    sizes = [0, 1, 4095, 4096, 4097, nbytes - 1, nbytes, nbytes + 4096, nbytes + 8192]
+    limit = max(0, rng.choice([*sizes, rng.randint(0, nbytes + 10_000)]))
+    checker.check(checker.attempt(step, nbytes, context=_limit(resource.RLIMIT_FSIZE, limit)))
+    checker.save(step + 1, nbytes)
 
 
-def killed_by_file_size(chance: random.Random, home: Path, counts: Counter[str]) -> None:
-    """The same limit where nobody ignores the signal: it ends the process, in the middle of the save."""
-    witness = SaveChecker(home / "run", chance, counts, "ulimit -f, killed")
-    nbytes = int(10 ** chance.uniform(4, 6.4))
-    witness.save(1, nbytes)
-    witness.reopen()
-    child = os.fork()
-    if child == 0:
+def killed_by_file_size(rng: random.Random, home: Path, counts: Counter[str]) -> None:
+    """The same limit where the signal is not ignored: it ends the process in the middle of the save."""
+    checker = SaveChecker(home / "run", rng, counts, f"{_FILE_SIZE}, killed")
+    nbytes = int(10 ** rng.uniform(4, 6.4))
+    checker.save(1, nbytes)
+    checker.reopen()
+    pid = os.fork()
+    if pid == 0:
         with contextlib.suppress(BaseException):
             signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-            with _limited(resource.RLIMIT_FSIZE, chance.randint(0, nbytes)):
-                witness.try_to_save(2, nbytes)
+            with _limit(resource.RLIMIT_FSIZE, rng.randint(0, nbytes)):
+                checker.attempt(2, nbytes)
         os._exit(0)
-    _, status = os.waitpid(child, 0)
-    if os.waitstatus_to_exitcode(status) != -signal.SIGXFSZ:
-        raise CounterExample(f"SIGXFSZ did not end the process, but {os.waitstatus_to_exitcode(status)}")
-    counts["ulimit -f, killed: by SIGXFSZ in mid-save"] += 1
-    if temporary(witness.directory):
-        counts["ulimit -f, killed: half a file left, and swept by the next writer"] += 1
-    witness.require_newest()
-    witness.save(3, nbytes)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if code != -signal.SIGXFSZ:
+        raise CounterExample(f"SIGXFSZ did not end the process: exit code {code}")
+    counts["ulimit -f, killed: by SIGXFSZ during a save"] += 1
+    if temporary_files(checker.directory):
+        counts["ulimit -f, killed: half a file left, and removed by the next writer"] += 1
+    checker.require_newest()
+    checker.save(3, nbytes)
 
 
-def open_files(chance: random.Random, home: Path, counts: Counter[str]) -> None:
-    """No descriptor left, or only a few: for the lock, the file, or the directory that is to be synced."""
-    witness = SaveChecker(home / "run", chance, counts, "ulimit -n")
-    nbytes = int(10 ** chance.uniform(0, 6.4))
+def open_files(rng: random.Random, home: Path, counts: Counter[str]) -> None:
+    """No descriptor free, or only a few: for the lock, the file, or the directory that is to be synced."""
+    checker = SaveChecker(home / "run", rng, counts, "ulimit -n")
+    nbytes = int(10 ** rng.uniform(0, 6.4))
     step = 1
-    if chance.random() < 0.7:
-        witness.save(step, nbytes)
+    if rng.random() < 0.7:
+        checker.save(step, nbytes)
         step = 2
-    witness.judge(witness.try_to_save(step, nbytes, within=_descriptors(chance.randint(0, 4))))
-    witness.save(step + 1, nbytes)
+    checker.check(checker.attempt(step, nbytes, context=_free_descriptors(rng.randint(0, 4))))
+    checker.save(step + 1, nbytes)
 
 
-def memory(chance: random.Random, home: Path, counts: Counter[str]) -> None:
+def memory(rng: random.Random, home: Path, counts: Counter[str]) -> None:
     """No memory for a copy of the state, or not even for the blocks that are written."""
-    if not _SIZES.exists():
-        raise Skipped("ulimit -v: this system does not say how much memory a process has")
-    witness = SaveChecker(home / "run", chance, counts, "ulimit -v")
-    nbytes = chance.randint(1, 40) << 20
+    if not _STATM.exists():
+        raise Skipped("ulimit -v: this system does not report how much memory a process has")
+    checker = SaveChecker(home / "run", rng, counts, "ulimit -v")
+    nbytes = rng.randint(1, 40) << 20
     step = 1
-    if chance.random() < 0.7:
-        witness.save(step, 1000)
+    if rng.random() < 0.7:
+        checker.save(step, 1000)
         step = 2
-        if chance.random() < 0.5:  # what a large save needs is not there any more
-            witness.reopen()
-    more = int(chance.uniform(0, 2.2) * nbytes)
-    witness.judge(witness.try_to_save(step, nbytes, within=_address_space(more)))
-    witness.save(step + 1, nbytes)
-    CheckpointManager(witness.directory).validate(step + 1)
-
-
-def _limit(chance: random.Random, nbytes: int) -> int:
-    choices = [0, 1, 4095, 4096, 4097, nbytes - 1, nbytes, nbytes + 4096, nbytes + 8192]
-    return max(0, chance.choice([*choices, chance.randint(0, nbytes + 10_000)]))
+        if rng.random() < 0.5:  # buffers of the earlier save are released
+            checker.reopen()
+    extra = int(rng.uniform(0, 2.2) * nbytes)
+    checker.check(checker.attempt(step, nbytes, context=_limit_address_space(extra)))
+    checker.save(step + 1, nbytes)
+    CheckpointManager(checker.directory).validate(step + 1)
 
 
 @contextlib.contextmanager
-def _limited(what: int, limit: int) -> Iterator[None]:
-    before, most = resource.getrlimit(what)
-    resource.setrlimit(what, (limit, most))
+def _limit(which: int, limit: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(which)
+    resource.setrlimit(which, (limit, hard))
     try:
         yield
     finally:
-        resource.setrlimit(what, (before, most))
+        resource.setrlimit(which, (soft, hard))
 
 
 @contextlib.contextmanager
-def _descriptors(left: int) -> Iterator[None]:
-    """So many files can be opened, and no more."""
-    taken: list[int] = []
-    with _limited(resource.RLIMIT_NOFILE, _MOST_FILES):
+def _free_descriptors(count: int) -> Iterator[None]:
+    """Only so many files can be opened."""
+    descriptors: list[int] = []
+    with _limit(resource.RLIMIT_NOFILE, _OPEN_FILES):
         try:
             with contextlib.suppress(OSError):
                 while True:
-                    taken.append(os.open(os.devnull, os.O_RDONLY))
-            for descriptor in taken[len(taken) - left :]:
-                os.close(descriptor)
-            del taken[len(taken) - left :]
+                    descriptors.append(os.open(os.devnull, os.O_RDONLY))
+            for _ in range(count):
+                os.close(descriptors.pop())
             yield
         finally:
-            for descriptor in taken:
+            for descriptor in descriptors:
                 os.close(descriptor)
 
 
 @contextlib.contextmanager
-def _address_space(more: int) -> Iterator[None]:
-    """So many bytes more than this process has now."""
-    pages = int(_SIZES.read_text().split()[0])
-    with _limited(resource.RLIMIT_AS, pages * resource.getpagesize() + more):
+def _limit_address_space(extra: int) -> Iterator[None]:
+    """Only so many bytes more than this process has now."""
+    pages = int(_STATM.read_text().split()[0])
+    with _limit(resource.RLIMIT_AS, pages * resource.getpagesize() + extra):
         yield

@@ -16,12 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from campaigns.campaign import CounterExample
+from campaigns.campaign import CounterExample, require
 from campaigns.fuzz import corruptions
 from campaigns.fuzz.invariants import (
     MESSAGE_CHARACTERS,
-    only_what_is_promised,
-    require,
+    only_documented_errors,
     require_plain,
 )
 from distrust.checkpoint import catalog
@@ -44,7 +43,7 @@ def target(directory: Path) -> Iterator[Path]:
         corruptions.clear(path)
 
 
-def converted(source: Path, to: Path, *, model: str | None = None) -> list[ConvertedCheckpoint]:
+def convert_and_check(source: Path, to: Path, *, model: str | None = None) -> list[ConvertedCheckpoint]:
     """Convert; what came of it keeps every promise.
 
     Args:
@@ -58,7 +57,7 @@ def converted(source: Path, to: Path, *, model: str | None = None) -> list[Conve
     """
     before = as_it_lies(source)
     try:
-        with only_what_is_promised("convert"):
+        with only_documented_errors("convert"):
             done = convert(source, to, model=model)
     finally:
         require(as_it_lies(source) == before, "convert: what was read is not as it was")
@@ -70,7 +69,7 @@ def converted(source: Path, to: Path, *, model: str | None = None) -> list[Conve
     well = {one.target.name for one in done if one.target is not None}
     require(there == well, f"convert: {sorted(well)} were converted, and {sorted(there)} are there")
     if well:
-        with only_what_is_promised("convert again"):
+        with only_documented_errors("convert again"):
             again = convert(source, to, model=model)
         same = [(one.outcome, one.state_digest) for one in again]
         expected = [("already there" if one.succeeded else one.outcome, one.state_digest) for one in done]

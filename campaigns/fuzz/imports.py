@@ -62,13 +62,13 @@ class Victim(NamedTuple):
         path: of the copy; its folder has room for more.
         kind: of it.
         good: what it was made of.
-        chance: every random choice.
+        rng: every random choice.
     """
 
     path: Path
     kind: str
     good: Fixtures
-    chance: Random
+    rng: Random
 
     @property
     def canary(self) -> Path:
@@ -82,11 +82,11 @@ class Victim(NamedTuple):
 
     def one_of(self, names: tuple[str, ...]) -> Path:
         """One of these files that is there."""
-        return self.chance.choice([file for name in names if (file := self.path / name).exists()])
+        return self.rng.choice([file for name in names if (file := self.path / name).exists()])
 
     def any_file(self) -> Path:
         """One of its files, or itself if it is one."""
-        return self.chance.choice(sorted(self.path.iterdir())) if self.path.is_dir() else self.path
+        return self.rng.choice(sorted(self.path.iterdir())) if self.path.is_dir() else self.path
 
 
 Family = Callable[[Victim], None]
@@ -174,7 +174,7 @@ def _mlx_adapter(good: Fixtures, path: Path) -> Path:
     arrays = {
         _as_in_mlx(name): ("F32", [*array.T.shape], array.T.tobytes()) for name, array in good.weights.items()
     }
-    (path / "adapters.safetensors").write_bytes(corruptions.packed(arrays))
+    (path / "adapters.safetensors").write_bytes(corruptions.pack_safetensors(arrays))
     described = {"rank": RANK, "scale": 4.0, "dropout": 0.0, "keys": ["self_attn.q_proj"]}
     config = {"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": described}
     (path / "adapter_config.json").write_text(json.dumps(config))
@@ -217,7 +217,9 @@ def _write_older(
         name: (_DTYPES[str(array.dtype)], [*array.shape], array.tobytes()) for name, array in weights.items()
     }
     path.write_bytes(
-        corruptions.packed({**rows, **{name: ("U8", [len(text)], text) for name, text in texts.items()}})
+        corruptions.pack_safetensors(
+            {**rows, **{name: ("U8", [len(text)], text) for name, text in texts.items()}}
+        )
     )
 
 
@@ -226,22 +228,22 @@ _DTYPES = {"float32": "F32", "float16": "F16", "float64": "F64", "int64": "I64"}
 
 def _field(patient: Victim) -> None:
     """A field of its JSON is any value, or missing, or another's."""
-    file, chance = patient.one_of(_JSON), patient.chance
+    file, rng = patient.one_of(_JSON), patient.rng
     tree = json.loads(file.read_text())
-    for _ in range(chance.choice((1, 1, 2))):
-        families.replace_one(tree, chance, families.any_value)
+    for _ in range(rng.choice((1, 1, 2))):
+        families.replace_one(tree, rng, families.any_value)
     file.write_text(json.dumps(tree))
     patient.sign()
 
 
 def _text(patient: Victim) -> None:
     """JSON that no writer makes, or none."""
-    file, chance = patient.one_of(_JSON), patient.chance
+    file, rng = patient.one_of(_JSON), patient.rng
     text = file.read_bytes()
     keys = [f'"{key}":'.encode() for key in json.loads(text)]
-    file.write_bytes(chance.choice((
-        text.replace(b"{", b"{" + chance.choice(keys) + chance.choice(families.JSON_SNIPPETS) + b",", 1),
-        text.replace(b"{", b"{" + chance.choice(keys) + b'{"a":' * 100_000, 1),
+    file.write_bytes(rng.choice((
+        text.replace(b"{", b"{" + rng.choice(keys) + rng.choice(families.JSON_SNIPPETS) + b",", 1),
+        text.replace(b"{", b"{" + rng.choice(keys) + b'{"a":' * 100_000, 1),
         b'{"a":' * 100_000, b"[" * 100_000, b"[" + text + b"]", _LARGE_TEXT + text,
         text.replace(b"{", b'{"a":"' + b"\\u0000" * 100_000 + b'",', 1), b"", b"\0" * len(text),
         text.decode().encode("utf-16"), b"\xef\xbb\xbf" + text,
@@ -251,15 +253,13 @@ def _text(patient: Victim) -> None:
 
 def _header(patient: Victim) -> None:
     """A header of tensors that says something else, or is not as long as it says."""
-    file, chance = patient.one_of(_TENSORS), patient.chance
+    file, rng = patient.one_of(_TENSORS), patient.rng
     raw = file.read_bytes()
     end = 8 + int.from_bytes(raw[:8], "little")
     fields = json.loads(raw[8:end])
-    families.replace_one(
-        fields, chance, lambda chance: chance.choice((families.any_value(chance), *families.DTYPES))
-    )
+    families.replace_one(fields, rng, lambda rng: rng.choice((families.any_value(rng), *families.DTYPES)))
     text = json.dumps(fields).encode()
-    length = chance.choice(
+    length = rng.choice(
         (len(text),) * 6 + (0, len(text) - 1, len(text) + 1, len(raw), 1 << 40, (1 << 64) - 1)
     )
     file.write_bytes(length.to_bytes(8, "little") + text + raw[end:])
@@ -267,7 +267,7 @@ def _header(patient: Victim) -> None:
 
 def _tensors(patient: Victim) -> None:
     """Whole tensors of another name, shape, dtype or value."""
-    file, chance = patient.one_of(_TENSORS), patient.chance
+    file, rng = patient.one_of(_TENSORS), patient.rng
     raw = file.read_bytes()
     end = 8 + int.from_bytes(raw[:8], "little")
     fields = {name: field for name, field in json.loads(raw[8:end]).items() if name != "__metadata__"}
@@ -275,29 +275,29 @@ def _tensors(patient: Victim) -> None:
         name: np.frombuffer(raw[end:][slice(*field["data_offsets"])], np.float32).reshape(field["shape"])
         for name, field in fields.items()
     }
-    _harm_arrays(arrays, chance)
+    _harm_arrays(arrays, rng)
     rows = {
         name: (_DTYPES[str(array.dtype)], [*array.shape], array.tobytes()) for name, array in arrays.items()
     }
-    file.write_bytes(corruptions.packed(rows))
+    file.write_bytes(corruptions.pack_safetensors(rows))
 
 
-def _harm_arrays(arrays: dict[str, Any], chance: Random) -> None:
-    for _ in range(chance.choice((1, 1, 2))):
-        name = chance.choice(sorted(arrays))
+def _harm_arrays(arrays: dict[str, Any], rng: Random) -> None:
+    for _ in range(rng.choice((1, 1, 2))):
+        name = rng.choice(sorted(arrays))
         array = arrays[name]
-        action = chance.randrange(5)
+        action = rng.randrange(5)
         if action == 0:
             del arrays[name]
         elif action == 1:
-            arrays[chance.choice((*arrays, *families.HOSTILE_TEXTS[:40], f"{name}.x", name[1:]))] = array
+            arrays[rng.choice((*arrays, *families.HOSTILE_TEXTS[:40], f"{name}.x", name[1:]))] = array
         elif action == 2:
             changed = array.copy()
-            changed.flat[chance.randrange(max(1, array.size)) :] = chance.choice(_NUMBERS)
+            changed.flat[rng.randrange(max(1, array.size)) :] = rng.choice(_NUMBERS)
             arrays[name] = changed
         elif action == 3:
             with np.errstate(all="ignore"):
-                arrays[name] = array.astype(chance.choice((np.float16, np.float64, np.int64)))
+                arrays[name] = array.astype(rng.choice((np.float16, np.float64, np.int64)))
         else:
             shapes = (
                 array.T,
@@ -308,7 +308,7 @@ def _harm_arrays(arrays: dict[str, Any], chance: Random) -> None:
                 array.sum(),
                 array[:-1],
             )
-            arrays[name] = np.ascontiguousarray(chance.choice(shapes)).astype(np.float32)
+            arrays[name] = np.ascontiguousarray(rng.choice(shapes)).astype(np.float32)
 
 
 def _older_arrays(patient: Victim) -> None:
@@ -316,7 +316,7 @@ def _older_arrays(patient: Victim) -> None:
     if patient.kind not in ("directory", "byte tensors"):
         raise LookupError("no older format")
     weights, moments = dict(patient.good.weights), dict(patient.good.moments)
-    _harm_arrays(patient.chance.choice((weights, moments, moments)), patient.chance)
+    _harm_arrays(patient.rng.choice((weights, moments, moments)), patient.rng)
     _write_older(patient.path, patient.kind, patient.good.fields, weights, moments)
 
 
@@ -324,40 +324,40 @@ def _older_fields(patient: Victim) -> None:
     """What an older format says of its optimizer and its run, anything."""
     if patient.kind not in ("directory", "byte tensors"):
         raise LookupError("no older format")
-    chance, fields = patient.chance, copy.deepcopy(patient.good.fields)
-    for _ in range(chance.choice((1, 1, 2))):
-        inner = chance.choice(([fields], [fields["optimizer_scalars"]] * 3, [fields["metadata"]]))[0]
-        inner[chance.choice([*inner, "step"])] = families.any_value(chance)
+    rng, fields = patient.rng, copy.deepcopy(patient.good.fields)
+    for _ in range(rng.choice((1, 1, 2))):
+        inner = rng.choice(([fields], [fields["optimizer_scalars"]] * 3, [fields["metadata"]]))[0]
+        inner[rng.choice([*inner, "step"])] = families.any_value(rng)
     _write_older(patient.path, patient.kind, fields, patient.good.weights, patient.good.moments)
 
 
 def _base_model(patient: Victim) -> None:
     """The name of its base model leads somewhere else."""
-    file, chance = patient.path / "adapter_config.json", patient.chance
+    file, rng = patient.path / "adapter_config.json", patient.rng
     described = json.loads(file.read_text())
     other = patient.path.parent / "base"
     shutil.copytree(patient.good.base, other)
     config = other / "config.json"
-    kind = chance.randrange(4)
+    kind = rng.randrange(4)
     if kind == 0:
-        corruptions.no_file(config, chance)
+        corruptions.replace_by_non_file(config, rng)
     elif kind == 1:
         _field(patient._replace(path=other, kind="base"))
     elif kind == 2:
-        corruptions.spliced(config, chance)
+        corruptions.splice(config, rng)
     names = (
         [str(other)] * 8 if kind < 3 else [str(config), str(patient.path), "/dev/zero", "/", ".", "/dev/fd"]
     )
-    described["base_model_name_or_path"] = chance.choice((*names, *families.HOSTILE_TEXTS[:8]))
+    described["base_model_name_or_path"] = rng.choice((*names, *families.HOSTILE_TEXTS[:8]))
     file.write_text(json.dumps(described))
 
 
 def _whole_config(patient: Victim) -> None:
     """The model's own config says something else of its shape."""
-    file, chance = patient.path / "config.json", patient.chance
+    file, rng = patient.path / "config.json", patient.rng
     described = json.loads(file.read_text())
-    for _ in range(chance.choice((1, 1, 2))):
-        described[chance.choice(sorted(described))] = families.any_value(chance)
+    for _ in range(rng.choice((1, 1, 2))):
+        described[rng.choice(sorted(described))] = families.any_value(rng)
     file.write_text(json.dumps(described))
 
 
@@ -365,50 +365,50 @@ def _state(patient: Victim) -> None:
     """A place in the optimizer's state holds something else."""
     import torch
 
-    file, chance = patient.path / _OPTIMIZER, patient.chance
+    file, rng = patient.path / _OPTIMIZER, patient.rng
     state = torch.load(file, weights_only=True)
-    for _ in range(chance.choice((1, 1, 2))):
-        parent, key = chance.choice(families.places(state))
-        action = chance.randrange(5)
+    for _ in range(rng.choice((1, 1, 2))):
+        parent, key = rng.choice(families.locations(state))
+        action = rng.randrange(5)
         if action == 0:
             del parent[key]
         elif action == 1 and type(parent) is dict:
-            parent[chance.choice((*parent, 0, -1, 1 << 70, "step", "state1", None, 1.5))] = parent[key]
+            parent[rng.choice((*parent, 0, -1, 1 << 70, "step", "state1", None, 1.5))] = parent[key]
         else:
-            parent[key] = _any_of_torch(parent[key], chance)
+            parent[key] = _any_of_torch(parent[key], rng)
     torch.save(state, file)
 
 
-def _any_of_torch(value: Any, chance: Random) -> Any:
+def _any_of_torch(value: Any, rng: Random) -> Any:
     """Something else in the place of a value: most often a tensor that is nearly right."""
     import torch
 
-    if type(value) is not torch.Tensor or chance.random() < 0.15:
-        return families.any_value(chance)
-    kind = chance.randrange(9)
+    if type(value) is not torch.Tensor or rng.random() < 0.15:
+        return families.any_value(rng)
+    kind = rng.randrange(9)
     if kind == 0:
-        return torch.full_like(value, chance.choice(_NUMBERS))
+        return torch.full_like(value, rng.choice(_NUMBERS))
     if kind == 1:
-        return chance.choice(
+        return rng.choice(
             (value.to_sparse() if value.ndim else value, value.to("meta"), value.bool(), value > 0)
         )
     if kind == 2:
         return value.to(
-            chance.choice((torch.float64, torch.bfloat16, torch.int64, torch.complex64, torch.uint8))
+            rng.choice((torch.float64, torch.bfloat16, torch.int64, torch.complex64, torch.uint8))
         )
     if kind == 3:
-        return value.flatten()[:1].expand(chance.choice((1 << 40, 4, 0)))
+        return value.flatten()[:1].expand(rng.choice((1 << 40, 4, 0)))
     if kind == 4:
         return value.flatten()[:1].expand(value.shape) if value.ndim else value.expand(2)
     if kind == 5:
-        return chance.choice((torch.nn.Parameter(value.float()), [value], {0: value}, value.tolist()))
+        return rng.choice((torch.nn.Parameter(value.float()), [value], {0: value}, value.tolist()))
     if kind == 6:
-        return chance.choice(
+        return rng.choice(
             (value.T if value.ndim == 2 else value[None], value.flatten(), value[None], value.sum())
         )
     if kind == 7:
         return value[:0] if value.ndim else value[None][:0]
-    return torch.randn(chance.choice(((3,), (2, 2, 2), (1, 1), ())))
+    return torch.randn(rng.choice(((3,), (2, 2, 2), (1, 1), ())))
 
 
 class _Calls:
@@ -430,14 +430,14 @@ def _objects(patient: Victim) -> None:
     """Objects in the place of tensors: code to run, and calls that torch allows with other arguments."""
     import torch
 
-    file, chance = patient.path / _OPTIMIZER, patient.chance
-    writes: Any = corruptions.Writes(patient.canary)
+    file, rng = patient.path / _OPTIMIZER, patient.rng
+    writes: Any = corruptions.WritesFile(patient.canary)
     rebuild = torch._utils._rebuild_tensor_v2
     storage = torch.zeros(4).untyped_storage()
     make_storage: Any = torch.storage.TypedStorage
     typed = make_storage(wrap_storage=storage, dtype=torch.float32, _internal=True)
     none: Any = collections.OrderedDict()
-    evil = chance.choice((
+    evil = rng.choice((
         writes, writes, writes, _Calls(eval, f"open({str(patient.canary)!r}, 'w')"),
         _Calls(os.mkdir, str(patient.canary)),
         _Calls(rebuild, typed, 0, (1 << 40,), (1,), False, none),
@@ -450,37 +450,37 @@ def _objects(patient: Victim) -> None:
         _Calls(getattr, "a", "__class__"),
     ))  # fmt: skip
     state = torch.load(file, weights_only=True)
-    if chance.random() < 0.3:
-        state = chance.choice(({"state": evil, "param_groups": []}, evil, [evil]))
+    if rng.random() < 0.3:
+        state = rng.choice(({"state": evil, "param_groups": []}, evil, [evil]))
     else:
-        parent, key = chance.choice(families.places(state))
+        parent, key = rng.choice(families.locations(state))
         parent[key] = evil
-    torch.save(state, file, _use_new_zipfile_serialization=chance.random() < 0.85)
+    torch.save(state, file, _use_new_zipfile_serialization=rng.random() < 0.85)
 
 
 def _archive(patient: Victim) -> None:
     """The zip around the optimizer's state: packed, doubled, or other than it says."""
-    file, chance = patient.path / _OPTIMIZER, patient.chance
+    file, rng = patient.path / _OPTIMIZER, patient.rng
     with zipfile.ZipFile(file) as there:
         entries = [(entry.filename, there.read(entry)) for entry in there.infolist()]
     method = zipfile.ZIP_STORED
-    kind = chance.randrange(7)
+    kind = rng.randrange(7)
     if kind == 0:
-        method = chance.choice((zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA))
+        method = rng.choice((zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA))
     elif kind == 1:
-        entries.append(chance.choice(entries))
+        entries.append(rng.choice(entries))
     elif kind == 2:
-        entries.pop(chance.randrange(len(entries)))
+        entries.pop(rng.randrange(len(entries)))
     elif kind == 3:
-        name, content = entries.pop(chance.randrange(len(entries)))
+        name, content = entries.pop(rng.randrange(len(entries)))
         entries.append(
-            (chance.choice((f"../{name}", f"/{name}", name.upper(), "x/data.pkl", "\x1b[2J")), content)
+            (rng.choice((f"../{name}", f"/{name}", name.upper(), "x/data.pkl", "\x1b[2J")), content)
         )
     elif kind == 4:
-        at = chance.randrange(len(entries))
+        at = rng.randrange(len(entries))
         entries[at] = (
             entries[at][0],
-            chance.choice((b"", entries[at][1] * 2, b"\x80\x02" + b"(" * 100_000, b"." * 9)),
+            rng.choice((b"", entries[at][1] * 2, b"\x80\x02" + b"(" * 100_000, b"." * 9)),
         )
     elif kind == 5:  # a bomb
         entries.append((entries[0][0].rpartition("/")[0] + "/data/0", bytes(64 << 20)))
@@ -488,27 +488,27 @@ def _archive(patient: Victim) -> None:
     raw = bytearray(older.zipped(entries, method))
     if kind == 6:
         records = [found.start() for found in re.finditer(rb"PK(?:\x01\x02|\x03\x04|\x05\x06)", raw)]
-        begin = chance.choice(records)
-        place = begin + chance.choice((4, 8, 10, 12, 16, 18, 20, 22, 24, 26, 28, 30, 42))
-        raw[place : place + 4] = chance.choice((b"\xff" * 4, bytes(4), b"\1\0\0\0", chance.randbytes(4)))
+        begin = rng.choice(records)
+        place = begin + rng.choice((4, 8, 10, 12, 16, 18, 20, 22, 24, 26, 28, 30, 42))
+        raw[place : place + 4] = rng.choice((b"\xff" * 4, bytes(4), b"\1\0\0\0", rng.randbytes(4)))
     file.write_bytes(raw)
 
 
-def _any_file(change: corruptions.Harm) -> Family:
+def _any_file(change: corruptions.Corruption) -> Family:
     def harmed(patient: Victim) -> None:
-        change(patient.any_file(), patient.chance)
+        change(patient.any_file(), patient.rng)
 
     return harmed
 
 
 def _instead(patient: Victim) -> None:
     """A file of another kind's folder in the place of one, or beside it."""
-    chance = patient.chance
+    rng = patient.rng
     others = [
         file for path in patient.good.kinds.values() if path.is_dir() for file in sorted(path.iterdir())
     ]
-    file = chance.choice(others)
-    name = file.name if chance.random() < 0.6 else patient.any_file().name
+    file = rng.choice(others)
+    name = file.name if rng.random() < 0.6 else patient.any_file().name
     shutil.copyfile(file, patient.path / name)
 
 
@@ -522,11 +522,11 @@ FAMILIES: dict[str, Family] = {
     "elsewhere: states of an optimizer": _state,
     "elsewhere: objects": _objects,
     "elsewhere: archives": _archive,
-    "elsewhere: bits": _any_file(corruptions.flipped),
+    "elsewhere: bits": _any_file(corruptions.flip_bits),
     "elsewhere: cut": _any_file(corruptions.cut),
-    "elsewhere: spliced": _any_file(corruptions.spliced),
-    "elsewhere: missing files": _any_file(corruptions.missing),
-    "elsewhere: no files": _any_file(corruptions.no_file),
+    "elsewhere: spliced": _any_file(corruptions.splice),
+    "elsewhere: missing files": _any_file(corruptions.remove),
+    "elsewhere: no files": _any_file(corruptions.replace_by_non_file),
     "elsewhere: another's files": _instead,
     "elsewhere: arrays of older formats": _older_arrays,
     "elsewhere: fields of older formats": _older_fields,

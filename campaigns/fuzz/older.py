@@ -71,7 +71,7 @@ class Directory(readers.Directory):
         super().__init__(path, good, [])
         self.canary = path.parent / "unpickled"
 
-    def try_out(self, make: Make, chance: Random, answers: readers.Answers, *, lies: bool) -> None:
+    def try_out(self, make: Make, rng: Random, answers: readers.Answers, *, lies: bool) -> None:
         """Make a hostile checkpoint, and ask everything of it.
 
         Raises:
@@ -85,11 +85,11 @@ class Directory(readers.Directory):
         if as_folder:
             write_folder(self.hostile)
             before = _contents(self.hostile)
-        make(self.hostile, chance)
+        make(self.hostile, rng)
         changed = as_folder and _contents(self.hostile) != before
         if as_folder and not lies:
             sign(self.hostile)
-        self.ask_what_is_there(_bytes(self.hostile), answers)
+        self.read_all(_bytes(self.hostile), answers)
         if lies and changed and self.is_whole():
             raise CounterExample("a file is not what its checksum says, and it was taken for whole")
         if self.canary.exists():
@@ -163,30 +163,30 @@ def _bytes(path: Path) -> int:
     return sum(file.lstat().st_size for file in files)
 
 
-def _member(change: corruptions.Harm) -> Make:
+def _member(change: corruptions.Corruption) -> Make:
     """Change one of the files."""
-    return lambda path, chance: change(path / chance.choice(_MEMBERS), chance)
+    return lambda path, rng: change(path / rng.choice(_MEMBERS), rng)
 
 
-def _metadata(path: Path, chance: Random) -> None:
-    (path / "metadata.json").write_text(json.dumps(_hostile_fields(chance)))
+def _metadata(path: Path, rng: Random) -> None:
+    (path / "metadata.json").write_text(json.dumps(_hostile_fields(rng)))
 
 
-def _hostile_fields(chance: Random) -> Any:
-    if chance.random() < 0.1:
-        return families.any_value(chance)
+def _hostile_fields(rng: Random) -> Any:
+    if rng.random() < 0.1:
+        return families.any_value(rng)
     fields: dict[str, Any] = json.loads(json.dumps(_FIELDS))
-    for _ in range(chance.choice((1, 2))):
-        fields[chance.choice([*fields, *families.HOSTILE_TEXTS])] = families.any_value(chance)
+    for _ in range(rng.choice((1, 2))):
+        fields[rng.choice([*fields, *families.HOSTILE_TEXTS])] = families.any_value(rng)
     return fields
 
 
-def _checksums(path: Path, chance: Random) -> None:
+def _checksums(path: Path, rng: Random) -> None:
     file = path / "checksum.txt"
     lines = file.read_text().splitlines()
-    place = chance.randrange(len(lines))
+    place = rng.randrange(len(lines))
     digest, _, name = lines[place].partition("  ")
-    lines[place] = chance.choice((
+    lines[place] = rng.choice((
         f"{'0' * 64}  {name}", f"{digest}  ../{name}", f"{digest}  /etc/passwd", f"{digest} {name}", digest,
         f"{digest}  {name}\n{digest}  {name}", f"{digest}  \x1b[2J{name}", f"{digest[:-1]}  {name}", "",
         name * 5000,
@@ -211,15 +211,15 @@ def _npy(array: Any, **options: Any) -> bytes:
     return made.getvalue()
 
 
-def _pickled(path: Path, chance: Random) -> None:
+def _pickled(path: Path, rng: Random) -> None:
     canary = path.parent.parent / "unpickled"
-    raw = chance.choice((
-        zipped([("w.npy", _npy(np.array([corruptions.Writes(canary)], object), allow_pickle=True))]),
-        zipped([("w.npy", pickle.dumps(corruptions.Writes(canary)))]),
-        pickle.dumps(corruptions.Writes(canary)),
-        _npy(np.array([corruptions.Writes(canary)], object), allow_pickle=True),
+    raw = rng.choice((
+        zipped([("w.npy", _npy(np.array([corruptions.WritesFile(canary)], object), allow_pickle=True))]),
+        zipped([("w.npy", pickle.dumps(corruptions.WritesFile(canary)))]),
+        pickle.dumps(corruptions.WritesFile(canary)),
+        _npy(np.array([corruptions.WritesFile(canary)], object), allow_pickle=True),
     ))  # fmt: skip
-    (path / chance.choice(_ARRAY_FILES)).write_bytes(raw)
+    (path / rng.choice(_ARRAY_FILES)).write_bytes(raw)
 
 
 @functools.cache
@@ -229,54 +229,54 @@ def _packed_zeros() -> tuple[bytes, int]:
     return zipped([(f"{at}.npy", zeros) for at in range(_BOMB_MEMBERS)], zipfile.ZIP_DEFLATED), len(zeros)
 
 
-def _bomb(path: Path, chance: Random) -> None:
+def _bomb(path: Path, rng: Random) -> None:
     raw, length = _packed_zeros()
-    if chance.random() < 0.5:  # it says that it is small
+    if rng.random() < 0.5:  # it says that it is small
         raw = raw.replace(length.to_bytes(4, "little"), (4096).to_bytes(4, "little"))
-    (path / chance.choice(_ARRAY_FILES)).write_bytes(raw)
+    (path / rng.choice(_ARRAY_FILES)).write_bytes(raw)
 
 
-def _others(path: Path, chance: Random) -> None:
+def _others(path: Path, rng: Random) -> None:
     """Files that are well in themselves, and not those that were saved."""
-    if chance.random() < 0.5:
-        (path / "metadata.json").write_text(json.dumps({**_FIELDS, "loss_history": [chance.random()]}))
+    if rng.random() < 0.5:
+        (path / "metadata.json").write_text(json.dumps({**_FIELDS, "loss_history": [rng.random()]}))
     else:
-        np.savez(path / "model.npz", w=np.full(3, chance.random()))
+        np.savez(path / "model.npz", w=np.full(3, rng.random()))
 
 
-def _headers(path: Path, chance: Random) -> None:
-    text = chance.choice(_HEADERS).encode()
-    length = chance.choice((len(text), 0, 65535))
-    version = chance.choice((b"\1\0", b"\3\0", b"\t\0"))
+def _headers(path: Path, rng: Random) -> None:
+    text = rng.choice(_HEADERS).encode()
+    length = rng.choice((len(text), 0, 65535))
+    version = rng.choice((b"\1\0", b"\3\0", b"\t\0"))
     width = 2 if version == b"\1\0" else 4
     content = b"\x93NUMPY" + version + length.to_bytes(width, "little") + text + bytes(16)
-    (path / chance.choice(_ARRAY_FILES)).write_bytes(zipped([("w.npy", content)]))
+    (path / rng.choice(_ARRAY_FILES)).write_bytes(zipped([("w.npy", content)]))
 
 
-def _members(path: Path, chance: Random) -> None:
+def _members(path: Path, rng: Random) -> None:
     plain = _npy(np.zeros(4, np.float32))
-    names = chance.choices((*_NAMES, "w.npy", "m.w.npy"), k=chance.choice((1, 2, 3)))
-    method = chance.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2))
+    names = rng.choices((*_NAMES, "w.npy", "m.w.npy"), k=rng.choice((1, 2, 3)))
+    method = rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2))
     raw = bytearray(zipped([(name, plain) for name in names], method))
-    place = raw.index(b"PK\1\2") + chance.choice((8, 10, 12, 16, 20, 24, 28, 30, 42))
-    if chance.random() < 0.5:
-        raw[place : place + 2] = chance.choice((b"\1\0", b"\xff\xff", b"\0\0"))
-    (path / chance.choice(_ARRAY_FILES)).write_bytes(raw)
+    place = raw.index(b"PK\1\2") + rng.choice((8, 10, 12, 16, 20, 24, 28, 30, 42))
+    if rng.random() < 0.5:
+        raw[place : place + 2] = rng.choice((b"\1\0", b"\xff\xff", b"\0\0"))
+    (path / rng.choice(_ARRAY_FILES)).write_bytes(raw)
 
 
 FOLDERS: dict[str, Make] = {
-    "older: bits": _member(corruptions.flipped),
+    "older: bits": _member(corruptions.flip_bits),
     "older: cut": _member(corruptions.cut),
-    "older: spliced": _member(corruptions.spliced),
+    "older: spliced": _member(corruptions.splice),
     "older: another's files": _others,
-    "older: missing files": _member(corruptions.missing),
+    "older: missing files": _member(corruptions.remove),
     "older: metadata": _metadata,
     "older: checksums": _checksums,
     "older: pickles": _pickled,
     "older: bombs": _bomb,
     "older: headers of arrays": _headers,
     "older: members of a zip": _members,
-    "older: no files": _member(corruptions.no_file),
+    "older: no files": _member(corruptions.replace_by_non_file),
 }
 
 
@@ -285,30 +285,30 @@ def _byte_tensors(fields: Any = _FIELDS, optimizer: Any = None) -> bytes:
     optimizer = {"exp_avg": {"w": array}, "exp_avg_sq": {"w": array}} if optimizer is None else optimizer
     texts = {"_metadata": json.dumps(fields).encode(), "_optimizer": json.dumps(optimizer).encode()}
     rows = {name: ("U8", [len(text)], text) for name, text in texts.items()}
-    return corruptions.packed({"w": ("F32", [2, 2], bytes(16)), **rows})
+    return corruptions.pack_safetensors({"w": ("F32", [2, 2], bytes(16)), **rows})
 
 
-def _noise(path: Path, chance: Random) -> None:
+def _noise(path: Path, rng: Random) -> None:
     raw = bytearray(_byte_tensors())
-    for _ in range(chance.choice((1, 1, 4))):
-        place = chance.randrange(len(raw))
-        raw[place : place + chance.choice((0, 1, 4))] = chance.choice(
-            (b"", chance.randbytes(3), b'"', b"{", b"9" * 30)
+    for _ in range(rng.choice((1, 1, 4))):
+        place = rng.randrange(len(raw))
+        raw[place : place + rng.choice((0, 1, 4))] = rng.choice(
+            (b"", rng.randbytes(3), b'"', b"{", b"9" * 30)
         )
-    path.write_bytes(raw[: chance.choice((len(raw), len(raw), chance.randrange(len(raw) + 1)))])
+    path.write_bytes(raw[: rng.choice((len(raw), len(raw), rng.randrange(len(raw) + 1)))])
 
 
-def _fields(path: Path, chance: Random) -> None:
-    path.write_bytes(_byte_tensors(_hostile_fields(chance)))
+def _fields(path: Path, rng: Random) -> None:
+    path.write_bytes(_byte_tensors(_hostile_fields(rng)))
 
 
-def _moments(path: Path, chance: Random) -> None:
+def _moments(path: Path, rng: Random) -> None:
     array: dict[str, Any] = {"shape": [2, 2], "data": [0.5] * 4}
-    array[chance.choice(("shape", "data", "dtype", "values"))] = families.any_value(chance)
-    by_moment = {"exp_avg": {"w": array}, "exp_avg_sq": {"w": families.any_value(chance)}}
-    spelled = chance.choice((by_moment, {"w": by_moment}, {"state": by_moment}, families.any_value(chance)))
-    if type(spelled) is dict and chance.random() < 0.3:
-        spelled[chance.choice(("step", "shapes", "m", "state", "exp_avg"))] = families.any_value(chance)
+    array[rng.choice(("shape", "data", "dtype", "values"))] = families.any_value(rng)
+    by_moment = {"exp_avg": {"w": array}, "exp_avg_sq": {"w": families.any_value(rng)}}
+    spelled = rng.choice((by_moment, {"w": by_moment}, {"state": by_moment}, families.any_value(rng)))
+    if type(spelled) is dict and rng.random() < 0.3:
+        spelled[rng.choice(("step", "shapes", "m", "state", "exp_avg"))] = families.any_value(rng)
     path.write_bytes(_byte_tensors(optimizer=spelled))
 
 

@@ -1,4 +1,4 @@
-"""The good checkpoints that hostile files are made of: small, real, and written by the manager."""
+"""The valid checkpoints that hostile files are made of: small, real, and written by the manager."""
 
 from __future__ import annotations
 
@@ -11,18 +11,10 @@ from distrust import Checkpoint, CheckpointManager
 
 
 def make(directory: Path) -> tuple[bytes, list[Specimen]]:
-    """The bytes of a good checkpoint of step 0, and specimens of step 1.
-
-    Args:
-        directory: where they are written; it may hold nothing else.
-    """
+    """The bytes of a valid checkpoint of step 0, and specimens of step 1, written in an empty directory."""
     with CheckpointManager(directory, keep_last=None) as manager:
-        good = manager.save(Checkpoint(step=0, model={"a": np.zeros(4, np.float32)}))
-        paths = []
-        for number, checkpoint in enumerate(_checkpoints()):
-            path = manager.save(checkpoint)
-            paths.append(path.rename(directory / f"specimen-{number}"))
-        return good.read_bytes(), [Specimen.of(path) for path in paths]
+        valid = manager.save(Checkpoint(step=0, model={"a": np.zeros(4, np.float32)})).read_bytes()
+        return valid, [Specimen.of(manager.save(checkpoint)) for checkpoint in _checkpoints()]
 
 
 def _checkpoints() -> list[Checkpoint]:
@@ -33,8 +25,10 @@ def _checkpoints() -> list[Checkpoint]:
         Checkpoint(
             step=1,
             model={"": np.float64(1.5), "a.b": np.zeros((2, 0, 3), np.int16), "ü": np.ones(5, np.complex64)},
-            optimizer={"state": {0: {"step": np.float32(3), "lr": 0.1}, 1: {}}, "groups": [{"betas": (0.9,
-            0.99)}]},
+            optimizer={
+                "state": {0: {"step": np.float32(3), "lr": 0.1}, 1: {}},
+                "groups": [{"betas": (0.9, 0.99)}],
+            },
             rng={"torch": np.arange(16, dtype=np.uint8), "python": (3, [1, 2], None)},
             history={"loss": np.linspace(1, 0, 7)},
             config={"rank": 8, "deep": {True: [1.0, "x", {None: -0.0}]}},
@@ -42,4 +36,4 @@ def _checkpoints() -> list[Checkpoint]:
             metrics={"eval_loss": 0.25},
             run={"paths": ["a", "b"], "every": 10},
         ),
-    ]  # fmt: skip
+    ]

@@ -1,7 +1,9 @@
-"""The process that saves, for as long as it is told: orders and samples are lines of JSON.
+"""The process that saves; orders and samples are lines of JSON.
 
-{"rules": {…}}             save by these rules from now on
+{"rules": {…}}              save by these rules from now on
 {"first": 0, "count": 100}  save these steps; answered by a sample
+
+The product is imported after the fault is planted.
 """
 
 from __future__ import annotations
@@ -17,22 +19,22 @@ from pathlib import Path
 from typing import Any
 
 from campaigns.faults import plant
-from campaigns.long_run import gauges
+from campaigns.long_run import resources
 
 #: The small state: some tensors, a few KiB.
 TENSORS, VALUES = 4, 512
 #: Saves from one probe of the disk to the next.
 PROBE_EVERY = 5
-#: Saves from one time that the directory is let go of to the next.
+#: Saves from one release of the directory to the next.
 CLOSE_EVERY = 10
 
 
 class Saver:
-    """Saves into one directory, and keeps the time.
+    """Saves into one directory, and measures the time.
 
     Args:
         directory: of the checkpoints.
-        seed: of what is saved how.
+        seed: of the choice between copying and overlapping.
     """
 
     def __init__(self, directory: Path, seed: str) -> None:
@@ -43,12 +45,12 @@ class Saver:
         self._seed = seed
         self._directory = directory
         self._manager = CheckpointManager(directory)
-        self._usual_threads = gauges.threads()
+        self._threads = resources.count_threads()
         self._weights = {f"layer{number}": np.zeros(VALUES) for number in range(TENSORS)}
         self._blocking: list[float] = []
         self._returning: list[float] = []
 
-    def obey(self, rules: dict[str, Any]) -> None:
+    def set_rules(self, rules: dict[str, Any]) -> None:
         """Save by other rules."""
         from distrust import CheckpointManager
 
@@ -56,7 +58,7 @@ class Saver:
         self._manager = CheckpointManager(self._directory, **rules)
 
     def save(self, first: int, count: int) -> dict[str, Any]:
-        """Save some steps, and take a sample."""
+        """Save some steps; returns a sample."""
         self._blocking.clear()
         self._returning.clear()
         probes, cpu = [], 0.0
@@ -64,14 +66,13 @@ class Saver:
             if step % CLOSE_EVERY == 0:
                 self._manager.close()  # the next save takes the lock again
             if step % PROBE_EVERY == 0:
-                probes.append(self._probe())
+                probes.append(self._probe_disk())
             began = time.process_time()
-            self._one(step)
+            self._save_step(step)
             cpu += time.process_time() - began
-        self._manager.cleanup()  # it waits for the save under way
-        found = gauges.read(self._usual_threads)
+        self._manager.cleanup()  # it waits for the last save
         return {
-            **found._asdict(),
+            **resources.read(self._threads)._asdict(),
             "save": statistics.median(self._blocking),
             "returns": statistics.median(self._returning),
             "disk": statistics.median(probes),
@@ -80,8 +81,8 @@ class Saver:
             "files": len(list(self._directory.iterdir())),
         }
 
-    def _probe(self) -> float:
-        """What the disk takes at the moment for what a save asks of it, without the save."""
+    def _probe_disk(self) -> float:
+        """The seconds that the disk takes for the same calls as a save."""
         began = time.perf_counter()
         probe = self._directory.parent / "probe"
         with open(probe.with_suffix(".new"), "wb") as file:
@@ -94,7 +95,7 @@ class Saver:
         os.close(descriptor)
         return time.perf_counter() - began
 
-    def _one(self, step: int) -> None:
+    def _save_step(self, step: int) -> None:
         from distrust import Checkpoint
 
         for number, array in enumerate(self._weights.values()):
@@ -105,32 +106,31 @@ class Saver:
             self._manager.save(checkpoint)
             self._blocking.append(time.perf_counter() - began)
             return
-        pending = self._manager.save_async(
-            checkpoint, overlap=random.Random(f"{self._seed}/{step}").random() < 0.5
-        )
+        overlap = random.Random(f"{self._seed}/{step}").random() < 0.5
+        pending = self._manager.save_async(checkpoint, overlap=overlap)
         self._returning.append(time.perf_counter() - began)
         pending.wait_copied()
-        # Each save begins with none under way: what is timed is this save, and not the one before.
+        # No save starts while another one runs, so that each measurement is of one save.
         pending.wait()
 
 
 def metric(step: int) -> float:
-    """The metric of a step: the best ones come at any time, and go when better ones come."""
+    """The metric of a step: good ones come at any time, and go when better ones come."""
     return random.Random(step).random()
 
 
 def main() -> None:
-    options = argparse.ArgumentParser()
-    options.add_argument("directory", type=Path)
-    options.add_argument("seed")
-    options.add_argument("--fault")
-    given = options.parse_args()
-    plant(given.fault)
-    saver = Saver(given.directory, given.seed)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("seed")
+    parser.add_argument("--fault")
+    options = parser.parse_args()
+    plant(options.fault)
+    saver = Saver(options.directory, options.seed)
     for line in sys.stdin:
         order = json.loads(line)
         if "rules" in order:
-            saver.obey(order["rules"])
+            saver.set_rules(order["rules"])
         else:
             print(json.dumps(saver.save(**order)), flush=True)
 

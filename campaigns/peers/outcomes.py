@@ -1,4 +1,4 @@
-"""What came of an accident, in a few terms that fit every saver, and how a trial is sorted into them."""
+"""The outcomes of an accident, in a few terms that fit every saver, and how a trial is classified."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from enum import Enum
 
 
 class Outcome(Enum):
-    """What came of an accident, the best first. The value is the term in tables."""
+    """The outcome of an accident, the best first. The value is the term in tables."""
 
     NOTHING_LOST = "nothing lost"
     FELL_BACK_SAYING = "older one, said so"
@@ -23,18 +23,18 @@ class Outcome(Enum):
     ALL_LOST = "all lost"
 
 
-#: These resumed nothing: after a kill, it is asked whether anything is left.
+#: Nothing was resumed: after a kill, a second attempt shows whether anything is left.
 STOPPED = {Outcome.FOUND, Outcome.DIED, Outcome.CRASHED, Outcome.BEGAN_ANEW}
 
-#: An error with one of these words names the damage; they are generous. So does one that names the directory.
+#: An error with one of these words names the damage (a generous list). So does one that names the directory.
 NAMED = re.compile(
     r"corrupt|\bdamag|checksum|\bcrc|\bdigest|mismatch|truncat|incomplete|\binvalid|malformed|unexpected end"
     r"|end of file|file read failed|\bmissing\b|no such file|not found|does not exist|can't find"
     r"|could not find|deserializ|central directory|data_loss|not covered|unreadable|not a valid"
-    r"|out of range|out of bounds|none of them is whole",
+    r"|out of range|out of bounds|none of them is whole|none of them is intact|no intact",
     re.IGNORECASE,
 )
-#: So does a line on the terminal that an undamaged checkpoint does not bring.
+#: So does a printed line that an undamaged checkpoint does not cause.
 SAID = re.compile(rf"{NAMED.pattern}|\bskip|\bolder\b|\binstead\b|\binitiali", re.IGNORECASE)
 
 
@@ -43,11 +43,11 @@ class Reply:
     """What a saver made of a directory.
 
     Attributes:
-        step: that it goes on from; None if it found nothing to go on from.
+        step: that it resumed from; None if it found none.
         proof: digest of the values that it then had.
-        error: what it raised, with the causes; None if it went on.
-        directory: that it was to go on from.
-        words: what it printed that it does not print of an undamaged checkpoint.
+        error: what it raised, with the causes; None if it resumed.
+        directory: that it was to resume from.
+        words: what it printed, without what it prints for an undamaged checkpoint.
         crashed: how its process ended, if it did.
     """
 
@@ -60,24 +60,24 @@ class Reply:
 
     @property
     def names_it(self) -> bool:
-        """Whether its error names the damage; of a traceback in it, the frames do not count."""
+        """Whether its error names the damage; the frames of a traceback in it do not count."""
         lines = [line for line in (self.error or "").splitlines() if not line.startswith(" ")]
-        place = self.directory
-        return any(NAMED.search(line) or (place is not None and place in line) for line in lines)
+        directory = self.directory
+        return any(NAMED.search(line) or (directory is not None and directory in line) for line in lines)
 
     @property
     def says_it(self) -> bool:
-        """Whether it printed something of the damage."""
+        """Whether it printed something about the damage."""
         return any(SAID.search(word) for word in self.words)
 
     @property
     def message(self) -> str:
-        """What there is to read of it."""
+        """The message that a user reads."""
         return self.crashed or self.error or " / ".join(self.words)
 
 
 def classify(reply: Reply, expected: Mapping[int, str], newest: int) -> Outcome:
-    """Sort a trial.
+    """Classify a trial.
 
     Args:
         reply: of the saver.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 from campaigns.peers.accidents import ALL, Accident
 from campaigns.peers.all_subjects import SUBJECTS
@@ -13,15 +13,15 @@ from campaigns.peers.trials import Cell
 
 NOTES = (
     "Each cell: how often, of so many trials. *Stopped, naming it*: resuming raised an error that names the "
-    "damage; *died otherwise*: an error that does not. *Older one*: it went on from the checkpoint before. "
-    "*Other values*: it went on with values that were never saved (a trainer: to other losses and weights). "
-    "*All lost*: nothing is left to go on from, the older checkpoint included. A missing file: one of the "
+    "damage; *died otherwise*: an error that does not. *Older one*: it resumed from the checkpoint before. "
+    "*Other values*: it resumed with values that were never saved (a trainer: to other losses and weights). "
+    "*All lost*: nothing is left to resume from, the older checkpoint included. A missing file: one of the "
     "checkpoint's files at random; for a saver of one file, the whole checkpoint."
 )
 
 
 class Results:
-    """What came of every trial so far."""
+    """The outcomes of every trial so far."""
 
     def __init__(self) -> None:
         self.counts: dict[tuple[str, str], Counter[Outcome]] = {}
@@ -36,8 +36,8 @@ class Results:
 
     def subjects(self, accidents: Iterable[Accident] = ALL) -> list[Subject]:
         """Those that were tried."""
-        tried = list(accidents)
-        return [one for one in SUBJECTS if any(self.of(one, accident) for accident in tried)]
+        accidents = list(accidents)
+        return [one for one in SUBJECTS if any(self.of(one, accident) for accident in accidents)]
 
     def accidents(self) -> list[Accident]:
         """Those that were tried."""
@@ -65,10 +65,5 @@ def _name(subject: Subject) -> str:
 def _cell(outcomes: Counter[Outcome]) -> str:
     if not outcomes:
         return ""
-    parts = [f"{outcome.value} {outcomes[outcome]}" for outcome in ordered(outcomes)]
+    parts = [f"{outcome.value} {outcomes[outcome]}" for outcome in Outcome if outcomes[outcome]]
     return f"{', '.join(parts)} of {outcomes.total()}"
-
-
-def ordered(outcomes: Counter[Outcome]) -> Sequence[Outcome]:
-    """Those that came up, the best first."""
-    return [outcome for outcome in Outcome if outcomes[outcome]]

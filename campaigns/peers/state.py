@@ -1,4 +1,4 @@
-"""The state that the bare savers save: made of its step, so that it is known what has to come back."""
+"""The state that the savers of arrays save: a function of the step, so that the expected values are known."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Arrays = dict[str, "np.ndarray[Any, Any]"]
 
 
 def make(step: int, mib: int) -> Arrays:
-    """Tensors of so many MiB together; no two steps share a value."""
+    """Tensors of so many MiB in total; no two steps share a value."""
     state: Arrays = {
         f"layers.{index}.weight": base + np.float32(step) for index, base in enumerate(_bases(mib))
     }
@@ -23,7 +23,7 @@ def make(step: int, mib: int) -> Arrays:
 
 
 def step_of(state: Mapping[str, Any]) -> int:
-    """The step that a state says it is of; -1 if damage took even that."""
+    """The step that a state contains; -1 if it is damaged."""
     array = state.get("step")
     return -1 if array is None or array.size != 1 else int(array.reshape(-1)[0])
 
@@ -39,6 +39,6 @@ def proof(state: Mapping[str, Any]) -> str:
 
 @cache
 def _bases(mib: int) -> list[np.ndarray[Any, Any]]:
-    chance = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     columns = mib * 2**20 // (TENSORS * 4 * 64)
-    return [chance.standard_normal((64, columns), np.float32) for _ in range(TENSORS)]
+    return [rng.standard_normal((64, columns), np.float32) for _ in range(TENSORS)]

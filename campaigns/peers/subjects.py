@@ -1,9 +1,9 @@
-"""Who is tried: every saver, in the way that its own documentation shows.
+"""The savers of arrays, each used as its own documentation shows.
 
-Each finds its newest checkpoint by its own means. Who has none (safetensors, ``torch.save``) is tried in both
-ways in which it is used: over the same name, and to a new name for each step; then the highest is taken.
-``torch.distributed.checkpoint`` (DCP) writes a fresh folder for each step, and the newest that has its
-``.metadata`` is taken. Imports stand in the functions: a process pays for the library that it tries alone.
+Each finds its newest checkpoint by its own means. Those without (safetensors, ``torch.save``) are tried in
+both ways in which they are used: over the same name, and with a new name for each step, of which the highest
+is loaded. ``torch.distributed.checkpoint`` (DCP) writes a new folder for each step, and the newest that has its
+``.metadata`` is loaded. Imports are in the functions: a process imports only the library that it tries.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from typing import Any
 from campaigns.peers import state
 from campaigns.peers.accidents import COMMON, Accident
 
-#: Told "begin" and "saved" with the step.
-Tell = Callable[[str, int], None]
-#: The step that it goes on from, and the proof of the values that it has.
+#: Called with "begin" or "saved", and the step.
+Report = Callable[[str, int], None]
+#: The step that it resumed from, and the proof of its values.
 Resumed = tuple[int, str] | None
 
 SAVES = 12
 
 
 class Subject(ABC):
-    """A way to save and to go on.
+    """A way to save and to resume.
 
     Attributes:
         name: in the tables.
@@ -49,16 +49,16 @@ class Subject(ABC):
     kills = 12
 
     @abstractmethod
-    def write(self, directory: Path, mib: int, last: int, tell: Tell) -> None:
-        """Save one checkpoint after the other, up to that of step ``last``."""
+    def write(self, directory: Path, mib: int, last: int, report: Report) -> None:
+        """Save one checkpoint after the other, up to step ``last``."""
 
     @abstractmethod
     def resume(self, directory: Path, mib: int) -> Resumed:
-        """Go on from what is there, as its documentation shows; None if it finds nothing."""
+        """Resume as its documentation shows; None if it finds no checkpoint."""
 
     @abstractmethod
     def expected(self, directory: Path, mib: int) -> dict[int, str]:
-        """The proof of every step that :meth:`write` may save; the directory is for what that takes."""
+        """The proof of every step that :meth:`write` may save; may use the directory."""
 
     @abstractmethod
     def path(self, directory: Path, step: int) -> Path:
@@ -73,13 +73,13 @@ class Subject(ABC):
 class Store(Subject):
     """A saver of arrays."""
 
-    def write(self, directory: Path, mib: int, last: int, tell: Tell) -> None:
+    def write(self, directory: Path, mib: int, last: int, report: Report) -> None:
         self.open(directory)
         for step in range(1, last + 1):
-            arrays = self.taken(state.make(step, mib))
-            tell("begin", step)
+            arrays = self.convert(state.make(step, mib))
+            report("begin", step)
             self.save(directory, step, arrays)
-            tell("saved", step)
+            report("saved", step)
         self.close()
 
     def resume(self, directory: Path, mib: int) -> Resumed:
@@ -96,17 +96,17 @@ class Store(Subject):
     def close(self) -> None:
         """After the last save."""
 
-    def taken(self, arrays: state.Arrays) -> Any:
-        """The state as this library takes it."""
+    def convert(self, arrays: state.Arrays) -> Any:
+        """The state in this library's arrays."""
         return arrays
 
     @abstractmethod
     def save(self, directory: Path, step: int, arrays: Any) -> None:
-        """Save; when it returns, the library says that it is saved."""
+        """Save; the library reports it as saved when this returns."""
 
     @abstractmethod
     def load(self, directory: Path, mib: int) -> Mapping[str, Any] | None:
-        """The newest state, as numpy arrays; None if nothing is found."""
+        """The newest state, as numpy arrays; None if there is none."""
 
 
 class Distrust(Store):
@@ -139,7 +139,7 @@ class Distrust(Store):
 
 
 class DistrustBackground(Distrust):
-    """Ours, saving behind: killed anywhere between its start and its report."""
+    """Ours, in the background: killed anywhere between its start and its report."""
 
     name = "distrust, save_async"
     accidents = COMMON[:1]
@@ -201,7 +201,7 @@ class Torch(SingleFile):
     modules = packages = ("torch",)
     suffix = ".pt"
 
-    def taken(self, arrays: state.Arrays) -> Any:
+    def convert(self, arrays: state.Arrays) -> Any:
         return _tensors(arrays)
 
     def save(self, directory: Path, step: int, arrays: Any) -> None:
@@ -230,7 +230,7 @@ class Dcp(Store):
     name = "DCP"
     modules = packages = ("torch",)
 
-    def taken(self, arrays: state.Arrays) -> Any:
+    def convert(self, arrays: state.Arrays) -> Any:
         return _tensors(arrays)
 
     def save(self, directory: Path, step: int, arrays: Any) -> None:
@@ -260,7 +260,7 @@ class DcpBackground(Dcp):
 
 
 class Orbax(Store):
-    """``CheckpointManager`` with ``StandardSave``; it saves behind, and is waited for."""
+    """``CheckpointManager`` with ``StandardSave``, in the background, then waited for."""
 
     name = "orbax"
     modules = ("jax", "orbax.checkpoint")
@@ -273,7 +273,7 @@ class Orbax(Store):
     def close(self) -> None:
         self.manager.close()
 
-    def taken(self, arrays: state.Arrays) -> Any:
+    def convert(self, arrays: state.Arrays) -> Any:
         import jax
 
         return jax.block_until_ready(jax.tree.map(jax.numpy.asarray, arrays))
@@ -293,7 +293,7 @@ class Orbax(Store):
             newest = manager.latest_step()
             if newest is None:
                 return None
-            target = jax.tree.map(ocp.utils.to_shape_dtype_struct, self.taken(state.make(0, mib)))
+            target = jax.tree.map(ocp.utils.to_shape_dtype_struct, self.convert(state.make(0, mib)))
             loaded = manager.restore(newest, args=ocp.args.StandardRestore(target))
         return {name: np.asarray(array) for name, array in loaded.items()}
 
@@ -312,7 +312,7 @@ def _arrays(tensors: Mapping[str, Any]) -> state.Arrays:
 
 
 def _dcp() -> Any:
-    return import_module("torch.distributed.checkpoint")  # it says of nothing that it is exported
+    return import_module("torch.distributed.checkpoint")  # its names are not declared as exported
 
 
 def _orbax_manager(directory: Path) -> Any:

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from campaigns.fuzz.forging import Specimen, canonical, encodable, framed, signed, state_digest
+from campaigns.fuzz.forging import Specimen, canonical, encode_json, frame, sign, state_digest
 from distrust import Checkpoint, CheckpointManager
 from distrust.checkpoint import catalog, tree
 from distrust.errors import (
@@ -47,14 +47,14 @@ class Forge(Specimen):
 
     def put_fields(self, fields: Any) -> None:
         """Signs what can be signed."""
-        self.put(signed(framed(encodable(fields).encode())) + self.data)
+        self.put(sign(frame(encode_json(fields).encode())) + self.data)
 
     def put_state(self, change: Callable[[Any], Any]) -> None:
         """Change the skeleton, and give the state and the header their right digests."""
         fields = self.fields
         state = json.loads(fields["__metadata__"]["state"])
         state = change(state) or state
-        fields["__metadata__"]["state"] = state if isinstance(state, str) else encodable(state)
+        fields["__metadata__"]["state"] = state if isinstance(state, str) else encode_json(state)
         fields["__metadata__"]["state_digest"] = state_digest(fields)
         self.put_fields(fields)
 
@@ -234,7 +234,7 @@ BODIES: dict[str, Callable[[bytes], bytes]] = {
 def test_json_that_no_writer_makes_is_refused(forge, what):
     body = BODIES[what](forge.body)
     assert body != forge.body
-    forge.put(signed(framed(body)) + forge.data)
+    forge.put(sign(frame(body)) + forge.data)
     assert forge.outcomes() == [CorruptCheckpoint] * 3
 
 
@@ -412,7 +412,7 @@ def test_any_change_of_the_headers_bytes_is_answered_with_a_checkpoint_error(for
             [b"{", b"}", b"[", b'"', b",", b":", b"\\", b"\\ud800", b"9" * 5000, b"-", b"true", b"null"]
         )
     )
-    forge.put(signed(framed(body[:begin] + snippet + body[end:])) + forge.data)
+    forge.put(sign(frame(body[:begin] + snippet + body[end:])) + forge.data)
     accepted_alike(forge)
 
 

@@ -71,7 +71,7 @@ def test_killed_stopped_and_run_again_it_ends_as_if_left_alone(distrust, start, 
     assert (ended.code, ended.err) == (0, "")
     assert f"going on after step {step}, from " in ended.out
     assert digest_of(tmp_path / "killed") == digest_of(tmp_path / "alone")
-    logged, expected = (TrainingRun(tmp_path / run, []).numbers() for run in ("killed", "alone"))
+    logged, expected = (TrainingRun(tmp_path / run, []).metrics() for run in ("killed", "alone"))
     assert logged == expected
     assert [line["step"] for line in logged] == list(range(1, 46))
     assert f"state digest {digest_of(tmp_path / 'alone')}" in ended.out

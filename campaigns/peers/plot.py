@@ -11,7 +11,7 @@ from campaigns.peers.results import Results
 from campaigns.peers.subjects import Subject
 
 INK, QUIET = "#222222", "#70757a"
-#: From blue, where nothing is lost, to red and black, where it is; grey where a person is called.
+#: From blue, where nothing is lost, to red and black, where it is; grey where a person must act.
 COLOURS = {
     Outcome.NOTHING_LOST: "#0072b2",
     Outcome.FELL_BACK_SAYING: "#7db8da",
@@ -26,14 +26,14 @@ COLOURS = {
 }
 LABELS = {
     Outcome.NOTHING_LOST: "nothing lost",
-    Outcome.FELL_BACK_SAYING: "went on from the older one, and said so",
-    Outcome.FELL_BACK: "went on from the older one, silently",
+    Outcome.FELL_BACK_SAYING: "resumed from the older one, and said so",
+    Outcome.FELL_BACK: "resumed from the older one, silently",
     Outcome.FOUND: "stopped with an error that names it",
     Outcome.DIED: "died of another error",
     Outcome.CRASHED: "crashed or hung",
     Outcome.BEGAN_ANEW: "found none",
-    Outcome.OTHER_VALUES_SAYING: "went on with other values, with a warning",
-    Outcome.OTHER_VALUES: "went on with other values, unnoticed",
+    Outcome.OTHER_VALUES_SAYING: "resumed with other values, with a warning",
+    Outcome.OTHER_VALUES: "resumed with other values, unnoticed",
     Outcome.ALL_LOST: "all lost, the older one too",
 }
 DARK = {Outcome.NOTHING_LOST, Outcome.CRASHED, Outcome.DIED, Outcome.OTHER_VALUES, Outcome.ALL_LOST}
@@ -42,13 +42,7 @@ LEAST_SHARE_WITH_NUMBER = 0.04
 
 
 def draw(results: Results, path: Path, *, about: str) -> None:
-    """Draw what was tried.
-
-    Args:
-        results: of a run.
-        path: of the PNG.
-        about: where and with what it was measured.
-    """
+    """Draw the results into a PNG; ``about`` says on which machine and with which versions."""
     import matplotlib as mpl
     from matplotlib.figure import Figure as Canvas
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -66,11 +60,11 @@ def draw(results: Results, path: Path, *, about: str) -> None:
         )  # fmt: skip
         for axes, accident in zip(canvas.subplots(2, 3).flat, COMMON, strict=False):
             _panel(axes, accident.name, accident.note, _rows(results, accident))
-        _panel(canvas.axes[-1], "trainers only", "a certain part", _rows_of_trainers(results))
-        seen = {outcome for outcomes in results.counts.values() for outcome in outcomes}
-        # Below the panels, where the layout has no say.
+        _panel(canvas.axes[-1], "trainers only", "a fixed part", _rows_of_trainers(results))
+        occurring = {outcome for outcomes in results.counts.values() for outcome in outcomes}
+        # Below the panels, outside of the layout.
         canvas.legend(
-            handles=[Patch(color=COLOURS[one], label=LABELS[one]) for one in Outcome if one in seen],
+            handles=[Patch(color=COLOURS[one], label=LABELS[one]) for one in Outcome if one in occurring],
             loc="upper left", bbox_to_anchor=(0.0, 0.0), ncols=4, frameon=False, fontsize=9.5,
         )  # fmt: skip
         canvas.text(0.99, -0.1, about, ha="right", va="top", fontsize=7.5, color=QUIET)

@@ -1,6 +1,6 @@
-"""What a writer's child does, forked or not: it uses what it inherited, and lives until it is let go of.
+"""A writer's child, forked or not: it uses what it inherited, and lives until it is released.
 
-It holds an flock on a file of its own: whether it lives can be asked by that, whoever is its parent by then.
+It holds an flock on a file of its own, which shows whether it lives, whichever process is its parent by then.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from distrust import CheckpointManager
 
 ENDINGS = ("exit", "_exit", "exception")
-LET_GO, ALIVE, SAID = "let-go", "alive", "said"
+RELEASE, ALIVE, REPORT = "release", "alive", "report"
 
 
 def live(folder: Path, name: str, manager: CheckpointManager | None) -> None:
-    """Say that it lives, use the manager, and wait until it is let go of."""
+    """Show that it lives, use the manager, and wait for the release."""
     alive = os.open(folder / f"{ALIVE}-{name}", os.O_RDWR | os.O_CREAT, 0o666)
     fcntl.flock(alive, fcntl.LOCK_EX)
     error = None
@@ -31,25 +31,25 @@ def live(folder: Path, name: str, manager: CheckpointManager | None) -> None:
             _use(manager)
     except BaseException:
         error = traceback.format_exc()
-    said = folder / f"{SAID}-{name}"
-    said.with_suffix(".new").write_text(json.dumps({"pid": os.getpid(), "error": error}))
-    said.with_suffix(".new").rename(said)
-    deadline = time.monotonic() + 120  # should nobody let go of it: it is not for ever
-    while not (folder / LET_GO).exists() and time.monotonic() < deadline:
+    report = folder / f"{REPORT}-{name}"
+    report.with_suffix(".new").write_text(json.dumps({"pid": os.getpid(), "error": error}))
+    report.with_suffix(".new").rename(report)
+    deadline = time.monotonic() + 120  # should no release come, it does not live for ever
+    while not (folder / RELEASE).exists() and time.monotonic() < deadline:
         time.sleep(0.005)
 
 
-def end(how: str) -> None:
+def end(ending: str) -> None:
     """End as a program does: through the interpreter's end, past it, or by an exception."""
-    if how == "_exit":
+    if ending == "_exit":
         os._exit(0)
-    if how == "exception":
+    if ending == "exception":
         raise ZeroDivisionError
     raise SystemExit(0)
 
 
-def lives(folder: Path, name: str) -> bool:
-    """Whether it still does."""
+def is_alive(folder: Path, name: str) -> bool:
+    """Whether the child of that name lives."""
     descriptor = os.open(folder / f"{ALIVE}-{name}", os.O_RDWR)
     try:
         with contextlib.suppress(BlockingIOError):

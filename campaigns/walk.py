@@ -1,13 +1,13 @@
-"""A program that saves: the walk that ``killed_saves.py`` kills, again and again.
+"""A program that saves: the walk that ``killed_saves`` kills, again and again.
 
-    python -m campaigns.saving '{"directory": "walk", "seed": 1, "steps": 50, ...}'
+    python -m campaigns.walk '{"directory": "walk", "seed": 1, "steps": 50, ...}'
 
-The state is a random walk: arrays that random numbers are added to, moments of them, the generator's own
-state, and a history that grows. Each step is a function of the state before it alone; so is the way in which
-it is saved, of the seed and the step. A walk that was killed goes on from its newest checkpoint, and must
-end in the state of one that was left alone.
+The state is a random walk: arrays to which random numbers are added, moments of them, the generator's own
+state, and a history that grows. Each step is a function of the previous state alone; the way in which it is
+saved is a function of the seed and the step. A walk that was killed resumes from its newest checkpoint, and
+must end in the state of an undisturbed one.
 
-Each time a checkpoint is durable, a line says so at once, by one system call: its step, its kind, its number
+Each time a checkpoint is durable, the walk prints a line, by one system call: its step, its kind, its number
 among all saves, and its metric.
 """
 
@@ -24,14 +24,13 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 
 from campaigns.faults import plant
+from campaigns.oracle import Rules
 from distrust import Checkpoint, CheckpointManager
 from distrust.checkpoint import direct_io, stream_writer
-from distrust.checkpoint.retention import Retention
 from distrust.errors import CheckpointNotFound
 
-Way = Literal["save", "save_async", "overlap", "final", "again", "reopen", "cleanup"]
+Method = Literal["save", "save_async", "overlap", "final", "again", "reopen", "cleanup"]
 Array = np.ndarray[Any, Any]
-WAYS = get_args(Way)
 METRIC = "height"
 
 
@@ -41,15 +40,15 @@ class Plan:
 
     Attributes:
         directory: of its checkpoints.
-        seed: of the walk, and of the ways in which it is saved.
-        steps: how far it goes.
+        seed: of the walk, and of the methods by which it is saved.
+        steps: its length.
         sizes: items of each array.
-        block_bytes: what is written at once.
+        block_bytes: the size of a write.
         direct: whether direct I/O is tried.
         keep_last: of the rules.
         keep_every: of the rules.
         first_save: the number of the first save; higher at each start.
-        fault: a fault that is put into the product, or none; see ``faults.py``.
+        fault: a fault that is put into the product; see ``faults.py``.
     """
 
     directory: str
@@ -64,21 +63,21 @@ class Plan:
     fault: str | None = None
 
     @property
-    def rules(self) -> Retention:
-        """What its clean-ups may remove at most."""
-        return Retention(self.keep_last, 1, self.keep_every, METRIC)
+    def rules(self) -> Rules:
+        """Its clean-ups may remove what these do not retain."""
+        return Rules(self.keep_last, 1, self.keep_every, METRIC)
 
     def argument(self) -> str:
-        """What the program is given."""
+        """The argument of the program."""
         return json.dumps(asdict(self))
 
-    def way(self, step: int) -> Way:
+    def method(self, step: int) -> Method:
         """How a step is saved."""
-        return random.Random(f"{self.seed}/{step}").choice(WAYS)
+        return random.Random(f"{self.seed}/{step}").choice(get_args(Method))
 
 
 class Report(NamedTuple):
-    """What a walk said of a checkpoint: it is durable.
+    """A line of a walk: a checkpoint is durable.
 
     Attributes:
         step: of the checkpoint.
@@ -94,22 +93,22 @@ class Report(NamedTuple):
 
     @classmethod
     def parse(cls, line: str) -> Report:
-        """The report that a line holds."""
         step, kind, number, height = line.split()
         return cls(int(step), kind == "final", int(number), float(height))
 
-    def line(self) -> str:
-        """The line that says it."""
-        return f"{self.step} {'final' if self.final else 'periodic'} {self.number} {self.height!r}\n"
+    def write(self) -> None:
+        """Print it by one system call: a kill never leaves half a line."""
+        kind = "final" if self.final else "periodic"
+        os.write(1, f"{self.step} {kind} {self.number} {self.height!r}\n".encode())
 
 
 class Walk:
-    """The state, and how it goes on."""
+    """The state."""
 
     def __init__(self, plan: Plan) -> None:
         self.step = 0
         self._rng = np.random.default_rng(plan.seed)
-        self._places: list[Array] = [np.zeros(size) for size in plan.sizes]
+        self._positions: list[Array] = [np.zeros(size) for size in plan.sizes]
         self._moments: list[Array] = [np.zeros(size, np.float32) for size in plan.sizes]
         self._heights: list[float] = []
 
@@ -119,18 +118,18 @@ class Walk:
         return self._heights[-1]
 
     def advance(self) -> None:
-        """Make a step, into the existing arrays: a checkpoint that shared them would change."""
+        """Make a step, in place: a checkpoint that shared the arrays would change."""
         self.step += 1
-        for place, moment in zip(self._places, self._moments, strict=True):
-            move = self._rng.normal(size=place.size)
+        for position, moment in zip(self._positions, self._moments, strict=True):
+            move = self._rng.normal(size=position.size)
             moment[:] = 0.9 * moment + move
-            place += move * np.tanh(moment)
-        self._heights.append(float(sum(place.sum() for place in self._places)))
+            position += move * np.tanh(moment)
+        self._heights.append(float(sum(position.sum() for position in self._positions)))
 
     def checkpoint(self, number: int) -> Checkpoint:
         return Checkpoint(
             step=self.step,
-            model={"places": self._places},
+            model={"positions": self._positions},
             optimizer={"moments": self._moments},
             rng=dict(self._rng.bit_generator.state),
             history={"heights": np.array(self._heights)},
@@ -140,7 +139,7 @@ class Walk:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         self.step = checkpoint.step
-        for array, saved in zip(self._places, checkpoint.model["places"], strict=True):
+        for array, saved in zip(self._positions, checkpoint.model["positions"], strict=True):
             array[:] = saved
         for array, saved in zip(self._moments, checkpoint.optimizer["moments"], strict=True):
             array[:] = saved
@@ -149,7 +148,7 @@ class Walk:
 
 
 class Saver:
-    """Saves a walk in all the ways there are, and says what is durable."""
+    """Saves a walk by every method, and reports what is durable."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
@@ -157,21 +156,21 @@ class Saver:
         self._number = plan.first_save
 
     def restore(self, walk: Walk) -> None:
-        """Take up the newest checkpoint, and write it once more: the file that the walk came from goes."""
+        """Load the newest checkpoint; for some steps, save it again over the file that it came from."""
         try:
             walk.restore(self._manager.load_latest())
         except CheckpointNotFound:
             return
-        if self._plan.way(-walk.step) == "again":
+        if self._plan.method(-walk.step) == "again":
             self._save(walk)
 
-    def save(self, walk: Walk, way: Way) -> None:
-        """Save it in one of the ways; what changes next may change when this returns."""
-        match way:
+    def save(self, walk: Walk, method: Method) -> None:
+        """Save by one of the methods; the walk may change when this returns."""
+        match method:
             case "save":
                 self._save(walk)
             case "save_async" | "overlap":
-                self._save_async(walk, overlap=way == "overlap")
+                self._save_async(walk, overlap=method == "overlap")
             case "final":
                 self._save(walk, final=True)
             case "again":
@@ -191,27 +190,23 @@ class Saver:
         self._manager.close()
 
     def _open(self) -> CheckpointManager:
-        return CheckpointManager(self._plan.directory, **asdict(self._plan.rules))
+        return CheckpointManager(self._plan.directory, **self._plan.rules._asdict())
 
     def _save(self, walk: Walk, *, final: bool = False) -> None:
-        report = self._next(walk, final=final)
+        report = self._report(walk, final=final)
         self._manager.save(walk.checkpoint(report.number), final=final)
-        _say(report)
+        report.write()
 
     def _save_async(self, walk: Walk, *, overlap: bool) -> None:
-        report = self._next(walk, final=False)
+        report = self._report(walk, final=False)
         pending = self._manager.save_async(walk.checkpoint(report.number), overlap=overlap)
-        # At its very end, on its own thread, whatever the loop does meanwhile.
-        pending.add_done_callback(lambda: None if pending.has_unreported_error else _say(report))
+        # Called on the save's own thread, whatever the loop does meanwhile.
+        pending.add_done_callback(lambda: None if pending.has_unreported_error else report.write())
         pending.wait_copied()
 
-    def _next(self, walk: Walk, *, final: bool) -> Report:
+    def _report(self, walk: Walk, *, final: bool) -> Report:
         self._number += 1
         return Report(walk.step, final, self._number, walk.height)
-
-
-def _say(report: Report) -> None:
-    os.write(1, report.line().encode())
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -226,7 +221,7 @@ def main(arguments: Sequence[str]) -> int:
     while walk.step < plan.steps:
         walk.advance()
         if walk.step < plan.steps:
-            saver.save(walk, plan.way(walk.step))
+            saver.save(walk, plan.method(walk.step))
     saver.finish(walk)
     return 0
 
