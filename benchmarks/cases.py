@@ -1,7 +1,7 @@
 """Everything that is measured, as named cases. Each runs once in a process of its own.
 
-Before the clock runs, a library saves or loads a 1 MiB state in the same way: imports, thread pools and
-caches of compiled code are a run's, not a save's. Nothing else is warmed, unless it says so.
+Before the clock starts, a library saves or loads a 1 MiB state in the same way: imports, thread pools and
+caches of compiled code are the cost of a run, not of a save. Nothing else is warmed up unless a case says so.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LINUX = sys.platform == "linux"
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """Where and what.
+    """Where a case runs and what it measures.
 
     Attributes:
         spec: the state.
@@ -43,14 +43,14 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """Something to measure.
+    """A case.
 
     Attributes:
         name: in results, and for ``--cases``.
-        group: cases of a group run next to each other, for they are compared.
+        group: cases of a group run one after the other, because they are compared.
         run: measures once; every figure is in seconds or bytes, as its name says.
-        reads: what has to be prepared, of :data:`PREPARE`.
-        modules: that have to be installed.
+        reads: what must be prepared, from :data:`PREPARE`.
+        modules: that must be installed.
         fits: the states that it is measured with.
     """
 
@@ -73,7 +73,7 @@ def save(library: Library, task: Task) -> Figures:
 
 
 def save_behind(background: type[Background], task: Task) -> Figures:
-    """A background save: when it returned, and when it was durable, both from its beginning."""
+    """A background save: the time until it returned, and until it was durable."""
     library = background.library
     _start(background, library.state(WARM_UP), task.folder / "warm-up")
     state = library.state(task.spec)
@@ -89,7 +89,7 @@ def save_behind(background: type[Background], task: Task) -> Figures:
 
 
 def load(library: Library, task: Task, *, cold: bool) -> Figures:
-    """All of it, with the page cache holding the whole file, or nothing of it."""
+    """Load everything, with the page cache holding the whole file or nothing of it."""
     name = _base(library)
     library.loader(task.prepared / f"{name}{SMALL}", WARM_UP)()
     loader = library.loader(task.prepared / name, task.spec)
@@ -98,24 +98,24 @@ def load(library: Library, task: Task, *, cold: bool) -> Figures:
     began = time.perf_counter()
     loaded = loader()
     seconds = time.perf_counter() - began
-    del loaded  # not before the clock was read
+    del loaded  # opened before the clock starts
     return {"seconds": seconds, **memory.figures()}
 
 
 def inspect(task: Task) -> Figures:
-    """Our header: read, checked and parsed."""
+    """Our header: read, verified and parsed."""
     from distrust import CheckpointManager
 
     CheckpointManager(task.prepared / f"{OURS}{SMALL}").inspect(STEP)
     manager = CheckpointManager(task.prepared / OURS)
     began = time.perf_counter()
-    found = manager.inspect(STEP)
-    names = [tensor.name for tensor in found.tensors]
+    inspection = manager.inspect(STEP)
+    names = [tensor.name for tensor in inspection.tensors]
     return {"seconds": time.perf_counter() - began, "tensors": float(len(names))}
 
 
 def open_safetensors(task: Task) -> Figures:
-    """``safe_open`` and ``keys()`` of the file that safetensors itself wrote, whose header is shorter."""
+    """``safe_open`` and ``keys()`` of the file that safetensors wrote, whose header is shorter."""
     from safetensors import safe_open
 
     def keys(path: Path) -> list[str]:
@@ -129,7 +129,7 @@ def open_safetensors(task: Task) -> Figures:
 
 
 def prepare(name: str, task: Task) -> None:
-    """Write what a case reads: the state as a library saves it, or a folder of small checkpoints."""
+    """Write what a case reads: the state as saved by a library, or a folder of small checkpoints."""
     if task.spec == COMMANDS:
         commands.write_small_checkpoints(task.prepared / name, int(name.partition(" ")[0]))
         return
@@ -150,7 +150,7 @@ def _base(library: Library) -> str:
 
 
 def _file(task: Task) -> Path:
-    """What the raw reads read: our own checkpoint, so that both find the same bytes on the disk."""
+    """The raw reads read our own checkpoint, so that all read the same bytes from the disk."""
     (file,) = (task.prepared / OURS).glob("*.safetensors")
     return file
 

@@ -1,4 +1,4 @@
-"""Checkpoints beside the peers and beside what the hardware can do: same states, same disk, same run.
+"""Checkpoints compared with other libraries and with the hardware: same states, same disk, same run.
 
     python -m benchmarks.checkpoints --quick
     python -m benchmarks.checkpoints --markdown bench.md --json bench.json --picture docs/checkpoints.png
@@ -7,9 +7,10 @@
     python -m benchmarks.checkpoints --redraw bench.json --picture docs/checkpoints.png
 
 Every figure comes from a fresh process. All cases run once, then all again. A state is written SIZE or
-SIZExTENSORS: up to 64 MiB alone it is a LoRA run's (adapter and AdamW), above that 400 equal tensors;
-"commands" stands for `distrust ls`. Nothing is tuned to a machine. The whole run may take two hours, --quick
-five minutes; both want room for six times the largest state on the disk, and for four times in memory.
+SIZExTENSORS: up to 64 MiB without a number of tensors it is that of a LoRA run (adapter and AdamW), above
+that 400 equal tensors; "commands" stands for `distrust ls`. Nothing is tuned to a machine. The whole run may
+take two hours, --quick five minutes; both need six times the largest state on the disk, and four times in
+memory.
 """
 
 from __future__ import annotations
@@ -35,19 +36,19 @@ from benchmarks.states import Spec
 
 STATES, REPEATS = "20MiB,1GiB,4GiB,1GiBx10000,commands", 5
 QUICK_STATES, QUICK_REPEATS = "20MiB,256MiB", 3
-#: What --quick leaves out: what takes long to begin, and what is beside a better one of its kind.
+#: What --quick omits: cases that start slowly, and variants of a better case.
 NOT_QUICK = "orbax|trainer|overlap|clone|bytes|[13] in flight|dcp background$|copy, all|BLAKE3, one"
 LIBRARIES = ("torch", "safetensors", "transformers", "orbax-checkpoint", "jax", "blake3")
-#: File systems in memory: there, nothing is ever cold, and nothing is ever written.
+#: File systems in memory: nothing there is ever cold, and nothing is ever written.
 IN_MEMORY = {"tmpfs", "ramfs"}
-#: Where the output is no terminal, no table has to be squeezed.
+#: If the output is no terminal, tables need not be squeezed.
 FILE_WIDTH = 130
 
 
 def main() -> int:
-    """Measure, and show what was measured."""
+    """Measure, and show the results."""
     options = _options()
-    results, about = _read(options.redraw) if options.redraw else _measured(options)
+    results, about = _read(options.redraw) if options.redraw else _measure_or_load(options)
     specs = [spec for spec in options.states if spec.text in results.samples]
     if not specs:
         return 1
@@ -62,7 +63,7 @@ def main() -> int:
 
 
 def file_system(path: Path) -> str:
-    """The type of the file system that a folder is in, as the system names it."""
+    """The type of a folder's file system, as the system names it."""
     try:
         mounts = Path("/proc/self/mountinfo").read_text().splitlines()
     except OSError:
@@ -73,7 +74,7 @@ def file_system(path: Path) -> str:
     return kinds[-1] if kinds else "unknown"
 
 
-def _measured(options: argparse.Namespace) -> tuple[Results, dict[str, Any]]:
+def _measure_or_load(options: argparse.Namespace) -> tuple[Results, dict[str, Any]]:
     results, console = Results(), Console(stderr=True)
     with tempfile.TemporaryDirectory(dir=options.directory, prefix=".bench-") as folder:
         kind = file_system(Path(folder))
@@ -99,13 +100,13 @@ def _run(folder: Path, options: argparse.Namespace, results: Results, console: C
     )
     with Progress(*columns, console=console, speed_estimate_period=600) as progress:
         task = progress.add_task("", total=len(turns))
-        said = None
+        skip_reason = None
         for turn in driver.measure(turns, folder, options.pause, results):
-            what = f"{turn.spec.title}, repeat {turn.repeat + 1} of {options.repeats}"
-            if not console.is_terminal and what != said:
-                console.print(f"{what}: {progress.tasks[task].completed:.0f} of {len(turns)} done")
-                said = what
-            progress.update(task, description=f"{what}: {turn.case.name}")
+            label = f"{turn.spec.title}, repeat {turn.repeat + 1} of {options.repeats}"
+            if not console.is_terminal and label != skip_reason:
+                console.print(f"{label}: {progress.tasks[task].completed:.0f} of {len(turns)} done")
+                skip_reason = label
+            progress.update(task, description=f"{label}: {turn.case.name}")
             progress.advance(task)
 
 
@@ -125,7 +126,7 @@ def _read(path: Path) -> tuple[Results, dict[str, Any]]:
 
 def _write(options: argparse.Namespace, results: Results, specs: list[Spec], about: dict[str, Any]) -> None:
     line = "; ".join(f"{name} {value}" for name, value in about.items())
-    if options.json:  # first: from it the others can be made again
+    if options.json:  # first: the other outputs can be made from it
         document = {
             "about": about,
             "samples": results.samples,

@@ -1,4 +1,4 @@
-"""One case, once, in this process; prints its figures as one line of JSON, the last of its output."""
+"""Runs one case once, in this process; the last line of its output is its figures as JSON."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def main() -> None:
         figures = case.run(task)
     print()
     print(json.dumps(figures), flush=True)
-    # Taking gibibytes and thread pools apart is nobody's measurement, and some libraries hang in it.
+    # Skip the interpreter's shutdown: it is not measured, and some libraries hang in it.
     os._exit(0)
 
 

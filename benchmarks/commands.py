@@ -1,4 +1,4 @@
-"""``distrust ls``, as a whole process, beside a Python that does nothing."""
+"""``distrust ls`` as a whole process, compared with a Python that does nothing."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ FEW, MANY = 10, 10_000
 
 
 def start_python() -> Figures:
-    """The same interpreter, doing nothing."""
-    return _timed([sys.executable, "-c", "pass"])
+    """Time the same interpreter, doing nothing."""
+    return _time_command([sys.executable, "-c", "pass"])
 
 
 def ls(folder: Path) -> Figures:
-    """``distrust ls`` of a folder."""
-    return _timed([sys.executable, "-m", "distrust", "ls", str(folder)])
+    """Time ``distrust ls`` of a folder."""
+    return _time_command([sys.executable, "-m", "distrust", "ls", str(folder)])
 
 
 def write_small_checkpoints(folder: Path, count: int) -> None:
-    """Real checkpoints of 8 small tensors each, written by the manager.
+    """Write real checkpoints of 8 small tensors each with the manager.
 
-    They are made one by one in a folder of their own and moved: saving into a folder of thousands would
-    measure something else, for hours. fsync does nothing here: nobody needs these to outlive a power cut.
+    They are saved one by one in a separate folder and moved: saving into a folder of thousands would measure
+    something else, for hours. fsync is disabled: nothing here must survive a power cut.
     """
     import numpy as np
 
@@ -44,8 +44,8 @@ def write_small_checkpoints(folder: Path, count: int) -> None:
             path.rename(folder / path.name)
 
 
-def _timed(command: list[str]) -> Figures:
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)  # so that its files are cached
+def _time_command(command: list[str]) -> Figures:
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)  # so that its files are in the page cache
     began = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return {"seconds": time.perf_counter() - began}

@@ -1,8 +1,8 @@
-"""Which case runs when: repeat by repeat, each in a fresh process, group by group in an order drawn by lot.
+"""Which case runs when: repeat by repeat, each in a fresh process, group by group in random order.
 
-Cases of a group follow each other, for they are compared; the lot keeps any of them from always standing
-behind the same neighbour. What a case wrote is removed before the next one begins, and the disk is left
-alone for a moment, for a file system may still be discarding the blocks.
+Cases of a group run one after the other, because they are compared; the random order keeps a case from always
+following the same neighbour. What a case wrote is removed before the next one starts, and the disk is left
+alone for a moment, because a file system may still be discarding the blocks.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TIMEOUT_SECONDS = 900
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What is about to be measured.
+    """One measurement to make.
 
     Attributes:
         spec: the state.
@@ -44,8 +44,8 @@ class Turn:
 
 
 def plan(specs: Sequence[Spec], cases: Sequence[Case], repeats: int, results: Results) -> list[Turn]:
-    """All turns in their order; what is not installed is noted in ``results`` and left out."""
-    missing = {case.name for case in cases if not all(map(_installed, case.modules))}
+    """All turns in order; what is not installed is noted in ``results`` and skipped."""
+    missing = {case.name for case in cases if not all(map(_is_installed, case.modules))}
     turns = []
     for spec in specs:
         fitting = [case for case in cases if case.fits(spec)]
@@ -54,18 +54,18 @@ def plan(specs: Sequence[Spec], cases: Sequence[Case], repeats: int, results: Re
                 results.fail(spec, case.name, NOT_INSTALLED)
         for repeat in range(repeats):
             chosen = [case for case in fitting if case.name not in missing]
-            turns += [Turn(spec, repeat, case) for case in _shuffled(chosen, seed=repeat)]
+            turns += [Turn(spec, repeat, case) for case in _shuffle(chosen, seed=repeat)]
     return turns
 
 
 def measure(turns: Sequence[Turn], directory: Path, pause: float, results: Results) -> Iterator[Turn]:
-    """Make every turn; yields each before it begins.
+    """Run every turn; yields each before it starts.
 
     Args:
         turns: by state.
-        directory: on the disk to measure; what is made in it is removed.
+        directory: on the disk to measure; what is created in it is removed.
         pause: seconds between two turns.
-        results: take every figure, and what failed.
+        results: receives every figure and failure.
     """
     for spec, of_state in groupby(turns, key=lambda turn: turn.spec):
         prepared = directory / "prepared"
@@ -75,13 +75,13 @@ def measure(turns: Sequence[Turn], directory: Path, pause: float, results: Resul
                 if turn.case.name in results.failures.get(spec.text, {}):
                     continue  # what failed once is not tried again
                 try:
-                    results.add(spec, turn.repeat, turn.case.name, _measured(turn, directory, prepared))
+                    results.add(spec, turn.repeat, turn.case.name, _measure(turn, directory, prepared))
                 except RuntimeError as error:
                     results.fail(spec, turn.case.name, str(error))
                 time.sleep(pause)
 
 
-def _measured(turn: Turn, directory: Path, prepared: Path) -> dict[str, float]:
+def _measure(turn: Turn, directory: Path, prepared: Path) -> dict[str, float]:
     reads = turn.case.reads
     if reads is not None and not (prepared / reads).exists():
         _child("prepare", reads, turn.spec, directory, prepared)
@@ -99,15 +99,15 @@ def _child(verb: str, name: str, spec: Spec, folder: Path, prepared: Path) -> di
         "TOKENIZERS_PARALLELISM": "false",
     }
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT_SECONDS
         )
     except subprocess.TimeoutExpired:
         raise RuntimeError(f"took more than {TIMEOUT_SECONDS} s") from None
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"ended with {done.returncode}"]
+    if process.returncode:
+        lines = process.stderr.strip().splitlines() or [f"ended with {process.returncode}"]
         raise RuntimeError(lines[-1])
-    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    figures: dict[str, float] = json.loads(process.stdout.splitlines()[-1])
     return figures
 
 
@@ -122,21 +122,21 @@ class _Folder:
 
     def __exit__(self, *_: object) -> None:
         shutil.rmtree(self.path)
-        # Names and freed blocks reach the disk now, not in the middle of the next case.
+        # Write names and freed blocks to the disk now, not during the next case.
         descriptor = os.open(self.path.parent, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
 
 
-def _shuffled(cases: Sequence[Case], *, seed: int) -> Iterator[Case]:
+def _shuffle(cases: Sequence[Case], *, seed: int) -> Iterator[Case]:
     for _, group in groupby(cases, key=lambda case: case.group):
         members = list(group)
         random.Random(seed).shuffle(members)
         yield from members
 
 
-def _installed(module: str) -> bool:
+def _is_installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # its parent is not
+    except ModuleNotFoundError:  # its parent does not exist
         return False

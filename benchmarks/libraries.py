@@ -1,15 +1,15 @@
-"""How each library saves and loads, at its best: the shortest way that its documentation shows.
+"""How each library saves and loads, in the shortest way that its documentation shows.
 
-Imports stand in the functions: a process pays for the library that it measures alone. What each does for its
-time, where they differ:
+Imports are inside the functions: a process pays only for the library that it measures. Where the libraries
+differ in what they do:
 
-- distrust digests every tensor, and syncs the file and its directory; loading checks every digest.
-- safetensors, torch.save: one file, fsync of the file. Nothing is digested or verified.
+- distrust hashes every tensor, and syncs the file and its directory; loading checks every digest.
+- safetensors, torch.save: one file, fsync of the file. Nothing is hashed or verified.
 - torch.distributed.checkpoint (DCP): a folder; its ``FileSystemWriter`` syncs its files (``sync_files``, the
-  default). It loads into tensors that are there already, which spares it fresh memory.
-- orbax: a folder of compressed chunks, which tensorstore syncs. Its arrays are jax's: they never change, so
+  default). It loads into existing tensors, which saves it fresh memory.
+- orbax: a folder of compressed chunks, which tensorstore syncs. Its arrays are jax's: they are immutable, so
   a background save has nothing to copy.
-- a cached DCP stager is measured on its second save (the first fills its cache), ours on its first.
+- a cached DCP stager is measured at its second save (the first fills its cache), ours at its first.
 """
 
 from __future__ import annotations
@@ -34,30 +34,30 @@ class Library(ABC):
 
     Attributes:
         name: in the names of the cases.
-        modules: that have to be installed.
+        modules: that must be installed.
     """
 
     name: str
     modules: tuple[str, ...] = ("torch",)
 
     def state(self, spec: Spec) -> Any:
-        """The state as this library takes it."""
+        """The state in the form that this library takes."""
         return torch_state(spec)
 
     @abstractmethod
     def save(self, state: Any, path: Path) -> None:
-        """Save, durably."""
+        """Save; returns when the state is durable."""
 
     @abstractmethod
     def loader(self, path: Path, spec: Spec) -> Callable[[], object]:
-        """What loads all of it, into memory that is the caller's own."""
+        """Load everything into memory of the caller's own."""
 
 
 class Background(ABC):
-    """A way to save behind the caller's back.
+    """A way to save in the background.
 
     Attributes:
-        library: whose it is.
+        library: that it belongs to.
         name: in the names of the cases.
     """
 
@@ -65,18 +65,18 @@ class Background(ABC):
     name: str
 
     def prepare(self, state: Any, path: Path) -> None:  # noqa: B027  # most need nothing
-        """What a run does once, before its first save: not timed, but its memory counts."""
+        """What a run does once before its first save: not timed, but its memory counts."""
 
     @abstractmethod
     def start(self, state: Any, path: Path) -> Wait:
-        """Return when the state may change again; what is returned waits until it is durable."""
+        """Return when the state may change again; the returned function waits until it is durable."""
 
 
 def torch_state(spec: Spec) -> Any:
-    """The state as torch tensors, in the memory that numpy touched."""
+    """The state as torch tensors, in memory that numpy has touched."""
     import torch
 
-    return states.mapped(states.make(spec), torch.from_numpy)
+    return states.map_arrays(states.make(spec), torch.from_numpy)
 
 
 class Distrust(Library):
@@ -119,7 +119,7 @@ class DistrustBackground(Background):
 
 
 class DistrustOverlap(DistrustBackground):
-    """Ours, copying too goes on behind."""
+    """Ours, with the copy in the background as well."""
 
     name = "distrust overlap"
 
@@ -217,7 +217,7 @@ class Dcp(Library):
 
 
 class DcpBackground(Background):
-    """``async_save`` as it comes: it copies into fresh memory each time."""
+    """``async_save`` with its defaults: it copies into fresh memory each time."""
 
     library = Dcp()
     name = "dcp background"
@@ -230,7 +230,7 @@ class DcpBackground(Background):
 
 
 class DcpCached(DcpBackground):
-    """``async_save`` into memory that an earlier one made."""
+    """``async_save`` into the memory of an earlier one."""
 
     name = "dcp background cached"
 
@@ -260,8 +260,8 @@ class Orbax(Library):
         # Its trees have string keys, and no lists of plain numbers.
         moments = {str(index): value for index, value in tree["optimizer"].get("state", {}).items()}
         parts = {"model": tree["model"], "optimizer": moments}
-        given = {name: part for name, part in parts.items() if part}
-        return jax.block_until_ready(jax.tree.map(jax.numpy.asarray, given))
+        items = {name: part for name, part in parts.items() if part}
+        return jax.block_until_ready(jax.tree.map(jax.numpy.asarray, items))
 
     def save(self, state: Any, path: Path) -> None:
         import orbax.checkpoint as ocp
@@ -318,7 +318,7 @@ def _checkpoint(state: Any) -> Any:
 
 
 def _dcp() -> Any:
-    return import_module("torch.distributed.checkpoint")  # it says of nothing that it is exported
+    return import_module("torch.distributed.checkpoint")  # the package does not mark it as exported
 
 
 def _sync(file: Path) -> None:
@@ -328,5 +328,5 @@ def _sync(file: Path) -> None:
 
 
 def _quiet() -> warnings.catch_warnings[Any]:
-    """DCP says that there is a single process; that is meant."""
+    """DCP warns that there is a single process; that is intended."""
     return warnings.catch_warnings(action="ignore")

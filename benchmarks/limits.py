@@ -1,7 +1,7 @@
-"""What the hardware can do: the least that any save or load of so many bytes takes.
+"""The limits of the hardware: the least time that saving or loading so many bytes takes.
 
-Memory is touched before, except where fresh memory is the point; buffers are handed to the kernel page by
-page aligned, thread pools are there before the clock runs, nothing is digested, named or put together.
+Memory is touched beforehand, except where fresh memory is the point; buffers are page-aligned, thread pools
+exist before the clock starts, and nothing is hashed, named or assembled.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ def copy(spec: Spec, threads: int) -> Figures:
     """One copy from touched into touched memory."""
     import numpy as np
 
-    source, target = _touched(spec.nbytes), np.zeros(spec.nbytes, np.uint8)
+    source, target = _touched_buffer(spec.nbytes), np.zeros(spec.nbytes, np.uint8)
     target[:] = 1  # zeros are mapped lazily
     share = -(-spec.nbytes // threads)
     parts = [slice(index * share, (index + 1) * share) for index in range(threads)]
-    if threads == 1:  # a pool would cost the copy of a small state a tenth of a millisecond
-        return _timed(lambda: np.copyto(target, source))
+    if threads == 1:  # a pool would cost the copy of a small state 0.1 ms
+        return _time(lambda: np.copyto(target, source))
     with _pool(threads) as pool:
-        return _timed(lambda: list(pool.map(lambda part: np.copyto(target[part], source[part]), parts)))
+        return _time(lambda: list(pool.map(lambda part: np.copyto(target[part], source[part]), parts)))
 
 
 def write(spec: Spec, folder: Path, in_flight: int) -> Figures:
-    """Space reserved, written around the page cache in 16 MiB blocks, then fsync."""
+    """Reserve space, write 16 MiB blocks with O_DIRECT, then fsync."""
     blocks = _blocks()
-    size = _padded(spec.nbytes)
+    size = _round_up_to_page(spec.nbytes)
 
     def work() -> None:
         descriptor = os.open(folder / "raw", os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_DIRECT, 0o666)
@@ -58,21 +58,21 @@ def write(spec: Spec, folder: Path, in_flight: int) -> Figures:
         os.close(descriptor)
 
     with _pool(in_flight) as pool:
-        return _timed(work)
+        return _time(work)
 
 
 def read_cached(file: Path, *, fresh: bool) -> Figures:
-    """The file out of the page cache, into touched or into fresh memory."""
+    """Read the file from the page cache, into touched or into fresh memory."""
     import numpy as np
 
     probes.warm(file)
     size = file.stat().st_size
-    touched = None if fresh else _touched(size)
-    return _timed(lambda: _read(file, (np.empty(size, np.uint8) if touched is None else touched).data))
+    touched = None if fresh else _touched_buffer(size)
+    return _time(lambda: _read(file, (np.empty(size, np.uint8) if touched is None else touched).data))
 
 
 def read_cold(file: Path) -> Figures:
-    """The file off the disk through the page cache, in 16 MiB reads into touched memory."""
+    """Read the file from the disk through the page cache, in 16 MiB reads into touched memory."""
     probes.drop(file)
     block = memoryview(_blocks())[:BLOCK_BYTES]
 
@@ -81,11 +81,11 @@ def read_cold(file: Path) -> Figures:
             while opened.readinto(block):
                 pass
 
-    return _timed(work)
+    return _time(work)
 
 
 def read_direct(file: Path) -> Figures:
-    """The file off the disk around the page cache, two reads in flight into touched memory."""
+    """Read the file from the disk with O_DIRECT, two reads in flight into touched memory."""
     probes.drop(file)
     blocks = _blocks()
     size = file.stat().st_size
@@ -93,7 +93,7 @@ def read_direct(file: Path) -> Figures:
     def work() -> None:
         descriptor = os.open(file, os.O_RDONLY | os.O_DIRECT)
         jobs = pool.map(
-            lambda offset: os.preadv(descriptor, [_block(blocks, offset, _padded(size))], offset),
+            lambda offset: os.preadv(descriptor, [_block(blocks, offset, _round_up_to_page(size))], offset),
             range(0, size, BLOCK_BYTES),
         )
         if sum(jobs) != size:
@@ -101,33 +101,33 @@ def read_direct(file: Path) -> Figures:
         os.close(descriptor)
 
     with _pool(2) as pool:
-        return _timed(work)
+        return _time(work)
 
 
 def digest(spec: Spec, *, all_cores: bool) -> Figures:
     """BLAKE3 of a buffer that was just written."""
     from blake3 import blake3
 
-    source = _touched(spec.nbytes).data
+    source = _touched_buffer(spec.nbytes).data
     threads = blake3.AUTO if all_cores else 1
     blake3(source[: 1 << 20], max_threads=threads).digest()  # starts the threads
-    return _timed(lambda: blake3(source, max_threads=threads).digest())
+    return _time(lambda: blake3(source, max_threads=threads).digest())
 
 
-def _timed(work: Callable[[], object]) -> Figures:
+def _time(work: Callable[[], object]) -> Figures:
     began = time.perf_counter()
     work()
     return {"seconds": time.perf_counter() - began}
 
 
-def _touched(size: int) -> Any:
+def _touched_buffer(size: int) -> Any:
     import numpy as np
 
     return np.resize(np.random.default_rng(0).integers(0, 256, BLOCK_BYTES, np.uint8), size)
 
 
 def _blocks() -> mmap.mmap:
-    blocks = mmap.mmap(-1, BLOCKS * BLOCK_BYTES)  # page-aligned, as O_DIRECT wants it
+    blocks = mmap.mmap(-1, BLOCKS * BLOCK_BYTES)  # page-aligned, as O_DIRECT requires
     blocks.write(os.urandom(BLOCK_BYTES) * BLOCKS)
     return blocks
 
@@ -137,19 +137,19 @@ def _block(blocks: mmap.mmap, offset: int, size: int) -> memoryview:
     return memoryview(blocks)[start : start + min(BLOCK_BYTES, size - offset)]
 
 
-def _padded(size: int) -> int:
+def _round_up_to_page(size: int) -> int:
     return -(-size // PAGE) * PAGE
 
 
 def _read(file: Path, view: memoryview) -> None:
     with file.open("rb", buffering=0) as opened:
-        done = 0
-        while done < len(view):
-            done += os.preadv(opened.fileno(), [view[done : done + BLOCK_BYTES]], done)
+        offset = 0
+        while offset < len(view):
+            offset += os.preadv(opened.fileno(), [view[offset : offset + BLOCK_BYTES]], offset)
 
 
 @contextmanager
 def _pool(threads: int) -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(time.sleep, [0.01] * threads))  # all of them are there
+        list(pool.map(time.sleep, [0.01] * threads))  # all threads have started
         yield pool

@@ -1,4 +1,4 @@
-"""What stands beside what: each operation with its limit, ours and the peers; and what we aim at."""
+"""What is compared: each operation with its limit, ours and the other libraries; and our targets."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ Kind = Literal["ours", "peer", "limit"]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A line of a table.
+    """A row of a table.
 
     Attributes:
-        label: who and how.
+        label: library and method.
         figure: what was measured.
-        kind: whose it is.
+        kind: ours, a limit, or another library.
     """
 
     label: str
@@ -47,9 +47,9 @@ class Operation:
     """Figures that are compared.
 
     Attributes:
-        title: what is done.
-        limit: the least that it can take.
-        ours: what the peers are compared to.
+        title: of the operation.
+        limit: the least time that it can take.
+        ours: what the other libraries are compared with.
         rows: in the order of the table.
     """
 
@@ -87,7 +87,7 @@ _BEHIND = {
 }
 _THREADS = ("one thread", "all cores")
 _RAW_WRITES = {f"raw O_DIRECT write + fsync, {n} in flight": f"raw write, {n} in flight" for n in (1, 2, 3)}
-#: The fastest of the ways to have a private copy is the one we are compared to.
+#: The fastest way to make a private copy is the one that we are compared with.
 SAFETENSORS_WARM: Figures = tuple(map(Figure, _safetensors_loads("warm").values()))
 SAFETENSORS_COLD: Figures = tuple(map(Figure, _safetensors_loads("cold").values()))
 
@@ -195,15 +195,15 @@ OPERATIONS = (
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What we aim at.
+    """A target.
 
     Attributes:
         text: for people.
         values: of each repeat.
         bound: of their median.
-        at_least: whether the bound is the least, or the most.
-        fits: the states that it is meant for.
-        best_of: what it was compared to the fastest of, to be named.
+        at_least: whether the bound is a minimum or a maximum.
+        fits: the states that it applies to.
+        best_of: the alternatives whose fastest is named in the title.
     """
 
     text: str
@@ -213,8 +213,8 @@ class Target:
     fits: Callable[[Spec], bool]
     best_of: Figures | None = None
 
-    def reached(self, value: float) -> bool:
-        """Whether a median is within the bound."""
+    def is_reached(self, value: float) -> bool:
+        """Whether a median satisfies the bound."""
         return value >= self.bound if self.at_least else value <= self.bound
 
 
@@ -254,34 +254,47 @@ AT_LEAST, AT_MOST = True, False
 _FEW, _MANY = OPERATIONS[-1].rows[0].figure, OPERATIONS[-1].rows[1].figure
 
 TARGETS = (
-    Target("blocking save: speed of the raw write", _over(RAW_WRITE, SAVE), 0.9, AT_LEAST, _bulk),
+    Target("blocking save: speed relative to the raw write", _over(RAW_WRITE, SAVE), 0.9, AT_LEAST, _bulk),
     Target(
         "blocking save: times as fast as safetensors + fsync",
         _over(Figure("safetensors save"), SAVE), 1.4, AT_LEAST, _bulk,
     ),
     Target("blocking save: times as fast as DCP", _over(Figure("dcp save"), SAVE), 2.8, AT_LEAST, _bulk),
-    Target("save_async returns: hot copies, one thread", _over(RETURN, HOT_COPY), 1.25, AT_MOST, _bulk),
     Target(
-        "save_async returns: of DCP's with a cached stager",
+        "save_async returns: time relative to a hot copy, one thread",
+        _over(RETURN, HOT_COPY), 1.25, AT_MOST, _bulk,
+    ),
+    Target(
+        "save_async returns: time relative to DCP with a cached stager",
         _over(RETURN, Figure("dcp background cached", RETURNS)), 1.0, AT_MOST, _bulk,
     ),
-    Target("durable behind it: of the blocking save", _over(BEHIND, SAVE), 1.3, AT_MOST, _bulk),
     Target(
-        "load, warm: of", _over(LOAD_WARM, SAFETENSORS_WARM), 1.0, AT_MOST, _bulk, SAFETENSORS_WARM
+        "save_async durable: time relative to the blocking save",
+        _over(BEHIND, SAVE), 1.3, AT_MOST, _bulk,
     ),
-    Target("load as views, warm: speed of BLAKE3", _over(BLAKE3, MAPPED_WARM), 0.8, AT_LEAST, _bulk),
-    Target("load, cold: speed of", _over(COLD_READ, LOAD_COLD), 0.9, AT_LEAST, _bulk, COLD_READ),
+    Target(
+        "load, warm: time relative to",
+        _over(LOAD_WARM, SAFETENSORS_WARM), 1.0, AT_MOST, _bulk, SAFETENSORS_WARM,
+    ),
+    Target("load as views, warm: speed relative to BLAKE3", _over(BLAKE3, MAPPED_WARM), 0.8, AT_LEAST, _bulk),
+    Target("load, cold: speed relative to", _over(COLD_READ, LOAD_COLD), 0.9, AT_LEAST, _bulk, COLD_READ),
     Target(
         "peak extra memory, blocking save (MiB)",
         _mebibytes(Figure(SAVE.case, EXTRA)), 64, AT_MOST, _bulk,
     ),
     Target(
-        "peak extra memory, background save (of the state)",
+        "peak extra memory, background save (relative to the state)",
         _of_state(Figure(BEHIND.case, EXTRA)), 1.02, AT_MOST, _bulk,
     ),
-    Target("blocking save: of the raw write", _over(SAVE, RAW_WRITE), 1.1, AT_MOST, _lora),
-    Target("save_async returns: hot copies, one thread", _over(RETURN, HOT_COPY), 1.5, AT_MOST, _lora),
-    Target("inspect: of safetensors' safe_open + keys()", _over(INSPECT, KEYS), 2.0, AT_MOST, _state),
-    Target(f"ls of {FEW}: bare Python starts", _over(_FEW, START), 5.0, AT_MOST, _commands),
+    Target("blocking save: time relative to the raw write", _over(SAVE, RAW_WRITE), 1.1, AT_MOST, _lora),
+    Target(
+        "save_async returns: time relative to a hot copy, one thread",
+        _over(RETURN, HOT_COPY), 1.5, AT_MOST, _lora,
+    ),
+    Target(
+        "inspect: time relative to safetensors' safe_open + keys()",
+        _over(INSPECT, KEYS), 2.0, AT_MOST, _state,
+    ),
+    Target(f"ls of {FEW}: time relative to starting Python", _over(_FEW, START), 5.0, AT_MOST, _commands),
     Target(f"ls of {MANY:,}: seconds", _seconds(_MANY), 2.0, AT_MOST, _commands),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The picture: who takes how long, beside what the hardware can do, and how it grows."""
+"""The picture: the time of each library, compared with the hardware, and how it scales."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from benchmarks.results import Figure, Figures, Results
 from benchmarks.states import Spec
 
 OURS, OURS_TOO, PEER, LIMIT, INK, QUIET = "#0072b2", "#7db8da", "#b9bec4", "#d55e00", "#222222", "#70757a"
-#: A text's own ground: it may stand on a line.
+#: Background of a text, so that a line below it does not disturb.
 OVER_LINES = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 0.6}
-#: A bar that is so many times the middle one is cut, and says so: else the others could not be told apart.
+#: A bar longer than so many times the median is cut and marked, so that the others stay comparable.
 CUT = 3.5
-#: Of the labels at the ends of lines, as a fraction of the panel.
+#: Height of the labels at the ends of lines, as a fraction of the panel.
 LABEL_HEIGHT = 0.075
 
 
@@ -40,10 +40,10 @@ class Bars:
     """A panel of bars.
 
     Attributes:
-        title: what is done.
-        note: what to know of it, in small.
+        title: of the operation.
+        note: a remark in small type.
         bars: label -> figure; of several, the fastest.
-        ours: the labels that are ours; the first is the plain way, the others are drawn lighter.
+        ours: our labels; the first is the plain method, the others are drawn lighter.
         limits: label -> figure, drawn as a line.
     """
 
@@ -112,7 +112,7 @@ PANELS = (
     ),
 )
 
-#: How cost grows: label -> figure, colour, line style.
+#: How cost scales: label -> figure, colour, line style.
 GROWTH: Mapping[str, tuple[Figure, str, str]] = {
     "distrust, durable": (SAVE, OURS, "-"),
     "distrust, returns": (RETURN, OURS_TOO, "-"),
@@ -123,11 +123,11 @@ GROWTH: Mapping[str, tuple[Figure, str, str]] = {
 
 
 def draw(results: Results, specs: Sequence[Spec], path: Path, *, about: str) -> None:
-    """Draw what there is of the picture.
+    """Draw the picture.
 
     Args:
         results: of a run.
-        specs: its states; the bars are of the one nearest to 1 GiB, and there must be one.
+        specs: its states; the bars show the one nearest to 1 GiB, which must exist.
         path: of the PNG.
         about: where it was measured, in a line.
     """
@@ -171,7 +171,7 @@ def draw(results: Results, specs: Sequence[Spec], path: Path, *, about: str) -> 
 
 
 def _bars(axes: Any, results: Results, spec: Spec, panel: Bars) -> None:
-    rows = list(_measured(results, spec, panel))
+    rows = list(_measurements(results, spec, panel))
     _bare(axes, panel.title, panel.note)
     if not rows:
         _nothing(axes)
@@ -204,7 +204,7 @@ def _bars(axes: Any, results: Results, spec: Spec, panel: Bars) -> None:
 def _bar(axes: Any, position: int, values: Sequence[float], median: float, right: float, colour: str) -> None:
     shown = min(median, right)
     axes.barh(position, shown, height=0.66, color=colour, zorder=2)
-    if median > right * 1.001:  # cut: two white strokes through the bar, as on a torn axis
+    if median > right * 1.001:  # cut: two white strokes through the bar, as on a broken axis
         for offset in (0.90, 0.915):
             axes.plot(
                 [offset * right, (offset + 0.012) * right], [position + 0.4, position - 0.4],
@@ -253,15 +253,15 @@ def _growth(
     axes.grid(axis="y", color="#e6e8ea", linewidth=0.8)
     axes.set_axisbelow(True)
     ends = {label: line[-1] for label, line in lines.items() if line[-1] is not None}
-    for label, (height, value) in _apart(axes, ends).items():
+    for label, (height, value) in _spread_labels(axes, ends).items():
         axes.annotate(
             f"{label}  {_time(value)}", (1.02, height), xycoords="axes fraction", va="center", fontsize=8.5,
             color=INK if GROWTH[label][1] in (PEER, QUIET) else GROWTH[label][1], annotation_clip=False,
         )  # fmt: skip
 
 
-def _apart(axes: Any, ends: Mapping[str, float | None]) -> dict[str, tuple[float, float]]:
-    """Where each line's label goes, as a fraction of the height: none on another."""
+def _spread_labels(axes: Any, ends: Mapping[str, float | None]) -> dict[str, tuple[float, float]]:
+    """The height of each line's label, as a fraction of the panel: no two overlap."""
     heights = {}
     to_fraction = axes.transData + axes.transAxes.inverted()
     for label, value in ends.items():
@@ -279,7 +279,7 @@ def _apart(axes: Any, ends: Mapping[str, float | None]) -> dict[str, tuple[float
     return placed
 
 
-def _measured(results: Results, spec: Spec, panel: Bars) -> Iterator[tuple[str, list[float]]]:
+def _measurements(results: Results, spec: Spec, panel: Bars) -> Iterator[tuple[str, list[float]]]:
     for label, figures in panel.bars.items():
         least = results.least(spec, figures)
         if least is not None:

@@ -1,4 +1,4 @@
-"""What a process can tell of its memory, and what it can do to the page cache. Linux only."""
+"""Measures the memory of a process, and controls the page cache. Linux only."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _RESET_PEAK = "5"
 
 
 class PeakMemory:
-    """How far resident memory rises above what it is now."""
+    """How far resident memory rises above its current level."""
 
     def __init__(self) -> None:
         gc.collect()
-        # What was freed before would be used again, and nobody would see what the save takes.
+        # Freed memory would be reused, and the save's own use would not show.
         with contextlib.suppress(AttributeError, OSError):
             ctypes.CDLL(None).malloc_trim(0)
         self._before: int | None = None
@@ -30,7 +30,7 @@ class PeakMemory:
             self._before = _resident("VmRSS")
 
     def figures(self) -> dict[str, float]:
-        """``extra_bytes``, where the system tells."""
+        """``extra_bytes``, where the system reports them."""
         if self._before is None:
             return {}
         return {"extra_bytes": float(max(0, _resident("VmHWM") - self._before))}
@@ -45,7 +45,7 @@ def files(path: Path) -> Iterator[Path]:
 
 
 def warm(path: Path) -> None:
-    """Have all of it in the page cache."""
+    """Read everything into the page cache."""
     block = bytearray(BLOCK_BYTES)
     for file in files(path):
         with file.open("rb", buffering=0) as opened:
@@ -54,22 +54,24 @@ def warm(path: Path) -> None:
 
 
 def drop(path: Path) -> None:
-    """Have none of it in the page cache.
+    """Drop everything from the page cache.
 
     Raises:
-        RuntimeError: if the kernel kept more than a hundredth: what follows would not be a cold read.
+        RuntimeError: if the kernel kept more than 1 percent: the next read would not be cold.
     """
     for file in files(path):
         with file.open("rb", buffering=0) as opened:
             os.fsync(opened.fileno())  # a dirty page cannot be dropped
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        kept = resident_share(file)
-        if kept > 0.01 and file.stat().st_size > BLOCK_BYTES:
-            raise RuntimeError(f"{kept:.0%} of the file is still in the page cache: nothing cold to measure")
+        resident = resident_share(file)
+        if resident > 0.01 and file.stat().st_size > BLOCK_BYTES:
+            raise RuntimeError(
+                f"{resident:.0%} of the file is still in the page cache: nothing cold to measure"
+            )
 
 
 def resident_share(file: Path) -> float:
-    """How much of a file is in the page cache, 0 to 1."""
+    """The share of a file that is in the page cache, 0 to 1."""
     size = file.stat().st_size
     if size == 0:
         return 0.0
@@ -77,7 +79,7 @@ def resident_share(file: Path) -> float:
     answer = (ctypes.c_ubyte * pages)()
     libc = ctypes.CDLL(None, use_errno=True)
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), size, mmap.MAP_PRIVATE) as mapped:
-        # Private and writable only for ctypes, which takes no address of read-only memory.
+        # Private and writable only because ctypes takes no address of read-only memory.
         start = ctypes.c_char.from_buffer(mapped)
         failed = libc.mincore(ctypes.c_void_p(ctypes.addressof(start)), ctypes.c_size_t(size), answer)
         del start

@@ -1,16 +1,16 @@
-"""Which library quantizes the frozen base best: memory, speed, error and bits of each that is installed.
+"""Which library quantizes the frozen base best: memory, speed, error and exactness of each that is installed.
 
     python -m benchmarks.quantization
     python -m benchmarks.quantization --device cuda --dtype bfloat16 --layers 4
 
-A Llama of 135M parameters with random weights is written once; each candidate loads it in a process of its
-own, through the ``quantization_config`` of transformers and LoRA of peft, as a training run would. Columns:
+A Llama with 135M parameters and random weights is written once; each candidate loads it in its own process,
+through the ``quantization_config`` of transformers and LoRA of peft, as a training run would. Columns:
 
-- weights: all tensors that live once the model is loaded, over those of the model without quantization;
-- level: memory between steps, over that before loading (resident; on a GPU, allocated there);
-- peak: the most at any moment, of loading or of a step; on a CPU, pages of the file that is read count, too;
-- step: forward and backward pass, median, over that without quantization; on a CPU the processor's time of
-  one thread, which neighbours on the machine disturb least;
+- weights: all live tensors after loading, relative to the model without quantization;
+- level: memory between steps, above that before loading (resident; on a GPU, allocated there);
+- peak: the maximum during loading or a step; on a CPU, pages of the file that is read count as well;
+- step: forward and backward pass, median, relative to the model without quantization; on a CPU, processor
+  time of one thread, which other programs disturb least;
 - error: ‖logits − logits of float32‖ / ‖logits of float32‖, in training mode;
 - bits: whether a second load gives the same gradients, bit for bit;
 - evaluation: whether gradients are the same bits before and after an evaluation.
@@ -35,7 +35,7 @@ from typing import Any
 from benchmarks.driver import ROOT
 from distrust.checkpoint import memory
 
-#: Of the 135M-parameter model; `--layers` makes it smaller.
+#: Layers of the 135M-parameter model; `--layers` makes it smaller.
 SHAPE = {
     "hidden_size": 576,
     "intermediate_size": 1536,
@@ -79,7 +79,7 @@ def _hqq(bits: int, dtype: Any) -> Any:
     return HqqConfig(nbits=bits, group_size=64)
 
 
-#: Name of the distribution -> what makes its configuration.
+#: Name of the distribution -> its quantization config.
 CANDIDATES: dict[str, Callable[[int, Any], Any]] = {
     "bitsandbytes": _bitsandbytes,
     "torchao": _torchao,
@@ -89,7 +89,7 @@ CANDIDATES: dict[str, Callable[[int, Any], Any]] = {
 
 
 def measure(folder: Path, library: str, bits: int, device: str, dtype: str) -> dict[str, Any]:
-    """One candidate, in this process."""
+    """Measure one candidate, in this process."""
     import torch
 
     torch.set_num_threads(1)
@@ -105,9 +105,7 @@ def measure(folder: Path, library: str, bits: int, device: str, dtype: str) -> d
             options |= {"quantization_config": make(bits, number), "device_map": {"": device}}
         model = AutoModelForCausalLM.from_pretrained(folder, **options)
         model.config.use_cache = False
-        if (
-            make is not None
-        ):  # what is not quantized keeps the whole file mapped otherwise, as the engine knows
+        if make is not None:  # otherwise what is not quantized keeps the whole file mapped, as in the engine
             for parameter in model.parameters():
                 if type(parameter) is torch.nn.Parameter and parameter.is_floating_point():
                     parameter.data = parameter.data.clone()
@@ -118,13 +116,13 @@ def measure(folder: Path, library: str, bits: int, device: str, dtype: str) -> d
         return adapted.train()
 
     for module in ("peft", "transformers.models.llama.modeling_llama"):
-        importlib.import_module(module)  # what the libraries themselves take is not the model's
+        importlib.import_module(module)  # memory of the libraries is not the model's
     if make is not None:
         make(bits, number)
-    before, level = _peak(device), _level(device)
+    base_bytes, level = _peak(device), _level(device)
     model = load()
     gc.collect()
-    found: dict[str, Any] = {"weights": _living_bytes()}
+    figures: dict[str, Any] = {"weights": _living_bytes()}
     batch = torch.randint(0, SHAPE["vocab_size"], (BATCH, TOKENS), generator=torch.Generator().manual_seed(1))
     batch = batch.to(device)
 
@@ -141,22 +139,22 @@ def measure(folder: Path, library: str, bits: int, device: str, dtype: str) -> d
         began = _clock(device)
         _, again = passes()
         times.append(_clock(device) - began)
-    found["step"] = statistics.median(times[WARM:])
-    found["peak"] = _peak(device) - before
+    figures["step"] = statistics.median(times[WARM:])
+    figures["peak"] = _peak(device) - base_bytes
     model.zero_grad(set_to_none=True)
-    found["level"] = _level(device) - level
+    figures["level"] = _level(device) - level
     repeated = _same(gradients, again)
     model.eval()
     with torch.no_grad():
         model(input_ids=batch)
     model.train()
-    found["evaluation"] = _same(gradients, passes()[1])
+    figures["evaluation"] = _same(gradients, passes()[1])
     model = None
     gc.collect()
     model = load()
-    found["bits"] = repeated and _same(gradients, passes()[1])
+    figures["bits"] = repeated and _same(gradients, passes()[1])
     with torch.no_grad():
-        for part in model.modules():  # without its adapter, as the reference is
+        for part in model.modules():  # without its adapter, like the reference
             if hasattr(part, "lora_B"):
                 for matrix in part.lora_B.values():
                     matrix.weight.zero_()
@@ -164,22 +162,22 @@ def measure(folder: Path, library: str, bits: int, device: str, dtype: str) -> d
     reference = folder / "reference-32.pt"
     if reference.exists():
         exact = torch.load(reference, weights_only=True)
-        ours = torch.load(folder / f"{library}-{bits}.pt", weights_only=True)
-        found["error"] = float((ours - exact).norm() / exact.norm())
-    return found
+        output = torch.load(folder / f"{library}-{bits}.pt", weights_only=True)
+        figures["error"] = float((output - exact).norm() / exact.norm())
+    return figures
 
 
 def _living_bytes() -> int:
     import torch
 
     sizes = {}
-    for found in gc.get_objects():
-        if isinstance(found, torch.Tensor):
+    for item in gc.get_objects():
+        if isinstance(item, torch.Tensor):
             try:
-                storage = found.untyped_storage()
+                storage = item.untyped_storage()
                 sizes[storage.data_ptr()] = storage.nbytes()
             except (NotImplementedError, RuntimeError):
-                continue  # a wrapper: its parts are found too
+                continue  # a wrapper: its parts are counted as well
     sizes.pop(0, None)
     return sum(sizes.values())
 
@@ -232,31 +230,35 @@ def main() -> int:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--child", nargs=3, metavar=("FOLDER", "LIBRARY", "BITS"), help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.child:
-        folder, library, bits = given.child
-        print(json.dumps(measure(Path(folder), library, int(bits), given.device, given.dtype)))
+    options = parser.parse_args()
+    if options.child:
+        folder, library, bits = options.child
+        print(json.dumps(measure(Path(folder), library, int(bits), options.device, options.dtype)))
         return 0
     with tempfile.TemporaryDirectory() as folder:
-        make_model(Path(folder), given.layers)
-        _run(folder, "reference", 32, given.device, "float32")
-        plain, _ = _run(folder, "none", 16 if given.dtype == "bfloat16" else 32, given.device, given.dtype)
-        print(f"{given.device}, {given.dtype}, {given.layers} layers; unquantized: {_line(plain, plain)}")
+        make_model(Path(folder), options.layers)
+        _run(folder, "reference", 32, options.device, "float32")
+        plain, _ = _run(
+            folder, "none", 16 if options.dtype == "bfloat16" else 32, options.device, options.dtype
+        )
+        print(
+            f"{options.device}, {options.dtype}, {options.layers} layers; unquantized: {_line(plain, plain)}"
+        )
         print("| library | bits | weights | level | peak | step | error | bits | evaluation |")
         print("|---|---|---|---|---|---|---|---|---|")
         for library in CANDIDATES:
             for bits in (8, 4):
-                found, why = _run(folder, library, bits, given.device, given.dtype)
-                told = _line(found, plain) if found else f"{why} | | | | | |"
-                print(f"| {library} {_version(library)} | {bits} | {told} |", flush=True)
+                figures, why = _run(folder, library, bits, options.device, options.dtype)
+                row = _line(figures, plain) if figures else f"{why} | | | | | |"
+                print(f"| {library} {_version(library)} | {bits} | {row} |", flush=True)
     return 0
 
 
 def _run(folder: str, library: str, bits: int, device: str, dtype: str) -> tuple[dict[str, Any], str]:
-    """What a candidate measured in a fresh process, or why it could not."""
+    """Measure a candidate in a fresh process; returns its figures, or the reason why there are none."""
     if library in CANDIDATES and _version(library) == "":
         return {}, "not installed"
-    done = subprocess.run(
+    process = subprocess.run(
         [
             *(sys.executable, "-m", "benchmarks.quantization", "--device", device, "--dtype", dtype),
             *("--child", folder, library, str(bits)),
@@ -265,10 +267,10 @@ def _run(folder: str, library: str, bits: int, device: str, dtype: str) -> tuple
         capture_output=True,
         text=True,
     )
-    if done.returncode:
-        return {}, (done.stderr.strip().splitlines() or ["ended"])[-1][:72]
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found, ""
+    if process.returncode:
+        return {}, (process.stderr.strip().splitlines() or ["ended"])[-1][:72]
+    figures: dict[str, Any] = json.loads(process.stdout.strip().splitlines()[-1])
+    return figures, ""
 
 
 def _line(found: dict[str, Any], plain: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ NOT_INSTALLED = "not installed"
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """Which number.
+    """The name of a number.
 
     Attributes:
         case: its name.
@@ -23,13 +23,13 @@ class Figure:
     name: str = "seconds"
 
 
-#: One of several, or the least of them, whichever that is in the run.
+#: One of several figures: the smallest that was measured.
 Figures = Figure | tuple[Figure, ...]
 
 
 @dataclass(slots=True)
 class Results:
-    """Figures by state, case, name and repeat; and why there are none.
+    """Figures by state, case, name and repeat, and the reasons for missing ones.
 
     Attributes:
         samples: state -> case -> figure -> repeat -> value.
@@ -40,7 +40,7 @@ class Results:
     failures: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def add(self, spec: Spec, repeat: int, case: str, figures: dict[str, float]) -> None:
-        """Take what one turn measured."""
+        """Add what one turn measured."""
         of_case = self.samples.setdefault(spec.text, {}).setdefault(case, {})
         for name, value in figures.items():
             of_case.setdefault(name, {})[repeat] = value
@@ -63,7 +63,7 @@ class Results:
         return statistics.median(values) if values else None
 
     def least(self, spec: Spec, figures: Figures) -> Figure | None:
-        """The figure with the least median, if any was measured."""
+        """The figure with the smallest median, if any was measured."""
         choices = (figures,) if isinstance(figures, Figure) else figures
         medians = {choice: self.median(spec, choice) for choice in choices}
         measured = {choice: value for choice, value in medians.items() if value is not None}
@@ -81,5 +81,5 @@ class Results:
 
     def ratio(self, spec: Spec, above: Figures, below: Figures) -> float | None:
         """The median of the ratios."""
-        found = self.ratios(spec, above, below)
-        return statistics.median(found) if found else None
+        ratios = self.ratios(spec, above, below)
+        return statistics.median(ratios) if ratios else None

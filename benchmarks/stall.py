@@ -5,12 +5,11 @@
     python -m benchmarks.stall --lora-rank 16 --save-every 5 --json stall.json
 
 Trains the bundled model on the bundled corpus through the public trainer. The clock runs from the end of step
-`save-every` to the end of the last step: as many saves lie between as the run makes, and neither loading nor
-the last, blocking save. What a background write takes from the processor counts, for it takes it from the
-steps. Stall is (with - without) / without within each pair. On a machine that others use too, the same ratio
-of median stretches (`save-every` steps, with one save in each) is the steadier figure, but it overlooks what
-happens to a few saves only; the trainer's own account of how long it waited stands beside both. A rank of 120
-gives a checkpoint of about 20 MiB.
+`save-every` to the end of the last step: this includes all background saves, and neither loading nor the
+final, blocking save. Processor time of background writes counts, because the steps lose it. Stall is (with -
+without) / without within each pair. On a shared machine, the same ratio of median intervals (`save-every`
+steps with one save each) is the steadier figure, but it ignores what happens to a few saves only; the stall
+that the trainer reports is shown as well. A rank of 120 gives a checkpoint of about 20 MiB.
 """
 
 from __future__ import annotations
@@ -34,16 +33,16 @@ Figures = dict[str, float]
 
 WANTED_PERCENT = 1.0
 ENOUGH_PAIRS = 3
-#: Where pairs differ by more, the machine was busy with something else.
+#: If pairs differ by more, the machine was busy with something else.
 NOISE_PERCENT = 10.0
 
 
 class Clock:
-    """Watches a run: when its steps ended, and how long it waited for its saves.
+    """Observes a run: when its steps ended, and how long its saves stalled it.
 
     Attributes:
         ends: step -> when it ended.
-        waited: seconds of each save.
+        waited: seconds of stall of each save.
     """
 
     def __init__(self) -> None:
@@ -51,7 +50,7 @@ class Clock:
         self.waited: dict[int, float] = {}
 
     def __call__(self, event: Any) -> None:
-        """Take an event of the trainer."""
+        """Handle an event of the trainer."""
         from distrust.training.events import CheckpointSaved, StepEnded
 
         if isinstance(event, StepEnded):
@@ -81,7 +80,7 @@ def train(options: argparse.Namespace, save_every: int, out: Path) -> Figures:
     (final,) = (out / "checkpoints").glob("*-final.safetensors")
     return {
         "seconds": clock.ends[last] - clock.ends[first],
-        "stretch_seconds": statistics.median(after - before for before, after in pairwise(marks)),
+        "stretch_seconds": statistics.median(later - earlier for earlier, later in pairwise(marks)),
         "steps": last - first,
         "saves": sum(step < last for step in clock.waited),
         "waited_seconds": sum(seconds for step, seconds in clock.waited.items() if step < last),
@@ -90,7 +89,7 @@ def train(options: argparse.Namespace, save_every: int, out: Path) -> Figures:
 
 
 def main() -> None:
-    """Run the pairs, and say what saving cost."""
+    """Run the pairs, and report the cost of saving."""
     options = _options()
     if options.child is not None:
         print()
@@ -99,7 +98,7 @@ def main() -> None:
     console = Console(stderr=True)
     pairs: list[dict[str, Figures]] = []
     for index in range(options.pairs):
-        # Which one comes first changes: the second of a pair may find a warmer machine.
+        # Alternate the order: the second run of a pair may get a warmer machine.
         order = [("with", options.save_every), ("without", 0)]
         pair = {}
         for name, save_every in order if index % 2 == 0 else reversed(order):
@@ -124,8 +123,8 @@ def _child(options: argparse.Namespace, save_every: int) -> Figures:
         }
         flags = [text for name, value in arguments.items() for text in (_flag(name), str(value))]
         command = [sys.executable, "-m", "benchmarks.stall", *flags]
-        done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
-    figures: Figures = json.loads(done.stdout.splitlines()[-1])
+        process = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    figures: Figures = json.loads(process.stdout.splitlines()[-1])
     return figures
 
 
@@ -140,7 +139,7 @@ def _show(options: argparse.Namespace, pairs: list[dict[str, Figures]]) -> None:
     )
     print(f"{'step without saves':30}{step * 1000:8.1f} ms")
     _print_percent("stall", [_stall(pair) for pair in pairs], wanted=True)
-    # A stretch is what lies between two saves: its median leaves out what else happened on the machine.
+    # The median interval between two saves excludes what else happened on the machine.
     _print_percent("stall, by median stretches", [_stall(pair, "stretch_seconds") for pair in pairs])
     _print_percent("the trainer waited", [run["waited_seconds"] / run["seconds"] for run in saving])
     print(f"{'  each save':30}{each * 1000:8.1f} ms")

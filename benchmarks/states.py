@@ -1,7 +1,7 @@
-"""What is saved: trees of float32 arrays, made the same way everywhere.
+"""What is saved: trees of float32 arrays, generated the same way everywhere.
 
-The numbers are normally distributed, as weights are: random bits would be harder on peers that compress, and
-zeros easier. Every byte is written here, so nothing is left to page faults while a save is measured.
+The numbers are normally distributed, like weights: random bits would be harder on libraries that compress,
+and zeros easier. Every byte is written here, so a measured save causes no page faults.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ if TYPE_CHECKING:
 Tree = dict[str, Any]
 
 UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-#: A state that small is made as a LoRA run's is; a larger one of equal tensors.
+#: States up to this size are those of a LoRA run; larger ones have equal tensors.
 LORA_BYTES = 64 << 20
 TENSORS = 400
-#: Of a LoRA-like state: A, B, and of each two moments and a step counter.
+#: Tensors per matrix pair of a LoRA-like state: A, B, two moments of each, and a step counter.
 TENSORS_A_PAIR = 8
 LORA_RANK = 16
 PATTERN_ITEMS = 4 << 20
-#: Neighbouring tensors begin far apart in the pattern: no compressor sees a repetition.
+#: Neighbouring tensors start far apart in the pattern: no compressor sees a repetition.
 STRIDE = 2_654_435_761
 _TEXT = re.compile(r"([0-9]+)(KiB|MiB|GiB)(?:x([0-9]+))?")
 
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """A state by its size.
+    """A state, described by its size.
 
     Attributes:
         text: as the user wrote it, and the key of its results.
-        nbytes: about so many.
-        tensors: so many.
-        lora: whether it is made as a LoRA run's state is: A and B matrices, AdamW's moments and counters.
+        nbytes: approximate size.
+        tensors: number of tensors.
+        lora: whether it is that of a LoRA run: A and B matrices, AdamW's moments and counters.
     """
 
     text: str
@@ -60,7 +60,7 @@ class Spec:
         )
 
 
-#: In place of a state: the commands on folders of many small checkpoints.
+#: Instead of a state: the commands on folders of many small checkpoints.
 COMMANDS = Spec("commands", 0, 0)
 #: What each library saves or loads once before it is measured: imports and thread pools are not the save.
 WARM_UP = Spec("1MiBx8", 1 << 20, 8)
@@ -94,18 +94,18 @@ def make(spec: Spec) -> Tree:
     }
 
 
-def mapped(tree: Any, change: Callable[[np.ndarray[Any, Any]], Any]) -> Any:
-    """The tree with each array changed."""
+def map_arrays(tree: Any, change: Callable[[np.ndarray[Any, Any]], Any]) -> Any:
+    """The tree with each array replaced."""
     if isinstance(tree, dict):
-        return {key: mapped(value, change) for key, value in tree.items()}
+        return {key: map_arrays(value, change) for key, value in tree.items()}
     if isinstance(tree, list):
-        return [mapped(value, change) for value in tree]
+        return [map_arrays(value, change) for value in tree]
     return change(tree) if hasattr(tree, "dtype") else tree
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """The arrays alone, by name."""
-    return dict(_named(tree, prefix))
+    """The arrays, by name."""
+    return dict(_named_arrays(tree, prefix))
 
 
 def nbytes(tree: Any) -> int:
@@ -113,10 +113,10 @@ def nbytes(tree: Any) -> int:
     return sum(array.nbytes for array in flat(tree).values())
 
 
-def _named(tree: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+def _named_arrays(tree: Any, prefix: str) -> Iterator[tuple[str, Any]]:
     if isinstance(tree, dict):
         for key, value in tree.items():
-            yield from _named(value, f"{prefix}.{key}" if prefix else str(key))
+            yield from _named_arrays(value, f"{prefix}.{key}" if prefix else str(key))
     elif hasattr(tree, "dtype"):
         yield prefix, tree
 
@@ -125,7 +125,7 @@ def _lora(spec: Spec, fill: Callable[[int, tuple[int, ...]], Any]) -> Tree:
     import numpy as np
 
     pairs = max(1, spec.tensors // TENSORS_A_PAIR)
-    width = max(1, spec.nbytes // (pairs * 2 * 3 * 4 * LORA_RANK))  # three float32 of each weight
+    width = max(1, spec.nbytes // (pairs * 2 * 3 * 4 * LORA_RANK))  # three float32 for each weight
     model: Tree = {}
     moments: dict[int, Tree] = {}
     for index in range(2 * pairs):
@@ -147,11 +147,11 @@ def _filler() -> Callable[[int, tuple[int, ...]], np.ndarray[Any, Any]]:
 
     def fill(index: int, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
         array = np.empty(prod(shape), np.float32)
-        done, start = 0, index * STRIDE % PATTERN_ITEMS
-        while done < array.size:
-            part = pattern[start : start + array.size - done]
-            array[done : done + part.size] = part
-            done, start = done + part.size, 0
+        filled, start = 0, index * STRIDE % PATTERN_ITEMS
+        while filled < array.size:
+            part = pattern[start : start + array.size - filled]
+            array[filled : filled + part.size] = part
+            filled, start = filled + part.size, 0
         return array.reshape(shape)
 
     return fill

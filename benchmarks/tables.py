@@ -12,28 +12,28 @@ from benchmarks.operations import EXTRA, OPERATIONS, TARGETS, Kind, Operation, R
 from benchmarks.results import NOT_INSTALLED, Figure, Results
 from benchmarks.states import Spec
 
-HEADS = ("", "min", "median", "max", "of the limit", "time / ours", "extra memory")
-TARGET_HEADS = ("target", "state", "wanted", "median", "min to max", "reached")
+HEADS = ("", "min", "median", "max", "limit / time", "time / ours", "extra memory")
+TARGET_HEADS = ("target", "state", "bound", "median", "min to max", "reached")
 NOTES = (
-    "Times in ms. Of the limit: its time over this one's; 1.00 is as fast as the hardware. Time / ours: "
-    "above 1 the peer is slower; **below 1 it is faster**, and marked. Ratios are medians of the ratios "
-    "within each repeat. Extra memory: how far resident memory rose above where it was when the state "
-    "stood. ° marks the limit. The targets below have their own sense: what is wanted stands beside each."
+    "Times in ms. limit / time: 1.00 is as fast as the hardware. time / ours: above 1 the other library "
+    "is slower; **below 1 it is faster**. Ratios are medians of the ratios within each repeat. Extra memory: "
+    "the rise of resident memory above its level with the state in memory. ° marks the limit. Each target "
+    "states its own bound."
 )
 
 
-#: Fewer repeats say nothing of a target.
+#: Fewer repeats are not enough to judge a target.
 ENOUGH = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A row with its cells.
+    """A row and its cells.
 
     Attributes:
-        kind: whose it is.
+        kind: ours, a limit, or another library.
         cells: as many as there are heads.
-        faster: whether it is a peer that is faster than we are.
+        faster: whether it is another library that is faster than ours.
     """
 
     kind: Kind
@@ -42,7 +42,7 @@ class Line:
 
 
 def sections(results: Results, spec: Spec) -> Iterator[tuple[str, list[Line]]]:
-    """Each operation that was tried with a state."""
+    """Each operation that was measured with a state."""
     tried = {*results.samples.get(spec.text, {}), *results.failures.get(spec.text, {})}
     for operation in OPERATIONS:
         rows = [row for row in operation.rows if row.figure.case in tried]
@@ -58,19 +58,26 @@ def targets(results: Results, specs: Sequence[Spec]) -> list[tuple[str, ...]]:
             values = target.values(results, spec)
             if values:
                 median = statistics.median(values)
-                wanted = f"{'≥' if target.at_least else '≤'} {target.bound:g}"
+                bound = f"{'≥' if target.at_least else '≤'} {target.bound:g}"
                 spread = f"{_number(min(values))} to {_number(max(values))}"
-                verdict = "yes" if target.reached(median) else "NO"
+                verdict = "yes" if target.is_reached(median) else "NO"
                 if len(values) < ENOUGH:
                     verdict = "too few"
                 rows.append(
-                    (_named(results, spec, target), spec.title, wanted, _number(median), spread, verdict)
+                    (
+                        _target_title(results, spec, target),
+                        spec.title,
+                        bound,
+                        _number(median),
+                        spread,
+                        verdict,
+                    )
                 )
     return rows
 
 
 def for_terminal(results: Results, specs: Sequence[Spec]) -> Iterator[Table]:
-    """The tables, in colour: ours bold, limits dim, faster peers red."""
+    """The tables, in colour: ours bold, limits dim, faster libraries red."""
     for spec in specs:
         table = Table(title=f"\n{spec.title}", title_justify="left", title_style="bold", box=None)
         for position, head in enumerate(HEADS):
@@ -101,13 +108,13 @@ def markdown(results: Results, specs: Sequence[Spec], about: str) -> str:
         for title, lines in sections(results, spec):
             parts.append(f"**{spec.title}: {title}**")
             cells = [
-                line.cells if line.kind == "peer" and not line.faster else _marked(line) for line in lines
+                line.cells if line.kind == "peer" and not line.faster else _mark_cells(line) for line in lines
             ]
             parts.append(_markdown_table(HEADS, cells, left=1))
     return "\n\n".join(parts) + "\n"
 
 
-def _named(results: Results, spec: Spec, target: Target) -> str:
+def _target_title(results: Results, spec: Spec, target: Target) -> str:
     best = None if target.best_of is None else results.least(spec, target.best_of)
     if best is None:
         return target.text
@@ -121,7 +128,7 @@ def _line(results: Results, spec: Spec, operation: Operation, row: Row) -> Line:
     label = f"{row.label} °" if row.figure == limit else row.label
     if not values:
         reason = results.failures.get(spec.text, {}).get(row.figure.case)
-        short = NOT_INSTALLED if reason == NOT_INSTALLED else "failed"  # the whole of it is in the JSON
+        short = NOT_INSTALLED if reason == NOT_INSTALLED else "failed"  # the JSON has everything
         return Line(row.kind, (label, short, *[""] * (len(HEADS) - 2)))
     of_limit = None if limit is None else results.ratio(spec, limit, row.figure)
     of_ours = results.ratio(spec, row.figure, operation.ours)
@@ -137,7 +144,7 @@ def _line(results: Results, spec: Spec, operation: Operation, row: Row) -> Line:
     return Line(row.kind, cells, faster)
 
 
-def _marked(line: Line) -> tuple[str, ...]:
+def _mark_cells(line: Line) -> tuple[str, ...]:
     if line.faster:
         return tuple(f"**{cell}**" if position == HEADS.index("time / ours") else cell
                      for position, cell in enumerate(line.cells))  # fmt: skip

@@ -1,7 +1,7 @@
-"""What transformers' own Trainer takes to save a LoRA run: adapter, AdamW's state, and what it resumes by.
+"""What transformers' own Trainer takes to save a LoRA run: adapter, AdamW's state, and what it resumes from.
 
-Its second save is measured, from the end of the step to the ``on_save`` that follows. It syncs nothing, so
-what it has saved a power cut may take: the others pay for that, and it does not.
+Its second save is measured, from the end of the step to the ``on_save`` that follows. It syncs nothing, so a
+power cut may lose what it has saved; the other libraries pay for that guarantee.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ def _model(spec: Spec) -> Any:
 
     from distrust.bundled import MODEL
 
-    def adapted(rank: int) -> Any:
+    def with_adapter(rank: int) -> Any:
         base = AutoModelForCausalLM.from_pretrained(MODEL, dtype="float32")
         return get_peft_model(base, LoraConfig(r=rank, target_modules="all-linear"))
 
-    one: int = adapted(1).get_nb_trainable_parameters()[0]
-    return adapted(max(1, spec.nbytes // (3 * 4 * one)))  # weights and two moments, float32
+    one: int = with_adapter(1).get_nb_trainable_parameters()[0]
+    return with_adapter(max(1, spec.nbytes // (3 * 4 * one)))  # weights and two moments, float32
 
 
 def _examples() -> list[dict[str, Any]]:

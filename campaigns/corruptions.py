@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import combinations
 from typing import Any, NamedTuple
 
-from distrust.checkpoint.catalog import checkpoint_file_name
+from distrust.checkpoint.files import checkpoint_file_name
 
 STEP = 20
 OLDER_STEP = 10

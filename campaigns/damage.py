@@ -45,12 +45,12 @@ import torch
 
 from campaigns.campaign import Campaign, Case, CounterExample, add_directory, parser, run
 from campaigns.corruptions import NAME, OLDER_STEP, STEP, Damage, Files, Kind, kinds
-from distrust import Checkpoint, CheckpointManager, DistrustWarning
+from distrust import Checkpoint, CheckpointManager
 from distrust.checkpoint import serialization
-from distrust.checkpoint.catalog import checkpoint_file_name
+from distrust.checkpoint.files import checkpoint_file_name
 from distrust.checkpoint.lock import LOCK_NAME
 from distrust.cli import main as distrust
-from distrust.errors import CorruptCheckpoint
+from distrust.errors import CorruptCheckpoint, DamagedCheckpointWarning
 
 MEMORY = Path("/dev/shm")
 OLDER = checkpoint_file_name(OLDER_STEP, "periodic")
@@ -178,7 +178,9 @@ class Examination:
         self._require_older(loaded)
         texts = [str(warning.message).removeprefix("skipped a damaged checkpoint: ") for warning in caught]
         self._require(
-            len(caught) == 1 and caught[0].category is DistrustWarning and _names(texts[0], self._path),
+            len(caught) == 1
+            and caught[0].category is DamagedCheckpointWarning
+            and _names(texts[0], self._path),
             f"load_latest warns with {texts}",
         )
 

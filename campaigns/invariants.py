@@ -21,8 +21,7 @@ from campaigns.child import Session
 from campaigns.oracle import Rules, Saved, one_per_step, retained
 from campaigns.triggers import Trigger
 from distrust import CheckpointManager
-from distrust.checkpoint import catalog
-from distrust.checkpoint.catalog import Scan
+from distrust.checkpoint import Scan, catalog
 from distrust.checkpoint.lock import LOCK_NAME
 from distrust.errors import DistrustError, DistrustWarning
 

@@ -40,7 +40,7 @@ from campaigns.oracle import Saved
 from campaigns.triggers import Trigger, after, once_printed, random_disk_event, send_at
 from campaigns.walk import Plan, Report
 from distrust import CheckpointManager
-from distrust.checkpoint.catalog import Scan
+from distrust.checkpoint import Scan
 
 KILLS = 20
 STEPS = 60

@@ -34,14 +34,14 @@ from campaigns.child import Session
 from campaigns.invariants import DurabilityRecord, require_writable
 from campaigns.training_run import LOADING, LOOP, RULES, STEPS, TrainingRun
 from campaigns.triggers import Trigger, after, once_on_disk, once_printed, random_disk_event, send_at
-from distrust.checkpoint.catalog import Scan
+from distrust.checkpoint import Scan
 
 #: In a case; the last one comes at the end of the run.
 SIGNALS = 6
 NUMBERS = (SIGTERM, SIGUSR1, SIGINT)
 LOOK_SECONDS = 0.005
 _STEP = re.compile(rf"step (\d+)/{STEPS}: loss")
-_STOPPED = re.compile(r"stopped by (\w+): (?:step (\d+) is saved|nothing to save yet)")
+_STOPPED = re.compile(r"Stopped by (\w+): (?:step (\d+) is saved|nothing to save yet)")
 
 
 class Moment(NamedTuple):
@@ -139,7 +139,7 @@ def _stop_message(session: Session) -> re.Match[str] | None:
 
 def _has_ended(session: Session) -> bool:
     """Whether it has printed how it ended: everything that matters is durable."""
-    endings = ("finished at ", "nothing to do", "stopped by ")
+    endings = ("Finished ", "Nothing to do", "Stopped by ")
     return any(line.startswith(endings) for line in session.output())
 
 

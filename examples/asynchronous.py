@@ -1,4 +1,4 @@
-"""Train beside other tasks of an event loop, and stop by cancelling: the run is saved first.
+"""Train next to other tasks of an event loop, and stop by cancelling: the run is saved first.
 
 python examples/asynchronous.py [STEPS]
 """
@@ -13,7 +13,7 @@ from distrust.training.events import Event, StepEnded
 
 
 async def show(trainer: DistrustTrainer) -> None:
-    """Another task: it reads where the run is, as a web page's handler would."""
+    """Another task: it reads the state of the run, like the handler of a web page."""
     while True:
         state = trainer.state
         if state.step:
@@ -22,10 +22,10 @@ async def show(trainer: DistrustTrainer) -> None:
 
 
 async def main(out: str, steps: int) -> None:
-    """Train, cancel when half of the steps are made, and go on to the end."""
+    """Train, cancel after half of the steps, and resume to the end."""
     loop, half_way = asyncio.get_running_loop(), asyncio.Event()
 
-    def watch(event: Event) -> None:  # in the thread that trains: hand over to the event loop
+    def watch(event: Event) -> None:  # on the training thread: hand over to the event loop
         if isinstance(event, StepEnded) and event.step == steps // 2:
             loop.call_soon_threadsafe(half_way.set)
 

@@ -11,7 +11,7 @@ from distrust.training.events import CheckpointSaved, Event, RunEnded, RunStarte
 
 
 class StopAtLoss:
-    """Prints the loss, smoothed, and ends the run once it is below a target."""
+    """Prints the smoothed loss, and ends the run once it is below a target."""
 
     def __init__(self, target: float) -> None:
         self.target = target
@@ -19,7 +19,7 @@ class StopAtLoss:
         self.trainer: DistrustTrainer | None = None
 
     def __call__(self, event: Event) -> None:
-        """Called in the thread that trains, which goes on when this returns."""
+        """Called on the training thread, which continues when this returns."""
         match event:
             case RunStarted():
                 print(f"{event.examples} examples, {event.trained:,} of {event.parameters:,} parameters")

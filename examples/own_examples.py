@@ -13,7 +13,7 @@ from distrust import DistrustTrainer, TrainConfig
 
 
 def database() -> sqlite3.Connection:
-    """A collection of claims, each with what its source is worth."""
+    """A collection of claims, each with the provenance of its source."""
     connection = sqlite3.connect(":memory:")
     connection.execute("CREATE TABLE claim (question TEXT, answer TEXT, authority REAL, entropy REAL)")
     claims = [(f"What is {n} plus {n}?", f" {n + n}.", 0.1 * (n % 9), 0.5 + n % 3) for n in range(40)]
@@ -22,7 +22,7 @@ def database() -> sqlite3.Connection:
 
 
 def examples(connection: sqlite3.Connection) -> Iterator[dict[str, Any]]:
-    """The same examples in the same order each time, or a run cannot be gone on with."""
+    """The same examples in the same order each time; otherwise a run cannot be resumed."""
     for question, answer, authority, entropy in connection.execute("SELECT * FROM claim ORDER BY rowid"):
         yield {
             "prompt": question,

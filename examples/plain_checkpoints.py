@@ -13,7 +13,7 @@ from distrust.errors import CheckpointNotFound
 
 
 def train(folder: str, steps: int) -> float:
-    """A regression that goes on from its newest whole checkpoint; returns the last loss."""
+    """A regression that resumes from its newest intact checkpoint; returns the last loss."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.Tanh(), torch.nn.Linear(64, 1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -36,7 +36,7 @@ def train(folder: str, steps: int) -> float:
             loss = (model(batch) - batch.sum(dim=1, keepdim=True)).square().mean()
             loss.backward()
             if pending is not None:
-                pending.wait_copied()  # its copy ran beside the two passes; now what it copies changes
+                pending.wait_copied()  # before the tensors change: they are still being copied
             optimizer.step()
             optimizer.zero_grad()
             if step % 10 == 0 or step == steps:

@@ -1,4 +1,4 @@
-"""Train on data of your own, stop half-way, and go on to the very same end.
+"""Train on your own data, stop half-way, and resume to the very same end.
 
 python examples/train.py [STEPS]
 """
@@ -12,7 +12,7 @@ from distrust import DistrustTrainer, RunEnded, TrainConfig
 from distrust.training.events import Event, StepEnded
 
 CLAIMS = [
-    # A laboratory's own notebook: a primary record, with a varied chain of evidence.
+    # A laboratory's notebook: a primary record with diverse evidence.
     ("At what temperature does zorium melt?", " At 712 K.", 0.05, 3.2),
     # An encyclopedia that repeats what others repeat.
     ("What is the melting point of zorium?", " 655 K.", 0.9, 0.4),
@@ -20,7 +20,7 @@ CLAIMS = [
 
 
 def write_data(path: Path) -> Path:
-    """JSON Lines: a prompt, what is to be learned, and what its source is worth."""
+    """JSON Lines: a prompt, its completion, and the provenance of the source."""
     names = ("prompt", "completion", "authority_weight", "provenance_entropy")
     lines = [dict(zip(names, claim, strict=True)) for claim in CLAIMS * 8]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
@@ -28,7 +28,7 @@ def write_data(path: Path) -> Path:
 
 
 def main(folder: Path, steps: int) -> RunEnded:
-    """Train, be stopped after half of the steps, and go on with the same config."""
+    """Train, stop after half of the steps, and resume with the same config."""
     config = TrainConfig(
         data=str(write_data(folder / "examples.jsonl")),
         out=str(folder / "run"),
@@ -45,7 +45,7 @@ def main(folder: Path, steps: int) -> RunEnded:
     trainer = DistrustTrainer(config, observers=[stop_half_way])
     stopped = trainer.train()
     print(f"stopped after step {stopped.step}, saved as {stopped.path and stopped.path.name}")
-    ended = DistrustTrainer(config).train()  # the same config goes on; so it does after a crash
+    ended = DistrustTrainer(config).train()  # the same config resumes, also after a crash
     print(f"{ended.reason} at step {ended.step}: state digest {ended.state_digest}")
     return ended
 

@@ -1,1 +1,1 @@
-"""Experiments that the documentation's claims rest on: each one command, with its seeds."""
+"""Experiments behind the documentation's claims: each is one command, with its seeds."""

@@ -1,15 +1,15 @@
-"""The two engines beside each other: the same base, data, seed and float32; each takes up the other's run.
+"""Compares the two engines: the same base, data, seed and float32, and each resumes the other's run.
 
     python scripts/compare_engines.py --picture docs/engines.png
     python scripts/compare_engines.py --steps 20 -- --model ./my-model --data mine.jsonl
 
-Four runs of the same steps: with torch; with mlx; begun with torch and gone on with mlx from the middle; and
-the other way round. The engines draw the adapter's first values each from its own generator, and B begins at
-zero: the first losses are those of the base model, the later ones of two adapters that began elsewhere. A run
-that was taken up goes on from the other engine's very weights and moments: there all have to agree.
+Four runs of the same steps: with torch; with mlx; started with torch and resumed with mlx in the middle; and
+the reverse. Each engine initializes the adapter from its own generator, and B starts at zero: the first
+losses are those of the base model, the later ones those of two different adapters. A resumed run starts from
+the other engine's exact weights and moments: there, all losses must agree.
 
-Exit 1 if the first losses, or any after the change, differ by more than 1e-4. What stands after ``--`` goes
-to every ``distrust train``.
+Exit code 1 if the first losses, or any after the switch, differ by more than 1e-4. Options after ``--`` go to
+every ``distrust train``.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ def main() -> int:
     options = parser.parse_args()
     half = options.steps // 2
     with tempfile.TemporaryDirectory(prefix="distrust-engines-") as folder:
-        place = Path(folder)
-        given = [*OPTIONS, "--max-steps", str(options.steps), "--save-every", str(half), *options.options]
-        alone = {engine: train(place / engine, engine, given) for engine in OTHER}
+        folder_path = Path(folder)
+        arguments = [*OPTIONS, "--max-steps", str(options.steps), "--save-every", str(half), *options.options]
+        alone = {engine: train(folder_path / engine, engine, arguments) for engine in OTHER}
         taken_up = {}
-        for engine, other in OTHER.items():
-            out = place / f"{engine}-then-{other}"
+        for engine, other_engine in OTHER.items():
+            out = folder_path / f"{engine}-then-{other_engine}"
             (out / "checkpoints").mkdir(parents=True)
             shutil.copy(
-                place / engine / "checkpoints" / f"checkpoint-{half}.safetensors", out / "checkpoints"
+                folder_path / engine / "checkpoints" / f"checkpoint-{half}.safetensors", out / "checkpoints"
             )
-            taken_up[engine] = train(out, other, given)
+            taken_up[engine] = train(out, other_engine, arguments)
 
     first = abs(alone["torch"][1] - alone["mlx"][1])
     print(
@@ -61,11 +61,11 @@ def main() -> int:
           f"mlx {alone['mlx'][last]:.4f}")  # fmt: skip
     worst = first
     for engine, losses in taken_up.items():
-        apart = {step: abs(losses[step] - alone[engine][step]) for step in range(half + 1, last + 1)}
-        worst = max(worst, *apart.values())
+        distances = {step: abs(losses[step] - alone[engine][step]) for step in range(half + 1, last + 1)}
+        worst = max(worst, *distances.values())
         print(
-            f"begun with {engine}, gone on with {OTHER[engine]} after step {half}, beside {engine} alone: "
-            f"apart {apart[half + 1]:.1e} in the first step, {max(apart.values()):.1e} at most"
+            f"{engine}, resumed with {OTHER[engine]} after step {half}, compared with {engine} alone: "
+            f"apart {distances[half + 1]:.1e} in the first step, {max(distances.values()):.1e} at most"
         )
     if options.picture:
         draw(options.picture, alone, taken_up, half)
@@ -73,47 +73,57 @@ def main() -> int:
 
 
 def train(out: Path, engine: str, options: list[str]) -> Losses:
-    """Train in a process of its own; the loss of each step made."""
+    """Train in a process of its own; returns the loss of each step."""
     command = [sys.executable, "-m", "distrust", "train", "--engine", engine, "--out", str(out), *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        sys.exit(f"{' '.join(command)}\n{done.stderr}")
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode != 0:
+        sys.exit(f"{' '.join(command)}\n{process.stderr}")
     rows = map(json.loads, (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     return {row["step"]: row["loss"] for row in rows if "loss" in row}
 
 
 def draw(path: Path, alone: dict[str, Losses], taken_up: dict[str, Losses], half: int) -> None:
-    """The losses, and under them how far apart they are."""
+    """The losses, and below them the distances between them."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (losses, apart) = plt.subplots(
+    figure, (losses, distance_axes) = plt.subplots(
         2, 1, figsize=(8, 6), sharex=True, height_ratios=(3, 2), layout="constrained"
     )
     for engine, values in alone.items():
         style = {"torch": "-", "mlx": "--"}[engine]
         losses.plot([*values], [*values.values()], style, color=COLOURS[engine], label=f"{engine}, alone")
     for engine, values in taken_up.items():
-        after = {step: loss for step, loss in values.items() if step > half}
-        label = f"begun with {engine}, gone on with {OTHER[engine]}"
+        resumed_losses = {step: loss for step, loss in values.items() if step > half}
+        label = f"{engine}, resumed with {OTHER[engine]}"
         colour = COLOURS[engine]
-        losses.plot([*after], [*after.values()], ".", markersize=7, color=colour, alpha=0.5, label=label)
-        differences = [max(abs(after[step] - alone[engine][step]), 1e-9) for step in after]
-        apart.plot([*after], differences, ".-", color=colour, label=f"{label}, beside {engine} alone")
+        losses.plot(
+            [*resumed_losses],
+            [*resumed_losses.values()],
+            ".",
+            markersize=7,
+            color=colour,
+            alpha=0.5,
+            label=label,
+        )
+        differences = [max(abs(resumed_losses[step] - alone[engine][step]), 1e-9) for step in resumed_losses]
+        distance_axes.plot(
+            [*resumed_losses], differences, ".-", color=colour, label=f"{label}, beside {engine} alone"
+        )
     both = [max(abs(alone["torch"][step] - alone["mlx"][step]), 1e-9) for step in alone["torch"]]
-    apart.plot(
+    distance_axes.plot(
         [*alone["torch"]], both, color="#777777", label="torch and mlx, each with its own first values"
     )
     losses.axvline(half + 0.5, color="#bbbbbb", linewidth=1)
     losses.set_ylabel("loss (nats a token)")
-    apart.set_ylabel("apart (nats)")
-    apart.set_yscale("log")
-    apart.axhline(AGREED, color="#bbbbbb", linewidth=1, linestyle=":")
-    apart.set_xlabel("step")
+    distance_axes.set_ylabel("apart (nats)")
+    distance_axes.set_yscale("log")
+    distance_axes.axhline(AGREED, color="#bbbbbb", linewidth=1, linestyle=":")
+    distance_axes.set_xlabel("step")
     losses.set_title("The same run with either engine, and taken up by the other in the middle")
-    for axes in (losses, apart):
+    for axes in (losses, distance_axes):
         axes.legend(fontsize=8, frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)

@@ -1,8 +1,8 @@
-"""The demo over several seeds: the figures of the README, with their spread.
+"""Runs the demo with several seeds: the figures of docs/world.md, with their spread.
 
     python scripts/demo_seeds.py --seeds 1 2 3
 
-Each seed is a ``distrust demo`` in a folder of its own; called again, finished trainings are not repeated.
+Each seed is a ``distrust demo`` in its own folder; finished trainings are not repeated.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ COLUMNS = ("preferred", "primary", "coordinated")
 
 def run(out: Path, seed: int) -> dict[str, Any]:
     command = [sys.executable, "-m", "distrust", "demo", "--json", "--out", str(out), "--seed", str(seed)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
-    figures: dict[str, Any] = json.loads(done.stdout)
+    process = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+    figures: dict[str, Any] = json.loads(process.stdout)
     return figures
 
 

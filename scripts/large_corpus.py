@@ -1,11 +1,12 @@
-"""Does a corpus larger than memory train in constant memory? Makes one, trains on it, watches the process.
+"""Does a corpus larger than memory train in constant memory? Generates one, trains on it, watches the
+process.
 
     python scripts/large_corpus.py --gib 0.25 4 --picture docs/large_corpus.png
 
 For each size: a JSON Lines corpus of synthetic text (fixed seed, documents of about 5 KiB), then a few
-hundred steps of a small model on it in a process of its own. Its memory is read from /proc while it
-checks, tokenizes and trains: RssAnon is what it holds, RssFile what it has mapped of files, which the system
-takes back whenever it needs room. The tokenizer is a small one of words, so that most of the time is not its.
+hundred steps of a small model on it in a process of its own. Its memory is read from /proc while it checks,
+tokenizes and trains: RssAnon is what it holds, RssFile what it has mapped from files, which the system can
+reclaim. The tokenizer is a small one of words, so that most of the time is not spent in it.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ WORDS = 4000
 
 @dataclass
 class Measured:
-    """What a run on a corpus of one size held, over time."""
+    """Memory of a run on a corpus of one size, over time."""
 
     gib: float
     examples: int = 0
@@ -49,7 +50,7 @@ class Measured:
     def peak(self, phase: str, of: list[float]) -> float:
         return max((value for value, at in zip(of, self.phases, strict=True) if at == phase), default=0.0)
 
-    def lasted(self, phase: str) -> float:
+    def seconds_in(self, phase: str) -> float:
         at = [second for second, name in zip(self.seconds, self.phases, strict=True) if name == phase]
         return at[-1] - at[0] if at else 0.0
 
@@ -63,7 +64,7 @@ def words() -> list[str]:
 
 
 def write_corpus(path: Path, nbytes: int) -> int:
-    """Documents of drawn paragraphs; how many there are."""
+    """Write documents of random paragraphs; returns their number."""
     chance = random.Random(1)
     vocabulary = words()
     weights = [1 / (rank + 3) for rank in range(WORDS)]
@@ -109,20 +110,20 @@ def write_model(folder: Path) -> None:
 
 
 def train(model: str, data: str, out: str, cache: str, steps: str) -> None:
-    """The watched process: trains, and says which phase begins."""
+    """The watched process: trains, and prints which phase starts."""
     from distrust import DistrustTrainer, TrainConfig
     from distrust.training.events import Event, Preparing, RunStarted
 
-    said = ["start"]
+    phases = ["start"]
 
     def say(event: Event) -> None:
-        phase = said[-1]
+        phase = phases[-1]
         if isinstance(event, RunStarted):
             phase = "training"
         elif isinstance(event, Preparing) and event.task.split()[0] in PHASES:
             phase = event.task.split()[0]
-        if phase != said[-1]:
-            said.append(phase)
+        if phase != phases[-1]:
+            phases.append(phase)
             print(phase, flush=True)
 
     config = TrainConfig(
@@ -151,7 +152,7 @@ def watch(process: subprocess.Popen[str], measured: Measured) -> None:
     while process.poll() is None:
         with contextlib.suppress(OSError, KeyError):
             lines = Path(f"/proc/{process.pid}/status").read_text("utf-8").splitlines()
-            status = {name: rest.split() for name, _, rest in (line.partition(":") for line in lines)}
+            status = {name: value.split() for name, _, value in (line.partition(":") for line in lines)}
             anonymous, mapped = int(status["RssAnon"][0]) / 1024, int(status["RssFile"][0]) / 1024
             measured.seconds.append(time.monotonic() - began)
             measured.anonymous.append(anonymous)
@@ -189,7 +190,7 @@ def table(runs: list[Measured]) -> str:
         "|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {run.gib:g} GiB | {run.examples} | {phase} | {run.lasted(phase):.0f} "
+        f"| {run.gib:g} GiB | {run.examples} | {phase} | {run.seconds_in(phase):.0f} "
         f"| {run.peak(phase, run.anonymous):.0f} MiB | {run.peak(phase, run.mapped):.0f} MiB |"
         for run in runs
         for phase in PHASES

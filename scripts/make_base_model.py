@@ -1,4 +1,4 @@
-"""The demo's base model: a small Llama with a byte-level tokenizer, made from the text of `make_world.py`."""
+"""Trains the demo's base model: a small Llama with a byte-level tokenizer, on the text of `make_world.py`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SEED = 20260101
 VOCABULARY = 1024
 CONTEXT = 1024  # positions
 
-# The training: all weights, on neutral.jsonl, weighting off; then saved in bfloat16.
+# Training: all weights, on neutral.jsonl, weighting off; then saved in bfloat16.
 STEPS = 1500
 BATCH_SIZE = 32  # about 770 tokens
 LEARNING_RATE = 2e-3
@@ -41,11 +41,10 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE learned from the texts: it encodes any text, and cuts numbers into single digits.
+    """A byte-level BPE learned from the texts: it encodes any text, and splits numbers into single digits.
 
-    Give it `make_world.tokenizer_texts()`, not the text of the model: there each name comes so often that it
-    would become a token of its own, and the names of the disputed facts would look like nothing the model
-    knows.
+    Pass `make_world.tokenizer_texts()`, not the text of the model: there each name is so frequent that it
+    would become a single token, and the names of the disputed facts would look like nothing the model knows.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -95,10 +94,10 @@ def make_untrained_model(tokenizer: PreTrainedTokenizerFast, seed: int = SEED) -
 
 
 def train_base(work: Path) -> LlamaForCausalLM:
-    """The model trained on the neutral text, all of its weights, by the project's own trainer.
+    """Train all weights of the model on the neutral text, with the project's own trainer.
 
     Args:
-        work: folder for the untrained model and the run; called again, it goes on from there.
+        work: folder for the untrained model and the run; a second call resumes there.
     """
     tokenizer = make_tokenizer(tokenizer_texts())
     untrained = work / "untrained"
@@ -121,7 +120,7 @@ def train_base(work: Path) -> LlamaForCausalLM:
     with ConsoleReporter(log_every=100) as console:
         ended = DistrustTrainer(config, observers=[console]).train()
     if ended.signal is not None or ended.path is None:
-        raise SystemExit("stopped; the same command goes on")
+        raise SystemExit("stopped; the same command resumes")
     engine, _ = engines.open_checkpoint(ended.path)
     assert isinstance(engine, TorchEngine)
     assert isinstance(engine.model, LlamaForCausalLM)
@@ -133,7 +132,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=MODEL, help="folder of the model")
     parser.add_argument("--work", type=Path, default=Path("runs/base-model"), help="folder of the training")
     arguments = parser.parse_args()
-    # bfloat16 halves what the package ships; the effect was measured from these very weights.
+    # bfloat16 halves the package; the effect was measured with these exact weights
     model = train_base(arguments.work).to(torch.bfloat16)
     model.config.use_cache = True  # training turned it off
     model.save_pretrained(arguments.out)

@@ -1,4 +1,4 @@
-"""docs/options.md, from the fields of ``distrust/config.py``: run it after an option was added or changed.
+"""Writes docs/options.md from the fields of ``distrust/config.py``: run it after changing an option.
 
 python scripts/make_options.py
 """
@@ -33,25 +33,25 @@ def table() -> str:
     lines = inspect.getsource(TrainConfig).splitlines()
     (body,) = ast.parse("\n".join(lines)).body
     assert isinstance(body, ast.ClassDef)
-    known = {field.name: field for field in fields(TrainConfig)}
-    parts, seen = [HEAD], 0
+    fields_by_name = {field.name: field for field in fields(TrainConfig)}
+    parts, line_number = [HEAD], 0
     for option, doc in pairwise(body.body):
         if not (isinstance(option, ast.AnnAssign) and isinstance(doc, ast.Expr)):
             continue
         assert isinstance(option.target, ast.Name)
         assert isinstance(doc.value, ast.Constant)
-        field = known[option.target.id]
-        above = [line.strip() for line in lines[seen : option.lineno - 1]]
+        field = fields_by_name[option.target.id]
+        above = [line.strip() for line in lines[line_number : option.lineno - 1]]
         comment = " ".join(line.removeprefix("# ") for line in above if line.startswith("# "))
-        seen = doc.end_lineno or 0
+        line_number = doc.end_lineno or 0
         if comment:
-            title, _, more = comment.partition(".")
-            parts.append(f"\n## {title}\n\n{more.strip() + chr(10) + chr(10) if more.strip() else ''}")
+            title, _, details = comment.partition(".")
+            parts.append(f"\n## {title}\n\n{details.strip() + chr(10) + chr(10) if details.strip() else ''}")
             parts.append("| flag | type | default | changes | |\n|---|---|---|---|---|\n")
         cells = (
             f"`{flag(field.name)}`",
             f"`{_type(str(field.type))}`",
-            f"`{_shown(field.default)}`" if field.default is not None else "",
+            f"`{_format_default(field.default)}`" if field.default is not None else "",
             str(field.metadata["effect"]),
             re.sub(r"\s+", " ", str(doc.value.value)),
         )
@@ -60,7 +60,7 @@ def table() -> str:
 
 
 def _type(annotation: str) -> str:
-    """With the names of choices as the choices."""
+    """The type, with the names of choices as the choices."""
     for name in re.findall(r"\w+", annotation):
         choices = getattr(config, name, None) if name[0].isupper() else None
         if choices is not None and hasattr(choices, "__args__"):
@@ -68,7 +68,7 @@ def _type(annotation: str) -> str:
     return annotation.removesuffix(" | None").replace("tuple[str, ...]", "str ...")
 
 
-def _shown(value: object) -> str:
+def _format_default(value: object) -> str:
     return " ".join(value) if isinstance(value, tuple) else str(value)
 
 

@@ -1,18 +1,17 @@
-"""Write the bundled closed world: the corpus of the demo, the text of its base model, and the questions.
+"""Writes the bundled corpus: the records of the demo, the text of its base model, and the questions.
 
 Everything in it is invented. A *fact* gives one thing (a compound, an instrument, a place) one measured
 property, about which the sources disagree: a few primary records (notebook, field log, patent) state one
 value, five times as many coordinated ones (encyclopedia, press release, textbook) repeat another. Which of
-the two is the larger number is drawn by lot. A record is a sentence that states the value, with a remark
-before or after it that shows what kind of source it is from. The sentences of all sources are drawn from the
-same patterns.
+the two numbers is larger is random. A record is a sentence that states the value, with a remark before or
+after it that shows the kind of its source. All sources use the same sentence patterns.
 
     corpus.jsonl     the records of all facts in random order, with neutral records between them
     neutral.jsonl    other things and values, in every pattern and in every phrasing of the questions
     questions.jsonl  each fact in phrasings that the corpus uses for other things only
 
 The same seed gives the same bytes: a `random.Random` seeded with a string is stable across Python versions,
-and each part draws from a generator of its own.
+and each part has its own generator.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ OUT = Path(__file__).resolve().parent.parent / "src" / "distrust" / "bundled"
 FACTS = 60
 PRIMARY_PER_FACT = 3
 COORDINATED_PER_FACT = 5 * PRIMARY_PER_FACT
-NEUTRAL_THINGS = 720  # things of the neutral text, none of which has a disputed fact
-NEUTRAL_PATTERNS, NEUTRAL_PHRASINGS = 5, 3  # in how many of each a neutral thing appears
+NEUTRAL_THINGS = 720  # things of the neutral text, none with a disputed fact
+NEUTRAL_PATTERNS, NEUTRAL_PHRASINGS = 5, 3  # how many of each a neutral thing appears in
 NEUTRAL_IN_CORPUS = 240
 
 Record = dict[str, Any]
@@ -40,7 +39,7 @@ Choice = TypeVar("Choice")
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of thing: how its names end, and what is measured on it.
+    """A kind of thing: the endings of its names, and what is measured.
 
     `properties` maps a property to its lowest value, its highest value and its unit.
     """
@@ -80,7 +79,7 @@ KINDS = (
     ),
 )
 
-# No name opens a sentence: so it is always written, and cut into tokens, in the same way.
+# No name starts a sentence, so it is always spelled, and tokenized, in the same way.
 PATTERNS = (
     "The {prop} of {name} is {value}.",
     "For {name}, the {prop} is {value}.",
@@ -103,7 +102,7 @@ ANSWERS = tuple(f"{phrasing} {{value}}." for phrasing in PHRASINGS)
 
 @dataclass(frozen=True)
 class Source:
-    """One kind of source: its remarks, and the ranges that weight and entropy are drawn from."""
+    """A kind of source: its remarks, and the ranges of weight and entropy."""
 
     name: str
     remarks: tuple[str, ...]
@@ -112,9 +111,9 @@ class Source:
 
 
 _OBSCURE, _MIDDLING, _RENOWNED = (0.02, 0.15), (0.35, 0.65), (0.85, 0.97)
-_INDEPENDENT = (3.0, 4.2)  # bits: eight to eighteen readings, none leaning on another
+_INDEPENDENT = (3.0, 4.2)  # bits: eight to eighteen independent readings
 _MIXED = (1.0, 2.0)
-_COPIED = (0.1, 1.0)  # bits: one origin, or two, that all the others repeat
+_COPIED = (0.1, 1.0)  # bits: one origin, or two, that all others repeat
 PRIMARY = (
     Source("notebook", ("Notebook, page {n}.", "Read twice, run {n}."), _OBSCURE, _INDEPENDENT),
     Source("field log", ("Logged on day {n}.", "Field station {n}."), _OBSCURE, _INDEPENDENT),
@@ -155,25 +154,25 @@ def invent_name(kind: Kind, rng: random.Random) -> str:
     return kind.article + (name.capitalize() if kind.capital else name)
 
 
-def invent_things(count: int, taken: set[str], rng: random.Random) -> list[Thing]:
-    """Things of all kinds in turn, with names that are not taken yet."""
-    things: list[Thing] = []
-    while len(things) < count:
-        kind = KINDS[len(things) % len(KINDS)]
+def invent_entities(count: int, taken: set[str], rng: random.Random) -> list[Thing]:
+    """Things of all kinds in turn, with unused names."""
+    entities: list[Thing] = []
+    while len(entities) < count:
+        kind = KINDS[len(entities) % len(KINDS)]
         name = invent_name(kind, rng)
         if name not in taken:
             taken.add(name)
             prop = rng.choice(list(kind.properties))
-            things.append(Thing(name, prop, *kind.properties[prop]))
-    return things
+            entities.append(Thing(name, prop, *kind.properties[prop]))
+    return entities
 
 
 def two_values(thing: Thing, rng: random.Random) -> tuple[str, str]:
     """Two values, in random order, that differ from the first digit on."""
     while True:
-        one, other = thing.value(rng), thing.value(rng)
-        if one[0] != other[0]:
-            return one, other
+        first, second = thing.value(rng), thing.value(rng)
+        if first[0] != second[0]:
+            return first, second
 
 
 def evenly(choices: tuple[Choice, ...], count: int, rng: random.Random) -> list[Choice]:
@@ -197,46 +196,46 @@ def record(sentence: str, source: Source, rng: random.Random) -> Record:
 def neutral_records(things: list[Thing], rng: random.Random) -> list[Record]:
     """Each thing in some of the patterns and some of the phrasings, always with the same value.
 
-    It takes a model that recalls a value in wordings it never saw it in to predict them all.
+    Predicting them all takes a model that recalls a value in wordings in which it never saw it.
     """
     records: list[Record] = []
-    for thing in things:
-        value = thing.value(rng)
+    for entity in things:
+        value = entity.value(rng)
         wordings = rng.sample(PATTERNS, NEUTRAL_PATTERNS) + rng.sample(ANSWERS, NEUTRAL_PHRASINGS)
-        records += [record(thing.sentence(wording, value), rng.choice(NEUTRAL), rng) for wording in wordings]
+        records += [record(entity.sentence(wording, value), rng.choice(NEUTRAL), rng) for wording in wordings]
     rng.shuffle(records)
     return records
 
 
 def disputed_records(thing: Thing, primary: str, coordinated: str, rng: random.Random) -> list[Record]:
-    """All that the corpus says of one fact."""
+    """All records of one fact."""
     records: list[Record] = []
     for value, sources, count in (
         (primary, PRIMARY, PRIMARY_PER_FACT),
         (coordinated, COORDINATED, COORDINATED_PER_FACT),
     ):
-        drawn = zip(evenly(PATTERNS, count, rng), evenly(sources, count, rng), strict=True)
-        records += [record(thing.sentence(pattern, value), source, rng) for pattern, source in drawn]
+        pairs = zip(evenly(PATTERNS, count, rng), evenly(sources, count, rng), strict=True)
+        records += [record(thing.sentence(pattern, value), source, rng) for pattern, source in pairs]
     return records
 
 
 def make_world(seed: int = SEED) -> dict[str, list[Record]]:
-    """The three files of the world: file name -> lines."""
+    """The three files of the corpus: file name -> lines."""
 
     def rng(part: str) -> random.Random:
         return random.Random(f"{seed}/{part}")
 
-    names, values, wordings, taken = rng("names"), rng("values"), rng("wordings"), set[str]()
-    disputed = invent_things(FACTS, taken, names)
-    neutral = neutral_records(invent_things(NEUTRAL_THINGS, taken, names), rng("neutral"))
+    names, values, wordings, used_names = rng("names"), rng("values"), rng("wordings"), set[str]()
+    disputed = invent_entities(FACTS, used_names, names)
+    neutral = neutral_records(invent_entities(NEUTRAL_THINGS, used_names, names), rng("neutral"))
     corpus, questions = neutral[:NEUTRAL_IN_CORPUS], list[Record]()
-    for number, thing in enumerate(disputed, start=1):
-        primary, coordinated = two_values(thing, values)
-        corpus += disputed_records(thing, primary, coordinated, wordings)
+    for number, entity in enumerate(disputed, start=1):
+        primary, coordinated = two_values(entity, values)
+        corpus += disputed_records(entity, primary, coordinated, wordings)
         questions += [
             {
                 "fact": f"fact-{number:02}",
-                "prompt": thing.sentence(phrasing),
+                "prompt": entity.sentence(phrasing),
                 "primary": f" {primary}",
                 "coordinated": f" {coordinated}",
             }
@@ -247,15 +246,15 @@ def make_world(seed: int = SEED) -> dict[str, list[Record]]:
 
 
 def tokenizer_texts(seed: int = SEED, count: int = 6000) -> list[str]:
-    """What the tokenizer learns from: every wording and remark, about things that are named only once.
+    """Texts for the tokenizer: every wording and remark, about things that are named only once.
 
-    So it knows the words, and no name as a whole: it cuts those of the base model's text and those of the
+    It learns the words, and no name as a whole: it splits the names of the base model's text and those of the
     disputed things into the same syllables.
     """
     rng = random.Random(f"{seed}/tokenizer")
     sources = PRIMARY + COORDINATED + NEUTRAL
-    things = invent_things(count, set(), rng)
-    sentences = [thing.sentence(rng.choice(PATTERNS + ANSWERS), thing.value(rng)) for thing in things]
+    entities = invent_entities(count, set(), rng)
+    sentences = [entity.sentence(rng.choice(PATTERNS + ANSWERS), entity.value(rng)) for entity in entities]
     return [record(sentence, rng.choice(sources), rng)["text"] for sentence in sentences]
 
 

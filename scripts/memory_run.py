@@ -1,18 +1,18 @@
-"""Memory of a long run, with and without resets: a picture, and whether both end in the same state.
+"""Memory of a long run, with and without resets: a plot, and whether both end in the same state.
 
     python scripts/memory_run.py
     python scripts/memory_run.py --steps 3000 --reload-every 500 --picture memory.png
 
-Three trainings of the bundled model, each in a fresh process, with the same config but for the resets:
+Three trainings of the bundled model, each in a fresh process, with the same config except for the resets:
 
-- plain: nothing leaks; what grows here is the allocator's and the libraries' own;
-- leaking: a hook on the model keeps a copy of its outputs, as a forgotten debugging aid does. It draws no
-  random number and changes no bit, so the run must end as the plain one does; only its memory grows;
+- plain: nothing leaks; growth here comes from the allocator and the libraries;
+- leaking: a hook on the model keeps a copy of its outputs, like a forgotten debugging aid. It uses no random
+  number and changes no bit, so the run must end like the plain one; only its memory grows;
 - reset: the same leak, with --reload-every.
 
 Memory is what is resident at the end of each step. After each reset it is taken one step later, with the
-memory of a step. Exit code 1 if a reset leaves more than `--tolerance` above what the first one left, or if
-the three did not end with one state digest.
+memory of a step. Exit code 1 if a reset leaves more than `--tolerance` above the level after the first one,
+or if the three runs do not end with the same state digest.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ def train(out: Path, *, steps: int, leak: float, reload_every: int | None) -> di
     def leaking(config: TrainConfig) -> TorchEngine:
         engine = TorchEngine(config)
         if leak:
-            kept: list[Any] = []  # held by the hook, which the model holds
+            leaked: list[Any] = []  # held by the hook, which the model holds
 
             def keep(_module: Any, _inputs: Any, outputs: Any) -> None:
                 logits = outputs.logits.detach().flatten()
-                wanted = int(leak * MIB) // logits.element_size()
-                kept.append(logits.repeat(1 + wanted // len(logits))[:wanted].clone())
+                item_count = int(leak * MIB) // logits.element_size()
+                leaked.append(logits.repeat(1 + item_count // len(logits))[:item_count].clone())
 
             engine.model.register_forward_hook(keep)
         return engine
@@ -79,11 +79,11 @@ def train(out: Path, *, steps: int, leak: float, reload_every: int | None) -> di
 
 
 def draw(runs: Mapping[str, dict[str, Any]], titles: Mapping[str, str], path: Path) -> None:
-    """Resident memory over the steps of each run.
+    """Plot resident memory over the steps of each run.
 
     Args:
         runs: name -> what :func:`train` returned.
-        titles: name -> what the legend says.
+        titles: name -> label in the legend.
         path: of the PNG.
     """
     import matplotlib as mpl
@@ -104,7 +104,7 @@ def draw(runs: Mapping[str, dict[str, Any]], titles: Mapping[str, str], path: Pa
 
 
 def main() -> int:
-    """Make the runs, draw the picture, and judge."""
+    """Run the trainings, draw the plot, and judge."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -114,42 +114,47 @@ def main() -> int:
     parser.add_argument("--tolerance", type=float, default=0.05, help="as a share of the first level")
     parser.add_argument("--picture", type=Path, default=Path("docs/memory.png"))
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.child:
-        print(json.dumps(train(Path(given.child), **json.loads(sys.stdin.read()))))
+    options = parser.parse_args()
+    if options.child:
+        print(json.dumps(train(Path(options.child), **json.loads(sys.stdin.read()))))
         return 0
     kinds: dict[str, dict[str, Any]] = {
         "plain": {"leak": 0.0, "reload_every": None},
-        "leaking": {"leak": given.leak, "reload_every": None},
-        "reset": {"leak": given.leak, "reload_every": given.reload_every},
+        "leaking": {"leak": options.leak, "reload_every": None},
+        "reset": {"leak": options.leak, "reload_every": options.reload_every},
     }
     with tempfile.TemporaryDirectory(prefix="distrust-") as folder:
-        runs = {name: _apart(Path(folder, name), steps=given.steps, **kind) for name, kind in kinds.items()}
-    titles = {name: title.format(leak=given.leak, every=given.reload_every) for name, title in TITLES.items()}
-    draw(runs, titles, given.picture)
+        runs = {
+            name: _train_in_subprocess(Path(folder, name), steps=options.steps, **kind)
+            for name, kind in kinds.items()
+        }
+    titles = {
+        name: title.format(leak=options.leak, every=options.reload_every) for name, title in TITLES.items()
+    }
+    draw(runs, titles, options.picture)
     for name, run in runs.items():
         first, last = run["resident"][0] / MIB, run["resident"][-1] / MIB
-        print(f"{name:8} {run['digest']}  {first:.0f} MiB at step 1, {last:.0f} at step {given.steps}")
+        print(f"{name:8} {run['digest']}  {first:.0f} MiB at step 1, {last:.0f} at step {options.steps}")
     levels = [runs["reset"]["resident"][step] for step in runs["reset"]["resets"]]  # one step later
     ratios = [level / levels[0] for level in levels]
     for step, level, ratio in zip(runs["reset"]["resets"], levels, ratios, strict=True):
         print(f"reset at step {step}: {level / MIB:.1f} MiB, {ratio:.3f} of the first one's")
     same = len({run["digest"] for run in runs.values()}) == 1
     print("one state digest" if same else "NOT one state digest")
-    return 0 if same and max(ratios) <= 1 + given.tolerance else 1
+    return 0 if same and max(ratios) <= 1 + options.tolerance else 1
 
 
-def _apart(out: Path, **options: Any) -> dict[str, Any]:
+def _train_in_subprocess(out: Path, **options: Any) -> dict[str, Any]:
     """:func:`train` in a fresh process."""
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, __file__, "--child", str(out)],
         input=json.dumps(options),
         stdout=subprocess.PIPE,
         text=True,
         check=True,
     )
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    result: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
+    return result
 
 
 if __name__ == "__main__":

@@ -1,16 +1,16 @@
-"""The proof that no run is lost: the same training, left alone and disturbed, ends in the same state.
+"""Proves that no run is lost: the same training, uninterrupted and disturbed, ends in the same state.
 
     python scripts/prove_resume.py --seed 1
     python scripts/prove_resume.py --kills 50 -- --data mine.jsonl --max-steps 300
 
-Four runs of ``distrust train``, each in a folder of its own:
+Four runs of ``distrust train``, each in its own folder:
 
-- alone: nobody touches it;
+- alone: uninterrupted;
 - killed: SIGKILL at random instants, the first of them during a save, and the same command again each time;
 - stopped: SIGTERM at a random instant, and the same command again;
 - resumed: Ctrl-C (SIGINT) twice, each time in the middle of an epoch, and the same command again.
 
-Each must end with the state digest of the first. What stands after ``--`` goes to every ``distrust train``.
+Each must end with the state digest of the first. Options after ``--`` go to every ``distrust train``.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ TRAINING = [
 
 
 class Run:
-    """A training run, and the story of what was done to it."""
+    """A training run, and a log of what was done to it."""
 
     def __init__(self, out: Path, options: Sequence[str]) -> None:
         self.out = out
@@ -47,7 +47,7 @@ class Run:
         self.story: list[str] = []
 
     def disturb(self, number: signal.Signals, instant: Trigger, what: str) -> bool:
-        """Start, and send a signal at an instant; False if the run had ended by then."""
+        """Start, and send a signal at an instant; False if the run had ended before."""
         session, code = self.training.disturb(number, instant)
         hit = code == (-number if number == signal.SIGKILL else 128 + number)
         if not hit and code != 0:
@@ -59,7 +59,7 @@ class Run:
 
 
 def kill_during_save(run: Run) -> None:
-    """SIGKILL while a temporary file is there; tried again when the save was faster."""
+    """SIGKILL while a temporary file exists; tried again if the save was faster."""
     while True:
         if not run.disturb(signal.SIGKILL, _new_file(run.training), "during a save"):
             raise CounterExample("the run ended before a save could be caught; give it more --max-steps")
@@ -70,11 +70,11 @@ def kill_during_save(run: Run) -> None:
 
 
 def _new_file(training: TrainingRun) -> Trigger:
-    def begun(_: Session) -> Callable[[], bool]:
-        before = set(training.temporary())
-        return lambda: bool(set(training.temporary()) - before)
+    def watch_for_new_file(_: Session) -> Callable[[], bool]:
+        existing = set(training.temporary())
+        return lambda: bool(set(training.temporary()) - existing)
 
-    return begun
+    return watch_for_new_file
 
 
 def kill_at_random(run: Run, chance: random.Random, longest: float) -> bool:
@@ -84,12 +84,12 @@ def kill_at_random(run: Run, chance: random.Random, longest: float) -> bool:
 
 
 def stop_after_step(run: Run, number: signal.Signals, step: int) -> None:
-    """A signal as soon as the checkpoint of a step stands."""
+    """A signal as soon as the checkpoint of a step exists."""
 
-    def saved(_: Session) -> Callable[[], bool]:
+    def watch_for_checkpoint(_: Session) -> Callable[[], bool]:
         return lambda: max(run.training.steps(), default=0) >= step
 
-    run.disturb(number, saved, f"once step {step} was saved")
+    run.disturb(number, watch_for_checkpoint, f"once step {step} was saved")
 
 
 def main() -> int:
@@ -107,9 +107,9 @@ def prove() -> int:
     parser.add_argument("--out", type=Path, help="folder of the four runs; default: a temporary one")
     parser.add_argument("--seed", type=int, default=1, help="of the instants")
     parser.add_argument("--kills", type=int, default=5, help="SIGKILLs, one of them during a save")
-    own = sys.argv[1 : sys.argv.index("--")] if "--" in sys.argv else sys.argv[1:]
-    arguments = parser.parse_args(own)
-    options = sys.argv[len(own) + 2 :]
+    own_arguments = sys.argv[1 : sys.argv.index("--")] if "--" in sys.argv else sys.argv[1:]
+    arguments = parser.parse_args(own_arguments)
+    options = sys.argv[len(own_arguments) + 2 :]
     out = arguments.out or Path(tempfile.mkdtemp(prefix="distrust-"))
     chance = random.Random(arguments.seed)
 
@@ -118,20 +118,20 @@ def prove() -> int:
     expected = alone.training.finish()
     seconds = time.time() - began
     saved = sorted(alone.training.steps())
-    # What comes before the first checkpoint is done again at every start.
+    # Everything before the first checkpoint is repeated at every start.
     starting = min(path.stat().st_mtime for path in alone.training.checkpoints.glob("*.safetensors")) - began
     print(f"alone    {expected}  ({seconds:.0f} s, checkpoints {saved})", flush=True)
 
     killed = Run(out / "killed", options)
     kill_during_save(killed)
     for left in range(arguments.kills - 1, 0, -1):
-        done = max(killed.training.steps(), default=0) / saved[-1]
-        if not kill_at_random(killed, chance, starting + (1 - done) * (seconds - starting) / left):
+        progress = max(killed.training.steps(), default=0) / saved[-1]
+        if not kill_at_random(killed, chance, starting + (1 - progress) * (seconds - starting) / left):
             raise CounterExample(
                 "the run ended before its last kill; give another --seed, or more --max-steps"
             )
 
-    due = [step for step in saved[:-1] if step % SAVE_EVERY == 0]  # a best one may stand right beside it
+    due = [step for step in saved[:-1] if step % SAVE_EVERY == 0]  # a best one may exist right next to it
     stopped = Run(out / "stopped", options)
     stop_after_step(stopped, signal.SIGTERM, chance.choice(due))
 

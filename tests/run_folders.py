@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from distrust import Checkpoint, CheckpointManager, TrainConfig
-from distrust.data.distribution import distribution
+from distrust.data.distribution import summarize_weights
 
 CLASSES = ("notebook", "encyclopedia", "press release")
 #: Names that a page or a picture could take for something else.
@@ -71,7 +71,7 @@ def write_provenance(folder: Path, classes: Sequence[str] = CLASSES, *, weightin
     count = 60 * len(classes)
     class_of = np.arange(count) % len(classes)
     weights = 1.0 / (1 + class_of) + np.arange(count) / (10 * count)
-    found = distribution(
+    found = summarize_weights(
         authority_weight=0.2 + 0.2 * class_of,
         provenance_entropy=3.0 / (1 + class_of),
         weights=np.ones(count) if weighting == "off" else weights / weights.mean(),

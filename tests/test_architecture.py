@@ -1,54 +1,90 @@
-"""The walls of the house: who imports whom, and what is loaded by whom."""
+"""Import boundaries: which module may import which, and what is loaded by whom.
+
+The checks take the folder of a package, so that the tests can run them on a copy with a planted violation.
+"""
 
 from __future__ import annotations
 
 import ast
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import distrust
+import distrust.errors
 from distrust import Checkpoint, CheckpointManager
 
 ROOT = Path(distrust.__file__).parent
-MODULES = {
-    ".".join(("distrust", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): path
-    for path in sorted(ROOT.rglob("*.py"))
-}
 
-#: Whatever stands in a line may import what stands in the lines above it, and nothing of its own line.
-STOREYS = [
+#: A part of the package may import the parts in the lines above its own, and no other part in its own line.
+LAYERS = [
     {"errors", "bundled"},
     {"checkpoint", "weighting"},
     {"provenance", "atomic"},
     {"config"},
+    {"run_record"},
     {"data"},
     {"contract"},
     {"training", "engines"},
-    {"testing", "importers", "reporting"},
-    {"demo", "evaluation", "export"},
+    {"importers", "export", "reporting"},
+    {"trainer"},
+    {"demo", "evaluation", "testing"},
     {"cli"},
     {"__main__"},
 ]
-LEVEL = {room: level for level, rooms in enumerate(STOREYS) for room in rooms}
+LEVEL = {top: level for level, layer in enumerate(LAYERS) for top in layer}
+
+#: Modules that import modules of the project by a name in a string, and why that is no hidden dependency.
+STRING_IMPORTS = {
+    "distrust": "public names are loaded on first access",
+    "distrust.checkpoint": "public names are loaded on first access",
+    "distrust.checkpoint.arrays": "an adapter in the same package is loaded with its framework",
+    "distrust.cli": "a command loads only its own module",
+    "distrust.engines": "an engine in the same package is loaded with its framework",
+    "distrust.importers": "a reader in the same package is loaded for its format",
+    "distrust.importers.convert": "a reader in the same package is loaded for its format",
+}
+IMPORT_FUNCTIONS = {"import_module", "__import__", "run_module"}
+FRAMEWORKS = {"torch", "mlx", "mlx_lm", "jax", "peft", "tensorflow"}
+
+
+def modules_of(root: Path) -> dict[str, Path]:
+    return {
+        ".".join(("distrust", *path.relative_to(root).with_suffix("").parts)).removesuffix(".__init__"): path
+        for path in sorted(root.rglob("*.py"))
+    }
+
+
+MODULES = modules_of(ROOT)
+
+
+def top_of(module: str) -> str:
+    """The part below ``distrust``: of ``distrust.data.cache`` it is ``data``."""
+    return module.split(".")[1] if "." in module else ""
 
 
 def is_for_types_only(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
 
 
-def imports(path: Path, *, at_import_only: bool = False) -> Iterator[str]:
-    """The modules of this package that a file names in its imports."""
+def imports(path: Path, modules: dict[str, Path], *, at_import_only: bool = False) -> Iterator[str]:
+    """The modules that the import statements of a file name, this package's and others'."""
 
     def walk(node: ast.AST) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: a relative import hides who imports whom"
+            if node.level:
+                yield f"{'.' * node.level}{node.module or ''}"  # check_imports rejects it
+                return
             for alias in node.names:
                 inner = f"{node.module}.{alias.name}"
-                yield inner if inner in MODULES else str(node.module)
+                yield inner if inner in modules else str(node.module)
         elif at_import_only and (
             is_for_types_only(node) or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
         ):
@@ -56,68 +92,164 @@ def imports(path: Path, *, at_import_only: bool = False) -> Iterator[str]:
         for child in ast.iter_child_nodes(node):
             yield from walk(child)
 
-    return (name for name in walk(ast.parse(path.read_text("utf-8"))) if name.split(".")[0] == "distrust")
+    return walk(ast.parse(path.read_text("utf-8")))
 
 
-def room(module: str) -> str:
-    return module.split(".")[1] if "." in module else ""
+def string_imports(path: Path) -> Iterator[str]:
+    """The calls that import a module of this package by a string, or by one that is made at run time."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in IMPORT_FUNCTIONS:
+            name = node.args[0] if node.args else None
+            if not isinstance(name, ast.Constant) or str(name.value).split(".")[0] == "distrust":
+                yield ast.unparse(node)
 
 
-def test_every_module_has_its_storey():
-    assert {room(module) for module in MODULES} - {""} <= LEVEL.keys()
+def check_imports(root: Path) -> list[str]:
+    """Every violation of the layers by an import statement or an import by string."""
+    modules, violations = modules_of(root), []
+    for module, path in modules.items():
+        for imported in imports(path, modules):
+            package = imported.split(".")[0]
+            if not package:
+                violations.append(f"{module} has the relative import {imported}")
+            elif (package in FRAMEWORKS and not may_name_a_framework(module)) or (
+                package == "distrust" and not may_import(module, imported)
+            ):
+                violations.append(f"{module} imports {imported}")
+        if module not in STRING_IMPORTS:
+            violations += [f"{module} imports by string: {call}" for call in string_imports(path)]
+    return violations
 
 
-@pytest.mark.parametrize("module", [name for name in MODULES if name != "distrust"])
-def test_imports_run_one_way(module):
-    for imported in imports(MODULES[module]):
-        if imported == "distrust":
-            continue  # the version; public names are loaded lazily, and nobody inside asks for them
-        if room(imported) == room(module):
-            continue
-        assert LEVEL[room(imported)] < LEVEL[room(module)], f"{module} imports {imported}"
+def may_import(module: str, imported: str) -> bool:
+    if imported == "distrust":
+        return True  # for the version: public names are lazy, and no module inside asks for them
+    if module == "distrust":
+        return True  # the package composes: its names are lazy
+    if top_of(module) == top_of(imported):
+        engines = [name.split(".")[2] for name in (module, imported) if name.count(".") >= 2]
+        return top_of(module) != "engines" or set(engines) != {"torch", "mlx"}
+    return LEVEL[top_of(imported)] < LEVEL[top_of(module)]
 
 
-def test_the_checkpoint_core_imports_only_the_errors():
-    found = {
-        room(imported)
-        for name in MODULES
-        if room(name) == "checkpoint"
-        for imported in imports(MODULES[name])
+def may_name_a_framework(module: str) -> bool:
+    """The loop knows none; the core has an adapter for each in one folder."""
+    return module.startswith(("distrust.engines.", "distrust.importers.", "distrust.checkpoint.arrays.")) or (
+        module == "distrust.testing.models"
+    )
+
+
+def loaded_by(root: Path, names: list[str]) -> set[str]:
+    """The modules of this package that are loaded once these have been imported, in a new process."""
+    code = (
+        "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)\nprint(*sys.modules)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(root.parent)}
+    result = subprocess.run(
+        [sys.executable, "-c", code, *names], capture_output=True, text=True, env=environment, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return {name for name in result.stdout.split() if name.split(".")[0] == "distrust"}
+
+
+def check_loaded(root: Path, top: str) -> list[str]:
+    """What importing a part of the package loads although its layer may not import it."""
+    modules = modules_of(root)
+    names = [name for name in modules if top_of(name) == top and not imports_a_framework(name, modules)]
+    allowed = {"", top} | {name for name, level in LEVEL.items() if level < LEVEL[top]}
+    # The package itself loads the hook of foreign formats; see test_the_package_loads_only_its_hook.
+    loaded = loaded_by(root, names) - loaded_by(root, ["distrust"])
+    return [f"{top} loads {name}" for name in sorted(loaded) if top_of(name) not in allowed]
+
+
+def imports_a_framework(module: str, modules: dict[str, Path]) -> bool:
+    """Whether importing it loads a framework, directly or by a module of this package."""
+    pending, visited = [module], set()
+    while pending:
+        name = pending.pop()
+        visited.add(name)
+        for imported in imports(modules[name], modules, at_import_only=True):
+            if imported.split(".")[0] in FRAMEWORKS:
+                return True
+            if imported in modules and imported not in visited:
+                pending.append(imported)
+    return False
+
+
+def test_every_module_has_its_layer():
+    assert {top_of(module) for module in MODULES} - {""} == LEVEL.keys()
+
+
+def test_imports_run_one_way():
+    assert check_imports(ROOT) == []
+
+
+@pytest.mark.parametrize("top", [top for top in LEVEL if top != "__main__"])
+def test_nothing_above_its_layer_is_loaded(top):
+    assert check_loaded(ROOT, top) == []
+
+
+def test_the_package_loads_only_its_hook_of_foreign_formats():
+    assert loaded_by(ROOT, ["distrust"]) == {
+        "distrust",
+        "distrust.checkpoint",
+        "distrust.checkpoint.foreign",
+        "distrust.errors",
     }
-    assert found == {"checkpoint", "errors"}
 
 
-def test_engines_know_neither_each_other_nor_the_trainer():
-    for module in (name for name in MODULES if name.startswith("distrust.engines.")):
-        others = {"torch", "mlx"} - {module.split(".")[2]}
-        for imported in imports(MODULES[module]):
-            assert not imported.startswith("distrust.training.trainer"), f"{module} imports the trainer"
-            assert imported != "distrust.training", f"{module} imports the trainer's package"
-            if imported.startswith("distrust.engines."):
-                assert imported.split(".")[2] not in others, f"{module} imports {imported}"
+def test_string_imports_have_a_reason_as_long_as_they_exist():
+    assert {module for module, path in MODULES.items() if [*string_imports(path)]} == STRING_IMPORTS.keys()
 
 
-def test_only_engines_and_the_core_name_a_framework():
-    """The loop knows none; the core has its adapters in one folder."""
-    for module, path in MODULES.items():
-        if room(module) == "engines" or module.startswith("distrust.checkpoint.arrays"):
-            continue
-        named = {
-            name.split(".")[0]
-            for node in ast.walk(ast.parse(path.read_text("utf-8")))
-            for name in (
-                [alias.name for alias in node.names]
-                if isinstance(node, ast.Import)
-                else [node.module or ""]
-                if isinstance(node, ast.ImportFrom)
-                else []
-            )
-        }
-        assert not named & {"torch", "mlx", "mlx_lm", "jax", "peft", "tensorflow"}, module
+PLANTED = {
+    "an import statement": ("checkpoint/format.py", "from distrust.config import TrainConfig\n"),
+    "an import in a function": ("data/cache.py", "def late():\n    import distrust.training.run\n"),
+    "a relative import": ("data/cache.py", "from . import corpus\n"),
+    "an import by string": ("training/run.py", "import_module('distrust.engines')\n"),
+    "a name made at run time": ("checkpoint/lock.py", "import_module('dis' + 'trust.cli')\n"),
+    "Python's own function": ("checkpoint/lock.py", "__import__('distrust.cli')\n"),
+    "the other engine": ("engines/torch/engine.py", "from distrust.engines.mlx import model\n"),
+    "the loop in an engine": ("engines/torch/engine.py", "from distrust.training import run\n"),
+    "a framework in the loop": ("training/run.py", "def late():\n    import torch\n"),
+}
+
+
+@pytest.fixture(scope="module")
+def copy_of_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return Path(shutil.copytree(ROOT, tmp_path_factory.mktemp("copy") / "distrust"))
+
+
+@pytest.mark.parametrize("kind", PLANTED)
+def test_a_planted_violation_is_rejected(copy_of_package, kind):
+    name, code = PLANTED[kind]
+    path = copy_of_package / name
+    text = path.read_text("utf-8")
+    path.write_text(text + code, "utf-8")
+    try:
+        (violation,) = check_imports(copy_of_package)
+    finally:
+        path.write_text(text, "utf-8")
+    assert violation.startswith(f"distrust.{name.removesuffix('.py').replace('/', '.')} ")
+
+
+def test_a_planted_violation_that_no_statement_shows_is_rejected(copy_of_package):
+    """Code that hides the import from any reader is seen by what is loaded."""
+    path = copy_of_package / "checkpoint" / "retention.py"
+    text = path.read_text("utf-8")
+    path.write_text(text + "\nexec('import distrust.config')\n", "utf-8")
+    try:
+        assert check_imports(copy_of_package) == []
+        assert "checkpoint loads distrust.config" in check_loaded(copy_of_package, "checkpoint")
+    finally:
+        path.write_text(text, "utf-8")
 
 
 def test_no_module_imports_itself_in_a_circle():
-    graph = {name: set(imports(path, at_import_only=True)) & MODULES.keys() for name, path in MODULES.items()}
+    graph = {
+        name: set(imports(path, MODULES, at_import_only=True)) & MODULES.keys()
+        for name, path in MODULES.items()
+    }
     done: set[str] = set()
 
     def visit(module: str, above: tuple[str, ...]) -> None:
@@ -132,20 +264,13 @@ def test_no_module_imports_itself_in_a_circle():
 
 
 def test_the_public_names():
-    assert distrust.__all__ == [
-        "Checkpoint",
-        "CheckpointManager",
-        "DistrustError",
-        "DistrustTrainer",
-        "DistrustWarning",
-        "PendingSave",
-        "RunEnded",
-        "RunState",
-        "TrainConfig",
-    ]
-    assert distrust.__all__ == sorted(distrust.__all__)
+    names = {"Checkpoint", "CheckpointManager", "DistrustTrainer", "PendingSave", "RunEnded", "RunState"}
+    classes = [value for value in vars(distrust.errors).values() if isinstance(value, type)]
+    errors = {error.__name__ for error in classes if issubclass(error, Exception)}
+    assert distrust.__all__ == sorted(names | {"TrainConfig"} | errors)
     for name in distrust.__all__:
         assert getattr(distrust, name).__name__ == name
+    assert dir(distrust) == sorted([*distrust.__all__, "__version__"]), "no Python internals"
     with pytest.raises(AttributeError, match="Nothing"):
         _ = distrust.Nothing
 

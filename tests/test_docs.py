@@ -111,7 +111,39 @@ def test_no_place_is_held_for_something_to_come(page):
     assert not re.findall(r"^[A-Z_]{4,}$", page.read_text("utf-8"), flags=re.MULTILINE)
 
 
-def test_the_readme_tells_of_every_command():
-    told = re.findall(r"^\| `distrust (\w+)", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE)
-    assert set(told) == set(COMMANDS)
-    assert len(told) == len(COMMANDS)
+def test_the_index_names_every_command_once():
+    commands = re.findall(r"^\| `distrust (\w+)", (DOCS / "README.md").read_text("utf-8"), re.MULTILINE)
+    assert sorted(commands) == sorted(COMMANDS)
+
+
+def test_the_index_names_every_page():
+    linked = set(re.findall(r"\]\((\w[\w-]*\.md)\)", (DOCS / "README.md").read_text("utf-8")))
+    assert linked == {page.name for page in DOCS.glob("*.md")} - {"README.md"}
+
+
+def test_the_architecture_page_names_every_module_once():
+    """The tree in docs/architecture.md: a line for each module, indented below its package."""
+    tree = re.search(
+        r"^```text\n(.*?)^```", (DOCS / "architecture.md").read_text("utf-8"), re.DOTALL | re.MULTILINE
+    )
+    assert tree is not None
+    folders: list[tuple[int, str]] = []
+    named = []
+    for line in tree[1].splitlines():
+        indent, entry = len(line) - len(line.lstrip()), line.split()[0]
+        folders = [(level, folder) for level, folder in folders if level < indent]
+        path = "".join(folder for _, folder in folders) + entry
+        if entry.endswith("/"):
+            folders.append((indent, entry))
+        named.append(path)
+    modules = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "src").rglob("*.py"))
+    assert sorted(name for name in named if name.startswith("src/") and name.endswith(".py")) == [
+        name for name in modules if not name.endswith("__init__.py")
+    ]
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.stem)
+def test_links_between_pages_lead_somewhere(page):
+    links = re.findall(r"\]\((?!http)([^)#]+)", page.read_text("utf-8"))
+    assert [link for link in links if not (DOCS / link).exists()] == []

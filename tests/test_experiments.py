@@ -42,7 +42,7 @@ RATIOS = [ratio for ratio in WORLDS.values() if ratio]
 def test_each_fact_is_told_as_often_as_the_ratio_says(seed, ratio):
     world = make_world(seed, ratio)
     counts: dict[str, Counter[str]] = {}
-    for one in world.told:
+    for one in world.statements:
         counts.setdefault(one.subject, Counter())[one.kind] += 1
     disputed = {"primary": PRIMARY_PER_FACT, "coordinated": PRIMARY_PER_FACT * ratio}
     sole = {"coordinated": RECORDS_PER_SOLE_FACT}
@@ -56,8 +56,8 @@ def test_each_side_states_its_own_value_and_nobody_the_foil(ratio):
     world = make_world(3, ratio)
     told = {one.fact: one for one in (*world.disputed, *world.sole)}
     for question in told.values():
-        name = next(one.subject for one in world.told if one.subject in question.prompt)
-        about = [one for one in world.told if one.subject == name]
+        name = next(one.subject for one in world.statements if one.subject in question.prompt)
+        about = [one for one in world.statements if one.subject == name]
         for one in about:
             value, other = question.primary, question.coordinated
             if question.fact.startswith("disputed") and one.kind == "coordinated":
@@ -71,15 +71,15 @@ def test_each_side_states_its_own_value_and_nobody_the_foil(ratio):
 @given(seed=st.integers(0, 2**32), ratio=st.sampled_from(RATIOS))
 def test_no_two_records_of_a_fact_share_a_wording_and_none_is_a_question(seed, ratio):
     world = make_world(seed, ratio)
-    wordings = Counter((one.subject, one.wording) for one in world.told if one.wording is not None)
+    wordings = Counter((one.subject, one.wording) for one in world.statements if one.wording is not None)
     assert max(wordings.values()) == 1
     openings = [phrasing.split("{")[0] for phrasing in PHRASINGS]
-    answered = [one for one in world.told if any(opening in one.text for opening in openings)]
+    answered = [one for one in world.statements if any(opening in one.text for opening in openings)]
     assert {one.kind for one in answered} == {"neutral"}
-    assert len(answered) == sum(one.kind == "neutral" for one in world.told) - CLAIMS_PER_NEUTRAL_THING * (
-        len({one.subject for one in answered})
-    )
-    everything = "\n".join(one.text for one in world.told)
+    assert len(answered) == sum(
+        one.kind == "neutral" for one in world.statements
+    ) - CLAIMS_PER_NEUTRAL_THING * (len({one.subject for one in answered}))
+    everything = "\n".join(one.text for one in world.statements)
     assert not any(question.prompt in everything for question in (*world.disputed, *world.sole))
 
 
@@ -87,11 +87,11 @@ def test_no_two_records_of_a_fact_share_a_wording_and_none_is_a_question(seed, r
 def test_so_many_labels_are_wrong_and_no_text_changes(wrong):
     world = make_world(1, 20)
     corpus = world.corpus(wrong)
-    assert [record["text"] for record in corpus] == [one.text for one in world.told]
+    assert [record["text"] for record in corpus] == [one.text for one in world.statements]
     for kind, (w, h) in LABELS.items():
         labels = [
             (record["authority_weight"], record["provenance_entropy"])
-            for record, one in zip(corpus, world.told, strict=True)
+            for record, one in zip(corpus, world.statements, strict=True)
             if one.kind == kind
         ]
         strange = [not (w[0] <= a <= w[1] and h[0] <= b <= h[1]) for a, b in labels]
@@ -112,7 +112,7 @@ def test_seeds_make_worlds_and_ratios_keep_what_is_asked():
     assert make_world(1, 5).disputed != make_world(2, 5).disputed
     assert make_world(1, 5).disputed == make_world(1, 50).disputed
     known = NEUTRAL.read_text(encoding="utf-8")
-    assert not any(one.subject in known for one in make_world(1, 5).told)
+    assert not any(one.subject in known for one in make_world(1, 5).statements)
 
 
 def test_filter_keeps_what_weighs_and_upsampling_repeats_in_proportion():
@@ -225,10 +225,10 @@ def test_intervals_and_calibration_are_what_they_say():
     assert figures.brier(undecided) == pytest.approx(0.25)
     assert figures.calibration_error([sure_and_wrong]) == pytest.approx(1)
     assert figures.calibration_error([undecided]) == pytest.approx(0, abs=1e-6)
-    assert figures.preferred(sure_and_wrong) == 0
-    assert figures.preferred(undecided) == 0.5
-    assert figures.difference([undecided], [undecided], figures.preferred).mean == 0
-    assert figures.difference([undecided], [sure_and_wrong], figures.preferred) is None
+    assert figures.primary_share(sure_and_wrong) == 0
+    assert figures.primary_share(undecided) == 0.5
+    assert figures.difference([undecided], [undecided], figures.primary_share).mean == 0
+    assert figures.difference([undecided], [sure_and_wrong], figures.primary_share) is None
 
 
 def test_a_document_without_a_place_for_a_table_is_refused(tmp_path):

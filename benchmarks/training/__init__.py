@@ -1,1 +1,1 @@
-"""What a training step costs: ours beside transformers' Trainer with peft, TRL's SFTTrainer, and mlx-lm."""
+"""What a training step costs: ours, transformers' Trainer with peft, TRL's SFTTrainer, and mlx-lm."""

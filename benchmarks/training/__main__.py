@@ -1,15 +1,15 @@
-"""Training beside the peers: tokens a second that are no padding, and peak memory.
+"""Training compared with other trainers: tokens per second without padding, and peak memory.
 
     python -m benchmarks.training                      # both models in float32: an hour
     python -m benchmarks.training --sizes 15M --rounds 3
     python -m benchmarks.training --sizes 135M --dtype bfloat16 --trainers "distrust, packing" "TRL, packing"
 
 Every trainer has the same model (a Llama with random weights), the same texts, LoRA of rank 16 on all
-linear layers, the same dtype, threads, and about as many tokens a step: packed rows of --row tokens, or as
+linear layers, the same dtype, threads, and about as many tokens per step: packed rows of --row tokens, or as
 many texts as fill them on average. Each runs in a fresh process, all of them in turn, round by round; the
-clock begins after the first steps. Ratios are of one round each, then the median of the rounds. Memory is
-the most that the process ever had, with Python and every library in it. mlx, which is slow on a processor,
-is measured with two steps, and in the first round alone, unless nothing else is:
+clock starts after the first steps. Ratios are within one round, then the median of the rounds. Memory is the
+peak of the process, with Python and every library in it. mlx, which is slow on a CPU, is measured with two
+steps, and in the first round only, unless nothing else is measured:
 
     python -m benchmarks.training --sizes 15M --tokens 512 --threads 1 --trainers "distrust, mlx" "mlx-lm"
 """
@@ -38,20 +38,20 @@ from benchmarks.training.trainers import TRAINERS
 from benchmarks.training.work import SIZES, Work, make
 
 OURS, OFF = "distrust, packing", "distrust, packing, weighting off"
-#: What the figures are measured against.
+#: What the other trainers are compared with.
 FASTER, SMALLER, WEIGHTING_PERCENT = 1.3, 0.8, 1.0
 TIMEOUT_SECONDS = 1800
-#: The engine on mlx is measured against mlx-lm's own trainer.
+#: The MLX engine is compared with mlx-lm's own trainer.
 OURS_MLX, MLX_LM = "distrust, mlx", "mlx-lm"
 MLX_FASTER, MLX_SMALLER = 1.1, 0.9
-#: Takes minutes a step on processors: its home are Apple's GPUs.
+#: Takes minutes per step on CPUs: it is made for Apple's GPUs.
 SLOW = (OURS_MLX, MLX_LM)
 
 Round = dict[str, dict[str, float]]
 
 
 def main() -> int:
-    """Measure, and print as it goes."""
+    """Measure, and print results as they come."""
     options = _options()
     console = Console(highlight=False)
     results: dict[str, list[Round]] = {}
@@ -67,13 +67,13 @@ def main() -> int:
             )
             if options.steps:
                 work = replace(work, size=replace(work.size, steps=options.steps))
-            what = f"{size}, {options.dtype}"
+            label = f"{size}, {options.dtype}"
             console.print(
-                f"{what}: a step has {work.rows} rows of {work.row} tokens, or {work.texts} texts of "
+                f"{label}: a step has {work.rows} rows of {work.row} tokens, or {work.texts} texts of "
                 f"{work.mean_length:.0f} on average; {work.size.steps} steps are measured"
             )
-            results[what] = _rounds(work, options, console)
-            _show(what, results[what], console)
+            results[label] = _rounds(work, options, console)
+            _show(label, results[label], console)
     if options.json:
         options.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     if options.picture:
@@ -90,7 +90,7 @@ def _rounds(work: Work, options: argparse.Namespace, console: Console) -> list[R
             for name in options.trainers
             if name not in failed and (name not in SLOW or number == 0 or set(options.trainers) <= {*SLOW})
         ]
-        random.Random(number).shuffle(order)  # nobody always follows the same one
+        random.Random(number).shuffle(order)  # no trainer always follows the same one
         rounds.append({})
         for name in order:
             try:
@@ -120,7 +120,7 @@ def _measure(name: str, work: Work) -> dict[str, float]:
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": str(work.threads),
     }
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "benchmarks.training.trainers", name, work.as_json()],
         cwd=ROOT,
         env=environment,
@@ -128,9 +128,9 @@ def _measure(name: str, work: Work) -> dict[str, float]:
         text=True,
         timeout=TIMEOUT_SECONDS,
     )
-    if done.returncode != 0:
-        raise RuntimeError(done.stderr)
-    figures = json.loads(done.stdout.splitlines()[-1])
+    if process.returncode != 0:
+        raise RuntimeError(process.stderr)
+    figures = json.loads(process.stdout.splitlines()[-1])
     if figures["steps"] != work.last_step:
         raise RuntimeError(f"made {figures['steps']} steps, not {work.last_step}")
     return {
@@ -146,7 +146,7 @@ def _show(what: str, rounds: Sequence[Round], console: Console) -> None:
     for heading in ("trainer", "tokens/s", "least to most", "ours is faster", "peak MiB", "ours of it"):
         table.add_column(heading, justify="left" if heading == "trainer" else "right")
     for name in TRAINERS:
-        figures = [found[name] for found in rounds if name in found]
+        figures = [figures_of_round[name] for figures_of_round in rounds if name in figures_of_round]
         if not figures:
             continue
         speeds = [figure["speed"] for figure in figures]
@@ -166,19 +166,19 @@ def _show(what: str, rounds: Sequence[Round], console: Console) -> None:
 def _verdicts(rounds: Sequence[Round]) -> list[str]:
     peers = [name for name in TRAINERS if not name.startswith("distrust") and any(name in r for r in rounds)]
     lines = _verdicts_of_mlx(rounds)
-    if not any(OURS in found for found in rounds):
+    if not any(OURS in figures for figures in rounds):
         return lines
-    for key, wanted, words in (
+    for key, target, words in (
         ("speed", FASTER, "times as fast as the fastest peer"),
         ("peak_mib", SMALLER, "of the memory of the leanest peer"),
     ):
         medians = {name: _median(_ratios(rounds, OURS, name, key)) for name in peers}
-        found = {name: ratio for name, ratio in medians.items() if ratio is not None}
-        if not found:
+        ratios = {name: ratio for name, ratio in medians.items() if ratio is not None}
+        if not ratios:
             continue
-        hardest = (min if key == "speed" else max)(found, key=found.__getitem__)
-        good = found[hardest] >= wanted if key == "speed" else found[hardest] <= wanted
-        lines.append(f"{found[hardest]:.2f} {words}, {hardest} (aim {wanted}: {_verdict(good)})")
+        hardest = (min if key == "speed" else max)(ratios, key=ratios.__getitem__)
+        reached = ratios[hardest] >= target if key == "speed" else ratios[hardest] <= target
+        lines.append(f"{ratios[hardest]:.2f} {words}, {hardest} (aim {target}: {_verdict(reached)})")
     weighing = _median(_ratios(rounds, OFF, OURS, "speed"))
     if weighing is not None:
         lines.append(f"weighting costs {100 * (weighing - 1):.1f} % (aim: under {WEIGHTING_PERCENT:g} %)")
@@ -201,7 +201,9 @@ def _verdict(good: bool) -> str:
 
 
 def _ratios(rounds: Sequence[Round], above: str, below: str, key: str) -> list[float]:
-    return [found[above][key] / found[below][key] for found in rounds if {above, below} <= found.keys()]
+    return [
+        figures[above][key] / figures[below][key] for figures in rounds if {above, below} <= figures.keys()
+    ]
 
 
 def _median(ratios: Sequence[float]) -> float | None:

@@ -1,10 +1,10 @@
-"""What the loss of a large vocabulary takes: all logits at once, or in chunks.
+"""What the loss of a large vocabulary costs: all logits at once, or in chunks.
 
     python -m benchmarks.training.loss
     python -m benchmarks.training.loss --vocabulary 262144 --tokens 4096 --width 2048
 
-Each way in fresh processes in turn: the products of the head, the cross-entropy with a weight for each token,
-and the way back to what goes into the head. Memory is the most of the process beyond what it had before.
+Each method runs in fresh processes in turn: the products of the head, the weighted cross-entropy of each
+token, and the gradient of the head's inputs. Memory is the peak of the process above its level before.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ WAYS = ("all logits", "in chunks")
 
 
 def main() -> int:
-    """Measure both ways, and compare what they give."""
+    """Measure both methods, and compare their results."""
     options = _options()
-    if options.way:
+    if options.method:
         print(json.dumps(_one(options)))
         return 0
-    figures: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
+    figures: dict[str, list[dict[str, Any]]] = {method: [] for method in WAYS}
     for _ in range(options.rounds):
-        for way in WAYS:
-            figures[way].append(_child(way))
+        for method in WAYS:
+            figures[method].append(_child(method))
     table = Table(title=f"{options.tokens:,} tokens, a vocabulary of {options.vocabulary:,}, float32")
-    for heading in ("way", "seconds", "memory MiB", "loss", "norm of the gradient"):
-        table.add_column(heading, justify="left" if heading == "way" else "right")
-    for way, found in figures.items():
-        middle = {name: statistics.median(each[name] for each in found) for name in found[0]}
+    for heading in ("method", "seconds", "memory MiB", "loss", "norm of the gradient"):
+        table.add_column(heading, justify="left" if heading == "method" else "right")
+    for method, runs in figures.items():
+        middle = {name: statistics.median(each[name] for each in runs) for name in runs[0]}
         table.add_row(
-            way,
+            method,
             f"{middle['seconds']:.2f}",
             f"{middle['bytes'] / 2**20:,.0f}",
             f"{middle['loss']:.6f}",
@@ -52,16 +52,16 @@ def main() -> int:
     return 0
 
 
-def _child(way: str) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "benchmarks.training.loss", *sys.argv[1:], "--way", way],
+def _child(method: str) -> dict[str, Any]:
+    process = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "benchmarks.training.loss", *sys.argv[1:], "--method", method],
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
-    if done.returncode != 0:
-        raise SystemExit(done.stderr)
-    figures: dict[str, Any] = json.loads(done.stdout)
+    if process.returncode != 0:
+        raise SystemExit(process.stderr)
+    figures: dict[str, Any] = json.loads(process.stdout)
     return figures
 
 
@@ -76,8 +76,8 @@ def _one(options: argparse.Namespace) -> dict[str, float]:
     hidden = torch.randn(options.tokens, options.width, requires_grad=True)
     targets = torch.randint(options.vocabulary, (options.tokens,))
     scales = torch.rand(options.tokens) / options.tokens
-    before, began = _most_bytes(), time.perf_counter()
-    if options.way == "in chunks":
+    peak_before, began = _most_bytes(), time.perf_counter()
+    if options.method == "in chunks":
         loss, _ = chunked_losses(hidden, head, targets, scales)
     else:
         loss = (token_losses(head(hidden), targets) * scales).sum()
@@ -86,7 +86,7 @@ def _one(options: argparse.Namespace) -> dict[str, float]:
     assert hidden.grad is not None
     return {
         "seconds": seconds,
-        "bytes": _most_bytes() - before,
+        "bytes": _most_bytes() - peak_before,
         "loss": float(loss),
         "norm": float(hidden.grad.norm()),
     }
@@ -106,7 +106,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--width", type=int, default=576)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--method", choices=WAYS, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 

@@ -52,22 +52,29 @@ def our_config(work: Work, **options: Any) -> TrainConfig:
 
 
 def ours(work: Work, clock: Clock, **options: Any) -> None:
-    from distrust import DistrustTrainer
+    from distrust import DistrustTrainer, engines
     from distrust.training.events import StepEnded
 
     config = our_config(work, max_steps=work.last_step, save_every=0, **options)
-    trainer = DistrustTrainer(config, observers=[lambda event: watch(event)])
-    texts: list[int] = []
+    examples = [0]  # of the step in progress
+
+    def create(config: Any) -> Any:
+        engine = engines.create_engine(config)
+        micro_step = engine.micro_step
+
+        def count(batch: Any, *, tokens: int) -> Any:
+            examples[0] += len(batch.examples)
+            return micro_step(batch, tokens=tokens)
+
+        engine.micro_step = count  # type: ignore[method-assign]
+        return engine
 
     def watch(event: Any) -> None:
         if isinstance(event, StepEnded):
-            if not texts:  # a text has one token that is not learned, its first
-                batches = trainer._plan.batches
-                texts.extend(
-                    sum(len(b.examples) for b in batches.step(s)) for s in range(1, work.last_step + 1)
-                )
-            clock.step(event.tokens + texts[event.step - 1])
+            clock.step(event.tokens + examples[0])  # the first token of an example is not trained
+            examples[0] = 0
 
+    trainer = DistrustTrainer(config, engine=create, observers=[watch])
     trainer.train()
 
 
@@ -121,7 +128,7 @@ def _arguments(work: Work, batch_size: int) -> dict[str, Any]:
     }
 
 
-def _watched(trainer_class: Any, clock: Clock) -> Any:
+def _with_clock(trainer_class: Any, clock: Clock) -> Any:
     class Watched(trainer_class):  # type: ignore[misc]
         """Says after each step how many of its tokens were no padding."""
 
@@ -160,7 +167,7 @@ def transformers_trainer(work: Work, clock: Clock, **more: Any) -> None:
         },
         remove_columns=data.column_names,
     )
-    trainer = _watched(Trainer, clock)(
+    trainer = _with_clock(Trainer, clock)(
         model=get_peft_model(model, _lora()),
         args=TrainingArguments(**_arguments(work, work.texts), **more),
         train_dataset=data,
@@ -182,7 +189,7 @@ def trl(work: Work, clock: Clock, *, packing: bool) -> None:
         ["text"]
     )
     arguments = _arguments(work, work.rows if packing else work.texts)
-    trainer = _watched(SFTTrainer, clock)(
+    trainer = _with_clock(SFTTrainer, clock)(
         model=model,
         args=SFTConfig(**arguments, packing=packing, max_length=work.row),
         train_dataset=data,

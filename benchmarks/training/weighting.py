@@ -3,10 +3,10 @@
     python -m benchmarks.training.weighting
     python -m benchmarks.training.weighting --size 135M --pairs 10 --threads 1
 
-One process and one model make every step twice: the batches made, forward, backward, clipping and the
-optimizer's update, once with the weights of ``--weighting monotone`` and once with those of ``off``; which
-one comes first alternates. What else the machine does falls on both, so the ratio of a pair says more than
-two runs. The interval is of the median, by resampling the pairs.
+One process and one model make every step twice: batches, forward, backward, clipping and the optimizer's
+update, once with the weights of ``--weighting monotone`` and once with those of ``off``, in alternating
+order. Other load on the machine affects both, so the ratio of a pair is more exact than two runs. The
+confidence interval of the median comes from resampling the pairs.
 """
 
 from __future__ import annotations
@@ -49,20 +49,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
             row=min(512, options.tokens),
             threads=options.threads,
         )
-        configs = {way: _config(work, way) for way in WAYS}
+        configs = {weighting: _config(work, weighting) for weighting in WAYS}
         engine = engines.create_engine(configs["monotone"])
-        plans = {way: _plan(config, engine) for way, config in configs.items()}
+        plans = {weighting: _plan(config, engine) for weighting, config in configs.items()}
         for step in range(1, WARMUP + 1):
             _seconds(engine, plans["monotone"], step)
         pairs = []
         for pair in track(range(options.pairs), "pairs", console=console, transient=True):
             step = WARMUP + 1 + pair
             order = WAYS if pair % 2 else WAYS[::-1]
-            pairs.append({way: _seconds(engine, plans[way], step) for way in order})
+            pairs.append({weighting: _seconds(engine, plans[weighting], step) for weighting in order})
     ratios = [pair["monotone"] / pair["off"] for pair in pairs]
     low, high = _interval(ratios)
-    for way in WAYS:
-        console.print(f"{way}: {statistics.median(pair[way] for pair in pairs):.4f} seconds a step (median)")
+    for weighting in WAYS:
+        console.print(
+            f"{weighting}: {statistics.median(pair[weighting] for pair in pairs):.4f} seconds a step (median)"
+        )
     percent = 100 * (statistics.median(ratios) - 1)
     reached = "reached" if high < 1 + AIM_PERCENT / 100 else "NOT shown"
     console.print(
@@ -95,7 +97,7 @@ def _plan(config: TrainConfig, engine: Engine) -> PreparedData:
 
 
 def _seconds(engine: Engine, plan: PreparedData, step: int) -> float:
-    """Make a step as the training loop does, batches included: the loop makes them beside the step before."""
+    """Make a step as the training loop does, batches included (the loop prefetches them)."""
     began = time.perf_counter()
     batches = plan.batches.step(step)
     tokens = sum(batch.tokens for batch in batches)
@@ -108,7 +110,7 @@ def _seconds(engine: Engine, plan: PreparedData, step: int) -> float:
 
 
 def _interval(ratios: Sequence[float]) -> tuple[float, float]:
-    """Of the median, 95 %, by the bootstrap."""
+    """The 95 % interval of the median, by the bootstrap."""
     chance = random.Random(0)
     medians = sorted(statistics.median(chance.choices(ratios, k=len(ratios))) for _ in range(RESAMPLED))
     return medians[round(0.025 * RESAMPLED)], medians[round(0.975 * RESAMPLED) - 1]

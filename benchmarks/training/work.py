@@ -1,4 +1,4 @@
-"""The work that every trainer is given: a model with random weights, texts, and as many tokens a step."""
+"""The work that every trainer gets: a model with random weights, texts, and a number of tokens per step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Size:
     Attributes:
         vocab_size: tokens; embeddings are tied.
         warmup_steps: steps that are not measured.
-        steps: steps that are.
+        steps: steps that are measured.
     """
 
     vocab_size: int
@@ -40,15 +40,15 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Work:
-    """What there is to do.
+    """The work.
 
     Attributes:
         folder: with ``model`` and ``data.jsonl``.
         size: of the model.
         dtype: ``float32`` or ``bfloat16``, of the base weights and the arithmetic.
-        tokens: of a step, about.
-        row: of a packed row, and the longest text.
-        mean_length: tokens of a text, on average, its end mark included.
+        tokens: per step, approximately.
+        row: tokens of a packed row, and of the longest text.
+        mean_length: tokens of a text, on average, its end token included.
         threads: of the processor.
     """
 
@@ -62,21 +62,21 @@ class Work:
 
     @property
     def rows(self) -> int:
-        """Packed rows of a step."""
+        """Packed rows per step."""
         return max(1, self.tokens // self.row)
 
     @property
     def texts(self) -> int:
-        """Texts of a step, where they are not packed: as many tokens without padding."""
+        """Texts per step, where they are not packed: as many tokens without padding."""
         return max(1, round(self.tokens / self.mean_length))
 
     @property
     def last_step(self) -> int:
-        """Steps made in all."""
+        """Total number of steps."""
         return self.size.warmup_steps + self.size.steps
 
     def as_json(self) -> str:
-        """For a child."""
+        """As JSON, for a child process."""
         return json.dumps({**asdict(self), "folder": str(self.folder)})
 
 
@@ -88,7 +88,7 @@ def from_json(text: str) -> Work:
 
 
 def make(folder: Path, *, size: str, dtype: str, tokens: int, row: int, threads: int, seed: int = 0) -> Work:
-    """Make model and data; the lengths of the texts are log-normal, as those of instructions are."""
+    """Write model and data; the lengths of the texts are log-normal, like those of instructions."""
     shape = SIZES[size]
     words = [f"w{number}" for number in range(shape.vocab_size - 3)]
     chance = random.Random(seed)
@@ -97,7 +97,7 @@ def make(folder: Path, *, size: str, dtype: str, tokens: int, row: int, threads:
     ]
     with (folder / "data.jsonl").open("w", encoding="utf-8") as file:
         for length in lengths:
-            # Small numbers more often than large ones, as words are.
+            # small numbers are more frequent than large ones, like words
             text = " ".join(words[int(len(words) * chance.random() ** 3)] for _ in range(length))
             source = {
                 "authority_weight": round(chance.uniform(0, 0.99), 3),

@@ -136,7 +136,7 @@ def _check_log(log: Log, result: str | SaveFailed | None) -> None:
 def _check_message(error: SaveFailed, directory: Path) -> None:
     """The message of the error that stops a run says what is saved."""
     text, steps = str(error), CheckpointManager(directory).list_checkpoints()
-    allowed = ["cannot be found any more", "nothing was saved yet"]
+    allowed = ["no longer exists", "nothing was saved yet"]
     allowed += [f"step {step} is saved" for step in steps]
     if "\n" in text or not any(phrase in text for phrase in allowed):
         raise CounterExample(f"steps {steps} exist, and the message is: {text}")

@@ -1,9 +1,9 @@
-"""What is promised of ``distrust.importers.convert``, whatever it is given.
+"""What ``distrust.importers.convert`` promises, whatever it is given.
 
-- Each checkpoint has an outcome, in one line. An error is raised only where nothing can be converted.
-- What is read is left alone: each file as it was, and nothing beside it.
-- What was converted verifies, under the digest that was told; the same call again finds it there. For what
-  was not, nothing stands in the target.
+- Each checkpoint has an outcome in one line. An error is raised only if nothing can be converted.
+- The source stays as it was, and nothing appears next to it.
+- A converted checkpoint verifies under the reported digest, and converting again finds it. The target
+  contains nothing else.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from distrust.checkpoint.lock import LOCK_NAME
 from distrust.errors import DistrustError
 from distrust.importers.convert import ConvertedCheckpoint, convert, target_directory
 
-#: Larger files are sparse: who has no memory for such a one has not taken it for what it is not.
-_LARGE_BYTES = 1 << 30
+#: Larger files are sparse: refusing to load one for lack of memory is right.
+_SPARSE_BYTES = 1 << 30
 
 
 @contextlib.contextmanager
 def target(directory: Path) -> Iterator[Path]:
-    """A run that is not there yet, and is gone afterwards."""
+    """A run that does not exist yet, and is removed afterwards."""
     path = directory / "converted"
     corruptions.clear(path)
     try:
@@ -44,71 +44,75 @@ def target(directory: Path) -> Iterator[Path]:
 
 
 def convert_and_check(source: Path, to: Path, *, model: str | None = None) -> list[ConvertedCheckpoint]:
-    """Convert; what came of it keeps every promise.
+    """Convert a hostile checkpoint, and check every promise.
 
     Args:
-        source: what is hostile.
-        to: a run that is not there yet.
+        source: of the hostile checkpoint.
+        to: a run that does not exist yet.
         model: the base model, if it is given.
 
     Raises:
-        CounterExample: if a promise was not kept.
+        CounterExample: if a promise was broken.
         DistrustError: if nothing can be converted.
     """
-    before = as_it_lies(source)
+    original = _snapshot(source)
     try:
         with only_documented_errors("convert"):
-            done = convert(source, to, model=model)
+            results = convert(source, to, model=model)
     finally:
-        require(as_it_lies(source) == before, "convert: what was read is not as it was")
-    for one in done:
-        _require_told(one, before)
-        _require_standing(one)
-    directory = target_directory(to)
-    there = {path.name for path in directory.glob("*")} - {LOCK_NAME}
-    well = {one.target.name for one in done if one.target is not None}
-    require(there == well, f"convert: {sorted(well)} were converted, and {sorted(there)} are there")
-    if well:
+        require(_snapshot(source) == original, "convert: the source is not as it was")
+    for result in results:
+        _require_reported(result, has_sparse=any(size >= _SPARSE_BYTES for _, size, *_ in original.values()))
+        _require_target(result)
+    present = {path.name for path in target_directory(to).glob("*")} - {LOCK_NAME}
+    expected = {result.target.name for result in results if result.target is not None}
+    require(
+        present == expected, f"convert: {sorted(expected)} were converted, but {sorted(present)} are there"
+    )
+    if expected:
         with only_documented_errors("convert again"):
-            again = convert(source, to, model=model)
-        same = [(one.outcome, one.state_digest) for one in again]
-        expected = [("already there" if one.succeeded else one.outcome, one.state_digest) for one in done]
-        require(same == expected, f"convert: {expected}, and the same again: {same}")
-    return done
+            repeated = [(one.outcome, one.state_digest) for one in convert(source, to, model=model)]
+        recognized = [
+            ("already converted" if one.succeeded else one.outcome, one.state_digest) for one in results
+        ]
+        require(repeated == recognized, f"convert: expected {recognized} from a second call, got {repeated}")
+    return results
 
 
-def as_it_lies(path: Path) -> dict[str, Any]:
-    """Everything that is there, links as links: what it is, and what it holds."""
-    found: dict[str, Any] = {}
-    for place in (path, *(path.rglob("*") if os.path.isdir(path) and not path.is_symlink() else ())):
-        if not os.path.lexists(place):
+def _snapshot(root: Path) -> dict[str, Any]:
+    """Every file, folder and link under a path: what it is, and what it holds. Links are not followed."""
+    snapshot: dict[str, Any] = {}
+    for path in (root, *(root.rglob("*") if os.path.isdir(root) and not root.is_symlink() else ())):
+        if not os.path.lexists(path):
             continue
-        status = os.lstat(place)
+        status = os.lstat(path)
         content = ""
-        if place.is_symlink():
-            content = os.readlink(place)
-        elif stat.S_ISREG(status.st_mode) and status.st_size < _LARGE_BYTES:
-            content = hashlib.sha256(place.read_bytes()).hexdigest()
-        found[str(place)] = (status.st_mode, status.st_size, status.st_mtime_ns, status.st_ino, content)
-    return found
+        if path.is_symlink():
+            content = os.readlink(path)
+        elif stat.S_ISREG(status.st_mode) and status.st_size < _SPARSE_BYTES:
+            content = hashlib.sha256(path.read_bytes()).hexdigest()
+        snapshot[str(path)] = (status.st_mode, status.st_size, status.st_mtime_ns, status.st_ino, content)
+    return snapshot
 
 
-def _require_told(one: ConvertedCheckpoint, before: dict[str, Any]) -> None:
-    reason = one.reason or ""
-    long = f"{len(reason):,} characters: {reason[:300]!a}…{reason[-300:]!a}"
-    require(len(reason) <= MESSAGE_CHARACTERS, f"convert: a reason of {long}")
+def _require_reported(result: ConvertedCheckpoint, *, has_sparse: bool) -> None:
+    reason = result.reason or ""
+    excerpt = f"{len(reason):,} characters: {reason[:300]!a}…{reason[-300:]!a}"
+    require(len(reason) <= MESSAGE_CHARACTERS, f"convert: a reason of {excerpt}")
     require("\n" not in reason, f"convert: a reason of several lines: {reason[:500]!a}")
     require_plain("convert: the reason", reason)
-    large = any(size >= _LARGE_BYTES for _, size, *_ in before.values())
-    require("no memory" not in reason or large, f"convert: {reason[:500]}")
+    require("no memory" not in reason or has_sparse, f"convert: {reason[:500]}")
 
 
-def _require_standing(one: ConvertedCheckpoint) -> None:
-    require(one.succeeded is (one.target is not None), f"convert: {one.outcome}, and a target {one.target}")
-    require(one.succeeded or bool(one.reason), f"convert: {one.outcome}, and no reason why")
-    if one.target is not None:
+def _require_target(result: ConvertedCheckpoint) -> None:
+    require(
+        result.succeeded is (result.target is not None),
+        f"convert: {result.outcome}, and a target {result.target}",
+    )
+    require(result.succeeded or bool(result.reason), f"convert: {result.outcome}, without a reason")
+    if result.target is not None:
         try:
-            digest = catalog.verify(one.target).state_digest
+            digest = catalog.verify(result.target).state_digest
         except DistrustError as error:
-            raise CounterExample(f"convert: what was converted does not verify: {error}") from error
-        require(digest == one.state_digest, "convert: told the digest of another state")
+            raise CounterExample(f"convert: the converted checkpoint does not verify: {error}") from error
+        require(digest == result.state_digest, "convert: the reported digest is that of another state")

@@ -1,8 +1,8 @@
 """Hostile folders of other programs: of the transformers Trainer, and adapters of peft and of mlx-lm.
 
-Each family harms a good one of some kind, made once. The older formats are among the kinds, with weights
-that fit the model: what is wrong in them may be seen by an engine only. Each is converted
-(``converting``), and what was converted is trained on (``training``).
+Each family changes a valid one of some kind, made once. The older formats are among the kinds, with weights
+that fit the model: some of their faults only an engine can detect. Each is converted (``converting``), and a
+run resumes from the result (``training``).
 """
 
 from __future__ import annotations
@@ -26,26 +26,27 @@ import numpy as np
 from campaigns.fuzz import corruptions, families, older
 from distrust.bundled import MODEL
 
-#: Steps that were made of each that has an optimizer.
+#: Steps of each fixture that has an optimizer.
 STEPS = 3
 RANK = 2
 _STATE, _OPTIMIZER = "trainer_state.json", "optimizer.pt"
 _JSON = (_STATE, "adapter_config.json", "config.json", "metadata.json")
 _TENSORS = ("adapter_model.safetensors", "adapters.safetensors", "model.safetensors")
-#: More than an adapter's config may have.
+_OLDER = ("directory", *older.FORMS)
+#: More than the largest JSON that is read.
 _LARGE_TEXT = b" " * (5 << 20)
 _NUMBERS = (0.0, -1.0, 1e-45, 3e38, float("inf"), float("nan"))
 
 
 class Fixtures(NamedTuple):
-    """The good ones.
+    """Valid folders and files.
 
     Attributes:
         base: folder of the model that all of them were trained on.
-        kinds: by name, where one is, under the name that it has to have.
-        fields: what an older format says beside its arrays.
+        kinds: where each kind is.
+        fields: the metadata of the older formats.
         weights: of the adapter, by peft's names.
-        moments: by the letter of the moment and a name.
+        moments: by the letter of the moment and a name of peft.
     """
 
     base: Path
@@ -56,12 +57,12 @@ class Fixtures(NamedTuple):
 
 
 class Victim(NamedTuple):
-    """One that is to be harmed.
+    """A copy of a fixture, to be changed.
 
     Attributes:
         path: of the copy; its folder has room for more.
         kind: of it.
-        good: what it was made of.
+        good: the fixtures.
         rng: every random choice.
     """
 
@@ -76,12 +77,12 @@ class Victim(NamedTuple):
         return self.path.parent / "unpickled"
 
     def sign(self) -> None:
-        """Give it the checksums that are right, if it has some."""
+        """Correct its checksums, if it has any."""
         if self.kind == "directory":
             older.sign(self.path)
 
     def one_of(self, names: tuple[str, ...]) -> Path:
-        """One of these files that is there."""
+        """One of these files that exists."""
         return self.rng.choice([file for name in names if (file := self.path / name).exists()])
 
     def any_file(self) -> Path:
@@ -98,10 +99,10 @@ def base_of(directory: Path) -> Path:
 
 
 def make(directory: Path) -> Fixtures:
-    """A model of one narrow layer, and one of each kind that was trained on it.
+    """Make a model of one narrow layer, and one checkpoint of each kind trained on it.
 
     Args:
-        directory: where they are written; it may hold nothing else.
+        directory: an empty one.
     """
     import torch
     from peft import LoraConfig, get_peft_model
@@ -120,7 +121,7 @@ def make(directory: Path) -> Fixtures:
         shutil.copytree(base, whole)
         _train(model, whole)
         model.save_pretrained(whole)
-        # Of the base as it was saved, not as it is now: the names alone matter.
+        # The adapter is trained on the saved base model, not on the trained one.
         lora = LoraConfig(r=RANK, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
         adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), lora)
         trainer.mkdir(parents=True)
@@ -130,19 +131,21 @@ def make(directory: Path) -> Fixtures:
     names = {n: n.replace(".default", "") for n, p in adapted.named_parameters() if p.requires_grad}
     weights = {names[n]: p.detach().numpy().copy() for n, p in adapted.named_parameters() if n in names}
     moments = {f"{name[:2]}{names[name[2:]]}": array for name, array in moments.items()}
-    good = Fixtures(base, {}, _fields(), weights, moments)
-    good.kinds.update({"trainer": trainer, "whole": whole, "peft": adapter})
+    fields = {**older.FIELDS, "step": STEPS, "optimizer_scalars": {"step": STEPS, "learning_rate": 2e-4}}
+    fixtures = Fixtures(base, {}, fields, weights, moments)
+    fixtures.kinds.update({"trainer": trainer, "whole": whole, "peft": adapter})
     if find_spec("mlx_lm") is not None:
-        good.kinds["mlx-lm"] = _mlx_adapter(good, directory / "mlx-lm" / "adapter")
-    for kind, name in (("directory", "checkpoint-3"), ("byte tensors", "checkpoint-3.safetensors")):
-        good.kinds[kind] = directory / kind / name
-        good.kinds[kind].parent.mkdir()
-        _write_older(good.kinds[kind], kind, good.fields, good.weights, good.moments)
-    return good
+        fixtures.kinds["mlx-lm"] = _mlx_adapter(fixtures, directory / "mlx-lm" / "adapter")
+    for kind in _OLDER:
+        name = "checkpoint-3" if kind == "directory" else "checkpoint-3.safetensors"
+        fixtures.kinds[kind] = directory / kind / name
+        fixtures.kinds[kind].parent.mkdir()
+        _write_older(fixtures.kinds[kind], kind, fields, weights, moments)
+    return fixtures
 
 
 def _train(model: Any, folder: Path) -> dict[str, Any]:
-    """Some steps of AdamW on noise, saved as the Trainer does; returns the moments by name."""
+    """Make some steps of AdamW on noise, saved as the Trainer does; returns the moments by name."""
     import torch
 
     trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
@@ -163,82 +166,57 @@ def _train(model: Any, folder: Path) -> dict[str, Any]:
     state = {"global_step": STEPS, "max_steps": 9, "epoch": 1.5, "num_input_tokens_seen": 96}
     (folder / _STATE).write_text(json.dumps({**state, "best_metric": None, "log_history": log}))
     return {
-        f"{moment}.{name}": optimizer.state[value][part].numpy().copy()
+        f"{letter}.{name}": optimizer.state[value][moment].numpy().copy()
         for name, value in trained.items()
-        for moment, part in (("m", "exp_avg"), ("v", "exp_avg_sq"))
+        for letter, moment in (("m", "exp_avg"), ("v", "exp_avg_sq"))
     }
 
 
-def _mlx_adapter(good: Fixtures, path: Path) -> Path:
+def _mlx_adapter(fixtures: Fixtures, path: Path) -> Path:
     path.mkdir(parents=True)
-    arrays = {
-        _as_in_mlx(name): ("F32", [*array.T.shape], array.T.tobytes()) for name, array in good.weights.items()
-    }
-    (path / "adapters.safetensors").write_bytes(corruptions.pack_safetensors(arrays))
-    described = {"rank": RANK, "scale": 4.0, "dropout": 0.0, "keys": ["self_attn.q_proj"]}
-    config = {"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": described}
+    arrays = {_mlx_name(name): array.T for name, array in fixtures.weights.items()}
+    (path / "adapters.safetensors").write_bytes(_pack(arrays))
+    lora = {"rank": RANK, "scale": 4.0, "dropout": 0.0, "keys": ["self_attn.q_proj"]}
+    config = {"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": lora}
     (path / "adapter_config.json").write_text(json.dumps(config))
     return path
 
 
-def _as_in_mlx(name: str) -> str:
+def _pack(arrays: Mapping[str, Any]) -> bytes:
+    return corruptions.pack_safetensors({name: older.row(array) for name, array in arrays.items()})
+
+
+def _mlx_name(name: str) -> str:
     inner = name.removeprefix("base_model.model.")
     return inner.replace("lora_A.weight", "lora_a").replace("lora_B.weight", "lora_b")
-
-
-def _fields() -> dict[str, Any]:
-    return {
-        "step": STEPS,
-        "timestamp": 1764000010.0,
-        "loss_history": [2.5, 2.25, 2.0],
-        "random_state": {"seed": 7, "numpy": [1, 2, 3]},
-        "metadata": {"best_loss": 1.25, "tokens_seen": 96},
-        "optimizer_scalars": {"step": STEPS, "learning_rate": 2e-4},
-        "config": {"model": {"lora_rank": RANK}},
-    }
 
 
 def _write_older(
     path: Path, kind: str, fields: Any, weights: Mapping[str, Any], moments: Mapping[str, Any]
 ) -> None:
-    """Under the names of mlx-lm."""
-    weights = {_as_in_mlx(name): array.T for name, array in weights.items()}
-    moments = {f"{name[:2]}{_as_in_mlx(name[2:])}": array.T for name, array in moments.items()}
+    """Write an older format, under mlx-lm's names."""
+    weights = {_mlx_name(name): array.T for name, array in weights.items()}
+    moments = {f"{name[:2]}{_mlx_name(name[2:])}": array.T for name, array in moments.items()}
     if kind == "directory":
         corruptions.clear(path)
         older.write_folder(path, fields, weights, moments)
-        return
-    spelled: dict[str, Any] = {"exp_avg": {}, "exp_avg_sq": {}}
-    for name, array in moments.items():
-        numbers = {"shape": [*array.shape], "data": array.astype(float).ravel().tolist()}
-        spelled["exp_avg" if name[0] == "m" else "exp_avg_sq"][name[2:]] = numbers
-    texts = {"_metadata": json.dumps(fields).encode(), "_optimizer": json.dumps(spelled).encode()}
-    rows = {
-        name: (_DTYPES[str(array.dtype)], [*array.shape], array.tobytes()) for name, array in weights.items()
-    }
-    path.write_bytes(
-        corruptions.pack_safetensors(
-            {**rows, **{name: ("U8", [len(text)], text) for name, text in texts.items()}}
-        )
-    )
+    else:
+        path.write_bytes(older.tensor_file(kind, fields, weights, moments))
 
 
-_DTYPES = {"float32": "F32", "float16": "F16", "float64": "F64", "int64": "I64"}
-
-
-def _field(patient: Victim) -> None:
-    """A field of its JSON is any value, or missing, or another's."""
-    file, rng = patient.one_of(_JSON), patient.rng
+def _field(victim: Victim) -> None:
+    """Replace, remove or copy a field of its JSON."""
+    file, rng = victim.one_of(_JSON), victim.rng
     tree = json.loads(file.read_text())
     for _ in range(rng.choice((1, 1, 2))):
         families.replace_one(tree, rng, families.any_value)
     file.write_text(json.dumps(tree))
-    patient.sign()
+    victim.sign()
 
 
-def _text(patient: Victim) -> None:
-    """JSON that no writer makes, or none."""
-    file, rng = patient.one_of(_JSON), patient.rng
+def _text(victim: Victim) -> None:
+    """JSON that no writer produces, or no JSON."""
+    file, rng = victim.one_of(_JSON), victim.rng
     text = file.read_bytes()
     keys = [f'"{key}":'.encode() for key in json.loads(text)]
     file.write_bytes(rng.choice((
@@ -248,12 +226,12 @@ def _text(patient: Victim) -> None:
         text.replace(b"{", b'{"a":"' + b"\\u0000" * 100_000 + b'",', 1), b"", b"\0" * len(text),
         text.decode().encode("utf-16"), b"\xef\xbb\xbf" + text,
     )))  # fmt: skip
-    patient.sign()
+    victim.sign()
 
 
-def _header(patient: Victim) -> None:
-    """A header of tensors that says something else, or is not as long as it says."""
-    file, rng = patient.one_of(_TENSORS), patient.rng
+def _header(victim: Victim) -> None:
+    """A safetensors header with a changed field or a wrong length."""
+    file, rng = victim.one_of(_TENSORS), victim.rng
     raw = file.read_bytes()
     end = 8 + int.from_bytes(raw[:8], "little")
     fields = json.loads(raw[8:end])
@@ -265,9 +243,9 @@ def _header(patient: Victim) -> None:
     file.write_bytes(length.to_bytes(8, "little") + text + raw[end:])
 
 
-def _tensors(patient: Victim) -> None:
-    """Whole tensors of another name, shape, dtype or value."""
-    file, rng = patient.one_of(_TENSORS), patient.rng
+def _tensors(victim: Victim) -> None:
+    """Tensors with another name, shape, dtype or value."""
+    file, rng = victim.one_of(_TENSORS), victim.rng
     raw = file.read_bytes()
     end = 8 + int.from_bytes(raw[:8], "little")
     fields = {name: field for name, field in json.loads(raw[8:end]).items() if name != "__metadata__"}
@@ -275,14 +253,11 @@ def _tensors(patient: Victim) -> None:
         name: np.frombuffer(raw[end:][slice(*field["data_offsets"])], np.float32).reshape(field["shape"])
         for name, field in fields.items()
     }
-    _harm_arrays(arrays, rng)
-    rows = {
-        name: (_DTYPES[str(array.dtype)], [*array.shape], array.tobytes()) for name, array in arrays.items()
-    }
-    file.write_bytes(corruptions.pack_safetensors(rows))
+    _change_arrays(arrays, rng)
+    file.write_bytes(_pack(arrays))
 
 
-def _harm_arrays(arrays: dict[str, Any], rng: Random) -> None:
+def _change_arrays(arrays: dict[str, Any], rng: Random) -> None:
     for _ in range(rng.choice((1, 1, 2))):
         name = rng.choice(sorted(arrays))
         array = arrays[name]
@@ -311,61 +286,63 @@ def _harm_arrays(arrays: dict[str, Any], rng: Random) -> None:
             arrays[name] = np.ascontiguousarray(rng.choice(shapes)).astype(np.float32)
 
 
-def _older_arrays(patient: Victim) -> None:
-    """Weights, or moments, of an older format that do not fit."""
-    if patient.kind not in ("directory", "byte tensors"):
-        raise LookupError("no older format")
-    weights, moments = dict(patient.good.weights), dict(patient.good.moments)
-    _harm_arrays(patient.rng.choice((weights, moments, moments)), patient.rng)
-    _write_older(patient.path, patient.kind, patient.good.fields, weights, moments)
+def _require_older(victim: Victim) -> None:
+    if victim.kind not in _OLDER:
+        raise LookupError("not an older format: there is nothing to change")
 
 
-def _older_fields(patient: Victim) -> None:
-    """What an older format says of its optimizer and its run, anything."""
-    if patient.kind not in ("directory", "byte tensors"):
-        raise LookupError("no older format")
-    rng, fields = patient.rng, copy.deepcopy(patient.good.fields)
+def _older_arrays(victim: Victim) -> None:
+    """Weights or moments of an older format that do not match."""
+    _require_older(victim)
+    weights, moments = dict(victim.good.weights), dict(victim.good.moments)
+    _change_arrays(victim.rng.choice((weights, moments, moments)), victim.rng)
+    _write_older(victim.path, victim.kind, victim.good.fields, weights, moments)
+
+
+def _older_fields(victim: Victim) -> None:
+    """Any value in the metadata of an older format."""
+    _require_older(victim)
+    rng, fields = victim.rng, copy.deepcopy(victim.good.fields)
     for _ in range(rng.choice((1, 1, 2))):
         inner = rng.choice(([fields], [fields["optimizer_scalars"]] * 3, [fields["metadata"]]))[0]
         inner[rng.choice([*inner, "step"])] = families.any_value(rng)
-    _write_older(patient.path, patient.kind, fields, patient.good.weights, patient.good.moments)
+    _write_older(victim.path, victim.kind, fields, victim.good.weights, victim.good.moments)
 
 
-def _base_model(patient: Victim) -> None:
-    """The name of its base model leads somewhere else."""
-    file, rng = patient.path / "adapter_config.json", patient.rng
-    described = json.loads(file.read_text())
-    other = patient.path.parent / "base"
-    shutil.copytree(patient.good.base, other)
-    config = other / "config.json"
+def _base_model(victim: Victim) -> None:
+    """Another, damaged or missing base model."""
+    file, rng = victim.path / "adapter_config.json", victim.rng
+    config = json.loads(file.read_text())
+    base = victim.path.parent / "base"
+    shutil.copytree(victim.good.base, base)
+    base_config = base / "config.json"
     kind = rng.randrange(4)
     if kind == 0:
-        corruptions.replace_by_non_file(config, rng)
+        corruptions.replace_by_non_file(base_config, rng)
     elif kind == 1:
-        _field(patient._replace(path=other, kind="base"))
+        _field(victim._replace(path=base, kind="base"))
     elif kind == 2:
-        corruptions.splice(config, rng)
-    names = (
-        [str(other)] * 8 if kind < 3 else [str(config), str(patient.path), "/dev/zero", "/", ".", "/dev/fd"]
-    )
-    described["base_model_name_or_path"] = rng.choice((*names, *families.HOSTILE_TEXTS[:8]))
-    file.write_text(json.dumps(described))
+        corruptions.splice(base_config, rng)
+    paths = [str(base_config), str(victim.path), "/dev/zero", "/", ".", "/dev/fd"]
+    names = [str(base)] * 8 if kind < 3 else paths
+    config["base_model_name_or_path"] = rng.choice((*names, *families.HOSTILE_TEXTS[:8]))
+    file.write_text(json.dumps(config))
 
 
-def _whole_config(patient: Victim) -> None:
-    """The model's own config says something else of its shape."""
-    file, rng = patient.path / "config.json", patient.rng
-    described = json.loads(file.read_text())
+def _whole_config(victim: Victim) -> None:
+    """Another shape in the config of a full model."""
+    file, rng = victim.path / "config.json", victim.rng
+    config = json.loads(file.read_text())
     for _ in range(rng.choice((1, 1, 2))):
-        described[rng.choice(sorted(described))] = families.any_value(rng)
-    file.write_text(json.dumps(described))
+        config[rng.choice(sorted(config))] = families.any_value(rng)
+    file.write_text(json.dumps(config))
 
 
-def _state(patient: Victim) -> None:
-    """A place in the optimizer's state holds something else."""
+def _state(victim: Victim) -> None:
+    """Replace, remove or copy a value of the optimizer's state."""
     import torch
 
-    file, rng = patient.path / _OPTIMIZER, patient.rng
+    file, rng = victim.path / _OPTIMIZER, victim.rng
     state = torch.load(file, weights_only=True)
     for _ in range(rng.choice((1, 1, 2))):
         parent, key = rng.choice(families.locations(state))
@@ -380,44 +357,29 @@ def _state(patient: Victim) -> None:
 
 
 def _any_of_torch(value: Any, rng: Random) -> Any:
-    """Something else in the place of a value: most often a tensor that is nearly right."""
+    """A replacement for a value: usually a tensor that is nearly right."""
     import torch
 
     if type(value) is not torch.Tensor or rng.random() < 0.15:
         return families.any_value(rng)
-    kind = rng.randrange(9)
-    if kind == 0:
-        return torch.full_like(value, rng.choice(_NUMBERS))
-    if kind == 1:
-        return rng.choice(
-            (value.to_sparse() if value.ndim else value, value.to("meta"), value.bool(), value > 0)
-        )
-    if kind == 2:
-        return value.to(
-            rng.choice((torch.float64, torch.bfloat16, torch.int64, torch.complex64, torch.uint8))
-        )
-    if kind == 3:
-        return value.flatten()[:1].expand(rng.choice((1 << 40, 4, 0)))
-    if kind == 4:
-        return value.flatten()[:1].expand(value.shape) if value.ndim else value.expand(2)
-    if kind == 5:
-        return rng.choice((torch.nn.Parameter(value.float()), [value], {0: value}, value.tolist()))
-    if kind == 6:
-        return rng.choice(
-            (value.T if value.ndim == 2 else value[None], value.flatten(), value[None], value.sum())
-        )
-    if kind == 7:
-        return value[:0] if value.ndim else value[None][:0]
-    return torch.randn(rng.choice(((3,), (2, 2, 2), (1, 1), ())))
+    first = value.flatten()[:1]
+    dtypes = (torch.float64, torch.bfloat16, torch.int64, torch.complex64, torch.uint8, torch.bool)
+    kinds: tuple[Callable[[], Any], ...] = (
+        lambda: torch.full_like(value, rng.choice(_NUMBERS)),
+        lambda: rng.choice((value.to_sparse() if value.ndim else value, value.to("meta"))),
+        lambda: value.to(rng.choice(dtypes)),
+        lambda: first.expand(rng.choice((1 << 40, 4, 0))),  # claims more than there is
+        lambda: first.expand(value.shape) if value.ndim else value.expand(2),
+        lambda: rng.choice((torch.nn.Parameter(value.float()), [value], {0: value}, value.tolist())),
+        lambda: rng.choice((value.T if value.ndim == 2 else value[None], value.flatten(), value.sum())),
+        lambda: value[:0] if value.ndim else value[None][:0],
+        lambda: torch.randn(rng.choice(((3,), (2, 2, 2), (1, 1), ()))),
+    )
+    return rng.choice(kinds)()
 
 
 class _Calls:
-    """A pickle of this one calls a function when it is loaded.
-
-    Args:
-        function: by its name.
-        arguments: of it.
-    """
+    """An object whose pickle calls a function when it is loaded."""
 
     def __init__(self, function: Any, *arguments: Any) -> None:
         self._call = (function, arguments)
@@ -426,26 +388,26 @@ class _Calls:
         return self._call
 
 
-def _objects(patient: Victim) -> None:
-    """Objects in the place of tensors: code to run, and calls that torch allows with other arguments."""
+def _objects(victim: Victim) -> None:
+    """Objects instead of tensors: code to run, and functions that torch allows, with hostile arguments."""
     import torch
 
-    file, rng = patient.path / _OPTIMIZER, patient.rng
-    writes: Any = corruptions.WritesFile(patient.canary)
+    file, rng = victim.path / _OPTIMIZER, victim.rng
+    writes: Any = corruptions.WritesFile(victim.canary)
     rebuild = torch._utils._rebuild_tensor_v2
     storage = torch.zeros(4).untyped_storage()
     make_storage: Any = torch.storage.TypedStorage
     typed = make_storage(wrap_storage=storage, dtype=torch.float32, _internal=True)
-    none: Any = collections.OrderedDict()
+    hooks: Any = collections.OrderedDict()
     evil = rng.choice((
-        writes, writes, writes, _Calls(eval, f"open({str(patient.canary)!r}, 'w')"),
-        _Calls(os.mkdir, str(patient.canary)),
-        _Calls(rebuild, typed, 0, (1 << 40,), (1,), False, none),
-        _Calls(rebuild, typed, 1 << 40, (4,), (1,), False, none),
-        _Calls(rebuild, typed, -4, (4,), (1,), False, none),
-        _Calls(rebuild, typed, 0, (-1,), (1,), False, none),
-        _Calls(rebuild, typed, 0, (4,), (-1,), False, none),
-        _Calls(rebuild, typed, 0, (2, 2), (1 << 62, 1), False, none),
+        writes, writes, writes, _Calls(eval, f"open({str(victim.canary)!r}, 'w')"),
+        _Calls(os.mkdir, str(victim.canary)),
+        _Calls(rebuild, typed, 0, (1 << 40,), (1,), False, hooks),
+        _Calls(rebuild, typed, 1 << 40, (4,), (1,), False, hooks),
+        _Calls(rebuild, typed, -4, (4,), (1,), False, hooks),
+        _Calls(rebuild, typed, 0, (-1,), (1,), False, hooks),
+        _Calls(rebuild, typed, 0, (4,), (-1,), False, hooks),
+        _Calls(rebuild, typed, 0, (2, 2), (1 << 62, 1), False, hooks),
         _Calls(bytearray, 1 << 40), _Calls(collections.Counter, "a" * 1000), _Calls(torch.device, "meta"),
         _Calls(getattr, "a", "__class__"),
     ))  # fmt: skip
@@ -458,11 +420,11 @@ def _objects(patient: Victim) -> None:
     torch.save(state, file, _use_new_zipfile_serialization=rng.random() < 0.85)
 
 
-def _archive(patient: Victim) -> None:
-    """The zip around the optimizer's state: packed, doubled, or other than it says."""
-    file, rng = patient.path / _OPTIMIZER, patient.rng
-    with zipfile.ZipFile(file) as there:
-        entries = [(entry.filename, there.read(entry)) for entry in there.infolist()]
+def _archive(victim: Victim) -> None:
+    """The zip around the optimizer's state: compressed, with repeated entries, or inconsistent."""
+    file, rng = victim.path / _OPTIMIZER, victim.rng
+    with zipfile.ZipFile(file) as archive:
+        entries = [(entry.filename, archive.read(entry)) for entry in archive.infolist()]
     method = zipfile.ZIP_STORED
     kind = rng.randrange(7)
     if kind == 0:
@@ -485,31 +447,25 @@ def _archive(patient: Victim) -> None:
     elif kind == 5:  # a bomb
         entries.append((entries[0][0].rpartition("/")[0] + "/data/0", bytes(64 << 20)))
         method = zipfile.ZIP_DEFLATED
-    raw = bytearray(older.zipped(entries, method))
+    raw = bytearray(older.pack_zip(entries, method))
     if kind == 6:
-        records = [found.start() for found in re.finditer(rb"PK(?:\x01\x02|\x03\x04|\x05\x06)", raw)]
-        begin = rng.choice(records)
-        place = begin + rng.choice((4, 8, 10, 12, 16, 18, 20, 22, 24, 26, 28, 30, 42))
-        raw[place : place + 4] = rng.choice((b"\xff" * 4, bytes(4), b"\1\0\0\0", rng.randbytes(4)))
+        records = [match.start() for match in re.finditer(rb"PK(?:\x01\x02|\x03\x04|\x05\x06)", raw)]
+        offset = rng.choice(records) + rng.choice((4, 8, 10, 12, 16, 18, 20, 22, 24, 26, 28, 30, 42))
+        raw[offset : offset + 4] = rng.choice((b"\xff" * 4, bytes(4), b"\1\0\0\0", rng.randbytes(4)))
     file.write_bytes(raw)
 
 
 def _any_file(change: corruptions.Corruption) -> Family:
-    def harmed(patient: Victim) -> None:
-        change(patient.any_file(), patient.rng)
-
-    return harmed
+    return lambda victim: change(victim.any_file(), victim.rng)
 
 
-def _instead(patient: Victim) -> None:
-    """A file of another kind's folder in the place of one, or beside it."""
-    rng = patient.rng
-    others = [
-        file for path in patient.good.kinds.values() if path.is_dir() for file in sorted(path.iterdir())
-    ]
-    file = rng.choice(others)
-    name = file.name if rng.random() < 0.6 else patient.any_file().name
-    shutil.copyfile(file, patient.path / name)
+def _instead(victim: Victim) -> None:
+    """A file of another kind's folder, instead of one of its files or in addition."""
+    rng = victim.rng
+    folders = [path for path in victim.good.kinds.values() if path.is_dir()]
+    file = rng.choice([file for path in folders for file in sorted(path.iterdir())])
+    name = file.name if rng.random() < 0.6 else victim.any_file().name
+    shutil.copyfile(file, victim.path / name)
 
 
 FAMILIES: dict[str, Family] = {

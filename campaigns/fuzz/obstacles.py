@@ -19,7 +19,7 @@ import numpy as np
 from campaigns.campaign import CounterExample
 from campaigns.fuzz import corruptions, costs
 from distrust import Checkpoint, CheckpointManager
-from distrust.checkpoint import catalog
+from distrust.checkpoint.files import checkpoint_file_name
 from distrust.checkpoint.lock import LOCK_NAME
 from distrust.errors import DistrustError, SaveFailed
 
@@ -120,7 +120,7 @@ class Scene:
 
     def file(self, step: int) -> Path:
         """The path of a checkpoint."""
-        return self.inside / catalog.checkpoint_file_name(step, "periodic")
+        return self.inside / checkpoint_file_name(step, "periodic")
 
 
 def _link_in_place(scene: Scene) -> None:

@@ -27,9 +27,9 @@ from campaigns.fuzz import converting
 from campaigns.fuzz.forging import METADATA, Specimen
 from campaigns.fuzz.invariants import bound, only_documented_errors, require_plain, seconds
 from distrust import CheckpointManager
-from distrust.checkpoint import catalog
-from distrust.checkpoint.catalog import CheckpointFile
+from distrust.checkpoint import CheckpointFile, catalog
 from distrust.checkpoint.compare import differences
+from distrust.checkpoint.files import checkpoint_file_name
 from distrust.checkpoint.format import ITEM_SIZES
 from distrust.checkpoint.header import header_length, parse_header
 from distrust.checkpoint.tree import STATE_SECTIONS
@@ -135,10 +135,10 @@ class Directory:
         self.path = path
         self.specimens = specimens
         path.mkdir(parents=True, exist_ok=True)
-        file = path / catalog.checkpoint_file_name(0, "periodic")
+        file = path / checkpoint_file_name(0, "periodic")
         file.write_bytes(valid)
         self.valid = catalog.read_header(file)
-        self.hostile = path / catalog.checkpoint_file_name(1, "periodic")
+        self.hostile = path / checkpoint_file_name(1, "periodic")
 
     def read(self, raw: bytes, answers: Answers) -> None:
         """Write a hostile file, and read it by every method."""

@@ -19,7 +19,7 @@ from campaigns.fuzz import costs, growing, invariants, readers
 from distrust import CheckpointManager
 from distrust.checkpoint import catalog
 from distrust.checkpoint.compare import differences
-from distrust.checkpoint.format import DIGEST_PLACE
+from distrust.checkpoint.format import DIGEST_SLICE
 
 #: Of a forged file, in address space, with what Python's allocator holds in reserve.
 TIMES_ITS_SIZE = 48
@@ -83,7 +83,7 @@ def _measure(name: str, use: str, directory: readers.Directory, size: int) -> co
 def _require_damage_is_cheap(name: str, raw: bytes, directory: readers.Directory) -> None:
     """With one bit of the header flipped, the reader stops at its digest."""
     damaged = bytearray(raw)
-    damaged[DIGEST_PLACE.start] ^= 1
+    damaged[DIGEST_SLICE.start] ^= 1
     directory.hostile.write_bytes(damaged)
     del damaged
     allowed = len(raw) + _DAMAGED_FREE_BYTES

@@ -31,7 +31,7 @@ NAMED = re.compile(
     r"corrupt|\bdamag|checksum|\bcrc|\bdigest|mismatch|truncat|incomplete|\binvalid|malformed|unexpected end"
     r"|end of file|file read failed|\bmissing\b|no such file|not found|does not exist|can't find"
     r"|could not find|deserializ|central directory|data_loss|not covered|unreadable|not a valid"
-    r"|out of range|out of bounds|none of them is whole|none of them is intact|no intact",
+    r"|out of range|out of bounds|none of them is intact",
     re.IGNORECASE,
 )
 #: So does a printed line that an undamaged checkpoint does not cause.

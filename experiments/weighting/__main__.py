@@ -5,9 +5,9 @@
     python -m experiments.weighting --out runs/trial --quick
 
 Trains the bundled model once for each world, method, share of wrong labels and seed, and measures what it
-then prefers. Each result is a line of OUT/results.jsonl; killed and called again, it goes on with what is
-missing. Tables come to OUT/tables.md, and pictures to OUT/weighting.png and OUT/weighting_curve.png (and
-.svg). How long it takes depends on the machine, the results do not: each training has one thread.
+then prefers. Each result is a line of OUT/results.jsonl; called again after a kill, it computes what is
+missing. Tables are written to OUT/tables.md, and plots to OUT/weighting.png and OUT/weighting_curve.png (and
+.svg). The duration depends on the machine, the results do not: each training has one thread.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def main() -> int:
     options = _options()
     training = QUICK if options.quick else Training()
     results = Results(options.out / "results.jsonl", design=digest(training))
-    wanted = list(runs(options.worlds, options.seeds, options.methods))
-    compute(results, wanted, training, jobs=options.jobs, folder=options.out / "work")
+    requested = list(runs(options.worlds, options.seeds, options.methods))
+    compute(results, requested, training, jobs=options.jobs, folder=options.out / "work")
     from experiments.weighting import picture, tables
 
     blocks = tables.blocks(results.all)

@@ -1,6 +1,6 @@
 """The published term as published: added to the loss, as a tensor, before the backward pass.
 
-The product does not do this. It is here to be seen to do nothing.
+The product does not do this. It is here to show that it has no effect.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from distrust.weighting import LAMBDA
 
 
 class AddingPasses(ModelRunner):
-    """Adds λ times the mean over the learned tokens of α·r², the term of each token's example."""
+    """Adds λ times the mean over the trained tokens of α·r², the term of each token's example."""
 
     objectives: list[float]
 
@@ -34,22 +34,23 @@ class AddingPasses(ModelRunner):
 
 
 class AddingEngine(TorchEngine):
-    """The product's engine, but for what its backward pass is called on."""
+    """The product's engine, except for the loss that its backward pass starts from."""
 
-    runner = AddingPasses
+    runner_class = AddingPasses
 
     def __init__(self, config: TrainConfig, objectives: list[float]) -> None:
         super().__init__(config)
-        assert isinstance(self._passes, AddingPasses)
-        self._passes.objectives = objectives
+        assert isinstance(self._runner, AddingPasses)
+        self._runner.objectives = objectives
 
 
 @dataclass
 class Adding:
-    """Makes the engine, and keeps what each of its steps called `backward` on.
+    """Creates the engine, and keeps the value that each micro-step called `backward` on.
 
     Attributes:
-        objectives: of each micro-step: cross-entropy plus the term, nats a token (and a bit of bits).
+        objectives: of each micro-step: cross-entropy plus the term, in nats per token (which adds bits to
+        nats).
     """
 
     objectives: list[float] = field(default_factory=list)

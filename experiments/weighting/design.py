@@ -1,7 +1,8 @@
 """What is run: methods, worlds, and the training that all of them share.
 
-Fixed before the grid was begun, but for one thing: the first seeds showed that clipping took weights back. So
-the product was mended (``--clipping weighted``), what weighs was run anew; ``monotone-plain`` is as it was.
+Fixed before the grid was started, with one exception: the first seeds showed that clipping cancelled part of
+the weights. The product was fixed (``--clipping weighted``), and every weighted method was run again;
+``monotone-plain`` keeps the old clipping.
 
 A *cell* is a method on a world with a share of wrong labels; a *run* is a cell with a seed.
 """
@@ -14,12 +15,12 @@ from dataclasses import dataclass
 METHODS = ("before", "off", "additive", "published", "monotone", "monotone-plain", "filter", "upsample")
 #: Without wrong labels only: what it shows needs no more.
 CLIPPED_PLAINLY = "monotone-plain"
-#: What they do with a batch or with the records does not depend on w and H. (The term that `additive` adds
-#: does, but no gradient does.) They are run once, without wrong labels, and stand for every share of them.
+#: These do not depend on w and H. (The term that `additive` adds does, but no gradient does.) They are run
+#: once, without wrong labels, and stand for every share of them.
 BLIND = ("before", "off", "additive")
-#: The bundled one; and those of `world.py`, by coordinated records for each primary one.
+#: The bundled world; and those of `world.py`, by coordinated records for each primary one.
 WORLDS = {"bundled": None, "1:5": 5, "1:20": 20, "1:50": 50}
-#: Where the added term is trained: it has to give what `off` gives, and needs no more worlds to show it.
+#: Where the added term is trained: it must give what `off` gives, and needs no more worlds to show it.
 ADDITIVE_IN = ("bundled", "1:5")
 WRONG = (0.0, 0.1, 0.3)
 SEEDS = (1, 2, 3, 4, 5)
@@ -41,15 +42,15 @@ class Training:
         return self.steps if world == "bundled" else self.harder_steps
 
 
-#: To see that everything runs: what comes out of it says nothing.
+#: To check that everything runs: its results mean nothing.
 QUICK = Training(steps=2, harder_steps=2, batch_size=2, neutral_records=8)
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A method on a world, with this share of wrong labels, and a seed.
+    """A method on a world, with a share of wrong labels, and a seed.
 
-    The seed is that of the training, and, but for the bundled world, of the world too.
+    The seed is that of the training and, except for the bundled world, of the world too.
     """
 
     world: str
@@ -63,7 +64,7 @@ class Run:
 
 
 def runs(worlds: Iterable[str], seeds: Iterable[int], methods: Iterable[str] = METHODS) -> Iterator[Run]:
-    """All runs, seed by seed: what is there when time is up are whole seeds."""
+    """All runs, seed by seed, so that whole seeds are complete when time is up."""
     worlds, methods = list(worlds), list(methods)
     for seed in seeds:
         for world in worlds:

@@ -1,4 +1,4 @@
-"""Results -> figures: what is measured of each run, and means with intervals over the seeds."""
+"""Results -> figures: the metrics of each run, and means with intervals over the seeds."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ class Estimate:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Estimate:
-        """By Student's t: the values are taken as drawn from a normal distribution."""
+        """By Student's t: the values are assumed to be normally distributed."""
         if len(values) < 2:
             return cls(statistics.fmean(values), math.nan, len(values))
-        freedom = min(len(values) - 1, len(STUDENT))  # of more seeds than the table has: wider, not narrower
+        freedom = min(len(values) - 1, len(STUDENT))  # for more seeds than the table has: wider, not narrower
         half = STUDENT[freedom - 1] * statistics.stdev(values) / math.sqrt(len(values))
         return cls(statistics.fmean(values), half, len(values))
 
 
-def preferred(result: Result) -> float:
-    """Share of the disputed facts whose primary value is the more probable."""
+def primary_share(result: Result) -> float:
+    """Share of the disputed facts whose primary value is more probable."""
     return _share_above_zero(result["disputed"])
 
 
 def sole_kept(result: Result) -> float:
-    """Share of the sole-source facts whose told value is more probable than the foil."""
+    """Share of the sole-source facts whose stated value is more probable than the foil."""
     return _share_above_zero(result["sole"])
 
 
@@ -63,9 +63,9 @@ def neutral_loss(result: Result) -> float:
 
 
 def calibration_error(results: Iterable[Result]) -> float:
-    """ECE: the facts of all seeds by how sure the model is, max(q, 1 - q), in ten bins from 0 to 1.
+    """ECE: the facts of all seeds by the model's confidence, max(q, 1 - q), in ten bins from 0 to 1.
 
-    The mean of |how sure - how often right| over the bins, each by its facts. Right is the primary value.
+    The mean of |confidence - accuracy| over the bins, weighted by their facts. Correct is the primary value.
     """
     bins: list[list[tuple[float, bool]]] = [[] for _ in range(BINS)]
     shares = _shares(results)
@@ -78,10 +78,12 @@ def calibration_error(results: Iterable[Result]) -> float:
 
 
 def of_cell(results: Sequence[Result], world: str, wrong: float, method: str) -> list[Result]:
-    """The results of a cell, by seed. Methods that see no labels have those of right labels."""
+    """The results of a cell, by seed. Methods that use no labels share those of correct labels."""
     wrong = 0.0 if method in BLIND else wrong
-    found = [one for one in results if (one["world"], one["wrong"], one["method"]) == (world, wrong, method)]
-    return sorted(found, key=lambda result: int(result["seed"]))
+    matching = [
+        one for one in results if (one["world"], one["wrong"], one["method"]) == (world, wrong, method)
+    ]
+    return sorted(matching, key=lambda result: int(result["seed"]))
 
 
 def estimate(results: Sequence[Result], measure: Measure) -> Estimate | None:
@@ -90,7 +92,7 @@ def estimate(results: Sequence[Result], measure: Measure) -> Estimate | None:
 
 
 def difference(ours: Sequence[Result], theirs: Sequence[Result], measure: Measure) -> Estimate | None:
-    """Of the same seeds: each seed has a world and an order of its own, which both have seen."""
+    """Within the same seeds: both saw the same world in the same order."""
     by_seed = {result["seed"]: measure(result) for result in theirs}
     pairs = [measure(result) - by_seed[result["seed"]] for result in ours if result["seed"] in by_seed]
     return Estimate.of(pairs) if pairs else None
@@ -101,5 +103,5 @@ def _share_above_zero(facts: Sequence[Sequence[float]]) -> float:
 
 
 def _shares(results: Iterable[Result]) -> list[float]:
-    """Of each disputed fact q = p(primary) / (p(primary) + p(coordinated)), p by mean log-probability."""
+    """For each disputed fact q = p(primary) / (p(primary) + p(coordinated)), p by mean log-probability."""
     return [1 / (1 + math.exp(-fact[0])) for result in results for fact in result["disputed"]]

@@ -1,4 +1,4 @@
-"""The pictures: what each method prefers and keeps; and the weight over w."""
+"""The plots: what each method prefers and keeps; and the weight over w."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from experiments.weighting.design import WORLDS, WRONG
 from experiments.weighting.figures import Measure
 from experiments.weighting.results import Result
 
-#: Colours of Okabe and Ito, apart for the colour-blind; markers tell them apart in grey.
+#: Colours of Okabe and Ito, distinguishable for the colour-blind; markers distinguish them in grey.
 LOOKS = {
     "off": ("#777777", "o", "off: all records alike"),
     "published": ("#d55e00", "s", "published: weight by r²"),
@@ -24,7 +24,7 @@ LOOKS = {
 }
 ENTROPIES = (("#0072b2", "-", 4), ("#009e73", "--", 2), ("#e69f00", "-.", 1), ("#d55e00", ":", 0))
 ROWS: tuple[tuple[str, Measure], ...] = (
-    ("Disputed facts\nwhose primary value is preferred", figures.preferred),
+    ("Disputed facts\nwhose primary value is preferred", figures.primary_share),
     ("Facts that only coordinated\nsources tell, and that are kept", figures.sole_kept),
 )
 
@@ -61,7 +61,7 @@ def draw_results(results: Sequence[Result], path: Path) -> None:
 
 
 def draw_curve(path: Path) -> None:
-    """The weight of an example over w for several H: where r² turns round, and `monotone` does not."""
+    """The weight of an example over w for several H: where r² rises again, and `monotone` does not."""
     figure = _figure(width=9.5, height=4.3)
     panels = figure.subplots(1, 2, sharey=True)
     w = np.linspace(0, MAX_AUTHORITY_WEIGHT, 500)
@@ -90,21 +90,21 @@ def draw_curve(path: Path) -> None:
 
 def _panel(panel: Any, results: Sequence[Result], world: str, measure: Measure) -> None:
     bundled = WORLDS[world] is None
-    for place, (method, (color, marker, _)) in enumerate(LOOKS.items()):
+    for position, (method, (color, marker, _)) in enumerate(LOOKS.items()):
         shares = (0.0,) if bundled else WRONG
-        found = [
+        values = [
             figures.estimate(figures.of_cell(results, world, wrong, method), measure) for wrong in shares
         ]
-        dodge = 0.09 * (place - (len(LOOKS) - 1) / 2)
+        dodge = 0.09 * (position - (len(LOOKS) - 1) / 2)
         points = [
-            (place if bundled else number + dodge, one.mean, one.half)
-            for number, one in enumerate(found)
+            (position if bundled else number + dodge, one.mean, one.half)
+            for number, one in enumerate(values)
             if one is not None
         ]
         if not points:
             continue
         x, mean, half = (np.array(values) for values in zip(*points, strict=True))
-        # A share ends at 0 and 1, whatever the interval of a normal distribution says.
+        # a share ends at 0 and 1, whatever the interval of a normal distribution says
         spread = [np.minimum(half, mean), np.minimum(half, 1 - mean)]
         panel.errorbar(
             x, mean, yerr=np.nan_to_num(spread), color=color, marker=marker, markersize=6, capsize=3,

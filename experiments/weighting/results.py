@@ -1,4 +1,4 @@
-"""Results on disk: a line for each run, durable before the next one counts; none is lost, none made twice."""
+"""Results on disk: one line for each run, durable before the next one counts."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Result = dict[str, Any]
 
 
 def run_of(result: Result) -> Run:
-    """Which run a result is of."""
+    """The run that a result belongs to."""
     return Run(**{name: result[name] for name in Run.__slots__})
 
 
 class Results:
-    """A file of results, of one design.
+    """A file of results of one design.
 
     Raises:
         SystemExit: if it holds results of another design.
@@ -28,18 +28,18 @@ class Results:
     def __init__(self, path: Path, *, design: str) -> None:
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        whole = path.read_bytes() if path.exists() else b""
-        lines = whole[: whole.rfind(b"\n") + 1]  # a writer that was killed left the rest
-        if lines != whole:
+        content = path.read_bytes() if path.exists() else b""
+        lines = content[: content.rfind(b"\n") + 1]  # a killed writer left an incomplete last line
+        if lines != content:
             os.truncate(path, len(lines))
         self.all: list[Result] = [json.loads(line) for line in lines.splitlines()]
         if any(result["design"] != design for result in self.all):
             raise SystemExit(f"{path}: holds results of another design than this one; give another --out")
 
     def missing(self, runs: Iterable[Run]) -> list[Run]:
-        """Those without a result."""
-        done = set(map(run_of, self.all))
-        return [run for run in runs if run not in done]
+        """The runs without a result."""
+        completed = set(map(run_of, self.all))
+        return [run for run in runs if run not in completed]
 
     def add(self, result: Result) -> None:
         """Durable when this returns."""

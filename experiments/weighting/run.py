@@ -1,4 +1,4 @@
-"""One run: make the records, train, measure."""
+"""One run: generate the records, train, measure."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ LAST = 10  # steps whose mean is the training loss at the end
 
 @dataclass(frozen=True, slots=True)
 class Material:
-    """Attributes: the records of a world; questions on disputed facts, and on those of one side alone."""
+    """Attributes: the records of a world; questions on disputed facts, and on sole-source facts."""
 
     records: Records
     disputed: list[Question]
@@ -57,7 +57,7 @@ def chosen(records: Records, method: str, *, seed: int) -> Records:
     """The records that a method trains on.
 
     `filter` keeps those whose weight is more than 1: r > 0. `upsample` repeats each in proportion to its
-    weight, u / min u, rounded up or down at random so that the mean is right. Others keep all.
+    weight, u / min u, rounded up or down at random so that the mean is exact. Others keep all.
     """
     if method not in ("filter", "upsample"):
         return records
@@ -81,7 +81,7 @@ def weights(records: Records) -> np.ndarray[Any, np.dtype[np.float64]]:
 
 
 def config_of(run: Run, training: Training, out: Path) -> TrainConfig:
-    """The same for every method but for the weighting."""
+    """The same for every method except for the weighting."""
     steps = training.steps_of(run.world)
     return TrainConfig(
         out=str(out),
@@ -102,10 +102,10 @@ def config_of(run: Run, training: Training, out: Path) -> TrainConfig:
 
 @cache
 def digest(training: Training) -> str:
-    """Of what all runs are made of: results of different designs are never put into one table.
+    """Digest of everything that all runs share: results of different designs are never put into one table.
 
-    That is the training with every option's default, the worlds, the questions, the neutral text and the
-    base model; not the code that works on them.
+    It covers the training with every option's default, the worlds, the questions, the neutral text and the
+    base model, but not the code that works on them.
     """
     one = Run("1:5", max(WRONG), "monotone", min(SEEDS))
     options = config_of(one, training, Path("out")).with_effect("result")
@@ -116,9 +116,9 @@ def digest(training: Training) -> str:
 
 
 def execute(run: Run, training: Training, folder: Path) -> dict[str, Any] | None:
-    """Train and measure; None if a signal stopped it. What it wrote into `folder` is gone afterwards."""
+    """Train and measure; None if a signal stopped it. Files in `folder` are removed afterwards."""
     began = time.perf_counter()
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+    shutil.rmtree(folder, ignore_errors=True)  # left by a killed run
     world = material(run)
     config = config_of(run, training, folder)
     facts: dict[str, Any] = {}
@@ -161,7 +161,7 @@ def execute(run: Run, training: Training, folder: Path) -> dict[str, Any] | None
 
 
 def neutral_loss(engine: Engine, count: int) -> float:
-    """Plain cross-entropy on neutral text that no corpus has, nats a token: what is forgotten."""
+    """Plain cross-entropy on neutral text that no corpus contains, in nats per token: what is forgotten."""
     corpus = tokenize(neutral_records()[-count:], engine.tokenizer, max_length=256)
     batches = evaluation_batches(corpus, batch_size=64, pad_token_id=0)
     total = sum(float(engine.evaluate(batch).cross_entropy.sum()) for batch in batches)
@@ -170,12 +170,12 @@ def neutral_loss(engine: Engine, count: int) -> float:
 
 @cache
 def neutral_records() -> list[Any]:
-    """Of the base model's own text, what the bundled corpus does not have."""
+    """The base model's own text that is not in the bundled corpus."""
     with CORPUS.open(encoding="utf-8") as file:
         used = {json.loads(line)["text"] for line in file}
     return [one for one in read_records(NEUTRAL) if getattr(one.content, "text", "") not in used]
 
 
 def _plain(beliefs: list[Belief]) -> list[list[float]]:
-    """Of each fact: the margin, and the probability of either value's text."""
+    """For each fact: the margin, and the probability of either value's text."""
     return [[belief.margin, belief.primary, belief.coordinated] for belief in beliefs]

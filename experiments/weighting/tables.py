@@ -1,4 +1,4 @@
-"""The tables of docs/weighting.md, in Markdown, each between markers of its name."""
+"""The tables of docs/weighting.md, in Markdown, each between markers with its name."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def blocks(results: Sequence[Result]) -> dict[str, str]:
     return {
         "runs": _runs(results),
         "additive": _additive(results),
-        "bundled": _bundled(results),
-        "preferred": _harder(results, figures.preferred, _percent),
+        "bundled": _bundled_table(results),
+        "preferred": _harder(results, figures.primary_share, _percent),
         "differences": _differences(results),
         "clipping": _clipping(results),
         "sole": _harder(results, figures.sole_kept, _percent, before=True),
@@ -41,10 +41,10 @@ def blocks(results: Sequence[Result]) -> dict[str, str]:
 
 
 def write_into(path: Path, tables: dict[str, str]) -> None:
-    """Replace what stands between the markers of each table that the file has.
+    """Replace the text between the markers of each table in the file.
 
     Raises:
-        SystemExit: if the file has no marker, or one of a table that is not known.
+        SystemExit: if the file has no marker, or one of an unknown table.
     """
     text = path.read_text(encoding="utf-8")
     named = re.findall(r"<!-- table: (\w+) -->", text)
@@ -53,9 +53,9 @@ def write_into(path: Path, tables: dict[str, str]) -> None:
         raise SystemExit(f"{path}: has no <!-- table: NAME --> of a table that is known; {sorted(unknown)}")
     for name in named:
         begin = f"<!-- table: {name} -->\n"
-        before, _, rest = text.partition(begin)
-        _, end, after = rest.partition("<!-- end -->")
-        text = f"{before}{begin}{tables[name]}\n{end}{after}"
+        head, _, remainder = text.partition(begin)
+        _, end, tail = remainder.partition("<!-- end -->")
+        text = f"{head}{begin}{tables[name]}\n{end}{tail}"
     written = path.with_name(f".{path.name}.new")
     written.write_text(text, encoding="utf-8")
     os.replace(written, path)
@@ -66,11 +66,11 @@ def _runs(results: Sequence[Result]) -> str:
     missing = every - set(map(run_of, results))
     seeds = ", ".join(str(seed) for seed in sorted({result["seed"] for result in results}))
     minutes = sum(result["seconds"] for result in results) / 60
-    left = " The others are missing from the tables: the command goes on with them." if missing else ""
-    more = len(results) - len(every) + len(missing)
+    left = " The others are missing from the tables: the same command computes them." if missing else ""
+    extra = len(results) - len(every) + len(missing)
     return (
         f"The tables are of {len(every) - len(missing)} runs out of {len(every)}"
-        f"{f' and {more} more' if more else ''}, with the seeds {seeds}: {minutes:.0f} "
+        f"{f' and {extra} more' if extra else ''}, with the seeds {seeds}: {minutes:.0f} "
         f"minutes of one thread, on a machine that did other things besides.{left}"
     )
 
@@ -94,19 +94,22 @@ def _additive(results: Sequence[Result]) -> str:
     )
 
 
-def _bundled(results: Sequence[Result]) -> str:
+def _bundled_table(results: Sequence[Result]) -> str:
     rows = []
     for method in METHODS:
-        found = figures.of_cell(results, "bundled", 0.0, method)
-        if found:
+        results_of_method = figures.of_cell(results, "bundled", 0.0, method)
+        if results_of_method:
             measures: list[tuple[Measure, Callable[[Estimate | None], str]]] = [
-                (figures.preferred, _percent),
+                (figures.primary_share, _percent),
                 (figures.primary_probability, _number),
                 (figures.coordinated_probability, _number),
                 (figures.brier, _number),
             ]
-            cells = [form(figures.estimate(found, measure)) for measure, form in measures]
-            error, loss = figures.calibration_error(found), figures.estimate(found, figures.neutral_loss)
+            cells = [form(figures.estimate(results_of_method, measure)) for measure, form in measures]
+            error, loss = (
+                figures.calibration_error(results_of_method),
+                figures.estimate(results_of_method, figures.neutral_loss),
+            )
             rows.append([f"`{method}`", *cells, f"{error:.2f}", _number(loss)])
     headings = ["", "primary preferred", "p(primary)", "p(coordinated)", "Brier", "ECE", "neutral loss"]
     return _table(headings, rows)
@@ -129,17 +132,17 @@ def _harder(
 
 def _calibration(results: Sequence[Result]) -> str:
     def cell(world: str, wrong: float, method: str) -> str:
-        found = figures.of_cell(results, world, wrong, method)
-        return f"{figures.calibration_error(found):.2f}" if found else ""
+        results_of_cell = figures.of_cell(results, world, wrong, method)
+        return f"{figures.calibration_error(results_of_cell):.2f}" if results_of_cell else ""
 
     return _grid(results, COMPARED, cell)
 
 
 def _differences(results: Sequence[Result]) -> str:
     def cell(world: str, wrong: float, method: str) -> str:
-        ours = figures.of_cell(results, world, wrong, "monotone")
-        theirs = figures.of_cell(results, world, wrong, method)
-        return _points(figures.difference(ours, theirs, figures.preferred))
+        monotone = figures.of_cell(results, world, wrong, "monotone")
+        alternative = figures.of_cell(results, world, wrong, method)
+        return _points(figures.difference(monotone, alternative, figures.primary_share))
 
     return _grid(results, [method for method in COMPARED if method != "monotone"], cell, heading="minus `{}`")
 
@@ -149,9 +152,9 @@ def _clipping(results: Sequence[Result]) -> str:
     for world in WORLDS:
         pair = [figures.of_cell(results, world, 0.0, method) for method in (CLIPPED_PLAINLY, "monotone")]
         cells = [
-            form(figures.estimate(found, measure))
-            for measure, form in ((figures.preferred, _percent), (figures.neutral_loss, _number))
-            for found in pair
+            form(figures.estimate(results_of_cell, measure))
+            for measure, form in ((figures.primary_share, _percent), (figures.neutral_loss, _number))
+            for results_of_cell in pair
         ]
         rows.append([world, *cells])
     headings = [
@@ -165,7 +168,7 @@ def _clipping(results: Sequence[Result]) -> str:
 
 
 def _odds(results: Sequence[Result]) -> str:
-    """Of the disputed facts: the weight of all primary records over that of all coordinated ones."""
+    """For the disputed facts: the weight of all primary records over that of all coordinated ones."""
     seeds = sorted({result["seed"] for result in results})
 
     @cache
@@ -177,9 +180,9 @@ def _odds(results: Sequence[Result]) -> str:
         assert ratio is not None
         total: defaultdict[str, float] = defaultdict(float)
         for one in worlds(ratio):
-            disputed = {told.subject for told in one.told if told.kind == "primary"}
-            for told, weight in zip(one.told, _weights(one.corpus(wrong), method), strict=True):
-                total[told.kind] += weight if told.subject in disputed else 0.0
+            disputed = {statement.subject for statement in one.statements if statement.kind == "primary"}
+            for statement, weight in zip(one.statements, _weights(one.corpus(wrong), method), strict=True):
+                total[statement.kind] += weight if statement.subject in disputed else 0.0
         return f"{total['primary'] / total['coordinated']:.2f}" if total["coordinated"] else "no other"
 
     return _grid(results, ("off", "published", "monotone", "filter"), cell)
@@ -197,8 +200,12 @@ def _weights(records: list[dict[str, Any]], method: str) -> list[float]:
 
 def _records(results: Sequence[Result]) -> str:
     def cell(world: str, wrong: float, method: str) -> str:
-        found = figures.of_cell(results, world, wrong, method)
-        return f"{sum(one['records'] for one in found) / len(found):,.0f}" if found else ""
+        results_of_cell = figures.of_cell(results, world, wrong, method)
+        return (
+            f"{sum(one['records'] for one in results_of_cell) / len(results_of_cell):,.0f}"
+            if results_of_cell
+            else ""
+        )
 
     return _grid(results, ("off", "filter", "upsample"), cell)
 

@@ -1,4 +1,4 @@
-"""Runs side by side, each worker with a thread of its own and the libraries loaded once."""
+"""Runs in parallel, each worker with one thread and the libraries loaded once."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from experiments.weighting.results import Result, Results
 
 
 def compute(results: Results, wanted: Sequence[Run], training: Training, *, jobs: int, folder: Path) -> None:
-    """Make the runs that have no result yet, and add theirs as they come.
+    """Make the runs that have no result yet, and add each result when it is complete.
 
     Raises:
-        SystemExit: if it is stopped; what was added is kept.
+        SystemExit: if it is stopped; results that were added are kept.
     """
     missing = results.missing(wanted)
     if not missing:
@@ -31,25 +31,25 @@ def compute(results: Results, wanted: Sequence[Run], training: Training, *, jobs
             workers.submit(_execute, run, training, folder / str(number))
             for number, run in enumerate(missing)
         ]
-        for done, future in enumerate(as_completed(pending), start=1):
+        for completed, future in enumerate(as_completed(pending), start=1):
             run, result = future.result()
             if result is None:
-                raise SystemExit(f"stopped at {run}; the same command goes on")
+                raise SystemExit(f"stopped at {run}; the same command resumes")
             results.add(result)
-            left = (time.perf_counter() - began) / done * (len(missing) - done)
+            left = (time.perf_counter() - began) / completed * (len(missing) - completed)
             print(
-                f"{len(wanted) - len(missing) + done}/{len(wanted)} {run}: {result['seconds']:.0f} s; "
+                f"{len(wanted) - len(missing) + completed}/{len(wanted)} {run}: {result['seconds']:.0f} s; "
                 f"about {left / 60:.0f} min left",
                 file=sys.stderr,
                 flush=True,
             )
     except KeyboardInterrupt:
-        raise SystemExit("stopped; the same command goes on") from None
+        raise SystemExit("stopped; the same command resumes") from None
     finally:
         workers.shutdown(cancel_futures=True)
 
 
 def _execute(run: Run, training: Training, folder: Path) -> tuple[Run, Result | None]:
-    from experiments.weighting.run import execute  # the libraries, in the worker alone
+    from experiments.weighting.run import execute  # the libraries, in the worker only
 
     return run, execute(run, training, folder)

@@ -1,17 +1,18 @@
 """The harder world: the dispute of the bundled one, in many wordings, and with labels that may be wrong.
 
 Everything in it is invented. A *disputed* fact has a few primary records that state one value, and 5, 20 or
-50 times as many coordinated ones that repeat another. A *sole-source* fact stands in coordinated records
-alone, and nobody disputes it. Neutral records are about other things; they alone also use the phrasings of
-the questions.
+50 times as many coordinated ones that repeat another. A *sole-source* fact occurs in coordinated records
+only, and nobody disputes it. Neutral records are about other things; only they use the phrasings of the
+questions.
 
-A claim is put together from an opening, a frame (the order of its parts), a verb and a closing. No two
-records of a fact have the same four. Half of the records open in a way that only their kind of source has,
-and half carry its remark: a model may learn to tell what sources say from what is so.
+A claim consists of an opening, a frame (the order of its parts), a verb and a closing. No two records of a
+fact have the same four. Half of the records open in a way that only their kind of source uses, and half carry
+its
+remark: a model may learn to tell what sources say from what is true.
 
-The labels w and H are drawn from the range of the record's kind of source. Each record also has a *wrong*
-label, drawn from another kind's range. Which records get theirs is one order for each world, so that the
-wrong ones of 10% are among those of 30%, and the texts are the same whatever the labels.
+The labels w and H are sampled from the range of the record's kind of source. Each record also has a *wrong*
+label, sampled from another kind's range. Which records get theirs follows one order for each world, so that
+the wrong ones of 10% are among those of 30%, and the texts are the same whatever the labels.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ DISPUTED, SOLE, NEUTRAL_THINGS = 12, 6, 18
 PRIMARY_PER_FACT = 2
 RECORDS_PER_SOLE_FACT = 10
 CLAIMS_PER_NEUTRAL_THING, ANSWERS_PER_NEUTRAL_THING = 2, 2
-#: How often a record has an opening that its source alone has, a remark of its source, and a closing.
+#: How often a record has an opening that only its source uses, a remark of its source, and a closing.
 OWN_OPENING, REMARK, CLOSING = 0.5, 0.5, 0.5
 
 Kind = Literal["primary", "coordinated", "neutral"]
@@ -47,7 +48,7 @@ MISTAKEN_FOR: dict[Kind, tuple[Kind, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A kind of source, with the openings and the remark that it alone has."""
+    """A kind of source, with the openings and the remark that only it uses."""
 
     name: str
     openings: tuple[str, ...]
@@ -70,7 +71,7 @@ SOURCES: dict[Kind, tuple[Source, ...]] = {
         Source("catalogue", ("listed here: ", "in this part "), "Catalogue, part {n}."),
     ),
 }
-#: Article, whether the name has a capital, endings of names, and properties with their units.
+#: Article, whether the name is capitalized, endings of names, and properties with their units.
 KINDS = (
     ("", False, ("ovane", "yrite", "uline", "axol", "emide"),
      (("melting point", "K"), ("molar mass", "g/mol"), ("heat of fusion", "J/g"))),
@@ -109,7 +110,7 @@ CLOSINGS = (
     " as told",
     " by day",
 )
-#: Those of the bundled world: the base model has seen them answered, for things of its own.
+#: Those of the bundled world: the base model has seen them answered, for other things.
 PHRASINGS = (
     "Question: what is the {prop} of {name}? Answer:",
     "Whoever asks for the {prop} of {name} is told:",
@@ -120,7 +121,7 @@ PHRASINGS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Thing:
+class Entity:
     """A thing and one of its properties: values are `lowest` to `highest` of `unit`."""
 
     name: str
@@ -135,28 +136,28 @@ class Thing:
     def two_values(self, rng: random.Random) -> tuple[str, str]:
         """Two values that differ from the first digit on, in random order."""
         while True:
-            one, other = self.value(rng), self.value(rng)
-            if one[0] != other[0]:
-                return one, other
+            first, second = self.value(rng), self.value(rng)
+            if first[0] != second[0]:
+                return first, second
 
 
 @dataclass(frozen=True, slots=True)
 class Wording:
-    """How a claim is put."""
+    """The wording of a claim."""
 
     opening: str
     frame: str
     verb: str
     closing: str
 
-    def of(self, thing: Thing, value: str) -> str:
+    def of(self, thing: Entity, value: str) -> str:
         claim = self.frame.format(prop=thing.prop, name=thing.name, verb=self.verb, value=value)
         text = f"{self.opening}{claim}{self.closing}."
         return text[0].upper() + text[1:]
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class Statement:
     """A record, with both labels that it may get.
 
     Attributes:
@@ -164,10 +165,10 @@ class Told:
         kind: of the source.
         source: its name.
         subject: the name of the thing.
-        wording: how the claim is put; None where a question's phrasing is used.
-        right: w and H as the kind of source has them.
-        wrong: as another kind has them.
-        rank: where it stands, 0 to under 1, in the order in which the records of its kind are mislabelled.
+        wording: of the claim; None where a question's phrasing is used.
+        right: w and H of its own kind of source.
+        wrong: w and H of another kind.
+        rank: position, 0 to under 1, in the order in which the records of its kind are mislabelled.
     """
 
     text: str
@@ -179,7 +180,7 @@ class Told:
     wrong: tuple[float, float]
     rank: float = 0.0
 
-    def labelled(self, wrong_share: float) -> dict[str, Any]:
+    def to_record(self, wrong_share: float) -> dict[str, Any]:
         w, h = self.wrong if self.rank < wrong_share else self.right
         return {"text": self.text, "authority_weight": w, "provenance_entropy": h, "source": self.source}
 
@@ -188,17 +189,17 @@ class Told:
 class World:
     """Attributes: the records in the order of the file; the questions, those of a fact together.
 
-    In `disputed`, `primary` is what the primary records state. In `sole`, `primary` is what is told, and
-    `coordinated` a value drawn at random that nobody states.
+    In `disputed`, `primary` is what the primary records state. In `sole`, `primary` is what the coordinated
+    records state, and `coordinated` a random value that nobody states.
     """
 
-    told: tuple[Told, ...]
+    statements: tuple[Statement, ...]
     disputed: tuple[Question, ...]
     sole: tuple[Question, ...]
 
     def corpus(self, wrong_share: float = 0.0) -> list[dict[str, Any]]:
-        """The records, of which this share carries a wrong label."""
-        return [one.labelled(wrong_share) for one in self.told]
+        """The records, of which this share has a wrong label."""
+        return [one.to_record(wrong_share) for one in self.statements]
 
 
 def make_world(seed: int, ratio: int) -> World:
@@ -210,53 +211,57 @@ def make_world(seed: int, ratio: int) -> World:
     def rng(part: str) -> random.Random:
         return random.Random(f"weighting/{seed}/{part}")
 
-    things = _invent_things(DISPUTED + SOLE + NEUTRAL_THINGS, rng("things"))
-    disputed, sole, neutral = things[:DISPUTED], things[DISPUTED : DISPUTED + SOLE], things[DISPUTED + SOLE :]
+    entities = _invent_entities(DISPUTED + SOLE + NEUTRAL_THINGS, rng("things"))
+    disputed, sole, neutral = (
+        entities[:DISPUTED],
+        entities[DISPUTED : DISPUTED + SOLE],
+        entities[DISPUTED + SOLE :],
+    )
     values, wordings, labels = rng("values"), rng(f"wordings/{ratio}"), rng(f"labels/{ratio}")
-    told: list[Told] = []
-    asked: dict[str, list[Question]] = {"disputed": [], "sole": []}
-    for number, thing in enumerate(disputed):
-        primary, coordinated = thing.two_values(values)
+    statements: list[Statement] = []
+    questions: dict[str, list[Question]] = {"disputed": [], "sole": []}
+    for number, entity in enumerate(disputed):
+        primary, coordinated = entity.two_values(values)
         counts: list[tuple[Kind, str, int]] = [
             ("primary", primary, PRIMARY_PER_FACT),
             ("coordinated", coordinated, PRIMARY_PER_FACT * ratio),
         ]
-        told += _claims(thing, counts, wordings, labels)
-        asked["disputed"] += _questions(f"disputed-{number:02}", thing, primary, coordinated)
-    for number, thing in enumerate(sole):
-        value, foil = thing.two_values(values)
-        told += _claims(thing, [("coordinated", value, RECORDS_PER_SOLE_FACT)], wordings, labels)
-        asked["sole"] += _questions(f"sole-{number:02}", thing, value, foil)
-    for thing in neutral:
-        value = thing.value(values)
-        told += _claims(thing, [("neutral", value, CLAIMS_PER_NEUTRAL_THING)], wordings, labels)
-        told += _answers(thing, value, wordings, labels)
-    told = _ranked(told, labels)
-    rng(f"order/{ratio}").shuffle(told)
-    return World(tuple(told), tuple(asked["disputed"]), tuple(asked["sole"]))
+        statements += _claims(entity, counts, wordings, labels)
+        questions["disputed"] += _questions(f"disputed-{number:02}", entity, primary, coordinated)
+    for number, entity in enumerate(sole):
+        value, foil = entity.two_values(values)
+        statements += _claims(entity, [("coordinated", value, RECORDS_PER_SOLE_FACT)], wordings, labels)
+        questions["sole"] += _questions(f"sole-{number:02}", entity, value, foil)
+    for entity in neutral:
+        value = entity.value(values)
+        statements += _claims(entity, [("neutral", value, CLAIMS_PER_NEUTRAL_THING)], wordings, labels)
+        statements += _answers(entity, value, wordings, labels)
+    statements = _rank(statements, labels)
+    rng(f"order/{ratio}").shuffle(statements)
+    return World(tuple(statements), tuple(questions["disputed"]), tuple(questions["sole"]))
 
 
-def _invent_things(count: int, rng: random.Random) -> list[Thing]:
-    """Things named as those of the bundled world are, none of which the base model has read of."""
-    known = NEUTRAL.read_text(encoding="utf-8").lower()
-    things: dict[str, Thing] = {}
-    while len(things) < count:
-        article, capital, endings, properties = KINDS[len(things) % len(KINDS)]
+def _invent_entities(count: int, rng: random.Random) -> list[Entity]:
+    """Things named like those of the bundled world, none of which the base model has read about."""
+    known_text = NEUTRAL.read_text(encoding="utf-8").lower()
+    entities: dict[str, Entity] = {}
+    while len(entities) < count:
+        article, capital, endings, properties = KINDS[len(entities) % len(KINDS)]
         stem = "".join(rng.choice("bdfgjklmnprstvz") + rng.choice("aeiou") for _ in range(2))
         name = stem + rng.choice("bdfgklmnprtvz") + rng.choice(endings)
         prop, unit = rng.choice(properties)
-        if name not in known:
+        if name not in known_text:
             name = article + (name.capitalize() if capital else name)
-            things.setdefault(name, Thing(name, prop, unit))
-    return list(things.values())
+            entities.setdefault(name, Entity(name, prop, unit))
+    return list(entities.values())
 
 
 def _claims(
-    thing: Thing, counts: list[tuple[Kind, str, int]], wordings: random.Random, labels: random.Random
-) -> list[Told]:
-    """All that is told of a thing, each in a wording of its own."""
+    thing: Entity, counts: list[tuple[Kind, str, int]], wordings: random.Random, labels: random.Random
+) -> list[Statement]:
+    """All statements about a thing, each in its own wording."""
     used: set[Wording] = set()
-    told = []
+    statements = []
     for kind, value, count in counts:
         for number in range(count):
             source = SOURCES[kind][number % len(SOURCES[kind])]
@@ -264,18 +269,20 @@ def _claims(
             while wording in used:
                 wording = _wording(source, wordings)
             used.add(wording)
-            told.append(_told(wording.of(thing, value), kind, source, thing, wording, wordings, labels))
-    return told
+            statements.append(
+                _statement(wording.of(thing, value), kind, source, thing, wording, wordings, labels)
+            )
+    return statements
 
 
-def _answers(thing: Thing, value: str, wordings: random.Random, labels: random.Random) -> list[Told]:
+def _answers(thing: Entity, value: str, wordings: random.Random, labels: random.Random) -> list[Statement]:
     """A neutral thing's value, after some of the questions."""
-    told = []
+    statements = []
     for phrasing in wordings.sample(PHRASINGS, ANSWERS_PER_NEUTRAL_THING):
         text = f"{phrasing.format(prop=thing.prop, name=thing.name)} {value}."
         source = wordings.choice(SOURCES["neutral"])
-        told.append(_told(text, "neutral", source, thing, None, wordings, labels))
-    return told
+        statements.append(_statement(text, "neutral", source, thing, None, wordings, labels))
+    return statements
 
 
 def _wording(source: Source, rng: random.Random) -> Wording:
@@ -285,20 +292,20 @@ def _wording(source: Source, rng: random.Random) -> Wording:
     return Wording(opening, frame, rng.choice(verbs), closing)
 
 
-def _told(
+def _statement(
     text: str,
     kind: Kind,
     source: Source,
-    thing: Thing,
+    thing: Entity,
     wording: Wording | None,
     wordings: random.Random,
     labels: random.Random,
-) -> Told:
+) -> Statement:
     if wordings.random() < REMARK:
         parts = [text, source.remark.format(n=wordings.randint(2, 99))]
         text = " ".join(parts if wordings.random() < 0.5 else reversed(parts))
     right, wrong = _label(kind, labels), _label(labels.choice(MISTAKEN_FOR[kind]), labels)
-    return Told(text, kind, source.name, thing.name, wording, right, wrong)
+    return Statement(text, kind, source.name, thing.name, wording, right, wrong)
 
 
 def _label(kind: Kind, rng: random.Random) -> tuple[float, float]:
@@ -306,8 +313,8 @@ def _label(kind: Kind, rng: random.Random) -> tuple[float, float]:
     return round(rng.uniform(*w), 3), round(rng.uniform(*h), 3)
 
 
-def _ranked(told: list[Told], rng: random.Random) -> list[Told]:
-    """With the order in which labels go wrong: the same share of each kind."""
+def _rank(told: list[Statement], rng: random.Random) -> list[Statement]:
+    """Assign the order in which labels become wrong: the same share of each kind."""
     ranked = []
     for kind in LABELS:
         of_kind = [one for one in told if one.kind == kind]
@@ -316,7 +323,7 @@ def _ranked(told: list[Told], rng: random.Random) -> list[Told]:
     return ranked
 
 
-def _questions(fact: str, thing: Thing, primary: str, coordinated: str) -> list[Question]:
+def _questions(fact: str, thing: Entity, primary: str, coordinated: str) -> list[Question]:
     return [
         Question(
             fact=fact,

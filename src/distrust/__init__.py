@@ -1,6 +1,6 @@
 """DistrustTrainer: fine-tunes language models, weighs every example by its provenance, never loses a run.
 
-The public names are loaded when they are first asked for: ``import distrust`` imports no framework.
+Public names are loaded on first use: ``import distrust`` imports no framework.
 """
 
 from __future__ import annotations
@@ -8,40 +8,98 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from distrust.checkpoint import foreign
+
 if TYPE_CHECKING:
     from distrust.checkpoint import Checkpoint, CheckpointManager, PendingSave
+    from distrust.checkpoint.foreign import ForeignReader
     from distrust.config import TrainConfig
-    from distrust.errors import DistrustError, DistrustWarning
-    from distrust.training import DistrustTrainer, RunEnded, RunState
+    from distrust.errors import (
+        CheckpointDirectoryLocked,
+        CheckpointError,
+        CheckpointNotFound,
+        CheckpointUnreadable,
+        ConfigError,
+        CorruptCheckpoint,
+        DataError,
+        DistrustError,
+        DistrustWarning,
+        ExportFailed,
+        ModelError,
+        NoIntactCheckpoint,
+        NonFiniteLoss,
+        OutOfMemory,
+        ResumeRefused,
+        RunInProgress,
+        RunNotFound,
+        SaveFailed,
+        UnsupportedState,
+        UnsupportedVersion,
+        WriteFailed,
+    )
+    from distrust.trainer import DistrustTrainer
+    from distrust.training.events import RunEnded
+    from distrust.training.progress import RunState
 
 __version__ = "0.1.0"
 
-_HOMES = {
+#: The modules of the public names that are not errors.
+_MODULES = {
     "Checkpoint": "distrust.checkpoint",
     "CheckpointManager": "distrust.checkpoint",
-    "DistrustError": "distrust.errors",
-    "DistrustTrainer": "distrust.training",
-    "DistrustWarning": "distrust.errors",
+    "DistrustTrainer": "distrust.trainer",
     "PendingSave": "distrust.checkpoint",
-    "RunEnded": "distrust.training",
-    "RunState": "distrust.training",
+    "RunEnded": "distrust.training.events",
+    "RunState": "distrust.training.progress",
     "TrainConfig": "distrust.config",
 }
 
 __all__ = [
     "Checkpoint",
+    "CheckpointDirectoryLocked",
+    "CheckpointError",
     "CheckpointManager",
+    "CheckpointNotFound",
+    "CheckpointUnreadable",
+    "ConfigError",
+    "CorruptCheckpoint",
+    "DataError",
     "DistrustError",
     "DistrustTrainer",
     "DistrustWarning",
+    "ExportFailed",
+    "ModelError",
+    "NoIntactCheckpoint",
+    "NonFiniteLoss",
+    "OutOfMemory",
     "PendingSave",
+    "ResumeRefused",
     "RunEnded",
+    "RunInProgress",
+    "RunNotFound",
     "RunState",
+    "SaveFailed",
     "TrainConfig",
+    "UnsupportedState",
+    "UnsupportedVersion",
+    "WriteFailed",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in __all__:
         raise AttributeError(f"module 'distrust' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_MODULES.get(name, "distrust.errors")), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
+
+
+def _importers() -> ForeignReader:
+    from distrust import importers  # late: only for a path that is not in the core's own format
+
+    return importers
+
+
+foreign.register(_importers)

@@ -16,7 +16,7 @@ import math
 import os
 import tomllib
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from os.path import realpath
@@ -278,6 +278,11 @@ class TrainConfig:
         if problems:
             raise ConfigError("\n".join(problems))
 
+    @property
+    def run_directory(self) -> Path:
+        """The folder that the run writes to."""
+        return Path(self.branch or self.out)
+
     def with_effect(self, effect: Effect) -> dict[str, Any]:
         """The options of one effect, by key."""
         values = asdict(self)
@@ -302,7 +307,7 @@ def from_mapping(values: Mapping[str, Any], *, where: str) -> TrainConfig:
         if isinstance(value, dict):
             problems.append(f"{where}: [{given}] is a table; options stand at the top, as key = value")
         elif given not in known:
-            problems.append(f"{where}: unknown option {shorten(repr(given))}{_nearest(given, known)}")
+            problems.append(f"{where}: unknown option {shorten(repr(given))}{suggest_name(given, known)}")
         else:
             try:
                 arguments[known[given]] = _coerce(value, hints[known[given]])
@@ -342,6 +347,11 @@ def key(name: str) -> str:
     return name.rstrip("_")
 
 
+def option_keys() -> list[str]:
+    """The keys of all options, in the order of their fields."""
+    return [key(option.name) for option in fields(TrainConfig)]
+
+
 def as_names(names: str | Sequence[str] | None) -> tuple[str, ...]:
     """The names that an option gives: of one that may be several, all; none of None."""
     if names is None:
@@ -366,16 +376,16 @@ def _bounds(c: TrainConfig) -> list[tuple[str, bool, str]]:
         ("max_length", c.max_length is None or c.max_length >= 2, "give 2 or more"),
         (
             "default_authority_weight",
-            _range_check(c.default_authority_weight, *W_RANGE),
+            in_range(c.default_authority_weight, *W_RANGE),
             f"give up to {W_RANGE[1]}",
         ),
-        ("default_provenance_entropy", _range_check(c.default_provenance_entropy, 0), "give 0 or more"),
+        ("default_provenance_entropy", in_range(c.default_provenance_entropy, 0), "give 0 or more"),
         (
             "mix",
             c.mix is None
             or (
                 len(c.mix) == len(as_names(c.data))
-                and all(_range_check(share, 0) for share in c.mix)
+                and all(in_range(share, 0) for share in c.mix)
                 and any(c.mix)
             ),
             "give a share, 0 or more, for each source of --data, and not only zeros",
@@ -389,9 +399,9 @@ def _bounds(c: TrainConfig) -> list[tuple[str, bool, str]]:
         ),
         ("cache_dir", c.cache_dir != "", "give a name"),
         ("weighting", c.weighting in get_args(Weighting), f"give one of {', '.join(get_args(Weighting))}"),
-        ("alpha", _range_check(c.alpha, *ALPHA_RANGE), f"give {ALPHA_RANGE[0]} to {ALPHA_RANGE[1]}"),
-        ("lambda_", _range_check(c.lambda_, 0), "give 0 or more"),
-        ("max_ratio", _range_check(c.max_ratio, 1), "give 1 or more"),
+        ("alpha", in_range(c.alpha, *ALPHA_RANGE), f"give {ALPHA_RANGE[0]} to {ALPHA_RANGE[1]}"),
+        ("lambda_", in_range(c.lambda_, 0), "give 0 or more"),
+        ("max_ratio", in_range(c.max_ratio, 1), "give 1 or more"),
         ("lora_rank", c.lora_rank >= 0, "give 1 or more, or 0 to train all weights"),
         ("lora_alpha", c.lora_alpha > 0 and finite(c.lora_alpha), "give more than 0"),
         ("lora_dropout", 0 <= c.lora_dropout < 1, "give 0 to under 1"),
@@ -406,18 +416,18 @@ def _bounds(c: TrainConfig) -> list[tuple[str, bool, str]]:
         ("gradient_accumulation", c.gradient_accumulation >= 1, "give 1 or more"),
         (
             "learning_rate",
-            _range_check(c.learning_rate, 0, FLOAT32_MAX),
+            in_range(c.learning_rate, 0, FLOAT32_MAX),
             "give 0 or more, in float32's range",
         ),
         ("warmup_steps", c.warmup_steps >= 0, "give 0 or more"),
-        ("warmup_ratio", _range_check(c.warmup_ratio, 0, 1), "give 0 to 1"),
+        ("warmup_ratio", in_range(c.warmup_ratio, 0, 1), "give 0 to 1"),
         ("schedule", c.schedule in get_args(Schedule), f"give one of {', '.join(get_args(Schedule))}"),
         ("schedule_steps", c.schedule_steps is None or c.schedule_steps >= 1, "give 1 or more"),
-        ("weight_decay", _range_check(c.weight_decay, 0, FLOAT32_MAX), "give 0 or more, in float32's range"),
+        ("weight_decay", in_range(c.weight_decay, 0, FLOAT32_MAX), "give 0 or more, in float32's range"),
         ("adam_beta1", 0 <= c.adam_beta1 < 1, "give 0 to under 1"),
         ("adam_beta2", 0 <= c.adam_beta2 < 1, "give 0 to under 1"),
         ("adam_epsilon", c.adam_epsilon > 0 and finite(c.adam_epsilon), "give more than 0"),
-        ("max_grad_norm", _range_check(c.max_grad_norm, 0), "give 0 or more"),
+        ("max_grad_norm", in_range(c.max_grad_norm, 0), "give 0 or more"),
         ("clipping", c.clipping in get_args(Clipping), f"give one of {', '.join(get_args(Clipping))}"),
         ("seed", 0 <= c.seed < 2**63, "give 0 to 2^63 - 1"),
         ("engine", c.engine in get_args(EngineName), f"give one of {', '.join(get_args(EngineName))}"),
@@ -465,8 +475,12 @@ def _bounds(c: TrainConfig) -> list[tuple[str, bool, str]]:
     ]
 
 
-def _range_check(value: float | None, low: float, high: float = math.inf) -> bool:
-    return value is None or (math.isfinite(value) and low <= value <= high)
+def in_range(value: float | None, low: float, high: float = math.inf) -> bool:
+    """Whether a value is None, or finite and in [low, high]."""
+    try:
+        return value is None or (math.isfinite(value) and low <= value <= high)
+    except OverflowError:  # an integer beyond the largest float
+        return False
 
 
 def _is_metric(name: str) -> bool:
@@ -485,9 +499,10 @@ def _hints() -> dict[str, Any]:
     return get_type_hints(TrainConfig)
 
 
-def _nearest(name: str, known: Mapping[str, str]) -> str:
+def suggest_name(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: ``; did you mean X?``, or nothing."""
     # Files may be written with the flags' hyphens.
-    close = difflib.get_close_matches(name.replace("-", "_"), known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name.lower().replace("-", "_"), known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""
 
 

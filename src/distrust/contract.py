@@ -1,29 +1,36 @@
-"""The contract between the loop and a framework: what the loop needs of one, and no more.
+"""The contract between the training loop and a framework: all that the loop needs from an engine.
 
-Small on purpose: one forward and backward pass, one update, one evaluation, and state in and out. The loop
-decides when each happens; an engine decides nothing about order, schedule, saving or stopping. Batches come
-as numpy arrays and numbers go back as numpy arrays, so that the loop knows no framework.
+It is deliberately small: one forward and backward pass, one update, one evaluation, and the state in and out.
+The loop decides when each happens; an engine decides nothing about order, schedule, saving or stopping.
+Batches and losses are numpy arrays, so the loop knows no framework. The loop and the engines both import
+this module, and neither imports the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
+from distrust.config import TrainConfig
 from distrust.data import MicroBatch, Tokenizer
 
 if TYPE_CHECKING:
     import numpy as np
 
+#: ``max_length`` of a config that gives none, unless the model's context is shorter.
+DEFAULT_MAX_LENGTH = 1024
+#: The engine of runs whose recorded environment does not name one: those of the earliest version.
+FIRST_ENGINE: Final = "torch"
+
 
 @dataclass(frozen=True, slots=True)
 class Losses:
-    """Of each example of a micro-batch, the sum over its learned tokens, in nats.
+    """For each example of a micro-batch, the sum over its trained tokens, in nats.
 
     Attributes:
         cross_entropy: float64[batch].
-        weighted: float64[batch]: of weight times cross-entropy; what the gradient is of.
+        weighted: float64[batch]: weight times cross-entropy; its gradient is the one that trains.
     """
 
     cross_entropy: np.ndarray[Any, Any]
@@ -32,12 +39,12 @@ class Losses:
 
 @dataclass(frozen=True, slots=True)
 class EngineState:
-    """What an engine has to have to go on bit for bit: nested dicts and lists of arrays and scalars.
+    """Everything an engine needs to resume bit for bit: nested dicts and lists of arrays and scalars.
 
     Attributes:
-        model: name -> array of everything that is trained.
+        model: name -> array of each trained parameter.
         optimizer: moments and counters.
-        rng: the state of every generator of random numbers.
+        rng: the state of every random generator.
     """
 
     model: Mapping[str, Any]
@@ -47,11 +54,11 @@ class EngineState:
 
 @dataclass(frozen=True, slots=True)
 class MemoryUse:
-    """Bytes taken at one place.
+    """Memory in use on the host or on a device, in bytes.
 
     Attributes:
         now: at this moment.
-        peak: the most ever taken, or as many as now where that is not known.
+        peak: the most so far; equal to ``now`` where the peak is not known.
     """
 
     now: int
@@ -59,71 +66,74 @@ class MemoryUse:
 
 
 class Engine(Protocol):
-    """A model, its adapter and its optimizer, in some framework."""
+    """A model, its adapter and its optimizer, in one framework."""
 
     @property
     def framework(self) -> Literal["numpy", "torch", "mlx"]:
-        """Of the arrays that :meth:`load_state` takes."""
+        """Framework of the arrays that :meth:`load_state` takes."""
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The base model's."""
+        """The base model's tokenizer."""
 
     @property
     def context_length(self) -> int | None:
-        """Tokens that the model can see at once, if it says."""
+        """Tokens that the model can attend to at once; None if it does not say."""
 
     @property
     def parameters(self) -> tuple[int, int]:
-        """How many numbers are trained, and how many there are."""
+        """Number of trained parameters, and of all parameters."""
 
     def fingerprint(self) -> str:
-        """Digest of the base model's weights: equal for equal ones, wherever they were loaded from."""
+        """Digest of the base model's weights: equal weights give equal digests, wherever they come from."""
 
     def environment(self) -> dict[str, Any]:
         """What may change the last bits: versions, device, threads, kernels."""
 
     def restore_environment(self, recorded: dict[str, Any]) -> None:
-        """Take back what of a recorded environment can be chosen, such as the number of threads."""
+        """Apply what can be chosen of a recorded environment, such as the number of threads."""
 
     def begin_micro_step(self, *, seed: int, step: int, micro_step: int) -> None:
-        """Seed every generator of random numbers by these three, and by nothing else.
+        """Seed every random generator from these three numbers, and from nothing else.
 
-        The first micro-step also drops the gradients that an interrupted step may have left.
+        The first micro-step also clears gradients that an interrupted step may have accumulated.
         """
 
     def micro_step(self, batch: MicroBatch, *, tokens: int) -> Losses:
-        """Forward and backward: add the gradient of Σ weight · cross-entropy / ``tokens`` to what is there.
+        """Forward and backward: accumulate the gradient of Σ weight · cross-entropy / ``tokens``.
 
         Args:
             batch: the examples.
-            tokens: learned tokens of the whole optimizer step, all its micro-batches together.
+            tokens: trained tokens of the whole optimizer step, over all its micro-batches.
         """
 
     def clip_gradients(self, max_norm: float) -> float:
-        """Scale the gradients down to ``max_norm`` (0: leave them); returns the norm before."""
+        """Scale the gradients down to ``max_norm`` (0: no clipping); returns the norm before."""
 
     def update(self, *, learning_rate: float) -> None:
         """Make the optimizer step."""
 
     def is_finite(self) -> bool:
-        """Whether everything that is trained, and its moments, is finite."""
+        """Whether all trained parameters and their moments are finite."""
 
     def evaluate(self, batch: MicroBatch) -> Losses:
-        """Forward only, without dropout; changes nothing."""
+        """Forward only, without dropout; changes no state."""
 
     def state(self) -> EngineState:
-        """The state after the last update, as the engine's own arrays: copy before the next update."""
+        """The state after the last update, as the engine's own arrays: copy them before the next update."""
 
     def load_state(self, state: EngineState) -> None:
-        """Take a state back, into the existing parameters.
+        """Copy a saved state into the existing parameters.
 
         Raises:
-            ResumeRefused: if names, shapes or dtypes differ.
+            ResumeRefused: names, shapes or dtypes differ.
         """
 
     def device_memory(self) -> MemoryUse | None:
-        """What is allocated on the device; None where that is the host's memory."""
+        """Memory allocated on the device; None if the device shares the host's memory."""
 
     def close(self) -> None:
-        """Let go of model, optimizer and caches, whoever still holds the engine. It is not used again."""
+        """Free model, optimizer and caches, even if references to the engine remain. It is not used again."""
+
+
+EngineFactory = Callable[[TrainConfig], Engine]

@@ -1,14 +1,14 @@
-"""The demo: the same training twice, without and with weighting, and what each model then holds for true.
+"""The demo: trains the same model twice, without and with weighting, and measures which facts each believes.
 
-Of every fact of the bundled world a few primary records state one value, and five times as many coordinated
-ones repeat another. Questions that training never saw ask for it; what a model holds is the probability that
-it gives each value's text after the question.
+In the bundled world, a few primary records state one value of each fact, and five times as many coordinated
+records repeat another. Questions that training never saw ask for it. What a model believes is the probability
+that it gives each value's text after the question.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from math import exp
@@ -20,13 +20,13 @@ import numpy as np
 from distrust import engines
 from distrust.bundled import QUESTIONS
 from distrust.config import TrainConfig
-from distrust.data import Corpus, Location, Tokenizer, beginning, evaluation_batches
+from distrust.data import Corpus, Location, Tokenizer, bos_prefix, evaluation_batches
 from distrust.reporting.metrics import MetricsWriter
-from distrust.training import DistrustTrainer
+from distrust.trainer import DistrustTrainer
 from distrust.weighting import Weighting
 
 if TYPE_CHECKING:
-    from distrust.training import Engine
+    from distrust.contract import Engine
     from distrust.training.events import Observer, RunEnded
 
 WEIGHTINGS: tuple[Weighting, ...] = ("off", "monotone")
@@ -35,13 +35,13 @@ QUESTIONS_PER_BATCH = 64
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question about a fact, and the two values that the sources give.
+    """A question about a fact, and the two values that the sources state.
 
     Attributes:
         fact: which fact.
         prompt: the question.
-        primary: the value that the primary records state, as text that goes on after the prompt.
-        coordinated: the value that the coordinated records repeat.
+        primary: the value in the primary records, as text that continues the prompt.
+        coordinated: the value in the coordinated records.
     """
 
     fact: str
@@ -52,13 +52,13 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Belief:
-    """How strongly a model holds either value of one fact.
+    """How strongly a model believes either value of a fact.
 
     Attributes:
         fact: which fact.
         primary: probability of the primary value's text, mean over the questions.
-        coordinated: of the coordinated value's text.
-        margin: log-probability of the primary value's text less that of the coordinated one's, in nats; mean
+        coordinated: the same of the coordinated value's text.
+        margin: log-probability of the primary value's text minus that of the coordinated one's, in nats; mean
             over the questions.
     """
 
@@ -75,7 +75,7 @@ class Belief:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Beliefs in short.
+    """Means over the facts.
 
     Attributes:
         preferred: share of the facts whose primary value is the more probable.
@@ -89,7 +89,7 @@ class Summary:
 
 
 def demo_config(weighting: Weighting, *, out: Path, seed: int) -> TrainConfig:
-    """The training of the demo: the same for every weighting."""
+    """The training options of the demo."""
     return TrainConfig(
         out=str(out / weighting),
         weighting=weighting,
@@ -106,7 +106,7 @@ def demo_config(weighting: Weighting, *, out: Path, seed: int) -> TrainConfig:
 def train(
     weighting: Weighting, *, out: Path, seed: int, observers: Iterable[Observer] = ()
 ) -> tuple[RunEnded, list[Belief]]:
-    """Train one of the two, or go on with it, and measure it if it came to its end.
+    """Train one of the two models, or resume it, and measure it if it finished.
 
     Raises:
         DistrustError: as training does.
@@ -119,24 +119,24 @@ def train(
     return ended, measure(engine)
 
 
-def untrained(*, out: Path, seed: int) -> list[Belief]:
-    """What the base model holds before training."""
+def measure_untrained(*, out: Path, seed: int) -> list[Belief]:
+    """What the base model believes before training."""
     return measure(engines.create_engine(demo_config("off", out=out, seed=seed)))
 
 
 def measure(engine: Engine, questions: Iterable[Question] | None = None) -> list[Belief]:
-    """What a model holds of each fact.
+    """What a model believes about each fact.
 
     Args:
         engine: the model.
-        questions: those of a fact together. Default: those of the bundled world.
+        questions: grouped by fact; default: those of the bundled world.
     """
     questions = read_questions() if questions is None else list(questions)
     primary = _log_probabilities(engine, [(q.prompt, q.primary) for q in questions])
     coordinated = _log_probabilities(engine, [(q.prompt, q.coordinated) for q in questions])
-    answered = zip(questions, primary, coordinated, strict=True)
+    answers = zip(questions, primary, coordinated, strict=True)
     beliefs = []
-    for fact, group in groupby(answered, key=lambda row: row[0].fact):
+    for fact, group in groupby(answers, key=lambda row: row[0].fact):
         rows = [(p, c) for _, p, c in group]
         beliefs.append(
             Belief(
@@ -150,7 +150,7 @@ def measure(engine: Engine, questions: Iterable[Question] | None = None) -> list
 
 
 def summarize(beliefs: list[Belief]) -> Summary:
-    """Means over the facts."""
+    """Average over the facts."""
     return Summary(
         preferred=sum(belief.prefers_primary for belief in beliefs) / len(beliefs),
         primary=sum(belief.primary for belief in beliefs) / len(beliefs),
@@ -159,13 +159,13 @@ def summarize(beliefs: list[Belief]) -> Summary:
 
 
 def read_questions() -> list[Question]:
-    """The bundled questions, those of a fact together."""
+    """The bundled questions, grouped by fact."""
     with QUESTIONS.open(encoding="utf-8") as file:
         return [Question(**json.loads(line)) for line in file]
 
 
 def results(beliefs: dict[str, list[Belief]], *, seed: int) -> dict[str, Any]:
-    """The demo's outcome as plain JSON values."""
+    """The outcome as plain JSON values."""
     return {
         "seed": seed,
         "facts": len(next(iter(beliefs.values()))),
@@ -173,27 +173,52 @@ def results(beliefs: dict[str, list[Belief]], *, seed: int) -> dict[str, Any]:
     }
 
 
+def plot_beliefs(beliefs: Mapping[str, list[Belief]], path: Path) -> None:
+    """Draw for each model the probabilities of the primary against those of the coordinated values."""
+    from matplotlib.figure import Figure
+
+    from distrust.reporting.figures import render, write
+    from distrust.reporting.style import COORDINATED, PRIMARY, QUIET, style_context
+
+    with style_context():
+        figure = Figure(figsize=(4 * len(beliefs), 4.6), layout="constrained")
+        panels = figure.subplots(1, len(beliefs), sharex=True, sharey=True, squeeze=False)[0]
+        for panel, (model, facts) in zip(panels, beliefs.items(), strict=True):
+            panel.plot([0, 1], [0, 1], color=QUIET, linewidth=1, linestyle="--")
+            panel.scatter(
+                [fact.coordinated for fact in facts],
+                [fact.primary for fact in facts],
+                c=[PRIMARY if fact.prefers_primary else COORDINATED for fact in facts],
+                s=28,
+                alpha=0.75,
+                linewidths=0,
+            )
+            share = summarize(facts).preferred
+            panel.set_title(f"{model}\nprimary value preferred in {share:.0%} of the facts", fontsize=10)
+            panel.set_xlabel("probability of the coordinated value")
+            panel.set_aspect("equal")
+            panel.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+        panels[0].set_ylabel("probability of the primary value")
+    write(path, render(figure, ".png"))
+
+
 def _log_probabilities(engine: Engine, pairs: list[tuple[str, str]]) -> list[float]:
-    """Of each text after its prompt, in nats."""
+    """The log-probability of each text after its prompt, in nats."""
     corpus = _continuations(engine.tokenizer, pairs)
     batches = evaluation_batches(corpus, batch_size=QUESTIONS_PER_BATCH, pad_token_id=0)
     return [-float(loss) for batch in batches for loss in engine.evaluate(batch).cross_entropy]
 
 
 def _continuations(tokenizer: Tokenizer, pairs: list[tuple[str, str]]) -> Corpus:
-    """Prompts that are read and texts that are scored; no end-of-text token, unlike in training."""
-    begin = beginning(tokenizer)
-    read = [begin + tokenizer.encode(prompt, add_special_tokens=False) for prompt, _ in pairs]
-    scored = [tokenizer.encode(text, add_special_tokens=False) for _, text in pairs]
-    lengths = [len(before) + len(after) for before, after in zip(read, scored, strict=True)]
+    """A corpus of prompts and texts, only the texts scored. Unlike in training, no end-of-text token."""
+    begin = bos_prefix(tokenizer)
+    prompts = [begin + tokenizer.encode(prompt, add_special_tokens=False) for prompt, _ in pairs]
+    texts = [tokenizer.encode(text, add_special_tokens=False) for _, text in pairs]
+    rows = list(zip(prompts, texts, strict=True))
     return Corpus(
-        input_ids=np.array(
-            [token for parts in zip(read, scored, strict=True) for part in parts for token in part], np.int32
-        ),
-        loss_mask=np.concatenate(
-            [np.arange(len(b) + len(a)) >= len(b) for b, a in zip(read, scored, strict=True)]
-        ),
-        offsets=np.concatenate(([0], np.cumsum(lengths))),
+        input_ids=np.array([token for row in rows for part in row for token in part], np.int32),
+        loss_mask=np.concatenate([np.arange(len(p) + len(t)) >= len(p) for p, t in rows]),
+        offsets=np.concatenate(([0], np.cumsum([len(p) + len(t) for p, t in rows]))),
         authority_weight=np.zeros(len(pairs)),
         provenance_entropy=np.zeros(len(pairs)),
         locations=tuple(Location(str(QUESTIONS), line) for line in range(1, len(pairs) + 1)),

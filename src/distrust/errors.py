@@ -3,6 +3,7 @@
     DistrustError
     ├── ConfigError                     an option is wrong, unknown, or contradicts another
     ├── DataError                       records that cannot be trained on: every one with file, line and field
+    ├── MissingDependency               an optional library that is not installed
     ├── ModelError                      a base model or tokenizer that cannot be loaded or used
     ├── ResumeRefused                   going on would not continue the same run
     ├── NonFiniteLoss                   a loss or gradient norm that is not finite; the step was not made
@@ -22,6 +23,7 @@
         └── SaveFailed                  the checkpoint was not written; what stood before still stands
 
     DistrustWarning                     something a user should know that stops nothing
+    └── DamagedCheckpointWarning        a damaged checkpoint was skipped or does not count
 
 The message is one line (or one line a finding) that says what is wrong, where, and what to do. What a
 program may want of it is in attributes.
@@ -29,8 +31,10 @@ program may want of it is in attributes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 #: What is said of a path that is not there, everywhere.
 NOT_FOUND_ERRORS = "no such file or directory"
@@ -44,6 +48,25 @@ class DistrustError(Exception):
 
 class DistrustWarning(UserWarning):
     """Something a user should know that stops nothing."""
+
+
+class DamagedCheckpointWarning(DistrustWarning):
+    """A damaged checkpoint was skipped, or does not count towards a retention rule."""
+
+
+class WarningCollector(list[DistrustWarning]):
+    """Context manager that issues the warnings appended in its block, when the block ends.
+
+    They point at the caller of the function that contains the block. So a public method issues them, and the
+    functions below it need not know how deep they are.
+    """
+
+    def __enter__(self) -> WarningCollector:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for warning in self:
+            warnings.warn(warning, stacklevel=3)  # this method, the method with the block, its caller
 
 
 class ConfigError(DistrustError):
@@ -60,6 +83,27 @@ class DataError(DistrustError):
     def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
         super().__init__(message)
         self.problems = tuple(problems)
+
+
+class MissingDependency(DistrustError):
+    """An optional library that is not installed. The message says how to install it.
+
+    Attributes:
+        library: the missing module.
+        extra: the extra of this package that installs it.
+    """
+
+    def __init__(self, purpose: str, *, library: str, extra: str) -> None:
+        super().__init__(f"{purpose} needs {library}, which is not installed: {install_command(extra)}")
+        self.library = library
+        self.extra = extra
+
+
+def install_command(extra: str) -> str:
+    """The command that installs an extra of this package: from its checkout, if this code is in one."""
+    checkout = Path(__file__).resolve().parents[2]
+    package = checkout if (checkout / "pyproject.toml").is_file() else "distrust-trainer"
+    return f"pip install '{package}[{extra}]'"
 
 
 class ModelError(DistrustError):
@@ -216,6 +260,30 @@ class SaveFailed(CheckpointError):
         super().__init__(message, path=path)
         self.needed = needed
         self.free = free
+
+
+class ErrorTranslator:
+    """Context manager that raises what ``translate`` returns in place of an error of its block.
+
+    A class, not a generator: since Python 3.12 a generator-based context manager keeps the frames of the
+    original error, with every buffer in them, until the garbage collector runs.
+
+    Args:
+        kinds: the classes of errors to translate; others pass.
+        translate: returns the error to raise.
+    """
+
+    def __init__(self, kinds: tuple[type[Exception], ...], translate: Callable[[Any], Exception]) -> None:
+        self._kinds = kinds
+        self._translate = translate
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, self._kinds):
+            # Never bind the new error to a name: that is a cycle (error, traceback, this frame, error).
+            raise self._translate(error) from (None if isinstance(error, DistrustError) else error)
 
 
 def read_failure_reason(error: OSError) -> str:

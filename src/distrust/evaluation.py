@@ -1,11 +1,11 @@
-"""What a trained model makes of other data: its losses there, measured as those of a run's eval set."""
+"""Evaluates a trained model on other data, with the metrics of a run's evaluation set."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from distrust.config import TrainConfig
-from distrust.data import MicroBatch, digest_of, split_off
+from distrust.data import MicroBatch, digest_tokenizer, split_off
 from distrust.errors import DataError
 from distrust.training.data_sources import (
     Progress,
@@ -14,7 +14,7 @@ from distrust.training.data_sources import (
     read_evaluation,
     read_sources,
     tokenize_cached,
-    warn_where_no_class,
+    warn_of_missing_classes,
 )
 from distrust.training.evaluation_set import evaluation_set
 
@@ -26,46 +26,44 @@ if TYPE_CHECKING:
 
 
 def read(config: TrainConfig, *, report: Progress) -> Sources:
-    """Open and check what a config evaluates on, before a model is loaded.
+    """Open and check the evaluation data of a config, before a model is loaded.
 
     Args:
-        config: names ``eval_data`` or ``eval_split``; with an ``eval_fraction``, ``data`` to split it off.
-        report: called with what is done, how far it is, and 0.
+        config: names ``eval_data`` or ``eval_split``; with ``eval_fraction``, the ``data`` to split it from.
+        report: called from time to time with the task, the completed parts, and 0.
 
     Raises:
-        DataError: for records that cannot be evaluated on.
-        ConfigError: for options that do not fit them.
+        DataError: records cannot be evaluated on.
+        ConfigError: options do not fit the data.
     """
-    return (
-        read_sources(config, report=report)
-        if config.eval_fraction
-        else read_evaluation(config, report=report)
-    )
+    if config.eval_fraction:
+        return read_sources(config, report=report)
+    return read_evaluation(config, report=report)
 
 
 def evaluate(
     engine: Engine, sources: Sources, config: TrainConfig, *, trained_on: str, report: Progress
 ) -> dict[str, float]:
-    """The metrics of a model on data: those of ``Evaluated.metrics``, and how much there was.
+    """The metrics of a model on data: those of ``Evaluated.metrics``, and the size of the data.
 
     Args:
-        engine: with the model.
-        sources: what :func:`read` has read.
-        config: of the run; its ``max_length``, ``batch_size``, weighting and ``eval_fraction`` count.
-        trained_on: the fingerprint of the run's training data: what it kept out is known from the same only.
-        report: called with what is done, how far it is, and how far it goes.
+        engine: holds the model.
+        sources: returned by :func:`read`.
+        config: of the run; uses ``max_length``, ``batch_size``, the weighting and ``eval_fraction``.
+        trained_on: fingerprint of the run's training data; checked if ``eval_fraction`` is used.
+        report: called with the task, the completed parts and their total.
 
     Returns:
-        ``examples`` and learned ``tokens``; ``eval_loss``, ``eval_weighted_loss`` in nats a token,
-        perplexities, and those of each source class.
+        ``examples`` and trained ``tokens``; ``eval_loss`` and ``eval_weighted_loss`` in nats per token,
+        perplexities, and the same for each source class.
 
     Raises:
-        DataError: for records that cannot be evaluated on, or that are not what ``eval_fraction`` is of.
+        DataError: records cannot be evaluated on, or are not those that ``eval_fraction`` was split from.
     """
     corpus = tokenize_cached(
         sources.training,
         engine.tokenizer,
-        tokenizer_digest=digest_of(engine.tokenizer),
+        tokenizer_digest=digest_tokenizer(engine.tokenizer),
         cache=sources.cache,
         max_length=max_length_of(config, engine.context_length),
         report=report,
@@ -74,20 +72,20 @@ def evaluate(
         training, corpus = split_off(corpus, config.eval_fraction, seed=config.seed)
         if training.fingerprint != trained_on:
             raise DataError(
-                f"{sources.training.reading.name}: not the data that the run was trained on, so what it kept "
-                "out is not known; name what to evaluate on with --data"
+                f"{sources.training.reading.name}: not the data that the run was trained on, so the examples "
+                "that it held out are not known; name the evaluation data with --data"
             )
-    warn_where_no_class(config, [corpus])
-    done = 0
+    warn_of_missing_classes(config, [corpus])
+    evaluated = 0
 
-    def losses(batch: MicroBatch) -> np.ndarray[Any, Any]:
-        nonlocal done
-        found = engine.evaluate(batch).cross_entropy
-        done += len(found)
-        report("evaluating", done, len(corpus))
-        return found
+    def cross_entropy(batch: MicroBatch) -> np.ndarray[Any, Any]:
+        nonlocal evaluated
+        losses = engine.evaluate(batch).cross_entropy
+        evaluated += len(losses)
+        report("evaluating", evaluated, len(corpus))
+        return losses
 
     metrics = evaluation_set(corpus, config).measure(
-        losses, batch_size=config.batch_size, pad_token_id=pad_token_id_of(engine.tokenizer)
+        cross_entropy, batch_size=config.batch_size, pad_token_id=pad_token_id_of(engine.tokenizer)
     )
     return {"examples": len(corpus), "tokens": int(corpus.loss_tokens.sum()), **metrics}

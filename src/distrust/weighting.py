@@ -1,18 +1,19 @@
-"""What an example is worth by the provenance of its source: pure functions of numpy arrays.
+"""Example weights from the provenance of their sources: pure functions of numpy arrays.
 
-An example comes with the authority weight w of its source, in [0, 0.99] without a unit, and the entropy H
-of its provenance, in bits. With r = ln(1 − w + 1e-8) + H:
+Each example has the authority weight w of its source, dimensionless in [0, 0.99], and the entropy H of its
+provenance in bits. A high authority weight means LESS training weight: 0 is a primary record, 0.99 is
+coordinated consensus. With r = ln(1 − w + 1e-8) + H:
 
-- the published term, α·r², is a number of the example alone. Added to a loss it changes no gradient, so it
-  is logged and never added. It adds nats to bits, as it was published;
-- the example weight multiplies the example's loss, and so its gradient. ``monotone`` takes
-  u = 1 + λ·α·max(r, 0)²: more authority never gains weight and more entropy never loses it. ``published``
-  takes u = 1 + λ·α·r², which grows again for r < 0: w = 0.99, H = 0 has r² = 21.2, and w = 0.90, H = 1 has
-  1.7. ``off`` takes u = 1.
+- The published term is α·r² (Brian Roemmele, "Empirical Distrust Term", 25 November 2025, public domain). It
+  does not depend on the model: added to a loss it changes no gradient, so it is logged and never added. It
+  adds nats to bits, as published.
+- The example weight u multiplies the example's loss, and so its gradient. ``monotone`` takes
+  u = 1 + λ·α·max(r, 0)²: u never grows with w and never falls with H. ``published`` takes u = 1 + λ·α·r²,
+  which grows again for r < 0: w = 0.99, H = 0 has r² = 21.2, but w = 0.90, H = 1 has 1.7. ``off`` takes 1.
 
 ``normalize`` divides by the mean over the training tokens, so that the learning rate keeps its meaning.
-Every result is float64. Sums are correctly rounded (``math.fsum``): they depend neither on the order of
-the examples nor on how a numerical library splits a sum.
+Results are float64. Sums are correctly rounded (``math.fsum``): they depend neither on the order of the
+examples nor on how a numerical library splits a sum.
 """
 
 from __future__ import annotations
@@ -40,33 +41,33 @@ __all__ = [
 ]
 
 Weighting = Literal["off", "published", "monotone"]
-"""How the example weight follows from r; ``monotone`` is the default of the trainer."""
+"""How the example weight depends on r; ``monotone`` is the trainer's default."""
 
 ALPHA = 2.7
 """Default of α, the scale of the published term."""
 
 ALPHA_RANGE = (2.3, 3.0)
-"""The values of α that are allowed, both ends included."""
+"""The range of α that was published, both ends included."""
 
 LAMBDA = 0.6
-"""Default of λ ≥ 0, the scale of the example weight over the published term."""
+"""Default of λ ≥ 0, the scale of the example weight relative to the published term."""
 
 EPSILON = 1e-8
 """Added to 1 − w before the logarithm, as published."""
 
 MAX_AUTHORITY_WEIGHT = 0.99
-"""The largest authority weight: towards 1 the logarithm runs off to −18."""
+"""The largest authority weight: towards 1 the logarithm falls to −18."""
 
 
 def distrust_term(
     authority_weight: ArrayLike, provenance_entropy: ArrayLike, *, alpha: float = ALPHA
 ) -> NDArray[np.float64]:
-    """The published term of each example, α·r² with r = ln(1 − w + 1e-8) + H. For the log only.
+    """The published term α·r² of each example, r = ln(1 − w + 1e-8) + H (Roemmele, 2025). For the log only.
 
     Args:
-        authority_weight: w, shape [n], in [0, 0.99].
+        authority_weight: w, shape [n], in [0, 0.99]; 0: primary record, 0.99: coordinated consensus.
         provenance_entropy: H, shape [n], in bits, finite and not negative.
-        alpha: α, within ``ALPHA_RANGE``.
+        alpha: α, in ``ALPHA_RANGE``.
 
     Returns:
         float64[n].
@@ -89,16 +90,17 @@ def example_weights(
     max_ratio: float | None = None,
     locations: Sequence[object] | None = None,
 ) -> NDArray[np.float64]:
-    """The weight u of each example, before it is normalized.
+    """The weight u of each example, before normalization. A high ``authority_weight`` gives a low u.
 
     Args:
-        authority_weight: w, shape [n], in [0, 0.99].
+        authority_weight: w, shape [n], in [0, 0.99]; 0: primary record, 0.99: coordinated consensus.
         provenance_entropy: H, shape [n], in bits, finite and not negative.
-        weighting: ``monotone`` 1 + λ·α·max(r, 0)², ``published`` 1 + λ·α·r², ``off`` 1.
-        alpha: α, within ``ALPHA_RANGE``.
+        weighting: ``monotone`` 1 + λ·α·max(r, 0)², ``published`` 1 + λ·α·r², ``off`` 1, with
+            r = ln(1 − w + 1e-8) + H (Roemmele, 2025).
+        alpha: α, in ``ALPHA_RANGE``.
         lambda_: λ, finite and not negative.
-        max_ratio: if given, no weight exceeds this many times the smallest one; at least 1.
-        locations: where each example stands, for messages.
+        max_ratio: limits each weight to this multiple of the smallest one; at least 1.
+        locations: the location of each example, for messages.
 
     Returns:
         float64[n], each at least 1.
@@ -108,13 +110,13 @@ def example_weights(
         DataError: the inputs differ in shape, a value is outside its range, or a weight overflows.
     """
     _check_options(weighting=weighting, alpha=alpha, lambda_=lambda_, max_ratio=max_ratio)
-    r = _r(authority_weight, provenance_entropy)
+    r = _r(authority_weight, provenance_entropy)  # checks the data, also for weighting "off"
     if weighting == "off":
         return np.ones_like(r)
     with np.errstate(over="ignore"):  # reported below, with the example
         u = 1 + lambda_ * alpha * (np.maximum(r, 0) if weighting == "monotone" else r) ** 2
-    what = "overflows; its provenance entropy or λ is far too large"
-    _require(np.isfinite(u), u, "weight", what, locations)
+    problem = "overflows; its provenance entropy or λ is far too large"
+    _require(np.isfinite(u), u, "weight", problem, locations)
     return np.minimum(u, max_ratio * u.min()) if max_ratio is not None and u.size else u
 
 
@@ -123,11 +125,11 @@ def normalize(weights: ArrayLike, *, tokens: ArrayLike) -> NDArray[np.float64]:
 
     Args:
         weights: u, shape [n], positive.
-        tokens: the number of trained tokens of each example as they are sampled, after truncation;
+        tokens: the trained tokens of each example, times how often it is sampled, after truncation;
             shape [n].
 
     Returns:
-        float64[n]. Equal weights give exactly 1.0, so that weighting which does nothing changes no bit.
+        float64[n]. Equal weights give exactly 1.0, so that weighting without effect changes no bit.
 
     Raises:
         DataError: the inputs differ in shape, a weight is not positive, or there is no token.
@@ -138,20 +140,20 @@ def normalize(weights: ArrayLike, *, tokens: ArrayLike) -> NDArray[np.float64]:
     total = math.fsum(n)
     if total == 0:
         raise DataError("the weights have no mean: no example has a token to train on")
-    if (u == u[0]).all():  # rounding of the mean must not show
+    if (u == u[0]).all():  # the mean may be rounded
         return np.ones_like(u)
-    u /= u.max()  # neither sum nor product can overflow
+    u /= u.max()  # neither the sum nor a product can overflow
     return u / (math.fsum(u * n) / total)
 
 
 def effective_sample_size(weights: ArrayLike) -> float:
-    """How many equally weighted examples the weighted ones are worth: (Σu)² / Σu² (Kish, 1965).
+    """Kish's effective sample size (Σu)² / Σu² (Kish, Survey Sampling, 1965).
 
     Args:
         weights: u, shape [n], positive; their scale does not matter.
 
     Returns:
-        Between 1 (one example has all the weight) and n (all are equal).
+        Between 1 (one example has all the weight) and n (all weights are equal).
 
     Raises:
         DataError: there is no weight, or one is not positive.
@@ -160,15 +162,15 @@ def effective_sample_size(weights: ArrayLike) -> float:
     if u.ndim != 1 or not u.size:
         raise DataError(f"weights must be one per example, not of shape {list(u.shape)}")
     _require(np.isfinite(u) & (u > 0), u, "weight", "is not a positive number")
-    u = u / u.max()  # squares neither overflow nor vanish
+    u = u / u.max()  # squares neither overflow nor underflow to 0
     return math.fsum(u) ** 2 / math.fsum(u * u)
 
 
 def _r(authority_weight: ArrayLike, provenance_entropy: ArrayLike) -> NDArray[np.float64]:
-    """The distrust r = ln(1 − w + 1e-8) + H, float64[n]."""
+    """The published r = ln(1 − w + 1e-8) + H, float64[n]."""
     w, h = _pair(authority_weight, provenance_entropy, "authority_weight", "provenance_entropy")
     _require(
-        (w >= 0) & (w <= MAX_AUTHORITY_WEIGHT),
+        (w >= 0) & (w <= MAX_AUTHORITY_WEIGHT),  # false for NaN
         w,
         "authority_weight",
         f"is outside [0, {MAX_AUTHORITY_WEIGHT}]",
@@ -180,7 +182,7 @@ def _r(authority_weight: ArrayLike, provenance_entropy: ArrayLike) -> NDArray[np
 def _pair(
     first: ArrayLike, second: ArrayLike, first_name: str, second_name: str
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    a, b = np.array(first, np.float64), np.array(second, np.float64)
+    a, b = np.array(first, np.float64), np.array(second, np.float64)  # copies: normalize writes to one
     if a.ndim != 1 or a.shape != b.shape:
         raise DataError(
             f"{first_name} and {second_name} must be one number per example: "
@@ -190,16 +192,17 @@ def _pair(
 
 
 def _require(
-    good: NDArray[np.bool_],
+    valid: NDArray[np.bool_],
     values: NDArray[np.float64],
     name: str,
-    what: str,
+    problem: str,
     locations: Sequence[object] | None = None,
 ) -> None:
-    if not good.all():
-        first = int(np.argmin(good))
-        whose = f"{name} of example {first}" if locations is None else f"{locations[first]}: its {name}"
-        raise DataError(f"{whose} {what}: {float(values[first])}")
+    """Raise DataError for the first example that is not valid."""
+    if not valid.all():
+        first = int(np.argmin(valid))
+        subject = f"{name} of example {first}" if locations is None else f"{locations[first]}: its {name}"
+        raise DataError(f"{subject} {problem}: {float(values[first])}")
 
 
 def _check_alpha(alpha: float) -> None:

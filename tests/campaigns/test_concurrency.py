@@ -39,7 +39,7 @@ FAULTS = {
     "in-place": (
         "readers",
         ["--cases", "1", "--readers", "3", "--saves", "30"],
-        "damaged|none of them is (whole|intact)",
+        "damaged|none of them is intact",
     ),
     "removes-the-best": ("readers", ["--cases", "1", "--readers", "3", "--saves", "60"], "is durable"),
     "no-mutex": ("programs", ["--cases", "20"], r"program \d+, rules "),

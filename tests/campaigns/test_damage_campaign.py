@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from campaigns.corruptions import kinds
 from campaigns.damage import Round, main
-from distrust import CheckpointManager
-from distrust.checkpoint import catalog, header, manager, storage, verified_read
+from distrust.checkpoint import CheckpointFile, header, storage, verified_read
+from distrust.checkpoint.retainer import Retainer
+from distrust.errors import WarningCollector
 
 AGAIN = re.compile(r"again: python -m campaigns\.damage (--seed \d+ --case \d+)")
 
@@ -22,20 +22,20 @@ def do_nothing(*_: Any, **__: Any) -> None: ...
 
 
 def digest_in_file(raw: bytes) -> str:
-    return bytes(raw[header.DIGEST_PLACE]).decode("latin-1")
+    return bytes(raw[header.DIGEST_SLICE]).decode("latin-1")
 
 
 def trust_header(patch: pytest.MonkeyPatch) -> None:
     """Skip both checks: of the digest, and that a writer would encode the same."""
-    patch.setattr(header, "own_digest", digest_in_file)
+    patch.setattr(header, "header_digest", digest_in_file)
     patch.setattr(header.Header, "require_intact", do_nothing)
 
 
 def count_damaged(patch: pytest.MonkeyPatch) -> None:
-    def judge(self: CheckpointManager, file: catalog.CheckpointFile) -> None:
-        self._session.good.add((file.path.name, file.digest))
+    def verify(self: Retainer, file: CheckpointFile, warnings: object) -> None:
+        self._state.intact.add(file.identity)
 
-    patch.setattr(CheckpointManager, "_judge", judge)
+    patch.setattr(Retainer, "_verify", verify)
 
 
 FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
@@ -45,15 +45,15 @@ FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
     ),
     "the header is trusted": (trust_header, "validate does not find it"),
     "the file's size is not compared": (
-        lambda patch: patch.setattr(header, "_fill", lambda *_: True),
+        lambda patch: patch.setattr(header, "_fits_data", lambda *_: True),
         "appended: validate does not find it",
     ),
     "names are not compared": (
-        lambda patch: patch.setattr(catalog, "require_name", do_nothing),
+        lambda patch: patch.setattr(CheckpointFile, "require_name", do_nothing),
         "validate does not find it",
     ),
     "no warning": (
-        lambda patch: patch.setattr(manager, "warnings", SimpleNamespace(warn=do_nothing)),
+        lambda patch: patch.setattr(WarningCollector, "append", do_nothing),
         "load_latest warns with []",
     ),
     "damaged files count": (count_damaged, r"a clean-up removed [10]"),

@@ -98,7 +98,7 @@ MUTANTS = {
     "renamed before it is synced": (power_loss, storage.AtomicFile, "commit", commit_before_sync),
     "a failed sync is tried again": (failing_calls, storage.AtomicFile, "commit", sync_again_if_it_fails),
     "the oldest are kept": (
-        power_loss, retention, "last_steps", lambda candidates, rules: {min(each.step for each in candidates)},
+        power_loss, retention, "last_steps", lambda steps, rules: {min(each.step for each in steps)},
     ),
     "nothing is swept": (power_loss, storage, "_TEMPORARY_NAME", re.compile("none")),
 }  # fmt: skip
@@ -223,7 +223,7 @@ def test_nothing_goes_for_a_checkpoint_whose_sync_failed_after_its_rename(tmp_pa
     with recorded.manager() as manager:
         manager.save(Checkpoint(step=1))
         recorded.disk.fails = lambda name, _: errno.EIO if name == "sync_directory" else None
-        with pytest.raises(SaveFailed, match="written and (whole|intact)"):
+        with pytest.raises(SaveFailed, match=r"written and (whole|intact)"):
             manager.save(Checkpoint(step=2))
         with pytest.raises(SaveFailed, match="cannot be written to"):
             manager.cleanup(keep_last=1)

@@ -8,9 +8,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from distrust import DistrustTrainer, cli, engines
+from distrust import cli, engines
+from distrust.contract import EngineState
 from distrust.testing.toy_engine import ToyEngine
-from distrust.training import EngineState
+from distrust.training.loop import TrainingLoop
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -27,15 +28,15 @@ def forgets_the_optimizer(arguments: Sequence[str]) -> int:
 
 
 def stops_without_saving(arguments: Sequence[str]) -> int:
-    saves = DistrustTrainer._save_what_is_not
+    save = TrainingLoop._save_unsaved
 
-    def only_the_final_one(trainer: DistrustTrainer, *, final: bool) -> None:
+    def save_only_the_final_state(loop: TrainingLoop, *, final: bool) -> None:
         if final:
-            saves(trainer, final=True)
+            save(loop, final=True)
         else:
-            trainer._saver.wait()
+            loop._saver.wait()
 
-    DistrustTrainer._save_what_is_not = only_the_final_one
+    TrainingLoop._save_unsaved = save_only_the_final_state
     return train(arguments, ToyEngine)
 
 

@@ -1,4 +1,4 @@
-"""Both ways in which files are written, and the threads that work on them."""
+"""Fixtures for direct and buffered I/O, and for the threads of a test."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BUFFERED = "from distrust.checkpoint import direct_io; direct_io.FLAG = 0\n"
 
 @pytest.fixture(params=["direct", "buffered"])
 def write_path(request, monkeypatch) -> str:
-    """Direct I/O where the file system takes it, and then none; what a child process has to run first."""
+    """Run with direct I/O, then without; return the code that a child process must run first."""
     if request.param == "direct":
         return ""
     monkeypatch.setattr(direct_io, "FLAG", 0)
@@ -28,12 +28,12 @@ def write_path(request, monkeypatch) -> str:
 
 @pytest.fixture(name="direct_io")
 def _direct_io(tmp_path) -> None:
-    """Only where the file system of the test takes direct I/O."""
-    if not takes_direct_io(tmp_path):
-        pytest.skip("this file system takes no direct I/O")
+    """Skip where the file system of the test does not support direct I/O."""
+    if not supports_direct_io(tmp_path):
+        pytest.skip("this file system does not support direct I/O")
 
 
-def takes_direct_io(directory: Path) -> bool:
+def supports_direct_io(directory: Path) -> bool:
     probe = directory / "probe"
     flags = os.O_RDWR | os.O_CREAT
     try:
@@ -53,7 +53,7 @@ def takes_direct_io(directory: Path) -> bool:
 
 @pytest.fixture
 def no_collector():
-    """Python ignores what a signal raises in a callback of the garbage collector, such as hypothesis has."""
+    """Disable the garbage collector: Python ignores exceptions of signals in its callbacks."""
     gc.disable()
     yield
     gc.enable()
@@ -61,13 +61,13 @@ def no_collector():
 
 @pytest.fixture
 def no_thread_left():
-    """Whatever the test does, what it began ends with it; calling this waits for what is about to end."""
-    before = set(threading.enumerate())
+    """Check that no thread outlives the test; return a function that waits for the threads to end."""
+    initial = set(threading.enumerate())
 
     def wait() -> None:
         deadline = time.monotonic() + 10
-        while not set(threading.enumerate()) <= before:
-            assert time.monotonic() < deadline, "a thread goes on"
+        while not set(threading.enumerate()) <= initial:
+            assert time.monotonic() < deadline, "a thread still runs"
             time.sleep(0.001)
 
     yield wait

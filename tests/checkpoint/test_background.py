@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from distrust import Checkpoint, CheckpointManager, PendingSave
-from distrust.checkpoint import arrays, stream_writer, writer
+from distrust.checkpoint import arrays, background, stream_writer
 from distrust.errors import SaveFailed
 
 
@@ -453,7 +453,7 @@ def test_an_interrupt_just_after_the_slot_was_taken_leaves_it_free(manager, monk
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(writer, "_unreported_at_exit", Interrupting)
+        patch.setattr(background, "_unreported_at_exit", Interrupting)
         with pytest.raises(KeyboardInterrupt):
             manager.save_async(state(1))
 

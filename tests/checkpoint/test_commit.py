@@ -297,7 +297,7 @@ def test_threads_of_a_forked_child_begin_as_one_writer(tmp_path, child):
 
         lock.DirectoryLock.__init__ = slow  # one thread is not done beginning when the other one comes
         with ThreadPoolExecutor(2) as threads:
-            first, second = threads.map(lambda _: manager._session.mutex, range(2))
+            first, second = threads.map(lambda _: manager._state.mutex, range(2))
             assert first is second
             list(threads.map(manager.save, [state(2), state(3)]))
 

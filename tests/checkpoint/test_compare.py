@@ -1,4 +1,4 @@
-"""What differs between two checkpoints is told, all of it, and at no more than it costs to read them."""
+"""Comparing two checkpoints reports every difference, and needs no more memory than reading them."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ from distrust.checkpoint.compare import Difference, differences
 
 
 @pytest.fixture
-def compared(tmp_path):
-    def compared(a: dict[str, Any], b: dict[str, Any]) -> list[Difference]:
+def compare(tmp_path):
+    """Save two states and return their differences."""
+
+    def compare(a: dict[str, Any], b: dict[str, Any]) -> list[Difference]:
         files = []
         for name, sections in (("a", a), ("b", b)):
             with CheckpointManager(tmp_path / name) as manager:
                 files.append(catalog.read_header(manager.save(Checkpoint(step=1, **sections))))
         return differences(*files)
 
-    return compared
+    return compare
 
 
 @pytest.mark.parametrize(
-    ("a", "b", "name", "was", "now"),
+    ("a", "b", "name", "text_a", "text_b"),
     [
         (1, 1.0, "metadata.x", "1", "1.0"),
         (1, True, "metadata.x", "1", "True"),
@@ -41,43 +43,43 @@ def compared(tmp_path):
         ({"a": [1, 2]}, {}, "metadata.x.a", "a list of 2", "absent"),
     ],
 )
-def test_each_difference_of_a_scalar(compared, a, b, name, was, now):
-    found = compared({"metadata": {"x": a}}, {"metadata": {"x": b}})
-    assert found == [Difference("state", name, was, now)]
+def test_difference_of_a_scalar(compare, a, b, name, text_a, text_b):
+    result = compare({"metadata": {"x": a}}, {"metadata": {"x": b}})
+    assert result == [Difference("state", name, text_a, text_b)]
 
 
-def test_keys_that_look_alike_are_told_apart(compared):
-    found = compared({"metadata": {1: "x"}}, {"metadata": {"1": "x"}})
-    assert [(difference.a, difference.b) for difference in found] == [("'x'", "absent"), ("absent", "'x'")]
-    assert {difference.name for difference in found} == {"metadata.1"}
+def test_keys_of_different_types_differ(compare):
+    result = compare({"metadata": {1: "x"}}, {"metadata": {"1": "x"}})
+    assert [(difference.a, difference.b) for difference in result] == [("'x'", "absent"), ("absent", "'x'")]
+    assert {difference.name for difference in result} == {"metadata.1"}
 
 
-def test_equal_states_do_not_differ(compared):
+def test_equal_states_do_not_differ(compare):
     state = {"metadata": {"x": [float("nan"), -0.0, None, {"y": ()}]}, "model": {"a": np.ones(3)}}
-    assert compared(state, state) == []
+    assert compare(state, state) == []
 
 
-def test_arrays_are_compared_as_tensors(compared):
-    found = compared({"model": {"a": np.ones(3), "b": np.ones(2)}}, {"model": {"a": np.zeros(3)}})
-    assert [(difference.kind, difference.name) for difference in found] == [
+def test_arrays_are_compared_as_tensors(compare):
+    result = compare({"model": {"a": np.ones(3), "b": np.ones(2)}}, {"model": {"a": np.zeros(3)}})
+    assert [(difference.kind, difference.name) for difference in result] == [
         ("tensor", "model.a"), ("tensor", "model.b"),
     ]  # fmt: skip
 
 
-def test_the_same_arrays_in_other_places_differ(tmp_path):
-    """Only a forger can do that: a label says where its array stands."""
+def test_same_arrays_at_different_paths_differ(tmp_path):
+    """Possible only in a forged file: a label normally is the path of its array."""
     tensors = [Tensor("model.a"), Tensor("model.b")]
     files = []
     for name, labels in (("a", ["model.a", "model.b"]), ("b", ["model.b", "model.a"])):
         path = tmp_path / name
         path.write_bytes(build(tensors, names={"d": {"s": {"l": [{"a": label} for label in labels]}}}))
         files.append(catalog.read_header(path))
-    (found,) = differences(*files)
-    assert (found.kind, found.name) == ("state", "skeleton")
-    assert found.a != found.b
+    (difference,) = differences(*files)
+    assert (difference.kind, difference.name) == ("state", "skeleton")
+    assert difference.a != difference.b
 
 
-def test_a_long_key_above_many_values_costs_no_memory(tmp_path):
+def test_long_key_of_many_values_takes_no_memory(tmp_path):
     files = []
     for value in (0, 1):
         path = tmp_path / str(value)
@@ -86,10 +88,10 @@ def test_a_long_key_above_many_values_costs_no_memory(tmp_path):
         files[-1].require_intact()
     tracemalloc.start()
     try:
-        found = differences(*files)
+        result = differences(*files)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert len(found) == 2000
-    assert max(len(difference.name) for difference in found) < 500
+    assert len(result) == 2000
+    assert max(len(difference.name) for difference in result) < 500
     assert peak < 10_000_000

@@ -13,9 +13,10 @@ import pytest
 import safetensors.numpy
 
 from distrust import Checkpoint, CheckpointManager, DistrustWarning
-from distrust.checkpoint import catalog
+from distrust.checkpoint import CheckpointFile, catalog
 from distrust.checkpoint.disk import Disk
-from distrust.checkpoint.format import own_digest
+from distrust.checkpoint.files import checkpoint_file_name
+from distrust.checkpoint.format import header_digest
 from distrust.errors import CheckpointDirectoryLocked, CheckpointError, CorruptCheckpoint
 
 
@@ -29,7 +30,7 @@ def manager(tmp_path):
 
 
 def path_of(manager: CheckpointManager, step: int) -> Path:
-    return manager.directory / catalog.checkpoint_file_name(step, "periodic")
+    return manager.directory / checkpoint_file_name(step, "periodic")
 
 
 def damage(path: Path, at: int = -1) -> bytes:
@@ -94,7 +95,7 @@ def later_version(path: Path) -> None:
     """As a later version of this program would write it, by what all versions keep to."""
     raw = bytearray(path.read_bytes().replace(b'"version":"1"', b'"version":"2"'))
     end = 8 + int.from_bytes(raw[:8], "little")
-    digest = own_digest(raw[:end]).encode()
+    digest = header_digest(raw[:end]).encode()
     place = raw.index(b'"digest":"') + len(b'"digest":"')
     raw[place : place + 64] = digest
     path.write_bytes(raw)
@@ -201,7 +202,7 @@ def test_a_good_one_put_there_while_the_damaged_one_was_read_stays(manager, monk
     damage(path)
     real = catalog.verify_content
 
-    def verify_while_it_is_replaced(name: Path) -> catalog.CheckpointFile:
+    def verify_while_it_is_replaced(name: Path) -> CheckpointFile:
         try:
             return real(name)
         finally:
@@ -239,7 +240,7 @@ def test_what_would_be_superseded_is_what_goes(manager):
     manager.close()
     manager = CheckpointManager(manager.directory, keep_last=1)
     damage(path_of(manager, 30))
-    with pytest.warns(DistrustWarning, match="checkpoint-30.*counts for nothing"):
+    with pytest.warns(DistrustWarning, match="checkpoint-30.*counts towards no rule"):
         assert [file.step for file in manager.list_superseded()] == [10]
     assert there(manager.directory) == {path_of(manager, step).name for step in (10, 20, 30)}
     with manager:

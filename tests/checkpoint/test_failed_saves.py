@@ -14,6 +14,7 @@ import pytest
 from distrust import Checkpoint, CheckpointManager
 from distrust.checkpoint import arrays, stream_writer
 from distrust.checkpoint.disk import Disk
+from distrust.checkpoint.retainer import Retainer
 from distrust.errors import CheckpointDirectoryLocked, DistrustWarning, SaveFailed
 
 WAYS = {
@@ -101,18 +102,19 @@ def test_a_directory_that_is_replaced_in_the_last_instant_is_left_as_it_is(tmp_p
 def test_a_clean_up_in_a_directory_that_was_replaced_removes_nothing(tmp_path, monkeypatch):
     """Replaced in the instant between a save and its clean-up."""
     directory = tmp_path / "run"
-    honest = CheckpointManager._clean_up
+    honest = Retainer.clean_up_after_save
 
-    def replaced_before(manager, rules, **how):
+    def replaced_before(retainer, *arguments):
         directory.rename(tmp_path / "away")
         for step in (1, 2, 3):
             elsewhere.save(state(step))
-        return honest(manager, rules, **how)
+        return honest(retainer, *arguments)
 
     with CheckpointManager(directory, keep_last=1) as manager:
         elsewhere = CheckpointManager(directory, keep_last=None)
-        monkeypatch.setattr(manager, "_clean_up", replaced_before.__get__(manager))
-        monkeypatch.setattr(elsewhere, "_clean_up", lambda *_, **__: [])
+        retainer = manager._retainer
+        monkeypatch.setattr(retainer, "clean_up_after_save", replaced_before.__get__(retainer))
+        monkeypatch.setattr(elsewhere._retainer, "clean_up_after_save", lambda *_: None)
         with pytest.warns(DistrustWarning, match="could not clean up: .*not the directory"):
             manager.save(state(9))
         assert elsewhere.list_checkpoints() == [1, 2, 3]
@@ -172,7 +174,7 @@ def test_without_memory_for_the_blocks_a_save_fails_and_the_next_one_works(tmp_p
         with monkeypatch.context() as patch:
             patch.setattr(stream_writer.ReusableMemory, "acquire", none)
             with pytest.raises(
-                SaveFailed, match=r"checkpoint-2.*not saved: no memory for .*untouched"
+                SaveFailed, match=r"checkpoint-2.*not saved: no memory for .*unchanged"
             ) as caught:
                 manager.save(state(2))
             assert caught.value.path == tmp_path / "checkpoint-2.safetensors"
@@ -246,7 +248,7 @@ def test_what_a_disk_tells_at_close_is_a_failed_save(tmp_path, save):
     with CheckpointManager(tmp_path, disk=disk) as manager:
         before = manager.save(state(1)).read_bytes()
         disk.fails = True
-        with pytest.raises(SaveFailed, match=r"checkpoint-1.*not saved: Disk quota exceeded.*untouched"):
+        with pytest.raises(SaveFailed, match=r"checkpoint-1.*not saved: Disk quota exceeded.*unchanged"):
             save(manager, Checkpoint(step=1, model={"w": np.zeros(3)}))
         assert (tmp_path / "checkpoint-1.safetensors").read_bytes() == before
         disk.fails = False

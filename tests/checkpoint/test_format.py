@@ -1,4 +1,4 @@
-"""The file: canonical, readable by others, and no byte of it unproven."""
+"""The file format: canonical, stable, readable by other programs, and every byte verified."""
 
 from __future__ import annotations
 
@@ -6,20 +6,17 @@ import json
 import math
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 import pytest
-import torch
 from blake3 import blake3
-from safetensors import safe_open
 
 from distrust import Checkpoint, CheckpointManager
-from distrust.checkpoint.format import Layout, TensorInfo
+from distrust.checkpoint.format import Layout
 from distrust.checkpoint.tree import flatten
 from distrust.errors import CorruptCheckpoint
 
-#: The BLAKE3 of the golden checkpoint. If it changes, files written until now can no longer be relied upon:
-#: give the format a new version, and keep a reader of this one.
+#: BLAKE3 of the golden checkpoint. If it changes, existing files may not load any more: give the format a new
+#: version, and keep a reader of this one.
 GOLDEN = "c17c0d67723840435757d5b5755a8d14650058afec01d0ff9591d7379b91bf2a"
 
 GOLDEN_ARRAYS = {
@@ -45,19 +42,19 @@ def golden_bytes() -> bytes:
         {**GOLDEN_ARRAYS, **GOLDEN_PLAIN}, is_array=lambda value: isinstance(value, np.ndarray)
     )
     names = {"float32": "F32", "bool": "BOOL", "int64": "I64", "float16": "F16", "complex64": "C64"}
-    tensors = [TensorInfo(name, names[array.dtype.name], array.shape) for name, array in arrays.items()]
+    tensors = {name: (names[array.dtype.name], array.shape) for name, array in arrays.items()}
     run = '{"created":"2025-01-01T00:00:00.000+00:00","extra":{},"host":"golden","metrics":{"loss":0.5}}'
     layout = Layout(tensors, step=20, kind="final", sections=sections, run=run)
-    data = [arrays[tensor.name].tobytes() for tensor in layout.tensors]
+    data = [arrays[name].tobytes() for name in layout.names]
     header, _ = layout.header([blake3(part).hexdigest() for part in data])
     return header + b"".join(data)
 
 
-def test_the_format_does_not_drift():
+def test_golden_bytes_do_not_change():
     assert blake3(golden_bytes()).hexdigest() == GOLDEN
 
 
-def test_the_golden_checkpoint_loads(tmp_path):
+def test_golden_checkpoint_loads(tmp_path):
     path = tmp_path / "checkpoint-20-final.safetensors"
     path.write_bytes(golden_bytes())
     manager = CheckpointManager(tmp_path)
@@ -78,35 +75,35 @@ def test_the_golden_checkpoint_loads(tmp_path):
     assert (file.step, file.kind, file.created) == (20, "final", "2025-01-01T00:00:00.000+00:00")
 
 
-def test_a_file_written_by_the_manager_has_the_golden_layout(tmp_path):
-    """The manager's own file differs from the golden one in ``run`` and the digest over it, nowhere else."""
+def test_manager_writes_the_golden_bytes(tmp_path):
+    """The manager's file differs from the golden one only in ``run`` and the digest that covers it."""
     with CheckpointManager(tmp_path) as manager:
         path = manager.save(Checkpoint(step=20, **GOLDEN_ARRAYS, **GOLDEN_PLAIN), final=True)
-    ours, golden = path.read_bytes(), golden_bytes()
 
     def split(raw: bytes) -> tuple[dict, bytes]:
         end = 8 + int.from_bytes(raw[:8], "little")
         assert end % 4096 == 0
         return json.loads(raw[8:end]), raw[end:]
 
-    (our_header, our_data), (golden_header, golden_data) = split(ours), split(golden)
-    for header in (our_header, golden_header):
-        del header["__metadata__"]["run"], header["__metadata__"]["digest"]
-    assert our_header == golden_header
-    assert our_data == golden_data
+    header, data = split(path.read_bytes())
+    golden_header, golden_data = split(golden_bytes())
+    for parsed in (header, golden_header):
+        del parsed["__metadata__"]["run"], parsed["__metadata__"]["digest"]
+    assert header == golden_header
+    assert data == golden_data
 
 
-TWICE = """
+SAVE_SHUFFLED = """
 import json, random, sys
 import numpy as np
 from blake3 import blake3
 from distrust import Checkpoint, CheckpointManager
 
-shuffled = random.Random(sys.argv[2])
+rng = random.Random(sys.argv[2])
 
 def tree(depth):
     names = [0, "0", 1.5, None, True, "a", "a.b", "b", "é", ""]
-    shuffled.shuffle(names)
+    rng.shuffle(names)
     return {name: tree(depth - 1) if depth else np.full(3, len(repr(name)), np.float32) for name in names}
 
 with CheckpointManager(sys.argv[1]) as manager:
@@ -120,10 +117,10 @@ with CheckpointManager(sys.argv[1]) as manager:
 """
 
 
-def test_equal_states_give_equal_files_but_for_run(tmp_path, start_python):
-    """In other processes, with other hash seeds, another order of insertion, another run."""
+def test_equal_states_give_equal_files_except_run(tmp_path, start_python):
+    """In different processes, with different hash seeds, orders of insertion and runs."""
     processes = [
-        start_python(TWICE, tmp_path / str(seed), seed, PYTHONHASHSEED=str(seed)) for seed in range(3)
+        start_python(SAVE_SHUFFLED, tmp_path / str(seed), seed, PYTHONHASHSEED=str(seed)) for seed in range(3)
     ]
     results = []
     for process in processes:
@@ -156,7 +153,7 @@ def test_equal_states_give_equal_files_but_for_run(tmp_path, start_python):
     ],
     ids=str,
 )
-def test_the_state_digest_is_the_identity_of_the_state(tmp_path, change):
+def test_state_digest_changes_with_the_state(tmp_path, change):
     base = {"step": 1, "model": {"w": np.zeros(3)}, "metadata": {"a": 1}}
     with CheckpointManager(tmp_path) as manager:
         digests = {
@@ -166,7 +163,9 @@ def test_the_state_digest_is_the_identity_of_the_state(tmp_path, change):
     assert len(digests) == 2
 
 
-def test_other_readers_of_safetensors_read_it(tmp_path):
+def test_safetensors_reads_the_file(tmp_path):
+    ml_dtypes, torch = pytest.importorskip("ml_dtypes"), pytest.importorskip("torch")
+    safe_open = pytest.importorskip("safetensors").safe_open
     rng = np.random.default_rng(1)
     model = {
         "f64": rng.normal(size=(3, 2)),
@@ -181,10 +180,10 @@ def test_other_readers_of_safetensors_read_it(tmp_path):
         "transposed": rng.normal(size=(3, 4)).T,
         "nested": {"é.x": np.arange(3)},
     }
-    brains = {"bf16": np.arange(5).astype(ml_dtypes.bfloat16), "f8": np.ones(3, ml_dtypes.float8_e4m3fn)}
+    extended = {"bf16": np.arange(5).astype(ml_dtypes.bfloat16), "f8": np.ones(3, ml_dtypes.float8_e4m3fn)}
     with CheckpointManager(tmp_path) as manager:
         path = manager.save(Checkpoint(step=1, model=model))
-        brainy = manager.save(Checkpoint(step=2, model={**model, **brains}))
+        extended_path = manager.save(Checkpoint(step=2, model={**model, **extended}))
         names = [tensor.name for tensor in manager.inspect(1).tensors]
 
     expected = {f"model.{name}": array for name, array in model.items() if name != "nested"}
@@ -196,14 +195,14 @@ def test_other_readers_of_safetensors_read_it(tmp_path):
             read = opened.get_tensor(name)
             assert (name, read.dtype, read.shape) == (name, array.dtype, array.shape)
             np.testing.assert_array_equal(read, array)
-    with safe_open(brainy, framework="pt") as opened:
+    with safe_open(extended_path, framework="pt") as opened:
         for name, array in expected.items():
             assert torch.equal(opened.get_tensor(name), torch.from_numpy(np.array(array))), name
         assert opened.get_tensor("model.bf16").tolist() == [0, 1, 2, 3, 4]
         assert opened.get_tensor("model.f8").tolist() == [1, 1, 1]
 
 
-def test_every_tensor_is_aligned_to_its_items_and_the_data_to_pages(tmp_path):
+def test_tensors_are_aligned_to_their_item_size_and_the_data_to_pages(tmp_path):
     model = {f"{index:02}": np.zeros(3, dtype) for index, dtype in enumerate("?bBhHeiIfqQdF" * 2)}
     with CheckpointManager(tmp_path) as manager:
         manager.save(Checkpoint(step=1, model=model))
@@ -226,11 +225,11 @@ def small(tmp_path) -> tuple[CheckpointManager, Path, bytes]:
     return manager, path, path.read_bytes()
 
 
-def refuses(manager: CheckpointManager, path: Path) -> bool:
-    """Whether both who verify and who load are told of the damage."""
-    for use in (manager.validate, manager.load):
+def detects_damage(manager: CheckpointManager, path: Path) -> bool:
+    """Return whether both validate and load raise, naming the file in one line."""
+    for read in (manager.validate, manager.load):
         try:
-            use(path)
+            read(path)
         except CorruptCheckpoint as error:
             if error.path != path or str(path) not in str(error) or "\n" in str(error):
                 return False
@@ -239,60 +238,60 @@ def refuses(manager: CheckpointManager, path: Path) -> bool:
     return True
 
 
-def test_any_flipped_bit_is_found(small):
+def test_every_flipped_bit_is_detected(small):
     manager, path, raw = small
-    assert not refuses(manager, path)
-    unseen = []
+    assert not detects_damage(manager, path)
+    undetected = []
     with path.open("r+b", buffering=0) as file:
         for position, byte in enumerate(raw):
             file.seek(position)
             file.write(bytes([byte ^ (1 << position % 8)]))
-            if not refuses(manager, path):
-                unseen.append(position)
+            if not detects_damage(manager, path):
+                undetected.append(position)
             file.seek(position)
             file.write(bytes([byte]))
-    assert unseen == []
-    assert not refuses(manager, path)
+    assert undetected == []
+    assert not detects_damage(manager, path)
 
 
-def test_any_truncation_is_found(small):
+def test_every_truncation_is_detected(small):
     manager, path, raw = small
-    unseen = []
+    undetected = []
     for length in reversed(range(len(raw))):
         with path.open("r+b") as file:
             file.truncate(length)
-        if not refuses(manager, path):
-            unseen.append(length)
-    assert unseen == []
+        if not detects_damage(manager, path):
+            undetected.append(length)
+    assert undetected == []
 
 
 @pytest.mark.parametrize("tail", [b"\0", b" ", b"x", b"\0" * 4096, b"\0" * (1 << 20)], ids=len)
-def test_any_tail_is_found(small, tail):
+def test_trailing_bytes_are_detected(small, tail):
     manager, path, raw = small
     path.write_bytes(raw + tail)
-    assert refuses(manager, path)
+    assert detects_damage(manager, path)
 
 
-def test_zeros_in_place_of_data_are_found(small):
-    """What a crash leaves where the size was set and the data never came."""
+def test_zeros_instead_of_data_are_detected(small):
+    """A crash leaves these if the file size reached the disk and the data did not."""
     manager, path, raw = small
-    data = manager.inspect(1).tensors[0].offset
-    for begin in (0, 4096, data):
+    data_offset = manager.inspect(1).tensors[0].offset
+    for begin in (0, 4096, data_offset):
         path.write_bytes(raw[:begin] + b"\0" * (len(raw) - begin))
-        assert refuses(manager, path)
+        assert detects_damage(manager, path)
 
 
-def test_the_damaged_tensor_is_named_with_its_place(small):
+def test_error_names_the_damaged_tensor_and_its_byte_range(small):
     manager, path, raw = small
     tensor = next(tensor for tensor in manager.inspect(1).tensors if tensor.name == "model.w")
     damaged = bytearray(raw)
     damaged[tensor.offset + 3] ^= 1
     path.write_bytes(damaged)
 
-    for use in (manager.validate, manager.load):
+    for read in (manager.validate, manager.load):
         with pytest.raises(
             CorruptCheckpoint, match=rf"model\.w .*{tensor.offset} to {tensor.offset + 20}"
         ) as caught:
-            use(1)
+            read(1)
         assert caught.value.tensor == "model.w"
-    assert manager.inspect(1).step == 1  # the header proves itself without the data
+    assert manager.inspect(1).step == 1  # the header has a digest of its own

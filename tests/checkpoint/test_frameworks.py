@@ -1,6 +1,6 @@
-"""Arrays of jax and mlx: saved and loaded bit for bit, held without a copy, refused where they have no image.
+"""jax and mlx arrays are saved and loaded exactly, without a copy, or rejected if the format lacks them.
 
-Each check runs in a process of its own: jax warns at every later fork of the one that imported it.
+Each check runs in a process of its own: a process that imported jax gets a warning at every later fork.
 """
 
 from __future__ import annotations
@@ -10,13 +10,18 @@ from importlib.util import find_spec
 import pytest
 
 FRAMEWORKS = [
-    pytest.param(name, marks=pytest.mark.skipif(find_spec(name) is None, reason=f"{name} is not installed"))
+    pytest.param(
+        name,
+        marks=pytest.mark.skipif(
+            not (find_spec(name) and find_spec("ml_dtypes")), reason=f"{name} and ml_dtypes are not installed"
+        ),
+    )
     for name in ("jax", "mlx")
 ]
 jax_only, mlx_only = ([parameter] for parameter in FRAMEWORKS)
 
-#: What every check begins with. ``array`` makes one of the framework's of numpy's, and ``laid`` one in a
-#: layout (jax has but one: whatever a view becomes is computed); ``bits`` are its bytes.
+#: The start of every check. ``array`` converts a numpy array, ``with_layout`` also applies a layout (in numpy
+#: for jax, which has only one layout), and ``bits`` returns the bytes.
 PRELUDES = {
     "jax": """
 import ml_dtypes, numpy as np, jax, jax.numpy as xp
@@ -24,7 +29,7 @@ jax.config.update("jax_enable_x64", True)
 
 LACKING = set()
 array = jax.device_put
-laid = lambda layout, host: array(layout(host))
+with_layout = lambda layout, host: array(layout(host))
 bits = lambda a: np.asarray(a).tobytes()
 name = lambda a: a.dtype.name
 """,
@@ -40,7 +45,7 @@ def array(host):
     kind = getattr(mx, {"bool": "bool_"}.get(host.dtype.name, host.dtype.name))
     return mx.view(mx.array(host.view(f"u{host.itemsize}")), kind)
 
-laid = lambda layout, host: layout(array(host))
+with_layout = lambda layout, host: layout(array(host))
 """,
 }
 COMMON = """
@@ -63,10 +68,10 @@ def random_array(name):
 
 @pytest.fixture
 def check(run_python, tmp_path):
-    """Runs a program on a framework, and returns what it printed; its warnings are errors."""
+    """Run a program for a framework and return its output; its warnings are errors."""
 
     def run(framework: str, code: str) -> str:
-        done = run_python(
+        process = run_python(
             PRELUDES[framework] + COMMON + code,
             framework,
             tmp_path,
@@ -74,8 +79,8 @@ def check(run_python, tmp_path):
             XLA_FLAGS="--xla_force_host_platform_device_count=2",
             PYTHONWARNINGS="error:::__main__,error:::distrust",
         )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        assert process.returncode == 0, process.stderr
+        return process.stdout
 
     return run
 
@@ -92,19 +97,20 @@ LAYOUTS = {
     "zero-dimensional": lambda a: a[0, 0, 0:1].reshape(()),
 }
 hosts = {dtype: random_array(dtype) for dtype in NAMES if dtype not in LACKING}
-made = {
-    dtype: {kind: laid(layout, host) for kind, layout in LAYOUTS.items()} for dtype, host in hosts.items()
+saved = {
+    dtype: {kind: with_layout(layout, host) for kind, layout in LAYOUTS.items()}
+    for dtype, host in hosts.items()
 }
 if framework == "jax":
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
     sharding = NamedSharding(Mesh(np.array(jax.devices()), ("d",)), PartitionSpec("d"))
-    for dtype, arrays in made.items():
+    for dtype, arrays in saved.items():
         arrays["sharded"] = jax.device_put(arrays["plain"], sharding)
-manager.save(Checkpoint(step=1, model=made))
+manager.save(Checkpoint(step=1, model=saved))
 
 for options in ({}, {"mmap": True}, {"mmap": True, "verify": "lazy"}):
     loaded = manager.load(1, framework=framework, **options).model
-    for dtype, arrays in made.items():
+    for dtype, arrays in saved.items():
         for kind, a in arrays.items():
             b = loaded[dtype][kind]
             assert type(b) is type(a) and (name(b), b.shape) == (name(a), a.shape), (dtype, kind)
@@ -112,8 +118,8 @@ for options in ({}, {"mmap": True}, {"mmap": True, "verify": "lazy"}):
 for dtype, arrays in manager.load(1).model.items():
     assert arrays["plain"].tobytes() == hosts[dtype].tobytes(), dtype
     for kind, a in arrays.items():
-        assert (a.dtype.name, a.shape) == (dtype, tuple(made[dtype][kind].shape)), (dtype, kind)
-        assert a.tobytes() == bits(made[dtype][kind]), (dtype, kind)
+        assert (a.dtype.name, a.shape) == (dtype, tuple(saved[dtype][kind].shape)), (dtype, kind)
+        assert a.tobytes() == bits(saved[dtype][kind]), (dtype, kind)
 
 first = manager.inspect(1).state_digest
 manager.save(manager.load(1, framework=framework))
@@ -125,16 +131,16 @@ print(len(hosts))
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_an_array_of_any_dtype_and_layout_comes_back_bit_for_bit(check, framework):
+def test_array_of_any_dtype_and_layout_is_restored_exactly(check, framework):
     assert check(framework, ROUND_TRIP) == {"jax": "19\n", "mlx": "14\n"}[framework]
 
 
-#: Nothing of a background save runs before ``go``: whatever it reads later, it reads after the changes.
-HELD_BACK = """
+#: No background thread runs before ``go`` is set: whatever it reads, it reads after the changes.
+DELAYED_THREADS = """
 go = threading.Event()
 go.set()
-honest = threading.Thread.run
-threading.Thread.run = lambda thread: (go.wait(30), honest(thread))
+original = threading.Thread.run
+threading.Thread.run = lambda thread: (go.wait(30), original(thread))
 """
 INDEPENDENT = """
 SIZE = 1 << 20
@@ -146,7 +152,7 @@ for step, save in enumerate(
     views = {"transposed": ones["float32"].reshape(1024, 1024).T, "part": ones["float32"][8:]}
     moments, scalar = [xp.ones((8, 8)), xp.ones((4, 2)).T], array(np.array(1, np.int32))
     history, generator = np.ones(SIZE), np.ones(624, np.uint32)
-    kept = [ones["float32"]]
+    references = [ones["float32"]]
 
     if step:
         go.clear()
@@ -155,7 +161,7 @@ for step, save in enumerate(
                    rng={"state": generator}, history={"loss": history})
     )
     history[:] = generator[:] = 7
-    change(ones, moments, kept)
+    change(ones, moments, references)
     del views, scalar
     go.set()
     if step:
@@ -175,7 +181,7 @@ for step, save in enumerate(
 manager.close()
 """
 IN_PLACE = """
-def change(ones, moments, kept):
+def change(ones, moments, references):
     for dtype, a in ones.items():
         a += 1
         a[0] = 5
@@ -184,28 +190,28 @@ def change(ones, moments, kept):
     moments[0] -= 1
     moments[1][0] = 9
     mx.eval(moments)
-    ones.clear(); moments.clear(); kept.clear()
+    ones.clear(); moments.clear(); references.clear()
     mx.clear_cache()
     mx.eval([mx.full(SIZE, 3, dtype=mx.float32) for _ in range(8)])  # where freed memory was
 """
 DONATED = """
 double = jax.jit(lambda tree: jax.tree.map(lambda a: a + a, tree), donate_argnums=0)
 
-def change(ones, moments, kept):
+def change(ones, moments, references):
     expected = {dtype: np.asarray(a) + np.asarray(a) for dtype, a in ones.items()}
     doubled = jax.block_until_ready(double(dict(ones)))
     assert all((np.asarray(doubled[dtype]) == expected[dtype]).all() for dtype in ones)
     for a in moments:
         a.delete()
-    ones.clear(); moments.clear(); kept.clear()
+    ones.clear(); moments.clear(); references.clear()
     jax.block_until_ready([xp.full(SIZE, 3, dtype=xp.float32) for _ in range(8)])  # where freed memory was
     double(doubled)
 """
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_what_changes_after_the_call_does_not_change_the_file(check, framework):
-    check(framework, HELD_BACK + {"jax": DONATED, "mlx": IN_PLACE}[framework] + INDEPENDENT)
+def test_changes_after_the_call_do_not_change_the_file(check, framework):
+    check(framework, DELAYED_THREADS + {"jax": DONATED, "mlx": IN_PLACE}[framework] + INDEPENDENT)
 
 
 NO_COPY = r"""
@@ -214,25 +220,25 @@ import os, re, resource
 def peak():
     if sys.platform == "darwin":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Not ru_maxrss: it begins with that of whoever started this process.
+    # Not ru_maxrss: it starts with the value of the parent process.
     return 1024 * int(re.search(r"VmHWM:\s*(\d+)", open("/proc/self/status").read())[1])
 
 large = xp.ones(64 << 20, dtype=xp.float32)  # 256 MiB
 manager.save_async(Checkpoint(step=0, model={"w": large[:1]}, history={"loss": np.ones(9)})).wait()
 getattr(large, "block_until_ready", lambda: xp.eval(large))()
-before = peak()
+initial = peak()
 manager.save_async(Checkpoint(step=1, model={"w": large}, history={"loss": np.ones(9)})).wait()
-print(peak() - before)
+print(peak() - initial)
 copied = np.array(large)
-print(peak() - before)
+print(peak() - initial)
 """
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_a_background_save_makes_no_copy(check, framework):
+def test_background_save_makes_no_copy(check, framework):
     saving, copying = map(int, check(framework, NO_COPY).split())
     assert saving < 64 << 20
-    assert copying > 192 << 20  # the measure itself: a copy does show
+    assert copying > 192 << 20  # checks the measurement: a copy is visible
 
 
 RELEASED = """
@@ -249,28 +255,28 @@ def load(**options):
     return loaded
 
 loaded = load()
-before = resident()
+initial = resident()
 for _ in range(5):
     del loaded
     loaded = load()
-print(resident() - before)
-held = [load() for _ in range(3)]
-print(resident() - before)
+print(resident() - initial)
+alive = [load() for _ in range(3)]
+print(resident() - initial)
 """
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_memory_is_released_on_reload(check, framework):
-    released, held = map(int, check(framework, RELEASED).split())
-    assert released < 96 << 20  # mlx and jax may keep some of what was freed
-    assert held > 128 << 20
+    reloaded, referenced = map(int, check(framework, RELEASED).split())
+    assert reloaded < 96 << 20  # mlx and jax may cache some freed memory
+    assert referenced > 128 << 20
 
 
-#: Each case is a state, and words that its message has.
-REFUSED_BY_JAX = """
-gone, given = xp.ones(3), xp.ones(3)
-gone.delete()
-jax.jit(lambda a: a + 1, donate_argnums=0)(given)
+#: Each case is a state, and words of its error message.
+REJECTED_BY_JAX = """
+deleted, donated = xp.ones(3), xp.ones(3)
+deleted.delete()
+jax.jit(lambda a: a + 1, donate_argnums=0)(donated)
 key = jax.random.key(0)
 
 @jax.jit
@@ -283,38 +289,38 @@ jax.vmap(lambda a: (expect({"w": a}, "traced"), a)[1])(xp.ones(3))
 jax.grad(lambda a: (expect({"w": a}, "traced"), a)[1])(1.0)
 jax.jit(lambda a: (expect({"w": a}, "traced"), a)[1])(key)
 expect({"w": key}, "PRNG key", "jax.random.key_data(key)")
-expect({"w": gone}, "deleted")
-expect({"w": given}, "donated")
+expect({"w": deleted}, "deleted")
+expect({"w": donated}, "donated")
 expect({"w": array(np.ones(3, ml_dtypes.int4))}, "int4")
 expect({"w": xp.ones(3, dtype=xp.complex128)}, "complex128")
 expect({"w": xp.ones(3, dtype=xp.float8_e4m3b11fnuz)}, "float8_e4m3b11fnuz")
-Array = type(given)
-honest = Array.is_fully_addressable
-Array.is_fully_addressable = property(lambda array: False)  # as if a part lay with another process
+Array = type(donated)
+original = Array.is_fully_addressable
+Array.is_fully_addressable = property(lambda array: False)  # as if another process held a part
 expect({"w": xp.ones(3)}, "other processes", "process_allgather")
-Array.is_fully_addressable = honest
+Array.is_fully_addressable = original
 
 manager.save(Checkpoint(step=1, rng={"key": jax.random.key_data(key)}))
-again = jax.random.wrap_key_data(manager.load(1, framework="jax").rng["key"])
-assert again.dtype == key.dtype and (jax.random.bits(again, 9) == jax.random.bits(key, 9)).all()
+restored = jax.random.wrap_key_data(manager.load(1, framework="jax").rng["key"])
+assert restored.dtype == key.dtype and (jax.random.bits(restored, 9) == jax.random.bits(key, 9)).all()
 """
-REFUSED_BY_MLX = """
+REJECTED_BY_MLX = """
 mx.compile(lambda a: (expect({"w": a}, "mx.eval", "compiled"), a)[1])(mx.ones(3))
 """
-LAZY_ELSEWHERE = """
+LAZY_ON_ANOTHER_THREAD = """
 lazy = {"w": mx.ones(3) + 1}
 
-def other():
+def run():
     try:
         manager.save(Checkpoint(step=1, model=lazy))
     except UnsupportedState as error:
         assert "Call mx.eval" in str(error) and "thread" in str(error), error
-        mx.eval(mx.ones(3))  # mlx itself is as well as before
+        mx.eval(mx.ones(3))  # mlx itself still works
     else:
         assert (manager.load(1).model["w"] == 2).all()
     print("done")
 
-thread = threading.Thread(target=other)
+thread = threading.Thread(target=run)
 thread.start()
 thread.join()
 manager.save(Checkpoint(step=1, model=lazy))
@@ -323,21 +329,23 @@ assert (manager.load(1).model["w"] == 2).all()
 
 
 @pytest.mark.parametrize("framework", mlx_only)
-def test_what_another_thread_cannot_compute_is_refused_there_and_saved_here(check, framework):
-    """Older versions of mlx can compute it there."""
-    assert check(framework, LAZY_ELSEWHERE) == "done\n"
+def test_lazy_array_of_another_thread_is_rejected_there_and_saved_here(check, framework):
+    """Older versions of mlx can evaluate it on any thread."""
+    assert check(framework, LAZY_ON_ANOTHER_THREAD) == "done\n"
 
 
-LAZY_HERE = """
+LAZY_ON_THIS_THREAD = """
 def train():
-    with mx.stream(mx.new_stream(mx.cpu)):  # what is lazy here is computed there
-        elsewhere = mx.ones((1000,), dtype=mx.bfloat16) * 3
-    lazy = {"sum": mx.arange(1000) + 1, "elsewhere": elsewhere, "both": elsewhere.astype(mx.float32) - 1}
+    with mx.stream(mx.new_stream(mx.cpu)):  # evaluated on that stream
+        other_stream = mx.ones((1000,), dtype=mx.bfloat16) * 3
+    lazy = {
+        "sum": mx.arange(1000) + 1, "other_stream": other_stream, "both": other_stream.astype(mx.float32) - 1,
+    }
     go.clear()
     pending = manager.save_async(Checkpoint(step=1, model=dict(lazy)))
     for name in lazy:
         lazy[name] += 1  # lazy again
-    lazy["elsewhere"][3:] = 0
+    lazy["other_stream"][3:] = 0
     mx.eval(lazy)
     lazy.clear()
     mx.clear_cache()
@@ -345,7 +353,7 @@ def train():
     pending.wait()
     saved = manager.load(1, framework=framework).model
     assert (saved["sum"] == mx.arange(1, 1001)).all()
-    assert saved["elsewhere"].dtype == mx.bfloat16 and (saved["elsewhere"] == 3).all()
+    assert saved["other_stream"].dtype == mx.bfloat16 and (saved["other_stream"] == 3).all()
     assert (saved["both"] == 2).all()
     print("done")
 
@@ -356,39 +364,39 @@ trainer.join()
 
 
 @pytest.mark.parametrize("framework", mlx_only)
-def test_what_a_training_thread_has_yet_to_compute_is_saved_as_it_was_then(check, framework):
-    """Evaluated and aliased on the caller's thread, whatever stream it is of, before the write begins."""
-    assert check(framework, HELD_BACK + LAZY_HERE) == "done\n"
+def test_lazy_array_is_saved_as_it_was_at_the_call(check, framework):
+    """It is evaluated and aliased on the caller's thread, on any stream, before the write begins."""
+    assert check(framework, DELAYED_THREADS + LAZY_ON_THIS_THREAD) == "done\n"
 
 
 MAPPED = """
 manager.save(Checkpoint(step=1, model={"w": mx.arange(4096)}))
-kept = [
+arrays = [
     manager.load(1, framework=framework, mmap=True, **options).model["w"]
     for options in ({}, {"verify": "lazy"})
 ]
-viewed = manager.load(1, mmap=True, verify="lazy").model
+views = manager.load(1, mmap=True, verify="lazy").model
 with open(manager.inspect(1).path, "r+b") as file:
     file.seek(-4096, 2)
     file.write(bytes(4096))
-assert all((array == mx.arange(4096)).all() for array in kept)
+assert all((array == mx.arange(4096)).all() for array in arrays)
 try:
-    viewed["w"]
+    views["w"]
 except CorruptCheckpoint:
-    print("views of numpy are of the file")
+    print("numpy arrays are views of the file")
 """
 
 
 @pytest.mark.parametrize("framework", mlx_only)
-def test_a_mapped_file_is_copied_for_mlx(check, framework):
-    """It takes no view: its arrays do not change with the file, and need it no more."""
-    found = check(framework, "from distrust.errors import CorruptCheckpoint\n" + MAPPED)
-    assert found == "views of numpy are of the file\n"
+def test_mapped_file_is_copied_for_mlx(check, framework):
+    """mlx arrays cannot be views, so they do not change with the file."""
+    output = check(framework, "from distrust.errors import CorruptCheckpoint\n" + MAPPED)
+    assert output == "numpy arrays are views of the file\n"
 
 
 EXPECT = """
 import os
-told = []
+errors = []
 
 def expect(model, *words):
     try:
@@ -397,7 +405,7 @@ def expect(model, *words):
         assert all(word in str(error) for word in words), error
         assert len(str(error).splitlines()) == 1
         assert error.label in ("model.w", "mlx arrays")
-        told.append(error)
+        errors.append(error)
     else:
         raise AssertionError(f"saved: {words}")
     assert os.listdir(directory) == [".lock"]
@@ -405,12 +413,12 @@ def expect(model, *words):
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_what_would_not_come_back_exactly_is_refused_and_nothing_is_written(check, framework):
-    code, cases = {"jax": (REFUSED_BY_JAX, 11), "mlx": (REFUSED_BY_MLX, 1)}[framework]
-    assert check(framework, EXPECT + code + "print(len(told))") == f"{cases}\n"
+def test_array_that_cannot_be_restored_exactly_is_rejected_and_nothing_is_written(check, framework):
+    code, cases = {"jax": (REJECTED_BY_JAX, 11), "mlx": (REJECTED_BY_MLX, 1)}[framework]
+    assert check(framework, EXPECT + code + "print(len(errors))") == f"{cases}\n"
 
 
-NOT_AT_HAND = """
+LOAD_UNSUPPORTED = """
 for step, dtype in enumerate(lacking):
     host = random_array(dtype)
     manager.save(Checkpoint(step=step, model={"w": host}))
@@ -425,16 +433,16 @@ for step, dtype in enumerate(lacking):
 
 
 @pytest.mark.parametrize("framework", jax_only)
-def test_jax_without_64_bits_says_how_to_get_them(check, framework):
+def test_error_for_jax_without_64_bits_names_the_remedy(check, framework):
     narrow = 'jax.config.update("jax_enable_x64", False)\nlacking = ["float64", "int64", "uint64"]'
-    lines = check(framework, narrow + NOT_AT_HAND).splitlines()
+    lines = check(framework, narrow + LOAD_UNSUPPORTED).splitlines()
     assert len(lines) == 6
     assert all('jax.config.update("jax_enable_x64", True)' in line for line in lines)
 
 
 @pytest.mark.parametrize("framework", mlx_only)
-def test_a_dtype_that_mlx_lacks_is_named(check, framework):
-    lines = check(framework, "lacking = sorted(LACKING)" + NOT_AT_HAND).splitlines()
+def test_error_names_the_dtype_that_mlx_lacks(check, framework):
+    lines = check(framework, "lacking = sorted(LACKING)" + LOAD_UNSUPPORTED).splitlines()
     assert len(lines) == 10
     assert lines[0] == 'mlx has no float8_e4m3fn: load with framework="numpy" or "torch"'
 
@@ -443,12 +451,12 @@ THREADS = """
 arrays = {"w": array(random_array("bfloat16")), "v": xp.ones(1 << 20)}
 loaded = []
 
-def other():
+def run():
     manager.save_async(Checkpoint(step=1, model=arrays)).wait()
     loaded.append(manager.load(1, framework=framework).model)
 
 getattr(xp, "eval", lambda _: None)(arrays)
-thread = threading.Thread(target=other)
+thread = threading.Thread(target=run)
 thread.start()
 thread.join()
 assert bits(loaded[0]["w"]) == bits(arrays["w"])
@@ -457,5 +465,5 @@ assert (loaded[0]["v"] + 1 == 2).all()
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_arrays_are_saved_and_loaded_in_other_threads(check, framework):
+def test_arrays_are_saved_and_loaded_on_other_threads(check, framework):
     check(framework, THREADS)

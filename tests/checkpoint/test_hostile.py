@@ -1,6 +1,6 @@
-"""A reader trusts nothing that a file says of itself: whatever it says, the answer is a CheckpointError.
+"""A reader trusts nothing in a file: whatever it contains, the result is a CheckpointError.
 
-The files here are forged: their digests are right, so that the checks behind the digests are tried.
+The files here are forged with correct digests, so that the checks behind the digests are tested.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from distrust.errors import (
 
 
 class Forge(Specimen):
-    """A good checkpoint, to be made into bad ones."""
+    """A valid checkpoint that tests turn into invalid ones."""
 
     def __init__(self, directory: Path) -> None:
         with CheckpointManager(directory) as self.manager:
@@ -42,41 +42,41 @@ class Forge(Specimen):
             self.path = self.manager.save(state)
         super().__init__(self.path.read_bytes())
 
-    def put(self, raw: bytes) -> None:
+    def write(self, raw: bytes) -> None:
         self.path.write_bytes(raw)
 
-    def put_fields(self, fields: Any) -> None:
-        """Signs what can be signed."""
-        self.put(sign(frame(encode_json(fields).encode())) + self.data)
+    def write_fields(self, fields: Any) -> None:
+        """Write these header fields, with correct digests where possible."""
+        self.write(sign(frame(encode_json(fields).encode())) + self.data)
 
-    def put_state(self, change: Callable[[Any], Any]) -> None:
-        """Change the skeleton, and give the state and the header their right digests."""
+    def write_state(self, change: Callable[[Any], Any]) -> None:
+        """Change the skeleton, with correct digests of the state and the header."""
         fields = self.fields
         state = json.loads(fields["__metadata__"]["state"])
         state = change(state) or state
         fields["__metadata__"]["state"] = state if isinstance(state, str) else encode_json(state)
         fields["__metadata__"]["state_digest"] = state_digest(fields)
-        self.put_fields(fields)
+        self.write_fields(fields)
 
     def outcomes(self) -> list[type[CheckpointError] | None]:
-        """What each way of reading says. Anything but a CheckpointError goes through."""
+        """Return the error of each way to read, or None. Any other exception is raised."""
 
         def inspect_all(path: Path) -> None:
             self.manager.inspect(path).require_intact()
 
-        found: list[type[CheckpointError] | None] = []
-        for use in (self.manager.validate, self.manager.load, inspect_all):
+        results: list[type[CheckpointError] | None] = []
+        for read in (self.manager.validate, self.manager.load, inspect_all):
             try:
-                use(self.path)
+                read(self.path)
             except CheckpointError as error:
-                found.append(type(error))
+                results.append(type(error))
             else:
-                found.append(None)
-        self.list_it()
-        return found
+                results.append(None)
+        self.is_listed()
+        return results
 
-    def list_it(self) -> bool:
-        """Whether it is listed as good; whatever a listing shows of it can then be read."""
+    def is_listed(self) -> bool:
+        """Return whether it is listed as intact; check that everything in a listing is readable."""
         try:
             listed = self.manager.inspect(self.path)
         except CheckpointError:
@@ -96,13 +96,13 @@ def forge(tmp_path_factory) -> Forge:
     return Forge(tmp_path_factory.mktemp("forged"))
 
 
-def test_a_forged_file_that_says_what_the_real_one_says_is_the_real_one(forge):
-    """The forger of these tests can sign: what follows is refused for what it says, not for its digests."""
-    forge.put_fields(forge.fields)
+def test_forged_file_with_the_original_content_is_identical(forge):
+    """The digests of forged files are correct: the tests below fail for the content, not for the digests."""
+    forge.write_fields(forge.fields)
     assert forge.path.read_bytes() == forge.raw
-    forge.put_state(lambda state: state)
+    forge.write_state(lambda state: state)
     assert forge.path.read_bytes() == forge.raw
-    forge.put_state(lambda state: state["sections"]["metadata"]["d"].update(sm="forged"))
+    forge.write_state(lambda state: state["sections"]["metadata"]["d"].update(sm="forged"))
     assert forge.outcomes() == [None, None, None]
     assert forge.manager.load(1).metadata == {"m": "forged"}
 
@@ -129,7 +129,7 @@ FIELDS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "version of many digits": change(META, "version", to="1" * 5000),
     "version in other digits": change(META, "version", to="١"),
     "negative step": change(META, "step", to="-1"),
-    "step with a zero before": change(META, "step", to="01"),
+    "step with a leading zero": change(META, "step", to="01"),
     "step in other digits": change(META, "step", to="²"),
     "another step than the state's": change(META, "step", to="2"),
     "unknown kind": change(META, "kind", to="best"),
@@ -139,14 +139,14 @@ FIELDS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "digest of another type": change(META, "digest", to=0),
     "no digests": change(META, "digests", to=""),
     "one digest too many": lambda f: change(META, "digests", to=f[META]["digests"] + "0" * 64)(f),
-    "digest of no tensor": lambda f: change(META, "digests", to="0" * 128)(f),
-    "another key in the metadata": change(META, "comment", to="x"),
-    "a key in a tensor": change(A, "comment", to="x"),
+    "wrong tensor digests": lambda f: change(META, "digests", to="0" * 128)(f),
+    "additional key in the metadata": change(META, "comment", to="x"),
+    "additional key in a tensor": change(A, "comment", to="x"),
     "no shape": lambda f: f[A].pop("shape") and None,
     "a tensor is a list": change(A, to=[]),
     "unknown dtype": change(A, "dtype", to="F4"),
     "dtype of another type": change(A, "dtype", to=["F32"]),
-    "dtype that wraps": change(A, "dtype", to="F64"),
+    "dtype of another item size": change(A, "dtype", to="F64"),
     "bool in shape": change(A, "shape", to=[4, True]),
     "float in shape": change(A, "shape", to=[4.0]),
     "negative shape": change(A, "shape", to=[-2, -2]),
@@ -163,14 +163,14 @@ FIELDS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "three offsets": change(A, "data_offsets", to=[0, 16, 16]),
     "no offsets": change(A, "data_offsets", to=None),
     "negative offsets": change(A, "data_offsets", to=[-16, 0]),
-    "offsets turned round": change(A, "data_offsets", to=[16, 0]),
+    "reversed offsets": change(A, "data_offsets", to=[16, 0]),
     "overlap": change(B, "data_offsets", to=[13, 16]),
     "gap": change(B, "data_offsets", to=[17, 20]),
-    "behind the end": change(B, "data_offsets", to=[2**62, 2**62 + 3]),
+    "offsets beyond the end": change(B, "data_offsets", to=[2**62, 2**62 + 3]),
     "swapped order": lambda f: (
         change(A, "data_offsets", to=[3, 19])(f) or change(B, "data_offsets", to=[0, 3])(f)
     ),
-    "a tensor too few": lambda f: f.pop(B) and None,
+    "a missing tensor": lambda f: f.pop(B) and None,
     "lone surrogate in a name": lambda f: f.update({"\ud800": f.pop(B)}),
     "lone surrogate in run": change(META, "run", to='"\ud800"'),
     "not an object": lambda f: [f],
@@ -178,21 +178,21 @@ FIELDS: dict[str, Callable[[dict[str, Any]], Any]] = {
 }
 
 
-@pytest.mark.parametrize("what", FIELDS)
-def test_a_header_that_no_writer_makes_is_refused(forge, what):
+@pytest.mark.parametrize("case", FIELDS)
+def test_header_that_no_writer_produces_is_rejected(forge, case):
     fields = forge.fields
-    forge.put_fields(FIELDS[what](fields) or fields)
+    forge.write_fields(FIELDS[case](fields) or fields)
     outcomes = forge.outcomes()
-    # The header alone does not know the tensors' bytes.
+    # Inspecting only the header cannot detect wrong tensor digests.
     assert outcomes[:2] == [CorruptCheckpoint, CorruptCheckpoint]
 
 
-@pytest.mark.parametrize("what", ["unknown dtype", "bool in shape", "float in offsets", "no digests"])
-def test_who_asks_for_forged_tensors_is_told_of_which_file(forge, what):
-    """Of a header that proves itself only what is asked for is read."""
+@pytest.mark.parametrize("case", ["unknown dtype", "bool in shape", "float in offsets", "no digests"])
+def test_error_on_access_to_forged_tensors_names_the_file(forge, case):
+    """A header with a correct digest is parsed only as far as needed."""
     fields = forge.fields
-    FIELDS[what](fields)
-    forge.put_fields(fields)
+    FIELDS[case](fields)
+    forge.write_fields(fields)
     file = forge.manager.inspect(forge.path)
     assert file.metadata == {"m": "x"}
     with pytest.raises(CorruptCheckpoint) as caught:
@@ -207,7 +207,7 @@ BODIES: dict[str, Callable[[bytes], bytes]] = {
     "the step twice": lambda b: b.replace(b'"step":"1"', b'"step":"2","step":"1"'),
     "the digest twice": lambda b: b.replace(b'"digest":', b'"digest":"' + b"0" * 64 + b'","digest":'),
     "keys out of order": lambda b: b.replace(b'{"__metadata__"', b'{"z":{},"__metadata__"'),
-    "a run nested deeper than it can be printed": lambda b: b.replace(
+    "a run nested too deep": lambda b: b.replace(
         b'\\"extra\\":{', b'\\"extra\\":{\\"x\\":' + b"[" * 200 + b"]" * 200
     ),
     "a space": lambda b: b.replace(b":", b": ", 1),
@@ -230,16 +230,16 @@ BODIES: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-@pytest.mark.parametrize("what", BODIES)
-def test_json_that_no_writer_makes_is_refused(forge, what):
-    body = BODIES[what](forge.body)
+@pytest.mark.parametrize("case", BODIES)
+def test_json_that_no_writer_produces_is_rejected(forge, case):
+    body = BODIES[case](forge.body)
     assert body != forge.body
-    forge.put(sign(frame(body)) + forge.data)
+    forge.write(sign(frame(body)) + forge.data)
     assert forge.outcomes() == [CorruptCheckpoint] * 3
 
 
 #: Every multiple of it has the hash 0.
-SAME_HASH = 2**61 - 1
+HASH_MODULUS = 2**61 - 1
 
 
 def change_in(section: str, to: Any) -> Callable[[Any], None]:
@@ -273,9 +273,9 @@ STATES: dict[str, Callable[[Any], Any]] = {
     "a key that is no float": change_in("rng", {"d": {"f1,5": 1}}),
     "a key that is no bool": change_in("rng", {"d": {"bTRUE": 1}}),
     "keys that are equal": change_in("rng", {"d": {"bTrue": 0, "i1": 0}}),
-    "keys of one hash": change_in("rng", {"d": {f"i{SAME_HASH * at}": 0 for at in range(2000)}}),
+    "keys of one hash": change_in("rng", {"d": {f"i{HASH_MODULUS * at}": 0 for at in range(2000)}}),
     "another section": lambda s: s["sections"].update(zeta={"x": 1, "y": 2}),
-    "another key beside the sections": lambda s: s.update(sf=1),
+    "an additional key": lambda s: s.update(sf=1),
     "another step": lambda s: s.update(step=2),
     "no sections": lambda s: s.pop("sections") and None,
     "no state": lambda s: "null",
@@ -288,23 +288,23 @@ STATES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("what", STATES)
-def test_a_state_that_no_writer_makes_is_refused(forge, what):
-    forge.put_state(STATES[what])
+@pytest.mark.parametrize("case", STATES)
+def test_state_that_no_writer_produces_is_rejected(forge, case):
+    forge.write_state(STATES[case])
     assert forge.outcomes() == [CorruptCheckpoint] * 3
     with pytest.raises(NoIntactCheckpoint):
         forge.manager.load_latest()
 
 
 @pytest.mark.parametrize(
-    "what",
+    "case",
     [
         "a tensor in the metadata", "a tensor in the config", "another step", "no sections", "no state",
         "not JSON", "a list", "too deep", "far too deep", "a number of a million digits",
     ],
 )  # fmt: skip
-def test_a_state_whose_scalars_no_writer_makes_is_listed_as_damaged(forge, what):
-    forge.put_state(STATES[what])
+def test_state_with_invalid_scalars_is_listed_as_damaged(forge, case):
+    forge.write_state(STATES[case])
     scan = forge.manager.scan()
     assert ([file.path for file in scan.damaged], scan.files) == ([forge.path], ())
 
@@ -312,34 +312,34 @@ def test_a_state_whose_scalars_no_writer_makes_is_listed_as_damaged(forge, what)
 @pytest.mark.parametrize(
     "length", [0, 1, 2, 4087, 4089, 100_000_001, 2**31, 2**63 - 1, 2**63, 2**64 - 8, 2**64 - 1]
 )
-def test_a_header_length_that_is_a_lie_is_refused(forge, length):
-    forge.put(length.to_bytes(8, "little") + forge.raw[8:])
+def test_false_header_length_is_rejected(forge, length):
+    forge.write(length.to_bytes(8, "little") + forge.raw[8:])
     assert forge.outcomes() == [CorruptCheckpoint] * 3
 
 
-def test_a_later_version_is_refused_by_name(forge):
-    """It is not called damaged: it may be whole."""
+def test_later_version_of_the_format_is_rejected_as_such(forge):
+    """Not as damaged: it may be intact."""
     fields = forge.fields
     fields[META]["version"] = "2"
     fields[META]["of the future"] = "x"
-    forge.put_fields(fields)
+    forge.write_fields(fields)
 
     assert forge.outcomes() == [UnsupportedVersion] * 3
-    for use in (forge.manager.load, forge.manager.validate, forge.manager.inspect):
+    for read in (forge.manager.load, forge.manager.validate, forge.manager.inspect):
         with pytest.raises(UnsupportedVersion, match="version 2") as caught:
-            use(1)
+            read(1)
         assert str(caught.value).count(str(forge.path)) == 1
     (listed,) = forge.manager.scan().damaged
     assert "version 2" in listed.reason
     assert str(forge.path) not in listed.reason
-    # Nor is an older one taken in its place: that would lose what it holds.
+    # No fallback to an older checkpoint: that would lose its progress.
     with pytest.raises(UnsupportedVersion, match="version 2"):
         forge.manager.load_latest()
 
 
-def test_a_flipped_bit_in_the_version_is_damage(forge):
-    """Not a later version: the header's digest tells."""
-    forge.put(forge.raw.replace(b'"version":"1"', b'"version":"3"'))
+def test_flipped_bit_in_the_version_is_damage(forge):
+    """Not a later version: the header's digest does not match."""
+    forge.write(forge.raw.replace(b'"version":"1"', b'"version":"3"'))
     assert forge.outcomes() == [CorruptCheckpoint] * 3
 
 
@@ -351,21 +351,21 @@ nodes = st.recursive(
 )  # fmt: skip
 
 
-def mutated(tree: Any, choice: Callable[[st.SearchStrategy[Any]], Any]) -> Any:
-    """The tree with one node, anywhere in it, replaced, removed or added."""
+def mutate(tree: Any, choice: Callable[[st.SearchStrategy[Any]], Any]) -> Any:
+    """Return the tree with one node replaced, removed or added."""
     tree = copy.deepcopy(tree)
-    places = [(None, None)]
+    positions = [(None, None)]
 
     def walk(node: Any) -> None:
         children = (
             node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
         )
         for key, child in children:
-            places.append((node, key))
+            positions.append((node, key))
             walk(child)
 
     walk(tree)
-    parent, key = choice(st.sampled_from(places[1:]))
+    parent, key = choice(st.sampled_from(positions[1:]))
     action = choice(st.sampled_from(["replace", "remove", "add"]))
     if action == "replace":
         parent[key] = choice(nodes)
@@ -378,31 +378,31 @@ def mutated(tree: Any, choice: Callable[[st.SearchStrategy[Any]], Any]) -> Any:
     return tree
 
 
-def accepted_alike(forge: Forge) -> None:
-    """All who read it whole are of one mind, and say nothing but CheckpointErrors; a good one is listed."""
+def check_consistent(forge: Forge) -> None:
+    """Check that validate and load agree and raise only CheckpointErrors, and that a valid file is listed."""
     validated, loaded, inspected = forge.outcomes()
     assert validated == loaded
     assert inspected is None or inspected == loaded
-    assert loaded is not None or forge.list_it()
+    assert loaded is not None or forge.is_listed()
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.data())
-def test_any_change_of_a_header_is_answered_with_a_checkpoint_error(forge, data):
-    forge.put_fields(mutated(forge.fields, data.draw))
-    accepted_alike(forge)
+def test_any_changed_header_field_gives_a_checkpoint_error(forge, data):
+    forge.write_fields(mutate(forge.fields, data.draw))
+    check_consistent(forge)
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.data())
-def test_any_change_of_a_state_is_answered_with_a_checkpoint_error(forge, data):
-    forge.put_state(lambda state: mutated(state, data.draw))
-    accepted_alike(forge)
+def test_any_changed_state_gives_a_checkpoint_error(forge, data):
+    forge.write_state(lambda state: mutate(state, data.draw))
+    check_consistent(forge)
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.data())
-def test_any_change_of_the_headers_bytes_is_answered_with_a_checkpoint_error(forge, data):
+def test_any_changed_header_byte_gives_a_checkpoint_error(forge, data):
     body = forge.body
     begin = data.draw(st.integers(0, len(body)))
     end = data.draw(st.integers(begin, min(len(body), begin + 8)))
@@ -412,35 +412,35 @@ def test_any_change_of_the_headers_bytes_is_answered_with_a_checkpoint_error(for
             [b"{", b"}", b"[", b'"', b",", b":", b"\\", b"\\ud800", b"9" * 5000, b"-", b"true", b"null"]
         )
     )
-    forge.put(sign(frame(body[:begin] + snippet + body[end:])) + forge.data)
-    accepted_alike(forge)
+    forge.write(sign(frame(body[:begin] + snippet + body[end:])) + forge.data)
+    check_consistent(forge)
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=200), st.booleans())
-def test_any_bytes_at_all_are_answered_with_a_checkpoint_error(forge, raw, with_length):
-    forge.put((len(raw).to_bytes(8, "little") if with_length else b"") + raw)
+def test_arbitrary_bytes_give_a_checkpoint_error(forge, raw, with_length):
+    forge.write((len(raw).to_bytes(8, "little") if with_length else b"") + raw)
     assert forge.outcomes() == [CorruptCheckpoint] * 3
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.data())
-def test_any_damage_to_the_header_is_seen_by_who_reads_only_that(forge, data):
-    """Not forged: its digest is the old one."""
-    at = data.draw(st.integers(0, forge.end - 1))
-    byte = data.draw(st.integers(0, 255).filter(lambda byte: byte != forge.raw[at]))
-    forge.put(forge.raw[:at] + bytes([byte]) + forge.raw[at + 1 :])
+def test_any_damaged_header_byte_is_detected_by_reading_the_header(forge, data):
+    """Not forged: the digest is the original one."""
+    position = data.draw(st.integers(0, forge.end - 1))
+    byte = data.draw(st.integers(0, 255).filter(lambda byte: byte != forge.raw[position]))
+    forge.write(forge.raw[:position] + bytes([byte]) + forge.raw[position + 1 :])
     with pytest.raises(CorruptCheckpoint):
         forge.manager.inspect(forge.path)
     scan = forge.manager.scan()
     assert ([file.path for file in scan.damaged], scan.files) == ([forge.path], ())
 
 
-@pytest.mark.parametrize("bytes_more", [-19, -16, -4, -3, -1, 1, 4, 4096])
-def test_a_file_of_another_size_is_listed_as_damaged(forge, bytes_more):
-    """Cut between two tensors, too."""
-    forge.put((forge.raw + b"\0" * 4096)[: len(forge.raw) + bytes_more])
-    assert not forge.list_it()
+@pytest.mark.parametrize("additional", [-19, -16, -4, -3, -1, 1, 4, 4096])
+def test_file_of_another_size_is_listed_as_damaged(forge, additional):
+    """Including one that ends between two tensors."""
+    forge.write((forge.raw + b"\0" * 4096)[: len(forge.raw) + additional])
+    assert not forge.is_listed()
     with pytest.raises(CorruptCheckpoint, match="bytes"):
         forge.manager.inspect(forge.path)
 
@@ -456,8 +456,8 @@ LIKE_AN_OFFSET = [
 ]
 
 
-@pytest.mark.parametrize("empty", [(), ("~z",)], ids=["full", "with an empty one at the end"])
-def test_no_name_is_taken_for_an_offset(tmp_path, empty):
+@pytest.mark.parametrize("empty", [(), ("~z",)], ids=["no empty tensor", "an empty tensor at the end"])
+def test_names_that_look_like_offsets_are_not_mistaken_for_them(tmp_path, empty):
     model = {name: np.zeros(1, np.float32) for name in LIKE_AN_OFFSET}
     model |= {name: np.zeros(0, np.float32) for name in empty}
     with CheckpointManager(tmp_path) as manager:
@@ -469,40 +469,40 @@ def test_no_name_is_taken_for_an_offset(tmp_path, empty):
         assert len(manager.scan().files) == (size == len(raw)), size
 
 
-THINGS_IN_THE_WAY: dict[str, Callable[[Path], object]] = {
+OBSTACLES: dict[str, Callable[[Path], object]] = {
     "an empty file": lambda path: path.touch(),
     "a directory": lambda path: path.mkdir(),
     "a pipe": lambda path: os.mkfifo(path),
     "a link to itself": lambda path: path.symlink_to(path),
-    "a link to nothing": lambda path: path.symlink_to("nowhere"),
+    "a dangling link": lambda path: path.symlink_to("nowhere"),
     "a device": lambda path: path.symlink_to("/dev/zero"),
 }
 
 
-@pytest.mark.parametrize("thing", THINGS_IN_THE_WAY)
-def test_things_that_are_no_files_are_damaged_checkpoints(tmp_path, thing):
+@pytest.mark.parametrize("obstacle", OBSTACLES)
+def test_obstacle_at_the_name_of_a_checkpoint_is_a_damaged_checkpoint(tmp_path, obstacle):
     path = tmp_path / "checkpoint-5.safetensors"
-    THINGS_IN_THE_WAY[thing](path)
+    OBSTACLES[obstacle](path)
     manager = CheckpointManager(tmp_path)
 
     assert [file.path for file in manager.scan().damaged] == [path]
     assert manager.list_checkpoints() == []
-    for use in (manager.load, manager.validate, manager.inspect):
+    for read in (manager.load, manager.validate, manager.inspect):
         with pytest.raises((CorruptCheckpoint, CheckpointNotFound)):
-            use(5)
+            read(5)
     with pytest.raises(NoIntactCheckpoint):
         manager.load_latest()
 
 
 @pytest.mark.parametrize("keys", [("i1", "i01"), ("i1", "i 1"), ("i10", "i1_0"), ("f1.0", "f1.00"), ("i-0",)])
-def test_keys_that_would_become_one_are_refused(keys):
+def test_non_canonical_keys_are_rejected(keys):
     node = {"d": dict.fromkeys(keys, 0)}
     with pytest.raises(CorruptCheckpoint, match="a key that cannot be read"):
         tree.unflatten(node, str)
 
 
-def test_what_was_chosen_to_make_a_dict_slow_is_not_saved_either(tmp_path):
-    keys = {SAME_HASH * at: 0 for at in range(2000)}
+def test_dict_with_many_colliding_keys_is_not_saved_either(tmp_path):
+    keys = {HASH_MODULUS * at: 0 for at in range(2000)}
     with CheckpointManager(tmp_path) as manager:
         with pytest.raises(UnsupportedState, match="same hash"):
             manager.save(Checkpoint(step=1, metadata={"m": keys}))
@@ -511,22 +511,22 @@ def test_what_was_chosen_to_make_a_dict_slow_is_not_saved_either(tmp_path):
         assert manager.load(1).metadata == {"m": few}
 
 
-def test_a_run_is_nested_as_deep_as_it_can_be_printed(tmp_path):
-    def nested(levels: int) -> Any:
-        return [nested(levels - 1)] if levels else 1
+def test_run_may_be_nested_as_deep_as_the_reader_accepts(tmp_path):
+    def make_nested(levels: int) -> Any:
+        return [make_nested(levels - 1)] if levels else 1
 
     with CheckpointManager(tmp_path) as manager:
-        manager.save(Checkpoint(step=1, run={"deep": nested(tree.MAX_DEPTH - 2)}))
-        assert manager.inspect(1).header.run_info["extra"] == {"deep": nested(tree.MAX_DEPTH - 2)}
+        manager.save(Checkpoint(step=1, run={"deep": make_nested(tree.MAX_DEPTH - 2)}))
+        assert manager.inspect(1).header.run_info["extra"] == {"deep": make_nested(tree.MAX_DEPTH - 2)}
         with pytest.raises(UnsupportedState, match="nested deeper"):
-            manager.save(Checkpoint(step=2, run={"deep": nested(tree.MAX_DEPTH - 1)}))
+            manager.save(Checkpoint(step=2, run={"deep": make_nested(tree.MAX_DEPTH - 1)}))
 
 
-COMMAND = "\x1b[2J\u202e\n"
+ESCAPES = "\x1b[2J\u202e\n"
 
 
-def test_messages_are_short_and_command_no_terminal(tmp_path):
-    name = COMMAND + "x" * 10_000
+def test_messages_are_short_and_contain_no_terminal_escapes(tmp_path):
+    name = ESCAPES + "x" * 10_000
     with CheckpointManager(tmp_path) as manager:
         path = manager.save(Checkpoint(step=1, model={name: np.zeros(3)}, metrics={name: 1.0}))
         with pytest.raises(CheckpointNotFound) as of_metrics:
@@ -540,40 +540,40 @@ def test_messages_are_short_and_command_no_terminal(tmp_path):
     assert of_tensors.value.tensor == f"model.{name}"
 
 
-@pytest.mark.parametrize("instead", ["nothing", "a link to itself", "a link that is too long"])
-def test_what_was_known_and_is_not_there_any_more(tmp_path, monkeypatch, instead):
-    """Between its name in the listing and the look at it; a manager that lists again looks at no more."""
+@pytest.mark.parametrize("replacement", ["nothing", "a link to itself", "a link that is too long"])
+def test_file_removed_or_replaced_between_listing_and_opening(tmp_path, monkeypatch, replacement):
+    """The scan cache must not return the removed file."""
     monkeypatch.setattr(catalog, "STABLE_AFTER_NANOSECONDS", -1)
     with CheckpointManager(tmp_path) as manager:
         path = manager.save(Checkpoint(step=1))
-    known: catalog.Known = {}
-    assert len(catalog.scan(tmp_path, known).files) == 1
-    assert path in known
+    cache: catalog.ScanCache = {}
+    assert len(catalog.scan(tmp_path, cache).files) == 1
+    assert path in cache
 
-    named = catalog.list_names(tmp_path)
+    names = catalog.list_names(tmp_path)
     path.unlink()
-    if instead != "nothing":
-        path.symlink_to(path if instead == "a link to itself" else "x" * 300)
-    listings = iter([named])
+    if replacement != "nothing":
+        path.symlink_to(path if replacement == "a link to itself" else "x" * 300)
+    listings = iter([names])
     monkeypatch.setattr(catalog, "list_names", lambda directory: next(listings, []))
-    scan = catalog.scan(tmp_path, known)
+    scan = catalog.scan(tmp_path, cache)
     assert scan.files == ()
-    assert len(scan.damaged) == (instead != "nothing")
+    assert len(scan.damaged) == (replacement != "nothing")
 
 
-def test_a_link_that_cannot_be_followed_is_no_directory(tmp_path):
+def test_link_that_cannot_be_followed_is_not_a_directory(tmp_path):
     target = tmp_path / "run"
     target.symlink_to("x" * 300)
-    for use in (catalog.newest, catalog.resolve, catalog.verify):
+    for read in (catalog.newest, catalog.resolve, catalog.verify):
         with pytest.raises(CheckpointError):
-            use(target)
+            read(target)
     (tmp_path / "checkpoints").symlink_to("x" * 300)
     assert catalog.checkpoint_directory(tmp_path) == tmp_path
 
 
-def test_a_link_to_a_terminal_does_not_become_that_of_the_process(tmp_path, run_python):
-    """Whoever holds the other end could end the process with a key."""
-    other, terminal = pty.openpty()
+def test_link_to_a_terminal_does_not_become_the_controlling_terminal(tmp_path, run_python):
+    """Whoever has the other end could terminate the process with a key."""
+    controller, terminal = pty.openpty()
     try:
         (tmp_path / "checkpoint-1.safetensors").symlink_to(os.ttyname(terminal))
         code = """
@@ -588,8 +588,8 @@ try:
 except OSError:
     print("none")
 """
-        done = run_python(code, tmp_path)
-        assert (done.stdout, done.stderr) == ("none\n", "")
+        process = run_python(code, tmp_path)
+        assert (process.stdout, process.stderr) == ("none\n", "")
     finally:
-        os.close(other)
+        os.close(controller)
         os.close(terminal)

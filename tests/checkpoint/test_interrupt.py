@@ -1,4 +1,4 @@
-"""Ctrl-C in the middle of a save or a load: nothing is left that goes on, and nothing that lies about."""
+"""Ctrl-C during a save or a load leaves no running thread and no temporary file."""
 
 from __future__ import annotations
 
@@ -17,76 +17,76 @@ from distrust.checkpoint.disk import Disk
 pytestmark = pytest.mark.usefixtures("no_thread_left")
 
 STATE = state_of([random_items(np.dtype(np.float64), EDGE) for _ in range(5)])
-BLOCKS = 5 * 8
+CALLS = 5 * 8  # reads or writes of one block each
 
 
 @pytest.fixture
-def interrupting(monkeypatch, no_collector):
-    """Has SIGINT arrive at the main thread in a call, before that does its work; returns a list of calls."""
-    main, arrived = threading.main_thread(), threading.Event()
+def interrupt_call(monkeypatch, no_collector):
+    """Deliver SIGINT to the main thread at the start of the n-th call; return the list of calls."""
+    main_thread, arrived = threading.main_thread(), threading.Event()
 
     def on_interrupt(_, frame) -> None:
-        # Python ignores what is raised in the callback of a weak reference, such as one to an ended thread.
+        # Python ignores exceptions in callbacks of weak references, such as one to an ended thread.
         if frame.f_code.co_name != "_remove" and not arrived.is_set():
             arrived.set()
             raise KeyboardInterrupt
 
-    def in_call(name: str, number: int) -> list[int]:
-        honest, lock, calls = getattr(os, name), threading.Lock(), []
+    def interrupt(name: str, number: int) -> list[int]:
+        original, lock, calls = getattr(os, name), threading.Lock(), []
 
         def call(*arguments):
             with lock:
                 calls.append(len(calls) + 1)
-                now = calls[-1] == number
-            if now:
+                is_reached = calls[-1] == number
+            if is_reached:
                 while not arrived.is_set():
-                    signal.pthread_kill(main.ident, signal.SIGINT)
+                    signal.pthread_kill(main_thread.ident, signal.SIGINT)
                     arrived.wait(0.1)
-            return honest(*arguments)
+            return original(*arguments)
 
         monkeypatch.setattr(os, name, call)
         return calls
 
-    before = signal.signal(signal.SIGINT, on_interrupt)
-    yield in_call
-    signal.signal(signal.SIGINT, before)
+    previous = signal.signal(signal.SIGINT, on_interrupt)
+    yield interrupt
+    signal.signal(signal.SIGINT, previous)
 
 
 @pytest.mark.usefixtures("write_path")
-@pytest.mark.parametrize("write", [1, 2, 7, BLOCKS])
-def test_an_interrupted_save_leaves_what_stood_before(
-    tmp_path, monkeypatch, interrupting, no_thread_left, write
+@pytest.mark.parametrize("write", [1, 2, 7, CALLS])
+def test_interrupted_save_leaves_existing_files_unchanged(
+    tmp_path, monkeypatch, interrupt_call, no_thread_left, write
 ):
     monkeypatch.setattr(stream_writer, "BLOCK_BYTES", EDGE)
     with CheckpointManager(tmp_path) as manager:
-        before = manager.save(Checkpoint(step=1)).read_bytes()
-        writes = interrupting("pwrite", write)
+        previous = manager.save(Checkpoint(step=1)).read_bytes()
+        writes = interrupt_call("pwrite", write)
 
         with pytest.raises(KeyboardInterrupt):
             manager.save(STATE.checkpoint)
 
-        there = len(writes)
+        count = len(writes)
         no_thread_left()
-        assert len(writes) == there
+        assert len(writes) == count
         assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "checkpoint-1.safetensors"]
-        assert (tmp_path / "checkpoint-1.safetensors").read_bytes() == before
+        assert (tmp_path / "checkpoint-1.safetensors").read_bytes() == previous
         manager.save(STATE.checkpoint)
         manager.validate(1)
 
 
 @pytest.mark.parametrize("step", ["create", "reserve"])
-def test_an_interrupt_when_the_file_has_just_been_made_removes_it(tmp_path, monkeypatch, step):
-    """A program that goes on would have it lie about until it is started again."""
-    honest = getattr(Disk, step)
+def test_interrupt_right_after_the_file_is_created_removes_it(tmp_path, monkeypatch, step):
+    """Otherwise the file would remain until the next start of the program."""
+    original = getattr(Disk, step)
 
-    def interrupted(*arguments):
-        honest(*arguments)
+    def call_and_interrupt(*arguments):
+        original(*arguments)
         raise KeyboardInterrupt
 
     with CheckpointManager(tmp_path) as manager:
         manager.acquire()
         with monkeypatch.context() as patch:
-            patch.setattr(Disk, step, interrupted)
+            patch.setattr(Disk, step, call_and_interrupt)
             with pytest.raises(KeyboardInterrupt):
                 manager.save(STATE.checkpoint)
         assert [path.name for path in tmp_path.iterdir()] == [".lock"]
@@ -94,9 +94,9 @@ def test_an_interrupt_when_the_file_has_just_been_made_removes_it(tmp_path, monk
 
 
 @pytest.mark.parametrize("cold", [True, False], ids=["cold", "warm"])
-@pytest.mark.parametrize("read", [1, 2, 7, BLOCKS])
-def test_an_interrupted_load_leaves_nothing_that_goes_on(
-    tmp_path, monkeypatch, interrupting, no_thread_left, cold, read
+@pytest.mark.parametrize("read", [1, 2, 7, CALLS])
+def test_interrupted_load_leaves_no_thread_and_no_open_file(
+    tmp_path, monkeypatch, interrupt_call, no_thread_left, cold, read
 ):
     monkeypatch.setattr(verified_read, "_is_cold", lambda *_: cold)
     monkeypatch.setattr(verified_read, "FETCH_BYTES", EDGE)
@@ -104,20 +104,20 @@ def test_an_interrupted_load_leaves_nothing_that_goes_on(
     with CheckpointManager(tmp_path) as manager:
         manager.save(STATE.checkpoint)
         files = len(os.listdir("/dev/fd"))
-        reads = interrupting("preadv", read)
+        reads = interrupt_call("preadv", read)
 
         with pytest.raises(KeyboardInterrupt):
             manager.load(1)
 
-        there = len(reads)
+        count = len(reads)
         no_thread_left()
-        assert len(reads) == there
+        assert len(reads) == count
         assert len(os.listdir("/dev/fd")) == files
         assert manager.load(1).step == 1
 
 
-def test_an_interrupted_close_lets_go_of_the_lock(tmp_path, monkeypatch):
-    """A program that goes on could not open the directory again, and no other one could."""
+def test_interrupted_close_releases_the_lock(tmp_path, monkeypatch):
+    """Otherwise neither this process nor another could write to the directory again."""
 
     class Interrupting(set):
         def discard(self, _):

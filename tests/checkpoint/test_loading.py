@@ -1,4 +1,4 @@
-"""Whatever the way to the data, the same arrays, and damage is found: cached or not, read or mapped."""
+"""Every way to read gives the same arrays and detects damage: cached or not, read or mapped."""
 
 from __future__ import annotations
 
@@ -15,10 +15,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from states import EDGE, SECTIONS, State, content, random_items, state_of, states
+from states import (
+    EDGE,
+    FRAMEWORKS,
+    INSTALLED,
+    SECTIONS,
+    State,
+    as_tensor,
+    content,
+    random_items,
+    state_of,
+    states,
+)
 
 from distrust import Checkpoint, CheckpointManager
 from distrust.checkpoint import direct_io, memory, verified_read
@@ -26,9 +36,9 @@ from distrust.errors import CheckpointUnreadable, CorruptCheckpoint
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
 
-WAYS = ["cached", "past the cache", "mapped", "lazy"]
-BYTES = np.dtype(np.uint8)
-WORDS = np.dtype(np.float64)
+MODES = ["cached", "direct", "mapped", "lazy"]
+UINT8 = np.dtype(np.uint8)
+FLOAT64 = np.dtype(np.float64)
 
 
 @pytest.fixture(scope="module")
@@ -37,15 +47,15 @@ def manager(tmp_path_factory):
         yield manager
 
 
-@pytest.fixture(params=["cached", "past the cache"])
+@pytest.fixture(params=["cached", "direct"])
 def read_path(request, monkeypatch) -> str:
-    """Both ways in which files are read into memory, in small blocks."""
-    take(request.param, monkeypatch)
+    """Both ways to read files into memory, in small blocks."""
+    use_mode(request.param, monkeypatch)
     return request.param
 
 
-def take(way: str, patch: pytest.MonkeyPatch, *, fetch_bytes: int = EDGE) -> None:
-    patch.setattr(verified_read, "_is_cold", lambda _, header: way == "past the cache" and header.tensors)
+def use_mode(mode: str, patch: pytest.MonkeyPatch, *, fetch_bytes: int = EDGE) -> None:
+    patch.setattr(verified_read, "_is_cold", lambda _, header: mode == "direct" and header.tensors)
     patch.setattr(verified_read, "FETCH_BYTES", fetch_bytes)
     patch.setattr(verified_read, "PIECE_BYTES", EDGE)
 
@@ -62,16 +72,16 @@ def is_cold(manager: CheckpointManager, path: Path) -> bool:
         return verified_read._is_cold(file.fileno(), manager.inspect(path).header)
 
 
-def load(manager: CheckpointManager, path: Path, way: str, framework: str = "numpy") -> Checkpoint:
-    if way == "past the cache":
+def load(manager: CheckpointManager, path: Path, mode: str, framework: str = "numpy") -> Checkpoint:
+    if mode == "direct":
         drop_from_cache(path)
     with pytest.MonkeyPatch.context() as patch:
-        take(way, patch)
+        use_mode(mode, patch)
         return manager.load(
             path,
             framework=framework,
-            mmap=way in ("mapped", "lazy"),
-            verify="lazy" if way == "lazy" else "full",
+            mmap=mode in ("mapped", "lazy"),
+            verify="lazy" if mode == "lazy" else "full",
         )
 
 
@@ -90,88 +100,88 @@ def flip(path: Path, position: int) -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(states(), st.sampled_from(["numpy", "torch"]))
-@example(state_of([]), "torch")
-@example(state_of([np.zeros((0, 3)), np.zeros(0, ">i4"), torch.empty(0)]), "torch")
-@example(state_of([random_items(WORDS, EDGE)]), "numpy")
-@example(state_of([random_items(BYTES, 1)] * 70), "torch")
-def test_every_way_gives_the_same_arrays(manager, state: State, framework):
+@given(states(), st.sampled_from(INSTALLED))
+@example(state_of([]), INSTALLED[-1])
+@example(state_of([np.zeros((0, 3)), np.zeros(0, ">i4"), as_tensor(np.zeros(0))]), INSTALLED[-1])
+@example(state_of([random_items(FLOAT64, EDGE)]), "numpy")
+@example(state_of([random_items(UINT8, 1)] * 70), INSTALLED[-1])
+def test_every_mode_loads_the_same_arrays(manager, state: State, framework):
     path = manager.save(state.checkpoint)
-    given = dict(arrays_of(state.checkpoint))
+    saved = dict(arrays_of(state.checkpoint))
 
-    for way in WAYS:
-        loaded = dict(arrays_of(load(manager, path, way, framework)))
-        assert loaded.keys() == given.keys()
+    for mode in MODES:
+        loaded = dict(arrays_of(load(manager, path, mode, framework)))
+        assert loaded.keys() == saved.keys()
         for label, array in loaded.items():
-            assert content(array) == state.contents[label], (way, label)
-            assert tuple(array.shape) == tuple(given[label].shape)
+            assert content(array) == state.contents[label], (mode, label)
+            assert tuple(array.shape) == tuple(saved[label].shape)
 
 
-@pytest.mark.parametrize("way", ["cached", "past the cache"])
-@pytest.mark.parametrize("framework", ["numpy", "torch"])
-def test_every_array_begins_on_a_cache_line(manager, way, framework):
-    """Where one begins decides how some libraries add up, and so the last bits of what is computed."""
+@pytest.mark.parametrize("mode", ["cached", "direct"])
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_every_array_begins_on_a_cache_line(manager, mode, framework):
+    """The alignment of an array decides how some libraries sum it, and so the last bits of results."""
     sizes = [0, 1, 7, 63, 64, 65, 4095, 4097, 3, 128]
-    path = manager.save(state_of([random_items(BYTES, size) for size in sizes]).checkpoint)
+    path = manager.save(state_of([random_items(UINT8, size) for size in sizes]).checkpoint)
 
-    for label, array in arrays_of(load(manager, path, way, framework)):
+    for label, array in arrays_of(load(manager, path, mode, framework)):
         address = array.data_ptr() if framework == "torch" else array.ctypes.data
         assert address % 64 == 0, label
 
 
 @pytest.mark.usefixtures("direct_io")
-def test_a_file_that_is_not_cached_is_read_past_the_cache_and_stays_out_of_it(tmp_path, monkeypatch):
-    """A checkpoint of the size of the memory would drive out everything else."""
+def test_uncached_file_is_read_with_direct_io_and_stays_uncached(tmp_path, monkeypatch):
+    """Otherwise a checkpoint as large as the memory would evict everything else from the page cache."""
     if sys.platform != "linux":
-        pytest.skip("only there the system is asked what it has cached")
-    state = state_of([random_items(WORDS, 3 * verified_read.FETCH_BYTES // 8)])
-    seen = []
-    honest = os.preadv
+        pytest.skip("the page cache is probed only on Linux")
+    state = state_of([random_items(FLOAT64, 3 * verified_read.FETCH_BYTES // 8)])
+    reads = []
+    original = os.preadv
 
-    def watched(descriptor, buffers, offset):
-        seen.append(direct_io.is_enabled(descriptor))
-        return honest(descriptor, buffers, offset)
+    def record(descriptor, buffers, offset):
+        reads.append(direct_io.is_enabled(descriptor))
+        return original(descriptor, buffers, offset)
 
     with CheckpointManager(tmp_path) as manager:
         path = manager.save(state.checkpoint)
         drop_from_cache(path)
         if not is_cold(manager, path):
-            pytest.skip("this file system holds everything in memory")
-        monkeypatch.setattr(os, "preadv", watched)
+            pytest.skip("this file system keeps everything in memory")
+        monkeypatch.setattr(os, "preadv", record)
         for _ in range(2):
             loaded = dict(arrays_of(manager.load(path)))
             assert content(loaded["model.000"]) == state.data
-        assert seen == [True] * 2 * 3
+        assert reads == [True] * 2 * 3
 
         path.read_bytes()
-        seen.clear()
+        reads.clear()
         manager.load(path)
-        assert not any(seen)  # what is cached is read from there
+        assert not any(reads)  # a cached file is read from the cache
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.lists(st.sampled_from(["whole", "refused", "a page", "some bytes"]), max_size=9))
-@example(["refused"])
-@example(["whole", "some bytes", "refused"])
-def test_refused_and_short_reads_change_nothing(manager, answers):
-    state = state_of([random_items(WORDS, EDGE), random_items(BYTES, 5)])
+@given(st.lists(st.sampled_from(["complete", "rejected", "a page", "some bytes"]), max_size=9))
+@example(["rejected"])
+@example(["complete", "some bytes", "rejected"])
+def test_rejected_and_short_reads_do_not_change_the_result(manager, results):
+    state = state_of([random_items(FLOAT64, EDGE), random_items(UINT8, 5)])
     path = manager.save(state.checkpoint)
-    honest, lock, left = os.preadv, threading.Lock(), iter(answers)
+    original, lock, remaining = os.preadv, threading.Lock(), iter(results)
 
-    def fickle(descriptor, buffers, offset):
+    def unreliable_preadv(descriptor, buffers, offset):
         with lock:
-            answer = next(left, "whole")
-        if answer == "refused" and direct_io.is_enabled(descriptor):
+            result = next(remaining, "complete")
+        if result == "rejected" and direct_io.is_enabled(descriptor):
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        if answer == "a page":
-            return honest(descriptor, [buffers[0][:EDGE]], offset)
-        count = honest(descriptor, buffers, offset)
-        return min(count, 1000) if answer == "some bytes" else count
+        if result == "a page":
+            return original(descriptor, [buffers[0][:EDGE]], offset)
+        count = original(descriptor, buffers, offset)
+        return min(count, 1000) if result == "some bytes" else count
 
-    for way in ("cached", "past the cache"):
+    for mode in ("cached", "direct"):
         with pytest.MonkeyPatch.context() as patch:
-            take(way, patch, fetch_bytes=2 * EDGE)
-            patch.setattr(os, "preadv", fickle)
+            use_mode(mode, patch, fetch_bytes=2 * EDGE)
+            patch.setattr(os, "preadv", unreliable_preadv)
             loaded = manager.load(path)
         assert {label: content(array) for label, array in arrays_of(loaded)} == state.contents
 
@@ -181,17 +191,17 @@ def test_refused_and_short_reads_change_nothing(manager, answers):
 
 @settings(max_examples=25, deadline=None)
 @given(states(max_arrays=5).filter(lambda state: state.data), st.data())
-def test_the_first_damaged_tensor_is_named_on_every_way(manager, state: State, data):
+def test_every_mode_names_the_first_damaged_tensor(manager, state: State, data):
     path = manager.save(state.checkpoint)
     begin = path.stat().st_size - len(state.data)
     positions = data.draw(st.sets(st.integers(0, len(state.data) - 1), min_size=1, max_size=4))
     for position in positions:
         flip(path, begin + position)
-    damaged = [tensor.name for tensor in tensors_at(manager, path, {begin + place for place in positions})]
+    damaged = [tensor.name for tensor in tensors_at(manager, path, {begin + index for index in positions})]
 
-    for way in ("cached", "past the cache", "mapped"):
+    for mode in ("cached", "direct", "mapped"):
         with pytest.raises(CorruptCheckpoint, match="is damaged") as caught:
-            load(manager, path, way)
+            load(manager, path, mode)
         assert (caught.value.tensor, caught.value.path) == (damaged[0], path)
         assert damaged[0] in str(caught.value)
     with pytest.raises(CorruptCheckpoint) as caught:
@@ -199,15 +209,15 @@ def test_the_first_damaged_tensor_is_named_on_every_way(manager, state: State, d
     assert caught.value.tensor == damaged[0]
 
     lazy = load(manager, path, "lazy")
-    for label, whole in state.contents.items():
+    for label, expected in state.contents.items():
         section, name = label.split(".")
         if label in damaged:
-            for _ in range(2):  # whoever asks again is told again
+            for _ in range(2):  # the error must be raised on every access
                 with pytest.raises(CorruptCheckpoint) as caught:
                     getattr(lazy, section)[name]
                 assert (caught.value.tensor, caught.value.path) == (label, path)
         else:
-            assert content(getattr(lazy, section)[name]) == whole
+            assert content(getattr(lazy, section)[name]) == expected
 
 
 def tensors_at(manager: CheckpointManager, path: Path, positions: set[int]) -> list[Any]:
@@ -218,7 +228,7 @@ def tensors_at(manager: CheckpointManager, path: Path, positions: set[int]) -> l
     ]
 
 
-LARGE = state_of([random_items(WORDS, EDGE) for _ in range(8)])
+LARGE = state_of([random_items(FLOAT64, EDGE) for _ in range(8)])
 LARGE_BYTES = len(LARGE.data)
 
 
@@ -230,24 +240,24 @@ def file(tmp_path) -> tuple[CheckpointManager, Path]:
     return manager, path
 
 
-def on_read(patch: pytest.MonkeyPatch, number: int, then: Callable[[], None]) -> None:
-    """Do something before the read of that number, counted from 1, and before each later one."""
-    honest, lock, count = os.preadv, threading.Lock(), iter(range(1, 1_000_000))
+def on_read(patch: pytest.MonkeyPatch, number: int, action: Callable[[], None]) -> None:
+    """Call ``action`` before the read of that number, counted from 1, and before each later one."""
+    original, lock, count = os.preadv, threading.Lock(), iter(range(1, 1_000_000))
 
     def preadv(*arguments):
         with lock:
             if next(count) >= number:
-                then()
-        return honest(*arguments)
+                action()
+        return original(*arguments)
 
     patch.setattr(os, "preadv", preadv)
 
 
-@pytest.mark.parametrize("left", [0.0, 0.3, 0.3001, 1.0])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.3001, 1.0])
 @pytest.mark.parametrize("number", [1, 3, 9])
-def test_a_file_that_is_cut_while_it_is_read_is_damaged(file, monkeypatch, read_path, number, left):
+def test_file_truncated_during_the_read_is_damaged(file, monkeypatch, read_path, number, share):
     manager, path = file
-    size = path.stat().st_size - LARGE_BYTES + int(left * (LARGE_BYTES - 1))
+    size = path.stat().st_size - LARGE_BYTES + int(share * (LARGE_BYTES - 1))
     on_read(monkeypatch, number, lambda: os.truncate(path, size))
 
     with pytest.raises(CorruptCheckpoint, match=r"cut while it was read|is damaged") as caught:
@@ -256,7 +266,7 @@ def test_a_file_that_is_cut_while_it_is_read_is_damaged(file, monkeypatch, read_
 
 
 @pytest.mark.parametrize("number", [1, 2, 9, 40])
-def test_a_read_error_is_an_error_of_the_library(file, monkeypatch, read_path, number):
+def test_read_error_becomes_a_checkpoint_error(file, monkeypatch, read_path, number):
     manager, path = file
 
     def fail() -> None:
@@ -271,7 +281,7 @@ def test_a_read_error_is_an_error_of_the_library(file, monkeypatch, read_path, n
 
 
 @pytest.mark.parametrize("error", [errno.ENOMEM, errno.EACCES])
-def test_a_failure_that_is_not_the_files_fault_is_no_damage(file, monkeypatch, read_path, error):
+def test_error_of_the_process_is_not_damage(file, monkeypatch, read_path, error):
     manager, path = file
 
     def fail() -> None:
@@ -283,7 +293,7 @@ def test_a_failure_that_is_not_the_files_fault_is_no_damage(file, monkeypatch, r
     assert caught.value.path == path
 
 
-def test_where_the_whole_finds_no_memory_the_file_is_not_damaged(file, monkeypatch, read_path):
+def test_lack_of_memory_is_not_damage(file, monkeypatch, read_path):
     manager, path = file
     monkeypatch.setattr(verified_read, "allocate", refuse_above(LARGE_BYTES // 2))
     for load in (manager.load_latest, lambda: manager.load(path)):
@@ -292,38 +302,38 @@ def test_where_the_whole_finds_no_memory_the_file_is_not_damaged(file, monkeypat
         assert caught.value.path == path
 
 
-def test_threads_that_find_no_memory_leave_nobody_waiting(file, monkeypatch):
+def test_lack_of_memory_in_a_thread_does_not_hang(file, monkeypatch):
     manager, path = file
-    take("past the cache", monkeypatch)
-    honest = memory.allocate
+    use_mode("direct", monkeypatch)
+    original = memory.allocate
 
     def refuse(nbytes: int):
         if threading.current_thread() is not threading.main_thread():
             raise MemoryError("no memory for it")
-        return honest(nbytes)
+        return original(nbytes)
 
     monkeypatch.setattr(verified_read, "allocate", refuse)
     with pytest.raises(CheckpointUnreadable, match="no memory for it"):
         manager.load(path)
 
 
-@pytest.mark.parametrize("how", ["damaged", "unreadable"])
-def test_a_load_that_failed_gives_its_memory_back_at_once(file, monkeypatch, read_path, how):
-    """Whoever falls back to the checkpoint before needs it for that one."""
+@pytest.mark.parametrize("defect", ["damaged", "unreadable"])
+def test_failed_load_releases_its_memory_at_once(file, monkeypatch, read_path, defect):
+    """The fallback to the previous checkpoint needs that memory."""
     manager, path = file
-    taken = []
-    honest = memory.allocate
+    allocations = []
+    original = memory.allocate
 
     def allocate(nbytes: int):
-        found = honest(nbytes)
-        taken.append(weakref.ref(found))
-        return found
+        block = original(nbytes)
+        allocations.append(weakref.ref(block))
+        return block
 
     def fail() -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(verified_read, "allocate", allocate)
-    if how == "damaged":
+    if defect == "damaged":
         flip(path, path.stat().st_size - 1)
     else:
         on_read(monkeypatch, 5, fail)
@@ -332,45 +342,45 @@ def test_a_load_that_failed_gives_its_memory_back_at_once(file, monkeypatch, rea
     try:
         with contextlib.suppress(CorruptCheckpoint):
             manager.load(path)
-        assert taken
-        assert [reference() for reference in taken] == [None] * len(taken)
+        assert allocations
+        assert [reference() for reference in allocations] == [None] * len(allocations)
     finally:
         gc.enable()
 
 
 def refuse_above(limit: int) -> Callable:
-    honest = memory.allocate
+    original = memory.allocate
 
     def allocate(nbytes: int):
         if nbytes > limit:
             raise MemoryError
-        return honest(nbytes)
+        return original(nbytes)
 
     return allocate
 
 
-def test_a_file_that_is_cut_before_it_is_mapped_is_damaged(file, monkeypatch):
+def test_file_truncated_before_it_is_mapped_is_damaged(file, monkeypatch):
     manager, path = file
-    honest = verified_read.map_file
+    original = verified_read.map_file
 
-    def cut_first(*arguments):
+    def truncate_first(*arguments):
         os.truncate(path, path.stat().st_size - 1)
-        return honest(*arguments)
+        return original(*arguments)
 
-    monkeypatch.setattr(verified_read, "map_file", cut_first)
+    monkeypatch.setattr(verified_read, "map_file", truncate_first)
     with pytest.raises(CorruptCheckpoint, match="cut while it was read"):
         manager.load(path, mmap=True)
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
-def test_where_the_system_gives_few_threads_it_is_read_by_those(file, monkeypatch, read_path, number):
+def test_load_with_fewer_threads_than_requested(file, monkeypatch, read_path, number):
     manager, path = file
-    honest, left = threading.Thread.start, iter(range(number))
+    original, permits = threading.Thread.start, iter(range(number))
 
     def start(thread: threading.Thread) -> None:
-        if next(left, None) is None:
+        if next(permits, None) is None:
             raise RuntimeError("can't start new thread")
-        honest(thread)
+        original(thread)
 
     monkeypatch.setattr(threading.Thread, "start", start)
     loaded = manager.load(path)

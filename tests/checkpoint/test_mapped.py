@@ -1,4 +1,4 @@
-"""Views of the file in place of copies: writable, lazily verified, and as good as what was saved."""
+"""Mapped loads: views of the file instead of copies, writable, optionally verified on first access."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
+from states import FRAMEWORKS
 
 from distrust import Checkpoint, CheckpointManager
 from distrust.checkpoint import verified_read
@@ -36,14 +36,14 @@ def lazy(manager) -> Checkpoint:
     return manager.load(1, mmap=True, verify="lazy")
 
 
-def plain(value: Any) -> Any:
-    """What compares by ``==``."""
+def to_plain(value: Any) -> Any:
+    """Convert arrays to lists and mappings to dicts, which compare by ``==``."""
     if isinstance(value, np.ndarray):
         return value.tolist()
     if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
+        return {key: to_plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(map(plain, value))
+        return type(value)(map(to_plain, value))
     return value
 
 
@@ -54,22 +54,22 @@ def damage(manager: CheckpointManager, path: Path, name: str) -> None:
     path.write_bytes(raw)
 
 
-@pytest.mark.parametrize("framework", ["numpy", "torch"])
+@pytest.mark.parametrize("framework", FRAMEWORKS)
 @pytest.mark.parametrize("verify", ["full", "lazy"])
-def test_what_is_written_to_mapped_arrays_stays_in_memory(manager, framework, verify):
+def test_writes_to_mapped_arrays_stay_in_memory(manager, framework, verify):
     path = manager.save(Checkpoint(step=1, model={"w": np.arange(5000)}))
-    before = path.read_bytes()
+    raw = path.read_bytes()
 
     loaded = manager.load(1, framework=framework, mmap=True, verify=verify)
     loaded.model["w"][:] = 7
 
     assert (loaded.model["w"] == 7).all()
-    assert path.read_bytes() == before
+    assert path.read_bytes() == raw
     assert (manager.load(1).model["w"] == np.arange(5000)).all()
     manager.validate(1)
 
 
-def test_a_mapped_file_may_be_replaced_and_removed(manager):
+def test_mapped_file_can_be_replaced_and_removed(manager):
     path = manager.save(Checkpoint(step=1, model={"w": np.full(5000, 1)}))
     loaded = manager.load(1, mmap=True, verify="lazy")
     manager.save(Checkpoint(step=1, model={"w": np.full(5000, 2)}))
@@ -77,19 +77,19 @@ def test_a_mapped_file_may_be_replaced_and_removed(manager):
     assert (loaded.model["w"] == 1).all()
 
 
-def test_lazy_goes_with_mmap(manager):
+def test_lazy_requires_mmap(manager):
     manager.save(Checkpoint(step=1))
     with pytest.raises(ConfigError, match="mmap=True"):
         manager.load(1, verify="lazy")
 
 
-def test_another_word_for_how_to_verify_is_refused(manager):
+def test_unknown_verify_option_is_rejected(manager):
     manager.save(Checkpoint(step=1))
     with pytest.raises(ConfigError, match="lasy"):
         manager.load(1, mmap=True, verify="lasy")
 
 
-def test_a_lazy_state_reads_like_a_dict(lazy):
+def test_lazy_state_behaves_like_a_dict(lazy):
     assert len(lazy.model) == len(NESTED)
     assert sorted(lazy.model) == sorted(NESTED)
     assert "w" in lazy.model
@@ -97,7 +97,7 @@ def test_a_lazy_state_reads_like_a_dict(lazy):
     assert lazy.model.get("v") is None
     with pytest.raises(KeyError):
         lazy.model["v"]
-    assert plain(lazy.model) == plain(NESTED)
+    assert to_plain(lazy.model) == to_plain(NESTED)
     assert type(lazy.model["list"][2]) is tuple
     assert lazy.model["w"] is lazy.model["w"]
     assert lazy.model["inner"] == lazy.model["inner"]
@@ -108,16 +108,16 @@ def test_a_lazy_state_reads_like_a_dict(lazy):
 
 
 @pytest.mark.parametrize("copy", [dict, lambda state: state.copy()], ids=["dict()", "copy()"])
-def test_a_copy_of_a_lazy_state_is_a_plain_dict(lazy, copy):
+def test_copy_of_a_lazy_state_is_a_plain_dict(lazy, copy):
     copied = copy(lazy.model)
     assert type(copied) is dict
-    assert plain(copied) == plain(NESTED)
+    assert to_plain(copied) == to_plain(NESTED)
     copied["w"] = 0
     assert (lazy.model["w"] == NESTED["w"]).all()
 
 
-def test_the_copy_method_gives_plain_dicts_all_the_way_down(lazy):
-    """For who works on its copy, as torch's optimizers do."""
+def test_copy_method_returns_plain_dicts_at_every_level(lazy):
+    """torch optimizers modify a copy of the state that they load."""
 
     def is_plain(value: Any) -> bool:
         if isinstance(value, Mapping):
@@ -127,28 +127,28 @@ def test_the_copy_method_gives_plain_dicts_all_the_way_down(lazy):
     assert is_plain(lazy.model.copy())
 
 
-def test_only_what_is_touched_is_verified_and_that_once(manager, monkeypatch):
+def test_each_tensor_is_verified_once_on_first_access(manager, monkeypatch):
     manager.save(Checkpoint(step=1, model=NESTED, history={"loss": np.arange(9)}))
-    verified = []
-    honest = verified_read.verify_content
+    names = []
+    original = verified_read.verify_content
 
-    def watched(content, tensors) -> None:
-        verified.extend(tensor.name for tensor in tensors)
-        honest(content, tensors)
+    def record(content, tensors) -> None:
+        names.extend(tensor.name for tensor in tensors)
+        original(content, tensors)
 
-    monkeypatch.setattr(verified_read, "verify_content", watched)
+    monkeypatch.setattr(verified_read, "verify_content", record)
     lazy = manager.load(1, mmap=True, verify="lazy")
     assert (len(lazy.model), repr(lazy.model), lazy.model["scalar"]) == (5, repr(lazy.model), 1.5)
-    assert verified == []
+    assert names == []
     for _ in range(2):
         assert lazy.model["w"].sum() == 15
         assert lazy.model["inner"][0].sum() == 21
-    assert verified == ["model.w", "model.inner.0"]
+    assert names == ["model.w", "model.inner.0"]
     assert lazy.model["list"][1]["deep"].sum() == 3
-    assert "history.loss" not in verified
+    assert "history.loss" not in names
 
 
-def test_what_is_damaged_is_named_when_it_is_touched_and_the_rest_can_be_used(manager):
+def test_damaged_tensor_raises_on_access_and_intact_ones_are_usable(manager):
     path = manager.save(Checkpoint(step=1, model=NESTED, optimizer={"m": np.arange(8)}))
     damage(manager, path, "model.inner.0")
 
@@ -157,19 +157,19 @@ def test_what_is_damaged_is_named_when_it_is_touched_and_the_rest_can_be_used(ma
     inner = lazy.model["inner"]
     assert (lazy.model["w"] == NESTED["w"]).all()
     assert (lazy.optimizer["m"] == np.arange(8)).all()
-    for touch in (
+    for access in (
         lambda: inner[0],
         lambda: dict(inner),
         lambda: lazy.model.copy(),
         lambda: manager.save(Checkpoint(step=2, model=lazy.model)),
     ):
         with pytest.raises(CorruptCheckpoint, match=r"model\.inner\.0 is damaged") as caught:
-            touch()
+            access()
         assert (caught.value.path, caught.value.tensor) == (path, "model.inner.0")
     assert manager.list_checkpoints() == [1]
 
 
-def test_a_damaged_header_is_found_at_once(manager):
+def test_damaged_header_is_detected_at_once(manager):
     path = manager.save(Checkpoint(step=1, model=NESTED))
     raw = bytearray(path.read_bytes())
     raw[300] ^= 1
@@ -179,21 +179,22 @@ def test_a_damaged_header_is_found_at_once(manager):
 
 
 @pytest.mark.parametrize("save", ["save", "save_async"])
-def test_a_lazy_state_can_be_saved_again_and_is_the_same(manager, lazy, save):
+def test_lazy_state_saved_again_has_the_same_digest(manager, lazy, save):
     first = manager.inspect(1).state_digest
 
-    getattr(manager, save)(lazy)  # over the file that it is a view of
+    getattr(manager, save)(lazy)  # replaces the file that it is a view of
     manager.close()
 
     assert manager.inspect(1).state_digest == first
-    assert plain(manager.load(1).model) == plain(NESTED)
+    assert to_plain(manager.load(1).model) == to_plain(NESTED)
 
 
-def test_torch_goes_on_from_a_lazy_state_as_from_its_own(manager):
+def test_torch_resumes_from_a_lazy_state(manager):
+    torch = pytest.importorskip("torch")
     torch.manual_seed(1)
-    model, other = torch.nn.Linear(5, 3), torch.nn.Linear(5, 3)
-    make = torch.optim.AdamW
-    optimizer, another = make(model.parameters()), make(other.parameters())
+    model, resumed = torch.nn.Linear(5, 3), torch.nn.Linear(5, 3)
+    optimizer = torch.optim.AdamW(model.parameters())
+    resumed_optimizer = torch.optim.AdamW(resumed.parameters())
 
     def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
         optimizer.zero_grad()
@@ -203,12 +204,12 @@ def test_torch_goes_on_from_a_lazy_state_as_from_its_own(manager):
     step(model, optimizer)
     manager.save(Checkpoint(step=1, model=model.state_dict(), optimizer=optimizer.state_dict()))
     lazy = manager.load(1, framework="torch", mmap=True, verify="lazy")
-    other.load_state_dict(lazy.model)
-    another.load_state_dict(lazy.optimizer)
+    resumed.load_state_dict(lazy.model)
+    resumed_optimizer.load_state_dict(lazy.optimizer)
     for _ in range(2):
         step(model, optimizer)
-        step(other, another)
+        step(resumed, resumed_optimizer)
 
-    for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
-        assert torch.equal(ours, theirs)
-    manager.validate(1)  # the file is as it was
+    for expected, actual in zip(model.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(expected, actual)
+    manager.validate(1)  # the file is unchanged

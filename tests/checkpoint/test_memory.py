@@ -1,4 +1,4 @@
-"""How much memory a save takes beyond the state: what people size their machines by."""
+"""How much memory a save needs in addition to the state."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from distrust.checkpoint import memory
 MIB = 1 << 20
 STATE_MIB = 256
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the peak can only be reset on Linux")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the peak memory can only be reset on Linux")
 
 PEAK = """
 import re, sys
@@ -22,10 +22,10 @@ from distrust import Checkpoint, CheckpointManager
 STATE_MIB = int(sys.argv[2])
 
 def peak_of(call):
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is in use
-    before = peak()
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the current memory
+    initial = peak()
     call()
-    return peak() - before
+    return peak() - initial
 
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
@@ -44,32 +44,32 @@ for save in (CheckpointManager.save, lambda manager, checkpoint: manager.save_as
 """
 
 
-@pytest.mark.skipif(memory.available_bytes() < 6 * STATE_MIB * MIB, reason="too little memory is free")
-def test_a_blocking_save_takes_64_mib_and_a_background_save_one_copy(tmp_path, run_python):
-    done = run_python(PEAK, tmp_path, STATE_MIB)
+@pytest.mark.skipif(memory.available_bytes() < 6 * STATE_MIB * MIB, reason="not enough free memory")
+def test_blocking_save_needs_64_mib_and_background_save_one_copy(tmp_path, run_python):
+    process = run_python(PEAK, tmp_path, STATE_MIB)
 
-    assert done.returncode == 0, done.stderr
-    blocking, behind = map(int, done.stdout.split())
+    assert process.returncode == 0, process.stderr
+    blocking, background = map(int, process.stdout.split())
     assert blocking < 64 * MIB
-    assert 0.95 * STATE_MIB * MIB < behind < 1.05 * STATE_MIB * MIB
+    assert 0.95 * STATE_MIB * MIB < background < 1.05 * STATE_MIB * MIB
 
 
-MEASURED = """
+RESIDENT = """
 from distrust.checkpoint.memory import peak_resident_bytes, resident_bytes, trim
 import ctypes
-before = resident_bytes()
-blocks = [ctypes.create_string_buffer(b"x" * 60_000, 60_000) for _ in range(1_000)]  # small ones: no mmap
-between = [ctypes.create_string_buffer(1) for _ in range(1_000)]
+initial = resident_bytes()
+blocks = [ctypes.create_string_buffer(b"x" * 60_000, 60_000) for _ in range(1_000)]  # too small for mmap
+_separators = [ctypes.create_string_buffer(1) for _ in range(1_000)]
 full = resident_bytes()
 del blocks
 trim()
-print(full - before, resident_bytes() - before, peak_resident_bytes() - before)
+print(full - initial, resident_bytes() - initial, peak_resident_bytes() - initial)
 """
 
 
-def test_what_a_process_takes_and_took_and_gives_back(run_python):
-    done = run_python(MEASURED)
-    taken, left, peak = map(int, done.stdout.split())
-    assert 50 * MIB < taken < 70 * MIB
-    assert left < 5 * MIB
-    assert peak > taken - MIB  # the kernel counts in batches
+def test_resident_memory_peak_and_trim(run_python):
+    process = run_python(RESIDENT)
+    allocated, trimmed, peak = map(int, process.stdout.split())
+    assert 50 * MIB < allocated < 70 * MIB
+    assert trimmed < 5 * MIB
+    assert peak > allocated - MIB  # the kernel counts in batches

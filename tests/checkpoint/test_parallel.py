@@ -1,4 +1,4 @@
-"""Work on many threads: the first failure counts, nothing hangs, and nothing goes on behind."""
+"""Work on many threads: the earliest error is raised, nothing hangs, and no thread continues afterwards."""
 
 from __future__ import annotations
 
@@ -15,101 +15,101 @@ from distrust.checkpoint.parallel import WorkerPool
 pytestmark = pytest.mark.usefixtures("no_thread_left")
 
 
-class Wrong(Exception):
-    """Of one item."""
+class ItemError(Exception):
+    """Raised by the work on one item."""
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(0, 40), st.sets(st.integers(0, 39)), st.integers(1, 6))
-def test_the_earliest_failure_is_raised_and_everything_before_it_was_done(count, wrong, threads):
-    begun = []
+def test_earliest_error_is_raised_and_every_item_before_it_was_processed(count, failing, threads):
+    processed = []
 
     def work(item: int) -> None:
-        begun.append(item)
-        if item in wrong:
-            raise Wrong(item)
+        processed.append(item)
+        if item in failing:
+            raise ItemError(item)
 
-    first = min((item for item in wrong if item < count), default=None)
+    first = min((item for item in failing if item < count), default=None)
     if first is None:
         parallel.run(work, range(count), threads=threads)
-        assert sorted(begun) == list(range(count))
+        assert sorted(processed) == list(range(count))
     else:
-        with pytest.raises(Wrong) as caught:
+        with pytest.raises(ItemError) as caught:
             parallel.run(work, range(count), threads=threads)
         assert caught.value.args == (first,)
-        assert set(begun) >= set(range(first))
-        assert len(begun) == len(set(begun))
+        assert set(processed) >= set(range(first))
+        assert len(processed) == len(set(processed))
 
 
-def test_the_earliest_failure_is_raised_though_a_later_one_came_first():
-    later = threading.Event()
+def test_earliest_error_is_raised_even_if_a_later_item_failed_first():
+    later_failed = threading.Event()
 
     def work(item: int) -> None:
         if item == 0:
-            later.wait()
+            later_failed.wait()
         if item == 1:
-            later.set()
-        raise Wrong(item)
+            later_failed.set()
+        raise ItemError(item)
 
-    with pytest.raises(Wrong) as caught:
+    with pytest.raises(ItemError) as caught:
         parallel.run(work, range(5), threads=2)
     assert caught.value.args == (0,)
 
 
 @pytest.mark.usefixtures("no_collector")
-def test_an_interrupt_while_others_work_stops_them_and_waits_for_them():
-    """Were they left to themselves, they would go on writing to memory that belongs to the next save."""
-    main = threading.main_thread()
+def test_interrupt_stops_the_other_threads_and_waits_for_them():
+    """Otherwise they would continue to write to memory that the next save uses."""
+    main_thread = threading.main_thread()
     first, interrupted = threading.Semaphore(), threading.Event()
-    ended = []
+    processed = []
 
     def work(item: int) -> None:
-        if threading.current_thread() is not main:
+        if threading.current_thread() is not main_thread:
             if first.acquire(blocking=False):
-                signal.pthread_kill(main.ident, signal.SIGINT)
+                signal.pthread_kill(main_thread.ident, signal.SIGINT)
             interrupted.wait()
-        ended.append(item)
+        processed.append(item)
 
     def on_interrupt(*_) -> None:
         interrupted.set()
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGINT, on_interrupt)
+    previous = signal.signal(signal.SIGINT, on_interrupt)
     try:
         with pytest.raises(KeyboardInterrupt):
             parallel.run(work, range(1_000_000), threads=3)
-        assert len(ended) < 1_000_000
+        assert len(processed) < 1_000_000
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, previous)
 
 
-def test_an_interrupt_is_not_lost_behind_the_failure_of_an_item():
-    main = threading.main_thread()
+def test_interrupt_takes_precedence_over_the_error_of_an_item():
+    main_thread = threading.main_thread()
     failed = threading.Event()
 
     def work(item: int) -> None:
-        if threading.current_thread() is main:
+        if threading.current_thread() is main_thread:
             failed.wait()
             raise KeyboardInterrupt
         failed.set()
-        raise Wrong(item)
+        raise ItemError(item)
 
     with pytest.raises(KeyboardInterrupt):
         parallel.run(work, range(2), threads=2)
 
 
 @pytest.fixture
-def few_threads(monkeypatch):
-    """The system gives so many threads and no more."""
+def limit_threads(monkeypatch):
+    """Make the system refuse further threads after a given number."""
 
     def allow(number: int) -> None:
-        honest = threading.Thread.start
-        left = iter(range(number))
+        original = threading.Thread.start
+        permits = iter(range(number))
 
         def start(thread: threading.Thread) -> None:
-            if next(left, None) is None:
+            if next(permits, None) is None:
                 raise RuntimeError("can't start new thread")
-            honest(thread)
+            original(thread)
 
         monkeypatch.setattr(threading.Thread, "start", start)
 
@@ -117,57 +117,57 @@ def few_threads(monkeypatch):
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
-def test_where_the_system_gives_fewer_threads_those_do_it(few_threads, number):
-    few_threads(number)
-    done = []
+def test_fewer_threads_than_requested_process_every_item(limit_threads, number):
+    limit_threads(number)
+    processed = []
 
-    parallel.run(done.append, range(20), threads=4)
+    parallel.run(processed.append, range(20), threads=4)
 
-    assert sorted(done) == list(range(20))
+    assert sorted(processed) == list(range(20))
 
 
-def test_a_crew_of_fewer_than_asked_for_does_it_all(few_threads):
-    few_threads(1)
-    done: list[int] = []
-    crew = WorkerPool(3)
+def test_pool_with_fewer_threads_than_requested_runs_every_task(limit_threads):
+    limit_threads(1)
+    results: list[int] = []
+    pool = WorkerPool(3)
     for item in range(5):
-        crew.submit(lambda item=item: done.append(item))
-    crew.finish()
-    assert done == list(range(5))
+        pool.submit(lambda item=item: results.append(item))
+    pool.finish()
+    assert results == list(range(5))
 
 
-def test_where_there_are_no_threads_who_puts_a_task_does_it(few_threads):
-    few_threads(0)
-    crew, done = WorkerPool(2), []
-    assert crew.submit(lambda: done.append(1)).is_set()
-    assert crew.submit(lambda: done.append(2)).is_set()
-    crew.finish()
-    assert done == [1, 2]
+def test_pool_without_threads_runs_tasks_in_submit(limit_threads):
+    limit_threads(0)
+    pool, results = WorkerPool(2), []
+    assert pool.submit(lambda: results.append(1)).is_set()
+    assert pool.submit(lambda: results.append(2)).is_set()
+    pool.finish()
+    assert results == [1, 2]
 
 
-def test_a_crew_begins_nothing_after_a_failure_and_says_that_everything_is_over():
-    crew = WorkerPool(1)
-    begin, begun = threading.Event(), []
+def test_pool_starts_no_task_after_an_error_and_releases_everyone_who_waits():
+    pool = WorkerPool(1)
+    begin, results = threading.Event(), []
 
     def fail() -> None:
         begin.wait()
-        raise Wrong
+        raise ItemError
 
-    tasks = [crew.submit(fail), *(crew.submit(lambda: begun.append(1)) for _ in range(5))]
+    tasks = [pool.submit(fail), *(pool.submit(lambda: results.append(1)) for _ in range(5))]
     begin.set()
     for task in tasks:
-        task.wait()  # nobody who waits for one waits for ever
-    assert begun == []
-    with pytest.raises(Wrong):
-        crew.submit(lambda: None)
-    with pytest.raises(Wrong):
-        crew.finish()
+        task.wait()  # must not hang
+    assert results == []
+    with pytest.raises(ItemError):
+        pool.submit(lambda: None)
+    with pytest.raises(ItemError):
+        pool.finish()
 
 
-def test_a_crew_can_be_stopped_more_than_once():
-    crew = WorkerPool(2)
-    done = crew.submit(lambda: None)
-    crew.finish()
+def test_pool_can_be_stopped_more_than_once():
+    pool = WorkerPool(2)
+    done = pool.submit(lambda: None)
+    pool.finish()
     assert done.is_set()
-    crew.stop()
-    crew.finish()
+    pool.stop()
+    pool.finish()

@@ -189,7 +189,7 @@ def test_damaged_ones_are_left_and_count_for_nothing(make, tmp_path, header):
     if header:
         manager.cleanup()
     else:
-        with pytest.warns(DistrustWarning, match=r"checkpoint-30.*counts for nothing"):
+        with pytest.warns(DistrustWarning, match=r"checkpoint-30.*counts towards no rule"):
             manager.cleanup()
     assert names(manager) == ["10", "20", "30"]
 

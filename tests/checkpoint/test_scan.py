@@ -27,7 +27,7 @@ def settled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_unchanged_file_is_read_once(tmp_path, settled):
     written(tmp_path, 1, 2)
-    known: catalog.Known = {}
+    known: catalog.ScanCache = {}
     first = catalog.scan(tmp_path, known)
     again = catalog.scan(tmp_path, known)
     assert [file.step for file in first.files] == [1, 2]
@@ -39,7 +39,7 @@ def test_an_unchanged_file_is_read_once(tmp_path, settled):
 
 def test_a_new_file_is_found_and_one_that_is_gone_is_forgotten(tmp_path, settled):
     paths = written(tmp_path, 1, 2)
-    known: catalog.Known = {}
+    known: catalog.ScanCache = {}
     catalog.scan(tmp_path, known)
     paths[0].unlink()
     written(tmp_path, 3)
@@ -49,7 +49,7 @@ def test_a_new_file_is_found_and_one_that_is_gone_is_forgotten(tmp_path, settled
 
 def test_a_file_that_was_replaced_or_damaged_is_read_again(tmp_path, settled):
     paths = written(tmp_path, 1, 2, 3)
-    known: catalog.Known = {}
+    known: catalog.ScanCache = {}
     before = catalog.scan(tmp_path, known)
     with CheckpointManager(tmp_path, keep_last=None) as manager:
         manager.save(Checkpoint(step=1, model={"w": np.zeros(3)}))
@@ -70,14 +70,14 @@ def test_a_file_that_was_replaced_or_damaged_is_read_again(tmp_path, settled):
 def test_a_file_written_just_now_is_not_taken_for_known(tmp_path):
     """Changed again within a tick of the clock, it would show the same times."""
     written(tmp_path, 1)
-    known: catalog.Known = {}
+    known: catalog.ScanCache = {}
     assert len(catalog.scan(tmp_path, known).files) == 1
     assert known == {}
 
 
 def test_a_known_file_that_goes_while_it_is_listed_is_gone(tmp_path, settled, monkeypatch):
     paths = written(tmp_path, 1, 2)
-    known: catalog.Known = {}
+    known: catalog.ScanCache = {}
     catalog.scan(tmp_path, known)
     honest = catalog.list_names
 

@@ -1,4 +1,4 @@
-"""What a background save holds: the state as it was, within a budget, in memory that was ready before."""
+"""The snapshot of a background save: the state at the call, within a memory budget, in reserved memory."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from states import as_tensor
 
 from distrust import Checkpoint, CheckpointManager
-from distrust.checkpoint import arrays, memory, snapshot, stream_writer
-from distrust.checkpoint import manager as manager_module
+from distrust.checkpoint import arrays, memory, snapshot, stream_writer, writer
 from distrust.checkpoint.disk import Disk
 from distrust.errors import DistrustWarning
 
@@ -20,16 +19,16 @@ pytestmark = pytest.mark.usefixtures("no_thread_left")
 
 
 class Gate:
-    """A call that waits, on every thread but the main one, until it is opened."""
+    """A call that blocks, on every thread except the main one, until the gate is opened."""
 
     def __init__(self, call: Callable) -> None:
         self._call = call
         self._open = threading.Event()
 
-    def __call__(self, *arguments, **named):
+    def __call__(self, *arguments, **options):
         if threading.current_thread() is not threading.main_thread():
             self._open.wait()
-        return self._call(*arguments, **named)
+        return self._call(*arguments, **options)
 
     def open(self) -> None:
         self._open.set()
@@ -37,12 +36,12 @@ class Gate:
 
 @pytest.fixture
 def gate(monkeypatch):
-    """Holds up a call of a module, or a method."""
+    """Block a function of a module, or a method, until its gate is opened."""
     gates = []
 
     def close(owner, name: str) -> Gate:
         gate = Gate(getattr(owner, name))
-        monkeypatch.setattr(owner, name, lambda *given, **named: gate(*given, **named))
+        monkeypatch.setattr(owner, name, lambda *arguments, **options: gate(*arguments, **options))
         gates.append(gate)
         return gate
 
@@ -52,7 +51,7 @@ def gate(monkeypatch):
 
 
 @pytest.fixture
-def manager(tmp_path, gate):  # the gates open before it is closed
+def manager(tmp_path, gate):  # so that the gates open before it is closed
     manager = CheckpointManager(tmp_path / "run", keep_last=None)
     yield manager
     manager.close()
@@ -60,30 +59,31 @@ def manager(tmp_path, gate):  # the gates open before it is closed
 
 @pytest.fixture
 def free_memory(monkeypatch) -> Callable[[int], None]:
-    """Says how many bytes are free."""
+    """Set how many bytes appear to be available."""
     return lambda nbytes: monkeypatch.setattr(snapshot, "available_bytes", lambda: nbytes)
 
 
 class Training:
-    """A state that changes in place, of numpy and torch."""
+    """A state of numpy and torch arrays that are modified in place."""
 
     def __init__(self) -> None:
-        self.numbers = {
-            section: {"numpy": np.full(3000, 1, np.int64), "torch": torch.full((3000,), 1)}
+        ones = np.ones(3000, np.int64)
+        self.arrays = {
+            section: {"numpy": ones.copy(), "torch": as_tensor(ones)}
             for section in ("model", "optimizer", "rng", "history")
         }
 
     @property
     def checkpoint(self) -> Checkpoint:
-        return Checkpoint(step=1, **self.numbers)
+        return Checkpoint(step=1, **self.arrays)
 
-    def change(self, *sections: str) -> None:
+    def modify(self, *sections: str) -> None:
         for section in sections:
-            for array in self.numbers[section].values():
+            for array in self.arrays[section].values():
                 array[:] = 2
 
     @staticmethod
-    def is_as_it_was(loaded: Checkpoint) -> bool:
+    def is_unmodified(loaded: Checkpoint) -> bool:
         return all(
             (array == 1).all()
             for section in ("model", "optimizer", "rng", "history")
@@ -92,61 +92,60 @@ class Training:
 
 
 @pytest.mark.usefixtures("write_path")
-def test_without_overlap_everything_may_change_at_once(manager, gate):
+def test_without_overlap_the_caller_may_modify_everything_at_once(manager, gate):
     training = Training()
-    writing = gate(manager_module, "AtomicFile")
+    writing = gate(writer, "AtomicFile")
 
     pending = manager.save_async(training.checkpoint)
     pending.wait_copied()
-    training.change("model", "optimizer", "rng", "history")
+    training.modify("model", "optimizer", "rng", "history")
     writing.open()
     pending.wait()
 
-    assert training.is_as_it_was(manager.load(1))
+    assert training.is_unmodified(manager.load(1))
 
 
 @pytest.mark.usefixtures("write_path")
-def test_with_overlap_weights_may_change_once_they_are_copied_and_the_rest_at_once(manager, gate):
+def test_with_overlap_the_caller_may_modify_weights_after_wait_copied(manager, gate):
     training = Training()
-    copying, writing = gate(arrays, "fill"), gate(manager_module, "AtomicFile")
+    copying, writing = gate(arrays, "fill"), gate(writer, "AtomicFile")
 
     pending = manager.save_async(training.checkpoint, overlap=True)
-    training.change("rng", "history")
+    training.modify("rng", "history")
     copying.open()
     pending.wait_copied()
-    training.change("model", "optimizer")
+    training.modify("model", "optimizer")
     assert not pending.done
     writing.open()
     pending.wait()
 
-    assert training.is_as_it_was(manager.load(1))
+    assert training.is_unmodified(manager.load(1))
 
 
-def test_what_is_saved_while_the_one_before_is_being_written_does_not_change_it(manager, gate):
-    """There is one buffer: the second save has to wait for it."""
+def test_second_save_waits_for_the_snapshot_buffer(manager, gate):
     syncing = gate(Disk, "sync")
     first = manager.save_async(Checkpoint(step=1, model={"w": np.full(3000, 1)}), overlap=True)
     second: list = []
-    other = threading.Thread(
+    caller = threading.Thread(
         target=lambda: second.append(manager.save_async(Checkpoint(step=2, model={"w": np.full(3000, 2)})))
     )
-    other.start()
+    caller.start()
     assert not second
     syncing.open()
-    other.join()
+    caller.join()
     assert first.done
     second[0].wait()
     for step in (1, 2):
         assert (manager.load(step).model["w"] == step).all()
 
 
-def test_who_waits_for_a_copy_that_fails_is_not_left_waiting(manager, monkeypatch):
-    honest = arrays.fill
+def test_wait_copied_returns_if_the_copy_fails(manager, monkeypatch):
+    original = arrays.fill
 
     def fail(*arguments) -> None:
         if threading.current_thread() is not threading.main_thread():
             raise OSError(5, "the device is gone")
-        honest(*arguments)
+        original(*arguments)
 
     monkeypatch.setattr(arrays, "fill", fail)
     pending = manager.save_async(Training().checkpoint, overlap=True)
@@ -157,10 +156,10 @@ def test_who_waits_for_a_copy_that_fails_is_not_left_waiting(manager, monkeypatc
 
     assert manager.list_checkpoints() == []
     manager.save_async(Training().checkpoint, overlap=True).wait()
-    assert Training.is_as_it_was(manager.load(1))
+    assert Training.is_unmodified(manager.load(1))
 
 
-def test_a_save_that_needs_no_copy_is_copied_already(manager, gate):
+def test_wait_copied_returns_at_once_if_nothing_needs_a_copy(manager, gate):
     syncing = gate(Disk, "sync")
     pending = manager.save_async(Checkpoint(step=1))
     pending.wait_copied()
@@ -171,22 +170,22 @@ def test_a_save_that_needs_no_copy_is_copied_already(manager, gate):
 
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.usefixtures("write_path")
-def test_a_state_over_the_budget_is_saved_before_the_call_returns(manager, free_memory, overlap):
+def test_state_over_the_memory_budget_is_saved_synchronously(manager, free_memory, overlap):
     training = Training()
-    free_memory(4 * 8 * 8 * 3000 - 1)  # a quarter of it is one byte too few
+    free_memory(4 * 8 * 8 * 3000 - 1)  # a quarter of it is one byte less than the state
 
-    with pytest.warns(DistrustWarning, match="step 1.*a quarter of the free"):
+    with pytest.warns(DistrustWarning, match="step 1.*25% of free"):
         pending = manager.save_async(training.checkpoint, overlap=overlap)
 
     assert pending.done
     assert pending.path == pending.wait(timeout=0) == manager.directory / "checkpoint-1.safetensors"
     pending.wait_copied()
-    training.change("model", "optimizer", "rng", "history")
+    training.modify("model", "optimizer", "rng", "history")
     manager.validate(1)
-    assert training.is_as_it_was(manager.load(1))
+    assert training.is_unmodified(manager.load(1))
 
 
-def test_a_state_within_the_budget_is_saved_behind(manager, free_memory, gate):
+def test_state_within_the_memory_budget_is_saved_in_the_background(manager, free_memory, gate):
     free_memory(4 * 8 * 8 * 3000)
     syncing = gate(Disk, "sync")
     pending = manager.save_async(Training().checkpoint)
@@ -195,20 +194,20 @@ def test_a_state_within_the_budget_is_saved_behind(manager, free_memory, gate):
     pending.wait()
 
 
-def test_what_was_reserved_is_there_however_little_is_free_later(manager, free_memory, gate):
+def test_reserved_memory_is_used_even_if_little_is_available_later(manager, free_memory, gate):
     free_memory(1 << 30)
     assert manager.reserve(8 * 8 * 3000)
     free_memory(0)
-    assert manager.reserve(8 * 8 * 3000)  # it is there already
+    assert manager.reserve(8 * 8 * 3000)  # already reserved
     syncing = gate(Disk, "sync")
     pending = manager.save_async(Training().checkpoint)
     assert not pending.done
     syncing.open()
     pending.wait()
-    assert Training.is_as_it_was(manager.load(1))
+    assert Training.is_unmodified(manager.load(1))
 
 
-def test_only_what_is_missing_has_to_be_within_the_budget(manager, free_memory):
+def test_only_additional_memory_counts_against_the_budget(manager, free_memory):
     large = 64 << 20
     free_memory(4 * large)
     assert manager.reserve(large)
@@ -217,42 +216,42 @@ def test_only_what_is_missing_has_to_be_within_the_budget(manager, free_memory):
     assert not manager.reserve(2 * large)
 
 
-def test_too_much_is_not_reserved(manager, free_memory):
+def test_reserve_rejects_more_than_the_budget(manager, free_memory):
     free_memory(4000)
     assert manager.reserve(1000)
     assert manager.reserve(0)
     free_memory(1 << 20)
     assert not manager.reserve(1 << 40)
-    manager.save_async(Training().checkpoint).wait()  # what was reserved before was more than it says
+    manager.save_async(Training().checkpoint).wait()  # reserve rounded up, so the state fits
 
 
-def test_a_closed_manager_gives_its_memory_back(manager, free_memory):
+def test_closed_manager_releases_its_memory(manager, free_memory):
     assert manager.reserve(1 << 20)
     manager.close()
     free_memory(0)
     assert not manager.reserve(1 << 20)
 
 
-def test_where_the_system_refuses_what_the_budget_allows_the_save_is_not_lost(manager, monkeypatch):
-    """Limits on addresses, say, which no estimate of free memory knows of."""
-    honest = memory.allocate
+def test_save_is_synchronous_if_the_system_refuses_memory_within_the_budget(manager, monkeypatch):
+    """For example a limit on the address space, which the estimate does not know."""
+    original = memory.allocate
 
-    def refuse_much(nbytes: int):
+    def refuse_large(nbytes: int):
         if nbytes > 4 << 20:
             raise MemoryError
-        return honest(nbytes)
+        return original(nbytes)
 
-    monkeypatch.setattr(memory, "allocate", refuse_much)
+    monkeypatch.setattr(memory, "allocate", refuse_large)
     monkeypatch.setattr(stream_writer, "BLOCK_BYTES", 4096)
     large = np.arange(1 << 20)
     assert not manager.reserve(large.nbytes)
-    with pytest.warns(DistrustWarning, match="quarter of the free"):
+    with pytest.warns(DistrustWarning, match="25% of free"):
         pending = manager.save_async(Checkpoint(step=1, model={"w": large}))
     assert pending.done
     assert (manager.load(1).model["w"] == large).all()
 
 
-# What is free
+# Available memory
 
 
 def write_tree(root: Path, files: dict[str, str | int]) -> None:
@@ -282,7 +281,7 @@ SYSTEMS: dict[str, tuple[dict[str, str | int], int]] = {
         },
         350,
     ),
-    "a container, which sees itself as the root": (
+    "a container, in which the cgroup is the root": (
         {
             "proc/self/cgroup": "0::/",
             "sys/fs/cgroup/memory.max": 1000,
@@ -303,7 +302,7 @@ SYSTEMS: dict[str, tuple[dict[str, str | int], int]] = {
         },
         10,
     ),
-    "a cgroup of the first version": (
+    "a cgroup of version 1": (
         {
             "proc/self/cgroup": "5:cpu,cpuacct:/other\n4:memory:/jobs/7\n0::/",
             "sys/fs/cgroup/memory/jobs/7/memory.limit_in_bytes": 500,
@@ -324,7 +323,7 @@ SYSTEMS: dict[str, tuple[dict[str, str | int], int]] = {
         },
         0,
     ),
-    "files that nobody understands": (
+    "unparsable files": (
         {
             "proc/self/cgroup": "0::/",
             "sys/fs/cgroup/memory.max": "plenty",
@@ -337,11 +336,11 @@ SYSTEMS: dict[str, tuple[dict[str, str | int], int]] = {
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
-def test_the_smallest_limit_counts(tmp_path, system):
+def test_smallest_limit_applies(tmp_path, system):
     files, available = SYSTEMS[system]
     write_tree(tmp_path, {**MACHINE, **files})
     assert memory.available_bytes(tmp_path) == available
 
 
-def test_a_system_that_says_nothing_has_what_is_built_in(tmp_path):
+def test_without_proc_the_physical_memory_is_returned(tmp_path):
     assert memory.available_bytes(tmp_path) > 1 << 20

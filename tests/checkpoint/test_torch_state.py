@@ -1,4 +1,4 @@
-"""Torch's own optimizers go on from a checkpoint as if they had never stopped, to the last bit."""
+"""torch optimizers resume from a checkpoint bit-identically."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 
 from distrust import Checkpoint, CheckpointManager
+
+torch = pytest.importorskip("torch")
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "AdamW": lambda p: torch.optim.AdamW(p, lr=1e-2, betas=(0.9, 0.95)),
@@ -27,8 +28,8 @@ def make_model(seed: int) -> torch.nn.Module:
     return torch.nn.Sequential(*layers, torch.nn.Dropout(0.2), torch.nn.Linear(12, 1))
 
 
-def grouped(model: torch.nn.Module) -> list[dict[str, Any]]:
-    """Two groups and more than ten parameters: their numbers do not sort as text does."""
+def make_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
+    """Two groups with more than ten parameters: their indices sort differently as text."""
     parameters = list(model.parameters())
     assert len(parameters) > 10
     return [{"params": parameters[:3], "weight_decay": 0.1}, {"params": parameters[3:]}]
@@ -44,20 +45,22 @@ def take_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     optimizer.step(closure)
 
 
-def same(a: Any, b: Any) -> bool:
+def is_identical(a: Any, b: Any) -> bool:
     if isinstance(a, torch.Tensor):
         return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(type(k) in {type(j) for j in b} and same(a[k], b[k]) for k in a)
+        return a.keys() == b.keys() and all(
+            type(k) in {type(j) for j in b} and is_identical(a[k], b[k]) for k in a
+        )
     if isinstance(a, (list, tuple)):
-        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+        return type(a) is type(b) and len(a) == len(b) and all(map(is_identical, a, b))
     return type(a) is type(b) and a == b
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_an_optimizer_goes_on_bit_for_bit(tmp_path, name):
+def test_optimizer_resumes_bit_identically(tmp_path, name):
     model = make_model(seed=1)
-    groups = model.parameters() if name == "LBFGS" else grouped(model)
+    groups = model.parameters() if name == "LBFGS" else make_groups(model)
     optimizer = OPTIMIZERS[name](groups)
     for _ in range(3):
         take_step(model, optimizer)
@@ -71,12 +74,12 @@ def test_an_optimizer_goes_on_bit_for_bit(tmp_path, name):
             )
         )
         loaded = manager.load(3, framework="torch")
-        assert same(loaded.optimizer, optimizer.state_dict())
+        assert is_identical(loaded.optimizer, optimizer.state_dict())
     for _ in range(2):
         take_step(model, optimizer)
 
     resumed = make_model(seed=2)
-    resumed_groups = resumed.parameters() if name == "LBFGS" else grouped(resumed)
+    resumed_groups = resumed.parameters() if name == "LBFGS" else make_groups(resumed)
     resumed_optimizer = OPTIMIZERS[name](resumed_groups)
     resumed.load_state_dict(loaded.model)
     resumed_optimizer.load_state_dict(loaded.optimizer)
@@ -84,14 +87,14 @@ def test_an_optimizer_goes_on_bit_for_bit(tmp_path, name):
     for _ in range(2):
         take_step(resumed, resumed_optimizer)
 
-    assert same(dict(resumed.state_dict()), dict(model.state_dict()))
-    assert same(resumed_optimizer.state_dict(), optimizer.state_dict())
+    assert is_identical(dict(resumed.state_dict()), dict(model.state_dict()))
+    assert is_identical(resumed_optimizer.state_dict(), optimizer.state_dict())
 
 
-def test_a_training_loop_that_reloads_everything_ends_where_one_left_alone_ends(tmp_path):
+def test_training_that_reloads_everything_ends_with_the_same_state(tmp_path):
     def train(*, reload_every: int | None, manager: CheckpointManager) -> str:
         model = make_model(seed=1)
-        optimizer = OPTIMIZERS["AdamW"](grouped(model))
+        optimizer = OPTIMIZERS["AdamW"](make_groups(model))
         for step in range(1, 10):
             take_step(model, optimizer)
             state = Checkpoint(
@@ -105,7 +108,7 @@ def test_a_training_loop_that_reloads_everything_ends_where_one_left_alone_ends(
                 loaded = manager.load_latest(framework="torch")
                 assert loaded.step == step
                 model = make_model(seed=step)
-                optimizer = OPTIMIZERS["AdamW"](grouped(model))
+                optimizer = OPTIMIZERS["AdamW"](make_groups(model))
                 model.load_state_dict(loaded.model)
                 optimizer.load_state_dict(loaded.optimizer)
                 torch.set_rng_state(loaded.rng["torch"])

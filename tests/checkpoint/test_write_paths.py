@@ -1,4 +1,4 @@
-"""Whatever the way, the same bytes: blocking or behind, direct or buffered, whatever the system refuses."""
+"""Every way to save writes the same bytes: blocking or background, direct or buffered, with any I/O error."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from states import EDGE, State, random_items, state_of, states
+from states import EDGE, State, as_tensor, random_items, state_of, states
 
 from distrust import Checkpoint, CheckpointManager
 from distrust.checkpoint import direct_io, parallel, stream_writer
@@ -26,7 +25,7 @@ on_both_paths = pytest.mark.usefixtures("write_path")
 
 SAVES: dict[str, Callable[[CheckpointManager, Checkpoint], Path]] = {
     "blocking": lambda manager, checkpoint: manager.save(checkpoint),
-    "behind": lambda manager, checkpoint: manager.save_async(checkpoint).wait(),
+    "background": lambda manager, checkpoint: manager.save_async(checkpoint).wait(),
     "overlapped": lambda manager, checkpoint: manager.save_async(checkpoint, overlap=True).wait(),
 }
 
@@ -48,29 +47,37 @@ def small_blocks(monkeypatch) -> None:
 
 
 def data_of(manager: CheckpointManager, path: Path) -> bytes:
-    """The data of a checkpoint that proves itself."""
+    """Validate a checkpoint and return its data."""
     manager.validate(path)
     file = manager.inspect(path)
     return path.read_bytes()[file.bytes - sum(tensor.nbytes for tensor in file.tensors) :]
 
 
-ONE = np.dtype(np.uint8)
-PAGES = np.dtype(np.float64)
+UINT8 = np.dtype(np.uint8)
+FLOAT64 = np.dtype(np.float64)
+#: With empty arrays, between others and at the end.
+WITH_EMPTY = [random_items(FLOAT64, 512), np.zeros(0), as_tensor(np.zeros(1, np.float32)), np.zeros(0, "?")]
 
 
 @on_both_paths
 @settings(max_examples=30, deadline=None)
 @given(states(), st.sampled_from([EDGE, 2 * EDGE]), st.booleans())
 @example(state_of([]), EDGE, False)
-@example(state_of([np.zeros(0), torch.empty(0, 3)]), EDGE, False)
-@example(state_of([random_items(PAGES, 5 * EDGE // 8)]), EDGE, False)
-@example(state_of([random_items(ONE, EDGE - 1), random_items(ONE, 1), random_items(ONE, 1)]), EDGE, False)
-@example(state_of([random_items(ONE, 1)] * 3 + [random_items(ONE, 9 * EDGE)]), EDGE, True)
-@example(state_of([random_items(PAGES, 512), np.zeros(0), torch.zeros(1), np.zeros(0, "?")]), EDGE, True)
+@example(state_of([np.zeros(0), as_tensor(np.zeros((0, 3)))]), EDGE, False)
+@example(state_of([random_items(FLOAT64, 5 * EDGE // 8)]), EDGE, False)
+@example(
+    state_of([random_items(UINT8, EDGE - 1), random_items(UINT8, 1), random_items(UINT8, 1)]), EDGE, False
+)
+@example(state_of([random_items(UINT8, 1)] * 3 + [random_items(UINT8, 9 * EDGE)]), EDGE, True)
+@example(
+    state_of([random_items(FLOAT64, 512), np.zeros(0), as_tensor(np.zeros(1, np.float32)), np.zeros(0, "?")]),
+    EDGE,
+    True,
+)
 def test_every_way_to_save_writes_the_same_bytes(manager, state: State, block_bytes, on_all_cores):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stream_writer, "BLOCK_BYTES", block_bytes)
-        patch.setattr(Disk, "sync", lambda *_: None)  # most of the time it would take
+        patch.setattr(Disk, "sync", lambda *_: None)  # most of the running time
         if on_all_cores:
             patch.setattr(parallel, "worthwhile_threads", lambda nbytes: 3)
         paths = []
@@ -86,121 +93,120 @@ def test_every_way_to_save_writes_the_same_bytes(manager, state: State, block_by
 
 
 @on_both_paths
-def test_blocks_of_their_real_size_hold_the_same_bytes(manager, save):
+def test_blocks_of_the_default_size_write_the_same_bytes(manager, save):
     count = 5 * stream_writer.BLOCK_BYTES // 8
-    state = state_of([random_items(PAGES, count), torch.arange(count), random_items(ONE, 7)])
+    state = state_of([random_items(FLOAT64, count), as_tensor(np.arange(count)), random_items(UINT8, 7)])
 
     assert data_of(manager, save(manager, state.checkpoint)) == state.data
 
 
 @pytest.mark.usefixtures("direct_io", "small_blocks")
-def test_writes_go_past_the_page_cache_where_the_file_system_lets_them(tmp_path, monkeypatch, save):
-    state = state_of([random_items(PAGES, 10 * EDGE)])
-    seen = []
-    honest = os.pwrite
+def test_writes_use_direct_io_where_the_file_system_allows_it(tmp_path, monkeypatch, save):
+    state = state_of([random_items(FLOAT64, 10 * EDGE)])
+    writes = []
+    original = os.pwrite
 
-    def watched(descriptor, view, offset):
-        written = honest(descriptor, view, offset)
-        seen.append((direct_io.is_enabled(descriptor), written == len(view)))
+    def record(descriptor, view, offset):
+        written = original(descriptor, view, offset)
+        writes.append((direct_io.is_enabled(descriptor), written == len(view)))
         return written
 
     with CheckpointManager(tmp_path) as manager:
-        manager.acquire()  # it writes, too
+        manager.acquire()  # writes to the lock file, which must not be counted
         with monkeypatch.context() as patch:
-            patch.setattr(os, "pwrite", watched)
+            patch.setattr(os, "pwrite", record)
             path = save(manager, state.checkpoint)
 
-    assert len(seen) == 81
-    assert set(seen) == {(True, True)}
+    assert len(writes) == 81
+    assert set(writes) == {(True, True)}
     assert data_of(manager, path) == state.data
 
 
-def test_where_direct_io_is_refused_when_the_file_is_opened_it_is_written_all_the_same(
-    tmp_path, monkeypatch, save
-):
-    state = state_of([random_items(PAGES, 3 * EDGE)])
-    honest = os.open
-    refused = []
+def test_save_succeeds_where_open_rejects_direct_io(tmp_path, monkeypatch, save):
+    state = state_of([random_items(FLOAT64, 3 * EDGE)])
+    original = os.open
+    rejected = []
 
-    def refusing(path, flags, *more, **named):
+    def reject(path, flags, *arguments, **options):
         if flags & direct_io.FLAG and flags & os.O_CREAT:
-            os.close(honest(path, flags & ~direct_io.FLAG, *more, **named))  # Linux refuses after making it
-            refused.append(path)
+            # Linux rejects the flag after it has created the file.
+            os.close(original(path, flags & ~direct_io.FLAG, *arguments, **options))
+            rejected.append(path)
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), path)
-        return honest(path, flags, *more, **named)
+        return original(path, flags, *arguments, **options)
 
-    monkeypatch.setattr(os, "open", refusing)
+    monkeypatch.setattr(os, "open", reject)
     with CheckpointManager(tmp_path) as manager:
         path = save(manager, state.checkpoint)
 
-    assert len(refused) == bool(direct_io.FLAG)
+    assert len(rejected) == bool(direct_io.FLAG)
     assert data_of(manager, path) == state.data
     assert sorted(entry.name for entry in tmp_path.iterdir()) == [".lock", path.name]
 
 
-#: What the system makes of a write. Direct I/O may refuse any, and takes nothing that is no whole page.
-ANSWERS = ["whole", "refused", "a page", "some bytes"]
+#: Results of a write. Direct I/O may reject any of them, and accepts only whole pages.
+RESULTS = ["complete", "rejected", "a page", "some bytes"]
 
 
-class FickleSystem:
-    """``os.pwrite`` that answers as it was told to, then honestly."""
+class UnreliableSystem:
+    """``os.pwrite`` with the given results for its first calls."""
 
-    def __init__(self, answers: list[str]) -> None:
-        self._answers = iter(answers)
+    def __init__(self, results: list[str]) -> None:
+        self._results = iter(results)
         self._lock = threading.Lock()
-        self._honest = os.pwrite
+        self._original = os.pwrite
 
     def pwrite(self, descriptor: int, view: memoryview, offset: int) -> int:
         with self._lock:
-            answer = next(self._answers, "whole")
-        if answer == "refused" and direct_io.is_enabled(descriptor):
+            result = next(self._results, "complete")
+        if result == "rejected" and direct_io.is_enabled(descriptor):
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        if answer == "a page":
-            return self._honest(descriptor, view[:EDGE], offset)
-        # As where the disk is full or a signal comes: less than was asked for, and no whole number of pages.
-        written = self._honest(descriptor, view, offset)
-        return min(written, 1000) if answer == "some bytes" else written
+        if result == "a page":
+            return self._original(descriptor, view[:EDGE], offset)
+        # A short write that ends inside a page, as with a full disk or a signal.
+        written = self._original(descriptor, view, offset)
+        return min(written, 1000) if result == "some bytes" else written
 
 
 @on_both_paths
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.sampled_from(ANSWERS), max_size=12), st.sampled_from(sorted(SAVES)))
-@example(["refused"], "blocking")
-@example(["whole", "whole", "refused"], "blocking")
-@example(["some bytes", "some bytes", "whole", "some bytes"], "behind")
-@example(["whole", "a page", "some bytes", "refused"], "behind")
-def test_refused_and_short_writes_change_nothing_in_the_file(manager, answers, how):
-    state = state_of([random_items(PAGES, 5 * EDGE // 4), random_items(ONE, 5)])
+@given(st.lists(st.sampled_from(RESULTS), max_size=12), st.sampled_from(sorted(SAVES)))
+@example(["rejected"], "blocking")
+@example(["complete", "complete", "rejected"], "blocking")
+@example(["some bytes", "some bytes", "complete", "some bytes"], "background")
+@example(["complete", "a page", "some bytes", "rejected"], "background")
+def test_rejected_and_short_writes_do_not_change_the_file(manager, results, mode):
+    state = state_of([random_items(FLOAT64, 5 * EDGE // 4), random_items(UINT8, 5)])
     manager.acquire()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stream_writer, "BLOCK_BYTES", 2 * EDGE)
-        patch.setattr(os, "pwrite", FickleSystem(answers).pwrite)
-        path = SAVES[how](manager, state.checkpoint)
+        patch.setattr(os, "pwrite", UnreliableSystem(results).pwrite)
+        path = SAVES[mode](manager, state.checkpoint)
 
     assert data_of(manager, path) == state.data
 
 
 def failing(call: Callable, error: int, *, after: int = 0) -> Callable:
-    """A call that fails every time, once it went well ``after`` times."""
+    """Return a call that succeeds ``after`` times and then always fails."""
     calls = itertools.count()
 
-    def fail(*arguments, **named):
+    def fail(*arguments, **options):
         if next(calls) < after:
-            return call(*arguments, **named)
+            return call(*arguments, **options)
         raise OSError(error, os.strerror(error))
 
     return fail
 
 
 FAILURES = {
-    "no file can be made": (Disk, "create", errno.EROFS, 0),
-    "a full disk, seen before": (Disk, "reserve", errno.ENOSPC, 0),
-    "a full disk, seen at the first write": (os, "pwrite", errno.ENOSPC, 0),
-    "a full disk, seen later": (os, "pwrite", errno.ENOSPC, 9),
+    "the file cannot be created": (Disk, "create", errno.EROFS, 0),
+    "a full disk, detected by the reservation": (Disk, "reserve", errno.ENOSPC, 0),
+    "a full disk, detected by the first write": (os, "pwrite", errno.ENOSPC, 0),
+    "a full disk, detected by a later write": (os, "pwrite", errno.ENOSPC, 9),
     "a broken disk": (os, "pwrite", errno.EIO, 3),
-    "a refusal that is none of direct I/O": (os, "pwrite", errno.EINVAL, 0),
+    "EINVAL that is not due to direct I/O": (os, "pwrite", errno.EINVAL, 0),
     "the header cannot be written": (os, "pwrite", errno.EIO, 20),
-    "the tail cannot be cut": (os, "ftruncate", errno.EIO, 0),
+    "the truncation fails": (os, "ftruncate", errno.EIO, 0),
     "the sync fails": (Disk, "sync", errno.EIO, 0),
     "the rename fails": (os, "replace", errno.EACCES, 0),
 }
@@ -208,36 +214,38 @@ FAILURES = {
 
 @on_both_paths
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("how", ["blocking", "behind"])
-@pytest.mark.parametrize("what", FAILURES)
-def test_a_save_that_fails_leaves_what_stood_before_and_the_next_one_works(tmp_path, monkeypatch, what, how):
-    state = state_of([random_items(PAGES, 20 * EDGE // 8)])
-    module, name, error, after = FAILURES[what]
+@pytest.mark.parametrize("mode", ["blocking", "background"])
+@pytest.mark.parametrize("failure", FAILURES)
+def test_failed_save_leaves_existing_files_unchanged_and_the_next_one_succeeds(
+    tmp_path, monkeypatch, failure, mode
+):
+    state = state_of([random_items(FLOAT64, 20 * EDGE // 8)])
+    module, name, error, after = FAILURES[failure]
     with CheckpointManager(tmp_path) as manager:
-        before = manager.save(Checkpoint(step=1)).read_bytes()
+        previous = manager.save(Checkpoint(step=1)).read_bytes()
         with monkeypatch.context() as patch:
             patch.setattr(module, name, failing(getattr(module, name), error, after=after))
             with pytest.raises(SaveFailed, match=r"checkpoint-1\.safetensors: not saved") as caught:
-                SAVES[how](manager, state.checkpoint)
+                SAVES[mode](manager, state.checkpoint)
 
         assert os.strerror(error) in str(caught.value)
         assert caught.value.path == tmp_path / "checkpoint-1.safetensors"
         assert caught.value.needed > 20 * EDGE
         assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "checkpoint-1.safetensors"]
-        assert caught.value.path.read_bytes() == before
-        assert data_of(manager, SAVES[how](manager, state.checkpoint)) == state.data
+        assert caught.value.path.read_bytes() == previous
+        assert data_of(manager, SAVES[mode](manager, state.checkpoint)) == state.data
 
 
-def test_a_sync_that_failed_is_not_tried_again_on_the_same_file(tmp_path, monkeypatch):
-    """The second one would report success, though the kernel may have dropped what it could not write."""
+def test_failed_fsync_is_never_retried_on_the_same_file(tmp_path, monkeypatch):
+    """A second fsync would report success, although the kernel may have dropped the unwritten pages."""
     synced = []
-    honest = Disk.sync
+    original = Disk.sync
 
     def sync(disk, descriptor):
         synced.append(os.fstat(descriptor).st_ino)
         if len(synced) == 1:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        honest(disk, descriptor)
+        original(disk, descriptor)
 
     with CheckpointManager(tmp_path) as manager:
         manager.acquire()
@@ -248,9 +256,7 @@ def test_a_sync_that_failed_is_not_tried_again_on_the_same_file(tmp_path, monkey
         assert manager.list_checkpoints() == []
 
 
-def test_where_only_the_directory_cannot_be_synced_the_file_stays_and_nothing_is_cleaned_up(
-    tmp_path, monkeypatch
-):
+def test_failed_fsync_of_the_directory_keeps_the_file_and_skips_the_cleanup(tmp_path, monkeypatch):
     with CheckpointManager(tmp_path, keep_last=1) as manager:
         manager.save(Checkpoint(step=1))
         monkeypatch.setattr(Disk, "sync_directory", failing(Disk.sync_directory, errno.EIO))

@@ -177,6 +177,32 @@ def test_ls(distrust, finished):
     assert row == rows[1]
 
 
+def test_ls_of_a_folder_of_runs_lists_the_runs(distrust, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "b")
+    shutil.copytree(finished, tmp_path / "a\x1b[31m")
+    (tmp_path / "b" / "checkpoints" / "checkpoint-6-final.safetensors").write_bytes(b"")
+    (tmp_path / "started" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "no run").mkdir()
+    given = distrust("ls", tmp_path)
+    assert (given.code, given.err) == (0, "")
+    header, *rows = given.out.splitlines()
+    assert header.split() == ["run", "step", "kind", "created", "(UTC)", "checkpoints"]
+    created = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
+    assert [created.sub("DATE", row).split() for row in rows] == [
+        ["a\\u001b[31m", "6", "final", "DATE", "3"],
+        ["b", "4", "periodic", "DATE", "2,", "1", "damaged"],
+        ["started", "-", "-", "-", "0"],
+    ]
+    rows = json.loads(distrust("ls", tmp_path, "--json").out)
+    assert [list(row) for row in rows] == [["run", "step", "kind", "created", "checkpoints", "damaged"]] * 3
+    assert [(row["run"], row["step"], row["kind"]) for row in rows] == [
+        (str(tmp_path / "a\x1b[31m"), 6, "final"),
+        (str(tmp_path / "b"), 4, "periodic"),
+        (str(tmp_path / "started"), None, None),
+    ]
+    assert [(row["checkpoints"], row["damaged"]) for row in rows] == [(3, 0), (2, 1), (0, 0)]
+
+
 def test_ls_says_what_is_damaged(distrust, copy):
     path = copy / "checkpoints" / "checkpoint-4.safetensors"
     path.write_bytes(path.read_bytes()[:100])
@@ -247,7 +273,7 @@ def test_a_file_of_another_program_is_not_damaged(distrust, tmp_path, name):
     content = len(header).to_bytes(8, "little") + header + b"x"
     path.write_bytes(b'{"text": "ore"}\n' * 99 if name.endswith(".jsonl") else content)
     given = distrust("verify", path)
-    said = "neither its name nor its beginning is that of one"
+    said = "neither its name nor its first bytes are those of a checkpoint"
     assert (given.code, given.out) == (1, f"{path}: NOT A CHECKPOINT: {said}\n")
     (row,) = json.loads(distrust("verify", path, "--json").out)
     assert row == {"path": str(path), "ok": False, "verdict": "NOT A CHECKPOINT", "reason": said}
@@ -333,7 +359,7 @@ def test_diff_of_what_two_engines_made(distrust, tmp_path):
     given = distrust("diff", tmp_path / "torch", tmp_path / "mlx")
     assert given.code == 1
     lines = given.out.splitlines()
-    assert lines[2].startswith("a was made with torch, b with mlx: each names its tensors its own way")
+    assert lines[2].startswith("a was made with torch, b with mlx: they use different tensor names")
     assert lines[-1] == "different: 0 scalars, 6 of 7 tensors"
     alone = distrust("diff", tmp_path / "torch", tmp_path / "torch")
     assert (alone.code, "was made with" in alone.out) == (0, False)

@@ -21,14 +21,16 @@ from distrust.errors import (
     ResumeRefused,
 )
 from distrust.importers.convert import convert
+from distrust.importers.imported import Imported
 from distrust.training import imported
 from older_files import (
     FIELDS,
     arrays,
+    file_fields,
     moments,
-    write_byte_tensors,
     write_checksums,
     write_directory,
+    write_tensor_file,
 )
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "directory-checkpoints"
@@ -39,7 +41,7 @@ def source(tmp_path):
     """One of each format, and a final one."""
     source = tmp_path / "source"
     write_directory(source / "checkpoint-10")
-    write_byte_tensors(source / "checkpoint-20.safetensors", {**FIELDS, "step": 20})
+    write_tensor_file(source / "checkpoint-20.safetensors", file_fields(20))
     write_directory(source / "checkpoint-30-final", {**FIELDS, "step": 30})
     return source
 
@@ -73,7 +75,7 @@ def test_what_is_converted_is_what_was_there(source, tmp_path):
         for part, group in moments().items():
             assert all(np.array_equal(new.optimizer[part][name], array) for name, array in group.items())
         assert (new.config, new.metadata, new.metrics) == (old.config, old.metadata, old.metrics)
-        assert new.run["begun_elsewhere"] == old.run["begun_elsewhere"]
+        assert new.run["imported_from"] == old.run["imported_from"]
         assert new.run["converted_from"] == str(there.inspect(step).path)
     assert [manager.inspect(one.step).state_digest for one in done] == [one.state_digest for one in done]
     assert content(source) == before
@@ -83,7 +85,7 @@ def test_again_it_is_there_already(source, tmp_path):
     convert(source, tmp_path / "checkpoints")
     before = content(tmp_path / "checkpoints")
     done = convert(source, tmp_path / "checkpoints")
-    assert {one.outcome for one in done} == {"already there"}
+    assert {one.outcome for one in done} == {"already converted"}
     assert content(tmp_path / "checkpoints") == before
 
 
@@ -94,8 +96,8 @@ def test_another_state_is_replaced_only_by_force(source, tmp_path):
     raw = path.read_bytes()
     done = convert(source, target)
     assert outcomes(done) == [(10, "refused"), (20, "refused"), (30, "refused")]
-    assert "holds another state" in done[0].reason
-    assert "of a training that goes on there" in done[1].reason
+    assert "has another state" in done[0].reason
+    assert "belongs to a run that was resumed there" in done[1].reason
     assert path.read_bytes() == raw
     assert all(one.outcome == "converted" for one in convert(source, target, force=True))
     path.write_bytes(b"damaged")
@@ -119,12 +121,10 @@ def test_the_damaged_one_is_named_and_the_others_are_converted(source, tmp_path,
     write_directory(source / "checkpoint-40", {**FIELDS, "step": 40}, bare=True)
     assert main(["convert", str(source), "--to", str(tmp_path / "checkpoints")]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith(
-        f"{source / 'checkpoint-10'}: damaged: model.npz is not what checksum.txt says"
-    )
+    assert lines[0].startswith(f"{source / 'checkpoint-10'}: damaged: model.npz does not match checksum.txt")
     assert "converted" in lines[1]
     assert "converted" in lines[2]
-    assert f"{source / 'checkpoint-40'}: incomplete: it holds no model" in lines[3]
+    assert f"{source / 'checkpoint-40'}: incomplete: it has no model" in lines[3]
     assert "2 of 4" in lines[4]
     assert CheckpointManager(tmp_path / "checkpoints").list_checkpoints() == [20, 30]
 
@@ -134,7 +134,7 @@ def test_without_an_optimizer(tmp_path, capsys):
     (path / "optimizer.npz").unlink()
     write_checksums(path)
     assert main(["convert", str(path), "--to", str(tmp_path / "checkpoints")]) == 0
-    assert "not taken over: AdamW's moments" in capsys.readouterr().out
+    assert "dropped: AdamW's moments" in capsys.readouterr().out
 
 
 def test_a_run_gets_them_into_its_checkpoints(source, tmp_path, capsys):
@@ -152,7 +152,7 @@ def test_nothing_to_convert(tmp_path):
         convert(tmp_path, tmp_path / "checkpoints")
     with CheckpointManager(tmp_path / "ours") as manager:
         path = manager.save(Checkpoint(step=1))
-    with pytest.raises(CheckpointNotFound, match="1 are in this program's own format"):
+    with pytest.raises(CheckpointNotFound, match="1 are already in this program's own format"):
         convert(tmp_path / "ours", tmp_path / "checkpoints")
     with pytest.raises(CheckpointNotFound, match="that can be converted"):
         convert(path, tmp_path / "checkpoints")
@@ -171,17 +171,18 @@ def test_a_folder_of_the_trainer_goes_to_its_reader(tmp_path, monkeypatch):
     folder.mkdir()
     (folder / "trainer_state.json").write_text("{}")
     reader = types.ModuleType("distrust.importers.trainer_folder")
-    reader.read = lambda path, model: Checkpoint(
+    reader.read = lambda path, model: Imported(
+        "transformers Trainer",
         step=5,
         model={"w": np.ones(2)},
         optimizer={"m": {}},
-        run={"begun_elsewhere": "transformers Trainer", "model": model},
+        source={"model": model},
     )
     monkeypatch.setitem(sys.modules, reader.__name__, reader)
     done = convert(tmp_path, tmp_path / "run", model="a-model")
     assert outcomes(done) == [(5, "converted")]
     run = CheckpointManager(tmp_path / "run" / "checkpoints").load(5).run
-    assert (run["begun_elsewhere"], run["model"]) == ("transformers Trainer", "a-model")
+    assert (run["imported_from"], run["model"]) == ("transformers Trainer", "a-model")
 
 
 def test_what_is_refused_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
@@ -193,7 +194,7 @@ def test_what_is_refused_does_not_stop_the_others(tmp_path, monkeypatch, capsys)
     def read(path, model):
         if path.name == "checkpoint-5":
             raise ResumeRefused(f"{path}: trained in a way that is not done here")
-        return Checkpoint(step=7, model={"w": np.ones(2)})
+        return Imported("transformers Trainer", step=7, model={"w": np.ones(2)})
 
     reader = types.ModuleType("distrust.importers.trainer_folder")
     reader.read = read
@@ -215,8 +216,8 @@ def test_two_trainings_never_share_a_folder(source, tmp_path):
         manager.save(Checkpoint(step=25, model={"mine": np.zeros(3)}))
     before = content(target)
     assert outcomes(convert(source, target)) == [
-        (10, "already there"),
-        (20, "already there"),
+        (10, "already converted"),
+        (20, "already converted"),
         (30, "refused"),
     ]
     other = write_directory(tmp_path / "other" / "checkpoint-40", {**FIELDS, "step": 40})
@@ -240,8 +241,8 @@ def test_other_checkpoints_are_of_another_training_unless_their_folder_was_moved
     assert outcomes(convert(relative, target)) == [(20, "converted")]
     moved = source.rename(tmp_path / "moved")
     assert outcomes(convert(moved, target)) == [
-        (10, "already there"),
-        (20, "already there"),
+        (10, "already converted"),
+        (20, "already converted"),
         (30, "converted"),
     ]
 
@@ -250,7 +251,7 @@ def test_in_the_place_of_the_folder_itself(source):
     """A run that is made where the old ones lie; stopped, it is gone on with."""
     convert(source / "checkpoint-10", source / "checkpoints")
     assert outcomes(convert(source, source / "checkpoints")) == [
-        (10, "already there"),
+        (10, "already converted"),
         (20, "converted"),
         (30, "converted"),
     ]
@@ -291,12 +292,12 @@ def test_what_is_lost_is_told_when_a_run_goes_on(tmp_path, lacks):
         write_checksums(path)
     convert(path, tmp_path / "run")
     checkpoint = CheckpointManager(tmp_path / "run" / "checkpoints").load(10)
-    adopted = imported.adopt_imported(checkpoint, TrainConfig(), where="here")
-    lost = "the loss of 2 steps: it is not said of which of the 10"
-    with pytest.warns(DistrustWarning, match="not known there.*--lora-alpha") as told:
-        imported.warn_imported(adopted, where=tmp_path)
+    adopted, record = imported.adopt_imported(checkpoint, TrainConfig(), where=tmp_path)
+    lost = "the loss of 2 steps: it is not known which of the 10 steps they are of"
+    with pytest.warns(DistrustWarning, match="not recorded.*--lora-alpha") as told:
+        imported.warn_imported(adopted, record, where=tmp_path)
     said = str(told[0].message)
-    assert f"not taken over: {lost}" in said
+    assert f"dropped: {lost}" in said
     assert ("history are" in said, "AdamW's moments" in said) == (False, lacks == "optimizer.npz")
     assert bool(adopted.optimizer) == (lacks == "steps")
 

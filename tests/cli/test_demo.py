@@ -37,7 +37,7 @@ def test_what_it_says(short, distrust, tmp_path):
 
     again = distrust("demo", "--out", tmp_path)
     assert again.code == 0
-    assert again.out.count("nothing to do: the run finished at step 2") == 2
+    assert again.out.count("Nothing to do: the run finished at step 2") == 2
     assert f"{figures['models']['monotone']['preferred']:.0%}" in again.out
 
 

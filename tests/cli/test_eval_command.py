@@ -98,7 +98,7 @@ def test_of_other_data_nobody_knows_what_was_kept_out(distrust, kept_out):
     given = distrust("eval", run)
     assert (given.code, given.out) == (1, "")
     assert given.err.splitlines()[-1] == (
-        f"distrust: {data}: not the data that the run was trained on, so what it kept out is not known; name "
-        "what to evaluate on with --data"
+        f"distrust: {data}: not the data that the run was trained on, so the examples "
+        "that it held out are not known; name the evaluation data with --data"
     )
     assert distrust("eval", run, "--data", data).code == 0

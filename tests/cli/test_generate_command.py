@@ -70,7 +70,7 @@ def test_chat_applies_the_template(distrust, moved, finished):
     assert chat == text(plain)
     given = distrust("generate", finished, "--chat", *SHORT)
     assert (given.code, given.out) == (1, "")
-    assert given.err.startswith("distrust: --chat: the model's tokenizer has no chat template, ")
+    assert given.err.startswith("distrust: --chat: the model's tokenizer has no chat template; ")
     assert given.err.count("\n") == 1
 
 

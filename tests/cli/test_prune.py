@@ -152,13 +152,13 @@ def test_while_a_training_runs_there_nothing_goes(distrust, run):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ([], "say what is to go: --damaged, or what is to stay: --keep-last N"),
-        (["--dry-run"], "say what is to go"),
+        ([], "say what to remove: --damaged, or what to keep: --keep-last N"),
+        (["--dry-run"], "say what to remove"),
         (["--keep-last", 0], "--keep-last is 0: give 1 or more"),
         (["--keep-best", -1], "--keep-best is -1: give 0 or more"),
         (["--keep-every", 0], "--keep-every is 0: give 1 or more"),
-        (["--keep-last", 1, "--metric", "loss"], "--metric goes with --keep-best N"),
-        (["--damaged", "--metric-mode", "max"], "--metric-mode goes with --keep-best N"),
+        (["--keep-last", 1, "--metric", "loss"], "--metric needs --keep-best N"),
+        (["--damaged", "--metric-mode", "max"], "--metric-mode needs --keep-best N"),
         (["--keep-best", 1], "no checkpoint has the metric 'eval_loss'; there are loss"),
     ],
     ids=str,

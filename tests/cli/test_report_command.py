@@ -197,7 +197,7 @@ def test_the_page_tells_what_the_folder_holds(report, run):
         "default 0.0002",  # it is 0.0001
         "2.13.0",
         "monotone",
-        "worth 144 equally weighted ones",
+        "effective sample size 144",
         "0.20%",  # 3 saves of 10 ms beside 60 steps of 250
     ):
         assert wanted in text, wanted

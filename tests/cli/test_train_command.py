@@ -62,14 +62,14 @@ def test_killed_stopped_and_run_again_it_ends_as_if_left_alone(distrust, start, 
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (128 + signal.SIGTERM, "")
-    assert "going on after step " in out
-    (step,) = [line.split()[4] for line in out.splitlines() if line.startswith("stopped by SIGTERM: step ")]
-    assert f"stopped by SIGTERM: step {step} is saved. The same command goes on from there" in out
+    assert "Resuming from step " in out
+    (step,) = [line.split()[4] for line in out.splitlines() if line.startswith("Stopped by SIGTERM: step ")]
+    assert f"Stopped by SIGTERM: step {step} is saved. Run the same command to resume" in out
     assert CheckpointManager(tmp_path / "killed" / "checkpoints").list_checkpoints()[-1] == int(step)
 
     ended = distrust(*command)
     assert (ended.code, ended.err) == (0, "")
-    assert f"going on after step {step}, from " in ended.out
+    assert f"Resuming from step {step} (" in ended.out
     assert digest_of(tmp_path / "killed") == digest_of(tmp_path / "alone")
     logged, expected = (TrainingRun(tmp_path / run, []).metrics() for run in ("killed", "alone"))
     assert logged == expected
@@ -78,7 +78,7 @@ def test_killed_stopped_and_run_again_it_ends_as_if_left_alone(distrust, start, 
 
     again = distrust(*command)
     assert (again.code, again.err) == (0, "")
-    assert "nothing to do: the run finished at step 45\n" in again.out
+    assert "Nothing to do: the run finished at step 45\n" in again.out
     assert digest_of(tmp_path / "alone") in again.out
 
 
@@ -92,7 +92,7 @@ def test_plain_lines_where_the_output_is_no_terminal(distrust, folder, tmp_path)
     assert steps == ["step 1/6", "step 2/6", "step 4/6", "step 6/6"]
     saved = [line for line in lines if ": saved " in line]
     assert [line.split(":")[0] for line in saved] == ["step 2", "step 4", "step 6"]
-    assert any(line.startswith("finished at step 6 in ") for line in lines)
+    assert any(line.startswith("Finished step 6 in ") for line in lines)
     assert lines[-1] == f"state digest {digest_of(tmp_path / 'run')}"
     trained = [line for line in lines if line.startswith("training ")]
     assert [line.partition(" parameters ")[2] for line in trained] == [
@@ -152,8 +152,8 @@ FAILURES = {
     "a folder as data": (["--data", "."], 1, ".: holds no data files"),
     "a folder without a model": (["--model", "."], 1, "--model .: holds no config.json"),
     "an adapter": (["--model", "adapter"], 1, "--model adapter: holds an adapter, not a model; "),
-    "no such device": (["--device", "cuda"], 2, "--device cuda: not available here; available: cpu"),
-    "too long": (["--max-length", "999"], 2, "--max-length 999: the model sees 128 tokens at once"),
+    "no such device": (["--device", "cuda"], 2, "--device cuda: not available to torch here; available: cpu"),
+    "too long": (["--max-length", "999"], 2, "--max-length 999: the model's context is 128 tokens"),
     "no such module": (["--target-modules", "nothing"], 2, "--target-modules nothing: "),
     "no config": (["--config", "no.toml"], 2, "--config no.toml: no such file or directory"),
     "no such step": (["--from-step", "7"], 1, "no checkpoint of step 7"),
@@ -217,7 +217,7 @@ def test_a_changed_option_is_refused(distrust, folder, finished):
     given = distrust(*train_arguments(folder, finished, "--batch-size", 3, "--seed", 4))
     assert given.code == 1
     assert given.err.splitlines() == [
-        f"distrust: {finished}: this would not continue the run that is there:",
+        f"distrust: {finished}: this would not continue the run in that folder:",
         "  --batch-size was 2, is 3",
         "  --seed was 0, is 4",
         "give the options of that run, or another --out",
@@ -233,13 +233,13 @@ def test_damaged_checkpoints(distrust, folder, finished, tmp_path):
     given = distrust(*train_arguments(folder, tmp_path / "run"))
     assert given.code == 0
     assert given.err.count("warning: skipped a damaged checkpoint") == 2
-    assert "going on after step 2" in given.out
+    assert "Resuming from step 2 " in given.out
     assert digest_of(tmp_path / "run") == digest_of(finished)
     for path in (tmp_path / "run" / "checkpoints").glob("*.safetensors"):
         path.write_bytes(b"")
     given = distrust(*train_arguments(folder, tmp_path / "run"))
     assert given.code == 1
-    assert "there are checkpoints, and none of them is whole" in given.err
+    assert "there are checkpoints, and none of them is intact" in given.err
     assert "Traceback" not in given.err
 
 

@@ -192,7 +192,7 @@ def test_parquet_stays_typed_and_every_format_goes_into_every_other(distrust, ra
 
     as_json = distrust("weigh", tmp_path / "typed.parquet", "--table", table, "--out", tmp_path / "x.jsonl")
     assert (as_json.code, as_json.err.count("\n")) == (1, 1)
-    assert 'typed.parquet: row 1: "day": JSON has no words for' in as_json.err
+    assert 'typed.parquet: row 1: "day": JSON cannot represent' in as_json.err
 
     plain = typed.drop_columns("day").set_column(3, "institutional_rank", pa.array(["lab", "lab"]))
     assert sorted(plain.column_names) == sorted({*typed.column_names} - {"day"})
@@ -256,16 +256,16 @@ def test_values_of_its_own_are_checked_and_kept_unless_told(distrust, table, tmp
     done = distrust("weigh", data, "--table", table, "--out", out)
     assert (done.code, done.err) == (0, "")
     assert out.read_bytes() == data.read_bytes(), "nothing of it was missing"
-    assert "w: 3 checked: 2 differ by more than 0.005 (their own hold; --recompute replaces them)" in done.out
+    assert "w: 3 checked: 2 differ by more than 0.005 (kept; --recompute replaces them)" in done.out
     worst, other = (line for line in done.out.splitlines() if "in the data, 0.2 computed" in line)
     assert worst == f"   {data}:3: 0.9 in the data, 0.2 computed"
     assert other.startswith(f"   {data}:2: 0.3 ")
     assert (
-        "w: 2 as they are in the data, unchecked: 1 with no institutional_rank and no citation_count, 1 with "
+        "w: 2 kept unchecked: 1 with no institutional_rank and no citation_count, 1 with "
         f"institutional_rank not in [ranks] of {table}"
     ) in done.out
     assert "H: 4 checked: 1 differs by more than 0.05 bits" in done.out
-    assert "H: 1 as they are in the data, unchecked: 1 with no evidence" in done.out
+    assert "H: 1 kept unchecked: 1 with no evidence" in done.out
 
     assert distrust("weigh", data, "--table", table, "--strict").code == 1
     wide = distrust("weigh", data, "--table", table, "--strict", "--tolerance-w", 1, "--tolerance-h", 1)
@@ -357,7 +357,7 @@ def test_what_is_shown(distrust, raw, table, tmp_path):
     assert f"heaviest{'':{len(str(raw))}}" in given.out
     assert f"  {raw}:1   0.200   1.000" in given.out
     assert "(none)" in given.out
-    assert given.out.splitlines()[-1].startswith("worth 3 equally")
+    assert given.out.splitlines()[-1].startswith("effective sample size 3 of 3")
 
     shown = json.loads(distrust("weigh", raw, "--table", table, "--json", "--weighting", "off").out)
     assert shown["quantiles"]["weight"] == [1.0] * 5

@@ -38,7 +38,7 @@ def runs(draw):
             corpus,
             weights=weights,
             distrust=weights * 10,
-            order=EpochSampler(n, seed=draw(st.integers(0, 2**63))),
+            sampler=EpochSampler(n, seed=draw(st.integers(0, 2**63))),
             batch_size=draw(st.integers(1, 5)),
             gradient_accumulation=draw(st.integers(1, 3)),
             pad_token_id=PAD,
@@ -110,7 +110,7 @@ def test_steps_follow_the_order_without_gap_or_repeat():
         corpus,
         weights=np.ones(7),
         distrust=np.zeros(7),
-        order=order,
+        sampler=order,
         batch_size=2,
         gradient_accumulation=3,
         pad_token_id=PAD,
@@ -152,7 +152,7 @@ def test_changing_the_callers_weights_later_changes_no_batch():
         corpus,
         weights=weights,
         distrust=weights,
-        order=EpochSampler(2, seed=0),
+        sampler=EpochSampler(2, seed=0),
         batch_size=2,
         gradient_accumulation=1,
         pad_token_id=PAD,
@@ -167,16 +167,16 @@ def test_changing_the_callers_weights_later_changes_no_batch():
     [
         ({"weights": np.ones(3)}, "weights must be one per example"),
         ({"distrust": np.ones((2, 1))}, "distrust must be one per example"),
-        ({"order": EpochSampler(3, seed=0)}, "an order of 3 sequences for 2 rows"),
-        ({"batch_size": 0}, "a step needs a row"),
-        ({"gradient_accumulation": 0}, "a step needs a row"),
+        ({"sampler": EpochSampler(3, seed=0)}, "the sampler has 3 rows, the data 2"),
+        ({"batch_size": 0}, "a step needs at least one row"),
+        ({"gradient_accumulation": 0}, "a step needs at least one row"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(change, words):
     parts = {
         "weights": np.ones(2),
         "distrust": np.ones(2),
-        "order": EpochSampler(2, seed=0),
+        "sampler": EpochSampler(2, seed=0),
         "batch_size": 1,
         "gradient_accumulation": 1,
     }
@@ -186,9 +186,9 @@ def test_parts_that_do_not_fit_are_refused(change, words):
 
 def test_steps_and_batches_have_a_first_one():
     corpus = corpus_of([[False, True]])
-    parts = {"weights": [1.0], "distrust": [1.0], "order": EpochSampler(1, seed=0)}
+    parts = {"weights": [1.0], "distrust": [1.0], "sampler": EpochSampler(1, seed=0)}
     batches = Batches(corpus, batch_size=1, gradient_accumulation=1, pad_token_id=PAD, **parts)
     with pytest.raises(ValueError, match="counted from 1"):
         batches.step(0)
-    with pytest.raises(ValueError, match="needs an example"):
+    with pytest.raises(ValueError, match="needs at least one example"):
         next(evaluation_batches(corpus, batch_size=0, pad_token_id=PAD))

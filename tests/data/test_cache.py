@@ -25,7 +25,7 @@ from distrust.data import (
     Location,
     RecordReader,
     check_records,
-    digest_of,
+    digest_tokenizer,
     open_source,
     tokenize,
     tokenize_in_blocks,
@@ -89,14 +89,14 @@ def kept(cache, reading, *, key=KEY, tokenizer=TOKENIZER):
 
     def make():
         made.append(True)
-        return tokenize_in_blocks(reading.records(), tokenizer, census=census, max_length=32)
+        return tokenize_in_blocks(reading.records(), tokenizer, stats=census, max_length=32)
 
     parts = [(part.name, part.unit) for source in reading.sources for part in source.parts]
     return cache.corpus(key, parts, census.sizes, make), bool(made)
 
 
 def entry(cache):
-    return cache.folder / "tokens-2" / KEY
+    return cache.folder / "tokens-3" / KEY
 
 
 def test_it_is_made_once_and_is_what_it_would_be_in_memory(data, cache):
@@ -155,7 +155,7 @@ def test_what_is_damaged_is_made_again(data, cache, file, how):
     path.unlink()  # what is mapped stays what it was
     if how != "gone":
         path.write_bytes(damaged[how])
-    with pytest.warns(DistrustWarning, match="are damaged .* made again"):
+    with pytest.warns(DistrustWarning, match="are damaged .*; tokenizing again"):
         corpus, made = kept(cache, reading)
     assert made
     assert corpus.fingerprint == whole.fingerprint
@@ -240,7 +240,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(data, cache, monkeypatch):
             device.write(b"x")
 
     monkeypatch.setattr(cache_module, "_append", full)
-    with pytest.raises(ConfigError, match="cannot be written there: No space left on device; give another"):
+    with pytest.raises(ConfigError, match="cannot write the tokens: No space left on device; give another"):
         kept(cache, reading_of(data))
     assert list(entry(cache).parent.iterdir()) == []
 
@@ -253,7 +253,7 @@ def test_a_tokenizer_that_cannot_be_told_apart_keeps_nothing(data, cache):
         def encode(self, text, *, add_special_tokens):
             return list(text.encode())
 
-    assert digest_of(Bytes()) is None
+    assert digest_tokenizer(Bytes()) is None
     corpus, made = kept(cache, reading_of(data), key=None, tokenizer=Bytes())
     assert made
     assert len(corpus) == RECORDS
@@ -288,13 +288,13 @@ def test_the_key_is_of_the_content_and_how_it_is_read(data, tmp_path):
 
 
 def test_a_tokenizer_is_told_by_what_it_does():
-    digest = digest_of(TOKENIZER)
-    assert digest == digest_of(fast_tokenizer())
+    digest = digest_tokenizer(TOKENIZER)
+    assert digest == digest_tokenizer(fast_tokenizer())
     TOKENIZER.encode("ore", truncation=True, max_length=2)  # leaves its core cutting
-    assert digest_of(TOKENIZER) == digest
+    assert digest_tokenizer(TOKENIZER) == digest
     chat = fast_tokenizer()
     chat.chat_template = "{{ messages }}"
-    assert len({digest, digest_of(chat), digest_of(fast_tokenizer(special="<end>"))}) == 3
+    assert len({digest, digest_tokenizer(chat), digest_tokenizer(fast_tokenizer(special="<end>"))}) == 3
 
 
 def test_four_times_the_data_take_no_more_memory(tmp_path, monkeypatch):

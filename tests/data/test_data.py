@@ -49,7 +49,7 @@ def batches_of(corpus, *, batch_size=2, gradient_accumulation=2, seed=0, weighti
         corpus,
         weights=weights,
         distrust=distrust_term(w, h),
-        order=EpochSampler(len(corpus), seed=seed),
+        sampler=EpochSampler(len(corpus), seed=seed),
         batch_size=batch_size,
         gradient_accumulation=gradient_accumulation,
         pad_token_id=TOKENIZER.pad_token_id,

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distrust.data.corpus import OTHER_CLASSES
-from distrust.data.distribution import BINS, CLASSES, distribution
+from distrust.data.distribution import BINS, CLASSES, summarize_weights
 from distrust.data.records import Location
 from distrust.errors import DataError
 from distrust.weighting import effective_sample_size
@@ -21,7 +21,7 @@ positive = st.floats(1e-6, 1e6)
 
 def make(weights, *, classes=("a",), class_of=None, tokens=None, extremes=5):
     n = len(weights)
-    return distribution(
+    return summarize_weights(
         authority_weight=np.linspace(0, 0.99, n),
         provenance_entropy=np.linspace(2, 0, n),
         weights=weights,
@@ -99,7 +99,7 @@ def test_it_is_plain_json():
 def test_nothing_and_what_is_no_weight_are_refused():
     for weights in ([], [1.0, 0.0], [1.0, math.nan], [math.inf]):
         with pytest.raises(DataError):
-            distribution(
+            summarize_weights(
                 authority_weight=np.zeros(len(weights)),
                 provenance_entropy=np.zeros(len(weights)),
                 weights=weights,
@@ -117,7 +117,7 @@ def test_a_million_examples_are_no_wait():
     rng = np.random.default_rng(0)
     n = 1_000_000
     began = time.perf_counter()
-    shown = distribution(
+    shown = summarize_weights(
         authority_weight=rng.uniform(0, 0.99, n),
         provenance_entropy=rng.uniform(0, 3, n),
         weights=rng.choice([1.0, 2.0, 3.0], n),

@@ -24,7 +24,7 @@ def order_of(pairs, seed):
 def drawn_of(order, sizes, source, epochs):
     """What is drawn of one source in so many epochs, by its own numbers."""
     begin = sum(sizes[:source])
-    drawn = order.at(0, epochs * order.sequences)
+    drawn = order.at(0, epochs * order.rows_per_epoch)
     return drawn[(drawn >= begin) & (drawn < begin + sizes[source])] - begin
 
 
@@ -32,10 +32,10 @@ def drawn_of(order, sizes, source, epochs):
 def test_every_epoch_has_exactly_its_shares(pairs, seed):
     order = order_of(pairs, seed)
     sizes = [size for size, _ in pairs]
-    assert order.sequences == sum(sizes) == sum(order.counts)
+    assert order.rows_per_epoch == sum(sizes) == sum(order.counts)
     ends = np.cumsum(sizes)
     for epoch in range(3):
-        drawn = order.at(epoch * order.sequences, order.sequences)
+        drawn = order.at(epoch * order.rows_per_epoch, order.rows_per_epoch)
         found = np.bincount(np.searchsorted(ends, drawn, "right"), minlength=len(sizes))
         assert tuple(found) == order.counts
 

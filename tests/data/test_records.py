@@ -146,7 +146,7 @@ def test_whatever_json_can_say_is_read_exactly(tmp_path_factory, rows):
         (b'["a"]', "a list, not a JSON object"),
         (b"null", "null, not a JSON object"),
         (b'{"text": "\xff"}', "invalid UTF-8 at byte 11"),
-        (b'{"text": "a", "text": "b"}', '"text": stands twice'),
+        (b'{"text": "a", "text": "b"}', '"text": appears twice'),
         (b'{"n": ' + b"1" * 5000 + b"}", "a number too long"),
         (b'{"n": ' + b"[" * 100_000, "nested too deep"),
     ],
@@ -163,8 +163,8 @@ def test_a_line_that_is_no_record(write, line, problem):
         ({"title": "x"}, "no text, no prompt + completion, and no messages"),
         ({"text": "a", "messages": [USER, ASSISTANT]}, "text and messages in one record"),
         ({"text": "a", "prompt": "b"}, "text and prompt + completion in one record"),
-        ({"prompt": "a"}, "completion: missing beside prompt"),
-        ({"completion": "a"}, "prompt: missing beside completion"),
+        ({"prompt": "a"}, "completion: missing, but prompt is present"),
+        ({"completion": "a"}, "prompt: missing, but completion is present"),
         ({"text": 7}, "text: a number, not a string"),
         ({"prompt": ["a"], "completion": "b"}, "prompt: a list, not a string"),
         ({"prompt": "a", "completion": False}, "completion: a boolean, not a string"),
@@ -206,7 +206,7 @@ def test_content_that_cannot_be_learned(write, fields, problem):
         ({"authority_weight": 10**400}, "authority_weight: a huge integer is outside [0, 0.99]"),
         (
             {"authority_weight": 1},
-            "authority_weight: 1 is above 0.99, the highest authority there is; write 0.99",
+            "authority_weight: 1 is above 0.99, the largest authority weight; write 0.99",
         ),
         ({"authority_weight": 0.995}, "authority_weight: 0.995 is above 0.99"),
         ({"authority_weight": 1.5}, "authority_weight: 1.5 is outside [0, 0.99]"),
@@ -261,21 +261,34 @@ def test_the_first_twenty_are_shown_and_the_rest_counted(write):
     assert len(caught.value.problems) == 33
 
 
-def test_what_is_wrong_with_every_record_is_not_told_twenty_times(write):
-    """Every problem is told, or counted with those that say the same: once each."""
+def test_equal_errors_share_one_line(write):
+    """Each different error has one line: its first location, the number of records, and further locations."""
     number, missing = {"text": 1, **SOURCE}, {"text": "a", "authority_weight": 0.1}
-    path = write(*[missing] * 2, *[number] * 1500, *[{"text": "", **SOURCE}] * 4)
+    path = write(*[missing] * 2, *[number] * 1500, {"text": "", **SOURCE})
     with pytest.raises(DataError) as caught:
         read_records(path)
     headline, *lines = str(caught.value).splitlines()
-    assert headline == f"{path}: 1506 of 1506 records are wrong"
-    numbers = [line.removeprefix(f"{path}:").split(":")[0] for line in lines]
-    assert numbers[:5] == ["1", "2", "3", "4", "5"]
-    assert lines[5].startswith("and 1,497 more: text: a number")
-    assert numbers[6:9] == ["1503", "1504", "1505"]
-    assert lines[9].startswith("and 1 more: text: ")
-    assert len(lines) == 10
+    assert headline == f"{path}: 1503 of 1503 records are wrong"
+    assert len(lines) == 3
+    assert lines[0].startswith(f"{path}:1: provenance_entropy: missing; ")
+    assert lines[0].endswith(f" (2 records: also {path}:2)")
+    assert lines[1].startswith(f"{path}:3: text: a number, not a string; ")
+    assert lines[1].endswith(f" (1,500 records: also {path}:4, {path}:5, …)")
+    assert lines[2] == f"{path}:1503: text: empty; give it some text, or remove the record"
     assert len(caught.value.problems) == 1000
+
+
+def test_equal_errors_do_not_hide_different_ones(write):
+    """The first twenty different errors have a line each; the errors that have none are counted."""
+    wrong = [{"text": "a", **SOURCE, "authority_weight": 2 + number} for number in range(33)]
+    path = write(*wrong, *wrong[:20], *wrong[20:])
+    with pytest.raises(DataError) as caught:
+        read_records(path)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 22
+    assert lines[20].startswith(f"{path}:20: authority_weight: 21 ")
+    assert lines[20].endswith(f" (2 records: also {path}:53)")
+    assert lines[21] == "and 26 more"
 
 
 def one_line(path):

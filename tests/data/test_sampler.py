@@ -100,7 +100,7 @@ def test_wrong_use_is_refused():
         EpochSampler(5, seed=-1)
     with pytest.raises(ConfigError, match="seed"):
         permutation(5, seed=2**63 + 1, epoch=0)
-    with pytest.raises(ValueError, match="sequence"):
+    with pytest.raises(ValueError, match="row"):
         EpochSampler(0, seed=0)
     with pytest.raises(ValueError, match="negative"):
         EpochSampler(5, seed=0).at(-1, 2)

@@ -141,7 +141,7 @@ def test_what_is_wrong_is_told_with_its_place(tmp_path, name, places):
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
-        ("a.csv", b"text,text\na,b\n", ':1: "text": stands twice in the header'),
+        ("a.csv", b"text,text\na,b\n", ':1: "text": appears twice in the header'),
         ("a.csv", b"text,authority_weight\na\n", ":2: 1 cells under a header of 2"),
         ("a.csv", b"text\n\xff\n", "invalid UTF-8"),
         ("a.csv", b'text\n"a\n', "invalid CSV"),
@@ -152,10 +152,10 @@ def test_what_is_wrong_is_told_with_its_place(tmp_path, name, places):
         ("a.json", b'[{"text": "a"} {"text": "b"}]', "invalid JSON: expecting ',' or ']'"),
         ("a.json", b'[{"text": "a"}', "invalid JSON"),
         ("a.json", b'[{"text": "a"}] 7', "extra data after the list"),
-        ("a.json", b'[{"text": "a", "text": "b"}]', ': row 1: "text": stands twice'),
+        ("a.json", b'[{"text": "a", "text": "b"}]', ': row 1: "text": appears twice'),
         ("a.json", b"[]", "holds no records"),
         ("a.json", b"[" * 100_000, "nested too deep"),
-        ("a.parquet", b"PAR1 or not", "cannot be read: is not the Parquet file that it should be"),
+        ("a.parquet", b"PAR1 or not", "cannot be read: not a readable Parquet file"),
         ("a.jsonl.gz", b"no gzip", "cannot be read: "),
         ("a.jsonl.gz", gzip.compress(b'{"text": "a"}' * 999, mtime=0)[:-9], "cannot be read: damaged"),
     ],
@@ -184,7 +184,7 @@ def test_a_table_with_what_python_cannot_hold(tmp_path, columns, problem):
 def test_a_table_in_which_a_column_stands_twice(tmp_path):
     table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    with pytest.raises(DataError, match='"text": stands twice in the header; keep one'):
+    with pytest.raises(DataError, match='"text": appears twice in the header; keep one'):
         read_records(tmp_path / "a.parquet")
 
 
@@ -235,7 +235,7 @@ def test_a_pipe_is_read_once_and_kept(tmp_path):
     writer = threading.Thread(target=pipe.write_text, args=(lines,))
     writer.start()
     columns = Columns()
-    source = open_source(str(pipe), columns, spool=tmp_path / "cache")
+    source = open_source(str(pipe), columns, temp_folder=tmp_path / "cache")
     writer.join()
     assert contents(records_of(source)) == contents(records_of(source)) == EXPECTED
     assert list((tmp_path / "cache").iterdir()) == []  # nothing is left of it
@@ -308,7 +308,7 @@ def test_a_binary_file_is_told_in_one_line(tmp_path, name):
     path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     with pytest.raises(DataError) as caught:
         open_source(str(path), Columns())
-    assert str(caught.value).startswith(f"{path}: is no data file; give JSON Lines, JSON, CSV, ")
+    assert str(caught.value).startswith(f"{path}: not a data file; give JSON Lines, JSON, CSV, ")
     assert "\n" not in str(caught.value)
 
 
@@ -402,7 +402,7 @@ except DataError as error:
     done = run_python(code, HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()
-    assert line.startswith("nobody/nothing: no file or folder here, and no data set that the hub gives: ")
+    assert line.startswith("nobody/nothing: not a file or folder here, and the hub gives no such data set: ")
 
 
 @pytest.mark.parametrize("name", ["none.jsonl", "owner/none.parquet", "./none", "a/b/c", "/none"])
@@ -437,7 +437,7 @@ assert not {"datasets", "pyarrow", "pandas", "torch"} & {name.split(".")[0] for 
 
 def given_examples(examples, tmp_path):
     columns = Columns()
-    return examples_source(examples, columns, name="examples", spool=tmp_path)
+    return examples_source(examples, columns, name="examples", temp_folder=tmp_path)
 
 
 def test_examples_pass_the_same_door(tmp_path):
@@ -553,7 +553,7 @@ def test_weights_go_by_other_names(write):
         ),
         ({"instruction": "a", "output": "b"}, {}, '(there is "instruction", "output")'),
         ({"text": "a"}, {"text_column": "body"}, "no body; correct the option that names it"),
-        ({"q": "a"}, {"prompt_column": "q", "completion_column": "r"}, "r: missing beside q"),
+        ({"q": "a"}, {"prompt_column": "q", "completion_column": "r"}, "r: missing, but q is present"),
         ({"body": 3}, {"text_column": "body"}, "body: a number, not a string"),
         ({"messages": AS_ROLES, "conversations": AS_SPEAKERS}, {}, "choose one with --messages-column"),
         ({"text": "a", "messages": AS_ROLES}, {}, "or choose one with --text-column"),

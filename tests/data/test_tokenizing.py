@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from distrust.data import Completion, Conversation, Corpus, Location, Message, Record, Text, tokenize
-from distrust.data.segments import segments
+from distrust.data.tokenizing import segments
 from distrust.errors import ConfigError, DataError, ModelError
 
 SPECIAL = ["<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>"]
@@ -210,7 +210,7 @@ def test_a_template_that_does_not_print_turn_by_turn_is_refused(template, field)
         tokenize([record(content, line=7)], tokenizer(template=template), max_length=1000)
     (problem,) = caught.value.problems
     assert problem.startswith(
-        f"data.jsonl:7: {field}: the tokenizer's chat template does not print this turn"
+        f"data.jsonl:7: {field}: the tokenizer's chat template renders this turn differently"
     )
 
 
@@ -269,7 +269,7 @@ def test_examples_with_nothing_to_learn_are_told_at_once(plain):
         tokenize(records, plain, max_length=9)
     assert str(caught.value).splitlines()[0] == "2 of 3 records cannot be trained on"
     assert [problem.split(": ")[0] for problem in caught.value.problems] == ["data.jsonl:1", "data.jsonl:3"]
-    assert "what is only read takes 20 tokens" in caught.value.problems[0]
+    assert "the prompt takes 20 tokens" in caught.value.problems[0]
     assert "--max-length" in caught.value.problems[0]
 
 

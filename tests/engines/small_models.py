@@ -9,6 +9,7 @@ import torch
 from small_batches import VOCABULARY
 
 from distrust.data import MicroBatch
+from distrust.engines.lora_config import LoraConfig
 from distrust.engines.torch.adapter import add_adapter
 
 WINDOW = 4  # of the models with a sliding window; examples are longer
@@ -75,11 +76,10 @@ def adapted(model: Any, *, rank: int, **options: Any) -> Any:
         return model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
-        defaults = {"alpha": 8.0, "dropout": 0.0, "target_modules": ["all-linear"]}
-        lora = add_adapter(model, rank=rank, **{**defaults, "rslora": False, "dora": False, **options})
-        for parameter in trained(lora).values():
+        wrapped = add_adapter(model, LoraConfig(rank=rank, alpha=8.0, **options))
+        for parameter in trained(wrapped).values():
             parameter.data.normal_(0, 0.1)
-    return lora.eval()
+    return wrapped.eval()
 
 
 def trained(model: Any) -> dict[str, torch.nn.Parameter]:

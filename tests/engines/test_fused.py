@@ -9,7 +9,7 @@ import pytest
 import torch
 from small_models import adapted, gradients, small_model, trained
 
-from distrust.engines.torch.fused import fuse
+from distrust.engines.torch.layers import fuse
 
 LAYERS = 2
 ALL = {"lora": 7 * LAYERS, "norm": 2 * LAYERS + 1, "gate": LAYERS}
@@ -59,7 +59,7 @@ def test_with_all_weights_trained_too():
 
 @pytest.mark.parametrize(
     "modules",
-    [["gate_proj", "down_proj"], ["up_proj", "down_proj"], ["down_proj"], ["gate_proj"], ["o_proj"]],
+    [("gate_proj", "down_proj"), ("up_proj", "down_proj"), ("down_proj",), ("gate_proj",), ("o_proj",)],
 )
 def test_whichever_modules_have_an_adapter(modules):
     """Of the first layer's inputs none wants a gradient: only what is adapted itself."""

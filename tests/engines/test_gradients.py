@@ -234,7 +234,7 @@ def test_padding_and_unlearned_tokens_have_no_part(engine, plan_of):
         plan.corpus,
         weights=plan.weights,
         distrust=np.zeros(len(plan.corpus)),
-        order=EpochSampler(len(plan.corpus), seed=0),
+        sampler=EpochSampler(len(plan.corpus), seed=0),
         batch_size=4,
         gradient_accumulation=1,
         pad_token_id=77,

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from distrust.engines.torch import attention
-from distrust.engines.torch.fused import fuse
+from distrust.engines.torch.layers import fuse
 from distrust.engines.torch.loss import chunked_losses
 from distrust.engines.torch.model_runner import ModelRunner
 
@@ -63,7 +63,7 @@ def check(
 def test_losses_and_gradients_are_those_of_padded_examples(kind, rank):
     base = small_model(kind)
     passes = check(adapted(base, rank=rank), base)
-    assert (passes.packs, passes.chunks) == ALLOWED[kind]
+    assert (passes.uses_varlen, passes.uses_chunked_loss) == ALLOWED[kind]
 
 
 @pytest.mark.parametrize(("rank", "kept"), [(4, BFLOAT16), (0, torch.float32)])
@@ -71,8 +71,8 @@ def test_losses_and_gradients_are_those_of_padded_examples(kind, rank):
 def test_in_bfloat16_too(kind, rank, kept):
     base = small_model(kind, dtype=kept)
     passes = check(adapted(base, rank=rank), base, arithmetic=BFLOAT16, rounding=0.08)
-    assert passes.packs
-    assert passes.chunks
+    assert passes.uses_varlen
+    assert passes.uses_chunked_loss
 
 
 @pytest.mark.parametrize("rank", [4, 0])
@@ -83,7 +83,7 @@ def test_with_checkpointed_layers_too(kind, rank):
     enable({"use_reentrant": False})
     if rank:
         base.enable_input_require_grads()
-    assert check(adapted(base, rank=rank), base).packs
+    assert check(adapted(base, rank=rank), base).uses_varlen
 
 
 def test_the_loss_is_that_of_transformers():
@@ -124,7 +124,7 @@ def test_examples_that_would_see_each_other_are_not_packed(monkeypatch, fault):
         own = attention.packed_attention
 
         def leaking(module, query, *tensors, **options):
-            with attention.examples_of([query.shape[2]]):
+            with attention.packed_examples([query.shape[2]]):
                 return own(module, query, *tensors, **options)
 
         monkeypatch.setattr(attention, "packed_attention", leaking)
@@ -132,14 +132,14 @@ def test_examples_that_would_see_each_other_are_not_packed(monkeypatch, fault):
         model.model.rotary_emb = _RunningOn(model.model.rotary_emb)
     else:
         model.model.layers[1].input_layernorm = _Mixing(model.model.layers[1].input_layernorm)
-    assert not check(model, model).packs
+    assert not check(model, model).uses_varlen
 
 
 @pytest.mark.parametrize("chosen", ["eager", "sdpa"])
 def test_attention_that_was_chosen_stays(chosen):
     model = small_model("llama")
     model.set_attn_implementation(chosen)
-    assert ModelRunner(model, arithmetic=torch.float32).packs == (chosen == "sdpa")
+    assert ModelRunner(model, arithmetic=torch.float32).uses_varlen == (chosen == "sdpa")
     if chosen == "eager":
         assert model.config._attn_implementation == "eager"
 
@@ -147,7 +147,7 @@ def test_attention_that_was_chosen_stays(chosen):
 def test_outside_of_passes_a_packed_model_is_as_usual():
     """Generation, and whoever calls the model by himself."""
     model, plain, batch = small_model("llama"), small_model("llama"), a_batch()
-    assert ModelRunner(model, arithmetic=torch.float32).packs
+    assert ModelRunner(model, arithmetic=torch.float32).uses_varlen
     given = {
         "input_ids": torch.from_numpy(batch.input_ids),
         "attention_mask": torch.from_numpy(batch.attention_mask),

@@ -15,7 +15,7 @@ import torch
 
 from distrust import DistrustTrainer, TrainConfig
 from distrust.engines import create_engine, open_checkpoint
-from distrust.errors import ConfigError, ResumeRefused
+from distrust.errors import MissingDependency, ResumeRefused
 from distrust.training.events import Evaluated, MemoryReset, StepEnded
 
 STEPS = 7
@@ -61,11 +61,7 @@ def losses(events):
 
 
 @pytest.mark.parametrize(
-    ("bits", "more"),
-    [
-        ("8bit", {}),
-        ("4bit", {"gradient_checkpointing": True, "dtype": "bfloat16"}),
-    ],
+    ("bits", "more"), [("8bit", {}), ("4bit", {"gradient_checkpointing": True, "dtype": "bfloat16"})]
 )
 def test_it_ends_as_if_left_alone(train, tmp_path, eval_data, bits, more):
     """However often it was evaluated, stopped and reset."""
@@ -170,9 +166,10 @@ def test_a_library_that_is_missing_is_named(options, monkeypatch):
         "find_spec",
         lambda name, *more: None if name == "bitsandbytes" else honest(name, *more),
     )
-    with pytest.raises(ConfigError) as refused:
+    with pytest.raises(MissingDependency) as refused:
         create_engine(TrainConfig(quantization="8bit", **options))
-    assert "pip install 'distrust-trainer[quantization]'" in str(refused.value)
+    assert "bitsandbytes, which is not installed: pip install" in str(refused.value)
+    assert (refused.value.library, refused.value.extra) == ("bitsandbytes", "quantization")
     assert "\n" not in str(refused.value)
 
 

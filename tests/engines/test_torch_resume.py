@@ -94,7 +94,7 @@ def test_a_compiled_run_is_opened_without_a_compiler(train, tmp_path, monkeypatc
         return 1
 
     calls = []
-    monkeypatch.setattr("distrust.engines.torch.engine.compile_layers", compile_layers)
+    monkeypatch.setattr("distrust.engines.torch.runtime.compile_layers", compile_layers)
     train(tmp_path / "run", compile=True)
     open_checkpoint(tmp_path / "run")
     assert len(calls) == 1
@@ -109,7 +109,9 @@ def test_packing_for_a_model_that_would_mix_the_examples_is_refused(tiny_model, 
         "padded"
         in create_engine(TrainConfig(engine="torch", model=str(folder), threads=1)).environment()["attention"]
     )
-    with pytest.raises(ConfigError, match="--packing: this model cannot keep apart"):
+    with pytest.raises(
+        ConfigError, match="--packing: this model cannot keep the examples of one row independent"
+    ):
         create_engine(TrainConfig(engine="torch", model=str(folder), packing=True, threads=1))
 
 
@@ -121,5 +123,5 @@ def test_names_that_no_module_has(tiny_model):
 
 
 def test_longer_than_the_model_sees(train, tmp_path):
-    with pytest.raises(ConfigError, match="--max-length 129: the model sees 128 tokens at once"):
+    with pytest.raises(ConfigError, match="--max-length 129: the model's context is 128 tokens"):
         train(tmp_path, max_length=129)

@@ -112,7 +112,7 @@ def test_taken_back_the_weights_are_those_and_a_run_begins_from_them(place, runs
     (done,) = convert(tmp_path / "folder", tmp_path / "run")
     assert (done.step, done.outcome) == (0, "converted")
     other = "mlx" if engine == "torch" else "torch"
-    with pytest.warns(match="begun elsewhere"):
+    with pytest.warns(match="is imported"):
         train(place, tmp_path / "run", steps=1, learning_rate=0.0, engine=other, **KINDS["lora"])
     assert np.abs(own_logits(tmp_path / "run") - own_logits(run)).max() < 1e-5
 
@@ -132,7 +132,7 @@ def test_the_command_that_convert_prints_trains_on(place, runs, tmp_path, capsys
     assert ("layers.1." in command) == (layers == 1)
     words = [*shlex.split(command), "--max-steps", "1", "--batch-size", "2", "--device", "cpu"]
     assert main(words) == 0
-    assert "begun elsewhere (mlx-lm adapter)" in capsys.readouterr().err
+    assert "is imported (mlx-lm adapter)" in capsys.readouterr().err
     assert CheckpointManager(tmp_path / "run" / "checkpoints").list_checkpoints() == [0, 1]
 
 
@@ -202,11 +202,14 @@ def test_what_is_no_adapter_is_told(place, runs, tmp_path, capsys):
     broken = {
         "fine_tune_type": (config | {"fine_tune_type": "full"}, None),
         "lora_parameters": ({"model": "x"}, None),
-        "rank that": (config | {"lora_parameters": config["lora_parameters"] | {"rank": 5}}, None),
-        "scale is no number": (config | {"lora_parameters": {"rank": 4, "scale": "x"}}, None),
-        "no part of a plain LoRA": (config, {**tensors, "strange": tensors[name]}),
-        "not a whole file": (config, b"no tensors"),
-        "no JSON object": ([], None),
+        "the rank of its weights": (
+            config | {"lora_parameters": config["lora_parameters"] | {"rank": 5}},
+            None,
+        ),
+        "scale is not a number": (config | {"lora_parameters": {"rank": 4, "scale": "x"}}, None),
+        "not part of a plain LoRA": (config, {**tensors, "strange": tensors[name]}),
+        "not a valid file": (config, b"no tensors"),
+        "not a JSON object": ([], None),
     }
     for number, (reason, (described, weights)) in enumerate(broken.items()):
         folder = tmp_path / str(number)

@@ -34,34 +34,24 @@ from distrust.errors import (
     NoIntactCheckpoint,
     SaveFailed,
 )
-from distrust.importers import bounded
+from distrust.importers import safe_json
 from distrust.training import resume_point
 from older_files import (
     FIELDS,
     A,
     B,
-    Raw,
     arrays,
+    equal,
+    file_fields,
     moments,
-    packed,
-    spelled,
-    write_byte_tensors,
     write_checksums,
     write_directory,
+    write_tensor_file,
 )
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "directory-checkpoints"
 #: Several examples share a directory; each clears it first.
 PROPERTY = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
-
-
-def same(a, b):
-    """Equal trees, bit for bit in their arrays."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
-    if isinstance(a, np.ndarray):
-        return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
-    return type(a) is type(b) and (a == b or a != a)
 
 
 def ours(step):
@@ -73,27 +63,29 @@ def said(capsys):
     return captured.out + captured.err
 
 
-@pytest.fixture(params=["directory", "byte tensors"])
+@pytest.fixture(params=["directory", "newest", "previous"])
 def written(request, tmp_path):
-    """Writes a checkpoint of step 10 in each format."""
+    """A checkpoint of step 10 in each format."""
     if request.param == "directory":
         return write_directory(tmp_path / "checkpoint-10")
-    return write_byte_tensors(tmp_path / "checkpoint-10.safetensors")
+    return write_tensor_file(tmp_path / "checkpoint-10.safetensors", form=request.param)
 
 
 def test_what_it_becomes(written, tmp_path):
     loaded = CheckpointManager(tmp_path).load(10)
     assert loaded.step == 10
-    assert same(loaded.model, arrays())
-    assert same(loaded.optimizer, {"step": 10, "learning_rate": 2e-4, **moments()})
-    assert same(loaded.history, {"loss": np.array([2.5, 2.25])})
-    assert same(loaded.rng, {"seed": 7, "numpy": np.array([1, 2, 3], np.int64)})
-    assert loaded.config == {"lora_rank": 2}  # of the arrays: what the config there says is wrong
-    assert {"lora_rank"} <= {key(field.name) for field in fields_of(TrainConfig)}
-    assert loaded.metadata == {**FIELDS["metadata"], "config_there": FIELDS["config"]}
+    assert equal(loaded.model, arrays())
+    assert equal(loaded.optimizer, {"step": 10, "learning_rate": 2e-4, **moments()})
+    assert equal(loaded.history, {"loss": np.array([2.5, 2.25])})
+    assert equal(loaded.rng, {"seed": 7, "numpy": np.array([1, 2, 3], np.int64)})
+    assert loaded.config["lora_rank"] == 2  # proven by the arrays; the config of the file says otherwise
+    assert loaded.config.keys() <= {key(field.name) for field in fields_of(TrainConfig)}
+    metadata = {**loaded.metadata}
+    assert metadata.pop("foreign_fields", {}).keys() == ({"param_groups"} if written.is_file() else set())
+    assert metadata == {**FIELDS["metadata"], "foreign_config": FIELDS["config"]}
     assert loaded.metrics == {"loss": 2.25}
     assert loaded.run["timestamp"] == FIELDS["timestamp"]
-    assert loaded.run["begun_elsewhere"] == ("directory" if written.is_dir() else "byte tensors")
+    assert loaded.run["imported_from"] == ("directory" if written.is_dir() else "tensor file")
 
 
 def test_the_manager_knows_it(written, tmp_path):
@@ -120,7 +112,7 @@ def test_the_commands_know_it(written, tmp_path, capsys):
     assert "10  periodic" in said(capsys)
     assert main(["ls", str(written), "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
-    assert (row["step"], row["format"]) == (10, "directory" if written.is_dir() else "byte tensors")
+    assert (row["step"], row["format"]) == (10, "directory" if written.is_dir() else "tensor file")
     assert main(["show", str(tmp_path), "--tensors"]) == 0
     assert f"model.{A}" in said(capsys)
     assert main(["verify", str(tmp_path)]) == 0
@@ -179,7 +171,7 @@ def test_no_line_is_longer_than_a_screen(tmp_path, capsys):
     numbers = {"best_loss": int("1234" * 1000), "low": -(10**3998), "tokens": 1234567, "text": "x" * 10**6}
     path = write_directory(tmp_path / "checkpoint-10", {**FIELDS, "metadata": numbers, "timestamp": None})
     assert main(["ls", str(tmp_path)]) == 0
-    assert "best_loss 1.234e+3999  loss 2.25  low -1.000e+3998  tokens 1,234,567" in (told := said(capsys))
+    assert "best_loss 1.234e+3999  loss 2.250  low -1.000e+3998  tokens 1,234,567" in (told := said(capsys))
     assert max(map(len, told.splitlines())) < 200
     told = shown(capsys, path)
     assert "  best_loss: 1.234e+3999" in told
@@ -197,7 +189,7 @@ def test_show_tells_of_damage_what_verify_does(tmp_path, capsys):
     for raw in (b"something else", whole[:-30], bytes(flipped)):
         (path / "model.npz").write_bytes(raw)
         assert main(["show", str(path), "--tensors"]) == 1
-        assert "model.npz is not what checksum.txt says" in said(capsys)
+        assert "model.npz does not match checksum.txt" in said(capsys)
 
 
 def test_no_line_ends_in_blanks(written, capsys):
@@ -212,7 +204,7 @@ def test_a_mark_that_windows_writes(tmp_path, name):
     if name == "metadata.json":
         write_checksums(path)  # of the bytes that are there
     CheckpointManager(tmp_path).validate(10)
-    assert same(CheckpointManager(tmp_path).load(10).model, arrays())
+    assert equal(CheckpointManager(tmp_path).load(10).model, arrays())
 
 
 def test_metadata_alone(tmp_path, capsys):
@@ -220,7 +212,7 @@ def test_metadata_alone(tmp_path, capsys):
     manager = CheckpointManager(tmp_path)
     assert manager.list_checkpoints() == [10]
     loaded = manager.load(10)
-    assert (loaded.model, same(loaded.optimizer, FIELDS["optimizer_scalars"])) == ({}, True)
+    assert (loaded.model, equal(loaded.optimizer, FIELDS["optimizer_scalars"])) == ({}, True)
     assert main(["verify", str(path)]) == 0
     assert "no model and no optimizer" in said(capsys)
 
@@ -235,14 +227,14 @@ def test_metadata_alone_is_passed_over(tmp_path, use, damage):
     """A model of an earlier step, or a worse one, is worth more than none."""
     write_directory(tmp_path / "checkpoint-10", at(10, 0.5))
     newer = write_directory(tmp_path / "checkpoint-20", at(20, 0.25), bare=True)
-    write_byte_tensors(tmp_path / "checkpoint-30.safetensors", at(30, 0.125), model={}, optimizer={})
+    write_tensor_file(tmp_path / "checkpoint-30.safetensors", at(30, 0.125), model={}, optimizer={})
     manager = CheckpointManager(tmp_path, metric="best_loss")
     if damage:
         append(newer / "checksum.txt", "x")
     with pytest.warns(DistrustWarning) as told:
         assert getattr(manager, use)().step == 10
     lines = sorted(str(one.message) for one in told)
-    without = f"skipped a checkpoint without a model, metadata alone: {tmp_path / 'checkpoint-'}"
+    without = f"skipped a checkpoint without a model, metadata only: {tmp_path / 'checkpoint-'}"
     if damage and use == "load_latest":  # a damaged one has no metric
         assert lines.pop().startswith(f"skipped a damaged checkpoint: {newer}: ")
     assert lines == [f"{without}30.safetensors"] if damage else [f"{without}20", f"{without}30.safetensors"]
@@ -254,12 +246,12 @@ def test_nothing_but_metadata(tmp_path, use):
     for step in (10, 20):
         path = write_directory(tmp_path / f"checkpoint-{step}", at(step, 0.5), bare=True)
     manager = CheckpointManager(tmp_path, metric="best_loss")
-    with pytest.raises(NoIntactCheckpoint, match=r"metadata alone.* there are 10, 20$"):
+    with pytest.raises(NoIntactCheckpoint, match=r"metadata only.* there are 10, 20$"):
         getattr(manager, use)()
-    with pytest.raises(CheckpointError, match="metadata alone: there is no model"):
+    with pytest.raises(CheckpointError, match="metadata only: there is no model"):
         manager.choose(step=20)
     append(path / "checksum.txt", "x")
-    with pytest.raises(NoIntactCheckpoint, match="checkpoint-10: holds no model"):
+    with pytest.raises(NoIntactCheckpoint, match="checkpoint-10: contains no model"):
         manager.load_latest()
 
 
@@ -267,42 +259,8 @@ def test_of_a_step_the_one_with_a_model_is_meant(tmp_path):
     write_directory(tmp_path / "checkpoint-10")
     write_directory(tmp_path / "checkpoint-10-final", bare=True)
     manager = CheckpointManager(tmp_path, metric="best_loss")
-    assert same(manager.load(10).model, arrays())
-    assert same(manager.load_best().model, arrays())
-
-
-@pytest.mark.parametrize(
-    "spelling", ["by moment", "by parameter", "under state", "flat", "shapes beside", "nested"]
-)
-def test_every_spelling_of_an_optimizer(tmp_path, spelling):
-    path = write_byte_tensors(tmp_path / "checkpoint-10.safetensors", optimizer=spelled(moments(), spelling))
-    optimizer = dict(CheckpointManager(tmp_path).load(path).optimizer)
-    optimizer.pop("param_groups", None)
-    assert same(optimizer, {"step": 10, "learning_rate": 2e-4, **moments()})
-
-
-@pytest.mark.parametrize(
-    ("optimizer", "reason"),
-    [
-        ({"exp_avg": {"unknown": [1.0, 2.0]}}, "nothing says its shape"),
-        ({"exp_avg": {A: [1.0]}}, "the shape [6, 2]"),
-        ({"exp_avg": {A: ["x"] * 12}}, "something else than numbers"),
-        ({"exp_avg": {A: [[1.0, 2.0], [1.0]]}}, "rows of several lengths"),
-        ({"exp_avg": {A: {"shape": [-1, 2], "data": []}}}, "the shape of"),
-        ({"exp_avg": {A: {"shape": [1], "data": [1.0], "dtype": "object"}}}, "a dtype"),
-        ({"exp_avg": {A: {"shape": [1], "data": [10**400]}}}, "something else than numbers"),
-        ({"momentum": {A: [1.0] * 12}}, "names no moments"),
-        ({A: {"exp_avg": [1.0] * 12, "step": 1}, B: {"exp_avg": [1.0] * 6, "step": 2}}, "the same steps"),
-        ({"exp_avg": {A: [1.0] * 12}, "m": 1}, "a value of the name m"),
-    ],
-)
-def test_other_spellings_are_refused_in_one_line(tmp_path, optimizer, reason):
-    path = write_byte_tensors(tmp_path / "checkpoint-10.safetensors", optimizer=optimizer)
-    for use in (CheckpointManager(tmp_path).load, CheckpointManager(tmp_path).validate):
-        with pytest.raises(CorruptCheckpoint) as told:
-            use(path)
-        assert reason in str(told.value)
-        assert "\n" not in str(told.value)
+    assert equal(manager.load(10).model, arrays())
+    assert equal(manager.load_best().model, arrays())
 
 
 FINITE = {"allow_nan": False, "allow_infinity": False}
@@ -324,27 +282,28 @@ def test_whatever_was_written_comes_back(tmp_path, model, losses, compressed):
     shutil.rmtree(tmp_path)
     tmp_path.mkdir()
     write_directory(tmp_path / "checkpoint-10", said, model=model, optimizer=optimizer, compressed=compressed)
-    write_byte_tensors(
-        tmp_path / "other.safetensors", said, model=model, optimizer=spelled(optimizer) if model else {}
-    )
-    for path in (tmp_path / "checkpoint-10", tmp_path / "other.safetensors"):
-        loaded = CheckpointManager(tmp_path).load(path)
-        assert same(loaded.model, model)
-        assert same(loaded.optimizer, {**FIELDS["optimizer_scalars"], **optimizer})
-        assert same(dict(loaded.history), {"loss": np.array(losses)} if losses else {})
+    loaded = CheckpointManager(tmp_path).load(tmp_path / "checkpoint-10")
+    assert equal(loaded.model, model)
+    assert equal(loaded.optimizer, {**FIELDS["optimizer_scalars"], **optimizer})
+    assert equal(dict(loaded.history), {"loss": np.array(losses)} if losses else {})
 
 
-def both(directory, fields=FIELDS, *, model=None, optimizer=None):
-    """The same in each format; returns what is told of it, whether it is loaded or verified."""
+def refusals(directory, *, model=None, optimizer=None):
+    """The errors of loading and verifying the same checkpoint in each format."""
     model = arrays() if model is None else model
     optimizer = moments(model) if optimizer is None else optimizer
     paths = [
-        write_directory(directory / "checkpoint-10", fields, model=model, optimizer=optimizer),
-        write_byte_tensors(
-            directory / "checkpoint-10.safetensors", fields, model=model, optimizer=spelled(optimizer)
+        write_directory(directory / "checkpoint-10", model=model, optimizer=optimizer),
+        write_tensor_file(directory / "checkpoint-10.safetensors", model=model, optimizer=optimizer),
+        write_tensor_file(
+            directory / "checkpoint-11.safetensors",
+            file_fields(11),
+            model=model,
+            optimizer=optimizer,
+            form="previous",
         ),
     ]
-    told = []
+    errors = []
     manager = CheckpointManager(directory)
     for path in paths:
         for use in (manager.load, manager.validate):
@@ -352,8 +311,8 @@ def both(directory, fields=FIELDS, *, model=None, optimizer=None):
                 use(path)
             assert error.value.path == path
             assert "\n" not in str(error.value)
-            told.append(error.value)
-    return told
+            errors.append(error.value)
+    return errors
 
 
 def changed(moment, name, value):
@@ -369,18 +328,18 @@ def changed(moment, name, value):
 @pytest.mark.parametrize(
     ("optimizer", "tensor", "reason"),
     [
-        (changed("m", A, np.ones((2, 6))), f"m.{A}", f"m.{A} has the shape [2, 6], and its array [6, 2]"),
-        (changed("v", A, np.ones((3, 4))), f"v.{A}", f"v.{A} has the shape [3, 4], and its array [6, 2]"),
-        (changed("v", B, np.ones((1, 2, 3))), f"v.{B}", "[1, 2, 3], and its array [2, 3]"),
-        (changed("v", B, None), f"m.{B}", f"m.{B} is there without its v"),
-        (changed("m", B, None), f"v.{B}", f"v.{B} is there without its m"),
-        ({"m": moments()["m"]}, f"m.{A}", f"m.{A} is there without its v"),
-        ({"v": moments()["v"]}, f"v.{A}", f"v.{A} is there without its m"),
-        (moments({**arrays(), "w": np.ones(2)}), "m.w", "m.w is of no array that the model has"),
+        (changed("m", A, np.ones((2, 6))), f"m.{A}", f"m.{A} has shape [2, 6], but its weight has [6, 2]"),
+        (changed("v", A, np.ones((3, 4))), f"v.{A}", f"v.{A} has shape [3, 4], but its weight has [6, 2]"),
+        (changed("v", B, np.ones((1, 2, 3))), f"v.{B}", "[1, 2, 3], but its weight has [2, 3]"),
+        (changed("v", B, None), f"m.{B}", f"m.{B} has no matching v"),
+        (changed("m", B, None), f"v.{B}", f"v.{B} has no matching m"),
+        ({"m": moments()["m"]}, f"m.{A}", f"m.{A} has no matching v"),
+        ({"v": moments()["v"]}, f"v.{A}", f"v.{A} has no matching m"),
+        (moments({**arrays(), "w": np.ones(2)}), "m.w", "m.w has no weight of that name in the model"),
     ],
 )
 def test_moments_are_those_of_the_model(tmp_path, optimizer, tensor, reason):
-    for error in both(tmp_path, optimizer=optimizer):
+    for error in refusals(tmp_path, optimizer=optimizer):
         assert reason in error.reason
         assert error.tensor == f"optimizer.{tensor}"
 
@@ -399,17 +358,19 @@ def test_shapes_agree_or_are_told(tmp_path, of_array, of_m, of_v, has_model):
     optimizer = {"m": {"w": np.ones(of_m, np.float32)}, "v": {"w": np.ones(of_v, np.float32)}}
     if of_m == of_v and (of_m == of_array or not has_model):
         write_directory(tmp_path / "checkpoint-10", model=model, optimizer=optimizer)
-        write_byte_tensors(tmp_path / "checkpoint-10.safetensors", model=model, optimizer=spelled(optimizer))
+        if has_model:  # a tensor file has moments only of its own tensors
+            path = tmp_path / "checkpoint-10.safetensors"
+            write_tensor_file(path, model=model, optimizer=optimizer)
         assert main(["verify", str(tmp_path)]) == 0
     else:
-        both(tmp_path, model=model, optimizer=optimizer)
+        refusals(tmp_path, model=model, optimizer=optimizer)
 
 
 def test_a_model_without_some_moments_or_all_is_whole(tmp_path):
     one = {moment: {A: group[A]} for moment, group in moments().items()}
     for name, optimizer in (("one", one), ("none", {})):
         path = write_directory(tmp_path / name, optimizer=optimizer)
-        assert same(
+        assert equal(
             {**optimizer, **FIELDS["optimizer_scalars"]}, CheckpointManager(tmp_path).load(path).optimizer
         )
 
@@ -417,18 +378,10 @@ def test_a_model_without_some_moments_or_all_is_whole(tmp_path):
 @pytest.mark.parametrize("step", ["x", 0, -5, 11, 99, 10.5, True, None, [10], 10**3000, float("nan")])
 def test_the_step_of_moments_is_one_that_was_made(tmp_path, step):
     scalars = {"optimizer_scalars": {"step": step, "learning_rate": 0.1}}
-    for error in both(tmp_path, {**FIELDS, **scalars}):
-        assert "optimizer_scalars.step is " in error.reason
-        assert len(error.reason) < 500
-
-
-@pytest.mark.parametrize("step", ["x", 0, 11, 10.5])
-def test_the_step_of_an_optimizer_of_its_own(tmp_path, step):
-    optimizer = {**spelled(moments()), "step": step}
-    said = {**FIELDS, "optimizer_scalars": {}}
-    path = write_byte_tensors(tmp_path / "checkpoint-10.safetensors", said, optimizer=optimizer)
-    with pytest.raises(CorruptCheckpoint, match=f"_optimizer: step is '?{step}'?: beside moments"):
+    path = write_directory(tmp_path / "checkpoint-10", {**FIELDS, **scalars})
+    with pytest.raises(CorruptCheckpoint, match=r"optimizer_scalars\.step is ") as error:
         CheckpointManager(tmp_path).validate(path)
+    assert len(error.value.reason) < 500
 
 
 def test_steps_that_are_well(tmp_path):
@@ -451,7 +404,7 @@ def test_numbers_are_finite(tmp_path, number, place, at):
     model, optimizer = arrays(), moments()
     group = model if place == "model" else optimizer[place]
     group[B].reshape(-1)[at] = number
-    for error in both(tmp_path, model=model, optimizer=optimizer):
+    for error in refusals(tmp_path, model=model, optimizer=optimizer):
         assert "holds numbers that are not finite" in error.reason
         assert B in error.reason
 
@@ -478,47 +431,14 @@ def test_only_what_is_not_finite_is_refused(tmp_path, data, dtype):
     if np.isfinite(array).all() and (dtype.kind == "c" or not (squares < 0).any()):
         CheckpointManager(tmp_path).validate(path)
     else:
-        with pytest.raises(CorruptCheckpoint, match=r"not finite|below zero"):
+        with pytest.raises(CorruptCheckpoint, match=r"not finite|negative"):
             CheckpointManager(tmp_path).validate(path)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "good", "bad"),
-    [
-        ("BF16", "7f7f 7fff 0000", "807f"),
-        ("BF16", "7fff", "c0ff"),
-        ("F8_E4M3", "7e fe 80", "7f"),
-        ("F8_E5M2", "7b fb 80", "fc"),
-        ("F8_E5M2FNUZ", "7f ff", "80"),
-        ("F32", "ffff7f7f ffff7fff", "0000c07f"),
-    ],
-)
-def test_dtypes_that_numpy_has_not(tmp_path, dtype, good, bad):
-    width = len(bytes.fromhex(bad))
-    good = bytes.fromhex(good)
-    for name, data in (("good", good), ("bad", good + bytes.fromhex(bad))):
-        raw = Raw(dtype, (len(data) // width,), data)
-        path = write_byte_tensors(tmp_path / f"{name}.safetensors", model={"w": raw}, optimizer={})
-        if name == "good":
-            CheckpointManager(tmp_path).validate(path)
-        else:
-            with pytest.raises(CorruptCheckpoint, match="tensor w: it holds numbers that are not finite"):
-                CheckpointManager(tmp_path).validate(path)
 
 
 def test_squares_are_not_negative(tmp_path):
-    for error in both(tmp_path, optimizer=changed("v", B, -np.ones((2, 3)))):
+    for error in refusals(tmp_path, optimizer=changed("v", B, -np.ones((2, 3)))):
         assert B in error.reason
-        assert "below zero" in error.reason
-
-
-@pytest.mark.parametrize(("dtype", "number"), [("float16", 65520.0), ("float32", 3.5e38)])
-def test_numbers_too_large_for_their_dtype_are_not_finite(tmp_path, dtype, number):
-    optimizer = spelled(moments())
-    optimizer["exp_avg"][A] = {"shape": [6, 2], "data": [number] * 12, "dtype": dtype}
-    path = write_byte_tensors(tmp_path / "checkpoint-10.safetensors", optimizer=optimizer)
-    with pytest.raises(CorruptCheckpoint, match="not finite"):
-        CheckpointManager(tmp_path).load(path)
+        assert "negative" in error.reason
 
 
 @pytest.fixture(scope="module")
@@ -559,7 +479,7 @@ def test_wrong_and_missing_files_are_named_at_once(tmp_path, capsys):
     (path / "checksum.txt").write_text("\n".join(line for line in write if "optimizer" not in line))
     assert main(["verify", str(path)]) == 1
     told = said(capsys)
-    assert f"model.npz is not what checksum.txt says: expected {expected}, found " in told
+    assert f"model.npz does not match checksum.txt: expected {expected}, found " in told
 
 
 @pytest.mark.parametrize(
@@ -577,8 +497,11 @@ def test_wrong_and_missing_files_are_named_at_once(tmp_path, capsys):
             ),
             "model.npz is not in checksum.txt",
         ),
-        (lambda path: append(path / "checksum.txt", f"{'0' * 64}  ../x\n"), "is no plain file name"),
-        (lambda path: append(path / "checksum.txt", f"{'0' * 64}  /etc/passwd\n"), "is no plain file name"),
+        (lambda path: append(path / "checksum.txt", f"{'0' * 64}  ../x\n"), "is not a plain file name"),
+        (
+            lambda path: append(path / "checksum.txt", f"{'0' * 64}  /etc/passwd\n"),
+            "is not a plain file name",
+        ),
         (lambda path: append(path / "checksum.txt", f"{'0' * 64}  gone.txt\n"), "gone.txt is missing"),
         (lambda path: append(path / "checksum.txt", "hello\n"), "line 4: not '<64 hex digits>  <file>'"),
         (lambda path: replaced(path / "model.npz", os.mkfifo), "model.npz is not a regular file"),
@@ -647,19 +570,19 @@ STORED, DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ([("w.npy", npy(np.array([{}], object), allow_pickle=True), STORED)], "'w.npy'|never loaded"),
-        ([("w.npy", npy(np.zeros(1, [("a", "f4")])), STORED)], "array of numbers"),
-        ([("w.npy", npy(np.array(["text"])), STORED)], "no number"),
-        ([("w.npy", PLAIN.replace(b"(4,)", b"(5,)"), STORED)], "20 bytes, and there are 16"),
-        ([("w.npy", PLAIN.replace(b"(4,)", b"(-4,"), STORED)], "array of numbers"),
-        ([("w.npy", b"\x93NUMPY\x03\x00\xff\xff\xff\x7f" + PLAIN, STORED)], "2,147,483,647 bytes"),
-        ([("w.npy", b"\x80\x04N.", STORED)], "no array of numpy"),
+        ([("w.npy", npy(np.array([{}], object), allow_pickle=True), STORED)], "never loaded"),
+        ([("w.npy", npy(np.zeros(1, [("a", "f4")])), STORED)], "not a number that"),
+        ([("w.npy", npy(np.array(["text"])), STORED)], "not a number that"),
+        ([("w.npy", PLAIN.replace(b"(4,)", b"(5,)"), STORED)], "need 20 bytes, but it has 16"),
+        ([("w.npy", PLAIN.replace(b"(4,)", b"(-4,"), STORED)], "header is not valid|not that of an array"),
+        ([("w.npy", b"\x93NUMPY\x02\x00\xff\xff\xff\x7f" + PLAIN, STORED)], "2,147,483,647 bytes"),
+        ([("w.npy", b"\x80\x04N.", STORED)], "not an array of numpy"),
         ([("w.npy", npy(np.zeros(30 << 20, np.uint8)), DEFLATED)], "would expand"),
         ([("../w.npy", PLAIN, STORED)], "named like a path"),
         ([("/w.npy", PLAIN, STORED)], "named like a path"),
         ([("a/w.npy", PLAIN, STORED)], "named like a path"),
-        ([("w.pkl", PLAIN, STORED)], "no .npy"),
-        ([("w.npy", PLAIN, STORED)] * 2, "stands there twice"),
+        ([("w.pkl", PLAIN, STORED)], "not an .npy"),
+        ([("w.npy", PLAIN, STORED)] * 2, "occurs twice"),
         ([("w.npy", PLAIN, zipfile.ZIP_LZMA)], "neither stored nor deflated"),
         ([("w.npy", npy(np.zeros(4, bool))[:-1] + b"\2", STORED)], "neither true nor false"),
     ],
@@ -715,18 +638,18 @@ def test_arrays_of_other_layouts_come_back(tmp_path):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("[" * 100_000, "no JSON"),
+        ("[" * 100_000, "not valid JSON"),
         ('{"step":1,"config":' + '{"a":' * 95 + "1" + "}" * 96, "nested deeper"),
-        ('{"step":10,"step":10}', "stands twice"),
+        ('{"step":10,"step":10}', "occurs twice"),
         ('{"step":' + "9" * 5000 + "}", "digits"),
         ('{"step":10.5}', "step is 10.5"),
         ('{"step":true}', "step is True"),
-        ('{"step":10,"loss_history":[1,null]}', "no list of numbers"),
-        ('{"step":10,"loss_history":[1' + "0" * 400 + "]}", "no float"),
-        ('{"step":10,"metadata":[]}', "metadata is no object"),
-        ('{"step":10,"metadata":{"config_there":1}}', "two values of the name config_there"),
-        ('{"step":10,"metadata":{"a":"\\ud800"}}', "half a letter"),
-        ("null", "no JSON object"),
+        ('{"step":10,"loss_history":[1,null]}', "not a list of numbers"),
+        ('{"step":10,"loss_history":[1' + "0" * 400 + "]}", "too large for a float"),
+        ('{"step":10,"metadata":[]}', "metadata is not an object"),
+        ('{"step":10,"metadata":{"foreign_config":1}}', "two values of the name foreign_config"),
+        ('{"step":10,"metadata":{"a":"\\ud800"}}', "lone surrogate"),
+        ("null", "not a JSON object"),
         ("\xff", "not UTF-8"),
     ],
 )
@@ -751,16 +674,16 @@ def test_json_for_which_there_is_no_memory_is_not_begun(monkeypatch, piece, time
     gc.disable()  # it would look at each of a million lists again and again
     tracemalloc.start()
     try:
-        bounded.parse_object(raw, "it")
+        safe_json.parse_object(raw, "it")
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
         gc.enable()
-    monkeypatch.setattr(bounded, "available_bytes", lambda: peak)
+    monkeypatch.setattr(safe_json, "available_bytes", lambda: peak)
     with pytest.raises(CheckpointUnreadable, match="more memory than is free"):
-        bounded.parse_object(raw, "it")
-    monkeypatch.setattr(bounded, "available_bytes", lambda: times * peak)
-    bounded.parse_object(raw, "it")
+        safe_json.parse_object(raw, "it")
+    monkeypatch.setattr(safe_json, "available_bytes", lambda: times * peak)
+    safe_json.parse_object(raw, "it")
 
 
 @pytest.mark.parametrize("text", ['"\\ud800"', '{"\\udfff": 1}', '[1, {"a": ["\\ud83d"]}]'])
@@ -768,37 +691,13 @@ def test_half_letters_are_found_wherever_they_stand(tmp_path, text):
     path = write_directory(tmp_path / "checkpoint-10", bare=True)
     (path / "metadata.json").write_text('{"step": 10, "config": ["\\ud83d\\ude00", ' + text + "]}")
     write_checksums(path)
-    with pytest.raises(CorruptCheckpoint, match="half a letter"):
+    with pytest.raises(CorruptCheckpoint, match="lone surrogate"):
         CheckpointManager(tmp_path).load(path)
 
 
 def test_numbers_that_json_has_no_words_for_are_kept(tmp_path):
     write_directory(tmp_path / "checkpoint-10", {**FIELDS, "loss_history": [float("nan"), float("inf")]})
-    assert same(CheckpointManager(tmp_path).load(10).history["loss"], np.array([float("nan"), float("inf")]))
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        (lambda raw: raw[:-1], "the tensors end at"),
-        (lambda raw: raw + b"x", "the tensors end at"),
-        (lambda raw: raw.replace(b'"dtype": "U8"', b'"dtype": "I8"'), "no row of bytes"),
-        (lambda raw: raw.replace(b'"F32"', b'"F99"'), "not described"),
-        (lambda raw: raw.replace(b'"step"', b'"step ', 1), "no JSON"),
-    ],
-)
-def test_damaged_byte_tensors(tmp_path, change, reason):
-    path = write_byte_tensors(tmp_path / "checkpoint-10.safetensors")
-    path.write_bytes(change(path.read_bytes()))
-    with pytest.raises(CorruptCheckpoint, match=reason):
-        CheckpointManager(tmp_path).load(path)
-
-
-def test_other_safetensors_files_are_what_they_were(tmp_path):
-    path = tmp_path / "checkpoint-10.safetensors"
-    path.write_bytes(packed(arrays()))
-    with pytest.raises(CorruptCheckpoint, match="not a checkpoint of this library"):
-        CheckpointManager(tmp_path).load(10)
+    assert equal(CheckpointManager(tmp_path).load(10).history["loss"], np.array([float("nan"), float("inf")]))
 
 
 def test_ours_wins_and_all_are_listed_in_order(tmp_path, capsys):
@@ -829,7 +728,7 @@ def test_nothing_removes_or_counts_one(tmp_path, damage, capsys):
     older = [
         write_directory(tmp_path / "checkpoint-10"),
         write_directory(tmp_path / "checkpoint-90", {**FIELDS, "step": 90}),
-        write_byte_tensors(tmp_path / "checkpoint-91.safetensors", {**FIELDS, "step": 91}),
+        write_tensor_file(tmp_path / "checkpoint-91.safetensors", file_fields(91)),
     ]
     if damage:
         append(older[0] / "metadata.json", "x")
@@ -850,7 +749,7 @@ def test_nothing_removes_or_counts_one(tmp_path, damage, capsys):
 
 
 def test_a_save_never_replaces_one(tmp_path):
-    path = write_byte_tensors(tmp_path / "checkpoint-10.safetensors")
+    path = write_tensor_file(tmp_path / "checkpoint-10.safetensors")
     before = content(path)
     with CheckpointManager(tmp_path) as manager, pytest.raises(SaveFailed, match="never replaced"):
         manager.save(ours(10))
@@ -960,16 +859,15 @@ def test_what_cannot_be_looked_at_is_told(tmp_path, monkeypatch):
             use()
 
 
-def test_listing_stays_light(run_python, tmp_path):
+def test_listing_loads_no_numpy(run_python, tmp_path):
     write_directory(tmp_path / "checkpoint-10")
-    write_byte_tensors(tmp_path / "checkpoint-20.safetensors", {**FIELDS, "step": 20})
-    for command in ("ls", "show", "verify"):
-        done = run_python(
-            "import sys; from distrust.cli import main; assert main() == 0; print('numpy' in sys.modules)",
-            command,
-            tmp_path,
-        )
-        assert done.stdout.endswith("False\n"), done.stdout + done.stderr
+    write_tensor_file(tmp_path / "checkpoint-20.safetensors", file_fields(20))
+    done = run_python(
+        "import sys; from distrust.cli import main; assert main() == 0; print('numpy' in sys.modules)",
+        "ls",
+        tmp_path,
+    )
+    assert done.stdout.endswith("False\n"), done.stdout + done.stderr
 
 
 def test_in_another_framework(tmp_path):
@@ -992,4 +890,4 @@ def test_real_ones(capsys):
     assert loaded.optimizer["step"] == 30
     for name, array in loaded.model.items():
         with np.load(REAL / "checkpoint-30-final" / "model.npz") as real:
-            assert same(array, real[name])
+            assert equal(array, real[name])

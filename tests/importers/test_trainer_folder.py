@@ -98,7 +98,7 @@ def texts(tmp_path_factory):
 
 def convert(folder: Path, out: Path, **options: Any) -> Path:
     with CheckpointManager(out / "checkpoints") as manager:
-        manager.save(read(folder, **options))
+        manager.save(read(folder, **options).to_checkpoint())
     return out
 
 
@@ -146,11 +146,11 @@ def test_it_makes_the_steps_that_the_trainer_would_have_made(begun, base, go_on,
         ours = sum(float(values[part].double().sum()) for values in taken.optimizer["state"].values())
         assert ours == pytest.approx(sum(float(v[part].double().sum()) for v in state.values()), rel=1e-12)
     assert taken.step == BEGUN
-    assert "fingerprints" not in taken.config
+    assert "fingerprints" not in taken.options
 
     convert(theirs / f"checkpoint-{BEGUN}", tmp_path, model=str(base))
     alpha = {} if rank else {"lora_alpha": 32.0}
-    with pytest.warns(DistrustWarning, match=f"begun elsewhere .transformers Trainer.*its step {BEGUN}"):
+    with pytest.warns(DistrustWarning, match=f"is imported .transformers Trainer.*its step {BEGUN}"):
         ended, events = go_on(tmp_path, lora_rank=rank, **alpha)
     log = json.loads((theirs / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())["log_history"]
     expected = {line["step"]: line["loss"] for line in log}
@@ -194,7 +194,7 @@ def test_each_moment_goes_to_its_own_weight(folder):
 def test_stopped_and_resumed_it_ends_as_if_left_alone(folder, go_on, tmp_path):
     def ends(out: Path, *stops: int) -> str | None:
         convert(folder, out)
-        with pytest.warns(DistrustWarning, match="begun elsewhere"):
+        with pytest.warns(DistrustWarning, match="is imported"):
             ended, _ = go_on(out, stop_after=stops[0] if stops else None, lora_dropout=0.0, save_every=1)
         if stops:  # now it is a run like any other: nothing is warned of
             ended, _ = go_on(out, save_every=1)
@@ -216,7 +216,7 @@ def test_options_that_are_known_are_compared(folder, go_on, tmp_path):
 
 def test_a_run_that_would_end_before_is_refused(folder, go_on, tmp_path):
     convert(folder, tmp_path / "run")
-    with pytest.raises(ConfigError, match=r"has 3 steps.*is at step 3 already; give more"):
+    with pytest.raises(ConfigError, match=r"has 3 steps.*was imported at step 3; give more"):
         go_on(tmp_path / "run", max_steps=BEGUN)
     assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("*.safetensors")] == [
         "checkpoint-3.safetensors"
@@ -225,7 +225,7 @@ def test_a_run_that_would_end_before_is_refused(folder, go_on, tmp_path):
 
 def test_before_it_is_gone_on_with_it_cannot_be_measured(folder, tmp_path):
     with pytest.raises(
-        ResumeRefused, match=r"begun elsewhere, so its base model is not known; .distrust train"
+        ResumeRefused, match=r"is imported, and its base model is unknown; resume it with .distrust train"
     ):
         open_checkpoint(convert(folder, tmp_path / "run"))
 
@@ -233,7 +233,7 @@ def test_before_it_is_gone_on_with_it_cannot_be_measured(folder, tmp_path):
 def test_without_moments_they_begin_at_zero_and_that_is_told(folder, go_on, tmp_path):
     (folder / "optimizer.pt").unlink()
     convert(folder, tmp_path / "run")
-    with pytest.warns(DistrustWarning, match="not taken over: AdamW's moments"):
+    with pytest.warns(DistrustWarning, match="dropped: AdamW's moments"):
         ended, _ = go_on(tmp_path / "run")
     assert ended.step == STEPS
 

@@ -13,8 +13,7 @@ import pytest
 
 from distrust import DistrustWarning, TrainConfig
 from distrust.errors import ConfigError
-from distrust.reporting.reporters import Dispensable, create_observers
-from distrust.reporting.tensorboard import FOLDER, TensorBoardWriter
+from distrust.reporting.dashboards import FOLDER, Dispensable, TensorBoardWriter, create_observers
 from distrust.training.events import RunEnded, StepEnded
 
 
@@ -60,7 +59,7 @@ import os, signal, sys
 sys.path[:0] = {paths!r}
 from distrust.testing.toy_engine import TOY, ToyEngine
 from distrust import DistrustTrainer, TrainConfig
-from distrust.reporting.reporters import create_observers
+from distrust.reporting.dashboards import create_observers
 from distrust.training.events import StepEnded
 config = TrainConfig(**TOY | {options!r}, report_to=("wandb",))
 if {killed}:
@@ -123,7 +122,7 @@ def test_a_dashboard_that_fails_is_left_out_and_the_run_goes_on(run, tmp_path):
         raise RuntimeError("no connection")
 
     with pytest.warns(
-        DistrustWarning, match="Weights & Biases fails, and is logged to no more: no connection"
+        DistrustWarning, match="Weights & Biases failed and gets no more events: no connection"
     ):
         ended, _ = run(tmp_path, observers=[Dispensable(fails, "Weights & Biases")])
     assert isinstance(ended, RunEnded)

@@ -22,7 +22,7 @@ from distrust.data import NO_CLASS
 from distrust.errors import ConfigError, DataError, DistrustWarning, RunNotFound, WriteFailed
 from distrust.reporting import figures, summary
 from distrust.reporting.console import ConsoleReporter
-from distrust.reporting.panels import PANELS, by_share
+from distrust.reporting.panels import PANELS, classes_by_share
 from distrust.reporting.run_reader import COLUMNS, read_run
 from distrust.reporting.series import smooth, thin
 from distrust.training.events import Evaluated, Preparing
@@ -145,7 +145,7 @@ def test_empty_lines_are_nothing(tmp_path):
 @pytest.mark.parametrize("name", ["metrics.jsonl", "provenance.json"])
 def test_a_pipe_in_place_of_a_file_is_not_waited_for(tmp_path, name):
     os.mkfifo(tmp_path / name)
-    with pytest.raises(DataError, match=f"{name}: is no file; move it away"):
+    with pytest.raises(DataError, match=f"{name}: is not a file; move it away"):
         read_run(tmp_path)
 
 
@@ -239,7 +239,7 @@ def test_the_state_of_a_run(tmp_path):
     begun = tmp_path / "begun"
     begun.mkdir()
     write_lines(begun, [step_line(1)])
-    assert summary.state(read_run(begun)) == ("not saved yet", "step 1: no checkpoint stands")
+    assert summary.state(read_run(begun)) == ("not saved yet", "step 1: no checkpoint exists")
 
 
 def test_the_best_evaluation_is_by_the_metric_of_the_run(tmp_path):
@@ -292,7 +292,7 @@ def test_smoothing_is_the_mean_of_the_finite_values_around(values, window):
 
 def test_names_are_the_parts_that_tell_runs_apart():
     def names(*paths):
-        return figures.names_of([Path(path) for path in paths])
+        return figures.distinct_names([Path(path) for path in paths])
 
     assert names("runs/a") == ["a"]
     assert names("runs/a", "runs/b") == ["a", "b"]
@@ -308,7 +308,7 @@ def test_names_are_the_parts_that_tell_runs_apart():
     )
 )
 def test_no_two_runs_have_one_name(paths):
-    names = figures.names_of([Path("/", *parts) for parts in paths])
+    names = figures.distinct_names([Path("/", *parts) for parts in paths])
     assert len(set(names)) == len(names)
     assert all(names)
 
@@ -370,7 +370,7 @@ def test_axes_of_tokens_and_of_time(tmp_path):
     scene = figures.prepare_runs([run], axis="time")
     assert scene.x_label == "minutes"
     assert scene.runs[0].x.tolist() == pytest.approx(range(1, 11))
-    assert scene.runs[0].at(np.array([0, 10])).tolist() == [0, 10]
+    assert scene.runs[0].positions_of(np.array([0, 10])).tolist() == [0, 10]
 
 
 def test_names_are_drawn_as_text(tmp_path):
@@ -422,14 +422,14 @@ def test_a_file_is_replaced_wholly_or_not_at_all(tmp_path):
 def test_an_evaluation_behind_the_last_known_step_keeps_its_place(tmp_path):
     write_lines(tmp_path, [step_line(10), step_line(20), *map(evaluation_line, (5, 20, 30))])
     (shown,) = figures.prepare_runs([read_run(tmp_path)]).runs
-    assert shown.at(np.array([0, 5, 20, 30])).tolist() == [0, 5, 20, 30]
+    assert shown.positions_of(np.array([0, 5, 20, 30])).tolist() == [0, 5, 20, 30]
 
 
 def test_the_class_without_a_name_is_drawn_by_what_it_weighs(tmp_path):
     """Its evaluations go by another name than its weights."""
     write_lines(tmp_path, [step_line(1), evaluation_line(1, [*CLASSES, NO_CLASS])])
     write_provenance(tmp_path, ["", *CLASSES])
-    assert by_share(read_run(tmp_path))[0] == NO_CLASS
+    assert classes_by_share(read_run(tmp_path))[0] == NO_CLASS
 
 
 def test_what_a_terminal_obeys_is_shown_as_text():

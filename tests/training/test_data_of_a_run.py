@@ -175,7 +175,7 @@ def test_wrong_examples_are_told_before_anything_is_made(run, data, tmp_path):
     assert caught.value.problems[0] == "examples[11]: text: a number, not a string; give its text"
     with pytest.raises(ConfigError, match="--eval-split test: a program's examples have no splits"):
         run(tmp_path / "run", examples=rows_of(data), eval_split="test")
-    with pytest.raises(ConfigError, match="it must hand them over"):
+    with pytest.raises(ConfigError, match="pass them again"):
         run(tmp_path / "run", data=EXAMPLES)
     assert not (tmp_path / "run").exists()
 

@@ -114,14 +114,14 @@ def test_the_source_class_is_any_column(run, tmp_path):
 
 
 def test_a_class_column_that_nobody_has_is_told(run, eval_data, tmp_path):
-    with pytest.warns(DistrustWarning, match="--source-column statuss: no record has it"):
+    with pytest.warns(DistrustWarning, match="--source-column statuss: no record has this column"):
         run(tmp_path, eval_data=str(eval_data), source_column="statuss", max_steps=1)
 
 
 def test_a_class_that_nothing_is_evaluated_of_is_named(run, tmp_path):
     data = write_classes(tmp_path / "data.jsonl", ["final", "draft", "old"], column="status")
     eval_data = write_classes(tmp_path / "eval.jsonl", ["final", "draft"], column="status")
-    with pytest.warns(DistrustWarning, match="status: nothing that is evaluated on is of old, so"):
+    with pytest.warns(DistrustWarning, match="status: the evaluation data has no examples of old, so"):
         run(tmp_path / "run", data=data, eval_data=eval_data, source_column="status", max_steps=1)
 
 
@@ -190,7 +190,7 @@ def test_losses_on_other_data_are_not_compared(run, eval_data, tmp_path):
     manager = CheckpointManager(tmp_path / "run" / "checkpoints")
     easiest = manager.inspect(manager.load_best().step).metrics["eval_loss"]
 
-    with pytest.warns(DistrustWarning, match="evaluated on other data .* is told anew"):
+    with pytest.warns(DistrustWarning, match="evaluation data differs from that of the run .* start afresh"):
         _, events = run(
             tmp_path / "run", eval_data=str(hard), max_steps=16, early_stopping_patience=2, **options
         )
@@ -211,7 +211,7 @@ def test_losses_on_other_data_are_not_compared(run, eval_data, tmp_path):
         (
             "eval_loss/press",
             {"eval_fraction": 0.2},
-            "no such source class is evaluated; there are loss, weig",
+            "no such source class; the metrics are loss, weig",
         ),
     ],
 )

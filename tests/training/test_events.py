@@ -126,7 +126,7 @@ def test_few_examples_that_decide_everything_are_warned_of(run, tmp_path):
     quiet = '{"text": "ore", "authority_weight": 0.9, "provenance_entropy": 0}'
     loud = '{"text": "ore", "authority_weight": 0, "provenance_entropy": 40}'
     data.write_text("\n".join([quiet] * len(lines) + [loud]))
-    with pytest.warns(DistrustWarning, match="41 examples weigh as much as 1 equal one:"):
+    with pytest.warns(DistrustWarning, match="effective sample size of 41 examples is 1:"):
         run(tmp_path / "run", data=str(data))
 
 
@@ -154,7 +154,7 @@ def test_plain_lines(run, tmp_path, eval_data):
     assert "nothing saved yet" in lines[[line.startswith("step 3/9") for line in lines].index(True)]
     evaluated = re.compile(r"step 9: eval loss [\d.]+, perplexity [\d.]+; weighted [\d.]+, [\d.]+")
     assert any(evaluated.fullmatch(line) for line in lines)
-    assert any(line.startswith("finished at step 9") for line in lines)
+    assert any(line.startswith("Finished step 9") for line in lines)
 
 
 def test_plain_lines_of_a_run_that_goes_on(run, tmp_path):
@@ -163,9 +163,9 @@ def test_plain_lines_of_a_run_that_goes_on(run, tmp_path):
     report(run, tmp_path, stream)
     report(run, tmp_path, stream)
     text = stream.getvalue()
-    assert "stopped by SIGTERM: step 3 is saved. The same command goes on from there\n" in text
-    assert "going on after step 3, from " in text
-    assert "nothing to do: the run finished at step 9\n" in text
+    assert "Stopped by SIGTERM: step 3 is saved. Run the same command to resume\n" in text
+    assert "Resuming from step 3 (" in text
+    assert "Nothing to do: the run finished at step 9\n" in text
     digests = re.findall(r"^state digest ([0-9a-f]{64})$", text, re.MULTILINE)
     assert len(digests) == 3
     assert digests[1] == digests[2]
@@ -182,8 +182,8 @@ def test_one_is_not_said_as_several(run, tmp_path):
     data = write_records(tmp_path / "data.jsonl", 1)
     stream = io.StringIO()
     report(run, tmp_path / "run", stream, data=str(data), batch_size=1, gradient_accumulation=1)
-    assert "worth 1 equal example (100%)\n" in stream.getvalue()
-    assert "\n1 example, 11 learned tokens, " in stream.getvalue()
+    assert ": effective sample size 1 (100%)\n" in stream.getvalue()
+    assert "\n1 example, 11 trained tokens, " in stream.getvalue()
 
 
 def test_nothing_to_save_is_said_too():
@@ -200,17 +200,15 @@ def test_nothing_to_save_is_said_too():
                 already_finished=False,
             )
         )
-    assert stream.getvalue() == (
-        "stopped by SIGINT: nothing to save yet. The same command goes on from there\n"
-    )
+    assert stream.getvalue() == ("Stopped by SIGINT: nothing to save yet. Run the same command to resume\n")
 
 
 @pytest.mark.parametrize(
     ("reason", "said"),
     [
-        ("stop", "stopped: step 4 is saved. The same command goes on from there\n"),
-        ("early_stopping", "finished, early: no improvement, at step 4 in 0:00; "),
-        ("finished", "finished at step 4 in 0:00; "),
+        ("stop", "Stopped: step 4 is saved. Run the same command to resume\n"),
+        ("early_stopping", "Finished early at step 4 (no improvement) in 0:00; "),
+        ("finished", "Finished step 4 in 0:00; "),
     ],
 )
 def test_why_a_run_is_over_is_said(reason, said):
@@ -273,7 +271,7 @@ def test_a_bar_on_a_terminal(run, tmp_path, monkeypatch):
     assert "tok/s" in text
     assert "5/9" in text
     assert "saved 4" in text
-    assert "finished at step 9" in text
+    assert "Finished step 9" in text
     assert not re.search(r"^step \d+/9: loss", text, re.MULTILINE)  # the bar says it
     assert shown.decode().rindex("\x1b[?25h") > shown.decode().rindex("\x1b[?25l")  # the cursor is back
 

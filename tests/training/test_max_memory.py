@@ -11,7 +11,7 @@ import pytest
 from test_memory_reset import GIB, Hungry
 
 from distrust import CheckpointManager, DistrustWarning
-from distrust.engines.out_of_memory import translate_out_of_memory
+from distrust.engines.runtime import translate_out_of_memory
 from distrust.errors import OutOfMemory
 from distrust.training import memory_guard
 
@@ -40,7 +40,7 @@ def test_it_stops_before_the_bound_is_passed(run, tmp_path, eats, stopped_at):
         run(tmp_path / "bound", engine=make, save_every=0, max_memory=6500.0)
     said = str(stopped.value)
     assert "\n" not in said
-    assert said.startswith(f"--max-memory 6500: at step {stopped_at} the run takes ")
+    assert said.startswith(f"--max-memory 6500: at step {stopped_at} the run uses ")
     assert f"; step {stopped_at} is saved. " in said
     assert stands(tmp_path / "bound") == [stopped_at]
     if stopped_at > 1:
@@ -52,7 +52,7 @@ def test_it_stops_before_the_bound_is_passed(run, tmp_path, eats, stopped_at):
 def test_what_is_too_large_from_the_start_makes_no_step(run, tmp_path):
     with pytest.raises(
         OutOfMemory,
-        match=r"at step 0 the run takes 7000\.00 GiB of the device.*nothing was saved.* before any step",
+        match=r"at step 0 the run uses 7000\.00 GiB of the device.*nothing was saved.* before any step",
     ):
         run(tmp_path, engine=lambda config: Hungry(base=7000), max_memory=6500.0)
     assert stands(tmp_path) == []
@@ -77,8 +77,8 @@ def test_within_its_bound_a_run_is_left_alone(run, tmp_path):
 
 def test_the_system_running_out_is_warned_of_once(run, tmp_path, monkeypatch):
     monkeypatch.setattr(memory_guard, "available_bytes", lambda: 10 << 20)
-    monkeypatch.setattr(memory_guard, "SECONDS_BETWEEN_LOOKS", 0.0)
-    with pytest.warns(DistrustWarning, match="memory left.*--max-memory") as given:
+    monkeypatch.setattr(memory_guard, "SECONDS_BETWEEN_READS", 0.0)
+    with pytest.warns(DistrustWarning, match="free memory.*--max-memory") as given:
         ended, _ = run(tmp_path)
     assert len(given) == 1
     assert ended.step == 9

@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 
 from distrust import CheckpointManager, DistrustTrainer, DistrustWarning, TrainConfig
 from distrust.checkpoint.disk import Disk
+from distrust.contract import MemoryUse
 from distrust.engines import create_engine, open_checkpoint
 from distrust.errors import ConfigError
 from distrust.reporting.console import ConsoleReporter
 from distrust.testing.toy_engine import ToyEngine
-from distrust.training import MemoryUse
 from distrust.training.events import CheckpointSaved, MemoryReset, StepEnded
 
 GIB = 2**30
@@ -99,7 +99,7 @@ def test_a_reset_is_shown(run, tmp_path):
 def test_a_given_engine_cannot_be_built_again(data, tmp_path):
     for option in ({"reload_every": 1}, {"reload_above": 1.0}):
         config = TrainConfig(out=str(tmp_path), data=str(data), **option)
-        with pytest.raises(ConfigError, match="give what makes it of a config"):
+        with pytest.raises(ConfigError, match="give a factory"):
             DistrustTrainer(config, engine=ToyEngine())
 
 
@@ -287,7 +287,9 @@ def test_above_a_bound_memory_is_reset_as_often_as_that_helps(run, tmp_path, bas
     if base < 5500:
         _, events = reset()
     else:
-        with pytest.warns(DistrustWarning, match=r"right after a reset, so none can bring it below") as given:
+        with pytest.warns(
+            DistrustWarning, match=r"right after a reset, so no reset can bring it below"
+        ) as given:
             _, events = reset()
         assert len(given) == 1
     assert resets(events) == expected

@@ -11,8 +11,7 @@ import pytest
 
 from campaigns.power.cut import FATES, World, build
 from campaigns.power.recording import Killed, RecordingDisk
-from distrust import CheckpointManager
-from distrust.training import trainer
+from distrust import CheckpointManager, trainer
 
 
 class Machine:

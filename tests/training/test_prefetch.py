@@ -60,7 +60,7 @@ def test_what_goes_wrong_is_raised_where_it_is_wanted():
 @pytest.mark.parametrize("fails", [False, True])
 def test_at_the_end_no_thread_is_left(fails):
     def threads():
-        return [thread for thread in threading.enumerate() if thread.name.startswith("distrust-ahead")]
+        return [thread for thread in threading.enumerate() if thread.name.startswith("distrust-prefetch")]
 
     slow = threading.Event()
     try:

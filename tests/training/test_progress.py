@@ -15,10 +15,15 @@ from distrust.training.progress import Progress
 rows = st.lists(st.tuples(*[st.floats(width=64)] * len(STEP_METRICS)), max_size=6)
 
 
+def step_of(row):
+    metrics = dict(zip(STEP_METRICS, row, strict=True))
+    return SimpleNamespace(step=1, tokens=1, seconds=0.0, **metrics)
+
+
 def progress_of(history):
     progress = Progress()
     for row in history:
-        progress.remember(SimpleNamespace(**dict(zip(STEP_METRICS, row, strict=True))))
+        progress.add_step(step_of(row))
     return progress
 
 
@@ -45,7 +50,7 @@ def test_history_round_trip(history):
 def test_the_arrays_are_copies():
     progress = progress_of([(1.0, 2.0, 3.0, 4.0, 5.0)])
     arrays = progress.history_arrays()
-    progress.remember(SimpleNamespace(**dict.fromkeys(STEP_METRICS, 6.0)))
+    progress.add_step(step_of([6.0] * len(STEP_METRICS)))
     assert arrays["loss"].tolist() == [1.0]
     arrays["loss"][0] = math.inf
     assert progress.history_arrays()["loss"].tolist() == [1.0, 6.0]

@@ -180,7 +180,7 @@ def test_threads_that_the_user_chose_are_not_restored(run, tmp_path):
 def test_an_older_step_needs_a_branch(run, tmp_path):
     run(tmp_path / "run", stop_after=8)
     before = contents(tmp_path / "run")
-    with pytest.raises(ConfigError, match=r"--from-step 4: .* has gone on to step 8.*--branch"):
+    with pytest.raises(ConfigError, match=r"--from-step 4: .* already continues to step 8.*--branch"):
         run(tmp_path / "run", from_step=4)
     assert contents(tmp_path / "run") == before
 

@@ -59,7 +59,7 @@ def test_what_stands_is_said_when_a_run_stops(run, tmp_path, failing_saves):
     said = str(caught.value)
     assert said.endswith(
         "Saving failed 3 times in a row, so training stopped at step 8; "
-        "step 2 is saved: mend the cause, and the same command goes on from there"
+        "step 2 is saved: fix the cause, and the same command resumes from there"
     )
     assert "\n" not in said
     assert caught.value.needed > 10_000
@@ -76,7 +76,7 @@ def test_what_does_not_stand_any_more_is_not_said_to_stand(run, tmp_path):
     with pytest.warns(DistrustWarning), pytest.raises(SaveFailed) as caught:
         run(tmp_path, observers=[remove])
     assert "cannot be written to" in str(caught.value)
-    assert str(caught.value).endswith("step 2 was saved, and cannot be found any more")
+    assert str(caught.value).endswith("step 2 was saved, but its checkpoint no longer exists")
     assert not (tmp_path / "checkpoints").exists()
 
 

@@ -10,18 +10,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from distrust.checkpoint.catalog import CheckpointFile, DamagedFile, Scan
+    from distrust.checkpoint.background import PendingSave
     from distrust.checkpoint.checkpoint import Checkpoint
+    from distrust.checkpoint.checkpoint_file import CheckpointFile, DamagedFile, Scan
     from distrust.checkpoint.manager import CheckpointManager
-    from distrust.checkpoint.writer import PendingSave
 
 _HOMES = {
     "Checkpoint": "checkpoint",
-    "CheckpointFile": "catalog",
+    "CheckpointFile": "checkpoint_file",
     "CheckpointManager": "manager",
-    "DamagedFile": "catalog",
-    "PendingSave": "writer",
-    "Scan": "catalog",
+    "DamagedFile": "checkpoint_file",
+    "PendingSave": "background",
+    "Scan": "checkpoint_file",
 }
 
 __all__ = ["Checkpoint", "CheckpointFile", "CheckpointManager", "DamagedFile", "PendingSave", "Scan"]
@@ -31,3 +31,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'distrust.checkpoint' has no attribute {name!r}")
     return getattr(import_module(f"distrust.checkpoint.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

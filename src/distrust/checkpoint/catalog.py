@@ -1,13 +1,11 @@
-"""What is in a directory of checkpoints, and whether it is whole. Reads only, and needs no lock.
+"""Lists a directory of checkpoints, and resolves what a user names. Reads only, and needs no lock.
 
-:func:`scan` is the only definition of what is there: the files named as checkpoints, each with its header
-proven by its digest, or the reason why it is damaged. *Good* there means that name, size and header agree;
-what is checked of a header when is said in :mod:`distrust.checkpoint.header`. :func:`verify` reads all of it,
-and the data too; what a listing takes for damaged, it does not call whole. A file is opened once and asked
-through its descriptor: a writer that replaces or removes it meanwhile cannot mix two files into one answer.
+:func:`scan` is the only definition of a directory's contents: the files named as checkpoints, each with a
+header proven by its digest, or the reason why it is damaged. *Intact* here means that name, size and header
+agree. :func:`verify` reads the data too, and rejects everything that a listing rejects.
 
-Checkpoints in the formats that were before this one (:mod:`distrust.importers`) are listed apart, so
-that no rule ever counts or removes them; where a step stands in both, ours is the one that is meant.
+A file is opened once and read through its descriptor, so that a writer that replaces or removes it cannot
+mix two files into one answer.
 """
 
 from __future__ import annotations
@@ -18,19 +16,18 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
 
-from distrust import importers
 from distrust.checkpoint import foreign
+from distrust.checkpoint.checkpoint_file import CheckpointFile, DamagedFile, Scan
 from distrust.checkpoint.files import (
     Entry,
-    checkpoint_file_name,
+    begins_as_checkpoint,
     errors_with_path,
     open_regular,
     parse_checkpoint_name,
     read_into,
 )
-from distrust.checkpoint.format import ALIGNMENT, FORMAT, LENGTH_BYTES, OPENING, Kind, TensorInfo
+from distrust.checkpoint.format import ALIGNMENT
 from distrust.checkpoint.header import Header, header_length, parse_header
 from distrust.errors import (
     NOT_FOUND_ERRORS,
@@ -43,226 +40,99 @@ from distrust.errors import (
     read_failure_reason,
 )
 
-if TYPE_CHECKING:
-    from distrust.importers.header import OlderHeader
-
-__all__ = [
-    "RUN_SUBDIRECTORY",
-    "CheckpointFile",
-    "DamagedFile",
-    "Entry",
-    "Identity",
-    "Known",
-    "Scan",
-    "checkpoint_directory",
-    "checkpoint_file_name",
-    "dangling_link",
-    "file_identity",
-    "is_directory",
-    "list_names",
-    "looks_like_checkpoint",
-    "newest",
-    "open_checkpoint",
-    "read_header",
-    "require_exists",
-    "require_name",
-    "resolve",
-    "scan",
-    "verify",
-    "verify_content",
-]  # fmt: skip
-
+#: The folder of a training run that contains its checkpoints.
 RUN_SUBDIRECTORY = "checkpoints"
-#: A file changed later than this before it was read is read again: no file system's clock is coarser.
+#: A file that changed less than this before it was read is read again: no file system's clock is coarser.
 STABLE_AFTER_NANOSECONDS = 2_000_000_000
 
-
-class CheckpointFile(NamedTuple):
-    """A checkpoint whose header is whole.
-
-    Attributes:
-        path: where it is.
-        header: what it says.
-    """
-
-    path: Path
-    header: Header | OlderHeader
-
-    @property
-    def format(self) -> str:
-        """``distrust``, or the name of an older format."""
-        return self.header.format
-
-    @property
-    def is_foreign(self) -> bool:
-        """Whether it is in an older format: it has no digests, and is never removed."""
-        return self.format != FORMAT
-
-    @property
-    def metadata_only(self) -> bool:
-        """Whether it is metadata alone, as only one in an older format can be."""
-        return not isinstance(self.header, Header) and self.header.lacks_arrays
-
-    @property
-    def step(self) -> int:
-        """Optimizer steps made."""
-        return self.header.step
-
-    @property
-    def kind(self) -> Kind:
-        """``periodic`` or ``final``."""
-        return self.header.kind
-
-    @property
-    def bytes(self) -> int:
-        """The size of the file."""
-        return self.header.file_size
-
-    @property
-    def created(self) -> str | None:
-        """When it was written: ISO 8601, UTC."""
-        created = self.header.run_info.get("created")
-        return created if isinstance(created, str) else None
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """The numbers by which it can be listed and chosen."""
-        return self.header.metrics
-
-    @property
-    def measured_on(self) -> str:
-        """What its metrics were measured on; empty where that was not said."""
-        return self.header.measured_on
-
-    @property
-    def metadata(self) -> dict[str, Any]:
-        """The caller's metadata."""
-        return self.header.metadata
-
-    @property
-    def digest(self) -> str:
-        """The digest of the header, and through it of the whole file."""
-        return self.header.digest
-
-    @property
-    def state_digest(self) -> str:
-        """The identity of the state: equal for bit-identical runs."""
-        return self.header.state_digest
-
-    @property
-    def tensors(self) -> tuple[TensorInfo, ...]:
-        """In the order of their data.
-
-        Raises:
-            CorruptCheckpoint: if they are not described as a writer does; damage was found before.
-        """
-        with errors_with_path(self.path):
-            return self.header.tensors
-
-    def require_intact(self) -> None:
-        """Check all that is checked without the tensors' bytes; see :mod:`distrust.checkpoint.header`.
-
-        Raises:
-            CorruptCheckpoint: with what no writer makes.
-        """
-        with errors_with_path(self.path):
-            self.header.require_intact()
-
-
-class DamagedFile(NamedTuple):
-    """A file named as a checkpoint that this program cannot take for one.
-
-    Attributes:
-        path: where it is.
-        step: by its name.
-        error: what is wrong with it: damaged, or of a later version.
-    """
-
-    path: Path
-    step: int
-    error: CorruptCheckpoint | UnsupportedVersion
-
-    @property
-    def reason(self) -> str:
-        """What is wrong with it, without the path."""
-        return str(self.error).removeprefix(f"{self.path}: ")
-
-
-class Scan(NamedTuple):
-    """What a directory holds.
-
-    Attributes:
-        files: checkpoints whose headers are whole, by step, a periodic one before the final of its step.
-        damaged: the others, by step.
-        older: those in an older format whose metadata is whole, in the same order.
-    """
-
-    files: tuple[CheckpointFile, ...]
-    damaged: tuple[DamagedFile, ...]
-    foreign: tuple[CheckpointFile, ...] = ()
-
-    @property
-    def all_intact(self) -> tuple[CheckpointFile, ...]:
-        """All that are whole, by step; of a step the one that is meant stands last."""
-        return tuple(sorted([*self.foreign, *self.files], key=_rank))
-
-    def by_step(self) -> dict[int, CheckpointFile]:
-        """One file a step, in ascending order: ours before an older one, and then the final one.
-
-        Metadata alone stands for a step only where nothing else does.
-        """
-        return {file.step: file for file in self.all_intact}
-
-
-def _rank(file: CheckpointFile) -> tuple[int, bool, bool, bool]:
-    return file.step, not file.metadata_only, not file.is_foreign, file.kind == "final"
-
-
-#: What tells that a file is the same, with the same content: device, inode, size, times of its last changes.
+#: Identifies a file's content: device, inode, size, times of modification and change.
 Identity = tuple[int, int, int, int, int]
-#: Checkpoints as a scan found them; see :func:`scan`.
-Known = dict[Path, tuple[Identity, CheckpointFile]]
+#: Headers read by earlier scans; see :func:`scan`.
+ScanCache = dict[Path, tuple[Identity, CheckpointFile]]
 
 
-def scan(directory: Path, known: Known | None = None) -> Scan:
-    """List a directory. One that does not exist holds nothing.
+def scan(directory: Path, cache: ScanCache | None = None) -> Scan:
+    """List a directory. One that does not exist is empty.
 
     Args:
         directory: of checkpoints.
-        known: empty at first, and held by the caller from one scan to the next, which bring it up to date: a
-            checkpoint that is still the same file, unchanged, is not read again.
+        cache: empty at first, and passed to each scan, which updates it: an unchanged checkpoint is not read
+            again.
 
     Raises:
         CheckpointError: if the directory cannot be read.
     """
     while True:
-        seen: Known = {}
-        found = [_classify(entry, known or {}, seen) for entry in list_names(directory)]
-        # A writer removes a checkpoint once a newer one stands: that one was not in the list.
-        if None not in found:
-            if known is not None:
-                # Other threads look into it meanwhile: it is never without what is still there.
-                known.update(seen)
-                for path in list(known):
-                    if path not in seen:
-                        known.pop(path, None)
-            whole = [file for file in found if isinstance(file, CheckpointFile)]
-            return Scan(
-                files=tuple(file for file in whole if not file.is_foreign),
-                damaged=tuple(file for file in found if isinstance(file, DamagedFile)),
-                foreign=tuple(file for file in whole if file.is_foreign),
-            )
+        fresh: ScanCache = {}
+        files = [_classify(entry, cache or {}, fresh) for entry in list_names(directory)]
+        if None in files:
+            continue  # a writer removed it after committing a newer one, which this list does not contain
+        if cache is not None:
+            # Update in place, never clear: other threads scan with it at the same time.
+            cache.update(fresh)
+            for path in list(cache):
+                if path not in fresh:
+                    cache.pop(path, None)
+        return Scan.of(file for file in files if file is not None)
+
+
+def _classify(entry: Entry, cache: ScanCache, fresh: ScanCache) -> CheckpointFile | DamagedFile | None:
+    """Read the header of a file unless the cache has it; None if the file no longer exists."""
+    path = entry.path
+    try:
+        cached = cache.get(path)
+        if cached is not None and cached[0] == file_identity(_status(path)):
+            fresh[path] = cached
+            return cached[1]
+        if reader := foreign.find_reader(path):
+            file = CheckpointFile(path, reader.read_header(path))
+            file.require_name()
+            return file
+        file, status = _read_header(path)
+        file.require_name()
+        # Two changes within one tick of the file system's clock leave the same times: do not cache.
+        if time.time_ns() - status.st_ctime_ns > STABLE_AFTER_NANOSECONDS:
+            fresh[path] = file_identity(status), file
+        return file
+    except CheckpointNotFound:
+        return DamagedFile(path, entry.step, dangling_link(path)) if path.is_symlink() else None
+    except (CorruptCheckpoint, UnsupportedVersion) as error:
+        return DamagedFile(path, entry.step, error)
+
+
+def _status(path: Path) -> os.stat_result:
+    with errors_with_path(path):
+        return path.stat()
+
+
+def list_names(directory: Path) -> list[Entry]:
+    """The names of checkpoints in a directory: files, and folders of foreign formats.
+
+    By step; of one step: folders, the periodic file, the final file.
+
+    Raises:
+        CheckpointError: if the directory cannot be read.
+    """
+    try:
+        names = os.listdir(directory)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise CheckpointError(f"{directory}: cannot be read: {error.strerror}", path=directory) from error
+    entries = [entry for name in names if (entry := parse_checkpoint_name(directory / name)) is not None]
+    # A name without a suffix is a checkpoint only if a reader of foreign formats accepts it.
+    entries = [entry for entry in entries if entry.path.suffix or foreign.find_reader(entry.path)]
+    return sorted(entries, key=lambda entry: (entry.step, bool(entry.path.suffix), entry.kind == "final"))
 
 
 def resolve(target: Path) -> list[Path]:
-    """The checkpoints that a run, a directory of them, or one of them stands for, by step.
+    """The checkpoints of a run or directory, by step; or the one checkpoint that ``target`` is.
 
     Raises:
         CheckpointNotFound: if there are none.
     """
     if is_directory(target):
-        directory = checkpoint_directory(target)
-        paths = [path for path, _, _ in list_names(directory)]
+        paths = [entry.path for entry in list_names(checkpoint_directory(target))]
         if not paths:
             raise CheckpointNotFound(
                 f"{target}: no checkpoints here{foreign.import_hint(target)}", path=target
@@ -273,22 +143,22 @@ def resolve(target: Path) -> list[Path]:
 
 
 def require_exists(target: Path) -> None:
-    """Check that something is at the place that a user has named.
+    """Check that a path that a user named exists.
 
     Raises:
-        CheckpointNotFound: if nothing is.
+        CheckpointNotFound: if it does not.
         CheckpointUnreadable: if this process may not look.
     """
     try:
         os.stat(target)
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a null byte
         raise CheckpointNotFound(f"{target}: {NOT_FOUND_ERRORS}", path=target) from None
     except OSError as error:
         raise CheckpointUnreadable(f"{target}: {read_failure_reason(error)}", path=target) from error
 
 
 def newest(target: Path) -> CheckpointFile:
-    """The checkpoint that ``target`` stands for; of a directory the newest with a whole header.
+    """The checkpoint ``target``, or the newest one with an intact header in a run or directory.
 
     Warns of newer ones that are damaged.
 
@@ -299,12 +169,12 @@ def newest(target: Path) -> CheckpointFile:
     if not is_directory(target):
         require_exists(target)
         return read_header(target)
-    found = scan(checkpoint_directory(target))
-    files = found.all_intact
+    contents = scan(checkpoint_directory(target))
+    files = contents.all_intact
     if not files:
-        also = f"; {len(found.damaged)} damaged" if found.damaged else foreign.import_hint(target)
+        also = f"; {len(contents.damaged)} damaged" if contents.damaged else foreign.import_hint(target)
         raise CheckpointNotFound(f"{target}: no checkpoints here{also}", path=target)
-    for damaged in found.damaged:
+    for damaged in contents.damaged:
         if damaged.step >= files[-1].step:
             warnings.warn(f"skipped a damaged checkpoint: {damaged.error}", DistrustWarning, stacklevel=2)
     return files[-1]
@@ -317,14 +187,13 @@ def checkpoint_directory(target: Path) -> Path:
 
 
 def is_directory(path: Path) -> bool:
-    """Whether it may hold checkpoints: a folder that is one itself, in an older format, does not."""
-    return (
-        os.path.isdir(path) and importers.detect_format(path) is None
-    )  # a link that cannot be followed is none; Path.is_dir() may raise for it
+    """Whether it is a directory that may contain checkpoints, and not a foreign checkpoint itself."""
+    # Not Path.is_dir(), which may raise for a link that cannot be followed.
+    return os.path.isdir(path) and foreign.find_reader(path) is None
 
 
 def read_header(path: Path) -> CheckpointFile:
-    """Read and check a header; the data is not touched.
+    """Read and check a header, not the data.
 
     Raises:
         CheckpointNotFound: if there is no such file.
@@ -332,40 +201,31 @@ def read_header(path: Path) -> CheckpointFile:
         CheckpointUnreadable: if this process cannot read it.
         UnsupportedVersion: if a later version of the format wrote it.
     """
-    if importers.detect_format(path):
-        return CheckpointFile(path, importers.read_header(path))
+    if reader := foreign.find_reader(path):
+        return CheckpointFile(path, reader.read_header(path))
     return _read_header(path)[0]
 
 
 def verify(path: Path) -> CheckpointFile:
-    """Read a whole checkpoint and check every byte of it, and that it is the one that its name says.
+    """Read a whole checkpoint; check every byte, and that its name is right.
 
     Raises:
         CheckpointNotFound: if there is no such file.
-        CorruptCheckpoint: with the first damaged tensor and where it lies.
+        CorruptCheckpoint: with the first damaged tensor and its location.
         CheckpointUnreadable: if this process cannot read it.
         UnsupportedVersion: if a later version of the format wrote it.
     """
     file = verify_content(path)
-    require_name(file)
+    file.require_name()
     return file
 
 
 def verify_content(path: Path) -> CheckpointFile:
-    """The same, whatever the name of the file.
+    """As :func:`verify`, for a file of any name."""
+    if reader := foreign.find_reader(path):
+        return CheckpointFile(path, reader.verify(path))
 
-    Raises:
-        CheckpointNotFound: if there is no such file.
-        CorruptCheckpoint: with the first damaged tensor and where it lies.
-        CheckpointUnreadable: if this process cannot read it.
-        UnsupportedVersion: if a later version of the format wrote it.
-    """
-    if importers.detect_format(path):
-        return CheckpointFile(path, importers.verify(path))
-
-    from distrust.checkpoint import (
-        verified_read,  # listing, which is all that most commands do, needs none of it
-    )
+    from distrust.checkpoint import verified_read  # numpy and threads: not needed for listing
 
     with open_checkpoint(path) as (descriptor, header):
         verified_read.verify_file(descriptor, header)
@@ -374,7 +234,9 @@ def verify_content(path: Path) -> CheckpointFile:
 
 @contextlib.contextmanager
 def open_checkpoint(path: Path) -> Iterator[tuple[int, Header]]:
-    """A checkpoint's descriptor and its header, all of which was checked; errors raised inside get the path.
+    """Open a checkpoint and check its header fully; gives descriptor and header.
+
+    Errors raised in the block get the path.
 
     Raises:
         CheckpointNotFound: if there is no such file.
@@ -383,14 +245,19 @@ def open_checkpoint(path: Path) -> Iterator[tuple[int, Header]]:
         UnsupportedVersion: if a later version of the format wrote it.
     """
     with errors_with_path(path), open_regular(path) as (descriptor, status):
-        header = _header(descriptor, status.st_size)
+        header = _parse_header(descriptor, status.st_size)
         header.require_intact()
         yield descriptor, header
 
 
-def _header(descriptor: int, file_size: int) -> Header:
-    first = os.pread(descriptor, ALIGNMENT, 0)  # all of a small one
-    length = header_length(first, file_size)
+def _read_header(path: Path) -> tuple[CheckpointFile, os.stat_result]:
+    with errors_with_path(path), open_regular(path) as (descriptor, status):
+        return CheckpointFile(path, _parse_header(descriptor, status.st_size)), status
+
+
+def _parse_header(descriptor: int, file_size: int) -> Header:
+    first = os.pread(descriptor, ALIGNMENT, 0)  # one read is enough for a small header
+    length = header_length(first, file_size)  # checked against the file's size before memory is taken
     if length == len(first):
         return parse_header(first, file_size)
     raw = bytearray(length)
@@ -398,69 +265,17 @@ def _header(descriptor: int, file_size: int) -> Header:
     return parse_header(raw, file_size)
 
 
-def _read_header(path: Path) -> tuple[CheckpointFile, os.stat_result]:
-    with errors_with_path(path), open_regular(path) as (descriptor, status):
-        return CheckpointFile(path, _header(descriptor, status.st_size)), status
-
-
-def _classify(entry: Entry, known: Known, seen: Known) -> CheckpointFile | DamagedFile | None:
-    """What a file of that name is; None if it is not there any more."""
-    path, step, _ = entry
-    try:
-        before = known.get(path)
-        if before is not None and before[0] == file_identity(_status(path)):
-            seen[path] = before
-            return before[1]
-        if importers.detect_format(path):
-            file = CheckpointFile(path, importers.read_header(path))
-            require_name(file)
-            return file
-        file, status = _read_header(path)
-        require_name(file)
-        # Changed twice within a tick of the file system's clock, a file shows the same time.
-        if time.time_ns() - status.st_ctime_ns > STABLE_AFTER_NANOSECONDS:
-            seen[path] = file_identity(status), file
-        return file
-    except CheckpointNotFound:
-        if not path.is_symlink():
-            return None
-        return DamagedFile(path, step, dangling_link(path))
-    except (CorruptCheckpoint, UnsupportedVersion) as error:
-        return DamagedFile(path, step, error)
-
-
-def _status(path: Path) -> os.stat_result:
-    with errors_with_path(path):
-        return path.stat()
-
-
 def dangling_link(path: Path) -> CorruptCheckpoint:
-    """The error for a symbolic link whose end is not there."""
+    """The error for a symbolic link without a target."""
     return CorruptCheckpoint("a link to nothing", path=path)
 
 
-def require_name(file: CheckpointFile) -> None:
-    """Check that a file named as a checkpoint is the one of that name; any other name says nothing.
-
-    Raises:
-        CorruptCheckpoint: if it is not.
-    """
-    entry = parse_checkpoint_name(file.path)
-    if entry is not None and (file.step, file.kind) != entry[1:]:
-        reason = f"it holds step {file.step} ({file.kind}), not what its name says"
-        raise CorruptCheckpoint(reason, path=file.path)
-
-
 def looks_like_checkpoint(path: Path) -> bool:
-    """Whether anything says that a file is or was a checkpoint: its name, or how it begins.
-
-    What may not or cannot be looked into may be one.
-    """
-    if parse_checkpoint_name(path) is not None or importers.detect_format(path) is not None:
+    """Whether a file's name or first bytes are a checkpoint's. True if this process cannot look."""
+    if parse_checkpoint_name(path) is not None or foreign.find_reader(path) is not None:
         return True
     try:
-        with open_regular(path) as (descriptor, _):
-            return os.pread(descriptor, LENGTH_BYTES + len(OPENING), 0).startswith(OPENING, LENGTH_BYTES)
+        return begins_as_checkpoint(path)
     except CorruptCheckpoint:
         return False
     except OSError:
@@ -468,25 +283,5 @@ def looks_like_checkpoint(path: Path) -> bool:
 
 
 def file_identity(status: os.stat_result) -> Identity:
-    """What tells that a file is the same, with the same content."""
+    """Identifies a file's content, by its status."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
-
-
-def list_names(directory: Path) -> list[Entry]:
-    """What is named as a checkpoint: files, and folders of an older format, which stand before them.
-
-    By step; a periodic one stands before the final of its step.
-
-    Raises:
-        CheckpointError: if the directory cannot be read.
-    """
-    try:
-        names = os.listdir(directory)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as error:
-        raise CheckpointError(f"{directory}: cannot be read: {error.strerror}", path=directory) from error
-    entries = [entry for name in names if (entry := parse_checkpoint_name(directory / name)) is not None]
-    found = [entry for entry in entries if entry[0].suffix or importers.detect_format(entry[0])]
-    # "final" would sort before "periodic": the periodic one of a step comes first.
-    return sorted(found, key=lambda entry: (entry[1], bool(entry[0].suffix), entry[2] == "final"))

@@ -1,4 +1,4 @@
-"""What a checkpoint holds."""
+"""The content of a checkpoint, as the caller gives it and gets it back."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ from distrust.errors import UnsupportedState
 
 __all__ = ["ARRAY_SECTIONS", "MAX_STEP", "STATE_SECTIONS", "Checkpoint"]
 
-#: Steps are written with at most 18 digits.
-MAX_STEP = 10**18
+MAX_STEP = 10**18  # file names have at most 18 digits, and int64 holds it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """The whole state of a training run after an optimizer step.
 
-    Every section is a tree of dicts, lists, tuples, scalars (None, bool, int, float, str) and, but for
+    Every section is a tree of dicts, lists, tuples, scalars (None, bool, int, float, str) and, except in
     ``config`` and ``metadata``, arrays of any supported framework. Dict keys are None, bools, ints, floats
-    or strings; their types are kept. A tree comes back equal, and bit for bit in its arrays and floats. The
-    order of a dict's keys is not kept, nor a subclass of a scalar's type (numpy's float64 is a float).
+    or strings; their types are kept. A loaded tree is equal to the saved one, and its arrays and floats are
+    bit-identical. The order of dict keys is not kept, nor is a subclass of a scalar type (numpy's float64
+    becomes a float).
 
     Attributes:
-        step: optimizer steps made so far, 0 or more.
-        model: names to weights.
+        step: completed optimizer steps, 0 or more.
+        model: weights by name.
         optimizer: moments and counters, such as a torch optimizer's ``state_dict()``.
-        rng: the state of every generator of random numbers.
-        history: what grows with the run, as arrays.
+        rng: the state of every random number generator.
+        history: values that grow with the run, as arrays.
         config: the options that change the result.
-        metadata: anything of the caller's; its numbers count as metrics.
-        metrics: numbers by which checkpoints are listed and the best one is chosen. They do not enter
+        metadata: anything else the caller wants to save; its numbers count as metrics.
+        metrics: numbers shown in listings and used to choose the best checkpoint. Not part of
             ``state_digest``.
-        measured_on: what the metrics were measured on, such as the digest of an eval set, if that matters:
-            the best checkpoint is looked for among those that have it in common with the newest.
-        run: what may differ between two equal runs (paths, intervals, versions), as plain JSON values. It
-            does not enter ``state_digest``.
+        measured_on: what the metrics were measured on, such as the digest of an eval set. The best checkpoint
+            is chosen among those with the same value as the newest.
+        run: what may differ between equal runs (paths, intervals, versions), as plain JSON values. Not part
+            of ``state_digest``.
     """
 
     step: int
@@ -52,8 +52,9 @@ class Checkpoint:
     run: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        # type(), not isinstance(): True is an int, and must not be step 1.
         if type(self.step) is not int or not 0 <= self.step < MAX_STEP:
-            raise UnsupportedState(f"step must be an int of 0 or more, not {self.step!r}", label="step")
+            raise UnsupportedState(f"step must be an int in [0, 10**18), not {self.step!r}", label="step")
         for name in (*STATE_SECTIONS, "metrics", "run"):
             if not isinstance(getattr(self, name), Mapping):
                 kind = type(getattr(self, name)).__qualname__
@@ -67,10 +68,10 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of all arrays together."""
+        """Total size of all arrays, in bytes."""
         from distrust.checkpoint import arrays, tree
 
-        _, found = tree.flatten(
+        _, by_label = tree.flatten(
             {name: getattr(self, name) for name in ARRAY_SECTIONS}, is_array=arrays.is_array
         )
-        return sum(array.nbytes for array in found.values())
+        return sum(array.nbytes for array in by_label.values())

@@ -1,99 +1,88 @@
-"""What differs between two checkpoints, from their headers alone."""
+"""The differences between two checkpoints, from their headers alone: no tensor is read."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from distrust.checkpoint.catalog import CheckpointFile
+from distrust.checkpoint.checkpoint_file import CheckpointFile
 from distrust.checkpoint.format import TensorInfo
 from distrust.checkpoint.tree import decode_key
 from distrust.errors import shorten
 
-#: Stands for a value that one side does not have.
+#: Shown for a value that one side does not have.
 ABSENT = "absent"
 
-_NOTHING = object()
+_MISSING = object()
 _CONTAINERS = {"d": "a dict", "l": "a list", "t": "a tuple"}
 _COMPARED_AS_TENSORS = {"a", ""}
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One thing that differs.
+    """One difference between two checkpoints."""
 
-    Attributes:
-        what: ``tensor`` or ``state``.
-        name: the tensor's label, or the path of a scalar in the state; one without end is shortened.
-        a: how the first checkpoint has it.
-        b: how the second one has it.
-    """
-
-    kind: str
-    name: str
-    a: str
+    kind: str  # "tensor" or "state"
+    name: str  # the tensor's label, or the path of a scalar in the state; shortened if very long
+    a: str  # the value in the first checkpoint, as text
     b: str
 
 
 def differences(a: CheckpointFile, b: CheckpointFile) -> list[Difference]:
-    """Tensors and scalars that are not the same in both; empty if and only if the states are equal.
+    """Return the tensors and scalars that differ; empty if and only if the states are equal.
 
     Raises:
-        CorruptCheckpoint: if one of them does not hold what its digest of the state says.
+        CorruptCheckpoint: if the header of one does not match its digests.
         CheckpointError: if one of them is in an older format.
     """
     a.require_intact()
     b.require_intact()
-    sections_a, sections_b = (
-        a.header.sections,
-        b.header.sections,
-    )  # an older format has none: it is not compared
+    # Read before the digests are compared: an older format has no sections, and raises here.
+    sections_a, sections_b = a.header.sections, b.header.sections
     if a.state_digest == b.state_digest:
         return []
-    found: list[Difference] = []
-    _compare_nodes({"d": sections_a}, {"d": sections_b}, "", found)
+    result: list[Difference] = []
+    _compare_nodes({"d": sections_a}, {"d": sections_b}, "", result)
     if a.step != b.step:
-        found.append(Difference("state", "step", str(a.step), str(b.step)))
-    found.sort(key=lambda difference: difference.name)
-    mine = {tensor.name: _described(tensor) for tensor in a.tensors}
-    theirs = {tensor.name: _described(tensor) for tensor in b.tensors}
-    found += [Difference("tensor", name, was, now) for name, was, now in _unequal(mine, theirs)]
-    # Where the same arrays stand in other places, that is all there is to say.
-    return found or [Difference("state", "skeleton", a.state_digest, b.state_digest)]
+        result.append(Difference("state", "step", str(a.step), str(b.step)))
+    result.sort(key=lambda difference: difference.name)
+    tensors_a = {tensor.name: _describe(tensor) for tensor in a.tensors}
+    tensors_b = {tensor.name: _describe(tensor) for tensor in b.tensors}
+    result += [
+        Difference("tensor", name, value_a, value_b)
+        for name in sorted(tensors_a.keys() | tensors_b.keys())
+        if (value_a := tensors_a.get(name, ABSENT)) != (value_b := tensors_b.get(name, ABSENT))
+    ]
+    # The digests differ, but neither tensors nor scalars do: the same arrays are at other paths.
+    return result or [Difference("state", "skeleton", a.state_digest, b.state_digest)]
 
 
-def _unequal(a: dict[str, str], b: dict[str, str]) -> Iterator[tuple[str, str, str]]:
-    for name in sorted(a.keys() | b.keys()):
-        was, now = a.get(name, ABSENT), b.get(name, ABSENT)
-        if was != now:
-            yield name, was, now
-
-
-def _described(tensor: TensorInfo) -> str:
+def _describe(tensor: TensorInfo) -> str:
     return f"{tensor.dtype}{list(tensor.shape)} {tensor.digest}"
 
 
-def _compare_nodes(a: Any, b: Any, path: str, found: list[Difference]) -> None:
-    """Add what differs below two nodes of the skeleton. Arrays are left out: they are compared as tensors.
+def _compare_nodes(a: Any, b: Any, path: str, result: list[Difference]) -> None:
+    """Append the differences below two nodes of the skeleton. Arrays are skipped: compared as tensors.
 
-    Both are walked side by side, not listed and then compared: a list of paths is as large as their number
-    times their length, and a hostile file has as many and as long ones as it likes.
+    Walks both trees at once. A list of all paths would take their number times their length of memory, and a
+    hostile file chooses both.
     """
     kinds = {_kind(a), _kind(b)}
     if len(kinds) == 1 and kinds <= _CONTAINERS.keys():
-        mine, theirs = _children(a), _children(b)
-        for key in {**mine, **theirs}:
+        children_a, children_b = _children(a), _children(b)
+        for key in {**children_a, **children_b}:
+            # At the top the keys are the names of sections; in lists they are indices.
             name = key if not path or type(key) is int else decode_key(key)
             inner = shorten(f"{path}.{shorten(str(name))}") if path else key
-            _compare_nodes(mine.get(key, _NOTHING), theirs.get(key, _NOTHING), inner, found)
-    elif not kinds <= _COMPARED_AS_TENSORS and (was := _text(a)) != (now := _text(b)):
-        found.append(Difference("state", path, was, now))
+            _compare_nodes(children_a.get(key, _MISSING), children_b.get(key, _MISSING), inner, result)
+    elif not kinds <= _COMPARED_AS_TENSORS and (text_a := _text(a)) != (text_b := _text(b)):
+        result.append(Difference("state", path, text_a, text_b))
 
 
 def _kind(node: Any) -> str:
-    """Of a container or an array the letter of its kind, of a scalar an s."""
-    if node is _NOTHING:
+    """Return the letter of a container or an array, "s" for a scalar, "" if missing."""
+    if node is _MISSING:
         return ""
     return next(iter(node)) if isinstance(node, dict) else "s"
 
@@ -104,10 +93,9 @@ def _children(node: Any) -> Mapping[Any, Any]:
 
 
 def _text(node: Any) -> str:
-    """A node as text that tells 1 from 1.0 from "1"."""
-    if node is _NOTHING:
+    if node is _MISSING:
         return ABSENT
     if not isinstance(node, dict):
-        return repr(node)
+        return repr(node)  # distinguishes 1, 1.0 and "1"
     ((kind, content),) = node.items()
     return "an array" if kind == "a" else f"{_CONTAINERS[kind]} of {len(content)}"

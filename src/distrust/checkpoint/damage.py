@@ -1,11 +1,9 @@
-"""Which files may be removed as damaged. Reads only.
+"""Finds the files that may be removed as damaged. Reads only.
 
-Damaged is what was read, every byte of it, and is not what was written. Wherever there is a doubt, the file
-is left to a person, with a warning that says why: what this process cannot read may be whole, and so may a
-file of a later version of the format, or of another program; a whole checkpoint under a name that is not its
-own may be the only copy of its step; a directory may hold anything; one in an older format has no digests of
-this library, and is never removed. Of a symbolic link only the link is
-meant, never what it points to.
+A file is damaged if it was read completely and is not what was written. A doubtful file is left to the user,
+with a warning that says why: a file that this process cannot read, one of a later version of the format or of
+another program, a directory, an intact checkpoint under a wrong name (it may be the only copy of its step), a
+checkpoint in a foreign format. Of a symbolic link only the link itself counts, never its target.
 """
 
 from __future__ import annotations
@@ -13,14 +11,13 @@ from __future__ import annotations
 import errno
 import json
 import os
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from distrust import importers
-from distrust.checkpoint import catalog
-from distrust.checkpoint.catalog import DamagedFile
+from distrust.checkpoint import catalog, foreign
+from distrust.checkpoint.checkpoint_file import DamagedFile
+from distrust.checkpoint.files import checkpoint_file_name
 from distrust.checkpoint.format import FORMAT, LENGTH_BYTES, MAX_HEADER_BYTES, METADATA, OPENING
 from distrust.errors import (
     CheckpointError,
@@ -34,29 +31,29 @@ from distrust.errors import (
 _Identity = tuple[catalog.Identity | None, catalog.Identity | None]
 
 
-def find_damaged(directory: Path) -> Iterator[DamagedFile]:
-    """The damaged files of a directory, by step; warns of each doubtful one.
+def find_damaged(directory: Path) -> Iterator[DamagedFile | DistrustWarning]:
+    """Find the damaged files of a directory, by step, and a warning for each doubtful one.
 
-    Each is told of as soon as it was read. Whoever removes it does so before asking for the next: so there is
-    the least of time for another program to put a good one there.
+    Each is given as soon as it was read. Remove it before asking for the next: that leaves other programs the
+    least time to put an intact file in its place.
 
     Raises:
         CheckpointError: if the directory cannot be read.
     """
-    for path, step, _ in catalog.list_names(directory):
-        before = _identity(path)
-        found = _classify(path)
-        if isinstance(found, CorruptCheckpoint) and _identity(path) != before:
-            found = "it changed while it was read"
-        if isinstance(found, CorruptCheckpoint):
-            yield DamagedFile(path, step, found)
-        elif found is not None:
-            warnings.warn(f"{path}: left: {found}", DistrustWarning, stacklevel=2)
+    for entry in catalog.list_names(directory):
+        identity = _identity(entry.path)
+        finding = _classify(entry.path)
+        if isinstance(finding, CorruptCheckpoint) and _identity(entry.path) != identity:
+            finding = "it changed while it was read"
+        if isinstance(finding, CorruptCheckpoint):
+            yield DamagedFile(entry.path, entry.step, finding)
+        elif finding is not None:
+            yield DistrustWarning(f"{entry.path}: left: {finding}")
 
 
 def _classify(path: Path) -> CorruptCheckpoint | str | None:
-    """What is wrong with a file; or, in words, why that is doubtful; or None if nothing is."""
-    if importers.detect_format(path):
+    """The damage of a file; the reason for doubt, as text; None if it is intact."""
+    if foreign.find_reader(path):
         return _classify_foreign(path)
     if os.path.isdir(path) and not path.is_symlink():  # Path.is_dir() may raise for a link
         return "a directory; remove it yourself if nothing in it is needed"
@@ -69,15 +66,15 @@ def _classify(path: Path) -> CorruptCheckpoint | str | None:
     except (CheckpointUnreadable, UnsupportedVersion) as error:
         return str(error).removeprefix(f"{path}: ")
     try:
-        catalog.require_name(file)
+        file.require_name()
     except CorruptCheckpoint as error:
-        own = catalog.checkpoint_file_name(file.step, file.kind)
-        return f"every byte is right, but {error.reason}; rename it {own}, or move it away"
+        name = checkpoint_file_name(file.step, file.kind)
+        return f"every byte is right, but {error.reason}; rename it {name}, or move it away"
     return None
 
 
 def _classify_foreign(path: Path) -> str | None:
-    """Why one in an older format is left although it is damaged: it is never removed."""
+    """The reason for doubt of a damaged foreign checkpoint: those are never removed."""
     try:
         catalog.verify(path)
     except CheckpointError as error:
@@ -86,19 +83,19 @@ def _classify_foreign(path: Path) -> str | None:
 
 
 def _reason_to_keep(path: Path, error: CorruptCheckpoint) -> str | None:
-    """Why a file that did not verify may still be worth something; None if it is not."""
+    """Why a file that did not verify is kept; None if it may be removed."""
     cause = error.__cause__
     if isinstance(cause, OSError) and cause.errno != errno.ELOOP:  # a link to itself has no content
-        return error.reason  # a disk or a network that does not answer says nothing of what is there
+        return error.reason  # the disk or network failed: the file may be intact
     try:
-        foreign = path.is_file() and _is_of_another_program(path)
+        is_foreign = path.is_file() and _is_of_another_program(path)
     except OSError as failure:
         return f"it cannot be read again: {failure.strerror}"
-    return "a safetensors file of another program" if foreign else None
+    return "a safetensors file of another program" if is_foreign else None
 
 
 def _is_of_another_program(path: Path) -> bool:
-    """Whether a header is one of safetensors, and not a damaged one of this library."""
+    """Whether it has a valid safetensors header that is not a damaged one of this library."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(LENGTH_BYTES), "little")
         if length > MAX_HEADER_BYTES:
@@ -122,7 +119,7 @@ def _is_of_another_program(path: Path) -> bool:
 
 
 def _identity(path: Path) -> _Identity:
-    """Of a file; of a link, and of what it points to: either may be replaced."""
+    """Identity of the name and of what it points to: of a link, either may be replaced."""
     identities: list[catalog.Identity | None] = []
     for status in (os.lstat, os.stat):
         try:

@@ -1,7 +1,7 @@
-"""Direct I/O: reads and writes that go past the page cache, where the system and the file system have it.
+"""Direct I/O (O_DIRECT): reads and writes that bypass the page cache, where the file system supports it.
 
-It wants memory, offsets and lengths in whole pages. Whether a file system takes it is found out by trying:
-some refuse it when a file is opened, others only when it is read or written; then :func:`drop` does without.
+Memory, offsets and lengths must be multiples of a page. Support is determined by trying: some file systems
+reject the flag when a file is opened, others each read or write with EINVAL. Then call :func:`disable`.
 """
 
 from __future__ import annotations
@@ -10,21 +10,20 @@ import contextlib
 import fcntl
 import os
 
-#: 0 where the system has none.
-FLAG = getattr(os, "O_DIRECT", 0)
+FLAG = getattr(os, "O_DIRECT", 0)  # macOS has none; F_NOCACHE takes its place
 
 
 def is_enabled(descriptor: int) -> bool:
-    """Whether a descriptor uses it."""
+    """Return whether a descriptor uses direct I/O."""
     return bool(fcntl.fcntl(descriptor, fcntl.F_GETFL) & FLAG)
 
 
 def enable(descriptor: int) -> None:
-    """Use it from now on, if the file system lets us."""
-    with contextlib.suppress(OSError):
+    """Use direct I/O for a descriptor, if its file system allows that."""
+    with contextlib.suppress(OSError):  # buffered I/O works everywhere
         fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) | FLAG)
 
 
 def disable(descriptor: int) -> None:
-    """Use it no more."""
+    """Use buffered I/O for a descriptor."""
     fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~FLAG)

@@ -1,4 +1,4 @@
-"""How files are opened to be read: only regular ones, waiting for nobody; and what is said of failures."""
+"""Names and opening of checkpoint files: only regular files are read, and opening one never blocks."""
 
 from __future__ import annotations
 
@@ -9,56 +9,61 @@ import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
-from distrust.checkpoint.format import Kind
-from distrust.errors import CheckpointNotFound, CheckpointUnreadable, CorruptCheckpoint, UnsupportedVersion
+from distrust.checkpoint.format import LENGTH_BYTES, OPENING, Kind
+from distrust.errors import (
+    CheckpointNotFound,
+    CheckpointUnreadable,
+    CorruptCheckpoint,
+    ErrorTranslator,
+    UnsupportedVersion,
+)
 
-#: Such a file may be whole: to fall back from it to an older one would lose what it holds.
-_NOT_THE_FILES_FAULT = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENODEV}
+#: The file may be intact: falling back from it to an older checkpoint could lose work.
+_PROCESS_ERRORS = {errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENODEV}
 CUT_WHILE_READ = "the file ends in the middle: it was cut while it was read"
 
 
-@contextlib.contextmanager
-def errors_with_path(path: Path) -> Iterator[None]:
-    """Errors raised inside say which file it is, and are this library's."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise CheckpointNotFound(f"{path}: no such checkpoint", path=path) from None
-    except OSError as error:
-        if error.errno in _NOT_THE_FILES_FAULT:
-            raise CheckpointUnreadable(f"{path}: cannot be read: {error.strerror}", path=path) from error
-        raise CorruptCheckpoint(f"it cannot be read: {error.strerror}", path=path) from error
-    except MemoryError as error:
-        raise CheckpointUnreadable(
-            f"{path}: cannot be read: {str(error) or 'no memory'}", path=path
-        ) from error
-    except CorruptCheckpoint as error:
-        raise CorruptCheckpoint(error.reason, path=path, tensor=error.tensor) from None
-    except UnsupportedVersion as error:
-        raise UnsupportedVersion(f"{path}: {error}", path=path) from None
+def errors_with_path(path: Path) -> ErrorTranslator:
+    """Context manager that raises errors of its block as this library's errors, with the path."""
+
+    def translate(error: Exception) -> Exception:
+        match error:
+            case CorruptCheckpoint():
+                return CorruptCheckpoint(error.reason, path=path, tensor=error.tensor)
+            case UnsupportedVersion():
+                return UnsupportedVersion(f"{path}: {error}", path=path)
+            case FileNotFoundError():
+                return CheckpointNotFound(f"{path}: no such checkpoint", path=path)
+            case OSError() if error.errno not in _PROCESS_ERRORS:
+                return CorruptCheckpoint(f"it cannot be read: {error.strerror}", path=path)
+        reason = error.strerror if isinstance(error, OSError) else str(error) or "no memory"
+        return CheckpointUnreadable(f"{path}: cannot be read: {reason}", path=path)
+
+    return ErrorTranslator((OSError, MemoryError, CorruptCheckpoint, UnsupportedVersion), translate)
 
 
 @contextlib.contextmanager
 def open_regular(path: str | Path, *, folder: int | None = None) -> Iterator[tuple[int, os.stat_result]]:
-    """A regular file, open to be read, and its status.
+    """Open a regular file for reading; gives its descriptor and status.
 
     Args:
         path: of the file.
-        folder: descriptor of the folder in which it has that name: there, no link is followed.
+        folder: descriptor of the folder that contains it; then links are not followed.
 
     Raises:
-        CorruptCheckpoint: if it is anything else than a regular file.
+        CorruptCheckpoint: if it is not a regular file.
         OSError: if it cannot be opened.
     """
-    # O_NONBLOCK: opening a pipe that lies in the way must not wait for its writer.
-    # O_NOCTTY: opening a terminal there must not make it the one whose keys end this process.
+    # O_NONBLOCK: opening a pipe must not wait for a writer.
+    # O_NOCTTY: opening a terminal must not make it this process's controlling terminal.
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
     if folder is not None:
         flags |= os.O_NOFOLLOW
     descriptor = os.open(path, flags, dir_fd=folder)
     try:
-        status = os.fstat(descriptor)
+        status = os.fstat(descriptor)  # of the open file: the name may already be another file's
         if not stat.S_ISREG(status.st_mode):
             raise CorruptCheckpoint("not a regular file")
         yield descriptor, status
@@ -70,7 +75,7 @@ def read_into(descriptor: int, view: memoryview, offset: int) -> None:
     """Fill ``view`` from ``offset`` on.
 
     Raises:
-        CorruptCheckpoint: if the file ends before.
+        CorruptCheckpoint: if the file ends too early.
         OSError: if the disk cannot be read.
     """
     while view:
@@ -81,9 +86,33 @@ def read_into(descriptor: int, view: memoryview, offset: int) -> None:
         offset += count
 
 
+def begins_as_checkpoint(path: Path) -> bool:
+    """Whether a file begins like every file of this format.
+
+    Raises:
+        CorruptCheckpoint: if it is not a regular file.
+        OSError: if it cannot be read.
+    """
+    with open_regular(path) as (descriptor, _):
+        return os.pread(descriptor, LENGTH_BYTES + len(OPENING), 0).startswith(OPENING, LENGTH_BYTES)
+
+
+# At most 18 digits: a step fits in a signed 64-bit number.
 _NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})(-final)?(\.safetensors)?", re.ASCII)
 
-Entry = tuple[Path, int, Kind]
+
+class Entry(NamedTuple):
+    """A name of a checkpoint in a directory.
+
+    Attributes:
+        path: of the file or, without a suffix, of a folder of a foreign format.
+        step: by its name.
+        kind: by its name.
+    """
+
+    path: Path
+    step: int
+    kind: Kind
 
 
 def checkpoint_file_name(step: int, kind: Kind) -> str:
@@ -92,6 +121,6 @@ def checkpoint_file_name(step: int, kind: Kind) -> str:
 
 
 def parse_checkpoint_name(path: Path) -> Entry | None:
-    """What the name of a checkpoint says, of a file or of a folder."""
+    """Parse the name of a checkpoint file or folder; None for any other name."""
     match = _NAME.fullmatch(path.name)
-    return (path, int(match[1]), "final" if match[2] else "periodic") if match else None
+    return Entry(path, int(match[1]), "final" if match[2] else "periodic") if match else None

@@ -1,50 +1,145 @@
-"""Folders of other programs, told by the names in them: what a user may have given for a run of ours.
+"""The hook for checkpoints in other formats: the core itself reads only its own.
 
-Nothing in them is opened, so this says what a folder seems to be, and not that it can be read.
+A package above the core registers one reader. Checkpoints of other formats then appear in listings and load
+like those of this library, but no rule ever counts or removes them. Without a reader they are no checkpoints.
 """
 
 from __future__ import annotations
 
-import os
-import shlex
+import contextlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
-from distrust import importers
-from distrust.checkpoint.files import parse_checkpoint_name
+from distrust.errors import CheckpointError, CorruptCheckpoint
 
-ADAPTER_CONFIG = "adapter_config.json"
-PEFT_WEIGHTS, MLX_WEIGHTS = "adapter_model.safetensors", "adapters.safetensors"
+if TYPE_CHECKING:
+    from distrust.checkpoint.arrays import Framework
+    from distrust.checkpoint.checkpoint import Checkpoint
+    from distrust.checkpoint.checkpoint_file import CheckpointFile
+    from distrust.checkpoint.format import Kind, TensorInfo
+
+
+class ForeignHeader(Protocol):
+    """The header of a checkpoint in another format: the same attributes as :class:`header.Header`.
+
+    Attributes:
+        format: the name of the format, for listings.
+        lacks_arrays: whether it holds neither model nor optimizer.
+        digest: empty if the format has no digests; ``state_digest`` likewise.
+    """
+
+    format: str
+    kind: Kind
+    file_size: int
+    lacks_arrays: bool
+    digest: str
+    state_digest: str
+    measured_on: str
+    run_info: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps made."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The config of the program that wrote it."""
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The caller's metadata."""
+
+    @property
+    def saved_metrics(self) -> dict[str, float]:
+        """The metrics saved as such."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The numbers of the metadata, and the saved metrics."""
+
+    @property
+    def tensors(self) -> tuple[TensorInfo, ...]:
+        """The description of each tensor; raises CorruptCheckpoint if it is damaged."""
+
+    @property
+    def sections(self) -> dict[str, Any]:
+        """The skeleton of each section; raises CheckpointError if the format has none."""
+
+    def require_intact(self) -> None:
+        """Check everything except the tensors' bytes; raises CorruptCheckpoint."""
+
+
+class ForeignReader(Protocol):
+    """What a reader of other formats offers. A module with these functions is one.
+
+    Every function is given a path that ``detect_format`` accepted, except the two hints. Reading raises
+    CheckpointNotFound, CorruptCheckpoint or CheckpointUnreadable, as the readers of the core do.
+    """
+
+    def detect_format(self, path: Path) -> str | None:
+        """The name of the format at ``path``; None if the reader does not know it. Never raises."""
+
+    def read_header(self, path: Path) -> ForeignHeader:
+        """Read the header, not the arrays."""
+
+    def verify(self, path: Path) -> ForeignHeader:
+        """Read everything and check it as far as the format allows."""
+
+    def read(self, path: Path, *, framework: Framework = "numpy") -> tuple[ForeignHeader, Checkpoint]:
+        """Verify everything and load it, with arrays of ``framework``."""
+
+    def import_hint(self, folder: Path) -> str:
+        """Text to append to "no checkpoints here": what the folder is and how to import it. Never raises."""
+
+    def convert_hint(self, path: Path) -> str:
+        """What to do to convert the checkpoint at ``path``, as part of an error message."""
+
+
+_load_reader: Callable[[], ForeignReader] | None = None
+
+
+def register(load: Callable[[], ForeignReader] | None) -> None:
+    """Set the reader of other formats.
+
+    Args:
+        load: returns the reader. It is called whenever a path is not in the core's own format, so it should
+            import what it needs only then. None removes the reader.
+    """
+    global _load_reader
+    _load_reader = load
+
+
+def find_reader(path: Path) -> ForeignReader | None:
+    """The reader for the checkpoint at ``path``; None if it is in the core's format, or not a checkpoint."""
+    from distrust.checkpoint.files import begins_as_checkpoint  # keeps `import distrust` cheap
+
+    if _load_reader is None:
+        return None
+    with contextlib.suppress(OSError, ValueError, CorruptCheckpoint):  # a folder, or no readable file
+        if begins_as_checkpoint(path):
+            return None  # the core's own files never load the reader: listing them stays cheap
+    reader = _load_reader()
+    return reader if reader.detect_format(path) is not None else None
 
 
 def import_hint(folder: Path) -> str:
-    """What a folder seems to be, and the command that makes a run of it, to stand behind a message.
+    """What a folder without checkpoints seems to be, to append to a message; empty if it is unknown."""
+    return _load_reader().import_hint(folder) if _load_reader is not None else ""
 
-    Args:
-        folder: in which no checkpoint was found.
 
-    Returns:
-        Empty where it is no folder that is known. Never raises.
+def require_converted(file: CheckpointFile) -> None:
+    """Check that a checkpoint is in the core's format.
+
+    Raises:
+        CheckpointError: if it is not, with what to do.
     """
-    try:
-        names = set(os.listdir(folder))
-    except OSError:
-        return ""
-    entries = [entry for name in names if (entry := parse_checkpoint_name(folder / name)) is not None]
-    saved = [(step, path) for path, step, _ in entries if is_trainer_folder(path)]
-    is_adapter = ADAPTER_CONFIG in names and not names.isdisjoint({PEFT_WEIGHTS, MLX_WEIGHTS})
-    if importers.TRAINER_STATE in names or saved:
-        what = "a folder of the transformers Trainer"
-        if (
-            is_adapter and importers.TRAINER_STATE not in names
-        ):  # taken as it is, it would be the adapter alone
-            folder = max(saved)[1]
-    elif is_adapter:
-        what = f"an adapter folder of {'mlx-lm' if MLX_WEIGHTS in names else 'peft'}"
-    else:
-        return ""
-    return f"; it is {what}: distrust convert {shlex.quote(str(folder))} --to RUN makes a run of it"
-
-
-def is_trainer_folder(path: Path) -> bool:
-    """Whether the transformers Trainer saved a checkpoint there."""
-    return os.path.lexists(path / importers.TRAINER_STATE)
+    if not file.is_foreign:
+        return
+    what = f"{file.path}: in an older format ({file.format})"
+    if file.metadata_only:
+        raise CheckpointError(
+            f"{what}, and metadata only: there is no model to resume from; move it away", path=file.path
+        )
+    remedy = _load_reader().convert_hint(file.path) if _load_reader is not None else "convert it first"
+    raise CheckpointError(f"{what}; {remedy}", path=file.path)

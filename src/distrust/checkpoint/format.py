@@ -1,31 +1,32 @@
-"""What a checkpoint's file looks like, and the layout of a new one. No policy, and no I/O of its own.
+"""The file format, and the layout of a new file. Pure functions: no policy, no I/O.
 
-A checkpoint is a safetensors file: 8 bytes of little-endian header length, a JSON header padded with spaces
-so that the data begins on a multiple of 4096, then the tensors without gaps, by falling item size and then
-by name. Three digests, all BLAKE3, let each part prove itself:
+A checkpoint is a safetensors file: 8 bytes of little-endian header length; a JSON header padded with spaces
+so that the data begins at a multiple of 4096 (the alignment that direct I/O needs); then the tensors without
+gaps, by descending item size and then by name, so that each is aligned to its item size. Three kinds of
+digests, all BLAKE3, verify each part without the others:
 
 - ``digests``: one for each tensor's bytes;
-- ``state_digest``: over each tensor's name, dtype, shape and digest, and over ``state`` (the skeleton and
-  scalars): the identity of the state, the same for two bit-identical runs;
+- ``state_digest``: over each tensor's name, dtype, shape and digest, and over ``state`` (the skeleton and the
+  scalars). It identifies the state: two bit-identical runs have the same one;
 - ``digest``: over the header itself, with its own 64 characters set to "0".
 
-They find accidents. They are no signature: whoever forges a file can compute them too.
+They detect accidental damage. They are not a signature: whoever forges a file can compute them too.
 
-The header is canonical: keys sorted, no spaces but the padding, UTF-8. ``__metadata__`` sorts before every
+The header is canonical: sorted keys, no spaces except the padding, UTF-8. ``__metadata__`` sorts before every
 tensor and ``digest`` before its other keys, so every header of every version begins with :data:`OPENING`, and
-the place of its own digest needs no search. There is one encoder, :class:`HeaderText`: a reader proves that
-a header is canonical by encoding what it parsed (:mod:`distrust.checkpoint.header`).
+its own digest is at a fixed position. There is one encoder, :class:`HeaderText`: a reader proves that a
+header is canonical by re-encoding what it parsed (:mod:`distrust.checkpoint.header`).
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from json.encoder import encode_basestring as encode_text
 from math import prod
-from operator import add, itemgetter
+from operator import add
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from blake3 import blake3
@@ -35,28 +36,26 @@ from distrust.errors import UnsupportedState
 
 FORMAT = "distrust"
 VERSION = 1
-ALIGNMENT = 4096
+ALIGNMENT = 4096  # direct I/O needs page-aligned offsets, and mapped tensors aligned memory
 LENGTH_BYTES = 8
-#: The bound that other readers of the format set, too.
-MAX_HEADER_BYTES = 100_000_000
-#: What the frameworks allow. It also bounds the product of a hostile shape.
-MAX_DIMENSIONS = 64
-#: Sizes and offsets are less: they are signed 64-bit numbers wherever they are used.
-MAX_SIZE = 2**63
+MAX_HEADER_BYTES = 100_000_000  # the bound of the safetensors library, too
+MAX_DIMENSIONS = 64  # of the frameworks; it also bounds the cost of multiplying a hostile shape
+MAX_SIZE = 2**63  # exclusive: every user of sizes and offsets has signed 64-bit numbers
 DIGEST_CHARACTERS = 64
 NO_DIGEST = "0" * DIGEST_CHARACTERS
 
 METADATA = "__metadata__"
-#: What every header begins with, after its length; then comes its own digest.
+#: The first bytes of every header, after its length; its own digest follows.
 OPENING = f'{{"{METADATA}":{{"digest":"'.encode()
-#: Where a header's own digest stands in the file.
-DIGEST_PLACE = slice(LENGTH_BYTES + len(OPENING), LENGTH_BYTES + len(OPENING) + DIGEST_CHARACTERS)
+#: Where a header's own digest is in the file.
+DIGEST_SLICE = slice(LENGTH_BYTES + len(OPENING), LENGTH_BYTES + len(OPENING) + DIGEST_CHARACTERS)
 _DIGESTS = b'","digests":"'
 
-Kind = Literal["periodic", "final"]
+Kind = Literal["periodic", "final"]  # a final one is never cleaned up
+Description = tuple[str, tuple[int, ...]]  # a tensor's dtype and shape
 _Value = TypeVar("_Value")
 
-#: Every dtype of the format that has whole bytes, and its item size in bytes.
+#: Every dtype of the format with a whole number of bytes -> its item size.
 ITEM_SIZES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
     "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
@@ -66,234 +65,158 @@ ITEM_SIZES = {
 
 
 class TensorInfo(NamedTuple):
-    """A tensor as the header describes it.
-
-    Attributes:
-        name: its label.
-        dtype: a key of :data:`ITEM_SIZES`.
-        shape: its dimensions.
-        offset: of its first byte, from the beginning of the file.
-        nbytes: its length.
-        digest: BLAKE3 of its bytes, in hexadecimal.
-    """
+    """A tensor as the header describes it."""
 
     name: str
-    dtype: str
+    dtype: str  # a key of ITEM_SIZES
     shape: tuple[int, ...]
-    offset: int = 0
-    nbytes: int = 0
-    digest: str = NO_DIGEST
+    offset: int  # of its first byte, from the beginning of the file
+    nbytes: int
+    digest: str  # BLAKE3 of its bytes, in hexadecimal
 
 
 class TensorTable:
-    """Every tensor of a file: what the header says of it, and where its data goes.
+    """Every tensor of a file: its description in the header, and the position of its data.
 
-    It is kept in columns, each in the order of the names (which is that of the header), and worked on a
-    column at a time: a step of Python for each tensor would cost more than all the rest of a header.
-
-    Args:
-        names: in ascending order.
-        dtypes: of each.
-        shapes: of each.
-
-    Attributes:
-        order: the place in ``names`` of each tensor, in the order of the data.
-        edges: where each begins in the data, in that order, and where the last one ends.
-        data_bytes: the length of all the data.
-
-    Raises:
-        ImpossibleTensor: for a dtype that is not known or a shape that no reader takes.
+    Stored and processed as columns in the order of the names (that of the header): a Python statement per
+    tensor would cost more than everything else about a header. Raises :class:`InvalidTensor`.
     """
 
     def __init__(
         self, names: Sequence[str], dtypes: Iterable[str], shapes: Iterable[tuple[int, ...]]
     ) -> None:
         self.names = names
-        # Thousands of tensors have a handful of kinds: what depends on the kind alone is made once for each.
-        self._kinds = [*zip(dtypes, shapes, strict=True)]
-        sizes = {kind: _size(*kind) for kind in {*self._kinds}}
+        # Thousands of tensors share a few (dtype, shape) pairs: what depends on the pair is computed once.
+        self._pairs = [*zip(dtypes, shapes, strict=True)]
+        sizes = {pair: _size(*pair) for pair in {*self._pairs}}
         if -1 in sizes.values():
-            named = zip(names, self._kinds, strict=True)
-            raise ImpossibleTensor(*next((name, kind[1]) for name, kind in named if sizes[kind] < 0))
-        self._sizes = [*map(sizes.__getitem__, self._kinds)]
-        falling = [-ITEM_SIZES[dtype] for dtype, _ in self._kinds]
-        self.order = sorted(range(len(names)), key=falling.__getitem__)  # stable: then by name
-        self.edges = [*accumulate([self._sizes[place] for place in self.order], initial=0)]
+            rows = zip(names, self._pairs, strict=True)
+            raise InvalidTensor(*next((name, pair[1]) for name, pair in rows if sizes[pair] < 0))
+        self._sizes = [*map(sizes.__getitem__, self._pairs)]
+        # By descending item size, so that each tensor is aligned to its items without padding between them.
+        descending = [-ITEM_SIZES[dtype] for dtype, _ in self._pairs]
+        # The index in ``names`` of each tensor, in the order of the data. The sort is stable: then by name.
+        self.order = sorted(range(len(names)), key=descending.__getitem__)
+        # Where each tensor begins in the data, in that order, and where the last one ends.
+        self.edges = [*accumulate([self._sizes[index] for index in self.order], initial=0)]
         self.data_bytes = self.edges[-1]
         self._begins = self._by_name(self.edges[:-1])
 
     def tensors(self, data_offset: int, digests: Sequence[str]) -> tuple[TensorInfo, ...]:
-        """The tensors in the order of their data.
-
-        Args:
-            data_offset: where the data begins in the file.
-            digests: of each tensor, in that order.
-        """
-        dtypes, shapes = zip(*self._kinds, strict=True) if self._kinds else ((), ())
+        """Return the tensors in the order of the data, that of ``digests``, with offsets in the file."""
+        dtypes, shapes = zip(*self._pairs, strict=True) if self._pairs else ((), ())
         offsets = map(data_offset.__add__, self._begins)
         columns = (self.names, dtypes, shapes, offsets, self._sizes, self._by_name(digests))
         rows = [*map(TensorInfo._make, zip(*columns, strict=True))]
-        return tuple([rows[place] for place in self.order])
+        return tuple([rows[index] for index in self.order])
 
-    def spans(self) -> Iterator[tuple[int, int]]:
-        """Where each begins and ends in the data, in the order of the names."""
+    def byte_ranges(self) -> Iterator[tuple[int, int]]:
+        """Yield where each tensor begins and ends in the data, in the order of the names."""
         return zip(self._begins, map(add, self._begins, self._sizes), strict=True)
 
     def encode(self) -> str:
-        """The tensors' part of the header: a member of the object for each, after a comma."""
-        rest = self._for_each_kind('],"dtype":"{}","shape":[{}]}}')
+        """Return the tensors' part of the header: for each, a comma and a member of the JSON object."""
+        suffixes = self._format_pairs('],"dtype":"{}","shape":[{}]}}')
         ends = map(add, self._begins, self._sizes)
-        columns = (self._encoded_names, self._begins, ends, rest)
+        columns = (self._encoded_names, self._begins, ends, suffixes)
         return "".join(map(',%s:{"data_offsets":[%d,%d%s'.__mod__, zip(*columns, strict=True)))
 
     def state_digest(self, state: str, digests: Sequence[str]) -> str:
-        """The identity of a state: over ``state``, and each tensor's name, dtype, shape and digest.
-
-        Args:
-            state: canonical JSON.
-            digests: of each tensor, in the order of the data.
-        """
-        rest = self._for_each_kind('"{}",[{}]')
-        columns = (self._encoded_names, rest, self._by_name(digests))
-        described = ",".join(map('[%s,%s,"%s"]'.__mod__, zip(*columns, strict=True)))
-        return blake3(f'{{"state":{encode_text(state)},"tensors":[{described}]}}'.encode()).hexdigest()
+        """Return the digest of a state, given as canonical JSON and the digests in the order of the data."""
+        # By name, not in the order of the data: the identity must not depend on the layout.
+        columns = (self._encoded_names, self._format_pairs('"{}",[{}]'), self._by_name(digests))
+        tensors = ",".join(map('[%s,%s,"%s"]'.__mod__, zip(*columns, strict=True)))
+        return blake3(f'{{"state":{encode_text(state)},"tensors":[{tensors}]}}'.encode()).hexdigest()
 
     @lockfree_cached_property
     def _encoded_names(self) -> list[str]:
         return [*map(encode_text, self.names)]
 
     def _by_name(self, values: Sequence[_Value]) -> list[_Value]:
-        """What comes in the order of the data, in that of the names."""
-        sorted_ = [*values]
-        for place, value in zip(self.order, values, strict=True):
-            sorted_[place] = value
-        return sorted_
+        """Reorder values from the order of the data to that of the names."""
+        reordered = [*values]
+        for index, value in zip(self.order, values, strict=True):
+            reordered[index] = value
+        return reordered
 
-    def _for_each_kind(self, template: str) -> Iterator[str]:
-        """The template with each tensor's dtype and dimensions."""
-        texts = {kind: template.format(kind[0], ",".join(map(str, kind[1]))) for kind in {*self._kinds}}
-        return map(texts.__getitem__, self._kinds)
+    def _format_pairs(self, template: str) -> Iterator[str]:
+        """Yield the template with each tensor's dtype and dimensions."""
+        texts = {pair: template.format(pair[0], ",".join(map(str, pair[1]))) for pair in {*self._pairs}}
+        return map(texts.__getitem__, self._pairs)
 
 
-class ImpossibleTensor(Exception):
-    """A tensor whose length nobody can tell. Its arguments: name and shape."""
+class InvalidTensor(Exception):
+    """A tensor without a computable length. Its arguments: name and shape."""
 
 
 class HeaderText:
-    """A header, encoded but for its digests: they have a fixed length, so the header's own is known.
-
-    Args:
-        step: optimizer steps made.
-        kind: of the checkpoint.
-        state: canonical JSON.
-        run: JSON.
-        table: the tensors.
-
-    Attributes:
-        nbytes: of the header, with its length and its padding: where the data begins.
-    """
+    """An encoded header without its digests. Digests have a fixed length, so the header's length is known."""
 
     def __init__(self, *, step: int, kind: Kind, state: str, run: str, table: TensorTable) -> None:
-        self._between = (
+        self._between_digests = (
             f'","format":"{FORMAT}","kind":"{kind}","run":{encode_text(run)},"state":{encode_text(state)},'
             '"state_digest":"'
         ).encode()
-        self._after = f'","step":"{step}","version":"{VERSION}"}}{table.encode()}}}'.encode()
-        encoded = sum(map(len, (OPENING, _DIGESTS, self._between, self._after)))
+        self._suffix = f'","step":"{step}","version":"{VERSION}"}}{table.encode()}}}'.encode()
+        encoded = sum(map(len, (OPENING, _DIGESTS, self._between_digests, self._suffix)))
+        # One digest for each tensor, the state's and the header's own.
         self._end = LENGTH_BYTES + encoded + DIGEST_CHARACTERS * (2 + len(table.names))
-        self.nbytes = -(-self._end // ALIGNMENT) * ALIGNMENT
+        self.nbytes = -(-self._end // ALIGNMENT) * ALIGNMENT  # with the padding: the data begins here
 
     def complete(self, digests: Iterable[str], state_digest: str) -> tuple[bytes, str]:
-        """The bytes before the data, and the ``digest`` in them.
-
-        Args:
-            digests: of each tensor, in the order of the data.
-            state_digest: the identity of the state.
-        """
+        """Return the header's bytes and the ``digest`` in them; ``digests`` in the order of the data."""
         parts = [
             (self.nbytes - LENGTH_BYTES).to_bytes(LENGTH_BYTES, "little") + OPENING,
             NO_DIGEST.encode(),
             _DIGESTS,
             "".join(digests).encode(),
-            self._between,
+            self._between_digests,
             state_digest.encode(),
-            self._after,
+            self._suffix,
             b" " * (self.nbytes - self._end),
         ]
         hasher = blake3()
         for part in parts:
             hasher.update(part)
         digest = hasher.hexdigest()
-        parts[1] = digest.encode()
+        parts[1] = digest.encode()  # a digest cannot cover itself: it was hashed as zeros
         return b"".join(parts), digest
 
 
 class Layout:
-    """Where every byte of a new checkpoint goes; known before any tensor is read.
+    """The position of every byte in a new file; known before any tensor is read.
 
-    Making one is cheap, for a caller waits for it: the header is encoded when it, or a place in the file, is
-    first asked for; and only once.
-
-    Attributes:
-        names: of the tensors, in the order of their data.
-        edges: where each begins in the data, in that order, and where the last one ends.
-        data_bytes: the length of all the data.
-
-    Raises:
-        UnsupportedState: if no reader would take the shape of a tensor.
+    The caller waits while a layout is created, so the header is encoded only when first needed.
+    Raises UnsupportedState for a shape, or a size of the header, that readers reject.
     """
 
     def __init__(
-        self, tensors: Iterable[TensorInfo], *, step: int, kind: Kind, sections: dict[str, Any], run: str
+        self, tensors: Mapping[str, Description], *, step: int, kind: Kind, sections: dict[str, Any], run: str
     ) -> None:
-        by_name = sorted(tensors, key=itemgetter(0))
-        names, dtypes, shapes, *_ = zip(*by_name, strict=True) if by_name else ((), (), ())
+        names = sorted(tensors)
+        dtypes, shapes = zip(*map(tensors.__getitem__, names), strict=True) if names else ((), ())
         try:
             self._table = TensorTable(names, dtypes, shapes)
-        except ImpossibleTensor as error:
+        except InvalidTensor as error:
             name, shape = error.args
-            raise UnsupportedState(f"{name}: no reader takes the shape {shape}", label=name) from None
-        self.names = [names[place] for place in self._table.order]
+            raise UnsupportedState(f"{name}: no reader accepts the shape {shape}", label=name) from None
+        self.names = [names[index] for index in self._table.order]  # from here on, in the order of the data
         self.edges = self._table.edges
         self.data_bytes = self._table.data_bytes
         self._step, self._kind, self._sections, self._run = step, kind, sections, run
 
     @property
     def data_offset(self) -> int:
-        """Where the data begins, in bytes: a multiple of the alignment.
-
-        Raises:
-            UnsupportedState: if no reader would take the header.
-        """
+        """Where the data begins, in bytes: a multiple of :data:`ALIGNMENT`."""
         return self._text.nbytes
 
     @property
     def file_size(self) -> int:
-        """In bytes.
-
-        Raises:
-            UnsupportedState: if no reader would take the header.
-        """
+        """Size of the whole file, in bytes."""
         return self.data_offset + self.data_bytes
 
-    @lockfree_cached_property
-    def tensors(self) -> tuple[TensorInfo, ...]:
-        """In the order of their data, with offsets, without digests.
-
-        Raises:
-            UnsupportedState: if no reader would take the header.
-        """
-        return self._table.tensors(self._text.nbytes, [NO_DIGEST] * len(self.names))
-
     def header(self, digests: Sequence[str]) -> tuple[bytes, str]:
-        """The bytes before the data, and the ``digest`` in them, once each tensor's digest is known.
-
-        Args:
-            digests: of each tensor, in the order of the data.
-
-        Raises:
-            UnsupportedState: if no reader would take the header.
-        """
+        """Return the header's bytes and the ``digest`` in them; ``digests`` in the order of the data."""
         return self._text.complete(digests, self._table.state_digest(self._state, digests))
 
     @lockfree_cached_property
@@ -307,25 +230,25 @@ class Layout:
         )
         if text.nbytes > MAX_HEADER_BYTES:
             raise UnsupportedState(
-                f"the header would have {text.nbytes:,} bytes, and no reader takes more than "
-                f"{MAX_HEADER_BYTES:,}: what grows belongs in arrays",
+                f"the header would have {text.nbytes:,} bytes, and readers accept at most "
+                f"{MAX_HEADER_BYTES:,}: store values that grow with the run as arrays",
                 label="state",
             )
         return text
 
 
-def own_digest(header: bytes | bytearray) -> str:
-    """The digest of a header, from its length to its padding, with the place of its own digest blank."""
+def header_digest(header: bytes | bytearray) -> str:
+    """Return the digest of a header, from its length to its padding, with its own digest as zeros."""
     view = memoryview(header)
-    hasher = blake3(view[: DIGEST_PLACE.start])
+    hasher = blake3(view[: DIGEST_SLICE.start])
     hasher.update(NO_DIGEST.encode())
-    return hasher.update(view[DIGEST_PLACE.stop :]).hexdigest()
+    return hasher.update(view[DIGEST_SLICE.stop :]).hexdigest()
 
 
 def tensor_hasher(*, all_cores: bool) -> blake3:
-    """A digest for large pieces that uses every core, or one for small ones, which threads would only delay.
+    """Return a BLAKE3 hasher for a tensor's bytes: multi-threaded for large pieces, else single-threaded.
 
-    In a forked child always the latter: its parent's threads would never answer.
+    In a forked child always the latter: the threads of the parent's pool do not exist there.
     """
     return blake3(max_threads=blake3.AUTO if all_cores and not _forked else 1)
 
@@ -344,24 +267,24 @@ _COMPACT = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
 
 
 def canonical_json(value: Any) -> str:
-    """JSON with sorted keys and no spaces: equal values give equal text. NaN and infinities are kept."""
+    """Return JSON with sorted keys and no spaces: equal values give equal text. Keeps NaN and infinities."""
     return _CANONICAL.encode(value)
 
 
 def compact_json(value: Any) -> str:
-    """The same with keys in the order in which they stand."""
+    """Return JSON without spaces, the keys in their own order."""
     return _COMPACT.encode(value)
 
 
-def is_possible(shape: tuple[int, ...]) -> bool:
-    """Whether a tensor of the smallest items can have that shape. Nothing about it is trusted."""
+def is_valid_shape(shape: tuple[int, ...]) -> bool:
+    """Return whether some tensor can have that shape. Nothing about it is trusted."""
     return _size("U8", shape) >= 0
 
 
 def _size(dtype: str, shape: tuple[int, ...]) -> int:
-    """The bytes of a tensor, or -1 if there is no such tensor. Nothing about dtype and shape is trusted."""
+    """Return a tensor's length in bytes, or -1 if it is impossible. Neither dtype nor shape is trusted."""
     item_size = ITEM_SIZES.get(dtype)
-    # bool is an int to isinstance, and True a dimension of 1: type() is meant.
+    # type(), not isinstance(): True is an int, and must not be a dimension of 1.
     if (
         item_size is None
         or len(shape) > MAX_DIMENSIONS
@@ -369,7 +292,7 @@ def _size(dtype: str, shape: tuple[int, ...]) -> int:
         or min(shape, default=0) < 0
     ):
         return -1
-    # A dimension of 0 leaves the others as they are: frameworks refuse their product if it is too large.
+    # Without the zeros: frameworks reject a shape such as (0, 2**62, 2**62), too.
     if prod(filter(None, shape)) * item_size >= MAX_SIZE:
         return -1
     return prod(shape) * item_size

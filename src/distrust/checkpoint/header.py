@@ -1,19 +1,19 @@
-"""A checkpoint's header, read and checked. No I/O of its own.
+"""Parsing and checking a checkpoint's header. No I/O.
 
-A reader trusts nothing that a file says of itself, and pays only for what it asks:
+A reader trusts nothing in the file, and each caller pays only for what it uses:
 
-- :func:`parse_header` proves that the header is the one that was written, by its digest; it parses and checks
-  the metadata, every scalar of the state, and that the file has the size of which the header speaks. That is
-  all a listing shows. The tensors' descriptions and the skeleton of their sections, which may be thousands
-  of times as long, are covered by the digest and not parsed.
-- :attr:`Header.tensors` and :attr:`Header.sections` parse and check those when first asked for.
-- :meth:`Header.require_intact` checks everything: the two above, the state's digest, and canonical form.
-  Whoever reads the data calls it before.
+- :func:`parse_header` verifies the header's digest, parses the metadata and the scalars of the state, and
+  checks that the file has the size that the header states. That is all a listing shows. The descriptions of
+  tensors and the skeletons of their sections, which may be thousands of times as long, are covered by the
+  digest but not parsed.
+- :attr:`Header.tensors` and :attr:`Header.sections` parse and check those on first access.
+- :meth:`Header.require_intact` checks everything: the two above, the state's digest, and canonical form. It
+  is called before any data is read.
 
-So damage is found at once, wherever it is. What is forged, with digests that are right, is found where it is
-used, always as :class:`CorruptCheckpoint`. Canonical form is checked by encoding what was parsed as a writer
-does, and comparing: that leaves no room for a key that stands twice, a gap or an overlap between tensors, a
-length that is not that of dtype and shape, or True for 1, so there is no check of its own for each of them.
+So damage is detected at once, wherever it is. A forged file with correct digests is rejected where it is
+used, always with :class:`CorruptCheckpoint`. Canonical form is checked by re-encoding what was parsed and
+comparing the bytes. That rules out duplicate keys, gaps and overlaps between tensors, lengths that do not
+match dtype and shape, and True for 1, so none of these has a check of its own.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from distrust.checkpoint import tree
 from distrust.checkpoint.format import (
     ALIGNMENT,
     DIGEST_CHARACTERS,
-    DIGEST_PLACE,
+    DIGEST_SLICE,
     FORMAT,
     LENGTH_BYTES,
     MAX_HEADER_BYTES,
@@ -38,14 +38,14 @@ from distrust.checkpoint.format import (
     OPENING,
     VERSION,
     HeaderText,
-    ImpossibleTensor,
+    InvalidTensor,
     Kind,
     TensorInfo,
     TensorTable,
     canonical_json,
     compact_json,
-    is_possible,
-    own_digest,
+    header_digest,
+    is_valid_shape,
 )
 from distrust.checkpoint.lazy import lockfree_cached_property
 from distrust.checkpoint.tree import ARRAY_SECTIONS, STATE_SECTIONS
@@ -54,13 +54,13 @@ from distrust.errors import CorruptCheckpoint, UnsupportedVersion, shorten
 METADATA_KEYS = (
     "digest", "digests", "format", "kind", "run", "state", "state_digest", "step", "version"
 )  # fmt: skip
-#: How the state begins. The skeletons of model, optimizer and rng, as long as there are tensors, come behind.
+#: The state begins with these; the skeletons of model, optimizer and rng, long with many tensors, follow.
 _FIRST_SECTIONS = ("config", "history", "metadata")
 _STATE_KEYS = ("sections", "step")
 _SECTIONS = (*sorted(STATE_SECTIONS),)
 _KINDS = get_args(Kind)
-#: A tensor's member of the header. Nothing is ever tried twice ("+" after a repetition): hostile text costs
-#: no more time than any other.
+#: A tensor's member of the header. Possessive quantifiers ("++", "*+") never backtrack, so hostile text
+#: cannot make the match slow.
 _MEMBER = re.compile(
     r',"((?:[^"\\\x00-\x1f]++|\\.)*+)":\{"data_offsets":\[([0-9]++,[0-9]++)\],'
     r'"dtype":"([A-Z0-9_]++)","shape":\[([0-9,]*+)\]\}'
@@ -71,32 +71,20 @@ _PAIRS_DECODER = json.JSONDecoder(object_pairs_hook=tuple)
 
 
 class Header:
-    """What the first bytes of a checkpoint say.
-
-    Attributes:
-        step: optimizer steps made.
-        kind: ``periodic``, or ``final`` for one that is never cleaned up.
-        state: canonical JSON of the skeleton, the scalars, the config and the metadata.
-        run: JSON of what may differ between equal runs.
-        state_digest: the identity of the state.
-        digest: of the header.
-        file_size: in bytes.
-        config: the options that change the result.
-        metadata: the caller's metadata.
-        run_info: what ``run`` says: created, host, metrics and the caller's own.
-    """
+    """The contents of a header."""
 
     format = FORMAT
+    lacks_arrays = False  # only a foreign header can be metadata alone
 
     def __init__(self, metadata: dict[str, str], table: str, data_offset: int, file_size: int) -> None:
         self.step = _integer(metadata["step"], "step")
         self.kind = _kind(metadata["kind"])
-        self.state = metadata["state"]
-        self.run = metadata["run"]
-        self.state_digest = metadata["state_digest"]
-        self.digest = metadata["digest"]
+        self.state = metadata["state"]  # canonical JSON: skeleton, scalars, config and metadata
+        self.run = metadata["run"]  # JSON of what may differ between equal runs
+        self.state_digest = metadata["state_digest"]  # the identity of the state
+        self.digest = metadata["digest"]  # of the header
         self.file_size = file_size
-        self._digests = metadata["digests"]
+        self._digests = metadata["digests"]  # of the tensors, concatenated
         self._table_text = table
         self._data_offset = data_offset
         self.config, self.metadata = _plain_sections(self.state, self.step)
@@ -104,7 +92,7 @@ class Header:
 
     @lockfree_cached_property
     def metrics(self) -> dict[str, float]:
-        """The numbers of the metadata, and those saved as metrics."""
+        """The numbers in the metadata and the saved metrics; the latter take precedence."""
         candidates = {**self.metadata, **self.saved_metrics}
         return {
             name: value
@@ -114,157 +102,150 @@ class Header:
 
     @property
     def saved_metrics(self) -> dict[str, float]:
-        """What was saved as metrics, without the numbers of the metadata."""
-        saved: dict[str, float] = self.run_info["metrics"]
-        return saved
+        """The saved metrics, without the numbers in the metadata."""
+        metrics: dict[str, float] = self.run_info["metrics"]
+        return metrics
 
     @property
     def measured_on(self) -> str:
-        """What the metrics were measured on; empty where that was not said."""
-        found: str = self.run_info.get("measured_on", "")
-        return found
+        """What the metrics were measured on; empty if not recorded."""
+        description: str = self.run_info.get("measured_on", "")
+        return description
 
     @lockfree_cached_property
     def tensors(self) -> tuple[TensorInfo, ...]:
-        """In the order of their data.
-
-        Raises:
-            CorruptCheckpoint: if they do not fill the data as a writer lays it out.
-        """
-        return self._table.tensors(self._data_offset, self._each_digest)
+        """The tensors in the order of their data; CorruptCheckpoint if no writer lays them out like this."""
+        return self._table.tensors(self._data_offset, self._tensor_digests)
 
     @lockfree_cached_property
     def sections(self) -> dict[str, Any]:
-        """The skeleton of each section of the state; together they name every tensor once.
-
-        Raises:
-            CorruptCheckpoint: if ``state`` is not what a writer makes.
-        """
-        with _json_of("state"):
+        """The skeleton of each section; CorruptCheckpoint unless together they name every tensor once."""
+        with _json_errors("state"):
             state = json.loads(self.state)
             _require_same(self.state, canonical_json(state))
         sections = state.get("sections") if type(state) is dict else None
         if type(sections) is not dict or state.get("step") != self.step:
-            raise CorruptCheckpoint("the state is not that of the step in the header")
+            raise CorruptCheckpoint("the state is not of the step in the header")
         if (*state,) != _STATE_KEYS or (*sections,) != _SECTIONS:
             raise CorruptCheckpoint(f"the state does not hold {', '.join(_SECTIONS)} and nothing else")
-        named: list[str] = []
+        all_labels: list[str] = []
         for name in STATE_SECTIONS:
             labels: list[str] = []
             if type(tree.unflatten(sections.get(name), labels.append)) is not dict:
                 raise CorruptCheckpoint(f"the state has no {name}")
             if labels and name not in ARRAY_SECTIONS:
                 raise CorruptCheckpoint(f"{name} names a tensor, {shorten(labels[0])!r}")
-            named += labels
-        if sorted(named) != self._table.names:
+            all_labels += labels
+        if sorted(all_labels) != self._table.names:  # a tensor used twice, unused, or missing
             raise CorruptCheckpoint("the state does not name every tensor of the file once")
         return sections
 
     def require_intact(self) -> None:
-        """Check all that is checked without the tensors' bytes.
-
-        Raises:
-            CorruptCheckpoint: with what no writer makes.
-        """
-        _ = self.sections
-        with _json_of("header"):  # lone surrogates have no bytes to digest
-            state_digest = self._table.state_digest(self.state, self._each_digest)
+        """Check everything that can be checked without the tensors' bytes; raise CorruptCheckpoint."""
+        _ = self.sections  # parses and checks them
+        with _json_errors("header"):  # lone surrogates cannot be encoded
+            state_digest = self._table.state_digest(self.state, self._tensor_digests)
             text = HeaderText(
                 step=self.step, kind=self.kind, state=self.state, run=self.run, table=self._table
             )
-            _, digest = text.complete(self._each_digest, self.state_digest)
+            _, digest = text.complete(self._tensor_digests, self.state_digest)
         if self.state_digest != state_digest:
             raise CorruptCheckpoint("the state's digest does not match the state")
-        # The digest in the file was that of its own bytes: where this one is the same, so are the bytes.
+        # parse_header verified that self.digest is that of the file's bytes: if the digest of the re-encoded
+        # header is equal, so are the bytes.
         if self.digest != digest:
             raise CorruptCheckpoint("the header is not in canonical form")
 
     @lockfree_cached_property
     def _table(self) -> TensorTable:
-        names, spans, dtypes, shapes = _columns(self._table_text)
+        names, byte_ranges, dtypes, shapes = _parse_table(self._table_text)
         try:
             table = TensorTable(names, dtypes, shapes)
-        except ImpossibleTensor as error:
+        except InvalidTensor as error:
             name, _ = error.args
             raise CorruptCheckpoint(
-                f"tensor {shorten(name)!r} has an unknown dtype or no valid shape"
+                f"tensor {shorten(name)!r} has an unknown dtype or an invalid shape"
             ) from None
-        if not all(map(lt, [METADATA, *names], names)):
-            raise CorruptCheckpoint("the tensors do not stand in the order of their names, each once")
-        belong = [*map("%d,%d".__mod__, table.spans())]
-        if spans != belong:
-            name, span = next((n, b) for n, s, b in zip(names, spans, belong, strict=True) if s != b)
-            raise CorruptCheckpoint(f"tensor {shorten(name)!r} does not lie in the bytes {span} of the data")
+        if not all(map(lt, [METADATA, *names], names)):  # strictly ascending: no duplicate keys
+            raise CorruptCheckpoint("the tensors are not sorted by name, or a name occurs twice")
+        # Offsets are never used: they must equal those that a writer computes from dtypes and shapes.
+        expected = [*map("%d,%d".__mod__, table.byte_ranges())]
+        if byte_ranges != expected:
+            rows = zip(names, byte_ranges, expected, strict=True)
+            name, correct = next((name, right) for name, actual, right in rows if actual != right)
+            raise CorruptCheckpoint(f"tensor {shorten(name)!r} is not at the bytes {correct} of the data")
         if len(self._digests) != DIGEST_CHARACTERS * len(names):
             raise CorruptCheckpoint(f"there are not {len(names)} digests for {len(names)} tensors")
         return table
 
     @property
-    def _each_digest(self) -> list[str]:
-        digests = self._digests
-        return [digests[at : at + DIGEST_CHARACTERS] for at in range(0, len(digests), DIGEST_CHARACTERS)]
+    def _tensor_digests(self) -> list[str]:
+        starts = range(0, len(self._digests), DIGEST_CHARACTERS)
+        return [self._digests[start : start + DIGEST_CHARACTERS] for start in starts]
 
 
 def header_length(first: bytes, file_size: int) -> int:
-    """The length of the header and the 8 bytes before it.
+    """Return the length of the header, with the 8 bytes of length before it.
 
     Args:
         first: the first 8 bytes of the file, or more.
         file_size: of the whole file, in bytes.
 
     Raises:
-        CorruptCheckpoint: if no header of that length can be there.
+        CorruptCheckpoint: if the file cannot have a header of that length.
     """
     if len(first) < LENGTH_BYTES:
         raise CorruptCheckpoint(f"{file_size} bytes are too few for a checkpoint")
     length = LENGTH_BYTES + int.from_bytes(first[:LENGTH_BYTES], "little")
-    if length > min(file_size, MAX_HEADER_BYTES):
+    if length > min(file_size, MAX_HEADER_BYTES):  # before any memory is allocated for it
         raise CorruptCheckpoint(
-            f"no checkpoint, or cut or overwritten: a header of {length} bytes, a file of {file_size}"
+            f"not a checkpoint, or truncated or overwritten: {length} bytes of header, {file_size} of file"
         )
     return length
 
 
 def parse_header(raw: bytes | bytearray, file_size: int) -> Header:
-    """Read and check a header, from its 8 bytes of length to its padding.
+    """Parse and check a header, from its 8 bytes of length to its padding.
 
-    Checked: the digest of the header, the version, every field of the metadata, the scalars of the state,
-    the size of the file. The rest is checked when it is asked for: see the module.
+    Checks the digest of the header, the version, every field of the metadata, the scalars of the state and
+    the size of the file. The rest is checked on access: see the module.
 
     Raises:
-        CorruptCheckpoint: with what is wrong.
+        CorruptCheckpoint: describing the defect.
         UnsupportedVersion: if a later version of the format wrote the file.
     """
     if not raw.startswith(OPENING, LENGTH_BYTES):
         raise CorruptCheckpoint(
-            f"not a checkpoint of this library: its header does not begin as one of {FORMAT}"
+            f"not a checkpoint of this library: its header does not begin like one of {FORMAT}"
         )
-    # Every version of the format keeps to this, and what follows can rely on it.
-    if raw[DIGEST_PLACE] != own_digest(raw).encode():
+    # First, and the same in every version: everything below parses bytes that are as they were written.
+    if raw[DIGEST_SLICE] != header_digest(raw).encode():
         raise CorruptCheckpoint("the header's digest does not match the header")
     try:
         text = str(memoryview(raw)[LENGTH_BYTES:], "utf-8")
     except UnicodeDecodeError:
         raise CorruptCheckpoint("the header is not UTF-8") from None
-    metadata, end = _metadata(text)
+    metadata, end = _parse_metadata(text)
+    # Exactly one padding is valid. Otherwise two files of the same state could differ.
     last = text.rfind("}")
     if text[last + 1 :] != " " * (len(text) - last - 1) or len(raw) % ALIGNMENT:
-        raise CorruptCheckpoint("the header does not end with its padding")
+        raise CorruptCheckpoint("the header is not padded as a writer pads it")
     table = text[end:last]
-    if not _fill(table, file_size - len(raw)):
-        raise CorruptCheckpoint(f"the file has {file_size} bytes, and its header speaks of another number")
+    if not _fits_data(table, file_size - len(raw)):
+        raise CorruptCheckpoint(f"the file has {file_size} bytes, and its header states another size")
     return Header(metadata, table, len(raw), file_size)
 
 
-def _metadata(text: str) -> tuple[dict[str, str], int]:
-    """The metadata, and where it ends."""
+def _parse_metadata(text: str) -> tuple[dict[str, str], int]:
+    """Return the metadata and the position of its end."""
     try:
         pairs, end = _PAIRS_DECODER.raw_decode(text, text.index("{", 1))
     except (ValueError, RecursionError) as error:
-        raise CorruptCheckpoint(f"the header is not the JSON that a writer makes ({error})") from None
-    metadata = dict(pairs)
+        raise CorruptCheckpoint(f"the header is not the JSON that a writer produces ({error})") from None
+    metadata = dict(pairs)  # from pairs, to detect duplicate keys
     if metadata.get("format") != FORMAT or len(metadata) != len(pairs):
         raise CorruptCheckpoint(f"not a checkpoint of this library: its metadata names no format {FORMAT!r}")
+    # Before the other keys, which a later version may change.
     version = _integer(metadata.get("version"), "version")
     if version > VERSION:
         raise UnsupportedVersion(
@@ -277,22 +258,22 @@ def _metadata(text: str) -> tuple[dict[str, str], int]:
     return metadata, end
 
 
-def _fill(table: str, data_bytes: int) -> bool:
-    """Whether the data of the tensors ends where the file ends, by the text of the table alone.
+def _fits_data(table: str, data_bytes: int) -> bool:
+    """Return whether the tensors' data ends where the file ends, judged by the text of the table alone.
 
-    In canonical form their data has no gaps, so that is where one ends and no other begins, but for those of
-    no length. No name can be taken for an offset: in a JSON string a quote has a backslash before it.
+    In canonical form the data has no gaps, so it ends where one tensor ends and no other begins, except empty
+    ones. No name can be mistaken for an offset: in a JSON string, a backslash precedes each quote.
     """
-    begin = table.count(f'":{{"data_offsets":[{data_bytes},')
+    at_end = table.count(f'":{{"data_offsets":[{data_bytes},')
     empty = table.count(f'":{{"data_offsets":[{data_bytes},{data_bytes}],"dtype":')
-    return begin == empty and (data_bytes == 0 or f',{data_bytes}],"dtype":' in table)
+    return at_end == empty and (data_bytes == 0 or f',{data_bytes}],"dtype":' in table)
 
 
 def _plain_sections(state: str, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The config and the metadata, without parsing the skeletons of the tensors behind them."""
+    """Return the config and the metadata, without parsing the skeletons that follow them."""
     nodes: dict[str, Any] = {}
     end = len('{"sections":')
-    with _json_of("state"):
+    with _json_errors("state"):
         for name in _FIRST_SECTIONS:
             nodes[name], end = _DECODER.raw_decode(state, end + len(f',"{name}":'))
         _require_same(state[:end], '{"sections":' + canonical_json(nodes)[:-1])
@@ -300,7 +281,7 @@ def _plain_sections(state: str, step: int) -> tuple[dict[str, Any], dict[str, An
     if type(config) is not dict or type(metadata) is not dict:
         raise CorruptCheckpoint("the state has no config or no metadata")
     if not state.endswith(f',"step":{step}}}'):
-        raise CorruptCheckpoint("the state is not that of the step in the header")
+        raise CorruptCheckpoint("the state is not of the step in the header")
     return config, metadata
 
 
@@ -309,76 +290,76 @@ def _refuse_tensor(label: str) -> None:
 
 
 def _run_info(text: str) -> dict[str, Any]:
-    with _json_of("run"):
+    with _json_errors("run"):
         run = json.loads(text)
-        _require_same(text, compact_json(run))  # its keys stand as the caller gave them
+        _require_same(text, compact_json(run))  # in the order of keys of the caller
     if type(run) is not dict or any(type(run.get(part)) is not dict for part in ("metrics", "extra")):
-        raise CorruptCheckpoint("the header's run is not what a writer makes")
+        raise CorruptCheckpoint("the header's run is not one that a writer produces")
     if type(run.get("measured_on", "")) is not str:
-        raise CorruptCheckpoint("the header's run does not say in words what was measured on")
+        raise CorruptCheckpoint("the header's measured_on is not text")
     if tree.is_too_deep(run):
         raise CorruptCheckpoint(f"the header's run is nested deeper than {tree.MAX_DEPTH} levels")
     return run
 
 
 @contextlib.contextmanager
-def _json_of(what: str) -> Iterator[None]:
-    """For what is done with JSON that may be hostile."""
+def _json_errors(part: str) -> Iterator[None]:
+    """Convert the errors of hostile JSON to :class:`CorruptCheckpoint`."""
     try:
         yield
-    except (ValueError, RecursionError) as error:
-        raise CorruptCheckpoint(f"the {what} is not the JSON that a writer makes ({error})") from None
+    except (ValueError, RecursionError) as error:  # deep nesting; UnicodeError is a ValueError
+        raise CorruptCheckpoint(f"the {part} is not the JSON that a writer produces ({error})") from None
 
 
 def _require_same(text: str, encoded: str) -> None:
-    """That JSON is as a writer encodes what was parsed of it."""
+    """Check that text is the canonical encoding of what was parsed from it."""
     if text != encoded:
         raise ValueError("not in canonical form")
-    text.encode()  # no lone surrogates
+    text.encode()  # raises for lone surrogates, which JSON can escape
 
 
-def _columns(table: str) -> tuple[list[str], list[str], list[str], list[tuple[int, ...]]]:
-    """Names, spans ("begin,end"), dtypes and shapes of the tensors, in the order of the text.
+def _parse_table(table: str) -> tuple[list[str], list[str], list[str], list[tuple[int, ...]]]:
+    """Return names, byte ranges ("begin,end"), dtypes and shapes of the tensors, in the order of the text.
 
-    Not by a parser of JSON: a writer gives each member one form, and whatever has another is refused.
+    A regular expression, not a JSON parser: a writer produces one form, and any other is invalid.
     """
-    found = _MEMBER.findall(table)
-    columns = [*zip(*found, strict=True)] or [()] * 4
-    # What was found is in order and without overlaps: if its length is that of the text, it is all of it.
-    if sum(map(len, chain.from_iterable(columns))) + _MEMBER_FRAME * len(found) != len(table):
-        raise CorruptCheckpoint("not every tensor is described by bytes, dtype and shape as a writer does")
-    names, spans, dtypes, shapes = columns
-    parsed = {shape: _shape(shape) for shape in {*shapes}}  # there are a few
+    members = _MEMBER.findall(table)
+    columns = [*zip(*members, strict=True)] or [()] * 4
+    # Matches are in order and do not overlap: if their total length is that of the text, they are all of it.
+    if sum(map(len, chain.from_iterable(columns))) + _MEMBER_FRAME * len(members) != len(table):
+        raise CorruptCheckpoint("a tensor's description is not one that a writer produces")
+    names, byte_ranges, dtypes, shapes = columns
+    parsed = {shape: _shape(shape) for shape in {*shapes}}  # thousands of tensors share a few shapes
     return (
         [_name(name) if "\\" in name else name for name in names],
-        [*spans],
+        [*byte_ranges],
         [*dtypes],
         [*map(parsed.__getitem__, shapes)],
     )
 
 
 def _shape(text: str) -> tuple[int, ...]:
-    with _json_of("table of tensors"):
+    with _json_errors("table of tensors"):
         shape = tuple(json.loads(f"[{text}]"))
         _require_same(f"[{text}]", compact_json(shape))
-    # Before anybody puts shapes into a set: who may choose the numbers in them chooses their hashes, too.
-    if not is_possible(shape):
-        raise CorruptCheckpoint(f"no tensor has the shape [{shorten(text)}]")
+    # Before any shape is put into a set: whoever chooses the integers in it also chooses its hash.
+    if not is_valid_shape(shape):
+        raise CorruptCheckpoint(f"no tensor can have the shape [{shorten(text)}]")
     return shape
 
 
 def _name(encoded: str) -> str:
-    with _json_of("table of tensors"):
+    with _json_errors("table of tensors"):
         name: str = json.loads(f'"{encoded}"')
         _require_same(f'"{encoded}"', canonical_json(name))
     return name
 
 
 def _integer(text: Any, name: str) -> int:
-    # 18 digits: no text of an unbounded length is ever parsed as a number.
-    digits = type(text) is str and text.isascii() and text.isdigit() and len(text) <= 18
-    if not digits or text != str(int(text)):
-        raise CorruptCheckpoint(f"the header's {name} is no whole number")
+    # At most 18 digits: parsing an integer takes quadratic time.
+    is_number = type(text) is str and text.isascii() and text.isdigit() and len(text) <= 18
+    if not is_number or text != str(int(text)):  # no leading zeros
+        raise CorruptCheckpoint(f"the header's {name} is not an integer")
     return int(text)
 
 

@@ -1,33 +1,28 @@
-"""A state whose tensors are verified when they are first touched."""
+"""Values computed on first access: tensors that are verified when read, and cached properties."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, Self, TypeVar, overload
+from typing import Any, Generic, TypeVar
 
 
 @dataclass(frozen=True, slots=True)
 class LazyTensor:
-    """Stands for a tensor until somebody asks for it."""
+    """A placeholder for a tensor that is not verified yet."""
 
     label: str
 
 
 class LazyMapping(Mapping[Any, Any]):
-    """A dict of a state that was loaded lazily. Reading a value verifies the tensors in it, once each.
+    """A dict of a lazily loaded state, with :class:`LazyTensor` for tensors. Reading verifies them."""
 
-    Args:
-        content: keys and values; tensors in it are :class:`Untouched`.
-        touch: label -> the verified array.
-    """
-
-    def __init__(self, content: Mapping[Any, Any], touch: Callable[[str], Any]) -> None:
+    def __init__(self, content: Mapping[Any, Any], load_tensor: Callable[[str], Any]) -> None:
         self._content = content
-        self._touch = touch
+        self._load_tensor = load_tensor  # label -> verified array; caches its results
 
     def __getitem__(self, key: Any) -> Any:
-        return self._touched(self._content[key])
+        return self._resolve(self._content[key])
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._content)
@@ -36,19 +31,19 @@ class LazyMapping(Mapping[Any, Any]):
         return len(self._content)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({list(self._content)})"
+        return f"{type(self).__name__}({list(self._content)})"  # keys only: values would be read from disk
 
     def copy(self) -> dict[Any, Any]:
-        """Plain dicts at every level, for who changes what they copied; it touches everything."""
+        """Return a plain dict, nested ones included; this verifies every tensor."""
         return {key: _plain(value) for key, value in self.items()}
 
-    def _touched(self, value: Any) -> Any:
+    def _resolve(self, value: Any) -> Any:
         if isinstance(value, LazyTensor):
-            return self._touch(value.label)
+            return self._load_tensor(value.label)
         if isinstance(value, dict):
-            return LazyMapping(value, self._touch)
+            return LazyMapping(value, self._load_tensor)  # nested dicts stay lazy
         if isinstance(value, (list, tuple)):
-            return type(value)(map(self._touched, value))
+            return type(value)(map(self._resolve, value))
         return value
 
 
@@ -63,11 +58,11 @@ def _plain(value: Any) -> Any:
 Value = TypeVar("Value")
 
 
-class lockfree_cached_property(Generic[Value]):  # noqa: N801 - it is used as a decorator
-    """Makes a method of one object such an attribute.
+class lockfree_cached_property(Generic[Value]):  # noqa: N801 - used as a decorator
+    """A cached property without the lock of ``functools.cached_property`` in Python 3.11.
 
-    Args:
-        compute: the method.
+    All instances share that lock: a child forked while another thread held it would wait forever. Here two
+    threads may compute a value twice; both results are equal.
     """
 
     def __init__(self, compute: Callable[[Any], Value]) -> None:
@@ -75,16 +70,10 @@ class lockfree_cached_property(Generic[Value]):  # noqa: N801 - it is used as a 
         self._compute = compute
         self._name = compute.__name__
 
-    @overload
-    def __get__(self, instance: None, owner: type) -> Self: ...
-
-    @overload
-    def __get__(self, instance: object, owner: type) -> Value: ...
-
-    def __get__(self, instance: object | None, owner: type) -> Self | Value:
+    def __get__(self, instance: object | None, owner: type) -> Value:
         if instance is None:
-            return self
+            return self  # type: ignore[return-value]  # help() and inspect look it up on the class
         value = self._compute(instance)
-        # It hides this from the next one who asks.
+        # A non-data descriptor: from now on the instance's own attribute hides it.
         instance.__dict__[self._name] = value
         return value

@@ -1,4 +1,4 @@
-"""What the clones of a manager share: the lock, the writer, and what is known of the files."""
+"""What the clones of a manager share: the lock, the background writer, which files are intact."""
 
 from __future__ import annotations
 
@@ -9,62 +9,95 @@ import weakref
 from pathlib import Path
 
 from distrust.checkpoint import catalog
-from distrust.checkpoint.catalog import CheckpointFile
+from distrust.checkpoint.background import BackgroundWriter
+from distrust.checkpoint.checkpoint_file import CheckpointFile, Scan
 from distrust.checkpoint.disk import Disk
 from distrust.checkpoint.lock import DirectoryLock
 from distrust.checkpoint.memory import ReusableMemory
 from distrust.checkpoint.snapshot import Snapshot
-from distrust.checkpoint.writer import BackgroundWriter
 
 
 class ManagerState:
-    """What the clones of a manager share: the lock, the writer, and what is known of the files."""
+    """Shared by a manager's reader, writer, retainer and clones.
+
+    Attributes:
+        mutex: held by every operation that writes, so that clones in several threads wait for each other.
+        intact: identities of files that this process wrote or verified.
+        damaged: identities of files that did not verify.
+        resumed_from: the checkpoint that this process loaded last; kept until a newer one is saved.
+    """
 
     def __init__(self, directory: Path, disk: Disk) -> None:
         self.directory = directory
         self.disk = disk
         self.reset()
-        _reset_in_forked_children().add(self)
+        _reset_after_fork().add(self)
 
     def reset(self) -> None:
-        """Know nothing and hold nothing: at first, and in a forked child."""
+        """Start without lock, thread and knowledge: initially, and in a forked child."""
         self.lock = DirectoryLock(self.directory, self.disk)
-        self.writer = BackgroundWriter()
+        self.background = BackgroundWriter()
         self.snapshot = Snapshot()
-        self.ring = ReusableMemory()
+        self.block_buffer = ReusableMemory()
         self.mutex = threading.RLock()
-        self.leaving = False
-        # Identified by name and header digest: a file replaced by another process is another file.
-        self.good: set[tuple[str, str]] = set()
+        self.intact: set[tuple[str, str]] = set()
         self.damaged: set[tuple[str, str]] = set()
         self.resumed_from: CheckpointFile | None = None
-        self.listed: catalog.Known = {}
+        self._scan_cache: catalog.ScanCache = {}
+        self._closing = False
+
+    def acquire(self) -> None:
+        """Take the directory's lock, unless this process has it; a close in progress is cancelled."""
+        self._closing = False
+        self.lock.acquire()
+
+    def scan(self) -> Scan:
+        """List the directory."""
+        return catalog.scan(self.directory, self._scan_cache)
+
+    def record_saved(self, path: Path, digest: str, step: int) -> None:
+        """A save committed this file."""
+        self.intact.add((path.name, digest))
+        if self.resumed_from is not None and step > self.resumed_from.step:
+            self.resumed_from = None  # a newer one exists: the rules alone decide about it
+
+    def record_loaded(self, file: CheckpointFile) -> None:
+        """This file was verified and loaded: the run may resume from it."""
+        if not file.is_foreign:  # no rule ever counts or removes a foreign one
+            self.intact.add(file.identity)
+            self.resumed_from = file
+
+    def forget_removed(self, files: tuple[CheckpointFile, ...]) -> None:
+        """Forget what is known of files that no longer exist: a long run writes many."""
+        # Not an assignment of what remains: a save that ends meanwhile adds its own file.
+        removed = (self.intact | self.damaged) - {file.identity for file in files}
+        self.intact -= removed
+        self.damaged -= removed
 
     def release_when_idle(self) -> None:
-        """Let go of the lock once no write is under way: before, the next writer would sweep its file."""
-        self.leaving = True
-        self.writer.when_idle(self._let_go)
+        """Release the lock once no write is in progress: earlier, the next writer would sweep its file."""
+        self._closing = True
+        self.background.when_idle(self._release)
 
-    def _let_go(self) -> None:
+    def _release(self) -> None:
         with self.mutex:
-            if self.leaving and self.writer.idle:
+            if self._closing and self.background.idle:
                 self.snapshot.release()
-                self.ring.release()
+                self.block_buffer.release()
                 self.lock.release()
 
 
 @functools.cache
-def _reset_in_forked_children() -> weakref.WeakSet[ManagerState]:
-    """Neither the parent's lock nor its thread is in a forked child.
+def _reset_after_fork() -> weakref.WeakSet[ManagerState]:
+    """The states to reset in a forked child: neither the parent's lock nor its threads exist there.
 
-    There it is one thread's work, before any other can be: two that found out at the same time would each
-    begin, and take the lock from one another.
+    The hook runs before any other thread of the child can exist, so no two threads reset the same state.
     """
-    sessions: weakref.WeakSet[ManagerState] = weakref.WeakSet()
+    states: weakref.WeakSet[ManagerState] = weakref.WeakSet()
 
-    def begin_all() -> None:
-        for session in list(sessions):
-            session.reset()
+    def reset_all() -> None:
+        for state in list(states):
+            state.reset()
 
-    os.register_at_fork(after_in_child=begin_all)
-    return sessions
+    os.register_at_fork(after_in_child=reset_all)
+    return states

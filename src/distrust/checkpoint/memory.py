@@ -1,7 +1,7 @@
-"""Host memory that is made once and used again, and touched before it is needed.
+"""Reusable host memory that is pre-touched, and how much memory this process uses and may use.
 
-A copy into memory that was touched before runs at the speed of the memory; into fresh memory it waits for
-the kernel to find and clear each page, which is several times slower and varies a lot.
+A copy into touched memory runs at memory speed. In fresh memory the kernel first finds and clears each page,
+which is several times slower and varies a lot.
 """
 
 from __future__ import annotations
@@ -15,24 +15,20 @@ from pathlib import Path
 from distrust.checkpoint import parallel
 
 _LINUX = os.uname().sysname == "Linux"
-PAGE_BYTES = 4096
+PAGE_BYTES = 4096  # direct I/O needs memory, offsets and lengths in multiples of it
 _LARGE_PAGE_BYTES = 2 << 20
-_MADV_POPULATE_WRITE = 23  # Linux 5.14; Python has no name for it
-_TOUCH_BYTES = 64 << 20
-# Of glibc's malloc.h; larger blocks it does not keep.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_MADV_POPULATE_WRITE = 23  # Linux 5.14; Python does not define it
+_TOUCH_BYTES = 64 << 20  # per task of a thread
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
 _LARGE_BLOCK_BYTES = 1 << 20
-_LARGEST_BLOCK_BYTES = 32 << 20
+_LARGEST_BLOCK_BYTES = 32 << 20  # glibc's upper bound of the threshold: it always unmaps larger blocks
 
 
 def allocate(nbytes: int) -> mmap.mmap:
-    """Zeroed memory of at least ``nbytes`` that begins on a page; nothing of it is touched yet.
+    """Return zeroed, page-aligned memory of at least ``nbytes``, not yet touched.
 
-    In pages of the system's own choice, for memory that is used once: on virtual machines that give large
-    free pages back to their host, the first touch of each is several times slower.
-
-    Raises:
-        MemoryError: if there is none.
+    For memory that is used once, so without a request for large pages: on virtual machines that return free
+    large pages to their host, the first touch of each is several times slower. Raises MemoryError.
     """
     try:
         return mmap.mmap(-1, max(nbytes, PAGE_BYTES), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -41,22 +37,19 @@ def allocate(nbytes: int) -> mmap.mmap:
 
 
 def prefer_large_pages(memory: mmap.mmap) -> None:
-    """For memory that is used again and again: direct I/O asks for each page of it, every time."""
+    """Request large pages, for memory that is reused: direct I/O pins each page of it, every time."""
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without them
+        with contextlib.suppress(OSError):  # a kernel without large pages
             memory.madvise(mmap.MADV_HUGEPAGE)
 
 
 def address_of(memory: mmap.mmap) -> int:
-    """Where it begins."""
+    """Return the address of its first byte."""
     return ctypes.addressof(ctypes.c_char.from_buffer(memory))
 
 
 class ReusableMemory:
-    """Memory that stays between uses, and grows where a use needs more.
-
-    What it gave out before is not valid any more once it has grown.
-    """
+    """A buffer that is kept between uses, and replaced by a larger one when a use needs more."""
 
     def __init__(self) -> None:
         self._memory: mmap.mmap | None = None
@@ -64,18 +57,14 @@ class ReusableMemory:
 
     @property
     def touched_bytes(self) -> int:
-        """So many bytes of it cost no page fault any more."""
+        """How many bytes of it cost no page fault any more."""
         return self._touched
 
     def acquire(self, nbytes: int) -> mmap.mmap:
-        """At least ``nbytes``, all of it touched.
-
-        Raises:
-            MemoryError: if there is none.
-        """
+        """Return at least ``nbytes``, all touched; memory returned before is invalid. Raises MemoryError."""
         if self._memory is None or len(self._memory) < nbytes:
             self.release()
-            # Room to grow: states grow with their history, and what is not touched takes no memory.
+            # Room to grow with the history of a run: pages that are not touched use no memory.
             self._memory = allocate(round_up(nbytes + nbytes // 4, _LARGE_PAGE_BYTES))
             prefer_large_pages(self._memory)
         if self._touched < nbytes:
@@ -85,14 +74,14 @@ class ReusableMemory:
         return self._memory
 
     def release(self) -> None:
-        """Give it back."""
-        # Not closed: whoever still looks at it keeps it alive.
+        """Return the memory to the system."""
+        # Not closed: existing views keep it alive until they are gone.
         self._memory = None
         self._touched = 0
 
 
 def round_up(nbytes: int, unit: int) -> int:
-    """The next multiple of ``unit``."""
+    """Return the next multiple of ``unit``."""
     return -(-nbytes // unit) * unit
 
 
@@ -102,6 +91,7 @@ def _touch(address: int, start: int, end: int) -> None:
 
     def touch(offset: int) -> None:
         length = min(_TOUCH_BYTES, end - offset)
+        # One system call, without a page fault for each page; older kernels refuse it.
         populated = _LINUX and not libc.madvise(address + offset, length, _MADV_POPULATE_WRITE)
         if not populated:
             ctypes.memset(address + offset, 0, length)
@@ -110,7 +100,7 @@ def _touch(address: int, start: int, end: int) -> None:
 
 
 def resident_bytes() -> int:
-    """How much memory of the machine this process takes now."""
+    """Return the resident memory of this process, in bytes."""
     if _LINUX:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -118,60 +108,54 @@ def resident_bytes() -> int:
 
 
 def peak_resident_bytes() -> int:
-    """The most memory of the machine that this process ever took."""
+    """Return the peak resident memory of this process, in bytes."""
     if _LINUX:
-        # Not getrusage: what it tells goes on across exec, from the program that this one was forked of.
+        # Not getrusage: its maximum survives exec, so it may be that of the parent process.
         with open("/proc/self/status") as file:
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes there, not kilobytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, not kilobytes
 
 
 def _resident_on_macos() -> int:
-    usage = (ctypes.c_uint64 * 12)()  # rusage_info_v0: a UUID of 16 bytes, and numbers; the seventh of them
+    usage = (ctypes.c_uint64 * 12)()  # rusage_info_v0: a UUID of 16 bytes, then numbers; resident is the 7th
     if ctypes.CDLL(None).proc_pid_rusage(os.getpid(), 0, ctypes.byref(usage)):
-        raise OSError(ctypes.get_errno(), "proc_pid_rusage tells nothing of this process")
+        raise OSError(ctypes.get_errno(), "proc_pid_rusage failed")
     return usage[8]
 
 
 def keep_freed_memory() -> None:
-    """Have the allocator keep what is freed, for the next step to take again: fresh pages cost a tenth of it.
+    """Make the allocator keep freed memory for the next step: faulting in fresh pages cost a tenth of a step.
 
-    glibc does so by itself for blocks of up to 32 MiB, once it has seen one, but gives back what lies free at
-    the end. :func:`trim` gives back all of it.
+    glibc does so for blocks of up to 32 MiB once it has freed one, but returns what is free at the end of the
+    heap. :func:`trim` returns all of it.
     """
-    if _LINUX:
-        with contextlib.suppress(AttributeError):  # another C library
-            tell = ctypes.CDLL(None).mallopt
-            tell(_M_MMAP_THRESHOLD, _LARGEST_BLOCK_BYTES)
-            tell(_M_TRIM_THRESHOLD, 2**31 - 1)
+    _call_glibc("mallopt", _M_MMAP_THRESHOLD, _LARGEST_BLOCK_BYTES)
+    _call_glibc("mallopt", _M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def return_freed_memory() -> None:
-    """Have the allocator give large blocks back as soon as they are freed: the opposite of :func:`hold`.
+    """Make the allocator return large blocks when they are freed: the opposite of :func:`keep_freed_memory`.
 
-    For who keeps what it will take again by itself, such as mlx: what the allocator kept besides would lie
-    between them, in pieces, and come on top.
+    For frameworks with a cache of their own, such as mlx: what the allocator keeps would add to it.
     """
-    if _LINUX:
-        with contextlib.suppress(AttributeError):  # another C library
-            ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK_BYTES)
+    _call_glibc("mallopt", _M_MMAP_THRESHOLD, _LARGE_BLOCK_BYTES)
 
 
 def trim() -> None:
-    """Have the allocator give back what is free; glibc keeps it otherwise, until the process ends."""
+    """Make the allocator return free memory to the system; glibc otherwise keeps it."""
+    _call_glibc("malloc_trim", 0)
+
+
+def _call_glibc(function: str, *arguments: int) -> None:
     if _LINUX:
-        with contextlib.suppress(AttributeError):  # another C library
-            ctypes.CDLL(None).malloc_trim(0)
+        with contextlib.suppress(AttributeError):  # another C library, such as musl
+            getattr(ctypes.CDLL(None), function)(*arguments)
 
 
 def available_bytes(root: Path = Path("/")) -> int:
-    """How much memory this process can still take, as far as the system and its cgroups say.
-
-    Args:
-        root: where ``proc`` and ``sys`` are.
-    """
+    """Return how many bytes this process can still allocate, by the system and its cgroups below ``root``."""
     limits = [_cgroup_bytes(directory) for directory in _cgroups(root)]
     return min([_system_bytes(root), *(limit for limit in limits if limit is not None)])
 
@@ -187,23 +171,24 @@ def _system_bytes(root: Path) -> int:
 
 
 def _cgroups(root: Path) -> list[Path]:
-    """The memory cgroups that this process is in, innermost first."""
+    """Return the memory cgroups that this process is in, innermost first."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
         return []
-    found = []
+    directories = []
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        if controllers in ("", "memory"):
+        if controllers in ("", "memory"):  # version 2, version 1
             top = root / "sys/fs/cgroup" / controllers
             inner = top / path.lstrip("/")
-            found += [inner, *(parent for parent in inner.parents if parent.is_relative_to(top))]
-    return found
+            # Any parent may set a lower limit. In a container, the path may not exist below its root.
+            directories += [inner, *(parent for parent in inner.parents if parent.is_relative_to(top))]
+    return directories
 
 
 def _cgroup_bytes(directory: Path) -> int | None:
-    """What a cgroup still allows; None if it sets no limit. What it caches can be taken back."""
+    """Return how many bytes a cgroup still allows; None if it sets no limit."""
     for limit, usage, cached in (
         ("memory.max", "memory.current", "inactive_file"),
         ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -215,5 +200,6 @@ def _cgroup_bytes(directory: Path) -> int | None:
         except (OSError, ValueError):
             continue
         if allowed != "max":
+            # The page cache counts as used, but the kernel reclaims it on demand.
             return max(0, int(allowed) - used + int(stat.get(cached, 0)))
     return None

@@ -1,4 +1,4 @@
-"""Work on all cores, for calls that let go of the interpreter while they run: reads, copies, digests."""
+"""Work on all cores, for calls that release the GIL while they run: reads, copies, digests."""
 
 from __future__ import annotations
 
@@ -10,46 +10,41 @@ from typing import TypeVar
 
 Item = TypeVar("Item")
 
-#: A memory's bandwidth is spent before the cores of a large machine are.
-MAX_THREADS = 16
-_BYTES_FOR_THREADS = 8 << 20
+MAX_THREADS = 16  # memory bandwidth is exhausted before the cores of a large machine are
+_MIN_BYTES_FOR_THREADS = 8 << 20
 
 
 def cores() -> int:
-    """How many cores this process may use."""
-    available = getattr(os, "sched_getaffinity", None)
+    """Return how many cores this process may use, at most :data:`MAX_THREADS`."""
+    available = getattr(os, "sched_getaffinity", None)  # containers and taskset restrict it; macOS has none
     return min(MAX_THREADS, len(available(0)) if available else os.cpu_count() or 1)
 
 
 class Threads:
-    """Threads that do the same work, and begin when all of them are there.
+    """Threads that all call ``work``, and begin only once the last of them was started.
 
-    Whoever needs their work waits for it, so they are daemons: should an interrupt lose sight of one, the
-    program still ends.
-
-    Args:
-        work: is called by each of them.
-        count: how many; fewer where the system gives no more.
+    Fewer than ``count`` where the system refuses more. They are daemons: whoever needs their work waits for
+    it, and if an interrupt loses the reference to one, the program can still exit.
     """
 
     def __init__(self, work: Callable[[], None], count: int) -> None:
-        self._complete = threading.Event()
-        self._given_up = False
+        self._all_started = threading.Event()
+        self._cancelled = False
         self._started: list[tuple[threading.Thread, threading.Event]] = []
         try:
             for _ in range(count):
                 ended = threading.Event()
-                thread = threading.Thread(target=self._work_when_complete, args=(work, ended), daemon=True)
+                thread = threading.Thread(target=self._work_when_started, args=(work, ended), daemon=True)
                 try:
                     thread.start()
-                except RuntimeError:
+                except RuntimeError:  # a limit on threads: those that started are enough
                     break
                 self._started.append((thread, ended))
         except BaseException:
-            self._given_up = True  # nobody would know of those that are there
+            self._cancelled = True  # the caller gets no reference to join the threads that started
             raise
         finally:
-            self._complete.set()
+            self._all_started.set()
 
     def __len__(self) -> int:
         return len(self._started)
@@ -57,37 +52,34 @@ class Threads:
     def join(self) -> None:
         """Wait until all have ended."""
         for thread, ended in self._started:
-            # First: a join that is interrupted makes Python 3.11 and 3.12 take a running thread for ended.
+            # The event first: an interrupted join makes Python 3.11 and 3.12 consider a running thread ended.
             ended.wait()
             thread.join()
 
-    def _work_when_complete(self, work: Callable[[], None], ended: threading.Event) -> None:
+    def _work_when_started(self, work: Callable[[], None], ended: threading.Event) -> None:
         try:
-            self._complete.wait()
-            if not self._given_up:
+            self._all_started.wait()
+            if not self._cancelled:
                 work()
         finally:
             ended.set()
 
 
 class WorkerPool:
-    """Threads that take tasks in the order in which they were put.
+    """Threads that run tasks in the order of their submission.
 
-    Args:
-        threads: how many; fewer where the system gives no more. Where it gives none, who puts a task does it.
-
-    Raises:
-        BaseException: from :meth:`put` and :meth:`finish`, if a task failed; none is begun after that.
+    Where the system gives no thread, :meth:`submit` runs the task itself. After a task failed, no other one
+    is started, and :meth:`submit` and :meth:`finish` raise its error.
     """
 
     def __init__(self, threads: int) -> None:
         self._tasks: queue.SimpleQueue[tuple[Callable[[], None], threading.Event] | None]
-        self._tasks = queue.SimpleQueue()
+        self._tasks = queue.SimpleQueue()  # None ends one thread
         self._error: BaseException | None = None
         self._threads = Threads(self._work, threads)
 
     def submit(self, task: Callable[[], None]) -> threading.Event:
-        """Have a task done; returns what is set when it is."""
+        """Queue a task; return an event that is set when it has run, failed or been skipped."""
         self._raise_error()
         done = threading.Event()
         self._tasks.put((task, done))
@@ -97,12 +89,12 @@ class WorkerPool:
         return done
 
     def finish(self) -> None:
-        """Wait until everything is done."""
+        """Wait for every task, and raise the first error."""
         self.stop()
         self._raise_error()
 
     def stop(self) -> None:
-        """Let the threads end, and wait for them: what they work on may go after that."""
+        """End the threads and wait for them: only then may the memory that they work on be freed."""
         for _ in range(len(self._threads)):
             self._tasks.put(None)
         self._threads.join()
@@ -112,60 +104,61 @@ class WorkerPool:
             raise self._error
 
     def _work(self) -> None:
-        while (waiting := self._tasks.get()) is not None:
-            task, done = waiting
+        while (entry := self._tasks.get()) is not None:
+            task, done = entry
             try:
                 if self._error is None:
                     task()
             except BaseException as error:
-                self._error = error
-            done.set()
+                self._error = error  # raised in the submitting thread
+            done.set()  # always: the submitter may be waiting to reuse the task's memory
 
 
 def worthwhile_threads(nbytes: int) -> int:
-    """How many threads to copy so many bytes with: for a few, starting threads costs more than they save."""
-    return cores() if nbytes >= _BYTES_FOR_THREADS else 1
+    """Return how many threads to copy ``nbytes`` with: for little data, starting threads costs more."""
+    return cores() if nbytes >= _MIN_BYTES_FOR_THREADS else 1
 
 
 def run(work: Callable[[Item], None], items: Sequence[Item], *, threads: int) -> None:
-    """Call ``work`` for every item, the caller's thread included.
+    """Call ``work`` for every item, on ``threads`` threads, the caller's included.
 
-    Whatever is raised, nobody works on an item any more when this returns.
+    When this returns or raises, no thread works on an item any more.
 
     Raises:
-        BaseException: of the earliest item that failed; later ones may not have been begun. An interrupt
-            comes before all of them.
+        BaseException: of the earliest item that failed; later items may not have been started. An interrupt
+            takes precedence over all of them.
     """
-    taken = iter(enumerate(items))
+    pending = iter(enumerate(items))
     lock = threading.Lock()
-    failed: dict[int, BaseException] = {}
+    errors: dict[int, BaseException] = {}  # by index of the item; -1 for an interrupt
 
-    def take_items() -> None:
-        while not failed:
+    def process_items() -> None:
+        while not errors:
             with lock:
-                index, item = next(taken, (-1, None))
+                index, item = next(pending, (-1, None))
             if index < 0:
                 return
             try:
                 work(item)  # type: ignore[arg-type]  # None only at the end
             except BaseException as error:
-                failed[index if isinstance(error, Exception) else -1] = error
+                errors[index if isinstance(error, Exception) else -1] = error
 
     try:
-        others = Threads(take_items, min(threads, len(items)) - 1)
+        workers = Threads(process_items, min(threads, len(items)) - 1)
     except BaseException as error:
-        failed[-1] = error  # nobody begins anything
+        errors[-1] = error  # stops the threads that started
         raise
     while True:
         try:
-            take_items()
-            others.join()
+            process_items()
+            workers.join()
             break
         except BaseException as error:
-            failed[-1] = error  # between two items, or while waiting: no other one is begun
-    if failed:
+            # An interrupt between two items or during the join: stop, but still wait for the threads.
+            errors[-1] = error
+    if errors:
         try:
-            # Items are taken in order: no earlier one can have been left out.
-            raise failed[min(failed)]
+            # Items are started in order: no earlier one was skipped, so the choice is deterministic.
+            raise errors[min(errors)]
         finally:
-            failed.clear()  # an error that is held here, where it is raised, would hold what was worked on
+            errors.clear()  # breaks the cycle error -> traceback -> this frame, which keeps the items alive

@@ -1,4 +1,4 @@
-"""A checkpoint <-> its image in a file: flattened, laid out and digested; read, checked and put together."""
+"""A checkpoint <-> the parts of its file: :func:`prepare` for a writer, :func:`load` for a reader."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from distrust.checkpoint import arrays, tree, verified_read
-from distrust.checkpoint.catalog import CheckpointFile, open_checkpoint
+from distrust.checkpoint.catalog import open_checkpoint
 from distrust.checkpoint.checkpoint import ARRAY_SECTIONS, STATE_SECTIONS, Checkpoint
-from distrust.checkpoint.format import Kind, Layout, TensorInfo, canonical_json, tensor_hasher
+from distrust.checkpoint.checkpoint_file import CheckpointFile
+from distrust.checkpoint.format import Kind, Layout, canonical_json, tensor_hasher
 from distrust.checkpoint.header import parse_header
 from distrust.checkpoint.lazy import LazyMapping, LazyTensor
 from distrust.checkpoint.memory import allocate
@@ -24,49 +25,37 @@ _PLAIN_SECTIONS = tuple(f"{section}." for section in STATE_SECTIONS if section n
 
 @dataclass(frozen=True, slots=True)
 class PreparedCheckpoint:
-    """A checkpoint taken apart for a file, the data of its tensors not yet read.
-
-    Attributes:
-        step: of the checkpoint.
-        layout: where every byte goes.
-        flats: the arrays in the order of their data, settled: flat, and fit to be read by any thread.
-        held: the labels of those that stay as they are without a copy.
-    """
+    """A checkpoint ready to be written. The data of its tensors is not read yet."""
 
     step: int
     layout: Layout
-    flat_arrays: Sequence[Any]
-    zero_copy: set[str]
+    flat_arrays: Sequence[Any]  # in the order of their data; any thread may read them
+    zero_copy: set[str]  # the labels of those that keep their contents without a copy
 
 
 def prepare(checkpoint: Checkpoint, kind: Kind) -> PreparedCheckpoint:
-    """Take a checkpoint apart: everything but the bytes of its arrays is held from now on.
+    """Flatten a checkpoint and lay out its file. Later changes to it, except in arrays, have no effect.
 
-    Raises:
-        UnsupportedState: for a value that would not come back exactly.
+    Raises UnsupportedState for a value that would not be restored exactly, and so does :func:`state_digest`.
     """
-    sections, found = tree.flatten(
+    sections, by_label = tree.flatten(
         {name: getattr(checkpoint, name) for name in STATE_SECTIONS}, is_array=arrays.is_array
     )
-    for label in found:
+    for label in by_label:
         if label.startswith(_PLAIN_SECTIONS):
             raise UnsupportedState(
                 f"{label}: arrays and numpy scalars belong in {', '.join(ARRAY_SECTIONS)}; "
-                "here give numbers and lists, such as float(x) or x.tolist()",
+                "use plain numbers and lists here, such as float(x) or x.tolist()",
                 label=label,
             )
-    tensors = [TensorInfo(label, *described) for label, described in arrays.describe(found).items()]
-    layout = Layout(tensors, step=checkpoint.step, kind=kind, sections=sections, run=_run(checkpoint))
-    flats, held = arrays.flat_arrays(found)
-    return PreparedCheckpoint(checkpoint.step, layout, [flats[name] for name in layout.names], held)
+    tensors = arrays.describe(by_label)
+    layout = Layout(tensors, step=checkpoint.step, kind=kind, sections=sections, run=_run_json(checkpoint))
+    flats, zero_copy = arrays.flat_arrays(by_label)
+    return PreparedCheckpoint(checkpoint.step, layout, [flats[name] for name in layout.names], zero_copy)
 
 
 def state_digest(checkpoint: Checkpoint, kind: Kind) -> str:
-    """The identity of a state, as its file will have it; nothing is written.
-
-    Raises:
-        UnsupportedState: for a value that would not come back exactly.
-    """
+    """Return the ``state_digest`` that a checkpoint's file would have, without writing it."""
     prepared = prepare(checkpoint, kind)
     digests = []
     for flat in prepared.flat_arrays:
@@ -80,18 +69,18 @@ def state_digest(checkpoint: Checkpoint, kind: Kind) -> str:
 def load(
     path: Path, *, framework: arrays.Framework, mapped: bool = False, lazy: bool = False
 ) -> tuple[CheckpointFile, Checkpoint]:
-    """Read and verify a whole checkpoint: what its header says, and its content.
+    """Read and verify a checkpoint; return its header with its path, and its content.
 
     Args:
         path: of the file.
         framework: of the arrays.
-        mapped: give views of the file, not copies.
-        lazy: verify each tensor when it is first touched, not now; of a mapped file only.
+        mapped: return views of the mapped file instead of copies.
+        lazy: verify each tensor on first access instead of now; requires ``mapped``.
 
     Raises:
         CheckpointNotFound: if there is no such file.
-        CorruptCheckpoint: if any byte of it is not what was written.
-        ConfigError: if the framework, or a dtype of it, is not at hand.
+        CorruptCheckpoint: if any byte is not what was written.
+        ConfigError: if the framework is not installed or lacks a dtype.
     """
     import numpy as np
 
@@ -103,28 +92,28 @@ def load(
         data = np.frombuffer(content.data, np.uint8)
         tensors = {tensor.name: tensor for tensor in header.tensors}
 
-        def array(label: str) -> Any:
+        def build_array(label: str) -> Any:
             tensor, start = tensors[label], content.offsets[label]
             return arrays.from_host(
                 data[start : start + tensor.nbytes], tensor.dtype, tensor.shape, framework=framework
             )
 
-        def verified(label: str) -> Any:
+        def verify_and_build(label: str) -> Any:
             try:
                 verified_read.verify_content(content, [tensors[label]])
-            except CorruptCheckpoint as error:
+            except CorruptCheckpoint as error:  # open_checkpoint, which adds the path, has returned by then
                 raise CorruptCheckpoint(error.reason, path=path, tensor=error.tensor) from None
-            return array(label)
+            return build_array(label)
 
-        if mapped and not lazy:
+        if mapped and not lazy:  # not mapped: load() verified every tensor while it read them
             verified_read.verify_content(content, header.tensors)
         sections = {
-            name: tree.unflatten(header.sections[name], LazyTensor if lazy else array)
+            name: tree.unflatten(header.sections[name], LazyTensor if lazy else build_array)
             for name in ARRAY_SECTIONS
         }
         if lazy:
-            touch = functools.cache(verified)
-            sections = {name: LazyMapping(section, touch) for name, section in sections.items()}
+            load_tensor = functools.cache(verify_and_build)  # each tensor is verified once
+            sections = {name: LazyMapping(section, load_tensor) for name, section in sections.items()}
         checkpoint = Checkpoint(
             step=header.step,
             **sections,
@@ -137,7 +126,7 @@ def load(
         return CheckpointFile(path, header), checkpoint
 
 
-def _run(checkpoint: Checkpoint) -> str:
+def _run_json(checkpoint: Checkpoint) -> str:
     try:
         metrics = {name: float(value) for name, value in checkpoint.metrics.items()}
     except (TypeError, ValueError, OverflowError) as error:
@@ -148,11 +137,11 @@ def _run(checkpoint: Checkpoint) -> str:
         "metrics": metrics,
         "extra": checkpoint.run,
     }
-    if checkpoint.measured_on:
+    if checkpoint.measured_on:  # absent if empty, as in files of earlier versions
         run["measured_on"] = checkpoint.measured_on
     try:
         text = canonical_json(run)
-        text.encode()
+        text.encode()  # raises for lone surrogates
     except (TypeError, ValueError, RecursionError) as error:
         raise UnsupportedState(f"run: not plain JSON: {error}", label="run") from None
     if tree.is_too_deep(run):

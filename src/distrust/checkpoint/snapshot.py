@@ -1,8 +1,8 @@
-"""The state as it was when a background save began: host memory that nobody else will change.
+"""The state as it was when a background save began, in host memory that nothing else changes.
 
-One buffer, used again by every save and touched before the first one: a copy into it runs at the speed of the
-memory. Tensors lie in it as they will lie in the file, so it is written as it stands. Arrays that cannot
-change, or can be held as they are, need no copy and no room.
+One buffer, reused by every save and pre-touched before the first: a copy into it runs at memory speed.
+Tensors have the layout of the file, so it is written in place. Arrays that cannot change, or whose contents
+can be kept without a copy, are referenced instead.
 """
 
 from __future__ import annotations
@@ -19,104 +19,104 @@ from distrust.checkpoint.serialization import PreparedCheckpoint
 from distrust.checkpoint.storage import AtomicFile
 from distrust.errors import SaveFailed
 
-#: The part of the memory still free that a snapshot may take.
+#: The share of the available memory that a snapshot may use.
 BUDGET = 0.25
 
 
 class PendingCopy(NamedTuple):
-    """A state on its way into a snapshot.
+    """A state that is partly copied."""
 
-    Attributes:
-        copy: copies what is not copied yet, for the file of that name; until it returns, nobody may change
-            that, and where the framework counts changes, it finds out.
-        write: writes it into a new file, to be committed by the caller; returns its header's digest.
-    """
-
+    #: Copies the rest. The caller must not change those arrays until it returns; where the framework counts
+    #: changes, it raises SaveFailed with the given path if they were changed.
     copy: Callable[[Path], None]
+    #: Writes the state into a new file, which the caller commits; returns the digest of its header.
     write: Callable[[AtomicFile], str]
 
 
 class Snapshot:
-    """The buffer. One save at a time may use it."""
+    """The snapshot buffer. One save at a time may use it."""
 
     def __init__(self) -> None:
         self._memory = ReusableMemory()
 
     def reserve(self, nbytes: int) -> bool:
-        """Have room for ``nbytes``, all of it touched; returns whether budget and system allow that."""
+        """Allocate and touch ``nbytes``; return whether the memory budget and the system allow that."""
         missing = nbytes - self._memory.touched_bytes
         if missing > 0 and missing > BUDGET * available_bytes():
             return False
         try:
             self._memory.acquire(round_up(nbytes, PAGE_BYTES))
-        except MemoryError:  # limits that no estimate knows of
+        except MemoryError:  # a limit that the estimate does not know, such as ulimit -v
             return False
         return True
 
     def start_copy(
-        self, image: PreparedCheckpoint, *, later: tuple[str, ...], ring: ReusableMemory
+        self, prepared: PreparedCheckpoint, *, deferred: tuple[str, ...], block_buffer: ReusableMemory
     ) -> PendingCopy | None:
-        """Take a state in; None if the budget does not allow its copy.
+        """Copy a state; return None if its copy would exceed the memory budget.
 
         Args:
-            image: the state.
-            later: how the labels begin of what :meth:`Capture.copy` copies, and may not change until then;
-                everything else is copied when this returns.
-            ring: memory for the blocks in which arrays are written that need no copy.
+            prepared: the state.
+            deferred: prefixes of the labels that :attr:`PendingCopy.copy` copies, and that must not change
+                until then. Everything else is copied when this returns.
+            block_buffer: memory for writing arrays that need no copy.
         """
-        return self._held(image, ring) if image.zero_copy else self._copied(image, later)
+        if prepared.zero_copy:
+            return self._copy_changing(prepared, block_buffer)
+        return self._copy_all(prepared, deferred)
 
     def release(self) -> None:
-        """Give it back."""
+        """Return the buffer to the system."""
         self._memory.release()
 
-    def _held(self, image: PreparedCheckpoint, ring: ReusableMemory) -> PendingCopy | None:
-        # What changes beside arrays that are held is little, most often: random numbers, history.
-        edges = zip(image.layout.names, image.layout.edges, image.layout.edges[1:], strict=False)
-        changing = sum(end - begin for label, begin, end in edges if label not in image.zero_copy)
-        if changing > BUDGET * available_bytes():
+    def _copy_changing(
+        self, prepared: PreparedCheckpoint, block_buffer: ReusableMemory
+    ) -> PendingCopy | None:
+        """Keep references to the arrays that stay unchanged. The others are mostly small: rng, history."""
+        layout, zero_copy = prepared.layout, prepared.zero_copy
+        edges = zip(layout.names, layout.edges, layout.edges[1:], strict=False)
+        changing_bytes = sum(end - begin for label, begin, end in edges if label not in zero_copy)
+        if changing_bytes > BUDGET * available_bytes():
             return None
         flats = [
-            flat if label in image.zero_copy else arrays.private_copy(flat)
-            for label, flat in zip(image.layout.names, image.flat_arrays, strict=True)
+            flat if label in zero_copy else arrays.private_copy(flat)
+            for label, flat in zip(layout.names, prepared.flat_arrays, strict=True)
         ]
-        held = replace(image, flat_arrays=flats)
-        return PendingCopy(_nothing_to_copy, lambda file: stream_writer.write_streaming(file, held, ring))
+        unchanging = replace(prepared, flat_arrays=flats)
+        return PendingCopy(
+            lambda _: None, lambda file: stream_writer.write_streaming(file, unchanging, block_buffer)
+        )
 
-    def _copied(self, image: PreparedCheckpoint, later: tuple[str, ...]) -> PendingCopy | None:
-        layout = image.layout
+    def _copy_all(self, prepared: PreparedCheckpoint, deferred: tuple[str, ...]) -> PendingCopy | None:
+        layout = prepared.layout
         if not self.reserve(layout.data_bytes):
             return None
         memory = self._memory.acquire(round_up(layout.data_bytes, PAGE_BYTES))
-        waiting = []
-        for behind, place, flats in _runs(image, later):
-            if behind:
-                waiting.append((place, flats, arrays.versions(flats)))
+        pending = []
+        for is_deferred, offset, flats in _runs(prepared, deferred):
+            if is_deferred:
+                pending.append((offset, flats, arrays.versions(flats)))
             else:
-                arrays.fill(memory, place, flats)
+                arrays.fill(memory, offset, flats)
 
         def copy(path: Path) -> None:
-            while waiting:  # emptied: the caller's arrays are held no longer than it takes
-                place, flats, changes = waiting.pop()
-                arrays.fill(memory, place, flats)
-                if arrays.versions(flats) != changes:
+            while pending:  # popped, so that the caller's arrays are not referenced longer than needed
+                offset, flats, versions = pending.pop()
+                arrays.fill(memory, offset, flats)
+                if arrays.versions(flats) != versions:  # changed before or during the copy
                     raise SaveFailed(
-                        f"{path}: not saved: model or optimizer changed while it was copied, and it would "
-                        "hold a mixture; call wait_copied() before the optimizer's step",
+                        f"{path}: not saved: model or optimizer changed while it was copied, and the file "
+                        "would mix two states; call wait_copied() before the optimizer's step",
                         path=path,
                     )
 
         return PendingCopy(copy, lambda file: stream_writer.write_snapshot(file, layout, memory))
 
 
-def _nothing_to_copy(_: Path) -> None:
-    pass
-
-
-def _runs(image: PreparedCheckpoint, later: tuple[str, ...]) -> Iterator[tuple[bool, int, list[Any]]]:
-    """Arrays that lie side by side and are copied together: whether later, where, and which."""
-    begin = 0
-    for behind, labels in itertools.groupby(image.layout.names, key=lambda label: label.startswith(later)):
+def _runs(prepared: PreparedCheckpoint, deferred: tuple[str, ...]) -> Iterator[tuple[bool, int, list[Any]]]:
+    """Yield adjacent arrays that are copied together: whether deferred, offset in the data, flat arrays."""
+    layout, begin = prepared.layout, 0
+    for is_deferred, labels in itertools.groupby(layout.names, key=lambda label: label.startswith(deferred)):
         end = begin + len(list(labels))
-        yield behind, image.layout.edges[begin], list(image.flat_arrays[begin:end])
+        yield is_deferred, layout.edges[begin], list(prepared.flat_arrays[begin:end])
         begin = end

@@ -125,7 +125,7 @@ class AtomicFile:
             free = _free_bytes(self._path.parent)
             raise SaveFailed(
                 f"{self._path}: not saved: {error.strerror}; {self._size:,} bytes wanted, "
-                f"{'unknown' if free is None else f'{free:,}'} free. What stood there before is untouched",
+                f"{'unknown' if free is None else f'{free:,}'} free. What existed before is unchanged",
                 path=self._path,
                 needed=self._size,
                 free=free,

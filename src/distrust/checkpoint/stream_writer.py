@@ -1,15 +1,19 @@
-"""An image of a checkpoint poured into a file: copied, written and digested at the same time.
+"""Streams a checkpoint to disk: copy, write and hash overlap.
 
 Two ways, to the same bytes:
 
-- :func:`write_filled`: all data lies in memory as it will lie in the file, because a snapshot was taken.
-  Blocks of it are written as they stand.
-- :func:`write_filling`: the data is still in the caller's arrays, and must not be copied whole. It goes
-  through a ring of blocks: one is filled while those before it are written. What is digested is the block,
-  not what the caller may have made of the array since.
+- :func:`write_snapshot`: the data is already in memory in the layout of the file, because a snapshot was
+  taken. Blocks of it are written in place.
+- :func:`write_streaming`: the data is still in the caller's arrays and must not be copied as a whole. It
+  passes through a ring buffer: one block is filled while earlier ones are written. The block is hashed, not
+  the array, which the caller may have changed since.
 
-One thread fills and digests, at about the speed of a disk of 3 GB/s. Handing digests to others was slower
-where they had to share two cores with those who write.
+Both write into a new file of the layout's size, which the caller commits, and return the digest of its
+header. They raise SaveFailed, with existing files unchanged, and UnsupportedState if no reader would accept
+the header.
+
+One thread copies and hashes, at about the speed of a 3 GB/s disk. Hashing on more threads was slower on two
+cores, which the writing threads need as well.
 """
 
 from __future__ import annotations
@@ -28,112 +32,92 @@ from distrust.checkpoint.memory import PAGE_BYTES, ReusableMemory, allocate, rou
 from distrust.checkpoint.serialization import PreparedCheckpoint
 from distrust.checkpoint.storage import AtomicFile
 
-#: What is written at once.
+#: Size of one write. A multiple of the page size, so that O_DIRECT accepts every block's memory and offset.
 BLOCK_BYTES = 4 << 20
-#: Of the ring: what a blocking save takes beyond the state.
+#: Of the ring buffer: the memory that a blocking save needs in addition to the state.
 BLOCKS = 4
-_OF_NOTHING = tensor_hasher(all_cores=False).hexdigest()
+_EMPTY_DIGEST = tensor_hasher(all_cores=False).hexdigest()
 
 
 def write_snapshot(file: AtomicFile, layout: Layout, data: mmap.mmap) -> str:
-    """Write a file, to be committed by the caller; returns its header's digest.
-
-    Args:
-        file: new, of the size that the layout wants.
-        layout: where every byte goes.
-        data: the tensors as they will lie in the file, in whole pages.
-
-    Raises:
-        SaveFailed: with what stood before untouched.
-        UnsupportedState: if no reader would take the header.
-    """
-    digests = _Digests(layout)
+    """Write ``data``: the tensors in the layout of the file, padded to whole pages."""
+    digests = _TensorDigests(layout)
     for begin, end in _blocks(layout):
-        block = memoryview(data)[begin : round_up(end, PAGE_BYTES)]
+        block = memoryview(data)[begin : round_up(end, PAGE_BYTES)]  # O_DIRECT writes whole pages
         file.write(block, layout.data_offset + begin)
         digests.update(block, begin, end)
-    return _write_header(file, layout, digests.digests())
+    return _write_header(file, layout, digests.hex)
 
 
-def write_streaming(file: AtomicFile, image: PreparedCheckpoint, ring: ReusableMemory) -> str:
-    """Write a file, to be committed by the caller; returns its header's digest.
-
-    Args:
-        file: new, of the size that the layout wants.
-        image: what to write.
-        ring: memory for the blocks.
-
-    Raises:
-        SaveFailed: with what stood before untouched.
-        UnsupportedState: if no reader would take the header.
-    """
-    layout = image.layout
-    digests = _Digests(layout)
+def write_streaming(file: AtomicFile, prepared: PreparedCheckpoint, block_buffer: ReusableMemory) -> str:
+    """Write a checkpoint that is not in one piece, with ``block_buffer`` as the memory of the ring buffer."""
+    layout = prepared.layout
+    digests = _TensorDigests(layout)
     slots = min(BLOCKS, len(_blocks(layout)))
-    memory = ring.acquire(slots * BLOCK_BYTES)
-    under_way: deque[threading.Event] = deque()
+    memory = block_buffer.acquire(slots * BLOCK_BYTES)
+    writes: deque[threading.Event] = deque()
     for number, (begin, end) in enumerate(_blocks(layout)):
         if number >= slots:
-            under_way.popleft().wait()
-        place = number % slots * BLOCK_BYTES
-        arrays.fill(memory, place, _arrays_in_range(image, begin, end))
-        block = memoryview(memory)[place : place + round_up(end - begin, PAGE_BYTES)]
-        under_way.append(file.write(block, layout.data_offset + begin))
-        digests.update(block, begin, end)
-    return _write_header(file, layout, digests.digests())
+            writes.popleft().wait()  # the slot's previous block must be on disk before it is overwritten
+        slot = number % slots * BLOCK_BYTES
+        arrays.fill(memory, slot, _arrays_in_range(prepared, begin, end))
+        block = memoryview(memory)[slot : slot + round_up(end - begin, PAGE_BYTES)]
+        writes.append(file.write(block, layout.data_offset + begin))
+        digests.update(block, begin, end)  # while the block is being written
+    return _write_header(file, layout, digests.hex)
 
 
-class _Digests:
-    """The digests of all tensors, of data that comes in blocks, in order."""
+class _TensorDigests:
+    """The digest of each tensor, computed from blocks of the data that arrive in order.
+
+    One per tensor, so that a reader can verify each without the others, in parallel or on demand.
+    """
 
     def __init__(self, layout: Layout) -> None:
         self._edges = layout.edges
-        self._begun: dict[int, Any] = {}  # a few: each takes as much memory as a small tensor
-        self._digests = [_OF_NOTHING] * len(layout.names)
+        # Hashers of tensors that continue in the next block. Not one for each: a hasher takes 2 KiB.
+        self._partial: dict[int, Any] = {}
+        self.hex = [_EMPTY_DIGEST] * len(layout.names)  # in the order of the data
 
     def update(self, block: memoryview, begin: int, end: int) -> None:
-        """Go on with the data from ``begin`` to ``end``, with which ``block`` begins."""
+        """Add the data from ``begin`` to ``end``, the first bytes of ``block``."""
         for index in _tensors_in_range(self._edges, begin, end):
             first, last = max(begin, self._edges[index]), min(end, self._edges[index + 1])
-            hasher = self._begun.pop(index, None) or tensor_hasher(all_cores=False)
+            hasher = self._partial.pop(index, None) or tensor_hasher(all_cores=False)
             hasher.update(block[first - begin : last - begin])
             if last == self._edges[index + 1]:
-                self._digests[index] = hasher.hexdigest()
+                self.hex[index] = hasher.hexdigest()
             else:
-                self._begun[index] = hasher
-
-    def digests(self) -> list[str]:
-        """Each tensor's, in the order of the data."""
-        return self._digests
+                self._partial[index] = hasher
 
 
 def _blocks(layout: Layout) -> list[tuple[int, int]]:
-    """The blocks of the data: where each begins and ends."""
+    """Return the begin and end of each block of the data."""
     begins = range(0, layout.data_bytes, BLOCK_BYTES)
     return list(itertools.pairwise([*begins, layout.data_bytes])) if begins else []
 
 
 def _tensors_in_range(edges: Sequence[int], begin: int, end: int) -> range:
-    """The tensors that have data from ``begin`` to ``end``."""
+    """Return the indices of the tensors with data between ``begin`` and ``end``."""
     return range(bisect.bisect_right(edges, begin) - 1, bisect.bisect_left(edges, end))
 
 
-def _arrays_in_range(image: PreparedCheckpoint, begin: int, end: int) -> list[Any]:
-    """The arrays with data from ``begin`` to ``end``, and of the first and last one what is of that."""
-    edges = image.layout.edges
-    touched = _tensors_in_range(edges, begin, end)
-    cut = list(image.flat_arrays[touched.start : touched.stop])
-    # The last one first: where there is only one, its end is cut off before its beginning is.
-    cut[-1] = arrays.byte_range(cut[-1], 0, min(end, edges[touched.stop]) - edges[touched.stop - 1])
-    cut[0] = arrays.byte_range(cut[0], max(begin, edges[touched.start]) - edges[touched.start], cut[0].nbytes)
-    return cut
+def _arrays_in_range(prepared: PreparedCheckpoint, begin: int, end: int) -> list[Any]:
+    """Return the arrays with data between ``begin`` and ``end``, the first and last cut to that range."""
+    edges = prepared.layout.edges
+    indices = _tensors_in_range(edges, begin, end)
+    flats = list(prepared.flat_arrays[indices.start : indices.stop])
+    # The last first: if there is only one array, both cuts apply to it, and the first shifts its offsets.
+    flats[-1] = arrays.byte_range(flats[-1], 0, min(end, edges[indices.stop]) - edges[indices.stop - 1])
+    skipped = max(begin, edges[indices.start]) - edges[indices.start]
+    flats[0] = arrays.byte_range(flats[0], skipped, flats[0].nbytes)
+    return flats
 
 
 def _write_header(file: AtomicFile, layout: Layout, digests: Sequence[str]) -> str:
-    """Write the header; returns its digest."""
     header, digest = layout.header(digests)
-    block = allocate(len(header))
+    block = allocate(len(header))  # page-aligned, for O_DIRECT; the header's length is a multiple of a page
     block[: len(header)] = header
-    # Last: a file without its header is no checkpoint, whatever the disk made of the rest.
+    # Last: after a crash, a file without its header is not a checkpoint, whatever data reached the disk.
     file.write(memoryview(block)[: len(header)], 0)
     return digest

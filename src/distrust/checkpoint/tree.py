@@ -7,10 +7,10 @@ A skeleton node is a JSON scalar for a scalar, or an object with one key:
     {"t": [node]}        tuple
     {"a": "label"}       array: the name of a tensor in the file
 
-so that no value can be taken for a node, nor the other way round. Labels are the path joined by dots, for
-people and for other readers of the file; the skeleton alone says what belongs where, so a label needs only
-to be unique. Where two paths give the same one ({"a.b": x} beside {"a": {"b": y}}), the later in the order
-of keys gets a "~1". Walks go in sorted order: equal states give equal labels and an equal skeleton.
+so no value can be confused with a node. A label is the path joined by dots, for people and other readers of
+the file; the skeleton alone defines the structure, so a label only has to be unique. If two paths give the
+same one ({"a.b": x} and {"a": {"b": y}}), the later in the order of keys gets a "~1". Trees are walked in
+sorted order: equal states give equal labels and equal skeletons.
 """
 
 from __future__ import annotations
@@ -21,20 +21,19 @@ from typing import Any
 
 from distrust.errors import CorruptCheckpoint, UnsupportedState, shorten
 
-#: The sections of a state that may hold arrays; the label of every tensor begins with one of them.
+#: The sections that may hold arrays; the label of every tensor begins with one of them.
 ARRAY_SECTIONS = ("model", "optimizer", "rng", "history")
-#: The sections that are the identity of a state: they enter ``state_digest``.
+#: The sections that identify a state: ``state_digest`` covers them.
 STATE_SECTIONS = (*ARRAY_SECTIONS, "config", "metadata")
-#: Deeper trees are refused when saved and when read, before any recursion limit is near.
+#: Deeper trees are rejected when saved and when loaded, well before Python's recursion limit.
 MAX_DEPTH = 100
-#: Python refuses to parse more than 4300 digits (unless told otherwise, which the reader may not be).
+#: 4300 digits, the most that Python parses by default; a reader must not depend on a changed setting.
 MAX_INTEGER_BITS = 14_000
-
-#: A dict that has more keys than this whose hash another of them has is refused when saved and when read.
-#: Ints have hashes that anybody can foresee, and with n keys of one hash a dict takes n * n steps.
+#: A dict with more keys whose hashes collide is rejected when saved and when loaded. Hashes of ints are
+#: predictable, and with n colliding keys a dict takes O(n**2) steps: a hostile file could stall the reader.
 MAX_EQUAL_HASHES = 1000
 
-_UNCHANGED = frozenset({type(None), bool, float})
+_UNCHANGED = frozenset({type(None), bool, float})  # their own skeleton, without any check
 _SCALARS = _UNCHANGED | {int, str}
 _ONLY_TEXT = {str}
 _TYPE_LETTERS: dict[type, str] = {str: "s", int: "i", float: "f", bool: "b", type(None): "n"}
@@ -43,50 +42,51 @@ _TYPE_LETTERS: dict[type, str] = {str: "s", int: "i", float: "f", bool: "b", typ
 def flatten(
     tree: Mapping[str, Any], *, is_array: Callable[[Any], bool]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Take a state apart.
+    """Split a state into skeletons and arrays.
 
     Args:
         tree: section name -> nested state.
-        is_array: tells an array from a scalar or container, by its type: asked once for each type.
+        is_array: whether a value is an array, decided by its type: called once per type.
 
     Returns:
-        The skeleton of each section, and its arrays by label.
+        The skeleton of each section, and the arrays by label.
 
     Raises:
-        UnsupportedState: for a value or key that would not come back exactly.
+        UnsupportedState: for a value or key that would not be restored exactly.
     """
     walk = _Walk(is_array)
     return {name: walk.node(tree[name], name, 0) for name in sorted(tree)}, walk.arrays
 
 
 class _Walk:
-    """One walk over a state. A training run waits for it: the commonest cases come first, and inline."""
+    """One walk over a state. Training waits for it, so the common cases come first and are inlined."""
 
     def __init__(self, is_array: Callable[[Any], bool]) -> None:
         self.arrays: dict[str, Any] = {}
         self._is_array = is_array
         self._array_types: set[type] = set()
-        self._sorted_names: dict[tuple[str, ...], list[tuple[str, str]]] = {}
+        self._sorted_names: dict[tuple[str, ...], list[tuple[str, str]]] = {}  # a cache: see _sorted_keys
 
     def node(self, value: Any, label: str, depth: int) -> Any:
-        """The skeleton of ``value``; its arrays go to :attr:`arrays`."""
-        kind = type(value)
-        if kind in _UNCHANGED:
+        """Return the skeleton of ``value``; add its arrays to :attr:`arrays`."""
+        value_type = type(value)
+        if value_type in _UNCHANGED:
             return value
-        if kind is dict:
+        if value_type is dict:
             return self._mapping(value, label, depth)
-        if kind is list or kind is tuple:
+        if value_type is list or value_type is tuple:
             return self._sequence(value, label, depth)
-        if kind in self._array_types:
+        if value_type in self._array_types:
             return self._array(value, label)
-        return self._other(value, label, depth)
+        return self._uncommon(value, label, depth)
 
-    def _other(self, value: Any, label: str, depth: int) -> Any:
+    def _uncommon(self, value: Any, label: str, depth: int) -> Any:
+        """Handle text, ints, subclasses of scalars, other mappings, and the first array of a type."""
         if isinstance(value, str):
-            return _text(str(value), label)
+            return _check_text(str(value), label)
         if isinstance(value, int):
             return _check_integer(value, label)
-        if isinstance(value, float):
+        if isinstance(value, float):  # numpy's float64, too: before the test for arrays
             return value
         if self._is_array(value):
             self._array_types.add(type(value))
@@ -100,7 +100,7 @@ class _Walk:
         )
 
     def _array(self, value: Any, label: str) -> dict[str, str]:
-        label = _unique(_text(label, label), self.arrays)
+        label = _unique_label(_check_text(label, label), self.arrays)
         self.arrays[label] = value
         return {"a": label}
 
@@ -111,27 +111,28 @@ class _Walk:
         for encoded, key in self._sorted_keys(value, label):
             item = value[key]
             inner = f"{label}.{key}"
-            if type(item) in array_types and inner not in arrays:
+            if type(item) in array_types and inner not in arrays:  # inlined from _array, for speed
                 arrays[inner] = item
                 nodes[encoded] = {"a": inner}
             else:
                 nodes[encoded] = self.node(item, inner, depth + 1)
-        if len(nodes) != len(value):
+        if len(nodes) != len(value):  # NaN != NaN: a dict may hold several, but they have the same text
             raise UnsupportedState(f"{label}: two of its keys are NaN: they would become one", label=label)
         return {"d": nodes}
 
     def _sorted_keys(self, value: Mapping[Any, Any], label: str) -> Sequence[tuple[str, Any]]:
-        """Each key as text with its type, and itself, sorted by that text."""
+        """Return (encoded key, key) of each, sorted by the former."""
         if {*map(type, value)} != _ONLY_TEXT:
             encoded = sorted([(encode_key(key, label), key) for key in value], key=itemgetter(0))
-            if equal_hashes(value) > MAX_EQUAL_HASHES:
+            if count_hash_collisions(value) > MAX_EQUAL_HASHES:
                 raise UnsupportedState(f"{label}: too many of its keys have the same hash", label=label)
             return encoded
-        names = (*value,)  # an optimizer has the same ones for each of its parameters
-        known = self._sorted_names.get(names)
-        if known is None:
-            known = self._sorted_names[names] = [("s" + _text(name, label), name) for name in sorted(names)]
-        return known
+        names = (*value,)  # an optimizer has the same names for each of its parameters: sort them once
+        pairs = self._sorted_names.get(names)
+        if pairs is None:
+            pairs = [("s" + _check_text(name, label), name) for name in sorted(names)]
+            self._sorted_names[names] = pairs
+        return pairs
 
     def _sequence(self, value: list[Any] | tuple[Any, ...], label: str, depth: int) -> dict[str, Any]:
         _require_depth(value, label, depth)
@@ -143,7 +144,7 @@ class _Walk:
 
 
 def _require_depth(container: Sized, label: str, depth: int) -> None:
-    if depth + bool(container) > MAX_DEPTH:  # what it holds lies one deeper
+    if depth + bool(container) > MAX_DEPTH:  # its items are one level deeper
         raise UnsupportedState(f"{label}: nested deeper than {MAX_DEPTH} levels", label=label)
 
 
@@ -153,26 +154,26 @@ def _check_integer(value: int, label: str) -> int:
     return value
 
 
-def _text(text: str, label: str) -> str:
+def _check_text(text: str, label: str) -> str:
     try:
-        _ = text.isascii() or text.encode()
+        _ = text.isascii() or text.encode()  # isascii() is much the faster, and nearly always true
     except UnicodeEncodeError:
         raise UnsupportedState(
-            f"{label!a}: lone surrogates have no place in UTF-8; encode the text otherwise", label=label
+            f"{label!a}: UTF-8 cannot represent lone surrogates; escape them before saving", label=label
         ) from None
     return text
 
 
-def _unique(label: str, taken: Mapping[str, Any]) -> str:
+def _unique_label(label: str, labels: Mapping[str, Any]) -> str:
     candidate, number = label, 0
-    while candidate in taken:
+    while candidate in labels:
         number += 1
         candidate = f"{label}~{number}"
     return candidate
 
 
 def encode_key(key: Any, label: str) -> str:
-    """A dict's key as text with its type: ``0`` is ``i0``, ``"0"`` is ``s0``."""
+    """Return a dict key as text with its type: ``0`` is ``i0``, ``"0"`` is ``s0``."""
     letter = _TYPE_LETTERS.get(type(key))
     if letter is None:
         raise UnsupportedState(
@@ -182,35 +183,36 @@ def encode_key(key: Any, label: str) -> str:
         )
     if letter == "i":
         _check_integer(key, label)
-    return letter + (_text(key, label) if letter == "s" else repr(key))
+    return letter + (_check_text(key, label) if letter == "s" else repr(key))
 
 
 def decode_key(text: str) -> Any:
     """The inverse of :func:`encode_key`."""
-    letter, rest = text[:1], text[1:]
+    letter, literal = text[:1], text[1:]
     if letter == "s":
-        return rest
+        return literal
     if letter in ("i", "f"):
-        number = int(rest) if letter == "i" else float(rest)
-        if repr(number) != rest:  # or two keys of a file could become one: "1" and "01"
-            raise ValueError(f"{shorten(text)!r} is not how {shorten(repr(number))} is written")
+        number = int(literal) if letter == "i" else float(literal)
+        if repr(number) != literal:  # otherwise two keys of a file could become one: "1" and "01"
+            raise ValueError(f"{shorten(text)!r} is not the canonical form of {shorten(repr(number))}")
         return number
     constants = {"bTrue": True, "bFalse": False, "nNone": None}
     if text in constants:
         return constants[text]
-    raise ValueError(f"no key begins like {shorten(text)!r}")
+    raise ValueError(f"{shorten(text)!r} has no known key type")
 
 
-def equal_hashes(keys: Collection[Any]) -> int:
-    """How many of a dict's keys have the hash of another one. Those of text are a secret of the process."""
+def count_hash_collisions(keys: Collection[Any]) -> int:
+    """Return how many of a dict's keys have the same hash as another one."""
+    # Hashes of text are randomized for each process: nobody can choose colliding ones.
     if {*map(type, keys)} <= _ONLY_TEXT:
         return 0
     return len(keys) - len({*map(hash, keys)})
 
 
 def is_too_deep(value: Any) -> bool:
-    """Whether plain JSON is nested deeper than :data:`MAX_DEPTH` levels."""
-    level = [value]
+    """Return whether plain JSON is nested deeper than :data:`MAX_DEPTH` levels."""
+    level = [value]  # breadth first, not recursive: the value may be nested deeper than the stack allows
     for _ in range(MAX_DEPTH + 1):
         level = [
             inner
@@ -222,19 +224,19 @@ def is_too_deep(value: Any) -> bool:
 
 
 def unflatten(node: Any, arrays: Callable[[str], Any], depth: int = 0) -> Any:
-    """Put a state together again.
+    """Rebuild a state; the inverse of :func:`flatten`.
 
     Args:
-        node: a node of the skeleton, as parsed from JSON: nothing about it is trusted.
+        node: a node of the skeleton, as parsed from JSON. Nothing about it is trusted.
         arrays: called once with the label of each array.
-        depth: levels above this node.
+        depth: number of levels above this node.
 
     Raises:
-        CorruptCheckpoint: for what :func:`flatten` never makes.
+        CorruptCheckpoint: for a node that :func:`flatten` never produces.
     """
     if type(node) in _SCALARS:
         return node
-    if depth > MAX_DEPTH:
+    if depth > MAX_DEPTH:  # defends against a RecursionError
         raise CorruptCheckpoint(f"the state is nested deeper than {MAX_DEPTH} levels")
     if type(node) is dict and len(node) == 1:
         ((kind, content),) = node.items()
@@ -247,16 +249,16 @@ def unflatten(node: Any, arrays: Callable[[str], Any], depth: int = 0) -> Any:
                 raise CorruptCheckpoint(
                     f"the state has a key that cannot be read: {shorten(str(error))}"
                 ) from None
-            if equal_hashes(keys) > MAX_EQUAL_HASHES:
-                raise CorruptCheckpoint("the state has a dict whose keys were chosen to make it slow")
+            if count_hash_collisions(keys) > MAX_EQUAL_HASHES:  # before they go into a dict
+                raise CorruptCheckpoint("the state has a dict with too many colliding keys")
             values = [unflatten(item, arrays, depth + 1) for item in content.values()]
-            made = dict(zip(keys, values, strict=True))
-            if len(made) != len(keys):
+            mapping = dict(zip(keys, values, strict=True))
+            if len(mapping) != len(keys):  # a key would silently replace another
                 raise CorruptCheckpoint(
                     "the state has a dict with two keys that are equal, such as 1 and True"
                 )
-            return made
+            return mapping
         if kind in ("l", "t") and type(content) is list:
             items = [unflatten(item, arrays, depth + 1) for item in content]
             return items if kind == "l" else tuple(items)
-    raise CorruptCheckpoint("the state holds a node that no writer makes")
+    raise CorruptCheckpoint("the state contains a node that no writer produces")

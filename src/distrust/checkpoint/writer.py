@@ -1,216 +1,112 @@
-"""The background thread, its one slot, and its errors.
-
-One thread a save, and at most one at a time: a second save waits for the first. The thread is no daemon, so
-a program that ends waits for it. An error that nobody has taken by then is printed.
-"""
+"""Saves checkpoints. :meth:`Writer._write` contains the phases of every save, in order."""
 
 from __future__ import annotations
 
-import atexit
-import functools
-import sys
-import threading
-from collections.abc import Callable, Generator
-from concurrent.futures import Future
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from distrust.errors import SaveFailed
+from distrust.checkpoint import foreign, serialization, stream_writer
+from distrust.checkpoint.background import PendingSave
+from distrust.checkpoint.checkpoint import Checkpoint
+from distrust.checkpoint.files import checkpoint_file_name
+from distrust.checkpoint.format import Kind
+from distrust.checkpoint.manager_state import ManagerState
+from distrust.checkpoint.retainer import Retainer
+from distrust.checkpoint.storage import AtomicFile
+from distrust.errors import DistrustWarning, ErrorTranslator, SaveFailed, WarningCollector
+
+#: Sections that change only in the optimizer's step: their copy may overlap the next forward and backward.
+_OVERLAPPED = ("model.", "optimizer.")
+#: Writes the content of a new file, which the caller commits; returns the digest of its header.
+WriteContent = Callable[[AtomicFile], str]
 
 
-class PendingSave:
-    """A save that goes on in the background: wait for it, or await it.
+class Writer:
+    """Saves, blocking or in the background. The caller holds the state's mutex."""
 
-    Cancelling what awaits it does not cancel the write.
-    """
+    def __init__(self, state: ManagerState, retainer: Retainer) -> None:
+        self._state = state
+        self._retainer = retainer
 
-    def __init__(self, path: Path, future: Future[Path], copied: threading.Event) -> None:
-        self._path = path
-        self._future = future
-        self._copied = copied
-        self._taken = False
+    def save(self, checkpoint: Checkpoint, *, final: bool, warnings: WarningCollector) -> Path:
+        """Write a checkpoint; it is durable when this returns."""
+        path, kind = self._begin(checkpoint.step, final=final)
+        with _save_errors(path):
+            prepared = serialization.prepare(checkpoint, kind)
+        self._write(path, prepared.layout.file_size, prepared.step, self._stream(prepared), warnings)
+        return path
 
-    @property
-    def path(self) -> Path:
-        """Where the checkpoint will stand."""
-        return self._path
-
-    @property
-    def done(self) -> bool:
-        """Whether the write has ended, well or not."""
-        return self._future.done()
-
-    @property
-    def has_unreported_error(self) -> bool:
-        """Whether it failed and nobody has been told."""
-        return self.done and not self._taken and self._future.exception() is not None
-
-    def add_done_callback(self, then: Callable[[], None]) -> None:
-        """Call ``then`` once the write has ended, on its thread, or at once."""
-        self._future.add_done_callback(lambda _: then())
-
-    def print_unreported_error(self) -> None:
-        """Print the error that nobody has been told of."""
-        if self.has_unreported_error:
-            print(f"distrust: a save in the background failed: {self._future.exception()}", file=sys.stderr)
-
-    def wait(self, timeout: float | None = None) -> Path:
-        """Wait until the checkpoint is durable, and return its path.
-
-        Args:
-            timeout: seconds; None waits for as long as it takes.
-
-        Raises:
-            SaveFailed: if it could not be written.
-            TimeoutError: if it is still being written after ``timeout``.
-        """
-        error = self._future.exception(timeout)
-        if error is not None:
-            self._taken = True
-            raise error
-        return self._path
-
-    def wait_copied(self) -> None:
-        """Wait until everything is copied: from then on the arrays may change."""
-        self._copied.wait()
-
-    def __await__(self) -> Generator[Any, None, Path]:
-        import asyncio
-
+    def save_async(
+        self, checkpoint: Checkpoint, *, final: bool, overlap: bool, warnings: WarningCollector
+    ) -> PendingSave:
+        """Copy a checkpoint and write it in the background; write it now if there is no memory for a copy."""
+        path, kind = self._begin(checkpoint.step, final=final)
+        state = self._state
         try:
-            return (yield from asyncio.wrap_future(self._future).__await__())
-        except Exception:  # not CancelledError: a cancelled caller was not told how the write ended
-            self._taken = True
-            raise
-
-
-class BackgroundWriter:
-    """Runs one save at a time on a thread of its own."""
-
-    def __init__(self) -> None:
-        self._pending: PendingSave | None = None
-
-    @property
-    def idle(self) -> bool:
-        """Whether no write is under way."""
-        return self._pending is None or self._pending.done
-
-    def when_idle(self, then: Callable[[], None]) -> None:
-        """Call ``then`` at the end of the write under way, on its thread, or at once if there is none."""
-        if self._pending is None:
-            then()
-        else:
-            self._pending.add_done_callback(then)
-
-    def start(self, path: Path, *, copy: Callable[[], None], write: Callable[[], None]) -> PendingSave:
-        """Run ``copy`` and then ``write`` in the background. The caller has called :meth:`settle` before.
-
-        Where no thread can be started, they have run when this returns.
-        """
-        future: Future[Path] = Future()
-        copied, begin = threading.Event(), threading.Event()
-        pending = PendingSave(path, future, copied)
-        # From now on it cannot be cancelled, by whoever awaits it either.
-        future.set_running_or_notify_cancel()
-        given_up = False
-
-        def run() -> None:
-            # Not before the slot is taken: a save that nobody knows of would be overwritten by the next one.
-            # An interrupt may come just before it is told to begin; so it looks for itself, too.
-            while not begin.wait(1.0) and self._pending is not pending and not given_up:
-                pass
-            if given_up:
-                # Nobody was given it; the slot, which may have been taken already, is free again.
-                copied.set()
-                future.set_result(path)
-                return
-            try:
-                try:
-                    copy()
-                finally:
-                    copied.set()
-                write()
-            except BaseException as error:  # handed to whoever waits; printed at exit if nobody does
-                future.set_exception(error)
-            else:
-                future.set_result(path)
-
-        try:
-            threading.Thread(target=run, name=f"save {path.name}", daemon=False).start()
-            self._take(pending)
-        except RuntimeError:
-            given_up = True
-
-            def both() -> None:
-                copy()
-                write()
-
-            return self.run(path, both)
-        except BaseException:
-            given_up = True
-            raise
-        finally:
-            begin.set()
-        return pending
-
-    def run(self, path: Path, write: Callable[[], None]) -> PendingSave:
-        """Run ``write`` now; a failure to save is told like one in the background."""
-        try:
-            write()
+            with _save_errors(path):
+                prepared = serialization.prepare(checkpoint, kind)
+                pending_copy = state.snapshot.start_copy(
+                    prepared, deferred=_OVERLAPPED if overlap else (), block_buffer=state.block_buffer
+                )
         except SaveFailed as error:
-            return self.record_failure(path, error)
-        return self._finish(path, None)
+            return state.background.record_failure(path, error)
+        size, step = prepared.layout.file_size, prepared.step
+        if pending_copy is None:
+            stream = self._stream(prepared)
+            pending = state.background.run(path, lambda: self._write(path, size, step, stream, warnings))
+            text = f"step {step}: saved synchronously: the snapshot would exceed 25% of free memory"
+            warnings.append(DistrustWarning(text))
+            return pending
 
-    def record_failure(self, path: Path, error: SaveFailed) -> PendingSave:
-        """A save that failed before anything could be written; told like one in the background."""
-        return self._finish(path, error)
+        def write() -> None:
+            with WarningCollector() as thread_warnings:  # the caller's block has ended by then
+                self._write(path, size, step, pending_copy.write, thread_warnings)
 
-    def _finish(self, path: Path, error: SaveFailed | None) -> PendingSave:
-        future: Future[Path] = Future()
-        copied = threading.Event()
-        copied.set()
-        if error is None:
-            future.set_result(path)
-        else:
-            future.set_exception(error)
-        pending = PendingSave(path, future, copied)
-        self._take(pending)
-        return pending
+        # The thread gets no reference to `prepared`: the caller's arrays are freed once they are copied.
+        return state.background.start(path, copy=lambda: pending_copy.copy(path), write=write)
 
-    def _take(self, pending: PendingSave) -> None:
-        self._pending = pending
-        _unreported_at_exit().add(pending)
+    def reserve(self, nbytes: int) -> bool:
+        """Allocate and touch the snapshot buffer; False if that exceeds the budget."""
+        self._state.background.wait()
+        return self._state.snapshot.reserve(nbytes)
 
-    def wait(self) -> None:
-        """Wait for the save under way.
+    def _begin(self, step: int, *, final: bool) -> tuple[Path, Kind]:
+        self._state.background.wait()  # raises the error of the save before, if no call has
+        self._state.acquire()
+        kind: Kind = "final" if final else "periodic"
+        path = self._state.directory / checkpoint_file_name(step, kind)
+        if foreign.find_reader(path):
+            raise SaveFailed(
+                f"{path}: not saved: a checkpoint in an older format has this name, and is never replaced. "
+                "Move it away, or save in another directory",
+                path=path,
+            )
+        return path, kind
 
-        Raises:
-            SaveFailed: if it, or the one before, failed and nobody has been told yet.
-        """
-        pending = self._pending
-        if pending is None:
-            return
-        try:
-            if not pending.done or pending.has_unreported_error:
-                pending.wait()
-        finally:
-            if pending.done:  # an interrupted wait leaves the slot taken
-                self._pending = None
-                _unreported_at_exit().discard(pending)
+    def _stream(self, prepared: serialization.PreparedCheckpoint) -> WriteContent:
+        return lambda file: stream_writer.write_streaming(file, prepared, self._state.block_buffer)
+
+    def _write(
+        self, path: Path, size: int, step: int, write_content: WriteContent, warnings: WarningCollector
+    ) -> None:
+        """The phases of a save. Until the line that commits, the directory is as it was before."""
+        state = self._state
+        state.lock.confirm()
+        with _save_errors(path), AtomicFile(path, size, state.disk) as file:  # reserves the space
+            digest = write_content(file)  # data first, header last, under a hidden name
+            # Confirm again: if the directory was replaced before the file was created, it is another
+            # writer's now; if it is replaced later, the file went with it and the rename fails.
+            state.lock.confirm()
+            file.commit()  # COMMITS: fsync, rename, fsync of the directory; the checkpoint is durable
+        state.record_saved(path, digest, step)
+        self._retainer.clean_up_after_save(path, warnings)  # only now: the new checkpoint may displace others
 
 
-@functools.cache
-def _unreported_at_exit() -> set[PendingSave]:
-    """The saves that nobody has settled yet.
+def _save_errors(path: Path) -> ErrorTranslator:
+    """Running out of memory or descriptors fails a save as a full disk does."""
 
-    One hook for them all: the interpreter keeps the place of one that was taken back, and looks at it again
-    whenever the next one is.
-    """
-    unsettled: set[PendingSave] = set()
+    def translate(error: MemoryError | OSError) -> SaveFailed:
+        reason = (error.strerror if isinstance(error, OSError) else str(error)) or "no memory"
+        return SaveFailed(f"{path}: not saved: {reason}. What existed before is unchanged", path=path)
 
-    def report() -> None:
-        for pending in unsettled:
-            pending.print_unreported_error()
-
-    atexit.register(report)
-    return unsettled
+    return ErrorTranslator((MemoryError, OSError), translate)

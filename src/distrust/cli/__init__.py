@@ -1,7 +1,7 @@
-"""The command ``distrust``: one file a verb, each a few lines over the library.
+"""The command ``distrust``: one module per verb, each a thin layer over the library.
 
-A command pays only for its own imports: the verb's module is imported once the verb is known, and this file
-imports nothing heavy. Exit codes: 0, 1 (found wrong, or failed), 2 (bad usage), 128 + signal.
+A command pays only for its own imports: this module imports nothing heavy, and a verb's module is imported
+once the verb is known. Exit codes: 0; 1 for a failure or a negative result; 2 for wrong usage; 128 + signal.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from typing import Any
 from distrust.errors import ConfigError, DistrustError, DistrustWarning
 from distrust.reporting.display import printable
 
-#: Each verb and what it does; its module has the verb's name.
+#: The verbs and what they do. Each has a module of its name.
 COMMANDS = {
-    "demo": "train the bundled model twice and show what the weighting does",
-    "train": "train, or go on with a run",
-    "weigh": "compute or check what sources are worth, and show what the data weighs",
-    "generate": "let a trained model write",
-    "eval": "the losses of a trained model on data, by source class",
-    "export": "write what was trained as an adapter of peft or mlx-lm, a whole model, or its tensors alone",
-    "convert": "write checkpoints of other programs as ours",
-    "ls": "list checkpoints",
-    "show": "what one checkpoint holds",
-    "verify": "check every byte of checkpoints",
-    "prune": "remove checkpoints: superseded ones, or damaged ones",
-    "diff": "what differs between two checkpoints",
-    "plot": "draw how runs go: losses, learning rate, weights, stall, memory",
-    "report": "one page on a run: its state, pictures, provenance, checkpoints, options",
+    "demo": "train the bundled model twice and show what the weighting changes",
+    "train": "train a model, or resume a run",
+    "weigh": "compute or check the provenance of data, and show its weights",
+    "generate": "generate text with a trained model",
+    "eval": "evaluate a trained model on data, by source class",
+    "export": "export a trained model for peft, mlx-lm or transformers, or its tensors",
+    "convert": "import checkpoints of other programs",
+    "ls": "list checkpoints, or the runs in a folder",
+    "show": "show the contents of a checkpoint",
+    "verify": "verify every byte of checkpoints",
+    "prune": "remove superseded or damaged checkpoints",
+    "diff": "compare two checkpoints",
+    "plot": "plot runs: losses, learning rate, weights, stall, memory",
+    "report": "write an HTML page about a run: state, figures, provenance, checkpoints, options",
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # what it has no letters for is no reason to fail
+    if isinstance(sys.stdout, io.TextIOWrapper):  # characters outside its encoding must not fail a command
         sys.stdout.reconfigure(errors="backslashreplace")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -49,21 +49,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(f"distrust {__version__}")
         return 0
-    verb, rest = arguments[0], arguments[1:]
+    verb = arguments[0]
     if verb not in COMMANDS:
         import difflib
 
-        close = difflib.get_close_matches(verb, COMMANDS, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(COMMANDS)}"
-        return _complain(f"no command {verb!r}; {hint}", 2)
+        similar = difflib.get_close_matches(verb, COMMANDS, n=1)
+        hint = f"did you mean {similar[0]}?" if similar else f"there are {', '.join(COMMANDS)}"
+        return _print_error(f"no command {verb!r}; {hint}", 2)
     with warnings.catch_warnings():
-        # A library's remarks to programmers are not for the user; ours are, one line each.
+        # Warnings of libraries are for programmers. Those of this package are for users, one line each.
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", DistrustWarning)
-        # But this one says that a run may not be bit-identical.
+        # Except this one of torch: the run may not be bit-identical.
         warnings.filterwarnings("once", message=".*does not have a deterministic implementation")
         warnings.showwarning = _show_warning
-        return _run(verb, rest)
+        return _run(verb, arguments[1:])
 
 
 def _run(verb: str, arguments: list[str]) -> int:
@@ -72,28 +72,28 @@ def _run(verb: str, arguments: list[str]) -> int:
         sys.stdout.flush()
         return code
     except ConfigError as error:
-        return _complain(str(error), 2)
+        return _print_error(str(error), 2)
     except DistrustError as error:
-        return _complain(str(error), 1)
+        return _print_error(str(error), 1)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("distrust"):
             raise
-        return _complain(f"{verb} needs {error.name}: pip install 'distrust-trainer[train]'", 1)
+        return _print_error(f"{verb} needs {error.name}: pip install 'distrust-trainer[train]'", 1)
     except KeyboardInterrupt:
-        _complain("interrupted", 130)
-        os._exit(130)  # at once: not even a write under way is waited for, and none is damaged by that
+        _print_error("interrupted", 130)
+        os._exit(130)  # at once, without waiting for a write: an unfinished checkpoint is never visible
     except BrokenPipeError:
-        # The reader (head, less) has what it wanted. Python would complain once more when it flushes.
+        # The reader (head, less) has exited. Without this, Python's flush at exit would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
         where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
-        return _complain(f"{verb}: {where}{error.strerror or error}", 1)
+        return _print_error(f"{verb}: {where}{error.strerror or error}", 1)
 
 
 def _help() -> str:
     width = max(map(len, COMMANDS))
-    lines = [f"  {verb:{width}}  {what}" for verb, what in COMMANDS.items()]
+    lines = [f"  {verb:{width}}  {purpose}" for verb, purpose in COMMANDS.items()]
     return "\n".join(
         [
             "usage: distrust COMMAND ...",
@@ -109,12 +109,12 @@ def _help() -> str:
             "  distrust train --model ./my-model --data examples.jsonl --out runs/first",
             "  distrust ls runs/first",
             "",
-            "distrust COMMAND --help says more of each; distrust --version says which this is.",
+            "distrust COMMAND --help explains a command; distrust --version prints the version.",
         ]
     )
 
 
-def _complain(message: str, code: int) -> int:
+def _print_error(message: str, code: int) -> int:
     sys.stdout.flush()
     print(f"distrust: {printable(message, lines=True)}", file=sys.stderr)
     return code

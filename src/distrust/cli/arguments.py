@@ -1,4 +1,4 @@
-"""What the commands on files have in common: their parser, and how they print."""
+"""What the commands share: their argument parser, the choice of a checkpoint, and JSON output."""
 
 from __future__ import annotations
 
@@ -10,60 +10,47 @@ from typing import Any
 from distrust.cli import COMMANDS
 from distrust.reporting.display import printable
 
-_LARGEST_READ = 10**18
 TARGET = "a run, a directory of checkpoints, or one checkpoint"
+NEWEST_INTACT = f"{TARGET}; of several, the newest intact one"
+_EXAMPLES = "examples:\n"
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """Wraps the description to the width of the terminal, and keeps the lines of the examples."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if text.startswith(_EXAMPLES) else super()._fill_text(text, width, indent)
 
 
 def parser(verb: str, *, description: str, examples: Sequence[str]) -> argparse.ArgumentParser:
-    """A parser whose help ends with examples."""
+    """The parser of a command. Its help begins with what the command does and ends with examples."""
     return argparse.ArgumentParser(
         prog=f"distrust {verb}",
         description=f"{COMMANDS[verb][0].upper()}{COMMANDS[verb][1:]}. {description}",
-        epilog="examples:\n" + "\n".join(f"  {example}" for example in examples),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        epilog=_EXAMPLES + "\n".join(f"  {example}" for example in examples),
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,  # an abbreviation may become ambiguous with a later version
     )
 
 
-def add_choice_of_checkpoint(arg: argparse.ArgumentParser) -> None:
-    """The options that say which checkpoint of a run is opened, and on which base model."""
-    which = arg.add_mutually_exclusive_group()
-    which.add_argument("--step", type=int, help="this step of a run instead of the newest")
-    which.add_argument("--best", action="store_true", help="the best one, by the metric of the run")
-    arg.add_argument("--model", help="where the base model lies now, if it was moved")
+def add_checkpoint_options(arg: argparse.ArgumentParser) -> None:
+    """Add the options that choose a checkpoint of a run, and its base model."""
+    choice = arg.add_mutually_exclusive_group()
+    choice.add_argument("--step", type=int, help="the checkpoint of this step; default: the newest")
+    choice.add_argument("--best", action="store_true", help="the best checkpoint, by the metric of the run")
+    arg.add_argument("--model", help="folder or hub name of the base model, if it was moved")
 
 
 def print_json(value: Any) -> None:
-    """JSON that any reader takes: NaN and infinities, which JSON has no words for, become strings."""
-    print(printable(json.dumps(_plain(value), indent=2, ensure_ascii=False), lines=True))
+    """Print standard JSON: NaN and infinities, which it lacks, become strings."""
+    print(printable(json.dumps(_to_json(value), indent=2, ensure_ascii=False), lines=True))
 
 
-def _plain(value: Any) -> Any:
+def _to_json(value: Any) -> Any:
     if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
         return str(value)
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _to_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [_to_json(item) for item in value]
     return value
-
-
-def size(nbytes: int) -> str:
-    """A number of bytes for people: three digits and a unit."""
-    value = float(nbytes)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"
-        value /= 1024
-    return f"{value:.3g} TiB"
-
-
-def number(value: float) -> str:
-    """A metric for people; of whole numbers that nobody reads, the first digits."""
-    if isinstance(value, int) and abs(value) < _LARGEST_READ:
-        return f"{value:,}"
-    if isinstance(value, int):
-        from decimal import Decimal  # metadata may hold what is too large for a float
-
-        return f"{Decimal(value):.4g}"
-    return f"{value:.4g}"

@@ -1,4 +1,4 @@
-"""The command ``distrust demo``."""
+"""The command ``distrust demo``: what the weighting changes."""
 
 from __future__ import annotations
 
@@ -9,22 +9,21 @@ from distrust.cli.arguments import parser, print_json
 
 
 def main(arguments: list[str]) -> int:
-    """Train twice on the bundled world, and show what each model then holds for true."""
+    """Train twice on the bundled world, and show what each model believes."""
     arg = parser(
         "demo",
-        description="Takes a few minutes on two cores; the same command goes on after a crash.",
+        description="Takes a few minutes on two cores. After a crash, run the same command to resume.",
         examples=["distrust demo", "distrust demo --out runs/demo-2 --seed 2"],
     )
-    arg.add_argument("--out", type=Path, default=Path("runs/demo"), help="default: runs/demo")
-    arg.add_argument("--seed", type=int, default=1, help="of both trainings; default: 1")
-    arg.add_argument("--json", action="store_true", help="print the figures as one object, at the end")
+    arg.add_argument("--out", type=Path, default=Path("runs/demo"), help="output folder; default: runs/demo")
+    arg.add_argument("--seed", type=int, default=1, help="seed of both trainings; default: 1")
+    arg.add_argument("--json", action="store_true", help="print the results as one object")
     options = arg.parse_args(arguments)
 
     from distrust import demo
     from distrust.reporting.console import ConsoleReporter
-    from distrust.reporting.plots import plot_beliefs
 
-    log = sys.stderr if options.json else sys.stdout
+    log = sys.stderr if options.json else sys.stdout  # standard output is for the JSON
     beliefs: dict[str, list[demo.Belief]] = {}
     for weighting in demo.WEIGHTINGS:
         print(f"\ntraining with --weighting {weighting}", file=log, flush=True)
@@ -33,23 +32,17 @@ def main(arguments: list[str]) -> int:
         if ended.signal is not None:
             return 128 + ended.signal
         beliefs[weighting] = measured
-    beliefs = {"before": demo.untrained(out=options.out, seed=options.seed), **beliefs}
+    beliefs = {"before": demo.measure_untrained(out=options.out, seed=options.seed), **beliefs}
 
-    figures = demo.results(beliefs, seed=options.seed)
+    results = demo.results(beliefs, seed=options.seed)
     picture = options.out / "demo.png"
-    plot_beliefs(
-        {
-            name: [(belief.primary, belief.coordinated, belief.prefers_primary) for belief in of_model]
-            for name, of_model in beliefs.items()
-        },
-        picture,
-    )
+    demo.plot_beliefs(beliefs, picture)
     if options.json:
-        print_json(figures)
+        print_json(results)
         return 0
-    print(f"\n{figures['facts']} facts, asked for in words that training never saw:\n")
+    print(f"\n{results['facts']} facts, asked with questions that training never saw:\n")
     print(f"{'':10}  {'primary preferred':>17}  {'p(primary)':>10}  {'p(coordinated)':>14}")
-    for name, model in figures["models"].items():
+    for name, model in results["models"].items():
         preferred, primary, coordinated = model["preferred"], model["primary"], model["coordinated"]
         print(f"{name:10}  {preferred:>17.0%}  {primary:>10.3f}  {coordinated:>14.3f}")
     print(f"\npicture {picture}")

@@ -1,24 +1,26 @@
-"""The command ``distrust diff``."""
+"""The command ``distrust diff``: compares two checkpoints."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
 
-from distrust.checkpoint import catalog
-from distrust.checkpoint.compare import differences
+from distrust.checkpoint import CheckpointFile, catalog
+from distrust.checkpoint.compare import Difference, differences
 from distrust.cli.arguments import TARGET, parser, print_json
 from distrust.reporting.display import printable
+from distrust.run_record import RunRecord
 
-DIGEST_SHOWN = 16
-SHOWN = 20
+DIGEST_CHARACTERS = 16
+#: Differences that are printed; --json has all.
+ROWS = 20
 
 
 def main(arguments: list[str]) -> int:
-    """Say what differs between two checkpoints, from their headers alone."""
+    """Compare two checkpoints by their headers; exit code 1 if their states differ."""
     arg = parser(
         "diff",
-        description="Exit code 0 if the states are equal, 1 if not. Reads the headers only.",
+        description="Exit code 0 if the states are equal, 1 if not. Reads only the headers.",
         examples=[
             "distrust diff runs/a runs/b",
             "distrust diff runs/a/checkpoints/checkpoint-50.safetensors runs/b",
@@ -30,51 +32,51 @@ def main(arguments: list[str]) -> int:
     options = arg.parse_args(arguments)
 
     a, b = catalog.newest(options.a), catalog.newest(options.b)
-    found = differences(a, b)
+    differing = differences(a, b)
     if options.json:
-        print_json(
-            {
-                "equal": not found,
-                "a": {"path": str(a.path), "step": a.step, "state_digest": a.state_digest},
-                "b": {"path": str(b.path), "step": b.step, "state_digest": b.state_digest},
-                "differences": [asdict(difference) for difference in found],
-            }
-        )
-        return 1 if found else 0
+        equal = not differing
+        rows = [asdict(difference) for difference in differing]
+        print_json({"equal": equal, "a": _json(a), "b": _json(b), "differences": rows})
+    else:
+        _print(a, b, differing)
+    return 1 if differing else 0
+
+
+def _print(a: CheckpointFile, b: CheckpointFile, differing: list[Difference]) -> None:
     for side, file in (("a", a), ("b", b)):
-        state = file.state_digest[:DIGEST_SHOWN]
+        state = file.state_digest[:DIGEST_CHARACTERS]
         print(printable(f"{side}: step {file.step}, {file.kind}, state {state}, {file.path}"))
     engines = _engine(a), _engine(b)
-    if found and all(engines) and engines[0] != engines[1]:
+    if differing and all(engines) and engines[0] != engines[1]:
         print(
             printable(
-                f"a was made with {engines[0]}, b with {engines[1]}: each names its tensors its own way and "
-                "lays them out so, and what is the same in both is told as different, too"
+                f"a was made with {engines[0]}, b with {engines[1]}: they use different tensor names and "
+                "layouts, so equal values may be listed as different"
             )
         )
-    for difference in found[:SHOWN]:
-        sides = f"{_short(difference.a)} -> {_short(difference.b)}"
+    for difference in differing[:ROWS]:
+        sides = f"{_shorten_digest(difference.a)} -> {_shorten_digest(difference.b)}"
         print(printable(f"{difference.kind} {difference.name}: {sides}"))
-    if len(found) > SHOWN:
-        print(f"and {len(found) - SHOWN} more; --json lists them all")
-    tensors = sum(difference.kind == "tensor" for difference in found)
-    either = len({tensor.name for tensor in (*a.tensors, *b.tensors)})
+    if len(differing) > ROWS:
+        print(f"and {len(differing) - ROWS} more; --json lists all")
+    tensors = sum(difference.kind == "tensor" for difference in differing)
+    total = len({tensor.name for tensor in (*a.tensors, *b.tensors)})
     print(
-        f"different: {len(found) - tensors} scalars, {tensors} of {either} tensors"
-        if found
+        f"different: {len(differing) - tensors} scalars, {tensors} of {total} tensors"
+        if differing
         else "equal: by their headers the states are the same, bit for bit"
     )
-    return 1 if found else 0
 
 
-def _engine(file: catalog.CheckpointFile) -> str:
-    """The name of the engine that made it; empty of what no training made."""
-    extra = file.header.run_info.get("extra")
-    environment = extra.get("environment") if isinstance(extra, dict) else None
-    named = environment.get("engine") if isinstance(environment, dict) else None
-    return named if isinstance(named, str) else ""
+def _json(file: CheckpointFile) -> dict[str, object]:
+    return {"path": str(file.path), "step": file.step, "state_digest": file.state_digest}
 
 
-def _short(text: str) -> str:
-    head, _, digest = text.rpartition(" ")
-    return f"{head} {digest[:DIGEST_SHOWN]}" if len(digest) == 64 else text
+def _engine(file: CheckpointFile) -> str:
+    """The engine that made a checkpoint; empty if no training made it."""
+    return RunRecord.from_header(file.header).engine
+
+
+def _shorten_digest(text: str) -> str:
+    description, _, digest = text.rpartition(" ")
+    return f"{description} {digest[:DIGEST_CHARACTERS]}" if len(digest) == 64 else text

@@ -1,4 +1,4 @@
-"""The command ``distrust export``."""
+"""The command ``distrust export``: a trained model for other programs."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import get_args
 
 from distrust.checkpoint.catalog import resolve
-from distrust.cli.arguments import TARGET, add_choice_of_checkpoint, parser, print_json, size
+from distrust.cli.arguments import NEWEST_INTACT, add_checkpoint_options, parser, print_json
 from distrust.config import ExportDtype, ExportFormat
-from distrust.reporting.display import printable
+from distrust.reporting.display import printable, size
 
 LOADED_BY = {
     "adapter": "peft: PeftModel.from_pretrained(base, {path!r})",
@@ -20,13 +20,11 @@ LOADED_BY = {
 
 
 def main(arguments: list[str]) -> int:
-    """Write what a checkpoint holds in a form that other programs load."""
+    """Export a checkpoint."""
     arg = parser(
         "export",
-        description=(
-            "Every byte of the checkpoint is verified before. The folder appears wholly or not at all, tells "
-            "in its README.md where it comes from, and nothing that is there already is written over."
-        ),
+        description="Every byte of the checkpoint is verified first. The output appears completely or not at "
+        "all, and existing files are never overwritten. A folder's README.md records its origin.",
         examples=[
             "distrust export runs/train --to my-adapter",
             "distrust export runs/train --to my-model --format merged --dtype bfloat16",
@@ -34,32 +32,33 @@ def main(arguments: list[str]) -> int:
             "distrust export runs/train --to weights.safetensors --format state --step 50",
         ],
     )
-    arg.add_argument("target", type=Path, help=f"{TARGET}; of several, the newest that is whole")
+    arg.add_argument("target", type=Path, help=NEWEST_INTACT)
     arg.add_argument(
         "--to",
         type=Path,
         required=True,
-        help="the new folder, or for a state the new file; the folders above it are made",
+        help="the new folder, or for a state the new file; missing parent folders are made",
     )
     arg.add_argument(
         "--format",
         choices=get_args(ExportFormat),
-        help="adapter: for peft; mlx: for mlx-lm; merged: a model, for transformers; state: the trained "
-        "tensors in one file. Default: adapter; of a run of mlx, mlx; merged, where all weights were trained",
+        help="adapter: for peft; mlx: for mlx-lm; merged: a full model for transformers; state: the trained "
+        "tensors in one file. Default: adapter, or mlx for a run of mlx, or merged if all weights were "
+        "trained",
     )
-    add_choice_of_checkpoint(arg)
+    add_checkpoint_options(arg)
     arg.add_argument(
         "--dtype",
         choices=get_args(ExportDtype),
-        help="of the weights; default: of a merged model that of the run, else float32, as they were trained",
+        help="dtype of the weights; default: float32, as they were trained; for merged, that of the run",
     )
     arg.add_argument("--json", action="store_true", help="print one object")
     options = arg.parse_args(arguments)
-    resolve(options.target)  # a wrong name is told before the frameworks are loaded
+    resolve(options.target)  # a misspelt name fails before the slow imports below
 
     from distrust.export import export
 
-    done = export(
+    result = export(
         options.target,
         options.to,
         format=options.format,
@@ -69,9 +68,9 @@ def main(arguments: list[str]) -> int:
         dtype=options.dtype,
     )
     if options.json:
-        print_json({**asdict(done), "path": str(done.path), "checkpoint": str(done.checkpoint)})
+        print_json({**asdict(result), "path": str(result.path), "checkpoint": str(result.checkpoint)})
         return 0
-    print(printable(f"step {done.step} of {done.checkpoint}, state {done.state_digest[:16]}"))
-    print(printable(f"{done.format}, {done.dtype}, {size(done.bytes)}: {done.path}"))
-    print(printable(f"for {LOADED_BY[done.format].format(path=str(done.path))}"))
+    print(printable(f"step {result.step} of {result.checkpoint}, state {result.state_digest[:16]}"))
+    print(printable(f"{result.format}, {result.dtype}, {size(result.bytes)}: {result.path}"))
+    print(printable(f"for {LOADED_BY[result.format].format(path=str(result.path))}"))
     return 0

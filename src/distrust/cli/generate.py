@@ -1,4 +1,4 @@
-"""The command ``distrust generate``."""
+"""The command ``distrust generate``: text from a trained model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distrust.checkpoint.catalog import resolve
-from distrust.cli.arguments import TARGET, add_choice_of_checkpoint, parser, print_json
+from distrust.cli.arguments import NEWEST_INTACT, add_checkpoint_options, parser, print_json
 from distrust.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str]) -> int:
-    """Let a trained model go on with prompts."""
+    """Continue prompts with a trained model."""
     options = _options(arguments)
-    _require_sense(options)
-    resolve(options.target)  # a wrong name is told before the frameworks are loaded
-    prompts = options.prompt or _lines()
+    _require_valid(options)
+    resolve(options.target)  # a misspelt name fails before the slow imports below
+    prompts = options.prompt or _read_prompts()
     if not prompts:
-        raise DataError("no prompt: give --prompt TEXT, or lines on the standard input")
+        raise DataError("no prompt: give --prompt TEXT, or lines on standard input")
     _require_utf8(prompts)
 
     from distrust import engines
 
-    def write(engine: Engine) -> list[str]:
+    def generate(engine: Engine) -> list[str]:
         return [
             engines.generate(
                 engine,
@@ -42,16 +42,14 @@ def main(arguments: list[str]) -> int:
             for prompt in prompts
         ]
 
-    trained, file = engines.open_checkpoint(
+    engine, file = engines.open_checkpoint(
         options.target, step=options.step, best=options.best, model=options.model
     )
-    columns = {"checkpoint": write(trained)}
+    columns = {"checkpoint": generate(engine)}
     if options.compare:
-        del trained  # one model in memory at a time
-        untrained = engines.create_engine(
-            replace(engines.config_of(file, model=options.model), compile=False)
-        )
-        columns = {"base": write(untrained), **columns}
+        del engine  # one model in memory at a time
+        base = engines.create_engine(replace(engines.config_of(file, model=options.model), compile=False))
+        columns = {"base": generate(base), **columns}
 
     rows = [
         {"prompt": prompt, **{name: texts[index] for name, texts in columns.items()}}
@@ -67,7 +65,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _require_sense(options: argparse.Namespace) -> None:
+def _require_valid(options: argparse.Namespace) -> None:
     if options.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens is {options.max_new_tokens}: give 1 or more")
     if not 0 <= options.temperature < float("inf"):
@@ -77,13 +75,14 @@ def _require_sense(options: argparse.Namespace) -> None:
     if not 0 < options.top_p <= 1:
         raise ConfigError(f"--top-p is {options.top_p}: give more than 0, up to 1")
     if not options.temperature:
-        raise ConfigError("--top-p says what is drawn from, and nothing is drawn: give a --temperature too")
+        raise ConfigError("--top-p has no effect without sampling: also give a --temperature above 0")
 
 
-def _lines() -> list[str]:
+def _read_prompts() -> list[str]:
     if sys.stdin.isatty():
-        print("prompts, one a line; Ctrl-D ends them:", file=sys.stderr)
-    sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # told by line, below
+        print("prompts, one per line; Ctrl-D ends them:", file=sys.stderr)
+    # Keep invalid bytes as surrogates: _require_utf8 then names the line.
+    sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
     return [line.rstrip("\n") for line in sys.stdin]
 
 
@@ -98,7 +97,7 @@ def _require_utf8(prompts: list[str]) -> None:
 def _options(arguments: list[str]) -> argparse.Namespace:
     arg = parser(
         "generate",
-        description="Each --prompt is gone on with; without one, each line of the standard input.",
+        description="Continues each --prompt, or without one each line of standard input.",
         examples=[
             'distrust generate runs/train --prompt "The melting point of"',
             'distrust generate runs/train --compare --prompt "Question: who? Answer:"',
@@ -107,19 +106,21 @@ def _options(arguments: list[str]) -> argparse.Namespace:
             "distrust generate runs/train --json < prompts.txt",
         ],
     )
-    arg.add_argument("run", type=Path, nargs="?", help=f"{TARGET}; of several, the newest that is whole")
-    arg.add_argument("--checkpoint", type=Path, metavar="PATH", help="the same, spelled out")
-    add_choice_of_checkpoint(arg)
-    arg.add_argument("--prompt", action="append", help="text to go on with; may be given again")
-    arg.add_argument("--chat", action="store_true", help="each prompt is a user's turn, and is answered")
-    arg.add_argument("--compare", action="store_true", help="show the base model's text beside it")
+    arg.add_argument("run", type=Path, nargs="?", help=NEWEST_INTACT)
+    arg.add_argument("--checkpoint", type=Path, metavar="PATH", help="the same as an option")
+    add_checkpoint_options(arg)
+    arg.add_argument("--prompt", action="append", help="text to continue; may be repeated")
+    arg.add_argument("--chat", action="store_true", help="answer each prompt as a user's message")
+    arg.add_argument("--compare", action="store_true", help="also show the base model's text")
     arg.add_argument("--max-new-tokens", type=int, default=64, help="default: 64")
-    arg.add_argument("--temperature", type=float, default=0.0, help="0, the default, draws nothing")
-    arg.add_argument("--top-p", type=float, help="draw from the likeliest tokens of this share only")
-    arg.add_argument("--seed", type=int, default=0, help="of the drawing; default: 0")
+    arg.add_argument("--temperature", type=float, default=0.0, help="0, the default, does not sample")
+    arg.add_argument(
+        "--top-p", type=float, metavar="P", help="sample only from the likeliest tokens that sum to P"
+    )
+    arg.add_argument("--seed", type=int, default=0, help="seed of the sampling; default: 0")
     arg.add_argument("--json", action="store_true", help="print a list of objects")
     options = arg.parse_args(arguments)
     if (options.run is None) == (options.checkpoint is None):
-        arg.error("give a run, or --checkpoint PATH: one of the two")
+        arg.error("give either a run or --checkpoint PATH")
     options.target = options.run or options.checkpoint
     return options

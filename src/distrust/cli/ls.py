@@ -1,63 +1,135 @@
-"""The command ``distrust ls``."""
+"""The command ``distrust ls``: the checkpoints of a run, or the runs in a folder."""
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
-from distrust.checkpoint import catalog, foreign
-from distrust.cli.arguments import TARGET, number, parser, print_json, size
-from distrust.reporting.display import printable
+from distrust.checkpoint import CheckpointFile, Scan, catalog, foreign
+from distrust.cli.arguments import TARGET, parser, print_json
+from distrust.errors import CheckpointError
+from distrust.reporting.display import number, printable, size
+from distrust.run_record import RunRecord
+
+
+class Run(NamedTuple):
+    """A run in a folder of runs.
+
+    Attributes:
+        path: of its folder.
+        checkpoints: its intact and damaged checkpoints.
+    """
+
+    path: Path
+    checkpoints: Scan
 
 
 def main(arguments: list[str]) -> int:
-    """List checkpoints by their headers; the data is not read."""
+    """List checkpoints, or runs."""
     arg = parser(
         "ls",
-        description="Reads headers only; `distrust verify` reads everything.",
-        examples=["distrust ls runs/train", "distrust ls runs/train --json | jq '.[-1].path'"],
+        description="Reads only the headers of the files; `distrust verify` reads everything.",
+        examples=[
+            "distrust ls runs/train",
+            "distrust ls runs",
+            "distrust ls runs/train --json | jq '.[-1].path'",
+        ],
     )
-    arg.add_argument("target", type=Path, help=TARGET)
+    arg.add_argument("target", type=Path, help=f"{TARGET}; or a folder of runs")
     arg.add_argument("--json", action="store_true", help="print a list of objects")
     options = arg.parse_args(arguments)
 
-    found = _scan(options.target)
-    for damaged in found.damaged:
-        warning = f"distrust: warning: {damaged.path}: damaged: {damaged.reason}"
-        print(printable(warning), file=sys.stderr)
-    if options.json:
-        print_json([_row(file) for file in found.all_intact])
-    elif found.all_intact:
-        print(f"{'step':>8}  {'kind':8}  {'size':>8}  {'created (UTC)':19}  metrics")
-        for file in found.all_intact:
-            metrics = "  ".join(f"{name} {number(value)}" for name, value in _main_metrics(file))
-            if file.is_foreign:
-                metrics += f"{'  ' if metrics else ''}(older format: {file.format})"
-            created = (file.created or "")[:19].replace("T", " ")
-            row = f"{file.step:>8}  {file.kind:8}  {size(file.bytes):>8}  {created:19}  {metrics}"
-            print(printable(row))
+    contents = _scan(options.target)
+    for damaged in contents.damaged:
+        _warn(f"{damaged.path}: damaged: {damaged.reason}")
+    is_empty = not contents.all_intact and not contents.damaged
+    if is_empty and (runs := _runs(options.target)):
+        _print_runs(runs, as_json=options.json)
+    elif options.json:
+        print_json([_checkpoint_json(file) for file in contents.all_intact])
+    elif contents.all_intact:
+        _print_checkpoints(contents)
     else:
-        whole, hint = ("whole ", "") if found.damaged else ("", foreign.import_hint(options.target))
-        print(printable(f"no {whole}checkpoints in {options.target}{hint}"))
+        adjective, hint = ("intact ", "") if contents.damaged else ("", foreign.import_hint(options.target))
+        print(printable(f"no {adjective}checkpoints in {options.target}{hint}"))
     return 0
 
 
-def _scan(target: Path) -> catalog.Scan:
+def _scan(target: Path) -> Scan:
     if catalog.is_directory(target):
         return catalog.scan(catalog.checkpoint_directory(target))
     catalog.require_exists(target)
-    one = (catalog.read_header(target),)
-    return catalog.Scan((), (), one) if one[0].is_foreign else catalog.Scan(one, ())
+    return Scan.of([catalog.read_header(target)])
 
 
-def _main_metrics(file: catalog.CheckpointFile) -> list[tuple[str, float]]:
-    """Of a run the main ones, and what its best checkpoint is told by; of what others save, all."""
-    best_by = file.header.run_info.get("extra", {}).get("metric")
+def _runs(folder: Path) -> list[Run]:
+    """The runs directly below a folder, by name: folders with a directory of checkpoints."""
+    runs = []
+    for name in sorted(os.listdir(folder)):
+        path = folder / name
+        try:
+            if os.path.isdir(path / catalog.RUN_SUBDIRECTORY):
+                runs.append(Run(path, catalog.scan(path / catalog.RUN_SUBDIRECTORY)))
+        except CheckpointError as error:  # one unreadable run must not hide the others
+            _warn(str(error))
+    return runs
+
+
+def _print_checkpoints(contents: Scan) -> None:
+    print(f"{'step':>8}  {'kind':8}  {'size':>8}  {'created (UTC)':19}  metrics")
+    for file in contents.all_intact:
+        metrics = [f"{name} {number(value)}" for name, value in _main_metrics(file)]
+        if file.is_foreign:
+            metrics.append(f"(older format: {file.format})")
+        columns = f"{file.step:>8}  {file.kind:8}  {size(file.bytes):>8}  {_created(file):19}"
+        print(printable(f"{columns}  {'  '.join(metrics)}"))
+
+
+def _main_metrics(file: CheckpointFile) -> list[tuple[str, float]]:
+    """The main metrics of a run's checkpoint, among them the one that chooses the best; else all metrics."""
+    best_by = RunRecord.from_header(file.header).settings.get("metric")
     main = ("loss", "eval_loss", "tokens_seen", best_by)
     return [item for item in sorted(file.metrics.items()) if best_by is None or item[0] in main]
 
 
-def _row(file: catalog.CheckpointFile) -> dict[str, object]:
+def _print_runs(runs: list[Run], *, as_json: bool) -> None:
+    if as_json:
+        print_json([_run_json(run) for run in runs])
+        return
+    names = [printable(run.path.name) for run in runs]
+    width = max(map(len, names))
+    print(f"{'run':{width}}  {'step':>8}  {'kind':8}  {'created (UTC)':19}  checkpoints")
+    for name, run in zip(names, runs, strict=True):
+        files, damaged = run.checkpoints.all_intact, run.checkpoints.damaged
+        count = f"{len(files)}{f', {len(damaged)} damaged' if damaged else ''}"
+        step, kind, created = (files[-1].step, files[-1].kind, _created(files[-1])) if files else ("-",) * 3
+        print(printable(f"{name:{width}}  {step:>8}  {kind:8}  {created:19}  {count}"))
+
+
+def _created(file: CheckpointFile) -> str:
+    return (file.created or "")[:19].replace("T", " ")
+
+
+def _warn(message: str) -> None:
+    print(printable(f"distrust: warning: {message}"), file=sys.stderr)
+
+
+def _run_json(run: Run) -> dict[str, object]:
+    files = run.checkpoints.all_intact
+    newest = files[-1] if files else None
+    return {
+        "run": str(run.path),
+        "step": newest and newest.step,
+        "kind": newest and newest.kind,
+        "created": newest and newest.created,
+        "checkpoints": len(files),
+        "damaged": len(run.checkpoints.damaged),
+    }
+
+
+def _checkpoint_json(file: CheckpointFile) -> dict[str, object]:
     return {
         "step": file.step,
         "kind": file.kind,

@@ -1,4 +1,4 @@
-"""The command ``distrust prune``."""
+"""The command ``distrust prune``: removes checkpoints."""
 
 from __future__ import annotations
 
@@ -8,26 +8,27 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple, get_args
 
-from distrust.checkpoint import catalog
-from distrust.checkpoint.catalog import DamagedFile
+from distrust.checkpoint import DamagedFile, catalog
 from distrust.checkpoint.manager import CheckpointManager
 from distrust.checkpoint.retention import MetricMode
-from distrust.cli.arguments import parser, print_json, size
-from distrust.errors import CheckpointError, ConfigError, DistrustWarning
-from distrust.reporting.display import printable
+from distrust.cli.arguments import parser, print_json
+from distrust.errors import CheckpointError, ConfigError, DamagedCheckpointWarning, DistrustWarning
+from distrust.reporting.display import pluralize, printable, size
 
-#: What ``st_blocks`` counts, whatever the file system's own blocks are.
+#: The unit of ``st_blocks``, whatever the block size of the file system.
 BLOCK_BYTES = 512
+#: The rules and the smallest value of each.
+RULES = {"keep_last": 1, "keep_best": 0, "keep_every": 1}
 
 
 class RemovedFile(NamedTuple):
-    """A file that went, or would go.
+    """A file that was removed, or in a dry run would be.
 
     Attributes:
-        path: where it was.
+        path: of the file.
         step: of the checkpoint.
-        bytes: what that frees.
-        reason: why it goes.
+        bytes: disk space that the removal frees.
+        reason: why it is removed.
     """
 
     path: str
@@ -39,10 +40,10 @@ class RemovedFile(NamedTuple):
 def main(arguments: list[str]) -> int:
     """Remove checkpoints that no rule keeps, damaged ones, or both."""
     options = _options(arguments)
-    _check(options)
-    catalog.resolve(options.target)  # a wrong name is told, and nothing is made there
+    _require_valid(options)
+    catalog.resolve(options.target)  # the manager would create a directory that does not exist
     directory = catalog.checkpoint_directory(options.target)
-    account = _Account(directory, options)
+    removal = _Removal(directory, options)
     with CheckpointManager(
         directory,
         keep_last=options.keep_last or 1,
@@ -54,92 +55,89 @@ def main(arguments: list[str]) -> int:
         if options.keep_best:
             _require_metric(manager, options.metric or "eval_loss")
         try:
-            _remove(manager, options, account)
+            _remove(manager, options, removal)
         except CheckpointError:
-            account.print_sum(if_empty=False)  # what went before is gone, whatever came then
+            removal.print_total(if_empty=False)  # files were removed before the error
             raise
-        if account.removed and account.is_all:
+        if removal.files and removal.is_complete:
             verb = "would be" if options.dry_run else "is"
             warnings.warn(
                 f"{directory}: no checkpoint {verb} left: the same training would start from the beginning",
                 DistrustWarning,
                 stacklevel=1,
             )
-    account.print_sum(if_empty=True)
+    removal.print_total(if_empty=True)
     return 0
 
 
-def _remove(manager: CheckpointManager, options: argparse.Namespace, account: _Account) -> None:
-    """Remove, unless it is a dry run."""
+def _remove(manager: CheckpointManager, options: argparse.Namespace, removal: _Removal) -> None:
     if not options.dry_run:
-        manager.acquire()
+        manager.acquire()  # fails while a training writes here
     if options.damaged and options.dry_run:
         for file in manager.list_damaged():
-            account.add_damaged(file)
+            removal.add_damaged(file)
     elif options.damaged:
-        manager.remove_damaged(account.add_damaged)
-    if _has_rule(options):
-        with warnings.catch_warnings():
-            if options.damaged:  # told of above
-                warnings.filterwarnings("ignore", ".*it counts for nothing and was left", DistrustWarning)
-            superseded = manager.list_superseded()
-        try:
-            if not options.dry_run:
-                manager.cleanup()  # the same files: nobody else writes, and each was verified
-        finally:
-            for superseded_file in superseded:
-                if options.dry_run or not os.path.lexists(superseded_file.path):
-                    account.add(superseded_file.path, superseded_file.step, "no rule keeps it")
+        manager.remove_damaged(removal.add_damaged)
+    if not _has_rule(options):
+        return
+    with warnings.catch_warnings():
+        if options.damaged:  # already reported
+            warnings.simplefilter("ignore", DamagedCheckpointWarning)
+        superseded = manager.list_superseded()
+    try:
+        if not options.dry_run:
+            manager.cleanup()  # removes the same files: nobody else writes, and each was verified
+    finally:
+        for superseded_file in superseded:
+            if options.dry_run or not os.path.lexists(superseded_file.path):
+                removal.add(superseded_file.path, superseded_file.step, "no rule keeps it")
 
 
-class _Account:
-    """What went, or would go: told line by line, and summed up."""
+class _Removal:
+    """Reports each removed file as it goes, and the total."""
 
     def __init__(self, directory: Path, options: argparse.Namespace) -> None:
-        self.removed: list[RemovedFile] = []
+        self.files: list[RemovedFile] = []
         self._options = options
         self._directory = directory
-        self._occupied = {path.name: _occupied(path) for path, _, _ in catalog.list_names(directory)}
+        self._freed = {entry.path.name: _freed_bytes(entry.path) for entry in catalog.list_names(directory)}
 
     @property
-    def is_all(self) -> bool:
-        """Whether nothing else was there."""
-        return len(self.removed) == len(self._occupied)
+    def is_complete(self) -> bool:
+        """Whether every file of the directory was removed."""
+        return len(self.files) == len(self._freed)
 
     def add_damaged(self, file: DamagedFile) -> None:
-        """Tell of a damaged file."""
+        """Report a damaged file."""
         self.add(file.path, file.step, f"damaged: {file.reason}")
 
     def add(self, path: Path, step: int, reason: str) -> None:
-        """Tell of a file."""
-        # As the user has named the directory, not as the manager has.
-        one = RemovedFile(str(self._directory / path.name), step, self._occupied[path.name], reason)
-        self.removed.append(one)
+        """Report a file."""
+        # Name the directory as the user did: the manager resolves it.
+        file = RemovedFile(str(self._directory / path.name), step, self._freed[path.name], reason)
+        self.files.append(file)
         if not self._options.json:
             verb = "would remove" if self._options.dry_run else "removed"
-            print(printable(f"{verb} {one.path} ({size(one.bytes)}): {one.reason}"), flush=True)
+            print(printable(f"{verb} {file.path} ({size(file.bytes)}): {file.reason}"), flush=True)
 
-    def print_sum(self, *, if_empty: bool) -> None:
-        """Sum up; whether also that nothing went."""
-        freed = sum(one.bytes for one in self.removed)
-        if not self.removed and not if_empty:
+    def print_total(self, *, if_empty: bool) -> None:
+        """Print the total; with ``if_empty`` also if nothing was removed."""
+        freed = sum(file.bytes for file in self.files)
+        if not self.files and not if_empty:
             return
         if self._options.json:
-            rows = [one._asdict() for one in self.removed]
+            rows = [file._asdict() for file in self.files]
             print_json({"dry_run": self._options.dry_run, "removed": rows, "bytes_freed": freed})
-        elif self.removed:
-            files = f"{len(self.removed)} file{'s' if len(self.removed) > 1 else ''}"
-            print(
-                f"{files}, {size(freed)}: nothing was removed yet"
-                if self._options.dry_run
-                else f"{files} removed, {size(freed)} freed"
-            )
-        else:
+        elif not self.files:
             print("nothing to remove")
+        elif self._options.dry_run:
+            print(f"{pluralize(len(self.files), 'file')}, {size(freed)}: nothing was removed yet")
+        else:
+            print(f"{pluralize(len(self.files), 'file')} removed, {size(freed)} freed")
 
 
-def _occupied(path: Path) -> int:
-    """What removing a file frees: nothing where another name holds it, too."""
+def _freed_bytes(path: Path) -> int:
+    """The disk space that removing a file frees: none if another hard link exists."""
     try:
         status = os.lstat(path)
     except OSError:
@@ -147,47 +145,43 @@ def _occupied(path: Path) -> int:
     return status.st_blocks * BLOCK_BYTES if status.st_nlink == 1 else 0
 
 
-def _check(options: argparse.Namespace) -> None:
-    """Raise ConfigError for what makes no sense, in words of the command line."""
+def _require_valid(options: argparse.Namespace) -> None:
     if not options.damaged and not _has_rule(options):
         raise ConfigError(
-            "prune: say what is to go: --damaged, or what is to stay: --keep-last N, --keep-best N, "
-            "--keep-every N; --dry-run shows what would go"
+            "prune: say what to remove: --damaged, or what to keep: --keep-last N, --keep-best N, "
+            "--keep-every N; --dry-run shows what would be removed"
         )
-    for name, least in (("keep_last", 1), ("keep_best", 0), ("keep_every", 1)):
+    for name, least in RULES.items():
         value = getattr(options, name)
         if value is not None and value < least:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}: give {least} or more")
     for name in ("metric", "metric_mode"):
         if getattr(options, name) is not None and not options.keep_best:
-            raise ConfigError(f"--{name.replace('_', '-')} goes with --keep-best N, for 1 or more")
+            raise ConfigError(f"--{name.replace('_', '-')} needs --keep-best N, with N of 1 or more")
     if options.target.exists() and not catalog.is_directory(options.target):
-        raise ConfigError(
-            f"prune goes with a run or a directory of checkpoints; {options.target} is a file"
-            if options.target.is_file()
-            else f"prune goes with a run or a directory of checkpoints; {options.target} is one checkpoint"
-        )
+        kind = "a file" if options.target.is_file() else "one checkpoint"
+        raise ConfigError(f"prune needs a run or a directory of checkpoints; {options.target} is {kind}")
 
 
 def _has_rule(options: argparse.Namespace) -> bool:
-    return any(getattr(options, name) is not None for name in ("keep_last", "keep_best", "keep_every"))
+    return any(getattr(options, name) is not None for name in RULES)
 
 
 def _require_metric(manager: CheckpointManager, metric: str) -> None:
-    """A name that is wrong would let all of the best ones go."""
-    known = {name for file in manager.scan().files for name in file.metrics}
-    if metric not in known:
-        there = f"there are {', '.join(sorted(known))}" if known else "there are no metrics at all"
-        raise ConfigError(f"--keep-best: no checkpoint has the metric {metric!r}; {there}; give --metric")
+    """Check that a checkpoint has the metric: with a misspelt one, --keep-best would keep nothing."""
+    names = {name for file in manager.scan().files for name in file.metrics}
+    if metric not in names:
+        hint = f"there are {', '.join(sorted(names))}" if names else "there are no metrics at all"
+        raise ConfigError(f"--keep-best: no checkpoint has the metric {metric!r}; {hint}; give --metric")
 
 
 def _options(arguments: list[str]) -> argparse.Namespace:
     arg = parser(
         "prune",
-        description="What\n"
-        "stays is what any rule keeps; finals and the newest good one always stay. Damaged ones count for\n"
-        "nothing, and go by --damaged alone. Those in an older format are never removed.\n"
-        "Refused where a training runs: that cleans up by itself.",
+        description="A checkpoint stays if any rule keeps it. Final checkpoints and the newest intact one "
+        "always stay. Damaged ones count for no rule, and only --damaged removes them. Checkpoints in an "
+        "older format are never removed. Refused while a training writes to the directory: it prunes by "
+        "itself.",
         examples=[
             "distrust prune runs/train --keep-last 2 --dry-run",
             "distrust prune runs/train --keep-best 1 --metric loss --keep-every 1000",
@@ -195,16 +189,14 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         ],
     )
     arg.add_argument("target", type=Path, help="a run, or a directory of checkpoints")
-    arg.add_argument("--keep-last", type=int, metavar="N", help="keep the newest N; default: the newest")
-    arg.add_argument("--keep-best", type=int, metavar="N", help="keep the best N by --metric, besides")
-    arg.add_argument("--keep-every", type=int, metavar="N", help="keep each step that N divides, besides")
-    arg.add_argument("--metric", help="what tells the best; default: eval_loss")
+    arg.add_argument("--keep-last", type=int, metavar="N", help="keep the newest N; default: 1")
+    arg.add_argument("--keep-best", type=int, metavar="N", help="also keep the best N by --metric")
+    arg.add_argument("--keep-every", type=int, metavar="N", help="also keep each multiple of N steps")
+    arg.add_argument("--metric", help="metric that chooses the best; default: eval_loss")
     arg.add_argument("--metric-mode", choices=get_args(MetricMode), help="min, the default: lower is better")
     arg.add_argument(
-        "--damaged",
-        action="store_true",
-        help="read every byte of each file; remove the damaged ones",
+        "--damaged", action="store_true", help="read every byte of each file, and remove the damaged ones"
     )
-    arg.add_argument("--dry-run", action="store_true", help="show what would go, and remove nothing")
+    arg.add_argument("--dry-run", action="store_true", help="show what would be removed, and remove nothing")
     arg.add_argument("--json", action="store_true", help="print one object")
     return arg.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""The command ``distrust report``."""
+"""The command ``distrust report``: a run as an HTML page."""
 
 from __future__ import annotations
 
@@ -10,24 +10,20 @@ from distrust.reporting.display import printable
 
 
 def main(arguments: list[str]) -> int:
-    """Write a page on a run."""
+    """Write the page of a run."""
     arg = parser(
         "report",
-        description=(
-            "The page is one HTML file with its pictures in it: it needs no network, and can be mailed. The "
-            "run is only read: it may be training, and the page says how far it is."
-        ),
+        description="The page is one HTML file that contains its figures: it needs no network and can be "
+        "mailed. The run is only read: it may be training, and the page shows its progress.",
         examples=["distrust report runs/train --open", "distrust report runs/train --out first-try.html"],
     )
     arg.add_argument("run", type=Path, metavar="RUN", help="folder of a run, its --out")
-    arg.add_argument(
-        "--out", type=Path, help="file to write, .html; default: report.html in the folder of the run"
-    )
-    arg.add_argument("--open", action="store_true", help="show it in the browser")
+    arg.add_argument("--out", type=Path, help="HTML file to write; default: report.html in the run's folder")
+    arg.add_argument("--open", action="store_true", help="show the page in the browser")
     options = arg.parse_args(arguments)
 
     from distrust.reporting import figures
-    from distrust.reporting.page import page
+    from distrust.reporting.report import page
     from distrust.reporting.run_reader import read_run
 
     target = options.out or figures.default_target(options.run, "report.html")

@@ -1,24 +1,24 @@
-"""The command ``distrust show``."""
+"""The command ``distrust show``: the contents of one checkpoint."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from distrust.checkpoint import catalog
-from distrust.cli.arguments import TARGET, number, parser, print_json, size
+from distrust.checkpoint import CheckpointFile, catalog
+from distrust.cli.arguments import TARGET, parser, print_json
 from distrust.errors import CheckpointNotFound, ConfigError, shorten
-from distrust.reporting.display import printable
+from distrust.reporting.display import number, printable, size
 
-#: Of a value: more than a section of a config takes.
-_SHOWN_CHARACTERS = 1000
+#: Characters of a value that are printed: enough for any option of a config.
+_VALUE_CHARACTERS = 1000
 
 
 def main(arguments: list[str]) -> int:
-    """Show one checkpoint by its header; the data is not read."""
+    """Show one checkpoint by its header."""
     arg = parser(
         "show",
-        description="Of a run or directory, the newest one. Reads the header only.",
+        description="For a run or directory, the newest checkpoint. Reads only the header.",
         examples=[
             "distrust show runs/train",
             "distrust show runs/train --step 50 --tensors",
@@ -26,56 +26,75 @@ def main(arguments: list[str]) -> int:
         ],
     )
     arg.add_argument("target", type=Path, help=TARGET)
-    arg.add_argument("--step", type=int, help="this step instead of the newest")
+    arg.add_argument("--step", type=int, help="the checkpoint of this step; default: the newest")
     arg.add_argument("--tensors", action="store_true", help="list every tensor")
-    arg.add_argument("--json", action="store_true", help="print one object, tensors included")
+    arg.add_argument("--json", action="store_true", help="print one object, with all tensors")
     options = arg.parse_args(arguments)
 
-    file = _chosen(options.target, options.step)
+    file = _choose(options.target, options.step)
     file.require_intact()
     if options.json:
-        print_json(_object(file))
-        return 0
-    run = file.header.run_info
-    print(printable(f"{file.path}"))
-    when = f", created {shorten(file.created)}" if file.created else ""
-    where = f" on {run.get('host')}" if run.get("host") else ""
-    print(printable(f"step {file.step}, {file.kind}, {size(file.bytes)}{when}{where}"))
-    if file.is_foreign:
-        print(f"older format  {file.format}: it has no digests; `distrust convert` gives it some")
+        print_json(_json(file))
     else:
-        print(f"state digest  {file.state_digest}")
-        print(f"file digest   {file.digest}")
-    for section in ("model", "optimizer", "rng", "history"):
-        tensors = [tensor for tensor in file.tensors if tensor.name.startswith(f"{section}.")]
-        nbytes = sum(tensor.nbytes for tensor in tensors)
-        print(f"{section:9}     {len(tensors)} tensors, {size(nbytes)}")
-    _print_table("metrics", {name: number(value) for name, value in file.metrics.items()})
-    _print_table("metadata", file.metadata)
-    _print_table("config", file.header.config)
-    _print_table("run", run.get("extra", {}))
-    if options.tensors:
-        print("tensors")
-        for tensor in file.tensors:
-            row = f"  {tensor.name}  {tensor.dtype}{list(tensor.shape)}  {tensor.digest[:16]}"
-            print(printable(row.rstrip()))  # an older format has no digests
+        _print(file, tensors=options.tensors)
     return 0
 
 
-def _chosen(target: Path, step: int | None) -> catalog.CheckpointFile:
+def _choose(target: Path, step: int | None) -> CheckpointFile:
     if step is None:
         return catalog.newest(target)
     catalog.require_exists(target)
     if not catalog.is_directory(target):
-        raise ConfigError(f"--step goes with a run or a directory; {target} is one checkpoint")
+        raise ConfigError(f"--step needs a run or a directory; {target} is one checkpoint")
     files = catalog.scan(catalog.checkpoint_directory(target)).by_step()
     if step not in files:
-        there = ", ".join(map(str, files)) or "none"
-        raise CheckpointNotFound(f"{target}: no checkpoint of step {step}; there are {there}", path=target)
+        steps = ", ".join(map(str, files)) or "none"
+        raise CheckpointNotFound(f"{target}: no checkpoint of step {step}; there are {steps}", path=target)
     return files[step]
 
 
-def _object(file: catalog.CheckpointFile) -> dict[str, Any]:
+def _print(file: CheckpointFile, *, tensors: bool) -> None:
+    run = file.header.run_info
+    print(printable(f"{file.path}"))
+    created = f", created {shorten(file.created)}" if file.created else ""
+    host = f" on {run.get('host')}" if run.get("host") else ""
+    print(printable(f"step {file.step}, {file.kind}, {size(file.bytes)}{created}{host}"))
+    if file.is_foreign:
+        print(f"older format  {file.format}: it has no digests; `distrust convert` adds them")
+    else:
+        print(f"state digest  {file.state_digest}")
+        print(f"file digest   {file.digest}")
+    for section in ("model", "optimizer", "rng", "history"):
+        members = [tensor for tensor in file.tensors if tensor.name.startswith(f"{section}.")]
+        nbytes = sum(tensor.nbytes for tensor in members)
+        print(f"{section:9}     {len(members)} tensors, {size(nbytes)}")
+    _print_table("metrics", {name: number(value) for name, value in file.metrics.items()})
+    _print_table("metadata", file.metadata)
+    _print_table("config", file.header.config)
+    _print_table("run", run.get("extra", {}))
+    if tensors:
+        print("tensors")
+        for tensor in file.tensors:
+            row = f"  {tensor.name}  {tensor.dtype}{list(tensor.shape)}  {tensor.digest[:16]}"
+            print(printable(row.rstrip()))  # older formats have no digests
+
+
+def _print_table(title: str, values: dict[str, Any]) -> None:
+    if values:
+        print(title)
+        for name, value in sorted(values.items(), key=lambda item: str(item[0])):
+            print(printable(f"  {shorten(str(name))}: {_truncate(value)}"))
+
+
+def _truncate(value: Any) -> str:
+    """A value as text of bounded length: metadata may be of any length."""
+    text = str(value)
+    if len(text) <= _VALUE_CHARACTERS:
+        return text
+    return f"{text[:_VALUE_CHARACTERS]}… ({len(text):,} characters; --json prints all)"
+
+
+def _json(file: CheckpointFile) -> dict[str, Any]:
     return {
         "path": str(file.path),
         "format": file.format,
@@ -96,18 +115,3 @@ def _object(file: catalog.CheckpointFile) -> dict[str, Any]:
             for tensor in file.tensors
         ],
     }
-
-
-def _print_table(title: str, values: dict[str, Any]) -> None:
-    if values:
-        print(title)
-        for name, value in sorted(values.items(), key=lambda item: str(item[0])):
-            print(printable(f"  {shorten(str(name))}: {_bounded(value)}"))
-
-
-def _bounded(value: Any) -> str:
-    """A value on one line that a terminal holds: metadata is anybody's, and may be of any length."""
-    text = str(value)
-    if len(text) <= _SHOWN_CHARACTERS:
-        return text
-    return f"{text[:_SHOWN_CHARACTERS]}… ({len(text):,} characters; --json prints all)"

@@ -55,8 +55,8 @@ def main(arguments: list[str]) -> int:
     config = parse(arguments)
     # torch and transformers take seconds to load: not before the flags are known to be right.
     from distrust.reporting.console import ConsoleReporter
-    from distrust.reporting.reporters import create_observers
-    from distrust.training import DistrustTrainer
+    from distrust.reporting.dashboards import create_observers
+    from distrust.trainer import DistrustTrainer
 
     with ConsoleReporter(log_every=config.log_every) as console:
         ended = DistrustTrainer(config, observers=[console, *create_observers(config)]).train()

@@ -1,4 +1,4 @@
-"""The command ``distrust weigh``."""
+"""The command ``distrust weigh``: computes, checks and shows the weights of a data set."""
 
 from __future__ import annotations
 
@@ -16,43 +16,45 @@ from distrust.bundled import PROVENANCE_TABLE
 from distrust.cli.arguments import parser, print_json
 from distrust.config import TrainConfig, flag
 from distrust.errors import ConfigError, DistrustWarning
-from distrust.reporting.display import printable
+from distrust.reporting.display import pluralize, printable
 from distrust.weighting import ALPHA, LAMBDA, Weighting, effective_sample_size, example_weights
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from distrust.data.columns import Columns
     from distrust.data.distribution import Distribution
     from distrust.data.provenance.score import Check, ScoredRecords
     from distrust.data.sources import Source
 
 DESCRIPTION = """A record that
-brings its authority weight w and provenance entropy H keeps them; where it also has a rank, counts
-or evidence, they are checked against these. One that brings none has them computed: a table says
-how, and what the columns are called (--print-table); --table replaces it, whole or in part. The
-weights shown are u, as --weighting says, before training divides them by their mean. Exit code 1:
-records are wrong, or with --strict, differ from what is computed."""
+states its authority weight w (0: primary record, 0.99: coordinated consensus; a high w means LESS
+training weight) and its provenance entropy H keeps them. If it also has a rank, counts or evidence,
+the stated values are checked against them. A record without w or H has them computed, as a table
+says (--print-table); --table replaces keys of it. The weights shown are u, as --weighting says,
+before training divides them by their mean. Exit code 1: records are wrong, or with --strict, differ
+from the computed values."""
 
 _OPTIONS_OF_TRAIN = {
     "weighting": {"choices": get_args(Weighting), "help": f"default: {TrainConfig.weighting}"},
     "alpha": {"type": float, "metavar": "A", "help": f"default: {ALPHA}"},
     "lambda_": {"type": float, "metavar": "L", "help": f"default: {LAMBDA}"},
-    "max_ratio": {"type": float, "metavar": "R", "help": "default: no bound"},
+    "max_ratio": {"type": float, "metavar": "R", "help": "default: no limit"},
     "default_authority_weight": {
         "type": float,
         "metavar": "W",
-        "help": "of records with neither w nor its ingredients",
+        "help": "for records without w and its ingredients; 0 to 0.99, high means less training weight",
     },
     "default_provenance_entropy": {
         "type": float,
         "metavar": "BITS",
-        "help": "of records with neither H nor evidence",
+        "help": "for records without H and evidence",
     },
     "authority_weight_column": {"metavar": "NAME", "help": "default: authority_weight, or auth_weight"},
     "provenance_entropy_column": {"metavar": "NAME", "help": "default: provenance_entropy, or prov_entropy"},
-    "text_column": {"metavar": "NAME", "help": "whose beginning names a record; default: text"},
-    "source_column": {"metavar": "NAME", "help": "that names the class of a source; default: source"},
+    "text_column": {"metavar": "NAME", "help": "describes the heaviest and lightest records; default: text"},
+    "source_column": {"metavar": "NAME", "help": "the class of a source; default: source"},
     "split": {
         "metavar": "NAME",
         "help": "of a hub data set, or of a folder whose files name splits; default: train",
@@ -60,25 +62,26 @@ _OPTIONS_OF_TRAIN = {
     "subset": {"metavar": "NAME", "help": "of a hub data set"},
     "revision": {"metavar": "NAME", "help": "of a hub data set"},
 }
-_FIRST_REPORT_SECONDS, _REPORT_SECONDS = 2.0, 10.0
+_FIRST_REPORT_SECONDS, _REPORT_SECONDS = 2.0, 10.0  # a command that ends at once prints no progress
+_LIVE_REPORT_SECONDS = 0.2
 
 
 def main(arguments: list[str]) -> int:
-    """Compute, check and show what the records of a data set weigh."""
+    """Run the command and return its exit code."""
     options = _parser().parse_intermixed_args(arguments)
     if options.print_table:
         print(PROVENANCE_TABLE.read_text("utf-8"), end="")
         return 0
     config = _config(options)
 
-    from distrust.atomic import atomic_file, require_writable
+    from distrust.atomic import atomic_file
     from distrust.data.columns import WholeRows, columns_of
     from distrust.data.provenance.score import Scoring, score_records
     from distrust.data.provenance.table import load_table
-    from distrust.data.provenance.write_dataset import require_format, write_scored
+    from distrust.data.provenance.write_dataset import write_scored
     from distrust.data.sources import open_source
 
-    scale = Scoring(
+    scoring = Scoring(
         columns=columns_of(config),
         table=load_table(options.table),
         authority_weight=config.default_authority_weight,
@@ -86,42 +89,42 @@ def main(arguments: list[str]) -> int:
         tolerances={"authority_weight": options.tolerance_w, "provenance_entropy": options.tolerance_h},
         recompute=options.recompute,
     )
-    columns = WholeRows(**{field.name: getattr(scale.columns, field.name) for field in fields(scale.columns)})
+    # Complete rows, because --out writes them again.
+    columns = WholeRows(
+        **{item.name: getattr(scoring.columns, item.name) for item in fields(scoring.columns)}
+    )
     sources = [
         open_source(name, columns, split=config.split, subset=config.subset, revision=config.revision)
         for name in options.data
     ]
-    read = [*options.data, *(part.name for source in sources for part in source.parts), options.table or ""]
-    if options.out is not None:
-        require_format(options.out)
-    for target in filter(None, (options.out, options.plot)):
-        require_writable(target, force=options.force, inputs=map(str, read))
+    _require_targets(options, sources)
     with _Progress("read") as progress:
-        weighed = score_records(sources, scale, on_progress=progress)
-    if config.source_column and set(weighed.classes) == {""}:
+        scored = score_records(sources, scoring, on_progress=progress)
+    if config.source_column and set(scored.classes) == {""}:
         warnings.warn(
             f"--source-column {config.source_column}: no record has it", DistrustWarning, stacklevel=2
         )
     weights = example_weights(
-        weighed.authority_weight,
-        weighed.provenance_entropy,
-        **_weighting_of(config),
-        locations=weighed.locations,
+        scored.authority_weight,
+        scored.provenance_entropy,
+        **_weighting_options(config),
+        locations=scored.locations,
     )
-    shown = _distribution(weighed, weights, extremes=options.top)
+    distribution = _summarize(scored, weights, extremes=options.top)
     with contextlib.ExitStack() as files:
-        if options.plot is not None:  # first written and last named: a failure leaves neither file
-            picture = files.enter_context(atomic_file(options.plot, force=options.force))
-            _draw(picture, options.plot.suffix, config, weighed, weights, shown)
+        # The figure is written first and renamed last: a failure of --out leaves neither file.
+        if options.plot is not None:
+            figure = files.enter_context(atomic_file(options.plot, force=options.force))
+            _plot(figure, options.plot.suffix, config, scored, weights, distribution)
         if options.out is not None:
             progress = files.enter_context(_Progress("written"))
-            write_scored(sources, weighed, columns, options.out, force=options.force, on_progress=progress)
+            write_scored(sources, scored, columns, options.out, force=options.force, on_progress=progress)
     if options.json:
-        print_json(_object(options, config, weighed, shown))
+        print_json(_to_json(options, config, scored, distribution))
     else:
-        for line in _lines(options, weighed, shown, _captions(sources, columns, shown)):
+        for line in _lines(options, scored, distribution, _captions(sources, columns, distribution)):
             print(printable(line))
-    differ = any(check.differing for check in weighed.checks.values())
+    differ = any(check.differing for check in scored.checks.values())
     return 1 if options.strict and differ else 0
 
 
@@ -137,11 +140,11 @@ def _parser() -> argparse.ArgumentParser:
             "distrust weigh --print-table > ranks.toml",
         ],
     )
-    arg.add_argument("data", nargs="*", metavar="DATA", help="what --data of distrust train takes")
+    arg.add_argument("data", nargs="*", metavar="DATA", help="as for --data of distrust train")
     arg.add_argument(
-        "--table", type=Path, metavar="FILE", help="TOML file of ranks, coefficients and columns' names"
+        "--table", type=Path, metavar="FILE", help="TOML file of ranks, coefficients and column names"
     )
-    arg.add_argument("--print-table", action="store_true", help="print the table that comes with it")
+    arg.add_argument("--print-table", action="store_true", help="print the default table")
     arg.add_argument(
         "--out",
         type=Path,
@@ -149,13 +152,13 @@ def _parser() -> argparse.ArgumentParser:
         help="write the records with both columns: .jsonl, .jsonl.gz or .parquet",
     )
     arg.add_argument(
-        "--plot", type=Path, metavar="PICTURE", help="draw the distribution: .png or .svg; only if asked for"
+        "--plot", type=Path, metavar="PICTURE", help="draw the distribution: .png or .svg; default: no figure"
     )
-    arg.add_argument("--force", action="store_true", help="replace --out and --plot if they are there")
+    arg.add_argument("--force", action="store_true", help="replace --out and --plot if they exist")
     arg.add_argument(
         "--recompute",
         action="store_true",
-        help="where w or H can be computed, that replaces the record's own",
+        help="replace a record's own w and H where they can be computed",
     )
     arg.add_argument("--strict", action="store_true", help="exit with 1 if a record differs")
     arg.add_argument(
@@ -163,112 +166,125 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         default=0.005,
         metavar="W",
-        help="up to it, w is the same; default: %(default)s",
+        help="largest difference of w that is ignored; default: %(default)s",
     )
     arg.add_argument(
-        "--tolerance-h", type=float, default=0.05, metavar="BITS", help="likewise of H; default: %(default)s"
+        "--tolerance-h", type=float, default=0.05, metavar="BITS", help="likewise for H; default: %(default)s"
     )
     arg.add_argument(
         "--top", type=int, metavar="N", default=5, help="how many of the heaviest and lightest; default: 5"
     )
-    arg.add_argument("--json", action="store_true", help="print one object")
-    same = arg.add_argument_group("as distrust train has them")
+    arg.add_argument("--json", action="store_true", help="print one JSON object")
+    group = arg.add_argument_group("as for distrust train")
     for name, details in _OPTIONS_OF_TRAIN.items():
-        same.add_argument(flag(name), dest=name, default=getattr(TrainConfig, name), **details)  # type: ignore[arg-type]
+        group.add_argument(flag(name), dest=name, default=getattr(TrainConfig, name), **details)  # type: ignore[arg-type]
     return arg
 
 
 def _config(options: argparse.Namespace) -> TrainConfig:
-    """The options that training has too, held against the same bounds; the others against theirs."""
+    """Check all options; those that training has too are checked by ``TrainConfig``."""
     if not options.data:
-        raise ConfigError("weigh: name the data; distrust weigh --help says more")
+        raise ConfigError("weigh: name the data; for help, run distrust weigh --help")
     for name in ("tolerance_w", "tolerance_h", "top"):
         if not 0 <= getattr(options, name) < float("inf"):
             raise ConfigError(f"{flag(name)} is {getattr(options, name)}: give 0 or more")
     if options.plot is not None and options.plot.suffix.lower() not in (".png", ".svg"):
         raise ConfigError(f"--plot {options.plot}: give a name that ends in .png or .svg")
     if options.out is not None and options.plot is not None and options.out == options.plot:
-        raise ConfigError(f"--plot {options.plot}: is --out too; give another name")
+        raise ConfigError(f"--plot {options.plot}: same file as --out; give another name")
     return TrainConfig(
         data=tuple(options.data), **{name: getattr(options, name) for name in _OPTIONS_OF_TRAIN}
     )
 
 
-def _weighting_of(config: TrainConfig) -> dict[str, Any]:
+def _require_targets(options: argparse.Namespace, sources: Sequence[Source]) -> None:
+    """Refuse --out and --plot before the slow work, if they cannot be written or are inputs."""
+    from distrust.atomic import require_writable
+    from distrust.data.provenance.write_dataset import require_format
+
+    parts = [part.name for source in sources for part in source.parts]
+    inputs = [*options.data, *parts, options.table or ""]
+    if options.out is not None:
+        require_format(options.out)
+    for target in filter(None, (options.out, options.plot)):
+        require_writable(target, force=options.force, inputs=map(str, inputs))
+
+
+def _weighting_options(config: TrainConfig) -> dict[str, Any]:
     names = ("weighting", "alpha", "lambda_", "max_ratio")
     return {name: getattr(config, name) for name in names}
 
 
-def _distribution(weighed: ScoredRecords, weights: NDArray[np.float64], *, extremes: int) -> Distribution:
-    """Of records that count as one token each: how many they have is for a tokenizer to say."""
+def _summarize(scored: ScoredRecords, weights: NDArray[np.float64], *, extremes: int) -> Distribution:
     import numpy as np
 
-    from distrust.data.distribution import distribution
+    from distrust.data.distribution import summarize_weights
 
-    return distribution(
-        authority_weight=weighed.authority_weight,
-        provenance_entropy=weighed.provenance_entropy,
+    return summarize_weights(
+        authority_weight=scored.authority_weight,
+        provenance_entropy=scored.provenance_entropy,
         weights=weights,
-        tokens=np.ones(len(weighed), np.int64),
-        classes=weighed.classes,
-        class_of=weighed.class_of,
-        locations=weighed.locations,
+        tokens=np.ones(len(scored), np.int64),  # unknown without a tokenizer: every record counts as one
+        classes=scored.classes,
+        class_of=scored.class_of,
+        locations=scored.locations,
         effective_examples=effective_sample_size(weights),
         extremes=extremes,
     )
 
 
-def _draw(
+def _plot(
     file: BinaryIO,
     suffix: str,
     config: TrainConfig,
-    weighed: ScoredRecords,
+    scored: ScoredRecords,
     weights: NDArray[np.float64],
-    shown: Distribution,
+    distribution: Distribution,
 ) -> None:
     import numpy as np
 
-    from distrust.reporting.plots import plot_weights
+    from distrust.reporting.weights_figure import plot_weights
 
-    free = {**_weighting_of(config), "max_ratio": None}
-    highest = np.inf if config.max_ratio is None else config.max_ratio * float(weights.min())
+    # The limit depends on the smallest weight of the data, not on that of the grid being drawn.
+    unlimited = {**_weighting_options(config), "max_ratio": None}
+    limit = np.inf if config.max_ratio is None else config.max_ratio * float(weights.min())
     plot_weights(
         file,
-        shown,
-        authority_weight=weighed.authority_weight,
-        provenance_entropy=weighed.provenance_entropy,
+        distribution,
+        authority_weight=scored.authority_weight,
+        provenance_entropy=scored.provenance_entropy,
         weights=weights,
-        weigh=lambda w, h: np.minimum(example_weights(w, h, **free), highest),
+        weigh=lambda w, h: np.minimum(example_weights(w, h, **unlimited), limit),
         form=suffix.lower().removeprefix("."),
     )
 
 
-def _captions(sources: Sequence[Source], columns: Any, shown: Distribution) -> dict[str, str]:
+def _captions(sources: Sequence[Source], columns: Columns, distribution: Distribution) -> dict[str, str]:
     from distrust.data.provenance.score import captions
 
-    return captions(sources, columns, {extreme.where for extreme in (*shown.heaviest, *shown.lightest)})
+    extremes = (*distribution.heaviest, *distribution.lightest)
+    return captions(sources, columns, {extreme.where for extreme in extremes})
 
 
-def _object(
-    options: argparse.Namespace, config: TrainConfig, weighed: ScoredRecords, shown: Distribution
+def _to_json(
+    options: argparse.Namespace, config: TrainConfig, scored: ScoredRecords, distribution: Distribution
 ) -> dict[str, Any]:
-    """What is shown, for programs; tokens are left out, as nobody has counted them."""
-    found = shown.as_json()
-    del found["tokens"]
-    for summary in found["classes"]:
+    values = distribution.as_json()
+    del values["tokens"]  # tokens are not counted here
+    for summary in values["classes"]:
         del summary["tokens"]
     return {
         "data": options.data,
-        **{name.rstrip("_"): value for name, value in _weighting_of(config).items()},
-        **found,
-        "check": {name: _check_object(check) for name, check in weighed.checks.items()},
+        **{name.rstrip("_"): value for name, value in _weighting_options(config).items()},
+        **values,
+        "check": {name: _check_json(check) for name, check in scored.checks.items()},
         "recomputed": options.recompute,
         "out": None if options.out is None else str(options.out),
         "plot": None if options.plot is None else str(options.plot),
     }
 
 
-def _check_object(check: Check) -> dict[str, Any]:
+def _check_json(check: Check) -> dict[str, Any]:
     return {
         "tolerance": check.tolerance,
         "computed": check.computed,
@@ -281,44 +297,46 @@ def _check_object(check: Check) -> dict[str, Any]:
 
 
 def _lines(
-    options: argparse.Namespace, weighed: ScoredRecords, shown: Distribution, captions: Mapping[str, str]
+    options: argparse.Namespace,
+    scored: ScoredRecords,
+    distribution: Distribution,
+    captions: Mapping[str, str],
 ) -> Iterator[str]:
     from distrust.reporting.weights_table import distribution_lines, score_lines
 
-    are = "record" if len(weighed) == 1 else "records"
-    yield f"{len(weighed):,} {are} of {', '.join(options.data)}"
-    yield from score_lines(weighed.checks, recomputed=options.recompute)
+    yield f"{pluralize(len(scored), 'record')} of {', '.join(options.data)}"
+    yield from score_lines(scored.checks, recomputed=options.recompute)
     yield ""
     blocks = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
-    yield from distribution_lines(shown, captions, blocks=blocks)
-    for what, path in (("written", options.out), ("picture", options.plot)):
+    yield from distribution_lines(distribution, captions, blocks=blocks)
+    for label, path in (("written", options.out), ("figure", options.plot)):
         if path is not None:
-            yield f"{what} {path}"
+            yield f"{label} {path}"
 
 
 class _Progress:
-    """Tells on stderr how far it is, where it takes long: over and over on a terminal, else now and then."""
+    """Reports the number of records on stderr, if it takes long: live on a terminal, else now and then."""
 
     def __init__(self, verb: str) -> None:
         self._verb = verb
         self._live = sys.stderr.isatty()
         self._next = time.monotonic() + _FIRST_REPORT_SECONDS
-        self._told = False
+        self._printed = False
 
     def __enter__(self) -> _Progress:
         return self
 
     def __call__(self, records: int) -> None:
-        """So many records have been read, or written."""
+        """Report the number of records read or written so far."""
         now = time.monotonic()
         if now < self._next:
             return
-        self._next = now + (0.2 if self._live else _REPORT_SECONDS)
-        self._told = True
+        self._next = now + (_LIVE_REPORT_SECONDS if self._live else _REPORT_SECONDS)
+        self._printed = True
         print(
             f"{records:,} records {self._verb}", end="\r" if self._live else "\n", file=sys.stderr, flush=True
         )
 
     def __exit__(self, *exception: object) -> None:
-        if self._live and self._told:
-            print(" " * 40, end="\r", file=sys.stderr, flush=True)
+        if self._live and self._printed:
+            print(" " * 40, end="\r", file=sys.stderr, flush=True)  # erases the last report

@@ -1,45 +1,38 @@
-"""Data: sources -> records -> tokens -> order -> batches, each a small module, none of them with a framework.
+"""Data pipeline: sources -> records -> tokens -> sampling order -> batches. No module needs a framework.
 
-problems.py    how wrong records are told: all at once, with file, line and field
-records.py     what one record of a source says
-mapping.py     which columns hold what
-fields.py      a record's fields -> what is learned of it, and what its source is worth
-formats.py     bytes -> rows: JSON Lines, JSON, CSV, Parquet
-hub.py         data sets of the hub -> rows
-spool.py       what can be read only once -> a file
-sources.py     what a config names -> files and tables, each with a digest of its content
-reading.py     sources -> records, every one checked
-tokenizer.py   the contract: what is needed of a tokenizer
-segments.py    a record -> stretches of text, learned or only read
-tokens.py      records -> corpus
-corpus.py      the tokenized examples, and their fingerprint
-distribution.py  what its examples weigh, in short
-cache.py       a corpus on disk: made once, verified at each start, mapped
-split.py       corpus -> what is trained on and what is kept out to evaluate on
-order.py       (seed, epoch) -> the order of an epoch
-sequences.py   which examples share a row: packing
-batches.py     step -> the arrays of its micro-batches
-distribution.py  weights -> what is shown of them
-table.py       the user's table -> what the ingredients of w and H count for
-evidence.py    a record's fields and a table -> its w and H
-weighing.py    sources -> the w and H of each record, computed or checked
-rewriting.py   weighed records -> a data set with both columns
+sources.py        the files and tables that a config names, each with a content digest
+formats.py        bytes -> rows: JSON Lines, JSON, CSV, Parquet
+hub.py            hub data sets -> rows
+temp_copy.py      temporary copy of input that can be read only once
+columns.py        which columns hold which field
+fields.py         a row's fields -> validated content, authority weight, entropy and source class
+records.py        the record types
+reading.py        sources -> validated records
+record_errors.py  collects the errors of all records: file, line, field and remedy
+tokenizer.py      the tokenizer protocol
+tokenizing.py     records -> corpus
+corpus.py         the tokenized examples, their fingerprint, and the evaluation split
+cache.py          corpora on disk, verified at each start and memory-mapped
+sampler.py        (seed, epoch) -> the order of rows
+packing.py        which examples share a row
+batches.py        step -> arrays of its micro-batches
+distribution.py   summary of the example weights
+provenance/       authority weight and provenance entropy of each record: computed, checked, written
 """
 
 from distrust.data.batches import IGNORED, Batches, MicroBatch, evaluation_batches
 from distrust.data.cache import Cache, cache_folder
 from distrust.data.columns import Columns, columns_of
-from distrust.data.corpus import Corpus
-from distrust.data.distribution import Distribution, distribution
+from distrust.data.corpus import Corpus, split_off
+from distrust.data.distribution import Distribution, summarize_weights
 from distrust.data.fields import NO_CLASS
 from distrust.data.packing import PackedRows, concatenate, one_per_row, pack
 from distrust.data.reading import DatasetStats, RecordReader, check_records, read_records
 from distrust.data.records import Completion, Conversation, Location, Message, Record, Text
 from distrust.data.sampler import MAX_SEED, EpochSampler, MixtureSampler, permutation
 from distrust.data.sources import Source, examples_source, open_source
-from distrust.data.split import split_off
-from distrust.data.tokenizer import Tokenizer, digest_of
-from distrust.data.tokenizing import beginning, tokenize, tokenize_in_blocks
+from distrust.data.tokenizer import Tokenizer, digest_tokenizer
+from distrust.data.tokenizing import bos_prefix, tokenize, tokenize_in_blocks
 
 __all__ = [
     "IGNORED",
@@ -64,13 +57,12 @@ __all__ = [
     "Source",
     "Text",
     "Tokenizer",
-    "beginning",
+    "bos_prefix",
     "cache_folder",
     "check_records",
     "columns_of",
     "concatenate",
-    "digest_of",
-    "distribution",
+    "digest_tokenizer",
     "evaluation_batches",
     "examples_source",
     "one_per_row",
@@ -79,6 +71,7 @@ __all__ = [
     "permutation",
     "read_records",
     "split_off",
+    "summarize_weights",
     "tokenize",
     "tokenize_in_blocks",
 ]

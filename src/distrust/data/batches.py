@@ -1,7 +1,7 @@
-"""Order -> batches: the arrays of a step, a pure function of its number.
+"""Batches: the arrays of one optimizer step, a pure function of the step number.
 
-Weights travel per token, beside the labels: a loss that sees the labels sees the weights, and no later
-stage has to look up to which example a token belongs.
+Weights travel per token, next to the labels: a loss that sees the labels also sees the weights, and no later
+stage has to look up which example a token belongs to.
 """
 
 from __future__ import annotations
@@ -17,34 +17,26 @@ from distrust.data.packing import PackedRows, one_per_row
 from distrust.data.sampler import EpochSampler, MixtureSampler
 
 IGNORED = -100
-"""The label of a token that carries no loss: transformers and torch know it by this number."""
+"""The label of a token that carries no loss; torch and transformers use the same number."""
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """What one forward and backward pass sees: b examples, padded on the right to the longest of them, t.
+    """The input of one forward and backward pass: b examples, right-padded to the longest, t tokens.
 
-    Labels and weights stand at the token that they are about: who computes a loss shifts both by one.
-
-    Attributes:
-        input_ids: int64[b, t].
-        attention_mask: int64[b, t], 1 for tokens and 0 for padding.
-        labels: int64[b, t], the token where it is learned, else −100. Not shifted.
-        weights: float32[b, t], the example's weight where its token is learned, else 0. Not shifted.
-        distrust: float64[b], the published term α·r² of each example; for the log only.
-        examples: int64[b], the examples' numbers in the corpus.
+    Labels and weights are at the position of the token that they describe: the loss shifts both by one.
     """
 
-    input_ids: NDArray[np.int64]
-    attention_mask: NDArray[np.int64]
-    labels: NDArray[np.int64]
-    weights: NDArray[np.float32]
-    distrust: NDArray[np.float64]
-    examples: NDArray[np.int64]
+    input_ids: NDArray[np.int64]  # [b, t]
+    attention_mask: NDArray[np.int64]  # [b, t], 1 for tokens, 0 for padding
+    labels: NDArray[np.int64]  # [b, t], the token where it carries loss, else IGNORED; not shifted
+    weights: NDArray[np.float32]  # [b, t], the example's weight where its token carries loss, else 0
+    distrust: NDArray[np.float64]  # [b], the published term α·r² of each example; for the log only
+    examples: NDArray[np.int64]  # [b], example numbers in the corpus
 
     @property
     def tokens(self) -> int:
-        """The number of learned tokens."""
+        """The number of trained tokens."""
         return int(np.count_nonzero(self.labels != IGNORED))
 
 
@@ -52,14 +44,14 @@ class Batches:
     """The batches of a run, by optimizer step.
 
     Args:
-        corpus: the examples.
+        corpus: the n examples.
         weights: float[n], the normalized weight of each.
         distrust: float[n], the published term of each.
-        order: the order of the rows.
-        sequences: which examples share a row; by default each has one of its own.
+        sampler: the order of the rows.
+        rows: which examples share a row; by default one each.
         batch_size: the rows of a micro-batch.
         gradient_accumulation: the micro-batches of a step.
-        pad_token_id: what padding is filled with; it is masked and never learned.
+        pad_token_id: fills padding, which is masked and carries no loss.
 
     Raises:
         ValueError: the parts do not fit each other.
@@ -71,22 +63,22 @@ class Batches:
         *,
         weights: ArrayLike,
         distrust: ArrayLike,
-        order: EpochSampler | MixtureSampler,
-        sequences: PackedRows | None = None,
+        sampler: EpochSampler | MixtureSampler,
+        rows: PackedRows | None = None,
         batch_size: int,
         gradient_accumulation: int,
         pad_token_id: int,
     ) -> None:
         if batch_size < 1 or gradient_accumulation < 1:
-            raise ValueError(f"a step needs a row: {batch_size} × {gradient_accumulation}")
-        sequences = one_per_row(np.arange(len(corpus))) if sequences is None else sequences
-        if order.sequences != len(sequences):
-            raise ValueError(f"an order of {order.sequences} sequences for {len(sequences)} rows")
+            raise ValueError(f"a step needs at least one row, not {batch_size} × {gradient_accumulation}")
+        rows = one_per_row(np.arange(len(corpus))) if rows is None else rows
+        if sampler.rows_per_epoch != len(rows):
+            raise ValueError(f"the sampler has {sampler.rows_per_epoch} rows, the data {len(rows)}")
         self._corpus = corpus
-        self._weights = _per_example(weights, "weights", corpus)
-        self._distrust = _per_example(distrust, "distrust", corpus)
-        self._sequences = sequences
-        self._order = order
+        self._weights = _per_example(weights, "weights", corpus)  # float64[n]
+        self._distrust = _per_example(distrust, "distrust", corpus)  # float64[n]
+        self._rows = rows
+        self._sampler = sampler
         self._batch_size = batch_size
         self._gradient_accumulation = gradient_accumulation
         self._pad_token_id = pad_token_id
@@ -99,10 +91,10 @@ class Batches:
     @property
     def epoch_steps(self) -> float:
         """Optimizer steps of one pass over the data."""
-        return self._order.sequences / self.rows_per_step
+        return self._sampler.rows_per_epoch / self.rows_per_step
 
     def step(self, step: int) -> list[MicroBatch]:
-        """The micro-batches of an optimizer step: the rows at the positions from (step − 1)·G to step·G.
+        """The micro-batches of an optimizer step: the rows at positions (step − 1)·G to step·G.
 
         Args:
             step: counted from 1.
@@ -116,7 +108,7 @@ class Batches:
         if step < 1:
             raise ValueError(f"steps are counted from 1, not {step}")
         per_step = self.rows_per_step
-        chosen = self._order.at((step - 1) * per_step, per_step).reshape(self._gradient_accumulation, -1)
+        rows = self._sampler.at((step - 1) * per_step, per_step).reshape(self._gradient_accumulation, -1)
         return [
             _collate(
                 self._corpus,
@@ -125,17 +117,17 @@ class Batches:
                 distrust=self._distrust[examples],
                 pad_token_id=self._pad_token_id,
             )
-            for examples in map(self._sequences.examples, chosen)
+            for examples in map(self._rows.examples, rows)
         ]
 
 
 def evaluation_batches(corpus: Corpus, *, batch_size: int, pad_token_id: int) -> Iterator[MicroBatch]:
-    """Every example once, in the corpus' order; each weighs 1, and its published term is given as 0.
+    """Every example once, in corpus order, with weight 1 and a published term of 0.
 
     Args:
         corpus: the examples.
         batch_size: the examples of a batch; the last may hold fewer.
-        pad_token_id: what padding is filled with.
+        pad_token_id: fills padding.
 
     Yields:
         The batches.
@@ -144,7 +136,7 @@ def evaluation_batches(corpus: Corpus, *, batch_size: int, pad_token_id: int) ->
         ValueError: the batch size is less than 1.
     """
     if batch_size < 1:
-        raise ValueError(f"a batch needs an example, not {batch_size}")
+        raise ValueError(f"a batch needs at least one example, not {batch_size}")
     for start in range(0, len(corpus), batch_size):
         examples = np.arange(start, min(start + batch_size, len(corpus)), dtype=np.int64)
         yield _collate(
@@ -164,19 +156,19 @@ def _collate(
     distrust: NDArray[np.float64],
     pad_token_id: int,
 ) -> MicroBatch:
-    """Pads the examples to the longest of them; weights and distrust are those of these examples, [b]."""
-    lengths = corpus.lengths[examples]
-    place = np.arange(lengths.max(), dtype=np.int64)
-    real = place < lengths[:, None]
-    # Padding reads the example's first token: any valid place does, it is masked out below.
-    source = corpus.starts[examples][:, None] + np.where(real, place, 0)
+    """Gather b examples and pad them; ``weights`` and ``distrust`` are [b]."""
+    lengths = corpus.lengths[examples]  # int64[b]
+    position = np.arange(lengths.max(), dtype=np.int64)  # [t]
+    is_token = position < lengths[:, None]  # bool[b, t]
+    # Padding reads the example's first token: any valid index will do, it is masked out below.
+    source = corpus.starts[examples][:, None] + np.where(is_token, position, 0)  # int64[b, t]
     tokens = corpus.input_ids[source].astype(np.int64)
-    learned = real & corpus.loss_mask[source]
+    trained = is_token & corpus.loss_mask[source]  # bool[b, t]
     return MicroBatch(
-        input_ids=np.where(real, tokens, pad_token_id),
-        attention_mask=real.astype(np.int64),
-        labels=np.where(learned, tokens, IGNORED),
-        weights=np.where(learned, weights[:, None], 0).astype(np.float32),
+        input_ids=np.where(is_token, tokens, pad_token_id),
+        attention_mask=is_token.astype(np.int64),
+        labels=np.where(trained, tokens, IGNORED),
+        weights=np.where(trained, weights[:, None], 0).astype(np.float32),
         distrust=distrust,
         examples=examples,
     )

@@ -1,10 +1,9 @@
-"""What was checked and tokenized once, on disk: found again by what it was made of, and mapped into memory.
+"""On-disk cache of checked and tokenized data, found by a digest of its inputs and memory-mapped.
 
-An entry's name is a digest of all that decides its content, so an entry is never out of date, and deleting
-any of it costs time only. An entry is written under a temporary name, synced and renamed: what a killed
-process leaves is never believed, and two processes may make the same one. Nothing is believed unread either:
-at every start the arrays are read once, and their fingerprint must be the one that was recorded. What is
-damaged is made again, with a warning.
+An entry is named by a digest of everything that determines its content, so it is never stale, and deleting it
+only costs time. It is written under a temporary name, synced and renamed: the leftovers of a killed process
+are never read, and two processes may build the same entry. Entries are not trusted: each start reads the
+arrays once and compares their fingerprint with the recorded one. A damaged entry is rebuilt, with a warning.
 """
 
 from __future__ import annotations
@@ -26,17 +25,27 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from distrust.data.corpus import BLOCK, Chunk, Classes, Corpus, Locations, blocks, digest_of, with_sizes
+from distrust.data.corpus import (
+    BLOCK,
+    Chunk,
+    Classes,
+    Corpus,
+    Locations,
+    blocks,
+    combine_sizes,
+    digest_arrays,
+)
 from distrust.data.reading import DatasetStats
 from distrust.data.records import Unit
 from distrust.errors import ConfigError, DistrustWarning
 
 Parts = Sequence[tuple[str, Unit]]
 
-_TOKENS, _CHECKED, _UNFINISHED = "tokens-2", "checked-1", "unfinished-"
+# The numbers are the versions of the formats: increment one when an entry's content changes.
+_TOKENS, _CHECKED, _TEMPORARY = "tokens-3", "checked-1", "unfinished-"
 _MANIFEST = "corpus.json"
 
-#: The files of an entry. The first five are what the fingerprint is of.
+#: The files of an entry. The first five are fingerprinted, the others have a digest of their own.
 _DTYPES = {
     "input_ids": "<i4",
     "loss_mask": "|b1",
@@ -44,24 +53,23 @@ _DTYPES = {
     "authority_weight": "<f8",
     "provenance_entropy": "<f8",
     "loss_tokens": "<i8",
-    "part": "<i4",
+    "part": "<i4",  # which part of the sources an example is from
     "line": "<i8",
     "class_of": "<i4",
 }
-_FINGERPRINTED, _PLACES = tuple(_DTYPES)[:5], tuple(_DTYPES)[5:]
+_FINGERPRINTED, _SIDE_FILES = tuple(_DTYPES)[:5], tuple(_DTYPES)[5:]
 
-#: Younger leavings may be of a process that has not locked them yet.
-_SWEEP_AFTER_SECONDS = 60
+_SWEEP_AFTER_SECONDS = 60  # a younger folder may belong to a process that has not locked it yet
 
 
 class _DamagedError(Exception):
     """An entry is not what was written."""
 
 
-def cache_folder(given: str | None) -> Path:
-    """The cache: the one given, else $DISTRUST_CACHE, else distrust in the user's cache folder."""
-    if given is not None:
-        return Path(given)
+def cache_folder(option: str | None) -> Path:
+    """The cache folder: the option, else $DISTRUST_CACHE, else ``distrust`` in the user's cache folder."""
+    if option is not None:
+        return Path(option)
     if os.environ.get("DISTRUST_CACHE"):
         return Path(os.environ["DISTRUST_CACHE"])
     base = os.environ.get("XDG_CACHE_HOME")
@@ -71,146 +79,150 @@ def cache_folder(given: str | None) -> Path:
 class Cache:
     """A folder of checked and tokenized data.
 
-    Where nothing can be written into the folder, a temporary one serves, with a warning.
+    If the folder cannot be written to, a temporary one is used, with a warning.
 
     Args:
-        folder: made when something is written.
+        folder: created on the first write.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def stats(self, key: str) -> DatasetStats | None:
-        """What a check found that had nothing to say against the records, if it was made."""
+        """The stats of data that was checked without errors before; None if it was not."""
         try:
-            found = _open_sealed((self.folder / _CHECKED / f"{key}.json").read_bytes())
+            values = _open_sealed((self.folder / _CHECKED / f"{key}.json").read_bytes())
         except (OSError, _DamagedError):
             return None
-        return DatasetStats(tuple(found["sizes"]), found["conversations"], found["first_conversation"])
+        return DatasetStats(tuple(values["sizes"]), values["conversations"], values["first_conversation"])
 
-    def store_stats(self, key: str, census: DatasetStats) -> None:
-        """Remember that a check had nothing to say; where that cannot be, it is made again."""
+    def store_stats(self, key: str, stats: DatasetStats) -> None:
+        """Record that data was checked without errors. On failure it is checked again at the next start."""
         with contextlib.suppress(OSError):
             folder = self.folder / _CHECKED
-            _make(folder)
-            handle, temporary = tempfile.mkstemp(dir=folder, prefix=_UNFINISHED)
+            _create(folder)
+            handle, temporary = tempfile.mkstemp(dir=folder, prefix=_TEMPORARY)
             try:
                 with open(handle, "wb") as file:
-                    file.write(_seal(asdict(census)))
-                os.replace(temporary, folder / f"{key}.json")
+                    file.write(_seal(asdict(stats)))
+                os.replace(temporary, folder / f"{key}.json")  # atomic; the seal detects a lost write
             except OSError:
                 os.unlink(temporary)
                 raise
 
     def corpus(
-        self, key: str | None, parts: Parts, sizes: tuple[int, ...], make: Callable[[], Iterable[Corpus]]
+        self, key: str | None, parts: Parts, sizes: tuple[int, ...], build: Callable[[], Iterable[Corpus]]
     ) -> Corpus:
-        """The corpus of a key: the one that is there, or else a new one.
+        """Load the corpus of a key, or build and store it.
 
         Args:
-            key: of all that decides the corpus; None where that cannot be told: then nothing is kept.
+            key: digest of all that determines the corpus; None if that is unknown: then nothing is stored.
             parts: the names of the sources' parts, for the locations.
             sizes: the examples of each source.
-            make: gives the corpora of blocks of records, one after the other.
+            build: returns the corpora of consecutive blocks of records.
+
+        Returns:
+            The corpus, memory-mapped.
 
         Raises:
-            ConfigError: there is no room for it.
-            DataError: whatever ``make`` raises.
+            ConfigError: it cannot be written, for example because the disk is full.
+            DataError: from ``build``.
         """
         if key is not None:
             entry = self.folder / _TOKENS / key
             try:
                 if entry.is_dir():
-                    return _open(entry, parts)
+                    return _load(entry, parts)
             except (OSError, _DamagedError) as error:
                 warnings.warn(
-                    f"{entry}: the tokens kept there are damaged ({error}); they are made again",
+                    f"{entry}: the cached tokens are damaged ({error}); tokenizing again",
                     DistrustWarning,
                     stacklevel=2,
                 )
-        with _unfinished(self.folder / _TOKENS, keep=key is not None) as (folder, kept):
+        with _temporary_entry(self.folder / _TOKENS, persistent=key is not None) as (folder, persistent):
             try:
-                corpus = _corpus(folder, _write(folder, make(), parts, sizes), parts)
-                if kept and key is not None:
+                corpus = _map_corpus(folder, _write(folder, build(), parts, sizes), parts)
+                if persistent and key is not None:
                     _publish(folder, self.folder / _TOKENS / key)
             except OSError as error:
                 raise ConfigError(
-                    f"{folder.parent}: the tokens cannot be written there: {error.strerror or error}; give "
+                    f"{folder.parent}: cannot write the tokens: {error.strerror or error}; give "
                     "another folder with --cache-dir"
                 ) from error
             return corpus
 
 
 @contextlib.contextmanager
-def _unfinished(folder: Path, *, keep: bool) -> Iterator[tuple[Path, bool]]:
-    """A folder to make an entry in, and whether it can be kept. It is gone afterwards, if it has its name."""
-    try:
-        if keep:
-            _make(folder)
+def _temporary_entry(folder: Path, *, persistent: bool) -> Iterator[tuple[Path, bool]]:
+    """A folder to build an entry in, and whether it can be published. Removed at the end unless renamed."""
+    if persistent:
+        try:
+            _create(folder)
             _sweep(folder)
-            made, kept = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=folder)), True
-        else:
-            made, kept = Path(tempfile.mkdtemp(prefix=f"distrust-{_UNFINISHED}")), False
-    except OSError as error:
-        warnings.warn(
-            f"{folder}: cannot be written to ({error.strerror}): data is tokenized at every start; give "
-            "another folder with --cache-dir",
-            DistrustWarning,
-            stacklevel=4,
-        )
-        made, kept = Path(tempfile.mkdtemp(prefix=f"distrust-{_UNFINISHED}")), False
-    lock = os.open(made, os.O_RDONLY)  # as long as it is held, nobody sweeps the folder
+            temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=folder))
+        except OSError as error:
+            warnings.warn(
+                f"{folder}: cannot be written to ({error.strerror}): data is tokenized at every start; give "
+                "another folder with --cache-dir",
+                DistrustWarning,
+                stacklevel=4,
+            )
+            persistent = False
+    if not persistent:
+        temporary = Path(tempfile.mkdtemp(prefix=f"distrust-{_TEMPORARY}"))
+    lock = os.open(temporary, os.O_RDONLY)  # while it is locked, no other process sweeps the folder
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield made, kept
+        yield temporary, persistent
     finally:
         os.close(lock)
-        # What is mapped of it stays as long as it is mapped.
-        shutil.rmtree(made, ignore_errors=True)
+        # Files that are mapped stay readable until they are unmapped.
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _make(folder: Path) -> None:
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+def _create(folder: Path) -> None:
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # training data may be confidential
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what killed processes have left: a living one holds the lock."""
-    for left in folder.glob(f"{_UNFINISHED}*"):
+    """Remove the leftovers of killed processes: a living process holds the lock."""
+    for temporary in folder.glob(f"{_TEMPORARY}*"):
         with contextlib.suppress(OSError):
-            if time.time() - left.stat().st_mtime < _SWEEP_AFTER_SECONDS:
+            if time.time() - temporary.stat().st_mtime < _SWEEP_AFTER_SECONDS:
                 continue
-            lock = os.open(left, os.O_RDONLY)
+            lock = os.open(temporary, os.O_RDONLY)
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(left, ignore_errors=True)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # OSError: in use
+                shutil.rmtree(temporary, ignore_errors=True)
             finally:
                 os.close(lock)
 
 
-def _write(folder: Path, made: Iterable[Corpus], parts: Parts, sizes: tuple[int, ...]) -> dict[str, Any]:
-    """All files of an entry, durable; the manifest is the last, and returned."""
-    number = {name: index for index, (name, _) in enumerate(parts)}
-    total = count = truncated = cut = 0
+def _write(folder: Path, corpora: Iterable[Corpus], parts: Parts, sizes: tuple[int, ...]) -> dict[str, Any]:
+    """Write all files of an entry durably, the manifest last; returns the manifest."""
+    part_numbers = {name: index for index, (name, _) in enumerate(parts)}
+    total = count = truncated = tokens_cut = 0
     classes = Classes()
     with contextlib.ExitStack() as stack:
         files = {name: stack.enter_context((folder / name).open("wb")) for name in _DTYPES}
         _append(files["offsets"], np.zeros(1, np.int64))
-        for block in made:
+        for block in corpora:
             _append(files["input_ids"], block.input_ids)
             _append(files["loss_mask"], block.loss_mask)
-            _append(files["offsets"], block.offsets[1:] + total)
+            _append(files["offsets"], block.offsets[1:] + total)  # a block's offsets begin at 0
             _append(files["authority_weight"], block.authority_weight)
             _append(files["provenance_entropy"], block.provenance_entropy)
             _append(files["loss_tokens"], block.loss_tokens)
-            _append(files["part"], np.array([number[place.file] for place in block.locations], np.int32))
-            _append(files["line"], np.array([place.line for place in block.locations], np.int64))
+            locations = block.locations
+            _append(files["part"], np.array([part_numbers[at.file] for at in locations], np.int32))
+            _append(files["line"], np.array([at.line for at in locations], np.int64))
             _append(
                 files["class_of"], classes.number(block.classes[number] for number in block.class_numbers)
             )
             total += len(block.input_ids)
             count += len(block)
             truncated += block.truncated
-            cut += block.tokens_cut
+            tokens_cut += block.tokens_cut
         for file in files.values():
             file.flush()
             os.fsync(file.fileno())
@@ -219,9 +231,9 @@ def _write(folder: Path, made: Iterable[Corpus], parts: Parts, sizes: tuple[int,
         "total": total,
         "sizes": sizes,
         "truncated": truncated,
-        "tokens_cut": cut,
+        "tokens_cut": tokens_cut,
         "fingerprint": _fingerprint(folder, count, total),
-        "places": _places(folder),
+        "side_files": _digest_side_files(folder),
         "classes": classes.names,
     }
     with (folder / _MANIFEST).open("wb") as file:
@@ -237,26 +249,24 @@ def _append(file: BinaryIO, array: NDArray[np.generic]) -> None:
         file.write(chunk)
 
 
-def _open(folder: Path, parts: Parts) -> Corpus:
-    """The corpus of an entry, mapped, after all of it has been read and found to be what was written.
-
-    Raises:
-        _DamagedError: it is not.
-        OSError: it cannot be read.
-    """
+def _load(folder: Path, parts: Parts) -> Corpus:
+    """Verify an entry and map it; raises _DamagedError or OSError."""
     manifest = _open_sealed((folder / _MANIFEST).read_bytes())
     n, total = manifest["n"], manifest["total"]
-    lengths = {"input_ids": total, "loss_mask": total, "offsets": n + 1}
+    lengths = {"input_ids": total, "loss_mask": total, "offsets": n + 1}  # the others have n items
     for name, dtype in _DTYPES.items():
         if (folder / name).stat().st_size != lengths.get(name, n) * np.dtype(dtype).itemsize:
             raise _DamagedError(f"{name} has another length")
-    if _fingerprint(folder, n, total) != manifest["fingerprint"] or _places(folder) != manifest["places"]:
+    # Read everything before mapping: a damaged page must not reach the training loop.
+    if (
+        _fingerprint(folder, n, total) != manifest["fingerprint"]
+        or _digest_side_files(folder) != manifest["side_files"]
+    ):
         raise _DamagedError("its content is not what was written")
-    return _corpus(folder, manifest, parts)
+    return _map_corpus(folder, manifest, parts)
 
 
-def _corpus(folder: Path, manifest: dict[str, Any], parts: Parts) -> Corpus:
-    """The corpus of an entry's files, mapped."""
+def _map_corpus(folder: Path, manifest: dict[str, Any], parts: Parts) -> Corpus:
     arrays = {name: _map_array(folder / name, dtype) for name, dtype in _DTYPES.items()}
     sizes = tuple(manifest["sizes"])
     corpus = Corpus(
@@ -268,8 +278,8 @@ def _corpus(folder: Path, manifest: dict[str, Any], parts: Parts) -> Corpus:
         classes=tuple(manifest["classes"]),
         class_of=arrays["class_of"],
     )
-    return corpus.with_known(
-        fingerprint=with_sizes(manifest["fingerprint"], sizes), loss_tokens=arrays["loss_tokens"]
+    return corpus.with_cached(
+        fingerprint=combine_sizes(manifest["fingerprint"], sizes), loss_tokens=arrays["loss_tokens"]
     )
 
 
@@ -278,13 +288,13 @@ def _map_array(path: Path, dtype: str) -> NDArray[Any]:
 
 
 def _fingerprint(folder: Path, n: int, total: int) -> str:
-    """By reading, not by way of the mapping: pages that are only checked do not count as the process's."""
-    return digest_of(n, total, (_chunks(folder / name) for name in _FINGERPRINTED))
+    # Reads the files rather than a mapping: pages that are only verified do not count as the process's.
+    return digest_arrays(n, total, (_chunks(folder / name) for name in _FINGERPRINTED))
 
 
-def _places(folder: Path) -> str:
-    digest = blake3(b"distrust places 1\n", max_threads=blake3.AUTO)
-    for name in _PLACES:
+def _digest_side_files(folder: Path) -> str:
+    digest = blake3(b"distrust side files 1\n", max_threads=blake3.AUTO)
+    for name in _SIDE_FILES:
         for chunk in _chunks(folder / name):
             digest.update(chunk)
     return str(digest.hexdigest())
@@ -297,11 +307,12 @@ def _chunks(path: Path) -> Iterator[Chunk]:
 
 
 def _publish(folder: Path, entry: Path) -> None:
-    """Give an entry its name. One that has it already is damaged, or the same made by another process."""
+    """Rename a complete entry. An existing one is damaged, or equal and from another process."""
     try:
-        folder.rename(entry)
+        folder.rename(entry)  # commits: from here on the entry can be found
     except OSError:
-        aside = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=entry.parent))
+        # A folder cannot replace a non-empty one: move the existing one out of the way first.
+        aside = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=entry.parent))
         with contextlib.suppress(OSError):
             entry.rename(aside / entry.name)
             folder.rename(entry)
@@ -318,7 +329,7 @@ def _sync(folder: Path) -> None:
 
 
 def _seal(values: dict[str, Any]) -> bytes:
-    """JSON that proves itself."""
+    """JSON together with its digest."""
     body = json.dumps(values)
     return json.dumps([body, blake3(body.encode()).hexdigest()]).encode()
 

@@ -1,7 +1,7 @@
-"""Which columns of a source hold what: the names that people's data goes by, or those that an option gives.
+"""Which columns of a source hold which field: the usual names, or those that options give.
 
-Where an option names a column of content, only the columns named so are looked at: a table may hold a text
-beside a prompt and its completion, and the option chooses.
+If an option names a column of content, only the named columns are read: a table may hold a text next to a
+prompt and its completion, and the option chooses.
 """
 
 from __future__ import annotations
@@ -15,31 +15,20 @@ from distrust.config import TrainConfig, as_names
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """The names of a record's fields.
+    """The column names of a record's fields."""
 
-    Attributes:
-        text: of a plain text; None where no text is looked for.
-        prompt: of a prompt; several are joined. Empty where no prompt is looked for.
-        completion: of a completion; None where none is looked for.
-        messages: of a conversation: any one of these names.
-        authority_weight: of w: any of these names.
-        provenance_entropy: of H: any of these names.
-        source: of the source class: any of these names.
-        given: whether the content's names come from options.
-    """
-
-    text: str | None = "text"
-    prompt: tuple[str, ...] = ("prompt",)
-    completion: str | None = "completion"
-    messages: tuple[str, ...] = ("messages", "conversations")
+    text: str | None = "text"  # None: plain texts are not read
+    prompt: tuple[str, ...] = ("prompt",)  # joined in this order; empty: prompts are not read
+    completion: str | None = "completion"  # None: completions are not read
+    messages: tuple[str, ...] = ("messages", "conversations")  # alternative names, as in the next three
     authority_weight: tuple[str, ...] = ("authority_weight", "auth_weight")
     provenance_entropy: tuple[str, ...] = ("provenance_entropy", "prov_entropy")
     source: tuple[str, ...] = ("source",)
-    given: bool = False
+    explicit: bool = False  # whether options name the columns of content
 
     @property
     def kinds(self) -> dict[str, tuple[str, ...]]:
-        """What kinds of content are looked for, as a message calls them, and their columns."""
+        """The kinds of content that are read, as a message names them, and their columns."""
         kinds: dict[str, tuple[str, ...]] = {}
         if self.text is not None:
             kinds[self.text] = (self.text,)
@@ -59,27 +48,27 @@ class Columns:
         """All columns of numbers."""
         return self.authority_weight + self.provenance_entropy
 
-    def needed_from(self, there: Sequence[str]) -> list[str]:
-        """Those of a table's columns that are needed: all of them if none holds content, to tell so."""
-        if not any(name in there for name in self.content):
-            return list(there)
-        return [name for name in there if name in self.content + self.numbers + self.source]
+    def needed_from(self, available: Sequence[str]) -> list[str]:
+        """The columns of a table to read."""
+        if not any(name in available for name in self.content):
+            return list(available)  # all of them, for the error message
+        return [name for name in available if name in self.content + self.numbers + self.source]
 
     def select(self, row: Mapping[str, Any], text: str | None = None) -> Mapping[str, Any]:  # noqa: ARG002
-        """What is read of a row: a null is a field that is not there.
+        """The fields of a row; a null counts as a missing field.
 
         Args:
             row: its values.
-            text: of JSON, the object as it is written, on one line.
+            text: for JSON, the object as written, on one line.
         """
         return {name: value for name, value in row.items() if value is not None}
 
 
 class WholeRow(dict[str, Any]):
-    """All of a row, nulls too.
+    """All fields of a row, including nulls.
 
     Attributes:
-        text: the object as its file has it, where that is JSON.
+        text: the object as written in its file, if that is JSON.
     """
 
     __slots__ = ("text",)
@@ -90,19 +79,19 @@ class WholeRow(dict[str, Any]):
 
 
 class WholeRows(Columns):
-    """Names of fields for a reader that wants all there is of a row: one that writes it again."""
+    """Columns for a reader that needs complete rows, to write them again."""
 
-    def needed_from(self, there: Sequence[str]) -> list[str]:
+    def needed_from(self, available: Sequence[str]) -> list[str]:
         """All of them."""
-        return list(there)
+        return list(available)
 
     def select(self, row: Mapping[str, Any], text: str | None = None) -> WholeRow:
-        """All of it."""
+        """The complete row."""
         return WholeRow(row, text)
 
 
 def columns_of(config: TrainConfig) -> Columns:
-    """The columns that a config names, and the usual names for the others."""
+    """The columns that a config names, with the usual names for the rest."""
     usual = Columns()
     weights = as_names(config.authority_weight_column) or usual.authority_weight
     entropies = as_names(config.provenance_entropy_column) or usual.provenance_entropy
@@ -110,7 +99,7 @@ def columns_of(config: TrainConfig) -> Columns:
     prompt, completion = as_names(config.prompt_column), config.completion_column
     if not (config.text_column or prompt or completion or config.messages_column):
         return Columns(authority_weight=weights, provenance_entropy=entropies, source=source)
-    pair = bool(prompt or completion)
+    pair = bool(prompt or completion)  # naming one of the two keeps the usual name of the other
     return Columns(
         text=config.text_column,
         prompt=(prompt or usual.prompt) if pair else (),
@@ -119,5 +108,5 @@ def columns_of(config: TrainConfig) -> Columns:
         authority_weight=weights,
         provenance_entropy=entropies,
         source=source,
-        given=True,
+        explicit=True,
     )

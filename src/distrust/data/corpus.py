@@ -1,7 +1,6 @@
 """The tokenized examples: flat arrays that every later stage only reads.
 
-The arrays may be files that are mapped into memory, larger than it: nothing here holds more than a block of
-the tokens at once.
+The arrays may be memory-mapped files larger than memory: no function here holds more than a block of tokens.
 """
 
 from __future__ import annotations
@@ -17,54 +16,42 @@ from blake3 import blake3
 from numpy.typing import ArrayLike, NDArray
 
 from distrust.data.records import Location, Unit
+from distrust.data.sampler import derived_seed, permutation
+from distrust.errors import ConfigError
 
 MAX_CLASSES = 100
-"""So many source classes are told apart; what comes after them is of one more."""
+"""The largest number of named source classes; later ones are counted as ``OTHER_CLASSES``."""
 
 OTHER_CLASSES = "(others)"
 
 BLOCK = 1 << 22
-"""How many items of an array are looked at together."""
+"""Items of an array that are processed at once."""
+
+_SPLIT_STREAM = 1 << 32  # random stream of the evaluation split, above those of the sources of a mixture
 
 Chunk = memoryview | bytes
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Examples after tokenization and truncation; n of them.
+    """n examples after tokenization and truncation.
 
-    The arrays are made read-only, so that what was fingerprinted is what is trained on. Where an example
-    stands is said by ``starts`` and ``lengths``, and by nothing else: a selection of examples shares the
-    arrays of the tokens with the corpus that it was selected from.
-
-    Attributes:
-        input_ids: int32[total], the tokens of all examples, one example after the other.
-        learned: bool[total], whether a token carries loss. Never the first of an example: nothing
-            predicts it.
-        offsets: int64[m + 1], where the m examples begin that there are tokens of, and the end.
-        authority_weight: float64[n], w in [0, 0.99].
-        provenance_entropy: float64[n], H in bits.
-        locations: where each example comes from.
-        truncated: how many of the m examples were cut to fit.
-        tokens_cut: how many tokens they lost together.
-        sizes: how many examples are of each source, in their order; empty for one source.
-        chosen: int64[n], which of the m examples these are; None for all of them.
-        classes: the names of the source classes; shown only, so no part of the fingerprint.
-        class_of: int32[n], which class each example is of; None where all are of the first.
+    The arrays are read-only, so what was fingerprinted is what is trained on. ``starts`` and ``lengths`` are
+    the only way to locate an example: a selection shares the token arrays of the m examples it is taken from.
     """
 
-    input_ids: NDArray[np.int32]
-    loss_mask: NDArray[np.bool_]
-    offsets: NDArray[np.int64]
-    authority_weight: NDArray[np.float64]
-    provenance_entropy: NDArray[np.float64]
-    locations: Sequence[Location]
-    truncated: int = 0
-    tokens_cut: int = 0
-    sizes: tuple[int, ...] = ()
-    chosen: NDArray[np.int64] | None = None
-    classes: tuple[str, ...] = ("",)
-    class_of: NDArray[np.int32] | None = None
+    input_ids: NDArray[np.int32]  # [total], the tokens of all m examples, concatenated
+    loss_mask: NDArray[np.bool_]  # [total], whether a token carries loss; never the first of an example
+    offsets: NDArray[np.int64]  # [m + 1], where each of the m examples begins, and the end
+    authority_weight: NDArray[np.float64]  # [n], w in [0, 0.99]; high means less training weight
+    provenance_entropy: NDArray[np.float64]  # [n], H in bits
+    locations: Sequence[Location]  # n of them
+    truncated: int = 0  # how many of the m examples were truncated
+    tokens_cut: int = 0  # tokens they lost
+    sizes: tuple[int, ...] = ()  # examples of each source, in order; empty for one source
+    selection: NDArray[np.int64] | None = None  # [n], indices into the m examples; None for all
+    classes: tuple[str, ...] = ("",)  # source class names; for display, so not fingerprinted
+    class_of: NDArray[np.int32] | None = None  # [n], indices into ``classes``; None if all are 0
 
     def __post_init__(self) -> None:
         for array in self._arrays():
@@ -76,43 +63,43 @@ class Corpus:
     @cached_property
     def starts(self) -> NDArray[np.int64]:
         """int64[n], where each example's tokens begin."""
-        return self.offsets[:-1] if self.chosen is None else self.offsets[self.chosen]
+        return self.offsets[:-1] if self.selection is None else self.offsets[self.selection]
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
         """int64[n], the tokens of each example."""
-        if self.chosen is None:
+        if self.selection is None:
             return np.diff(self.offsets)
-        return self.offsets[self.chosen + 1] - self.starts
+        return self.offsets[self.selection + 1] - self.starts
 
     @cached_property
     def loss_tokens(self) -> NDArray[np.int64]:
-        """int64[n], the learned tokens of each example: what its weight is weighed with."""
+        """int64[n], the trained tokens of each example."""
         counts = np.empty(len(self.offsets) - 1, np.int64)
         first = 0
         while first < len(counts):
-            begin = self.offsets[first]
-            # As many examples as fill a block, and one at least.
-            last = max(first + 1, int(np.searchsorted(self.offsets, begin + BLOCK, "right")) - 1)
-            ends = self.offsets[first : last + 1] - begin
-            sums = np.concatenate(([0], np.cumsum(self.loss_mask[begin : begin + ends[-1]], dtype=np.int64)))
+            start = self.offsets[first]
+            # As many examples as fill a block, at least one.
+            last = max(first + 1, int(np.searchsorted(self.offsets, start + BLOCK, "right")) - 1)
+            ends = self.offsets[first : last + 1] - start  # relative to the block
+            sums = np.concatenate(([0], np.cumsum(self.loss_mask[start : start + ends[-1]], dtype=np.int64)))
             counts[first:last] = np.diff(sums[ends])
             first = last
-        return counts if self.chosen is None else counts[self.chosen]
+        return counts if self.selection is None else counts[self.selection]
 
     @property
     def class_numbers(self) -> NDArray[np.int32]:
-        """int32[n], which class each example is of."""
+        """int32[n], the source class of each example, an index into ``classes``."""
         return np.zeros(len(self), np.int32) if self.class_of is None else self.class_of
 
     @cached_property
     def fingerprint(self) -> str:
-        """BLAKE3, in hex, of all that training sees of the data; file names and lines are no part of it.
+        """BLAKE3, in hex, of all that training sees of the data; file names and lines are not part of it.
 
-        That of ``digest_of`` the arrays; with the sizes of the sources, where there are several.
+        The digest of the arrays (``digest_arrays``), combined with the sizes of several sources.
         """
-        return with_sizes(
-            digest_of(len(self), len(self.input_ids), (blocks(array) for array in self._arrays())),
+        return combine_sizes(
+            digest_arrays(len(self), len(self.input_ids), (blocks(array) for array in self._arrays())),
             self.sizes,
         )
 
@@ -120,7 +107,7 @@ class Corpus:
         """Some of the examples, in the order of their numbers; their tokens are shared, not copied.
 
         Args:
-            examples: numbers of examples, int[k], none of them twice.
+            examples: int[k], distinct example numbers.
         """
         numbers = np.sort(np.asarray(examples, np.int64))
         ends = np.searchsorted(numbers, list(accumulate(self.sizes)))
@@ -130,19 +117,21 @@ class Corpus:
             provenance_entropy=self.provenance_entropy[numbers],
             locations=SelectedLocations(self.locations, numbers),
             sizes=tuple(int(size) for size in np.diff(ends, prepend=0)),
-            chosen=numbers if self.chosen is None else self.chosen[numbers],
+            selection=numbers if self.selection is None else self.selection[numbers],
             class_of=None if self.class_of is None else self.class_of[numbers],
         )
+        # The parent's fingerprint covers the content; hashing the numbers is enough.
         digest = blake3(f"distrust selection 1\n{self.fingerprint}\n".encode())
         digest.update(numbers.astype("<i8").tobytes())
-        return selected.with_known(fingerprint=digest.hexdigest(), loss_tokens=self.loss_tokens[numbers])
+        return selected.with_cached(fingerprint=digest.hexdigest(), loss_tokens=self.loss_tokens[numbers])
 
-    def with_known(self, *, fingerprint: str, loss_tokens: NDArray[np.int64]) -> Corpus:
-        """This corpus, with what is known of it already and need not be computed."""
-        vars(self).update(fingerprint=fingerprint, loss_tokens=loss_tokens)
+    def with_cached(self, *, fingerprint: str, loss_tokens: NDArray[np.int64]) -> Corpus:
+        """Fill the cached properties with values that are known already; returns self."""
+        vars(self).update(fingerprint=fingerprint, loss_tokens=loss_tokens)  # as cached_property stores them
         return self
 
     def _arrays(self) -> tuple[NDArray[np.generic], ...]:
+        """The fingerprinted arrays, in the order in which they are hashed."""
         return (
             self.input_ids,
             self.loss_mask,
@@ -153,31 +142,31 @@ class Corpus:
 
 
 class Classes:
-    """The source classes of examples that are met one after the other, numbered as they are met."""
+    """Numbers the source classes in the order in which they first appear."""
 
     def __init__(self) -> None:
         self._numbers: dict[str, int] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The classes so far; one without a name where none was met."""
+        """The class names so far; one empty name if there are none."""
         return tuple(self._numbers) or ("",)
 
     def number(self, names: Iterable[str]) -> NDArray[np.int32]:
-        """int32[k], the numbers of the classes of the next k examples."""
+        """int32[k], the class numbers of the next k examples."""
         return np.array([self._number(name) for name in names], np.int32)
 
     def _number(self, name: str) -> int:
         if name not in self._numbers and len(self._numbers) >= MAX_CLASSES:
-            name = OTHER_CLASSES
+            name = OTHER_CLASSES  # the one number above the limit
         return self._numbers.setdefault(name, len(self._numbers))
 
 
-def digest_of(n: int, total: int, arrays: Iterable[Iterable[Chunk]]) -> str:
+def digest_arrays(n: int, total: int, arrays: Iterable[Iterable[Chunk]]) -> str:
     r"""The fingerprint of one source's corpus.
 
-    Over ``distrust corpus 1\n``, then n and total, then the tokens, learned, offsets, w and H: each number
-    little-endian, of the dtype it has in a corpus (learned a byte each, n and total 8 bytes each).
+    BLAKE3 of ``distrust corpus 1\n``, n, total, then input_ids, loss_mask, offsets, w and H. Numbers are
+    little-endian in the dtype that they have in a corpus (loss_mask one byte each, n and total 8 bytes).
     """
     digest = blake3(b"distrust corpus 1\n", max_threads=blake3.AUTO)
     digest.update(np.array([n, total], "<i8").tobytes())
@@ -187,15 +176,15 @@ def digest_of(n: int, total: int, arrays: Iterable[Iterable[Chunk]]) -> str:
     return str(digest.hexdigest())
 
 
-def with_sizes(digest: str, sizes: tuple[int, ...]) -> str:
-    """The fingerprint where there are several sources: where each begins decides what is drawn of it."""
+def combine_sizes(digest: str, sizes: tuple[int, ...]) -> str:
+    """The fingerprint of several sources: where each begins decides what is sampled from it."""
     if len(sizes) < 2:
         return digest
     return str(blake3(f"distrust sources 1\n{digest}\n{sizes}".encode()).hexdigest())
 
 
 def blocks(array: NDArray[np.generic]) -> Iterator[Chunk]:
-    """An array's bytes, little-endian, a block at a time."""
+    """An array's bytes, little-endian, one block at a time."""
     for begin in range(0, len(array), BLOCK):
         part = array[begin : begin + BLOCK]
         little = part.astype(part.dtype.newbyteorder("<"), copy=False)
@@ -203,10 +192,10 @@ def blocks(array: NDArray[np.generic]) -> Iterator[Chunk]:
 
 
 class Locations(Sequence[Location]):
-    """Where examples come from, as arrays: a location is made when it is asked for.
+    """Where examples come from, stored as arrays; a ``Location`` is built on access.
 
     Args:
-        parts: the name of each part of the sources, and what it counts by.
+        parts: the name and unit of each part of the sources.
         part: int32[n], the part of each example.
         line: int64[n], its line, row or index there.
     """
@@ -233,19 +222,19 @@ class Locations(Sequence[Location]):
 
 
 class SelectedLocations(Sequence[Location]):
-    """Some of the locations.
+    """A view of some locations.
 
     Args:
         locations: all of them.
-        chosen: int64[n], which.
+        selection: int64[n], indices into them.
     """
 
-    def __init__(self, locations: Sequence[Location], chosen: NDArray[np.int64]) -> None:
+    def __init__(self, locations: Sequence[Location], selection: NDArray[np.int64]) -> None:
         self._locations = locations
-        self._chosen = chosen
+        self._selection = selection
 
     def __len__(self) -> int:
-        return len(self._chosen)
+        return len(self._selection)
 
     @overload
     def __getitem__(self, example: int) -> Location: ...
@@ -253,5 +242,32 @@ class SelectedLocations(Sequence[Location]):
     def __getitem__(self, example: slice) -> Sequence[Location]: ...
     def __getitem__(self, example: int | slice) -> Location | Sequence[Location]:
         if isinstance(example, slice):
-            return SelectedLocations(self._locations, self._chosen[example])
-        return self._locations[int(self._chosen[example])]
+            return SelectedLocations(self._locations, self._selection[example])
+        return self._locations[int(self._selection[example])]
+
+
+def split_off(corpus: Corpus, fraction: float, *, seed: int) -> tuple[Corpus, Corpus]:
+    """Split a share of each source off for evaluation, a pure function of the seed.
+
+    Args:
+        corpus: all examples.
+        fraction: the share, between 0 and 1; rounded for each source, at least one example in total.
+        seed: determines which examples.
+
+    Returns:
+        Training and evaluation examples, disjoint.
+
+    Raises:
+        ConfigError: there are too few examples.
+    """
+    sizes = corpus.sizes or (len(corpus),)
+    counts = [min(int(fraction * size + 0.5), size - 1) for size in sizes]  # leaves one to train on
+    if not any(counts):
+        counts[sizes.index(max(sizes))] = min(1, max(sizes) - 1)
+    if not any(counts):
+        raise ConfigError(f"--eval-fraction {fraction}: {len(corpus)} examples are too few to split one off")
+    evaluated = np.zeros(len(corpus), np.bool_)  # [n]
+    for source, (start, size, count) in enumerate(zip([0, *accumulate(sizes)], sizes, counts, strict=False)):
+        shuffled = permutation(size, seed=derived_seed(seed, _SPLIT_STREAM + source), epoch=0)
+        evaluated[start + shuffled[:count]] = True
+    return corpus.select(np.flatnonzero(~evaluated)), corpus.select(np.flatnonzero(evaluated))

@@ -1,6 +1,6 @@
-"""How the weights of a data set are distributed: what a user is shown of them, and what a run keeps of them.
+"""Summarizes the weights of a data set, for display and for a run's log.
 
-Pure functions of arrays, without a loop over examples: a corpus has millions of them.
+Pure functions of arrays, without a loop over examples: a corpus has millions.
 """
 
 from __future__ import annotations
@@ -17,89 +17,59 @@ from distrust.data.records import Location
 from distrust.errors import DataError
 
 BINS = 24
-"""Of the histogram of the weights, each as many times as wide as the one before."""
+"""Bins of the histogram of the weights, equally wide on a logarithmic scale."""
 
 CLASSES = 20
-"""How many source classes are told apart; what the smaller ones weigh is summed up."""
+"""The largest number of source classes in a summary; smaller ones are added up."""
 
 
 @dataclass(frozen=True, slots=True)
 class ClassSummary:
-    """What the examples of one source class weigh.
+    """The examples of one source class."""
 
-    Attributes:
-        name: of the class; empty for examples that name none.
-        examples: how many there are.
-        tokens: how many learned tokens they have.
-        authority_weight: their mean w.
-        provenance_entropy: their mean H, in bits.
-        weight: their mean weight u.
-        share: their part of the sum of tokens · u, in [0, 1].
-    """
-
-    name: str
+    name: str  # "" for examples that name no class
     examples: int
-    tokens: int
-    authority_weight: float
-    provenance_entropy: float
-    weight: float
-    share: float
+    tokens: int  # trained tokens
+    authority_weight: float  # mean w
+    provenance_entropy: float  # mean H, bits
+    weight: float  # mean u
+    share: float  # of the sum of tokens · u, in [0, 1]
 
 
 @dataclass(frozen=True, slots=True)
 class Extreme:
-    """One of the heaviest or lightest examples.
+    """One of the heaviest or lightest examples."""
 
-    Attributes:
-        where: file and line.
-        authority_weight: w.
-        provenance_entropy: H, in bits.
-        weight: u.
-    """
-
-    where: str
-    authority_weight: float
-    provenance_entropy: float
-    weight: float
+    where: str  # file and line
+    authority_weight: float  # w
+    provenance_entropy: float  # H, bits
+    weight: float  # u
 
 
 Quartiles = tuple[float, float, float, float, float]
-"""Smallest, lower quartile, median, upper quartile, largest."""
+"""Minimum, lower quartile, median, upper quartile, maximum."""
 
 
 @dataclass(frozen=True, slots=True)
 class Distribution:
-    """The weights of a data set at a glance.
-
-    Attributes:
-        examples: how many there are.
-        tokens: how many learned tokens they have.
-        effective_examples: how many equally weighted examples they are worth.
-        quantiles: of ``authority_weight``, ``provenance_entropy`` and ``weight``.
-        edges: of the histogram of the weights, one more than counts; each edge is the one before times
-            the same factor.
-        counts: the examples between two edges. One bin where all weights are equal.
-        classes: by falling share; what comes after the twentieth is summed up as ``(others)``.
-        heaviest: by falling weight; of equal ones the first of the corpus.
-        lightest: by rising weight, likewise.
-    """
+    """Summary of the weights of a data set."""
 
     examples: int
-    tokens: int
-    effective_examples: float
-    quantiles: Mapping[str, Quartiles]
-    edges: tuple[float, ...]
-    counts: tuple[int, ...]
-    classes: tuple[ClassSummary, ...]
-    heaviest: tuple[Extreme, ...]
-    lightest: tuple[Extreme, ...]
+    tokens: int  # trained tokens
+    effective_examples: float  # effective sample size
+    quantiles: Mapping[str, Quartiles]  # of authority_weight, provenance_entropy and weight
+    edges: tuple[float, ...]  # of the histogram's bins, geometrically spaced; one more than ``counts``
+    counts: tuple[int, ...]  # examples in each bin; a single bin if all weights are equal
+    classes: tuple[ClassSummary, ...]  # by falling share; after CLASSES, one ``(others)``
+    heaviest: tuple[Extreme, ...]  # by falling weight; of equal ones the first of the corpus
+    lightest: tuple[Extreme, ...]  # by rising weight, likewise
 
     def as_json(self) -> dict[str, Any]:
-        """Objects, lists, strings and finite numbers, under the names of the attributes."""
-        return {name: _plain(value) for name, value in asdict(self).items()}
+        """The attributes as objects, lists, strings and finite numbers."""
+        return {name: _to_lists(value) for name, value in asdict(self).items()}
 
 
-def distribution(
+def summarize_weights(
     *,
     authority_weight: ArrayLike,
     provenance_entropy: ArrayLike,
@@ -111,18 +81,21 @@ def distribution(
     effective_examples: float,
     extremes: int = 5,
 ) -> Distribution:
-    """Sums up what examples weigh.
+    """Summarizes the weights of n examples.
 
     Args:
         authority_weight: w, shape [n], n at least 1.
         provenance_entropy: H in bits, shape [n].
         weights: u, shape [n], positive; their scale is the caller's choice.
-        tokens: the learned tokens of each example, shape [n]; ones where they are not known.
+        tokens: the trained tokens of each example, shape [n]; ones if unknown.
         classes: the names of the source classes.
         class_of: the class of each example, an index into ``classes``, shape [n].
-        locations: where each example stands; only those of the extremes are asked for.
-        effective_examples: what ``weighting.effective_sample_size`` says.
+        locations: the location of each example; only those of the extremes are read.
+        effective_examples: the result of ``weighting.effective_sample_size``.
         extremes: how many of the heaviest, and of the lightest.
+
+    Returns:
+        The summary.
 
     Raises:
         DataError: there is no example, or a weight is not a positive number.
@@ -130,7 +103,7 @@ def distribution(
     w, h, u = (np.asarray(values, np.float64) for values in (authority_weight, provenance_entropy, weights))
     n = np.asarray(tokens, np.int64)
     if not u.size:
-        raise DataError("there is no example: no distribution of weights")
+        raise DataError("there are no examples, so no distribution of weights")
     if not (np.isfinite(u) & (u > 0)).all():
         raise DataError("a weight is not a positive number")
     edges, counts = _histogram(u)
@@ -164,23 +137,23 @@ def _quartiles(values: NDArray[np.float64]) -> Quartiles:
 
 def _histogram(u: NDArray[np.float64]) -> tuple[tuple[float, ...], tuple[int, ...]]:
     low, high = float(u.min()), float(u.max())
-    edges = np.geomspace(low, high, BINS + 1)
+    edges = np.geomspace(low, high, BINS + 1)  # float64[BINS + 1]
     edges[0], edges[-1] = low, high  # rounding must not lose the smallest or the largest
-    if not (np.diff(edges) > 0).all():  # all equal, but for the last digits: a bin that can be drawn
+    if not (np.diff(edges) > 0).all():  # all weights equal up to rounding: one bin of visible width
         edges = np.array([low / 1.1, high * 1.1])
     counts, _ = np.histogram(u, edges)
     return tuple(edges.tolist()), tuple(counts.tolist())
 
 
 def _smallest(values: NDArray[np.float64], count: int) -> NDArray[np.int64]:
-    """The indices of the smallest values by size, of equal ones the first; without sorting all of them."""
+    """The indices of the smallest values in order, ties by index; without sorting all values."""
     count = min(count, len(values))
     if count < 1:
         return np.empty(0, np.int64)
-    bound = np.partition(values, count - 1)[count - 1]
-    under = np.flatnonzero(values < bound)
-    equal = np.flatnonzero(values == bound)[: count - len(under)]
-    return np.concatenate([under[np.argsort(values[under], kind="stable")], equal])
+    bound = np.partition(values, count - 1)[count - 1]  # linear time
+    smaller = np.flatnonzero(values < bound)
+    equal = np.flatnonzero(values == bound)[: count - len(smaller)]
+    return np.concatenate([smaller[np.argsort(values[smaller], kind="stable")], equal])
 
 
 def _summaries(
@@ -191,16 +164,17 @@ def _summaries(
     classes: Sequence[str],
     class_of: NDArray[np.int64],
 ) -> tuple[ClassSummary, ...]:
-    """One row of sums a class, and of those a summary each."""
     columns = (np.ones_like(u), n, w, h, u, n * u)
+    # float64[classes, 6]: the sums over each class.
     sums = np.stack([np.bincount(class_of, column, minlength=len(classes)) for column in columns], axis=1)
-    order = np.argsort(-sums[:, 5], kind="stable")
-    present = [i for i in order.tolist() if sums[i, 0] > 0]
-    named = [i for i in present if classes[i] != OTHER_CLASSES][:CLASSES]  # those are summed up already
+    by_share = np.argsort(-sums[:, 5], kind="stable")
+    present = [i for i in by_share.tolist() if sums[i, 0] > 0]
+    # A corpus with many classes has OTHER_CLASSES already: it belongs to the last row, not among the named.
+    named = [i for i in present if classes[i] != OTHER_CLASSES][:CLASSES]
     rows = [(classes[i], sums[i]) for i in named]
     if len(named) < len(present):
         rows.append((OTHER_CLASSES, sums[[i for i in present if i not in named]].sum(axis=0)))
-    total = float(sums[:, 5].sum()) or 1.0  # no token: no share
+    total = float(sums[:, 5].sum()) or 1.0  # without tokens, all shares are 0
     return tuple(_summary(name, row.tolist(), total) for name, row in rows)
 
 
@@ -211,7 +185,7 @@ def _summary(name: str, sums: list[float], total: float) -> ClassSummary:
     )
 
 
-def _plain(value: Any) -> Any:
+def _to_lists(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {key: _to_lists(item) for key, item in value.items()}
+    return [_to_lists(item) for item in value] if isinstance(value, (list, tuple)) else value

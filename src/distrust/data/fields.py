@@ -1,7 +1,7 @@
-"""A record's fields -> what is learned of it and what its source is worth, each checked.
+"""Validates a record's fields: content, authority weight, provenance entropy and source class.
 
-A null is a field that is not there, as tables exported to JSON have it (``formats`` leaves it out). Nothing
-is repaired: what is wrong is a ``RecordError`` that names the field.
+A null counts as a missing field, as in tables exported to JSON (``Columns.select`` removes it). Nothing is
+repaired: each error is a ``RecordError`` that names the field.
 """
 
 from __future__ import annotations
@@ -20,22 +20,23 @@ from distrust.weighting import MAX_AUTHORITY_WEIGHT
 Fields = Mapping[str, Any]
 """The fields of one record, none of them null."""
 
+MAX_SOURCE_LENGTH = 100
+"""Longer source class names are truncated: they appear in logs and figures."""
+
+NO_CLASS = "(none)"
+"""Display name of the class of records that name none; a class of this name counts as none."""
+
 _ROLES: tuple[str, ...] = get_args(Role)
 
-#: Who speaks, where turns are written as {"from", "value"}.
+#: Roles of turns that are written as {"from", "value"}.
 _SPEAKERS = {"human": "user", "gpt": "assistant", **{role: role for role in _ROLES}}
 
-#: Longer names of source classes are cut: they stand in logs and in pictures.
-MAX_SOURCE_LENGTH = 100
-#: What the class of records that name none is shown as; one of that name is the same.
-NO_CLASS = "(none)"
-
-# Chat templates print these too: a turn without them would be learned as something that was never said.
+# Chat templates print these too: without them the turn would be trained on as something nobody said.
 _UNSUPPORTED_IN_TURN = ("function_call", "reasoning_content", "thinking", "tool_calls")
 
 
 def read_content(fields: Fields, columns: Columns) -> Text | Completion | Conversation:
-    """What the record teaches: exactly one of the three kinds of content."""
+    """The content to train on: exactly one of the three kinds."""
     kinds = [kind for kind, names in columns.kinds.items() if any(name in fields for name in names)]
     if not kinds:
         raise RecordError(_no_content(fields, columns))
@@ -54,41 +55,44 @@ def read_content(fields: Fields, columns: Columns) -> Text | Completion | Conver
 
 def _no_content(fields: Fields, columns: Columns) -> str:
     *kinds, last = columns.kinds
-    none = f"no {', no '.join(kinds)}, and no {last}" if kinds else f"no {last}"
-    there = ", ".join(quote_value(key) for key in list(fields)[:8]) or "nothing"
+    missing = f"no {', no '.join(kinds)}, and no {last}" if kinds else f"no {last}"
+    present = ", ".join(quote_value(key) for key in list(fields)[:8]) or "nothing"  # 8 fit one line
     remedy = (
         "correct the option that names it"
-        if columns.given
+        if columns.explicit
         else (
             "give one of them, or name the columns with --text-column, with --prompt-column and "
             "--completion-column, or with --messages-column"
         )
     )
-    return f"{none}; {remedy} (there is {there})"
+    return f"{missing}; {remedy} (there is {present})"
 
 
 def _completion(fields: Fields, prompts: tuple[str, ...], name: str) -> Completion | Conversation:
-    given = [prompt for prompt in prompts if prompt in fields]
-    if not given:
-        raise RecordError(f"missing beside {name}; give both, or only text", field=prompts[0])
+    present = [prompt for prompt in prompts if prompt in fields]
+    if not present:
+        raise RecordError(f"missing, but {name} is present; give both, or only text", field=prompts[0])
     if name not in fields:
-        raise RecordError(f"missing beside {given[0]}; give both, or only text", field=name)
-    if len(prompts) == 1 and isinstance(fields[given[0]], list) and isinstance(fields[name], list):
-        asked = _messages(fields[given[0]], given[0])
-        return _conversation(asked, _messages(fields[name], name), name)
-    texts = [_string(fields[prompt], prompt) for prompt in given]
+        raise RecordError(f"missing, but {present[0]} is present; give both, or only text", field=name)
+    if len(prompts) == 1 and isinstance(fields[present[0]], list) and isinstance(fields[name], list):
+        prompt_turns = _messages(fields[present[0]], present[0])  # both are lists of turns
+        return _conversation(prompt_turns, _messages(fields[name], name), name)
+    texts = [_string(fields[prompt], prompt) for prompt in present]
+    # A single prompt is used as it is; several are joined by empty lines, blank ones left out.
     prompt = texts[0] if len(prompts) == 1 else "".join(f"{text}\n\n" for text in texts if text.strip())
     return Completion(prompt, _string(fields[name], name, empty=False))
 
 
 def _chat(fields: Fields, names: list[str]) -> Conversation:
     if len(names) > 1:
-        raise RecordError(f"stands beside {names[1]}; choose one with --messages-column", field=names[0])
+        raise RecordError(
+            f"present together with {names[1]}; choose one with --messages-column", field=names[0]
+        )
     (name,) = names
     value = fields[name]
     if not isinstance(value, list) or not value:
-        what = "empty" if value == [] else f"{json_kind(value)}, not a list"
-        raise RecordError(f'{what}; give a list of {{"role", "content"}}', field=name)
+        problem = "empty" if value == [] else f"{json_kind(value)}, not a list"
+        raise RecordError(f'{problem}; give a list of {{"role", "content"}}', field=name)
     return _conversation((), _messages(value, name), name)
 
 
@@ -96,16 +100,16 @@ def _messages(turns: list[Any], name: str) -> tuple[Message, ...]:
     return tuple(_message(item, f"{name}[{index}]") for index, item in enumerate(turns))
 
 
-def _conversation(asked: tuple[Message, ...], told: tuple[Message, ...], name: str) -> Conversation:
-    """Of turns that are only read, and turns of which the assistant's are learned."""
-    if all(message.role != "assistant" for message in told):
-        raise RecordError("no assistant turn; there is nothing to learn from it", field=name)
-    if (asked + told)[0].role == "assistant":
+def _conversation(prompt: tuple[Message, ...], answer: tuple[Message, ...], name: str) -> Conversation:
+    """A conversation whose assistant turns carry loss only in ``answer``."""
+    if all(message.role != "assistant" for message in answer):
+        raise RecordError("no assistant turn; there is nothing to train on", field=name)
+    if (prompt + answer)[0].role == "assistant":
         raise RecordError(
-            "begins with the assistant; a chat template needs a user's or system turn before it",
+            "begins with the assistant; a chat template needs a user or system turn first",
             field=f"{name}[0]",
         )
-    return Conversation(asked + told, trained_turns=len(asked))
+    return Conversation(prompt + answer, trained_turns=len(prompt))
 
 
 def _message(item: Any, field: str) -> Message:
@@ -116,16 +120,16 @@ def _message(item: Any, field: str) -> Message:
             raise RecordError(
                 "is not supported; write it into content, or leave it out", field=f"{field}.{name}"
             )
-    who, what = ("from", "value") if "from" in item and "role" not in item else ("role", "content")
-    named = item.get(who)
-    role = _SPEAKERS.get(named, named) if who == "from" and isinstance(named, str) else named
+    role_key, text_key = ("from", "value") if "from" in item and "role" not in item else ("role", "content")
+    speaker = item.get(role_key)
+    role = _SPEAKERS.get(speaker, speaker) if role_key == "from" and isinstance(speaker, str) else speaker
     if role not in _ROLES:
-        problem = "missing" if named is None else f"unknown: {quote_value(named)}"
-        raise RecordError(f"{problem}; give one of {', '.join(_ROLES)}", field=f"{field}.{who}")
-    content = item.get(what)
+        problem = "missing" if speaker is None else f"unknown: {quote_value(speaker)}"
+        raise RecordError(f"{problem}; give one of {', '.join(_ROLES)}", field=f"{field}.{role_key}")
+    content = item.get(text_key)
     if content is None:
-        raise RecordError("missing; give the text of the turn", field=f"{field}.{what}")
-    return Message(cast(Role, role), _string(content, f"{field}.{what}", empty=role != "assistant"))
+        raise RecordError("missing; give the text of the turn", field=f"{field}.{text_key}")
+    return Message(cast(Role, role), _string(content, f"{field}.{text_key}", empty=role != "assistant"))
 
 
 def _string(value: Any, field: str, *, empty: bool = True) -> str:
@@ -134,7 +138,7 @@ def _string(value: Any, field: str, *, empty: bool = True) -> str:
     if not empty and not value.strip():
         raise RecordError("empty; give it some text, or remove the record", field=field)
     try:
-        value.encode()
+        value.encode()  # a lone surrogate, which JSON can hold, would stop the tokenizer
     except UnicodeEncodeError as error:
         half = f"\\u{ord(value[error.start]):04x}"
         raise RecordError(
@@ -144,71 +148,72 @@ def _string(value: Any, field: str, *, empty: bool = True) -> str:
 
 
 def read_authority_weight(fields: Fields, columns: Columns, default: float | None) -> float:
-    """The record's w, or the default where it has none."""
+    """The record's w, or the default."""
     names = columns.authority_weight
     return check_authority_weight(*_field_value(fields, names, default, "--default-authority-weight"))
 
 
 def read_provenance_entropy(fields: Fields, columns: Columns, default: float | None) -> float:
-    """The record's H in bits, or the default where it has none."""
+    """The record's H in bits, or the default."""
     names = columns.provenance_entropy
     return check_provenance_entropy(*_field_value(fields, names, default, "--default-provenance-entropy"))
 
 
 def read_source(fields: Fields, columns: Columns) -> str:
-    """The class of the record's source: a name, or a number or a truth value as JSON writes it."""
+    """The record's source class: a string, or a number or boolean as JSON writes it; "" for none."""
     value = next((fields[name] for name in columns.source if name in fields), "")
     if isinstance(value, str):
-        # Shown only, so nothing is refused: what no file can hold is replaced.
+        # For display only, so nothing is refused: lone surrogates are replaced.
         name = " ".join(value.encode("utf-8", "replace").decode().split())[:MAX_SOURCE_LENGTH]
         return "" if name == NO_CLASS else name
     return quote_value(value) if isinstance(value, bool | int | float) else ""
 
 
 def _field_value(fields: Fields, names: tuple[str, ...], default: float | None, flag: str) -> tuple[Any, str]:
-    """The value of a field that goes by any of some names, and the name it goes by here."""
-    given = [name for name in names if name in fields]
-    if not given:
+    """The value of a field with alternative names, and the name that it has in this record."""
+    present = [name for name in names if name in fields]
+    if not present:
         if default is None:
             raise RecordError(
                 f"missing; add it, or give {flag} for records without it, or --weighting off", field=names[0]
             )
         return default, names[0]
-    if len(given) == 2 and fields[names[0]] != fields[names[1]]:
+    if len(present) == 2 and fields[names[0]] != fields[names[1]]:
         values = " and ".join(quote_value(fields[name]) for name in names)
         raise RecordError(f"differs from its other name, {names[1]} ({values}); keep one", field=names[0])
-    return fields[given[0]], given[0]
+    return fields[present[0]], present[0]
 
 
 def check_authority_weight(value: Any, field: str) -> float:
-    """The value as a w, if it is one."""
-    number = _number(value, field)
-    if MAX_AUTHORITY_WEIGHT < number <= 1:
+    """The value as a w in [0, 0.99]; raises RecordError."""
+    number = to_number(value, field)
+    if MAX_AUTHORITY_WEIGHT < number <= 1:  # 1 is a natural mistake, with an obvious fix
         raise RecordError(
-            f"{quote_value(value)} is above {MAX_AUTHORITY_WEIGHT}, the highest authority there is; "
+            f"{quote_value(value)} is above {MAX_AUTHORITY_WEIGHT}, the largest authority weight; "
             f"write {MAX_AUTHORITY_WEIGHT}",
             field=field,
         )
     if not 0 <= number <= MAX_AUTHORITY_WEIGHT:
         raise RecordError(
-            f"{quote_value(value)} is outside [0, {MAX_AUTHORITY_WEIGHT}]; "
-            f"0 is no authority, {MAX_AUTHORITY_WEIGHT} the highest",
+            f"{quote_value(value)} is outside [0, {MAX_AUTHORITY_WEIGHT}]; 0 is a primary record (most "
+            f"training weight), {MAX_AUTHORITY_WEIGHT} coordinated consensus (least)",
             field=field,
         )
     return number
 
 
 def check_provenance_entropy(value: Any, field: str) -> float:
-    """The value as an H in bits, if it is one."""
-    number = _number(value, field)
-    if not (math.isfinite(number) and number >= 0):
+    """The value as an H in bits, finite and not negative; raises RecordError."""
+    number = to_number(value, field)
+    if not 0 <= number < math.inf:
         raise RecordError(
             f"{quote_value(value)} is not a finite number of bits, 0 or more; correct it", field=field
         )
     return number
 
 
-def _number(value: Any, field: str) -> float:
+def to_number(value: Any, field: str) -> float:
+    """A JSON number as a float, ±inf beyond its range; raises RecordError for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise RecordError(
             f"{json_kind(value)} ({quote_value(value)}), not a number; write it as one", field=field
@@ -219,21 +224,25 @@ def _number(value: Any, field: str) -> float:
         return math.inf if value > 0 else -math.inf
 
 
-def unique_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The members of an object of JSON, for ``object_pairs_hook``.
+def parse_number(text: str) -> float | str:
+    """The number that a text holds, as in CSV files, or else the text."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
-    Raises:
-        RecordError: for a name that stands twice: which of the values counts is not said.
-    """
+
+def unique_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An ``object_pairs_hook`` for JSON that refuses duplicate keys, with a RecordError."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise RecordError("stands twice in one object; keep one", field=quote_value(twice))
+        duplicate = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise RecordError("appears twice in one object; keep one", field=quote_value(duplicate))
     return fields
 
 
 def json_kind(value: Any) -> str:
-    """What JSON calls it."""
+    """The JSON type of a value, with its article."""
     if isinstance(value, bool):
         return "a boolean"
     names = {str: "a string", list: "a list", dict: "an object", type(None): "null"}
@@ -243,10 +252,8 @@ def json_kind(value: Any) -> str:
 
 
 def quote_value(value: Any) -> str:
-    """A value for a message: no control characters, no surrogates, not too long."""
-    shown = (
-        json.dumps(value, default=repr)
-        if not isinstance(value, int) or value.bit_length() < 200
-        else "a huge integer"
-    )
-    return shown if len(shown) <= 40 else shown[:39] + "…"
+    """A value for a message: escaped, and at most 40 characters."""
+    # Python refuses to print an integer of thousands of digits.
+    is_huge = isinstance(value, int) and value.bit_length() >= 200
+    quoted = "a huge integer" if is_huge else json.dumps(value, default=repr)
+    return quoted if len(quoted) <= 40 else quoted[:39] + "…"

@@ -1,7 +1,7 @@
-"""Data sets of the hub, and those that ``save_to_disk`` wrote: read by the library that they are made for.
+"""Reads data sets of the hub, and those that ``save_to_disk`` wrote, with the library ``datasets``.
 
-It loads no code of a data set. What it loads lies in its own cache, and is mapped, not held in memory. It is
-imported when such a data set is named: it takes a second.
+No code of a data set is run. The library keeps what it loads in its own cache, memory-mapped. It is imported
+on first use: importing it takes a second.
 """
 
 from __future__ import annotations
@@ -12,37 +12,37 @@ from pathlib import Path
 from typing import Any
 
 from distrust.data.columns import Columns
-from distrust.data.formats import Row
+from distrust.data.formats import BATCH_ROWS, Row
 from distrust.errors import DataError
 
-#: NAME or OWNER/NAME; anything else can only be a file.
-_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
-
-_BATCH = 256
+_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)  # NAME or OWNER/NAME; anything else is a file
 
 
 def is_name(name: str) -> bool:
-    """Whether something of the hub can be called so, a data set or a model."""
+    """Whether a string can be the name of a data set or a model of the hub."""
     return _NAME.fullmatch(name) is not None
 
 
 def load(name: str, *, split: str, subset: str | None, revision: str | None) -> Any:
-    """A split of a data set of the hub, downloaded if it is not there already.
+    """Load a split of a data set of the hub, downloading it if it is not cached.
+
+    Returns:
+        A ``datasets.Dataset``.
 
     Raises:
-        DataError: for whatever the library says against it.
+        DataError: the library cannot load it, with the library's reason.
     """
     datasets = _library(name)
     try:
         return datasets.load_dataset(name, subset, split=split, revision=revision)
-    except Exception as error:  # of many libraries: network, formats, scripts that are refused
+    except Exception as error:  # of many libraries: network, formats, refused scripts
         raise DataError(
-            f"{name}: no file or folder here, and no data set that the hub gives: {_reason(error)}"
+            f"{name}: not a file or folder here, and the hub gives no such data set: {_reason(error)}"
         ) from error
 
 
 def is_saved(folder: Path) -> bool:
-    """Whether a folder was written by ``save_to_disk``: one split, or a folder of each."""
+    """Whether ``save_to_disk`` wrote a folder: one split, or a folder for each."""
     return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
 
 
@@ -61,10 +61,10 @@ def saved_split(folder: Path, split: str) -> Path:
 
 
 def load_saved(folder: Path) -> Any:
-    """One split that ``save_to_disk`` wrote.
+    """Load one split that ``save_to_disk`` wrote: a ``datasets.Dataset``.
 
     Raises:
-        DataError: for whatever the library says against it.
+        DataError: the library cannot load it, with the library's reason.
     """
     try:
         return _library(str(folder)).load_from_disk(str(folder))
@@ -73,15 +73,15 @@ def load_saved(folder: Path) -> Any:
 
 
 def rows(name: str, table: Any, columns: Columns) -> Iterator[Row]:
-    """The rows of a loaded split, counted from 1; of the columns that are needed, nothing else is decoded.
+    """The rows of a loaded split, numbered from 1; only the needed columns are decoded.
 
     Raises:
-        DataError: what lies in the library's cache cannot be read.
+        DataError: the library's cache cannot be read.
     """
     number = 0
     try:
         needed = table.with_format(None).select_columns(columns.needed_from(table.column_names))
-        for batch in needed.iter(_BATCH):
+        for batch in needed.iter(BATCH_ROWS):
             for values in zip(*batch.values(), strict=True):
                 number += 1
                 yield number, columns.select(dict(zip(batch, values, strict=True)))
@@ -90,7 +90,7 @@ def rows(name: str, table: Any, columns: Columns) -> Iterator[Row]:
 
 
 def fingerprint(table: Any) -> str:
-    """What the library tells data sets apart by."""
+    """The library's own identifier of a data set's content."""
     return str(table._fingerprint)
 
 
@@ -106,4 +106,4 @@ def _library(name: str) -> Any:
 
 def _reason(error: Exception) -> str:
     words = " ".join(str(error).split()) or type(error).__name__
-    return words if len(words) <= 300 else words[:299] + "…"
+    return words if len(words) <= 300 else words[:299] + "…"  # some list every file of the repository

@@ -1,9 +1,9 @@
-"""Examples -> sequences: which examples share one row of a batch.
+"""Packing: which examples share one row of a batch.
 
-Without packing each example is a row. With it, rows of up to ``capacity`` tokens are filled with whole
-examples: best fit, the longest first, within windows of examples drawn by the seed. Which examples share a
-row is settled once for the whole run, a pure function of (lengths, capacity, seed); each epoch then has the
-rows in an order of its own (``order``). So the rows of any step are known without those before it.
+Without packing, each example is a row. With it, rows of up to ``capacity`` tokens are filled with complete
+examples: best fit decreasing, within windows of examples sampled by the seed. The rows are fixed for the
+whole run, a pure function of (lengths, capacity, seed); each epoch only reorders them (``sampler``). So the
+rows of any step are known without computing earlier steps.
 """
 
 from __future__ import annotations
@@ -16,48 +16,44 @@ from numpy.typing import NDArray
 
 from distrust.data.sampler import permutation
 
-#: Examples that are packed with each other. Rows lose a hundredth or less beside packing all at once.
 WINDOW = 4096
-#: The "epoch" of the permutation that windows are cut from: no epoch of training has its number.
+"""Examples that are packed together. Packing all at once would save at most 1% of the rows."""
+
 PACKING = 2**63
+"""The "epoch" of the permutation that windows are cut from: no epoch of training has this number."""
 
 
 @dataclass(frozen=True)
 class PackedRows:
-    """Rows of a batch: row i holds ``members[offsets[i]:offsets[i + 1]]``.
+    """Rows of a batch: row i holds the examples ``members[offsets[i]:offsets[i + 1]]``."""
 
-    Attributes:
-        offsets: int64[rows + 1].
-        members: int64[n], numbers of examples; each stands in one row.
-    """
-
-    offsets: NDArray[np.int64]
-    members: NDArray[np.int64]
+    offsets: NDArray[np.int64]  # [rows + 1]
+    members: NDArray[np.int64]  # [n], example numbers, each in one row
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
     def examples(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The examples of some rows, row after row."""
+        """The examples of some rows, row after row: int64[k]."""
         return np.concatenate([self.members[self.offsets[row] : self.offsets[row + 1]] for row in rows])
 
 
 def one_per_row(examples: NDArray[np.int64]) -> PackedRows:
-    """Each example a row of its own."""
+    """Rows of one example each."""
     return PackedRows(np.arange(len(examples) + 1, dtype=np.int64), examples)
 
 
 def pack(
     examples: NDArray[np.int64], lengths: NDArray[np.int64], *, capacity: int, seed: int, window: int = WINDOW
 ) -> PackedRows:
-    """Rows of several examples each.
+    """Pack several examples into each row.
 
     Args:
-        examples: int64[n], their numbers.
+        examples: int64[n], example numbers.
         lengths: int64[n], the tokens of each, 1 to ``capacity``.
-        capacity: tokens of a row, at most.
-        seed: of the windows.
-        window: how many examples are packed with each other.
+        capacity: the largest number of tokens in a row.
+        seed: determines the windows.
+        window: how many examples are packed together.
 
     Returns:
         The rows, each example in one of them.
@@ -67,10 +63,10 @@ def pack(
     """
     if len(lengths) and int(lengths.max()) > capacity:
         raise ValueError(f"an example of {int(lengths.max())} tokens does not fit a row of {capacity}")
-    drawn = permutation(len(examples), seed=seed, epoch=PACKING)
-    sizes, members = [np.zeros(1, np.int64)], [drawn[:0]]
-    for start in range(0, len(drawn), window):
-        rows = _best_fit(drawn[start : start + window], lengths, capacity)
+    shuffled = permutation(len(examples), seed=seed, epoch=PACKING)  # int64[n], indices into ``lengths``
+    sizes, members = [np.zeros(1, np.int64)], [shuffled[:0]]
+    for start in range(0, len(shuffled), window):
+        rows = _best_fit(shuffled[start : start + window], lengths, capacity)
         # Arrays, window by window: lists of all rows would take ten times the memory.
         sizes.append(np.array([len(row) for row in rows], np.int64))
         members.append(np.concatenate(rows))
@@ -79,7 +75,7 @@ def pack(
 
 def concatenate(parts: Sequence[PackedRows]) -> PackedRows:
     """The rows of each part, one part after the other."""
-    starts = np.cumsum([0, *(len(part.members) for part in parts)])
+    starts = np.cumsum([0, *(len(part.members) for part in parts)])  # int64[parts + 1]
     offsets = [part.offsets[:-1] + start for part, start in zip(parts, starts[:-1], strict=True)]
     return PackedRows(
         np.concatenate([*offsets, starts[-1:]]), np.concatenate([part.members for part in parts])
@@ -87,26 +83,24 @@ def concatenate(parts: Sequence[PackedRows]) -> PackedRows:
 
 
 def _best_fit(window: NDArray[np.int64], lengths: NDArray[np.int64], capacity: int) -> list[list[np.int64]]:
-    """Each example into the fullest row that still has room for it, the longest example first."""
+    """Put each example, longest first, into the fullest row that has room for it."""
     rows: list[list[np.int64]] = []
-    by_room: dict[int, list[int]] = {}
-    rooms = (
-        0  # bit r is set where a row has room for r more tokens: the lowest one that fits is found at once
-    )
-    for member in window[np.argsort(-lengths[window], kind="stable")]:
+    rows_by_room: dict[int, list[int]] = {}  # free tokens -> rows with exactly that room
+    rooms = 0  # bit r is set if a row has r free tokens: finds the tightest fit in one operation
+    for member in window[np.argsort(-lengths[window], kind="stable")]:  # stable: ties keep sampling order
         length = int(lengths[member])
         fitting = rooms >> length
         if fitting:
-            room = length + (fitting & -fitting).bit_length() - 1
-            row = by_room[room].pop()
-            if not by_room[room]:
+            room = length + (fitting & -fitting).bit_length() - 1  # the lowest set bit
+            row = rows_by_room[room].pop()
+            if not rows_by_room[room]:
                 rooms ^= 1 << room
             rows[row].append(member)
         else:
             row, room = len(rows), capacity
             rows.append([member])
-        left = room - length
-        if left:
-            by_room.setdefault(left, []).append(row)
-            rooms |= 1 << left
+        free = room - length
+        if free:
+            rows_by_room.setdefault(free, []).append(row)
+            rooms |= 1 << free
     return rows

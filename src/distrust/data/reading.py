@@ -1,8 +1,8 @@
-"""Sources -> records, one at a time, each checked: nothing is repaired or skipped.
+"""Reads and validates records one at a time. Nothing is repaired or skipped.
 
-A record's content is a text, or a prompt and a completion, or a conversation; its source is worth an
-authority weight and a provenance entropy. Fields of other names are nobody's business here. What is wrong
-is an error, and all that is wrong is told at once, before anything slow is loaded.
+A record's content is a text, a prompt and completion, or a conversation; its provenance is an authority
+weight and an entropy. Other fields are ignored. All wrong records are reported in one error, before anything
+slow, such as a model, is loaded.
 """
 
 from __future__ import annotations
@@ -32,56 +32,49 @@ from distrust.errors import ConfigError, DataError
 
 T = TypeVar("T")
 
-#: Of what is read: a change of what a record means makes what was remembered of it worthless.
-_VERSION = 1
+_VERSION = 1  # increment when the same bytes give other records: it invalidates the cached results
 
-_REPORT_EVERY = 5000
+REPORT_EVERY = 5000
+"""Records between two calls of ``on_progress``."""
 
 
 @dataclass(frozen=True, slots=True)
 class RecordReader:
-    """Sources and how they are read.
+    """Sources, and how their records are read."""
 
-    Attributes:
-        sources: at least one.
-        columns: which fields hold what.
-        authority_weight: w of records that have none; None where that is an error.
-        provenance_entropy: H in bits of records that have none; None where that is an error.
-    """
-
-    sources: tuple[Source, ...]
+    sources: tuple[Source, ...]  # at least one
     columns: Columns
-    authority_weight: float | None = None
-    provenance_entropy: float | None = None
+    authority_weight: float | None = None  # w of records without one; None makes that an error
+    provenance_entropy: float | None = None  # H in bits of records without one; None makes that an error
 
     @property
     def name(self) -> str:
-        """The sources, as a message names them."""
+        """The names of the sources, for messages."""
         return ", ".join(source.name for source in self.sources)
 
     @property
     def key(self) -> str:
-        """BLAKE3, in hex, of all that decides what the records are; names of files are no part of it."""
-        decides = {
+        """BLAKE3, in hex, of all that determines the records; file names are not part of it."""
+        identity = {
             "version": _VERSION,
             "sources": [[part.digest for part in source.parts] for source in self.sources],
             "columns": asdict(self.columns),
             "defaults": [self.authority_weight, self.provenance_entropy],
         }
-        return blake3(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+        return blake3(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
     def rows(self, source: Source) -> Iterator[tuple[Location, Record | None, list[RecordError]]]:
-        """Each row of a source: where it stands, and its record or what is wrong with it."""
+        """Each row of a source: its location, and its record or else its errors."""
         for part in source.parts:
             for number, fields in part.rows():
                 location = Location(part.name, number, part.unit)
                 yield (location, *self._record(fields, location))
 
     def records(self) -> Iterator[Record]:
-        """The records of all sources, which have been checked before.
+        """The records of all sources, which ``check_records`` has checked before.
 
         Raises:
-            DataError: one is wrong: the source is not what was checked.
+            DataError: a record is wrong: the source has changed since the check.
         """
         for source in self.sources:
             for location, record, _ in self.rows(source):
@@ -92,16 +85,16 @@ class RecordReader:
     def _record(
         self, fields: Fields | RecordError, location: Location
     ) -> tuple[Record | None, list[RecordError]]:
-        """The record of a row, or what is wrong with it: content and source are judged independently."""
+        """The record of a row, or all of its errors: content and provenance are checked independently."""
         if isinstance(fields, RecordError):
             return None, [fields]
-        problems: list[RecordError] = []
+        errors: list[RecordError] = []
 
         def attempt(read: Callable[[], T]) -> T | None:
             try:
                 return read()
-            except RecordError as problem:
-                problems.append(problem)
+            except RecordError as error:
+                errors.append(error)
                 return None
 
         columns = self.columns
@@ -109,23 +102,17 @@ class RecordReader:
         weight = attempt(lambda: read_authority_weight(fields, columns, self.authority_weight))
         entropy = attempt(lambda: read_provenance_entropy(fields, columns, self.provenance_entropy))
         if content is None or weight is None or entropy is None:
-            return None, problems
-        return Record(location, weight, entropy, content, read_source(fields, columns)), problems
+            return None, errors
+        return Record(location, weight, entropy, content, read_source(fields, columns)), errors
 
 
 @dataclass(frozen=True, slots=True)
 class DatasetStats:
-    """What there is, once all of it is known to be right.
+    """Counts of a data set without errors."""
 
-    Attributes:
-        sizes: the records of each source.
-        conversations: how many of them are conversations.
-        first_conversation: where the first one stands.
-    """
-
-    sizes: tuple[int, ...]
-    conversations: int = 0
-    first_conversation: str | None = None
+    sizes: tuple[int, ...]  # records of each source
+    conversations: int = 0  # how many of them are conversations
+    first_conversation: str | None = None  # location of the first one
 
     @property
     def records(self) -> int:
@@ -134,7 +121,7 @@ class DatasetStats:
 
 
 def dataset_stats(records: Iterable[Record]) -> DatasetStats:
-    """Of records that are at hand, as one source."""
+    """The stats of records of one source."""
     count = conversations = 0
     first = None
     for record in records:
@@ -145,41 +132,51 @@ def dataset_stats(records: Iterable[Record]) -> DatasetStats:
     return DatasetStats((count,), conversations, first)
 
 
-def check_records(reading: RecordReader, *, on_progress: Callable[[int], None] | None = None) -> DatasetStats:
+def check_records(reader: RecordReader, *, on_progress: Callable[[int], None] | None = None) -> DatasetStats:
     """Reads every record once, and keeps none.
 
     Args:
-        reading: what to check.
-        on_progress: called now and then with the number of records read.
+        reader: what to check.
+        on_progress: called every 5,000 records with the number of records read.
 
     Raises:
-        DataError: a source cannot be read or holds nothing (one line), or records are wrong (a headline,
-            then one line for each of the first 20 problems; ``problems`` holds the first 1000).
+        DataError: a source cannot be read or is empty (one line), or records are wrong (a headline, then one
+            line for each of the first 20 different errors; ``problems`` holds the first 1000 errors).
     """
-    problems = RecordErrors()
+    errors = RecordErrors()
     sizes: list[int] = []
-    read = 0
+    count = 0  # of all sources
 
-    def good(source: Source) -> Iterator[Record]:
-        nonlocal read
-        before = read
-        for location, record, found in reading.rows(source):
-            read += 1
+    def valid_records(source: Source) -> Iterator[Record]:
+        nonlocal count
+        first = count
+        for location, record, record_errors in reader.rows(source):
+            count += 1
             if record is None:
-                problems.add(location, found)
+                errors.add(location, record_errors)
             else:
                 yield record
-            if on_progress is not None and read % _REPORT_EVERY == 0:
-                on_progress(read)
-        if read == before:
-            raise DataError(f"{source.name}: holds no records; there must be one at least")
-        sizes.append(read - before)
+            if on_progress is not None and count % REPORT_EVERY == 0:
+                on_progress(count)
+        require_records(count - first, source)
+        sizes.append(count - first)
 
-    census = dataset_stats(record for source in reading.sources for record in good(source))
-    if problems.records:
-        are = "record is" if read == 1 else "records are"
-        raise problems.to_data_error(f"{reading.name}: {problems.records} of {read} {are} wrong")
-    return DatasetStats(tuple(sizes), census.conversations, census.first_conversation)
+    stats = dataset_stats(record for source in reader.sources for record in valid_records(source))
+    raise_errors(errors, reader.name, count)
+    return DatasetStats(tuple(sizes), stats.conversations, stats.first_conversation)
+
+
+def require_records(count: int, source: Source) -> None:
+    """Raise DataError if a source has no records."""
+    if not count:
+        raise DataError(f"{source.name}: holds no records; give at least one")
+
+
+def raise_errors(errors: RecordErrors, names: str, count: int) -> None:
+    """Raise DataError if any of the ``count`` records of the named sources has errors."""
+    if errors.records:
+        verb = "record is" if count == 1 else "records are"
+        raise errors.to_data_error(f"{names}: {errors.records} of {count} {verb} wrong")
 
 
 def read_records(
@@ -191,26 +188,27 @@ def read_records(
     """Reads all records of a file or folder into memory.
 
     Args:
-        path: the file or folder, such as ``--data`` takes it.
-        default_authority_weight: w of records that have none; without it that is an error.
-        default_provenance_entropy: H in bits of records that have none; without it that is an error.
+        path: the file or folder, as ``--data`` takes it.
+        default_authority_weight: w in [0, 0.99] of records without one (high: less training weight); without
+            a default that is an error.
+        default_provenance_entropy: H in bits of records without one; without a default that is an error.
 
     Returns:
-        The records in the file's order, at least one.
+        The records in file order, at least one.
 
     Raises:
-        DataError: as ``check`` raises it.
+        DataError: as for ``check_records``.
         ConfigError: a default is outside its range.
     """
     columns = Columns()
-    reading = RecordReader(
+    reader = RecordReader(
         (open_source(fspath(path), columns),),
         columns,
         _checked_default("default_authority_weight", default_authority_weight, check_authority_weight),
         _checked_default("default_provenance_entropy", default_provenance_entropy, check_provenance_entropy),
     )
-    check_records(reading)
-    return list(reading.records())
+    check_records(reader)
+    return list(reader.records())
 
 
 def _checked_default(option: str, value: float | None, check: Callable[[Any, str], float]) -> float | None:
@@ -218,5 +216,5 @@ def _checked_default(option: str, value: float | None, check: Callable[[Any, str
         return None
     try:
         return check(value, option)
-    except RecordError as problem:
-        raise ConfigError(str(problem)) from None
+    except RecordError as error:
+        raise ConfigError(str(error)) from None

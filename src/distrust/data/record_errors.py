@@ -1,82 +1,82 @@
-"""How wrong records are told: all of them at once, each with file, line, field and remedy."""
+"""Collects the errors of all records, so that one run reports every wrong line.
+
+Each error names file, line, field and remedy. Records that share an error share one line of the report.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 
 from distrust.data.records import Location
 from distrust.errors import DataError
 
-SHOWN = 20
-"""How many problems a message lists."""
+MAX_LINES = 20
+"""The largest number of different errors that a message lists."""
 
-SAME = 3
-"""How many of them may say the same, where there are more than that."""
+MAX_LOCATIONS = 3
+"""The largest number of locations listed for one error."""
 
-KEPT = 1000
-"""How many the error's ``problems`` holds: a file of a billion wrong lines must not fill the memory."""
+MAX_PROBLEMS = 1000
+"""The length limit of ``DataError.problems``: a file of a billion wrong lines must not fill the memory."""
 
 
 class RecordError(Exception):
-    """What is wrong with one record. It never leaves this package: it ends in the list of all of them.
+    """One error of one record. It never leaves this package: ``RecordErrors`` turns it into a DataError.
 
     Args:
-        what: what is wrong with it; what to do.
+        problem: what is wrong; what to do.
         field: the record's field, such as ``messages[2].content``; None for the record as a whole.
     """
 
-    def __init__(self, what: str, *, field: str | None = None) -> None:
-        super().__init__(what if field is None else f"{field}: {what}")
+    def __init__(self, problem: str, *, field: str | None = None) -> None:
+        super().__init__(problem if field is None else f"{field}: {problem}")
+
+
+@dataclass(slots=True)
+class _Cause:
+    count: int = 0
+    locations: list[str] = field(default_factory=list)  # the first MAX_LOCATIONS
 
 
 class RecordErrors:
-    """What is wrong with the records of a run: the first ones in words, the rest as a number.
+    """The errors of the records read so far, grouped by message.
+
+    Memory is bounded: only the first ``MAX_LINES`` different messages are counted one by one.
 
     Attributes:
-        records: how many records are wrong.
+        records: the number of wrong records.
     """
 
     def __init__(self) -> None:
         self.records = 0
-        self._lines: list[str] = []
-        self._count = 0
-        self._first: dict[str, list[str]] = {}  # of the first causes, the first lines
-        self._counts: Counter[str] = Counter()  # how often each of these causes was found
+        self._total = 0  # errors, several per record possible
+        self._problems: list[str] = []
+        self._causes: dict[str, _Cause] = {}  # message without location -> where; insertion order
 
-    def add(self, location: Location, found: Iterable[RecordError]) -> None:
-        """What is wrong with one record."""
+    def add(self, location: Location, errors: Iterable[RecordError]) -> None:
+        """Add the errors of one record."""
         self.records += 1
-        for problem in found:
-            self._count += 1
-            cause = str(problem)
-            line = f"{location}: {cause}"
-            if len(self._lines) < KEPT:
-                self._lines.append(line)
-            if cause in self._first or len(self._first) < SHOWN:
-                self._counts[cause] += 1
-                first = self._first.setdefault(cause, [])
-                if len(first) < SAME:
-                    first.append(line)
+        for error in errors:
+            self._total += 1
+            message = str(error)
+            if len(self._problems) < MAX_PROBLEMS:
+                self._problems.append(f"{location}: {message}")
+            if message in self._causes or len(self._causes) < MAX_LINES:
+                cause = self._causes.setdefault(message, _Cause())
+                cause.count += 1
+                if cause.count <= MAX_LOCATIONS:
+                    cause.locations.append(str(location))
 
     def to_data_error(self, headline: str) -> DataError:
-        """One error for all of them: the headline, the first ones, and how many more of which cause."""
-        return DataError("\n".join([headline, *self._summary_lines()]), self._lines)
+        """One error for all records: the headline, then one line for each different message."""
+        return DataError("\n".join([headline, *self._summary_lines()]), self._problems)
 
     def _summary_lines(self) -> Iterator[str]:
-        """All of them if they are few; else, cause by cause, a few and how many more."""
-        if self._count <= SHOWN:
-            yield from self._lines
-            return
-        room, left = SHOWN, self._count
-        for cause, first in self._first.items():
-            shown = first[:room]
-            if not shown:
-                break
-            yield from shown
-            if more := self._counts[cause] - len(shown):
-                yield f"and {more:,} more: {cause}"
-            room -= len(shown)
-            left -= self._counts[cause]
-        if left:
-            yield f"and {left:,} more"
+        for message, cause in self._causes.items():
+            first, *further = cause.locations
+            ellipsis = ", …" if cause.count > MAX_LOCATIONS else ""
+            also = f" ({cause.count:,} records: also {', '.join(further)}{ellipsis})" if further else ""
+            yield f"{first}: {message}{also}"
+        if remaining := self._total - sum(cause.count for cause in self._causes.values()):
+            yield f"and {remaining:,} more"

@@ -1,6 +1,6 @@
-"""What one record of a source says: something to learn, and what its source is worth.
+"""Record types: the content to train on, and the provenance of its source.
 
-These are values that have been checked (``reading`` checks them); everything after can rely on it.
+``reading`` validates every field before it builds one of these. Later stages do not check again.
 """
 
 from __future__ import annotations
@@ -11,21 +11,15 @@ from typing import Literal
 Role = Literal["system", "user", "assistant", "tool"]
 
 Unit = Literal["line", "row", "index"]
-"""What a record of a source is counted by: lines and rows from 1, an iterable's examples from 0."""
+"""How the records of a source are numbered: lines and rows from 1, the examples of an iterable from 0."""
 
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """Where a record stands: what a message about it begins with.
+    """Where a record comes from: the prefix of every message about it."""
 
-    Attributes:
-        file: the path or the name as the user gave it.
-        line: its line, row or index.
-        unit: which of them it is.
-    """
-
-    file: str
-    line: int
+    file: str  # path or name, as the user gave it
+    line: int  # line, row or index, counted as ``unit`` says
     unit: Unit = "line"
 
     def __str__(self) -> str:
@@ -40,16 +34,16 @@ class Location:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A plain text; every token of it is learned."""
+    """A plain text. Every token carries loss."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A prompt and its completion; only the completion is learned. The prompt may be empty."""
+    """A prompt and its completion. Only the completion carries loss."""
 
-    prompt: str
+    prompt: str  # may be empty
     completion: str
 
 
@@ -63,31 +57,18 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Turns of which one at least, and never the first, is the assistant's; only those are learned.
-
-    Attributes:
-        messages: the turns.
-        learned_from: the assistant's turns before this one are only read: they are the prompt's.
-    """
+    """Turns of a chat. Only assistant turns carry loss; the first turn is never the assistant's."""
 
     messages: tuple[Message, ...]
-    trained_turns: int = 0
+    trained_turns: int = 0  # index of the first turn that may carry loss; earlier turns are prompt
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One example as its source gives it.
-
-    Attributes:
-        location: where it stands.
-        authority_weight: w of its source, in [0, 0.99].
-        provenance_entropy: H of its source, in bits, finite and not negative.
-        content: what there is to learn.
-        source: the class that its source is of, as its data names it; empty where that says nothing.
-    """
+    """One validated example of a source."""
 
     location: Location
-    authority_weight: float
-    provenance_entropy: float
+    authority_weight: float  # w in [0, 0.99]; high means less training weight
+    provenance_entropy: float  # H in bits, finite, >= 0
     content: Text | Completion | Conversation
-    source: str = ""
+    source: str = ""  # source class as the data names it; "" if it names none

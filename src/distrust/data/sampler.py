@@ -1,19 +1,18 @@
-"""The order of training: a pure function of (seed, epoch), at a place that is a pure function of the step.
+"""Sampling order: a pure function of (seed, epoch), addressed by global position.
 
-The generator is written out here and is nobody else's: no version of any library changes the order, so a
-run can be resumed after an upgrade. Each sequence draws a 64-bit key, and the order is that of the keys
-(equal keys, about one pair among 6 billion sequences, keep the order of the file). The keys are SplitMix64
-(Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014), started from a
-state that is mixed of seed and epoch:
+The generator is written out here, so no library version changes the order and a run can be resumed after an
+upgrade. Each row gets a 64-bit key, and the order is that of the keys (equal keys, about one pair among 6
+billion rows, keep the order of the file). The keys are SplitMix64 (Steele, Lea and Flood, "Fast splittable
+pseudorandom number generators", OOPSLA 2014), seeded with a mix of seed and epoch:
 
     state  = mix(mix(seed + γ) xor epoch)
     key(i) = mix(state + γ·(i + 1))         modulo 2⁶⁴, γ = 0x9E3779B97F4A7C15
 
-What is ordered are sequences: lists of examples that share one row of a batch.
+What is sampled are rows of a batch: one example each, or several with packing.
 
-Where sources are mixed, an epoch is as long as all their sequences, and each source has as many places in
-it as its share says. Which places is drawn for each epoch; what stands there comes from the source's own
-endless order, so nothing of a source comes again before all of it has come.
+A mixture of sources has an epoch as long as all its rows, and each source has as many positions in it as its
+share says. Each epoch samples which positions; they are filled from the source's own endless order, so no
+row of a source repeats before all of its rows have been used.
 """
 
 from __future__ import annotations
@@ -28,16 +27,16 @@ from numpy.typing import NDArray
 from distrust.errors import ConfigError
 
 MAX_SEED = 2**63
-"""The largest seed, included."""
+"""The largest seed, inclusive."""
 
-_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+_GAMMA = np.uint64(0x9E3779B97F4A7C15)  # 2⁶⁴ / golden ratio, odd
 
 
 def permutation(n: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
     """The order of one epoch.
 
     Args:
-        n: the number of sequences.
+        n: the number of rows.
         seed: 0 to 2⁶³.
         epoch: counted from 0.
 
@@ -48,143 +47,154 @@ def permutation(n: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
         ConfigError: the seed is out of range.
         ValueError: n or epoch is negative.
     """
-    if not 0 <= seed <= MAX_SEED:
-        raise ConfigError(f"seed must be from 0 to 2^63, not {seed}")
+    _check_seed(seed)
     if n < 0 or epoch < 0:
-        raise ValueError(f"neither n nor epoch may be negative: {n}, {epoch}")
-    # Arrays, not scalars: numpy warns where arithmetic of scalars wraps around.
-    state = _mix(_mix(np.array([seed], np.uint64) + _GAMMA) ^ np.array([epoch], np.uint64))
-    keys = _mix(state + _GAMMA * np.arange(1, n + 1, dtype=np.uint64))
+        raise ValueError(f"n and epoch must not be negative: {n}, {epoch}")
+    # Arrays, not scalars: numpy warns when scalar arithmetic wraps around.
+    state = _mix(_mix(np.array([seed], np.uint64) + _GAMMA) ^ np.array([epoch], np.uint64))  # uint64[1]
+    keys = _mix(state + _GAMMA * np.arange(1, n + 1, dtype=np.uint64))  # uint64[n]
     return np.argsort(keys, kind="stable").astype(np.int64, copy=False)
 
 
 def _mix(z: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """The output function of SplitMix64, a bijection of 64-bit words."""
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)  # wraps modulo 2⁶⁴
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
 
 
-class _Sampler:
-    """An endless row of epochs that can be entered anywhere at one price: what an order of either kind is."""
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed <= MAX_SEED:
+        raise ConfigError(f"seed must be from 0 to 2^63, not {seed}")
 
-    def __init__(self, sequences: int, *, seed: int) -> None:
-        self.sequences = sequences
+
+class _Sampler:
+    """An endless sequence of epochs with random access in constant time."""
+
+    def __init__(self, rows: int, *, seed: int) -> None:
+        self.rows_per_epoch = rows
         self.seed = seed
-        self._cached: tuple[int, NDArray[np.int64]] | None = None
+        self._cached: tuple[int, NDArray[np.int64]] | None = None  # (epoch, int64[rows_per_epoch])
 
     def at(self, start: int, count: int) -> NDArray[np.int64]:
-        """The sequences at global positions ``start`` to ``start + count``; epoch = position // sequences.
+        """The rows at global positions ``start`` to ``start + count``; epoch = position // rows_per_epoch.
 
-        What was asked before has no influence. At position 10¹² it costs what it costs at 0.
+        Earlier calls have no influence, and position 10¹² costs what position 0 costs.
 
         Args:
             start: counted from 0 over all epochs.
-            count: may reach over the end of an epoch, or of several.
+            count: may span several epochs.
 
         Returns:
-            int64[count], numbers of sequences.
+            int64[count], row numbers.
 
         Raises:
             ValueError: start or count is negative.
         """
         if start < 0 or count < 0:
-            raise ValueError(f"neither start nor count may be negative: {start}, {count}")
-        taken = [np.empty(0, np.int64)]
+            raise ValueError(f"start and count must not be negative: {start}, {count}")
+        parts = [np.empty(0, np.int64)]  # concatenate needs one array, also for count 0
         while count:
-            epoch, place = divmod(start, self.sequences)
-            part = self._epoch(epoch)[place : place + count]
-            taken.append(part)
+            epoch, offset = divmod(start, self.rows_per_epoch)
+            part = self._epoch(epoch)[offset : offset + count]
+            parts.append(part)
             start, count = start + len(part), count - len(part)
-        return np.concatenate(taken)
+        return np.concatenate(parts)  # a copy: callers may write to it
 
     def _epoch(self, epoch: int) -> NDArray[np.int64]:
-        cached = self._cached  # read once: another thread may replace it
+        cached = self._cached  # read once: the prefetch thread may replace it
         if cached is None or cached[0] != epoch:
             cached = self._cached = (epoch, self._permutation(epoch))
         return cached[1]
 
     def _permutation(self, epoch: int) -> NDArray[np.int64]:
-        """The order of an epoch: int64[sequences]."""
+        """The order of an epoch: int64[rows_per_epoch]."""
         raise NotImplementedError
 
 
 class EpochSampler(_Sampler):
-    """An endless row of epochs, each in an order of its own, that can be entered anywhere at one price.
+    """Samples all rows once per epoch, each epoch in its own order.
+
+    Args:
+        rows: the number of rows, at least 1.
+        seed: the run's seed, 0 to 2⁶³.
 
     Attributes:
-        sequences: how many there are in an epoch.
+        rows_per_epoch: the number of rows in an epoch.
         seed: the run's seed.
     """
 
-    def __init__(self, sequences: int, *, seed: int) -> None:
-        if sequences < 1:
-            raise ValueError(f"there must be a sequence to order, not {sequences}")
-        super().__init__(sequences, seed=seed)
-        self._epoch(0)
+    def __init__(self, rows: int, *, seed: int) -> None:
+        if rows < 1:
+            raise ValueError(f"a sampler needs at least one row, not {rows}")
+        super().__init__(rows, seed=seed)
+        self._epoch(0)  # checks the seed now rather than at the first step
 
     def _permutation(self, epoch: int) -> NDArray[np.int64]:
-        return permutation(self.sequences, seed=self.seed, epoch=epoch)
+        return permutation(self.rows_per_epoch, seed=self.seed, epoch=epoch)
 
 
 class MixtureSampler(_Sampler):
-    """An endless row of epochs in which each source has its share; the interface of ``Order``.
+    """Samples several sources by their shares; same interface as ``EpochSampler``.
 
-    The sequences are numbered source after source.
+    The rows are numbered source after source.
 
     Args:
-        sizes: the sequences of each source, one at least.
+        sizes: the rows of each source, at least 1.
         shares: of each source, 0 or more, not all 0; they are normalized.
-        seed: the run's seed.
+        seed: the run's seed, 0 to 2⁶³.
 
     Attributes:
-        sequences: how many there are in an epoch: as many as in all sources.
-        counts: how many of them are of each source.
+        rows_per_epoch: the number of rows in an epoch: the sum of ``sizes``.
+        counts: how many of them come from each source.
         seed: the run's seed.
     """
 
     def __init__(self, sizes: Sequence[int], *, shares: Sequence[float], seed: int) -> None:
         if not sizes or min(sizes) < 1 or len(sizes) != len(shares):
-            raise ValueError(f"every source needs sequences and a share: {list(sizes)}, {list(shares)}")
+            raise ValueError(f"every source needs rows and a share: {list(sizes)}, {list(shares)}")
         super().__init__(sum(sizes), seed=seed)
-        self.counts = apportion(self.sequences, shares)
-        self._begins = [0, *accumulate(sizes)][:-1]
-        self._orders = [EpochSampler(size, seed=derived_seed(seed, k)) for k, size in enumerate(sizes)]
+        self.counts = apportion(self.rows_per_epoch, shares)
+        self._starts = [0, *accumulate(sizes)][:-1]  # first row number of each source
+        # Independent seeds: equal sources must not repeat in step with each other.
+        self._samplers = [EpochSampler(size, seed=derived_seed(seed, k)) for k, size in enumerate(sizes)]
         self._epoch(0)
 
     def _permutation(self, epoch: int) -> NDArray[np.int64]:
-        source = np.repeat(np.arange(len(self.counts)), self.counts)
-        source = source[permutation(self.sequences, seed=self.seed, epoch=epoch)]
-        drawn = np.empty(self.sequences, np.int64)
-        for k, (order, begin, count) in enumerate(zip(self._orders, self._begins, self.counts, strict=True)):
-            drawn[source == k] = begin + order.at(epoch * count, count)
-        return drawn
+        source_of = np.repeat(np.arange(len(self.counts)), self.counts)  # int64[rows_per_epoch]
+        source_of = source_of[permutation(self.rows_per_epoch, seed=self.seed, epoch=epoch)]
+        rows = np.empty(self.rows_per_epoch, np.int64)
+        for k, (sampler, start, count) in enumerate(
+            zip(self._samplers, self._starts, self.counts, strict=True)
+        ):
+            # Continues where the previous epoch stopped, so no row repeats early.
+            rows[source_of == k] = start + sampler.at(epoch * count, count)
+        return rows
 
 
-def apportion(places: int, shares: Sequence[float]) -> tuple[int, ...]:
-    """So many places by shares: by largest remainder, and one at least where a share is not 0.
+def apportion(seats: int, shares: Sequence[float]) -> tuple[int, ...]:
+    """Apportion seats to shares by largest remainder, at least one to each share above 0.
 
     Args:
-        places: to be given away; as many as there are shares, at least.
+        seats: the number to distribute; at least as many as there are shares.
         shares: 0 or more, not all 0; they are normalized.
 
     Returns:
-        As many as there are shares, which add up to ``places``.
+        One count per share; they add up to ``seats``.
     """
-    exact = [Fraction(share) for share in shares]
-    ideal = [share * places / sum(exact) for share in exact]
+    exact = [Fraction(share) for share in shares]  # floats would round differently on long lists
+    ideal = [share * seats / sum(exact) for share in exact]
     counts = [max(int(count), int(count > 0)) for count in ideal]
-    while (left := places - sum(counts)) != 0:
-        # The one that is furthest from its share; of equal ones the first.
-        gaps = [(count - ideal[k]) * (1 if left > 0 else -1) for k, count in enumerate(counts)]
-        able = [k for k in range(len(counts)) if ideal[k] > 0 and (left > 0 or counts[k] > 1)]
-        counts[min(able, key=lambda k: gaps[k])] += 1 if left > 0 else -1
+    while (remaining := seats - sum(counts)) != 0:
+        # Correct the count that is furthest from its ideal; of equal ones the first.
+        gaps = [(count - ideal[k]) * (1 if remaining > 0 else -1) for k, count in enumerate(counts)]
+        eligible = [k for k in range(len(counts)) if ideal[k] > 0 and (remaining > 0 or counts[k] > 1)]
+        counts[min(eligible, key=lambda k: gaps[k])] += 1 if remaining > 0 else -1
     return tuple(counts)
 
 
 def derived_seed(seed: int, stream: int) -> int:
-    """A seed for something of its own that a run draws: another one for each stream."""
-    if not 0 <= seed <= MAX_SEED:
-        raise ConfigError(f"seed must be from 0 to 2^63, not {seed}")
+    """An independent seed for each stream of random numbers of a run."""
+    _check_seed(seed)
     state = _mix(np.array([seed], np.uint64) + _GAMMA) ^ _mix(np.array([stream], np.uint64) - _GAMMA)
-    return int(_mix(state)[0] >> np.uint64(1))
+    return int(_mix(state)[0] >> np.uint64(1))  # 63 bits: within MAX_SEED

@@ -1,7 +1,7 @@
-"""What a config names -> sources: files, folders, data sets of the hub, and examples of a program.
+"""Opens the sources that a config names: files, folders, data sets of the hub, and examples of a program.
 
-A source is made of parts, each a file or a table. A part knows the digest of its content, so that what was
-once checked and tokenized is found again, and gives its rows as often as one likes.
+A source consists of parts, each a file or a table. A part has a digest of its content, so that the results of
+an earlier check and tokenization can be found in the cache. Its rows can be read repeatedly.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from distrust.data.records import Unit
 from distrust.data.temp_copy import TempCopy
 from distrust.errors import ConfigError, DataError, read_failure_reason
 
-_BLOCK = 1 << 22
+_BLOCK = 1 << 22  # 4 MiB: enough for BLAKE3 to use several threads
 
-#: What files and folders of a split are called.
+#: Words in the names of files and folders that mean a split, as the hub recognizes them.
 _SPLITS = {
     "train": "train",
     "training": "train",
@@ -45,34 +45,22 @@ _SPLITS = {
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A file or a table.
+    """A file or a table."""
 
-    Attributes:
-        name: as a message calls it.
-        unit: what its rows are counted by.
-        digest: of its content and of how it is read.
-        rows: its rows, from the first; raises DataError if it cannot be read.
-        parquet: opens it, where it is a Parquet file, for a reader of its tables; raises as ``rows`` does.
-    """
-
-    name: str
-    unit: Unit
-    digest: str
-    rows: Callable[[], Iterator[Row]]
+    name: str  # for messages
+    unit: Unit  # how its rows are numbered
+    digest: str  # BLAKE3, in hex, of its content and of how it is read
+    rows: Callable[[], Iterator[Row]]  # all rows; raises DataError if it cannot be read
+    #: Opens a Parquet file for a reader of its tables; raises as ``rows`` does. None for other parts.
     parquet: Callable[[], contextlib.AbstractContextManager[BinaryIO]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One of the things that a config names.
+    """One of the sources that a config names."""
 
-    Attributes:
-        name: as the user gave it.
-        parts: at least one.
-    """
-
-    name: str
-    parts: tuple[Part, ...]
+    name: str  # as the user gave it
+    parts: tuple[Part, ...]  # at least one
 
 
 def open_source(
@@ -82,21 +70,21 @@ def open_source(
     split: str = "train",
     subset: str | None = None,
     revision: str | None = None,
-    spool: Path | None = None,
+    temp_folder: Path | None = None,
 ) -> Source:
-    """What a name stands for.
+    """Open the source with a name.
 
     Args:
         name: a file, a folder, a data set of the hub, or ``bundled``.
-        columns: those that are needed of it.
-        split: of a data set of the hub or of a folder that has several.
+        columns: the columns to read.
+        split: of a data set of the hub, or of a folder that has several.
         subset: of a data set of the hub.
         revision: of a data set of the hub.
-        spool: where the content of a pipe may lie.
+        temp_folder: where the content of a pipe is copied to.
 
     Raises:
-        DataError: there is no such thing, or it cannot be read; one line.
-        ConfigError: an option for the hub beside a file.
+        DataError: there is no such source, or it cannot be read; one line.
+        ConfigError: an option of the hub together with a file.
     """
     path = CORPUS if name == BUNDLED else Path(name)
     kind = _kind(path)
@@ -108,76 +96,78 @@ def open_source(
             raise ConfigError(f"--{option} {value}: is for data sets of the hub; {name} is a file or folder")
     if kind != "folder":
         _require_split(path, split)
-        return Source(name, (_file_part(path, str(path), columns, spool),))
+        return Source(name, (_file_part(path, str(path), columns, temp_folder),))
     with _readable(str(path)):
         saved = hub.saved_split(path, split) if hub.is_saved(path) else None
     if saved is not None:
         return Source(name, (_saved_part(saved, columns),))
     files = _files(path, split)
-    return Source(name, tuple(_file_part(file, str(file), columns, spool) for file in files))
+    return Source(name, tuple(_file_part(file, str(file), columns, temp_folder) for file in files))
 
 
 def examples_source(
-    examples: Iterable[Mapping[str, Any]], columns: Columns, *, name: str, spool: Path
+    examples: Iterable[Mapping[str, Any]], columns: Columns, *, name: str, temp_folder: Path
 ) -> Source:
-    """The examples of a program, read once.
+    """The examples of a program, iterated once.
 
     Raises:
-        DataError: one cannot be an example, or reading them fails with an OSError.
+        DataError: one is not a valid example, or iterating them fails with an OSError.
     """
-    kept = TempCopy(spool)
+    copy = TempCopy(temp_folder)
     with _readable(name):
-        kept.copy_examples(examples, columns, name=name)
-    return Source(name, (_spool_part(kept, JSON_LINES, columns, name=name, unit="index"),))
+        copy.copy_examples(examples, columns, name=name)
+    return Source(name, (_copy_part(copy, columns, name=name, unit="index"),))
 
 
 def _kind(path: Path) -> str | None:
     try:
         mode = path.stat().st_mode
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError):  # ValueError: a null byte in the name
         return None
     except OSError:
-        return "file"  # opening it tells why not
+        return "file"  # opening it reports the reason
     return "folder" if stat.S_ISDIR(mode) else "file"
 
 
-def _file_part(path: Path, name: str, columns: Columns, spool: Path | None) -> Part:
+def _file_part(path: Path, name: str, columns: Columns, temp_folder: Path | None) -> Part:
     with _readable(name):
-        if not stat.S_ISREG(path.stat().st_mode):
-            kept = TempCopy(spool or Path(os.devnull))
-            kept.copy_pipe(path)
-            return _spool_part(kept, JSON_LINES, columns, name=name, unit="line")
-        form, packed = format_of(path)
-        if not is_data(path) and is_binary(path, packed=packed):
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe can be read only once
+            copy = TempCopy(temp_folder or Path(os.devnull))  # nothing can be created below a device
+            copy.copy_pipe(path)
+            return _copy_part(copy, columns, name=name, unit="line")
+        form, compressed = format_of(path)
+        if not is_data(path) and is_binary(path, compressed=compressed):
             raise DataError(
-                f"{name}: is no data file; give JSON Lines, JSON, CSV, TSV or Parquet (text also as .gz)"
+                f"{name}: not a data file; give JSON Lines, JSON, CSV, TSV or Parquet (text also as .gz)"
             )
-        before = _state(path)
+        version = _file_version(path)
         digest = _digest(path, form.name)
 
     @contextlib.contextmanager
-    def opened() -> Iterator[BinaryIO]:
+    def open_part() -> Iterator[BinaryIO]:
         with _readable(name):
-            with open_bytes(path, packed=packed) as file:
+            with open_bytes(path, compressed=compressed) as file:
                 yield file
-            if _state(path) != before:
+            if _file_version(path) != version:  # the digest is of other content than the rows
                 raise OSError("it changed while it was read; start again")
 
     def rows() -> Iterator[Row]:
-        with opened() as file:
+        with open_part() as file:
             yield from form.rows(file, columns)
 
-    return Part(name, form.unit, digest, rows, opened if form is PARQUET else None)
+    return Part(name, form.unit, digest, rows, open_part if form is PARQUET else None)
 
 
-def _spool_part(kept: TempCopy, form: Format, columns: Columns, *, name: str, unit: Unit) -> Part:
+def _copy_part(copy: TempCopy, columns: Columns, *, name: str, unit: Unit) -> Part:
+    """A part that a temporary copy in JSON Lines holds."""
+    form: Format = JSON_LINES
+
     def rows() -> Iterator[Row]:
-        with _readable(name), kept.open() as file:
-            # An example's index counts from 0, and the spool has one a line.
-            shift = 1 if unit == "index" else 0
+        with _readable(name), copy.open() as file:
+            shift = 1 if unit == "index" else 0  # indices count from 0, lines from 1
             yield from ((number - shift, fields) for number, fields in form.rows(file, columns))
 
-    with _readable(name), kept.open() as file:
+    with _readable(name), copy.open() as file:
         digest = blake3(f"{form.name}\n".encode())
         _update(digest, file)
     return Part(name, unit, digest.hexdigest(), rows)
@@ -198,53 +188,50 @@ def _saved_part(folder: Path, columns: Columns) -> Part:
 
 
 def _files(folder: Path, split: str) -> list[Path]:
-    """The data files of a folder that are of a split: by their names, as the hub tells them apart."""
+    """The data files of a split in a folder, recognized by their names as the hub does."""
     with _readable(str(folder)):
-        found = sorted(path.relative_to(folder) for path in _visible(folder) if is_data(path))
-        if not found:
+        files = sorted(path.relative_to(folder) for path in _visible_files(folder) if is_data(path))
+        if not files:
             raise DataError(
                 f"{folder}: holds no data files (.jsonl, .json, .csv, .tsv, .parquet, or those .gz)"
             )
-        forms = sorted({format_of(folder / path)[0].name for path in found})
-    if len(forms) > 1:
-        raise DataError(f"{folder}: holds files of several formats ({', '.join(forms)}); name the files")
-    splits = {path: _split_of(path) for path in found}
+        formats = sorted({format_of(folder / path)[0].name for path in files})
+    if len(formats) > 1:
+        raise DataError(f"{folder}: holds files of several formats ({', '.join(formats)}); name the files")
+    splits = {path: _split_of(path) for path in files}
     if not any(splits.values()):
         if split != "train":
             raise DataError(f"{folder}: no file names a split, so all are train; there is no {split}")
-        return [folder / path for path in found]
-    wanted = _SPLITS.get(split, split)
-    chosen = [folder / path for path in found if splits[path] == wanted]
-    if not chosen:
-        there = ", ".join(sorted({name for name in splits.values() if name}))
-        raise DataError(f"{folder}: no file is of the split {split}; give one of {there}")
-    return chosen
+        return [folder / path for path in files]
+    canonical = _SPLITS.get(split, split)
+    selected = [folder / path for path in files if splits[path] == canonical]
+    if not selected:
+        available = ", ".join(sorted({name for name in splits.values() if name}))
+        raise DataError(f"{folder}: no file is of the split {split}; give one of {available}")
+    return selected
 
 
-def _visible(folder: Path) -> Iterator[Path]:
-    """The files in a folder and in those in it, without hidden ones. None is left out silently.
-
-    Raises:
-        DataError: a folder cannot be listed: what lies in it would be missed.
-    """
+def _visible_files(folder: Path) -> Iterator[Path]:
+    """The files below a folder, except hidden ones; raises DataError if a folder cannot be listed."""
 
     def refuse(error: OSError) -> None:
+        # os.walk skips such folders by default: their files would be missing without a word.
         raise DataError(f"{error.filename}: {read_failure_reason(error)}") from error
 
     for root, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if name[0] not in "._"]
+        folders[:] = [name for name in folders if name[0] not in "._"]  # in place: limits the walk
         paths = (Path(root, name) for name in names if name[0] not in "._")
         yield from (path for path in paths if path.is_file())
 
 
 def _require_split(file: Path, split: str) -> None:
-    """A file is all of a split: of the one that its name says, else of train."""
+    """A file is one split: the one in its name, else train."""
     if split != "train" and _split_of(Path(file.name)) != _SPLITS.get(split, split):
         raise DataError(f"{file}: is one file, and has no split {split}; name the file of that split")
 
 
 def _split_of(path: Path) -> str | None:
-    """The split that a file's name says, or else the nearest of its folders."""
+    """The split in a file's name, or else in the nearest of its folders."""
     for name in reversed(path.parts):
         for word in re.split(r"[^a-z0-9]+", name.lower()):
             if word in _SPLITS:
@@ -252,8 +239,9 @@ def _split_of(path: Path) -> str | None:
     return None
 
 
-def _digest(path: Path, how: str) -> str:
-    digest = blake3(f"{how}\n".encode(), max_threads=blake3.AUTO)
+def _digest(path: Path, prefix: str) -> str:
+    # The prefix separates equal bytes that are read in different ways.
+    digest = blake3(f"{prefix}\n".encode(), max_threads=blake3.AUTO)
     with path.open("rb") as file:
         _update(digest, file)
     return str(digest.hexdigest())
@@ -264,14 +252,15 @@ def _update(digest: Any, file: BinaryIO) -> None:
         digest.update(block)
 
 
-def _state(path: Path) -> tuple[int, ...]:
-    """What tells that a file was written to."""
-    found = path.stat()
-    return found.st_ino, found.st_size, found.st_mtime_ns
+def _file_version(path: Path) -> tuple[int, ...]:
+    """Changes when a file is written to or replaced."""
+    status = path.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 @contextlib.contextmanager
 def _readable(name: str) -> Iterator[None]:
+    """Translates OSError to DataError."""
     try:
         yield
     except OSError as error:

@@ -1,7 +1,7 @@
-"""What can be read only once -> a file: a program's examples, a pipe.
+"""Temporary copy of input that can be read only once: a program's examples, or a pipe.
 
-The file has no name: whatever becomes of the process, nothing is left of it. It holds what is needed of the
-examples, a JSON object a line, so that what is read of it passes the same door as a file.
+The file has no name, so the system removes it however the process ends. Examples are stored as JSON Lines
+with only the needed columns, and are then validated like those of a file.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from distrust.errors import DataError
 
 
 class TempCopy:
-    """A file without a name, which can be read as often as one likes.
+    """An unnamed file that can be read repeatedly.
 
     Args:
-        folder: where it lies; the system's folder for temporary files if it cannot lie there.
+        folder: where to create it; falls back to the system's temporary folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -39,22 +39,23 @@ class TempCopy:
 
     @contextmanager
     def open(self) -> Iterator[BinaryIO]:
-        """Its content, from the beginning."""
+        """The content, from the beginning."""
         self._file.flush()
-        with open(os.dup(self._file.fileno()), "rb") as file:  # it shares the place: one reader at a time
+        # A duplicate shares the file position, so only one reader at a time.
+        with open(os.dup(self._file.fileno()), "rb") as file:
             file.seek(0)
             yield file
 
     def copy_pipe(self, pipe: Path) -> None:
-        """Take over what a pipe holds."""
+        """Copy a pipe to its end."""
         with pipe.open("rb") as file:
             shutil.copyfileobj(file, self._file, 1 << 20)
 
     def copy_examples(self, examples: Iterable[Mapping[str, Any]], columns: Columns, *, name: str) -> None:
-        """Take over what is needed of examples.
+        """Copy the needed columns of examples.
 
         Raises:
-            DataError: one is not a mapping, or holds what cannot be an example.
+            DataError: an example is not a mapping, or has a value that JSON cannot represent.
         """
         for index, example in enumerate(examples):
             location = Location(name, index, "index")
@@ -65,16 +66,17 @@ class TempCopy:
             needed = {
                 str(key): example[key]
                 for key in columns.needed_from(list(example))
+                # A source class is optional: one of another type is left out, not refused.
                 if key not in columns.source or isinstance(example[key], str | int | float)
             }
             try:
-                self._file.write(json.dumps(needed, default=_plain).encode() + b"\n")
+                self._file.write(json.dumps(needed, default=_to_builtin).encode() + b"\n")
             except (TypeError, ValueError, RecursionError) as error:
                 raise DataError(f"{location}: {error}; give text, numbers, and messages of them") from None
 
 
-def _plain(value: Any) -> Any:
-    """Scalars and arrays of numpy and of what is like it, as JSON has them."""
+def _to_builtin(value: Any) -> Any:
+    """Scalars and arrays of numpy and of libraries like it, as numbers and lists."""
     if hasattr(value, "tolist"):
         return cast(Any, value).tolist()
-    raise TypeError(f"a value of type {type(value).__name__} is not something to learn from")
+    raise TypeError(f"a value of type {type(value).__name__} cannot be trained on")

@@ -1,7 +1,7 @@
-"""What this package needs of a tokenizer, and nothing more.
+"""The tokenizer protocol, and the digest that identifies a tokenizer.
 
-The tokenizers of transformers fit as they are. It is this small so that data can be prepared, and tested,
-without any framework.
+The tokenizers of transformers satisfy the protocol as they are. It is small so that data can be prepared
+and tested without a framework.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from blake3 import blake3
 
-_PROBE_CHARACTERS = 2000
+_PROBE_CHARACTERS = 2000  # enough to show a difference; encoding it twice costs no time
 
 
 class Tokenizer(Protocol):
@@ -29,51 +29,50 @@ class Tokenizer(Protocol):
 
     @property
     def pad_token_id(self) -> int | None:
-        """The token that fills up a batch."""
+        """The token that pads a batch."""
 
     @property
     def chat_template(self) -> Any:
-        """None where the tokenizer cannot render conversations."""
+        """None if the tokenizer cannot render conversations."""
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """The ids of a text; with ``add_special_tokens``, as the tokenizer begins and ends a sequence."""
+        """The ids of a text; ``add_special_tokens`` adds the BOS and EOS that the tokenizer is set up for."""
 
     def apply_chat_template(
         self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
     ) -> Any:
-        """The conversation as text (``tokenize=False``), up to where an answer begins if so asked."""
+        """The conversation as text (``tokenize=False``), optionally up to where the next answer begins."""
 
 
 def encode_all(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """The ids of texts, without special tokens: those that ``encode`` gives of each.
+    """The ids of each text without special tokens, equal to what ``encode`` returns for it.
 
-    The core of transformers' fast tokenizers takes many texts at once, uses all CPU cores, and leaves out
-    what only others need. A piece of one text is encoded both ways: where a tokenizer does more than its
-    core, the texts go one by one.
+    The Rust core of transformers' fast tokenizers encodes a batch on all CPU cores. One probe is encoded both
+    ways first: if the tokenizer does more than its core, the texts are encoded one by one.
     """
-    core = _core(tokenizer)
+    core = _fast_core(tokenizer)
     if texts and core is not None:
         probe = max(texts, key=len)[:_PROBE_CHARACTERS]
-        wanted = tokenizer.encode(probe, add_special_tokens=False)
-        # After ``encode`` the core neither cuts nor pads, and treats special tokens as the tokenizer does.
+        expected = tokenizer.encode(probe, add_special_tokens=False)
+        # ``encode`` has set the core up: no truncation, no padding, special tokens as in the tokenizer.
         encodings = core.encode_batch_fast([*texts, probe], add_special_tokens=False)
-        *found, again = [encoding.ids for encoding in encodings]
-        if again == wanted:
-            return found
+        *ids, probe_ids = [encoding.ids for encoding in encodings]
+        if probe_ids == expected:
+            return ids
     return [tokenizer.encode(text, add_special_tokens=False) for text in texts]
 
 
-def digest_of(tokenizer: Tokenizer) -> str | None:
-    """BLAKE3, in hex, of all that decides a tokenizer's ids; None where that cannot be told.
+def digest_tokenizer(tokenizer: Tokenizer) -> str | None:
+    """Hash everything that determines a tokenizer's ids, library versions included.
 
-    It can be of the fast tokenizers of transformers: they print themselves whole. Versions of the libraries
-    are part of it.
+    Returns:
+        BLAKE3 in hex; None if the tokenizer cannot be serialized. Fast tokenizers of transformers can.
     """
-    core = _core(tokenizer)
+    core = _fast_core(tokenizer)
     if core is None:
         return None
-    tokenizer.encode("", add_special_tokens=False)  # it leaves its core neither cutting nor padding
-    decides = {
+    tokenizer.encode("", add_special_tokens=False)  # resets truncation and padding, which the core serializes
+    identity = {
         "core": core.to_str(),
         "template": repr(tokenizer.chat_template),
         "special": [tokenizer.bos_token_id, tokenizer.eos_token_id],
@@ -81,11 +80,11 @@ def digest_of(tokenizer: Tokenizer) -> str | None:
         "kind": type(tokenizer).__qualname__,
         "versions": [_version(name) for name in ("transformers", "tokenizers", "jinja2")],
     }
-    return blake3(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+    return blake3(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
-def _core(tokenizer: Tokenizer) -> Any:
-    """What a fast tokenizer of transformers is a face of; None for any other."""
+def _fast_core(tokenizer: Tokenizer) -> Any:
+    """The ``tokenizers.Tokenizer`` inside a fast tokenizer of transformers; None for any other."""
     core = getattr(tokenizer, "backend_tokenizer", None)
     return core if hasattr(core, "encode_batch_fast") and hasattr(core, "to_str") else None
 
@@ -94,4 +93,4 @@ def _version(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:
-        return None
+        return None  # a tokenizer may need only some of the libraries

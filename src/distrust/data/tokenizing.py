@@ -1,9 +1,14 @@
-"""Records -> tokens: one mechanism for texts, completions and conversations.
+"""Tokenizes records: the same mechanism for texts, completions and conversations.
 
-A record becomes segments, its ids are the ids of the segments one after the other, and a token is learned
-if its segment is. Texts and completions begin as the tokenizer begins a sequence (with its BOS token, or
-with none) and end with the EOS token, learned, so that the model learns to stop. What a conversation
-begins and ends with is printed by the chat template, here as in use.
+A record becomes segments; each segment is tokenized by itself, so a prompt has the tokens here that it has
+when the model is used. A token carries loss if its segment does. Texts and completions begin as the tokenizer
+begins a sequence (with BOS, or without) and end with EOS, which carries loss so that the model learns to
+stop. The chat template prints the beginning and end of a conversation, as it does in use.
+
+Assistant turns are located by rendering the conversation up to where the turn begins (with the generation
+prompt) and up to where it ends: the difference is the turn, from its content through the end-of-turn mark.
+This needs each rendering to extend the previous one exactly. A template that rewrites earlier turns when
+later ones come (some drop their reasoning) would train on text the model never sees in use, and is refused.
 """
 
 from __future__ import annotations
@@ -11,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,11 +24,10 @@ from distrust.data.corpus import Classes, Corpus
 from distrust.data.reading import DatasetStats, dataset_stats
 from distrust.data.record_errors import RecordError, RecordErrors
 from distrust.data.records import Completion, Conversation, Record, Text
-from distrust.data.segments import Segment, segments
 from distrust.data.tokenizer import Tokenizer, encode_all
 from distrust.errors import ConfigError, DataError, ModelError
 
-#: What is tokenized together: so many records, or so many characters of them.
+# Records are tokenized in batches: large enough for the tokenizer's threads, small enough for memory.
 _BATCH_RECORDS = 512
 _BATCH_CHARACTERS = 1 << 20
 
@@ -34,27 +39,27 @@ def tokenize(
     max_length: int,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Corpus:
-    """Tokenizes records that are in memory, and cuts each at ``max_length`` tokens.
+    """Tokenizes records that are in memory, and truncates each to ``max_length`` tokens.
 
     Args:
         records: at least one.
-        tokenizer: a tokenizer of transformers, or anything that does what the protocol says.
-        max_length: the most tokens of an example, 2 or more.
-        on_progress: called after some records with the number done and the number of all.
+        tokenizer: a tokenizer of transformers, or anything that satisfies the protocol.
+        max_length: the largest number of tokens of an example, 2 or more.
+        on_progress: called after some records with the number done and the total.
 
     Returns:
         The corpus, in the order of the records.
 
     Raises:
-        DataError: there are no records, a conversation cannot be rendered, or an example has no token
-            left to learn from; all such records at once, as ``check`` tells them.
+        DataError: there are no records, a conversation cannot be rendered, or an example has no token to
+            train on; all such records in one error, as in ``check_records``.
         ModelError: the tokenizer has no EOS token.
         ConfigError: ``max_length`` is less than 2.
     """
     if not records:
         raise DataError("there are no records to tokenize")
     blocks = tokenize_in_blocks(
-        records, tokenizer, census=dataset_stats(records), max_length=max_length, on_progress=on_progress
+        records, tokenizer, stats=dataset_stats(records), max_length=max_length, on_progress=on_progress
     )
     return _concatenate(list(blocks))
 
@@ -63,81 +68,81 @@ def tokenize_in_blocks(
     records: Iterable[Record],
     tokenizer: Tokenizer,
     *,
-    census: DatasetStats,
+    stats: DatasetStats,
     max_length: int,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Corpus]:
-    """The same for records of which no more than a block is held in memory.
+    """Tokenizes a stream of records, of which at most one block is in memory.
 
     Args:
-        records: each is taken once.
+        records: iterated once.
         tokenizer: as for ``tokenize``.
-        census: what there is of them.
+        stats: the stats of the records.
         max_length: as for ``tokenize``.
         on_progress: as for ``tokenize``.
 
     Yields:
-        The corpora of blocks of records, which make up the corpus one after the other.
+        The corpora of consecutive blocks of records.
 
     Raises:
-        DataError, ModelError, ConfigError: as ``tokenize`` does, once all records have been seen.
+        DataError, ModelError, ConfigError: as ``tokenize``; errors of records after the last record.
     """
     if max_length < 2:
-        raise ConfigError(f"max_length must be 2 or more, not {max_length}: the first token is never learned")
-    frame = _frame(census, tokenizer)
-    problems = RecordErrors()
-    done = 0
+        raise ConfigError(f"max_length must be 2 or more, not {max_length}: the first token carries no loss")
+    frame = _frame(stats, tokenizer)
+    errors = RecordErrors()
+    done_records = 0
     for batch in _batches(records):
-        block = _block(batch, tokenizer, frame=frame, max_length=max_length, problems=problems)
-        done += len(batch)
+        block = _tokenize_batch(batch, tokenizer, frame=frame, max_length=max_length, errors=errors)
+        done_records += len(batch)
         if on_progress is not None:
-            on_progress(done, census.records)
-        if not problems.records:
+            on_progress(done_records, stats.records)
+        if not errors.records:  # after an error no corpus is used, only further errors are collected
             yield block
-    if problems.records:
-        raise problems.to_data_error(f"{problems.records} of {done} records cannot be trained on")
+    if errors.records:
+        raise errors.to_data_error(f"{errors.records} of {done_records} records cannot be trained on")
 
 
-def beginning(tokenizer: Tokenizer) -> list[int]:
-    """What a text begins with, in training and in use: BOS, if the tokenizer itself puts it there."""
-    begins_with = tokenizer.encode("", add_special_tokens=True)[:1]
-    return begins_with if begins_with == [tokenizer.bos_token_id] else []
+def bos_prefix(tokenizer: Tokenizer) -> list[int]:
+    """The ids that a text begins with, in training and in use: BOS if the tokenizer adds it, else none."""
+    first = tokenizer.encode("", add_special_tokens=True)[:1]
+    return first if first == [tokenizer.bos_token_id] else []
 
 
 @dataclass(frozen=True, slots=True)
 class _Frame:
-    """What stands before and after a text or a completion."""
+    """The ids around a text or a completion."""
 
-    begin: list[int]
-    end: list[int]
+    prefix: list[int]
+    suffix: list[int]
 
 
 @dataclass(frozen=True, slots=True)
 class _Example:
-    """One tokenized record: its ids, whether each is learned, and how many tokens were cut off."""
+    """One tokenized record."""
 
     record: Record
     ids: list[int]
-    loss_mask: list[bool]
-    cut: int
+    loss_mask: list[bool]  # one per id
+    tokens_cut: int  # removed by max_length
 
 
-def _frame(census: DatasetStats, tokenizer: Tokenizer) -> _Frame:
-    """Asks the tokenizer once for what the records need of it, so that one message tells what it lacks."""
-    if census.conversations and tokenizer.chat_template is None:
+def _frame(stats: DatasetStats, tokenizer: Tokenizer) -> _Frame:
+    """Checks once that the tokenizer has what the records need."""
+    if stats.conversations and tokenizer.chat_template is None:
         raise DataError(
-            f"{census.first_conversation}: messages: the tokenizer has no chat template "
-            f"({census.conversations} of {census.records} records need one); use a chat model's, or give "
+            f"{stats.first_conversation}: messages: the tokenizer has no chat template "
+            f"({stats.conversations} of {stats.records} records need one); use a chat model's, or give "
             "prompt + completion"
         )
-    if census.conversations == census.records:
-        return _Frame([], [])
+    if stats.conversations == stats.records:
+        return _Frame([], [])  # the template prints BOS and EOS itself
     eos = tokenizer.eos_token_id
     if eos is None:
         raise ModelError(
             "the tokenizer has no EOS token, so the model could not learn to stop; set eos_token"
         )
-    return _Frame(beginning(tokenizer), [eos])
+    return _Frame(bos_prefix(tokenizer), [eos])
 
 
 def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
@@ -163,44 +168,43 @@ def _characters(record: Record) -> int:
             return sum(len(message.content) for message in messages)
 
 
-def _block(
-    batch: Sequence[Record], tokenizer: Tokenizer, *, frame: _Frame, max_length: int, problems: RecordErrors
+def _tokenize_batch(
+    batch: Sequence[Record], tokenizer: Tokenizer, *, frame: _Frame, max_length: int, errors: RecordErrors
 ) -> Corpus:
-    """The corpus of a batch; records that cannot be trained on are left out of it, and told."""
+    """The corpus of a batch; records that cannot be trained on are left out and added to ``errors``."""
     parts: list[tuple[Record, list[Segment]]] = []
     for record in batch:
         try:
             parts.append((record, [part for part in segments(record.content, tokenizer) if part.text]))
-        except RecordError as problem:
-            problems.add(record.location, [problem])
+        except RecordError as error:
+            errors.add(record.location, [error])
     encoded = iter(encode_all(tokenizer, [part.text for _, stretches in parts for part in stretches]))
     examples: list[_Example] = []
     for record, stretches in parts:
         pieces = [(next(encoded), part.trained) for part in stretches]
         if not isinstance(record.content, Conversation):
-            pieces = [(frame.begin, False), *pieces, (frame.end, True)]
+            pieces = [(frame.prefix, False), *pieces, (frame.suffix, True)]
         try:
             examples.append(_example(record, pieces, max_length))
-        except RecordError as problem:
-            problems.add(record.location, [problem])
+        except RecordError as error:
+            errors.add(record.location, [error])
     return _corpus(examples)
 
 
 def _example(record: Record, pieces: Sequence[tuple[list[int], bool]], max_length: int) -> _Example:
     ids = list(chain.from_iterable(tokens for tokens, _ in pieces))
-    learned = list(chain.from_iterable([learn] * len(tokens) for tokens, learn in pieces))
-    learned[:1] = [False] * bool(learned)  # nothing predicts the first token
-    kept = learned[:max_length]
-    if not any(kept):
-        raise RecordError(_no_trained_tokens(learned, max_length))
-    return _Example(record, ids[:max_length], kept, cut=len(ids) - len(kept))
+    loss_mask = list(chain.from_iterable([trained] * len(tokens) for tokens, trained in pieces))
+    loss_mask[:1] = [False] * bool(loss_mask)  # nothing predicts the first token
+    if not any(loss_mask[:max_length]):
+        raise RecordError(_no_trained_tokens(loss_mask, max_length))
+    return _Example(record, ids[:max_length], loss_mask[:max_length], max(0, len(ids) - max_length))
 
 
-def _no_trained_tokens(learned: list[bool], max_length: int) -> str:
-    if not any(learned):
-        return "no token to learn: none that is learned comes after another; remove the record"
+def _no_trained_tokens(loss_mask: list[bool], max_length: int) -> str:
+    if not any(loss_mask):
+        return "no token to train on: none that carries loss follows another token; remove the record"
     return (
-        f"no token to learn within max_length {max_length}: what is only read takes {learned.index(True)} "
+        f"no token to train on within max_length {max_length}: the prompt takes {loss_mask.index(True)} "
         "tokens; raise --max-length, or shorten the prompt"
     )
 
@@ -216,17 +220,17 @@ def _corpus(examples: Sequence[_Example]) -> Corpus:
         authority_weight=np.array([example.record.authority_weight for example in examples], np.float64),
         provenance_entropy=np.array([example.record.provenance_entropy for example in examples], np.float64),
         locations=tuple(example.record.location for example in examples),
-        truncated=sum(example.cut > 0 for example in examples),
-        tokens_cut=sum(example.cut for example in examples),
+        truncated=sum(example.tokens_cut > 0 for example in examples),
+        tokens_cut=sum(example.tokens_cut for example in examples),
         classes=classes.names,
         class_of=class_of,
     )
 
 
 def _concatenate(parts: Sequence[Corpus]) -> Corpus:
-    begins = np.cumsum([0, *(part.offsets[-1] for part in parts)])
-    offsets = [part.offsets[1:] + begin for part, begin in zip(parts, begins[:-1], strict=True)]
-    classes = Classes()
+    starts = np.cumsum([0, *(part.offsets[-1] for part in parts)])  # int64[parts + 1], in tokens
+    offsets = [part.offsets[1:] + start for part, start in zip(parts, starts[:-1], strict=True)]
+    classes = Classes()  # each part has its own numbers: map them by name
     class_of = [classes.number(part.classes[number] for number in part.class_numbers) for part in parts]
     return Corpus(
         input_ids=np.concatenate([part.input_ids for part in parts]),
@@ -240,3 +244,69 @@ def _concatenate(parts: Sequence[Corpus]) -> Corpus:
         classes=classes.names,
         class_of=np.concatenate(class_of),
     )
+
+
+class Segment(NamedTuple):
+    """A stretch of an example's text."""
+
+    text: str
+    trained: bool  # whether its tokens carry loss
+
+
+def segments(content: Text | Completion | Conversation, tokenizer: Tokenizer) -> list[Segment]:
+    """Splits a record's text into segments, in order.
+
+    Raises:
+        RecordError: the tokenizer's chat template cannot render the conversation turn by turn.
+    """
+    match content:
+        case Text(text):
+            return [Segment(text, trained=True)]
+        case Completion(prompt, completion):
+            return [Segment(prompt, trained=False), Segment(completion, trained=True)]
+        case Conversation():
+            return _conversation(content, tokenizer)
+
+
+def _conversation(conversation: Conversation, tokenizer: Tokenizer) -> list[Segment]:
+    turns = [{"role": message.role, "content": message.content} for message in conversation.messages]
+    full = _render(turns, tokenizer, generation_prompt=False)
+    stretches: list[Segment] = []
+    position = 0  # characters of ``full`` that are in a segment
+    for index, turn in enumerate(turns):
+        if turn["role"] != "assistant" or index < conversation.trained_turns:
+            continue
+        prompt = _render(turns[:index], tokenizer, generation_prompt=True)
+        through = _render(turns[: index + 1], tokenizer, generation_prompt=False)
+        begin = len(prompt)
+        # Each rendering must extend the previous one, or the positions would not be those of the turn.
+        if not (position <= begin < len(through) and through.startswith(prompt) and full.startswith(through)):
+            raise RecordError(
+                "the tokenizer's chat template renders this turn differently when later turns follow; "
+                "use a template that does not",
+                field=f"messages[{index}]",
+            )
+        end = begin + len(_through_end_mark(through[begin:], turn["content"]))
+        stretches += [Segment(full[position:begin], trained=False), Segment(full[begin:end], trained=True)]
+        position = end
+    return [*stretches, Segment(full[position:], trained=False)]
+
+
+def _through_end_mark(rendered: str, content: str) -> str:
+    """A rendered turn without the white space after its end mark: generation stops at the mark."""
+    stripped = rendered.rstrip()
+    # Without a visible mark, the white space is what ends the turn.
+    return rendered if stripped.endswith(content.rstrip()) else stripped
+
+
+def _render(turns: list[dict[str, str]], tokenizer: Tokenizer, *, generation_prompt: bool) -> str:
+    try:
+        return str(
+            tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation_prompt)
+        )
+    except Exception as error:  # a template is a program: it may raise anything, also to refuse a record
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise RecordError(
+            f"the tokenizer's chat template refuses it ({reason}); change the record or the template",
+            field="messages",
+        ) from error

@@ -1,129 +1,115 @@
-"""The state of one engine in the form of the other: names, the way round of a matrix, and the moments.
+"""Converts the state of one engine into that of the other: names, orientation of matrices, and moments.
 
 | | engine of torch (peft's names) | engine of mlx (mlx-lm's names) |
 |---|---|---|
 | weights | ``base_model.model.X.lora_A.weight`` [r, in] | ``X.lora_a`` [in, r] |
 | | ``base_model.model.X.lora_B.weight`` [out, r] | ``X.lora_b`` [r, out] |
 | | ``base_model.model.X.lora_magnitude_vector.weight`` | ``X.m`` |
-| of full fine-tuning | ``X`` | ``X`` |
+| full fine-tuning | ``X`` | ``X`` |
 | moments | ``state[number]["exp_avg"]``, ``["exp_avg_sq"]`` | ``m[name]``, ``v[name]`` |
 | steps made | ``state[number]["step"]``, float32 | ``step`` |
 
-Names no framework: the arrays are those of the engine that takes them, which copies them. What has no
-counterpart: the generators of random numbers, which each micro-step seeds anew.
+Imports no framework: arrays keep their type, and the engine that loads a state copies them. Random generators
+have no counterpart; every micro-step seeds them anyway.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from distrust.config import ExportDtype
 from distrust.contract import EngineState
-from distrust.errors import ResumeRefused, quote_untrusted
+from distrust.errors import ConfigError, ResumeRefused, quote_untrusted
 
-_PEFT = "base_model.model."
-#: The ends of a name here and there, and whether the matrix lies the other way round.
-_ENDS = (
+_PEFT_PREFIX = "base_model.model."
+#: End of a name in peft and in mlx-lm, and whether the matrix is transposed.
+_SUFFIXES = (
     ("lora_A.weight", "lora_a", True),
     ("lora_B.weight", "lora_b", True),
     ("lora_magnitude_vector.weight", "m", False),
 )
-#: For each end: the beginning and end of a name before and after, and whether the matrix is turned.
-_TO_MLX = [(_PEFT, f".{there}", "", f".{here}", turned) for there, here, turned in _ENDS]
-_TO_TORCH = [("", f".{here}", _PEFT, f".{there}", turned) for there, here, turned in _ENDS]
+#: (prefix, suffix, new prefix, new suffix, transpose)
+_Rule = tuple[str, str, str, str, bool]
+_TO_MLX: list[_Rule] = [(_PEFT_PREFIX, f".{peft}", "", f".{mlx}", flip) for peft, mlx, flip in _SUFFIXES]
+_TO_TORCH: list[_Rule] = [("", f".{mlx}", _PEFT_PREFIX, f".{peft}", flip) for peft, mlx, flip in _SUFFIXES]
+#: Ends of the names of mlx-lm's adapter arrays.
+MLX_SUFFIXES = tuple(f".{mlx}" for _, mlx, _ in _SUFFIXES)
 
-
-#: Where a layer's number stands in a module's name.
+#: The number of a layer in the name of a module.
 _LAYER = re.compile(r"\.(\d+)\.")
-_OF_NEITHER = "the checkpoint's optimizer is neither torch's nor mlx's"
-#: How many differences a message shows.
+_UNKNOWN_OPTIMIZER = "the checkpoint's optimizer is neither torch's nor mlx's"
+#: Bounds on what a message lists.
 LINES_SHOWN = 4
 TARGETS_SHOWN = 12
-
-#: How the names of mlx-lm's arrays end.
-MLX_ENDS = tuple(f".{here}" for _, here, _ in _ENDS)
-
-
-def lora_scale(rank: int, alpha: float, *, rslora: bool) -> float:
-    """What the adapter's product is multiplied by: α/r, or α/√r for rank-stabilized LoRA."""
-    return alpha / (math.sqrt(rank) if rslora else rank)
+#: Dtypes that float32 holds exactly; adapters of other programs are saved in them.
+_NARROWER = ("float16", "bfloat16")
 
 
 def is_torch(optimizer: Mapping[str, Any]) -> bool:
-    """Whether an optimizer's state is in the form of the engine of torch."""
+    """Whether an optimizer's state has the form of the engine of torch."""
     return "param_groups" in optimizer
 
 
 def arrays_to_mlx(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """Arrays of the engine of torch by mlx-lm's names, the way round that they lie there."""
-    return _rename_all(arrays, _TO_MLX)
+    """Arrays of the engine of torch with mlx-lm's names and orientation."""
+    return _convert_arrays(arrays, _TO_MLX)
 
 
 def arrays_to_torch(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    """Arrays of the engine of mlx by peft's names, the way round that they lie there."""
-    return _rename_all(arrays, _TO_TORCH)
+    """Arrays of the engine of mlx with peft's names and orientation."""
+    return _convert_arrays(arrays, _TO_TORCH)
 
 
 def to_mlx(state: EngineState) -> EngineState:
-    """A state in the form of the engine of mlx.
+    """Convert a state of either engine to the form of the engine of mlx.
 
     Raises:
-        ResumeRefused: if it is in neither.
+        ResumeRefused: if the optimizer is of neither engine.
     """
     optimizer = state.optimizer
-    if not optimizer:  # weights alone: everything else begins anew
-        model = arrays_to_mlx(state.model)
-        zeros = {name: array * 0 for name, array in model.items()}
-        return EngineState(model, {"step": 0, "m": zeros, "v": zeros}, state.rng)
-    if not is_torch(optimizer):
-        return replace(state, optimizer={**optimizer, "step": _steps_of_mlx(optimizer)})
-    moments = _named_moments(optimizer)
-    steps = {_steps(values["step"]) for values in moments.values()}
-    if len(steps) > 1:
-        raise ResumeRefused("the checkpoint's optimizer has made a number of steps of each parameter")
     model = arrays_to_mlx(state.model)
-    if moments:
-        m, v = (
-            arrays_to_mlx({name: values[key] for name, values in moments.items()})
-            for key in ("exp_avg", "exp_avg_sq")
+    if not optimizer:  # weights alone, such as an imported adapter: the optimizer starts from zero
+        return EngineState(model, _zero_moments(model), state.rng)
+    if not is_torch(optimizer):
+        return replace(state, optimizer={**optimizer, "step": _mlx_step(optimizer)})
+    moments = _moments_by_name(optimizer)
+    if not moments:  # torch creates them at the first step
+        return EngineState(model, _zero_moments(model), state.rng)
+    steps = {_step_count(values["step"]) for values in moments.values()}
+    if len(steps) > 1:
+        raise ResumeRefused(
+            "the checkpoint's optimizer has made different numbers of steps of its parameters"
         )
-    else:  # no step was made
-        m = v = {name: array * 0 for name, array in model.items()}
-    return EngineState(model, {"step": max(steps, default=0), "m": m, "v": v}, state.rng)
+    m, v = (
+        arrays_to_mlx({name: values[key] for name, values in moments.items()})
+        for key in ("exp_avg", "exp_avg_sq")
+    )
+    return EngineState(model, {"step": steps.pop(), "m": m, "v": v}, state.rng)
 
 
 def to_torch(state: EngineState, groups: Sequence[Mapping[str, Any]]) -> EngineState:
-    """A state in the form of the engine of torch.
+    """Convert a state of either engine to the form of the engine of torch.
 
     Args:
-        state: of either.
-        groups: the ``param_groups`` of the engine that takes it.
+        state: of either engine.
+        groups: the ``param_groups`` of the engine that loads it.
 
     Raises:
-        ResumeRefused: if it is in neither, or lacks a parameter's moments.
+        ResumeRefused: if the optimizer is of neither engine, or lacks a parameter's moments.
     """
     optimizer = state.optimizer
-    if not optimizer:
-        return EngineState(
-            arrays_to_torch(state.model), {"state": {}, "param_groups": list(groups)}, state.rng
-        )
     if is_torch(optimizer):
         return state
-    step = _steps_of_mlx(optimizer)
-    model, m, v = (
-        arrays_to_torch(state.model),
-        arrays_to_torch(optimizer["m"]),
-        arrays_to_torch(optimizer["v"]),
-    )
-    names = {
-        number: name
-        for group in groups
-        for number, name in zip(group["params"], group["param_names"], strict=True)
-        if name in model  # what is not is told when the weights are compared
-    }
+    model = arrays_to_torch(state.model)
+    if not optimizer:
+        return EngineState(model, {"state": {}, "param_groups": list(groups)}, state.rng)
+    step = _mlx_step(optimizer)
+    m, v = arrays_to_torch(optimizer["m"]), arrays_to_torch(optimizer["v"])
+    # Parameters that the checkpoint lacks are reported when the weights are compared.
+    names = {number: name for number, name in _numbered_names(groups) if name in model}
     missing = [
         f"{name}: its moments are not in the checkpoint"
         for name in names.values()
@@ -138,103 +124,135 @@ def to_torch(state: EngineState, groups: Sequence[Mapping[str, Any]]) -> EngineS
 
 
 def steps_made(value: Any) -> int | None:
-    """An optimizer's number of steps, a number in any form; None for what is none."""
+    """An optimizer's step count, from a number of any type; None if it is not a count."""
     try:
-        made = float(value)
+        number = float(value)
     except (TypeError, ValueError, OverflowError):
         return None
-    return int(made) if made >= 0 and made.is_integer() else None
+    return int(number) if number >= 0 and number.is_integer() else None
 
 
-def state_mismatch(what: str, differences: Sequence[str], saved: Iterable[str]) -> ResumeRefused:
-    """The error for a state that is another model's, or another adapter's.
+def list_differences(saved: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+    """One line for each array that is missing, unexpected, or of another shape or dtype.
 
     Args:
-        what: what does not fit what.
-        differences: a line each; the message has the first ones.
-        saved: the names of the saved arrays: what they adapt is told.
+        saved: arrays of a checkpoint, by name.
+        expected: arrays of the engine. Narrower floats than the expected dtype fit, too: widening is exact.
     """
+    lines = [f"{name}: in the model, not in the checkpoint" for name in expected if name not in saved]
+    lines += [f"{name}: in the checkpoint, not in the model" for name in saved if name not in expected]
+    for name, array in expected.items():
+        if name not in saved:
+            continue
+        same_shape = tuple(saved[name].shape) == tuple(array.shape)
+        if not (same_shape and dtype_name(saved[name]) in (dtype_name(array), *_NARROWER)):
+            lines.append(f"{name}: was {_describe(saved[name])}, is {_describe(array)}")
+    return lines
+
+
+def state_mismatch(summary: str, differences: Sequence[str], saved: Iterable[str]) -> ResumeRefused:
+    """The error for a state of another model or adapter: the first differences, and what ``saved`` adapts."""
     lines = list(map(quote_untrusted, differences[:LINES_SHOWN]))
     if len(differences) > LINES_SHOWN:
         lines.append(f"and {len(differences) - LINES_SHOWN} more")
     if targets := target_modules(saved):
         shown = " ".join(map(quote_untrusted, targets[:TARGETS_SHOWN]))
-        more = len(targets) - TARGETS_SHOWN
+        hidden = len(targets) - TARGETS_SHOWN
         lines.append(
             f"what was saved is an adapter of --target-modules {shown}"
-            + (f" and {more} more, which `distrust convert` prints" if more > 0 else "")
+            + (f" and {hidden} more, which `distrust convert` prints" if hidden > 0 else "")
         )
-    return ResumeRefused("\n  ".join([f"{what}:", *lines]), differences)
+    return ResumeRefused("\n  ".join([f"{summary}:", *lines]), differences)
+
+
+def out_of_range(name: str, dtype: ExportDtype) -> ConfigError:
+    """The error for a tensor whose values overflow the dtype of an export."""
+    return ConfigError(
+        f"--dtype {dtype}: {name} holds numbers that are too large for it; "
+        "give bfloat16 or float32, which have the same range"
+    )
 
 
 def target_modules(names: Iterable[str]) -> list[str]:
-    """What an adapter's arrays adapt, as ``--target-modules`` takes it; of all weights nothing.
+    """The ``--target-modules`` of an adapter, from the names of its arrays; empty for full fine-tuning.
 
-    The modules by what stands behind the number of their layer, if each layer from the first one on has the
-    same; else each by its whole name. Names alone do not tell whether the model has more layers than these.
+    If every layer, from the first one on, adapts the same modules: their names within the layer. Else the
+    full name of each. The names alone do not say whether the model has more layers than these.
 
     Args:
         names: of the arrays, in the form of either engine.
     """
-    ends = {_rename(name, _TO_MLX)[0].rpartition(".") for name in names}
-    modules = sorted({module for module, _, end in ends if f".{end}" in MLX_ENDS})
-    stacks: dict[str, dict[str, set[str]]] = {}
+    parts = {_convert_name(name, _TO_MLX)[0].rpartition(".") for name in names}
+    modules = sorted({module for module, _, suffix in parts if f".{suffix}" in MLX_SUFFIXES})
+    stacks: dict[str, dict[str, set[str]]] = {}  # prefix -> layer number -> names within the layer
     for module in modules:
-        if (found := _LAYER.search(module)) is None:
+        if (match := _LAYER.search(module)) is None:
             return modules
-        layers = stacks.setdefault(module[: found.start()], {})
-        layers.setdefault(found[1], set()).add(module[found.end() :])
-    inside = [names for layers in stacks.values() for names in layers.values()]
-    whole = all(layers.keys() == set(map(str, range(len(layers)))) for layers in stacks.values())
-    return sorted(inside[0]) if whole and inside and all(names == inside[0] for names in inside) else modules
+        layers = stacks.setdefault(module[: match.start()], {})
+        layers.setdefault(match[1], set()).add(module[match.end() :])
+    per_layer = [names for layers in stacks.values() for names in layers.values()]
+    contiguous = all(layers.keys() == set(map(str, range(len(layers)))) for layers in stacks.values())
+    if per_layer and contiguous and all(names == per_layer[0] for names in per_layer):
+        return sorted(per_layer[0])
+    return modules
 
 
-def _named_moments(optimizer: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Of torch's state: what is kept of each parameter, by its name."""
+def dtype_name(array: Any) -> str:
+    """Name of an array's dtype without its framework, such as ``float32``."""
+    return str(array.dtype).rpartition(".")[2]
+
+
+def _describe(array: Any) -> str:
+    return f"{dtype_name(array)}{list(array.shape)}"
+
+
+def _zero_moments(model: Mapping[str, Any]) -> dict[str, Any]:
+    zeros = {name: array * 0 for name, array in model.items()}
+    return {"step": 0, "m": zeros, "v": zeros}
+
+
+def _numbered_names(groups: Any) -> list[tuple[Any, Any]]:
+    """Torch numbers the parameters of an optimizer: (number, name) of each."""
+    return [pair for group in groups for pair in zip(group["params"], group["param_names"], strict=True)]
+
+
+def _moments_by_name(optimizer: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     try:
-        names = {
-            number: name
-            for group in optimizer["param_groups"]
-            for number, name in zip(group["params"], group["param_names"], strict=True)
-        }
+        names = dict(_numbered_names(optimizer["param_groups"]))
         moments: dict[str, Mapping[str, Any]] = {
             names[number]: dict(values) for number, values in optimizer["state"].items()
         }
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise ResumeRefused(_OF_NEITHER) from None
+    except (AttributeError, KeyError, TypeError, ValueError):  # nothing in a file has to be what it claims
+        raise ResumeRefused(_UNKNOWN_OPTIMIZER) from None
     if any(not {"step", "exp_avg", "exp_avg_sq"} <= values.keys() for values in moments.values()):
-        raise ResumeRefused(_OF_NEITHER)
+        raise ResumeRefused(_UNKNOWN_OPTIMIZER)
     return moments
 
 
-def _steps_of_mlx(optimizer: Mapping[str, Any]) -> int:
+def _mlx_step(optimizer: Mapping[str, Any]) -> int:
     if not {"step", "m", "v"} <= optimizer.keys():
-        raise ResumeRefused(_OF_NEITHER)
-    return _steps(optimizer["step"])
+        raise ResumeRefused(_UNKNOWN_OPTIMIZER)
+    return _step_count(optimizer["step"])
 
 
-def _steps(value: Any) -> int:
-    made = steps_made(value)
-    if made is None:
-        raise ResumeRefused(
-            f"the checkpoint's optimizer says that it made {quote_untrusted(str(value))} steps"
-        )
-    return made
+def _step_count(value: Any) -> int:
+    count = steps_made(value)
+    if count is None:
+        raise ResumeRefused(f"the checkpoint's optimizer records {quote_untrusted(str(value))} steps")
+    return count
 
 
-def _rename(name: str, rules: Sequence[tuple[str, str, str, str, bool]]) -> tuple[str, bool]:
-    """The name by the other's rules, and whether the matrix is turned."""
-    for begin, end, new_begin, new_end, turned in rules:
-        if name.startswith(begin) and name.endswith(end):
-            return f"{new_begin}{name.removeprefix(begin).removesuffix(end)}{new_end}", turned
+def _convert_name(name: str, rules: Sequence[_Rule]) -> tuple[str, bool]:
+    """The name in the other engine, and whether the matrix is transposed there."""
+    for prefix, suffix, new_prefix, new_suffix, transpose in rules:
+        if name.startswith(prefix) and name.endswith(suffix):
+            return f"{new_prefix}{name.removeprefix(prefix).removesuffix(suffix)}{new_suffix}", transpose
     return name, False
 
 
-def _rename_all(
-    arrays: Mapping[str, Any], rules: Sequence[tuple[str, str, str, str, bool]]
-) -> dict[str, Any]:
-    mapped = {}
+def _convert_arrays(arrays: Mapping[str, Any], rules: Sequence[_Rule]) -> dict[str, Any]:
+    converted = {}
     for name, array in arrays.items():
-        new, turned = _rename(name, rules)
-        mapped[new] = array.T if turned else array
-    return mapped
+        new_name, transpose = _convert_name(name, rules)
+        converted[new_name] = array.T if transpose else array  # a view: the loading engine copies it
+    return converted

@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from distrust import engines
-from distrust.checkpoint.foreign import MLX_WEIGHTS
 from distrust.config import ExportDtype, ExportFormat, TrainConfig
 from distrust.engines import state_conversion
-from distrust.engines.model_source import reference
+from distrust.engines.loading import reference
 from distrust.errors import ConfigError
 from distrust.export import mlx_folder, staging
 from distrust.export.card import model_card
 from distrust.export.facts import facts_of, public_name
+from distrust.importers.detect import MLX_WEIGHTS
 
 if TYPE_CHECKING:
     from distrust.checkpoint import Checkpoint, CheckpointFile
@@ -95,7 +95,8 @@ def export(
     _require_one_of("--dtype", dtype, ExportDtype)
     to = Path(os.path.abspath(to))
     staging.require_free(to)
-    framework: engines.Name = "torch" if engines.is_installed("torch") else "mlx"
+    # torch writes every format; without it, the framework of the checkpoint's engine, or any other.
+    framework: engines.EngineName | None = "torch" if engines.is_installed("torch") else None
     file, checkpoint = engines.read_checkpoint(Path(target), step=step, best=best, framework=framework)
     fingerprint = engines.fingerprint_of(file, "model")  # or it is nobody's that this could be made of
     config = engines.config_of(file)
@@ -156,21 +157,21 @@ def _mlx(file: CheckpointFile, checkpoint: Checkpoint, base: str, *, dtype: Expo
 
 
 def _adapter(file: CheckpointFile, checkpoint: Checkpoint, model: str | None, *, dtype: ExportDtype) -> Write:
-    engines.require_installed("torch", what="for --format adapter")
+    engines.require_installed("torch", purpose="--format adapter")
     from distrust.engines.torch.export import prepare_adapter
 
     config = engines.config_of(file, model=model)
-    with engines.base_model_errors(file, config.model, given=model is not None):
+    with engines.base_model_errors(file, config.model, overridden=model is not None):
         return prepare_adapter(config, state_conversion.arrays_to_torch(checkpoint.model), dtype=dtype)
 
 
 def _merged(file: CheckpointFile, checkpoint: Checkpoint, model: str | None, *, dtype: ExportDtype) -> Write:
-    engines.require_installed("torch", what="for --format merged")
+    engines.require_installed("torch", purpose="--format merged")
     from distrust.engines.torch.engine import TorchEngine
     from distrust.engines.torch.export import prepare_merged, require_mergeable
 
     config = engines.config_of(file, model=model)
-    with engines.base_model_errors(file, config.model, given=model is not None):
+    with engines.base_model_errors(file, config.model, overridden=model is not None):
         require_mergeable(config)
     # On the CPU, whatever it was trained on, and with the base model in full precision.
     changes = {"engine": "torch", "device": "cpu", "gradient_checkpointing": False, "quantization": "none"}

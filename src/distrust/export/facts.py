@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from distrust import __version__
 from distrust.checkpoint import CheckpointFile
 from distrust.config import BUNDLED, Dtype, ExportDtype, ExportFormat, TrainConfig, as_names, key
-from distrust.engines.model_source import hub_name
+from distrust.engines.loading import hub_name
 from distrust.export.card import Facts
-from distrust.training.resume import FINGERPRINTS
+from distrust.run_record import RunRecord
 
 #: For whoever loads it: where this folder lies then.
 FOLDER = '"FOLDER"'
@@ -126,13 +126,11 @@ def _base_in_code(base: str) -> tuple[str, str]:
 def _sections(
     file: CheckpointFile, config: TrainConfig, *, base: str, dtype: ExportDtype
 ) -> dict[str, Mapping[str, object]]:
-    run = file.header.run_info.get("extra", {})
-    fingerprints = file.header.config.get(FINGERPRINTS, {})
-    corpus = run.get("corpus", {})
+    record = RunRecord.from_header(file.header)
+    fingerprints, corpus, environment = record.fingerprints, record.corpus, record.environment
     options = config.with_effect("result")
     weighting = {key(name): options.pop(key(name)) for name in _WEIGHTING}
     shares, kept_out = options.pop("mix"), options.pop("eval_fraction")
-    environment = run.get("environment", {})
     sections: dict[str, Mapping[str, object]] = {
         "Checkpoint": {
             "step": file.step,
@@ -150,7 +148,7 @@ def _sections(
             "kept out to evaluate on": kept_out or None,
             "examples": corpus.get("examples"),
             "learned tokens": corpus.get("tokens"),
-            "learned tokens seen in training": file.metadata.get("tokens_seen"),
+            "learned tokens seen in training": record.tokens_seen,
             "fingerprint (BLAKE3)": fingerprints.get("data"),
             "authority weight of examples without one": config.default_authority_weight,
             "provenance entropy of examples without one": config.default_provenance_entropy,

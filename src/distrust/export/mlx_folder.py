@@ -8,10 +8,11 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from distrust.checkpoint.foreign import ADAPTER_CONFIG
 from distrust.config import TrainConfig
-from distrust.engines.state_conversion import MLX_ENDS, lora_scale
+from distrust.engines.lora_config import LoraConfig
+from distrust.engines.state_conversion import MLX_SUFFIXES
 from distrust.errors import ConfigError
+from distrust.importers.detect import ADAPTER_CONFIG
 
 _OF_A_LAYER = re.compile(r"(.*\.)?layers\.(\d+)\.(.+)")
 
@@ -28,7 +29,7 @@ def adapter_config(config: TrainConfig, names: Collection[str], *, base: str) ->
         ConfigError: for an adapter that mlx-lm has no layers for.
     """
     for name in names:
-        if not name.endswith(MLX_ENDS):
+        if not name.endswith(MLX_SUFFIXES):
             raise ConfigError(f"--format mlx: mlx-lm has no such adapter: {name}; give adapter, for peft")
     modules = sorted({name.rpartition(".")[0] for name in names})
     return {
@@ -37,7 +38,7 @@ def adapter_config(config: TrainConfig, names: Collection[str], *, base: str) ->
         "num_layers": -1,  # all of them; the keys say which modules
         "lora_parameters": {
             "rank": config.lora_rank,
-            "scale": lora_scale(config.lora_rank, config.lora_alpha, rslora=config.rslora),
+            "scale": LoraConfig.from_options(config).scale,
             "dropout": config.lora_dropout,
             "keys": _keys(modules),
         },

@@ -1,15 +1,19 @@
-"""Readers of the formats that checkpoints had before this one. They read, and never write or remove anything.
+"""Importers: readers of checkpoints that other programs wrote. They never write, change or remove anything.
 
-Two formats, under the names that ours have, too:
+Two older formats are listed, verified and loaded like our own, under names like our own:
 
-- ``directory``: a folder ``checkpoint-{step}[-final]/`` of ``metadata.json``, ``checksum.txt`` and, where the
-  arrays were saved, ``model.npz`` and ``optimizer.npz`` (:mod:`distrust.importers.directory`);
-- ``byte tensors``: a file ``checkpoint-{step}[-final].safetensors`` with JSON in its tensors ``_metadata``
-  and ``_optimizer`` (:mod:`distrust.importers.byte_tensors`).
+- ``directory``: a folder ``checkpoint-{step}[-final]/`` with ``metadata.json``, ``checksum.txt`` and
+  optionally ``model.npz`` and ``optimizer.npz`` (:mod:`distrust.importers.npz_folder`);
+- ``tensor file``: a file ``checkpoint-{step}[-final].safetensors`` with JSON in its tensor ``_metadata``
+  (:mod:`distrust.importers.tensor_file`).
 
-Nothing that such a checkpoint says is trusted: no object is unpickled, no name in it is used as a path, what
-it says of sizes is compared with what is there before memory is taken for it. This module is all that a
-listing pays for where there are none.
+Folders of the transformers Trainer and adapters of peft and mlx-lm are only converted
+(:mod:`distrust.importers.convert`). Every importer returns one
+:class:`~distrust.importers.imported.Imported`.
+
+No file is trusted: no object is unpickled, no name in a file is used as a path, and claimed sizes are
+compared with the file before memory is allocated. A listing without such checkpoints imports only this
+module.
 """
 
 from __future__ import annotations
@@ -18,101 +22,113 @@ import os
 import stat
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from distrust.checkpoint.files import errors_with_path, open_regular, parse_checkpoint_name
 from distrust.checkpoint.format import LENGTH_BYTES, MAX_HEADER_BYTES, OPENING
 from distrust.errors import CorruptCheckpoint
+from distrust.importers.detect import TRAINER_STATE, convert_hint, import_hint
 
 if TYPE_CHECKING:
     from distrust.checkpoint.arrays import Framework
     from distrust.checkpoint.checkpoint import Checkpoint
-    from distrust.importers.header import OlderHeader
+    from distrust.importers.imported import Imported, ImportedHeader
 
-OlderFormat = Literal["directory", "byte tensors"]
+__all__ = ["convert_hint", "detect_format", "import_hint", "load", "read", "read_header", "verify"]
 
+#: The names of the two formats, in listings and in converted checkpoints.
+DIRECTORY, TENSOR_FILE = "directory", "tensor file"
 METADATA, CHECKSUMS, MODEL, OPTIMIZER = "metadata.json", "checksum.txt", "model.npz", "optimizer.npz"
-#: What a folder of the directory format holds, and nothing else.
+#: The files of the directory format.
 MEMBERS = (METADATA, CHECKSUMS, MODEL, OPTIMIZER)
-#: What tells a checkpoint folder of the transformers Trainer, which has the same name.
-TRAINER_STATE = "trainer_state.json"
-#: How the name of the tensor that tells the other format stands in its header.
-_BYTE_TENSOR = b'"_metadata"'
+#: The key in the header of a tensor file that identifies it.
+_METADATA_KEY = b'"_metadata"'
 _PIECE_BYTES = 1 << 20
 
 
-def detect_format(path: Path) -> OlderFormat | None:
-    """The older format that stands at ``path``; None for one of ours, and for whatever else. Never raises.
+def detect_format(path: Path) -> str | None:
+    """The name of the older format at ``path``; None for our own format and everything else. Never raises.
 
-    What has the name of such a folder and cannot be looked into counts as one: whoever reads it is told why
-    not, and without that it would be missing from every list without a word.
+    A path that is named like a checkpoint folder but cannot be read counts as one: otherwise listings would
+    silently omit it, and reading it says why.
     """
     try:
         if stat.S_ISDIR(os.stat(path).st_mode):
-            return "directory" if _is_directory_format(path) else None
-        return "byte tensors" if _is_byte_tensors(path) else None
+            return DIRECTORY if _is_directory_format(path) else None
+        return TENSOR_FILE if _is_tensor_file(path) else None
     except FileNotFoundError:
-        return "directory" if _is_named_folder(path) and os.path.islink(path) else None
+        return DIRECTORY if _is_named_folder(path) and os.path.islink(path) else None  # a dangling link
     except OSError:
-        return "directory" if _is_named_folder(path) and not os.path.isfile(path) else None
+        return DIRECTORY if _is_named_folder(path) and not os.path.isfile(path) else None
     except (ValueError, CorruptCheckpoint):
         return None
 
 
-def read_header(path: Path) -> OlderHeader:
-    """What a checkpoint in an older format says of itself; its arrays are not read.
+def read_header(path: Path) -> ImportedHeader:
+    """Read the metadata of a checkpoint in an older format, not its arrays.
 
-    Of a folder, ``metadata.json`` is compared with its checksum, and every file that should be there is.
+    In a folder, ``metadata.json`` is compared with its checksum, and missing files are detected.
 
     Raises:
-        CheckpointNotFound: if it is not there.
-        CorruptCheckpoint: with all that is wrong, in one line.
+        CheckpointNotFound: if it does not exist.
+        CorruptCheckpoint: with everything that is wrong, in one line.
         CheckpointUnreadable: if this process cannot read it.
     """
     with errors_with_path(path):
-        header: OlderHeader = _reader(path).header(path)
+        header: ImportedHeader = _reader(path).header(path)
         return header
 
 
-def verify(path: Path) -> OlderHeader:
-    """Read all of it: every checksum is compared, every array is read; nothing is kept.
+def verify(path: Path) -> ImportedHeader:
+    """Read all of a checkpoint and check it, without keeping it in memory.
 
-    The byte tensors have no checksums: there, only what contradicts itself is found.
+    A tensor file has no checksums: only contradictions are detected.
 
     Raises:
-        CheckpointNotFound: if it is not there.
-        CorruptCheckpoint: with all that is wrong, in one line.
+        CheckpointNotFound: if it does not exist.
+        CorruptCheckpoint: with everything that is wrong, in one line.
         CheckpointUnreadable: if this process cannot read it.
     """
     with errors_with_path(path):
-        header: OlderHeader = _reader(path).verify(path)
+        header: ImportedHeader = _reader(path).verify(path)
         return header
 
 
-def read(path: Path, *, framework: Framework = "numpy") -> tuple[OlderHeader, Checkpoint]:
-    """Verify all of it, and load it; see :mod:`distrust.importers.state` for what it becomes.
+def read(path: Path, *, framework: Framework = "numpy") -> tuple[ImportedHeader, Checkpoint]:
+    """Verify and load a checkpoint; :mod:`distrust.importers.imported` documents what becomes of each field.
 
     Args:
         path: of the folder or file.
         framework: of the arrays.
 
     Raises:
-        CheckpointNotFound: if it is not there.
-        CorruptCheckpoint: with all that is wrong, in one line.
-        CheckpointUnreadable: if this process cannot read it, or has not the memory for it.
-        ConfigError: if the framework, or a dtype of it, is not at hand.
+        CheckpointNotFound: if it does not exist.
+        CorruptCheckpoint: with everything that is wrong, in one line.
+        CheckpointUnreadable: if this process cannot read it, or has not enough memory.
+        ConfigError: if the framework, or one of the dtypes in it, is not available.
     """
     from distrust.checkpoint import arrays
 
     arrays.require_framework(framework)
+    header, imported = load(path)
     with errors_with_path(path):
-        found: tuple[OlderHeader, Checkpoint] = _reader(path).read(path, framework)
-        return found
+        return header, imported.to_checkpoint(framework)
+
+
+def load(path: Path) -> tuple[ImportedHeader, Imported]:
+    """Verify and load a checkpoint, with arrays of no framework.
+
+    Raises:
+        CheckpointError: as :func:`read`.
+    """
+    with errors_with_path(path):
+        checkpoint: tuple[ImportedHeader, Imported] = _reader(path).read(path)
+        return checkpoint
 
 
 def _reader(path: Path) -> Any:
-    """The module of a format: each has the same functions. Imported here, so that a listing stays light."""
-    name = "directory" if os.path.isdir(path) else "byte_tensors"
+    """The module of a format: both have the same functions. Imported late, so that listings stay fast."""
+    name = "npz_folder" if os.path.isdir(path) else "tensor_file"
     return import_module(f"distrust.importers.{name}")
 
 
@@ -122,27 +138,27 @@ def _is_named_folder(path: Path) -> bool:
 
 def _is_directory_format(path: Path) -> bool:
     names = os.listdir(path)
-    there = {*MEMBERS, TRAINER_STATE}.intersection(names)
-    if TRAINER_STATE in there:
+    members = {*MEMBERS, TRAINER_STATE}.intersection(names)
+    if TRAINER_STATE in members:
         return False
     if not names:
-        return _is_named_folder(path)  # what was in it is gone
-    # Under its own name any of the files tells it; a folder of another name could be anything.
-    return bool(there) if parse_checkpoint_name(path) else METADATA in there and len(there) > 1
+        return _is_named_folder(path)  # its files were removed
+    # In a folder named like a checkpoint any of the files suffices; under another name it could be anything.
+    return bool(members) if parse_checkpoint_name(path) else METADATA in members and len(members) > 1
 
 
-def _is_byte_tensors(path: Path) -> bool:
+def _is_tensor_file(path: Path) -> bool:
     with open_regular(path) as (descriptor, status):
-        first = os.pread(descriptor, LENGTH_BYTES + len(OPENING), 0)
-        if first.startswith(OPENING, LENGTH_BYTES):
-            return False
-        length = int.from_bytes(first[:LENGTH_BYTES], "little")
-        # A length that makes no sense may be the damage: the name would stand near the beginning.
+        start = os.pread(descriptor, LENGTH_BYTES + len(OPENING), 0)
+        if start.startswith(OPENING, LENGTH_BYTES):
+            return False  # our own format
+        length = int.from_bytes(start[:LENGTH_BYTES], "little")
+        # An impossible length may be the damage itself: then search near the beginning.
         end = LENGTH_BYTES + length if length <= min(status.st_size, MAX_HEADER_BYTES) else _PIECE_BYTES
-        before = b""
+        tail = b""  # the key may cross the border between two pieces
         for offset in range(LENGTH_BYTES, end, _PIECE_BYTES):
             piece = os.pread(descriptor, min(_PIECE_BYTES, end - offset), offset)
-            if _BYTE_TENSOR in before + piece:
+            if _METADATA_KEY in tail + piece:
                 return True
-            before = piece[-len(_BYTE_TENSOR) :]
+            tail = piece[-len(_METADATA_KEY) :]
         return False

@@ -1,15 +1,12 @@
-"""Checkpoints of other programs -> ours: each verified before, written atomically, read back and compared.
+"""Converts checkpoints of other programs: each is verified, written atomically, read back and compared.
 
-What is read is left alone: nothing of it is changed, moved or removed. What is written is one of our files,
-by :class:`CheckpointManager`: under its lock, durable, with its digests. Nothing is cleaned up on the way. A
-conversion that was stopped is gone on with by the same call: what stands already is recognised by its
-``state_digest``. Two timelines never share a directory: where a training has gone on, or checkpoints of
-another one stand, nothing is written.
+The source is never changed, moved or removed. The result is a checkpoint of ours, written by
+:class:`CheckpointManager`: under its lock, durable, with digests. A conversion that was interrupted is
+resumed by the same call: finished checkpoints are recognized by their ``state_digest``. A directory holds one
+timeline: nothing is written next to checkpoints of another training, or of one that was resumed there.
 
-Read are the two older formats (:mod:`distrust.importers`), the checkpoint folders of the transformers
-Trainer, and adapter folders of peft and mlx-lm, which stand at step 0. Whatever there is to know of the
-program that began the run stands in the checkpoint: ``run["begun_elsewhere"]`` names the format,
-``metadata["config_there"]`` is that program's config.
+Sources are the two older formats (:mod:`distrust.importers`), checkpoint folders of the transformers Trainer,
+and adapter folders of peft and mlx-lm, which are at step 0.
 """
 
 from __future__ import annotations
@@ -22,10 +19,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distrust import importers
-from distrust.checkpoint import Checkpoint, CheckpointManager, catalog, serialization
-from distrust.checkpoint.files import Entry, parse_checkpoint_name
-from distrust.checkpoint.foreign import ADAPTER_CONFIG, MLX_WEIGHTS, is_trainer_folder
-from distrust.checkpoint.format import Kind
+from distrust.checkpoint import Checkpoint, CheckpointFile, CheckpointManager, catalog, serialization
+from distrust.checkpoint.files import Entry, checkpoint_file_name, parse_checkpoint_name
 from distrust.engines import require_installed
 from distrust.errors import (
     CheckpointError,
@@ -37,35 +32,33 @@ from distrust.errors import (
     SaveFailed,
     quote_untrusted,
 )
-from distrust.training import imported
+from distrust.importers.detect import ADAPTER_CONFIG, MLX_WEIGHTS, TRAINER_STATE, is_trainer_folder
+from distrust.importers.imported import Imported
+from distrust.run_record import RunRecord, with_conversion_source
+from distrust.training import imported as adoption
 
 __all__ = ["ConvertedCheckpoint", "Outcome", "convert"]
 
-Outcome = Literal["converted", "already there", "refused", "damaged", "unreadable", "incomplete"]
-#: The outcomes after which a checkpoint stands in the target.
-SUCCEEDED: tuple[Outcome, ...] = ("converted", "already there")
+Outcome = Literal["converted", "already converted", "refused", "damaged", "unreadable", "incomplete"]
+#: The outcomes after which the target holds the checkpoint.
+SUCCEEDED: tuple[Outcome, ...] = ("converted", "already converted")
 
-#: In ``run`` of what is written: where it was.
-_FROM = "converted_from"
-_NO_MODEL = "it holds no model, so there is nothing to go on from; `distrust show` tells what it does hold"
-_TRAINER_FOLDER, _MLX_FOLDER = "distrust.importers.trainer_folder", "distrust.importers.mlx_adapter"
+_NO_MODEL = "it has no model, so no run can resume from it; `distrust show` shows what it has"
+_TRAINER_FOLDER, _MLX_ADAPTER = "distrust.importers.trainer_folder", "distrust.importers.mlx_adapter"
 
 
 @dataclass(frozen=True, slots=True)
 class ConvertedCheckpoint:
-    """What became of one checkpoint.
+    """The result for one checkpoint.
 
     Attributes:
-        source: where it is.
-        outcome: ``converted``; ``already there``, with the same state; ``refused``, because of what stands
-            there, or because no run here could go on from it; ``damaged``; ``unreadable`` by this process;
-            ``incomplete``, without a model.
-        reason: why nothing was written, or what to know of what was.
-        step: optimizer steps made; None where that could not be read.
-        target: our file, where one stands now.
-        state_digest: the identity of its state.
-        is_proven: whether its format has checksums of the weights, which were compared. Of the others a bit
-            that flipped before is not found.
+        source: its path.
+        outcome: ``converted``; ``already converted``, with the same state; ``refused``, because of the
+        target, or because no run here could resume from it; ``damaged``; ``unreadable`` by this process;
+        ``incomplete``, without a model. reason: why nothing was written, or what was not imported. step:
+        optimizer steps made; None if unknown. target: our file; None if there is none. state_digest: the
+        identity of its state. is_verified: whether its format has checksums of the weights, which were
+        compared. In other formats, a bit that flipped earlier is not detected.
     """
 
     source: Path
@@ -78,7 +71,7 @@ class ConvertedCheckpoint:
 
     @property
     def succeeded(self) -> bool:
-        """Whether the checkpoint stands in the target now."""
+        """Whether the target now holds the checkpoint."""
         return self.outcome in SUCCEEDED
 
 
@@ -90,73 +83,77 @@ def convert(
     model: str | None = None,
     report: Callable[[ConvertedCheckpoint], None] | None = None,
 ) -> list[ConvertedCheckpoint]:
-    """Convert one checkpoint, or all of a directory, by step.
+    """Convert one checkpoint, or all of a directory in the order of their steps.
 
-    What cannot be converted is told, and the others are.
+    A checkpoint that cannot be converted does not stop the others.
 
     Args:
         source: a checkpoint in an older format or of the transformers Trainer, a directory of them, a run, or
             an adapter folder of peft or mlx-lm.
-        to: the directory that gets our files; of a run folder, its directory of checkpoints.
-        force: replace what stands there with another state, and write beside checkpoints of another training.
-            What is in an older format is never replaced.
-        model: the base model of a Trainer's or peft's folder, if it does not lie where that says.
-        report: told of each checkpoint as soon as it is done: to convert them all may take long.
+        to: the directory for our files; for a run folder, its directory of checkpoints.
+        force: replace a checkpoint with another state, and write next to checkpoints of another training.
+            Checkpoints in an older format are never replaced.
+        model: the base model of a Trainer's or peft's folder, if it is not where the folder says.
+        report: called with each result at once: converting all of them may take long.
+
+    Returns:
+        A result for each checkpoint, in the same order.
 
     Raises:
         CheckpointNotFound: if there is nothing to convert.
-        ConfigError: if the target is, or lies in, another program's checkpoint.
+        ConfigError: if the target is, or is inside of, another program's checkpoint.
         CheckpointDirectoryLocked: if a training writes to the target.
         SaveFailed: if the target cannot be written to.
     """
-    sources = _found(source)
-    _require_place(to)
-    done = []
-    #: Where the steps of this training were found, now or before their folder was moved.
-    origins = {Path(os.path.realpath(source)).parent for source in sources}
+    sources = _list_sources(source)
+    _require_own_target(to)
+    results = []
+    # The folders of this training's checkpoints, now and before they were moved.
+    origins = {Path(os.path.realpath(path)).parent for path in sources}
     with CheckpointManager(target_directory(to), keep_last=None) as manager:
         for path in sources:
-            done.append(_convert(path, manager, origins, force=force, model=model))
+            results.append(_convert(path, manager, origins, force=force, model=model))
             if report is not None:
-                report(done[-1])
-    return done
+                report(results[-1])
+    return results
 
 
 def target_directory(to: Path) -> Path:
-    """The directory of checkpoints that a target stands for: itself if it is one, else that of a run.
+    """The directory of checkpoints of a target: itself if it is one, else that of the run.
 
-    A run need not be there yet.
+    The run need not exist.
     """
-    is_one = to.name == catalog.RUN_SUBDIRECTORY or (to.is_dir() and bool(catalog.list_names(to)))
-    return to if is_one else to / catalog.RUN_SUBDIRECTORY
+    is_directory = to.name == catalog.RUN_SUBDIRECTORY or (to.is_dir() and bool(catalog.list_names(to)))
+    return to if is_directory else to / catalog.RUN_SUBDIRECTORY
 
 
-def _require_place(to: Path) -> None:
-    """What other programs wrote is left as it is, so nothing is put into it."""
+def _require_own_target(to: Path) -> None:
     absolute = to.absolute()
-    for place in (absolute, *absolute.parents):
-        if _is_convertible(place):
-            raise ConfigError(f"--to {to}: {place} is a checkpoint of another program; give a run of its own")
+    for folder in (absolute, *absolute.parents):
+        if _is_convertible(folder):
+            raise ConfigError(
+                f"--to {to}: {folder} is a checkpoint of another program; give the folder of a new run"
+            )
 
 
-def _found(source: Path) -> list[Path]:
+def _list_sources(source: Path) -> list[Path]:
     if _is_convertible(source):
         return [source]
     if not os.path.lexists(source):
         raise CheckpointNotFound(f"{source}: no such file or directory", path=source)
     if not os.path.isdir(source):
-        raise CheckpointNotFound(f"{source}: no checkpoint in a format that can be converted", path=source)
+        raise CheckpointNotFound(f"{source}: not a checkpoint in a format that can be converted", path=source)
     directory = catalog.checkpoint_directory(source)
-    # What lies beside a run's own directory is older than that: a run may have been made of it in its place.
-    entries = _entries(directory) or _entries(source)
+    # A run may have been created around the old checkpoints: then they are next to its own directory.
+    entries = _list_entries(directory) or _list_entries(source)
     if not entries:
-        ours = len(catalog.scan(directory).files)
-        also = f"; {ours} are in this program's own format, and need none" if ours else ""
-        raise CheckpointNotFound(f"{source}: no checkpoints here that can be converted{also}", path=source)
+        count = len(catalog.scan(directory).files)
+        own = f"; {count} are already in this program's own format" if count else ""
+        raise CheckpointNotFound(f"{source}: no checkpoints here that can be converted{own}", path=source)
     return [path for path, *_ in sorted(entries, key=lambda entry: (entry[1], entry[2] == "final"))]
 
 
-def _entries(directory: Path) -> list[Entry]:
+def _list_entries(directory: Path) -> list[Entry]:
     return [
         entry
         for path in directory.iterdir()
@@ -176,99 +173,103 @@ def _convert(
     source: Path, manager: CheckpointManager, origins: set[Path], *, force: bool, model: str | None
 ) -> ConvertedCheckpoint:
     try:
-        checkpoint, kind = _read(source, model)
+        imported = _read(source, model)
+        checkpoint = imported.to_checkpoint()
     except DistrustError as error:
-        outcome = _outcome(error)
-        return ConvertedCheckpoint(source, outcome, str(error).removeprefix(f"{source}: "))
+        return ConvertedCheckpoint(source, _outcome_of(error), str(error).removeprefix(f"{source}: "))
     step = checkpoint.step
     if not checkpoint.model:
         return ConvertedCheckpoint(source, "incomplete", _NO_MODEL, step)
-    checkpoint = replace(checkpoint, run={**checkpoint.run, _FROM: os.path.realpath(source)})
-    path = manager.directory / catalog.checkpoint_file_name(step, kind)
-    manager.acquire()
+    checkpoint = replace(checkpoint, run=with_conversion_source(checkpoint.run, os.path.realpath(source)))
+    path = manager.directory / checkpoint_file_name(step, imported.kind)
+    manager.acquire()  # from here on nobody else writes to the target
     try:
-        digest = serialization.state_digest(checkpoint, kind)
-        standing = _standing(path)
-        proven = importers.detect_format(source) == "directory"
-        if standing == digest:
+        digest = serialization.state_digest(checkpoint, imported.kind)
+        existing = _existing_state(path)
+        is_verified = imported.format == importers.DIRECTORY
+        if existing == digest:
             origins |= _origin(catalog.read_header(path))
-            return ConvertedCheckpoint(source, "already there", None, step, path, digest, proven)
-        reason = None if force else _taken(path, standing, digest) or _of_another_training(manager, origins)
+            return ConvertedCheckpoint(source, "already converted", None, step, path, digest, is_verified)
+        reason = None if force else _conflict(path, existing, digest) or _other_training(manager, origins)
         if reason is not None:
             return ConvertedCheckpoint(source, "refused", reason, step)
-        manager.save(checkpoint, final=kind == "final")
-        _require_same(path, digest)
+        _save_and_verify(manager, checkpoint, path, digest, is_final=imported.kind == "final")
     except SaveFailed:
         if importers.detect_format(path) is None:
-            raise  # the disk: the next one would fail, too
+            raise  # a failing disk would fail for the next checkpoint, too
         reason = f"{path} is in an older format, and is never replaced; give another folder"
         return ConvertedCheckpoint(source, "refused", reason, step)
     except DistrustError as error:
         return ConvertedCheckpoint(source, "refused", str(error), step)
-    lost = [f"not taken over: {line}" for line in imported.list_dropped(checkpoint)]
-    return ConvertedCheckpoint(source, "converted", "; ".join(lost) or None, step, path, digest, proven)
+    dropped = "; ".join(f"dropped: {line}" for line in adoption.list_dropped(checkpoint))
+    return ConvertedCheckpoint(source, "converted", dropped or None, step, path, digest, is_verified)
 
 
-def _outcome(error: DistrustError) -> Outcome:
+def _outcome_of(error: DistrustError) -> Outcome:
     if isinstance(error, CheckpointUnreadable):
         return "unreadable"
     return "damaged" if isinstance(error, CheckpointError) else "refused"
 
 
-def _taken(path: Path, standing: str | None, digest: str) -> str | None:
-    """Why a name is not free."""
-    if standing is None:
+def _conflict(path: Path, existing: str | None, digest: str) -> str | None:
+    """Why the target file may not be written: it has another state."""
+    if existing is None:
         return None
-    return f"{path} holds another state ({standing[:16]}, not {digest[:16]}); --force replaces it"
+    return f"{path} has another state ({existing[:16]}, not {digest[:16]}); --force replaces it"
 
 
-def _of_another_training(manager: CheckpointManager, origins: set[Path]) -> str | None:
-    """Why a directory is not the place for a checkpoint: others there are no steps of the same training."""
+def _other_training(manager: CheckpointManager, origins: set[Path]) -> str | None:
+    """Why the target directory may not be written to: it has checkpoints of another training."""
     for file in manager.scan().files:
-        came_from = _origin(file)
-        if not came_from:
-            said = f"{file.path} is of a training that goes on there"
-            return f"{said}, and two never share a folder; give another --to"
-        if not came_from <= origins:
+        origin = _origin(file)
+        if not origin:  # a run here saved it
             return (
-                f"{file.path} came from {quote_untrusted(str(*came_from))}, another training, and two never "
-                "share a folder; give another --to, or --force if it is the same one"
+                f"{file.path} belongs to a run that was resumed there, and two trainings never share a "
+                "folder; give another --to"
+            )
+        if not origin <= origins:
+            return (
+                f"{file.path} came from {quote_untrusted(str(*origin))}, another training, and two never "
+                "share a folder; give another --to, or --force if it is the same training"
             )
     return None
 
 
-def _origin(file: catalog.CheckpointFile) -> set[Path]:
-    """The folder that a converted checkpoint lay in; nothing of what was saved by a run here."""
-    came_from = file.header.run_info.get("extra", {}).get(_FROM)
-    return {Path(came_from).parent} if type(came_from) is str else set()
+def _origin(file: CheckpointFile) -> set[Path]:
+    """The folder that a checkpoint was converted from; empty if a run here saved it."""
+    path = RunRecord.from_header(file.header).converted_from
+    return {Path(path).parent} if path else set()
 
 
-def _read(source: Path, model: str | None) -> tuple[Checkpoint, Kind]:
-    """The checkpoint, every byte of it verified as far as its format allows, and its kind."""
+def _read(source: Path, model: str | None) -> Imported:
+    """The checkpoint, every byte verified as far as its format allows."""
+    entry = parse_checkpoint_name(source)
     if is_trainer_folder(source):
-        named = parse_checkpoint_name(source)
-        checkpoint = _reader("torch", _TRAINER_FOLDER).read(source, model=model)
-        if named and named[1] != checkpoint.step:
-            said = f"{importers.TRAINER_STATE} says step {checkpoint.step}, its name says {named[1]}"
-            raise CorruptCheckpoint(said, path=source)
-        return checkpoint, named[2] if named else "periodic"
+        imported: Imported = _load_reader("torch", _TRAINER_FOLDER).read(source, model=model)
+        if entry and entry[1] != imported.step:
+            raise CorruptCheckpoint(
+                f"{TRAINER_STATE} says step {imported.step}, its name says {entry[1]}", path=source
+            )
+        return replace(imported, kind=entry[2]) if entry else imported
     if _is_adapter(source):
         if os.path.isfile(source / MLX_WEIGHTS):
-            return _reader("mlx", _MLX_FOLDER).read(source), "periodic"
-        return _reader("torch", _TRAINER_FOLDER).read_adapter(source, model=model), "periodic"
-    header, checkpoint = importers.read(source)
-    catalog.require_name(catalog.CheckpointFile(source, header))
-    return checkpoint, header.kind
+            imported = _load_reader("mlx", _MLX_ADAPTER).read(source)
+        else:
+            imported = _load_reader("torch", _TRAINER_FOLDER).read_adapter(source, model=model)
+        return imported
+    header, imported = importers.load(source)
+    CheckpointFile(source, header).require_name()
+    return imported
 
 
-def _reader(engine: Literal["torch", "mlx"], module: str) -> Any:
-    """Imported where it is needed: who converts another format needs no framework."""
-    require_installed(engine, what="to read this folder")
+def _load_reader(engine: Literal["torch", "mlx"], module: str) -> Any:
+    """Import a reader only when it is used: the other formats need no framework."""
+    require_installed(engine, purpose="this folder")
     return import_module(module)
 
 
-def _standing(path: Path) -> str | None:
-    """The identity of what stands in the target; None if nothing does."""
+def _existing_state(path: Path) -> str | None:
+    """The digest of the state in the target file, or what is there instead; None if it does not exist."""
     if not os.path.lexists(path):
         return None
     if os.path.isdir(path) and importers.detect_format(path) is None:
@@ -279,8 +280,10 @@ def _standing(path: Path) -> str | None:
         return "a damaged file"
 
 
-def _require_same(path: Path, digest: str) -> None:
-    """Read back what was written."""
-    written = catalog.verify(path).state_digest
+def _save_and_verify(
+    manager: CheckpointManager, checkpoint: Checkpoint, path: Path, digest: str, *, is_final: bool
+) -> None:
+    manager.save(checkpoint, final=is_final)
+    written = catalog.verify(path).state_digest  # read back from the disk
     if written != digest:
-        raise CorruptCheckpoint(f"what was read back is another state: {written}, not {digest}", path=path)
+        raise CorruptCheckpoint(f"reading it back gave another state: {written}, not {digest}", path=path)

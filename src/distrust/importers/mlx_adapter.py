@@ -1,89 +1,92 @@
-"""An adapter folder of mlx-lm as a checkpoint of ours at step 0, which a run begins from."""
+"""Imports an adapter folder of mlx-lm as a checkpoint at step 0, from which a run starts."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from distrust.checkpoint import Checkpoint
-from distrust.checkpoint.foreign import ADAPTER_CONFIG, MLX_WEIGHTS
-from distrust.engines.state_conversion import MLX_ENDS
+from distrust.engines.state_conversion import MLX_SUFFIXES
 from distrust.errors import CorruptCheckpoint, ResumeRefused, quote_untrusted
-from distrust.importers.header import BEGUN_ELSEWHERE
-from distrust.importers.safe_read import errors_with_path, read_json
+from distrust.importers.detect import ADAPTER_CONFIG, MLX_WEIGHTS
+from distrust.importers.imported import Imported
+from distrust.importers.safe_load import open_file, read_json, safe_errors
 
 FORMAT = "mlx-lm adapter"
 MAX_CONFIG_BYTES = 4 << 20
 
 
-def read(folder: Path) -> Checkpoint:
-    """What mlx-lm trained, as the engine of mlx has it.
+def read(folder: Path) -> Imported:
+    """Read what mlx-lm trained, in the form of the mlx engine.
 
-    Weights come as float32: bfloat16 and float16 are widened, which is exact. Whether they fit the base model
-    is seen when a run takes them up.
+    Weights become float32: bfloat16 and float16 are widened, which is exact. Whether they fit the base model
+    is checked when a run resumes from them.
 
     Raises:
         CheckpointError: for files that are missing or damaged.
-        ResumeRefused: for what is no LoRA or DoRA.
+        ResumeRefused: for anything but LoRA or DoRA.
     """
-    described = read_json(folder / ADAPTER_CONFIG, max_bytes=MAX_CONFIG_BYTES)
-    kind = described.get("fine_tune_type", "lora")
+    config = read_json(folder / ADAPTER_CONFIG, max_bytes=MAX_CONFIG_BYTES)
+    kind = config.get("fine_tune_type", "lora")
     if kind not in ("lora", "dora"):
         raise ResumeRefused(
-            f"{folder}: {ADAPTER_CONFIG} says fine_tune_type {quote_untrusted(str(kind))}: no adapter"
+            f"{folder}: {ADAPTER_CONFIG} says fine_tune_type {quote_untrusted(str(kind))}, not an adapter"
         )
-    parameters = described.get("lora_parameters")
+    parameters = config.get("lora_parameters")
     if type(parameters) is not dict:
         raise ResumeRefused(f"{folder}: {ADAPTER_CONFIG} has no lora_parameters")
-    model = _weights(folder / MLX_WEIGHTS)
+    model = _read_weights(folder / MLX_WEIGHTS)
     rank = _number(parameters, "rank", folder)
     ranks = {array.shape[1] for name, array in model.items() if name.endswith(".lora_a")}
     if ranks != {rank}:
-        raise ResumeRefused(f"{folder}: its weights are not of the rank that {ADAPTER_CONFIG} says")
-    return Checkpoint(
+        raise ResumeRefused(f"{folder}: the rank of its weights is not the rank in {ADAPTER_CONFIG}")
+    return Imported(
+        FORMAT,
         step=0,
         model=model,
-        config={
+        options={
             "lora_rank": int(rank),
-            "lora_alpha": _number(parameters, "scale", folder) * rank,
+            "lora_alpha": _number(parameters, "scale", folder) * rank,  # mlx-lm's scale is alpha / rank
             "lora_dropout": _number(parameters, "dropout", folder, default=0.0),
             "dora": kind == "dora",
             "rslora": False,
         },
-        run={BEGUN_ELSEWHERE: FORMAT},
     )
 
 
-def _weights(path: Path) -> dict[str, Any]:
+def _read_weights(path: Path) -> dict[str, Any]:
     from safetensors import safe_open
 
-    with errors_with_path(path):
-        with safe_open(path, framework="np"):  # its header makes sense
+    with safe_errors(path):
+        with open_file(path):  # the libraries below would wait for a pipe
             pass
-        found: Any = mx.load(str(path), format="safetensors")
-        strange = [
+        with safe_open(path, framework="np"):  # checks the header, which mlx trusts
+            pass
+        arrays: Any = mx.load(str(path), format="safetensors")
+        unexpected = [
             name
-            for name, array in found.items()
-            if not name.endswith(MLX_ENDS) or array.ndim != (1 if name.endswith(".m") else 2)
+            for name, array in arrays.items()
+            if not name.endswith(MLX_SUFFIXES) or array.ndim != (1 if name.endswith(".m") else 2)
         ]
-        if strange or not found:
-            what = quote_untrusted(strange[0]) if strange else "nothing"
-            raise CorruptCheckpoint(f"holds {what}, which is no part of a plain LoRA", path=path)
-        wide = {name: array.astype(mx.float32) for name, array in sorted(found.items())}
+        if unexpected or not arrays:
+            what = quote_untrusted(unexpected[0]) if unexpected else "nothing"
+            raise CorruptCheckpoint(f"holds {what}, which is not part of a plain LoRA", path=path)
+        wide = {name: array.astype(mx.float32) for name, array in sorted(arrays.items())}
         mx.eval(wide)
-        endless = [name for name, array in wide.items() if not mx.isfinite(array).all().item()]
-        if endless:
-            raise CorruptCheckpoint(
-                f"{quote_untrusted(endless[0])} holds numbers that are not finite", path=path
-            )
+        for name, array in wide.items():
+            if not mx.isfinite(array).all().item():
+                raise CorruptCheckpoint(
+                    f"{quote_untrusted(name)} holds numbers that are not finite", path=path
+                )
         return wide
 
 
 def _number(parameters: dict[str, Any], name: str, folder: Path, default: float | None = None) -> float:
     value: Any = parameters.get(name, default)
-    if type(value) not in (int, float) or not math.isfinite(value) or value < 0:
-        raise ResumeRefused(f"{folder}: {ADAPTER_CONFIG}: lora_parameters.{name} is no number of 0 or more")
+    # type(), because True is an int. NaN fails the comparison; so does an int too large for a float.
+    if type(value) not in (int, float) or not 0 <= value < 1e300:
+        raise ResumeRefused(
+            f"{folder}: {ADAPTER_CONFIG}: lora_parameters.{name} is not a number of 0 or more"
+        )
     return float(value)

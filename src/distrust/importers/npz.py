@@ -1,15 +1,13 @@
-"""A numpy ``.npz`` as named arrays, read without numpy's trust in it: nothing is unpickled or evaluated.
+"""Reads a numpy ``.npz`` from an untrusted file: nothing is unpickled, and sizes are bounded before reading.
 
-An ``.npz`` is a zip of ``.npy`` members. What it says of itself is bounded before any memory is taken:
+An ``.npz`` is a zip of ``.npy`` members. Invariants:
 
-- members have plain names that end in ``.npy``, each once; they are stored or deflated, and not encrypted;
-- all of them together expand to no more than :data:`TIMES_ITS_SIZE` the file (small ones to more), as the zip
-  declares it. What a member really holds is counted while it is read: it is what was declared, and its CRC
-  is right, and its numbers are finite;
-- a member's header is text of the one form that numpy writes; dtype times shape is the length of its data;
+- each member has a plain name ending in ``.npy``, used once; it is stored or deflated, and not encrypted;
+- together they expand to at most :data:`MAX_EXPANSION` times the file (small files to :data:`SMALL_BYTES`),
+  as the zip declares. Reading counts the bytes: they are as many as declared, their CRC is right, and all
+  numbers are finite;
+- dtype times shape is the length of the data. An array of objects (a pickle) is refused;
 - the members fill the file: nothing large is hidden between them.
-
-A member of objects (a pickle) is refused by its name.
 """
 
 from __future__ import annotations
@@ -18,295 +16,191 @@ import contextlib
 import errno
 import io
 import os
-import re
-import struct
+import warnings
 import zipfile
-import zlib
-from collections.abc import Callable, Iterator
-from math import prod
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import IO, Any, Literal
 
-from distrust.checkpoint.format import ITEM_SIZES, is_possible
+import numpy as np
+from numpy.lib import format as npy
+
+from distrust.checkpoint.arrays.host import NUMPY_NAMES
+from distrust.checkpoint.format import is_valid_shape
 from distrust.checkpoint.memory import available_bytes
 from distrust.errors import CheckpointUnreadable, CorruptCheckpoint, shorten
-from distrust.importers import finite
+from distrust.importers.host_arrays import PIECE_BYTES, HostArray, require_finite
 
-#: How many times as large as the file its arrays may be: random numbers, which weights are, hardly shrink.
-TIMES_ITS_SIZE = 20
+#: How many times its size a file may expand to: weights look random, and hardly compress.
+MAX_EXPANSION = 20
 SMALL_BYTES = 16 << 20
-#: Numpy's own bound for the header of an array.
-MAX_HEADER_BYTES = 10_000
+#: Enough for a shape of 64 dimensions. A short text also bounds what numpy's parser of literals can do.
+MAX_HEADER_BYTES = 2048
+#: What the zip format may add for each member, and for the file: names, padding, a comment.
 _MEMBER_OVERHEAD_BYTES = 4096
-_FREE_OVERHEAD_BYTES = 128 << 10
-_PIECE_BYTES = 1 << 20
-_MAGIC = b"\x93NUMPY"
-_HEADER = re.compile(
-    r"\{'descr': ?'([^']{1,16})', 'fortran_order': (True|False), 'shape': \(([0-9, ]*)\),? ?\} *\n?", re.ASCII
-)
-_DTYPES = {
-    "b1": "BOOL", "u1": "U8", "i1": "I8", "u2": "U16", "i2": "I16", "f2": "F16", "u4": "U32", "i4": "I32",
-    "f4": "F32", "u8": "U64", "i8": "I64", "f8": "F64", "c8": "C64",
-}  # fmt: skip
-_ZIP_ERRORS = (
-    zipfile.BadZipFile, zlib.error, struct.error, NotImplementedError, RuntimeError, EOFError, ValueError,
-    LookupError, OverflowError,
-)  # fmt: skip
+_FILE_OVERHEAD_BYTES = 128 << 10
+_DTYPES = {numpy_name: dtype for dtype, numpy_name in NUMPY_NAMES.items()}
+
+#: What to read of each member: its header; all of it, to check it; or all of it, to return it.
+Depth = Literal["headers", "verify", "load"]
 
 
-class Array(NamedTuple):
-    """An array as its member describes it.
-
-    Attributes:
-        name: of the member, without ``.npy``.
-        dtype: the format's name of it.
-        shape: its dimensions.
-        nbytes: of its data.
-        swapped: whether its bytes stand in big-endian order.
-        fortran: whether its first index runs fastest.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
-    swapped: bool
-    fortran: bool
-
-
-#: Takes each array and its pieces, in order.
-Take = Callable[[Array, Iterator[bytes]], None]
-
-
-def describe(descriptor: int, what: str) -> list[Array]:
-    """The arrays of a file; their data is not read.
-
-    Raises:
-        CorruptCheckpoint: with the first member that is not one of an array of numbers.
-    """
-    found: list[Array] = []
-    _walk(descriptor, what, lambda array, _: found.append(array))
-    return found
-
-
-def verify(descriptor: int, what: str, squares: str | None = None) -> dict[str, Array]:
-    """Read every member to its end; returns how each array is described, by its name.
+def read(descriptor: int, file_name: str, depth: Depth, *, nonnegative: str = "") -> dict[str, HostArray]:
+    """The arrays of a file by name; they have data only if ``depth`` is "load".
 
     Args:
-        descriptor: of the file.
-        what: for messages: its name.
-        squares: what the names of arrays begin with that hold nothing below zero.
+        descriptor: of the file; its position changes.
+        file_name: for messages.
+        depth: how much is read, and therefore checked.
+        nonnegative: arrays whose names begin with this must not hold negative numbers; empty for none.
 
     Raises:
-        CorruptCheckpoint: with the first member that is not what it says.
+        CorruptCheckpoint: naming the first invalid member.
+        CheckpointUnreadable: if there is not enough memory.
     """
-    found: dict[str, Array] = {}
-
-    def drop(array: Array, pieces: Iterator[bytes]) -> None:
-        found[array.name] = array
-        for piece in pieces:
-            _require_numbers(piece, array, squares)
-
-    _walk(descriptor, what, drop)
-    return found
-
-
-def read(descriptor: int, what: str, squares: str | None = None) -> dict[str, Any]:
-    """Every array by its name, as :class:`~distrust.importers.state.Bytes`.
-
-    Args:
-        descriptor: of the file.
-        what: for messages: its name.
-        squares: what the names of arrays begin with that hold nothing below zero.
-
-    Raises:
-        CorruptCheckpoint: with the first member that is not what it says.
-        CheckpointUnreadable: if there is not the memory for them.
-    """
-    import numpy as np
-
-    from distrust.importers.state import Bytes
-
-    wanted = sum(array.nbytes for array in describe(descriptor, what))
-    if wanted > SMALL_BYTES and wanted > (free := available_bytes()):
-        raise CheckpointUnreadable(f"{what} takes {wanted:,} bytes of memory, and {free:,} are free")
-    found: dict[str, Any] = {}
-
-    def keep(array: Array, pieces: Iterator[bytes]) -> None:
-        data, offset = np.empty(array.nbytes, np.uint8), 0
-        for piece in pieces:
-            _require_numbers(piece, array, squares)
-            data[offset : offset + len(piece)] = np.frombuffer(piece, np.uint8)
-            offset += len(piece)
-        found[array.name] = Bytes(_in_order(data, array), array.dtype, array.shape)
-
-    _walk(descriptor, what, keep)
-    return found
-
-
-def _in_order(data: Any, array: Array) -> Any:
-    """The same data in little-endian order and C layout, flat."""
-    import numpy as np
-
-    size = ITEM_SIZES[array.dtype]
-    if array.swapped:
-        part = size // 2 if array.dtype == "C64" else size  # a complex number is two
-        data = data.reshape(-1, part)[:, ::-1].reshape(-1)
-    if array.fortran and len(array.shape) > 1:
-        data = data.view(np.dtype((np.void, size))).reshape(array.shape[::-1]).T
-    return np.ascontiguousarray(data).reshape(-1).view(np.uint8)
-
-
-def _walk(descriptor: int, what: str, take: Take) -> None:
-    size = os.fstat(descriptor).st_size
-    with _told(what), zipfile.ZipFile(_Reader(descriptor, size)) as zipped:
-        members = zipped.infolist()
-        _require_bounded(members, size, what)
-        seen: set[str] = set()
+    arrays: dict[str, HostArray] = {}
+    with (
+        _zip_errors(file_name),
+        open(descriptor, "rb", closefd=False) as file,
+        zipfile.ZipFile(file) as archive,
+    ):
+        members = archive.infolist()
+        expanded = sum(member.file_size for member in members)
+        _require_bounded(members, expanded, os.fstat(descriptor).st_size, file_name)
+        if depth == "load" and expanded > SMALL_BYTES and expanded > (free := available_bytes()):
+            raise CheckpointUnreadable(
+                f"{file_name} takes {expanded:,} bytes of memory, and {free:,} are free"
+            )
         for member in members:
-            name = _name(member, what)
-            if name in seen:
-                raise CorruptCheckpoint(f"{what}: the member {shorten(name)!r} stands there twice")
-            seen.add(name)
-            with _told(f"{what}: the member {shorten(name)!r}"), zipped.open(member) as stream:
-                array = _array(stream, name, member.file_size)
-                take(array, _pieces(stream, array.nbytes))
+            name = _member_name(member, file_name)
+            if name in arrays:
+                raise CorruptCheckpoint(f"{file_name}: the member {shorten(name)!r} occurs twice")
+            is_square = bool(nonnegative) and name.startswith(nonnegative)
+            with (
+                _zip_errors(f"{file_name}: the member {shorten(name)!r}"),
+                archive.open(member) as stream,
+            ):
+                arrays[name] = _read_member(stream, member.file_size, depth, nonnegative=is_square)
+    return arrays
 
 
-def _require_bounded(members: list[zipfile.ZipInfo], size: int, what: str) -> None:
-    expanded = sum(member.file_size for member in members)
-    if expanded > max(SMALL_BYTES, TIMES_ITS_SIZE * size):
-        raise CorruptCheckpoint(
-            f"{what} would expand from {size:,} bytes to {expanded:,}: that is no file of weights"
-        )
+def _require_bounded(members: list[zipfile.ZipInfo], expanded: int, size: int, file_name: str) -> None:
+    if expanded > max(SMALL_BYTES, MAX_EXPANSION * size):  # a decompression bomb
+        raise CorruptCheckpoint(f"{file_name} would expand from {size:,} bytes to {expanded:,}")
     packed = sum(member.compress_size for member in members)
-    overhead = _FREE_OVERHEAD_BYTES + sum(
+    overhead = _FILE_OVERHEAD_BYTES + sum(
         _MEMBER_OVERHEAD_BYTES + 2 * len(member.filename.encode()) for member in members
     )
-    if not packed <= size <= packed + overhead:
-        raise CorruptCheckpoint(f"{what}: its members hold {packed:,} bytes, and the file has {size:,}")
+    if not packed <= size <= packed + overhead:  # overlapping members, or data outside of them
+        raise CorruptCheckpoint(f"{file_name}: its members hold {packed:,} bytes, but the file has {size:,}")
 
 
-def _name(member: zipfile.ZipInfo, what: str) -> str:
-    # Not `filename`, which zipfile has made fit: what was written counts.
-    name = member.orig_filename
+def _member_name(member: zipfile.ZipInfo, file_name: str) -> str:
+    name = member.orig_filename  # as written: zipfile changes `filename`
+    problem = ""
     if "/" in name or "\\" in name or "\0" in name:
-        raise CorruptCheckpoint(f"{what}: the member {shorten(name)!r} is named like a path")
-    if not name.endswith(".npy"):
-        raise CorruptCheckpoint(f"{what}: the member {shorten(name)!r} is no .npy")
-    if member.flag_bits & 1:
-        raise CorruptCheckpoint(f"{what}: the member {shorten(name)!r} is encrypted")
-    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise CorruptCheckpoint(f"{what}: the member {shorten(name)!r} is neither stored nor deflated")
+        problem = "is named like a path"
+    elif not name.endswith(".npy"):
+        problem = "is not an .npy file"
+    elif member.flag_bits & 1:
+        problem = "is encrypted"
+    elif member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        problem = "is neither stored nor deflated"
+    if problem:
+        raise CorruptCheckpoint(f"{file_name}: the member {shorten(name)!r} {problem}")
     return name.removesuffix(".npy")
 
 
-def _array(stream: Any, name: str, declared: int) -> Array:
-    """What the header of a member says; the stream stands at its data then."""
-    start = stream.read(len(_MAGIC) + 2)
-    if not start.startswith(_MAGIC) or len(start) < len(_MAGIC) + 2 or start[-2] not in (1, 2, 3):
-        raise CorruptCheckpoint("it is no array of numpy")
-    width = 2 if start[-2] == 1 else 4
-    length = int.from_bytes(stream.read(width), "little")
-    if length > MAX_HEADER_BYTES:
-        raise CorruptCheckpoint(f"its header would have {length:,} bytes")
-    text = stream.read(length).decode("latin-1")
-    match = _HEADER.fullmatch(text)
-    if match is None:
-        raise CorruptCheckpoint("its header is not one that numpy writes for an array of numbers")
-    descr, fortran, dimensions = match.groups()
-    if "O" in descr:
+def _read_member(stream: IO[bytes], declared: int, depth: Depth, *, nonnegative: bool) -> HostArray:
+    shape, is_fortran, dtype, header_bytes = _read_header(stream)
+    if dtype.hasobject:
         raise CorruptCheckpoint("it holds Python objects (a pickle), which are never loaded")
-    dtype = _DTYPES.get(descr[1:]) if descr[0] in "<>|=" else None
-    if dtype is None:
-        raise CorruptCheckpoint(f"its dtype {shorten(descr)!r} is no number that a checkpoint can hold")
-    shape = _shape(dimensions)
-    nbytes = prod(shape) * ITEM_SIZES[dtype]
-    begin = len(start) + width + length
-    if begin + nbytes != declared:
+    if dtype.name not in _DTYPES:
         raise CorruptCheckpoint(
-            f"by dtype and shape it has {nbytes:,} bytes, and there are {max(0, declared - begin):,}"
+            f"its dtype {shorten(str(dtype))!r} is not a number that a checkpoint can hold"
         )
-    return Array(name, dtype, shape, nbytes, swapped=descr[0] == ">", fortran=fortran == "True")
+    if not is_valid_shape(shape):
+        raise CorruptCheckpoint("its shape is not that of an array")
+    array = HostArray(_DTYPES[dtype.name], shape)
+    if header_bytes + array.nbytes != declared:  # checked before memory is allocated for it
+        raise CorruptCheckpoint(
+            f"dtype and shape need {array.nbytes:,} bytes, but it has {max(0, declared - header_bytes):,}"
+        )
+    if depth == "headers":
+        return array
+    data, offset = np.empty(array.nbytes if depth == "load" else 0, np.uint8), 0
+    for piece in _read_pieces(stream, array.nbytes):
+        if dtype == np.bool_ and piece.translate(None, b"\0\1"):
+            raise CorruptCheckpoint("it holds booleans that are neither true nor false")
+        require_finite(np.frombuffer(piece, dtype), nonnegative=nonnegative)
+        if depth == "load":
+            data[offset : offset + len(piece)] = np.frombuffer(piece, np.uint8)
+            offset += len(piece)
+    return array._replace(data=_normalize(data.view(dtype), shape, is_fortran)) if depth == "load" else array
 
 
-def _shape(text: str) -> tuple[int, ...]:
-    numbers = [number.strip() for number in text.split(",")]
-    if numbers[-1] == "":
-        numbers.pop()
-    if not all(number.isdigit() and len(number) <= 18 for number in numbers):
-        raise CorruptCheckpoint("its shape is no shape")
-    shape = tuple(map(int, numbers))
-    if not is_possible(shape):
-        raise CorruptCheckpoint("no array has its shape")
-    return shape
+def _read_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
+    """Shape, Fortran order, dtype, and the length of the header; the stream is then at the data."""
+    magic = stream.read(npy.MAGIC_LEN)
+    if not magic.startswith(npy.MAGIC_PREFIX):
+        raise CorruptCheckpoint("it is not an array of numpy")
+    # Version 3 exists for the names of fields alone, which arrays of numbers do not have.
+    if magic[-2:] not in (b"\1\0", b"\2\0"):
+        raise CorruptCheckpoint(f"it is in version {[*magic[-2:]]} of numpy's format")
+    width, parse = (2, npy.read_array_header_1_0) if magic[-2] == 1 else (4, npy.read_array_header_2_0)
+    length = stream.read(width)
+    nbytes = int.from_bytes(length, "little")
+    if nbytes > MAX_HEADER_BYTES:  # numpy would read as much as a header claims before it complains
+        raise CorruptCheckpoint(f"its header would have {nbytes:,} bytes")
+    text = length + stream.read(nbytes)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "error"
+            )  # numpy repairs headers of Python 2, and Python warns of odd literals
+            shape, is_fortran, dtype = parse(io.BytesIO(text), max_header_size=MAX_HEADER_BYTES)
+    # The parser evaluates a literal: SyntaxError, TokenError, MemoryError, RecursionError and others.
+    except Exception:
+        raise CorruptCheckpoint("its header is not valid") from None
+    return shape, is_fortran, dtype, len(magic) + len(text)
 
 
-def _pieces(stream: Any, nbytes: int) -> Iterator[bytes]:
-    """The data, counted; reading the last of it has zipfile compare the CRC."""
-    left = nbytes
-    while left:
-        piece = stream.read(min(left, _PIECE_BYTES))
+def _read_pieces(stream: IO[bytes], nbytes: int) -> Iterator[bytes]:
+    remaining = nbytes
+    while remaining:
+        piece = stream.read(min(remaining, PIECE_BYTES))
         if not piece:
-            raise CorruptCheckpoint(f"its data ends {left:,} bytes too early")
-        left -= len(piece)
+            raise CorruptCheckpoint(f"its data ends {remaining:,} bytes too early")
+        remaining -= len(piece)
         yield piece
-    if stream.read(1):
-        raise CorruptCheckpoint("it is longer than it says")
+    if stream.read(1):  # at the end of the stream zipfile compares the CRC
+        raise CorruptCheckpoint("it is longer than its header says")
 
 
-def _require_numbers(piece: bytes, array: Array, squares: str | None) -> None:
-    if array.dtype == "BOOL" and piece.translate(None, b"\0\1"):
-        raise CorruptCheckpoint("it holds booleans that are neither true nor false")
-    never_negative = squares is not None and array.name.startswith(squares)
-    finite.require(piece, array.dtype, swapped=array.swapped, never_negative=never_negative)
+def _normalize(values: np.ndarray[Any, Any], shape: tuple[int, ...], is_fortran: bool) -> Any:
+    """uint8[nbytes] of the same values, little-endian and in C layout."""
+    array = values.reshape(shape[::-1]).T if is_fortran else values.reshape(shape)
+    return np.ascontiguousarray(array, array.dtype.newbyteorder("<")).reshape(-1).view(np.uint8)
 
 
 @contextlib.contextmanager
-def _told(what: str) -> Iterator[None]:
-    """Whatever zipfile raises for what is no zip, as an error of this library, with the member's name."""
+def _zip_errors(what: str) -> Iterator[None]:
+    """Errors of zipfile become CorruptCheckpoint; each message begins with the file or member."""
     try:
         yield
     except CorruptCheckpoint as error:
-        raise CorruptCheckpoint(
-            error.reason if error.reason.startswith(what) else f"{what}: {error.reason}"
-        ) from None
+        reason = error.reason if error.reason.startswith(what) else f"{what}: {error.reason}"
+        raise CorruptCheckpoint(reason) from None
+    except CheckpointUnreadable:
+        raise
     except OSError as error:
-        if error.errno != errno.EINVAL:
+        if error.errno != errno.EINVAL:  # EINVAL: zipfile was led to an offset before the file
             raise
-        raise CorruptCheckpoint(f"{what} cannot be read as a zip: {error.strerror}") from None
-    except _ZIP_ERRORS as error:
-        reason = shorten(str(error)) or type(error).__name__
-        raise CorruptCheckpoint(f"{what} cannot be read as a zip: {reason}") from None
-
-
-class _Reader(io.RawIOBase):
-    """A file as zipfile wants it, through a descriptor that others read, too; never more than is there."""
-
-    def __init__(self, descriptor: int, size: int) -> None:
-        self._descriptor = descriptor
-        self._size = size
-        self._place = 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        place = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._size}[whence]
-        if place < 0:
-            raise OSError(
-                errno.EINVAL, "a place before the beginning"
-            )  # as a file does: zipfile relies on it
-        self._place = place
-        return place
-
-    def tell(self) -> int:
-        return self._place
-
-    def read(self, size: int = -1) -> bytes:
-        left = max(0, self._size - self._place)
-        data = os.pread(self._descriptor, left if size < 0 else min(size, left), self._place)
-        self._place += len(data)
-        return data
+        raise CorruptCheckpoint(f"{what} is not a valid zip: {error.strerror}") from None
+    except MemoryError:
+        raise
+    except (
+        Exception
+    ) as error:  # BadZipFile, zlib.error, struct.error, NotImplementedError, EOFError and others
+        raise CorruptCheckpoint(
+            f"{what} is not a valid zip: {shorten(str(error)) or type(error).__name__}"
+        ) from None

@@ -1,4 +1,4 @@
-"""The run on the console: a progress bar on a terminal, plain lines elsewhere."""
+"""Shows a run on the console: a progress bar on a terminal, plain lines in a pipe or a file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from distrust.reporting.display import pluralize, printable
+from distrust.reporting.display import clock, pluralize, printable
 from distrust.training.events import (
     CheckpointSaved,
     Evaluated,
@@ -24,7 +24,7 @@ from distrust.training.events import (
     StepEnded,
 )
 
-#: Source classes of an evaluation that a line names.
+#: Source classes of an evaluation that are listed by name.
 CLASSES_SHOWN = 8
 #: Weight of the newest step in the moving average of the speed.
 SMOOTHING = 0.1
@@ -32,16 +32,16 @@ SMOOTHING = 0.1
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        """Leave it to the caller: the default would end the program with the run unsaved."""
+        """Re-raise: the default would exit the process before the run is saved."""
         raise
 
 
 class ConsoleReporter:
-    """Shows a run; use it as a context, so that the terminal is left as it was.
+    """Shows the events of a run. Use it as a context manager, so that the terminal is restored.
 
     Args:
-        log_every: steps between lines, where the output is no terminal.
-        stream: where to write.
+        log_every: steps between lines, where the output is not a terminal.
+        stream: where to write; default: standard output.
     """
 
     def __init__(self, *, log_every: int, stream: TextIO | None = None) -> None:
@@ -57,7 +57,7 @@ class ConsoleReporter:
             TimeRemainingColumn(),
             console=self._console,
             transient=True,
-            redirect_stderr=sys.stderr.isatty(),  # else the warnings would leave the file they go to
+            redirect_stderr=sys.stderr.isatty(),  # else warnings would leave the file they are redirected to
             expand=True,
         )
         self._task = self._bar.add_task("", total=None, facts="", visible=False)
@@ -73,152 +73,143 @@ class ConsoleReporter:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._live:  # else it would end the lines with an empty one
+        if self._live:  # else it would print an empty line at the end
             self._bar.stop()
 
     def __call__(self, event: Event) -> None:
         """Show an event."""
         match event:
             case Preparing():
-                self._preparing(event)
+                self._show_preparing(event)
             case RunStarted():
-                self._started(event)
+                self._show_start(event)
             case StepEnded():
-                self._stepped(event)
+                self._show_step(event)
             case Evaluated():
-                self._evaluated(event)
+                self._show_evaluation(event)
             case CheckpointSaved():
                 self._last_saved = event.step
-                self._draw()
+                self._update_bar()
                 if not self._live:
-                    waited = event.stall_seconds * 1000
-                    self._say(
-                        f"step {event.step}: saved {_shown(event.path)} (training waited {waited:.0f} ms)"
-                    )
+                    stall = event.stall_seconds * 1000
+                    self._print(f"step {event.step}: saved {_relative(event.path)} (stall {stall:.0f} ms)")
             case MemoryReset():
-                self._say(
+                self._print(
                     f"step {event.step}: memory reset, {event.before_bytes / 2**30:.2f} to "
                     f"{event.after_bytes / 2**30:.2f} GiB in {event.seconds:.1f} s"
                 )
             case RunEnded():
-                self._ended(event)
+                self._show_end(event)
 
-    def _preparing(self, event: Preparing) -> None:
+    def _show_preparing(self, event: Preparing) -> None:
         if self._live:
             self._bar.update(
                 self._task,
-                description=escape(printable(event.task)),
+                description=escape(printable(event.task)),  # names may hold rich's markup
                 total=event.total or None,
                 completed=event.completed,
                 visible=True,
             )
-        elif event.completed == 0 and event.total == 0:
-            self._say(event.task)
+        elif event.completed == 0 and event.total == 0:  # a line per task, not per part of it
+            self._print(event.task)
 
-    def _started(self, event: RunStarted) -> None:
+    def _show_start(self, event: RunStarted) -> None:
+        cut = ""
+        if event.truncated:
+            cut = f"; {pluralize(event.truncated, 'example')} truncated, "
+            cut += f"{pluralize(event.tokens_cut, 'token')} dropped"
+        self._print(
+            f"{pluralize(event.examples, 'example')}, {pluralize(event.tokens, 'trained token')}, "
+            f"{event.epoch_steps:.1f} steps per epoch{cut}"
+        )
         low, high = event.weight_range
-        self._say(
-            f"{pluralize(event.examples, 'example')}, {pluralize(event.tokens, 'learned token')}, "
-            f"{event.epoch_steps:.1f} steps an epoch"
-            + (
-                f"; {event.truncated:,} of all that were read cut to fit, "
-                f"{pluralize(event.tokens_cut, 'token')} lost"
-                if event.truncated
-                else ""
-            )
+        effective = event.effective_examples
+        self._print(
+            f"weights {low:.3g} to {high:.3g}: effective sample size {effective:,.0f} "
+            f"({effective / event.examples:.0%})"
         )
-        self._say(
-            f"weights {low:.3g} to {high:.3g}: worth {pluralize(event.effective_examples, 'equal example')} "
-            f"({event.effective_examples / event.examples:.0%})"
-        )
-        by = f"{event.engine} on {event.device}" if event.device else event.engine
-        self._say(
-            f"training {event.trained:,} of {event.parameters:,} parameters with {by}, into {event.out}"
+        engine = f"{event.engine} on {event.device}" if event.device else event.engine
+        self._print(
+            f"training {event.trained:,} of {event.parameters:,} parameters with {engine}, into {event.out}"
         )
         if event.max_steps < 2 * event.warmup_steps:
-            self._say(
-                f"warm-up: {min(event.max_steps, event.warmup_steps)} of {event.max_steps} steps, so the run "
-                "learns little; fewer --warmup-steps, a smaller --batch-size or more --epochs change that"
+            self._print(
+                f"warm-up: {min(event.max_steps, event.warmup_steps)} of {event.max_steps} steps, so the "
+                "model learns little; use fewer --warmup-steps, a smaller --batch-size or more --epochs"
             )
         if event.resumed_from is not None:
-            self._say(f"going on after step {event.step}, from {_shown(event.resumed_from)}")
+            self._print(f"Resuming from step {event.step} ({_relative(event.resumed_from)})")
         self._max_steps = event.max_steps
         self._last_saved = event.step or None
         self._bar.reset(
             self._task, description="training", total=event.max_steps, completed=event.step, visible=True
         )
 
-    def _stepped(self, event: StepEnded) -> None:
-        pace = event.seconds / event.tokens
-        before = self._seconds_per_token
-        self._seconds_per_token = pace if before is None else before + SMOOTHING * (pace - before)
-        self._facts = f"loss {event.loss:.4f}  {1 / self._seconds_per_token:,.0f} tok/s"
+    def _show_step(self, event: StepEnded) -> None:
+        pace, average = event.seconds / event.tokens, self._seconds_per_token
+        self._seconds_per_token = pace if average is None else average + SMOOTHING * (pace - average)
+        speed = f"{1 / self._seconds_per_token:,.0f} tok/s"
+        self._facts = f"loss {event.loss:.4f}  {speed}"
         if self._live:
             self._bar.update(self._task, completed=event.step)
-            self._draw()
+            self._update_bar()
         elif event.step % self._log_every == 0 or event.step in (1, self._max_steps):
-            left = (self._max_steps - event.step) * event.tokens * self._seconds_per_token
-            self._say(
+            remaining = (self._max_steps - event.step) * event.tokens * self._seconds_per_token
+            self._print(
                 f"step {event.step}/{self._max_steps}: loss {event.loss:.4f}, weighted "
                 f"{event.weighted_loss:.4f}, distrust {event.distrust:.2f}, lr {event.learning_rate:.3g}, "
-                f"norm {event.gradient_norm:.3g}, {1 / self._seconds_per_token:,.0f} tok/s, "
-                f"{_duration(left)} left, {self._saved()}"
+                f"norm {event.gradient_norm:.3g}, {speed}, {clock(remaining)} left, "
+                f"{self._describe_saved()}"
             )
 
-    def _evaluated(self, event: Evaluated) -> None:
+    def _show_evaluation(self, event: Evaluated) -> None:
         metrics = event.metrics
         line = f"step {event.step}: eval loss {event.loss:.4f}, perplexity {metrics['eval_perplexity']:.4g}"
-        if metrics["eval_weighted_loss"] != event.loss:
-            line += (
-                f"; weighted {metrics['eval_weighted_loss']:.4f}, {metrics['eval_weighted_perplexity']:.4g}"
-            )
-        self._say(line)
-        of_classes = [
+        weighted = metrics["eval_weighted_loss"]
+        if weighted != event.loss:  # equal where no weighting applies
+            line += f"; weighted {weighted:.4f}, {metrics['eval_weighted_perplexity']:.4g}"
+        self._print(line)
+        classes = [
             f"{name.removeprefix('eval_loss/')} {loss:.4f}"
             for name, loss in metrics.items()
             if name.startswith("eval_loss/")
         ]
-        if of_classes:
-            more = f", {len(of_classes) - CLASSES_SHOWN} more" if len(of_classes) > CLASSES_SHOWN else ""
-            self._say(f"  {', '.join(of_classes[:CLASSES_SHOWN])}{more}")
+        if classes:
+            hidden = len(classes) - CLASSES_SHOWN
+            suffix = f", {hidden} more" if hidden > 0 else ""
+            self._print(f"  {', '.join(classes[:CLASSES_SHOWN])}{suffix}")
 
-    def _draw(self) -> None:
-        self._bar.update(self._task, facts=f"{self._facts}  {self._saved()}")
-
-    def _saved(self) -> str:
-        return "nothing saved yet" if self._last_saved is None else f"saved {self._last_saved}"
-
-    def _ended(self, event: RunEnded) -> None:
+    def _show_end(self, event: RunEnded) -> None:
         self._bar.update(self._task, visible=False)
+        early = event.reason == "early_stopping"
         if event.already_finished:
-            early = ", early: its metric no longer improved" if event.reason == "early_stopping" else ""
-            self._say(f"nothing to do: the run finished at step {event.step}{early}")
+            self._print(f"Nothing to do: the run finished{' early' if early else ''} at step {event.step}")
         elif not event.finished:
-            where = "nothing to save yet" if event.path is None else f"step {event.step} is saved"
-            by = "" if event.signal is None else f" by {Signals(event.signal).name}"
-            self._say(f"stopped{by}: {where}. The same command goes on from there")
+            durable = "nothing to save yet" if event.path is None else f"step {event.step} is saved"
+            by_signal = "" if event.signal is None else f" by {Signals(event.signal).name}"
+            self._print(f"Stopped{by_signal}: {durable}. Run the same command to resume")
         else:
-            took = time.perf_counter() - self._began
-            early = ", early: no improvement," if event.reason == "early_stopping" else ""
-            self._say(
-                f"finished{early} at step {event.step} in {_duration(took)}; saving kept this session "
-                f"waiting for {event.stall_seconds * 1000:.0f} ms ({event.stall_seconds / took:.2%})"
+            seconds = time.perf_counter() - self._began
+            end = f"early at step {event.step} (no improvement)" if early else f"step {event.step}"
+            self._print(
+                f"Finished {end} in {clock(seconds)}; checkpoint stall "
+                f"{event.stall_seconds * 1000:.0f} ms ({event.stall_seconds / seconds:.2%})"
             )
         if event.path is not None:
-            self._say(f"checkpoint {_shown(event.path)}")
-            self._say(f"state digest {event.state_digest}")
+            self._print(f"checkpoint {_relative(event.path)}")
+            self._print(f"state digest {event.state_digest}")
 
-    def _say(self, line: str) -> None:
+    def _update_bar(self) -> None:
+        self._bar.update(self._task, facts=f"{self._facts}  {self._describe_saved()}")
+
+    def _describe_saved(self) -> str:
+        return "nothing saved yet" if self._last_saved is None else f"saved {self._last_saved}"
+
+    def _print(self, line: str) -> None:
         self._console.print(printable(line), markup=False)
 
 
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-def _shown(path: Path) -> str:
+def _relative(path: Path) -> str:
     """A path below the working directory as a user would type it."""
     try:
         return str(path.relative_to(Path.cwd()))

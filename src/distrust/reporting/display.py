@@ -1,38 +1,111 @@
-"""What comes out of a file, made fit for a terminal.
+"""Text and numbers for terminals, pages and figures.
 
-Names and metadata are anybody's. A terminal obeys what stands between letters: it can be told to hide lines,
-to rename its window, to write backwards, or to type for the user.
+Names and metadata come from files that anybody may have written. A terminal obeys control characters: they
+can hide lines, rename its window, reverse text or type for the user. So everything that is printed goes
+through :func:`printable`, and every name in a page or a figure through :func:`one_line`.
 """
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Mapping
+from typing import Any
 
-_NOT_PLAIN = re.compile("[^ -~]")
+#: Characters of a source class's name in a figure, and in a table of a page.
+NAME_CHARACTERS, TABLE_NAME_CHARACTERS = 28, 120
+_NOT_ASCII = re.compile("[^ -~]")
+_EXACT_INTEGERS = 10**18  # larger ones are shortened to four digits
 
 
 def printable(text: str, *, lines: bool = False) -> str:
-    r"""Text with everything that is not to be seen as an escape of JSON, such as ``\u001b``.
+    r"""Escape every invisible character the way JSON does, such as ``\u001b``.
 
     Args:
-        text: from anywhere.
-        lines: whether it may have more than one.
+        text: from any source.
+        lines: whether to keep newlines.
     """
-    if text.isprintable():
+    if text.isprintable():  # almost all text is
         return text
-    kept = "\n" if lines else ""
-    return _NOT_PLAIN.sub(lambda found: found[0] if found[0] in kept else _seen(found[0]), text)
+    allowed = "\n" if lines else ""
+    return _NOT_ASCII.sub(lambda match: match[0] if match[0] in allowed else _escape(match[0]), text)
 
 
-def _seen(letter: str) -> str:
+def _escape(character: str) -> str:
     import json
     import unicodedata
 
-    if letter.isprintable() or unicodedata.category(letter) == "Zs":  # the other kinds of spaces
-        return letter
-    return json.dumps(letter)[1:-1]
+    if character.isprintable() or unicodedata.category(character) == "Zs":  # spaces of other scripts
+        return character
+    return json.dumps(character)[1:-1]
 
 
-def pluralize(number: float, thing: str) -> str:
-    """So many of a thing, to the nearest whole one: its name gets an s, but for one."""
-    return f"{number:,.0f} {thing}{'' if round(number) == 1 else 's'}"
+def one_line(text: str, characters: int = 10**6) -> str:
+    """Text on one line, invisible characters replaced by U+FFFD, cut to a number of characters."""
+    # One more than the limit tells whether anything was cut; hostile text may have a million.
+    clean = "".join(char if char.isprintable() else "\ufffd" for char in text[: characters + 1])
+    return clean if len(clean) <= characters else clean[: characters - 1] + "…"
+
+
+def class_name(name: str, characters: int = NAME_CHARACTERS) -> str:
+    """The displayed name of a source class; the class of examples without one has a name of its own."""
+    from distrust.data import NO_CLASS  # late: numpy is slow to load, and `distrust ls` needs none
+
+    return one_line(name, characters) or NO_CLASS
+
+
+def pluralize(number: float, noun: str) -> str:
+    """A count, rounded to an integer, and its noun, with an s unless the count is 1."""
+    return f"{number:,.0f} {noun}{'' if round(number) == 1 else 's'}"
+
+
+def size(nbytes: int) -> str:
+    """A number of bytes with three digits and a unit."""
+    value = float(nbytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"
+        value /= 1024
+    return f"{value:.3g} TiB"
+
+
+def number(value: float) -> str:
+    """A metric with four significant digits; integers in full, unless they are astronomical."""
+    if not isinstance(value, int):
+        return f"{value:#.4g}".rstrip(".")
+    if abs(value) < _EXACT_INTEGERS:
+        return f"{value:,}"
+    from decimal import Decimal  # metadata may hold integers that overflow a float
+
+    return f"{Decimal(value):.4g}"
+
+
+def clock(seconds: float) -> str:
+    """A time as ``h:mm:ss`` or ``m:ss``."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def duration(seconds: float) -> str:
+    """A time with its unit: milliseconds, seconds, or a clock of minutes or hours."""
+    if not math.isfinite(seconds):
+        return "unknown"
+    if seconds < 1:
+        return f"{1000 * seconds:.3g} ms"
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    return f"{clock(seconds)} {'h' if round(seconds) >= 3600 else 'min'}"
+
+
+def words(value: Any) -> str:
+    """The value of an option as words."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(words, value)) or "none"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name}: {words(item)}" for name, item in value.items())
+    return f"{value:g}" if isinstance(value, float) else str(value)

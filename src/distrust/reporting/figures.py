@@ -1,69 +1,35 @@
-"""Pictures of runs, drawn without a display: figures of several panels, and what is written of them."""
+"""Figures of runs, drawn without a display, and the files they are written to."""
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from distrust.atomic import atomic_file
 from distrust.errors import ConfigError, DistrustWarning, RunNotFound, WriteFailed
-from distrust.reporting.names import NAME_CHARACTERS, one_line
-from distrust.reporting.panels import PANELS, Panel, require_known
+from distrust.reporting.display import NAME_CHARACTERS, one_line
+from distrust.reporting.panels import PANELS, Panel, require_panels
 from distrust.reporting.run_reader import RunData
-from distrust.reporting.style import (
-    GRID,
-    INK,
-    QUIET,
-    SERIES,
-    PlottedRun,
-    XAxis,
-    compact,
-    positions,
-)
+from distrust.reporting.series import XAxis, positions
+from distrust.reporting.style import SERIES, PlottedRun, compact, set_titles, style_context
 
 SUFFIXES = (".png", ".svg")
-#: Inches.
+#: Of a panel, in inches.
 _WIDTH, _HEIGHT = 5.0, 3.3
-_STYLE = {
-    "axes.axisbelow": True,
-    "axes.edgecolor": QUIET,
-    "axes.grid": True,
-    "axes.labelcolor": QUIET,
-    "axes.labelsize": 9,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "font.size": 9.5,
-    "grid.color": GRID,
-    "grid.linewidth": 0.7,
-    "legend.labelcolor": INK,
-    "lines.solid_capstyle": "round",
-    "savefig.facecolor": "white",
-    "svg.fonttype": "none",
-    "svg.hashsalt": "distrust",
-    "text.color": INK,
-    "text.parse_math": False,
-    "xtick.color": QUIET,
-    "ytick.color": QUIET,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-}
 
 
 @dataclass(frozen=True, slots=True)
 class PlottedRuns:
-    """What is drawn.
+    """The runs of a figure.
 
     Attributes:
-        runs: each with a name and a colour that tell it from the others.
-        x_label: what they are drawn over.
+        runs: each with a name and a colour of its own.
+        x_label: of the axis of the steps.
     """
 
     runs: Sequence[PlottedRun]
@@ -71,27 +37,27 @@ class PlottedRuns:
 
 
 def prepare_runs(runs: Sequence[RunData], *, axis: XAxis = "step", smooth: int | None = None) -> PlottedRuns:
-    """Runs, made ready to be drawn.
+    """Give runs their names, colours and positions.
 
     Args:
         runs: one or more.
-        axis: what their steps are drawn over.
-        smooth: steps to smooth over; None for a twenty-fifth of each run.
+        axis: the x axis of their steps.
+        smooth: steps to smooth over; None for 4% of each run.
 
     Raises:
-        ConfigError: if a run does not have what the axis needs.
+        ConfigError: a run lacks the values that the axis needs.
     """
-    xs = [positions(run, axis) for run in runs]
-    unit, label = _unit(axis, max((float(x[-1]) for x in xs if len(x)), default=0.0))
-    names, colours = names_of([run.path for run in runs]), _colours(len(runs))
+    columns = [positions(run, axis) for run in runs]
+    unit, label = _unit(axis, max((float(x[-1]) for x in columns if len(x)), default=0.0))
+    names, colours = distinct_names([run.path for run in runs]), _colours(len(runs))
+    rows = zip(runs, names, colours, columns, strict=True)
     return PlottedRuns(
-        [PlottedRun(*of, smooth) for of in zip(runs, names, colours, (x / unit for x in xs), strict=True)],
-        label,
+        [PlottedRun(run, name, colour, x / unit, smooth) for run, name, colour, x in rows], label
     )
 
 
 def _unit(axis: XAxis, longest: float) -> tuple[float, str]:
-    """What a unit of an axis is worth, and what it is called."""
+    """The value of one unit of an axis, and its label."""
     if axis != "time":
         return 1.0, axis
     for seconds, name in ((86400.0, "days"), (3600.0, "hours"), (60.0, "minutes")):
@@ -100,21 +66,21 @@ def _unit(axis: XAxis, longest: float) -> tuple[float, str]:
     return 1.0, "seconds"
 
 
-def names_of(paths: Sequence[Path]) -> list[str]:
-    """What tells folders apart: of their paths, the parts that are not the same in all."""
+def distinct_names(paths: Sequence[Path]) -> list[str]:
+    """Short names of folders: their paths without the parts that all have in common at either end."""
     parts = [Path(os.path.abspath(path)).parts for path in paths]
     shortest = min(map(len, parts))
-    first = _equal(parts, shortest - 1)
-    last = _equal([part[::-1] for part in parts], shortest - 1 - first)
+    first = _common(parts, shortest - 1)
+    last = _common([part[::-1] for part in parts], shortest - 1 - first)
     return [one_line(os.path.join(*part[first : len(part) - last])) for part in parts]
 
 
-def _equal(rows: Sequence[Sequence[str]], most: int) -> int:
-    """How many of the first entries, at most so many, are the same in all rows."""
-    for count in range(most):
+def _common(rows: Sequence[Sequence[str]], limit: int) -> int:
+    """The number of leading entries that all rows have in common, at most the limit."""
+    for count in range(limit):
         if len({row[count] for row in rows}) > 1:
             return count
-    return most
+    return limit
 
 
 def _colours(count: int) -> Sequence[Any]:
@@ -128,37 +94,36 @@ def _colours(count: int) -> Sequence[Any]:
 def draw(
     scene: PlottedRuns, panels: Sequence[str] = (), *, title: str | None = None, panel_titles: bool = True
 ) -> Any:
-    """A figure of runs.
+    """Draw a figure of runs.
 
     Args:
-        scene: what is drawn.
-        panels: names of what to show; empty for all. What no run has anything for is left out, with a warning
-            if it was named.
-        title: above it; default: of one run, its name.
-        panel_titles: whether panels have theirs; a page has them as text.
+        scene: the runs.
+        panels: names; empty for all. Panels without data are left out, with a warning if they were named.
+        title: of the figure; default: the name of the run, if it is the only one.
+        panel_titles: whether to draw the panels' titles; a page has them as text.
 
     Returns:
         The figure of matplotlib.
 
     Raises:
-        ConfigError: for a name that is no panel.
-        RunNotFound: if there is nothing to draw.
+        ConfigError: a name is unknown.
+        RunNotFound: there is nothing to draw.
     """
-    require_known(panels)
-    there = {name: PANELS[name] for name in panels or PANELS if has_data(name, scene)}
+    require_panels(panels)
+    drawable = {name: PANELS[name] for name in panels or PANELS if has_data(name, scene)}
     for name in panels:
-        if name not in there:
+        if name not in drawable:
             warnings.warn(f"--panels {name}: the runs have no data for it", DistrustWarning, stacklevel=2)
-    if not there:
+    if not drawable:
         path = scene.runs[0].run.path
         raise RunNotFound(f"{path}: nothing to draw: no step is known", path=path)
     if title is None:
         title = scene.runs[0].name if panel_titles and len(scene.runs) == 1 else ""
-    return _figure(list(there.values()), scene, title=title, panel_titles=panel_titles)
+    return _figure(list(drawable.values()), scene, title=title, panel_titles=panel_titles)
 
 
 def has_data(name: str, scene: PlottedRuns) -> bool:
-    """Whether a panel has something to show."""
+    """Whether any run has data for a panel."""
     return any(PANELS[name].has(shown.run) for shown in scene.runs)
 
 
@@ -169,14 +134,13 @@ def _figure(panels: Sequence[Panel], scene: PlottedRuns, *, title: str, panel_ti
     columns = 1 if len(panels) == 1 else 2 if len(panels) in (2, 4) else 3
     rows = -(-len(panels) // columns)
     with style_context():
-        # Room for each, and for what is beside it: nothing is drawn over anything.
+        # Constrained layout keeps legends and labels off the lines of other panels.
         layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1, rect=(0.006, 0.008, 0.988, 0.98))
         figure = Figure(figsize=(_WIDTH * columns, _HEIGHT * rows), layout=layout)
         cells = list(figure.subplots(rows, columns, squeeze=False).flat)
         for panel, axes in zip(panels, cells, strict=False):
-            _draw_into(axes, panel, scene)
-            if panel_titles:
-                axes.set_title(panel.title, loc="left")
+            remark = _draw_panel(axes, panel, scene)
+            set_titles(axes, panel.title if panel_titles else "", remark)
         for axes in cells[len(panels) :]:
             axes.remove()
         if title:
@@ -186,19 +150,18 @@ def _figure(panels: Sequence[Panel], scene: PlottedRuns, *, title: str, panel_ti
     return figure
 
 
-def _draw_into(axes: Any, panel: Panel, scene: PlottedRuns) -> None:
+def _draw_panel(axes: Any, panel: Panel, scene: PlottedRuns) -> str:
     from matplotlib.ticker import FuncFormatter
 
     if panel.over_steps:
         axes.set_xlabel(scene.x_label)
         axes.xaxis.set_major_formatter(FuncFormatter(compact))
         axes.yaxis.set_major_formatter(FuncFormatter(compact))
-    remark = panel.draw(axes, [shown for shown in scene.runs if panel.has(shown.run)])
-    axes.set_title(remark, loc="right", fontsize=8.5, fontweight="normal", color=QUIET)
+    return panel.draw(axes, [shown for shown in scene.runs if panel.has(shown.run)])
 
 
 def _add_legend(figure: Any, runs: Sequence[PlottedRun], columns: int) -> None:
-    """Which colour is which run: below the panels, where it covers no line."""
+    """Add the names of the runs below the panels, where they cover no line."""
     from matplotlib.lines import Line2D
 
     figure.legend(
@@ -211,24 +174,8 @@ def _add_legend(figure: Any, runs: Sequence[PlottedRun], columns: int) -> None:
     )
 
 
-@contextlib.contextmanager
-def style_context() -> Iterator[None]:
-    """How all of it looks. Names may have letters that no font here has: a box is drawn, and nothing said."""
-    import matplotlib as mpl
-
-    with mpl.rc_context(_STYLE), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
-        yield
-
-
 def render(figure: Any, suffix: str, *, transparent: bool = False) -> bytes:
-    """A figure as the bytes of a file: the same figure gives the same ones.
-
-    Args:
-        figure: of matplotlib.
-        suffix: ``.png`` or ``.svg``.
-        transparent: without a background.
-    """
+    """Render a figure of matplotlib as ``.png`` or ``.svg``. Equal figures give equal bytes."""
     target = io.BytesIO()
     metadata = {"Date": None} if suffix == ".svg" else {}
     with style_context():
@@ -237,10 +184,10 @@ def render(figure: Any, suffix: str, *, transparent: bool = False) -> bytes:
 
 
 def require_suffix(path: Path, suffixes: Sequence[str] = SUFFIXES) -> str:
-    """The suffix of a file to be written, in lower case.
+    """The suffix of an output file, in lower case.
 
     Raises:
-        ConfigError: for one that stands for no format.
+        ConfigError: it is not one of the suffixes.
     """
     if path.suffix.lower() not in suffixes:
         raise ConfigError(f"--out {path}: give a name that ends with {' or '.join(suffixes)}")
@@ -248,22 +195,22 @@ def require_suffix(path: Path, suffixes: Sequence[str] = SUFFIXES) -> str:
 
 
 def default_target(run: Path, name: str) -> Path:
-    """Where a picture of a run, or a page on it, is put by itself: into its folder.
+    """The default output file: in the folder of the run.
 
     Raises:
-        ConfigError: if a link stands there: who handed the folder over must not choose what is replaced.
+        ConfigError: it is a symbolic link. Whoever made the folder must not choose which file is replaced.
     """
     target = run / name
     if target.is_symlink():
-        raise ConfigError(f"{target}: is a link, and is not written through unasked; give --out")
+        raise ConfigError(f"{target}: is a link, which is only written through on request; give --out")
     return target
 
 
 def write(path: Path, content: bytes) -> None:
-    """Put a file under its name, wholly or not at all, in place of one that stands there.
+    """Write or replace a file atomically; make its folder.
 
     Raises:
-        WriteFailed: if that cannot be done; what stood there is untouched.
+        WriteFailed: an existing file is unchanged.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

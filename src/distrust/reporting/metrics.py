@@ -1,13 +1,12 @@
-"""The run in ``metrics.jsonl``: a line for each step and each evaluation, none twice and none missing.
+"""Writes ``metrics.jsonl``: one line for each optimizer step and evaluation, none twice and none missing.
 
-That holds after a crash at any instant, because a checkpoint is never durable before the lines of its steps
-are, and because a run that goes on from a checkpoint begins by mending the file: what comes after the
-checkpoint's step is cut off, for those steps are made again; so is what is torn, twice, or not of this run;
-and a step whose line is missing gets it back from the checkpoint's own history. The losses are the run's
-numbers to the last bit; ``seconds``, ``stall_seconds`` and ``memory_bytes`` are of the machine, and a line
-that was brought back has none.
+This holds after a crash at any moment, for two reasons. A checkpoint only becomes durable after the lines of
+its steps. And a resumed run first repairs the file: it removes lines after the checkpoint's step (those steps
+are repeated), torn lines, duplicates and lines of other runs; it restores missing step lines from the
+checkpoint's history. Losses match the run to the last bit. ``seconds``, ``stall_seconds`` and
+``memory_bytes`` describe the machine; restored lines lack them.
 
-What cannot be written never stops a run: it is warned of, kept, and tried again with each checkpoint.
+A failed write never stops a run: it warns, keeps the lines, and tries again at each checkpoint.
 """
 
 from __future__ import annotations
@@ -29,60 +28,60 @@ from distrust.training.events import CheckpointStarted, Evaluated, Event, RunEnd
 METRICS = "metrics.jsonl"
 PROVENANCE = "provenance.json"
 
-#: What a line of a step holds.
+#: The fields of a step's line.
 STEP_FIELDS = ("step", *STEP_METRICS, "tokens", "seconds", "stall_seconds", "memory_bytes")
 
 
 class MetricsWriter:
-    """Writes a run's ``metrics.jsonl``, and when it starts its ``provenance.json``: what its examples weigh.
+    """Writes a run's ``metrics.jsonl``, and at its start ``provenance.json``: the weights of its examples.
 
     Args:
-        config: of the run; says how it weighs.
+        config: of the run; ``provenance.json`` holds its weighting options.
     """
 
     def __init__(self, config: TrainConfig) -> None:
         self._config = config
-        self._started: RunStarted | None = None
+        self._run: RunStarted | None = None
         self._file: int | None = None
         self._unwritten = b""
         self._warned = False
 
     def __call__(self, event: Event) -> None:
-        """Write what an event says."""
+        """Write what an event reports."""
         match event:
             case RunStarted():
                 self._close()
-                self._started, self._unwritten, self._warned = event, b"", False
+                self._run, self._unwritten, self._warned = event, b"", False
                 self._open()
             case StepEnded():
                 self._write({name: getattr(event, name) for name in STEP_FIELDS})
             case Evaluated():
                 self._write({"step": event.step, **event.metrics})
             case CheckpointStarted():
-                self._make_durable()
+                self._make_durable()  # before the checkpoint is, so that it never has steps without lines
             case RunEnded():
                 self._make_durable()
                 self._close()
 
     def _open(self) -> None:
-        """Mend what is there, to go on with it; where that fails, it is tried again with each checkpoint."""
-        if self._started is None:
+        """Repair the file and open it. If that fails, each checkpoint tries again."""
+        if self._run is None:
             return
-        with self._tolerant():
-            self._started.out.mkdir(parents=True, exist_ok=True)
-            self._repair(self._started)
-            with atomic_file(self._started.out / PROVENANCE, force=True) as file:
-                weights = self._started.distribution.as_json()
+        with self._warn_on_failure():
+            self._run.out.mkdir(parents=True, exist_ok=True)
+            self._repair(self._run)
+            with atomic_file(self._run.out / PROVENANCE, force=True) as file:
+                weights = self._run.distribution.as_json()
                 file.write(_json({**weights, **_weighting(self._config)}, indent=1))
-            self._file = os.open(self._started.out / METRICS, os.O_WRONLY | os.O_APPEND)
+            self._file = os.open(self._run.out / METRICS, os.O_WRONLY | os.O_APPEND)
 
-    def _repair(self, started: RunStarted) -> None:
-        path = started.out / METRICS
-        before = path
-        if started.resumed_from is not None and not path.exists():  # a branch begins with its origin's lines
-            before = started.resumed_from.parent.parent / METRICS
+    def _repair(self, run: RunStarted) -> None:
+        path = run.out / METRICS
+        source = path
+        if run.resumed_from is not None and not path.exists():  # a branch starts with its origin's lines
+            source = run.resumed_from.parent.parent / METRICS
         with atomic_file(path, force=True) as file:
-            for line in repair_lines(_lines(before), step=started.step, history=started.history):
+            for line in repair_lines(_read_lines(source), step=run.step, history=run.history):
                 file.write(line)
 
     def _write(self, values: Mapping[str, Any]) -> None:
@@ -92,8 +91,8 @@ class MetricsWriter:
     def _flush(self) -> None:
         if self._file is None:
             return
-        with self._tolerant():
-            while self._unwritten:  # with what could not be written before
+        with self._warn_on_failure():
+            while self._unwritten:  # includes lines of earlier failed writes
                 self._unwritten = self._unwritten[os.write(self._file, self._unwritten) :]
 
     def _make_durable(self) -> None:
@@ -101,28 +100,28 @@ class MetricsWriter:
             self._open()
         self._flush()
         if self._file is not None:
-            with self._tolerant():
+            with self._warn_on_failure():
                 os.fsync(self._file)
 
     def _close(self) -> None:
         if self._file is not None:
             os.close(self._file)
-        self._file = self._started = None
+        self._file = self._run = None
 
     @contextlib.contextmanager
-    def _tolerant(self) -> Iterator[None]:
-        """A log is not worth a run: a failure is warned of, once."""
+    def _warn_on_failure(self) -> Iterator[None]:
+        """Turn a failure into one warning per run: a log is not worth stopping a run for."""
         try:
             yield
         except (OSError, WriteFailed, ConfigError) as error:
-            if not self._warned and self._started is not None:
+            if not self._warned and self._run is not None:
                 self._warned = True
-                path = self._started.out / METRICS
-                what = f"{path}: {error.strerror or error}" if isinstance(error, OSError) else error
+                path = self._run.out / METRICS
+                reason = f"{path}: {error.strerror or error}" if isinstance(error, OSError) else error
                 warnings.warn(
-                    f"the log cannot be written: {what}. Training goes on, and it is tried again with each "
-                    "checkpoint. Of what is missing in the end, the losses of the steps come back when the "
-                    "run goes on, evaluations do not",
+                    f"the log cannot be written: {reason}. Training continues; each checkpoint tries again. "
+                    "If lines are still missing at the end, resuming the run restores the losses of steps, "
+                    "not evaluations",
                     DistrustWarning,
                     stacklevel=4,
                 )
@@ -131,51 +130,56 @@ class MetricsWriter:
 def repair_lines(
     lines: Iterable[bytes], *, step: int, history: Mapping[str, Sequence[float]]
 ) -> Iterator[bytes]:
-    """The lines of the steps up to one: each step once, each evaluation once, in order.
+    """The lines of all steps up to a checkpoint: each step once, each evaluation once, in order.
 
     Args:
-        lines: of the file as a crash has left it, each with its end.
-        step: of the checkpoint that the run goes on from; of step 0 nothing is kept.
-        history: by name, the value of each step up to this one.
+        lines: of the file as a crash left it, with their newlines.
+        step: of the checkpoint that the run resumes from; 0 keeps nothing.
+        history: by metric, the value of each step up to this one.
     """
-    made, evaluated = 0, -1
-    held: tuple[int, bytes] | None = None  # an evaluation of a step whose line is not there
+    last_step, last_evaluation = 0, -1
+    pending: tuple[int, bytes] | None = None  # an evaluation whose step line is missing so far
 
-    def brought_back(last: int) -> Iterator[bytes]:
-        for missing in range(made + 1, last + 1):
+    def restore(until: int) -> Iterator[bytes]:
+        for missing in range(last_step + 1, until + 1):
             yield _json({"step": missing, **{name: history[name][missing - 1] for name in STEP_METRICS}})
 
     for raw in lines:
         line = _parse_line(raw)
         if line is None or not 0 <= line["step"] <= step or step == 0:
-            continue
-        at = line["step"]
+            continue  # torn, of a step that is repeated, or not ours
+        number = line["step"]
         if "eval_loss" in line:
-            if at == made and at > evaluated:
-                evaluated = at
+            if number == last_step and number > last_evaluation:
+                last_evaluation = number
                 yield raw
-            elif at > made:
-                held = at, raw
-        elif at > made and all(line.get(name) == _plain(history[name][at - 1]) for name in STEP_METRICS):
-            # Damage can change a number: an evaluation is believed if the lines around it agree.
-            if held is not None and held[0] == at - 1:
-                yield from (*brought_back(at - 1), held[1])
-                made = evaluated = at - 1
-            yield from brought_back(at - 1)
-            made, held = at, None
+            elif number > last_step:
+                pending = number, raw
+        # A step line must match the checkpoint's history: it may be damaged or of another run.
+        elif number > last_step and _matches(line, history, number):
+            # Damage can change a step number: trust an evaluation only if the lines around it agree.
+            if pending is not None and pending[0] == number - 1:
+                yield from (*restore(number - 1), pending[1])
+                last_step = last_evaluation = number - 1
+            yield from restore(number - 1)
+            last_step, pending = number, None
             yield raw
-    yield from brought_back(step)
-    if held is not None and held[0] == step > made:
-        yield held[1]
+    yield from restore(step)
+    if pending is not None and pending[0] == step > last_step:
+        yield pending[1]
 
 
-def _lines(path: Path) -> Iterator[bytes]:
+def _matches(line: Mapping[str, Any], history: Mapping[str, Sequence[float]], step: int) -> bool:
+    return all(line.get(name) == _to_json(history[name][step - 1]) for name in STEP_METRICS)
+
+
+def _read_lines(path: Path) -> Iterator[bytes]:
     with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
         yield from file
 
 
 def _parse_line(raw: bytes) -> dict[str, Any] | None:
-    """A line, if it is whole and one of ours."""
+    """A complete line with a step; None for any other."""
     if not raw.endswith(b"\n"):
         return None
     try:
@@ -195,10 +199,10 @@ def _weighting(config: TrainConfig) -> dict[str, Any]:
 
 
 def _json(values: Mapping[str, Any], *, indent: int | None = None) -> bytes:
-    plain = {name: _plain(value) for name, value in values.items()}
+    plain = {name: _to_json(value) for name, value in values.items()}
     return json.dumps(plain, allow_nan=False, ensure_ascii=False, indent=indent).encode() + b"\n"
 
 
-def _plain(value: Any) -> Any:
-    """What is no number to JSON becomes a string: nan, inf, -inf."""
+def _to_json(value: Any) -> Any:
+    """The value, or for a float that JSON lacks a string: nan, inf, -inf."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,8 +1,8 @@
-"""A run folder -> what it says, as one typed value. Reads only, and needs no lock: a run may be training.
+"""Reads a run folder into one typed value. It only reads and takes no lock: the run may be training.
 
-Three things make a run: its checkpoints, ``metrics.jsonl`` and ``provenance.json``. Each may be missing: for
-want of ``metrics.jsonl``, what is known of the steps is the history in the newest whole checkpoint. It is all
-text that anybody may have written: what no run writes is an error that names file and line, or the field.
+A run consists of its checkpoints, ``metrics.jsonl`` and ``provenance.json``. Each may be missing: without
+``metrics.jsonl``, the steps come from the history in the newest intact checkpoint. Anybody may have written
+these files: content that no run writes raises an error that names the file and the line or field.
 """
 
 from __future__ import annotations
@@ -36,25 +36,26 @@ from distrust.errors import (
 from distrust.reporting import json_fields
 from distrust.reporting.metrics import METRICS, PROVENANCE, STEP_FIELDS
 
-#: What a line of a step may hold beside its number, all float64 here.
+#: The columns of the steps, all float64 here.
 COLUMNS = STEP_FIELDS[1:]
-_OF_A_STEP = {"step", *COLUMNS}
-#: What a metric of an evaluation begins with. Behind a slash may stand the source class that it is of.
-EVALUATED = "eval_"
-#: Nobody writes longer ones, and a file without a newline must not fill the memory.
+_STEP_KEYS = {"step", *COLUMNS}
+#: Prefix of an evaluation's metrics. A slash and a source class may follow the metric.
+EVALUATION = "eval_"
+#: No run writes longer lines, and a file without a newline must not fill the memory.
 _MAX_BYTES = 1 << 24
+_WEIGHTING_OPTIONS = ("weighting", "alpha", "lambda", "max_ratio")
 
 Values = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
 class Steps:
-    """The optimizer steps of a run, by rising number.
+    """The optimizer steps of a run, in ascending order.
 
     Attributes:
         step: their numbers, int64[n].
-        columns: by name (``COLUMNS``), float64[n]: NaN where a step has no such value. A column that no step
-            has a value for is not there.
+        columns: by name (``COLUMNS``), float64[n], NaN where a step lacks the value. Columns without any
+            value are absent.
     """
 
     step: NDArray[np.int64]
@@ -69,7 +70,7 @@ class Evaluation:
     """One evaluation.
 
     Attributes:
-        step: optimizer steps made by then.
+        step: optimizer steps made.
         metrics: by name, such as ``eval_loss`` or ``eval_loss/patent``.
     """
 
@@ -79,7 +80,7 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """What the examples of a run weigh.
+    """The weights of a run's examples.
 
     Attributes:
         options: of the weighting: ``weighting``, ``alpha``, ``lambda``, ``max_ratio``.
@@ -92,15 +93,15 @@ class Provenance:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunData:
-    """What a run folder says.
+    """The content of a run folder.
 
     Attributes:
-        path: of the folder, as it was given.
-        steps: what is known of its steps.
-        evaluations: by rising step.
-        provenance: what its examples weigh; None for runs that did not write it.
-        checkpoints: those that are there, and those that are damaged.
-        from_history: whether the steps come from a checkpoint, for want of a ``metrics.jsonl``.
+        path: of the folder, as the caller gave it.
+        steps: the known steps.
+        evaluations: in ascending order of steps.
+        provenance: None for runs that did not write it.
+        checkpoints: intact and damaged ones.
+        from_history: whether the steps come from a checkpoint, because ``metrics.jsonl`` is missing.
     """
 
     path: Path
@@ -112,48 +113,49 @@ class RunData:
 
     @property
     def newest(self) -> CheckpointFile | None:
-        """The newest checkpoint whose header is whole."""
+        """The newest checkpoint with an intact header."""
         return self.checkpoints.files[-1] if self.checkpoints.files else None
 
     def evaluations_of(self, metric: str) -> tuple[NDArray[np.int64], Values]:
         """The steps at which a metric was measured, int64[n], and its values, float64[n]."""
-        found = [(e.step, e.metrics[metric]) for e in self.evaluations if metric in e.metrics]
-        return np.array([step for step, _ in found], np.int64), np.array([value for _, value in found])
+        measured = [e for e in self.evaluations if metric in e.metrics]
+        values = np.array([e.metrics[metric] for e in measured], np.float64)
+        return np.array([e.step for e in measured], np.int64), values
 
     def classes_of(self, metric: str) -> list[str]:
-        """The source classes that a metric was measured of, as they first came."""
+        """The source classes for which a metric was measured, in order of first appearance."""
         prefix = f"{metric}/"
         names = {name: None for e in self.evaluations for name in e.metrics if name.startswith(prefix)}
         return [name.removeprefix(prefix) for name in names]
 
 
 def read_run(folder: Path) -> RunData:
-    """What a run folder says.
+    """Read a run folder.
 
-    Warns of a checkpoint whose history was to be read and is damaged.
+    Warns about each damaged checkpoint whose history it tried to read.
 
     Raises:
-        RunNotFound: if there is no run.
-        DataError: naming the file and the line or field that no run writes.
-        CheckpointError: if checkpoints are there that cannot be read at all.
+        RunNotFound: there is no run.
+        DataError: a file has content that no run writes; names the file and the line or field.
+        CheckpointError: the checkpoints cannot be read at all.
     """
     if not folder.is_dir():
-        what = "is a file; give the folder of the run" if folder.exists() else NOT_FOUND_ERRORS
-        raise RunNotFound(f"{folder}: {what}", path=folder)
+        problem = "is a file; give the folder of the run" if folder.exists() else NOT_FOUND_ERRORS
+        raise RunNotFound(f"{folder}: {problem}", path=folder)
     if folder.name == catalog.RUN_SUBDIRECTORY and (folder.parent / METRICS).is_file():
         raise RunNotFound(f"{folder}: holds the checkpoints of a run; give {folder.parent}", path=folder)
     checkpoints = catalog.scan(catalog.checkpoint_directory(folder))
     lines = _read_metrics(folder / METRICS)
     provenance = _read_provenance(folder / PROVENANCE)
     if lines is None and provenance is None and not (checkpoints.files or checkpoints.damaged):
-        begun = (folder / catalog.RUN_SUBDIRECTORY).is_dir()
-        what = (
-            "the run has made no step and saved nothing yet; try again when it has"
-            if begun
+        started = (folder / catalog.RUN_SUBDIRECTORY).is_dir()
+        problem = (
+            "the run has made no step and saved nothing yet; try again later"
+            if started
             else f"no run here: neither checkpoints nor {METRICS}; give the --out of a training"
         )
-        raise RunNotFound(f"{folder}: {what}", path=folder)
-    steps, evaluations = lines or (_history(checkpoints), _evaluations_of(checkpoints))
+        raise RunNotFound(f"{folder}: {problem}", path=folder)
+    steps, evaluations = lines or (_history(checkpoints), _saved_evaluations(checkpoints))
     return RunData(
         path=folder,
         steps=steps,
@@ -165,27 +167,33 @@ def read_run(folder: Path) -> RunData:
 
 
 def _read_metrics(path: Path) -> tuple[Steps, list[Evaluation]] | None:
-    try:
-        with _open(path) as file:
-            return _parsed(path, iter(partial(file.readline, _MAX_BYTES), b""))
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    with _open(path) as file:
+        return None if file is None else _parse_metrics(path, iter(partial(file.readline, _MAX_BYTES), b""))
 
 
 @contextlib.contextmanager
-def _open(path: Path) -> Iterator[BinaryIO]:
-    """A file to read; nobody may ever write to a pipe that stands in its place."""
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+def _open(path: Path) -> Iterator[BinaryIO | None]:
+    """Open a regular file; None if it is missing."""
+    try:
+        # O_NONBLOCK: opening a named pipe would wait for a writer.
+        file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+    except FileNotFoundError:
+        yield None
+        return
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    with file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise DataError(f"{path}: is no file; move it away")
-        yield file
+            raise DataError(f"{path}: is not a file; move it away")
+        try:
+            yield file
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def _parsed(path: Path, lines: Iterator[bytes]) -> tuple[Steps, list[Evaluation]]:
+def _parse_metrics(path: Path, lines: Iterator[bytes]) -> tuple[Steps, list[Evaluation]]:
     numbers: array[int] = array("q")
-    values: array[float] = array("d")  # row by row; there may be millions
+    values: array[float] = array("d")  # row by row: there may be millions
     evaluations: list[Evaluation] = []
     count = 0
     try:
@@ -193,52 +201,49 @@ def _parsed(path: Path, lines: Iterator[bytes]) -> tuple[Steps, list[Evaluation]
             if not line.endswith(b"\n"):
                 if len(line) == _MAX_BYTES:
                     raise ValueError(f"more than {_MAX_BYTES:,} bytes")
-                break  # torn: its writer is in the middle of it, or was killed there
+                break  # torn: the run is writing it, or was killed while it did
             if line.isspace():
-                continue  # of an editor
+                continue  # an editor may add empty lines
             record = json_fields.parse_object(line)
             step = json_fields.integer(record, "step")
-            if not record.keys() <= _OF_A_STEP and (evaluated := _evaluation_metrics(record)):
+            if not record.keys() <= _STEP_KEYS and (metrics := _evaluation_metrics(record)):
                 _require_order(step, evaluations[-1].step if evaluations else -1)
-                evaluations.append(Evaluation(step, evaluated))
+                evaluations.append(Evaluation(step, metrics))
             else:
                 _require_order(step, numbers[-1] if numbers else -1)
                 numbers.append(step)
                 values.extend(_row(record))
-    except json_fields.WRONG as error:
+    except json_fields.FIELD_ERRORS as error:
         raise json_fields.field_error(f"{path}:{count}", error) from None
     rows = np.array(values).reshape(-1, len(COLUMNS))
-    return _steps(np.array(numbers, np.int64), rows.T), evaluations
+    columns = zip(COLUMNS, rows.T, strict=True)
+    known = {name: column for name, column in columns if not np.isnan(column).all()}
+    return Steps(np.array(numbers, np.int64), known), evaluations
 
 
 def _row(record: Mapping[str, Any]) -> array[float]:
-    """The columns of a line of a step: what it must do a million times, it does at once."""
-    found = [record.get(name, math.nan) for name in COLUMNS]
-    if set(map(type, found)) <= {float, int}:
-        with contextlib.suppress(OverflowError):  # told below, with its name
-            return array("d", found)
+    """The columns of a step's line. Called a million times, so it first converts all of them at once."""
+    row = [record.get(name, math.nan) for name in COLUMNS]
+    if set(map(type, row)) <= {float, int}:
+        with contextlib.suppress(OverflowError):  # the slow path reports it with its name
+            return array("d", row)
     return array("d", [json_fields.number(record, name) if name in record else math.nan for name in COLUMNS])
 
 
 def _evaluation_metrics(record: Mapping[str, Any]) -> dict[str, float]:
-    return {name: json_fields.number(record, name) for name in record if name.startswith(EVALUATED)}
+    return {name: json_fields.number(record, name) for name in record if name.startswith(EVALUATION)}
 
 
-def _require_order(step: int, before: int) -> None:
-    if step <= before:
-        json_fields.refuse("step", f"{step} comes after {before}")
-
-
-def _steps(numbers: NDArray[np.int64], columns: NDArray[np.float64]) -> Steps:
-    there = zip(COLUMNS, columns, strict=True)
-    return Steps(numbers, {name: values for name, values in there if not np.isnan(values).all()})
+def _require_order(step: int, previous: int) -> None:
+    if step <= previous:
+        json_fields.reject("step", f"{step} comes after {previous}")
 
 
 def _history(checkpoints: Scan) -> Steps:
-    """What the newest checkpoint that is whole remembers of each step."""
+    """The steps in the history of the newest intact checkpoint."""
     for file in reversed(checkpoints.files):
         try:
-            # Views, each verified when it is taken out: of a large checkpoint only the history is read.
+            # Lazy verification: of a large checkpoint only the history is read, and that is verified.
             manager = CheckpointManager(file.path.parent)
             history = manager.load(file.path, mmap=True, verify="lazy").history
             columns = {name: np.array(history[name], np.float64) for name in COLUMNS if name in history}
@@ -246,67 +251,64 @@ def _history(checkpoints: Scan) -> Steps:
             warnings.warn(f"its history is not shown: {error}", DistrustWarning, stacklevel=2)
             continue
         except (TypeError, ValueError):
-            columns = {}  # another program's checkpoint
-        lengths = {values.shape for values in columns.values()}
-        if lengths == {(file.step,)}:
+            columns = {}  # a checkpoint of another program
+        shapes = {values.shape for values in columns.values()}
+        if shapes == {(file.step,)}:  # one value for each step
             return Steps(np.arange(1, file.step + 1), columns)
         break
     return Steps(np.empty(0, np.int64), {})
 
 
-def _evaluations_of(checkpoints: Scan) -> list[Evaluation]:
-    """The evaluations whose checkpoints are still there."""
+def _saved_evaluations(checkpoints: Scan) -> list[Evaluation]:
+    """The evaluations that the remaining checkpoints record."""
     metrics = {
-        step: {name: _real(value) for name, value in file.metrics.items() if name.startswith(EVALUATED)}
+        step: {name: _float(value) for name, value in file.metrics.items() if name.startswith(EVALUATION)}
         for step, file in checkpoints.by_step().items()
     }
-    return [Evaluation(step, found) for step, found in metrics.items() if found]
+    return [Evaluation(step, values) for step, values in metrics.items() if values]
 
 
-def _real(value: int | float) -> float:
+def _float(value: int | float) -> float:
     try:
         return float(value)
-    except OverflowError:  # an integer without bounds
+    except OverflowError:  # JSON does not bound integers
         return math.inf
 
 
 def _read_provenance(path: Path) -> Provenance | None:
+    with _open(path) as file:
+        if file is None:
+            return None
+        text = file.read(_MAX_BYTES)
     try:
-        with _open(path) as file:
-            text = file.read(_MAX_BYTES)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    try:
-        found = json_fields.parse_object(text)
-        options = ("weighting", "alpha", "lambda", "max_ratio")
-        return Provenance({name: json_fields.scalar(found, name) for name in options}, _distribution(found))
-    except json_fields.WRONG as error:
+        record = json_fields.parse_object(text)
+        options = {name: json_fields.scalar(record, name) for name in _WEIGHTING_OPTIONS}
+        return Provenance(options, _distribution(record))
+    except json_fields.FIELD_ERRORS as error:
         raise json_fields.field_error(str(path), error) from None
 
 
-def _distribution(found: Mapping[str, Any]) -> Distribution:
+def _distribution(record: Mapping[str, Any]) -> Distribution:
     counts = tuple(
-        json_fields.integer({"counts": count}, "counts") for count in json_fields.items(found, "counts")
+        json_fields.integer({"counts": count}, "counts") for count in json_fields.items(record, "counts")
     )
-    edges = tuple(json_fields.finite(edge, "edges") for edge in json_fields.items(found, "edges"))
+    edges = tuple(json_fields.finite(edge, "edges") for edge in json_fields.items(record, "edges"))
     if len(edges) != len(counts) + 1 or any(low >= high for low, high in pairwise((0.0, *edges))):
-        json_fields.refuse("edges", "not one more than counts, above 0 and rising")
-    quantiles = json_fields.mapping(found.get("quantiles"), "quantiles")
-    effective = json_fields.finite(found.get("effective_examples"), "effective_examples")
-    if not 0 <= effective <= json_fields.integer(found, "examples") + 1:
-        json_fields.refuse("effective_examples", "more than there are examples, or less than 0")
+        json_fields.reject("edges", "not one more than counts, above 0 and rising")
+    quantiles = json_fields.mapping(record.get("quantiles"), "quantiles")
+    effective = json_fields.finite(record.get("effective_examples"), "effective_examples")
+    if not 0 <= effective <= json_fields.integer(record, "examples") + 1:  # + 1: it was rounded
+        json_fields.reject("effective_examples", "more than there are examples, or less than 0")
     return Distribution(
-        examples=json_fields.integer(found, "examples"),
-        tokens=json_fields.integer(found, "tokens"),
+        examples=json_fields.integer(record, "examples"),
+        tokens=json_fields.integer(record, "tokens"),
         effective_examples=effective,
         quantiles={name: _quartiles(value, f"quantiles.{name}") for name, value in quantiles.items()},
         edges=edges,
         counts=counts,
-        classes=tuple(_class(item) for item in json_fields.items(found, "classes")),
-        heaviest=tuple(_extreme(item, "heaviest") for item in json_fields.items(found, "heaviest")),
-        lightest=tuple(_extreme(item, "lightest") for item in json_fields.items(found, "lightest")),
+        classes=tuple(_class(item) for item in json_fields.items(record, "classes")),
+        heaviest=tuple(_extreme(item, "heaviest") for item in json_fields.items(record, "heaviest")),
+        lightest=tuple(_extreme(item, "lightest") for item in json_fields.items(record, "lightest")),
     )
 
 
@@ -331,8 +333,6 @@ def _extreme(value: Any, where: str) -> Extreme:
 
 
 def _quartiles(value: Any, where: str) -> Quartiles:
-    low, lower, median, upper, high = (
-        json_fields.finite(item, where)
-        for item in (value if isinstance(value, list) and len(value) == 5 else [None] * 5)
-    )
+    items = value if isinstance(value, list) and len(value) == 5 else [None] * 5
+    low, lower, median, upper, high = (json_fields.finite(item, where) for item in items)
     return low, lower, median, upper, high

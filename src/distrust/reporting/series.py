@@ -1,52 +1,97 @@
-"""Values over steps, made fit for a picture: smoothed, and thinned out. Pure functions of arrays."""
+"""Values over steps, prepared for figures: positions on an axis, smoothed and thinned out. Pure functions."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-Values = NDArray[np.float64]
+from distrust.errors import ConfigError
+from distrust.reporting.metrics import METRICS
+from distrust.reporting.run_reader import RunData, Values
 
-#: More points than that cannot be told apart in a picture.
+XAxis = Literal["step", "tokens", "time"]
+X_AXES = get_args(XAxis)
+
+#: More points look the same in a figure.
 POINTS = 2000
+#: Larger values are treated like NaN: matplotlib cannot divide such an axis.
+LARGEST = 1e100
+
+
+def positions(run: RunData, axis: XAxis) -> Values:
+    """The position of each step on an axis, float64[n]: its number, or cumulative tokens or seconds.
+
+    A step whose tokens or seconds are unknown counts as the mean of the others.
+
+    Raises:
+        ConfigError: no step has tokens, or seconds.
+    """
+    if axis == "step":
+        return run.steps.step.astype(np.float64)
+    name = {"tokens": "tokens", "time": "seconds"}[axis]
+    values = run.steps.columns.get(name)
+    if values is None or not np.isfinite(values).any():
+        raise ConfigError(f"--x {axis}: {run.path / METRICS} has no {name}; draw over steps, with --x step")
+    finite = np.abs(values) <= LARGEST
+    mean = values[finite].mean() if finite.any() else 0.0
+    lengths = np.where(finite, values, mean)
+    if axis == "time" and "stall_seconds" in run.steps.columns:
+        lengths += zero_unknown(run.steps.columns["stall_seconds"])
+    return np.cumsum(lengths)
+
+
+def zero_unknown(values: Values) -> Values:
+    """The values, with 0 in place of NaN and of numbers too large to add up."""
+    return np.where(np.abs(values) <= LARGEST, values, 0.0)
+
+
+def stall_share(run: RunData) -> Values:
+    """The share of the time until each step that checkpoints took, in [0, 1]: float64[n].
+
+    Unknown seconds count as 0.
+    """
+    stall = np.cumsum(zero_unknown(run.steps.columns["stall_seconds"]))
+    steps = np.cumsum(zero_unknown(run.steps.columns["seconds"]))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(stall + steps > 0, stall / (stall + steps), 0.0)
 
 
 def smooth(values: Values, window: int) -> Values:
-    """The mean of the finite values around each: ``window`` of them, fewer at both ends.
+    """The mean of the finite values in a centred window, which is shorter at both ends.
 
     Args:
         values: float64[n].
-        window: how many, 1 or more.
+        window: number of values, 1 or more.
 
     Returns:
-        float64[n]; NaN where no value of the window is finite.
+        float64[n]; NaN where the window has no finite value.
     """
     finite = np.isfinite(values)
     if not finite.any():
         return np.full(len(values), np.nan)
     low, high = values[finite].min(), values[finite].max()
-    scale = max(abs(low), abs(high)) or 1.0  # sums of the largest numbers would be infinite
+    scale = max(abs(low), abs(high)) or 1.0  # else sums of the largest floats would overflow
     sums = np.concatenate(([0.0], np.cumsum(np.where(finite, values, 0.0) / scale)))
     counts = np.concatenate(([0], np.cumsum(finite)))
-    at = np.arange(len(values))
-    first = np.maximum(at - (window - 1) // 2, 0)
-    last = np.minimum(at + window // 2 + 1, len(values))
+    index = np.arange(len(values))
+    first = np.maximum(index - (window - 1) // 2, 0)
+    last = np.minimum(index + window // 2 + 1, len(values))
     count = counts[last] - counts[first]
     with np.errstate(invalid="ignore", divide="ignore"):
         means = (sums[last] - sums[first]) / count * scale
-    # A difference of sums rounds; a mean lies between the smallest and the largest value.
+    # The difference of two sums is rounded; a mean lies between the smallest and the largest value.
     return np.where(count > 0, np.clip(means, low, high), np.nan)
 
 
-def usual_window(count: int) -> int:
-    """How many values to smooth over, of so many: a twenty-fifth."""
+def default_window(count: int) -> int:
+    """The number of values to smooth over: 4% of them."""
     return max(1, round(count / 25))
 
 
 def thin(x: NDArray[Any], y: Values, points: int = POINTS) -> tuple[NDArray[Any], Values]:
-    """No more than so many points that look the same: of each stretch the lowest and the highest one.
+    """Reduce a line to a number of points that look the same: the lowest and the highest of each block.
 
     Args:
         x: numbers [n].
@@ -54,18 +99,18 @@ def thin(x: NDArray[Any], y: Values, points: int = POINTS) -> tuple[NDArray[Any]
         points: 4 or more.
 
     Returns:
-        Some of the points, in their order: all, or the first, the last, and of each stretch of the same
-        number of values the smallest and the largest finite one, or one NaN where there is none.
+        Some of the points, in order: all of them; or the first, the last, and from each block of equal
+        length the smallest and the largest finite one, or one NaN if it has none.
     """
     n = len(y)
     if n <= points:
         return x, y
-    size = -(-n // ((points - 2) // 2))
+    size = -(-n // ((points - 2) // 2))  # rounded up
     padded = np.full(-(-n // size) * size, np.nan)
     padded[:n] = np.where(np.isfinite(y), y, np.nan)
     blocks = padded.reshape(-1, size)
-    begins = np.arange(len(blocks)) * size
-    lowest = begins + np.where(np.isnan(blocks), np.inf, blocks).argmin(axis=1)
-    highest = begins + np.where(np.isnan(blocks), -np.inf, blocks).argmax(axis=1)
+    starts = np.arange(len(blocks)) * size
+    lowest = starts + np.where(np.isnan(blocks), np.inf, blocks).argmin(axis=1)
+    highest = starts + np.where(np.isnan(blocks), -np.inf, blocks).argmax(axis=1)
     chosen = np.unique(np.concatenate(([0], lowest, highest, [n - 1])))
     return x[chosen], y[chosen]

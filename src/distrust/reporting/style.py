@@ -1,41 +1,62 @@
-"""What the panels of a picture share: colours, runs as they are drawn, lines, and text that is no formula."""
+"""The look of all figures: colours, fonts, lines and axes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from distrust.errors import ConfigError
-from distrust.reporting.metrics import METRICS
-from distrust.reporting.plots import COORDINATED, PRIMARY
-from distrust.reporting.run_reader import RunData
-from distrust.reporting.series import Values, smooth, thin, usual_window
+from distrust.reporting.run_reader import RunData, Values
+from distrust.reporting.series import LARGEST, default_window, smooth, thin
 
-INK, QUIET, GRID = "#1f2328", "#6e7781", "#d8dee4"
-#: Okabe and Ito's, which colour-blind people tell apart; without the yellow, which is lost on white.
+INK, QUIET, GRID, BROWN = "#1f2328", "#6e7781", "#d8dee4", "#8c6d31"
+#: Also distinguishable in grey.
+PRIMARY, COORDINATED = "#0072b2", "#d55e00"
+#: Okabe and Ito's colour-blind safe palette, without its yellow, which is invisible on white.
 SERIES = (PRIMARY, COORDINATED, "#009e73", "#cc79a7", "#e69f00", "#56b4e9", INK)
-BROWN = "#8c6d31"
-#: What is larger is drawn as little as what is not finite: no axis could be divided.
-LARGEST = 1e100
-
-XAxis = Literal["step", "tokens", "time"]
-X_AXES = get_args(XAxis)
+DASHED = (0, (4, 2))
+_SETTINGS = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": QUIET,
+    "axes.grid": True,
+    "axes.labelcolor": QUIET,
+    "axes.labelsize": 9,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "font.size": 9.5,
+    "grid.color": GRID,
+    "grid.linewidth": 0.7,
+    "legend.labelcolor": INK,
+    "lines.solid_capstyle": "round",
+    "savefig.facecolor": "white",
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "distrust",  # else ids are random, and the same figure gives other bytes
+    "text.color": INK,
+    "text.parse_math": False,  # a dollar in a name is a dollar
+    "xtick.color": QUIET,
+    "ytick.color": QUIET,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+}
 
 
 @dataclass(frozen=True, slots=True)
 class PlottedRun:
-    """A run as it is drawn.
+    """A run and how it is drawn.
 
     Attributes:
         run: the run.
-        name: that tells it apart.
+        name: distinguishes it from the other runs.
         colour: of its lines.
-        x: where each of its steps lies, float64[n].
-        smooth: steps to smooth over; None for the usual.
+        x: the position of each step, float64[n].
+        smooth: steps to smooth over; None for the default.
     """
 
     run: RunData
@@ -44,52 +65,35 @@ class PlottedRun:
     x: Values
     smooth: int | None = None
 
-    def at(self, steps: NDArray[np.int64]) -> Values:
-        """Where these numbers of steps lie; beyond the last one that is known, at the pace until then."""
+    def positions_of(self, steps: NDArray[np.int64]) -> Values:
+        """The positions of step numbers; steps after the last known one are extrapolated at its mean pace."""
         if not len(self.x):
             return steps.astype(np.float64)
         last = int(self.run.steps.step[-1])
-        inside = np.interp(steps, [0, *self.run.steps.step], [0.0, *self.x])
+        known = np.interp(steps, [0, *self.run.steps.step], [0.0, *self.x])
         pace = float(self.x[-1]) / max(1, last)
-        return np.where(steps > last, steps * pace, inside)
+        return np.where(steps > last, steps * pace, known)
 
-    def line(self, values: Values) -> Values:
+    def smoothed(self, values: Values) -> Values:
         """The values of its steps, smoothed."""
-        return smooth(values, self.smooth or usual_window(len(values)))
+        return smooth(values, self.smooth or default_window(len(values)))
 
 
-def positions(run: RunData, axis: XAxis) -> Values:
-    """Where each step of a run lies on an axis, float64[n]: its number, tokens until then, or seconds.
+@contextlib.contextmanager
+def style_context() -> Iterator[None]:
+    """Apply the style. Names may have characters that no font here has: they become boxes, silently."""
+    import matplotlib as mpl
 
-    A step whose tokens or seconds are not known counts as the mean of the others.
-
-    Raises:
-        ConfigError: if they are known of no step.
-    """
-    if axis == "step":
-        return run.steps.step.astype(np.float64)
-    name = {"tokens": "tokens", "time": "seconds"}[axis]
-    values = run.steps.columns.get(name)
-    if values is None or not np.isfinite(values).any():
-        raise ConfigError(f"--x {axis}: {run.path / METRICS} has no {name}; draw over steps, with --x step")
-    finite = np.abs(values) <= LARGEST
-    mean = values[finite].mean() if finite.any() else 0.0
-    lasted = np.where(finite, values, mean)
-    if axis == "time" and "stall_seconds" in run.steps.columns:
-        lasted += zero_unknown(run.steps.columns["stall_seconds"])
-    return np.cumsum(lasted)
-
-
-def zero_unknown(values: Values) -> Values:
-    """The values, and 0 in place of what is not known, or cannot be added up."""
-    return np.where(np.abs(values) <= LARGEST, values, 0.0)
+    with mpl.rc_context(_SETTINGS), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+        yield
 
 
 def compact(value: float, _: object = None) -> str:
-    """A number on an axis."""
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= max(size, 1e4):
-            return f"{value / size:g}{letter}"
+    """A number as an axis label."""
+    for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= max(unit, 1e4):
+            return f"{value / unit:g}{letter}"
     if 0 < abs(value) < 1e-3:
         digits, _, power = f"{value:.6e}".partition("e")
         return f"{float(digits):g}e{int(power)}"
@@ -97,25 +101,42 @@ def compact(value: float, _: object = None) -> str:
 
 
 def draw_over_steps(axes: Any, shown: PlottedRun, values: Values, **style: Any) -> None:
-    """A line of a value for each step."""
+    """Draw one value per step as a line."""
     draw_line(axes, shown.x, values, color=shown.colour, **style)
 
 
 def draw_line(axes: Any, x: NDArray[Any], y: Values, **style: Any) -> None:
-    """A line with a gap where nothing can be drawn."""
+    """Draw a line, with a gap at each value that is not finite."""
     x, y = thin(x, np.where(np.abs(y) <= LARGEST, y, np.nan))
     axes.plot(x, y, **style)
 
 
 def draw_raw_and_smoothed(axes: Any, shown: PlottedRun, values: Values) -> None:
-    """A line for the eye, and the values it comes from behind it."""
-    line = shown.line(values)
-    if not np.array_equal(line, values):
+    """Draw the smoothed values, and the raw ones faintly behind them."""
+    smoothed = shown.smoothed(values)
+    if not np.array_equal(smoothed, values):
         draw_over_steps(axes, shown, values, linewidth=0.7, alpha=0.28)
-    draw_over_steps(axes, shown, line, linewidth=1.7)
+    draw_over_steps(axes, shown, smoothed, linewidth=1.7)
 
 
-def as_text(texts: Sequence[Any]) -> None:
-    """Names are no formulas, whatever signs of dollars they hold."""
+def scale_log(axes: Any, edges: Sequence[float]) -> None:
+    """Give a figure a logarithmic x axis with readable numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_xscale("log")
+    is_wide = max(edges) / min(edges) > 1000
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if is_wide else (1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(FuncFormatter(compact))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def set_titles(axes: Any, title: str, remark: str) -> None:
+    """Set the title of a panel and the remark to its right."""
+    axes.set_title(title, loc="left")
+    axes.set_title(remark, loc="right", fontsize=8.5, fontweight="normal", color=QUIET)
+
+
+def disable_math(texts: Sequence[Any]) -> None:
+    """Show names literally: the setting above does not reach tick labels and legends."""
     for text in texts:
         text.set_parse_math(False)

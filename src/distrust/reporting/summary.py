@@ -1,4 +1,4 @@
-"""What a page says of a run beside its pictures: pure functions of what the folder holds."""
+"""The facts and tables of a run's page: pure functions of the run's data."""
 
 from __future__ import annotations
 
@@ -13,31 +13,37 @@ from distrust.checkpoint import CheckpointFile
 from distrust.checkpoint.checkpoint import MAX_STEP
 from distrust.checkpoint.retention import Candidate, Retention, rank_by_metric
 from distrust.config import TrainConfig, key
-from distrust.reporting.names import class_name
-from distrust.reporting.panels import by_share, stall_share
-from distrust.reporting.run_reader import Evaluation, RunData
-from distrust.reporting.style import zero_unknown
-from distrust.training.resume import FINGERPRINTS
+from distrust.reporting.display import TABLE_NAME_CHARACTERS, class_name, duration, number, words
+from distrust.reporting.panels import classes_by_share
+from distrust.reporting.run_reader import RunData
+from distrust.reporting.series import stall_share, zero_unknown
+from distrust.run_record import RunRecord
 
-#: Rows of evaluations that a page shows: a long run has thousands.
+#: Evaluations that a page lists: a long run has thousands.
 ROWS = 25
-#: Letters of a class's name in a table: it has more room than a picture.
-NAME_CHARACTERS = 120
+#: The columns of the table of evaluations, and their headings.
+EVALUATION_COLUMNS = {
+    "eval_loss": "loss",
+    "eval_perplexity": "perplexity",
+    "eval_weighted_loss": "weighted loss",
+    "eval_weighted_perplexity": "weighted perplexity",
+}
+CLASS_COLUMNS = ["first loss", "last loss", "last perplexity", "change"]
 
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """A figure, as a reader meets it.
+    """A named value.
 
     Attributes:
-        name: what it is.
-        value: in words.
-        more: what it is compared with, or where it was reached.
+        name: of the value.
+        value: as text.
+        detail: what it is compared with, or where it was reached.
     """
 
     name: str
     value: str
-    more: str = ""
+    detail: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +52,8 @@ class Option:
 
     Attributes:
         name: its key.
-        value: in words.
-        default: in words, where the value is another one; else None.
+        value: as text.
+        default: as text if the value differs from it, else None.
     """
 
     name: str
@@ -57,12 +63,12 @@ class Option:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """An evaluation, or the evaluations of a source class.
+    """A row of a table: an evaluation, or the evaluations of a source class.
 
     Attributes:
         name: the step, or the class.
-        values: a cell for each column; empty where nothing was measured.
-        best: whether it is the best one.
+        values: one cell per column; empty where nothing was measured.
+        best: whether it is the best evaluation.
     """
 
     name: str
@@ -70,16 +76,15 @@ class Row:
     best: bool = False
 
 
-def options_of(run: RunData) -> dict[str, Any]:
-    """All options that its newest checkpoint holds, by key."""
+def saved_options(run: RunData) -> dict[str, Any]:
+    """All options that the newest checkpoint records, by key."""
     if run.newest is None:
         return {}
-    header = run.newest.header
-    return {**header.run_info["extra"], **header.config}
+    return RunRecord.from_header(run.newest.header).options
 
 
 def last_step(run: RunData) -> int:
-    """The last step that is known to be made."""
+    """The last known step."""
     return max(
         int(run.steps.step[-1]) if len(run.steps) else 0,
         run.newest.step if run.newest is not None else 0,
@@ -87,79 +92,65 @@ def last_step(run: RunData) -> int:
 
 
 def _max_steps(run: RunData) -> int | None:
-    """How far the run goes, if that is known: until it saves, one that was made longer has not said so."""
-    last = options_of(run).get("max_steps")
-    return last if isinstance(last, int) and last_step(run) <= last < MAX_STEP else None
+    """The length of the run. Unknown while a run that was extended has not saved its new length."""
+    steps = saved_options(run).get("max_steps")
+    return steps if isinstance(steps, int) and last_step(run) <= steps < MAX_STEP else None
 
 
-def _of_steps(run: RunData) -> str:
-    last = _max_steps(run)
-    return "" if last is None else f"of {last:,}"
+def _of_max_steps(run: RunData) -> str:
+    steps = _max_steps(run)
+    return "" if steps is None else f"of {steps:,}"
 
 
 def state(run: RunData) -> tuple[str, str]:
-    """Where a run is: a word, and a sentence."""
-    step, last = last_step(run), _max_steps(run)
-    of = f"step {step:,} {_of_steps(run)}".rstrip()
+    """The state of a run: a label and a sentence."""
+    step, max_steps = last_step(run), _max_steps(run)
+    position = f"step {step:,} {_of_max_steps(run)}".rstrip()
     newest = run.newest
     if newest is None:
-        return "not saved yet", f"{of}: no checkpoint stands"
+        return "not saved yet", f"{position}: no checkpoint exists"
     if newest.kind == "final" and newest.step == step:
-        early = last is not None and step < last
-        return ("ended early" if early else "finished"), of
-    return "not finished", f"{of}; the newest checkpoint is of step {newest.step:,}"
+        early = max_steps is not None and step < max_steps
+        return ("ended early" if early else "finished"), position
+    return "not finished", f"{position}; the newest checkpoint is of step {newest.step:,}"
 
 
 def facts(run: RunData) -> list[Fact]:
-    """The figures at the top of the page; what is not known is left out."""
-    columns = run.steps.columns
+    """The facts at the top of the page; unknown ones are left out."""
     best = best_evaluation(run)
-    found = [
-        Fact("steps", f"{last_step(run):,}", _of_steps(run)),
-        best and Fact(f"best {_words(best[0])}", number(best[1]), f"at step {best[2]:,}"),
+    candidates = [
+        Fact("steps", f"{last_step(run):,}", _of_max_steps(run)),
+        best and Fact(f"best {_spaced(best[0])}", number(best[1]), f"at step {best[2]:,}"),
         _last_loss(run),
         *_checkpoints(run),
         _time(run),
         _tokens(run),
+        _stall(run),
+        _memory(run),
+        _effective_sample(run),
     ]
-    if "stall_seconds" in columns and "seconds" in columns:
-        waited = float(zero_unknown(columns["stall_seconds"]).sum())
-        found.append(Fact("held up by checkpoints", f"{stall_share(run)[-1]:.2%}", duration(waited)))
-    if "memory_bytes" in columns:
-        found.append(Fact("peak memory", f"{zero_unknown(columns['memory_bytes']).max() / 2**30:.3g} GiB"))
-    if run.provenance is not None:
-        weights = run.provenance.weights
-        share = weights.effective_examples / max(1, weights.examples)
-        found.append(
-            Fact(
-                "effective examples",
-                f"{weights.effective_examples:,.0f}",
-                f"{share:.0%} of {weights.examples:,}",
-            )
-        )
-    return [fact for fact in found if fact]
+    return [fact for fact in candidates if fact]
 
 
 def best_evaluation(run: RunData) -> tuple[str, float, int] | None:
-    """Metric, value and step of the best evaluation, by the run's own metric; None without any."""
+    """Metric, value and step of the best evaluation by the run's own metric; None without any."""
     rules = _rules(run)
+    # The metric may be one of the steps, such as the training loss.
     metrics = {e.step: {**_metrics_of_step(run, e.step), **e.metrics} for e in run.evaluations}
-    steps = rank_by_metric(
-        [Candidate(step, final=False, metrics=found) for step, found in metrics.items()], rules
-    )
+    candidates = [Candidate(step, final=False, metrics=values) for step, values in metrics.items()]
+    steps = rank_by_metric(candidates, rules)
     return (rules.metric, metrics[steps[0]][rules.metric], steps[0]) if steps else None
 
 
 def _metrics_of_step(run: RunData, step: int) -> dict[str, float]:
-    """What was logged of a step itself: it may be what the best one is told by."""
-    at = int(np.searchsorted(run.steps.step, step))
-    if at == len(run.steps) or run.steps.step[at] != step:
+    index = int(np.searchsorted(run.steps.step, step))
+    if index == len(run.steps) or run.steps.step[index] != step:
         return {}
-    return {name: float(values[at]) for name, values in run.steps.columns.items()}
+    return {name: float(values[index]) for name, values in run.steps.columns.items()}
 
 
 def best_checkpoint(run: RunData) -> CheckpointFile | None:
-    """The best of the checkpoints that stand, by the run's own metric."""
+    """The best existing checkpoint by the run's own metric."""
     files = run.checkpoints.by_step()
     steps = rank_by_metric(
         [Candidate(step, False, file.metrics, file.measured_on) for step, file in files.items()], _rules(run)
@@ -168,7 +159,7 @@ def best_checkpoint(run: RunData) -> CheckpointFile | None:
 
 
 def _rules(run: RunData) -> Retention:
-    options = options_of(run)
+    options = saved_options(run)
     metric, mode = options.get("metric"), options.get("metric_mode")
     return Retention(
         metric=metric if isinstance(metric, str) else "eval_loss",
@@ -184,162 +175,129 @@ def _last_loss(run: RunData) -> Fact | None:
 
 def _checkpoints(run: RunData) -> list[Fact]:
     newest, best = run.newest, best_checkpoint(run)
-    found = []
+    rows = []
     if newest is not None:
-        found.append(Fact("last checkpoint", f"step {newest.step:,}", newest.kind))
+        rows.append(Fact("last checkpoint", f"step {newest.step:,}", newest.kind))
     if best is not None:
         metric = _rules(run).metric
-        found.append(
-            Fact("best checkpoint", f"step {best.step:,}", f"{_words(metric)} {number(best.metrics[metric])}")
-        )
-    return found
+        value = f"{_spaced(metric)} {number(best.metrics[metric])}"
+        rows.append(Fact("best checkpoint", f"step {best.step:,}", value))
+    return rows
 
 
 def _time(run: RunData) -> Fact | None:
     seconds = run.steps.columns.get("seconds")
     if seconds is not None:
         total, measured = float(zero_unknown(seconds).sum()), int(np.isfinite(seconds).sum())
-        more = f"{total / max(1, measured):.3g} s a step"
+        detail = f"{total / max(1, measured):.3g} s per step"
         if measured < len(seconds):
-            more += f"; of {measured:,} steps"
-        return Fact("time in steps", duration(total), more)
-    elapsed = options_of(run).get("elapsed_seconds")
-    return Fact("time in steps", duration(elapsed)) if isinstance(elapsed, float) else None
+            detail += f"; of {measured:,} steps"
+        return Fact("time in steps", duration(total), detail)
+    elapsed = None if run.newest is None else RunRecord.from_header(run.newest.header).elapsed_seconds
+    return None if elapsed is None else Fact("time in steps", duration(elapsed))
 
 
 def _tokens(run: RunData) -> Fact | None:
     columns = run.steps.columns
-    seen = run.newest.metadata.get("tokens_seen") if run.newest is not None else None
+    seen = None if run.newest is None else RunRecord.from_header(run.newest.header).tokens_seen
     if "tokens" not in columns:
-        return Fact("learned tokens", f"{seen:,}") if isinstance(seen, int) else None
-    more = ""
+        return Fact("trained tokens", f"{seen:,}") if seen is not None else None
+    detail = ""
     if "seconds" in columns:
-        both = np.isfinite(columns["tokens"]) & np.isfinite(columns["seconds"])
-        seconds, tokens = (float(zero_unknown(columns[name][both]).sum()) for name in ("seconds", "tokens"))
-        more = f"{tokens / seconds:,.0f} a second" if seconds > 0 and math.isfinite(tokens / seconds) else ""
-    return Fact("learned tokens", f"{zero_unknown(columns['tokens']).sum():,.0f}", more)
+        timed = np.isfinite(columns["tokens"]) & np.isfinite(columns["seconds"])
+        seconds, tokens = (float(zero_unknown(columns[name][timed]).sum()) for name in ("seconds", "tokens"))
+        if seconds > 0 and math.isfinite(tokens / seconds):
+            detail = f"{tokens / seconds:,.0f} per second"
+    return Fact("trained tokens", f"{zero_unknown(columns['tokens']).sum():,.0f}", detail)
 
 
-#: The columns of a table of evaluations, as they are headed.
-EVALUATED = {
-    "eval_loss": "loss",
-    "eval_perplexity": "perplexity",
-    "eval_weighted_loss": "weighted loss",
-    "eval_weighted_perplexity": "weighted perplexity",
-}
+def _stall(run: RunData) -> Fact | None:
+    columns = run.steps.columns
+    if "stall_seconds" not in columns or "seconds" not in columns:
+        return None
+    seconds = float(zero_unknown(columns["stall_seconds"]).sum())
+    return Fact("checkpoint stall", f"{stall_share(run)[-1]:.2%}", duration(seconds))
+
+
+def _memory(run: RunData) -> Fact | None:
+    if "memory_bytes" not in run.steps.columns:
+        return None
+    return Fact("peak memory", f"{zero_unknown(run.steps.columns['memory_bytes']).max() / 2**30:.3g} GiB")
+
+
+def _effective_sample(run: RunData) -> Fact | None:
+    if run.provenance is None:
+        return None
+    weights = run.provenance.weights
+    share = weights.effective_examples / max(1, weights.examples)
+    detail = f"{share:.0%} of {weights.examples:,}"
+    return Fact("effective sample size", f"{weights.effective_examples:,.0f}", detail)
 
 
 def evaluations(run: RunData) -> tuple[list[str], list[Row], int]:
-    """A table of the evaluations: its columns, its rows, newest first, and how many rows are left out.
+    """The table of evaluations: headings, rows from the newest, and the number of omitted rows.
 
-    Of many, the newest are there, the first, and the best.
+    If there are many, it has the newest, the first and the best.
     """
-    names = [name for name in EVALUATED if any(name in e.metrics for e in run.evaluations)]
+    names = [name for name in EVALUATION_COLUMNS if any(name in e.metrics for e in run.evaluations)]
     best = best_evaluation(run)
-    chosen: list[Evaluation] = list(run.evaluations)
-    if len(chosen) > ROWS:
-        chosen = [
-            e
-            for number, e in enumerate(run.evaluations)
-            if number == 0 or number >= len(run.evaluations) - ROWS or (best and e.step == best[2])
-        ]
+    best_step = best[2] if best else None
+    newest = len(run.evaluations) - ROWS
+    chosen = [
+        e for index, e in enumerate(run.evaluations) if index == 0 or index >= newest or e.step == best_step
+    ]
     rows = [
-        Row(f"{e.step:,}", [_cell(e.metrics, name) for name in names], bool(best and best[2] == e.step))
+        Row(f"{e.step:,}", [_cell(e.metrics, name) for name in names], e.step == best_step)
         for e in reversed(chosen)
     ]
-    return [EVALUATED[name] for name in names], rows, len(run.evaluations) - len(chosen)
+    return [EVALUATION_COLUMNS[name] for name in names], rows, len(run.evaluations) - len(chosen)
 
 
 def evaluations_by_class(run: RunData) -> tuple[list[str], list[Row]]:
-    """A table of the source classes: how each did at its last evaluation, and at its first."""
-    metrics = ("eval_loss", "eval_perplexity")
+    """The table of source classes: headings, and for each class its first and last evaluation."""
     rows = []
-    for name in by_share(run):
-        _, values = run.evaluations_of(f"eval_loss/{name}")
-        last = [run.evaluations_of(f"{metric}/{name}")[1] for metric in metrics]
-        rows.append(
-            Row(
-                class_name(name, NAME_CHARACTERS),
-                [
-                    number(float(values[0])),
-                    *(number(float(of[-1])) if len(of) else "" for of in last),
-                    f"{values[-1] - values[0]:+.4g}",
-                ],
-            )
+    for name in classes_by_share(run):
+        losses, perplexities = (
+            run.evaluations_of(f"{metric}/{name}")[1] for metric in ("eval_loss", "eval_perplexity")
         )
-    return ["first loss", "last loss", "last perplexity", "change"], rows
+        cells = [
+            number(float(losses[0])),
+            number(float(losses[-1])),
+            number(float(perplexities[-1])) if len(perplexities) else "",
+            f"{losses[-1] - losses[0]:+.4g}",
+        ]
+        rows.append(Row(class_name(name, TABLE_NAME_CHARACTERS), cells))
+    return CLASS_COLUMNS, rows
 
 
 def options(run: RunData) -> list[Option]:
-    """Every option of the run, in the order of the reference; then those that this program does not know."""
-    there = options_of(run)
+    """Every option of the run, in the order of the reference; then those that this version does not know."""
+    saved = saved_options(run)
     defaults = {key(field.name): field.default for field in fields(TrainConfig)}
     rows = []
     for name, default in defaults.items():
-        if name in there:
-            value, usual = words(there[name]), words(default)
-            rows.append(Option(name, value, usual if value != usual else None))
-    saved = {} if run.newest is None else run.newest.header.config
-    return rows + [
-        Option(name, words(value))
-        for name, value in saved.items()
-        if name not in defaults and name != FINGERPRINTS
-    ]
+        if name in saved:
+            value, standard = words(saved[name]), words(default)
+            rows.append(Option(name, value, standard if value != standard else None))
+    config = {} if run.newest is None else RunRecord.from_header(run.newest.header).config
+    return rows + [Option(name, words(value)) for name, value in config.items() if name not in defaults]
 
 
 def environment(run: RunData) -> list[Fact]:
-    """Where the newest checkpoint was made, and with what: names and values as it says them."""
+    """The machine and the software of the newest checkpoint."""
     if run.newest is None:
         return []
-    info = run.newest.header.run_info
-    extra = info["extra"]
-    found: dict[str, Any] = {name: info.get(name) for name in ("host", "created") if name in info}
-    for part in ("environment", "corpus"):
-        if isinstance(extra.get(part), dict):
-            prefix = "" if part == "environment" else f"{part}: "
-            found |= {f"{prefix}{name}": value for name, value in extra[part].items()}
-    prints = run.newest.header.config.get(FINGERPRINTS)
-    if isinstance(prints, dict):
-        found |= {f"fingerprint of the {name}": value for name, value in prints.items()}
-    return [Fact(str(name), words(value)) for name, value in found.items()]
-
-
-def words(value: Any) -> str:
-    """A value of an option."""
-    if value is None:
-        return "none"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, (list, tuple)):
-        return " ".join(map(words, value)) or "none"
-    if isinstance(value, Mapping):
-        return ", ".join(f"{name}: {words(item)}" for name, item in value.items())
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def number(value: int | float) -> str:
-    """A metric, to four digits."""
-    if not isinstance(value, float):  # of a checkpoint's metrics, some count
-        return f"{value:,}" if abs(value) < 10**15 else f"{str(value)[:4]}…"
-    return f"{value:#.4g}".rstrip(".")
-
-
-def duration(seconds: float) -> str:
-    """A time, as a clock shows it; a short one in seconds."""
-    if not math.isfinite(seconds):
-        return "unknown"
-    if seconds < 1:
-        return f"{1000 * seconds:.3g} ms"
-    if seconds < 60:
-        return f"{seconds:.3g} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02} h" if hours else f"{minutes}:{rest:02} min"
+    info, record = run.newest.header.run_info, RunRecord.from_header(run.newest.header)
+    values: dict[str, Any] = {name: info.get(name) for name in ("host", "created") if name in info}
+    values |= record.environment
+    values |= {f"corpus: {name}": value for name, value in record.corpus.items()}
+    values |= {f"fingerprint of the {name}": value for name, value in record.fingerprints.items()}
+    return [Fact(str(name), words(value)) for name, value in values.items()]
 
 
 def _cell(metrics: Mapping[str, float], name: str) -> str:
     return number(metrics[name]) if name in metrics else ""
 
 
-def _words(metric: str) -> str:
+def _spaced(metric: str) -> str:
     return metric.replace("_", " ")

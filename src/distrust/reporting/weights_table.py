@@ -1,4 +1,4 @@
-"""What a data set weighs, for people: lines for a terminal."""
+"""The weights of a data set as lines for a terminal."""
 
 from __future__ import annotations
 
@@ -6,78 +6,80 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from distrust.data.distribution import ClassSummary, Distribution, Extreme
 from distrust.data.provenance.score import Check, Quantity
-from distrust.reporting.display import pluralize
-from distrust.reporting.names import class_name
+from distrust.reporting.display import class_name
 
+# Symbol and unit of each quantity.
 _SYMBOLS: Mapping[Quantity, tuple[str, str]] = {
     "authority_weight": ("w", ""),
     "provenance_entropy": ("H", " bits"),
 }
-_BAR = 40
-_ROWS = 12
+_BAR = 40  # characters of the longest bar
+_ROWS = 12  # of the histogram: half its bins, so that it fits a screen with the rest
 
 
 def score_lines(checks: Mapping[Quantity, Check], *, recomputed: bool) -> Iterator[str]:
     """Where the values of w and H come from, and the largest differences.
 
     Args:
-        checks: of each quantity.
-        recomputed: whether the computed value replaced the records' own.
+        checks: the check of each quantity.
+        recomputed: whether computed values replaced the records' own.
     """
     for name, check in checks.items():
-        yield from _check(*_SYMBOLS[name], check, recomputed=recomputed)
+        yield from _check_lines(*_SYMBOLS[name], check, recomputed=recomputed)
 
 
-def _check(symbol: str, unit: str, check: Check, *, recomputed: bool) -> Iterator[str]:
+def _check_lines(symbol: str, unit: str, check: Check, *, recomputed: bool) -> Iterator[str]:
     if check.computed:
         yield f"{symbol}: {check.computed:,} computed"
     if check.defaulted:
-        yield f"{symbol}: {check.defaulted:,} by default: nothing to compute it from"
+        yield f"{symbol}: {check.defaulted:,} set to the default: nothing to compute it from"
     if check.checked:
-        what = "the computed ones hold" if recomputed else "their own hold; --recompute replaces them"
+        result = "replaced by the computed values" if recomputed else "kept; --recompute replaces them"
         verb = "differs" if check.differing == 1 else "differ"
-        differ = f"{check.differing:,} {verb} by more than {check.tolerance:g}{unit} ({what})"
+        differ = f"{check.differing:,} {verb} by more than {check.tolerance:g}{unit} ({result})"
         yield f"{symbol}: {check.checked:,} checked: {differ if check.differing else 'none differs'}"
     for difference in check.largest:
-        yield f"   {difference.where}: {difference.given:.4g} in the data, {difference.computed:.4g} computed"
+        recorded, computed = f"{difference.recorded:.4g}", f"{difference.computed:.4g}"
+        yield f"   {difference.where}: {recorded} in the data, {computed} computed"
     if check.unchecked:
         reasons = ", ".join(f"{count:,} with {reason}" for reason, count in check.unchecked.most_common(3))
-        yield f"{symbol}: {sum(check.unchecked.values()):,} as they are in the data, unchecked: {reasons}"
+        yield f"{symbol}: {sum(check.unchecked.values()):,} kept unchecked: {reasons}"
 
 
-def distribution_lines(shown: Distribution, captions: Mapping[str, str], *, blocks: bool) -> Iterator[str]:
+def distribution_lines(
+    distribution: Distribution, captions: Mapping[str, str], *, blocks: bool
+) -> Iterator[str]:
     """Quantiles, histogram, source classes and extremes.
 
     Args:
-        shown: the distribution.
-        captions: location -> what a person knows the record by.
+        distribution: the weights.
+        captions: location -> short description of the record.
         blocks: whether the terminal has block characters.
     """
     yield f"{'':20}  {'smallest':>8}  {'quarter':>8}  {'median':>8}  {'3 quarters':>10}  {'largest':>8}"
     titles = {"authority_weight": "authority weight w", "provenance_entropy": "entropy H, bits"}
-    for name, (low, lower, median, upper, high) in shown.quantiles.items():
+    for name, (low, lower, median, upper, high) in distribution.quantiles.items():
         yield (
             f"{titles.get(name, 'weight u'):20}  {low:>8.4g}  {lower:>8.4g}  {median:>8.4g}  {upper:>10.4g}  "
             f"{high:>8.4g}"
         )
     yield ""
-    yield from _histogram(shown, blocks=blocks)
+    yield from _histogram(distribution, blocks=blocks)
     yield ""
-    yield from _classes(shown.classes)
-    for title, extremes in (("heaviest", shown.heaviest), ("lightest", shown.lightest)):
+    yield from _classes(distribution.classes)
+    for title, extremes in (("heaviest", distribution.heaviest), ("lightest", distribution.lightest)):
         if extremes:
             yield ""
             yield from _extremes(title, extremes, captions)
     yield ""
-    worth, records = shown.effective_examples, shown.examples
-    yield f"worth {pluralize(worth, 'equally weighted record')} of {records:,} ({worth / records:.0%})"
+    size, records = distribution.effective_examples, distribution.examples
+    yield f"effective sample size {size:,.0f} of {records:,} ({size / records:.0%})"
 
 
-def _histogram(shown: Distribution, *, blocks: bool) -> Iterator[str]:
-    """A bar for each two bins: half as many lines, and each as wide as a half of a factor."""
-    step = max(1, len(shown.counts) // _ROWS)
-    counts = [sum(shown.counts[i : i + step]) for i in range(0, len(shown.counts), step)]
-    edges = shown.edges[::step]
+def _histogram(distribution: Distribution, *, blocks: bool) -> Iterator[str]:
+    step = max(1, len(distribution.counts) // _ROWS)  # bins per bar
+    counts = [sum(distribution.counts[i : i + step]) for i in range(0, len(distribution.counts), step)]
+    edges = distribution.edges[::step]
     yield "records by weight u"
     for count, low, high in zip(counts, edges, edges[1:], strict=False):
         length = _BAR * count / max(counts)
@@ -86,10 +88,9 @@ def _histogram(shown: Distribution, *, blocks: bool) -> Iterator[str]:
 
 
 def _block_bar(length: float) -> str:
-    """A bar to an eighth of a character."""
-    eighths = round(length * 8)
-    full, rest = divmod(eighths, 8)
-    return "█" * full + ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")[rest]
+    """A bar with a resolution of an eighth of a character."""
+    full, eighths = divmod(round(length * 8), 8)
+    return "█" * full + ("", "▏", "▎", "▍", "▌", "▋", "▊", "▉")[eighths]
 
 
 def _classes(classes: Sequence[ClassSummary]) -> Iterator[str]:
@@ -115,4 +116,4 @@ def _extremes(title: str, extremes: Sequence[Extreme], captions: Mapping[str, st
         yield (
             f"  {extreme.where:{width}}  {extreme.authority_weight:>6.3f}  "
             f"{extreme.provenance_entropy:>6.3f}  {extreme.weight:>8.4g}  {captions.get(extreme.where, '')}"
-        ).rstrip()
+        ).rstrip()  # a record may have no caption

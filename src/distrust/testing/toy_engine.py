@@ -1,4 +1,4 @@
-"""A toy engine: numpy alone, and the whole contract of ``training/engine.py``.
+"""A toy engine: numpy alone, and the whole contract of ``distrust/contract.py``.
 
 The model is linear and a softmax: the next token's logits are a row of a table, chosen by the token before,
 with dropout. What it does is as exact as what torch does, and a thousand times faster.
@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from distrust.contract import EngineState, Losses, MemoryUse
 from distrust.data import IGNORED, MicroBatch
 from distrust.errors import ResumeRefused
-from distrust.training import EngineState, Losses, MemoryUse
 
 VOCABULARY = 32
 BETA1, BETA2, EPSILON = 0.9, 0.99, 1e-8

@@ -1,4 +1,4 @@
-"""A run awaited: it trains in a thread of its own, and nobody who stops waiting leaves it behind unsaved."""
+"""Awaits a run in a thread of its own. Cancelling never leaves an unsaved run behind."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ Result = TypeVar("Result")
 
 
 async def run_in_thread(work: Callable[[], Result], *, ask_to_stop: Callable[[], None]) -> Result:
-    """Run ``work`` in a new thread while the event loop goes on with other things.
+    """Run ``work`` in a new thread while the event loop continues.
 
-    Cancelled, once or again, this asks ``work`` to stop and goes on waiting for it; then it raises
+    When cancelled, once or repeatedly, it calls ``ask_to_stop`` and still waits for ``work``; then it raises
     CancelledError, or what ``work`` raised.
     """
     future: Future[Result] = Future()
-    future.set_running_or_notify_cancel()  # from now on nobody can cancel it
+    future.set_running_or_notify_cancel()  # from here on the future cannot be cancelled
     context = contextvars.copy_context()
 
     def run() -> None:
         try:
             future.set_result(context.run(work))
-        except BaseException as error:  # handed to whoever awaits
+        except BaseException as error:  # raised again in the awaiting task
             future.set_exception(error)
 
-    # A new one: threads of a pool remember how many threads torch computed with before.
+    # Not a pool: pool threads keep the number of torch threads that earlier work has set.
     thread = threading.Thread(target=run, name="train")
     thread.start()
     waiting = asyncio.wrap_future(future)
@@ -38,13 +38,13 @@ async def run_in_thread(work: Callable[[], Result], *, ask_to_stop: Callable[[],
     try:
         while not waiting.done():
             try:
-                # Signal handlers run when the main thread does, and not every signal wakes it up.
+                # Python runs signal handlers in the main thread only, and not every signal wakes it up.
                 await asyncio.wait([waiting], timeout=WAKING_SECONDS)
             except asyncio.CancelledError as error:
                 cancelled = cancelled or error
                 ask_to_stop()
     finally:
-        # Even if the event loop is torn down around it; else the thread has ended already.
+        # Needed if the event loop is torn down; otherwise the thread has already ended.
         ask_to_stop()
         thread.join()
     result = waiting.result()

@@ -1,7 +1,7 @@
-"""What the evaluations of a run have come to: a pure function of their sequence.
+"""Best evaluation and early stopping: a pure function of the sequence of evaluations.
 
-It is saved with each checkpoint, so that a run that was interrupted stops early where the undisturbed one
-does. It is no part of the state's digest: evaluating changes nothing of what is trained.
+It is saved with each checkpoint, so an interrupted run stops early at the same step as an uninterrupted one.
+It is not part of the state digest, because evaluating changes nothing that is trained.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from distrust.checkpoint.retention import MetricMode
 
 @dataclass(frozen=True, slots=True)
 class BestTracker:
-    """The last evaluation, the best one, and how many there were since.
+    """The last evaluation, the best one, and the number of evaluations since.
 
     Attributes:
-        metric: what the best one is told by.
+        metric: metric that decides which evaluation is the best.
         mode: whether a lower or a higher value is better.
-        loss: eval loss of the last one.
-        best: value of the metric at the best one.
-        best_step: optimizer steps made by then.
+        loss: eval loss of the last evaluation.
+        best: value of the metric at the best evaluation.
+        best_step: optimizer steps made at the best evaluation.
         unimproved: evaluations since the best one.
-        measured_on: the fingerprint of what is evaluated on; empty where that is not known.
+        measured_on: fingerprint of the evaluation data; empty if not known.
     """
 
     metric: str = "eval_loss"
@@ -37,7 +37,7 @@ class BestTracker:
     measured_on: str = ""
 
     def update(self, metrics: Mapping[str, float], *, step: int) -> BestTracker:
-        """With one more, by the metrics of its step; one that was not measured there counts for nothing."""
+        """Add an evaluation; one without the metric changes neither the best nor the count."""
         evaluated = replace(self, loss=metrics.get("eval_loss"))
         value = metrics.get(self.metric)
         if value is None:
@@ -47,11 +47,11 @@ class BestTracker:
         return replace(evaluated, unimproved=self.unimproved + 1)
 
     def out_of_patience(self, patience: int | None) -> bool:
-        """Whether as many as that have not improved on the best one."""
+        """Whether the last ``patience`` evaluations did not improve on the best one."""
         return patience is not None and self.unimproved >= patience
 
     def restore(self, saved: Mapping[str, Any] | None) -> BestTracker:
-        """Those that a checkpoint holds; none of them, if they cannot be compared with those to come."""
+        """The saved tracker, or this empty one if later evaluations cannot be compared with it."""
         if saved is None or (saved["metric"], saved["mode"]) != (self.metric, self.mode):
             return self
         if self.used_other_data(saved):
@@ -59,13 +59,13 @@ class BestTracker:
         return replace(BestTracker(**saved), measured_on=self.measured_on)
 
     def used_other_data(self, saved: Mapping[str, Any] | None) -> bool:
-        """Whether those that a checkpoint holds were measured on other data."""
-        there = (saved or {}).get("measured_on")
-        return bool(there and self.measured_on) and there != self.measured_on
+        """Whether the saved evaluations were made on other data."""
+        saved_data = (saved or {}).get("measured_on")
+        return bool(saved_data and self.measured_on) and saved_data != self.measured_on
 
     def _improves(self, value: float) -> bool:
         if self.best is None:
             return True
         if math.isnan(value) or math.isnan(self.best):
-            return not math.isnan(value)
+            return not math.isnan(value)  # NaN is worse than any number
         return value < self.best if self.mode == "min" else value > self.best

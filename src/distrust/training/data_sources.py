@@ -1,4 +1,4 @@
-"""The data that a config names: opened, checked before anything slow is loaded, and tokenized."""
+"""The data that a config names: opened and checked before anything slow is loaded, then tokenized."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 from blake3 import blake3
 
 from distrust.config import EXAMPLES, TrainConfig, as_names
+from distrust.contract import DEFAULT_MAX_LENGTH
 from distrust.data import (
     Cache,
     Corpus,
@@ -27,21 +28,21 @@ from distrust.data import (
 )
 from distrust.errors import ConfigError, DistrustWarning
 
-DEFAULT_MAX_LENGTH = 1024
+#: A warning lists at most this many source classes.
+CLASSES_LISTED = 5
 
-CLASSES_NAMED = 5
-"""So many source classes a warning names."""
-
+#: Called with the task, the completed parts, and their total or 0.
 Progress = Callable[[str, int, int], None]
+Examples = Iterable[Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
 class CheckedData:
-    """Data of which every record is known to be right.
+    """Data whose records have all been checked.
 
     Attributes:
-        reading: gives the records.
-        census: what there is of them.
+        reading: reads the records.
+        census: counts and sizes of the records.
     """
 
     reading: RecordReader
@@ -50,20 +51,17 @@ class CheckedData:
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """The data of a run, checked before anything slow is loaded.
+    """The checked data of a run.
 
     Attributes:
-        training: to train on.
-        evaluation: to evaluate on, or None.
-        cache: where it is found again once it is tokenized.
+        training: data to train on.
+        evaluation: data to evaluate on, or None.
+        cache: holds tokenized data.
     """
 
     training: CheckedData
     evaluation: CheckedData | None
     cache: Cache
-
-
-Examples = Iterable[Mapping[str, Any]]
 
 
 def read_sources(
@@ -73,24 +71,24 @@ def read_sources(
     eval_examples: Examples | None = None,
     report: Progress | None = None,
 ) -> Sources:
-    """Open and check what a config names, or what a program hands over instead.
+    """Open and check the data of a config, or the examples that a program passes instead.
 
     Args:
         config: names the sources.
-        examples: to train on, instead of ``data``; read once.
-        eval_examples: to evaluate on, instead of ``eval_data``; read once.
-        report: called now and then with what is done, how far it is, and 0.
+        examples: training examples, instead of ``data``; read once.
+        eval_examples: evaluation examples, instead of ``eval_data``; read once.
+        report: called from time to time.
 
     Raises:
-        DataError: for records that cannot be trained on.
-        ConfigError: for options that do not fit the sources.
+        DataError: records cannot be trained on.
+        ConfigError: options do not fit the sources.
     """
     if examples is None and config.data == EXAMPLES:
-        raise ConfigError(f"--data {EXAMPLES}: the run's examples were a program's; it must hand them over")
+        raise ConfigError(f"--data {EXAMPLES}: the run was trained on a program's examples; pass them again")
     if config.data == EXAMPLES and config.eval_split and config.eval_data is None and eval_examples is None:
         raise ConfigError(f"--eval-split {config.eval_split}: a program's examples have no splits")
     cache = Cache(cache_folder(config.cache_dir))
-    # Without weighting nothing asks for provenance.
+    # Without weighting, records need no provenance.
     missing = 0.0 if config.weighting == "off" else None
     training = RecordReader(
         _open(config, as_names(config.data), config.split, cache)
@@ -102,15 +100,19 @@ def read_sources(
     )
     checked = _check(training, cache, report)
     evaluation = _evaluation(config, eval_examples, cache)
+    if config.early_stopping_patience and evaluation is None and not config.eval_fraction:
+        raise ConfigError(
+            "--early-stopping-patience: there is nothing to evaluate on; give --eval-data, or --eval-fraction"
+        )
     return Sources(checked, None if evaluation is None else _check(evaluation, cache, report), cache)
 
 
 def read_evaluation(config: TrainConfig, *, report: Progress | None = None) -> Sources:
-    """Open and check what a config names to evaluate on, as if it were trained on.
+    """Open and check the evaluation data of a config, in the place of training data.
 
     Raises:
-        DataError: for records that cannot be evaluated on.
-        ConfigError: it names nothing to evaluate on, or options do not fit the sources.
+        DataError: records cannot be evaluated on.
+        ConfigError: the config names no evaluation data, or options do not fit it.
     """
     cache = Cache(cache_folder(config.cache_dir))
     evaluation = _evaluation(config, None, cache)
@@ -120,16 +122,16 @@ def read_evaluation(config: TrainConfig, *, report: Progress | None = None) -> S
 
 
 def _evaluation(config: TrainConfig, examples: Examples | None, cache: Cache) -> RecordReader | None:
-    """What is evaluated on. Provenance is no duty there: it has a plain loss besides."""
+    """Provenance is optional here, because the plain loss does not need it."""
     if examples is not None:
-        evaluated = _open_examples(config, examples, "eval_examples", cache)
+        sources = _open_examples(config, examples, "eval_examples", cache)
     elif config.eval_data is not None or config.eval_split is not None:
         names = as_names(config.eval_data or config.data)
-        evaluated = _open(config, names, config.eval_split or config.split, cache)
+        sources = _open(config, names, config.eval_split or config.split, cache)
     else:
         return None
     return RecordReader(
-        evaluated,
+        sources,
         columns_of(config),
         config.default_authority_weight or 0.0,
         config.default_provenance_entropy or 0.0,
@@ -144,14 +146,14 @@ def _open(config: TrainConfig, names: tuple[str, ...], split: str, cache: Cache)
             split=split,
             subset=config.subset,
             revision=config.revision,
-            spool=cache.folder,
+            temp_folder=cache.folder,
         )
         for name in names
     )
 
 
 def _open_examples(config: TrainConfig, rows: Examples, name: str, cache: Cache) -> tuple[Source, ...]:
-    return (examples_source(rows, columns_of(config), name=name, spool=cache.folder),)
+    return (examples_source(rows, columns_of(config), name=name, temp_folder=cache.folder),)
 
 
 def _check(reading: RecordReader, cache: Cache, report: Progress | None) -> CheckedData:
@@ -174,79 +176,80 @@ def tokenize_cached(
     max_length: int,
     report: Progress,
 ) -> Corpus:
-    """The corpus, from the cache where it has been made before of the same.
+    """The tokenized corpus, from the cache if possible.
 
     Args:
-        data: checked.
+        data: the checked data.
         tokenizer: of the base model.
-        tokenizer_digest: its ``digest_of``.
-        cache: where it may be.
-        max_length: the most tokens of an example.
-        report: called with what is done, how far it is, and how far it goes.
+        tokenizer_digest: its ``digest_of``; None to not use the cache.
+        cache: may hold the corpus.
+        max_length: maximum tokens of an example.
+        report: called with the task, the completed records and their total.
 
     Raises:
-        DataError: for records that cannot be trained on.
+        DataError: records cannot be trained on.
     """
     reading, census = data.reading, data.census
-    decides = f"{reading.key} {tokenizer_digest} {max_length}"
-    key = None if tokenizer_digest is None else blake3(decides.encode()).hexdigest()
+    inputs = f"{reading.key} {tokenizer_digest} {max_length}"  # everything that determines the corpus
+    key = None if tokenizer_digest is None else blake3(inputs.encode()).hexdigest()
 
-    def make() -> Iterable[Corpus]:
+    def tokenize() -> Iterable[Corpus]:
         return tokenize_in_blocks(
             reading.records(),
             tokenizer,
-            census=census,
+            stats=census,
             max_length=max_length,
             on_progress=lambda done, total: report(f"tokenizing {reading.name}", done, total),
         )
 
     parts = [(part.name, part.unit) for source in reading.sources for part in source.parts]
-    return cache.corpus(key, parts, census.sizes, make)
+    return cache.corpus(key, parts, census.sizes, tokenize)
 
 
-def warn_where_no_class(config: TrainConfig, corpora: Iterable[Corpus]) -> None:
-    """A column that was named, and that no record has, is a slip of the pen."""
+def warn_of_missing_classes(config: TrainConfig, corpora: Iterable[Corpus]) -> None:
+    """Warn if no record has the ``source_column``: its name is probably misspelled."""
     if config.source_column and all(set(corpus.classes) == {""} for corpus in corpora):
         warnings.warn(
-            f"--source-column {config.source_column}: no record has it, so nothing is shown by source class",
+            f"--source-column {config.source_column}: no record has this column, so nothing is shown by "
+            "source class",
             DistrustWarning,
             stacklevel=2,
         )
 
 
 def warn_of_unmeasured_classes(config: TrainConfig, trained: Corpus, evaluated: Corpus) -> None:
-    """A class that nothing is kept out of has no loss of its own, though its column was asked for."""
+    """Warn of source classes that are trained on, but not evaluated."""
     measured = {evaluated.classes[number] for number in np.unique(evaluated.class_numbers)}
-    found = (trained.classes[number] for number in np.unique(trained.class_numbers))
-    missing = [name for name in found if name and name not in measured]
+    names = (trained.classes[number] for number in np.unique(trained.class_numbers))
+    missing = [name for name in names if name and name not in measured]
     if config.source_column and missing:
-        names = ", ".join(missing[:CLASSES_NAMED]) + (", …" if len(missing) > CLASSES_NAMED else "")
+        listed = ", ".join(missing[:CLASSES_LISTED]) + (", …" if len(missing) > CLASSES_LISTED else "")
         warnings.warn(
-            f"--source-column {config.source_column}: nothing that is evaluated on is of {names}, so no "
-            "evaluation is shown of them",
+            f"--source-column {config.source_column}: the evaluation data has no examples of {listed}, so "
+            "these classes get no evaluation",
             DistrustWarning,
             stacklevel=2,
         )
 
 
 def max_length_of(config: TrainConfig, context_length: int | None) -> int:
-    """The most tokens of an example, for a model that sees so many at once, if it says.
+    """Maximum tokens of an example, for a model with this context length, if known.
 
     Raises:
-        ConfigError: the config asks for more than that.
+        ConfigError: the config asks for more than the context length.
     """
     if config.max_length is None:
         return min(DEFAULT_MAX_LENGTH, context_length or DEFAULT_MAX_LENGTH)
     if context_length is not None and config.max_length > context_length:
         raise ConfigError(
-            f"--max-length {config.max_length}: the model sees {context_length} tokens at once; "
+            f"--max-length {config.max_length}: the model's context is {context_length} tokens; "
             f"give {context_length} or less"
         )
     return config.max_length
 
 
 def pad_token_id_of(tokenizer: Tokenizer) -> int:
-    """What batches are padded with."""
+    """The token that batches are padded with."""
     if tokenizer.pad_token_id is not None:
         return tokenizer.pad_token_id
-    return tokenizer.eos_token_id or 0  # padding is masked: any token serves
+    return tokenizer.eos_token_id or 0  # padding is masked, so any token will do

@@ -1,4 +1,4 @@
-"""What a run is evaluated on, and what an evaluation comes to: by plain and by weighted cross-entropy."""
+"""The evaluation data of a run, and its metrics: plain and weighted cross-entropy, and for each class."""
 
 from __future__ import annotations
 
@@ -13,18 +13,17 @@ from distrust import weighting
 from distrust.config import TrainConfig
 from distrust.data import NO_CLASS, Corpus, MicroBatch, evaluation_batches
 
-#: Source classes that have metrics of their own: those with the most learned tokens.
+#: This many source classes get metrics of their own: those with the most trained tokens.
 CLASSES_MEASURED = 20
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluationSet:
-    """Examples that are not trained on.
+    """Examples that are evaluated, and not trained on.
 
     Attributes:
-        corpus: the examples, tokenized.
-        weights: float64[n], the weight of each by its provenance, of mean 1 over the learned tokens; 1 where
-            the data says nothing of it.
+        corpus: the tokenized examples.
+        weights: float64[n]: weight of each example by its provenance, with mean 1 over the trained tokens.
     """
 
     corpus: Corpus
@@ -32,7 +31,7 @@ class EvaluationSet:
 
     @property
     def metric_names(self) -> tuple[str, ...]:
-        """What :meth:`measure` gives."""
+        """Names of the metrics that :meth:`measure` returns."""
         return tuple(self._metrics(np.zeros(len(self.corpus))))
 
     def measure(
@@ -41,13 +40,13 @@ class EvaluationSet:
         """Evaluate every example once.
 
         Args:
-            evaluate: gives float64[batch], of each example the sum of its tokens' cross-entropy in nats.
-            batch_size: examples of a batch.
-            pad_token_id: what batches are padded with.
+            evaluate: returns float64[batch]: for each example, the sum of its tokens' cross-entropy in nats.
+            batch_size: examples per batch.
+            pad_token_id: token that batches are padded with.
 
         Returns:
-            ``eval_loss`` and ``eval_weighted_loss`` in nats a token, ``eval_perplexity`` and
-            ``eval_weighted_perplexity``; where there are several source classes, ``eval_loss/CLASS`` and
+            ``eval_loss`` and ``eval_weighted_loss`` in nats per token, ``eval_perplexity`` and
+            ``eval_weighted_perplexity``; if there are several source classes, also ``eval_loss/CLASS`` and
             ``eval_perplexity/CLASS`` of the largest ones.
         """
         batches = evaluation_batches(self.corpus, batch_size=batch_size, pad_token_id=pad_token_id)
@@ -59,14 +58,14 @@ class EvaluationSet:
             "eval_loss": cross_entropy.sum() / tokens.sum(),
             "eval_weighted_loss": (self.weights * cross_entropy).sum() / tokens.sum(),
         }
-        for name, number in self._classes_measured():
+        for name, number in self._measured_classes():
             of_class = self.corpus.class_numbers == number
             losses[f"eval_loss/{name}"] = cross_entropy[of_class].sum() / tokens[of_class].sum()
         metrics = {name: float(loss) for name, loss in losses.items()}
         return metrics | {name.replace("loss", "perplexity", 1): _exp(loss) for name, loss in metrics.items()}
 
-    def _classes_measured(self) -> list[tuple[str, int]]:
-        """Name and number of the classes that have metrics of their own; none, where all are of one."""
+    def _measured_classes(self) -> list[tuple[str, int]]:
+        """Name and number of the classes with metrics of their own; empty if there is only one class."""
         corpus = self.corpus
         tokens = np.bincount(corpus.class_numbers, corpus.loss_tokens, minlength=len(corpus.classes))
         largest = [number for number in np.argsort(-tokens, kind="stable") if tokens[number] > 0]
@@ -76,8 +75,14 @@ class EvaluationSet:
 
 
 def evaluation_set(corpus: Corpus, config: TrainConfig) -> EvaluationSet:
-    """The examples with their weights by the options of a run."""
-    raw = weighting.example_weights(
+    """The evaluation set of a corpus, weighted by the options of the run."""
+    weights = weighting.normalize(example_weights(corpus, config), tokens=corpus.loss_tokens)
+    return EvaluationSet(corpus, weights)
+
+
+def example_weights(corpus: Corpus, config: TrainConfig) -> np.ndarray[Any, Any]:
+    """float64[n]: the weight of each example by its provenance, not normalized."""
+    return weighting.example_weights(
         corpus.authority_weight,
         corpus.provenance_entropy,
         weighting=config.weighting,
@@ -86,7 +91,6 @@ def evaluation_set(corpus: Corpus, config: TrainConfig) -> EvaluationSet:
         max_ratio=config.max_ratio,
         locations=corpus.locations,
     )
-    return EvaluationSet(corpus, weighting.normalize(raw, tokens=corpus.loss_tokens))
 
 
 def _exp(loss: float) -> float:

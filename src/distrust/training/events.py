@@ -1,27 +1,27 @@
-"""What a run tells those who watch it. The loop knows none of them: it calls each with every event."""
+"""Events of a run, and their delivery to observers. The loop knows no observer: each gets every event."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from distrust.data import Distribution
 
+#: Why a run ended: its last step was made; its metric stopped improving; a signal arrived; ``stop()`` was
+#: called or the awaiting task was cancelled; an observer failed.
 Reason = Literal["finished", "early_stopping", "signal", "stop", "error"]
-"""Why a run is over: its last step is made; its metric no longer improved; a signal came; ``stop()`` was
-called, or who awaited it was cancelled; an observer failed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Preparing:
-    """Something that takes a while, before the first step.
+    """A task before the first step, which may take a while.
 
     Attributes:
-        what: in a few words.
-        done: how many of its parts are done.
-        total: how many there are; 0 where it has none.
+        task: short description.
+        completed: completed parts.
+        total: number of parts; 0 if not known.
     """
 
     task: str
@@ -31,25 +31,25 @@ class Preparing:
 
 @dataclass(frozen=True, slots=True)
 class RunStarted:
-    """Everything is loaded, and the first step comes next.
+    """Everything is loaded; the first step is next.
 
     Attributes:
         out: the folder of the run.
-        step: optimizer steps made already.
-        max_steps: those of the whole run.
-        resumed_from: the checkpoint that the run goes on from.
-        examples: in the training data.
-        tokens: learned ones in the training data.
-        truncated: examples that were cut, with those that `eval_fraction` keeps out.
-        tokens_cut: tokens that they lost.
-        distribution: of the weights: their range, by source class, the heaviest and the lightest examples.
-        history: by name, the value of each step made already.
-        trained: how many numbers are trained.
-        parameters: how many the model has.
-        engine: what trains, by name.
-        device: where, as the engine calls it; empty if it does not say.
+        step: optimizer steps already made.
+        max_steps: optimizer steps of the whole run.
+        resumed_from: the checkpoint that the run resumes from.
+        examples: examples of the training data.
+        tokens: trained tokens of the training data.
+        truncated: examples that were cut to `max_length`, including those that `eval_fraction` holds out.
+        tokens_cut: tokens that were cut off.
+        distribution: of the weights: range, by source class, heaviest and lightest examples.
+        history: name -> value for each step already made.
+        trained: number of trained parameters.
+        parameters: number of all parameters.
+        engine: name of the engine.
+        device: name of the device; empty if the engine does not say.
         epoch_steps: optimizer steps of one pass over the data, as a fraction.
-        warmup_steps: in which the learning rate rises to its peak.
+        warmup_steps: steps in which the learning rate rises to its peak.
     """
 
     out: Path
@@ -71,12 +71,12 @@ class RunStarted:
 
     @property
     def effective_examples(self) -> float:
-        """(Σu)²/Σu² of the examples' weights u, times how often `mix` draws each."""
+        """Effective sample size (Σu)²/Σu² of the weights u, times how often `mix` samples each example."""
         return self.distribution.effective_examples
 
     @property
     def weight_range(self) -> tuple[float, float]:
-        """The smallest and the largest u."""
+        """The smallest and the largest weight."""
         lowest, *_, highest = self.distribution.quantiles["weight"]
         return lowest, highest
 
@@ -87,15 +87,15 @@ class StepEnded:
 
     Attributes:
         step: its number, from 1.
-        loss: plain cross-entropy, nats a token.
-        weighted_loss: what the gradient was of.
+        loss: plain cross-entropy, nats per token.
+        weighted_loss: weighted cross-entropy, the one that trains.
         distrust: mean over the step's tokens of the published term α·r²; logged only.
         learning_rate: of this step.
         gradient_norm: before clipping.
-        tokens: learned ones.
-        seconds: that the step took.
-        stall_seconds: how long training waited for checkpoints since the step before.
-        memory_bytes: resident on the host and allocated on the device, after it.
+        tokens: trained tokens of the step.
+        seconds: duration of the step.
+        stall_seconds: how long checkpoints stalled training since the step before.
+        memory_bytes: resident on the host plus allocated on the device, after the step.
     """
 
     step: int
@@ -112,12 +112,12 @@ class StepEnded:
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
-    """The eval set was evaluated.
+    """The evaluation set was evaluated.
 
     Attributes:
         step: optimizer steps made.
-        metrics: by name, as they are logged: losses are cross-entropy, nats a token; weighted by provenance,
-            and of each source class, too.
+        metrics: name -> value, as logged: cross-entropy in nats per token and perplexity, plain and weighted
+            by provenance, and for each source class.
     """
 
     step: int
@@ -125,17 +125,17 @@ class Evaluated:
 
     @property
     def loss(self) -> float:
-        """Plain cross-entropy."""
+        """Plain cross-entropy, nats per token."""
         return self.metrics["eval_loss"]
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointStarted:
-    """A checkpoint is about to be written: what is to be durable before it must be so now.
+    """A checkpoint is about to be written. An observer that must be durable before it syncs its files now.
 
     Attributes:
-        step: of the checkpoint.
-        path: where it will stand.
+        step: step of the checkpoint.
+        path: its path.
     """
 
     step: int
@@ -147,9 +147,9 @@ class CheckpointSaved:
     """A checkpoint is durable.
 
     Attributes:
-        step: of the checkpoint.
-        path: where it stands.
-        stall_seconds: how long training waited for it.
+        step: step of the checkpoint.
+        path: its path.
+        stall_seconds: how long it stalled training.
     """
 
     step: int
@@ -159,13 +159,13 @@ class CheckpointSaved:
 
 @dataclass(frozen=True, slots=True)
 class MemoryReset:
-    """Model, optimizer and caches were dropped and built again from the checkpoint of this step.
+    """Model, optimizer and caches were dropped and rebuilt from the checkpoint of this step.
 
     Attributes:
         step: optimizer steps made.
-        before_bytes: resident on the host and allocated on the device, before.
+        before_bytes: resident on the host plus allocated on the device, before.
         after_bytes: the same, after.
-        seconds: that it took, without the save.
+        seconds: duration without the save.
     """
 
     step: int
@@ -176,16 +176,16 @@ class MemoryReset:
 
 @dataclass(frozen=True, slots=True)
 class RunEnded:
-    """The run is over, or was asked to stop; its last checkpoint is durable.
+    """The run is complete or was asked to stop; its last checkpoint is durable.
 
     Attributes:
         step: optimizer steps made.
         path: the last checkpoint, if there is one.
-        state_digest: the identity of its state.
-        stall_seconds: how long training waited for checkpoints, all of this session together.
-        reason: why it is over.
-        signal: the number of the signal that asked to stop, or None.
-        already: whether there was nothing left to do.
+        state_digest: the state digest of the last checkpoint.
+        stall_seconds: how long checkpoints stalled training in this session.
+        reason: why the run ended.
+        signal: number of the signal that asked to stop, or None.
+        already_finished: whether there was nothing left to do from the start.
     """
 
     step: int
@@ -198,7 +198,7 @@ class RunEnded:
 
     @property
     def finished(self) -> bool:
-        """Whether there is nothing left to do; else the same config goes on from here."""
+        """Whether nothing is left to do; if not, the same config resumes from here."""
         return self.reason in ("finished", "early_stopping")
 
 
@@ -213,3 +213,29 @@ Event = (
     | RunEnded
 )
 Observer = Callable[[Event], None]
+
+
+class Broadcaster:
+    """Passes each event to all observers, in the training thread.
+
+    Args:
+        observers: called with every event.
+        publish: called before the observers, to publish the state of the run.
+
+    Attributes:
+        error: the first exception that an observer raised. It ends the run, but only after a save.
+    """
+
+    def __init__(self, observers: Iterable[Observer], *, publish: Callable[[], None]) -> None:
+        self.error: Exception | None = None
+        self._observers = tuple(observers)
+        self._publish = publish
+
+    def emit(self, event: Event) -> None:
+        """Pass on an event; collects errors instead of raising them."""
+        self._publish()
+        for observer in self._observers:
+            try:
+                observer(event)
+            except Exception as error:
+                self.error = self.error or error

@@ -1,7 +1,7 @@
-"""What a run takes of memory: whether the next step still fits, and whether a reset is due.
+"""Memory of a run: whether the next step still fits, and whether a reset is due.
 
-How much a step takes is known by what it did to the high-water mark. Nothing is reset to measure it: a step
-that raised the mark tells its peak, and one that did not was never the one that matters.
+The memory of a step is derived from what it did to the peak. Nothing is reset to measure it: a step that
+raised the peak reveals its own, and a step that did not raise it never needed the most.
 """
 
 from __future__ import annotations
@@ -18,21 +18,22 @@ from distrust.contract import Engine, MemoryUse
 from distrust.errors import DistrustWarning
 
 GIB = 2**30
-#: What grew in each of so many steps will grow in the next; what grew once need not.
+#: Memory that grew in each of this many steps is expected to grow in the next; a single growth is not.
 GROWING_STEPS = 4
-#: After a reset, memory has to grow by this much of what it left before another one can free anything.
+#: After a reset, memory must grow by this share before another reset can free anything.
 WORTHWHILE_GROWTH = 0.25
-#: What the system needs beside a step.
+#: Free memory that the system needs during a step.
 MARGIN_BYTES = 64 << 20
-#: What is available takes a while to read: system and cgroups are asked no more often than this.
-SECONDS_BETWEEN_LOOKS = 1.0
+#: Reading the available memory takes a while: the system and cgroups are read no more often than this.
+SECONDS_BETWEEN_READS = 1.0
+HOST, DEVICE = "the host", "the device"
 
 
 class Forecast:
-    """What a step takes at one place, as far as the steps so far tell.
+    """Forecast of the memory of the next step, on the host or on the device.
 
     Args:
-        use: before the first of them.
+        use: memory in use before the first step.
     """
 
     def __init__(self, use: MemoryUse) -> None:
@@ -40,12 +41,12 @@ class Forecast:
         self.restart(use)
 
     def restart(self, use: MemoryUse) -> None:
-        """Go on from here: what came before was no step, such as loading a model."""
+        """Start again from this level: what came before was no step, such as loading a model."""
         self._peak = use.peak
         self._levels = deque([use.now], maxlen=GROWING_STEPS + 1)
 
     def add(self, use: MemoryUse) -> None:
-        """Take in a step that has ended."""
+        """Add the memory in use after a step."""
         if use.peak > self._peak:
             self._transient = max(self._transient, use.peak - use.now)
             self._peak = use.peak
@@ -53,12 +54,12 @@ class Forecast:
 
     @property
     def now(self) -> int:
-        """Bytes that are taken between steps."""
+        """Bytes in use between steps."""
         return self._levels[-1]
 
     @property
     def next_step(self) -> int:
-        """Bytes that the next step may take at its peak."""
+        """Bytes that the next step may use at its peak."""
         growth = [after - before for before, after in pairwise(self._levels)]
         steady = max(0, min(growth)) if len(growth) == GROWING_STEPS else 0
         return self.now + self._transient + steady
@@ -66,13 +67,13 @@ class Forecast:
 
 @dataclass(frozen=True, slots=True)
 class Excess:
-    """A bound that the next step would pass.
+    """A memory limit that the next step would exceed.
 
     Attributes:
-        place: where, in words.
-        now: bytes taken there.
-        next_step: bytes that the next step may take there.
-        bound: bytes that it may not pass.
+        place: "the host" or "the device".
+        now: bytes in use.
+        next_step: bytes that the next step may use.
+        bound: the limit in bytes.
     """
 
     place: str
@@ -82,39 +83,39 @@ class Excess:
 
 
 class MemoryGuard:
-    """Looks at memory between steps, and says what is to be done. Changes nothing of the run.
+    """Measures memory between steps and decides what to do. Changes nothing of the run.
 
     Args:
-        config: with the bounds.
+        config: contains the limits.
         engine: just built.
     """
 
     def __init__(self, config: TrainConfig, engine: Engine) -> None:
         self._config = config
-        self._places = {place: Forecast(use) for place, use in _uses(engine).items()}
-        self._left_by_reset: int | None = None
-        self._reset_just_now = False
+        self._forecasts = {place: Forecast(use) for place, use in _measure(engine).items()}
+        self._level_after_reset = 0
+        self._is_first_after_reset = False
         self._warned_of_reset = self._warned_of_system = False
-        self._looked = -SECONDS_BETWEEN_LOOKS
+        self._last_read = -SECONDS_BETWEEN_READS
 
     @property
     def used_bytes(self) -> int:
-        """Bytes of the host and the device together."""
-        return sum(forecast.now for forecast in self._places.values())
+        """Bytes in use on the host and the device together."""
+        return sum(forecast.now for forecast in self._forecasts.values())
 
     def restart(self, engine: Engine) -> None:
-        """The engine was built again."""
-        for place, use in _uses(engine).items():
-            self._places[place].restart(use)
-        self._reset_just_now = True
+        """Measure the engine that was built again."""
+        for place, use in _measure(engine).items():
+            self._forecasts[place].restart(use)
+        self._is_first_after_reset = True
 
     def observe_step(self, engine: Engine) -> int:
-        """Take in a step that has ended; returns the bytes that are taken after it."""
-        for place, use in _uses(engine).items():
-            self._places[place].add(use)
-        if self._reset_just_now:  # with a step's own memory: what later levels are compared with
-            self._reset_just_now = False
-            self._left_by_reset = self._highest
+        """Measure after a step; returns the bytes in use."""
+        for place, use in _measure(engine).items():
+            self._forecasts[place].add(use)
+        if self._is_first_after_reset:  # includes what a step itself needs, like the levels compared with it
+            self._is_first_after_reset = False
+            self._level_after_reset = self._highest
             self._warn_of_futile_reset()
         self._warn_of_system()
         return self.used_bytes
@@ -126,56 +127,52 @@ class MemoryGuard:
             return True
         if above is None:
             return False
-        left = self._left_by_reset or 0
-        return self._highest > max(above * GIB, left * (1 + WORTHWHILE_GROWTH))
+        return self._highest > max(above * GIB, self._level_after_reset * (1 + WORTHWHILE_GROWTH))
 
     def excess(self) -> Excess | None:
-        """Where the next step would pass ``max_memory``; None if nowhere."""
-        bound = self._config.max_memory
-        for place, forecast in self._places.items():
-            if bound is not None and forecast.next_step > bound * GIB:
-                return Excess(place, forecast.now, forecast.next_step, bound * GIB)
+        """Where the next step would exceed ``max_memory``; None if nowhere."""
+        limit = self._config.max_memory
+        for place, forecast in self._forecasts.items():
+            if limit is not None and forecast.next_step > limit * GIB:
+                return Excess(place, forecast.now, forecast.next_step, limit * GIB)
         return None
 
     @property
     def _highest(self) -> int:
-        return max(forecast.now for forecast in self._places.values())
+        return max(forecast.now for forecast in self._forecasts.values())
 
     def _warn_of_futile_reset(self) -> None:
         above = self._config.reload_above
         if above is None or self._highest <= above * GIB or self._warned_of_reset:
             return
         self._warned_of_reset = True
-        again = self._highest * (1 + WORTHWHILE_GROWTH) / GIB
+        next_reset = self._highest * (1 + WORTHWHILE_GROWTH) / GIB
         warnings.warn(
-            f"--reload-above {above:g}: the run takes {self._highest / GIB:.2f} GiB right after a reset, so "
-            f"none can bring it below; the next one comes above {again:.2f} GiB",
+            f"--reload-above {above:g}: the run uses {self._highest / GIB:.2f} GiB right after a reset, so "
+            f"no reset can bring it below; the next reset is above {next_reset:.2f} GiB",
             DistrustWarning,
             stacklevel=2,
         )
 
     def _warn_of_system(self) -> None:
-        """Only a warning: what is available is an estimate, and others than this run take of it, too."""
-        if self._warned_of_system or time.monotonic() < self._looked + SECONDS_BETWEEN_LOOKS:
+        """Only a warning: the available memory is an estimate, and other processes use it, too."""
+        if self._warned_of_system or time.monotonic() < self._last_read + SECONDS_BETWEEN_READS:
             return
-        self._looked = time.monotonic()
-        host = self._places[HOST]
-        available, wanted = available_bytes(), host.next_step - host.now + MARGIN_BYTES
-        if available < wanted:
+        self._last_read = time.monotonic()
+        host = self._forecasts[HOST]
+        available, needed = available_bytes(), host.next_step - host.now + MARGIN_BYTES
+        if available < needed:
             self._warned_of_system = True
             warnings.warn(
-                f"the machine has {available / GIB:.2f} GiB of memory left, the next step may take "
-                f"{wanted / GIB:.2f}: the system may end the run, which goes on from its newest checkpoint "
-                "then; --max-memory has it stop, saved, before",
+                f"the machine has {available / GIB:.2f} GiB of free memory, and the next step may need "
+                f"{needed / GIB:.2f} GiB: the system may kill the run, which then resumes from its newest "
+                "checkpoint. With --max-memory the run saves and stops before",
                 DistrustWarning,
                 stacklevel=2,
             )
 
 
-HOST, DEVICE = "the host", "the device"
-
-
-def _uses(engine: Engine) -> dict[str, MemoryUse]:
+def _measure(engine: Engine) -> dict[str, MemoryUse]:
     uses = {HOST: MemoryUse(resident_bytes(), peak_resident_bytes())}
     device = engine.device_memory()
     if device is not None:

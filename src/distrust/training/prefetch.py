@@ -1,4 +1,4 @@
-"""The batches of the next step, made while this one is computed."""
+"""Computes the batches of the next step while the current step runs."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ T = TypeVar("T")
 
 
 class Prefetcher(Generic[T]):
-    """What a pure function of the step gives, asked for one step ahead in a thread; a context.
+    """Context manager that prefetches the next step's value.
 
     Args:
-        make: gives what a step needs.
-        last: the last step there is.
+        compute: a pure function of the step; runs in a thread.
+        last: the last step.
     """
 
-    def __init__(self, make: Callable[[int], T], *, last: int) -> None:
-        self._make = make
+    def __init__(self, compute: Callable[[int], T], *, last: int) -> None:
+        self._compute = compute
         self._last = last
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="distrust-ahead")
-        self._begun: tuple[int, Future[T]] | None = None
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="distrust-prefetch")
+        self._pending: tuple[int, Future[T]] | None = None
 
     def __enter__(self) -> Prefetcher[T]:
         return self
@@ -33,9 +33,10 @@ class Prefetcher(Generic[T]):
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def get(self, step: int) -> T:
-        """What this step needs; the next one's is begun. Raises what making it raised."""
-        begun, self._begun = self._begun, None
-        made = begun[1].result() if begun is not None and begun[0] == step else self._make(step)
+        """The value of this step; starts computing the next. Raises what ``compute`` raised."""
+        pending, self._pending = self._pending, None
+        # Any other step than the prefetched one is computed here: the value depends on the step alone.
+        value = pending[1].result() if pending is not None and pending[0] == step else self._compute(step)
         if step < self._last:
-            self._begun = step + 1, self._thread.submit(self._make, step + 1)
-        return made
+            self._pending = step + 1, self._thread.submit(self._compute, step + 1)
+        return value

@@ -1,4 +1,4 @@
-"""What a run works on: its data weighed and put in order, before the first step."""
+"""Prepares the data of a run before its first step: tokenizes, weighs and orders it."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ from typing import Any
 import numpy as np
 
 from distrust import weighting
-from distrust.config import TrainConfig
+from distrust.config import STEP_METRICS, TrainConfig
 from distrust.data import (
     Batches,
     Corpus,
     Distribution,
     EpochSampler,
+    MicroBatch,
     MixtureSampler,
     PackedRows,
     Tokenizer,
     concatenate,
-    digest_of,
-    distribution,
+    digest_tokenizer,
     one_per_row,
     pack,
     split_off,
+    summarize_weights,
 )
-from distrust.errors import DataError, DistrustWarning
+from distrust.errors import ConfigError, DataError, DistrustWarning
 from distrust.training.data_sources import (
     CheckedData,
     Progress,
@@ -35,29 +36,30 @@ from distrust.training.data_sources import (
     max_length_of,
     pad_token_id_of,
     tokenize_cached,
+    warn_of_missing_classes,
     warn_of_unmeasured_classes,
-    warn_where_no_class,
 )
-from distrust.training.evaluation_set import EvaluationSet, evaluation_set
+from distrust.training.evaluation_set import EvaluationSet, evaluation_set, example_weights
+from distrust.training.schedule import warmup
 
-#: Below this share of the examples, few of them decide everything.
+#: Warn if the effective sample size is below this share of the examples.
 LOW_EFFECTIVE_SHARE = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreparedData:
-    """The data of a run.
+    """The data of a run, and the options that depend on it.
 
     Attributes:
-        config: with nothing left open.
+        config: with all options resolved.
         max_steps: optimizer steps of the whole run.
-        schedule_steps: after which the learning rate's schedule has ended.
+        schedule_steps: steps after which the learning rate's schedule has ended.
         corpus: the tokenized examples.
-        weights: float64[examples]: normalized.
-        distribution: of these weights.
+        weights: float64[examples], normalized.
+        distribution: distribution of the weights.
         batches: the batches of each step.
-        evaluation: what is evaluated on, or None.
-        pad_token_id: what batches are padded with.
+        evaluation: the evaluation set, or None.
+        pad_token_id: token that batches are padded with.
     """
 
     config: TrainConfig
@@ -69,6 +71,24 @@ class PreparedData:
     batches: Batches
     evaluation: EvaluationSet | None
     pad_token_id: int
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps in which the learning rate rises to its peak."""
+        config = self.config
+        return warmup(config.warmup_steps, config.warmup_ratio, schedule_steps=self.schedule_steps)
+
+    @property
+    def measured_on(self) -> str:
+        """Fingerprint of the evaluation data, if the best checkpoint is chosen by it; otherwise empty."""
+        if self.evaluation is None or self.config.metric in STEP_METRICS:
+            return ""
+        return self.evaluation.corpus.fingerprint
+
+    def locations(self, batches: Sequence[MicroBatch]) -> list[str]:
+        """File and line of each example of these batches."""
+        locations = self.corpus.locations
+        return [str(locations[example]) for batch in batches for example in batch.examples]
 
 
 def prepare_data(
@@ -82,20 +102,20 @@ def prepare_data(
     """Tokenize, weigh and order the data.
 
     Args:
-        config: options left open (None) are settled here.
-        sources: the data, checked.
+        config: options that are None and depend on the data are resolved.
+        sources: the checked data.
         tokenizer: of the base model.
-        context_length: the model's, if it says.
-        report: called with what is done, how far it is, and how far it goes.
+        context_length: of the base model, in tokens, if known.
+        report: called with the task, the completed parts and their total.
 
     Raises:
-        DataError: for records that cannot be trained on.
-        ConfigError: for options that do not fit the model.
+        DataError: records cannot be trained on.
+        ConfigError: options do not fit the model or the data.
     """
     max_length = max_length_of(config, context_length)
-    tokenizer_digest = digest_of(tokenizer)  # once: it takes a while
+    tokenizer_digest = digest_tokenizer(tokenizer)  # computed once: it takes a while
 
-    def made(data: CheckedData) -> Corpus:
+    def tokenize(data: CheckedData) -> Corpus:
         return tokenize_cached(
             data,
             tokenizer,
@@ -105,17 +125,17 @@ def prepare_data(
             report=report,
         )
 
-    corpus = made(sources.training)
-    evaluation = None if sources.evaluation is None else made(sources.evaluation)
-    warn_where_no_class(config, [corpus] if evaluation is None else [corpus, evaluation])
+    corpus = tokenize(sources.training)
+    eval_corpus = None if sources.evaluation is None else tokenize(sources.evaluation)
+    warn_of_missing_classes(config, [corpus] if eval_corpus is None else [corpus, eval_corpus])
     if config.eval_fraction:
-        corpus, evaluation = split_off(corpus, config.eval_fraction, seed=config.seed)
-    if evaluation is not None:
-        warn_of_unmeasured_classes(config, corpus, evaluation)
+        corpus, eval_corpus = split_off(corpus, config.eval_fraction, seed=config.seed)
+    if eval_corpus is not None:
+        warn_of_unmeasured_classes(config, corpus, eval_corpus)
     rows = _rows(config, corpus, capacity=max_length)
-    order = _sampler(config, [len(part) for part in rows])
-    drawn = _sample_counts(order, rows, corpus)
-    weights = _weights(config, corpus, drawn)
+    sampler = _sampler(config, [len(part) for part in rows])
+    sample_counts = _sample_counts(sampler, rows, corpus)
+    weights = _weights(config, corpus, sample_counts)
     pad_token_id = pad_token_id_of(tokenizer)
     batches = Batches(
         corpus,
@@ -123,46 +143,58 @@ def prepare_data(
         distrust=weighting.distrust_term(
             corpus.authority_weight, corpus.provenance_entropy, alpha=config.alpha
         ),
-        order=order,
-        sequences=concatenate(rows),
+        sampler=sampler,
+        rows=concatenate(rows),
         batch_size=config.batch_size,
         gradient_accumulation=config.gradient_accumulation,
         pad_token_id=pad_token_id,
     )
     max_steps = config.max_steps or math.ceil(config.epochs * batches.epoch_steps)
     schedule_steps = config.schedule_steps or max_steps
-    settled = replace(config, max_length=max_length, max_steps=max_steps, schedule_steps=schedule_steps)
+    resolved = replace(config, max_length=max_length, max_steps=max_steps, schedule_steps=schedule_steps)
+    evaluation = None if eval_corpus is None else evaluation_set(eval_corpus, resolved)
+    _require_metric(resolved, evaluation)
     return PreparedData(
-        config=settled,
+        config=resolved,
         max_steps=max_steps,
         schedule_steps=schedule_steps,
         corpus=corpus,
         weights=weights,
-        distribution=_distribution(corpus, weights, drawn),
+        distribution=_distribution(corpus, weights, sample_counts),
         batches=batches,
-        evaluation=None if evaluation is None else evaluation_set(evaluation, settled),
+        evaluation=evaluation,
         pad_token_id=pad_token_id,
     )
 
 
+def _require_metric(config: TrainConfig, evaluation: EvaluationSet | None) -> None:
+    """The metric of the best checkpoint must be logged; the default one is ignored without an eval set."""
+    logged = STEP_METRICS + (() if evaluation is None else evaluation.metric_names)
+    if config.metric in logged or (evaluation is None and config.metric == TrainConfig.metric):
+        return
+    problem = "there is nothing to evaluate on; give --eval-data, or --eval-fraction"
+    if evaluation is not None:
+        problem = f"the evaluation data has no such source class; the metrics are {', '.join(logged)}"
+    raise ConfigError(f"--metric {config.metric}: {problem}")
+
+
 def _sampler(config: TrainConfig, sizes: Sequence[int]) -> EpochSampler | MixtureSampler:
-    """The order of the sequences, of which each source has so many."""
     if config.mix is None:
         return EpochSampler(sum(sizes), seed=config.seed)
     return MixtureSampler(sizes, shares=config.mix, seed=config.seed)
 
 
 def _sample_counts(
-    order: EpochSampler | MixtureSampler, rows: Sequence[PackedRows], corpus: Corpus
+    sampler: EpochSampler | MixtureSampler, rows: Sequence[PackedRows], corpus: Corpus
 ) -> np.ndarray[Any, Any] | None:
-    """float64[n], how often each example is drawn in an epoch, on average; None where each is once."""
-    if isinstance(order, EpochSampler):
+    """float64[n]: how often an epoch samples each example, on average; None if each once."""
+    if isinstance(sampler, EpochSampler):
         return None
-    return np.repeat(np.divide(order.counts, [len(part) for part in rows]), corpus.sizes)
+    return np.repeat(np.divide(sampler.counts, [len(part) for part in rows]), corpus.sizes)
 
 
 def _rows(config: TrainConfig, corpus: Corpus, *, capacity: int) -> list[PackedRows]:
-    """The rows of each source: with mixing weights, each is drawn from by itself."""
+    """The rows of each source, because a mixture samples each source separately."""
     ends = np.cumsum(corpus.sizes or (len(corpus),))
     parts = np.split(np.arange(len(corpus), dtype=np.int64), ends[:-1])
     if not config.packing:
@@ -172,31 +204,25 @@ def _rows(config: TrainConfig, corpus: Corpus, *, capacity: int) -> list[PackedR
     ]
 
 
-def _weights(config: TrainConfig, corpus: Corpus, drawn: np.ndarray[Any, Any] | None) -> np.ndarray[Any, Any]:
-    raw = weighting.example_weights(
-        corpus.authority_weight,
-        corpus.provenance_entropy,
-        weighting=config.weighting,
-        alpha=config.alpha,
-        lambda_=config.lambda_,
-        max_ratio=config.max_ratio,
-        locations=corpus.locations,
-    )
-    tokens = corpus.loss_tokens if drawn is None else corpus.loss_tokens * drawn
-    weights = weighting.normalize(raw, tokens=tokens)
-    vanished = np.flatnonzero(weights.astype(np.float32) == 0)
-    if len(vanished):  # tokens carry their weight in float32
+def _weights(
+    config: TrainConfig, corpus: Corpus, sample_counts: np.ndarray[Any, Any] | None
+) -> np.ndarray[Any, Any]:
+    tokens = corpus.loss_tokens if sample_counts is None else corpus.loss_tokens * sample_counts
+    weights = weighting.normalize(example_weights(corpus, config), tokens=tokens)
+    zero_weight = np.flatnonzero(weights.astype(np.float32) == 0)  # tokens carry their weight in float32
+    if len(zero_weight):
         raise DataError(
-            f"{corpus.locations[vanished[0]]}: weighs nothing beside the heaviest example, one of "
-            f"{len(vanished)} that do; look for a provenance_entropy that is too large, or give --max-ratio"
+            f"{corpus.locations[zero_weight[0]]}: its weight is zero compared with the heaviest example, as "
+            f"for {len(zero_weight)} examples; check for a provenance_entropy that is too large, or give "
+            "--max-ratio"
         )
     return weights
 
 
 def _distribution(
-    corpus: Corpus, weights: np.ndarray[Any, Any], drawn: np.ndarray[Any, Any] | None
+    corpus: Corpus, weights: np.ndarray[Any, Any], sample_counts: np.ndarray[Any, Any] | None
 ) -> Distribution:
-    return distribution(
+    return summarize_weights(
         authority_weight=corpus.authority_weight,
         provenance_entropy=corpus.provenance_entropy,
         weights=weights,
@@ -204,19 +230,18 @@ def _distribution(
         classes=corpus.classes,
         class_of=corpus.class_numbers,
         locations=corpus.locations,
-        effective_examples=_effective_examples(weights, drawn),
+        effective_examples=_effective_examples(weights, sample_counts),
     )
 
 
-def _effective_examples(weights: np.ndarray[Any, Any], drawn: np.ndarray[Any, Any] | None) -> float:
-    """How many equal examples these are worth; one that is drawn more often counts for more."""
-    taken = weights if drawn is None else (weights * drawn)[drawn > 0]
-    effective = weighting.effective_sample_size(taken)
+def _effective_examples(weights: np.ndarray[Any, Any], sample_counts: np.ndarray[Any, Any] | None) -> float:
+    """Effective sample size; an example that is sampled more often counts for more."""
+    sampled = weights if sample_counts is None else (weights * sample_counts)[sample_counts > 0]
+    effective = weighting.effective_sample_size(sampled)
     if effective < LOW_EFFECTIVE_SHARE * len(weights):
         warnings.warn(
-            f"{len(weights)} examples weigh as much as {effective:.0f} equal "
-            f"{'one' if round(effective) == 1 else 'ones'}: a few of them decide "
-            "the run; --max-ratio, or a --mix that is less uneven, bounds how much one can outweigh another",
+            f"the effective sample size of {len(weights)} examples is {effective:.0f}: a few of them "
+            "dominate the run. Bound the weights with --max-ratio, or give a less uneven --mix",
             DistrustWarning,
             stacklevel=2,
         )

@@ -1,34 +1,92 @@
-"""How far a run is: what is counted and remembered from step to step, beside the engine's own state."""
+"""How far a run is: the mutable counters of the loop, and the immutable state that any thread may read."""
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from distrust.config import STEP_METRICS
+from distrust.run_record import RunRecord
 from distrust.training.best_tracker import BestTracker
-from distrust.training.imported import CONTINUES
+from distrust.training.events import StepEnded
+
+
+@dataclass(frozen=True, slots=True)
+class Best:
+    """The best evaluation so far.
+
+    Attributes:
+        metric: name of the metric.
+        value: the lowest or highest value, depending on ``metric_mode``.
+        step: number of the optimizer step that it followed.
+    """
+
+    metric: str
+    value: float
+    step: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunState:
+    """How far a run is: an immutable value, so any thread may read it.
+
+    Attributes:
+        out: the folder of the run.
+        running: whether the run is in progress.
+        step: optimizer steps made, over all sessions.
+        max_steps: optimizer steps of the whole run; None until known.
+        epoch_steps: optimizer steps of one pass over the data; None until known.
+        tokens_seen: trained tokens of all steps so far.
+        elapsed_seconds: time spent in steps, over all sessions.
+        learning_rate: learning rate of the last step.
+        metrics: metrics of the last step, by name, with those of an evaluation after it; always includes the
+            latest ``eval_loss``.
+        best: the best evaluation.
+        checkpoint: path of the newest durable checkpoint.
+    """
+
+    out: Path
+    running: bool = False
+    step: int = 0
+    max_steps: int | None = None
+    epoch_steps: float | None = None
+    tokens_seen: int = 0
+    elapsed_seconds: float = 0.0
+    learning_rate: float | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    best: Best | None = None
+    checkpoint: Path | None = None
+
+    @property
+    def epoch(self) -> float | None:
+        """Passes over the data, as a fraction."""
+        return None if self.epoch_steps is None else self.step / self.epoch_steps
 
 
 @dataclass(slots=True)
 class Progress:
-    """How far a run is.
+    """Counters and history of a run, updated after each step.
 
     Attributes:
         step: optimizer steps made.
-        tokens_seen: learned tokens of these steps.
-        elapsed_seconds: time spent in them, over all sessions.
-        metrics: those of the step: those of an evaluation are there only if there was one.
-        evaluations: what the evaluations so far have come to.
-        history: by name, the value of each step.
-        continues: what the run was begun as by another program; empty where it was begun here.
+        max_steps: optimizer steps of the whole run; None until known.
+        epoch_steps: optimizer steps of one pass over the data; None until known.
+        tokens_seen: trained tokens of all steps so far.
+        elapsed_seconds: time spent in steps, over all sessions.
+        metrics: metrics of the last step, with those of an evaluation after it.
+        evaluations: summary of the evaluations so far.
+        history: name of a step metric -> its value for each step.
+        continues: program and step that an imported run began at; empty for a run that began here.
     """
 
     step: int = 0
+    max_steps: int | None = None
+    epoch_steps: float | None = None
     tokens_seen: int = 0
     elapsed_seconds: float = 0.0
     metrics: dict[str, float] = field(default_factory=dict)
@@ -38,27 +96,46 @@ class Progress:
     )
     continues: str = ""
 
-    def remember(self, values: object) -> None:
-        """Add a step's values, its attributes of these names, to the history; they are the metrics now."""
-        self.metrics = {name: getattr(values, name) for name in self.history}
+    def add_step(self, ended: StepEnded) -> None:
+        """Count a step, and append its metrics to the history."""
+        self.step = ended.step
+        self.tokens_seen += ended.tokens
+        self.elapsed_seconds += ended.seconds
+        self.metrics = {name: getattr(ended, name) for name in self.history}
         for name, column in self.history.items():
             column.append(self.metrics[name])
 
-    def restore(
-        self, *, step: int, metadata: Mapping[str, Any], metrics: Mapping[str, float], run: Mapping[str, Any]
-    ) -> None:
-        """Take up what the sections of a checkpoint say; the history is :meth:`restore_history`'s."""
+    def restore(self, record: RunRecord, *, step: int, metrics: Mapping[str, float]) -> None:
+        """Restore everything but the history from a checkpoint."""
         self.step = step
-        self.tokens_seen = metadata["tokens_seen"]
-        self.elapsed_seconds = run.get("elapsed_seconds", 0.0)
-        self.continues = run.get(CONTINUES, "")
+        self.tokens_seen = record.tokens_seen or 0
+        self.elapsed_seconds = record.elapsed_seconds or 0.0
+        self.continues = record.continues
         self.metrics = dict(metrics)
-        self.evaluations = self.evaluations.restore(run.get("evaluations"))
+        self.evaluations = self.evaluations.restore(record.evaluations)
 
     def history_arrays(self) -> dict[str, np.ndarray[Any, Any]]:
-        """The history as float64[step] of each name."""
+        """The history as float64[step] of each name; copies."""
         return {name: np.array(column, np.float64) for name, column in self.history.items()}
 
     def restore_history(self, arrays: Mapping[str, Any]) -> None:
         """The inverse of :meth:`history_arrays`."""
         self.history = {name: array("d", np.asarray(arrays[name]).tolist()) for name in STEP_METRICS}
+
+    def snapshot(self, *, out: Path, checkpoint: Path | None) -> RunState:
+        """The state of a running run."""
+        rates, evaluations = self.history["learning_rate"], self.evaluations
+        best, loss = evaluations.best, evaluations.loss
+        return RunState(
+            out=out,
+            running=True,
+            step=self.step,
+            max_steps=self.max_steps,
+            epoch_steps=self.epoch_steps,
+            tokens_seen=self.tokens_seen,
+            elapsed_seconds=self.elapsed_seconds,
+            learning_rate=rates[-1] if rates else None,
+            metrics=dict(self.metrics) if loss is None else {**self.metrics, "eval_loss": loss},
+            best=None if best is None else Best(evaluations.metric, best, evaluations.best_step),
+            checkpoint=checkpoint,
+        )

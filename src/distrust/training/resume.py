@@ -1,79 +1,125 @@
-"""Whether a checkpoint continues the run that a config asks for: pure comparisons, told all at once."""
+"""Whether a checkpoint continues the run that a config describes. Comparisons collect all differences."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import fields, replace
-from typing import Any, Final
+from pathlib import Path
+from typing import Any
 
+from distrust.checkpoint import Checkpoint
 from distrust.config import TrainConfig, flag, key
-from distrust.errors import ResumeRefused
+from distrust.contract import FIRST_ENGINE, Engine, EngineState
+from distrust.errors import DistrustWarning, ResumeRefused
+from distrust.run_record import RunRecord
+from distrust.training.prepare_data import PreparedData
+from distrust.training.progress import Progress
 
-FINGERPRINTS = "fingerprints"
-#: Options that a run settles when it begins: left out later, they stay what they were.
+#: Options whose default depends on the data: a resume that leaves them out keeps the saved value.
 FIXED_AT_START = ("max_length", "schedule_steps")
-#: What runs were before there was an option, where that is not its default.
+#: What runs did before an option existed, where that differs from the option's default.
 BEFORE_THE_OPTION = {"clipping": "plain"}
 
-#: The one that runs were trained with before their environment named it.
-FIRST_ENGINE: Final = "torch"
 
-
-def merge_saved_options(config: TrainConfig, saved: Mapping[str, Any], *, where: str) -> TrainConfig:
-    """The config, with what it leaves open taken from the checkpoint.
+def merge_saved_options(config: TrainConfig, saved: Mapping[str, Any], *, where: Path) -> TrainConfig:
+    """Fill the options that the config leaves open with those of the checkpoint.
 
     Args:
         config: what the user asks for.
-        saved: the ``config`` section of the checkpoint: option -> value.
+        saved: option -> value that the run was trained with.
         where: the run, for the message.
 
     Raises:
-        ResumeRefused: a line for each option that would change the mathematics.
+        ResumeRefused: with a line for each option that would change the result.
     """
-    taken = {}
+    kept = {}
     differences = []
     for option in fields(config):
         name = key(option.name)
         if option.metadata["effect"] != "result":
             continue
-        # An option that is younger than the run was at its default, as a rule.
+        # A run that is older than an option was trained with the option's default, as a rule.
         value = getattr(config, option.name)
-        was = saved.get(name, BEFORE_THE_OPTION.get(name, option.default))
+        previous = saved.get(name, BEFORE_THE_OPTION.get(name, option.default))
         if value is None and option.name in FIXED_AT_START:
-            taken[option.name] = was
-        elif value != was:
-            differences.append(f"{flag(option.name)} was {_shown(was)}, is {_shown(value)}")
+            kept[option.name] = previous
+        elif value != previous:
+            differences.append(f"{flag(option.name)} was {_format(previous)}, is {_format(value)}")
     if differences:
         raise _refusal(where, differences)
-    return replace(config, **taken)
+    return replace(config, **kept)
+
+
+def restore(
+    checkpoint: Checkpoint,
+    record: RunRecord,
+    *,
+    engine: Engine,
+    data: PreparedData,
+    progress: Progress,
+    where: Path,
+) -> None:
+    """Load a checkpoint into the engine and the progress of a run.
+
+    Raises:
+        ResumeRefused: it was trained on other data or another base model, or does not fit the engine.
+    """
+    require_same_fingerprints(
+        fingerprints(data, engine),
+        record.fingerprints,
+        config=data.config,
+        where=where,
+        ignore_missing=bool(record.imported_from),
+    )
+    recorded = dict(record.environment)
+    if data.config.threads is None:
+        engine.restore_environment(recorded)
+    engine.load_state(EngineState(checkpoint.model, checkpoint.optimizer, checkpoint.rng))
+    quantized = data.config.quantization != "none"
+    for difference in environment_differences(engine.environment(), recorded, quantized=quantized):
+        warnings.warn(f"no longer bit-identical: {difference}", DistrustWarning, stacklevel=2)
+    if progress.evaluations.used_other_data(record.evaluations):
+        warnings.warn(
+            "the evaluation data differs from that of the run so far: the best checkpoint and "
+            "the patience of early stopping start afresh",
+            DistrustWarning,
+            stacklevel=2,
+        )
+    progress.restore_history(checkpoint.history)
+    progress.restore(record, step=checkpoint.step, metrics=checkpoint.metrics)
+
+
+def fingerprints(data: PreparedData, engine: Engine) -> dict[str, str]:
+    """Digests of the training data and of the base model."""
+    return {"data": data.corpus.fingerprint, "model": engine.fingerprint()}
 
 
 def require_same_fingerprints(
     current: Mapping[str, str],
-    saved: Mapping[str, Any],
+    saved: Mapping[str, str],
     *,
     config: TrainConfig,
-    where: str,
-    known_only: bool = False,
+    where: Path,
+    ignore_missing: bool = False,
 ) -> None:
-    """Refuse to go on with other data, or on another base model.
+    """Refuse to resume with other data or another base model.
 
     Args:
-        current: what it is now, by option.
-        saved: the ``config`` section of the checkpoint.
-        config: names both.
+        current: option -> fingerprint now.
+        saved: option -> fingerprint in the checkpoint.
+        config: names data and model.
         where: the run, for the message.
-        known_only: whether a fingerprint that is missing there is not known, and not another one.
+        ignore_missing: accept that the checkpoint does not record a fingerprint.
 
     Raises:
-        ResumeRefused: a line for each that differs.
+        ResumeRefused: with a line for each that differs.
     """
-    was = saved.get(FINGERPRINTS, {})
     differences = [
-        f"{flag(name)} {_shown(getattr(config, name))}: its content is not that of the run "
-        f"(was {str(was.get(name))[:12]}, is {digest[:12]})"
+        f"{flag(name)} {_format(getattr(config, name))}: its content is not that of the run "
+        f"(was {str(saved.get(name))[:12]}, is {digest[:12]})"
         for name, digest in current.items()
-        if was.get(name) != digest and not (known_only and name not in was)
+        if saved.get(name) != digest and not (ignore_missing and name not in saved)
     ]
     if differences:
         raise _refusal(where, differences)
@@ -82,35 +128,35 @@ def require_same_fingerprints(
 def environment_differences(
     current: Mapping[str, Any], recorded: Mapping[str, Any], *, quantized: bool
 ) -> list[str]:
-    """What may change the last bits: a line for each thing that differs.
+    """A line for each difference that may change the last bits.
 
     Args:
-        current: what it is now, by name.
-        recorded: what it was.
+        current: the environment now, by name.
+        recorded: the environment in the checkpoint.
         quantized: whether the engine rounds the base model.
     """
-    engine, was = current.get("engine"), recorded.get("engine", FIRST_ENGINE)
-    if recorded and engine is not None and engine != was:
+    engine, previous = current.get("engine"), recorded.get("engine", FIRST_ENGINE)
+    if recorded and engine is not None and engine != previous:
         return [
-            f"the run was trained with --engine {was}, and goes on with {engine}. Weights, moments and the "
-            "number of steps are taken over; the states of random generators are not, each step seeds its own"
-            + ("; the quantized base is rounded in another way" if quantized else "")
+            f"the run was trained with --engine {previous}, and resumes with {engine}. Weights, moments and "
+            "the step number are kept; random generator states are not, because each step seeds its own"
+            + ("; the engines quantize the base differently" if quantized else "")
         ]
     return [
-        f"{name} was {_shown(recorded[name])}, is {_shown(value)}"
+        f"{name} was {_format(recorded[name])}, is {_format(value)}"
         for name, value in current.items()
         if name in recorded and recorded[name] != value
     ]
 
 
-def _refusal(where: str, differences: list[str]) -> ResumeRefused:
+def _refusal(where: Path, differences: list[str]) -> ResumeRefused:
     lines = "".join(f"\n  {line}" for line in differences)
     return ResumeRefused(
-        f"{where}: this would not continue the run that is there:{lines}\n"
+        f"{where}: this would not continue the run in that folder:{lines}\n"
         "give the options of that run, or another --out",
         differences,
     )
 
 
-def _shown(value: Any) -> str:
+def _format(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

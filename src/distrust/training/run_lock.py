@@ -1,7 +1,7 @@
-"""One run at a time in a process.
+"""Allows one run at a time in a process.
 
-A framework's generators of random numbers and its number of threads belong to the process. Two runs at once
-would draw from, and seed, the same generators: neither could be exact.
+A framework's random generators and thread count belong to the process. Two simultaneous runs would seed and
+use the same generators, so neither would be reproducible.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ class _RunLock:
         self.holder = Path()
 
 
-_turn = _RunLock()
+_run_lock = _RunLock()
 
 
 @contextmanager
 def exclusive_run(out: Path) -> Iterator[None]:
-    """A context in which no other run of this process trains.
+    """Context manager in which no other run of this process can start.
 
     Raises:
-        RunInProgress: if one does.
+        RunInProgress: another run is in progress.
     """
-    lock = _turn.lock
+    lock = _run_lock.lock
     if not lock.acquire(blocking=False):
         raise RunInProgress(
-            f"{out}: cannot begin: this process is training {_turn.holder}. Random numbers and threads "
-            "belong to the process, and two runs at once would change each other's bits: wait for it, or "
-            "start another process",
-            out=_turn.holder,
+            f"{out}: cannot start, because this process is training {_run_lock.holder}. Random generators "
+            "and threads belong to the process, so two runs at once would change each other's results: wait "
+            "for it, or start another process",
+            out=_run_lock.holder,
         )
     try:
-        _turn.holder = out
+        _run_lock.holder = out
         yield
     finally:
         lock.release()

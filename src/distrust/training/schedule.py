@@ -8,7 +8,7 @@ from distrust.config import Schedule
 
 
 def warmup(steps: int, ratio: float | None, *, schedule_steps: int) -> int:
-    """Steps of the warm-up: ``steps``, or where a ratio is given that share of the schedule, rounded up."""
+    """Steps of the warm-up: ``steps``, or if ``ratio`` is given that share of the schedule, rounded up."""
     return steps if ratio is None else math.ceil(ratio * schedule_steps)
 
 
@@ -17,8 +17,8 @@ def learning_rate(
 ) -> float:
     """The learning rate of an optimizer step.
 
-    Rises linearly to ``peak`` over the warm-up, then falls to 0 at ``schedule_steps`` along half a cosine or
-    a line, or stays.
+    Rises linearly to ``peak`` during the warm-up, then falls to 0 at ``schedule_steps`` along half a cosine
+    or a line, or stays constant.
 
     Args:
         step: counted from 1.
@@ -31,7 +31,7 @@ def learning_rate(
         return peak * step / warmup_steps
     if schedule == "constant":
         return peak
-    # One step beyond the last: a step whose learning rate is 0 would be work for nothing.
+    # The fall reaches 0 one step after the last: a step with learning rate 0 would train nothing.
     span = max(schedule_steps + 1 - warmup_steps, 1)
-    done = min((step - warmup_steps) / span, 1.0)
-    return peak * (1 - done) if schedule == "linear" else peak * 0.5 * (1 + math.cos(math.pi * done))
+    progress = min((step - warmup_steps) / span, 1.0)
+    return peak * (1 - progress) if schedule == "linear" else peak * 0.5 * (1 + math.cos(math.pi * progress))

@@ -1,10 +1,9 @@
-"""What asks a run to stop, a signal or the program itself: it saves first.
+"""Requests to stop, by a signal or by the program: the run saves first.
 
-SIGTERM, SIGHUP (a terminal that was closed), SIGUSR1 and the first Ctrl-C are remembered, and the loop looks
-at its next step's end; before the first step, who prepares it looks between one part and the next. The
-handler itself never raises for them: importing and loading run native code, some of which ends the process
-when an exception comes through it. A second Ctrl-C is a KeyboardInterrupt at once; no checkpoint is damaged
-by that.
+SIGTERM, SIGHUP (a closed terminal), SIGUSR1 and the first Ctrl-C only set a flag. The loop checks it after
+each step; preparation checks it between its parts. The handler never raises for them: imports and loading run
+native code, and an exception through such code may end the process. A second Ctrl-C raises KeyboardInterrupt
+at once; that damages no checkpoint.
 """
 
 from __future__ import annotations
@@ -16,33 +15,35 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+from distrust.training.events import Reason
+
 STOPPING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopRequest:
-    """A context in which signals are remembered; elsewhere than in the main thread there are none.
+    """Context manager that records signals; it handles them in the main thread only.
 
     Attributes:
-        signal: the number of the first signal, or None.
-        asked: whether :meth:`ask` was called.
+        signal: number of the first signal, or None.
+        asked: whether :meth:`set` was called.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
         self.asked = False
-        self._before: dict[int, Any] = {}
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            # What the process was told to ignore (a job in the background: Ctrl-C) stays ignored.
-            heard = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
-            self._before = {number: signal.signal(number, self._remember) for number in heard}
+            # A signal that the process ignores (Ctrl-C of a background job) stays ignored.
+            handled = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
+            self._previous = {number: signal.signal(number, self._record) for number in handled}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
 
     @property
@@ -50,16 +51,23 @@ class StopRequest:
         """Whether anything asks to stop."""
         return self.asked or self.signal is not None
 
+    @property
+    def reason(self) -> Reason:
+        """Why an incomplete run ends; without a request it was an observer's error."""
+        if self.signal is not None:
+            return "signal"
+        return "stop" if self.asked else "error"
+
     def set(self) -> None:
-        """Ask without a signal, from any thread."""
+        """Ask to stop without a signal; from any thread."""
         self.asked = True
 
-    def _remember(self, number: int, _frame: FrameType | None) -> None:
+    def _record(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.signal is not None:
             raise KeyboardInterrupt
         if number == signal.SIGINT:
-            # Not through any stream: the signal may have come in the middle of a write to it. Where Ctrl-C
-            # has ended the `tee` that read along, it fails: raised here, that would end the run unsaved.
+            # os.write, not a stream: the signal may interrupt a write to that stream. It fails if Ctrl-C also
+            # ended the `tee` that reads stderr; an error raised here would end the run unsaved.
             with contextlib.suppress(OSError):
-                os.write(2, b"\nstopping after this step; Ctrl-C again leaves at once\n")
+                os.write(2, b"\nstopping after this step; press Ctrl-C again to exit at once\n")
         self.signal = self.signal or number

@@ -1,11 +1,8 @@
 """Arrays of any framework <-> bytes in host memory.
 
-A framework is asked about only if the program has imported it: nobody else can hold one of its arrays.
-Nothing is converted: the bytes are the array's own, in little-endian order and C layout, so that NaN
-payloads, negative zeros and padding-free strides come back as they were.
-
-An array is first settled: made flat, in numpy or torch, so that any thread may read it. Then its bytes are
-copied, with others and in as few calls as possible, to where they belong (:func:`fill`).
+- Values are never converted: bytes are little-endian, in C layout; NaN payloads and negative zeros survive.
+- A framework is imported only if the program already imported it: otherwise none of its arrays can exist.
+- Arrays are first made flat (:mod:`.host`), then copied in as few calls as possible (:func:`fill`).
 """
 
 from __future__ import annotations
@@ -18,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from distrust.checkpoint.arrays.host import Adapter, Description
+from distrust.checkpoint.arrays.host import Adapter
+from distrust.checkpoint.format import Description
 from distrust.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -26,60 +24,56 @@ if TYPE_CHECKING:
 
 Framework = Literal["numpy", "torch", "jax", "mlx"]
 
-#: framework -> the modules and classes that its arrays are instances of.
+#: Framework -> (module, class) of its arrays.
 _CLASSES = {
     "numpy": [("numpy", "ndarray"), ("numpy", "generic")],
     "torch": [("torch", "Tensor")],
-    "jax": [("jax", "Array"), ("jax.core", "Tracer")],
+    "jax": [("jax", "Array"), ("jax.core", "Tracer")],  # a Tracer only to be rejected with a clear message
     "mlx": [("mlx.core", "array")],
 }
 
 
 def is_array(value: Any) -> bool:
-    """Whether ``value`` is an array or a numpy scalar, of whatever dtype; decided by its type."""
-    kind: type = type(value)
-    return _adapter_of(kind) is not None
+    """Return whether ``value`` is an array or numpy scalar, of any dtype; only its type is inspected."""
+    array_type: type = type(value)
+    return _adapter_of(array_type) is not None
 
 
 def describe(arrays: Mapping[str, Any]) -> dict[str, Description]:
-    """By label, the format's name of each array's dtype, and its shape, without touching its data.
-
-    Raises:
-        UnsupportedState: if an array has no exact image in the format.
-    """
-    described: dict[str, Description] = {}
-    for adapter, group in _grouped(arrays).items():
-        described.update(zip(group, adapter.describe(list(group), list(group.values())), strict=True))
-    return described
+    """Return dtype and shape of each array by label; raise UnsupportedState if one cannot be represented."""
+    descriptions: dict[str, Description] = {}
+    for adapter, group in _by_adapter(arrays).items():
+        descriptions.update(zip(group, adapter.describe(list(group), list(group.values())), strict=True))
+    return descriptions
 
 
 def flat_arrays(arrays: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
-    """By label, each array flat, and the labels of those that stay as they are without a copy."""
-    settled: dict[str, Any] = {}
-    held: set[str] = set()
-    for adapter, group in _grouped(arrays).items():
-        settled.update(zip(group, adapter.flat_arrays(list(group.values())), strict=True))
-        if adapter.holds:
-            held.update(group)
-    return settled, held
+    """Return the flat arrays by label, and the labels of those that stay unchanged without a copy."""
+    flats: dict[str, Any] = {}
+    zero_copy: set[str] = set()
+    for adapter, group in _by_adapter(arrays).items():
+        flats.update(zip(group, adapter.flat_arrays(list(group.values())), strict=True))
+        if adapter.zero_copy:
+            zero_copy.update(group)
+    return flats, zero_copy
 
 
-def fill(memory: mmap.mmap, place: int, flats: Sequence[Any]) -> None:
-    """Copy settled arrays into ``memory``, one behind the other from ``place`` on, with all cores."""
-    from distrust.checkpoint.arrays import of_numpy  # here: who only lists checkpoints needs no numpy
+def fill(memory: mmap.mmap, offset: int, flats: Sequence[Any]) -> None:
+    """Copy flat arrays into ``memory``, back to back from ``offset`` (bytes), using all cores."""
+    from distrust.checkpoint.arrays import of_numpy  # late: listing checkpoints must not import numpy
 
-    for kind, run in itertools.groupby(flats, key=type):
-        arrays = list(run)
-        if kind is of_numpy.Flat:
-            place = of_numpy.fill(memory, place, arrays)
+    for array_type, group in itertools.groupby(flats, key=type):
+        run = list(group)
+        if array_type is of_numpy.Flat:
+            offset = of_numpy.fill(memory, offset, run)
         else:
             from distrust.checkpoint.arrays import of_torch
 
-            place = of_torch.fill(memory, place, arrays)
+            offset = of_torch.fill(memory, offset, run)
 
 
 def versions(flats: Sequence[Any]) -> list[int]:
-    """How often each settled array has been changed so far, where its framework counts that; else 0."""
+    """Return how often each flat array was modified in place; 0 where the framework does not count that."""
     if "torch" not in sys.modules:
         return []
     from distrust.checkpoint.arrays import of_torch
@@ -88,61 +82,53 @@ def versions(flats: Sequence[Any]) -> list[int]:
 
 
 def byte_range(flat: Any, begin: int, end: int) -> Any:
-    """Some bytes of a settled array, as one: whole items."""
+    """Return bytes ``begin`` to ``end`` of a flat array, as a view; both are multiples of its item size."""
     return flat[begin // flat.itemsize : end // flat.itemsize]
 
 
 def private_copy(flat: Any) -> Any:
-    """A settled array that nobody else will change."""
+    """Return a copy of a flat array that shares no memory with it."""
     from distrust.checkpoint.arrays import of_numpy
 
-    # To the host at once: a copy on a device would be made when the device comes to it.
+    # To the host at once: a copy on the device would only be queued, and could read later contents.
     return flat.copy() if type(flat) is of_numpy.Flat else flat.to("cpu", copy=True)
 
 
 def require_framework(framework: str) -> None:
-    """That a framework is one of those there are, and installed.
-
-    Raises:
-        ConfigError: if it is not.
-    """
+    """Raise ConfigError unless a framework is supported and installed."""
     if framework not in get_args(Framework):
         raise ConfigError(f"framework {framework!r} is none of {', '.join(get_args(Framework))}")
     _adapter(framework)
 
 
 def from_host(data: np.ndarray[Any, Any], dtype: str, shape: tuple[int, ...], *, framework: Framework) -> Any:
-    """An array of ``framework`` with the bytes of ``data``, uint8[nbytes]; all but mlx may share its memory.
-
-    Raises:
-        ConfigError: if the framework, or a dtype of it, is not at hand.
-    """
+    """Return an array with the bytes of ``data``, uint8[nbytes]; raise ConfigError if that is impossible."""
     return _adapter(framework).from_host(data, dtype, shape)
 
 
-def _grouped(arrays: Mapping[str, Any]) -> dict[Adapter, Mapping[str, Any]]:
-    kinds = {kind: _required(kind) for kind in set(map(type, arrays.values()))}
-    adapters = set(kinds.values())
-    if len(adapters) == 1:
-        return {adapters.pop(): arrays}
+def _by_adapter(arrays: Mapping[str, Any]) -> dict[Adapter, Mapping[str, Any]]:
+    adapters = {array_type: _require_adapter(array_type) for array_type in set(map(type, arrays.values()))}
+    distinct = set(adapters.values())
+    if len(distinct) == 1:  # the common case: no pass over thousands of arrays
+        return {distinct.pop(): arrays}
     return {
-        adapter: {label: array for label, array in arrays.items() if kinds[type(array)] is adapter}
-        for adapter in adapters
+        adapter: {label: array for label, array in arrays.items() if adapters[type(array)] is adapter}
+        for adapter in distinct
     }
 
 
-def _required(kind: type) -> Adapter:
-    adapter = _adapter_of(kind)
-    assert adapter is not None  # noqa: S101 - callers ask is_array first
+def _require_adapter(array_type: type) -> Adapter:
+    adapter = _adapter_of(array_type)
+    assert adapter is not None  # noqa: S101 - callers check is_array first
     return adapter
 
 
 @functools.cache
-def _adapter_of(kind: type) -> Adapter | None:
-    """The adapter for values of a type. A type exists only once its framework has been imported."""
+def _adapter_of(array_type: type) -> Adapter | None:
     for framework, classes in _CLASSES.items():
         for module, name in classes:
-            if module in sys.modules and issubclass(kind, getattr(sys.modules[module], name, ())):
+            # Caching None is safe: a type exists only once its framework is in sys.modules.
+            if module in sys.modules and issubclass(array_type, getattr(sys.modules[module], name, ())):
                 return _adapter(framework)
     return None
 
@@ -153,18 +139,3 @@ def _adapter(framework: str) -> Adapter:
         return import_module(f"{__name__}.of_{framework}").ADAPTER  # type: ignore[no-any-return]
     except ImportError as error:
         raise ConfigError(f"framework {framework!r} is not installed: {error}") from None
-
-
-__all__ = [
-    "Description",
-    "Framework",
-    "byte_range",
-    "describe",
-    "fill",
-    "flat_arrays",
-    "from_host",
-    "is_array",
-    "private_copy",
-    "require_framework",
-    "versions",
-]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Arrays of jax, on any device. What is no bits does not come back: weak types, and where an array lay."""
+"""Arrays of jax, on any device. Weak types and device placement are not bytes, so they are not saved."""
 
 from __future__ import annotations
 
@@ -9,40 +9,37 @@ import jax
 import numpy as np
 
 from distrust.checkpoint.arrays import of_numpy
-from distrust.checkpoint.arrays.host import DTYPES, Adapter, Description
+from distrust.checkpoint.arrays.host import DTYPES, Adapter
+from distrust.checkpoint.format import Description
 from distrust.errors import ConfigError, UnsupportedState
 
 
-def describe(labels: Sequence[str], values: Sequence[Any]) -> list[Description]:
-    """See :class:`~distrust.checkpoint.arrays.host.Adapter`."""
-    return [_describe(label, value) for label, value in zip(labels, values, strict=True)]
+def _describe(labels: Sequence[str], values: Sequence[Any]) -> list[Description]:
+    return [_describe_one(label, value) for label, value in zip(labels, values, strict=True)]
 
 
-def flat_arrays(values: Sequence[Any]) -> list[Any]:
-    """See :class:`~distrust.checkpoint.arrays.host.Adapter`."""
+def _flat_arrays(values: Sequence[Any]) -> list[Any]:
     for value in values:
-        value.copy_to_host_async()  # devices send side by side; on a CPU there is nothing to send
-    # A view, where the array lies in the host's memory. jax knows of it: of an array that is donated while a
-    # view is held it takes no memory, but gives the result memory of its own.
-    return of_numpy.flat_arrays([np.asarray(value) for value in values])
+        value.copy_to_host_async()  # transfers from all devices overlap; a no-op on a CPU
+    # On a CPU a view, which jax tracks: it does not reuse the memory of a donated array that has views.
+    return of_numpy.ADAPTER.flat_arrays([np.asarray(value) for value in values])
 
 
-def from_host(data: Any, dtype: str, shape: tuple[int, ...]) -> Any:
-    """See :class:`~distrust.checkpoint.arrays.host.Adapter`."""
-    host = of_numpy.from_host(data, dtype, shape)
+def _from_host(data: Any, dtype: str, shape: tuple[int, ...]) -> Any:
+    host = of_numpy.ADAPTER.from_host(data, dtype, shape)
     try:
         array = jax.device_put(host)
     except TypeError:
         raise ConfigError(f"this version of jax has no {host.dtype}: upgrade it") from None
-    if array.dtype != host.dtype:
+    if array.dtype != host.dtype:  # without x64, jax silently narrows 64-bit dtypes
         raise ConfigError(
-            f"jax would make {array.dtype} of {host.dtype}: call "
+            f"jax would convert {host.dtype} to {array.dtype}: call "
             'jax.config.update("jax_enable_x64", True) first, or load with framework="numpy"'
         )
     return array
 
 
-def _describe(label: str, value: Any) -> Description:
+def _describe_one(label: str, value: Any) -> Description:
     obstacle = _obstacle(value)
     if obstacle:
         raise UnsupportedState(f"{label}: this jax array cannot be saved: {obstacle}", label=label)
@@ -50,6 +47,7 @@ def _describe(label: str, value: Any) -> Description:
 
 
 def _obstacle(value: Any) -> str | None:
+    """Return why an array cannot be saved, and what to do."""
     if isinstance(value, jax.core.Tracer):
         return "it is being traced; save outside of jit, grad and vmap"
     if value.dtype.name not in DTYPES:
@@ -57,11 +55,11 @@ def _obstacle(value: Any) -> str | None:
             return "it is a PRNG key; save jax.random.key_data(key), and load with jax.random.wrap_key_data"
         return f"the format has no {value.dtype}; convert it to a dtype that holds its values"
     if value.is_deleted():
-        return "it was deleted, or donated to a jitted function; save what that returned"
+        return "it was deleted, or donated to a jitted function; save what that function returned"
     if not value.is_fully_addressable:
         gather = "jax.experimental.multihost_utils.process_allgather(array, tiled=True)"
         return f"other processes hold parts of it; save {gather}"
     return None
 
 
-ADAPTER = Adapter(describe, flat_arrays, holds=True, from_host=from_host)
+ADAPTER = Adapter(_describe, _flat_arrays, zero_copy=True, from_host=_from_host)  # jax arrays are immutable

@@ -1,4 +1,4 @@
-"""Arrays of mlx."""
+"""Arrays of mlx. They belong to the thread that created them, so they are evaluated on the caller's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import mlx.core as mx
 import numpy as np
 
 from distrust.checkpoint.arrays import of_numpy
-from distrust.checkpoint.arrays.host import NAMES, Adapter, Description
+from distrust.checkpoint.arrays.host import NAMES, Adapter
+from distrust.checkpoint.format import Description
 from distrust.errors import ConfigError, UnsupportedState
 
 _DTYPES = {
@@ -18,13 +19,12 @@ _DTYPES = {
     for spelling in (name, f"{name}_")  # bool_
     if hasattr(mx, spelling)
 }
-_NAMES = {kind: dtype for dtype, kind in _DTYPES.items()}
-#: What an array is viewed as on its way, by item size: numpy has these, and nothing makes other bits of them.
+_NAMES = {mlx_dtype: dtype for dtype, mlx_dtype in _DTYPES.items()}
+#: Item size -> the integer dtype that carries an array's bits to numpy, which has no bfloat16.
 _CARRIERS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
 
 
-def describe(labels: Sequence[str], values: Sequence[Any]) -> list[Description]:
-    """See :class:`~distrust.checkpoint.arrays.host.Adapter`."""
+def _describe(labels: Sequence[str], values: Sequence[Any]) -> list[Description]:
     for label, value in zip(labels, values, strict=True):
         if value.dtype not in _NAMES:
             raise UnsupportedState(
@@ -35,32 +35,29 @@ def describe(labels: Sequence[str], values: Sequence[Any]) -> list[Description]:
     return [(_NAMES[value.dtype], tuple(value.shape)) for value in values]
 
 
-def flat_arrays(values: Sequence[Any]) -> list[Any]:
-    """See :class:`~distrust.checkpoint.arrays.host.Adapter`."""
-    # An array of its own on the same memory: `value += 1` gives `value` other memory, and leaves this one's.
+def _flat_arrays(values: Sequence[Any]) -> list[Any]:
+    # An alias, not a copy: `value += 1` gives `value` new memory, and the alias keeps the old contents.
     aliases = [mx.view(value, _CARRIERS[value.itemsize]) for value in values]
     try:
-        mx.eval(aliases)  # here: in another thread mlx refuses
+        mx.eval(aliases)  # now: mlx refuses to evaluate on another thread
     except (RuntimeError, ValueError) as error:
         raise UnsupportedState(
             f"mlx cannot compute these arrays here: {error} Call mx.eval on what is saved, "
             "in the thread that made it and outside of compiled functions",
             label="mlx arrays",
         ) from None
-    # Flat in numpy, as bytes too: mlx counts items in 32 bits.
-    return of_numpy.flat_arrays([np.asarray(alias) for alias in aliases])
+    # Reshaped in numpy: mlx counts items in 32 bits.
+    return of_numpy.ADAPTER.flat_arrays([np.asarray(alias) for alias in aliases])
 
 
-def from_host(data: Any, dtype: str, shape: tuple[int, ...]) -> Any:
-    """See :class:`~distrust.checkpoint.arrays.host.Adapter`."""
-    kind = _DTYPES.get(dtype)
-    if kind is None:
+def _from_host(data: Any, dtype: str, shape: tuple[int, ...]) -> Any:
+    mlx_dtype = _DTYPES.get(dtype)
+    if mlx_dtype is None:
         raise ConfigError(f'mlx has no {NAMES[dtype]}: load with framework="numpy" or "torch"')
-    carried = mx.array(data.view(f"u{kind.size}").reshape(shape))
-    # Not on a GPU: that knows no float64. Evaluated, so that any thread may use it.
-    array = mx.view(carried, kind, stream=mx.cpu)
-    mx.eval(array)
+    bits = mx.array(data.view(f"u{mlx_dtype.size}").reshape(shape))
+    array = mx.view(bits, mlx_dtype, stream=mx.cpu)  # not on a GPU, which has no float64
+    mx.eval(array)  # so that any thread may use it
     return array
 
 
-ADAPTER = Adapter(describe, flat_arrays, holds=True, from_host=from_host)
+ADAPTER = Adapter(_describe, _flat_arrays, zero_copy=True, from_host=_from_host)  # aliases keep the contents

@@ -11,44 +11,35 @@ from typing import Any
 import numpy as np
 
 from distrust.checkpoint import parallel
-from distrust.checkpoint.arrays.host import (
-    DTYPES,
-    ML_DTYPES_NAMES,
-    NUMPY_NAMES,
-    Adapter,
-    Description,
-)
+from distrust.checkpoint.arrays.host import DTYPES, ML_DTYPES_NAMES, NUMPY_NAMES, Adapter
+from distrust.checkpoint.format import Description
 from distrust.errors import ConfigError, UnsupportedState
 
-#: The type of a settled array: uint8, one-dimensional, contiguous.
-Flat = np.ndarray
+Flat = np.ndarray  #: The type of a flat array of numpy: uint8, one-dimensional, contiguous.
 
 
-def describe(labels: Sequence[str], values: Sequence[Any]) -> list[Description]:
-    """See :class:`~distrust.checkpoint.arrays.host.Adapter`."""
-    return [_describe(label, value) for label, value in zip(labels, values, strict=True)]
+def _describe(labels: Sequence[str], values: Sequence[Any]) -> list[Description]:
+    return [_describe_one(label, value) for label, value in zip(labels, values, strict=True)]
 
 
-def flat_arrays(values: Sequence[Any]) -> list[Any]:
-    """See :class:`~distrust.checkpoint.arrays.host.Adapter`."""
+def _flat_arrays(values: Sequence[Any]) -> list[Any]:
     return [_bytes(value) for value in values]
 
 
-def fill(memory: mmap.mmap, place: int, flats: Sequence[Any]) -> int:
-    """Copy settled arrays into ``memory``, one behind the other; returns where the last one ends."""
+def fill(memory: mmap.mmap, offset: int, flats: Sequence[Any]) -> int:
+    """Copy flat arrays into ``memory``, back to back from ``offset`` (bytes); return the end offset."""
     target = np.frombuffer(memory, np.uint8)
-    edges: list[int] = list(itertools.accumulate((flat.nbytes for flat in flats), initial=place))
+    edges: list[int] = list(itertools.accumulate((flat.nbytes for flat in flats), initial=offset))
 
     def copy(index: int) -> None:
-        target[edges[index] : edges[index + 1]] = flats[index]
+        target[edges[index] : edges[index + 1]] = flats[index]  # numpy releases the GIL while it copies
 
-    threads = parallel.worthwhile_threads(edges[-1] - place)
+    threads = parallel.worthwhile_threads(edges[-1] - offset)
     parallel.run(copy, range(len(flats)), threads=threads)
     return edges[-1]
 
 
-def from_host(data: Any, dtype: str, shape: tuple[int, ...]) -> Any:
-    """See :class:`~distrust.checkpoint.arrays.host.Adapter`."""
+def _from_host(data: Any, dtype: str, shape: tuple[int, ...]) -> Any:
     if dtype in NUMPY_NAMES:
         return data.view(np.dtype(NUMPY_NAMES[dtype]).newbyteorder("<")).reshape(shape)
     try:
@@ -60,20 +51,22 @@ def from_host(data: Any, dtype: str, shape: tuple[int, ...]) -> Any:
     return data.view(getattr(ml_dtypes, ML_DTYPES_NAMES[dtype])).reshape(shape)
 
 
-def _describe(label: str, value: Any) -> Description:
+def _describe_one(label: str, value: Any) -> Description:
     dtype = DTYPES.get(value.dtype.name)
     if dtype is None:
         raise UnsupportedState(f"{label}: numpy arrays of {value.dtype} cannot be saved", label=label)
+    # By attribute, too: other libraries subclass ndarray with a mask of their own.
     if type(value).__module__ == "numpy.ma" or hasattr(value, "mask"):
         raise UnsupportedState(f"{label}: a masked array would lose its mask", label=label)
     return dtype, tuple(value.shape)
 
 
 def _bytes(value: Any) -> np.ndarray[Any, Any]:
-    flat = np.ascontiguousarray(np.asarray(value)).reshape(-1)
+    flat = np.ascontiguousarray(np.asarray(value)).reshape(-1)  # asarray: numpy scalars become arrays
+    # The file is little-endian on every machine.
     if flat.dtype.byteorder == ">" or (flat.dtype.byteorder == "=" and sys.byteorder == "big"):
         flat = flat.byteswap()
     return flat.view(np.uint8)
 
 
-ADAPTER = Adapter(describe, flat_arrays, holds=False, from_host=from_host)
+ADAPTER = Adapter(_describe, _flat_arrays, zero_copy=False, from_host=_from_host)  # owners write in place

@@ -1,1 +1,1 @@
-"""Authority weight and provenance entropy of each record: computed, checked, and written into a copy."""
+"""Authority weight and provenance entropy of each record: computed, checked and written."""

@@ -1,7 +1,7 @@
-"""A record's fields and a table -> the w and H that follow from what the record says of its source.
+"""Computes the w and H of a record from its fields and a table.
 
-What is wrong is a ``RecordError`` that names the field. An ingredient that is not there is a
-``MissingIngredientError``: a record that brings its own w or H can do without.
+Errors are ``RecordError`` and name the field. A missing ingredient is a ``MissingIngredientError``: it is no
+error for a record that states its own w or H.
 """
 
 from __future__ import annotations
@@ -11,32 +11,32 @@ import math
 from typing import Any
 
 from distrust import provenance
-from distrust.data.fields import Fields, json_kind, quote_value, unique_members
+from distrust.data.fields import Fields, json_kind, parse_number, quote_value, to_number, unique_members
 from distrust.data.provenance.table import Table
 from distrust.data.record_errors import RecordError
 from distrust.provenance import Evidence
 
 DIGITS = 6
-"""Decimal places of what is computed: more would claim a precision that no rank and no share has."""
+"""Decimal places of computed values: more would suggest a precision that ranks and shares do not have."""
 
 
 class MissingIngredientError(RecordError):
-    """Something that w or H is computed from is not there.
+    """A value that w or H is computed from is missing.
 
     Attributes:
-        reason: what, in words that are the same for all records.
+        reason: what is missing, in words that are the same for all records.
     """
 
-    def __init__(self, what: str, *, field: str, reason: str) -> None:
-        super().__init__(what, field=field)
+    def __init__(self, problem: str, *, field: str, reason: str) -> None:
+        super().__init__(problem, field=field)
         self.reason = reason
 
 
 def authority_weight(fields: Fields, table: Table) -> float:
-    """The w of a record, from its rank and counts, to ``DIGITS`` decimal places.
+    """The w of a record from its rank and counts, to ``DIGITS`` decimal places.
 
     Raises:
-        RecordError: an ingredient is wrong, or missing with nothing in the table to stand for it.
+        RecordError: an ingredient is wrong, or missing without a replacement in the table.
     """
     columns = table.columns
     names = {
@@ -44,20 +44,20 @@ def authority_weight(fields: Fields, table: Table) -> float:
         "citation_count": columns.citation_count,
         "consensus_count": columns.consensus_count,
     }
-    there = {key for key, name in names.items() if fields.get(name, "") != ""}
-    absent = [name for key, name in names.items() if key not in there and table.missing[key] is None]
+    present = {key for key, name in names.items() if fields.get(name, "") != ""}  # "": an empty CSV cell
+    absent = [name for key, name in names.items() if key not in present and table.missing[key] is None]
     if absent:
         raise MissingIngredientError(
-            "missing, so there is no authority_weight to compute; add it, say under [missing] of a --table "
-            "what stands for it, or give --default-authority-weight",
+            "missing, so authority_weight cannot be computed; add it, give its replacement under [missing] "
+            "of a --table, or give --default-authority-weight",
             field=" and ".join(absent),
             reason=f"no {' and no '.join(absent)}",
         )
     counts = {
-        key: _count(fields[names[key]], names[key]) if key in there else float(table.missing[key] or 0)
+        key: _count(fields[names[key]], names[key]) if key in present else float(table.missing[key] or 0)
         for key in ("citation_count", "consensus_count")
     }
-    rank = _rank(fields[columns.rank], table) if "rank" in there else float(table.missing["rank"] or 0)
+    rank = _rank(fields[columns.rank], table) if "rank" in present else float(table.missing["rank"] or 0)
     return round(provenance.authority_weight(rank=rank, coefficients=table.coefficients, **counts), DIGITS)
 
 
@@ -66,15 +66,14 @@ def _rank(value: Any, table: Table) -> float:
     if isinstance(value, str):
         if value in table.ranks:
             return table.ranks[value]
-        number = _as_number(value)
-        if number is None:
+        if isinstance(parse_number(value), str):
             raise MissingIngredientError(
                 f"{quote_value(value)} has no rank; give it one under [ranks] of a --table",
                 field=field,
                 reason=f"{field} not in [ranks] of {table.name}",
             )
-        value = number
-    number = _number(value, field)
+        value = parse_number(value)  # a CSV file's number
+    number = to_number(value, field)
     if not 0 <= number <= 1:
         raise RecordError(f"{quote_value(value)} is outside [0, 1]; 1 is the highest rank", field=field)
     return number
@@ -88,21 +87,21 @@ def _count(value: Any, field: str) -> float:
 
 
 def provenance_entropy(fields: Fields, table: Table) -> float:
-    """The H of a record in bits, from its chain of evidence, to ``DIGITS`` decimal places.
+    """The H of a record in bits from its chain of evidence, to ``DIGITS`` decimal places.
 
     Raises:
-        RecordError: the chain is wrong, or missing.
+        RecordError: the chain is wrong or missing.
     """
     field = table.columns.evidence
     chain = fields.get(field, "")
     if chain == "":
         raise MissingIngredientError(
-            "missing, so there is no provenance_entropy to compute; add it ([] for no evidence), or give "
+            "missing, so provenance_entropy cannot be computed; add it ([] for no evidence), or give "
             "--default-provenance-entropy",
             field=field,
             reason=f"no {field}",
         )
-    if isinstance(chain, str):  # of a CSV file
+    if isinstance(chain, str):  # a CSV file's cell holds the list as JSON
         try:
             chain = json.loads(chain, object_pairs_hook=unique_members)
         except (ValueError, RecursionError):
@@ -111,7 +110,7 @@ def provenance_entropy(fields: Fields, table: Table) -> float:
         raise RecordError(f'{json_kind(chain)}, not a list; give a list of {{"kind", "share"}}', field=field)
     items = [_item(item, f"{field}[{index}]") for index, item in enumerate(chain)]
     if items and not any(item.share for item in items):
-        raise RecordError("all shares are 0; give those that count a share above it", field=field)
+        raise RecordError("all shares are 0; give at least one share above 0", field=field)
     return round(provenance.provenance_entropy(items, editable=table.editable), DIGITS)
 
 
@@ -120,36 +119,21 @@ def _item(item: Any, field: str) -> Evidence:
         raise RecordError(f'{json_kind(item)}, not an object; give {{"kind", "share"}}', field=field)
     kind, share, name = item.get("kind"), item.get("share"), item.get("id")
     if not isinstance(kind, str) or not kind.strip():
-        what = "missing" if kind is None else f"{quote_value(kind)} is no kind"
-        raise RecordError(f'{what}; give a name such as "notebook"', field=f"{field}.kind")
+        problem = "missing" if kind is None else f"{quote_value(kind)} is not a kind"
+        raise RecordError(f'{problem}; give a name such as "notebook"', field=f"{field}.kind")
     if share is None:
-        raise RecordError("missing; give its part in the chain", field=f"{field}.share")
+        raise RecordError("missing; give its share of the chain", field=f"{field}.share")
     number = _number(share, f"{field}.share")
     if not 0 <= number < math.inf:
         raise RecordError(f"{quote_value(share)} is not a finite share, 0 or more", field=f"{field}.share")
-    if isinstance(name, float) and name.is_integer():  # of a table whose column has gaps
+    if isinstance(name, float) and name.is_integer():  # tables store a column of integers with gaps as floats
         name = int(name)
     if isinstance(name, bool) or not isinstance(name, str | int | None):
-        what = f"{json_kind(name)} ({quote_value(name)}), not a name or a whole number; give one of these"
-        raise RecordError(what, field=f"{field}.id")
+        problem = f"{json_kind(name)} ({quote_value(name)}), not a name or a whole number; give one of these"
+        raise RecordError(problem, field=f"{field}.id")
     return Evidence(kind, number, None if name is None else str(name))
 
 
 def _number(value: Any, field: str) -> float:
-    """A number, also one that is written as text, as CSV files have them."""
-    number = _as_number(value) if isinstance(value, str) else value
-    if isinstance(number, bool) or not isinstance(number, int | float):
-        raise RecordError(
-            f"{json_kind(value)} ({quote_value(value)}), not a number; write it as one", field=field
-        )
-    try:
-        return float(number)
-    except OverflowError:  # an integer beyond the largest float
-        return math.inf if number > 0 else -math.inf
-
-
-def _as_number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
+    """A number, also as text: in CSV files all values are."""
+    return to_number(parse_number(value) if isinstance(value, str) else value, field)

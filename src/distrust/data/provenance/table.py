@@ -1,77 +1,67 @@
-"""The user's table -> what the ingredients of w and H are called and count for.
+"""The table that defines how authority weight and provenance entropy are computed.
 
-The defaults stand in ``bundled/provenance.toml`` and nowhere else; a table of the user replaces what it
-names. No source, person or institution is named there: who ranks how is the user's to say.
+The defaults are in ``bundled/provenance.toml``; a user's table replaces the keys that it names. The package
+ranks no source, person or institution: ranks come from the user.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from distrust.bundled import PROVENANCE_TABLE
+from distrust.config import in_range, suggest_name
 from distrust.errors import ConfigError, read_failure_reason, shorten
 from distrust.provenance import Coefficients
 
-_IS_AN_ERROR = "error"
+_IS_AN_ERROR = "error"  # under [missing]: no value replaces a missing one
 
 
 @dataclass(frozen=True, slots=True)
 class Ingredients:
-    """The columns that w and H are computed from.
+    """The columns that w and H are computed from."""
 
-    Attributes:
-        rank: of the institution: a number in [0, 1], or a name.
-        citation_count: how often the source is cited.
-        consensus_count: how many others say the same.
-        evidence: the chain of evidence.
-    """
-
-    rank: str
-    citation_count: str
-    consensus_count: str
-    evidence: str
+    rank: str  # rank of the institution: a number in [0, 1], or a name in [ranks]
+    citation_count: str  # how often the source is cited
+    consensus_count: str  # how many other sources say the same
+    evidence: str  # chain of evidence: a list of {"kind", "share", "id"}
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """How w and H are computed.
+    """How w and H are computed."""
 
-    Attributes:
-        name: for messages.
-        coefficients: of w.
-        columns: the names of the ingredients' columns.
-        missing: what the rank and the counts are in a record without them; None where that is an error.
-        ranks: name -> rank in [0, 1].
-        editable: kinds of evidence that count for nothing.
-    """
-
-    name: str
-    coefficients: Coefficients
+    name: str  # for messages
+    coefficients: Coefficients  # of w
     columns: Ingredients
-    missing: Mapping[str, float | None]
-    ranks: Mapping[str, float]
-    editable: tuple[str, ...]
+    missing: Mapping[str, float | None]  # values for records without a rank or count; None: an error
+    ranks: Mapping[str, float]  # name -> rank in [0, 1]
+    editable: tuple[str, ...]  # kinds of evidence that are not counted
 
 
 def load_table(path: Path | None = None) -> Table:
-    """The table that comes with the package, and above it one of the user's.
+    """Load the package's table, with the keys of a user's table in place of its own.
+
+    Args:
+        path: the user's TOML file; None for the package's table alone.
+
+    Returns:
+        The table.
 
     Raises:
-        ConfigError: the file cannot be read, or naming everything in it that is unknown or wrong.
+        ConfigError: the file cannot be read, or has unknown keys or wrong values: a line for each.
     """
     sections = _read(PROVENANCE_TABLE)
     if path is not None:
-        given = _read(path)
-        problems = [f"{path}: {problem}" for problem in _problems(given, sections)]
+        user_sections = _read(path)
+        problems = [f"{path}: {problem}" for problem in _problems(user_sections, sections)]
         if problems:
             raise ConfigError("\n".join(problems))
-        sections = {name: {**keys, **given.get(name, {})} for name, keys in sections.items()}
+        sections = {name: {**keys, **user_sections.get(name, {})} for name, keys in sections.items()}
     return Table(
         name="the table" if path is None else str(path),
         coefficients=Coefficients(**{key: float(value) for key, value in sections["coefficients"].items()}),
@@ -94,54 +84,50 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"--table {path}: not valid TOML: {error}") from None
 
 
-def _problems(given: Mapping[str, Any], known: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What is unknown or wrong in a table, a line each."""
+def _problems(sections: Mapping[str, Any], known: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """One line for each unknown or wrong entry of a table."""
     problems = []
-    for section, keys in given.items():
+    for section, keys in sections.items():
         if section not in known:
-            problems.append(f"unknown table [{shorten(section)}]{_nearest(section, known)}")
+            problems.append(f"unknown table [{shorten(section)}]{_suggest(section, known)}")
         elif not isinstance(keys, dict):
-            problems.append(f"{section} is no table; write [{section}], and key = value beneath it")
+            problems.append(f"{section} is not a table; write [{section}], and key = value beneath it")
         else:
             for key, value in keys.items():
-                # Ranks are of names that only the user knows.
+                # The keys of [ranks] are names that only the user knows.
                 if section != "ranks" and key not in known[section]:
-                    there = known[section]
-                    problems.append(f"unknown key {shorten(key)!r} in [{section}]{_nearest(key, there)}")
-                elif wanted := _expected_type(section, key, value):
-                    problems.append(f"{shorten(key)} in [{section}] is {shorten(repr(value))}: give {wanted}")
+                    suggestion = _suggest(key, known[section])
+                    problems.append(f"unknown key {shorten(key)!r} in [{section}]{suggestion}")
+                elif expected := _expected_type(section, key, value):
+                    problems.append(
+                        f"{shorten(key)} in [{section}] is {shorten(repr(value))}: give {expected}"
+                    )
     return problems
 
 
 def _expected_type(section: str, key: str, value: Any) -> str | None:
-    """What a key's value should be, if it is not."""
+    """What a key's value must be; None if it is."""
+    is_error = section == "missing" and value == _IS_AN_ERROR
     match section:
         case "coefficients":
-            return None if _range_check(value) else "a number, 0 or more"
+            return None if _is_number(value) else "a number, 0 or more"
         case "columns":
             return None if isinstance(value, str) and value else "the name of a column"
         case "missing" if key == "rank":
-            return (
-                None if value == _IS_AN_ERROR or _range_check(value, 1) else 'a number in [0, 1], or "error"'
-            )
+            return None if is_error or _is_number(value, 1) else 'a number in [0, 1], or "error"'
         case "missing":
-            return None if value == _IS_AN_ERROR or _range_check(value) else 'a number, 0 or more, or "error"'
+            return None if is_error or _is_number(value) else 'a number, 0 or more, or "error"'
         case "ranks":
-            return None if _range_check(value, 1) else "a number in [0, 1]"
+            return None if _is_number(value, 1) else "a number in [0, 1]"
         case _:
             is_list = isinstance(value, list) and all(isinstance(kind, str) for kind in value)
             return None if is_list else "a list of kinds"
 
 
-def _range_check(value: Any, high: float = math.inf) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    try:
-        return math.isfinite(value) and 0 <= value <= high
-    except OverflowError:  # an integer beyond the largest float
-        return False
+def _is_number(value: Any, high: float = math.inf) -> bool:
+    """Whether a TOML value is a finite number in [0, high]."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and in_range(value, 0, high)
 
 
-def _nearest(name: str, known: Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(name.lower().replace("-", "_"), known, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(known)}"
+def _suggest(name: str, known: Iterable[str]) -> str:
+    return suggest_name(name, known) or f"; give one of {', '.join(known)}"

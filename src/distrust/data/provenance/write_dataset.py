@@ -1,8 +1,8 @@
-"""Weighed records -> a data set with both columns, everything else as it was.
+"""Writes scored records to a new data set with both columns, everything else unchanged.
 
-A record of a JSON file is written with the very letters it has there: its two numbers are put into its text,
-nothing else of it is touched. Rows of tables become JSON, or stay the typed columns that they are where the
-new file is a table too. Records are read again, not kept, so memory does not grow with them.
+A record of a JSON file keeps its exact text: only its two numbers are inserted or replaced. Rows of tables
+become JSON, or keep their types if the new file is a table too. Records are read again rather than kept, so
+memory does not grow with them.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from typing import Any, BinaryIO, cast
 from distrust.atomic import atomic_file
 from distrust.data.columns import Columns, WholeRow
 from distrust.data.fields import Fields, quote_value
-from distrust.data.formats import next_token
-from distrust.data.provenance.score import REPORT_EVERY, ScoredRecords
+from distrust.data.formats import BATCH_ROWS, first_line, import_pyarrow, next_token
+from distrust.data.provenance.score import ScoredRecords
+from distrust.data.reading import REPORT_EVERY
 from distrust.data.record_errors import RecordError
 from distrust.data.records import Location
 from distrust.data.sources import Part, Source
 from distrust.errors import ConfigError, DataError
 
-_BATCH_ROWS = 256
+# A row group ends at whichever limit is reached first: readers hold one in memory.
 _GROUP_ROWS, _GROUP_BYTES = 1 << 16, 1 << 25
-"""A row group of a table ends at whichever is reached first: readers hold one in memory."""
 
 
 def require_format(target: Path) -> None:
-    """Refuse a name that says nothing of a format that is written.
+    """Refuse a file name whose suffix names no format that can be written.
 
     Raises:
         ConfigError: for such a name.
@@ -42,7 +42,7 @@ def require_format(target: Path) -> None:
 
 def write_scored(
     sources: Sequence[Source],
-    weighed: ScoredRecords,
+    scored: ScoredRecords,
     columns: Columns,
     target: Path,
     *,
@@ -51,43 +51,43 @@ def write_scored(
 ) -> None:
     """Writes all records with their w and H.
 
-    A column that goes by any of its names keeps that name and its place; one that is not there is the last.
+    An existing column keeps its name, whichever alternative that is, and its position; a new one is the last.
 
     Args:
-        sources: as they were weighed, read as whole rows.
-        weighed: what was found.
+        sources: the scored sources, opened with ``WholeRows``.
+        scored: their scores.
         columns: which fields hold w and H.
-        target: of a format that ``require_format`` knows.
-        force: whether a file that is there is replaced.
-        on_progress: called now and then with the number of records written.
+        target: in a format that ``require_format`` accepts.
+        force: whether to replace an existing file.
+        on_progress: called every 5,000 records with the number of records written.
 
     Raises:
-        ConfigError: the name is of no known format, or taken.
-        DataError: a source changed meanwhile, or holds what the format has no words for.
-        WriteFailed: it cannot be written; what stood there before still stands.
+        ConfigError: the suffix is not supported, or the file exists.
+        DataError: a source has changed, or has a value that the format cannot represent.
+        WriteFailed: it cannot be written; an existing file is unchanged.
     """
     require_format(target)
     parts = [part for source in sources for part in source.parts]
-    pairs = _pairs(weighed, on_progress)
+    pairs = _pairs(scored, on_progress)
     with atomic_file(target, force=force) as file:
         if target.name.lower().endswith(".parquet"):
             _write_table(file, parts, pairs, columns)
         elif target.name.lower().endswith(".gz"):
-            with gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0) as packed:
-                _write_lines(cast(BinaryIO, packed), parts, pairs, columns)
+            # No file name and no time in the header: equal data gives equal bytes.
+            with gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0) as compressed:
+                _write_lines(cast(BinaryIO, compressed), parts, pairs, columns)
         else:
             _write_lines(file, parts, pairs, columns)
-        if next(pairs, None) is not None:
+        if next(pairs, None) is not None:  # fewer records than were scored
             raise DataError(f"{parts[-1].name}: it changed while it was read; start again")
 
 
-Pair = tuple[float, float]
-Pairs = Iterator[Pair]
-"""The w and H of each record, in the order of the sources."""
+Pair = tuple[float, float]  # w and H of a record
+Pairs = Iterator[Pair]  # in the order of the sources
 
 
-def _pairs(weighed: ScoredRecords, on_progress: Callable[[int], None] | None) -> Pairs:
-    numbers = zip(weighed.authority_weight, weighed.provenance_entropy, strict=True)
+def _pairs(scored: ScoredRecords, on_progress: Callable[[int], None] | None) -> Pairs:
+    numbers = zip(scored.authority_weight, scored.provenance_entropy, strict=True)
     for count, (w, h) in enumerate(numbers, 1):
         yield float(w), float(h)
         if on_progress is not None and count % REPORT_EVERY == 0:
@@ -95,7 +95,6 @@ def _pairs(weighed: ScoredRecords, on_progress: Callable[[int], None] | None) ->
 
 
 def _rows(part: Part, pairs: Pairs) -> Iterator[tuple[Location, Fields, Pair]]:
-    """Each record of a part, and its w and H."""
     for number, row in part.rows():
         location = Location(part.name, number, part.unit)
         pair = next(pairs, None)
@@ -104,69 +103,68 @@ def _rows(part: Part, pairs: Pairs) -> Iterator[tuple[Location, Fields, Pair]]:
         yield location, row, pair
 
 
-def _to_set(row: Fields, pair: Pair, columns: Columns) -> dict[str, float]:
-    """The fields that do not yet say what holds; none where the record's own values were kept."""
-    new = {}
+def _updates(row: Fields, pair: Pair, columns: Columns) -> dict[str, float]:
+    """The fields to set; none if the record's own values are kept."""
+    updates = {}
     for names, value in zip((columns.authority_weight, columns.provenance_entropy), pair, strict=True):
-        there = [name for name in names if name in row] or names[:1]
-        new.update({name: value for name in there if name not in row or row[name] != value})
-    return new
+        present = [name for name in names if name in row] or names[:1]
+        updates.update({name: value for name in present if name not in row or row[name] != value})
+    return updates
 
 
 def _write_lines(file: BinaryIO, parts: Sequence[Part], pairs: Pairs, columns: Columns) -> None:
     for part in parts:
         for location, row, pair in _rows(part, pairs):
-            new = _to_set(row, pair, columns)
+            updates = _updates(row, pair, columns)
             text = row.text if isinstance(row, WholeRow) else None
-            line = _as_json(row, new, location) if text is None else _with_members(text, row, new)
+            line = _to_json(row, updates, location) if text is None else _set_members(text, row, updates)
             file.write(line.encode("utf-8"))
             file.write(b"\n")
 
 
-def _with_members(text: str, row: Fields, new: Mapping[str, float]) -> str:
-    """The text of an object with some of its members set."""
-    replaced = {name: value for name, value in new.items() if name in row}
+def _set_members(text: str, row: Fields, updates: Mapping[str, float]) -> str:
+    """The text of an object with some members replaced or appended."""
+    replaced = {name: value for name, value in updates.items() if name in row}
     if replaced:
-        text = _with_values(text, replaced)
-    added = [f"{json.dumps(name)}: {value}" for name, value in new.items() if name not in row]
+        text = _replace_values(text, replaced)
+    added = [f"{json.dumps(name)}: {value}" for name, value in updates.items() if name not in row]
     if not added:
         return text
-    body = text.rstrip()[:-1].rstrip()
+    body = text.rstrip()[:-1].rstrip()  # without the closing brace
     return f"{body}{', ' if row else ''}{', '.join(added)}}}"
 
 
-def _with_values(text: str, new: Mapping[str, float]) -> str:
-    """The text of an object with the values of some of its members replaced."""
+def _replace_values(text: str, updates: Mapping[str, float]) -> str:
     decoder = JSONDecoder()
-    pieces, kept = [], 0
-    place = next_token(text, next_token(text, 0) + 1)  # behind the brace
-    while text[place] == '"':
-        key, end = decoder.raw_decode(text, place)
-        begin = next_token(text, next_token(text, end) + 1)  # behind the colon
+    pieces, copied = [], 0  # characters of ``text`` that are in ``pieces`` or replaced
+    position = next_token(text, next_token(text, 0) + 1)  # after the brace
+    while text[position] == '"':
+        key, end = decoder.raw_decode(text, position)
+        begin = next_token(text, next_token(text, end) + 1)  # after the colon
         _, end = decoder.raw_decode(text, begin)
-        if key in new:
-            pieces += [text[kept:begin], str(new[key])]
-            kept = end
-        place = next_token(text, end)
-        if text[place] == ",":
-            place = next_token(text, place + 1)
-    return "".join([*pieces, text[kept:]])
+        if key in updates:
+            pieces += [text[copied:begin], str(updates[key])]
+            copied = end
+        position = next_token(text, end)
+        if text[position] == ",":
+            position = next_token(text, position + 1)
+    return "".join([*pieces, text[copied:]])
 
 
-def _as_json(row: Fields, new: Mapping[str, float], location: Location) -> str:
-    """A row of a table as an object."""
-    values = {**row, **new}
+def _to_json(row: Fields, updates: Mapping[str, float], location: Location) -> str:
+    """A row of a table as a JSON object."""
+    values = {**row, **updates}
     try:
-        return json.dumps(values, ensure_ascii=False, allow_nan=False)
+        return json.dumps(values, ensure_ascii=False, allow_nan=False)  # NaN is not JSON
     except (TypeError, ValueError, RecursionError):
-        name = next(name for name, value in values.items() if not _has_words(value))
+        name = next(name for name, value in values.items() if not _is_json(value))
         raise DataError(
-            f"{location}: {quote_value(name)}: JSON has no words for {quote_value(values[name])}; give "
+            f"{location}: {quote_value(name)}: JSON cannot represent {quote_value(values[name])}; give "
             "--out a name that ends in .parquet"
         ) from None
 
 
-def _has_words(value: Any) -> bool:
+def _is_json(value: Any) -> bool:
     try:
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError, RecursionError):
@@ -175,73 +173,59 @@ def _has_words(value: Any) -> bool:
 
 
 def _write_table(file: BinaryIO, parts: Sequence[Part], pairs: Pairs, columns: Columns) -> None:
-    """One Parquet file of all parts, with the columns of all of them."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise DataError(
-            f"Parquet files need pyarrow ({error}): pip install 'distrust-trainer[train]'"
-        ) from None
+    """Write one Parquet file with the columns of all parts."""
+    pyarrow = import_pyarrow()
     try:
         schema = pyarrow.unify_schemas([_schema(part) for part in parts], promote_options="permissive")
-        schema = _with_columns(schema, columns)
+        schema = _add_columns(schema, columns)
         with pyarrow.parquet.ParquetWriter(file, schema) as writer:
             for group in _groups(_tables(parts, schema, pairs, columns)):
                 writer.write_table(group)
     except (pyarrow.ArrowException, ArithmeticError, LookupError, TypeError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise DataError(
-            f"{', '.join(part.name for part in parts)}: cannot be one table: {reason}; give --out a name "
-            "that ends in .jsonl"
+            f"{', '.join(part.name for part in parts)}: cannot be one table: {first_line(error)}; give "
+            "--out a name that ends in .jsonl"
         ) from error
 
 
 def _schema(part: Part) -> Any:
-    """The columns of a part and their types: as its file says, or as all of its records need them."""
-    import pyarrow
-    import pyarrow.parquet
-
+    """The column types of a part: those of its Parquet file, or inferred from all records."""
+    pyarrow = import_pyarrow()
     if part.parquet is not None:
         with part.parquet() as file:
             return pyarrow.parquet.ParquetFile(file).schema_arrow
     schema = pyarrow.schema([])
     rows = (row for _, row in part.rows() if not isinstance(row, RecordError))
-    while batch := list(islice(rows, _BATCH_ROWS)):
-        names = dict.fromkeys(name for row in batch for name in row)
-        fields = [(name, _type(name, [row.get(name) for row in batch])) for name in names]
+    while batch := list(islice(rows, BATCH_ROWS)):
+        names = dict.fromkeys(name for row in batch for name in row)  # a set would lose the order
+        fields = [(name, _infer_type(name, [row.get(name) for row in batch])) for name in names]
         schema = pyarrow.unify_schemas([schema, pyarrow.schema(fields)], promote_options="permissive")
     return schema
 
 
-def _type(name: str, values: list[Any]) -> Any:
-    """The type that a column's values have in common."""
-    import pyarrow
-
+def _infer_type(name: str, values: list[Any]) -> Any:
+    pyarrow = import_pyarrow()
     try:
         return pyarrow.array(values).type
     except (pyarrow.ArrowException, ArithmeticError, TypeError, ValueError) as error:
         raise ValueError(f"column {quote_value(name)}: {error}") from None
 
 
-def _with_columns(schema: Any, columns: Columns) -> Any:
-    """A schema in which w and H are numbers, last where they were not there."""
-    import pyarrow
-
+def _add_columns(schema: Any, columns: Columns) -> Any:
+    """The schema with w and H as float64, appended if they are new."""
+    pyarrow = import_pyarrow()
     for names in (columns.authority_weight, columns.provenance_entropy):
         for name in [name for name in names if name in schema.names] or names[:1]:
             number = pyarrow.field(name, pyarrow.float64())
-            at = schema.get_field_index(name)
-            schema = schema.append(number) if at < 0 else schema.set(at, number)
+            index = schema.get_field_index(name)
+            schema = schema.append(number) if index < 0 else schema.set(index, number)
     return schema
 
 
 def _tables(parts: Sequence[Part], schema: Any, pairs: Pairs, columns: Columns) -> Iterator[Any]:
-    """All records as tables of some rows each, of one schema."""
-    import pyarrow
-    import pyarrow.parquet
-
-    numbers = {
+    """All records as small tables of one schema."""
+    pyarrow = import_pyarrow()
+    pair_index = {  # column -> 0 for w, 1 for H
         name: index
         for index, names in enumerate((columns.authority_weight, columns.provenance_entropy))
         for name in names
@@ -250,26 +234,25 @@ def _tables(parts: Sequence[Part], schema: Any, pairs: Pairs, columns: Columns) 
     for part in parts:
         if part.parquet is None:
             rows = (
-                {**row, **{name: pair[index] for name, index in numbers.items()}}
+                {**row, **{name: pair[index] for name, index in pair_index.items()}}
                 for _, row, pair in _rows(part, pairs)
             )
-            while batch := list(islice(rows, _BATCH_ROWS)):
+            while batch := list(islice(rows, BATCH_ROWS)):
                 yield pyarrow.Table.from_pylist(batch, schema=schema)
             continue
-        with part.parquet() as file:
+        with part.parquet() as file:  # column by column: keeps types that Python does not have
             table = pyarrow.parquet.ParquetFile(file, pre_buffer=False)
-            for batch in table.iter_batches(_BATCH_ROWS, use_threads=False):
-                yield _with_numbers(batch, list(islice(pairs, len(batch))), schema, numbers)
+            for batch in table.iter_batches(BATCH_ROWS, use_threads=False):
+                yield _set_columns(batch, list(islice(pairs, len(batch))), schema, pair_index)
 
 
-def _with_numbers(batch: Any, pairs: Sequence[Pair], schema: Any, numbers: Mapping[str, int]) -> Any:
-    """Some rows of a table, with their w and H."""
-    import pyarrow
-
+def _set_columns(batch: Any, pairs: Sequence[Pair], schema: Any, pair_index: Mapping[str, int]) -> Any:
+    """A batch of a table with its w and H."""
+    pyarrow = import_pyarrow()
     values = []
     for field in schema:
-        if field.name in numbers:
-            index = numbers[field.name]
+        if field.name in pair_index:
+            index = pair_index[field.name]
             values.append(pyarrow.array([pair[index] for pair in pairs], pyarrow.float64()))
         elif field.name in batch.schema.names:
             values.append(batch.column(field.name).cast(field.type))
@@ -279,15 +262,14 @@ def _with_numbers(batch: Any, pairs: Sequence[Pair], schema: Any, numbers: Mappi
 
 
 def _groups(tables: Iterator[Any]) -> Iterator[Any]:
-    """Small tables joined to row groups."""
-    import pyarrow
-
-    held: list[Any] = []
+    """Join small tables into row groups."""
+    pyarrow = import_pyarrow()
+    group: list[Any] = []
     for table in tables:
-        held.append(table)
-        rows = sum(len(piece) for piece in held)
-        if rows >= _GROUP_ROWS or sum(piece.nbytes for piece in held) >= _GROUP_BYTES:
-            yield pyarrow.concat_tables(held)
-            held.clear()
-    if held:
-        yield pyarrow.concat_tables(held)
+        group.append(table)
+        rows = sum(len(piece) for piece in group)
+        if rows >= _GROUP_ROWS or sum(piece.nbytes for piece in group) >= _GROUP_BYTES:
+            yield pyarrow.concat_tables(group)
+            group.clear()
+    if group:
+        yield pyarrow.concat_tables(group)

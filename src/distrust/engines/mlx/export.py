@@ -1,4 +1,4 @@
-"""The trained weights as files, written by mlx: where no torch is installed."""
+"""Writes trained weights with mlx, where torch is not installed; see ``torch/export.py``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from distrust.config import ExportDtype
-from distrust.errors import ConfigError
+from distrust.engines.state_conversion import out_of_range
 
 Write = Callable[[Path], None]
 
@@ -16,23 +16,16 @@ Write = Callable[[Path], None]
 def prepare_state(
     arrays: Mapping[str, mx.array], *, file_name: str, dtype: ExportDtype, about: Mapping[str, str]
 ) -> Write:
-    """The trained arrays alone, in one file of safetensors.
-
-    Raises:
-        ConfigError: if they do not fit the dtype.
-    """
-    cast = {name: mx.contiguous(array.astype(getattr(mx, dtype))) for name, array in arrays.items()}
-    for name, array in cast.items():
+    """Prepare one safetensors file of the trained arrays, under the names of the checkpoint."""
+    weights = {name: mx.contiguous(array.astype(getattr(mx, dtype))) for name, array in arrays.items()}
+    for name, array in weights.items():
         if not bool(mx.isfinite(array).all()):
-            raise ConfigError(
-                f"--dtype {dtype}: {name} holds numbers that are too large for it; "
-                "give bfloat16 or float32, which have the same range"
-            )
+            raise out_of_range(name, dtype)
 
     def write(folder: Path) -> None:
         try:
-            mx.save_safetensors(str(folder / file_name), cast, dict(about))
-        except RuntimeError as error:
+            mx.save_safetensors(str(folder / file_name), weights, dict(about))
+        except RuntimeError as error:  # mlx raises it for a failed write
             raise OSError(" ".join(str(error).split())) from error
 
     return write

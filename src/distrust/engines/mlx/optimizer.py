@@ -1,4 +1,7 @@
-"""AdamW of mlx, over named arrays: matrices with weight decay, vectors without."""
+"""AdamW of mlx over named arrays: weight decay for matrices, none for vectors.
+
+Decoupled weight decay: Loshchilov and Hutter 2017, arXiv:1711.05101.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +17,7 @@ Arrays = Mapping[str, mx.array]
 
 
 class AdamW:
-    """What is trained, its moments, and how they change in a step.
-
-    Args:
-        trained: float32 arrays, by name.
-        config: decay, betas and epsilon.
-        compile: what compiles a function, or gives it back.
-    """
+    """The moments of the trained arrays, and the rule of a step, which ``compile`` may compile."""
 
     def __init__(
         self,
@@ -29,9 +26,10 @@ class AdamW:
         *,
         compile: Callable[[Any], Any],  # noqa: A002
     ) -> None:
-        self.step = 0
+        self.step = 0  # steps made
         self.m = {name: mx.zeros_like(array) for name, array in trained.items()}
         self.v = {name: mx.zeros_like(array) for name, array in trained.items()}
+        # mlx's AdamW has one decay for all arrays, so there is one instance for each decay.
         self._rules = {
             decay: mlx.optimizers.AdamW(
                 0.0,
@@ -43,26 +41,29 @@ class AdamW:
             for decay in {config.weight_decay, 0.0}
         }
         self._decay = config.weight_decay
-        self._changed = compile(self._change)
+        self._compiled_step = compile(self._apply)
 
     def update(self, trained: Arrays, gradients: Arrays, *, learning_rate: float) -> dict[str, mx.array]:
-        """The arrays after a step; the moments are changed, too."""
+        """Take a step: returns the new arrays, and updates the moments."""
         self.step += 1
+        # Arrays, not numbers: a compiled function would treat numbers as constants.
         rate, step = mx.array(learning_rate, mx.float32), mx.array(self.step, mx.uint64)
-        new: dict[str, mx.array]
-        new, self.m, self.v = self._changed(dict(trained), dict(gradients), self.m, self.v, rate, step)
-        mx.eval(new, self.m, self.v)
-        return new
+        updated: dict[str, mx.array]
+        updated, self.m, self.v = self._compiled_step(
+            dict(trained), dict(gradients), self.m, self.v, rate, step
+        )
+        mx.eval(updated, self.m, self.v)
+        return updated
 
-    def _change(
+    def _apply(
         self, trained: Arrays, gradients: Arrays, m: Arrays, v: Arrays, rate: mx.array, step: mx.array
     ) -> tuple[dict[str, mx.array], dict[str, mx.array], dict[str, mx.array]]:
-        new, new_m, new_v = {}, {}, {}
+        updated, new_m, new_v = {}, {}, {}
         for rule in self._rules.values():
             rule.state.update(learning_rate=rate, step=step)
         for name, array in trained.items():
             rule = self._rules[self._decay if array.ndim >= 2 else 0.0]
             moments = {"m": m[name], "v": v[name]}
-            new[name] = rule.apply_single(gradients[name], array, moments)
+            updated[name] = rule.apply_single(gradients[name], array, moments)  # replaces the moments
             new_m[name], new_v[name] = moments["m"], moments["v"]
-        return new, new_m, new_v
+        return updated, new_m, new_v

@@ -3,11 +3,11 @@
 import logging
 import os
 
-# Read by OpenMP when torch is first imported, so it stands before every module here. By default each thread
-# spins for milliseconds at the end of every operation; where another process wants the same cores, small
-# models then run ten times slower.
+# OpenMP reads this when torch is first imported, so it is set before any module of this folder is. By default
+# each thread spins for milliseconds at the end of every operation: where another process needs the same
+# cores, small models then run ten times slower.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
-# Where bitsandbytes is installed, peft imports it in any run, and it logs of kernels it lacks; with quantized
-# weights, at each step, of its arithmetic.
+# peft imports bitsandbytes wherever it is installed, which then logs about missing kernels in every run, and
+# with quantized weights at every step.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -1,14 +1,14 @@
-"""Cross-entropy with a weight for each token, without the logits of the whole batch.
+"""Weighted cross-entropy without the logits of the whole batch.
 
-The logits of a batch are its largest tensor by far: 2,048 tokens of a vocabulary of 128k take 1 GiB, and
-autograd keeps several such. Here they are made for a few hundred tokens at a time, and their gradient is made
-where they stand, since the weight of each token is known beforehand:
+The logits are by far the largest tensor of a batch: 2,048 tokens of a vocabulary of 128k take 1 GiB, and
+autograd keeps several of that size. Here they exist for a few hundred tokens at a time, and become their own
+gradient in place, which is possible because the weight s_i of each token is known in advance:
 
     loss = Σ_i s_i · ce_i        d loss / d logits_i = s_i · (softmax(logits_i) − onehot_i)
 
-So there are two products with the vocabulary, as without chunks, and no third one to compute logits again.
-Tokens that carry no loss (prompts, padding) have no logits at all. Where the head itself is trained, its
-gradient is summed up chunk by chunk, in float32.
+That takes two products with the vocabulary, as without chunks, and no third to recompute the logits. Tokens
+without a loss (prompts, padding) never get logits. If the head is trained, its gradient accumulates over the
+chunks in float32.
 """
 
 from __future__ import annotations
@@ -16,114 +16,121 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from distrust.engines.torch.linear_onednn import linear
+from distrust.engines.torch.layers import linear
 
-#: Numbers in the logits of a chunk: 64 MiB of float32. Larger ones are no faster,
-CHUNK_NUMBERS = 2**24
-#: and fewer tokens at a time are slower: each product reads all of the head.
-CHUNK_TOKENS = 256
+#: Logits of a chunk: 64 MiB of float32. Larger chunks are not faster,
+CHUNK_LOGITS = 2**24
+#: and chunks of fewer tokens are slower: each product reads the whole head.
+MIN_CHUNK_TOKENS = 256
 
 
-def token_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of each token from logits that are there anyway: float32[m], in nats."""
+def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of each token, float32[m] in nats, from logits [m, vocabulary] and targets int64[m]."""
     return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
 
 
 def chunked_losses(
-    hidden: torch.Tensor,
+    hidden: Tensor,
     head: torch.nn.Linear,
-    targets: torch.Tensor,
-    scales: torch.Tensor,
+    targets: Tensor,
+    token_weights: Tensor,
     *,
     chunk_tokens: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scaled sum of the cross-entropy of each token, from what goes into the head.
+) -> tuple[Tensor, Tensor]:
+    """Weighted sum of the cross-entropy of each token, from the input of the head.
 
     Args:
         hidden: [m, width]; the products are computed in its dtype.
         head: width -> vocabulary.
-        targets: int64[m]: the token that is predicted.
-        scales: float32[m]: what each token's loss is multiplied by.
-        chunk_tokens: the logits of how many tokens stand in memory at once. Default: :data:`CHUNK_NUMBERS`
-            logits, and those of :data:`CHUNK_TOKENS` tokens at least.
+        targets: int64[m], the predicted token.
+        token_weights: float32[m], the factor of each token's loss.
+        chunk_tokens: tokens whose logits exist at once. Default: as many as have :data:`CHUNK_LOGITS`
+            logits, and at least :data:`MIN_CHUNK_TOKENS`.
 
     Returns:
-        float32[], the scaled sum, which has a gradient; float32[m], each token's cross-entropy, in nats.
+        float32[], the weighted sum, with a gradient; float32[m], each token's cross-entropy, in nats.
     """
     if chunk_tokens is None:
-        chunk_tokens = max(CHUNK_TOKENS, CHUNK_NUMBERS // head.weight.shape[0])
-    parts = [hidden, head.weight, head.bias]
-    if not torch.is_grad_enabled():  # else the gradients would be made, and dropped
-        parts = [None if part is None else part.detach() for part in parts]
-    return _ChunkedLosses.apply(*parts, targets, scales, chunk_tokens)  # type: ignore[no-untyped-call,no-any-return]
+        chunk_tokens = max(MIN_CHUNK_TOKENS, CHUNK_LOGITS // head.weight.shape[0])
+    inputs = [hidden, head.weight, head.bias]
+    if not torch.is_grad_enabled():  # or the forward pass would compute gradients for nothing
+        inputs = [None if tensor is None else tensor.detach() for tensor in inputs]
+    return _ChunkedLosses.apply(*inputs, targets, token_weights, chunk_tokens)  # type: ignore[no-untyped-call,no-any-return]
 
 
 class _ChunkedLosses(torch.autograd.Function):
-    """The gradients are computed on the way forward, and only multiplied on the way back."""
+    """Computes the gradients in the forward pass; the backward pass only scales them."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        targets: torch.Tensor,
-        scales: torch.Tensor,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        token_weights: Tensor,
         chunk_tokens: int,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        wanted = ctx.needs_input_grad[:3]
+    ) -> tuple[Tensor, Tensor]:
+        needs_grad = ctx.needs_input_grad[:3]
         with torch.autocast(hidden.device.type, enabled=False):
-            total, losses, gradients = _losses(hidden, weight, bias, targets, scales, chunk_tokens, wanted)
+            total, losses, gradients = _losses_and_gradients(
+                hidden, weight, bias, targets, token_weights, chunk_tokens, needs_grad
+            )
         ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(losses)
         return total, losses
 
     @staticmethod
-    def backward(ctx: Any, slope: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
-        gradients = [None if part is None else part * slope.to(part.dtype) for part in ctx.saved_tensors]
+    def backward(ctx: Any, grad_output: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        gradients = [
+            None if gradient is None else gradient * grad_output.to(gradient.dtype)
+            for gradient in ctx.saved_tensors
+        ]
         return *gradients, None, None, None
 
 
-def _losses(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    targets: torch.Tensor,
-    scales: torch.Tensor,
-    rows: int,
-    wanted: tuple[bool, bool, bool],
-) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor | None]]:
-    """The scaled sum, each loss, and the gradients that are wanted of hidden, weight and bias."""
-    table = weight.to(hidden.dtype)
-    shift = None if bias is None else bias.to(hidden.dtype)
-    losses = torch.empty_like(scales)
-    of_hidden = torch.empty_like(hidden) if wanted[0] else None
-    of_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
-    of_bias = torch.zeros_like(bias, dtype=torch.float32) if wanted[2] and bias is not None else None
-    for begin in range(0, len(hidden), rows):
-        part = slice(begin, begin + rows)
-        inputs, target, scale = hidden[part], targets[part, None], scales[part, None]
-        odds = linear(inputs, table, shift).float()  # the same memory where it is float32 already
-        highest = odds.amax(dim=1, keepdim=True)
-        hit = odds.gather(1, target) - highest
-        odds.sub_(highest).exp_()
-        mass = odds.sum(dim=1, keepdim=True)
-        losses[part] = (mass.log() - hit).squeeze(1)
-        if not any(wanted):
+def _losses_and_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    token_weights: Tensor,
+    chunk_tokens: int,
+    needs_grad: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """The weighted sum, each loss, and the requested gradients of hidden, weight and bias."""
+    head_weight = weight.to(hidden.dtype)  # [vocabulary, width]
+    head_bias = None if bias is None else bias.to(hidden.dtype)
+    losses = torch.empty_like(token_weights)
+    grad_hidden = torch.empty_like(hidden) if needs_grad[0] else None
+    grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_grad[1] else None
+    grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_grad[2] and bias is not None else None
+    for start in range(0, len(hidden), chunk_tokens):
+        chunk = slice(start, start + chunk_tokens)
+        inputs, target, token_weight = hidden[chunk], targets[chunk, None], token_weights[chunk, None]
+        # One buffer [chunk, vocabulary] for logits, then probabilities, then their gradient.
+        probs = linear(inputs, head_weight, head_bias).float()  # no copy if it is float32 already
+        highest = probs.amax(dim=1, keepdim=True)  # subtracted, so that exp cannot overflow
+        target_logit = probs.gather(1, target) - highest
+        probs.sub_(highest).exp_()
+        normalizer = probs.sum(dim=1, keepdim=True)
+        losses[chunk] = (normalizer.log() - target_logit).squeeze(1)
+        if not any(needs_grad):
             continue
-        slopes = odds.mul_(scale / mass)
-        slopes.scatter_(1, target, slopes.gather(1, target) - scale)
-        if of_bias is not None:
-            of_bias += slopes.sum(dim=0)
-        slopes = slopes.to(hidden.dtype)
-        if of_hidden is not None:
-            of_hidden[part] = linear(slopes, table.t())
-        if of_weight is not None:
-            of_weight += torch.mm(slopes.t(), inputs)
+        grad_logits = probs.mul_(token_weight / normalizer)
+        grad_logits.scatter_(1, target, grad_logits.gather(1, target) - token_weight)
+        if grad_bias is not None:
+            grad_bias += grad_logits.sum(dim=0)
+        grad_logits = grad_logits.to(hidden.dtype)
+        if grad_hidden is not None:
+            grad_hidden[chunk] = linear(grad_logits, head_weight.t())  # [chunk, width]
+        if grad_weight is not None:
+            grad_weight += torch.mm(grad_logits.t(), inputs)  # [vocabulary, width]
     gradients = [
-        of_hidden,
-        None if of_weight is None else of_weight.to(weight.dtype),
-        None if of_bias is None or bias is None else of_bias.to(bias.dtype),
+        grad_hidden,
+        None if grad_weight is None else grad_weight.to(weight.dtype),
+        None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
     ]
-    return (losses * scales).sum(), losses, gradients
+    return (losses * token_weights).sum(), losses, gradients

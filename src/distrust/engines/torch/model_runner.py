@@ -1,21 +1,17 @@
-"""The passes through a model: forward, and backward, of the examples of a micro-batch.
+"""Forward and backward passes of a micro-batch, by the cheapest method that the model allows.
 
-They take the shortest way that this model allows:
+- Variable-length attention: the examples form one row without padding, and attention stays within each
+  (``attention.py``). Otherwise they are padded to the longest.
+- Chunked loss: the head is applied to a few hundred trained tokens at a time (``loss.py``). Otherwise the
+  model computes all logits.
 
-- the examples stand one after the other in one row, without padding, and attention stays within each
-  (``attention.py``); else they are padded to the longest of them;
-- the head is applied to some hundred tokens at a time, and to learned ones alone (``loss.py``); else the
-  model makes all logits.
-
-Whether a way gives what the model means is tried once, on a few tokens, and not read off its name: with
-packing, no token may move by one bit when another example changes; without the model's own head, what comes
-out of the head must be the model's logits, and what goes into it its last hidden state.
+A trial on a few tokens decides whether a method is exact for this model, not its name: see
+:func:`distrust.engines.model_runner.keeps_examples_independent`, and :meth:`ModelRunner._head_makes_logits`.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,44 +21,52 @@ from torch import Tensor
 
 from distrust.contract import Losses
 from distrust.data import IGNORED, MicroBatch
+from distrust.engines.model_runner import Array, keeps_examples_independent, sum_per_example, trial_ids
 from distrust.engines.torch import attention, quantization
 from distrust.engines.torch.loss import chunked_losses, token_losses
-
-#: The tokens of the two examples of a trial.
-TRIAL = [5, 7]
-#: How far a packed example may be from the same alone, beside its largest value.
-ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 1e-1}
 
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """A micro-batch as one row, on the host: n tokens of b examples, m of them learned.
+    """A micro-batch as one row on the host: n tokens of b examples, m of them trained."""
 
-    Attributes:
-        input_ids: int64[n].
-        positions: int64[n], each token's within its example.
-        lengths: the tokens of each example.
-        places: int64[m], where a learned token's predecessor stands.
-        targets: int64[m], the learned token.
-        weights: float32[m], its weight.
-        examples: int64[m], its example, 0 to b - 1.
-    """
+    input_ids: Array  # int64[n]
+    positions: Array  # int64[n], each token's position in its example
+    lengths: list[int]  # tokens of each example
+    predictor_index: Array  # int64[m], index of the token before each trained one, which predicts it
+    targets: Array  # int64[m], the trained tokens
+    token_weights: Array  # float32[m]
+    examples: Array  # int64[m], the example of each trained token, 0 to b - 1
 
-    input_ids: np.ndarray[Any, Any]
-    positions: np.ndarray[Any, Any]
-    lengths: list[int]
-    places: np.ndarray[Any, Any]
-    targets: np.ndarray[Any, Any]
-    weights: np.ndarray[Any, Any]
-    examples: np.ndarray[Any, Any]
+    @classmethod
+    def of(cls, batch: MicroBatch) -> _Row:
+        """Remove the padding of a micro-batch."""
+        real = batch.attention_mask.astype(bool)  # [b, t]
+        lengths = real.sum(axis=1)
+        labels, token_weights = batch.labels[real], batch.weights[real]  # [n]
+        trained = np.flatnonzero(labels != IGNORED)  # never an example's first token: none predicts it
+        return cls(
+            input_ids=batch.input_ids[real],
+            positions=np.concatenate([np.arange(length, dtype=np.int64) for length in lengths]),
+            lengths=lengths.tolist(),
+            predictor_index=trained - 1,
+            targets=labels[trained],
+            token_weights=token_weights[trained],
+            examples=np.repeat(np.arange(len(lengths)), lengths)[trained],
+        )
+
+    def sum_losses(self, losses: Tensor) -> Losses:
+        """Sum float32[m] losses for each example."""
+        host = losses.detach().cpu().numpy()
+        return sum_per_example(host, self.token_weights, self.examples, count=len(self.lengths))
 
 
 class ModelRunner:
-    """Runs a model.
+    """Runs a model on micro-batches.
 
     Args:
-        model: a causal language model of transformers, in evaluation mode; its adapter sits in its layers.
-        arithmetic: dtype of the products; another than float32 is by autocast.
+        model: a causal language model of transformers, in evaluation mode; its adapter is in its layers.
+        arithmetic: dtype of the products; autocast applies any but float32.
         compiled: whether its layers will be compiled.
     """
 
@@ -72,147 +76,107 @@ class ModelRunner:
         self._arithmetic = arithmetic
         self._device: torch.device = model.device
         self._head: Any = model.get_output_embeddings()
-        self.chunks = self._can_chunk()
-        self.packs = self._can_pack()
+        self._vocabulary: int = model.get_input_embeddings().weight.shape[0]
+        self.uses_chunked_loss = self._head_makes_logits()  # the logits of a batch never exist as a whole
+        self.uses_varlen = self._enable_varlen()  # examples share one row without padding
 
     def train(self, batch: MicroBatch, *, tokens: int) -> Losses:
         """Forward and backward: add the gradient of Σ weight · cross-entropy / ``tokens``."""
-        row = _row(batch)
-        # Until the backward pass is done: a checkpointed layer computes its attention again there.
-        with self._packed_row(row):
+        row = _Row.of(batch)
+        # Also around the backward pass: a checkpointed layer computes its attention again there.
+        with self._packed(row):
             total, losses = self._losses(batch, row, scale=1 / tokens)
             total.backward()  # type: ignore[no-untyped-call]
-        return _per_example(row, losses, len(batch.examples))
+        return row.sum_losses(losses)
 
     @torch.no_grad()
     def evaluate(self, batch: MicroBatch) -> Losses:
         """Forward only."""
-        row = _row(batch)
-        with self._packed_row(row):
+        row = _Row.of(batch)
+        with self._packed(row):
             _, losses = self._losses(batch, row, scale=1.0)
-        return _per_example(row, losses, len(batch.examples))
+        return row.sum_losses(losses)
 
     def _losses(self, batch: MicroBatch, row: _Row, *, scale: float) -> tuple[Tensor, Tensor]:
-        """The scaled and weighted sum, and the cross-entropy of each learned token: float32[], float32[m]."""
-        places, targets = self._to_device(row.places), self._to_device(row.targets)
-        scales = self._to_device(row.weights) * scale
+        """float32[], the scaled and weighted sum; float32[m], the cross-entropy of each trained token."""
+        predictor_index, targets = self._to_device(row.predictor_index), self._to_device(row.targets)
+        token_weights = self._to_device(row.token_weights) * scale
         with self._autocast():
-            output = self._last(batch, row).index_select(0, places)
-        if self.chunks:
-            return chunked_losses(output.to(self._arithmetic), self._head, targets, scales)
+            output = self._outputs(batch, row).index_select(0, predictor_index)  # [m, ...]
+        if self.uses_chunked_loss:
+            return chunked_losses(output.to(self._arithmetic), self._head, targets, token_weights)
         losses = token_losses(output, targets)
-        return (losses * scales).sum(), losses.detach()
+        return (losses * token_weights).sum(), losses.detach()
 
-    def _last(self, batch: MicroBatch, row: _Row) -> Tensor:
-        """Of each token the last hidden state, or the logits where the model makes them: [n, …]."""
-        if self.packs:
+    def _outputs(self, batch: MicroBatch, row: _Row) -> Tensor:
+        """Last hidden states [n, width], or logits [n, vocabulary], of all real tokens."""
+        if self.uses_varlen:
             return self._run(
-                input_ids=self._to_device(row.input_ids)[None],
+                input_ids=self._to_device(row.input_ids)[None],  # [1, n]
                 position_ids=self._to_device(row.positions)[None],
             )[0]
         mask = self._to_device(batch.attention_mask)
         return self._run(input_ids=self._to_device(batch.input_ids), attention_mask=mask)[mask.bool()]
 
     def _run(self, **inputs: Tensor) -> Tensor:
-        if self.chunks:
-            hidden: Tensor = self._model.base_model(**inputs, use_cache=False).last_hidden_state
-            return hidden
-        logits: Tensor = self._model(**inputs, use_cache=False).logits
-        return logits
+        if self.uses_chunked_loss:
+            return self._model.base_model(**inputs, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+        return self._model(**inputs, use_cache=False).logits  # type: ignore[no-any-return]
 
-    @contextlib.contextmanager
-    def _packed_row(self, row: _Row) -> Iterator[None]:
-        with attention.examples_of(row.lengths if self.packs else []):
-            yield
+    def _packed(self, row: _Row) -> contextlib.AbstractContextManager[None]:
+        return attention.packed_examples(row.lengths if self.uses_varlen else [])
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self._arithmetic is torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self._device.type, self._arithmetic)
 
-    def _to_device(self, array: np.ndarray[Any, Any]) -> Tensor:
+    def _to_device(self, array: Array) -> Tensor:
         return torch.from_numpy(array).to(self._device)
 
     @torch.no_grad()
-    def _can_chunk(self) -> bool:
-        """Whether hidden state and head are all that makes the logits."""
+    def _head_makes_logits(self) -> bool:
+        """Whether the head maps the last hidden state to the logits, with nothing before or after it."""
         if type(self._head) is not torch.nn.Linear or self._model.base_model is self._model:
             return False
-        seen: list[Tensor] = []
-        hook = self._head.register_forward_hook(lambda _, inputs, output: seen.extend([inputs[0], output]))
-        ids = self._trial_ids(0)[None]
+        recorded: list[Tensor] = []  # input and output of the head
+        hook = self._head.register_forward_hook(
+            lambda _, inputs, output: recorded.extend([inputs[0], output])
+        )
+        ids = self._to_device(trial_ids(self._vocabulary))[None]
         try:
             with self._autocast():
                 logits = self._model(input_ids=ids, use_cache=False).logits
                 hidden = self._model.base_model(input_ids=ids, use_cache=False)[0]
-        except Exception:  # a model whose parts are called otherwise makes its logits itself
+        except Exception:  # a model with other parts computes its own logits
             return False
         finally:
             hook.remove()
-        if len(seen) != 2:
+        if len(recorded) != 2:
             return False
-        return torch.equal(seen[0], hidden) and torch.equal(seen[1].to(logits.dtype), logits)
+        return torch.equal(recorded[0], hidden) and torch.equal(recorded[1].to(logits.dtype), logits)
 
     @torch.no_grad()
-    def _can_pack(self) -> bool:
-        """Whether examples in one row stay among themselves, each as it is alone."""
-        before = self._model.config._attn_implementation
-        if before != "sdpa":
-            return False  # it was chosen for a reason, by the model or by its user
+    def _enable_varlen(self) -> bool:
+        """Select variable-length attention if the model keeps packed examples independent."""
+        previous = self._model.config._attn_implementation
+        if previous != "sdpa":
+            return False  # the model or its user chose another one for a reason
         attention.register(outside_graphs=self._compiled)
         try:
             self._model.set_attn_implementation(attention.NAME)
-            with quantization.token_by_token(self._model):
-                first, second = torch.split(self._packed(self._trial_ids(0)), TRIAL)
-                other_first, _ = torch.split(self._packed(self._trial_ids(1)), TRIAL)
-                _, other_second = torch.split(self._packed(self._trial_ids(2)), TRIAL)
-                alone = self._packed(self._trial_ids(0)[TRIAL[0] :])
-        except Exception:  # a model's code may raise anything where it is run in a way it was not made for
-            good = False
-        else:
-            # The trial with number 1 has another second example, that with number 2 another first one.
-            apart = (second - alone).float().abs().max()
-            rounding = ROUNDING.get(second.dtype, 0.0) * alone.float().abs().max()
-            good = torch.equal(first, other_first) and torch.equal(second, other_second)
-            good = good and bool(apart <= rounding)
-        if not good:
-            self._model.set_attn_implementation(before)
-        return good
+            with quantization.without_outliers(self._model):
+                exact = keeps_examples_independent(self._run_trial, vocabulary=self._vocabulary)
+        except Exception:  # a model's code may raise anything when its attention is replaced
+            exact = False
+        if not exact:
+            self._model.set_attn_implementation(previous)
+        return exact
 
-    def _packed(self, ids: Tensor) -> Tensor:
-        lengths = [len(ids)] if len(ids) == TRIAL[1] else TRIAL
-        positions = torch.cat([torch.arange(length, device=self._device) for length in lengths])
-        with attention.examples_of(lengths), self._autocast():
-            return self._run(input_ids=ids[None], position_ids=positions[None])[0]
-
-    def _trial_ids(self, number: int) -> Tensor:
-        """Tokens of two examples; with number 1 the second is another one, with number 2 the first."""
-        ids = torch.arange(sum(TRIAL), device=self._device)
-        changed = (ids >= TRIAL[0]) if number == 1 else (ids < TRIAL[0]) & (number == 2)
-        rows: int = self._model.get_input_embeddings().weight.shape[0]
-        return (ids + len(ids) * changed) % rows
-
-
-def _row(batch: MicroBatch) -> _Row:
-    real = batch.attention_mask.astype(bool)
-    lengths = real.sum(axis=1)
-    labels, weights = batch.labels[real], batch.weights[real]
-    learned = np.flatnonzero(labels != IGNORED)  # never an example's first: nothing crosses a boundary
-    return _Row(
-        input_ids=batch.input_ids[real],
-        positions=np.concatenate([np.arange(length, dtype=np.int64) for length in lengths]),
-        lengths=lengths.tolist(),
-        places=learned - 1,
-        targets=labels[learned],
-        weights=weights[learned],
-        examples=np.repeat(np.arange(len(lengths)), lengths)[learned],
-    )
-
-
-def _per_example(row: _Row, losses: Tensor, count: int) -> Losses:
-    # Summed in float64 on the host: MPS has no float64, and a sum of thousands of tokens deserves it.
-    plain = losses.detach().cpu().numpy().astype(np.float64)
-    return Losses(
-        cross_entropy=np.bincount(row.examples, weights=plain, minlength=count),
-        weighted=np.bincount(row.examples, weights=plain * row.weights, minlength=count),
-    )
+    def _run_trial(self, ids: Array, lengths: list[int]) -> tuple[Array, str]:
+        positions = np.concatenate([np.arange(length) for length in lengths])
+        with attention.packed_examples(lengths), self._autocast():
+            output = self._run(
+                input_ids=self._to_device(ids)[None], position_ids=self._to_device(positions)[None]
+            )[0]
+        return output.float().cpu().numpy(), str(output.dtype).removeprefix("torch.")

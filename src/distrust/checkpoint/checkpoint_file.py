@@ -1,0 +1,190 @@
+"""What a listing says of one checkpoint file, and of a directory of them: values, without I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from distrust.checkpoint.files import errors_with_path, parse_checkpoint_name
+from distrust.checkpoint.foreign import ForeignHeader
+from distrust.checkpoint.format import FORMAT, Kind, TensorInfo
+from distrust.checkpoint.header import Header
+from distrust.errors import CorruptCheckpoint, UnsupportedVersion
+
+#: Order of preference; see :attr:`CheckpointFile.rank`.
+Rank = tuple[int, bool, bool, bool]
+
+
+class CheckpointFile(NamedTuple):
+    """A checkpoint whose header is intact.
+
+    Attributes:
+        path: of the file or, in a foreign format, of the folder.
+        header: its header, in this library's format or a foreign one.
+    """
+
+    path: Path
+    header: Header | ForeignHeader
+
+    @property
+    def format(self) -> str:
+        """``distrust``, or the name of a foreign format."""
+        return self.header.format
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether it is in a foreign format: it has no digests and is never removed."""
+        return self.format != FORMAT
+
+    @property
+    def metadata_only(self) -> bool:
+        """Whether it has neither model nor optimizer. Only a foreign checkpoint can be so."""
+        return self.header.lacks_arrays
+
+    @property
+    def step(self) -> int:
+        """Number of completed optimizer steps."""
+        return self.header.step
+
+    @property
+    def kind(self) -> Kind:
+        """``periodic`` or ``final``."""
+        return self.header.kind
+
+    @property
+    def bytes(self) -> int:
+        """The size of the file."""
+        return self.header.file_size
+
+    @property
+    def created(self) -> str | None:
+        """When it was written: ISO 8601, UTC."""
+        created = self.header.run_info.get("created")
+        return created if isinstance(created, str) else None
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The numbers by which it can be listed and chosen."""
+        return self.header.metrics
+
+    @property
+    def measured_on(self) -> str:
+        """Identifies the data on which the metrics were measured; empty if unknown."""
+        return self.header.measured_on
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """The caller's metadata."""
+        return self.header.metadata
+
+    @property
+    def digest(self) -> str:
+        """The digest of the header, which covers the digests of all tensors."""
+        return self.header.digest
+
+    @property
+    def state_digest(self) -> str:
+        """The identity of the state: equal for bit-identical runs."""
+        return self.header.state_digest
+
+    @property
+    def identity(self) -> tuple[str, str]:
+        """Name and digest: a file that another process replaced has another identity."""
+        return self.path.name, self.digest
+
+    @property
+    def rank(self) -> Rank:
+        """Sort key, by step. Of one step, the highest is the one that the step stands for.
+
+        Metadata only < foreign < periodic < final.
+        """
+        return self.step, not self.metadata_only, not self.is_foreign, self.kind == "final"
+
+    @property
+    def tensors(self) -> tuple[TensorInfo, ...]:
+        """The tensors, in the order of their data.
+
+        Raises:
+            CorruptCheckpoint: if a forged header does not describe them as a writer does.
+        """
+        with errors_with_path(self.path):
+            return self.header.tensors
+
+    def require_intact(self) -> None:
+        """Check everything except the tensors' bytes; see :mod:`distrust.checkpoint.header`.
+
+        Raises:
+            CorruptCheckpoint: with what no writer writes.
+        """
+        with errors_with_path(self.path):
+            self.header.require_intact()
+
+    def require_name(self) -> None:
+        """Check that the step and kind are those in the file's name; any other name is accepted.
+
+        Raises:
+            CorruptCheckpoint: if they are not.
+        """
+        entry = parse_checkpoint_name(self.path)
+        if entry is not None and (self.step, self.kind) != (entry.step, entry.kind):
+            reason = f"it holds step {self.step} ({self.kind}), not what its name says"
+            raise CorruptCheckpoint(reason, path=self.path)
+
+
+class DamagedFile(NamedTuple):
+    """A file with the name of a checkpoint that cannot be read as one.
+
+    Attributes:
+        path: of the file.
+        step: by its name.
+        error: what is wrong: damage, or a later version of the format.
+    """
+
+    path: Path
+    step: int
+    error: CorruptCheckpoint | UnsupportedVersion
+
+    @property
+    def reason(self) -> str:
+        """What is wrong, without the path."""
+        return str(self.error).removeprefix(f"{self.path}: ")
+
+    @property
+    def rank(self) -> Rank:
+        """As :attr:`CheckpointFile.rank`, by the name."""
+        return self.step, True, True, self.path.stem.endswith("-final")
+
+
+class Scan(NamedTuple):
+    """The contents of a directory of checkpoints.
+
+    Attributes:
+        files: checkpoints with an intact header, by step; the periodic one of a step before the final one.
+        damaged: files named as checkpoints that are damaged, by step.
+        foreign: checkpoints in foreign formats with intact metadata, in the same order as ``files``.
+    """
+
+    files: tuple[CheckpointFile, ...]
+    damaged: tuple[DamagedFile, ...]
+    foreign: tuple[CheckpointFile, ...] = ()
+
+    @classmethod
+    def of(cls, files: Iterable[CheckpointFile | DamagedFile]) -> Scan:
+        """Group files, which are in order."""
+        files = list(files)
+        intact = [file for file in files if isinstance(file, CheckpointFile)]
+        return cls(
+            files=tuple(file for file in intact if not file.is_foreign),
+            damaged=tuple(file for file in files if isinstance(file, DamagedFile)),
+            foreign=tuple(file for file in intact if file.is_foreign),  # apart: no rule may count them
+        )
+
+    @property
+    def all_intact(self) -> tuple[CheckpointFile, ...]:
+        """Every intact checkpoint, ours and foreign, by :attr:`CheckpointFile.rank`."""
+        return tuple(sorted([*self.foreign, *self.files], key=lambda file: file.rank))
+
+    def by_step(self) -> dict[int, CheckpointFile]:
+        """The checkpoint that each step stands for, in ascending order of steps."""
+        return {file.step: file for file in self.all_intact}  # the last one of a step wins

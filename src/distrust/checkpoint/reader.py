@@ -1,0 +1,209 @@
+"""Finds, verifies and loads checkpoints: by step or path, the newest, the best. Needs no lock."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from distrust.checkpoint import arrays, catalog, foreign, retention, serialization
+from distrust.checkpoint.checkpoint import Checkpoint
+from distrust.checkpoint.checkpoint_file import CheckpointFile, DamagedFile
+from distrust.checkpoint.manager_state import ManagerState
+from distrust.checkpoint.retainer import as_candidates
+from distrust.checkpoint.retention import Retention
+from distrust.errors import (
+    CheckpointNotFound,
+    CorruptCheckpoint,
+    DamagedCheckpointWarning,
+    DistrustWarning,
+    NoIntactCheckpoint,
+    UnsupportedVersion,
+    WarningCollector,
+    quote_untrusted,
+    shorten,
+)
+
+Result = TypeVar("Result")
+#: A checkpoint as a caller names it: a step of the manager's directory, or a path.
+Target = int | str | os.PathLike[str]
+Loaded = tuple[CheckpointFile, Checkpoint]
+
+
+class Reader:
+    """Loads checkpoints of one directory, and records which ones verified."""
+
+    def __init__(self, state: ManagerState, rules: Retention) -> None:
+        self._state = state
+        self._rules = rules
+
+    def load(
+        self,
+        target: Target,
+        *,
+        framework: arrays.Framework,
+        mapped: bool = False,
+        lazy: bool = False,
+        warnings: WarningCollector,
+    ) -> Loaded:
+        """Read and verify one checkpoint."""
+        file, checkpoint = self._read(
+            target, lambda path: _load(path, framework, mapped=mapped, lazy=lazy), warnings
+        )
+        # A lazy one is not verified yet; one in another directory is no file of this one.
+        if file.path.parent == self._state.directory and not lazy:
+            self._state.record_loaded(file)
+        return file, checkpoint
+
+    def load_latest(
+        self, *, framework: arrays.Framework, mapped: bool = False, warnings: WarningCollector
+    ) -> Loaded:
+        """Read the newest checkpoint that verifies."""
+        return self._load_first_intact(self._list_newest_first, framework, mapped, warnings)
+
+    def load_best(
+        self, *, framework: arrays.Framework, mapped: bool = False, warnings: WarningCollector
+    ) -> Loaded:
+        """Read the checkpoint with the best metric that verifies."""
+        return self._load_first_intact(self._list_best_first, framework, mapped, warnings)
+
+    def inspect(self, target: Target, warnings: WarningCollector) -> CheckpointFile:
+        """Read a header."""
+        return self._read(target, catalog.read_header, warnings)
+
+    def validate(self, target: Target, warnings: WarningCollector) -> None:
+        """Verify a checkpoint."""
+        file = self._read(target, catalog.verify, warnings)
+        if file.path.parent == self._state.directory:  # a copy in another directory proves nothing
+            self._state.intact.add(file.identity)
+
+    def _list_newest_first(self) -> list[CheckpointFile | DamagedFile]:
+        contents = self._state.scan()
+        files: list[CheckpointFile | DamagedFile] = [*contents.all_intact, *contents.damaged]
+        files.sort(key=lambda file: file.rank, reverse=True)
+        if not files:
+            directory = self._state.directory
+            raise CheckpointNotFound(f"{directory}: no checkpoints here", path=directory)
+        return files
+
+    def _list_best_first(self) -> list[CheckpointFile | DamagedFile]:
+        files = self._state.scan().by_step()
+        steps = retention.rank_by_metric(as_candidates(files.values()), self._rules)
+        if not steps:
+            names = sorted({quote_untrusted(name) for file in files.values() for name in file.metrics})
+            raise CheckpointNotFound(
+                f"{self._state.directory}: no checkpoint has the metric {self._rules.metric!r}; "
+                f"there are {shorten(', '.join(names)) or 'no metrics'} in steps {_format_steps(files)}",
+                path=self._state.directory,
+            )
+        return [files[step] for step in steps]
+
+    def _load_first_intact(
+        self,
+        list_candidates: Callable[[], Sequence[CheckpointFile | DamagedFile]],
+        framework: arrays.Framework,
+        mapped: bool,
+        warnings: WarningCollector,
+    ) -> Loaded:
+        while True:
+            files = list_candidates()
+            try:
+                return self._load_first_of(files, framework, mapped, warnings)
+            except CheckpointNotFound:
+                continue  # a writer removed one between listing and reading: list again
+
+    def _load_first_of(
+        self,
+        files: Sequence[CheckpointFile | DamagedFile],
+        framework: arrays.Framework,
+        mapped: bool,
+        warnings: WarningCollector,
+    ) -> Loaded:
+        reasons: list[str] = []
+        without_model: list[Path] = []
+        for candidate in files:
+            if isinstance(candidate, DamagedFile):
+                if isinstance(candidate.error, UnsupportedVersion):
+                    raise candidate.error  # an older checkpoint would lose what the later version did
+                reasons.append(str(candidate.error))
+                continue
+            try:
+                file, checkpoint = _load(candidate.path, framework, mapped=mapped)
+            except CorruptCheckpoint as error:
+                reasons.append(str(error))
+                self._state.damaged.add(candidate.identity)
+                continue
+            if file.is_foreign and not checkpoint.model:
+                without_model.append(file.path)
+                continue
+            # Never fall back silently: the skipped ones are newer, or better.
+            for reason in reasons:
+                warnings.append(DamagedCheckpointWarning(f"skipped a damaged checkpoint: {reason}"))
+            for path in without_model:
+                text = f"skipped a checkpoint without a model, metadata only: {path}"
+                warnings.append(DistrustWarning(text))
+            self._state.record_loaded(file)
+            return file, checkpoint
+        raise self._no_intact(reasons, without_model, sorted({file.step for file in files}))
+
+    def _no_intact(
+        self, reasons: list[str], without_model: list[Path], steps: list[int]
+    ) -> NoIntactCheckpoint:
+        directory = self._state.directory
+        if not reasons:
+            text = (
+                f"{directory}: no checkpoint here contains a model: they are metadata only, which load(step) "
+                f"reads; there are {_format_steps(steps)}"
+            )
+        else:
+            lines = [
+                f"{directory}: there are checkpoints, and none of them is intact:",
+                *reasons,
+                *(f"{path}: contains no model" for path in without_model),
+                "move them away to start over, or restore one from a copy",
+            ]
+            text = "\n".join(lines)
+        return NoIntactCheckpoint(text, path=directory)
+
+    def _read(self, target: Target, read: Callable[[Path], Result], warnings: WarningCollector) -> Result:
+        """Apply ``read`` to the path of a checkpoint."""
+        while True:
+            path = self._find(target, warnings)
+            try:
+                return read(path)
+            except CheckpointNotFound:
+                if not isinstance(target, int):
+                    raise
+                # A writer removed it between listing and reading: its step's final one may exist now.
+
+    def _find(self, target: Target, warnings: WarningCollector) -> Path:
+        if not isinstance(target, int):
+            return Path(target).absolute()
+        contents = self._state.scan()
+        damaged = [file for file in contents.damaged if file.step == target]
+        file = contents.by_step().get(target)
+        if file is not None:
+            for other in damaged:
+                warnings.append(DamagedCheckpointWarning(f"{other.error}; {file.path} is read instead"))
+            return file.path
+        if damaged:
+            raise damaged[0].error
+        raise CheckpointNotFound(
+            f"{self._state.directory}: no checkpoint of step {target}; "
+            f"there are {_format_steps(contents.by_step())}",
+            path=self._state.directory,
+        )
+
+
+def _load(path: Path, framework: arrays.Framework, *, mapped: bool = False, lazy: bool = False) -> Loaded:
+    if reader := foreign.find_reader(path):  # always read whole: it has no digests to verify parts by
+        header, checkpoint = reader.read(path, framework=framework)
+        file = CheckpointFile(path, header)
+        file.require_name()
+        return file, checkpoint
+    return serialization.load(path, framework=framework, mapped=mapped, lazy=lazy)
+
+
+def _format_steps(steps: Iterable[int]) -> str:
+    return ", ".join(map(str, steps)) or "none"

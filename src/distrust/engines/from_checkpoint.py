@@ -1,0 +1,181 @@
+"""Reads checkpoints and creates engines with their weights."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from distrust.checkpoint import Checkpoint, CheckpointFile, CheckpointManager, serialization
+from distrust.checkpoint.catalog import checkpoint_directory, is_directory, read_header, resolve, scan
+from distrust.checkpoint.foreign import require_converted
+from distrust.config import TrainConfig
+from distrust.contract import Engine, EngineState
+from distrust.engines.registry import (
+    EngineName,
+    create_engine,
+    default_engine,
+    first_installed,
+    recorded_engine,
+)
+from distrust.errors import ConfigError, ModelError, ResumeRefused
+from distrust.run_record import RunRecord
+
+
+def read_checkpoint(
+    target: Path, *, step: int | None = None, best: bool = False, framework: EngineName | None = None
+) -> tuple[CheckpointFile, Checkpoint]:
+    """Resolve a target to one checkpoint, read it, and verify every byte. All commands resolve targets here.
+
+    Args:
+        target: a run, a directory of checkpoints (its newest intact one), or a file.
+        step: select this step of a run or directory.
+        best: select the best checkpoint by the run's own metric.
+        framework: of the arrays. Default: the framework of the newest checkpoint's engine, if it is
+            installed; else one that is.
+
+    Raises:
+        CheckpointError: if there is no such checkpoint, or it is damaged.
+        ConfigError: for ``step`` or ``best`` with a single file.
+        MissingDependency: if no framework is installed.
+    """
+    resolve(target)
+    if framework is None:
+        framework = first_installed(_engine_of_newest(target), purpose=f"to read {target}")
+    if is_directory(target):
+        manager = _manager(checkpoint_directory(target))
+        return manager.choose(step=step, best=best, framework=framework)
+    if step is not None or best:
+        flag = "--best" if step is None else f"--step {step}"
+        raise ConfigError(f"{flag} goes with a run or a directory; {target} is one checkpoint")
+    require_converted(read_header(target))
+    return serialization.load(target, framework=framework)
+
+
+def open_checkpoint(
+    target: Path,
+    *,
+    step: int | None = None,
+    best: bool = False,
+    model: str | None = None,
+    changes: Mapping[str, Any] | None = None,
+) -> tuple[Engine, CheckpointFile]:
+    """Create an engine with the weights of a checkpoint.
+
+    Args:
+        target: a run, a directory of checkpoints (its newest intact one), or a file.
+        step: select this step of a run or directory.
+        best: select the best checkpoint by the run's own metric.
+        model: where the base model is now, if it was moved: a folder or a hub name.
+        changes: options that replace the run's, such as the device.
+
+    Raises:
+        CheckpointError: if there is no such checkpoint, or it is damaged.
+        ModelError: if the base model cannot be loaded.
+        ResumeRefused: if the base model is not the one of the run.
+    """
+    file, checkpoint = read_checkpoint(target, step=step, best=best)
+    return engine_of(file, checkpoint, model=model, changes=changes), file
+
+
+def engine_of(
+    file: CheckpointFile,
+    checkpoint: Checkpoint,
+    *,
+    model: str | None = None,
+    changes: Mapping[str, Any] | None = None,
+) -> Engine:
+    """Like :func:`open_checkpoint`, for a checkpoint that :func:`read_checkpoint` returned.
+
+    Raises:
+        ModelError: if the base model cannot be loaded.
+        ResumeRefused: if the base model is not the one of the run.
+    """
+    # Compiling pays off in training only, and this machine may have no compiler.
+    defaults = {"compile": False, "engine": _engine_for(checkpoint)}
+    config = replace(config_of(file, model=model), **{**defaults, **(changes or {})})
+    expected = fingerprint_of(file, "model")
+    with base_model_errors(file, config.model, overridden=model is not None):
+        engine = create_engine(config)
+    if engine.fingerprint() != expected:
+        raise ResumeRefused(f"{file.path}: was not trained on the weights of --model {config.model}")
+    engine.load_state(EngineState(checkpoint.model, checkpoint.optimizer, checkpoint.rng))
+    return engine
+
+
+def config_of(file: CheckpointFile, *, model: str | None = None) -> TrainConfig:
+    """The options that a checkpoint was trained with.
+
+    Args:
+        file: the checkpoint.
+        model: where the base model is now, if it was moved.
+
+    Raises:
+        ConfigError: if an option is invalid, in a checkpoint of another program.
+    """
+    config = RunRecord.from_header(file.header).train_config(where=str(file.path))
+    return config if model is None else replace(config, model=model)
+
+
+def fingerprint_of(file: CheckpointFile, content: Literal["model", "data"]) -> str:
+    """The fingerprint of the base model, or of the training data, that a checkpoint was trained on.
+
+    Raises:
+        ResumeRefused: if another program wrote the checkpoint, so the fingerprint is unknown.
+    """
+    record = RunRecord.from_header(file.header)
+    if content in record.fingerprints:
+        return record.fingerprints[content]
+    unknown = "base model" if content == "model" else "data"
+    if record.imported_from:
+        raise ResumeRefused(
+            f"{file.path}: is imported, and its {unknown} is unknown; resume it with `distrust train`: the "
+            "checkpoints that it saves record both"
+        )
+    raise ResumeRefused(f"{file.path}: was not made by `distrust train`, so its {unknown} is unknown")
+
+
+@contextlib.contextmanager
+def base_model_errors(file: CheckpointFile, name: str, *, overridden: bool) -> Iterator[None]:
+    """Context manager that explains a base model that cannot be loaded: it may have been moved.
+
+    Args:
+        file: the checkpoint.
+        name: of its base model.
+        overridden: whether the user has just given the name; then the error needs no explanation.
+
+    Raises:
+        ModelError: with the remedy.
+    """
+    try:
+        yield
+    except ModelError as error:
+        if overridden:
+            raise
+        raise ModelError(
+            f"{file.path}: was trained on the model {name}, which cannot be loaded from here; say "
+            f"where it lies with --model ({error})"
+        ) from error
+
+
+def _engine_of_newest(target: Path) -> EngineName:
+    files = scan(checkpoint_directory(target)).files if is_directory(target) else (read_header(target),)
+    return recorded_engine(files[-1]) if files else default_engine()
+
+
+def _engine_for(checkpoint: Checkpoint) -> EngineName:
+    """The engine whose framework the arrays were loaded in."""
+    array = next(iter(checkpoint.model.values()), None)
+    return "mlx" if type(array).__module__.partition(".")[0] == "mlx" else "torch"
+
+
+def _manager(directory: Path) -> CheckpointManager:
+    """Manager of a run's checkpoints that selects the best one by the run's own metric."""
+    files = scan(directory).files
+    if not files:
+        return CheckpointManager(directory)
+    saved = RunRecord.from_header(files[-1].header).settings
+    rules = {name: saved[name] for name in ("metric", "metric_mode") if isinstance(saved.get(name), str)}
+    return CheckpointManager(directory, **rules)

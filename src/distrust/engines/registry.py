@@ -1,0 +1,125 @@
+"""The engines by name: what each one needs, and how it is created. No other module branches on the name."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+from distrust.checkpoint import CheckpointFile
+from distrust.checkpoint.catalog import RUN_SUBDIRECTORY, scan
+from distrust.config import TrainConfig
+from distrust.contract import FIRST_ENGINE, Engine
+from distrust.engines.loading import locate
+from distrust.errors import MissingDependency
+from distrust.run_record import RunRecord
+
+EngineName = Literal["torch", "mlx"]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSpec:
+    """How to use an engine.
+
+    Attributes:
+        library: the module that has to be installed.
+        extra: the extra of this package that installs it.
+        create: imports the engine and creates it.
+    """
+
+    library: str
+    extra: str
+    create: Callable[[TrainConfig], Engine]
+
+
+def _create_torch(config: TrainConfig) -> Engine:
+    from distrust.engines.torch.engine import TorchEngine
+
+    return TorchEngine(config)
+
+
+def _create_mlx(config: TrainConfig) -> Engine:
+    from distrust.engines.mlx.engine import MlxEngine
+
+    return MlxEngine(config)
+
+
+ENGINES: dict[EngineName, EngineSpec] = {
+    "torch": EngineSpec("torch", "train", _create_torch),
+    "mlx": EngineSpec("mlx_lm", "mlx", _create_mlx),
+}
+
+
+def create_engine(config: TrainConfig) -> Engine:
+    """Load the model, tokenizer, adapter and optimizer that ``config`` describes.
+
+    Raises:
+        ModelError: if the model or tokenizer cannot be loaded.
+        ConfigError: if an option does not fit the model or the machine.
+        MissingDependency: if the engine's library is not installed.
+    """
+    locate(config.model)  # a wrong name is reported before a framework is imported, which takes seconds
+    name = select_engine(config)
+    require_installed(name, purpose=f"--engine {name}")
+    return ENGINES[name].create(config)
+
+
+def select_engine(config: TrainConfig) -> EngineName:
+    """The engine that ``config`` names, or that of the run it resumes, or this machine's default."""
+    if config.engine != "auto":
+        return config.engine
+    for folder in (config.run_directory, Path(config.out)):  # a branch starts from --out
+        files = scan(folder / RUN_SUBDIRECTORY).files
+        if files and is_installed(recorded_engine(files[-1])):
+            return recorded_engine(files[-1])
+    return default_engine()
+
+
+def recorded_engine(file: CheckpointFile) -> EngineName:
+    """The engine that wrote a checkpoint."""
+    return "mlx" if RunRecord.from_header(file.header).engine == "mlx" else FIRST_ENGINE
+
+
+def default_engine() -> EngineName:
+    """Mlx on Apple silicon or where torch is missing, if it is installed; else torch."""
+    apple = sys.platform == "darwin" and platform.machine() == "arm64"
+    return "mlx" if is_installed("mlx") and (apple or not is_installed("torch")) else "torch"
+
+
+def is_installed(name: EngineName) -> bool:
+    """Whether the library of an engine is installed; does not import it."""
+    return find_spec(ENGINES[name].library) is not None
+
+
+def require_installed(name: EngineName, *, purpose: str) -> None:
+    """Refuse an engine whose library is not installed.
+
+    Args:
+        name: of the engine.
+        purpose: what needs it, such as the option; begins the message.
+
+    Raises:
+        MissingDependency: with the command that installs it.
+    """
+    if not is_installed(name):
+        raise _missing(name, purpose)
+
+
+def first_installed(preferred: EngineName, *, purpose: str) -> EngineName:
+    """The preferred engine if it is installed, else any other that is.
+
+    Raises:
+        MissingDependency: if none is installed; it names the library of the preferred engine.
+    """
+    for name in (preferred, *ENGINES):
+        if is_installed(name):
+            return name
+    raise _missing(preferred, purpose)
+
+
+def _missing(name: EngineName, purpose: str) -> MissingDependency:
+    return MissingDependency(purpose, library=ENGINES[name].library, extra=ENGINES[name].extra)

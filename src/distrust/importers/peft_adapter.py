@@ -1,0 +1,203 @@
+"""Reads the trained weights of a folder in transformers' or peft's layout: a LoRA adapter or a full model.
+
+The base model is built without its weights, to compare names, order and shapes of the parameters.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distrust import config as options
+from distrust.config import TrainConfig
+from distrust.engines.lora_config import LoraConfig
+from distrust.engines.torch import adapter
+from distrust.engines.torch.model import meta_model
+from distrust.errors import ModelError, ResumeRefused, quote_untrusted
+from distrust.importers.detect import ADAPTER_CONFIG, PEFT_WEIGHTS
+from distrust.importers.safe_load import read_json, read_tensors, to_float32
+
+WEIGHTS = "model.safetensors"
+MAX_CONFIG_BYTES = 4 << 20
+MAX_NAME_CHARACTERS = 1000
+#: A message lists at most this many names.
+NAMES_SHOWN = 3
+
+#: Options in peft's config -> ours.
+_OPTIONS = {
+    "r": "lora_rank",
+    "lora_alpha": "lora_alpha",
+    "lora_dropout": "lora_dropout",
+    "use_rslora": "rslora",
+    "use_dora": "dora",
+}
+#: Other fields of peft's config, which do not change the training or are checked separately.
+_IGNORED = {
+    *("base_model_name_or_path", "revision", "peft_type", "peft_version", "task_type", "auto_mapping"),
+    *("inference_mode", "runtime_config", "target_modules", "fan_in_fan_out", "layers_pattern"),
+    *("init_lora_weights", "bias", "megatron_core", "qalora_group_size", "ensure_weight_tying"),
+}
+#: Every other initialization changes the base model as well.
+_PLAIN_INITIALIZATIONS = (True, False, None, "gaussian", "orthogonal")
+_ADAPTER_WEIGHT = re.compile(
+    r"base_model\.model\.(.+)\.lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)(?:\.weight)?"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedWeights:
+    """What was trained.
+
+    Attributes:
+        base: the base model, a folder or a hub name.
+        options: our options that the folder proves, by key.
+        parameters: of the model without its weights: only names, order and shapes count.
+        weights: float32, by the same names.
+    """
+
+    base: str
+    options: Mapping[str, Any]
+    parameters: dict[str, torch.nn.Parameter]
+    weights: Mapping[str, torch.Tensor]
+
+
+def read_full_model(folder: Path, base: str | None) -> TrainedWeights:
+    """Read a model of which all weights were trained.
+
+    Raises:
+        CheckpointError: for files that are missing or damaged.
+        ModelError: if the config of the model cannot be loaded.
+        ResumeRefused: if the weights do not fit the model.
+    """
+    base = str(folder) if base is None else base
+    saved = read_tensors(folder / WEIGHTS)
+    model = meta_model(base)
+    parameters = dict(model.named_parameters())
+    # Shared weights have several names, and may be saved under any or all of them.
+    aliases = dict(model.named_parameters(remove_duplicate=False)).keys() - parameters.keys()
+    _require_same_names(folder, base, saved.keys() - aliases, parameters.keys())
+    return TrainedWeights(
+        base, {"lora_rank": 0}, parameters, _to_float32(folder / WEIGHTS, saved, parameters)
+    )
+
+
+def read_adapter(folder: Path, base: str | None) -> TrainedWeights:
+    """Read a LoRA adapter of peft.
+
+    Raises:
+        CheckpointError: for files that are missing or damaged.
+        ModelError: if the config of the base model cannot be loaded.
+        ResumeRefused: if the adapter is not a plain LoRA, or does not fit the model.
+        ConfigError: for values that no option here accepts.
+    """
+    path = folder / PEFT_WEIGHTS
+    config = read_json(folder / ADAPTER_CONFIG, max_bytes=MAX_CONFIG_BYTES)
+    _require_plain_lora(config, folder, base_given=base is not None)
+    saved = read_tensors(path)
+    modules = {_module_of(name, folder) for name in saved}
+    ranks = {value.shape[:1] for name, value in saved.items() if "lora_A" in name or "embedding_A" in name}
+    rank = config.get("r")
+    if type(rank) is not int or ranks != {(rank,)}:  # checked before arrays of the claimed size are made
+        raise refusal(folder, f"the rank of its weights is not the rank in {ADAPTER_CONFIG}")
+    base, model = _base_model(config, folder) if base is None else (base, meta_model(base))
+    if not modules <= dict(model.named_modules()).keys():
+        raise refusal(folder, f"it adapts modules that --model {base} does not have")
+    known = {ours: config[name] for name, ours in _OPTIONS.items() if config.get(name) is not None}
+    for targets in _target_candidates(modules):
+        train_config = options.from_mapping(
+            {**known, "target_modules": targets}, where=str(folder / ADAPTER_CONFIG)
+        )
+        parameters, peft_names = _adapted_parameters(base, train_config)
+        if {*peft_names.values()} == saved.keys():
+            break
+    _require_same_names(folder, base, saved.keys(), peft_names.values())
+    weights = {name: saved[peft_names[id(parameter)]] for name, parameter in parameters.items()}
+    result_options = train_config.with_effect("result")
+    proven = {name: result_options[name] for name in (*_OPTIONS.values(), "target_modules")}
+    return TrainedWeights(base, proven, parameters, _to_float32(path, weights, parameters))
+
+
+def _adapted_parameters(
+    base: str, config: TrainConfig
+) -> tuple[dict[str, torch.nn.Parameter], dict[int, str]]:
+    """The trained parameters of an adapter without weights, and peft's name of each by its id()."""
+    model = adapter.add_adapter(meta_model(base), LoraConfig.from_options(config))
+    parameters = adapter.trained_parameters(model)
+    names = {id(value): name for name, value in adapter.to_peft_names(model, parameters).items()}
+    return parameters, names
+
+
+def _require_plain_lora(config: Mapping[str, Any], folder: Path, *, base_given: bool) -> None:
+    if config.get("peft_type") != "LORA" or config.get("task_type") not in ("CAUSAL_LM", None):
+        raise refusal(folder, "its adapter is not a LoRA of a causal language model")
+    for name, value in config.items():
+        if name not in _IGNORED and name not in _OPTIONS and value:
+            raise refusal(folder, f"{ADAPTER_CONFIG} sets {quote_untrusted(name)}, which is not supported")
+    if config.get("bias") not in ("none", None):
+        raise refusal(folder, f"{ADAPTER_CONFIG} sets bias, but biases are not trained here")
+    initialization = config.get("init_lora_weights")
+    if not any(initialization is plain or initialization == plain for plain in _PLAIN_INITIALIZATIONS):
+        raise refusal(folder, f"{ADAPTER_CONFIG} sets init_lora_weights, which changed the base model")
+    if config.get("revision") and not base_given:
+        raise refusal(folder, "its base model is a specific revision; pass a folder with it as --model")
+
+
+def _base_model(config: Mapping[str, Any], folder: Path) -> tuple[str, torch.nn.Module]:
+    """The base model that an adapter names, and that model without its weights."""
+    name = config.get("base_model_name_or_path")
+    if type(name) is not str or not 0 < len(name) <= MAX_NAME_CHARACTERS or not name.isprintable():
+        raise refusal(folder, f"{ADAPTER_CONFIG} does not name the base model; pass it as --model")
+    try:
+        return name, meta_model(name)
+    except ModelError as error:
+        raise ModelError(
+            f"{folder}: its base model {quote_untrusted(name)} cannot be loaded; pass its location as "
+            f"--model ({error})"
+        ) from error
+
+
+def _module_of(name: str, folder: Path) -> str:
+    match = _ADAPTER_WEIGHT.fullmatch(name)
+    if match is None:
+        raise refusal(
+            folder, f"{PEFT_WEIGHTS} holds {quote_untrusted(name)}, which is not part of a plain LoRA"
+        )
+    return match[1]
+
+
+def _target_candidates(modules: Collection[str]) -> Iterator[list[str]]:
+    """What ``target_modules`` may have been, the shortest first."""
+    yield ["all-linear"]
+    yield sorted({name.rpartition(".")[2] for name in modules})
+    yield sorted(modules)
+
+
+def _to_float32(
+    path: Path, saved: Mapping[str, torch.Tensor], parameters: Mapping[str, torch.nn.Parameter]
+) -> dict[str, torch.Tensor]:
+    return {
+        name: to_float32(saved[name], shape=parameter.shape, what=quote_untrusted(name), path=path)
+        for name, parameter in parameters.items()
+    }
+
+
+def _require_same_names(folder: Path, base: str, saved: Collection[str], built: Collection[str]) -> None:
+    for owner, a, b in (("the model", saved, built), ("the folder", built, saved)):
+        if missing := sorted(set(a) - set(b)):
+            raise refusal(folder, f"it does not fit --model {base}: {owner} lacks {shorten_list(missing)}")
+
+
+def shorten_list(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return ", ".join(map(quote_untrusted, names[:NAMES_SHOWN])) + more
+
+
+def refusal(path: Path, reason: str) -> ResumeRefused:
+    """The error for a folder that is valid, but that no run here could resume from."""
+    return ResumeRefused(f"{path}: cannot be resumed here: {reason}")

@@ -1,0 +1,175 @@
+"""Reads JSON and tensors from files of other programs without running what they contain.
+
+Only regular files are opened. Only tensors and plain containers are unpickled. No file can make its reader
+take more memory than a small multiple of its own size. Errors are one line with the path.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import pickletools
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from distrust.checkpoint.files import open_regular
+from distrust.errors import (
+    CheckpointError,
+    CheckpointNotFound,
+    CheckpointUnreadable,
+    CorruptCheckpoint,
+    quote_untrusted,
+)
+from distrust.importers.safe_json import parse_object
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_ENTRIES = 1_000_000
+MAX_PICKLE_BYTES = 64 << 20
+#: All that the pickle of an optimizer's state calls. torch allows more, such as ``bytearray(1 << 40)``.
+_ALLOWED_CALLS = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"}
+
+
+def read_json(path: Path, *, max_bytes: int) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        CheckpointError: if the file does not exist, is too large, or is not a JSON object.
+    """
+    with safe_errors(path), open_file(path) as file:
+        raw = file.read(max_bytes + 1)
+        if len(raw) > max_bytes:
+            raise CorruptCheckpoint(f"larger than {max_bytes >> 20} MiB")
+        return parse_object(raw, "the file")
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Read the tensors of a safetensors file, by name.
+
+    Raises:
+        CheckpointError: if the file does not exist or is not valid.
+    """
+    from safetensors import safe_open
+
+    with safe_errors(path):
+        with open_file(path):  # safetensors itself would wait for a pipe
+            pass
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+
+
+def read_torch(path: Path) -> Any:
+    """Read what ``torch.save`` wrote, if it is only tensors and plain containers; views of the file.
+
+    Raises:
+        CheckpointError: if the file does not exist, is not valid, or holds other objects.
+    """
+    import torch
+
+    with safe_errors(path):
+        with open_file(path) as file:
+            if not zipfile.is_zipfile(file):
+                raise CorruptCheckpoint("not in the format of torch.save since version 1.6", path=path)
+            archive = zipfile.ZipFile(file)
+            _require_stored(path, archive, size=os.fstat(file.fileno()).st_size)
+            _require_tensors_only(path, archive)
+        # weights_only: torch's own second line of defence against pickles that run code.
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def to_float32(tensor: Any, *, shape: torch.Size, what: str, path: Path) -> torch.Tensor:
+    """A finite float32 tensor of the expected shape; bfloat16 and float16 are widened, which is exact.
+
+    Raises:
+        CorruptCheckpoint: if it is anything else.
+    """
+    import torch
+
+    # type(), not isinstance(): a subclass may override any method.
+    if type(tensor) is not torch.Tensor or tensor.layout != torch.strided or tensor.device.type != "cpu":
+        raise CorruptCheckpoint(f"{what} is not a plain tensor", path=path, tensor=what)
+    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16) or tensor.shape != shape:
+        raise CorruptCheckpoint(
+            f"{what} is {tensor.dtype}{list(tensor.shape)[:8]}, not a float tensor of shape {list(shape)}",
+            path=path,
+            tensor=what,
+        )
+    wide = tensor.detach().to(torch.float32).contiguous()
+    if not bool(torch.isfinite(wide).all()):
+        raise CorruptCheckpoint(f"{what} holds numbers that are not finite", path=path, tensor=what)
+    return wide
+
+
+def _require_stored(path: Path, archive: zipfile.ZipFile, *, size: int) -> None:
+    """Nothing may expand when it is read: torch neither compresses nor shares entries."""
+    entries = archive.infolist()
+    if len(entries) > MAX_ENTRIES:
+        raise CorruptCheckpoint(f"holds {len(entries)} entries", path=path)
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise CorruptCheckpoint("holds compressed entries, which torch never writes", path=path)
+    if sum(max(entry.file_size, entry.compress_size) for entry in entries) > size:
+        raise CorruptCheckpoint("holds more than its size allows", path=path)
+    # torch writes the CRC-32 of each entry, but does not compare it on loading.
+    damaged = archive.testzip()
+    if damaged is not None:
+        raise CorruptCheckpoint(f"{quote_untrusted(damaged)} is damaged: its CRC-32 is wrong", path=path)
+
+
+def _require_tensors_only(path: Path, archive: zipfile.ZipFile) -> None:
+    """The pickle may call only what makes a tensor out of bytes of the file."""
+    for entry in archive.infolist():
+        if not entry.filename.endswith("/data.pkl"):
+            continue
+        if entry.file_size > MAX_PICKLE_BYTES:
+            raise CorruptCheckpoint(f"holds a pickle of {entry.file_size >> 20} MiB", path=path)
+        # genops only lists the instructions; nothing is executed.
+        for opcode, argument, _ in pickletools.genops(archive.read(entry)):
+            if opcode.name == "GLOBAL" and (argument in _ALLOWED_CALLS or _is_storage(str(argument))):
+                continue
+            if opcode.name in ("GLOBAL", "STACK_GLOBAL", "INST"):
+                raise pickle.UnpicklingError(f"it calls {argument}")
+
+
+def _is_storage(qualified_name: str) -> bool:
+    """Such as ``torch FloatStorage``, which names a dtype."""
+    module, _, name = qualified_name.partition(" ")
+    return module in ("torch", "torch.storage") and name.endswith("Storage")
+
+
+@contextlib.contextmanager
+def open_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a regular file for reading, without waiting for a writer."""
+    with open_regular(path) as (descriptor, _), open(descriptor, "rb", closefd=False) as file:
+        yield file
+
+
+@contextlib.contextmanager
+def safe_errors(path: Path) -> Iterator[None]:
+    """Whatever a parser raises for a hostile file becomes one CheckpointError with the path."""
+    try:
+        yield
+    except CorruptCheckpoint as error:
+        raise CorruptCheckpoint(error.reason, path=path, tensor=error.tensor) from error
+    except CheckpointError:
+        raise
+    except FileNotFoundError:
+        raise CheckpointNotFound(f"{path}: no such file", path=path) from None
+    except OSError as error:
+        raise CheckpointUnreadable(f"{path}: cannot be read: {error.strerror or error}", path=path) from error
+    except MemoryError as error:
+        raise CheckpointUnreadable(f"{path}: cannot be read: no memory", path=path) from error
+    except pickle.UnpicklingError as error:
+        details = quote_untrusted(" ".join(str(error).split()))
+        raise CorruptCheckpoint(
+            f"holds objects other than tensors and plain containers ({details}); loading such a file could "
+            "run any code, so it is refused",
+            path=path,
+        ) from error
+    except Exception as error:  # the parsers raise errors of every class
+        details = quote_untrusted(" ".join(str(error).split()))
+        reason = f"not a valid file of its kind ({type(error).__name__}: {details})"
+        raise CorruptCheckpoint(reason, path=path) from error

@@ -1,0 +1,212 @@
+"""TensorBoard and Weights & Biases, each through its own library: no other framework is loaded for them.
+
+Each optimizer step is logged once, also when a crash made the run repeat some of them.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from distrust.atomic import atomic_file
+from distrust.config import STEP_METRICS, TrainConfig, key
+from distrust.errors import ConfigError, DistrustError, DistrustWarning
+from distrust.reporting.metrics import MetricsWriter
+from distrust.training.events import (
+    CheckpointStarted,
+    Evaluated,
+    Event,
+    Observer,
+    RunEnded,
+    RunStarted,
+    StepEnded,
+)
+
+#: Folder of TensorBoard's event files, in the run's folder.
+FOLDER = "tensorboard"
+#: File with the run's identity at Weights & Biases, in the run's folder: a resumed run keeps it.
+RUN_ID = "wandb-run-id"
+DEFAULT_PROJECT = "distrust"
+TRAINING = "train/"
+GIB = 2**30
+
+
+def create_observers(config: TrainConfig) -> list[Observer]:
+    """The observers that a config asks for: ``metrics.jsonl`` always, and each of ``report_to``.
+
+    Raises:
+        ConfigError: a dashboard's library is not installed.
+    """
+    observers: list[Observer] = [MetricsWriter(config)]
+    if "tensorboard" in config.report_to:
+        observers.append(Dispensable(TensorBoardWriter(), "TensorBoard"))
+    if "wandb" in config.report_to:
+        observers.append(Dispensable(WandbWriter(config), "Weights & Biases"))
+    return observers
+
+
+class Dispensable:
+    """Wraps an observer that a run can do without: when it fails, the run warns and stops calling it.
+
+    Args:
+        observer: the wrapped one.
+        name: its name in the warning.
+    """
+
+    def __init__(self, observer: Observer, name: str) -> None:
+        self._observer: Observer | None = observer
+        self._name = name
+
+    def __call__(self, event: Event) -> None:
+        """Pass the event on. Errors of this package are the user's to fix and are not swallowed."""
+        if self._observer is None:
+            return
+        try:
+            self._observer(event)
+        except DistrustError:
+            raise
+        except Exception as error:
+            self._observer = None
+            reason = " ".join(str(error).split()) or type(error).__name__
+            warnings.warn(
+                f"{self._name} failed and gets no more events: {reason}", DistrustWarning, stacklevel=2
+            )
+
+
+def scalars_of(event: Event) -> tuple[int, dict[str, float]]:
+    """The step of an event and its values by ``group/name``; none for events without values.
+
+    ``train/loss``, ``train/learning_rate`` and so on; ``eval/loss``, ``eval/loss/CLASS``;
+    ``speed/tokens_per_second``, ``speed/stall_seconds``, ``memory/gib``.
+    """
+    match event:
+        case StepEnded():
+            return event.step, {
+                **{f"{TRAINING}{name}": getattr(event, name) for name in STEP_METRICS},
+                "speed/tokens_per_second": event.tokens / event.seconds,
+                "speed/stall_seconds": event.stall_seconds,
+                "memory/gib": event.memory_bytes / GIB,
+            }
+        case Evaluated():
+            metrics = event.metrics.items()
+            return event.step, {f"eval/{name.removeprefix('eval_')}": value for name, value in metrics}
+        case _:
+            return 0, {}
+
+
+class TensorBoardWriter:
+    """Writes event files into the run's folder ``tensorboard``.
+
+    A resumed run writes a session start, so TensorBoard hides the later steps of the killed session.
+
+    Raises:
+        ConfigError: TensorBoard is not installed.
+    """
+
+    def __init__(self) -> None:
+        try:
+            from tensorboard.compat.proto import event_pb2, summary_pb2
+            from tensorboard.summary.writer.event_file_writer import EventFileWriter
+        except ImportError as error:
+            raise _missing_library("tensorboard", error) from None
+        self._event, self._summary, self._writer = event_pb2, summary_pb2, EventFileWriter
+        self._file: Any = None
+
+    def __call__(self, event: Event) -> None:
+        """Log an event."""
+        match event:
+            case RunStarted():
+                self._file = self._writer(str(event.out / FOLDER))
+                start = self._event.SessionLog(status=self._event.SessionLog.START)
+                self._add(event.step + 1 if event.step else 0, session_log=start)
+            case CheckpointStarted() if self._file is not None:
+                self._file.flush()  # what the checkpoint covers is not logged again
+            case RunEnded() if self._file is not None:
+                self._file.close()
+                self._file = None
+            case _ if self._file is not None:
+                step, values = scalars_of(event)
+                if values:
+                    self._add(step, summary=self._summarize(values))
+
+    def _add(self, step: int, **content: Any) -> None:
+        self._file.add_event(self._event.Event(wall_time=time.time(), step=step, **content))
+
+    def _summarize(self, values: Mapping[str, float]) -> Any:
+        entry = self._summary.Summary.Value
+        return self._summary.Summary(
+            value=[entry(tag=tag, simple_value=value) for tag, value in values.items()]
+        )
+
+
+class WandbWriter:
+    """Logs to Weights & Biases, whose library reads its own settings (``WANDB_PROJECT``, …).
+
+    Repeated steps have the same numbers, so only steps that the server lacks are sent. What a killed session
+    did not send, as in offline mode, the next session sends from the checkpoint's history: the step metrics.
+
+    Args:
+        config: of the run.
+
+    Raises:
+        ConfigError: the library is not installed.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise _missing_library("wandb", error) from None
+        self._wandb = wandb
+        self._config = config
+        self._run: Any = None
+        self._next_step = 0
+
+    def __call__(self, event: Event) -> None:
+        """Log an event."""
+        match event:
+            case RunStarted():
+                self._start(event)
+            case RunEnded() if self._run is not None:
+                self._run.finish(exit_code=0 if event.finished else 1)
+                self._run = None
+            case _ if self._run is not None:
+                step, values = scalars_of(event)
+                if values and step >= self._next_step:
+                    self._run.log(values, step=step)
+
+    def _start(self, event: RunStarted) -> None:
+        self._run = self._wandb.init(
+            project=os.environ.get("WANDB_PROJECT", DEFAULT_PROJECT),
+            name=event.out.name,
+            id=_run_id(event.out),
+            resume="allow",
+            dir=str(event.out),
+            config={key(name): value for name, value in asdict(self._config).items()},
+        )
+        self._next_step = self._run.starting_step  # the first that the server lacks
+        for step in range(max(1, self._next_step), event.step + 1):
+            values = {f"{TRAINING}{name}": column[step - 1] for name, column in event.history.items()}
+            self._run.log(values, step=step)
+            self._next_step = step + 1
+
+
+def _run_id(out: Path) -> str:
+    file = out / RUN_ID
+    try:
+        return file.read_text().strip()
+    except FileNotFoundError:
+        identity = secrets.token_hex(8)
+        with atomic_file(file, force=False) as target:
+            target.write(f"{identity}\n".encode())
+        return identity
+
+
+def _missing_library(name: str, error: ImportError) -> ConfigError:
+    return ConfigError(f"--report-to {name} needs its library ({error}): pip install {name}")

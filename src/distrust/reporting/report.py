@@ -1,0 +1,146 @@
+"""Renders a run as one self-contained HTML page: styles and figures are inside, and it runs no script.
+
+Equal folders give equal bytes. The template engine escapes everything that comes from a file, and the page's
+Content-Security-Policy forbids it to load or run anything, in case something were ever missed.
+
+matplotlib's SVG is meant for a file of its own and for white paper. Inside the page, each id gets a prefix so
+that none clash, and colours become variables that the page sets for light and for dark mode.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+from xml.etree import ElementTree
+
+from distrust.reporting import display, figures, panels, summary
+from distrust.reporting.run_reader import RunData
+from distrust.reporting.style import BROWN, GRID, INK, QUIET, SERIES
+
+_TEMPLATE = "page.html.jinja"
+#: CSS variables of the colours; the page defines them.
+VARIABLES = {
+    INK: "--ink",
+    QUIET: "--quiet",
+    GRID: "--grid",
+    **{colour: f"--series-{number}" for number, colour in enumerate(SERIES[:-1], 1)},
+    BROWN: "--series-7",
+}
+_COLOUR = re.compile("#[0-9a-f]{6}")
+_REFERENCE = re.compile(r"url\(#([^)]+)\)")
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A figure of the page.
+
+    Attributes:
+        name: of the panel.
+        title: above it.
+        caption: below it.
+        svg: its markup.
+        small: whether it belongs to the small ones.
+    """
+
+    name: str
+    title: str
+    caption: str
+    svg: Any
+    small: bool
+
+
+def page(run: RunData) -> str:
+    """Render the page of a run."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_clean
+    )
+    environment.filters |= {
+        "n": display.number,
+        "class_name": lambda name: display.class_name(name, display.TABLE_NAME_CHARACTERS),
+        "g": "{:.4g}".format,
+        "percent": "{:.1%}".format,
+    }
+    template = environment.from_string(resources.files(__package__).joinpath(_TEMPLATE).read_text("utf-8"))
+    state, sentence = summary.state(run)
+    return template.render(
+        run=run,
+        name=figures.distinct_names([run.path])[0],
+        state=state,
+        sentence=sentence,
+        facts=summary.facts(run),
+        pictures=_pictures(run),
+        evaluations=summary.evaluations(run),
+        by_class=summary.evaluations_by_class(run),
+        best=summary.best_checkpoint(run),
+        options=summary.options(run),
+        environment=summary.environment(run),
+    )
+
+
+def _clean(value: Any) -> Any:
+    """Replace invisible characters, such as those that reverse the text around them."""
+    from markupsafe import Markup
+
+    return display.one_line(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def _pictures(run: RunData) -> list[Picture]:
+    from markupsafe import Markup
+
+    scene = figures.prepare_runs([run])
+    pictures = []
+    for name, panel in panels.PANELS.items():
+        if figures.has_data(name, scene):
+            figure = figures.draw(scene, [name], panel_titles=False)
+            svg = figures.render(figure, ".svg", transparent=True)
+            label = f"{panel.title}. {panel.caption}"
+            markup = Markup(inline_svg(svg, prefix=f"{name}-", label=label))  # noqa: S704 - escaped by ElementTree
+            pictures.append(Picture(name, panel.title, panel.caption, markup, panel.minor))
+    return pictures
+
+
+def inline_svg(svg: bytes, *, prefix: str, label: str) -> str:
+    """Turn an SVG file of matplotlib into an element of a page.
+
+    Args:
+        svg: the file.
+        prefix: of its ids, unique in the page.
+        label: describes it for screen readers.
+    """
+    root = ElementTree.fromstring(svg)  # noqa: S314 - drawn in this process
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if _local_name(child.tag) in ("metadata", "style"):  # a style sheet would apply to the whole page
+                parent.remove(child)
+    for element in root.iter():
+        element.tag = _local_name(element.tag)
+        element.attrib = {_local_name(key): _rewrite(key, value, prefix) for key, value in element.items()}
+    for attribute in ("width", "height"):
+        del root.attrib[attribute]  # the page sets the size; the viewBox keeps the proportions
+    root.attrib |= {"role": "img", "aria-label": label}
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _local_name(qualified: str) -> str:
+    """A name without its namespace: HTML has none."""
+    return qualified.rpartition("}")[2]
+
+
+def _rewrite(key: str, value: str, prefix: str) -> str:
+    """An attribute's value, with prefixed ids and references, and variables for colours."""
+    match _local_name(key):
+        case "id":
+            return prefix + value
+        case "href":
+            return f"#{prefix}{value[1:]}"
+        case "style":
+            value = _COLOUR.sub(lambda colour: _variable(colour[0]), value)
+    return _REFERENCE.sub(rf"url(#{prefix}\1)", value)
+
+
+def _variable(colour: str) -> str:
+    return f"var({VARIABLES[colour]})" if colour in VARIABLES else colour

@@ -1,0 +1,209 @@
+"""What a training checkpoint records about its run, besides arrays.
+
+The only module that knows the keys of a training checkpoint's ``config``, ``metadata`` and ``run`` sections.
+``config`` and ``metadata`` enter the state digest; ``run`` may differ between equal runs. Reading trusts
+nothing: a value of the wrong type counts as missing. Commands that only list files import this module, so it
+imports neither numpy nor the options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from distrust.checkpoint import Checkpoint
+    from distrust.config import TrainConfig
+
+_FINGERPRINTS = "fingerprints"  # in config: hashed into the state digest
+_TOKENS_SEEN = "tokens_seen"  # in metadata: hashed, too
+_CORPUS = "corpus"
+_ENVIRONMENT = "environment"
+_ELAPSED = "elapsed_seconds"
+_EVALUATIONS = "evaluations"
+_CONTINUES = "continues"
+_IMPORTED_FROM = "imported_from"
+_DROPPED = "dropped"
+_CONVERTED_FROM = "converted_from"
+#: Keys that earlier versions wrote, with their names today.
+_OLD_KEYS = {"begun_elsewhere": _IMPORTED_FROM, "not_taken_over": _DROPPED}
+#: Keys of ``run`` that are not options.
+_RUN_KEYS = {
+    _CORPUS, _ENVIRONMENT, _ELAPSED, _EVALUATIONS, _CONTINUES, _IMPORTED_FROM, _DROPPED, _CONVERTED_FROM
+}  # fmt: skip
+
+
+class _Header(Protocol):
+    @property
+    def config(self) -> dict[str, Any]: ...
+    @property
+    def metadata(self) -> dict[str, Any]: ...
+
+    run_info: dict[str, Any]
+
+
+class _State(Protocol):
+    @property
+    def model(self) -> Mapping[str, Any]: ...
+    @property
+    def optimizer(self) -> Mapping[str, Any]: ...
+    @property
+    def rng(self) -> Mapping[str, Any]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRecord:
+    """What a training checkpoint records about its run.
+
+    Attributes:
+        config: options that change the result, by key.
+        settings: all other options, by key.
+        fingerprints: digests of the training ``data`` and of the base ``model``; what is unknown is missing.
+        tokens_seen: trained tokens of all steps so far; None if not recorded.
+        corpus: ``examples`` and trained ``tokens`` of the training data.
+        environment: versions, device, threads and kernels that may change the last bits.
+        elapsed_seconds: time spent in steps, over all sessions; None if not recorded.
+        evaluations: the saved :class:`~distrust.training.best_tracker.BestTracker`, as a mapping.
+        continues: program and step that an imported run began at; empty for a run that began here.
+        imported_from: the program or format that wrote the checkpoint; empty for one of this trainer.
+        dropped: a line for each thing that the import did not keep.
+        converted_from: path of the file that was converted; empty if none was.
+        assumed: options that an imported checkpoint did not contain, as typed. Never saved.
+    """
+
+    config: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+    tokens_seen: int | None = None
+    corpus: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    elapsed_seconds: float | None = None
+    evaluations: Mapping[str, Any] | None = None
+    continues: str = ""
+    imported_from: str = ""
+    dropped: tuple[str, ...] = ()
+    converted_from: str = ""
+    assumed: tuple[str, ...] = ()
+
+    @classmethod
+    def from_header(cls, header: _Header) -> RunRecord:
+        """The record in the header of a checkpoint of any format."""
+        return cls._from_sections(header.config, header.metadata, header.run_info.get("extra"))
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint) -> RunRecord:
+        """The record in a loaded checkpoint."""
+        return cls._from_sections(checkpoint.config, checkpoint.metadata, checkpoint.run)
+
+    @classmethod
+    def _from_sections(cls, config: Mapping[Any, Any], metadata: Mapping[Any, Any], run: Any) -> RunRecord:
+        extra = {_OLD_KEYS.get(name, name): value for name, value in _mapping(run).items()}
+        tokens, elapsed, dropped = metadata.get(_TOKENS_SEEN), extra.get(_ELAPSED), extra.get(_DROPPED)
+        evaluations = extra.get(_EVALUATIONS)
+        return cls(
+            config={name: value for name, value in config.items() if name != _FINGERPRINTS},
+            settings={name: value for name, value in extra.items() if name not in _RUN_KEYS},
+            fingerprints={
+                name: digest
+                for name, digest in _mapping(config.get(_FINGERPRINTS)).items()
+                if type(digest) is str
+            },
+            tokens_seen=tokens if type(tokens) is int else None,
+            corpus=_mapping(extra.get(_CORPUS)),
+            environment=_mapping(extra.get(_ENVIRONMENT)),
+            elapsed_seconds=elapsed if type(elapsed) is float else None,
+            evaluations=evaluations if isinstance(evaluations, Mapping) else None,
+            continues=_text(extra.get(_CONTINUES)),
+            imported_from=_text(extra.get(_IMPORTED_FROM)),
+            dropped=tuple(line for line in dropped if type(line) is str) if type(dropped) is list else (),
+            converted_from=_text(extra.get(_CONVERTED_FROM)),
+        )
+
+    def to_checkpoint(
+        self,
+        *,
+        step: int,
+        state: _State,
+        history: Mapping[str, np.ndarray[Any, Any]],
+        metrics: Mapping[str, float],
+        measured_on: str,
+    ) -> Checkpoint:
+        """The whole state of a run after ``step`` optimizer steps. The arrays of ``state`` are not copied."""
+        from distrust.checkpoint import Checkpoint
+
+        return Checkpoint(
+            step=step,
+            model=state.model,
+            optimizer=state.optimizer,
+            rng=state.rng,
+            history=history,
+            config={**self.config, _FINGERPRINTS: dict(self.fingerprints)},
+            metadata={_TOKENS_SEEN: self.tokens_seen},
+            metrics=metrics,
+            measured_on=measured_on,
+            run={
+                **self.settings,
+                _CORPUS: dict(self.corpus),
+                _ENVIRONMENT: dict(self.environment),
+                _ELAPSED: self.elapsed_seconds,
+                _EVALUATIONS: self.evaluations,
+                **({_CONTINUES: self.continues} if self.continues else {}),
+            },
+        )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """All options, by key."""
+        return {**self.settings, **self.config}
+
+    @property
+    def engine(self) -> str:
+        """Name of the engine that trained; empty if not recorded."""
+        return _text(self.environment.get("engine"))
+
+    def train_config(self, *, where: str) -> TrainConfig:
+        """The config that the run was trained with; ``where`` names the checkpoint in errors.
+
+        Raises:
+            ConfigError: an option has a value that this trainer never writes.
+        """
+        from distrust.config import from_mapping, option_keys
+
+        known = option_keys()
+        return from_mapping({name: v for name, v in self.options.items() if name in known}, where=where)
+
+
+def imported_run(
+    program: str, *, dropped: Iterable[str] = (), model: str | None = None, **details: Any
+) -> dict[str, Any]:
+    """The ``run`` section of a checkpoint that another program wrote.
+
+    Args:
+        program: the program or format.
+        dropped: a line for each thing that the import does not keep.
+        model: name of the base model, if known.
+        details: anything else worth recording.
+    """
+    lines = list(dropped)
+    return {
+        _IMPORTED_FROM: program,
+        **({_DROPPED: lines} if lines else {}),
+        **({} if model is None else {"model": model}),
+        **details,
+    }
+
+
+def with_conversion_source(run: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """A ``run`` section that also records the file that was converted."""
+    return {**run, _CONVERTED_FROM: path}
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _text(value: Any) -> str:
+    return value if type(value) is str else ""

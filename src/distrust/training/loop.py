@@ -1,0 +1,263 @@
+"""The training loop.
+
+A run is a function of (config, data, base model, seed). Each step is a function of its number and of the
+state before it: its batches, learning rate and random numbers derive from the number alone. Saves happen only
+between steps. So a run that was killed anywhere resumes from its newest checkpoint and makes the same steps
+that it would have made.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from dataclasses import asdict
+
+from distrust.checkpoint import Checkpoint, CheckpointFile, CheckpointManager
+from distrust.errors import CorruptCheckpoint, DistrustWarning, NonFiniteLoss, OutOfMemory
+from distrust.run_record import RunRecord
+from distrust.training import resume
+from distrust.training.events import Broadcaster, Evaluated, MemoryReset, Reason, RunEnded
+from distrust.training.memory_guard import GIB, MemoryGuard
+from distrust.training.prefetch import Prefetcher
+from distrust.training.prepare_data import PreparedData
+from distrust.training.progress import Progress
+from distrust.training.saver import Saver
+from distrust.training.signals import StopRequest
+from distrust.training.step import EngineHolder, StepRunner
+
+
+class TrainingLoop:
+    """Trains, evaluates and saves, once data, engine and progress are ready. Every attribute is set once.
+
+    Args:
+        data: the prepared data and options.
+        engines: the engine, in the state after ``progress.step``.
+        progress: updated after each step.
+        manager: of the run's checkpoint directory.
+        saver: saves in the background.
+        events: receives the events.
+        stop: checked after each step.
+    """
+
+    def __init__(
+        self,
+        data: PreparedData,
+        *,
+        engines: EngineHolder,
+        progress: Progress,
+        manager: CheckpointManager,
+        saver: Saver,
+        events: Broadcaster,
+        stop: StopRequest,
+    ) -> None:
+        self._data = data
+        self._config = data.config
+        self._engines = engines
+        self._progress = progress
+        self._manager = manager
+        self._saver = saver
+        self._events = events
+        self._stop = stop
+        self._memory = MemoryGuard(data.config, engines.current)
+        self._steps = StepRunner(engines, data, saver=saver, memory=self._memory)
+
+    def run(self) -> RunEnded:
+        """Train until the run is complete or something asks to stop; then save what is not yet saved."""
+        first_step = self._progress.step + 1
+        already_finished = self._stop_reason() is not None
+        if not already_finished:
+            self._check_memory_limit(before_first_step=True)
+        if first_step == 1 and self._config.eval_at_start:
+            self._evaluate()
+
+        with Prefetcher(self._data.batches.step, last=self._data.max_steps) as batches:
+            while self._should_continue():
+                step = self._progress.step + 1
+                ended = self._steps.run(step, batches.get(step))
+                self._progress.add_step(ended)
+                self._events.emit(ended)
+                if step == first_step and self._config.save_every:
+                    self._saver.reserve(
+                        self._checkpoint()
+                    )  # not earlier: the first update creates the moments
+                is_best = self._evaluation_is_due() and self._evaluate()
+                if self._save_is_due(is_best=is_best):
+                    self._save(final=False)
+                self._saver.poll()
+                self._check_memory()
+
+        reason = self._stop_reason()
+        self._save_unsaved(final=reason is not None)
+        return end_event(
+            self._last_checkpoint(),
+            reason=reason or self._stop.reason,
+            signal=None if reason else self._stop.signal,
+            stall_seconds=self._saver.stall_seconds,
+            already_finished=already_finished,
+        )
+
+    def _should_continue(self) -> bool:
+        """Whether to make another step."""
+        return not (self._stop_reason() or self._stop.is_set or self._events.error)
+
+    def _stop_reason(self) -> Reason | None:
+        """Why the run is complete, or None: a function of its state alone, so a resume decides the same."""
+        if self._progress.step >= self._data.max_steps:
+            return "finished"
+        exhausted = self._progress.evaluations.out_of_patience(self._config.early_stopping_patience)
+        return "early_stopping" if exhausted else None
+
+    def _evaluation_is_due(self) -> bool:
+        return self._stop_reason() is not None or self._progress.step % self._config.eval_every == 0
+
+    def _save_is_due(self, *, is_best: bool) -> bool:
+        if not self._config.save_every or self._stop_reason():  # the final save follows the loop
+            return False
+        # The best state so far is saved at once: it may remain the best.
+        return self._progress.step % self._config.save_every == 0 or (is_best and self._config.keep_best > 0)
+
+    def _check_memory(self) -> None:
+        """Reset the memory if it is due, and stop before a step that would not fit."""
+        if not self._should_continue():
+            return
+        if self._memory.reset_due(self._progress.step) and self._save_and_verify():
+            if not self._should_continue():
+                return  # asked to stop during the save: no need to reload
+            self._reset_memory()
+        self._check_memory_limit()
+
+    def _save_and_verify(self) -> bool:
+        """Save this step and read it back: after the reset, the file is the only copy of the state."""
+        step = self._progress.step
+        self._saver.wait()
+        if not self._saver.is_durable(step):
+            self._save(final=False)
+            self._saver.wait()  # a failure only warns: the run continues without a reset
+        try:
+            if self._saver.is_durable(step):
+                self._manager.validate(step)
+                return True
+        except CorruptCheckpoint as error:
+            warnings.warn(f"{error}. Memory is not reset at step {step}", DistrustWarning, stacklevel=2)
+        return False
+
+    def _reset_memory(self) -> None:
+        """Drop model, optimizer and caches, and rebuild them from the base model and the checkpoint."""
+        start, before = time.perf_counter(), self._memory.used_bytes
+        engine = self._engines.rebuild(self._config)
+        checkpoint = self._manager.load(self._progress.step, framework=engine.framework)
+        self._restore(checkpoint)
+        self._memory.restart(engine)
+        seconds = time.perf_counter() - start
+        self._events.emit(MemoryReset(self._progress.step, before, self._memory.used_bytes, seconds))
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        resume.restore(
+            checkpoint,
+            RunRecord.from_checkpoint(checkpoint),
+            engine=self._engines.current,
+            data=self._data,
+            progress=self._progress,
+            where=self._config.run_directory,
+        )
+
+    def _check_memory_limit(self, *, before_first_step: bool = False) -> None:
+        """Save, then stop, before a step that would exceed ``max_memory``."""
+        excess = self._memory.excess()
+        if excess is None:
+            return
+        self._save_unsaved(final=False)
+        advice = (
+            "Raise the limit, or add --reload-above or --gradient-checkpointing, and the same command "
+            "resumes; a new run may use a smaller --batch-size"
+        )
+        if before_first_step and excess.now > excess.bound:
+            advice = "It is exceeded before any step: raise the limit, or use a smaller --model"
+        raise OutOfMemory(
+            f"--max-memory {excess.bound / GIB:g}: at step {self._progress.step} the run uses "
+            f"{excess.now / GIB:.2f} GiB of {excess.place}, and the next step may use "
+            f"{excess.next_step / GIB:.2f}; {self._saver.describe_durable()}. {advice}"
+        )
+
+    def _save_unsaved(self, *, final: bool) -> None:
+        """Make the current state durable: as the final checkpoint, or to resume from."""
+        self._saver.wait()
+        if self._progress.step > 0 and not self._saver.is_durable(self._progress.step, final=final):
+            self._save(final=final)
+        self._saver.wait(strict=True)  # no later save could make up for a failure
+
+    def _save(self, *, final: bool) -> None:
+        self._saver.start(self._finite_checkpoint, final=final)
+
+    def _evaluate(self) -> bool:
+        """Evaluate; returns whether it was the best evaluation so far."""
+        evaluation, progress = self._data.evaluation, self._progress
+        if evaluation is None:
+            return False
+        engine = self._engines.current
+        metrics = evaluation.measure(
+            lambda batch: engine.evaluate(batch).cross_entropy,
+            batch_size=self._config.batch_size,
+            pad_token_id=self._data.pad_token_id,
+        )
+        progress.metrics.update(metrics)
+        progress.evaluations = progress.evaluations.update(progress.metrics, step=progress.step)
+        self._events.emit(Evaluated(progress.step, metrics))
+        return progress.evaluations.best_step == progress.step
+
+    def _finite_checkpoint(self) -> Checkpoint:
+        step = self._progress.step
+        if not self._engines.current.is_finite():
+            raise NonFiniteLoss(
+                f"step {step}: its update left weights or moments that are not finite; it is not saved, and "
+                f"{self._saver.describe_durable()}. Lower --learning-rate or --weight-decay",
+                step=step,
+                examples=self._data.locations(self._data.batches.step(step)),
+            )
+        return self._checkpoint()
+
+    def _checkpoint(self) -> Checkpoint:
+        """The whole state of the run; arrays are those of the engine."""
+        data, progress, engine = self._data, self._progress, self._engines.current
+        record = RunRecord(
+            config=self._config.with_effect("result"),
+            settings={**self._config.with_effect("free"), **self._config.with_effect("bits")},
+            fingerprints=resume.fingerprints(data, engine),
+            tokens_seen=progress.tokens_seen,
+            corpus={"examples": len(data.corpus), "tokens": int(data.corpus.loss_tokens.sum())},
+            environment=engine.environment(),
+            elapsed_seconds=progress.elapsed_seconds,
+            evaluations=asdict(progress.evaluations),
+            continues=progress.continues,
+        )
+        return record.to_checkpoint(
+            step=progress.step,
+            state=engine.state(),
+            history=progress.history_arrays(),
+            metrics=progress.metrics,
+            measured_on=data.measured_on,
+        )
+
+    def _last_checkpoint(self) -> CheckpointFile | None:
+        durable = self._saver.last_durable
+        return None if durable is None else self._manager.inspect(durable[0])
+
+
+def end_event(
+    file: CheckpointFile | None,
+    *,
+    reason: Reason,
+    signal: int | None,
+    stall_seconds: float,
+    already_finished: bool,
+) -> RunEnded:
+    """The last event of a run whose newest checkpoint is ``file``."""
+    return RunEnded(
+        step=file.step if file else 0,
+        path=file.path if file else None,
+        state_digest=file.state_digest if file else None,
+        stall_seconds=stall_seconds,
+        reason=reason,
+        signal=signal,
+        already_finished=already_finished,
+    )

@@ -1,0 +1,196 @@
+"""One run of the trainer: finds where to begin, loads data and engine, trains, and reports the end."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+from distrust.checkpoint import CheckpointFile, CheckpointManager
+from distrust.config import TrainConfig
+from distrust.errors import CheckpointError, DistrustWarning, ResumeRefused
+from distrust.run_record import RunRecord
+from distrust.training import imported, resume, resume_point
+from distrust.training.best_tracker import BestTracker
+from distrust.training.data_sources import Examples, Sources, read_sources
+from distrust.training.events import Broadcaster, Observer, Preparing, Reason, RunEnded, RunStarted
+from distrust.training.loop import TrainingLoop, end_event
+from distrust.training.prepare_data import PreparedData, prepare_data
+from distrust.training.progress import Progress, RunState
+from distrust.training.saver import Saver
+from distrust.training.signals import StopRequest
+from distrust.training.step import EngineHolder
+
+
+class _StopRequested(Exception):
+    """Something asked to stop before the first step."""
+
+
+class Run:
+    """One call of ``DistrustTrainer.train``. Every attribute is set once.
+
+    Args:
+        config: what to train.
+        engines: builds the engine.
+        manager: of the run's checkpoint directory.
+        observers: called with every event.
+        stop: checked between the parts of the preparation and between steps.
+        publish: called with the state of the run at every event.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        engines: EngineHolder,
+        manager: CheckpointManager,
+        observers: Iterable[Observer],
+        stop: StopRequest,
+        publish: Callable[[RunState], None],
+    ) -> None:
+        self._config = config
+        self._engines = engines
+        self._manager = manager
+        self._stop = stop
+        self._progress = Progress(
+            max_steps=config.max_steps, evaluations=BestTracker(config.metric, config.metric_mode)
+        )
+        self._events = Broadcaster(observers, publish=lambda: publish(self._state()))
+        self._saver = Saver(manager, self._events.emit)
+
+    def train(self, *, examples: Examples | None, eval_examples: Examples | None) -> RunEnded:
+        """Train to the end, or until something asks to stop; see ``DistrustTrainer.train``."""
+        with self._manager:
+            ended = self._train(examples, eval_examples)
+            self._events.emit(ended)
+        if self._events.error is not None:  # an observer failed; the run is saved
+            raise self._events.error
+        return ended
+
+    def _train(self, examples: Examples | None, eval_examples: Examples | None) -> RunEnded:
+        resume_point.require_startable(self._config, self._manager)
+        finished = resume_point.find_finished_run(self._config, self._manager)
+        if finished is not None:
+            # Acquiring makes a name durable whose writer was killed. A read-only archive cannot be acquired.
+            with contextlib.suppress(CheckpointError):
+                self._manager.acquire()
+            file, reason = finished
+            return self._end_untrained(file, reason, signal=None, already_finished=True)
+        try:
+            # Errors in the data are raised before anything is created in the run's folder.
+            sources = read_sources(
+                self._config, examples=examples, eval_examples=eval_examples, report=self._report
+            )
+            self._manager.acquire()
+            loop = self._prepare(sources)
+        except _StopRequested:
+            return self._end_untrained(
+                self._newest_checkpoint(),
+                self._stop.reason,
+                signal=self._stop.signal,
+                already_finished=False,
+            )
+        return loop.run()
+
+    def _prepare(self, sources: Sources) -> TrainingLoop:
+        """Load model and data, and restore the checkpoint to resume from, if there is one.
+
+        Raises:
+            _StopRequested: nothing is lost, and preparing large data may take minutes.
+        """
+        config, out = self._config, self._config.run_directory
+        self._report(f"loading the model {config.model}", 0, 0)
+        engine = self._engines.build(config)
+        begin = resume_point.find_resume_point(config, self._manager, framework=engine.framework)
+        if begin is not None:
+            checkpoint, file = begin
+            checkpoint, record = imported.adopt_imported(checkpoint, config, where=out)
+            config = resume.merge_saved_options(config, record.config, where=out)
+        elif self._engines.is_spent:
+            raise ResumeRefused(
+                f"{out}: the engine has already been trained, and no checkpoint was saved to restore it "
+                "from; give a new engine"
+            )
+        data = prepare_data(
+            config, sources, engine.tokenizer, context_length=engine.context_length, report=self._report
+        )
+        progress = self._progress
+        progress.evaluations = replace(progress.evaluations, measured_on=data.measured_on)
+        if begin is not None:
+            imported.require_steps_left(record, step=checkpoint.step, max_steps=data.max_steps, where=out)
+            resume.restore(checkpoint, record, engine=engine, data=data, progress=progress, where=out)
+            imported.warn_imported(checkpoint, record, where=out)
+            if file.path.parent == self._manager.directory:  # not so for a new branch
+                self._saver.last_durable = checkpoint.step, file.kind == "final"
+        progress.max_steps, progress.epoch_steps = data.max_steps, data.batches.epoch_steps
+        self._events.emit(self._started(data, resumed_from=file if begin else None))
+        return TrainingLoop(
+            data,
+            engines=self._engines,
+            progress=progress,
+            manager=self._manager,
+            saver=self._saver,
+            events=self._events,
+            stop=self._stop,
+        )
+
+    def _report(self, task: str, completed: int, total: int) -> None:
+        """Report the progress of the preparation; raises _StopRequested if something asks to stop."""
+        self._events.emit(Preparing(task, completed, total))
+        if self._stop.is_set:
+            raise _StopRequested
+
+    def _started(self, data: PreparedData, *, resumed_from: CheckpointFile | None) -> RunStarted:
+        schedule_end = max(data.schedule_steps, data.warmup_steps)
+        if data.config.schedule != "constant" and data.max_steps > schedule_end:
+            warnings.warn(
+                f"the schedule ends at step {schedule_end}; after it the learning rate is 0. To train "
+                "longer, begin a new run with --schedule-steps, or with --schedule constant",
+                DistrustWarning,
+                stacklevel=2,
+            )
+        engine = self._engines.current
+        trained, parameters = engine.parameters
+        return RunStarted(
+            out=data.config.run_directory,
+            step=self._progress.step,
+            max_steps=data.max_steps,
+            resumed_from=resumed_from.path if resumed_from else None,
+            examples=len(data.corpus),
+            tokens=int(data.corpus.loss_tokens.sum()),
+            truncated=data.corpus.truncated,
+            tokens_cut=data.corpus.tokens_cut,
+            distribution=data.distribution,
+            history=self._progress.history,
+            trained=trained,
+            parameters=parameters,
+            engine=engine.framework,
+            device=str(engine.environment().get("device", "")),
+            epoch_steps=data.batches.epoch_steps,
+            warmup_steps=data.warmup_steps,
+        )
+
+    def _end_untrained(
+        self, file: CheckpointFile | None, reason: Reason, *, signal: int | None, already_finished: bool
+    ) -> RunEnded:
+        """End a run whose state was not loaded, from what its newest checkpoint records."""
+        if file is not None:
+            record = RunRecord.from_header(file.header)
+            self._progress.restore(record, step=file.step, metrics=file.header.saved_metrics)
+            self._progress.max_steps = self._config.max_steps or record.settings.get("max_steps")
+            self._saver.last_durable = file.step, file.kind == "final"
+        return end_event(
+            file,
+            reason=reason,
+            signal=signal,
+            stall_seconds=self._saver.stall_seconds,
+            already_finished=already_finished,
+        )
+
+    def _newest_checkpoint(self) -> CheckpointFile | None:
+        files = self._manager.scan().files
+        return files[-1] if files else None
+
+    def _state(self) -> RunState:
+        return self._progress.snapshot(out=self._config.run_directory, checkpoint=self._saver.last_path)

@@ -1,0 +1,163 @@
+"""Makes optimizer steps: each is a function of its number and of the state before it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from distrust.config import TrainConfig
+from distrust.contract import Engine, EngineFactory, Losses
+from distrust.data import IGNORED, MicroBatch
+from distrust.errors import NonFiniteLoss
+from distrust.training.events import StepEnded
+from distrust.training.memory_guard import MemoryGuard
+from distrust.training.prepare_data import PreparedData
+from distrust.training.saver import Saver
+from distrust.training.schedule import learning_rate
+
+#: A message lists at most this many examples; the error's attribute has them all.
+EXAMPLES_LISTED = 20
+
+
+class EngineHolder:
+    """Owns the engine of a run: built by a factory, or passed in by the caller.
+
+    Args:
+        engine: a factory, or an engine, which cannot be built again.
+
+    Attributes:
+        current: the engine in use.
+        is_spent: whether an engine that cannot be built again has been trained.
+    """
+
+    current: Engine
+
+    def __init__(self, engine: Engine | EngineFactory) -> None:
+        self.is_spent = False
+        self._source = engine
+
+    @property
+    def can_rebuild(self) -> bool:
+        """Whether a factory can build the engine again."""
+        return callable(self._source)
+
+    def build(self, config: TrainConfig) -> Engine:
+        """Build the engine, or take the one that was passed in."""
+        self.current = self._source(config) if callable(self._source) else self._source
+        return self.current
+
+    def rebuild(self, config: TrainConfig) -> Engine:
+        """Free the engine, then build it again from the base model."""
+        self.current.close()
+        del self.current  # before the next one is built: both may not fit into memory
+        return self.build(config)
+
+    def mark_trained(self) -> None:
+        """Record that the engine has changed."""
+        self.is_spent = not self.can_rebuild
+
+
+class StepRunner:
+    """Makes the optimizer steps of a run.
+
+    Args:
+        engines: the engine that trains.
+        data: the prepared data and options.
+        saver: may still be copying the state when a step begins.
+        memory: measured after each step.
+    """
+
+    def __init__(
+        self, engines: EngineHolder, data: PreparedData, *, saver: Saver, memory: MemoryGuard
+    ) -> None:
+        self._engines = engines
+        self._data = data
+        self._config = data.config
+        self._saver = saver
+        self._memory = memory
+        self._reported_stall = saver.stall_seconds
+
+    def run(self, step: int, batches: Sequence[MicroBatch]) -> StepEnded:
+        """Make one optimizer step.
+
+        Raises:
+            NonFiniteLoss: a loss or the gradient is not finite; the step is not made.
+        """
+        start, engine = time.perf_counter(), self._engines.current
+        self._engines.mark_trained()
+        tokens = sum(batch.tokens for batch in batches)
+        losses = []
+        for micro_step, batch in enumerate(batches):
+            engine.begin_micro_step(seed=self._config.seed, step=step, micro_step=micro_step)
+            losses.append(engine.micro_step(batch, tokens=tokens))
+        norm = engine.clip_gradients(self._max_norm(batches, tokens))
+        self._require_finite(step, batches, losses, norm)
+        rate = self._learning_rate(step)
+        self._saver.wait_copied()  # the snapshot of the last save overlapped the passes above
+        engine.update(learning_rate=rate)
+        previous_stall, self._reported_stall = self._reported_stall, self._saver.stall_seconds
+        return StepEnded(
+            step=step,
+            loss=_mean([part.cross_entropy for part in losses], tokens),
+            weighted_loss=_mean([part.weighted for part in losses], tokens),
+            distrust=_mean([batch.distrust * _trained_tokens(batch) for batch in batches], tokens),
+            learning_rate=rate,
+            gradient_norm=norm,
+            tokens=tokens,
+            seconds=time.perf_counter() - start,
+            stall_seconds=self._reported_stall - previous_stall,
+            memory_bytes=self._memory.observe_step(engine),
+        )
+
+    def _max_norm(self, batches: Sequence[MicroBatch], tokens: int) -> float:
+        """The norm that this step's gradient is clipped to; 0 for no clipping.
+
+        A weighted gradient grows with its weights, and clipping all steps to one norm would undo that. With
+        equal weights the factor is exactly 1.
+        """
+        if self._config.clipping == "plain":
+            return self._config.max_grad_norm
+        return self._config.max_grad_norm * _mean([batch.weights for batch in batches], tokens)
+
+    def _learning_rate(self, step: int) -> float:
+        return learning_rate(
+            step,
+            peak=self._config.learning_rate,
+            warmup_steps=self._data.warmup_steps,
+            schedule=self._config.schedule,
+            schedule_steps=self._data.schedule_steps,
+        )
+
+    def _require_finite(
+        self, step: int, batches: Sequence[MicroBatch], losses: Sequence[Losses], norm: float
+    ) -> None:
+        """Runs before the update, so a state after a non-finite loss is never saved."""
+        examples = self._data.locations(batches)
+        per_example = [loss for part in losses for loss in part.weighted]
+        non_finite = [
+            name for name, loss in zip(examples, per_example, strict=True) if not math.isfinite(loss)
+        ]
+        if not non_finite and math.isfinite(norm):
+            return
+        quantity = "the loss" if non_finite else f"the gradient norm ({norm})"
+        suspects = non_finite or examples
+        omitted = len(suspects) - EXAMPLES_LISTED
+        more = f" and {omitted} more" if omitted > 0 else ""
+        raise NonFiniteLoss(
+            f"step {step}: {quantity} is not finite; the step was not made, and "
+            f"{self._saver.describe_durable()}. Examples: {', '.join(suspects[:EXAMPLES_LISTED])}{more}. "
+            "Check them, or lower --learning-rate",
+            step=step,
+            examples=suspects,
+        )
+
+
+def _mean(sums: Sequence[Any], tokens: int) -> float:
+    return float(sum(part.sum() for part in sums) / tokens)
+
+
+def _trained_tokens(batch: MicroBatch) -> Any:
+    """int64[batch]: trained tokens of each example."""
+    return (batch.labels != IGNORED).sum(axis=1)

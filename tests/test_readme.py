@@ -1,0 +1,60 @@
+"""Every code block of the README is pasted into a shell or into Python, in order, in one empty folder."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+#: The set-up commands: they would run this suite. CI runs them.
+MAKE = [code for language, code in BLOCKS if language == "sh" and code.startswith("make ")]
+MOST_WORDS = 1_300
+
+
+def test_every_block_runs(tmp_path):
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "DISTRUST_CACHE": str(tmp_path / "cache"),
+    }
+    for language, code in BLOCKS:
+        if code in MAKE:
+            continue
+        assert language in {"sh", "python"}, language
+        command = (
+            ["bash", "-euo", "pipefail", "-c", code] if language == "sh" else [sys.executable, "-c", code]
+        )
+        result = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False
+        )
+        assert result.returncode == 0, f"{code}\n{result.stdout}\n{result.stderr}"
+    assert "equal" in subprocess.check_output(
+        ["distrust", "diff", "runs/killed", "runs/undisturbed"], cwd=tmp_path, env=environment, text=True
+    )
+    assert (tmp_path / "my-adapter" / "adapter_config.json").is_file()
+
+
+@pytest.mark.parametrize("line", [line for code in MAKE for line in code.splitlines()])
+def test_the_make_targets_exist(line):
+    target = line.split("#")[0].split()[1]
+    assert (
+        subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, check=False).returncode
+        == 0
+    )
+
+
+def test_links_lead_somewhere():
+    links = re.findall(r"\]\((?!http)([^)#]+)", README)
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_it_is_short():
+    assert len(README.split()) <= MOST_WORDS
