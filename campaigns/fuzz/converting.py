@@ -18,11 +18,7 @@ from typing import Any
 
 from campaigns.campaign import CounterExample, require
 from campaigns.fuzz import corruptions
-from campaigns.fuzz.invariants import (
-    MESSAGE_CHARACTERS,
-    only_documented_errors,
-    require_plain,
-)
+from campaigns.fuzz.invariants import MESSAGE_CHARACTERS, only_documented_errors, require_plain
 from distrust.checkpoint import catalog
 from distrust.checkpoint.lock import LOCK_NAME
 from distrust.errors import DistrustError
