@@ -39,24 +39,14 @@ class Case(NamedTuple):
 
 
 class Campaign:
-    """One run of a campaign.
-
-    Args:
-        name: of its command.
-        options: as :func:`parser` parsed them.
-        cases: how many to run if the options give neither a number nor a time.
-
-    Attributes:
-        counts: what was done so far, and how often.
-        own_options: the options that only this campaign has, as given; needed to repeat a finding.
-    """
+    """One run of a campaign."""
 
     def __init__(self, name: str, options: argparse.Namespace, *, cases: int) -> None:
-        self.name = name
-        self.options = options
-        self.counts: Counter[str] = Counter()
-        self.own_options = ""
-        self._cases = cases
+        self.name = name  # of its command
+        self.options = options  # as :func:`parser` parsed them
+        self.counts: Counter[str] = Counter()  # what was done so far, and how often
+        self.own_options = ""  # the options that only this campaign has, as given; needed to repeat a finding
+        self._cases = cases  # how many to run if the options give neither a number nor a time
         self._current: int | None = None
         self._began = time.monotonic()
         self._last_progress = self._began

@@ -11,6 +11,7 @@ A child that dies, hangs or raises is a finding (:class:`ChildFailed`). Nothing 
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import ctypes
 import faulthandler
@@ -30,6 +31,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Protocol, Self
 
+from campaigns import faults
 from campaigns.campaign import CounterExample
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,27 +48,6 @@ class ChildFailed(CounterExample):
     """A child died, hung or raised; the message says which, and what it printed last."""
 
 
-class LineReader:
-    """Lines from a descriptor, each waited for no longer than the caller allows."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-        self._buffer = b""
-        self._ended = False
-
-    def next(self, seconds: float) -> bytes | None:
-        """The next line, without its end; empty at the end of the input, None if none came in time."""
-        deadline = time.monotonic() + seconds
-        while b"\n" not in self._buffer and not self._ended:
-            if not select.select([self._descriptor], [], [], max(0.0, deadline - time.monotonic()))[0]:
-                return None
-            chunk = os.read(self._descriptor, 1 << 16)
-            self._ended = not chunk
-            self._buffer += chunk
-        line, _, self._buffer = self._buffer.partition(b"\n")
-        return line
-
-
 class Child:
     """A spawned module that exchanges lines; a context that kills it.
 
@@ -79,16 +60,17 @@ class Child:
     def __init__(self, module: str, *arguments: object, environment: Mapping[str, str] | None = None) -> None:
         self._name = " ".join([module, *map(str, arguments)])
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - not a pipe: a full one would block the child
-        self._process = subprocess.Popen(
-            [sys.executable, "-X", "faulthandler", "-m", module, *map(str, arguments)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            env={**python_environment(), **(environment or {})},
-            cwd=ROOT,
-        )
-        assert self._process.stdout is not None
-        self._lines = LineReader(self._process.stdout.fileno())
+        with _default_sigint():
+            self._process = subprocess.Popen(
+                [sys.executable, "-X", "faulthandler", "-m", module, *map(str, arguments)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                env={**python_environment(), **(environment or {})},
+                cwd=ROOT,
+            )
+        self._buffer = b""
+        self._closed = False  # whether its output has ended
 
     @property
     def pid(self) -> int:
@@ -106,15 +88,19 @@ class Child:
 
     def read_line(self, seconds: float = ANSWER_SECONDS) -> str | None:
         """The next line; empty if the child closed its output, None if it printed nothing in time."""
-        line = self._lines.next(seconds)
-        return None if line is None else line.decode()
+        assert self._process.stdout is not None
+        descriptor, deadline = self._process.stdout.fileno(), time.monotonic() + seconds
+        while b"\n" not in self._buffer and not self._closed:
+            if not select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                return None
+            chunk = os.read(descriptor, 1 << 16)
+            self._closed = not chunk
+            self._buffer += chunk
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return line.decode()
 
     def receive(self, seconds: float = ANSWER_SECONDS) -> str:
-        """The next line.
-
-        Raises:
-            ChildFailed: if there is none, because the child ended or hangs.
-        """
+        """The next line; raises ChildFailed if there is none, because the child ended or hangs."""
         line = self.read_line(seconds)
         if line is None:
             raise self._hang(seconds)
@@ -122,9 +108,8 @@ class Child:
             raise self._failure(self._exit())
         return line
 
-    def receive_json(self, seconds: float = ANSWER_SECONDS) -> Any:
-        """The next line, parsed."""
-        return json.loads(self.receive(seconds))
+    def receive_json(self) -> Any:
+        return json.loads(self.receive())
 
     def read_to_end(self, seconds: float = ANSWER_SECONDS) -> list[str]:
         """All further lines. Every process that inherited the output must end, too."""
@@ -187,21 +172,17 @@ class Process(Protocol):
 
     pid: int
 
-    def poll(self) -> int | None:
-        """The exit code, negative if a signal ended it; None while it runs."""
+    def poll(self) -> int | None: ...
 
-    def send_signal(self, number: int) -> None:
-        """Send a signal, if it still runs."""
+    def send_signal(self, number: int) -> None: ...
 
 
 class Launcher(Protocol):
-    """Starts processes; ``name`` says in the counts what they are."""
+    """Starts processes that append what they print to two files."""
 
-    @property
-    def name(self) -> str: ...
+    name: str  # for the counts
 
-    def start(self, arguments: Sequence[str], *, out: Path, err: Path) -> Process:
-        """Start a process that appends what it prints to two files."""
+    def start(self, arguments: Sequence[str], *, out: Path, err: Path) -> Process: ...
 
 
 @contextlib.contextmanager
@@ -240,40 +221,19 @@ class Forks:
     Args:
         program: ``module:function``; the function takes arguments and returns an exit code.
         imports: modules that the server imports besides.
-        name: for the counts.
     """
 
     def __init__(self, program: str, imports: Sequence[str] = (), *, name: str) -> None:
-        self.name = name
-        with _default_sigint():
-            self._server = subprocess.Popen(
-                [sys.executable, "-m", "campaigns.child", program, *imports],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                env={**python_environment(), "OPENBLAS_NUM_THREADS": "1"},  # a fork would lose the threads
-            )
-        assert self._server.stdout is not None
-        self._lines = LineReader(self._server.stdout.fileno())
+        self.name = name  # for the counts
+        # One thread of OpenBLAS: a fork would lose the others.
+        self.server = Child("campaigns.child", program, *imports, environment={"OPENBLAS_NUM_THREADS": "1"})
         self._fork: _Fork | None = None
-        self.answer(HANG_SECONDS)  # "ready"
+        self.server.receive(HANG_SECONDS)  # "ready"
 
     def start(self, arguments: Sequence[str], *, out: Path, err: Path) -> Process:
-        assert self._server.stdin is not None
-        order = {"arguments": list(arguments), "out": str(out), "err": str(err)}
-        self._server.stdin.write(json.dumps(order).encode() + b"\n")
-        self._server.stdin.flush()
-        line = self.answer(HANG_SECONDS)
-        if line is None:
-            raise ChildFailed(f"the fork server gave no process id in {HANG_SECONDS:.0f} s")
-        self._fork = _Fork(self, int(line))
+        self.server.send({"arguments": list(arguments), "out": str(out), "err": str(err)})
+        self._fork = _Fork(self.server)
         return self._fork
-
-    def answer(self, seconds: float) -> bytes | None:
-        """The server's next line, None if there is none in time."""
-        line = self._lines.next(seconds)
-        if line == b"":
-            raise RuntimeError("the fork server has ended")
-        return line
 
     def __enter__(self) -> Self:
         return self
@@ -281,17 +241,19 @@ class Forks:
     def __exit__(self, *exception: object) -> None:
         if self._fork is not None:
             self._fork.send_signal(signal.SIGKILL)
-        self._server.communicate()
+        self.server.__exit__()
 
 
 class _Fork:
-    def __init__(self, forks: Forks, pid: int) -> None:
-        self.pid = pid
-        self._forks = forks
+    def __init__(self, server: Child) -> None:
+        self._server = server
+        self.pid = int(server.receive())
         self._code: int | None = None
 
     def poll(self) -> int | None:
-        if self._code is None and (line := self._forks.answer(0)) is not None:
+        if self._code is None and (line := self._server.read_line(0)) is not None:
+            if not line:
+                raise ChildFailed("the fork server has ended")
             self._code = int(line)
         return self._code
 
@@ -307,9 +269,6 @@ class Session:
     Args:
         launcher: starts it.
         arguments: of the command.
-        folder: its output is appended to ``out.txt`` and ``err.txt`` there.
-        directory: of the checkpoints that it writes.
-        hang_seconds: a longer run counts as a hang.
     """
 
     def __init__(
@@ -321,9 +280,9 @@ class Session:
         directory: Path,
         hang_seconds: float = HANG_SECONDS,
     ) -> None:
-        self.directory = directory
-        self._folder = folder
-        self._hang_seconds = hang_seconds
+        self.directory = directory  # of the checkpoints that it writes
+        self._folder = folder  # its output is appended to ``out.txt`` and ``err.txt`` there
+        self._hang_seconds = hang_seconds  # a longer run counts as a hang
         out, err = folder / "out.txt", folder / "err.txt"
         for path in (out, err):
             path.touch()
@@ -400,9 +359,6 @@ class ForkedWorker:
     was at the fork, patches included, and its own limits, mounts and open files go with it.
 
     Args:
-        work: called in the child with each request; its result must be picklable.
-        setup: called in the child once, before the first request.
-        seconds: for each answer; by default :data:`HANG_SECONDS`.
         new_session: whether the child leads a session, all of which is killed at the end.
     """
 
@@ -414,9 +370,9 @@ class ForkedWorker:
         seconds: float | None = None,
         new_session: bool = False,
     ) -> None:
-        self._work = work
-        self._setup = setup
-        self._seconds = seconds
+        self._work = work  # called in the child with each request; its result must be picklable
+        self._setup = setup  # called in the child once, before the first request
+        self._seconds = seconds  # for each answer; by default :data:`HANG_SECONDS`
         self._new_session = new_session
         self._pid: int | None = None
         self._pipe: Connection
@@ -509,6 +465,17 @@ def call(function: Callable[[], Any], *, seconds: float | None = None, new_sessi
     """Call a function once in a forked child; see :class:`ForkedWorker`."""
     with ForkedWorker(lambda _: function(), seconds=seconds, new_session=new_session) as worker:
         return worker.request()
+
+
+def parse_arguments(**types: Callable[[str], Any]) -> argparse.Namespace:
+    """Parse the positional arguments of a child module, and plant the fault given by ``--fault``."""
+    parser = argparse.ArgumentParser()
+    for name, convert in types.items():
+        parser.add_argument(name, type=convert)
+    parser.add_argument("--fault")
+    options = parser.parse_args()
+    faults.plant(options.fault)
+    return options
 
 
 def serve_forks() -> int:

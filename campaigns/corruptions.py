@@ -23,19 +23,12 @@ LENGTH_BYTES = 8
 
 
 class Files(NamedTuple):
-    """The files that damages are made of.
+    """The files that damages are made of."""
 
-    Attributes:
-        newer: the file that is damaged, of :data:`STEP`.
-        older: of the same run, of :data:`OLDER_STEP`.
-        other: of another run: the same layout and step, another content.
-        final: the same as ``newer``, saved as a final checkpoint.
-    """
-
-    newer: bytes
-    older: bytes
-    other: bytes
-    final: bytes
+    newer: bytes  # the file that is damaged, of :data:`STEP`
+    older: bytes  # of the same run, of :data:`OLDER_STEP`
+    other: bytes  # of another run: the same layout and step, another content
+    final: bytes  # the same as ``newer``, saved as a final checkpoint
 
 
 class Damage(NamedTuple):

@@ -68,25 +68,18 @@ class Round:
     """Every damage to files of one content, in the order of its cases.
 
     Args:
-        directory: a new one, for the two checkpoints.
         seed: of the content, and of the order.
-
-    Attributes:
-        older: the state of the checkpoint that is not damaged.
-        next: a later state.
-        files: their files.
-        size: how many damages there are.
     """
 
     def __init__(self, directory: Path, seed: str) -> None:
-        self.directory = directory
+        self.directory = directory  # a new one, for the two checkpoints
         self._rng = random.Random(seed)
-        self.older = _state(OLDER_STEP, self._seed())
-        self.next = _state(NEXT_STEP, self._seed())
-        self.files = self._make_files()
+        self.older = _state(OLDER_STEP, self._seed())  # the state of the checkpoint that is not damaged
+        self.next = _state(NEXT_STEP, self._seed())  # a later state
+        self.files = self._make_files()  # their files
         self._kinds = kinds(self.files)
         self._orders = [self._order(kind.size) for kind in self._kinds]
-        self.size = sum(kind.size for kind in self._kinds)
+        self.size = sum(kind.size for kind in self._kinds)  # how many damages there are
         directory.mkdir()
         (directory / OLDER).write_bytes(self.files.older)
         (directory / NAME).write_bytes(self.files.newer)

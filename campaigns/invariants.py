@@ -125,15 +125,11 @@ class DurabilityRecord:
 
     A checkpoint under its name is durable against everything but a power cut, reported or not: nothing that
     happens to the process may remove it.
-
-    Args:
-        directory: of the run's checkpoints.
-        rules: of the run.
     """
 
     def __init__(self, directory: Path, rules: Rules) -> None:
-        self._directory = directory
-        self._rules = rules
+        self._directory = directory  # of the run's checkpoints
+        self._rules = rules  # of the run
         self._durable: set[Saved] = set()
 
     @property

@@ -105,21 +105,13 @@ def disturb_runs(
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """A folder, and the command that trains into it.
+    """A folder, and the command that trains into it."""
 
-    Attributes:
-        out: the folder.
-        options: of ``distrust train``.
-        launcher: starts the command.
-        hang_seconds: a session that runs longer counts as a hang.
-        log_folder: for what it prints; by default ``out``.
-    """
-
-    out: Path
-    options: Sequence[str]
-    launcher: Launcher = COMMAND
-    hang_seconds: float = HANG_SECONDS
-    log_folder: Path | None = None
+    out: Path  # the folder
+    options: Sequence[str]  # of ``distrust train``
+    launcher: Launcher = COMMAND  # starts the command
+    hang_seconds: float = HANG_SECONDS  # a session that runs longer counts as a hang
+    log_folder: Path | None = None  # for what it prints; by default ``out``
 
     @property
     def checkpoints(self) -> Path:

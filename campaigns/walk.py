@@ -36,31 +36,18 @@ METRIC = "height"
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """One walk.
+    """One walk."""
 
-    Attributes:
-        directory: of its checkpoints.
-        seed: of the walk, and of the methods by which it is saved.
-        steps: its length.
-        sizes: items of each array.
-        block_bytes: the size of a write.
-        direct: whether direct I/O is tried.
-        keep_last: of the rules.
-        keep_every: of the rules.
-        first_save: the number of the first save; higher at each start.
-        fault: a fault that is put into the product; see ``faults.py``.
-    """
-
-    directory: str
-    seed: int
-    steps: int
-    sizes: tuple[int, ...]
-    block_bytes: int
-    direct: bool
-    keep_last: int
-    keep_every: int | None
-    first_save: int = 0
-    fault: str | None = None
+    directory: str  # of its checkpoints
+    seed: int  # of the walk, and of the methods by which it is saved
+    steps: int  # its length
+    sizes: tuple[int, ...]  # items of each array
+    block_bytes: int  # the size of a write
+    direct: bool  # whether direct I/O is tried
+    keep_last: int  # of the rules
+    keep_every: int | None  # of the rules
+    first_save: int = 0  # the number of the first save; higher at each start
+    fault: str | None = None  # a fault that is put into the product; see ``faults.py``
 
     @property
     def rules(self) -> Rules:
@@ -77,19 +64,12 @@ class Plan:
 
 
 class Report(NamedTuple):
-    """A line of a walk: a checkpoint is durable.
+    """A line of a walk: a checkpoint is durable."""
 
-    Attributes:
-        step: of the checkpoint.
-        final: whether it is a final one.
-        number: among all saves of this walk.
-        height: its metric.
-    """
-
-    step: int
-    final: bool
-    number: int
-    height: float
+    step: int  # of the checkpoint
+    final: bool  # whether it is a final one
+    number: int  # among all saves of this walk
+    height: float  # its metric
 
     @classmethod
     def parse(cls, line: str) -> Report:

@@ -24,14 +24,7 @@ class Burst:
     """Threads that each save steps of their own, so that the final content is known.
 
     Args:
-        manager: that they all clone.
-        rng: of all choices, which are made before the threads start.
-        make: returns the checkpoint to save, and its version.
         first: the first step that may be saved.
-
-    Attributes:
-        saved: what was saved, and its version.
-        operations: how many there were.
     """
 
     def __init__(
@@ -42,11 +35,11 @@ class Burst:
         *,
         first: int,
     ) -> None:
-        self.saved: dict[Saved, int] = {}
-        self.operations = 0
-        self._manager = manager
-        self._rng = rng
-        self._make = make
+        self.saved: dict[Saved, int] = {}  # what was saved, and its version
+        self.operations = 0  # how many there were
+        self._manager = manager  # that they all clone
+        self._rng = rng  # of all choices, which are made before the threads start
+        self._make = make  # returns the checkpoint to save, and its version
         self._step = first
         self._errors: list[str] = []
 

@@ -15,15 +15,12 @@ class Model:
     """A directory.
 
     Attributes:
-        rules: of all its managers.
-        files: versions by checkpoint.
-        holder: the session that may write; None if any may.
         resumed: by session, the checkpoint and version that it resumed from: that file is protected.
     """
 
-    rules: Rules
-    files: dict[Saved, int] = field(default_factory=dict)
-    holder: int | None = None
+    rules: Rules  # of all its managers
+    files: dict[Saved, int] = field(default_factory=dict)  # versions by checkpoint
+    holder: int | None = None  # the session that may write; None if any may
     resumed: dict[int, tuple[Saved, int]] = field(default_factory=dict)
 
     def may_write(self, session: int) -> bool:

@@ -130,8 +130,7 @@ def run(campaign: Campaign, case: Case, folder: Path) -> None:
     saving = method not in ("acquiring", "thread") and rng.random() < 0.6
     arguments = [
         *(folder / "checkpoints", method, rng.choice(descendant.ENDINGS)),
-        *(["--saving"] if saving else []),
-        *(["--uses"] if rng.random() < 0.5 else []),
+        *(int(saving), int(rng.random() < 0.5)),
         *fault_arguments(campaign.options),
     ]
     with Child("campaigns.concurrency.parent", *arguments) as writer:

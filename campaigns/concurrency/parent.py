@@ -11,7 +11,6 @@ The product is imported only after the fault is planted: some faults are in what
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import os
@@ -23,8 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from campaigns.child import parse_arguments
 from campaigns.concurrency import descendant
-from campaigns.faults import plant
 
 #: Of a save that takes long enough to fork, and to kill, in the middle: 32 MiB.
 LARGE = 4 << 20
@@ -33,21 +32,15 @@ FORKS_WHILE_ACQUIRING = 6
 
 
 class Parent:
-    """Saves, and starts children.
-
-    Args:
-        folder: its checkpoints are in ``checkpoints`` there.
-        ending: of its children.
-        uses: whether its children use the manager.
-    """
+    """Saves, and starts children."""
 
     def __init__(self, folder: Path, ending: str, *, uses: bool) -> None:
         from distrust import CheckpointManager
 
-        self.folder = folder
+        self.folder = folder  # its checkpoints are in ``checkpoints`` there
         self.manager = CheckpointManager(folder / "checkpoints", keep_last=None)
-        self._ending = ending
-        self._uses = uses
+        self._ending = ending  # of its children
+        self._uses = uses  # whether its children use the manager
         self._references: list[Any] = []  # else a child might be collected, and joined
 
     def fork(self, name: str = "0") -> None:
@@ -161,19 +154,11 @@ METHODS: dict[str, Callable[[Parent], None]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("directory", type=Path)
-    parser.add_argument("method", choices=METHODS)
-    parser.add_argument("ending", choices=descendant.ENDINGS)
-    parser.add_argument("--saving", action="store_true")
-    parser.add_argument("--uses", action="store_true")
-    parser.add_argument("--fault")
-    options = parser.parse_args()
-    plant(options.fault)
+    options = parse_arguments(directory=Path, method=str, ending=str, saving=int, uses=int)
 
     from campaigns.concurrency import content
 
-    parent = Parent(options.directory.parent, options.ending, uses=options.uses)
+    parent = Parent(options.directory.parent, options.ending, uses=bool(options.uses))
     parent.save(1)
     pending = parent.manager.save_async(content.make(2, 2, LARGE)) if options.saving else None
     while pending is not None and not pending.done and not list(options.directory.glob(".checkpoint-2.*")):

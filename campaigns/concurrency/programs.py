@@ -7,7 +7,6 @@ with its counts and its finding.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import gc
 import json
@@ -27,7 +26,6 @@ from campaigns.campaign import Campaign, Case, fault_arguments, require
 from campaigns.concurrency import content
 from campaigns.concurrency.burst import FORK_SECONDS, Burst
 from campaigns.concurrency.model import Model
-from campaigns.faults import plant
 from campaigns.oracle import Rules, Saved
 from distrust import Checkpoint, CheckpointManager
 from distrust.checkpoint import PendingSave, direct_io, lock
@@ -396,13 +394,7 @@ def run(campaign: Campaign, case: Case, folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("seed")
-    parser.add_argument("programs", type=int)
-    parser.add_argument("--fault")
-    options = parser.parse_args()
-    plant(options.fault)
+    options = child.parse_arguments(folder=Path, seed=str, programs=int)
     warnings.simplefilter("error")
     # Later versions of Python warn of every fork beside threads.
     warnings.filterwarnings("ignore", ".*fork.*", DeprecationWarning)

@@ -9,7 +9,6 @@ is left. This module is also the process that races:
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import itertools
 import json
@@ -18,9 +17,8 @@ import time
 from pathlib import Path
 
 from campaigns.campaign import Campaign, Case, fault_arguments
-from campaigns.child import Child
+from campaigns.child import Child, parse_arguments
 from campaigns.concurrency import content
-from campaigns.faults import plant
 from distrust import CheckpointManager
 from distrust.errors import CheckpointDirectoryLocked
 
@@ -120,11 +118,7 @@ def run(campaign: Campaign, case: Case, folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("directory", type=Path)
-    parser.add_argument("--fault")
-    options = parser.parse_args()
-    plant(options.fault)
+    options = parse_arguments(directory=Path)
     manager = CheckpointManager(options.directory, keep_last=None)
     print("ready", flush=True)
     step = 0

@@ -8,7 +8,6 @@ reads; it answers with its counts and its finding.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import random
@@ -19,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from campaigns.campaign import Campaign, Case, fault_arguments, require
-from campaigns.child import Child
+from campaigns.child import Child, parse_arguments
 from campaigns.concurrency import content
 from campaigns.concurrency.writer import Board
 from campaigns.invariants import temporary_files
@@ -36,15 +35,13 @@ class Reader:
 
     Args:
         directory: of the checkpoints.
-        board: what the writer has reported.
-        rng: of all choices.
     """
 
     def __init__(self, directory: Path, board: Board, rng: random.Random) -> None:
         self.counts: Counter[str] = Counter()
         self._manager = CheckpointManager(directory, keep_best=1, metric=content.METRIC)
-        self._board = board
-        self._rng = rng
+        self._board = board  # what the writer has reported
+        self._rng = rng  # of all choices
         self._held: deque[tuple[int, Checkpoint]] = deque()
         self._newest = 0
         self._methods: list[Callable[[], None]] = [
@@ -186,7 +183,7 @@ def run(campaign: Campaign, case: Case, folder: Path) -> None:
     directory, board = folder / "checkpoints", Board(folder / "board")
     seed = case.rng.random()
     buffered = case.rng.random() < 0.5 if options.path == "either" else options.path == "buffered"
-    arguments = [*(["--buffered"] if buffered else []), *fault_arguments(options)]
+    path = "buffered" if buffered else "direct"
     with contextlib.ExitStack() as stack:
         readers = [
             stack.enter_context(
@@ -196,7 +193,9 @@ def run(campaign: Campaign, case: Case, folder: Path) -> None:
         ]
         writer = stack.enter_context(
             Child(
-                "campaigns.concurrency.writer", directory, folder / "board", seed, options.saves, *arguments
+                "campaigns.concurrency.writer",
+                *(directory, folder / "board", seed, options.saves, path),
+                *fault_arguments(options),
             )
         )
         writer.receive(max(LEAST_SECONDS, options.saves * SECONDS_PER_SAVE))
@@ -205,7 +204,6 @@ def run(campaign: Campaign, case: Case, folder: Path) -> None:
         answers = [reader.receive_json() for reader in readers]
         for reader in readers:
             reader.finish()
-    path = "buffered" if buffered else "direct"
     campaign.count(f"saves beside {options.readers} readers, {path}", options.saves)
     loads = []
     for answer in answers:
@@ -218,11 +216,7 @@ def run(campaign: Campaign, case: Case, folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("directory", type=Path)
-    parser.add_argument("board", type=Path)
-    parser.add_argument("seed")
-    options = parser.parse_args()
+    options = parse_arguments(directory=Path, board=Path, seed=str)
     warnings.simplefilter("error")
     board = Board(options.board)
     reader = Reader(options.directory, board, random.Random(options.seed))

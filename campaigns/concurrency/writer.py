@@ -5,13 +5,12 @@ It answers once, when it has saved often enough. The product is imported after t
 
 from __future__ import annotations
 
-import argparse
 import mmap
 import random
 import struct
 from pathlib import Path
 
-from campaigns.faults import plant
+from campaigns.child import parse_arguments
 
 SIZES = (16, 500, 5_000, 50_000)
 _BOARD_BYTES = 4096
@@ -68,16 +67,14 @@ class Writer:
 
     Args:
         directory: of the checkpoints.
-        board: where it reports what is durable.
-        rng: of all choices.
     """
 
     def __init__(self, directory: Path, board: Board, rng: random.Random) -> None:
         from distrust import CheckpointManager
         from distrust.checkpoint import PendingSave
 
-        self._board = board
-        self._rng = rng
+        self._board = board  # where it reports what is durable
+        self._rng = rng  # of all choices
         self._manager = CheckpointManager(
             directory,
             keep_last=rng.choice([1, 2, 4]),
@@ -133,16 +130,8 @@ class Writer:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("directory", type=Path)
-    parser.add_argument("board", type=Path)
-    parser.add_argument("seed")
-    parser.add_argument("saves", type=int)
-    parser.add_argument("--buffered", action="store_true")
-    parser.add_argument("--fault")
-    options = parser.parse_args()
-    plant(options.fault)
-    if options.buffered:
+    options = parse_arguments(directory=Path, board=Path, seed=str, saves=int, path=str)
+    if options.path == "buffered":
         from distrust.checkpoint import direct_io
 
         direct_io.FLAG = 0

@@ -32,17 +32,11 @@ _NEED_A_MOUNT = ("write protected", "unmounted", "mounted over")
 
 
 class Accident(NamedTuple):
-    """What happened to a directory.
+    """What happened to a directory."""
 
-    Attributes:
-        undo: None if it cannot be undone.
-        writer: another writer, whose directory is there now, or None.
-        harmless: whether it is still the same directory, at the same path.
-    """
-
-    undo: Callable[[], None] | None
-    writer: CheckpointManager | None = None
-    harmless: bool = False
+    undo: Callable[[], None] | None  # None if it cannot be undone
+    writer: CheckpointManager | None = None  # another writer, whose directory is there now, or None
+    harmless: bool = False  # whether it is still the same directory, at the same path
 
 
 def directory_replaced(rng: random.Random, home: Path, counts: Counter[str]) -> None:

@@ -21,17 +21,11 @@ class Skipped(Exception):
 
 
 class Findings(NamedTuple):
-    """The result of a case.
+    """The result of a case."""
 
-    Attributes:
-        counts: what was done, and how often.
-        violation: the invariant that does not hold, or None.
-        skipped: why the case could not be run, or None.
-    """
-
-    counts: Counter[str]
-    violation: str | None = None
-    skipped: str | None = None
+    counts: Counter[str]  # what was done, and how often
+    violation: str | None = None  # the invariant that does not hold, or None
+    skipped: str | None = None  # why the case could not be run, or None
 
 
 def run(work: Callable[[Counter[str]], None], *, seconds: float) -> Findings:

@@ -40,17 +40,11 @@ Log = list[str]
 
 
 class Trouble(NamedTuple):
-    """What happens to a run's disk.
+    """What happens to a run's disk."""
 
-    Attributes:
-        begin: makes it happen.
-        end: undoes it as far as possible.
-        loses: whether the checkpoints are lost for good.
-    """
-
-    begin: Callable[[], object]
-    end: Callable[[], object]
-    loses: bool = False
+    begin: Callable[[], object]  # makes it happen
+    end: Callable[[], object]  # undoes it as far as possible
+    loses: bool = False  # whether the checkpoints are lost for good
 
 
 def toy_training(rng: random.Random, home: Path, counts: Counter[str]) -> None:

@@ -31,45 +31,27 @@ _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class Outcome(NamedTuple):
-    """How a save ended.
+    """How a save ended."""
 
-    Attributes:
-        checkpoint: that was to be saved.
-        existing: the checkpoints before it: name -> digest of all bytes.
-        error: why it was not saved, or None.
-        resources: how many files may be open, and threads run, after it.
-    """
-
-    checkpoint: Checkpoint
-    existing: dict[str, str]
-    error: SaveFailed | None
-    resources: tuple[int, int]
+    checkpoint: Checkpoint  # that was to be saved
+    existing: dict[str, str]  # the checkpoints before it: name -> digest of all bytes
+    error: SaveFailed | None  # why it was not saved, or None
+    resources: tuple[int, int]  # how many files may be open, and threads run, after it
 
 
 class SaveChecker:
-    """Saves into a directory, and checks each save.
-
-    Args:
-        directory: of checkpoints.
-        rng: of how each save is made.
-        counts: what was done, and how often.
-        label: prefix of the counts.
-
-    Attributes:
-        manager: that saves.
-        reported: what was reported durable, and no rule has removed since.
-    """
+    """Saves into a directory, and checks each save."""
 
     def __init__(self, directory: Path, rng: random.Random, counts: Counter[str], label: str) -> None:
-        self.directory = directory
-        self.rng = rng
-        self.reported: dict[Step, Checkpoint] = {}
-        self._counts = counts
-        self._label = label
+        self.directory = directory  # of checkpoints
+        self.rng = rng  # of how each save is made
+        self.reported: dict[Step, Checkpoint] = {}  # what was reported durable, and no rule has removed since
+        self._counts = counts  # what was done, and how often
+        self._label = label  # prefix of the counts
         self._keep_last = rng.choice([None, 2, 3])
         self._locked = False
         self._finals: set[Step] = set()
-        self.manager = self._open()
+        self.manager = self._open()  # that saves
         if rng.random() < 0.5:
             direct_io.FLAG = 0  # the case has a process of its own
         warnings.simplefilter("ignore")  # a clean-up that fails warns, and is no failed save

@@ -26,17 +26,11 @@ _MS_REC_PRIVATE = 0x4000 | 0x40000
 
 
 class Kind(NamedTuple):
-    """A file system.
+    """A file system."""
 
-    Attributes:
-        make: the command that makes one in an image; empty for those that need no image.
-        smallest: in MiB.
-        inodes: how their number is limited: an option of ``make``, or of the mount.
-    """
-
-    make: tuple[str, ...] = ()
-    smallest: int = 8
-    inodes: str = ""
+    make: tuple[str, ...] = ()  # the command that makes one in an image; empty for those that need no image
+    smallest: int = 8  # in MiB
+    inodes: str = ""  # how their number is limited: an option of ``make``, or of the mount
 
 
 _EXT = ("-q", "-F", "-m", "0", "-E", "lazy_itable_init=1")

@@ -59,18 +59,14 @@ class Plan(NamedTuple):
     """What the cases do, by number.
 
     Attributes:
-        reading: the first ones, done by a worker.
-        measuring: the next ones, which make processes of their own.
         folders: the next ones, with other programs' folders, done by the engines' processes.
-        random: all others, done by a worker.
-        random_folders: instead of one in :data:`FOLDERS_EVERY` of them.
     """
 
-    reading: Sequence[Step]
-    measuring: Sequence[Step]
+    reading: Sequence[Step]  # the first ones, done by a worker
+    measuring: Sequence[Step]  # the next ones, which make processes of their own
     folders: Sequence[FolderStep]
-    random: Step
-    random_folders: FolderStep
+    random: Step  # all others, done by a worker
+    random_folders: FolderStep  # instead of one in :data:`FOLDERS_EVERY` of them
 
     def step(self, number: int) -> Step:
         """What a case does that needs no engine."""

@@ -22,17 +22,11 @@ FREE_BYTES = 16 << 20
 
 
 class Cost(NamedTuple):
-    """The cost of one answer.
+    """The cost of one answer."""
 
-    Attributes:
-        answer: ``ok``, or the kind of the error.
-        seconds: of the processor.
-        nbytes: the peak of resident memory, beyond what the process had before.
-    """
-
-    answer: str
-    seconds: float
-    nbytes: int
+    answer: str  # ``ok``, or the kind of the error
+    seconds: float  # of the processor
+    nbytes: int  # the peak of resident memory, beyond what the process had before
 
 
 def measure(use: Callable[[], Any], *, allowed: int) -> Cost:

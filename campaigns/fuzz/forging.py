@@ -119,20 +119,13 @@ class Specimen:
 
 
 class Draft:
-    """A checkpoint that is being changed.
-
-    Attributes:
-        fields: of the header, without state and run.
-        state: parsed; a text is written unchanged.
-        run: the same.
-        data: the bytes behind the header.
-    """
+    """A checkpoint that is being changed."""
 
     def __init__(self, fields: dict[str, Any], data: bytes) -> None:
-        self.fields = fields
-        self.data = data
-        self.state: Any = json.loads(fields[METADATA]["state"])
-        self.run: Any = json.loads(fields[METADATA]["run"])
+        self.fields = fields  # of the header, without state and run
+        self.data = data  # the bytes behind the header
+        self.state: Any = json.loads(fields[METADATA]["state"])  # parsed; a text is written unchanged
+        self.run: Any = json.loads(fields[METADATA]["run"])  # the same
 
     def body(self, *, sign_state: bool = True) -> bytes:
         """The header's JSON, before its own digest; with the correct digest of the state, if possible."""

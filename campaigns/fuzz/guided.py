@@ -43,14 +43,10 @@ MAX_BYTES = 1 << 18
 
 
 class Engine:
-    """The callbacks of libFuzzer.
-
-    Args:
-        directory: for counts, findings and the files that are read.
-    """
+    """The callbacks of libFuzzer."""
 
     def __init__(self, directory: Path) -> None:
-        self._directory = directory
+        self._directory = directory  # for counts, findings and the files that are read
         self._counts: Counter[str] = Counter()
         self._readers = readers.Directory(directory / "files", *specimens.make(directory / "specimens"))
         self.seeds = self._readers.specimens

@@ -39,37 +39,22 @@ _NUMBERS = (0.0, -1.0, 1e-45, 3e38, float("inf"), float("nan"))
 
 
 class Fixtures(NamedTuple):
-    """Valid folders and files.
+    """Valid folders and files."""
 
-    Attributes:
-        base: folder of the model that all of them were trained on.
-        kinds: where each kind is.
-        fields: the metadata of the older formats.
-        weights: of the adapter, by peft's names.
-        moments: by the letter of the moment and a name of peft.
-    """
-
-    base: Path
-    kinds: dict[str, Path]
-    fields: dict[str, Any]
-    weights: dict[str, Any]
-    moments: dict[str, Any]
+    base: Path  # folder of the model that all of them were trained on
+    kinds: dict[str, Path]  # where each kind is
+    fields: dict[str, Any]  # the metadata of the older formats
+    weights: dict[str, Any]  # of the adapter, by peft's names
+    moments: dict[str, Any]  # by the letter of the moment and a name of peft
 
 
 class Victim(NamedTuple):
-    """A copy of a fixture, to be changed.
+    """A copy of a fixture, to be changed."""
 
-    Attributes:
-        path: of the copy; its folder has room for more.
-        kind: of it.
-        good: the fixtures.
-        rng: every random choice.
-    """
-
-    path: Path
-    kind: str
-    good: Fixtures
-    rng: Random
+    path: Path  # of the copy; its folder has room for more
+    kind: str  # of it
+    good: Fixtures  # the fixtures
+    rng: Random  # every random choice
 
     @property
     def canary(self) -> Path:

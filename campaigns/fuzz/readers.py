@@ -123,21 +123,15 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 class Directory:
-    """A directory of checkpoints: a valid one of step 0, and the hostile one of step 1.
-
-    Args:
-        path: of the directory, best in memory.
-        valid: the bytes of a valid checkpoint of step 0.
-        specimens: the hostile ones are made of these.
-    """
+    """A directory of checkpoints: a valid one of step 0, and the hostile one of step 1."""
 
     def __init__(self, path: Path, valid: bytes, specimens: list[Specimen]) -> None:
-        self.path = path
-        self.specimens = specimens
+        self.path = path  # of the directory, best in memory
+        self.specimens = specimens  # the hostile ones are made of these
         path.mkdir(parents=True, exist_ok=True)
         file = path / checkpoint_file_name(0, "periodic")
         file.write_bytes(valid)
-        self.valid = catalog.read_header(file)
+        self.valid = catalog.read_header(file)  # the bytes of a valid checkpoint of step 0
         self.hostile = path / checkpoint_file_name(1, "periodic")
 
     def read(self, raw: bytes, answers: Answers) -> None:

@@ -17,19 +17,12 @@ _LINUX = platform.system() == "Linux"
 
 
 class Resources(NamedTuple):
-    """What a process uses.
+    """What a process uses."""
 
-    Attributes:
-        resident: bytes of memory.
-        blocks: that Python has allocated; exact, while resident memory changes by pages and arenas.
-        descriptors: open ones.
-        threads: as the system counts them, where it does.
-    """
-
-    resident: int
-    blocks: int
-    descriptors: int
-    threads: int
+    resident: int  # bytes of memory
+    blocks: int  # that Python has allocated; exact, while resident memory changes by pages and arenas
+    descriptors: int  # open ones
+    threads: int  # as the system counts them, where it does
 
 
 def read(expected_threads: int | None = None) -> Resources:

@@ -8,7 +8,6 @@ The product is imported after the fault is planted.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -18,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from campaigns.faults import plant
+from campaigns.child import parse_arguments
 from campaigns.long_run import resources
 
 #: The small state: some tensors, a few KiB.
@@ -30,20 +29,15 @@ CLOSE_EVERY = 10
 
 
 class Saver:
-    """Saves into one directory, and measures the time.
-
-    Args:
-        directory: of the checkpoints.
-        seed: of the choice between copying and overlapping.
-    """
+    """Saves into one directory, and measures the time."""
 
     def __init__(self, directory: Path, seed: str) -> None:
         import numpy as np
 
         from distrust import CheckpointManager
 
-        self._seed = seed
-        self._directory = directory
+        self._seed = seed  # of the choice between copying and overlapping
+        self._directory = directory  # of the checkpoints
         self._manager = CheckpointManager(directory)
         self._threads = resources.count_threads()
         self._weights = {f"layer{number}": np.zeros(VALUES) for number in range(TENSORS)}
@@ -120,12 +114,7 @@ def metric(step: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("directory", type=Path)
-    parser.add_argument("seed")
-    parser.add_argument("--fault")
-    options = parser.parse_args()
-    plant(options.fault)
+    options = parse_arguments(directory=Path, seed=str)
     saver = Saver(options.directory, options.seed)
     for line in sys.stdin:
         order = json.loads(line)

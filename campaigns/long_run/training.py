@@ -5,7 +5,6 @@ This module is also the process that trains; it prints a sample now and then, as
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import threading
@@ -13,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from campaigns.campaign import Campaign, fault_arguments
-from campaigns.child import Child
-from campaigns.faults import plant
+from campaigns.child import Child, parse_arguments
 from campaigns.long_run import growth, resources
 
 RECORDS = 64
@@ -71,14 +69,7 @@ class Sampler:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("directory", type=Path)
-    parser.add_argument("seed", type=int)
-    parser.add_argument("steps", type=int)
-    parser.add_argument("window", type=int)
-    parser.add_argument("--fault")
-    options = parser.parse_args()
-    plant(options.fault)
+    options = parse_arguments(directory=Path, seed=int, steps=int, window=int)
 
     from campaigns.training_run import train_toy
     from distrust.testing.models import write_records

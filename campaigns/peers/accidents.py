@@ -18,16 +18,13 @@ class Accident:
     """Something that happens to a checkpoint.
 
     Attributes:
-        name: in the tables.
-        note: what happens, for the picture.
         strike: does it to the files, and returns a description; None for a kill, which hits the writer.
-        certain: whether it is the same each time.
     """
 
-    name: str
-    note: str
+    name: str  # in the tables
+    note: str  # what happens, for the picture
     strike: Strike | None
-    certain: bool = False
+    certain: bool = False  # whether it is the same each time
 
 
 def flip_a_bit(files: Sequence[Path], rng: random.Random) -> str:

@@ -40,23 +40,14 @@ SAID = re.compile(rf"{NAMED.pattern}|\bskip|\bolder\b|\binstead\b|\binitiali", r
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What a saver made of a directory.
+    """What a saver made of a directory."""
 
-    Attributes:
-        step: that it resumed from; None if it found none.
-        proof: digest of the values that it then had.
-        error: what it raised, with the causes; None if it resumed.
-        directory: that it was to resume from.
-        words: what it printed, without what it prints for an undamaged checkpoint.
-        crashed: how its process ended, if it did.
-    """
-
-    step: int | None = None
-    proof: str | None = None
-    error: str | None = None
-    directory: str | None = None
-    words: tuple[str, ...] = ()
-    crashed: str | None = None
+    step: int | None = None  # that it resumed from; None if it found none
+    proof: str | None = None  # digest of the values that it then had
+    error: str | None = None  # what it raised, with the causes; None if it resumed
+    directory: str | None = None  # that it was to resume from
+    words: tuple[str, ...] = ()  # what it printed, without what it prints for an undamaged checkpoint
+    crashed: str | None = None  # how its process ended, if it did
 
     @property
     def names_it(self) -> bool:

@@ -31,17 +31,13 @@ def start(*arguments: str, fault: str | None) -> Child:
 
 
 class WarmProcess:
-    """The warm process of a saver, restarted after a trial that ended it; a context.
-
-    Attributes:
-        usual_words: what it prints of a directory without damage.
-    """
+    """The warm process of a saver, restarted after a trial that ended it; a context."""
 
     def __init__(self, subject: Subject, *, fault: str | None) -> None:
         self._subject = subject
         self._fault = fault
         self._child: Child | None = None
-        self.usual_words: set[str] = set()
+        self.usual_words: set[str] = set()  # what it prints of a directory without damage
 
     def __enter__(self) -> Self:
         return self

@@ -29,21 +29,17 @@ class Subject(ABC):
     """A way to save and to resume.
 
     Attributes:
-        name: in the tables.
-        modules: that have to be installed.
-        packages: whose versions are shown.
         ours: whether a loss is a counterexample.
-        accidents: that it is tried with.
         interval: steps between two saves.
         damages: how many trials of each kind of damage.
         kills: how many kills.
     """
 
-    name: str
-    modules: tuple[str, ...] = ()
-    packages: tuple[str, ...] = ()
+    name: str  # in the tables
+    modules: tuple[str, ...] = ()  # that have to be installed
+    packages: tuple[str, ...] = ()  # whose versions are shown
     ours = False
-    accidents: tuple[Accident, ...] = COMMON
+    accidents: tuple[Accident, ...] = COMMON  # that it is tried with
     interval = 1
     damages = 50
     kills = 12

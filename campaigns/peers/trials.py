@@ -58,14 +58,12 @@ class Bench:
     """Where one saver is tried: its warm process, its undamaged checkpoints, and the expected values.
 
     Args:
-        subject: the saver.
         parent: a folder that is removed afterwards.
-        fault: a check of ours to leave out, which must be found.
     """
 
     def __init__(self, subject: Subject, parent: Path, *, fault: str | None) -> None:
-        self._subject = subject
-        self._fault = fault
+        self._subject = subject  # the saver
+        self._fault = fault  # a check of ours to leave out, which must be found
         self._stack = ExitStack()
         self._folder = Path(self._stack.enter_context(TemporaryDirectory(dir=parent)))
         self._warm = self._stack.enter_context(WarmProcess(subject, fault=fault))

@@ -124,13 +124,12 @@ class World:
     """The disk while a program runs: what it certainly holds, and what it may hold.
 
     Args:
-        root: the folder that everything happens in.
         image: its content at first, durable.
     """
 
     def __init__(self, root: Path, image: Image) -> None:
         self.names: dict[Path, int] = {}
-        self._root = root
+        self._root = root  # the folder that everything happens in
         self._durable: dict[Path, int] = {}
         self._pending: dict[Path, list[_Change]] = {}
         self._files: dict[int, _File | None] = {}

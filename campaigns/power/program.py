@@ -73,8 +73,6 @@ class Invariants:
     """What must hold at an instant, derived from the events until then.
 
     Args:
-        world: the disk, before the first event.
-        directory: of the checkpoints.
         durable: the checkpoints in it at first.
 
     Attributes:
@@ -83,10 +81,10 @@ class Invariants:
     """
 
     def __init__(self, world: World, directory: Path, durable: Sequence[Version]) -> None:
-        self.world = world
+        self.world = world  # the disk, before the first event
         self.required = {version.name: version for version in durable}
         self.possible = {version.name: {version.number} for version in durable}
-        self._directory = directory
+        self._directory = directory  # of the checkpoints
         self._visible = dict(self.required)  # as the running system sees it
         self._current: Version | None = None
         self._rules: Rules | None = None
@@ -129,23 +127,20 @@ class Program:
 
     Args:
         root: the folder that everything happens in.
-        rng: of all choices.
-        number: of the last version so far.
         leave_out: operations that are not recorded.
 
     Attributes:
-        events: what happened.
         number: of the last version.
     """
 
     def __init__(self, root: Path, rng: Random, number: int, leave_out: Callable[[Operation], bool]) -> None:
-        self.events: list[Event] = []
-        self.number = number
+        self.events: list[Event] = []  # what happened
+        self.number = number  # of the last version so far
         self.disk = RecordingDisk(
             lambda operation: None if leave_out(operation) else self.events.append(operation)
         )
         self._directory = root / INNER
-        self._rng = rng
+        self._rng = rng  # of all choices
         self._steps: list[int] = []
         self._manager: CheckpointManager
 

@@ -93,24 +93,17 @@ class Killed(BaseException):
 class RecordingDisk(Disk):
     """The real disk, with a record. Nothing is really synced: the record keeps what a sync guarantees.
 
-    Args:
-        record: called with each operation.
-
     Attributes:
-        calls: how many calls there were.
-        direct_writes: how many blocks went past the page cache.
-        failed: the names of the calls that failed.
-        dies_after: the call after which the process ends; None for never.
         fails: gets the name and the number of each call; returns the errno it fails with, or None.
     """
 
     def __init__(self, record: Callable[[Operation], None]) -> None:
-        self.calls = 0
-        self.direct_writes = 0
-        self.failed: list[str] = []
-        self.dies_after: int | None = None
+        self.calls = 0  # how many calls there were
+        self.direct_writes = 0  # how many blocks went past the page cache
+        self.failed: list[str] = []  # the names of the calls that failed
+        self.dies_after: int | None = None  # the call after which the process ends; None for never
         self.fails: Callable[[str, int], int | None] | None = None
-        self._record = record
+        self._record = record  # called with each operation
         self._files: dict[int, int] = {}  # by descriptor, which the system reuses
         self._created = 0
 

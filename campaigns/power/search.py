@@ -106,11 +106,7 @@ class Search:
     """The disks of one case.
 
     Args:
-        campaign: for its counts.
-        root: the disk that the programs run on; those that cuts leave are built beside it.
         checked: by digest of a disk and of what must hold on it: the checkpoints that exist there.
-        disks: digests of the disks alone.
-        program: what runs on a disk.
     """
 
     def __init__(
@@ -121,11 +117,11 @@ class Search:
         disks: set[bytes],
         program: type[Program] = Program,
     ) -> None:
-        self._campaign = campaign
-        self._program = program
-        self._root = root
+        self._campaign = campaign  # for its counts
+        self._program = program  # what runs on a disk
+        self._root = root  # the disk that the programs run on; those that cuts leave are built beside it
         self._checked = checked
-        self._disks = disks
+        self._disks = disks  # digests of the disks alone
         self._versions = {0: Version(0, Saved(0))}
 
     def run_case(self, rng: Random, leave_out: Callable[[Operation], bool]) -> None:
