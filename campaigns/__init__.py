@@ -15,7 +15,8 @@ long_run       twenty thousand saves in one process
 peers          the same accidents, with other savers
 
 campaign       cases by number, counts, the first counterexample
-child          child processes: spawned, watched, forked
+child          child processes: spawned modules, forked functions
+session        commands that are watched and signalled
 oracle         what retention must keep, independent of the product
 invariants     what must hold in a directory of checkpoints
 training_run   training runs that are disturbed: the real command and the toy engine

@@ -19,7 +19,6 @@ CAMPAIGNS = (
 
 
 def main() -> int:
-    """Run them; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m campaigns", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -73,11 +73,9 @@ class Campaign:
 
     @property
     def seconds(self) -> float:
-        """Since the campaign began."""
         return time.monotonic() - self._began
 
     def count(self, description: str, by: int = 1) -> None:
-        """Count something that was done."""
         self.counts[description] += by
         self._show_progress()
 
@@ -100,7 +98,6 @@ class Campaign:
         return all(description.startswith(SKIPPED) for description in self.counts)
 
     def report(self, counter_example: str | None) -> None:
-        """Print the counts and the finding."""
         for description, number in self.counts.items():
             print(f"{number:>12,}  {description}")
         if counter_example is not None:

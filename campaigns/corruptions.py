@@ -52,7 +52,6 @@ class Kind(NamedTuple):
 
 
 def kinds(files: Files) -> list[Kind]:
-    """Every kind, in a fixed order."""
     return [*_byte_kinds(files.newer), *_block_kinds(files.newer), *_part_kinds(files), _name_kind(files)]
 
 

@@ -137,7 +137,6 @@ class Examination:
         self._path = path
 
     def run_quick(self) -> None:
-        """The checks of every damage."""
         self._check_validate()
         self._check_load()
         self._require_untouched("reading")
@@ -242,7 +241,6 @@ def examine(campaign: Campaign, case: Case, round_: Round) -> None:
 
 
 def search(campaign: Campaign) -> None:
-    """Run the cases, in rounds."""
     options = campaign.options
     once = options.cases is None and options.seconds is None
     current, round_ = -1, None

@@ -58,7 +58,6 @@ class FailingProgram(Program):
             self.disk.fails = None
 
     def _random_failure(self) -> Callable[[str, int], int | None]:
-        """Which calls fail, and how."""
         begin = self.disk.calls + self._rng.randint(1, 16)
         end = begin + self._rng.choice([1, 1, 2, 4, 1000])
         code = self._rng.choice(ERRORS)

@@ -32,7 +32,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from campaigns.campaign import Campaign, Case, CounterExample, parser, run
-from campaigns.disks import devices, directories, full, isolated, limits, runs
+from campaigns.disks import directories, isolated, resources, runs
 
 CASES = 60
 #: No case takes this long, unless it hangs.
@@ -42,15 +42,15 @@ Kind = Callable[[random.Random, Path, Counter[str]], None]
 
 #: Each kind of case, and its weight.
 KINDS: dict[str, tuple[Kind, int]] = {
-    "disk full": (full.disk_full, 12),
-    "inodes used up": (full.inodes_used_up, 2),
-    "quota used up": (full.quota_used_up, 2),
-    "file size": (limits.file_size, 4),
-    "killed by file size": (limits.killed_by_file_size, 1),
-    "open files": (limits.open_files, 3),
-    "memory": (limits.memory, 2),
+    "disk full": (resources.disk_full, 12),
+    "inodes used up": (resources.inodes_used_up, 2),
+    "quota used up": (resources.quota_used_up, 2),
+    "file size": (resources.file_size, 4),
+    "killed by file size": (resources.killed_by_file_size, 1),
+    "open files": (resources.open_files, 3),
+    "memory": (resources.memory, 2),
     "directory replaced": (directories.directory_replaced, 10),
-    "device fails": (devices.device_fails, 5),
+    "device fails": (resources.device_fails, 5),
     "toy training": (runs.toy_training, 6),
 }
 #: One case in so many is the real trainer, which takes longer than all cases before it together.

@@ -17,8 +17,8 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from campaigns.campaign import CounterExample
-from campaigns.child import Session
 from campaigns.oracle import Rules, Saved, one_per_step, retained
+from campaigns.session import Session
 from campaigns.triggers import Trigger
 from distrust import CheckpointManager
 from distrust.checkpoint import Scan, catalog
@@ -134,7 +134,6 @@ class DurabilityRecord:
 
     @property
     def newest(self) -> int:
-        """The newest durable step; 0 if there is none."""
         return max((saved.step for saved in self._durable), default=0)
 
     @property

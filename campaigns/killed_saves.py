@@ -33,10 +33,10 @@ from pathlib import Path
 from signal import SIGKILL
 
 from campaigns.campaign import Campaign, Case, CounterExample, add_directory, parser, run
-from campaigns.child import Forks, Session
 from campaigns.faults import FAULTS
 from campaigns.invariants import require_durable, require_writable, save_phase
 from campaigns.oracle import Saved
+from campaigns.session import Forks, Session
 from campaigns.triggers import Trigger, after, once_printed, random_disk_event, send_at
 from campaigns.walk import Plan, Report
 from distrust import CheckpointManager
@@ -79,7 +79,6 @@ class KilledWalk:
         return True
 
     def finish(self) -> str:
-        """Run it to its end; returns the digest of its last state."""
         session = self._start()
         code = session.wait()
         self._require(code == 0, f"exit code {code}: {session.errors()}")
@@ -119,7 +118,6 @@ class KilledWalk:
 
 
 def random_plan(rng: random.Random, *, fault: str | None) -> Plan:
-    """A random walk; the caller fills in its directory."""
     return Plan(
         directory="",
         seed=rng.randrange(1 << 32),

@@ -73,7 +73,6 @@ class KilledRun:
         return True
 
     def finish(self) -> str:
-        """Run it to its end; returns the digest of its final state."""
         digest = self._training.finish()
         self._record.require()
         require_writable(self._training.checkpoints)
@@ -93,7 +92,6 @@ def random_instant(rng: random.Random, reference: Reference) -> tuple[Trigger, f
 
 
 def train_reference(training: TrainingRun) -> Reference:
-    """Train without a disturbance."""
     training = training.with_options("--save-every", "1")
     digest = training.finish()
     times = [file.path.stat().st_mtime for file in catalog.scan(training.checkpoints).files]
@@ -103,7 +101,6 @@ def train_reference(training: TrainingRun) -> Reference:
 
 
 def one_case(campaign: Campaign, case: Case, training: TrainingRun, reference: Reference) -> None:
-    """Kill a run again and again, then let it finish."""
     training = training.with_options("--save-every", str(case.rng.choice([1, 1, 2])))
     killed = KilledRun(campaign, training)
     for _ in range(KILLS):

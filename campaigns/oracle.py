@@ -23,7 +23,6 @@ class Saved(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of its file."""
         return f"checkpoint-{self.step}{'-final' if self.final else ''}.safetensors"
 
 

@@ -30,8 +30,8 @@ from typing import NamedTuple
 
 from campaigns import training_run
 from campaigns.campaign import Campaign, Case, run
-from campaigns.child import Session
 from campaigns.invariants import DurabilityRecord, require_writable
+from campaigns.session import Session
 from campaigns.training_run import LOADING, LOOP, RULES, STEPS, TrainingRun
 from campaigns.triggers import Trigger, after, once_on_disk, once_printed, random_disk_event, send_at
 from distrust.checkpoint import Scan
@@ -93,7 +93,6 @@ class SignalledRun:
         self._count(stop, moment, seconds, code)
 
     def finish(self) -> str:
-        """Run it to its end; returns the digest of its final state."""
         digest = self._training.finish()
         self._record.require()
         return digest
@@ -152,7 +151,6 @@ def _wait_for_last_message(session: Session) -> float:
 
 
 def _is_allowed(stop: Stop, session: Session, code: int) -> bool:
-    """Whether a session may end with this exit code."""
     output = session.output()
     handles_signals = any(line.startswith(LOADING) for line in output)
     ended = _has_ended(session)
@@ -173,7 +171,6 @@ def _is_allowed(stop: Stop, session: Session, code: int) -> bool:
 
 
 def random_stop(rng: random.Random) -> Stop:
-    """Which signal, and whether twice."""
     number = rng.choice(NUMBERS)
     if number != SIGINT or rng.random() < 0.4:
         return Stop(number)
@@ -183,7 +180,6 @@ def random_stop(rng: random.Random) -> Stop:
 
 
 def random_moment(rng: random.Random, *, last: bool) -> Moment:
-    """When it is sent."""
     if last:
         return rng.choice(
             [
@@ -205,7 +201,6 @@ def random_moment(rng: random.Random, *, last: bool) -> Moment:
 
 
 def one_case(campaign: Campaign, case: Case, training: TrainingRun, reference: str) -> None:
-    """Stop a run again and again, then let it finish."""
     save_every = str(case.rng.choice([0, 1, 2]))
     signalled = SignalledRun(campaign, training.with_options("--save-every", save_every))
     for number in range(SIGNALS):

@@ -1,7 +1,7 @@
 """Training runs that campaigns disturb: the real command, forks of it, and the trainer on the toy engine.
 
 A :class:`TrainingRun` is a folder and the command that trains into it, ``distrust train`` itself. The same
-run can be made of forks of a process that has imported torch (:class:`campaigns.child.Forks`), which start
+run can be made of forks of a process that has imported torch (:class:`campaigns.session.Forks`), which start
 within the second. :func:`train_toy` runs the loop in this process, in milliseconds.
 """
 
@@ -21,8 +21,9 @@ from typing import Any, TypeVar
 
 from campaigns.campaign import Campaign, Case, CounterExample, add_directory
 from campaigns.campaign import parser as campaign_parser
-from campaigns.child import HANG_SECONDS, Command, Forks, Launcher, Session
+from campaigns.child import HANG_SECONDS
 from campaigns.oracle import Rules
+from campaigns.session import Command, Forks, Launcher, Session
 from campaigns.triggers import Trigger, send_at
 from distrust.checkpoint import catalog
 from distrust.config import STEP_METRICS
@@ -62,7 +63,6 @@ IMPORTS = [
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """The options of a campaign that disturbs training runs."""
     options = campaign_parser(description)
     add_directory(options)
     options.add_argument("--engine", choices=ENGINES, default="torch", help="that trains (default: torch)")
@@ -70,7 +70,6 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def forks() -> Forks:
-    """Forks that train as the command does, with torch."""
     return Forks(PROGRAM, IMPORTS, name="a fork")
 
 
@@ -115,11 +114,9 @@ class TrainingRun:
 
     @property
     def checkpoints(self) -> Path:
-        """The directory of its checkpoints."""
         return self.out / catalog.RUN_SUBDIRECTORY
 
     def with_options(self, *options: str) -> TrainingRun:
-        """The same with more options."""
         return replace(self, options=[*self.options, *options])
 
     def start(self) -> Session:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
-from campaigns.child import POLL_SECONDS, Session
+from campaigns.session import POLL_SECONDS, Session
 
 #: Given a session at its start, returns a condition that is polled until it holds.
 Trigger = Callable[[Session], Callable[[], bool]]
@@ -23,7 +23,6 @@ DiskEvent = Literal["made", "reserved", "renamed", "removed"]
 
 
 def after(seconds: float) -> Trigger:
-    """So long after the start."""
     return lambda session: lambda: session.seconds >= seconds
 
 

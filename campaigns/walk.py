@@ -55,11 +55,9 @@ class Plan:
         return Rules(self.keep_last, 1, self.keep_every, METRIC)
 
     def argument(self) -> str:
-        """The argument of the program."""
         return json.dumps(asdict(self))
 
     def method(self, step: int) -> Method:
-        """How a step is saved."""
         return random.Random(f"{self.seed}/{step}").choice(get_args(Method))
 
 
@@ -165,7 +163,6 @@ class Saver:
                 self._manager.cleanup()
 
     def finish(self, walk: Walk) -> None:
-        """Save its end, and close."""
         self._save(walk, final=True)
         self._manager.close()
 
@@ -190,7 +187,6 @@ class Saver:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Walk to the end, from the newest checkpoint on."""
     plan = Plan(**json.loads(arguments[0]))
     if not plan.direct:
         direct_io.FLAG = 0

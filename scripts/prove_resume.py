@@ -28,7 +28,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from campaigns.campaign import CounterExample
-from campaigns.child import Session
+from campaigns.session import Session
 from campaigns.training_run import TrainingRun
 from campaigns.triggers import Trigger, after
 

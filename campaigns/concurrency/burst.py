@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable
 
 from campaigns import child
-from campaigns.concurrency import content
+from campaigns.concurrency import model
 from campaigns.oracle import Saved
 from distrust import Checkpoint, CheckpointManager
 from distrust.errors import CheckpointDirectoryLocked, CheckpointNotFound
@@ -66,7 +66,7 @@ class Burst:
         rng = self._rng
         clone = copy.copy(self._manager)
         if rng.random() < 0.5:
-            saved = content.saved(self._step, rng.random() < 0.1)
+            saved = model.saved_step(self._step, rng.random() < 0.1)
             self._step += 1
             checkpoint, self.saved[saved] = self._make(saved)
             if rng.random() < 0.5:
@@ -103,7 +103,7 @@ class Burst:
 
 def _load(load: Callable[[], Checkpoint]) -> None:
     try:
-        content.version_of(load())
+        model.version_of(load())
     except CheckpointNotFound as error:
         if "no such checkpoint" in str(error):
             raise ValueError(f"a checkpoint that a rule retains is gone: {error}") from error
@@ -112,7 +112,7 @@ def _load(load: Callable[[], Checkpoint]) -> None:
 def _load_listed(manager: CheckpointManager) -> None:
     for step in manager.list_checkpoints():
         try:
-            content.version_of(manager.load(step), step=step)
+            model.version_of(manager.load(step), step=step)
         except CheckpointNotFound:
             continue
 

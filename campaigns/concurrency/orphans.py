@@ -13,7 +13,7 @@ from pathlib import Path
 
 from campaigns.campaign import Campaign, Case, fault_arguments
 from campaigns.child import Child
-from campaigns.concurrency import content, descendant, parent
+from campaigns.concurrency import model, parent
 from distrust import CheckpointManager
 from distrust.errors import CheckpointDirectoryLocked
 
@@ -53,8 +53,8 @@ class _Family:
             self._take_over(manager)
             elapsed = round((time.monotonic() - began) * 1e3)
             self._campaign.count_largest("orphans: slowest restart, ms", elapsed)
-            content.version_of(manager.load_latest())
-            pending = manager.save_async(content.make(5000, 5000, parent.LARGE))
+            model.version_of(manager.load_latest())
+            pending = manager.save_async(model.make_checkpoint(5000, 5000, parent.LARGE))
             self.release()
             pending.wait()
             if self._rng.random() < 0.3:
@@ -64,7 +64,7 @@ class _Family:
 
     def end_children(self, *, saving: bool) -> None:
         """The children end, perhaps in the middle of the writer's save."""
-        (self._folder / descendant.RELEASE).touch()
+        (self._folder / parent.RELEASE).touch()
         self._writer.send("join")
         self.release()
         self._require_locked()
@@ -78,7 +78,7 @@ class _Family:
 
     def release(self) -> None:
         """Let the children end, and wait for it."""
-        (self._folder / descendant.RELEASE).touch()
+        (self._folder / parent.RELEASE).touch()
         deadline = time.monotonic() + END_SECONDS
         while any(self._alive()):
             self._campaign.require(time.monotonic() < deadline, "a child does not end")
@@ -86,14 +86,14 @@ class _Family:
 
     def kill_children(self) -> None:
         """Kill those that still live: after a finding, nothing else ends them soon."""
-        (self._folder / descendant.RELEASE).touch()
+        (self._folder / parent.RELEASE).touch()
         for pid, alive in zip(self.pids, self._alive(), strict=True):
             with contextlib.suppress(ProcessLookupError):
                 if alive:
                     os.kill(pid, signal.SIGKILL)
 
     def _alive(self) -> list[bool]:
-        return [descendant.is_alive(self._folder, str(number)) for number in range(len(self.pids))]
+        return [parent.is_alive(self._folder, str(number)) for number in range(len(self.pids))]
 
     def _take_over(self, manager: CheckpointManager) -> None:
         try:
@@ -117,19 +117,18 @@ class _Family:
         self._campaign.require(not lost, f"durable and lost: {sorted(lost)}; existing: {steps}")
         self._campaign.require(999 not in steps, "a child wrote")
         for step in steps:
-            content.version_of(manager.load(step), step=step)
+            model.version_of(manager.load(step), step=step)
         names = {path.name for path in self._directory.iterdir()}
         expected = {".lock", *(f"checkpoint-{step}.safetensors" for step in steps)}
         self._campaign.require(names == expected, f"left in the directory: {sorted(names ^ expected)}")
 
 
 def run(campaign: Campaign, case: Case, folder: Path) -> None:
-    """Run one writer and its children."""
     rng = case.rng
     method = rng.choice(METHODS)
     saving = method not in ("acquiring", "thread") and rng.random() < 0.6
     arguments = [
-        *(folder / "checkpoints", method, rng.choice(descendant.ENDINGS)),
+        *(folder / "checkpoints", method, rng.choice(parent.ENDINGS)),
         *(int(saving), int(rng.random() < 0.5)),
         *fault_arguments(campaign.options),
     ]

@@ -7,10 +7,15 @@ It prints what is durable and the process ids of its children, and then takes or
     save    again and again, until it is killed
 
 The product is imported only after the fault is planted: some faults are in what it does when it is imported.
+
+A child, forked or not, uses what it inherited, and lives until it is released. It holds an flock on a file of
+its own, which shows whether it lives, whichever process is its parent by then.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import itertools
 import json
 import os
@@ -18,12 +23,72 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from campaigns.child import parse_arguments
-from campaigns.concurrency import descendant
+
+if TYPE_CHECKING:
+    from distrust import CheckpointManager
+
+ENDINGS = ("exit", "_exit", "exception")
+RELEASE, ALIVE, REPORT = "release", "alive", "report"
+
+
+def live(folder: Path, name: str, manager: CheckpointManager | None) -> None:
+    """Show that it lives, use the manager, and wait for the release."""
+    alive = os.open(folder / f"{ALIVE}-{name}", os.O_RDWR | os.O_CREAT, 0o666)
+    fcntl.flock(alive, fcntl.LOCK_EX)
+    error = None
+    try:
+        if manager is not None:
+            _use(manager)
+    except BaseException:
+        error = traceback.format_exc()
+    report = folder / f"{REPORT}-{name}"
+    report.with_suffix(".new").write_text(json.dumps({"pid": os.getpid(), "error": error}))
+    report.with_suffix(".new").rename(report)
+    deadline = time.monotonic() + 120  # should no release come, it does not live for ever
+    while not (folder / RELEASE).exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+
+
+def end(ending: str) -> None:
+    """End as a program does: through the interpreter's end, past it, or by an exception."""
+    if ending == "_exit":
+        os._exit(0)
+    if ending == "exception":
+        raise ZeroDivisionError
+    raise SystemExit(0)
+
+
+def is_alive(folder: Path, name: str) -> bool:
+    descriptor = os.open(folder / f"{ALIVE}-{name}", os.O_RDWR)
+    try:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return False
+        return True
+    finally:
+        os.close(descriptor)
+
+
+def _use(manager: CheckpointManager) -> None:
+    """Read, and try to write: the parent lives, and holds the directory."""
+    from campaigns.concurrency import model
+    from distrust.checkpoint import lock
+    from distrust.errors import CheckpointDirectoryLocked
+
+    lock.WAIT_SECONDS = 0.02
+    model.version_of(manager.load_latest())
+    try:
+        manager.save(model.make_checkpoint(999, 999, 16))
+    except CheckpointDirectoryLocked:
+        return
+    raise ValueError("a child may write beside its parent")
+
 
 #: Of a save that takes long enough to fork, and to kill, in the middle: 32 MiB.
 LARGE = 4 << 20
@@ -59,8 +124,8 @@ class Parent:
 
     def subprocess(self) -> None:
         """Another program, which inherits every descriptor that can be inherited."""
-        code = "import sys; from pathlib import Path; from campaigns.concurrency import descendant\n"
-        code += f"descendant.live(Path(sys.argv[1]), '0', None); descendant.end({self._ending!r})"
+        code = "import sys; from pathlib import Path; from campaigns.concurrency import parent\n"
+        code += f"parent.live(Path(sys.argv[1]), '0', None); parent.end({self._ending!r})"
         command = [sys.executable, "-c", code, str(self.folder)]
         self._references.append(subprocess.Popen(command, close_fds=False))
 
@@ -91,7 +156,7 @@ class Parent:
                 return 1
 
             def __getitem__(self, index: int) -> int:
-                descendant.live(parent.folder, "0", parent.manager if parent._uses else None)
+                live(parent.folder, "0", parent.manager if parent._uses else None)
                 return index
 
         loader = DataLoader(Examples(), num_workers=1, multiprocessing_context="fork")
@@ -105,10 +170,9 @@ class Parent:
         self._references.clear()
 
     def save(self, step: int) -> None:
-        """Save, and print that it is durable."""
-        from campaigns.concurrency import content
+        from campaigns.concurrency import model
 
-        self.manager.save(content.make(step, step, 500))
+        self.manager.save(model.make_checkpoint(step, step, 500))
         print(f"durable {step}", flush=True)
 
     def children(self, count: int) -> list[int]:
@@ -116,7 +180,7 @@ class Parent:
         pids = []
         deadline = time.monotonic() + 60
         for number in range(count):
-            report = self.folder / f"{descendant.REPORT}-{number}"
+            report = self.folder / f"{REPORT}-{number}"
             while not report.exists():
                 if time.monotonic() > deadline:
                     raise ValueError("a child hangs")
@@ -128,8 +192,8 @@ class Parent:
         return pids
 
     def _live(self, name: str = "0") -> None:
-        descendant.live(self.folder, name, self.manager if self._uses else None)
-        descendant.end(self._ending)
+        live(self.folder, name, self.manager if self._uses else None)
+        end(self._ending)
 
     def _fork_in_thread(self, names: list[str]) -> threading.Event:
         forked = threading.Event()
@@ -156,11 +220,11 @@ METHODS: dict[str, Callable[[Parent], None]] = {
 def main() -> None:
     options = parse_arguments(directory=Path, method=str, ending=str, saving=int, uses=int)
 
-    from campaigns.concurrency import content
+    from campaigns.concurrency import model
 
     parent = Parent(options.directory.parent, options.ending, uses=bool(options.uses))
     parent.save(1)
-    pending = parent.manager.save_async(content.make(2, 2, LARGE)) if options.saving else None
+    pending = parent.manager.save_async(model.make_checkpoint(2, 2, LARGE)) if options.saving else None
     while pending is not None and not pending.done and not list(options.directory.glob(".checkpoint-2.*")):
         time.sleep(0.0005)  # the fork has to come in the middle of a write
     METHODS[options.method](parent)

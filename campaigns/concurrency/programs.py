@@ -23,9 +23,8 @@ from typing import NamedTuple
 
 from campaigns import child
 from campaigns.campaign import Campaign, Case, fault_arguments, require
-from campaigns.concurrency import content
+from campaigns.concurrency import model
 from campaigns.concurrency.burst import FORK_SECONDS, Burst
-from campaigns.concurrency.model import Model
 from campaigns.oracle import Rules, Saved
 from distrust import Checkpoint, CheckpointManager
 from distrust.checkpoint import PendingSave, direct_io, lock
@@ -59,9 +58,9 @@ class Program:
             keep_last=rng.choice([1, 2, 3, None]),
             keep_best=rng.choice([0, 1, 2]),
             keep_every=rng.choice([None, None, 5]),
-            metric=content.METRIC,
+            metric=model.METRIC,
         )
-        self.model = Model(self.rules)
+        self.model = model.Model(self.rules)
         self._version = 0
         self._sessions = 0
         self.handles = [self._new_handle()]
@@ -70,7 +69,6 @@ class Program:
         self.earlier: dict[Saved, int] | None = None
 
     def run(self) -> None:
-        """Do random operations."""
         for _ in range(OPERATIONS):
             name = self.rng.choice(_OPERATIONS)
             if not self.handles:
@@ -246,7 +244,7 @@ class Program:
         self.model.files.update(burst.saved)
         self.model.resumed.pop(handle.session, None)
         # Load the newest, so that the file that is protected as resumed is known again.
-        content.version_of(handle.manager.load_latest())
+        model.version_of(handle.manager.load_latest())
         self.model.resume(handle.session, self.model.newest())
         handle.manager.cleanup()
         self.model.clean_up(handle.session)
@@ -261,11 +259,10 @@ class Program:
             self.pending = self.earlier = None
 
     def check(self) -> None:
-        """Compare the directory with the model."""
         scan = CheckpointManager(self.directory).scan()
         require(not scan.damaged, f"damaged: {[file.reason for file in scan.damaged]}")
         existing = {
-            content.saved(file.step, file.kind == "final"): file.metadata["of"][1] for file in scan.files
+            model.saved_step(file.step, file.kind == "final"): file.metadata["of"][1] for file in scan.files
         }
         expected = self.model.files
         if self.earlier is None:
@@ -292,7 +289,7 @@ class Program:
         self._require_version(loaded, expected(), session=handle.session)
 
     def _require_version(self, loaded: Checkpoint, saved: Saved, *, session: int | None) -> None:
-        version = content.version_of(loaded, step=saved.step)
+        version = model.version_of(loaded, step=saved.step)
         possible = {self.model.files[saved]}
         if self.earlier is not None:
             possible |= {old for other, old in self.earlier.items() if other.step == saved.step}
@@ -304,7 +301,7 @@ class Program:
             self.wait()
             if saved in self.model.files:
                 handle = next(handle for handle in self.handles if handle.session == session)
-                content.version_of(handle.manager.load(saved.step), step=saved.step)
+                model.version_of(handle.manager.load(saved.step), step=saved.step)
         if saved in self.model.files:
             self.model.resume(session, saved)
 
@@ -342,11 +339,11 @@ class Program:
         step = newest + self.rng.randint(1, 3)
         if newest and self.rng.random() < 0.3:
             step = self.rng.randint(1, newest)
-        return content.saved(step, self.rng.random() < 0.15)
+        return model.saved_step(step, self.rng.random() < 0.15)
 
     def _checkpoint(self, saved: Saved) -> Checkpoint:
         self._version += 1
-        return content.make(saved.step, self._version, self.rng.choice(SIZES))
+        return model.make_checkpoint(saved.step, self._version, self.rng.choice(SIZES))
 
 
 _OPERATIONS = (
@@ -381,7 +378,6 @@ def _names(files: dict[Saved, int]) -> dict[str, int]:
 
 
 def run(campaign: Campaign, case: Case, folder: Path) -> None:
-    """Run some programs, in a process of their own."""
     seed = case.rng.random()
     with child.Child(
         "campaigns.concurrency.programs", folder, seed, PROGRAMS, *fault_arguments(campaign.options)

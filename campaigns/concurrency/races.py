@@ -18,7 +18,7 @@ from pathlib import Path
 
 from campaigns.campaign import Campaign, Case, fault_arguments
 from campaigns.child import Child, parse_arguments
-from campaigns.concurrency import content
+from campaigns.concurrency import model
 from distrust import CheckpointManager
 from distrust.errors import CheckpointDirectoryLocked
 
@@ -40,7 +40,6 @@ class _Race:
         self._round = 0
 
     def run(self) -> None:
-        """Race until no process is left."""
         for racer in self._racers:
             racer.receive()  # "ready"
         while self._racers:
@@ -101,11 +100,10 @@ class _Race:
             f"the holders saved {sorted(self._expected)}, and the directory has {steps}",
         )
         for step in steps[-3:]:
-            content.version_of(manager.load(step), step=step)
+            model.version_of(manager.load(step), step=step)
 
 
 def run(campaign: Campaign, case: Case, folder: Path) -> None:
-    """Run a race, and the races to take over."""
     directory = folder / "checkpoints"
     with contextlib.ExitStack() as stack:
         racers = [
@@ -125,7 +123,7 @@ def main() -> None:
     for line in sys.stdin:
         if line == "save\n":
             for later in itertools.count(step + 1):
-                manager.save(content.make(later, later, 5_000))
+                manager.save(model.make_checkpoint(later, later, 5_000))
                 print(later, flush=True)
         _, instant, method, number = line.split()
         step = int(number)
@@ -136,9 +134,9 @@ def main() -> None:
             if method == "acquire":
                 manager.acquire()
             elif method == "save":
-                manager.save(content.make(step, step, 500))
+                manager.save(model.make_checkpoint(step, step, 500))
             else:
-                manager.save_async(content.make(step, step, 500)).wait()
+                manager.save_async(model.make_checkpoint(step, step, 500)).wait()
             refused = None
         except CheckpointDirectoryLocked as error:
             refused = str(error)

@@ -4,13 +4,18 @@ A step is *gone* if it does not exist any more when it is requested: then it mus
 either, and nothing that a rule retains may ever be gone. A loaded checkpoint never changes, whatever the
 writer removes or replaces: some are held for a while, and checked again. This module is also the process that
 reads; it answers with its counts and its finding.
+
+The writer saves and cleans up meanwhile, and reports on a board what is durable (``readers write …``).
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import mmap
 import random
+import struct
+import sys
 import traceback
 import warnings
 from collections import Counter, deque
@@ -19,11 +24,117 @@ from pathlib import Path
 
 from campaigns.campaign import Campaign, Case, fault_arguments, require
 from campaigns.child import Child, parse_arguments
-from campaigns.concurrency import content
-from campaigns.concurrency.writer import Board
+from campaigns.concurrency import model
 from campaigns.invariants import temporary_files
 from distrust import Checkpoint, CheckpointManager
+from distrust.checkpoint import PendingSave, direct_io
 from distrust.errors import CheckpointNotFound
+
+SIZES = (16, 500, 5_000, 50_000)
+_BOARD_BYTES = 4096
+_STEP, _VERSION, _BEST, _STOP = (8 * index for index in range(4))
+
+
+class Board:
+    """Numbers in a mapped file. One process writes them, each of eight bytes at once.
+
+    Args:
+        path: of the file, which is made if it does not exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if not path.exists():
+            path.write_bytes(bytes(_BOARD_BYTES))
+        with path.open("r+b") as file:
+            self._memory = mmap.mmap(file.fileno(), _BOARD_BYTES)
+
+    def report(self, step: int, version: int, metric: float) -> None:
+        """A checkpoint was reported durable."""
+        best = self.best
+        struct.pack_into("d", self._memory, _BEST, metric if best is None else min(best, metric))
+        struct.pack_into("q", self._memory, _STEP, step)
+        struct.pack_into("q", self._memory, _VERSION, version)  # last: it makes the others valid
+
+    @property
+    def version(self) -> int:
+        """The newest durable version; 0 before the first."""
+        return int(struct.unpack_from("q", self._memory, _VERSION)[0])
+
+    @property
+    def step(self) -> int:
+        return int(struct.unpack_from("q", self._memory, _STEP)[0])
+
+    @property
+    def best(self) -> float | None:
+        """The best metric of all durable checkpoints."""
+        return float(struct.unpack_from("d", self._memory, _BEST)[0]) if self.version else None
+
+    @property
+    def stopped(self) -> bool:
+        return bool(self._memory[_STOP])
+
+    def stop(self) -> None:
+        self._memory[_STOP] = 1
+
+
+class Writer:
+    """Saves at random: blocking and in the background, finals, and the newest step again.
+
+    Args:
+        directory: of the checkpoints.
+    """
+
+    def __init__(self, directory: Path, board: Board, rng: random.Random) -> None:
+        self._board = board  # where it reports what is durable
+        self._rng = rng  # of all choices
+        self._manager = CheckpointManager(
+            directory,
+            keep_last=rng.choice([1, 2, 4]),
+            keep_best=rng.choice([1, 2]),
+            keep_every=rng.choice([None, 97]),
+        )
+        self._step = self._version = 0
+        self._was_final = True
+        self._pending: tuple[PendingSave, int, int] | None = None
+
+    def save(self) -> None:
+        """Save once, and now and then clean up."""
+        rng = self._rng
+        # A periodic checkpoint after the final one of its step would be newer, but not the one that is read.
+        if self._was_final or rng.random() < 0.8:
+            self._step += 1
+        self._version += 1
+        self._was_final = rng.random() < 0.03
+        checkpoint = model.make_checkpoint(self._step, self._version, rng.choice(SIZES))
+        if rng.random() < 0.5:
+            self._manager.save(checkpoint, final=self._was_final)
+            self._report(self._step, self._version)
+        else:
+            pending = self._manager.save_async(checkpoint, final=self._was_final)
+            self._wait()
+            self._pending = pending, self._step, self._version
+            if rng.random() < 0.5:
+                self._wait()
+        if rng.random() < 0.05:
+            self._manager.cleanup(keep_last=1)
+
+    def finish(self) -> None:
+        self._wait()
+        self._manager.close()
+
+    def _wait(self) -> None:
+        if self._pending is not None:
+            pending, step, version = self._pending
+            pending.wait()
+            self._pending = None
+            if version > self._board.version:
+                self._report(step, version)
+
+    def _report(self, step: int, version: int) -> None:
+        if self._pending is not None:  # this save has waited for it, so it is durable, too
+            self._wait()
+        self._board.report(step, version, model.metric_of(step))
+
 
 HELD = 4
 #: For all saves together, on a disk that is used by others, too.
@@ -39,7 +150,7 @@ class Reader:
 
     def __init__(self, directory: Path, board: Board, rng: random.Random) -> None:
         self.counts: Counter[str] = Counter()
-        self._manager = CheckpointManager(directory, keep_best=1, metric=content.METRIC)
+        self._manager = CheckpointManager(directory, keep_best=1, metric=model.METRIC)
         self._board = board  # what the writer has reported
         self._rng = rng  # of all choices
         self._held: deque[tuple[int, Checkpoint]] = deque()
@@ -60,7 +171,6 @@ class Reader:
         self._rng.choice(self._methods)()
 
     def finish(self) -> None:
-        """Check all that is held."""
         while self._held:
             self._check_held()
 
@@ -124,7 +234,7 @@ class Reader:
             self._require_unlisted(error, step)
             return
         require(file.step == step == file.metadata["of"][0], f"step {step} has the metadata {file.metadata}")
-        require(file.metrics == {content.METRIC: content.metric(step)}, f"metrics of {step}: {file.metrics}")
+        require(file.metrics == {model.METRIC: model.metric_of(step)}, f"metrics of {step}: {file.metrics}")
         self.counts["inspected"] += 1
 
     def _load_latest(self) -> None:
@@ -149,7 +259,7 @@ class Reader:
             require(best is None, f"{best} is the best, and durable: {error}")
             return
         self._check(None, loaded)
-        metric = content.metric(loaded.step)
+        metric = model.metric_of(loaded.step)
         require(best is None or metric <= best, f"load_best gave {metric}, and {best} is durable")
         self.counts["loads of the best"] += 1
 
@@ -164,7 +274,7 @@ class Reader:
 
     def _check(self, step: int | None, loaded: Checkpoint, *, check: bool = True, hold: bool = False) -> int:
         """Check what was loaded, and perhaps hold it to check it again."""
-        version = content.version_of(loaded, step=step) if check else 0
+        version = model.version_of(loaded, step=step) if check else 0
         if hold:
             self._held.append((loaded.step, loaded))
             if len(self._held) > HELD:
@@ -173,7 +283,7 @@ class Reader:
 
     def _check_held(self) -> None:
         step, loaded = self._held.popleft()
-        content.version_of(loaded, step=step)
+        model.version_of(loaded, step=step)
         self.counts["checked again later"] += 1
 
 
@@ -187,14 +297,16 @@ def run(campaign: Campaign, case: Case, folder: Path) -> None:
     with contextlib.ExitStack() as stack:
         readers = [
             stack.enter_context(
-                Child("campaigns.concurrency.readers", directory, folder / "board", f"{seed}/{number}")
+                Child(
+                    "campaigns.concurrency.readers", "read", directory, folder / "board", f"{seed}/{number}"
+                )
             )
             for number in range(options.readers)
         ]
         writer = stack.enter_context(
             Child(
-                "campaigns.concurrency.writer",
-                *(directory, folder / "board", seed, options.saves, path),
+                "campaigns.concurrency.readers",
+                *("write", directory, folder / "board", seed, options.saves, path),
                 *fault_arguments(options),
             )
         )
@@ -215,8 +327,19 @@ def run(campaign: Campaign, case: Case, folder: Path) -> None:
     campaign.require(not temporary, f"the writer left {temporary}")
 
 
-def main() -> None:
-    options = parse_arguments(directory=Path, board=Path, seed=str)
+def _write() -> None:
+    options = parse_arguments(role=str, directory=Path, board=Path, seed=str, saves=int, path=str)
+    if options.path == "buffered":
+        direct_io.FLAG = 0
+    writer = Writer(options.directory, Board(options.board), random.Random(options.seed))
+    for _ in range(options.saves):
+        writer.save()
+    writer.finish()
+    print("saved", flush=True)
+
+
+def _read() -> None:
+    options = parse_arguments(role=str, directory=Path, board=Path, seed=str)
     warnings.simplefilter("error")
     board = Board(options.board)
     reader = Reader(options.directory, board, random.Random(options.seed))
@@ -231,4 +354,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    _write() if sys.argv[1] == "write" else _read()

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 
 from campaigns.campaign import Campaign, Case
-from campaigns.child import Command, Session
+from campaigns.session import Command, Session
 from campaigns.training_run import TrainingRun, reference_digest
 from distrust import CheckpointManager
 
@@ -28,7 +28,6 @@ HANG_SECONDS = 600.0
 
 
 def run(campaign: Campaign, case: Case, folder: Path) -> None:
-    """Start some at once."""
     losers = case.rng.choice([1, 1, 2])
     command = _command(campaign.options.fault)
     runs = [

@@ -3,9 +3,7 @@
 isolated      one case in a process of its own, with its own mounts and limits
 volumes       small file systems in a private mount namespace, and what fills them
 save_checker  saves into a directory, and what must hold after each
-full          disks, inodes and quotas that are used up
-limits        the process's own limits: file size, open files, memory
+resources     disks, inodes, quotas, the process's own limits; devices that fail
 directories   a directory that is removed, replaced, write protected or mounted over
-devices       a block device that fails
 runs          the trainer's loop, and the command ``distrust train``, on such disks
 """

@@ -96,7 +96,6 @@ def _strike_during_save(checker: SaveChecker, name: str, rng: random.Random, ste
 
 
 def _save_foreign(checker: SaveChecker, accident: Accident) -> dict[str, str]:
-    """Have the other writer save; the digests of its files."""
     if accident.writer is None:
         return {}
     for step in (1, 2, 3):

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from campaigns.campaign import CounterExample
-from campaigns.child import Session
 from campaigns.disks import volumes
 from campaigns.disks.volumes import Filler
+from campaigns.session import Session
 from campaigns.training_run import COMMAND, TrainingRun, reference_digest, train_toy
 from distrust import CheckpointManager
 from distrust.errors import DistrustWarning, SaveFailed

@@ -232,7 +232,6 @@ def _same(loaded: Checkpoint, saved: Checkpoint) -> bool:
 
 
 def _resources() -> tuple[int, int]:
-    """The numbers of open files and of threads."""
     descriptors = Path("/proc/self/fd")
     return (len(os.listdir(descriptors)) if descriptors.exists() else 0), threading.active_count()
 

@@ -114,7 +114,6 @@ def _make_overlay(root: Path, home: Path, *, mib: int) -> Path:
 
 
 def mount(source: object, target: Path, *, kind: str, options: str) -> None:
-    """Mount."""
     command("mount", "-t", kind, "-o", options, str(source), str(target))
 
 
@@ -156,7 +155,6 @@ def limit_bytes(root: Path, nbytes: int | None) -> None:
 
 
 def free_bytes(root: Path) -> int:
-    """What a file system reports as free."""
     status = os.statvfs(root)
     return status.f_bavail * status.f_frsize
 
@@ -210,7 +208,6 @@ class Filler:
                 os._exit(0)
 
     def remove(self) -> None:
-        """Free it all."""
         if self._writer is not None:
             os.kill(self._writer, signal.SIGKILL)
             os.waitpid(self._writer, 0)

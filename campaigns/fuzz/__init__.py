@@ -23,8 +23,7 @@ limited and measured by means of Linux.
 families      changes that a reader could fall for, and complete files
 growing       files that cost more than their size suggests
 older         the same for the older formats
-forging       forged files with correct digests
-specimens     the real checkpoints that they are made of
+forging       forged files with correct digests, and the real ones that they are made of
 corruptions   what can happen to any file
 invariants    what must hold for every answer
 readers       the methods to read a file, and what must hold for each
@@ -33,8 +32,7 @@ imports       folders of other programs, and what happens to them
 training      the processes that convert them and resume from the result
 costs, sizes  time and memory, measured and limited
 guided        the coverage-guided engine
-obstacles     things that are no files, in the place of one
-permissions   what a save leaves for others to read
+obstacles     things that are no files, in the place of one; permissions
 
     python -m campaigns.fuzz --seed 1 --seconds 600
     python -m campaigns.fuzz --seed 1 --case 7

@@ -22,14 +22,13 @@ from campaigns.campaign import Campaign, CounterExample, parser, run
 from campaigns.fuzz import (
     costs,
     families,
+    forging,
     growing,
     imports,
     obstacles,
     older,
-    permissions,
     readers,
     sizes,
-    specimens,
     training,
 )
 
@@ -74,7 +73,6 @@ class Plan(NamedTuple):
         return named[number] if number < len(named) else self.random
 
     def makes_processes(self, number: int) -> bool:
-        """Whether a case makes processes of its own."""
         return 0 <= number - len(self.reading) < len(self.measuring)
 
     def folder_step(self, number: int) -> FolderStep | None:
@@ -102,7 +100,7 @@ def _body(campaign: Campaign) -> None:
         if campaign.options.engine == "guided":
             _run_guided(campaign, directory)
             return
-        files = readers.Directory(directory / "files", *specimens.make(directory / "specimens"))
+        files = readers.Directory(directory / "files", *forging.make_specimens(directory / "specimens"))
         if campaign.options.replay is not None:
             campaign.count_all(_read(campaign.options.replay.read_bytes(), files))
         else:
@@ -160,7 +158,6 @@ def _plan(
 
 
 def _read(raw: bytes, files: readers.Directory) -> Counter[str]:
-    """Read one file by every method."""
     counts: Counter[str] = Counter()
     readers.read_in_memory(raw, files.valid, counts)
     files.read(raw, counts)
@@ -229,8 +226,8 @@ def _try_family(family: imports.Family, bench: training.Bench, rng: Random) -> C
 
 
 def _check_permissions(directory: Path, _: Random, counts: Counter[str]) -> None:
-    for umask in permissions.UMASKS:
-        counts["files and directories whose permissions were checked"] += permissions.check(directory, umask)
+    for umask in obstacles.UMASKS:
+        counts["paths whose permissions were checked"] += obstacles.check_permissions(directory, umask)
 
 
 def _play_scenes(directory: Path, _: Random, counts: Counter[str]) -> None:
@@ -244,7 +241,6 @@ def _measure_sizes(files: readers.Directory, name: str, size: int, _: Random, co
 
 
 def _run_guided(campaign: Campaign, directory: Path) -> None:
-    """Run libFuzzer, in a process of its own."""
     if importlib.util.find_spec("atheris") is None:
         print("--engine guided needs atheris: pip install atheris", file=sys.stderr)
         raise SystemExit(2)

@@ -27,8 +27,7 @@ class WritesFile:
 
 
 def clear(path: Path) -> None:
-    """Remove a file, a link or a directory, if it exists."""
-    if path.is_dir() and not path.is_symlink():
+    if os.path.isdir(path) and not os.path.islink(path):  # is_dir raises for a link to a name too long
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

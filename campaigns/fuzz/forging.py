@@ -8,6 +8,7 @@ mistake.
 - :func:`canonical`, :func:`frame`, :func:`sign`, :func:`state_digest`: the parts.
 - :class:`Specimen`: a real checkpoint, parsed.
 - :class:`Draft`: one that is being changed; :meth:`Draft.file` gives its bytes, signed.
+- :func:`make_specimens`: real checkpoints, small, written by the manager.
 - :func:`build`: a file from nothing but tensors, state and run.
 """
 
@@ -19,8 +20,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from blake3 import blake3
 
+from distrust import Checkpoint, CheckpointManager
 from distrust.checkpoint.format import ITEM_SIZES
 
 METADATA = "__metadata__"
@@ -38,7 +41,6 @@ class Tensor(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Its length."""
         items = ITEM_SIZES[self.dtype]
         for dimension in self.shape:
             items *= dimension
@@ -104,7 +106,6 @@ class Specimen:
 
     @classmethod
     def of(cls, path: Path) -> Specimen:
-        """The checkpoint in a file."""
         return cls(path.read_bytes())
 
     @property
@@ -114,7 +115,6 @@ class Specimen:
         return fields
 
     def draft(self) -> Draft:
-        """A copy that can be changed."""
         return Draft(self.fields, self.data)
 
 
@@ -200,3 +200,32 @@ def build(
 
 def _list_all(tensors: Sequence[Tensor]) -> Any:
     return {"d": {"s": {"l": [{"a": tensor.name} for tensor in tensors]}}}
+
+
+def make_specimens(directory: Path) -> tuple[bytes, list[Specimen]]:
+    """The bytes of a valid checkpoint of step 0, and specimens of step 1, written in an empty directory."""
+    with CheckpointManager(directory, keep_last=None) as manager:
+        valid = manager.save(Checkpoint(step=0, model={"a": np.zeros(4, np.float32)})).read_bytes()
+        return valid, [Specimen.of(manager.save(checkpoint)) for checkpoint in _checkpoints()]
+
+
+def _checkpoints() -> list[Checkpoint]:
+    model = {"a": np.arange(4, dtype=np.float32), "b": np.arange(3, dtype=np.uint8)}
+    return [
+        Checkpoint(step=1, model=model, optimizer={"n": [1, (2.5, None)]}, metadata={"m": "x"}),
+        Checkpoint(step=1),
+        Checkpoint(
+            step=1,
+            model={"": np.float64(1.5), "a.b": np.zeros((2, 0, 3), np.int16), "ü": np.ones(5, np.complex64)},
+            optimizer={
+                "state": {0: {"step": np.float32(3), "lr": 0.1}, 1: {}},
+                "groups": [{"betas": (0.9, 0.99)}],
+            },
+            rng={"torch": np.arange(16, dtype=np.uint8), "python": (3, [1, 2], None)},
+            history={"loss": np.linspace(1, 0, 7)},
+            config={"rank": 8, "deep": {True: [1.0, "x", {None: -0.0}]}},
+            metadata={"best_loss": float("inf"), "note": 'say "ü\n"'},
+            metrics={"eval_loss": 0.25},
+            run={"paths": ["a", "b"], "every": 10},
+        ),
+    ]

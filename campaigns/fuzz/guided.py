@@ -28,8 +28,8 @@ with atheris.instrument_imports(
 
 # After the instrumented modules, which these import too.
 from campaigns.campaign import CounterExample  # noqa: E402
-from campaigns.fuzz import families, readers, specimens  # noqa: E402
-from campaigns.fuzz.forging import Specimen  # noqa: E402
+from campaigns.fuzz import families, readers  # noqa: E402
+from campaigns.fuzz.forging import Specimen, make_specimens  # noqa: E402
 
 FINDING = "counterexample"
 COUNTS = "counts.json"
@@ -48,11 +48,10 @@ class Engine:
     def __init__(self, directory: Path) -> None:
         self._directory = directory  # for counts, findings and the files that are read
         self._counts: Counter[str] = Counter()
-        self._readers = readers.Directory(directory / "files", *specimens.make(directory / "specimens"))
+        self._readers = readers.Directory(directory / "files", *make_specimens(directory / "specimens"))
         self.seeds = self._readers.specimens
 
     def execute(self, raw: bytes) -> None:
-        """Read one file."""
         self._counts[EXECUTIONS] += 1
         try:
             readers.read_in_memory(raw, self._readers.valid, self._counts)
@@ -67,7 +66,6 @@ class Engine:
             self._write_counts()
 
     def mutate(self, raw: bytes, max_size: int, seed: int) -> bytes:
-        """Another file made of this one."""
         rng = Random(seed)
         fresh = len(raw) < 8 or rng.random() < _FRESH
         specimen = rng.choice(self.seeds) if fresh else Specimen(raw)

@@ -33,7 +33,6 @@ def bound(nbytes: int) -> float:
 
 
 def seconds() -> float:
-    """Of the processor, in all threads."""
     return time.process_time()
 
 

@@ -207,7 +207,6 @@ class Directory:
 
 
 def verifies(path: Path) -> bool:
-    """Whether a checkpoint is accepted as intact."""
     try:
         catalog.verify(path)
     except CheckpointError:

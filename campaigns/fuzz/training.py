@@ -54,7 +54,6 @@ class Engines:
         )
 
     def run(self, number: int) -> Counter[str]:
-        """Run a case in both."""
         if any(find_spec(name) is None for name in ("torch", "peft", "transformers")):
             return Counter({f"{SKIPPED}: folders of other programs need torch and peft": 1})
         counts: Counter[str] = Counter(self._torch.request(number))
@@ -106,12 +105,10 @@ class Bench:
         gc.freeze()  # imported modules stay: each collection would spend most of its time on them
 
     def run_family(self, family: imports.Family, rng: Random) -> Counter[str]:
-        """Apply one family to each kind of folder."""
         pairs = [(kind, family) for kind in self._fixtures.kinds for _ in range(REPETITIONS)]
         return self._run_pairs(pairs, rng)
 
     def run_random(self, rng: Random) -> Counter[str]:
-        """Apply random families to random kinds of folders."""
         kinds, every_family = [*self._fixtures.kinds], [*imports.FAMILIES.values()]
         pairs = [(rng.choice(kinds), rng.choice(every_family)) for _ in range(RANDOM_FOLDERS)]
         return self._run_pairs(pairs, rng)

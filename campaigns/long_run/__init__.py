@@ -1,7 +1,7 @@
 """Long runs: twenty thousand saves in one process, and nothing grows.
 
 Three runs, each in a process of its own that is asked now and then for its resident memory, the blocks that
-Python has allocated, its open descriptors and its threads (``resources``), and for how long a save took:
+Python has allocated, its open descriptors and its threads (``growth``), and for how long a save took:
 
 saves      saves of a small state, blocking and in the background, with retention by number and by metric
 many       a directory that keeps a thousand checkpoints: how does a save slow down with their number?

@@ -13,7 +13,7 @@ from typing import Any
 
 from campaigns.campaign import Campaign, fault_arguments
 from campaigns.child import Child, parse_arguments
-from campaigns.long_run import growth, resources
+from campaigns.long_run import growth
 
 RECORDS = 64
 WINDOWS = 40
@@ -23,7 +23,6 @@ HISTORY_BYTES = 5 * 8 * 2.125
 
 
 def run(campaign: Campaign, folder: Path) -> list[dict[str, Any]]:
-    """Train; returns the samples."""
     steps = campaign.options.steps
     window = max(2, steps // WINDOWS // 2 * 2)
     arguments = [folder, campaign.options.seed, steps, window, *fault_arguments(campaign.options)]
@@ -46,7 +45,7 @@ class Sampler:
     def __init__(self, window: int) -> None:
         self._window = window
         self._seconds: list[float] = []
-        self._threads = resources.count_threads()
+        self._threads = growth.count_threads()
 
     def __call__(self, event: Any) -> None:
         from distrust.training.events import StepEnded
@@ -62,7 +61,7 @@ class Sampler:
                 "saves": event.step // 2,
                 "steps": event.step,
                 "step": statistics.median(self._seconds),
-                **resources.read(self._threads)._asdict(),
+                **growth.read_resources(self._threads)._asdict(),
             }
             print(json.dumps(sample), flush=True)
             self._seconds.clear()

@@ -20,10 +20,8 @@ accidents     what happens to files
 subjects      the savers of arrays       } one interface: write, resume, expected
 trainers      the trainers               }
 all_subjects  all of them, and their versions
-state         what the savers of arrays save
 worker        the process in which a saver writes and resumes
 processes     the warm process, and the one that is killed
 trials        one trial
-results       the counts, as a table
-plot          the counts, as a picture
+report        the counts, as a table and as a picture
 """

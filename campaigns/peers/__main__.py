@@ -15,11 +15,10 @@ from typing import TextIO
 
 from campaigns import peers
 from campaigns.campaign import Campaign, Case, add_directory, parser, run
-from campaigns.peers import plot
 from campaigns.peers.accidents import KILL
 from campaigns.peers.all_subjects import SUBJECTS, missing_modules, versions
 from campaigns.peers.outcomes import Outcome
-from campaigns.peers.results import Results, markdown
+from campaigns.peers.report import Results, draw, markdown
 from campaigns.peers.trials import CELLS, Bench, Cell, Trial, cell_of
 
 #: Characters of a message in the log.
@@ -131,7 +130,7 @@ def _write_reports(campaign: Campaign, results: Results, package_versions: dict[
         options.markdown.write_text(markdown(results, package_versions, about))
     if options.picture:
         shown = " · ".join(f"{package} {version}" for package, version in package_versions.items())
-        plot.draw(results, options.picture, about=f"{shown} · {about}")
+        draw(results, options.picture, about=f"{shown} · {about}")
 
 
 if __name__ == "__main__":

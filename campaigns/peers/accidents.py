@@ -28,7 +28,6 @@ class Accident:
 
 
 def flip_a_bit(files: Sequence[Path], rng: random.Random) -> str:
-    """Flip one bit of one byte."""
     path, offset = _random_byte(files, rng)
     bit = rng.randrange(8)
     with path.open("r+b") as file:
@@ -54,7 +53,6 @@ def zero_a_tail(files: Sequence[Path], rng: random.Random) -> str:
 
 
 def truncate(files: Sequence[Path], rng: random.Random) -> str:
-    """Cut a file at some byte."""
     path, offset = _random_byte(files, rng)
     size = path.stat().st_size
     with path.open("r+b") as file:
@@ -63,7 +61,6 @@ def truncate(files: Sequence[Path], rng: random.Random) -> str:
 
 
 def remove_a_file(files: Sequence[Path], rng: random.Random) -> str:
-    """Remove one of the files."""
     path = rng.choice(files)
     path.unlink()
     return f"{path.name}: removed"
@@ -91,8 +88,6 @@ def zero_half_an_adapter(files: Sequence[Path], rng: random.Random) -> str:
 
 
 def remove(name: str) -> Strike:
-    """Remove the file of this name."""
-
     def strike(files: Sequence[Path], rng: random.Random) -> str:
         (path,) = (file for file in files if file.name == name)
         path.unlink()

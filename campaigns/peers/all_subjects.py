@@ -27,13 +27,11 @@ SUBJECTS: tuple[Subject, ...] = (
 
 
 def find_subject(name: str) -> Subject:
-    """The subject of that name."""
     (subject,) = (subject for subject in SUBJECTS if subject.name == name)
     return subject
 
 
 def missing_modules(subject: Subject) -> list[str]:
-    """The modules that it needs and that are not installed."""
     return [module for module in subject.modules if not _is_installed(module)]
 
 

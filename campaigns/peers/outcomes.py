@@ -58,12 +58,10 @@ class Reply:
 
     @property
     def says_it(self) -> bool:
-        """Whether it printed something about the damage."""
         return any(SAID.search(word) for word in self.words)
 
     @property
     def message(self) -> str:
-        """The message that a user reads."""
         return self.crashed or self.error or " / ".join(self.words)
 
 

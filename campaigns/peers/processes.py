@@ -47,7 +47,6 @@ class WarmProcess:
 
     @property
     def pid(self) -> int | None:
-        """Of its process, if it runs."""
         return None if self._child is None else self._child.pid
 
     def write(self, directory: Path, mib: int, last: int) -> None:
@@ -55,12 +54,10 @@ class WarmProcess:
         self._require({"verb": "write", "directory": str(directory), "mib": mib, "last": last})
 
     def expected(self, directory: Path, mib: int) -> dict[int, str]:
-        """The proof of every step."""
         answer = self._require({"verb": "expected", "directory": str(directory), "mib": mib})
         return {int(step): proof for step, proof in answer.items()}
 
     def resume(self, directory: Path, mib: int) -> Reply:
-        """Resume from what exists."""
         try:
             answer = self._ask({"verb": "resume", "directory": str(directory), "mib": mib})
         except ChildFailed as error:

@@ -10,12 +10,50 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from campaigns.peers import state
+import numpy as np
+from blake3 import blake3
+
 from campaigns.peers.accidents import COMMON, Accident
+
+TENSORS = 16
+Arrays = dict[str, "np.ndarray[Any, Any]"]
+
+
+def make_state(step: int, mib: int) -> Arrays:
+    """Tensors of so many MiB in total; no two steps share a value."""
+    state: Arrays = {
+        f"layers.{index}.weight": base + np.float32(step) for index, base in enumerate(_bases(mib))
+    }
+    state["step"] = np.array([step], np.int32)
+    return state
+
+
+def step_of(state: Mapping[str, Any]) -> int:
+    """The step that a state contains; -1 if it is damaged."""
+    array = state.get("step")
+    return -1 if array is None or array.size != 1 else int(array.reshape(-1)[0])
+
+
+def proof_of(state: Mapping[str, Any]) -> str:
+    """Digest of the names, dtypes, shapes and bytes of numpy arrays."""
+    digest = blake3()
+    for name, array in sorted(state.items()):
+        digest.update(f"{name} {array.dtype} {array.shape} ".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+@cache
+def _bases(mib: int) -> list[np.ndarray[Any, Any]]:
+    rng = np.random.default_rng(0)
+    columns = mib * 2**20 // (TENSORS * 4 * 64)
+    return [rng.standard_normal((64, columns), np.float32) for _ in range(TENSORS)]
+
 
 #: Called with "begin" or "saved", and the step.
 Report = Callable[[str, int], None]
@@ -61,7 +99,6 @@ class Subject(ABC):
         """The file or folder of a step."""
 
     def files(self, directory: Path, step: int) -> list[Path]:
-        """The files of a step."""
         path = self.path(directory, step)
         return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
 
@@ -72,7 +109,7 @@ class Store(Subject):
     def write(self, directory: Path, mib: int, last: int, report: Report) -> None:
         self.open(directory)
         for step in range(1, last + 1):
-            arrays = self.convert(state.make(step, mib))
+            arrays = self.convert(make_state(step, mib))
             report("begin", step)
             self.save(directory, step, arrays)
             report("saved", step)
@@ -80,10 +117,10 @@ class Store(Subject):
 
     def resume(self, directory: Path, mib: int) -> Resumed:
         loaded = self.load(directory, mib)
-        return None if loaded is None else (state.step_of(loaded), state.proof(loaded))
+        return None if loaded is None else (step_of(loaded), proof_of(loaded))
 
     def expected(self, directory: Path, mib: int) -> dict[int, str]:
-        return {step: state.proof(state.make(step, mib)) for step in range(1, SAVES + 1)}
+        return {step: proof_of(make_state(step, mib)) for step in range(1, SAVES + 1)}
 
     def open(self, directory: Path) -> None:
         """Before the first save."""
@@ -92,7 +129,7 @@ class Store(Subject):
     def close(self) -> None:
         """After the last save."""
 
-    def convert(self, arrays: state.Arrays) -> Any:
+    def convert(self, arrays: Arrays) -> Any:
         """The state in this library's arrays."""
         return arrays
 
@@ -197,7 +234,7 @@ class Torch(SingleFile):
     modules = packages = ("torch",)
     suffix = ".pt"
 
-    def convert(self, arrays: state.Arrays) -> Any:
+    def convert(self, arrays: Arrays) -> Any:
         return _tensors(arrays)
 
     def save(self, directory: Path, step: int, arrays: Any) -> None:
@@ -226,7 +263,7 @@ class Dcp(Store):
     name = "DCP"
     modules = packages = ("torch",)
 
-    def convert(self, arrays: state.Arrays) -> Any:
+    def convert(self, arrays: Arrays) -> Any:
         return _tensors(arrays)
 
     def save(self, directory: Path, step: int, arrays: Any) -> None:
@@ -237,7 +274,7 @@ class Dcp(Store):
         newest = max(complete, key=lambda folder: int(folder.name.split("-")[1]), default=None)
         if newest is None:
             return None
-        target = _tensors({name: array * 0 for name, array in state.make(0, mib).items()})
+        target = _tensors({name: array * 0 for name, array in make_state(0, mib).items()})
         _dcp().load(target, checkpoint_id=newest, no_dist=True)
         return _arrays(target)
 
@@ -269,7 +306,7 @@ class Orbax(Store):
     def close(self) -> None:
         self.manager.close()
 
-    def convert(self, arrays: state.Arrays) -> Any:
+    def convert(self, arrays: Arrays) -> Any:
         import jax
 
         return jax.block_until_ready(jax.tree.map(jax.numpy.asarray, arrays))
@@ -289,7 +326,7 @@ class Orbax(Store):
             newest = manager.latest_step()
             if newest is None:
                 return None
-            target = jax.tree.map(ocp.utils.to_shape_dtype_struct, self.convert(state.make(0, mib)))
+            target = jax.tree.map(ocp.utils.to_shape_dtype_struct, self.convert(make_state(0, mib)))
             loaded = manager.restore(newest, args=ocp.args.StandardRestore(target))
         return {name: np.asarray(array) for name, array in loaded.items()}
 
@@ -303,7 +340,7 @@ def _tensors(arrays: Mapping[str, Any]) -> Any:
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-def _arrays(tensors: Mapping[str, Any]) -> state.Arrays:
+def _arrays(tensors: Mapping[str, Any]) -> Arrays:
     return {name: tensor.numpy() for name, tensor in tensors.items()}
 
 

@@ -90,7 +90,6 @@ class Bench:
         self._stack.close()
 
     def run_trial(self, accident: Accident, rng: random.Random) -> Trial:
-        """Run one trial."""
         folder = self._folder / "trial"
         folder.mkdir()
         try:

@@ -75,7 +75,6 @@ def _resume(subject: Subject, directory: Path, mib: int) -> dict[str, Any]:
 
 
 def _error_chain(error: BaseException | None) -> Iterator[str]:
-    """The error, and its causes."""
     while error is not None:
         yield f"{type(error).__name__}: {error}"
         error = error.__cause__ or error.__context__

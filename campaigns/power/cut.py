@@ -139,7 +139,6 @@ class World:
             self.names[path] = self._durable[path] = node
 
     def apply(self, operation: Operation) -> None:
-        """Take an operation into account."""
         match operation:
             case MakeDirectory(path):
                 self._change(_Change(None, path, self._new_node(None)))

@@ -28,7 +28,6 @@ class Version(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of its file."""
         return self.saved.name
 
     def checkpoint(self) -> Checkpoint:
@@ -64,7 +63,6 @@ Event = Operation | Began | Reported | RulesChanged
 
 
 def describe_event(event: Event) -> str:
-    """The operation and the names of its files."""
     paths = [field.name for field in event if isinstance(field, Path)]
     return " ".join([type(event).__name__, *paths])
 
@@ -145,7 +143,6 @@ class Program:
         self._manager: CheckpointManager
 
     def run(self) -> None:
-        """Run it, from the first opening to the last save."""
         self._start()
         for _ in range(self._rng.randint(3, 7)):
             actions = [self._save, self._clean_up, self._restart, self._die]

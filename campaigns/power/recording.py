@@ -16,69 +16,49 @@ from distrust.checkpoint.disk import Disk
 
 
 class MakeDirectory(NamedTuple):
-    """A directory was made; its name is not yet durable."""
-
-    path: Path
+    path: Path  # its name is not yet durable
 
 
 class Create(NamedTuple):
-    """A file was made; its name is not yet durable."""
-
-    path: Path
-    file: int
+    path: Path  # its name is not yet durable
+    file: int  # a number for the operations on it
 
 
 class Reserve(NamedTuple):
-    """Space was allocated: the file has at least that size, and zeros where nothing was written."""
-
     file: int
-    size: int
+    size: int  # at least; zeros where nothing was written
 
 
 class Write(NamedTuple):
-    """Bytes were written."""
-
     file: int
     offset: int
     content: bytes
 
 
 class Truncate(NamedTuple):
-    """The size was set."""
-
     file: int
-    size: int
+    size: int  # exactly
 
 
 class Sync(NamedTuple):
-    """All that was written to the file is durable; its name may not be."""
-
-    file: int
+    file: int  # its content is durable; its name may not be
 
 
 class SyncFailed(NamedTuple):
-    """What was written may have been dropped, and no later sync brings it back."""
-
-    file: int
+    file: int  # its content may have been dropped, and no later sync brings it back
 
 
 class Rename(NamedTuple):
-    """A file has another name, not yet durably."""
-
     source: Path
-    target: Path
+    target: Path  # not yet durably
 
 
 class Unlink(NamedTuple):
-    """A name is removed, not yet durably."""
-
-    path: Path
+    path: Path  # not yet durably
 
 
 class SyncDirectory(NamedTuple):
-    """The names in a directory are durable."""
-
-    path: Path
+    path: Path  # the names in it are durable
 
 
 Operation = (

@@ -212,7 +212,6 @@ def small_blocks(*, buffered: bool) -> Iterator[None]:
 def search(
     campaign: Campaign, leave_out: Callable[[Operation], bool], program: type[Program] = Program
 ) -> None:
-    """Run all cases of a campaign, in memory if possible."""
     checked: dict[bytes, list[Version]] = {}
     disks: set[bytes] = set()
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None

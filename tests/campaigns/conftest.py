@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from campaigns import training_run
-from campaigns.child import Command, Forks
+from campaigns.session import Command, Forks
 
 HERE = Path(__file__).parent
 

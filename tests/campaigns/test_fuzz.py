@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from campaigns.campaign import CounterExample
-from campaigns.fuzz import converting, families, forging, growing, imports, older, readers, specimens
+from campaigns.fuzz import converting, families, forging, growing, imports, older, readers
 from campaigns.fuzz.__main__ import Plan
 from distrust.importers.convert import ConvertedCheckpoint
 
@@ -60,7 +60,7 @@ if __name__ == "__main__":
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hostile")
-    return readers.Directory(folder / "files", *specimens.make(folder / "specimens"))
+    return readers.Directory(folder / "files", *forging.make_specimens(folder / "specimens"))
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,11 @@ import signal
 
 import pytest
 
-from campaigns.peers import accidents, all_subjects, state
+from campaigns.peers import accidents, all_subjects
 from campaigns.peers.__main__ import main
 from campaigns.peers.outcomes import Outcome, Reply, classify
 from campaigns.peers.processes import WarmProcess
-from campaigns.peers.subjects import Safetensors, SafetensorsSame
+from campaigns.peers.subjects import Safetensors, SafetensorsSame, make_state, proof_of
 from campaigns.peers.trials import CELLS, resume_after_kill
 
 EXPECTED = {1: "one", 2: "two", 3: "three"}
@@ -144,7 +144,7 @@ def test_a_saver_that_takes_its_process_down(tmp_path):
         assert warm.resume(tmp_path, 1).step == 2
         os.kill(warm.pid, signal.SIGKILL)
         assert warm.resume(tmp_path, 1).crashed.startswith("ended with -9")
-        assert warm.resume(tmp_path, 1) == Reply(2, state.proof(state.make(2, 1)), directory=str(tmp_path))
+        assert warm.resume(tmp_path, 1) == Reply(2, proof_of(make_state(2, 1)), directory=str(tmp_path))
 
 
 def test_it_finds_ours_without_its_digests_and_finds_it_again(tmp_path, capsys):
