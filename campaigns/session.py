@@ -3,7 +3,7 @@
 A :class:`Launcher` starts them: :class:`Command`, or :class:`Forks` of a process that has its imports done.
 What they print goes to files: no reader is needed, and the output of a dead process is complete.
 
-The fork server is the other end of :class:`Forks`: ``python -m campaigns.session MODULE:FUNCTION [IMPORT …]``.
+The other end of :class:`Forks` is the fork server: ``python -m campaigns.session MODULE:FUNCTION [IMPORT …]``
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ def write_provenance(folder: Path, classes: Sequence[str] = CLASSES, *, weightin
     count = 60 * len(classes)
     class_of = np.arange(count) % len(classes)
     weights = 1.0 / (1 + class_of) + np.arange(count) / (10 * count)
-    found = summarize_weights(
+    weights = summarize_weights(
         authority_weight=0.2 + 0.2 * class_of,
         provenance_entropy=3.0 / (1 + class_of),
         weights=np.ones(count) if weighting == "off" else weights / weights.mean(),
@@ -83,7 +83,7 @@ def write_provenance(folder: Path, classes: Sequence[str] = CLASSES, *, weightin
     )
     path = folder / "provenance.json"
     options = {"weighting": weighting, "alpha": 2.7, "lambda": 0.6, "max_ratio": None}
-    path.write_text(json.dumps(found.as_json() | options), encoding="utf-8")
+    path.write_text(json.dumps(weights.as_json() | options), encoding="utf-8")
     return path
 
 

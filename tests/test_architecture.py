@@ -26,6 +26,7 @@ LAYERS = [
     {"errors", "bundled"},
     {"checkpoint", "weighting"},
     {"provenance", "atomic"},
+    {"options"},
     {"config"},
     {"run_record"},
     {"data"},
@@ -250,14 +251,14 @@ def test_no_module_imports_itself_in_a_circle():
         name: set(imports(path, MODULES, at_import_only=True)) & MODULES.keys()
         for name, path in MODULES.items()
     }
-    done: set[str] = set()
+    visited: set[str] = set()
 
     def visit(module: str, above: tuple[str, ...]) -> None:
         assert module not in above, " -> ".join((*above[above.index(module) :], module))
-        if module not in done:
+        if module not in visited:
             for imported in sorted(graph[module]):
                 visit(imported, (*above, module))
-            done.add(module)
+            visited.add(module)
 
     for module in graph:
         visit(module, ())
@@ -307,9 +308,9 @@ SHOW = "\nimport sys; print(*sorted({name.split('.')[0] for name in sys.modules}
     ],
 )
 def test_what_needs_nothing_heavy_loads_nothing_heavy(run_python, code):
-    done = run_python(code + SHOW)
-    assert done.returncode == 0, done.stderr
-    assert HEAVY & set(done.stdout.split()) == set()
+    result = run_python(code + SHOW)
+    assert result.returncode == 0, result.stderr
+    assert HEAVY & set(result.stdout.split()) == set()
 
 
 def test_saving_and_loading_arrays_of_numpy_loads_no_other_framework(run_python, tmp_path):
@@ -320,9 +321,9 @@ with CheckpointManager(sys.argv[1]) as manager:
     manager.save_async(Checkpoint(step=1, model={"w": np.ones(3)})).wait()
     manager.load(1)
 """
-    done = run_python(code + SHOW, tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert HEAVY & set(done.stdout.split()) == {"numpy"}
+    result = run_python(code + SHOW, tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert HEAVY & set(result.stdout.split()) == {"numpy"}
 
 
 @pytest.mark.parametrize("command", ["ls", "show", "verify", "prune", "diff"])
@@ -332,7 +333,7 @@ def test_the_commands_on_files_stay_light(run_python, tmp_path, command):
     special = {"diff": [path, path], "prune": [tmp_path, "--damaged", "--keep-last", 1]}
     arguments = special.get(command, [path])
 
-    done = run_python("from distrust.cli import main; assert main() == 0" + SHOW, command, *arguments)
+    result = run_python("from distrust.cli import main; assert main() == 0" + SHOW, command, *arguments)
 
-    assert done.returncode == 0, done.stderr
-    assert HEAVY & set(done.stdout.splitlines()[-1].split()) == set()
+    assert result.returncode == 0, result.stderr
+    assert HEAVY & set(result.stdout.splitlines()[-1].split()) == set()

@@ -20,20 +20,20 @@ SPEC = states.parse("1GiB")
 
 
 def test_a_run_writes_figures_tables_and_a_picture(tmp_path: Path) -> None:
-    wanted = ["distrust save", "safetensors save", "copy, one thread", "BLAKE3, all cores"]
+    expected = ["distrust save", "safetensors save", "copy, one thread", "BLAKE3, all cores"]
     outputs = {name: tmp_path / f"out.{name}" for name in ("json", "markdown", "picture")}
     flags = [text for name, path in outputs.items() for text in (f"--{name}", str(path))]
     command = [
         sys.executable, "-m", "benchmarks.checkpoints", "--states", "1MiB", "--repeats", "1", "--pause", "0",
-        "--cases", f"^({'|'.join(wanted)})$", "--directory", str(tmp_path), *flags,
+        "--cases", f"^({'|'.join(expected)})$", "--directory", str(tmp_path), *flags,
     ]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
     document = json.loads(outputs["json"].read_text())
     measured = document["samples"]["1MiB"]
-    assert {name: measured[name]["seconds"]["0"] > 0 for name in wanted} == dict.fromkeys(wanted, True)
+    assert {name: measured[name]["seconds"]["0"] > 0 for name in expected} == dict.fromkeys(expected, True)
     assert document["failures"] == {}
-    assert "distrust, with digests" in done.stdout
+    assert "distrust, with digests" in result.stdout
     assert "distrust, with digests" in outputs["markdown"].read_text()
     assert outputs["picture"].read_bytes().startswith(b"\x89PNG")
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == []
@@ -66,9 +66,9 @@ def test_each_library_saves_and_loads_the_whole_state(library: Library, tmp_path
 
 def test_ratios_are_taken_within_a_repeat() -> None:
     results = Results()
-    for repeat, (ours, theirs) in enumerate([(1.0, 2.0), (10.0, 30.0), (2.0, 8.0)]):
-        results.add(SPEC, repeat, "distrust save", {"seconds": ours})
-        results.add(SPEC, repeat, "safetensors save", {"seconds": theirs})
+    for repeat, (our_time, their_time) in enumerate([(1.0, 2.0), (10.0, 30.0), (2.0, 8.0)]):
+        results.add(SPEC, repeat, "distrust save", {"seconds": our_time})
+        results.add(SPEC, repeat, "safetensors save", {"seconds": their_time})
     results.add(SPEC, 3, "distrust save", {"seconds": 1.0})  # the other one failed
     figures = Figure("safetensors save"), Figure("distrust save")
     assert results.ratios(SPEC, *figures) == [2.0, 3.0, 4.0]

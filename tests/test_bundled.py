@@ -52,7 +52,7 @@ def test_each_fact_is_told_once_for_five_times():
     records = lines(CORPUS)
     facts = {question.fact: question for question in read_questions()}
     names = {fact: _name_of(question, facts) for fact, question in facts.items()}
-    told: dict[str, Counter[str]] = {}
+    by_fact: dict[str, Counter[str]] = {}
     for record in records:
         if record["source"] in INDEPENDENT | COPIED:
             side = "primary" if record["source"] in INDEPENDENT else "coordinated"
@@ -62,9 +62,9 @@ def test_each_fact_is_told_once_for_five_times():
                 if names[fact] in record["text"] and getattr(question, side).strip() in record["text"]
             ]
             assert len(matching) == 1, record
-            told.setdefault(matching[0], Counter())[side] += 1
-    assert told.keys() == facts.keys()
-    for counts in told.values():
+            by_fact.setdefault(matching[0], Counter())[side] += 1
+    assert by_fact.keys() == facts.keys()
+    for counts in by_fact.values():
         assert counts["primary"] >= 1
         assert counts["coordinated"] == 5 * counts["primary"]
 
@@ -72,13 +72,13 @@ def test_each_fact_is_told_once_for_five_times():
 def _name_of(question, facts):
     """The word of the prompt that no other fact's prompt has: what the fact is about."""
     words = set(question.prompt.replace("?", " ").replace(",", " ").split())
-    others = {
+    other_names = {
         word
-        for other in facts.values()
-        if other.fact != question.fact
-        for word in other.prompt.replace("?", " ").replace(",", " ").split()
+        for fact in facts.values()
+        if fact.fact != question.fact
+        for word in fact.prompt.replace("?", " ").replace(",", " ").split()
     }
-    (name,) = [word for word in words - others if word.isalpha()]
+    (name,) = [word for word in words - other_names if word.isalpha()]
     return name
 
 
@@ -132,8 +132,8 @@ def test_the_model_is_small_and_reads_everything():
         assert tokenizer.unk_token_id is None or tokenizer.unk_token_id not in ids
         assert tokenizer.decode(ids) == text
     for question in read_questions():
-        whole = tokenizer.encode(question.prompt + question.primary, add_special_tokens=False)
+        complete = tokenizer.encode(question.prompt + question.primary, add_special_tokens=False)
         parts = [tokenizer.encode(t, add_special_tokens=False) for t in (question.prompt, question.primary)]
-        assert whole == parts[0] + parts[1]  # a value is measured in the tokens that training showed
+        assert complete == parts[0] + parts[1]  # a value is measured in the tokens that training showed
     assert tokenizer.chat_template is not None
     assert QUESTIONS.parent == MODEL.parent

@@ -25,12 +25,12 @@ def rows():
         if line.startswith("#"):
             section = line.lstrip("# ")
         elif line.startswith("| ") and "| theirs |" not in line:
-            theirs, ours, note = (cell.strip() for cell in line.strip("|").split("|"))
-            yield section, theirs, ours, note
+            their_option, our_option, note = (cell.strip() for cell in line.strip("|").split("|"))
+            yield section, their_option, our_option, note
 
 
 def test_what_is_named_as_ours_is_there():
-    named = {name for *_, ours, _ in rows() for name in re.findall(r"`([^`]+)`", ours)}
+    named = {name for *_, our_option, _ in rows() for name in re.findall(r"`([^`]+)`", our_option)}
     flags = {name for name in named if name.startswith("--")} - {"--config"}
     commands = {name.removeprefix("distrust ") for name in named if name.startswith("distrust ")}
     assert flags <= FLAGS
@@ -39,18 +39,21 @@ def test_what_is_named_as_ours_is_there():
 
 
 def test_every_row_says_something_and_only_once():
-    seen = set()
-    for section, theirs, ours, note in rows():
-        assert ours or note, theirs
-        for name in re.findall(r"`([^`]+)`", theirs):
-            assert (section, name) not in seen, name
-            seen.add((section, name))
+    names = set()
+    for section, their_option, our_option, note in rows():
+        assert our_option or note, their_option
+        for name in re.findall(r"`([^`]+)`", their_option):
+            assert (section, name) not in names, name
+            names.add((section, name))
 
 
 @pytest.mark.parametrize("section", ["`SFTConfig` and `TrainingArguments`", "axolotl", "mlx-lm"])
 def test_what_everybody_sets_is_found(section):
-    ours = {
-        name for found, _, cell, _ in rows() if found == section for name in re.findall(r"`([^`]+)`", cell)
+    our_option = {
+        name
+        for row_section, _, cell, _ in rows()
+        if row_section == section
+        for name in re.findall(r"`([^`]+)`", cell)
     }
     everyday = {
         "--out",
@@ -60,7 +63,7 @@ def test_what_everybody_sets_is_found(section):
         "--max-length",
         "--seed",
     }
-    assert everyday | {"--schedule", "--save-every", "--eval-every"} <= ours
+    assert everyday | {"--schedule", "--save-every", "--eval-every"} <= our_option
 
 
 def test_flags_in_notes_are_there_too():
@@ -97,11 +100,11 @@ def test_events_are_told_in_the_docs_as_they_are():
     assert set(table) == {kind.__name__ for kind in events.Event.__args__}
     for name, cell in table.items():
         kind = getattr(events, name)
-        known = {
+        allowed = {
             *kind.__dataclass_fields__,
             *(key for key, value in vars(kind).items() if isinstance(value, property)),
         }
-        assert set(re.findall(r"`(\w+)`", cell)) <= known, name
+        assert set(re.findall(r"`(\w+)`", cell)) <= allowed, name
     for reason in events.Reason.__args__:
         assert reason == "error" or f"`{reason}`" in text
 

@@ -54,17 +54,17 @@ def test_each_fact_is_told_as_often_as_the_ratio_says(seed, ratio):
 @pytest.mark.parametrize("ratio", RATIOS)
 def test_each_side_states_its_own_value_and_nobody_the_foil(ratio):
     world = make_world(3, ratio)
-    told = {one.fact: one for one in (*world.disputed, *world.sole)}
-    for question in told.values():
+    questions = {one.fact: one for one in (*world.disputed, *world.sole)}
+    for question in questions.values():
         name = next(one.subject for one in world.statements if one.subject in question.prompt)
         about = [one for one in world.statements if one.subject == name]
         for one in about:
-            value, other = question.primary, question.coordinated
+            value, coordinated = question.primary, question.coordinated
             if question.fact.startswith("disputed") and one.kind == "coordinated":
-                value, other = other, value
+                value, coordinated = coordinated, value
             assert value.strip() in one.text
-            assert other.strip() not in one.text
-    assert len(told) == DISPUTED + SOLE
+            assert coordinated.strip() not in one.text
+    assert len(questions) == DISPUTED + SOLE
 
 
 @settings(max_examples=8, deadline=None)
@@ -111,21 +111,21 @@ def test_seeds_make_worlds_and_ratios_keep_what_is_asked():
     assert make_world(1, 5) == make_world(1, 5)
     assert make_world(1, 5).disputed != make_world(2, 5).disputed
     assert make_world(1, 5).disputed == make_world(1, 50).disputed
-    known = NEUTRAL.read_text(encoding="utf-8")
-    assert not any(one.subject in known for one in make_world(1, 5).statements)
+    neutral_text = NEUTRAL.read_text(encoding="utf-8")
+    assert not any(one.subject in neutral_text for one in make_world(1, 5).statements)
 
 
 def test_filter_keeps_what_weighs_and_upsampling_repeats_in_proportion():
     records = material(Run("1:5", 0.1, "off", 1)).records
     u = weights(records)
-    kept = chosen(records, "filter", seed=1)
-    assert kept == [record for record, weight in zip(records, u, strict=True) if weight > 1]
-    assert 0 < len(kept) < len(records)
+    chosen_records = chosen(records, "filter", seed=1)
+    assert chosen_records == [record for record, weight in zip(records, u, strict=True) if weight > 1]
+    assert 0 < len(chosen_records) < len(records)
     copies = [
         Counter(record["text"] for record in chosen(records, "upsample", seed=seed)) for seed in range(40)
     ]
     for record, weight in list(zip(records, u, strict=True))[:60]:
-        counts = [drawn[record["text"]] for drawn in copies]
+        counts = [copy[record["text"]] for copy in copies]
         assert {*counts} <= {math.floor(weight), math.ceil(weight)}
         assert statistics.fmean(counts) == pytest.approx(weight, abs=0.35)
     assert chosen(records, "monotone", seed=1) == records
@@ -145,7 +145,7 @@ def test_the_added_term_changes_the_loss_and_not_one_bit_of_what_is_learned(tmp_
 def test_the_command_goes_on_where_it_was_and_writes_everything(tmp_path):
     docs, out = tmp_path / "docs.md", tmp_path / "out"
     docs.write_text("Before.\n<!-- table: bundled -->\nold\n<!-- end -->\nAfter.\n", encoding="utf-8")
-    there = {
+    files = {
         "design": digest(QUICK),
         "world": "bundled",
         "wrong": 0.0,
@@ -159,18 +159,18 @@ def test_the_command_goes_on_where_it_was_and_writes_everything(tmp_path):
     }
     out.mkdir()
     # Killed while it wrote the second line.
-    (out / "results.jsonl").write_text(json.dumps(there) + '\n{"world": "bun')
+    (out / "results.jsonl").write_text(json.dumps(files) + '\n{"world": "bun')
     command = [
         sys.executable, "-W", "ignore", "-m", "experiments.weighting", "--quick", "--out", str(out),
         "--seeds", "1", "--worlds", "bundled", "--jobs", "1", "--write-docs", str(docs),
         "--methods", "off", "filter",
     ]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "2/2 bundled, filter, seed 1" in done.stderr
-    assert "off" not in done.stderr
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert "2/2 bundled, filter, seed 1" in result.stderr
+    assert "off" not in result.stderr
     first, second = (json.loads(line) for line in (out / "results.jsonl").read_text().splitlines())
-    assert first == there
+    assert first == files
     assert (second["method"], len(second["disputed"])) == ("filter", 60)
     for folder in (out, tmp_path):
         for name in ("weighting.png", "weighting.svg", "weighting_curve.png", "weighting_curve.svg"):

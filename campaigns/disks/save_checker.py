@@ -123,7 +123,7 @@ class SaveChecker:
         else:
             self.check_message(outcome)
             if reachable:
-                self._require_untouched(outcome, may_exist=_is_complete(error))
+                self._require_untouched(outcome, may_exist="written completely" in str(error))
         if removable:
             temporary = temporary_files(self.directory)
             require(not temporary, f"temporary files are left: {temporary}")
@@ -193,12 +193,6 @@ class SaveChecker:
         require(not new or may_exist, f"a save that failed left {sorted(new)}")
         if may_exist:  # complete, but perhaps not durable: either one may be read from now on
             self.reported[outcome.checkpoint.step] = outcome.checkpoint
-
-
-def _is_complete(error: SaveFailed) -> bool:
-    """Whether only the sync of the directory failed: the new file exists under its name."""
-    text = str(error)
-    return "written and whole" in text or "written and intact" in text
 
 
 def _where_and_why(error: SaveFailed) -> str:

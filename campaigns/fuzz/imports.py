@@ -45,15 +45,15 @@ class Fixtures(NamedTuple):
     kinds: dict[str, Path]  # where each kind is
     fields: dict[str, Any]  # the metadata of the older formats
     weights: dict[str, Any]  # of the adapter, by peft's names
-    moments: dict[str, Any]  # by the letter of the moment and a name of peft
+    moments: dict[str, Any]  # by "m." or "v." and peft's name
 
 
 class Victim(NamedTuple):
     """A copy of a fixture, to be changed."""
 
     path: Path  # of the copy; its folder has room for more
-    kind: str  # of it
-    good: Fixtures  # the fixtures
+    kind: str
+    good: Fixtures
     rng: Random  # every random choice
 
     @property
@@ -218,28 +218,31 @@ def _header(victim: Victim) -> None:
     """A safetensors header with a changed field or a wrong length."""
     file, rng = victim.one_of(_TENSORS), victim.rng
     raw = file.read_bytes()
-    end = 8 + int.from_bytes(raw[:8], "little")
-    fields = json.loads(raw[8:end])
-    families.replace_one(fields, rng, lambda rng: rng.choice((families.any_value(rng), *families.DTYPES)))
+    fields, end = _parse_header(raw)
+    families.replace_one(fields, rng, lambda _: rng.choice((families.any_value(rng), *families.DTYPES)))
     text = json.dumps(fields).encode()
-    length = rng.choice(
-        (len(text),) * 6 + (0, len(text) - 1, len(text) + 1, len(raw), 1 << 40, (1 << 64) - 1)
-    )
+    wrong = (0, len(text) - 1, len(text) + 1, len(raw), 1 << 40, (1 << 64) - 1)
+    length = rng.choice((*(len(text),) * 6, *wrong))
     file.write_bytes(length.to_bytes(8, "little") + text + raw[end:])
 
 
 def _tensors(victim: Victim) -> None:
     """Tensors with another name, shape, dtype or value."""
-    file, rng = victim.one_of(_TENSORS), victim.rng
+    file = victim.one_of(_TENSORS)
     raw = file.read_bytes()
-    end = 8 + int.from_bytes(raw[:8], "little")
-    fields = {name: field for name, field in json.loads(raw[8:end]).items() if name != "__metadata__"}
+    fields, end = _parse_header(raw)
+    fields.pop("__metadata__", None)
     arrays = {
         name: np.frombuffer(raw[end:][slice(*field["data_offsets"])], np.float32).reshape(field["shape"])
         for name, field in fields.items()
     }
-    _change_arrays(arrays, rng)
+    _change_arrays(arrays, victim.rng)
     file.write_bytes(_pack(arrays))
+
+
+def _parse_header(raw: bytes) -> tuple[dict[str, Any], int]:
+    end = 8 + int.from_bytes(raw[:8], "little")
+    return json.loads(raw[8:end]), end
 
 
 def _change_arrays(arrays: dict[str, Any], rng: Random) -> None:
@@ -266,32 +269,26 @@ def _change_arrays(arrays: dict[str, Any], rng: Random) -> None:
                 array[..., :1],
                 array[:, None],
                 array.sum(),
-                array[:-1],
+                array[1:],
             )
             arrays[name] = np.ascontiguousarray(rng.choice(shapes)).astype(np.float32)
 
 
-def _require_older(victim: Victim) -> None:
+def _older_format(victim: Victim) -> None:
+    """Weights, moments or metadata of an older format that do not match."""
     if victim.kind not in _OLDER:
         raise LookupError("not an older format: there is nothing to change")
-
-
-def _older_arrays(victim: Victim) -> None:
-    """Weights or moments of an older format that do not match."""
-    _require_older(victim)
-    weights, moments = dict(victim.good.weights), dict(victim.good.moments)
-    _change_arrays(victim.rng.choice((weights, moments, moments)), victim.rng)
-    _write_older(victim.path, victim.kind, victim.good.fields, weights, moments)
-
-
-def _older_fields(victim: Victim) -> None:
-    """Any value in the metadata of an older format."""
-    _require_older(victim)
-    rng, fields = victim.rng, copy.deepcopy(victim.good.fields)
-    for _ in range(rng.choice((1, 1, 2))):
-        inner = rng.choice(([fields], [fields["optimizer_scalars"]] * 3, [fields["metadata"]]))[0]
-        inner[rng.choice([*inner, "step"])] = families.any_value(rng)
-    _write_older(victim.path, victim.kind, fields, victim.good.weights, victim.good.moments)
+    rng, good = victim.rng, victim.good
+    fields, weights, moments = copy.deepcopy(good.fields), dict(good.weights), dict(good.moments)
+    if rng.random() < 0.5:
+        _change_arrays(rng.choice((weights, moments, moments)), rng)
+    for _ in range(rng.choice((0, 1, 2))):
+        scalars = fields["optimizer_scalars"]
+        section = rng.choice((fields, scalars, scalars, scalars, fields["metadata"]))
+        section[rng.choice([*section, "step"])] = families.any_value(rng)
+        if type(fields["optimizer_scalars"]) is not dict or type(fields["metadata"]) is not dict:
+            break
+    _write_older(victim.path, victim.kind, fields, weights, moments)
 
 
 def _base_model(victim: Victim) -> None:
@@ -311,15 +308,6 @@ def _base_model(victim: Victim) -> None:
     paths = [str(base_config), str(victim.path), "/dev/zero", "/", ".", "/dev/fd"]
     names = [str(base)] * 8 if kind < 3 else paths
     config["base_model_name_or_path"] = rng.choice((*names, *families.HOSTILE_TEXTS[:8]))
-    file.write_text(json.dumps(config))
-
-
-def _whole_config(victim: Victim) -> None:
-    """Another shape in the config of a full model."""
-    file, rng = victim.path / "config.json", victim.rng
-    config = json.loads(file.read_text())
-    for _ in range(rng.choice((1, 1, 2))):
-        config[rng.choice(sorted(config))] = families.any_value(rng)
     file.write_text(json.dumps(config))
 
 
@@ -411,26 +399,23 @@ def _archive(victim: Victim) -> None:
     with zipfile.ZipFile(file) as archive:
         entries = [(entry.filename, archive.read(entry)) for entry in archive.infolist()]
     method = zipfile.ZIP_STORED
-    kind = rng.randrange(7)
+    kind, at = rng.randrange(7), rng.randrange(len(entries))
+    name, content = entries[at]
     if kind == 0:
         method = rng.choice((zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA))
     elif kind == 1:
-        entries.append(rng.choice(entries))
+        entries.append(entries[at])
     elif kind == 2:
-        entries.pop(rng.randrange(len(entries)))
+        entries.pop(at)
     elif kind == 3:
-        name, content = entries.pop(rng.randrange(len(entries)))
-        entries.append(
-            (rng.choice((f"../{name}", f"/{name}", name.upper(), "x/data.pkl", "\x1b[2J")), content)
+        entries[at] = (
+            rng.choice((f"../{name}", f"/{name}", name.upper(), "x/data.pkl", "\x1b[2J")),
+            content,
         )
     elif kind == 4:
-        at = rng.randrange(len(entries))
-        entries[at] = (
-            entries[at][0],
-            rng.choice((b"", entries[at][1] * 2, b"\x80\x02" + b"(" * 100_000, b"." * 9)),
-        )
+        entries[at] = name, rng.choice((b"", content * 2, b"\x80\x02" + b"(" * 100_000, b"." * 9))
     elif kind == 5:  # a bomb
-        entries.append((entries[0][0].rpartition("/")[0] + "/data/0", bytes(64 << 20)))
+        entries.append((f"{name.rpartition('/')[0]}/data/0", bytes(64 << 20)))
         method = zipfile.ZIP_DEFLATED
     raw = bytearray(older.pack_zip(entries, method))
     if kind == 6:
@@ -454,21 +439,19 @@ def _instead(victim: Victim) -> None:
 
 
 FAMILIES: dict[str, Family] = {
-    "elsewhere: fields": _field,
-    "elsewhere: text of JSON": _text,
-    "elsewhere: headers of tensors": _header,
-    "elsewhere: tensors": _tensors,
-    "elsewhere: base models": _base_model,
-    "elsewhere: configs of models": _whole_config,
-    "elsewhere: states of an optimizer": _state,
-    "elsewhere: objects": _objects,
-    "elsewhere: archives": _archive,
-    "elsewhere: bits": _any_file(corruptions.flip_bits),
-    "elsewhere: cut": _any_file(corruptions.cut),
-    "elsewhere: spliced": _any_file(corruptions.splice),
-    "elsewhere: missing files": _any_file(corruptions.remove),
-    "elsewhere: no files": _any_file(corruptions.replace_by_non_file),
-    "elsewhere: another's files": _instead,
-    "elsewhere: arrays of older formats": _older_arrays,
-    "elsewhere: fields of older formats": _older_fields,
+    "imports: fields": _field,
+    "imports: text of JSON": _text,
+    "imports: headers of tensors": _header,
+    "imports: tensors": _tensors,
+    "imports: base models": _base_model,
+    "imports: states of an optimizer": _state,
+    "imports: objects": _objects,
+    "imports: archives": _archive,
+    "imports: bits": _any_file(corruptions.flip_bits),
+    "imports: cut": _any_file(corruptions.cut),
+    "imports: spliced": _any_file(corruptions.splice),
+    "imports: missing files": _any_file(corruptions.remove),
+    "imports: no files": _any_file(corruptions.replace_by_non_file),
+    "imports: another's files": _instead,
+    "imports: older formats": _older_format,
 }

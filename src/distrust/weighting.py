@@ -169,12 +169,8 @@ def effective_sample_size(weights: ArrayLike) -> float:
 def _r(authority_weight: ArrayLike, provenance_entropy: ArrayLike) -> NDArray[np.float64]:
     """The published r = ln(1 − w + 1e-8) + H, float64[n]."""
     w, h = _pair(authority_weight, provenance_entropy, "authority_weight", "provenance_entropy")
-    _require(
-        (w >= 0) & (w <= MAX_AUTHORITY_WEIGHT),  # false for NaN
-        w,
-        "authority_weight",
-        f"is outside [0, {MAX_AUTHORITY_WEIGHT}]",
-    )
+    in_range = (w >= 0) & (w <= MAX_AUTHORITY_WEIGHT)  # false for NaN
+    _require(in_range, w, "authority_weight", f"is outside [0, {MAX_AUTHORITY_WEIGHT}]")
     _require(np.isfinite(h) & (h >= 0), h, "provenance_entropy", "is not a finite number of bits ≥ 0")
     return np.log(1 - w + EPSILON) + h
 

@@ -426,12 +426,12 @@ def test_usage_that_makes_no_sense_is_one_line(distrust, raw, table, tmp_path):
     cases = {
         (): "",
         ("--out", tmp_path / "out.csv"): "give a name that ends in .jsonl, .jsonl.gz or .parquet",
-        ("--out", tmp_path / "there.jsonl"): "is there already; give another name, or --force",
-        ("--out", tmp_path / "folder.jsonl", "--force"): "is there already, and is no file",
-        ("--out", raw, "--force"): "is read, and never replaced",
-        ("--out", tmp_path / "link.jsonl", "--force"): "is read, and never replaced",
-        ("--out", tmp_path / "hard.jsonl", "--force"): "is read, and never replaced",
-        ("bundled", "--out", CORPUS, "--force"): "is read, and never replaced",
+        ("--out", tmp_path / "there.jsonl"): "exists already; give another name, or --force",
+        ("--out", tmp_path / "folder.jsonl", "--force"): "exists already, and is not a file",
+        ("--out", raw, "--force"): "is an input, and is never replaced",
+        ("--out", tmp_path / "link.jsonl", "--force"): "is an input, and is never replaced",
+        ("--out", tmp_path / "hard.jsonl", "--force"): "is an input, and is never replaced",
+        ("bundled", "--out", CORPUS, "--force"): "is an input, and is never replaced",
         ("--plot", tmp_path / "p.pdf"): "give a name that ends in .png or .svg",
         ("--alpha", 5): "--alpha is 5.0: give 2.3 to 3.0",
         ("--max-ratio", 0): "--max-ratio is 0.0: give 1 or more",
@@ -450,7 +450,7 @@ def test_usage_that_makes_no_sense_is_one_line(distrust, raw, table, tmp_path):
     assert distrust("weigh", tmp_path / "none.jsonl").err.count("\n") == 1
     inside = distrust("weigh", tmp_path, "--out", tmp_path / "out.jsonl")
     assert inside.code == 2
-    assert "lies in the folder that is read" in inside.err
+    assert "is in the input folder" in inside.err
     missing = distrust("weigh", raw, "--table", table, "--out", tmp_path / "no" / "out.jsonl")
     assert (missing.code, missing.err.count("\n")) == (1, 1)
     assert missing.err.endswith(f"{tmp_path / 'no'}: no such file or directory; make that folder first\n")
@@ -621,7 +621,7 @@ def test_the_docs_show_what_the_command_prints(distrust, peps, tmp_path):
     flags = ("--table", PEPS_TABLE, "--source-column", "status", "--top", 3)
     printed = distrust("weigh", data, *flags).out.splitlines()
     shown = DOCS.read_text("utf-8").split("--plot weigh.png\n")[-1].split("\n```")[0].splitlines()
-    assert shown[-1] == "picture weigh.png"
+    assert shown[-1] == "figure weigh.png"
     squeezed = [" ".join(line.replace(str(data), "peps.jsonl").split()) for line in printed]
     assert squeezed == [" ".join(line.split()) for line in shown[:-1]]
 

@@ -33,7 +33,6 @@ class _Flags(TrainConfig):
     config: str | None = None
     """TOML file with options."""
     lambda_: Annotated[float, tyro.conf.arg(name="lambda")] = TrainConfig.lambda_
-    """How far the term enters the example's weight: 1 + lambda * alpha * term; 0 or more."""
 
 
 #: The same, but that the help does not say "default: None" behind a doc that says what that stands for.

@@ -36,31 +36,30 @@ says (--print-table); --table replaces keys of it. The weights shown are u, as -
 before training divides them by their mean. Exit code 1: records are wrong, or with --strict, differ
 from the computed values."""
 
-_OPTIONS_OF_TRAIN = {
+_NAME: dict[str, Any] = {"metavar": "NAME"}
+_NUMBER: dict[str, Any] = {"type": float}
+_OPTIONS_OF_TRAIN: dict[str, dict[str, Any]] = {
     "weighting": {"choices": get_args(Weighting), "help": f"default: {TrainConfig.weighting}"},
-    "alpha": {"type": float, "metavar": "A", "help": f"default: {ALPHA}"},
-    "lambda_": {"type": float, "metavar": "L", "help": f"default: {LAMBDA}"},
-    "max_ratio": {"type": float, "metavar": "R", "help": "default: no limit"},
+    "alpha": {**_NUMBER, "metavar": "A", "help": f"default: {ALPHA}"},
+    "lambda_": {**_NUMBER, "metavar": "L", "help": f"default: {LAMBDA}"},
+    "max_ratio": {**_NUMBER, "metavar": "R", "help": "default: no limit"},
     "default_authority_weight": {
-        "type": float,
+        **_NUMBER,
         "metavar": "W",
-        "help": "for records without w and its ingredients; 0 to 0.99, high means less training weight",
+        "help": "for records without w and its ingredients; high: less training weight",
     },
     "default_provenance_entropy": {
-        "type": float,
+        **_NUMBER,
         "metavar": "BITS",
         "help": "for records without H and evidence",
     },
-    "authority_weight_column": {"metavar": "NAME", "help": "default: authority_weight, or auth_weight"},
-    "provenance_entropy_column": {"metavar": "NAME", "help": "default: provenance_entropy, or prov_entropy"},
-    "text_column": {"metavar": "NAME", "help": "describes the heaviest and lightest records; default: text"},
-    "source_column": {"metavar": "NAME", "help": "the class of a source; default: source"},
-    "split": {
-        "metavar": "NAME",
-        "help": "of a hub data set, or of a folder whose files name splits; default: train",
-    },
-    "subset": {"metavar": "NAME", "help": "of a hub data set"},
-    "revision": {"metavar": "NAME", "help": "of a hub data set"},
+    "authority_weight_column": {**_NAME, "help": "default: authority_weight, or auth_weight"},
+    "provenance_entropy_column": {**_NAME, "help": "default: provenance_entropy, or prov_entropy"},
+    "text_column": {**_NAME, "help": "describes the heaviest and lightest records; default: text"},
+    "source_column": {**_NAME, "help": "the class of a source; default: source"},
+    "split": {**_NAME, "help": "of a hub data set, or of a folder whose files name splits; default: train"},
+    "subset": {**_NAME, "help": "of a hub data set"},
+    "revision": {**_NAME, "help": "of a hub data set"},
 }
 _FIRST_REPORT_SECONDS, _REPORT_SECONDS = 2.0, 10.0  # a command that ends at once prints no progress
 _LIVE_REPORT_SECONDS = 0.2
@@ -140,44 +139,28 @@ def _parser() -> argparse.ArgumentParser:
             "distrust weigh --print-table > ranks.toml",
         ],
     )
-    arg.add_argument("data", nargs="*", metavar="DATA", help="as for --data of distrust train")
-    arg.add_argument(
-        "--table", type=Path, metavar="FILE", help="TOML file of ranks, coefficients and column names"
-    )
-    arg.add_argument("--print-table", action="store_true", help="print the default table")
-    arg.add_argument(
+    add = arg.add_argument
+    add("data", nargs="*", metavar="DATA", help="as for --data of distrust train")
+    add("--table", type=Path, metavar="FILE", help="TOML file of ranks, coefficients and column names")
+    add("--print-table", action="store_true", help="print the default table")
+    add(
         "--out",
         type=Path,
         metavar="FILE",
-        help="write the records with both columns: .jsonl, .jsonl.gz or .parquet",
+        help="write the records with w and H: .jsonl, .jsonl.gz or .parquet",
     )
-    arg.add_argument(
-        "--plot", type=Path, metavar="PICTURE", help="draw the distribution: .png or .svg; default: no figure"
-    )
-    arg.add_argument("--force", action="store_true", help="replace --out and --plot if they exist")
-    arg.add_argument(
-        "--recompute",
-        action="store_true",
-        help="replace a record's own w and H where they can be computed",
-    )
-    arg.add_argument("--strict", action="store_true", help="exit with 1 if a record differs")
-    arg.add_argument(
-        "--tolerance-w",
-        type=float,
-        default=0.005,
-        metavar="W",
-        help="largest difference of w that is ignored; default: %(default)s",
-    )
-    arg.add_argument(
-        "--tolerance-h", type=float, default=0.05, metavar="BITS", help="likewise for H; default: %(default)s"
-    )
-    arg.add_argument(
-        "--top", type=int, metavar="N", default=5, help="how many of the heaviest and lightest; default: 5"
-    )
-    arg.add_argument("--json", action="store_true", help="print one JSON object")
+    add("--plot", type=Path, metavar="PICTURE", help="draw the distribution: .png or .svg")
+    add("--force", action="store_true", help="replace --out and --plot if they exist")
+    add("--recompute", action="store_true", help="replace a record's own w and H where they can be computed")
+    add("--strict", action="store_true", help="exit with 1 if a record differs")
+    difference = "largest difference of {} that is ignored; default: %(default)s"
+    add("--tolerance-w", type=float, default=0.005, metavar="W", help=difference.format("w"))
+    add("--tolerance-h", type=float, default=0.05, metavar="BITS", help=difference.format("H"))
+    add("--top", type=int, metavar="N", default=5, help="how many of the heaviest and lightest; default: 5")
+    add("--json", action="store_true", help="print one JSON object")
     group = arg.add_argument_group("as for distrust train")
     for name, details in _OPTIONS_OF_TRAIN.items():
-        group.add_argument(flag(name), dest=name, default=getattr(TrainConfig, name), **details)  # type: ignore[arg-type]
+        group.add_argument(flag(name), dest=name, default=getattr(TrainConfig, name), **details)
     return arg
 
 
@@ -285,12 +268,10 @@ def _to_json(
 
 
 def _check_json(check: Check) -> dict[str, Any]:
+    counts = {name: getattr(check, name) for name in ("computed", "defaulted", "checked", "differing")}
     return {
         "tolerance": check.tolerance,
-        "computed": check.computed,
-        "defaulted": check.defaulted,
-        "checked": check.checked,
-        "differing": check.differing,
+        **counts,
         "unchecked": dict(check.unchecked),
         "largest": [asdict(difference) for difference in check.largest],
     }

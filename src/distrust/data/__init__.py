@@ -1,23 +1,13 @@
 """Data pipeline: sources -> records -> tokens -> sampling order -> batches. No module needs a framework.
 
-sources.py        the files and tables that a config names, each with a content digest
-formats.py        bytes -> rows: JSON Lines, JSON, CSV, Parquet
-hub.py            hub data sets -> rows
-temp_copy.py      temporary copy of input that can be read only once
-columns.py        which columns hold which field
-fields.py         a row's fields -> validated content, authority weight, entropy and source class
-records.py        the record types
-reading.py        sources -> validated records
-record_errors.py  collects the errors of all records: file, line, field and remedy
-tokenizer.py      the tokenizer protocol
-tokenizing.py     records -> corpus
-corpus.py         the tokenized examples, their fingerprint, and the evaluation split
-cache.py          corpora on disk, verified at each start and memory-mapped
-sampler.py        (seed, epoch) -> the order of rows
-packing.py        which examples share a row
-batches.py        step -> arrays of its micro-batches
-distribution.py   summary of the example weights
-provenance/       authority weight and provenance entropy of each record: computed, checked, written
+sources, formats, hub, temp_copy      files, hub data sets, pipes and examples -> rows
+columns, fields, reading, records     rows -> validated records
+record_errors                         collects the errors of all records: file, line, field and remedy
+tokenizer, tokenizing, corpus         records -> tokenized examples, fingerprinted; the evaluation split
+cache                                 corpora on disk, verified at each start and memory-mapped
+sampler, packing, batches             (seed, step) -> rows -> arrays of micro-batches
+distribution                          summary of the example weights
+provenance                            authority weight and entropy: computed, checked, written to a copy
 """
 
 from distrust.data.batches import IGNORED, Batches, MicroBatch, evaluation_batches

@@ -94,29 +94,17 @@ class Batches:
         return self._sampler.rows_per_epoch / self.rows_per_step
 
     def step(self, step: int) -> list[MicroBatch]:
-        """The micro-batches of an optimizer step: the rows at positions (step − 1)·G to step·G.
-
-        Args:
-            step: counted from 1.
+        """The micro-batches of an optimizer step (from 1): the rows at positions (step − 1)·G to step·G.
 
         Returns:
             ``gradient_accumulation`` micro-batches of ``batch_size`` rows.
-
-        Raises:
-            ValueError: the step is less than 1.
         """
         if step < 1:
             raise ValueError(f"steps are counted from 1, not {step}")
         per_step = self.rows_per_step
         rows = self._sampler.at((step - 1) * per_step, per_step).reshape(self._gradient_accumulation, -1)
         return [
-            _collate(
-                self._corpus,
-                examples,
-                weights=self._weights[examples],
-                distrust=self._distrust[examples],
-                pad_token_id=self._pad_token_id,
-            )
+            _collate(self._corpus, examples, self._weights, self._distrust, self._pad_token_id)
             for examples in map(self._rows.examples, rows)
         ]
 
@@ -129,34 +117,25 @@ def evaluation_batches(corpus: Corpus, *, batch_size: int, pad_token_id: int) ->
         batch_size: the examples of a batch; the last may hold fewer.
         pad_token_id: fills padding.
 
-    Yields:
-        The batches.
-
     Raises:
         ValueError: the batch size is less than 1.
     """
     if batch_size < 1:
         raise ValueError(f"a batch needs at least one example, not {batch_size}")
+    weights, distrust = np.ones(len(corpus)), np.zeros(len(corpus))
     for start in range(0, len(corpus), batch_size):
         examples = np.arange(start, min(start + batch_size, len(corpus)), dtype=np.int64)
-        yield _collate(
-            corpus,
-            examples,
-            weights=np.ones(len(examples)),
-            distrust=np.zeros(len(examples)),
-            pad_token_id=pad_token_id,
-        )
+        yield _collate(corpus, examples, weights, distrust, pad_token_id)
 
 
 def _collate(
     corpus: Corpus,
-    examples: NDArray[np.int64],
-    *,
-    weights: NDArray[np.float64],
+    examples: NDArray[np.int64],  # [b]
+    weights: NDArray[np.float64],  # [n], as distrust
     distrust: NDArray[np.float64],
     pad_token_id: int,
 ) -> MicroBatch:
-    """Gather b examples and pad them; ``weights`` and ``distrust`` are [b]."""
+    """Gather b of n examples and pad them."""
     lengths = corpus.lengths[examples]  # int64[b]
     position = np.arange(lengths.max(), dtype=np.int64)  # [t]
     is_token = position < lengths[:, None]  # bool[b, t]
@@ -168,8 +147,8 @@ def _collate(
         input_ids=np.where(is_token, tokens, pad_token_id),
         attention_mask=is_token.astype(np.int64),
         labels=np.where(trained, tokens, IGNORED),
-        weights=np.where(trained, weights[:, None], 0).astype(np.float32),
-        distrust=distrust,
+        weights=np.where(trained, weights[examples, None], 0).astype(np.float32),
+        distrust=distrust[examples],
         examples=examples,
     )
 

@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,21 +25,20 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
+from distrust.atomic import atomic_file
 from distrust.data.corpus import (
     BLOCK,
     Chunk,
     Classes,
     Corpus,
     Locations,
+    Parts,
     blocks,
     combine_sizes,
     digest_arrays,
 )
 from distrust.data.reading import DatasetStats
-from distrust.data.records import Unit
-from distrust.errors import ConfigError, DistrustWarning
-
-Parts = Sequence[tuple[str, Unit]]
+from distrust.errors import ConfigError, DistrustError, DistrustWarning
 
 # The numbers are the versions of the formats: increment one when an entry's content changes.
 _TOKENS, _CHECKED, _TEMPORARY = "tokens-3", "checked-1", "unfinished-"
@@ -98,17 +97,11 @@ class Cache:
 
     def store_stats(self, key: str, stats: DatasetStats) -> None:
         """Record that data was checked without errors. On failure it is checked again at the next start."""
-        with contextlib.suppress(OSError):
-            folder = self.folder / _CHECKED
+        folder = self.folder / _CHECKED
+        with contextlib.suppress(OSError, DistrustError):
             _create(folder)
-            handle, temporary = tempfile.mkstemp(dir=folder, prefix=_TEMPORARY)
-            try:
-                with open(handle, "wb") as file:
-                    file.write(_seal(asdict(stats)))
-                os.replace(temporary, folder / f"{key}.json")  # atomic; the seal detects a lost write
-            except OSError:
-                os.unlink(temporary)
-                raise
+            with atomic_file(folder / f"{key}.json", force=True) as file:
+                file.write(_seal(asdict(stats)))
 
     def corpus(
         self, key: str | None, parts: Parts, sizes: tuple[int, ...], build: Callable[[], Iterable[Corpus]]
@@ -224,8 +217,7 @@ def _write(folder: Path, corpora: Iterable[Corpus], parts: Parts, sizes: tuple[i
             truncated += block.truncated
             tokens_cut += block.tokens_cut
         for file in files.values():
-            file.flush()
-            os.fsync(file.fileno())
+            _sync_file(file)
     manifest = {
         "n": count,
         "total": total,
@@ -238,9 +230,8 @@ def _write(folder: Path, corpora: Iterable[Corpus], parts: Parts, sizes: tuple[i
     }
     with (folder / _MANIFEST).open("wb") as file:
         file.write(_seal(manifest))
-        file.flush()
-        os.fsync(file.fileno())
-    _sync(folder)
+        _sync_file(file)
+    _sync_folder(folder)
     return manifest
 
 
@@ -258,10 +249,8 @@ def _load(folder: Path, parts: Parts) -> Corpus:
         if (folder / name).stat().st_size != lengths.get(name, n) * np.dtype(dtype).itemsize:
             raise _DamagedError(f"{name} has another length")
     # Read everything before mapping: a damaged page must not reach the training loop.
-    if (
-        _fingerprint(folder, n, total) != manifest["fingerprint"]
-        or _digest_side_files(folder) != manifest["side_files"]
-    ):
+    digests = _fingerprint(folder, n, total), _digest_side_files(folder)
+    if digests != (manifest["fingerprint"], manifest["side_files"]):
         raise _DamagedError("its content is not what was written")
     return _map_corpus(folder, manifest, parts)
 
@@ -271,7 +260,7 @@ def _map_corpus(folder: Path, manifest: dict[str, Any], parts: Parts) -> Corpus:
     sizes = tuple(manifest["sizes"])
     corpus = Corpus(
         **{name: arrays[name] for name in _FINGERPRINTED},
-        locations=Locations(parts, arrays["part"], arrays["line"]),
+        locations=Locations.from_arrays(parts, arrays["part"], arrays["line"]),
         truncated=manifest["truncated"],
         tokens_cut=manifest["tokens_cut"],
         sizes=sizes,
@@ -317,10 +306,15 @@ def _publish(folder: Path, entry: Path) -> None:
             entry.rename(aside / entry.name)
             folder.rename(entry)
         shutil.rmtree(aside, ignore_errors=True)
-    _sync(entry.parent)
+    _sync_folder(entry.parent)
 
 
-def _sync(folder: Path) -> None:
+def _sync_file(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

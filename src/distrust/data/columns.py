@@ -7,7 +7,7 @@ prompt and its completion, and the option chooses.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from distrust.config import TrainConfig, as_names
@@ -55,27 +55,18 @@ class Columns:
         return [name for name in available if name in self.content + self.numbers + self.source]
 
     def select(self, row: Mapping[str, Any], text: str | None = None) -> Mapping[str, Any]:  # noqa: ARG002
-        """The fields of a row; a null counts as a missing field.
-
-        Args:
-            row: its values.
-            text: for JSON, the object as written, on one line.
-        """
+        """The fields of a row without nulls; ``text`` is a JSON object as written, on one line."""
         return {name: value for name, value in row.items() if value is not None}
 
 
 class WholeRow(dict[str, Any]):
-    """All fields of a row, including nulls.
-
-    Attributes:
-        text: the object as written in its file, if that is JSON.
-    """
+    """All fields of a row, including nulls."""
 
     __slots__ = ("text",)
 
     def __init__(self, row: Mapping[str, Any], text: str | None) -> None:
         super().__init__(row)
-        self.text = text
+        self.text = text  # the object as written in its file, if that is JSON
 
 
 class WholeRows(Columns):
@@ -93,20 +84,20 @@ class WholeRows(Columns):
 def columns_of(config: TrainConfig) -> Columns:
     """The columns that a config names, with the usual names for the rest."""
     usual = Columns()
-    weights = as_names(config.authority_weight_column) or usual.authority_weight
-    entropies = as_names(config.provenance_entropy_column) or usual.provenance_entropy
-    source = as_names(config.source_column) or usual.source
+    columns = Columns(
+        authority_weight=as_names(config.authority_weight_column) or usual.authority_weight,
+        provenance_entropy=as_names(config.provenance_entropy_column) or usual.provenance_entropy,
+        source=as_names(config.source_column) or usual.source,
+    )
     prompt, completion = as_names(config.prompt_column), config.completion_column
     if not (config.text_column or prompt or completion or config.messages_column):
-        return Columns(authority_weight=weights, provenance_entropy=entropies, source=source)
+        return columns
     pair = bool(prompt or completion)  # naming one of the two keeps the usual name of the other
-    return Columns(
+    return replace(
+        columns,
         text=config.text_column,
         prompt=(prompt or usual.prompt) if pair else (),
         completion=(completion or usual.completion) if pair else None,
         messages=as_names(config.messages_column),
-        authority_weight=weights,
-        provenance_entropy=entropies,
-        source=source,
         explicit=True,
     )

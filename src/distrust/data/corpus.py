@@ -5,7 +5,7 @@ The arrays may be memory-mapped files larger than memory: no function here holds
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
@@ -30,6 +30,9 @@ BLOCK = 1 << 22
 _SPLIT_STREAM = 1 << 32  # random stream of the evaluation split, above those of the sources of a mixture
 
 Chunk = memoryview | bytes
+
+Parts = Sequence[tuple[str, Unit]]
+"""The name of each part of the sources, and how its rows are numbered."""
 
 
 @dataclass(frozen=True)
@@ -104,18 +107,14 @@ class Corpus:
         )
 
     def select(self, examples: ArrayLike) -> Corpus:
-        """Some of the examples, in the order of their numbers; their tokens are shared, not copied.
-
-        Args:
-            examples: int[k], distinct example numbers.
-        """
+        """The examples with the distinct numbers int[k], in order; their tokens are shared, not copied."""
         numbers = np.sort(np.asarray(examples, np.int64))
         ends = np.searchsorted(numbers, list(accumulate(self.sizes)))
         selected = replace(
             self,
             authority_weight=self.authority_weight[numbers],
             provenance_entropy=self.provenance_entropy[numbers],
-            locations=SelectedLocations(self.locations, numbers),
+            locations=Locations(self.locations.__getitem__, numbers),
             sizes=tuple(int(size) for size in np.diff(ends, prepend=0)),
             selection=numbers if self.selection is None else self.selection[numbers],
             class_of=None if self.class_of is None else self.class_of[numbers],
@@ -132,13 +131,7 @@ class Corpus:
 
     def _arrays(self) -> tuple[NDArray[np.generic], ...]:
         """The fingerprinted arrays, in the order in which they are hashed."""
-        return (
-            self.input_ids,
-            self.loss_mask,
-            self.offsets,
-            self.authority_weight,
-            self.provenance_entropy,
-        )
+        return (self.input_ids, self.loss_mask, self.offsets, self.authority_weight, self.provenance_entropy)
 
 
 class Classes:
@@ -192,23 +185,29 @@ def blocks(array: NDArray[np.generic]) -> Iterator[Chunk]:
 
 
 class Locations(Sequence[Location]):
-    """Where examples come from, stored as arrays; a ``Location`` is built on access.
+    """Where examples come from; each ``Location`` is built on access.
 
     Args:
-        parts: the name and unit of each part of the sources.
-        part: int32[n], the part of each example.
-        line: int64[n], its line, row or index there.
+        get: returns the location of an index.
+        indices: int[n], the index of each example.
     """
 
-    def __init__(
-        self, parts: Sequence[tuple[str, Unit]], part: NDArray[np.int32], line: NDArray[np.int64]
-    ) -> None:
-        self._parts = parts
-        self._part = part
-        self._line = line
+    def __init__(self, get: Callable[[int], Location], indices: Sequence[int] | NDArray[np.int64]) -> None:
+        self._get = get
+        self._indices = indices
+
+    @classmethod
+    def from_arrays(cls, parts: Parts, part: NDArray[np.int32], line: NDArray[np.int64]) -> Locations:
+        """The locations of n examples from the part [n] of each, and its line, row or index there [n]."""
+
+        def get(example: int) -> Location:
+            name, unit = parts[part[example]]
+            return Location(name, int(line[example]), unit)
+
+        return cls(get, range(len(part)))
 
     def __len__(self) -> int:
-        return len(self._part)
+        return len(self._indices)
 
     @overload
     def __getitem__(self, example: int) -> Location: ...
@@ -216,34 +215,8 @@ class Locations(Sequence[Location]):
     def __getitem__(self, example: slice) -> Sequence[Location]: ...
     def __getitem__(self, example: int | slice) -> Location | Sequence[Location]:
         if isinstance(example, slice):
-            return Locations(self._parts, self._part[example], self._line[example])
-        name, unit = self._parts[self._part[example]]
-        return Location(name, int(self._line[example]), unit)
-
-
-class SelectedLocations(Sequence[Location]):
-    """A view of some locations.
-
-    Args:
-        locations: all of them.
-        selection: int64[n], indices into them.
-    """
-
-    def __init__(self, locations: Sequence[Location], selection: NDArray[np.int64]) -> None:
-        self._locations = locations
-        self._selection = selection
-
-    def __len__(self) -> int:
-        return len(self._selection)
-
-    @overload
-    def __getitem__(self, example: int) -> Location: ...
-    @overload
-    def __getitem__(self, example: slice) -> Sequence[Location]: ...
-    def __getitem__(self, example: int | slice) -> Location | Sequence[Location]:
-        if isinstance(example, slice):
-            return SelectedLocations(self._locations, self._selection[example])
-        return self._locations[int(self._selection[example])]
+            return Locations(self._get, self._indices[example])
+        return self._get(int(self._indices[example]))
 
 
 def split_off(corpus: Corpus, fraction: float, *, seed: int) -> tuple[Corpus, Corpus]:

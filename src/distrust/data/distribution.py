@@ -94,9 +94,6 @@ def summarize_weights(
         effective_examples: the result of ``weighting.effective_sample_size``.
         extremes: how many of the heaviest, and of the lightest.
 
-    Returns:
-        The summary.
-
     Raises:
         DataError: there is no example, or a weight is not a positive number.
     """

@@ -106,8 +106,7 @@ def _conversation(prompt: tuple[Message, ...], answer: tuple[Message, ...], name
         raise RecordError("no assistant turn; there is nothing to train on", field=name)
     if (prompt + answer)[0].role == "assistant":
         raise RecordError(
-            "begins with the assistant; a chat template needs a user or system turn first",
-            field=f"{name}[0]",
+            "begins with the assistant; a chat template needs a user or system turn first", field=f"{name}[0]"
         )
     return Conversation(prompt + answer, trained_turns=len(prompt))
 
@@ -148,15 +147,34 @@ def _string(value: Any, field: str, *, empty: bool = True) -> str:
 
 
 def read_authority_weight(fields: Fields, columns: Columns, default: float | None) -> float:
-    """The record's w, or the default."""
+    """The record's w in [0, 0.99], or the default."""
     names = columns.authority_weight
-    return check_authority_weight(*_field_value(fields, names, default, "--default-authority-weight"))
+    value, field = _field_value(fields, names, default, "--default-authority-weight")
+    number = to_number(value, field)
+    if MAX_AUTHORITY_WEIGHT < number <= 1:  # 1 is a natural mistake, with an obvious fix
+        raise RecordError(
+            f"{quote_value(value)} is above {MAX_AUTHORITY_WEIGHT}, the largest authority weight; "
+            f"write {MAX_AUTHORITY_WEIGHT}",
+            field=field,
+        )
+    if not 0 <= number <= MAX_AUTHORITY_WEIGHT:
+        raise RecordError(
+            f"{quote_value(value)} is outside [0, {MAX_AUTHORITY_WEIGHT}]; 0 is a primary record (most "
+            f"training weight), {MAX_AUTHORITY_WEIGHT} coordinated consensus (least)",
+            field=field,
+        )
+    return number
 
 
 def read_provenance_entropy(fields: Fields, columns: Columns, default: float | None) -> float:
-    """The record's H in bits, or the default."""
+    """The record's H in bits, finite and not negative, or the default."""
     names = columns.provenance_entropy
-    return check_provenance_entropy(*_field_value(fields, names, default, "--default-provenance-entropy"))
+    value, field = _field_value(fields, names, default, "--default-provenance-entropy")
+    number = to_number(value, field)
+    if not 0 <= number < math.inf:
+        problem = f"{quote_value(value)} is not a finite number of bits, 0 or more; correct it"
+        raise RecordError(problem, field=field)
+    return number
 
 
 def read_source(fields: Fields, columns: Columns) -> str:
@@ -182,34 +200,6 @@ def _field_value(fields: Fields, names: tuple[str, ...], default: float | None, 
         values = " and ".join(quote_value(fields[name]) for name in names)
         raise RecordError(f"differs from its other name, {names[1]} ({values}); keep one", field=names[0])
     return fields[present[0]], present[0]
-
-
-def check_authority_weight(value: Any, field: str) -> float:
-    """The value as a w in [0, 0.99]; raises RecordError."""
-    number = to_number(value, field)
-    if MAX_AUTHORITY_WEIGHT < number <= 1:  # 1 is a natural mistake, with an obvious fix
-        raise RecordError(
-            f"{quote_value(value)} is above {MAX_AUTHORITY_WEIGHT}, the largest authority weight; "
-            f"write {MAX_AUTHORITY_WEIGHT}",
-            field=field,
-        )
-    if not 0 <= number <= MAX_AUTHORITY_WEIGHT:
-        raise RecordError(
-            f"{quote_value(value)} is outside [0, {MAX_AUTHORITY_WEIGHT}]; 0 is a primary record (most "
-            f"training weight), {MAX_AUTHORITY_WEIGHT} coordinated consensus (least)",
-            field=field,
-        )
-    return number
-
-
-def check_provenance_entropy(value: Any, field: str) -> float:
-    """The value as an H in bits, finite and not negative; raises RecordError."""
-    number = to_number(value, field)
-    if not 0 <= number < math.inf:
-        raise RecordError(
-            f"{quote_value(value)} is not a finite number of bits, 0 or more; correct it", field=field
-        )
-    return number
 
 
 def to_number(value: Any, field: str) -> float:

@@ -51,9 +51,6 @@ def format_of(path: Path) -> tuple[Format, bool]:
     """The format of a file by its name, and whether it is compressed (``.gz``).
 
     A ``.json`` file is inspected: it is a list of objects or JSON Lines. An unknown suffix means JSON Lines.
-
-    Raises:
-        OSError: a ``.json`` file cannot be read.
     """
     suffixes = [suffix.lower() for suffix in path.suffixes]
     compressed = suffixes[-1:] == [".gz"]
@@ -73,11 +70,7 @@ def is_data(path: Path) -> bool:
 
 
 def is_binary(path: Path, *, compressed: bool) -> bool:
-    """Whether the beginning of a file has a zero byte. Text has none, except UTF-16, which has a mark.
-
-    Raises:
-        OSError: it cannot be read.
-    """
+    """Whether the beginning of a file has a zero byte. Text has none, except UTF-16, which has a mark."""
     head = _head(path, compressed=compressed)
     return b"\0" in head and not head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
 
@@ -89,11 +82,7 @@ def _head(path: Path, *, compressed: bool) -> bytes:
 
 @contextlib.contextmanager
 def open_bytes(path: Path, *, compressed: bool) -> Iterator[BinaryIO]:
-    """The file's decompressed content.
-
-    Raises:
-        OSError: it cannot be read, or is not valid gzip.
-    """
+    """The file's decompressed content; OSError if it cannot be read or is not valid gzip."""
     with path.open("rb") as raw:
         if not compressed:
             yield raw

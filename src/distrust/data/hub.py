@@ -1,7 +1,7 @@
 """Reads data sets of the hub, and those that ``save_to_disk`` wrote, with the library ``datasets``.
 
 No code of a data set is run. The library keeps what it loads in its own cache, memory-mapped. It is imported
-on first use: importing it takes a second.
+on first use: importing it takes a second. Every failure is a DataError with the library's reason.
 """
 
 from __future__ import annotations
@@ -24,14 +24,7 @@ def is_name(name: str) -> bool:
 
 
 def load(name: str, *, split: str, subset: str | None, revision: str | None) -> Any:
-    """Load a split of a data set of the hub, downloading it if it is not cached.
-
-    Returns:
-        A ``datasets.Dataset``.
-
-    Raises:
-        DataError: the library cannot load it, with the library's reason.
-    """
+    """Load a split of a data set of the hub as a ``datasets.Dataset``, downloading it if it is not cached."""
     datasets = _library(name)
     try:
         return datasets.load_dataset(name, subset, split=split, revision=revision)
@@ -47,11 +40,7 @@ def is_saved(folder: Path) -> bool:
 
 
 def saved_split(folder: Path, split: str) -> Path:
-    """The folder of a split.
-
-    Raises:
-        DataError: there is no such split.
-    """
+    """The folder of a split in a folder that ``save_to_disk`` wrote."""
     if not (folder / "dataset_dict.json").is_file():
         return folder
     splits = sorted(path.name for path in folder.iterdir() if (path / "state.json").is_file())
@@ -61,11 +50,7 @@ def saved_split(folder: Path, split: str) -> Path:
 
 
 def load_saved(folder: Path) -> Any:
-    """Load one split that ``save_to_disk`` wrote: a ``datasets.Dataset``.
-
-    Raises:
-        DataError: the library cannot load it, with the library's reason.
-    """
+    """Load one split that ``save_to_disk`` wrote as a ``datasets.Dataset``."""
     try:
         return _library(str(folder)).load_from_disk(str(folder))
     except Exception as error:
@@ -73,11 +58,7 @@ def load_saved(folder: Path) -> Any:
 
 
 def rows(name: str, table: Any, columns: Columns) -> Iterator[Row]:
-    """The rows of a loaded split, numbered from 1; only the needed columns are decoded.
-
-    Raises:
-        DataError: the library's cache cannot be read.
-    """
+    """The rows of a loaded split, numbered from 1; only the needed columns are decoded."""
     number = 0
     try:
         needed = table.with_format(None).select_columns(columns.needed_from(table.column_names))

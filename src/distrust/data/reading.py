@@ -11,15 +11,14 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from os import PathLike, fspath
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from blake3 import blake3
 
+from distrust.config import TrainConfig
 from distrust.data.columns import Columns
 from distrust.data.fields import (
     Fields,
-    check_authority_weight,
-    check_provenance_entropy,
     read_authority_weight,
     read_content,
     read_provenance_entropy,
@@ -28,7 +27,7 @@ from distrust.data.fields import (
 from distrust.data.record_errors import RecordError, RecordErrors
 from distrust.data.records import Conversation, Location, Record
 from distrust.data.sources import Source, open_source
-from distrust.errors import ConfigError, DataError
+from distrust.errors import DataError
 
 T = TypeVar("T")
 
@@ -71,11 +70,7 @@ class RecordReader:
                 yield (location, *self._record(fields, location))
 
     def records(self) -> Iterator[Record]:
-        """The records of all sources, which ``check_records`` has checked before.
-
-        Raises:
-            DataError: a record is wrong: the source has changed since the check.
-        """
+        """The records of all sources, which ``check_records`` has checked; DataError if one has changed."""
         for source in self.sources:
             for location, record, _ in self.rows(source):
                 if record is None:
@@ -200,21 +195,17 @@ def read_records(
         DataError: as for ``check_records``.
         ConfigError: a default is outside its range.
     """
+    # A config checks its values.
+    config = TrainConfig(
+        default_authority_weight=default_authority_weight,
+        default_provenance_entropy=default_provenance_entropy,
+    )
     columns = Columns()
     reader = RecordReader(
         (open_source(fspath(path), columns),),
         columns,
-        _checked_default("default_authority_weight", default_authority_weight, check_authority_weight),
-        _checked_default("default_provenance_entropy", default_provenance_entropy, check_provenance_entropy),
+        config.default_authority_weight,
+        config.default_provenance_entropy,
     )
     check_records(reader)
     return list(reader.records())
-
-
-def _checked_default(option: str, value: float | None, check: Callable[[Any, str], float]) -> float | None:
-    if value is None:
-        return None
-    try:
-        return check(value, option)
-    except RecordError as error:
-        raise ConfigError(str(error)) from None

@@ -24,9 +24,7 @@ MAX_PROBLEMS = 1000
 class RecordError(Exception):
     """One error of one record. It never leaves this package: ``RecordErrors`` turns it into a DataError.
 
-    Args:
-        problem: what is wrong; what to do.
-        field: the record's field, such as ``messages[2].content``; None for the record as a whole.
+    ``field`` is a path such as ``messages[2].content``; None stands for the record as a whole.
     """
 
     def __init__(self, problem: str, *, field: str | None = None) -> None:
@@ -43,13 +41,10 @@ class RecordErrors:
     """The errors of the records read so far, grouped by message.
 
     Memory is bounded: only the first ``MAX_LINES`` different messages are counted one by one.
-
-    Attributes:
-        records: the number of wrong records.
     """
 
     def __init__(self) -> None:
-        self.records = 0
+        self.records = 0  # with at least one error
         self._total = 0  # errors, several per record possible
         self._problems: list[str] = []
         self._causes: dict[str, _Cause] = {}  # message without location -> where; insertion order

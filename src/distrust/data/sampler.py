@@ -87,9 +87,6 @@ class _Sampler:
 
         Returns:
             int64[count], row numbers.
-
-        Raises:
-            ValueError: start or count is negative.
         """
         if start < 0 or count < 0:
             raise ValueError(f"start and count must not be negative: {start}, {count}")
@@ -116,12 +113,8 @@ class EpochSampler(_Sampler):
     """Samples all rows once per epoch, each epoch in its own order.
 
     Args:
-        rows: the number of rows, at least 1.
+        rows: the number of rows in an epoch, at least 1.
         seed: the run's seed, 0 to 2⁶³.
-
-    Attributes:
-        rows_per_epoch: the number of rows in an epoch.
-        seed: the run's seed.
     """
 
     def __init__(self, rows: int, *, seed: int) -> None:
@@ -145,9 +138,7 @@ class MixtureSampler(_Sampler):
         seed: the run's seed, 0 to 2⁶³.
 
     Attributes:
-        rows_per_epoch: the number of rows in an epoch: the sum of ``sizes``.
-        counts: how many of them come from each source.
-        seed: the run's seed.
+        counts: how many rows of an epoch come from each source.
     """
 
     def __init__(self, sizes: Sequence[int], *, shares: Sequence[float], seed: int) -> None:
@@ -164,9 +155,8 @@ class MixtureSampler(_Sampler):
         source_of = np.repeat(np.arange(len(self.counts)), self.counts)  # int64[rows_per_epoch]
         source_of = source_of[permutation(self.rows_per_epoch, seed=self.seed, epoch=epoch)]
         rows = np.empty(self.rows_per_epoch, np.int64)
-        for k, (sampler, start, count) in enumerate(
-            zip(self._samplers, self._starts, self.counts, strict=True)
-        ):
+        sources = zip(self._samplers, self._starts, self.counts, strict=True)
+        for k, (sampler, start, count) in enumerate(sources):
             # Continues where the previous epoch stopped, so no row repeats early.
             rows[source_of == k] = start + sampler.at(epoch * count, count)
         return rows
@@ -178,9 +168,6 @@ def apportion(seats: int, shares: Sequence[float]) -> tuple[int, ...]:
     Args:
         seats: the number to distribute; at least as many as there are shares.
         shares: 0 or more, not all 0; they are normalized.
-
-    Returns:
-        One count per share; they add up to ``seats``.
     """
     exact = [Fraction(share) for share in shares]  # floats would round differently on long lists
     ideal = [share * seats / sum(exact) for share in exact]

@@ -52,11 +52,7 @@ class TempCopy:
             shutil.copyfileobj(file, self._file, 1 << 20)
 
     def copy_examples(self, examples: Iterable[Mapping[str, Any]], columns: Columns, *, name: str) -> None:
-        """Copy the needed columns of examples.
-
-        Raises:
-            DataError: an example is not a mapping, or has a value that JSON cannot represent.
-        """
+        """Copy the needed columns of examples; DataError for one that is no mapping of JSON values."""
         for index, example in enumerate(examples):
             location = Location(name, index, "index")
             if not isinstance(example, Mapping):

@@ -63,10 +63,9 @@ def encode_all(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
 
 
 def digest_tokenizer(tokenizer: Tokenizer) -> str | None:
-    """Hash everything that determines a tokenizer's ids, library versions included.
+    """BLAKE3, in hex, of everything that determines a tokenizer's ids, library versions included.
 
-    Returns:
-        BLAKE3 in hex; None if the tokenizer cannot be serialized. Fast tokenizers of transformers can.
+    None if the tokenizer cannot be serialized; the fast tokenizers of transformers can.
     """
     core = _fast_core(tokenizer)
     if core is None:

@@ -74,18 +74,11 @@ def tokenize_in_blocks(
 ) -> Iterator[Corpus]:
     """Tokenizes a stream of records, of which at most one block is in memory.
 
-    Args:
-        records: iterated once.
-        tokenizer: as for ``tokenize``.
-        stats: the stats of the records.
-        max_length: as for ``tokenize``.
-        on_progress: as for ``tokenize``.
+    ``records`` is iterated once, and ``stats`` are its stats. Other arguments and errors are those of
+    ``tokenize``; errors of records are raised after the last one.
 
     Yields:
         The corpora of consecutive blocks of records.
-
-    Raises:
-        DataError, ModelError, ConfigError: as ``tokenize``; errors of records after the last record.
     """
     if max_length < 2:
         raise ConfigError(f"max_length must be 2 or more, not {max_length}: the first token carries no loss")
@@ -109,12 +102,7 @@ def bos_prefix(tokenizer: Tokenizer) -> list[int]:
     return first if first == [tokenizer.bos_token_id] else []
 
 
-@dataclass(frozen=True, slots=True)
-class _Frame:
-    """The ids around a text or a completion."""
-
-    prefix: list[int]
-    suffix: list[int]
+_Frame = tuple[list[int], list[int]]  # the ids before and after a text or a completion
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,13 +124,13 @@ def _frame(stats: DatasetStats, tokenizer: Tokenizer) -> _Frame:
             "prompt + completion"
         )
     if stats.conversations == stats.records:
-        return _Frame([], [])  # the template prints BOS and EOS itself
+        return [], []
     eos = tokenizer.eos_token_id
     if eos is None:
         raise ModelError(
             "the tokenizer has no EOS token, so the model could not learn to stop; set eos_token"
         )
-    return _Frame(bos_prefix(tokenizer), [eos])
+    return bos_prefix(tokenizer), [eos]
 
 
 def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
@@ -172,6 +160,7 @@ def _tokenize_batch(
     batch: Sequence[Record], tokenizer: Tokenizer, *, frame: _Frame, max_length: int, errors: RecordErrors
 ) -> Corpus:
     """The corpus of a batch; records that cannot be trained on are left out and added to ``errors``."""
+    prefix, suffix = frame
     parts: list[tuple[Record, list[Segment]]] = []
     for record in batch:
         try:
@@ -182,8 +171,8 @@ def _tokenize_batch(
     examples: list[_Example] = []
     for record, stretches in parts:
         pieces = [(next(encoded), part.trained) for part in stretches]
-        if not isinstance(record.content, Conversation):
-            pieces = [(frame.prefix, False), *pieces, (frame.suffix, True)]
+        if not isinstance(record.content, Conversation):  # the template prints its own BOS and EOS
+            pieces = [(prefix, False), *pieces, (suffix, True)]
         try:
             examples.append(_example(record, pieces, max_length))
         except RecordError as error:
@@ -254,11 +243,7 @@ class Segment(NamedTuple):
 
 
 def segments(content: Text | Completion | Conversation, tokenizer: Tokenizer) -> list[Segment]:
-    """Splits a record's text into segments, in order.
-
-    Raises:
-        RecordError: the tokenizer's chat template cannot render the conversation turn by turn.
-    """
+    """Splits a record's text; RecordError if the chat template cannot render it turn by turn."""
     match content:
         case Text(text):
             return [Segment(text, trained=True)]

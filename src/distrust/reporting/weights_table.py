@@ -18,12 +18,7 @@ _ROWS = 12  # of the histogram: half its bins, so that it fits a screen with the
 
 
 def score_lines(checks: Mapping[Quantity, Check], *, recomputed: bool) -> Iterator[str]:
-    """Where the values of w and H come from, and the largest differences.
-
-    Args:
-        checks: the check of each quantity.
-        recomputed: whether computed values replaced the records' own.
-    """
+    """Where the values of w and H come from, and the largest differences."""
     for name, check in checks.items():
         yield from _check_lines(*_SYMBOLS[name], check, recomputed=recomputed)
 
@@ -49,13 +44,7 @@ def _check_lines(symbol: str, unit: str, check: Check, *, recomputed: bool) -> I
 def distribution_lines(
     distribution: Distribution, captions: Mapping[str, str], *, blocks: bool
 ) -> Iterator[str]:
-    """Quantiles, histogram, source classes and extremes.
-
-    Args:
-        distribution: the weights.
-        captions: location -> short description of the record.
-        blocks: whether the terminal has block characters.
-    """
+    """Quantiles, histogram (in block characters or ASCII), source classes, extremes and their captions."""
     yield f"{'':20}  {'smallest':>8}  {'quarter':>8}  {'median':>8}  {'3 quarters':>10}  {'largest':>8}"
     titles = {"authority_weight": "authority weight w", "provenance_entropy": "entropy H, bits"}
     for name, (low, lower, median, upper, high) in distribution.quantiles.items():

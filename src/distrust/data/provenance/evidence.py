@@ -16,34 +16,23 @@ from distrust.data.provenance.table import Table
 from distrust.data.record_errors import RecordError
 from distrust.provenance import Evidence
 
+_COUNTS = ("citation_count", "consensus_count")
+
 DIGITS = 6
 """Decimal places of computed values: more would suggest a precision that ranks and shares do not have."""
 
 
 class MissingIngredientError(RecordError):
-    """A value that w or H is computed from is missing.
-
-    Attributes:
-        reason: what is missing, in words that are the same for all records.
-    """
+    """A value that w or H is computed from is missing."""
 
     def __init__(self, problem: str, *, field: str, reason: str) -> None:
         super().__init__(problem, field=field)
-        self.reason = reason
+        self.reason = reason  # equal for all records that lack the same value
 
 
 def authority_weight(fields: Fields, table: Table) -> float:
-    """The w of a record from its rank and counts, to ``DIGITS`` decimal places.
-
-    Raises:
-        RecordError: an ingredient is wrong, or missing without a replacement in the table.
-    """
-    columns = table.columns
-    names = {
-        "rank": columns.rank,
-        "citation_count": columns.citation_count,
-        "consensus_count": columns.consensus_count,
-    }
+    """The w of a record from its rank and counts, to ``DIGITS`` decimal places."""
+    names = {key: getattr(table.columns, key) for key in ("rank", *_COUNTS)}
     present = {key for key, name in names.items() if fields.get(name, "") != ""}  # "": an empty CSV cell
     absent = [name for key, name in names.items() if key not in present and table.missing[key] is None]
     if absent:
@@ -55,9 +44,9 @@ def authority_weight(fields: Fields, table: Table) -> float:
         )
     counts = {
         key: _count(fields[names[key]], names[key]) if key in present else float(table.missing[key] or 0)
-        for key in ("citation_count", "consensus_count")
+        for key in _COUNTS
     }
-    rank = _rank(fields[columns.rank], table) if "rank" in present else float(table.missing["rank"] or 0)
+    rank = _rank(fields[names["rank"]], table) if "rank" in present else float(table.missing["rank"] or 0)
     return round(provenance.authority_weight(rank=rank, coefficients=table.coefficients, **counts), DIGITS)
 
 
@@ -87,11 +76,7 @@ def _count(value: Any, field: str) -> float:
 
 
 def provenance_entropy(fields: Fields, table: Table) -> float:
-    """The H of a record in bits from its chain of evidence, to ``DIGITS`` decimal places.
-
-    Raises:
-        RecordError: the chain is wrong or missing.
-    """
+    """The H of a record in bits from its chain of evidence, to ``DIGITS`` decimal places."""
     field = table.columns.evidence
     chain = fields.get(field, "")
     if chain == "":

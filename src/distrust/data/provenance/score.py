@@ -102,11 +102,7 @@ class Scoring:
     recompute: bool = False  # whether a computed value replaces the record's own
 
     def score(self, quantity: Quantity, fields: Fields, location: Location, check: Check) -> float:
-        """The value of a record, counted in ``check``.
-
-        Raises:
-            RecordError: there is none, or a field of it is wrong.
-        """
+        """The value of a record, counted in ``check``; RecordError if there is none or a field is wrong."""
         columns, table = self.columns, self.table
         if quantity == "authority_weight":
             names, read, compute = columns.authority_weight, read_authority_weight, evidence.authority_weight
@@ -136,14 +132,6 @@ def score_records(
     sources: Sequence[Source], scoring: Scoring, *, on_progress: Callable[[int], None] | None = None
 ) -> ScoredRecords:
     """Reads every record once and scores it.
-
-    Args:
-        sources: at least one.
-        scoring: how they are scored.
-        on_progress: called every 5,000 records with the number of records read.
-
-    Returns:
-        The scores.
 
     Raises:
         DataError: a source cannot be read or is empty (one line), or records are wrong (a headline, then a
@@ -184,7 +172,9 @@ def score_records(
         np.asarray(values["provenance_entropy"], np.float64),
         classes.names,
         np.asarray(class_of, np.int32),
-        Locations([(part.name, part.unit) for part in parts], part_numbers, np.asarray(lines, np.int64)),
+        Locations.from_arrays(
+            [(part.name, part.unit) for part in parts], part_numbers, np.asarray(lines, np.int64)
+        ),
         checks,
     )
 
@@ -197,15 +187,9 @@ def _rows(parts: Sequence[Part]) -> Iterator[tuple[int, Location, Fields | Recor
 
 
 def captions(sources: Sequence[Source], columns: Columns, locations: Collection[str]) -> dict[str, str]:
-    """A short description of some records: the title, or the beginning of the text.
+    """Location -> the title of the record there, or the beginning of its text.
 
-    Args:
-        sources: the scored sources; they are read until all locations are described.
-        columns: which fields hold content.
-        locations: the locations to describe, as text.
-
-    Returns:
-        location -> caption.
+    The sources are read until all locations are described.
     """
     texts: dict[str, str] = {}
     for _, location, row in _rows([part for source in sources for part in source.parts]):

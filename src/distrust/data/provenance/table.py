@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from distrust.bundled import PROVENANCE_TABLE
-from distrust.config import in_range, suggest_name
 from distrust.errors import ConfigError, read_failure_reason, shorten
+from distrust.options import in_range, suggest_name
 from distrust.provenance import Coefficients
 
 _IS_AN_ERROR = "error"  # under [missing]: no value replaces a missing one
@@ -45,12 +45,6 @@ class Table:
 
 def load_table(path: Path | None = None) -> Table:
     """Load the package's table, with the keys of a user's table in place of its own.
-
-    Args:
-        path: the user's TOML file; None for the package's table alone.
-
-    Returns:
-        The table.
 
     Raises:
         ConfigError: the file cannot be read, or has unknown keys or wrong values: a line for each.

@@ -31,11 +31,7 @@ _GROUP_ROWS, _GROUP_BYTES = 1 << 16, 1 << 25
 
 
 def require_format(target: Path) -> None:
-    """Refuse a file name whose suffix names no format that can be written.
-
-    Raises:
-        ConfigError: for such a name.
-    """
+    """Refuse a file name whose suffix names no format that can be written, with a ConfigError."""
     if not target.name.lower().endswith((".jsonl", ".jsonl.gz", ".parquet")):
         raise ConfigError(f"{target}: give a name that ends in .jsonl, .jsonl.gz or .parquet")
 
@@ -62,7 +58,6 @@ def write_scored(
         on_progress: called every 5,000 records with the number of records written.
 
     Raises:
-        ConfigError: the suffix is not supported, or the file exists.
         DataError: a source has changed, or has a value that the format cannot represent.
         WriteFailed: it cannot be written; an existing file is unchanged.
     """

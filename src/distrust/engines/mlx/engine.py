@@ -178,10 +178,7 @@ class MlxEngine:
         for moment in ("m", "v"):
             lines = state_conversion.list_differences(state.optimizer[moment], self._trained)
             differences += [f"moment {moment} of {line}" for line in lines]
-        if differences:
-            raise state_conversion.state_mismatch(
-                "the checkpoint does not fit the model", differences, state.model
-            )
+        state_conversion.require_no_differences(differences, state.model)
         self._trained = _copy_arrays(state.model, self._trained)
         self._optimizer.step = state.optimizer["step"]
         self._optimizer.m = _copy_arrays(state.optimizer["m"], self._trained)

@@ -48,10 +48,8 @@ def prepare_adapter(config: TrainConfig, tensors: Mapping[str, torch.Tensor], *,
         )
     meta_model: Any = adapter.add_adapter(model.meta_model(config.model), LoraConfig.from_options(config))
     differences = state_conversion.list_differences(tensors, adapter.trained_parameters(meta_model))
-    if differences:
-        raise state_conversion.state_mismatch(
-            f"the adapter does not fit --model {config.model}", differences, tensors
-        )
+    summary = f"the adapter does not fit --model {config.model}"
+    state_conversion.require_no_differences(differences, tensors, summary=summary)
     weights = adapter.to_peft_names(meta_model, _cast(tensors, dtype))
     peft_config = adapter.peft_config(meta_model, base=reference(config.model))
 
