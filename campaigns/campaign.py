@@ -88,10 +88,6 @@ class Campaign:
         """Keep the largest value of a measurement among the counts."""
         self.counts[description] = max(self.counts[description], value)
 
-    def require(self, holds: bool, violation: str) -> None:
-        """Raise CounterExample with ``violation`` unless the invariant holds."""
-        require(holds, violation)
-
     @property
     def idle(self) -> bool:
         """Whether nothing ran, except what was skipped."""

@@ -43,7 +43,7 @@ from unittest import mock
 
 import torch
 
-from campaigns.campaign import Campaign, Case, CounterExample, add_directory, parser, run
+from campaigns.campaign import Campaign, Case, CounterExample, add_directory, parser, require, run
 from campaigns.corruptions import NAME, OLDER_STEP, STEP, Damage, Files, Kind, kinds
 from distrust import Checkpoint, CheckpointManager
 from distrust.checkpoint import serialization
@@ -215,7 +215,7 @@ class Examination:
         )
 
     def _require(self, holds: bool, violation: str) -> None:
-        self._campaign.require(holds, f"{self._damage.description}: {violation}")
+        require(holds, f"{self._damage.description}: {violation}")
 
 
 def examine(campaign: Campaign, case: Case, round_: Round) -> None:

@@ -32,7 +32,7 @@ from dataclasses import replace
 from pathlib import Path
 from signal import SIGKILL
 
-from campaigns.campaign import Campaign, Case, CounterExample, add_directory, parser, run
+from campaigns.campaign import Campaign, Case, CounterExample, add_directory, parser, require, run
 from campaigns.faults import FAULTS
 from campaigns.invariants import require_durable, require_writable, save_phase
 from campaigns.oracle import Saved
@@ -114,7 +114,7 @@ class KilledWalk:
         return scan
 
     def _require(self, holds: bool, violation: str) -> None:
-        self._campaign.require(holds, f"{self._folder}: {violation}")
+        require(holds, f"{self._folder}: {violation}")
 
 
 def random_plan(rng: random.Random, *, fault: str | None) -> Plan:
@@ -153,7 +153,7 @@ def one_case(campaign: Campaign, forks: Forks, case: Case, folder: Path) -> None
         if not walk.kill(*random_instant(case.rng, seconds)):
             campaign.count("walks that finished before their last kill")
             break
-    campaign.require(walk.finish() == digest, f"{killed}: ended in another state than the undisturbed walk")
+    require(walk.finish() == digest, f"{killed}: ended in another state than the undisturbed walk")
     campaign.count(f"walks, {'direct I/O' if plan.direct else 'page cache'}")
 
 

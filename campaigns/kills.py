@@ -28,7 +28,7 @@ from signal import SIGKILL
 from typing import NamedTuple
 
 from campaigns import training_run
-from campaigns.campaign import Campaign, Case, run
+from campaigns.campaign import Campaign, Case, require, run
 from campaigns.invariants import DurabilityRecord, require_writable, save_phase
 from campaigns.training_run import LOOP, RULES, STEPS, TrainingRun
 from campaigns.triggers import Trigger, after, once_printed, random_disk_event
@@ -61,9 +61,7 @@ class KilledRun:
         record.record_output(session)
         if code == 0:
             return False
-        self._campaign.require(
-            code == -SIGKILL, f"{self._training.out}: exit code {code}: {session.errors()}"
-        )
+        require(code == -SIGKILL, f"{self._training.out}: exit code {code}: {session.errors()}")
         durable = record.durable
         scan = record.require()
         self._campaign.count(f"kills of {self._training.launcher.name}")
@@ -107,11 +105,11 @@ def one_case(campaign: Campaign, case: Case, training: TrainingRun, reference: R
         if not killed.kill(*random_instant(case.rng, reference)):
             campaign.count("runs that finished before their last kill")
             break
-    campaign.require(
+    require(
         killed.finish() == reference.digest,
         f"{training.out}: ended in another state than the undisturbed run",
     )
-    campaign.require(
+    require(
         training.metrics() == reference.metrics,
         f"{training.out}: metrics.jsonl differs from that of the undisturbed run",
     )

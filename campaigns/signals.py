@@ -29,7 +29,7 @@ from signal import SIGABRT, SIGINT, SIGTERM, SIGUSR1, Signals
 from typing import NamedTuple
 
 from campaigns import training_run
-from campaigns.campaign import Campaign, Case, run
+from campaigns.campaign import Campaign, Case, require, run
 from campaigns.invariants import DurabilityRecord, require_writable
 from campaigns.session import Session
 from campaigns.training_run import LOADING, LOOP, RULES, STEPS, TrainingRun
@@ -129,7 +129,7 @@ class SignalledRun:
         )
 
     def _require(self, holds: bool, violation: str) -> None:
-        self._campaign.require(holds, f"{self._training.out}: {violation}")
+        require(holds, f"{self._training.out}: {violation}")
 
 
 def _stop_message(session: Session) -> re.Match[str] | None:
@@ -205,7 +205,7 @@ def one_case(campaign: Campaign, case: Case, training: TrainingRun, reference: s
     signalled = SignalledRun(campaign, training.with_options("--save-every", save_every))
     for number in range(SIGNALS):
         signalled.send(random_stop(case.rng), random_moment(case.rng, last=number == SIGNALS - 1))
-    campaign.require(
+    require(
         signalled.finish() == reference, f"{training.out}: ended in another state than the undisturbed run"
     )
     campaign.count(f"runs of {training.launcher.name} that ended in the undisturbed state")

@@ -11,7 +11,7 @@ import signal
 import time
 from pathlib import Path
 
-from campaigns.campaign import Campaign, Case, fault_arguments
+from campaigns.campaign import Campaign, Case, fault_arguments, require
 from campaigns.child import Child
 from campaigns.concurrency import model, parent
 from distrust import CheckpointManager
@@ -47,7 +47,7 @@ class _Family:
             self._writer.send("save")
         time.sleep(self._rng.uniform(0, 0.05))
         self._writer.kill()
-        self._campaign.require(all(self._alive()), "a child did not outlive its parent")
+        require(all(self._alive()), "a child did not outlive its parent")
         began = time.monotonic()
         with CheckpointManager(self._directory, keep_last=None) as manager:
             self._take_over(manager)
@@ -81,7 +81,7 @@ class _Family:
         (self._folder / parent.RELEASE).touch()
         deadline = time.monotonic() + END_SECONDS
         while any(self._alive()):
-            self._campaign.require(time.monotonic() < deadline, "a child does not end")
+            require(time.monotonic() < deadline, "a child does not end")
             time.sleep(0.002)
 
     def kill_children(self) -> None:
@@ -100,27 +100,25 @@ class _Family:
             manager.acquire()
         except CheckpointDirectoryLocked as error:
             alive = sum(self._alive())
-            self._campaign.require(
-                False, f"the writer is dead, {alive} of its children live ({self._method}): {error}"
-            )
+            require(False, f"the writer is dead, {alive} of its children live ({self._method}): {error}")
 
     def _require_locked(self) -> None:
         try:
             CheckpointManager(self._directory).acquire()
         except CheckpointDirectoryLocked:
             return
-        self._campaign.require(False, f"a child's end released the lock of a living writer ({self._method})")
+        require(False, f"a child's end released the lock of a living writer ({self._method})")
 
     def _check(self, manager: CheckpointManager, newest: int) -> None:
         steps = manager.list_checkpoints()
         lost = (self._durable - {0} | {newest}) - set(steps)
-        self._campaign.require(not lost, f"durable and lost: {sorted(lost)}; existing: {steps}")
-        self._campaign.require(999 not in steps, "a child wrote")
+        require(not lost, f"durable and lost: {sorted(lost)}; existing: {steps}")
+        require(999 not in steps, "a child wrote")
         for step in steps:
             model.version_of(manager.load(step), step=step)
         names = {path.name for path in self._directory.iterdir()}
         expected = {".lock", *(f"checkpoint-{step}.safetensors" for step in steps)}
-        self._campaign.require(names == expected, f"left in the directory: {sorted(names ^ expected)}")
+        require(names == expected, f"left in the directory: {sorted(names ^ expected)}")
 
 
 def run(campaign: Campaign, case: Case, folder: Path) -> None:

@@ -385,7 +385,7 @@ def run(campaign: Campaign, case: Case, folder: Path) -> None:
         for _ in range(PROGRAMS):
             answer = process.receive_json()
             campaign.count_all(answer["counts"])
-            campaign.require(answer["finding"] is None, answer["finding"])
+            require(answer["finding"] is None, answer["finding"])
         process.finish()
 
 

@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from campaigns.campaign import Campaign, Case, fault_arguments
+from campaigns.campaign import Campaign, Case, fault_arguments, require
 from campaigns.child import Child, parse_arguments
 from campaigns.concurrency import model
 from distrust import CheckpointManager
@@ -54,7 +54,6 @@ class _Race:
             racer.send(f"go {instant} {method} {base + number * 1000}")
         answers = [racer.receive_json() for racer in self._racers]
         winners = [number for number, answer in enumerate(answers) if answer["refused"] is None]
-        require = self._campaign.require
         require(len(winners) == 1, f"{len(winners)} of {len(answers)} processes may write at once ({method})")
         winner = self._racers.pop(winners[0])
         for number, answer in enumerate(answers):
@@ -80,7 +79,7 @@ class _Race:
         self._expected.update(durable)
         # The save that it was about to report may be complete, too.
         unreported = max(self._expected, default=self._round * 1_000_000) + 1
-        self._campaign.require(
+        require(
             self._expected <= existing,
             f"durable, and gone after the kill: {sorted(self._expected - existing)}; "
             f"existing: {sorted(existing)}",
@@ -95,7 +94,7 @@ class _Race:
     def _check(self) -> None:
         manager = CheckpointManager(self._directory)
         steps = manager.list_checkpoints()
-        self._campaign.require(
+        require(
             set(steps) == self._expected,
             f"the holders saved {sorted(self._expected)}, and the directory has {steps}",
         )

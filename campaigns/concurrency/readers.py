@@ -319,12 +319,12 @@ def run(campaign: Campaign, case: Case, folder: Path) -> None:
     campaign.count(f"saves beside {options.readers} readers, {path}", options.saves)
     loads = []
     for answer in answers:
-        campaign.require(answer["finding"] is None, f"beside a writer ({path}): {answer['finding']}")
+        require(answer["finding"] is None, f"beside a writer ({path}): {answer['finding']}")
         campaign.count_all({f"readers: {name}": number for name, number in answer["counts"].items()})
         loads.append(sum(number for name, number in answer["counts"].items() if name.startswith("load")))
     campaign.count("readers: loads of the one that loaded least", min(loads))
     temporary = temporary_files(directory)
-    campaign.require(not temporary, f"the writer left {temporary}")
+    require(not temporary, f"the writer left {temporary}")
 
 
 def _write() -> None:

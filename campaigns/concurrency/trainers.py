@@ -14,7 +14,7 @@ import time
 from functools import cache
 from pathlib import Path
 
-from campaigns.campaign import Campaign, Case
+from campaigns.campaign import Campaign, Case, require
 from campaigns.session import Command, Session
 from campaigns.training_run import TrainingRun, reference_digest
 from distrust import CheckpointManager
@@ -47,16 +47,16 @@ def run(campaign: Campaign, case: Case, folder: Path) -> None:
             session.send(signal.SIGKILL)
     codes = [session.wait() for session in sessions]
     texts = [(session.output(), session.errors()) for session in sessions]
-    campaign.require(sorted(codes) == [0] + [1] * losers, f"exit codes {codes}: {texts}")
+    require(sorted(codes) == [0] + [1] * losers, f"exit codes {codes}: {texts}")
     winner = sessions[codes.index(0)]
     for session in sessions:
         if session is not winner:
             line = session.errors()
             clear = line.count("\n") == 1 and f"pid {winner.pid} " in line and "holds this directory" in line
-            campaign.require(clear, f"not a clear line: {session.output()!r} {line!r}")
+            require(clear, f"not a clear line: {session.output()!r} {line!r}")
             campaign.count("training commands refused with a clear line")
     digest, expected = runs[0].final_digest(), reference_digest(command, OPTIONS)
-    campaign.require(digest == expected, f"ended in {digest}, and the undisturbed run in {expected}")
+    require(digest == expected, f"ended in {digest}, and the undisturbed run in {expected}")
     CheckpointManager(runs[0].checkpoints).validate(max(runs[0].steps()))
 
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from campaigns.campaign import Campaign
+from campaigns.campaign import Campaign, require
 from distrust.checkpoint.memory import resident_bytes
 
 _THREAD_END_SECONDS = 0.2
@@ -82,7 +82,7 @@ def require_no_growth(
     second, last = samples[quarter : 2 * quarter], samples[-quarter:]
     for key in ("descriptors", "threads"):
         values = sorted({sample[key] for sample in samples[quarter:]})
-        campaign.require(len(values) == 1, f"{name}: {key} differ from sample to sample: {values}")
+        require(len(values) == 1, f"{name}: {key} differ from sample to sample: {values}")
         campaign.counts[f"{name}: {key}, at each sample"] = values[0]
     findings = []
     bounds = {"blocks": BLOCKS_BOUND + allowed_blocks, "resident": MEMORY_BOUND + allowed_bytes}
@@ -93,7 +93,7 @@ def require_no_growth(
         if growth > bound:
             findings.append(f"{key} grew by {growth:,} ({bound:,} allowed)")
     text = ", and ".join(findings)
-    campaign.require(not findings, f"{name}: from the second quarter to the last, {text}")
+    require(not findings, f"{name}: from the second quarter to the last, {text}")
 
 
 def require_no_slowdown(campaign: Campaign, name: str, samples: Samples, *, enforce: bool) -> None:
@@ -117,12 +117,12 @@ def require_no_slowdown(campaign: Campaign, name: str, samples: Samples, *, enfo
         ratios[key] = end / start
     if enforce:
         # A disk that others use now, and did not before, is slower for the probe, too.
-        campaign.require(
+        require(
             min(ratios["save"], ratios["save"] / ratios["disk"]) <= LATENCY_BOUND,
             f"{name}: a save took {ratios['save']:.2f} times as long at the end as at the start, "
             f"and the disk {ratios['disk']:.2f} times",
         )
-        campaign.require(
+        require(
             ratios["cpu"] <= LATENCY_BOUND,
             f"{name}: a save took {ratios['cpu']:.2f} times the processor time at the end",
         )

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from campaigns.campaign import Campaign, fault_arguments
+from campaigns.campaign import Campaign, fault_arguments, require
 from campaigns.child import Child, parse_arguments
 from campaigns.long_run import growth
 from campaigns.oracle import Rules, Saved, retained
@@ -58,7 +58,7 @@ def run(campaign: Campaign, folder: Path) -> list[dict[str, Any]]:
             campaign.count("saves", count)
             checkpoints = (Saved(step, metric=metric(step)) for step in range(total))
             expected = sorted(saved.step for saved in retained(checkpoints, RULES))
-            campaign.require(
+            require(
                 sample["steps"] == expected and sample["files"] <= FILES,
                 f"after {total:,} saves the rules retain {expected}; there are {sample['steps']} in "
                 f"{sample['files']} files",
@@ -84,7 +84,7 @@ def run_many(campaign: Campaign, folder: Path) -> list[dict[str, Any]]:
                 campaign.count("saves into a directory that keeps many", window)
                 count = len(sample["steps"])
                 expected = begin + window if keep_last is None else min(many, begin + window)
-                campaign.require(count == expected, f"there are {count:,} checkpoints, not {expected:,}")
+                require(count == expected, f"there are {count:,} checkpoints, not {expected:,}")
         saver.finish()
     middle = len(samples) // 2
     _require_linear(campaign, samples[:middle])
@@ -103,7 +103,7 @@ def _require_linear(campaign: Campaign, samples: growth.Samples) -> None:
     campaign.counts["many: processor time of a save with few checkpoints, µs"] = round(first * 1e6)
     campaign.counts["many: processor time of a save with all, µs"] = round(full * 1e6)
     campaign.counts["many: for each checkpoint, µs"] = round(each * 1e6)
-    campaign.require(
+    require(
         full - first <= GROWTH_BOUND * max(0.0, half - first) + NOISE_SECONDS,
         f"a save took {first * 1e3:.1f} ms of processor time with few checkpoints, {half * 1e3:.1f} with "
         f"half of them, {full * 1e3:.1f} with all: more than linear",

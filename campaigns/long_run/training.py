@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from campaigns.campaign import Campaign, fault_arguments
+from campaigns.campaign import Campaign, fault_arguments, require
 from campaigns.child import Child, parse_arguments
 from campaigns.long_run import growth
 
@@ -32,7 +32,7 @@ def run(campaign: Campaign, folder: Path) -> list[dict[str, Any]]:
             samples.append(sample)
             campaign.count("steps trained", window)
         last = sample["last_step"]
-        campaign.require(last == steps, f"training ended at step {last} of {steps}")
+        require(last == steps, f"training ended at step {last} of {steps}")
         trainer.finish()
     added = samples[-1]["steps"] // 2
     growth.require_no_growth(campaign, "training", samples, allowed_bytes=int(added * HISTORY_BYTES))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TextIO
 
 from campaigns import peers
-from campaigns.campaign import Campaign, Case, add_directory, parser, run
+from campaigns.campaign import Campaign, Case, add_directory, parser, require, run
 from campaigns.peers.accidents import KILL
 from campaigns.peers.all_subjects import SUBJECTS, missing_modules, versions
 from campaigns.peers.outcomes import Outcome
@@ -119,7 +119,7 @@ def _require(campaign: Campaign, cell: Cell, trial: Trial) -> None:
     allowed = ALLOWED.get(cell.accident.name, ALLOWED_OF_DAMAGE)
     trial_name = f"{cell.subject.name}, {cell.accident.name} ({trial.description})"
     message = f"{trial_name}: {trial.outcome.value}: {trial.message[-MESSAGE:]}"
-    campaign.require(not cell.subject.ours or trial.outcome in allowed, message)
+    require(not cell.subject.ours or trial.outcome in allowed, message)
 
 
 def _write_reports(campaign: Campaign, results: Results, package_versions: dict[str, str]) -> None:
