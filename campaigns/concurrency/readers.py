@@ -21,6 +21,7 @@ import warnings
 from collections import Counter, deque
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from campaigns.campaign import Campaign, Case, fault_arguments, require
 from campaigns.child import Child, parse_arguments
@@ -187,51 +188,40 @@ class Reader:
         self.counts["scans"] += 1
 
     def _load(self) -> None:
-        if (step := self._any_step()) is None:
-            return
         mmap = self._rng.random() < 0.6
         lazy = mmap and self._rng.random() < 0.5
-        try:
-            loaded = self._manager.load(step, mmap=mmap, verify="lazy" if lazy else "full")
-        except CheckpointNotFound as error:
-            self._require_unlisted(error, step)
-            return
-        self._check(step, loaded, check=not lazy, hold=mmap)
-        self.counts["loads, " + ("lazy" if lazy else "mapped" if mmap else "plain")] += 1
+        step, loaded = self._read_step(
+            lambda step: self._manager.load(step, mmap=mmap, verify="lazy" if lazy else "full")
+        )
+        if loaded is not None:
+            self._check(step, loaded, check=not lazy, hold=mmap)
+            self.counts["loads, " + ("lazy" if lazy else "mapped" if mmap else "plain")] += 1
 
     def _load_path(self) -> None:
-        files = self._manager.scan().files
-        if not files:
+        if not (files := self._manager.scan().files):
             return
         file = self._rng.choice(files)
         try:
             loaded = self._manager.load(file.path)
         except CheckpointNotFound as error:
-            require("\n" not in str(error), f"more than a line: {error}")
             paths = [other.path for other in self._manager.scan().files]
             require(file.path not in paths, f"{file.path.name} is gone, and is listed: {error}")
-            self.counts["gone"] += 1
+            self._count_gone(error)
             return
         self._check(file.step, loaded)
         self.counts["loads, by path"] += 1
 
     def _validate(self) -> None:
-        if (step := self._any_step()) is None:
-            return
-        try:
+        def validate(step: int) -> bool:
             self._manager.validate(step)
-        except CheckpointNotFound as error:
-            self._require_unlisted(error, step)
-        else:
-            self.counts["verified"] += 1
+            return True
+
+        _, valid = self._read_step(validate)
+        self.counts["verified"] += valid is not None
 
     def _inspect(self) -> None:
-        if (step := self._any_step()) is None:
-            return
-        try:
-            file = self._manager.inspect(step)
-        except CheckpointNotFound as error:
-            self._require_unlisted(error, step)
+        step, file = self._read_step(self._manager.inspect)
+        if file is None:
             return
         require(file.step == step == file.metadata["of"][0], f"step {step} has the metadata {file.metadata}")
         require(file.metrics == {model.METRIC: model.metric_of(step)}, f"metrics of {step}: {file.metrics}")
@@ -263,13 +253,22 @@ class Reader:
         require(best is None or metric <= best, f"load_best gave {metric}, and {best} is durable")
         self.counts["loads of the best"] += 1
 
-    def _any_step(self) -> int | None:
+    def _read_step(self, read: Callable[[int], Any]) -> tuple[int, Any]:
+        """Read a random step; the result is None if it is gone, or there is none."""
         steps = self._manager.list_checkpoints()
-        return self._rng.choice(steps) if steps else None
+        if not steps:
+            return 0, None
+        step = self._rng.choice(steps)
+        try:
+            return step, read(step)
+        except CheckpointNotFound as error:
+            listed = self._manager.list_checkpoints()
+            require(step not in listed, f"step {step} is gone, and is listed: {error}")
+            self._count_gone(error)
+            return step, None
 
-    def _require_unlisted(self, error: CheckpointNotFound, step: int) -> None:
+    def _count_gone(self, error: CheckpointNotFound) -> None:
         require("\n" not in str(error), f"more than a line: {error}")
-        require(step not in self._manager.list_checkpoints(), f"step {step} is gone, and is listed: {error}")
         self.counts["gone"] += 1
 
     def _check(self, step: int | None, loaded: Checkpoint, *, check: bool = True, hold: bool = False) -> int:

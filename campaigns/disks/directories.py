@@ -127,19 +127,9 @@ def _recover(checker: SaveChecker, accident: Accident, step: int, nbytes: int) -
         raise CounterExample(f"temporary files are left after a save that succeeded: {temporary}")
 
 
-def _remove(directory: Path) -> Accident:
+def _remove(directory: Path, *, remake: bool = False) -> Accident:
     volumes.remove_all(directory)
-    return Accident(undo=None)
-
-
-def _remove_run(directory: Path) -> Accident:
-    volumes.remove_all(directory.parent)
-    return Accident(undo=None)
-
-
-def _remove_and_remake(directory: Path) -> Accident:
-    volumes.remove_all(directory)
-    return Accident(undo=None, writer=CheckpointManager(directory))
+    return Accident(undo=None, writer=CheckpointManager(directory) if remake else None)
 
 
 def _remove_lock(directory: Path) -> Accident:
@@ -147,9 +137,11 @@ def _remove_lock(directory: Path) -> Accident:
     return Accident(undo=None)
 
 
-def _rename(directory: Path) -> Accident:
-    away = directory.with_name("away")
+def _rename(directory: Path, replace: Callable[[], object] = tuple, *, writer: bool = False) -> Accident:
+    """Rename the directory, and put something in its place, perhaps with another writer."""
+    away = _away(directory)
     directory.rename(away)
+    replace()
 
     def undo() -> None:
         if directory.is_symlink() or directory.is_file():
@@ -158,42 +150,22 @@ def _rename(directory: Path) -> Accident:
             shutil.rmtree(directory, ignore_errors=True)
         away.rename(directory)
 
-    return Accident(undo)
+    return Accident(undo, writer=CheckpointManager(directory) if writer else None)
 
 
-def _rename_and_remake(directory: Path) -> Accident:
-    return _rename(directory)._replace(writer=CheckpointManager(directory))
-
-
-def _hide_behind_file(directory: Path) -> Accident:
-    accident = _rename(directory)
-    directory.write_text("a file")
-    return accident
-
-
-def _hide_behind_link(directory: Path) -> Accident:
-    accident = _rename(directory)
-    directory.symlink_to(directory.with_name("nothing"))
-    return accident
+def _away(directory: Path) -> Path:
+    return directory.with_name("away")
 
 
 def _link_to_another(directory: Path) -> Accident:
-    accident = _rename(directory)
     another = directory.with_name("another")
     another.mkdir()
-    directory.symlink_to(another)
-    return accident._replace(writer=CheckpointManager(directory))
+    return _rename(directory, lambda: directory.symlink_to(another), writer=True)
 
 
-def _move_and_link(directory: Path) -> Accident:
-    accident = _rename(directory)
-    directory.symlink_to(directory.with_name("away"))
+def _link_to_itself(directory: Path) -> Accident:
+    accident = _rename(directory, lambda: directory.symlink_to(_away(directory)))
     return accident._replace(harmless=True)
-
-
-def _write_protect(directory: Path) -> Accident:
-    undo = volumes.write_protect(directory.parents[1])
-    return Accident(undo)
 
 
 def _unmount(directory: Path) -> Accident:
@@ -236,16 +208,16 @@ def _become_nobody(home: Path) -> None:
 
 _ACCIDENTS: dict[str, Callable[[Path], Accident]] = {
     "removed": _remove,
-    "removed with the run": _remove_run,
-    "removed and made again": _remove_and_remake,
+    "removed with the run": lambda directory: _remove(directory.parent),
+    "removed and made again": lambda directory: _remove(directory, remake=True),
     "without its lock": _remove_lock,
     "renamed": _rename,
-    "renamed and made again": _rename_and_remake,
-    "behind a file": _hide_behind_file,
-    "behind a link to nothing": _hide_behind_link,
+    "renamed and made again": lambda directory: _rename(directory, writer=True),
+    "behind a file": lambda directory: _rename(directory, lambda: directory.write_text("a file")),
+    "behind a link to nothing": lambda directory: _rename(directory, lambda: directory.symlink_to("nothing")),
     "behind a link to another": _link_to_another,
-    "moved and linked to": _move_and_link,
-    "write protected": _write_protect,
+    "moved and linked to": _link_to_itself,
+    "write protected": lambda directory: Accident(volumes.write_protect(directory.parents[1])),
     "unmounted": _unmount,
     "mounted over": _mount_over,
     "without permission": _take_permission,
