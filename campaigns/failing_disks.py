@@ -42,16 +42,16 @@ Kind = Callable[[random.Random, Path, Counter[str]], None]
 
 #: Each kind of case, and its weight.
 KINDS: dict[str, tuple[Kind, int]] = {
-    "disk full": (resources.disk_full, 12),
-    "inodes used up": (resources.inodes_used_up, 2),
-    "quota used up": (resources.quota_used_up, 2),
-    "file size": (resources.file_size, 4),
-    "killed by file size": (resources.killed_by_file_size, 1),
-    "open files": (resources.open_files, 3),
-    "memory": (resources.memory, 2),
-    "directory replaced": (directories.directory_replaced, 10),
-    "device fails": (resources.device_fails, 5),
-    "toy training": (runs.toy_training, 6),
+    "disk full": (resources.disk_full, 12),  # before a save, or during it
+    "inodes used up": (resources.inodes_used_up, 2),  # space, but no more files
+    "quota used up": (resources.quota_used_up, 2),  # for this user alone
+    "file size": (resources.file_size, 4),  # RLIMIT_FSIZE, with SIGXFSZ ignored
+    "killed by file size": (resources.killed_by_file_size, 1),  # the same, with SIGXFSZ deadly
+    "open files": (resources.open_files, 3),  # RLIMIT_NOFILE
+    "memory": (resources.memory, 2),  # RLIMIT_AS
+    "directory replaced": (directories.directory_replaced, 10),  # 14 accidents
+    "device fails": (resources.device_fails, 5),  # then mounted again
+    "toy training": (runs.toy_training, 6),  # the trainer on all of these
 }
 #: One case in so many is the real trainer, which takes longer than all cases before it together.
 REAL_EVERY = 100

@@ -114,19 +114,19 @@ def _no_mutex() -> None:
 
 #: By name: plants the fault.
 FAULTS: dict[str, Callable[[], None]] = {
-    "descriptors": lambda: _leak_at_each_rename(lambda target: os.open(target, os.O_RDONLY)),
-    "memory": lambda: _leak_at_each_rename(lambda _: bytearray(b"x") * _LEAK_BYTES),
-    "threads": lambda: _leak_at_each_rename(_start_thread),
-    "slower": lambda: _leak_at_each_rename(lambda _: time.sleep(len(_leaked) * 2e-6)),
-    "removes-nothing": lambda: _replace(os, "unlink", lambda *_, **__: None),
-    "in-place": _write_in_place,
-    "removed-first": lambda: _do_before_each_file(_remove_same_name),
-    "one-only": lambda: _do_before_each_file(_remove_older),
-    "no-lock": lambda: _replace(fcntl, "flock", lambda *_: None),
+    "descriptors": lambda: _leak_at_each_rename(lambda target: os.open(target, os.O_RDONLY)),  # one per save
+    "memory": lambda: _leak_at_each_rename(lambda _: bytearray(b"x") * _LEAK_BYTES),  # 64 KiB per save
+    "threads": lambda: _leak_at_each_rename(_start_thread),  # one per ten saves
+    "slower": lambda: _leak_at_each_rename(lambda _: time.sleep(len(_leaked) * 2e-6)),  # 2 µs more per save
+    "removes-nothing": lambda: _replace(os, "unlink", lambda *_, **__: None),  # clean-ups and sweeps
+    "in-place": _write_in_place,  # a kill leaves half a file under the final name
+    "removed-first": lambda: _do_before_each_file(_remove_same_name),  # a kill leaves no file under the name
+    "one-only": lambda: _do_before_each_file(_remove_older),  # a kill leaves no checkpoint at all
+    "no-lock": lambda: _replace(fcntl, "flock", lambda *_: None),  # every process gets the lock
     "children-keep-the-lock": lambda: _replace(os, "register_at_fork", lambda **_: None),
-    "children-clean-up": _children_clean_up,
-    "removes-the-best": _remove_best,
-    "no-mutex": _no_mutex,
+    "children-clean-up": _children_clean_up,  # of a parent that is still saving
+    "removes-the-best": _remove_best,  # retention forgets the metric
+    "no-mutex": _no_mutex,  # between clones of a manager
 }
 
 

@@ -42,8 +42,8 @@ from campaigns.walk import Plan, Report
 from distrust import CheckpointManager
 from distrust.checkpoint import Scan
 
-KILLS = 20
-STEPS = 60
+KILLS = 20  # of each walk
+STEPS = 60  # of each walk, about three from kill to kill
 #: What a walk would import when it first needs it.
 IMPORTS = ["numpy.random", "distrust.checkpoint.arrays.of_numpy"]
 

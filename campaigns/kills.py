@@ -34,7 +34,7 @@ from campaigns.training_run import LOOP, RULES, STEPS, TrainingRun
 from campaigns.triggers import Trigger, after, once_printed, random_disk_event
 from distrust.checkpoint import catalog
 
-KILLS = 10
+KILLS = 10  # of each run
 
 
 class Reference(NamedTuple):

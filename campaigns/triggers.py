@@ -19,7 +19,7 @@ from campaigns.session import POLL_SECONDS, Session
 
 #: Given a session at its start, returns a condition that is polled until it holds.
 Trigger = Callable[[Session], Callable[[], bool]]
-DiskEvent = Literal["made", "reserved", "renamed", "removed"]
+DiskEvent = Literal["made", "reserved", "renamed", "removed"]  # of a save, in this order
 
 
 def after(seconds: float) -> Trigger:
@@ -83,7 +83,7 @@ class _Watch:
     def poll(self) -> dict[DiskEvent, int]:
         old, new = self._previous, _list(self._directory)
         self._previous = new
-        self._counts["made"] += len(new.temporary.keys() - old.temporary.keys())
+        self._counts["made"] += len(new.temporary.keys() - old.temporary.keys())  # a temporary file
         self._counts["reserved"] += sum(
             sized and not old.temporary.get(name, False) for name, sized in new.temporary.items()
         )

@@ -15,9 +15,9 @@ from campaigns.oracle import Saved
 from distrust import Checkpoint, CheckpointManager
 from distrust.errors import CheckpointDirectoryLocked, CheckpointNotFound
 
-THREADS, OPERATIONS = (2, 6), (2, 6)
+THREADS, OPERATIONS = (2, 6), (2, 6)  # from, to
 FORK_SECONDS = 60.0
-_JOIN_SECONDS = 60.0
+_JOIN_SECONDS = 60.0  # for one thread
 
 
 class Burst:

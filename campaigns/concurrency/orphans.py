@@ -19,7 +19,7 @@ from distrust.errors import CheckpointDirectoryLocked
 
 #: A loader takes seconds to import, so it comes less often.
 METHODS = (*[method for method in parent.METHODS if method != "loader"] * 3, "loader")
-END_SECONDS = 30.0
+END_SECONDS = 30.0  # for the children, after their release
 
 
 class _Family:

@@ -32,8 +32,8 @@ from distrust.errors import CheckpointDirectoryLocked, CheckpointNotFound, Unsup
 
 #: In one process, one after the other.
 PROGRAMS = 10
-OPERATIONS = 40
-SIZES = (16, 16, 500, 500, 5_000, 200_000)
+OPERATIONS = 40  # in a program
+SIZES = (16, 16, 500, 500, 5_000, 200_000)  # items; the last one takes long enough to overlap
 #: How long to wait for a lock that another one holds; the races test the real time.
 LOCK_SECONDS = 0.02
 _LOG_ENTRIES = 25

@@ -22,7 +22,7 @@ from campaigns.concurrency import model
 from distrust import CheckpointManager
 from distrust.errors import CheckpointDirectoryLocked
 
-RACERS = (2, 5)
+RACERS = (2, 5)  # processes
 METHODS = ("acquire", "save", "save_async")
 #: From the order to its instant: every racer has read it by then.
 NOTICE_SECONDS = 0.02

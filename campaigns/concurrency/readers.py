@@ -31,7 +31,7 @@ from distrust import Checkpoint, CheckpointManager
 from distrust.checkpoint import PendingSave, direct_io
 from distrust.errors import CheckpointNotFound
 
-SIZES = (16, 500, 5_000, 50_000)
+SIZES = (16, 500, 5_000, 50_000)  # items; from one block to many
 _BOARD_BYTES = 4096
 _STEP, _VERSION, _BEST, _STOP = (8 * index for index in range(4))
 
@@ -137,7 +137,7 @@ class Writer:
         self._board.report(step, version, model.metric_of(step))
 
 
-HELD = 4
+HELD = 4  # loaded checkpoints at once
 #: For all saves together, on a disk that is used by others, too.
 SECONDS_PER_SAVE, LEAST_SECONDS = 2.0, 60.0
 

@@ -26,7 +26,7 @@ from campaigns.disks.save_checker import SaveChecker
 from campaigns.invariants import checkpoint_digests, temporary_files
 from distrust import Checkpoint, CheckpointManager
 
-NOBODY = 65534
+NOBODY = 65534  # a user without rights
 _PR_SET_DUMPABLE = 4
 _NEED_A_MOUNT = ("write protected", "unmounted", "mounted over")
 
@@ -207,18 +207,18 @@ def _become_nobody(home: Path) -> None:
 
 
 _ACCIDENTS: dict[str, Callable[[Path], Accident]] = {
-    "removed": _remove,
+    "removed": _remove,  # its parent exists
     "removed with the run": lambda directory: _remove(directory.parent),
     "removed and made again": lambda directory: _remove(directory, remake=True),
-    "without its lock": _remove_lock,
-    "renamed": _rename,
+    "without its lock": _remove_lock,  # the lock is a file in it
+    "renamed": _rename,  # the writer has its files open
     "renamed and made again": lambda directory: _rename(directory, writer=True),
     "behind a file": lambda directory: _rename(directory, lambda: directory.write_text("a file")),
     "behind a link to nothing": lambda directory: _rename(directory, lambda: directory.symlink_to("nothing")),
     "behind a link to another": _link_to_another,
-    "moved and linked to": _link_to_itself,
+    "moved and linked to": _link_to_itself,  # the same directory by another path
     "write protected": lambda directory: Accident(volumes.write_protect(directory.parents[1])),
-    "unmounted": _unmount,
-    "mounted over": _mount_over,
-    "without permission": _take_permission,
+    "unmounted": _unmount,  # lazily
+    "mounted over": _mount_over,  # by another file system
+    "without permission": _take_permission,  # for a user who is not root
 }

@@ -25,7 +25,7 @@ from distrust import Checkpoint, CheckpointManager
 from distrust.checkpoint import direct_io
 from distrust.errors import CheckpointNotFound, SaveFailed
 
-METHODS = ("blocking", "background", "overlapped")
+METHODS = ("blocking", "background", "overlapped")  # save, save_async, and save_async with overlap
 Step = int
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 

@@ -28,10 +28,10 @@ from campaigns.fuzz.forging import (
 #: What a change raises if its target does not exist any more.
 NOTHING_TO_CHANGE = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError)
 #: Nothing random is deeper, so that thousands are tried in a second; deep files are tried one by one.
-DEEP = 200
+DEEP = 200  # levels
 
 #: Numbers whose hash is that of 0: a dict or set of them takes n * n steps.
-SAME_HASH = 2**61 - 1
+SAME_HASH = 2**61 - 1  # the modulus of the hash of an int
 
 HOSTILE_TEXTS = (
     "", "a", "\0", "a\0b", "../../x", "/etc/passwd", "C:\\x", "%s%n{0}{}", "\x1b[2J\x1b]0;title\x07",
@@ -314,18 +314,20 @@ def _escapes(draft: Draft, rng: Random) -> None:
         draft.state["sections"][section] = {"d": {f"s{text}": text}}
 
 
-def _text_of_state(draft: Draft, rng: Random) -> None:
-    text = encode_json(draft.state)
+def _splice_text(value: Any, rng: Random) -> str:
+    """The JSON of a value, with some characters replaced."""
+    text = encode_json(value)
     at = rng.randrange(len(text))
     snippet = rng.choice(JSON_SNIPPETS).decode(errors="replace")
-    draft.state = text[:at] + snippet + text[at + rng.randrange(9) :]
+    return text[:at] + snippet + text[at + rng.randrange(9) :]
+
+
+def _text_of_state(draft: Draft, rng: Random) -> None:
+    draft.state = _splice_text(draft.state, rng)
 
 
 def _text_of_run(draft: Draft, rng: Random) -> None:
-    text = encode_json(draft.run)
-    at = rng.randrange(len(text))
-    snippet = rng.choice(JSON_SNIPPETS).decode(errors="replace")
-    draft.run = text[:at] + snippet + text[at + rng.randrange(9) :]
+    draft.run = _splice_text(draft.run, rng)
 
 
 def _data(draft: Draft, rng: Random) -> None:
@@ -335,27 +337,27 @@ def _data(draft: Draft, rng: Random) -> None:
 
 
 CHANGES: dict[str, Callable[[Draft, Random], None]] = {
-    "offsets": _offsets,
-    "tensors exchanged": _swap,
-    "shape": _shape,
-    "dtype": lambda draft, rng: _a_tensor(draft, rng).update(dtype=rng.choice(DTYPES)),
+    "offsets": _offsets,  # reversed, overlapping, beyond the file, or no numbers
+    "tensors exchanged": _swap,  # a field of two tensors
+    "shape": _shape,  # too large, negative, or no numbers
+    "dtype": lambda draft, rng: _a_tensor(draft, rng).update(dtype=rng.choice(DTYPES)),  # known or unknown
     "field of a tensor": lambda draft, rng: replace_one(_a_tensor(draft, rng), rng, any_value),
-    "name": _rename,
-    "metadata": _metadata,
-    "digests": _digests,
+    "name": _rename,  # of a tensor, everywhere
+    "metadata": _metadata,  # of the header, not of the state
+    "digests": _digests,  # other letters, lengths or types
     "anything in the header": lambda draft, rng: replace_one(draft.fields, rng, any_value),
     "anything in the state": lambda draft, rng: replace_one(draft.state, rng, any_node),
     "any JSON in the state": lambda draft, rng: replace_one(draft.state, rng, any_value),
     "anything in run": lambda draft, rng: replace_one(draft.run, rng, any_value),
-    "section": _section,
-    "keys": _keys,
-    "deep": _deep,
-    "run": _run,
-    "metrics": _metrics,
+    "section": _section,  # of the state
+    "keys": _keys,  # that are equal in Python, or invalid
+    "deep": _deep,  # at the limit of the depth, and beyond
+    "run": _run,  # a field of what is known of the run
+    "metrics": _metrics,  # in the run, or in the metadata
     "escapes for a terminal": _escapes,
     "text of the state": _text_of_state,
     "text of run": _text_of_run,
-    "data": _data,
+    "data": _data,  # shorter, longer or reversed
 }
 _CHANGE_NAMES = (*CHANGES,)
 
@@ -411,13 +413,13 @@ def _noise(_: Specimen, rng: Random) -> bytes:
 
 
 FILES: dict[str, Callable[[Specimen, Random], bytes]] = {
-    "header lengths": _lengths,
-    "bytes of the header, signed": splice,
-    "bytes of the file": damage,
+    "header lengths": _lengths,  # of the first eight bytes
+    "bytes of the header, signed": splice,  # past the digest
+    "bytes of the file": damage,  # refused at the digest
     "a key twice": _key_twice,
     "hostile names, otherwise valid": _some_tensors,
-    "skeletons": _skeleton,
-    "noise": _noise,
+    "skeletons": _skeleton,  # of all sections, with correct tensors
+    "noise": _noise,  # framed or not
     "another writer's": lambda _, __: frame(b'{"a":{"data_offsets":[0,1],"dtype":"U8","shape":[1]}}') + b"\0",
 }
 _FILE_NAMES = (*FILES,)

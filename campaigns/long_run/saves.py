@@ -131,7 +131,7 @@ def _windows(campaign: Campaign) -> Iterator[tuple[int, int]]:
 
 
 #: The small state: some tensors, a few KiB.
-TENSORS, VALUES = 4, 512
+TENSORS, VALUES = 4, 512  # of float64
 #: Saves from one probe of the disk to the next.
 PROBE_EVERY = 5
 #: Saves from one release of the directory to the next.

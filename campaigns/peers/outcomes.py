@@ -11,16 +11,16 @@ from enum import Enum
 class Outcome(Enum):
     """The outcome of an accident, the best first. The value is the term in tables."""
 
-    NOTHING_LOST = "nothing lost"
-    FELL_BACK_SAYING = "older one, said so"
-    FELL_BACK = "older one, silently"
-    FOUND = "stopped, naming it"
-    DIED = "died otherwise"
-    CRASHED = "crashed or hung"
-    BEGAN_ANEW = "found none"
-    OTHER_VALUES_SAYING = "other values, with a warning"
-    OTHER_VALUES = "other values, unnoticed"
-    ALL_LOST = "all lost"
+    NOTHING_LOST = "nothing lost"  # the newest checkpoint, or the one that was being saved
+    FELL_BACK_SAYING = "older one, said so"  # with a message about the damage
+    FELL_BACK = "older one, silently"  # without a message
+    FOUND = "stopped, naming it"  # an error that names the damage
+    DIED = "died otherwise"  # another error
+    CRASHED = "crashed or hung"  # of the process
+    BEGAN_ANEW = "found none"  # as if there were no checkpoint
+    OTHER_VALUES_SAYING = "other values, with a warning"  # values that were never saved
+    OTHER_VALUES = "other values, unnoticed"  # the worst that a saver can do
+    ALL_LOST = "all lost"  # the older checkpoint, too
 
 
 #: Nothing was resumed: after a kill, a second attempt shows whether anything is left.

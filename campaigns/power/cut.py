@@ -34,8 +34,8 @@ from campaigns.power.recording import (
     Write,
 )
 
-PAGE_BYTES = 4096
-SECTOR_BYTES = 512
+PAGE_BYTES = 4096  # what the page cache writes
+SECTOR_BYTES = 512  # what a disk writes in one piece
 
 #: The content of each file, and None for a directory.
 Image = Mapping[Path, bytes | None]

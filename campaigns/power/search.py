@@ -21,7 +21,7 @@ from distrust.checkpoint.disk import Disk
 from distrust.checkpoint.lock import LOCK_NAME
 from distrust.errors import CheckpointNotFound, DistrustError, SaveFailed
 
-SEQUENCES_PER_CASE = 3
+SEQUENCES_PER_CASE = 3  # each starts where a cut left the one before
 #: Random fates at each instant; all combinations would mostly be the same disks.
 RANDOM_FATES = 8
 
