@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from campaigns.campaign import CounterExample
-from campaigns.oracle import Rules, Saved, one_per_step, retained
+from campaigns.oracle import Rules, Saved, must_keep, one_per_step
 from campaigns.session import Session
 from campaigns.triggers import Trigger
 from distrust import CheckpointManager
@@ -42,7 +42,7 @@ def require_durable(directory: Path, durable: Collection[Saved], rules: Rules) -
             catalog.verify(path)
     except DistrustError as error:
         raise CounterExample(f"{directory}: {error}") from error
-    existing = {saved.step: saved for saved in _saved(scan, rules)}
+    existing = {saved.step: saved for saved in _list_saved(scan, rules)}
     _require_retained(directory, durable, existing, rules)
     temporary = temporary_files(directory)
     if len(temporary) > 1:
@@ -52,7 +52,7 @@ def require_durable(directory: Path, durable: Collection[Saved], rules: Rules) -
     return scan
 
 
-def _saved(scan: Scan, rules: Rules) -> list[Saved]:
+def _list_saved(scan: Scan, rules: Rules) -> list[Saved]:
     return [Saved.of(file.step, file.kind, file.metrics, rules) for file in scan.files]
 
 
@@ -61,7 +61,7 @@ def _require_retained(
 ) -> None:
     # What was removable once stays removable: newer and better ones only ever come in addition.
     union = {**one_per_step(durable), **existing}
-    steps = {saved.step for saved in retained(union.values(), rules)}
+    steps = {saved.step for saved in must_keep(union.values(), rules)}
     for saved in durable:
         if saved.step in steps and saved.step not in existing:
             raise CounterExample(f"{directory}: {saved.name} was durable, no rule removes it, and it is gone")
@@ -187,7 +187,7 @@ def save_phase(directory: Path, scan: Scan, durable: Collection[Saved], rules: R
         return _temporary_phase(path)
     newest = max((file.step for file in scan.files), default=-1)
     if newest > max((saved.step for saved in durable), default=-1):
-        if len(scan.files) > len(retained(_saved(scan, rules), rules)):
+        if len(scan.files) > len(must_keep(_list_saved(scan, rules), rules)):
             return "renamed, the old one not yet removed"
         return "renamed, not yet reported"
     return "no save visible"

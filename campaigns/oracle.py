@@ -40,7 +40,7 @@ def one_per_step(checkpoints: Iterable[Saved]) -> dict[int, Saved]:
     return {saved.step: saved for saved in sorted(checkpoints, key=lambda saved: (saved.step, saved.final))}
 
 
-def retained(checkpoints: Iterable[Saved], rules: Rules) -> set[Saved]:
+def must_keep(checkpoints: Iterable[Saved], rules: Rules) -> set[Saved]:
     """The checkpoints that may not be removed while all of these exist; finals always stay."""
     by_step = one_per_step(checkpoints)
     steps = sorted(by_step)

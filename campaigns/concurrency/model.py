@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from campaigns.oracle import Rules, Saved, one_per_step, retained
+from campaigns.oracle import Rules, Saved, must_keep, one_per_step
 from distrust import Checkpoint
 
 METRIC = "eval_loss"
@@ -94,7 +94,7 @@ class Model:
         """Remove what no rule retains; returns the steps of which nothing is left."""
         self.holder = session
         rules = self.rules if keep_last is None else self.rules._replace(keep_last=keep_last)
-        keep = retained(self.files, rules)
+        keep = must_keep(self.files, rules)
         removed = [
             saved
             for saved, version in self.files.items()

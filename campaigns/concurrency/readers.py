@@ -71,7 +71,7 @@ class Board:
         return float(struct.unpack_from("d", self._memory, _BEST)[0]) if self.version else None
 
     @property
-    def stopped(self) -> bool:
+    def is_stopped(self) -> bool:
         return bool(self._memory[_STOP])
 
     def stop(self) -> None:
@@ -344,7 +344,7 @@ def _read() -> None:
     reader = Reader(options.directory, board, random.Random(options.seed))
     finding = None
     try:
-        while not board.stopped:
+        while not board.is_stopped:
             reader.read()
         reader.finish()
     except Exception:

@@ -24,7 +24,7 @@ import numpy as np
 from campaigns.campaign import Campaign, fault_arguments, require
 from campaigns.child import Child, parse_arguments
 from campaigns.long_run import growth
-from campaigns.oracle import Rules, Saved, retained
+from campaigns.oracle import Rules, Saved, must_keep
 from distrust import Checkpoint, CheckpointManager
 
 RULES = Rules(keep_last=3, keep_best=2)
@@ -57,7 +57,7 @@ def run(campaign: Campaign, folder: Path) -> list[dict[str, Any]]:
             samples.append({"saves": total, **sample})
             campaign.count("saves", count)
             checkpoints = (Saved(step, metric=metric(step)) for step in range(total))
-            expected = sorted(saved.step for saved in retained(checkpoints, RULES))
+            expected = sorted(saved.step for saved in must_keep(checkpoints, RULES))
             require(
                 sample["steps"] == expected and sample["files"] <= FILES,
                 f"after {total:,} saves the rules retain {expected}; there are {sample['steps']} in "

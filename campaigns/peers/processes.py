@@ -53,7 +53,7 @@ class WarmProcess:
         """Save all checkpoints up to the step ``last``."""
         self._require({"verb": "write", "directory": str(directory), "mib": mib, "last": last})
 
-    def expected(self, directory: Path, mib: int) -> dict[int, str]:
+    def expected_proofs(self, directory: Path, mib: int) -> dict[int, str]:
         answer = self._require({"verb": "expected", "directory": str(directory), "mib": mib})
         return {int(step): proof for step, proof in answer.items()}
 

@@ -91,7 +91,7 @@ class Subject(ABC):
         """Resume as its documentation shows; None if it finds no checkpoint."""
 
     @abstractmethod
-    def expected(self, directory: Path, mib: int) -> dict[int, str]:
+    def expected_proofs(self, directory: Path, mib: int) -> dict[int, str]:
         """The proof of every step that :meth:`write` may save; may use the directory."""
 
     @abstractmethod
@@ -119,7 +119,7 @@ class Store(Subject):
         loaded = self.load(directory, mib)
         return None if loaded is None else (step_of(loaded), proof_of(loaded))
 
-    def expected(self, directory: Path, mib: int) -> dict[int, str]:
+    def expected_proofs(self, directory: Path, mib: int) -> dict[int, str]:
         return {step: proof_of(make_state(step, mib)) for step in range(1, SAVES + 1)}
 
     def open(self, directory: Path) -> None:

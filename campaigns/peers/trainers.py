@@ -37,7 +37,7 @@ class Training(Subject):
     damages = 12
     kills = 8
 
-    def expected(self, directory: Path, mib: int) -> dict[int, str]:
+    def expected_proofs(self, directory: Path, mib: int) -> dict[int, str]:
         losses, digest = self.train_undisturbed(directory)
         return {step: _proof(losses, digest, after=step) for step in range(SAVE_EVERY, STEPS + 1, SAVE_EVERY)}
 

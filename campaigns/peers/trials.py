@@ -124,7 +124,7 @@ class Bench:
 
     def _proofs(self, mib: int) -> dict[int, str]:
         if mib not in self._expected:
-            self._expected[mib] = self._warm.expected(self._folder / f"expected-{mib}", mib)
+            self._expected[mib] = self._warm.expected_proofs(self._folder / f"expected-{mib}", mib)
         return self._expected[mib]
 
 

@@ -53,7 +53,7 @@ def _serve(subject: Subject, answers: TextIO) -> None:
                 subject.write(directory, mib, request["last"], lambda *_: None)
                 _send(answers, None)
             case "expected":
-                _send(answers, subject.expected(directory, mib))
+                _send(answers, subject.expected_proofs(directory, mib))
             case "resume":
                 _send(answers, _resume(subject, directory, mib))
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from campaigns.campaign import CounterExample
-from campaigns.oracle import Rules, Saved, retained
+from campaigns.oracle import Rules, Saved, must_keep
 from campaigns.power.cut import PAGE_BYTES, World
 from campaigns.power.recording import Killed, Operation, RecordingDisk, Rename, Unlink
 from distrust import Checkpoint, CheckpointManager
@@ -114,7 +114,7 @@ class Invariants:
             for other, version in self._visible.items()
             if other == name or self.world.is_certain(self._directory / other)
         ]
-        if self._rules is None or name in {saved.name for saved in retained(certain, self._rules)}:
+        if self._rules is None or name in {saved.name for saved in must_keep(certain, self._rules)}:
             raise CounterExample(f"{name} was removed, but {self._rules} retain it: {certain} are certain")
         del self._visible[name]
         self.required.pop(name, None)

@@ -128,7 +128,7 @@ def test_kills_in_mid_save(tmp_path):
 )
 def test_after_a_kill_a_second_attempt_shows_whether_anything_is_left(tmp_path, subject, outcome):
     """Half a file over the only one, and half a file beside an intact one."""
-    expected = subject.expected(tmp_path, 1)
+    expected = subject.expected_proofs(tmp_path, 1)
     with WarmProcess(subject, fault=None) as warm:
         subject.write(tmp_path, 1, 3, lambda *_: None)
         assert resume_after_kill(warm, subject, tmp_path, 1, 3, expected)[0] is Outcome.NOTHING_LOST
