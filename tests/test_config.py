@@ -192,6 +192,21 @@ def test_every_option_says_what_it_changes():
     assert sorted(name for names in effects for name in names) == sorted(OPTIONS)
 
 
+def test_the_help_has_a_group_of_options_for_each_section_of_the_reference(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "90")
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    out = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    assert max(map(len, out.splitlines())) <= 90
+    groups = re.split(r"^[^\w-]*((?:\w+ )?options)\W*$", out, flags=re.MULTILINE)[
+        1:
+    ]  # title, text, title, ...
+    assert groups[::2] == ["options", *(f"{title} options" for title in option_groups())]
+    for text, options in zip(groups[3::2], option_groups().values(), strict=True):
+        flags = re.findall(r"^\W*(--[\w-]+) ", text, re.MULTILINE)
+        assert flags == [flag(option.name) for option in options]
+
+
 def test_the_help_says_no_default_twice(capsys):
     with pytest.raises(SystemExit):
         parse(["--help"])

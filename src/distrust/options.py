@@ -122,6 +122,7 @@ def coerce(value: Any, hint: Any) -> Any:
     if origin in (Union, types.UnionType):
         if value is None and type(None) in get_args(hint):
             return None
+        # The last choice is X or tuple[X, ...]; one before it is str, for a single name.
         *others, inner = [choice for choice in get_args(hint) if choice is not type(None)]
         if not others:
             return coerce(value, inner)
@@ -134,7 +135,7 @@ def coerce(value: Any, hint: Any) -> Any:
         if value in get_args(hint):
             return value
         raise TypeError(f"give one of {', '.join(get_args(hint))}")
-    if origin is tuple:
+    if origin is tuple:  # every list option is tuple[X, ...]
         inner = get_args(hint)[0]
         with contextlib.suppress(TypeError):
             if isinstance(value, (list, tuple)):
@@ -142,9 +143,9 @@ def coerce(value: Any, hint: Any) -> Any:
         if get_origin(inner) is Literal:
             raise TypeError(f"give a list of {', '.join(get_args(inner))}")
         raise TypeError(f"give a list of {'strings' if inner is str else 'numbers'}")
-    if hint is float and type(value) is int:
+    if hint is float and type(value) is int:  # TOML and Python users write 1 for 1.0
         return float(value)
-    if type(value) is not hint:
+    if type(value) is not hint:  # not isinstance: True is no whole number
         expected = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
         raise TypeError(f"give {expected[hint]}")
     return value

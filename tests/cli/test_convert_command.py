@@ -292,7 +292,7 @@ def test_what_is_lost_is_told_when_a_run_goes_on(tmp_path, lacks):
         write_checksums(path)
     convert(path, tmp_path / "run")
     checkpoint = CheckpointManager(tmp_path / "run" / "checkpoints").load(10)
-    adopted, record = imported.adopt_imported(checkpoint, TrainConfig(), where=tmp_path)
+    adopted, record = imported.adopt_imported(checkpoint, TrainConfig())
     lost = "the loss of 2 steps: it is not known which of the 10 steps they are of"
     with pytest.warns(DistrustWarning, match="not recorded.*--lora-alpha") as told:
         imported.warn_imported(adopted, record, where=tmp_path)

@@ -18,10 +18,8 @@ match dtype and shape, and True for 1, so none of these has a check of its own.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
-from collections.abc import Iterator
 from itertools import chain
 from operator import lt
 from typing import Any, cast, get_args
@@ -49,7 +47,7 @@ from distrust.checkpoint.format import (
 )
 from distrust.checkpoint.lazy import lockfree_cached_property
 from distrust.checkpoint.tree import ARRAY_SECTIONS, STATE_SECTIONS
-from distrust.errors import CorruptCheckpoint, UnsupportedVersion, shorten
+from distrust.errors import CorruptCheckpoint, ErrorTranslator, UnsupportedVersion, shorten
 
 METADATA_KEYS = (
     "digest", "digests", "format", "kind", "run", "state", "state_digest", "step", "version"
@@ -286,13 +284,12 @@ def _run_info(text: str) -> dict[str, Any]:
     return run
 
 
-@contextlib.contextmanager
-def _json_errors(part: str) -> Iterator[None]:
+def _json_errors(part: str) -> ErrorTranslator:
     """Convert the errors of hostile JSON to :class:`CorruptCheckpoint`."""
-    try:
-        yield
-    except (ValueError, RecursionError) as error:  # deep nesting; UnicodeError is a ValueError
-        raise CorruptCheckpoint(f"the {part} is not the JSON that a writer produces ({error})") from None
+    return ErrorTranslator(
+        (ValueError, RecursionError),  # of deep nesting; UnicodeError is a ValueError
+        lambda error: CorruptCheckpoint(f"the {part} is not the JSON that a writer produces ({error})"),
+    )
 
 
 def _require_same(text: str, encoded: str) -> None:

@@ -99,7 +99,7 @@ def load(
         def verify_and_build(label: str) -> Any:
             try:
                 verified_read.verify_content(content, [tensors[label]])
-            except CorruptCheckpoint as error:  # open_checkpoint, which adds the path, has returned by then
+            except CorruptCheckpoint as error:  # errors_with_path below has ended by then
                 raise CorruptCheckpoint(error.reason, path=path, tensor=error.tensor) from None
             return build_array(label)
 

@@ -58,7 +58,7 @@ def write_streaming(file: AtomicFile, prepared: PreparedCheckpoint, block_buffer
     writes: deque[threading.Event] = deque()
     for number, (begin, end) in enumerate(_blocks(layout)):
         if number >= slots:
-            writes.popleft().wait()  # the slot's previous block must be on disk before it is overwritten
+            writes.popleft().wait()  # the slot's previous block must be written before it is overwritten
         slot = number % slots * BLOCK_BYTES
         arrays.fill(memory, slot, _arrays_in_range(prepared, begin, end))
         block = memoryview(memory)[slot : slot + round_up(end - begin, PAGE_BYTES)]

@@ -13,7 +13,7 @@ from typing import Any
 
 from distrust.data.columns import Columns
 from distrust.data.formats import BATCH_ROWS, Row
-from distrust.errors import DataError
+from distrust.errors import DataError, MissingDependency
 
 _NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)  # NAME or OWNER/NAME; anything else is a file
 
@@ -61,8 +61,8 @@ def rows(name: str, table: Any, columns: Columns) -> Iterator[Row]:
     """The rows of a loaded split, numbered from 1; only the needed columns are decoded."""
     number = 0
     try:
-        needed = table.with_format(None).select_columns(columns.needed_from(table.column_names))
-        for batch in needed.iter(BATCH_ROWS):
+        table = table.with_format(None).select_columns(columns.needed_from(table.column_names))
+        for batch in table.iter(BATCH_ROWS):
             for values in zip(*batch.values(), strict=True):
                 number += 1
                 yield number, columns.select(dict(zip(batch, values, strict=True)))
@@ -79,9 +79,8 @@ def _library(name: str) -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise DataError(
-            f"{name}: data sets of the hub need datasets ({error}): pip install 'distrust-trainer[train]'"
-        ) from None
+        purpose = f"{name}: a data set of the hub"
+        raise MissingDependency(purpose, library="datasets", extra="train") from error
     return datasets
 
 

@@ -41,7 +41,7 @@ def read_checkpoint(
         ConfigError: for ``step`` or ``best`` with a single file.
         MissingDependency: if no framework is installed.
     """
-    resolve(target)
+    resolve(target)  # a wrong name is reported before anything is imported
     if framework is None:
         framework = first_installed(_engine_of_newest(target), purpose=f"reading {target}")
     if is_directory(target):
@@ -96,10 +96,10 @@ def engine_of(
     # Compiling pays off in training only, and this machine may have no compiler.
     defaults = {"compile": False, "engine": _engine_for(checkpoint)}
     config = replace(config_of(file, model=model), **{**defaults, **(changes or {})})
-    expected = fingerprint_of(file, "model")
+    expected = fingerprint_of(file, "model")  # fails before the model is loaded, which may take minutes
     with base_model_errors(file, config.model, overridden=model is not None):
         engine = create_engine(config)
-    if engine.fingerprint() != expected:
+    if engine.fingerprint() != expected:  # an adapter on other weights computes nonsense silently
         raise ResumeRefused(f"{file.path}: was not trained on the weights of --model {config.model}")
     engine.load_state(EngineState(checkpoint.model, checkpoint.optimizer, checkpoint.rng))
     return engine

@@ -32,7 +32,7 @@ class LoraConfig:
             rank=config.lora_rank,
             alpha=config.lora_alpha,
             dropout=config.lora_dropout,
-            target_modules=config.target_modules,
+            target_modules=tuple(config.target_modules),
             rslora=config.rslora,
             dora=config.dora,
         )

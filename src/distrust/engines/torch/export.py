@@ -46,6 +46,7 @@ def prepare_adapter(config: TrainConfig, tensors: Mapping[str, torch.Tensor], *,
             DistrustWarning,
             stacklevel=2,
         )
+    # Shapes only: an adapter folder needs no weights of the base model.
     meta_model: Any = adapter.add_adapter(model.meta_model(config.model), LoraConfig.from_options(config))
     differences = state_conversion.list_differences(tensors, adapter.trained_parameters(meta_model))
     summary = f"the adapter does not fit --model {config.model}"
@@ -78,7 +79,7 @@ def prepare_merged(engine: TorchEngine, config: TrainConfig, *, dtype: ExportDty
     """
     merged: Any = engine.model.float()
     if config.lora_rank:
-        adapter.untie_adapted(merged)
+        adapter.untie_adapted(merged)  # before merging writes into shared weights
         merged = merged.merge_and_unload(safe_merge=True)
     merged.to(runtime.torch_dtype(dtype))
     _require_finite(merged.named_parameters(), dtype)
