@@ -143,7 +143,7 @@ class SaveChecker:
             require(cause.strerror in text, f"the message gives no reason: {text}")
         if isinstance(cause, OSError) and cause.errno in _NO_SPACE and "not saved" in text:
             require(error.needed is not None and error.needed >= nbytes, f"needed: {error.needed}: {text}")
-            require(f"{error.needed:,} bytes" in text and " free" in text, f"how many bytes? {text}")
+            require(f"{error.needed:,} bytes needed" in text and " free" in text, f"how many bytes? {text}")
 
     def save(self, step: Step, nbytes: int) -> None:
         """Save where nothing is in the way, and check."""

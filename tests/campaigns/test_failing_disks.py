@@ -106,7 +106,7 @@ def does_not_check_the_owner_of_the_directory(monkeypatch):
 
 
 def lets_system_errors_escape(monkeypatch):
-    monkeypatch.setattr(AtomicFile, "_cleanup_on_error", lambda file: contextlib.nullcontext())
+    monkeypatch.setattr(AtomicFile, "_save_errors", lambda file: contextlib.nullcontext())
     monkeypatch.setattr("distrust.checkpoint.writer._save_errors", lambda path: contextlib.nullcontext())
 
 

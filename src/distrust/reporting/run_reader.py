@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from distrust.checkpoint import CheckpointFile, CheckpointManager, Scan, catalog
 from distrust.data.distribution import ClassSummary, Distribution, Extreme, Quartiles
 from distrust.errors import (
-    NOT_FOUND_ERRORS,
+    NO_SUCH_FILE,
     CheckpointNotFound,
     CorruptCheckpoint,
     DataError,
@@ -116,7 +116,7 @@ def read_run(folder: Path) -> RunData:
         CheckpointError: the checkpoints cannot be read at all.
     """
     if not folder.is_dir():
-        problem = "is a file; give the folder of the run" if folder.exists() else NOT_FOUND_ERRORS
+        problem = "is a file; give the folder of the run" if folder.exists() else NO_SUCH_FILE
         raise RunNotFound(f"{folder}: {problem}", path=folder)
     if folder.name == catalog.RUN_SUBDIRECTORY and (folder.parent / METRICS).is_file():
         raise RunNotFound(f"{folder}: holds the checkpoints of a run; give {folder.parent}", path=folder)
