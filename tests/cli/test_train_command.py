@@ -73,7 +73,7 @@ def test_a_run_that_is_killed_stopped_and_resumed_ends_like_an_undisturbed_one(
     assert (ended.code, ended.err) == (0, "")
     assert f"Resuming from step {step} (" in ended.out
     assert digest_of(tmp_path / "killed") == digest_of(tmp_path / "alone")
-    logged, expected = (TrainingRun(tmp_path / run, []).numbers() for run in ("killed", "alone"))
+    logged, expected = (TrainingRun(tmp_path / run, []).metrics() for run in ("killed", "alone"))
     assert logged == expected
     assert [line["step"] for line in logged] == list(range(1, 46))
     assert f"state digest {digest_of(tmp_path / 'alone')}" in ended.out
