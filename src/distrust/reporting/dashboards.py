@@ -9,7 +9,6 @@ import os
 import secrets
 import time
 import warnings
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
