@@ -31,7 +31,8 @@ LAYERS = [
     {"data"},
     {"contract"},
     {"training", "engines"},
-    {"importers", "export", "reporting"},
+    {"importers", "reporting"},
+    {"export"},
     {"trainer"},
     {"demo", "evaluation", "testing"},
     {"cli"},
@@ -45,7 +46,6 @@ STRING_IMPORTS = {
     "distrust.checkpoint": "public names are loaded on first access",
     "distrust.checkpoint.arrays": "an adapter in the same package is loaded with its framework",
     "distrust.cli": "a command loads only its own module",
-    "distrust.engines": "an engine in the same package is loaded with its framework",
     "distrust.importers": "a reader in the same package is loaded for its format",
     "distrust.importers.convert": "a reader in the same package is loaded for its format",
 }
