@@ -26,6 +26,7 @@ LAYERS = [
     {"errors", "bundled"},
     {"checkpoint", "weighting"},
     {"provenance", "atomic"},
+    {"options"},
     {"config"},
     {"run_record"},
     {"data"},

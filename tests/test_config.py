@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import ast
 import inspect
 import re
 import tempfile
 from dataclasses import fields, replace
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -16,19 +14,15 @@ from hypothesis import strategies as st
 
 from distrust import TrainConfig
 from distrust.cli.train import parse
-from distrust.config import flag, from_mapping, from_toml, key
+from distrust.config import flag, from_mapping, from_toml, key, option_docs, option_groups
 from distrust.errors import ConfigError
 
 #: What users' commands and files are written with: a name here is never taken away, and a new one is added
 #: here on purpose.
 OPTIONS = [
     "model",
-    "data",
-    "out",
-    "eval_data",
     "max_length",
-    "default_authority_weight",
-    "default_provenance_entropy",
+    "data",
     "mix",
     "split",
     "subset",
@@ -40,9 +34,12 @@ OPTIONS = [
     "authority_weight_column",
     "provenance_entropy_column",
     "source_column",
-    "eval_split",
-    "eval_fraction",
+    "default_authority_weight",
+    "default_provenance_entropy",
     "cache_dir",
+    "out",
+    "from_step",
+    "branch",
     "weighting",
     "alpha",
     "lambda",
@@ -70,29 +67,30 @@ OPTIONS = [
     "max_grad_norm",
     "clipping",
     "seed",
+    "eval_data",
+    "eval_split",
+    "eval_fraction",
+    "eval_every",
+    "eval_at_start",
+    "metric",
+    "metric_mode",
+    "early_stopping_patience",
+    "save_every",
+    "keep_last",
+    "keep_best",
+    "keep_every",
+    "report_to",
+    "log_every",
     "engine",
     "dtype",
     "device",
     "threads",
     "compile",
-    "gradient_checkpointing",
     "quantization",
+    "gradient_checkpointing",
     "reload_every",
     "reload_above",
     "max_memory",
-    "save_every",
-    "keep_last",
-    "keep_best",
-    "keep_every",
-    "metric",
-    "metric_mode",
-    "eval_every",
-    "eval_at_start",
-    "early_stopping_patience",
-    "report_to",
-    "log_every",
-    "from_step",
-    "branch",
 ]
 
 NAMES = {field.name for field in fields(TrainConfig)}
@@ -178,10 +176,35 @@ def test_the_options_are_these():
     assert set(VALUES) == NAMES
 
 
+def test_the_documentation_of_the_class_explains_every_option():
+    documentation = " ".join(inspect.getdoc(TrainConfig).split())
+    assert all(f" {name}: {doc}" in documentation for name, doc in option_docs().items())
+
+
+def test_every_option_is_in_one_group():
+    names = [option.name for options in option_groups().values() for option in options]
+    assert names == [field.name for field in fields(TrainConfig)]
+
+
 def test_every_option_says_what_it_changes():
     assert {field.metadata["effect"] for field in fields(TrainConfig)} == {"result", "bits", "free"}
     effects = [set(TrainConfig().with_effect(effect)) for effect in ("result", "bits", "free")]
     assert sorted(name for names in effects for name in names) == sorted(OPTIONS)
+
+
+def test_the_help_has_a_group_of_options_for_each_section_of_the_reference(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "90")
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    out = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    assert max(map(len, out.splitlines())) <= 90
+    groups = re.split(r"^[^\w-]*((?:\w+ )?options)\W*$", out, flags=re.MULTILINE)[
+        1:
+    ]  # title, text, title, ...
+    assert groups[::2] == ["options", *(f"{title} options" for title in option_groups())]
+    for text, options in zip(groups[3::2], option_groups().values(), strict=True):
+        flags = re.findall(r"^\W*(--[\w-]+) ", text, re.MULTILINE)
+        assert flags == [flag(option.name) for option in options]
 
 
 def test_the_help_says_no_default_twice(capsys):
@@ -199,17 +222,11 @@ def test_every_option_has_its_doc_in_the_help(capsys):
     assert left.value.code == 0
     out = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
     shown = re.sub(r"[\s│]+", "", out)
-    (body,) = ast.parse(inspect.getsource(TrainConfig)).body
-    docs = {
-        option.target.id: doc.value.value
-        for option, doc in pairwise(body.body)
-        if isinstance(option, ast.AnnAssign) and isinstance(doc, ast.Expr)
-    }
+    docs = option_docs()
     assert set(docs) == NAMES
     for name, doc in docs.items():
         assert re.search(rf"{re.escape(flag(name))}\b", out), name
         assert re.sub(r"\s+", "", doc) in shown, name
-        assert all(line.endswith(".") for line in doc.splitlines()), f"{name}: the help breaks a sentence"
     assert "--config" in out
     assert "--lambda_" not in out
     assert "distrust train --model ./my-model" in out

@@ -1,4 +1,4 @@
-"""w and H from what is known of a source: properties, the table, and a record's fields."""
+"""Computing w and H: properties, the table, and the fields of a record."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def entropy(chain):
 
 
 @given(chain=chains)
-def test_entropy_lies_between_none_and_all_sources_alike(chain):
+def test_entropy_is_between_zero_and_that_of_equal_shares(chain):
     sources = {(item.kind, item.id) for item in chain if item.kind not in ("web", "Wiki ") and item.share > 0}
     assert 0 <= entropy(chain) <= math.log2(max(1, len(sources))) + 1e-9
 
@@ -60,11 +60,11 @@ def test_one_source_named_several_times_is_one_source(chain, parts):
 
 
 @given(chain=chains, share=st.floats(0, 1e6))
-def test_what_can_be_edited_counts_for_nothing(chain, share):
+def test_editable_kinds_are_not_counted(chain, share):
     assert entropy([*chain, Evidence("WIKI", share, "x")]) == entropy(chain)
 
 
-def test_entropies_that_can_be_worked_out_by_hand():
+def test_entropies_computed_by_hand():
     a, b = Evidence("report", 1, "a"), Evidence("report", 1, "b")
     assert entropy([]) == 0
     assert entropy([a]) == 0
@@ -77,7 +77,7 @@ def test_entropies_that_can_be_worked_out_by_hand():
 
 
 @pytest.mark.parametrize("share", [-1, math.nan, math.inf])
-def test_what_is_no_share_is_refused(share):
+def test_invalid_shares_are_refused(share):
     with pytest.raises(DataError, match="share"):
         entropy([Evidence("report", share)])
 
@@ -85,23 +85,23 @@ def test_what_is_no_share_is_refused(share):
 # w
 
 
-@given(rank=unit, citations=counts, consensus=counts, more=st.floats(1, 10), weights=coefficients)
-def test_w_never_falls_with_an_ingredient_and_stays_in_its_range(rank, citations, consensus, more, weights):
+@given(rank=unit, citations=counts, consensus=counts, factor=st.floats(1, 10), weights=coefficients)
+def test_w_never_falls_with_an_ingredient_and_stays_in_its_range(rank, citations, consensus, factor, weights):
     def w(rank, citations, consensus):
         return authority_weight(
             rank=rank, citation_count=citations, consensus_count=consensus, coefficients=weights
         )
 
-    here = w(rank, citations, consensus)
-    assert 0 <= here <= MAX_AUTHORITY_WEIGHT
-    assert w(min(1, rank * more), citations, consensus) >= here
-    assert w(rank, citations * more, consensus) >= here
-    assert w(rank, citations, consensus * more) >= here
+    base = w(rank, citations, consensus)
+    assert 0 <= base <= MAX_AUTHORITY_WEIGHT
+    assert w(min(1, rank * factor), citations, consensus) >= base
+    assert w(rank, citations * factor, consensus) >= base
+    assert w(rank, citations, consensus * factor) >= base
 
 
-def test_w_as_the_table_has_it():
-    def w(**given):
-        return authority_weight(coefficients=load_table().coefficients, **given)
+def test_w_with_the_default_table():
+    def w(**ingredients):
+        return authority_weight(coefficients=load_table().coefficients, **ingredients)
 
     assert w(rank=0.3, citation_count=0, consensus_count=0) == 0.3
     assert w(rank=0.3, citation_count=9, consensus_count=0) == pytest.approx(0.5)
@@ -113,9 +113,9 @@ def test_w_as_the_table_has_it():
     "wrong", [{"rank": 1.1}, {"rank": math.nan}, {"citation_count": -1}, {"consensus_count": math.inf}]
 )
 def test_ingredients_out_of_range_are_refused(wrong):
-    given = {"rank": 0.5, "citation_count": 1, "consensus_count": 1, **wrong}
+    ingredients = {"rank": 0.5, "citation_count": 1, "consensus_count": 1, **wrong}
     with pytest.raises(DataError, match=next(iter(wrong))):
-        authority_weight(coefficients=Coefficients(1, 0.2, 0.1), **given)
+        authority_weight(coefficients=Coefficients(1, 0.2, 0.1), **ingredients)
 
 
 # The table
@@ -127,22 +127,22 @@ def table_of(tmp_path, text):
     return load_table(path)
 
 
-def test_a_table_replaces_what_it_names_and_nothing_else(tmp_path):
+def test_a_table_replaces_only_the_keys_it_names(tmp_path):
     usual = load_table()
     assert usual.missing == {"rank": None, "citation_count": None, "consensus_count": 0}
-    assert not usual.ranks, "who ranks how is the user's to say"
-    own = table_of(
+    assert not usual.ranks, "the user decides who ranks how"
+    custom = table_of(
         tmp_path, '[coefficients]\ncitations = 1\n[ranks]\n"A b" = 1\n[missing]\nrank = 0.25\n[columns]\n'
     )
-    assert own.coefficients == Coefficients(usual.coefficients.rank, 1.0, usual.coefficients.consensus)
-    assert own.ranks == {"A b": 1.0}
-    assert own.missing == {**usual.missing, "rank": 0.25}
-    assert (own.columns, own.editable) == (usual.columns, usual.editable)
+    assert custom.coefficients == Coefficients(usual.coefficients.rank, 1.0, usual.coefficients.consensus)
+    assert custom.ranks == {"A b": 1.0}
+    assert custom.missing == {**usual.missing, "rank": 0.25}
+    assert (custom.columns, custom.editable) == (usual.columns, usual.editable)
     assert table_of(tmp_path, '[evidence]\neditable = ["note"]').editable == ("note",)
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("[coefficient]\nrank = 1", r"unknown table \[coefficient\]; did you mean coefficients\?"),
         ("[coefficients]\nranks = 1", r"unknown key 'ranks' in \[coefficients\]; did you mean rank\?"),
@@ -160,19 +160,19 @@ def test_a_table_replaces_what_it_names_and_nothing_else(tmp_path):
         ("[coefficients]\nrank = 1" + "0" * 400, "give a number, 0 or more"),
     ],
 )
-def test_a_wrong_table_is_told(tmp_path, text, said):
-    with pytest.raises(ConfigError, match=said) as told:
+def test_errors_of_a_table(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message) as caught:
         table_of(tmp_path, text)
-    assert str(told.value).count("table.toml") == len(str(told.value).splitlines())
+    assert str(caught.value).count("table.toml") == len(str(caught.value).splitlines())
 
 
-def test_all_that_is_wrong_in_a_table_is_told_at_once(tmp_path):
-    with pytest.raises(ConfigError) as told:
+def test_all_errors_of_a_table_are_reported_at_once(tmp_path):
+    with pytest.raises(ConfigError) as caught:
         table_of(tmp_path, "x = 1\n[ranks]\nA = 2\nB = 'b'\n[columns]\nranc = 'b'\n")
-    assert len(str(told.value).splitlines()) == 4
+    assert len(str(caught.value).splitlines()) == 4
 
 
-def test_no_table_there(tmp_path):
+def test_a_missing_table(tmp_path):
     with pytest.raises(ConfigError, match="no such file or directory"):
         load_table(tmp_path / "none.toml")
 
@@ -185,7 +185,7 @@ def table(tmp_path_factory):
     return table_of(tmp_path_factory.mktemp("table"), '[ranks]\nlab = 0.2\n"0.9" = 0.1\n')
 
 
-def test_a_record_s_w(table):
+def test_the_w_of_a_record(table):
     assert evidence.authority_weight({"institutional_rank": "lab", "citation_count": 9}, table) == 0.4
     assert evidence.authority_weight({"institutional_rank": 0.5, "citation_count": 0}, table) == 0.5
     as_text = {"institutional_rank": "0.5", "citation_count": "9", "consensus_count": ""}
@@ -197,7 +197,7 @@ def test_a_record_s_w(table):
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
         ({"institutional_rank": True}, "institutional_rank: a boolean (true), not a number; write it as one"),
         ({"institutional_rank": 1.01}, "institutional_rank: 1.01 is outside [0, 1]; 1 is the highest rank"),
@@ -208,28 +208,30 @@ def test_a_record_s_w(table):
         ({"consensus_count": []}, "consensus_count: a list ([]), not a number; write it as one"),
     ],
 )
-def test_a_wrong_ingredient_is_told_with_its_field(table, fields, said):
-    with pytest.raises(RecordError) as told:
+def test_errors_of_ingredients_name_the_field(table, fields, message):
+    with pytest.raises(RecordError) as caught:
         evidence.authority_weight({"institutional_rank": 0.1, "citation_count": 1, **fields}, table)
-    assert str(told.value) == said
-    assert not isinstance(told.value, MissingIngredientError)
+    assert str(caught.value) == message
+    assert not isinstance(caught.value, MissingIngredientError)
 
 
-def test_a_missing_ingredient_is_told_unless_the_table_has_something_for_it(table, tmp_path):
+def test_a_missing_ingredient_is_an_error_unless_the_table_replaces_it(table, tmp_path):
     with pytest.raises(MissingIngredientError, match="institutional_rank and citation_count: missing"):
         evidence.authority_weight({}, table)
     with pytest.raises(MissingIngredientError, match='institutional_rank: "x" has no rank'):
         evidence.authority_weight({"institutional_rank": "x", "citation_count": 1}, table)
-    own = table_of(tmp_path, "[missing]\nrank = 0.3\ncitation_count = 9")
-    assert evidence.authority_weight({}, own) == 0.5
+    custom = table_of(tmp_path, "[missing]\nrank = 0.3\ncitation_count = 9")
+    assert evidence.authority_weight({}, custom) == 0.5
     with pytest.raises(MissingIngredientError, match="evidence: missing"):
         evidence.provenance_entropy({}, table)
 
 
-def test_a_record_s_h(table):
+def test_the_h_of_a_record(table):
     chain = [{"kind": "report", "id": 1, "share": 1, "year": 1901}, {"kind": "report", "id": "2", "share": 1}]
     assert evidence.provenance_entropy({"evidence": chain}, table) == 1
-    with_gaps = [{**item, "id": 1.0} for item in chain]  # one and the same, of a table whose ids have gaps
+    with_gaps = [
+        {**item, "id": 1.0} for item in chain
+    ]  # the same id, as a float from a table whose ids have gaps
     assert evidence.provenance_entropy({"evidence": with_gaps}, table) == 0
     assert evidence.provenance_entropy({"evidence": []}, table) == 0
     all_but_one = [{"kind": "a", "share": 1e308}, {"kind": "b", "share": 1e-308}]
@@ -238,7 +240,7 @@ def test_a_record_s_h(table):
 
 
 @pytest.mark.parametrize(
-    ("chain", "said"),
+    ("chain", "message"),
     [
         ("no list", 'evidence: "no list" is not a list, nor JSON of one'),
         ("[" * 100_000, "is not a list, nor JSON of one"),
@@ -259,8 +261,8 @@ def test_a_record_s_h(table):
         ([{"kind": "a", "share": 0}], "evidence: all shares are 0"),
     ],
 )
-def test_a_wrong_chain_is_told_with_its_field(table, chain, said):
-    with pytest.raises(RecordError) as told:
+def test_errors_of_a_chain_name_the_field(table, chain, message):
+    with pytest.raises(RecordError) as caught:
         evidence.provenance_entropy({"evidence": chain}, table)
-    assert said in str(told.value)
-    assert len(str(told.value)) < 200
+    assert message in str(caught.value)
+    assert len(str(caught.value)) < 200

@@ -1,4 +1,4 @@
-"""The example weight: what the formulas promise, for any source."""
+"""Example weights: properties of the formulas for any source."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def split(pairs):
     return np.array([a for a, _ in pairs]), np.array([b for _, b in pairs])
 
 
-def test_the_published_figures():
+def test_the_published_numbers():
     # DESIGN §6: r² is 21 for the worst source and 1.7 for a better one.
     term = distrust_term([0.99, 0.90, 0.0], [0.0, 1.0, 5.0])
     assert term / ALPHA == pytest.approx([21.2076, 1.6967, 25.0], abs=1e-4)
@@ -74,7 +74,7 @@ def test_more_entropy_never_loses_weight(w, h1, h2, alpha, lambda_):
     assert of_low <= of_high * (1 + 1e-12)
 
 
-def test_published_turns_round_where_monotone_does_not():
+def test_published_reverses_where_monotone_does_not():
     w, h = [0.99, 0.90], [0.0, 1.0]
     worst, better = example_weights(w, h, weighting="published")
     assert worst > 9 * better
@@ -82,13 +82,13 @@ def test_published_turns_round_where_monotone_does_not():
 
 
 @given(sources, st.floats(1, 100), st.sampled_from(["off", "published", "monotone"]))
-def test_max_ratio_bounds_the_weights_and_keeps_the_small_ones(pairs, max_ratio, weighting):
+def test_max_ratio_limits_only_large_weights(pairs, max_ratio, weighting):
     w, h = split(pairs)
-    free = example_weights(w, h, weighting=weighting)
+    unlimited = example_weights(w, h, weighting=weighting)
     clipped = example_weights(w, h, weighting=weighting, max_ratio=max_ratio)
-    bound = max_ratio * free.min()
+    bound = max_ratio * unlimited.min()
     assert clipped.max() <= bound
-    assert np.array_equal(clipped[free <= bound], free[free <= bound])
+    assert np.array_equal(clipped[unlimited <= bound], unlimited[unlimited <= bound])
 
 
 @given(weights_and_tokens)
@@ -100,13 +100,13 @@ def test_the_mean_over_tokens_is_one(pairs):
 
 
 @given(weights_and_tokens, st.randoms(use_true_random=False))
-def test_normalizing_does_not_depend_on_the_order_of_examples(pairs, random):
+def test_normalization_does_not_depend_on_the_order_of_examples(pairs, random):
     shuffled = list(enumerate(pairs))
     random.shuffle(shuffled)
     u = normalize(split(pairs)[0], tokens=split(pairs)[1])
-    places, moved = zip(*shuffled, strict=True)
+    positions, moved = zip(*shuffled, strict=True)
     of_moved = normalize(split(moved)[0], tokens=split(moved)[1])
-    assert np.array_equal(of_moved, u[list(places)])
+    assert np.array_equal(of_moved, u[list(positions)])
 
 
 @given(st.floats(1e-6, 1e300), st.lists(st.integers(1, 10**9), min_size=1, max_size=50))
@@ -126,7 +126,7 @@ def test_the_effective_sample_size_is_between_one_and_n(weights):
     assert size == pytest.approx(sum(weights) ** 2 / sum(u * u for u in weights), rel=1e-9)
 
 
-def test_the_effective_sample_size_at_its_ends():
+def test_the_effective_sample_size_at_its_limits():
     assert effective_sample_size(np.full(7, 0.3)) == 7
     assert effective_sample_size([1e9, 1, 1, 1]) == pytest.approx(1)
 
@@ -181,7 +181,7 @@ def test_weights_without_a_mean_are_refused():
         effective_sample_size([])
 
 
-def test_the_inputs_are_left_as_they_were():
+def test_the_inputs_are_not_modified():
     weights = np.array([1.0, 3.0])
     normalize(weights, tokens=[1, 1])
     effective_sample_size(weights)

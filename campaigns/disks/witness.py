@@ -140,7 +140,7 @@ class SaveChecker:
         else:
             self.judge_message(outcome)
             if reachable:
-                self._judge_untouched(outcome, new_one_may_stand="written and whole" in str(error))
+                self._judge_untouched(outcome, new_one_may_stand="written completely" in str(error))
         if removable:
             _require(not temporary(self.directory), f"left over: {temporary(self.directory)}")
         if reachable:

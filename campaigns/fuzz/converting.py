@@ -18,12 +18,7 @@ from typing import Any
 
 from campaigns.campaign import CounterExample
 from campaigns.fuzz import corruptions
-from campaigns.fuzz.invariants import (
-    MESSAGE_CHARACTERS,
-    only_what_is_promised,
-    require,
-    require_plain,
-)
+from campaigns.fuzz.invariants import MESSAGE_CHARACTERS, only_what_is_promised, require, require_plain
 from distrust.checkpoint import catalog
 from distrust.checkpoint.lock import LOCK_NAME
 from distrust.errors import DistrustError

@@ -39,37 +39,22 @@ _NUMBERS = (0.0, -1.0, 1e-45, 3e38, float("inf"), float("nan"))
 
 
 class Fixtures(NamedTuple):
-    """Valid folders and files.
+    """Valid folders and files."""
 
-    Attributes:
-        base: folder of the model that all of them were trained on.
-        kinds: where each kind is.
-        fields: the metadata of the older formats.
-        weights: of the adapter, by peft's names.
-        moments: by the letter of the moment and a name of peft.
-    """
-
-    base: Path
-    kinds: dict[str, Path]
-    fields: dict[str, Any]
-    weights: dict[str, Any]
-    moments: dict[str, Any]
+    base: Path  # folder of the model that all of them were trained on
+    kinds: dict[str, Path]  # where each kind is
+    fields: dict[str, Any]  # the metadata of the older formats
+    weights: dict[str, Any]  # of the adapter, by peft's names
+    moments: dict[str, Any]  # by "m." or "v." and peft's name
 
 
 class Victim(NamedTuple):
-    """A copy of a fixture, to be changed.
+    """A copy of a fixture, to be changed."""
 
-    Attributes:
-        path: of the copy; its folder has room for more.
-        kind: of it.
-        good: the fixtures.
-        chance: every random choice.
-    """
-
-    path: Path
+    path: Path  # of the copy; its folder has room for more
     kind: str
     good: Fixtures
-    chance: Random
+    chance: Random  # every random choice
 
     @property
     def canary(self) -> Path:
@@ -233,30 +218,33 @@ def _header(victim: Victim) -> None:
     """A safetensors header with a changed field or a wrong length."""
     file, chance = victim.one_of(_TENSORS), victim.chance
     raw = file.read_bytes()
-    end = 8 + int.from_bytes(raw[:8], "little")
-    fields = json.loads(raw[8:end])
+    fields, end = _parse_header(raw)
     families.replace_one(
-        fields, chance, lambda chance: chance.choice((families.any_value(chance), *families.DTYPES))
+        fields, chance, lambda _: chance.choice((families.any_value(chance), *families.DTYPES))
     )
     text = json.dumps(fields).encode()
-    length = chance.choice(
-        (len(text),) * 6 + (0, len(text) - 1, len(text) + 1, len(raw), 1 << 40, (1 << 64) - 1)
-    )
+    wrong = (0, len(text) - 1, len(text) + 1, len(raw), 1 << 40, (1 << 64) - 1)
+    length = chance.choice((*(len(text),) * 6, *wrong))
     file.write_bytes(length.to_bytes(8, "little") + text + raw[end:])
 
 
 def _tensors(victim: Victim) -> None:
     """Tensors with another name, shape, dtype or value."""
-    file, chance = victim.one_of(_TENSORS), victim.chance
+    file = victim.one_of(_TENSORS)
     raw = file.read_bytes()
-    end = 8 + int.from_bytes(raw[:8], "little")
-    fields = {name: field for name, field in json.loads(raw[8:end]).items() if name != "__metadata__"}
+    fields, end = _parse_header(raw)
+    fields.pop("__metadata__", None)
     arrays = {
         name: np.frombuffer(raw[end:][slice(*field["data_offsets"])], np.float32).reshape(field["shape"])
         for name, field in fields.items()
     }
-    _change_arrays(arrays, chance)
+    _change_arrays(arrays, victim.chance)
     file.write_bytes(_pack(arrays))
+
+
+def _parse_header(raw: bytes) -> tuple[dict[str, Any], int]:
+    end = 8 + int.from_bytes(raw[:8], "little")
+    return json.loads(raw[8:end]), end
 
 
 def _change_arrays(arrays: dict[str, Any], chance: Random) -> None:
@@ -283,32 +271,26 @@ def _change_arrays(arrays: dict[str, Any], chance: Random) -> None:
                 array[..., :1],
                 array[:, None],
                 array.sum(),
-                array[:-1],
+                array[1:],
             )
             arrays[name] = np.ascontiguousarray(chance.choice(shapes)).astype(np.float32)
 
 
-def _require_older(victim: Victim) -> None:
+def _older_format(victim: Victim) -> None:
+    """Weights, moments or metadata of an older format that do not match."""
     if victim.kind not in _OLDER:
         raise LookupError("not an older format: there is nothing to change")
-
-
-def _older_arrays(victim: Victim) -> None:
-    """Weights or moments of an older format that do not match."""
-    _require_older(victim)
-    weights, moments = dict(victim.good.weights), dict(victim.good.moments)
-    _change_arrays(victim.chance.choice((weights, moments, moments)), victim.chance)
-    _write_older(victim.path, victim.kind, victim.good.fields, weights, moments)
-
-
-def _older_fields(victim: Victim) -> None:
-    """Any value in the metadata of an older format."""
-    _require_older(victim)
-    chance, fields = victim.chance, copy.deepcopy(victim.good.fields)
-    for _ in range(chance.choice((1, 1, 2))):
-        inner = chance.choice(([fields], [fields["optimizer_scalars"]] * 3, [fields["metadata"]]))[0]
-        inner[chance.choice([*inner, "step"])] = families.any_value(chance)
-    _write_older(victim.path, victim.kind, fields, victim.good.weights, victim.good.moments)
+    chance, good = victim.chance, victim.good
+    fields, weights, moments = copy.deepcopy(good.fields), dict(good.weights), dict(good.moments)
+    if chance.random() < 0.5:
+        _change_arrays(chance.choice((weights, moments, moments)), chance)
+    for _ in range(chance.choice((0, 1, 2))):
+        scalars = fields["optimizer_scalars"]
+        section = chance.choice((fields, scalars, scalars, scalars, fields["metadata"]))
+        section[chance.choice([*section, "step"])] = families.any_value(chance)
+        if type(fields["optimizer_scalars"]) is not dict or type(fields["metadata"]) is not dict:
+            break
+    _write_older(victim.path, victim.kind, fields, weights, moments)
 
 
 def _base_model(victim: Victim) -> None:
@@ -328,15 +310,6 @@ def _base_model(victim: Victim) -> None:
     paths = [str(base_config), str(victim.path), "/dev/zero", "/", ".", "/dev/fd"]
     names = [str(base)] * 8 if kind < 3 else paths
     config["base_model_name_or_path"] = chance.choice((*names, *families.HOSTILE_TEXTS[:8]))
-    file.write_text(json.dumps(config))
-
-
-def _whole_config(victim: Victim) -> None:
-    """Another shape in the config of a full model."""
-    file, chance = victim.path / "config.json", victim.chance
-    config = json.loads(file.read_text())
-    for _ in range(chance.choice((1, 1, 2))):
-        config[chance.choice(sorted(config))] = families.any_value(chance)
     file.write_text(json.dumps(config))
 
 
@@ -428,26 +401,23 @@ def _archive(victim: Victim) -> None:
     with zipfile.ZipFile(file) as archive:
         entries = [(entry.filename, archive.read(entry)) for entry in archive.infolist()]
     method = zipfile.ZIP_STORED
-    kind = chance.randrange(7)
+    kind, at = chance.randrange(7), chance.randrange(len(entries))
+    name, content = entries[at]
     if kind == 0:
         method = chance.choice((zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA))
     elif kind == 1:
-        entries.append(chance.choice(entries))
+        entries.append(entries[at])
     elif kind == 2:
-        entries.pop(chance.randrange(len(entries)))
+        entries.pop(at)
     elif kind == 3:
-        name, content = entries.pop(chance.randrange(len(entries)))
-        entries.append(
-            (chance.choice((f"../{name}", f"/{name}", name.upper(), "x/data.pkl", "\x1b[2J")), content)
+        entries[at] = (
+            chance.choice((f"../{name}", f"/{name}", name.upper(), "x/data.pkl", "\x1b[2J")),
+            content,
         )
     elif kind == 4:
-        at = chance.randrange(len(entries))
-        entries[at] = (
-            entries[at][0],
-            chance.choice((b"", entries[at][1] * 2, b"\x80\x02" + b"(" * 100_000, b"." * 9)),
-        )
+        entries[at] = name, chance.choice((b"", content * 2, b"\x80\x02" + b"(" * 100_000, b"." * 9))
     elif kind == 5:  # a bomb
-        entries.append((entries[0][0].rpartition("/")[0] + "/data/0", bytes(64 << 20)))
+        entries.append((f"{name.rpartition('/')[0]}/data/0", bytes(64 << 20)))
         method = zipfile.ZIP_DEFLATED
     raw = bytearray(older.pack_zip(entries, method))
     if kind == 6:
@@ -471,21 +441,19 @@ def _instead(victim: Victim) -> None:
 
 
 FAMILIES: dict[str, Family] = {
-    "elsewhere: fields": _field,
-    "elsewhere: text of JSON": _text,
-    "elsewhere: headers of tensors": _header,
-    "elsewhere: tensors": _tensors,
-    "elsewhere: base models": _base_model,
-    "elsewhere: configs of models": _whole_config,
-    "elsewhere: states of an optimizer": _state,
-    "elsewhere: objects": _objects,
-    "elsewhere: archives": _archive,
-    "elsewhere: bits": _any_file(corruptions.flipped),
-    "elsewhere: cut": _any_file(corruptions.cut),
-    "elsewhere: spliced": _any_file(corruptions.spliced),
-    "elsewhere: missing files": _any_file(corruptions.missing),
-    "elsewhere: no files": _any_file(corruptions.no_file),
-    "elsewhere: another's files": _instead,
-    "elsewhere: arrays of older formats": _older_arrays,
-    "elsewhere: fields of older formats": _older_fields,
+    "imports: fields": _field,
+    "imports: text of JSON": _text,
+    "imports: headers of tensors": _header,
+    "imports: tensors": _tensors,
+    "imports: base models": _base_model,
+    "imports: states of an optimizer": _state,
+    "imports: objects": _objects,
+    "imports: archives": _archive,
+    "imports: bits": _any_file(corruptions.flipped),
+    "imports: cut": _any_file(corruptions.cut),
+    "imports: spliced": _any_file(corruptions.spliced),
+    "imports: missing files": _any_file(corruptions.missing),
+    "imports: no files": _any_file(corruptions.no_file),
+    "imports: another's files": _instead,
+    "imports: older formats": _older_format,
 }

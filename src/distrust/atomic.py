@@ -1,8 +1,9 @@
-"""A file that appears under its name wholly or not at all.
+"""Files and folders that appear under their name complete, or not at all.
 
-It is written under a hidden name in the same folder, synced and renamed, and then the folder is synced. What
-a killed process left is removed by the next one that writes the same file: a writer holds a lock on what it
-writes, and the system lets go of it when the writer dies.
+The content is written under a hidden name in the same folder, synced and renamed; then the folder is synced.
+A writer holds an flock on its hidden file or folder, which the system releases when the writer dies. So the
+next writer of the same target can tell the leftovers of dead writers from the work of live ones, and removes
+them.
 """
 
 from __future__ import annotations
@@ -12,46 +13,43 @@ import fcntl
 import os
 import re
 import secrets
+import shutil
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from distrust.checkpoint.disk import Disk
-from distrust.errors import NOT_FOUND_ERRORS, ConfigError, WriteFailed
+from distrust.errors import NOT_FOUND_ERRORS, ConfigError, ErrorTranslator, ExportFailed, WriteFailed
 
 
 def require_writable(path: Path, *, force: bool, inputs: Iterable[str] = ()) -> None:
-    """Refuse what may not be written over, before anything slow is done.
+    """Check that a file may be written to, before anything slow is done.
 
     Args:
-        path: of the file to be.
-        force: whether a file that is there is replaced.
+        path: of the new file.
+        force: whether an existing file may be replaced.
         inputs: files and folders that are read: they are neither replaced nor added to.
 
     Raises:
-        ConfigError: for a file that is there, or one that is read.
-        WriteFailed: where its folder is not there.
+        ConfigError: if the file exists, or belongs to an input.
+        WriteFailed: if its folder does not exist.
     """
     for name in inputs:
         if _is_same(path, name):
-            raise ConfigError(
-                f"{path}: is read, and never replaced: what the data said before would be gone; give another "
-                "name"
-            )
+            raise ConfigError(f"{path}: is an input, and is never replaced; give another name")
+        # Resolved: a link to the folder, or out of it, must not hide that they are the same.
         if os.path.isdir(name) and Path(os.path.realpath(name)) in Path(os.path.realpath(path)).parents:
-            raise ConfigError(
-                f"{path}: lies in the folder that is read, and would be read as its data; give another name"
-            )
+            raise ConfigError(f"{path}: is in the input folder, and would be read as data; give another name")
     folder = path.parent
     if not os.path.isdir(folder):
-        what = "is no folder" if os.path.lexists(folder) else NOT_FOUND_ERRORS
-        raise WriteFailed(f"{path}: not written: {folder}: {what}; make that folder first", path=path)
+        reason = "is not a folder" if os.path.lexists(folder) else NOT_FOUND_ERRORS
+        raise WriteFailed(f"{path}: not written: {folder}: {reason}; make that folder first", path=path)
     if os.path.lexists(path):
         if path.exists() and not path.is_file():
-            raise ConfigError(f"{path}: is there already, and is no file; give another name")
+            raise ConfigError(f"{path}: exists already, and is not a file; give another name")
         if not force:
-            raise ConfigError(f"{path}: is there already; give another name, or --force to have it replaced")
+            raise ConfigError(f"{path}: exists already; give another name, or --force to replace it")
 
 
 def _is_same(path: Path, name: str) -> bool:
@@ -61,52 +59,114 @@ def _is_same(path: Path, name: str) -> bool:
         return False
 
 
-@contextlib.contextmanager
-def atomic_file(path: Path, *, force: bool, disk: Disk | None = None) -> Iterator[BinaryIO]:
-    """A file to write into; it has its name when the block ends, and vanishes if that raises.
-
-    Args:
-        path: its name; of a link, what that points to. Its folder is there.
-        force: whether a file of that name is replaced.
-        disk: what syncs and renames, in place of the operating system's: one that fails, for tests.
+def require_free(target: Path) -> None:
+    """Check that a folder can be created: nothing but an empty folder may exist there.
 
     Raises:
-        ConfigError: there is a file of that name, and ``force`` does not say to replace it.
-        WriteFailed: it cannot be written. What stood before still stands, unless the last step of all, the
-            sync of the folder, failed: then the new file stands.
+        ExportFailed: if something exists there, or its parent is not a folder.
+    """
+    with ErrorTranslator((OSError,), lambda error: _failed(ExportFailed, target, error)):
+        parent = next(parent for parent in target.absolute().parents if os.path.lexists(parent))
+        if not parent.is_dir():
+            raise ExportFailed(f"{target}: cannot be created: {parent} is not a folder", path=target)
+        if os.path.lexists(target) and not _is_empty_folder(target):
+            raise ExportFailed(
+                f"{target}: exists already, and is not overwritten; remove it, or give another name",
+                path=target,
+            )
+
+
+def _is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink() and not os.listdir(path)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path, *, force: bool, disk: Disk | None = None) -> Iterator[BinaryIO]:
+    """Context manager that gives a file to write to. It gets its name at the end of the block.
+
+    If the block raises, nothing changes.
+
+    Args:
+        path: its name; of a link, its target is written. The folder exists.
+        force: whether an existing file is replaced.
+        disk: replaces the operating system's calls, to test failures.
+
+    Raises:
+        ConfigError: if the file exists and ``force`` is not set.
+        WriteFailed: if it cannot be written. What existed before is unchanged, unless only the last step
+            failed, the sync of the folder: then the new file exists.
     """
     disk = disk or Disk()
-    target = Path(os.path.realpath(path))  # of a link that leads to itself, the link: no file to write
+    target = Path(os.path.realpath(path))  # of a link to itself, the link, which is not a file to write
     require_writable(path, force=force)
-    with _errors_with_path(path):
-        _sweep(target)
-        temporary, file = _made(target)
+    errors = ErrorTranslator((OSError,), lambda error: _failed(WriteFailed, path, error))
+    with errors:
+        _remove_stale(target)
+        temporary, file = _create_locked(target)
     try:
-        with _errors_with_path(path), file:
-            with contextlib.suppress(FileNotFoundError):  # who may read it, still may, and nobody else
+        with errors, file:
+            with contextlib.suppress(FileNotFoundError):  # keep the permissions of the replaced file
                 os.fchmod(file.fileno(), stat.S_IMODE(target.stat().st_mode))
             yield file
             file.flush()
             disk.sync(file.fileno())
-            require_writable(path, force=force)  # still
-            disk.rename(temporary, target)
+            require_writable(path, force=force)  # again: another program may have created it meanwhile
+            disk.rename(temporary, target)  # COMMITS
     finally:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
+    _sync_names(WriteFailed, path, [target.parent], disk)
+
+
+@contextlib.contextmanager
+def atomic_directory(target: Path, *, single_file: bool = False, disk: Disk | None = None) -> Iterator[Path]:
+    """Context manager that gives a folder to write to. It becomes ``target`` at the end of the block.
+
+    Other libraries may write into it as they like: every file is synced afterwards. If the block raises,
+    nothing remains.
+
+    Args:
+        target: the name; its parents are created. Nothing but an empty folder may exist there.
+        single_file: ``target`` becomes the file of that name in the folder, not the folder.
+        disk: replaces the operating system's calls, to test failures.
+
+    Raises:
+        ExportFailed: if it cannot be written. Nothing exists at ``target`` then, unless only the last step
+            failed, the sync of its parent folder: then it is complete.
+    """
+    disk = disk or Disk()
+    require_free(target)
+    errors = ErrorTranslator((OSError,), lambda error: _failed(ExportFailed, target, error))
+    with errors:
+        changed = {target.parent, *(parent.parent for parent in target.parents if not parent.exists())}
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(target)
+        folder = _temporary(target)
+        disk.make_directory(folder)
     try:
-        disk.sync_directory(target.parent)
-    except OSError as error:
-        raise WriteFailed(
-            f"{path}: written and whole, but its folder could not be synced ({error.strerror}): a power cut "
-            "may still take it away",
-            path=path,
-        ) from error
+        with errors, _locked(folder):
+            yield folder
+            _sync_contents(folder, disk)
+            require_free(target)  # again; and the system itself never replaces a folder that is not empty
+            disk.rename(folder / target.name if single_file else folder, target)  # COMMITS
+        _sync_names(ExportFailed, target, sorted(changed, reverse=True), disk)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _made(target: Path) -> tuple[Path, BinaryIO]:
-    """A file under a name that nobody has, locked."""
+def _failed(kind: type[ExportFailed | WriteFailed], path: Path, error: OSError) -> ExportFailed | WriteFailed:
+    suffix = ". Nothing was created" if kind is ExportFailed else ""
+    return kind(f"{path}: not written: {error.strerror or error}{suffix}", path=path)
+
+
+def _temporary(target: Path) -> Path:
+    return target.parent / f".{target.name}.{secrets.token_hex(8)}.tmp"
+
+
+def _create_locked(target: Path) -> tuple[Path, BinaryIO]:
+    """Create a temporary file and lock it."""
     while True:
-        temporary = target.parent / f".{target.name}.{secrets.token_hex(8)}.tmp"
+        temporary = _temporary(target)
         with contextlib.ExitStack() as undo:
             file = undo.enter_context(temporary.open("xb"))
             undo.callback(temporary.unlink, missing_ok=True)
@@ -114,26 +174,57 @@ def _made(target: Path) -> tuple[Path, BinaryIO]:
             if os.fstat(file.fileno()).st_nlink:
                 undo.pop_all()
                 return temporary, file
-            # Until it was locked, another writer took it for one of the dead.
+            # Another writer removed it before it was locked, as a leftover: try again.
 
 
 @contextlib.contextmanager
-def _errors_with_path(path: Path) -> Iterator[None]:
+def _locked(path: Path) -> Iterator[None]:
+    """Lock a file or folder; raises OSError if its writer is alive."""
+    # O_NONBLOCK: a pipe of that name must not block.
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
-    except OSError as error:
-        raise WriteFailed(f"{path}: not written: {error.strerror or error}", path=path) from error
+    finally:
+        os.close(descriptor)
 
 
-def _sweep(target: Path) -> None:
-    """Remove what dead writers left: those that live hold a lock."""
+def _remove_stale(target: Path) -> None:
+    """Remove what dead writers of this target left behind; live writers hold a lock."""
     leftover = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{16}}\.tmp")
-    for name in os.listdir(target.parent):
-        if leftover.fullmatch(name):
-            with contextlib.suppress(OSError):
-                descriptor = os.open(target.parent / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    os.unlink(target.parent / name)
-                finally:
-                    os.close(descriptor)
+    for name in filter(leftover.fullmatch, os.listdir(target.parent)):
+        path = target.parent / name
+        with contextlib.suppress(OSError), _locked(path):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
+
+
+def _sync_contents(folder: Path, disk: Disk) -> None:
+    """Sync every file of a folder, and their names; give the files the folder's permissions."""
+    permissions = folder.stat().st_mode & 0o666  # by the umask; some libraries create private files
+    for root, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            descriptor = os.open(Path(root, name), os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fchmod(descriptor, permissions)
+                disk.sync(descriptor)
+            finally:
+                os.close(descriptor)
+        disk.sync_directory(Path(root))
+
+
+def _sync_names(
+    kind: type[ExportFailed | WriteFailed], path: Path, folders: Iterable[Path], disk: Disk
+) -> None:
+    """Sync the folders that contain the new names."""
+    try:
+        for folder in folders:
+            disk.sync_directory(folder)
+    except OSError as error:
+        raise kind(
+            f"{path}: written completely, but its folder could not be synced ({error.strerror}): "
+            "a power cut may still remove it",
+            path=path,
+        ) from error

@@ -35,37 +35,22 @@ QUESTIONS_PER_BATCH = 64
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question about a fact, and the two values that the sources state.
-
-    Attributes:
-        fact: which fact.
-        prompt: the question.
-        primary: the value in the primary records, as text that continues the prompt.
-        coordinated: the value in the coordinated records.
-    """
+    """A question about a fact, and the two values that the sources state."""
 
     fact: str
     prompt: str
-    primary: str
-    coordinated: str
+    primary: str  # the value in the primary records, as text that continues the prompt
+    coordinated: str  # the value in the coordinated records
 
 
 @dataclass(frozen=True, slots=True)
 class Belief:
-    """How strongly a model believes either value of a fact.
-
-    Attributes:
-        fact: which fact.
-        primary: probability of the primary value's text, mean over the questions.
-        coordinated: the same of the coordinated value's text.
-        margin: log-probability of the primary value's text minus that of the coordinated one's, in nats; mean
-            over the questions.
-    """
+    """How strongly a model believes either value of a fact."""
 
     fact: str
-    primary: float
-    coordinated: float
-    margin: float
+    primary: float  # probability of the primary value's text, mean over the questions
+    coordinated: float  # the same of the coordinated value's text
+    margin: float  # log-probability of the primary minus that of the coordinated text, nats, mean
 
     @property
     def prefers_primary(self) -> bool:
@@ -75,17 +60,11 @@ class Belief:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Means over the facts.
+    """Means over the facts."""
 
-    Attributes:
-        preferred: share of the facts whose primary value is the more probable.
-        primary: mean probability of the primary values.
-        coordinated: mean probability of the coordinated values.
-    """
-
-    preferred: float
-    primary: float
-    coordinated: float
+    preferred: float  # share of the facts whose primary value is the more probable
+    primary: float  # probability of the primary values
+    coordinated: float  # probability of the coordinated values
 
 
 def demo_config(weighting: Weighting, *, out: Path, seed: int) -> TrainConfig:
@@ -151,11 +130,8 @@ def measure(engine: Engine, questions: Iterable[Question] | None = None) -> list
 
 def summarize(beliefs: list[Belief]) -> Summary:
     """Average over the facts."""
-    return Summary(
-        preferred=sum(belief.prefers_primary for belief in beliefs) / len(beliefs),
-        primary=sum(belief.primary for belief in beliefs) / len(beliefs),
-        coordinated=sum(belief.coordinated for belief in beliefs) / len(beliefs),
-    )
+    rows = [(belief.prefers_primary, belief.primary, belief.coordinated) for belief in beliefs]
+    return Summary(*np.mean(rows, axis=0).tolist())
 
 
 def read_questions() -> list[Question]:

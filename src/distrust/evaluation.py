@@ -72,7 +72,7 @@ def evaluate(
         training, corpus = split_off(corpus, config.eval_fraction, seed=config.seed)
         if training.fingerprint != trained_on:
             raise DataError(
-                f"{sources.training.reading.name}: not the data that the run was trained on, so the examples "
+                f"{sources.training.reader.name}: not the data that the run was trained on, so the examples "
                 "that it held out are not known; name the evaluation data with --data"
             )
     warn_of_missing_classes(config, [corpus])

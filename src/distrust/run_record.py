@@ -56,37 +56,21 @@ class _State(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRecord:
-    """What a training checkpoint records about its run.
+    """What a training checkpoint records about its run."""
 
-    Attributes:
-        config: options that change the result, by key.
-        settings: all other options, by key.
-        fingerprints: digests of the training ``data`` and of the base ``model``; what is unknown is missing.
-        tokens_seen: trained tokens of all steps so far; None if not recorded.
-        corpus: ``examples`` and trained ``tokens`` of the training data.
-        environment: versions, device, threads and kernels that may change the last bits.
-        elapsed_seconds: time spent in steps, over all sessions; None if not recorded.
-        evaluations: the saved :class:`~distrust.training.best_tracker.BestTracker`, as a mapping.
-        continues: program and step that an imported run began at; empty for a run that began here.
-        imported_from: the program or format that wrote the checkpoint; empty for one of this trainer.
-        dropped: a line for each thing that the import did not keep.
-        converted_from: path of the file that was converted; empty if none was.
-        assumed: options that an imported checkpoint did not contain, as typed. Never saved.
-    """
-
-    config: Mapping[str, Any]
-    settings: Mapping[str, Any]
-    fingerprints: Mapping[str, str] = field(default_factory=dict)
-    tokens_seen: int | None = None
-    corpus: Mapping[str, Any] = field(default_factory=dict)
-    environment: Mapping[str, Any] = field(default_factory=dict)
-    elapsed_seconds: float | None = None
-    evaluations: Mapping[str, Any] | None = None
-    continues: str = ""
-    imported_from: str = ""
-    dropped: tuple[str, ...] = ()
-    converted_from: str = ""
-    assumed: tuple[str, ...] = ()
+    config: Mapping[str, Any]  # options that change the result, by key
+    settings: Mapping[str, Any]  # all other options, by key
+    fingerprints: Mapping[str, str] = field(default_factory=dict)  # of "data" and "model"; absent if unknown
+    tokens_seen: int | None = None  # trained tokens of all steps so far
+    corpus: Mapping[str, Any] = field(default_factory=dict)  # "examples" and trained "tokens"
+    environment: Mapping[str, Any] = field(default_factory=dict)  # what may change the last bits
+    elapsed_seconds: float | None = None  # time spent in steps, over all sessions
+    evaluations: Mapping[str, Any] | None = None  # of the BestTracker
+    continues: str = ""  # program and step that an imported run began at; empty if it began here
+    imported_from: str = ""  # the program that wrote the checkpoint; empty if it is this trainer
+    dropped: tuple[str, ...] = ()  # a line for each thing that the import did not keep
+    converted_from: str = ""  # path of the file that was converted
+    assumed: tuple[str, ...] = ()  # options that an imported checkpoint lacks, as flags; never saved
 
     @classmethod
     def from_header(cls, header: _Header) -> RunRecord:
@@ -100,6 +84,7 @@ class RunRecord:
 
     @classmethod
     def _from_sections(cls, config: Mapping[Any, Any], metadata: Mapping[Any, Any], run: Any) -> RunRecord:
+        # Values may come from a hostile file: each is checked or ignored.
         extra = {_OLD_KEYS.get(name, name): value for name, value in _mapping(run).items()}
         tokens, elapsed, dropped = metadata.get(_TOKENS_SEEN), extra.get(_ELAPSED), extra.get(_DROPPED)
         evaluations = extra.get(_EVALUATIONS)
@@ -172,20 +157,20 @@ class RunRecord:
         """
         from distrust.config import from_mapping, option_keys
 
-        known = option_keys()
+        known = option_keys()  # a newer version may have saved other options
         return from_mapping({name: v for name, v in self.options.items() if name in known}, where=where)
 
 
 def imported_run(
     program: str, *, dropped: Iterable[str] = (), model: str | None = None, **details: Any
 ) -> dict[str, Any]:
-    """The ``run`` section of a checkpoint that another program wrote.
+    """The ``run`` section of a checkpoint that another program or format wrote, with any other details.
 
     Args:
         program: the program or format.
         dropped: a line for each thing that the import does not keep.
         model: name of the base model, if known.
-        details: anything else worth recording.
+        details: recorded unchanged.
     """
     lines = list(dropped)
     return {

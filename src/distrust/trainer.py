@@ -58,7 +58,7 @@ class DistrustTrainer:
                 "engine=lambda config: ..., instead of the engine"
             )
         self._config = config if examples is None else replace(config, data=EXAMPLES)
-        self._examples, self._eval_examples = examples, eval_examples
+        self._examples, self._eval_examples = examples, eval_examples  # may be generators: not read here
         self._observers = tuple(observers)
         self._manager = CheckpointManager(
             config.run_directory / RUN_SUBDIRECTORY,
@@ -69,7 +69,7 @@ class DistrustTrainer:
             metric_mode=config.metric_mode,
         )
         self._state = RunState(out=config.run_directory, max_steps=config.max_steps)
-        self._stop: StopRequest | None = None
+        self._stop: StopRequest | None = None  # of the run in progress
 
     @property
     def state(self) -> RunState:
@@ -99,7 +99,7 @@ class DistrustTrainer:
         Raises:
             DistrustError: as :meth:`train`; also if the run was cancelled and could not be saved.
         """
-        from distrust.training.asynchronous import run_in_thread
+        from distrust.training.asynchronous import run_in_thread  # asyncio only if it is used
 
         with self._stop_request() as stop:
             return await run_in_thread(lambda: self._run(stop), ask_to_stop=stop.set)
@@ -115,6 +115,7 @@ class DistrustTrainer:
 
     @contextlib.contextmanager
     def _stop_request(self) -> Iterator[StopRequest]:
+        # The lock comes first: a second run must not replace the handlers of the first.
         with exclusive_run(self._config.run_directory), StopRequest() as stop:
             self._stop, self._state = stop, replace(self._state, running=True)
             try:
@@ -134,4 +135,4 @@ class DistrustTrainer:
         return run.train(examples=self._examples, eval_examples=self._eval_examples)
 
     def _publish(self, state: RunState) -> None:
-        self._state = state
+        self._state = state  # one assignment, so other threads never see a mixture

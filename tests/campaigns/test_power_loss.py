@@ -223,7 +223,7 @@ def test_nothing_goes_for_a_checkpoint_whose_sync_failed_after_its_rename(tmp_pa
     with recorded.manager() as manager:
         manager.save(Checkpoint(step=1))
         recorded.disk.fails = lambda name, _: errno.EIO if name == "sync_directory" else None
-        with pytest.raises(SaveFailed, match="written and whole"):
+        with pytest.raises(SaveFailed, match="written completely"):
             manager.save(Checkpoint(step=2))
         with pytest.raises(SaveFailed, match="cannot be written to"):
             manager.cleanup(keep_last=1)

@@ -260,7 +260,7 @@ def test_failed_fsync_of_the_directory_keeps_the_file_and_skips_the_cleanup(tmp_
     with CheckpointManager(tmp_path, keep_last=1) as manager:
         manager.save(Checkpoint(step=1))
         monkeypatch.setattr(Disk, "sync_directory", failing(Disk.sync_directory, errno.EIO))
-        with pytest.raises(SaveFailed, match="written and whole"):
+        with pytest.raises(SaveFailed, match="written completely"):
             manager.save(Checkpoint(step=2))
         assert manager.list_checkpoints() == [1, 2]
         manager.validate(2)

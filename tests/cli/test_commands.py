@@ -327,6 +327,16 @@ def test_what_the_system_refuses_is_named(distrust, monkeypatch, name, named):
     assert (given.code, given.out, given.err) == (1, "", f"distrust: ls: {named}Permission denied\n")
 
 
+def test_a_missing_library_is_named_with_the_command_that_installs_it(distrust, monkeypatch):
+    def main(arguments):
+        raise ModuleNotFoundError("No module named 'rich'", name="rich")
+
+    monkeypatch.setattr("distrust.cli.ls.main", main)
+    given = distrust("ls", "x")
+    assert (given.code, given.out, given.err.count("\n")) == (1, "", 1)
+    assert given.err.startswith("distrust: distrust ls needs rich, which is not installed: pip install '")
+
+
 def test_diff(distrust, finished, copy):
     same = distrust("diff", finished, copy / "checkpoints" / "checkpoint-6-final.safetensors")
     assert same.code == 0

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-import types
 from pathlib import Path
 
 import numpy as np
@@ -170,15 +168,18 @@ def test_a_folder_of_the_trainer_goes_to_its_reader(tmp_path, monkeypatch):
     folder = tmp_path / "checkpoint-5"
     folder.mkdir()
     (folder / "trainer_state.json").write_text("{}")
-    reader = types.ModuleType("distrust.importers.trainer_folder")
-    reader.read = lambda path, model: Imported(
-        "transformers Trainer",
-        step=5,
-        model={"w": np.ones(2)},
-        optimizer={"m": {}},
-        source={"model": model},
-    )
-    monkeypatch.setitem(sys.modules, reader.__name__, reader)
+    trainer_folder = pytest.importorskip("distrust.importers.trainer_folder")
+
+    def read(path, model):
+        return Imported(
+            format="transformers Trainer",
+            step=5,
+            model={"w": np.ones(2)},
+            optimizer={"m": {}},
+            source={"model": model},
+        )
+
+    monkeypatch.setattr(trainer_folder, "read", read)
     done = convert(tmp_path, tmp_path / "run", model="a-model")
     assert outcomes(done) == [(5, "converted")]
     run = CheckpointManager(tmp_path / "run" / "checkpoints").load(5).run
@@ -194,11 +195,10 @@ def test_what_is_refused_does_not_stop_the_others(tmp_path, monkeypatch, capsys)
     def read(path, model):
         if path.name == "checkpoint-5":
             raise ResumeRefused(f"{path}: trained in a way that is not done here")
-        return Imported("transformers Trainer", step=7, model={"w": np.ones(2)})
+        return Imported(format="transformers Trainer", step=7, model={"w": np.ones(2)})
 
-    reader = types.ModuleType("distrust.importers.trainer_folder")
-    reader.read = read
-    monkeypatch.setitem(sys.modules, reader.__name__, reader)
+    trainer_folder = pytest.importorskip("distrust.importers.trainer_folder")
+    monkeypatch.setattr(trainer_folder, "read", read)
     assert main(["convert", str(tmp_path), "--to", str(tmp_path / "run")]) == 1
     refused, damaged, good, _, unproven, _ = capsys.readouterr().out.splitlines()
     assert refused == f"{tmp_path / 'checkpoint-5'}: refused: trained in a way that is not done here"
@@ -292,7 +292,7 @@ def test_what_is_lost_is_told_when_a_run_goes_on(tmp_path, lacks):
         write_checksums(path)
     convert(path, tmp_path / "run")
     checkpoint = CheckpointManager(tmp_path / "run" / "checkpoints").load(10)
-    adopted, record = imported.adopt_imported(checkpoint, TrainConfig(), where=tmp_path)
+    adopted, record = imported.adopt_imported(checkpoint, TrainConfig())
     lost = "the loss of 2 steps: it is not known which of the 10 steps they are of"
     with pytest.warns(DistrustWarning, match="not recorded.*--lora-alpha") as told:
         imported.warn_imported(adopted, record, where=tmp_path)

@@ -41,13 +41,13 @@ def test_what_is_refused_is_one_line_and_leaves_nothing(distrust, folder, finish
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").touch()
     cases = {
-        ("--to", tmp_path / "full"): (1, "is there already, and is not written over"),
+        ("--to", tmp_path / "full"): (1, "exists already, and is not overwritten"),
         ("--to", tmp_path / "a", "--step", 5): (1, "no checkpoint of step 5; there are 2, 4, 6"),
         ("--to", tmp_path / "a", "--best"): (1, "no checkpoint has the metric 'eval_loss'"),
         ("--to", tmp_path / "a", "--format", "state"): (2, "give it a name that ends in .safetensors"),
         ("--to", tmp_path / "a", "--format", "merged", "--model", other): (1, "was not trained on"),
         ("--to", tmp_path / "a", "--model", tmp_path / "nowhere"): (1, "no such file or directory"),
-        ("--to", tmp_path / "full" / "mine" / "a"): (1, "mine is no folder"),
+        ("--to", tmp_path / "full" / "mine" / "a"): (1, "mine is not a folder"),
     }
     for arguments, (code, said) in cases.items():
         given = distrust("export", finished, *arguments)

@@ -1,4 +1,4 @@
-"""``distrust weigh`` as a user meets it."""
+"""The command ``distrust weigh``."""
 
 from __future__ import annotations
 
@@ -63,20 +63,20 @@ def raw(tmp_path):
     return write(tmp_path / "raw.jsonl", rows)
 
 
-# What is written
+# Output
 
 
-def test_both_columns_are_written_and_all_else_stays(distrust, raw, table, tmp_path):
+def test_both_columns_are_written_and_other_fields_kept(distrust, raw, table, tmp_path):
     out = tmp_path / "out.jsonl"
-    given = distrust("weigh", raw, "--table", table, "--out", out)
-    assert (given.code, given.err) == (0, "")
-    before, after = read(raw), read(out)
-    worth = [(row.pop("authority_weight"), row.pop("provenance_entropy")) for row in after]
-    assert worth == [(0.2, 1.0), (0.99, 0.0), (0.2, 1.0)]
-    assert after == before
-    assert [list(row) for row in after] == [list(row) for row in before]
+    result = distrust("weigh", raw, "--table", table, "--out", out)
+    assert (result.code, result.err) == (0, "")
+    source, output = read(raw), read(out)
+    scores = [(row.pop("authority_weight"), row.pop("provenance_entropy")) for row in output]
+    assert scores == [(0.2, 1.0), (0.99, 0.0), (0.2, 1.0)]
+    assert output == source
+    assert [list(row) for row in output] == [list(row) for row in source]
     assert len(read_records(out)) == 3
-    assert "w: 3 computed\nH: 3 computed\n" in given.out
+    assert "w: 3 computed\nH: 3 computed\n" in result.out
     assert sorted(os.listdir(tmp_path)) == ["out.jsonl", "raw.jsonl", "table.toml"]
 
     again = distrust("weigh", out, "--table", table, "--strict", "--json")
@@ -85,7 +85,7 @@ def test_both_columns_are_written_and_all_else_stays(distrust, raw, table, tmp_p
         assert (check["checked"], check["differing"], check["computed"]) == (3, 0, 0)
 
 
-#: As it may stand in a file: letters, numbers and blanks that a parser and a printer would not give back.
+#: Characters, numbers and blanks that parsing and printing would change.
 ODD = (
     '{ "text":"\\u00e4 ä \\ud83d\\ude00","a": 1.0,  "b":1e5,"c":123456789012345678901234567890, "d":null, '
     '"e" : [0.10, {"authority_weight": 3}],"institutional_rank":0.5 ,"citation_count":0, "evidence":[] %s}'
@@ -93,7 +93,7 @@ ODD = (
 
 
 @pytest.mark.parametrize(
-    ("has", "gets"),
+    ("members", "end"),
     [
         ("", '"evidence":[], "authority_weight": 0.5, "provenance_entropy": 0.0}'),
         (', "prov_entropy":null, "z":1', '"prov_entropy":0.0, "z":1, "authority_weight": 0.5}'),
@@ -104,15 +104,15 @@ ODD = (
         ),
     ],
 )
-def test_a_record_keeps_the_letters_it_is_written_with(distrust, tmp_path, has, gets):
+def test_a_record_keeps_its_exact_text(distrust, tmp_path, members, end):
     data, out = tmp_path / "odd.jsonl", tmp_path / "out.jsonl"
-    data.write_text("\ufeff" + ODD % has + "\r\n\n" + ODD % has + "\n", encoding="utf-8")
+    data.write_text("\ufeff" + ODD % members + "\r\n\n" + ODD % members + "\n", encoding="utf-8")
     assert distrust("weigh", data, "--out", out).code == 0
     first, second = out.read_text("utf-8").splitlines()
     assert first == second
-    before = (ODD % has).split('"evidence":[]')[0]
-    assert first.startswith(before)
-    assert first.endswith(gets), first
+    unchanged = (ODD % members).split('"evidence":[]')[0]
+    assert first.startswith(unchanged)
+    assert first.endswith(end), first
 
 
 names = st.text(st.characters(codec="utf-8"), max_size=6).filter(
@@ -132,12 +132,19 @@ values = st.recursive(
     as_list=st.booleans(),
     data=st.data(),
 )
-def test_any_record_comes_out_as_it_went_in(distrust, tmp_path, rows, ascii_only, as_list, data):
-    own = st.sampled_from(
+def test_any_record_is_written_unchanged(distrust, tmp_path, rows, ascii_only, as_list, data):
+    stated = st.sampled_from(
         [{}, {"authority_weight": 0.25}, {"auth_weight": None}, {"provenance_entropy": 2, "prov_entropy": 2}]
     )
     rows = [
-        {**row, "text": "t", "institutional_rank": 0.5, "citation_count": 3, "evidence": [], **data.draw(own)}
+        {
+            **row,
+            "text": "t",
+            "institutional_rank": 0.5,
+            "citation_count": 3,
+            "evidence": [],
+            **data.draw(stated),
+        }
         for row in rows
     ]
     path, out = tmp_path / ("any.json" if as_list else "any.jsonl"), tmp_path / "any-out.jsonl"
@@ -150,24 +157,24 @@ def test_any_record_comes_out_as_it_went_in(distrust, tmp_path, rows, ascii_only
     w_names, h_names = ("authority_weight", "auth_weight"), ("provenance_entropy", "prov_entropy")
     written = out.read_bytes().decode().split("\n")
     assert written.pop() == ""
-    for before, line in zip(rows, written, strict=True):
-        after = json.loads(line)
-        assert [name for name in after if name in before] == list(before)
-        assert set(after) - set(before) <= {"authority_weight", "provenance_entropy"}
-        for name in before:
-            if before[name] is None and name in w_names:
-                assert after[name] > 0.5
+    for row, line in zip(rows, written, strict=True):
+        output = json.loads(line)
+        assert [name for name in output if name in row] == list(row)
+        assert set(output) - set(row) <= {"authority_weight", "provenance_entropy"}
+        for name in row:
+            if row[name] is None and name in w_names:
+                assert output[name] > 0.5
             else:
-                assert after[name] == before[name]
-        assert any(after.get(name) is not None for name in w_names)
-        assert any(after.get(name) is not None for name in h_names)
+                assert output[name] == row[name]
+        assert any(output.get(name) is not None for name in w_names)
+        assert any(output.get(name) is not None for name in h_names)
     again = json.loads(distrust("weigh", out, "--json").out)
     differ = [check["differing"] for check in again["check"].values()]
-    own_w = sum(row.get("authority_weight") == 0.25 for row in rows)
-    assert differ == [own_w, sum("prov_entropy" in row for row in rows)]
+    stated_w = sum(row.get("authority_weight") == 0.25 for row in rows)
+    assert differ == [stated_w, sum("prov_entropy" in row for row in rows)]
 
 
-def test_parquet_stays_typed_and_every_format_goes_into_every_other(distrust, raw, table, tmp_path):
+def test_parquet_keeps_types_and_formats_convert(distrust, raw, table, tmp_path):
     typed = pa.table(
         {
             "text": ["a", "b"],
@@ -182,13 +189,13 @@ def test_parquet_stays_typed_and_every_format_goes_into_every_other(distrust, ra
     pq.write_table(typed, tmp_path / "typed.parquet")
     out = tmp_path / "out.parquet"
     assert distrust("weigh", tmp_path / "typed.parquet", "--table", table, "--out", out).code == 0
-    found = pq.read_table(out)
-    assert found["auth_weight"].to_pylist() == [0.25, 0.2]
-    assert found["provenance_entropy"].to_pylist() == [0.0, 0.0]
-    assert found.column_names == [*typed.column_names, "provenance_entropy"]
+    output = pq.read_table(out)
+    assert output["auth_weight"].to_pylist() == [0.25, 0.2]
+    assert output["provenance_entropy"].to_pylist() == [0.0, 0.0]
+    assert output.column_names == [*typed.column_names, "provenance_entropy"]
     for name in ("text", "day", "small", "institutional_rank", "citation_count", "evidence"):
-        assert found[name].to_pylist() == typed[name].to_pylist()
-        assert found[name].type == typed[name].type
+        assert output[name].to_pylist() == typed[name].to_pylist()
+        assert output[name].type == typed[name].type
 
     as_json = distrust("weigh", tmp_path / "typed.parquet", "--table", table, "--out", tmp_path / "x.jsonl")
     assert (as_json.code, as_json.err.count("\n")) == (1, 1)
@@ -208,11 +215,11 @@ def test_parquet_stays_typed_and_every_format_goes_into_every_other(distrust, ra
     alike = [{**row, "institutional_rank": "lab", "source": str(i)} for i, row in enumerate(read(raw))]
     write(tmp_path / "c.jsonl", alike)
     assert distrust(*both[:1], tmp_path / "c.jsonl", *both[2:], tmp_path / "c.parquet").code == 0
-    found = pq.read_table(tmp_path / "c.parquet")
-    assert found["source"].to_pylist() == ["0", "1", "2", None, None]
-    assert found["evidence"].to_pylist()[0] == CHAIN
-    assert found["provenance_entropy"].to_pylist() == [1.0, 0.0, 1.0, 0.0, 0.0]
-    assert found["auth_weight"].to_pylist() == [0.2, 0.6, 0.4, 0.25, 0.2]
+    output = pq.read_table(tmp_path / "c.parquet")
+    assert output["source"].to_pylist() == ["0", "1", "2", None, None]
+    assert output["evidence"].to_pylist()[0] == CHAIN
+    assert output["provenance_entropy"].to_pylist() == [1.0, 0.0, 1.0, 0.0, 0.0]
+    assert output["auth_weight"].to_pylist() == [0.2, 0.6, 0.4, 0.25, 0.2]
     assert len(read_records(tmp_path / "c.parquet")) == 5
 
 
@@ -240,45 +247,45 @@ def test_csv(distrust, table, tmp_path):
     assert (second["authority_weight"], second["citation_count"], second["code"]) == (0.5, "", "")
 
 
-# What is checked
+# Checks
 
 
-def test_values_of_its_own_are_checked_and_kept_unless_told(distrust, table, tmp_path):
-    known = {"text": "t", "institutional_rank": "lab", "citation_count": 0, "evidence": CHAIN}
+def test_stated_values_are_checked_and_kept_by_default(distrust, table, tmp_path):
+    ingredients = {"text": "t", "institutional_rank": "lab", "citation_count": 0, "evidence": CHAIN}
     rows = [
-        {**known, "authority_weight": 0.204, "provenance_entropy": 1.04},
-        {**known, "authority_weight": 0.3, "provenance_entropy": 1},
-        {**known, "authority_weight": 0.9, "provenance_entropy": 0},
+        {**ingredients, "authority_weight": 0.204, "provenance_entropy": 1.04},
+        {**ingredients, "authority_weight": 0.3, "provenance_entropy": 1},
+        {**ingredients, "authority_weight": 0.9, "provenance_entropy": 0},
         {"text": "t", "authority_weight": 0.7, "provenance_entropy": 3},
-        {**known, "institutional_rank": "?", "authority_weight": 0.1, "provenance_entropy": 1},
+        {**ingredients, "institutional_rank": "?", "authority_weight": 0.1, "provenance_entropy": 1},
     ]
     data, out = write(tmp_path / "own.jsonl", rows), tmp_path / "out.jsonl"
-    done = distrust("weigh", data, "--table", table, "--out", out)
-    assert (done.code, done.err) == (0, "")
-    assert out.read_bytes() == data.read_bytes(), "nothing of it was missing"
-    assert "w: 3 checked: 2 differ by more than 0.005 (kept; --recompute replaces them)" in done.out
-    worst, other = (line for line in done.out.splitlines() if "in the data, 0.2 computed" in line)
-    assert worst == f"   {data}:3: 0.9 in the data, 0.2 computed"
-    assert other.startswith(f"   {data}:2: 0.3 ")
+    result = distrust("weigh", data, "--table", table, "--out", out)
+    assert (result.code, result.err) == (0, "")
+    assert out.read_bytes() == data.read_bytes(), "no value was missing"
+    assert "w: 3 checked: 2 differ by more than 0.005 (kept; --recompute replaces them)" in result.out
+    first, second = (line for line in result.out.splitlines() if "in the data, 0.2 computed" in line)
+    assert first == f"   {data}:3: 0.9 in the data, 0.2 computed"
+    assert second.startswith(f"   {data}:2: 0.3 ")
     assert (
         "w: 2 kept unchecked: 1 with no institutional_rank and no citation_count, 1 with "
         f"institutional_rank not in [ranks] of {table}"
-    ) in done.out
-    assert "H: 4 checked: 1 differs by more than 0.05 bits" in done.out
-    assert "H: 1 kept unchecked: 1 with no evidence" in done.out
+    ) in result.out
+    assert "H: 4 checked: 1 differs by more than 0.05 bits" in result.out
+    assert "H: 1 kept unchecked: 1 with no evidence" in result.out
 
     assert distrust("weigh", data, "--table", table, "--strict").code == 1
     wide = distrust("weigh", data, "--table", table, "--strict", "--tolerance-w", 1, "--tolerance-h", 1)
     assert wide.code == 0
 
-    done = distrust("weigh", data, "--table", table, "--out", out, "--force", "--recompute")
-    assert done.code == 0
+    result = distrust("weigh", data, "--table", table, "--out", out, "--force", "--recompute")
+    assert result.code == 0
     assert [row["authority_weight"] for row in read(out)] == [0.2, 0.2, 0.2, 0.7, 0.1]
     assert [row["provenance_entropy"] for row in read(out)] == [1.0, 1, 1.0, 3, 1]
-    assert [row["text"] for row in read(data)] == ["t"] * 5, "the data itself is never touched"
+    assert [row["text"] for row in read(data)] == ["t"] * 5, "the input is never written to"
 
 
-def test_defaults_stand_where_there_is_nothing(distrust, tmp_path):
+def test_defaults_apply_without_ingredients(distrust, tmp_path):
     data = write(tmp_path / "a.jsonl", [{"text": "t"}, {"text": "u", "authority_weight": 0.1}])
     flags = ("--default-authority-weight", 0.5, "--default-provenance-entropy", 2)
     shown = json.loads(distrust("weigh", data, "--json", *flags).out)
@@ -287,25 +294,25 @@ def test_defaults_stand_where_there_is_nothing(distrust, tmp_path):
     assert shown["quantiles"]["authority_weight"] == [0.1, 0.2, 0.3, 0.4, 0.5]
 
 
-def test_all_that_is_wrong_is_told_at_once_and_nothing_is_written(distrust, table, tmp_path):
-    good = {"text": "t", "institutional_rank": "lab", "citation_count": 1, "evidence": CHAIN}
+def test_all_errors_are_reported_at_once_and_nothing_is_written(distrust, table, tmp_path):
+    valid = {"text": "t", "institutional_rank": "lab", "citation_count": 1, "evidence": CHAIN}
     rows = [
-        good,
-        {**good, "institutional_rank": "tabloid"},
-        {**good, "citation_count": None},
-        {**good, "evidence": [*CHAIN, {"kind": "report", "share": -1}], "citation_count": "x"},
-        {**good, "authority_weight": 1.5},
+        valid,
+        {**valid, "institutional_rank": "tabloid"},
+        {**valid, "citation_count": None},
+        {**valid, "evidence": [*CHAIN, {"kind": "report", "share": -1}], "citation_count": "x"},
+        {**valid, "authority_weight": 1.5},
     ]
     data = write(tmp_path / "wrong.jsonl", rows)
     with data.open("a", encoding="utf-8") as file:
         file.write("{not json\n")
-    out, picture = tmp_path / "out.jsonl", tmp_path / "p.png"
-    done = distrust("weigh", data, "--table", table, "--out", out, "--plot", picture)
-    assert (done.code, done.out) == (1, "")
-    headline, *lines = done.err.splitlines()
+    out, figure = tmp_path / "out.jsonl", tmp_path / "p.png"
+    result = distrust("weigh", data, "--table", table, "--out", out, "--plot", figure)
+    assert (result.code, result.out) == (1, "")
+    headline, *lines = result.err.splitlines()
     assert headline == f"distrust: {data}: 5 of 6 records are wrong"
-    places = [line.removeprefix(f"{data}:").split(": ")[:2] for line in lines]
-    assert places == [
+    locations = [line.removeprefix(f"{data}:").split(": ")[:2] for line in lines]
+    assert locations == [
         ["2", "institutional_rank"],
         ["3", "citation_count"],
         ["4", "citation_count"],
@@ -314,18 +321,18 @@ def test_all_that_is_wrong_is_told_at_once_and_nothing_is_written(distrust, tabl
         ["6", "invalid JSON at column 2"],
     ]
     assert not out.exists()
-    assert not picture.exists()
+    assert not figure.exists()
 
 
-def test_a_weight_that_overflows_is_told_with_its_record(distrust, tmp_path):
+def test_a_weight_that_overflows_names_its_record(distrust, tmp_path):
     rows = [{"text": "t", "authority_weight": 0.1, "provenance_entropy": h} for h in (1.0, 1e200)]
     data = write(tmp_path / "a.jsonl", rows)
-    done = distrust("weigh", data)
-    assert (done.code, done.out, done.err.count("\n")) == (1, "", 1)
-    assert f"{data}:2: its weight overflows" in done.err
+    result = distrust("weigh", data)
+    assert (result.code, result.out, result.err.count("\n")) == (1, "", 1)
+    assert f"{data}:2: its weight overflows" in result.err
 
 
-def test_who_may_read_a_file_still_may_when_it_is_replaced_and_nobody_else(distrust, raw, table, tmp_path):
+def test_a_replaced_file_keeps_its_permissions(distrust, raw, table, tmp_path):
     out = tmp_path / "private.jsonl"
     out.touch(mode=0o600)
     assert distrust("weigh", raw, "--table", table, "--out", out, "--force").code == 0
@@ -333,8 +340,8 @@ def test_who_may_read_a_file_still_may_when_it_is_replaced_and_nobody_else(distr
     assert out.stat().st_size > 0
 
 
-def test_several_that_write_one_file_all_succeed(tmp_path):
-    """One sweeps what it takes for the file of a dead one: that is made again."""
+def test_concurrent_writers_of_one_file_all_succeed(tmp_path):
+    """One may remove the unlocked temporary file of another, which then creates it again."""
 
     def write_often(number: int) -> None:
         for _ in range(100):
@@ -342,22 +349,22 @@ def test_several_that_write_one_file_all_succeed(tmp_path):
                 file.write(bytes([number]) * 100)
 
     with ThreadPoolExecutor(4) as pool:
-        for done in [pool.submit(write_often, number) for number in range(4)]:
-            done.result()
+        for future in [pool.submit(write_often, number) for number in range(4)]:
+            future.result()
     assert [path.name for path in tmp_path.iterdir()] == ["one"]
     assert len(set((tmp_path / "one").read_bytes())) == 1
 
 
-# What is shown
+# Display
 
 
-def test_what_is_shown(distrust, raw, table, tmp_path):
-    given = distrust("weigh", raw, "--table", table, "--top", 2)
-    assert (given.code, given.err) == (0, "")
-    assert f"heaviest{'':{len(str(raw))}}" in given.out
-    assert f"  {raw}:1   0.200   1.000" in given.out
-    assert "(none)" in given.out
-    assert given.out.splitlines()[-1].startswith("effective sample size 3 of 3")
+def test_the_printed_summary(distrust, raw, table, tmp_path):
+    result = distrust("weigh", raw, "--table", table, "--top", 2)
+    assert (result.code, result.err) == (0, "")
+    assert f"heaviest{'':{len(str(raw))}}" in result.out
+    assert f"  {raw}:1   0.200   1.000" in result.out
+    assert "(none)" in result.out
+    assert result.out.splitlines()[-1].startswith("effective sample size 3 of 3")
 
     shown = json.loads(distrust("weigh", raw, "--table", table, "--json", "--weighting", "off").out)
     assert shown["quantiles"]["weight"] == [1.0] * 5
@@ -372,66 +379,66 @@ def test_what_is_shown(distrust, raw, table, tmp_path):
     assert shown["quantiles"]["weight"][-1] == 1.5
 
 
-def test_what_data_says_does_no_harm_to_a_terminal(distrust, table, tmp_path):
-    bad = "\x1b[2J\u202e\x07$x_1$<&"
-    row = {"text": "t", "title": bad, "source": bad, "authority_weight": 0.1, "provenance_entropy": 1}
+def test_control_characters_of_the_data_are_escaped(distrust, table, tmp_path):
+    hostile = "\x1b[2J\u202e\x07$x_1$<&"
+    row = {"text": "t", "title": hostile, "source": hostile, "authority_weight": 0.1, "provenance_entropy": 1}
     data = write(tmp_path / "a.jsonl", [row, {**row, "source": "\ud800", "title": "x" * 10_000 + "\n"}])
-    given = distrust("weigh", data, "--plot", tmp_path / "p.svg")
-    assert given.code == 0
-    assert all(letter.isprintable() or letter == "\n" for letter in given.out)
-    assert max(map(len, given.out.splitlines())) < 300
-    picture = (tmp_path / "p.svg").read_text("utf-8")
-    assert "\x1b" not in picture
-    assert "&lt;&amp;" in picture
+    result = distrust("weigh", data, "--plot", tmp_path / "p.svg")
+    assert result.code == 0
+    assert all(letter.isprintable() or letter == "\n" for letter in result.out)
+    assert max(map(len, result.out.splitlines())) < 300
+    figure = (tmp_path / "p.svg").read_text("utf-8")
+    assert "\x1b" not in figure
+    assert "&lt;&amp;" in figure
 
 
-def test_the_picture(distrust, raw, table, tmp_path):
-    picture = tmp_path / "p.SVG"
-    command = ("weigh", raw, "--table", table, "--plot", picture)
-    given = distrust(*command)
-    assert (given.code, given.err) == (0, "")
-    first = picture.read_bytes()
+def test_the_figure(distrust, raw, table, tmp_path):
+    figure = tmp_path / "p.SVG"
+    command = ("weigh", raw, "--table", table, "--plot", figure)
+    result = distrust(*command)
+    assert (result.code, result.err) == (0, "")
+    first = figure.read_bytes()
     assert first.startswith(b"<?xml")
     assert distrust(*command).code == 2
     assert distrust(*command, "--force").code == 0
-    assert picture.read_bytes() == first, "the same picture is the same bytes"
+    assert figure.read_bytes() == first, "the same figure is the same bytes"
     equal = ("--weighting", "off", "--plot", tmp_path / "equal.png")
-    assert distrust("weigh", raw, "--table", table, *equal).code == 0, "equal weights have a picture too"
+    assert distrust("weigh", raw, "--table", table, *equal).code == 0, "equal weights have a figure too"
     assert (tmp_path / "equal.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_table_can_be_printed_and_given_again(distrust, raw, tmp_path):
+def test_the_printed_table_can_be_used(distrust, raw, tmp_path):
     printed = distrust("weigh", "--print-table").out
     assert printed == PROVENANCE_TABLE.read_text("utf-8")
     assert all("#" in line for line in printed.splitlines() if line.strip())
-    own = tmp_path / "own.toml"
-    own.write_text(printed.replace("[evidence]", "lab = 0.2\n'press office' = 0.6\n[evidence]"), "utf-8")
-    assert distrust("weigh", raw, "--table", own).code == 0
+    custom = tmp_path / "own.toml"
+    custom.write_text(printed.replace("[evidence]", "lab = 0.2\n'press office' = 0.6\n[evidence]"), "utf-8")
+    assert distrust("weigh", raw, "--table", custom).code == 0
 
 
-def test_the_docs_show_the_table_as_it_is():
+def test_the_docs_show_the_default_table():
     (shown,) = re.findall(r"```toml\n(.*?)```", DOCS.read_text("utf-8"), re.DOTALL)
     assert PROVENANCE_TABLE.read_text("utf-8").endswith(f"\n\n{shown}")
 
 
-# What is refused
+# Errors
 
 
-def test_usage_that_makes_no_sense_is_one_line(distrust, raw, table, tmp_path):
-    (tmp_path / "there.jsonl").write_text("mine")
+def test_usage_errors_are_one_line(distrust, raw, table, tmp_path):
+    (tmp_path / "existing.jsonl").write_text("mine")
     (tmp_path / "folder.jsonl").mkdir()
     (tmp_path / "link.jsonl").symlink_to(raw)
     os.link(raw, tmp_path / "hard.jsonl")
-    before = raw.read_bytes()
+    content = raw.read_bytes()
     cases = {
         (): "",
         ("--out", tmp_path / "out.csv"): "give a name that ends in .jsonl, .jsonl.gz or .parquet",
-        ("--out", tmp_path / "there.jsonl"): "is there already; give another name, or --force",
-        ("--out", tmp_path / "folder.jsonl", "--force"): "is there already, and is no file",
-        ("--out", raw, "--force"): "is read, and never replaced",
-        ("--out", tmp_path / "link.jsonl", "--force"): "is read, and never replaced",
-        ("--out", tmp_path / "hard.jsonl", "--force"): "is read, and never replaced",
-        ("bundled", "--out", CORPUS, "--force"): "is read, and never replaced",
+        ("--out", tmp_path / "existing.jsonl"): "exists already; give another name, or --force",
+        ("--out", tmp_path / "folder.jsonl", "--force"): "exists already, and is not a file",
+        ("--out", raw, "--force"): "is an input, and is never replaced",
+        ("--out", tmp_path / "link.jsonl", "--force"): "is an input, and is never replaced",
+        ("--out", tmp_path / "hard.jsonl", "--force"): "is an input, and is never replaced",
+        ("bundled", "--out", CORPUS, "--force"): "is an input, and is never replaced",
         ("--plot", tmp_path / "p.pdf"): "give a name that ends in .png or .svg",
         ("--alpha", 5): "--alpha is 5.0: give 2.3 to 3.0",
         ("--max-ratio", 0): "--max-ratio is 0.0: give 1 or more",
@@ -439,18 +446,18 @@ def test_usage_that_makes_no_sense_is_one_line(distrust, raw, table, tmp_path):
         ("--top", -1): "--top is -1: give 0 or more",
         ("--table", tmp_path / "none.toml"): "none.toml: no such file or directory",
     }
-    for flags, said in cases.items():
-        given = distrust("weigh", raw, "--table", table, *flags)
-        assert given.code == (2 if said else 0), given.err
-        assert said in given.err
-        assert given.err.count("\n") == bool(said)
-    assert raw.read_bytes() == before
-    assert (tmp_path / "there.jsonl").read_text() == "mine"
+    for flags, message in cases.items():
+        result = distrust("weigh", raw, "--table", table, *flags)
+        assert result.code == (2 if message else 0), result.err
+        assert message in result.err
+        assert result.err.count("\n") == bool(message)
+    assert raw.read_bytes() == content
+    assert (tmp_path / "existing.jsonl").read_text() == "mine"
     assert distrust("weigh").code == 2
     assert distrust("weigh", tmp_path / "none.jsonl").err.count("\n") == 1
     inside = distrust("weigh", tmp_path, "--out", tmp_path / "out.jsonl")
     assert inside.code == 2
-    assert "lies in the folder that is read" in inside.err
+    assert "is in the input folder" in inside.err
     missing = distrust("weigh", raw, "--table", table, "--out", tmp_path / "no" / "out.jsonl")
     assert (missing.code, missing.err.count("\n")) == (1, 1)
     assert missing.err.endswith(f"{tmp_path / 'no'}: no such file or directory; make that folder first\n")
@@ -460,55 +467,55 @@ def test_usage_that_makes_no_sense_is_one_line(distrust, raw, table, tmp_path):
     assert "holds no records" in empty.err
 
 
-def test_one_file_that_fails_takes_the_other_with_it(distrust, raw, table, tmp_path):
-    picture = tmp_path / "p.png"
-    flags = ("--table", table, "--plot", picture, "--out", tmp_path / f"{'x' * 250}.jsonl")
-    given = distrust("weigh", raw, *flags)
-    assert (given.code, given.out) == (1, "")
-    assert "not written: File name too long" in given.err
+def test_if_one_output_fails_neither_is_written(distrust, raw, table, tmp_path):
+    figure = tmp_path / "p.png"
+    flags = ("--table", table, "--plot", figure, "--out", tmp_path / f"{'x' * 250}.jsonl")
+    result = distrust("weigh", raw, *flags)
+    assert (result.code, result.out) == (1, "")
+    assert "not written: File name too long" in result.err
     assert sorted(os.listdir(tmp_path)) == ["raw.jsonl", "table.toml"]
 
 
-def test_a_terminal_without_the_letters_is_no_reason_to_fail(tmp_path):
+def test_a_terminal_without_unicode(tmp_path):
     row = {"text": "t", "title": "日本 ä", "authority_weight": 0.1, "provenance_entropy": 1}
     data = write(tmp_path / "a.jsonl", [row])
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-m", "distrust", "weigh", data],
         capture_output=True,
         env={**os.environ, "PYTHONIOENCODING": "latin-1"},
         check=False,
     )
-    assert (done.returncode, done.stderr) == (0, b"")
-    assert b"\\u65e5\\u672c \xe4" in done.stdout
-    assert b"  ####" in done.stdout
+    assert (completed.returncode, completed.stderr) == (0, b"")
+    assert b"\\u65e5\\u672c \xe4" in completed.stdout
+    assert b"  ####" in completed.stdout
 
 
 @pytest.mark.parametrize("name", ["out.jsonl", "out.jsonl.gz", "out.parquet"])
-def test_a_full_disk_leaves_what_was_there(tmp_path, name):
-    """Nothing can be written beyond some bytes: the file that stood there stands."""
+def test_a_full_disk_leaves_the_existing_file(tmp_path, name):
+    """A limit on the file size stops the write: the existing file is unchanged."""
     rows = [
         {"text": os.urandom(60).hex(), "authority_weight": 0.1, "provenance_entropy": 1} for _ in range(2000)
     ]
     data, out = write(tmp_path / "a.jsonl", rows), tmp_path / name
-    out.write_text("before")
+    out.write_text("existing")
 
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-m", "distrust", "weigh", data, "--out", out, "--force"],
         capture_output=True,
         text=True,
         preexec_fn=limit,
         check=False,
     )
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == f"distrust: {out}: not written: File too large\n"
-    assert out.read_text() == "before"
+    assert (completed.returncode, completed.stdout) == (1, "")
+    assert completed.stderr == f"distrust: {out}: not written: File too large\n"
+    assert out.read_text() == "existing"
     assert sorted(os.listdir(tmp_path)) == sorted(["a.jsonl", name])
 
 
-def test_a_killed_writer_leaves_nothing_that_stays(distrust, tmp_path):
+def test_the_leftovers_of_a_killed_writer_are_removed(distrust, tmp_path):
     code = """
 import os, signal, sys
 from pathlib import Path
@@ -519,37 +526,37 @@ with atomic_file(Path(sys.argv[1]), force=False) as file:
     os.kill(os.getpid(), signal.SIGKILL)
 """
     out = tmp_path / "out"
-    done = subprocess.run([sys.executable, "-c", code, out], check=False)
-    assert done.returncode == -signal.SIGKILL
-    (left,) = tmp_path.iterdir()
-    assert left != out
+    completed = subprocess.run([sys.executable, "-c", code, out], check=False)
+    assert completed.returncode == -signal.SIGKILL
+    (leftover,) = tmp_path.iterdir()
+    assert leftover != out
     with atomic_file(out, force=False) as file:
-        file.write(b"whole")
+        file.write(b"complete")
         full = OSError(28, "No space left on device")
         with pytest.raises(WriteFailed, match="not written: No space"), atomic_file(out, force=False):
             raise full
-    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"whole"]
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"complete"]
 
 
-def test_a_file_that_changes_while_it_is_read_is_no_output(distrust, raw, table, tmp_path, monkeypatch):
+def test_a_file_that_changes_while_it_is_read_gives_no_output(distrust, raw, table, tmp_path, monkeypatch):
     from distrust.data.provenance import write_dataset
 
     real = write_dataset.atomic_file
 
-    def touching(path, *, force):
+    def append_and_open(path, *, force):
         with raw.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"text": "late"}) + "\n")
         return real(path, force=force)
 
-    monkeypatch.setattr(write_dataset, "atomic_file", touching)
-    given = distrust("weigh", raw, "--table", table, "--out", tmp_path / "out.jsonl")
-    assert given.code == 1
-    assert "it changed while it was read; start again" in given.err
+    monkeypatch.setattr(write_dataset, "atomic_file", append_and_open)
+    result = distrust("weigh", raw, "--table", table, "--out", tmp_path / "out.jsonl")
+    assert result.code == 1
+    assert "it changed while it was read; start again" in result.err
     assert not (tmp_path / "out.jsonl").exists()
 
 
 def test_memory_does_not_grow_with_the_data(tmp_path):
-    """Sixteen times the data: some bytes a record more, far from what the records are long."""
+    """Sixteen times the data need some bytes more per record, far less than the records."""
     code = """
 import resource, sys
 from distrust.cli import main
@@ -563,24 +570,24 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1 if sys.platform !
         with data.open("w", encoding="utf-8") as file:
             for _ in range(times):
                 file.write(row + "\n")
-        done = subprocess.run(
+        completed = subprocess.run(
             [sys.executable, "-c", code, data, "--out", f"{data}.jsonl"],
             capture_output=True,
             text=True,
             check=True,
         )
-        return int(done.stdout.splitlines()[-1])
+        return int(completed.stdout.splitlines()[-1])
 
-    assert peak("large", 8000) - peak("small", 500) < 8 * 1024, "kilobytes, where the data is 40 MB"
+    assert peak("large", 8000) - peak("small", 500) < 8 * 1024, "KiB, for 40 MB of data"
 
 
 # Real data
 
 
 def test_the_bundled_corpus(distrust):
-    given = distrust("weigh", "bundled")
-    assert (given.code, given.err) == (0, "")
-    assert str(CORPUS) in given.out
+    result = distrust("weigh", "bundled")
+    assert (result.code, result.err) == (0, "")
+    assert str(CORPUS) in result.out
 
 
 @pytest.fixture(scope="module")
@@ -598,7 +605,7 @@ def test_the_example_s_table_gives_the_weights_of_real_documents(distrust, peps,
     shown = json.loads(distrust("weigh", peps, *flags, "--json").out)
     w, h = shown["check"]["authority_weight"], shown["check"]["provenance_entropy"]
     assert (w["checked"], w["differing"], h["checked"]) == (300, 0, 300)
-    for difference in h["largest"]:  # only where references to unknown numbers are left out of the list
+    for difference in h["largest"]:  # only if the list leaves out references to unknown numbers
         line = int(difference["where"].rsplit(":", 1)[1])
         row = json.loads(peps.read_text("utf-8").split("\n")[line - 1])
         assert sum(item["share"] for item in row["evidence"]) < 0.99
@@ -609,9 +616,9 @@ def test_the_example_s_table_gives_the_weights_of_real_documents(distrust, peps,
     again = json.loads(distrust("weigh", out, *flags, "--json", "--strict").out)
     assert [check["differing"] for check in again["check"].values()] == [0, 0]
     weights = ("authority_weight", "provenance_entropy")
-    for before, after in zip(read(peps), read(out), strict=True):
-        assert list(before) == list(after)
-        assert all(before[name] == after[name] for name in before if name not in weights)
+    for source, output in zip(read(peps), read(out), strict=True):
+        assert list(source) == list(output)
+        assert all(source[name] == output[name] for name in source if name not in weights)
     assert len(read_records(out)) == 300
 
 
@@ -626,20 +633,20 @@ def test_the_docs_show_what_the_command_prints(distrust, peps, tmp_path):
     assert squeezed == [" ".join(line.split()) for line in shown[:-1]]
 
 
-def test_without_the_two_columns_they_are_computed_again(distrust, peps, tmp_path):
+def test_removed_columns_are_computed_again(distrust, peps, tmp_path):
     rows = read(peps)
     for row in rows:
         del row["authority_weight"], row["provenance_entropy"]
     bare, out = write(tmp_path / "bare.jsonl", rows), tmp_path / "out.parquet"
-    done = distrust("weigh", bare, "--table", PEPS_TABLE, "--out", out)
-    assert (done.code, done.err) == (0, "")
-    assert "w: 300 computed\nH: 300 computed\n" in done.out
-    for before, after in zip(read_records(peps), read_records(out), strict=True):
-        assert abs(before.authority_weight - after.authority_weight) < 0.005
-        assert before.content == after.content
+    result = distrust("weigh", bare, "--table", PEPS_TABLE, "--out", out)
+    assert (result.code, result.err) == (0, "")
+    assert "w: 300 computed\nH: 300 computed\n" in result.out
+    for source, output in zip(read_records(peps), read_records(out), strict=True):
+        assert abs(source.authority_weight - output.authority_weight) < 0.005
+        assert source.content == output.content
 
 
-def test_what_is_written_can_be_trained_on(folder, table, tmp_path):
+def test_the_output_can_be_trained_on(folder, table, tmp_path):
     from distrust.testing.models import train_arguments
 
     rows = read(folder / "data.jsonl")

@@ -28,7 +28,7 @@ def corpus_of(examples):
 
 @st.composite
 def runs(draw):
-    flags = st.lists(st.booleans(), min_size=1, max_size=12).map(lambda rest: [False, *rest, True])
+    flags = st.lists(st.booleans(), min_size=1, max_size=12).map(lambda flags: [False, *flags, True])
     corpus = corpus_of(draw(st.lists(flags, min_size=1, max_size=12)))
     n = len(corpus)
     weights = np.array(draw(st.lists(st.floats(0.01, 100), min_size=n, max_size=n)))
@@ -55,15 +55,15 @@ def equal(a, b):
 
 
 def check_rows(corpus, batch, weights):
-    """Each row is its example: tokens, mask, labels and weights, and padding after it."""
+    """Each row has the tokens, mask, labels and weights of its example, then padding."""
     assert batch.input_ids.shape[1] == corpus.lengths[batch.examples].max()
     for row, example in enumerate(batch.examples):
         piece = slice(corpus.offsets[example], corpus.offsets[example + 1])
-        ids, learned = corpus.input_ids[piece], corpus.loss_mask[piece]
+        ids, trained = corpus.input_ids[piece], corpus.loss_mask[piece]
         t = len(ids)
         assert np.array_equal(batch.input_ids[row, :t], ids)
-        assert np.array_equal(batch.labels[row, :t], np.where(learned, ids, IGNORED))
-        assert np.array_equal(batch.weights[row, :t], np.where(learned, np.float32(weights[example]), 0))
+        assert np.array_equal(batch.labels[row, :t], np.where(trained, ids, IGNORED))
+        assert np.array_equal(batch.weights[row, :t], np.where(trained, np.float32(weights[example]), 0))
         assert batch.attention_mask[row].tolist() == [1] * t + [0] * (batch.input_ids.shape[1] - t)
         assert (batch.input_ids[row, t:] == PAD).all()
         assert (batch.labels[row, t:] == IGNORED).all()
@@ -81,20 +81,22 @@ def test_a_batch_holds_its_examples_and_nothing_else(run, step):
 
 @given(runs())
 def test_no_weight_is_lost_in_collation(run):
-    # Over whole epochs, the weights of all tokens are Σ u·n: one that went missing would show here.
+    # Over complete epochs, the weights of all tokens add up to Σ u·n.
     corpus, batches, weights = run
     n = len(corpus)
-    seen = [batch for step in range(1, n + 1) for batch in batches.step(step)]
+    all_batches = [batch for step in range(1, n + 1) for batch in batches.step(step)]
     epochs = batches.rows_per_step  # n steps of G examples
-    total = sum(batch.weights.sum(dtype=np.float64) for batch in seen)
+    total = sum(batch.weights.sum(dtype=np.float64) for batch in all_batches)
     assert total == pytest.approx(epochs * (weights * corpus.loss_tokens).sum(), rel=1e-6)
-    assert sum(batch.tokens for batch in seen) == epochs * corpus.loss_tokens.sum()
-    assert np.bincount(np.concatenate([b.examples for b in seen]), minlength=n).tolist() == [epochs] * n
+    assert sum(batch.tokens for batch in all_batches) == epochs * corpus.loss_tokens.sum()
+    assert (
+        np.bincount(np.concatenate([b.examples for b in all_batches]), minlength=n).tolist() == [epochs] * n
+    )
 
 
 @given(runs(), st.lists(st.integers(1, 50), min_size=1, max_size=6))
 @settings(max_examples=50)
-def test_a_step_is_the_same_whatever_was_asked_before(run, steps):
+def test_a_step_does_not_depend_on_earlier_calls(run, steps):
     _, batches, _ = run
     first = {step: batches.step(step) for step in steps}
     for step in reversed(steps):
@@ -103,24 +105,24 @@ def test_a_step_is_the_same_whatever_was_asked_before(run, steps):
         assert all(equal(a, b) for a, b in zip(again, first[step], strict=True))
 
 
-def test_steps_follow_the_order_without_gap_or_repeat():
+def test_steps_follow_the_sampler_without_gap_or_repeat():
     corpus = corpus_of([[False, True]] * 7)
-    order = EpochSampler(7, seed=3)
+    sampler = EpochSampler(7, seed=3)
     batches = Batches(
         corpus,
         weights=np.ones(7),
         distrust=np.zeros(7),
-        sampler=order,
+        sampler=sampler,
         batch_size=2,
         gradient_accumulation=3,
         pad_token_id=PAD,
     )
-    taken = [batch.examples for step in (1, 2, 3) for batch in batches.step(step)]
-    assert [len(examples) for examples in taken] == [2] * 9
-    assert np.array_equal(np.concatenate(taken), order.at(0, 18))
+    examples = [batch.examples for step in (1, 2, 3) for batch in batches.step(step)]
+    assert [len(numbers) for numbers in examples] == [2] * 9
+    assert np.array_equal(np.concatenate(examples), sampler.at(0, 18))
 
 
-def test_the_types_that_frameworks_are_given():
+def test_dtypes_of_a_micro_batch():
     corpus = corpus_of([[False, True], [False, False, True]])
     (batch,) = evaluation_batches(corpus, batch_size=2, pad_token_id=PAD)
     assert {name: getattr(batch, name).dtype.name for name in type(batch).__dataclass_fields__} == {
@@ -137,7 +139,7 @@ def test_the_types_that_frameworks_are_given():
 
 
 @given(runs(), st.integers(1, 5))
-def test_evaluation_sees_everything_once_and_unweighted(run, batch_size):
+def test_evaluation_uses_every_example_once_and_unweighted(run, batch_size):
     corpus, _, _ = run
     batches = list(evaluation_batches(corpus, batch_size=batch_size, pad_token_id=PAD))
     assert np.concatenate([b.examples for b in batches]).tolist() == list(range(len(corpus)))
@@ -146,7 +148,7 @@ def test_evaluation_sees_everything_once_and_unweighted(run, batch_size):
         assert not batch.distrust.any()
 
 
-def test_changing_the_callers_weights_later_changes_no_batch():
+def test_batches_copy_the_callers_weights():
     corpus, weights = corpus_of([[False, True]] * 2), np.array([1.0, 2.0])
     batches = Batches(
         corpus,
@@ -172,7 +174,7 @@ def test_changing_the_callers_weights_later_changes_no_batch():
         ({"gradient_accumulation": 0}, "a step needs at least one row"),
     ],
 )
-def test_parts_that_do_not_fit_are_refused(change, words):
+def test_parts_that_do_not_match_are_refused(change, words):
     parts = {
         "weights": np.ones(2),
         "distrust": np.ones(2),
@@ -184,7 +186,7 @@ def test_parts_that_do_not_fit_are_refused(change, words):
         Batches(corpus_of([[False, True]] * 2), pad_token_id=PAD, **{**parts, **change})
 
 
-def test_steps_and_batches_have_a_first_one():
+def test_the_first_step_and_the_first_batch():
     corpus = corpus_of([[False, True]])
     parts = {"weights": [1.0], "distrust": [1.0], "sampler": EpochSampler(1, seed=0)}
     batches = Batches(corpus, batch_size=1, gradient_accumulation=1, pad_token_id=PAD, **parts)

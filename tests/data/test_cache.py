@@ -1,4 +1,4 @@
-"""What is kept of tokenized data is believed only if it is whole, and costs time only if it is not."""
+"""The cache of tokenized data: damaged entries are detected and rebuilt."""
 
 from __future__ import annotations
 
@@ -77,34 +77,34 @@ def cache(tmp_path):
     return Cache(tmp_path / "cache")
 
 
-def reading_of(*paths, w=None, h=None, columns=None):
+def reader_of(*paths, w=None, h=None, columns=None):
     columns = columns or Columns()
     return RecordReader(tuple(open_source(str(path), columns) for path in paths), columns, w, h)
 
 
-def kept(cache, reading, *, key=KEY, tokenizer=TOKENIZER):
-    """The corpus, and whether it was made anew."""
-    census = check_records(reading)
-    made = []
+def load_or_build(cache, reader, *, key=KEY, tokenizer=TOKENIZER):
+    """The corpus, and whether it was built."""
+    stats = check_records(reader)
+    builds = []
 
-    def make():
-        made.append(True)
-        return tokenize_in_blocks(reading.records(), tokenizer, stats=census, max_length=32)
+    def build():
+        builds.append(True)
+        return tokenize_in_blocks(reader.records(), tokenizer, stats=stats, max_length=32)
 
-    parts = [(part.name, part.unit) for source in reading.sources for part in source.parts]
-    return cache.corpus(key, parts, census.sizes, make), bool(made)
+    parts = [(part.name, part.unit) for source in reader.sources for part in source.parts]
+    return cache.corpus(key, parts, stats.sizes, build), bool(builds)
 
 
 def entry(cache):
     return cache.folder / "tokens-3" / KEY
 
 
-def test_it_is_made_once_and_is_what_it_would_be_in_memory(data, cache):
-    reading = reading_of(data)
-    first, made = kept(cache, reading)
-    again, made_again = kept(cache, reading)
-    assert (made, made_again) == (True, False)
-    plain = tokenize(list(reading.records()), TOKENIZER, max_length=32)
+def test_an_entry_is_built_once_and_equals_the_corpus_in_memory(data, cache):
+    reader = reader_of(data)
+    first, built = load_or_build(cache, reader)
+    again, built_again = load_or_build(cache, reader)
+    assert (built, built_again) == (True, False)
+    plain = tokenize(list(reader.records()), TOKENIZER, max_length=32)
     for corpus in (first, again):
         assert corpus.fingerprint == plain.fingerprint
         assert (corpus.truncated, corpus.tokens_cut) == (plain.truncated, plain.tokens_cut)
@@ -118,10 +118,10 @@ def test_it_is_made_once_and_is_what_it_would_be_in_memory(data, cache):
             corpus.input_ids[0] = 1
 
 
-def test_several_sources_are_told_apart(data, cache, tmp_path):
+def test_several_sources_keep_their_sizes(data, cache, tmp_path):
     other = tmp_path / "other.csv"
     other.write_text("text,authority_weight,provenance_entropy\nsalt does not,0.5,1\n")
-    corpus, _ = kept(cache, reading_of(data, other))
+    corpus, _ = load_or_build(cache, reader_of(data, other))
     assert corpus.sizes == (RECORDS, 1)
     assert str(corpus.locations[RECORDS]) == f"{other}:2"
 
@@ -139,40 +139,44 @@ FILES = [
 
 
 @pytest.mark.parametrize(
-    ("file", "how"),
+    ("file", "damage"),
     [
         *((file, "bit") for file in FILES),
-        *((file, how) for file in ("corpus.json", "offsets") for how in ("cut", "longer", "gone", "empty")),
+        *(
+            (file, damage)
+            for file in ("corpus.json", "offsets")
+            for damage in ("cut", "longer", "missing", "empty")
+        ),
     ],
 )
-def test_what_is_damaged_is_made_again(data, cache, file, how):
-    reading = reading_of(data)
-    whole, _ = kept(cache, reading)
+def test_a_damaged_entry_is_rebuilt(data, cache, file, damage):
+    reader = reader_of(data)
+    original, _ = load_or_build(cache, reader)
     path = entry(cache) / file
     raw = bytearray(path.read_bytes())
     raw[len(raw) // 2] ^= 1
     damaged = {"bit": raw, "cut": raw[:-1], "longer": raw + b"\0", "empty": b""}
-    path.unlink()  # what is mapped stays what it was
-    if how != "gone":
-        path.write_bytes(damaged[how])
+    path.unlink()  # mapped pages keep their content
+    if damage != "missing":
+        path.write_bytes(damaged[damage])
     with pytest.warns(DistrustWarning, match="are damaged .*; tokenizing again"):
-        corpus, made = kept(cache, reading)
-    assert made
-    assert corpus.fingerprint == whole.fingerprint
-    assert kept(cache, reading)[1] is False
+        corpus, built = load_or_build(cache, reader)
+    assert built
+    assert corpus.fingerprint == original.fingerprint
+    assert load_or_build(cache, reader)[1] is False
     assert [path.name for path in entry(cache).parent.iterdir()] == [KEY]
 
 
-def test_what_is_deleted_is_made_again_and_what_is_mapped_stays(data, cache):
-    reading = reading_of(data)
-    corpus, _ = kept(cache, reading)
+def test_a_deleted_entry_is_rebuilt_and_mapped_arrays_stay_valid(data, cache):
+    reader = reader_of(data)
+    corpus, _ = load_or_build(cache, reader)
     tokens = corpus.input_ids.copy()
     for path in entry(cache).iterdir():
         path.unlink()
     entry(cache).rmdir()
     assert np.array_equal(corpus.input_ids, tokens)
-    again, made = kept(cache, reading)
-    assert made
+    again, built = load_or_build(cache, reader)
+    assert built
     assert again.fingerprint == corpus.fingerprint
 
 
@@ -180,8 +184,8 @@ CHILD = """
 import os, signal, sys
 sys.path[:0] = sys.argv[3].split(os.pathsep)
 from pathlib import Path
-from test_cache import TOKENIZER, Cache, kept, reading_of
-reading = reading_of(sys.argv[1])
+from test_cache import TOKENIZER, Cache, load_or_build, reader_of
+reader = reader_of(sys.argv[1])
 if sys.argv[4] == "die":
     from distrust.data import cache
     write, count = cache._append, [0]
@@ -191,61 +195,61 @@ if sys.argv[4] == "die":
         if count[0] == 6:
             os.kill(os.getpid(), signal.SIGKILL)
     cache._append = append
-print(kept(Cache(Path(sys.argv[2])), reading)[0].fingerprint)
+print(load_or_build(Cache(Path(sys.argv[2])), reader)[0].fingerprint)
 """
 
 
-def test_a_process_that_is_killed_leaves_nothing_that_is_believed(data, cache, run_python):
+def test_the_leftovers_of_a_killed_process_are_not_used(data, cache, run_python):
     path = os.pathsep.join(sys.path)
     assert run_python(CHILD, data, cache.folder, path, "die").returncode == -signal.SIGKILL
-    (left,) = entry(cache).parent.iterdir()
-    assert left.name.startswith("unfinished-")
-    _, made = kept(cache, reading_of(data))
-    assert made
-    assert left.exists()  # a young one may be of a process that lives
-    os.utime(left, (time.time() - 3600,) * 2)
-    kept(cache, reading_of(data), key="b" * 64)
+    (leftover,) = entry(cache).parent.iterdir()
+    assert leftover.name.startswith("unfinished-")
+    _, built = load_or_build(cache, reader_of(data))
+    assert built
+    assert leftover.exists()  # a recent one may belong to a living process
+    os.utime(leftover, (time.time() - 3600,) * 2)
+    load_or_build(cache, reader_of(data), key="b" * 64)
     assert sorted(path.name[0] for path in entry(cache).parent.iterdir()) == ["a", "b"]
 
 
-def test_two_processes_may_make_the_same_at_once(data, cache, start_python):
+def test_two_processes_can_build_the_same_entry(data, cache, start_python):
     path = os.pathsep.join(sys.path)
     children = [start_python(CHILD, data, cache.folder, path, "live") for _ in range(2)]
-    told = [child.communicate(timeout=60) for child in children]
-    assert [child.returncode for child in children] == [0, 0], told
-    corpus, made = kept(cache, reading_of(data))
-    assert not made
-    assert {out.strip() for out, _ in told} == {corpus.fingerprint}
+    outputs = [child.communicate(timeout=60) for child in children]
+    assert [child.returncode for child in children] == [0, 0], outputs
+    corpus, built = load_or_build(cache, reader_of(data))
+    assert not built
+    assert {out.strip() for out, _ in outputs} == {corpus.fingerprint}
     assert [path.name for path in entry(cache).parent.iterdir()] == [KEY]
 
 
-def test_where_nothing_can_be_kept_it_is_made_each_time(data, tmp_path):
+def test_without_a_writable_folder_nothing_is_cached(data, tmp_path):
     (tmp_path / "file").touch()
     cache = Cache(tmp_path / "file" / "cache")
     for _ in range(2):
         with pytest.warns(DistrustWarning, match="cannot be written to .* --cache-dir"):
-            corpus, made = kept(cache, reading_of(data))
-        assert made
+            corpus, built = load_or_build(cache, reader_of(data))
+        assert built
         assert len(corpus) == RECORDS
         assert corpus.loss_tokens.sum() > 0
-    census = check_records(reading_of(data))
-    cache.store_stats(KEY, census)
+    stats = check_records(reader_of(data))
+    cache.store_stats(KEY, stats)
     assert cache.stats(KEY) is None
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a file of Linux that is always full")
-def test_a_full_disk_is_told_and_leaves_nothing(data, cache, monkeypatch):
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_is_reported_and_leaves_no_files(data, cache, monkeypatch):
     def full(file, array):
         with open("/dev/full", "wb", buffering=0) as device:
             device.write(b"x")
 
     monkeypatch.setattr(cache_module, "_append", full)
     with pytest.raises(ConfigError, match="cannot write the tokens: No space left on device; give another"):
-        kept(cache, reading_of(data))
+        load_or_build(cache, reader_of(data))
     assert list(entry(cache).parent.iterdir()) == []
 
 
-def test_a_tokenizer_that_cannot_be_told_apart_keeps_nothing(data, cache):
+def test_a_tokenizer_without_a_digest_is_not_cached(data, cache):
     class Bytes:
         bos_token_id = pad_token_id = chat_template = None
         eos_token_id = 256
@@ -254,75 +258,75 @@ def test_a_tokenizer_that_cannot_be_told_apart_keeps_nothing(data, cache):
             return list(text.encode())
 
     assert digest_tokenizer(Bytes()) is None
-    corpus, made = kept(cache, reading_of(data), key=None, tokenizer=Bytes())
-    assert made
+    corpus, built = load_or_build(cache, reader_of(data), key=None, tokenizer=Bytes())
+    assert built
     assert len(corpus) == RECORDS
     assert not cache.folder.exists()
 
 
-def test_a_check_that_found_nothing_wrong_is_remembered(data, cache):
-    reading = reading_of(data)
-    census = check_records(reading)
-    assert cache.stats(reading.key) is None
-    cache.store_stats(reading.key, census)
-    assert cache.stats(reading.key) == census
+def test_stats_of_a_check_are_stored(data, cache):
+    reader = reader_of(data)
+    stats = check_records(reader)
+    assert cache.stats(reader.key) is None
+    cache.store_stats(reader.key, stats)
+    assert cache.stats(reader.key) == stats
     (path,) = (cache.folder / "checked-1").iterdir()
     path.write_bytes(path.read_bytes().replace(b"150", b"151"))
-    assert cache.stats(reading.key) is None
+    assert cache.stats(reader.key) is None
 
 
-def test_the_key_is_of_the_content_and_how_it_is_read(data, tmp_path):
+def test_the_key_depends_on_the_content_and_how_it_is_read(data, tmp_path):
     moved = tmp_path / "moved.jsonl"
     moved.write_bytes(data.read_bytes())
-    key = reading_of(data).key
-    assert reading_of(moved).key == key
+    key = reader_of(data).key
+    assert reader_of(moved).key == key
     moved.write_bytes(data.read_bytes().replace(b"ore", b"oar", 1))
-    others = {
-        reading_of(moved).key,
-        reading_of(data, h=1.0).key,
-        reading_of(data, w=0.5).key,
-        reading_of(data, columns=Columns(text="body")).key,
-        reading_of(data, data).key,
+    keys = {
+        reader_of(moved).key,
+        reader_of(data, h=1.0).key,
+        reader_of(data, w=0.5).key,
+        reader_of(data, columns=Columns(text="body")).key,
+        reader_of(data, data).key,
     }
-    assert len({key, *others}) == 6
+    assert len({key, *keys}) == 6
 
 
-def test_a_tokenizer_is_told_by_what_it_does():
+def test_the_digest_of_a_tokenizer_depends_on_its_behavior():
     digest = digest_tokenizer(TOKENIZER)
     assert digest == digest_tokenizer(fast_tokenizer())
-    TOKENIZER.encode("ore", truncation=True, max_length=2)  # leaves its core cutting
+    TOKENIZER.encode("ore", truncation=True, max_length=2)  # leaves truncation set in its core
     assert digest_tokenizer(TOKENIZER) == digest
     chat = fast_tokenizer()
     chat.chat_template = "{{ messages }}"
     assert len({digest, digest_tokenizer(chat), digest_tokenizer(fast_tokenizer(special="<end>"))}) == 3
 
 
-def test_four_times_the_data_take_no_more_memory(tmp_path, monkeypatch):
+def test_four_times_the_data_need_no_more_memory(tmp_path, monkeypatch):
     for module, name, small in (
         (tokens_module, "_BATCH_RECORDS", 50),
         (sources_module, "_BLOCK", 1 << 16),
         (cache_module, "BLOCK", 1 << 16),
     ):
-        monkeypatch.setattr(module, name, small)  # so that little data is much
+        monkeypatch.setattr(module, name, small)  # so that little data has many blocks
     line = (
         json.dumps({"text": "the ore melts " * 150, "authority_weight": 0.1, "provenance_entropy": 1}) + "\n"
     )
     peaks = []
-    for lines in (100, 300, 1200):  # the first is to warm up
+    for lines in (100, 300, 1200):  # the first warms up
         path = tmp_path / f"{lines}.jsonl"
         path.write_text(line * lines)
         tracemalloc.start()
-        corpus, made = kept(Cache(tmp_path / "cache"), reading_of(path), key=str(lines))
-        assert made
+        corpus, built = load_or_build(Cache(tmp_path / "cache"), reader_of(path), key=str(lines))
+        assert built
         assert len(list(corpus.locations)) == lines
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    # The file is 2 MB longer; what each example takes are the numbers about it.
+    # The file is 2 MB longer; each example adds only its numbers.
     assert peaks[2] - peaks[1] < 200_000
 
 
 @given(st.lists(st.text(min_size=1), max_size=5))
-def test_many_texts_have_the_tokens_that_each_has(texts):
+def test_encoding_a_batch_equals_encoding_each_text(texts):
     TOKENIZER.encode("ore", truncation=True, max_length=2)
     TOKENIZER.backend_tokenizer.enable_padding()
     texts = ["the ore <eos> melts", *texts]
@@ -330,7 +334,7 @@ def test_many_texts_have_the_tokens_that_each_has(texts):
     assert encode_all(TOKENIZER, texts) == expected
 
 
-def test_a_tokenizer_that_does_more_than_its_core_is_asked_itself():
+def test_a_tokenizer_that_does_more_than_its_core_encodes_one_by_one():
     class Shouting(PreTrainedTokenizerFast):
         def encode(self, text, **options):
             return super().encode(text.upper(), **options)
@@ -342,7 +346,7 @@ def test_a_tokenizer_that_does_more_than_its_core_is_asked_itself():
 
 
 @given(st.lists(st.lists(st.booleans(), min_size=1, max_size=9), min_size=1, max_size=20), st.integers(1, 12))
-def test_counting_in_blocks_counts_all(examples, block):
+def test_loss_tokens_are_counted_across_blocks(examples, block):
     lengths = [len(flags) for flags in examples]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(corpus_module, "BLOCK", block)
@@ -360,10 +364,11 @@ def test_counting_in_blocks_counts_all(examples, block):
     assert corpus.fingerprint == fingerprint
 
 
-def test_a_check_that_cannot_be_remembered_leaves_nothing(tmp_path, monkeypatch):
+def test_stats_that_cannot_be_stored_leave_no_files(tmp_path, monkeypatch):
     def replace(*_):
         raise OSError
 
     monkeypatch.setattr(os, "replace", replace)
     Cache(tmp_path).store_stats("key", DatasetStats((1,)))
+    assert Cache(tmp_path).stats("key") is None
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []

@@ -1,4 +1,4 @@
-"""From a file to the batches of a run, with a tokenizer that needs no framework."""
+"""From a file to batches, with a tokenizer that needs no framework."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PEPS = Path(__file__).parents[3] / "shared" / "data" / "documents" / "peps.jsonl
 
 
 class Bytes:
-    """A token for each byte of UTF-8, and one that ends a text."""
+    """One token for each byte of UTF-8, and EOS."""
 
     bos_token_id = None
     eos_token_id = pad_token_id = 256
@@ -57,7 +57,7 @@ def batches_of(corpus, *, batch_size=2, gradient_accumulation=2, seed=0, weighti
     return batches, weights
 
 
-def learned_text(batch, row):
+def trained_text(batch, row):
     labels = batch.labels[row]
     return bytes(labels[(labels != IGNORED) & (labels < 256)].astype(np.uint8)).decode()
 
@@ -78,14 +78,14 @@ def test_from_a_file_to_a_step(tmp_path):
     batches, weights = batches_of(corpus, batch_size=3, gradient_accumulation=1)
     (batch,) = batches.step(1)
     assert sorted(batch.examples) == [0, 1, 2]
-    texts = {int(example): learned_text(batch, row) for row, example in enumerate(batch.examples)}
+    texts = {int(example): trained_text(batch, row) for row, example in enumerate(batch.examples)}
     assert texts == {0: "erium melts at 12.", 1: " 90.", 2: "At 12.\n"}
     assert weights[0] > weights[2] > weights[1]
     # Normalized over tokens, the weights of an epoch add up to its number of tokens.
     assert batch.weights.sum(dtype=np.float64) == pytest.approx(batch.tokens, rel=1e-6)
 
 
-def test_where_weighting_is_off_every_learned_token_weighs_exactly_one(tmp_path):
+def test_without_weighting_every_trained_token_weighs_exactly_one(tmp_path):
     path = tmp_path / "data.jsonl"
     rows = [{"text": "a" * n, "authority_weight": 0.1 * n, "provenance_entropy": n} for n in range(1, 8)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -97,11 +97,11 @@ def test_where_weighting_is_off_every_learned_token_weighs_exactly_one(tmp_path)
 
 def test_no_framework_is_loaded():
     program = "import sys, distrust.data, distrust.weighting; print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert {"torch", "transformers", "tokenizers", "mlx", "jinja2"}.isdisjoint(loaded.stdout.split())
+    completed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert {"torch", "transformers", "tokenizers", "mlx", "jinja2"}.isdisjoint(completed.stdout.split())
 
 
-@pytest.mark.skipif(not PEPS.exists(), reason="the shared documents are not here")
+@pytest.mark.skipif(not PEPS.exists(), reason="needs the shared documents")
 def test_real_documents():
     records = read_records(PEPS)
     assert len(records) == 300

@@ -1,4 +1,4 @@
-"""How weights are summed up for people."""
+"""The summary of example weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from distrust.weighting import effective_sample_size
 positive = st.floats(1e-6, 1e6)
 
 
-def make(weights, *, classes=("a",), class_of=None, tokens=None, extremes=5):
+def summarize(weights, *, classes=("a",), class_of=None, tokens=None, extremes=5):
     n = len(weights)
     return summarize_weights(
         authority_weight=np.linspace(0, 0.99, n),
@@ -35,54 +35,54 @@ def make(weights, *, classes=("a",), class_of=None, tokens=None, extremes=5):
 
 
 @given(weights=st.lists(positive, min_size=1, max_size=60))
-def test_every_example_is_in_one_bin_and_the_extremes_are_those_of_a_sorted_list(weights):
-    shown = make(weights)
-    assert sum(shown.counts) == shown.examples == len(weights)
-    assert len(shown.edges) == len(shown.counts) + 1
-    assert len(shown.counts) in (1, BINS)
-    assert shown.edges[0] <= min(weights) <= max(weights) <= shown.edges[-1]
-    assert list(shown.edges) == sorted(set(shown.edges))
+def test_bins_hold_every_example_and_extremes_match_sorting(weights):
+    summary = summarize(weights)
+    assert sum(summary.counts) == summary.examples == len(weights)
+    assert len(summary.edges) == len(summary.counts) + 1
+    assert len(summary.counts) in (1, BINS)
+    assert summary.edges[0] <= min(weights) <= max(weights) <= summary.edges[-1]
+    assert list(summary.edges) == sorted(set(summary.edges))
     rising = sorted(range(len(weights)), key=lambda i: weights[i])  # stable: the first of equal ones
     falling = sorted(range(len(weights)), key=lambda i: -weights[i])
-    assert [e.where for e in shown.lightest] == [f"data.jsonl:{i + 1}" for i in rising[:5]]
-    assert [e.where for e in shown.heaviest] == [f"data.jsonl:{i + 1}" for i in falling[:5]]
-    assert shown.quantiles["weight"][0] == min(weights)
-    assert shown.quantiles["weight"][-1] == max(weights)
+    assert [e.where for e in summary.lightest] == [f"data.jsonl:{i + 1}" for i in rising[:5]]
+    assert [e.where for e in summary.heaviest] == [f"data.jsonl:{i + 1}" for i in falling[:5]]
+    assert summary.quantiles["weight"][0] == min(weights)
+    assert summary.quantiles["weight"][-1] == max(weights)
 
 
 @given(st.data())
-def test_the_classes_are_parts_of_the_whole(data):
+def test_class_summaries_add_up(data):
     n = data.draw(st.integers(1, 80))
     weights = np.array(data.draw(st.lists(positive, min_size=n, max_size=n)))
     tokens = np.array(data.draw(st.lists(st.integers(1, 500), min_size=n, max_size=n)))
     class_of = np.array(data.draw(st.lists(st.integers(0, 29), min_size=n, max_size=n)), np.int32)
     names = [f"class {i}" for i in range(30)]
-    shown = make(weights, classes=names, class_of=class_of, tokens=tokens)
+    summary = summarize(weights, classes=names, class_of=class_of, tokens=tokens)
 
-    assert sum(c.examples for c in shown.classes) == n
-    assert sum(c.tokens for c in shown.classes) == shown.tokens == tokens.sum()
-    assert math.isclose(sum(c.share for c in shown.classes), 1)
-    named = [c for c in shown.classes if c.name != OTHER_CLASSES]
+    assert sum(c.examples for c in summary.classes) == n
+    assert sum(c.tokens for c in summary.classes) == summary.tokens == tokens.sum()
+    assert math.isclose(sum(c.share for c in summary.classes), 1)
+    named = [c for c in summary.classes if c.name != OTHER_CLASSES]
     assert [c.share for c in named] == sorted((c.share for c in named), reverse=True)
     assert len(named) == min(CLASSES, len(set(class_of.tolist())))
     for c in named:
-        mine = class_of == names.index(c.name)
-        assert math.isclose(c.weight, weights[mine].mean())
-        assert math.isclose(c.share, (tokens * weights)[mine].sum() / (tokens * weights).sum())
+        is_member = class_of == names.index(c.name)
+        assert math.isclose(c.weight, weights[is_member].mean())
+        assert math.isclose(c.share, (tokens * weights)[is_member].sum() / (tokens * weights).sum())
 
 
-def test_equal_weights_are_one_bin_that_can_be_drawn():
-    shown = make([1.0, 1.0, 1.0], extremes=2)
-    assert shown.counts == (3,)
-    assert shown.edges[0] < 1 < shown.edges[1]
-    assert shown.effective_examples == 3
-    assert [e.where for e in shown.heaviest] == [e.where for e in shown.lightest]
+def test_equal_weights_have_one_bin_of_visible_width():
+    summary = summarize([1.0, 1.0, 1.0], extremes=2)
+    assert summary.counts == (3,)
+    assert summary.edges[0] < 1 < summary.edges[1]
+    assert summary.effective_examples == 3
+    assert [e.where for e in summary.heaviest] == [e.where for e in summary.lightest]
 
 
-def test_it_is_plain_json():
-    shown = make([1.0, 2.5, 9.0], classes=("", "b"), class_of=[0, 1, 1]).as_json()
-    assert json.loads(json.dumps(shown, allow_nan=False)) == shown
-    assert list(shown) == [
+def test_as_json_is_plain_json():
+    summary = summarize([1.0, 2.5, 9.0], classes=("", "b"), class_of=[0, 1, 1]).as_json()
+    assert json.loads(json.dumps(summary, allow_nan=False)) == summary
+    assert list(summary) == [
         "examples",
         "tokens",
         "effective_examples",
@@ -93,10 +93,10 @@ def test_it_is_plain_json():
         "heaviest",
         "lightest",
     ]
-    assert [c["name"] for c in shown["classes"]] == ["b", ""]
+    assert [c["name"] for c in summary["classes"]] == ["b", ""]
 
 
-def test_nothing_and_what_is_no_weight_are_refused():
+def test_no_examples_and_invalid_weights_are_refused():
     for weights in ([], [1.0, 0.0], [1.0, math.nan], [math.inf]):
         with pytest.raises(DataError):
             summarize_weights(
@@ -111,13 +111,13 @@ def test_nothing_and_what_is_no_weight_are_refused():
             )
 
 
-def test_a_million_examples_are_no_wait():
+def test_a_million_examples_take_under_seconds():
     import time
 
     rng = np.random.default_rng(0)
     n = 1_000_000
-    began = time.perf_counter()
-    shown = summarize_weights(
+    start = time.perf_counter()
+    summary = summarize_weights(
         authority_weight=rng.uniform(0, 0.99, n),
         provenance_entropy=rng.uniform(0, 3, n),
         weights=rng.choice([1.0, 2.0, 3.0], n),
@@ -127,5 +127,5 @@ def test_a_million_examples_are_no_wait():
         locations=range(n),
         effective_examples=1.0,
     )
-    assert shown.examples == n
-    assert time.perf_counter() - began < 5
+    assert summary.examples == n
+    assert time.perf_counter() - start < 5

@@ -16,19 +16,19 @@ seeds = st.integers(0, 2**63)
 
 @st.composite
 def packings(draw):
-    """Numbers of examples, their lengths, and what ``packed`` is told besides."""
+    """Example numbers, their lengths, and the options of ``pack``."""
     capacity = draw(st.integers(1, 50))
     lengths = np.array(draw(st.lists(st.integers(1, capacity), min_size=1, max_size=60)), np.int64)
     examples = draw(st.integers(0, 99)) + 3 * np.arange(len(lengths), dtype=np.int64)
     return examples, lengths, {"capacity": capacity, "seed": draw(seeds), "window": draw(st.integers(1, 80))}
 
 
-def rows_of(sequences):
-    return [sequences.examples(np.array([row])).tolist() for row in range(len(sequences))]
+def rows_of(packed_rows):
+    return [packed_rows.examples(np.array([row])).tolist() for row in range(len(packed_rows))]
 
 
-def first_come(lengths, capacity):
-    """How many rows it takes to fill one after the other."""
+def next_fit(lengths, capacity):
+    """The number of rows of next fit."""
     rows, room = 0, 0
     for length in lengths:
         if length > room:
@@ -38,7 +38,7 @@ def first_come(lengths, capacity):
 
 
 @given(packings())
-def test_each_example_stands_in_one_row_that_has_room_for_it(case):
+def test_each_example_is_in_one_row_with_room_for_it(case):
     examples, lengths, options = case
     length_of = dict(zip(examples.tolist(), lengths.tolist(), strict=True))
     rows = rows_of(pack(examples, lengths, **options))
@@ -50,35 +50,35 @@ def test_each_example_stands_in_one_row_that_has_room_for_it(case):
 @given(packings())
 def test_rows_are_a_function_of_lengths_capacity_and_seed(case):
     examples, lengths, options = case
-    np.random.seed(len(examples))  # what others draw has no part in it
+    np.random.seed(len(examples))  # the global generator has no influence
     assert rows_of(pack(examples, lengths, **options)) == rows_of(pack(examples.copy(), lengths, **options))
 
 
 @given(packings())
-def test_rows_are_as_few_as_best_fit_promises(case):
-    """3/2 of the fewest possible at most, with the longest first (Simchi-Levi, 1994), in each window."""
+def test_the_number_of_rows_is_within_the_bound_of_best_fit(case):
+    """At most 3/2 of the optimum for best fit decreasing (Simchi-Levi, 1994), in each window."""
     examples, lengths, options = case
     capacity = options["capacity"]
     rows = len(pack(examples, lengths, **{**options, "window": len(examples)}))
     assert rows >= math.ceil(lengths.sum() / capacity)
     assert rows >= (lengths > capacity / 2).sum()
-    # No two rows would fit in one: so they are more than half full on the whole.
+    # No two rows fit into one, so on average they are more than half full.
     assert rows <= max(1, 2 * lengths.sum() / capacity)
-    assert rows <= 3 / 2 * first_come(sorted(lengths, reverse=True), capacity)
+    assert rows <= 3 / 2 * next_fit(sorted(lengths, reverse=True), capacity)
 
 
-def test_of_many_examples_hardly_a_place_stays_empty():
+def test_rows_of_many_examples_are_almost_full():
     rng = np.random.default_rng(0)
     lengths = np.minimum(1024, rng.lognormal(5, 0.9, 10_000).astype(np.int64) + 2)
     examples = np.arange(len(lengths))
     rows = len(pack(examples, lengths, capacity=1024, seed=0))
     fewest = math.ceil(lengths.sum() / 1024)
     assert rows <= 1.01 * fewest
-    assert first_come(lengths, 1024) > 1.1 * fewest  # it was a task
+    assert next_fit(lengths, 1024) > 1.1 * fewest  # the task is not trivial
 
 
-def test_windows_are_drawn_by_the_seed_from_all_examples():
-    """With as many examples in a window as fit a row, a row is a window: no run of neighbours."""
+def test_windows_are_sampled_from_all_examples():
+    """If a window has as many examples as fit a row, each row is a window, not a run of neighbours."""
     examples = np.arange(60)
     by_seed = [rows_of(pack(examples, np.ones(60, np.int64), capacity=6, seed=s, window=6)) for s in (0, 1)]
     assert by_seed[0] != by_seed[1]
@@ -89,28 +89,28 @@ def test_windows_are_drawn_by_the_seed_from_all_examples():
     assert len(pack(examples, np.ones(60, np.int64), capacity=6, seed=0, window=1)) == 60
 
 
-def test_rows_are_what_they_always_were():
+def test_the_rows_have_not_changed():
     lengths = np.array([5, 1, 4, 2, 3, 6, 2])
     rows = rows_of(pack(np.arange(10, 17), lengths, capacity=7, seed=3))
     assert rows == [[15, 11], [10, 16], [12, 14], [13]]
 
 
-def test_an_example_that_fits_no_row_is_refused():
+def test_an_example_longer_than_a_row_is_refused():
     with pytest.raises(ValueError, match="an example of 8 tokens does not fit a row of 7"):
         pack(np.arange(2), np.array([7, 8]), capacity=7, seed=0)
 
 
 @given(st.lists(packings(), min_size=1, max_size=3))
 @settings(max_examples=30)
-def test_parts_stand_one_after_the_other(cases):
+def test_concatenated_parts_keep_their_order(cases):
     parts = [pack(examples, lengths, **options) for examples, lengths, options in cases]
-    together = concatenate(parts)
-    assert rows_of(together) == [row for part in parts for row in rows_of(part)]
-    assert len(together) == sum(map(len, parts))
+    joined = concatenate(parts)
+    assert rows_of(joined) == [row for part in parts for row in rows_of(part)]
+    assert len(joined) == sum(map(len, parts))
 
 
-def test_rows_of_single_examples():
-    alone = one_per_row(np.array([4, 2, 9]))
-    assert len(alone) == 3
-    assert rows_of(alone) == [[4], [2], [9]]
-    assert alone.examples(np.array([2, 0, 2])).tolist() == [9, 4, 9]
+def test_rows_of_one_example_each():
+    packed_rows = one_per_row(np.array([4, 2, 9]))
+    assert len(packed_rows) == 3
+    assert rows_of(packed_rows) == [[4], [2], [9]]
+    assert packed_rows.examples(np.array([2, 0, 2])).tolist() == [9, 4, 9]

@@ -1,4 +1,4 @@
-"""Sources -> records: real files, right and wrong ones."""
+"""Reads records from valid and invalid files."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_the_three_kinds_of_content(write):
     ]
 
 
-def test_a_location_reads_as_editors_write_it():
+def test_a_location_is_written_as_editors_write_it():
     assert str(Location("data/a.jsonl", 7)) == "data/a.jsonl:7"
 
 
@@ -97,13 +97,13 @@ def test_blank_lines_a_byte_order_mark_and_carriage_returns(write):
     assert [record.content for record in records] == [Text("ä\u2028ö")] * 2
 
 
-def test_the_last_line_needs_no_end(tmp_path):
+def test_the_last_line_needs_no_line_feed(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps({"text": "a", **SOURCE}))
     assert len(read_records(path)) == 1
 
 
-def test_a_default_is_for_records_without_a_value(write):
+def test_a_default_applies_to_records_without_a_value(write):
     path = write({"text": "a", "authority_weight": 0.1}, {"text": "b", "provenance_entropy": 2})
     first, second = read_records(path, default_authority_weight=0.7, default_provenance_entropy=0.5)
     assert (first.authority_weight, first.provenance_entropy) == (0.1, 0.5)
@@ -127,7 +127,7 @@ def test_a_default_out_of_range_is_named(write, defaults):
         max_size=10,
     )
 )
-def test_whatever_json_can_say_is_read_exactly(tmp_path_factory, rows):
+def test_any_json_text_is_read_exactly(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("rows") / "data.jsonl"
     lines = [
         json.dumps({"text": text, "authority_weight": w, "provenance_entropy": h}, ensure_ascii=escaped)
@@ -151,10 +151,10 @@ def test_whatever_json_can_say_is_read_exactly(tmp_path_factory, rows):
         (b'{"n": ' + b"[" * 100_000, "nested too deep"),
     ],
 )
-def test_a_line_that_is_no_record(write, line, problem):
-    found = problem_of(write, line)
-    assert found.startswith("1: ")
-    assert problem in found
+def test_invalid_lines(write, line, problem):
+    message = problem_of(write, line)
+    assert message.startswith("1: ")
+    assert problem in message
 
 
 @pytest.mark.parametrize(
@@ -189,10 +189,10 @@ def test_a_line_that_is_no_record(write, line, problem):
         ),
     ],
 )
-def test_content_that_cannot_be_learned(write, fields, problem):
-    found = problem_of(write, {**fields, **SOURCE})
-    assert found.startswith(f"1: {problem}")
-    assert "; " in found  # what to do
+def test_invalid_content(write, fields, problem):
+    message = problem_of(write, {**fields, **SOURCE})
+    assert message.startswith(f"1: {problem}")
+    assert "; " in message  # the remedy
 
 
 @pytest.mark.parametrize(
@@ -227,10 +227,10 @@ def test_content_that_cannot_be_learned(write, fields, problem):
         ),
     ],
 )
-def test_a_source_that_cannot_be_weighed(write, source, problem):
-    found = problem_of(write, {"text": "a", **SOURCE, **source})
-    assert found.startswith(f"1: {problem}")
-    assert "; " in found
+def test_invalid_provenance(write, source, problem):
+    message = problem_of(write, {"text": "a", **SOURCE, **source})
+    assert message.startswith(f"1: {problem}")
+    assert "; " in message
 
 
 def test_a_default_does_not_hide_a_wrong_value(write):
@@ -239,9 +239,9 @@ def test_a_default_does_not_hide_a_wrong_value(write):
     )
 
 
-def test_all_that_is_wrong_is_told_at_once(write):
-    good = {"text": "a", **SOURCE}
-    path = write(good, {"prompt": "p"}, "", good, b"{", {"text": "", **SOURCE})
+def test_all_errors_are_reported_at_once(write):
+    valid = {"text": "a", **SOURCE}
+    path = write(valid, {"prompt": "p"}, "", valid, b"{", {"text": "", **SOURCE})
     with pytest.raises(DataError) as caught:
         read_records(path)
     headline, *lines = str(caught.value).splitlines()
@@ -250,7 +250,7 @@ def test_all_that_is_wrong_is_told_at_once(write):
     assert [line.removeprefix(f"{path}:")[:2] for line in lines] == ["2:", "2:", "2:", "5:", "6:"]
 
 
-def test_the_first_twenty_are_shown_and_the_rest_counted(write):
+def test_the_first_twenty_errors_are_listed_and_the_remaining_counted(write):
     path = write(*({"text": "a", **SOURCE, "authority_weight": 2 + number} for number in range(33)))
     with pytest.raises(DataError) as caught:
         read_records(path)
@@ -306,7 +306,7 @@ def test_files_that_cannot_be_read(tmp_path):
     assert "cannot be read: Not a directory" in one_line(tmp_path / "file" / "data.jsonl")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="a file of Linux that opens and does not read")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a file that opens but cannot be read")
 def test_an_error_while_reading():
     assert "cannot be read: Input/output error" in one_line("/proc/self/mem")
 

@@ -1,4 +1,4 @@
-"""The order: each epoch whole, each position the same whoever asks, and never another one."""
+"""Sampling order: complete epochs, random access, and the published generator."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def reference(n, seed, epoch):
     return sorted(range(n), key=lambda i: mix((state + GAMMA * (i + 1)) & M))
 
 
-def test_the_order_is_what_it_always_was():
+def test_the_order_has_not_changed():
     assert permutation(10, seed=0, epoch=0).tolist() == [6, 7, 1, 2, 9, 0, 5, 8, 3, 4]
     assert permutation(10, seed=0, epoch=1).tolist() == [9, 6, 3, 7, 5, 1, 4, 0, 2, 8]
     assert permutation(10, seed=2**63, epoch=2**40).tolist() == [2, 7, 6, 4, 3, 0, 9, 5, 8, 1]
@@ -48,7 +48,7 @@ def test_the_order_follows_the_documented_formula(n, seed, epoch):
 
 
 @given(st.integers(1, 200), seeds, st.integers(0, 10**12))
-def test_every_epoch_visits_each_sequence_once(n, seed, epoch):
+def test_every_epoch_visits_each_row_once(n, seed, epoch):
     visited = EpochSampler(n, seed=seed).at(epoch * n, n)
     assert sorted(visited) == list(range(n))
 
@@ -58,15 +58,15 @@ def test_every_epoch_visits_each_sequence_once(n, seed, epoch):
     seeds,
     st.lists(st.tuples(st.integers(0, 10**15), st.integers(0, 120)), min_size=1, max_size=8),
 )
-def test_a_position_is_the_same_whoever_asks_and_when(n, seed, questions):
-    used = EpochSampler(n, seed=seed)
-    for start, count in questions:
-        answer = used.at(start, count)
-        assert answer.dtype == np.int64
-        assert len(answer) == count
-        assert np.array_equal(answer, EpochSampler(n, seed=seed).at(start, count))
+def test_a_position_does_not_depend_on_earlier_calls(n, seed, calls):
+    sampler = EpochSampler(n, seed=seed)
+    for start, count in calls:
+        rows = sampler.at(start, count)
+        assert rows.dtype == np.int64
+        assert len(rows) == count
+        assert np.array_equal(rows, EpochSampler(n, seed=seed).at(start, count))
         one_by_one = [permutation(n, seed=seed, epoch=p // n)[p % n] for p in range(start, start + count)]
-        assert answer.tolist() == one_by_one
+        assert rows.tolist() == one_by_one
 
 
 def test_epochs_and_seeds_differ():
@@ -74,28 +74,28 @@ def test_epochs_and_seeds_differ():
     assert len(orders) == 900
 
 
-def test_every_place_is_equally_likely():
-    # 4,000 epochs of 8: each sequence is expected 500 times at each place, give or take 21.
-    places = np.stack([permutation(8, seed=5, epoch=epoch) for epoch in range(4000)])
-    counts = np.stack([(places == sequence).sum(0) for sequence in range(8)])
+def test_every_position_is_equally_likely():
+    # 4,000 epochs of 8: each row is expected 500 times at each position, with a deviation of 21.
+    rows = np.stack([permutation(8, seed=5, epoch=epoch) for epoch in range(4000)])
+    counts = np.stack([(rows == row).sum(0) for row in range(8)])
     assert np.abs(counts - 500).max() < 100
 
 
-def test_a_far_position_costs_what_the_first_costs():
-    order = EpochSampler(1000, seed=1)
-    began = time.perf_counter()
+def test_a_far_position_costs_no_more_than_the_first():
+    sampler = EpochSampler(1000, seed=1)
+    start = time.perf_counter()
     for position in range(10**12, 10**12 + 10**6, 1000):
-        order.at(position, 8)
-    assert time.perf_counter() - began < 5  # 1,000 epochs begun; walking there would take years
+        sampler.at(position, 8)
+    assert time.perf_counter() - start < 5  # enters 1,000 epochs; iterating there would take years
 
 
-def test_what_is_returned_can_be_changed_without_harm():
-    order = EpochSampler(5, seed=0)
-    order.at(0, 5)[:] = 0
-    assert sorted(order.at(0, 5)) == [0, 1, 2, 3, 4]
+def test_the_returned_array_is_a_copy():
+    sampler = EpochSampler(5, seed=0)
+    sampler.at(0, 5)[:] = 0
+    assert sorted(sampler.at(0, 5)) == [0, 1, 2, 3, 4]
 
 
-def test_wrong_use_is_refused():
+def test_invalid_arguments_are_refused():
     with pytest.raises(ConfigError, match="seed"):
         EpochSampler(5, seed=-1)
     with pytest.raises(ConfigError, match="seed"):

@@ -1,4 +1,4 @@
-"""Every kind of source gives the same records, and says truthfully where one of them is wrong."""
+"""Every kind of source gives the same records, and names the location of errors."""
 
 from __future__ import annotations
 
@@ -64,12 +64,12 @@ def write_parquet(path, rows):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
 
 
-def packed(write):
-    def write_packed(path, rows):
+def gzip_writer(write):
+    def write_compressed(path, rows):
         write(path, rows)
         path.write_bytes(gzip.compress(path.read_bytes()))
 
-    return write_packed
+    return write_compressed
 
 
 FORMATS = {
@@ -79,9 +79,9 @@ FORMATS = {
     "data.csv": write_separated(","),
     "data.tsv": write_separated("\t"),
     "data.parquet": write_parquet,
-    "data.jsonl.gz": packed(write_json_lines),
-    "list.json.gz": packed(write_json_list),
-    "data.csv.gz": packed(write_separated(",")),
+    "data.jsonl.gz": gzip_writer(write_json_lines),
+    "list.json.gz": gzip_writer(write_json_list),
+    "data.csv.gz": gzip_writer(write_separated(",")),
 }
 
 
@@ -92,24 +92,24 @@ def contents(records):
 EXPECTED = [(Text(row["text"]), row["authority_weight"], row["provenance_entropy"]) for row in ROWS]
 
 
-def reading(source, columns=None, w=None, h=None):
+def reader_of(source, columns=None, w=None, h=None):
     return RecordReader((source,), columns or Columns(), w, h)
 
 
 def records_of(source, columns=None, w=None, h=None):
-    what = reading(source, columns, w, h)
-    check_records(what)
-    return list(what.records())
+    reader = reader_of(source, columns, w, h)
+    check_records(reader)
+    return list(reader.records())
 
 
-def mapped(path, **options):
+def read_contents(path, **options):
     columns = columns_of(TrainConfig(**options))
     return [record.content for record in records_of(open_source(str(path), columns), columns, 0.0, 0.0)]
 
 
-def refused(path, **options):
+def error_of(path, **options):
     with pytest.raises(DataError) as caught:
-        mapped(path, **options)
+        read_contents(path, **options)
     return str(caught.value)
 
 
@@ -120,7 +120,7 @@ def test_every_format_gives_the_same_records(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "places"),
+    ("name", "locations"),
     [
         ("data.jsonl", [":1", ":2"]),
         ("data.csv", [":2", ":4"]),  # the header is a line, and the first text takes two
@@ -128,14 +128,14 @@ def test_every_format_gives_the_same_records(tmp_path, name):
         ("data.parquet", [": row 1", ": row 2"]),
     ],
 )
-def test_what_is_wrong_is_told_with_its_place(tmp_path, name, places):
+def test_errors_name_the_line_or_row(tmp_path, name, locations):
     path = tmp_path / name
     FORMATS[name](path, [{**ROWS[3], "authority_weight": 2.0}, {**ROWS[0], "text": " "}, ROWS[1]])
     with pytest.raises(DataError) as caught:
         read_records(path)
     assert str(caught.value).startswith(f"{path}: 2 of 3 records are wrong\n")
-    told = [problem.removeprefix(str(path)) for problem in caught.value.problems]
-    assert [line.split(": authority")[0].split(": text")[0] for line in told] == places
+    problems = [problem.removeprefix(str(path)) for problem in caught.value.problems]
+    assert [line.split(": authority")[0].split(": text")[0] for line in problems] == locations
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_what_is_wrong_is_told_with_its_place(tmp_path, name, places):
         ("a.jsonl.gz", gzip.compress(b'{"text": "a"}' * 999, mtime=0)[:-9], "cannot be read: damaged"),
     ],
 )
-def test_files_that_are_not_what_they_should_be(tmp_path, name, content, problem):
+def test_invalid_files(tmp_path, name, content, problem):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError) as caught:
         read_records(tmp_path / name)
@@ -175,13 +175,13 @@ def test_files_that_are_not_what_they_should_be(tmp_path, name, content, problem
         ({"day": pyarrow.array([2**30], pyarrow.date32())}, "must have magnitude <= 999999999"),
     ],
 )
-def test_a_table_with_what_python_cannot_hold(tmp_path, columns, problem):
+def test_a_table_with_values_beyond_pythons_range(tmp_path, columns, problem):
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
     with pytest.raises(DataError, match=problem):
         read_records(tmp_path / "a.parquet")
 
 
-def test_a_table_in_which_a_column_stands_twice(tmp_path):
+def test_a_table_with_a_duplicate_column(tmp_path):
     table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(DataError, match='"text": appears twice in the header; keep one'):
@@ -189,32 +189,32 @@ def test_a_table_in_which_a_column_stands_twice(tmp_path):
 
 
 @given(st.lists(st.text(min_size=1).filter(str.strip), min_size=1, max_size=6))
-def test_any_text_comes_through_every_format(tmp_path_factory, texts):
+def test_any_text_survives_every_format(tmp_path_factory, texts):
     folder = tmp_path_factory.mktemp("texts")
     for name in ("list.json", "data.csv", "data.parquet"):
         FORMATS[name](folder / name, [{**ROWS[0], "text": text} for text in texts])
         assert [record.content for record in read_records(folder / name)] == [Text(t) for t in texts]
 
 
-def test_a_list_longer_than_what_is_read_at_once(tmp_path):
+def test_a_list_longer_than_a_chunk(tmp_path):
     rows = [{**ROWS[0], "text": f"{n} " * 2000} for n in range(400)] + [{**ROWS[0], "text": "x" * (5 << 20)}]
     write_json_list(tmp_path / "a.json", rows)
     assert [record.content.text for record in read_records(tmp_path / "a.json")] == [r["text"] for r in rows]
 
 
-def test_a_list_takes_no_longer_than_lines(tmp_path):
+def test_a_list_is_read_as_fast_as_lines(tmp_path):
     def seconds(name):
         FORMATS[name](tmp_path / name, [{**ROWS[0], "text": "x"}] * 12_000)
         form, _ = format_of(tmp_path / name)
-        begun = time.process_time()
+        start = time.process_time()
         with (tmp_path / name).open("rb") as file:
             assert sum(1 for _ in form.rows(file, Columns())) == 12_000
-        return time.process_time() - begun
+        return time.process_time() - start
 
     assert seconds("list.json") < 4 * seconds("data.jsonl")
 
 
-def test_a_file_has_no_other_split_than_its_own(tmp_path):
+def test_a_file_has_only_the_split_in_its_name(tmp_path):
     for name in ("data.jsonl", "val-1.jsonl"):
         write_json_lines(tmp_path / name, ROWS)
     assert open_source(str(tmp_path / "val-1.jsonl"), Columns(), split="validation").parts
@@ -223,12 +223,12 @@ def test_a_file_has_no_other_split_than_its_own(tmp_path):
             open_source(str(tmp_path / name), Columns(), split="test")
 
 
-def test_a_cell_longer_than_a_csv_reader_takes_by_itself(tmp_path):
+def test_a_cell_longer_than_the_csv_modules_default_limit(tmp_path):
     write_separated(",")(tmp_path / "a.csv", [{**ROWS[0], "text": "long " * 50_000}])
     assert len(read_records(tmp_path / "a.csv")[0].content.text) == 250_000
 
 
-def test_a_pipe_is_read_once_and_kept(tmp_path):
+def test_a_pipe_is_read_once_and_copied(tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     lines = "".join(json.dumps(row) + "\n" for row in ROWS)
@@ -238,37 +238,37 @@ def test_a_pipe_is_read_once_and_kept(tmp_path):
     source = open_source(str(pipe), columns, temp_folder=tmp_path / "cache")
     writer.join()
     assert contents(records_of(source)) == contents(records_of(source)) == EXPECTED
-    assert list((tmp_path / "cache").iterdir()) == []  # nothing is left of it
+    assert list((tmp_path / "cache").iterdir()) == []  # the copy has no name
 
 
 def test_a_file_that_changes_while_it_is_read(tmp_path):
     path = tmp_path / "data.jsonl"
     write_json_lines(path, ROWS)
-    what = reading(open_source(str(path), Columns()))
-    check_records(what)
+    reader = reader_of(open_source(str(path), Columns()))
+    check_records(reader)
     write_json_lines(path, ROWS[:-1])
     with pytest.raises(DataError, match="it changed while it was read; start again"):
-        list(what.records())
+        list(reader.records())
 
 
 # Folders
 
 
-def test_a_folder_is_its_files_in_order(tmp_path):
+def test_a_folder_is_read_in_order_of_its_files(tmp_path):
     write_json_lines(tmp_path / "b.jsonl", ROWS[2:])
     write_json_lines(tmp_path / "a.jsonl", ROWS[:2])
     (tmp_path / "README.md").write_text("# Data")
     (tmp_path / ".hidden.jsonl").write_text("{")
-    found = read_records(tmp_path)
-    assert contents(found) == EXPECTED
-    assert [str(record.location) for record in found[1:3]] == [
+    records = read_records(tmp_path)
+    assert contents(records) == EXPECTED
+    assert [str(record.location) for record in records[1:3]] == [
         f"{tmp_path}/a.jsonl:2",
         f"{tmp_path}/b.jsonl:1",
     ]
 
 
-class TestWhatMayNotBeRead:
-    """Root may read everything, so the operating system's refusals are put in its mouth."""
+class TestPermissionDenied:
+    """Root may read everything, so the tests inject the operating system's errors."""
 
     def test_a_folder_is_named(self, tmp_path, monkeypatch):
         folder = tmp_path / "data"
@@ -278,7 +278,7 @@ class TestWhatMayNotBeRead:
             open_source(str(folder), Columns())
         assert str(caught.value) == f"{folder}: cannot be read: Permission denied"
 
-    def test_a_folder_in_a_folder_is_not_left_out(self, tmp_path, monkeypatch):
+    def test_an_unreadable_subfolder_is_an_error(self, tmp_path, monkeypatch):
         write_json_lines(tmp_path / "a.jsonl", ROWS)
         for name in ("inner", ".hidden"):
             (tmp_path / name).mkdir()
@@ -290,19 +290,19 @@ class TestWhatMayNotBeRead:
         assert str(caught.value) == f"{tmp_path / 'inner'}: cannot be read: Permission denied"
 
 
-def refuse(monkeypatch, name, refused):
+def refuse(monkeypatch, name, refused_path):
     real = getattr(os, name)
 
     def call(path, *arguments, **options):
-        if os.fspath(path) == refused:
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), refused)
+        if os.fspath(path) == refused_path:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), refused_path)
         return real(path, *arguments, **options)
 
     monkeypatch.setattr(os, name, call)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pages.tar.gz"])
-def test_a_binary_file_is_told_in_one_line(tmp_path, name):
+def test_a_binary_file_is_refused_in_one_line(tmp_path, name):
     path = tmp_path / name
     content = b"\xe8\x03\0\0\0\0\0\0{}\n" * 500
     path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
@@ -312,7 +312,7 @@ def test_a_binary_file_is_told_in_one_line(tmp_path, name):
     assert "\n" not in str(caught.value)
 
 
-def test_text_of_another_encoding_is_no_binary_file(tmp_path):
+def test_text_of_another_encoding_is_not_binary(tmp_path):
     path = tmp_path / "notes.txt"
     path.write_text(json.dumps(ROWS[0]), encoding="utf-16")
     with pytest.raises(DataError, match="save the file as UTF-8"):
@@ -342,7 +342,7 @@ def test_a_folder_of_splits(tmp_path):
         (["a.jsonl"], "test", "no file names a split, so all are train; there is no test"),
     ],
 )
-def test_folders_that_do_not_say_what_to_read(tmp_path, files, split, problem):
+def test_ambiguous_folders(tmp_path, files, split, problem):
     for name in files:
         (tmp_path / name).write_text("{}")
     with pytest.raises(DataError) as caught:
@@ -359,7 +359,7 @@ def table():
     return datasets.Dataset.from_list([{**row, "id": n} for n, row in enumerate(ROWS)])
 
 
-def test_a_data_set_that_was_saved(tmp_path, table):
+def test_a_data_set_written_by_save_to_disk(tmp_path, table):
     table.save_to_disk(tmp_path / "one")
     assert contents(records_of(open_source(str(tmp_path / "one"), Columns()))) == EXPECTED
     import datasets
@@ -372,24 +372,24 @@ def test_a_data_set_that_was_saved(tmp_path, table):
 
 
 def test_a_data_set_of_the_hub(monkeypatch, table):
-    asked = []
+    calls = []
 
     def load_dataset(*arguments, **options):
-        asked.append((arguments, options))
+        calls.append((arguments, options))
         return table
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     source = open_source("owner/name", Columns(), split="train[:4]", subset="small", revision="v1")
-    assert asked == [(("owner/name", "small"), {"split": "train[:4]", "revision": "v1"})]
-    found = records_of(source)
-    assert contents(found) == EXPECTED
-    assert str(found[2].location) == "owner/name: row 3"
+    assert calls == [(("owner/name", "small"), {"split": "train[:4]", "revision": "v1"})]
+    records = records_of(source)
+    assert contents(records) == EXPECTED
+    assert str(records[2].location) == "owner/name: row 3"
     assert open_source("owner/name", Columns()).parts[0].digest == source.parts[0].digest
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: table.select([0, 1]))
     assert open_source("owner/name", Columns()).parts[0].digest != source.parts[0].digest
 
 
-def test_a_data_set_that_the_hub_does_not_give(run_python):
+def test_a_data_set_that_the_hub_does_not_have(run_python):
     code = """
 import sys
 from distrust.data import Columns, open_source
@@ -399,14 +399,14 @@ try:
 except DataError as error:
     print(error)
 """
-    done = run_python(code, HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
-    assert done.returncode == 0, done.stderr
-    (line,) = done.stdout.splitlines()
+    completed = run_python(code, HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+    assert completed.returncode == 0, completed.stderr
+    (line,) = completed.stdout.splitlines()
     assert line.startswith("nobody/nothing: not a file or folder here, and the hub gives no such data set: ")
 
 
 @pytest.mark.parametrize("name", ["none.jsonl", "owner/none.parquet", "./none", "a/b/c", "/none"])
-def test_what_can_only_be_a_file_is_not_asked_for_elsewhere(name):
+def test_names_of_files_are_not_looked_up_on_the_hub(name):
     with pytest.raises(DataError) as caught:
         open_source(name, Columns())
     assert str(caught.value).endswith(": no such file or directory")
@@ -418,7 +418,7 @@ def test_options_of_the_hub_are_not_for_files(tmp_path):
         open_source(str(tmp_path / "a.jsonl"), Columns(), revision="v1")
 
 
-def test_files_load_no_library_of_data_sets(run_python, tmp_path):
+def test_files_do_not_load_the_datasets_library(run_python, tmp_path):
     write_json_lines(tmp_path / "a.jsonl", ROWS)
     write_separated(",")(tmp_path / "a.csv", ROWS)
     code = """
@@ -428,30 +428,30 @@ for path in sys.argv[1:]:
     assert len(read_records(path)) == 4
 assert not {"datasets", "pyarrow", "pandas", "torch"} & {name.split(".")[0] for name in sys.modules}
 """
-    done = run_python(code, tmp_path / "a.jsonl", tmp_path / "a.csv")
-    assert done.returncode == 0, done.stderr
+    completed = run_python(code, tmp_path / "a.jsonl", tmp_path / "a.csv")
+    assert completed.returncode == 0, completed.stderr
 
 
 # Examples of a program
 
 
-def given_examples(examples, tmp_path):
+def source_of(examples, tmp_path):
     columns = Columns()
     return examples_source(examples, columns, name="examples", temp_folder=tmp_path)
 
 
-def test_examples_pass_the_same_door(tmp_path):
-    assert contents(records_of(given_examples(ROWS, tmp_path))) == EXPECTED
-    once = given_examples((row for row in ROWS), tmp_path)
+def test_examples_are_validated_like_files(tmp_path):
+    assert contents(records_of(source_of(ROWS, tmp_path))) == EXPECTED
+    once = source_of((row for row in ROWS), tmp_path)
     assert contents(records_of(once)) == contents(records_of(once)) == EXPECTED
     with pytest.raises(DataError) as caught:
-        records_of(given_examples([ROWS[0], {"text": 3}], tmp_path))
+        records_of(source_of([ROWS[0], {"text": 3}], tmp_path))
     assert [problem.split(": ")[0] for problem in caught.value.problems] == ["examples[1]"] * 3
 
 
-def test_the_digest_of_examples_is_of_what_is_needed_of_them(tmp_path):
+def test_the_digest_of_examples_covers_only_needed_columns(tmp_path):
     def digest(examples):
-        return given_examples(examples, tmp_path).parts[0].digest
+        return source_of(examples, tmp_path).parts[0].digest
 
     assert digest(ROWS) == digest(iter(ROWS)) == digest([{**row, "id": object()} for row in ROWS])
     assert digest(ROWS) != digest(ROWS[::-1])
@@ -459,10 +459,10 @@ def test_the_digest_of_examples_is_of_what_is_needed_of_them(tmp_path):
 
 
 def test_examples_of_other_libraries(tmp_path, table):
-    assert contents(records_of(given_examples(table, tmp_path))) == EXPECTED
-    assert contents(records_of(given_examples(table.to_iterable_dataset(), tmp_path))) == EXPECTED
+    assert contents(records_of(source_of(table, tmp_path))) == EXPECTED
+    assert contents(records_of(source_of(table.to_iterable_dataset(), tmp_path))) == EXPECTED
     numbers = [{**row, "authority_weight": np.float32(row["authority_weight"])} for row in ROWS]
-    weights = [weight for _, weight, _ in contents(records_of(given_examples(numbers, tmp_path)))]
+    weights = [weight for _, weight, _ in contents(records_of(source_of(numbers, tmp_path)))]
     assert weights == pytest.approx([row["authority_weight"] for row in ROWS])
 
 
@@ -473,13 +473,13 @@ def test_examples_of_other_libraries(tmp_path, table):
         ({"text": b"a"}, "examples[1]: a value of type bytes"),
     ],
 )
-def test_examples_that_are_none(tmp_path, example, problem):
+def test_invalid_examples(tmp_path, example, problem):
     with pytest.raises(DataError) as caught:
-        given_examples([ROWS[0], example], tmp_path)
+        source_of([ROWS[0], example], tmp_path)
     assert str(caught.value).startswith(problem)
 
 
-# What people call their columns
+# Column names
 
 
 @pytest.fixture
@@ -492,7 +492,7 @@ def write(tmp_path):
     return write
 
 
-ASKED, ANSWERED = Message("user", "Why?"), Message("assistant", "So.")
+QUESTION, ANSWER = Message("user", "Why?"), Message("assistant", "So.")
 AS_ROLES = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
 AS_SPEAKERS = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]
 
@@ -502,30 +502,32 @@ AS_SPEAKERS = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So.
     [
         ({"text": "a"}, Text("a")),
         ({"prompt": "a", "completion": "b"}, Completion("a", "b")),
-        ({"messages": AS_ROLES}, Conversation((ASKED, ANSWERED))),
-        # The formats of TRL; the prompt's turns are only read, an assistant's among them too.
+        ({"messages": AS_ROLES}, Conversation((QUESTION, ANSWER))),
+        # The formats of TRL; turns of the prompt carry no loss, not even the assistant's.
         (
             {"prompt": AS_ROLES[:1], "completion": AS_ROLES[1:]},
-            Conversation((ASKED, ANSWERED), trained_turns=1),
+            Conversation((QUESTION, ANSWER), trained_turns=1),
         ),
         (
             {"prompt": AS_ROLES + AS_ROLES[:1], "completion": AS_ROLES[1:]},
-            Conversation((ASKED, ANSWERED, ASKED, ANSWERED), trained_turns=3),
+            Conversation((QUESTION, ANSWER, QUESTION, ANSWER), trained_turns=3),
         ),
-        ({"conversations": AS_SPEAKERS}, Conversation((ASKED, ANSWERED))),
-        ({"messages": AS_SPEAKERS}, Conversation((ASKED, ANSWERED))),
+        ({"conversations": AS_SPEAKERS}, Conversation((QUESTION, ANSWER))),
+        ({"messages": AS_SPEAKERS}, Conversation((QUESTION, ANSWER))),
     ],
 )
 def test_the_usual_formats_need_no_option(write, row, content):
-    assert mapped(write(row)) == [content]
+    assert read_contents(write(row)) == [content]
 
 
 def test_columns_are_named(write):
-    assert mapped(write({"body": "a", "text": 3}), text_column="body") == [Text("a")]
+    assert read_contents(write({"body": "a", "text": 3}), text_column="body") == [Text("a")]
     path = write({"text": "all", "q": "a", "completion": "b"})
-    assert mapped(path, prompt_column="q") == [Completion("a", "b")]
-    assert mapped(path, text_column="text") == [Text("all")]
-    assert mapped(write({"chat": AS_SPEAKERS}), messages_column="chat") == [Conversation((ASKED, ANSWERED))]
+    assert read_contents(path, prompt_column="q") == [Completion("a", "b")]
+    assert read_contents(path, text_column="text") == [Text("all")]
+    assert read_contents(write({"chat": AS_SPEAKERS}), messages_column="chat") == [
+        Conversation((QUESTION, ANSWER))
+    ]
 
 
 def test_instructions_with_and_without_an_input(write):
@@ -533,11 +535,11 @@ def test_instructions_with_and_without_an_input(write):
         {"instruction": "Add.", "input": "1 2", "output": "3"},
         {"instruction": "Hi!", "input": "", "output": "Ho"},
     )
-    found = mapped(path, prompt_column=("instruction", "input"), completion_column="output")
-    assert found == [Completion("Add.\n\n1 2\n\n", "3"), Completion("Hi!\n\n", "Ho")]
+    contents = read_contents(path, prompt_column=("instruction", "input"), completion_column="output")
+    assert contents == [Completion("Add.\n\n1 2\n\n", "3"), Completion("Hi!\n\n", "Ho")]
 
 
-def test_weights_go_by_other_names(write):
+def test_alternative_names_of_weights(write):
     columns = columns_of(TrainConfig(authority_weight_column="trust", provenance_entropy_column="bits"))
     source = open_source(str(write({"text": "a", "trust": 0.5, "bits": 2, "authority_weight": 9})), columns)
     assert contents(records_of(source, columns)) == [(Text("a"), 0.5, 2.0)]
@@ -562,12 +564,12 @@ def test_weights_go_by_other_names(write):
         ({"prompt": "a", "completion": AS_ROLES[1:]}, {}, "completion: a list, not a string"),
     ],
 )
-def test_columns_that_are_not_there_or_not_clear(write, row, options, problem):
-    assert problem in refused(write(row), **options)
+def test_missing_or_ambiguous_columns(write, row, options, problem):
+    assert problem in error_of(write(row), **options)
 
 
-def test_columns_of_a_table_are_named_too(tmp_path):
+def test_columns_of_a_table_are_named(tmp_path):
     write_parquet(tmp_path / "a.parquet", [{"body": "a", "chat": AS_ROLES, "n": 1}])
-    assert mapped(tmp_path / "a.parquet", text_column="body") == [Text("a")]
-    assert mapped(tmp_path / "a.parquet", messages_column="chat") == [Conversation((ASKED, ANSWERED))]
-    assert '(there is "body", "chat", "n")' in refused(tmp_path / "a.parquet")
+    assert read_contents(tmp_path / "a.parquet", text_column="body") == [Text("a")]
+    assert read_contents(tmp_path / "a.parquet", messages_column="chat") == [Conversation((QUESTION, ANSWER))]
+    assert '(there is "body", "chat", "n")' in error_of(tmp_path / "a.parquet")

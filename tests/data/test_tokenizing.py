@@ -25,7 +25,7 @@ CHATML = (
 
 
 def tokenizer(*, template=CHATML, adds_bos=False, adds_eos=False, **special):
-    """A byte-level BPE: any text goes through it and comes back."""
+    """A byte-level BPE, which can encode and decode any text."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -42,9 +42,9 @@ def tokenizer(*, template=CHATML, adds_bos=False, adds_eos=False, **special):
             single=single, special_tokens=[("<|bos|>", 0), ("<|eos|>", 1)]
         )
     tokens = {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "pad_token": "<|eos|>", **special}
-    made = PreTrainedTokenizerFast(tokenizer_object=core, **tokens)
-    made.chat_template = template
-    return made
+    fast = PreTrainedTokenizerFast(tokenizer_object=core, **tokens)
+    fast.chat_template = template
+    return fast
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +61,8 @@ def conversation(*contents, system=None):
     return Conversation(((Message("system", system),) if system is not None else ()) + tuple(turns))
 
 
-def read_and_learned(content, tokenizer, max_length=1000):
-    """The example as text, and the stretches of it that are learned."""
+def render_and_trained(content, tokenizer, max_length=1000):
+    """The example as text, and its stretches that carry loss."""
     corpus = tokenize([record(content)], tokenizer, max_length=max_length)
     change = np.flatnonzero(np.diff(corpus.loss_mask)) + 1
     pieces = np.split(corpus.input_ids, change)
@@ -71,29 +71,31 @@ def read_and_learned(content, tokenizer, max_length=1000):
     return "".join(texts), [text for text, flag in zip(texts, flags, strict=True) if flag.all()]
 
 
-def test_a_text_is_learned_from_its_second_token_to_its_end(plain):
+def test_a_text_carries_loss_from_its_second_token(plain):
     corpus = tokenize([record(Text("the fox"))], plain, max_length=100)
     assert corpus.input_ids.tolist() == [*plain.encode("the fox", add_special_tokens=False), 1]
     assert corpus.loss_mask.tolist() == [False] + [True] * (len(corpus.input_ids) - 1)
 
 
-def test_only_the_completion_is_learned(plain):
-    text, learned = read_and_learned(Completion("the quick brown", " fox"), plain)
+def test_only_the_completion_carries_loss(plain):
+    text, trained = render_and_trained(Completion("the quick brown", " fox"), plain)
     assert text == "the quick brown fox<|eos|>"
-    assert learned == [" fox<|eos|>"]
+    assert trained == [" fox<|eos|>"]
 
 
-def test_a_prompt_has_the_tokens_that_it_has_in_use(plain):
+def test_a_prompt_has_the_same_tokens_as_in_use(plain):
     # As one text, "the quick br" + "own" would share a token across the seam.
     prompt, completion = "the quick br", "own fox"
     corpus = tokenize([record(Completion(prompt, completion))], plain, max_length=100)
-    alone = plain.encode(prompt, add_special_tokens=False)
-    assert corpus.input_ids[: len(alone)].tolist() == alone
-    assert corpus.loss_mask.tolist() == [False] * len(alone) + [True] * (len(corpus.input_ids) - len(alone))
+    prompt_ids = plain.encode(prompt, add_special_tokens=False)
+    assert corpus.input_ids[: len(prompt_ids)].tolist() == prompt_ids
+    assert corpus.loss_mask.tolist() == [False] * len(prompt_ids) + [True] * (
+        len(corpus.input_ids) - len(prompt_ids)
+    )
     assert corpus.input_ids.tolist() != [*plain.encode(prompt + completion, add_special_tokens=False), 1]
 
 
-def test_an_empty_prompt_leaves_the_first_token_unlearned(plain):
+def test_after_an_empty_prompt_the_first_token_carries_no_loss(plain):
     corpus = tokenize([record(Completion("", "ab"))], plain, max_length=100)
     assert corpus.loss_mask.tolist() == [False, True, True]
 
@@ -108,12 +110,12 @@ def test_an_empty_prompt_leaves_the_first_token_unlearned(plain):
     ],
 )
 def test_texts_begin_as_the_tokenizer_begins_them(adds, begins):
-    made = tokenizer(**adds)
+    custom = tokenizer(**adds)
     for content in (Text("ab"), Completion("a", "b")):
-        assert tokenize([record(content)], made, max_length=9).input_ids.tolist() == [
+        assert tokenize([record(content)], custom, max_length=9).input_ids.tolist() == [
             *begins,
-            *made.encode("a", add_special_tokens=False),
-            *made.encode("b", add_special_tokens=False),
+            *custom.encode("a", add_special_tokens=False),
+            *custom.encode("b", add_special_tokens=False),
             1,
         ]
 
@@ -123,8 +125,8 @@ def test_a_tokenizer_without_an_end_is_refused():
         tokenize([record(Text("a"))], tokenizer(eos_token=None, pad_token=None), max_length=9)
 
 
-def test_only_the_assistants_turns_are_learned(plain):
-    text, learned = read_and_learned(
+def test_only_assistant_turns_carry_loss(plain):
+    text, trained = render_and_trained(
         conversation("Who?", "I.", "Why?", "So.", "Oh.", system="Be brief."), plain
     )
     assert text == (
@@ -133,15 +135,15 @@ def test_only_the_assistants_turns_are_learned(plain):
         "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\nSo.<|im_end|>\n"
         "<|im_start|>user\nOh.<|im_end|>\n"
     )
-    assert learned == ["I.<|im_end|>", "So.<|im_end|>"]
+    assert trained == ["I.<|im_end|>", "So.<|im_end|>"]
 
 
-def test_a_conversation_begins_and_ends_as_its_template_prints():
-    made = tokenizer(adds_bos=True, template="{{ bos_token }}" + CHATML)
-    text, learned = read_and_learned(conversation("Who?", "I."), made)
+def test_the_template_prints_the_beginning_and_end_of_a_conversation():
+    custom = tokenizer(adds_bos=True, template="{{ bos_token }}" + CHATML)
+    text, trained = render_and_trained(conversation("Who?", "I."), custom)
     assert text.count("<|bos|>") == 1
     assert "<|eos|>" not in text
-    assert learned == ["I.<|im_end|>"]
+    assert trained == ["I.<|im_end|>"]
 
 
 def test_tokens_of_a_conversation_are_those_of_its_rendering(plain):
@@ -152,32 +154,32 @@ def test_tokens_of_a_conversation_are_those_of_its_rendering(plain):
 
 
 @given(st.lists(st.text(min_size=1).filter(str.strip), min_size=2, max_size=6), st.none() | st.text())
-def test_the_segments_of_any_conversation_make_up_its_rendering(plain, contents, system):
+def test_the_segments_of_a_conversation_add_up_to_its_rendering(plain, contents, system):
     turns = conversation(*contents, system=system)
     as_dicts = [{"role": turn.role, "content": turn.content} for turn in turns.messages]
-    found = segments(turns, plain)
+    stretches = segments(turns, plain)
     rendered = plain.apply_chat_template(as_dicts, tokenize=False, add_generation_prompt=False)
-    assert "".join(segment.text for segment in found) == rendered
+    assert "".join(segment.text for segment in stretches) == rendered
     answers = [turn.content + "<|im_end|>" for turn in turns.messages if turn.role == "assistant"]
-    assert [segment.text for segment in found if segment.trained] == answers
+    assert [segment.text for segment in stretches if segment.trained] == answers
 
 
 @pytest.mark.parametrize(
-    ("template", "learned"),
+    ("template", "expected"),
     [
-        # Trims what is said, as Llama's and Gemma's do; the end mark is text of any kind.
+        # Trims the content, as Llama's and Gemma's do; any text can be the end mark.
         (
             "{% for m in messages %}[{{ m.role }}] {{ m.content | trim }} </s>{% endfor %}"
             "{% if add_generation_prompt %}[assistant] {% endif %}",
             ["I. </s>", "So. </s>"],
         ),
-        # No end mark but the end of the line: that is learned.
+        # The end of the line is the only end mark, so it carries loss.
         (
             "{% for m in messages %}{{ m.role }}: {{ m.content | trim }}\n{% endfor %}"
             "{% if add_generation_prompt %}assistant: {% endif %}",
             ["I.\n", "So.\n"],
         ),
-        # Marks the user's turns alone, as Mistral's does: nothing announces the assistant.
+        # Marks the user's turns prompt_ids, as Mistral's does: nothing announces the assistant.
         (
             "{% for m in messages %}{% if m.role == 'user' %}[INST]{{ m.content }}[/INST]"
             "{% else %}{{ m.content }}<|eos|>{% endif %}{% endfor %}",
@@ -185,9 +187,9 @@ def test_the_segments_of_any_conversation_make_up_its_rendering(plain, contents,
         ),
     ],
 )
-def test_templates_of_other_shapes(template, learned):
-    _, found = read_and_learned(conversation("Who?", "I. ", "Why?", "So."), tokenizer(template=template))
-    assert found == learned
+def test_templates_of_other_shapes(template, expected):
+    _, trained = render_and_trained(conversation("Who?", "I. ", "Why?", "So."), tokenizer(template=template))
+    assert trained == expected
 
 
 FORGETS_REASONING = (
@@ -204,7 +206,7 @@ IGNORES_ANSWERS = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% 
     ("template", "field"),
     [(FORGETS_REASONING, "messages[1]"), (REASONS_FIRST, "messages[1]"), (IGNORES_ANSWERS, "messages[1]")],
 )
-def test_a_template_that_does_not_print_turn_by_turn_is_refused(template, field):
+def test_a_template_that_rewrites_turns_is_refused(template, field):
     content = conversation("Who?", "<think>hm</think>I.", "Why?", "So.")
     with pytest.raises(DataError) as caught:
         tokenize([record(content, line=7)], tokenizer(template=template), max_length=1000)
@@ -214,10 +216,10 @@ def test_a_template_that_does_not_print_turn_by_turn_is_refused(template, field)
     )
 
 
-def test_such_a_template_still_serves_conversations_that_it_prints_faithfully():
-    made = tokenizer(template=FORGETS_REASONING)
-    _, learned = read_and_learned(conversation("Who?", "<think>hm</think>I."), made)
-    assert learned == ["<think>hm</think>I.<|im_end|>"]
+def test_such_a_template_works_for_conversations_it_does_not_rewrite():
+    custom = tokenizer(template=FORGETS_REASONING)
+    _, trained = render_and_trained(conversation("Who?", "<think>hm</think>I."), custom)
+    assert trained == ["<think>hm</think>I.<|im_end|>"]
 
 
 def test_a_template_may_refuse_a_record():
@@ -234,7 +236,7 @@ def test_a_template_may_refuse_a_record():
     )
 
 
-def test_a_tokenizer_without_a_chat_template_is_told_in_one_line():
+def test_a_tokenizer_without_a_chat_template_is_reported_in_one_line():
     records = [record(Text("a"), 1), record(conversation("a", "b"), 2), record(conversation("a", "b"), 3)]
     with pytest.raises(DataError) as caught:
         tokenize(records, tokenizer(template=None), max_length=1000)
@@ -242,24 +244,24 @@ def test_a_tokenizer_without_a_chat_template_is_told_in_one_line():
     assert "\n" not in str(caught.value)
 
 
-def test_texts_need_no_chat_template_and_conversations_no_end():
+def test_texts_need_no_chat_template_and_conversations_no_eos():
     assert len(tokenize([record(Text("ab"))], tokenizer(template=None), max_length=9)) == 1
     assert len(tokenize([record(conversation("a", "b"))], tokenizer(eos_token=None), max_length=99)) == 1
 
 
-def test_long_examples_are_cut(plain):
+def test_long_examples_are_truncated(plain):
     records = [record(Text("0" * 50)), record(Text("ab")), record(Completion("1" * 5, "2" * 9))]
-    whole = tokenize(records, plain, max_length=1000)
+    full = tokenize(records, plain, max_length=1000)
     corpus = tokenize(records, plain, max_length=10)
     assert corpus.lengths.tolist() == [10, 3, 10]
-    assert corpus.lengths.tolist() == np.minimum(whole.lengths, 10).tolist()
-    assert (corpus.truncated, corpus.tokens_cut) == (2, (whole.lengths - corpus.lengths).sum())
-    assert (whole.truncated, whole.tokens_cut) == (0, 0)
+    assert corpus.lengths.tolist() == np.minimum(full.lengths, 10).tolist()
+    assert (corpus.truncated, corpus.tokens_cut) == (2, (full.lengths - corpus.lengths).sum())
+    assert (full.truncated, full.tokens_cut) == (0, 0)
     assert corpus.loss_tokens.tolist() == [9, 2, 5]
-    assert np.array_equal(corpus.input_ids[10:13], whole.input_ids[whole.offsets[1] : whole.offsets[2]])
+    assert np.array_equal(corpus.input_ids[10:13], full.input_ids[full.offsets[1] : full.offsets[2]])
 
 
-def test_examples_with_nothing_to_learn_are_told_at_once(plain):
+def test_all_examples_without_a_token_to_train_on_are_reported(plain):
     records = [
         record(Completion("0" * 20, "1"), 1),
         record(Text("ok"), 2),
@@ -301,7 +303,7 @@ def corpus(**changes):
     return Corpus(**parts)
 
 
-def test_the_fingerprint_is_what_it_always_was():
+def test_the_fingerprint_has_not_changed():
     packed = struct.pack("<qq3i3?qqdd", 1, 3, 5, 6, 7, False, True, True, 0, 3, 0.5, 1.0)
     assert corpus().fingerprint == blake3(b"distrust corpus 1\n" + packed).hexdigest()
     assert corpus().fingerprint.startswith("5ffd35b2a8b8e5db")
@@ -310,7 +312,7 @@ def test_the_fingerprint_is_what_it_always_was():
 @pytest.mark.parametrize(
     ("change", "same"),
     [
-        ({"locations": (Location("elsewhere.jsonl", 9),)}, True),
+        ({"locations": (Location("other.jsonl", 9),)}, True),
         ({"truncated": 1, "tokens_cut": 5}, True),
         ({"input_ids": np.array([5, 6, 8], np.int32)}, False),
         ({"loss_mask": np.array([False, False, True])}, False),
@@ -318,11 +320,11 @@ def test_the_fingerprint_is_what_it_always_was():
         ({"provenance_entropy": np.array([1.5])}, False),
     ],
 )
-def test_the_fingerprint_is_of_what_training_sees(change, same):
+def test_the_fingerprint_covers_what_training_sees(change, same):
     assert (corpus(**change).fingerprint == corpus().fingerprint) is same
 
 
-def test_the_fingerprint_tells_where_examples_begin():
+def test_the_fingerprint_covers_where_examples_begin():
     def halves(middle):
         return corpus(
             offsets=np.array([0, middle, 3], np.int64),
@@ -334,15 +336,15 @@ def test_the_fingerprint_tells_where_examples_begin():
     assert halves(1).fingerprint != halves(2).fingerprint
 
 
-def test_progress_is_told_to_the_end(plain):
-    told = []
-    tokenize([record(Text("ab"))] * 2000, plain, max_length=9, on_progress=lambda *args: told.append(args))
-    assert len(told) > 2
-    assert told == sorted(told)
-    assert told[-1] == (2000, 2000)
+def test_progress_is_reported_to_the_end(plain):
+    calls = []
+    tokenize([record(Text("ab"))] * 2000, plain, max_length=9, on_progress=lambda *args: calls.append(args))
+    assert len(calls) > 2
+    assert calls == sorted(calls)
+    assert calls[-1] == (2000, 2000)
 
 
-def test_wrong_use_is_refused(plain):
+def test_invalid_arguments_are_refused(plain):
     with pytest.raises(ConfigError, match="max_length"):
         tokenize([record(Text("ab"))], plain, max_length=1)
     with pytest.raises(DataError, match="no records"):

@@ -1,4 +1,4 @@
-"""Micro-batches drawn at random, for whatever can run them."""
+"""Random micro-batches for engine tests."""
 
 from __future__ import annotations
 
@@ -14,26 +14,28 @@ VOCABULARY = 61
 LENGTHS = (9, 3, 12, 6)
 
 
-def a_batch(*, seed: int = 0, lengths: tuple[int, ...] = LENGTHS, vocabulary: int = VOCABULARY) -> MicroBatch:
-    """Examples of different lengths; some tokens are not learned, and each has a weight of its own."""
+def make_batch(
+    *, seed: int = 0, lengths: tuple[int, ...] = LENGTHS, vocabulary: int = VOCABULARY
+) -> MicroBatch:
+    """Examples of different lengths; some tokens are not trained, and each has its own weight."""
     rng = np.random.default_rng(seed)
-    place = np.arange(max(lengths))
-    real = place < np.array(lengths)[:, None]
+    position = np.arange(max(lengths))
+    real = position < np.array(lengths)[:, None]
     ids = np.where(real, rng.integers(3, vocabulary, real.shape), 2)
-    learned = real & (rng.random(real.shape) < 0.7) & (place > 0)
-    learned[:, 1] = True
+    trained = real & (rng.random(real.shape) < 0.7) & (position > 0)
+    trained[:, 1] = True
     return MicroBatch(
         input_ids=ids,
         attention_mask=real.astype(np.int64),
-        labels=np.where(learned, ids, IGNORED),
-        weights=np.where(learned, rng.uniform(0.2, 3, real.shape), 0).astype(np.float32),
+        labels=np.where(trained, ids, IGNORED),
+        weights=np.where(trained, rng.uniform(0.2, 3, real.shape), 0).astype(np.float32),
         distrust=np.zeros(len(lengths)),
         examples=np.arange(len(lengths)),
     )
 
 
-def some_of(batch: MicroBatch, rows: Sequence[int], *, filler: int = 2) -> MicroBatch:
-    """These examples of a batch, in this order, padded to the longest of them with a token."""
+def select_examples(batch: MicroBatch, rows: Sequence[int], *, filler: int = 2) -> MicroBatch:
+    """A batch of the given rows, in this order, padded to the longest with ``filler``."""
     chosen = list(rows)
     width = int(batch.attention_mask[chosen].sum(axis=1).max())
     mask = batch.attention_mask[chosen, :width]
@@ -47,7 +49,7 @@ def some_of(batch: MicroBatch, rows: Sequence[int], *, filler: int = 2) -> Micro
     )
 
 
-def weighing(batch: MicroBatch, weights: ArrayLike) -> MicroBatch:
-    """The same examples, each with a weight of its own."""
+def with_weights(batch: MicroBatch, weights: ArrayLike) -> MicroBatch:
+    """The same batch with one weight for each example."""
     column = np.asarray(weights, np.float32)[:, None]
     return replace(batch, weights=np.where(batch.labels != IGNORED, column, 0).astype(np.float32))

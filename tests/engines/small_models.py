@@ -1,4 +1,4 @@
-"""Small models of several families, made in memory, and passes through them as transformers makes them."""
+"""Small random models of several families, and reference losses and gradients by transformers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _GPT2: dict[str, Any] = {
     "embd_pdrop": 0.0,
     "resid_pdrop": 0.0,
 }
-_OWN: dict[str, dict[str, Any]] = {
+_FAMILY_SIZES: dict[str, dict[str, Any]] = {
     "qwen2, tied": {"tie_word_embeddings": True},
     "mistral, sliding window": {"sliding_window": WINDOW},
     "gemma2, softcapping": {"head_dim": 8, "query_pre_attn_scalar": 8},
@@ -56,45 +56,47 @@ _OWN: dict[str, dict[str, Any]] = {
 
 
 def small_model(kind: str, *, dtype: torch.dtype = torch.float32) -> Any:
-    """A model of a family, by transformers, in evaluation mode; ``kind`` begins with its name."""
+    """A model of transformers in evaluation mode; ``kind`` starts with the name of its family."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     family = kind.split(",")[0]
-    sizes = _GPT2 if family == "gpt2" else {**_SIZES, **_OWN.get(kind, {})}
+    sizes = _GPT2 if family == "gpt2" else {**_SIZES, **_FAMILY_SIZES.get(kind, {})}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes))
-        for parameter in model.parameters():  # no bias is 0 and no norm's weight 1: they would hide mistakes
+        for parameter in model.parameters():  # biases of 0 and norm weights of 1 would hide mistakes
             parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
     model.config.use_cache = False
     return model.to(dtype).eval()
 
 
-def adapted(model: Any, *, rank: int, **options: Any) -> Any:
-    """The same model with an adapter that does something; with rank 0 all its weights are trained."""
+def add_lora(model: Any, *, rank: int, **options: Any) -> Any:
+    """The model with a nonzero adapter; with rank 0 all its weights are trained."""
     if not rank:
         return model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
         wrapped = add_adapter(model, LoraConfig(rank=rank, alpha=8.0, **options))
-        for parameter in trained(wrapped).values():
+        for parameter in trained_parameters(wrapped).values():
             parameter.data.normal_(0, 0.1)
     return wrapped.eval()
 
 
-def trained(model: Any) -> dict[str, torch.nn.Parameter]:
+def trained_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
     return {name: part for name, part in model.named_parameters() if part.requires_grad}
 
 
 def gradients(model: Any) -> dict[str, torch.Tensor]:
-    """Of everything that is trained, where there is one."""
-    return {name: part.grad.clone() for name, part in trained(model).items() if part.grad is not None}
+    """Gradients of the trained parameters that have one."""
+    return {
+        name: part.grad.clone() for name, part in trained_parameters(model).items() if part.grad is not None
+    }
 
 
 def reference(
     model: Any, batch: MicroBatch, *, autocast: bool = False
 ) -> tuple[Any, dict[str, torch.Tensor]]:
-    """Of a copy of the model, on the padded batch: cross-entropies [b, t − 1] and gradients."""
+    """Cross-entropies [b, t − 1] and gradients of a copy of the model, on the padded batch."""
     model = copy.deepcopy(model)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         logits = model(

@@ -1,4 +1,4 @@
-"""A model of which each token sees only those of its chunk of the text, as Llama 4 has it in most layers."""
+"""Models whose tokens attend only within their chunk of the text, as in most layers of Llama 4."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from distrust.engines.torch.model_runner import ModelRunner
 
 
 @pytest.mark.parametrize("length", [5, 9, 23])
-def test_examples_longer_than_a_chunk_are_what_the_model_makes_of_them(length):
+def test_examples_longer_than_a_chunk_have_the_models_loss(length):
     torch.manual_seed(0)
     config = Llama4TextConfig(
         vocab_size=64,
@@ -41,5 +41,5 @@ def test_examples_longer_than_a_chunk_are_what_the_model_makes_of_them(length):
     )
     with torch.no_grad():
         expected = model(input_ids=torch.from_numpy(ids), labels=torch.from_numpy(labels)).loss.item()
-    found = ModelRunner(model, arithmetic=torch.float32).evaluate(batch)
-    assert found.cross_entropy.sum() / batch.tokens == pytest.approx(expected, rel=1e-5)
+    losses = ModelRunner(model, arithmetic=torch.float32).evaluate(batch)
+    assert losses.cross_entropy.sum() / batch.tokens == pytest.approx(expected, rel=1e-5)

@@ -1,4 +1,4 @@
-"""Whole runs, of every engine: stopped and resumed, they are the run that was left alone."""
+"""Complete runs of every engine: stopped and resumed, a run ends as if it had not been interrupted."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from distrust.training.events import Evaluated, MemoryReset, StepEnded
 
 pytestmark = pytest.mark.usefixtures("_only_what_is_new_is_searched")
 
-#: The toy engine's runs are in test_exact_resume.py.
+#: test_exact_resume.py has the toy engine's runs.
 either = pytest.mark.parametrize("engine", ENGINES[1:])
 INSTALLED = ["torch", "mlx"] if find_spec("mlx_lm") else ["torch"]
 
@@ -39,7 +39,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "some modules": {"lora_rank": 2, "target_modules": ("q_proj", "v_proj"), "schedule": "linear"},
     "packing": {"packing": True, "max_length": 60},
 }
-#: Those of torch are in test_quantization.py, where bitsandbytes is.
+#: test_quantization.py has those of torch.
 QUANTIZED: dict[str, dict[str, Any]] = {
     "8bit": {"quantization": "8bit"},
     "4bit": {"quantization": "4bit", "dtype": "bfloat16", "gradient_checkpointing": True},
@@ -52,7 +52,7 @@ def losses(events):
 
 
 def moments(optimizer: Any) -> list[Any]:
-    """All arrays in an optimizer's state, whichever it is."""
+    """All arrays in the state of an optimizer of any engine."""
     if isinstance(optimizer, dict):
         return [array for value in optimizer.values() for array in moments(value)]
     if isinstance(optimizer, list):
@@ -67,56 +67,56 @@ def moments(optimizer: Any) -> list[Any]:
         *[pytest.param("mlx", kind, id=f"mlx-{kind}", marks=mlx_only) for kind in OF_MLX],
     ],
 )
-def test_stopped_and_resumed_it_ends_as_if_left_alone(train, eval_data, tmp_path, engine, kind):
-    """Stopped twice, the second time in mid-epoch; evaluated, and its memory reset, besides."""
+def test_a_stopped_and_resumed_run_ends_as_if_uninterrupted(train, eval_data, tmp_path, engine, kind):
+    """Stopped twice, the second time in mid-epoch, with evaluations and memory resets."""
     options = {"engine": engine, **{**KINDS, **QUANTIZED}[kind]}
-    alone, steps = train(tmp_path / "alone", save_every=0, **options)
-    besides = {"eval_data": str(eval_data), "eval_every": 2, "reload_every": 3}
-    made = {}
+    uninterrupted, steps = train(tmp_path / "uninterrupted", save_every=0, **options)
+    disturbances = {"eval_data": str(eval_data), "eval_every": 2, "reload_every": 3}
+    step_losses = {}
     for stop in (2, 5, None):
-        ended, events = train(tmp_path / "stopped", stop_after=stop, **besides, **options)
-        made.update(losses(events))
-    assert made == losses(steps)
+        ended, events = train(tmp_path / "stopped", stop_after=stop, **disturbances, **options)
+        step_losses.update(losses(events))
+    assert step_losses == losses(steps)
     assert [event.step for event in events if isinstance(event, Evaluated)] == [6, 7]
     assert [event.step for event in events if isinstance(event, MemoryReset)] == [6]
-    assert ended.state_digest == alone.state_digest
+    assert ended.state_digest == uninterrupted.state_digest
     saved = CheckpointManager(ended.path.parent).load(7)
     assert {array.dtype.name for array in [*saved.model.values(), *moments(saved.optimizer)]} == {"float32"}
-    assert made[7] < made[1]
+    assert step_losses[7] < step_losses[1]
 
 
 @pytest.fixture(scope="module")
-def alone(train, tmp_path_factory) -> dict[str, str]:
-    """The state digests of the runs that nobody disturbs."""
-    folder = tmp_path_factory.mktemp("alone")
+def reference_digests(train, tmp_path_factory) -> dict[str, str]:
+    """State digests of uninterrupted runs, by engine."""
+    folder = tmp_path_factory.mktemp("reference")
     return {engine: train(folder / engine, engine=engine)[0].state_digest for engine in INSTALLED}
 
 
 @either
 @settings(max_examples=3, deadline=None)
 @given(stops=st.lists(st.integers(1, 7), min_size=1, max_size=2).map(sorted), save_every=st.integers(0, 3))
-def test_stopped_anywhere(train, alone, engine, stops, save_every):
+def test_stopped_at_any_step(train, reference_digests, engine, stops, save_every):
     with tempfile.TemporaryDirectory() as folder:
         for stop in [*stops, None]:
             ended, _ = train(Path(folder), engine=engine, stop_after=stop, save_every=save_every)
-        assert ended.state_digest == alone[engine]
+        assert ended.state_digest == reference_digests[engine]
 
 
 @either
-def test_awaited_it_is_the_same_run(train, alone, tmp_path, engine):
-    """In a thread of its own, and resumed in another."""
+def test_an_awaited_run_is_the_same_run(train, reference_digests, tmp_path, engine):
+    """In its own thread, and resumed in another one."""
     stopped, _ = train(tmp_path, engine=engine, awaited=True, stop_after=4)
     assert (stopped.step, stopped.reason) == (4, "stop")
-    assert train(tmp_path, engine=engine, awaited=True)[0].state_digest == alone[engine]
+    assert train(tmp_path, engine=engine, awaited=True)[0].state_digest == reference_digests[engine]
 
 
 @either
-def test_another_seed_is_another_run(train, alone, tmp_path, engine):
-    assert train(tmp_path, engine=engine, seed=1)[0].state_digest != alone[engine]
+def test_another_seed_is_another_run(train, reference_digests, tmp_path, engine):
+    assert train(tmp_path, engine=engine, seed=1)[0].state_digest != reference_digests[engine]
 
 
 @either
-def test_a_checkpoint_opens_as_what_was_trained(train, tmp_path, engine):
+def test_open_checkpoint_restores_the_trained_engine(train, tmp_path, engine):
     ended, _ = train(tmp_path, engine=engine)
     opened, file = open_checkpoint(tmp_path)
     assert (file.path, opened.environment()["engine"]) == (ended.path, engine)
@@ -129,7 +129,7 @@ def test_a_checkpoint_opens_as_what_was_trained(train, tmp_path, engine):
 
 
 @either
-def test_a_learning_rate_beyond_all_reason_saves_nothing_that_is_not_finite(train, tmp_path, engine):
+def test_a_huge_learning_rate_never_saves_nonfinite_values(train, tmp_path, engine):
     for rate in (1e4, 1e37):
         out = tmp_path / str(rate)
         with contextlib.suppress(NonFiniteLoss):
@@ -142,7 +142,7 @@ def test_a_learning_rate_beyond_all_reason_saves_nothing_that_is_not_finite(trai
 
 
 @either
-def test_a_weight_that_is_no_number_is_found_before_the_first_step(train, tmp_path, data, engine):
+def test_a_nan_weight_stops_the_run_before_the_first_step(train, tmp_path, data, engine):
     from safetensors.torch import load_file, save_file
 
     broken = make_model(tmp_path / "broken")
@@ -158,7 +158,7 @@ def test_a_weight_that_is_no_number_is_found_before_the_first_step(train, tmp_pa
     assert not list((tmp_path / "run").rglob("*.safetensors"))
 
 
-def _without_a_tensor(folder: Path) -> None:
+def _remove_tensor(folder: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     weights = load_file(folder / "model.safetensors")
@@ -166,20 +166,20 @@ def _without_a_tensor(folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def _with_another_width(folder: Path) -> None:
+def _change_width(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 64}))
 
 
-SPOILED = {
+DAMAGES = {
     "empty": lambda folder: [path.unlink() for path in folder.iterdir()],
     "no weights": lambda folder: (folder / "model.safetensors").unlink(),
     "weights cut": lambda folder: (folder / "model.safetensors").write_bytes(
         (folder / "model.safetensors").read_bytes()[:5000]
     ),
     "weights empty": lambda folder: (folder / "model.safetensors").write_bytes(b""),
-    "a tensor missing": _without_a_tensor,
-    "another width": _with_another_width,
+    "a tensor missing": _remove_tensor,
+    "another width": _change_width,
     "no config": lambda folder: (folder / "config.json").unlink(),
     "config no JSON": lambda folder: (folder / "config.json").write_text("{"),
     "unknown kind of model": lambda folder: (folder / "config.json").write_text('{"model_type": "lama"}'),
@@ -190,10 +190,10 @@ SPOILED = {
 
 
 @either
-@pytest.mark.parametrize("how", SPOILED)
-def test_a_model_that_cannot_be_loaded_is_one_line(tmp_path, how, engine):
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_model_that_cannot_be_loaded_is_a_one_line_error(tmp_path, damage, engine):
     folder = make_model(tmp_path / "model")
-    SPOILED[how](folder)
+    DAMAGES[damage](folder)
     with pytest.raises(ModelError) as error:
         create_engine(TrainConfig(engine=engine, model=str(folder), threads=1))
     assert str(error.value).startswith(f"--model {folder}: ")
@@ -202,9 +202,9 @@ def test_a_model_that_cannot_be_loaded_is_one_line(tmp_path, how, engine):
 
 @either
 @pytest.mark.parametrize("name", ["./nowhere", "nobody/nothing"])
-def test_a_model_that_is_nowhere(monkeypatch, name, engine):
+def test_a_model_that_does_not_exist(monkeypatch, name, engine):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    said = "no such file or directory" if name == "./nowhere" else "cannot be loaded; there is no folder"
-    with pytest.raises(ModelError, match=f"--model {re.escape(name)}: {said}") as error:
+    reason = "no such file or directory" if name == "./nowhere" else "cannot be loaded; there is no folder"
+    with pytest.raises(ModelError, match=f"--model {re.escape(name)}: {reason}") as error:
         create_engine(TrainConfig(engine=engine, model=name, threads=1))
     assert "\n" not in str(error.value)

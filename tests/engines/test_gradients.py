@@ -1,4 +1,4 @@
-"""The weighting is in the gradient, on a real model: not lost in collation, accumulation or the loss."""
+"""The weighting reaches the gradient of a real model: collation, accumulation and loss preserve it."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def engine(request, tiny_model):
         )
     )
     with torch.no_grad():
-        for parameter in trained(engine).values():
-            if not parameter.any():  # LoRA's B begins at zero, and A would have no gradient
+        for parameter in trained_parameters(engine).values():
+            if not parameter.any():  # LoRA's B starts at zero, and A would have no gradient
                 parameter.normal_(0, 0.05, generator=torch.Generator().manual_seed(1))
     return engine
 
 
-def trained(engine):
+def trained_parameters(engine):
     return {name: p for name, p in engine.model.named_parameters() if p.requires_grad}
 
 
@@ -52,17 +52,17 @@ def plan_of(engine, data, tiny_model):
 
 
 def gradients(engine, batches: list[MicroBatch]) -> dict[str, torch.Tensor]:
-    """Of one optimizer step, as the loop takes them."""
+    """Gradients of one optimizer step, in the order of calls of the loop."""
     engine.model.zero_grad(set_to_none=True)
     tokens = sum(batch.tokens for batch in batches)
     for micro_step, batch in enumerate(batches):
         engine.begin_micro_step(seed=0, step=1, micro_step=micro_step)
         engine.micro_step(batch, tokens=tokens)
-    return {name: p.grad.clone() for name, p in trained(engine).items()}
+    return {name: p.grad.clone() for name, p in trained_parameters(engine).items()}
 
 
 def transformers_gradients(engine, batches: list[MicroBatch], tokens: int) -> dict[str, torch.Tensor]:
-    """Of transformers' own loss, each micro-batch a share of the step."""
+    """Gradients of transformers' own loss; each micro-batch is a share of the step."""
     engine.model.zero_grad(set_to_none=True)
     for batch in batches:
         loss = engine.model(
@@ -71,7 +71,7 @@ def transformers_gradients(engine, batches: list[MicroBatch], tokens: int) -> di
             labels=torch.from_numpy(batch.labels),
         ).loss
         (loss * (batch.tokens / tokens)).backward()
-    return {name: p.grad.clone() for name, p in trained(engine).items()}
+    return {name: p.grad.clone() for name, p in trained_parameters(engine).items()}
 
 
 def same_bits(a, b) -> bool:
@@ -85,13 +85,13 @@ def assert_close(a, b):
         torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=2e-5 * scale + 1e-9, msg=name)
 
 
-def far_apart(a, b) -> bool:
-    """More than rounding: by a hundredth of the largest gradient, somewhere."""
+def differ_clearly(a, b) -> bool:
+    """Whether any gradient differs by more than 1% of the largest one."""
     return any(float((a[name] - b[name]).abs().max()) > 0.01 * float(a[name].abs().max()) for name in a)
 
 
 def loss_of(engine, batch: MicroBatch, *, term: bool) -> torch.Tensor:
-    """The loss by hand: Σ weight · cross-entropy / tokens, with or without the published term beside it."""
+    """Σ weight · cross-entropy / tokens, computed independently, with or without the published term."""
     engine.model.train()
     logits = engine.model(
         input_ids=torch.from_numpy(batch.input_ids), attention_mask=torch.from_numpy(batch.attention_mask)
@@ -107,7 +107,7 @@ def loss_of(engine, batch: MicroBatch, *, term: bool) -> torch.Tensor:
 
 
 def test_the_published_term_changes_no_gradient_and_the_weighting_does(engine, plan_of):
-    found, losses = {}, {}
+    gradients_of, losses = {}, {}
     for name, weigh, term in [
         ("plain", "off", False),
         ("added", "off", True),
@@ -118,15 +118,15 @@ def test_the_published_term_changes_no_gradient_and_the_weighting_does(engine, p
         loss = loss_of(engine, batch, term=term)
         loss.backward()
         losses[name] = loss.item()
-        found[name] = {name: p.grad.clone() for name, p in trained(engine).items()}
+        gradients_of[name] = {name: p.grad.clone() for name, p in trained_parameters(engine).items()}
     assert losses["added"] > losses["plain"]
-    assert same_bits(found["added"], found["plain"])
-    assert far_apart(found["weighted"], found["plain"])
-    # And what the trainer takes is the weighted one, without the term.
-    assert_close(gradients(engine, plan_of().batches.step(1)), found["weighted"])
+    assert same_bits(gradients_of["added"], gradients_of["plain"])
+    assert differ_clearly(gradients_of["weighted"], gradients_of["plain"])
+    # The trainer uses the weighted gradient, without the term.
+    assert_close(gradients(engine, plan_of().batches.step(1)), gradients_of["weighted"])
 
 
-def test_off_equal_weights_and_transformers_agree(engine, plan_of, data, tmp_path):
+def test_weighting_off_equal_weights_and_transformers_agree(engine, plan_of, data, tmp_path):
     equal = tmp_path / "equal.jsonl"
     records = [json.loads(line) for line in data.read_text().splitlines()]
     source = {"authority_weight": 0.2, "provenance_entropy": 1.3}
@@ -146,24 +146,24 @@ def test_losses_are_those_of_transformers(engine, plan_of):
     (batch,) = plan_of().batches.step(1)
     losses = engine.evaluate(batch)
     with torch.no_grad():
-        theirs = float(
+        expected = float(
             engine.model(
                 input_ids=torch.from_numpy(batch.input_ids),
                 attention_mask=torch.from_numpy(batch.attention_mask),
                 labels=torch.from_numpy(batch.labels),
             ).loss
         )
-    assert losses.cross_entropy.sum() / batch.tokens == pytest.approx(theirs, rel=1e-5)
+    assert losses.cross_entropy.sum() / batch.tokens == pytest.approx(expected, rel=1e-5)
     example_weights = batch.weights.max(axis=1)
     np.testing.assert_allclose(losses.weighted, losses.cross_entropy * example_weights, rtol=1e-6)
 
 
 @pytest.mark.parametrize("weigh", ["monotone", "published", "off"])
 def test_accumulation_changes_no_gradient(engine, plan_of, weigh):
-    """1 × 8 against 4 × 2 and 8 × 1: lengths differ, so a mean of means would differ."""
-    whole = plan_of(weighting=weigh, batch_size=8).batches.step(1)
-    assert len({int(n) for n in whole[0].attention_mask.sum(axis=1)}) > 2
-    reference = gradients(engine, whole)
+    """1 × 8, 4 × 2 and 8 × 1 agree; lengths differ, so a mean of means would not."""
+    single = plan_of(weighting=weigh, batch_size=8).batches.step(1)
+    assert len({int(n) for n in single[0].attention_mask.sum(axis=1)}) > 2
+    reference = gradients(engine, single)
     for accumulation in (4, 8):
         parts = plan_of(
             weighting=weigh, batch_size=8 // accumulation, gradient_accumulation=accumulation
@@ -172,37 +172,37 @@ def test_accumulation_changes_no_gradient(engine, plan_of, weigh):
         assert_close(reference, gradients(engine, parts))
 
 
-def test_the_gradient_is_the_weighted_sum_of_each_example_alone(engine, plan_of):
-    """Σ u·∇ce / N, from passes of single examples by transformers' loss: any lost weight shows."""
+def test_the_gradient_is_the_weighted_sum_of_single_examples(engine, plan_of):
+    """Σ u·∇ce / N from transformers' loss of single examples: any lost weight shows."""
     plan = plan_of(batch_size=3, gradient_accumulation=2)
     batches = plan.batches.step(2)
     corpus = plan.corpus
-    alone = {
+    single = {
         int(batch.examples[0]): batch for batch in evaluation_batches(corpus, batch_size=1, pad_token_id=0)
     }
     u = weighting.example_weights(corpus.authority_weight, corpus.provenance_entropy)
     u = u / (np.sum(u * corpus.loss_tokens) / corpus.loss_tokens.sum())
-    drawn = [int(example) for batch in batches for example in batch.examples]
-    assert u[drawn].max() / u[drawn].min() > 1.5
-    tokens = sum(alone[example].tokens for example in drawn)
+    sampled = [int(example) for batch in batches for example in batch.examples]
+    assert u[sampled].max() / u[sampled].min() > 1.5
+    tokens = sum(single[example].tokens for example in sampled)
     expected: dict[str, torch.Tensor] = {}
-    for example in drawn:
-        batch = alone[example]
+    for example in sampled:
+        batch = single[example]
         for name, gradient in transformers_gradients(engine, [batch], batch.tokens).items():
             part = gradient.double() * float(u[example]) * batch.tokens / tokens
             expected[name] = expected.get(name, torch.zeros_like(part)) + part
-    found = gradients(engine, batches)
-    assert_close({name: value.float() for name, value in expected.items()}, found)
-    # The test can tell: each of these is a way in which weights were lost elsewhere.
-    for lost in (_without_weights(batches), _divided_by_their_own(batches)):
-        assert far_apart(gradients(engine, lost), found)
+    actual = gradients(engine, batches)
+    assert_close({name: value.float() for name, value in expected.items()}, actual)
+    # The test detects these ways to lose weights, each a bug of other trainers.
+    for lost in (_without_weights(batches), _normalized_by_weight(batches)):
+        assert differ_clearly(gradients(engine, lost), actual)
 
 
 def _without_weights(batches: list[MicroBatch]) -> list[MicroBatch]:
     return [_with_weights(b, (b.labels != IGNORED).astype(np.float32)) for b in batches]
 
 
-def _divided_by_their_own(batches: list[MicroBatch]) -> list[MicroBatch]:
+def _normalized_by_weight(batches: list[MicroBatch]) -> list[MicroBatch]:
     return [_with_weights(b, b.weights * np.float32(b.tokens / b.weights.sum())) for b in batches]
 
 
@@ -227,8 +227,8 @@ def test_a_batch_of_one_example_is_weighted(engine, plan_of):
     assert max(ratios) / min(ratios) > 1.2
 
 
-def test_padding_and_unlearned_tokens_have_no_part(engine, plan_of):
-    """The same examples beside a longer one, and filled up with another token."""
+def test_padding_and_untrained_tokens_do_not_contribute(engine, plan_of):
+    """With a longer example in the batch, and another padding token."""
     plan = plan_of(batch_size=4)
     batches = Batches(
         plan.corpus,
@@ -243,22 +243,22 @@ def test_padding_and_unlearned_tokens_have_no_part(engine, plan_of):
     assert same_bits(gradients(engine, batches.step(1)), gradients(engine, plan.batches.step(1)))
 
 
-@pytest.mark.parametrize("adapted", ["gate_proj down_proj", "up_proj down_proj", "o_proj", "q_proj v_proj"])
-def test_whatever_is_adapted_no_gradient_is_lost(tiny_model, plan_of, adapted):
+@pytest.mark.parametrize("targets", ["gate_proj down_proj", "up_proj down_proj", "o_proj", "q_proj v_proj"])
+def test_gradients_are_complete_for_any_target_modules(tiny_model, plan_of, targets):
     engine = create_engine(
         TrainConfig(
             engine="torch",
             model=str(tiny_model),
             lora_rank=2,
-            target_modules=tuple(adapted.split()),
+            target_modules=tuple(targets.split()),
             threads=1,
         )
     )
     with torch.no_grad():
-        for parameter in trained(engine).values():
+        for parameter in trained_parameters(engine).values():
             parameter.normal_(0, 0.05, generator=torch.Generator().manual_seed(1))
     batches = plan_of().batches.step(1)
-    found = gradients(engine, batches)
+    fused = gradients(engine, batches)
     for module in engine.model.modules():
-        vars(module).pop("forward", None)  # the layers compute as they came
-    assert_close(found, gradients(engine, batches))
+        vars(module).pop("forward", None)  # restore the original forward
+    assert_close(fused, gradients(engine, batches))

@@ -1,4 +1,4 @@
-"""What the engine of mlx has of its own: its memory, compiled steps, quantized models, and no torch."""
+"""What is specific to the engine of mlx: memory, compiled steps, quantized models, and no torch."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import pytest
 mx = pytest.importorskip("mlx.core")
 pytest.importorskip("mlx_lm")
 
-from small_batches import a_batch, some_of  # noqa: E402 - after what is asked for
-from test_conformance import digest, pass_through, same, step, trained  # noqa: E402
+from small_batches import make_batch, select_examples  # noqa: E402 - after the skip
+from test_conformance import digest, pass_through, same, step, train_two_steps  # noqa: E402
 
 from distrust import TrainConfig  # noqa: E402
 from distrust.engines import create_engine  # noqa: E402
@@ -23,7 +23,7 @@ from distrust.errors import ConfigError  # noqa: E402
 from distrust.training.events import StepEnded  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("_only_what_is_new_is_searched")
-BATCH = a_batch()
+BATCH = make_batch()
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="mlx compiles by g++ on a CPU")
 
 
@@ -40,49 +40,49 @@ from distrust.engines import create_engine
 from distrust.training.events import MemoryReset
 
 def train(name, make=create_engine, **more):
-    taken = []
+    uses = []
 
     def watch(event):
         if isinstance(event, MemoryReset):
-            taken.append((mx.get_active_memory(), mx.get_cache_memory()))
+            uses.append((mx.get_active_memory(), mx.get_cache_memory()))
 
     config = TrainConfig(engine="mlx", device="cpu", model=sys.argv[1], data=sys.argv[2], batch_size=2,
                          lora_rank=4, lora_dropout=0.1, save_every=0, out=f"{sys.argv[3]}/{name}", **more)
-    return DistrustTrainer(config, engine=make, observers=[watch]).train().state_digest, taken
+    return DistrustTrainer(config, engine=make, observers=[watch]).train().state_digest, uses
 
-def hoard(config):
+def keep_model(config):
     engine = create_engine(config)
-    kept.append(engine.model)
+    models.append(engine.model)
     return engine
 
-kept = []
+models = []
 alone, _ = train("alone", max_steps=12)
 gc.collect()
-gc.freeze()  # the libraries need not be searched for what can go: half of the time
-reset, taken = train("reset", reload_every=1, max_steps=12)
+gc.freeze()  # exclude the libraries from collection: twice as fast
+reset, uses = train("reset", reload_every=1, max_steps=12)
 assert reset == alone, (reset, alone)
-_, hoarded = train("hoarded", hoard, reload_every=1, max_steps=3)
-print(json.dumps([taken, hoarded]))
+_, hoarded = train("hoarded", keep_model, reload_every=1, max_steps=3)
+print(json.dumps([uses, hoarded]))
 """
 
 
-def test_after_ten_resets_mlx_has_as_much_as_after_the_first(run_python, tiny_model, data, tmp_path):
+def test_resets_do_not_accumulate_memory(run_python, tiny_model, data, tmp_path):
     """What is held, to 2 %: mlx takes a freed buffer for something a bit smaller. What is kept for later, to
     30 %: what a new engine's first passes leave there is its threads' to say.
     """
-    done = run_python(MEMORY, tiny_model, data, tmp_path)
-    assert done.returncode == 0, done.stderr
-    taken, hoarded = json.loads(done.stdout)
-    assert len(taken) == 11
-    (active, cached), (active_later, cached_later) = taken[0], taken[10]
+    process = run_python(MEMORY, tiny_model, data, tmp_path)
+    assert process.returncode == 0, process.stderr
+    uses, hoarded = json.loads(process.stdout)
+    assert len(uses) == 11
+    (active, cached), (active_later, cached_later) = uses[0], uses[10]
     assert active_later == pytest.approx(active, rel=0.02)
     assert cached_later == pytest.approx(cached, rel=0.3)
-    assert hoarded[1][0] > 1.3 * hoarded[0][0]  # what somebody holds would show
+    assert hoarded[1][0] > 1.3 * hoarded[0][0]  # the test detects a model that stays referenced
 
 
 @pytest.mark.parametrize("options", [{}, {"dora": True}, {"lora_rank": 0}, {"quantization": "4bit"}])
-def test_with_checkpointed_layers_it_is_the_same(config, options):
-    plain = trained(create_engine(replace(config, **options)))
+def test_checkpointed_layers_are_equivalent(config, options):
+    plain = train_two_steps(create_engine(replace(config, **options)))
     again = create_engine(replace(config, gradient_checkpointing=True, **options))
     again.load_state(plain.state())
     for number in (3, 4):
@@ -93,12 +93,12 @@ def test_with_checkpointed_layers_it_is_the_same(config, options):
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_with_dropout_the_gradient_is_the_slope_of_the_loss(config, checkpointed, compiled):
-    """On the way back, too, it drops what it dropped: the loss falls by what the gradient says."""
+def test_the_gradient_with_dropout_predicts_the_loss(config, checkpointed, compiled):
+    """Forward and backward drop the same inputs: the loss changes as the gradient predicts."""
     engine = create_engine(
         replace(config, lora_dropout=0.3, gradient_checkpointing=checkpointed, compile=compiled)
     )
-    begun = trained(engine).state()
+    begun = train_two_steps(engine).state()
 
     def loss(state):
         engine.load_state(state)
@@ -106,7 +106,7 @@ def test_with_dropout_the_gradient_is_the_slope_of_the_loss(config, checkpointed
         return losses.weighted.sum() / BATCH.tokens
 
     empty = {name: array * 0 for name, array in begun.model.items()}
-    before = loss(replace(begun, optimizer={**begun.optimizer, "m": empty}))
+    initial = loss(replace(begun, optimizer={**begun.optimizer, "m": empty}))
     engine.clip_gradients(0.0)
     engine.update(learning_rate=0.0)
     moments = engine.state().optimizer["m"]
@@ -117,22 +117,22 @@ def test_with_dropout_the_gradient_is_the_slope_of_the_loss(config, checkpointed
         loss(replace(begun, model={k: v + sign * length * gradient[k] for k, v in begun.model.items()}))
         for sign in (1, -1)
     ]
-    assert min(ends) < before < max(ends)
+    assert min(ends) < initial < max(ends)
     assert (ends[0] - ends[1]) / (2 * length) == pytest.approx(squares, rel=0.02)
 
 
 @needs_compiler
-def test_compiled_it_is_the_same_to_rounding_and_resumes_to_the_bit(config, tmp_path):
-    """Dropout is drawn for other shapes then: rows are padded, so that few shapes need be compiled."""
+def test_compiled_steps_equal_uncompiled_ones_and_resume_bit_for_bit(config, tmp_path):
+    """Compiled rows are padded, so dropout has other shapes and differs from an uncompiled run."""
     plain, compiled = create_engine(config), create_engine(replace(config, compile=True))
     assert compiled.environment()["compiled"]
-    batches = [some_of(BATCH, [1]), some_of(BATCH, [0, 3])]
+    batches = [select_examples(BATCH, [1]), select_examples(BATCH, [0, 3])]
     for number in (1, 2):
         (losses, norm), expected = (step(engine, batches, number=number) for engine in (compiled, plain))
         assert losses == pytest.approx(expected[0], rel=1e-5)
         assert norm == pytest.approx(expected[1], rel=1e-4)
     dropping = replace(config, compile=True, lora_dropout=0.2)
-    first, later = trained(create_engine(dropping)), create_engine(dropping)
+    first, later = train_two_steps(create_engine(dropping)), create_engine(dropping)
     later.load_state(first.state())
     assert step(later, batches, number=3) == step(first, batches, number=3)
     assert digest(later, tmp_path) == digest(first, tmp_path)
@@ -144,7 +144,7 @@ def _is_wide_enough(module: Any) -> bool:
 
 @pytest.fixture(scope="module")
 def quantized_folder(tiny_model, tmp_path_factory) -> Path:
-    """The tiny model in mlx's own layout, in four bits."""
+    """The tiny model in mlx's quantized layout, 4 bits."""
     import mlx.nn as nn
     from mlx_lm.utils import load_model, save_config, save_model
 
@@ -160,20 +160,20 @@ def quantized_folder(tiny_model, tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_model_that_was_quantized_elsewhere_is_trained(train, config, quantized_folder, tmp_path):
+def test_a_model_in_mlxs_quantized_layout_is_trained(train, config, quantized_folder, tmp_path):
     options: dict[str, Any] = {"engine": "mlx", "model": str(quantized_folder)}
     alone, events = train(tmp_path / "alone", **options)
     losses = [event.loss for event in events if isinstance(event, StepEnded)]
     assert losses[-1] < losses[0]
     train(tmp_path / "stopped", stop_after=3, **options)
     assert train(tmp_path / "stopped", **options)[0].state_digest == alone.state_digest
-    # It is what quantizing it here would have made.
-    there, here = (
+    # Quantizing the unquantized model gives the same.
+    stored, requantized = (
         create_engine(replace(config, model=str(quantized_folder))),
         create_engine(replace(config, quantization="4bit")),
     )
-    assert there.parameters == here.parameters
-    assert same(there.evaluate(BATCH), here.evaluate(BATCH))
+    assert stored.parameters == requantized.parameters
+    assert same(stored.evaluate(BATCH), requantized.evaluate(BATCH))
     with pytest.raises(ConfigError, match=r"--quantization 4bit: .* quantized already"):
         create_engine(replace(config, model=str(quantized_folder), quantization="4bit"))
 
@@ -188,7 +188,7 @@ def test_fewer_bits_change_the_losses_a_little(config):
         np.testing.assert_allclose(losses[bits], losses["none"], rtol=off)
 
 
-def test_quantized_or_not_it_is_the_same_base(config):
+def test_quantization_does_not_change_the_fingerprint(config):
     assert (
         create_engine(replace(config, quantization="4bit")).fingerprint()
         == create_engine(config).fingerprint()
@@ -196,7 +196,7 @@ def test_quantized_or_not_it_is_the_same_base(config):
 
 
 @pytest.mark.parametrize("device", ["cuda", "mps"])
-def test_a_device_that_is_not_there(config, device):
+def test_an_unavailable_device_is_refused(config, device):
     available = {"cuda": hasattr(mx, "cuda") and mx.cuda.is_available(), "mps": mx.metal.is_available()}
     if available[device]:
         pytest.skip("this machine has it")
@@ -211,7 +211,7 @@ def test_a_device_that_is_not_there(config, device):
         ({"target_modules": ("embed_tokens",)}, "--target-modules embed_tokens: .*no linear module"),
     ],
 )
-def test_names_that_no_linear_module_has(config, options, said):
+def test_invalid_target_modules_are_refused(config, options, said):
     with pytest.raises(ConfigError, match=said) as error:
         create_engine(replace(config, **options))
     assert "\n" not in str(error.value)
@@ -236,21 +236,21 @@ TRAIN = ["--max-steps", 2, "--batch-size", 2, "--lora-rank", 2, "--device", "cpu
 
 
 @pytest.mark.parametrize("chosen", [["--engine", "mlx"], []])
-def test_it_needs_no_torch(run_python, tiny_model, data, tmp_path, chosen):
-    """Where torch is not there, it is what trains; the checkpoint tells so."""
+def test_mlx_trains_without_torch(run_python, tiny_model, data, tmp_path, chosen):
+    """Without torch, mlx is the default engine, and the checkpoint records it."""
     arguments = ["train", "--model", tiny_model, "--data", data, "--out", tmp_path, *TRAIN, *chosen]
-    done = run_python(COMMAND, "torch peft", *arguments)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "Finished step 2" in done.stdout
-    shown = run_python(COMMAND, "torch peft", "eval", tmp_path, "--data", data)
-    assert (shown.returncode, shown.stderr) == (0, "")
+    process = run_python(COMMAND, "torch peft", *arguments)
+    assert (process.returncode, process.stderr) == (0, "")
+    assert "Finished step 2" in process.stdout
+    evaluation = run_python(COMMAND, "torch peft", "eval", tmp_path, "--data", data)
+    assert (evaluation.returncode, evaluation.stderr) == (0, "")
 
 
-def test_without_mlx_lm_it_says_how_to_get_it(run_python, tiny_model, data, tmp_path):
+def test_a_missing_mlx_lm_is_named(run_python, tiny_model, data, tmp_path):
     arguments = ["train", "--model", tiny_model, "--data", data, "--out", tmp_path, *TRAIN, "--engine", "mlx"]
-    done = run_python(COMMAND, "mlx_lm", *arguments)
-    assert done.returncode == 1
-    (line,) = done.stderr.splitlines()
+    process = run_python(COMMAND, "mlx_lm", *arguments)
+    assert process.returncode == 1
+    (line,) = process.stderr.splitlines()
     assert line.startswith("distrust: --engine mlx needs mlx_lm, which is not installed: pip install '")
     assert line.endswith("[mlx]'")
     assert not list(tmp_path.rglob("*.safetensors"))

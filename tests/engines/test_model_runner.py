@@ -1,4 +1,4 @@
-"""The shortest way through a model is the same as transformers' own padded batch with its own loss."""
+"""The model runner computes the losses and gradients of transformers' own padded batches."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_batches import a_batch
-from small_models import adapted, gradients, reference, small_model
+from small_batches import make_batch
+from small_models import add_lora, gradients, reference, small_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -20,8 +20,8 @@ from distrust.engines.torch.loss import chunked_losses
 from distrust.engines.torch.model_runner import ModelRunner
 
 BFLOAT16 = torch.bfloat16
-#: What each kind of model allows: whether its examples are packed, and its logits made in chunks.
-ALLOWED = {
+#: kind of model -> (uses_varlen, uses_chunked_loss)
+METHODS = {
     "llama": (True, True),
     "qwen2, tied": (True, True),
     "mistral, sliding window": (True, True),
@@ -32,71 +32,71 @@ ALLOWED = {
 }
 
 
-def assert_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], *, rounding: float):
-    assert found.keys() == expected.keys()
+def assert_close(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], *, rounding: float):
+    assert actual.keys() == expected.keys()
     for name, gradient in expected.items():
-        apart = float((found[name] - gradient).norm())
-        assert apart <= rounding * float(gradient.norm()) + 1e-7, name
+        difference = float((actual[name] - gradient).norm())
+        assert difference <= rounding * float(gradient.norm()) + 1e-7, name
 
 
 def check(
     model: Any, base: Any, *, arithmetic: torch.dtype = torch.float32, rounding: float = 2e-5
 ) -> ModelRunner:
-    """Losses and gradients of the passes are those of transformers; returns the passes."""
-    batch = a_batch()
+    """Compare losses and gradients with transformers'; returns the runner."""
+    batch = make_batch()
     losses, expected = reference(model, batch, autocast=arithmetic is not torch.float32)
     fuse(model, dtype=next(base.parameters()).dtype)
-    passes = ModelRunner(base, arithmetic=arithmetic)
-    evaluated = passes.evaluate(batch)
+    runner = ModelRunner(base, arithmetic=arithmetic)
+    evaluation_losses = runner.evaluate(batch)
     model.train()
-    made = passes.train(batch, tokens=batch.tokens)
-    for found in (evaluated, made):
-        np.testing.assert_allclose(found.cross_entropy, losses.sum(axis=1), rtol=rounding)
+    training_losses = runner.train(batch, tokens=batch.tokens)
+    for result in (evaluation_losses, training_losses):
+        np.testing.assert_allclose(result.cross_entropy, losses.sum(axis=1), rtol=rounding)
         weighted = (losses * batch.weights[:, 1:]).sum(axis=1)
-        np.testing.assert_allclose(found.weighted, weighted, rtol=rounding)
+        np.testing.assert_allclose(result.weighted, weighted, rtol=rounding)
     assert_close(gradients(model), expected, rounding=rounding)
-    return passes
+    return runner
 
 
 @pytest.mark.parametrize("rank", [4, 0])
-@pytest.mark.parametrize("kind", ALLOWED)
+@pytest.mark.parametrize("kind", METHODS)
 def test_losses_and_gradients_are_those_of_padded_examples(kind, rank):
     base = small_model(kind)
-    passes = check(adapted(base, rank=rank), base)
-    assert (passes.uses_varlen, passes.uses_chunked_loss) == ALLOWED[kind]
+    runner = check(add_lora(base, rank=rank), base)
+    assert (runner.uses_varlen, runner.uses_chunked_loss) == METHODS[kind]
 
 
-@pytest.mark.parametrize(("rank", "kept"), [(4, BFLOAT16), (0, torch.float32)])
+@pytest.mark.parametrize(("rank", "dtype"), [(4, BFLOAT16), (0, torch.float32)])
 @pytest.mark.parametrize("kind", ["llama", "mistral, sliding window", "gpt2"])
-def test_in_bfloat16_too(kind, rank, kept):
-    base = small_model(kind, dtype=kept)
-    passes = check(adapted(base, rank=rank), base, arithmetic=BFLOAT16, rounding=0.08)
-    assert passes.uses_varlen
-    assert passes.uses_chunked_loss
+def test_in_bfloat16(kind, rank, dtype):
+    base = small_model(kind, dtype=dtype)
+    runner = check(add_lora(base, rank=rank), base, arithmetic=BFLOAT16, rounding=0.08)
+    assert runner.uses_varlen
+    assert runner.uses_chunked_loss
 
 
 @pytest.mark.parametrize("rank", [4, 0])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_with_checkpointed_layers_too(kind, rank):
+def test_with_checkpointed_layers(kind, rank):
     base = small_model(kind)
     enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
     enable({"use_reentrant": False})
     if rank:
         base.enable_input_require_grads()
-    assert check(adapted(base, rank=rank), base).uses_varlen
+    assert check(add_lora(base, rank=rank), base).uses_varlen
 
 
 def test_the_loss_is_that_of_transformers():
-    model, batch = small_model("llama"), a_batch()
+    model, batch = small_model("llama"), make_batch()
     labels, mask = torch.from_numpy(batch.labels), torch.from_numpy(batch.attention_mask)
     with torch.no_grad():
         loss = model(input_ids=torch.from_numpy(batch.input_ids), attention_mask=mask, labels=labels).loss
-    ours = ModelRunner(model, arithmetic=torch.float32).evaluate(batch)
-    assert ours.cross_entropy.sum() / batch.tokens == pytest.approx(float(loss), rel=1e-5)
+    losses = ModelRunner(model, arithmetic=torch.float32).evaluate(batch)
+    assert losses.cross_entropy.sum() / batch.tokens == pytest.approx(float(loss), rel=1e-5)
 
 
-class _Mixing(torch.nn.Module):
-    """A norm that lets each token see the one before it."""
+class _MixingNorm(torch.nn.Module):
+    """A norm that mixes each token with the previous one."""
 
     def __init__(self, norm: torch.nn.Module) -> None:
         super().__init__()
@@ -106,8 +106,8 @@ class _Mixing(torch.nn.Module):
         return self.norm(hidden + torch.nn.functional.pad(hidden, (0, 0, 1, 0))[:, :-1])
 
 
-class _RunningOn(torch.nn.Module):
-    """Rotary positions that know no new beginning."""
+class _ContinuousRotary(torch.nn.Module):
+    """Rotary positions that ignore where an example starts."""
 
     def __init__(self, rotary: torch.nn.Module) -> None:
         super().__init__()
@@ -118,25 +118,25 @@ class _RunningOn(torch.nn.Module):
 
 
 @pytest.mark.parametrize("fault", ["attention", "positions", "a layer"])
-def test_examples_that_would_see_each_other_are_not_packed(monkeypatch, fault):
+def test_models_that_mix_packed_examples_do_not_use_varlen(monkeypatch, fault):
     model = small_model("llama")
     if fault == "attention":
-        own = attention.packed_attention
+        original = attention.packed_attention
 
         def leaking(module, query, *tensors, **options):
             with attention.packed_examples([query.shape[2]]):
-                return own(module, query, *tensors, **options)
+                return original(module, query, *tensors, **options)
 
         monkeypatch.setattr(attention, "packed_attention", leaking)
     elif fault == "positions":
-        model.model.rotary_emb = _RunningOn(model.model.rotary_emb)
+        model.model.rotary_emb = _ContinuousRotary(model.model.rotary_emb)
     else:
-        model.model.layers[1].input_layernorm = _Mixing(model.model.layers[1].input_layernorm)
+        model.model.layers[1].input_layernorm = _MixingNorm(model.model.layers[1].input_layernorm)
     assert not check(model, model).uses_varlen
 
 
 @pytest.mark.parametrize("chosen", ["eager", "sdpa"])
-def test_attention_that_was_chosen_stays(chosen):
+def test_a_chosen_attention_is_not_replaced(chosen):
     model = small_model("llama")
     model.set_attn_implementation(chosen)
     assert ModelRunner(model, arithmetic=torch.float32).uses_varlen == (chosen == "sdpa")
@@ -144,20 +144,20 @@ def test_attention_that_was_chosen_stays(chosen):
         assert model.config._attn_implementation == "eager"
 
 
-def test_outside_of_passes_a_packed_model_is_as_usual():
-    """Generation, and whoever calls the model by himself."""
-    model, plain, batch = small_model("llama"), small_model("llama"), a_batch()
+def test_the_model_is_unchanged_outside_of_passes():
+    """For generation, and for direct calls of the model."""
+    model, plain, batch = small_model("llama"), small_model("llama"), make_batch()
     assert ModelRunner(model, arithmetic=torch.float32).uses_varlen
-    given = {
+    inputs = {
         "input_ids": torch.from_numpy(batch.input_ids),
         "attention_mask": torch.from_numpy(batch.attention_mask),
     }
-    assert torch.equal(model(**given).logits, plain(**given).logits)
+    assert torch.equal(model(**inputs).logits, plain(**inputs).logits)
 
 
 @st.composite
 def _heads(draw):
-    """What goes into a head and comes out of it, and how much of it stands in memory at once."""
+    """A head, its inputs and targets, token weights, and a chunk size."""
     tokens, width, words = draw(st.integers(0, 9)), draw(st.integers(1, 6)), draw(st.integers(1, 12))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
     dtype = draw(st.sampled_from([torch.float32, BFLOAT16]))
@@ -169,14 +169,16 @@ def _heads(draw):
         part.requires_grad_(draw(st.booleans()))
     hidden = torch.randn(tokens, width, generator=generator).to(dtype).requires_grad_(draw(st.booleans()))
     targets = torch.randint(words, (tokens,), generator=generator)
-    scales = torch.rand(tokens, generator=generator) * torch.randint(0, 2, (tokens,), generator=generator)
-    return hidden, head, targets, scales, draw(st.integers(1, 10))
+    token_weights = torch.rand(tokens, generator=generator) * torch.randint(
+        0, 2, (tokens,), generator=generator
+    )
+    return hidden, head, targets, token_weights, draw(st.integers(1, 10))
 
 
 @settings(max_examples=60, deadline=None)
 @given(_heads())
-def test_in_chunks_it_is_the_cross_entropy_of_all_logits(case):
-    hidden, head, targets, scales, chunk_tokens = case
+def test_chunked_losses_are_the_cross_entropy_of_all_logits(case):
+    hidden, head, targets, token_weights, chunk_tokens = case
     leaves = [part for part in (hidden, *head.parameters()) if part.requires_grad]
     exact = [
         None if part is None else part.detach().double().requires_grad_()
@@ -185,32 +187,34 @@ def test_in_chunks_it_is_the_cross_entropy_of_all_logits(case):
     expected = torch.nn.functional.cross_entropy(
         torch.nn.functional.linear(*exact), targets, reduction="none"
     )
-    total, losses = chunked_losses(hidden, head, targets, scales, chunk_tokens=chunk_tokens)
+    total, losses = chunked_losses(hidden, head, targets, token_weights, chunk_tokens=chunk_tokens)
     rounding = 1e-5 if hidden.dtype == torch.float32 else 0.1
     torch.testing.assert_close(losses.double(), expected.detach(), rtol=rounding, atol=rounding)
-    torch.testing.assert_close(total, (losses * scales).sum())
+    torch.testing.assert_close(total, (losses * token_weights).sum())
     assert not losses.requires_grad
     assert total.requires_grad == bool(leaves)
     if not leaves:
         return
     (total * 3).backward()
-    (expected * scales.double() * 3).sum().backward()
-    for found, wanted in zip((hidden, head.weight, head.bias), exact, strict=True):
-        if found is None or not found.requires_grad:
-            assert found is None or found.grad is None
+    (expected * token_weights.double() * 3).sum().backward()
+    for tensor, reference_tensor in zip((hidden, head.weight, head.bias), exact, strict=True):
+        if tensor is None or not tensor.requires_grad:
+            assert tensor is None or tensor.grad is None
             continue
-        assert found.grad.dtype == found.dtype
-        size = float(wanted.grad.norm()) if wanted.grad.numel() else 0.0
-        assert float((found.grad.double() - wanted.grad).norm()) <= rounding * size + rounding * 0.1
+        assert tensor.grad.dtype == tensor.dtype
+        size = float(reference_tensor.grad.norm()) if reference_tensor.grad.numel() else 0.0
+        assert (
+            float((tensor.grad.double() - reference_tensor.grad).norm()) <= rounding * size + rounding * 0.1
+        )
 
 
-def test_without_gradients_none_is_made(monkeypatch):
-    """An evaluation of a model whose head is trained would make a gradient as large as the head."""
+def test_no_gradient_is_allocated_without_grad_mode(monkeypatch):
+    """An evaluation with a trained head must not allocate a gradient of the size of the head."""
     head = torch.nn.Linear(4, 8)
     shapes = []
-    own = torch.zeros_like
+    zeros_like = torch.zeros_like
     monkeypatch.setattr(
-        torch, "zeros_like", lambda like, **more: shapes.append(like.shape) or own(like, **more)
+        torch, "zeros_like", lambda like, **more: shapes.append(like.shape) or zeros_like(like, **more)
     )
     arguments = torch.randn(3, 4), head, torch.tensor([0, 5, 7]), torch.ones(3)
     with torch.no_grad():
@@ -221,18 +225,18 @@ def test_without_gradients_none_is_made(monkeypatch):
 
 
 class _Largest(TorchDispatchMode):
-    """Sees every tensor that is made, and keeps the size of the largest."""
+    """Records the size of the largest tensor that any operation creates."""
 
     numbers = 0
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        made = function(*arguments, **(options or {}))
-        sizes = [part.numel() for part in tree_leaves(made) if isinstance(part, torch.Tensor)]
+        output = function(*arguments, **(options or {}))
+        sizes = [part.numel() for part in tree_leaves(output) if isinstance(part, torch.Tensor)]
         self.numbers = max(self.numbers, *sizes, 0)
-        return made
+        return output
 
 
-def test_the_logits_never_stand_there_whole():
+def test_the_logits_never_exist_as_a_whole():
     tokens, width, words = 1000, 3, 70
     head = torch.nn.Linear(width, words)
     hidden = torch.randn(tokens, width, requires_grad=True)
@@ -241,4 +245,4 @@ def test_the_logits_never_stand_there_whole():
             hidden, head, torch.zeros(tokens, dtype=torch.int64), torch.ones(tokens), chunk_tokens=10
         )
         total.backward()
-    assert largest.numbers == tokens * width  # and with all logits tokens * words
+    assert largest.numbers == tokens * width  # all logits would be tokens * words

@@ -63,11 +63,11 @@ def losses(events):
 @pytest.mark.parametrize(
     ("bits", "more"), [("8bit", {}), ("4bit", {"gradient_checkpointing": True, "dtype": "bfloat16"})]
 )
-def test_it_ends_as_if_left_alone(train, tmp_path, eval_data, bits, more):
-    """However often it was evaluated, stopped and reset."""
-    alone, steps = train(tmp_path / "alone", quantization=bits, **more)
-    assert losses(steps)[-1] < losses(steps)[0]  # gradients flow through the frozen base
-    made = []
+def test_a_disturbed_run_ends_as_if_uninterrupted(train, tmp_path, eval_data, bits, more):
+    """With evaluations, a stop and memory resets."""
+    uninterrupted, steps = train(tmp_path / "alone", quantization=bits, **more)
+    assert losses(steps)[-1] < losses(steps)[0]  # gradients pass through the frozen base
+    disturbed_losses = []
     for stop in (2, None):
         ended, events = train(
             tmp_path / "disturbed",
@@ -78,20 +78,20 @@ def test_it_ends_as_if_left_alone(train, tmp_path, eval_data, bits, more):
             reload_every=3,
             **more,
         )
-        made += losses(events)
+        disturbed_losses += losses(events)
     assert [event.step for event in events if isinstance(event, MemoryReset)] == [3, 6]
     assert sum(isinstance(event, Evaluated) for event in events) == 5
-    assert made == losses(steps)
-    assert ended.state_digest == alone.state_digest
+    assert disturbed_losses == losses(steps)
+    assert ended.state_digest == uninterrupted.state_digest
 
 
-def test_it_learns_about_what_the_whole_weights_do(train, tmp_path):
-    found = {
+def test_losses_are_close_to_those_of_unquantized_weights(train, tmp_path):
+    losses_of = {
         kind: losses(train(tmp_path / kind, quantization=kind, save_every=0)[1]) for kind in ("none", *BITS)
     }
     for bits, off in (("8bit", 0.005), ("4bit", 0.03)):
-        assert found[bits] != found["none"]
-        assert found[bits] == pytest.approx(found["none"], rel=off)
+        assert losses_of[bits] != losses_of["none"]
+        assert losses_of[bits] == pytest.approx(losses_of["none"], rel=off)
 
 
 def base_bytes(engine) -> int:
@@ -102,25 +102,25 @@ def base_bytes(engine) -> int:
     return sum(tensor.nbytes for tensor in [*frozen, *scales])
 
 
-def test_fewer_bits_are_less_memory(options):
+def test_fewer_bits_take_less_memory(options):
     sizes, counts = {}, set()
     for kind in ("none", *BITS):
         engine = create_engine(TrainConfig(quantization=kind, **options))
-        kept = (
+        unquantized = (
             engine.model.get_input_embeddings().weight.nbytes
             + engine.model.get_output_embeddings().weight.nbytes
         )
-        sizes[kind] = base_bytes(engine) - kept
+        sizes[kind] = base_bytes(engine) - unquantized
         counts.add(engine.parameters)
     assert sizes["8bit"] < 0.32 * sizes["none"]
     assert sizes["4bit"] < 0.20 * sizes["none"]
-    assert len(counts) == 1  # and as many parameters
+    assert len(counts) == 1  # the same number of parameters
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's proc")
 @pytest.mark.parametrize("bits", BITS)
-def test_the_file_of_the_whole_weights_is_let_go(options, tmp_path, bits):
-    """What is not quantized would keep all of it mapped, and resident."""
+def test_the_file_of_the_weights_is_unmapped(options, tmp_path, bits):
+    """Unquantized weights must not keep the whole file mapped and resident."""
     folder = tmp_path / "model"
     shutil.copytree(options["model"], folder)
     engine = create_engine(TrainConfig(**{**options, "model": str(folder), "quantization": bits}))
@@ -129,11 +129,11 @@ def test_the_file_of_the_whole_weights_is_let_go(options, tmp_path, bits):
     assert engine.parameters[0] > 0
 
 
-def test_the_base_is_known_by_its_own_weights(options, tmp_path):
-    """Whatever it is kept in, and in however many files it lies."""
+def test_the_fingerprint_is_of_the_unquantized_weights(options, tmp_path):
+    """Independent of quantization, and of the number of files."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    whole = create_engine(TrainConfig(**options)).fingerprint()
+    expected = create_engine(TrainConfig(**options)).fingerprint()
     parts = tmp_path / "parts"
     AutoModelForCausalLM.from_pretrained(options["model"]).save_pretrained(parts, max_shard_size="40KB")
     AutoTokenizer.from_pretrained(options["model"]).save_pretrained(parts)
@@ -141,10 +141,10 @@ def test_the_base_is_known_by_its_own_weights(options, tmp_path):
     for kind in BITS:
         for model in (options["model"], str(parts)):
             config = TrainConfig(**{**options, "model": model, "quantization": kind})
-            assert create_engine(config).fingerprint() == whole
+            assert create_engine(config).fingerprint() == expected
 
 
-def test_a_checkpoint_opens_with_the_bits_it_was_trained_with(train, tmp_path):
+def test_open_checkpoint_quantizes_as_in_training(train, tmp_path):
     train(tmp_path, quantization="4bit")
     engine, _ = open_checkpoint(tmp_path)
     kinds = {type(module).__name__ for module in engine.model.modules()}
@@ -153,13 +153,13 @@ def test_a_checkpoint_opens_with_the_bits_it_was_trained_with(train, tmp_path):
     assert {tensor.dtype for tensor in engine.state().model.values()} == {torch.float32}
 
 
-def test_other_bits_are_another_run(train, tmp_path):
+def test_other_bits_refuse_to_resume(train, tmp_path):
     train(tmp_path, quantization="8bit", stop_after=2)
     with pytest.raises(ResumeRefused, match="--quantization was 8bit, is none"):
         train(tmp_path)
 
 
-def test_a_library_that_is_missing_is_named(options, monkeypatch):
+def test_a_missing_library_is_named(options, monkeypatch):
     honest = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util,
@@ -173,8 +173,8 @@ def test_a_library_that_is_missing_is_named(options, monkeypatch):
     assert "\n" not in str(refused.value)
 
 
-def test_packed_rows_in_8_bits_where_tokens_round_each_other(data, tmp_path):
-    """The bundled model has columns that LLM.int8 keeps in full, for all tokens of a pass."""
+def test_packed_rows_in_8_bits_with_outliers(data, tmp_path):
+    """The bundled model has outlier columns, which LLM.int8 keeps in full precision for a whole pass."""
     config = TrainConfig(
         data=str(data), out=str(tmp_path), quantization="8bit", packing=True, max_steps=1, threads=1
     )

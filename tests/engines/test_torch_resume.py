@@ -1,4 +1,4 @@
-"""What runs of the engine of torch have of their own: threads, other options of it, its optimizer."""
+"""What is specific to runs of the engine of torch: threads, other options, its optimizer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from distrust.errors import ConfigError, ResumeRefused
 from distrust.testing.models import make_model
 
 
-def test_the_threads_of_one_run_are_not_those_of_the_next(tiny_model):
+def test_threads_of_a_run_do_not_affect_the_next(tiny_model):
     def threads_of(chosen):
         return create_engine(
             TrainConfig(engine="torch", model=str(tiny_model), threads=chosen)
@@ -25,7 +25,7 @@ def test_the_threads_of_one_run_are_not_those_of_the_next(tiny_model):
     assert threads_of(None) == first
 
 
-def test_threads_are_those_that_the_run_began_with(train, tmp_path):
+def test_a_resumed_run_keeps_its_threads(train, tmp_path):
     train(tmp_path / "run", stop_after=3)
     torch.set_num_threads(2)
     try:
@@ -36,7 +36,7 @@ def test_threads_are_those_that_the_run_began_with(train, tmp_path):
     assert ended.state_digest == train(tmp_path / "alone")[0].state_digest
 
 
-def test_what_may_change_bits_is_warned_of(train, tmp_path):
+def test_options_that_may_change_bits_warn(train, tmp_path):
     train(tmp_path, stop_after=3)
     with pytest.warns(DistrustWarning, match="no longer bit-identical: gradient_checkpointing was False"):
         train(tmp_path, gradient_checkpointing=True)
@@ -44,15 +44,15 @@ def test_what_may_change_bits_is_warned_of(train, tmp_path):
 
 def test_other_weights_are_another_model(train, tmp_path):
     train(tmp_path / "run", stop_after=3)
-    other = make_model(tmp_path / "other", seed=1)
+    model = make_model(tmp_path / "other", seed=1)
     with pytest.raises(ResumeRefused, match=r"--model .*other: its content is not that of the run"):
-        train(tmp_path / "run", model=str(other))
-    # The same weights elsewhere are the same model.
+        train(tmp_path / "run", model=str(model))
+    # Equal weights in another folder are the same model.
     same = make_model(tmp_path / "same", seed=0)
     assert train(tmp_path / "run", model=str(same))[0].step == 7
 
 
-def test_a_checkpoint_knows_its_config(train, tmp_path, tiny_model, data):
+def test_a_checkpoint_records_its_config(train, tmp_path, tiny_model, data):
     ended, _ = train(tmp_path, lambda_=0.5, max_ratio=3.0, target_modules=("q_proj",), lora_rank=2)
     manager = CheckpointManager(ended.path.parent)
     config = config_of(manager.inspect(7))
@@ -79,7 +79,7 @@ def test_a_checkpoint_knows_its_config(train, tmp_path, tiny_model, data):
     )
 
 
-def test_the_optimizer_of_an_earlier_version_is_gone_on_from_by_this_one(tiny_model):
+def test_an_unfused_optimizer_resumes_fused(tiny_model):
     engine = create_engine(TrainConfig(engine="torch", model=str(tiny_model), lora_rank=2, threads=1))
     state = engine.state()
     for group in state.optimizer["param_groups"]:
@@ -88,7 +88,7 @@ def test_the_optimizer_of_an_earlier_version_is_gone_on_from_by_this_one(tiny_mo
     assert all(group["fused"] for group in engine.state().optimizer["param_groups"])
 
 
-def test_a_compiled_run_is_opened_without_a_compiler(train, tmp_path, monkeypatch):
+def test_open_checkpoint_does_not_compile(train, tmp_path, monkeypatch):
     def compile_layers(model):
         calls.append(model)
         return 1
@@ -100,7 +100,7 @@ def test_a_compiled_run_is_opened_without_a_compiler(train, tmp_path, monkeypatc
     assert len(calls) == 1
 
 
-def test_packing_for_a_model_that_would_mix_the_examples_is_refused(tiny_model, tmp_path):
+def test_packing_is_refused_for_a_model_that_mixes_examples(tiny_model, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(tiny_model, folder)
     config = json.loads((folder / "config.json").read_text())
@@ -115,13 +115,13 @@ def test_packing_for_a_model_that_would_mix_the_examples_is_refused(tiny_model, 
         create_engine(TrainConfig(engine="torch", model=str(folder), packing=True, threads=1))
 
 
-def test_names_that_no_module_has(tiny_model):
+def test_invalid_target_modules(tiny_model):
     with pytest.raises(ConfigError, match=r"--target-modules q_porj.*\n?.*linear modules are:.*q_proj"):
         create_engine(
             TrainConfig(engine="torch", model=str(tiny_model), target_modules=("q_porj",), threads=1)
         )
 
 
-def test_longer_than_the_model_sees(train, tmp_path):
+def test_a_length_beyond_the_models_context_is_refused(train, tmp_path):
     with pytest.raises(ConfigError, match="--max-length 129: the model's context is 128 tokens"):
         train(tmp_path, max_length=129)

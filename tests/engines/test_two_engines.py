@@ -1,4 +1,4 @@
-"""The engines of torch and mlx agree, and each takes up what the other trained."""
+"""The engines of torch and mlx agree, and each resumes what the other trained."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import safetensors.numpy
 
 pytest.importorskip("mlx_lm")
 
-from small_batches import a_batch
-from test_conformance import digest, trained
+from small_batches import make_batch
+from test_conformance import digest, train_two_steps
 
 from distrust import Checkpoint, CheckpointManager, DistrustWarning, TrainConfig
 from distrust.contract import Engine, EngineState
@@ -25,7 +25,7 @@ from distrust.training.events import StepEnded
 
 pytestmark = pytest.mark.usefixtures("_only_what_is_new_is_searched")
 AGREED = 1e-4
-KINDS: dict[str, dict[str, Any]] = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "lora": {},
     "one micro-batch": {"gradient_accumulation": 1, "batch_size": 4},
     "dora": {"dora": True, "rslora": True, "weight_decay": 0.1},
@@ -33,14 +33,14 @@ KINDS: dict[str, dict[str, Any]] = {
     "the head, too": {"target_modules": ("q_proj", "down_proj", "lm_head")},
 }
 OTHER = {"torch": "mlx", "mlx": "torch"}
-every_kind = pytest.mark.parametrize("kind", KINDS)
+every_variant = pytest.mark.parametrize("variant", VARIANTS)
 from_either = pytest.mark.parametrize("first", OTHER)
-goes_on_elsewhere = "no longer bit-identical: the run was trained with --engine {}, and resumes with {}"
+OTHER_ENGINE_WARNING = "no longer bit-identical: the run was trained with --engine {}, and resumes with {}"
 
 
 @pytest.fixture
 def losses(train):
-    """Trains without dropout, which each engine draws in its own way; the loss of each step by its number."""
+    """Train without dropout, which each engine samples differently; returns the loss of each step."""
 
     def losses(out: Path, **options: Any) -> dict[int, float]:
         _, events = train(out, lora_dropout=0.0, **options)
@@ -49,131 +49,134 @@ def losses(train):
     return losses
 
 
-def in_form_of_mlx(model: Any, optimizer: Any) -> dict[str, Any]:
-    """Weights, moments and steps of an engine of torch, as DESIGN says that they lie in one of mlx."""
+def torch_state_as_mlx(model: Any, optimizer: Any) -> dict[str, Any]:
+    """Weights, moments and steps of an engine of torch in the form of mlx, written independently."""
     names = {
         number: name
         for group in optimizer["param_groups"]
         for number, name in zip(group["params"], group["param_names"], strict=True)
     }
-    found = {f"weight of {name}": array for name, array in model.items()}
+    arrays = {f"weight of {name}": array for name, array in model.items()}
     for number, state in optimizer["state"].items():
-        found[f"m of {names[number]}"], found[f"v of {names[number]}"] = state["exp_avg"], state["exp_avg_sq"]
+        arrays[f"m of {names[number]}"], arrays[f"v of {names[number]}"] = (
+            state["exp_avg"],
+            state["exp_avg_sq"],
+        )
     mapped = {}
-    for name, array in found.items():
+    for name, array in arrays.items():
         inner = name.replace("base_model.model.", "").replace(".lora_magnitude_vector.weight", ".m")
-        for end, other in ((".lora_A.weight", ".lora_a"), (".lora_B.weight", ".lora_b")):
+        for end, suffix in ((".lora_A.weight", ".lora_a"), (".lora_B.weight", ".lora_b")):
             if inner.endswith(end):
-                inner, array = inner.removesuffix(end) + other, array.T
+                inner, array = inner.removesuffix(end) + suffix, array.T
         mapped[inner] = np.asarray(array)
     return {**mapped, "steps": {int(state["step"]) for state in optimizer["state"].values()} or {0}}
 
 
-def as_it_lies_in_mlx(model: Any, optimizer: Any) -> dict[str, Any]:
-    found = {f"weight of {name}": np.asarray(array) for name, array in model.items()}
+def mlx_state(model: Any, optimizer: Any) -> dict[str, Any]:
+    arrays = {f"weight of {name}": np.asarray(array) for name, array in model.items()}
     for moment in ("m", "v"):
-        found |= {f"{moment} of {name}": np.asarray(array) for name, array in optimizer[moment].items()}
-    return {**found, "steps": {optimizer["step"]}}
+        arrays |= {f"{moment} of {name}": np.asarray(array) for name, array in optimizer[moment].items()}
+    return {**arrays, "steps": {optimizer["step"]}}
 
 
-def compared(engine: str, model: Any, optimizer: Any) -> dict[str, Any]:
-    return (in_form_of_mlx if engine == "torch" else as_it_lies_in_mlx)(model, optimizer)
+def comparable(engine: str, model: Any, optimizer: Any) -> dict[str, Any]:
+    return (torch_state_as_mlx if engine == "torch" else mlx_state)(model, optimizer)
 
 
 def state_of(engine: Engine) -> dict[str, Any]:
-    return compared(engine.framework, engine.state().model, engine.state().optimizer)
+    return comparable(engine.framework, engine.state().model, engine.state().optimizer)
 
 
-def take_up(manager: CheckpointManager, step: int, engine: Engine) -> None:
+def load_step(manager: CheckpointManager, step: int, engine: Engine) -> None:
     loaded = manager.load(step, framework=engine.framework)
     engine.load_state(EngineState(loaded.model, loaded.optimizer, loaded.rng))
 
 
 def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Bit for bit."""
+    """Whether states are equal bit for bit."""
     return one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
 
 
-@every_kind
-def test_the_first_steps_losses_are_equal(losses, tmp_path, kind):
-    torch, mlx = (losses(tmp_path / engine, engine=engine, **KINDS[kind]) for engine in OTHER)
+@every_variant
+def test_losses_of_the_first_step_are_equal(losses, tmp_path, variant):
+    torch, mlx = (losses(tmp_path / engine, engine=engine, **VARIANTS[variant]) for engine in OTHER)
     assert mlx[1] == pytest.approx(torch[1], rel=1e-5)
-    if kind == "all weights":  # adapters begin with numbers that each draws in its own way
+    if variant == "all weights":  # adapters are initialized differently
         assert mlx == pytest.approx(torch, rel=1e-3)
     assert mlx[7] == pytest.approx(torch[7], rel=0.05)
     assert mlx[7] < mlx[1]
 
 
-def test_the_base_is_the_same(tiny_model):
+def test_both_engines_load_the_same_base(tiny_model):
     configs = [TrainConfig(engine=engine, model=str(tiny_model), device="cpu") for engine in OTHER]
     torch, mlx = map(create_engine, configs)
     assert torch.fingerprint() == mlx.fingerprint()
     assert torch.parameters == mlx.parameters
     assert torch.context_length == mlx.context_length
-    found, expected = (engine.evaluate(a_batch()).weighted for engine in (mlx, torch))
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    actual, expected = (engine.evaluate(make_batch()).weighted for engine in (mlx, torch))
+    np.testing.assert_allclose(actual, expected, rtol=1e-5)
 
 
-@every_kind
+@every_variant
 @from_either
-def test_a_run_of_one_goes_on_with_the_other(losses, tmp_path, first, kind):
-    options = KINDS[kind]
+def test_a_run_resumes_with_the_other_engine(losses, tmp_path, first, variant):
+    options = VARIANTS[variant]
     losses(tmp_path / "run", engine=first, stop_after=3, **options)
     shutil.copytree(tmp_path / "run", tmp_path / "stays")
     expected = losses(tmp_path / "stays", engine=first, **options)
 
     manager = CheckpointManager(tmp_path / "run" / "checkpoints")
-    taker = create_engine(replace(config_of(manager.inspect(3)), engine=OTHER[first]))
-    take_up(manager, 3, taker)
+    receiver = create_engine(replace(config_of(manager.inspect(3)), engine=OTHER[first]))
+    load_step(manager, 3, receiver)
     saved = manager.load(3)
-    expected_state = compared(first, saved.model, saved.optimizer)
+    expected_state = comparable(first, saved.model, saved.optimizer)
     assert expected_state["steps"] == {3}
-    assert same(state_of(taker), expected_state)
+    assert same(state_of(receiver), expected_state)
 
-    with pytest.warns(DistrustWarning, match=goes_on_elsewhere.format(first, OTHER[first])) as told:
-        found = losses(tmp_path / "run", engine=OTHER[first], **options)
-    assert len(told) == 1
-    assert "random generator states are not" in str(told[0].message)
-    assert sorted(found) == [4, 5, 6, 7]
-    assert found[4] == pytest.approx(expected[4], rel=AGREED)
-    assert found == pytest.approx(expected, rel=AGREED)  # the moments have their part in each that follows
-    # And it is from then on the other's: the same command without a name goes on with it.
+    with pytest.warns(DistrustWarning, match=OTHER_ENGINE_WARNING.format(first, OTHER[first])) as caught:
+        resumed = losses(tmp_path / "run", engine=OTHER[first], **options)
+    assert len(caught) == 1
+    assert "random generator states are not" in str(caught[0].message)
+    assert sorted(resumed) == [4, 5, 6, 7]
+    assert resumed[4] == pytest.approx(expected[4], rel=AGREED)
+    assert resumed == pytest.approx(expected, rel=AGREED)  # the moments affect every later step
+    # From then on it is a run of the other engine, also without --engine.
     assert open_checkpoint(tmp_path / "run")[0].framework == OTHER[first]
 
 
-def handed_over(giver: Engine, taker: Engine, folder: Path) -> None:
-    """The state of one engine, through a file."""
-    manager, state = CheckpointManager(folder), giver.state()
+def transfer(sender: Engine, receiver: Engine, folder: Path) -> None:
+    """Transfer the state of one engine to the other through a file."""
+    manager, state = CheckpointManager(folder), sender.state()
     manager.save(Checkpoint(step=1, model=state.model, optimizer=state.optimizer, rng=state.rng))
-    take_up(manager, 1, taker)
+    load_step(manager, 1, receiver)
 
 
 @pytest.mark.parametrize("steps", [0, 2])
 @from_either
-def test_there_and_back_no_bit_is_lost(tiny_model, tmp_path, first, steps):
-    """Nor where no step was made, and torch has no moments yet."""
+def test_converting_back_and_forth_is_lossless(tiny_model, tmp_path, first, steps):
+    """Also before the first step, when torch has no moments."""
     config = TrainConfig(engine=first, model=str(tiny_model), lora_rank=4, dora=True, device="cpu", threads=1)
     engines = [create_engine(replace(config, engine=name)) for name in (first, OTHER[first], first)]
     if steps:
-        trained(engines[0])
-    handed_over(engines[0], engines[1], tmp_path / "there")
-    handed_over(engines[1], engines[2], tmp_path / "back")
-    begun, there, back = map(state_of, engines)
-    assert same(back, begun)
-    assert there["steps"] == begun["steps"] == {steps}
+        train_two_steps(engines[0])
+    transfer(engines[0], engines[1], tmp_path / "there")
+    transfer(engines[1], engines[2], tmp_path / "back")
+    original, converted, restored = map(state_of, engines)
+    assert same(restored, original)
+    assert converted["steps"] == original["steps"] == {steps}
     np.testing.assert_allclose(
-        engines[1].evaluate(a_batch()).weighted, engines[0].evaluate(a_batch()).weighted, rtol=1e-5
+        engines[1].evaluate(make_batch()).weighted, engines[0].evaluate(make_batch()).weighted, rtol=1e-5
     )
 
 
-def test_what_mlx_has_no_adapter_for_is_refused(losses, tmp_path):
-    """Such as embeddings: nothing on the disk is changed, and torch goes on."""
+def test_targets_that_mlx_cannot_adapt_are_refused(losses, tmp_path):
+    """Such as embeddings: no file changes, and torch can resume."""
     options = {"target_modules": ("embed_tokens", "q_proj")}
     losses(tmp_path, engine="torch", stop_after=2, **options)
-    before = {path: path.read_bytes() for path in (tmp_path / "checkpoints").iterdir()}
+    files = {path: path.read_bytes() for path in (tmp_path / "checkpoints").iterdir()}
     with pytest.raises(ConfigError, match=r"--target-modules .*: embed_tokens is no linear module"):
         losses(tmp_path, engine="mlx", **options)
-    assert {path: path.read_bytes() for path in (tmp_path / "checkpoints").iterdir()} == before
+    assert {path: path.read_bytes() for path in (tmp_path / "checkpoints").iterdir()} == files
     assert losses(tmp_path, engine="torch", **options).keys() == {3, 4, 5, 6, 7}
 
 
@@ -181,14 +184,14 @@ def test_what_mlx_has_no_adapter_for_is_refused(losses, tmp_path):
     "optimizer", [{"step": 1, "m": {}}, {"m": {}, "v": {}}, {"state": {}}, {"exp_avg": {}, "step": 3}]
 )
 @from_either
-def test_an_optimizer_of_neither_is_refused(tiny_model, tmp_path, first, optimizer):
+def test_an_optimizer_of_neither_engine_is_refused(tiny_model, tmp_path, first, optimizer):
     engine = create_engine(
         TrainConfig(engine=first, model=str(tiny_model), lora_rank=4, device="cpu", threads=1)
     )
-    before = digest(engine, tmp_path)
+    digest_before = digest(engine, tmp_path)
     with pytest.raises(ResumeRefused, match="neither torch's nor mlx's"):
         engine.load_state(replace(engine.state(), optimizer=optimizer))
-    assert digest(engine, tmp_path) == before
+    assert digest(engine, tmp_path) == digest_before
 
 
 ROTARY = {
@@ -205,7 +208,7 @@ ROTARY = {
 
 
 def with_config(model: Path, folder: Path, **changes: Any) -> Path:
-    """The same weights in another model."""
+    """A copy of a model with changes in its config."""
     shutil.copytree(model, folder)
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
@@ -213,7 +216,7 @@ def with_config(model: Path, folder: Path, **changes: Any) -> Path:
 
 
 def with_sharp_attention(model: Path, folder: Path) -> Path:
-    """Positions matter in it, which attention at its first, even values hardly looks at."""
+    """A copy whose attention depends on positions; freshly initialized attention is almost uniform."""
     shutil.copytree(model, folder)
     path = folder / "model.safetensors"
     weights = safetensors.numpy.load_file(path)
@@ -223,20 +226,20 @@ def with_sharp_attention(model: Path, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("rotary", ROTARY)
-def test_positions_turn_alike_however_the_config_says_it(tiny_model, tmp_path, rotary):
-    """transformers 5 writes them into one entry, which few models of mlx-lm read."""
-    batch = a_batch(seed=1, lengths=(40, 9))
+def test_rotary_settings_are_read_from_any_config(tiny_model, tmp_path, rotary):
+    """transformers 5 writes all settings into one entry, which few models of mlx-lm read."""
+    batch = make_batch(seed=1, lengths=(40, 9))
     model = with_sharp_attention(tiny_model, tmp_path / "plain")
-    turned = with_config(model, tmp_path / "turned", rope_parameters=ROTARY[rotary])
-    plain, *found = [
+    changed = with_config(model, tmp_path / "changed", rope_parameters=ROTARY[rotary])
+    plain, *actual = [
         create_engine(TrainConfig(engine=engine, model=str(folder), device="cpu", threads=1)).evaluate(batch)
-        for engine, folder in (("mlx", model), ("torch", turned), ("mlx", turned))
+        for engine, folder in (("mlx", model), ("torch", changed), ("mlx", changed))
     ]
-    np.testing.assert_allclose(found[0].cross_entropy, found[1].cross_entropy, rtol=1e-5)
-    assert not np.allclose(plain.cross_entropy, found[1].cross_entropy, rtol=1e-4)
+    np.testing.assert_allclose(actual[0].cross_entropy, actual[1].cross_entropy, rtol=1e-5)
+    assert not np.allclose(plain.cross_entropy, actual[1].cross_entropy, rtol=1e-4)
 
 
-def test_a_window_that_mlx_does_not_apply_is_told(tiny_model, tmp_path):
+def test_a_sliding_window_that_mlx_ignores_warns(tiny_model, tmp_path):
     model = with_config(
         tiny_model,
         tmp_path / "model",

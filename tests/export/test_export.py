@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from distrust import Checkpoint, CheckpointManager, DistrustWarning
+from distrust.atomic import atomic_directory
 from distrust.checkpoint.disk import Disk
 from distrust.engines import open_checkpoint
 from distrust.errors import (
@@ -35,7 +36,6 @@ from distrust.errors import (
 )
 from distrust.export import export
 from distrust.export.card import Facts, model_card, yaml_text
-from distrust.export.staging import atomic_directory
 from distrust.testing.models import make_model, train_a_little, write_records
 
 # peft asks transformers by a name that transformers has begun to change.
@@ -309,10 +309,10 @@ def test_nothing_is_written_over(run, tmp_path):
         (tmp_path / "folder" / "kept").mkdir(parents=True, exist_ok=True)
         if name == "link":
             (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-        with pytest.raises(ExportFailed, match=f"{name}: is there already, and is not written over"):
+        with pytest.raises(ExportFailed, match=f"{name}: exists already, and is not overwritten"):
             export(run, tmp_path / name)
     (tmp_path / "file.safetensors").write_text("mine")
-    with pytest.raises(ExportFailed, match="is there already"):
+    with pytest.raises(ExportFailed, match="exists already"):
         export(run, tmp_path / "file.safetensors", format="state")
     assert (tmp_path / "file.safetensors").read_text() == "mine"
     (tmp_path / "empty").mkdir()
@@ -325,7 +325,7 @@ def test_a_disk_that_refuses(run, tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
     try:
         for to, form in ((tmp_path / "adapter", "adapter"), (tmp_path / "merged", "merged")):
-            with pytest.raises(ExportFailed, match=r"not written: .*Nothing is there"):
+            with pytest.raises(ExportFailed, match=r"not written: .*Nothing was created"):
                 export(run, to, format=form)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -418,7 +418,7 @@ def write_while_another_does(target: Path) -> None:
 
 
 def test_of_two_writers_at_once_the_first_to_end_wins(tmp_path):
-    with pytest.raises(ExportFailed, match="is there already"):
+    with pytest.raises(ExportFailed, match="exists already"):
         write_while_another_does(tmp_path / "target")
     assert os.listdir(tmp_path / "target") == ["of the quick one"]
     assert left_behind(tmp_path) == []
@@ -467,7 +467,7 @@ def test_the_card_says_where_it_comes_from(place, run, tmp_path):
         "- `name`: `records.jsonl`",
         "- `name`: `model`",
         "- `examples`: `11`",
-        f"- `learned tokens seen in training`: `{file.metadata['tokens_seen']}`",
+        f"- `tokens seen in training`: `{file.metadata['tokens_seen']}`",
         "- `weighting`: `monotone`",
         "- `alpha`: `2.7`",
         "- `lambda`: `0.6`",

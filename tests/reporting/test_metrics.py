@@ -165,7 +165,7 @@ def test_room_that_comes_with_the_last_checkpoint_serves_the_last_lines(logged, 
 @pytest.mark.parametrize("name", [METRICS, PROVENANCE])
 def test_what_is_no_file_in_its_place_does_not_stop_the_run(run, tmp_path, name):
     (tmp_path / "run" / name).mkdir(parents=True)
-    with pytest.warns(DistrustWarning, match=f"{name}: is there already, and is no file"):
+    with pytest.warns(DistrustWarning, match=f"{name}: exists already, and is not a file"):
         ended, _ = run(tmp_path / "run", observers=[MetricsWriter(TrainConfig())])
     assert ended.finished
 

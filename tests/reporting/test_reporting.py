@@ -410,7 +410,7 @@ def test_a_file_is_replaced_wholly_or_not_at_all(tmp_path):
     assert target.read_bytes() == b"two"
     folder = tmp_path / "folder.png"
     (folder / "full").mkdir(parents=True)
-    with pytest.raises(ConfigError, match=re.escape(f"{folder}: is there already, and is no file")):
+    with pytest.raises(ConfigError, match=re.escape(f"{folder}: exists already, and is not a file")):
         figures.write(folder, b"three")
     (tmp_path / "file").touch()
     with pytest.raises(WriteFailed, match="not written"):

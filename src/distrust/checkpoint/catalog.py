@@ -227,7 +227,7 @@ def verify_content(path: Path) -> CheckpointFile:
 
     from distrust.checkpoint import verified_read  # numpy and threads: not needed for listing
 
-    with open_checkpoint(path) as (descriptor, header):
+    with errors_with_path(path), open_checkpoint(path) as (descriptor, header):
         verified_read.verify_file(descriptor, header)
         return CheckpointFile(path, header)
 
@@ -236,15 +236,10 @@ def verify_content(path: Path) -> CheckpointFile:
 def open_checkpoint(path: Path) -> Iterator[tuple[int, Header]]:
     """Open a checkpoint and check its header fully; gives descriptor and header.
 
-    Errors raised in the block get the path.
-
-    Raises:
-        CheckpointNotFound: if there is no such file.
-        CorruptCheckpoint: if it is damaged.
-        CheckpointUnreadable: if this process cannot read it.
-        UnsupportedVersion: if a later version of the format wrote it.
+    Use it inside :func:`errors_with_path`. It must not translate errors itself: a generator that raises
+    another error keeps the original one, with every buffer in its frames, until the garbage collector runs.
     """
-    with errors_with_path(path), open_regular(path) as (descriptor, status):
+    with open_regular(path) as (descriptor, status):
         header = _parse_header(descriptor, status.st_size)
         header.require_intact()
         yield descriptor, header

@@ -63,11 +63,9 @@ def _describe(tensor: TensorInfo) -> str:
 
 
 def _compare_nodes(a: Any, b: Any, path: str, result: list[Difference]) -> None:
-    """Append the differences below two nodes of the skeleton. Arrays are skipped: compared as tensors.
-
-    Walks both trees at once. A list of all paths would take their number times their length of memory, and a
-    hostile file chooses both.
-    """
+    """Append the differences below two nodes of the skeleton. Arrays are skipped: compared as tensors."""
+    # Both trees at once: a list of all paths would need memory for their number times their length, and a
+    # hostile file chooses both.
     kinds = {_kind(a), _kind(b)}
     if len(kinds) == 1 and kinds <= _CONTAINERS.keys():
         children_a, children_b = _children(a), _children(b)

@@ -246,10 +246,8 @@ def header_digest(header: bytes | bytearray) -> str:
 
 
 def tensor_hasher(*, all_cores: bool) -> blake3:
-    """Return a BLAKE3 hasher for a tensor's bytes: multi-threaded for large pieces, else single-threaded.
-
-    In a forked child always the latter: the threads of the parent's pool do not exist there.
-    """
+    """Return a BLAKE3 hasher for a tensor's bytes: multi-threaded for large pieces, else single-threaded."""
+    # In a forked child always single-threaded: the threads of the parent's pool do not exist there.
     return blake3(max_threads=blake3.AUTO if all_cores and not _forked else 1)
 
 

@@ -18,10 +18,8 @@ match dtype and shape, and True for 1, so none of these has a check of its own.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
-from collections.abc import Iterator
 from itertools import chain
 from operator import lt
 from typing import Any, cast, get_args
@@ -49,7 +47,7 @@ from distrust.checkpoint.format import (
 )
 from distrust.checkpoint.lazy import lockfree_cached_property
 from distrust.checkpoint.tree import ARRAY_SECTIONS, STATE_SECTIONS
-from distrust.errors import CorruptCheckpoint, UnsupportedVersion, shorten
+from distrust.errors import CorruptCheckpoint, ErrorTranslator, UnsupportedVersion, shorten
 
 METADATA_KEYS = (
     "digest", "digests", "format", "kind", "run", "state", "state_digest", "step", "version"
@@ -89,6 +87,8 @@ class Header:
         self._data_offset = data_offset
         self.config, self.metadata = _plain_sections(self.state, self.step)
         self.run_info = _run_info(self.run)
+        self.saved_metrics: dict[str, float] = self.run_info["metrics"]  # without the numbers in the metadata
+        self.measured_on: str = self.run_info.get("measured_on", "")
 
     @lockfree_cached_property
     def metrics(self) -> dict[str, float]:
@@ -99,18 +99,6 @@ class Header:
             for name, value in candidates.items()
             if isinstance(name, str) and isinstance(value, (int, float)) and not isinstance(value, bool)
         }
-
-    @property
-    def saved_metrics(self) -> dict[str, float]:
-        """The saved metrics, without the numbers in the metadata."""
-        metrics: dict[str, float] = self.run_info["metrics"]
-        return metrics
-
-    @property
-    def measured_on(self) -> str:
-        """What the metrics were measured on; empty if not recorded."""
-        description: str = self.run_info.get("measured_on", "")
-        return description
 
     @lockfree_cached_property
     def tensors(self) -> tuple[TensorInfo, ...]:
@@ -185,14 +173,10 @@ class Header:
 
 
 def header_length(first: bytes, file_size: int) -> int:
-    """Return the length of the header, with the 8 bytes of length before it.
-
-    Args:
-        first: the first 8 bytes of the file, or more.
-        file_size: of the whole file, in bytes.
+    """Return the length of the header with the 8 bytes before it, given at least the first 8 of the file.
 
     Raises:
-        CorruptCheckpoint: if the file cannot have a header of that length.
+        CorruptCheckpoint: if a file of that size cannot have such a header.
     """
     if len(first) < LENGTH_BYTES:
         raise CorruptCheckpoint(f"{file_size} bytes are too few for a checkpoint")
@@ -259,11 +243,9 @@ def _parse_metadata(text: str) -> tuple[dict[str, str], int]:
 
 
 def _fits_data(table: str, data_bytes: int) -> bool:
-    """Return whether the tensors' data ends where the file ends, judged by the text of the table alone.
-
-    In canonical form the data has no gaps, so it ends where one tensor ends and no other begins, except empty
-    ones. No name can be mistaken for an offset: in a JSON string, a backslash precedes each quote.
-    """
+    """Return whether the tensors' data ends where the file ends, judged by the text of the table alone."""
+    # In canonical form the data has no gaps: it ends where one tensor ends and no other begins, except empty
+    # ones. No name can be mistaken for an offset: in a JSON string, a backslash precedes each quote.
     at_end = table.count(f'":{{"data_offsets":[{data_bytes},')
     empty = table.count(f'":{{"data_offsets":[{data_bytes},{data_bytes}],"dtype":')
     return at_end == empty and (data_bytes == 0 or f',{data_bytes}],"dtype":' in table)
@@ -302,13 +284,12 @@ def _run_info(text: str) -> dict[str, Any]:
     return run
 
 
-@contextlib.contextmanager
-def _json_errors(part: str) -> Iterator[None]:
+def _json_errors(part: str) -> ErrorTranslator:
     """Convert the errors of hostile JSON to :class:`CorruptCheckpoint`."""
-    try:
-        yield
-    except (ValueError, RecursionError) as error:  # deep nesting; UnicodeError is a ValueError
-        raise CorruptCheckpoint(f"the {part} is not the JSON that a writer produces ({error})") from None
+    return ErrorTranslator(
+        (ValueError, RecursionError),  # of deep nesting; UnicodeError is a ValueError
+        lambda error: CorruptCheckpoint(f"the {part} is not the JSON that a writer produces ({error})"),
+    )
 
 
 def _require_same(text: str, encoded: str) -> None:
@@ -319,10 +300,8 @@ def _require_same(text: str, encoded: str) -> None:
 
 
 def _parse_table(table: str) -> tuple[list[str], list[str], list[str], list[tuple[int, ...]]]:
-    """Return names, byte ranges ("begin,end"), dtypes and shapes of the tensors, in the order of the text.
-
-    A regular expression, not a JSON parser: a writer produces one form, and any other is invalid.
-    """
+    """Return names, byte ranges ("begin,end"), dtypes and shapes of the tensors, in the order of the text."""
+    # A regular expression, not a JSON parser: a writer produces one form, and any other is invalid.
     members = _MEMBER.findall(table)
     columns = [*zip(*members, strict=True)] or [()] * 4
     # Matches are in order and do not overlap: if their total length is that of the text, they are all of it.

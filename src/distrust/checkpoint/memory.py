@@ -126,7 +126,7 @@ def _resident_on_macos() -> int:
 
 
 def keep_freed_memory() -> None:
-    """Make the allocator keep freed memory for the next step: faulting in fresh pages cost a tenth of a step.
+    """Make the allocator keep freed memory for the next step: page faults cost a tenth of a step.
 
     glibc does so for blocks of up to 32 MiB once it has freed one, but returns what is free at the end of the
     heap. :func:`trim` returns all of it.

@@ -81,12 +81,12 @@ class WorkerPool:
     def submit(self, task: Callable[[], None]) -> threading.Event:
         """Queue a task; return an event that is set when it has run, failed or been skipped."""
         self._raise_error()
-        done = threading.Event()
-        self._tasks.put((task, done))
+        finished = threading.Event()
+        self._tasks.put((task, finished))
         if not len(self._threads):
             self._tasks.put(None)
             self._work()
-        return done
+        return finished
 
     def finish(self) -> None:
         """Wait for every task, and raise the first error."""
@@ -105,13 +105,13 @@ class WorkerPool:
 
     def _work(self) -> None:
         while (entry := self._tasks.get()) is not None:
-            task, done = entry
+            task, finished = entry
             try:
                 if self._error is None:
                     task()
             except BaseException as error:
                 self._error = error  # raised in the submitting thread
-            done.set()  # always: the submitter may be waiting to reuse the task's memory
+            finished.set()  # always: the submitter may be waiting to reuse the task's memory
 
 
 def worthwhile_threads(nbytes: int) -> int:

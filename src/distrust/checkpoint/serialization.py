@@ -14,6 +14,7 @@ from distrust.checkpoint import arrays, tree, verified_read
 from distrust.checkpoint.catalog import open_checkpoint
 from distrust.checkpoint.checkpoint import ARRAY_SECTIONS, STATE_SECTIONS, Checkpoint
 from distrust.checkpoint.checkpoint_file import CheckpointFile
+from distrust.checkpoint.files import errors_with_path
 from distrust.checkpoint.format import Kind, Layout, canonical_json, tensor_hasher
 from distrust.checkpoint.header import parse_header
 from distrust.checkpoint.lazy import LazyMapping, LazyTensor
@@ -34,10 +35,8 @@ class PreparedCheckpoint:
 
 
 def prepare(checkpoint: Checkpoint, kind: Kind) -> PreparedCheckpoint:
-    """Flatten a checkpoint and lay out its file. Later changes to it, except in arrays, have no effect.
-
-    Raises UnsupportedState for a value that would not be restored exactly, and so does :func:`state_digest`.
-    """
+    """Flatten a checkpoint and lay out its file; UnsupportedState if it could not be restored exactly."""
+    # From here on, the caller's changes have no effect, except those in arrays.
     sections, by_label = tree.flatten(
         {name: getattr(checkpoint, name) for name in STATE_SECTIONS}, is_array=arrays.is_array
     )
@@ -85,10 +84,9 @@ def load(
     import numpy as np
 
     arrays.require_framework(framework)
-    with open_checkpoint(path) as (descriptor, header):
-        content = (
-            verified_read.map_file(descriptor, header) if mapped else verified_read.load(descriptor, header)
-        )
+    with errors_with_path(path), open_checkpoint(path) as (descriptor, header):
+        read = verified_read.map_file if mapped else verified_read.load
+        content = read(descriptor, header)
         data = np.frombuffer(content.data, np.uint8)
         tensors = {tensor.name: tensor for tensor in header.tensors}
 
@@ -101,7 +99,7 @@ def load(
         def verify_and_build(label: str) -> Any:
             try:
                 verified_read.verify_content(content, [tensors[label]])
-            except CorruptCheckpoint as error:  # open_checkpoint, which adds the path, has returned by then
+            except CorruptCheckpoint as error:  # errors_with_path below has ended by then
                 raise CorruptCheckpoint(error.reason, path=path, tensor=error.tensor) from None
             return build_array(label)
 

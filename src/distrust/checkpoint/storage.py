@@ -89,8 +89,8 @@ class AtomicFile:
             self._disk.sync_directory(self._path.parent)
         except OSError as error:
             raise SaveFailed(
-                f"{self._path}: written and whole, but its directory could not be synced "
-                f"({error.strerror}): a power cut may still take it away",
+                f"{self._path}: written completely, but its directory could not be synced "
+                f"({error.strerror}): a power cut may still remove it",
                 path=self._path,
             ) from error
 

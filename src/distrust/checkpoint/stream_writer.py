@@ -58,7 +58,7 @@ def write_streaming(file: AtomicFile, prepared: PreparedCheckpoint, block_buffer
     writes: deque[threading.Event] = deque()
     for number, (begin, end) in enumerate(_blocks(layout)):
         if number >= slots:
-            writes.popleft().wait()  # the slot's previous block must be on disk before it is overwritten
+            writes.popleft().wait()  # the slot's previous block must be written before it is overwritten
         slot = number % slots * BLOCK_BYTES
         arrays.fill(memory, slot, _arrays_in_range(prepared, begin, end))
         block = memoryview(memory)[slot : slot + round_up(end - begin, PAGE_BYTES)]
@@ -68,11 +68,9 @@ def write_streaming(file: AtomicFile, prepared: PreparedCheckpoint, block_buffer
 
 
 class _TensorDigests:
-    """The digest of each tensor, computed from blocks of the data that arrive in order.
+    """Computes the digest of each tensor from blocks of the data that arrive in order."""
 
-    One per tensor, so that a reader can verify each without the others, in parallel or on demand.
-    """
-
+    # One digest per tensor, so that a reader can verify each without the others, in parallel or on demand.
     def __init__(self, layout: Layout) -> None:
         self._edges = layout.edges
         # Hashers of tensors that continue in the next block. Not one for each: a hasher takes 2 KiB.
@@ -118,6 +116,7 @@ def _write_header(file: AtomicFile, layout: Layout, digests: Sequence[str]) -> s
     header, digest = layout.header(digests)
     block = allocate(len(header))  # page-aligned, for O_DIRECT; the header's length is a multiple of a page
     block[: len(header)] = header
-    # Last: after a crash, a file without its header is not a checkpoint, whatever data reached the disk.
+    # Last, before the caller's fsync: after a crash, a file without its header is not a checkpoint, whatever
+    # data reached the disk.
     file.write(memoryview(block)[: len(header)], 0)
     return digest

@@ -137,14 +137,11 @@ def check_digest(tensor: TensorInfo, digest: str) -> None:
 
 
 def _is_cold(descriptor: int, header: Header) -> bool:
-    """Return whether most of the data is outside the page cache, judged by a few probes.
-
-    Always False for small files, and where the data has no aligned start for direct I/O.
-    """
+    """Return whether most of the data is outside the page cache, judged by a few probes."""
     start = header.tensors[0].offset if header.tensors else header.file_size
     size = header.file_size - start
     if size < FETCH_BYTES or start % PAGE_BYTES or sys.platform != "linux":
-        return False
+        return False  # small, or not aligned for direct I/O, or mincore is not available
     # mincore on a mapping, not preadv2(RWF_NOWAIT): that starts read-ahead, which falsifies the next probe.
     try:
         file = mmap.mmap(descriptor, header.file_size, access=mmap.ACCESS_COPY)

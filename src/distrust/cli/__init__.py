@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-from distrust.errors import ConfigError, DistrustError, DistrustWarning
+from distrust.errors import ConfigError, DistrustError, DistrustWarning, MissingDependency
 from distrust.reporting.display import printable
 
 #: The verbs and what they do. Each has a module of its name.
@@ -78,7 +78,8 @@ def _run(verb: str, arguments: list[str]) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("distrust"):
             raise
-        return _print_error(f"{verb} needs {error.name}: pip install 'distrust-trainer[train]'", 1)
+        missing = MissingDependency(f"distrust {verb}", library=error.name or str(error), extra="train")
+        return _print_error(str(missing), 1)
     except KeyboardInterrupt:
         _print_error("interrupted", 130)
         os._exit(130)  # at once, without waiting for a write: an unfinished checkpoint is never visible

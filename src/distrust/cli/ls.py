@@ -15,14 +15,9 @@ from distrust.run_record import RunRecord
 
 
 class Run(NamedTuple):
-    """A run in a folder of runs.
+    """A run in a folder of runs."""
 
-    Attributes:
-        path: of its folder.
-        checkpoints: its intact and damaged checkpoints.
-    """
-
-    path: Path
+    path: Path  # of its folder
     checkpoints: Scan
 
 

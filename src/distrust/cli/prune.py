@@ -22,19 +22,12 @@ RULES = {"keep_last": 1, "keep_best": 0, "keep_every": 1}
 
 
 class RemovedFile(NamedTuple):
-    """A file that was removed, or in a dry run would be.
-
-    Attributes:
-        path: of the file.
-        step: of the checkpoint.
-        bytes: disk space that the removal frees.
-        reason: why it is removed.
-    """
+    """A file that was removed, or in a dry run would be."""
 
     path: str
-    step: int
-    bytes: int
-    reason: str
+    step: int  # of the checkpoint
+    bytes: int  # disk space that the removal frees
+    reason: str  # why it is removed
 
 
 def main(arguments: list[str]) -> int:

@@ -1,59 +1,40 @@
-"""The command ``distrust train``."""
+"""The command ``distrust train``. Its flags, their groups and their help come from :mod:`distrust.config`."""
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, field, fields, make_dataclass
+import shutil
+import textwrap
+from dataclasses import Field, field, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import tyro
 
-from distrust import config as options
 from distrust.cli import COMMANDS
-from distrust.config import TrainConfig
+from distrust.config import TrainConfig, from_toml, key, option_docs, option_groups
 from distrust.errors import ConfigError
 
-DESCRIPTION = """{what}.
-
-The same command continues a run that was killed, stopped or interrupted, bit for bit. Without options it
-trains the bundled model on the bundled corpus. Options come from --config FILE (TOML: key = value, with
-underscores) and from flags; flags win.
-
-examples:
-  distrust train
-  distrust train --model ./my-model --data examples.jsonl --out runs/first --max-steps 500
-  distrust train --engine mlx --model ./my-model --data examples.jsonl --out runs/first
-  distrust train --config run.toml --learning-rate 1e-4
-  distrust train --out runs/first --from-step 200 --branch runs/second --max-steps 300"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Flags(TrainConfig):
-    config: str | None = None
-    """TOML file with options."""
-    lambda_: Annotated[float, tyro.conf.arg(name="lambda")] = TrainConfig.lambda_
-    """How far the term enters the example's weight: 1 + lambda * alpha * term; 0 or more."""
-
-
-#: The same, but that the help does not say "default: None" behind a doc that says what that stands for.
-_Command: Any = make_dataclass(
-    "_Command",
-    [
-        (name, Annotated[hint, tyro.conf.arg(help_behavior_hint="")], field(default=None))
-        for name, hint in get_type_hints(_Flags, include_extras=True).items()
-        if getattr(_Flags, name) is None
-    ],
-    bases=(_Flags,),
-    frozen=True,
-    kw_only=True,
+_DESCRIPTION = (
+    "Run the same command to resume a run that was killed, stopped or interrupted: the result is "
+    "bit-identical. Without options, it trains the bundled model on the bundled corpus. Options come from "
+    "--config FILE (TOML: key = value, with underscores) and from flags; flags win."
 )
+_EXAMPLES = (
+    "distrust train",
+    "distrust train --model ./my-model --data examples.jsonl --out runs/first --max-steps 500",
+    "distrust train --engine mlx --model ./my-model --data examples.jsonl --out runs/first",
+    "distrust train --config run.toml --learning-rate 1e-4",
+    "distrust train --out runs/first --from-step 200 --branch runs/second --max-steps 300",
+)
+_CONFIG = tyro.conf.arg(help="TOML file with options.", help_behavior_hint="")
+_HINTS = get_type_hints(TrainConfig)
 
 
 def main(arguments: list[str]) -> int:
-    """Train as the flags say."""
+    """Train, or resume a run."""
     config = parse(arguments)
-    # torch and transformers take seconds to load: not before the flags are known to be right.
+    # Only now that the flags are known to be right: torch and transformers take seconds to load.
     from distrust.reporting.console import ConsoleReporter
     from distrust.reporting.dashboards import create_observers
     from distrust.trainer import DistrustTrainer
@@ -64,27 +45,50 @@ def main(arguments: list[str]) -> int:
 
 
 def parse(arguments: list[str]) -> TrainConfig:
-    """The config that a file and flags give together.
+    """The config from a TOML file and from flags.
 
     Raises:
-        ConfigError: for values that make no sense; SystemExit for flags that do not exist.
+        ConfigError: a value is invalid.
+        SystemExit: a flag is unknown, or --help was given.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", action="append", default=[])
     files = first.parse_known_args(arguments)[0].config
     if len(files) > 1:
         raise ConfigError(f"--config is given {len(files)} times; give one file")
-    base = options.from_toml(Path(files[0])) if files else TrainConfig()
+    base = from_toml(Path(files[0])) if files else TrainConfig()
     command = tyro.cli(
-        _Command,
+        tyro.conf.OmitArgPrefixes[_command(base)],
         args=arguments,
         prog="distrust train",
-        description=DESCRIPTION.format(what=f"{COMMANDS['train'][0].upper()}{COMMANDS['train'][1:]}"),
-        default=_Command(**_values(base)),
+        description=_description(),
         config=(tyro.conf.DisallowNone,),
     )
-    return TrainConfig(**_values(command))
+    groups = [getattr(command, title) for title in option_groups()]
+    return TrainConfig(**{name: value for group in groups for name, value in vars(group).items()})
 
 
-def _values(config: TrainConfig) -> dict[str, Any]:
-    return {option.name: getattr(config, option.name) for option in fields(TrainConfig)}
+def _command(base: TrainConfig) -> Any:
+    """A dataclass with a field for each group of options, whose defaults are those of a config."""
+    members: list[tuple[str, Any, Any]] = [("config", Annotated[str | None, _CONFIG], None)]
+    for title, options in option_groups().items():
+        group = make_dataclass(title, [_flag(option) for option in options], frozen=True)
+        default = group(**{option.name: getattr(base, option.name) for option in options})
+        members.append((title, Annotated[group, tyro.conf.arg(name=title, help="")], field(default=default)))
+    return make_dataclass("Command", members, frozen=True)
+
+
+def _flag(option: Field[Any]) -> tuple[str, Any, Any]:
+    # The documentation says what None stands for: the help must not add "(default: None)".
+    hint = "" if option.default is None else None
+    arg = tyro.conf.arg(name=key(option.name), help=option_docs()[option.name], help_behavior_hint=hint)
+    return option.name, Annotated[_HINTS[option.name], arg], field(default=option.default)
+
+
+def _description() -> str:
+    # Indented lines: tyro joins the others, and does not wrap the result.
+    width = shutil.get_terminal_size().columns
+    paragraph = textwrap.fill(_DESCRIPTION, width, initial_indent="  ", subsequent_indent="  ")
+    purpose = f"{COMMANDS['train'][0].upper()}{COMMANDS['train'][1:]}."
+    examples = "\n".join(f"  {example}" for example in _EXAMPLES)
+    return f"{purpose}\n\n{paragraph}\n\nexamples:\n{examples}"

@@ -24,7 +24,7 @@ from distrust.data.columns import Columns
 from distrust.data.fields import Fields, json_kind, parse_number, quote_value, unique_members
 from distrust.data.record_errors import RecordError
 from distrust.data.records import Unit
-from distrust.errors import DataError
+from distrust.errors import MissingDependency
 
 Row = tuple[int, Fields | RecordError]
 """The number of a row, and its fields or its error."""
@@ -264,14 +264,12 @@ def _parquet(file: BinaryIO, columns: Columns) -> Iterator[Row]:
 
 
 def import_pyarrow() -> Any:
-    """The module ``pyarrow``, with ``pyarrow.parquet`` loaded; DataError if it is not installed."""
+    """The module ``pyarrow``, with ``pyarrow.parquet`` loaded; MissingDependency if it is not installed."""
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise DataError(
-            f"Parquet files need pyarrow ({error}): pip install 'distrust-trainer[train]'"
-        ) from None
+        raise MissingDependency("a Parquet file", library="pyarrow", extra="train") from error
     return pyarrow
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from distrust.data.columns import Columns
 from distrust.data.formats import BATCH_ROWS, Row
-from distrust.errors import DataError
+from distrust.errors import DataError, MissingDependency
 
 _NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)  # NAME or OWNER/NAME; anything else is a file
 
@@ -79,9 +79,8 @@ def _library(name: str) -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise DataError(
-            f"{name}: data sets of the hub need datasets ({error}): pip install 'distrust-trainer[train]'"
-        ) from None
+        purpose = f"{name}: a data set of the hub"
+        raise MissingDependency(purpose, library="datasets", extra="train") from error
     return datasets
 
 

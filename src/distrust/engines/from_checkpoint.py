@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from distrust.engines.registry import (
     first_installed,
     recorded_engine,
 )
-from distrust.errors import ConfigError, ModelError, ResumeRefused
+from distrust.errors import ConfigError, ErrorTranslator, ModelError, ResumeRefused
 from distrust.run_record import RunRecord
 
 
@@ -41,9 +41,9 @@ def read_checkpoint(
         ConfigError: for ``step`` or ``best`` with a single file.
         MissingDependency: if no framework is installed.
     """
-    resolve(target)
+    resolve(target)  # a wrong name is reported before anything is imported
     if framework is None:
-        framework = first_installed(_engine_of_newest(target), purpose=f"to read {target}")
+        framework = first_installed(_engine_of_newest(target), purpose=f"reading {target}")
     if is_directory(target):
         manager = _manager(checkpoint_directory(target))
         return manager.choose(step=step, best=best, framework=framework)
@@ -96,10 +96,10 @@ def engine_of(
     # Compiling pays off in training only, and this machine may have no compiler.
     defaults = {"compile": False, "engine": _engine_for(checkpoint)}
     config = replace(config_of(file, model=model), **{**defaults, **(changes or {})})
-    expected = fingerprint_of(file, "model")
+    expected = fingerprint_of(file, "model")  # fails before the model is loaded, which may take minutes
     with base_model_errors(file, config.model, overridden=model is not None):
         engine = create_engine(config)
-    if engine.fingerprint() != expected:
+    if engine.fingerprint() != expected:  # an adapter on other weights computes nonsense silently
         raise ResumeRefused(f"{file.path}: was not trained on the weights of --model {config.model}")
     engine.load_state(EngineState(checkpoint.model, checkpoint.optimizer, checkpoint.rng))
     return engine
@@ -107,10 +107,6 @@ def engine_of(
 
 def config_of(file: CheckpointFile, *, model: str | None = None) -> TrainConfig:
     """The options that a checkpoint was trained with.
-
-    Args:
-        file: the checkpoint.
-        model: where the base model is now, if it was moved.
 
     Raises:
         ConfigError: if an option is invalid, in a checkpoint of another program.
@@ -137,27 +133,24 @@ def fingerprint_of(file: CheckpointFile, content: Literal["model", "data"]) -> s
     raise ResumeRefused(f"{file.path}: was not made by `distrust train`, so its {unknown} is unknown")
 
 
-@contextlib.contextmanager
-def base_model_errors(file: CheckpointFile, name: str, *, overridden: bool) -> Iterator[None]:
-    """Context manager that explains a base model that cannot be loaded: it may have been moved.
+def base_model_errors(
+    file: CheckpointFile, name: str, *, overridden: bool
+) -> contextlib.AbstractContextManager[None]:
+    """Context manager for loading the base model of a checkpoint, which may have been moved.
 
-    Args:
-        file: the checkpoint.
-        name: of its base model.
-        overridden: whether the user has just given the name; then the error needs no explanation.
+    ``overridden`` says that the user has just given its ``name``; then the error needs no explanation.
 
     Raises:
         ModelError: with the remedy.
     """
-    try:
-        yield
-    except ModelError as error:
-        if overridden:
-            raise
-        raise ModelError(
+
+    def explain(error: ModelError) -> ModelError:
+        return ModelError(
             f"{file.path}: was trained on the model {name}, which cannot be loaded from here; say "
             f"where it lies with --model ({error})"
-        ) from error
+        )
+
+    return contextlib.nullcontext() if overridden else ErrorTranslator((ModelError,), explain)
 
 
 def _engine_of_newest(target: Path) -> EngineName:

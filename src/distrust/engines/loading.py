@@ -30,13 +30,9 @@ _INERT_ENTRIES = frozenset(
 
 
 def locate(name: str) -> tuple[str, bool]:
-    """Check the name of a base model, which takes milliseconds, before a framework is loaded.
+    """Resolve a folder, a hub name, or ``bundled`` to what a loader takes, and whether it is a local folder.
 
-    Args:
-        name: a folder, a hub name, or ``bundled``.
-
-    Returns:
-        What a framework's loader takes, and whether it is a local folder.
+    Takes milliseconds, so a wrong name is reported before a framework is imported.
 
     Raises:
         ModelError: if it is neither a folder of a model nor a hub name.
@@ -123,13 +119,9 @@ def load_error(name: str, error: Exception) -> ModelError:
 
 
 def fingerprint(weights: Iterable[tuple[str, str, tuple[int, ...], Any]]) -> str:
-    """BLAKE3 over name, dtype, shape and bytes of each weight: equal in both frameworks.
+    """BLAKE3, in hexadecimal, over the weights of a model in order of their names: equal in both frameworks.
 
-    Args:
-        weights: name, dtype (such as ``float32``), shape, and a buffer of the bytes; in order of the names.
-
-    Returns:
-        The digest in hexadecimal.
+    Each weight is its name, dtype (such as ``float32``), shape, and a buffer of its bytes.
     """
     hasher = tensor_hasher(all_cores=True)
     for name, dtype, shape, data in weights:

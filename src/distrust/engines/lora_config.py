@@ -15,23 +15,15 @@ class LoraConfig:
 
     LoRA: Hu et al. 2021, arXiv:2106.09685. rsLoRA: Kalajdzievski 2023, arXiv:2312.03732. DoRA: Liu et al.
     2024, arXiv:2402.09353.
-
-    Attributes:
-        rank: inner dimension of the product.
-        alpha: numerator of the scale.
-        dropout: probability of dropping an input of A.
-        target_modules: names, or ends of names, of the modules to adapt; ``("all-linear",)`` for every
-            linear layer but the head.
-        rslora: divide alpha by the root of the rank, not by the rank.
-        dora: also train the magnitude of each row of W + scale · B·A.
     """
 
-    rank: int
-    alpha: float
-    dropout: float = 0.0
+    rank: int  # inner dimension of the product
+    alpha: float  # numerator of the scale
+    dropout: float = 0.0  # probability of dropping an input of A
+    #: Names, or ends of names, of the modules to adapt; "all-linear": every linear layer but the head.
     target_modules: tuple[str, ...] = ("all-linear",)
-    rslora: bool = False
-    dora: bool = False
+    rslora: bool = False  # divide alpha by the root of the rank, not by the rank
+    dora: bool = False  # also train the magnitude of each row of W + scale · B·A
 
     @classmethod
     def from_options(cls, config: TrainConfig) -> Self:
@@ -40,7 +32,7 @@ class LoraConfig:
             rank=config.lora_rank,
             alpha=config.lora_alpha,
             dropout=config.lora_dropout,
-            target_modules=config.target_modules,
+            target_modules=tuple(config.target_modules),
             rslora=config.rslora,
             dora=config.dora,
         )

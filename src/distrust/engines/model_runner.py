@@ -33,14 +33,8 @@ def trial_ids(vocabulary: int, *, change: int | None = None) -> Array:
 
 
 def keeps_examples_independent(forward: Forward, *, vocabulary: int) -> bool:
-    """Whether packed examples do not influence each other, and are what they are alone.
-
-    Args:
-        forward: runs one packed row through the model.
-        vocabulary: number of token ids.
-    """
+    """Whether examples in one row do not influence each other, and are what they are alone."""
     cut = TRIAL_LENGTHS[0]
-
     try:
         packed, dtype = forward(trial_ids(vocabulary), TRIAL_LENGTHS)
         second_changed, _ = forward(trial_ids(vocabulary, change=1), TRIAL_LENGTHS)
@@ -58,15 +52,8 @@ def keeps_examples_independent(forward: Forward, *, vocabulary: int) -> bool:
 
 
 def sum_per_example(losses: Array, weights: Array, examples: Array, *, count: int) -> Losses:
-    """Sum the losses of trained tokens for each example, in float64 on the host (MPS has no float64).
-
-    Args:
-        losses: [m], the cross-entropy of each trained token, in nats.
-        weights: float32[m], its weight.
-        examples: int64[m], its example.
-        count: number of examples.
-    """
-    wide = losses.astype(np.float64)
+    """Sum losses [m] of trained tokens, plain and times ``weights`` [m], for each of ``count`` examples."""
+    wide = losses.astype(np.float64)  # on the host: MPS has no float64
     return Losses(
         cross_entropy=np.bincount(examples, weights=wide, minlength=count),
         weighted=np.bincount(examples, weights=wide * weights, minlength=count),

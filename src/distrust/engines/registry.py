@@ -23,17 +23,11 @@ EngineName = Literal["torch", "mlx"]
 
 @dataclass(frozen=True, slots=True)
 class EngineSpec:
-    """How to use an engine.
+    """How to use an engine."""
 
-    Attributes:
-        library: the module that has to be installed.
-        extra: the extra of this package that installs it.
-        create: imports the engine and creates it.
-    """
-
-    library: str
-    extra: str
-    create: Callable[[TrainConfig], Engine]
+    library: str  # the module that has to be installed
+    extra: str  # the extra of this package that installs it
+    create: Callable[[TrainConfig], Engine]  # imports the engine, too
 
 
 def _create_torch(config: TrainConfig) -> Engine:
@@ -85,7 +79,7 @@ def recorded_engine(file: CheckpointFile) -> EngineName:
 
 
 def default_engine() -> EngineName:
-    """Mlx on Apple silicon or where torch is missing, if it is installed; else torch."""
+    """The engine of a new run: mlx on Apple silicon or without torch, if it is installed; else torch."""
     apple = sys.platform == "darwin" and platform.machine() == "arm64"
     return "mlx" if is_installed("mlx") and (apple or not is_installed("torch")) else "torch"
 

@@ -37,9 +37,7 @@ def micro_step_seed(*, seed: int, step: int, micro_step: int) -> int:
 def translate_out_of_memory(*phrases: str) -> Iterator[None]:
     """Context manager that turns a framework's out-of-memory errors into OutOfMemory.
 
-    Args:
-        phrases: lower-case texts that identify the plain RuntimeErrors which mean it; a subclass of
-            RuntimeError always does.
+    The lower-case ``phrases`` identify them among plain RuntimeErrors; a subclass always is one.
 
     Raises:
         OutOfMemory: with the options that reduce memory.

@@ -91,11 +91,7 @@ def to_mlx(state: EngineState) -> EngineState:
 
 
 def to_torch(state: EngineState, groups: Sequence[Mapping[str, Any]]) -> EngineState:
-    """Convert a state of either engine to the form of the engine of torch.
-
-    Args:
-        state: of either engine.
-        groups: the ``param_groups`` of the engine that loads it.
+    """Convert a state of either engine to the form of the engine of torch, which has these ``param_groups``.
 
     Raises:
         ResumeRefused: if the optimizer is of neither engine, or lacks a parameter's moments.
@@ -115,8 +111,7 @@ def to_torch(state: EngineState, groups: Sequence[Mapping[str, Any]]) -> EngineS
         for name in names.values()
         if name not in m.keys() & v.keys()
     ]
-    if missing:
-        raise state_mismatch("the checkpoint does not fit the model", missing, model)
+    require_no_differences(missing, model)
     moments = {
         number: {"step": step, "exp_avg": m[name], "exp_avg_sq": v[name]} for number, name in names.items()
     }
@@ -135,9 +130,7 @@ def steps_made(value: Any) -> int | None:
 def list_differences(saved: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
     """One line for each array that is missing, unexpected, or of another shape or dtype.
 
-    Args:
-        saved: arrays of a checkpoint, by name.
-        expected: arrays of the engine. Narrower floats than the expected dtype fit, too: widening is exact.
+    Floats narrower than the expected dtype fit, too: widening is exact.
     """
     lines = [f"{name}: in the model, not in the checkpoint" for name in expected if name not in saved]
     lines += [f"{name}: in the checkpoint, not in the model" for name in saved if name not in expected]
@@ -150,19 +143,28 @@ def list_differences(saved: Mapping[str, Any], expected: Mapping[str, Any]) -> l
     return lines
 
 
-def state_mismatch(summary: str, differences: Sequence[str], saved: Iterable[str]) -> ResumeRefused:
-    """The error for a state of another model or adapter: the first differences, and what ``saved`` adapts."""
-    lines = list(map(quote_untrusted, differences[:LINES_SHOWN]))
+def require_no_differences(
+    differences: Sequence[str],
+    saved: Iterable[str],
+    *,
+    summary: str = "the checkpoint does not fit the model",
+) -> None:
+    """Refuse a state of another model or adapter, with the first differences, and what ``saved`` adapts.
+
+    Raises:
+        ResumeRefused: if there are differences; it has all of them.
+    """
+    if not differences:
+        return
+    lines = [f"{summary}:", *map(quote_untrusted, differences[:LINES_SHOWN])]
     if len(differences) > LINES_SHOWN:
         lines.append(f"and {len(differences) - LINES_SHOWN} more")
     if targets := target_modules(saved):
         shown = " ".join(map(quote_untrusted, targets[:TARGETS_SHOWN]))
         hidden = len(targets) - TARGETS_SHOWN
-        lines.append(
-            f"what was saved is an adapter of --target-modules {shown}"
-            + (f" and {hidden} more, which `distrust convert` prints" if hidden > 0 else "")
-        )
-    return ResumeRefused("\n  ".join([f"{summary}:", *lines]), differences)
+        suffix = f" and {hidden} more, which `distrust convert` prints" if hidden > 0 else ""
+        lines.append(f"what was saved is an adapter of --target-modules {shown}{suffix}")
+    raise ResumeRefused("\n  ".join(lines), differences)
 
 
 def out_of_range(name: str, dtype: ExportDtype) -> ConfigError:
@@ -178,9 +180,6 @@ def target_modules(names: Iterable[str]) -> list[str]:
 
     If every layer, from the first one on, adapts the same modules: their names within the layer. Else the
     full name of each. The names alone do not say whether the model has more layers than these.
-
-    Args:
-        names: of the arrays, in the form of either engine.
     """
     parts = {_convert_name(name, _TO_MLX)[0].rpartition(".") for name in names}
     modules = sorted({module for module, _, suffix in parts if f".{suffix}" in MLX_SUFFIXES})
@@ -212,7 +211,7 @@ def _zero_moments(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _numbered_names(groups: Any) -> list[tuple[Any, Any]]:
-    """Torch numbers the parameters of an optimizer: (number, name) of each."""
+    """(number, name) of each parameter: torch numbers those of an optimizer."""
     return [pair for group in groups for pair in zip(group["params"], group["param_names"], strict=True)]
 
 

@@ -1,13 +1,13 @@
-"""Out of a checkpoint: what a run learned, in the forms that other programs load.
+"""Exports a checkpoint in the formats that other programs load.
 
-- ``adapter``: an adapter folder of peft, bit for bit what was trained; the base model stays where it is.
-- ``mlx``: the same for mlx-lm. Either can be made of a run of either engine.
-- ``merged``: a whole model folder of transformers, the adapter added to the weights.
-- ``state``: the trained tensors alone, in one file of safetensors.
+- ``adapter``: an adapter folder of peft, bit-identical to what was trained, without the base model.
+- ``mlx``: the same for mlx-lm. Runs of either engine can be exported as either.
+- ``merged``: a full model folder of transformers, with the adapter merged into the weights.
+- ``state``: the trained tensors alone, in one safetensors file.
 
-Every byte of the checkpoint is verified before; what can be wrong with the base model is found before
-anything is written; and the target appears wholly or not at all (``staging.py``). A folder tells where it
-comes from in its README.md (``facts.py``, ``card.py``).
+Every byte of the checkpoint is verified first. Problems with the base model are found before anything is
+written, and the target appears completely or not at all (``atomic.py``). The README.md of a folder records
+its origin (``facts.py``, ``card.py``).
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from distrust import engines
+from distrust.atomic import atomic_directory, require_free
 from distrust.config import ExportDtype, ExportFormat, TrainConfig
 from distrust.engines import state_conversion
 from distrust.engines.loading import reference
 from distrust.errors import ConfigError
-from distrust.export import mlx_folder, staging
+from distrust.export import mlx_folder
 from distrust.export.card import model_card
 from distrust.export.facts import facts_of, public_name
-from distrust.importers.detect import MLX_WEIGHTS
 
 if TYPE_CHECKING:
     from distrust.checkpoint import Checkpoint, CheckpointFile
@@ -40,65 +40,55 @@ STATE_SUFFIX = ".safetensors"
 
 @dataclass(frozen=True, slots=True)
 class ExportResult:
-    """What was written.
+    """The result of an export."""
 
-    Attributes:
-        path: the folder, or the file of a ``state``.
-        format: in which form.
-        dtype: of the weights.
-        bytes: of all files together.
-        checkpoint: the file it was made of.
-        step: of that.
-        state_digest: of that.
-    """
-
-    path: Path
+    path: Path  # the folder, or the file of a ``state``
     format: ExportFormat
-    dtype: ExportDtype
-    bytes: int
-    checkpoint: Path
-    step: int
-    state_digest: str
+    dtype: ExportDtype  # of the weights
+    bytes: int  # total size of the files
+    checkpoint: Path  # the exported file
+    step: int  # of the checkpoint
+    state_digest: str  # of the checkpoint
 
 
 def export(
     target: str | os.PathLike[str],
     to: str | os.PathLike[str],
     *,
-    format: ExportFormat | None = None,  # noqa: A002 - the word for it
+    format: ExportFormat | None = None,  # noqa: A002 - the usual word
     step: int | None = None,
     best: bool = False,
     model: str | None = None,
     dtype: ExportDtype | None = None,
     disk: Disk | None = None,
 ) -> ExportResult:
-    """Write what a checkpoint holds in a form that other programs load.
+    """Export a checkpoint.
 
     Args:
-        target: a run, a directory of checkpoints, or a file; of several the newest that is whole.
-        to: a folder that is not there yet; for ``state``, a file ``….safetensors``.
-        format: Default: ``adapter``, of a run of mlx ``mlx``; ``merged`` where all weights were trained.
-        step: this checkpoint of several.
-        best: the best one, by the run's own metric.
-        model: where the base model lies now, if it was moved: a folder or a hub name.
-        dtype: of the weights. Default: for ``merged`` the run's, else float32, as they were trained.
-        disk: what syncs and renames, in place of the operating system's: one that fails, for tests.
+        target: a run, a directory of checkpoints, or a file; of several, the newest intact one.
+        to: the new folder; for ``state``, a file that ends in ``.safetensors``.
+        format: default: ``adapter``, or ``mlx`` for a run of mlx, or ``merged`` if all weights were trained.
+        step: the step of the checkpoint.
+        best: whether to take the best checkpoint by the run's own metric.
+        model: folder or hub name of the base model, if it was moved.
+        dtype: of the weights; default: float32, as they were trained; for ``merged``, that of the run.
+        disk: replaces the operating system's sync and rename: a failing one, for tests.
 
     Raises:
-        ExportFailed: if something is at ``to``, or it cannot be written.
-        CheckpointError: if there is no such checkpoint, or it is damaged.
-        ModelError: if the base model cannot be loaded, where it is needed.
-        ResumeRefused: if it is another base model.
-        ConfigError: for a format that the run has not, or a dtype that the weights do not fit.
+        ExportFailed: something exists at ``to``, or it cannot be written.
+        CheckpointError: there is no such checkpoint, or it is damaged.
+        ModelError: the base model is needed and cannot be loaded.
+        ResumeRefused: it is another base model.
+        ConfigError: the run does not have the format, or the weights do not fit the dtype.
     """
     _require_one_of("--format", format, ExportFormat)
     _require_one_of("--dtype", dtype, ExportDtype)
     to = Path(os.path.abspath(to))
-    staging.require_free(to)
+    require_free(to)
     # torch writes every format; without it, the framework of the checkpoint's engine, or any other.
     framework: engines.EngineName | None = "torch" if engines.is_installed("torch") else None
     file, checkpoint = engines.read_checkpoint(Path(target), step=step, best=best, framework=framework)
-    fingerprint = engines.fingerprint_of(file, "model")  # or it is nobody's that this could be made of
+    fingerprint = engines.fingerprint_of(file, "model")  # refuses checkpoints that no training made
     config = engines.config_of(file)
     chosen = format or _default_format(config, file)
     _require_possible(chosen, config, file, to)
@@ -120,7 +110,8 @@ def export(
         write = _adapter(file, checkpoint, model, dtype=dtype)
     else:
         write = _merged(file, checkpoint, model, dtype=dtype)
-    with staging.atomic_directory(to, single_file=chosen == "state", disk=disk) as folder:
+    # The folder appears at its name only after the block ends without an error.
+    with atomic_directory(to, single_file=chosen == "state", disk=disk) as folder:
         write(folder)
         if chosen != "state":
             facts = facts_of(file, config, title=to.name, base=base, form=chosen, dtype=dtype)
@@ -146,12 +137,12 @@ def _state(tensors: Mapping[str, Any], name: str, about: Mapping[str, str], *, d
 
 def _mlx(file: CheckpointFile, checkpoint: Checkpoint, base: str, *, dtype: ExportDtype) -> Write:
     tensors = state_conversion.arrays_to_mlx(checkpoint.model)
-    described = mlx_folder.adapter_config(engines.config_of(file), tensors, base=reference(base))
-    write_weights = _state(tensors, MLX_WEIGHTS, {"format": "mlx"}, dtype=dtype)
+    config = mlx_folder.adapter_config(engines.config_of(file), tensors, base=reference(base))
+    write_weights = _state(tensors, mlx_folder.WEIGHTS, {"format": "mlx"}, dtype=dtype)
 
     def write(folder: Path) -> None:
         write_weights(folder)
-        mlx_folder.write_config(folder, described)
+        (folder / mlx_folder.CONFIG).write_text(config, encoding="utf-8")
 
     return write
 
@@ -173,10 +164,10 @@ def _merged(file: CheckpointFile, checkpoint: Checkpoint, model: str | None, *, 
     config = engines.config_of(file, model=model)
     with engines.base_model_errors(file, config.model, overridden=model is not None):
         require_mergeable(config)
-    # On the CPU, whatever it was trained on, and with the base model in full precision.
+    # Always on the CPU and with the base model in full precision: the sum is rounded once.
     changes = {"engine": "torch", "device": "cpu", "gradient_checkpointing": False, "quantization": "none"}
     engine = engines.engine_of(file, checkpoint, model=model, changes=changes)
-    assert isinstance(engine, TorchEngine)  # noqa: S101 - as was asked
+    assert isinstance(engine, TorchEngine)  # noqa: S101 - as requested above
     return prepare_merged(engine, config, dtype=dtype)
 
 
@@ -189,7 +180,7 @@ def _require_possible(chosen: ExportFormat, config: TrainConfig, file: Checkpoin
     if chosen in ("adapter", "mlx") and not config.lora_rank:
         raise ConfigError(
             f"--format {chosen}: {file.path} has no adapter: all weights were trained (--lora-rank 0); "
-            "give merged, or state"
+            "give merged or state"
         )
     if chosen == "state" and to.suffix != STATE_SUFFIX:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself, for the card of what is exported from it."""
+"""The facts of a model card, from the exported checkpoint."""
 
 from __future__ import annotations
 
@@ -12,10 +12,24 @@ from distrust.engines.loading import hub_name
 from distrust.export.card import Facts
 from distrust.run_record import RunRecord
 
-#: For whoever loads it: where this folder lies then.
-FOLDER = '"FOLDER"'
+#: Code that loads each format. "FOLDER" stands for the path of the exported folder.
+_LOAD_CODE = {
+    "mlx": """from mlx_lm import load
+
+model, tokenizer = load({model}, adapter_path="FOLDER")""",
+    "merged": """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+model = AutoModelForCausalLM.from_pretrained("FOLDER", dtype="{dtype}")""",
+    "adapter": """from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = AutoModelForCausalLM.from_pretrained({model}, dtype="{base_dtype}")
+model = PeftModel.from_pretrained(base, "FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")""",
+}
 _LIBRARIES = {"adapter": "peft", "mlx": "mlx", "merged": "transformers"}
-_LIBRARIES_OF_A_RUN = ("torch", "transformers", "peft", "mlx", "mlx_lm")
+_RECORDED_LIBRARIES = ("torch", "transformers", "peft", "mlx", "mlx_lm")
 _WEIGHTING = ("weighting", "alpha", "lambda_", "max_ratio")
 
 
@@ -32,9 +46,9 @@ def facts_of(
 
     Args:
         file: the checkpoint.
-        config: that it was trained with.
+        config: of its run.
         title: of the card.
-        base: name or folder of the base model, as it lies now.
+        base: current name or folder of the base model.
         form: ``adapter``, ``mlx`` or ``merged``.
         dtype: of the exported weights.
     """
@@ -50,14 +64,14 @@ def facts_of(
             if adapter
             else "A causal language model, fine-tuned with DistrustTrainer."
         ),
-        load=_loading(form, base, config.dtype, dtype),
+        load=_load_code(form, base, config.dtype, dtype),
         notes=_notes(config, form),
         sections=_sections(file, config, base=base, dtype=dtype),
     )
 
 
 def public_name(name: str) -> str:
-    """A name as strangers may read it: of a path on this machine, its last part."""
+    """A name for publication: of a path on this machine, only the last part."""
     if os.path.isabs(name) or name.startswith(".") or os.path.exists(name):
         return os.path.basename(os.path.abspath(name))
     return name
@@ -71,56 +85,29 @@ def _notes(config: TrainConfig, form: ExportFormat) -> list[str]:
     notes = []
     adapter = form != "merged"
     if form == "mlx":
-        notes.append("The base model was not read: it is the right one if its fingerprint is the one below.")
+        notes.append("The base model was not read. It is the right one if its fingerprint is the one below.")
     elif adapter:
         notes.append(
-            "The adapter's names and shapes were compared with the base model's; the base model's weights "
-            "were not read. They are the right ones if their fingerprint is the one below."
+            "The adapter's names and shapes match the base model's. The base model's weights were not read. "
+            "They are the right ones if their fingerprint is the one below."
         )
     elif config.lora_rank:
-        notes.append("The adapter was added to the base model's weights in float32, then rounded once.")
+        notes.append("The adapter was merged into the base model's weights in float32, then rounded once.")
     if config.quantization != "none":
-        now = "Load it so for the same numbers." if adapter else "This is the full-precision one."
-        notes.append(f"The run computed with a base model quantized to `{config.quantization}`. {now}")
+        hint = "Quantize it for the same numbers." if adapter else "This is the full-precision one."
+        notes.append(f"The run used a base model quantized to `{config.quantization}`. {hint}")
     return notes
 
 
-def _loading(form: ExportFormat, base: str, arithmetic: Dtype, dtype: ExportDtype) -> str:
-    if form == "mlx":
-        return _loading_mlx(base)
-    return _loading_adapter(base, arithmetic) if form == "adapter" else _loading_model(dtype)
-
-
-def _loading_mlx(base: str) -> str:
-    imported, where = _base_in_code(base)
-    return f"""{imported}from mlx_lm import load
-
-model, tokenizer = load({where}, adapter_path={FOLDER})"""
-
-
-def _loading_model(dtype: ExportDtype) -> str:
-    return f"""from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained({FOLDER})
-model = AutoModelForCausalLM.from_pretrained({FOLDER}, dtype="{dtype}")"""
-
-
-def _loading_adapter(base: str, dtype: Dtype) -> str:
-    imported, where = _base_in_code(base)
-    return f"""{imported}from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-base = AutoModelForCausalLM.from_pretrained({where}, dtype="{dtype}")
-model = PeftModel.from_pretrained(base, {FOLDER})
-tokenizer = AutoTokenizer.from_pretrained({FOLDER})"""
-
-
-def _base_in_code(base: str) -> tuple[str, str]:
-    """An import, if one is needed, and the base model."""
-    if base == BUNDLED:
-        return "from distrust.bundled import MODEL\n", "MODEL"
+def _load_code(form: ExportFormat, base: str, base_dtype: Dtype, dtype: ExportDtype) -> str:
+    """Python code that loads the folder."""
     hub = hub_name(base)
-    return "", f'"{hub}"' if hub else '"FOLDER-OF-THE-BASE-MODEL"'
+    model = f'"{hub}"' if hub else '"FOLDER-OF-THE-BASE-MODEL"'
+    imports = ""
+    if base == BUNDLED:
+        imports, model = "from distrust.bundled import MODEL\n", "MODEL"
+    code = _LOAD_CODE[form].format(model=model, base_dtype=base_dtype, dtype=dtype)
+    return code if form == "merged" else imports + code
 
 
 def _sections(
@@ -130,13 +117,13 @@ def _sections(
     fingerprints, corpus, environment = record.fingerprints, record.corpus, record.environment
     options = config.with_effect("result")
     weighting = {key(name): options.pop(key(name)) for name in _WEIGHTING}
-    shares, kept_out = options.pop("mix"), options.pop("eval_fraction")
+    mix, eval_fraction = options.pop("mix"), options.pop("eval_fraction")
     sections: dict[str, Mapping[str, object]] = {
         "Checkpoint": {
             "step": file.step,
             "state digest": file.state_digest,
             "created (UTC)": file.created,
-            "weights here": dtype,
+            "dtype of the weights": dtype,
         },
         "Base model": {
             "name": public_name(base),
@@ -144,11 +131,11 @@ def _sections(
         },
         "Data": {
             "name": _public_names(config.data),
-            "shares": shares,
-            "kept out to evaluate on": kept_out or None,
+            "mix": mix,
+            "share held out for evaluation": eval_fraction or None,
             "examples": corpus.get("examples"),
-            "learned tokens": corpus.get("tokens"),
-            "learned tokens seen in training": record.tokens_seen,
+            "trained tokens": corpus.get("tokens"),
+            "tokens seen in training": record.tokens_seen,
             "fingerprint (BLAKE3)": fingerprints.get("data"),
             "authority weight of examples without one": config.default_authority_weight,
             "provenance entropy of examples without one": config.default_provenance_entropy,
@@ -159,11 +146,11 @@ def _sections(
         "Training options": {**options, "max_steps": config.max_steps},
         "Versions": {
             "distrust-trainer": __version__,
-            **{name: environment[name] for name in _LIBRARIES_OF_A_RUN if name in environment},
+            **{name: environment[name] for name in _RECORDED_LIBRARIES if name in environment},
         },
     }
-    told = {heading: _without_none(values) for heading, values in sections.items()}
-    return {heading: values for heading, values in told.items() if values}
+    known = {heading: _without_none(values) for heading, values in sections.items()}
+    return {heading: values for heading, values in known.items() if values}
 
 
 def _without_none(values: Mapping[str, object]) -> dict[str, object]:

@@ -18,11 +18,12 @@ module.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
-from importlib import import_module
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from distrust.checkpoint.files import errors_with_path, open_regular, parse_checkpoint_name
 from distrust.checkpoint.format import LENGTH_BYTES, MAX_HEADER_BYTES, OPENING
@@ -32,7 +33,10 @@ from distrust.importers.detect import TRAINER_STATE, convert_hint, import_hint
 if TYPE_CHECKING:
     from distrust.checkpoint.arrays import Framework
     from distrust.checkpoint.checkpoint import Checkpoint
+    from distrust.importers.host_arrays import HostArray
     from distrust.importers.imported import Imported, ImportedHeader
+    from distrust.importers.npz_folder import NpzFolder
+    from distrust.importers.tensor_file import TensorFile
 
 __all__ = ["convert_hint", "detect_format", "import_hint", "load", "read", "read_header", "verify"]
 
@@ -74,24 +78,18 @@ def read_header(path: Path) -> ImportedHeader:
         CorruptCheckpoint: with everything that is wrong, in one line.
         CheckpointUnreadable: if this process cannot read it.
     """
-    with errors_with_path(path):
-        header: ImportedHeader = _reader(path).header(path)
-        return header
+    with _open(path) as checkpoint:
+        return checkpoint.header
 
 
 def verify(path: Path) -> ImportedHeader:
-    """Read all of a checkpoint and check it, without keeping it in memory.
+    """Read all of a checkpoint and check it, without keeping it in memory; raises as :func:`read_header`.
 
     A tensor file has no checksums: only contradictions are detected.
-
-    Raises:
-        CheckpointNotFound: if it does not exist.
-        CorruptCheckpoint: with everything that is wrong, in one line.
-        CheckpointUnreadable: if this process cannot read it.
     """
-    with errors_with_path(path):
-        header: ImportedHeader = _reader(path).verify(path)
-        return header
+    with _open(path) as checkpoint:
+        checkpoint.read("verify")
+        return checkpoint.header
 
 
 def read(path: Path, *, framework: Framework = "numpy") -> tuple[ImportedHeader, Checkpoint]:
@@ -102,34 +100,42 @@ def read(path: Path, *, framework: Framework = "numpy") -> tuple[ImportedHeader,
         framework: of the arrays.
 
     Raises:
-        CheckpointNotFound: if it does not exist.
-        CorruptCheckpoint: with everything that is wrong, in one line.
-        CheckpointUnreadable: if this process cannot read it, or has not enough memory.
+        CheckpointError: as :func:`read_header`, or if there is not enough memory.
         ConfigError: if the framework, or one of the dtypes in it, is not available.
     """
     from distrust.checkpoint import arrays
 
     arrays.require_framework(framework)
-    header, imported = load(path)
-    with errors_with_path(path):
-        return header, imported.to_checkpoint(framework)
+    with _open(path) as checkpoint:
+        return checkpoint.header, checkpoint.read("load").to_checkpoint(framework)
 
 
 def load(path: Path) -> tuple[ImportedHeader, Imported]:
-    """Verify and load a checkpoint, with arrays of no framework.
+    """Verify and load a checkpoint, with arrays of no framework; raises as :func:`read`."""
+    with _open(path) as checkpoint:
+        return checkpoint.header, checkpoint.read("load")
 
-    Raises:
-        CheckpointError: as :func:`read`.
-    """
+
+def describe(path: Path) -> Mapping[str, HostArray]:
+    """The arrays of a checkpoint by label, without their data; raises as :func:`read_header`."""
+    with _open(path) as checkpoint:
+        return checkpoint.describe()
+
+
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[NpzFolder | TensorFile]:
+    """Open a checkpoint; errors name its path."""
     with errors_with_path(path):
-        checkpoint: tuple[ImportedHeader, Imported] = _reader(path).read(path)
-        return checkpoint
+        if os.path.isdir(path):  # imported late, so that listings stay fast
+            from distrust.importers.npz_folder import NpzFolder
 
+            with NpzFolder.open(path) as folder:
+                yield folder
+        else:
+            from distrust.importers.tensor_file import TensorFile
 
-def _reader(path: Path) -> Any:
-    """The module of a format: both have the same functions. Imported late, so that listings stay fast."""
-    name = "npz_folder" if os.path.isdir(path) else "tensor_file"
-    return import_module(f"distrust.importers.{name}")
+            with TensorFile.open(path) as file:
+                yield file
 
 
 def _is_named_folder(path: Path) -> bool:

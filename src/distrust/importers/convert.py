@@ -14,9 +14,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from distrust import importers
 from distrust.checkpoint import Checkpoint, CheckpointFile, CheckpointManager, catalog, serialization
@@ -44,7 +43,6 @@ Outcome = Literal["converted", "already converted", "refused", "damaged", "unrea
 SUCCEEDED: tuple[Outcome, ...] = ("converted", "already converted")
 
 _NO_MODEL = "it has no model, so no run can resume from it; `distrust show` shows what it has"
-_TRAINER_FOLDER, _MLX_ADAPTER = "distrust.importers.trainer_folder", "distrust.importers.mlx_adapter"
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,29 +241,27 @@ def _origin(file: CheckpointFile) -> set[Path]:
 
 def _read(source: Path, model: str | None) -> Imported:
     """The checkpoint, every byte verified as far as its format allows."""
-    entry = parse_checkpoint_name(source)
-    if is_trainer_folder(source):
-        imported: Imported = _load_reader("torch", _TRAINER_FOLDER).read(source, model=model)
-        if entry and entry[1] != imported.step:
-            raise CorruptCheckpoint(
-                f"{TRAINER_STATE} says step {imported.step}, its name says {entry[1]}", path=source
-            )
-        return replace(imported, kind=entry[2]) if entry else imported
-    if _is_adapter(source):
-        if os.path.isfile(source / MLX_WEIGHTS):
-            imported = _load_reader("mlx", _MLX_ADAPTER).read(source)
-        else:
-            imported = _load_reader("torch", _TRAINER_FOLDER).read_adapter(source, model=model)
+    is_trainer = is_trainer_folder(source)
+    if not is_trainer and not _is_adapter(source):
+        header, imported = importers.load(source)
+        CheckpointFile(source, header).require_name()
         return imported
-    header, imported = importers.load(source)
-    CheckpointFile(source, header).require_name()
-    return imported
+    # Imported only when it is used: the other formats need no framework.
+    if not is_trainer and os.path.isfile(source / MLX_WEIGHTS):
+        require_installed("mlx", purpose="this folder")
+        from distrust.importers import mlx_adapter
 
+        return mlx_adapter.read(source)
+    require_installed("torch", purpose="this folder")
+    from distrust.importers import trainer_folder
 
-def _load_reader(engine: Literal["torch", "mlx"], module: str) -> Any:
-    """Import a reader only when it is used: the other formats need no framework."""
-    require_installed(engine, purpose="this folder")
-    return import_module(module)
+    imported = trainer_folder.read(source, model=model)
+    entry = parse_checkpoint_name(source) if is_trainer else None
+    if entry and entry[1] != imported.step:
+        raise CorruptCheckpoint(
+            f"{TRAINER_STATE} says step {imported.step}, its name says {entry[1]}", path=source
+        )
+    return replace(imported, kind=entry[2]) if entry else imported
 
 
 def _existing_state(path: Path) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from math import prod
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from distrust.checkpoint.arrays.host import NUMPY_NAMES
 from distrust.checkpoint.format import ITEM_SIZES, TensorInfo
@@ -13,6 +13,8 @@ from distrust.errors import CorruptCheckpoint
 if TYPE_CHECKING:
     import numpy as np
 
+#: What to read of an array: its description; all of it, to check it; or all of it, to return it.
+Depth = Literal["headers", "verify", "load"]
 #: Arrays are read and checked in pieces of this size: a multiple of every item size.
 PIECE_BYTES = 1 << 20
 #: numpy has no 8-bit floats. These are the bytes that encode NaN or infinity.

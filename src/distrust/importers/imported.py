@@ -1,4 +1,4 @@
-"""What an importer returns: :class:`Imported`, and the header that a listing shows.
+"""The values that importers return: :class:`Imported`, and :class:`ImportedHeader` for listings.
 
 ============================  =======================================================================
 in the older format           in our checkpoint
@@ -27,16 +27,18 @@ from distrust.checkpoint.format import Kind, TensorInfo
 from distrust.checkpoint.lazy import lockfree_cached_property
 from distrust.checkpoint.tree import flatten
 from distrust.errors import CheckpointError
-from distrust.importers.host_arrays import HostArray
+from distrust.importers.host_arrays import HostArray, make_array
 from distrust.run_record import imported_run
 
 if TYPE_CHECKING:
     from distrust.checkpoint.arrays import Framework
     from distrust.checkpoint.checkpoint import Checkpoint
-    from distrust.importers.metadata import Metadata
+
+#: Keys of the metadata of the checkpoint that it becomes.
+FOREIGN_CONFIG, FOREIGN_FIELDS = "foreign_config", "foreign_fields"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Imported:
     """A checkpoint of another program.
 
@@ -52,13 +54,13 @@ class Imported:
         metadata: the caller's, and what has no other place.
         metrics: of this step.
         dropped: a line for each thing that is not imported.
-        source: further keys of ``run`` about where it comes from.
+        source: further keys of ``run`` about its origin.
     """
 
     format: str
     step: int
-    model: Mapping[str, Any]
     kind: Kind = "periodic"
+    model: Mapping[str, Any]
     optimizer: Mapping[str, Any] = field(default_factory=dict)
     rng: Mapping[str, Any] = field(default_factory=dict)
     history: Mapping[str, Any] = field(default_factory=dict)
@@ -80,94 +82,80 @@ class Imported:
         def convert(node: Any) -> Any:
             if isinstance(node, HostArray):
                 return arrays.from_host(node.data, node.dtype, node.shape, framework=framework)
-            if type(node) is dict:
+            if isinstance(node, dict):
                 return {key: convert(value) for key, value in node.items()}
             return [convert(value) for value in node] if type(node) is list else node
 
         return Checkpoint(
             step=self.step,
-            model=convert(dict(self.model)),
-            optimizer=convert(dict(self.optimizer)),
-            rng=convert(dict(self.rng)),
-            history=convert(dict(self.history)),
-            config=dict(self.options),
-            metadata=dict(self.metadata),
-            metrics=dict(self.metrics),
+            model=convert(self.model),
+            optimizer=convert(self.optimizer),
+            rng=convert(self.rng),
+            history=convert(self.history),
+            config=self.options,
+            metadata=self.metadata,
+            metrics=self.metrics,
             run=imported_run(self.format, dropped=self.dropped, **self.source),
         )
 
 
+@dataclass(eq=False, kw_only=True)
 class ImportedHeader:
-    """What a listing shows of a checkpoint in an older format, with the attributes of our own header.
+    """The metadata of a checkpoint in an older format, with the attributes of our own header.
 
-    Args:
+    Attributes:
         format: its name.
-        content: its metadata.
         kind: by its file name.
         file_size: of all its files, in bytes.
         describe: returns the arrays of its model and optimizer by label, without their data.
-        lacks_arrays: whether it holds neither model nor optimizer.
-
-    Attributes:
-        digest: empty: the format has none.
-        state_digest: empty: it gets one when it is converted.
-        measured_on: empty: the format does not say.
+        lacks_arrays: whether it has neither model nor optimizer.
+        step: optimizer steps made.
+        timestamp: when it was saved, usually in seconds since 1970; unchecked.
+        losses: of the logged steps, oldest first.
+        random_state: unchecked.
+        metadata: the caller's, unchanged.
+        optimizer_scalars: what the optimizer holds besides arrays.
+        config: of the program that wrote it, unchanged.
+        unknown: all other fields.
+        digest: empty: the format has none. So are ``state_digest`` and ``measured_on``.
         run_info: when it was saved, its metrics, and the format's name.
     """
 
-    digest = state_digest = measured_on = ""
+    format: str
+    kind: Kind
+    file_size: int
+    describe: Callable[[], Mapping[str, HostArray]]
+    lacks_arrays: bool
+    step: int
+    timestamp: Any
+    losses: tuple[float, ...]
+    random_state: Any
+    metadata: dict[str, Any]
+    optimizer_scalars: dict[str, Any]
+    config: dict[str, Any]
+    unknown: dict[str, Any]
+    digest: str = ""
+    state_digest: str = ""
+    measured_on: str = ""
+    run_info: dict[str, Any] = field(init=False)
 
-    def __init__(
-        self,
-        format: str,  # noqa: A002 - the name of the attribute in every header
-        content: Metadata,
-        *,
-        kind: Kind,
-        file_size: int,
-        describe: Callable[[], Mapping[str, HostArray]],
-        lacks_arrays: bool = False,
-    ) -> None:
-        self.format = format
-        self.content = content
-        self.kind = kind
-        self.file_size = file_size
-        self.lacks_arrays = lacks_arrays
-        self._describe = describe
-        self.run_info: dict[str, Any] = {
-            "created": _iso_time(content.timestamp),
+    def __post_init__(self) -> None:
+        self.run_info = {
+            "created": _iso_time(self.timestamp),
             "host": None,
             "metrics": self.saved_metrics,
-            "extra": imported_run(format),
+            "extra": imported_run(self.format),
         }
 
     @property
-    def step(self) -> int:
-        """Optimizer steps made."""
-        return self.content.step
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The config of the program that wrote it, unchanged."""
-        return self.content.config
-
-    @property
-    def metadata(self) -> dict[str, Any]:
-        """The caller's metadata, unchanged."""
-        return self.content.user
-
-    @property
     def saved_metrics(self) -> dict[str, float]:
-        """The last loss of its history, as ``loss``."""
-        return self.content.metrics
+        """The last loss, if any: no other field is certain to be a metric."""
+        return {"loss": self.losses[-1]} if self.losses else {}
 
     @property
     def metrics(self) -> dict[str, float]:
         """The numbers of the metadata, and the last loss."""
-        numbers = {
-            name: value
-            for name, value in self.metadata.items()
-            if isinstance(value, (int, float)) and not isinstance(value, bool)
-        }
+        numbers = {name: value for name, value in self.metadata.items() if type(value) in (int, float)}
         return {**numbers, **self.saved_metrics}
 
     @lockfree_cached_property
@@ -177,9 +165,9 @@ class ImportedHeader:
         Raises:
             CorruptCheckpoint: if they are not described as numpy or safetensors do.
         """
-        sections = {"rng": self.content.rng(), "history": self.content.history()}
+        sections = {"rng": self._rng(), "history": self._history()}
         converted = flatten(sections, is_array=lambda value: isinstance(value, HostArray))[1]
-        arrays = {**self._describe(), **converted}
+        arrays = {**self.describe(), **converted}
         return tuple(sorted(array.info(label) for label, array in arrays.items()))
 
     @property
@@ -202,39 +190,49 @@ class ImportedHeader:
         """
         _ = self.tensors
 
-    def to_imported(
-        self,
-        model: Mapping[str, HostArray],
-        optimizer: Mapping[str, Any],
-        *,
-        options: Mapping[str, Any] | None = None,
-        foreign_fields: Mapping[str, Any] | None = None,
-        dropped: tuple[str, ...] = (),
-    ) -> Imported:
-        """The whole checkpoint, with the arrays of its files.
+    def to_imported(self, model: Mapping[str, HostArray], optimizer: dict[str, Any], **more: Any) -> Imported:
+        """The whole checkpoint.
 
         Args:
             model: name -> array.
             optimizer: scalars, and moments as ``m`` and ``v``.
-            options: our options that the optimizer proves, by key.
-            foreign_fields: further fields to keep in the metadata.
-            dropped: a line for each thing that is not imported.
+            more: ``options`` that the optimizer proves, and ``dropped``, as in :class:`Imported`.
         """
-        content = self.content.with_unknown(foreign_fields or {})
+        foreign = {FOREIGN_CONFIG: self.config, FOREIGN_FIELDS: self.unknown}
         return Imported(
-            self.format,
-            self.step,
-            model,
+            format=self.format,
+            step=self.step,
             kind=self.kind,
+            model=model,
             optimizer=optimizer,
-            rng=content.rng(),
-            history=content.history(),
-            options={**_lora_rank(model), **(options or {})},
-            metadata=content.imported,
+            rng=self._rng(),
+            history=self._history(),
+            options={**_lora_rank(model), **more.pop("options", {})},
+            metadata={**self.metadata, **{name: value for name, value in foreign.items() if value}},
             metrics=self.saved_metrics,
-            dropped=dropped,
-            source={"timestamp": content.timestamp},
+            source={"timestamp": self.timestamp},
+            **more,
         )
+
+    def _rng(self) -> dict[str, Any]:
+        if self.random_state is None:
+            return {}
+        state = _convert_lists(self.random_state)
+        return state if type(state) is dict else {"state": state}
+
+    def _history(self) -> dict[str, HostArray]:
+        return {"loss": make_array(self.losses, "F64")} if self.losses else {}
+
+
+def _convert_lists(node: Any) -> Any:
+    """Lists of integers, which are long in the state of a generator, become arrays."""
+    if type(node) is dict:
+        return {key: _convert_lists(value) for key, value in node.items()}
+    if type(node) is not list:
+        return node
+    if {*map(type, node)} == {int} and min(node) >= -(2**63) and max(node) < 2**63:
+        return make_array(node, "I64")
+    return [_convert_lists(value) for value in node]
 
 
 def _lora_rank(model: Mapping[str, HostArray]) -> dict[str, Any]:
@@ -253,9 +251,9 @@ def _lora_rank(model: Mapping[str, HostArray]) -> dict[str, Any]:
 
 def _iso_time(timestamp: Any) -> str | None:
     """Seconds since 1970, or text, as ISO 8601 in UTC; None if it is not a time."""
-    if isinstance(timestamp, str):
+    if type(timestamp) is str:
         return timestamp
-    if isinstance(timestamp, bool) or not isinstance(timestamp, (int, float)):
+    if type(timestamp) not in (int, float):
         return None
     try:
         return datetime.fromtimestamp(timestamp, UTC).isoformat(timespec="milliseconds")

@@ -42,7 +42,7 @@ def read(folder: Path) -> Imported:
     if ranks != {rank}:
         raise ResumeRefused(f"{folder}: the rank of its weights is not the rank in {ADAPTER_CONFIG}")
     return Imported(
-        FORMAT,
+        format=FORMAT,
         step=0,
         model=model,
         options={

@@ -19,7 +19,7 @@ import os
 import warnings
 import zipfile
 from collections.abc import Iterator
-from typing import IO, Any, Literal
+from typing import IO, Any
 
 import numpy as np
 from numpy.lib import format as npy
@@ -28,7 +28,7 @@ from distrust.checkpoint.arrays.host import NUMPY_NAMES
 from distrust.checkpoint.format import is_valid_shape
 from distrust.checkpoint.memory import available_bytes
 from distrust.errors import CheckpointUnreadable, CorruptCheckpoint, shorten
-from distrust.importers.host_arrays import PIECE_BYTES, HostArray, require_finite
+from distrust.importers.host_arrays import PIECE_BYTES, Depth, HostArray, require_finite
 
 #: How many times its size a file may expand to: weights look random, and hardly compress.
 MAX_EXPANSION = 20
@@ -39,9 +39,6 @@ MAX_HEADER_BYTES = 2048
 _MEMBER_OVERHEAD_BYTES = 4096
 _FILE_OVERHEAD_BYTES = 128 << 10
 _DTYPES = {numpy_name: dtype for dtype, numpy_name in NUMPY_NAMES.items()}
-
-#: What to read of each member: its header; all of it, to check it; or all of it, to return it.
-Depth = Literal["headers", "verify", "load"]
 
 
 def read(descriptor: int, file_name: str, depth: Depth, *, nonnegative: str = "") -> dict[str, HostArray]:
@@ -75,10 +72,7 @@ def read(descriptor: int, file_name: str, depth: Depth, *, nonnegative: str = ""
             if name in arrays:
                 raise CorruptCheckpoint(f"{file_name}: the member {shorten(name)!r} occurs twice")
             is_square = bool(nonnegative) and name.startswith(nonnegative)
-            with (
-                _zip_errors(f"{file_name}: the member {shorten(name)!r}"),
-                archive.open(member) as stream,
-            ):
+            with _zip_errors(f"{file_name}: the member {shorten(name)!r}"), archive.open(member) as stream:
                 arrays[name] = _read_member(stream, member.file_size, depth, nonnegative=is_square)
     return arrays
 

@@ -15,19 +15,16 @@ import stat
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from distrust.checkpoint.files import errors_with_path, open_regular, parse_checkpoint_name, read_into
+from distrust import importers
+from distrust.checkpoint.files import open_regular, read_into
 from distrust.errors import CorruptCheckpoint, DistrustWarning, quote_untrusted, shorten
-from distrust.importers import CHECKSUMS, DIRECTORY, MEMBERS, METADATA, MODEL, OPTIMIZER, metadata
-from distrust.importers.host_arrays import PIECE_BYTES, HostArray
+from distrust.importers import CHECKSUMS, MEMBERS, METADATA, MODEL, OPTIMIZER
+from distrust.importers.host_arrays import PIECE_BYTES, Depth, HostArray
 from distrust.importers.imported import Imported, ImportedHeader
-from distrust.importers.metadata import merge_unique
+from distrust.importers.metadata import MAX_METADATA_BYTES, merge_unique, parse_header
 from distrust.importers.validate_optimizer import STEP, M, V, validate_optimizer
-
-if TYPE_CHECKING:
-    from distrust.importers.npz import Depth
 
 _ARRAY_FILES = (MODEL, OPTIMIZER)
 #: Prefixes of the names of moments -> their section in our optimizer.
@@ -41,35 +38,6 @@ PROBLEMS_SHOWN = 8
 _CHECKSUM_LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](?:\./)?([^\r\n]+)", re.ASCII)
 
 
-def header(path: Path) -> ImportedHeader:
-    """See :func:`distrust.importers.read_header`."""
-    with _open(path) as folder:
-        return folder.header()
-
-
-def verify(path: Path) -> ImportedHeader:
-    """See :func:`distrust.importers.verify`."""
-    with _open(path) as folder:
-        header = folder.header()
-        for name in folder.unlisted():
-            # Not part of the checkpoint, so not damage; but the user may rely on the checksums to cover it.
-            warnings.warn(
-                f"{path}: {quote_untrusted(name)} is not in {CHECKSUMS}, and was not read",
-                DistrustWarning,
-                stacklevel=4,
-            )
-        _make_optimizer(header, folder.read_arrays("verify"))
-        return header
-
-
-def read(path: Path) -> tuple[ImportedHeader, Imported]:
-    """See :func:`distrust.importers.load`."""
-    with _open(path) as folder:
-        header = folder.header()
-        arrays = folder.read_arrays("load")
-    return header, header.to_imported(arrays.get(MODEL, {}), _make_optimizer(header, arrays))
-
-
 def _make_optimizer(header: ImportedHeader, arrays: Mapping[str, dict[str, HostArray]]) -> dict[str, Any]:
     """The optimizer's scalars and arrays, with the moments as ``m`` and ``v``; they match the model."""
     moments: dict[str, Any] = {}
@@ -80,7 +48,7 @@ def _make_optimizer(header: ImportedHeader, arrays: Mapping[str, dict[str, HostA
         else:
             others[name] = array
     what = f"{METADATA} and {OPTIMIZER}"
-    scalars = header.content.optimizer_scalars
+    scalars = header.optimizer_scalars
     optimizer = merge_unique(merge_unique(scalars, others, what), moments, what)
     validate_optimizer(
         optimizer,
@@ -92,85 +60,94 @@ def _make_optimizer(header: ImportedHeader, arrays: Mapping[str, dict[str, HostA
     return optimizer
 
 
-@contextlib.contextmanager
-def _open(path: Path) -> Iterator[_Folder]:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        yield _Folder(path, descriptor)
-    finally:
-        os.close(descriptor)
+class NpzFolder:
+    """An open folder whose files exist and whose metadata is valid. Replacing its path changes nothing.
 
-
-def _describe(path: Path) -> dict[str, HostArray]:
-    with errors_with_path(path), _open(path) as folder:
-        return {
-            f"{section}.{name}": array
-            for file, section in zip(_ARRAY_FILES, ("model", "optimizer"), strict=True)
-            for name, array in folder.describe(file).items()
-        }
-
-
-class _Folder:
-    """An open folder: replacing its path does not change what is read."""
+    Attributes:
+        header: its metadata.
+    """
 
     def __init__(self, path: Path, descriptor: int) -> None:
         self._path = path
         self._descriptor = descriptor
         self._names = set(os.listdir(descriptor))
         self._checksums: dict[str, str] = {}
+        self.header = self._read_header()
 
-    def header(self) -> ImportedHeader:
+    @classmethod
+    @contextlib.contextmanager
+    def open(cls, path: Path) -> Iterator[NpzFolder]:
+        """Open a folder for the time of a with statement."""
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            yield cls(path, descriptor)
+        finally:
+            os.close(descriptor)
+
+    def read(self, depth: Depth) -> Imported:
+        """Read and check everything; the arrays have data only if ``depth`` is "load"."""
+        if depth == "verify":
+            self._warn_of_unlisted()
+        problems: list[str] = []
+        arrays: dict[str, dict[str, HostArray]] = {}
+        for name in sorted((self._checksums.keys() | {*_ARRAY_FILES}) & self._names - {METADATA}):
+            with _collect(problems):
+                arrays[name] = self._read_verified(name, depth)
+        _raise_all(problems)
+        return self.header.to_imported(arrays.get(MODEL, {}), _make_optimizer(self.header, arrays))
+
+    def describe(self) -> dict[str, HostArray]:
+        """The arrays by label, as their headers say."""
+        arrays: dict[str, HostArray] = {}
+        for file, section in ((MODEL, "model"), (OPTIMIZER, "optimizer")):
+            if file in self._names:
+                with self._open_file(file) as (descriptor, status):
+                    headers = self._read_array_headers(descriptor, file, status.st_size)
+                arrays |= {f"{section}.{name}": array for name, array in headers.items()}
+        return arrays
+
+    def _read_header(self) -> ImportedHeader:
         """Check which files exist, and read the metadata, whose checksum is compared."""
         if not self._names:
             raise CorruptCheckpoint("an empty folder")
-        problems = _Problems()
+        problems: list[str] = []
         members = sorted({*MEMBERS} & self._names)
-        sizes = dict.fromkeys(members, 0)
+        file_size, raw = 0, b""
         for name in members:
-            with problems:
-                sizes[name] = self._status(name).st_size
-        with problems:
+            with _collect(problems):
+                file_size += self._status(name).st_size
+        with _collect(problems):
             self._checksums = self._read_checksums()
             missing = sorted({*self._checksums} - self._names)
             problems += [f"{quote_untrusted(name)} is missing" for name in missing]
             unproven = sorted({*members} - {*self._checksums, CHECKSUMS})
             problems += [f"{name} is not in {CHECKSUMS}" for name in unproven]
-        raw = b""
-        with problems:
-            raw = self._read_metadata()
-        problems.raise_all()
-        entry = parse_checkpoint_name(self._path)
-        return ImportedHeader(
-            DIRECTORY,
-            metadata.parse(raw, METADATA, self._path),
-            kind=entry[2] if entry else "periodic",
-            file_size=sum(sizes.values()),
-            describe=lambda: _describe(self._path),
+        with _collect(problems):
+            if METADATA in self._names:
+                raw = self._read_small(METADATA, MAX_METADATA_BYTES)
+                require_checksum(METADATA, self._checksums, hashlib.sha256(raw).hexdigest())
+            elif METADATA not in self._checksums:  # otherwise it was reported above
+                problems.append(f"{METADATA} is missing")
+        _raise_all(problems)
+        return parse_header(
+            raw,
+            METADATA,
+            self._path,
+            format=importers.DIRECTORY,
+            file_size=file_size,
+            describe=importers.describe,
             lacks_arrays=not self._names & {*_ARRAY_FILES},
         )
 
-    def read_arrays(self, depth: Depth) -> dict[str, dict[str, HostArray]]:
-        """The arrays of each ``.npz``; every file that has a checksum is first compared with it."""
-        problems = _Problems()
-        arrays = {}
-        for name in sorted((self._checksums.keys() | {*_ARRAY_FILES}) & self._names - {METADATA}):
-            with problems:
-                arrays[name] = self._read_verified(name, depth)
-        problems.raise_all()
-        return arrays
-
-    def describe(self, name: str) -> dict[str, HostArray]:
-        """The arrays of a file as their headers say; empty if the file does not exist."""
-        if name not in self._names:
-            return {}
-        self._checksums = self._checksums or self._read_checksums()
-        with self._open_file(name) as (descriptor, status):
-            return self._read_headers(descriptor, name, status.st_size)
-
-    def unlisted(self) -> list[str]:
-        """Files outside the format that have no checksum; hidden ones belong to the system."""
-        others = self._names - {*MEMBERS} - self._checksums.keys()
-        return sorted(name for name in others if not name.startswith("."))
+    def _warn_of_unlisted(self) -> None:
+        """Files outside the format have no checksum. The user may rely on checksums to cover everything."""
+        for name in sorted(self._names - {*MEMBERS} - self._checksums.keys()):
+            if not name.startswith("."):  # hidden files belong to the system
+                warnings.warn(
+                    f"{self._path}: {quote_untrusted(name)} is not in {CHECKSUMS}, and was not read",
+                    DistrustWarning,
+                    stacklevel=4,
+                )
 
     def _read_checksums(self) -> dict[str, str]:
         if CHECKSUMS in self._names:
@@ -181,20 +158,12 @@ class _Folder:
             f"folder: sha256sum {members} > {CHECKSUMS}"
         )
 
-    def _read_metadata(self) -> bytes:
-        if METADATA not in self._names:
-            # If the checksums list it, that problem was already reported.
-            raise CorruptCheckpoint("" if METADATA in self._checksums else f"{METADATA} is missing")
-        raw = self._read_small(METADATA, metadata.MAX_METADATA_BYTES)
-        require_checksum(METADATA, self._checksums, hashlib.sha256(raw).hexdigest())
-        return raw
-
     def _read_verified(self, name: str, depth: Depth) -> dict[str, HostArray]:
         from distrust.importers import npz  # numpy: listing checkpoints works without it
 
         with self._open_file(name) as (descriptor, status):
             if name in _ARRAY_FILES:
-                self._read_headers(descriptor, name, status.st_size)
+                self._read_array_headers(descriptor, name, status.st_size)
             require_checksum(name, self._checksums, _sha256(descriptor))
             if name not in _ARRAY_FILES:
                 return {}
@@ -205,7 +174,7 @@ class _Folder:
                 raise CorruptCheckpoint(f"{name} changed while it was read")
             return arrays
 
-    def _read_headers(self, descriptor: int, name: str, size: int) -> dict[str, HostArray]:
+    def _read_array_headers(self, descriptor: int, name: str, size: int) -> dict[str, HostArray]:
         from distrust.importers import npz
 
         try:
@@ -243,26 +212,20 @@ class _Folder:
         return status
 
 
-class _Problems(list[str]):
-    """What is wrong, each once. As a context it collects the CorruptCheckpoint raised inside."""
+@contextlib.contextmanager
+def _collect(problems: list[str]) -> Iterator[None]:
+    """Add the CorruptCheckpoint raised inside to the problems, each once."""
+    try:
+        yield
+    except CorruptCheckpoint as error:
+        if error.reason not in problems:
+            problems.append(error.reason)
 
-    def __enter__(self) -> None:
-        return None
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool:
-        if isinstance(error, CorruptCheckpoint):
-            if error.reason and error.reason not in self:
-                self.append(error.reason)
-            return True
-        return False
-
-    def raise_all(self) -> None:
-        """Raise all problems as one line, if there are any."""
-        if self:
-            more = f"; and {len(self) - PROBLEMS_SHOWN} more" if len(self) > PROBLEMS_SHOWN else ""
-            raise CorruptCheckpoint("; ".join(self[:PROBLEMS_SHOWN]) + more)
+def _raise_all(problems: list[str]) -> None:
+    if problems:
+        more = f"; and {len(problems) - PROBLEMS_SHOWN} more" if len(problems) > PROBLEMS_SHOWN else ""
+        raise CorruptCheckpoint("; ".join(problems[:PROBLEMS_SHOWN]) + more)
 
 
 def parse_checksums(raw: bytes) -> dict[str, str]:

@@ -2,19 +2,19 @@
 
 ``{"param_groups": [{"params": [NAME], "lr": 0.1, "betas": [0.9, 0.999], "weight_decay": 0.0}], "step": 10}``;
 the previous form adds ``"exp_avg"`` and ``"exp_avg_sq"``: ``{NAME: [numbers, shape]}``. Each field is
-required, and no other is accepted: what a field changes in training must be known before a run continues.
+required, and no other is accepted: what a field changes in training must be known before a run resumes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping, Set
 from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from distrust.checkpoint.format import is_valid_shape
-from distrust.errors import CorruptCheckpoint, quote_untrusted, shorten
+from distrust.errors import CorruptCheckpoint, quote_untrusted
 from distrust.importers.host_arrays import HostArray, require_finite
 from distrust.importers.validate_optimizer import STEP, M, Shapes, V
 
@@ -24,6 +24,7 @@ _GROUPS = "param_groups"
 _GROUP_FIELDS = {"params", "lr", "betas", "weight_decay"}
 #: No learning rate or decay is larger; larger integers would not even fit a float.
 _MAX_NUMBER = 1e30
+NAMES_SHOWN = 5
 
 
 class OptimizerConfig(NamedTuple):
@@ -39,39 +40,29 @@ class OptimizerConfig(NamedTuple):
     groups: list[dict[str, Any]]
     names: list[str]
 
-    def learning_rate(self) -> dict[str, Any]:
-        """The scalar ``learning_rate``, if all groups have the same."""
-        rates = {group["lr"] for group in self.groups}
-        return {"learning_rate": float(rates.pop())} if len(rates) == 1 else {}
-
     def options(self, shapes: Shapes) -> tuple[dict[str, Any], tuple[str, ...]]:
-        """Our options that the groups prove, by key, and a line for each thing that no option expresses.
-
-        Args:
-            shapes: of the parameters.
-        """
+        """Our options that the groups prove, by key, and a line for each thing that no option expresses."""
         options: dict[str, Any] = {}
         dropped = []
         betas = {tuple(map(float, group["betas"])) for group in self.groups}
-        if len(betas) == 1:
-            options["adam_beta1"], options["adam_beta2"] = betas.pop()
-        elif betas:
-            dropped.append("the betas, which differ between parameter groups")
-        # Here matrices are decayed, all by the same option, and vectors never.
-        decays = {
-            is_matrix: {
+        matrix_decays, vector_decays = (
+            {
                 float(group["weight_decay"])
                 for group in self.groups
                 for name in group["params"]
                 if (len(shapes[name]) >= 2) == is_matrix
             }
             for is_matrix in (True, False)
-        }
-        if len(decays[True]) == 1:
-            options["weight_decay"] = decays[True].pop()
-        elif decays[True]:
+        )
+        if len(betas) == 1:
+            options["adam_beta1"], options["adam_beta2"] = betas.pop()
+        elif betas:
+            dropped.append("the betas, which differ between parameter groups")
+        if len(matrix_decays) == 1:
+            options["weight_decay"] = matrix_decays.pop()
+        elif matrix_decays:
             dropped.append("the weight decay, which differs between parameter groups")
-        if any(decays[False]):
+        if any(vector_decays):
             dropped.append("the weight decay of vectors: here only matrices are decayed")
         return options, tuple(dropped)
 
@@ -89,7 +80,7 @@ def parse_config(fields: dict[str, Any], what: str, *, with_moments: bool) -> Op
     """
     expected = {_GROUPS, STEP, *(MOMENTS if with_moments else ())}
     if fields.keys() != expected:
-        raise CorruptCheckpoint(f"{what}: has the fields {_list(fields)}; expected are {_list(expected)}")
+        raise CorruptCheckpoint(f"{what}: has the fields {_join(fields)}; expected are {_join(expected)}")
     groups = fields[_GROUPS]
     if type(groups) is not list or not all(map(_is_group, groups)):
         raise CorruptCheckpoint(
@@ -101,14 +92,22 @@ def parse_config(fields: dict[str, Any], what: str, *, with_moments: bool) -> Op
     return OptimizerConfig(fields[STEP], groups, names)
 
 
-def require_weights(names: Collection[str], model: Collection[str], what: str) -> None:
-    """Check that each parameter is a weight of the model.
+def require_parameters(config: OptimizerConfig, model: Set[str], moments: Set[str], what: str) -> None:
+    """Check that each parameter is a weight of the model, and after the first step has moments.
 
     Raises:
-        CorruptCheckpoint: naming those that are not.
+        CorruptCheckpoint: naming one that does not.
     """
-    if unknown := {*names} - {*model}:
-        raise CorruptCheckpoint(f"{what}: {_GROUPS} names {_list(unknown)}, of which there is no tensor")
+    if unknown := {*config.names} - model:
+        raise CorruptCheckpoint(f"{what}: {_GROUPS} names {_join(unknown)}, of which there is no tensor")
+    if not moments and not (type(config.step) is int and config.step == 0):
+        raise CorruptCheckpoint(
+            f"{what}: it has no moments, but {STEP} is {quote_untrusted(repr(config.step))}"
+        )
+    if mismatched := moments ^ {*(config.names if moments else ())}:
+        raise CorruptCheckpoint(
+            f"{what}: {quote_untrusted(min(mismatched))} has moments or is in {_GROUPS}, but not both"
+        )
 
 
 def parse_moments(fields: Mapping[str, Any], what: str) -> dict[str, dict[str, HostArray]]:
@@ -117,11 +116,10 @@ def parse_moments(fields: Mapping[str, Any], what: str) -> dict[str, dict[str, H
     Raises:
         CorruptCheckpoint: naming the first invalid one.
     """
-    moments: dict[str, dict[str, HostArray]] = {}
+    moments: dict[str, dict[str, HostArray]] = {M: {}, V: {}}
     for field, moment in MOMENTS.items():
         if type(fields[field]) is not dict:
             raise CorruptCheckpoint(f"{what}: {field} is not an object")
-        moments[moment] = {}
         for name, value in fields[field].items():
             try:
                 moments[moment][name] = _moment(value, nonnegative=moment == V)
@@ -134,10 +132,13 @@ def parse_moments(fields: Mapping[str, Any], what: str) -> dict[str, dict[str, H
 
 
 def _moment(value: Any, *, nonnegative: bool) -> HostArray:
-    if type(value) is not list or [*map(type, value)] != [list, list]:
-        raise CorruptCheckpoint("it is not a pair [numbers, shape]")
-    numbers, shape = value
-    if {*map(type, numbers)} - {int, float} or not is_valid_shape(tuple(shape)):
+    numbers, shape = value if type(value) is list and len(value) == 2 else (None, None)
+    if (
+        type(numbers) is not list
+        or type(shape) is not list
+        or {*map(type, numbers)} - {int, float}
+        or not is_valid_shape(tuple(shape))
+    ):
         raise CorruptCheckpoint("it is not a pair of a list of numbers and a shape")
     if prod(shape) != len(numbers):
         raise CorruptCheckpoint(f"it has {len(numbers):,} numbers, but the shape {shape}")
@@ -155,7 +156,7 @@ def _is_group(group: Any) -> bool:
         type(group) is dict
         and group.keys() == _GROUP_FIELDS
         and type(group["params"]) is list
-        and all(type(name) is str for name in group["params"])
+        and {*map(type, group["params"])} <= {str}
         and _is_number(group["lr"], _MAX_NUMBER)
         and _is_number(group["weight_decay"], _MAX_NUMBER)
         and type(group["betas"]) is list
@@ -169,10 +170,6 @@ def _is_number(value: Any, limit: float) -> bool:
     return type(value) in (int, float) and 0 <= value < limit
 
 
-def _list(names: Any) -> str:
-    def shown() -> Iterator[str]:
-        yield from (quote_untrusted(name) for name in sorted(names)[:5])
-        if len(names) > 5:
-            yield f"and {len(names) - 5} more"
-
-    return shorten(", ".join(shown())) or "none"
+def _join(names: Collection[str]) -> str:
+    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return ", ".join(map(quote_untrusted, sorted(names)[:NAMES_SHOWN])) + more

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections import Counter
 from typing import Any
 
 from distrust.checkpoint.memory import available_bytes
@@ -44,9 +44,11 @@ def parse_object(raw: bytes, what: str) -> dict[str, Any]:
         raise CorruptCheckpoint(f"{what} is not a JSON object")
     if _is_too_deep(value):
         raise CorruptCheckpoint(f"{what} is nested deeper than {MAX_DEPTH} levels")
-    # Only an escape can produce a lone surrogate; no checkpoint could store it as UTF-8.
-    if b"\\u" in raw and not all(map(_is_encodable, _strings(value))):
-        raise CorruptCheckpoint(f"{what} contains a lone surrogate")
+    if rb"\ud" in raw.lower():  # half of a surrogate pair: no checkpoint could store it as UTF-8
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise CorruptCheckpoint(f"{what} contains a lone surrogate") from None
     return value
 
 
@@ -54,33 +56,11 @@ def _max_memory(raw: bytes) -> int:
     return _BYTES_EACH * len(raw) + sum(raw.count(mark) * nbytes for mark, nbytes in _EXTRA_BYTES.items())
 
 
-def _strings(value: Any) -> Iterator[str]:
-    stack = [value]  # not recursive: the depth is the file's choice
-    while stack:
-        node = stack.pop()
-        if type(node) is str:
-            yield node
-            continue
-        if type(node) is dict:
-            yield from node
-        children = node.values() if type(node) is dict else node
-        stack += [child for child in children if type(child) in (str, list, dict)]
-
-
-def _is_encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) != len(pairs):  # readers differ in which of two values they take
-        seen: set[str] = set()
-        repeated = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {shorten(repeated)!r} occurs twice")
+        counts = Counter(key for key, _ in pairs)
+        raise ValueError(f"the key {shorten(max(counts, key=lambda key: counts[key]))!r} occurs twice")
     return fields
 
 

@@ -15,14 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from distrust.checkpoint.files import open_regular
-from distrust.errors import (
-    CheckpointError,
-    CheckpointNotFound,
-    CheckpointUnreadable,
-    CorruptCheckpoint,
-    quote_untrusted,
-)
+from distrust.checkpoint.files import errors_with_path, open_regular
+from distrust.errors import CheckpointError, CheckpointNotFound, CorruptCheckpoint, quote_untrusted
 from distrust.importers.safe_json import parse_object
 
 if TYPE_CHECKING:
@@ -73,10 +67,10 @@ def read_torch(path: Path) -> Any:
     with safe_errors(path):
         with open_file(path) as file:
             if not zipfile.is_zipfile(file):
-                raise CorruptCheckpoint("not in the format of torch.save since version 1.6", path=path)
+                raise CorruptCheckpoint("not in the format of torch.save since version 1.6")
             archive = zipfile.ZipFile(file)
-            _require_stored(path, archive, size=os.fstat(file.fileno()).st_size)
-            _require_tensors_only(path, archive)
+            _require_stored(archive, size=os.fstat(file.fileno()).st_size)
+            _require_tensors_only(archive)
         # weights_only: torch's own second line of defence against pickles that run code.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
@@ -89,43 +83,43 @@ def to_float32(tensor: Any, *, shape: torch.Size, what: str, path: Path) -> torc
     """
     import torch
 
+    floats = (torch.float32, torch.bfloat16, torch.float16)
     # type(), not isinstance(): a subclass may override any method.
     if type(tensor) is not torch.Tensor or tensor.layout != torch.strided or tensor.device.type != "cpu":
-        raise CorruptCheckpoint(f"{what} is not a plain tensor", path=path, tensor=what)
-    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16) or tensor.shape != shape:
-        raise CorruptCheckpoint(
-            f"{what} is {tensor.dtype}{list(tensor.shape)[:8]}, not a float tensor of shape {list(shape)}",
-            path=path,
-            tensor=what,
-        )
-    wide = tensor.detach().to(torch.float32).contiguous()
-    if not bool(torch.isfinite(wide).all()):
-        raise CorruptCheckpoint(f"{what} holds numbers that are not finite", path=path, tensor=what)
-    return wide
+        reason = "is not a plain tensor"
+    elif tensor.dtype not in floats or tensor.shape != shape:
+        actual = f"{tensor.dtype}{list(tensor.shape)[:8]}"
+        reason = f"is {actual}, not a float tensor of shape {list(shape)}"
+    else:
+        wide = tensor.detach().to(torch.float32).contiguous()
+        if bool(torch.isfinite(wide).all()):
+            return wide
+        reason = "holds numbers that are not finite"
+    raise CorruptCheckpoint(f"{what} {reason}", path=path, tensor=what)
 
 
-def _require_stored(path: Path, archive: zipfile.ZipFile, *, size: int) -> None:
+def _require_stored(archive: zipfile.ZipFile, *, size: int) -> None:
     """Nothing may expand when it is read: torch neither compresses nor shares entries."""
     entries = archive.infolist()
     if len(entries) > MAX_ENTRIES:
-        raise CorruptCheckpoint(f"holds {len(entries)} entries", path=path)
+        raise CorruptCheckpoint(f"holds {len(entries)} entries")
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise CorruptCheckpoint("holds compressed entries, which torch never writes", path=path)
+        raise CorruptCheckpoint("holds compressed entries, which torch never writes")
     if sum(max(entry.file_size, entry.compress_size) for entry in entries) > size:
-        raise CorruptCheckpoint("holds more than its size allows", path=path)
+        raise CorruptCheckpoint("holds more than its size allows")
     # torch writes the CRC-32 of each entry, but does not compare it on loading.
     damaged = archive.testzip()
     if damaged is not None:
-        raise CorruptCheckpoint(f"{quote_untrusted(damaged)} is damaged: its CRC-32 is wrong", path=path)
+        raise CorruptCheckpoint(f"{quote_untrusted(damaged)} is damaged: its CRC-32 is wrong")
 
 
-def _require_tensors_only(path: Path, archive: zipfile.ZipFile) -> None:
+def _require_tensors_only(archive: zipfile.ZipFile) -> None:
     """The pickle may call only what makes a tensor out of bytes of the file."""
     for entry in archive.infolist():
         if not entry.filename.endswith("/data.pkl"):
             continue
         if entry.file_size > MAX_PICKLE_BYTES:
-            raise CorruptCheckpoint(f"holds a pickle of {entry.file_size >> 20} MiB", path=path)
+            raise CorruptCheckpoint(f"holds a pickle of {entry.file_size >> 20} MiB")
         # genops only lists the instructions; nothing is executed.
         for opcode, argument, _ in pickletools.genops(archive.read(entry)):
             if opcode.name == "GLOBAL" and (argument in _ALLOWED_CALLS or _is_storage(str(argument))):
@@ -150,26 +144,19 @@ def open_file(path: Path) -> Iterator[BinaryIO]:
 @contextlib.contextmanager
 def safe_errors(path: Path) -> Iterator[None]:
     """Whatever a parser raises for a hostile file becomes one CheckpointError with the path."""
-    try:
-        yield
-    except CorruptCheckpoint as error:
-        raise CorruptCheckpoint(error.reason, path=path, tensor=error.tensor) from error
-    except CheckpointError:
-        raise
-    except FileNotFoundError:
-        raise CheckpointNotFound(f"{path}: no such file", path=path) from None
-    except OSError as error:
-        raise CheckpointUnreadable(f"{path}: cannot be read: {error.strerror or error}", path=path) from error
-    except MemoryError as error:
-        raise CheckpointUnreadable(f"{path}: cannot be read: no memory", path=path) from error
-    except pickle.UnpicklingError as error:
-        details = quote_untrusted(" ".join(str(error).split()))
-        raise CorruptCheckpoint(
-            f"holds objects other than tensors and plain containers ({details}); loading such a file could "
-            "run any code, so it is refused",
-            path=path,
-        ) from error
-    except Exception as error:  # the parsers raise errors of every class
-        details = quote_untrusted(" ".join(str(error).split()))
-        reason = f"not a valid file of its kind ({type(error).__name__}: {details})"
-        raise CorruptCheckpoint(reason, path=path) from error
+    with errors_with_path(path):
+        try:
+            yield
+        except FileNotFoundError:
+            raise CheckpointNotFound(f"{path}: no such file", path=path) from None
+        except (CheckpointError, OSError, MemoryError):
+            raise
+        except Exception as error:  # the parsers raise errors of every class
+            details = quote_untrusted(" ".join(str(error).split()))
+            reason = f"not a valid file of its kind ({type(error).__name__}: {details})"
+            if isinstance(error, pickle.UnpicklingError):
+                reason = (
+                    f"holds objects other than tensors and plain containers ({details}); loading such a file "
+                    "could run any code, so it is refused"
+                )
+            raise CorruptCheckpoint(reason) from error

@@ -14,19 +14,21 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distrust.checkpoint.files import errors_with_path, open_regular, parse_checkpoint_name, read_into
+from distrust import importers
+from distrust.checkpoint.files import open_regular, read_into
 from distrust.checkpoint.format import ITEM_SIZES, LENGTH_BYTES, METADATA, TensorInfo, is_valid_shape
 from distrust.checkpoint.header import header_length
 from distrust.checkpoint.memory import available_bytes
-from distrust.errors import CheckpointUnreadable, CorruptCheckpoint, quote_untrusted, shorten
-from distrust.importers import TENSOR_FILE, metadata
-from distrust.importers.host_arrays import PIECE_BYTES, HostArray, require_finite_bytes
-from distrust.importers.imported import Imported, ImportedHeader
+from distrust.errors import CheckpointUnreadable, CorruptCheckpoint, quote_untrusted
+from distrust.importers.host_arrays import PIECE_BYTES, Depth, HostArray, require_finite_bytes
+from distrust.importers.imported import Imported
+from distrust.importers.metadata import MAX_METADATA_BYTES, merge_unique, parse_header
 from distrust.importers.safe_json import parse_object
 from distrust.importers.validate_optimizer import STEP, M, V, validate_optimizer
 
@@ -40,38 +42,12 @@ _PREFIXES = {"optimizer.exp_avg.": M, "optimizer.exp_avg_sq.": V}
 MAX_OPTIMIZER_BYTES = 2 << 30
 
 
-def header(path: Path) -> ImportedHeader:
-    """See :func:`distrust.importers.read_header`."""
-    with _open(path) as file:
-        return file.header
+class TensorFile:
+    """An open file whose header and metadata are valid.
 
-
-def verify(path: Path) -> ImportedHeader:
-    """See :func:`distrust.importers.verify`."""
-    with _open(path) as file:
-        file.read(load=False)
-        return file.header
-
-
-def read(path: Path) -> tuple[ImportedHeader, Imported]:
-    """See :func:`distrust.importers.load`."""
-    with _open(path) as file:
-        return file.header, file.read(load=True)
-
-
-@contextlib.contextmanager
-def _open(path: Path) -> Iterator[_TensorFile]:
-    with open_regular(path) as (descriptor, status):
-        yield _TensorFile(path, descriptor, status.st_size)
-
-
-def _describe(path: Path) -> dict[str, HostArray]:
-    with errors_with_path(path), _open(path) as file:
-        return file.describe()
-
-
-class _TensorFile:
-    """An open file whose header and metadata are valid."""
+    Attributes:
+        header: its metadata.
+    """
 
     def __init__(self, path: Path, descriptor: int, size: int) -> None:
         self._descriptor = descriptor
@@ -84,125 +60,113 @@ class _TensorFile:
             raise CorruptCheckpoint(f"it has both {CONFIG_TENSOR} and {JSON_TENSOR}")
         if CONFIG_TENSOR not in self._json and any(self._moments.values()):
             raise CorruptCheckpoint(f"it has moments, but no tensor {CONFIG_TENSOR}")
-        content = metadata.parse(
-            self._read_json(METADATA_TENSOR, metadata.MAX_METADATA_BYTES), METADATA_TENSOR, path
-        )
-        if content.optimizer_scalars:
-            raise CorruptCheckpoint(f"{METADATA_TENSOR}: optimizer_scalars is not part of this format")
-        entry = parse_checkpoint_name(path)
-        self.header = ImportedHeader(
-            TENSOR_FILE,
-            content,
-            kind=entry[2] if entry else "periodic",
+        self.header = parse_header(
+            self._read_json(METADATA_TENSOR, MAX_METADATA_BYTES),
+            METADATA_TENSOR,
+            path,
+            format=importers.TENSOR_FILE,
             file_size=size,
-            describe=lambda: _describe(path),
+            describe=importers.describe,
             lacks_arrays=not self._model and self._json.keys() == {METADATA_TENSOR},
         )
+        if self.header.optimizer_scalars:
+            raise CorruptCheckpoint(f"{METADATA_TENSOR}: optimizer_scalars is not part of this format")
+
+    @classmethod
+    @contextlib.contextmanager
+    def open(cls, path: Path) -> Iterator[TensorFile]:
+        """Open a file for the time of a with statement."""
+        with open_regular(path) as (descriptor, status):
+            yield cls(path, descriptor, status.st_size)
+
+    def read(self, depth: Depth) -> Imported:
+        """Read and check everything; the arrays have data only if ``depth`` is "load"."""
+        tensors = [self._model, *self._moments.values()]
+        total = sum(info.nbytes for group in tensors for info in group.values())
+        if depth == "load" and total > (free := available_bytes()):
+            raise CheckpointUnreadable(f"its tensors take {total:,} bytes of memory, and {free:,} are free")
+        model = self._read_group(self._model, "model", depth)
+        config, moments = self._read_optimizer(depth)
+        if config is None:
+            return self.header.to_imported(model, {})
+        options, dropped = config.options({name: info.shape for name, info in self._model.items()})
+        optimizer = {STEP: config.step, **moments}
+        # Nothing else here has the meaning of the groups, so the metadata keeps them.
+        unknown = merge_unique(self.header.unknown, {"param_groups": config.groups}, METADATA_TENSOR)
+        header = replace(self.header, unknown=unknown)
+        return header.to_imported(model, optimizer, options=options, dropped=dropped)
+
+    def describe(self) -> dict[str, HostArray]:
+        """The arrays by label, without data."""
+        arrays = {f"model.{name}": HostArray(info.dtype, info.shape) for name, info in self._model.items()}
+        for moment, group in self._read_optimizer("headers")[1].items():
+            arrays |= {f"optimizer.{moment}.{name}": array for name, array in group.items()}
+        return arrays
 
     def _classify(self, name: str, info: TensorInfo) -> None:
-        prefix = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), None)
+        prefix = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), "")
         if name in (METADATA_TENSOR, CONFIG_TENSOR, JSON_TENSOR):
             self._json[name] = info
-        elif prefix is not None:
-            label = f"optimizer.{_PREFIXES[prefix]}.{name.removeprefix(prefix)}"
-            if info.dtype != "F32":
-                raise CorruptCheckpoint(
-                    f"tensor {quote_untrusted(name)} is {info.dtype}; moments are F32", tensor=label
-                )
+        elif prefix and info.dtype == "F32":
             self._moments[_PREFIXES[prefix]][name.removeprefix(prefix)] = info
+        elif prefix:
+            raise CorruptCheckpoint(f"tensor {quote_untrusted(name)} is {info.dtype}; moments are F32")
         elif name.startswith(("optimizer.", "_")):  # taken for a weight, it would be trained
             raise CorruptCheckpoint(f"tensor {quote_untrusted(name)} is not part of this format")
         else:
             self._model[name] = info
 
-    def read(self, *, load: bool) -> Imported:
-        """Read and check everything; the arrays have data only if ``load``."""
-        tensors = [self._model, *self._moments.values()]
-        total = sum(info.nbytes for group in tensors for info in group.values())
-        if load and total > (free := available_bytes()):
-            raise CheckpointUnreadable(f"its tensors take {total:,} bytes of memory, and {free:,} are free")
-        model = {
-            name: self._read_array(info, f"model.{name}", load=load) for name, info in self._model.items()
-        }
-        config, moments = self._optimizer()
-        if config is None:
-            return self.header.to_imported(model, {})
-        if CONFIG_TENSOR in self._json:
-            moments = {
-                moment: {
-                    name: self._read_array(info, f"optimizer.{moment}.{name}", load=load, squares=moment == V)
-                    for name, info in group.items()
-                }
-                for moment, group in self._moments.items()
-            }
-        options, dropped = config.options({name: info.shape for name, info in self._model.items()})
-        return self.header.to_imported(
-            model,
-            {STEP: config.step, **config.learning_rate(), **moments},
-            options=options,
-            foreign_fields={"param_groups": config.groups},
-            dropped=dropped,
-        )
-
-    def describe(self) -> dict[str, HostArray]:
-        """The arrays by label, without data."""
-        _, moments = self._optimizer()
-        return {
-            **{f"model.{name}": _description(info) for name, info in self._model.items()},
-            **{
-                f"optimizer.{moment}.{name}": array
-                for moment, group in moments.items()
-                for name, array in group.items()
-            },
-        }
-
-    def _optimizer(self) -> tuple[OptimizerConfig | None, dict[str, dict[str, HostArray]]]:
-        """The parameter groups and moments, which match the model; tensors without their data."""
+    def _read_optimizer(self, depth: Depth) -> tuple[OptimizerConfig | None, dict[str, dict[str, HostArray]]]:
+        """The parameter groups and the moments, which match the model; None without an optimizer."""
         name = next((name for name in (CONFIG_TENSOR, JSON_TENSOR) if name in self._json), None)
         if name is None:
             return None, {}
         from distrust.importers import optimizer_json  # numpy: listing checkpoints works without it
 
-        shapes = {weight: info.shape for weight, info in self._model.items()}
         fields = parse_object(self._read_json(name, MAX_OPTIMIZER_BYTES), name)
         config = optimizer_json.parse_config(fields, name, with_moments=name == JSON_TENSOR)
-        if name == JSON_TENSOR:
-            moments = optimizer_json.parse_moments(fields, name)
-        else:
-            moments = {
-                moment: {weight: _description(info) for weight, info in group.items()}
-                for moment, group in self._moments.items()
-            }
-        optimizer = {STEP: config.step, **moments}
-        validate_optimizer(
-            optimizer, shapes, step=self.header.step, moments_file=name, step_field=f"{name}: {STEP}"
+        moments = (
+            optimizer_json.parse_moments(fields, name)
+            if name == JSON_TENSOR
+            else {m: self._read_group(group, f"optimizer.{m}", depth) for m, group in self._moments.items()}
         )
-        if not moments[M] and not (type(config.step) is int and config.step == 0):
-            raise CorruptCheckpoint(f"{name}: it has no moments, but {STEP} is {shorten(repr(config.step))}")
-        optimizer_json.require_weights(config.names, shapes, name)
-        # After the first step each parameter has both moments, and nothing else has any.
-        if mismatched := moments[M].keys() ^ {*(config.names if moments[M] else ())}:
-            raise CorruptCheckpoint(
-                f"{name}: {quote_untrusted(min(mismatched))} has moments or is in param_groups, but not both"
-            )
+        shapes = {weight: info.shape for weight, info in self._model.items()}
+        validate_optimizer(
+            {STEP: config.step, **moments},
+            shapes,
+            step=self.header.step,
+            moments_file=name,
+            step_field=f"{name}: {STEP}",
+        )
+        optimizer_json.require_parameters(config, shapes.keys(), moments[M].keys(), name)
         return config, moments
 
-    def _read_array(self, info: TensorInfo, label: str, *, load: bool, squares: bool = False) -> HostArray:
-        """Read a tensor a piece at a time, and check its numbers; its data is kept only if ``load``."""
+    def _read_group(
+        self, tensors: Mapping[str, TensorInfo], section: str, depth: Depth
+    ) -> dict[str, HostArray]:
+        arrays = {}
+        for name, info in tensors.items():
+            try:
+                data = self._read_data(info, depth, nonnegative=section == f"optimizer.{V}")
+            except CorruptCheckpoint as error:
+                reason = f"tensor {quote_untrusted(info.name)}: {error.reason}"
+                raise CorruptCheckpoint(reason, tensor=f"{section}.{name}") from None
+            arrays[name] = HostArray(info.dtype, info.shape, data)
+        return arrays
+
+    def _read_data(self, info: TensorInfo, depth: Depth, *, nonnegative: bool) -> Any:
+        """Read a tensor in pieces and check its numbers; returns uint8[nbytes] if it is to be loaded."""
+        if depth == "headers":
+            return None
         import numpy as np
 
-        data = np.empty(info.nbytes if load else min(info.nbytes, PIECE_BYTES), np.uint8)
+        data = np.empty(info.nbytes if depth == "load" else min(info.nbytes, PIECE_BYTES), np.uint8)
         for offset in range(0, info.nbytes, PIECE_BYTES):
             nbytes = min(PIECE_BYTES, info.nbytes - offset)
-            piece = data[offset : offset + nbytes] if load else data[:nbytes]
+            piece = data[offset : offset + nbytes] if depth == "load" else data[:nbytes]
             read_into(self._descriptor, piece.data, info.offset + offset)
-            try:
-                require_finite_bytes(piece, info.dtype, nonnegative=squares)
-            except CorruptCheckpoint as error:
-                raise CorruptCheckpoint(
-                    f"tensor {quote_untrusted(info.name)}: {error.reason}", tensor=label
-                ) from None
-        return _description(info)._replace(data=data if load else None)
+            require_finite_bytes(piece, info.dtype, nonnegative=nonnegative)
+        return data if depth == "load" else None
 
     def _read_json(self, name: str, max_bytes: int) -> bytes:
         info = self._json.get(name)
@@ -215,10 +179,6 @@ class _TensorFile:
         raw = bytearray(info.nbytes)
         read_into(self._descriptor, memoryview(raw), info.offset)
         return bytes(raw)
-
-
-def _description(info: TensorInfo) -> HostArray:
-    return HostArray(info.dtype, info.shape)
 
 
 def _read_header(descriptor: int, size: int) -> dict[str, TensorInfo]:
@@ -244,20 +204,16 @@ def _read_header(descriptor: int, size: int) -> dict[str, TensorInfo]:
 
 def _parse_tensor(name: str, value: Any, data_begin: int) -> TensorInfo:
     is_complete = type(value) is dict and value.keys() == {"dtype", "shape", "data_offsets"}
-    offsets = value["data_offsets"] if is_complete else None
-    shape = value["shape"] if is_complete else None
-    dtype = value["dtype"] if is_complete else None
+    dtype, shape, offsets = map(value.get, ("dtype", "shape", "data_offsets")) if is_complete else (None,) * 3
     if (
-        type(shape) is not list
+        type(dtype) is not str
+        or type(shape) is not list
         or type(offsets) is not list
-        or type(dtype) is not str
         or dtype not in ITEM_SIZES
         or not is_valid_shape(tuple(shape))
         or [*map(type, offsets)] != [int, int]
         or not 0 <= offsets[0] <= offsets[1]
         or offsets[1] - offsets[0] != prod(shape) * ITEM_SIZES[dtype]
     ):
-        raise CorruptCheckpoint(
-            f"tensor {quote_untrusted(shorten(name))} is not described as safetensors does"
-        )
+        raise CorruptCheckpoint(f"tensor {quote_untrusted(name)} is not described as safetensors does")
     return TensorInfo(name, dtype, tuple(shape), data_begin + offsets[0], offsets[1] - offsets[0], "")

@@ -1,4 +1,4 @@
-"""Imports a checkpoint folder of transformers' Trainer, from which a run resumes.
+"""Imports a checkpoint folder of transformers' Trainer, or an adapter folder of peft.
 
 The Trainer saves weights by name, but the optimizer's moments by number. The numbers follow the order of the
 model's parameters, so the model is built without its weights; its names and shapes must match the folder's.
@@ -23,7 +23,7 @@ from distrust import config as options
 from distrust.engines.torch.optimizer import MOMENTS, make_optimizer
 from distrust.errors import CorruptCheckpoint, ResumeRefused, quote_untrusted
 from distrust.importers import peft_adapter
-from distrust.importers.detect import ADAPTER_CONFIG, PEFT_WEIGHTS, TRAINER_STATE
+from distrust.importers.detect import ADAPTER_CONFIG, PEFT_WEIGHTS, TRAINER_STATE, is_trainer_folder
 from distrust.importers.imported import Imported
 from distrust.importers.peft_adapter import TrainedWeights, refusal, shorten_list
 from distrust.importers.safe_load import read_json, read_torch, to_float32
@@ -50,10 +50,10 @@ _METRICS = {"loss": "loss", "grad_norm": "gradient_norm", "learning_rate": "lear
 
 
 def read(folder: Path, *, model: str | None = None) -> Imported:
-    """Read what the Trainer saved, in the form of the torch engine.
+    """Read what the Trainer or peft saved, in the form of the torch engine.
 
     Weights and moments become float32: bfloat16 and float16 are widened, which is exact. ``history`` has what
-    was logged: float64[step], NaN where nothing was.
+    was logged: float64[step], NaN where nothing was. An adapter folder of peft is at step 0.
 
     Args:
         folder: such as ``output/checkpoint-500``.
@@ -66,41 +66,26 @@ def read(folder: Path, *, model: str | None = None) -> Imported:
         ResumeRefused: for training that is not supported here, or that does not fit the model.
         ConfigError: for values that no option here accepts.
     """
+    is_trainer = is_trainer_folder(folder)
     has_adapter = any(map(os.path.lexists, (folder / PEFT_WEIGHTS, folder / ADAPTER_CONFIG)))
     for name, reason in _UNSUPPORTED_FILES.items():
-        if os.path.lexists(folder / name) and not os.path.lexists(folder / PEFT_WEIGHTS):
+        if is_trainer and os.path.lexists(folder / name) and not os.path.lexists(folder / PEFT_WEIGHTS):
             raise refusal(folder, f"{reason} ({name})")
-    state = read_json(folder / TRAINER_STATE, max_bytes=MAX_STATE_BYTES)
+    state = read_json(folder / TRAINER_STATE, max_bytes=MAX_STATE_BYTES) if is_trainer else {"global_step": 0}
     step = _count(state, "global_step", folder)
-    read_weights = peft_adapter.read_adapter if has_adapter else peft_adapter.read_full_model
-    trained = read_weights(folder, model)
+    trained = (peft_adapter.read_adapter if has_adapter else peft_adapter.read_full_model)(folder, model)
     optimizer, optimizer_options, dropped = _read_optimizer(folder, trained, step=step)
     return Imported(
-        FORMAT,
-        step,
-        trained.weights,
+        format=FORMAT if is_trainer else ADAPTER_FORMAT,
+        step=step,
+        model=trained.weights,
         optimizer=optimizer,
-        history=_history(state, step),
+        history=_history(state, step) if is_trainer else {},
         options={**trained.options, **optimizer_options},
         metadata=_tokens_seen(state, folder),
         metrics=_metrics(state, step),
         dropped=dropped,
-        source={"model": trained.base, "trainer": _summary(state)},
-    )
-
-
-def read_adapter(folder: Path, *, model: str | None = None) -> Imported:
-    """Read an adapter folder of peft as a checkpoint at step 0. Args and errors are those of :func:`read`."""
-    trained = peft_adapter.read_adapter(folder, model)
-    optimizer, optimizer_options, dropped = _read_optimizer(folder, trained, step=0)
-    return Imported(
-        ADAPTER_FORMAT,
-        0,
-        trained.weights,
-        optimizer=optimizer,
-        options={**trained.options, **optimizer_options},
-        dropped=dropped,
-        source={"model": trained.base},
+        source={"model": trained.base, **({"trainer": _summary(state)} if is_trainer else {})},
     )
 
 

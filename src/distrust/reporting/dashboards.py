@@ -16,7 +16,7 @@ from typing import Any
 
 from distrust.atomic import atomic_file
 from distrust.config import STEP_METRICS, TrainConfig, key
-from distrust.errors import ConfigError, DistrustError, DistrustWarning
+from distrust.errors import DistrustError, DistrustWarning, MissingDependency
 from distrust.reporting.metrics import MetricsWriter
 from distrust.training.events import (
     CheckpointStarted,
@@ -41,7 +41,7 @@ def create_observers(config: TrainConfig) -> list[Observer]:
     """The observers that a config asks for: ``metrics.jsonl`` always, and each of ``report_to``.
 
     Raises:
-        ConfigError: a dashboard's library is not installed.
+        MissingDependency: a dashboard's library is not installed.
     """
     observers: list[Observer] = [MetricsWriter(config)]
     if "tensorboard" in config.report_to:
@@ -106,7 +106,7 @@ class TensorBoardWriter:
     A resumed run writes a session start, so TensorBoard hides the later steps of the killed session.
 
     Raises:
-        ConfigError: TensorBoard is not installed.
+        MissingDependency: TensorBoard is not installed.
     """
 
     def __init__(self) -> None:
@@ -114,7 +114,7 @@ class TensorBoardWriter:
             from tensorboard.compat.proto import event_pb2, summary_pb2
             from tensorboard.summary.writer.event_file_writer import EventFileWriter
         except ImportError as error:
-            raise _missing_library("tensorboard", error) from None
+            raise _missing("tensorboard", error) from error
         self._event, self._summary, self._writer = event_pb2, summary_pb2, EventFileWriter
         self._file: Any = None
 
@@ -155,14 +155,14 @@ class WandbWriter:
         config: of the run.
 
     Raises:
-        ConfigError: the library is not installed.
+        MissingDependency: the library is not installed.
     """
 
     def __init__(self, config: TrainConfig) -> None:
         try:
             import wandb
         except ImportError as error:
-            raise _missing_library("wandb", error) from None
+            raise _missing("wandb", error) from error
         self._wandb = wandb
         self._config = config
         self._run: Any = None
@@ -208,5 +208,5 @@ def _run_id(out: Path) -> str:
         return identity
 
 
-def _missing_library(name: str, error: ImportError) -> ConfigError:
-    return ConfigError(f"--report-to {name} needs its library ({error}): pip install {name}")
+def _missing(name: str, error: ImportError) -> MissingDependency:
+    return MissingDependency(f"--report-to {name}", library=error.name or name, extra="dashboards")

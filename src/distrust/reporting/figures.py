@@ -6,9 +6,8 @@ import io
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from distrust.atomic import atomic_file
 from distrust.errors import ConfigError, DistrustWarning, RunNotFound, WriteFailed
@@ -23,17 +22,11 @@ SUFFIXES = (".png", ".svg")
 _WIDTH, _HEIGHT = 5.0, 3.3
 
 
-@dataclass(frozen=True, slots=True)
-class PlottedRuns:
-    """The runs of a figure.
+class PlottedRuns(NamedTuple):
+    """The runs of a figure."""
 
-    Attributes:
-        runs: each with a name and a colour of its own.
-        x_label: of the axis of the steps.
-    """
-
-    runs: Sequence[PlottedRun]
-    x_label: str
+    runs: Sequence[PlottedRun]  # each with a name and a colour of its own
+    x_label: str  # of the axis of the steps
 
 
 def prepare_runs(runs: Sequence[RunData], *, axis: XAxis = "step", smooth: int | None = None) -> PlottedRuns:

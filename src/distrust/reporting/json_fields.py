@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar, cast, get_type_hints
 
 from distrust.checkpoint.checkpoint import MAX_STEP
 from distrust.errors import DataError, quote_untrusted
+
+T = TypeVar("T")
 
 #: What the functions below raise.
 FIELD_ERRORS = (ValueError, RecursionError)
@@ -76,30 +78,36 @@ def _float(value: int | float, name: str) -> float:
 
 def text(record: Mapping[str, Any], name: str) -> str:
     """A string."""
-    value = record.get(name)
-    if not isinstance(value, str):
-        reject(name, "not a string")
-    return value
+    return cast(str, _require(record.get(name), str, name, "not a string"))
 
 
 def scalar(record: Mapping[str, Any], name: str) -> str | int | float | None:
     """A number, a string or null."""
-    value = record.get(name)
-    if not isinstance(value, (str, int, float, type(None))):
-        reject(name, "neither a number nor a string")
-    return value
+    value = _require(record.get(name), (str, int, float, type(None)), name, "neither a number nor a string")
+    return cast("str | int | float | None", value)
 
 
 def items(record: Mapping[str, Any], name: str) -> list[Any]:
     """A list."""
-    value = record.get(name)
-    if not isinstance(value, list):
-        reject(name, "not a list")
-    return value
+    return cast("list[Any]", _require(record.get(name), list, name, "not a list"))
 
 
 def mapping(value: Any, name: str) -> dict[str, Any]:
     """An object."""
-    if not isinstance(value, dict):
-        reject(name, "not an object")
-    return value
+    return cast("dict[str, Any]", _require(value, dict, name, "not an object"))
+
+
+def _require(value: Any, types: type | tuple[type, ...], name: str, problem: str) -> Any:
+    return value if isinstance(value, types) else reject(name, problem)
+
+
+def build(cls: type[T], value: Any, name: str) -> T:
+    """A dataclass whose fields are all strings, counts or finite numbers, from an object."""
+    record = mapping(value, name)
+    values: dict[str, Any] = {}
+    for field, kind in get_type_hints(cls).items():
+        if kind is float:
+            values[field] = finite(record.get(field), f"{name}.{field}")
+        else:
+            values[field] = integer(record, field) if kind is int else text(record, field)
+    return cls(**values)

@@ -37,23 +37,14 @@ Coloured = Sequence[tuple[Distribution, Any]]
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One kind of panel.
-
-    Attributes:
-        title: of the panel.
-        caption: one sentence that says what it shows.
-        has: whether a run has data for it.
-        draw: draws the runs that have data, and returns a remark for the title line.
-        over_steps: whether the x axis is that of the steps.
-        minor: whether a page shows it small.
-    """
+    """One kind of panel."""
 
     title: str
-    caption: str
-    has: Callable[[RunData], bool]
-    draw: Callable[[Any, Sequence[PlottedRun]], str]
-    over_steps: bool = True
-    minor: bool = False
+    caption: str  # one sentence that says what it shows
+    has: Callable[[RunData], bool]  # whether a run has data for it
+    draw: Callable[[Any, Sequence[PlottedRun]], str]  # draws those runs; returns a remark for the title
+    over_steps: bool = True  # whether the x axis is that of the steps
+    minor: bool = False  # whether a page shows it small
 
 
 def _draw_loss(axes: Any, runs: Sequence[PlottedRun]) -> str:
@@ -118,48 +109,41 @@ def _draw_classes(axes: Any, shown: PlottedRun, classes: list[str]) -> list[str]
     return [f"{CLASSES} of {len(classes)} source classes"] if len(classes) > CLASSES else []
 
 
-def _draw_rate(axes: Any, runs: Sequence[PlottedRun]) -> str:
-    for shown in runs:
-        draw_over_steps(axes, shown, shown.run.steps.columns["learning_rate"], linewidth=1.7)
-    axes.set_ylim(bottom=0)
-    return ""
+def _lines(
+    values: Callable[[PlottedRun], Values],
+    *,
+    label: str = "",
+    raw: bool = False,
+    remark: Callable[[RunData], str] = lambda _: "",
+) -> Callable[[Any, Sequence[PlottedRun]], str]:
+    """The ``draw`` of a panel of lines, from zero. With ``raw``: smoothed, the raw values behind."""
+
+    def draw(axes: Any, runs: Sequence[PlottedRun]) -> str:
+        for shown in runs:
+            if raw:
+                draw_raw_and_smoothed(axes, shown, values(shown))
+            else:
+                draw_over_steps(axes, shown, values(shown), linewidth=1.7)
+        axes.set_ylabel(label)
+        axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
+        return remark(runs[0].run) if len(runs) == 1 else ""
+
+    return draw
 
 
-def _draw_norm(axes: Any, runs: Sequence[PlottedRun]) -> str:
-    for shown in runs:
-        draw_raw_and_smoothed(axes, shown, shown.run.steps.columns["gradient_norm"])
-    axes.set_ylim(bottom=0)
-    return "before clipping"
+def _column(name: str) -> Callable[[PlottedRun], Values]:
+    return lambda shown: shown.run.steps.columns[name]
 
 
-def _draw_speed(axes: Any, runs: Sequence[PlottedRun]) -> str:
-    for shown in runs:
-        columns = shown.run.steps.columns
-        with np.errstate(invalid="ignore", divide="ignore"):
-            # Tokens of a window by its seconds, not a mean of speeds: short steps must not count more.
-            speed = shown.smoothed(columns["tokens"]) / shown.smoothed(columns["seconds"])
-        draw_over_steps(axes, shown, speed, linewidth=1.7)
-    axes.set_ylabel("tokens per second")
-    axes.set_ylim(bottom=0)
-    return ""
+def _speed(shown: PlottedRun) -> Values:
+    columns = shown.run.steps.columns
+    with np.errstate(invalid="ignore", divide="ignore"):
+        # Tokens of a window by its seconds, not a mean of speeds: short steps must not count more.
+        return shown.smoothed(columns["tokens"]) / shown.smoothed(columns["seconds"])
 
 
-def _draw_stall(axes: Any, runs: Sequence[PlottedRun]) -> str:
-    for shown in runs:
-        draw_over_steps(axes, shown, 100 * stall_share(shown.run), linewidth=1.7)
-    axes.set_ylabel("% of the time so far")
-    axes.set_ylim(bottom=0)
-    return f"{stall_share(runs[0].run)[-1]:.2%} in total" if len(runs) == 1 else ""
-
-
-def _draw_memory(axes: Any, runs: Sequence[PlottedRun]) -> str:
-    for shown in runs:
-        draw_over_steps(axes, shown, shown.run.steps.columns["memory_bytes"] / GIB, linewidth=1.7)
-    axes.set_ylabel("GiB")
-    axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
-    if len(runs) > 1:
-        return ""
-    return f"peak {zero_unknown(runs[0].run.steps.columns['memory_bytes']).max() / GIB:.3g} GiB"
+def _peak_memory(run: RunData) -> str:
+    return f"peak {zero_unknown(run.steps.columns['memory_bytes']).max() / GIB:.3g} GiB"
 
 
 def _distributions(runs: Sequence[PlottedRun]) -> Coloured:
@@ -254,26 +238,45 @@ PANELS: Mapping[str, Panel] = {
         over_steps=False,
     ),
     "lr": Panel(
-        "Learning rate", "The learning rate of each step.", _has("learning_rate"), _draw_rate, minor=True
+        "Learning rate",
+        "The learning rate of each step.",
+        _has("learning_rate"),
+        _lines(_column("learning_rate")),
+        minor=True,
     ),
     "norm": Panel(
-        "Gradient norm", "The norm of the gradient.", _has("gradient_norm"), _draw_norm, minor=True
+        "Gradient norm",
+        "The norm of the gradient.",
+        _has("gradient_norm"),
+        _lines(_column("gradient_norm"), raw=True, remark=lambda _: "before clipping"),
+        minor=True,
     ),
     "speed": Panel(
-        "Speed", "Trained tokens per second, smoothed.", _has("tokens", "seconds"), _draw_speed, minor=True
+        "Speed",
+        "Trained tokens per second, smoothed.",
+        _has("tokens", "seconds"),
+        _lines(_speed, label="tokens per second"),
+        minor=True,
     ),
     "stall": Panel(
         "Checkpoint stall",
         "Share of the time so far in which training waited for checkpoints.",
         _has("stall_seconds", "seconds"),
-        _draw_stall,
+        _lines(
+            lambda shown: 100 * stall_share(shown.run),
+            label="% of the time so far",
+            remark=lambda run: f"{stall_share(run)[-1]:.2%} in total",
+        ),
         minor=True,
     ),
     "memory": Panel(
-        "Memory", "Resident on the host, and allocated on the device.", _has("memory_bytes"), _draw_memory,
+        "Memory",
+        "Resident on the host, and allocated on the device.",
+        _has("memory_bytes"),
+        _lines(lambda shown: _column("memory_bytes")(shown) / GIB, label="GiB", remark=_peak_memory),
         minor=True,
     ),
-}  # fmt: skip
+}
 
 
 def require_panels(names: Sequence[str]) -> None:

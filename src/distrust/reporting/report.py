@@ -10,9 +10,8 @@ that none clash, and colours become variables that the page sets for light and f
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from importlib import resources
-from typing import Any
+from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 from distrust.reporting import display, figures, panels, summary
@@ -32,23 +31,14 @@ _COLOUR = re.compile("#[0-9a-f]{6}")
 _REFERENCE = re.compile(r"url\(#([^)]+)\)")
 
 
-@dataclass(frozen=True, slots=True)
-class Picture:
-    """A figure of the page.
+class Picture(NamedTuple):
+    """A figure of the page."""
 
-    Attributes:
-        name: of the panel.
-        title: above it.
-        caption: below it.
-        svg: its markup.
-        small: whether it belongs to the small ones.
-    """
-
-    name: str
+    name: str  # of the panel
     title: str
     caption: str
-    svg: Any
-    small: bool
+    svg: Any  # its markup
+    small: bool  # whether it belongs to the small ones
 
 
 def page(run: RunData) -> str:

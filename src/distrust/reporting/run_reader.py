@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,20 +46,15 @@ _MAX_BYTES = 1 << 24
 _WEIGHTING_OPTIONS = ("weighting", "alpha", "lambda", "max_ratio")
 
 Values = NDArray[np.float64]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Steps:
-    """The optimizer steps of a run, in ascending order.
+    """The optimizer steps of a run, in ascending order."""
 
-    Attributes:
-        step: their numbers, int64[n].
-        columns: by name (``COLUMNS``), float64[n], NaN where a step lacks the value. Columns without any
-            value are absent.
-    """
-
-    step: NDArray[np.int64]
-    columns: Mapping[str, Values]
+    step: NDArray[np.int64]  # [n]
+    columns: Mapping[str, Values]  # of COLUMNS, those with any value: float64[n], NaN where a step has none
 
     def __len__(self) -> int:
         return len(self.step)
@@ -67,49 +62,30 @@ class Steps:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """One evaluation.
-
-    Attributes:
-        step: optimizer steps made.
-        metrics: by name, such as ``eval_loss`` or ``eval_loss/patent``.
-    """
+    """One evaluation."""
 
     step: int
-    metrics: Mapping[str, float]
+    metrics: Mapping[str, float]  # by name, such as eval_loss or eval_loss/patent
 
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """The weights of a run's examples.
+    """The weights of a run's examples."""
 
-    Attributes:
-        options: of the weighting: ``weighting``, ``alpha``, ``lambda``, ``max_ratio``.
-        weights: their distribution.
-    """
-
-    options: Mapping[str, Any]
+    options: Mapping[str, Any]  # of the weighting: _WEIGHTING_OPTIONS
     weights: Distribution
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunData:
-    """The content of a run folder.
+    """The content of a run folder."""
 
-    Attributes:
-        path: of the folder, as the caller gave it.
-        steps: the known steps.
-        evaluations: in ascending order of steps.
-        provenance: None for runs that did not write it.
-        checkpoints: intact and damaged ones.
-        from_history: whether the steps come from a checkpoint, because ``metrics.jsonl`` is missing.
-    """
-
-    path: Path
+    path: Path  # as the caller gave it
     steps: Steps
-    evaluations: Sequence[Evaluation] = ()
-    provenance: Provenance | None = None
-    checkpoints: Scan = field(default_factory=lambda: Scan((), ()))
-    from_history: bool = False
+    evaluations: Sequence[Evaluation] = ()  # in ascending order of steps
+    provenance: Provenance | None = None  # None for runs that did not write it
+    checkpoints: Scan = field(default_factory=lambda: Scan((), ()))  # intact and damaged ones
+    from_history: bool = False  # whether the steps come from a checkpoint, without metrics.jsonl
 
     @property
     def newest(self) -> CheckpointFile | None:
@@ -306,30 +282,14 @@ def _distribution(record: Mapping[str, Any]) -> Distribution:
         quantiles={name: _quartiles(value, f"quantiles.{name}") for name, value in quantiles.items()},
         edges=edges,
         counts=counts,
-        classes=tuple(_class(item) for item in json_fields.items(record, "classes")),
-        heaviest=tuple(_extreme(item, "heaviest") for item in json_fields.items(record, "heaviest")),
-        lightest=tuple(_extreme(item, "lightest") for item in json_fields.items(record, "lightest")),
+        classes=_list(record, "classes", ClassSummary),
+        heaviest=_list(record, "heaviest", Extreme),
+        lightest=_list(record, "lightest", Extreme),
     )
 
 
-def _class(value: Any) -> ClassSummary:
-    item = json_fields.mapping(value, "classes")
-    numbers = ("authority_weight", "provenance_entropy", "weight", "share")
-    return ClassSummary(
-        name=json_fields.text(item, "name"),
-        examples=json_fields.integer(item, "examples"),
-        tokens=json_fields.integer(item, "tokens"),
-        **{name: json_fields.finite(item.get(name), f"classes.{name}") for name in numbers},
-    )
-
-
-def _extreme(value: Any, where: str) -> Extreme:
-    item = json_fields.mapping(value, where)
-    numbers = ("authority_weight", "provenance_entropy", "weight")
-    return Extreme(
-        where=json_fields.text(item, "where"),
-        **{name: json_fields.finite(item.get(name), f"{where}.{name}") for name in numbers},
-    )
+def _list(record: Mapping[str, Any], name: str, cls: type[T]) -> tuple[T, ...]:
+    return tuple(json_fields.build(cls, item, name) for item in json_fields.items(record, name))
 
 
 def _quartiles(value: Any, where: str) -> Quartiles:

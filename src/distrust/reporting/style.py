@@ -49,21 +49,13 @@ _SETTINGS = {
 
 @dataclass(frozen=True, slots=True)
 class PlottedRun:
-    """A run and how it is drawn.
-
-    Attributes:
-        run: the run.
-        name: distinguishes it from the other runs.
-        colour: of its lines.
-        x: the position of each step, float64[n].
-        smooth: steps to smooth over; None for the default.
-    """
+    """A run and how it is drawn."""
 
     run: RunData
-    name: str
+    name: str  # distinguishes it from the other runs
     colour: Any
-    x: Values
-    smooth: int | None = None
+    x: Values  # the position of each step
+    smooth: int | None = None  # steps to smooth over; None for the default
 
     def positions_of(self, steps: NDArray[np.int64]) -> Values:
         """The positions of step numbers; steps after the last known one are extrapolated at its mean pace."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import fields
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -31,56 +31,27 @@ EVALUATION_COLUMNS = {
 CLASS_COLUMNS = ["first loss", "last loss", "last perplexity", "change"]
 
 
-@dataclass(frozen=True, slots=True)
-class Fact:
-    """A named value.
-
-    Attributes:
-        name: of the value.
-        value: as text.
-        detail: what it is compared with, or where it was reached.
-    """
+class Fact(NamedTuple):
+    """A named value, as text."""
 
     name: str
     value: str
-    detail: str = ""
+    detail: str = ""  # what it is compared with, or where it was reached; the default of a changed option
 
 
-@dataclass(frozen=True, slots=True)
-class Option:
-    """An option of a run.
+class Row(NamedTuple):
+    """A row of a table: an evaluation, or the evaluations of a source class."""
 
-    Attributes:
-        name: its key.
-        value: as text.
-        default: as text if the value differs from it, else None.
-    """
-
-    name: str
-    value: str
-    default: str | None = None
+    name: str  # the step, or the class
+    values: Sequence[str]  # one cell per column; empty where nothing was measured
+    best: bool = False  # whether it is the best evaluation
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A row of a table: an evaluation, or the evaluations of a source class.
-
-    Attributes:
-        name: the step, or the class.
-        values: one cell per column; empty where nothing was measured.
-        best: whether it is the best evaluation.
-    """
-
-    name: str
-    values: Sequence[str]
-    best: bool = False
-
-
-def saved_options(run: RunData) -> dict[str, Any]:
-    """All options that the newest checkpoint records, by key."""
-    if run.newest is None:
-        return {}
-    return RunRecord.from_header(run.newest.header).options
+def _record(run: RunData) -> RunRecord:
+    """What the newest checkpoint records; nothing without one."""
+    return (
+        RunRecord(config={}, settings={}) if run.newest is None else RunRecord.from_header(run.newest.header)
+    )
 
 
 def last_step(run: RunData) -> int:
@@ -93,7 +64,7 @@ def last_step(run: RunData) -> int:
 
 def _max_steps(run: RunData) -> int | None:
     """The length of the run. Unknown while a run that was extended has not saved its new length."""
-    steps = saved_options(run).get("max_steps")
+    steps = _record(run).options.get("max_steps")
     return steps if isinstance(steps, int) and last_step(run) <= steps < MAX_STEP else None
 
 
@@ -159,7 +130,7 @@ def best_checkpoint(run: RunData) -> CheckpointFile | None:
 
 
 def _rules(run: RunData) -> Retention:
-    options = saved_options(run)
+    options = _record(run).options
     metric, mode = options.get("metric"), options.get("metric_mode")
     return Retention(
         metric=metric if isinstance(metric, str) else "eval_loss",
@@ -193,13 +164,13 @@ def _time(run: RunData) -> Fact | None:
         if measured < len(seconds):
             detail += f"; of {measured:,} steps"
         return Fact("time in steps", duration(total), detail)
-    elapsed = None if run.newest is None else RunRecord.from_header(run.newest.header).elapsed_seconds
+    elapsed = _record(run).elapsed_seconds
     return None if elapsed is None else Fact("time in steps", duration(elapsed))
 
 
 def _tokens(run: RunData) -> Fact | None:
     columns = run.steps.columns
-    seen = None if run.newest is None else RunRecord.from_header(run.newest.header).tokens_seen
+    seen = _record(run).tokens_seen
     if "tokens" not in columns:
         return Fact("trained tokens", f"{seen:,}") if seen is not None else None
     detail = ""
@@ -270,24 +241,27 @@ def evaluations_by_class(run: RunData) -> tuple[list[str], list[Row]]:
     return CLASS_COLUMNS, rows
 
 
-def options(run: RunData) -> list[Option]:
-    """Every option of the run, in the order of the reference; then those that this version does not know."""
-    saved = saved_options(run)
+def options(run: RunData) -> list[Fact]:
+    """Every option of the run, in the order of the reference; then those that this version does not know.
+
+    The detail of an option that differs from its default is the default.
+    """
+    saved = _record(run).options
     defaults = {key(field.name): field.default for field in fields(TrainConfig)}
     rows = []
     for name, default in defaults.items():
         if name in saved:
             value, standard = words(saved[name]), words(default)
-            rows.append(Option(name, value, standard if value != standard else None))
-    config = {} if run.newest is None else RunRecord.from_header(run.newest.header).config
-    return rows + [Option(name, words(value)) for name, value in config.items() if name not in defaults]
+            rows.append(Fact(name, value, standard if value != standard else ""))
+    unknown = [(name, value) for name, value in _record(run).config.items() if name not in defaults]
+    return rows + [Fact(name, words(value)) for name, value in unknown]
 
 
 def environment(run: RunData) -> list[Fact]:
     """The machine and the software of the newest checkpoint."""
     if run.newest is None:
         return []
-    info, record = run.newest.header.run_info, RunRecord.from_header(run.newest.header)
+    info, record = run.newest.header.run_info, _record(run)
     values: dict[str, Any] = {name: info.get(name) for name in ("host", "created") if name in info}
     values |= record.environment
     values |= {f"corpus: {name}": value for name, value in record.corpus.items()}

@@ -1,1 +1,1 @@
-"""A small engine, small models and small data: what the tests and the campaigns train with."""
+"""A small engine, small models and small data, for tests and campaigns."""

@@ -1,6 +1,6 @@
-"""A small real model and data for it: a Llama of transformers with a tokenizer of bytes, saved to a folder.
+"""A small real model and its data: a Llama of transformers with a byte tokenizer, saved to a folder.
 
-The frameworks are imported once a model is made: tests of the loop alone need none.
+Frameworks are imported only when a model is made, because tests of the loop need none.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ CONTEXT = 128
 
 
 def make_model(folder: Path, *, seed: int = 0) -> Path:
-    """Two layers of width 32, and 259 tokens: three special ones and the bytes."""
+    """Save a model of two layers of width 32, and 259 tokens: three special tokens and the bytes."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -38,14 +38,14 @@ def make_model(folder: Path, *, seed: int = 0) -> Path:
         eos_token_id=1,
         pad_token_id=2,
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):  # leave the caller's generator unchanged
         torch.manual_seed(seed)
         LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 
 
 def write_records(path: Path, count: int = 11, *, seed: int = 0) -> Path:
-    """Texts of different lengths, and sources of different worth: weights differ by up to some 5 times."""
+    """Write texts of different lengths and provenance: their weights differ by up to a factor of about 5."""
     rng = random.Random(seed)
     records = [
         {
@@ -61,13 +61,13 @@ def write_records(path: Path, count: int = 11, *, seed: int = 0) -> Path:
     return path
 
 
-def train_a_little(place: Path, out: Path, **options: object) -> Path:
-    """A few steps on ``model`` and ``records.jsonl`` that move the weights far enough to be seen."""
+def train_a_little(folder: Path, out: Path, **options: object) -> Path:
+    """Train on ``model`` and ``records.jsonl`` of a folder, fast enough that the weights change visibly."""
     from distrust import DistrustTrainer, TrainConfig
 
     config: dict[str, Any] = {
-        "model": str(place / "model"),
-        "data": str(place / "records.jsonl"),
+        "model": str(folder / "model"),
+        "data": str(folder / "records.jsonl"),
         "batch_size": 2,
         "learning_rate": 0.02,
         "warmup_steps": 0,
@@ -79,8 +79,8 @@ def train_a_little(place: Path, out: Path, **options: object) -> Path:
     return out
 
 
-def train_arguments(folder: Path, out: Path, *more: object) -> list[str]:
-    """A training of a second or two."""
+def train_arguments(folder: Path, out: Path, *extra: object) -> list[str]:
+    """Arguments of a run that takes a second or two."""
     arguments = {
         "--model": folder / "model",
         "--data": folder / "data.jsonl",
@@ -91,4 +91,4 @@ def train_arguments(folder: Path, out: Path, *more: object) -> list[str]:
         "--save-every": 2,
         "--threads": 1,
     }
-    return ["train", *(str(part) for pair in arguments.items() for part in pair), *map(str, more)]
+    return ["train", *(str(part) for pair in arguments.items() for part in pair), *map(str, extra)]

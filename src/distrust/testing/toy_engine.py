@@ -1,7 +1,7 @@
-"""A toy engine: numpy alone, and the whole contract of ``distrust/contract.py``.
+"""A toy engine in numpy that implements the whole contract of ``distrust/contract.py``.
 
-The model is linear and a softmax: the next token's logits are a row of a table, chosen by the token before,
-with dropout. What it does is as exact as what torch does, and a thousand times faster.
+The model is linear with a softmax: the logits of the next token are a row of a table, selected by the current
+token, with dropout. It is as deterministic as the torch engine, and a thousand times faster.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from distrust.errors import ResumeRefused
 VOCABULARY = 32
 BETA1, BETA2, EPSILON = 0.9, 0.99, 1e-8
 
-#: Eleven records in steps of four: three steps to an epoch, all but one.
+#: Options of a short run. Eleven records in steps of four: an epoch does not end where a step does.
 TOY: dict[str, Any] = {
     "max_steps": 9,
     "batch_size": 2,
@@ -30,7 +30,7 @@ TOY: dict[str, Any] = {
 
 
 class ToyTokenizer:
-    """Every byte is one of a few tokens."""
+    """Maps every byte to one of a few tokens."""
 
     bos_token_id: int | None = None
     eos_token_id: int | None = 0
@@ -45,13 +45,13 @@ class ToyTokenizer:
 
 
 class ToyEngine:
-    """Fulfils ``Engine``.
+    """Implements ``Engine``.
 
     Args:
         base: seed of the base model's weights.
         dropout: share of the logits that are dropped.
-        poisoned: examples whose loss is not a number.
-        environment: what it says of itself.
+        poisoned: examples whose loss is NaN.
+        environment: the environment to report.
     """
 
     framework: Literal["numpy", "torch"] = "numpy"
@@ -72,8 +72,8 @@ class ToyEngine:
         self._environment = environment or {"toy": "1", "threads": 1}
         self._base = np.random.default_rng(base).normal(size=(VOCABULARY, VOCABULARY))
         self._dropout = dropout
-        self._table = np.zeros((VOCABULARY, VOCABULARY), np.float32)
-        self._first = np.zeros_like(self._table)
+        self._table = np.zeros((VOCABULARY, VOCABULARY), np.float32)  # trained; added to the frozen base
+        self._first = np.zeros_like(self._table)  # Adam's moments
         self._second = np.zeros_like(self._table)
         self._gradient = np.zeros_like(self._table)
         self._updates = 0
@@ -94,17 +94,16 @@ class ToyEngine:
 
     def begin_micro_step(self, *, seed: int, step: int, micro_step: int) -> None:
         if micro_step == 0:
-            self._gradient[:] = 0
-        self._rng = np.random.default_rng([seed, step, micro_step])
+            self._gradient[:] = 0  # an interrupted step may have left some
+        self._rng = np.random.default_rng([seed, step, micro_step])  # by these three, and nothing else
 
     def micro_step(self, batch: MicroBatch, *, tokens: int) -> Losses:
         keep = self._rng.random(self._table.shape) >= self._dropout
-        losses, slopes = self._forward(batch, self._table * keep)
+        losses, grad_logits = self._forward(batch, self._table * keep)
         for row, column in np.argwhere(batch.labels[:, 1:] != IGNORED):
-            before = batch.input_ids[row, column]
-            self._gradient[before] += (
-                slopes[row, column] * batch.weights[row, column + 1] * keep[before] / tokens
-            )
+            token = batch.input_ids[row, column]
+            weight = batch.weights[row, column + 1]  # of the predicted token
+            self._gradient[token] += grad_logits[row, column] * weight * keep[token] / tokens
         return losses
 
     def clip_gradients(self, max_norm: float) -> float:
@@ -119,7 +118,7 @@ class ToyEngine:
         self._second = (BETA2 * self._second + (1 - BETA2) * self._gradient**2).astype(np.float32)
         first = self._first / (1 - BETA1**self._updates)
         second = self._second / (1 - BETA2**self._updates)
-        # Into the existing array: a checkpoint that shared it would change.
+        # In place, as torch does: a checkpoint that shares this array instead of copying it would change.
         self._table -= (learning_rate * first / (np.sqrt(second) + EPSILON)).astype(np.float32)
         self._gradient[:] = 0
 
@@ -139,7 +138,7 @@ class ToyEngine:
     def load_state(self, state: EngineState) -> None:
         expected = {"table": (self._table.shape, self._table.dtype)}
         if {name: (array.shape, array.dtype) for name, array in state.model.items()} != expected:
-            raise ResumeRefused("the checkpoint does not fit the model:", ["its tables are others"])
+            raise ResumeRefused("the checkpoint does not fit the model:", ["its table has another shape"])
         self._table[:] = state.model["table"]
         self._first[:], self._second[:] = state.optimizer["moments"]
         self._updates = state.optimizer["updates"]
@@ -153,15 +152,15 @@ class ToyEngine:
 
     def _forward(self, batch: MicroBatch, table: Any) -> tuple[Losses, Any]:
         logits = (self._base + table)[batch.input_ids[:, :-1]]
-        shifted = logits - logits.max(axis=2, keepdims=True)
+        shifted = logits - logits.max(axis=2, keepdims=True)  # so that exp does not overflow
         log_probabilities = shifted - np.log(np.exp(shifted).sum(axis=2, keepdims=True))
-        wanted = batch.labels[:, 1:]
-        learned = wanted != IGNORED
-        rows, columns = np.indices(wanted.shape)
-        index = (rows, columns, np.where(learned, wanted, 0))
-        plain = np.where(learned, -log_probabilities[index], 0.0)
+        labels = batch.labels[:, 1:]
+        is_trained = labels != IGNORED
+        rows, columns = np.indices(labels.shape)
+        target = (rows, columns, np.where(is_trained, labels, 0))  # any index where the label is ignored
+        plain = np.where(is_trained, -log_probabilities[target], 0.0)
         plain[np.isin(batch.examples, list(self.poisoned))] *= np.nan
-        slopes = np.exp(log_probabilities)
-        slopes[index] -= 1
+        grad_logits = np.exp(log_probabilities)  # of cross-entropy: softmax minus one-hot
+        grad_logits[target] -= 1
         weighted = plain * batch.weights[:, 1:]
-        return Losses(plain.sum(axis=1), weighted.sum(axis=1)), slopes
+        return Losses(plain.sum(axis=1), weighted.sum(axis=1)), grad_logits

@@ -16,25 +16,15 @@ from distrust.checkpoint.retention import MetricMode
 
 @dataclass(frozen=True, slots=True)
 class BestTracker:
-    """The last evaluation, the best one, and the number of evaluations since.
+    """The last evaluation, the best one, and the number of evaluations since."""
 
-    Attributes:
-        metric: metric that decides which evaluation is the best.
-        mode: whether a lower or a higher value is better.
-        loss: eval loss of the last evaluation.
-        best: value of the metric at the best evaluation.
-        best_step: optimizer steps made at the best evaluation.
-        unimproved: evaluations since the best one.
-        measured_on: fingerprint of the evaluation data; empty if not known.
-    """
-
-    metric: str = "eval_loss"
-    mode: MetricMode = "min"
-    loss: float | None = None
-    best: float | None = None
-    best_step: int = 0
-    unimproved: int = 0
-    measured_on: str = ""
+    metric: str = "eval_loss"  # decides which evaluation is the best
+    mode: MetricMode = "min"  # whether a lower or a higher value is better
+    loss: float | None = None  # eval loss of the last evaluation
+    best: float | None = None  # value of the metric at the best evaluation
+    best_step: int = 0  # optimizer steps made at the best evaluation
+    unimproved: int = 0  # evaluations since the best one
+    measured_on: str = ""  # fingerprint of the evaluation data; empty if not known
 
     def update(self, metrics: Mapping[str, float], *, step: int) -> BestTracker:
         """Add an evaluation; one without the metric changes neither the best nor the count."""

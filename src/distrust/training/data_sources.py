@@ -38,26 +38,15 @@ Examples = Iterable[Mapping[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class CheckedData:
-    """Data whose records have all been checked.
+    """Data whose records have all been checked, and their counts and sizes."""
 
-    Attributes:
-        reading: reads the records.
-        census: counts and sizes of the records.
-    """
-
-    reading: RecordReader
-    census: DatasetStats
+    reader: RecordReader
+    stats: DatasetStats
 
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """The checked data of a run.
-
-    Attributes:
-        training: data to train on.
-        evaluation: data to evaluate on, or None.
-        cache: holds tokenized data.
-    """
+    """The checked data of a run, and the cache for tokenized data."""
 
     training: CheckedData
     evaluation: CheckedData | None
@@ -71,13 +60,7 @@ def read_sources(
     eval_examples: Examples | None = None,
     report: Progress | None = None,
 ) -> Sources:
-    """Open and check the data of a config, or the examples that a program passes instead.
-
-    Args:
-        config: names the sources.
-        examples: training examples, instead of ``data``; read once.
-        eval_examples: evaluation examples, instead of ``eval_data``; read once.
-        report: called from time to time.
+    """Open and check the data of a config, or the examples that a program passes instead; each is read once.
 
     Raises:
         DataError: records cannot be trained on.
@@ -87,7 +70,7 @@ def read_sources(
         raise ConfigError(f"--data {EXAMPLES}: the run was trained on a program's examples; pass them again")
     if config.data == EXAMPLES and config.eval_split and config.eval_data is None and eval_examples is None:
         raise ConfigError(f"--eval-split {config.eval_split}: a program's examples have no splits")
-    cache = Cache(cache_folder(config.cache_dir))
+    cache = Cache(cache_folder(config.cache_dir))  # also holds temporary copies of streams
     # Without weighting, records need no provenance.
     missing = 0.0 if config.weighting == "off" else None
     training = RecordReader(
@@ -146,7 +129,7 @@ def _open(config: TrainConfig, names: tuple[str, ...], split: str, cache: Cache)
             split=split,
             subset=config.subset,
             revision=config.revision,
-            temp_folder=cache.folder,
+            temp_folder=cache.folder,  # for sources that can be read only once
         )
         for name in names
     )
@@ -156,15 +139,14 @@ def _open_examples(config: TrainConfig, rows: Examples, name: str, cache: Cache)
     return (examples_source(rows, columns_of(config), name=name, temp_folder=cache.folder),)
 
 
-def _check(reading: RecordReader, cache: Cache, report: Progress | None) -> CheckedData:
-    census = cache.stats(reading.key)
-    if census is None:
-        census = check_records(
-            reading,
-            on_progress=lambda done: report(f"checking {reading.name}", done, 0) if report else None,
+def _check(reader: RecordReader, cache: Cache, report: Progress | None) -> CheckedData:
+    stats = cache.stats(reader.key)
+    if stats is None:  # not yet checked, or changed since
+        stats = check_records(
+            reader, on_progress=lambda count: report(f"checking {reader.name}", count, 0) if report else None
         )
-        cache.store_stats(reading.key, census)
-    return CheckedData(reading, census)
+        cache.store_stats(reader.key, stats)  # the next run need not check again
+    return CheckedData(reader, stats)
 
 
 def tokenize_cached(
@@ -176,38 +158,31 @@ def tokenize_cached(
     max_length: int,
     report: Progress,
 ) -> Corpus:
-    """The tokenized corpus, from the cache if possible.
-
-    Args:
-        data: the checked data.
-        tokenizer: of the base model.
-        tokenizer_digest: its ``digest_of``; None to not use the cache.
-        cache: may hold the corpus.
-        max_length: maximum tokens of an example.
-        report: called with the task, the completed records and their total.
+    """The tokenized corpus, from the cache if possible; without a digest of the tokenizer, never from it.
 
     Raises:
         DataError: records cannot be trained on.
     """
-    reading, census = data.reading, data.census
-    inputs = f"{reading.key} {tokenizer_digest} {max_length}"  # everything that determines the corpus
+    reader, stats = data.reader, data.stats
+    inputs = f"{reader.key} {tokenizer_digest} {max_length}"  # everything that determines the corpus
     key = None if tokenizer_digest is None else blake3(inputs.encode()).hexdigest()
 
     def tokenize() -> Iterable[Corpus]:
         return tokenize_in_blocks(
-            reading.records(),
+            reader.records(),
             tokenizer,
-            stats=census,
+            stats=stats,
             max_length=max_length,
-            on_progress=lambda done, total: report(f"tokenizing {reading.name}", done, total),
+            on_progress=lambda count, total: report(f"tokenizing {reader.name}", count, total),
         )
 
-    parts = [(part.name, part.unit) for source in reading.sources for part in source.parts]
-    return cache.corpus(key, parts, census.sizes, tokenize)
+    parts = [(part.name, part.unit) for source in reader.sources for part in source.parts]
+    return cache.corpus(key, parts, stats.sizes, tokenize)
 
 
 def warn_of_missing_classes(config: TrainConfig, corpora: Iterable[Corpus]) -> None:
     """Warn if no record has the ``source_column``: its name is probably misspelled."""
+    # Classes are numbered; an example without one has the class "".
     if config.source_column and all(set(corpus.classes) == {""} for corpus in corpora):
         warnings.warn(
             f"--source-column {config.source_column}: no record has this column, so nothing is shown by "

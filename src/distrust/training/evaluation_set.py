@@ -19,15 +19,10 @@ CLASSES_MEASURED = 20
 
 @dataclass(frozen=True, slots=True)
 class EvaluationSet:
-    """Examples that are evaluated, and not trained on.
-
-    Attributes:
-        corpus: the tokenized examples.
-        weights: float64[n]: weight of each example by its provenance, with mean 1 over the trained tokens.
-    """
+    """Examples that are evaluated, and not trained on."""
 
     corpus: Corpus
-    weights: np.ndarray[Any, Any]
+    weights: np.ndarray[Any, Any]  # float64[n], by provenance, with mean 1 over the trained tokens
 
     @property
     def metric_names(self) -> tuple[str, ...]:
@@ -60,6 +55,7 @@ class EvaluationSet:
         }
         for name, number in self._measured_classes():
             of_class = self.corpus.class_numbers == number
+            # Per token, not per example: the losses of all classes average to eval_loss.
             losses[f"eval_loss/{name}"] = cross_entropy[of_class].sum() / tokens[of_class].sum()
         metrics = {name: float(loss) for name, loss in losses.items()}
         return metrics | {name.replace("loss", "perplexity", 1): _exp(loss) for name, loss in metrics.items()}
@@ -69,7 +65,7 @@ class EvaluationSet:
         corpus = self.corpus
         tokens = np.bincount(corpus.class_numbers, corpus.loss_tokens, minlength=len(corpus.classes))
         largest = [number for number in np.argsort(-tokens, kind="stable") if tokens[number] > 0]
-        if len(largest) < 2:
+        if len(largest) < 2:  # it would equal the overall loss
             return []
         return [(corpus.classes[number] or NO_CLASS, int(number)) for number in largest[:CLASSES_MEASURED]]
 
@@ -96,5 +92,5 @@ def example_weights(corpus: Corpus, config: TrainConfig) -> np.ndarray[Any, Any]
 def _exp(loss: float) -> float:
     try:
         return math.exp(loss)
-    except OverflowError:
+    except OverflowError:  # above a loss of about 709
         return math.inf

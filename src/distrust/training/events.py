@@ -216,17 +216,10 @@ Observer = Callable[[Event], None]
 
 
 class Broadcaster:
-    """Passes each event to all observers, in the training thread.
-
-    Args:
-        observers: called with every event.
-        publish: called before the observers, to publish the state of the run.
-
-    Attributes:
-        error: the first exception that an observer raised. It ends the run, but only after a save.
-    """
+    """Passes each event to all observers, in the training thread; ``publish`` is called before them."""
 
     def __init__(self, observers: Iterable[Observer], *, publish: Callable[[], None]) -> None:
+        #: The first exception that an observer raised. It ends the run, but only after a save.
         self.error: Exception | None = None
         self._observers = tuple(observers)
         self._publish = publish

@@ -27,28 +27,23 @@ _NO_MOMENTS = "AdamW's moments: the checkpoint has none, so they start at zero"
 _ADAPTER_OPTIONS = ("lora_alpha", "rslora", "lora_dropout")
 
 
-def adopt_imported(
-    checkpoint: Checkpoint, config: TrainConfig, *, where: Path
-) -> tuple[Checkpoint, RunRecord]:
+def adopt_imported(checkpoint: Checkpoint, config: TrainConfig) -> tuple[Checkpoint, RunRecord]:
     """An imported checkpoint and its record, completed; those of this trainer unchanged.
-
-    Args:
-        checkpoint: what the run resumes from.
-        config: what the user asks for; completes the options that the checkpoint records.
-        where: the run, for the message.
 
     Raises:
         ResumeRefused: its step is larger than a run supports.
     """
     record = RunRecord.from_checkpoint(checkpoint)
-    if not record.imported_from:
+    if not record.imported_from:  # the trainer's own
         return checkpoint, record
     step = checkpoint.step
     if step > MAX_STEP:
-        raise ResumeRefused(f"{where}: step {step} exceeds {MAX_STEP}, the largest step of an imported run")
+        raise ResumeRefused(
+            f"{config.run_directory}: step {step} exceeds {MAX_STEP}, the largest step of an imported run"
+        )
     optimizer = checkpoint.optimizer
     if not has_moments(optimizer):
-        optimizer = {}
+        optimizer = {}  # the engine starts with zero moments
     elif "m" in optimizer and "step" not in optimizer:  # a program that saves only moments updates every step
         optimizer = {**optimizer, "step": step}
     history = {name: _to_numbers(checkpoint.history.get(name)) for name in STEP_METRICS}
@@ -61,6 +56,7 @@ def adopt_imported(
         checkpoint,
         optimizer=optimizer,
         history={name: _per_step(values, step) for name, values in history.items()},
+        # Evaluations of another program were made on other data.
         metrics={name: value for name, value in checkpoint.metrics.items() if name in STEP_METRICS},
     )
     return adopted, replace(
@@ -78,7 +74,7 @@ def adopt_imported(
 
 def complete_config(known: Mapping[str, Any], config: TrainConfig) -> dict[str, Any]:
     """The options that a checkpoint records; for all others, those that the user asks for."""
-    return {**config.with_effect("result"), **known}
+    return {**config.with_effect("result"), **known}  # what the checkpoint records takes precedence
 
 
 def has_moments(optimizer: Mapping[str, Any]) -> bool:
@@ -111,13 +107,13 @@ def warn_imported(checkpoint: Checkpoint, record: RunRecord, *, where: Path) -> 
         return
     step, program = checkpoint.step, quote_untrusted(record.imported_from)
     has_history = any(np.isfinite(values).any() for values in checkpoint.history.values())
-    kept = [
+    sections = [
         "weights",
         *(["optimizer"] if has_moments(checkpoint.optimizer) else []),
         *(["history"] if has_history else []),
     ]
     warnings.warn(
-        f"{where} is imported ({program}): {_join_words(kept)} are those of its step {step}. "
+        f"{where} is imported ({program}): {_join_words(sections)} are those of its step {step}. "
         f"From step {step + 1} on, data, weighting, learning rate and random numbers are this run's, as if "
         "it had made the steps before. The base model, data and schedule of those steps are not known"
         + "".join(f"\n  dropped: {line}" for line in record.dropped)
@@ -134,7 +130,7 @@ def _join_words(words: list[str]) -> str:
 
 
 def _to_numbers(values: Any) -> np.ndarray[Any, Any]:
-    try:
+    try:  # a foreign history may hold anything
         return np.asarray([] if values is None else values, np.float64)
     except (TypeError, ValueError):
         return np.empty(0)

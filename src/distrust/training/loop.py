@@ -12,11 +12,11 @@ import time
 import warnings
 from dataclasses import asdict
 
-from distrust.checkpoint import Checkpoint, CheckpointFile, CheckpointManager
+from distrust.checkpoint import Checkpoint, CheckpointManager
 from distrust.errors import CorruptCheckpoint, DistrustWarning, NonFiniteLoss, OutOfMemory
 from distrust.run_record import RunRecord
 from distrust.training import resume
-from distrust.training.events import Broadcaster, Evaluated, MemoryReset, Reason, RunEnded
+from distrust.training.events import Broadcaster, Evaluated, MemoryReset, Reason
 from distrust.training.memory_guard import GIB, MemoryGuard
 from distrust.training.prefetch import Prefetcher
 from distrust.training.prepare_data import PreparedData
@@ -27,17 +27,7 @@ from distrust.training.step import EngineHolder, StepRunner
 
 
 class TrainingLoop:
-    """Trains, evaluates and saves, once data, engine and progress are ready. Every attribute is set once.
-
-    Args:
-        data: the prepared data and options.
-        engines: the engine, in the state after ``progress.step``.
-        progress: updated after each step.
-        manager: of the run's checkpoint directory.
-        saver: saves in the background.
-        events: receives the events.
-        stop: checked after each step.
-    """
+    """Trains, evaluates and saves. The engine is in the state after ``progress.step``."""
 
     def __init__(
         self,
@@ -61,11 +51,14 @@ class TrainingLoop:
         self._memory = MemoryGuard(data.config, engines.current)
         self._steps = StepRunner(engines, data, saver=saver, memory=self._memory)
 
-    def run(self) -> RunEnded:
-        """Train until the run is complete or something asks to stop; then save what is not yet saved."""
+    def run(self) -> Reason | None:
+        """Train until the run is complete or something asks to stop; then save what is not yet saved.
+
+        Returns:
+            Why the run is complete; None if it is not.
+        """
         first_step = self._progress.step + 1
-        already_finished = self._stop_reason() is not None
-        if not already_finished:
+        if not self.stop_reason():
             self._check_memory_limit(before_first_step=True)
         if first_step == 1 and self._config.eval_at_start:
             self._evaluate()
@@ -74,33 +67,25 @@ class TrainingLoop:
             while self._should_continue():
                 step = self._progress.step + 1
                 ended = self._steps.run(step, batches.get(step))
-                self._progress.add_step(ended)
+                self._progress.add_step(ended)  # before the event: observers may read the state
                 self._events.emit(ended)
                 if step == first_step and self._config.save_every:
-                    self._saver.reserve(
-                        self._checkpoint()
-                    )  # not earlier: the first update creates the moments
+                    self._saver.reserve(self._checkpoint())  # the first update has created the moments
                 is_best = self._evaluation_is_due() and self._evaluate()
                 if self._save_is_due(is_best=is_best):
-                    self._save(final=False)
+                    self._save(final=False)  # in the background
                 self._saver.poll()
                 self._check_memory()
 
-        reason = self._stop_reason()
+        reason = self.stop_reason()
         self._save_unsaved(final=reason is not None)
-        return end_event(
-            self._last_checkpoint(),
-            reason=reason or self._stop.reason,
-            signal=None if reason else self._stop.signal,
-            stall_seconds=self._saver.stall_seconds,
-            already_finished=already_finished,
-        )
+        return reason
 
     def _should_continue(self) -> bool:
         """Whether to make another step."""
-        return not (self._stop_reason() or self._stop.is_set or self._events.error)
+        return not (self.stop_reason() or self._stop.is_set or self._events.error)
 
-    def _stop_reason(self) -> Reason | None:
+    def stop_reason(self) -> Reason | None:
         """Why the run is complete, or None: a function of its state alone, so a resume decides the same."""
         if self._progress.step >= self._data.max_steps:
             return "finished"
@@ -108,10 +93,10 @@ class TrainingLoop:
         return "early_stopping" if exhausted else None
 
     def _evaluation_is_due(self) -> bool:
-        return self._stop_reason() is not None or self._progress.step % self._config.eval_every == 0
+        return self.stop_reason() is not None or self._progress.step % self._config.eval_every == 0
 
     def _save_is_due(self, *, is_best: bool) -> bool:
-        if not self._config.save_every or self._stop_reason():  # the final save follows the loop
+        if not self._config.save_every or self.stop_reason():  # the final save follows the loop
             return False
         # The best state so far is saved at once: it may remain the best.
         return self._progress.step % self._config.save_every == 0 or (is_best and self._config.keep_best > 0)
@@ -143,38 +128,29 @@ class TrainingLoop:
 
     def _reset_memory(self) -> None:
         """Drop model, optimizer and caches, and rebuild them from the base model and the checkpoint."""
-        start, before = time.perf_counter(), self._memory.used_bytes
-        engine = self._engines.rebuild(self._config)
+        start, used_bytes = time.perf_counter(), self._memory.used_bytes
+        engine = self._engines.rebuild(self._config)  # from here on the checkpoint is the only copy
         checkpoint = self._manager.load(self._progress.step, framework=engine.framework)
-        self._restore(checkpoint)
-        self._memory.restart(engine)
+        record = RunRecord.from_checkpoint(checkpoint)
+        resume.restore(checkpoint, record, engine=engine, data=self._data, progress=self._progress)
+        self._memory.restart(engine)  # loading is no step: its peak says nothing about the next
         seconds = time.perf_counter() - start
-        self._events.emit(MemoryReset(self._progress.step, before, self._memory.used_bytes, seconds))
-
-    def _restore(self, checkpoint: Checkpoint) -> None:
-        resume.restore(
-            checkpoint,
-            RunRecord.from_checkpoint(checkpoint),
-            engine=self._engines.current,
-            data=self._data,
-            progress=self._progress,
-            where=self._config.run_directory,
-        )
+        self._events.emit(MemoryReset(self._progress.step, used_bytes, self._memory.used_bytes, seconds))
 
     def _check_memory_limit(self, *, before_first_step: bool = False) -> None:
         """Save, then stop, before a step that would exceed ``max_memory``."""
         excess = self._memory.excess()
         if excess is None:
             return
-        self._save_unsaved(final=False)
+        self._save_unsaved(final=False)  # before raising, so that nothing is lost
         advice = (
             "Raise the limit, or add --reload-above or --gradient-checkpointing, and the same command "
             "resumes; a new run may use a smaller --batch-size"
         )
-        if before_first_step and excess.now > excess.bound:
+        if before_first_step and excess.now > excess.limit:
             advice = "It is exceeded before any step: raise the limit, or use a smaller --model"
         raise OutOfMemory(
-            f"--max-memory {excess.bound / GIB:g}: at step {self._progress.step} the run uses "
+            f"--max-memory {excess.limit / GIB:g}: at step {self._progress.step} the run uses "
             f"{excess.now / GIB:.2f} GiB of {excess.place}, and the next step may use "
             f"{excess.next_step / GIB:.2f}; {self._saver.describe_durable()}. {advice}"
         )
@@ -192,7 +168,7 @@ class TrainingLoop:
     def _evaluate(self) -> bool:
         """Evaluate; returns whether it was the best evaluation so far."""
         evaluation, progress = self._data.evaluation, self._progress
-        if evaluation is None:
+        if evaluation is None:  # no evaluation data
             return False
         engine = self._engines.current
         metrics = evaluation.measure(
@@ -200,7 +176,7 @@ class TrainingLoop:
             batch_size=self._config.batch_size,
             pad_token_id=self._data.pad_token_id,
         )
-        progress.metrics.update(metrics)
+        progress.metrics.update(metrics)  # saved with the checkpoint of this step
         progress.evaluations = progress.evaluations.update(progress.metrics, step=progress.step)
         self._events.emit(Evaluated(progress.step, metrics))
         return progress.evaluations.best_step == progress.step
@@ -222,42 +198,18 @@ class TrainingLoop:
         record = RunRecord(
             config=self._config.with_effect("result"),
             settings={**self._config.with_effect("free"), **self._config.with_effect("bits")},
-            fingerprints=resume.fingerprints(data, engine),
+            fingerprints=resume.fingerprints(data, engine),  # a resume on other data is refused
             tokens_seen=progress.tokens_seen,
             corpus={"examples": len(data.corpus), "tokens": int(data.corpus.loss_tokens.sum())},
-            environment=engine.environment(),
+            environment=engine.environment(),  # a resume warns of differences
             elapsed_seconds=progress.elapsed_seconds,
-            evaluations=asdict(progress.evaluations),
+            evaluations=asdict(progress.evaluations),  # a resume stops early at the same step
             continues=progress.continues,
         )
         return record.to_checkpoint(
             step=progress.step,
-            state=engine.state(),
+            state=engine.state(),  # not copied: the saver copies before the next update
             history=progress.history_arrays(),
             metrics=progress.metrics,
             measured_on=data.measured_on,
         )
-
-    def _last_checkpoint(self) -> CheckpointFile | None:
-        durable = self._saver.last_durable
-        return None if durable is None else self._manager.inspect(durable[0])
-
-
-def end_event(
-    file: CheckpointFile | None,
-    *,
-    reason: Reason,
-    signal: int | None,
-    stall_seconds: float,
-    already_finished: bool,
-) -> RunEnded:
-    """The last event of a run whose newest checkpoint is ``file``."""
-    return RunEnded(
-        step=file.step if file else 0,
-        path=file.path if file else None,
-        state_digest=file.state_digest if file else None,
-        stall_seconds=stall_seconds,
-        reason=reason,
-        signal=signal,
-        already_finished=already_finished,
-    )

@@ -30,11 +30,7 @@ HOST, DEVICE = "the host", "the device"
 
 
 class Forecast:
-    """Forecast of the memory of the next step, on the host or on the device.
-
-    Args:
-        use: memory in use before the first step.
-    """
+    """Forecast of the memory of the next step, in one place: on the host or on the device."""
 
     def __init__(self, use: MemoryUse) -> None:
         self._transient = 0
@@ -47,7 +43,7 @@ class Forecast:
 
     def add(self, use: MemoryUse) -> None:
         """Add the memory in use after a step."""
-        if use.peak > self._peak:
+        if use.peak > self._peak:  # only such a step reveals what it needed at its peak
             self._transient = max(self._transient, use.peak - use.now)
             self._peak = use.peak
         self._levels.append(use.now)
@@ -60,39 +56,28 @@ class Forecast:
     @property
     def next_step(self) -> int:
         """Bytes that the next step may use at its peak."""
-        growth = [after - before for before, after in pairwise(self._levels)]
+        growth = [later - earlier for earlier, later in pairwise(self._levels)]
+        # The smallest growth: a cache that grew once, or in some steps only, is no trend.
         steady = max(0, min(growth)) if len(growth) == GROWING_STEPS else 0
         return self.now + self._transient + steady
 
 
 @dataclass(frozen=True, slots=True)
 class Excess:
-    """A memory limit that the next step would exceed.
+    """A memory limit that the next step would exceed."""
 
-    Attributes:
-        place: "the host" or "the device".
-        now: bytes in use.
-        next_step: bytes that the next step may use.
-        bound: the limit in bytes.
-    """
-
-    place: str
-    now: int
-    next_step: int
-    bound: float
+    place: str  # "the host" or "the device"
+    now: int  # bytes in use
+    next_step: int  # bytes that the next step may use
+    limit: float  # bytes
 
 
 class MemoryGuard:
-    """Measures memory between steps and decides what to do. Changes nothing of the run.
-
-    Args:
-        config: contains the limits.
-        engine: just built.
-    """
+    """Measures memory between steps and decides what to do. Changes nothing of the run."""
 
     def __init__(self, config: TrainConfig, engine: Engine) -> None:
         self._config = config
-        self._forecasts = {place: Forecast(use) for place, use in _measure(engine).items()}
+        self._forecasts = {device: Forecast(use) for device, use in _measure(engine).items()}
         self._level_after_reset = 0
         self._is_first_after_reset = False
         self._warned_of_reset = self._warned_of_system = False
@@ -105,14 +90,14 @@ class MemoryGuard:
 
     def restart(self, engine: Engine) -> None:
         """Measure the engine that was built again."""
-        for place, use in _measure(engine).items():
-            self._forecasts[place].restart(use)
+        for device, use in _measure(engine).items():
+            self._forecasts[device].restart(use)
         self._is_first_after_reset = True
 
     def observe_step(self, engine: Engine) -> int:
         """Measure after a step; returns the bytes in use."""
-        for place, use in _measure(engine).items():
-            self._forecasts[place].add(use)
+        for device, use in _measure(engine).items():
+            self._forecasts[device].add(use)
         if self._is_first_after_reset:  # includes what a step itself needs, like the levels compared with it
             self._is_first_after_reset = False
             self._level_after_reset = self._highest
@@ -132,9 +117,9 @@ class MemoryGuard:
     def excess(self) -> Excess | None:
         """Where the next step would exceed ``max_memory``; None if nowhere."""
         limit = self._config.max_memory
-        for place, forecast in self._forecasts.items():
+        for device, forecast in self._forecasts.items():
             if limit is not None and forecast.next_step > limit * GIB:
-                return Excess(place, forecast.now, forecast.next_step, limit * GIB)
+                return Excess(device, forecast.now, forecast.next_step, limit * GIB)
         return None
 
     @property
@@ -160,12 +145,12 @@ class MemoryGuard:
             return
         self._last_read = time.monotonic()
         host = self._forecasts[HOST]
-        available, needed = available_bytes(), host.next_step - host.now + MARGIN_BYTES
-        if available < needed:
+        available, required = available_bytes(), host.next_step - host.now + MARGIN_BYTES
+        if available < required:
             self._warned_of_system = True
             warnings.warn(
                 f"the machine has {available / GIB:.2f} GiB of free memory, and the next step may need "
-                f"{needed / GIB:.2f} GiB: the system may kill the run, which then resumes from its newest "
+                f"{required / GIB:.2f} GiB: the system may kill the run, which then resumes from its newest "
                 "checkpoint. With --max-memory the run saves and stops before",
                 DistrustWarning,
                 stacklevel=2,

@@ -21,6 +21,7 @@ class Prefetcher(Generic[T]):
     def __init__(self, compute: Callable[[int], T], *, last: int) -> None:
         self._compute = compute
         self._last = last
+        # One thread: batches are small, and steps need the CPU.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="distrust-prefetch")
         self._pending: tuple[int, Future[T]] | None = None
 

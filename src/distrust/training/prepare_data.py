@@ -48,27 +48,15 @@ LOW_EFFECTIVE_SHARE = 0.1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreparedData:
-    """The data of a run, and the options that depend on it.
+    """The data of a run, and the options that depend on it."""
 
-    Attributes:
-        config: with all options resolved.
-        max_steps: optimizer steps of the whole run.
-        schedule_steps: steps after which the learning rate's schedule has ended.
-        corpus: the tokenized examples.
-        weights: float64[examples], normalized.
-        distribution: distribution of the weights.
-        batches: the batches of each step.
-        evaluation: the evaluation set, or None.
-        pad_token_id: token that batches are padded with.
-    """
-
-    config: TrainConfig
-    max_steps: int
-    schedule_steps: int
+    config: TrainConfig  # with all options resolved
+    max_steps: int  # optimizer steps of the whole run
+    schedule_steps: int  # steps after which the learning rate's schedule has ended
     corpus: Corpus
-    weights: np.ndarray[Any, Any]
-    distribution: Distribution
-    batches: Batches
+    weights: np.ndarray[Any, Any]  # float64[examples], normalized
+    distribution: Distribution  # of the weights
+    batches: Batches  # step -> its micro-batches
     evaluation: EvaluationSet | None
     pad_token_id: int
 
@@ -99,20 +87,63 @@ def prepare_data(
     context_length: int | None,
     report: Progress,
 ) -> PreparedData:
-    """Tokenize, weigh and order the data.
-
-    Args:
-        config: options that are None and depend on the data are resolved.
-        sources: the checked data.
-        tokenizer: of the base model.
-        context_length: of the base model, in tokens, if known.
-        report: called with the task, the completed parts and their total.
+    """Tokenize, weigh and order the data; options that depend on it and are None are resolved.
 
     Raises:
         DataError: records cannot be trained on.
         ConfigError: options do not fit the model or the data.
     """
     max_length = max_length_of(config, context_length)
+    corpus, eval_corpus = _tokenize(config, sources, tokenizer, max_length=max_length, report=report)
+    rows = _rows(config, corpus, capacity=max_length)  # by source
+    sampler = _sampler(config, [len(part) for part in rows])
+    sample_counts = _sample_counts(sampler, rows, corpus)
+    weights = _weights(config, corpus, sample_counts)
+    pad_token_id = pad_token_id_of(tokenizer)  # masked out, so its value does not matter
+    batches = Batches(
+        corpus,
+        weights=weights,
+        distrust=weighting.distrust_term(
+            corpus.authority_weight, corpus.provenance_entropy, alpha=config.alpha
+        ),
+        sampler=sampler,
+        rows=concatenate(rows),
+        batch_size=config.batch_size,
+        gradient_accumulation=config.gradient_accumulation,
+        pad_token_id=pad_token_id,
+    )
+    # Rounded up: the last step may begin another epoch.
+    max_steps = config.max_steps or math.ceil(config.epochs * batches.epoch_steps)
+    schedule_steps = config.schedule_steps or max_steps  # saved: a longer resume does not stretch it
+    resolved = replace(config, max_length=max_length, max_steps=max_steps, schedule_steps=schedule_steps)
+    evaluation = None if eval_corpus is None else evaluation_set(eval_corpus, resolved)
+    _require_metric(resolved, evaluation)
+    return PreparedData(
+        config=resolved,
+        max_steps=max_steps,
+        schedule_steps=schedule_steps,
+        corpus=corpus,
+        weights=weights,
+        distribution=summarize_weights(
+            authority_weight=corpus.authority_weight,
+            provenance_entropy=corpus.provenance_entropy,
+            weights=weights,
+            tokens=corpus.loss_tokens,
+            classes=corpus.classes,
+            class_of=corpus.class_numbers,
+            locations=corpus.locations,
+            effective_examples=_effective_examples(weights, sample_counts),
+        ),
+        batches=batches,
+        evaluation=evaluation,
+        pad_token_id=pad_token_id,
+    )
+
+
+def _tokenize(
+    config: TrainConfig, sources: Sources, tokenizer: Tokenizer, *, max_length: int, report: Progress
+) -> tuple[Corpus, Corpus | None]:
+    """The training corpus, and the evaluation corpus if there is one."""
     tokenizer_digest = digest_tokenizer(tokenizer)  # computed once: it takes a while
 
     def tokenize(data: CheckedData) -> Corpus:
@@ -129,42 +160,11 @@ def prepare_data(
     eval_corpus = None if sources.evaluation is None else tokenize(sources.evaluation)
     warn_of_missing_classes(config, [corpus] if eval_corpus is None else [corpus, eval_corpus])
     if config.eval_fraction:
+        # By the seed alone, so a resume holds out the same examples.
         corpus, eval_corpus = split_off(corpus, config.eval_fraction, seed=config.seed)
     if eval_corpus is not None:
         warn_of_unmeasured_classes(config, corpus, eval_corpus)
-    rows = _rows(config, corpus, capacity=max_length)
-    sampler = _sampler(config, [len(part) for part in rows])
-    sample_counts = _sample_counts(sampler, rows, corpus)
-    weights = _weights(config, corpus, sample_counts)
-    pad_token_id = pad_token_id_of(tokenizer)
-    batches = Batches(
-        corpus,
-        weights=weights,
-        distrust=weighting.distrust_term(
-            corpus.authority_weight, corpus.provenance_entropy, alpha=config.alpha
-        ),
-        sampler=sampler,
-        rows=concatenate(rows),
-        batch_size=config.batch_size,
-        gradient_accumulation=config.gradient_accumulation,
-        pad_token_id=pad_token_id,
-    )
-    max_steps = config.max_steps or math.ceil(config.epochs * batches.epoch_steps)
-    schedule_steps = config.schedule_steps or max_steps
-    resolved = replace(config, max_length=max_length, max_steps=max_steps, schedule_steps=schedule_steps)
-    evaluation = None if eval_corpus is None else evaluation_set(eval_corpus, resolved)
-    _require_metric(resolved, evaluation)
-    return PreparedData(
-        config=resolved,
-        max_steps=max_steps,
-        schedule_steps=schedule_steps,
-        corpus=corpus,
-        weights=weights,
-        distribution=_distribution(corpus, weights, sample_counts),
-        batches=batches,
-        evaluation=evaluation,
-        pad_token_id=pad_token_id,
-    )
+    return corpus, eval_corpus
 
 
 def _require_metric(config: TrainConfig, evaluation: EvaluationSet | None) -> None:
@@ -188,14 +188,14 @@ def _sample_counts(
     sampler: EpochSampler | MixtureSampler, rows: Sequence[PackedRows], corpus: Corpus
 ) -> np.ndarray[Any, Any] | None:
     """float64[n]: how often an epoch samples each example, on average; None if each once."""
-    if isinstance(sampler, EpochSampler):
+    if isinstance(sampler, EpochSampler):  # without a mixture
         return None
     return np.repeat(np.divide(sampler.counts, [len(part) for part in rows]), corpus.sizes)
 
 
 def _rows(config: TrainConfig, corpus: Corpus, *, capacity: int) -> list[PackedRows]:
     """The rows of each source, because a mixture samples each source separately."""
-    ends = np.cumsum(corpus.sizes or (len(corpus),))
+    ends = np.cumsum(corpus.sizes or (len(corpus),))  # examples are stored source by source
     parts = np.split(np.arange(len(corpus), dtype=np.int64), ends[:-1])
     if not config.packing:
         return [one_per_row(examples) for examples in parts]
@@ -207,6 +207,7 @@ def _rows(config: TrainConfig, corpus: Corpus, *, capacity: int) -> list[PackedR
 def _weights(
     config: TrainConfig, corpus: Corpus, sample_counts: np.ndarray[Any, Any] | None
 ) -> np.ndarray[Any, Any]:
+    # The mean weight over all trained tokens is 1, so weighting does not change the effective learning rate.
     tokens = corpus.loss_tokens if sample_counts is None else corpus.loss_tokens * sample_counts
     weights = weighting.normalize(example_weights(corpus, config), tokens=tokens)
     zero_weight = np.flatnonzero(weights.astype(np.float32) == 0)  # tokens carry their weight in float32
@@ -217,21 +218,6 @@ def _weights(
             "--max-ratio"
         )
     return weights
-
-
-def _distribution(
-    corpus: Corpus, weights: np.ndarray[Any, Any], sample_counts: np.ndarray[Any, Any] | None
-) -> Distribution:
-    return summarize_weights(
-        authority_weight=corpus.authority_weight,
-        provenance_entropy=corpus.provenance_entropy,
-        weights=weights,
-        tokens=corpus.loss_tokens,
-        classes=corpus.classes,
-        class_of=corpus.class_numbers,
-        locations=corpus.locations,
-        effective_examples=_effective_examples(weights, sample_counts),
-    )
 
 
 def _effective_examples(weights: np.ndarray[Any, Any], sample_counts: np.ndarray[Any, Any] | None) -> float:

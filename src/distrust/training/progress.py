@@ -70,31 +70,20 @@ class RunState:
 
 @dataclass(slots=True)
 class Progress:
-    """Counters and history of a run, updated after each step.
+    """Counters and history of a run, updated after each step."""
 
-    Attributes:
-        step: optimizer steps made.
-        max_steps: optimizer steps of the whole run; None until known.
-        epoch_steps: optimizer steps of one pass over the data; None until known.
-        tokens_seen: trained tokens of all steps so far.
-        elapsed_seconds: time spent in steps, over all sessions.
-        metrics: metrics of the last step, with those of an evaluation after it.
-        evaluations: summary of the evaluations so far.
-        history: name of a step metric -> its value for each step.
-        continues: program and step that an imported run began at; empty for a run that began here.
-    """
-
-    step: int = 0
-    max_steps: int | None = None
-    epoch_steps: float | None = None
-    tokens_seen: int = 0
-    elapsed_seconds: float = 0.0
-    metrics: dict[str, float] = field(default_factory=dict)
+    step: int = 0  # optimizer steps made
+    max_steps: int | None = None  # optimizer steps of the whole run; None until known
+    epoch_steps: float | None = None  # optimizer steps of one pass over the data; None until known
+    tokens_seen: int = 0  # trained tokens of all steps so far
+    elapsed_seconds: float = 0.0  # time spent in steps, over all sessions
+    metrics: dict[str, float] = field(default_factory=dict)  # of the last step, and of an evaluation after it
     evaluations: BestTracker = field(default_factory=BestTracker)
+    #: Name of a step metric -> its value for each step. Arrays of doubles: 8 bytes per value.
     history: dict[str, array[float]] = field(
         default_factory=lambda: {name: array("d") for name in STEP_METRICS}
     )
-    continues: str = ""
+    continues: str = ""  # program and step that an imported run began at
 
     def add_step(self, ended: StepEnded) -> None:
         """Count a step, and append its metrics to the history."""

@@ -22,18 +22,13 @@ FIXED_AT_START = ("max_length", "schedule_steps")
 BEFORE_THE_OPTION = {"clipping": "plain"}
 
 
-def merge_saved_options(config: TrainConfig, saved: Mapping[str, Any], *, where: Path) -> TrainConfig:
-    """Fill the options that the config leaves open with those of the checkpoint.
-
-    Args:
-        config: what the user asks for.
-        saved: option -> value that the run was trained with.
-        where: the run, for the message.
+def merge_saved_options(config: TrainConfig, saved: Mapping[str, Any]) -> TrainConfig:
+    """The config, with options that it leaves open taken from the checkpoint.
 
     Raises:
         ResumeRefused: with a line for each option that would change the result.
     """
-    kept = {}
+    filled = {}
     differences = []
     for option in fields(config):
         name = key(option.name)
@@ -42,13 +37,13 @@ def merge_saved_options(config: TrainConfig, saved: Mapping[str, Any], *, where:
         # A run that is older than an option was trained with the option's default, as a rule.
         value = getattr(config, option.name)
         previous = saved.get(name, BEFORE_THE_OPTION.get(name, option.default))
-        if value is None and option.name in FIXED_AT_START:
-            kept[option.name] = previous
+        if value is None and option.name in FIXED_AT_START:  # its default may differ by now
+            filled[option.name] = previous
         elif value != previous:
             differences.append(f"{flag(option.name)} was {_format(previous)}, is {_format(value)}")
     if differences:
-        raise _refusal(where, differences)
-    return replace(config, **kept)
+        raise _refusal(config.run_directory, differences)
+    return replace(config, **filled)
 
 
 def restore(
@@ -58,7 +53,6 @@ def restore(
     engine: Engine,
     data: PreparedData,
     progress: Progress,
-    where: Path,
 ) -> None:
     """Load a checkpoint into the engine and the progress of a run.
 
@@ -69,11 +63,10 @@ def restore(
         fingerprints(data, engine),
         record.fingerprints,
         config=data.config,
-        where=where,
         ignore_missing=bool(record.imported_from),
     )
     recorded = dict(record.environment)
-    if data.config.threads is None:
+    if data.config.threads is None:  # the number of threads changes the last bits
         engine.restore_environment(recorded)
     engine.load_state(EngineState(checkpoint.model, checkpoint.optimizer, checkpoint.rng))
     quantized = data.config.quantization != "none"
@@ -100,20 +93,11 @@ def require_same_fingerprints(
     saved: Mapping[str, str],
     *,
     config: TrainConfig,
-    where: Path,
     ignore_missing: bool = False,
 ) -> None:
     """Refuse to resume with other data or another base model.
 
-    Args:
-        current: option -> fingerprint now.
-        saved: option -> fingerprint in the checkpoint.
-        config: names data and model.
-        where: the run, for the message.
-        ignore_missing: accept that the checkpoint does not record a fingerprint.
-
-    Raises:
-        ResumeRefused: with a line for each that differs.
+    With ``ignore_missing``, the checkpoint need not record a fingerprint. Raises ResumeRefused.
     """
     differences = [
         f"{flag(name)} {_format(getattr(config, name))}: its content is not that of the run "
@@ -122,19 +106,13 @@ def require_same_fingerprints(
         if saved.get(name) != digest and not (ignore_missing and name not in saved)
     ]
     if differences:
-        raise _refusal(where, differences)
+        raise _refusal(config.run_directory, differences)
 
 
 def environment_differences(
     current: Mapping[str, Any], recorded: Mapping[str, Any], *, quantized: bool
 ) -> list[str]:
-    """A line for each difference that may change the last bits.
-
-    Args:
-        current: the environment now, by name.
-        recorded: the environment in the checkpoint.
-        quantized: whether the engine rounds the base model.
-    """
+    """A line for each difference that may change the last bits."""
     engine, previous = current.get("engine"), recorded.get("engine", FIRST_ENGINE)
     if recorded and engine is not None and engine != previous:
         return [
@@ -149,10 +127,10 @@ def environment_differences(
     ]
 
 
-def _refusal(where: Path, differences: list[str]) -> ResumeRefused:
+def _refusal(out: Path, differences: list[str]) -> ResumeRefused:
     lines = "".join(f"\n  {line}" for line in differences)
     return ResumeRefused(
-        f"{where}: this would not continue the run in that folder:{lines}\n"
+        f"{out}: this would not continue the run in that folder:{lines}\n"
         "give the options of that run, or another --out",
         differences,
     )

@@ -28,7 +28,7 @@ def require_startable(config: TrainConfig, manager: CheckpointManager) -> None:
     if scan.foreign and scan.all_intact[-1].is_foreign:
         require_converted(scan.all_intact[-1])
     out = config.run_directory
-    if scan.all_intact or scan.damaged:
+    if scan.all_intact or scan.damaged:  # damaged ones are reported when the newest is loaded
         return
     if hint := foreign.import_hint(out):
         raise ConfigError(f"--out {out}: has no checkpoints of this trainer{hint}; or give another --out")
@@ -61,14 +61,14 @@ def find_finished_run(
         ResumeRefused: the options are not those of the run.
     """
     files = manager.scan().files
-    if not files or config.from_step is not None:
+    if not files or config.from_step is not None:  # a branch may continue a finished run
         return None
     newest = files[-1]
-    record, where = RunRecord.from_header(newest.header), config.run_directory
+    record = RunRecord.from_header(newest.header)
     if record.imported_from:
-        resume.merge_saved_options(config, imported.complete_config(record.config, config), where=where)
+        resume.merge_saved_options(config, imported.complete_config(record.config, config))
         return None
-    merged = resume.merge_saved_options(config, record.config, where=where)
+    merged = resume.merge_saved_options(config, record.config)
     run = record.settings
     if (run.get("model"), as_names(run.get("data"))) != (merged.model, as_names(merged.data)):
         return None  # they may be the same under other names; only loading them tells
@@ -107,14 +107,14 @@ def find_resume_point(
     step, scan = config.from_step, manager.scan()
     if scan.files or scan.damaged:
         if step is None or config.branch is not None or _already_branched(step, scan):
-            checkpoint = manager.load_latest(framework=framework)
+            checkpoint = manager.load_latest(framework=framework)  # falls back if the newest is damaged
         else:
             _require_newest(step, manager.list_checkpoints(), config.out)
             checkpoint = manager.load(step, framework=framework)
         return checkpoint, manager.inspect(checkpoint.step)
     if step is None:
         return None
-    source = CheckpointManager(Path(config.out) / RUN_SUBDIRECTORY)
+    source = CheckpointManager(Path(config.out) / RUN_SUBDIRECTORY)  # a new branch; only read from
     return source.load(step, framework=framework), source.inspect(step)
 
 

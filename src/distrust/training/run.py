@@ -15,7 +15,7 @@ from distrust.training import imported, resume, resume_point
 from distrust.training.best_tracker import BestTracker
 from distrust.training.data_sources import Examples, Sources, read_sources
 from distrust.training.events import Broadcaster, Observer, Preparing, Reason, RunEnded, RunStarted
-from distrust.training.loop import TrainingLoop, end_event
+from distrust.training.loop import TrainingLoop
 from distrust.training.prepare_data import PreparedData, prepare_data
 from distrust.training.progress import Progress, RunState
 from distrust.training.saver import Saver
@@ -28,16 +28,7 @@ class _StopRequested(Exception):
 
 
 class Run:
-    """One call of ``DistrustTrainer.train``. Every attribute is set once.
-
-    Args:
-        config: what to train.
-        engines: builds the engine.
-        manager: of the run's checkpoint directory.
-        observers: called with every event.
-        stop: checked between the parts of the preparation and between steps.
-        publish: called with the state of the run at every event.
-    """
+    """One call of ``DistrustTrainer.train``. ``publish`` gets the state of the run at every event."""
 
     def __init__(
         self,
@@ -63,7 +54,7 @@ class Run:
         """Train to the end, or until something asks to stop; see ``DistrustTrainer.train``."""
         with self._manager:
             ended = self._train(examples, eval_examples)
-            self._events.emit(ended)
+            self._events.emit(ended)  # after the last save: what it reports is durable
         if self._events.error is not None:  # an observer failed; the run is saved
             raise self._events.error
         return ended
@@ -75,23 +66,21 @@ class Run:
             # Acquiring makes a name durable whose writer was killed. A read-only archive cannot be acquired.
             with contextlib.suppress(CheckpointError):
                 self._manager.acquire()
-            file, reason = finished
-            return self._end_untrained(file, reason, signal=None, already_finished=True)
+            return self._end_untrained(*finished, already_finished=True)
         try:
             # Errors in the data are raised before anything is created in the run's folder.
             sources = read_sources(
                 self._config, examples=examples, eval_examples=eval_examples, report=self._report
             )
-            self._manager.acquire()
+            self._manager.acquire()  # from here on no other process writes to the run's folder
             loop = self._prepare(sources)
         except _StopRequested:
-            return self._end_untrained(
-                self._newest_checkpoint(),
-                self._stop.reason,
-                signal=self._stop.signal,
-                already_finished=False,
-            )
-        return loop.run()
+            return self._end_untrained(self._newest_checkpoint(), None, already_finished=False)
+        already_finished = loop.stop_reason() is not None
+        reason = loop.run()
+        durable = self._saver.last_durable
+        file = None if durable is None else self._manager.inspect(durable[0])
+        return self._end(file, reason, already_finished=already_finished)
 
     def _prepare(self, sources: Sources) -> TrainingLoop:
         """Load model and data, and restore the checkpoint to resume from, if there is one.
@@ -102,11 +91,12 @@ class Run:
         config, out = self._config, self._config.run_directory
         self._report(f"loading the model {config.model}", 0, 0)
         engine = self._engines.build(config)
+        # Every byte of the checkpoint is verified before it is used.
         begin = resume_point.find_resume_point(config, self._manager, framework=engine.framework)
         if begin is not None:
             checkpoint, file = begin
-            checkpoint, record = imported.adopt_imported(checkpoint, config, where=out)
-            config = resume.merge_saved_options(config, record.config, where=out)
+            checkpoint, record = imported.adopt_imported(checkpoint, config)
+            config = resume.merge_saved_options(config, record.config)
         elif self._engines.is_spent:
             raise ResumeRefused(
                 f"{out}: the engine has already been trained, and no checkpoint was saved to restore it "
@@ -116,10 +106,11 @@ class Run:
             config, sources, engine.tokenizer, context_length=engine.context_length, report=self._report
         )
         progress = self._progress
+        # Before the restore, which drops evaluations of other data.
         progress.evaluations = replace(progress.evaluations, measured_on=data.measured_on)
         if begin is not None:
             imported.require_steps_left(record, step=checkpoint.step, max_steps=data.max_steps, where=out)
-            resume.restore(checkpoint, record, engine=engine, data=data, progress=progress, where=out)
+            resume.restore(checkpoint, record, engine=engine, data=data, progress=progress)
             imported.warn_imported(checkpoint, record, where=out)
             if file.path.parent == self._manager.directory:  # not so for a new branch
                 self._saver.last_durable = checkpoint.step, file.kind == "final"
@@ -142,6 +133,7 @@ class Run:
             raise _StopRequested
 
     def _started(self, data: PreparedData, *, resumed_from: CheckpointFile | None) -> RunStarted:
+        # A warm-up that is longer than the schedule postpones its end.
         schedule_end = max(data.schedule_steps, data.warmup_steps)
         if data.config.schedule != "constant" and data.max_steps > schedule_end:
             warnings.warn(
@@ -162,7 +154,7 @@ class Run:
             truncated=data.corpus.truncated,
             tokens_cut=data.corpus.tokens_cut,
             distribution=data.distribution,
-            history=self._progress.history,
+            history=self._progress.history,  # so that observers can draw the steps before
             trained=trained,
             parameters=parameters,
             engine=engine.framework,
@@ -172,7 +164,7 @@ class Run:
         )
 
     def _end_untrained(
-        self, file: CheckpointFile | None, reason: Reason, *, signal: int | None, already_finished: bool
+        self, file: CheckpointFile | None, reason: Reason | None, *, already_finished: bool
     ) -> RunEnded:
         """End a run whose state was not loaded, from what its newest checkpoint records."""
         if file is not None:
@@ -180,16 +172,22 @@ class Run:
             self._progress.restore(record, step=file.step, metrics=file.header.saved_metrics)
             self._progress.max_steps = self._config.max_steps or record.settings.get("max_steps")
             self._saver.last_durable = file.step, file.kind == "final"
-        return end_event(
-            file,
-            reason=reason,
-            signal=signal,
+        return self._end(file, reason, already_finished=already_finished)
+
+    def _end(self, file: CheckpointFile | None, reason: Reason | None, *, already_finished: bool) -> RunEnded:
+        """The last event: the run is complete if there is a reason, otherwise something asked to stop."""
+        return RunEnded(
+            step=file.step if file else 0,
+            path=file.path if file else None,
+            state_digest=file.state_digest if file else None,
             stall_seconds=self._saver.stall_seconds,
+            reason=reason or self._stop.reason,
+            signal=None if reason else self._stop.signal,
             already_finished=already_finished,
         )
 
     def _newest_checkpoint(self) -> CheckpointFile | None:
-        files = self._manager.scan().files
+        files = self._manager.scan().files  # by step; intact ones only
         return files[-1] if files else None
 
     def _state(self) -> RunState:

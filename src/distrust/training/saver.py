@@ -18,20 +18,11 @@ MAX_FAILURES = 3
 
 
 class Saver:
-    """Starts background saves and collects their results.
-
-    Args:
-        manager: of the run's checkpoint directory.
-        emit: receives the events when a save starts and when it is durable.
-
-    Attributes:
-        last_durable: the newest durable step, and whether it is the final checkpoint; None if there is none.
-        stall_seconds: how long all saves of this session stalled the loop.
-    """
+    """Starts background saves and collects their results; emits an event when one starts and is durable."""
 
     def __init__(self, manager: CheckpointManager, emit: Observer) -> None:
-        self.last_durable: tuple[int, bool] | None = None
-        self.stall_seconds = 0.0
+        self.last_durable: tuple[int, bool] | None = None  # newest durable step, and whether it is final
+        self.stall_seconds = 0.0  # how long all saves of this session stalled the loop
         self._manager = manager
         self._emit = emit
         self._pending: PendingSave | None = None
@@ -59,7 +50,7 @@ class Saver:
         self.wait()
         self._pending_stall = 0.0
         with self._measure_stall():
-            checkpoint = make()
+            checkpoint = make()  # part of the stall
             self._emit(CheckpointStarted(checkpoint.step, self._path(checkpoint.step, final)))
             self._pending = self._manager.save_async(checkpoint, final=final, overlap=True)
         self._pending_save = checkpoint.step, final
@@ -76,15 +67,12 @@ class Saver:
             self.wait()
 
     def wait(self, *, strict: bool = False) -> None:
-        """Wait for the pending save.
-
-        Args:
-            strict: raise on any failure, because no later save can make up for it.
+        """Wait for the pending save; with ``strict`` any failure raises, because no later save follows.
 
         Raises:
             SaveFailed: one failure too many.
         """
-        pending, self._pending = self._pending, None
+        pending, self._pending = self._pending, None  # cleared first: a failure is reported once
         if pending is None:
             return
         try:
@@ -98,8 +86,8 @@ class Saver:
                 f"{error}. Training continues, and the next save tries again", DistrustWarning, stacklevel=2
             )
         else:
-            self._failures = 0
-            self.last_durable = self._pending_save
+            self._failures = 0  # counts failures in a row
+            self.last_durable = self._pending_save  # only now: the checkpoint is on disk under its name
             self._emit(CheckpointSaved(self._pending_save[0], path, self._pending_stall))
 
     def is_durable(self, step: int, *, final: bool = False) -> bool:

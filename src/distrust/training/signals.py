@@ -21,16 +21,11 @@ STOPPING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopRequest:
-    """Context manager that records signals; it handles them in the main thread only.
-
-    Attributes:
-        signal: number of the first signal, or None.
-        asked: whether :meth:`set` was called.
-    """
+    """Context manager that records signals; it handles them in the main thread only."""
 
     def __init__(self) -> None:
-        self.signal: int | None = None
-        self.asked = False
+        self.signal: int | None = None  # number of the first signal
+        self.asked = False  # whether set() was called
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:

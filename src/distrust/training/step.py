@@ -22,20 +22,12 @@ EXAMPLES_LISTED = 20
 
 
 class EngineHolder:
-    """Owns the engine of a run: built by a factory, or passed in by the caller.
+    """Owns the engine of a run: built by a factory, or passed in, in which case it cannot be built again."""
 
-    Args:
-        engine: a factory, or an engine, which cannot be built again.
-
-    Attributes:
-        current: the engine in use.
-        is_spent: whether an engine that cannot be built again has been trained.
-    """
-
-    current: Engine
+    current: Engine  # exists once it is built
 
     def __init__(self, engine: Engine | EngineFactory) -> None:
-        self.is_spent = False
+        self.is_spent = False  # whether an engine that cannot be built again has been trained
         self._source = engine
 
     @property
@@ -60,14 +52,7 @@ class EngineHolder:
 
 
 class StepRunner:
-    """Makes the optimizer steps of a run.
-
-    Args:
-        engines: the engine that trains.
-        data: the prepared data and options.
-        saver: may still be copying the state when a step begins.
-        memory: measured after each step.
-    """
+    """Makes the optimizer steps of a run."""
 
     def __init__(
         self, engines: EngineHolder, data: PreparedData, *, saver: Saver, memory: MemoryGuard
@@ -86,8 +71,8 @@ class StepRunner:
             NonFiniteLoss: a loss or the gradient is not finite; the step is not made.
         """
         start, engine = time.perf_counter(), self._engines.current
-        self._engines.mark_trained()
-        tokens = sum(batch.tokens for batch in batches)
+        self._engines.mark_trained()  # first: even an interrupted step may change the engine
+        tokens = sum(batch.tokens for batch in batches)  # the mean is over the step, not the micro-batch
         losses = []
         for micro_step, batch in enumerate(batches):
             engine.begin_micro_step(seed=self._config.seed, step=step, micro_step=micro_step)

@@ -13,7 +13,7 @@ import mmap
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from distrust.checkpoint.arrays.host import Adapter
 from distrust.checkpoint.format import Description
@@ -107,7 +107,8 @@ def from_host(data: np.ndarray[Any, Any], dtype: str, shape: tuple[int, ...], *,
 
 
 def _by_adapter(arrays: Mapping[str, Any]) -> dict[Adapter, Mapping[str, Any]]:
-    adapters = {array_type: _require_adapter(array_type) for array_type in set(map(type, arrays.values()))}
+    # Never None: callers check is_array first.
+    adapters = {kind: cast(Adapter, _adapter_of(kind)) for kind in set(map(type, arrays.values()))}
     distinct = set(adapters.values())
     if len(distinct) == 1:  # the common case: no pass over thousands of arrays
         return {distinct.pop(): arrays}
@@ -115,12 +116,6 @@ def _by_adapter(arrays: Mapping[str, Any]) -> dict[Adapter, Mapping[str, Any]]:
         adapter: {label: array for label, array in arrays.items() if adapters[type(array)] is adapter}
         for adapter in distinct
     }
-
-
-def _require_adapter(array_type: type) -> Adapter:
-    adapter = _adapter_of(array_type)
-    assert adapter is not None  # noqa: S101 - callers check is_array first
-    return adapter
 
 
 @functools.cache

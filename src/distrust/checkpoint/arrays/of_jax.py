@@ -15,7 +15,10 @@ from distrust.errors import ConfigError, UnsupportedState
 
 
 def _describe(labels: Sequence[str], values: Sequence[Any]) -> list[Description]:
-    return [_describe_one(label, value) for label, value in zip(labels, values, strict=True)]
+    for label, value in zip(labels, values, strict=True):
+        if obstacle := _obstacle(value):
+            raise UnsupportedState(f"{label}: this jax array cannot be saved: {obstacle}", label=label)
+    return [(DTYPES[value.dtype.name], tuple(value.shape)) for value in values]
 
 
 def _flat_arrays(values: Sequence[Any]) -> list[Any]:
@@ -37,13 +40,6 @@ def _from_host(data: Any, dtype: str, shape: tuple[int, ...]) -> Any:
             'jax.config.update("jax_enable_x64", True) first, or load with framework="numpy"'
         )
     return array
-
-
-def _describe_one(label: str, value: Any) -> Description:
-    obstacle = _obstacle(value)
-    if obstacle:
-        raise UnsupportedState(f"{label}: this jax array cannot be saved: {obstacle}", label=label)
-    return DTYPES[value.dtype.name], tuple(value.shape)
 
 
 def _obstacle(value: Any) -> str | None:

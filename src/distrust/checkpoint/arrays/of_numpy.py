@@ -19,7 +19,13 @@ Flat = np.ndarray  #: The type of a flat array of numpy: uint8, one-dimensional,
 
 
 def _describe(labels: Sequence[str], values: Sequence[Any]) -> list[Description]:
-    return [_describe_one(label, value) for label, value in zip(labels, values, strict=True)]
+    for label, value in zip(labels, values, strict=True):
+        if value.dtype.name not in DTYPES:
+            raise UnsupportedState(f"{label}: numpy arrays of {value.dtype} cannot be saved", label=label)
+        # By attribute, too: other libraries subclass ndarray with a mask of their own.
+        if type(value).__module__ == "numpy.ma" or hasattr(value, "mask"):
+            raise UnsupportedState(f"{label}: a masked array would lose its mask", label=label)
+    return [(DTYPES[value.dtype.name], tuple(value.shape)) for value in values]
 
 
 def _flat_arrays(values: Sequence[Any]) -> list[Any]:
@@ -49,16 +55,6 @@ def _from_host(data: Any, dtype: str, shape: tuple[int, ...]) -> Any:
             f'numpy itself has no {dtype}: pip install ml_dtypes, or load with framework="torch"'
         ) from None
     return data.view(getattr(ml_dtypes, ML_DTYPES_NAMES[dtype])).reshape(shape)
-
-
-def _describe_one(label: str, value: Any) -> Description:
-    dtype = DTYPES.get(value.dtype.name)
-    if dtype is None:
-        raise UnsupportedState(f"{label}: numpy arrays of {value.dtype} cannot be saved", label=label)
-    # By attribute, too: other libraries subclass ndarray with a mask of their own.
-    if type(value).__module__ == "numpy.ma" or hasattr(value, "mask"):
-        raise UnsupportedState(f"{label}: a masked array would lose its mask", label=label)
-    return dtype, tuple(value.shape)
 
 
 def _bytes(value: Any) -> np.ndarray[Any, Any]:

@@ -31,12 +31,9 @@ def _describe(labels: Sequence[str], values: Sequence[Any]) -> list[Description]
     dtypes = [_NAMES.get(value.dtype) for value in values]
     # Checked once per distinct (type, layout, device), not per tensor: there are thousands.
     if None in dtypes or not all(map(_is_plain, set(map(_storage_kind, values)))):
-        index = next(
-            index
-            for index, value in enumerate(values)
-            if dtypes[index] is None or not _is_plain(_storage_kind(value))
-        )
-        raise _unsupported_error(labels[index], values[index])
+        for label, value, dtype in zip(labels, values, dtypes, strict=True):
+            if dtype is None or not _is_plain(_storage_kind(value)):
+                raise _unsupported_error(label, value)
     return list(zip(dtypes, [tuple(value.shape) for value in values], strict=True))  # type: ignore[arg-type]
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from distrust.bundled import PROVENANCE_TABLE
-from distrust.config import in_range, suggest_name
 from distrust.errors import ConfigError, read_failure_reason, shorten
+from distrust.options import in_range, suggest_name
 from distrust.provenance import Coefficients
 
 _IS_AN_ERROR = "error"  # under [missing]: no value replaces a missing one

@@ -22,16 +22,16 @@ def add_adapter(model: Any, lora: LoraConfig) -> None:
 
     mlx's generator initializes the adapters: seed it first.
     """
-    model.freeze()
+    model.freeze()  # but not the LoRA layers, which are created below
     parameters = {
         "rank": lora.rank,
         "scale": lora.scale,
         "dropout": lora.dropout,
-        "keys": _matching_modules(model, lora),
+        "keys": _matching_modules(model, lora),  # full names
     }
     try:
         linear_to_lora_layers(model, len(model.layers), parameters, use_dora=lora.dora)
-    except ValueError as error:
+    except ValueError as error:  # a layer type without a LoRA variant
         raise ConfigError(f"{lora.targets_flag}: mlx-lm says: {error}") from error
 
 
@@ -52,11 +52,11 @@ def _matching_modules(model: Any, lora: LoraConfig) -> list[str]:
         name for name, module in modules.items() if isinstance(module, _LINEAR) or hasattr(module, "to_lora")
     ]
     if lora.target_modules == ("all-linear",):
-        return in_layers(adaptable)
+        return in_layers(adaptable)  # as peft does, without the head
     selected: set[str] = set()
     for target in lora.target_modules:
         matches = {name for name in modules if name == target or name.endswith(f".{target}")}
-        if not matches or not matches <= set(adaptable):
+        if not matches or not matches <= set(adaptable):  # never skip a target silently
             choices = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in adaptable}))
             problem = "is no linear module" if matches else "is not in the model"
             raise ConfigError(

@@ -69,13 +69,13 @@ class MlxEngine:
         if config.gradient_checkpointing:
             layers.checkpoint_layers(self._model)
         self._trained = adapter.trained_parameters(self._model)
-        mx.eval(self._trained)
+        mx.eval(self._trained)  # mlx is lazy: compute the initial values now
         trained = sum(array.size for array in self._trained.values())
         self.parameters = trained, base_parameters + (trained if config.lora_rank else 0)
         self._runner = self._create_runner(config)
         self._warn_of_unlimited_window(config)
         self._optimizer = AdamW(self._trained, config, compile=self._compile)
-        self._gradients: dict[str, mx.array] | None = None
+        self._gradients: dict[str, mx.array] | None = None  # sums over the micro-batches of the step
 
     @property
     def model(self) -> Any:
@@ -148,7 +148,7 @@ class MlxEngine:
     ) -> list[int]:
         """Token ids that continue ``ids``; see :func:`distrust.engines.generate`."""
         runtime.reseed(seed=seed, step=0, micro_step=0)
-        model = self.model
+        model = self.model  # with the current weights
         model.eval()
         sampler = make_sampler(temp=temperature, top_p=top_p or 0.0)  # 0.0: all tokens
         new_ids: list[int] = []
@@ -178,14 +178,11 @@ class MlxEngine:
         for moment in ("m", "v"):
             lines = state_conversion.list_differences(state.optimizer[moment], self._trained)
             differences += [f"moment {moment} of {line}" for line in lines]
-        if differences:
-            raise state_conversion.state_mismatch(
-                "the checkpoint does not fit the model", differences, state.model
-            )
-        self._trained = _copy_arrays(state.model, self._trained)
+        state_conversion.require_no_differences(differences, state.model)
+        self._trained = _load_arrays(state.model, self._trained)
         self._optimizer.step = state.optimizer["step"]
-        self._optimizer.m = _copy_arrays(state.optimizer["m"], self._trained)
-        self._optimizer.v = _copy_arrays(state.optimizer["v"], self._trained)
+        self._optimizer.m = _load_arrays(state.optimizer["m"], self._trained)
+        self._optimizer.v = _load_arrays(state.optimizer["v"], self._trained)
         runtime.load_rng_state(state.rng)
 
     def device_memory(self) -> MemoryUse | None:
@@ -247,8 +244,9 @@ class MlxEngine:
         return str(mx.device_info().get("device_name", "gpu"))
 
 
-def _copy_arrays(arrays: Mapping[str, Any], names: Iterable[str]) -> dict[str, mx.array]:
-    """float32 copies in the order of the names, contiguous and evaluated."""
-    copies = {name: mx.contiguous(arrays[name].astype(mx.float32)) for name in names}
-    mx.eval(copies)
-    return copies
+def _load_arrays(arrays: Mapping[str, Any], names: Iterable[str]) -> dict[str, mx.array]:
+    """float32 arrays in the order of the names, contiguous and evaluated."""
+    # Contiguous, because a state of the engine of torch comes as transposed views.
+    loaded = {name: mx.contiguous(arrays[name].astype(mx.float32)) for name in names}
+    mx.eval(loaded)
+    return loaded

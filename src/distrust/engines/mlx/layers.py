@@ -80,15 +80,7 @@ def use_columns(model: Any) -> None:
 
 
 def linear(x: mx.array, weight: mx.array) -> mx.array:
-    """X · weightᵀ by columns, with a gradient for x alone.
-
-    Args:
-        x: [..., in].
-        weight: [out, in], frozen.
-
-    Returns:
-        [..., out], in the dtype of x.
-    """
+    """The product x · weightᵀ by columns, [..., in] and [out, in] -> [..., out]; the weight is frozen."""
 
     @mx.custom_function
     def forward(x: mx.array) -> mx.array:

@@ -37,18 +37,9 @@ def chunked_losses(
     vocabulary: int,
     chunk_tokens: int | None = None,
 ) -> tuple[mx.array, mx.array]:
-    """Weighted sum of the cross-entropy of each token, from the input of the head.
+    """Weighted sum of the cross-entropy of each token, as in ``torch/loss.py``, with a frozen head.
 
-    Args:
-        head: nothing in it is trained.
-        hidden: [m, width].
-        targets: int32[m], the predicted token.
-        token_weights: float32[m], the factor of each token's loss.
-        vocabulary: logits of a token.
-        chunk_tokens: tokens whose logits exist at once.
-
-    Returns:
-        float32[], the weighted sum, with a gradient; float32[m], each token's cross-entropy, in nats.
+    ``hidden`` is [m, width], ``targets`` int32[m]; ``vocabulary`` is the number of logits of a token.
     """
     size = chunk_tokens or max(MIN_CHUNK_TOKENS, CHUNK_LOGITS // vocabulary)
 

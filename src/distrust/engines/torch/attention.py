@@ -75,22 +75,11 @@ def packed_attention(
     is_causal: bool | None = None,
     **features: Any,
 ) -> tuple[Tensor, None]:
-    """Attention within each example, in the signature of transformers.
+    """Attention within each example, in the signature of transformers: [1, n, heads, width].
 
-    Args:
-        module: the layer.
-        query: [1, heads, n, width].
-        key: [1, key heads, n, width].
-        value: [1, key heads, n, width].
-        attention_mask: None, or int64[1, 1, 1, 1] from :func:`_row_mask`: the window of the model's mask.
-        scaling: factor of the products.
-        dropout: probability of dropping an attention weight.
-        sliding_window: number of tokens that a token sees, itself included.
-        is_causal: whether a token sees only earlier ones.
-        features: other options; those that would change the result are refused.
-
-    Returns:
-        [1, n, heads, width], and no attention weights.
+    ``query`` is [1, heads, n, width], ``key`` and ``value`` are [1, key heads, n, width]. ``attention_mask``
+    is None or int64[1, 1, 1, 1], the window of the model's mask, from :func:`_row_mask`. ``sliding_window``
+    is the number of tokens that a token sees, itself included.
 
     Raises:
         UnknownAttention: for a feature that is not implemented here.

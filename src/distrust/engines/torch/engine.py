@@ -194,10 +194,7 @@ class TorchEngine:
         state = state_conversion.to_torch(state, self._optimizer.state_dict()["param_groups"])
         differences = state_conversion.list_differences(state.model, self._trained)
         differences += optimizer.list_differences(state.optimizer, self._optimizer)
-        if differences:
-            raise state_conversion.state_mismatch(
-                "the checkpoint does not fit the model", differences, state.model
-            )
+        state_conversion.require_no_differences(differences, state.model)
         with torch.no_grad():
             for name, parameter in self._trained.items():
                 parameter.copy_(state.model[name])

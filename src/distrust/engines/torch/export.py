@@ -46,12 +46,11 @@ def prepare_adapter(config: TrainConfig, tensors: Mapping[str, torch.Tensor], *,
             DistrustWarning,
             stacklevel=2,
         )
+    # Shapes only: an adapter folder needs no weights of the base model.
     meta_model: Any = adapter.add_adapter(model.meta_model(config.model), LoraConfig.from_options(config))
     differences = state_conversion.list_differences(tensors, adapter.trained_parameters(meta_model))
-    if differences:
-        raise state_conversion.state_mismatch(
-            f"the adapter does not fit --model {config.model}", differences, tensors
-        )
+    summary = f"the adapter does not fit --model {config.model}"
+    state_conversion.require_no_differences(differences, tensors, summary=summary)
     weights = adapter.to_peft_names(meta_model, _cast(tensors, dtype))
     peft_config = adapter.peft_config(meta_model, base=reference(config.model))
 
@@ -80,7 +79,7 @@ def prepare_merged(engine: TorchEngine, config: TrainConfig, *, dtype: ExportDty
     """
     merged: Any = engine.model.float()
     if config.lora_rank:
-        adapter.untie_adapted(merged)
+        adapter.untie_adapted(merged)  # before merging writes into shared weights
         merged = merged.merge_and_unload(safe_merge=True)
     merged.to(runtime.torch_dtype(dtype))
     _require_finite(merged.named_parameters(), dtype)

@@ -43,6 +43,7 @@ def list_differences(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer)
     Guards the fused kernel, which would read and write beyond moments that are too small.
     """
     groups = optimizer.param_groups
+    # Moments are numbered by the order of the parameters, so the order must be the same, too.
     if _parameter_names(saved["param_groups"]) != _parameter_names(groups):
         return ["the optimizer's parameters have other names, or another order"]
     parameters = [
@@ -74,7 +75,7 @@ def load(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
 def _moment_differences(values: Any, name: str, parameter: torch.nn.Parameter) -> list[str]:
     if not isinstance(values, Mapping) or values.keys() != {"step", *MOMENTS}:
         return [f"{name}: its moments are not AdamW's"]
-    shapes = {moment: getattr(values[moment], "shape", None) for moment in MOMENTS}
+    shapes = {moment: getattr(values[moment], "shape", None) for moment in MOMENTS}  # None: not an array
     lines = [
         f"{moment} of {name}: was {shape and list(shape)}, is {list(parameter.shape)}"
         for moment, shape in shapes.items()

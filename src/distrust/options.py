@@ -1,0 +1,151 @@
+"""How options are defined and checked: groups, bounds, conversion to the annotated type, documentation."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import difflib
+import inspect
+import math
+import os
+import textwrap
+import types
+from collections.abc import Callable, Iterable
+from dataclasses import field
+from functools import cache
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
+
+Effect = Literal["result", "bits", "free"]
+
+
+class Bound(NamedTuple):
+    """What a value must satisfy, and the advice for one that does not. None satisfies every bound."""
+
+    holds: Callable[[Any], bool]
+    advice: str
+
+
+class Group(NamedTuple):
+    """A heading of options in the help and in the reference; its methods define options under it."""
+
+    title: str
+
+    def result(self, default: Any, bound: Bound | None = None) -> Any:
+        """An option that changes the result."""
+        return self._option(default, "result", bound)
+
+    def bits(self, default: Any, bound: Bound | None = None) -> Any:
+        """An option that changes only the last bits."""
+        return self._option(default, "bits", bound)
+
+    def free(self, default: Any, bound: Bound | None = None) -> Any:
+        """An option that does not change the result."""
+        return self._option(default, "free", bound)
+
+    def _option(self, default: Any, effect: Effect, bound: Bound | None) -> Any:
+        return field(default=default, metadata={"group": self.title, "effect": effect, "bound": bound})
+
+
+def in_range(value: float | None, low: float, high: float = math.inf) -> bool:
+    """Whether a value is None, or finite and in [low, high]."""
+    try:
+        return value is None or (math.isfinite(value) and low <= value <= high)
+    except OverflowError:  # an integer beyond the largest float
+        return False
+
+
+def at_least(low: float, high: float = math.inf, *, advice: str = "") -> Bound:
+    """A bound for finite numbers in [low, high]."""
+    return Bound(lambda value: in_range(value, low, high), advice or f"give {low} or more")
+
+
+NON_NEGATIVE, POSITIVE = at_least(0), at_least(1)
+ABOVE_ZERO = Bound(lambda value: value > 0 and math.isfinite(value), "give more than 0")
+BELOW_ONE = Bound(lambda value: 0 <= value < 1, "give 0 or more, and less than 1")
+
+
+class Documentation:
+    """A docstring that also lists every option of its class; built when it is read, from the source."""
+
+    def __init__(self, docstring: str) -> None:
+        self._docstring = docstring
+
+    def __get__(self, instance: object, owner: type) -> str:
+        summary, separator, raises = inspect.cleandoc(self._docstring).partition("\n\nRaises:")
+        options = (
+            textwrap.fill(f"{name}: {text}", 100, initial_indent=" " * 4, subsequent_indent=" " * 8)
+            for name, text in read_docs(owner).items()
+        )
+        return "\n".join([summary, "", "Args:", *options]) + separator + raises
+
+
+@cache
+def read_docs(config: type) -> dict[str, str]:
+    """The documentation of each field of a config class, as one line: the string below the field."""
+    (body,) = ast.parse(inspect.getsource(config)).body
+    statements = body.body if isinstance(body, ast.ClassDef) else []
+    return {
+        option.target.id: " ".join(doc.value.value.split())
+        for option, doc in pairwise(statements)
+        if isinstance(option, ast.AnnAssign)
+        and isinstance(option.target, ast.Name)
+        and isinstance(doc, ast.Expr)
+        and isinstance(doc.value, ast.Constant)
+        and isinstance(doc.value.value, str)
+    }
+
+
+def suggest_name(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: ``; did you mean X?``, or nothing."""
+    # Files may be written with the flags' hyphens.
+    close = difflib.get_close_matches(name.lower().replace("-", "_"), known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def takes_paths(hint: Any) -> bool:
+    """Whether an option of this type may be a path, or a list of paths."""
+    return hint is str or (get_origin(hint) in (Union, types.UnionType) and str in get_args(hint))
+
+
+def to_plain(value: Any) -> Any:
+    """Paths become strings, and a list of one name becomes that name."""
+    if isinstance(value, (list, tuple)):
+        names = tuple(os.fspath(name) if isinstance(name, os.PathLike) else name for name in value)
+        return names[0] if len(names) == 1 else names or ("",)  # an empty list is reported as an empty name
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def coerce(value: Any, hint: Any) -> Any:
+    """``value`` as the annotated type if nothing is lost; raises TypeError with advice if not."""
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in get_args(hint):
+            return None
+        # The last choice is X or tuple[X, ...]; one before it is str, for a single name.
+        *others, inner = [choice for choice in get_args(hint) if choice is not type(None)]
+        if not others:
+            return coerce(value, inner)
+        if isinstance(value, str):
+            return value
+        with contextlib.suppress(TypeError):
+            return coerce(value, inner)
+        raise TypeError("give a name, or a list of names")
+    if origin is Literal:
+        if value in get_args(hint):
+            return value
+        raise TypeError(f"give one of {', '.join(get_args(hint))}")
+    if origin is tuple:  # every list option is tuple[X, ...]
+        inner = get_args(hint)[0]
+        with contextlib.suppress(TypeError):
+            if isinstance(value, (list, tuple)):
+                return tuple(coerce(item, inner) for item in value)
+        if get_origin(inner) is Literal:
+            raise TypeError(f"give a list of {', '.join(get_args(inner))}")
+        raise TypeError(f"give a list of {'strings' if inner is str else 'numbers'}")
+    if hint is float and type(value) is int:  # TOML and Python users write 1 for 1.0
+        return float(value)
+    if type(value) is not hint:  # not isinstance: True is no whole number
+        expected = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
+        raise TypeError(f"give {expected[hint]}")
+    return value

@@ -1,0 +1,50 @@
+"""A load that fails frees its memory at once, not when the garbage collector runs."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import mmap
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from distrust import Checkpoint, CheckpointManager
+from distrust.errors import CorruptCheckpoint
+
+SIZE = 4 << 20
+
+LOADS: dict[str, Callable[[CheckpointManager], object]] = {
+    "load": lambda manager: manager.load(2),
+    "load, mapped": lambda manager: manager.load(2, mmap=True),
+    "load, lazily": lambda manager: manager.load(2, mmap=True, verify="lazy").model["w"],
+    "load_latest": lambda manager: manager.load_latest(),
+    "validate": lambda manager: manager.validate(2),
+}
+
+
+def large_buffers() -> int:
+    """The number of blocks of memory and mapped files that may hold a checkpoint."""
+    return sum(type(object_) is mmap.mmap and len(object_) >= SIZE for object_ in gc.get_objects())
+
+
+@pytest.mark.parametrize("name", LOADS)
+@pytest.mark.filterwarnings("ignore:skipped a damaged checkpoint")
+def test_a_load_that_fails_frees_its_memory_at_once(tmp_path, no_collector, name):
+    with CheckpointManager(tmp_path) as manager:
+        for step in (1, 2):
+            path = manager.save(Checkpoint(step=step, model={"w": np.ones(SIZE // 8)}))
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+    manager = CheckpointManager(tmp_path)
+    loaded = manager.load(1)
+    assert large_buffers() >= 1, "the measure itself: a checkpoint in memory is counted"
+    del loaded
+    before = large_buffers()
+
+    with contextlib.suppress(CorruptCheckpoint):
+        LOADS[name](manager)
+
+    assert large_buffers() == before
