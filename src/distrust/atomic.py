@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from distrust.checkpoint.disk import Disk
-from distrust.errors import NOT_FOUND_ERRORS, ConfigError, ErrorTranslator, ExportFailed, WriteFailed
+from distrust.errors import NO_SUCH_FILE, ConfigError, ErrorTranslator, ExportFailed, WriteFailed
 
 
 def require_writable(path: Path, *, force: bool, inputs: Iterable[str] = ()) -> None:
@@ -43,7 +43,7 @@ def require_writable(path: Path, *, force: bool, inputs: Iterable[str] = ()) -> 
             raise ConfigError(f"{path}: is in the input folder, and would be read as data; give another name")
     folder = path.parent
     if not os.path.isdir(folder):
-        reason = "is not a folder" if os.path.lexists(folder) else NOT_FOUND_ERRORS
+        reason = "is not a folder" if os.path.lexists(folder) else NO_SUCH_FILE
         raise WriteFailed(f"{path}: not written: {folder}: {reason}; make that folder first", path=path)
     if os.path.lexists(path):
         if path.exists() and not path.is_file():

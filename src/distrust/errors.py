@@ -2,31 +2,31 @@
 
     DistrustError
     ├── ConfigError                     an option is wrong, unknown, or contradicts another
-    ├── DataError                       records that cannot be trained on: every one with file, line and field
-    ├── MissingDependency               an optional library that is not installed
-    ├── ModelError                      a base model or tokenizer that cannot be loaded or used
-    ├── ResumeRefused                   going on would not continue the same run
-    ├── NonFiniteLoss                   a loss or gradient norm that is not finite; the step was not made
-    ├── OutOfMemory                     a step that needs more memory than there is
-    ├── ExportFailed                    an export was not written; nothing of it is at its target
-    ├── WriteFailed                     a file was not written; what stood under its name still stands
+    ├── DataError                       records that cannot be trained on, each with file, line and field
+    ├── MissingDependency               an optional library is not installed
+    ├── ModelError                      a base model or tokenizer cannot be loaded or used
+    ├── ResumeRefused                   resuming would not continue the same run
+    ├── NonFiniteLoss                   a loss or gradient norm is not finite; the step was not made
+    ├── OutOfMemory                     a step needs more memory than is free
+    ├── ExportFailed                    an export was not written; nothing was created
+    ├── WriteFailed                     a file was not written; an existing one is unchanged
     ├── RunInProgress                   another run of this process is training
-    ├── RunNotFound                     a folder that holds no run
+    ├── RunNotFound                     a folder contains no run
     └── CheckpointError
         ├── CheckpointNotFound          no such checkpoint
-        ├── CorruptCheckpoint           a file that is not what was written
-        ├── CheckpointUnreadable        a file that may be whole, but this process cannot read it now
-        ├── UnsupportedVersion          a file of a later version of the format
-        ├── NoGoodCheckpoint            there are checkpoints, and none of them is whole
-        ├── UnsupportedState            a value that a checkpoint cannot hold exactly
-        ├── CheckpointDirectoryLocked   another writer holds the directory
-        └── SaveFailed                  the checkpoint was not written; what stood before still stands
+        ├── CorruptCheckpoint           a file differs from what was written
+        ├── CheckpointUnreadable        this process cannot read a file, which may be intact
+        ├── UnsupportedVersion          a file has a later version of the format
+        ├── NoIntactCheckpoint          there are checkpoints, and none of them is intact
+        ├── UnsupportedState            a checkpoint cannot store a value exactly
+        ├── CheckpointDirectoryLocked   another writer has locked the directory
+        └── SaveFailed                  the checkpoint was not written; existing ones are unchanged
 
-    DistrustWarning                     something a user should know that stops nothing
-    └── DamagedCheckpointWarning        a damaged checkpoint was skipped or does not count
+    DistrustWarning                     something a user should know; the program continues
+    └── DamagedCheckpointWarning        a damaged checkpoint was skipped, or counts towards no rule
 
-The message is one line (or one line a finding) that says what is wrong, where, and what to do. What a
-program may want of it is in attributes.
+A message is one line (or one line per finding): what is wrong, where, and what to do. Programs use the
+attributes.
 """
 
 from __future__ import annotations
@@ -36,29 +36,36 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-#: What is said of a path that is not there, everywhere.
-NOT_FOUND_ERRORS = "no such file or directory"
+#: The reason in every message about a path that does not exist.
+NO_SUCH_FILE = "no such file or directory"
 
-_SHOWN_CHARACTERS = 200
+_MAX_SHOWN_CHARACTERS = 200
 
 
 class DistrustError(Exception):
-    """The root: ``except DistrustError`` catches everything that is not a bug."""
+    """The root: ``except DistrustError`` catches every error that is not a bug.
+
+    Attributes:
+        path: the file or folder it is about; None if there is none.
+    """
+
+    def __init__(self, message: str, *, path: Path | None = None) -> None:
+        super().__init__(message)
+        self.path = path
 
 
 class DistrustWarning(UserWarning):
-    """Something a user should know that stops nothing."""
+    """Something a user should know; the program continues."""
 
 
 class DamagedCheckpointWarning(DistrustWarning):
-    """A damaged checkpoint was skipped, or does not count towards a retention rule."""
+    """A damaged checkpoint was skipped, or counts towards no retention rule."""
 
 
 class WarningCollector(list[DistrustWarning]):
     """Context manager that issues the warnings appended in its block, when the block ends.
 
-    They point at the caller of the function that contains the block. So a public method issues them, and the
-    functions below it need not know how deep they are.
+    They point at the caller of the function that contains the block, so that function is a public method.
     """
 
     def __enter__(self) -> WarningCollector:
@@ -66,7 +73,7 @@ class WarningCollector(list[DistrustWarning]):
 
     def __exit__(self, *exception: object) -> None:
         for warning in self:
-            warnings.warn(warning, stacklevel=3)  # this method, the method with the block, its caller
+            warnings.warn(warning, stacklevel=3)  # 1: this method, 2: the one with the block, 3: its caller
 
 
 class ConfigError(DistrustError):
@@ -111,10 +118,10 @@ class ModelError(DistrustError):
 
 
 class ResumeRefused(DistrustError):
-    """Going on would not continue the same run.
+    """Resuming would not continue the same run.
 
     Attributes:
-        differences: one line each: option, what it was, what it is.
+        differences: one line each: option, old value, new value.
     """
 
     def __init__(self, message: str, differences: Sequence[str] = ()) -> None:
@@ -127,7 +134,7 @@ class NonFiniteLoss(DistrustError):
 
     Attributes:
         step: the optimizer step that was not made.
-        examples: ``file:line`` of the examples it was to be made on.
+        examples: ``file:line`` of the examples of that step.
     """
 
     def __init__(self, message: str, *, step: int, examples: Sequence[str]) -> None:
@@ -137,35 +144,19 @@ class NonFiniteLoss(DistrustError):
 
 
 class OutOfMemory(DistrustError):
-    """A step that needs more memory than there is. The step was not made."""
+    """A step needs more memory than is free. The step was not made."""
 
 
 class ExportFailed(DistrustError):
-    """An export was not written; nothing of it is at its target.
-
-    Attributes:
-        path: the target.
-    """
-
-    def __init__(self, message: str, *, path: Path) -> None:
-        super().__init__(message)
-        self.path = path
+    """An export was not written; nothing was created at its target."""
 
 
 class WriteFailed(DistrustError):
-    """A file was not written; what stood under its name before still stands.
-
-    Attributes:
-        path: its name.
-    """
-
-    def __init__(self, message: str, *, path: Path) -> None:
-        super().__init__(message)
-        self.path = path
+    """A file was not written; an existing file of that name is unchanged."""
 
 
 class RunInProgress(DistrustError):
-    """Another run of this process is training: two at once would change each other's bits.
+    """Another run of this process is training. Two at once would not be reproducible.
 
     Attributes:
         out: the folder of the run that is training.
@@ -177,39 +168,23 @@ class RunInProgress(DistrustError):
 
 
 class RunNotFound(DistrustError):
-    """A folder that holds no run.
-
-    Attributes:
-        path: the folder.
-    """
-
-    def __init__(self, message: str, *, path: Path) -> None:
-        super().__init__(message)
-        self.path = path
+    """A folder contains no run."""
 
 
 class CheckpointError(DistrustError):
-    """Something about a checkpoint, or a directory of them.
-
-    Attributes:
-        path: the file or directory it is about.
-    """
-
-    def __init__(self, message: str, *, path: Path | None = None) -> None:
-        super().__init__(message)
-        self.path = path
+    """An error about a checkpoint, or a directory of them."""
 
 
 class CheckpointNotFound(CheckpointError):
-    """No such checkpoint; the message lists what there is."""
+    """No such checkpoint; the message lists those that exist."""
 
 
 class CorruptCheckpoint(CheckpointError):
-    """A file that is not what was written.
+    """A file differs from what was written.
 
     Attributes:
         reason: what is wrong, without the path.
-        tensor: the first damaged tensor, where it is one.
+        tensor: the first damaged tensor; None if the damage is not in one.
     """
 
     def __init__(self, reason: str, *, path: Path | None = None, tensor: str | None = None) -> None:
@@ -219,22 +194,22 @@ class CorruptCheckpoint(CheckpointError):
 
 
 class CheckpointUnreadable(CheckpointError):
-    """A file that may be whole, but this process cannot read it now: permissions, open files, memory."""
+    """This process cannot read a file (permissions, open files, memory), which may be intact."""
 
 
 class UnsupportedVersion(CheckpointError):
-    """A file of a later version of the format: it may be whole, but this program cannot tell."""
+    """A file has a later version of the format: this program cannot tell whether it is intact."""
 
 
 class NoIntactCheckpoint(CheckpointError):
-    """There are checkpoints, and none of them is whole: never a reason to start over silently."""
+    """There are checkpoints, and none of them is intact. Never a reason to start over silently."""
 
 
 class UnsupportedState(CheckpointError):
-    """A value that a checkpoint cannot hold exactly.
+    """A checkpoint cannot store a value exactly.
 
     Attributes:
-        label: where in the state it stands, such as ``optimizer.state.0``.
+        label: its position in the state, such as ``optimizer.state.0``.
     """
 
     def __init__(self, message: str, *, label: str) -> None:
@@ -243,15 +218,15 @@ class UnsupportedState(CheckpointError):
 
 
 class CheckpointDirectoryLocked(CheckpointError):
-    """Another writer holds the directory."""
+    """Another writer has locked the directory."""
 
 
 class SaveFailed(CheckpointError):
-    """The checkpoint was not written; what stood before still stands.
+    """The checkpoint was not written; existing ones are unchanged.
 
     Attributes:
-        needed: bytes that the checkpoint needs, where known.
-        free: bytes that the file system had free, where known.
+        needed: bytes that the checkpoint needs; None if unknown.
+        free: bytes that were free on the file system; None if unknown.
     """
 
     def __init__(
@@ -287,23 +262,21 @@ class ErrorTranslator:
 
 
 def read_failure_reason(error: OSError) -> str:
-    """Why a file was not read, behind its name."""
+    """Why a file cannot be read, to append to its name."""
     return (
-        NOT_FOUND_ERRORS
-        if isinstance(error, FileNotFoundError)
-        else f"cannot be read: {error.strerror or error}"
+        NO_SUCH_FILE if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror or error}"
     )
 
 
 def shorten(text: str) -> str:
-    """Text out of a file, as a message may hold it: a hostile file has names of a million letters."""
-    if len(text) <= _SHOWN_CHARACTERS:
+    """Shorten text from a file for a message: a hostile file may contain names of a million letters."""
+    if len(text) <= _MAX_SHOWN_CHARACTERS:
         return text
-    half = _SHOWN_CHARACTERS // 2
-    return f"{text[:half]}…{text[-half:]}"
+    half = _MAX_SHOWN_CHARACTERS // 2
+    return f"{text[:half]}…{text[-half:]}"  # the ends of a path or name say most
 
 
 def quote_untrusted(text: str) -> str:
-    """The same, and quoted if it holds anything that a terminal obeys and does not show."""
+    """Shorten text, and quote it if it contains control characters, which a terminal would execute."""
     text = shorten(text)
     return text if text.isprintable() else repr(text)

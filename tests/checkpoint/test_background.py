@@ -1,4 +1,4 @@
-"""Background saves: what was copied is what is written, and no error is lost."""
+"""Background saves: the copy is what is written, and no error is lost."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ def manager(tmp_path, write_path):
         yield manager
 
 
-def stand_in_the_way(manager: CheckpointManager, step: int) -> None:
-    """No file can be renamed onto a directory: a failure that only the background meets."""
+def block_file_name(manager: CheckpointManager, step: int) -> None:
+    """Create a directory with the name of the file, so that the rename in the background fails."""
     (manager.directory / f"checkpoint-{step}.safetensors").mkdir(parents=True)
 
 
-def failing(manager: CheckpointManager, step: int = 1) -> PendingSave:
-    """A save that failed, and that nobody has been told of."""
-    stand_in_the_way(manager, step)
+def failed_save(manager: CheckpointManager, step: int = 1) -> PendingSave:
+    """A save that failed, and whose error no call has raised."""
+    block_file_name(manager, step)
     pending = manager.save_async(state(step))
     while not pending.done:
         pass
     return pending
 
 
-def test_a_background_save_is_a_save(manager):
+def test_a_background_save_writes_a_checkpoint(manager):
     pending = manager.save_async(state(1))
     assert pending.path == manager.directory / "checkpoint-1.safetensors"
     assert pending.wait() == pending.path
@@ -58,7 +58,7 @@ def test_a_background_save_is_a_save(manager):
     assert manager.list_checkpoints() == [1, 2]
 
 
-def test_what_changes_after_the_call_does_not_change_the_file(manager):
+def test_changes_after_the_call_do_not_change_the_file(manager):
     torch = pytest.importorskip("torch")
     plain = np.ones(LARGE)
     strided = np.ones(2 * LARGE)[::2]
@@ -84,15 +84,15 @@ def test_what_changes_after_the_call_does_not_change_the_file(manager):
     assert loaded.metadata == {"list": [1]}
 
 
-def test_saves_follow_one_another(manager):
+def test_at_most_one_save_is_in_progress(manager):
     pendings = [manager.save_async(state(step, size=100_000)) for step in range(6)]
-    assert all(pending.done for pending in pendings[:-1])  # at most one is under way
+    assert all(pending.done for pending in pendings[:-1])  # at most one is in progress
     manager.save(state(6))
     assert pendings[-1].done
     assert manager.list_checkpoints() == list(range(7))
 
 
-def test_saves_from_many_threads_are_all_there(manager):
+def test_saves_from_many_threads_are_all_written(manager):
     threads = [
         threading.Thread(
             target=lambda step=step: (manager.save if step % 2 else manager.save_async)(state(step))
@@ -109,25 +109,25 @@ def test_saves_from_many_threads_are_all_there(manager):
         manager.validate(step)
 
 
-TELL = {
+CALLS = {
     "save": lambda manager, pending: manager.save(state(2)),
     "save_async": lambda manager, pending: manager.save_async(state(2)),
     "cleanup": lambda manager, pending: manager.cleanup(),
     "close": lambda manager, pending: manager.close(),
     "wait": lambda manager, pending: pending.wait(),
-    "await": lambda manager, pending: asyncio.run(awaited(pending)),
+    "await": lambda manager, pending: asyncio.run(wait_for(pending)),
 }
 
 
-async def awaited(pending: PendingSave):
+async def wait_for(pending: PendingSave):
     return await pending
 
 
-@pytest.mark.parametrize("how", TELL)
-def test_a_failure_in_the_background_is_told_once(manager, how):
-    pending = failing(manager)
+@pytest.mark.parametrize("name", CALLS)
+def test_an_error_in_the_background_is_raised_once(manager, name):
+    pending = failed_save(manager)
     with pytest.raises(SaveFailed, match=r"checkpoint-1\.safetensors") as caught:
-        TELL[how](manager, pending)
+        CALLS[name](manager, pending)
     assert caught.value.path == pending.path
 
     manager.save(state(3))
@@ -136,17 +136,17 @@ def test_a_failure_in_the_background_is_told_once(manager, how):
     assert manager.list_checkpoints() == [3, 4]
     assert list(manager.directory.glob(".c*")) == []
     with pytest.raises(SaveFailed):
-        pending.wait()  # who asks for this very save is always told
+        pending.wait()  # waiting for this save always raises its error
 
 
-def test_a_failure_is_told_by_the_end_of_a_with_block(tmp_path):
+def test_an_error_is_raised_at_the_end_of_a_with_block(tmp_path):
     with pytest.raises(SaveFailed), CheckpointManager(tmp_path) as manager:
-        failing(manager)
-    with CheckpointManager(tmp_path) as other:  # the lock was let go of all the same
-        other.save(state(2))
+        failed_save(manager)
+    with CheckpointManager(tmp_path) as second:  # the lock was released nevertheless
+        second.save(state(2))
 
 
-def test_a_state_that_is_refused_is_refused_at_once_and_stops_nothing(manager):
+def test_an_unsupported_state_is_refused_at_once(manager):
     first = manager.save_async(state(1, size=LARGE))
     with pytest.raises(Exception, match="cannot be saved"):
         manager.save_async(Checkpoint(step=2, model={"x": object()}))
@@ -160,14 +160,14 @@ def test_an_awaited_save_returns_its_path(manager):
         pending = manager.save_async(state(1, size=LARGE))
         assert await pending == pending.path
         assert await pending == pending.path
-        return await asyncio.gather(*[awaited(manager.save_async(state(step))) for step in (2, 3)])
+        return await asyncio.gather(*[wait_for(manager.save_async(state(step))) for step in (2, 3)])
 
     paths = asyncio.run(main())
     assert [path.name for path in paths] == ["checkpoint-2.safetensors", "checkpoint-3.safetensors"]
     assert manager.list_checkpoints() == [1, 2, 3]
 
 
-def test_who_is_cancelled_while_waiting_cancels_no_write(manager, capfd):
+def test_cancelling_a_waiting_caller_does_not_cancel_the_write(manager, capfd):
     async def main():
         pending = manager.save_async(state(1, size=2 * LARGE))
         task = asyncio.ensure_future(pending)
@@ -177,59 +177,59 @@ def test_who_is_cancelled_while_waiting_cancels_no_write(manager, capfd):
             await task
         return pending
 
-    pending = asyncio.run(main())  # and the loop is closed before the write has ended
+    pending = asyncio.run(main())  # the loop is closed before the write has ended
     assert pending.wait() == pending.path
     manager.validate(1)
     assert capfd.readouterr() == ("", "")
 
 
-def test_who_was_cancelled_has_not_been_told_of_the_failure(manager):
+def test_a_cancelled_caller_does_not_consume_the_error(manager):
     async def main(pending):
-        task = asyncio.ensure_future(awaited(pending))
+        task = asyncio.ensure_future(wait_for(pending))
         await asyncio.sleep(0)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
 
-    asyncio.run(main(failing(manager)))
+    asyncio.run(main(failed_save(manager)))
     with pytest.raises(SaveFailed):
         manager.close()
 
 
-def test_a_wait_that_timed_out_was_not_told(manager):
-    stand_in_the_way(manager, 1)
+def test_a_wait_that_timed_out_does_not_consume_the_error(manager):
+    block_file_name(manager, 1)
     pending = manager.save_async(state(1, size=2 * LARGE))
     with pytest.raises((TimeoutError, SaveFailed)) as caught:
         pending.wait(timeout=0)
     if caught.type is SaveFailed:
-        pytest.skip("it was written before it could be waited for")
+        pytest.skip("the write ended before the wait began")
     with pytest.raises(SaveFailed):
         manager.close()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="such a stack can only be asked for on Linux")
-def test_where_no_thread_can_be_started_it_is_saved_without(manager):
-    before = threading.stack_size(1 << 46)  # more than there are addresses
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux accepts such a stack size")
+def test_if_no_thread_can_be_started_the_save_is_synchronous(manager):
+    original = threading.stack_size(1 << 46)  # larger than the address space
     try:
         manager.save(state(1))
         assert manager.save_async(state(2)).done
     finally:
-        threading.stack_size(before)
+        threading.stack_size(original)
     manager.save_async(state(3)).wait()
     for step in (1, 2, 3):
         manager.validate(step)
 
 
-def test_an_interrupt_while_the_thread_starts_leaves_no_save_that_nobody_knows_of(manager, monkeypatch):
-    honest = threading.Thread.start
+def test_an_interrupt_while_the_thread_starts_abandons_the_save(manager, monkeypatch):
+    original = threading.Thread.start
 
-    def interrupted(thread):
-        honest(thread)
+    def start_then_interrupt(thread):
+        original(thread)
         if thread.name.startswith("save "):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(threading.Thread, "start", interrupted)
+        patched.setattr(threading.Thread, "start", start_then_interrupt)
         with pytest.raises(KeyboardInterrupt):
             manager.save_async(state(1))
     manager.save_async(state(2)).wait()
@@ -237,27 +237,29 @@ def test_an_interrupt_while_the_thread_starts_leaves_no_save_that_nobody_knows_o
     manager.validate(2)
 
 
-def test_tensors_changed_too_early_are_not_saved_as_a_mixture(manager, monkeypatch):
+def test_tensors_changed_during_the_copy_fail_the_save(manager, monkeypatch):
     torch = pytest.importorskip("torch")  # only torch counts changes
     weights = torch.zeros(64)
-    honest = arrays.fill
+    original = arrays.fill
 
-    def changed_meanwhile(*arguments):
+    def change_then_fill(*arguments):
         if threading.current_thread() is not threading.main_thread():
             weights.add_(1)
-        honest(*arguments)
+        original(*arguments)
 
-    monkeypatch.setattr(arrays, "fill", changed_meanwhile)
+    monkeypatch.setattr(arrays, "fill", change_then_fill)
     pending = manager.save_async(Checkpoint(step=1, model={"w": weights}), overlap=True)
     with pytest.raises(SaveFailed, match=r"checkpoint-1\.safetensors: not saved: .*wait_copied"):
         pending.wait()
     assert manager.list_checkpoints() == []
 
 
-def test_the_arrays_are_let_go_of_when_they_are_copied(manager, monkeypatch):
-    """Not only when they are written: a program may need their memory before."""
-    honest, hold = stream_writer.write_snapshot, threading.Event()
-    monkeypatch.setattr(stream_writer, "write_snapshot", lambda *given: (hold.wait(), honest(*given))[1])
+def test_the_arrays_are_released_once_they_are_copied(manager, monkeypatch):
+    """Not only once they are written: the program may need their memory."""
+    original, hold = stream_writer.write_snapshot, threading.Event()
+    monkeypatch.setattr(
+        stream_writer, "write_snapshot", lambda *arguments: (hold.wait(), original(*arguments))[1]
+    )
     for overlap in (False, True):
         hold.clear()
         array = np.ones(1000)
@@ -272,32 +274,32 @@ def test_the_arrays_are_let_go_of_when_they_are_copied(manager, monkeypatch):
         pending.wait()
 
 
-def test_threads_that_list_while_others_save_see_whole_lists(manager):
-    """The list of known headers is shared by them all."""
+def test_threads_can_list_while_another_saves(manager):
+    """They share the cache of headers."""
     failures = []
 
-    def look():
+    def list_repeatedly():
         try:
-            while not over.is_set():
+            while not stop.is_set():
                 manager.list_checkpoints()
         except Exception as error:
             failures.append(error)
 
-    over = threading.Event()
-    lookers = [threading.Thread(target=look) for _ in range(4)]
-    for looker in lookers:
-        looker.start()
+    stop = threading.Event()
+    threads = [threading.Thread(target=list_repeatedly) for _ in range(4)]
+    for thread in threads:
+        thread.start()
     for step in range(1, 30):
         manager.save_async(state(step))
     manager.close()
-    over.set()
-    for looker in lookers:
-        looker.join()
+    stop.set()
+    for thread in threads:
+        thread.join()
     assert failures == []
 
 
-def test_a_save_leaves_nothing_behind_in_the_interpreter(manager):
-    """A hook that is taken back keeps its place there."""
+def test_a_save_leaks_no_exit_hook(manager):
+    """The interpreter never frees the slot of an unregistered hook."""
     manager.save_async(state(1)).wait()
     hooks = atexit._ncallbacks()
     for step in range(2, 12):
@@ -321,10 +323,12 @@ if sys.argv[2] == "sys.exit":
 
 
 @pytest.mark.parametrize(("how", "code"), [("end", 0), ("exception", 1), ("sys.exit", 3)])
-def test_a_save_begun_just_before_the_interpreter_ends_is_there(tmp_path, run_python, write_path, how, code):
-    done = run_python(write_path + END, tmp_path, how)
+def test_a_save_started_just_before_the_interpreter_exits_is_written(
+    tmp_path, run_python, write_path, how, code
+):
+    result = run_python(write_path + END, tmp_path, how)
 
-    assert (done.returncode, done.stdout) == (code, "ending\n"), done.stderr
+    assert (result.returncode, result.stdout) == (code, "ending\n"), result.stderr
     manager = CheckpointManager(tmp_path)
     manager.validate(1)
     assert manager.load_latest().model["w"].sum() == 8 << 20
@@ -339,7 +343,7 @@ from distrust.errors import SaveFailed
 manager = CheckpointManager(sys.argv[1])
 os.makedirs(os.path.join(sys.argv[1], "checkpoint-1.safetensors"))
 pending = manager.save_async(Checkpoint(step=1))
-if sys.argv[2] == "taken":
+if sys.argv[2] == "waited":
     try:
         pending.wait()
     except SaveFailed:
@@ -354,15 +358,15 @@ if sys.argv[2] == "closed":
 """
 
 
-def test_a_failure_that_nobody_took_is_printed_at_exit(tmp_path, run_python):
-    done = run_python(FAIL_AND_END, tmp_path, "ignored")
-    assert "a save in the background failed" in done.stderr
-    assert "checkpoint-1.safetensors" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+def test_an_error_that_no_call_raised_is_printed_at_exit(tmp_path, run_python):
+    result = run_python(FAIL_AND_END, tmp_path, "ignored")
+    assert "a save in the background failed" in result.stderr
+    assert "checkpoint-1.safetensors" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("how", ["taken", "closed"])
-def test_a_failure_that_somebody_took_is_not_printed_again(tmp_path, run_python, how):
+@pytest.mark.parametrize("how", ["waited", "closed"])
+def test_an_error_that_a_call_raised_is_not_printed(tmp_path, run_python, how):
     assert run_python(FAIL_AND_END, tmp_path, how).stderr == ""
 
 
@@ -372,12 +376,12 @@ from distrust import Checkpoint, CheckpointManager
 from distrust.checkpoint.disk import Disk
 from distrust.errors import CheckpointDirectoryLocked
 
-written = threading.Event()
-honest = Disk.sync
+proceed = threading.Event()
+original = Disk.sync
 
 def slow(disk, descriptor):
-    written.wait()
-    honest(disk, descriptor)
+    proceed.wait()
+    original(disk, descriptor)
 
 Disk.sync = slow
 try:
@@ -390,14 +394,14 @@ try:
     CheckpointManager(sys.argv[1]).acquire()
 except CheckpointDirectoryLocked:
     print("still locked")
-written.set()
+proceed.set()
 """
 
 
-def test_an_interrupt_leaves_the_lock_to_the_write_that_goes_on(tmp_path, run_python, write_path):
-    """Were it let go of, the next writer would sweep the file that is being written."""
-    done = run_python(write_path + INTERRUPTED, tmp_path)
-    assert done.stdout == "still locked\n", done.stderr
+def test_after_an_interrupt_the_write_in_progress_keeps_the_lock(tmp_path, run_python, write_path):
+    """Otherwise the next writer would remove the file that is being written."""
+    result = run_python(write_path + INTERRUPTED, tmp_path)
+    assert result.stdout == "still locked\n", result.stderr
     with CheckpointManager(tmp_path) as manager:
         assert manager.load_latest().step == 1
 
@@ -419,17 +423,17 @@ print(manager.list_checkpoints())
 
 
 def test_clones_share_their_writer_in_a_forked_child_too(tmp_path, run_python):
-    done = run_python(FORKED_CLONES, tmp_path)
-    assert done.stdout == "[1, 2]\n", done.stderr
+    result = run_python(FORKED_CLONES, tmp_path)
+    assert result.stdout == "[1, 2]\n", result.stderr
 
 
-HASHED_BEFORE_THE_FORK = """
+HASH_THEN_FORK = """
 import os, sys
 import numpy as np
 from blake3 import blake3
 from distrust import Checkpoint, CheckpointManager
 
-blake3(bytes(32 << 20), max_threads=blake3.AUTO)  # somebody else's threads
+blake3(bytes(32 << 20), max_threads=blake3.AUTO)  # starts the threads of the digest library
 manager = CheckpointManager(sys.argv[1])
 child = os.fork()
 if child == 0:
@@ -440,14 +444,14 @@ assert os.waitpid(child, 0)[1] == 0
 """
 
 
-def test_a_forked_child_does_not_wait_for_its_parents_threads(tmp_path, run_python):
-    done = run_python(HASHED_BEFORE_THE_FORK, tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_a_forked_child_does_not_wait_for_the_parents_threads(tmp_path, run_python):
+    result = run_python(HASH_THEN_FORK, tmp_path)
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.usefixtures("no_thread_left")
-def test_an_interrupt_just_after_the_slot_was_taken_leaves_it_free(manager, monkeypatch):
-    """The thread that was not to begin is over for those, too, who wait for it."""
+def test_an_interrupt_during_the_registration_frees_the_slot(manager, monkeypatch):
+    """A caller that waits for the abandoned thread does not hang."""
 
     class Interrupting(set):
         def add(self, _):

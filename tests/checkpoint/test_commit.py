@@ -1,4 +1,4 @@
-"""The commit protocol on real processes: one writer, and at every instant the old file or the new one."""
+"""The commit protocol with real processes: one writer, and at every instant the old file or the new one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from distrust import Checkpoint, CheckpointManager
 from distrust.checkpoint import header, lock, tree
 from distrust.errors import CheckpointDirectoryLocked, SaveFailed
 
-# Later versions of Python warn of every fork beside threads, such as those that digest.
+# Python 3.12 and later warn of a fork in a process with threads, such as those that hash.
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 TEMPORARY = ".checkpoint-7.safetensors.0123456789abcdef.tmp"
@@ -40,22 +40,22 @@ def state(step: int) -> Checkpoint:
 def wait_until(condition, seconds: float = 30) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "it never came true"
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(0.002)
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002], ids=oct)
 def test_the_mode_of_a_file_follows_the_umask(tmp_path, umask):
-    before = os.umask(umask)
+    original = os.umask(umask)
     try:
         with CheckpointManager(tmp_path) as manager:
             path = manager.save(state(1))
     finally:
-        os.umask(before)
+        os.umask(original)
     assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask
 
 
-def test_nothing_but_checkpoints_and_the_lock_is_left(tmp_path, write_path):
+def test_only_checkpoints_and_the_lock_remain(tmp_path, write_path):
     with CheckpointManager(tmp_path, keep_last=2) as manager:
         for step in range(4):
             manager.save(state(step))
@@ -66,7 +66,7 @@ def test_nothing_but_checkpoints_and_the_lock_is_left(tmp_path, write_path):
     ]
 
 
-# One writer a directory
+# One writer per directory
 
 
 def test_a_second_writer_in_the_same_process_is_refused(tmp_path, monkeypatch):
@@ -119,7 +119,7 @@ def test_a_second_writer_in_another_process_is_refused_until_the_first_ends(tmp_
     assert manager.list_checkpoints() == [1, 2]
 
 
-def test_a_manager_that_was_dropped_does_not_lock_its_own_process_out(tmp_path):
+def test_a_dropped_manager_releases_the_lock(tmp_path):
     manager = CheckpointManager(tmp_path)
     manager.save(state(1))
     del manager
@@ -137,15 +137,15 @@ def test_a_closed_manager_can_write_again(tmp_path):
     assert manager.list_checkpoints() == [1, 2]
 
 
-def test_a_lock_that_was_let_go_of_leaves_nothing_behind(tmp_path):
+def test_a_released_lock_leaks_no_finalizer(tmp_path):
     manager = CheckpointManager(tmp_path)
     manager.acquire()
     manager.close()
-    before = len(weakref.finalize._registry)
+    count = len(weakref.finalize._registry)
     for _ in range(10):
         manager.acquire()
         manager.close()
-    assert len(weakref.finalize._registry) == before
+    assert len(weakref.finalize._registry) == count
 
 
 def test_clones_share_the_writer(tmp_path):
@@ -156,14 +156,14 @@ def test_clones_share_the_writer(tmp_path):
         copy.copy(clone).save_async(state(3))
         manager.save(state(4))
         assert clone.list_checkpoints() == manager.list_checkpoints() == [3, 4]
-    with CheckpointManager(tmp_path) as other:
-        other.save(state(5))
+    with CheckpointManager(tmp_path) as second:
+        second.save(state(5))
 
 
 @pytest.mark.parametrize(
     "duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deep", "pickle"]
 )
-def test_copies_of_their_own_are_readers_until_the_first_lets_go(tmp_path, duplicate):
+def test_deep_copies_only_read_until_the_first_releases_the_lock(tmp_path, duplicate):
     rules = {"keep_last": 2, "keep_best": 3, "keep_every": 5, "metric": "m", "metric_mode": "max"}
     with CheckpointManager(tmp_path, **rules) as manager:
         manager.save(state(1))
@@ -175,15 +175,15 @@ def test_copies_of_their_own_are_readers_until_the_first_lets_go(tmp_path, dupli
     with reader:
         for step in range(3, 12):
             reader.save(state(step))
-        assert reader.list_checkpoints() == [5, 10, 11]  # it has its rules
+        assert reader.list_checkpoints() == [5, 10, 11]  # the rules are copied too
 
 
-# Forks
+# Forked children
 
 
 @pytest.fixture
 def child():
-    """Runs a function in a forked child; it must return None there, and within a minute."""
+    """Runs a function in a forked child; it must end there within 30 seconds without an error."""
     children = []
 
     def fork(function) -> int:
@@ -213,8 +213,8 @@ def child():
         os.waitpid(pid, 0)
 
 
-def test_a_forked_manager_is_a_reader_and_can_write_once_the_first_let_go(tmp_path, child, write_path):
-    """Of arrays so large that they are digested on several threads, which a fork does not have."""
+def test_a_forked_manager_only_reads_until_the_parent_releases_the_lock(tmp_path, child, write_path):
+    """With arrays so large that they are hashed on several threads, which do not exist in a fork."""
     large = Checkpoint(step=1, model={"w": np.arange(1 << 20)})
     manager = CheckpointManager(tmp_path)
     manager.save(large)
@@ -228,7 +228,7 @@ def test_a_forked_manager_is_a_reader_and_can_write_once_the_first_let_go(tmp_pa
         manager.close()
 
     child.join(child(read))
-    with pytest.raises(CheckpointDirectoryLocked):  # the child let go of nothing that is ours
+    with pytest.raises(CheckpointDirectoryLocked):  # the child did not release the parent's lock
         CheckpointManager(tmp_path).acquire()
     manager.save(state(3))
     manager.close()
@@ -242,7 +242,7 @@ def test_a_forked_manager_is_a_reader_and_can_write_once_the_first_let_go(tmp_pa
     manager.validate(5)
 
 
-def test_a_fork_in_the_middle_of_a_background_save_waits_for_nothing(tmp_path, child, write_path):
+def test_a_fork_during_a_background_save_does_not_deadlock(tmp_path, child, write_path):
     with CheckpointManager(tmp_path) as manager:
         manager.save(state(1))
         pending = manager.save_async(Checkpoint(step=2, model={"w": np.ones(4 << 20)}))
@@ -256,17 +256,17 @@ def test_a_fork_in_the_middle_of_a_background_save_waits_for_nothing(tmp_path, c
         manager.validate(2)
 
 
-def test_a_fork_while_a_thread_reads_waits_for_nothing(tmp_path, child, monkeypatch):
+def test_a_fork_while_a_thread_reads_does_not_deadlock(tmp_path, child, monkeypatch):
     manager = CheckpointManager(tmp_path)
     manager.save(state(1))
-    honest, inside, go_on = tree.unflatten, threading.Event(), threading.Event()
+    original, inside, proceed = tree.unflatten, threading.Event(), threading.Event()
 
     def slow(node, take, *depth):
-        # Not the first look at a header, but what is computed of it once.
+        # Not when the header is parsed, but when its cached properties are computed.
         if threading.current_thread() is reader and take is not header._refuse_tensor:
             inside.set()
-            go_on.wait()
-        return honest(node, take, *depth)
+            proceed.wait()
+        return original(node, take, *depth)
 
     monkeypatch.setattr(tree, "unflatten", slow)
     reader = threading.Thread(target=manager.load, args=(1,))
@@ -279,23 +279,23 @@ def test_a_fork_while_a_thread_reads_waits_for_nothing(tmp_path, child, monkeypa
     try:
         child.join(child(read))
     finally:
-        go_on.set()
+        proceed.set()
         reader.join()
 
 
-def test_threads_of_a_forked_child_begin_as_one_writer(tmp_path, child):
+def test_threads_of_a_forked_child_share_one_new_state(tmp_path, child):
     manager = CheckpointManager(tmp_path, keep_last=None)
     manager.save(state(1))
     manager.close()
 
     def write() -> None:
-        honest = lock.DirectoryLock.__init__
+        original = lock.DirectoryLock.__init__
 
         def slow(*arguments) -> None:
             time.sleep(0.1)
-            honest(*arguments)
+            original(*arguments)
 
-        lock.DirectoryLock.__init__ = slow  # one thread is not done beginning when the other one comes
+        lock.DirectoryLock.__init__ = slow  # both threads find the state uninitialized
         with ThreadPoolExecutor(2) as threads:
             first, second = threads.map(lambda _: manager._state.mutex, range(2))
             assert first is second
@@ -316,14 +316,14 @@ def fork():
         os._exit(0)
     return child
 
-honest, children = fcntl.flock, []
+original, children = fcntl.flock, []
 
-def forked_before(descriptor, how):
+def fork_then_lock(descriptor, operation):
     children.append(fork())
-    honest(descriptor, how)
+    original(descriptor, operation)
 
 if sys.argv[2] == "while it takes the lock":
-    fcntl.flock = forked_before
+    fcntl.flock = fork_then_lock
 manager = CheckpointManager(sys.argv[1])
 manager.save(Checkpoint(step=1))
 if children:
@@ -348,7 +348,7 @@ def test_a_restart_is_not_refused_while_a_child_of_the_dead_writer_lives(tmp_pat
             CheckpointManager(tmp_path).acquire()
         writer.kill()
         writer.wait()
-        os.kill(child, 0)  # it is alive
+        os.kill(child, 0)  # the child is alive
         with CheckpointManager(tmp_path) as manager:
             assert manager.load_latest().step == 1
             manager.save(state(2))
@@ -370,29 +370,29 @@ def test_a_manager_can_be_handed_to_a_spawned_worker(tmp_path):
             assert pool.apply(in_spawned_process, [manager]) == [1]
 
 
-# What dead writers leave
+# Leftovers of dead writers
 
 
-def test_temporary_files_of_dead_writers_are_swept_and_nothing_else(tmp_path):
-    others = [
+def test_only_temporary_files_of_dead_writers_are_removed(tmp_path):
+    other_names = [
         ".checkpoint-notes.tmp",
         ".checkpoint-7.safetensors.tmp",
         ".model.safetensors.0123456789abcdef.tmp",
         "checkpoint-7.safetensors.0123456789abcdef.tmp",
         "notes.tmp",
     ]
-    for name in [TEMPORARY, TEMPORARY.replace("-7", "-8-final"), *others]:
+    for name in [TEMPORARY, TEMPORARY.replace("-7", "-8-final"), *other_names]:
         (tmp_path / name).write_bytes(b"half")
     reader = CheckpointManager(tmp_path)
     assert reader.list_checkpoints() == []
-    assert (tmp_path / TEMPORARY).exists()  # reading sweeps nothing
+    assert (tmp_path / TEMPORARY).exists()  # reading removes nothing
 
     with CheckpointManager(tmp_path) as manager:
         manager.acquire()
-        assert sorted(path.name for path in tmp_path.iterdir()) == sorted([".lock", *others])
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted([".lock", *other_names])
 
 
-def test_a_second_writer_that_is_refused_sweeps_nothing(tmp_path):
+def test_a_refused_second_writer_removes_nothing(tmp_path):
     with CheckpointManager(tmp_path) as manager:
         manager.acquire()
         (tmp_path / TEMPORARY).write_bytes(b"being written")
@@ -410,10 +410,10 @@ manager.save(Checkpoint(step=20, model={"w": np.ones(1 << 25)}))
 """
 
 
-def test_a_writer_killed_in_the_middle_of_a_save_leaves_what_stood_before(tmp_path, start_python, write_path):
+def test_a_writer_killed_during_a_save_leaves_the_old_file(tmp_path, start_python, write_path):
     with CheckpointManager(tmp_path) as manager:
         manager.save(state(10))
-        before = manager.save(state(20)).read_bytes()
+        old = manager.save(state(20)).read_bytes()
 
     writer = start_python(write_path + SAVE_LARGE, tmp_path)
     wait_until(lambda: any(tmp_path.glob(".checkpoint-20*.tmp")) or writer.poll() is not None)
@@ -421,7 +421,7 @@ def test_a_writer_killed_in_the_middle_of_a_save_leaves_what_stood_before(tmp_pa
     writer.wait()
 
     assert [path.name[:14] for path in tmp_path.glob(".c*")] == [".checkpoint-20"]
-    assert (tmp_path / "checkpoint-20.safetensors").read_bytes() == before
+    assert (tmp_path / "checkpoint-20.safetensors").read_bytes() == old
     with manager:
         assert manager.load_latest().model["w"].tolist() == [20] * 16
         manager.save(state(30))
@@ -451,39 +451,39 @@ with CheckpointManager(sys.argv[1], keep_last=2) as manager:
 """
 
 
-def test_whatever_was_reported_durable_survives_sigkill_at_any_moment(tmp_path, start_python, write_path):
-    instants = random.Random(20)
+def test_what_was_reported_durable_survives_sigkill_at_any_moment(tmp_path, start_python, write_path):
+    randomness = random.Random(20)
     manager = CheckpointManager(tmp_path)
     reported: list[int] = []
     for _ in range(8):
         writer = start_python(write_path + SAVE_FOREVER, tmp_path)
         first = writer.stdout.readline()
-        time.sleep(instants.uniform(0, 0.05))
+        time.sleep(randomness.uniform(0, 0.05))
         writer.send_signal(signal.SIGKILL)
-        # Not communicate(): what the first readline read beyond its line would be lost.
-        rest, stderr = writer.stdout.read(), writer.stderr.read()
+        # Not communicate(): it would lose what readline() buffered beyond the first line.
+        remainder, stderr = writer.stdout.read(), writer.stderr.read()
         assert writer.wait() == -signal.SIGKILL, stderr
-        reported += map(int, [first, *rest.splitlines()])
+        reported += map(int, [first, *remainder.splitlines()])
 
         scan = manager.scan()
         assert scan.damaged == ()
-        there = manager.list_checkpoints()
+        steps = manager.list_checkpoints()
         newest = reported[-1]
-        # The next one may have been renamed into place without having been reported.
-        assert there[-1] in (newest, newest + 1)
-        assert newest in there
-        for step in there:
+        # The next one may have been committed but not reported.
+        assert steps[-1] in (newest, newest + 1)
+        assert newest in steps
+        for step in steps:
             loaded = manager.load(step)
             assert loaded.metadata == {"of": step}
             assert (loaded.model["w"] == step).all()
     assert reported == sorted(reported)
     with manager:
         manager.acquire()
-    left = {path.name for path in tmp_path.iterdir()}
-    assert left == {".lock", *(file.path.name for file in manager.scan().files)}
+    remaining = {path.name for path in tmp_path.iterdir()}
+    assert remaining == {".lock", *(file.path.name for file in manager.scan().files)}
 
 
-# What cannot be written
+# Saves that cannot be written
 
 
 LIMITED = """
@@ -510,21 +510,21 @@ if limit:
 """
 
 
-@pytest.mark.parametrize("limit", [0, 20_000], ids=["no room at all", "room for little"])
-def test_where_there_is_no_room_what_stood_before_still_stands(tmp_path, run_python, write_path, limit):
+@pytest.mark.parametrize("limit", [0, 20_000], ids=["no space", "little space"])
+def test_without_space_the_old_file_is_unchanged(tmp_path, run_python, write_path, limit):
     with CheckpointManager(tmp_path) as manager:
-        before = manager.save(state(1)).read_bytes()
+        old = manager.save(state(1)).read_bytes()
 
-    done = run_python(write_path + LIMITED, tmp_path, limit)
+    result = run_python(write_path + LIMITED, tmp_path, limit)
 
-    assert done.returncode == 0, done.stderr
-    assert "checkpoint-2.safetensors: not saved" in done.stdout
-    assert (tmp_path / "checkpoint-1.safetensors").read_bytes() == before
+    assert result.returncode == 0, result.stderr
+    assert "checkpoint-2.safetensors: not saved" in result.stdout
+    assert (tmp_path / "checkpoint-1.safetensors").read_bytes() == old
     assert manager.list_checkpoints() == ([1, 3] if limit else [1])
     assert list(tmp_path.glob(".c*")) == []
 
 
-def test_a_directory_in_the_way_of_the_file(tmp_path, write_path):
+def test_a_directory_with_the_name_of_the_file(tmp_path, write_path):
     with CheckpointManager(tmp_path) as manager:
         manager.save(state(1))
         (tmp_path / "checkpoint-2.safetensors").mkdir()
@@ -535,7 +535,7 @@ def test_a_directory_in_the_way_of_the_file(tmp_path, write_path):
         assert manager.list_checkpoints() == [1, 3]
 
 
-def test_a_directory_that_vanished(tmp_path):
+def test_a_removed_directory(tmp_path):
     directory = tmp_path / "run"
     with CheckpointManager(directory) as manager:
         manager.save(state(1))
@@ -546,7 +546,7 @@ def test_a_directory_that_vanished(tmp_path):
 
 
 @pytest.mark.parametrize("inside", ["", "deeper"])
-def test_a_file_in_the_way_of_the_directory(tmp_path, inside):
+def test_a_file_with_the_name_of_the_directory(tmp_path, inside):
     (tmp_path / "run").write_text("a file")
     manager = CheckpointManager(tmp_path / "run" / inside)
     for write in (manager.acquire, lambda: manager.save(state(1)), lambda: manager.save_async(state(1))):
@@ -555,7 +555,7 @@ def test_a_file_in_the_way_of_the_directory(tmp_path, inside):
     assert (tmp_path / "run").read_text() == "a file"
 
 
-def test_a_link_in_the_way_of_the_lock_is_not_followed(tmp_path):
+def test_a_link_with_the_name_of_the_lock_is_not_followed(tmp_path):
     precious = tmp_path / "precious"
     precious.write_text("x")
     directory = tmp_path / "run"
@@ -578,23 +578,23 @@ for step in itertools.count(1):
 """
 
 
-def test_readers_beside_a_writer_always_find_a_whole_checkpoint(tmp_path, start_python, write_path):
-    """Even one that removes what they have just listed."""
+def test_readers_always_find_an_intact_checkpoint_while_a_writer_saves(tmp_path, start_python, write_path):
+    """Even if the writer removes what they have just listed."""
     writer = start_python(write_path + SAVE_FAST, tmp_path)
     assert writer.stdout.readline()
     reader = CheckpointManager(tmp_path)
-    seen = []
+    loaded_steps = []
     for _ in range(300):
         loaded = reader.load_latest()
         assert (loaded.model["w"] == loaded.step).all()
         assert reader.scan().damaged == ()
-        seen.append(loaded.step)
+        loaded_steps.append(loaded.step)
     assert writer.poll() is None
-    assert seen == sorted(seen)
-    assert seen[-1] > seen[0]
+    assert loaded_steps == sorted(loaded_steps)
+    assert loaded_steps[-1] > loaded_steps[0]
 
 
-def test_a_save_is_found_by_its_path_and_by_its_step(tmp_path):
+def test_a_checkpoint_is_loaded_by_step_or_path(tmp_path):
     with CheckpointManager(tmp_path) as manager:
         path = manager.save(state(5))
         for name in (5, path, str(path), Path(os.path.relpath(path))):
@@ -603,16 +603,16 @@ def test_a_save_is_found_by_its_path_and_by_its_step(tmp_path):
             manager.validate(name)
 
 
-def test_a_lock_that_is_taken_again_and_again_leaves_nothing_behind(tmp_path):
+def test_a_lock_acquired_repeatedly_leaks_no_finalizer(tmp_path):
     manager = CheckpointManager(tmp_path)
-    before = len(weakref.finalize._registry)
+    count = len(weakref.finalize._registry)
     for _ in range(50):
         manager.acquire()
         manager.close()
-    assert len(weakref.finalize._registry) <= before
+    assert len(weakref.finalize._registry) <= count
 
 
-def test_what_the_lock_says_of_its_holder_is_one_plain_line(tmp_path):
+def test_the_note_in_the_lock_is_quoted_in_the_message(tmp_path):
     with CheckpointManager(tmp_path) as manager:
         manager.acquire()
         (tmp_path / ".lock").write_text("pid 1\ndistrust: all is well\x1b[2J")
@@ -621,16 +621,16 @@ def test_what_the_lock_says_of_its_holder_is_one_plain_line(tmp_path):
     assert str(refused.value).removeprefix(str(tmp_path)).isprintable()
 
 
-def test_a_parent_that_a_sandbox_closes_is_none_of_ours(tmp_path, monkeypatch):
-    """Permissions allow it, and yet it cannot be opened: nothing was made there by one like us."""
-    honest = os.open
+def test_a_parent_that_a_sandbox_denies_is_not_synced(tmp_path, monkeypatch):
+    """Permissions allow it, but it cannot be opened: so no writer created anything there."""
+    original = os.open
 
-    def sandboxed(path, *rest, **named):
+    def deny_parents(path, *arguments, **options):
         if Path(path) in tmp_path.parents:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        return honest(path, *rest, **named)
+        return original(path, *arguments, **options)
 
-    monkeypatch.setattr(os, "open", sandboxed)
+    monkeypatch.setattr(os, "open", deny_parents)
     with CheckpointManager(tmp_path / "run") as manager:
         manager.save(state(1))
         assert manager.list_checkpoints() == [1]

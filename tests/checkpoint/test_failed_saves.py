@@ -1,4 +1,4 @@
-"""Saves that fail, found by the campaign of failing disks: what is said, what is left, and who may write."""
+"""Failed saves, as found by the failing-disks campaign: messages, remaining files, and the lock."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from distrust.checkpoint.disk import Disk
 from distrust.checkpoint.retainer import Retainer
 from distrust.errors import CheckpointDirectoryLocked, DistrustWarning, SaveFailed
 
-WAYS = {
+SAVES = {
     "blocking": lambda manager, checkpoint: manager.save(checkpoint),
     "background": lambda manager, checkpoint: manager.save_async(checkpoint).wait(),
 }
 
 
-@pytest.fixture(params=WAYS, ids=str)
+@pytest.fixture(params=SAVES, ids=str)
 def save(request):
-    return WAYS[request.param]
+    return SAVES[request.param]
 
 
 def state(step: int) -> Checkpoint:
@@ -36,17 +36,17 @@ def names(directory) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 
 
-# A directory that is not the one that was locked
+# The directory is not the one that was locked
 
 
 def take_over(directory) -> CheckpointManager:
-    other = CheckpointManager(directory)
-    other.save(state(7))
-    return other
+    manager = CheckpointManager(directory)
+    manager.save(state(7))
+    return manager
 
 
 @pytest.mark.parametrize("how", ["removed", "renamed", "linked"])
-def test_a_directory_that_another_writer_made_in_place_of_ours_is_not_written_to(tmp_path, save, how):
+def test_a_directory_that_another_writer_put_in_its_place_is_not_written_to(tmp_path, save, how):
     directory, away = tmp_path / "run", tmp_path / "away"
     with CheckpointManager(directory) as manager:
         manager.save(state(1))
@@ -57,23 +57,23 @@ def test_a_directory_that_another_writer_made_in_place_of_ours_is_not_written_to
         if how == "linked":
             (tmp_path / "another").mkdir()
             directory.symlink_to(tmp_path / "another")
-        with take_over(directory) as other:
+        with take_over(directory) as second:
             for write in (lambda: save(manager, state(2)), manager.cleanup):
                 with pytest.raises(
                     SaveFailed, match=r"run: cannot be written to: it is not .*another \.lock"
                 ):
                     write()
             assert names(directory) == [".lock", "checkpoint-7.safetensors"]
-            other.save(state(8))
-        assert other.list_checkpoints() == [7, 8]
+            second.save(state(8))
+        assert second.list_checkpoints() == [7, 8]
 
 
-def test_a_directory_that_is_replaced_in_the_last_instant_is_left_as_it_is(tmp_path, save):
+def test_a_directory_replaced_during_the_save_is_not_changed(tmp_path, save):
     directory = tmp_path / "run"
-    others = []
+    writers = []
 
-    class Late(Disk):
-        """Replaces the directory when the file is to be made, or renamed."""
+    class ReplacingDisk(Disk):
+        """Replaces the directory just before the file is created, or renamed."""
 
         when = ""
 
@@ -85,51 +85,51 @@ def test_a_directory_that_is_replaced_in_the_last_instant_is_left_as_it_is(tmp_p
             self._replace("rename")
             super().rename(source, target)
 
-        def _replace(self, now):
-            if self.when == now:
-                directory.rename(tmp_path / f"before {now}")
-                others.append(take_over(directory))
+        def _replace(self, call):
+            if self.when == call:
+                directory.rename(tmp_path / f"before {call}")
+                writers.append(take_over(directory))
 
-    disk = Late()
-    for disk.when, what in (("create", "it is not the directory"), ("rename", "No such file")):
+    disk = ReplacingDisk()
+    for disk.when, message in (("create", "it is not the directory"), ("rename", "No such file")):
         with CheckpointManager(directory, disk=disk) as manager:
-            with pytest.raises(SaveFailed, match=what):
+            with pytest.raises(SaveFailed, match=message):
                 save(manager, state(2))
             assert names(directory) == [".lock", "checkpoint-7.safetensors"]
-        others.pop().close()
+        writers.pop().close()
 
 
-def test_a_clean_up_in_a_directory_that_was_replaced_removes_nothing(tmp_path, monkeypatch):
-    """Replaced in the instant between a save and its clean-up."""
+def test_a_cleanup_removes_nothing_in_a_replaced_directory(tmp_path, monkeypatch):
+    """Replaced between a save and its cleanup."""
     directory = tmp_path / "run"
-    honest = Retainer.clean_up_after_save
+    original = Retainer.clean_up_after_save
 
-    def replaced_before(retainer, *arguments):
+    def replace_directory_first(retainer, *arguments):
         directory.rename(tmp_path / "away")
         for step in (1, 2, 3):
-            elsewhere.save(state(step))
-        return honest(retainer, *arguments)
+            second.save(state(step))
+        return original(retainer, *arguments)
 
     with CheckpointManager(directory, keep_last=1) as manager:
-        elsewhere = CheckpointManager(directory, keep_last=None)
+        second = CheckpointManager(directory, keep_last=None)
         retainer = manager._retainer
-        monkeypatch.setattr(retainer, "clean_up_after_save", replaced_before.__get__(retainer))
-        monkeypatch.setattr(elsewhere._retainer, "clean_up_after_save", lambda *_: None)
+        monkeypatch.setattr(retainer, "clean_up_after_save", replace_directory_first.__get__(retainer))
+        monkeypatch.setattr(second._retainer, "clean_up_after_save", lambda *_: None)
         with pytest.warns(DistrustWarning, match="could not clean up: .*not the directory"):
             manager.save(state(9))
-        assert elsewhere.list_checkpoints() == [1, 2, 3]
-        elsewhere.close()
+        assert second.list_checkpoints() == [1, 2, 3]
+        second.close()
 
 
-@pytest.mark.parametrize("what", ["the directory", "the lock"])
-def test_without_the_lock_nothing_is_saved_until_it_is_put_back(tmp_path, save, what):
+@pytest.mark.parametrize("missing", ["the directory", "the lock"])
+def test_without_the_lock_nothing_is_saved_until_it_is_put_back(tmp_path, save, missing):
     directory = tmp_path / "run"
-    path = directory if what == "the directory" else directory / ".lock"
+    path = directory if missing == "the directory" else directory / ".lock"
     with CheckpointManager(directory) as manager:
         manager.save(state(1))
         path.rename(tmp_path / "away")
         for _ in range(2):
-            with pytest.raises(SaveFailed, match=r"cannot be written to: .*no \.lock stands there"):
+            with pytest.raises(SaveFailed, match=r"cannot be written to: .*no \.lock exists there"):
                 save(manager, state(2))
         assert not path.exists()
         (tmp_path / "away").rename(path)
@@ -139,7 +139,7 @@ def test_without_the_lock_nothing_is_saved_until_it_is_put_back(tmp_path, save, 
             CheckpointManager(directory).acquire()
 
 
-def test_after_close_a_manager_begins_again_in_what_is_there(tmp_path):
+def test_a_closed_manager_can_write_to_a_new_directory(tmp_path):
     directory = tmp_path / "run"
     manager = CheckpointManager(directory)
     manager.save(state(1))
@@ -152,7 +152,7 @@ def test_after_close_a_manager_begins_again_in_what_is_there(tmp_path):
         assert manager.list_checkpoints() == [2]
 
 
-def test_a_directory_that_was_moved_and_linked_to_is_the_same(tmp_path, save):
+def test_a_directory_that_was_moved_and_linked_is_accepted(tmp_path, save):
     directory, away = tmp_path / "run", tmp_path / "away"
     with CheckpointManager(directory) as manager:
         manager.save(state(1))
@@ -162,17 +162,17 @@ def test_a_directory_that_was_moved_and_linked_to_is_the_same(tmp_path, save):
         assert names(away) == [".lock", "checkpoint-1.safetensors", "checkpoint-2.safetensors"]
 
 
-# What the system has no more of
+# The system runs out of a resource
 
 
 def test_without_memory_for_the_blocks_a_save_fails_and_the_next_one_works(tmp_path, monkeypatch):
-    def none(*_):
+    def refuse(*_):
         raise MemoryError("no memory for 20,971,520 bytes: Cannot allocate memory")
 
     with CheckpointManager(tmp_path) as manager:
         manager.save(state(1))
         with monkeypatch.context() as patch:
-            patch.setattr(stream_writer.ReusableMemory, "acquire", none)
+            patch.setattr(stream_writer.ReusableMemory, "acquire", refuse)
             with pytest.raises(
                 SaveFailed, match=r"checkpoint-2.*not saved: no memory for .*unchanged"
             ) as caught:
@@ -182,14 +182,14 @@ def test_without_memory_for_the_blocks_a_save_fails_and_the_next_one_works(tmp_p
         assert names(tmp_path) == [".lock", "checkpoint-1.safetensors", "checkpoint-3.safetensors"]
 
 
-def test_a_save_that_cannot_even_begin_is_told_like_one_in_the_background(tmp_path, monkeypatch):
-    def none(*_):
+def test_a_save_that_cannot_start_is_reported_like_one_in_the_background(tmp_path, monkeypatch):
+    def refuse(*_):
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
     with CheckpointManager(tmp_path) as manager:
         manager.acquire()
         with monkeypatch.context() as patch:
-            patch.setattr(arrays, "is_array", none)
+            patch.setattr(arrays, "is_array", refuse)
             pending = manager.save_async(state(1))
             assert pending.done
             pending.wait_copied()
@@ -202,21 +202,21 @@ def test_a_save_that_cannot_even_begin_is_told_like_one_in_the_background(tmp_pa
 
 @pytest.fixture
 def one_descriptor_left():
-    """As long as it is called, one file can be opened, and no more."""
-    taken: list[int] = []
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    """Once it is called, one more file can be opened, until the end of the test."""
+    descriptors: list[int] = []
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
 
     def begin() -> None:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
         with contextlib.suppress(OSError):
             while True:
-                taken.append(os.open(os.devnull, os.O_RDONLY))
-        os.close(taken.pop())
+                descriptors.append(os.open(os.devnull, os.O_RDONLY))
+        os.close(descriptors.pop())
 
     yield begin
-    for descriptor in taken:
+    for descriptor in descriptors:
         os.close(descriptor)
-    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_one_descriptor_is_enough(tmp_path, one_descriptor_left, write_path):
@@ -229,11 +229,11 @@ def test_one_descriptor_is_enough(tmp_path, one_descriptor_left, write_path):
     manager.close()
 
 
-# Disks that fail where few do
+# Rare disk failures
 
 
 class FailsToClose(Disk):
-    """As a network's file system, which tells only then of what it could not write."""
+    """Like a network file system that reports failed writes only at close."""
 
     fails = False
 
@@ -243,21 +243,21 @@ class FailsToClose(Disk):
             raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
 
 
-def test_what_a_disk_tells_at_close_is_a_failed_save(tmp_path, save):
+def test_an_error_at_close_fails_the_save(tmp_path, save):
     disk = FailsToClose()
     with CheckpointManager(tmp_path, disk=disk) as manager:
-        before = manager.save(state(1)).read_bytes()
+        content = manager.save(state(1)).read_bytes()
         disk.fails = True
         with pytest.raises(SaveFailed, match=r"checkpoint-1.*not saved: Disk quota exceeded.*unchanged"):
             save(manager, Checkpoint(step=1, model={"w": np.zeros(3)}))
-        assert (tmp_path / "checkpoint-1.safetensors").read_bytes() == before
+        assert (tmp_path / "checkpoint-1.safetensors").read_bytes() == content
         disk.fails = False
         save(manager, state(2))
         assert names(tmp_path) == [".lock", "checkpoint-1.safetensors", "checkpoint-2.safetensors"]
 
 
 class FailsToRename(Disk):
-    """And to remove: as one that was mounted again, read only, in the middle of a save."""
+    """Fails to rename and to remove, like one that was remounted read-only during a save."""
 
     fails = False
 
@@ -274,7 +274,7 @@ class FailsToRename(Disk):
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
 
-def test_what_could_not_be_removed_goes_with_the_next_save_that_succeeds(tmp_path, save):
+def test_the_next_successful_save_removes_what_a_failed_one_could_not(tmp_path, save):
     disk = FailsToRename()
     with CheckpointManager(tmp_path, disk=disk) as manager:
         manager.save(state(1))

@@ -1,4 +1,4 @@
-"""What is listed, what is loaded, what stays and what goes."""
+"""What is listed and loaded, and what cleanup keeps and removes."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from distrust.checkpoint.retention import (
 from distrust.errors import CheckpointNotFound, ConfigError, CorruptCheckpoint, NoIntactCheckpoint
 
 
-def state(step: int, mark: float = 0, **more) -> Checkpoint:
-    return Checkpoint(step=step, model={"w": np.full(8, step + mark, np.float32)}, **more)
+def state(step: int, mark: float = 0, **fields) -> Checkpoint:
+    return Checkpoint(step=step, model={"w": np.full(8, step + mark, np.float32)}, **fields)
 
 
 def damage(path: Path, *, header: bool = False) -> None:
@@ -46,18 +46,18 @@ def names(manager: CheckpointManager) -> list[str]:
 
 @pytest.fixture
 def make(tmp_path):
-    made = []
+    managers = []
 
     def make(**rules) -> CheckpointManager:
-        made.append(CheckpointManager(tmp_path, **rules))
-        return made[-1]
+        managers.append(CheckpointManager(tmp_path, **rules))
+        return managers[-1]
 
     yield make
-    for manager in made:
+    for manager in managers:
         manager.close()
 
 
-def test_the_last_ones_stay(make):
+def test_keep_last(make):
     manager = make(keep_last=2)
     for step in (10, 20, 30):
         path = manager.save(state(step))
@@ -69,7 +69,7 @@ def test_the_last_ones_stay(make):
     assert [manager.load(step).model["w"][0] for step in (20, 30)] == [20, 30]
 
 
-def test_steps_are_listed_as_numbers_whatever_the_order_they_were_saved_in(make):
+def test_steps_are_listed_in_numeric_order(make):
     manager = make(keep_last=None)
     for step in (100, 9, 0, 20):
         manager.save(state(step))
@@ -78,7 +78,7 @@ def test_steps_are_listed_as_numbers_whatever_the_order_they_were_saved_in(make)
 
 
 @pytest.mark.parametrize(("mode", "best"), [("min", 10), ("max", 30)])
-def test_the_best_stays_and_is_found(make, mode, best):
+def test_keep_best_and_load_best(make, mode, best):
     manager = make(keep_last=1, keep_best=1, metric="loss", metric_mode=mode)
     for step, loss in [(10, 0.1), (20, 0.5), (30, 0.9), (40, math.nan), (50, 0.4), (60, None)]:
         manager.save(state(step, metrics={} if loss is None else {"loss": loss}))
@@ -88,7 +88,7 @@ def test_the_best_stays_and_is_found(make, mode, best):
     assert manager.load_latest().step == 60
 
 
-def test_numbers_of_the_metadata_are_metrics_whatever_their_size(make):
+def test_numbers_of_any_size_in_the_metadata_are_metrics(make):
     manager = make(keep_last=1, keep_best=2, metric="loss")
     for step, loss in [(1, 10**400), (2, -(10**400)), (3, 0.5), (4, math.inf), (5, "0"), (6, True)]:
         manager.save(state(step, metadata={"loss": loss}))
@@ -98,14 +98,14 @@ def test_numbers_of_the_metadata_are_metrics_whatever_their_size(make):
     assert manager.load(2).metadata == {"loss": -(10**400)}
 
 
-def test_every_kth_stays(make):
+def test_keep_every(make):
     manager = make(keep_last=1, keep_every=20)
     for step in range(5, 75, 5):
         manager.save(state(step))
     assert manager.list_checkpoints() == [20, 40, 60, 70]
 
 
-def test_finals_stay(make):
+def test_finals_are_kept(make):
     manager = make(keep_last=1)
     for step in (10, 20, 30):
         path = manager.save(state(step), final=True)
@@ -118,7 +118,7 @@ def test_finals_stay(make):
     assert [file.kind for file in manager.scan().files] == ["final"] * 3 + ["periodic"]
 
 
-def test_a_step_and_its_final_are_one_and_the_final_wins(make):
+def test_the_final_of_a_step_takes_precedence(make):
     manager = make(keep_last=3)
     manager.save(state(10))
     manager.save(state(20))
@@ -134,14 +134,14 @@ def test_a_step_and_its_final_are_one_and_the_final_wins(make):
 def test_a_step_saved_again_is_replaced(make):
     manager = make()
     manager.save(state(20))
-    before = manager.load(20)
+    old = manager.load(20)
     manager.save(state(20, mark=0.5))
 
     assert manager.list_checkpoints() == [20]
-    assert (before.model["w"][0], manager.load(20).model["w"][0]) == (20, 20.5)
+    assert (old.model["w"][0], manager.load(20).model["w"][0]) == (20, 20.5)
 
 
-def test_cleanup_returns_what_it_removed(make):
+def test_cleanup_returns_the_removed_steps(make):
     manager = make(keep_last=None)
     for step in (10, 20, 30, 40):
         manager.save(state(step), final=step == 10)
@@ -152,8 +152,8 @@ def test_cleanup_returns_what_it_removed(make):
     assert manager.list_checkpoints() == [10, 40]
 
 
-def test_other_files_are_nobodys_business(make, tmp_path):
-    others = [
+def test_files_with_other_names_are_ignored(make, tmp_path):
+    other_names = [
         "best",
         "model.safetensors",
         "xcheckpoint-5.safetensors",
@@ -166,7 +166,7 @@ def test_other_files_are_nobodys_business(make, tmp_path):
         "checkpoint-5.safetensors.bak",
         "checkpoint-5.safetensors\n",
     ]
-    for name in others:
+    for name in other_names:
         (tmp_path / name).write_text(name)
     manager = make(keep_last=1)
     manager.save(state(1))
@@ -174,12 +174,12 @@ def test_other_files_are_nobodys_business(make, tmp_path):
 
     assert manager.list_checkpoints() == [2]
     assert manager.scan().damaged == ()
-    assert sorted(path.name for path in tmp_path.iterdir() if path.name in others) == sorted(others)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name in other_names) == sorted(other_names)
 
 
 @pytest.mark.parametrize("header", [True, False], ids=["header", "data"])
-def test_damaged_ones_are_left_and_count_for_nothing(make, tmp_path, header):
-    """They must not push a good one out of the last N, whether their header tells or only their data."""
+def test_damaged_files_are_left_and_count_towards_no_rule(make, tmp_path, header):
+    """They must not displace an intact one from the last N, wherever the damage is."""
     manager = make(keep_last=None)
     for step in (10, 20, 30):
         manager.save(state(step))
@@ -199,13 +199,13 @@ def test_damaged_ones_are_left_and_count_for_nothing(make, tmp_path, header):
     assert names(manager) == ["30", "40", "50"]
 
 
-def test_a_final_that_is_damaged_does_not_take_its_twin_with_it(make, tmp_path):
+def test_a_damaged_final_does_not_displace_its_periodic_twin(make, tmp_path):
     manager = make()
     manager.save(state(10))
-    shutil.copy(tmp_path / "checkpoint-10.safetensors", tmp_path / "kept")
+    shutil.copy(tmp_path / "checkpoint-10.safetensors", tmp_path / "retained")
     manager.save(state(10), final=True)
     manager.close()
-    os.rename(tmp_path / "kept", tmp_path / "checkpoint-10.safetensors")
+    os.rename(tmp_path / "retained", tmp_path / "checkpoint-10.safetensors")
     damage(tmp_path / "checkpoint-10-final.safetensors")
 
     manager = make()
@@ -216,7 +216,7 @@ def test_a_final_that_is_damaged_does_not_take_its_twin_with_it(make, tmp_path):
         assert manager.load_latest().step == 10
 
 
-def test_a_good_copy_elsewhere_does_not_vouch_for_a_damaged_one_here(make, tmp_path, tmp_path_factory):
+def test_an_intact_copy_in_another_directory_proves_nothing(make, tmp_path, tmp_path_factory):
     manager = make(keep_last=None)
     for step in (10, 20):
         manager.save(state(step))
@@ -233,7 +233,7 @@ def test_a_good_copy_elsewhere_does_not_vouch_for_a_damaged_one_here(make, tmp_p
     assert names(manager) == ["10", "20"]
 
 
-def test_loading_falls_back_to_the_one_before_and_says_why(make, tmp_path):
+def test_load_latest_falls_back_with_a_warning_for_each_damaged_file(make, tmp_path):
     manager = make(keep_last=None)
     for step in (10, 20, 30, 40):
         manager.save(state(step))
@@ -245,19 +245,19 @@ def test_loading_falls_back_to_the_one_before_and_says_why(make, tmp_path):
 
     assert loaded.step == 20
     assert loaded.model["w"].tolist() == [20] * 8
-    told = [str(warning.message) for warning in warned]
-    assert len(told) == 2
-    assert "checkpoint-40.safetensors" in told[0]
-    assert "header" in told[0]
-    assert "checkpoint-30.safetensors" in told[1]
-    assert "model.w" in told[1]
+    messages = [str(warning.message) for warning in warned]
+    assert len(messages) == 2
+    assert "checkpoint-40.safetensors" in messages[0]
+    assert "header" in messages[0]
+    assert "checkpoint-30.safetensors" in messages[1]
+    assert "model.w" in messages[1]
     with pytest.raises(CorruptCheckpoint, match=r"model\.w"):
         manager.load(30)
     with pytest.raises(CorruptCheckpoint, match=r"checkpoint-40\.safetensors"):
         manager.load(40)
 
 
-def test_the_best_falls_back_to_the_next_best_and_says_why(make, tmp_path):
+def test_load_best_falls_back_to_the_next_best_with_a_warning(make, tmp_path):
     manager = make(keep_last=None)
     for step, loss in [(10, 0.3), (20, 0.1), (30, 0.2)]:
         manager.save(state(step, metrics={"eval_loss": loss}))
@@ -267,7 +267,7 @@ def test_the_best_falls_back_to_the_next_best_and_says_why(make, tmp_path):
         assert manager.load_best().step == 30
 
 
-def test_where_none_is_good_nothing_starts_over(make, tmp_path):
+def test_if_no_checkpoint_is_intact_loading_raises(make, tmp_path):
     manager = make()
     for step in (10, 20):
         manager.save(state(step, metrics={"eval_loss": 1}))
@@ -285,26 +285,26 @@ def test_where_none_is_good_nothing_starts_over(make, tmp_path):
     assert names(manager) == ["10", "20"]
 
 
-def test_a_missing_checkpoint_is_an_error_that_lists_what_there_is(make, tmp_path):
+def test_the_error_for_a_missing_checkpoint_lists_the_existing_ones(make, tmp_path):
     manager = make()
-    for use in (manager.load, manager.inspect, manager.validate):
+    for method in (manager.load, manager.inspect, manager.validate):
         with pytest.raises(CheckpointNotFound, match="none"):
-            use(20)
+            method(20)
     with pytest.raises(CheckpointNotFound):
         manager.load_latest()
     for step in (10, 30):
         manager.save(state(step, metrics={"accuracy": 1}))
 
-    for use in (manager.load, manager.inspect, manager.validate):
+    for method in (manager.load, manager.inspect, manager.validate):
         with pytest.raises(CheckpointNotFound, match=r"step 20; there are 10, 30"):
-            use(20)
+            method(20)
         with pytest.raises(CheckpointNotFound, match="nowhere"):
-            use(tmp_path / "nowhere.safetensors")
+            method(tmp_path / "nowhere.safetensors")
     with pytest.raises(CheckpointNotFound, match=r"eval_loss.*accuracy.*10, 30"):
         manager.load_best()
 
 
-def test_a_directory_that_is_not_there_holds_nothing_and_is_not_made_by_reading(tmp_path):
+def test_reading_does_not_create_a_missing_directory(tmp_path):
     manager = CheckpointManager(tmp_path / "a" / "b")
     assert manager.list_checkpoints() == []
     with pytest.raises(CheckpointNotFound):
@@ -315,7 +315,7 @@ def test_a_directory_that_is_not_there_holds_nothing_and_is_not_made_by_reading(
     assert manager.list_checkpoints() == [1]
 
 
-def test_the_directory_does_not_move_with_the_process(tmp_path, monkeypatch):
+def test_a_relative_directory_is_resolved_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with CheckpointManager("run") as manager:
         monkeypatch.chdir("/")
@@ -324,7 +324,7 @@ def test_the_directory_does_not_move_with_the_process(tmp_path, monkeypatch):
         assert manager.load("checkpoint-1.safetensors").step == 1
 
 
-def test_a_renamed_file_is_not_taken_for_another_step(make, tmp_path):
+def test_a_renamed_file_does_not_count_as_another_step(make, tmp_path):
     manager = make()
     manager.save(state(10)).rename(tmp_path / "checkpoint-99.safetensors")
 
@@ -335,13 +335,13 @@ def test_a_renamed_file_is_not_taken_for_another_step(make, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    "invalid",
     [{"keep_last": 0}, {"keep_last": -1}, {"keep_best": -1}, {"keep_every": 0}, {"metric_mode": "lowest"}],
     ids=str,
 )
-def test_rules_that_make_no_sense_are_refused(tmp_path, wrong):
-    with pytest.raises(ConfigError, match=next(iter(wrong))):
-        CheckpointManager(tmp_path, **wrong)
+def test_invalid_rules_are_refused(tmp_path, invalid):
+    with pytest.raises(ConfigError, match=next(iter(invalid))):
+        CheckpointManager(tmp_path, **invalid)
 
 
 metrics = st.dictionaries(st.just("m"), st.floats() | st.integers(-(10**400), 10**400))
@@ -360,30 +360,34 @@ rules = st.builds(
 
 
 @given(candidates, rules)
-def test_the_rules(there, rules):
-    steps = sorted(candidate.step for candidate in there)
-    stays = steps_to_keep(there, rules)
+def test_the_rules(existing, rules):
+    steps = sorted(candidate.step for candidate in existing)
+    retained = steps_to_keep(existing, rules)
 
-    assert stays <= set(steps)
-    assert steps_that_displace(there, rules) <= stays
-    assert stays >= {candidate.step for candidate in there if candidate.final}
-    assert stays >= set(steps if rules.keep_last is None else steps[-rules.keep_last :])
+    assert retained <= set(steps)
+    assert steps_that_displace(existing, rules) <= retained
+    assert retained >= {candidate.step for candidate in existing if candidate.final}
+    assert retained >= set(steps if rules.keep_last is None else steps[-rules.keep_last :])
     if rules.keep_every is not None:
-        assert stays >= {step for step in steps if step % rules.keep_every == 0}
-    values = {c.step: c.metrics["m"] for c in there if "m" in c.metrics and c.metrics["m"] == c.metrics["m"]}
-    best = rank_by_metric(there, rules)
+        assert retained >= {step for step in steps if step % rules.keep_every == 0}
+    values = {
+        c.step: c.metrics["m"] for c in existing if "m" in c.metrics and c.metrics["m"] == c.metrics["m"]
+    }
+    best = rank_by_metric(existing, rules)
     assert sorted(best) == sorted(values)
-    assert stays >= set(best[: rules.keep_best])
+    assert retained >= set(best[: rules.keep_best])
     sign = 1 if rules.metric_mode == "min" else -1
     assert all(sign * values[a] <= sign * values[b] for a, b in pairwise(best))
-    # And nothing stays without a rule: each leaves at most so many.
+    # Nothing is kept without a rule: each keeps at most this many.
     if rules.keep_last is not None:
         by_rule = [
-            c for c in there if c.final or (rules.keep_every is not None and c.step % rules.keep_every == 0)
+            c
+            for c in existing
+            if c.final or (rules.keep_every is not None and c.step % rules.keep_every == 0)
         ]
-        assert len(stays) <= rules.keep_last + rules.keep_best + len(by_rule)
-    # What went would go again: cleaning up twice removes nothing more.
-    assert steps_to_keep([c for c in there if c.step in stays], rules) == stays
+        assert len(retained) <= rules.keep_last + rules.keep_best + len(by_rule)
+    # Idempotent: cleaning up twice removes nothing more.
+    assert steps_to_keep([c for c in existing if c.step in retained], rules) == retained
 
 
 @settings(max_examples=40, deadline=None)
@@ -393,26 +397,26 @@ def test_the_rules(there, rules):
     keep_best=st.integers(0, 2),
     keep_every=st.none() | st.integers(2, 5),
 )
-def test_a_directory_holds_what_the_rules_say_after_every_save(
+def test_a_directory_contains_what_the_rules_keep_after_every_save(
     tmp_path_factory, saves, keep_last, keep_best, keep_every
 ):
     rules = Retention(keep_last, keep_best, keep_every)
-    there: dict[int, Candidate] = {}
+    existing: dict[int, Candidate] = {}
     with CheckpointManager(
         tmp_path_factory.mktemp("rules"), keep_last=keep_last, keep_best=keep_best, keep_every=keep_every
     ) as manager:
         for step, final, loss in saves:
-            if step in there and there[step].final and not final:
-                continue  # the final one would win
+            if step in existing and existing[step].final and not final:
+                continue  # the final one takes precedence
             metrics = {} if loss is None else {"eval_loss": loss}
             manager.save(state(step, metrics=metrics), final=final)
-            there[step] = Candidate(step, final, metrics)
-            stays = steps_to_keep(there.values(), rules) | {
+            existing[step] = Candidate(step, final, metrics)
+            retained = steps_to_keep(existing.values(), rules) | {
                 step
-            }  # what was just saved stays till the next save
-            there = {step: candidate for step, candidate in there.items() if step in stays}
-            assert manager.list_checkpoints() == sorted(there)
+            }  # a save never removes its own checkpoint
+            existing = {step: candidate for step, candidate in existing.items() if step in retained}
+            assert manager.list_checkpoints() == sorted(existing)
             assert names(manager) == [
-                f"{step}-final" if there[step].final else f"{step}" for step in sorted(there)
+                f"{step}-final" if existing[step].final else f"{step}" for step in sorted(existing)
             ]
         shutil.rmtree(manager.directory)

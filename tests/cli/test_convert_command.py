@@ -1,4 +1,4 @@
-"""Checkpoints of other programs become ours: verified before, compared behind, and left as they are."""
+"""Conversion: each checkpoint is verified and compared, and the original is not changed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "directory-chec
 
 @pytest.fixture
 def source(tmp_path):
-    """One of each format, and a final one."""
+    """A checkpoint of each older format, and a final one."""
     source = tmp_path / "source"
     write_directory(source / "checkpoint-10")
     write_tensor_file(source / "checkpoint-20.safetensors", file_fields(20))
@@ -52,16 +52,16 @@ def content(directory):
     }
 
 
-def outcomes(done):
-    return [(one.step, one.outcome) for one in done]
+def outcomes(results):
+    return [(one.step, one.outcome) for one in results]
 
 
-def test_what_is_converted_is_what_was_there(source, tmp_path):
-    before = content(source)
-    told = []
-    done = convert(source, tmp_path / "checkpoints", report=told.append)
-    assert told == done
-    assert outcomes(done) == [(10, "converted"), (20, "converted"), (30, "converted")]
+def test_the_converted_state_is_the_original_state(source, tmp_path):
+    original = content(source)
+    reported = []
+    results = convert(source, tmp_path / "checkpoints", report=reported.append)
+    assert reported == results
+    assert outcomes(results) == [(10, "converted"), (20, "converted"), (30, "converted")]
     manager = CheckpointManager(tmp_path / "checkpoints")
     assert manager.list_checkpoints() == [10, 20, 30]
     assert manager.inspect(30).kind == "final"
@@ -75,16 +75,18 @@ def test_what_is_converted_is_what_was_there(source, tmp_path):
         assert (new.config, new.metadata, new.metrics) == (old.config, old.metadata, old.metrics)
         assert new.run["imported_from"] == old.run["imported_from"]
         assert new.run["converted_from"] == str(there.inspect(step).path)
-    assert [manager.inspect(one.step).state_digest for one in done] == [one.state_digest for one in done]
-    assert content(source) == before
+    assert [manager.inspect(one.step).state_digest for one in results] == [
+        one.state_digest for one in results
+    ]
+    assert content(source) == original
 
 
-def test_again_it_is_there_already(source, tmp_path):
+def test_again_it_is_already_converted(source, tmp_path):
     convert(source, tmp_path / "checkpoints")
-    before = content(tmp_path / "checkpoints")
-    done = convert(source, tmp_path / "checkpoints")
-    assert {one.outcome for one in done} == {"already converted"}
-    assert content(tmp_path / "checkpoints") == before
+    original = content(tmp_path / "checkpoints")
+    results = convert(source, tmp_path / "checkpoints")
+    assert {one.outcome for one in results} == {"already converted"}
+    assert content(tmp_path / "checkpoints") == original
 
 
 def test_another_state_is_replaced_only_by_force(source, tmp_path):
@@ -92,10 +94,10 @@ def test_another_state_is_replaced_only_by_force(source, tmp_path):
     with CheckpointManager(target) as manager:
         path = manager.save(Checkpoint(step=10, model={"mine": np.zeros(3)}))
     raw = path.read_bytes()
-    done = convert(source, target)
-    assert outcomes(done) == [(10, "refused"), (20, "refused"), (30, "refused")]
-    assert "has another state" in done[0].reason
-    assert "belongs to a run that was resumed there" in done[1].reason
+    results = convert(source, target)
+    assert outcomes(results) == [(10, "refused"), (20, "refused"), (30, "refused")]
+    assert "has another state" in results[0].reason
+    assert "belongs to a run that was resumed there" in results[1].reason
     assert path.read_bytes() == raw
     assert all(one.outcome == "converted" for one in convert(source, target, force=True))
     path.write_bytes(b"damaged")
@@ -104,17 +106,17 @@ def test_another_state_is_replaced_only_by_force(source, tmp_path):
     assert all(one.succeeded for one in convert(source, target, force=True))
 
 
-def test_beside_themselves(source):
-    """Folders and our files have different names; a single file is never replaced, by force neither."""
-    before = content(source)
-    done = convert(source, source, force=True)
-    assert outcomes(done) == [(10, "converted"), (20, "refused"), (30, "converted")]
-    assert "never replaced" in done[1].reason
-    assert before.items() <= content(source).items()
+def test_the_target_may_be_the_source(source):
+    """Folders and our files have different names; a tensor file is never replaced, not even by force."""
+    original = content(source)
+    results = convert(source, source, force=True)
+    assert outcomes(results) == [(10, "converted"), (20, "refused"), (30, "converted")]
+    assert "never replaced" in results[1].reason
+    assert original.items() <= content(source).items()
     assert CheckpointManager(source).load_latest().run["converted_from"]
 
 
-def test_the_damaged_one_is_named_and_the_others_are_converted(source, tmp_path, capsys):
+def test_a_damaged_one_is_named_and_the_others_are_converted(source, tmp_path, capsys):
     (source / "checkpoint-10" / "model.npz").write_bytes(b"x")
     write_directory(source / "checkpoint-40", {**FIELDS, "step": 40}, bare=True)
     assert main(["convert", str(source), "--to", str(tmp_path / "checkpoints")]) == 1
@@ -135,7 +137,7 @@ def test_without_an_optimizer(tmp_path, capsys):
     assert "dropped: AdamW's moments" in capsys.readouterr().out
 
 
-def test_a_run_gets_them_into_its_checkpoints(source, tmp_path, capsys):
+def test_the_target_may_be_a_run(source, tmp_path, capsys):
     assert main(["convert", str(source), "--to", str(tmp_path / "run"), "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert [(row["step"], row["outcome"]) for row in rows] == [(s, "converted") for s in (10, 20, 30)]
@@ -164,7 +166,7 @@ def test_a_target_that_is_written_to_is_refused(source, tmp_path):
             convert(source, tmp_path / "checkpoints")
 
 
-def test_a_folder_of_the_trainer_goes_to_its_reader(tmp_path, monkeypatch):
+def test_a_folder_of_the_trainer_is_read_by_its_importer(tmp_path, monkeypatch):
     folder = tmp_path / "checkpoint-5"
     folder.mkdir()
     (folder / "trainer_state.json").write_text("{}")
@@ -180,31 +182,31 @@ def test_a_folder_of_the_trainer_goes_to_its_reader(tmp_path, monkeypatch):
         )
 
     monkeypatch.setattr(trainer_folder, "read", read)
-    done = convert(tmp_path, tmp_path / "run", model="a-model")
-    assert outcomes(done) == [(5, "converted")]
+    results = convert(tmp_path, tmp_path / "run", model="a-model")
+    assert outcomes(results) == [(5, "converted")]
     run = CheckpointManager(tmp_path / "run" / "checkpoints").load(5).run
     assert (run["imported_from"], run["model"]) == ("transformers Trainer", "a-model")
 
 
-def test_what_is_refused_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
-    """One that no run goes on from, one whose step is another than its name's, and one that is good."""
+def test_a_refusal_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
+    """One that no run can resume from, one with a wrong step in its name, and a valid one."""
     for step in (5, 6, 7):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
 
     def read(path, model):
         if path.name == "checkpoint-5":
-            raise ResumeRefused(f"{path}: trained in a way that is not done here")
+            raise ResumeRefused(f"{path}: trained in a way that is not results here")
         return Imported(format="transformers Trainer", step=7, model={"w": np.ones(2)})
 
     trainer_folder = pytest.importorskip("distrust.importers.trainer_folder")
     monkeypatch.setattr(trainer_folder, "read", read)
     assert main(["convert", str(tmp_path), "--to", str(tmp_path / "run")]) == 1
-    refused, damaged, good, _, unproven, _ = capsys.readouterr().out.splitlines()
-    assert refused == f"{tmp_path / 'checkpoint-5'}: refused: trained in a way that is not done here"
+    refused, damaged, good, _, summary, _ = capsys.readouterr().out.splitlines()
+    assert refused == f"{tmp_path / 'checkpoint-5'}: refused: trained in a way that is not results here"
     assert "checkpoint-6: damaged: trainer_state.json says step 7, its name says 6" in damaged
     assert "checkpoint-7: converted" in good
-    assert unproven.startswith("1 of them in a format without checksums")
+    assert summary.startswith("1 of them in a format without checksums")
     assert CheckpointManager(tmp_path / "run" / "checkpoints").list_checkpoints() == [7]
 
 
@@ -212,29 +214,29 @@ def test_two_trainings_never_share_a_folder(source, tmp_path):
     target = tmp_path / "run" / "checkpoints"
     convert(source / "checkpoint-10", target)
     assert outcomes(convert(source / "checkpoint-20.safetensors", target)) == [(20, "converted")]
-    with CheckpointManager(target) as manager:  # the run goes on here
+    with CheckpointManager(target) as manager:  # the run is resumed here
         manager.save(Checkpoint(step=25, model={"mine": np.zeros(3)}))
-    before = content(target)
+    original = content(target)
     assert outcomes(convert(source, target)) == [
         (10, "already converted"),
         (20, "already converted"),
         (30, "refused"),
     ]
     other = write_directory(tmp_path / "other" / "checkpoint-40", {**FIELDS, "step": 40})
-    (done,) = convert(other, target)
-    assert (done.outcome, "two never share a folder" in done.reason) == ("refused", True)
-    assert content(target) == before
+    (results,) = convert(other, target)
+    assert (results.outcome, "two never share a folder" in results.reason) == ("refused", True)
+    assert content(target) == original
     assert outcomes(convert(other, target, force=True)) == [(40, "converted")]
 
 
-def test_other_checkpoints_are_of_another_training_unless_their_folder_was_moved(
+def test_checkpoints_from_another_folder_are_another_training_unless_it_was_moved(
     source, tmp_path, monkeypatch
 ):
     target = tmp_path / "run" / "checkpoints"
     convert(source / "checkpoint-10", target)
     other = write_directory(tmp_path / "other" / "checkpoint-40", {**FIELDS, "step": 40})
-    (done,) = convert(other, target)
-    assert (done.outcome, f"came from {source}, another training" in done.reason) == ("refused", True)
+    (results,) = convert(other, target)
+    assert (results.outcome, f"came from {source}, another training" in results.reason) == ("refused", True)
     (tmp_path / "link").symlink_to(source)
     monkeypatch.chdir(other)
     relative = Path("..", "..", "link", "checkpoint-20.safetensors")
@@ -247,8 +249,8 @@ def test_other_checkpoints_are_of_another_training_unless_their_folder_was_moved
     ]
 
 
-def test_in_the_place_of_the_folder_itself(source):
-    """A run that is made where the old ones lie; stopped, it is gone on with."""
+def test_the_run_may_be_created_around_the_source(source):
+    """The run is created in the folder of the old checkpoints; an interrupted conversion is resumed."""
     convert(source / "checkpoint-10", source / "checkpoints")
     assert outcomes(convert(source, source / "checkpoints")) == [
         (10, "already converted"),
@@ -257,35 +259,37 @@ def test_in_the_place_of_the_folder_itself(source):
     ]
 
 
-def test_nothing_is_put_into_what_others_wrote(source, tmp_path, capsys):
-    before = content(source)
-    place = source / "checkpoint-10"
-    for to in (place, place / "new" / "run"):
-        assert main(["convert", str(place), "--to", str(to)]) == 2
+def test_nothing_is_written_into_a_checkpoint_of_another_program(source, tmp_path, capsys):
+    original = content(source)
+    folder = source / "checkpoint-10"
+    for to in (folder, folder / "new" / "run"):
+        assert main(["convert", str(folder), "--to", str(to)]) == 2
         assert "is a checkpoint of another program" in capsys.readouterr().err
-    assert content(source) == before
-    assert sorted(path.name for path in place.iterdir()) == sorted(
+    assert content(source) == original
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
         ["metadata.json", "checksum.txt", "model.npz", "optimizer.npz"]
     )
 
 
-def test_of_damaged_ones_alone_nothing_is_made(tmp_path):
+def test_damaged_checkpoints_alone_create_no_run(tmp_path):
     path = write_directory(tmp_path / "checkpoint-10")
     (path / "model.npz").write_bytes(b"x")
     assert outcomes(convert(path, tmp_path / "run")) == [(None, "damaged")]
     assert not (tmp_path / "run").exists()
 
 
-def test_a_folder_that_has_the_name_is_left(source, tmp_path):
+def test_a_folder_with_the_name_of_the_target_is_kept(source, tmp_path):
     (tmp_path / "checkpoints" / "checkpoint-10.safetensors").mkdir(parents=True)
     for force in (False, True):
-        done = convert(source / "checkpoint-10", tmp_path / "checkpoints", force=force)
-        assert [(one.outcome, "a folder has this name" in one.reason) for one in done] == [("refused", True)]
+        results = convert(source / "checkpoint-10", tmp_path / "checkpoints", force=force)
+        assert [(one.outcome, "a folder has this name" in one.reason) for one in results] == [
+            ("refused", True)
+        ]
 
 
 @pytest.mark.parametrize("lacks", ["optimizer.npz", "steps"])
-def test_what_is_lost_is_told_when_a_run_goes_on(tmp_path, lacks):
-    """Moments that are not there, and losses of steps that nobody names."""
+def test_a_resumed_run_warns_of_what_was_dropped(tmp_path, lacks):
+    """Missing moments, and losses of unknown steps."""
     path = write_directory(tmp_path / "checkpoint-10")
     if lacks == "optimizer.npz":
         (path / lacks).unlink()
@@ -293,17 +297,17 @@ def test_what_is_lost_is_told_when_a_run_goes_on(tmp_path, lacks):
     convert(path, tmp_path / "run")
     checkpoint = CheckpointManager(tmp_path / "run" / "checkpoints").load(10)
     adopted, record = imported.adopt_imported(checkpoint, TrainConfig())
-    lost = "the loss of 2 steps: it is not known which of the 10 steps they are of"
-    with pytest.warns(DistrustWarning, match="not recorded.*--lora-alpha") as told:
+    dropped = "the loss of 2 steps: it is not known which of the 10 steps they are of"
+    with pytest.warns(DistrustWarning, match="not recorded.*--lora-alpha") as caught:
         imported.warn_imported(adopted, record, where=tmp_path)
-    said = str(told[0].message)
-    assert f"dropped: {lost}" in said
+    said = str(caught[0].message)
+    assert f"dropped: {dropped}" in said
     assert ("history are" in said, "AdamW's moments" in said) == (False, lacks == "optimizer.npz")
     assert bool(adopted.optimizer) == (lacks == "steps")
 
 
 @pytest.mark.parametrize("inner", ["", "checkpoints"])
-def test_a_training_does_not_begin_above_checkpoints(tmp_path, inner):
+def test_a_training_does_not_start_above_checkpoints(tmp_path, inner):
     write_directory(tmp_path / inner / "checkpoint-10")
     with pytest.raises((ConfigError, CheckpointError), match="distrust convert"):
         DistrustTrainer(TrainConfig(out=str(tmp_path), data="nothing")).train()
@@ -316,19 +320,19 @@ def test_a_training_does_not_begin_above_checkpoints(tmp_path, inner):
 
 
 @pytest.mark.parametrize("name", ["checkpoint-5/trainer_state.json", "trainer_state.json"])
-def test_a_training_does_not_begin_in_a_folder_of_the_trainer(tmp_path, name):
+def test_a_training_does_not_start_in_a_folder_of_the_trainer(tmp_path, name):
     path = tmp_path / "output" / name
     path.parent.mkdir(parents=True)
     path.write_text("{}")
     with pytest.raises(ConfigError, match="a folder of the transformers Trainer: distrust convert"):
         DistrustTrainer(TrainConfig(out=str(tmp_path / "output"), data="nothing")).train()
-    (tmp_path / "new" / "checkpoint-7").mkdir(parents=True)  # empty: nothing to go on from
+    (tmp_path / "new" / "checkpoint-7").mkdir(parents=True)  # empty: nothing to resume from
     with pytest.raises(DataError):
         DistrustTrainer(TrainConfig(out=str(tmp_path / "new"), data="./nothing.jsonl")).train()
 
 
 @pytest.mark.skipif(not REAL.exists(), reason="the shared checkpoints are not here")
-def test_real_ones(tmp_path):
+def test_real_checkpoints(tmp_path):
     target = tmp_path / "checkpoints"
     assert outcomes(convert(REAL, target)) == [(10, "converted"), (20, "converted"), (30, "converted")]
     old, new = CheckpointManager(REAL).load(30), CheckpointManager(target).load(30)

@@ -1,4 +1,4 @@
-"""Adapter folders of peft and mlx-lm: made of runs of either engine, loaded by their programs, taken back."""
+"""Adapter folders of peft and mlx-lm: exported by either engine, loaded by their programs, imported again."""
 
 from __future__ import annotations
 
@@ -39,21 +39,21 @@ ENGINES = ("torch", "mlx")
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
-    place = tmp_path_factory.mktemp("adapters")
-    make_model(place / "model")
-    write_records(place / "records.jsonl")
-    return place
+def folder_of_model(tmp_path_factory) -> Path:
+    folder_of_model = tmp_path_factory.mktemp("adapters")
+    make_model(folder_of_model / "model")
+    write_records(folder_of_model / "records.jsonl")
+    return folder_of_model
 
 
-def train(place, out, *, steps=3, **options):
-    return train_a_little(place, out, max_steps=steps, **options)
+def train(folder_of_model, out, *, steps=3, **options):
+    return train_a_little(folder_of_model, out, max_steps=steps, **options)
 
 
 @pytest.fixture(scope="module")
-def runs(place):
+def runs(folder_of_model):
     return {
-        (engine, kind): train(place, place / f"{engine} {kind}", engine=engine, **options)
+        (engine, kind): train(folder_of_model, folder_of_model / f"{engine} {kind}", engine=engine, **options)
         for engine in ENGINES
         for kind, options in KINDS.items()
     }
@@ -76,20 +76,20 @@ def own_logits(run):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("engine", ENGINES)
-def test_its_program_loads_it_and_computes_the_same(place, runs, tmp_path, engine, kind):
+def test_its_program_loads_it_and_computes_the_same(folder_of_model, runs, tmp_path, engine, kind):
     run = runs[engine, kind]
-    wanted = own_logits(run)
+    expected = own_logits(run)
     export(run, tmp_path / "mlx", format="mlx")
-    loaded, _ = mlx_lm.load(str(place / "model"), adapter_path=str(tmp_path / "mlx"))
-    assert np.abs(by_mlx(loaded) - wanted).max() < 1e-5
+    loaded, _ = mlx_lm.load(str(folder_of_model / "model"), adapter_path=str(tmp_path / "mlx"))
+    assert np.abs(by_mlx(loaded) - expected).max() < 1e-5
     export(run, tmp_path / "peft", format="adapter")
-    base = AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(folder_of_model / "model", dtype=torch.float32)
     untrained = by_torch(base)
-    assert np.abs(by_torch(PeftModel.from_pretrained(base, tmp_path / "peft")) - wanted).max() < 1e-5
+    assert np.abs(by_torch(PeftModel.from_pretrained(base, tmp_path / "peft")) - expected).max() < 1e-5
     export(run, tmp_path / "merged", format="merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
-    assert np.abs(by_torch(merged) - wanted).max() < 1e-4
-    assert np.abs(untrained - wanted).max() > 0.01
+    assert np.abs(by_torch(merged) - expected).max() < 1e-4
+    assert np.abs(untrained - expected).max() > 0.01
 
 
 def test_each_engine_has_its_own_default(runs, tmp_path):
@@ -105,21 +105,30 @@ def test_each_engine_has_its_own_default(runs, tmp_path):
 
 @pytest.mark.parametrize("form", ["mlx", "adapter"])
 @pytest.mark.parametrize("engine", ENGINES)
-def test_taken_back_the_weights_are_those_and_a_run_begins_from_them(place, runs, tmp_path, engine, form):
-    """From a run of one engine, out, in again, and on with the other."""
+def test_an_imported_adapter_starts_a_run_with_the_same_weights(
+    folder_of_model, runs, tmp_path, engine, form
+):
+    """Export from one engine, import, and resume with the other."""
     run = runs[engine, "lora"]
     export(run, tmp_path / "folder", format=form)
-    (done,) = convert(tmp_path / "folder", tmp_path / "run")
-    assert (done.step, done.outcome) == (0, "converted")
-    other = "mlx" if engine == "torch" else "torch"
+    (result,) = convert(tmp_path / "folder", tmp_path / "run")
+    assert (result.step, result.outcome) == (0, "converted")
+    second_engine = "mlx" if engine == "torch" else "torch"
     with pytest.warns(match="is imported"):
-        train(place, tmp_path / "run", steps=1, learning_rate=0.0, engine=other, **KINDS["lora"])
+        train(
+            folder_of_model,
+            tmp_path / "run",
+            steps=1,
+            learning_rate=0.0,
+            engine=second_engine,
+            **KINDS["lora"],
+        )
     assert np.abs(own_logits(tmp_path / "run") - own_logits(run)).max() < 1e-5
 
 
 @pytest.mark.parametrize("layers", [1, 2])
-def test_the_command_that_convert_prints_trains_on(place, runs, tmp_path, capsys, layers):
-    """Of an adapter of the last layer alone, as mlx-lm makes them of large models, and of all."""
+def test_the_printed_command_resumes_training(folder_of_model, runs, tmp_path, capsys, layers):
+    """An adapter of the last layer only, as mlx-lm makes for large models, and one of all layers."""
     folder = export(runs["mlx", "lora"], tmp_path / "folder").path
     weights = load_file(folder / "adapters.safetensors")
     last = {name: array for name, array in weights.items() if layers == 2 or ".layers.1." in name}
@@ -127,7 +136,9 @@ def test_the_command_that_convert_prints_trains_on(place, runs, tmp_path, capsys
     save_file(last, folder / "adapters.safetensors")
     assert main(["convert", str(folder), "--to", str(tmp_path / "run")]) == 0
     printed = capsys.readouterr().out.splitlines()[-1].partition("distrust ")[2]
-    command = printed.replace("MODEL", str(place / "model")).replace("DATA", str(place / "records.jsonl"))
+    command = printed.replace("MODEL", str(folder_of_model / "model")).replace(
+        "DATA", str(folder_of_model / "records.jsonl")
+    )
     assert "STEPS" not in command
     assert ("layers.1." in command) == (layers == 1)
     words = [*shlex.split(command), "--max-steps", "1", "--batch-size", "2", "--device", "cpu"]
@@ -136,7 +147,7 @@ def test_the_command_that_convert_prints_trains_on(place, runs, tmp_path, capsys
     assert CheckpointManager(tmp_path / "run" / "checkpoints").list_checkpoints() == [0, 1]
 
 
-def test_the_command_has_what_is_no_default(runs, tmp_path, capsys):
+def test_the_printed_command_has_all_non_default_options(runs, tmp_path, capsys):
     folder = export(runs["mlx", "dora of some"], tmp_path / "folder").path
     assert main(["convert", str(folder), "--to", str(tmp_path / "run")]) == 0
     words = shlex.split(capsys.readouterr().out.splitlines()[-1].partition("distrust train")[2])
@@ -160,12 +171,12 @@ NAMED = {
 
 @pytest.mark.parametrize("modules", NAMED)
 @pytest.mark.parametrize("form", ["{}.lora_a", "base_model.model.{}.lora_B.weight"])
-def test_what_an_adapter_adapts_is_told_by_its_names(modules, form):
+def test_target_modules_follow_from_the_names(modules, form):
     assert target_modules(form.format(module) for module in modules.split()) == NAMED[modules].split()
     assert target_modules(f"{module}.weight" for module in modules.split()) == []
 
 
-def test_an_adapter_of_other_modules_says_of_which(place, runs, tmp_path):
+def test_an_adapter_of_other_modules_names_them(folder_of_model, runs, tmp_path):
     folder = export(runs["mlx", "lora"], tmp_path / "folder").path
     weights = load_file(folder / "adapters.safetensors")
     some = {name: array for name, array in weights.items() if "q_proj" in name}
@@ -174,10 +185,10 @@ def test_an_adapter_of_other_modules_says_of_which(place, runs, tmp_path):
     with pytest.raises(
         ResumeRefused, match=r"not in the checkpoint\n(.*\n)*.*--target-modules self_attn.q_proj$"
     ):
-        train(place, tmp_path / "run", steps=1, engine="mlx", **KINDS["lora"])
+        train(folder_of_model, tmp_path / "run", steps=1, engine="mlx", **KINDS["lora"])
 
 
-def test_there_and_back_is_bit_for_bit(runs, tmp_path):
+def test_export_and_import_preserve_every_bit(runs, tmp_path):
     run = runs["mlx", "lora"]
     export(run, tmp_path / "peft", format="adapter")
     convert(tmp_path / "peft", tmp_path / "run")
@@ -188,16 +199,16 @@ def test_there_and_back_is_bit_for_bit(runs, tmp_path):
 
 
 def export_state(run, like):
-    """What the converted checkpoint holds, by mlx-lm's names."""
+    """The weights of the converted checkpoint, by mlx-lm's names."""
     from distrust.engines.state_conversion import arrays_to_mlx
 
     return arrays_to_mlx(CheckpointManager(run / "checkpoints").load(0).model)
 
 
-def test_what_is_no_adapter_is_told(place, runs, tmp_path, capsys):
-    good = export(runs["mlx", "lora"], tmp_path / "good").path
-    config = json.loads((good / "adapter_config.json").read_text())
-    tensors = load_file(good / "adapters.safetensors")
+def test_invalid_adapters_are_refused(folder_of_model, runs, tmp_path, capsys):
+    valid = export(runs["mlx", "lora"], tmp_path / "good").path
+    config = json.loads((valid / "adapter_config.json").read_text())
+    tensors = load_file(valid / "adapters.safetensors")
     name = next(iter(tensors))
     broken = {
         "fine_tune_type": (config | {"fine_tune_type": "full"}, None),
@@ -220,13 +231,13 @@ def test_what_is_no_adapter_is_told(place, runs, tmp_path, capsys):
         else:
             save_file(weights or tensors, folder / "adapters.safetensors")
         assert main(["convert", str(folder), "--to", str(tmp_path / f"run{number}")]) == 1
-        told = capsys.readouterr()
-        assert reason in told.out + told.err
-        assert "Traceback" not in told.err
+        output = capsys.readouterr()
+        assert reason in output.out + output.err
+        assert "Traceback" not in output.err
 
 
-def test_all_weights_are_no_adapter(place, tmp_path):
-    run = train(place, tmp_path / "run", engine="mlx", lora_rank=0, steps=1)
+def test_all_weights_are_no_adapter(folder_of_model, tmp_path):
+    run = train(folder_of_model, tmp_path / "run", engine="mlx", lora_rank=0, steps=1)
     with pytest.raises(ConfigError, match="--format mlx"):
         export(run, tmp_path / "out", format="mlx")
     assert export(run, tmp_path / "merged").format == "merged"

@@ -1,4 +1,4 @@
-"""Checkpoints in the two older formats: listed, shown, verified and loaded; never touched."""
+"""Checkpoints in the older formats are listed, shown, verified and loaded, but never changed."""
 
 from __future__ import annotations
 
@@ -54,50 +54,50 @@ REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "directory-chec
 PROPERTY = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
 
 
-def ours(step):
+def own_checkpoint(step):
     return Checkpoint(step=step, model={"w": np.full(3, step, np.float32)}, metrics={"eval_loss": 1.0 / step})
 
 
-def said(capsys):
+def read_output(capsys):
     captured = capsys.readouterr()
     return captured.out + captured.err
 
 
 @pytest.fixture(params=["directory", "newest", "previous"])
-def written(request, tmp_path):
+def checkpoint(request, tmp_path):
     """A checkpoint of step 10 in each format."""
     if request.param == "directory":
         return write_directory(tmp_path / "checkpoint-10")
     return write_tensor_file(tmp_path / "checkpoint-10.safetensors", form=request.param)
 
 
-def test_what_it_becomes(written, tmp_path):
+def test_every_field_is_loaded(checkpoint, tmp_path):
     loaded = CheckpointManager(tmp_path).load(10)
     assert loaded.step == 10
     assert equal(loaded.model, arrays())
-    scalars = {"step": 10} if written.is_file() else FIELDS["optimizer_scalars"]
+    scalars = {"step": 10} if checkpoint.is_file() else FIELDS["optimizer_scalars"]
     assert equal(loaded.optimizer, {**scalars, **moments()})
     assert equal(loaded.history, {"loss": np.array([2.5, 2.25])})
     assert equal(loaded.rng, {"seed": 7, "numpy": np.array([1, 2, 3], np.int64)})
     assert loaded.config["lora_rank"] == 2  # proven by the arrays; the config of the file says otherwise
     assert loaded.config.keys() <= {key(field.name) for field in fields_of(TrainConfig)}
     metadata = {**loaded.metadata}
-    assert metadata.pop("foreign_fields", {}).keys() == ({"param_groups"} if written.is_file() else set())
+    assert metadata.pop("foreign_fields", {}).keys() == ({"param_groups"} if checkpoint.is_file() else set())
     assert metadata == {**FIELDS["metadata"], "foreign_config": FIELDS["config"]}
     assert loaded.metrics == {"loss": 2.25}
     assert loaded.run["timestamp"] == FIELDS["timestamp"]
-    assert loaded.run["imported_from"] == ("directory" if written.is_dir() else "tensor file")
+    assert loaded.run["imported_from"] == ("directory" if checkpoint.is_dir() else "tensor file")
 
 
-def test_the_manager_knows_it(written, tmp_path):
+def test_the_manager_reads_it(checkpoint, tmp_path):
     manager = CheckpointManager(tmp_path)
     assert manager.list_checkpoints() == [10]
     manager.validate(10)
-    manager.validate(written)
+    manager.validate(checkpoint)
     assert manager.load_latest().step == 10
-    assert manager.load(written).step == 10
+    assert manager.load(checkpoint).step == 10
     file = manager.inspect(10)
-    assert (file.step, file.kind, file.path) == (10, "periodic", written)
+    assert (file.step, file.kind, file.path) == (10, "periodic", checkpoint)
     assert file.metrics == {"best_loss": 1.25, "loss": 2.25}
     assert file.created == "2025-11-24T16:00:10.000+00:00"
     names = {tensor.name: (tensor.dtype, tensor.shape) for tensor in file.tensors}
@@ -108,42 +108,42 @@ def test_the_manager_knows_it(written, tmp_path):
     assert CheckpointManager(tmp_path, metric="best_loss").load_best().step == 10
 
 
-def test_the_commands_know_it(written, tmp_path, capsys):
+def test_the_commands_read_it(checkpoint, tmp_path, capsys):
     assert main(["ls", str(tmp_path)]) == 0
-    assert "10  periodic" in said(capsys)
-    assert main(["ls", str(written), "--json"]) == 0
+    assert "10  periodic" in read_output(capsys)
+    assert main(["ls", str(checkpoint), "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
-    assert (row["step"], row["format"]) == (10, "directory" if written.is_dir() else "tensor file")
+    assert (row["step"], row["format"]) == (10, "directory" if checkpoint.is_dir() else "tensor file")
     assert main(["show", str(tmp_path), "--tensors"]) == 0
-    assert f"model.{A}" in said(capsys)
+    assert f"model.{A}" in read_output(capsys)
     assert main(["verify", str(tmp_path)]) == 0
-    assert f"{written}: ok" in said(capsys)
-    assert main(["diff", str(written), str(written)]) == 1
-    assert "convert" in said(capsys)
-    assert main(["export", str(written), "--to", str(tmp_path / "x")]) == 1
-    assert f"distrust convert {written}" in said(capsys)
+    assert f"{checkpoint}: ok" in read_output(capsys)
+    assert main(["diff", str(checkpoint), str(checkpoint)]) == 1
+    assert "convert" in read_output(capsys)
+    assert main(["export", str(checkpoint), "--to", str(tmp_path / "x")]) == 1
+    assert f"distrust convert {checkpoint}" in read_output(capsys)
 
 
-def shown(capsys, *arguments):
+def show(capsys, *arguments):
     assert main(["show", *map(str, arguments)]) == 0
     return capsys.readouterr().out
 
 
-def test_show_counts_what_conversion_makes(written, tmp_path, capsys):
-    """The losses and the random state stand in the metadata, and become arrays."""
-    assert main(["convert", str(written), "--to", str(tmp_path / "to")]) == 0
+def test_show_lists_the_tensors_that_conversion_writes(checkpoint, tmp_path, capsys):
+    """The losses and the random state are in the metadata, and become arrays."""
+    assert main(["convert", str(checkpoint), "--to", str(tmp_path / "to")]) == 0
     (path,) = (tmp_path / "to").rglob("*.safetensors")
     capsys.readouterr()
-    before, after = shown(capsys, written), shown(capsys, path)
+    original, converted = show(capsys, checkpoint), show(capsys, path)
     for section, count in (("model", 2), ("optimizer", 4), ("rng", 1), ("history", 1)):
-        (line,) = (line for line in before.splitlines() if line.startswith(f"{section} "))
+        (line,) = (line for line in original.splitlines() if line.startswith(f"{section} "))
         assert line.split()[1:3] == [str(count), "tensors,"]
-        assert line in after.splitlines()
-    there, here = (
+        assert line in converted.splitlines()
+    listed, written = (
         {tensor.name: (tensor.dtype, tensor.shape, tensor.nbytes) for tensor in manager.inspect(file).tensors}
-        for manager, file in ((CheckpointManager(tmp_path), written), (CheckpointManager(tmp_path), path))
+        for manager, file in ((CheckpointManager(tmp_path), checkpoint), (CheckpointManager(tmp_path), path))
     )
-    assert there == here
+    assert listed == written
 
 
 JSON = st.recursive(
@@ -159,12 +159,12 @@ JSON = st.recursive(
 @given(JSON, st.lists(st.floats(allow_nan=False), max_size=3))
 def test_what_is_listed_is_what_is_loaded(tmp_path, state, losses):
     shutil.rmtree(tmp_path)
-    said = {**FIELDS, "random_state": state, "loss_history": losses}
-    path = write_directory(tmp_path / "checkpoint-10", said)
+    fields = {**FIELDS, "random_state": state, "loss_history": losses}
+    path = write_directory(tmp_path / "checkpoint-10", fields)
     manager = CheckpointManager(tmp_path)
     listed = {tensor.name: (tensor.dtype, tensor.shape) for tensor in manager.inspect(path).tensors}
-    with CheckpointManager(tmp_path / "to") as ours_there:
-        saved = ours_there.inspect(ours_there.save(manager.load(path)))
+    with CheckpointManager(tmp_path / "to") as target:
+        saved = target.inspect(target.save(manager.load(path)))
     assert listed == {tensor.name: (tensor.dtype, tensor.shape) for tensor in saved.tensors}
 
 
@@ -172,50 +172,52 @@ def test_no_line_is_longer_than_a_screen(tmp_path, capsys):
     numbers = {"best_loss": int("1234" * 1000), "low": -(10**3998), "tokens": 1234567, "text": "x" * 10**6}
     path = write_directory(tmp_path / "checkpoint-10", {**FIELDS, "metadata": numbers, "timestamp": None})
     assert main(["ls", str(tmp_path)]) == 0
-    assert "best_loss 1.234e+3999  loss 2.250  low -1.000e+3998  tokens 1,234,567" in (told := said(capsys))
-    assert max(map(len, told.splitlines())) < 200
-    told = shown(capsys, path)
-    assert "  best_loss: 1.234e+3999" in told
-    assert "created" not in told
-    assert "(1,000,000 characters; --json prints all)" in told
-    assert max(map(len, told.splitlines())) < 1200
+    assert "best_loss 1.234e+3999  loss 2.250  low -1.000e+3998  tokens 1,234,567" in (
+        output := read_output(capsys)
+    )
+    assert max(map(len, output.splitlines())) < 200
+    output = show(capsys, path)
+    assert "  best_loss: 1.234e+3999" in output
+    assert "created" not in output
+    assert "(1,000,000 characters; --json prints all)" in output
+    assert max(map(len, output.splitlines())) < 1200
 
 
-def test_show_tells_of_damage_what_verify_does(tmp_path, capsys):
-    """That a checksum is wrong says more than what zipfile makes of the bytes."""
+def test_show_reports_damage_as_verify_does(tmp_path, capsys):
+    """A wrong checksum is a better explanation than an error of zipfile."""
     path = write_directory(tmp_path / "checkpoint-10")
-    whole = (path / "model.npz").read_bytes()
-    flipped = bytearray(whole)
-    flipped[whole.index(b"NUMPY") + 20] ^= 1
-    for raw in (b"something else", whole[:-30], bytes(flipped)):
+    intact = (path / "model.npz").read_bytes()
+    flipped = bytearray(intact)
+    flipped[intact.index(b"NUMPY") + 20] ^= 1
+    for raw in (b"something else", intact[:-30], bytes(flipped)):
         (path / "model.npz").write_bytes(raw)
         assert main(["show", str(path), "--tensors"]) == 1
-        assert "model.npz does not match checksum.txt" in said(capsys)
+        assert "model.npz does not match checksum.txt" in read_output(capsys)
 
 
-def test_no_line_ends_in_blanks(written, capsys):
-    lines = shown(capsys, written, "--tensors").splitlines()
+def test_no_line_ends_with_spaces(checkpoint, capsys):
+    lines = show(capsys, checkpoint, "--tensors").splitlines()
     assert [line for line in lines if line != line.rstrip()] == []
 
 
 @pytest.mark.parametrize("name", ["metadata.json", "checksum.txt"])
-def test_a_mark_that_windows_writes(tmp_path, name):
+def test_a_byte_order_mark_is_ignored(tmp_path, name):
     path = write_directory(tmp_path / "checkpoint-10")
     (path / name).write_bytes(b"\xef\xbb\xbf" + (path / name).read_bytes())
     if name == "metadata.json":
-        write_checksums(path)  # of the bytes that are there
+        write_checksums(path)  # of the changed bytes
     CheckpointManager(tmp_path).validate(10)
     assert equal(CheckpointManager(tmp_path).load(10).model, arrays())
 
 
-def test_metadata_alone(tmp_path, capsys):
+def test_metadata_only(tmp_path, capsys):
     path = write_directory(tmp_path / "checkpoint-10-final", bare=True)
     manager = CheckpointManager(tmp_path)
     assert manager.list_checkpoints() == [10]
     loaded = manager.load(10)
     assert (loaded.model, equal(loaded.optimizer, FIELDS["optimizer_scalars"])) == ({}, True)
     assert main(["verify", str(path)]) == 0
-    assert "no model and no optimizer" in said(capsys)
+    assert "no model and no optimizer" in read_output(capsys)
 
 
 def at(step, best_loss, metadata=FIELDS["metadata"]):
@@ -224,17 +226,17 @@ def at(step, best_loss, metadata=FIELDS["metadata"]):
 
 @pytest.mark.parametrize("use", ["load_latest", "load_best"])
 @pytest.mark.parametrize("damage", [False, True])
-def test_metadata_alone_is_passed_over(tmp_path, use, damage):
-    """A model of an earlier step, or a worse one, is worth more than none."""
+def test_metadata_only_is_skipped(tmp_path, use, damage):
+    """A model of an earlier or worse step is better than none."""
     write_directory(tmp_path / "checkpoint-10", at(10, 0.5))
     newer = write_directory(tmp_path / "checkpoint-20", at(20, 0.25), bare=True)
     write_tensor_file(tmp_path / "checkpoint-30.safetensors", at(30, 0.125), model={}, optimizer={})
     manager = CheckpointManager(tmp_path, metric="best_loss")
     if damage:
         append(newer / "checksum.txt", "x")
-    with pytest.warns(DistrustWarning) as told:
+    with pytest.warns(DistrustWarning) as caught:
         assert getattr(manager, use)().step == 10
-    lines = sorted(str(one.message) for one in told)
+    lines = sorted(str(one.message) for one in caught)
     without = f"skipped a checkpoint without a model, metadata only: {tmp_path / 'checkpoint-'}"
     if damage and use == "load_latest":  # a damaged one has no metric
         assert lines.pop().startswith(f"skipped a damaged checkpoint: {newer}: ")
@@ -256,7 +258,7 @@ def test_nothing_but_metadata(tmp_path, use):
         manager.load_latest()
 
 
-def test_of_a_step_the_one_with_a_model_is_meant(tmp_path):
+def test_a_step_means_the_checkpoint_with_a_model(tmp_path):
     write_directory(tmp_path / "checkpoint-10")
     write_directory(tmp_path / "checkpoint-10-final", bare=True)
     manager = CheckpointManager(tmp_path, metric="best_loss")
@@ -277,12 +279,14 @@ STATES = st.dictionaries(st.text("abw.01_", min_size=1, max_size=8).map("model."
 
 @settings(max_examples=15, **PROPERTY)
 @given(STATES, st.lists(st.floats(allow_nan=False) | st.just(float("nan"))), st.booleans())
-def test_whatever_was_written_comes_back(tmp_path, model, losses, compressed):
+def test_a_written_state_is_read_back(tmp_path, model, losses, compressed):
     optimizer = moments(model) if model else {}
-    said = {**FIELDS, "loss_history": losses}
+    fields = {**FIELDS, "loss_history": losses}
     shutil.rmtree(tmp_path)
     tmp_path.mkdir()
-    write_directory(tmp_path / "checkpoint-10", said, model=model, optimizer=optimizer, compressed=compressed)
+    write_directory(
+        tmp_path / "checkpoint-10", fields, model=model, optimizer=optimizer, compressed=compressed
+    )
     loaded = CheckpointManager(tmp_path).load(tmp_path / "checkpoint-10")
     assert equal(loaded.model, model)
     assert equal(loaded.optimizer, {**FIELDS["optimizer_scalars"], **optimizer})
@@ -316,30 +320,38 @@ def refusals(directory, *, model=None, optimizer=None):
     return errors
 
 
-def changed(moment, name, value):
-    """The moments with one of them replaced, or taken out."""
-    made = moments()
+def with_moment(moment, name, value):
+    """The moments, with one of them replaced or removed."""
+    group = moments()
     if value is None:
-        del made[moment][name]
+        del group[moment][name]
     else:
-        made[moment][name] = np.asarray(value, np.float32)
-    return made
+        group[moment][name] = np.asarray(value, np.float32)
+    return group
 
 
 @pytest.mark.parametrize(
     ("optimizer", "tensor", "reason"),
     [
-        (changed("m", A, np.ones((2, 6))), f"m.{A}", f"m.{A} has shape [2, 6], but its weight has [6, 2]"),
-        (changed("v", A, np.ones((3, 4))), f"v.{A}", f"v.{A} has shape [3, 4], but its weight has [6, 2]"),
-        (changed("v", B, np.ones((1, 2, 3))), f"v.{B}", "[1, 2, 3], but its weight has [2, 3]"),
-        (changed("v", B, None), f"m.{B}", f"m.{B} has no matching v"),
-        (changed("m", B, None), f"v.{B}", f"v.{B} has no matching m"),
+        (
+            with_moment("m", A, np.ones((2, 6))),
+            f"m.{A}",
+            f"m.{A} has shape [2, 6], but its weight has [6, 2]",
+        ),
+        (
+            with_moment("v", A, np.ones((3, 4))),
+            f"v.{A}",
+            f"v.{A} has shape [3, 4], but its weight has [6, 2]",
+        ),
+        (with_moment("v", B, np.ones((1, 2, 3))), f"v.{B}", "[1, 2, 3], but its weight has [2, 3]"),
+        (with_moment("v", B, None), f"m.{B}", f"m.{B} has no matching v"),
+        (with_moment("m", B, None), f"v.{B}", f"v.{B} has no matching m"),
         ({"m": moments()["m"]}, f"m.{A}", f"m.{A} has no matching v"),
         ({"v": moments()["v"]}, f"v.{A}", f"v.{A} has no matching m"),
         (moments({**arrays(), "w": np.ones(2)}), "m.w", "m.w has no weight of that name in the model"),
     ],
 )
-def test_moments_are_those_of_the_model(tmp_path, optimizer, tensor, reason):
+def test_moments_must_match_the_model(tmp_path, optimizer, tensor, reason):
     for error in refusals(tmp_path, optimizer=optimizer):
         assert reason in error.reason
         assert error.tensor == f"optimizer.{tensor}"
@@ -352,7 +364,7 @@ def test_moments_are_those_of_the_model(tmp_path, optimizer, tensor, reason):
     hnp.array_shapes(max_side=3),
     st.booleans(),
 )
-def test_shapes_agree_or_are_told(tmp_path, of_array, of_m, of_v, has_model):
+def test_shapes_must_agree(tmp_path, of_array, of_m, of_v, has_model):
     shutil.rmtree(tmp_path)
     tmp_path.mkdir()
     model = {"w": np.ones(of_array, np.float32)} if has_model else {}
@@ -367,7 +379,7 @@ def test_shapes_agree_or_are_told(tmp_path, of_array, of_m, of_v, has_model):
         refusals(tmp_path, model=model, optimizer=optimizer)
 
 
-def test_a_model_without_some_moments_or_all_is_whole(tmp_path):
+def test_moments_may_be_missing(tmp_path):
     one = {moment: {A: group[A]} for moment, group in moments().items()}
     for name, optimizer in (("one", one), ("none", {})):
         path = write_directory(tmp_path / name, optimizer=optimizer)
@@ -377,7 +389,7 @@ def test_a_model_without_some_moments_or_all_is_whole(tmp_path):
 
 
 @pytest.mark.parametrize("step", ["x", 0, -5, 11, 99, 10.5, True, None, [10], 10**3000, float("nan")])
-def test_the_step_of_moments_is_one_that_was_made(tmp_path, step):
+def test_the_step_of_moments_must_be_valid(tmp_path, step):
     scalars = {"optimizer_scalars": {"step": step, "learning_rate": 0.1}}
     path = write_directory(tmp_path / "checkpoint-10", {**FIELDS, **scalars})
     with pytest.raises(CorruptCheckpoint, match=r"optimizer_scalars\.step is ") as error:
@@ -385,11 +397,11 @@ def test_the_step_of_moments_is_one_that_was_made(tmp_path, step):
     assert len(error.value.reason) < 500
 
 
-def test_steps_that_are_well(tmp_path):
-    """Fewer than the checkpoint's, none said, or anything where there are no moments to count them."""
+def test_valid_steps_of_moments(tmp_path):
+    """At most the checkpoint's, none at all, or anything if there are no moments."""
     for step in range(1, 11):
-        said = {**FIELDS, "optimizer_scalars": {"step": step}}
-        write_directory(tmp_path / str(step) / "checkpoint-10", said)
+        fields = {**FIELDS, "optimizer_scalars": {"step": step}}
+        write_directory(tmp_path / str(step) / "checkpoint-10", fields)
     write_directory(tmp_path / "none" / "checkpoint-10", {**FIELDS, "optimizer_scalars": {}})
     write_directory(
         tmp_path / "bare" / "checkpoint-10", {**FIELDS, "optimizer_scalars": {"step": "x"}}, bare=True
@@ -399,11 +411,11 @@ def test_steps_that_are_well(tmp_path):
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("place", ["model", "m", "v"])
+@pytest.mark.parametrize("section", ["model", "m", "v"])
 @pytest.mark.parametrize("at", [0, -1])
-def test_numbers_are_finite(tmp_path, number, place, at):
+def test_numbers_are_finite(tmp_path, number, section, at):
     model, optimizer = arrays(), moments()
-    group = model if place == "model" else optimizer[place]
+    group = model if section == "model" else optimizer[section]
     group[B].reshape(-1)[at] = number
     for error in refusals(tmp_path, model=model, optimizer=optimizer):
         assert "holds numbers that are not finite" in error.reason
@@ -412,8 +424,8 @@ def test_numbers_are_finite(tmp_path, number, place, at):
 
 @settings(max_examples=30, **PROPERTY)
 @given(st.data(), st.sampled_from(["<f2", "<f4", "<f8", "<c8", ">f2", ">f4", ">f8", ">c8"]))
-def test_only_what_is_not_finite_is_refused(tmp_path, data, dtype):
-    """The largest numbers that there are, and negative zeros where squares stand, are numbers."""
+def test_only_non_finite_numbers_are_refused(tmp_path, data, dtype):
+    """The largest numbers are finite, and -0.0 is not negative."""
     dtype = np.dtype(dtype)
     largest = np.finfo(dtype).max
     numbers = hnp.from_dtype(dtype) | st.sampled_from([largest, -largest, np.nan, np.inf]).map(dtype.type)
@@ -437,7 +449,7 @@ def test_only_what_is_not_finite_is_refused(tmp_path, data, dtype):
 
 
 def test_squares_are_not_negative(tmp_path):
-    for error in refusals(tmp_path, optimizer=changed("v", B, -np.ones((2, 3)))):
+    for error in refusals(tmp_path, optimizer=with_moment("v", B, -np.ones((2, 3)))):
         assert B in error.reason
         assert "negative" in error.reason
 
@@ -449,38 +461,41 @@ def one_directory(tmp_path_factory):
 
 @settings(max_examples=60, **PROPERTY)
 @given(st.data())
-def test_every_flipped_bit_of_the_folder_is_found(one_directory, data):
-    """Of checksum.txt too, but for how the letters of a digest are written, and spaces."""
+def test_every_flipped_bit_of_the_folder_is_detected(one_directory, data):
+    """In checksum.txt, too, except for spaces and the case of hexadecimal digits."""
     name = data.draw(st.sampled_from(["metadata.json", "model.npz", "optimizer.npz", "checksum.txt"]))
     path = one_directory / name
-    good = path.read_bytes()
-    place = data.draw(st.integers(0, len(good) - 1))
-    bad = bytearray(good)
-    bad[place] ^= 1 << data.draw(st.integers(0, 7))
-    path.write_bytes(bad)
+    valid = path.read_bytes()
+    offset = data.draw(st.integers(0, len(valid) - 1))
+    damaged = bytearray(valid)
+    damaged[offset] ^= 1 << data.draw(st.integers(0, 7))
+    path.write_bytes(damaged)
     try:
-        with pytest.raises(CheckpointError) as told:
+        with pytest.raises(CheckpointError) as caught:
             CheckpointManager(one_directory.parent).validate(one_directory)
-        assert "\n" not in str(told.value)
+        assert "\n" not in str(caught.value)
     except BaseException:
-        if name != "checksum.txt" or bytes(bad).decode("latin-1").lower().split() != good.decode().split():
+        if (
+            name != "checksum.txt"
+            or bytes(damaged).decode("latin-1").lower().split() != valid.decode().split()
+        ):
             raise
     finally:
-        path.write_bytes(good)
+        path.write_bytes(valid)
 
 
-def test_wrong_and_missing_files_are_named_at_once(tmp_path, capsys):
+def test_all_wrong_and_missing_files_are_named(tmp_path, capsys):
     path = write_directory(tmp_path / "checkpoint-10")
     expected = (path / "checksum.txt").read_text().split()[2]
     (path / "model.npz").write_bytes(b"something else")
     (path / "optimizer.npz").unlink()
     assert main(["verify", str(path)]) == 1
-    assert "DAMAGED: optimizer.npz is missing" in said(capsys)
+    assert "DAMAGED: optimizer.npz is missing" in read_output(capsys)
     write = (path / "checksum.txt").read_text().splitlines()
     (path / "checksum.txt").write_text("\n".join(line for line in write if "optimizer" not in line))
     assert main(["verify", str(path)]) == 1
-    told = said(capsys)
-    assert f"model.npz does not match checksum.txt: expected {expected}, found " in told
+    output = read_output(capsys)
+    assert f"model.npz does not match checksum.txt: expected {expected}, found " in output
 
 
 @pytest.mark.parametrize(
@@ -505,23 +520,23 @@ def test_wrong_and_missing_files_are_named_at_once(tmp_path, capsys):
         ),
         (lambda path: append(path / "checksum.txt", f"{'0' * 64}  gone.txt\n"), "gone.txt is missing"),
         (lambda path: append(path / "checksum.txt", "hello\n"), "line 4: not '<64 hex digits>  <file>'"),
-        (lambda path: replaced(path / "model.npz", os.mkfifo), "model.npz is not a regular file"),
-        (lambda path: replaced(path / "metadata.json", os.mkdir), "metadata.json is not a regular file"),
-        (lambda path: linked(path / "model.npz"), "model.npz is a link"),
-        (lambda path: linked(path / "checksum.txt"), "checksum.txt is a link"),
+        (lambda path: replace_file(path / "model.npz", os.mkfifo), "model.npz is not a regular file"),
+        (lambda path: replace_file(path / "metadata.json", os.mkdir), "metadata.json is not a regular file"),
+        (lambda path: replace_by_link(path / "model.npz"), "model.npz is a link"),
+        (lambda path: replace_by_link(path / "checksum.txt"), "checksum.txt is a link"),
         (lambda path: path.rename(path.with_name("checkpoint-11")), "it holds step 10"),
     ],
 )
-def test_what_is_wrong_with_the_files(tmp_path, change, reason, capsys):
+def test_problems_with_the_files(tmp_path, change, reason, capsys):
     path = write_directory(tmp_path / "checkpoint-10")
     change(path)
     (path,) = tmp_path.glob("checkpoint-*")
     assert main(["verify", str(path)]) == 1
-    told = said(capsys)
-    assert reason in told
-    assert told.count("\n") == 1
+    output = read_output(capsys)
+    assert reason in output
+    assert output.count("\n") == 1
     assert main(["ls", str(tmp_path)]) == 0
-    assert reason in said(capsys)
+    assert reason in read_output(capsys)
     with pytest.raises(NoIntactCheckpoint):
         CheckpointManager(tmp_path).load_latest()
 
@@ -530,38 +545,38 @@ def append(path, line):
     path.write_text(path.read_text() + line)
 
 
-def replaced(path, make):
+def replace_file(path, make):
     path.unlink()
     make(path)
 
 
-def linked(path):
+def replace_by_link(path):
     path.symlink_to(path.rename(path.parent.parent / "elsewhere"))
 
 
-def test_a_file_that_is_no_part_of_it_is_told_of(tmp_path):
+def test_an_unlisted_file_causes_a_warning(tmp_path):
     path = write_directory(tmp_path / "checkpoint-10")
     (path / "notes.txt").write_text("mine")
     (path / ".DS_Store").write_text("the system's")
-    with pytest.warns(DistrustWarning, match=r"notes\.txt is not in checksum\.txt") as told:
+    with pytest.warns(DistrustWarning, match=r"notes\.txt is not in checksum\.txt") as caught:
         CheckpointManager(tmp_path).validate(10)
-    assert len(told) == 1
+    assert len(caught) == 1
 
 
 def npz(members):
-    """A zip of members whose content is given."""
-    made = io.BytesIO()
-    with zipfile.ZipFile(made, "w") as zipped, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a name that stands twice
+    """A zip of these members."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as zipped, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a name that occurs twice
         for name, content, kind in members:
             zipped.writestr(zipfile.ZipInfo(name), content, compress_type=kind)
-    return made.getvalue()
+    return buffer.getvalue()
 
 
 def npy(array, **options):
-    made = io.BytesIO()
-    np.save(made, array, **options)
-    return made.getvalue()
+    buffer = io.BytesIO()
+    np.save(buffer, array, **options)
+    return buffer.getvalue()
 
 
 PLAIN = npy(np.zeros(4, np.float32))
@@ -589,17 +604,17 @@ STORED, DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
     ],
 )  # fmt: skip
 def test_hostile_arrays_are_refused_and_named(tmp_path, content, reason):
-    """Their checksums are right: whoever made them could digest, too."""
+    """Their checksums are right: an attacker can compute them."""
     path = write_directory(tmp_path / "checkpoint-10")
     (path / "model.npz").write_bytes(npz(content))
     write_checksums(path)
     for use in (CheckpointManager(tmp_path).load, CheckpointManager(tmp_path).validate):
-        with pytest.raises(CorruptCheckpoint, match=reason) as told:
+        with pytest.raises(CorruptCheckpoint, match=reason) as caught:
             use(10)
-        assert "model.npz" in str(told.value)
+        assert "model.npz" in str(caught.value)
 
 
-def test_a_bomb_and_a_file_without_end_cost_nothing(tmp_path):
+def test_a_huge_sparse_file_costs_nothing(tmp_path):
     path = write_directory(tmp_path / "checkpoint-10")
     (path / "model.npz").unlink()
     with (path / "model.npz").open("wb") as file:
@@ -608,7 +623,7 @@ def test_a_bomb_and_a_file_without_end_cost_nothing(tmp_path):
         CheckpointManager(tmp_path).validate(10)
 
 
-def test_encrypted_members_and_what_is_hidden_between_them(tmp_path):
+def test_encrypted_members_and_hidden_data(tmp_path):
     path = write_directory(tmp_path / "checkpoint-10")
     raw = bytearray(npz([("w.npy", PLAIN, STORED)]))
     raw[raw.index(b"PK\1\2") + 8] |= 1
@@ -622,7 +637,7 @@ def test_encrypted_members_and_what_is_hidden_between_them(tmp_path):
         CheckpointManager(tmp_path).load(10)
 
 
-def test_arrays_of_other_layouts_come_back(tmp_path):
+def test_arrays_of_other_layouts_are_read(tmp_path):
     model = {
         "fortran": np.asfortranarray(np.arange(6, dtype=np.float32).reshape(2, 3)),
         "big": np.arange(3, dtype=">f8"),
@@ -669,10 +684,10 @@ def test_hostile_metadata(tmp_path, text, reason):
         ('"\u0100",', 3), ("1.5,", 2), ("999,", 2),
     ],
 )  # fmt: skip
-def test_json_for_which_there_is_no_memory_is_not_begun(monkeypatch, piece, times):
-    """What it takes is known well enough before: never too little, and not many times too much."""
+def test_json_for_which_memory_does_not_suffice_is_not_parsed(monkeypatch, piece, times):
+    """The estimate is never too low, and not many times too high."""
     raw = b'{"a":[' + piece.encode() * (1_100_000 // len(piece)) + b"1]}"
-    gc.disable()  # it would look at each of a million lists again and again
+    gc.disable()  # it would traverse a million lists again and again
     tracemalloc.start()
     try:
         safe_json.parse_object(raw, "it")
@@ -688,7 +703,7 @@ def test_json_for_which_there_is_no_memory_is_not_begun(monkeypatch, piece, time
 
 
 @pytest.mark.parametrize("text", ['"\\ud800"', '{"\\udfff": 1}', '[1, {"a": ["\\ud83d"]}]'])
-def test_half_letters_are_found_wherever_they_stand(tmp_path, text):
+def test_lone_surrogates_are_detected_everywhere(tmp_path, text):
     path = write_directory(tmp_path / "checkpoint-10", bare=True)
     (path / "metadata.json").write_text('{"step": 10, "config": ["\\ud83d\\ude00", ' + text + "]}")
     write_checksums(path)
@@ -696,17 +711,17 @@ def test_half_letters_are_found_wherever_they_stand(tmp_path, text):
         CheckpointManager(tmp_path).load(path)
 
 
-def test_numbers_that_json_has_no_words_for_are_kept(tmp_path):
+def test_nan_and_infinity_in_the_history_are_preserved(tmp_path):
     write_directory(tmp_path / "checkpoint-10", {**FIELDS, "loss_history": [float("nan"), float("inf")]})
     assert equal(CheckpointManager(tmp_path).load(10).history["loss"], np.array([float("nan"), float("inf")]))
 
 
-def test_ours_wins_and_all_are_listed_in_order(tmp_path, capsys):
+def test_our_format_wins_and_all_are_listed_in_order(tmp_path, capsys):
     write_directory(tmp_path / "checkpoint-10")
     write_directory(tmp_path / "checkpoint-30-final", {**FIELDS, "step": 30})
     with CheckpointManager(tmp_path, keep_last=None) as manager:
         for step in (10, 20):
-            manager.save(ours(step))
+            manager.save(own_checkpoint(step))
         assert manager.list_checkpoints() == [10, 20, 30]
         assert list(manager.load(10).model) == ["w"]
         assert manager.load_latest().step == 30
@@ -724,8 +739,8 @@ def content(path):
 
 
 @pytest.mark.parametrize("damage", [False, True])
-def test_nothing_removes_or_counts_one(tmp_path, damage, capsys):
-    """Neither retention, nor prune, nor prune --damaged; and a newer one does not cost ours its place."""
+def test_no_rule_removes_or_counts_one(tmp_path, damage, capsys):
+    """Neither retention, nor prune, nor prune --damaged; a newer one does not displace ours."""
     older = [
         write_directory(tmp_path / "checkpoint-10"),
         write_directory(tmp_path / "checkpoint-90", {**FIELDS, "step": 90}),
@@ -736,28 +751,28 @@ def test_nothing_removes_or_counts_one(tmp_path, damage, capsys):
         (older[1] / "model.npz").write_bytes(b"")
         raw = older[2].read_bytes()
         older[2].write_bytes(raw[:-5])
-    before = [content(path) for path in older]
+    original = [content(path) for path in older]
     with CheckpointManager(tmp_path, keep_last=2, keep_best=0) as manager:
         for step in (20, 30, 40):
-            manager.save(ours(step))
+            manager.save(own_checkpoint(step))
         assert [file.step for file in manager.scan().files] == [30, 40]
         manager.cleanup(keep_last=1)
         assert [file.step for file in manager.scan().files] == [40]
     assert main(["prune", str(tmp_path), "--damaged", "--keep-last", "1"]) == 0
-    assert said(capsys).count("left: in an older format") == (3 if damage else 0)
+    assert read_output(capsys).count("left: in an older format") == (3 if damage else 0)
     assert main(["prune", str(older[0]), "--keep-last", "1"]) == 2
-    assert [content(path) for path in older] == before
+    assert [content(path) for path in older] == original
 
 
 def test_a_save_never_replaces_one(tmp_path):
     path = write_tensor_file(tmp_path / "checkpoint-10.safetensors")
-    before = content(path)
+    original = content(path)
     with CheckpointManager(tmp_path) as manager, pytest.raises(SaveFailed, match="never replaced"):
-        manager.save(ours(10))
-    assert content(path) == before
+        manager.save(own_checkpoint(10))
+    assert content(path) == original
 
 
-def test_a_training_never_begins_beside_one_silently(tmp_path):
+def test_a_training_does_not_start_next_to_one(tmp_path):
     directory = tmp_path / "checkpoints"
     write_directory(directory / "checkpoint-10")
     config = TrainConfig(out=str(tmp_path))
@@ -765,13 +780,13 @@ def test_a_training_never_begins_beside_one_silently(tmp_path):
     with pytest.raises(CheckpointError, match="distrust convert"):
         resume_point.require_startable(config, manager)
     with manager:
-        manager.save(ours(20))
+        manager.save(own_checkpoint(20))
     resume_point.require_startable(config, manager)
-    found, file = resume_point.find_resume_point(config, manager, framework="numpy")
-    assert (found.step, file.step) == (20, 20)
+    resumed, file = resume_point.find_resume_point(config, manager, framework="numpy")
+    assert (resumed.step, file.step) == (20, 20)
 
 
-def test_a_folder_of_another_name_and_folders_of_others(tmp_path):
+def test_renamed_folders_and_folders_of_other_programs(tmp_path):
     moved = write_directory(tmp_path / "checkpoint-10").rename(tmp_path / "my-best")
     assert CheckpointManager(tmp_path).load(moved).step == 10
     for name in ("checkpoint-20/trainer_state.json", "checkpoint-30/adapter_model.bin", "checkpoint-40/a/b"):
@@ -790,70 +805,70 @@ def test_a_folder_of_another_name_and_folders_of_others(tmp_path):
         (lambda path: path.symlink_to("nowhere"), "a link to nothing"),
     ],
 )
-def test_a_name_without_a_checkpoint_is_told(tmp_path, make, reason, capsys):
+def test_a_name_without_a_checkpoint_is_reported(tmp_path, make, reason, capsys):
     write_directory(tmp_path / "checkpoint-10")
     make(tmp_path / "checkpoint-20")
     assert main(["ls", str(tmp_path)]) == 0
-    assert f"{tmp_path / 'checkpoint-20'}: damaged: " in (told := said(capsys))
-    assert reason in told
+    assert f"{tmp_path / 'checkpoint-20'}: damaged: " in (output := read_output(capsys))
+    assert reason in output
     assert main(["verify", str(tmp_path)]) == 1
-    assert str(tmp_path / "checkpoint-20") in said(capsys)
+    assert str(tmp_path / "checkpoint-20") in read_output(capsys)
     assert main(["prune", str(tmp_path), "--damaged"]) == 0
     assert os.path.lexists(tmp_path / "checkpoint-20")
     with pytest.warns(DistrustWarning, match=reason):
         assert CheckpointManager(tmp_path).load_latest().step == 10
 
 
-#: Root without its privileges may do what anybody may.
+#: Root without the capabilities that ignore permissions.
 AS_ANYBODY = ["setpriv", *(f"--{of}=-dac_override,-dac_read_search" for of in ("inh-caps", "bounding-set"))]
 
 
-def unprivileged():
-    """The beginning of a command that obeys permissions; None where there is none."""
+def unprivileged_prefix():
+    """Words before a command so that it obeys permissions; None if that is impossible."""
     if os.geteuid() != 0:
         return []
-    there = shutil.which("setpriv") and subprocess.run([*AS_ANYBODY, "true"], check=False).returncode == 0
-    return AS_ANYBODY if there else None
+    works = shutil.which("setpriv") and subprocess.run([*AS_ANYBODY, "true"], check=False).returncode == 0
+    return AS_ANYBODY if works else None
 
 
 @pytest.mark.parametrize("mode", [0o000, 0o400, 0o100])
-def test_a_folder_that_cannot_be_entered_is_told(tmp_path, mode):
-    if (before := unprivileged()) is None:
+def test_a_folder_that_cannot_be_entered_is_reported(tmp_path, mode):
+    if (prefix := unprivileged_prefix()) is None:
         pytest.skip("root may read everything here")
     write_directory(tmp_path / "checkpoint-10")
     path = write_directory(tmp_path / "checkpoint-20", {**FIELDS, "step": 20})
     path.chmod(mode)
     for command in ("ls", "verify", "convert"):
-        more = ["--to", str(tmp_path / "to")] if command == "convert" else []
-        done = subprocess.run(
-            [*before, sys.executable, "-m", "distrust", command, tmp_path, *more],
+        options = ["--to", str(tmp_path / "to")] if command == "convert" else []
+        process = subprocess.run(
+            [*prefix, sys.executable, "-m", "distrust", command, tmp_path, *options],
             capture_output=True,
             text=True,
             check=False,
         )
-        assert done.returncode == 1
-        assert f"{path}: " in (told := done.stdout + done.stderr)
-        assert "Permission denied" in told
+        assert process.returncode == 1
+        assert f"{path}: " in (output := process.stdout + process.stderr)
+        assert "Permission denied" in output
     path.chmod(0o700)
 
 
-def test_what_cannot_be_looked_at_is_told(tmp_path, monkeypatch):
-    """Whatever the reason: a network that does not answer, too many open files."""
+def test_a_folder_that_cannot_be_read_is_reported(tmp_path, monkeypatch):
+    """Whatever the reason: a network failure, too many open files."""
     path = write_directory(tmp_path / "checkpoint-20", {**FIELDS, "step": 20})
     real = os.listdir
 
-    def listdir(folder=".", *more):
+    def listdir(folder=".", *arguments):
         if os.fspath(folder) == str(path):
             raise OSError(errno.EACCES, "Permission denied")
-        return real(folder, *more)
+        return real(folder, *arguments)
 
-    def denied(name, *more, _open=os.open, **options):
+    def deny(name, *arguments, _open=os.open, **options):
         if os.fspath(name) == str(path):
             raise OSError(errno.EACCES, "Permission denied")
-        return _open(name, *more, **options)
+        return _open(name, *arguments, **options)
 
     monkeypatch.setattr(os, "listdir", listdir)
-    monkeypatch.setattr(os, "open", denied)
+    monkeypatch.setattr(os, "open", deny)
     manager = CheckpointManager(tmp_path)
     for use in (manager.scan, manager.load_latest, lambda: manager.validate(path)):
         with pytest.raises(CheckpointUnreadable, match="checkpoint-20: cannot be read: Permission denied"):
@@ -863,12 +878,12 @@ def test_what_cannot_be_looked_at_is_told(tmp_path, monkeypatch):
 def test_listing_loads_no_numpy(run_python, tmp_path):
     write_directory(tmp_path / "checkpoint-10")
     write_tensor_file(tmp_path / "checkpoint-20.safetensors", file_fields(20))
-    done = run_python(
+    process = run_python(
         "import sys; from distrust.cli import main; assert main() == 0; print('numpy' in sys.modules)",
         "ls",
         tmp_path,
     )
-    assert done.stdout.endswith("False\n"), done.stdout + done.stderr
+    assert process.stdout.endswith("False\n"), process.stdout + process.stderr
 
 
 def test_in_another_framework(tmp_path):
@@ -880,11 +895,11 @@ def test_in_another_framework(tmp_path):
 
 
 @pytest.mark.skipif(not REAL.exists(), reason="the shared checkpoints are not here")
-def test_real_ones(capsys):
+def test_real_checkpoints(capsys):
     manager = CheckpointManager(REAL)
     assert manager.list_checkpoints() == [10, 20, 30]
     assert main(["verify", str(REAL)]) == 0
-    assert said(capsys).count(": ok") == 3
+    assert read_output(capsys).count(": ok") == 3
     loaded = manager.load_latest()
     assert (len(loaded.model), len(loaded.optimizer["m"]), len(loaded.optimizer["v"])) == (8, 8, 8)
     assert loaded.config == {"lora_rank": 8}

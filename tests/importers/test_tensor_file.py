@@ -37,7 +37,7 @@ NAME = "checkpoint-10.safetensors"
 PROPERTY = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
 
 
-def refused(path: Path) -> CorruptCheckpoint:
+def refusal_of(path: Path) -> CorruptCheckpoint:
     """The error of loading and of verifying a file: they agree, in one line."""
     errors = []
     manager = CheckpointManager(path.parent)
@@ -114,7 +114,7 @@ def test_before_the_first_step_there_are_no_moments(tmp_path, form):
     assert CheckpointManager(tmp_path).load(path).optimizer["m"] == {}
     config["step"] = 10
     path = write_tensor_file(tmp_path / NAME, form=form, optimizer={}, config=config)
-    assert "no moments, but step is 10" in refused(path).reason
+    assert "no moments, but step is 10" in refusal_of(path).reason
 
 
 GROUP = optimizer_config(arrays())["param_groups"][0]
@@ -155,14 +155,14 @@ def test_invalid_optimizer_configs_are_refused(tmp_path, form, config, reason):
     if form == "previous":
         config = json_moments(moments()) | config
     path = write_tensor_file(tmp_path / NAME, form=form, config=config)
-    assert reason in refused(path).reason
+    assert reason in refusal_of(path).reason
 
 
 @pytest.mark.parametrize("config", [[], "text", None])
 def test_json_that_is_not_an_object_is_refused(tmp_path, config):
     text = np.frombuffer(json.dumps(config).encode(), np.uint8)
     path = write_tensor_file(tmp_path / NAME, optimizer={}, extra={"_optimizer_config": text})
-    assert "_optimizer_config is not a JSON object" in refused(path).reason
+    assert "_optimizer_config is not a JSON object" in refusal_of(path).reason
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_invalid_moments_of_the_previous_form_are_refused(tmp_path, value, reaso
     config = optimizer_config(arrays()) | json_moments(moments())
     config["exp_avg_sq"][A] = value
     path = write_tensor_file(tmp_path / NAME, form="previous", config=config)
-    error = refused(path)
+    error = refusal_of(path)
     assert reason in error.reason
     assert error.tensor == f"optimizer.v.{A}"
 
@@ -208,18 +208,18 @@ def test_invalid_moments_of_the_previous_form_are_refused(tmp_path, value, reaso
     ],
 )
 def test_other_tensors_are_refused(tmp_path, extra, reason):
-    assert reason in refused(write_tensor_file(tmp_path / NAME, extra=extra)).reason
+    assert reason in refusal_of(write_tensor_file(tmp_path / NAME, extra=extra)).reason
 
 
 def test_moments_without_their_config_are_refused(tmp_path):
     extra = {f"optimizer.exp_avg.{A}": np.ones((6, 2), np.float32)}
     path = write_tensor_file(tmp_path / NAME, optimizer={}, extra=extra)
-    assert "moments, but no tensor _optimizer_config" in refused(path).reason
+    assert "moments, but no tensor _optimizer_config" in refusal_of(path).reason
 
 
 def test_scalars_of_the_directory_format_are_refused(tmp_path):
     path = write_tensor_file(tmp_path / NAME, FIELDS)
-    assert "optimizer_scalars is not part of this format" in refused(path).reason
+    assert "optimizer_scalars is not part of this format" in refusal_of(path).reason
 
 
 @pytest.mark.parametrize(
@@ -259,7 +259,7 @@ def test_non_finite_weights_of_every_dtype_are_found(tmp_path, dtype, valid, inv
 def test_damaged_files_are_refused(tmp_path, change, reason):
     path = write_tensor_file(tmp_path / NAME)
     path.write_bytes(change(path.read_bytes()))
-    assert reason in refused(path).reason
+    assert reason in refusal_of(path).reason
 
 
 def test_safetensors_files_of_other_programs_are_not_checkpoints(tmp_path):

@@ -1,4 +1,4 @@
-"""A run that transformers' Trainer began goes on here: the same weights, moments and steps."""
+"""A run of transformers' Trainer is resumed here with the same weights, moments and steps."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from distrust.testing.models import make_model
 from distrust.training.events import StepEnded
 
 TEXTS = ["ore melts", "the salt", "salt melts at 9 9 9", "at the ore"]
-BEGUN, STEPS = 3, 6
+SAVED, STEPS = 3, 6
 RATE = 5e-3
 
 
 def begin(base: Path, out: Path, *, rank: int) -> Path:
-    """``STEPS`` steps of the real Trainer, each on all texts: their order changes nothing."""
+    """Train ``STEPS`` steps with the real Trainer, each on all texts, so that their order does not matter."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
@@ -39,7 +39,7 @@ def begin(base: Path, out: Path, *, rank: int) -> Path:
     rows = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in TEXTS]
     length = max(map(len, rows))
 
-    def padded(row: list[int]) -> dict[str, list[int]]:
+    def pad(row: list[int]) -> dict[str, list[int]]:
         short = length - len(row)
         return {
             "input_ids": row + [tokenizer.pad_token_id] * short,
@@ -58,7 +58,7 @@ def begin(base: Path, out: Path, *, rank: int) -> Path:
         arguments = TrainingArguments(
             output_dir=str(out),
             max_steps=STEPS,
-            save_steps=BEGUN,
+            save_steps=SAVED,
             per_device_train_batch_size=len(TEXTS),
             learning_rate=RATE,
             weight_decay=0.1,
@@ -68,7 +68,7 @@ def begin(base: Path, out: Path, *, rank: int) -> Path:
             use_cpu=True,
             disable_tqdm=True,
         )
-        Trainer(model=model, args=arguments, train_dataset=[padded(row) for row in rows]).train()
+        Trainer(model=model, args=arguments, train_dataset=[pad(row) for row in rows]).train()
     return out
 
 
@@ -78,15 +78,15 @@ def base(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def begun(base, tmp_path_factory):
-    """Folders of the Trainer by rank: adapters and all weights."""
+def trainer_runs(base, tmp_path_factory):
+    """Folders of the Trainer by rank: 4 is an adapter, 0 the full model."""
     return {rank: begin(base, tmp_path_factory.mktemp("begun"), rank=rank) for rank in (4, 0)}
 
 
 @pytest.fixture
-def folder(begun, tmp_path):
-    """A copy of an adapter's, to change."""
-    return shutil.copytree(begun[4] / f"checkpoint-{BEGUN}", tmp_path / "theirs")
+def folder(trainer_runs, tmp_path):
+    """A copy of the adapter's folder, to change."""
+    return shutil.copytree(trainer_runs[4] / f"checkpoint-{SAVED}", tmp_path / "theirs")
 
 
 @pytest.fixture(scope="module")
@@ -103,8 +103,8 @@ def convert(folder: Path, out: Path, **options: Any) -> Path:
 
 
 @pytest.fixture
-def go_on(base, texts):
-    def go_on(out: Path, *, stop_after: int | None = None, **changed: Any):
+def resume(base, texts):
+    def resume(out: Path, *, stop_after: int | None = None, **changed: Any):
         events = []
 
         def watch(event):
@@ -129,46 +129,46 @@ def go_on(base, texts):
         config = TrainConfig(model=str(base), data=str(texts), out=str(out), **options)
         return DistrustTrainer(config, observers=[watch]).train(), events
 
-    return go_on
+    return resume
 
 
 @pytest.mark.parametrize("rank", [4, 0])
-def test_it_makes_the_steps_that_the_trainer_would_have_made(begun, base, go_on, tmp_path, rank):
-    theirs = begun[rank]
-    taken = read(theirs / f"checkpoint-{BEGUN}", model=str(base))
+def test_it_makes_the_same_steps_as_the_trainer(trainer_runs, base, resume, tmp_path, rank):
+    trainer_run = trainer_runs[rank]
+    imported = read(trainer_run / f"checkpoint-{SAVED}", model=str(base))
     weights = "adapter_model.safetensors" if rank else "model.safetensors"
-    saved = load_file(theirs / f"checkpoint-{BEGUN}" / weights)
-    assert taken.model.keys() == saved.keys()
-    assert all(torch.equal(taken.model[name], saved[name]) for name in saved)
-    state = torch.load(theirs / f"checkpoint-{BEGUN}" / "optimizer.pt", weights_only=True)["state"]
+    saved = load_file(trainer_run / f"checkpoint-{SAVED}" / weights)
+    assert imported.model.keys() == saved.keys()
+    assert all(torch.equal(imported.model[name], saved[name]) for name in saved)
+    state = torch.load(trainer_run / f"checkpoint-{SAVED}" / "optimizer.pt", weights_only=True)["state"]
     moments = {"exp_avg": 0.0, "exp_avg_sq": 0.0}
-    for part in moments:  # by another way: all of them together are the same numbers
-        ours = sum(float(values[part].double().sum()) for values in taken.optimizer["state"].values())
+    for part in moments:  # independent of names: the sums are equal
+        ours = sum(float(values[part].double().sum()) for values in imported.optimizer["state"].values())
         assert ours == pytest.approx(sum(float(v[part].double().sum()) for v in state.values()), rel=1e-12)
-    assert taken.step == BEGUN
-    assert "fingerprints" not in taken.options
+    assert imported.step == SAVED
+    assert "fingerprints" not in imported.options
 
-    convert(theirs / f"checkpoint-{BEGUN}", tmp_path, model=str(base))
+    convert(trainer_run / f"checkpoint-{SAVED}", tmp_path, model=str(base))
     alpha = {} if rank else {"lora_alpha": 32.0}
-    with pytest.warns(DistrustWarning, match=f"is imported .transformers Trainer.*its step {BEGUN}"):
-        ended, events = go_on(tmp_path, lora_rank=rank, **alpha)
-    log = json.loads((theirs / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())["log_history"]
+    with pytest.warns(DistrustWarning, match=f"is imported .transformers Trainer.*its step {SAVED}"):
+        ended, events = resume(tmp_path, lora_rank=rank, **alpha)
+    log = json.loads((trainer_run / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())["log_history"]
     expected = {line["step"]: line["loss"] for line in log}
-    made = {event.step: event.loss for event in events if isinstance(event, StepEnded)}
-    assert made == pytest.approx({step: expected[step] for step in range(BEGUN + 1, STEPS + 1)}, abs=1e-5)
-    assert expected[BEGUN] - made[STEPS] > 1e-2  # it learns meanwhile
+    losses = {event.step: event.loss for event in events if isinstance(event, StepEnded)}
+    assert losses == pytest.approx({step: expected[step] for step in range(SAVED + 1, STEPS + 1)}, abs=1e-5)
+    assert expected[SAVED] - losses[STEPS] > 1e-2  # the loss falls
     last = CheckpointManager(ended.path.parent).load(STEPS, framework="torch")
-    their_last = read(theirs / f"checkpoint-{STEPS}", model=str(base))
+    their_last = read(trainer_run / f"checkpoint-{STEPS}", model=str(base))
     for name, value in their_last.model.items():
         torch.testing.assert_close(last.model[name], value, rtol=0, atol=1e-4)
     for number, values in their_last.optimizer["state"].items():
         torch.testing.assert_close(last.optimizer["state"][number], values, rtol=1e-3, atol=1e-6)
     assert np.allclose(last.history["loss"], [expected[step] for step in range(1, STEPS + 1)], atol=1e-5)
-    assert last.run["continues"] == f"transformers Trainer, step {BEGUN}"
+    assert last.run["continues"] == f"transformers Trainer, step {SAVED}"
 
 
 def test_each_moment_goes_to_its_own_weight(folder):
-    """Moments that are told apart: the number of the parameter, in the Trainer's order."""
+    """Each moment is filled with the number of its parameter, in the Trainer's order."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -185,28 +185,28 @@ def test_each_moment_goes_to_its_own_weight(folder):
     torch.save(saved, folder / "optimizer.pt")
     optimizer = read(folder).optimizer
     names = [name for group in optimizer["param_groups"] for name in group["param_names"]]
-    found = {
+    fills = {
         names[number]: values["exp_avg"].unique().tolist() for number, values in optimizer["state"].items()
     }
-    assert found == {name: [number] for number, name in enumerate(order)}
+    assert fills == {name: [number] for number, name in enumerate(order)}
 
 
-def test_stopped_and_resumed_it_ends_as_if_left_alone(folder, go_on, tmp_path):
+def test_interrupted_and_resumed_it_ends_in_the_same_state(folder, resume, tmp_path):
     def ends(out: Path, *stops: int) -> str | None:
         convert(folder, out)
         with pytest.warns(DistrustWarning, match="is imported"):
-            ended, _ = go_on(out, stop_after=stops[0] if stops else None, lora_dropout=0.0, save_every=1)
-        if stops:  # now it is a run like any other: nothing is warned of
-            ended, _ = go_on(out, save_every=1)
+            ended, _ = resume(out, stop_after=stops[0] if stops else None, lora_dropout=0.0, save_every=1)
+        if stops:  # now it is a run like any other, without a warning
+            ended, _ = resume(out, save_every=1)
         return ended.state_digest
 
     assert ends(tmp_path / "alone") == ends(tmp_path / "stopped", 4)
 
 
-def test_options_that_are_known_are_compared(folder, go_on, tmp_path):
+def test_proven_options_are_compared(folder, resume, tmp_path):
     convert(folder, tmp_path / "run")
     with pytest.raises(ResumeRefused) as refused:
-        go_on(tmp_path / "run", lora_rank=2, weight_decay=0.0, learning_rate=1.0, target_modules=("q_proj",))
+        resume(tmp_path / "run", lora_rank=2, weight_decay=0.0, learning_rate=1.0, target_modules=("q_proj",))
     assert refused.value.differences == (
         "--lora-rank was 4, is 2",
         "--target-modules was all-linear, is q_proj",
@@ -214,27 +214,27 @@ def test_options_that_are_known_are_compared(folder, go_on, tmp_path):
     )
 
 
-def test_a_run_that_would_end_before_is_refused(folder, go_on, tmp_path):
+def test_a_run_that_would_end_earlier_is_refused(folder, resume, tmp_path):
     convert(folder, tmp_path / "run")
     with pytest.raises(ConfigError, match=r"has 3 steps.*was imported at step 3; give more"):
-        go_on(tmp_path / "run", max_steps=BEGUN)
+        resume(tmp_path / "run", max_steps=SAVED)
     assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("*.safetensors")] == [
         "checkpoint-3.safetensors"
     ]
 
 
-def test_before_it_is_gone_on_with_it_cannot_be_measured(folder, tmp_path):
+def test_it_cannot_be_evaluated_until_it_is_resumed(folder, tmp_path):
     with pytest.raises(
         ResumeRefused, match=r"is imported, and its base model is unknown; resume it with .distrust train"
     ):
         open_checkpoint(convert(folder, tmp_path / "run"))
 
 
-def test_without_moments_they_begin_at_zero_and_that_is_told(folder, go_on, tmp_path):
+def test_missing_moments_start_at_zero_with_a_warning(folder, resume, tmp_path):
     (folder / "optimizer.pt").unlink()
     convert(folder, tmp_path / "run")
     with pytest.warns(DistrustWarning, match="dropped: AdamW's moments"):
-        ended, _ = go_on(tmp_path / "run")
+        ended, _ = resume(tmp_path / "run")
     assert ended.step == STEPS
 
 
@@ -253,7 +253,7 @@ class Evil:
 
 
 class Large:
-    """A small pickle that asks for 64 GiB, of a function that torch takes for harmless."""
+    """A small pickle that allocates 64 GiB by a function that torch allows."""
 
     def __reduce__(self):
         return bytearray, (64 << 30,)
@@ -271,7 +271,7 @@ def changed_json(folder: Path, name: str, **values: Any) -> None:
 
 
 def changed_base(folder: Path, **values: Any) -> Path:
-    """A base model whose config makes no sense."""
+    """A copy of the base model with a changed config."""
     path = folder / "adapter_config.json"
     base = shutil.copytree(json.loads(path.read_text())["base_model_name_or_path"], folder.parent / "base")
     changed_json(base, "config.json", **values)
@@ -279,17 +279,17 @@ def changed_base(folder: Path, **values: Any) -> Path:
     return base
 
 
-def recompressed(folder: Path) -> None:
+def recompress(folder: Path) -> None:
     path = folder / "optimizer.pt"
-    with zipfile.ZipFile(path) as there:
-        entries = [(entry.filename, there.read(entry)) for entry in there.infolist()]
+    with zipfile.ZipFile(path) as archive:
+        entries = [(entry.filename, archive.read(entry)) for entry in archive.infolist()]
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
         for name, content in entries:
             file.writestr(name, content)
 
 
-def flipped(path: Path) -> None:
-    """A bit of the largest entry, which torch would take as it is."""
+def flip_bit(path: Path) -> None:
+    """Flip a bit of the largest entry, which torch would not notice."""
     raw = bytearray(path.read_bytes())
     with zipfile.ZipFile(path) as file:
         largest = max(file.infolist(), key=lambda entry: entry.file_size)
@@ -297,12 +297,12 @@ def flipped(path: Path) -> None:
     path.write_bytes(raw)
 
 
-def dangling(path: Path) -> None:
+def replace_by_dangling_link(path: Path) -> None:
     path.unlink()
     path.symlink_to("nowhere")
 
 
-def piped(path: Path) -> None:
+def replace_by_pipe(path: Path) -> None:
     path.unlink()
     os.mkfifo(path)
 
@@ -311,11 +311,11 @@ BROKEN = {
     "objects": lambda f: torch.save({"state": Evil(), "param_groups": []}, f / "optimizer.pt"),
     "much of nothing": lambda f: torch.save({"state": Large(), "param_groups": []}, f / "optimizer.pt"),
     "a bare pickle": lambda f: (f / "optimizer.pt").write_bytes(pickle.dumps(Evil())),
-    "compressed": recompressed,
+    "compressed": recompress,
     "cut": lambda f: os.truncate(f / "optimizer.pt", 20_000),
-    "a pipe": lambda f: piped(f / "optimizer.pt"),
-    "a pipe for a state": lambda f: piped(f / "trainer_state.json"),
-    "a pipe for weights": lambda f: piped(f / "adapter_model.safetensors"),
+    "a pipe": lambda f: replace_by_pipe(f / "optimizer.pt"),
+    "a pipe for a state": lambda f: replace_by_pipe(f / "trainer_state.json"),
+    "a pipe for weights": lambda f: replace_by_pipe(f / "adapter_model.safetensors"),
     "deep": lambda f: (f / "adapter_config.json").write_text('{"a":' * 100_000),
     "huge": lambda f: (f / "adapter_config.json").write_text(" " * (5 << 20)),
     "8-bit": lambda f: changed_optimizer(
@@ -343,8 +343,8 @@ BROKEN = {
     "a base of two lines": lambda f: changed_json(
         f, "adapter_config.json", base_model_name_or_path="x\n\x1b"
     ),
-    "a flipped bit": lambda f: flipped(f / "optimizer.pt"),
-    "a link to nothing": lambda f: dangling(f / "optimizer.pt"),
+    "a flipped bit": lambda f: flip_bit(f / "optimizer.pt"),
+    "a link to nothing": lambda f: replace_by_dangling_link(f / "optimizer.pt"),
     "uphill": lambda f: changed_optimizer(f, lambda s: s["param_groups"][0].update(maximize=True)),
     "other numbers": lambda f: changed_optimizer(f, lambda s: s["state"].update({0.5: s["state"].pop(0)})),
     "no rank": lambda f: changed_json(f, "adapter_config.json", r=None),
@@ -365,7 +365,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_what_does_not_fit_is_one_line(folder, monkeypatch, kind):
+def test_invalid_folders_are_refused_in_one_line(folder, monkeypatch, kind):
     monkeypatch.chdir(folder.parent)
     BROKEN[kind](folder)
     with pytest.raises((CheckpointError, ResumeRefused, ModelError, ConfigError)) as refused:

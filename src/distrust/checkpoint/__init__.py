@@ -1,7 +1,7 @@
-"""The checkpoint core: a library of its own, for people who train with something else too.
+"""The checkpoint core: a standalone library, also for users of other trainers.
 
-It imports the standard library, numpy and the digest library, and no framework. The public names are loaded
-when they are first asked for: who only reads headers pays only for that.
+Needs only the standard library, numpy and blake3. Public names are loaded on first access, so that reading
+headers does not import numpy.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from distrust.checkpoint.checkpoint_file import CheckpointFile, DamagedFile, Scan
     from distrust.checkpoint.manager import CheckpointManager
 
-_HOMES = {
+_MODULES = {
     "Checkpoint": "checkpoint",
     "CheckpointFile": "checkpoint_file",
     "CheckpointManager": "manager",
@@ -28,9 +28,9 @@ __all__ = ["Checkpoint", "CheckpointFile", "CheckpointManager", "DamagedFile", "
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'distrust.checkpoint' has no attribute {name!r}")
-    return getattr(import_module(f"distrust.checkpoint.{_HOMES[name]}"), name)
+    return getattr(import_module(f"distrust.checkpoint.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

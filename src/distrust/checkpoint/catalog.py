@@ -30,7 +30,7 @@ from distrust.checkpoint.files import (
 from distrust.checkpoint.format import ALIGNMENT
 from distrust.checkpoint.header import Header, header_length, parse_header
 from distrust.errors import (
-    NOT_FOUND_ERRORS,
+    NO_SUCH_FILE,
     CheckpointError,
     CheckpointNotFound,
     CheckpointUnreadable,
@@ -152,7 +152,7 @@ def require_exists(target: Path) -> None:
     try:
         os.stat(target)
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a null byte
-        raise CheckpointNotFound(f"{target}: {NOT_FOUND_ERRORS}", path=target) from None
+        raise CheckpointNotFound(f"{target}: {NO_SUCH_FILE}", path=target) from None
     except OSError as error:
         raise CheckpointUnreadable(f"{target}: {read_failure_reason(error)}", path=target) from error
 

@@ -1,11 +1,11 @@
-"""Every system call that changes what is on a disk, each as one method: the seam below the commit protocol.
+"""Every system call that changes a disk, each as one method.
 
-The protocol (``storage.py``) says in which order they are made, this module how. Another disk with the same
-methods can take its place: one that records what was asked of it, or fails when it is told to.
+``storage.py`` decides the order of the calls, this module makes them. A subclass can replace the disk: one
+that records the calls, or fails on request.
 
-Blocks go by direct I/O where the file system takes it (``direct.py``): past the page cache, so that nothing
-is copied twice, and the machine's memory is left to those who need it. Where it is refused, early write-back
-keeps the disk as busy.
+Blocks are written with direct I/O if the file system supports it (``direct_io.py``): without the page cache
+nothing is copied twice, and the memory stays free for others. Otherwise early write-back keeps the disk as
+busy.
 """
 
 from __future__ import annotations
@@ -22,33 +22,37 @@ from pathlib import Path
 from distrust.checkpoint import direct_io
 
 _SYNC_FILE_RANGE_WRITE = 2
+# Constants of macOS without names in Python.
+_F_PREALLOCATE = 42
+_F_ALLOCATEALL, _F_PEOFPOSMODE = 4, 3
 
 
 class Disk:
-    """The real one. Every method raises OSError; descriptors are the operating system's."""
+    """The operating system's disk. Every method raises OSError; descriptors are the system's."""
 
     def make_directory(self, path: Path) -> None:
-        """Make a directory; its parent is there."""
+        """Create a directory; its parent exists."""
         os.mkdir(path)
 
     def open_lock(self, path: Path) -> int:
-        """Open a file to be locked; made if it is not there, never followed if it is a link."""
+        """Open a lock file, creating it if needed; never follows a link."""
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
 
     def write_lock_note(self, descriptor: int, text: str) -> None:
-        """Have a lock say who holds it; it is overwritten, and never synced."""
+        """Replace the text of a lock file; never synced, as it is only for a message."""
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, text.encode(), 0)
 
     def create(self, path: Path) -> int:
-        """Make a new file and open it to be written, for direct I/O if its file system has it."""
+        """Create a new file and open it for writing, with direct I/O if its file system supports it."""
+        # O_EXCL and O_NOFOLLOW: never write into an existing file or through a link.
         flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
         try:
             descriptor = os.open(path, flags | direct_io.FLAG, 0o666)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-            with contextlib.suppress(FileNotFoundError):  # Linux refuses after it has made the file
+            with contextlib.suppress(FileNotFoundError):  # Linux refuses only after creating the file
                 os.unlink(path)
             descriptor = os.open(path, flags, 0o666)
         if sys.platform == "darwin":
@@ -59,7 +63,7 @@ class Disk:
     def reserve(self, descriptor: int, size: int) -> None:
         """Reserve space for a file, or raise ENOSPC before a byte is written."""
         if size and sys.platform == "linux":
-            # Not os.posix_fallocate: where the file system cannot reserve, it writes a byte into every block.
+            # Not os.posix_fallocate: glibc emulates it by writing a byte into every block.
             fallocate = ctypes.CDLL(None, use_errno=True).fallocate
             fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
             if fallocate(descriptor, 0, 0, size) == 0:
@@ -69,33 +73,34 @@ class Disk:
                 raise OSError(code, os.strerror(code))
         elif size and sys.platform == "darwin" and _preallocate(descriptor, size):
             return
+        # Not supported: at least compare with the free space.
         status = os.fstatvfs(descriptor)
         if status.f_bavail * status.f_frsize < size:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def write(self, descriptor: int, view: memoryview, offset: int) -> None:
-        """Write all of ``view``: whole pages that begin on one, as does ``offset``."""
-        begin, length, refused = offset, len(view), False
+        """Write all of ``view``: whole pages, page-aligned, as is ``offset``."""
+        begin, length, is_buffered = offset, len(view), False
         while view:
             try:
                 written = os.pwrite(descriptor, view, offset)
             except OSError as error:
-                if error.errno != errno.EINVAL or refused:
+                if error.errno != errno.EINVAL or is_buffered:
                     raise
-                # Direct I/O may be refused only here: by the file system, or for what a short write left.
+                # Some file systems refuse direct I/O only here, or the unaligned rest of a short write.
                 direct_io.disable(descriptor)
-                refused = True
+                is_buffered = True
                 continue
             view = view[written:]
             offset += written
         _start_write_back(descriptor, begin, length)
 
     def truncate(self, descriptor: int, size: int) -> None:
-        """Cut a file, or let it grow."""
+        """Set the size of a file."""
         os.ftruncate(descriptor, size)
 
     def sync(self, descriptor: int) -> None:
-        """Have the disk hold what was written to a file."""
+        """Make the content of a file durable."""
         _sync(descriptor)
 
     def close(self, descriptor: int) -> None:
@@ -103,7 +108,7 @@ class Disk:
         os.close(descriptor)
 
     def rename(self, source: Path, target: Path) -> None:
-        """Give a file another name; a file of that name is replaced in the same instant."""
+        """Rename a file; atomically replaces an existing one."""
         os.replace(source, target)
 
     def unlink(self, path: Path) -> None:
@@ -111,7 +116,7 @@ class Disk:
         os.unlink(path)
 
     def sync_directory(self, path: Path) -> None:
-        """Have the disk hold the names in a directory."""
+        """Make the names in a directory durable."""
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             _sync(descriptor)
@@ -126,26 +131,25 @@ def _sync(descriptor: int) -> None:
             fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
             return
         except OSError as error:
-            if error.errno not in (errno.ENOTSUP, errno.EINVAL):  # not every file system has it
+            if error.errno not in (errno.ENOTSUP, errno.EINVAL):  # not every file system supports it
                 raise
     os.fsync(descriptor)
 
 
 def _start_write_back(descriptor: int, offset: int, length: int) -> None:
-    """Have the disk begin now what the sync would otherwise find to do at the end."""
+    """Start writing cached pages to the disk now, so that the sync has less to do."""
     if sys.platform == "linux" and not direct_io.is_enabled(descriptor):
         libc = ctypes.CDLL(None)
         libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
-        # Advice only: whether it was written is for the sync to say.
+        # The result does not matter: the sync reports failed writes.
         libc.sync_file_range(descriptor, offset, length, _SYNC_FILE_RANGE_WRITE)
 
 
 def _preallocate(descriptor: int, size: int) -> bool:
-    """macOS: whether the space was given. The file keeps its size: it grows as it is written."""
-    allocate_all, from_the_end = 4, 3  # F_ALLOCATEALL, F_PEOFPOSMODE; Python has no names for them
-    wanted = struct.pack("@Iiqqq", allocate_all, from_the_end, 0, size, 0)
+    """Reserve space on macOS; returns whether that worked. The size of the file does not change."""
+    request = struct.pack("@Iiqqq", _F_ALLOCATEALL, _F_PEOFPOSMODE, 0, size, 0)
     try:
-        fcntl.fcntl(descriptor, 42, wanted)  # F_PREALLOCATE
+        fcntl.fcntl(descriptor, _F_PREALLOCATE, request)
     except OSError:
-        return False  # full, or not this file system's: the free space tells
+        return False  # full, or not supported: the caller compares with the free space
     return True

@@ -197,7 +197,9 @@ class CheckpointManager:
                 one would lose what it did.
         """
         with WarningCollector() as collected:
-            return self._reader.load_latest(framework=framework, mapped=mmap, warnings=collected)[1]
+            return self._reader.load_first_intact(
+                best=False, framework=framework, mapped=mmap, warnings=collected
+            )[1]
 
     def load_best(self, *, framework: arrays.Framework = "numpy", mmap: bool = False) -> Checkpoint:
         """Read the checkpoint with the best metric that verifies; warn of each better one that does not.
@@ -209,7 +211,9 @@ class CheckpointManager:
             NoIntactCheckpoint: if none of those that have it is intact and has a model.
         """
         with WarningCollector() as collected:
-            return self._reader.load_best(framework=framework, mapped=mmap, warnings=collected)[1]
+            return self._reader.load_first_intact(
+                best=True, framework=framework, mapped=mmap, warnings=collected
+            )[1]
 
     def choose(
         self, *, step: int | None = None, best: bool = False, framework: arrays.Framework = "numpy"
@@ -231,8 +235,9 @@ class CheckpointManager:
             if step is not None:
                 file, loaded = self._reader.load(step, framework=framework, warnings=collected)
             else:
-                load = self._reader.load_best if best else self._reader.load_latest
-                file, loaded = load(framework=framework, warnings=collected)
+                file, loaded = self._reader.load_first_intact(
+                    best=best, framework=framework, warnings=collected
+                )
         foreign.require_converted(file)
         return file, loaded
 

@@ -56,17 +56,16 @@ class Reader:
             self._state.record_loaded(file)
         return file, checkpoint
 
-    def load_latest(
-        self, *, framework: arrays.Framework, mapped: bool = False, warnings: WarningCollector
+    def load_first_intact(
+        self, *, best: bool, framework: arrays.Framework, mapped: bool = False, warnings: WarningCollector
     ) -> Loaded:
-        """Read the newest checkpoint that verifies."""
-        return self._load_first_intact(self._list_newest_first, framework, mapped, warnings)
-
-    def load_best(
-        self, *, framework: arrays.Framework, mapped: bool = False, warnings: WarningCollector
-    ) -> Loaded:
-        """Read the checkpoint with the best metric that verifies."""
-        return self._load_first_intact(self._list_best_first, framework, mapped, warnings)
+        """Read the newest checkpoint that verifies, or of those that do the one with the best metric."""
+        while True:
+            files = self._list_best_first() if best else self._list_newest_first()
+            try:
+                return self._load_first_of(files, framework, mapped, warnings)
+            except CheckpointNotFound:
+                continue  # a writer removed one between listing and reading: list again
 
     def inspect(self, target: Target, warnings: WarningCollector) -> CheckpointFile:
         """Read a header."""
@@ -87,7 +86,7 @@ class Reader:
             raise CheckpointNotFound(f"{directory}: no checkpoints here", path=directory)
         return files
 
-    def _list_best_first(self) -> list[CheckpointFile | DamagedFile]:
+    def _list_best_first(self) -> list[CheckpointFile]:
         files = self._state.scan().by_step()
         steps = retention.rank_by_metric(as_candidates(files.values()), self._rules)
         if not steps:
@@ -98,20 +97,6 @@ class Reader:
                 path=self._state.directory,
             )
         return [files[step] for step in steps]
-
-    def _load_first_intact(
-        self,
-        list_candidates: Callable[[], Sequence[CheckpointFile | DamagedFile]],
-        framework: arrays.Framework,
-        mapped: bool,
-        warnings: WarningCollector,
-    ) -> Loaded:
-        while True:
-            files = list_candidates()
-            try:
-                return self._load_first_of(files, framework, mapped, warnings)
-            except CheckpointNotFound:
-                continue  # a writer removed one between listing and reading: list again
 
     def _load_first_of(
         self,

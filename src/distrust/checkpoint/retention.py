@@ -1,4 +1,4 @@
-"""What to keep: a pure function of what there is and of the rules."""
+"""The retention rules: which checkpoints to keep, as a pure function of steps, metrics and rules."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ MetricMode = Literal["min", "max"]
 
 @dataclass(frozen=True, slots=True)
 class Retention:
-    """The rules. What stays is their union; finals and the newest checkpoint always stay.
+    """The rules. A checkpoint that any rule keeps is kept; so are finals and the newest one.
 
     Attributes:
-        keep_last: the last N; None keeps all.
-        keep_best: the best N by ``metric``, among those that have it.
-        keep_every: those whose step is a multiple of it; None for no such rule.
+        keep_last: number of newest checkpoints; None keeps all.
+        keep_best: number of best checkpoints by ``metric``, among those that have it.
+        keep_every: keep steps that are a multiple of it; None for no such rule.
         metric: the name of a metric.
         metric_mode: whether a lower (``min``) or a higher value (``max``) is better.
     """
@@ -48,7 +48,7 @@ class Candidate:
         step: its number.
         final: whether it is a final checkpoint.
         metrics: its metrics.
-        measured_on: what they were measured on; empty where that was not said.
+        measured_on: identifies the data on which they were measured; empty if unknown.
     """
 
     step: int
@@ -58,15 +58,15 @@ class Candidate:
 
 
 def last_steps(candidates: Iterable[Candidate], rules: Retention) -> set[int]:
-    """The steps that the rule "last N" counts; the newest one always."""
+    """The newest ``keep_last`` steps; always at least the newest one."""
     steps = sorted(candidate.step for candidate in candidates)
     return set(steps if rules.keep_last is None else steps[-rules.keep_last :])
 
 
 def rank_by_metric(candidates: Iterable[Candidate], rules: Retention) -> list[int]:
-    """The steps that have the metric, best first; of equals the earlier first.
+    """The steps that have the metric, best first; of equal ones the earlier first.
 
-    Values that were measured on something else than the newest one are no worse and no better, and left out.
+    Values measured on other data than the newest one cannot be compared with it, and are left out.
     """
     measured = [candidate for candidate in candidates if rules.metric in candidate.metrics]
     measured_on = max(measured, key=lambda candidate: candidate.step).measured_on if measured else ""
@@ -80,23 +80,23 @@ def rank_by_metric(candidates: Iterable[Candidate], rules: Retention) -> list[in
 
 
 def _is_nan(value: float) -> bool:
-    # Metadata may hold integers that are too large for a float, and so for math.isnan.
+    # Not math.isnan: metadata may contain integers that are too large for a float.
     return value != value
 
 
 def steps_that_displace(candidates: Iterable[Candidate], rules: Retention) -> set[int]:
-    """The steps whose place in a rule of N lets another one go: they have to be good."""
+    """The steps that count towards a rule of N, so that others are removed: they must be intact."""
     candidates = list(candidates)
     return last_steps(candidates, rules) | set(rank_by_metric(candidates, rules)[: rules.keep_best])
 
 
 def steps_to_keep(candidates: Iterable[Candidate], rules: Retention) -> set[int]:
-    """The steps that stay."""
+    """The steps that any rule keeps."""
     candidates = list(candidates)
     finals = {candidate.step for candidate in candidates if candidate.final}
-    every = {
+    multiples = {
         candidate.step
         for candidate in candidates
         if rules.keep_every is not None and candidate.step % rules.keep_every == 0
     }
-    return steps_that_displace(candidates, rules) | finals | every
+    return steps_that_displace(candidates, rules) | finals | multiples

@@ -1,15 +1,15 @@
-"""The commit protocol: the only place that has anything written, synced, renamed or removed.
+"""The commit protocol: the only module that has anything written, synced, renamed or removed.
 
-What it asks for is done by a disk (``disk.py``), the real one or another in its place. A checkpoint is
-written to a hidden temporary name in its own directory, data first and header last (``pouring.py``), then
-synced, renamed into place, and the directory synced. At every instant the directory therefore holds, under
-the final name, either the file that stood there before or the whole new one.
+The calls are methods of a disk (``disk.py``), so that tests can replace it. A checkpoint is written
+to a hidden temporary name in its own directory, data first and header last (``stream_writer.py``), then
+synced, renamed into place, and the directory synced. So at every instant the directory contains, under the
+final name, either the previous file or the complete new one.
 
-- Space is reserved before the first byte, so that a full disk is found before anything is touched.
-- A failed fsync is never tried again on the same file: the kernel may have dropped the pages it could not
+- Space is reserved before the first byte: a full disk is detected before anything changes.
+- A failed fsync is never retried on the same file: the kernel may have dropped the pages that it could not
   write, and the second call would report success.
 - After a failed fsync of the directory the renamed file stays, and the error is raised.
-- One writer a directory: who writes or removes holds its lock (``lock.py``).
+- There is one writer per directory: only the holder of its lock (``lock.py``) writes or removes.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ import os
 import re
 import secrets
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 from distrust.checkpoint.disk import Disk
 from distrust.checkpoint.parallel import WorkerPool
-from distrust.errors import CheckpointError, SaveFailed
+from distrust.errors import CheckpointError, ErrorTranslator, SaveFailed
 
-#: Threads, not asynchronous system calls: two, in a write most of the time, keep a disk busy on every system.
+#: Threads, not asynchronous system calls: two that write most of the time keep a disk busy on every system.
 WRITES_IN_FLIGHT = 2
+# The 16 random hex digits keep the names of two saves apart; no other file matches.
 _TEMPORARY_NAME = re.compile(r"\.checkpoint-[0-9]+(-final)?\.safetensors\.[0-9a-f]{16}\.tmp", re.ASCII)
 
 
 class AtomicFile:
-    """A new file of a known size that appears under its name wholly, or not at all.
+    """A new file of known size that appears under its name complete, or not at all.
 
     Args:
         path: the final name.
         size: in bytes.
-        disk: what it is written to.
+        disk: performs the system calls.
 
     Raises:
-        SaveFailed: from every method. What stood before is untouched, unless the last step of all, the sync
-            of the directory, failed: then the new file stands.
+        SaveFailed: from every method. What existed before is unchanged, unless only the last step failed, the
+            sync of the directory: then the new file exists.
     """
 
     def __init__(self, path: Path, size: int, disk: Disk) -> None:
@@ -52,41 +52,41 @@ class AtomicFile:
         self._writers: WorkerPool | None = None
         self._descriptor = -1
         try:
-            with self._cleanup_on_error():
+            with self._save_errors():
                 self._descriptor = disk.create(self._temporary)
-                disk.reserve(self._descriptor, size)
+                disk.reserve(self._descriptor, size)  # ENOSPC comes here, before a byte is written
             self._writers = WorkerPool(WRITES_IN_FLIGHT)
         except BaseException:
-            self.discard()
+            self.discard()  # no caller has a reference yet
             raise
 
     def write(self, block: memoryview, offset: int) -> threading.Event:
-        """Begin to write a block.
+        """Start writing a block.
 
         Args:
-            block: whole pages that begin on one. The last block of the file may reach behind its end.
-            offset: where it belongs, a multiple of a page.
+            block: whole pages, page-aligned. The last block of the file may extend beyond its end.
+            offset: its position in the file, a multiple of a page.
 
         Returns:
-            What is set when the block is written; until then it may not change.
+            Set when the block is written; until then it must not change.
         """
-        assert self._writers is not None  # noqa: S101 - until it is committed or discarded
-        with self._cleanup_on_error():
+        assert self._writers is not None  # noqa: S101 - neither committed nor discarded
+        with self._save_errors():
             return self._writers.submit(lambda: self._disk.write(self._descriptor, block, offset))
 
     def commit(self) -> None:
-        """Make the file durable and put it under its name."""
-        assert self._writers is not None  # noqa: S101 - until it is committed or discarded
-        with self._cleanup_on_error():
-            self._writers.finish()
-            self._disk.truncate(self._descriptor, self._size)  # pages are written whole, the last one too
-            self._disk.sync(self._descriptor)
-            # Before it has its name: some file systems tell only here of what they could not write. And the
-            # directory needs a descriptor to be synced, which may be the last one that there is.
+        """Make the file durable and give it its name."""
+        assert self._writers is not None  # noqa: S101 - neither committed nor discarded
+        with self._save_errors():
+            self._writers.finish()  # raises the error of any write in flight
+            self._disk.truncate(self._descriptor, self._size)  # the last page was written whole
+            self._disk.sync(self._descriptor)  # never retried
+            # Close before rename: some file systems report failed writes only on close. And syncing the
+            # directory needs a descriptor, which may be the last one available.
             self._close()
-            self._disk.rename(self._temporary, self._path)
+            self._disk.rename(self._temporary, self._path)  # COMMITS: readers see the new file
         try:
-            self._disk.sync_directory(self._path.parent)
+            self._disk.sync_directory(self._path.parent)  # now the name survives a power cut
         except OSError as error:
             raise SaveFailed(
                 f"{self._path}: written completely, but its directory could not be synced "
@@ -95,20 +95,21 @@ class AtomicFile:
             ) from error
 
     def discard(self) -> None:
-        """Drop what was not committed; does nothing after :meth:`commit`."""
+        """Remove what was not committed; does nothing after :meth:`commit`."""
         try:
             if self._writers is not None:
                 self._writers.stop()
                 self._writers = None
             if self._descriptor >= 0:
-                with contextlib.suppress(OSError):  # it is thrown away
+                with contextlib.suppress(OSError):  # the file is removed anyway
                     self._close()
-        finally:  # an interrupt may cut the wait for the writers short
+        finally:  # also if an interrupt ends the wait for the writers
             with contextlib.suppress(OSError):
-                self._disk.unlink(self._temporary)
+                self._disk.unlink(self._temporary)  # after a commit the name no longer exists
 
     def _close(self) -> None:
-        descriptor, self._descriptor = self._descriptor, -1  # closed, whatever the system says of it
+        # A descriptor is closed even if close() fails: closing it again could close another file.
+        descriptor, self._descriptor = self._descriptor, -1
         self._disk.close(descriptor)
 
     def __enter__(self) -> AtomicFile:
@@ -117,51 +118,50 @@ class AtomicFile:
     def __exit__(self, *exception: object) -> None:
         self.discard()
 
-    @contextlib.contextmanager
-    def _cleanup_on_error(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
+    def _save_errors(self) -> ErrorTranslator:
+        def translate(error: OSError) -> SaveFailed:
             free = _free_bytes(self._path.parent)
-            raise SaveFailed(
-                f"{self._path}: not saved: {error.strerror}; {self._size:,} bytes wanted, "
+            return SaveFailed(
+                f"{self._path}: not saved: {error.strerror}; {self._size:,} bytes needed, "
                 f"{'unknown' if free is None else f'{free:,}'} free. What existed before is unchanged",
                 path=self._path,
                 needed=self._size,
                 free=free,
-            ) from error
+            )
+
+        return ErrorTranslator((OSError,), translate)
 
 
 def make_directory(directory: Path, disk: Disk) -> None:
-    """Make a directory and its parents. Their names are not yet durable: see :func:`sync_names`."""
+    """Create a directory and its parents. Their names are durable only after :func:`sync_names`."""
     if directory.is_dir():
         return
     make_directory(directory.parent, disk)
-    with contextlib.suppress(FileExistsError):
+    with contextlib.suppress(FileExistsError):  # another process created it meanwhile
         disk.make_directory(directory)
 
 
 def sync_names(directory: Path, disk: Disk) -> None:
-    """Have the disk hold the names in a directory, its own, and its parents'.
+    """Make the names in a directory durable, and its own name, and its parents'.
 
-    Those that stand may be another's work, who was killed before it could sync them, or a save's that failed
-    to: to go on from a checkpoint, or to remove an older one, is to rely on its name.
+    A killed writer, or a failed save, may have left names that were never synced. Resuming from a checkpoint,
+    or removing an older one, relies on its name.
 
     Raises:
-        SaveFailed: if that cannot be done.
+        SaveFailed: if they cannot be synced.
     """
     with errors_for_directory(directory):
         disk.sync_directory(directory)
         device = os.stat(directory).st_dev
         for parent in directory.parents:
-            # A mount point was there before, and where we may not write, nothing was made by one like us.
+            # A mount point existed before; and in a directory that is not writable nothing was created.
             if os.stat(parent).st_dev != device or not _may_sync(parent):
                 break
             disk.sync_directory(parent)
 
 
 def _may_sync(directory: Path) -> bool:
-    """Whether this process may write in a directory and open it: a sandbox refuses what permissions allow."""
+    """Whether this process can open and write a directory: a sandbox may deny what permissions allow."""
     try:
         os.close(os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
     except PermissionError:
@@ -169,24 +169,19 @@ def _may_sync(directory: Path) -> bool:
     return os.access(directory, os.W_OK)
 
 
-@contextlib.contextmanager
-def errors_for_directory(directory: Path) -> Iterator[None]:
-    """What the system refuses inside is said of the directory.
-
-    Raises:
-        SaveFailed: for every OSError.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise SaveFailed(f"{directory}: cannot be written to: {error.strerror}", path=directory) from error
+def errors_for_directory(directory: Path) -> ErrorTranslator:
+    """Context manager that raises OSErrors of its block as SaveFailed, with the directory."""
+    return ErrorTranslator(
+        (OSError,),
+        lambda error: SaveFailed(f"{directory}: cannot be written to: {error.strerror}", path=directory),
+    )
 
 
 def remove_stale_files(directory: Path, disk: Disk) -> None:
-    """Remove the temporary files of dead writers, and of saves that failed where nothing could be removed.
+    """Remove the temporary files of dead writers and failed saves.
 
-    The caller holds the lock and has no write under way, so nobody needs one. What cannot be removed now is
-    left to the next time.
+    The caller has the lock and no write in progress, so nobody uses them. What cannot be removed now is
+    left for the next call.
     """
     try:
         with os.scandir(directory) as entries:
@@ -199,23 +194,23 @@ def remove_stale_files(directory: Path, disk: Disk) -> None:
 
 
 def remove(paths: list[Path], disk: Disk) -> None:
-    """Remove files. One that is gone already is no error.
+    """Remove files; one that no longer exists is not an error.
 
-    Not synced: should a power cut bring one back, the next clean-up removes it again.
+    Not synced: if a power cut restores one, the next cleanup removes it again.
 
     Raises:
-        CheckpointError: for the first that cannot be removed; the others are gone then.
+        CheckpointError: for the first that cannot be removed, after removing the others.
     """
-    failed: list[CheckpointError] = []
+    errors: list[CheckpointError] = []
     for path in paths:
         try:
             disk.unlink(path)
         except FileNotFoundError:
             pass
         except OSError as error:
-            failed.append(CheckpointError(f"{path}: cannot be removed: {error.strerror}", path=path))
-    if failed:
-        raise failed[0]
+            errors.append(CheckpointError(f"{path}: cannot be removed: {error.strerror}", path=path))
+    if errors:
+        raise errors[0]
 
 
 def _free_bytes(directory: Path) -> int | None:
@@ -223,4 +218,4 @@ def _free_bytes(directory: Path) -> int | None:
         status = os.statvfs(directory)
     except OSError:
         return None
-    return status.f_bavail * status.f_frsize
+    return status.f_bavail * status.f_frsize  # available to this user, without the reserve of root

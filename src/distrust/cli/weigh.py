@@ -8,7 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, get_args
 
@@ -61,8 +61,8 @@ _OPTIONS_OF_TRAIN: dict[str, dict[str, Any]] = {
     "subset": {**_NAME, "help": "of a hub data set"},
     "revision": {**_NAME, "help": "of a hub data set"},
 }
-_FIRST_REPORT_SECONDS, _REPORT_SECONDS = 2.0, 10.0  # a command that ends at once prints no progress
-_LIVE_REPORT_SECONDS = 0.2
+# A command that ends at once prints no progress.
+_FIRST_REPORT_SECONDS, _REPORT_SECONDS, _LIVE_REPORT_SECONDS = 2.0, 10.0, 0.2
 
 
 def main(arguments: list[str]) -> int:
@@ -89,9 +89,7 @@ def main(arguments: list[str]) -> int:
         recompute=options.recompute,
     )
     # Complete rows, because --out writes them again.
-    columns = WholeRows(
-        **{item.name: getattr(scoring.columns, item.name) for item in fields(scoring.columns)}
-    )
+    columns = WholeRows(**asdict(scoring.columns))
     sources = [
         open_source(name, columns, split=config.split, subset=config.subset, revision=config.revision)
         for name in options.data

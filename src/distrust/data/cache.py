@@ -106,16 +106,13 @@ class Cache:
     def corpus(
         self, key: str | None, parts: Parts, sizes: tuple[int, ...], build: Callable[[], Iterable[Corpus]]
     ) -> Corpus:
-        """Load the corpus of a key, or build and store it.
+        """Load the corpus of a key, or build and store it. It is memory-mapped.
 
         Args:
             key: digest of all that determines the corpus; None if that is unknown: then nothing is stored.
             parts: the names of the sources' parts, for the locations.
             sizes: the examples of each source.
             build: returns the corpora of consecutive blocks of records.
-
-        Returns:
-            The corpus, memory-mapped.
 
         Raises:
             ConfigError: it cannot be written, for example because the disk is full.

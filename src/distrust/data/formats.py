@@ -251,8 +251,8 @@ def _parquet(file: BinaryIO, columns: Columns) -> Iterator[Row]:
     try:
         # No pre-buffering and one thread: memory stays at one batch.
         table = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=_CHUNK)
-        needed = columns.needed_from(_header(table.schema_arrow.names))
-        for batch in table.iter_batches(BATCH_ROWS, columns=needed, use_threads=False):
+        names = columns.needed_from(_header(table.schema_arrow.names))
+        for batch in table.iter_batches(BATCH_ROWS, columns=names, use_threads=False):
             for row in batch.to_pylist():
                 number += 1
                 yield number, columns.select(row)

@@ -61,8 +61,8 @@ def rows(name: str, table: Any, columns: Columns) -> Iterator[Row]:
     """The rows of a loaded split, numbered from 1; only the needed columns are decoded."""
     number = 0
     try:
-        needed = table.with_format(None).select_columns(columns.needed_from(table.column_names))
-        for batch in needed.iter(BATCH_ROWS):
+        table = table.with_format(None).select_columns(columns.needed_from(table.column_names))
+        for batch in table.iter(BATCH_ROWS):
             for values in zip(*batch.values(), strict=True):
                 number += 1
                 yield number, columns.select(dict(zip(batch, values, strict=True)))

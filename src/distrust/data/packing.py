@@ -46,7 +46,7 @@ def one_per_row(examples: NDArray[np.int64]) -> PackedRows:
 def pack(
     examples: NDArray[np.int64], lengths: NDArray[np.int64], *, capacity: int, seed: int, window: int = WINDOW
 ) -> PackedRows:
-    """Pack several examples into each row.
+    """Pack several examples into each row, each example into one row.
 
     Args:
         examples: int64[n], example numbers.
@@ -54,9 +54,6 @@ def pack(
         capacity: the largest number of tokens in a row.
         seed: determines the windows.
         window: how many examples are packed together.
-
-    Returns:
-        The rows, each example in one of them.
 
     Raises:
         ValueError: an example is longer than a row.

@@ -180,16 +180,13 @@ def read_records(
     default_authority_weight: float | None = None,
     default_provenance_entropy: float | None = None,
 ) -> list[Record]:
-    """Reads all records of a file or folder into memory.
+    """Reads all records of a file or folder into memory, in order; at least one.
 
     Args:
         path: the file or folder, as ``--data`` takes it.
         default_authority_weight: w in [0, 0.99] of records without one (high: less training weight); without
             a default that is an error.
         default_provenance_entropy: H in bits of records without one; without a default that is an error.
-
-    Returns:
-        The records in file order, at least one.
 
     Raises:
         DataError: as for ``check_records``.

@@ -21,7 +21,7 @@ from distrust.bundled import CORPUS
 from distrust.config import BUNDLED
 from distrust.data import hub
 from distrust.data.columns import Columns
-from distrust.data.formats import JSON_LINES, PARQUET, Format, Row, format_of, is_binary, is_data, open_bytes
+from distrust.data.formats import JSON_LINES, PARQUET, Row, format_of, is_binary, is_data, open_bytes
 from distrust.data.records import Unit
 from distrust.data.temp_copy import TempCopy
 from distrust.errors import ConfigError, DataError, read_failure_reason
@@ -134,7 +134,8 @@ def _file_part(path: Path, name: str, columns: Columns, temp_folder: Path | None
                 f"{name}: not a data file; give JSON Lines, JSON, CSV, TSV or Parquet (text also as .gz)"
             )
         version = _file_version(path)
-        digest = _digest(path, form.name)
+        with path.open("rb") as file:
+            digest = _digest(file, form.name)
 
     @contextlib.contextmanager
     def open_part() -> Iterator[BinaryIO]:
@@ -153,7 +154,7 @@ def _file_part(path: Path, name: str, columns: Columns, temp_folder: Path | None
 
 def _copy_part(copy: TempCopy, columns: Columns, *, name: str, unit: Unit) -> Part:
     """A part that a temporary copy in JSON Lines holds."""
-    form: Format = JSON_LINES
+    form = JSON_LINES
 
     def rows() -> Iterator[Row]:
         with _readable(name), copy.open() as file:
@@ -161,9 +162,8 @@ def _copy_part(copy: TempCopy, columns: Columns, *, name: str, unit: Unit) -> Pa
             yield from ((number - shift, fields) for number, fields in form.rows(file, columns))
 
     with _readable(name), copy.open() as file:
-        digest = blake3(f"{form.name}\n".encode())
-        _update(digest, file)
-    return Part(name, unit, digest.hexdigest(), rows)
+        digest = _digest(file, form.name)
+    return Part(name, unit, digest, rows)
 
 
 def _table_part(name: str, table: Any, columns: Columns) -> Part:
@@ -175,7 +175,8 @@ def _saved_part(folder: Path, columns: Columns) -> Part:
     with _readable(str(folder)):
         digest = blake3(b"saved\n")
         for file in sorted(path for path in folder.iterdir() if path.is_file()):
-            digest.update(f"{file.name} {_digest(file, 'file')}\n".encode())
+            with file.open("rb") as content:
+                digest.update(f"{file.name} {_digest(content, 'file')}\n".encode())
     table = hub.load_saved(folder)
     return Part(str(folder), "row", digest.hexdigest(), lambda: hub.rows(str(folder), table, columns))
 
@@ -232,17 +233,12 @@ def _split_of(path: Path) -> str | None:
     return None
 
 
-def _digest(path: Path, prefix: str) -> str:
+def _digest(file: BinaryIO, prefix: str) -> str:
     # The prefix separates equal bytes that are read in different ways.
     digest = blake3(f"{prefix}\n".encode(), max_threads=blake3.AUTO)
-    with path.open("rb") as file:
-        _update(digest, file)
-    return str(digest.hexdigest())
-
-
-def _update(digest: Any, file: BinaryIO) -> None:
     while block := file.read(_BLOCK):
         digest.update(block)
+    return str(digest.hexdigest())
 
 
 def _file_version(path: Path) -> tuple[int, ...]:

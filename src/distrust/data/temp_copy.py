@@ -59,14 +59,14 @@ class TempCopy:
                 raise DataError(
                     f"{location}: {json_kind(example)}, not a mapping; give a dict for each example"
                 )
-            needed = {
+            fields = {
                 str(key): example[key]
                 for key in columns.needed_from(list(example))
                 # A source class is optional: one of another type is left out, not refused.
                 if key not in columns.source or isinstance(example[key], str | int | float)
             }
             try:
-                self._file.write(json.dumps(needed, default=_to_builtin).encode() + b"\n")
+                self._file.write(json.dumps(fields, default=_to_builtin).encode() + b"\n")
             except (TypeError, ValueError, RecursionError) as error:
                 raise DataError(f"{location}: {error}; give text, numbers, and messages of them") from None
 

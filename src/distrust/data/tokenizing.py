@@ -39,16 +39,13 @@ def tokenize(
     max_length: int,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Corpus:
-    """Tokenizes records that are in memory, and truncates each to ``max_length`` tokens.
+    """Tokenizes records that are in memory, in order, and truncates each to ``max_length`` tokens.
 
     Args:
         records: at least one.
         tokenizer: a tokenizer of transformers, or anything that satisfies the protocol.
         max_length: the largest number of tokens of an example, 2 or more.
         on_progress: called after some records with the number done and the total.
-
-    Returns:
-        The corpus, in the order of the records.
 
     Raises:
         DataError: there are no records, a conversation cannot be rendered, or an example has no token to

@@ -18,7 +18,7 @@ from distrust.checkpoint.catalog import RUN_SUBDIRECTORY
 from distrust.checkpoint.format import tensor_hasher
 from distrust.config import BUNDLED
 from distrust.data.hub import is_name
-from distrust.errors import NOT_FOUND_ERRORS, ModelError
+from distrust.errors import NO_SUCH_FILE, ModelError
 
 #: Bound on each JSON file of a model's folder; the largest tokenizers take some ten MiB.
 MAX_JSON_BYTES = 256 << 20
@@ -42,7 +42,7 @@ def locate(name: str) -> tuple[str, bool]:
     folder = Path(name)
     if not folder.exists():
         if not is_name(name):
-            raise ModelError(f"--model {name}: {NOT_FOUND_ERRORS}")
+            raise ModelError(f"--model {name}: {NO_SUCH_FILE}")
         return name, False
     if not folder.is_dir():
         raise ModelError(f"--model {name}: is a file; give the folder of a model")

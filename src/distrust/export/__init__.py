@@ -84,7 +84,7 @@ def export(
     _require_one_of("--format", format, ExportFormat)
     _require_one_of("--dtype", dtype, ExportDtype)
     to = Path(os.path.abspath(to))
-    require_free(to)
+    require_free(to)  # before anything slow
     # torch writes every format; without it, the framework of the checkpoint's engine, or any other.
     framework: engines.EngineName | None = "torch" if engines.is_installed("torch") else None
     file, checkpoint = engines.read_checkpoint(Path(target), step=step, best=best, framework=framework)
@@ -122,7 +122,7 @@ def export(
 
 def _default_format(config: TrainConfig, file: CheckpointFile) -> ExportFormat:
     if not config.lora_rank:
-        return "merged"
+        return "merged"  # there is no adapter
     return "mlx" if engines.recorded_engine(file) == "mlx" else "adapter"
 
 
@@ -163,7 +163,7 @@ def _merged(file: CheckpointFile, checkpoint: Checkpoint, model: str | None, *, 
 
     config = engines.config_of(file, model=model)
     with engines.base_model_errors(file, config.model, overridden=model is not None):
-        require_mergeable(config)
+        require_mergeable(config)  # before the base model is loaded
     # Always on the CPU and with the base model in full precision: the sum is rounded once.
     changes = {"engine": "torch", "device": "cpu", "gradient_checkpointing": False, "quantization": "none"}
     engine = engines.engine_of(file, checkpoint, model=model, changes=changes)

@@ -64,7 +64,7 @@ def detect_format(path: Path) -> str | None:
         return DIRECTORY if _is_named_folder(path) and os.path.islink(path) else None  # a dangling link
     except OSError:
         return DIRECTORY if _is_named_folder(path) and not os.path.isfile(path) else None
-    except (ValueError, CorruptCheckpoint):
+    except (ValueError, CorruptCheckpoint):  # a name with a zero byte; a pipe or device
         return None
 
 

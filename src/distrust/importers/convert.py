@@ -51,12 +51,14 @@ class ConvertedCheckpoint:
 
     Attributes:
         source: its path.
-        outcome: ``converted``; ``already converted``, with the same state; ``refused``, because of the
-        target, or because no run here could resume from it; ``damaged``; ``unreadable`` by this process;
-        ``incomplete``, without a model. reason: why nothing was written, or what was not imported. step:
-        optimizer steps made; None if unknown. target: our file; None if there is none. state_digest: the
-        identity of its state. is_verified: whether its format has checksums of the weights, which were
-        compared. In other formats, a bit that flipped earlier is not detected.
+        outcome: ``already converted``: with the same state; ``refused``: because of the target, or because no
+            run here could resume from it; ``unreadable``: by this process; ``incomplete``: without a model.
+        reason: why nothing was written, or what was not imported.
+        step: optimizer steps made; None if unknown.
+        target: our file; None if there is none.
+        state_digest: the identity of its state.
+        is_verified: whether its format has checksums of the weights, which were compared. In other formats, a
+            bit that flipped earlier is not detected.
     """
 
     source: Path
@@ -104,7 +106,7 @@ def convert(
         SaveFailed: if the target cannot be written to.
     """
     sources = _list_sources(source)
-    _require_own_target(to)
+    _require_own_target(to)  # before anything is created
     results = []
     # The folders of this training's checkpoints, now and before they were moved.
     origins = {Path(os.path.realpath(path)).parent for path in sources}
@@ -176,7 +178,7 @@ def _convert(
     except DistrustError as error:
         return ConvertedCheckpoint(source, _outcome_of(error), str(error).removeprefix(f"{source}: "))
     step = checkpoint.step
-    if not checkpoint.model:
+    if not checkpoint.model:  # metadata only
         return ConvertedCheckpoint(source, "incomplete", _NO_MODEL, step)
     checkpoint = replace(checkpoint, run=with_conversion_source(checkpoint.run, os.path.realpath(source)))
     path = manager.directory / checkpoint_file_name(step, imported.kind)
@@ -186,6 +188,7 @@ def _convert(
         existing = _existing_state(path)
         is_verified = imported.format == importers.DIRECTORY
         if existing == digest:
+            # It was converted earlier, so its former folder is one of this training, too.
             origins |= _origin(catalog.read_header(path))
             return ConvertedCheckpoint(source, "already converted", None, step, path, digest, is_verified)
         reason = None if force else _conflict(path, existing, digest) or _other_training(manager, origins)

@@ -25,17 +25,11 @@ _NON_FINITE_F8 = {
 
 
 class HostArray(NamedTuple):
-    """An array as its file describes it, with its data or without.
+    """An array as its file describes it, with its data or without."""
 
-    Attributes:
-        dtype: the checkpoint format's name, a key of :data:`~distrust.checkpoint.format.ITEM_SIZES`.
-        shape: its dimensions.
-        data: uint8[nbytes], little-endian, in C layout; None if only described.
-    """
-
-    dtype: str
+    dtype: str  # the checkpoint format's name, a key of ITEM_SIZES
     shape: tuple[int, ...]
-    data: Any = None
+    data: Any = None  # uint8[nbytes], little-endian, in C layout; None if only described
 
     @property
     def nbytes(self) -> int:

@@ -40,35 +40,20 @@ FOREIGN_CONFIG, FOREIGN_FIELDS = "foreign_config", "foreign_fields"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Imported:
-    """A checkpoint of another program.
+    """A checkpoint of another program: what every importer returns."""
 
-    Attributes:
-        format: its name.
-        step: optimizer steps made.
-        kind: by its file name.
-        model: name -> array, of a framework or a :class:`HostArray`.
-        optimizer: AdamW's state in the form of either engine; empty without moments.
-        rng: the state of random generators.
-        history: metric -> array.
-        options: our options that the checkpoint proves, by key.
-        metadata: the caller's, and what has no other place.
-        metrics: of this step.
-        dropped: a line for each thing that is not imported.
-        source: further keys of ``run`` about its origin.
-    """
-
-    format: str
-    step: int
-    kind: Kind = "periodic"
-    model: Mapping[str, Any]
-    optimizer: Mapping[str, Any] = field(default_factory=dict)
-    rng: Mapping[str, Any] = field(default_factory=dict)
-    history: Mapping[str, Any] = field(default_factory=dict)
-    options: Mapping[str, Any] = field(default_factory=dict)
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    dropped: tuple[str, ...] = ()
-    source: Mapping[str, Any] = field(default_factory=dict)
+    format: str  # its name, for listings and messages
+    step: int  # optimizer steps made
+    kind: Kind = "periodic"  # by its file name
+    model: Mapping[str, Any]  # name -> array, of a framework or a HostArray
+    optimizer: Mapping[str, Any] = field(default_factory=dict)  # AdamW's state in the form of either engine
+    rng: Mapping[str, Any] = field(default_factory=dict)  # the state of random generators
+    history: Mapping[str, Any] = field(default_factory=dict)  # metric -> array
+    options: Mapping[str, Any] = field(default_factory=dict)  # our options that the checkpoint proves, by key
+    metadata: Mapping[str, Any] = field(default_factory=dict)  # the caller's, and what has no other place
+    metrics: Mapping[str, float] = field(default_factory=dict)  # of this step
+    dropped: tuple[str, ...] = ()  # a line for each thing that is not imported
+    source: Mapping[str, Any] = field(default_factory=dict)  # further keys of ``run`` about its origin
 
     def to_checkpoint(self, framework: Framework = "numpy") -> Checkpoint:
         """A checkpoint of the same state; each :class:`HostArray` becomes an array of ``framework``.
@@ -101,43 +86,25 @@ class Imported:
 
 @dataclass(eq=False, kw_only=True)
 class ImportedHeader:
-    """The metadata of a checkpoint in an older format, with the attributes of our own header.
+    """The metadata of a checkpoint in an older format, with the attributes of our own header."""
 
-    Attributes:
-        format: its name.
-        kind: by its file name.
-        file_size: of all its files, in bytes.
-        describe: returns the arrays of its model and optimizer by label, without their data.
-        lacks_arrays: whether it has neither model nor optimizer.
-        step: optimizer steps made.
-        timestamp: when it was saved, usually in seconds since 1970; unchecked.
-        losses: of the logged steps, oldest first.
-        random_state: unchecked.
-        metadata: the caller's, unchanged.
-        optimizer_scalars: what the optimizer holds besides arrays.
-        config: of the program that wrote it, unchanged.
-        unknown: all other fields.
-        digest: empty: the format has none. So are ``state_digest`` and ``measured_on``.
-        run_info: when it was saved, its metrics, and the format's name.
-    """
-
-    format: str
-    kind: Kind
-    file_size: int
-    describe: Callable[[], Mapping[str, HostArray]]
-    lacks_arrays: bool
-    step: int
-    timestamp: Any
-    losses: tuple[float, ...]
-    random_state: Any
-    metadata: dict[str, Any]
-    optimizer_scalars: dict[str, Any]
-    config: dict[str, Any]
-    unknown: dict[str, Any]
-    digest: str = ""
-    state_digest: str = ""
-    measured_on: str = ""
-    run_info: dict[str, Any] = field(init=False)
+    format: str  # its name
+    kind: Kind  # by its file name
+    file_size: int  # of all its files, in bytes
+    describe: Callable[[], Mapping[str, HostArray]]  # returns its arrays by label, without their data
+    lacks_arrays: bool  # whether it has neither model nor optimizer
+    step: int  # optimizer steps made
+    timestamp: Any  # when it was saved, usually in seconds since 1970; unchecked
+    losses: tuple[float, ...]  # of the logged steps, oldest first
+    random_state: Any  # unchecked
+    metadata: dict[str, Any]  # the caller's, unchanged
+    optimizer_scalars: dict[str, Any]  # what the optimizer holds besides arrays
+    config: dict[str, Any]  # of the program that wrote it, unchanged
+    unknown: dict[str, Any]  # all other fields
+    digest: str = ""  # the format has none
+    state_digest: str = ""  # it gets one when it is converted
+    measured_on: str = ""  # the format does not say
+    run_info: dict[str, Any] = field(init=False)  # when it was saved, its metrics, and the format's name
 
     def __post_init__(self) -> None:
         self.run_info = {

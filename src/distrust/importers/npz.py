@@ -114,7 +114,7 @@ def _read_member(stream: IO[bytes], declared: int, depth: Depth, *, nonnegative:
         )
     if not is_valid_shape(shape):
         raise CorruptCheckpoint("its shape is not that of an array")
-    array = HostArray(_DTYPES[dtype.name], shape)
+    array = HostArray(_DTYPES[dtype.name], shape)  # a description; memory is allocated below
     if header_bytes + array.nbytes != declared:  # checked before memory is allocated for it
         raise CorruptCheckpoint(
             f"dtype and shape need {array.nbytes:,} bytes, but it has {max(0, declared - header_bytes):,}"
@@ -162,7 +162,7 @@ def _read_pieces(stream: IO[bytes], nbytes: int) -> Iterator[bytes]:
     remaining = nbytes
     while remaining:
         piece = stream.read(min(remaining, PIECE_BYTES))
-        if not piece:
+        if not piece:  # the zip declares more than it holds
             raise CorruptCheckpoint(f"its data ends {remaining:,} bytes too early")
         remaining -= len(piece)
         yield piece

@@ -70,8 +70,8 @@ class NpzFolder:
     def __init__(self, path: Path, descriptor: int) -> None:
         self._path = path
         self._descriptor = descriptor
-        self._names = set(os.listdir(descriptor))
-        self._checksums: dict[str, str] = {}
+        self._names = set(os.listdir(descriptor))  # once: all checks see the same files
+        self._checksums: dict[str, str] = {}  # file name -> SHA-256 in lower case
         self.header = self._read_header()
 
     @classmethod
@@ -114,7 +114,7 @@ class NpzFolder:
         members = sorted({*MEMBERS} & self._names)
         file_size, raw = 0, b""
         for name in members:
-            with _collect(problems):
+            with _collect(problems):  # a link or a folder does not hide other problems
                 file_size += self._status(name).st_size
         with _collect(problems):
             self._checksums = self._read_checksums()
@@ -163,10 +163,11 @@ class NpzFolder:
 
         with self._open_file(name) as (descriptor, status):
             if name in _ARRAY_FILES:
+                # Bounds are checked before the whole file is hashed.
                 self._read_array_headers(descriptor, name, status.st_size)
             require_checksum(name, self._checksums, _sha256(descriptor))
             if name not in _ARRAY_FILES:
-                return {}
+                return {}  # listed in checksum.txt, but not part of the format
             squares = "v." if name == OPTIMIZER else ""
             arrays = npz.read(descriptor, name, depth, nonnegative=squares)
             # The checksum was computed in an earlier pass over the same file.

@@ -28,17 +28,11 @@ NAMES_SHOWN = 5
 
 
 class OptimizerConfig(NamedTuple):
-    """The parameter groups of an optimizer.
+    """The parameter groups of an optimizer."""
 
-    Attributes:
-        step: steps that it made; unchecked.
-        groups: as in the file; every field is valid.
-        names: of all parameters, each once.
-    """
-
-    step: Any
-    groups: list[dict[str, Any]]
-    names: list[str]
+    step: Any  # steps that it made; unchecked
+    groups: list[dict[str, Any]]  # as in the file; every field is valid
+    names: list[str]  # of all parameters, each once
 
     def options(self, shapes: Shapes) -> tuple[dict[str, Any], tuple[str, ...]]:
         """Our options that the groups prove, by key, and a line for each thing that no option expresses."""
@@ -54,7 +48,7 @@ class OptimizerConfig(NamedTuple):
             }
             for is_matrix in (True, False)
         )
-        if len(betas) == 1:
+        if len(betas) == 1:  # here one pair of betas holds for all parameters
             options["adam_beta1"], options["adam_beta2"] = betas.pop()
         elif betas:
             dropped.append("the betas, which differ between parameter groups")
@@ -62,7 +56,7 @@ class OptimizerConfig(NamedTuple):
             options["weight_decay"] = matrix_decays.pop()
         elif matrix_decays:
             dropped.append("the weight decay, which differs between parameter groups")
-        if any(vector_decays):
+        if any(vector_decays):  # biases and norms
             dropped.append("the weight decay of vectors: here only matrices are decayed")
         return options, tuple(dropped)
 
@@ -87,7 +81,7 @@ def parse_config(fields: dict[str, Any], what: str, *, with_moments: bool) -> Op
             f"{what}: {_GROUPS} is not a list of groups, each with params, lr, betas and weight_decay"
         )
     names = [name for group in groups for name in group["params"]]
-    if len({*names}) != len(names):
+    if len({*names}) != len(names):  # which group's options would hold is ambiguous
         raise CorruptCheckpoint(f"{what}: a parameter occurs twice in {_GROUPS}")
     return OptimizerConfig(fields[STEP], groups, names)
 

@@ -51,19 +51,12 @@ _ADAPTER_WEIGHT = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class TrainedWeights:
-    """What was trained.
+    """What was trained."""
 
-    Attributes:
-        base: the base model, a folder or a hub name.
-        options: our options that the folder proves, by key.
-        parameters: of the model without its weights: only names, order and shapes count.
-        weights: float32, by the same names.
-    """
-
-    base: str
-    options: Mapping[str, Any]
-    parameters: dict[str, torch.nn.Parameter]
-    weights: Mapping[str, torch.Tensor]
+    base: str  # the base model, a folder or a hub name
+    options: Mapping[str, Any]  # our options that the folder proves, by key
+    parameters: dict[str, torch.nn.Parameter]  # without weights: only names, order and shapes count
+    weights: Mapping[str, torch.Tensor]  # float32, by the same names
 
 
 def read_full_model(folder: Path, base: str | None) -> TrainedWeights:
@@ -102,7 +95,8 @@ def read_adapter(folder: Path, base: str | None) -> TrainedWeights:
     modules = {_module_of(name, folder) for name in saved}
     ranks = {value.shape[:1] for name, value in saved.items() if "lora_A" in name or "embedding_A" in name}
     rank = config.get("r")
-    if type(rank) is not int or ranks != {(rank,)}:  # checked before arrays of the claimed size are made
+    # peft would allocate what the config claims.
+    if type(rank) is not int or ranks != {(rank,)}:
         raise refusal(folder, f"the rank of its weights is not the rank in {ADAPTER_CONFIG}")
     base, model = _base_model(config, folder) if base is None else (base, meta_model(base))
     if not modules <= dict(model.named_modules()).keys():
@@ -114,7 +108,7 @@ def read_adapter(folder: Path, base: str | None) -> TrainedWeights:
         )
         parameters, peft_names = _adapted_parameters(base, train_config)
         if {*peft_names.values()} == saved.keys():
-            break
+            break  # otherwise the last candidate gives the message below
     _require_same_names(folder, base, saved.keys(), peft_names.values())
     weights = {name: saved[peft_names[id(parameter)]] for name, parameter in parameters.items()}
     result_options = train_config.with_effect("result")
@@ -143,6 +137,7 @@ def _require_plain_lora(config: Mapping[str, Any], folder: Path, *, base_given: 
     initialization = config.get("init_lora_weights")
     if not any(initialization is plain or initialization == plain for plain in _PLAIN_INITIALIZATIONS):
         raise refusal(folder, f"{ADAPTER_CONFIG} sets init_lora_weights, which changed the base model")
+    # The name of a hub model alone would load its newest revision.
     if config.get("revision") and not base_given:
         raise refusal(folder, "its base model is a specific revision; pass a folder with it as --model")
 
@@ -150,6 +145,7 @@ def _require_plain_lora(config: Mapping[str, Any], folder: Path, *, base_given: 
 def _base_model(config: Mapping[str, Any], folder: Path) -> tuple[str, torch.nn.Module]:
     """The base model that an adapter names, and that model without its weights."""
     name = config.get("base_model_name_or_path")
+    # The name becomes a path or an address, and part of messages.
     if type(name) is not str or not 0 < len(name) <= MAX_NAME_CHARACTERS or not name.isprintable():
         raise refusal(folder, f"{ADAPTER_CONFIG} does not name the base model; pass it as --model")
     try:

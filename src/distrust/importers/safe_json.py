@@ -42,7 +42,7 @@ def parse_object(raw: bytes, what: str) -> dict[str, Any]:
         raise CorruptCheckpoint(f"{what} is not valid JSON: {shorten(str(error))}") from None
     if type(value) is not dict:
         raise CorruptCheckpoint(f"{what} is not a JSON object")
-    if _is_too_deep(value):
+    if _is_too_deep(value):  # later code is recursive
         raise CorruptCheckpoint(f"{what} is nested deeper than {MAX_DEPTH} levels")
     if rb"\ud" in raw.lower():  # half of a surrogate pair: no checkpoint could store it as UTF-8
         try:

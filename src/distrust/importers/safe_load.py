@@ -35,7 +35,7 @@ def read_json(path: Path, *, max_bytes: int) -> dict[str, Any]:
         CheckpointError: if the file does not exist, is too large, or is not a JSON object.
     """
     with safe_errors(path), open_file(path) as file:
-        raw = file.read(max_bytes + 1)
+        raw = file.read(max_bytes + 1)  # one more, to see that it is larger
         if len(raw) > max_bytes:
             raise CorruptCheckpoint(f"larger than {max_bytes >> 20} MiB")
         return parse_object(raw, "the file")
@@ -68,7 +68,7 @@ def read_torch(path: Path) -> Any:
         with open_file(path) as file:
             if not zipfile.is_zipfile(file):
                 raise CorruptCheckpoint("not in the format of torch.save since version 1.6")
-            archive = zipfile.ZipFile(file)
+            archive = zipfile.ZipFile(file)  # torch.load below opens the file again
             _require_stored(archive, size=os.fstat(file.fileno()).st_size)
             _require_tensors_only(archive)
         # weights_only: torch's own second line of defence against pickles that run code.
@@ -101,10 +101,11 @@ def to_float32(tensor: Any, *, shape: torch.Size, what: str, path: Path) -> torc
 def _require_stored(archive: zipfile.ZipFile, *, size: int) -> None:
     """Nothing may expand when it is read: torch neither compresses nor shares entries."""
     entries = archive.infolist()
-    if len(entries) > MAX_ENTRIES:
+    if len(entries) > MAX_ENTRIES:  # each takes memory as an object
         raise CorruptCheckpoint(f"holds {len(entries)} entries")
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise CorruptCheckpoint("holds compressed entries, which torch never writes")
+    # Entries that overlap would expand like a bomb.
     if sum(max(entry.file_size, entry.compress_size) for entry in entries) > size:
         raise CorruptCheckpoint("holds more than its size allows")
     # torch writes the CRC-32 of each entry, but does not compare it on loading.

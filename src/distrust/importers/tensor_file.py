@@ -69,7 +69,7 @@ class TensorFile:
             describe=importers.describe,
             lacks_arrays=not self._model and self._json.keys() == {METADATA_TENSOR},
         )
-        if self.header.optimizer_scalars:
+        if self.header.optimizer_scalars:  # two sources of the optimizer's step could disagree
             raise CorruptCheckpoint(f"{METADATA_TENSOR}: optimizer_scalars is not part of this format")
 
     @classmethod
@@ -183,6 +183,7 @@ class TensorFile:
 
 def _read_header(descriptor: int, size: int) -> dict[str, TensorInfo]:
     """Every tensor by name; together they fill the file without gaps, as safetensors requires."""
+    # Bounds the length, which is read from the file, by the file's size.
     end = header_length(os.pread(descriptor, LENGTH_BYTES, 0), size)
     raw = bytearray(end - LENGTH_BYTES)
     read_into(descriptor, memoryview(raw), LENGTH_BYTES)
@@ -197,7 +198,7 @@ def _read_header(descriptor: int, size: int) -> dict[str, TensorInfo]:
                 f"tensor {quote_untrusted(info.name)} does not begin where the previous one ends"
             )
         offset += info.nbytes
-    if offset != size:
+    if offset != size:  # cut off, or with hidden data
         raise CorruptCheckpoint(f"the tensors end at byte {offset:,}, but the file has {size:,}")
     return tensors
 

@@ -99,6 +99,7 @@ def _read_optimizer(
     groups, saved = _split_state(read_torch(path), path)
     group_options = _group_options(groups, path)
     config = options.from_mapping({**trained.options, **group_options}, where=str(path))
+    # Our own empty state gives the layout of groups and options.
     state = make_optimizer(trained.parameters, config).state_dict()
     names = _name_parameters(groups, trained.parameters, path)
     if saved.keys() != names.keys():
@@ -159,7 +160,7 @@ def _name_parameters(
     groups: Sequence[Mapping[str, Any]], parameters: Mapping[str, torch.nn.Parameter], path: Path
 ) -> dict[int, str]:
     """Number -> name. Shapes are compared later; then no vector can be mistaken for a matrix."""
-    if len(groups) == 1:
+    if len(groups) == 1:  # no weight decay, or an optimizer of the user
         name_groups = [list(parameters)]
     else:
         name_groups = [
@@ -186,7 +187,7 @@ def _moments(values: Any, name: str, shape: torch.Size, path: Path, *, step: int
         raise _not_adamw(path)
     steps = values["step"]
     if type(steps) is torch.Tensor and steps.numel() == 1 and steps.device.type == "cpu":
-        steps = steps.item()
+        steps = steps.item()  # newer torch saves a tensor, older an integer
     if type(steps) not in (int, float) or not 0 < steps <= step:
         raise CorruptCheckpoint(
             f"{name}: its step is {quote_untrusted(repr(steps))}; the checkpoint's is {step}", path=path
@@ -218,6 +219,7 @@ def _log_lines(state: Mapping[str, Any], step: int) -> Iterator[tuple[int, dict[
     lines = state.get("log_history")
     for line in lines if type(lines) is list else []:
         line_step = line.get("step") if type(line) is dict else None
+        # The log is only for display: invalid lines are skipped, not refused.
         if type(line_step) is int and 1 <= line_step <= step:
             yield line_step, {name: value for name, value in line.items() if type(value) is float}
 

@@ -101,21 +101,17 @@ def _problems(sections: Mapping[str, Any], known: Mapping[str, Mapping[str, Any]
 
 def _expected_type(section: str, key: str, value: Any) -> str | None:
     """What a key's value must be; None if it is."""
-    is_error = section == "missing" and value == _IS_AN_ERROR
-    match section:
-        case "coefficients":
-            return None if _is_number(value) else "a number, 0 or more"
-        case "columns":
-            return None if isinstance(value, str) and value else "the name of a column"
-        case "missing" if key == "rank":
-            return None if is_error or _is_number(value, 1) else 'a number in [0, 1], or "error"'
-        case "missing":
-            return None if is_error or _is_number(value) else 'a number, 0 or more, or "error"'
-        case "ranks":
-            return None if _is_number(value, 1) else "a number in [0, 1]"
-        case _:
-            is_list = isinstance(value, list) and all(isinstance(kind, str) for kind in value)
-            return None if is_list else "a list of kinds"
+    if section == "columns":
+        return None if isinstance(value, str) and value else "the name of a column"
+    if section == "evidence":
+        is_list = isinstance(value, list) and all(isinstance(kind, str) for kind in value)
+        return None if is_list else "a list of kinds"
+    is_rank = section == "ranks" or (section, key) == ("missing", "rank")  # in [coefficients] it is not
+    expected = "a number in [0, 1]" if is_rank else "a number, 0 or more"
+    valid = _is_number(value, 1 if is_rank else math.inf)
+    if section == "missing":
+        return None if valid or value == _IS_AN_ERROR else f'{expected}, or "error"'
+    return None if valid else expected
 
 
 def _is_number(value: Any, high: float = math.inf) -> bool:
