@@ -33,7 +33,8 @@ LAYERS = [
     {"data"},
     {"contract"},
     {"training", "engines"},
-    {"importers", "export", "reporting"},
+    {"importers", "reporting"},
+    {"export"},
     {"trainer"},
     {"demo", "evaluation", "testing"},
     {"cli"},
@@ -47,7 +48,6 @@ STRING_IMPORTS = {
     "distrust.checkpoint": "public names are loaded on first access",
     "distrust.checkpoint.arrays": "an adapter in the same package is loaded with its framework",
     "distrust.cli": "a command loads only its own module",
-    "distrust.engines": "an engine in the same package is loaded with its framework",
 }
 IMPORT_FUNCTIONS = {"import_module", "__import__", "run_module"}
 FRAMEWORKS = {"torch", "mlx", "mlx_lm", "jax", "peft", "tensorflow"}
