@@ -101,6 +101,26 @@ class Burst:
             self._errors.append(traceback.format_exc())
 
 
+def run_concurrently(acts: list[Callable[[], object]]) -> None:
+    """Do each on a thread of its own, all at once; raises what one of them raised."""
+    barrier, errors = threading.Barrier(len(acts)), []
+
+    def run_one(act: Callable[[], object]) -> None:
+        try:
+            barrier.wait()
+            act()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run_one, args=(act,)) for act in acts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
 def _load(load: Callable[[], Checkpoint]) -> None:
     try:
         model.version_of(load())
