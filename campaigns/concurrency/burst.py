@@ -16,7 +16,7 @@ from distrust import Checkpoint, CheckpointManager
 from distrust.errors import CheckpointDirectoryLocked, CheckpointNotFound
 
 THREADS, OPERATIONS = (2, 6), (2, 6)  # from, to
-FORK_SECONDS = 60.0
+FORK_SECONDS = 60.0  # for one forked child
 _JOIN_SECONDS = 60.0  # for one thread
 
 

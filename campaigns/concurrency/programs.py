@@ -36,7 +36,7 @@ OPERATIONS = 40  # in a program
 SIZES = (16, 16, 500, 500, 5_000, 200_000)  # items; the last one takes long enough to overlap
 #: How long to wait for a lock that another one holds; the races test the real time.
 LOCK_SECONDS = 0.02
-_LOG_ENTRIES = 25
+_LOG_ENTRIES = 25  # of a finding: the last operations
 
 
 class Handle(NamedTuple):

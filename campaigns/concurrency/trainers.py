@@ -24,7 +24,7 @@ OPTIONS = (
     *("--max-steps", "12", "--save-every", "3", "--batch-size", "2"),
     *("--lora-rank", "4", "--threads", "1", "--lora-dropout", "0.1"),
 )
-HANG_SECONDS = 600.0
+HANG_SECONDS = 600.0  # three trainings share the processor
 
 
 def run(campaign: Campaign, case: Case, folder: Path) -> None:

@@ -32,15 +32,15 @@ from campaigns.fuzz import (
     training,
 )
 
-FILES_PER_CASE = 100
+FILES_PER_CASE = 100  # at random
 #: One in so many random cases has folders of other programs.
 FOLDERS_EVERY = 4
 #: One in so many files of a case is a real one, read by every method.
 FILES_EVERY = 50
-REPETITIONS = 4
-GUIDED_RUNS = 20_000
-ALLOWED_BYTES = 64 << 20
-IN_MEMORY = Path("/dev/shm")
+REPETITIONS = 4  # of each family and specimen
+GUIDED_RUNS = 20_000  # by default
+ALLOWED_BYTES = 64 << 20  # of the reading process, beyond its start
+IN_MEMORY = Path("/dev/shm")  # quicker than a disk
 READ_IN_MEMORY = "files read in memory"
 OLDER = "checkpoints in an older format, by every method"
 READ_FROM_DISK = "files read from disk, by every method"

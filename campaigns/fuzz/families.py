@@ -337,7 +337,7 @@ CHANGES: dict[str, Callable[[Draft, Random], None]] = {
     "text of run": _text_of_run,
     "data": _data,  # shorter, longer or reversed
 }
-_CHANGE_NAMES = (*CHANGES,)
+_CHANGE_NAMES = (*CHANGES,)  # for random choices
 
 
 # Complete files.
@@ -399,4 +399,4 @@ FILES: dict[str, Callable[[Specimen, Random], bytes]] = {
     "noise": _noise,  # framed or not
     "another writer's": lambda _, __: frame(b'{"a":{"data_offsets":[0,1],"dtype":"U8","shape":[1]}}') + b"\0",
 }
-_FILE_NAMES = (*FILES,)
+_FILE_NAMES = (*FILES,)  # for random choices

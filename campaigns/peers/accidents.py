@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-KILL = "SIGKILL in mid-save"
+KILL = "SIGKILL in mid-save"  # name of the only accident to a process
 
 Strike = Callable[[Sequence[Path], random.Random], str]
 

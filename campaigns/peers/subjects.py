@@ -20,7 +20,7 @@ from blake3 import blake3
 
 from campaigns.peers.accidents import COMMON, Accident
 
-TENSORS = 16
+TENSORS = 16  # of the state
 Arrays = dict[str, "np.ndarray[Any, Any]"]
 
 
@@ -60,7 +60,7 @@ Report = Callable[[str, int], None]
 #: The step that it resumed from, and the proof of its values.
 Resumed = tuple[int, str] | None
 
-SAVES = 12
+SAVES = 12  # of a process that is to be killed
 
 
 class Subject(ABC):
