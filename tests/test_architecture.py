@@ -47,8 +47,6 @@ STRING_IMPORTS = {
     "distrust.checkpoint.arrays": "an adapter in the same package is loaded with its framework",
     "distrust.cli": "a command loads only its own module",
     "distrust.engines": "an engine in the same package is loaded with its framework",
-    "distrust.importers": "a reader in the same package is loaded for its format",
-    "distrust.importers.convert": "a reader in the same package is loaded for its format",
 }
 IMPORT_FUNCTIONS = {"import_module", "__import__", "run_module"}
 FRAMEWORKS = {"torch", "mlx", "mlx_lm", "jax", "peft", "tensorflow"}

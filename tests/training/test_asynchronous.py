@@ -53,7 +53,7 @@ def test_async_run_equals_sync_run_and_does_not_block_the_event_loop(trainer, al
         blocker = Blocker()
         task = asyncio.create_task(trainer(tmp_path / "run", blocker).train_async())
         await first_step(blocker)
-        for _ in range(10):  # the event loop turns, though the run stands still
+        for _ in range(10):  # the event loop runs while the training is blocked
             await asyncio.sleep(0.001)
         blocker.let_go.set()
         return await task, blocker.events

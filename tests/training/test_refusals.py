@@ -284,7 +284,7 @@ def test_nan_loss_stops_before_the_step(run, data, tmp_path, example):
     assert f"step {error.value.step}: the loss is not finite" in str(error.value)
     assert f"{data}:{example + 1}" in str(error.value)
     assert [event.step for event in events if isinstance(event, CheckpointStarted)] == steps
-    # What stands is what the run without that example's loss had saved.
+    # The checkpoints equal those of a run whose losses are finite.
     reference, stopped = (CheckpointManager(tmp_path / name / "checkpoints") for name in ("good", "bad"))
     assert stopped.list_checkpoints() == steps
     for step in steps:

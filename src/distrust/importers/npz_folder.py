@@ -17,10 +17,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from distrust import importers
 from distrust.checkpoint.files import open_regular, read_into
 from distrust.errors import CorruptCheckpoint, DistrustWarning, quote_untrusted, shorten
-from distrust.importers import CHECKSUMS, MEMBERS, METADATA, MODEL, OPTIMIZER
+from distrust.importers.detect import CHECKSUMS, DIRECTORY, MEMBERS, METADATA, MODEL, OPTIMIZER
 from distrust.importers.host_arrays import PIECE_BYTES, Depth, HostArray
 from distrust.importers.imported import Imported, ImportedHeader
 from distrust.importers.metadata import MAX_METADATA_BYTES, merge_unique, parse_header
@@ -133,9 +132,8 @@ class NpzFolder:
             raw,
             METADATA,
             self._path,
-            format=importers.DIRECTORY,
+            format=DIRECTORY,
             file_size=file_size,
-            describe=importers.describe,
             lacks_arrays=not self._names & {*_ARRAY_FILES},
         )
 

@@ -9,7 +9,6 @@ import os
 import secrets
 import time
 import warnings
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -132,17 +131,12 @@ class TensorBoardWriter:
                 self._file = None
             case _ if self._file is not None:
                 step, values = scalars_of(event)
-                if values:
-                    self._add(step, summary=self._summarize(values))
+                entry = self._summary.Summary.Value
+                if entries := [entry(tag=tag, simple_value=value) for tag, value in values.items()]:
+                    self._add(step, summary=self._summary.Summary(value=entries))
 
     def _add(self, step: int, **content: Any) -> None:
         self._file.add_event(self._event.Event(wall_time=time.time(), step=step, **content))
-
-    def _summarize(self, values: Mapping[str, float]) -> Any:
-        entry = self._summary.Summary.Value
-        return self._summary.Summary(
-            value=[entry(tag=tag, simple_value=value) for tag, value in values.items()]
-        )
 
 
 class WandbWriter:

@@ -158,11 +158,7 @@ def tokenize_cached(
     max_length: int,
     report: Progress,
 ) -> Corpus:
-    """The tokenized corpus, from the cache if possible; without a digest of the tokenizer, never from it.
-
-    Raises:
-        DataError: records cannot be trained on.
-    """
+    """The tokenized corpus, from the cache if possible; without a digest of the tokenizer, never from it."""
     reader, stats = data.reader, data.stats
     inputs = f"{reader.key} {tokenizer_digest} {max_length}"  # everything that determines the corpus
     key = None if tokenizer_digest is None else blake3(inputs.encode()).hexdigest()
@@ -208,11 +204,7 @@ def warn_of_unmeasured_classes(config: TrainConfig, trained: Corpus, evaluated: 
 
 
 def max_length_of(config: TrainConfig, context_length: int | None) -> int:
-    """Maximum tokens of an example, for a model with this context length, if known.
-
-    Raises:
-        ConfigError: the config asks for more than the context length.
-    """
+    """Maximum tokens of an example, for a model with this context length, if known."""
     if config.max_length is None:
         return min(DEFAULT_MAX_LENGTH, context_length or DEFAULT_MAX_LENGTH)
     if context_length is not None and config.max_length > context_length:

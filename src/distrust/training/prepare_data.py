@@ -87,12 +87,7 @@ def prepare_data(
     context_length: int | None,
     report: Progress,
 ) -> PreparedData:
-    """Tokenize, weigh and order the data; options that depend on it and are None are resolved.
-
-    Raises:
-        DataError: records cannot be trained on.
-        ConfigError: options do not fit the model or the data.
-    """
+    """Tokenize, weigh and order the data; options that depend on it and are None are resolved."""
     max_length = max_length_of(config, context_length)
     corpus, eval_corpus = _tokenize(config, sources, tokenizer, max_length=max_length, report=report)
     rows = _rows(config, corpus, capacity=max_length)  # by source
