@@ -1,4 +1,4 @@
-"""Fixtures that several folders of tests share."""
+"""Fixtures that several test folders share."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _cache_of_their_own(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Tests keep tokenized data to themselves, and so do the processes they start."""
+def _separate_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tests and the processes they start use a separate cache."""
     os.environ["DISTRUST_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture
 def start_python() -> Callable[..., subprocess.Popen[str]]:
-    """Starts ``python -c code arguments…`` with pipes; what runs at the end of the test is killed."""
+    """Starts ``python -c code arguments…`` with pipes; kills processes that still run after the test."""
     started: list[subprocess.Popen[str]] = []
 
     def start(code: str, *arguments: object, **environment: str) -> subprocess.Popen[str]:
@@ -82,9 +82,9 @@ TINY: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def no_fsync() -> Iterator[None]:
-    """A sync matters where power fails: there (``test_power_cut``) the calls are seen, not the disk.
+    """Disables fsync: it matters only for power loss, and ``test_power_cut`` checks the calls, not the disk.
 
-    Of a module and no longer: the same process may look for losses on failing disks next.
+    Module scope, because later tests in the same process may inject disk failures.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
@@ -92,8 +92,8 @@ def no_fsync() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def _only_what_is_new_is_searched() -> Iterator[None]:
-    """A search for what can go takes half a second among all that the tests before have imported."""
+def _freeze_earlier_objects() -> Iterator[None]:
+    """Excludes earlier imports from garbage collection, which would take half a second."""
     gc.collect()
     gc.freeze()
     yield
@@ -102,7 +102,7 @@ def _only_what_is_new_is_searched() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eleven records: an epoch does not end where a step does."""
+    """Eleven records, so an epoch does not end where a step does."""
     return write_records(tmp_path_factory.mktemp("data") / "records.jsonl")
 
 
@@ -117,7 +117,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Stopper:
-    """An observer that sends a real signal to this process once a step has ended."""
+    """An observer that sends a real signal to this process after a step."""
 
     def __init__(self, step: int | None, number: int = signal.SIGTERM) -> None:
         self.step = step
@@ -133,7 +133,7 @@ Run = Callable[..., tuple[RunEnded, list[Event]]]
 
 @pytest.fixture
 def run(data: Path) -> Run:
-    """Runs the loop on a toy engine: ``run(out, stop_after=3, **options)`` gives the end and all events."""
+    """Trains the toy engine: ``run(out, stop_after=3, **options)`` returns the last event and all events."""
 
     def run(
         out: Path,
@@ -159,9 +159,9 @@ def run(data: Path) -> Run:
 
 @pytest.fixture(scope="session")
 def train(tiny_model: Path, data: Path) -> Run:
-    """The same on the tiny model, by torch unless told: seven steps, and eleven records make an epoch.
+    """Trains the tiny model, with torch by default: seven steps, eleven records per epoch.
 
-    With ``awaited`` it runs in a thread of its own, and is stopped by a call.
+    With ``awaited`` it calls ``train_async`` and stops by a call instead of a signal.
     """
 
     def train(

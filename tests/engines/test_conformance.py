@@ -247,15 +247,15 @@ def test_evaluation_changes_nothing(make, tmp_path):
 
     engine = train_two_steps(make(dropout=0.3))
     engine.begin_micro_step(seed=7, step=1, micro_step=0)
-    begun = digest(engine, tmp_path)
+    initial = digest(engine, tmp_path)
     first = engine.evaluate(BATCH)
-    assert digest(engine, tmp_path) == begun
+    assert digest(engine, tmp_path) == initial
     assert same(engine.micro_step(BATCH, tokens=BATCH.tokens), expected)
     assert same(engine.evaluate(BATCH), first)
     assert engine.clip_gradients(1.0) == norm
     engine.evaluate(select_examples(BATCH, [0]))
     engine.update(learning_rate=0.1)
-    assert digest(engine, tmp_path) == expected_digest != begun
+    assert digest(engine, tmp_path) == expected_digest != initial
 
 
 def test_evaluation_has_no_dropout(make, dropping):
@@ -349,8 +349,8 @@ def test_an_invalid_step_count_is_refused(make, tmp_path, steps):
 @pytest.mark.parametrize("make", ENGINES[1:], indirect=True)
 def test_weights_alone_load_in_any_precision_and_reset_the_optimizer(make, tmp_path):
     """As in adapters of other programs: they become float32."""
-    begun = train_two_steps(make()).state()
-    narrow = {name: _cast(array, "float16") for name, array in begun.model.items()}
+    initial = train_two_steps(make()).state()
+    narrow = {name: _cast(array, "float16") for name, array in initial.model.items()}
     engine, wide = train_two_steps(make()), make()
     engine.load_state(EngineState(narrow, {}, {}))
     wide.load_state(replace(wide.state(), model={name: _cast(a, "float32") for name, a in narrow.items()}))

@@ -23,7 +23,7 @@ from distrust.errors import ModelError, NonFiniteLoss, ResumeRefused
 from distrust.testing.models import make_model
 from distrust.training.events import Evaluated, MemoryReset, StepEnded
 
-pytestmark = pytest.mark.usefixtures("_only_what_is_new_is_searched")
+pytestmark = pytest.mark.usefixtures("_freeze_earlier_objects")
 
 #: test_exact_resume.py has the toy engine's runs.
 either = pytest.mark.parametrize("engine", ENGINES[1:])

@@ -22,7 +22,7 @@ from distrust.engines import create_engine  # noqa: E402
 from distrust.errors import ConfigError  # noqa: E402
 from distrust.training.events import StepEnded  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("_only_what_is_new_is_searched")
+pytestmark = pytest.mark.usefixtures("_freeze_earlier_objects")
 BATCH = make_batch()
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="mlx compiles by g++ on a CPU")
 
@@ -67,8 +67,8 @@ print(json.dumps([uses, hoarded]))
 
 
 def test_resets_do_not_accumulate_memory(run_python, tiny_model, data, tmp_path):
-    """What is held, to 2 %: mlx takes a freed buffer for something a bit smaller. What is kept for later, to
-    30 %: what a new engine's first passes leave there is its threads' to say.
+    """Active memory to 2%, because mlx reuses a freed buffer for a slightly smaller array; the cache to 30%,
+    because its size after an engine's first passes depends on the timing of threads.
     """
     process = run_python(MEMORY, tiny_model, data, tmp_path)
     assert process.returncode == 0, process.stderr
@@ -98,15 +98,15 @@ def test_the_gradient_with_dropout_predicts_the_loss(config, checkpointed, compi
     engine = create_engine(
         replace(config, lora_dropout=0.3, gradient_checkpointing=checkpointed, compile=compiled)
     )
-    begun = train_two_steps(engine).state()
+    trained_state = train_two_steps(engine).state()
 
     def loss(state):
         engine.load_state(state)
         (losses,) = pass_through(engine, [BATCH])
         return losses.weighted.sum() / BATCH.tokens
 
-    empty = {name: array * 0 for name, array in begun.model.items()}
-    initial = loss(replace(begun, optimizer={**begun.optimizer, "m": empty}))
+    empty = {name: array * 0 for name, array in trained_state.model.items()}
+    initial = loss(replace(trained_state, optimizer={**trained_state.optimizer, "m": empty}))
     engine.clip_gradients(0.0)
     engine.update(learning_rate=0.0)
     moments = engine.state().optimizer["m"]
@@ -114,7 +114,12 @@ def test_the_gradient_with_dropout_predicts_the_loss(config, checkpointed, compi
     squares = sum(float((slope * slope).sum()) for slope in gradient.values())
     length = 1e-3
     ends = [
-        loss(replace(begun, model={k: v + sign * length * gradient[k] for k, v in begun.model.items()}))
+        loss(
+            replace(
+                trained_state,
+                model={k: v + sign * length * gradient[k] for k, v in trained_state.model.items()},
+            )
+        )
         for sign in (1, -1)
     ]
     assert min(ends) < initial < max(ends)

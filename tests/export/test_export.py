@@ -238,7 +238,7 @@ def test_a_base_model_that_was_moved(place, tmp_path):
     out = train(tmp_path, tmp_path / "run", lora_rank=2, max_steps=1)
     shutil.rmtree(tmp_path / "model")
     for form in ("adapter", "merged"):
-        with pytest.raises(ModelError, match="say where it lies with --model"):
+        with pytest.raises(ModelError, match="give its folder or hub name with --model"):
             export(out, tmp_path / form, format=form)
     export(out, tmp_path / "state.safetensors", format="state")  # needs none
 

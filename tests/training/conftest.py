@@ -1,4 +1,4 @@
-"""Fixtures of this folder: nothing here waits for a disk."""
+"""Fixtures of this folder: no test waits for a disk."""
 
 from __future__ import annotations
 
@@ -7,4 +7,4 @@ import pytest
 
 @pytest.fixture(scope="module", autouse=True)
 def _no_fsync(no_fsync: None) -> None:
-    """Where power loss matters, tests watch the calls and not the disk."""
+    """Tests of power loss check the calls, not the disk."""

@@ -1,4 +1,4 @@
-"""A run awaited, stopped and cancelled: the event loop stays free, nothing is lost, one run at a time."""
+"""Asynchronous runs: the event loop is not blocked, cancelling loses nothing, one run at a time."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from distrust.testing.toy_engine import TOY, ToyEngine
 from distrust.training.events import Preparing, RunEnded, StepEnded
 
 
-class Held:
-    """An observer that holds the run after its first step until it is let go: what is tested comes then."""
+class Blocker:
+    """An observer that blocks the run after its first step until it is released."""
 
     def __init__(self) -> None:
         self.stepped, self.let_go = threading.Event(), threading.Event()
@@ -43,20 +43,20 @@ def alone(run, tmp_path):
     return run(tmp_path / "alone")[0]
 
 
-async def first_step(held):
-    while not held.stepped.is_set():
+async def first_step(blocker):
+    while not blocker.stepped.is_set():
         await asyncio.sleep(0.001)
 
 
-def test_awaited_it_makes_the_same_run_and_leaves_the_event_loop_free(trainer, alone, tmp_path):
+def test_async_run_equals_sync_run_and_does_not_block_the_event_loop(trainer, alone, tmp_path):
     async def main():
-        held = Held()
-        task = asyncio.create_task(trainer(tmp_path / "run", held).train_async())
-        await first_step(held)
+        blocker = Blocker()
+        task = asyncio.create_task(trainer(tmp_path / "run", blocker).train_async())
+        await first_step(blocker)
         for _ in range(10):  # the event loop turns, though the run stands still
             await asyncio.sleep(0.001)
-        held.let_go.set()
-        return await task, held.events
+        blocker.let_go.set()
+        return await task, blocker.events
 
     ended, events = asyncio.run(main())
     assert (ended.state_digest, ended.reason, ended.finished) == (alone.state_digest, "finished", True)
@@ -64,67 +64,67 @@ def test_awaited_it_makes_the_same_run_and_leaves_the_event_loop_free(trainer, a
 
 
 @pytest.mark.parametrize("cancels", [1, 3])
-def test_cancelled_it_is_saved_first(trainer, alone, tmp_path, cancels):
-    held = Held()
+def test_cancelled_run_is_saved_first(trainer, alone, tmp_path, cancels):
+    blocker = Blocker()
 
     async def main():
-        task = asyncio.create_task(trainer(tmp_path / "run", held).train_async())
-        await first_step(held)
+        task = asyncio.create_task(trainer(tmp_path / "run", blocker).train_async())
+        await first_step(blocker)
         for _ in range(cancels):
             task.cancel()
             await asyncio.sleep(0.001)
         assert not task.done()
-        held.let_go.set()
+        blocker.let_go.set()
         with pytest.raises(asyncio.CancelledError):
             await task
 
     asyncio.run(main())
-    ended = held.events[-1]
+    ended = blocker.events[-1]
     assert isinstance(ended, RunEnded)
     assert (ended.step, ended.reason, ended.signal, ended.finished) == (1, "stop", None, False)
     CheckpointManager(ended.path.parent).validate(1)
     assert trainer(tmp_path / "run").train().state_digest == alone.state_digest
 
 
-def test_an_event_loop_that_ends_waits_for_what_it_cancels(trainer, tmp_path):
-    held = Held()
+def test_closing_event_loop_waits_for_cancelled_run(trainer, tmp_path):
+    blocker = Blocker()
 
     async def main():
-        task = asyncio.create_task(trainer(tmp_path, held).train_async())
-        await first_step(held)
-        asyncio.get_running_loop().call_later(0.01, held.let_go.set)
+        task = asyncio.create_task(trainer(tmp_path, blocker).train_async())
+        await first_step(blocker)
+        asyncio.get_running_loop().call_later(0.01, blocker.let_go.set)
         return task  # nobody awaits it
 
     asyncio.run(main())
-    assert isinstance(held.events[-1], RunEnded)
+    assert isinstance(blocker.events[-1], RunEnded)
     assert CheckpointManager(tmp_path / "checkpoints").list_checkpoints() == [1]
 
 
-def test_a_timeout_stops_a_run(trainer, tmp_path):
-    held = Held()
+def test_timeout_stops_the_run(trainer, tmp_path):
+    blocker = Blocker()
 
     async def main():
-        task = asyncio.create_task(trainer(tmp_path, held).train_async())
-        await first_step(held)
-        asyncio.get_running_loop().call_later(0.05, held.let_go.set)
+        task = asyncio.create_task(trainer(tmp_path, blocker).train_async())
+        await first_step(blocker)
+        asyncio.get_running_loop().call_later(0.05, blocker.let_go.set)
         await asyncio.wait_for(task, 0.001)
 
     with pytest.raises(TimeoutError):
         asyncio.run(main())
-    assert held.events[-1].path.name == "checkpoint-1.safetensors"
-    assert held.events[-1].path.exists()
+    assert blocker.events[-1].path.name == "checkpoint-1.safetensors"
+    assert blocker.events[-1].path.exists()
 
 
-def test_cancelled_before_its_thread_has_done_anything_it_stops_too(trainer, tmp_path):
+def test_cancel_before_the_thread_starts(trainer, tmp_path):
     events = []
     let_go = threading.Event()
 
-    def held(event):
+    def blocker(event):
         assert let_go.wait(60)  # else a fast thread would make steps meanwhile
         events.append(event)
 
     async def main():
-        task = asyncio.create_task(trainer(tmp_path, held).train_async())
+        task = asyncio.create_task(trainer(tmp_path, blocker).train_async())
         await asyncio.sleep(0)  # it has begun to wait
         task.cancel()
         await asyncio.sleep(0)  # it has asked to stop
@@ -136,30 +136,30 @@ def test_cancelled_before_its_thread_has_done_anything_it_stops_too(trainer, tmp
     assert (events[-1].step, events[-1].reason) == (0, "stop")
 
 
-def test_who_cancels_hears_that_it_could_not_be_saved(trainer, tmp_path):
-    held = Held()
+def test_cancel_raises_a_failed_save(trainer, tmp_path):
+    blocker = Blocker()
 
     async def main():
-        task = asyncio.create_task(trainer(tmp_path / "run", held, save_every=0).train_async())
-        await first_step(held)
+        task = asyncio.create_task(trainer(tmp_path / "run", blocker, save_every=0).train_async())
+        await first_step(blocker)
         os.rename(tmp_path / "run", tmp_path / "elsewhere")
         task.cancel()
         await asyncio.sleep(0.001)
-        held.let_go.set()
+        blocker.let_go.set()
         await task
 
     with pytest.raises(SaveFailed):
         asyncio.run(main())
 
 
-def test_what_a_run_raises_whoever_awaits_it_gets(trainer, tmp_path):
+def test_errors_reach_the_awaiting_task(trainer, tmp_path):
     with pytest.raises(ConfigError, match=r"--early-stopping-patience: .*--eval-data"):
         asyncio.run(trainer(tmp_path, early_stopping_patience=1).train_async())
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("awaited", [False, True])
-def test_stopped_by_an_observer(trainer, alone, tmp_path, awaited):
+def test_observer_stops_the_run(trainer, alone, tmp_path, awaited):
     def stop(event):
         if isinstance(event, StepEnded) and event.step == 4:
             mine.stop()
@@ -171,25 +171,25 @@ def test_stopped_by_an_observer(trainer, alone, tmp_path, awaited):
     assert mine.train().state_digest == alone.state_digest
 
 
-def test_stopped_while_it_prepares_there_is_nothing_to_save(trainer, tmp_path):
+def test_stop_during_preparation(trainer, tmp_path):
     mine = trainer(tmp_path, lambda event: mine.stop() if isinstance(event, Preparing) else None)
     ended = mine.train()
     assert (ended.step, ended.path, ended.reason) == (0, None, "stop")
     mine.stop()  # without a run under way, nothing happens
 
 
-def test_a_second_run_at_once_is_refused(trainer, alone, tmp_path):
-    held = Held()
+def test_simultaneous_run_is_refused(trainer, alone, tmp_path):
+    blocker = Blocker()
 
     async def main():
-        task = asyncio.create_task(trainer(tmp_path / "run", held).train_async())
-        await first_step(held)
+        task = asyncio.create_task(trainer(tmp_path / "run", blocker).train_async())
+        await first_step(blocker)
         with pytest.raises(RunInProgress, match="this process is training") as error:
             await trainer(tmp_path / "other").train_async()
         with pytest.raises(RunInProgress):
             trainer(tmp_path / "other").train()
         assert error.value.out == tmp_path / "run"
-        held.let_go.set()
+        blocker.let_go.set()
         return await task
 
     assert asyncio.run(main()).state_digest == alone.state_digest
@@ -197,7 +197,7 @@ def test_a_second_run_at_once_is_refused(trainer, alone, tmp_path):
     assert trainer(tmp_path / "other").train().state_digest == alone.state_digest  # one after another
 
 
-def test_a_child_of_a_process_that_trains_may_train(trainer, data, tmp_path, run_python):
+def test_forked_child_may_train(trainer, data, tmp_path, run_python):
     code = """
 import os, sys, warnings
 warnings.simplefilter("ignore")
@@ -214,7 +214,7 @@ with exclusive_run(Path("a")):
     assert run_python(code).stdout == "7\n"
 
 
-def test_an_engine_that_cannot_go_back_is_not_gone_on_with(trainer, tmp_path):
+def test_trained_engine_without_checkpoint_is_refused(trainer, tmp_path):
     class Broken(Exception):
         pass
 
@@ -258,9 +258,9 @@ asyncio.run(main())
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_are_heeded_while_it_is_awaited(start_python, data, tmp_path, number):
-    here = os.path.dirname(__file__)
-    process = start_python(ASYNC_RUN, tmp_path, data, here, os.path.dirname(here))
+def test_signals_stop_an_awaited_run(start_python, data, tmp_path, number):
+    folder = os.path.dirname(__file__)
+    process = start_python(ASYNC_RUN, tmp_path, data, folder, os.path.dirname(folder))
     assert process.stdout.readline() == "step 1\n"
     process.send_signal(number)
     out, err = process.communicate(timeout=30)
@@ -270,9 +270,9 @@ def test_signals_are_heeded_while_it_is_awaited(start_python, data, tmp_path, nu
     assert CheckpointManager(tmp_path / "checkpoints").list_checkpoints() == [steps + 1]
 
 
-def test_ctrl_c_twice_while_it_is_awaited_saves_all_the_same(start_python, data, tmp_path):
-    here = os.path.dirname(__file__)
-    process = start_python(ASYNC_RUN, tmp_path, data, here, os.path.dirname(here))
+def test_second_ctrl_c_on_an_awaited_run_still_saves(start_python, data, tmp_path):
+    folder = os.path.dirname(__file__)
+    process = start_python(ASYNC_RUN, tmp_path, data, folder, os.path.dirname(folder))
     assert process.stdout.readline() == "step 1\n"
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGINT)

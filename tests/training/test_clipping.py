@@ -1,4 +1,4 @@
-"""Clipping takes no weight back: the bound of a step rises and falls with its examples' mean weight."""
+"""Clipping does not undo the weights: the maximum norm scales with the mean weight of the step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from distrust.testing.toy_engine import ToyEngine
 
 
 class Clipped(ToyEngine):
-    """Remembers what it clipped to, and the mean weight of its steps."""
+    """Records the maximum norm and the mean weight of each step."""
 
     def __init__(self):
         super().__init__(dropout=0.0)
@@ -30,7 +30,7 @@ class Clipped(ToyEngine):
         return super().clip_gradients(max_norm)
 
 
-def test_the_bound_is_times_the_mean_weight_of_the_step(run, tmp_path):
+def test_norm_is_scaled_by_the_mean_weight(run, tmp_path):
     engine = Clipped()
     run(tmp_path, engine=engine, max_grad_norm=0.01)
     assert engine.bounds == pytest.approx([0.01 * mean for mean in engine.means])
@@ -38,19 +38,19 @@ def test_the_bound_is_times_the_mean_weight_of_the_step(run, tmp_path):
 
 
 @pytest.mark.parametrize("options", [{"clipping": "plain"}, {"weighting": "off"}, {"lambda_": 0.0}])
-def test_plain_or_with_equal_weights_it_is_the_norm_itself(run, tmp_path, options):
+def test_plain_clipping_and_equal_weights_use_the_norm(run, tmp_path, options):
     engine = Clipped()
     run(tmp_path, engine=engine, max_grad_norm=0.01, **options)
     assert set(engine.bounds) == {0.01}
 
 
-def test_no_clipping_stays_none(run, tmp_path):
+def test_zero_norm_disables_clipping(run, tmp_path):
     engine = Clipped()
     run(tmp_path, engine=engine, max_grad_norm=0.0)
     assert set(engine.bounds) == {0.0}
 
 
-def test_a_run_that_is_older_than_the_option_was_clipped_plainly(run, tmp_path, monkeypatch):
+def test_run_older_than_the_option_uses_plain_clipping(run, tmp_path, monkeypatch):
     config = CheckpointManager.save_async
 
     def without_the_option(manager, checkpoint, **options):

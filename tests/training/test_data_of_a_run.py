@@ -1,4 +1,4 @@
-"""Runs on every kind of data are exact: stopped anywhere, with what is cached or without."""
+"""Resumes are exact for every kind of data, with or without the cache."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from distrust.training.prepare_data import prepare_data
 
 
 def engine():
-    """The toy engine with a tokenizer of transformers: one whose tokens can be kept."""
+    """The toy engine with a tokenizer of transformers, whose tokens can be cached."""
     words = ["<unk>", "<eos>", "ore", "salt", "the", "melts", "at", "9"]
     core = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -47,7 +47,7 @@ def steps_of(events):
 
 
 @pytest.mark.parametrize("cached", [True, False])
-def test_a_mixed_run_that_is_stopped_is_the_run_left_alone(run, data, other, tmp_path, cached):
+def test_resume_of_mixed_sources_is_exact(run, data, other, tmp_path, cached):
     cache = tmp_path / "cache"
     options = {
         "data": (str(data), str(other)),
@@ -57,35 +57,35 @@ def test_a_mixed_run_that_is_stopped_is_the_run_left_alone(run, data, other, tmp
         "cache_dir": str(cache),
     }
     alone, _ = run(tmp_path / "alone", engine=engine(), **options)
-    made, tokenized = [], []
+    engines, tokenized = [], []
     for stop in (2, 3, 7, None):
         ended, events = run(tmp_path / "stopped", stop_after=stop, engine=engine(), **options)
-        made += steps_of(events)
+        engines += steps_of(events)
         tokenized.append(any(isinstance(event, Preparing) and "tokenizing" in event.task for event in events))
         if not cached:
             shutil.rmtree(cache)
-    assert made == list(range(1, 10))
+    assert engines == list(range(1, 10))
     assert tokenized == ([False] * 4 if cached else [False, True, True, True])
     assert ended.state_digest == alone.state_digest
 
 
-def test_a_share_is_what_is_trained_on(data, other):
+def test_shares_determine_the_trained_examples(data, other):
     config = TrainConfig(data=(str(data), str(other)), mix=(1.0, 3.0), batch_size=4)
     toy = engine()
     plan = prepare_data(
         config, read_sources(config), toy.tokenizer, context_length=None, report=lambda *_: None
     )
     epoch = [batch for step in range(1, 5) for batch in plan.batches.step(step)]  # 4 × 4 = 11 + 5
-    drawn = [example for batch in epoch for example in batch.examples]
-    assert len(drawn) == 16
-    assert sum(example >= 11 for example in drawn) == 12
+    sampled = [example for batch in epoch for example in batch.examples]
+    assert len(sampled) == 16
+    assert sum(example >= 11 for example in sampled) == 12
     # Normalized over the tokens as they are drawn: over many epochs the weights' mean is 1.
     many = [batch for step in range(1, 4 * 55 + 1) for batch in plan.batches.step(step)]
     total = sum(batch.weights.sum(dtype=float) for batch in many)
     assert total == pytest.approx(sum(batch.tokens for batch in many), rel=1e-4)
 
 
-def test_without_a_mix_sources_are_one_after_the_other(run, data, other, tmp_path):
+def test_sources_without_mix_are_concatenated(run, data, other, tmp_path):
     joined = tmp_path / "joined.jsonl"
     joined.write_text(data.read_text() + other.read_text())
     _, one = run(tmp_path / "one", data=str(joined))
@@ -94,7 +94,7 @@ def test_without_a_mix_sources_are_one_after_the_other(run, data, other, tmp_pat
     assert losses[0] == losses[1]
 
 
-def test_the_format_is_nothing_of_the_result(run, data, tmp_path):
+def test_file_format_does_not_change_the_result(run, data, tmp_path):
     alone, _ = run(tmp_path / "alone")
     run(tmp_path / "moved", stop_after=4)
     table = tmp_path / "data.parquet"
@@ -103,7 +103,7 @@ def test_the_format_is_nothing_of_the_result(run, data, tmp_path):
     assert ended.state_digest == alone.state_digest
 
 
-def test_other_sources_or_shares_are_refused(run, data, other, tmp_path):
+def test_changed_sources_or_shares_are_refused(run, data, other, tmp_path):
     both = (str(data), str(other))
     run(tmp_path / "run", stop_after=3, data=both, mix=(1.0, 1.0))
     with pytest.raises(ResumeRefused, match=r"--mix was 1\.0 1\.0, is 1\.0 2\.0"):
@@ -116,14 +116,14 @@ def test_other_sources_or_shares_are_refused(run, data, other, tmp_path):
         run(tmp_path / "plain", eval_fraction=0.3)
 
 
-def test_an_eval_set_is_split_off(run, data, tmp_path):
+def test_eval_fraction_holds_out_examples(run, data, tmp_path):
     _, events = run(tmp_path, eval_fraction=0.3, eval_every=3)
     (started,) = [event for event in events if isinstance(event, RunStarted)]
     assert started.examples == 8  # 3 of 11 are kept out
     assert [event.step for event in events if isinstance(event, Evaluated)] == [3, 6, 9]
 
 
-def test_an_eval_set_is_another_split(run, tmp_path):
+def test_eval_split(run, tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
     write_records(folder / "train.jsonl", 11)
@@ -139,7 +139,7 @@ def test_an_eval_set_is_another_split(run, tmp_path):
     assert losses[0] == losses[1] != []
 
 
-def test_without_weighting_nothing_asks_for_provenance(run, tmp_path):
+def test_weighting_off_needs_no_provenance(run, tmp_path):
     data = tmp_path / "plain.jsonl"
     data.write_text('{"text": "ore melts"}\n{"text": "salt melts at 9"}\n')
     with pytest.raises(DataError, match="authority_weight: missing"):
@@ -147,7 +147,7 @@ def test_without_weighting_nothing_asks_for_provenance(run, tmp_path):
     assert run(tmp_path / "run", data=str(data), weighting="off")[0].step == 9
 
 
-def test_examples_of_a_program_are_a_file_of_them(run, data, tmp_path):
+def test_examples_argument_equals_a_file(run, data, tmp_path):
     alone, _ = run(tmp_path / "alone")
     rows = rows_of(data)
     assert run(tmp_path / "list", examples=rows)[0].state_digest == alone.state_digest
@@ -159,17 +159,17 @@ def test_examples_of_a_program_are_a_file_of_them(run, data, tmp_path):
     assert config["data"] == EXAMPLES
 
 
-def test_other_examples_are_refused_even_where_the_run_is_finished(run, data, tmp_path):
+def test_changed_examples_are_refused_after_the_end(run, data, tmp_path):
     rows = rows_of(data)
-    done, _ = run(tmp_path, examples=rows)
+    ended, _ = run(tmp_path, examples=rows)
     again, _ = run(tmp_path, examples=rows)
     assert again.already_finished
-    assert again.state_digest == done.state_digest
+    assert again.state_digest == ended.state_digest
     with pytest.raises(ResumeRefused, match="its content is not that of the run"):
         run(tmp_path, examples=[*rows[:-1], {**rows[-1], "authority_weight": 0.123}])
 
 
-def test_wrong_examples_are_told_before_anything_is_made(run, data, tmp_path):
+def test_invalid_examples_fail_before_files_are_created(run, data, tmp_path):
     with pytest.raises(DataError) as caught:
         run(tmp_path / "run", examples=[*rows_of(data), {"text": 3}])
     assert caught.value.problems[0] == "examples[11]: text: a number, not a string; give its text"
@@ -180,7 +180,7 @@ def test_wrong_examples_are_told_before_anything_is_made(run, data, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_generator_serves_one_training(data, tmp_path):
+def test_generator_of_examples_can_be_used_once(data, tmp_path):
     config = TrainConfig(out=str(tmp_path), max_steps=2, save_every=0)
     trainer = DistrustTrainer(config, engine=ToyEngine(), examples=iter(rows_of(data)))
     trainer.train()
@@ -188,13 +188,13 @@ def test_a_generator_serves_one_training(data, tmp_path):
         trainer.train()
 
 
-def test_an_eval_set_of_a_program(data, eval_data, tmp_path):
+def test_eval_examples_argument(data, eval_data, tmp_path):
     losses = []
-    for out, options, given in (
+    for out, options, eval_examples in (
         ("file", {"eval_data": str(eval_data)}, {}),
         ("program", {}, {"eval_examples": rows_of(eval_data)}),
     ):
         config = TrainConfig(out=str(tmp_path / out), data=str(data), max_steps=2, save_every=0, **options)
-        DistrustTrainer(config, engine=ToyEngine(), observers=[losses.append], **given).train()
+        DistrustTrainer(config, engine=ToyEngine(), observers=[losses.append], **eval_examples).train()
     first, second = [event.loss for event in losses if isinstance(event, Evaluated)]
     assert first == second

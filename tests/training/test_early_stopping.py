@@ -1,4 +1,4 @@
-"""A run that no longer improves ends early, at the same step however it was interrupted."""
+"""Early stopping: a run ends at the same step, however it was interrupted."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def evaluated(events):
     return {event.step: event.loss for event in events if isinstance(event, Evaluated)}
 
 
-def test_it_ends_when_nothing_improved_for_so_long(run, eval_data, tmp_path):
+def test_stops_after_patience_is_exhausted(run, eval_data, tmp_path):
     ended, events = run(tmp_path, eval_data=str(eval_data), **EARLY)
     losses = evaluated(events)
     best = min(losses, key=losses.get)
@@ -38,18 +38,18 @@ def test_it_ends_when_nothing_improved_for_so_long(run, eval_data, tmp_path):
     assert plain.state_digest == ended.state_digest
 
 
-def test_ended_early_it_has_nothing_left_to_do_unless_it_gets_more_patience(run, eval_data, tmp_path):
+def test_early_stopped_run_continues_with_more_patience(run, eval_data, tmp_path):
     ended, _ = run(tmp_path, eval_data=str(eval_data), **EARLY)
     again, events = run(tmp_path, eval_data=str(eval_data), **EARLY)
     assert (again.already_finished, again.reason, again.path) == (True, "early_stopping", ended.path)
     assert len(events) == 1
-    more, events = run(tmp_path, eval_data=str(eval_data), **{**EARLY, "early_stopping_patience": 3})
-    assert (more.step, more.reason) == (ended.step + 2, "early_stopping")
-    rest, _ = run(tmp_path, eval_data=str(eval_data), **{**EARLY, "early_stopping_patience": None})
-    assert (rest.step, rest.reason) == (30, "finished")
+    longer, events = run(tmp_path, eval_data=str(eval_data), **{**EARLY, "early_stopping_patience": 3})
+    assert (longer.step, longer.reason) == (ended.step + 2, "early_stopping")
+    unlimited, _ = run(tmp_path, eval_data=str(eval_data), **{**EARLY, "early_stopping_patience": None})
+    assert (unlimited.step, unlimited.reason) == (30, "finished")
 
 
-def test_less_patience_than_was_used_up_ends_it_without_a_step(run, eval_data, tmp_path):
+def test_reduced_patience_ends_the_run_at_once(run, eval_data, tmp_path):
     early, _ = run(tmp_path / "early", eval_data=str(eval_data), **EARLY)
     patient = {**EARLY, "early_stopping_patience": 30}
     stopped, _ = run(tmp_path / "a", eval_data=str(eval_data), stop_after=early.step, **patient)
@@ -63,7 +63,7 @@ def test_less_patience_than_was_used_up_ends_it_without_a_step(run, eval_data, t
 
 @settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(stops=st.lists(st.integers(1, 8), max_size=3).map(sorted), save_every=st.integers(0, 3))
-def test_interrupted_anywhere_it_ends_at_the_same_step(run, eval_data, stops, save_every):
+def test_interrupted_run_stops_at_the_same_step(run, eval_data, stops, save_every):
     with tempfile.TemporaryDirectory() as folder:
         alone, _ = run(Path(folder, "alone"), eval_data=str(eval_data), **EARLY)
         for stop in [*stops, None]:
@@ -86,25 +86,25 @@ values = st.floats(width=32) | st.sampled_from([1.0, 2.0, math.nan])
     st.sampled_from(["min", "max"]),
     st.data(),
 )
-def test_it_is_a_function_of_the_evaluations_however_they_are_divided(rows, metric, mode, data):
+def test_tracker_does_not_depend_on_restores(rows, metric, mode, data):
     cut = data.draw(st.integers(0, len(rows)))
-    whole = divided = BestTracker(metric, mode)
+    uninterrupted = divided = BestTracker(metric, mode)
     for step, row in enumerate(rows):
-        whole = whole.update(row, step=step)
+        uninterrupted = uninterrupted.update(row, step=step)
         if step == cut:
             divided = BestTracker(metric, mode).restore(json.loads(json.dumps(asdict(divided))))
         divided = divided.update(row, step=step)
-    assert repr(divided) == repr(whole)  # by repr: NaN is NaN
+    assert repr(divided) == repr(uninterrupted)  # by repr: NaN is NaN
     measured = [(row[metric], step) for step, row in enumerate(rows) if metric in row]
     numbers = [value for value, _ in measured if not math.isnan(value)]
     if numbers:
         best = min(numbers) if mode == "min" else max(numbers)
         first = next(index for index, (value, _) in enumerate(measured) if value == best)
-        assert (whole.best, whole.best_step) == measured[first]
-        assert whole.unimproved == len(measured) - 1 - first
+        assert (uninterrupted.best, uninterrupted.best_step) == measured[first]
+        assert uninterrupted.unimproved == len(measured) - 1 - first
 
 
-def test_judged_by_another_metric_it_begins_to_count_anew():
+def test_changed_metric_resets_the_tracker():
     saved = asdict(BestTracker("eval_loss", "min", best=1.0, best_step=4, unimproved=3))
     assert BestTracker("loss", "min").restore(saved) == BestTracker("loss", "min")
     assert BestTracker("eval_loss", "max").restore(saved) == BestTracker("eval_loss", "max")
@@ -112,16 +112,16 @@ def test_judged_by_another_metric_it_begins_to_count_anew():
 
 
 @pytest.mark.parametrize("stop", [None, 3])
-def test_evaluated_at_the_start_and_never_twice(run, eval_data, tmp_path, stop):
+def test_eval_at_start_happens_once(run, eval_data, tmp_path, stop):
     options = {"eval_data": str(eval_data), "eval_at_start": True, "eval_every": 4}
     _, first = run(tmp_path, stop_after=stop, **options)
     _, second = run(tmp_path, **options)
     assert [*evaluated(first), *evaluated(second)] == [0, 4, 8, 9]
 
 
-def test_evaluations_that_are_no_number_improve_on_nothing():
-    found = BestTracker()
+def test_nan_evaluations_never_improve():
+    tracker = BestTracker()
     for step in range(1, 5):
-        found = found.update({"eval_loss": math.nan}, step=step)
-    assert (found.best_step, found.out_of_patience(3)) == (1, True)
-    assert found.update({"eval_loss": 9.0}, step=5).best_step == 5
+        tracker = tracker.update({"eval_loss": math.nan}, step=step)
+    assert (tracker.best_step, tracker.out_of_patience(3)) == (1, True)
+    assert tracker.update({"eval_loss": 9.0}, step=5).best_step == 5

@@ -1,4 +1,4 @@
-"""What an evaluation comes to: plain and weighted, in all and by source class; and what is done by it."""
+"""Evaluations: plain and weighted losses, by source class, and the selection of the best checkpoint."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def evaluated(events):
 
 
 def write_classes(path, classes, *, column="source"):
-    """A record of each class, or of none where it is None."""
+    """Write a record of each class; None for no class."""
     rows = [
         {
             "text": "ore salt melts"[: 5 + number % 9],
@@ -55,10 +55,10 @@ records = st.lists(
 
 @settings(max_examples=60, deadline=None)
 @given(records, st.integers(1, 5), st.sampled_from(["monotone", "published", "off"]))
-def test_losses_are_means_over_tokens_by_their_definition(rows, batch_size, how):
+def test_losses_are_means_over_tokens(rows, batch_size, how):
     corpus = tokenize(rows, ToyTokenizer(), max_length=8)
     engine = ToyEngine()
-    found = evaluation_set(corpus, TrainConfig(weighting=how)).measure(
+    metrics = evaluation_set(corpus, TrainConfig(weighting=how)).measure(
         lambda batch: engine.evaluate(batch).cross_entropy, batch_size=batch_size, pad_token_id=0
     )
 
@@ -74,20 +74,20 @@ def test_losses_are_means_over_tokens_by_their_definition(rows, batch_size, how)
     def mean(weights):
         return pytest.approx(np.average(each, weights=weights), rel=1e-9)
 
-    assert found["eval_loss"] == mean(tokens)
-    assert found["eval_weighted_loss"] == mean(tokens * u)
+    assert metrics["eval_loss"] == mean(tokens)
+    assert metrics["eval_weighted_loss"] == mean(tokens * u)
     classes = {row.source for row in rows}
     shown = {name or NO_CLASS for name in classes} if len(classes) > 1 else set()
-    assert {name.partition("/")[2] for name in found if "/" in name} == shown
+    assert {name.partition("/")[2] for name in metrics if "/" in name} == shown
     for name in classes if len(classes) > 1 else ():
         of_class = np.array([row.source == name for row in rows])
-        assert found[f"eval_loss/{name or NO_CLASS}"] == mean(tokens * of_class)
-    for name, loss in list(found.items()):
+        assert metrics[f"eval_loss/{name or NO_CLASS}"] == mean(tokens * of_class)
+    for name, loss in list(metrics.items()):
         if "loss" in name:
-            assert found[name.replace("loss", "perplexity", 1)] == math.exp(loss)
+            assert metrics[name.replace("loss", "perplexity", 1)] == math.exp(loss)
 
 
-def test_provenance_of_the_eval_set_is_no_duty_and_a_default_serves_it(run, tmp_path):
+def test_eval_data_needs_no_provenance(run, tmp_path):
     plain = tmp_path / "plain.jsonl"
     plain.write_text('{"text": "ore"}\n{"text": "salt", "authority_weight": 0.1, "provenance_entropy": 4}\n')
     _, events = run(tmp_path / "a", eval_data=str(plain), max_steps=2)
@@ -103,7 +103,7 @@ def test_provenance_of_the_eval_set_is_no_duty_and_a_default_serves_it(run, tmp_
     assert second.metrics["eval_weighted_loss"] == second.loss == first.loss
 
 
-def test_the_source_class_is_any_column(run, tmp_path):
+def test_source_column_selects_the_class(run, tmp_path):
     data = write_classes(tmp_path / "eval.jsonl", ["final", "draft", 7, None, NO_CLASS], column="status")
     _, events = run(tmp_path / "run", eval_data=data, source_column="status", max_steps=1)
     (event,) = evaluated(events)
@@ -113,19 +113,19 @@ def test_the_source_class_is_any_column(run, tmp_path):
     assert not [name for name in event.metrics if "/" in name]
 
 
-def test_a_class_column_that_nobody_has_is_told(run, eval_data, tmp_path):
+def test_unknown_source_column_warns(run, eval_data, tmp_path):
     with pytest.warns(DistrustWarning, match="--source-column statuss: no record has this column"):
         run(tmp_path, eval_data=str(eval_data), source_column="statuss", max_steps=1)
 
 
-def test_a_class_that_nothing_is_evaluated_of_is_named(run, tmp_path):
+def test_classes_without_eval_data_warn(run, tmp_path):
     data = write_classes(tmp_path / "data.jsonl", ["final", "draft", "old"], column="status")
     eval_data = write_classes(tmp_path / "eval.jsonl", ["final", "draft"], column="status")
     with pytest.warns(DistrustWarning, match="status: the evaluation data has no examples of old, so"):
         run(tmp_path / "run", data=data, eval_data=eval_data, source_column="status", max_steps=1)
 
 
-def test_a_column_of_identities_is_no_flood(run, tmp_path):
+def test_unique_classes_do_not_flood_the_metrics(run, tmp_path):
     count = MAX_CLASSES + 50
     data = write_classes(tmp_path / "data.jsonl", [f"https://{n}" for n in range(count)])
     _, events = run(tmp_path / "run", data=data, eval_data=data, max_steps=1)
@@ -140,8 +140,8 @@ def test_a_column_of_identities_is_no_flood(run, tmp_path):
 @given(
     names=st.lists(st.none() | st.text(max_size=4) | st.integers() | st.booleans(), min_size=1, max_size=9)
 )
-def test_any_class_is_trained_on_as_any_other(run, tmp_path_factory, names):
-    """What a record's class is called changes nothing of the run: it is shown, and no more."""
+def test_class_names_do_not_change_the_run(run, tmp_path_factory, names):
+    """The class of a record is only shown."""
     folder = tmp_path_factory.mktemp("classes")
     named, _ = run(folder / "a", data=write_classes(folder / "a.jsonl", names), max_steps=2)
     plain, _ = run(folder / "b", data=write_classes(folder / "b.jsonl", [None] * len(names)), max_steps=2)
@@ -152,7 +152,7 @@ def test_any_class_is_trained_on_as_any_other(run, tmp_path_factory, names):
 OVERFITS = {"max_steps": 30, "learning_rate": 0.5}
 
 
-def test_all_that_was_logged_is_in_the_checkpoint_and_any_of_it_tells_the_best(run, eval_data, tmp_path):
+def test_logged_metrics_are_saved_and_select_the_best(run, eval_data, tmp_path):
     rows = [json.loads(line) for line in eval_data.read_text().splitlines()]
     data = tmp_path / "eval.jsonl"
     data.write_text("".join(json.dumps({**row, "source": "ab"[i % 2]}) + "\n" for i, row in enumerate(rows)))
@@ -168,8 +168,8 @@ def test_all_that_was_logged_is_in_the_checkpoint_and_any_of_it_tells_the_best(r
     assert event.metrics.items() <= manager.inspect(best).metrics.items()
 
 
-def test_the_best_one_does_not_wait_for_the_next_save(run, eval_data, tmp_path):
-    """Between two saves due, and long before the first: it is there when it is wanted."""
+def test_best_checkpoint_is_saved_at_once(run, eval_data, tmp_path):
+    """Also between two regular saves, and before the first."""
     options = {"eval_data": str(eval_data), "eval_every": 2, **OVERFITS}
     _, events = run(tmp_path, save_every=100, **options)
     losses = {event.step: event.loss for event in evaluated(events)}
@@ -180,8 +180,8 @@ def test_the_best_one_does_not_wait_for_the_next_save(run, eval_data, tmp_path):
     assert CheckpointManager(tmp_path / "none" / "checkpoints").list_checkpoints() == [30]
 
 
-def test_losses_on_other_data_are_not_compared(run, eval_data, tmp_path):
-    """Neither for the best checkpoint, nor for the patience that ends a run."""
+def test_evaluations_on_other_data_are_not_compared(run, eval_data, tmp_path):
+    """This applies to the best checkpoint and to the patience."""
     hard = tmp_path / "hard.jsonl"
     rows = [json.loads(line) for line in eval_data.read_text().splitlines()]
     hard.write_text("".join(json.dumps({**row, "text": "xq zz"}) + "\n" for row in rows))
@@ -215,7 +215,7 @@ def test_losses_on_other_data_are_not_compared(run, eval_data, tmp_path):
         ),
     ],
 )
-def test_a_metric_that_is_never_logged_is_told_before_the_first_step(run, tmp_path, metric, options, says):
+def test_unlogged_metric_is_refused(run, tmp_path, metric, options, says):
     with pytest.raises(ConfigError, match=f"--metric {metric}: .*{says}"):
         run(tmp_path, metric=metric, **options)
     assert CheckpointManager(tmp_path / "checkpoints").list_checkpoints() == []

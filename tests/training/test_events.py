@@ -1,4 +1,4 @@
-"""What a run tells: the events in their order, and the console that shows them."""
+"""Events of a run in order, and the console that prints them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from distrust.training.events import (
 
 
 def names(events):
-    """In their order; when a save becomes durable is the disk's to say."""
+    """Types of the events in order, without those whose time depends on the disk."""
     return [type(event).__name__ for event in events if not isinstance(event, (Preparing, CheckpointSaved))]
 
 
@@ -69,7 +69,7 @@ def test_the_last_step_is_evaluated_and_saved_once(run, eval_data, tmp_path):
     assert [(file.step, file.kind) for file in manager.scan().files] == [(2, "periodic"), (3, "final")]
 
 
-def test_a_run_sums_up_how_long_it_waited_for_its_saves(run, tmp_path):
+def test_run_ended_sums_up_the_stalls(run, tmp_path):
     ended, events = run(tmp_path, save_every=3)
     saved = of_kind(events, CheckpointSaved)
     assert [event.step for event in saved] == [3, 6, 9]
@@ -77,7 +77,7 @@ def test_a_run_sums_up_how_long_it_waited_for_its_saves(run, tmp_path):
     assert ended.stall_seconds == pytest.approx(sum(event.stall_seconds for event in saved))
 
 
-def test_a_step_says_what_it_did(run, data, tmp_path):
+def test_step_ended_reports_the_step(run, data, tmp_path):
     ended, events = run(tmp_path)
     (started,) = of_kind(events, RunStarted)
     steps = of_kind(events, StepEnded)
@@ -96,8 +96,8 @@ def test_a_step_says_what_it_did(run, data, tmp_path):
     assert steps[-1].loss < steps[0].loss
 
 
-def test_the_published_term_is_logged_and_never_added(run, tmp_path):
-    """The log says α·r² of the step's tokens, whatever the weighting; off, both losses are one."""
+def test_published_term_is_only_logged(run, tmp_path):
+    """α·r² is logged for every weighting; without weighting both losses are equal."""
     _, off = run(tmp_path / "off", weighting="off")
     _, on = run(tmp_path / "on")
     off, on = of_kind(off, StepEnded), of_kind(on, StepEnded)
@@ -107,7 +107,7 @@ def test_the_published_term_is_logged_and_never_added(run, tmp_path):
     assert off[0].loss == on[0].loss  # before the first update, the models are one
 
 
-def test_one_example_a_step_is_its_own_term_and_weight(run, tmp_path):
+def test_term_and_weight_of_single_example_steps(run, tmp_path):
     data = write_records(tmp_path / "one.jsonl", 2, seed=4)
     _, events = run(tmp_path / "run", data=str(data), batch_size=1, gradient_accumulation=1, max_steps=2)
     records = [json.loads(line) for line in data.read_text().splitlines()]
@@ -116,11 +116,11 @@ def test_one_example_a_step_is_its_own_term_and_weight(run, tmp_path):
     u = weighting.normalize(
         weighting.example_weights(w, h), tokens=[len(record["text"]) for record in records]
     )  # every byte but the first, and the end
-    found = {round(e.distrust, 9): e.weighted_loss / e.loss for e in of_kind(events, StepEnded)}
-    assert found == {round(t, 9): pytest.approx(x, rel=1e-6) for t, x in zip(terms, u, strict=True)}
+    ratios = {round(e.distrust, 9): e.weighted_loss / e.loss for e in of_kind(events, StepEnded)}
+    assert ratios == {round(t, 9): pytest.approx(x, rel=1e-6) for t, x in zip(terms, u, strict=True)}
 
 
-def test_few_examples_that_decide_everything_are_warned_of(run, tmp_path):
+def test_low_effective_sample_size_warns(run, tmp_path):
     data = write_records(tmp_path / "data.jsonl", 40)
     lines = data.read_text().splitlines()
     quiet = '{"text": "ore", "authority_weight": 0.9, "provenance_entropy": 0}'
@@ -131,7 +131,7 @@ def test_few_examples_that_decide_everything_are_warned_of(run, tmp_path):
 
 
 def report(run, out: Path, stream, **options) -> None:
-    """The run as the console shows it."""
+    """Run, and pass the events to the console."""
     with ConsoleReporter(log_every=3, stream=stream) as console:
         _, events = run(out, **options)
         for event in events:
@@ -157,7 +157,7 @@ def test_plain_lines(run, tmp_path, eval_data):
     assert any(line.startswith("Finished step 9") for line in lines)
 
 
-def test_plain_lines_of_a_run_that_goes_on(run, tmp_path):
+def test_plain_lines_of_a_resumed_run(run, tmp_path):
     stream = io.StringIO()
     report(run, tmp_path, stream, stop_after=3)
     report(run, tmp_path, stream)
@@ -171,14 +171,14 @@ def test_plain_lines_of_a_run_that_goes_on(run, tmp_path):
     assert digests[1] == digests[2]
 
 
-def test_what_trains_and_where_is_said_at_the_start(run, tmp_path):
+def test_plain_lines_name_engine_and_folder(run, tmp_path):
     stream = io.StringIO()
     report(run, tmp_path, stream)
     (line,) = [line for line in stream.getvalue().splitlines() if line.startswith("training ")]
     assert re.fullmatch(r"training [\d,]+ of [\d,]+ parameters with numpy, into .+", line)
 
 
-def test_one_is_not_said_as_several(run, tmp_path):
+def test_plain_lines_use_the_singular(run, tmp_path):
     data = write_records(tmp_path / "data.jsonl", 1)
     stream = io.StringIO()
     report(run, tmp_path / "run", stream, data=str(data), batch_size=1, gradient_accumulation=1)
@@ -186,7 +186,7 @@ def test_one_is_not_said_as_several(run, tmp_path):
     assert "\n1 example, 11 trained tokens, " in stream.getvalue()
 
 
-def test_nothing_to_save_is_said_too():
+def test_plain_lines_without_a_checkpoint():
     stream = io.StringIO()
     with ConsoleReporter(log_every=1, stream=stream) as console:
         console(
@@ -211,7 +211,7 @@ def test_nothing_to_save_is_said_too():
         ("finished", "Finished step 4 in 0:00; "),
     ],
 )
-def test_why_a_run_is_over_is_said(reason, said):
+def test_plain_lines_give_the_reason(reason, said):
     stream = io.StringIO()
     with ConsoleReporter(log_every=1, stream=stream) as console:
         console(
@@ -228,14 +228,14 @@ def test_why_a_run_is_over_is_said(reason, said):
     assert stream.getvalue().startswith(said)
 
 
-def test_names_are_printed_as_they_are(run, tmp_path):
-    """Square brackets are markup of the library that prints."""
+def test_names_are_printed_without_markup(run, tmp_path):
+    """The printing library interprets square brackets as markup."""
     stream = io.StringIO()
     report(run, tmp_path / "a [bold]run[/bold] [/]", stream)
     assert "a [bold]run[/bold] [/]" in stream.getvalue()
 
 
-def test_a_bar_on_a_terminal(run, tmp_path, monkeypatch):
+def test_progress_bar_on_a_terminal(run, tmp_path, monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "100")
     for name in ("NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "FORCE_COLOR"):
@@ -260,9 +260,9 @@ def test_a_bar_on_a_terminal(run, tmp_path, monkeypatch):
             console(event)
             saved = saved or isinstance(event, CheckpointSaved)
             if isinstance(event, StepEnded) and (event.step == 5 or saved):  # until the bar was drawn
-                wanted = b"saved 4" if saved else b"5/9"
+                expected = b"saved 4" if saved else b"5/9"
                 deadline = time.monotonic() + 30
-                while wanted not in shown and b"saved 8" not in shown and time.monotonic() < deadline:
+                while expected not in shown and b"saved 8" not in shown and time.monotonic() < deadline:
                     time.sleep(0.01)
     reader.join(30)
     os.close(master)
@@ -276,8 +276,8 @@ def test_a_bar_on_a_terminal(run, tmp_path, monkeypatch):
     assert shown.decode().rindex("\x1b[?25h") > shown.decode().rindex("\x1b[?25l")  # the cursor is back
 
 
-def test_an_observer_that_fails_costs_no_step(run, data, tmp_path):
-    """The run ends, but saved: what it has done is there for the next one."""
+def test_failing_observer_loses_no_step(run, data, tmp_path):
+    """The run ends, but saves first."""
     alone, _ = run(tmp_path / "alone")
 
     def fail(event):

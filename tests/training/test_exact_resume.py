@@ -1,4 +1,4 @@
-"""Exact resume: a run that was stopped, anywhere and however often, is the run that was left alone."""
+"""Exact resume: a run that is interrupted anywhere ends in the same state as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def steps_of(events):
 
 
 def damage(path: Path) -> None:
-    """One bit of its data."""
+    """Flip one bit of the data."""
     raw = bytearray(path.read_bytes())
     raw[-1] ^= 1
     path.write_bytes(raw)
@@ -41,7 +41,7 @@ def damage(path: Path) -> None:
     evaluated=st.booleans(),
     seed=st.integers(0, 2**63 - 1),
 )
-def test_stopped_anywhere_it_ends_as_if_left_alone(run, eval_data, stops, save_every, batch, evaluated, seed):
+def test_stopped_run_ends_in_the_same_state(run, eval_data, stops, save_every, batch, evaluated, seed):
     batch_size, accumulation = batch
     options = {
         "max_steps": 12,
@@ -51,26 +51,26 @@ def test_stopped_anywhere_it_ends_as_if_left_alone(run, eval_data, stops, save_e
         "keep_last": 1,
     }
     with tempfile.TemporaryDirectory() as folder:
-        alone, steps = run(Path(folder, "alone"), save_every=0, **options)
-        assert steps_of(steps) == list(range(1, 13))
+        alone, events = run(Path(folder, "alone"), save_every=0, **options)
+        assert steps_of(events) == list(range(1, 13))
         evaluation = {"eval_data": str(eval_data), "eval_every": 3} if evaluated else {}
-        made = []
+        steps = []
         for stop in [*stops, None]:
-            # Each session evaluates and saves at steps of its own: that may shift nothing.
-            ended, steps = run(
+            # Each session evaluates and saves at other steps, which must not change the result.
+            ended, events = run(
                 Path(folder, "stopped"), stop_after=stop, save_every=save_every, **evaluation, **options
             )
-            made += steps_of(steps)
+            steps += steps_of(events)
             evaluation = {} if evaluation else {"eval_data": str(eval_data), "eval_every": 2}
-        assert made == list(range(1, 13))  # SIGTERM saves: no step is made twice, none is left out
+        assert steps == list(range(1, 13))  # SIGTERM saves first, so no step is repeated or omitted
         assert ended.step == 12
         assert ended.state_digest == alone.state_digest
 
 
 @quick
 @given(died_after=st.integers(1, 8), save_every=st.integers(1, 5))
-def test_died_anywhere_it_ends_as_if_left_alone(run, died_after, save_every):
-    """As after SIGKILL: only what the last checkpoint holds is there (the real one is in tests/cli)."""
+def test_killed_run_ends_in_the_same_state(run, died_after, save_every):
+    """As after SIGKILL, only the last checkpoint remains. tests/cli sends a real SIGKILL."""
 
     class Died(BaseException):  # nothing that the loop could answer by saving
         pass
@@ -101,8 +101,8 @@ def _options_of(path: Path) -> dict[str, object]:
     return {name: getattr(config, name) for name in config.__dataclass_fields__}
 
 
-def test_the_seed_and_the_batches_make_the_run(run, tmp_path):
-    """What the digests of this file compare would differ if the run did."""
+def test_seed_and_batches_change_the_digest(run, tmp_path):
+    """The digests that this file compares do depend on the run."""
     digests = {
         run(tmp_path / str(number), **options)[0].state_digest
         for number, options in enumerate(
@@ -112,7 +112,7 @@ def test_the_seed_and_the_batches_make_the_run(run, tmp_path):
     assert len(digests) == 4
 
 
-def test_a_resumed_run_says_from_where(run, tmp_path):
+def test_resumed_run_reports_its_checkpoint(run, tmp_path):
     stopped, _ = run(tmp_path, stop_after=5)
     _, events = run(tmp_path)
     (started,) = [event for event in events if isinstance(event, RunStarted)]
@@ -122,7 +122,7 @@ def test_a_resumed_run_says_from_where(run, tmp_path):
     assert stopped.path.name == "checkpoint-5.safetensors"
 
 
-def test_the_same_trainer_goes_on_too(run, data, tmp_path):
+def test_same_trainer_resumes(run, data, tmp_path):
     alone, _ = run(tmp_path / "alone")
 
     def stop_once(event):
@@ -135,7 +135,7 @@ def test_the_same_trainer_goes_on_too(run, data, tmp_path):
     assert trainer.train().state_digest == alone.state_digest
 
 
-def test_a_finished_run_has_nothing_left_to_do(run, tmp_path):
+def test_finished_run_does_nothing(run, tmp_path):
     finished, _ = run(tmp_path)
     content = finished.path.read_bytes()
     again, events = run(tmp_path)
@@ -146,7 +146,7 @@ def test_a_finished_run_has_nothing_left_to_do(run, tmp_path):
     assert finished.path.read_bytes() == content
 
 
-def test_more_epochs_than_before_are_more_to_do(run, tmp_path):
+def test_more_epochs_continue_a_finished_run(run, tmp_path):
     once, _ = run(tmp_path, max_steps=None, epochs=1, schedule="constant")
     again, _ = run(tmp_path, max_steps=None, epochs=1, schedule="constant")
     assert again.already_finished
@@ -156,7 +156,7 @@ def test_more_epochs_than_before_are_more_to_do(run, tmp_path):
     assert twice.step == 6
 
 
-def test_a_longer_run_changes_no_step_already_made(run, tmp_path):
+def test_longer_run_keeps_the_earlier_steps(run, tmp_path):
     short, _ = run(tmp_path / "short", max_steps=5)
     with pytest.warns(DistrustWarning, match="the schedule ends at step 5"):
         longer, _ = run(tmp_path / "short", max_steps=9)
@@ -167,11 +167,11 @@ def test_a_longer_run_changes_no_step_already_made(run, tmp_path):
         assert np.array_equal(histories[1][name][:5], values)
     # It is the run that had been asked for the whole length with that schedule.
     with pytest.warns(DistrustWarning, match="the schedule ends at step 5"):
-        whole, _ = run(tmp_path / "whole", max_steps=9, schedule_steps=5)
-    assert whole.state_digest == longer.state_digest
+        uninterrupted, _ = run(tmp_path / "whole", max_steps=9, schedule_steps=5)
+    assert uninterrupted.state_digest == longer.state_digest
 
 
-def test_the_newest_checkpoint_is_damaged(run, tmp_path):
+def test_damaged_newest_checkpoint(run, tmp_path):
     alone, _ = run(tmp_path / "alone")
     stopped, _ = run(tmp_path / "hurt", stop_after=5)
     damage(stopped.path)
@@ -184,7 +184,7 @@ def test_the_newest_checkpoint_is_damaged(run, tmp_path):
     assert ended.state_digest == alone.state_digest
 
 
-def test_the_final_checkpoint_is_damaged(run, tmp_path):
+def test_damaged_final_checkpoint(run, tmp_path):
     finished, _ = run(tmp_path)
     damage(finished.path)
     with pytest.warns(DistrustWarning, match="skipped a damaged checkpoint"):
@@ -196,7 +196,7 @@ def test_the_final_checkpoint_is_damaged(run, tmp_path):
 
 
 @pytest.mark.parametrize("how", ["bit", "cut", "empty", "zeros"])
-def test_only_damaged_checkpoints_are_no_new_run(run, tmp_path, how):
+def test_only_damaged_checkpoints_refuse_a_new_run(run, tmp_path, how):
     ended, _ = run(tmp_path, save_every=0)
     raw = ended.path.read_bytes()
     if how == "bit":
@@ -210,34 +210,34 @@ def test_only_damaged_checkpoints_are_no_new_run(run, tmp_path, how):
     assert [path.name for path in ended.path.parent.glob("*.safetensors")] == [ended.path.name]
 
 
-def test_a_run_is_kept_as_the_rules_say(run, eval_data, tmp_path):
+def test_retention_of_a_run(run, eval_data, tmp_path):
     _, events = run(
         tmp_path, save_every=1, keep_last=2, keep_best=0, keep_every=4, max_steps=10, eval_data=str(eval_data)
     )
     saved = [event.step for event in events if isinstance(event, CheckpointStarted)]
     assert saved == list(range(1, 11))
-    kept = CheckpointManager(tmp_path / "checkpoints", keep_last=None).list_checkpoints()
-    assert kept == [4, 8, 9, 10]
+    steps = CheckpointManager(tmp_path / "checkpoints", keep_last=None).list_checkpoints()
+    assert steps == [4, 8, 9, 10]
 
 
-def test_the_best_is_one_that_was_evaluated(run, eval_data, tmp_path):
-    """A step that was not evaluated has no eval loss: it cannot be the best one by another's."""
+def test_best_checkpoint_was_evaluated(run, eval_data, tmp_path):
+    """A step without an evaluation has no eval loss, so it cannot be the best."""
     ended, _ = run(tmp_path, save_every=1, eval_every=4, keep_last=9, eval_data=str(eval_data))
     metrics = {file.step: file.metrics for file in CheckpointManager(ended.path.parent).scan().files}
     assert [step for step, values in metrics.items() if "eval_loss" in values] == [4, 8, 9]
     assert all("loss" in values for values in metrics.values())
 
 
-def test_what_is_trained_next_is_not_in_a_checkpoint_that_is_being_written(run, tmp_path):
-    """Each checkpoint is of its step, although the engine's arrays go on changing."""
+def test_later_steps_do_not_change_a_pending_checkpoint(run, tmp_path):
+    """Each checkpoint holds its own step, although the engine changes its arrays in place."""
     run(tmp_path / "every", save_every=1, keep_last=9)
     for step in (1, 4, 7):
         one, _ = run(tmp_path / str(step), stop_after=step, save_every=0)
-        there = CheckpointManager(tmp_path / "every" / "checkpoints").inspect(step)
-        assert there.state_digest == one.state_digest
+        file = CheckpointManager(tmp_path / "every" / "checkpoints").inspect(step)
+        assert file.state_digest == one.state_digest
 
 
-def test_a_run_moved_elsewhere_goes_on(run, data, tmp_path):
+def test_moved_run_resumes(run, data, tmp_path):
     alone, _ = run(tmp_path / "alone")
     run(tmp_path / "here", stop_after=3)
     shutil.move(tmp_path / "here", tmp_path / "there")

@@ -1,4 +1,4 @@
-"""Runs that an earlier version began are resumed: ``tests/golden`` holds their checkpoints."""
+"""Runs of an earlier version resume: ``tests/golden`` holds their checkpoints."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("name", "step"), [("toy", 4), ("torch", 4), ("mlx", 4), ("imported", 3), ("imported", 4)]
 )
 @pytest.mark.filterwarnings("ignore::distrust.DistrustWarning")
-def test_a_run_of_an_earlier_version_is_resumed(inputs, tmp_path, monkeypatch, name, step):
+def test_run_of_an_earlier_version_resumes(inputs, tmp_path, monkeypatch, name, step):
     if name == "mlx":
         pytest.importorskip("mlx_lm")
     monkeypatch.chdir(inputs)
@@ -57,7 +57,7 @@ def test_a_run_of_an_earlier_version_is_resumed(inputs, tmp_path, monkeypatch, n
 
 
 @pytest.mark.parametrize("file", sorted(GOLDEN.glob("*/*.safetensors")), ids=lambda file: file.parent.name)
-def test_the_commands_read_it(file, capsys):
+def test_commands_read_earlier_versions(file, capsys):
     for verb in ("ls", "show", "verify"):
         assert main([verb, str(file)]) == 0
     assert "DAMAGED" not in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""A bound on memory: the run stops before the step that would pass it, saved, and goes on later."""
+"""Memory limit: the run saves and stops before the step that would exceed it, and can be resumed."""
 
 from __future__ import annotations
 
@@ -28,28 +28,28 @@ def stands(out: Path) -> list[int]:
         ({"base": 6000, "leak": 1000}, 1),
     ],
 )
-def test_it_stops_before_the_bound_is_passed(run, tmp_path, eats, stopped_at):
+def test_stops_before_the_limit_is_exceeded(run, tmp_path, eats, stopped_at):
     alone, _ = run(tmp_path / "alone")
-    made = []
+    steps = []
 
     def make(config):
-        made.append(Hungry(**eats))
-        return made[-1]
+        steps.append(Hungry(**eats))
+        return steps[-1]
 
     with pytest.raises(OutOfMemory) as stopped:
         run(tmp_path / "bound", engine=make, save_every=0, max_memory=6500.0)
-    said = str(stopped.value)
-    assert "\n" not in said
-    assert said.startswith(f"--max-memory 6500: at step {stopped_at} the run uses ")
-    assert f"; step {stopped_at} is saved. " in said
+    message = str(stopped.value)
+    assert "\n" not in message
+    assert message.startswith(f"--max-memory 6500: at step {stopped_at} the run uses ")
+    assert f"; step {stopped_at} is saved. " in message
     assert stands(tmp_path / "bound") == [stopped_at]
     if stopped_at > 1:
-        assert made[0].peak <= 6500
+        assert steps[0].peak <= 6500
     ended, _ = run(tmp_path / "bound", save_every=0)
     assert ended.state_digest == alone.state_digest
 
 
-def test_what_is_too_large_from_the_start_makes_no_step(run, tmp_path):
+def test_limit_exceeded_at_the_start(run, tmp_path):
     with pytest.raises(
         OutOfMemory,
         match=r"at step 0 the run uses 7000\.00 GiB of the device.*nothing was saved.* before any step",
@@ -58,7 +58,7 @@ def test_what_is_too_large_from_the_start_makes_no_step(run, tmp_path):
     assert stands(tmp_path) == []
 
 
-def test_resets_keep_a_leaking_run_below_its_bound(run, tmp_path):
+def test_resets_keep_a_leaking_run_below_the_limit(run, tmp_path):
     alone, _ = run(tmp_path / "alone")
     ended, _ = run(
         tmp_path / "bound",
@@ -70,38 +70,38 @@ def test_resets_keep_a_leaking_run_below_its_bound(run, tmp_path):
     assert ended.state_digest == alone.state_digest
 
 
-def test_within_its_bound_a_run_is_left_alone(run, tmp_path):
+def test_run_below_the_limit_is_not_affected(run, tmp_path):
     ended, _ = run(tmp_path, engine=lambda config: Hungry(base=2000, transient=4000), max_memory=6500.0)
     assert ended.step == 9
 
 
-def test_the_system_running_out_is_warned_of_once(run, tmp_path, monkeypatch):
+def test_low_system_memory_warns_once(run, tmp_path, monkeypatch):
     monkeypatch.setattr(memory_guard, "available_bytes", lambda: 10 << 20)
     monkeypatch.setattr(memory_guard, "SECONDS_BETWEEN_READS", 0.0)
-    with pytest.warns(DistrustWarning, match="free memory.*--max-memory") as given:
+    with pytest.warns(DistrustWarning, match="free memory.*--max-memory") as caught:
         ended, _ = run(tmp_path)
-    assert len(given) == 1
+    assert len(caught) == 1
     assert ended.step == 9
 
 
 class OwnOutOfMemoryError(RuntimeError):
-    """As torch has one."""
+    """Named like the error of torch."""
 
 
 @pytest.mark.parametrize(
     "error",
     [MemoryError(), OwnOutOfMemoryError("of 2 GiB\n1 is free"), RuntimeError("Insufficient Memory (8)")],
 )
-def test_what_frameworks_say_is_one_line(error):
+def test_framework_errors_become_one_line(error):
     with (
-        pytest.raises(OutOfMemory, match=r"--batch-size.*--gradient-checkpointing") as told,
+        pytest.raises(OutOfMemory, match=r"--batch-size.*--gradient-checkpointing") as caught,
         translate_out_of_memory("insufficient memory"),
     ):
         raise error
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(caught.value)
 
 
-def test_what_is_no_lack_of_memory_stays_what_it_is():
+def test_other_errors_are_not_translated():
     with pytest.raises(RuntimeError, match="shapes differ"), translate_out_of_memory("insufficient memory"):
         raise RuntimeError("shapes differ")
 
@@ -128,8 +128,8 @@ except DistrustError as error:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the watcher reads Linux's proc")
-def test_a_run_that_leaks_ends_saved_where_it_would_have_been_killed(start_python, data, tmp_path):
-    """The killer is as batch systems have it: it looks at resident memory, and sends SIGKILL."""
+def test_leaking_run_saves_before_it_would_be_killed(start_python, data, tmp_path):
+    """A watchdog like that of batch systems: it reads the resident memory and sends SIGKILL."""
     limit = 0.4 * GIB
 
     def watched(out: str, *, leak: float, bound: float) -> tuple[int, str, str]:
@@ -147,12 +147,12 @@ def test_a_run_that_leaks_ends_saved_where_it_would_have_been_killed(start_pytho
     code, _, _ = watched("killed", leak=1.0, bound=0.0)
     assert code == -signal.SIGKILL
     assert stands(tmp_path / "killed") == []
-    code, _, said = watched("bound", leak=1.0, bound=0.35)
-    assert code == 1, said
-    assert said.startswith("distrust: --max-memory 0.35: at step ")
+    code, _, stderr = watched("bound", leak=1.0, bound=0.35)
+    assert code == 1, stderr
+    assert stderr.startswith("distrust: --max-memory 0.35: at step ")
     (step,) = stands(tmp_path / "bound")
     assert 0 < step < 400
-    assert f"step {step} is saved" in said
+    assert f"step {step} is saved" in stderr
     # Without the leak, the same command finishes, and ends as a run that never leaked.
     digests = [watched(out, leak=0.0, bound=0.35)[1] for out in ("bound", "alone")]
     assert digests[0] == digests[1] != ""

@@ -1,4 +1,4 @@
-"""Memory resets: the same run bit for bit, with everything of the engine gone in between."""
+"""Memory resets: the run stays bit-identical, and the engine is freed completely."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from distrust.training.events import CheckpointSaved, MemoryReset, StepEnded
 GIB = 2**30
 
 
-pytestmark = pytest.mark.usefixtures("_only_what_is_new_is_searched")
+pytestmark = pytest.mark.usefixtures("_freeze_earlier_objects")
 
 
 def made_anew(config):
@@ -46,15 +46,15 @@ def resets(events):
     stop=st.none() | st.integers(1, 8),
     evaluated=st.booleans(),
 )
-def test_a_reset_changes_no_bit(run, eval_data, reload_every, save_every, stop, evaluated):
+def test_reset_is_bit_identical(run, eval_data, reload_every, save_every, stop, evaluated):
     evaluation = {"eval_data": str(eval_data), "eval_every": 2} if evaluated else {}
     with tempfile.TemporaryDirectory() as folder:
         alone, _ = run(Path(folder, "alone"), **evaluation)
         options = {"save_every": save_every, "keep_last": 1, "reload_every": reload_every, **evaluation}
         events = []
         for until in (stop, None) if stop else (None,):
-            ended, more = run(Path(folder, "reset"), engine=made_anew, stop_after=until, **options)
-            events += more
+            ended, reset_events = run(Path(folder, "reset"), engine=made_anew, stop_after=until, **options)
+            events += reset_events
         assert resets(events) == [step for step in range(reload_every, 9, reload_every) if step != stop]
         assert [event.step for event in events if isinstance(event, StepEnded)] == list(range(1, 10))
         assert ended.state_digest == alone.state_digest
@@ -63,47 +63,47 @@ def test_a_reset_changes_no_bit(run, eval_data, reload_every, save_every, stop, 
         assert len(saved) == len(set(saved))
 
 
-def test_nothing_of_the_engine_is_left(run, tmp_path):
-    made, alive = [], []
+def test_reset_frees_the_engine(run, tmp_path):
+    engines, alive = [], []
 
     def make(config):
         gc.collect()
-        alive.append([engine for engine in made if engine() is not None])
+        alive.append([engine for engine in engines if engine() is not None])
         engine = ToyEngine()
-        made.append(weakref.ref(engine))
+        engines.append(weakref.ref(engine))
         return engine
 
     run(tmp_path, engine=make, reload_every=2)
     assert alive == [[]] * 5  # at first, and at steps 2, 4, 6 and 8
 
 
-def test_an_engine_that_somebody_holds_has_let_go(run, tmp_path):
-    made = []
+def test_reset_closes_an_engine_that_is_still_referenced(run, tmp_path):
+    engines = []
 
     def make(config):
-        assert all(engine.closed for engine in made)
-        made.append(ToyEngine())
-        return made[-1]
+        assert all(engine.closed for engine in engines)
+        engines.append(ToyEngine())
+        return engines[-1]
 
     run(tmp_path, engine=make, reload_every=4)
-    assert len(made) == 3
+    assert len(engines) == 3
 
 
-def test_a_reset_is_shown(run, tmp_path):
+def test_reset_emits_an_event(run, tmp_path):
     words = io.StringIO()
     with ConsoleReporter(log_every=1, stream=words) as console:
         run(tmp_path, engine=made_anew, reload_every=6, observers=[console])
     assert re.search(r"step 6: memory reset, \d+\.\d\d to \d+\.\d\d GiB in \d+\.\d s\n", words.getvalue())
 
 
-def test_a_given_engine_cannot_be_built_again(data, tmp_path):
+def test_reset_requires_a_factory(data, tmp_path):
     for option in ({"reload_every": 1}, {"reload_above": 1.0}):
         config = TrainConfig(out=str(tmp_path), data=str(data), **option)
         with pytest.raises(ConfigError, match="give a factory"):
             DistrustTrainer(config, engine=ToyEngine())
 
 
-def test_the_load_is_no_stall(run, tmp_path, monkeypatch):
+def test_reload_is_not_counted_as_stall(run, tmp_path, monkeypatch):
     honest, loading = CheckpointManager.load, []
 
     def load(manager, *args, **options):
@@ -111,18 +111,18 @@ def test_the_load_is_no_stall(run, tmp_path, monkeypatch):
         return honest(manager, *args, **options)
 
     def trainer_stall():
-        return sum(event.stall_seconds for event in seen if isinstance(event, CheckpointSaved))
+        return sum(event.stall_seconds for event in stalls if isinstance(event, CheckpointSaved))
 
-    seen = []
+    stalls = []
     monkeypatch.setattr(CheckpointManager, "load", load)
-    ended, events = run(tmp_path, engine=made_anew, reload_every=3, save_every=0, observers=[seen.append])
-    taken = [event.seconds for event in events if isinstance(event, MemoryReset)]
-    assert len(loading) == len(taken) == 2
+    ended, events = run(tmp_path, engine=made_anew, reload_every=3, save_every=0, observers=[stalls.append])
+    durations = [event.seconds for event in events if isinstance(event, MemoryReset)]
+    assert len(loading) == len(durations) == 2
     assert ended.stall_seconds == pytest.approx(trainer_stall())
 
 
-def test_without_a_checkpoint_there_is_no_reset(run, tmp_path, monkeypatch):
-    """A save that failed is warned of; the run goes on with what it has."""
+def test_no_reset_without_a_checkpoint(run, tmp_path, monkeypatch):
+    """A failed save warns, and the run continues."""
     alone, _ = run(tmp_path / "alone")
     honest, count = Disk.sync, []
 
@@ -139,7 +139,7 @@ def test_without_a_checkpoint_there_is_no_reset(run, tmp_path, monkeypatch):
     assert ended.state_digest == alone.state_digest
 
 
-def test_a_checkpoint_that_reads_back_wrong_is_not_gone_on_from(run, tmp_path):
+def test_no_reset_from_a_damaged_checkpoint(run, tmp_path):
     alone, _ = run(tmp_path / "alone")
 
     def damage(event):
@@ -157,13 +157,13 @@ def test_a_checkpoint_that_reads_back_wrong_is_not_gone_on_from(run, tmp_path):
 
 
 @pytest.mark.parametrize("when", ["while it saves", "while it loads"])
-def test_a_signal_during_a_reset_stops_the_run_there(run, tmp_path, when):
+def test_signal_during_a_reset_stops_the_run(run, tmp_path, when):
     alone, _ = run(tmp_path / "alone")
-    made = []
+    engines = []
 
     def make(config):
-        made.append(config)
-        if len(made) == 2 and when == "while it loads":
+        engines.append(config)
+        if len(engines) == 2 and when == "while it loads":
             signal.raise_signal(signal.SIGTERM)
         return ToyEngine()
 
@@ -174,13 +174,13 @@ def test_a_signal_during_a_reset_stops_the_run_there(run, tmp_path, when):
     options = {"engine": make, "reload_every": 3, "save_every": 0}
     ended, _ = run(tmp_path / "reset", observers=[stop], **options)
     assert (ended.step, ended.signal) == (3, signal.SIGTERM)
-    assert len(made) == (1 if when == "while it saves" else 2)  # stopped: it need not be loaded once more
+    assert len(engines) == (1 if when == "while it saves" else 2)  # stopped: it need not be loaded once more
     assert run(tmp_path / "reset", **options)[0].state_digest == alone.state_digest
 
 
 @pytest.mark.parametrize("lora_rank", [4, 0])
-def test_of_a_real_model_nothing_is_left_either(tiny_model, data, tmp_path, lora_rank):
-    """Weights, gradients, moments: no tensor of the engine before outlives it."""
+def test_reset_frees_a_real_model(tiny_model, data, tmp_path, lora_rank):
+    """No weights, gradients or moments of the previous engine remain in memory."""
     import torch
 
     options = {
@@ -193,12 +193,12 @@ def test_of_a_real_model_nothing_is_left_either(tiny_model, data, tmp_path, lora
         "lora_dropout": 0.2,
         "threads": 1,
     }
-    made, left = [], []
+    references, alive = [], []
 
     def make(config):
-        left.append([known() for known in made if known() is not None])
+        alive.append([reference() for reference in references if reference() is not None])
         engine = create_engine(config)
-        made.extend(weakref.ref(part) for part in (engine, *engine.model.parameters()))
+        references.extend(weakref.ref(part) for part in (engine, *engine.model.parameters()))
         return engine
 
     def train(out, **more):
@@ -206,13 +206,13 @@ def test_of_a_real_model_nothing_is_left_either(tiny_model, data, tmp_path, lora
         return DistrustTrainer(replace(config, **more), engine=make).train()
 
     alone = train("alone")
-    del made[:], left[:]
+    del references[:], alive[:]
     gc.collect()
-    before = sum(issubclass(type(found), torch.Tensor) for found in gc.get_objects())
+    tensors_at_start = sum(issubclass(type(object_), torch.Tensor) for object_ in gc.get_objects())
     assert train("reset", reload_every=2).state_digest == alone.state_digest
-    assert left == [[], [], []]
+    assert alive == [[], [], []]
     gc.collect()
-    assert sum(issubclass(type(found), torch.Tensor) for found in gc.get_objects()) <= before
+    assert sum(issubclass(type(object_), torch.Tensor) for object_ in gc.get_objects()) <= tensors_at_start
     engine, _ = open_checkpoint(
         tmp_path / "reset"
     )  # nor does it hold the memory that a checkpoint was read into
@@ -239,18 +239,18 @@ print(DistrustTrainer(config, engine=make).train().state_digest)
 """
 
 
-def test_killed_during_a_reset_nothing_is_lost(run, run_python, data, tmp_path):
+def test_kill_during_a_reset_loses_nothing(run, run_python, data, tmp_path):
     alone, _ = run(tmp_path / "alone")
-    here = Path(__file__).parent
-    done = run_python(KILLED, here, data, tmp_path / "reset", "kill")
-    assert done.returncode == -signal.SIGKILL
+    folder = Path(__file__).parent
+    process = run_python(KILLED, folder, data, tmp_path / "reset", "kill")
+    assert process.returncode == -signal.SIGKILL
     assert CheckpointManager(tmp_path / "reset" / "checkpoints").list_checkpoints() == [4]
-    done = run_python(KILLED, here, data, tmp_path / "reset", "live")
-    assert done.stdout.strip() == alone.state_digest, done.stderr
+    process = run_python(KILLED, folder, data, tmp_path / "reset", "live")
+    assert process.stdout.strip() == alone.state_digest, process.stderr
 
 
 class Hungry(ToyEngine):
-    """Takes memory of a device: some at once, more with each step, and some only while it makes one."""
+    """Allocates device memory: at the start, with each step, and temporarily during a step."""
 
     def __init__(self, *, base: float, leak: float = 0.0, transient: float = 0.0) -> None:
         super().__init__()
@@ -275,8 +275,8 @@ class Hungry(ToyEngine):
         (6000, 1000, [1, 4, 7]),  # each time a quarter has grown
     ],
 )
-def test_above_a_bound_memory_is_reset_as_often_as_that_helps(run, tmp_path, base, leak, expected):
-    """In sizes that no host has: only the device's counts."""
+def test_reload_above_resets_only_if_it_helps(run, tmp_path, base, leak, expected):
+    """The sizes exceed any host's memory, so only the device counts."""
 
     def make(config):
         return Hungry(base=base, leak=leak)
@@ -289,9 +289,9 @@ def test_above_a_bound_memory_is_reset_as_often_as_that_helps(run, tmp_path, bas
     else:
         with pytest.warns(
             DistrustWarning, match=r"right after a reset, so no reset can bring it below"
-        ) as given:
+        ) as caught:
             _, events = reset()
-        assert len(given) == 1
+        assert len(caught) == 1
     assert resets(events) == expected
     for event in events:
         if isinstance(event, MemoryReset):

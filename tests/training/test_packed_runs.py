@@ -1,4 +1,4 @@
-"""Runs with packed rows: exact resume, what counts as an example, and the mean of the weights."""
+"""Packed rows: exact resume, counting of examples, and the mean of the weights."""
 
 from __future__ import annotations
 
@@ -55,20 +55,20 @@ MIXED = {"mix": (1.0, 2.0), "eval_fraction": 0.2}
     stops=st.lists(st.integers(1, 11), min_size=1, max_size=3, unique=True).map(sorted),
     options=st.sampled_from([{}, {"mix": (0.3, 0.7)}, MIXED, {**MIXED, "batch_size": 1}]),
 )
-def test_stopped_anywhere_it_ends_as_if_left_alone(run, sources, stops, options):
+def test_stopped_run_ends_in_the_same_state(run, sources, stops, options):
     options = {"data": sources, "packing": True, "max_length": CAPACITY, "max_steps": 12, **options}
     with tempfile.TemporaryDirectory() as folder:
-        alone, steps = run(Path(folder, "alone"), save_every=0, **options)
-        made = []
+        alone, expected = run(Path(folder, "alone"), save_every=0, **options)
+        losses = []
         for stop in [*stops, None]:
             ended, events = run(Path(folder, "stopped"), stop_after=stop, save_every=5, **options)
-            made += [event.loss for event in events if isinstance(event, StepEnded)]
-        assert made == [event.loss for event in steps if isinstance(event, StepEnded)]
+            losses += [event.loss for event in events if isinstance(event, StepEnded)]
+        assert losses == [event.loss for event in expected if isinstance(event, StepEnded)]
         assert ended.state_digest == alone.state_digest
         assert any(isinstance(event, Evaluated) for event in events) == ("eval_fraction" in options)
 
 
-def test_packing_makes_another_run_of_fewer_steps(run, sources, tmp_path):
+def test_packing_reduces_the_steps(run, sources, tmp_path):
     options = {"data": sources, "max_length": CAPACITY, "max_steps": None, "epochs": 1}
     plain, _ = run(tmp_path / "plain", **options)
     packed, steps = run(tmp_path / "packed", packing=True, **options)
@@ -78,32 +78,34 @@ def test_packing_makes_another_run_of_fewer_steps(run, sources, tmp_path):
 
 
 def tokens_and_weights(plan: PreparedData, *, epochs: int) -> tuple[int, float, list[int]]:
-    """Of whole epochs: learned tokens, the sum of their weights, and the examples in the order they came."""
+    """Trained tokens of whole epochs, the sum of their weights, and the examples in order."""
     steps = plan.batches.epoch_steps * epochs
     assert steps == int(steps)
     batches = [batch for step in range(1, int(steps) + 1) for batch in plan.batches.step(step)]
-    drawn = [int(example) for batch in batches for example in batch.examples]
+    sampled = [int(example) for batch in batches for example in batch.examples]
     weights = math.fsum(float(batch.weights.sum(dtype=np.float64)) for batch in batches)
-    return sum(batch.tokens for batch in batches), weights, drawn
+    return sum(batch.tokens for batch in batches), weights, sampled
 
 
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("mix", [None, (1.0, 1.0), (0.2, 0.8), (1.0, 0.0)])
-def test_over_all_tokens_that_are_drawn_the_weights_have_a_mean_of_one(plan_of, mix, packing):
+def test_weights_have_mean_one_over_sampled_tokens(plan_of, mix, packing):
     plan = plan_of(mix=mix, packing=packing, batch_size=1, gradient_accumulation=1)
     assert plan.weights.max() / plan.weights.min() > 2
     # After so many epochs each row of a source was drawn as often as every other one of it.
     epochs = 1 if mix is None else math.lcm(*(ROWS if packing else (23, 9)))
-    tokens, weights, drawn = tokens_and_weights(plan, epochs=epochs)
+    tokens, weights, sampled = tokens_and_weights(plan, epochs=epochs)
     assert weights == pytest.approx(tokens, rel=1e-6)
-    counts = np.bincount(drawn, minlength=32)
+    counts = np.bincount(sampled, minlength=32)
     assert len(set(counts[:23])) == len(set(counts[23:])) == 1
     assert (len(set(counts)) == 1) == (mix is None)
-    taken = plan.weights * counts  # what each example had of the gradient
-    assert plan.distribution.effective_examples == pytest.approx(taken.sum() ** 2 / (taken**2).sum())
+    contributions = plan.weights * counts  # what each example had of the gradient
+    assert plan.distribution.effective_examples == pytest.approx(
+        contributions.sum() ** 2 / (contributions**2).sum()
+    )
 
 
-def test_each_example_is_in_one_row_of_its_own_source(plan_of):
+def test_each_example_is_in_one_row_of_its_source(plan_of):
     plan = plan_of(batch_size=1, gradient_accumulation=1)
     assert plan.batches.epoch_steps == sum(ROWS)
     rows = [plan.batches.step(step)[0] for step in range(1, sum(ROWS) + 1)]
@@ -117,12 +119,12 @@ def test_each_example_is_in_one_row_of_its_own_source(plan_of):
 ROWS = (6, 2)
 
 
-def test_shares_of_one_source_are_all_of_it(plan_of, sources):
+def test_mix_of_one_source_uses_all_of_it(plan_of, sources):
     alone = plan_of(data=sources[0], mix=(1.0,))
     assert alone.weights.tolist() == pytest.approx(plan_of(data=sources[0]).weights.tolist())
 
 
-def test_of_a_row_that_is_not_finite_the_one_example_is_named(sources, tmp_path):
+def test_non_finite_loss_names_the_example_in_a_row(sources, tmp_path):
     config = TrainConfig(
         out=str(tmp_path), **{**TOY, "data": sources[0], "packing": True, "max_length": CAPACITY}
     )

@@ -1,4 +1,4 @@
-"""A training run whose machine loses power: the same command again ends as if nothing had been."""
+"""Power loss during a run: repeating the command ends in the same state as an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from distrust import CheckpointManager, trainer
 
 
 class Machine:
-    """A disk of its own, for the runs in it."""
+    """A simulated disk, and the runs on it."""
 
     def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         root.mkdir()
@@ -26,13 +26,13 @@ class Machine:
         self._patch = monkeypatch
 
     def run(self, run, **options):
-        """Train; None if it was killed."""
+        """Train; returns None if the power was cut."""
         with self._patch.context() as patch, contextlib.suppress(Killed):
             patch.setattr(trainer, "CheckpointManager", functools.partial(CheckpointManager, disk=self.disk))
             return run(self.root / "run", **options)[0]
 
 
-def test_a_run_cut_off_at_any_call_ends_in_the_same_state(run, tmp_path, monkeypatch):
+def test_power_cut_at_any_call_ends_in_the_same_state(run, tmp_path, monkeypatch):
     alone = Machine(tmp_path / "alone", monkeypatch)
     ended = alone.run(run)
     chance = Random(7)
@@ -41,15 +41,15 @@ def test_a_run_cut_off_at_any_call_ends_in_the_same_state(run, tmp_path, monkeyp
         machine.disk.dies_after = calls
         assert machine.run(run) is None
 
-        after = tmp_path / f"after-{number}"
+        restored = tmp_path / f"after-{number}"
         image = machine.world.after_cut(chance.choice(FATES), chance.choice(FATES), chance)
-        build(after, machine.root, image)
-        again, _ = run(after / "run")
+        build(restored, machine.root, image)
+        again, _ = run(restored / "run")
         assert again.state_digest == ended.state_digest
 
 
-def test_a_run_that_says_it_is_finished_stays_finished(run, tmp_path, monkeypatch):
-    """It was killed when its last checkpoint had its name, and the name was not yet synced."""
+def test_finished_run_survives_a_power_cut(run, tmp_path, monkeypatch):
+    """The power is cut after the final rename, before the directory is synced."""
     alone = Machine(tmp_path / "alone", monkeypatch)
     alone.run(run)
     for calls in range(alone.disk.calls, 0, -1):

@@ -1,4 +1,4 @@
-"""Batches made one step ahead are the batches that are asked for."""
+"""Prefetched values equal those that are computed on demand."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from distrust.training.prefetch import Prefetcher
 
 
 @given(st.lists(st.integers(1, 20), max_size=30), st.integers(1, 20))
-def test_each_step_gets_its_own_in_whichever_order(steps, last):
-    made = []
-    with Prefetcher(lambda step: made.append(step) or step * 10, last=last) as ahead:
+def test_values_do_not_depend_on_the_order(steps, last):
+    computed = []
+    with Prefetcher(lambda step: computed.append(step) or step * 10, last=last) as ahead:
         assert [ahead.get(step) for step in steps] == [step * 10 for step in steps]
-    assert max(made, default=0) <= max([last, *steps])
+    assert max(computed, default=0) <= max([last, *steps])
 
 
-def test_in_order_each_is_made_once():
-    made = []
-    with Prefetcher(lambda step: made.append(step) or step, last=9) as ahead:
+def test_each_value_is_computed_once_in_order():
+    computed = []
+    with Prefetcher(lambda step: computed.append(step) or step, last=9) as ahead:
         assert [ahead.get(step) for step in range(3, 10)] == list(range(3, 10))
-    assert made == list(range(3, 10))  # and none after the last
+    assert computed == list(range(3, 10))  # and none after the last
 
 
-def test_the_next_one_is_made_meanwhile():
+def test_next_value_is_computed_in_the_background():
     begun = {step: threading.Event() for step in (1, 2, 3)}
     by = {}
 
@@ -42,7 +42,7 @@ def test_the_next_one_is_made_meanwhile():
     assert by[2] is not threading.current_thread()
 
 
-def test_what_goes_wrong_is_raised_where_it_is_wanted():
+def test_errors_are_raised_by_get():
     def make(step):
         if step % 3 == 0:
             raise OSError(f"no {step}")
@@ -58,7 +58,7 @@ def test_what_goes_wrong_is_raised_where_it_is_wanted():
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_at_the_end_no_thread_is_left(fails):
+def test_exit_ends_the_thread(fails):
     def threads():
         return [thread for thread in threading.enumerate() if thread.name.startswith("distrust-prefetch")]
 

@@ -1,4 +1,4 @@
-"""Progress goes into a checkpoint as arrays and comes back as it was."""
+"""Progress survives the round trip through the arrays of a checkpoint."""
 
 from __future__ import annotations
 
@@ -56,6 +56,6 @@ def test_the_arrays_are_copies():
     assert progress.history_arrays()["loss"].tolist() == [1.0, 6.0]
 
 
-def test_nobody_shares_a_history():
+def test_histories_are_not_shared():
     assert Progress().history is not Progress().history
     assert Progress().metrics is not Progress().metrics

@@ -1,4 +1,4 @@
-"""What would not continue the same run is refused, all of it at once; what may change bits is warned of."""
+"""Resumes that would change the run are refused, with all reasons; changes of the last bits warn."""
 
 from __future__ import annotations
 
@@ -66,18 +66,18 @@ def contents(folder):
 
 def test_every_option_that_changes_the_result_is_refused(run, tmp_path):
     run(tmp_path, stop_after=3)
-    before = contents(tmp_path)
+    original = contents(tmp_path)
     for name, value in OTHER.items():
         with pytest.raises(ResumeRefused) as refused:
             run(tmp_path, **{name: value})
         (line,) = refused.value.differences
         assert line.startswith(f"{flag(name)} was ")
         assert line in str(refused.value)
-    assert contents(tmp_path) == before
+    assert contents(tmp_path) == original
     assert set(OTHER) == {f.name for f in fields(TrainConfig) if f.metadata["effect"] == "result"}
 
 
-def test_all_differences_are_told_at_once(run, tmp_path):
+def test_all_differences_are_reported_at_once(run, tmp_path):
     run(tmp_path, stop_after=3)
     with pytest.raises(ResumeRefused) as refused:
         run(tmp_path, learning_rate=0.1, batch_size=4, lambda_=0.0)
@@ -88,20 +88,20 @@ def test_all_differences_are_told_at_once(run, tmp_path):
     )
 
 
-def test_a_finished_run_is_not_finished_with_other_options(run, tmp_path):
+def test_finished_run_refuses_other_options(run, tmp_path):
     run(tmp_path)
     with pytest.raises(ResumeRefused, match="--seed was 0, is 1"):
         run(tmp_path, seed=1)
 
 
-def test_a_bound_that_is_left_out_is_a_difference(run, tmp_path):
-    """None says "no bound" there; it does not stand for whatever the run began with."""
+def test_omitted_bound_is_a_difference(run, tmp_path):
+    """None means no bound, not the saved value."""
     run(tmp_path, stop_after=3, max_ratio=2.0)
     with pytest.raises(ResumeRefused, match=r"--max-ratio was 2\.0, is None"):
         run(tmp_path)
 
 
-def test_what_was_left_open_stays_as_it_was_settled(run, tmp_path):
+def test_options_fixed_at_start_are_restored(run, tmp_path):
     run(tmp_path, stop_after=3)
     config = CheckpointManager(tmp_path / "checkpoints").inspect(3).header.config
     assert (config["max_length"], config["schedule_steps"]) == (1024, 9)
@@ -110,7 +110,7 @@ def test_what_was_left_open_stays_as_it_was_settled(run, tmp_path):
     assert run(tmp_path, schedule_steps=9, max_length=1024)[0].step == 9
 
 
-def test_intervals_and_reports_are_free(run, eval_data, tmp_path):
+def test_free_options_may_change(run, eval_data, tmp_path):
     alone, _ = run(tmp_path / "alone")
     run(tmp_path / "changed", stop_after=3)
     with warnings.catch_warnings():
@@ -134,42 +134,42 @@ def test_intervals_and_reports_are_free(run, eval_data, tmp_path):
 
 def test_other_data_is_refused(run, tmp_path):
     run(tmp_path / "run", stop_after=3)
-    other = write_records(tmp_path / "other.jsonl", seed=1)
-    before = contents(tmp_path / "run")
+    other_data = write_records(tmp_path / "other.jsonl", seed=1)
+    original = contents(tmp_path / "run")
     with pytest.raises(ResumeRefused, match=r"--data .*other\.jsonl: its content is not that of the run"):
-        run(tmp_path / "run", data=str(other))
-    assert contents(tmp_path / "run") == before
+        run(tmp_path / "run", data=str(other_data))
+    assert contents(tmp_path / "run") == original
 
 
-def test_data_with_other_provenance_is_other_data(run, data, tmp_path):
+def test_changed_provenance_is_other_data(run, data, tmp_path):
     run(tmp_path / "run", stop_after=3)
-    other = tmp_path / "other.jsonl"
+    other_data = tmp_path / "other.jsonl"
     text = data.read_text()
-    other.write_text(text.replace('"authority_weight": 0.', '"authority_weight": 0.0', 1))
-    assert other.read_text() != text
+    other_data.write_text(text.replace('"authority_weight": 0.', '"authority_weight": 0.0', 1))
+    assert other_data.read_text() != text
     with pytest.raises(ResumeRefused, match="--data"):
-        run(tmp_path / "run", data=str(other))
+        run(tmp_path / "run", data=str(other_data))
 
 
-def test_another_base_model_is_refused(run, tmp_path):
+def test_other_base_model_is_refused(run, tmp_path):
     run(tmp_path, stop_after=3)
     with pytest.raises(ResumeRefused, match="--model bundled: its content is not that of the run") as refused:
         run(tmp_path, engine=ToyEngine(base=1))
     assert len(refused.value.differences) == 1
 
 
-def test_another_machine_is_only_warned_of(run, tmp_path):
+def test_changed_environment_warns(run, tmp_path):
     alone, _ = run(tmp_path / "alone")
     run(tmp_path / "moved", stop_after=3)
-    elsewhere = ToyEngine(environment={"toy": "2", "threads": 1, "new": True})
+    engine = ToyEngine(environment={"toy": "2", "threads": 1, "new": True})
     with pytest.warns(DistrustWarning, match="no longer bit-identical: toy was 1, is 2") as caught:
-        ended, _ = run(tmp_path / "moved", engine=elsewhere)
+        ended, _ = run(tmp_path / "moved", engine=engine)
     assert len(caught) == 1  # the same threads, and what nobody recorded, are no difference
-    assert elsewhere.threads_restored == 1
+    assert engine.threads_restored == 1
     assert ended.state_digest == alone.state_digest
 
 
-def test_threads_that_the_user_chose_are_not_restored(run, tmp_path):
+def test_threads_option_overrides_the_recorded_threads(run, tmp_path):
     run(tmp_path, stop_after=3)
     engine = ToyEngine(environment={"toy": "1", "threads": 2})
     with pytest.warns(DistrustWarning, match="no longer bit-identical: threads was 1, is 2"):
@@ -177,25 +177,25 @@ def test_threads_that_the_user_chose_are_not_restored(run, tmp_path):
     assert engine.threads_restored is None
 
 
-def test_an_older_step_needs_a_branch(run, tmp_path):
+def test_older_step_requires_a_branch(run, tmp_path):
     run(tmp_path / "run", stop_after=8)
-    before = contents(tmp_path / "run")
+    original = contents(tmp_path / "run")
     with pytest.raises(ConfigError, match=r"--from-step 4: .* already continues to step 8.*--branch"):
         run(tmp_path / "run", from_step=4)
-    assert contents(tmp_path / "run") == before
+    assert contents(tmp_path / "run") == original
 
 
-def test_a_branch_goes_its_own_way(run, tmp_path):
+def test_branch_does_not_change_its_source(run, tmp_path):
     alone, _ = run(tmp_path / "run", keep_last=9)
-    before = contents(tmp_path / "run")
+    original = contents(tmp_path / "run")
     branch, events = run(tmp_path / "run", from_step=4, branch=str(tmp_path / "branch"))
     assert [event.step for event in events if isinstance(event, StepEnded)] == [5, 6, 7, 8, 9]
     assert branch.path.parent == tmp_path / "branch" / "checkpoints"
     assert branch.state_digest == alone.state_digest  # nothing was changed: it is the same timeline
-    assert contents(tmp_path / "run") == before
+    assert contents(tmp_path / "run") == original
 
 
-def test_a_branch_that_was_stopped_goes_on_by_the_same_command(run, tmp_path):
+def test_stopped_branch_resumes_by_the_same_command(run, tmp_path):
     alone, _ = run(tmp_path / "run", keep_last=9)
     options = {"from_step": 2, "branch": str(tmp_path / "branch")}
     stopped, _ = run(tmp_path / "run", stop_after=5, **options)
@@ -207,29 +207,29 @@ def test_a_branch_that_was_stopped_goes_on_by_the_same_command(run, tmp_path):
     assert (again.step, again.state_digest) == (9, alone.state_digest)
 
 
-def test_a_branch_cannot_grow_into_its_own_trunk(run, tmp_path):
+def test_branch_must_be_another_folder(run, tmp_path):
     run(tmp_path, stop_after=8, keep_last=9)
-    before = contents(tmp_path)
+    original = contents(tmp_path)
     with pytest.raises(ConfigError, match="--branch"):
         run(tmp_path, from_step=4, branch=str(tmp_path))
-    assert contents(tmp_path) == before
+    assert contents(tmp_path) == original
 
 
-def test_the_newest_step_by_number_needs_no_branch(run, tmp_path):
+def test_newest_step_needs_no_branch(run, tmp_path):
     alone, _ = run(tmp_path / "alone")
     run(tmp_path / "run", stop_after=4)
     assert run(tmp_path / "run", from_step=4)[0].state_digest == alone.state_digest
 
 
 @pytest.mark.parametrize("branch", [False, True])
-def test_a_step_that_is_not_there(run, tmp_path, branch):
+def test_missing_step(run, tmp_path, branch):
     run(tmp_path / "run", stop_after=4)
     options = {"branch": str(tmp_path / "branch")} if branch else {}
     with pytest.raises(CheckpointNotFound, match="no checkpoint of step 5; there are 2, 4"):
         run(tmp_path / "run", from_step=5, **options)
 
 
-def test_a_damaged_step_is_no_place_to_begin(run, tmp_path):
+def test_damaged_step_is_refused(run, tmp_path):
     stopped, _ = run(tmp_path / "run", stop_after=4)
     raw = bytearray(stopped.path.read_bytes())
     raw[-1] ^= 1
@@ -238,8 +238,8 @@ def test_a_damaged_step_is_no_place_to_begin(run, tmp_path):
         run(tmp_path / "run", from_step=4)
 
 
-def test_a_second_writer_in_the_folder_is_refused(run, tmp_path):
-    """A second trainer of the same process is refused wherever it writes: test_asynchronous.py."""
+def test_second_writer_is_refused(run, tmp_path):
+    """test_asynchronous.py has the case of two trainers in one process."""
     refused = []
 
     def second(event):
@@ -252,22 +252,22 @@ def test_a_second_writer_in_the_folder_is_refused(run, tmp_path):
     assert len(refused) == 1
 
 
-def test_a_folder_that_another_writer_holds_is_refused(run, tmp_path):
-    with CheckpointManager(tmp_path / "checkpoints") as other:
-        other.acquire()
+def test_locked_folder_is_refused(run, tmp_path):
+    with CheckpointManager(tmp_path / "checkpoints") as manager:
+        manager.acquire()
         with pytest.raises(CheckpointDirectoryLocked, match=str(os.getpid())):
             run(tmp_path)
     assert run(tmp_path, max_steps=3)[0].step == 3
 
 
-def test_a_folder_that_cannot_be_is_told(run, tmp_path):
+def test_folder_that_cannot_be_created(run, tmp_path):
     (tmp_path / "file").write_text("here already")
     with pytest.raises(SaveFailed, match="file"):
         run(tmp_path / "file")
 
 
 @pytest.mark.parametrize("example", [0, 3, 10])
-def test_a_loss_that_is_no_number_stops_before_the_step(run, data, tmp_path, example):
+def test_nan_loss_stops_before_the_step(run, data, tmp_path, example):
     ended, _ = run(tmp_path / "good", save_every=1, keep_last=9)
     events = []
     with pytest.raises(NonFiniteLoss) as error:
@@ -278,22 +278,22 @@ def test_a_loss_that_is_no_number_stops_before_the_step(run, data, tmp_path, exa
             engine=ToyEngine(poisoned=[example]),
             observers=[events.append],
         )
-    made = [event.step for event in events if isinstance(event, StepEnded)]
-    assert error.value.step == len(made) + 1
+    steps = [event.step for event in events if isinstance(event, StepEnded)]
+    assert error.value.step == len(steps) + 1
     assert error.value.examples == (f"{data}:{example + 1}",)
     assert f"step {error.value.step}: the loss is not finite" in str(error.value)
     assert f"{data}:{example + 1}" in str(error.value)
-    assert [event.step for event in events if isinstance(event, CheckpointStarted)] == made
+    assert [event.step for event in events if isinstance(event, CheckpointStarted)] == steps
     # What stands is what the run without that example's loss had saved.
-    good, bad = (CheckpointManager(tmp_path / name / "checkpoints") for name in ("good", "bad"))
-    assert bad.list_checkpoints() == made
-    for step in made:
-        assert bad.inspect(step).state_digest == good.inspect(step).state_digest
-        bad.validate(step)
+    reference, stopped = (CheckpointManager(tmp_path / name / "checkpoints") for name in ("good", "bad"))
+    assert stopped.list_checkpoints() == steps
+    for step in steps:
+        assert stopped.inspect(step).state_digest == reference.inspect(step).state_digest
+        stopped.validate(step)
     assert ended.step == 9
 
 
-def test_a_gradient_norm_that_is_no_number_stops_before_the_step(run, data, tmp_path):
+def test_infinite_gradient_norm_stops_before_the_step(run, data, tmp_path):
     class Exploding(ToyEngine):
         def clip_gradients(self, max_norm):
             norm = super().clip_gradients(max_norm)
@@ -306,8 +306,8 @@ def test_a_gradient_norm_that_is_no_number_stops_before_the_step(run, data, tmp_
     assert CheckpointManager(tmp_path / "checkpoints").list_checkpoints() == [2, 4]
 
 
-def test_an_update_that_leaves_infinities_is_never_saved(run, tmp_path):
-    """Loss and gradient of that step were finite: only its outcome is not."""
+def test_infinite_weights_are_never_saved(run, tmp_path):
+    """The loss and the gradient of the step are finite; only the updated weights are not."""
 
     class Overflowing(ToyEngine):
         def update(self, *, learning_rate):

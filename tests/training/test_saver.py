@@ -1,4 +1,4 @@
-"""Saves that fail are made up for, and what stands at the end is what the run says."""
+"""Failed saves: the next save succeeds, and errors describe the remaining checkpoints."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from distrust.training.events import CheckpointSaved
 
 @pytest.fixture
 def failing_saves(monkeypatch):
-    """Has the disk refuse the saves of these numbers, counted from 1."""
+    """Makes the saves with these numbers fail, counted from 1."""
 
     def fail(*numbers: int) -> None:
         honest, count = Disk.sync, [0]
@@ -36,7 +36,7 @@ def failing_saves(monkeypatch):
     return fail
 
 
-def test_a_failed_save_is_warned_of_and_made_up_for(run, tmp_path, failing_saves):
+def test_failed_save_warns_and_the_next_succeeds(run, tmp_path, failing_saves):
     alone, _ = run(tmp_path / "alone")
     failing_saves(2)
     with pytest.warns(DistrustWarning, match="checkpoint-4.* No space left.* the next save tries again"):
@@ -52,23 +52,23 @@ def test_three_failures_in_a_row_stop_the_run(run, tmp_path, failing_saves):
     assert CheckpointManager(tmp_path / "checkpoints").list_checkpoints() == [2]
 
 
-def test_what_stands_is_said_when_a_run_stops(run, tmp_path, failing_saves):
+def test_error_names_the_remaining_checkpoint(run, tmp_path, failing_saves):
     failing_saves(2, 3, 4)
     with pytest.warns(DistrustWarning), pytest.raises(SaveFailed) as caught:
         run(tmp_path)
-    said = str(caught.value)
-    assert said.endswith(
+    message = str(caught.value)
+    assert message.endswith(
         "Saving failed 3 times in a row, so training stopped at step 8; "
         "step 2 is saved: fix the cause, and the same command resumes from there"
     )
-    assert "\n" not in said
+    assert "\n" not in message
     assert caught.value.needed > 10_000
     assert caught.value.free > 0
-    assert "going on" not in said
+    assert "going on" not in message
     assert run(tmp_path)[0].step == 9
 
 
-def test_what_does_not_stand_any_more_is_not_said_to_stand(run, tmp_path):
+def test_error_says_if_the_checkpoint_is_gone(run, tmp_path):
     def remove(event):
         if isinstance(event, CheckpointSaved):
             shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
@@ -80,14 +80,14 @@ def test_what_does_not_stand_any_more_is_not_said_to_stand(run, tmp_path):
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_where_nothing_was_saved_that_is_said(run, tmp_path, failing_saves):
+def test_error_says_if_nothing_was_saved(run, tmp_path, failing_saves):
     failing_saves(1, 2, 3)
     with pytest.warns(DistrustWarning), pytest.raises(SaveFailed, match=r"; nothing was saved yet$"):
         run(tmp_path)
 
 
-def test_a_failed_save_costs_no_later_one(run, tmp_path, failing_saves):
-    """Stopped after it, the run saves what it has done since."""
+def test_stop_after_a_failed_save_saves(run, tmp_path, failing_saves):
+    """A stop after a failed save saves the steps since."""
     failing_saves(2)
     with pytest.warns(DistrustWarning):
         ended, _ = run(tmp_path, stop_after=5)
@@ -95,25 +95,25 @@ def test_a_failed_save_costs_no_later_one(run, tmp_path, failing_saves):
     assert CheckpointManager(tmp_path / "checkpoints").list_checkpoints() == [2, 5]
 
 
-def test_the_last_save_has_to_succeed(run, tmp_path, failing_saves):
+def test_last_save_must_succeed(run, tmp_path, failing_saves):
     failing_saves(5)
     with pytest.raises(SaveFailed, match="checkpoint-9-final"):
         run(tmp_path)
     assert run(tmp_path)[0].path.name == "checkpoint-9-final.safetensors"
 
 
-def test_a_run_shortened_to_where_it_was_stopped_is_finished(run, tmp_path):
+def test_run_shortened_to_its_last_step_is_finished(run, tmp_path):
     run(tmp_path, stop_after=5)
     ended, _ = run(tmp_path, max_steps=5)
     assert (ended.path.name, ended.already_finished) == ("checkpoint-5-final.safetensors", True)
 
 
-def test_a_signal_after_the_last_step_stops_nothing(run, tmp_path):
+def test_signal_after_the_last_step_has_no_effect(run, tmp_path):
     ended, _ = run(tmp_path, stop_after=9)
     assert (ended.signal, ended.path.name) == (None, "checkpoint-9-final.safetensors")
 
 
-def test_what_an_interrupted_step_left_behind_is_not_in_the_next(run, tmp_path):
+def test_gradients_of_an_interrupted_step_are_discarded(run, tmp_path):
     class Interrupted(ToyEngine):
         interrupted = False
 
@@ -130,17 +130,17 @@ def test_what_an_interrupted_step_left_behind_is_not_in_the_next(run, tmp_path):
     assert run(tmp_path / "run", engine=engine)[0].state_digest == alone.state_digest
 
 
-def test_a_signal_that_the_process_ignores_stays_ignored(run, tmp_path):
-    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+def test_ignored_signal_stays_ignored(run, tmp_path):
+    handler = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     try:
         ended, _ = run(tmp_path, observers=[lambda _: signal.raise_signal(signal.SIGUSR1)])
     finally:
-        signal.signal(signal.SIGUSR1, before)
+        signal.signal(signal.SIGUSR1, handler)
     assert ended.signal is None
 
 
-def test_the_copy_beside_the_next_passes_is_of_the_state_before_them(run, tmp_path, monkeypatch):
-    """The loop makes no step before the copy is made, however late that is."""
+def test_snapshot_precedes_the_next_update(run, tmp_path, monkeypatch):
+    """The loop waits for a slow copy before it updates."""
     run(tmp_path / "alone", save_every=1, keep_last=9)
     honest = arrays.fill
 
@@ -157,8 +157,8 @@ def test_the_copy_beside_the_next_passes_is_of_the_state_before_them(run, tmp_pa
         assert first.inspect(step).state_digest == second.inspect(step).state_digest
 
 
-def test_the_first_save_finds_its_memory_ready(run, tmp_path, monkeypatch):
-    """It was reserved when the optimizer's state stood: no save touches memory of its own."""
+def test_snapshot_memory_is_reserved_before_the_first_save(run, tmp_path, monkeypatch):
+    """Memory is reserved after the first update; saves touch no new memory."""
     touched = []
     monkeypatch.setattr(memory, "_touch", lambda *range_: touched.append(threading.current_thread().name))
     reserve = CheckpointManager.reserve
@@ -175,11 +175,11 @@ def test_the_first_save_finds_its_memory_ready(run, tmp_path, monkeypatch):
     assert touched == []
 
 
-def test_a_failed_save_is_made_up_for_where_memory_is_short_too(run, tmp_path, failing_saves, monkeypatch):
-    """There, a save is over when it returns; its failure is told in the same way."""
+def test_failed_synchronous_save_warns_and_the_next_succeeds(run, tmp_path, failing_saves, monkeypatch):
+    """Without memory for a snapshot, saves are synchronous; failures are reported in the same way."""
     monkeypatch.setattr(snapshot, "BUDGET", 0.0)
     failing_saves(2)
-    with pytest.warns(DistrustWarning) as given:
+    with pytest.warns(DistrustWarning) as caught:
         _, events = run(tmp_path)
-    assert any("the next save tries again" in str(warning.message) for warning in given)
+    assert any("the next save tries again" in str(warning.message) for warning in caught)
     assert [event.step for event in events if isinstance(event, CheckpointSaved)] == [2, 6, 8, 9]

@@ -24,24 +24,24 @@ def rates(of, last=300):
 
 
 @given(options)
-def test_it_rises_to_the_peak_and_never_again(of):
-    found = rates(of)
+def test_rises_to_the_peak_once(of):
+    values = rates(of)
     top = max(of["warmup_steps"], 1)
     for step in range(2, 300):
         if step <= top:
-            assert found[step] > found[step - 1]
+            assert values[step] > values[step - 1]
         else:
-            assert found[step] <= found[step - 1]
-    assert all(0 <= rate <= of["peak"] for rate in found.values())
+            assert values[step] <= values[step - 1]
+    assert all(0 <= rate <= of["peak"] for rate in values.values())
     if of["warmup_steps"]:
-        assert found[top] == of["peak"]
-        assert found[1] == pytest.approx(of["peak"] / top)
+        assert values[top] == of["peak"]
+        assert values[1] == pytest.approx(of["peak"] / top)
 
 
 @given(options)
-def test_every_step_of_the_schedule_learns_and_none_after_it(of):
-    found = rates(of)
-    for step, rate in found.items():
+def test_rate_is_positive_until_the_schedule_ends(of):
+    values = rates(of)
+    for step, rate in values.items():
         if of["schedule"] == "constant" or step <= max(of["schedule_steps"], of["warmup_steps"]):
             assert rate > 0
         else:
@@ -49,13 +49,13 @@ def test_every_step_of_the_schedule_learns_and_none_after_it(of):
 
 
 @given(options, st.integers(1, 10**9))
-def test_no_step_depends_on_another(of, step):
+def test_rate_is_a_pure_function_of_the_step(of, step):
     assert learning_rate(step, **of) == learning_rate(step, **of)
     if of["schedule"] == "constant" and step >= of["warmup_steps"]:
         assert learning_rate(step, **of) == of["peak"]
 
 
-def test_values_by_hand():
+def test_known_values():
     cosine = {"peak": 1.0, "warmup_steps": 2, "schedule": "cosine", "schedule_steps": 9}
     assert rates(cosine, 4) == {1: 0.5, 2: 1.0, 3: pytest.approx(0.9619397662556434)}
     assert learning_rate(6, **cosine) == pytest.approx(0.5)  # half way from 2 to 10
@@ -63,13 +63,13 @@ def test_values_by_hand():
     assert [learning_rate(step, **linear) for step in (2, 4, 8, 9, 10, 10**6)] == [1, 0.75, 0.25, 0.125, 0, 0]
 
 
-def test_a_ratio_is_a_share_of_the_schedule():
+def test_warmup_ratio_is_a_share_of_the_schedule():
     assert warmup(10, None, schedule_steps=50) == 10
     assert [warmup(10, ratio, schedule_steps=50) for ratio in (0.0, 0.03, 0.1, 1.0)] == [0, 2, 5, 50]
 
 
-def test_a_run_warms_up_by_its_ratio(run, tmp_path):
+def test_run_uses_the_warmup_ratio(run, tmp_path):
     _, events = run(tmp_path / "ratio", warmup_ratio=0.4, max_steps=5, schedule_steps=10)
     _, same = run(tmp_path / "steps", warmup_steps=4, max_steps=5, schedule_steps=10)
-    found = [[e.learning_rate for e in es if isinstance(e, StepEnded)] for es in (events, same)]
-    assert found[0] == found[1]
+    values = [[e.learning_rate for e in es if isinstance(e, StepEnded)] for es in (events, same)]
+    assert values[0] == values[1]

@@ -1,4 +1,4 @@
-"""Signals ask a run to stop; it saves, says so, and the handlers are what they were."""
+"""Signals stop a run after a save, and the previous handlers are restored."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from distrust.training.signals import STOPPING, StopRequest
 
 
 @pytest.mark.parametrize("number", STOPPING)
-def test_the_first_signal_is_remembered(number):
+def test_first_signal_is_recorded(number):
     with StopRequest() as stop:
         assert stop.signal is None
         signal.raise_signal(number)
         assert stop.signal == number
 
 
-def test_it_is_the_first_that_counts():
+def test_later_signals_do_not_replace_the_first():
     with StopRequest() as stop:
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGTERM):
             signal.raise_signal(number)
     assert stop.signal == signal.SIGTERM
 
 
-def test_a_second_interrupt_leaves_at_once():
+def test_second_interrupt_raises_at_once():
     with pytest.raises(KeyboardInterrupt), StopRequest() as stop:  # noqa: PT012
         signal.raise_signal(signal.SIGINT)
         assert stop.signal == signal.SIGINT
@@ -39,22 +39,22 @@ def test_a_second_interrupt_leaves_at_once():
 
 @pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
 def test_handlers_are_restored(error):
-    seen = []
-    before = {number: signal.getsignal(number) for number in STOPPING}
-    signal.signal(signal.SIGUSR1, lambda number, frame: seen.append(number))
+    received = []
+    handlers = {number: signal.getsignal(number) for number in STOPPING}
+    signal.signal(signal.SIGUSR1, lambda number, frame: received.append(number))
     try:
         mine = {number: signal.getsignal(number) for number in STOPPING}
         with pytest.raises(error or ZeroDivisionError), StopRequest():
             raise error or ZeroDivisionError
         assert {number: signal.getsignal(number) for number in STOPPING} == mine
         signal.raise_signal(signal.SIGUSR1)
-        assert seen == [signal.SIGUSR1]
+        assert received == [signal.SIGUSR1]
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
-def test_elsewhere_than_in_the_main_thread_a_run_has_no_signals(run, tmp_path):
+def test_other_threads_handle_no_signals(run, tmp_path):
     ended = []
     thread = threading.Thread(target=lambda: ended.append(run(tmp_path)[0]))
     thread.start()
@@ -63,7 +63,7 @@ def test_elsewhere_than_in_the_main_thread_a_run_has_no_signals(run, tmp_path):
 
 
 @pytest.mark.parametrize("number", STOPPING)
-def test_a_stopped_run_is_saved_at_that_step(run, data, tmp_path, number):
+def test_stopped_run_is_saved_at_its_step(run, data, tmp_path, number):
     events = []
 
     def stop(event):
@@ -81,7 +81,7 @@ def test_a_stopped_run_is_saved_at_that_step(run, data, tmp_path, number):
     assert isinstance(events[-1], RunEnded)
 
 
-def test_stopped_before_the_first_step_there_is_nothing_to_save(data, tmp_path):
+def test_stop_before_the_first_step_saves_nothing(data, tmp_path):
     def stop(event):
         if isinstance(event, Preparing):
             signal.raise_signal(signal.SIGTERM)
@@ -100,7 +100,7 @@ def test_stopped_before_the_first_step_there_is_nothing_to_save(data, tmp_path):
     assert CheckpointManager(tmp_path / "checkpoints").list_checkpoints() == []
 
 
-def test_stopped_while_it_loads_a_resumed_run_stays_where_it_was(run, data, tmp_path):
+def test_stop_while_loading_keeps_a_resumed_run(run, data, tmp_path):
     stopped, _ = run(tmp_path, stop_after=3)
     content = stopped.path.read_bytes()
 
@@ -115,7 +115,7 @@ def test_stopped_while_it_loads_a_resumed_run_stays_where_it_was(run, data, tmp_
 
 
 @pytest.mark.parametrize("number", STOPPING)
-def test_once_the_model_is_loaded_a_stopped_run_leaves_the_data_alone(data, tmp_path, monkeypatch, number):
+def test_stop_after_loading_the_model_skips_the_data(data, tmp_path, monkeypatch, number):
     loaded, events = [], []
 
     def load(config: TrainConfig) -> ToyEngine:
@@ -131,7 +131,7 @@ def test_once_the_model_is_loaded_a_stopped_run_leaves_the_data_alone(data, tmp_
     assert [type(event) for event in events] == [Preparing, Preparing, RunEnded]
 
 
-def test_stopped_before_it_loads_a_resumed_run_stays_where_it_was(run, tmp_path):
+def test_stop_before_loading_keeps_a_resumed_run(run, tmp_path):
     stopped, _ = run(tmp_path, stop_after=3)
 
     def stop(event):
@@ -143,7 +143,7 @@ def test_stopped_before_it_loads_a_resumed_run_stays_where_it_was(run, tmp_path)
     assert ended.state_digest == stopped.state_digest
 
 
-def test_an_observer_that_fails_is_told_of_though_the_run_was_stopped(run, tmp_path):
+def test_observer_error_of_a_stopped_run_is_raised(run, tmp_path):
     def fail(event):
         signal.raise_signal(signal.SIGTERM)
         raise BrokenPipeError
@@ -152,7 +152,7 @@ def test_an_observer_that_fails_is_told_of_though_the_run_was_stopped(run, tmp_p
         run(tmp_path, observers=[fail])
 
 
-def test_a_second_interrupt_damages_nothing(run, tmp_path):
+def test_second_interrupt_damages_no_checkpoint(run, tmp_path):
     alone, _ = run(tmp_path / "alone")
 
     def twice(event):
@@ -171,8 +171,8 @@ def test_a_second_interrupt_damages_nothing(run, tmp_path):
     assert run(tmp_path / "left")[0].state_digest == alone.state_digest
 
 
-def test_nobody_has_to_read_that_it_stops(run, tmp_path):
-    """Ctrl-C ends `tee`, too, to which the run's words go."""
+def test_stop_message_may_fail(run, tmp_path):
+    """Ctrl-C also ends a `tee` that reads the output."""
     reader, words = os.pipe()
     os.close(reader)
     stderr = os.dup(2)

@@ -1,4 +1,4 @@
-"""``trainer.state``: typed, immutable, and true before, during and after a run, in whatever thread."""
+"""``trainer.state``: typed, immutable, and correct before, during and after a run, in any thread."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ def test_before_the_run(trainer, tmp_path):
         trainer().state.step = 3
 
 
-def test_it_is_as_of_the_event_that_an_observer_sees(trainer, tmp_path):
-    seen = []
+def test_state_matches_the_event(trainer, tmp_path):
+    states = []
 
     def watch(event):
         state = mine.state
         assert state.running
-        seen.append(event)
-        steps = [one for one in seen if isinstance(one, StepEnded)]
-        evaluations = {one.step: one.loss for one in seen if isinstance(one, Evaluated)}
-        saved = [one.path for one in seen if isinstance(one, CheckpointSaved)]
+        states.append(event)
+        steps = [one for one in states if isinstance(one, StepEnded)]
+        evaluations = {one.step: one.loss for one in states if isinstance(one, Evaluated)}
+        saved = [one.path for one in states if isinstance(one, CheckpointSaved)]
         assert state.step == len(steps)
         assert state.tokens_seen == sum(one.tokens for one in steps)
         assert state.checkpoint == (saved[-1] if saved else None)
@@ -58,36 +58,36 @@ def test_it_is_as_of_the_event_that_an_observer_sees(trainer, tmp_path):
 
     mine = trainer(watch)
     ended = mine.train()
-    assert isinstance(seen[-1], RunEnded)
+    assert isinstance(states[-1], RunEnded)
     assert not mine.state.running
     assert (mine.state.step, mine.state.checkpoint) == (9, ended.path)
 
 
-def test_a_run_that_goes_on_knows_what_it_knew(trainer):
+def test_state_of_a_resumed_run(trainer):
     stopped = trainer(lambda event: stopped.stop() if stopped.state.step == 3 else None)
     stopped.train()
-    before = stopped.state
+    saved = stopped.state
     resumed = []
     later = trainer(lambda event: resumed.append(later.state))
     later.train()
     (began, *_) = [state for state in resumed if state.max_steps and state.epoch_steps]
     assert (began.step, began.tokens_seen, began.metrics, began.best) == (
         3,
-        before.tokens_seen,
-        before.metrics,
-        before.best,
+        saved.tokens_seen,
+        saved.metrics,
+        saved.best,
     )
-    assert began.checkpoint == before.checkpoint
+    assert began.checkpoint == saved.checkpoint
     again = trainer()  # has nothing left to do, and no engine is asked
     again.train()
     for name in ("step", "tokens_seen", "metrics", "best", "checkpoint", "max_steps"):
         assert getattr(again.state, name) == getattr(later.state, name), name
 
 
-def test_any_thread_reads_a_whole_state(trainer):
-    """Each state that another thread sees is one that an observer saw, or of before or after the steps."""
-    told, read = [], []
-    mine = trainer(lambda event: told.append(mine.state), max_steps=60, save_every=0)
+def test_state_is_consistent_in_any_thread(trainer):
+    """Every state that another thread reads is one that an observer received, or that of the start or end."""
+    received, read = [], []
+    mine = trainer(lambda event: received.append(mine.state), max_steps=60, save_every=0)
     over = threading.Event()
 
     def poll():
@@ -99,13 +99,13 @@ def test_any_thread_reads_a_whole_state(trainer):
     mine.train()
     over.set()
     poller.join()
-    seen = {id(state) for state in told}
+    identities = {id(state) for state in received}
     assert read
-    assert all(state.step in (0, 60) for state in read if id(state) not in seen)
+    assert all(state.step in (0, 60) for state in read if id(state) not in identities)
 
 
-def test_a_second_call_begins_with_what_is_on_disk(trainer, tmp_path):
-    """The first one's steps that were never saved are gone, in memory too."""
+def test_second_call_starts_from_disk(trainer, tmp_path):
+    """Unsaved steps of the first call are also gone from memory."""
 
     class Died(BaseException):
         pass

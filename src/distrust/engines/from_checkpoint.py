@@ -146,8 +146,8 @@ def base_model_errors(
 
     def explain(error: ModelError) -> ModelError:
         return ModelError(
-            f"{file.path}: was trained on the model {name}, which cannot be loaded from here; say "
-            f"where it lies with --model ({error})"
+            f"{file.path}: was trained on the model {name}, which cannot be loaded from here; give its "
+            f"folder or hub name with --model ({error})"
         )
 
     return contextlib.nullcontext() if overridden else ErrorTranslator((ModelError,), explain)

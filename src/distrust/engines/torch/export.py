@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +54,8 @@ def prepare_adapter(config: TrainConfig, tensors: Mapping[str, torch.Tensor], *,
     state_conversion.require_no_differences(differences, tensors, summary=summary)
     weights = adapter.to_peft_names(meta_model, _cast(tensors, dtype))
     peft_config = adapter.peft_config(meta_model, base=reference(config.model))
-
-    def write(folder: Path) -> None:
-        with ErrorTranslator((SafetensorError,), _as_os_error):
-            _save(weights, folder / PEFT_WEIGHTS)
-            peft_config.save_pretrained(folder)
-            _save_tokenizer(tokenizer, folder)
-
-    return write
+    save_tokenizer = partial(_save_tokenizer, tokenizer)
+    return _in_order(partial(_save, weights, PEFT_WEIGHTS, {}), peft_config.save_pretrained, save_tokenizer)
 
 
 def require_mergeable(config: TrainConfig) -> None:
@@ -85,25 +80,21 @@ def prepare_merged(engine: TorchEngine, config: TrainConfig, *, dtype: ExportDty
     _require_finite(merged.named_parameters(), dtype)
     # Loading for training has disabled it; generation needs what the model was published with.
     merged.config.use_cache = getattr(model.load_config(config.model), "use_cache", True)
-    tokenizer: Any = engine.tokenizer
-
-    def write(folder: Path) -> None:
-        with ErrorTranslator((SafetensorError,), _as_os_error):
-            merged.save_pretrained(folder)
-            _save_tokenizer(tokenizer, folder)
-
-    return write
+    return _in_order(merged.save_pretrained, partial(_save_tokenizer, engine.tokenizer))
 
 
 def prepare_state(
     tensors: Mapping[str, torch.Tensor], *, file_name: str, dtype: ExportDtype, about: Mapping[str, str]
 ) -> Write:
     """Prepare one safetensors file of the trained tensors, under the names of the checkpoint."""
-    weights = _cast(tensors, dtype)
+    return _in_order(partial(_save, _cast(tensors, dtype), file_name, about))
 
+
+def _in_order(*writes: Callable[[Path], object]) -> Write:
     def write(folder: Path) -> None:
         with ErrorTranslator((SafetensorError,), _as_os_error):
-            _save(weights, folder / file_name, about)
+            for part in writes:
+                part(folder)
 
     return write
 
@@ -126,8 +117,8 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _save(weights: dict[str, torch.Tensor], path: Path, about: Mapping[str, str] | None = None) -> None:
-    save_file(weights, path, metadata={"format": "pt", **(about or {})})
+def _save(weights: dict[str, torch.Tensor], name: str, about: Mapping[str, str], folder: Path) -> None:
+    save_file(weights, folder / name, metadata={"format": "pt", **about})  # "pt": loaders require it
 
 
 def _as_os_error(error: Exception) -> OSError:
