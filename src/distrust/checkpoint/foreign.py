@@ -30,6 +30,7 @@ class ForeignHeader(Protocol):
     """
 
     format: str
+    step: int
     kind: Kind
     file_size: int
     lacks_arrays: bool
@@ -37,18 +38,8 @@ class ForeignHeader(Protocol):
     state_digest: str
     measured_on: str
     run_info: dict[str, Any]
-
-    @property
-    def step(self) -> int:
-        """Optimizer steps made."""
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The config of the program that wrote it."""
-
-    @property
-    def metadata(self) -> dict[str, Any]:
-        """The caller's metadata."""
+    config: dict[str, Any]
+    metadata: dict[str, Any]
 
     @property
     def saved_metrics(self) -> dict[str, float]:
