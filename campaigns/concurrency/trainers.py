@@ -50,7 +50,7 @@ def run(campaign: Campaign, case: Case, folder: Path) -> None:
     for out, err, trainer in ended:
         if trainer is not winner:
             lines = err.splitlines()
-            clear = len(lines) == 1 and f"pid {winner.pid} " in err and "holds this directory" in err
+            clear = len(lines) == 1 and f"pid {winner.pid} " in err and "has locked this directory" in err
             campaign.require(clear, f"not a clear line: {out!r} {err!r}")
             campaign.count("training commands refused with a clear line")
     digest = _digest(folder)

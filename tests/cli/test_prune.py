@@ -144,7 +144,7 @@ def test_while_a_training_runs_there_nothing_goes(distrust, run):
         manager.acquire()
         given = distrust("prune", run, "--keep-last", 1)
         assert (given.code, given.out) == (1, "")
-        assert "holds this directory" in given.err
+        assert "has locked this directory" in given.err
         assert distrust("prune", run, "--keep-last", 1, "--dry-run").out.count("would remove") == 4
     assert steps(run) == ALL
 
