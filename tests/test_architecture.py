@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import distrust
+import distrust.checkpoint
 import distrust.errors
 from distrust import Checkpoint, CheckpointManager
 
@@ -270,6 +271,7 @@ def test_the_public_names():
     for name in distrust.__all__:
         assert getattr(distrust, name).__name__ == name
     assert dir(distrust) == sorted([*distrust.__all__, "__version__"]), "no Python internals"
+    assert dir(distrust.checkpoint) == sorted(distrust.checkpoint.__all__)
     with pytest.raises(AttributeError, match="Nothing"):
         _ = distrust.Nothing
 
