@@ -3,7 +3,7 @@
     python -m campaigns --seconds 60
     python -m campaigns --seed 7 --seconds 600 --only power_loss,damage
 
-Ends with one line for each. Exit code 1 if any found a counterexample.
+The last lines give the result of each. The exit code is 1 if any found a counterexample.
 """
 
 from __future__ import annotations
@@ -19,29 +19,28 @@ CAMPAIGNS = (
 
 
 def main() -> int:
-    """Run them; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m campaigns", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seed", type=int, default=1, help="of every random choice (default: 1)")
     parser.add_argument("--seconds", type=float, default=60, help="how long each runs (default: 60)")
-    parser.add_argument("--only", help="some of them, with commas between")
+    parser.add_argument("--only", help="some of them, separated by commas")
     options = parser.parse_args()
-    chosen = options.only.split(",") if options.only else CAMPAIGNS
-    unknown = [name for name in chosen if name not in CAMPAIGNS]
+    names = options.only.split(",") if options.only else CAMPAIGNS
+    unknown = [name for name in names if name not in CAMPAIGNS]
     if unknown:
         parser.error(f"no campaign {unknown[0]!r}; there are {', '.join(CAMPAIGNS)}")
-    ended: dict[str, int] = {}
-    for name in chosen:
+    exit_codes: dict[str, int] = {}
+    for name in names:
         print(f"== {name}", flush=True)
         limits = ["--seed", str(options.seed), "--seconds", str(options.seconds)]
-        ended[name] = subprocess.run(
+        exit_codes[name] = subprocess.run(
             [sys.executable, "-m", f"campaigns.{name}", *limits], check=False
         ).returncode
     print("==")
-    for name, code in ended.items():
-        print(f"{name:14} {'every promise was kept' if code == 0 else f'exit code {code}: see above'}")
-    return 1 if any(ended.values()) else 0
+    for name, code in exit_codes.items():
+        print(f"{name:14} {'every invariant held' if code == 0 else f'exit code {code}: see above'}")
+    return 1 if any(exit_codes.values()) else 0
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The frame of every campaign: cases by number, counts, and the first counterexample.
+"""The frame of every campaign: numbered cases, counts, and the first counterexample.
 
-A case is a number, and a generator of random choices that depends on it and on the seed alone: whatever a
-campaign finds is found again by ``--seed S --case N``.
+A case is a number and a generator of random choices that depends on it and on the seed alone, so
+``--seed S --case N`` repeats any finding.
 """
 
 from __future__ import annotations
@@ -12,112 +12,99 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 PROGRESS_SECONDS = 5.0
-#: How the count of what this machine cannot do begins.
+#: Prefix of the counts of what this machine cannot run.
 SKIPPED = "skipped"
 
 
 class CounterExample(Exception):
-    """What a campaign looks for: a promise that was not kept."""
+    """An invariant that does not hold: what a campaign looks for."""
+
+
+def require(holds: bool, violation: str) -> None:
+    """Raise CounterExample with ``violation`` unless the invariant holds."""
+    if not holds:
+        raise CounterExample(violation)
 
 
 class Case(NamedTuple):
-    """One case.
-
-    Attributes:
-        number: from 0.
-        chance: every random choice of the case comes from it.
-    """
+    """One case: its number, from 0, and the generator of all its random choices."""
 
     number: int
-    chance: random.Random
+    rng: random.Random
 
 
 class Campaign:
-    """One run of a campaign.
-
-    Args:
-        name: of its module.
-        options: what :func:`parser` parsed.
-        cases: how many to run where the options do not say, nor for how long.
-
-    Attributes:
-        options: as given.
-        counts: what was done so far, and how often.
-        repeated: the options of its own that it was given, for who wants to see a finding again.
-    """
+    """One run of a campaign."""
 
     def __init__(self, name: str, options: argparse.Namespace, *, cases: int) -> None:
-        self.name = name
-        self.options = options
-        self.counts: Counter[str] = Counter()
-        self.repeated = ""
-        self._cases = cases
+        self.name = name  # of its command
+        self.options = options  # as :func:`parser` parsed them
+        self.counts: Counter[str] = Counter()  # what was done so far, and how often
+        self.own_options = ""  # the options that only this campaign has, as given; needed to repeat a finding
+        self._cases = cases  # how many to run if the options give neither a number nor a time
         self._current: int | None = None
         self._began = time.monotonic()
-        self._told = self._began
+        self._last_progress = self._began
 
     def cases(self) -> Iterator[Case]:
-        """The cases to run: one, so many, or as many as the time allows."""
+        """The cases to run: one, a number of them, or as many as the time allows."""
         if self.options.case is not None:
             yield self._begin(self.options.case)
             return
-        last = self.options.cases
-        if last is None and self.options.seconds is None:
-            last = self._cases
+        limit = self.options.cases
+        if limit is None and self.options.seconds is None:
+            limit = self._cases
         number = 0
-        # One at least: what comes before the first may take long.
-        while (last is None or number < last) and (number == 0 or not self.out_of_time):
+        # At least one: the set-up before the first may take all of the time.
+        while (limit is None or number < limit) and (number == 0 or not self.out_of_time):
             yield self._begin(number)
-            self._tell()
+            self._show_progress()
             number += 1
 
     @property
     def out_of_time(self) -> bool:
-        """Whether the time it was given is over."""
+        """Whether ``--seconds`` are over."""
         return self.options.seconds is not None and self.seconds >= self.options.seconds
 
     @property
     def seconds(self) -> float:
-        """Since it began."""
         return time.monotonic() - self._began
 
-    def count(self, what: str, by: int = 1) -> None:
-        """Count something that was done."""
-        self.counts[what] += by
-        self._tell()
+    def count(self, description: str, by: int = 1) -> None:
+        self.counts[description] += by
+        self._show_progress()
+
+    def count_all(self, counts: Mapping[str, int]) -> None:
+        """Add the counts of a child process."""
+        for description, number in counts.items():
+            self.count(description, number)
+
+    def count_largest(self, description: str, value: int) -> None:
+        """Keep the largest value of a measurement among the counts."""
+        self.counts[description] = max(self.counts[description], value)
 
     @property
     def idle(self) -> bool:
-        """Whether nothing was done, but for what this machine cannot do."""
-        return all(what.startswith(SKIPPED) for what in self.counts)
-
-    def require(self, kept: bool, promise: str) -> None:
-        """Check a promise.
-
-        Raises:
-            CounterExample: if it was not kept.
-        """
-        if not kept:
-            raise CounterExample(promise)
+        """Whether nothing ran, except what was skipped."""
+        return all(description.startswith(SKIPPED) for description in self.counts)
 
     def report(self, counter_example: str | None) -> None:
-        """Print what was done, and what was found."""
-        for what, number in self.counts.items():
-            print(f"{number:>12,}  {what}")
-        if counter_example is None and self.idle:
-            print(f"{self.name}: nothing was run, and nothing is shown by that")
-        elif counter_example is None:
-            print(f"{self.name}: every promise was kept, in {self.seconds:.0f} s, seed {self.options.seed}")
-        else:
+        for description, number in self.counts.items():
+            print(f"{number:>12,}  {description}")
+        if counter_example is not None:
             print(f"{self.name}: COUNTEREXAMPLE: {counter_example}")
             if self._current is not None:
-                again = f"--seed {self.options.seed} --case {self._current}{self.repeated}"
+                again = f"--seed {self.options.seed} --case {self._current}{self.own_options}"
                 print(f"again: python -m campaigns.{self.name} {again}")
+        elif self.idle:
+            print(f"{self.name}: nothing was run, so nothing is shown")
+        else:
+            print(f"{self.name}: every invariant held, {self.seconds:.0f} s, seed {self.options.seed}")
         if self.options.json is not None:
             figures = {
                 "campaign": self.name,
@@ -132,42 +119,52 @@ class Campaign:
         self._current = number
         return Case(number, random.Random(f"{self.options.seed}/{number}"))
 
-    def _tell(self) -> None:
-        """Progress, on a terminal or not: a line now and then."""
+    def _show_progress(self) -> None:
         now = time.monotonic()
-        if now - self._told >= PROGRESS_SECONDS:
-            self._told = now
-            done = ", ".join(f"{number:,} {what}" for what, number in self.counts.items())
-            print(f"{self.seconds:5.0f} s: {done}", file=sys.stderr, flush=True)
+        if now - self._last_progress >= PROGRESS_SECONDS:
+            self._last_progress = now
+            counts = ", ".join(f"{number:,} {description}" for description, number in self.counts.items())
+            print(f"{self.seconds:5.0f} s: {counts}", file=sys.stderr, flush=True)
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """The options that every campaign has; ``description`` is its module's docstring."""
-    made = argparse.ArgumentParser(
+    """A parser with the options that every campaign has; ``description`` is its module's docstring."""
+    options = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument("--seed", type=int, default=1, help="of every random choice (default: 1)")
-    made.add_argument("--seconds", type=float, help="how long to run; the case under way is finished")
-    made.add_argument("--cases", type=int, help="how many cases to run at most")
-    made.add_argument("--case", type=int, help="run this one only: a counterexample once more")
-    made.add_argument("--json", type=Path, help="write the counts into this file, too")
-    return made
+    options.add_argument("--seed", type=int, default=1, help="of every random choice (default: 1)")
+    options.add_argument("--seconds", type=float, help="how long to run; the current case is finished")
+    options.add_argument("--cases", type=int, help="how many cases to run at most")
+    options.add_argument("--case", type=int, help="run only this one: repeat a counterexample")
+    options.add_argument("--json", type=Path, help="write the counts to this file, too")
+    return options
 
 
-def _own_options(made: argparse.ArgumentParser, options: argparse.Namespace) -> str:
-    """The options that only this campaign has, as they were given."""
+def add_directory(options: argparse.ArgumentParser) -> None:
+    """Add the option ``--directory``, for campaigns that write to a disk."""
+    options.add_argument(
+        "--directory", type=Path, help="where to work (default: the system's temporary folder)"
+    )
+
+
+def fault_arguments(options: argparse.Namespace) -> list[str]:
+    """The arguments that give a child process the fault that this campaign was given."""
+    return ["--fault", options.fault] if options.fault else []
+
+
+def _own_options(options: argparse.ArgumentParser, parsed: argparse.Namespace) -> str:
     shared = {action.dest for action in parser(None)._actions}
-    given = ""
-    for action in made._actions:
-        value = getattr(options, action.dest, None)
+    text = ""
+    for action in options._actions:
+        value = getattr(parsed, action.dest, None)
         if action.dest not in shared and value != action.default:
-            given += f" {action.option_strings[0]}" + ("" if value is True else f" {value}")
-    return given
+            text += f" {action.option_strings[0]}" + ("" if value is True else f" {value}")
+    return text
 
 
 def run(
     name: str,
-    made: argparse.ArgumentParser,
+    options: argparse.ArgumentParser,
     body: Callable[[Campaign], Any],
     *,
     cases: int,
@@ -176,22 +173,22 @@ def run(
     """Run a campaign from a command line.
 
     Args:
-        name: of its module.
-        made: its options.
-        body: runs the cases; what it raises as CounterExample is the finding.
-        cases: how many to run where nothing is said.
+        name: of its command.
+        options: its parser.
+        body: runs the cases; a CounterExample that it raises is the finding.
+        cases: how many to run by default.
         arguments: of the command line; by default those of the process.
 
     Returns:
-        The exit code: 0, or 1 if a counterexample was found or nothing was run.
+        The exit code: 0, or 1 if there is a counterexample or nothing was run.
     """
-    made.prog = f"python -m campaigns.{name}"
-    campaign = Campaign(name, made.parse_args(arguments), cases=cases)
-    campaign.repeated = _own_options(made, campaign.options)
-    found = None
+    options.prog = f"python -m campaigns.{name}"
+    campaign = Campaign(name, options.parse_args(arguments), cases=cases)
+    campaign.own_options = _own_options(options, campaign.options)
+    counter_example = None
     try:
         body(campaign)
     except CounterExample as error:
-        found = str(error)
-    campaign.report(found)
-    return 0 if found is None and not campaign.idle else 1
+        counter_example = str(error)
+    campaign.report(counter_example)
+    return 0 if counter_example is None and not campaign.idle else 1

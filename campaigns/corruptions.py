@@ -1,8 +1,7 @@
-"""Everything that is done to a checkpoint's file: kinds of injuries, each a numbered list of all there are.
+"""Everything that can happen to a checkpoint's file: kinds of damage, each a numbered list of all there are.
 
-What a disk, a controller, a file system or a person does to a file: bits flip, a tail is missing, blocks are
-zeros or another file's, something is appended, a header is edited, a file is renamed. An injury is the new
-content of the file, and its new name.
+These are the effects of a disk, a controller, a file system or a person: bits flip, a tail is missing, blocks
+are zeros or another file's, bytes are appended, a header is edited, a file is renamed.
 """
 
 from __future__ import annotations
@@ -24,169 +23,153 @@ LENGTH_BYTES = 8
 
 
 class Files(NamedTuple):
-    """What injuries are made of.
+    """The files that damages are made of."""
 
-    Attributes:
-        good: the file that is injured, of :data:`STEP`.
-        older: of the same run, of :data:`OLDER_STEP`.
-        other: of another run: the same layout and step, another content.
-        final: the same as ``good``, saved as a final.
+    newer: bytes  # the file that is damaged, of :data:`STEP`
+    older: bytes  # of the same run, of :data:`OLDER_STEP`
+    other: bytes  # of another run: the same layout and step, another content
+    final: bytes  # the same as ``newer``, saved as a final checkpoint
+
+
+class Damage(NamedTuple):
+    """One damage: the file's new content and its new name.
+
+    ``misnamed``: only the name is wrong; every byte is that of a checkpoint.
     """
 
-    good: bytes
-    older: bytes
-    other: bytes
-    final: bytes
-
-
-class Injury(NamedTuple):
-    """What became of the file.
-
-    Attributes:
-        what: was done to it.
-        content: of it now.
-        name: of it now.
-        misnamed: nothing else is wrong with it: every byte is that of a checkpoint.
-    """
-
-    what: str
+    description: str
     content: bytes
     name: str = NAME
     misnamed: bool = False
 
 
 class Kind(NamedTuple):
-    """All injuries of one kind.
-
-    Attributes:
-        name: in the plural, for the counts.
-        size: how many there are.
-        make: one of them, by its number.
-    """
+    """All damages of one kind: their name in the counts, how many there are, and a function of the number."""
 
     name: str
     size: int
-    make: Callable[[int], Injury]
+    make: Callable[[int], Damage]
 
 
 def kinds(files: Files) -> list[Kind]:
-    """Every kind, in a fixed order."""
-    return [*_each_byte(files.good), *_blocks(files.good), *_pieces(files), *_whole_files(files)]
+    return [*_byte_kinds(files.newer), *_block_kinds(files.newer), *_part_kinds(files), _name_kind(files)]
 
 
-def _each_byte(good: bytes) -> Iterator[Kind]:
-    size = len(good)
+def _byte_kinds(raw: bytes) -> Iterator[Kind]:
+    size = len(raw)
 
-    def flipped(number: int) -> Injury:
+    def flip(number: int) -> Damage:
         at, bit = divmod(number, 8)
-        return Injury(f"bit {bit} of byte {at} flipped", _with(good, at, bytes([good[at] ^ 1 << bit])))
+        return Damage(f"bit {bit} of byte {at} flipped", _overwrite(raw, at, bytes([raw[at] ^ 1 << bit])))
 
-    yield Kind("bits flipped", 8 * size, flipped)
-    yield Kind("bytes zeroed", size, lambda at: Injury(f"byte {at} zeroed", _with(good, at, b"\0")))
-    yield Kind(
-        "bytes set to 0xFF", size, lambda at: Injury(f"byte {at} set to 0xFF", _with(good, at, b"\xff"))
-    )
-    yield Kind("lengths cut to", size, lambda to: Injury(f"cut to {to} bytes", good[:to]))
-    yield Kind(
-        "tails zeroed", size, lambda at: Injury(f"zeros from byte {at} on", good[:at] + bytes(size - at))
-    )
-    yield Kind(
-        "tails of zeros appended",
-        ZEROS_APPENDED,
-        lambda at: Injury(f"{at + 1} zeros appended", good + bytes(at + 1)),
-    )
+    def overwrite(value: bytes, description: str) -> Callable[[int], Damage]:
+        return lambda at: Damage(f"byte {at} {description}", _overwrite(raw, at, value))
+
+    def zero_tail(at: int) -> Damage:
+        return Damage(f"zeros from byte {at} on", raw[:at] + bytes(size - at))
+
+    def append_zeros(number: int) -> Damage:
+        return Damage(f"{number + 1} zeros appended", raw + bytes(number + 1))
+
+    yield Kind("bits flipped", 8 * size, flip)
+    yield Kind("bytes zeroed", size, overwrite(b"\0", "zeroed"))
+    yield Kind("bytes set to 0xFF", size, overwrite(b"\xff", "set to 0xFF"))
+    yield Kind("lengths cut to", size, lambda length: Damage(f"cut to {length} bytes", raw[:length]))
+    yield Kind("tails zeroed", size, zero_tail)
+    yield Kind("tails of zeros appended", ZEROS_APPENDED, append_zeros)
 
 
-def _blocks(good: bytes) -> Iterator[Kind]:
+def _block_kinds(raw: bytes) -> Iterator[Kind]:
     for size in BLOCK_SIZES:
-        starts = range(0, len(good), size)
+        starts = range(0, len(raw), size)
         pairs = list(combinations(starts, 2))
 
-        def zeroed(number: int, size: int = size) -> Injury:
+        def zero(number: int, size: int = size) -> Damage:
             at = number * size
-            return Injury(
-                f"block of {size} at {at} zeroed", _with(good, at, bytes(len(good[at : at + size])))
-            )
+            zeros = bytes(len(raw[at : at + size]))
+            return Damage(f"block of {size} at {at} zeroed", _overwrite(raw, at, zeros))
 
-        def swapped(number: int, size: int = size, pairs: Sequence[tuple[int, int]] = pairs) -> Injury:
+        def swap(number: int, size: int = size, pairs: Sequence[tuple[int, int]] = pairs) -> Damage:
             a, b = pairs[number]
-            length = min(size, len(good) - b)  # the last block may be a short one
-            return Injury(f"blocks of {size} at {a} and {b} swapped", _swapped(good, a, b, length))
+            length = min(size, len(raw) - b)  # the last block may be a short one
+            return Damage(f"blocks of {size} at {a} and {b} swapped", _swap(raw, a, b, length))
 
-        yield Kind(f"blocks of {size} zeroed", len(starts), zeroed)
-        yield Kind(f"blocks of {size} swapped", len(pairs), swapped)
+        yield Kind(f"blocks of {size} zeroed", len(starts), zero)
+        yield Kind(f"blocks of {size} swapped", len(pairs), swap)
 
 
-def _pieces(files: Files) -> Iterator[Kind]:
-    good, other = files.good, files.other
-    end, of_other = _data_begin(good), _data_begin(files.other)
-    tensors = list(_tensors(good))
-    yield _listed(
+def _part_kinds(files: Files) -> Iterator[Kind]:
+    raw, other, older = files.newer, files.other, files.older
+    end, other_end, older_end = _data_begin(raw), _data_begin(other), _data_begin(older)
+    tensors = list(_tensors(raw))
+    yield _list_kind(
         "tensors taken from another file",
         (
-            Injury(f"{name} is that of another file", _with(good, begin, other[begin:stop]))
+            Damage(f"{name} is that of another file", _overwrite(raw, begin, other[begin:stop]))
             for name, begin, stop in tensors
         ),
     )
-    yield _listed(
+    yield _list_kind(
         "tensors exchanged within the file",
         (
-            Injury(f"{a[0]} and {b[0]} exchanged", _swapped(good, a[1], b[1], a[2] - a[1]))
+            Damage(f"{a[0]} and {b[0]} exchanged", _swap(raw, a[1], b[1], a[2] - a[1]))
             for a, b in combinations(tensors, 2)
             if a[2] - a[1] == b[2] - b[1]
         ),
     )
-    older_end = _data_begin(files.older)
-    yield _listed(
+    yield _list_kind(
         "headers on the data of another file",
         [
-            Injury("the header of another run", other[:of_other] + good[end:]),
-            Injury("the data of another run", good[:end] + other[of_other:]),
-            Injury("the header of an older step", files.older[:older_end] + good[end:]),
-            Injury("the data of an older step", good[:end] + files.older[older_end:]),
+            Damage("the header of another run", other[:other_end] + raw[end:]),
+            Damage("the data of another run", raw[:end] + other[other_end:]),
+            Damage("the header of an older step", older[:older_end] + raw[end:]),
+            Damage("the data of an older step", raw[:end] + older[older_end:]),
         ],
     )
-    yield _listed(
-        "header fields edited, the digest left",
-        (Injury(f"in the header: {what}", header + good[end:]) for what, header in _edited(good[:end])),
+    yield _list_kind(
+        "header fields edited, the digest not",
+        (
+            Damage(f"in the header: {description}", header + raw[end:])
+            for description, header in _edited_headers(raw[:end])
+        ),
     )
     tails = {
         "a byte 0xFF": b"\xff", "a line end": b"\n", "a space": b" ", "a page of 0xFF": b"\xff" * 4096,
-        "a copy of itself": good, "its header": good[:end], "its data": good[end:], "another file": other,
+        "a copy of itself": raw, "its header": raw[:end], "its data": raw[end:], "another file": other,
     }  # fmt: skip
-    yield _listed("tails appended", (Injury(f"{what} appended", good + tail) for what, tail in tails.items()))
+    appended = (Damage(f"{name} appended", raw + tail) for name, tail in tails.items())
+    yield _list_kind("tails appended", appended)
 
 
-def _whole_files(files: Files) -> Iterator[Kind]:
-    good, older = files.good, files.older
+def _name_kind(files: Files) -> Kind:
+    raw, older = files.newer, files.older
     final = checkpoint_file_name(STEP, "final")
-    yield _listed(
+    later, later_final = checkpoint_file_name(STEP + 1, "periodic"), checkpoint_file_name(10 * STEP, "final")
+    return _list_kind(
         "files under another's name",
         [
-            Injury(f"step {OLDER_STEP} in its place", older, misnamed=True),
-            Injury("a final one in its place", files.final, misnamed=True),
-            Injury("renamed to a final one", good, final, misnamed=True),
-            Injury("an older one renamed to a final one of its step", older, final, misnamed=True),
-            Injury(
-                "renamed to a later step", good, checkpoint_file_name(STEP + 1, "periodic"), misnamed=True
-            ),
-            Injury("renamed to a later final", good, checkpoint_file_name(10 * STEP, "final"), misnamed=True),
+            Damage(f"step {OLDER_STEP} in its place", older, misnamed=True),
+            Damage("a final one in its place", files.final, misnamed=True),
+            Damage("renamed to a final one", raw, final, misnamed=True),
+            Damage("an older one renamed to a final one of its step", older, final, misnamed=True),
+            Damage("renamed to a later step", raw, later, misnamed=True),
+            Damage("renamed to a later final", raw, later_final, misnamed=True),
         ],
     )
 
 
-def _listed(name: str, injuries: Iterable[Injury]) -> Kind:
-    made = list(injuries)
-    return Kind(name, len(made), made.__getitem__)
+def _list_kind(name: str, damages: Iterable[Damage]) -> Kind:
+    listed = list(damages)
+    return Kind(name, len(listed), listed.__getitem__)
 
 
-def _with(content: bytes, at: int, piece: bytes) -> bytes:
+def _overwrite(content: bytes, at: int, piece: bytes) -> bytes:
     return content[:at] + piece + content[at + len(piece) :]
 
 
-def _swapped(content: bytes, a: int, b: int, length: int) -> bytes:
-    one, two = content[a : a + length], content[b : b + length]
-    return _with(_with(content, a, two), b, one)
+def _swap(content: bytes, a: int, b: int, length: int) -> bytes:
+    first, second = content[a : a + length], content[b : b + length]
+    return _overwrite(_overwrite(content, a, second), b, first)
 
 
 def _data_begin(content: bytes) -> int:
@@ -194,7 +177,7 @@ def _data_begin(content: bytes) -> int:
 
 
 def _tensors(content: bytes) -> Iterator[tuple[str, int, int]]:
-    """Name, and where it begins and ends in the file; read by none of the library's own means."""
+    """Name, begin and end of each tensor, parsed without the library."""
     begin = _data_begin(content)
     for name, fields in json.loads(content[LENGTH_BYTES:begin]).items():
         if name != "__metadata__":
@@ -202,32 +185,32 @@ def _tensors(content: bytes) -> Iterator[tuple[str, int, int]]:
             yield name, begin + first, begin + last
 
 
-def _edited(header: bytes) -> Iterator[tuple[str, bytes]]:
-    """The header with one thing changed, framed as a writer does, all its digests as they were."""
+def _edited_headers(header: bytes) -> Iterator[tuple[str, bytes]]:
+    """The header with one thing changed, encoded as a writer does, with all its digests unchanged."""
     fields = json.loads(header[LENGTH_BYTES:])
-    if _framed(fields) != header:
+    if _encode_header(fields) != header:
         raise ValueError("this campaign no longer knows how a header is encoded")
-    for what, changed in _variants(fields):
+    for description, changed in _variants(fields):
         if changed.get("__metadata__", {}).get("digest") == fields["__metadata__"]["digest"]:
-            yield what, _framed(changed)
+            yield description, _encode_header(changed)
 
 
 def _variants(value: Any) -> Iterator[tuple[str, Any]]:
-    """Every value that differs in one place: a member or item less, or another number, text or constant."""
+    """Every value that differs in one place: an item less, or another number, text or constant."""
     if isinstance(value, dict):
         for key, item in value.items():
-            rest = {name: one for name, one in value.items() if name != key}
-            yield f"no {key}", rest
-            yield f"{key} renamed", {**rest, f"{key}_": item}
-            yield from ((f"{key}: {what}", {**value, key: changed}) for what, changed in _variants(item))
+            without = {name: member for name, member in value.items() if name != key}
+            yield f"no {key}", without
+            yield f"{key} renamed", {**without, f"{key}_": item}
+            yield from ((f"{key}: {text}", {**value, key: changed}) for text, changed in _variants(item))
     elif isinstance(value, list):
         for at, item in enumerate(value):
             yield f"no item {at}", value[:at] + value[at + 1 :]
-            for what, changed in _variants(item):
-                yield f"{at}: {what}", [*value[:at], changed, *value[at + 1 :]]
+            for text, changed in _variants(item):
+                yield f"{at}: {text}", [*value[:at], changed, *value[at + 1 :]]
         yield "one item more", [*value, 0]
     elif isinstance(value, str):
-        yield from _texts(value)
+        yield from _text_variants(value)
     elif isinstance(value, bool) or value is None:
         yield f"{value} is {not value}", not value
     else:
@@ -235,16 +218,16 @@ def _variants(value: Any) -> Iterator[tuple[str, Any]]:
         yield f"{value} is text", str(value)
 
 
-def _texts(text: str) -> Iterator[tuple[str, Any]]:
+def _text_variants(text: str) -> Iterator[tuple[str, Any]]:
     if text.startswith("{"):  # JSON within JSON
-        yield from ((what, _canonical(changed)) for what, changed in _variants(json.loads(text)))
+        yield from ((name, _canonical(changed)) for name, changed in _variants(json.loads(text)))
         return
     yield f"{text[:20]!r} with another end", text[:-1] + ("0" if text[-1:] != "0" else "1")
     yield f"{text[:20]!r} longer", text + "0"
     yield f"{text[:20]!r} shorter", text[:-1]
 
 
-def _framed(fields: dict[str, Any]) -> bytes:
+def _encode_header(fields: dict[str, Any]) -> bytes:
     body = _canonical(fields).encode()
     length = -(-(LENGTH_BYTES + len(body)) // 4096) * 4096 - LENGTH_BYTES
     return length.to_bytes(LENGTH_BYTES, "little") + body.ljust(length)

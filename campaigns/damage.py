@@ -1,27 +1,27 @@
 """Is every damage found, and does it cost no more than the one checkpoint that was hit?
 
 A directory holds two checkpoints of a small LoRA-like state, saved by a CheckpointManager. The newer one is
-injured in every way of campaigns/injuries.py: every bit flipped, every length, every byte, blocks, tails,
-tensors and headers of another file, edited headers, other names. Of each injury it is required that
+damaged in every way of ``corruptions.py``: every bit flipped, every length, every byte, blocks, tails,
+tensors and headers of another file, edited headers, other names. For each damage:
 
-- ``validate`` finds it, and says in which file;
+- ``validate`` finds it, and names the file;
 - ``load_latest`` gives the older checkpoint, bit for bit, and warns once, with the file and the reason;
 - the damaged file stays where it is, byte for byte.
 
-And of all injuries of the small kinds, and of some of each large one:
+For all damages of the small kinds, and for some of each large kind:
 
-- a clean-up that keeps one checkpoint keeps the older one, since the damaged one counts for nothing;
-- a save goes on beside it, and keeps the older one where two are to be kept;
+- a clean-up that keeps one checkpoint keeps the older one, since the damaged one does not count;
+- a save beside it works, and keeps the older one where two are to be kept;
 - ``distrust verify`` fails and names it, and ``distrust prune`` with rules leaves it;
-- ``distrust prune --damaged`` removes it, and nothing else; not, though, what is whole under a name that is
-  not its own, which may be the only copy of its step.
+- ``distrust prune --damaged`` removes it and nothing else; but not a file that is intact under another
+  checkpoint's name, which may be the only copy of its step.
 
-Cases are numbered through the kinds in turn, each in an order drawn by the seed: the first hundred are of all
-kinds, and once all were done every injury there is was. Then it begins again with another content.
+Cases go through the kinds in turn, each in an order that depends on the seed: the first hundred cover all
+kinds, and after the last one every possible damage was tried. Then it starts again with another content.
 
-    python -m campaigns.damage                       every injury once: some 80,000 cases
+    python -m campaigns.damage                       every damage once: about 80,000 cases
     python -m campaigns.damage --cases 300           some of each kind
-    python -m campaigns.damage --seconds 3600        as many as that gives
+    python -m campaigns.damage --seconds 3600        as many as the time allows
     python -m campaigns.damage --seed 1 --case 4711  one of them again
 """
 
@@ -43,8 +43,8 @@ from unittest import mock
 
 import torch
 
-from campaigns.campaign import Campaign, Case, CounterExample, parser, run
-from campaigns.corruptions import NAME, OLDER_STEP, STEP, Files, Injury, Kind, kinds
+from campaigns.campaign import Campaign, Case, CounterExample, add_directory, parser, require, run
+from campaigns.corruptions import NAME, OLDER_STEP, STEP, Damage, Files, Kind, kinds
 from distrust import Checkpoint, CheckpointManager
 from distrust.checkpoint import serialization
 from distrust.checkpoint.files import checkpoint_file_name
@@ -54,211 +54,193 @@ from distrust.errors import CorruptCheckpoint, DamagedCheckpointWarning
 
 MEMORY = Path("/dev/shm")
 OLDER = checkpoint_file_name(OLDER_STEP, "periodic")
-#: Later than every name that an injury gives.
+#: Later than every name that a damage gives.
 NEXT_STEP = 1000
-#: A kind of no more injuries is looked into thoroughly; of a larger one, one case of so many.
+#: Every damage of a kind with no more than this is examined thoroughly; of a larger kind, one in so many.
 SMALL_KIND = 1000
 THOROUGH = 50
-#: Of a generator's state: the rest of it is more of the same.
+#: Of a generator's state: more bytes would test nothing new.
 RNG_BYTES = 1024
 SECTIONS = ("model", "optimizer", "rng", "history", "config", "metadata")
 
 
 class Round:
-    """Every injury of files of one content, in the order of its cases.
+    """Every damage to files of one content, in the order of its cases.
 
     Args:
-        directory: a new one, for the two checkpoints.
         seed: of the content, and of the order.
-
-    Attributes:
-        directory: as given.
-        older: the state of the checkpoint that is not injured.
-        next: a later state.
-        files: their files.
-        size: how many injuries there are.
     """
 
     def __init__(self, directory: Path, seed: str) -> None:
-        self.directory = directory
-        self._chance = random.Random(seed)
-        self.older = _state(OLDER_STEP, self._seed())
-        self.next = _state(NEXT_STEP, self._seed())
-        self.files = self._files()
+        self.directory = directory  # a new one, for the two checkpoints
+        self._rng = random.Random(seed)
+        self.older = _state(OLDER_STEP, self._seed())  # the state of the checkpoint that is not damaged
+        self.next = _state(NEXT_STEP, self._seed())  # a later state
+        self.files = self._make_files()  # their files
         self._kinds = kinds(self.files)
-        self._walks = [self._walk(kind.size) for kind in self._kinds]
-        self.size = sum(kind.size for kind in self._kinds)
+        self._orders = [self._order(kind.size) for kind in self._kinds]
+        self.size = sum(kind.size for kind in self._kinds)  # how many damages there are
         directory.mkdir()
         (directory / OLDER).write_bytes(self.files.older)
-        (directory / NAME).write_bytes(self.files.good)
+        (directory / NAME).write_bytes(self.files.newer)
 
-    def _files(self) -> Files:
+    def _make_files(self) -> Files:
         newer, other = _state(STEP, self._seed()), _state(STEP, self._seed())
         return Files(
-            good=_saved(newer), older=_saved(self.older), other=_saved(other), final=_saved(newer, final=True)
+            newer=_save(newer), older=_save(self.older), other=_save(other), final=_save(newer, final=True)
         )
 
-    def place(self, number: int) -> tuple[Kind, int]:
+    def locate(self, number: int) -> tuple[Kind, int]:
         """The kind of a case and its number there: the kinds in turn, each in an order of its own."""
-        done = 0
+        finished = 0
         for size in sorted({kind.size for kind in self._kinds}):
-            left = [at for at, kind in enumerate(self._kinds) if kind.size > done]
-            turns, turn = divmod(number, len(left))
-            if done + turns < size:
-                kind, (stride, first) = self._kinds[left[turn]], self._walks[left[turn]]
-                return kind, (first + stride * (done + turns)) % kind.size
-            number -= len(left) * (size - done)
-            done = size
+            indices = [index for index, kind in enumerate(self._kinds) if kind.size > finished]
+            turns, turn = divmod(number, len(indices))
+            if finished + turns < size:
+                kind, (stride, first) = self._kinds[indices[turn]], self._orders[indices[turn]]
+                return kind, (first + stride * (finished + turns)) % kind.size
+            number -= len(indices) * (size - finished)
+            finished = size
         raise IndexError(number)
 
-    def _walk(self, size: int) -> tuple[int, int]:
-        """A stride and a beginning, with which a walk comes to each number below ``size`` once."""
-        stride = self._chance.randrange(size) if size > 1 else 1
+    def _order(self, size: int) -> tuple[int, int]:
+        """A stride and a first number, which reach each number below ``size`` once."""
+        stride = self._rng.randrange(size) if size > 1 else 1
         while math.gcd(stride, size) != 1:
             stride += 1
-        return stride, self._chance.randrange(size)
+        return stride, self._rng.randrange(size)
 
     def _seed(self) -> int:
-        return self._chance.randrange(2**32)
+        return self._rng.randrange(2**32)
 
     @contextlib.contextmanager
-    def injured(self, injury: Injury) -> Iterator[Path]:
-        """The directory with the newer checkpoint injured; that is undone."""
-        path = self.directory / injury.name
-        if injury.name != NAME:
+    def damage(self, damage: Damage) -> Iterator[Path]:
+        """Damage the newer checkpoint, and restore it afterwards; gives the damaged file."""
+        path = self.directory / damage.name
+        if damage.name != NAME:
             (self.directory / NAME).unlink()
-        path.write_bytes(injury.content)
+        path.write_bytes(damage.content)
         yield path
-        if injury.name != NAME:
+        if damage.name != NAME:
             path.unlink(missing_ok=True)
-        (self.directory / NAME).write_bytes(self.files.good)
+        (self.directory / NAME).write_bytes(self.files.newer)
 
 
 class Examination:
-    """What is required of one injury.
+    """The checks of one damage."""
 
-    Args:
-        campaign: for its counts.
-        round_: the directory.
-        injury: what was done.
-        path: where the injured file is.
-    """
-
-    def __init__(self, campaign: Campaign, round_: Round, injury: Injury, path: Path) -> None:
+    def __init__(self, campaign: Campaign, round_: Round, damage: Damage, path: Path) -> None:
         self._campaign = campaign
         self._round = round_
         self._directory = round_.directory
-        self._injury = injury
+        self._damage = damage
         self._path = path
 
-    def briefly(self) -> None:
-        """What is required of every one."""
-        self._validate()
-        self._load()
+    def run_quick(self) -> None:
+        self._check_validate()
+        self._check_load()
         self._require_untouched("reading")
         self._campaign.count("validated, loaded from the one before")
 
-    def thoroughly(self) -> None:
-        """What takes longer."""
-        self._clean_up()
-        self._save()
+    def run_thorough(self) -> None:
+        """The checks that take longer."""
+        self._check_cleanup()
+        self._check_save()
         code, out, _ = _command("verify", self._directory)
-        self._require(code == 1 and f"{self._path}: DAMAGED: " in out, f"verify says {out}")
+        self._require(code == 1 and f"{self._path}: DAMAGED: " in out, f"verify prints {out}")
         code, out, _ = _command("prune", self._directory, "--keep-last", 1)
-        self._require((code, out) == (0, "nothing to remove\n"), f"prune --keep-last says {out}")
+        self._require((code, out) == (0, "nothing to remove\n"), f"prune --keep-last prints {out}")
         _command("prune", self._directory, "--damaged", "--dry-run")
         self._require_untouched("prune --dry-run")
-        self._prune()
+        self._check_prune()
         self._campaign.count("cleaned up, saved beside it, verified and pruned by commands")
 
-    def _validate(self) -> None:
+    def _check_validate(self) -> None:
         try:
             CheckpointManager(self._directory).validate(self._path)
         except CorruptCheckpoint as error:
             text = str(error)
         else:
-            raise CounterExample(f"{self._injury.what}: validate does not find it")
-        self._require(_names(text, self._path), f"validate says {text!r}: neither file nor reason")
+            raise CounterExample(f"{self._damage.description}: validate does not find it")
+        self._require(_names(text, self._path), f"validate raises {text!r}: no file or no reason")
 
-    def _load(self) -> None:
-        with _recorded() as told:
+    def _check_load(self) -> None:
+        with _record_warnings() as caught:
             loaded = CheckpointManager(self._directory).load_latest(framework="torch")
         self._require_older(loaded)
-        texts = [str(one.message).removeprefix("skipped a damaged checkpoint: ") for one in told]
+        texts = [str(warning.message).removeprefix("skipped a damaged checkpoint: ") for warning in caught]
         self._require(
-            len(told) == 1 and told[0].category is DamagedCheckpointWarning and _names(texts[0], self._path),
+            len(caught) == 1
+            and caught[0].category is DamagedCheckpointWarning
+            and _names(texts[0], self._path),
             f"load_latest warns with {texts}",
         )
 
-    def _clean_up(self) -> None:
-        with _recorded(), CheckpointManager(self._directory, keep_last=1, keep_best=0) as manager:
+    def _check_cleanup(self) -> None:
+        with _record_warnings(), CheckpointManager(self._directory, keep_last=1, keep_best=0) as manager:
             removed = manager.cleanup()
         self._require(removed == [], f"a clean-up removed {removed}")
         self._require_untouched("a clean-up")
 
-    def _save(self) -> None:
-        with _recorded(), CheckpointManager(self._directory, keep_last=2, keep_best=0) as manager:
+    def _check_save(self) -> None:
+        with _record_warnings(), CheckpointManager(self._directory, keep_last=2, keep_best=0) as manager:
             path = manager.save(self._round.next)
         self._require_untouched("a save", path.name)
         path.unlink()
 
-    def _prune(self) -> None:
+    def _check_prune(self) -> None:
         code, out, err = _command("prune", self._directory, "--damaged")
-        if self._injury.misnamed:
+        if self._damage.misnamed:
             self._require_untouched("prune --damaged")
             self._require(code == 0 and f"{self._path}: left: every byte is right" in err, f"prune: {err}")
             return
-        self._require(code == 0 and f"removed {self._path} (" in out, f"prune --damaged says {out} {err}")
-        there = _contents(self._directory)
-        self._require(there == {OLDER: self._round.files.older}, f"prune --damaged leaves {[*there]}")
-        with _recorded() as told:
+        self._require(code == 0 and f"removed {self._path} (" in out, f"prune --damaged prints {out} {err}")
+        contents = _contents(self._directory)
+        self._require(contents == {OLDER: self._round.files.older}, f"prune --damaged leaves {[*contents]}")
+        with _record_warnings() as caught:
             self._require_older(CheckpointManager(self._directory).load_latest(framework="torch"))
-        self._require(not told, "load_latest warns of what is gone")
+        self._require(not caught, "load_latest warns of a file that is gone")
 
     def _require_older(self, loaded: Checkpoint) -> None:
         older = self._round.older
         same = all(_same(getattr(loaded, name), getattr(older, name)) for name in SECTIONS)
         self._require(loaded.step == OLDER_STEP and same, f"load_latest gives another state, {loaded.step}")
 
-    def _require_untouched(self, by: str, *more: str) -> None:
-        there = _contents(self._directory)
-        wanted = {OLDER: self._round.files.older, self._path.name: self._injury.content}
-        kept = {name: content for name, content in there.items() if name not in more}
-        self._require(kept == wanted and len(there) == 2 + len(more), f"{by} leaves {sorted(there)}")
+    def _require_untouched(self, action: str, *new: str) -> None:
+        contents = _contents(self._directory)
+        expected = {OLDER: self._round.files.older, self._path.name: self._damage.content}
+        old = {name: content for name, content in contents.items() if name not in new}
+        self._require(
+            old == expected and len(contents) == 2 + len(new), f"{action} leaves {sorted(contents)}"
+        )
 
-    def _require(self, kept: bool, otherwise: str) -> None:
-        if not kept:
-            raise CounterExample(f"{self._injury.what}: {otherwise}")
+    def _require(self, holds: bool, violation: str) -> None:
+        require(holds, f"{self._damage.description}: {violation}")
 
 
 def examine(campaign: Campaign, case: Case, round_: Round) -> None:
-    """One case.
-
-    Raises:
-        CounterExample: if a promise was not kept, or something else than what was promised was raised.
-    """
-    kind, number = round_.place(case.number % round_.size)
-    injury = kind.make(number)
-    if (injury.content, injury.name) == (round_.files.good, NAME):
+    """Run one case; an unexpected exception is a counterexample, too."""
+    kind, number = round_.locate(case.number % round_.size)
+    damage = kind.make(number)
+    if (damage.content, damage.name) == (round_.files.newer, NAME):
         CheckpointManager(round_.directory).validate(STEP)
-        campaign.count("injuries that change nothing: zeros zeroed, equals exchanged")
+        campaign.count("damages that change nothing: zeros zeroed, equals exchanged")
         return
-    chosen = campaign.options.case is not None
-    with round_.injured(injury) as path:
-        examination = Examination(campaign, round_, injury, path)
+    repeated = campaign.options.case is not None
+    with round_.damage(damage) as path:
+        examination = Examination(campaign, round_, damage, path)
         try:
-            examination.briefly()
-            if kind.size <= SMALL_KIND or case.chance.randrange(THOROUGH) == 0 or chosen:
-                examination.thoroughly()
+            examination.run_quick()
+            if kind.size <= SMALL_KIND or case.rng.randrange(THOROUGH) == 0 or repeated:
+                examination.run_thorough()
         except CounterExample:
             raise
         except Exception as error:
-            raise CounterExample(f"{injury.what}: {type(error).__name__}: {error}") from error
+            raise CounterExample(f"{damage.description}: {type(error).__name__}: {error}") from error
     campaign.count(kind.name)
 
 
 def search(campaign: Campaign) -> None:
-    """Run the cases, in rounds."""
     options = campaign.options
     once = options.cases is None and options.seconds is None
     current, round_ = -1, None
@@ -266,71 +248,63 @@ def search(campaign: Campaign) -> None:
         for case in campaign.cases():
             if round_ is None:
                 current, round_ = 0, Round(Path(folder) / "0", f"{options.seed}/0")
-            wanted = case.number // round_.size
-            if once and options.case is None and wanted:
+            index = case.number // round_.size
+            if once and options.case is None and index:
                 return
-            if wanted != current:
-                current, round_ = wanted, Round(Path(folder) / str(wanted), f"{options.seed}/{wanted}")
+            if index != current:
+                current, round_ = index, Round(Path(folder) / str(index), f"{options.seed}/{index}")
             examine(campaign, case, round_)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the campaign; returns the exit code."""
-    made = parser(__doc__)
-    made.add_argument(
-        "--directory",
-        type=Path,
-        default=_fastest_directory(),
-        help="where to work; memory is quicker than a disk, and the same is found (default: %(default)s)",
-    )
-    return run("damage", made, search, cases=sys.maxsize, arguments=arguments)
-
-
-def _fastest_directory() -> Path:
-    return MEMORY if os.access(MEMORY, os.W_OK | os.X_OK) else Path(tempfile.gettempdir())
+    options = parser(__doc__)
+    add_directory(options)
+    # Memory is quicker than a disk, and the findings are the same.
+    options.set_defaults(directory=MEMORY if os.access(MEMORY, os.W_OK | os.X_OK) else None)
+    return run("damage", options, search, cases=sys.maxsize, arguments=arguments)
 
 
 def _state(step: int, seed: int) -> Checkpoint:
-    """Small, and of all that a LoRA run holds."""
-    chance = torch.Generator().manual_seed(seed)
+    """A small state with everything that a LoRA run has."""
+    generator = torch.Generator().manual_seed(seed)
 
-    def random_(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=chance)
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
 
     model = {
-        f"layers.{layer}.q_proj.lora_{part}": random_(2, 16) if part == "A" else random_(16, 2).bfloat16()
+        f"layers.{layer}.q_proj.lora_{part}": randn(2, 16) if part == "A" else randn(16, 2).bfloat16()
         for layer in range(2)
         for part in "AB"
     }
     moments = {
-        number: {"step": torch.tensor(step), "exp_avg": random_(2, 16), "exp_avg_sq": random_(2, 16) ** 2}
+        number: {"step": torch.tensor(step), "exp_avg": randn(2, 16), "exp_avg_sq": randn(2, 16) ** 2}
         for number in range(2)
     }
-    loss = float(random_(1))
+    loss = float(randn(1))
     return Checkpoint(
         step=step,
         model=model,
         optimizer={"state": moments, "param_groups": [{"lr": 2e-4, "betas": (0.9, 0.999), "params": [0, 1]}]},
-        rng={"torch": chance.get_state()[:RNG_BYTES], "python": [3, None]},
-        history={"loss": random_(step), "tokens": torch.arange(step)},
+        rng={"torch": generator.get_state()[:RNG_BYTES], "python": [3, None]},
+        history={"loss": randn(step), "tokens": torch.arange(step)},
         config={"lora_rank": 2, "learning_rate": 2e-4, "model": "small"},
         metadata={"best_loss": loss, "note": "Grüße"},
         metrics={"eval_loss": loss},
     )
 
 
-class _Frozen:
-    """A clock that stands: the same case is to be the same bytes, whenever it is run."""
+class _FrozenClock:
+    """The same case has the same bytes, whenever it is run."""
 
     @staticmethod
     def now(zone: tzinfo = UTC) -> datetime:
         return datetime(2026, 1, 1, tzinfo=zone)
 
 
-def _saved(checkpoint: Checkpoint, *, final: bool = False) -> bytes:
+def _save(checkpoint: Checkpoint, *, final: bool = False) -> bytes:
     with (
         tempfile.TemporaryDirectory() as folder,
-        mock.patch.object(serialization, "datetime", _Frozen),
+        mock.patch.object(serialization, "datetime", _FrozenClock),
         mock.patch("platform.node", return_value="host"),
         CheckpointManager(folder) as manager,
     ):
@@ -342,7 +316,7 @@ def _contents(directory: Path) -> dict[str, bytes]:
 
 
 def _names(text: str, path: Path) -> bool:
-    """Whether a message is of that file, and says more."""
+    """Whether a message names that file, and gives a reason."""
     return text.startswith(f"{path}: ") and len(text) > len(f"{path}: ")
 
 
@@ -357,14 +331,14 @@ def _same(a: Any, b: Any) -> bool:
 
 
 @contextlib.contextmanager
-def _recorded() -> Iterator[list[warnings.WarningMessage]]:
-    with warnings.catch_warnings(record=True) as told:
+def _record_warnings() -> Iterator[list[warnings.WarningMessage]]:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        yield told
+        yield caught
 
 
 def _command(*arguments: object) -> tuple[int, str, str]:
-    """Run a command line of the product; its exit code and what it printed."""
+    """Run a command of the product; its exit code and what it printed."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = distrust([str(argument) for argument in arguments])

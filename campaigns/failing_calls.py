@@ -1,30 +1,29 @@
-"""Calls that fail: whatever call of the commit protocol fails, and with whatever error, nothing is lost.
+"""Failing calls: whichever call of the commit protocol fails, with whatever error, nothing is lost.
 
     python -m campaigns.failing_calls --seed 1 --seconds 600
     python -m campaigns.failing_calls --seed 1 --case 7
 
 The programs and the disks are those of ``power_loss``, but a disk fails now and then: one call, some in a row
-or all from one on, with EIO, ENOSPC and others. A sync that fails loses what was to be synced, and the one
-after it reports success, as the kernel does. After each failure:
+or all from one on, with EIO, ENOSPC and others. A sync that fails loses what was to be synced, and the next
+one reports success, as the kernel does. After each failure:
 
-- it was reported as SaveFailed, where only a removal failed by a warning, and nothing else was raised;
-- what stood before stands, whole; no temporary file is left, if it could be removed;
+- SaveFailed was raised, or a warning where only a removal failed, and nothing else;
+- the checkpoints that existed are untouched; no temporary file is left, if it could be removed;
 - on a disk that works again, the next save works;
-- after a power cut, at every instant, all that ``power_loss`` promises.
+- after a power cut at any instant, everything that ``power_loss`` requires holds.
 """
 
 from __future__ import annotations
 
 import errno
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from campaigns import campaign
-from campaigns.campaign import Campaign, CounterExample
-from campaigns.power_loss import Program, memory_folder, search
+from campaigns.campaign import CounterExample, parser, run
+from campaigns.power.program import Program
+from campaigns.power.search import search
 from distrust.errors import CheckpointError, DistrustWarning, SaveFailed
 
 ERRORS = [
@@ -32,57 +31,56 @@ ERRORS = [
 ]  # fmt: skip
 
 
-class TroubledProgram(Program):
-    """One whose disk fails now and then."""
+class FailingProgram(Program):
+    """A program whose disk fails now and then."""
 
-    def _do(self, todo: Callable[[], None]) -> None:
-        if self._chance.random() < 0.5:
-            self._disk.fails = self._trouble()
-        before = len(self._disk.failed)
-        # What an earlier one could not remove counts as standing: the next writer sweeps it.
-        standing = {path: path.read_bytes() for path in self._directory.glob("*checkpoint-*")}
+    def _perform(self, action: Callable[[], None]) -> None:
+        if self._rng.random() < 0.5:
+            self.disk.fails = self._random_failure()
+        failures = len(self.disk.failed)
+        # Temporary files that an earlier action could not remove may exist: the next writer removes them.
+        existing = {path: path.read_bytes() for path in self._directory.glob("*checkpoint-*")}
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
                 warnings.filterwarnings("ignore", ".*could not clean up", DistrustWarning)
-                todo()
+                action()
         except SaveFailed as error:
-            if len(self._disk.failed) == before:
+            if len(self.disk.failed) == failures:
                 raise CounterExample(f"a disk that did not fail was said to: {error}") from error
-            if todo == self._save:
-                self._require_untouched(standing, self._disk.failed[before:])
+            if action == self._save:
+                self._require_untouched(existing, self.disk.failed[failures:])
         except Exception as error:
-            # Of a clean-up by itself; after a save it is a warning.
-            if not (type(error) is CheckpointError and self._disk.failed[-1:] == ["unlink"]):
+            # Only a clean-up of its own raises this; after a save it is a warning.
+            if not (type(error) is CheckpointError and self.disk.failed[-1:] == ["unlink"]):
                 raise CounterExample(f"a failing disk gave {type(error).__name__}: {error}") from error
         finally:
-            self._disk.fails = None
+            self.disk.fails = None
 
-    def _trouble(self) -> Callable[[str, int], int | None]:
-        """Which calls fail."""
-        begin = self._disk.calls + self._chance.randint(1, 16)
-        end = begin + self._chance.choice([1, 1, 2, 4, 1000])
-        code = self._chance.choice(ERRORS)
+    def _random_failure(self) -> Callable[[str, int], int | None]:
+        begin = self.disk.calls + self._rng.randint(1, 16)
+        end = begin + self._rng.choice([1, 1, 2, 4, 1000])
+        code = self._rng.choice(ERRORS)
         return lambda name, number: code if begin <= number < end else None
 
-    def _require_untouched(self, standing: dict[Path, bytes], failed: list[str]) -> None:
+    def _require_untouched(self, existing: dict[Path, bytes], failed: list[str]) -> None:
         if "sync_directory" in failed:
-            return  # the new one may stand; what is promised of it is looked at after each cut
-        for path, content in standing.items():
+            return  # the new file may exist; it is checked after each cut
+        for path, content in existing.items():
             if path.suffix != ".tmp" and (not path.exists() or path.read_bytes() != content):
                 raise CounterExample(f"{path.name} was changed by a save that failed: {failed}")
-        if "unlink" not in failed and set(self._directory.glob(".*.tmp")) - standing.keys():
+        if "unlink" not in failed and set(self._directory.glob(".*.tmp")) - existing.keys():
             raise CounterExample(f"a save that failed left its temporary file: {failed}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run it; returns the exit code."""
-
-    def body(run: Campaign) -> None:
-        with tempfile.TemporaryDirectory(prefix="distrust-", dir=memory_folder()) as directory:
-            search(run, Path(directory), lambda done: False, TroubledProgram)
-
-    return campaign.run("failing_calls", campaign.parser(__doc__), body, cases=20, arguments=arguments)
+    return run(
+        "failing_calls",
+        parser(__doc__),
+        lambda campaign: search(campaign, lambda operation: False, FailingProgram),
+        cases=20,
+        arguments=arguments,
+    )
 
 
 if __name__ == "__main__":

@@ -1,24 +1,24 @@
-"""Full and failing disks, for real: small file systems that fill up, limits, directories taken away.
+"""Full and failing disks, for real: small file systems that fill up, limits, directories that are replaced.
 
     python -m campaigns.failing_disks --seed 1 --seconds 60
     python -m campaigns.failing_disks --seed 1 --case 7
     python -m campaigns.failing_disks --seed 1 --cases 100 --only directory
 
 Nothing is modelled here. A case makes a file system of some MiB (ext4, ext3, ext2, xfs, btrfs, a tmpfs, an
-overlay), fills it, takes it away or has its device fail while checkpoints are saved, and requires:
+overlay), fills it, removes it or makes its device fail while checkpoints are saved. Then:
 
-- a save that fails raises SaveFailed, in one line: what, where, how many bytes were wanted and free;
-- what stood before stands, bit for bit, and whatever was reported durable can be loaded;
+- a save that fails raises SaveFailed, in one line: what, where, how many bytes were needed and free;
+- the existing checkpoints are unchanged, and whatever was reported durable can be loaded;
 - no temporary file, open file or thread is left;
-- the next save works once there is room;
-- a directory that another took over is never written to;
-- a run warns of a failed save and goes on, tries again at the next interval, and stops at the third failure
-  in a row with exit code 1 and what stands; the same command, once there is room, ends in the state of the
-  run that was left alone.
+- the next save works once there is space;
+- a directory that another writer took over is never written to;
+- a run warns of a failed save and continues, tries again at the next interval, and stops at the third failure
+  in a row with exit code 1, saying what is saved; the same command, once there is space, ends in the state of
+  the undisturbed run.
 
-Each case is a process of its own, with mounts of its own on memory of its own: the disks of the machine are
-not touched, and nothing is left mounted, whatever happens. Root gets all cases; for others, those that they
-cannot have are counted as skipped, with the reason.
+Each case is a process of its own, with private mounts on its own memory: the disks of the machine are not
+touched, and nothing is left mounted, whatever happens. Root gets all cases; for other users, those that they
+cannot run are counted as skipped, with the reason.
 """
 
 from __future__ import annotations
@@ -32,69 +32,62 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from campaigns.campaign import Campaign, Case, CounterExample, parser, run
-from campaigns.disks import devices, directories, full, isolated, limits, real_runs, toy_runs
+from campaigns.disks import directories, isolated, resources, runs
 
 CASES = 60
-#: No case takes as long: one that does, hangs.
-PATIENCE_SECONDS = 300.0
+#: No case takes this long, unless it hangs.
+HANG_SECONDS = 300.0
 
 Kind = Callable[[random.Random, Path, Counter[str]], None]
 
-#: Each kind of case, and how often it is drawn.
+#: Each kind of case, and its weight.
 KINDS: dict[str, tuple[Kind, int]] = {
-    "disk full": (full.disk_full, 12),
-    "inodes used up": (full.inodes_used_up, 2),
-    "quota used up": (full.quota_used_up, 2),
-    "file size": (limits.file_size, 4),
-    "killed by file size": (limits.killed_by_file_size, 1),
-    "open files": (limits.open_files, 3),
-    "memory": (limits.memory, 2),
-    "directory taken away": (directories.directory_taken_away, 10),
-    "device fails": (devices.device_fails, 5),
-    "toy training": (toy_runs.toy_training, 6),
+    "disk full": (resources.disk_full, 12),  # before a save, or during it
+    "inodes used up": (resources.inodes_used_up, 2),  # space, but no more files
+    "quota used up": (resources.quota_used_up, 2),  # for this user alone
+    "file size": (resources.file_size, 4),  # RLIMIT_FSIZE, with SIGXFSZ ignored
+    "killed by file size": (resources.killed_by_file_size, 1),  # the same, with SIGXFSZ deadly
+    "open files": (resources.open_files, 3),  # RLIMIT_NOFILE
+    "memory": (resources.memory, 2),  # RLIMIT_AS
+    "directory replaced": (directories.directory_replaced, 10),  # 14 accidents
+    "device fails": (resources.device_fails, 5),  # then mounted again
+    "toy training": (runs.toy_training, 6),  # the trainer on all of these
 }
-#: Every so often the real trainer, which takes much longer than all cases before it.
+#: One case in so many is the real trainer, which takes longer than all cases before it together.
 REAL_EVERY = 100
 REAL = "real training"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the campaign; returns the exit code."""
-    made = parser(__doc__)
-    made.add_argument("--only", help="run only the kinds of case with this in their name")
-    return run("failing_disks", made, campaign, cases=CASES, arguments=arguments)
+    options = parser(__doc__)
+    options.add_argument("--only", help="run only the kinds of case with this in their name")
+    return run("failing_disks", options, body, cases=CASES, arguments=arguments)
 
 
-def campaign(running: Campaign) -> None:
-    """Run the cases.
-
-    Raises:
-        CounterExample: for the first promise that was not kept.
-    """
-    for case in running.cases():
-        kind = case.chance.choices(list(KINDS), [weight for _, weight in KINDS.values()])[0]
+def body(campaign: Campaign) -> None:
+    for case in campaign.cases():
+        kind = case.rng.choices(list(KINDS), [weight for _, weight in KINDS.values()])[0]
         if case.number % REAL_EVERY == REAL_EVERY - 1:
             kind = REAL
-        if running.options.only is None or running.options.only in kind:
-            _run_case(running, case, kind)
+        if campaign.options.only is None or campaign.options.only in kind:
+            _run_case(campaign, case, kind)
 
 
-def _run_case(running: Campaign, case: Case, kind: str) -> None:
+def _run_case(campaign: Campaign, case: Case, kind: str) -> None:
     if kind == REAL:
-        real_runs.undisturbed()  # here, once: what the cases compute goes with them
-    work = real_runs.real_training if kind == REAL else KINDS[kind][0]
-    with tempfile.TemporaryDirectory(prefix="distrust-") as home:
-        found = isolated.run(
-            lambda counts: work(case.chance, Path(home).resolve(), counts), seconds=PATIENCE_SECONDS
-        )
-    for what, number in sorted(found.counts.items()):
-        running.count(what, number)
-    if found.skipped is not None:
-        running.count(f"skipped: {kind}: {found.skipped.replace(f'{Path(home).resolve()}{os.sep}', '')}")
+        runs.real_reference()  # computed here, once: what a case computes is lost with its process
+    work = runs.real_training if kind == REAL else KINDS[kind][0]
+    with tempfile.TemporaryDirectory(prefix="distrust-") as folder:
+        home = Path(folder).resolve()
+        findings = isolated.run(lambda counts: work(case.rng, home, counts), seconds=HANG_SECONDS)
+    for description, number in sorted(findings.counts.items()):
+        campaign.count(description, number)
+    if findings.skipped is not None:
+        campaign.count(f"skipped: {kind}: {findings.skipped.replace(f'{home}{os.sep}', '')}")
     else:
-        running.count(f"cases: {kind}")
-    if found.broken is not None:
-        raise CounterExample(f"{kind}: {found.broken}")
+        campaign.count(f"cases: {kind}")
+    if findings.violation is not None:
+        raise CounterExample(f"{kind}: {findings.violation}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The product broken on purpose: what shows that a campaign finds what it looks for.
+"""The product broken on purpose: shows that a campaign finds what it looks for.
 
-In the process that calls :func:`plant`. Where it can be, a fault is put where the product meets the system:
-whichever way the product's modules are cut, it meets it.
+A fault is planted in the process that calls :func:`plant`. Most are planted where the product meets the
+system, so that they do not depend on how the product's modules are divided.
 """
 
 from __future__ import annotations
@@ -18,99 +18,66 @@ _LEAK_BYTES = 64 << 10
 _leaked: list[Any] = []
 
 
-def _replaced(module: Any, name: str, by: Callable[..., Any]) -> None:
-    setattr(module, name, by)
+def _replace(module: Any, name: str, replacement: Callable[..., Any]) -> None:
+    setattr(module, name, replacement)
 
 
-def _beside_each_rename(leak: Callable[[Any], object]) -> None:
-    """Have every commit of a file leave something behind."""
-    honest = os.replace
+def _leak_at_each_rename(leak: Callable[[Any], object]) -> None:
+    """Every commit of a file leaves something behind."""
+    original = os.replace
 
     def replace(source: Any, target: Any) -> None:
-        honest(source, target)
+        original(source, target)
         _leaked.append(leak(target))
 
-    _replaced(os, "replace", replace)
+    _replace(os, "replace", replace)
 
 
-def _descriptors() -> None:
-    _beside_each_rename(lambda target: os.open(target, os.O_RDONLY))
+def _start_thread(_: Any) -> threading.Thread | None:
+    if len(_leaked) % 10:
+        return None
+    thread = threading.Thread(target=threading.Event().wait, daemon=True)
+    thread.start()
+    return thread
 
 
-def _memory() -> None:
-    _beside_each_rename(lambda _: bytearray(b"x") * _LEAK_BYTES)
-
-
-def _threads() -> None:
-    def start() -> threading.Thread:
-        thread = threading.Thread(target=threading.Event().wait, daemon=True)
-        thread.start()
-        return thread
-
-    _beside_each_rename(lambda _: start() if len(_leaked) % 10 == 0 else None)
-
-
-def _slower() -> None:
-    _beside_each_rename(lambda _: time.sleep(len(_leaked) * 2e-6))
-
-
-def _removes_nothing() -> None:
-    """A clean-up that does not clean up."""
-    _replaced(os, "unlink", lambda *_, **__: None)
-
-
-def _in_place() -> None:
-    """A file that comes into being under its final name, piece by piece."""
+def _write_in_place() -> None:
+    """A file comes into being under its final name, piece by piece."""
 
     def replace(source: Any, target: Any) -> None:
-        with open(source, "rb") as whole, open(target, "wb", buffering=0) as growing:
-            while piece := whole.read(2000):
+        with open(source, "rb") as complete, open(target, "wb", buffering=0) as growing:
+            while piece := complete.read(2000):
                 growing.write(piece)
                 time.sleep(0.0005)
         os.unlink(source)
 
-    _replaced(os, "replace", replace)
+    _replace(os, "replace", replace)
 
 
-def _before_each_file(spoil: Callable[[Path], object]) -> None:
-    """Have something done to the directory before a new file is made in it, by its temporary name."""
+def _do_before_each_file(act: Callable[[Path], object]) -> None:
+    """Do something to the directory before a temporary file is made in it."""
     from distrust.checkpoint.disk import Disk
 
-    honest = Disk.create
+    original = Disk.create
 
     def create(disk: Disk, path: Path) -> int:
-        spoil(path)
-        return honest(disk, path)
+        act(path)
+        return original(disk, path)
 
-    _replaced(Disk, "create", create)
-
-
-def _removed_first() -> None:
-    """The file of the same name is removed before the new one is written."""
-    _before_each_file(lambda path: path.with_name(path.name[1:].split(".")[0] + ".safetensors").unlink(True))
+    _replace(Disk, "create", create)
 
 
-def _one_only() -> None:
-    """The older checkpoints are removed before the new one is written."""
-
-    def remove(path: Path) -> None:
-        for older in path.parent.glob("checkpoint-*.safetensors"):
-            older.unlink()
-
-    _before_each_file(remove)
+def _remove_same_name(path: Path) -> None:
+    path.with_name(path.name[1:].split(".")[0] + ".safetensors").unlink(missing_ok=True)
 
 
-def _no_lock() -> None:
-    """A lock that everybody gets."""
-    _replaced(fcntl, "flock", lambda *_: None)
-
-
-def _children_keep_the_lock() -> None:
-    _replaced(os, "register_at_fork", lambda **_: None)
+def _remove_older(path: Path) -> None:
+    for older in path.parent.glob("checkpoint-*.safetensors"):
+        older.unlink()
 
 
 def _children_clean_up() -> None:
-    """A child that takes its parent's unfinished file for one that somebody left behind.
+    """A forked child removes its parent's unfinished file, as if it were left over.
 
     The directory is the first argument of the process.
     """
@@ -124,42 +91,42 @@ def _children_clean_up() -> None:
     os.register_at_fork(after_in_child=remove)
 
 
-def _removes_the_best() -> None:
+def _remove_best() -> None:
     from distrust.checkpoint import retention
 
-    _replaced(retention, "rank_by_metric", lambda *_: [])
+    _replace(retention, "rank_by_metric", lambda *_: [])
 
 
 def _no_mutex() -> None:
-    """Clones that do not wait for one another."""
+    """Clones of a manager do not wait for one another."""
     import contextlib
 
     from distrust.checkpoint import manager_state
 
-    honest = manager_state.ManagerState.reset
+    original = manager_state.ManagerState.reset
 
-    def begin(begun: Any) -> None:
-        honest(begun)
-        begun.mutex = contextlib.nullcontext()
+    def reset(state: Any) -> None:
+        original(state)
+        state.mutex = contextlib.nullcontext()
 
-    _replaced(manager_state.ManagerState, "reset", begin)
+    _replace(manager_state.ManagerState, "reset", reset)
 
 
-#: By name: what is to be broken.
+#: By name: plants the fault.
 FAULTS: dict[str, Callable[[], None]] = {
-    "descriptors": _descriptors,
-    "memory": _memory,
-    "threads": _threads,
-    "slower": _slower,
-    "removes-nothing": _removes_nothing,
-    "in-place": _in_place,
-    "removed-first": _removed_first,
-    "one-only": _one_only,
-    "no-lock": _no_lock,
-    "children-keep-the-lock": _children_keep_the_lock,
-    "children-clean-up": _children_clean_up,
-    "removes-the-best": _removes_the_best,
-    "no-mutex": _no_mutex,
+    "descriptors": lambda: _leak_at_each_rename(lambda target: os.open(target, os.O_RDONLY)),  # one per save
+    "memory": lambda: _leak_at_each_rename(lambda _: bytearray(b"x") * _LEAK_BYTES),  # 64 KiB per save
+    "threads": lambda: _leak_at_each_rename(_start_thread),  # one per ten saves
+    "slower": lambda: _leak_at_each_rename(lambda _: time.sleep(len(_leaked) * 2e-6)),  # 2 µs more per save
+    "removes-nothing": lambda: _replace(os, "unlink", lambda *_, **__: None),  # clean-ups and sweeps
+    "in-place": _write_in_place,  # a kill leaves half a file under the final name
+    "removed-first": lambda: _do_before_each_file(_remove_same_name),  # a kill leaves no file under the name
+    "one-only": lambda: _do_before_each_file(_remove_older),  # a kill leaves no checkpoint at all
+    "no-lock": lambda: _replace(fcntl, "flock", lambda *_: None),  # every process gets the lock
+    "children-keep-the-lock": lambda: _replace(os, "register_at_fork", lambda **_: None),
+    "children-clean-up": _children_clean_up,  # of a parent that is still saving
+    "removes-the-best": _remove_best,  # retention forgets the metric
+    "no-mutex": _no_mutex,  # between clones of a manager
 }
 
 

@@ -1,65 +1,72 @@
-"""What stands in a directory after its writer was killed: what was promised, and how far the save had come.
+"""What must hold in a directory of checkpoints after its writer was killed.
 
-Reads only, and takes no lock: what the dead writer left is there for the next one to meet.
+- Every file under a checkpoint's name is intact, and ``load_latest`` gives the newest one.
+- Every checkpoint that was durable exists, unless the rules (``oracle``) allow its removal.
+- At most one temporary file is left; the next writer gets the lock and removes it.
+
+The checks only read and take no lock, so that the next writer meets what the dead one left;
+:func:`require_writable` is that next writer.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from campaigns.campaign import CounterExample
+from campaigns.oracle import Rules, Saved, must_keep, one_per_step
+from campaigns.session import Session
+from campaigns.triggers import Trigger
 from distrust import CheckpointManager
-from distrust.checkpoint import Scan, catalog, retention
-from distrust.checkpoint.files import checkpoint_file_name
+from distrust.checkpoint import Scan, catalog
 from distrust.checkpoint.lock import LOCK_NAME
-from distrust.checkpoint.retention import Candidate, Retention
 from distrust.errors import DistrustError, DistrustWarning
 
 PAGE = 4096
 
 
-def require_kept(directory: Path, reported: Iterable[Candidate], rules: Retention) -> Scan:
-    """Check what is promised of a directory whose writer is dead; returns what is there.
+def require_durable(directory: Path, durable: Collection[Saved], rules: Rules) -> Scan:
+    """Check the directory of a dead writer; returns its content.
 
     Args:
         directory: of checkpoints.
-        reported: every checkpoint that was known to be durable at some time.
+        durable: every checkpoint that was durable at some time.
         rules: of the writer.
-
-    Raises:
-        CounterExample: if a file is damaged; if a checkpoint is gone that no rule removes; if the newest one
-            is not what is loaded; if more is left behind than one save's temporary file.
     """
-    reported = list(reported)
     try:
         scan = catalog.scan(directory)
         for path in [file.path for file in scan.files] + [file.path for file in scan.damaged]:
             catalog.verify(path)
     except DistrustError as error:
         raise CounterExample(f"{directory}: {error}") from error
-    there = {file.step: Candidate(file.step, file.kind == "final", file.metrics) for file in scan.files}
-    _require_there(directory, reported, there, rules)
-    left = sorted(path.name for path in directory.glob(".checkpoint-*"))
-    if len(left) > 1:
-        raise CounterExample(f"{directory}: more than one save was under way: {', '.join(left)}")
-    if there:
-        _require_newest_loads(directory, max(there))
+    existing = {saved.step: saved for saved in _list_saved(scan, rules)}
+    _require_retained(directory, durable, existing, rules)
+    temporary = temporary_files(directory)
+    if len(temporary) > 1:
+        raise CounterExample(f"{directory}: more than one temporary file: {', '.join(temporary)}")
+    if existing:
+        _require_newest_loads(directory, max(existing))
     return scan
 
 
-def _require_there(
-    directory: Path, reported: list[Candidate], there: dict[int, Candidate], rules: Retention
+def _list_saved(scan: Scan, rules: Rules) -> list[Saved]:
+    return [Saved.of(file.step, file.kind, file.metrics, rules) for file in scan.files]
+
+
+def _require_retained(
+    directory: Path, durable: Collection[Saved], existing: dict[int, Saved], rules: Rules
 ) -> None:
-    # What was removed once stays removable: newer ones and better ones only ever come in addition.
-    kept = retention.steps_to_keep({**{one.step: one for one in reported}, **there}.values(), rules)
-    for one in reported:
-        name = checkpoint_file_name(one.step, "final" if one.final else "periodic")
-        if one.step in kept and one.step not in there:
-            raise CounterExample(f"{directory}: {name} was durable, no rule removes it, and it is gone")
-        if one.final and not there[one.step].final:
-            raise CounterExample(f"{directory}: {name} was durable, and only a periodic one is there")
+    # What was removable once stays removable: newer and better ones only ever come in addition.
+    union = {**one_per_step(durable), **existing}
+    steps = {saved.step for saved in must_keep(union.values(), rules)}
+    for saved in durable:
+        if saved.step in steps and saved.step not in existing:
+            raise CounterExample(f"{directory}: {saved.name} was durable, no rule removes it, and it is gone")
+        if saved.final and not existing[saved.step].final:
+            raise CounterExample(f"{directory}: {saved.name} was durable, and only a periodic one exists")
 
 
 def _require_newest_loads(directory: Path, newest: int) -> None:
@@ -70,46 +77,123 @@ def _require_newest_loads(directory: Path, newest: int) -> None:
         except (DistrustError, DistrustWarning) as error:
             raise CounterExample(f"{directory}: load_latest: {error}") from error
     if loaded.step != newest:
-        raise CounterExample(f"{directory}: load_latest gave step {loaded.step}, and {newest} stands")
+        raise CounterExample(f"{directory}: load_latest gave step {loaded.step}; the newest is {newest}")
 
 
 def require_writable(directory: Path) -> None:
-    """Check that a dead writer's lock is free, and that what it left is swept by the next one.
-
-    Raises:
-        CounterExample: if not.
-    """
+    """Check that a dead writer's lock is free, and that the next writer removes what it left."""
     try:
         with CheckpointManager(directory) as manager:
             manager.acquire()
     except DistrustError as error:
         raise CounterExample(f"{directory}: the next writer is refused: {error}") from error
-    strange = [
+    unexpected = [
         path.name
         for path in directory.iterdir()
         if path.name != LOCK_NAME and not path.name.endswith(".safetensors")
     ]
-    if strange:
-        raise CounterExample(f"{directory}: the next writer left {', '.join(strange)}")
+    if unexpected:
+        raise CounterExample(f"{directory}: the next writer left {', '.join(unexpected)}")
 
 
-def phase(directory: Path, scan: Scan, reported: Iterable[Candidate], rules: Retention) -> str:
+def temporary_files(directory: Path) -> list[str]:
+    """The names of temporary files; none where there is no directory."""
+    return _names(directory, ".checkpoint-")
+
+
+def checkpoint_digests(directory: Path) -> dict[str, str]:
+    """Name -> digest of all bytes, computed past the product; empty where there is no directory."""
+    return {name: _digest(directory / name) for name in _names(directory, "checkpoint-")}
+
+
+def _names(directory: Path, prefix: str) -> list[str]:
+    try:
+        return sorted(name for name in os.listdir(directory) if name.startswith(prefix))
+    except OSError:
+        return []
+
+
+def _digest(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+
+
+class DurabilityRecord:
+    """The checkpoints that were durable in one run, over all its sessions.
+
+    A checkpoint under its name is durable against everything but a power cut, reported or not: nothing that
+    happens to the process may remove it.
+    """
+
+    def __init__(self, directory: Path, rules: Rules) -> None:
+        self._directory = directory  # of the run's checkpoints
+        self._rules = rules  # of the run
+        self._durable: set[Saved] = set()
+
+    @property
+    def newest(self) -> int:
+        return max((saved.step for saved in self._durable), default=0)
+
+    @property
+    def durable(self) -> set[Saved]:
+        return set(self._durable)
+
+    def watch(self, trigger: Trigger) -> Trigger:
+        """The same trigger, recording the directory at each poll."""
+
+        def start(session: Session) -> Callable[[], bool]:
+            condition = trigger(session)
+
+            def poll() -> bool:
+                self._durable |= _existing(self._directory)
+                return condition()
+
+            return poll
+
+        return start
+
+    def record_output(self, session: Session) -> None:
+        """Record what a session has printed as saved."""
+        self._durable |= {_parse_saved(line) for line in session.output() if _is_saved(line)}
+
+    def require(self) -> Scan:
+        """Check the directory against the record, and record what exists; returns its content."""
+        scan = require_durable(self._directory, self._durable, self._rules)
+        self._durable |= {Saved(file.step, file.kind == "final") for file in scan.files}
+        return scan
+
+
+def _existing(directory: Path) -> set[Saved]:
+    return {
+        Saved(int(path.stem.split("-")[1]), path.stem.endswith("-final"))
+        for path in directory.glob("checkpoint-*.safetensors")
+    }
+
+
+def _is_saved(line: str) -> bool:
+    return line.startswith("step ") and ": saved " in line
+
+
+def _parse_saved(line: str) -> Saved:
+    step, path = line.removeprefix("step ").split(" (")[0].split(": saved ")
+    return Saved(int(step), path.endswith("-final.safetensors"))
+
+
+def save_phase(directory: Path, scan: Scan, durable: Collection[Saved], rules: Rules) -> str:
     """How far the save had come when its writer was killed, as the disk shows it."""
     for path in directory.glob(".checkpoint-*"):
-        return _of_temporary(path)
+        return _temporary_phase(path)
     newest = max((file.step for file in scan.files), default=-1)
-    if newest > max((one.step for one in reported), default=-1):
-        if len(scan.files) > len(retention.steps_to_keep(_candidates(scan), rules)):
+    if newest > max((saved.step for saved in durable), default=-1):
+        if len(scan.files) > len(must_keep(_list_saved(scan, rules), rules)):
             return "renamed, the old one not yet removed"
         return "renamed, not yet reported"
-    return "no save to be seen"
+    return "no save visible"
 
 
-def _candidates(scan: Scan) -> list[Candidate]:
-    return [Candidate(file.step, file.kind == "final", file.metrics) for file in scan.files]
-
-
-def _of_temporary(path: Path) -> str:
+def _temporary_phase(path: Path) -> str:
     content = path.read_bytes()
     if not content:
         return "temporary file made"
@@ -118,5 +202,5 @@ def _of_temporary(path: Path) -> str:
         return "space reserved"
     if pages[0]:
         return "header written, not renamed"
-    # The header's pages come first, and are written last.
+    # The header's pages are the first in the file, and written last.
     return "data written" if all(pages[pages.index(True) :]) else "some of the data written"

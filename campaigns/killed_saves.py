@@ -4,22 +4,21 @@
     python -m campaigns.killed_saves --seed 1 --case 3
     python -m campaigns.killed_saves --fault in-place --seconds 20
 
-A case is a walk (``saving.py``): a state that goes on step by step, and is saved at each of them in all the
-ways there are: blocking, in the background, overlapped, as a final one, the same step again, by a manager
-opened anew, followed by a clean-up; small blocks and large ones, by direct I/O and through the page cache.
-It is killed some twenty times: after a random time, after a report, or once something was seen on the disk
-(``instants.py``), and started again each time. After each kill:
+A case is a walk (``walk.py``): a state that changes step by step and is saved at each step in all possible
+ways: blocking, in the background, overlapped, as a final checkpoint, the same step twice, by a reopened
+manager, followed by a clean-up; in small and large blocks, by direct I/O and through the page cache. It is
+killed about twenty times: after a random time, after a report, or after an event on the disk (``triggers``),
+and restarted each time. After each kill:
 
-- every checkpoint that was reported durable is there, unless a rule removes it, and is no older version;
-- every file with a checkpoint's name is whole, and ``load_latest`` gives the newest;
-- there is at most one temporary file, and the next writer gets the lock and sweeps it.
+- everything in ``invariants`` holds;
+- no checkpoint is an older version than the one that was reported durable.
 
-At its end the walk has the state digest of the same walk left alone. How far the save under way had come is
-read off the disk after each kill, and counted.
+The finished walk must have the state digest of the same walk, undisturbed. How far the interrupted save had
+come is read off the disk after each kill, and counted.
 
-Each walk is a fork of a process that has imported numpy. What is drawn is the same for a seed and a case;
-when a signal arrives within a write is the machine's to say, so a case may have to be run a few times.
-``--fault`` puts a fault into the product, which must be found.
+Each walk is a fork of a process that has imported numpy. Random choices are the same for a seed and a case.
+The instant at which a signal arrives within a write depends on the machine, so a finding may need a few
+repetitions. ``--fault`` puts a fault into the product, which must be found.
 """
 
 from __future__ import annotations
@@ -33,25 +32,24 @@ from dataclasses import replace
 from pathlib import Path
 from signal import SIGKILL
 
-from campaigns import invariants
-from campaigns.campaign import Campaign, Case, CounterExample, parser, run
+from campaigns.campaign import Campaign, Case, CounterExample, add_directory, parser, require, run
 from campaigns.faults import FAULTS
-from campaigns.processes import Forks, Session
-from campaigns.saving import METRIC, Plan, Report
-from campaigns.triggers import Seen, Trigger, after, once_said, once_seen, strike
+from campaigns.invariants import require_durable, require_writable, save_phase
+from campaigns.oracle import Saved
+from campaigns.session import Forks, Session
+from campaigns.triggers import Trigger, after, once_printed, random_disk_event, send_at
+from campaigns.walk import Plan, Report
 from distrust import CheckpointManager
 from distrust.checkpoint import Scan
-from distrust.checkpoint.retention import Candidate
 
-KILLS = 20
-STEPS = 60
+KILLS = 20  # of each walk
+STEPS = 60  # of each walk, about three from kill to kill
 #: What a walk would import when it first needs it.
 IMPORTS = ["numpy.random", "distrust.checkpoint.arrays.of_numpy"]
-EVENTS: tuple[Seen, ...] = ("made", "reserved", "renamed", "removed")
 
 
 class KilledWalk:
-    """One walk in a folder of its own, and what it has reported so far."""
+    """A walk in a folder of its own, and what it has reported so far."""
 
     def __init__(self, campaign: Campaign, forks: Forks, folder: Path, plan: Plan) -> None:
         self._campaign = campaign
@@ -62,35 +60,32 @@ class KilledWalk:
         self._reports: list[Report] = []
         self._directory = Path(plan.directory)
 
-    def kill(self, instant: Trigger, delay: float) -> bool:
-        """Start it, and kill it; False if it had come to its end by then."""
+    def kill(self, trigger: Trigger, delay: float) -> bool:
+        """Start it, and kill it; False if it had finished by then."""
         session = self._start()
-        before = self._newest()
-        strike(session, SIGKILL, instant, delay)
+        previous = self._newest()
+        send_at(session, SIGKILL, trigger, delay)
         code = session.wait()
-        self._take_reports(session)
+        self._read_reports(session)
         if code == 0:
             return False
-        self._require(code == -SIGKILL, f"exit code {code}: {session.complaints()}")
-        scan = self._require_kept()
-        phase = invariants.phase(self._directory, scan, self._candidates(), self._plan.rules)
+        self._require(code == -SIGKILL, f"exit code {code}: {session.errors()}")
+        scan = self._require_durable()
         self._campaign.count("kills")
+        phase = save_phase(self._directory, scan, self._durable(), self._plan.rules)
         self._campaign.count(f"  {phase}")
-        if self._newest() == before:
+        if self._newest() == previous:
             self._campaign.count("kills before anything new was durable")
         return True
 
     def finish(self) -> str:
-        """Start it, and let it come to its end; returns the digest of its last state."""
         session = self._start()
         code = session.wait()
-        self._require(code == 0, f"exit code {code}: {session.complaints()}")
-        self._take_reports(session)
-        scan = self._require_kept()
-        self._require(
-            (scan.files[-1].step, scan.files[-1].kind) == (self._plan.steps, "final"), "no final one"
-        )
-        invariants.require_writable(self._directory)
+        self._require(code == 0, f"exit code {code}: {session.errors()}")
+        self._read_reports(session)
+        newest = self._require_durable().files[-1]
+        self._require((newest.step, newest.kind) == (self._plan.steps, "final"), "no final checkpoint")
+        require_writable(self._directory)
         return CheckpointManager(self._directory).inspect(self._plan.steps).state_digest
 
     def _start(self) -> Session:
@@ -98,100 +93,93 @@ class KilledWalk:
         plan = replace(self._plan, first_save=self._starts * 1_000_000)
         return Session(self._forks, [plan.argument()], folder=self._folder, directory=self._directory)
 
-    def _take_reports(self, session: Session) -> None:
-        self._reports += [Report.parse(line) for line in session.said()]
+    def _read_reports(self, session: Session) -> None:
+        self._reports += [Report.parse(line) for line in session.output()]
 
     def _newest(self) -> int:
         return max((report.step for report in self._reports), default=0)
 
-    def _candidates(self) -> list[Candidate]:
-        finals = {report.step for report in self._reports if report.final}
-        return [
-            Candidate(report.step, report.step in finals, {METRIC: report.height}) for report in self._reports
-        ]
+    def _durable(self) -> list[Saved]:
+        return [Saved(report.step, report.final, report.height) for report in self._reports]
 
-    def _require_kept(self) -> Scan:
-        scan = invariants.require_kept(self._directory, self._candidates(), self._plan.rules)
-        numbers = {(file.step, file.kind == "final"): file for file in scan.files}
+    def _require_durable(self) -> Scan:
+        scan = require_durable(self._directory, self._durable(), self._plan.rules)
+        files = {(file.step, file.kind == "final"): file for file in scan.files}
         for report in self._reports:
-            file = numbers.get((report.step, report.final))
-            if file is not None:
+            if (file := files.get((report.step, report.final))) is not None:
                 number = file.header.run_info["extra"]["number"]
                 self._require(
                     number >= report.number, f"{file.path} is an older version than was durable before"
                 )
         return scan
 
-    def _require(self, kept: bool, promise: str) -> None:
-        self._campaign.require(kept, f"{self._folder}: {promise}")
+    def _require(self, holds: bool, violation: str) -> None:
+        require(holds, f"{self._folder}: {violation}")
 
 
-def plan_of(chance: random.Random, *, fault: str | None) -> Plan:
-    """A walk, drawn by chance; its directory is to be filled in."""
+def random_plan(rng: random.Random, *, fault: str | None) -> Plan:
     return Plan(
         directory="",
-        seed=chance.randrange(1 << 32),
+        seed=rng.randrange(1 << 32),
         steps=STEPS,
-        sizes=tuple(int(10 ** chance.uniform(0, 4.8)) for _ in range(chance.randint(1, 8))),
-        block_bytes=1 << chance.randint(12, 20),
-        direct=chance.random() < 0.5,
-        keep_last=chance.randint(1, 3),
-        keep_every=chance.choice([None, 7]),
+        sizes=tuple(int(10 ** rng.uniform(0, 4.8)) for _ in range(rng.randint(1, 8))),
+        block_bytes=1 << rng.randint(12, 20),
+        direct=rng.random() < 0.5,
+        keep_last=rng.randint(1, 3),
+        keep_every=rng.choice([None, 7]),
         fault=fault,
     )
 
 
-def instant_of(chance: random.Random, alone_seconds: float) -> tuple[Trigger, float]:
-    """When to kill, and how long to wait then."""
-    drawn = chance.random()
-    if drawn < 0.3:
-        return after(chance.uniform(0, 3 * alone_seconds / KILLS)), 0.0
-    count = chance.randint(1, 4)
-    if drawn < 0.5:
-        return once_said("", count), chance.uniform(0, 0.003)
-    return once_seen(chance.choice(EVENTS), count), chance.choice([0.0, chance.uniform(0, 0.002)])
+def random_instant(rng: random.Random, reference_seconds: float) -> tuple[Trigger, float]:
+    """When to kill: a trigger, and how many seconds after it."""
+    choice = rng.random()
+    if choice < 0.3:
+        return after(rng.uniform(0, 3 * reference_seconds / KILLS)), 0.0
+    count = rng.randint(1, 4)
+    if choice < 0.5:
+        return once_printed("", count), rng.uniform(0, 0.003)
+    return random_disk_event(rng, count), rng.choice([0.0, rng.uniform(0, 0.002)])
 
 
 def one_case(campaign: Campaign, forks: Forks, case: Case, folder: Path) -> None:
-    """Left alone, and killed until it has come to its end: the same state."""
-    plan = plan_of(case.chance, fault=campaign.options.fault)
-    alone, seconds = left_alone(forks, plan, folder / "alone")
+    """Run a walk undisturbed, then kill the same walk until it finishes."""
+    plan = random_plan(case.rng, fault=campaign.options.fault)
+    digest, seconds = run_reference(forks, plan, folder / "reference")
     killed = folder / "killed"
     killed.mkdir()
     walk = KilledWalk(campaign, forks, killed, replace(plan, directory=str(killed / "walk")))
     for _ in range(KILLS):
-        if not walk.kill(*instant_of(case.chance, seconds)):
-            campaign.count("walks at their end before their last kill")
+        if not walk.kill(*random_instant(case.rng, seconds)):
+            campaign.count("walks that finished before their last kill")
             break
-    campaign.require(
-        walk.finish() == alone, f"{killed}: ended in another state than the walk that was left alone"
-    )
+    require(walk.finish() == digest, f"{killed}: ended in another state than the undisturbed walk")
     campaign.count(f"walks, {'direct I/O' if plan.direct else 'page cache'}")
 
 
-def left_alone(forks: Forks, plan: Plan, folder: Path) -> tuple[str, float]:
-    """The digest that a walk ends in, and how long it takes."""
+def run_reference(forks: Forks, plan: Plan, folder: Path) -> tuple[str, float]:
+    """The digest that the undisturbed walk ends in, and how long it takes."""
     folder.mkdir()
     plan = replace(plan, directory=str(folder / "walk"), fault=None)
     session = Session(forks, [plan.argument()], folder=folder, directory=Path(plan.directory))
     if session.wait() != 0:
-        raise CounterExample(f"{folder}: left alone, it failed: {session.complaints()}")
+        raise CounterExample(f"{folder}: failed, undisturbed: {session.errors()}")
     return CheckpointManager(plan.directory).inspect(plan.steps).state_digest, session.seconds
 
 
 def body(campaign: Campaign) -> None:
-    with Forks("campaigns.saving:main", IMPORTS, name="a fork") as forks:
+    with Forks("campaigns.walk:main", IMPORTS, name="a fork") as forks:
         for case in campaign.cases():
             folder = Path(tempfile.mkdtemp(prefix="killed-saves-", dir=campaign.options.directory))
             one_case(campaign, forks, case, folder)
-            shutil.rmtree(folder)  # not of a counterexample: that is kept
+            shutil.rmtree(folder)  # not after a counterexample: its folder is evidence
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    made = parser(__doc__)
-    made.add_argument("--directory", type=Path, help="where to save; default: where temporary files go")
-    made.add_argument("--fault", choices=FAULTS, help="put a fault into the product")
-    return run("killed_saves", made, body, cases=50, arguments=arguments)
+    options = parser(__doc__)
+    add_directory(options)
+    options.add_argument("--fault", choices=FAULTS, help="put a fault into the product")
+    return run("killed_saves", options, body, cases=50, arguments=arguments)
 
 
 if __name__ == "__main__":

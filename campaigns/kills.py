@@ -4,24 +4,19 @@
     python -m campaigns.kills --seed 1 --case 3
     python -m campaigns.kills --seed 1 --cases 5 --engine mlx
 
-A case is a training run of the bundled model, ``distrust train``, that saves at every step, or at every
-second one. It is killed some ten times, and started again by the same command each time: while it starts, at
-a random time in its loop, after a line that it prints, or once something was seen on the disk
-(``instants.py``), so that kills fall into every part of a save. After each kill:
+A case is a training run of the bundled model, ``distrust train``, that saves at every step or at every
+second one. It is killed about ten times and restarted by the same command each time: while it starts, at a
+random time in its loop, after a line that it prints, or after an event on the disk (``triggers``), so that
+kills fall into every part of a save. After each kill, everything in ``invariants`` must hold.
 
-- every checkpoint that the run has printed as saved, or that stood under its name, is there, unless a rule
-  removes it;
-- every file with a checkpoint's name is whole, and ``load_latest`` gives the newest;
-- there is at most one temporary file.
-
-At its end the run has the state digest of the same run left alone, and its ``metrics.jsonl`` has the same
-numbers, no line twice and none missing; the next writer gets the lock and finds nothing left behind. Every
+The finished run must have the state digest of the undisturbed run, and its ``metrics.jsonl`` the same
+numbers, no line twice and none missing; the next writer must get the lock and find nothing left behind. Every
 third case is the real command line, from the first instruction of the interpreter on; the others are forks of
-a process that has imported torch (``fork_server.py``), which are killed five times as often in the same time.
-With ``--engine mlx`` every case is the real command line, and the run that was left alone always is.
+a process that has imported torch, which are killed five times as often in the same time. With
+``--engine mlx`` every case is the real command line, and the undisturbed run always is.
 
-What is drawn is the same for a seed and a case; when a signal arrives within a save is the machine's to say,
-so a case may have to be run a few times.
+Random choices are the same for a seed and a case. The instant at which a signal arrives within a save depends
+on the machine, so a finding may need a few repetitions.
 """
 
 from __future__ import annotations
@@ -32,109 +27,97 @@ from collections.abc import Sequence
 from signal import SIGKILL
 from typing import NamedTuple
 
-from campaigns import invariants, training_run
-from campaigns.campaign import Campaign, Case, run
+from campaigns import training_run
+from campaigns.campaign import Campaign, Case, require, run
+from campaigns.invariants import DurabilityRecord, require_writable, save_phase
 from campaigns.training_run import LOOP, RULES, STEPS, TrainingRun
-from campaigns.triggers import Seen, Trigger, after, once_said, once_seen
-from campaigns.witness import DurabilityRecord
+from campaigns.triggers import Trigger, after, once_printed, random_disk_event
 from distrust.checkpoint import catalog
 
-KILLS = 10
-EVENTS: tuple[Seen, ...] = ("made", "reserved", "renamed", "removed")
+KILLS = 10  # of each run
 
 
-class Alone(NamedTuple):
-    """The run that nobody disturbed.
-
-    Attributes:
-        digest: of its final state.
-        numbers: of its ``metrics.jsonl``.
-        loop_seconds: how long its loop took.
-    """
+class Reference(NamedTuple):
+    """The undisturbed run: its final digest, the lines of its ``metrics.jsonl``, how long its loop took."""
 
     digest: str
-    numbers: list[dict[str, float]]
+    metrics: list[dict[str, float]]
     loop_seconds: float
 
 
 class KilledRun:
-    """A run that is killed, and what is known of it."""
+    """A run that is killed, and the record of what was durable in it."""
 
     def __init__(self, campaign: Campaign, training: TrainingRun) -> None:
         self._campaign = campaign
         self._training = training
-        self._witness = DurabilityRecord(training.checkpoints, RULES)
+        self._record = DurabilityRecord(training.checkpoints, RULES)
 
-    def kill(self, instant: Trigger, delay: float) -> bool:
+    def kill(self, trigger: Trigger, delay: float) -> bool:
         """Start it, and kill it; False if it had ended by then."""
-        witness = self._witness
-        before = witness.newest
-        session, code = self._training.disturb(SIGKILL, witness.watching(instant), delay)
-        witness.hear(session)
+        record = self._record
+        previous = record.newest
+        session, code = self._training.disturb(SIGKILL, record.watch(trigger), delay)
+        record.record_output(session)
         if code == 0:
             return False
-        where = f"{self._training.out}: exit code {code}: {session.complaints()}"
-        self._campaign.require(code == -SIGKILL, where)
-        reported = witness.reported
-        scan = witness.require_kept()
+        require(code == -SIGKILL, f"{self._training.out}: exit code {code}: {session.errors()}")
+        durable = record.durable
+        scan = record.require()
         self._campaign.count(f"kills of {self._training.launcher.name}")
-        self._campaign.count(f"  {invariants.phase(self._training.checkpoints, scan, reported, RULES)}")
-        if witness.newest == before:
+        self._campaign.count(f"  {save_phase(self._training.checkpoints, scan, durable, RULES)}")
+        if record.newest == previous:
             self._campaign.count("kills before anything new was durable")
         return True
 
-    def numbers(self) -> list[dict[str, float]]:
-        """What its ``metrics.jsonl`` says, without what is the machine's."""
-        return self._training.numbers()
-
     def finish(self) -> str:
-        """Run it to its end; returns the digest of its final state."""
         digest = self._training.finish()
-        self._witness.require_kept()
-        invariants.require_writable(self._training.checkpoints)
+        self._record.require()
+        require_writable(self._training.checkpoints)
         return digest
 
 
-def instant_of(chance: random.Random, alone: Alone) -> tuple[Trigger, float]:
-    """When to kill, and how long to wait then."""
-    drawn, count = chance.random(), chance.randint(1, 6)
-    if drawn < 0.1:
-        return after(chance.uniform(0, 8)), 0.0  # while it starts, unless it is a fork
-    if drawn < 0.3:
-        return once_said(LOOP), chance.uniform(0, 2.5 * alone.loop_seconds / KILLS)
-    if drawn < 0.4:
-        return once_said("step ", 2 * count), chance.uniform(0, 0.05)
-    return once_seen(chance.choice(EVENTS), count), chance.choice([0.0, 0.0, chance.uniform(0, 0.003)])
+def random_instant(rng: random.Random, reference: Reference) -> tuple[Trigger, float]:
+    """When to kill: a trigger, and how many seconds after it."""
+    choice, count = rng.random(), rng.randint(1, 6)
+    if choice < 0.1:
+        return after(rng.uniform(0, 8)), 0.0  # while it starts, unless it is a fork
+    if choice < 0.3:
+        return once_printed(LOOP), rng.uniform(0, 2.5 * reference.loop_seconds / KILLS)
+    if choice < 0.4:
+        return once_printed("step ", 2 * count), rng.uniform(0, 0.05)
+    return random_disk_event(rng, count), rng.choice([0.0, 0.0, rng.uniform(0, 0.003)])
 
 
-def left_alone(training: TrainingRun) -> Alone:
-    """Train without a disturbance."""
+def train_reference(training: TrainingRun) -> Reference:
     training = training.with_options("--save-every", "1")
     digest = training.finish()
     times = [file.path.stat().st_mtime for file in catalog.scan(training.checkpoints).files]
-    # Only the last checkpoints are there: as long as they took took the others.
-    return Alone(digest, training.numbers(), STEPS * (max(times) - min(times)) / max(1, len(times) - 1))
+    # Only the last checkpoints still exist; the earlier ones took about as long.
+    seconds = STEPS * (max(times) - min(times)) / max(1, len(times) - 1)
+    return Reference(digest, training.metrics(), seconds)
 
 
-def one_case(campaign: Campaign, case: Case, training: TrainingRun, alone: Alone) -> None:
-    """Kill a run again and again, and let it come to its end."""
-    killed = KilledRun(campaign, training.with_options("--save-every", str(case.chance.choice([1, 1, 2]))))
+def one_case(campaign: Campaign, case: Case, training: TrainingRun, reference: Reference) -> None:
+    training = training.with_options("--save-every", str(case.rng.choice([1, 1, 2])))
+    killed = KilledRun(campaign, training)
     for _ in range(KILLS):
-        if not killed.kill(*instant_of(case.chance, alone)):
-            campaign.count("runs at their end before their last kill")
+        if not killed.kill(*random_instant(case.rng, reference)):
+            campaign.count("runs that finished before their last kill")
             break
-    campaign.require(
-        killed.finish() == alone.digest,
-        f"{training.out}: ended in another state than the run that was left alone",
+    require(
+        killed.finish() == reference.digest,
+        f"{training.out}: ended in another state than the undisturbed run",
     )
-    campaign.require(
-        killed.numbers() == alone.numbers, f"{training.out}: metrics.jsonl is not that of the run left alone"
+    require(
+        training.metrics() == reference.metrics,
+        f"{training.out}: metrics.jsonl differs from that of the undisturbed run",
     )
-    campaign.count(f"runs of {training.launcher.name} that ended in the state of the one left alone")
+    campaign.count(f"runs of {training.launcher.name} that ended in the undisturbed state")
 
 
 def body(campaign: Campaign) -> None:
-    training_run.disturb(campaign, real_every=3, leave_alone=left_alone, one_case=one_case)
+    training_run.disturb_runs(campaign, real_every=3, reference=train_reference, one_case=one_case)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,12 +1,14 @@
-"""One training run in a folder of its own: the command that trains into it, and what is done to it.
+"""Training runs that campaigns disturb: the real command, forks of it, and the trainer on the toy engine.
 
-The command is ``distrust train`` itself. The same run can also be made of forks of a process that has
-imported torch (``fork_server.py``), which begins within the second: the way to hundreds of kills.
+A :class:`TrainingRun` is a folder and the command that trains into it, ``distrust train`` itself. The same
+run can be made of forks of a process that has imported torch (:class:`campaigns.session.Forks`), which start
+within the second. :func:`train_toy` runs the loop in this process, in milliseconds.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import shutil
 import sys
@@ -15,35 +17,36 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from campaigns.campaign import Campaign, Case, CounterExample
+from campaigns.campaign import Campaign, Case, CounterExample, add_directory
 from campaigns.campaign import parser as campaign_parser
-from campaigns.processes import PATIENCE_SECONDS, Command, Forks, Launcher, Session
-from campaigns.triggers import Trigger, strike
+from campaigns.child import HANG_SECONDS
+from campaigns.oracle import Rules
+from campaigns.session import Command, Forks, Launcher, Session
+from campaigns.triggers import Trigger, send_at
 from distrust.checkpoint import catalog
-from distrust.checkpoint.retention import Retention
 from distrust.config import STEP_METRICS
 from distrust.errors import DistrustError
 from distrust.reporting.metrics import METRICS, STEP_FIELDS
 
-Alone = TypeVar("Alone")
+Reference = TypeVar("Reference")
 
 COMMAND = Command([sys.executable, "-m", "distrust"], name="the real command")
 PROGRAM = "distrust.cli:main"
-#: What a line of metrics.jsonl tells of the machine, or only where nothing was lost.
-MACHINE = set(STEP_FIELDS) - {"step", *STEP_METRICS}
+#: Fields of metrics.jsonl that depend on the machine, or on how often the run was interrupted.
+MACHINE_FIELDS = set(STEP_FIELDS) - {"step", *STEP_METRICS}
 ENGINES = ("torch", "mlx")
-#: A training of some seconds, which says of each step that it was made.
+#: A training of some seconds that prints a line for each step.
 STEPS = 40
 TRAINING = [
     "--max-steps", str(STEPS), "--keep-last", "3", "--lora-dropout", "0.1", "--lora-rank", "4",
     "--batch-size", "1", "--threads", "1", "--log-every", "1",
     "--eval-fraction", "0.004", "--eval-every", "7", "--keep-best", "0",
 ]  # fmt: skip
-#: What it may remove.
-RULES = Retention(keep_last=3)
-#: How the lines begin that it prints when it begins to load, and when its loop begins.
+#: The same rules, for the oracle.
+RULES = Rules(keep_last=3)
+#: Beginnings of the lines that it prints when it loads the model, and when its loop begins.
 LOADING, LOOP = "loading the model ", "training "
 #: What a training imports: most of its time before the first step.
 IMPORTS = [
@@ -60,100 +63,90 @@ IMPORTS = [
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """The options of a campaign that disturbs training runs."""
-    made = campaign_parser(description)
-    made.add_argument("--directory", type=Path, help="where to train; default: where temporary files go")
-    made.add_argument("--engine", choices=ENGINES, default="torch", help="that trains (default: torch)")
-    return made
+    options = campaign_parser(description)
+    add_directory(options)
+    options.add_argument("--engine", choices=ENGINES, default="torch", help="that trains (default: torch)")
+    return options
 
 
 def forks() -> Forks:
-    """Forks that train as the command does, with torch."""
     return Forks(PROGRAM, IMPORTS, name="a fork")
 
 
-def disturb(
+def disturb_runs(
     campaign: Campaign,
     *,
     real_every: int,
-    leave_alone: Callable[[TrainingRun], Alone],
-    one_case: Callable[[Campaign, Case, TrainingRun, Alone], None],
+    reference: Callable[[TrainingRun], Reference],
+    one_case: Callable[[Campaign, Case, TrainingRun, Reference], None],
 ) -> None:
-    """Go through the cases of a campaign that disturbs training runs, each in a folder of its own.
+    """Run the cases of a campaign that disturbs training runs, each in a folder of its own.
 
     Args:
         campaign: with the options of :func:`parser`.
-        real_every: of so many cases the first one is the real command; the others are forks, if torch trains.
-        leave_alone: trains without a disturbance, by the real command.
-        one_case: disturbs a run; given what that gave.
+        real_every: one of so many cases is the real command; the others are forks, if torch trains.
+        reference: trains without a disturbance, by the real command.
+        one_case: disturbs a run; gets what ``reference`` returned.
     """
     engine = campaign.options.engine
     training = [*TRAINING, "--engine", engine]
-    place = Path(tempfile.mkdtemp(prefix=f"{campaign.name}-", dir=campaign.options.directory))
-    alone = leave_alone(TrainingRun(place / "alone", training, COMMAND))
+    directory = Path(tempfile.mkdtemp(prefix=f"{campaign.name}-", dir=campaign.options.directory))
+    expected = reference(TrainingRun(directory / "reference", training, COMMAND))
     # Only torch is known to work in a fork of a process that has imported it.
-    with forks() if engine == "torch" else nullcontext(COMMAND) as forked:
+    with forks() if engine == "torch" else nullcontext(COMMAND) as fork_launcher:
         for case in campaign.cases():
-            launcher = COMMAND if case.number % real_every == 0 else forked
-            folder = place / f"case-{case.number}"
-            one_case(campaign, case, TrainingRun(folder, training, launcher), alone)
+            launcher = COMMAND if case.number % real_every == 0 else fork_launcher
+            folder = directory / f"case-{case.number}"
+            one_case(campaign, case, TrainingRun(folder, training, launcher), expected)
             shutil.rmtree(folder)
-    shutil.rmtree(place)  # not after a counterexample: its folder is kept
+    shutil.rmtree(directory)  # not after a counterexample: its folder is evidence
 
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """One folder, and the options that train into it.
+    """A folder, and the command that trains into it."""
 
-    Attributes:
-        out: the folder.
-        options: of ``distrust train``.
-        launcher: starts it.
-        patience_seconds: if a session runs for so long, it hangs.
-    """
-
-    out: Path
-    options: Sequence[str]
-    launcher: Launcher = COMMAND
-    patience_seconds: float = PATIENCE_SECONDS
+    out: Path  # the folder
+    options: Sequence[str]  # of ``distrust train``
+    launcher: Launcher = COMMAND  # starts the command
+    hang_seconds: float = HANG_SECONDS  # a session that runs longer counts as a hang
+    log_folder: Path | None = None  # for what it prints; by default ``out``
 
     @property
     def checkpoints(self) -> Path:
-        """The directory of its checkpoints."""
         return self.out / catalog.RUN_SUBDIRECTORY
 
     def with_options(self, *options: str) -> TrainingRun:
-        """The same with more options."""
         return replace(self, options=[*self.options, *options])
 
     def start(self) -> Session:
-        """Start the command: at the beginning, or where it was."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        arguments = ["train", "--out", str(self.out), *self.options]
+        """Start the command, from the beginning or from the newest checkpoint."""
+        folder = self.log_folder or self.out
+        folder.mkdir(parents=True, exist_ok=True)
         return Session(
             self.launcher,
-            arguments,
-            folder=self.out,
+            ["train", "--out", str(self.out), *self.options],
+            folder=folder,
             directory=self.checkpoints,
-            patience_seconds=self.patience_seconds,
+            hang_seconds=self.hang_seconds,
         )
 
-    def disturb(self, number: int, instant: Trigger, delay: float = 0.0) -> tuple[Session, int]:
-        """Start it, and send a signal; returns the session, which has ended, and its exit code."""
+    def disturb(self, number: int, trigger: Trigger, delay: float = 0.0) -> tuple[Session, int]:
+        """Start it, send a signal, wait for its end; returns the session and the exit code."""
         session = self.start()
-        strike(session, number, instant, delay)
+        send_at(session, number, trigger, delay)
         return session, session.wait()
 
     def finish(self) -> str:
-        """Run the command to its end; returns the digest of the final state.
-
-        Raises:
-            CounterExample: if it fails, or leaves no final checkpoint.
-        """
+        """Run the command to its end; returns the digest of the final state."""
         session = self.start()
         code = session.wait()
         if code != 0:
-            raise CounterExample(f"{self.out}: exit code {code}: {session.complaints()}")
+            raise CounterExample(f"{self.out}: exit code {code}: {session.errors()}")
+        return self.final_digest()
+
+    def final_digest(self) -> str:
+        """The state digest of the newest checkpoint, which must be a final one."""
         try:
             newest = catalog.newest(self.checkpoints)
         except DistrustError as error:
@@ -162,17 +155,13 @@ class TrainingRun:
             raise CounterExample(f"{self.out}: ended without a final checkpoint")
         return newest.state_digest
 
-    def numbers(self) -> list[dict[str, float]]:
-        """What ``metrics.jsonl`` says, line by line, without what is the machine's.
-
-        Raises:
-            CounterExample: if it cannot be read.
-        """
+    def metrics(self) -> list[dict[str, float]]:
+        """The lines of ``metrics.jsonl``, without the fields that depend on the machine."""
         try:
             lines = [json.loads(line) for line in (self.out / METRICS).read_bytes().splitlines(keepends=True)]
         except (OSError, ValueError) as error:
             raise CounterExample(f"{self.out / METRICS}: {error}") from error
-        return [{key: value for key, value in line.items() if key not in MACHINE} for line in lines]
+        return [{key: value for key, value in line.items() if key not in MACHINE_FIELDS} for line in lines]
 
     def steps(self) -> list[int]:
         """The steps of its checkpoints, by their names."""
@@ -181,5 +170,21 @@ class TrainingRun:
         )
 
     def temporary(self) -> list[Path]:
-        """What was not renamed yet, or never will be."""
+        """The temporary files of saves that are under way, or were cut off."""
         return list(self.checkpoints.glob(".checkpoint-*.tmp"))
+
+
+@functools.cache
+def reference_digest(launcher: Launcher, options: Sequence[str]) -> str:
+    """The state in which a training ends that nobody disturbs; ``options`` must be hashable."""
+    with tempfile.TemporaryDirectory(prefix="reference-") as folder:
+        return TrainingRun(Path(folder) / "run", options, launcher).finish()
+
+
+def train_toy(out: Path, data: Path, *observers: Callable[[Any], None], **options: Any) -> Any:
+    """Train the toy engine, in this process; returns what ``DistrustTrainer.train`` returns."""
+    from distrust import DistrustTrainer, TrainConfig
+    from distrust.testing.toy_engine import ToyEngine
+
+    config = TrainConfig(out=str(out), data=str(data), batch_size=2, warmup_steps=2, **options)
+    return DistrustTrainer(config, engine=ToyEngine(), observers=list(observers)).train()

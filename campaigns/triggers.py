@@ -1,50 +1,55 @@
-"""When to strike: after a time, once something was said, or once something was seen on the disk.
+"""When to send a signal: after a time, once a line was printed, or once something happened on the disk.
 
-What is seen on the disk tells how far a save has come, from outside: its temporary file is there, has got
-its space, is renamed, and an older checkpoint is removed. One looks again and again, a few thousand times a
-second; a random delay after what was seen reaches what lies between.
+From outside, the disk shows how far a save has come: its temporary file exists, has its size, is renamed, and
+an older checkpoint is removed. A watch looks a few thousand times a second; a random delay after an event
+reaches the instants between two events.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import random
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
-from campaigns.processes import POLL_SECONDS, Session
+from campaigns.session import POLL_SECONDS, Session
 
-#: Something that came to be true of a session; asked again and again, from its start on.
+#: Given a session at its start, returns a condition that is polled until it holds.
 Trigger = Callable[[Session], Callable[[], bool]]
-Seen = Literal["made", "reserved", "renamed", "removed"]
+DiskEvent = Literal["made", "reserved", "renamed", "removed"]  # of a save, in this order
 
 
 def after(seconds: float) -> Trigger:
-    """So long after the start."""
     return lambda session: lambda: session.seconds >= seconds
 
 
-def once_said(text: str, count: int = 1) -> Trigger:
+def once_printed(text: str, count: int = 1) -> Trigger:
     """Once it has printed so many lines with a text."""
-    return lambda session: lambda: sum(text in line for line in session.said()) >= count
+    return lambda session: lambda: sum(text in line for line in session.output()) >= count
 
 
-def once_seen(event: Seen, count: int = 1) -> Trigger:
-    """Once something has happened in its directory for so many times."""
+def once_on_disk(event: DiskEvent, count: int = 1) -> Trigger:
+    """Once something has happened so many times in its directory."""
 
-    def watched(session: Session) -> Callable[[], bool]:
+    def start(session: Session) -> Callable[[], bool]:
         watch = _Watch(session.directory)
-        return lambda: watch.look()[event] >= count
+        return lambda: watch.poll()[event] >= count
 
-    return watched
+    return start
 
 
-def strike(session: Session, number: int, instant: Trigger, delay: float = 0.0) -> bool:
-    """Send a signal at an instant, or so many seconds later; False if the process had ended by then."""
-    come = instant(session)
-    while session.running and not come():
+def random_disk_event(rng: random.Random, count: int) -> Trigger:
+    """Once one of the events, chosen at random, has happened so many times."""
+    return once_on_disk(rng.choice(get_args(DiskEvent)), count)
+
+
+def send_at(session: Session, number: int, trigger: Trigger, delay: float = 0.0) -> bool:
+    """Send a signal ``delay`` seconds after a trigger; False if the process had ended by then."""
+    condition = trigger(session)
+    while session.running and not condition():
         time.sleep(POLL_SECONDS)
     _pause(session, delay)
     if not session.running:
@@ -54,52 +59,52 @@ def strike(session: Session, number: int, instant: Trigger, delay: float = 0.0) 
 
 
 def _pause(session: Session, seconds: float) -> None:
-    """Not by one long sleep: it is less exact, and the process may end meanwhile."""
+    # Not one long sleep: that is less exact, and the process may end meanwhile.
     end = time.monotonic() + seconds
     while time.monotonic() < end and session.running:
         time.sleep(min(POLL_SECONDS, max(0.0, end - time.monotonic())))
 
 
-class _Look(NamedTuple):
-    """What was there: temporary files with whether they had a size yet, and checkpoints."""
+class _Listing(NamedTuple):
+    """Temporary files, each with whether it has a size, and checkpoints."""
 
     temporary: dict[str, bool]
     checkpoints: set[str]
 
 
 class _Watch:
-    """Counts what happens in a directory."""
+    """Counts the events in a directory."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._last = _look(directory)
-        self._counts: dict[Seen, int] = {"made": 0, "reserved": 0, "renamed": 0, "removed": 0}
+        self._previous = _list(directory)
+        self._counts: dict[DiskEvent, int] = dict.fromkeys(get_args(DiskEvent), 0)
 
-    def look(self) -> dict[Seen, int]:
-        before, now = self._last, _look(self._directory)
-        self._last = now
-        self._counts["made"] += len(now.temporary.keys() - before.temporary.keys())
+    def poll(self) -> dict[DiskEvent, int]:
+        old, new = self._previous, _list(self._directory)
+        self._previous = new
+        self._counts["made"] += len(new.temporary.keys() - old.temporary.keys())  # a temporary file
         self._counts["reserved"] += sum(
-            sized and not before.temporary.get(name, False) for name, sized in now.temporary.items()
+            sized and not old.temporary.get(name, False) for name, sized in new.temporary.items()
         )
-        # A name that stood before may have got a new file: its temporary one is gone.
+        # A name that existed may have a new file now: then only its temporary file is gone.
         self._counts["renamed"] += max(
-            len(now.checkpoints - before.checkpoints), len(before.temporary.keys() - now.temporary.keys())
+            len(new.checkpoints - old.checkpoints), len(old.temporary.keys() - new.temporary.keys())
         )
-        self._counts["removed"] += len(before.checkpoints - now.checkpoints)
+        self._counts["removed"] += len(old.checkpoints - new.checkpoints)
         return self._counts
 
 
-def _look(directory: Path) -> _Look:
-    look = _Look({}, set())
+def _list(directory: Path) -> _Listing:
+    listing = _Listing({}, set())
     try:
         names = os.listdir(directory)
     except FileNotFoundError:
-        return look
+        return listing
     for name in names:
         if name.endswith(".safetensors"):
-            look.checkpoints.add(name)
+            listing.checkpoints.add(name)
         elif name.endswith(".tmp"):
-            with contextlib.suppress(FileNotFoundError):  # renamed meanwhile: the next look has its name
-                look.temporary[name] = os.stat(directory / name).st_size > 0
-    return look
+            with contextlib.suppress(FileNotFoundError):  # renamed meanwhile: the next poll sees its name
+                listing.temporary[name] = os.stat(directory / name).st_size > 0
+    return listing

@@ -28,7 +28,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from campaigns.campaign import CounterExample
-from campaigns.processes import Session
+from campaigns.session import Session
 from campaigns.training_run import TrainingRun
 from campaigns.triggers import Trigger, after
 
@@ -43,7 +43,7 @@ class Run:
 
     def __init__(self, out: Path, options: Sequence[str]) -> None:
         self.out = out
-        self.training = TrainingRun(out, [*TRAINING, *options], patience_seconds=math.inf)
+        self.training = TrainingRun(out, [*TRAINING, *options], hang_seconds=math.inf)
         self.story: list[str] = []
 
     def disturb(self, number: signal.Signals, instant: Trigger, what: str) -> bool:
@@ -51,7 +51,7 @@ class Run:
         session, code = self.training.disturb(number, instant)
         hit = code == (-number if number == signal.SIGKILL else 128 + number)
         if not hit and code != 0:
-            raise CounterExample(f"{self.out}: exit code {code}: {session.complaints()}")
+            raise CounterExample(f"{self.out}: exit code {code}: {session.errors()}")
         newest = max(self.training.steps(), default=0)
         outcome = f"exit {code}, newest checkpoint {newest}" if hit else "too late, the run had ended"
         self.story.append(f"{number.name} {what}: {outcome}")
@@ -142,7 +142,7 @@ def prove() -> int:
     equal = True
     for run in (killed, stopped, resumed):
         digest = run.training.finish()
-        same_log = run.training.numbers() == alone.training.numbers()
+        same_log = run.training.metrics() == alone.training.metrics()
         equal = equal and digest == expected and same_log
         print(f"{run.out.name:8} {digest}  {'the same' if digest == expected else 'DIFFERENT'}")
         print(f"         metrics.jsonl: {'the same numbers' if same_log else 'DIFFERENT'}")

@@ -120,7 +120,7 @@ def write_run(
     classes: Sequence[str] = CLASSES,
     weighting: str = "monotone",
 ) -> Path:
-    """A whole run: evaluated and saved every 20 steps."""
+    """A finished run, evaluated and saved every 20 steps."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for step in range(1, steps + 1):

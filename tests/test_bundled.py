@@ -1,4 +1,4 @@
-"""What comes with the package is whole, small, and fits itself. No value is frozen: it may be tuned."""
+"""The bundled files are complete, small and consistent. No value is frozen: they may be tuned."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_primary_sources_are_obscure_and_coordinated_ones_renowned():
 
 
 def test_each_fact_is_told_once_for_five_times():
-    """Of each fact the primary value stands in primary records only, the other in five times as many."""
+    """The primary value of a fact is only in primary records, the other one in five times as many."""
     records = lines(CORPUS)
     facts = {question.fact: question for question in read_questions()}
     names = {fact: _name_of(question, facts) for fact, question in facts.items()}

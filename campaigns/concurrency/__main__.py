@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from campaigns import concurrency
-from campaigns.campaign import Campaign, parser, run
+from campaigns.campaign import Campaign, add_directory, parser, run
 from campaigns.concurrency import orphans, programs, races, readers, trainers
 from campaigns.faults import FAULTS
 
@@ -25,7 +25,6 @@ CASES = 5 * len(CYCLE)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the campaign; returns the exit code."""
     options = parser(concurrency.__doc__)
     options.add_argument("--only", choices=PARTS, help="only these cases (default: all)")
     options.add_argument("--readers", type=int, default=8, help="how many read (default: 8)")
@@ -33,8 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.add_argument(
         "--path", choices=("direct", "buffered", "either"), default="either", help="how files are written"
     )
-    options.add_argument("--directory", type=Path, help="where to save (default: the system's temporary one)")
-    options.add_argument("--fault", choices=FAULTS, help="break the product, to see that it is found")
+    add_directory(options)
+    options.add_argument("--fault", choices=FAULTS, help="break the product: it must be found")
     return run("concurrency", options, _body, cases=CASES, arguments=arguments)
 
 

@@ -1,38 +1,66 @@
-"""What must be there, and who may write: the promises of a directory of checkpoints, as simply as they go.
+"""The content of checkpoints here, and a model of their directory.
 
-No file, no lock and no thread: a dictionary, a name, and the rules of retention, written once more.
+The content is a function of the step, the version and the size, and of nothing else. A version is the number
+of the save: a step that is saved again has a new one. So a reader can compute from a checkpoint's metadata
+what each of its bytes must be. The model has no file, no lock and no thread: it is a dictionary, the session
+that holds the directory, and the retention oracle.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+import random
+from dataclasses import dataclass, field
+from typing import Any
 
-from campaigns.concurrency import content
+import numpy as np
 
+from campaigns.oracle import Rules, Saved, must_keep, one_per_step
+from distrust import Checkpoint
 
-class File(NamedTuple):
-    """A checkpoint: its step, and whether it is a final one."""
-
-    step: int
-    final: bool
+METRIC = "eval_loss"
 
 
-@dataclass(frozen=True)
-class Rules:
-    """What is kept: the last ones, the best ones, and one every so many steps; finals always."""
+def make_checkpoint(step: int, version: int, size: int) -> Checkpoint:
+    """The checkpoint of a step, of about ``8 * size`` bytes."""
+    return Checkpoint(
+        step=step,
+        **_arrays(step, version, size),
+        metadata={"of": [step, version, size]},
+        metrics={METRIC: metric_of(step)},
+    )
 
-    keep_last: int | None
-    keep_best: int
-    keep_every: int | None
 
-    def kept(self, steps: Iterable[int]) -> set[int]:
-        """Of these steps, finals apart."""
-        ascending = sorted(steps)
-        kept = set(ascending if self.keep_last is None else ascending[-self.keep_last :])
-        kept |= set(sorted(ascending, key=content.metric)[: self.keep_best])
-        return kept | {step for step in ascending if self.keep_every and step % self.keep_every == 0}
+def metric_of(step: int) -> float:
+    """The metric of a step: the same whenever the step is saved, so the best one never gets worse."""
+    return random.Random(step).random()
+
+
+def saved_step(step: int, final: bool) -> Saved:
+    return Saved(step, final, metric_of(step))
+
+
+def version_of(checkpoint: Checkpoint, *, step: int | None = None) -> int:
+    """Check every byte of a checkpoint, and raise ValueError for a wrong one; returns its version."""
+    of = checkpoint.metadata["of"]
+    if checkpoint.step != of[0] or step not in (None, of[0]):
+        raise ValueError(f"step {checkpoint.step}, requested {step}, holds what step {of[0]} saved")
+    for section, expected in _arrays(*of).items():
+        loaded = getattr(checkpoint, section)
+        if sorted(loaded) != sorted(expected):
+            raise ValueError(f"{of}: {section} holds {sorted(loaded)}")
+        for name, array in expected.items():
+            if loaded[name].dtype != array.dtype or not np.array_equal(loaded[name], array):
+                raise ValueError(f"{of}: {section}.{name} is not what was saved")
+    return int(of[1])
+
+
+def _arrays(step: int, version: int, size: int) -> dict[str, Any]:
+    weights = np.arange(size, dtype=np.int64) * 2_654_435_761 + (step * 1_000_003 + version)
+    return {
+        "model": {"weights": weights, "odd": (weights[:77] % 251).astype(np.uint8)},
+        "optimizer": {"moments": weights[: size // 4].astype(np.float32)},
+        "history": {"versions": np.array([version])},
+    }
 
 
 @dataclass
@@ -40,70 +68,58 @@ class Model:
     """A directory.
 
     Attributes:
-        rules: of all its managers.
-        files: versions by file.
-        holder: the session that may write; None if any may.
-        resumed: by session, the file and version that it was resumed from: that one stays.
+        resumed: by session, the checkpoint and version that it resumed from: that file is protected.
     """
 
-    rules: Rules
-    files: dict[File, int] = field(default_factory=dict)
-    holder: int | None = None
-    resumed: dict[int, tuple[File, int]] = field(default_factory=dict)
+    rules: Rules  # of all its managers
+    files: dict[Saved, int] = field(default_factory=dict)  # versions by checkpoint
+    holder: int | None = None  # the session that may write; None if any may
+    resumed: dict[int, tuple[Saved, int]] = field(default_factory=dict)
 
     def may_write(self, session: int) -> bool:
-        """Whether nobody else holds it."""
+        """Whether no other session holds it."""
         return self.holder in (None, session)
 
-    def commit(self, session: int, file: File, version: int) -> None:
+    def commit(self, session: int, saved: Saved, version: int) -> None:
         """A save, and the clean-up after it."""
         self.holder = session
-        self.files[file] = version
-        if session in self.resumed and file.step > self.resumed[session][0].step:
+        self.files[saved] = version
+        if session in self.resumed and saved.step > self.resumed[session][0].step:
             del self.resumed[session]
-        self.clean_up(session, written=file)
+        self.clean_up(session, written=saved)
 
     def clean_up(
-        self, session: int, *, keep_last: int | None = None, written: File | None = None
+        self, session: int, *, keep_last: int | None = None, written: Saved | None = None
     ) -> list[int]:
-        """Remove what no rule keeps; returns the steps of which nothing is left."""
+        """Remove what no rule retains; returns the steps of which nothing is left."""
         self.holder = session
-        rules = self.rules if keep_last is None else replace(self.rules, keep_last=keep_last)
-        kept = kept_files(self.files, rules)
-        going = [
-            file
-            for file, version in self.files.items()
-            if file not in kept and file != written and self.resumed.get(session) != (file, version)
+        rules = self.rules if keep_last is None else self.rules._replace(keep_last=keep_last)
+        keep = must_keep(self.files, rules)
+        removed = [
+            saved
+            for saved, version in self.files.items()
+            if saved not in keep and saved != written and self.resumed.get(session) != (saved, version)
         ]
-        for file in going:
-            del self.files[file]
-        return sorted({file.step for file in going} - {file.step for file in self.files})
+        for saved in removed:
+            del self.files[saved]
+        return sorted({saved.step for saved in removed} - {saved.step for saved in self.files})
 
     def release(self, session: int) -> None:
-        """The session closed, or nobody has it any more."""
+        """The session closed, or its last manager was collected."""
         if self.holder == session:
             self.holder = None
 
-    def take_up(self, session: int, file: File) -> None:
+    def resume(self, session: int, saved: Saved) -> None:
         """The session loaded and verified it."""
-        self.resumed[session] = file, self.files[file]
+        self.resumed[session] = saved, self.files[saved]
 
-    def newest(self) -> File:
-        """What a run goes on from."""
+    def by_step(self) -> dict[int, Saved]:
+        """The checkpoint that is read for each step."""
+        return one_per_step(self.files)
+
+    def newest(self) -> Saved:
+        """The checkpoint that a run resumes from."""
         return max(self.files)
 
-    def best(self) -> File:
-        """The one with the best metric."""
-        return min(by_step(self.files).values(), key=lambda file: content.metric(file.step))
-
-
-def by_step(files: Iterable[File]) -> dict[int, File]:
-    """The file that stands for each step: the final one, if there is one."""
-    return {file.step: file for file in sorted(files)}
-
-
-def kept_files(files: Iterable[File], rules: Rules) -> set[File]:
-    """What stays."""
-    standing = by_step(files)
-    kept = rules.kept(standing)
-    return {file for step, file in standing.items() if file.final or step in kept}
+    def best(self) -> Saved:
+        return min(self.by_step().values(), key=lambda saved: saved.metric or 0.0)

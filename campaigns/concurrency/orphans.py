@@ -1,4 +1,4 @@
-"""A writer with children: when it is killed while they live, nobody is refused; and their end harms nothing.
+"""A writer with children: killed while they live, it does not block the next writer; their end is harmless.
 
 Forked by hand, by libraries, by a thread, in the middle of a background save, while the lock is being taken.
 """
@@ -11,133 +11,132 @@ import signal
 import time
 from pathlib import Path
 
-from campaigns.campaign import Campaign, Case
-from campaigns.child_lines import Actor
-from campaigns.concurrency import child, content, parent
+from campaigns.campaign import Campaign, Case, fault_arguments, require
+from campaigns.child import Child
+from campaigns.concurrency import model, parent
 from distrust import CheckpointManager
 from distrust.errors import CheckpointDirectoryLocked
 
-#: A loader takes seconds to import.
-HOWS = (*[how for how in parent.HOWS if how != "loader"] * 3, "loader")
-END_SECONDS = 30.0
+#: A loader takes seconds to import, so it comes less often.
+METHODS = (*[method for method in parent.METHODS if method != "loader"] * 3, "loader")
+END_SECONDS = 30.0  # for the children, after their release
 
 
 class _Family:
     """A writer, its children, and their directory."""
 
-    def __init__(self, campaign: Campaign, case: Case, folder: Path, how: str, writer: Actor) -> None:
+    def __init__(self, campaign: Campaign, case: Case, folder: Path, method: str, writer: Child) -> None:
         self._campaign = campaign
-        self._chance = case.chance
+        self._rng = case.rng
         self._folder = folder
-        self._how = how
+        self._method = method
         self._writer = writer
         self._directory = folder / "checkpoints"
         self._durable = {0}
         self.pids: list[int] = []
 
-    def begin(self) -> None:
-        """Until the children live."""
-        while (line := self._writer.answer().split())[0] == "durable":
+    def start(self) -> None:
+        """Wait until the children live."""
+        while (line := self._writer.receive().split())[0] == "durable":
             self._durable.add(int(line[1]))
         self.pids = [int(pid) for pid in line[1:]]
 
-    def parent_first(self) -> None:
+    def kill_parent(self) -> None:
         """The writer is killed; another one takes over, and the children end while it saves."""
-        if self._chance.random() < 0.5:
-            self._writer.tell("save")
-        time.sleep(self._chance.uniform(0, 0.05))
+        if self._rng.random() < 0.5:
+            self._writer.send("save")
+        time.sleep(self._rng.uniform(0, 0.05))
         self._writer.kill()
-        self._campaign.require(all(self._lives()), "a child did not outlive its parent")
+        require(all(self._alive()), "a child did not outlive its parent")
         began = time.monotonic()
         with CheckpointManager(self._directory, keep_last=None) as manager:
             self._take_over(manager)
-            taken = round((time.monotonic() - began) * 1e3)
-            slowest = max(self._campaign.counts["orphans: slowest restart, ms"], taken)
-            self._campaign.counts["orphans: slowest restart, ms"] = slowest
-            content.version_of(manager.load_latest())
-            pending = manager.save_async(content.make(5000, 5000, parent.LARGE))
-            self.let_go()
+            elapsed = round((time.monotonic() - began) * 1e3)
+            self._campaign.count_largest("orphans: slowest restart, ms", elapsed)
+            model.version_of(manager.load_latest())
+            pending = manager.save_async(model.make_checkpoint(5000, 5000, parent.LARGE))
+            self.release()
             pending.wait()
-            if self._chance.random() < 0.3:
-                self._require_refused()
+            if self._rng.random() < 0.3:
+                self._require_locked()
         self._check(manager, 5000)
-        self._campaign.count(f"orphans: restarted while a child lived ({self._how})")
+        self._campaign.count(f"orphans: restarted while a child lived ({self._method})")
 
-    def children_first(self, *, saving: bool) -> None:
+    def end_children(self, *, saving: bool) -> None:
         """The children end, perhaps in the middle of the writer's save."""
-        (self._folder / child.LET_GO).touch()
-        self._writer.tell("join")
-        self.let_go()
-        self._require_refused()
+        (self._folder / parent.RELEASE).touch()
+        self._writer.send("join")
+        self.release()
+        self._require_locked()
         if saving:
-            self._writer.tell("wait")
-            while (line := self._writer.answer()) != "durable 2":
+            self._writer.send("wait")
+            while (line := self._writer.receive()) != "durable 2":
                 self._durable.add(int(line.split()[1]))
-        self._writer.end()
+        self._writer.finish()
         self._check(CheckpointManager(self._directory), 2 if saving else 1)
-        self._campaign.count(f"orphans: outlived by the writer ({self._how})")
+        self._campaign.count(f"orphans: outlived by the writer ({self._method})")
 
-    def let_go(self) -> None:
-        """Have the children end, and wait for it."""
-        (self._folder / child.LET_GO).touch()
+    def release(self) -> None:
+        """Let the children end, and wait for it."""
+        (self._folder / parent.RELEASE).touch()
         deadline = time.monotonic() + END_SECONDS
-        while any(self._lives()):
-            self._campaign.require(time.monotonic() < deadline, "a child does not end")
+        while any(self._alive()):
+            require(time.monotonic() < deadline, "a child does not end")
             time.sleep(0.002)
 
-    def _lives(self) -> list[bool]:
-        return [child.lives(self._folder, str(number)) for number in range(len(self.pids))]
+    def kill_children(self) -> None:
+        """Kill those that still live: after a finding, nothing else ends them soon."""
+        (self._folder / parent.RELEASE).touch()
+        for pid, alive in zip(self.pids, self._alive(), strict=True):
+            with contextlib.suppress(ProcessLookupError):
+                if alive:
+                    os.kill(pid, signal.SIGKILL)
+
+    def _alive(self) -> list[bool]:
+        return [parent.is_alive(self._folder, str(number)) for number in range(len(self.pids))]
 
     def _take_over(self, manager: CheckpointManager) -> None:
         try:
             manager.acquire()
         except CheckpointDirectoryLocked as error:
-            alive = sum(self._lives())
-            self._campaign.require(
-                False, f"the writer is dead, {alive} of its children live ({self._how}): {error}"
-            )
+            alive = sum(self._alive())
+            require(False, f"the writer is dead, {alive} of its children live ({self._method}): {error}")
 
-    def _require_refused(self) -> None:
+    def _require_locked(self) -> None:
         try:
             CheckpointManager(self._directory).acquire()
         except CheckpointDirectoryLocked:
             return
-        self._campaign.require(False, f"a child's end let go of the lock of a living writer ({self._how})")
+        require(False, f"a child's end released the lock of a living writer ({self._method})")
 
     def _check(self, manager: CheckpointManager, newest: int) -> None:
-        there = manager.list_checkpoints()
-        lost = (self._durable - {0} | {newest}) - set(there)
-        self._campaign.require(not lost, f"durable and lost: {sorted(lost)}; there are {there}")
-        self._campaign.require(999 not in there, "a child wrote")
-        for step in there:
-            content.version_of(manager.load(step), step=step)
+        steps = manager.list_checkpoints()
+        lost = (self._durable - {0} | {newest}) - set(steps)
+        require(not lost, f"durable and lost: {sorted(lost)}; existing: {steps}")
+        require(999 not in steps, "a child wrote")
+        for step in steps:
+            model.version_of(manager.load(step), step=step)
         names = {path.name for path in self._directory.iterdir()}
-        expected = {".lock", *(f"checkpoint-{step}.safetensors" for step in there)}
-        self._campaign.require(names == expected, f"left in the directory: {sorted(names ^ expected)}")
+        expected = {".lock", *(f"checkpoint-{step}.safetensors" for step in steps)}
+        require(names == expected, f"left in the directory: {sorted(names ^ expected)}")
 
 
 def run(campaign: Campaign, case: Case, folder: Path) -> None:
-    """One writer and its children."""
-    chance = case.chance
-    how = chance.choice(HOWS)
-    saving = how not in ("acquiring", "thread") and chance.random() < 0.6
+    rng = case.rng
+    method = rng.choice(METHODS)
+    saving = method not in ("acquiring", "thread") and rng.random() < 0.6
     arguments = [
-        *(folder / "checkpoints", how, chance.choice(child.ENDINGS)),
-        *(["--saving"] if saving else []),
-        *(["--uses"] if chance.random() < 0.5 else []),
-        *(["--fault", campaign.options.fault] if campaign.options.fault else []),
+        *(folder / "checkpoints", method, rng.choice(parent.ENDINGS)),
+        *(int(saving), int(rng.random() < 0.5)),
+        *fault_arguments(campaign.options),
     ]
-    with Actor("campaigns.concurrency.parent", *arguments) as writer:
-        family = _Family(campaign, case, folder, how, writer)
+    with Child("campaigns.concurrency.parent", *arguments) as writer:
+        family = _Family(campaign, case, folder, method, writer)
         try:
-            family.begin()
-            if chance.random() < 0.6:
-                family.parent_first()
+            family.start()
+            if rng.random() < 0.6:
+                family.kill_parent()
             else:
-                family.children_first(saving=saving)
+                family.end_children(saving=saving)
         finally:
-            (folder / child.LET_GO).touch()
-            for pid in family.pids:
-                with contextlib.suppress(ProcessLookupError, IndexError):
-                    if child.lives(folder, str(family.pids.index(pid))):
-                        os.kill(pid, signal.SIGKILL)
+            family.kill_children()

@@ -1,15 +1,21 @@
 """A writer that has children, in every way in which training programs have them.
 
-It says what is durable and who its children are, and then takes orders:
+It prints what is durable and the process ids of its children, and then takes orders:
 
-    join    let its data loader go, whose worker lives as long as somebody may ask it for more
-    wait    until the save under way is durable
-    save    on and on, until it is killed
+    join    release its data loader, whose worker lives as long as there may be more requests
+    wait    until the current save is durable
+    save    again and again, until it is killed
+
+The product is imported only after the fault is planted: some faults are in what it does when it is imported.
+
+A child, forked or not, uses what it inherited, and lives until it is released. It holds an flock on a file of
+its own, which shows whether it lives, whichever process is its parent by then.
 """
 
 from __future__ import annotations
 
-import argparse
+import contextlib
+import fcntl
 import itertools
 import json
 import os
@@ -17,88 +23,124 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from campaigns.concurrency import child
-from campaigns.faults import plant
+from campaigns.child import parse_arguments
 
-#: Of a save that takes long enough to be forked, and killed, in the middle: 32 MiB.
+if TYPE_CHECKING:
+    from distrust import CheckpointManager
+
+ENDINGS = ("exit", "_exit", "exception")
+RELEASE, ALIVE, REPORT = "release", "alive", "report"
+
+
+def live(folder: Path, name: str, manager: CheckpointManager | None) -> None:
+    """Show that it lives, use the manager, and wait for the release."""
+    alive = os.open(folder / f"{ALIVE}-{name}", os.O_RDWR | os.O_CREAT, 0o666)
+    fcntl.flock(alive, fcntl.LOCK_EX)
+    error = None
+    try:
+        if manager is not None:
+            _use(manager)
+    except BaseException:
+        error = traceback.format_exc()
+    report = folder / f"{REPORT}-{name}"
+    report.with_suffix(".new").write_text(json.dumps({"pid": os.getpid(), "error": error}))
+    report.with_suffix(".new").rename(report)
+    deadline = time.monotonic() + 120  # should no release come, it does not live for ever
+    while not (folder / RELEASE).exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+
+
+def end(ending: str) -> None:
+    """End as a program does: through the interpreter's end, past it, or by an exception."""
+    if ending == "_exit":
+        os._exit(0)
+    if ending == "exception":
+        raise ZeroDivisionError
+    raise SystemExit(0)
+
+
+def is_alive(folder: Path, name: str) -> bool:
+    descriptor = os.open(folder / f"{ALIVE}-{name}", os.O_RDWR)
+    try:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return False
+        return True
+    finally:
+        os.close(descriptor)
+
+
+def _use(manager: CheckpointManager) -> None:
+    """Read, and try to write: the parent lives, and holds the directory."""
+    from campaigns.concurrency import model
+    from distrust.checkpoint import lock
+    from distrust.errors import CheckpointDirectoryLocked
+
+    lock.WAIT_SECONDS = 0.02
+    model.version_of(manager.load_latest())
+    try:
+        manager.save(model.make_checkpoint(999, 999, 16))
+    except CheckpointDirectoryLocked:
+        return
+    raise ValueError("a child may write beside its parent")
+
+
+#: Of a save that takes long enough to fork, and to kill, in the middle: 32 MiB.
 LARGE = 4 << 20
-#: While a lock is being taken, so often.
+#: So many forks while the lock is being taken.
 FORKS_WHILE_ACQUIRING = 6
 
 
 class Parent:
-    """Saves, and starts children.
-
-    Args:
-        folder: its checkpoints are in ``checkpoints`` there.
-        ending: of its children.
-        uses: whether its children use the manager.
-    """
+    """Saves, and starts children."""
 
     def __init__(self, folder: Path, ending: str, *, uses: bool) -> None:
         from distrust import CheckpointManager
 
-        self.folder = folder
+        self.folder = folder  # its checkpoints are in ``checkpoints`` there
         self.manager = CheckpointManager(folder / "checkpoints", keep_last=None)
-        self._ending = ending
-        self._uses = uses
-        self._kept: list[Any] = []
+        self._ending = ending  # of its children
+        self._uses = uses  # whether its children use the manager
+        self._references: list[Any] = []  # else a child might be collected, and joined
 
     def fork(self, name: str = "0") -> None:
         """By hand."""
         pid = os.fork()
         if pid == 0:
-            child.live(self.folder, name, self.manager if self._uses else None)
-            child.end(self._ending)
+            self._live(name)
 
     def multiprocessing(self) -> None:
         """By Python's own library."""
         import multiprocessing
 
-        def body() -> None:
-            child.live(self.folder, "0", self.manager if self._uses else None)
-            child.end(self._ending)
-
-        process = multiprocessing.get_context("fork").Process(target=body)
+        process = multiprocessing.get_context("fork").Process(target=self._live)
         process.start()
-        self._kept.append(process)
+        self._references.append(process)
 
     def subprocess(self) -> None:
-        """Another program, that inherits every descriptor that can be inherited."""
-        code = "import sys; from pathlib import Path; from campaigns.concurrency import child\n"
-        code += f"child.live(Path(sys.argv[1]), '0', None); child.end({self._ending!r})"
-        self._kept.append(subprocess.Popen([sys.executable, "-c", code, str(self.folder)], close_fds=False))
+        """Another program, which inherits every descriptor that can be inherited."""
+        code = "import sys; from pathlib import Path; from campaigns.concurrency import parent\n"
+        code += f"parent.live(Path(sys.argv[1]), '0', None); parent.end({self._ending!r})"
+        command = [sys.executable, "-c", code, str(self.folder)]
+        self._references.append(subprocess.Popen(command, close_fds=False))
 
     def thread(self) -> None:
-        """By a thread, while the main one saves."""
-        forked = threading.Event()
-
-        def fork() -> None:
-            self.fork()
-            forked.set()
-
-        threading.Thread(target=fork).start()
+        """By a thread, while the main thread saves."""
+        forked = self._fork_in_thread(["0"])
         for step in itertools.count(10):
             self.save(step)
             if forked.is_set():
                 return
 
     def acquiring(self) -> None:
-        """By a thread, while the main one takes the lock and lets go of it."""
-        forked = threading.Event()
-
-        def fork() -> None:
-            for number in range(FORKS_WHILE_ACQUIRING):
-                self.fork(str(number))
-            forked.set()
-
-        self._uses = False  # the parent may have let go of the lock just then
-        thread = threading.Thread(target=fork)
-        thread.start()
+        """By a thread, while the main thread takes and releases the lock."""
+        self._uses = False  # the parent may have released the lock just then
+        forked = self._fork_in_thread([str(number) for number in range(FORKS_WHILE_ACQUIRING)])
         while not forked.is_set():
             self.manager.close()
             self.manager.acquire()
@@ -114,48 +156,58 @@ class Parent:
                 return 1
 
             def __getitem__(self, index: int) -> int:
-                child.live(parent.folder, "0", parent.manager if parent._uses else None)
+                live(parent.folder, "0", parent.manager if parent._uses else None)
                 return index
 
         loader = DataLoader(Examples(), num_workers=1, multiprocessing_context="fork")
-        self._kept.append(iter(loader))
+        self._references.append(iter(loader))
 
     def join(self) -> None:
-        """Take what the loader has, and let it go."""
-        for kept in self._kept:
-            if hasattr(kept, "__next__"):
-                list(kept)
-        self._kept.clear()
+        """Read all from the loader, and release it."""
+        for reference in self._references:
+            if hasattr(reference, "__next__"):
+                list(reference)
+        self._references.clear()
 
     def save(self, step: int) -> None:
-        """And say that it is durable."""
-        from campaigns.concurrency import content
+        from campaigns.concurrency import model
 
-        self.manager.save(content.make(step, step, 500))
+        self.manager.save(model.make_checkpoint(step, step, 500))
         print(f"durable {step}", flush=True)
 
-    def children(self, names: int) -> list[int]:
-        """Their process ids, once all of them have used what they inherited.
-
-        Raises:
-            ValueError: for what one of them met.
-        """
+    def children(self, count: int) -> list[int]:
+        """Their process ids, once all of them have used what they inherited."""
         pids = []
         deadline = time.monotonic() + 60
-        for number in range(names):
-            said = self.folder / f"{child.SAID}-{number}"
-            while not said.exists():
+        for number in range(count):
+            report = self.folder / f"{REPORT}-{number}"
+            while not report.exists():
                 if time.monotonic() > deadline:
                     raise ValueError("a child hangs")
                 time.sleep(0.002)
-            answer = json.loads(said.read_text())
+            answer = json.loads(report.read_text())
             if answer["error"] is not None:
                 raise ValueError(f"in the child: {answer['error']}")
             pids.append(answer["pid"])
         return pids
 
+    def _live(self, name: str = "0") -> None:
+        live(self.folder, name, self.manager if self._uses else None)
+        end(self._ending)
 
-HOWS: dict[str, Callable[[Parent], None]] = {
+    def _fork_in_thread(self, names: list[str]) -> threading.Event:
+        forked = threading.Event()
+
+        def fork() -> None:
+            for name in names:
+                self.fork(name)
+            forked.set()
+
+        threading.Thread(target=fork).start()
+        return forked
+
+
+METHODS: dict[str, Callable[[Parent], None]] = {
     "fork": Parent.fork,
     "multiprocessing": Parent.multiprocessing,
     "subprocess": Parent.subprocess,
@@ -166,25 +218,17 @@ HOWS: dict[str, Callable[[Parent], None]] = {
 
 
 def main() -> None:
-    options = argparse.ArgumentParser()
-    options.add_argument("directory", type=Path)
-    options.add_argument("how", choices=HOWS)
-    options.add_argument("ending", choices=child.ENDINGS)
-    options.add_argument("--saving", action="store_true")
-    options.add_argument("--uses", action="store_true")
-    options.add_argument("--fault")
-    given = options.parse_args()
-    plant(given.fault)
+    options = parse_arguments(directory=Path, method=str, ending=str, saving=int, uses=int)
 
-    from campaigns.concurrency import content
+    from campaigns.concurrency import model
 
-    parent = Parent(given.directory.parent, given.ending, uses=given.uses)
+    parent = Parent(options.directory.parent, options.ending, uses=bool(options.uses))
     parent.save(1)
-    pending = parent.manager.save_async(content.make(2, 2, LARGE)) if given.saving else None
-    while pending is not None and not pending.done and not list(given.directory.glob(".checkpoint-2.*")):
-        time.sleep(0.0005)  # it is to be forked in the middle of a write
-    HOWS[given.how](parent)
-    pids = parent.children(FORKS_WHILE_ACQUIRING if given.how == "acquiring" else 1)
+    pending = parent.manager.save_async(model.make_checkpoint(2, 2, LARGE)) if options.saving else None
+    while pending is not None and not pending.done and not list(options.directory.glob(".checkpoint-2.*")):
+        time.sleep(0.0005)  # the fork has to come in the middle of a write
+    METHODS[options.method](parent)
+    pids = parent.children(FORKS_WHILE_ACQUIRING if options.method == "acquiring" else 1)
     print(f"children {' '.join(map(str, pids))}", flush=True)
     for line in sys.stdin:
         if line == "join\n":
@@ -196,7 +240,7 @@ def main() -> None:
             for step in itertools.count(1000):
                 parent.save(step)
     sys.stdout.flush()
-    os._exit(0)  # its children are let go of by whoever started it
+    os._exit(0)  # the campaign releases its children
 
 
 if __name__ == "__main__":

@@ -1,109 +1,146 @@
-"""Processes that start at the same instant and want the same directory: one gets it, the others a clear line.
+"""Processes that want the same directory at the same instant: one gets it, the others a clear error.
 
-The one that got it is killed, most often in the middle of a save; at the same instant all others try again.
-So it goes until nobody is left.
+The winner is killed, most often in the middle of a save; at the same instant all others try again, until none
+is left. This module is also the process that races:
+
+    go INSTANT METHOD STEP   at that instant of the monotonic clock: acquire, save or save_async
+    save                     save again and again; prints each step when it is durable
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import sys
 import time
 from pathlib import Path
 
-from campaigns.campaign import Campaign, Case
-from campaigns.child_lines import Actor
-from campaigns.concurrency import content
+from campaigns.campaign import Campaign, Case, fault_arguments, require
+from campaigns.child import Child, parse_arguments
+from campaigns.concurrency import model
 from distrust import CheckpointManager
+from distrust.errors import CheckpointDirectoryLocked
 
-RACERS = (2, 5)
-HOWS = ("acquire", "save", "save_async")
-#: Between the order and its instant: all have taken it by then.
+RACERS = (2, 5)  # processes
+METHODS = ("acquire", "save", "save_async")
+#: From the order to its instant: every racer has read it by then.
 NOTICE_SECONDS = 0.02
 
 
 class _Race:
-    """One directory, and those who want it."""
+    """One directory, and the processes that want it."""
 
-    def __init__(self, campaign: Campaign, case: Case, directory: Path, racers: list[Actor]) -> None:
+    def __init__(self, campaign: Campaign, case: Case, directory: Path, racers: list[Child]) -> None:
         self._campaign = campaign
-        self._chance = case.chance
+        self._rng = case.rng
         self._directory = directory
         self._racers = racers
         self._expected: set[int] = set()
         self._round = 0
 
     def run(self) -> None:
-        """Until nobody is left."""
         for racer in self._racers:
-            racer.answer()
+            racer.receive()  # "ready"
         while self._racers:
-            self._one_round()
+            self._run_round()
 
-    def _one_round(self) -> None:
+    def _run_round(self) -> None:
         self._round += 1
-        how = self._chance.choice(HOWS)
+        method = self._rng.choice(METHODS)
         instant = time.monotonic() + NOTICE_SECONDS
         base = self._round * 1_000_000
         for number, racer in enumerate(self._racers):
-            racer.tell(f"go {instant} {how} {base + number * 1000}")
-        told = [json.loads(racer.answer()) for racer in self._racers]
-        won = [number for number, answer in enumerate(told) if answer["refused"] is None]
-        require = self._campaign.require
-        require(len(won) == 1, f"{len(won)} of {len(told)} processes may write at once ({how})")
-        winner = self._racers.pop(won[0])
-        for number, answer in enumerate(told):
-            if number != won[0]:
+            racer.send(f"go {instant} {method} {base + number * 1000}")
+        answers = [racer.receive_json() for racer in self._racers]
+        winners = [number for number, answer in enumerate(answers) if answer["refused"] is None]
+        require(len(winners) == 1, f"{len(winners)} of {len(answers)} processes may write at once ({method})")
+        winner = self._racers.pop(winners[0])
+        for number, answer in enumerate(answers):
+            if number != winners[0]:
                 line = answer["refused"]
                 clear = "\n" not in line and f"pid {winner.pid} " in line and str(self._directory) in line
-                require(clear, f"not clear who holds it, and what: {line!r}")
+                require(clear, f"the error does not name the holder and the directory: {line!r}")
                 self._campaign.count("refused with a clear line")
-        if how != "acquire":
-            self._expected.add(base + won[0] * 1000)
+        if method != "acquire":
+            self._expected.add(base + winners[0] * 1000)
         self._check()
         self._campaign.count("races" if self._round == 1 else "taken over from a killed holder")
-        slowest = max(self._campaign.counts["slowest to get it, ms"], round(told[won[0]]["seconds"] * 1e3))
-        self._campaign.counts["slowest to get it, ms"] = slowest
+        self._campaign.count_largest("slowest to get it, ms", round(answers[winners[0]]["seconds"] * 1e3))
         self._kill(winner)
 
-    def _kill(self, winner: Actor) -> None:
-        if self._chance.random() < 0.8:
-            winner.tell("save")
-            time.sleep(self._chance.uniform(0, 0.05))
+    def _kill(self, winner: Child) -> None:
+        if self._rng.random() < 0.8:
+            winner.send("save")
+            time.sleep(self._rng.uniform(0, 0.05))
         winner.kill()
-        durable = [int(line) for line in winner.rest()]
-        there = set(CheckpointManager(self._directory).list_checkpoints())
+        durable = [int(line) for line in winner.read_to_end()]
+        existing = set(CheckpointManager(self._directory).list_checkpoints())
         self._expected.update(durable)
-        # The one that it was about to report may stand, too.
-        begun = {max(self._expected, default=self._round * 1_000_000) + 1}
-        self._campaign.require(
-            self._expected <= there,
-            f"durable, and gone after the kill: {sorted(self._expected - there)}; there are {sorted(there)}",
+        # The save that it was about to report may be complete, too.
+        unreported = max(self._expected, default=self._round * 1_000_000) + 1
+        require(
+            self._expected <= existing,
+            f"durable, and gone after the kill: {sorted(self._expected - existing)}; "
+            f"existing: {sorted(existing)}",
         )
-        self._expected |= {step for step in there - self._expected if self._follows(step, begun)}
+        self._expected |= {
+            step
+            for step in existing - self._expected
+            if step == unreported or step % 1000 == 1  # the first one after a mere acquire
+        }
         self._check()
-
-    def _follows(self, step: int, begun: set[int]) -> bool:
-        return step in begun or step % 1000 == 1  # the first after acquiring, which told no step
 
     def _check(self) -> None:
         manager = CheckpointManager(self._directory)
-        there = manager.list_checkpoints()
-        self._campaign.require(
-            set(there) == self._expected,
-            f"those who hold the directory saved {sorted(self._expected)}, and there are {there}",
+        steps = manager.list_checkpoints()
+        require(
+            set(steps) == self._expected,
+            f"the holders saved {sorted(self._expected)}, and the directory has {steps}",
         )
-        for step in there[-3:]:
-            content.version_of(manager.load(step), step=step)
+        for step in steps[-3:]:
+            model.version_of(manager.load(step), step=step)
 
 
 def run(campaign: Campaign, case: Case, folder: Path) -> None:
-    """A race, and who takes over."""
     directory = folder / "checkpoints"
-    more = ["--fault", campaign.options.fault] if campaign.options.fault else []
     with contextlib.ExitStack() as stack:
         racers = [
-            stack.enter_context(Actor("campaigns.concurrency.racer", directory, *more))
-            for _ in range(case.chance.choice(RACERS))
+            stack.enter_context(
+                Child("campaigns.concurrency.races", directory, *fault_arguments(campaign.options))
+            )
+            for _ in range(case.rng.choice(RACERS))
         ]
         _Race(campaign, case, directory, racers).run()
+
+
+def main() -> None:
+    options = parse_arguments(directory=Path)
+    manager = CheckpointManager(options.directory, keep_last=None)
+    print("ready", flush=True)
+    step = 0
+    for line in sys.stdin:
+        if line == "save\n":
+            for later in itertools.count(step + 1):
+                manager.save(model.make_checkpoint(later, later, 5_000))
+                print(later, flush=True)
+        _, instant, method, number = line.split()
+        step = int(number)
+        while time.monotonic() < float(instant):
+            pass
+        began = time.monotonic()
+        try:
+            if method == "acquire":
+                manager.acquire()
+            elif method == "save":
+                manager.save(model.make_checkpoint(step, step, 500))
+            else:
+                manager.save_async(model.make_checkpoint(step, step, 500)).wait()
+            refused = None
+        except CheckpointDirectoryLocked as error:
+            refused = str(error)
+        print(json.dumps({"refused": refused, "seconds": time.monotonic() - began}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

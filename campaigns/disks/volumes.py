@@ -1,8 +1,9 @@
 """Small file systems in a private mount namespace, and what fills them.
 
-Everything lies on a tmpfs of the namespace: the images of the file systems, too. So nothing is written to a
-disk of the machine, and nothing is left when the last process of the namespace has ended. Root gets all of
-them; another user, in a user namespace, only those that need no block device.
+Everything is on a tmpfs of the namespace, including the images of the file systems. So nothing is written to
+a disk of the machine, and nothing is left when the last process of the namespace has ended. Root gets all of
+them; another user, in a user namespace, only those that need no block device. Whatever this machine or this
+user cannot do raises Skipped.
 """
 
 from __future__ import annotations
@@ -20,22 +21,16 @@ from typing import NamedTuple
 from campaigns.disks.isolated import Skipped
 
 MIB = 1 << 20
-_NEW_MOUNTS, _NEW_USERS = 0x00020000, 0x10000000  # CLONE_NEWNS, CLONE_NEWUSER
-_RECURSIVE_PRIVATE = 0x4000 | 0x40000  # MS_REC | MS_PRIVATE
+_CLONE_NEWNS, _CLONE_NEWUSER = 0x00020000, 0x10000000
+_MS_REC_PRIVATE = 0x4000 | 0x40000
 
 
 class Kind(NamedTuple):
-    """A file system, and how one is made.
+    """A file system."""
 
-    Attributes:
-        make: the command that makes one in an image; none for those that need no image.
-        smallest: in MiB.
-        inodes: how their number is limited: an option of ``make``, or of the mount.
-    """
-
-    make: tuple[str, ...] = ()
-    smallest: int = 8
-    inodes: str = ""
+    make: tuple[str, ...] = ()  # the command that makes one in an image; empty for those that need no image
+    smallest: int = 8  # in MiB
+    inodes: str = ""  # how their number is limited: an option of ``make``, or of the mount
 
 
 _EXT = ("-q", "-F", "-m", "0", "-E", "lazy_itable_init=1")
@@ -46,30 +41,26 @@ KINDS = {
     "xfs": Kind(("mkfs.xfs", "-q", "-f"), smallest=304),
     "btrfs": Kind(("mkfs.btrfs", "-q", "-f"), smallest=128),
     "tmpfs": Kind(inodes="nr_inodes="),
-    "overlay": Kind(),  # on an ext4: what a container writes on
+    "overlay": Kind(),  # on an ext4: the file system of a container
 }
 
 
 def private_mounts(home: Path) -> None:
-    """Mounts that this process makes are its own from now on; ``home`` becomes a tmpfs of it.
-
-    Raises:
-        Skipped: if the system does not let us.
-    """
+    """Make mounts of this process private, and ``home`` a tmpfs."""
     libc = ctypes.CDLL(None, use_errno=True)
     if not hasattr(libc, "unshare"):
         raise Skipped("mount namespaces: this system has none")
     user, group = os.geteuid(), os.getegid()
-    if libc.unshare(_NEW_MOUNTS) != 0:
-        if libc.unshare(_NEW_MOUNTS | _NEW_USERS) != 0:
+    if libc.unshare(_CLONE_NEWNS) != 0:
+        if libc.unshare(_CLONE_NEWNS | _CLONE_NEWUSER) != 0:
             raise Skipped(f"mount namespaces: {os.strerror(ctypes.get_errno())}")
-        _be_root_in_it(user, group)
-    if libc.mount(b"none", b"/", None, _RECURSIVE_PRIVATE, None) != 0:
+        _map_to_root(user, group)
+    if libc.mount(b"none", b"/", None, _MS_REC_PRIVATE, None) != 0:
         raise Skipped(f"private mounts: {os.strerror(ctypes.get_errno())}")
     mount("tmpfs", home, kind="tmpfs", options="mode=0755")
 
 
-def _be_root_in_it(user: int, group: int) -> None:
+def _map_to_root(user: int, group: int) -> None:
     try:
         Path("/proc/self/setgroups").write_text("deny")
         Path("/proc/self/uid_map").write_text(f"0 {user} 1")
@@ -78,44 +69,34 @@ def _be_root_in_it(user: int, group: int) -> None:
         raise Skipped(f"user namespaces: {error.strerror}") from None
 
 
-def make(name: str, home: Path, *, mib: int, inodes: int | None = None, options: str = "") -> Path:
+def make(name: str, home: Path, *, mib: int, inodes: int | None = None) -> Path:
     """Make and mount a file system; returns where.
 
     Args:
         name: of :data:`KINDS`.
         home: of :func:`private_mounts`, or a directory in it.
-        mib: its size; more where it cannot be so small.
+        mib: its size; more if the kind needs more.
         inodes: about how many it has.
-        options: of the mount, besides.
-
-    Raises:
-        Skipped: if this machine or this user cannot.
     """
     kind = KINDS[name]
     root = home / name
     root.mkdir()
-    wanted = [options] if options else []
     if name == "overlay":
         return _make_overlay(root, home, mib=mib)
     if not kind.make:
-        wanted.append(f"size={mib}m")
-        wanted += [f"{kind.inodes}{inodes}"] if inodes else []
-        mount("tmpfs", root, kind="tmpfs", options=",".join(wanted))
+        options = [f"size={mib}m", *([f"{kind.inodes}{inodes}"] if inodes else [])]
+        mount("tmpfs", root, kind="tmpfs", options=",".join(options))
         return root
     image = home / f"{name}.img"
     with image.open("wb") as file:
         file.truncate(max(mib, kind.smallest) * MIB)
     command(*kind.make, *([kind.inodes, str(inodes)] if inodes else []), str(image))
-    mount(image, root, kind=name, options=",".join(["loop", *wanted]))
+    mount(image, root, kind=name, options="loop")
     return root
 
 
 def mount_again(name: str, home: Path) -> None:
-    """Unmount and mount what :func:`make` made, as after a restart of the machine.
-
-    Raises:
-        Skipped: if that is not possible.
-    """
+    """Unmount and mount what :func:`make` made, as after a restart of the machine."""
     command("umount", str(home / name))
     image = home / f"{name}.img"
     if name.startswith("ext"):
@@ -132,38 +113,35 @@ def _make_overlay(root: Path, home: Path, *, mib: int) -> Path:
     return root
 
 
-def mount(what: object, where: Path, *, kind: str, options: str) -> None:
-    """Mount.
+def mount(source: object, target: Path, *, kind: str, options: str) -> None:
+    command("mount", "-t", kind, "-o", options, str(source), str(target))
 
-    Raises:
-        Skipped: if this machine or this user cannot.
+
+def write_protect(root: Path) -> Callable[[], None]:
+    """Make a mounted directory read-only; returns what undoes it.
+
+    By a second mount over the first one, which cannot be made read-only while a file is open for writing.
     """
-    command("mount", "-t", kind, "-o", options, str(what), str(where))
+    command("mount", "--bind", str(root), str(root))
+    command("mount", "-o", "remount,bind,ro", str(root))
+    return lambda: command("umount", str(root))
 
 
 def command(program: str, *arguments: str) -> None:
-    """Run a program of the system's administrator.
-
-    Raises:
-        Skipped: with what it says, if it fails.
-    """
+    """Run a program of the system's administrator; raises Skipped, with its message, if it fails."""
     path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
-    found = shutil.which(program, path=path)
-    if found is None:
+    executable = shutil.which(program, path=path)
+    if executable is None:
         raise Skipped(f"{program}: not installed")
-    done = subprocess.run([found, *arguments], capture_output=True, text=True)
-    if done.returncode > (program == "e2fsck"):  # which says 1 when it has mended something
-        said = (done.stderr or done.stdout).strip().splitlines()
-        reason = said[0].removeprefix(f"{program}:").strip() if said else f"exit code {done.returncode}"
+    result = subprocess.run([executable, *arguments], capture_output=True, text=True)
+    if result.returncode > (program == "e2fsck"):  # exit code 1: it has repaired something
+        lines = (result.stderr or result.stdout).strip().splitlines()
+        reason = lines[0].removeprefix(f"{program}:").strip() if lines else f"exit code {result.returncode}"
         raise Skipped(f"{program}: {reason}")
 
 
 def make_limited(home: Path, *, mib: int) -> tuple[Path, Path]:
-    """A btrfs, and in it a part that :func:`limit_bytes` can limit.
-
-    Raises:
-        Skipped: if this machine or this user cannot.
-    """
+    """Make a btrfs, and in it a part that :func:`limit_bytes` can limit."""
     root = make("btrfs", home, mib=mib)
     command("btrfs", "quota", "enable", str(root))
     command("btrfs", "subvolume", "create", str(root / "part"))
@@ -171,23 +149,18 @@ def make_limited(home: Path, *, mib: int) -> tuple[Path, Path]:
 
 
 def limit_bytes(root: Path, nbytes: int | None) -> None:
-    """Set the quota of the part: so many bytes and no more, or as many as there are.
-
-    Raises:
-        Skipped: if the system does not let us.
-    """
+    """Set the quota of the part in bytes; None for no quota."""
     first_part = "0/256"
     command("btrfs", "qgroup", "limit", "none" if nbytes is None else str(nbytes), first_part, str(root))
 
 
 def free_bytes(root: Path) -> int:
-    """What a file system says is free."""
     status = os.statvfs(root)
     return status.f_bavail * status.f_frsize
 
 
 class Filler:
-    """A file that takes the room of a file system, and files that take its inodes.
+    """A file that uses up the space of a file system, and files that use up its inodes.
 
     Args:
         root: where the files go.
@@ -198,44 +171,43 @@ class Filler:
         self._inodes = root / "fillers"
         self._writer: int | None = None
 
-    def leave(self, nbytes: int) -> None:
-        """Write until no more than about ``nbytes`` are free."""
+    def fill(self, free: int) -> None:
+        """Write until no more than about ``free`` bytes are free."""
         descriptor = os.open(self._file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         try:
             size = MIB
-            while (room := free_bytes(self._file.parent) - nbytes) > 0 and size:
+            while (excess := free_bytes(self._file.parent) - free) > 0 and size:
                 try:
-                    os.write(descriptor, bytes(min(size, room)))
-                except OSError:  # the last of it goes in smaller pieces
+                    os.write(descriptor, bytes(min(size, excess)))
+                except OSError:  # the last bytes fit only in smaller pieces
                     size //= 16
         finally:
             os.close(descriptor)
 
-    def leave_inodes(self, count: int) -> None:
-        """Make files until no more than ``count`` can be made."""
+    def fill_inodes(self, free: int) -> None:
+        """Make files until no more than ``free`` can be made."""
         self._inodes.mkdir(exist_ok=True)
-        made: list[Path] = []
+        paths: list[Path] = []
         try:
             while True:
-                path = self._inodes / str(len(made))
+                path = self._inodes / str(len(paths))
                 path.touch()
-                made.append(path)
+                paths.append(path)
         except OSError:
-            for path in made[len(made) - count :] if count else []:
+            for path in paths[len(paths) - free :]:
                 path.unlink()
 
-    def in_the_background(self, *, after: float, piece: int) -> None:
-        """Another process fills everything from ``after`` seconds on, in pieces of so many bytes."""
+    def fill_in_background(self, *, delay: float, piece: int) -> None:
+        """Fill everything by another process, after ``delay`` seconds, in pieces of so many bytes."""
         self._writer = os.fork()
         if self._writer == 0:
             try:
-                time.sleep(after)
+                time.sleep(delay)
                 _write_forever(self._file, piece)
             finally:
                 os._exit(0)
 
-    def gone(self) -> None:
-        """Free it all."""
+    def remove(self) -> None:
         if self._writer is not None:
             os.kill(self._writer, signal.SIGKILL)
             os.waitpid(self._writer, 0)
@@ -255,13 +227,13 @@ def _write_forever(path: Path, piece: int) -> None:
 
 
 def remove_all(directory: Path) -> None:
-    """Remove a directory and what is in it, and what somebody puts into it meanwhile."""
+    """Remove a directory with its content, also while files are added to it."""
     while directory.exists():
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def eventually(condition: Callable[[], bool], *, seconds: float) -> bool:
-    """Whether a condition comes true."""
+def wait_until(condition: Callable[[], bool], *, seconds: float) -> bool:
+    """Wait for a condition; False if it does not hold in time."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:

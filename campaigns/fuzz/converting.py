@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from campaigns.campaign import CounterExample
+from campaigns.campaign import CounterExample, require
 from campaigns.fuzz import corruptions
-from campaigns.fuzz.invariants import MESSAGE_CHARACTERS, only_what_is_promised, require, require_plain
+from campaigns.fuzz.invariants import MESSAGE_CHARACTERS, only_documented_errors, require_plain
 from distrust.checkpoint import catalog
 from distrust.checkpoint.lock import LOCK_NAME
 from distrust.errors import DistrustError
@@ -39,7 +39,7 @@ def target(directory: Path) -> Iterator[Path]:
         corruptions.clear(path)
 
 
-def converted(source: Path, to: Path, *, model: str | None = None) -> list[ConvertedCheckpoint]:
+def convert_and_check(source: Path, to: Path, *, model: str | None = None) -> list[ConvertedCheckpoint]:
     """Convert a hostile checkpoint, and check every promise.
 
     Args:
@@ -53,7 +53,7 @@ def converted(source: Path, to: Path, *, model: str | None = None) -> list[Conve
     """
     original = _snapshot(source)
     try:
-        with only_what_is_promised("convert"):
+        with only_documented_errors("convert"):
             results = convert(source, to, model=model)
     finally:
         require(_snapshot(source) == original, "convert: the source is not as it was")
@@ -66,7 +66,7 @@ def converted(source: Path, to: Path, *, model: str | None = None) -> list[Conve
         present == expected, f"convert: {sorted(expected)} were converted, but {sorted(present)} are there"
     )
     if expected:
-        with only_what_is_promised("convert again"):
+        with only_documented_errors("convert again"):
             repeated = [(one.outcome, one.state_digest) for one in convert(source, to, model=model)]
         recognized = [
             ("already converted" if one.succeeded else one.outcome, one.state_digest) for one in results

@@ -1,4 +1,4 @@
-"""What can be done to any file, or put in its place, and a pickle that tells that it was loaded."""
+"""What can happen to any file, or be put in its place; and a pickle that shows whether it was loaded."""
 
 from __future__ import annotations
 
@@ -13,15 +13,11 @@ from typing import Any
 
 from campaigns.fuzz import families
 
-Harm = Callable[[Path, Random], None]
+Corruption = Callable[[Path, Random], None]
 
 
-class Writes:
-    """A pickle of this one writes a file when it is loaded.
-
-    Args:
-        path: of that file.
-    """
+class WritesFile:
+    """An object whose pickle writes a file when it is loaded."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -31,51 +27,47 @@ class Writes:
 
 
 def clear(path: Path) -> None:
-    """Remove whatever is there."""
-    if path.is_dir() and not path.is_symlink():
+    if os.path.isdir(path) and not os.path.islink(path):  # is_dir raises for a link to a name too long
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
 
 
-def flipped(file: Path, chance: Random) -> None:
-    """Some bits are others."""
+def flip_bits(file: Path, rng: Random) -> None:
     raw = bytearray(file.read_bytes())
-    for _ in range(chance.choice((1, 1, 8))):
-        raw[chance.randrange(len(raw))] ^= 1 << chance.randrange(8)
+    for _ in range(rng.choice((1, 1, 8))):
+        raw[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
     file.write_bytes(raw)
 
 
-def cut(file: Path, chance: Random) -> None:
-    """The end is missing."""
+def cut(file: Path, rng: Random) -> None:
     raw = file.read_bytes()
-    file.write_bytes(raw[: chance.randrange(len(raw))])
+    file.write_bytes(raw[: rng.randrange(len(raw))])
 
 
-def spliced(file: Path, chance: Random) -> None:
-    """Something stands in the midst of it, or over it."""
+def splice(file: Path, rng: Random) -> None:
+    """Insert some bytes, or overwrite some."""
     raw = file.read_bytes()
-    begin = chance.randrange(len(raw))
-    snippet = chance.choice((chance.randbytes(8), b"\xff" * 8, b"PK\5\6", *families.JSON_SNIPPETS))
-    file.write_bytes(raw[:begin] + snippet + raw[begin + chance.choice((0, len(snippet))) :])
+    begin = rng.randrange(len(raw))
+    snippet = rng.choice((rng.randbytes(8), b"\xff" * 8, b"PK\5\6", *families.JSON_SNIPPETS))
+    file.write_bytes(raw[:begin] + snippet + raw[begin + rng.choice((0, len(snippet))) :])
 
 
-def missing(file: Path, chance: Random) -> None:
-    """It is not there."""
+def remove(file: Path, rng: Random) -> None:
     file.unlink()
 
 
-def no_file(file: Path, chance: Random) -> None:
-    """Something else in its place."""
+def replace_by_non_file(file: Path, rng: Random) -> None:
+    """Put a pipe, a directory, a socket, a tebibyte of zeros or a link in its place."""
     file.unlink()
-    kind = chance.randrange(8)
+    kind = rng.randrange(8)
     if kind == 0:
         os.mkfifo(file)
     elif kind == 1:
         file.mkdir()
     elif kind == 2:
-        with socket.socket(socket.AF_UNIX) as made:
-            made.bind(str(file))
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(file))
     elif kind == 3:
         file.touch()
         os.truncate(file, 1 << 40)
@@ -83,7 +75,7 @@ def no_file(file: Path, chance: Random) -> None:
         file.symlink_to(("/dev/zero", "/etc/passwd", file.name, "nowhere")[kind - 4])
 
 
-def packed(tensors: dict[str, tuple[str, list[int], bytes]]) -> bytes:
+def pack_safetensors(tensors: dict[str, tuple[str, list[int], bytes]]) -> bytes:
     """A safetensors file of these: name -> dtype, shape, data."""
     header, data = {}, b""
     for name, (dtype, shape, raw) in tensors.items():

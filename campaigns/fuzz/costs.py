@@ -1,104 +1,90 @@
 """What it costs to read a file: time and memory, measured in a process of its own for each.
 
-The memory is proven, not estimated: the process may not take more address space than it is allowed
-(RLIMIT_AS), so whoever wanted more would fail. How much it took is what the kernel counted.
+The memory bound is proven, not estimated: the process may not take more address space than it is allowed
+(RLIMIT_AS), so a reader that needs more fails. How much it took is what the kernel counted.
 """
 
 from __future__ import annotations
 
 import gc
-import os
 import resource
 import time
+from collections import Counter
 from collections.abc import Callable
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from campaigns import child
 from distrust.errors import DistrustError
 
-#: No file of a campaign takes as long to read, on the slowest machine: it hangs.
-HANG_SECONDS = 300
 #: What a process may take whatever the file: stacks of threads, pieces of the allocator.
 FREE_BYTES = 16 << 20
 
 
 class Cost(NamedTuple):
-    """What one answer cost.
+    """The cost of one answer."""
 
-    Attributes:
-        answer: ``well``, or the kind of the error.
-        seconds: of the processor.
-        nbytes: of memory beyond what the process had before: resident at the highest point.
-    """
-
-    answer: str
-    seconds: float
-    nbytes: int
+    answer: str  # ``ok``, or the kind of the error
+    seconds: float  # of the processor
+    nbytes: int  # the peak of resident memory, beyond what the process had before
 
 
-class Died(Exception):
-    """The process that was measured gave no answer; what it died of."""
-
-
-def measured(use: Callable[[], Any], *, allowed: int) -> Cost:
-    """Do something in a forked process, and say what it cost.
+def measure(use: Callable[[], Any], *, allowed: int) -> Cost:
+    """Call a function in a forked process, which raises CounterExample if it dies or hangs.
 
     Args:
         use: what to do; an error of the library is an answer, too.
         allowed: bytes of address space beyond what the process has before.
-
-    Raises:
-        Died: if there is no answer, or none in time.
     """
-    context = get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(use, allowed, sender), daemon=True)
-    process.start()
-    sender.close()
-    try:
-        if not receiver.poll(HANG_SECONDS):
-            raise Died(f"no answer within {HANG_SECONDS} s")
-        answer = receiver.recv()
-    except EOFError:
-        process.join()
-        raise Died(f"the process died: exit code {process.exitcode}") from None
-    finally:
-        process.kill()
-        process.join()
-    assert isinstance(answer, Cost)
-    return answer
+    cost = child.call(lambda: _measure(use, allowed))
+    assert isinstance(cost, Cost)
+    return cost
+
+
+def worker(
+    work: Callable[[int], Counter[str]], *, allowed: int, prepare: Callable[[], object] = tuple
+) -> child.ForkedWorker:
+    """A process for many cases, which may take so many bytes beyond what it has once it is prepared.
+
+    Args:
+        work: called with the number of each case; returns what was counted.
+        allowed: bytes of address space.
+        prepare: called at the beginning.
+    """
+
+    def setup() -> None:
+        prepare()
+        limit_memory(allowed)
+
+    return child.ForkedWorker(work, setup=setup)
 
 
 def limit_memory(allowed: int) -> None:
-    """From now on this process gets so many bytes of address space beyond what it has, and no more."""
-    limit = _of_this_process("VmSize") + allowed
+    """Limit the address space of this process to what it has now and so many bytes more."""
+    limit = _status_bytes("VmSize") + allowed
     resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
 
 
-def _child(use: Callable[[], Any], allowed: int, sender: Connection) -> None:
+def _measure(use: Callable[[], Any], allowed: int) -> Cost:
     gc.collect()
-    before = _of_this_process("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the highest point so far is forgotten
+    resident = _status_bytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, VmHWM
     limit_memory(allowed)
     began = time.process_time()
     try:
         use()
-        answer = "well"
+        answer = "ok"
     except DistrustError as error:
         answer = type(error).__name__
     except BaseException as error:
-        answer = f"not promised: {type(error).__name__}: {str(error)[:500]}"
-    cost = Cost(answer, time.process_time() - began, max(0, _of_this_process("VmHWM") - before))
+        answer = f"not allowed: {type(error).__name__}: {str(error)[:500]}"
+    cost = Cost(answer, time.process_time() - began, max(0, _status_bytes("VmHWM") - resident))
     resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    sender.send(cost)
-    sender.close()
-    os._exit(0)
+    return cost
 
 
-def _of_this_process(what: str) -> int:
+def _status_bytes(name: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{what}:"):
+        if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
-    raise LookupError(what)
+    raise LookupError(name)

@@ -1,14 +1,15 @@
-"""Files that look like checkpoints: made by hand, and with digests that are right.
+"""Forged checkpoints, with correct digests.
 
-A reader stops at the first digest that is wrong. What it makes of the rest is seen only by files whose
-digests are those of what they say: signed ones. The signer here is written against the description of the
-format (:mod:`distrust.checkpoint.format`) and uses no line of the writer, so that neither can hide the
-other's mistake.
+A reader stops at the first digest that is wrong. The checks behind the digests are reached only by files
+whose digests match their content: signed ones. The signer here follows the description of the format
+(:mod:`distrust.checkpoint.format`) and shares no line with the writer, so that neither can hide the other's
+mistake.
 
-- :func:`canonical`, :func:`framed`, :func:`signed`, :func:`state_digest`: the parts.
-- :class:`Specimen`: a real checkpoint, to be made into bad ones.
+- :func:`canonical`, :func:`frame`, :func:`sign`, :func:`state_digest`: the parts.
+- :class:`Specimen`: a real checkpoint, parsed.
 - :class:`Draft`: one that is being changed; :meth:`Draft.file` gives its bytes, signed.
-- :func:`built`: a file from nothing but tensors, state and run.
+- :func:`make_specimens`: real checkpoints, small, written by the manager.
+- :func:`build`: a file from nothing but tensors, state and run.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from blake3 import blake3
 
+from distrust import Checkpoint, CheckpointManager
 from distrust.checkpoint.format import ITEM_SIZES
 
 METADATA = "__metadata__"
@@ -30,13 +33,7 @@ _DIGEST = re.compile(rb'"digest":"([0-9a-f]{64})"')
 
 
 class Tensor(NamedTuple):
-    """A tensor to forge; its length is what dtype and shape say, its data zeros.
-
-    Attributes:
-        name: its label.
-        dtype: of the format.
-        shape: its dimensions.
-    """
+    """A tensor to forge; its length follows from dtype and shape, its data are zeros."""
 
     name: str
     dtype: str = "U8"
@@ -44,7 +41,6 @@ class Tensor(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Its length."""
         items = ITEM_SIZES[self.dtype]
         for dimension in self.shape:
             items *= dimension
@@ -52,12 +48,12 @@ class Tensor(NamedTuple):
 
 
 def canonical(value: Any) -> str:
-    """JSON as a writer gives it."""
+    """JSON as a writer makes it."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
-def encodable(value: Any) -> str:
-    """Canonical JSON, or escaped where that has no bytes."""
+def encode_json(value: Any) -> str:
+    """Canonical JSON, or escaped where that cannot be encoded."""
     text = canonical(value)
     try:
         text.encode()
@@ -66,45 +62,41 @@ def encodable(value: Any) -> str:
     return text
 
 
-def framed(body: bytes) -> bytes:
+def frame(body: bytes) -> bytes:
     """A header with its length before it and its padding behind."""
     length = -(-(8 + len(body)) // PAGE) * PAGE - 8
     return length.to_bytes(8, "little") + body.ljust(length)
 
 
-def signed(header: bytes) -> bytes:
-    """A framed header with the right digest in it, if it has a place for one."""
-    place = _DIGEST.search(header)
-    if place is None:
+def sign(header: bytes) -> bytes:
+    """A framed header with its correct digest, if it has a field for one."""
+    match = _DIGEST.search(header)
+    if match is None:
         return header
-    begin, end = place.span(1)
+    begin, end = match.span(1)
     digest = blake3(header[:begin] + NO_DIGEST.encode() + header[end:]).hexdigest().encode()
     return header[:begin] + digest + header[end:]
 
 
 def state_digest(fields: dict[str, Any]) -> str:
-    """The identity of the state that a header speaks of.
-
-    Raises:
-        Exception: of many kinds, where the header makes no sense.
-    """
+    """The digest of the state that a header describes; raises many kinds of errors if it makes no sense."""
     metadata = fields[METADATA]
     names = sorted(
         (name for name in fields if name != METADATA), key=lambda name: fields[name]["data_offsets"]
     )
-    tensors = sorted(
+    tensors = [
         [name, fields[name]["dtype"], fields[name]["shape"], metadata["digests"][64 * at : 64 * at + 64]]
         for at, name in enumerate(names)
-    )
-    return blake3(encodable({"state": metadata["state"], "tensors": tensors}).encode()).hexdigest()
+    ]
+    return _state_digest(metadata["state"], tensors)
+
+
+def _state_digest(state: str, tensors: list[Any]) -> str:
+    return blake3(encode_json({"state": state, "tensors": sorted(tensors)}).encode()).hexdigest()
 
 
 class Specimen:
-    """A real checkpoint, taken apart.
-
-    Args:
-        raw: the bytes of its file.
-    """
+    """A real checkpoint, parsed from the bytes of its file."""
 
     def __init__(self, raw: bytes) -> None:
         self.raw = raw
@@ -114,95 +106,83 @@ class Specimen:
 
     @classmethod
     def of(cls, path: Path) -> Specimen:
-        """The checkpoint in a file."""
         return cls(path.read_bytes())
 
     @property
     def fields(self) -> dict[str, Any]:
-        """Its header, to be changed."""
+        """A copy of its header."""
         fields: dict[str, Any] = json.loads(self.body)
         return fields
 
     def draft(self) -> Draft:
-        """A copy, to be changed."""
         return Draft(self.fields, self.data)
 
 
 class Draft:
-    """A checkpoint that is being changed.
-
-    Args:
-        fields: of its header, state and run as text.
-        data: what stands behind the header.
-
-    Attributes:
-        fields: of the header, without state and run.
-        state: parsed; or text, which is taken as it is.
-        run: the same.
-        data: what stands behind the header.
-    """
+    """A checkpoint that is being changed."""
 
     def __init__(self, fields: dict[str, Any], data: bytes) -> None:
-        self.fields = fields
-        self.data = data
-        self.state: Any = json.loads(fields[METADATA]["state"])
-        self.run: Any = json.loads(fields[METADATA]["run"])
+        self.fields = fields  # of the header, without state and run
+        self.data = data  # the bytes behind the header
+        self.state: Any = json.loads(fields[METADATA]["state"])  # parsed; a text is written unchanged
+        self.run: Any = json.loads(fields[METADATA]["run"])  # the same
 
     def body(self, *, sign_state: bool = True) -> bytes:
-        """The header's JSON; its own digest is still to come.
-
-        Args:
-            sign_state: give the state its right digest, where there can be one.
-        """
+        """The header's JSON, before its own digest; with the correct digest of the state, if possible."""
         metadata = self.fields.get(METADATA)
         if type(metadata) is dict:
             for name, value in (("state", self.state), ("run", self.run)):
                 if name in metadata and type(metadata[name]) is str:
-                    metadata[name] = value if type(value) is str else encodable(value)
+                    metadata[name] = value if type(value) is str else encode_json(value)
             if sign_state:
                 _sign_state(self.fields)
-        return encodable(self.fields).encode()
+        return encode_json(self.fields).encode()
 
     def file(self, *, sign_state: bool = True) -> bytes:
-        """The whole file, its header signed."""
-        return signed(framed(self.body(sign_state=sign_state))) + self.data
+        """The complete file, its header signed."""
+        return sign(frame(self.body(sign_state=sign_state))) + self.data
 
 
 def _sign_state(fields: dict[str, Any]) -> None:
     try:
         fields[METADATA]["state_digest"] = state_digest(fields)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
-        return  # it makes no sense: nobody can say what its digest is
+        return  # it makes no sense, so it has no digest
 
 
-def built(
+def build(
     tensors: Iterable[Tensor] = (),
     *,
     sections: dict[str, Any] | None = None,
     run: Any = None,
     names: Any = None,
 ) -> bytes:
-    """A file that says what a writer would say of these tensors and this state.
+    """The file that a writer would make of these tensors and this state.
 
     Args:
         tensors: laid out as a writer does.
-        sections: nodes of the skeleton in place of empty sections.
-        run: JSON, or text that is taken as it is.
+        sections: nodes of the skeleton instead of empty sections.
+        run: JSON, or a text that is written unchanged.
         names: the node of ``model``; by default a list of every tensor.
     """
     in_order = sorted(tensors, key=lambda tensor: (-ITEM_SIZES[tensor.dtype], tensor.name))
     zeros = {nbytes: blake3(bytes(nbytes)).hexdigest() for nbytes in {tensor.nbytes for tensor in in_order}}
     empty: dict[str, Any] = dict.fromkeys(("model", "optimizer", "rng", "history", "config", "metadata"))
-    nodes = {name: {"d": {}} for name in empty} | {"model": names or _all_of(in_order)} | (sections or {})
+    model = names or _list_all(in_order)
+    nodes = {name: {"d": {}} for name in empty} | {"model": model} | (sections or {})
     run = {"created": "", "extra": {}, "host": "", "metrics": {}} if run is None else run
+    state = encode_json({"sections": nodes, "step": 1})
     metadata = {
         "digest": NO_DIGEST,
         "digests": "".join(zeros[tensor.nbytes] for tensor in in_order),
         "format": "distrust",
         "kind": "periodic",
-        "run": run if type(run) is str else encodable(run),
-        "state": encodable({"sections": nodes, "step": 1}),
-        "state_digest": NO_DIGEST,
+        "run": run if type(run) is str else encode_json(run),
+        "state": state,
+        "state_digest": _state_digest(
+            state,
+            [[tensor.name, tensor.dtype, list(tensor.shape), zeros[tensor.nbytes]] for tensor in in_order],
+        ),
         "step": "1",
         "version": "1",
     }
@@ -215,19 +195,37 @@ def built(
             "dtype": tensor.dtype,
             "shape": list(tensor.shape),
         }
-    metadata["state_digest"] = blake3(
-        encodable(
-            {
-                "state": metadata["state"],
-                "tensors": sorted(
-                    [tensor.name, tensor.dtype, list(tensor.shape), zeros[tensor.nbytes]]
-                    for tensor in in_order
-                ),
-            }
-        ).encode()
-    ).hexdigest()
-    return signed(framed(encodable(fields).encode())) + bytes(end)
+    return sign(frame(encode_json(fields).encode())) + bytes(end)
 
 
-def _all_of(tensors: Sequence[Tensor]) -> Any:
+def _list_all(tensors: Sequence[Tensor]) -> Any:
     return {"d": {"s": {"l": [{"a": tensor.name} for tensor in tensors]}}}
+
+
+def make_specimens(directory: Path) -> tuple[bytes, list[Specimen]]:
+    """The bytes of a valid checkpoint of step 0, and specimens of step 1, written in an empty directory."""
+    with CheckpointManager(directory, keep_last=None) as manager:
+        valid = manager.save(Checkpoint(step=0, model={"a": np.zeros(4, np.float32)})).read_bytes()
+        return valid, [Specimen.of(manager.save(checkpoint)) for checkpoint in _checkpoints()]
+
+
+def _checkpoints() -> list[Checkpoint]:
+    model = {"a": np.arange(4, dtype=np.float32), "b": np.arange(3, dtype=np.uint8)}
+    return [
+        Checkpoint(step=1, model=model, optimizer={"n": [1, (2.5, None)]}, metadata={"m": "x"}),
+        Checkpoint(step=1),
+        Checkpoint(
+            step=1,
+            model={"": np.float64(1.5), "a.b": np.zeros((2, 0, 3), np.int16), "ü": np.ones(5, np.complex64)},
+            optimizer={
+                "state": {0: {"step": np.float32(3), "lr": 0.1}, 1: {}},
+                "groups": [{"betas": (0.9, 0.99)}],
+            },
+            rng={"torch": np.arange(16, dtype=np.uint8), "python": (3, [1, 2], None)},
+            history={"loss": np.linspace(1, 0, 7)},
+            config={"rank": 8, "deep": {True: [1.0, "x", {None: -0.0}]}},
+            metadata={"best_loss": float("inf"), "note": 'say "ü\n"'},
+            metrics={"eval_loss": 0.25},
+            run={"paths": ["a", "b"], "every": 10},
+        ),
+    ]

@@ -1,8 +1,8 @@
 """The coverage-guided engine: atheris (libFuzzer) leads the mutations to lines of the reader not yet reached.
 
-A process of its own, started by :mod:`campaigns.fuzz`: libFuzzer ends the process when it is done, and
-may end it when it finds something. What it mutates are whole files. Its own mutations of bytes would never
-come past a digest, so each is one of ours (``families.mutated``), which signs what it made.
+It runs in a process of its own, started by :mod:`campaigns.fuzz`: libFuzzer ends the process when it is done,
+and may end it when it finds something. It mutates complete files. Its own mutations of bytes would never get
+past a digest, so each is one of ours (``families.mutate``), which signs the result.
 
     python -m campaigns.fuzz.guided --seed 1 --runs 100000 --directory /dev/shm/guided
 """
@@ -16,85 +16,77 @@ from collections import Counter
 from pathlib import Path
 from random import Random
 
-import atheris  # type: ignore[import-not-found,import-untyped,unused-ignore]  # no types, and need not be there
+import atheris  # type: ignore[import-not-found,import-untyped,unused-ignore]  # untyped, and optional
 
-INSTRUMENTED = ("format", "header", "tree", "store", "reading", "image", "compare")
+INSTRUMENTED = ("format", "header", "tree", "catalog", "verified_read", "serialization", "compare")
 with atheris.instrument_imports(
     include=[f"distrust.checkpoint.{name}" for name in INSTRUMENTED], enable_loader_override=False
 ):
     from distrust.checkpoint import (
-        serialization,  # noqa: F401 - these and what they import
+        serialization,  # noqa: F401 - imports all of them
     )
 
-# Behind the instrumented ones, which these import too.
+# After the instrumented modules, which these import too.
 from campaigns.campaign import CounterExample  # noqa: E402
-from campaigns.fuzz import families, readers, specimens  # noqa: E402
-from campaigns.fuzz.forging import Specimen  # noqa: E402
+from campaigns.fuzz import families, readers  # noqa: E402
+from campaigns.fuzz.forging import Specimen, make_specimens  # noqa: E402
 
 FINDING = "counterexample"
 COUNTS = "counts.json"
 EXECUTIONS = "executions"
-_TOLD_EVERY = 1000
-#: Of so many executions one is of a real file.
+_COUNTS_EVERY = 1000
+#: One in so many executions reads a real file.
 FILES_EVERY = 500
-#: What was mutated often is refused at the first line: so many begin with a good one.
+#: Repeated mutations are refused at the first line, so many start from a valid file.
 _FRESH = 0.3
 MAX_BYTES = 1 << 18
 
 
 class Engine:
-    """What libFuzzer calls.
-
-    Args:
-        directory: for counts, findings and the files that are read.
-    """
+    """The callbacks of libFuzzer."""
 
     def __init__(self, directory: Path) -> None:
-        self._directory = directory
+        self._directory = directory  # for counts, findings and the files that are read
         self._counts: Counter[str] = Counter()
-        self._readers = readers.Directory(directory / "files", *specimens.make(directory / "specimens"))
-
-    @property
-    def seeds(self) -> list[Specimen]:
-        """What it begins with."""
-        return self._readers.specimens
+        self._readers = readers.Directory(directory / "files", *make_specimens(directory / "specimens"))
+        self.seeds = self._readers.specimens
 
     def execute(self, raw: bytes) -> None:
-        """Read one file."""
         self._counts[EXECUTIONS] += 1
         try:
-            readers.in_memory(raw, self._readers.good, self._counts)
+            readers.read_in_memory(raw, self._readers.valid, self._counts)
             if self._counts[EXECUTIONS] % FILES_EVERY == 0:
-                self._readers.ask(raw, self._counts)
-        except CounterExample as found:
+                self._readers.read(raw, self._counts)
+        except CounterExample as error:
             (self._directory / f"{FINDING}.safetensors").write_bytes(raw)
-            (self._directory / f"{FINDING}.txt").write_text(str(found))
-            self.tell()
+            (self._directory / f"{FINDING}.txt").write_text(str(error))
+            self._write_counts()
             raise
-        if self._counts[EXECUTIONS] % _TOLD_EVERY == 0:
-            self.tell()
-
-    def tell(self) -> None:
-        """Write down what was done: the process ends without asking."""
-        (self._directory / COUNTS).write_text(json.dumps(self._counts))
+        if self._counts[EXECUTIONS] % _COUNTS_EVERY == 0:
+            self._write_counts()
 
     def mutate(self, raw: bytes, max_size: int, seed: int) -> bytes:
-        """Another file made of this one."""
-        chance = Random(seed)
-        fresh = len(raw) < 8 or chance.random() < _FRESH
-        specimen = chance.choice(self.seeds) if fresh else Specimen(raw)
-        made = families.mutated(specimen, chance)
-        return made if len(made) <= max_size else raw
+        rng = Random(seed)
+        fresh = len(raw) < 8 or rng.random() < _FRESH
+        specimen = rng.choice(self.seeds) if fresh else Specimen(raw)
+        mutated = families.mutate(specimen, rng)
+        return mutated if len(mutated) <= max_size else raw
+
+    def _write_counts(self) -> None:
+        """Regularly: libFuzzer ends the process without a callback."""
+        (self._directory / COUNTS).write_text(json.dumps(self._counts))
 
 
 def main() -> None:
     """Run until libFuzzer ends the process."""
-    arg = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arg.add_argument("--seed", type=int, default=1, help="of libFuzzer")
-    arg.add_argument("--runs", type=int, default=-1, help="how many executions")
-    arg.add_argument("--seconds", type=int, default=0, help="how long")
-    arg.add_argument("--directory", type=Path, required=True, help="for counts, findings and files")
-    options = arg.parse_args()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seed", type=int, default=1, help="of libFuzzer")
+    parser.add_argument("--runs", type=int, default=-1, help="how many executions")
+    parser.add_argument("--seconds", type=int, default=0, help="how long")
+    parser.add_argument("--directory", type=Path, required=True, help="for counts, findings and files")
+    options = parser.parse_args()
     engine = Engine(options.directory)
     corpus = options.directory / "corpus"
     corpus.mkdir(exist_ok=True)

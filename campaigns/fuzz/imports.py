@@ -54,7 +54,7 @@ class Victim(NamedTuple):
     path: Path  # of the copy; its folder has room for more
     kind: str
     good: Fixtures
-    chance: Random  # every random choice
+    rng: Random  # every random choice
 
     @property
     def canary(self) -> Path:
@@ -68,11 +68,11 @@ class Victim(NamedTuple):
 
     def one_of(self, names: tuple[str, ...]) -> Path:
         """One of these files that exists."""
-        return self.chance.choice([file for name in names if (file := self.path / name).exists()])
+        return self.rng.choice([file for name in names if (file := self.path / name).exists()])
 
     def any_file(self) -> Path:
         """One of its files, or itself if it is one."""
-        return self.chance.choice(sorted(self.path.iterdir())) if self.path.is_dir() else self.path
+        return self.rng.choice(sorted(self.path.iterdir())) if self.path.is_dir() else self.path
 
 
 Family = Callable[[Victim], None]
@@ -168,7 +168,7 @@ def _mlx_adapter(fixtures: Fixtures, path: Path) -> Path:
 
 
 def _pack(arrays: Mapping[str, Any]) -> bytes:
-    return corruptions.packed({name: older.row(array) for name, array in arrays.items()})
+    return corruptions.pack_safetensors({name: older.row(array) for name, array in arrays.items()})
 
 
 def _mlx_name(name: str) -> str:
@@ -191,22 +191,22 @@ def _write_older(
 
 def _field(victim: Victim) -> None:
     """Replace, remove or copy a field of its JSON."""
-    file, chance = victim.one_of(_JSON), victim.chance
+    file, rng = victim.one_of(_JSON), victim.rng
     tree = json.loads(file.read_text())
-    for _ in range(chance.choice((1, 1, 2))):
-        families.replace_one(tree, chance, families.any_value)
+    for _ in range(rng.choice((1, 1, 2))):
+        families.replace_one(tree, rng, families.any_value)
     file.write_text(json.dumps(tree))
     victim.sign()
 
 
 def _text(victim: Victim) -> None:
     """JSON that no writer produces, or no JSON."""
-    file, chance = victim.one_of(_JSON), victim.chance
+    file, rng = victim.one_of(_JSON), victim.rng
     text = file.read_bytes()
     keys = [f'"{key}":'.encode() for key in json.loads(text)]
-    file.write_bytes(chance.choice((
-        text.replace(b"{", b"{" + chance.choice(keys) + chance.choice(families.JSON_SNIPPETS) + b",", 1),
-        text.replace(b"{", b"{" + chance.choice(keys) + b'{"a":' * 100_000, 1),
+    file.write_bytes(rng.choice((
+        text.replace(b"{", b"{" + rng.choice(keys) + rng.choice(families.JSON_SNIPPETS) + b",", 1),
+        text.replace(b"{", b"{" + rng.choice(keys) + b'{"a":' * 100_000, 1),
         b'{"a":' * 100_000, b"[" * 100_000, b"[" + text + b"]", _LARGE_TEXT + text,
         text.replace(b"{", b'{"a":"' + b"\\u0000" * 100_000 + b'",', 1), b"", b"\0" * len(text),
         text.decode().encode("utf-16"), b"\xef\xbb\xbf" + text,
@@ -216,15 +216,13 @@ def _text(victim: Victim) -> None:
 
 def _header(victim: Victim) -> None:
     """A safetensors header with a changed field or a wrong length."""
-    file, chance = victim.one_of(_TENSORS), victim.chance
+    file, rng = victim.one_of(_TENSORS), victim.rng
     raw = file.read_bytes()
     fields, end = _parse_header(raw)
-    families.replace_one(
-        fields, chance, lambda _: chance.choice((families.any_value(chance), *families.DTYPES))
-    )
+    families.replace_one(fields, rng, lambda _: rng.choice((families.any_value(rng), *families.DTYPES)))
     text = json.dumps(fields).encode()
     wrong = (0, len(text) - 1, len(text) + 1, len(raw), 1 << 40, (1 << 64) - 1)
-    length = chance.choice((*(len(text),) * 6, *wrong))
+    length = rng.choice((*(len(text),) * 6, *wrong))
     file.write_bytes(length.to_bytes(8, "little") + text + raw[end:])
 
 
@@ -238,7 +236,7 @@ def _tensors(victim: Victim) -> None:
         name: np.frombuffer(raw[end:][slice(*field["data_offsets"])], np.float32).reshape(field["shape"])
         for name, field in fields.items()
     }
-    _change_arrays(arrays, victim.chance)
+    _change_arrays(arrays, victim.rng)
     file.write_bytes(_pack(arrays))
 
 
@@ -247,22 +245,22 @@ def _parse_header(raw: bytes) -> tuple[dict[str, Any], int]:
     return json.loads(raw[8:end]), end
 
 
-def _change_arrays(arrays: dict[str, Any], chance: Random) -> None:
-    for _ in range(chance.choice((1, 1, 2))):
-        name = chance.choice(sorted(arrays))
+def _change_arrays(arrays: dict[str, Any], rng: Random) -> None:
+    for _ in range(rng.choice((1, 1, 2))):
+        name = rng.choice(sorted(arrays))
         array = arrays[name]
-        action = chance.randrange(5)
+        action = rng.randrange(5)
         if action == 0:
             del arrays[name]
         elif action == 1:
-            arrays[chance.choice((*arrays, *families.HOSTILE_TEXTS[:40], f"{name}.x", name[1:]))] = array
+            arrays[rng.choice((*arrays, *families.HOSTILE_TEXTS[:40], f"{name}.x", name[1:]))] = array
         elif action == 2:
             changed = array.copy()
-            changed.flat[chance.randrange(max(1, array.size)) :] = chance.choice(_NUMBERS)
+            changed.flat[rng.randrange(max(1, array.size)) :] = rng.choice(_NUMBERS)
             arrays[name] = changed
         elif action == 3:
             with np.errstate(all="ignore"):
-                arrays[name] = array.astype(chance.choice((np.float16, np.float64, np.int64)))
+                arrays[name] = array.astype(rng.choice((np.float16, np.float64, np.int64)))
         else:
             shapes = (
                 array.T,
@@ -273,21 +271,21 @@ def _change_arrays(arrays: dict[str, Any], chance: Random) -> None:
                 array.sum(),
                 array[1:],
             )
-            arrays[name] = np.ascontiguousarray(chance.choice(shapes)).astype(np.float32)
+            arrays[name] = np.ascontiguousarray(rng.choice(shapes)).astype(np.float32)
 
 
 def _older_format(victim: Victim) -> None:
     """Weights, moments or metadata of an older format that do not match."""
     if victim.kind not in _OLDER:
         raise LookupError("not an older format: there is nothing to change")
-    chance, good = victim.chance, victim.good
+    rng, good = victim.rng, victim.good
     fields, weights, moments = copy.deepcopy(good.fields), dict(good.weights), dict(good.moments)
-    if chance.random() < 0.5:
-        _change_arrays(chance.choice((weights, moments, moments)), chance)
-    for _ in range(chance.choice((0, 1, 2))):
+    if rng.random() < 0.5:
+        _change_arrays(rng.choice((weights, moments, moments)), rng)
+    for _ in range(rng.choice((0, 1, 2))):
         scalars = fields["optimizer_scalars"]
-        section = chance.choice((fields, scalars, scalars, scalars, fields["metadata"]))
-        section[chance.choice([*section, "step"])] = families.any_value(chance)
+        section = rng.choice((fields, scalars, scalars, scalars, fields["metadata"]))
+        section[rng.choice([*section, "step"])] = families.any_value(rng)
         if type(fields["optimizer_scalars"]) is not dict or type(fields["metadata"]) is not dict:
             break
     _write_older(victim.path, victim.kind, fields, weights, moments)
@@ -295,21 +293,21 @@ def _older_format(victim: Victim) -> None:
 
 def _base_model(victim: Victim) -> None:
     """Another, damaged or missing base model."""
-    file, chance = victim.path / "adapter_config.json", victim.chance
+    file, rng = victim.path / "adapter_config.json", victim.rng
     config = json.loads(file.read_text())
     base = victim.path.parent / "base"
     shutil.copytree(victim.good.base, base)
     base_config = base / "config.json"
-    kind = chance.randrange(4)
+    kind = rng.randrange(4)
     if kind == 0:
-        corruptions.no_file(base_config, chance)
+        corruptions.replace_by_non_file(base_config, rng)
     elif kind == 1:
         _field(victim._replace(path=base, kind="base"))
     elif kind == 2:
-        corruptions.spliced(base_config, chance)
+        corruptions.splice(base_config, rng)
     paths = [str(base_config), str(victim.path), "/dev/zero", "/", ".", "/dev/fd"]
     names = [str(base)] * 8 if kind < 3 else paths
-    config["base_model_name_or_path"] = chance.choice((*names, *families.HOSTILE_TEXTS[:8]))
+    config["base_model_name_or_path"] = rng.choice((*names, *families.HOSTILE_TEXTS[:8]))
     file.write_text(json.dumps(config))
 
 
@@ -317,40 +315,40 @@ def _state(victim: Victim) -> None:
     """Replace, remove or copy a value of the optimizer's state."""
     import torch
 
-    file, chance = victim.path / _OPTIMIZER, victim.chance
+    file, rng = victim.path / _OPTIMIZER, victim.rng
     state = torch.load(file, weights_only=True)
-    for _ in range(chance.choice((1, 1, 2))):
-        parent, key = chance.choice(families.places(state))
-        action = chance.randrange(5)
+    for _ in range(rng.choice((1, 1, 2))):
+        parent, key = rng.choice(families.locations(state))
+        action = rng.randrange(5)
         if action == 0:
             del parent[key]
         elif action == 1 and type(parent) is dict:
-            parent[chance.choice((*parent, 0, -1, 1 << 70, "step", "state1", None, 1.5))] = parent[key]
+            parent[rng.choice((*parent, 0, -1, 1 << 70, "step", "state1", None, 1.5))] = parent[key]
         else:
-            parent[key] = _any_of_torch(parent[key], chance)
+            parent[key] = _any_of_torch(parent[key], rng)
     torch.save(state, file)
 
 
-def _any_of_torch(value: Any, chance: Random) -> Any:
+def _any_of_torch(value: Any, rng: Random) -> Any:
     """A replacement for a value: usually a tensor that is nearly right."""
     import torch
 
-    if type(value) is not torch.Tensor or chance.random() < 0.15:
-        return families.any_value(chance)
+    if type(value) is not torch.Tensor or rng.random() < 0.15:
+        return families.any_value(rng)
     first = value.flatten()[:1]
     dtypes = (torch.float64, torch.bfloat16, torch.int64, torch.complex64, torch.uint8, torch.bool)
     kinds: tuple[Callable[[], Any], ...] = (
-        lambda: torch.full_like(value, chance.choice(_NUMBERS)),
-        lambda: chance.choice((value.to_sparse() if value.ndim else value, value.to("meta"))),
-        lambda: value.to(chance.choice(dtypes)),
-        lambda: first.expand(chance.choice((1 << 40, 4, 0))),  # claims more than there is
+        lambda: torch.full_like(value, rng.choice(_NUMBERS)),
+        lambda: rng.choice((value.to_sparse() if value.ndim else value, value.to("meta"))),
+        lambda: value.to(rng.choice(dtypes)),
+        lambda: first.expand(rng.choice((1 << 40, 4, 0))),  # claims more than there is
         lambda: first.expand(value.shape) if value.ndim else value.expand(2),
-        lambda: chance.choice((torch.nn.Parameter(value.float()), [value], {0: value}, value.tolist())),
-        lambda: chance.choice((value.T if value.ndim == 2 else value[None], value.flatten(), value.sum())),
+        lambda: rng.choice((torch.nn.Parameter(value.float()), [value], {0: value}, value.tolist())),
+        lambda: rng.choice((value.T if value.ndim == 2 else value[None], value.flatten(), value.sum())),
         lambda: value[:0] if value.ndim else value[None][:0],
-        lambda: torch.randn(chance.choice(((3,), (2, 2, 2), (1, 1), ()))),
+        lambda: torch.randn(rng.choice(((3,), (2, 2, 2), (1, 1), ()))),
     )
-    return chance.choice(kinds)()
+    return rng.choice(kinds)()
 
 
 class _Calls:
@@ -367,14 +365,14 @@ def _objects(victim: Victim) -> None:
     """Objects instead of tensors: code to run, and functions that torch allows, with hostile arguments."""
     import torch
 
-    file, chance = victim.path / _OPTIMIZER, victim.chance
-    writes: Any = corruptions.Writes(victim.canary)
+    file, rng = victim.path / _OPTIMIZER, victim.rng
+    writes: Any = corruptions.WritesFile(victim.canary)
     rebuild = torch._utils._rebuild_tensor_v2
     storage = torch.zeros(4).untyped_storage()
     make_storage: Any = torch.storage.TypedStorage
     typed = make_storage(wrap_storage=storage, dtype=torch.float32, _internal=True)
     hooks: Any = collections.OrderedDict()
-    evil = chance.choice((
+    evil = rng.choice((
         writes, writes, writes, _Calls(eval, f"open({str(victim.canary)!r}, 'w')"),
         _Calls(os.mkdir, str(victim.canary)),
         _Calls(rebuild, typed, 0, (1 << 40,), (1,), False, hooks),
@@ -387,56 +385,56 @@ def _objects(victim: Victim) -> None:
         _Calls(getattr, "a", "__class__"),
     ))  # fmt: skip
     state = torch.load(file, weights_only=True)
-    if chance.random() < 0.3:
-        state = chance.choice(({"state": evil, "param_groups": []}, evil, [evil]))
+    if rng.random() < 0.3:
+        state = rng.choice(({"state": evil, "param_groups": []}, evil, [evil]))
     else:
-        parent, key = chance.choice(families.places(state))
+        parent, key = rng.choice(families.locations(state))
         parent[key] = evil
-    torch.save(state, file, _use_new_zipfile_serialization=chance.random() < 0.85)
+    torch.save(state, file, _use_new_zipfile_serialization=rng.random() < 0.85)
 
 
 def _archive(victim: Victim) -> None:
     """The zip around the optimizer's state: compressed, with repeated entries, or inconsistent."""
-    file, chance = victim.path / _OPTIMIZER, victim.chance
+    file, rng = victim.path / _OPTIMIZER, victim.rng
     with zipfile.ZipFile(file) as archive:
         entries = [(entry.filename, archive.read(entry)) for entry in archive.infolist()]
     method = zipfile.ZIP_STORED
-    kind, at = chance.randrange(7), chance.randrange(len(entries))
+    kind, at = rng.randrange(7), rng.randrange(len(entries))
     name, content = entries[at]
     if kind == 0:
-        method = chance.choice((zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA))
+        method = rng.choice((zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA))
     elif kind == 1:
         entries.append(entries[at])
     elif kind == 2:
         entries.pop(at)
     elif kind == 3:
         entries[at] = (
-            chance.choice((f"../{name}", f"/{name}", name.upper(), "x/data.pkl", "\x1b[2J")),
+            rng.choice((f"../{name}", f"/{name}", name.upper(), "x/data.pkl", "\x1b[2J")),
             content,
         )
     elif kind == 4:
-        entries[at] = name, chance.choice((b"", content * 2, b"\x80\x02" + b"(" * 100_000, b"." * 9))
+        entries[at] = name, rng.choice((b"", content * 2, b"\x80\x02" + b"(" * 100_000, b"." * 9))
     elif kind == 5:  # a bomb
         entries.append((f"{name.rpartition('/')[0]}/data/0", bytes(64 << 20)))
         method = zipfile.ZIP_DEFLATED
     raw = bytearray(older.pack_zip(entries, method))
     if kind == 6:
         records = [match.start() for match in re.finditer(rb"PK(?:\x01\x02|\x03\x04|\x05\x06)", raw)]
-        offset = chance.choice(records) + chance.choice((4, 8, 10, 12, 16, 18, 20, 22, 24, 26, 28, 30, 42))
-        raw[offset : offset + 4] = chance.choice((b"\xff" * 4, bytes(4), b"\1\0\0\0", chance.randbytes(4)))
+        offset = rng.choice(records) + rng.choice((4, 8, 10, 12, 16, 18, 20, 22, 24, 26, 28, 30, 42))
+        raw[offset : offset + 4] = rng.choice((b"\xff" * 4, bytes(4), b"\1\0\0\0", rng.randbytes(4)))
     file.write_bytes(raw)
 
 
-def _any_file(change: corruptions.Harm) -> Family:
-    return lambda victim: change(victim.any_file(), victim.chance)
+def _any_file(change: corruptions.Corruption) -> Family:
+    return lambda victim: change(victim.any_file(), victim.rng)
 
 
 def _instead(victim: Victim) -> None:
     """A file of another kind's folder, instead of one of its files or in addition."""
-    chance = victim.chance
+    rng = victim.rng
     folders = [path for path in victim.good.kinds.values() if path.is_dir()]
-    file = chance.choice([file for path in folders for file in sorted(path.iterdir())])
-    name = file.name if chance.random() < 0.6 else victim.any_file().name
+    file = rng.choice([file for path in folders for file in sorted(path.iterdir())])
+    name = file.name if rng.random() < 0.6 else victim.any_file().name
     shutil.copyfile(file, victim.path / name)
 
 
@@ -449,11 +447,11 @@ FAMILIES: dict[str, Family] = {
     "imports: states of an optimizer": _state,
     "imports: objects": _objects,
     "imports: archives": _archive,
-    "imports: bits": _any_file(corruptions.flipped),
+    "imports: bits": _any_file(corruptions.flip_bits),
     "imports: cut": _any_file(corruptions.cut),
-    "imports: spliced": _any_file(corruptions.spliced),
-    "imports: missing files": _any_file(corruptions.missing),
-    "imports: no files": _any_file(corruptions.no_file),
+    "imports: spliced": _any_file(corruptions.splice),
+    "imports: missing files": _any_file(corruptions.remove),
+    "imports: no files": _any_file(corruptions.replace_by_non_file),
     "imports: another's files": _instead,
     "imports: older formats": _older_format,
 }

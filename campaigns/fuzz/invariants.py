@@ -1,4 +1,4 @@
-"""What is promised of every answer, whatever was asked of whatever file: what is raised, said, and taken."""
+"""What must hold for every answer of a reader: what is raised and printed, and how long it takes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import unicodedata
 import warnings
 from collections.abc import Iterator
 
-from campaigns.campaign import CounterExample
+from campaigns.campaign import CounterExample, require
 from distrust.errors import (
     CheckpointNotFound,
     CorruptCheckpoint,
@@ -21,9 +21,10 @@ SECONDS = 1.0
 SECONDS_PER_MIB = 2.0
 MESSAGE_CHARACTERS = 4000
 _MIB = 1 << 20
-#: What may be said of a file. CheckpointUnreadable is not among them: it would mean that memory ran out.
-_SAID_OF_A_FILE = (CorruptCheckpoint, UnsupportedVersion, NoIntactCheckpoint, CheckpointNotFound)
-_UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+#: Errors about the file. CheckpointUnreadable is not among them: it would mean that memory ran out.
+_DOCUMENTED = (CorruptCheckpoint, UnsupportedVersion, NoIntactCheckpoint, CheckpointNotFound)
+#: Unicode categories of control, format and separator characters.
+_CONTROL_CATEGORIES = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 
 
 def bound(nbytes: int) -> float:
@@ -32,45 +33,35 @@ def bound(nbytes: int) -> float:
 
 
 def seconds() -> float:
-    """Of the processor, in all threads."""
     return time.process_time()
 
 
 @contextlib.contextmanager
-def only_what_is_promised(name: str) -> Iterator[None]:
-    """Errors of the library go through, if they are about the file; everything else was never promised."""
+def only_documented_errors(name: str) -> Iterator[None]:
+    """Let documented errors about the file through; every other exception or warning is a counterexample."""
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             yield
     except CounterExample:
         raise
-    except _SAID_OF_A_FILE as error:
+    except _DOCUMENTED as error:
         message = str(error)
         require(len(message) <= MESSAGE_CHARACTERS, f"{name}: a message of {len(message):,} characters")
         require_plain(f"{name}: the message", message)
         raise
-    except BaseException as error:  # whatever it is, nobody was told of it
+    except BaseException as error:
         raise CounterExample(f"{name}: {type(error).__name__}: {str(error)[:500]!a}") from error
     for warning in caught:
-        right = issubclass(warning.category, DistrustWarning)
-        require(right, f"{name}: {warning.category.__name__}: {warning.message}")
+        is_ours = issubclass(warning.category, DistrustWarning)
+        require(is_ours, f"{name}: {warning.category.__name__}: {warning.message}")
         require_plain(f"{name}: the warning", str(warning.message))
 
 
-def require_plain(what: str, text: str) -> None:
-    """That it holds no character that commands a terminal."""
+def require_plain(description: str, text: str) -> None:
+    """Require that a text holds no control character of a terminal."""
     if text.isprintable():
         return
     for letter in set(text) - {"\n"}:
-        require(unicodedata.category(letter) not in _UNSEEN, f"{what} holds {letter!a}: {text[:500]!a}")
-
-
-def require(kept: bool, promise: str) -> None:
-    """Check a promise.
-
-    Raises:
-        CounterExample: if it was not kept.
-    """
-    if not kept:
-        raise CounterExample(promise)
+        plain = unicodedata.category(letter) not in _CONTROL_CATEGORIES
+        require(plain, f"{description} holds {letter!a}: {text[:500]!a}")

@@ -1,8 +1,12 @@
-"""Things that are no files where a checkpoint should be, and links that lead out of the directory.
+"""Things that are no files in the place of a checkpoint, links out of the directory, and permissions.
 
 A reader follows a link to a regular file: people move checkpoints and leave links. It opens nothing else, it
-waits for nobody, and it says nothing of what a file elsewhere holds. A writer follows no link at all: what it
-replaces, sweeps or removes is the link.
+waits for no other process, and it reveals nothing of a file outside. A writer follows no link at all: it
+replaces or removes the link itself.
+
+A save leaves nothing that is more open to others than the umask allows, not for an instant. Checked are all
+files and directories that exist at the end, and the temporary file just before it is renamed: an audit hook
+of the interpreter sees the call.
 """
 
 from __future__ import annotations
@@ -11,40 +15,43 @@ import contextlib
 import os
 import shutil
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from campaigns.campaign import CounterExample
-from campaigns.fuzz import costs
+from campaigns.fuzz import corruptions, costs
 from distrust import Checkpoint, CheckpointManager
+from distrust.checkpoint import direct_io
 from distrust.checkpoint.files import checkpoint_file_name
 from distrust.checkpoint.lock import LOCK_NAME
 from distrust.errors import DistrustError, SaveFailed
 
-_SECRET = "a secret of somebody else"
+_SECRET = "another user's secret"
 _ALLOWED_BYTES = 1 << 30
 
 
-def _socket(path: Path) -> None:
-    with socket.socket(socket.AF_UNIX) as made, contextlib.chdir(path.parent):  # its path may not be long
-        made.bind(path.name)
+def _make_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server, contextlib.chdir(path.parent):  # its path must be short
+        server.bind(path.name)
 
 
-def _sparse(path: Path, header_bytes: int) -> None:
+def _make_sparse(path: Path, header_bytes: int) -> None:
     path.write_bytes(header_bytes.to_bytes(8, "little"))
     os.truncate(path, 1 << 40)
 
 
-def _linked(make: Callable[[Path], object]) -> Callable[[Path], None]:
-    """A link to something outside."""
+def _link_outside(make: Callable[[Path], object]) -> Callable[[Path], None]:
+    """A link to something outside of the directory."""
 
     def place(path: Path) -> None:
         outside = path.parent.parent / "outside"
         outside.mkdir(exist_ok=True)
-        make(outside / "thing")
-        path.symlink_to(outside / "thing")
+        make(outside / "target")
+        path.symlink_to(outside / "target")
 
     return place
 
@@ -54,48 +61,40 @@ OBSTACLES: dict[str, Callable[[Path], object]] = {
     "an empty file": lambda path: path.touch(),
     "a directory": lambda path: path.mkdir(),
     "a pipe": lambda path: os.mkfifo(path),
-    "a socket": _socket,
-    "a file of a tebibyte of zeros": lambda path: _sparse(path, 0),
-    "a sparse file with a long header": lambda path: _sparse(path, 8 << 20),
-    "a sparse file with a header as long as itself": lambda path: _sparse(path, (1 << 40) - 8),
+    "a socket": _make_socket,
+    "a file of a tebibyte of zeros": lambda path: _make_sparse(path, 0),
+    "a sparse file with a long header": lambda path: _make_sparse(path, 8 << 20),
+    "a sparse file with a header as long as itself": lambda path: _make_sparse(path, (1 << 40) - 8),
     "a link to itself": lambda path: path.symlink_to(path),
     "a link to nothing": lambda path: path.symlink_to("nowhere"),
     "a link to a name that is too long": lambda path: path.symlink_to("x" * 4000),
     "a link to its directory": lambda path: path.symlink_to("."),
-    "a link to zeros without end": lambda path: path.symlink_to("/dev/zero"),
-    "a link to noise without end": lambda path: path.symlink_to("/dev/random"),
+    "a link to endless zeros": lambda path: path.symlink_to("/dev/zero"),
+    "a link to endless noise": lambda path: path.symlink_to("/dev/random"),
     "a link to the terminal": lambda path: path.symlink_to("/dev/tty"),
     "a link to the input": lambda path: path.symlink_to("/dev/stdin"),
     "a link to the memory of the process": lambda path: path.symlink_to("/proc/self/mem"),
     "a link to a file of the kernel": lambda path: path.symlink_to("/proc/self/environ"),
     "a link to the kernel's log": lambda path: path.symlink_to("/proc/kmsg"),
-    "a link to a pipe elsewhere": _linked(os.mkfifo),
-    "a link to a directory elsewhere": _linked(os.mkdir),
-    "a link to a secret": _linked(lambda path: path.write_text(_SECRET)),
+    "a link to a pipe outside": _link_outside(os.mkfifo),
+    "a link to a directory outside": _link_outside(os.mkdir),
+    "a link to a secret": _link_outside(lambda path: path.write_text(_SECRET)),
 }
 
 
 @contextlib.contextmanager
-def placed(place: Callable[[Path], object], path: Path) -> Iterator[None]:
-    """One of the obstacles, at ``path``."""
-    _clear(path)
-    place(path)
+def obstacle(make: Callable[[Path], object], path: Path) -> Iterator[None]:
+    corruptions.clear(path)
+    make(path)
     try:
         yield
     finally:
-        _clear(path)
-        _clear(path.parent.parent / "outside")
-
-
-def _clear(path: Path) -> None:
-    if os.path.isdir(path) and not os.path.islink(path):
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+        corruptions.clear(path)
+        corruptions.clear(path.parent.parent / "outside")
 
 
 class Scene:
-    """A directory of checkpoints, and one beside it that is none of a writer's business.
+    """A directory of checkpoints, and one beside it that a writer must not touch.
 
     Args:
         directory: of both.
@@ -109,90 +108,133 @@ class Scene:
         self.secret.write_text(_SECRET)
 
     def save(self, step: int) -> None:
-        """Save a checkpoint, and clean up behind it."""
         with CheckpointManager(self.inside, keep_last=1, keep_best=0) as manager:
             manager.save(Checkpoint(step=step, model={"a": np.zeros(4, np.float32)}))
 
-    def refused(self, step: int) -> None:
-        """The same, where it has to fail, and to leave nothing behind."""
-        before = {path.name for path in self.inside.iterdir()}
+    def require_refused(self, step: int) -> None:
+        """Save where it must fail, and leave nothing behind."""
+        names = {path.name for path in self.inside.iterdir()}
         try:
             self.save(step)
         except SaveFailed:
-            left = {path.name for path in self.inside.iterdir()} - before - {LOCK_NAME}
-            if left:
-                raise CounterExample(f"a save that failed left {left} behind") from None
+            new = {path.name for path in self.inside.iterdir()} - names - {LOCK_NAME}
+            if new:
+                raise CounterExample(f"a save that failed left {new}") from None
         else:
             raise CounterExample("it was saved")
 
     def file(self, step: int) -> Path:
-        """Where a checkpoint belongs."""
         return self.inside / checkpoint_file_name(step, "periodic")
 
 
-def _link_in_the_way(scene: Scene) -> None:
+def _link_in_place(scene: Scene) -> None:
     scene.file(1).symlink_to(scene.secret)
     scene.save(1)
     if scene.file(1).is_symlink():
-        raise CounterExample("the link still stands")
+        raise CounterExample("the link still exists")
 
 
-def _link_to_sweep(scene: Scene) -> None:
+def _link_as_temporary(scene: Scene) -> None:
     stale = scene.inside / f".{scene.file(1).name}.{'0' * 16}.tmp"
     stale.symlink_to(scene.secret)
     scene.save(1)
     if stale.is_symlink():
-        raise CounterExample("the link was not swept")
+        raise CounterExample("the link was not removed")
 
 
-def _link_to_remove(scene: Scene) -> None:
-    """A checkpoint elsewhere, linked, and to be cleaned up: the link goes, the checkpoint stays."""
+def _link_as_older(scene: Scene) -> None:
+    """A checkpoint outside, linked, and to be cleaned up: the link goes, the checkpoint stays."""
     scene.save(1)
-    elsewhere = scene.file(1).rename(scene.secret.parent / "kept")
-    scene.file(1).symlink_to(elsewhere)
+    outside = scene.file(1).rename(scene.secret.parent / "checkpoint")
+    scene.file(1).symlink_to(outside)
     scene.save(2)
-    if scene.file(1).is_symlink() or not elsewhere.exists():
-        raise CounterExample("the link was to be removed, and what it leads to was to stay")
+    if scene.file(1).is_symlink() or not outside.exists():
+        raise CounterExample("the link had to be removed, and its target had to stay")
 
 
 def _lock_is(make: Callable[[Scene, Path], object]) -> Callable[[Scene], None]:
     def play(scene: Scene) -> None:
         make(scene, scene.inside / LOCK_NAME)
-        scene.refused(1)
+        scene.require_refused(1)
 
     return play
 
 
-def _directory_in_the_way(scene: Scene) -> None:
+def _directory_in_place(scene: Scene) -> None:
     scene.file(1).mkdir()
-    scene.refused(1)
+    scene.require_refused(1)
 
 
 SCENES: dict[str, Callable[[Scene], None]] = {
-    "a link in the place of the checkpoint": _link_in_the_way,
-    "a link in the place of a temporary file": _link_to_sweep,
-    "a link in the place of an older checkpoint": _link_to_remove,
-    "a directory in the place of the checkpoint": _directory_in_the_way,
+    "a link in the place of the checkpoint": _link_in_place,
+    "a link in the place of a temporary file": _link_as_temporary,
+    "a link in the place of an older checkpoint": _link_as_older,
+    "a directory in the place of the checkpoint": _directory_in_place,
     "a link in the place of the lock": _lock_is(lambda scene, lock: lock.symlink_to(scene.secret)),
     "a directory in the place of the lock": _lock_is(lambda _, lock: lock.mkdir()),
 }
 
 
-def play(name: str, scene: Callable[[Scene], None], directory: Path) -> None:
-    """Play a scene in a process of its own; what lies outside is as it was.
-
-    Raises:
-        CounterExample: if it is not, or if the scene does not end as it should.
-    """
-    place = directory / "scene"
-    made = Scene(place)
+def play(name: str, act: Callable[[Scene], None], directory: Path) -> None:
+    """Play a scene in a process of its own; the file outside must not change."""
+    folder = directory / "scene"
+    scene = Scene(folder)
     try:
-        cost = costs.measured(lambda: scene(made), allowed=_ALLOWED_BYTES)
-        if cost.answer != "well":
-            raise CounterExample(f"{name}: {cost.answer}")
-        if made.secret.read_text() != _SECRET:
-            raise CounterExample(f"{name}: a file elsewhere was written to")
-    except (costs.Died, DistrustError) as error:
+        cost = costs.measure(lambda: act(scene), allowed=_ALLOWED_BYTES)
+        if cost.answer != "ok":
+            raise CounterExample(cost.answer)
+        if scene.secret.read_text() != _SECRET:
+            raise CounterExample("a file outside was written to")
+    except (CounterExample, DistrustError) as error:
         raise CounterExample(f"{name}: {error}") from error
     finally:
-        shutil.rmtree(place)
+        shutil.rmtree(folder)
+
+
+UMASKS = (0o077, 0o027, 0o022, 0)
+_FILE, _DIRECTORY = 0o666, 0o777
+#: The lock, a checkpoint of each kind by each path, and the directories that were made for them.
+_LEAST_PATHS = 7
+
+
+def check_permissions(directory: Path, umask: int) -> int:
+    """Save by every method under a umask; returns how many files and directories were checked."""
+    folder = directory / "permissions"
+    folder.mkdir()
+    report = folder / "report"
+    try:
+        cost = costs.measure(lambda: _save_and_check(folder, umask, report), allowed=_ALLOWED_BYTES)
+        if cost.answer != "ok":
+            raise CounterExample(cost.answer)
+        checked = report.read_text().splitlines()
+        if len(checked) < _LEAST_PATHS or not any(name.endswith(".tmp") for name in checked):
+            raise CounterExample(f"only these were checked: {checked}")
+        return len(checked)
+    except CounterExample as error:
+        raise CounterExample(f"umask {umask:03o}: {error}") from error
+    finally:
+        shutil.rmtree(folder)
+
+
+def _save_and_check(folder: Path, umask: int, report: Path) -> None:
+    os.umask(umask)
+    modes: list[tuple[str, int]] = []
+
+    def before_rename(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "os.rename":
+            modes.append((str(arguments[0]), os.stat(arguments[0]).st_mode & 0o7777))
+
+    sys.addaudithook(before_rename)  # cannot be removed; the process ends soon
+    state = {"a": np.zeros(5000, np.float32)}
+    for path, flag in (("direct", direct_io.FLAG), ("buffered", 0)):
+        direct_io.FLAG = flag
+        with CheckpointManager(folder / path / "run" / "checkpoints") as manager:
+            manager.save(Checkpoint(step=1, model=state))
+            manager.save_async(Checkpoint(step=2, model=state)).wait()
+            manager.save(Checkpoint(step=3, model=state), final=True)
+        modes += [(str(file), file.stat().st_mode & 0o7777) for file in (folder / path).rglob("*")]
+    for name, mode in modes:
+        allowed = (_DIRECTORY if Path(name).is_dir() else _FILE) & ~umask
+        if mode & ~allowed:
+            raise CounterExample(f"{name} has the permissions {mode:03o}, more than {allowed:03o}")
+    report.write_text("\n".join(name for name, _ in modes))

@@ -80,12 +80,12 @@ class Directory(readers.Directory):
         super().__init__(path, good, [])
         self.canary = path.parent / "unpickled"
 
-    def try_out(self, make: Make, chance: Random, answers: readers.Answers, *, lies: bool) -> None:
+    def try_out(self, make: Make, rng: Random, answers: readers.Answers, *, lies: bool) -> None:
         """Make a hostile checkpoint, and read it in every way.
 
         Args:
             make: the family.
-            chance: every random choice.
+            rng: every random choice.
             answers: counts the answers.
             lies: leave the checksums of a folder wrong.
 
@@ -100,12 +100,12 @@ class Directory(readers.Directory):
         if is_folder:
             write_folder(self.hostile)
             original = _signed_content(self.hostile)
-        make(self.hostile, chance)
+        make(self.hostile, rng)
         is_changed = is_folder and _signed_content(self.hostile) != original
         if is_folder and not lies:
             sign(self.hostile)
         files = [*self.hostile.iterdir()] if is_folder else [self.hostile]
-        self.ask_what_is_there(sum(file.lstat().st_size for file in files), answers)
+        self.read_all(sum(file.lstat().st_size for file in files), answers)
         if lies and is_changed:
             with contextlib.suppress(CheckpointError):
                 catalog.verify(self.hostile)
@@ -154,7 +154,7 @@ def tensor_file(form: str, fields: Any, model: Arrays, moments: Arrays, config: 
     for name, value in (("_metadata", fields), (optimizer, config)):
         text = json.dumps(value).encode()
         rows[name] = ("U8", [len(text)], text)
-    return corruptions.packed(rows)
+    return corruptions.pack_safetensors(rows)
 
 
 def optimizer_config(step: Any, names: Any) -> dict[str, Any]:
@@ -164,7 +164,7 @@ def optimizer_config(step: Any, names: Any) -> dict[str, Any]:
 
 
 def row(array: Any) -> tuple[str, list[int], bytes]:
-    """A tensor as :func:`corruptions.packed` takes it."""
+    """A tensor as :func:`corruptions.pack_safetensors` takes it."""
     dtypes = {"float32": "F32", "float16": "F16", "float64": "F64", "int64": "I64"}
     return dtypes[str(array.dtype)], [*array.shape], array.tobytes()
 
@@ -194,29 +194,29 @@ def _signed_content(path: Path) -> dict[str, Any]:
     return content
 
 
-def _any_member(change: corruptions.Harm) -> Make:
-    return lambda path, chance: change(path / chance.choice(_MEMBERS), chance)
+def _any_member(change: corruptions.Corruption) -> Make:
+    return lambda path, rng: change(path / rng.choice(_MEMBERS), rng)
 
 
-def _metadata(path: Path, chance: Random) -> None:
-    (path / "metadata.json").write_text(json.dumps(_hostile_fields(chance)))
+def _metadata(path: Path, rng: Random) -> None:
+    (path / "metadata.json").write_text(json.dumps(_hostile_fields(rng)))
 
 
-def _hostile_fields(chance: Random) -> Any:
-    if chance.random() < 0.1:
-        return families.any_value(chance)
+def _hostile_fields(rng: Random) -> Any:
+    if rng.random() < 0.1:
+        return families.any_value(rng)
     fields: dict[str, Any] = json.loads(json.dumps(FIELDS))
-    for _ in range(chance.choice((1, 2))):
-        fields[chance.choice([*fields, *families.HOSTILE_TEXTS])] = families.any_value(chance)
+    for _ in range(rng.choice((1, 2))):
+        fields[rng.choice([*fields, *families.HOSTILE_TEXTS])] = families.any_value(rng)
     return fields
 
 
-def _checksums(path: Path, chance: Random) -> None:
+def _checksums(path: Path, rng: Random) -> None:
     file = path / "checksum.txt"
     lines = file.read_text().splitlines()
-    index = chance.randrange(len(lines))
+    index = rng.randrange(len(lines))
     digest, _, name = lines[index].partition("  ")
-    lines[index] = chance.choice((
+    lines[index] = rng.choice((
         f"{'0' * 64}  {name}", f"{digest}  ../{name}", f"{digest}  /etc/passwd", f"{digest} {name}", digest,
         f"{digest}  {name}\n{digest}  {name}", f"{digest}  \x1b[2J{name}", f"{digest[:-1]}  {name}", "",
         name * 5000,
@@ -241,14 +241,14 @@ def _npy(array: Any, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _pickled(path: Path, chance: Random) -> None:
-    evil = corruptions.Writes(path.parent.parent / "unpickled")
+def _pickled(path: Path, rng: Random) -> None:
+    evil = corruptions.WritesFile(path.parent.parent / "unpickled")
     as_array = _npy(np.array([evil], object), allow_pickle=True)
-    raw = chance.choice((
+    raw = rng.choice((
         pack_zip([("w.npy", as_array)]), pack_zip([("w.npy", pickle.dumps(evil))]), pickle.dumps(evil),
         as_array,
     ))  # fmt: skip
-    (path / chance.choice(_ARRAY_FILES)).write_bytes(raw)
+    (path / rng.choice(_ARRAY_FILES)).write_bytes(raw)
 
 
 @functools.cache
@@ -258,83 +258,83 @@ def _compressed_zeros() -> tuple[bytes, int]:
     return pack_zip([(f"{at}.npy", zeros) for at in range(_BOMB_MEMBERS)], zipfile.ZIP_DEFLATED), len(zeros)
 
 
-def _bomb(path: Path, chance: Random) -> None:
+def _bomb(path: Path, rng: Random) -> None:
     raw, length = _compressed_zeros()
-    claimed = chance.choice((length, 4096))  # the true length, or a small one
+    claimed = rng.choice((length, 4096))  # the true length, or a small one
     raw = raw.replace(length.to_bytes(4, "little"), claimed.to_bytes(4, "little"))
-    (path / chance.choice(_ARRAY_FILES)).write_bytes(raw)
+    (path / rng.choice(_ARRAY_FILES)).write_bytes(raw)
 
 
-def _replaced(path: Path, chance: Random) -> None:
+def _replaced(path: Path, rng: Random) -> None:
     """Valid files, but not those that were saved."""
-    if chance.random() < 0.5:
-        (path / "metadata.json").write_text(json.dumps({**FIELDS, "loss_history": [chance.random()]}))
+    if rng.random() < 0.5:
+        (path / "metadata.json").write_text(json.dumps({**FIELDS, "loss_history": [rng.random()]}))
     else:
-        np.savez(path / "model.npz", w=np.full(3, chance.random()))
+        np.savez(path / "model.npz", w=np.full(3, rng.random()))
 
 
-def _npy_headers(path: Path, chance: Random) -> None:
-    text = chance.choice(_NPY_HEADERS).encode()
-    length = chance.choice((len(text),) * 4 + (0, 65535))
-    version = chance.choice((b"\1\0", b"\1\0", b"\2\0", b"\3\0", b"\t\0"))
+def _npy_headers(path: Path, rng: Random) -> None:
+    text = rng.choice(_NPY_HEADERS).encode()
+    length = rng.choice((len(text),) * 4 + (0, 65535))
+    version = rng.choice((b"\1\0", b"\1\0", b"\2\0", b"\3\0", b"\t\0"))
     width = 2 if version == b"\1\0" else 4
     content = b"\x93NUMPY" + version + length.to_bytes(width, "little") + text + bytes(16)
-    (path / chance.choice(_ARRAY_FILES)).write_bytes(pack_zip([("w.npy", content)]))
+    (path / rng.choice(_ARRAY_FILES)).write_bytes(pack_zip([("w.npy", content)]))
 
 
-def _members(path: Path, chance: Random) -> None:
+def _members(path: Path, rng: Random) -> None:
     plain = _npy(np.zeros(4, np.float32))
-    names = chance.choices((*_NAMES, "w.npy", "m.w.npy"), k=chance.choice((1, 2, 3)))
-    method = chance.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2))
+    names = rng.choices((*_NAMES, "w.npy", "m.w.npy"), k=rng.choice((1, 2, 3)))
+    method = rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2))
     raw = bytearray(pack_zip([(name, plain) for name in names], method))
-    offset = raw.index(b"PK\1\2") + chance.choice((8, 10, 12, 16, 20, 24, 28, 30, 42))
-    if chance.random() < 0.5:
-        raw[offset : offset + 2] = chance.choice((b"\1\0", b"\xff\xff", b"\0\0"))
-    (path / chance.choice(_ARRAY_FILES)).write_bytes(raw)
+    offset = raw.index(b"PK\1\2") + rng.choice((8, 10, 12, 16, 20, 24, 28, 30, 42))
+    if rng.random() < 0.5:
+        raw[offset : offset + 2] = rng.choice((b"\1\0", b"\xff\xff", b"\0\0"))
+    (path / rng.choice(_ARRAY_FILES)).write_bytes(raw)
 
 
 FOLDERS: dict[str, Make] = {
-    "older: bits": _any_member(corruptions.flipped),
+    "older: bits": _any_member(corruptions.flip_bits),
     "older: cut": _any_member(corruptions.cut),
-    "older: spliced": _any_member(corruptions.spliced),
+    "older: spliced": _any_member(corruptions.splice),
     "older: another's files": _replaced,
-    "older: missing files": _any_member(corruptions.missing),
+    "older: missing files": _any_member(corruptions.remove),
     "older: metadata": _metadata,
     "older: checksums": _checksums,
     "older: pickles": _pickled,
     "older: bombs": _bomb,
     "older: headers of arrays": _npy_headers,
     "older: members of a zip": _members,
-    "older: no files": _any_member(corruptions.no_file),
+    "older: no files": _any_member(corruptions.replace_by_non_file),
 }
 
 _WEIGHTS = {"w": np.zeros((2, 2), np.float32)}
 _SQUARES = {f"{letter}.w": np.full((2, 2), 0.5, np.float32) for letter in _MOMENTS}
 
 
-def _noise(path: Path, chance: Random) -> None:
-    raw = bytearray(tensor_file(chance.choice(FORMS), FIELDS, _WEIGHTS, _SQUARES))
-    for _ in range(chance.choice((1, 1, 4))):
-        offset = chance.randrange(len(raw))
-        raw[offset : offset + chance.choice((0, 1, 4))] = chance.choice(
-            (b"", chance.randbytes(3), b'"', b"{", b"9" * 30)
+def _noise(path: Path, rng: Random) -> None:
+    raw = bytearray(tensor_file(rng.choice(FORMS), FIELDS, _WEIGHTS, _SQUARES))
+    for _ in range(rng.choice((1, 1, 4))):
+        offset = rng.randrange(len(raw))
+        raw[offset : offset + rng.choice((0, 1, 4))] = rng.choice(
+            (b"", rng.randbytes(3), b'"', b"{", b"9" * 30)
         )
-    path.write_bytes(raw[: chance.choice((len(raw), len(raw), chance.randrange(len(raw) + 1)))])
+    path.write_bytes(raw[: rng.choice((len(raw), len(raw), rng.randrange(len(raw) + 1)))])
 
 
-def _file_fields(path: Path, chance: Random) -> None:
-    path.write_bytes(tensor_file(chance.choice(FORMS), _hostile_fields(chance), _WEIGHTS, _SQUARES))
+def _file_fields(path: Path, rng: Random) -> None:
+    path.write_bytes(tensor_file(rng.choice(FORMS), _hostile_fields(rng), _WEIGHTS, _SQUARES))
 
 
-def _file_optimizer(path: Path, chance: Random) -> None:
+def _file_optimizer(path: Path, rng: Random) -> None:
     """Anything in one field of the optimizer's JSON, or instead of all of it."""
-    form, pair = chance.choice(FORMS), [[0.5] * 4, [2, 2]]
+    form, pair = rng.choice(FORMS), [[0.5] * 4, [2, 2]]
     config: Any = optimizer_config(1, ["w"])
     if form == "previous":
         config |= {"exp_avg": {"w": pair}, "exp_avg_sq": {"w": [*pair]}}
-    for _ in range(chance.choice((1, 1, 2))):
-        families.replace_one(config, chance, families.any_value)
-    config = chance.choice((config,) * 9 + (families.any_value(chance),))
+    for _ in range(rng.choice((1, 1, 2))):
+        families.replace_one(config, rng, families.any_value)
+    config = rng.choice((config,) * 9 + (families.any_value(rng),))
     path.write_bytes(tensor_file(form, FIELDS, _WEIGHTS, _SQUARES, config))
 
 

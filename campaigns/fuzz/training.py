@@ -1,9 +1,9 @@
-"""What was converted is trained on by an engine, in a process that may die of it.
+"""A run resumes from what was converted, by each engine, in a process that may die of it.
 
-The process of torch makes the hostile folders, converts them, and goes on with what came of it: by
-``DistrustTrainer``, for one step, with the options that the checkpoint knows. The process of mlx then goes on
-with the same. Each ends well, or in an error of the library; its memory is limited; a native crash is seen by
-the process that watches.
+The process of torch makes the hostile folders, converts them, and resumes from the result: by
+``DistrustTrainer``, for one step, with the options that the checkpoint contains. The process of mlx then
+resumes from the same. Each must succeed, or raise an error of the library; its memory is limited, and the
+campaign sees a native crash.
 """
 
 from __future__ import annotations
@@ -19,23 +19,22 @@ from importlib.util import find_spec
 from pathlib import Path
 from random import Random
 
-from campaigns.campaign import SKIPPED, CounterExample
-from campaigns.fuzz import converting, corruptions, families, imports
-from campaigns.fuzz.invariants import bound, require, require_plain, seconds
-from campaigns.fuzz.worker import Worker
+from campaigns.campaign import SKIPPED, CounterExample, require
+from campaigns.fuzz import converting, corruptions, costs, families, imports
+from campaigns.fuzz.invariants import bound, require_plain, seconds
 from distrust import CheckpointManager, TrainConfig
-from distrust import config as options
+from distrust import config as config_module
 from distrust.checkpoint import catalog
 from distrust.errors import DistrustError, DistrustWarning, OutOfMemory
 
-#: Of an engine: threads, and what torch and mlx keep.
+#: Of an engine: threads, and the caches of torch and mlx.
 ALLOWED_BYTES = 512 << 20
-#: Of the processor: a model is loaded, and a step is made.
+#: Of the processor, to load a model and make a step.
 SECONDS = 10.0
-TIMES = 2
-AT_RANDOM = 12
+REPETITIONS = 2
+RANDOM_FOLDERS = 12
 CONVERTED = "folders of other programs given to convert"
-GONE_ON = "of them gone on with"
+RESUMED = "of them resumed"
 _EXAMPLES = [{"text": "salt melts at nine"}, {"text": "the ore"}]
 
 #: What a case does in the process of torch.
@@ -43,37 +42,23 @@ Work = Callable[["Bench", int], Counter[str]]
 
 
 class Engines:
-    """The processes. Each begins when it is needed.
-
-    Args:
-        work: what a case does.
-        directory: for everything.
-    """
+    """The processes of the engines; a context. Each starts when it is needed."""
 
     def __init__(self, work: Work, directory: Path) -> None:
-        self._bench = Bench(directory)
-        self._torch = Worker(
-            lambda number: work(self._bench, number),
-            allowed=ALLOWED_BYTES,
-            prepare=lambda: self._bench.prepare("torch"),
+        bench = Bench(directory)
+        self._torch = costs.worker(
+            lambda number: work(bench, number), allowed=ALLOWED_BYTES, prepare=lambda: bench.prepare("torch")
         )
-        self._mlx = Worker(
-            lambda _: self._bench.go_on("mlx"),
-            allowed=ALLOWED_BYTES,
-            prepare=lambda: self._bench.prepare("mlx"),
+        self._mlx = costs.worker(
+            lambda _: bench.resume_all("mlx"), allowed=ALLOWED_BYTES, prepare=lambda: bench.prepare("mlx")
         )
 
-    def do(self, number: int) -> Counter[str]:
-        """Do a case.
-
-        Raises:
-            CounterExample: if a promise was not kept.
-        """
+    def run(self, number: int) -> Counter[str]:
         if any(find_spec(name) is None for name in ("torch", "peft", "transformers")):
             return Counter({f"{SKIPPED}: folders of other programs need torch and peft": 1})
-        counts = self._torch.do(number)
+        counts: Counter[str] = Counter(self._torch.request(number))
         if find_spec("mlx_lm") is not None:
-            counts += self._mlx.do(number)
+            counts += self._mlx.request(number)
         return counts
 
     def __enter__(self) -> Engines:
@@ -85,166 +70,153 @@ class Engines:
 
 
 class Bench:
-    """Where folders are harmed, converted, and gone on with; used inside the processes.
+    """Where folders are corrupted, converted and resumed from; used inside the processes.
 
     Args:
         directory: for everything.
     """
 
     def __init__(self, directory: Path) -> None:
-        self._goods = directory / "good"
-        self._patients = directory / "patients"
+        self._fixtures_folder = directory / "fixtures"
+        self._victims = directory / "victims"
         self._runs = directory / "runs"
-        self._sound = directory / "sound"
-        self._here = directory / "here"
-        self._good: imports.Fixtures
+        self._valid_runs = directory / "valid"
+        self._working = directory / "working"
+        self._fixtures: imports.Fixtures
 
     def prepare(self, engine: str) -> None:
-        """Import what is needed, and go on with good ones: what that takes is not a hostile file's doing."""
+        """Import what is needed, and resume from valid folders: that memory is not due to a hostile file."""
         os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1", OMP_NUM_THREADS="1")
-        self._here.mkdir(parents=True, exist_ok=True)
-        os.chdir(self._here)
+        self._working.mkdir(parents=True, exist_ok=True)
+        os.chdir(self._working)
         if engine == "torch":
-            _be_silent()
-            self._good = imports.make(self._goods)
-            for kind in self._good.kinds:
-                counts = self.try_out(kind, lambda _: None, Random(0))
-                if counts[f"{CONVERTED}: converted"] != 1 or counts[f"{GONE_ON} torch: well"] != 1:
-                    raise AssertionError(f"a good one of {kind} is not gone on with: {dict(counts)}")
-            os.rename(self._runs, self._sound)
+            _silence_transformers()
+            self._fixtures = imports.make(self._fixtures_folder)
+            for kind in self._fixtures.kinds:
+                counts = self.try_one(kind, lambda _: None, Random(0))
+                if counts[f"{CONVERTED}: converted"] != 1 or counts[f"{RESUMED} torch: ok"] != 1:
+                    raise AssertionError(f"a valid {kind} is not resumed from: {dict(counts)}")
+            os.rename(self._runs, self._valid_runs)
             self._clear()
-            gc.freeze()  # what was imported stays: to look through it each time would take most of the time
-            return
-        counts = self.go_on(engine, self._sound)
-        if set(counts) != {f"{GONE_ON} {engine}: well"}:
-            raise AssertionError(f"good ones are not gone on with: {dict(counts)}")
-        gc.freeze()
+        else:
+            counts = self.resume_all(engine, self._valid_runs)
+            if set(counts) != {f"{RESUMED} {engine}: ok"}:
+                raise AssertionError(f"valid folders are not resumed from: {dict(counts)}")
+        gc.freeze()  # imported modules stay: each collection would spend most of its time on them
 
-    def family(self, family: imports.Family, chance: Random) -> Counter[str]:
-        """One kind of harm alone, a few times to each kind of folder."""
-        self._clear()
-        counts: Counter[str] = Counter()
-        for kind in self._good.kinds:
-            for _ in range(TIMES):
-                counts += self.try_out(kind, family, chance)
-        return counts
+    def run_family(self, family: imports.Family, rng: Random) -> Counter[str]:
+        pairs = [(kind, family) for kind in self._fixtures.kinds for _ in range(REPETITIONS)]
+        return self._run_pairs(pairs, rng)
 
-    def random(self, chance: Random) -> Counter[str]:
-        """Some kinds of harm to some kinds of folders."""
-        self._clear()
-        counts: Counter[str] = Counter()
-        for _ in range(AT_RANDOM):
-            family = chance.choice([*imports.FAMILIES.values()])
-            counts += self.try_out(chance.choice([*self._good.kinds]), family, chance)
-        return counts
+    def run_random(self, rng: Random) -> Counter[str]:
+        kinds, every_family = [*self._fixtures.kinds], [*imports.FAMILIES.values()]
+        pairs = [(rng.choice(kinds), rng.choice(every_family)) for _ in range(RANDOM_FOLDERS)]
+        return self._run_pairs(pairs, rng)
 
-    def try_out(self, kind: str, family: imports.Family, chance: Random) -> Counter[str]:
-        """Harm one, convert it, and go on with what came of it.
-
-        Raises:
-            CounterExample: if a promise was not kept.
-        """
-        patient = self._harmed(kind, family, chance)
-        if patient is None:
+    def try_one(self, kind: str, family: imports.Family, rng: Random) -> Counter[str]:
+        """Corrupt a folder, convert it, and resume from the result."""
+        victim = self._make_victim(kind, family, rng)
+        if victim is None:
             return Counter()
         run = self._runs / f"{len(list(self._runs.iterdir()))} {kind}"
         counts: Counter[str] = Counter()
-        base = None if kind in ("whole",) or chance.random() < 0.5 else str(self._good.base)
+        base = None if kind == "whole" or rng.random() < 0.5 else str(self._fixtures.base)
         began = seconds()
         try:
-            (done,) = converting.converted(patient.path, run, model=base)
-            counts[f"{CONVERTED}: {done.outcome}"] += 1
-        except CounterExample as found:
-            raise CounterExample(f"{kind}: {found}") from found
+            (result,) = converting.convert_and_check(victim.path, run, model=base)
+            counts[f"{CONVERTED}: {result.outcome}"] += 1
+        except CounterExample as error:
+            raise CounterExample(f"{kind}: {error}") from error
         except DistrustError as error:
             counts[f"{CONVERTED}: {type(error).__name__}"] += 1
-        took = seconds() - began
-        # Twice converted, and hashed by the campaign besides.
-        require(took <= 4 * bound(_nbytes(patient.path)), f"{kind}: convert: {took:.1f} s")
-        require(not patient.canary.exists(), f"{kind}: a pickle was run")
-        require(not any(self._here.iterdir()), f"{kind}: it wrote {[*self._here.iterdir()]}")
-        if (
-            not (run / catalog.RUN_SUBDIRECTORY).is_dir()
-            or not catalog.scan(run / catalog.RUN_SUBDIRECTORY).files
-        ):
+        elapsed = seconds() - began
+        # Converted twice, and hashed by the campaign besides.
+        require(elapsed <= 4 * bound(_nbytes(victim.path)), f"{kind}: convert: {elapsed:.1f} s")
+        require(not victim.canary.exists(), f"{kind}: a pickle was run")
+        written = [*self._working.iterdir()]
+        require(not written, f"{kind}: it wrote {written}")
+        checkpoints = run / catalog.RUN_SUBDIRECTORY
+        if not checkpoints.is_dir() or not catalog.scan(checkpoints).files:
             corruptions.clear(run)
             return counts
-        copy = self._patients / "run"  # the other engine goes on with what this one found
+        copy = self._victims / "run"  # the other engine must find the run unchanged
         shutil.copytree(run, copy)
-        counts[f"{GONE_ON} torch: {self._gone_on(copy, 'torch', run.name)}"] += 1
+        counts[f"{RESUMED} torch: {self._resume(copy, 'torch', run.name)}"] += 1
         return counts
 
-    def go_on(self, engine: str, runs: Path | None = None) -> Counter[str]:
-        """Go on with everything that was converted, or with these.
-
-        Raises:
-            CounterExample: if a promise was not kept.
-        """
+    def resume_all(self, engine: str, runs: Path | None = None) -> Counter[str]:
+        """Resume from everything that was converted, or from these."""
         counts: Counter[str] = Counter()
         for run in sorted((runs or self._runs).iterdir()):
             copy = self._runs.parent / f"run of {engine}"
             corruptions.clear(copy)
             shutil.copytree(run, copy)
-            counts[f"{GONE_ON} {engine}: {self._gone_on(copy, engine, run.name)}"] += 1
+            counts[f"{RESUMED} {engine}: {self._resume(copy, engine, run.name)}"] += 1
             corruptions.clear(copy)
         gc.collect()
         return counts
 
+    def _run_pairs(self, pairs: list[tuple[str, imports.Family]], rng: Random) -> Counter[str]:
+        self._clear()
+        counts: Counter[str] = Counter()
+        for kind, family in pairs:
+            counts += self.try_one(kind, family, rng)
+        return counts
+
     def _clear(self) -> None:
-        gc.collect()  # an engine is a ring of objects
+        gc.collect()  # an engine is in a reference cycle
         corruptions.clear(self._runs)
         self._runs.mkdir()
 
-    def _harmed(self, kind: str, family: imports.Family, chance: Random) -> imports.Victim | None:
+    def _make_victim(self, kind: str, family: imports.Family, rng: Random) -> imports.Victim | None:
         self._runs.mkdir(exist_ok=True)
-        corruptions.clear(self._patients)
-        self._patients.mkdir()
-        good = self._good.kinds[kind]
-        patient = imports.Victim(self._patients / good.name, kind, self._good, chance)
-        if good.is_dir():
-            shutil.copytree(good, patient.path)
+        corruptions.clear(self._victims)
+        self._victims.mkdir()
+        fixture = self._fixtures.kinds[kind]
+        victim = imports.Victim(self._victims / fixture.name, kind, self._fixtures, rng)
+        if fixture.is_dir():
+            shutil.copytree(fixture, victim.path)
         else:
-            shutil.copyfile(good, patient.path)
+            shutil.copyfile(fixture, victim.path)
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of what is made here, not of what reads it
-                family(patient)
+                warnings.simplefilter("ignore")  # of the libraries that write the folder
+                family(victim)
         except (*families.NOTHING_TO_CHANGE, OSError, RuntimeError):
             return None
-        return patient
+        return victim
 
-    def _gone_on(self, run: Path, engine: str, what: str) -> str:
-        """How it ended."""
+    def _resume(self, run: Path, engine: str, name: str) -> str:
+        """``ok``, or the kind of the library's error."""
         began = seconds()
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                _train(run, engine, imports.base_of(self._goods))
-            said = "well"
+                _train_one_step(run, engine, imports.base_of(self._fixtures_folder))
+            answer = "ok"
         except OutOfMemory as error:
-            raise CounterExample(f"{what}: {engine}: {error}") from error
+            raise CounterExample(f"{name}: {engine}: {error}") from error
         except DistrustError as error:
-            require_plain(f"{what}: {engine}: the message", str(error))
-            said = type(error).__name__
+            require_plain(f"{name}: {engine}: the message", str(error))
+            answer = type(error).__name__
         except CounterExample:
             raise
         except BaseException as error:
-            told = f"{type(error).__name__}: {str(error)[:500]!a}"
-            raise CounterExample(f"{what}: {engine} goes on with it: {told}") from error
+            text = f"{type(error).__name__}: {str(error)[:500]!a}"
+            raise CounterExample(f"{name}: resumed by {engine}: {text}") from error
         for warning in caught:
             if issubclass(warning.category, DistrustWarning):
-                require_plain(f"{what}: {engine}: the warning", str(warning.message))
-        took = seconds() - began
-        require(took <= SECONDS, f"{what}: {engine}: {took:.1f} s")
-        return said
+                require_plain(f"{name}: {engine}: the warning", str(warning.message))
+        elapsed = seconds() - began
+        require(elapsed <= SECONDS, f"{name}: {engine}: {elapsed:.1f} s")
+        return answer
 
 
-def _train(run: Path, engine: str, base: Path) -> None:
-    """One step more."""
+def _train_one_step(run: Path, engine: str, base: Path) -> None:
     from distrust import DistrustTrainer
 
     file = catalog.scan(run / catalog.RUN_SUBDIRECTORY).files[-1]
-    asked = {
+    options = {
         "engine": engine,
         "model": str(base),
         "out": str(run),
@@ -255,23 +227,22 @@ def _train(run: Path, engine: str, base: Path) -> None:
         "device": "cpu",
         "cache_dir": str(run / "cache"),
         "save_every": 0,
-        "lora_rank": imports.RANK,  # not every format tells
+        "lora_rank": imports.RANK,  # not every format contains it
     }
-    config: TrainConfig = options.from_mapping({**asked, **file.header.config}, where=str(run))
-    ended = DistrustTrainer(config, examples=_EXAMPLES).train()
-    if ended.step != file.step + 1 or ended.path is None:
-        raise CounterExample(f"{engine}: ended at step {ended.step}, not {file.step + 1}")
-    CheckpointManager(run / catalog.RUN_SUBDIRECTORY).validate(ended.path)
+    config: TrainConfig = config_module.from_mapping({**options, **file.header.config}, where=str(run))
+    result = DistrustTrainer(config, examples=_EXAMPLES).train()
+    if result.step != file.step + 1 or result.path is None:
+        raise CounterExample(f"{engine}: ended at step {result.step}, not {file.step + 1}")
+    CheckpointManager(run / catalog.RUN_SUBDIRECTORY).validate(result.path)
 
 
-def _be_silent() -> None:
-    """What other libraries tell of loading is no finding."""
+def _silence_transformers() -> None:
     logging = importlib.import_module("transformers.utils.logging")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
 
 def _nbytes(path: Path) -> int:
-    """Of what there is to read; a sparse file is none."""
+    """Bytes on disk: a sparse file has none."""
     files = [path, *(path.rglob("*") if path.is_dir() else ())]
     return sum(file.lstat().st_blocks * 512 for file in files if os.path.lexists(file))

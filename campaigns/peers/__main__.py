@@ -1,4 +1,4 @@
-"""The command: which cells are tried how often, and what is written of it."""
+"""The command ``python -m campaigns.peers``: which cells are tried how often, and the reports."""
 
 from __future__ import annotations
 
@@ -14,19 +14,18 @@ from pathlib import Path
 from typing import TextIO
 
 from campaigns import peers
-from campaigns.campaign import Campaign, Case, parser, run
-from campaigns.peers import picture
+from campaigns.campaign import Campaign, Case, add_directory, parser, require, run
 from campaigns.peers.accidents import KILL
-from campaigns.peers.all_subjects import SUBJECTS, missing, versions
+from campaigns.peers.all_subjects import SUBJECTS, missing_modules, versions
 from campaigns.peers.outcomes import Outcome
-from campaigns.peers.results import Results, markdown
+from campaigns.peers.report import Results, draw, markdown
 from campaigns.peers.trials import CELLS, Bench, Cell, Trial, cell_of
 
 #: Characters of a message in the log.
 MESSAGE = 1500
 ROUNDS = max(cell.trials for cell in CELLS)
-#: What ours may do. A kill loses nothing; damage is found; a file that is gone can be missed by nobody, for
-#: there is no list of what there was.
+#: What ours may do. A kill loses nothing; damage is found; a missing file cannot be noticed, since there is
+#: no list of the files.
 ALLOWED = {
     KILL: {Outcome.NOTHING_LOST},
     "missing file": {Outcome.FELL_BACK, Outcome.FELL_BACK_SAYING, Outcome.FOUND},
@@ -35,110 +34,103 @@ ALLOWED_OF_DAMAGE = {Outcome.NOTHING_LOST, Outcome.FELL_BACK_SAYING, Outcome.FOU
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the campaign."""
-    made = parser(peers.__doc__)
-    made.add_argument("--peers", type=re.compile, default="", help="only the savers whose name this matches")
-    made.add_argument("--accidents", type=re.compile, default="", help="only the accidents that this matches")
-    made.add_argument(
-        "--rounds", type=int, help="trials of each cell, at most (default: as many as are meant)"
-    )
-    made.add_argument(
-        "--directory", type=Path, help="where to work (default: the system's for temporary files)"
-    )
-    made.add_argument("--markdown", type=Path, help="write the table into this file")
-    made.add_argument("--picture", type=Path, help="draw the counts into this PNG")
-    made.add_argument("--log", type=Path, help="write every trial into this file, a line of JSON each")
-    made.add_argument(
-        "--fault", choices=["digests"], help="leave this out of ours: the campaign has to find it"
-    )
-    return run("peers", made, _campaign, cases=ROUNDS * len(CELLS), arguments=arguments)
+    cli = parser(peers.__doc__)
+    cli.add_argument("--peers", type=re.compile, default="", help="only the savers whose name this matches")
+    cli.add_argument("--accidents", type=re.compile, default="", help="only the accidents that this matches")
+    cli.add_argument("--rounds", type=int, help="trials of each cell, at most (default: all)")
+    add_directory(cli)
+    cli.add_argument("--markdown", type=Path, help="write the table into this file")
+    cli.add_argument("--picture", type=Path, help="draw the counts into this PNG")
+    cli.add_argument("--log", type=Path, help="write every trial into this file, a line of JSON each")
+    cli.add_argument("--fault", choices=["digests"], help="leave this out of ours: it must be found")
+    return run("peers", cli, _body, cases=ROUNDS * len(CELLS), arguments=arguments)
 
 
-def _campaign(campaign: Campaign) -> None:
+def _body(campaign: Campaign) -> None:
     options, results = campaign.options, Results()
-    wanted = list(_wanted(campaign))
-    subjects = [one for one in SUBJECTS if any(cell.subject is one for cell in wanted)]
-    known = versions(subjects)
-    print(", ".join(f"{package} {version}" for package, version in known.items()))
+    cells = list(_select_cells(campaign))
+    subjects = [one for one in SUBJECTS if any(cell.subject is one for cell in cells)]
+    package_versions = versions(subjects)
+    print(", ".join(f"{package} {version}" for package, version in package_versions.items()))
     with ExitStack() as stack:
         parent = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=options.directory)))
         log = stack.enter_context(options.log.open("w")) if options.log else None
         benches: dict[str, Bench] = {}
         try:
-            for case, cell in _turns(campaign, wanted):
+            for case, cell in _select_cases(campaign, cells):
                 name = cell.subject.name
                 if name not in benches:
                     benches[name] = stack.enter_context(Bench(cell.subject, parent, fault=options.fault))
-                trial = benches[name].tried(cell.accident, case.chance)
-                _take(campaign, results, cell, trial)
-                _note(log, case, cell, trial)
+                trial = benches[name].run_trial(cell.accident, case.rng)
+                _count(campaign, results, cell, trial)
+                _write_log(log, case, cell, trial)
                 _require(campaign, cell, trial)
         finally:
-            _write(campaign, results, known)
+            _write_reports(campaign, results, package_versions)
 
 
-def _wanted(campaign: Campaign) -> Iterator[Cell]:
-    """The cells that are asked for and can be tried."""
+def _select_cells(campaign: Campaign) -> Iterator[Cell]:
+    """The cells that the options select and that can be tried."""
     options = campaign.options
     for subject in SUBJECTS:
         cells = [cell for cell in CELLS if cell.subject is subject]
-        chosen = [
+        selected = [
             cell
             for cell in cells
             if re.search(options.peers, subject.name) and re.search(options.accidents, cell.accident.name)
         ]
-        absent = missing(subject)
-        if chosen and absent:
-            print(f"{subject.name}: skipped, for there is no {', '.join(absent)} here")
+        missing = missing_modules(subject)
+        if selected and missing:
+            print(f"{subject.name}: skipped, {', '.join(missing)} not installed")
         else:
-            yield from chosen
+            yield from selected
 
 
-def _turns(campaign: Campaign, wanted: Sequence[Cell]) -> Iterator[tuple[Case, Cell]]:
-    """The cases whose cell is wanted and has trials left."""
+def _select_cases(campaign: Campaign, cells: Sequence[Cell]) -> Iterator[tuple[Case, Cell]]:
+    """The cases whose cell is selected and has trials left."""
     options = campaign.options
     for case in campaign.cases():
-        cell, before = cell_of(case.number)
+        cell, earlier = cell_of(case.number)
         rounds = cell.trials if options.rounds is None else min(cell.trials, options.rounds)
-        if cell in wanted and (options.case is not None or before % ROUNDS < rounds):
+        if cell in cells and (options.case is not None or earlier % ROUNDS < rounds):
             yield case, cell
 
 
-def _take(campaign: Campaign, results: Results, cell: Cell, trial: Trial) -> None:
+def _count(campaign: Campaign, results: Results, cell: Cell, trial: Trial) -> None:
     results.add(cell, trial.outcome)
     campaign.count(f"{cell.accident.name}, {cell.subject.name}: {trial.outcome.value}")
 
 
-def _note(log: TextIO | None, case: Case, cell: Cell, trial: Trial) -> None:
+def _write_log(log: TextIO | None, case: Case, cell: Cell, trial: Trial) -> None:
     if log is None:
         return
     line = {
         "case": case.number,
         "saver": cell.subject.name,
         "accident": cell.accident.name,
-        "what": trial.what,
+        "what": trial.description,
         "outcome": trial.outcome.value,
-        "message": trial.message[-MESSAGE:],  # of an error, the end tells most
+        "message": trial.message[-MESSAGE:],  # the end of an error is the most specific
     }
     print(json.dumps(line), file=log, flush=True)
 
 
 def _require(campaign: Campaign, cell: Cell, trial: Trial) -> None:
     allowed = ALLOWED.get(cell.accident.name, ALLOWED_OF_DAMAGE)
-    what = f"{cell.subject.name}, {cell.accident.name} ({trial.what})"
-    message = f"{what}: {trial.outcome.value}: {trial.message[-MESSAGE:]}"
-    campaign.require(not cell.subject.ours or trial.outcome in allowed, message)
+    trial_name = f"{cell.subject.name}, {cell.accident.name} ({trial.description})"
+    message = f"{trial_name}: {trial.outcome.value}: {trial.message[-MESSAGE:]}"
+    require(not cell.subject.ours or trial.outcome in allowed, message)
 
 
-def _write(campaign: Campaign, results: Results, known: dict[str, str]) -> None:
+def _write_reports(campaign: Campaign, results: Results, package_versions: dict[str, str]) -> None:
     options = campaign.options
     system = f"{platform.system()}, {os.cpu_count()} cores, Python {platform.python_version()}"
     about = f"{system}, seed {options.seed}"
     if options.markdown:
-        options.markdown.write_text(markdown(results, known, about))
+        options.markdown.write_text(markdown(results, package_versions, about))
     if options.picture:
-        shown = " · ".join(f"{package} {version}" for package, version in known.items())
-        picture.draw(results, options.picture, about=f"{shown} · {about}")
+        shown = " · ".join(f"{package} {version}" for package, version in package_versions.items())
+        draw(results, options.picture, about=f"{shown} · {about}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What befalls the files of a checkpoint: each accident strikes uniformly over the bytes of all of them."""
+"""What happens to the files of a checkpoint: each accident hits a random byte, uniform over all files."""
 
 from __future__ import annotations
 
@@ -18,22 +18,18 @@ class Accident:
     """Something that happens to a checkpoint.
 
     Attributes:
-        name: in the tables.
-        note: what happens, for whoever looks at the picture.
-        strike: does it to the files, and says what it did; None for a kill, which happens to the writer.
-        certain: whether it is the same each time.
+        strike: does it to the files, and returns a description; None for a kill, which hits the writer.
     """
 
-    name: str
-    note: str
+    name: str  # in the tables
+    note: str  # what happens, for the picture
     strike: Strike | None
-    certain: bool = False
+    certain: bool = False  # whether it is the same each time
 
 
-def flip_a_bit(files: Sequence[Path], chance: random.Random) -> str:
-    """One bit of one byte."""
-    path, offset = _somewhere(files, chance)
-    bit = chance.randrange(8)
+def flip_a_bit(files: Sequence[Path], rng: random.Random) -> str:
+    path, offset = _random_byte(files, rng)
+    bit = rng.randrange(8)
     with path.open("r+b") as file:
         file.seek(offset)
         (byte,) = file.read(1)
@@ -42,57 +38,57 @@ def flip_a_bit(files: Sequence[Path], chance: random.Random) -> str:
     return f"{path.name}: bit {bit} of byte {offset:,} of {path.stat().st_size:,}"
 
 
-def zero_a_tail(files: Sequence[Path], chance: random.Random) -> str:
-    """Zeros from some byte to the end of its file: what a power cut leaves after the size was set."""
+def zero_a_tail(files: Sequence[Path], rng: random.Random) -> str:
+    """Write zeros from some byte to the end of its file: what a power cut leaves after the size was set."""
     while True:
-        path, offset = _somewhere(files, chance)
+        path, offset = _random_byte(files, rng)
         size = path.stat().st_size
         with path.open("r+b") as file:
             file.seek(offset)
             if not any(file.read()):
-                continue  # it is zeros already
+                continue  # all zeros already
             file.seek(offset)
             file.write(bytes(size - offset))
         return f"{path.name}: zeros from byte {offset:,} of {size:,}"
 
 
-def truncate(files: Sequence[Path], chance: random.Random) -> str:
-    """A file ends at some byte."""
-    path, offset = _somewhere(files, chance)
+def truncate(files: Sequence[Path], rng: random.Random) -> str:
+    path, offset = _random_byte(files, rng)
     size = path.stat().st_size
     with path.open("r+b") as file:
         file.truncate(offset)
     return f"{path.name}: cut at byte {offset:,} of {size:,}"
 
 
-def remove_a_file(files: Sequence[Path], chance: random.Random) -> str:
-    """One of the files is gone."""
-    path = chance.choice(files)
+def remove_a_file(files: Sequence[Path], rng: random.Random) -> str:
+    path = rng.choice(files)
     path.unlink()
     return f"{path.name}: removed"
 
 
-def zero_half_an_adapter(files: Sequence[Path], chance: random.Random) -> str:
-    """The second half of an adapter's bytes is zeros, in whatever safetensors file it stands."""
+def zero_half_an_adapter(files: Sequence[Path], rng: random.Random) -> str:
+    """Zero the second half of an adapter's tensors, in either kind of safetensors file."""
     (path,) = (file for file in files if file.name.startswith(("adapter_model", "checkpoint-")))
     with path.open("r+b") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
         del header["__metadata__"]
-        ours = any(name.startswith("optimizer.") for name in header)
-        places = sorted(
-            tensor["data_offsets"] for name, tensor in header.items() if not ours or name.startswith("model.")
+        is_distrust = any(name.startswith("optimizer.") for name in header)
+        offsets = sorted(
+            tensor["data_offsets"]
+            for name, tensor in header.items()
+            if not is_distrust or name.startswith("model.")
         )
-        for begin, end in places[len(places) // 2 :]:
+        for begin, end in offsets[len(offsets) // 2 :]:
             file.seek(8 + length + begin)
             file.write(bytes(end - begin))
-    return f"{path.name}: {len(places) - len(places) // 2} of {len(places)} tensors of the adapter are zeros"
+    return (
+        f"{path.name}: {len(offsets) - len(offsets) // 2} of {len(offsets)} tensors of the adapter are zeros"
+    )
 
 
 def remove(name: str) -> Strike:
-    """A file of this name is gone."""
-
-    def strike(files: Sequence[Path], chance: random.Random) -> str:
+    def strike(files: Sequence[Path], rng: random.Random) -> str:
         (path,) = (file for file in files if file.name == name)
         path.unlink()
         return f"{name}: removed"
@@ -115,10 +111,10 @@ NO_RNG = Accident("rng_state.pth missing", "removed", remove("rng_state.pth"), c
 ALL = (*COMMON, HALF_ADAPTER, NO_OPTIMIZER, NO_RNG)
 
 
-def _somewhere(files: Sequence[Path], chance: random.Random) -> tuple[Path, int]:
-    """A byte, each as probable as any other."""
+def _random_byte(files: Sequence[Path], rng: random.Random) -> tuple[Path, int]:
+    """A byte of one of the files, each as probable as any other."""
     sizes = [path.stat().st_size for path in files]
-    offset = chance.randrange(sum(sizes))
+    offset = rng.randrange(sum(sizes))
     for path, size in zip(files, sizes, strict=True):
         if offset < size:
             return path, offset

@@ -1,4 +1,4 @@
-"""All of them, in the order of the tables: ours, then those that save the same thing."""
+"""All savers, in the order of the tables: ours, then those that save the same thing."""
 
 from __future__ import annotations
 
@@ -26,15 +26,13 @@ SUBJECTS: tuple[Subject, ...] = (
 )  # fmt: skip
 
 
-def named(name: str) -> Subject:
-    """The subject of a name."""
+def find_subject(name: str) -> Subject:
     (subject,) = (subject for subject in SUBJECTS if subject.name == name)
     return subject
 
 
-def missing(subject: Subject) -> list[str]:
-    """The modules that it needs and that are not installed."""
-    return [module for module in subject.modules if not _installed(module)]
+def missing_modules(subject: Subject) -> list[str]:
+    return [module for module in subject.modules if not _is_installed(module)]
 
 
 def versions(subjects: Iterable[Subject]) -> dict[str, str]:
@@ -43,8 +41,8 @@ def versions(subjects: Iterable[Subject]) -> dict[str, str]:
     return {package: importlib.metadata.version(package) for package in packages}
 
 
-def _installed(module: str) -> bool:
+def _is_installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # its parent is not
+    except ModuleNotFoundError:  # its parent is not installed
         return False

@@ -1,4 +1,4 @@
-"""What came of an accident, in a few terms that fit every saver, and how a trial is sorted into them."""
+"""The outcomes of an accident, in a few terms that fit every saver, and how a trial is classified."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from enum import Enum
 
 
 class Outcome(Enum):
-    """What came of an accident, the best first. The value is the term in tables."""
+    """The outcome of an accident, the best first. The value is the term in tables."""
 
-    NOTHING_LOST = "nothing lost"
-    FELL_BACK_SAYING = "older one, said so"
-    FELL_BACK = "older one, silently"
-    FOUND = "stopped, naming it"
-    DIED = "died otherwise"
-    CRASHED = "crashed or hung"
-    BEGAN_ANEW = "found none"
-    OTHER_VALUES_SAYING = "other values, with a warning"
-    OTHER_VALUES = "other values, unnoticed"
-    ALL_LOST = "all lost"
+    NOTHING_LOST = "nothing lost"  # the newest checkpoint, or the one that was being saved
+    FELL_BACK_SAYING = "older one, said so"  # with a message about the damage
+    FELL_BACK = "older one, silently"  # without a message
+    FOUND = "stopped, naming it"  # an error that names the damage
+    DIED = "died otherwise"  # another error
+    CRASHED = "crashed or hung"  # of the process
+    BEGAN_ANEW = "found none"  # as if there were no checkpoint
+    OTHER_VALUES_SAYING = "other values, with a warning"  # values that were never saved
+    OTHER_VALUES = "other values, unnoticed"  # the worst that a saver can do
+    ALL_LOST = "all lost"  # the older checkpoint, too
 
 
-#: These resumed nothing: after a kill, it is asked whether anything is left.
+#: Nothing was resumed: after a kill, a second attempt shows whether anything is left.
 STOPPED = {Outcome.FOUND, Outcome.DIED, Outcome.CRASHED, Outcome.BEGAN_ANEW}
 
-#: An error with one of these words names the damage; they are generous. So does one that names the directory.
+#: An error with one of these words names the damage (a generous list). So does one that names the directory.
 NAMED = re.compile(
     r"corrupt|\bdamag|checksum|\bcrc|\bdigest|mismatch|truncat|incomplete|\binvalid|malformed|unexpected end"
     r"|end of file|file read failed|\bmissing\b|no such file|not found|does not exist|can't find"
@@ -34,50 +34,39 @@ NAMED = re.compile(
     r"|out of range|out of bounds|none of them is intact",
     re.IGNORECASE,
 )
-#: So does a line on the terminal that an undamaged checkpoint does not bring.
+#: So does a printed line that an undamaged checkpoint does not cause.
 SAID = re.compile(rf"{NAMED.pattern}|\bskip|\bolder\b|\binstead\b|\binitiali", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What a saver made of a directory.
+    """What a saver made of a directory."""
 
-    Attributes:
-        step: that it goes on from; None if it found nothing to go on from.
-        proof: digest of the values that it then had.
-        error: what it raised, with the causes; None if it went on.
-        directory: that it was to go on from.
-        words: what it printed that it does not print of an undamaged checkpoint.
-        crashed: how its process ended, if it did.
-    """
-
-    step: int | None = None
-    proof: str | None = None
-    error: str | None = None
-    directory: str | None = None
-    words: tuple[str, ...] = ()
-    crashed: str | None = None
+    step: int | None = None  # that it resumed from; None if it found none
+    proof: str | None = None  # digest of the values that it then had
+    error: str | None = None  # what it raised, with the causes; None if it resumed
+    directory: str | None = None  # that it was to resume from
+    words: tuple[str, ...] = ()  # what it printed, without what it prints for an undamaged checkpoint
+    crashed: str | None = None  # how its process ended, if it did
 
     @property
     def names_it(self) -> bool:
-        """Whether its error names the damage; of a traceback in it, the frames do not count."""
+        """Whether its error names the damage; the frames of a traceback in it do not count."""
         lines = [line for line in (self.error or "").splitlines() if not line.startswith(" ")]
-        place = self.directory
-        return any(NAMED.search(line) or (place is not None and place in line) for line in lines)
+        directory = self.directory
+        return any(NAMED.search(line) or (directory is not None and directory in line) for line in lines)
 
     @property
     def says_it(self) -> bool:
-        """Whether it printed something of the damage."""
         return any(SAID.search(word) for word in self.words)
 
     @property
     def message(self) -> str:
-        """What there is to read of it."""
         return self.crashed or self.error or " / ".join(self.words)
 
 
 def classify(reply: Reply, expected: Mapping[int, str], newest: int) -> Outcome:
-    """Sort a trial.
+    """Classify a trial.
 
     Args:
         reply: of the saver.

@@ -1,71 +1,104 @@
-"""Who is tried: every saver, in the way that its own documentation shows.
+"""The savers of arrays, each used as its own documentation shows.
 
-Each finds its newest checkpoint by its own means. Who has none (safetensors, ``torch.save``) is tried in both
-ways in which it is used: over the same name, and to a new name for each step; then the highest is taken.
-``torch.distributed.checkpoint`` (DCP) writes a fresh folder for each step, and the newest that has its
-``.metadata`` is taken. Imports stand in the functions: a process pays for the library that it tries alone.
+Each finds its newest checkpoint by its own means. Those without (safetensors, ``torch.save``) are tried in
+both ways in which they are used: over the same name, and with a new name for each step, of which the highest
+is loaded. ``torch.distributed.checkpoint`` (DCP) writes a new folder for each step, and the newest that has
+its ``.metadata`` is loaded. Imports are in the functions: a process imports only the library that it tries.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from campaigns.peers import state
+import numpy as np
+from blake3 import blake3
+
 from campaigns.peers.accidents import COMMON, Accident
 
-#: Told "begin" and "saved" with the step.
-Tell = Callable[[str, int], None]
-#: The step that it goes on from, and the proof of the values that it has.
+TENSORS = 16
+Arrays = dict[str, "np.ndarray[Any, Any]"]
+
+
+def make_state(step: int, mib: int) -> Arrays:
+    """Tensors of so many MiB in total; no two steps share a value."""
+    state: Arrays = {
+        f"layers.{index}.weight": base + np.float32(step) for index, base in enumerate(_bases(mib))
+    }
+    state["step"] = np.array([step], np.int32)
+    return state
+
+
+def step_of(state: Mapping[str, Any]) -> int:
+    """The step that a state contains; -1 if it is damaged."""
+    array = state.get("step")
+    return -1 if array is None or array.size != 1 else int(array.reshape(-1)[0])
+
+
+def proof_of(state: Mapping[str, Any]) -> str:
+    """Digest of the names, dtypes, shapes and bytes of numpy arrays."""
+    digest = blake3()
+    for name, array in sorted(state.items()):
+        digest.update(f"{name} {array.dtype} {array.shape} ".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+@cache
+def _bases(mib: int) -> list[np.ndarray[Any, Any]]:
+    rng = np.random.default_rng(0)
+    columns = mib * 2**20 // (TENSORS * 4 * 64)
+    return [rng.standard_normal((64, columns), np.float32) for _ in range(TENSORS)]
+
+
+#: Called with "begin" or "saved", and the step.
+Report = Callable[[str, int], None]
+#: The step that it resumed from, and the proof of its values.
 Resumed = tuple[int, str] | None
 
 SAVES = 12
 
 
 class Subject(ABC):
-    """A way to save and to go on.
+    """A way to save and to resume.
 
     Attributes:
-        name: in the tables.
-        modules: that have to be installed.
-        packages: whose versions are shown.
         ours: whether a loss is a counterexample.
-        accidents: that it is tried with.
         interval: steps between two saves.
         damages: how many trials of each kind of damage.
         kills: how many kills.
     """
 
-    name: str
-    modules: tuple[str, ...] = ()
-    packages: tuple[str, ...] = ()
+    name: str  # in the tables
+    modules: tuple[str, ...] = ()  # that have to be installed
+    packages: tuple[str, ...] = ()  # whose versions are shown
     ours = False
-    accidents: tuple[Accident, ...] = COMMON
+    accidents: tuple[Accident, ...] = COMMON  # that it is tried with
     interval = 1
     damages = 50
     kills = 12
 
     @abstractmethod
-    def write(self, directory: Path, mib: int, last: int, tell: Tell) -> None:
-        """Save one checkpoint after the other, up to that of step ``last``."""
+    def write(self, directory: Path, mib: int, last: int, report: Report) -> None:
+        """Save one checkpoint after the other, up to step ``last``."""
 
     @abstractmethod
     def resume(self, directory: Path, mib: int) -> Resumed:
-        """Go on from what is there, as its documentation shows; None if it finds nothing."""
+        """Resume as its documentation shows; None if it finds no checkpoint."""
 
     @abstractmethod
-    def expected(self, directory: Path, mib: int) -> dict[int, str]:
-        """The proof of every step that :meth:`write` may save; the directory is for what that takes."""
+    def expected_proofs(self, directory: Path, mib: int) -> dict[int, str]:
+        """The proof of every step that :meth:`write` may save; may use the directory."""
 
     @abstractmethod
     def path(self, directory: Path, step: int) -> Path:
         """The file or folder of a step."""
 
     def files(self, directory: Path, step: int) -> list[Path]:
-        """The files of a step."""
         path = self.path(directory, step)
         return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
 
@@ -73,21 +106,21 @@ class Subject(ABC):
 class Store(Subject):
     """A saver of arrays."""
 
-    def write(self, directory: Path, mib: int, last: int, tell: Tell) -> None:
+    def write(self, directory: Path, mib: int, last: int, report: Report) -> None:
         self.open(directory)
         for step in range(1, last + 1):
-            arrays = self.taken(state.make(step, mib))
-            tell("begin", step)
+            arrays = self.convert(make_state(step, mib))
+            report("begin", step)
             self.save(directory, step, arrays)
-            tell("saved", step)
+            report("saved", step)
         self.close()
 
     def resume(self, directory: Path, mib: int) -> Resumed:
         loaded = self.load(directory, mib)
-        return None if loaded is None else (state.step_of(loaded), state.proof(loaded))
+        return None if loaded is None else (step_of(loaded), proof_of(loaded))
 
-    def expected(self, directory: Path, mib: int) -> dict[int, str]:
-        return {step: state.proof(state.make(step, mib)) for step in range(1, SAVES + 1)}
+    def expected_proofs(self, directory: Path, mib: int) -> dict[int, str]:
+        return {step: proof_of(make_state(step, mib)) for step in range(1, SAVES + 1)}
 
     def open(self, directory: Path) -> None:
         """Before the first save."""
@@ -96,17 +129,17 @@ class Store(Subject):
     def close(self) -> None:
         """After the last save."""
 
-    def taken(self, arrays: state.Arrays) -> Any:
-        """The state as this library takes it."""
+    def convert(self, arrays: Arrays) -> Any:
+        """The state in this library's arrays."""
         return arrays
 
     @abstractmethod
     def save(self, directory: Path, step: int, arrays: Any) -> None:
-        """Save; when it returns, the library says that it is saved."""
+        """Save; the library reports it as saved when this returns."""
 
     @abstractmethod
     def load(self, directory: Path, mib: int) -> Mapping[str, Any] | None:
-        """The newest state, as numpy arrays; None if nothing is found."""
+        """The newest state, as numpy arrays; None if there is none."""
 
 
 class Distrust(Store):
@@ -139,7 +172,7 @@ class Distrust(Store):
 
 
 class DistrustBackground(Distrust):
-    """Ours, saving behind: killed anywhere between its start and its report."""
+    """Ours, in the background: killed anywhere between its start and its report."""
 
     name = "distrust, save_async"
     accidents = COMMON[:1]
@@ -201,7 +234,7 @@ class Torch(SingleFile):
     modules = packages = ("torch",)
     suffix = ".pt"
 
-    def taken(self, arrays: state.Arrays) -> Any:
+    def convert(self, arrays: Arrays) -> Any:
         return _tensors(arrays)
 
     def save(self, directory: Path, step: int, arrays: Any) -> None:
@@ -230,7 +263,7 @@ class Dcp(Store):
     name = "DCP"
     modules = packages = ("torch",)
 
-    def taken(self, arrays: state.Arrays) -> Any:
+    def convert(self, arrays: Arrays) -> Any:
         return _tensors(arrays)
 
     def save(self, directory: Path, step: int, arrays: Any) -> None:
@@ -241,7 +274,7 @@ class Dcp(Store):
         newest = max(complete, key=lambda folder: int(folder.name.split("-")[1]), default=None)
         if newest is None:
             return None
-        target = _tensors({name: array * 0 for name, array in state.make(0, mib).items()})
+        target = _tensors({name: array * 0 for name, array in make_state(0, mib).items()})
         _dcp().load(target, checkpoint_id=newest, no_dist=True)
         return _arrays(target)
 
@@ -260,7 +293,7 @@ class DcpBackground(Dcp):
 
 
 class Orbax(Store):
-    """``CheckpointManager`` with ``StandardSave``; it saves behind, and is waited for."""
+    """``CheckpointManager`` with ``StandardSave``, in the background, then waited for."""
 
     name = "orbax"
     modules = ("jax", "orbax.checkpoint")
@@ -273,7 +306,7 @@ class Orbax(Store):
     def close(self) -> None:
         self.manager.close()
 
-    def taken(self, arrays: state.Arrays) -> Any:
+    def convert(self, arrays: Arrays) -> Any:
         import jax
 
         return jax.block_until_ready(jax.tree.map(jax.numpy.asarray, arrays))
@@ -293,7 +326,7 @@ class Orbax(Store):
             newest = manager.latest_step()
             if newest is None:
                 return None
-            target = jax.tree.map(ocp.utils.to_shape_dtype_struct, self.taken(state.make(0, mib)))
+            target = jax.tree.map(ocp.utils.to_shape_dtype_struct, self.convert(make_state(0, mib)))
             loaded = manager.restore(newest, args=ocp.args.StandardRestore(target))
         return {name: np.asarray(array) for name, array in loaded.items()}
 
@@ -307,12 +340,12 @@ def _tensors(arrays: Mapping[str, Any]) -> Any:
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-def _arrays(tensors: Mapping[str, Any]) -> state.Arrays:
+def _arrays(tensors: Mapping[str, Any]) -> Arrays:
     return {name: tensor.numpy() for name, tensor in tensors.items()}
 
 
 def _dcp() -> Any:
-    return import_module("torch.distributed.checkpoint")  # it says of nothing that it is exported
+    return import_module("torch.distributed.checkpoint")  # its names are not declared as exported
 
 
 def _orbax_manager(directory: Path) -> Any:

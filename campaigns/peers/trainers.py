@@ -1,7 +1,7 @@
-"""The trainers: a real LoRA training of the bundled model, and the same command once more.
+"""The trainers: a real LoRA training of the bundled model, and the same command again.
 
-What a trainer has when it goes on shows in where it ends: the proof is of the trained weights after the last
-step and of the losses on the way there. Dropout is on, so that random numbers count.
+What a trainer has restored shows in its final state: the proof covers the trained weights after the last step
+and the losses on the way there. Dropout is on, so the state of the random generators matters, too.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from blake3 import blake3
 
 from campaigns.peers.accidents import COMMON, HALF_ADAPTER, NO_OPTIMIZER, NO_RNG
-from campaigns.peers.subjects import Resumed, Subject, Tell
+from campaigns.peers.subjects import Report, Resumed, Subject
 
 STEPS = 12
 SAVE_EVERY = 2
@@ -37,12 +37,12 @@ class Training(Subject):
     damages = 12
     kills = 8
 
-    def expected(self, directory: Path, mib: int) -> dict[int, str]:
-        losses, ending = self.undisturbed(directory)
-        return {step: _proof(losses, ending, after=step) for step in range(SAVE_EVERY, STEPS + 1, SAVE_EVERY)}
+    def expected_proofs(self, directory: Path, mib: int) -> dict[int, str]:
+        losses, digest = self.train_undisturbed(directory)
+        return {step: _proof(losses, digest, after=step) for step in range(SAVE_EVERY, STEPS + 1, SAVE_EVERY)}
 
-    def undisturbed(self, directory: Path) -> tuple[Losses, str]:
-        """A run that is left alone: the loss of each step, and the digest of what it ended with."""
+    def train_undisturbed(self, directory: Path) -> tuple[Losses, str]:
+        """The loss of each step of an undisturbed run, and the digest of its final state."""
         raise NotImplementedError
 
 
@@ -55,26 +55,26 @@ class DistrustTraining(Training):
     ours = True
     accidents = (*COMMON, HALF_ADAPTER)
 
-    def write(self, directory: Path, mib: int, last: int, tell: Tell) -> None:
+    def write(self, directory: Path, mib: int, last: int, report: Report) -> None:
         from distrust.training.events import CheckpointSaved, CheckpointStarted, Event, StepEnded
 
         def watch(event: Event) -> None:
             if isinstance(event, CheckpointStarted):
-                tell("begin", event.step)
+                report("begin", event.step)
             elif isinstance(event, CheckpointSaved):
-                tell("saved", event.step)
+                report("saved", event.step)
             elif isinstance(event, StepEnded) and event.step == last < STEPS:
                 signal.raise_signal(signal.SIGTERM)
 
         self._train(directory, watch)
 
     def resume(self, directory: Path, mib: int) -> Resumed:
-        begun, losses, ending = self._run(directory)
-        return begun, _proof(losses, ending, after=begun)
+        start, losses, digest = self._run(directory)
+        return start, _proof(losses, digest, after=start)
 
-    def undisturbed(self, directory: Path) -> tuple[Losses, str]:
-        _, losses, ending = self._run(directory)
-        return losses, ending
+    def train_undisturbed(self, directory: Path) -> tuple[Losses, str]:
+        _, losses, digest = self._run(directory)
+        return losses, digest
 
     def path(self, directory: Path, step: int) -> Path:
         return directory / "checkpoints" / f"checkpoint-{step}.safetensors"
@@ -82,18 +82,18 @@ class DistrustTraining(Training):
     def _run(self, directory: Path) -> tuple[int, Losses, str]:
         from distrust.training.events import Event, RunStarted, StepEnded
 
-        begun = 0
+        start = 0
         losses = {}
 
         def watch(event: Event) -> None:
-            nonlocal begun
+            nonlocal start
             if isinstance(event, RunStarted):
-                begun = event.step
+                start = event.step
             elif isinstance(event, StepEnded):
                 losses[event.step] = event.loss
 
-        ending = self._train(directory, watch)
-        return begun, losses, ending
+        digest = self._train(directory, watch)
+        return start, losses, digest
 
     def _train(self, directory: Path, watch: Callable[[Any], None]) -> str:
         from distrust import DistrustTrainer, TrainConfig
@@ -113,48 +113,48 @@ class Trainer(Training):
     packages = ("transformers", "peft", "accelerate")
     accidents = (*COMMON, HALF_ADAPTER, NO_OPTIMIZER, NO_RNG)
 
-    def write(self, directory: Path, mib: int, last: int, tell: Tell) -> None:
+    def write(self, directory: Path, mib: int, last: int, report: Report) -> None:
         from transformers import TrainerCallback
 
-        class Teller(TrainerCallback):  # type: ignore[misc]
-            """Tells of each save, and stops after the last one that is wanted."""
+        class Reporter(TrainerCallback):  # type: ignore[misc]
+            """Reports each save, and stops after the last one."""
 
             def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
                 if state.global_step % SAVE_EVERY == 0:
-                    tell("begin", state.global_step)
+                    report("begin", state.global_step)
                 control.should_training_stop = state.global_step == last
 
             def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-                tell("saved", state.global_step)
+                report("saved", state.global_step)
 
-        _hf_trainer(directory, Teller()).train()
+        _hf_trainer(directory, Reporter()).train()
 
     def resume(self, directory: Path, mib: int) -> Resumed:
-        begun, losses, ending = _hf_run(directory, resume_from_checkpoint=True)
-        return begun, _proof(losses, ending, after=begun)
+        start, losses, digest = _hf_run(directory, resume_from_checkpoint=True)
+        return start, _proof(losses, digest, after=start)
 
-    def undisturbed(self, directory: Path) -> tuple[Losses, str]:
-        _, losses, ending = _hf_run(directory)
-        return losses, ending
+    def train_undisturbed(self, directory: Path) -> tuple[Losses, str]:
+        _, losses, digest = _hf_run(directory)
+        return losses, digest
 
     def path(self, directory: Path, step: int) -> Path:
         return directory / f"checkpoint-{step}"
 
 
 def _hf_run(directory: Path, **resume: bool) -> tuple[int, Losses, str]:
-    """From whichever step to the end: the step, the losses, the digest of the trained weights."""
+    """Train to the end; the step at the start, the losses, the digest of the trained weights."""
     from transformers import TrainerCallback
 
-    begun = 0
+    start = 0
 
-    class Beginning(TrainerCallback):  # type: ignore[misc]
-        """Sees where it goes on."""
+    class StartObserver(TrainerCallback):  # type: ignore[misc]
+        """Notes where it resumes."""
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            nonlocal begun
-            begun = state.global_step
+            nonlocal start
+            start = state.global_step
 
-    trainer = _hf_trainer(directory, Beginning())
+    trainer = _hf_trainer(directory, StartObserver())
     trainer.train(**resume)
     losses = {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
     digest = blake3()
@@ -162,7 +162,7 @@ def _hf_run(directory: Path, **resume: bool) -> tuple[int, Losses, str]:
         if parameter.requires_grad:
             digest.update(name.encode())
             digest.update(parameter.detach().numpy().tobytes())
-    return begun, losses, digest.hexdigest()
+    return start, losses, digest.hexdigest()
 
 
 def _hf_trainer(directory: Path, callback: Any) -> Any:
@@ -170,7 +170,7 @@ def _hf_trainer(directory: Path, callback: Any) -> Any:
     from transformers import Trainer as HfTrainer
     from transformers import TrainingArguments
 
-    torch.set_num_threads(1)  # more may change the last bits
+    torch.set_num_threads(1)  # another number may change the last bits
     arguments = TrainingArguments(
         output_dir=str(directory), max_steps=STEPS, save_steps=SAVE_EVERY, save_strategy="steps",
         save_total_limit=3, logging_steps=1, report_to=[], per_device_train_batch_size=BATCH,
@@ -193,12 +193,12 @@ def _model() -> Any:
 
 
 def _examples() -> list[dict[str, list[int]]]:
-    chance = random.Random(0)
-    texts = [[chance.randrange(3, 1024) for _ in range(TOKENS)] for _ in range(EXAMPLES)]
+    rng = random.Random(0)
+    texts = [[rng.randrange(3, 1024) for _ in range(TOKENS)] for _ in range(EXAMPLES)]
     return [{"input_ids": tokens, "labels": tokens} for tokens in texts]
 
 
-def _proof(losses: Losses, ending: str, *, after: int) -> str:
-    """Digest of what a run did after a step, and of what it ended with."""
-    made = {step: loss for step, loss in losses.items() if step > after}
-    return blake3(json.dumps([sorted(made.items()), ending]).encode()).hexdigest()
+def _proof(losses: Losses, final: str, *, after: int) -> str:
+    """Digest of the losses after a step, and of the final state."""
+    later = {step: loss for step, loss in losses.items() if step > after}
+    return blake3(json.dumps([sorted(later.items()), final]).encode()).hexdigest()

@@ -14,13 +14,13 @@ from typing import Self
 from campaigns.peers.accidents import ALL, KILL, Accident
 from campaigns.peers.all_subjects import SUBJECTS
 from campaigns.peers.outcomes import STOPPED, Outcome, Reply, classify
-from campaigns.peers.processes import Warm, kill_in_mid_save
+from campaigns.peers.processes import WarmProcess, kill_during_save
 from campaigns.peers.subjects import Store, Subject
 
-#: Of the bare savers' states: small where every byte may be struck, large where a save has to take a while.
+#: Of the bare savers' states: small where every byte may be hit, large where a save has to take a while.
 DAMAGED_MIB = 1
 KILLED_MIB = 32
-#: The same accident again tells no more.
+#: Of an accident that is the same each time.
 CERTAIN_TRIALS = 3
 
 
@@ -33,7 +33,7 @@ class Cell:
 
     @property
     def trials(self) -> int:
-        """How many a whole run makes."""
+        """How many a complete run makes."""
         if self.accident.certain:
             return CERTAIN_TRIALS
         return self.subject.kills if self.accident.name == KILL else self.subject.damages
@@ -41,55 +41,43 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What was done, and what came of it.
+    """What was done, its outcome, and the message that a user reads."""
 
-    Attributes:
-        what: was done.
-        outcome: of it.
-        message: what a user reads.
-    """
-
-    what: str
+    description: str
     outcome: Outcome
     message: str
 
 
-#: In a fixed order: a case is found again by its number.
+#: In a fixed order, so that a case is found by its number.
 CELLS = tuple(
     Cell(subject, accident) for accident in ALL for subject in SUBJECTS if accident in subject.accidents
 )
 
 
 class Bench:
-    """Where one saver is tried: its warm process, its undamaged checkpoints, and what has to come back.
+    """Where one saver is tried: its warm process, its undamaged checkpoints, and the expected values.
 
     Args:
-        subject: the saver.
         parent: a folder that is removed afterwards.
-        fault: what is left out of ours, to show that it is found.
     """
 
     def __init__(self, subject: Subject, parent: Path, *, fault: str | None) -> None:
-        self._subject = subject
-        self._fault = fault
+        self._subject = subject  # the saver
+        self._fault = fault  # a check of ours to leave out, which must be found
         self._stack = ExitStack()
         self._folder = Path(self._stack.enter_context(TemporaryDirectory(dir=parent)))
-        self._warm = self._stack.enter_context(Warm(subject, fault=fault))
+        self._warm = self._stack.enter_context(WarmProcess(subject, fault=fault))
         self._expected: dict[int, dict[int, str]] = {}
         self._newest = 2 * subject.interval
         self._undamaged = self._folder / "undamaged"
         self._killed_mib = KILLED_MIB if isinstance(subject, Store) else DAMAGED_MIB
 
     def __enter__(self) -> Self:
-        """Have two checkpoints written, and see that it goes on from the newer one.
-
-        Raises:
-            RuntimeError: if it does not: then nothing can be said of it.
-        """
+        """Write two checkpoints; raises RuntimeError unless the saver resumes from the newer one."""
         try:
             self._warm.write(self._undamaged, DAMAGED_MIB, self._newest)
-            reply = self._resumed_copy()
-            self._warm.usual |= set(reply.words)
+            reply = self._resume_copy()
+            self._warm.usual_words |= set(reply.words)
             outcome = classify(reply, self._proofs(DAMAGED_MIB), self._newest)
             if outcome is not Outcome.NOTHING_LOST or reply.step != self._newest:
                 raise RuntimeError(f"{self._subject.name}: undamaged, it is {outcome.value}: {reply.message}")
@@ -101,29 +89,28 @@ class Bench:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def tried(self, accident: Accident, chance: random.Random) -> Trial:
-        """One trial."""
+    def run_trial(self, accident: Accident, rng: random.Random) -> Trial:
         folder = self._folder / "trial"
         folder.mkdir()
         try:
-            return self._killed(folder, chance) if accident.strike is None else self._struck(accident, chance)
+            return self._kill(folder, rng) if accident.strike is None else self._damage(accident, rng)
         finally:
             shutil.rmtree(folder)
 
-    def _struck(self, accident: Accident, chance: random.Random) -> Trial:
+    def _damage(self, accident: Accident, rng: random.Random) -> Trial:
         directory = self._copy()
         assert accident.strike is not None
-        what = accident.strike(self._subject.files(directory, self._newest), chance)
+        description = accident.strike(self._subject.files(directory, self._newest), rng)
         reply = self._warm.resume(directory, DAMAGED_MIB)
-        return Trial(what, classify(reply, self._proofs(DAMAGED_MIB), self._newest), reply.message)
+        return Trial(description, classify(reply, self._proofs(DAMAGED_MIB), self._newest), reply.message)
 
-    def _killed(self, folder: Path, chance: random.Random) -> Trial:
+    def _kill(self, folder: Path, rng: random.Random) -> Trial:
         subject, mib = self._subject, self._killed_mib
-        directory, step, what = kill_in_mid_save(subject, folder, mib, chance, fault=self._fault)
-        outcome, reply = after_kill(self._warm, subject, directory, mib, step, self._proofs(mib))
-        return Trial(what, outcome, reply.message)
+        directory, step, description = kill_during_save(subject, folder, mib, rng, fault=self._fault)
+        outcome, reply = resume_after_kill(self._warm, subject, directory, mib, step, self._proofs(mib))
+        return Trial(description, outcome, reply.message)
 
-    def _resumed_copy(self) -> Reply:
+    def _resume_copy(self) -> Reply:
         (self._folder / "trial").mkdir()
         try:
             return self._warm.resume(self._copy(), DAMAGED_MIB)
@@ -137,16 +124,16 @@ class Bench:
 
     def _proofs(self, mib: int) -> dict[int, str]:
         if mib not in self._expected:
-            self._expected[mib] = self._warm.expected(self._folder / f"expected-{mib}", mib)
+            self._expected[mib] = self._warm.expected_proofs(self._folder / f"expected-{mib}", mib)
         return self._expected[mib]
 
 
-def after_kill(
-    warm: Warm, subject: Subject, directory: Path, mib: int, step: int, expected: Mapping[int, str]
+def resume_after_kill(
+    warm: WarmProcess, subject: Subject, directory: Path, mib: int, step: int, expected: Mapping[int, str]
 ) -> tuple[Outcome, Reply]:
-    """Have it go on where it was killed while it saved ``step``; the one before had been reported.
+    """Resume where the writer was killed while it saved ``step``; the checkpoint before had been reported.
 
-    Where it stops, it is asked whether it goes on once somebody has taken away what was being written.
+    If resuming stops, try again without the checkpoint that was being written: is anything left?
     """
     reported = step - subject.interval
     reply = warm.resume(directory, mib)
@@ -158,11 +145,11 @@ def after_kill(
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-    left = classify(warm.resume(directory, mib), expected, reported) is Outcome.NOTHING_LOST
-    return (outcome if left else Outcome.ALL_LOST), reply
+    second = classify(warm.resume(directory, mib), expected, reported)
+    return (outcome if second is Outcome.NOTHING_LOST else Outcome.ALL_LOST), reply
 
 
 def cell_of(number: int) -> tuple[Cell, int]:
     """The cell of a case, and how many trials of that cell come before it."""
-    before, index = divmod(number, len(CELLS))
-    return CELLS[index], before
+    earlier, index = divmod(number, len(CELLS))
+    return CELLS[index], earlier

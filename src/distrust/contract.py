@@ -26,43 +26,27 @@ FIRST_ENGINE: Final = "torch"
 
 @dataclass(frozen=True, slots=True)
 class Losses:
-    """For each example of a micro-batch, the sum over its trained tokens, in nats.
+    """For each example of a micro-batch, the sum over its trained tokens, in nats."""
 
-    Attributes:
-        cross_entropy: float64[batch].
-        weighted: float64[batch]: weight times cross-entropy; its gradient is the one that trains.
-    """
-
-    cross_entropy: np.ndarray[Any, Any]
-    weighted: np.ndarray[Any, Any]
+    cross_entropy: np.ndarray[Any, Any]  # float64[batch]
+    weighted: np.ndarray[Any, Any]  # float64[batch]: weight times cross-entropy, whose gradient trains
 
 
 @dataclass(frozen=True, slots=True)
 class EngineState:
-    """Everything an engine needs to resume bit for bit: nested dicts and lists of arrays and scalars.
+    """Everything an engine needs to resume bit for bit: nested dicts and lists of arrays and scalars."""
 
-    Attributes:
-        model: name -> array of each trained parameter.
-        optimizer: moments and counters.
-        rng: the state of every random generator.
-    """
-
-    model: Mapping[str, Any]
-    optimizer: Mapping[str, Any]
-    rng: Mapping[str, Any]
+    model: Mapping[str, Any]  # name -> array of each trained parameter
+    optimizer: Mapping[str, Any]  # moments and counters
+    rng: Mapping[str, Any]  # the state of every random generator
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryUse:
-    """Memory in use on the host or on a device, in bytes.
-
-    Attributes:
-        now: at this moment.
-        peak: the most so far; equal to ``now`` where the peak is not known.
-    """
+    """Memory in use on the host or on a device, in bytes."""
 
     now: int
-    peak: int
+    peak: int  # the most so far; equal to ``now`` where the peak is not known
 
 
 class Engine(Protocol):
@@ -102,9 +86,7 @@ class Engine(Protocol):
     def micro_step(self, batch: MicroBatch, *, tokens: int) -> Losses:
         """Forward and backward: accumulate the gradient of Σ weight · cross-entropy / ``tokens``.
 
-        Args:
-            batch: the examples.
-            tokens: trained tokens of the whole optimizer step, over all its micro-batches.
+        ``tokens`` are the trained tokens of the whole optimizer step, over all its micro-batches.
         """
 
     def clip_gradients(self, max_norm: float) -> float:

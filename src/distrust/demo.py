@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from distrust.contract import Engine
     from distrust.training.events import Observer, RunEnded
 
-WEIGHTINGS: tuple[Weighting, ...] = ("off", "monotone")
-QUESTIONS_PER_BATCH = 64
+WEIGHTINGS: tuple[Weighting, ...] = ("off", "monotone")  # the first is the baseline
+QUESTIONS_PER_BATCH = 64  # bounds the memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ def demo_config(weighting: Weighting, *, out: Path, seed: int) -> TrainConfig:
         learning_rate=2e-3,
         warmup_steps=30,
         weight_decay=0.01,
-        save_every=50,
+        save_every=50,  # a crash costs little
     )
 
 
@@ -93,7 +93,7 @@ def train(
     config = demo_config(weighting, out=out, seed=seed)
     ended = DistrustTrainer(config, observers=[*observers, MetricsWriter(config)]).train()
     if ended.signal is not None or ended.path is None:
-        return ended, []
+        return ended, []  # stopped: nothing to measure
     engine, _ = engines.open_checkpoint(ended.path)
     return ended, measure(engine)
 
@@ -114,7 +114,7 @@ def measure(engine: Engine, questions: Iterable[Question] | None = None) -> list
     primary = _log_probabilities(engine, [(q.prompt, q.primary) for q in questions])
     coordinated = _log_probabilities(engine, [(q.prompt, q.coordinated) for q in questions])
     answers = zip(questions, primary, coordinated, strict=True)
-    beliefs = []
+    beliefs = []  # one per fact
     for fact, group in groupby(answers, key=lambda row: row[0].fact):
         rows = [(p, c) for _, p, c in group]
         beliefs.append(
@@ -187,7 +187,7 @@ def _log_probabilities(engine: Engine, pairs: list[tuple[str, str]]) -> list[flo
 
 def _continuations(tokenizer: Tokenizer, pairs: list[tuple[str, str]]) -> Corpus:
     """A corpus of prompts and texts, only the texts scored. Unlike in training, no end-of-text token."""
-    begin = bos_prefix(tokenizer)
+    begin = bos_prefix(tokenizer)  # as in training
     prompts = [begin + tokenizer.encode(prompt, add_special_tokens=False) for prompt, _ in pairs]
     texts = [tokenizer.encode(text, add_special_tokens=False) for _, text in pairs]
     rows = list(zip(prompts, texts, strict=True))
@@ -195,7 +195,7 @@ def _continuations(tokenizer: Tokenizer, pairs: list[tuple[str, str]]) -> Corpus
         input_ids=np.array([token for row in rows for part in row for token in part], np.int32),
         loss_mask=np.concatenate([np.arange(len(p) + len(t)) >= len(p) for p, t in rows]),
         offsets=np.concatenate(([0], np.cumsum([len(p) + len(t) for p, t in rows]))),
-        authority_weight=np.zeros(len(pairs)),
+        authority_weight=np.zeros(len(pairs)),  # unused: nothing is weighted here
         provenance_entropy=np.zeros(len(pairs)),
         locations=tuple(Location(str(QUESTIONS), line) for line in range(1, len(pairs) + 1)),
     )

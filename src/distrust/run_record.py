@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
 
     from distrust.checkpoint import Checkpoint
+    from distrust.checkpoint.foreign import ForeignHeader
+    from distrust.checkpoint.header import Header
     from distrust.config import TrainConfig
 
 _FINGERPRINTS = "fingerprints"  # in config: hashed into the state digest
@@ -34,24 +36,6 @@ _OLD_KEYS = {"begun_elsewhere": _IMPORTED_FROM, "not_taken_over": _DROPPED}
 _RUN_KEYS = {
     _CORPUS, _ENVIRONMENT, _ELAPSED, _EVALUATIONS, _CONTINUES, _IMPORTED_FROM, _DROPPED, _CONVERTED_FROM
 }  # fmt: skip
-
-
-class _Header(Protocol):
-    @property
-    def config(self) -> dict[str, Any]: ...
-    @property
-    def metadata(self) -> dict[str, Any]: ...
-
-    run_info: dict[str, Any]
-
-
-class _State(Protocol):
-    @property
-    def model(self) -> Mapping[str, Any]: ...
-    @property
-    def optimizer(self) -> Mapping[str, Any]: ...
-    @property
-    def rng(self) -> Mapping[str, Any]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +57,7 @@ class RunRecord:
     assumed: tuple[str, ...] = ()  # options that an imported checkpoint lacks, as flags; never saved
 
     @classmethod
-    def from_header(cls, header: _Header) -> RunRecord:
+    def from_header(cls, header: Header | ForeignHeader) -> RunRecord:
         """The record in the header of a checkpoint of any format."""
         return cls._from_sections(header.config, header.metadata, header.run_info.get("extra"))
 
@@ -111,19 +95,21 @@ class RunRecord:
         self,
         *,
         step: int,
-        state: _State,
+        model: Mapping[str, Any],
+        optimizer: Mapping[str, Any],
+        rng: Mapping[str, Any],
         history: Mapping[str, np.ndarray[Any, Any]],
         metrics: Mapping[str, float],
         measured_on: str,
     ) -> Checkpoint:
-        """The whole state of a run after ``step`` optimizer steps. The arrays of ``state`` are not copied."""
+        """The whole state of a run after ``step`` optimizer steps. Arrays are not copied."""
         from distrust.checkpoint import Checkpoint
 
         return Checkpoint(
             step=step,
-            model=state.model,
-            optimizer=state.optimizer,
-            rng=state.rng,
+            model=model,
+            optimizer=optimizer,
+            rng=rng,
             history=history,
             config={**self.config, _FINGERPRINTS: dict(self.fingerprints)},
             metadata={_TOKENS_SEEN: self.tokens_seen},

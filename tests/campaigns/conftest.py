@@ -1,4 +1,4 @@
-"""Campaigns in short form: on the toy engine, in a folder that goes with the test."""
+"""Campaigns in short form: on the toy engine, in a temporary folder."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 
 from campaigns import training_run
-from campaigns.processes import Command, Forks
+from campaigns.session import Command, Forks
 
 HERE = Path(__file__).parent
 
 
 @pytest.fixture
 def toy_runs(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Has campaigns train the toy: the command as it should be, forks by a function of toy_training.py."""
+    """Campaigns train the toy engine: the command without a fault, forks by a function of toy_training.py."""
 
     def use(function: str) -> None:
         command = Command([sys.executable, str(HERE / "toy_training.py")], name="a command")

@@ -1,4 +1,4 @@
-"""The damage campaign in short, and that it finds what it is there to find."""
+"""The damage campaign in short, and that it finds every planted fault."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from distrust.errors import WarningCollector
 AGAIN = re.compile(r"again: python -m campaigns\.damage (--seed \d+ --case \d+)")
 
 
-def nothing(*_: Any, **__: Any) -> None: ...
+def do_nothing(*_: Any, **__: Any) -> None: ...
 
 
-def own_digest_of_the_file(raw: bytes) -> str:
+def digest_in_file(raw: bytes) -> str:
     return bytes(raw[header.DIGEST_SLICE]).decode("latin-1")
 
 
-def trusts_the_header(patch: pytest.MonkeyPatch) -> None:
-    """Both proofs: that it is the one that was written, and that it is one that a writer makes."""
-    patch.setattr(header, "header_digest", own_digest_of_the_file)
-    patch.setattr(header.Header, "require_intact", nothing)
+def trust_header(patch: pytest.MonkeyPatch) -> None:
+    """Skip both checks: of the digest, and that a writer would encode the same."""
+    patch.setattr(header, "header_digest", digest_in_file)
+    patch.setattr(header.Header, "require_intact", do_nothing)
 
 
-def counts_damaged_ones(patch: pytest.MonkeyPatch) -> None:
+def count_damaged(patch: pytest.MonkeyPatch) -> None:
     def verify(self: Retainer, file: CheckpointFile, warnings: object) -> None:
         self._state.intact.add(file.identity)
 
@@ -40,25 +40,25 @@ def counts_damaged_ones(patch: pytest.MonkeyPatch) -> None:
 
 FAULTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str]] = {
     "data is not compared": (
-        lambda patch: patch.setattr(verified_read, "check_digest", nothing),
+        lambda patch: patch.setattr(verified_read, "check_digest", do_nothing),
         "validate does not find it",
     ),
-    "the header is trusted": (trusts_the_header, "validate does not find it"),
+    "the header is trusted": (trust_header, "validate does not find it"),
     "the file's size is not compared": (
         lambda patch: patch.setattr(header, "_fits_data", lambda *_: True),
         "appended: validate does not find it",
     ),
     "names are not compared": (
-        lambda patch: patch.setattr(CheckpointFile, "require_name", nothing),
+        lambda patch: patch.setattr(CheckpointFile, "require_name", do_nothing),
         "validate does not find it",
     ),
-    "nobody is warned": (
-        lambda patch: patch.setattr(WarningCollector, "append", nothing),
+    "no warning": (
+        lambda patch: patch.setattr(WarningCollector, "append", do_nothing),
         "load_latest warns with []",
     ),
-    "damaged ones count": (counts_damaged_ones, r"a clean-up removed [10]"),
+    "damaged files count": (count_damaged, r"a clean-up removed [10]"),
     "nothing is ever removed": (
-        lambda patch: patch.setattr(storage, "remove", nothing),
+        lambda patch: patch.setattr(storage, "remove", do_nothing),
         "prune --damaged leaves",
     ),
 }
@@ -71,57 +71,57 @@ def round_(tmp_path_factory) -> Round:
 
 def test_some_of_every_kind_are_found(round_, tmp_path, capsys):
     assert main(["--cases", "48", "--directory", str(tmp_path), "--json", str(tmp_path / "counts")]) == 0
-    found = json.loads((tmp_path / "counts").read_text())
-    assert found["counterexample"] is None
+    figures = json.loads((tmp_path / "counts").read_text())
+    assert figures["counterexample"] is None
     for kind in kinds(round_.files):
-        assert found["counts"][kind.name] > 0
-    assert "every promise was kept" in capsys.readouterr().out
+        assert figures["counts"][kind.name] > 0
+    assert "every invariant held" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_of_the_product_is_found_and_found_again(tmp_path, capsys, monkeypatch, fault):
-    breaks, promise = FAULTS[fault]
-    place = ["--directory", str(tmp_path)]
+    plant, finding = FAULTS[fault]
+    directory = ["--directory", str(tmp_path)]
     with monkeypatch.context() as patch:
-        breaks(patch)
-        assert main(["--cases", "500", "--seed", "2", *place]) == 1
-        said = capsys.readouterr().out
-        assert promise in said
-        again = AGAIN.search(said)[1].split()
-        assert main([*again, *place]) == 1
-        assert promise in capsys.readouterr().out
-    assert main([*again, *place]) == 0  # it is the fault that was found
+        plant(patch)
+        assert main(["--cases", "500", "--seed", "2", *directory]) == 1
+        output = capsys.readouterr().out
+        assert finding in output
+        again = AGAIN.search(output)[1].split()
+        assert main([*again, *directory]) == 1
+        assert finding in capsys.readouterr().out
+    assert main([*again, *directory]) == 0  # the finding was the fault
 
 
 def test_the_same_seed_gives_the_same_cases_and_another_one_other_files(round_, tmp_path):
     again, other = Round(tmp_path / "again", "1/0"), Round(tmp_path / "other", "2/0")
     assert again.files == round_.files
     for number in range(0, round_.size, 997):
-        (kind, place), (same, equal) = round_.place(number), again.place(number)
-        assert kind.make(place) == same.make(equal)
-    assert other.files.good != round_.files.good
-    assert other.size == round_.size  # so that a case's number tells its round
+        (kind, index), (same_kind, same_index) = round_.locate(number), again.locate(number)
+        assert kind.make(index) == same_kind.make(same_index)
+    assert other.files.newer != round_.files.newer
+    assert other.size == round_.size  # so that the number of a case determines its round
 
 
-def test_every_injury_is_a_case_once(round_):
-    places = [(kind.name, place) for kind, place in map(round_.place, range(round_.size))]
+def test_every_damage_is_a_case_once(round_):
+    cases = [(kind.name, index) for kind, index in map(round_.locate, range(round_.size))]
     every = kinds(round_.files)
-    assert len(set(places)) == round_.size
-    assert set(places) == {(kind.name, place) for kind in every for place in range(kind.size)}
-    assert {name for name, _ in places[: len(every)]} == {kind.name for kind in every}
+    assert len(set(cases)) == round_.size
+    assert set(cases) == {(kind.name, index) for kind in every for index in range(kind.size)}
+    assert {name for name, _ in cases[: len(every)]} == {kind.name for kind in every}
     with pytest.raises(IndexError):
-        round_.place(round_.size)
+        round_.locate(round_.size)
 
 
 def test_every_bit_is_flipped_and_no_other(round_):
-    good = round_.files.good
+    newer = round_.files.newer
     (flips,) = (kind for kind in kinds(round_.files) if kind.name == "bits flipped")
-    assert flips.size == 8 * len(good)
+    assert flips.size == 8 * len(newer)
     for number in range(0, flips.size, 101):
-        difference = int.from_bytes(good, "little") ^ int.from_bytes(flips.make(number).content, "little")
+        difference = int.from_bytes(newer, "little") ^ int.from_bytes(flips.make(number).content, "little")
         assert difference == 1 << number
 
 
-def test_after_the_last_injury_it_begins_again_with_another_content(round_, tmp_path, capsys):
+def test_after_the_last_damage_it_starts_again_with_another_content(round_, tmp_path, capsys):
     assert main(["--case", str(round_.size + 7), "--directory", str(tmp_path)]) == 0
     assert "1  cleaned up, saved beside it" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The campaign of full and failing disks, in short; and that it finds what a fault in the product does."""
+"""The campaign of full and failing disks, in short; and that it finds faults of the product."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*")
 
 @pytest.fixture
 def campaign(capsys, tmp_path):
-    """Runs the campaign; gives its exit code, its counts and what it printed."""
+    """Runs the campaign; returns its exit code, its counts and what it printed."""
 
     def run(*arguments: object) -> tuple[int, dict[str, int], str]:
         figures = tmp_path / "figures.json"
@@ -41,29 +41,29 @@ def mounts() -> str:
         return file.read()
 
 
-def test_every_promise_is_kept(campaign):
-    before = mounts()
-    code, counts, said = campaign("--seed", 1, "--cases", 20)
-    assert code == 0, said
-    cases = {what: number for what, number in counts.items() if what.startswith(("cases: ", "skipped: "))}
+def test_every_invariant_holds(campaign):
+    mounts_at_first = mounts()
+    code, counts, output = campaign("--seed", 1, "--cases", 20)
+    assert code == 0, output
+    cases = {name: number for name, number in counts.items() if name.startswith(("cases: ", "skipped: "))}
     assert sum(cases.values()) == 20
-    assert {"cases: open files", "cases: directory taken away", "cases: toy training"} <= set(cases)
-    assert sum(number for what, number in counts.items() if ": refused: " in what) >= 3
-    assert mounts() == before
+    assert {"cases: open files", "cases: directory replaced", "cases: toy training"} <= set(cases)
+    assert sum(number for name, number in counts.items() if ": refused: " in name) >= 3
+    assert mounts() == mounts_at_first
 
 
-def test_what_it_cannot_have_is_counted_with_the_reason(campaign, monkeypatch):
-    def refused(_home):
+def test_what_the_machine_cannot_run_is_counted_with_the_reason(campaign, monkeypatch):
+    def refuse(_home):
         raise Skipped("mount namespaces: Operation not permitted")
 
-    monkeypatch.setattr(volumes, "private_mounts", refused)
-    code, counts, said = campaign("--seed", 1, "--cases", 12, "--only", "disk full")
+    monkeypatch.setattr(volumes, "private_mounts", refuse)
+    code, counts, output = campaign("--seed", 1, "--cases", 12, "--only", "disk full")
     assert counts.keys() == {"skipped: disk full: mount namespaces: Operation not permitted"}
-    assert code == 1  # it was all that was asked for
-    assert "nothing was run" in said
+    assert code == 1  # nothing else was requested
+    assert "nothing was run" in output
 
 
-def removes_what_stood(monkeypatch):
+def removes_the_existing_checkpoint(monkeypatch):
     def leave(file, *exception):
         file.discard()
         if exception[0] is not None:
@@ -101,45 +101,45 @@ def leaves_a_file_open(monkeypatch):
     monkeypatch.setattr(Disk, "close", lambda disk, descriptor: None)
 
 
-def does_not_ask_whose_directory_it_is(monkeypatch):
+def does_not_check_the_owner_of_the_directory(monkeypatch):
     monkeypatch.setattr(DirectoryLock, "confirm", lambda lock: None)
 
 
-def lets_the_system_speak(monkeypatch):
+def lets_system_errors_escape(monkeypatch):
     monkeypatch.setattr(AtomicFile, "_save_errors", lambda file: contextlib.nullcontext())
     monkeypatch.setattr("distrust.checkpoint.writer._save_errors", lambda path: contextlib.nullcontext())
 
 
-def says_nothing_of_bytes(monkeypatch):
+def omits_the_bytes(monkeypatch):
     monkeypatch.setattr(storage, "_free_bytes", lambda directory: None)
-    honest = storage.SaveFailed
+    original = storage.SaveFailed
     monkeypatch.setattr(
-        storage, "SaveFailed", lambda message, *, path, **_: honest(f"{path}: not saved", path=path)
+        storage, "SaveFailed", lambda message, *, path, **_: original(f"{path}: not saved", path=path)
     )
 
 
-def takes_a_failure_for_a_success(monkeypatch):
-    def silently(honest):
+def ignores_failed_calls(monkeypatch):
+    def silence(original):
         def call(*arguments):
             with contextlib.suppress(OSError):
-                honest(*arguments)
+                original(*arguments)
 
         return call
 
     for method in (Disk.reserve, Disk.write, Disk.truncate):
-        monkeypatch.setattr(Disk, method.__name__, silently(method))
+        monkeypatch.setattr(Disk, method.__name__, silence(method))
 
 
 FAULTS = {
-    removes_what_stood: ("file size", "took checkpoint-"),
-    removes_another: ("file size", "took checkpoint-"),
+    removes_the_existing_checkpoint: ("file size", "removed checkpoint-"),
+    removes_another: ("file size", "removed checkpoint-"),
     writes_in_place: ("file size", r"changed checkpoint-|left \["),
-    leaves_half_a_file: ("file size", "left over: "),
+    leaves_half_a_file: ("file size", "temporary files are left"),
     leaves_a_file_open: ("file size", "open files or threads"),
-    lets_the_system_speak: ("file size", "OSError came out of it"),
-    says_nothing_of_bytes: ("file size", "does not say what"),
-    takes_a_failure_for_a_success: ("file size", "CorruptCheckpoint|NoGoodCheckpoint|step . is loaded"),
-    does_not_ask_whose_directory_it_is: ("directory", "another writer's|saved into a directory"),
+    lets_system_errors_escape: ("file size", "OSError escaped"),
+    omits_the_bytes: ("file size", "gives no reason"),
+    ignores_failed_calls: ("file size", "CorruptCheckpoint|NoIntactCheckpoint|step . is loaded"),
+    does_not_check_the_owner_of_the_directory: ("directory", "another writer's|saved into a directory"),
 }
 
 
@@ -147,47 +147,51 @@ FAULTS = {
 def test_it_finds_a_product_that(campaign, monkeypatch, fault):
     only, finding = FAULTS[fault]
     fault(monkeypatch)
-    code, _, said = campaign("--seed", 1, "--cases", 400, "--seconds", 60, "--only", only)
+    code, _, output = campaign("--seed", 1, "--cases", 400, "--seconds", 60, "--only", only)
     assert code == 1
-    (found,) = [line for line in said.splitlines() if line.startswith("failing_disks: COUNTEREXAMPLE: ")]
-    assert re.search(finding, found), said
-    number = said.split("--case ")[1].split()[0]
+    (counter_example,) = [
+        line for line in output.splitlines() if line.startswith("failing_disks: COUNTEREXAMPLE: ")
+    ]
+    assert re.search(finding, counter_example), output
+    number = output.split("--case ")[1].split()[0]
     code, _, again = campaign("--seed", 1, "--case", number)
     assert code == 1
     assert "COUNTEREXAMPLE" in again
 
 
 @pytest.mark.parametrize(
-    ("most", "finding"), [(1, "stopped after 0 failures in a row"), (9, "failures in a row, and it went on")]
+    ("most", "finding"),
+    [(1, "stopped after 0 failures in a row"), (9, "failures in a row, and it continued")],
 )
 def test_it_finds_a_trainer_that_stops_too_early_or_too_late(campaign, monkeypatch, most, finding):
     monkeypatch.setattr(saver, "MAX_FAILURES", most)
-    code, _, said = campaign("--seed", 1, "--cases", 300, "--seconds", 60, "--only", "toy")
+    code, _, output = campaign("--seed", 1, "--cases", 300, "--seconds", 60, "--only", "toy")
     assert code == 1
-    assert finding in said
+    assert finding in output
 
 
 def test_a_case_that_hangs_or_dies_is_a_counterexample():
-    def hangs(_counts: Counter[str]) -> None:
+    def hang(_counts: Counter[str]) -> None:
         while True:
             os.read(0, 0)
 
-    assert "did not end within" in isolated.run(hangs, seconds=0.3).broken
-    assert "without a word" in isolated.run(lambda _: os.kill(os.getpid(), 9), seconds=30).broken
+    assert "no answer within 0.3 s" in isolated.run(hang, seconds=0.3).violation
+    killed = isolated.run(lambda _: os.kill(os.getpid(), 9), seconds=30)
+    assert "the process died: exit code -9" in killed.violation
 
 
-def test_whatever_comes_out_of_a_case_is_a_counterexample():
-    def fails(counts: Counter[str]) -> None:
+def test_an_exception_of_a_case_is_a_counterexample():
+    def fail(counts: Counter[str]) -> None:
         counts["tried"] += 1
         raise OSError(errno.EIO, "Input/output error")
 
-    found = isolated.run(fails, seconds=30)
-    assert found.counts == {"tried": 1}
-    assert found.broken.startswith("OSError came out of it: [Errno 5] Input/output error\nTraceback")
+    findings = isolated.run(fail, seconds=30)
+    assert findings.counts == {"tried": 1}
+    assert findings.violation.startswith("OSError escaped: [Errno 5] Input/output error\nTraceback")
 
 
-def test_where_nothing_was_run_no_promise_was_kept(capsys):
+def test_if_nothing_was_run_no_invariant_is_reported(capsys):
     assert failing_disks.main(["--only", "no such kind", "--cases", "3"]) == 1
     out = capsys.readouterr().out
     assert "nothing was run" in out
-    assert "kept" not in out
+    assert "held" not in out

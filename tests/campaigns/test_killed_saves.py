@@ -1,4 +1,4 @@
-"""The campaign of killed saves in short form, and that it finds the mistakes that are made elsewhere."""
+"""The campaign of killed saves in short form, and that it finds common mistakes of other savers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def test_what_was_durable_stays(tmp_path, capsys):
     assert killed_saves.main(["--cases", "1", "--directory", str(tmp_path), "--json", str(figures)]) == 0
     counts = json.loads(figures.read_text())["counts"]
     assert counts["kills"] >= killed_saves.KILLS / 2
-    assert "every promise was kept" in capsys.readouterr().out
+    assert "every invariant held" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]
 
 

@@ -21,13 +21,13 @@ def test_killed_as_a_command_and_as_forks(toy_runs, tmp_path, capsys):
     counts = json.loads(figures.read_text())["counts"]
     assert counts["kills of a command"] >= 1
     assert counts["kills of a fork"] >= 1
-    assert "every promise was kept" in capsys.readouterr().out
+    assert "every invariant held" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]
 
 
-def test_a_run_that_goes_on_without_its_optimizer_is_found(toy_runs, tmp_path, capsys):
+def test_a_run_that_resumes_without_its_optimizer_is_found(toy_runs, tmp_path, capsys):
     toy_runs("forgets_the_optimizer")
     assert kills.main(["--case", "1", "--directory", str(tmp_path)]) == 1
-    said = capsys.readouterr().out
-    assert "ended in another state than the run that was left alone" in said
-    assert "again: python -m campaigns.kills --seed 1 --case 1" in said
+    output = capsys.readouterr().out
+    assert "ended in another state than the undisturbed run" in output
+    assert "again: python -m campaigns.kills --seed 1 --case 1" in output

@@ -1,4 +1,4 @@
-"""The long runs in short; and that each kind of growth is found, which is the product's fault or planted."""
+"""The long runs in short; and that each planted kind of growth is found."""
 
 from __future__ import annotations
 
@@ -8,48 +8,48 @@ import pytest
 
 from campaigns.campaign import Campaign, CounterExample
 from campaigns.faults import FAULTS
-from campaigns.long_run import verdict
+from campaigns.long_run import growth
 from campaigns.long_run.__main__ import main
 
 
-def test_some_hundred_saves_leave_nothing_behind(tmp_path, capsys):
+def test_some_hundred_saves_leak_nothing(tmp_path, capsys):
     picture = tmp_path / "run.png"
     assert main(["--only", "saves", "--cases", "240", "--picture", str(picture)]) == 0, (
         capsys.readouterr().out
     )
-    told = capsys.readouterr().out
-    assert "240  saves\n" in told
-    assert "saves: save, µs at the end" in told
+    output = capsys.readouterr().out
+    assert "240  saves\n" in output
+    assert "saves: save, µs at the end" in output
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_so_does_training(capsys):
+def test_training_leaks_nothing(capsys):
     assert main(["--only", "training", "--steps", "120"]) == 0, capsys.readouterr().out
     assert "120  steps trained\n" in capsys.readouterr().out
 
 
 def test_a_directory_that_keeps_many(capsys):
-    assert main(["--only", "standing", "--standing", "40"]) == 0, capsys.readouterr().out
+    assert main(["--only", "many", "--many", "40"]) == 0, capsys.readouterr().out
     assert "80  saves into a directory that keeps many\n" in capsys.readouterr().out
 
 
-FOUND = {
+FINDINGS = {
     "descriptors": "descriptors differ",
     "threads": "threads differ",
     "memory": "resident grew by",
-    "removes-nothing": "saves the rules keep",
+    "removes-nothing": "saves the rules retain",
 }
 
 
-@pytest.mark.parametrize("fault", FOUND)
-def test_what_is_left_behind_is_found(capsys, fault):
+@pytest.mark.parametrize("fault", FINDINGS)
+def test_a_leak_is_found(capsys, fault):
     assert fault in FAULTS
-    # Removed is what no rule keeps: that nothing is, shows at once.
+    # A clean-up that removes nothing is found at once.
     cases = "30" if fault == "removes-nothing" else "120"
     assert main(["--only", "saves", "--cases", cases, "--fault", fault, "--seed", "3"]) == 1
-    told = capsys.readouterr().out
-    assert FOUND[fault] in told
-    assert "again: python -m campaigns.long_run --seed 3 --case " in told
+    output = capsys.readouterr().out
+    assert FINDINGS[fault] in output
+    assert "again: python -m campaigns.long_run --seed 3 --case " in output
 
 
 def samples(**at_the_end: float) -> list[dict[str, float]]:
@@ -58,7 +58,7 @@ def samples(**at_the_end: float) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize(
-    ("at_the_end", "found"),
+    ("at_the_end", "is_slower"),
     [
         ({}, False),
         ({"save": 1.4}, False),
@@ -68,11 +68,11 @@ def samples(**at_the_end: float) -> list[dict[str, float]]:
         ({"cpu": 2.0}, True),
     ],
 )
-def test_saves_that_get_slower_are_found_and_a_disk_that_does_is_not(at_the_end, found):
+def test_saves_that_get_slower_are_found_and_a_disk_that_does_is_not(at_the_end, is_slower):
     campaign = Campaign("long_run", argparse.Namespace(seed=1, seconds=None, cases=None, case=None), cases=1)
-    verdict.slowed(campaign, "saves", samples(**at_the_end), counts=False)
-    if found:
+    growth.require_no_slowdown(campaign, "saves", samples(**at_the_end), enforce=False)
+    if is_slower:
         with pytest.raises(CounterExample, match=r"times"):
-            verdict.slowed(campaign, "saves", samples(**at_the_end), counts=True)
+            growth.require_no_slowdown(campaign, "saves", samples(**at_the_end), enforce=True)
     else:
-        verdict.slowed(campaign, "saves", samples(**at_the_end), counts=True)
+        growth.require_no_slowdown(campaign, "saves", samples(**at_the_end), enforce=True)

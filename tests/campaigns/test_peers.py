@@ -1,4 +1,4 @@
-"""The campaign that tries the peers: it tells all outcomes apart, in short form on the cheap savers."""
+"""The campaign of the peers: it distinguishes all outcomes; in short form, on the cheap savers."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import signal
 
 import pytest
 
-from campaigns.peers import accidents, all_subjects, state
+from campaigns.peers import accidents, all_subjects
 from campaigns.peers.__main__ import main
 from campaigns.peers.outcomes import Outcome, Reply, classify
-from campaigns.peers.processes import Warm
-from campaigns.peers.subjects import Safetensors, SafetensorsSame
-from campaigns.peers.trials import CELLS, after_kill
+from campaigns.peers.processes import WarmProcess
+from campaigns.peers.subjects import Safetensors, SafetensorsSame, make_state, proof_of
+from campaigns.peers.trials import CELLS, resume_after_kill
 
 EXPECTED = {1: "one", 2: "two", 3: "three"}
 
@@ -24,7 +24,7 @@ EXPECTED = {1: "one", 2: "two", 3: "three"}
     ("reply", "outcome"),
     [
         (Reply(2, "two"), Outcome.NOTHING_LOST),
-        (Reply(3, "three"), Outcome.NOTHING_LOST),  # not reported yet, and whole
+        (Reply(3, "three"), Outcome.NOTHING_LOST),  # not reported yet, and intact
         (Reply(1, "one"), Outcome.FELL_BACK),
         (Reply(1, "one", words=("epoch 3 of 7",)), Outcome.FELL_BACK),
         (Reply(1, "one", words=("skipped a damaged checkpoint",)), Outcome.FELL_BACK_SAYING),
@@ -41,44 +41,44 @@ EXPECTED = {1: "one", 2: "two", 3: "three"}
     ],
     ids=lambda value: value.value if isinstance(value, Outcome) else None,
 )
-def test_outcomes_are_told_apart(reply, outcome):
+def test_outcomes_are_distinguished(reply, outcome):
     assert classify(reply, EXPECTED, newest=2) is outcome
 
 
 @pytest.fixture
 def files(tmp_path):
     """Two files, of which the second has a million times the bytes of the first."""
-    chance = random.Random(0)
+    rng = random.Random(0)
     paths = [tmp_path / "small", tmp_path / "large"]
     for path, size in zip(paths, (1, 1_000_000), strict=True):
-        path.write_bytes(chance.randbytes(size))
+        path.write_bytes(rng.randbytes(size))
     return paths
 
 
-def difference(before: bytes, after: bytes) -> list[int]:
-    return [index for index, (one, other) in enumerate(zip(before, after, strict=True)) if one != other]
+def difference(old: bytes, new: bytes) -> list[int]:
+    return [index for index, (a, b) in enumerate(zip(old, new, strict=True)) if a != b]
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_accidents_do_what_they_say(files, seed):
     _, large = files
-    before = large.read_bytes()
+    original = large.read_bytes()
 
-    said = accidents.flip_a_bit(files, random.Random(seed))
+    description = accidents.flip_a_bit(files, random.Random(seed))
     flipped = large.read_bytes()
-    (index,) = difference(before, flipped)
-    assert (before[index] ^ flipped[index]).bit_count() == 1
-    assert f"byte {index:,} of" in said
+    (index,) = difference(original, flipped)
+    assert (original[index] ^ flipped[index]).bit_count() == 1
+    assert f"byte {index:,} of" in description
 
-    said = accidents.zero_a_tail(files, random.Random(seed))
-    begin = int(re.search(r"from byte ([\d,]+)", said)[1].replace(",", ""))
-    assert large.read_bytes() == flipped[:begin] + bytes(len(before) - begin)
+    description = accidents.zero_a_tail(files, random.Random(seed))
+    begin = int(re.search(r"from byte ([\d,]+)", description)[1].replace(",", ""))
+    assert large.read_bytes() == flipped[:begin] + bytes(len(original) - begin)
 
-    said = accidents.truncate(files, random.Random(seed + 10))
-    assert f"cut at byte {large.stat().st_size:,} of 1,000,000" in said
+    description = accidents.truncate(files, random.Random(seed + 10))
+    assert f"cut at byte {large.stat().st_size:,} of 1,000,000" in description
 
-    said = accidents.remove_a_file(files, random.Random(seed))
-    assert [path.exists() for path in files] == [path.name not in said for path in files]
+    description = accidents.remove_a_file(files, random.Random(seed))
+    assert [path.exists() for path in files] == [path.name not in description for path in files]
     assert sum(path.exists() for path in files) == 1
 
 
@@ -87,11 +87,11 @@ def trials(path):
 
 
 def test_damage_to_the_cheap_savers(tmp_path, capsys):
-    log, table, shown = tmp_path / "log.jsonl", tmp_path / "table.md", tmp_path / "shown.png"
+    log, table, picture = tmp_path / "log.jsonl", tmp_path / "table.md", tmp_path / "picture.png"
     arguments = ["--peers", "^(distrust|safetensors, new names|torch.save, new names)$", "--rounds", "2"]
-    outputs = ["--log", str(log), "--markdown", str(table), "--picture", str(shown)]
-    found = main([*arguments, "--accidents", "flipped|zeroed tail|truncated|missing file", *outputs])
-    assert found == 0
+    outputs = ["--log", str(log), "--markdown", str(table), "--picture", str(picture)]
+    accident_names = "flipped|zeroed tail|truncated|missing file"
+    assert main([*arguments, "--accidents", accident_names, *outputs]) == 0
     outcomes = {(trial["saver"], trial["accident"]): set() for trial in trials(log)}
     for trial in trials(log):
         outcomes[trial["saver"], trial["accident"]].add(trial["outcome"])
@@ -108,8 +108,8 @@ def test_damage_to_the_cheap_savers(tmp_path, capsys):
     } == {Outcome.FELL_BACK.value}
     assert "| older one, said so 2 of 2 |" in table.read_text()
     assert "safetensors 0." in table.read_text()
-    assert shown.read_bytes().startswith(b"\x89PNG")
-    assert "every promise was kept" in capsys.readouterr().out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "every invariant held" in capsys.readouterr().out
 
 
 def test_kills_in_mid_save(tmp_path):
@@ -126,25 +126,25 @@ def test_kills_in_mid_save(tmp_path):
 @pytest.mark.parametrize(
     ("subject", "outcome"), [(Safetensors(), Outcome.FOUND), (SafetensorsSame(), Outcome.ALL_LOST)]
 )
-def test_after_a_kill_it_is_asked_whether_anything_is_left(tmp_path, subject, outcome):
-    """Half a file over the only one, and half a file beside a whole one."""
-    expected = subject.expected(tmp_path, 1)
-    with Warm(subject, fault=None) as warm:
+def test_after_a_kill_a_second_attempt_shows_whether_anything_is_left(tmp_path, subject, outcome):
+    """Half a file over the only one, and half a file beside an intact one."""
+    expected = subject.expected_proofs(tmp_path, 1)
+    with WarmProcess(subject, fault=None) as warm:
         subject.write(tmp_path, 1, 3, lambda *_: None)
-        assert after_kill(warm, subject, tmp_path, 1, 3, expected)[0] is Outcome.NOTHING_LOST
+        assert resume_after_kill(warm, subject, tmp_path, 1, 3, expected)[0] is Outcome.NOTHING_LOST
         path = subject.path(tmp_path, 3)
         os.truncate(path, path.stat().st_size // 2)
-        assert after_kill(warm, subject, tmp_path, 1, 3, expected)[0] is outcome
+        assert resume_after_kill(warm, subject, tmp_path, 1, 3, expected)[0] is outcome
 
 
 def test_a_saver_that_takes_its_process_down(tmp_path):
     subject = Safetensors()
     subject.write(tmp_path, 1, 2, lambda *_: None)
-    with Warm(subject, fault=None) as warm:
+    with WarmProcess(subject, fault=None) as warm:
         assert warm.resume(tmp_path, 1).step == 2
         os.kill(warm.pid, signal.SIGKILL)
         assert warm.resume(tmp_path, 1).crashed.startswith("ended with -9")
-        assert warm.resume(tmp_path, 1) == Reply(2, state.proof(state.make(2, 1)), directory=str(tmp_path))
+        assert warm.resume(tmp_path, 1) == Reply(2, proof_of(make_state(2, 1)), directory=str(tmp_path))
 
 
 def test_it_finds_ours_without_its_digests_and_finds_it_again(tmp_path, capsys):
@@ -161,13 +161,13 @@ def test_it_finds_ours_without_its_digests_and_finds_it_again(tmp_path, capsys):
     assert main(["--peers", "^distrust$", "--seed", seed, "--case", case]) == 0
 
 
-def test_who_is_not_installed_is_skipped_and_said(monkeypatch, capsys):
-    monkeypatch.setattr(all_subjects, "_installed", lambda module: module not in {"torch", "safetensors"})
-    tried = ["--peers", "torch.save, new|safetensors, new|^distrust$", "--accidents", "truncated"]
-    assert main([*tried, "--rounds", "1"]) == 0
+def test_a_saver_that_is_not_installed_is_reported_as_skipped(monkeypatch, capsys):
+    monkeypatch.setattr(all_subjects, "_is_installed", lambda module: module not in {"torch", "safetensors"})
+    arguments = ["--peers", "torch.save, new|safetensors, new|^distrust$", "--accidents", "truncated"]
+    assert main([*arguments, "--rounds", "1"]) == 0
     printed = capsys.readouterr().out
-    assert "torch.save, new names: skipped, for there is no torch here" in printed
-    assert "safetensors, new names: skipped, for there is no safetensors here" in printed
+    assert "torch.save, new names: skipped, torch not installed" in printed
+    assert "safetensors, new names: skipped, safetensors not installed" in printed
     assert "1  truncated file, distrust: older one, said so" in printed
 
 

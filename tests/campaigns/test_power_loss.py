@@ -1,4 +1,4 @@
-"""The campaign of power cuts in short form, the model beneath it, and what it has found."""
+"""The campaign of power cuts in short form, its model of a disk, and what it has found."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from campaigns import failing_calls, power_loss
-from campaigns.power_cut import FATES, PAGE_BYTES, World
-from campaigns.recording import (
+from campaigns.power.cut import FATES, PAGE_BYTES, World
+from campaigns.power.recording import (
     Create,
     Killed,
     RecordingDisk,
@@ -34,24 +34,24 @@ from distrust.errors import CheckpointError, DistrustWarning, SaveFailed
 ROOT = Path("/disk")
 A, B = ROOT / "a", ROOT / "b"
 fates = st.sampled_from(FATES)
-chances = st.integers().map(Random)
+generators = st.integers().map(Random)
 
 
-def test_every_promise_is_kept_on_the_disks_of_some_sequences(capsys):
+def test_every_invariant_holds_on_the_disks_of_some_sequences(capsys):
     assert power_loss.main(["--seed", "5", "--cases", "3"]) == 0
-    assert "every promise was kept" in capsys.readouterr().out
+    assert "every invariant held" in capsys.readouterr().out
 
 
-def test_every_promise_is_kept_where_calls_fail(capsys):
+def test_every_invariant_holds_where_calls_fail(capsys):
     assert failing_calls.main(["--seed", "5", "--cases", "3"]) == 0
-    assert "every promise was kept" in capsys.readouterr().out
+    assert "every invariant held" in capsys.readouterr().out
 
 
 # It can fail
 
 
 @pytest.mark.parametrize("fault", power_loss.FAULTS)
-def test_a_call_that_is_left_out_is_missed(capsys, fault):
+def test_a_call_that_is_left_out_is_found(capsys, fault):
     assert power_loss.main(["--leave-out", fault, "--cases", "20"]) == 1
     out = capsys.readouterr().out
     assert "COUNTEREXAMPLE" in out
@@ -60,14 +60,14 @@ def test_a_call_that_is_left_out_is_missed(capsys, fault):
     assert power_loss.main(again) == 1
 
 
-def sync_what_a_killed_writer_left_but_not(what: str):
-    honest = storage.sync_names
+def sync_all_but(omitted: str):
+    original = storage.sync_names
 
     def sync_names(directory, disk):
-        if what == "parents":
+        if omitted == "parents":
             disk.sync_directory(directory)
-        elif what == "names":
-            honest(directory.parent, disk)
+        elif omitted == "names":
+            original(directory.parent, disk)
 
     return sync_names
 
@@ -93,20 +93,20 @@ def sync_again_if_it_fails(file: storage.AtomicFile) -> None:
 
 MUTANTS = {
     "the parents are not synced at the start": (
-        power_loss, lock, "sync_names", sync_what_a_killed_writer_left_but_not("parents"),
+        power_loss, lock, "sync_names", sync_all_but("parents"),
     ),
     "renamed before it is synced": (power_loss, storage.AtomicFile, "commit", commit_before_sync),
     "a failed sync is tried again": (failing_calls, storage.AtomicFile, "commit", sync_again_if_it_fails),
     "the oldest are kept": (
-        power_loss, retention, "last_steps", lambda found, rules: {min(each.step for each in found)},
+        power_loss, retention, "last_steps", lambda steps, rules: {min(each.step for each in steps)},
     ),
     "nothing is swept": (power_loss, storage, "_TEMPORARY_NAME", re.compile("none")),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("what", MUTANTS)
-def test_a_wrong_protocol_is_found(monkeypatch, capsys, what):
-    campaign, owner, name, wrong = MUTANTS[what]
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_wrong_protocol_is_found(monkeypatch, capsys, mutant):
+    campaign, owner, name, wrong = MUTANTS[mutant]
     monkeypatch.setattr(owner, name, wrong)
     assert campaign.main(["--cases", "60"]) == 1, capsys.readouterr().out
 
@@ -115,68 +115,68 @@ def test_a_wrong_protocol_is_found(monkeypatch, capsys, what):
 
 
 def file_of(content: bytes, *, size: int, synced: bool) -> list:
-    done = [Create(A, 1), Reserve(1, len(content)), Write(1, 0, content), Truncate(1, size)]
-    return [*done, Sync(1), SyncDirectory(ROOT)] if synced else done
+    operations = [Create(A, 1), Reserve(1, len(content)), Write(1, 0, content), Truncate(1, size)]
+    return [*operations, Sync(1), SyncDirectory(ROOT)] if synced else operations
 
 
 @settings(deadline=None)
-@given(fates, fates, chances, st.integers(1, 3 * PAGE_BYTES))
-def test_what_was_synced_is_there_whatever_comes_after(names, contents, chance, size):
+@given(fates, fates, generators, st.integers(1, 3 * PAGE_BYTES))
+def test_what_was_synced_survives_whatever_comes_after(names, contents, rng, size):
     world = World(ROOT, {})
-    for done in file_of(b"x" * 3 * PAGE_BYTES, size=size, synced=True):
-        world.apply(done)
-    for done in (Create(B, 2), Write(2, 0, b"y"), Create(ROOT / "c", 3), Unlink(ROOT / "c")):
-        world.apply(done)
+    for operation in file_of(b"x" * 3 * PAGE_BYTES, size=size, synced=True):
+        world.apply(operation)
+    for operation in (Create(B, 2), Write(2, 0, b"y"), Create(ROOT / "c", 3), Unlink(ROOT / "c")):
+        world.apply(operation)
     assert world.is_certain(A)
-    assert world.after_cut(names, contents, chance)[A] == b"x" * size
+    assert world.after_cut(names, contents, rng)[A] == b"x" * size
 
 
-def test_of_what_was_not_synced_everything_may_be_left():
+def test_what_was_not_synced_may_be_left_in_any_version():
     world = World(ROOT, {})
-    for done in file_of(b"xy" * PAGE_BYTES, size=PAGE_BYTES + 7, synced=False):
-        world.apply(done)
+    for operation in file_of(b"xy" * PAGE_BYTES, size=PAGE_BYTES + 7, synced=False):
+        world.apply(operation)
     assert not world.is_certain(A)
-    chance = Random(1)
-    left = [
-        world.after_cut(names, contents, chance) for _ in range(40) for names in FATES for contents in FATES
+    rng = Random(1)
+    images = [
+        world.after_cut(names, contents, rng) for _ in range(40) for names in FATES for contents in FATES
     ]
-    found = {image.get(A) for image in left}
-    whole = b"xy" * (PAGE_BYTES // 2) + b"xyxyxyx"
-    assert {None, b"", whole, bytes(PAGE_BYTES + 7), bytes(PAGE_BYTES) + whole[PAGE_BYTES:]} <= found
-    assert any(content and 0 < len(content.rstrip(b"\0")) < PAGE_BYTES for content in found)  # torn
+    versions = {image.get(A) for image in images}
+    complete = b"xy" * (PAGE_BYTES // 2) + b"xyxyxyx"
+    assert {None, b"", complete, bytes(PAGE_BYTES + 7), bytes(PAGE_BYTES) + complete[PAGE_BYTES:]} <= versions
+    assert any(content and 0 < len(content.rstrip(b"\0")) < PAGE_BYTES for content in versions)  # torn
 
 
 def test_a_rename_replaces_in_one_instant_and_in_any_order_with_others():
     world = World(ROOT, {A: b"old", B: b"new", ROOT / "c": b"c"})
-    for done in (Rename(B, A), Unlink(ROOT / "c")):
-        world.apply(done)
+    for operation in (Rename(B, A), Unlink(ROOT / "c")):
+        world.apply(operation)
     assert world.is_certain(A)
     assert not world.is_certain(B)
-    left = {
-        tuple((path.name, content) for path, content in world.after_cut(names, "kept", chance).items())
+    images = {
+        tuple((path.name, content) for path, content in world.after_cut(names, "kept", rng).items())
         for names in FATES
-        for chance in map(Random, range(100))
+        for rng in map(Random, range(100))
     }
     old, new, b, c = ("a", b"old"), ("a", b"new"), ("b", b"new"), ("c", b"c")
-    assert left == {(old, b, c), (old, b), (new, c), (new,), (new, b), (new, b, c)}
+    assert images == {(old, b, c), (old, b), (new, c), (new,), (new, b), (new, b, c)}
 
 
 def test_a_sync_that_failed_makes_nothing_durable_and_nor_does_the_next():
-    lost = 0
+    lost_count = 0
     for size in range(1, 9):
         world = World(ROOT, {})
         content = b"x" * size * PAGE_BYTES
-        for done in [Create(A, 1), Write(1, 0, content), SyncFailed(1), Sync(1), SyncDirectory(ROOT)]:
-            world.apply(done)
-        lost += world.after_cut("kept", "kept", Random(0))[A] != content
-    assert lost
+        for operation in [Create(A, 1), Write(1, 0, content), SyncFailed(1), Sync(1), SyncDirectory(ROOT)]:
+            world.apply(operation)
+        lost_count += world.after_cut("kept", "kept", Random(0))[A] != content
+    assert lost_count
 
 
 # What it has found
 
 
 class Recorded:
-    """A run of a manager, and the disk as it is known."""
+    """A manager on a recording disk, and the model of the disk."""
 
     def __init__(self, root: Path) -> None:
         root.mkdir()
@@ -214,8 +214,8 @@ def test_nothing_goes_for_a_checkpoint_whose_name_is_not_durable(tmp_path, calls
             manager.save(Checkpoint(step=2))
     with recorded.manager() as manager:
         manager.cleanup(keep_last=1)
-        [left] = manager.scan().files
-        assert recorded.world.is_certain(left.path)
+        [remaining] = manager.scan().files
+        assert recorded.world.is_certain(remaining.path)
 
 
 def test_nothing_goes_for_a_checkpoint_whose_sync_failed_after_its_rename(tmp_path):

@@ -8,8 +8,8 @@ import signal
 import pytest
 
 from campaigns import signals
-from campaigns.signals import Blow, Moment
-from campaigns.triggers import once_said
+from campaigns.signals import Moment, Stop
+from campaigns.triggers import once_printed
 
 
 @pytest.fixture(autouse=True)
@@ -24,13 +24,13 @@ def test_signals_to_a_command_and_to_forks(toy_runs, tmp_path, capsys):
     counts = json.loads(figures.read_text())["counts"]
     assert counts["signals to a command"] >= 1
     assert counts["signals to a fork"] >= 1
-    assert "every promise was kept" in capsys.readouterr().out
+    assert "every invariant held" in capsys.readouterr().out
 
 
 def test_a_run_that_stops_without_saving_is_found(toy_runs, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(signals, "blow_of", lambda chance: Blow(signal.SIGTERM))
-    in_the_loop = Moment("in the loop", once_said("step ", 3), 0.0)
-    monkeypatch.setattr(signals, "moment_of", lambda chance, last: in_the_loop)
+    monkeypatch.setattr(signals, "random_stop", lambda rng: Stop(signal.SIGTERM))
+    in_the_loop = Moment("in the loop", once_printed("step ", 3), 0.0)
+    monkeypatch.setattr(signals, "random_moment", lambda rng, last: in_the_loop)
     toy_runs("stops_without_saving")
     assert signals.main(["--case", "5", "--directory", str(tmp_path)]) == 1
-    assert "] was made, " in capsys.readouterr().out
+    assert "] was trained, " in capsys.readouterr().out

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from campaigns.fuzz.forging import Tensor, built
+from campaigns.fuzz.forging import Tensor, build
 from distrust import Checkpoint, CheckpointManager
 from distrust.checkpoint import catalog
 from distrust.checkpoint.compare import Difference, differences
@@ -72,7 +72,7 @@ def test_same_arrays_at_different_paths_differ(tmp_path):
     files = []
     for name, labels in (("a", ["model.a", "model.b"]), ("b", ["model.b", "model.a"])):
         path = tmp_path / name
-        path.write_bytes(built(tensors, names={"d": {"s": {"l": [{"a": label} for label in labels]}}}))
+        path.write_bytes(build(tensors, names={"d": {"s": {"l": [{"a": label} for label in labels]}}}))
         files.append(catalog.read_header(path))
     (difference,) = differences(*files)
     assert (difference.kind, difference.name) == ("state", "skeleton")
@@ -83,7 +83,7 @@ def test_long_key_of_many_values_takes_no_memory(tmp_path):
     files = []
     for value in (0, 1):
         path = tmp_path / str(value)
-        path.write_bytes(built(sections={"metadata": {"d": {"s" + "k" * 500_000: {"l": [value] * 2000}}}}))
+        path.write_bytes(build(sections={"metadata": {"d": {"s" + "k" * 500_000: {"l": [value] * 2000}}}}))
         files.append(catalog.read_header(path))
         files[-1].require_intact()
     tracemalloc.start()

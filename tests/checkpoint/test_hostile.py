@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from campaigns.fuzz.forging import Specimen, canonical, encodable, framed, signed, state_digest
+from campaigns.fuzz.forging import Specimen, canonical, encode_json, frame, sign, state_digest
 from distrust import Checkpoint, CheckpointManager
 from distrust.checkpoint import catalog, tree
 from distrust.errors import (
@@ -47,14 +47,14 @@ class Forge(Specimen):
 
     def write_fields(self, fields: Any) -> None:
         """Write these header fields, with correct digests where possible."""
-        self.write(signed(framed(encodable(fields).encode())) + self.data)
+        self.write(sign(frame(encode_json(fields).encode())) + self.data)
 
     def write_state(self, change: Callable[[Any], Any]) -> None:
         """Change the skeleton, with correct digests of the state and the header."""
         fields = self.fields
         state = json.loads(fields["__metadata__"]["state"])
         state = change(state) or state
-        fields["__metadata__"]["state"] = state if isinstance(state, str) else encodable(state)
+        fields["__metadata__"]["state"] = state if isinstance(state, str) else encode_json(state)
         fields["__metadata__"]["state_digest"] = state_digest(fields)
         self.write_fields(fields)
 
@@ -234,7 +234,7 @@ BODIES: dict[str, Callable[[bytes], bytes]] = {
 def test_json_that_no_writer_produces_is_rejected(forge, case):
     body = BODIES[case](forge.body)
     assert body != forge.body
-    forge.write(signed(framed(body)) + forge.data)
+    forge.write(sign(frame(body)) + forge.data)
     assert forge.outcomes() == [CorruptCheckpoint] * 3
 
 
@@ -412,7 +412,7 @@ def test_any_changed_header_byte_gives_a_checkpoint_error(forge, data):
             [b"{", b"}", b"[", b'"', b",", b":", b"\\", b"\\ud800", b"9" * 5000, b"-", b"true", b"null"]
         )
     )
-    forge.write(signed(framed(body[:begin] + snippet + body[end:])) + forge.data)
+    forge.write(sign(frame(body[:begin] + snippet + body[end:])) + forge.data)
     check_consistent(forge)
 
 

@@ -49,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def finished(folder: Path) -> Path:
+def finished_run(folder: Path) -> Path:
     """A finished run, with checkpoints of the steps 2, 4 and 6."""
     assert main(train_arguments(folder, folder / "run")) == 0
     return folder / "run"

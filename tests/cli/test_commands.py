@@ -26,28 +26,28 @@ def damage(path):
 
 
 @pytest.fixture
-def copy(finished, tmp_path):
+def copy(finished_run, tmp_path):
     """The run, to be spoiled."""
-    return shutil.copytree(finished, tmp_path / "copy")
+    return shutil.copytree(finished_run, tmp_path / "copy")
 
 
 @pytest.mark.parametrize("verb", COMMANDS)
 def test_each_command_has_help_with_examples(distrust, verb):
-    given = distrust(verb, "--help")
-    assert given.code == 0
-    assert given.err == ""
-    _, _, examples = given.out.partition("examples:")
+    output = distrust(verb, "--help")
+    assert output.code == 0
+    assert output.err == ""
+    _, _, examples = output.out.partition("examples:")
     assert f"distrust {verb}" in examples
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h", "help"])
 def test_help_names_every_command(distrust, flag):
-    given = distrust(flag)
-    assert given.code == 0
-    for verb, what in COMMANDS.items():
-        assert f"  {verb}" in given.out
-        assert what in given.out
-    assert distrust().out == given.out
+    output = distrust(flag)
+    assert output.code == 0
+    for verb, purpose in COMMANDS.items():
+        assert f"  {verb}" in output.out
+        assert purpose in output.out
+    assert distrust().out == output.out
     assert distrust().code == 2
 
 
@@ -62,10 +62,10 @@ def test_version(distrust):
     [("trian", "did you mean train?"), ("lss", "did you mean ls?"), ("xyz", "there are demo, ")],
 )
 def test_an_unknown_command(distrust, typed, hint):
-    given = distrust(typed)
-    assert (given.code, given.out) == (2, "")
-    assert given.err.startswith(f"distrust: no command {typed!r}; {hint}")
-    assert given.err.count("\n") == 1
+    output = distrust(typed)
+    assert (output.code, output.out) == (2, "")
+    assert output.err.startswith(f"distrust: no command {typed!r}; {hint}")
+    assert output.err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -86,9 +86,9 @@ def test_an_unknown_command(distrust, typed, hint):
     ],
 )
 def test_bad_usage(distrust, arguments):
-    given = distrust(*arguments)
-    assert (given.code, given.out) == (2, "")
-    assert f"usage: distrust {arguments[0]}" in given.err
+    output = distrust(*arguments)
+    assert (output.code, output.out) == (2, "")
+    assert f"usage: distrust {arguments[0]}" in output.err
 
 
 @pytest.mark.parametrize(
@@ -106,18 +106,18 @@ def test_bad_usage(distrust, arguments):
         ["export", "--to", "x"],
     ],
 )
-def test_nothing_of_that_name(distrust, finished, tmp_path, arguments):
-    verb, *more = [str(finished) if argument == "here" else argument for argument in arguments]
-    given = distrust(verb, *more, tmp_path / "nowhere")
-    assert (given.code, given.out) == (1, "")
-    assert given.err == f"distrust: {tmp_path}/nowhere: no such file or directory\n"
+def test_a_missing_target(distrust, finished_run, tmp_path, arguments):
+    verb, *options = [str(finished_run) if argument == "here" else argument for argument in arguments]
+    output = distrust(verb, *options, tmp_path / "nowhere")
+    assert (output.code, output.out) == (1, "")
+    assert output.err == f"distrust: {tmp_path}/nowhere: no such file or directory\n"
 
 
 @pytest.mark.parametrize("verb", ["show", "verify", "generate"])
 def test_a_folder_without_checkpoints(distrust, tmp_path, verb):
-    given = distrust(verb, tmp_path)
-    assert (given.code, given.out) == (1, "")
-    assert given.err == f"distrust: {tmp_path}: no checkpoints here\n"
+    output = distrust(verb, tmp_path)
+    assert (output.code, output.out) == (1, "")
+    assert output.err == f"distrust: {tmp_path}: no checkpoints here\n"
 
 
 def test_ls_of_a_folder_without_checkpoints(distrust, tmp_path):
@@ -133,23 +133,23 @@ ELSEWHERE = {
 }
 
 
-@pytest.mark.parametrize("what", ELSEWHERE)
-def test_a_folder_of_another_program_is_recognised(distrust, tmp_path, what):
+@pytest.mark.parametrize("purpose", ELSEWHERE)
+def test_a_folder_of_another_program_is_recognised(distrust, tmp_path, purpose):
     folder = tmp_path / "out put"
-    for name in ELSEWHERE[what]:
+    for name in ELSEWHERE[purpose]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
     command = f"distrust convert '{folder}' --to RUN makes a run of it\n"
     listed = distrust("ls", folder)
     assert (listed.code, listed.err) == (0, "")
-    for said in (listed.out, *(distrust(verb, folder).err for verb in ("show", "verify"))):
-        assert f"; it is {what}" in said
-        assert said.endswith(command)
-        assert said.count("\n") == 1
+    for message in (listed.out, *(distrust(verb, folder).err for verb in ("show", "verify"))):
+        assert f"; it is {purpose}" in message
+        assert message.endswith(command)
+        assert message.count("\n") == 1
     assert distrust("ls", folder, "--json").out == "[]\n"
 
 
-def test_of_a_trainers_folder_with_an_adapter_beside_the_newest_checkpoint_is_meant(distrust, tmp_path):
+def test_the_newest_checkpoint_of_a_trainers_folder_with_an_adapter_is_suggested(distrust, tmp_path):
     for name in ("checkpoint-9", "checkpoint-10"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "trainer_state.json").touch()
@@ -158,34 +158,34 @@ def test_of_a_trainers_folder_with_an_adapter_beside_the_newest_checkpoint_is_me
     assert f"distrust convert {tmp_path}/checkpoint-10 --to RUN" in distrust("ls", tmp_path).out
 
 
-def test_ls(distrust, finished):
-    given = distrust("ls", finished, "--json")
-    assert (given.code, given.err) == (0, "")
-    rows = json.loads(given.out)
+def test_ls(distrust, finished_run):
+    output = distrust("ls", finished_run, "--json")
+    assert (output.code, output.err) == (0, "")
+    rows = json.loads(output.out)
     assert [(row["step"], row["kind"]) for row in rows] == [(2, "periodic"), (4, "periodic"), (6, "final")]
     for row in rows:
         assert list(row) == ["step", "kind", "path", "format", "bytes", "created", "metrics"]
-        path = finished / "checkpoints" / row["path"].rpartition("/")[2]
+        path = finished_run / "checkpoints" / row["path"].rpartition("/")[2]
         assert row["path"] == str(path)
         assert row["bytes"] == path.stat().st_size
         assert re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d", row["created"])
         assert isinstance(row["metrics"]["loss"], float)
-    for target in (finished / "checkpoints", finished):
+    for target in (finished_run / "checkpoints", finished_run):
         lines = distrust("ls", target).out.splitlines()
         assert [line.split()[0] for line in lines] == ["step", "2", "4", "6"]
     (row,) = json.loads(distrust("ls", rows[1]["path"], "--json").out)
     assert row == rows[1]
 
 
-def test_ls_of_a_folder_of_runs_lists_the_runs(distrust, finished, tmp_path):
-    shutil.copytree(finished, tmp_path / "b")
-    shutil.copytree(finished, tmp_path / "a\x1b[31m")
+def test_ls_of_a_folder_of_runs_lists_the_runs(distrust, finished_run, tmp_path):
+    shutil.copytree(finished_run, tmp_path / "b")
+    shutil.copytree(finished_run, tmp_path / "a\x1b[31m")
     (tmp_path / "b" / "checkpoints" / "checkpoint-6-final.safetensors").write_bytes(b"")
     (tmp_path / "started" / "checkpoints").mkdir(parents=True)
     (tmp_path / "no run").mkdir()
-    given = distrust("ls", tmp_path)
-    assert (given.code, given.err) == (0, "")
-    header, *rows = given.out.splitlines()
+    output = distrust("ls", tmp_path)
+    assert (output.code, output.err) == (0, "")
+    header, *rows = output.out.splitlines()
     assert header.split() == ["run", "step", "kind", "created", "(UTC)", "checkpoints"]
     created = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
     assert [created.sub("DATE", row).split() for row in rows] == [
@@ -203,23 +203,23 @@ def test_ls_of_a_folder_of_runs_lists_the_runs(distrust, finished, tmp_path):
     assert [(row["checkpoints"], row["damaged"]) for row in rows] == [(3, 0), (2, 1), (0, 0)]
 
 
-def test_ls_says_what_is_damaged(distrust, copy):
+def test_ls_warns_about_damage(distrust, copy):
     path = copy / "checkpoints" / "checkpoint-4.safetensors"
     path.write_bytes(path.read_bytes()[:100])
-    given = distrust("ls", copy, "--json")
-    assert given.code == 0
-    assert [row["step"] for row in json.loads(given.out)] == [2, 6]
-    assert given.err.startswith(f"distrust: warning: {path}: damaged: ")
-    assert given.err.count("\n") == 1
+    output = distrust("ls", copy, "--json")
+    assert output.code == 0
+    assert [row["step"] for row in json.loads(output.out)] == [2, 6]
+    assert output.err.startswith(f"distrust: warning: {path}: damaged: ")
+    assert output.err.count("\n") == 1
 
 
-def test_show(distrust, finished):
-    path = finished / "checkpoints" / "checkpoint-6-final.safetensors"
-    given = distrust("show", finished, "--json")
-    assert (given.code, given.err) == (0, "")
-    shown = json.loads(given.out)
-    wanted = {"path", "format", "step", "kind", "digest", "state_digest", "metadata", "tensors"}
-    assert set(shown) == wanted | {"config", "run"}
+def test_show(distrust, finished_run):
+    path = finished_run / "checkpoints" / "checkpoint-6-final.safetensors"
+    output = distrust("show", finished_run, "--json")
+    assert (output.code, output.err) == (0, "")
+    shown = json.loads(output.out)
+    keys = {"path", "format", "step", "kind", "digest", "state_digest", "metadata", "tensors"}
+    assert set(shown) == keys | {"config", "run"}
     assert (shown["path"], shown["step"], shown["kind"]) == (str(path), 6, "final")
     assert HEX.fullmatch(shown["digest"])
     assert HEX.fullmatch(shown["state_digest"])
@@ -230,40 +230,40 @@ def test_show(distrust, finished):
         assert HEX.fullmatch(tensor["digest"])
     names = {tensor["name"].partition(".")[0] for tensor in shown["tensors"]}
     assert names == {"model", "optimizer", "rng", "history"}
-    for target in (finished / "checkpoints", path):
+    for target in (finished_run / "checkpoints", path):
         assert json.loads(distrust("show", target, "--json").out) == shown
-    for_people = distrust("show", finished, "--tensors").out
+    for_people = distrust("show", finished_run, "--tensors").out
     assert shown["state_digest"] in for_people
     assert all(tensor["name"] in for_people for tensor in shown["tensors"])
 
 
-def test_show_of_a_step(distrust, finished):
-    assert json.loads(distrust("show", finished, "--step", 4, "--json").out)["step"] == 4
-    given = distrust("show", finished, "--step", 5)
-    assert (given.code, given.err) == (
+def test_show_of_a_step(distrust, finished_run):
+    assert json.loads(distrust("show", finished_run, "--step", 4, "--json").out)["step"] == 4
+    output = distrust("show", finished_run, "--step", 5)
+    assert (output.code, output.err) == (
         1,
-        f"distrust: {finished}: no checkpoint of step 5; there are 2, 4, 6\n",
+        f"distrust: {finished_run}: no checkpoint of step 5; there are 2, 4, 6\n",
     )
 
 
-def test_verify(distrust, finished, copy):
-    given = distrust("verify", finished)
-    assert given.code == 0
-    assert given.out.count(": ok\n") == 3
+def test_verify(distrust, finished_run, copy):
+    output = distrust("verify", finished_run)
+    assert output.code == 0
+    assert output.out.count(": ok\n") == 3
     path = copy / "checkpoints" / "checkpoint-4.safetensors"
     damage(path)
-    given = distrust("verify", copy)
-    assert given.code == 1
-    assert given.out.count(": ok\n") == 2
-    assert f"{path}: DAMAGED: tensor " in given.out
+    output = distrust("verify", copy)
+    assert output.code == 1
+    assert output.out.count(": ok\n") == 2
+    assert f"{path}: DAMAGED: tensor " in output.out
     rows = json.loads(distrust("verify", copy, "--json").out)
     assert [row["ok"] for row in rows] == [True, False, True]
     assert [row["verdict"] for row in rows] == ["ok", "DAMAGED", "ok"]
     assert [list(row) for row in rows] == [["path", "ok", "verdict", "reason"]] * 3
     assert "is damaged (bytes" in rows[1]["reason"]
     assert distrust("verify", path).code == 1
-    assert distrust("verify", finished, path).code == 1
-    assert distrust("verify", finished, copy / "checkpoints" / "checkpoint-2.safetensors").code == 0
+    assert distrust("verify", finished_run, path).code == 1
+    assert distrust("verify", finished_run, copy / "checkpoints" / "checkpoint-2.safetensors").code == 0
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "data.jsonl"])
@@ -272,37 +272,37 @@ def test_a_file_of_another_program_is_not_damaged(distrust, tmp_path, name):
     header = b'{"w":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}'
     content = len(header).to_bytes(8, "little") + header + b"x"
     path.write_bytes(b'{"text": "ore"}\n' * 99 if name.endswith(".jsonl") else content)
-    given = distrust("verify", path)
-    said = "neither its name nor its first bytes are those of a checkpoint"
-    assert (given.code, given.out) == (1, f"{path}: NOT A CHECKPOINT: {said}\n")
+    output = distrust("verify", path)
+    message = "neither its name nor its first bytes are those of a checkpoint"
+    assert (output.code, output.out) == (1, f"{path}: NOT A CHECKPOINT: {message}\n")
     (row,) = json.loads(distrust("verify", path, "--json").out)
-    assert row == {"path": str(path), "ok": False, "verdict": "NOT A CHECKPOINT", "reason": said}
+    assert row == {"path": str(path), "ok": False, "verdict": "NOT A CHECKPOINT", "reason": message}
     named = path.rename(tmp_path / "checkpoint-7.safetensors")
     assert f"{named}: DAMAGED: " in distrust("verify", named).out
 
 
-def test_a_damaged_checkpoint_under_another_name_is_damaged(distrust, finished, tmp_path):
+def test_a_damaged_checkpoint_under_another_name_is_damaged(distrust, finished_run, tmp_path):
     path = tmp_path / "backup.safetensors"
-    for place in (100, 5000, -1):
-        raw = bytearray((finished / "checkpoints" / "checkpoint-4.safetensors").read_bytes())
-        raw[place] ^= 1
+    for offset in (100, 5000, -1):
+        raw = bytearray((finished_run / "checkpoints" / "checkpoint-4.safetensors").read_bytes())
+        raw[offset] ^= 1
         path.write_bytes(raw)
         assert f"{path}: DAMAGED: " in distrust("verify", path).out
 
 
 @pytest.mark.parametrize("verb", ["show", "ls"])
-def test_a_file_that_is_no_checkpoint(distrust, tmp_path, verb):
+def test_a_file_that_is_not_a_checkpoint(distrust, tmp_path, verb):
     path = tmp_path / "notes.txt"
     path.write_text("buy milk and a whole lot of other things\n" * 9)
-    given = distrust(verb, path)
-    assert (given.code, given.out) == (1, "")
-    assert given.err.startswith(f"distrust: {path}: ")
-    assert given.err.count("\n") == 1
+    output = distrust(verb, path)
+    assert (output.code, output.out) == (1, "")
+    assert output.err.startswith(f"distrust: {path}: ")
+    assert output.err.count("\n") == 1
     assert distrust("verify", path).code == 1
 
 
 @pytest.mark.parametrize("verb", ["ls", "show", "verify"])
-def test_what_may_not_be_looked_at_is_not_said_to_be_missing(distrust, tmp_path, monkeypatch, verb):
+def test_an_inaccessible_target_is_not_reported_as_missing(distrust, tmp_path, monkeypatch, verb):
     path = str(tmp_path / "there")
     real = os.stat
 
@@ -312,19 +312,19 @@ def test_what_may_not_be_looked_at_is_not_said_to_be_missing(distrust, tmp_path,
         return real(asked, *arguments, **options)
 
     monkeypatch.setattr(os, "stat", stat)
-    given = distrust(verb, path)
-    assert (given.code, given.out) == (1, "")
-    assert given.err == f"distrust: {path}: cannot be read: Permission denied\n"
+    output = distrust(verb, path)
+    assert (output.code, output.out) == (1, "")
+    assert output.err == f"distrust: {path}: cannot be read: Permission denied\n"
 
 
 @pytest.mark.parametrize(("name", "named"), [("a file", "a file: "), (b"a file", "a file: "), (None, "")])
-def test_what_the_system_refuses_is_named(distrust, monkeypatch, name, named):
+def test_a_system_error_names_its_file(distrust, monkeypatch, name, named):
     def main(arguments):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), name)
 
     monkeypatch.setattr("distrust.cli.ls.main", main)
-    given = distrust("ls", "x")
-    assert (given.code, given.out, given.err) == (1, "", f"distrust: ls: {named}Permission denied\n")
+    output = distrust("ls", "x")
+    assert (output.code, output.out, output.err) == (1, "", f"distrust: ls: {named}Permission denied\n")
 
 
 def test_a_missing_library_is_named_with_the_command_that_installs_it(distrust, monkeypatch):
@@ -332,23 +332,23 @@ def test_a_missing_library_is_named_with_the_command_that_installs_it(distrust, 
         raise ModuleNotFoundError("No module named 'rich'", name="rich")
 
     monkeypatch.setattr("distrust.cli.ls.main", main)
-    given = distrust("ls", "x")
-    assert (given.code, given.out, given.err.count("\n")) == (1, "", 1)
-    assert given.err.startswith("distrust: distrust ls needs rich, which is not installed: pip install '")
+    output = distrust("ls", "x")
+    assert (output.code, output.out, output.err.count("\n")) == (1, "", 1)
+    assert output.err.startswith("distrust: distrust ls needs rich, which is not installed: pip install '")
 
 
-def test_diff(distrust, finished, copy):
-    same = distrust("diff", finished, copy / "checkpoints" / "checkpoint-6-final.safetensors")
+def test_diff(distrust, finished_run, copy):
+    same = distrust("diff", finished_run, copy / "checkpoints" / "checkpoint-6-final.safetensors")
     assert same.code == 0
     assert same.out.endswith("equal: by their headers the states are the same, bit for bit\n")
-    shown = json.loads(distrust("diff", finished, copy, "--json").out)
+    shown = json.loads(distrust("diff", finished_run, copy, "--json").out)
     assert (shown["equal"], shown["differences"]) == (True, [])
 
-    older = finished / "checkpoints" / "checkpoint-4.safetensors"
-    given = distrust("diff", finished, older)
-    assert given.code == 1
-    assert "state step: 6 -> 4\n" in given.out
-    shown = json.loads(distrust("diff", finished, older, "--json").out)
+    older = finished_run / "checkpoints" / "checkpoint-4.safetensors"
+    output = distrust("diff", finished_run, older)
+    assert output.code == 1
+    assert "state step: 6 -> 4\n" in output.out
+    shown = json.loads(distrust("diff", finished_run, older, "--json").out)
     assert set(shown) == {"equal", "a", "b", "differences"}
     assert shown["equal"] is False
     assert (shown["a"]["step"], shown["b"]["step"]) == (6, 4)
@@ -356,31 +356,31 @@ def test_diff(distrust, finished, copy):
     assert ("state", "step") in names
     assert ("state", "metadata.tokens_seen") in names
     assert ("tensor", "history.loss") in names
-    assert any(what == "tensor" and "lora_A" in name for what, name in names)
+    assert any(purpose == "tensor" and "lora_A" in name for purpose, name in names)
     assert not any("config" in name for _, name in names)
 
 
-def test_diff_of_what_two_engines_made(distrust, tmp_path):
+def test_diff_of_checkpoints_of_two_engines(distrust, tmp_path):
     for engine, names in (("torch", "abc"), ("mlx", "cdefg")):
         run = {"environment": {"engine": engine}}
         model = {name: np.full(3, ord(name)) for name in names}
         with CheckpointManager(tmp_path / engine) as manager:
             manager.save(Checkpoint(step=1, model=model, run=run))
-    given = distrust("diff", tmp_path / "torch", tmp_path / "mlx")
-    assert given.code == 1
-    lines = given.out.splitlines()
+    output = distrust("diff", tmp_path / "torch", tmp_path / "mlx")
+    assert output.code == 1
+    lines = output.out.splitlines()
     assert lines[2].startswith("a was made with torch, b with mlx: they use different tensor names")
     assert lines[-1] == "different: 0 scalars, 6 of 7 tensors"
     alone = distrust("diff", tmp_path / "torch", tmp_path / "torch")
     assert (alone.code, "was made with" in alone.out) == (0, False)
 
 
-def test_diff_reads_headers_only(distrust, copy, finished):
+def test_diff_reads_headers_only(distrust, copy, finished_run):
     damage(copy / "checkpoints" / "checkpoint-6-final.safetensors")
-    assert distrust("diff", copy, finished).code == 0
+    assert distrust("diff", copy, finished_run).code == 0
 
 
-def test_the_commands_on_files_are_light(finished):
+def test_the_commands_on_files_are_light(finished_run):
     code = """
 import sys
 from distrust.cli import main
@@ -389,15 +389,15 @@ for arguments in (["ls", RUN], ["show", RUN], ["show", RUN, "--json"], ["diff", 
     assert main(arguments) == 0
 heavy = {"numpy", "torch", "tyro", "asyncio", "rich", "transformers", "distrust.config"} & set(sys.modules)
 assert not heavy, heavy
-""".replace("RUN", repr(str(finished)))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+""".replace("RUN", repr(str(finished_run)))
+    completed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (completed.returncode, completed.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("arguments", [["show", "--json"], ["ls"]])
-def test_a_reader_that_has_enough(start, finished, arguments):
+def test_a_reader_that_exits_early(start, finished_run, arguments):
     """As ``distrust show RUN --json | head -1``: no traceback, and no remark at the interpreter's end."""
-    process = start(*arguments, finished)
+    process = start(*arguments, finished_run)
     process.stdout.close()
     process.stdout = None
     _, err = process.communicate(timeout=60)

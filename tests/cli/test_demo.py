@@ -1,4 +1,4 @@
-"""The demo, with trainings of a few steps: what it prints and draws, and that it goes on where it was."""
+"""The demo with trainings of a few steps: what it prints and draws, and that it resumes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from distrust import demo
 
 @pytest.fixture
 def short(monkeypatch):
-    whole = demo.demo_config
+    demo_config = demo.demo_config
 
     def config(weighting, *, out, seed):
-        return replace(whole(weighting, out=out, seed=seed), max_steps=2, batch_size=4)
+        return replace(demo_config(weighting, out=out, seed=seed), max_steps=2, batch_size=4)
 
     monkeypatch.setattr(demo, "demo_config", config)
     questions = demo.read_questions()
@@ -23,7 +23,7 @@ def short(monkeypatch):
     monkeypatch.setattr(demo, "read_questions", lambda: few)
 
 
-def test_what_it_says(short, distrust, tmp_path):
+def test_the_output(short, distrust, tmp_path):
     first = distrust("demo", "--out", tmp_path, "--json")
     assert first.code == 0, first.err
     figures = json.loads(first.out)

@@ -1,4 +1,4 @@
-"""``distrust generate``: which checkpoint is asked, and how."""
+"""``distrust generate``: the choice of the checkpoint, and sampling."""
 
 from __future__ import annotations
 
@@ -14,86 +14,88 @@ TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor 
 
 
 @pytest.fixture(scope="module")
-def moved(folder, tmp_path_factory):
+def diverse_run(folder, tmp_path_factory):
     """A run whose checkpoints write different things, its best not its newest; and a model that chats."""
     from distrust.cli import main
 
-    place = tmp_path_factory.mktemp("generate")
-    shutil.copytree(folder / "model", place / "model")
-    said = json.loads((place / "model" / "tokenizer_config.json").read_text())
-    (place / "model" / "tokenizer_config.json").write_text(json.dumps({**said, "chat_template": TEMPLATE}))
-    write_records(place / "data.jsonl")
-    more = ["--learning-rate", 0.05, "--warmup-steps", 0, "--metric", "loss", "--metric-mode", "max"]
-    assert main(train_arguments(place, place / "run", *more)) == 0
-    return place / "run"
+    directory = tmp_path_factory.mktemp("generate")
+    shutil.copytree(folder / "model", directory / "model")
+    config = json.loads((directory / "model" / "tokenizer_config.json").read_text())
+    (directory / "model" / "tokenizer_config.json").write_text(
+        json.dumps({**config, "chat_template": TEMPLATE})
+    )
+    write_records(directory / "data.jsonl")
+    options = ["--learning-rate", 0.05, "--warmup-steps", 0, "--metric", "loss", "--metric-mode", "max"]
+    assert main(train_arguments(directory, directory / "run", *options)) == 0
+    return directory / "run"
 
 
-def text(given):
-    assert given.code == 0, given.err
-    (row,) = json.loads(given.out)
+def text(output):
+    assert output.code == 0, output.err
+    (row,) = json.loads(output.out)
     return row["checkpoint"]
 
 
-def test_a_checkpoint_by_its_name_by_its_step_and_the_best(distrust, moved):
-    files = {row["step"]: row for row in json.loads(distrust("ls", moved, "--json").out)}
-    by_step = {step: text(distrust("generate", moved, "--step", step, *SHORT)) for step in files}
+def test_a_checkpoint_by_its_name_by_its_step_and_the_best(distrust, diverse_run):
+    files = {row["step"]: row for row in json.loads(distrust("ls", diverse_run, "--json").out)}
+    by_step = {step: text(distrust("generate", diverse_run, "--step", step, *SHORT)) for step in files}
     assert len(set(by_step.values())) > 1
     for step, row in files.items():
         assert text(distrust("generate", "--checkpoint", row["path"], *SHORT)) == by_step[step]
         assert text(distrust("generate", row["path"], *SHORT)) == by_step[step]
-    assert text(distrust("generate", "--checkpoint", moved, *SHORT)) == by_step[6]
+    assert text(distrust("generate", "--checkpoint", diverse_run, *SHORT)) == by_step[6]
     best = max(files, key=lambda step: files[step]["metrics"]["loss"])
-    assert text(distrust("generate", moved, "--best", *SHORT)) == by_step[best]
-    given = distrust("generate", files[2]["path"], "--step", 2, *SHORT)
-    assert (given.code, given.err.count("\n")) == (2, 1)
-    assert "--step 2 goes with a run or a directory" in given.err
+    assert text(distrust("generate", diverse_run, "--best", *SHORT)) == by_step[best]
+    output = distrust("generate", files[2]["path"], "--step", 2, *SHORT)
+    assert (output.code, output.err.count("\n")) == (2, 1)
+    assert "--step 2 goes with a run or a directory" in output.err
 
 
-def test_it_falls_back_from_a_damaged_one(distrust, moved, tmp_path):
-    copy = shutil.copytree(moved, tmp_path / "run")
+def test_it_falls_back_from_a_damaged_checkpoint(distrust, diverse_run, tmp_path):
+    copy = shutil.copytree(diverse_run, tmp_path / "run")
     newest = copy / "checkpoints" / "checkpoint-6-final.safetensors"
     raw = bytearray(newest.read_bytes())
     raw[-1] ^= 1
     newest.write_bytes(raw)
-    given = distrust("generate", copy, *SHORT)
-    assert given.err.startswith(f"distrust: warning: skipped a damaged checkpoint: {newest}: tensor ")
-    assert given.err.count("\n") == 1
-    assert text(given) == text(distrust("generate", moved, "--step", 4, *SHORT))
+    output = distrust("generate", copy, *SHORT)
+    assert output.err.startswith(f"distrust: warning: skipped a damaged checkpoint: {newest}: tensor ")
+    assert output.err.count("\n") == 1
+    assert text(output) == text(distrust("generate", diverse_run, "--step", 4, *SHORT))
     named = distrust("generate", newest, *SHORT)
     assert (named.code, named.out, named.err.count("\n")) == (1, "", 1)
 
 
-def test_chat_applies_the_template(distrust, moved, finished):
-    chat = text(distrust("generate", moved, "--chat", *SHORT))
+def test_chat_applies_the_template(distrust, diverse_run, finished_run):
+    chat = text(distrust("generate", diverse_run, "--chat", *SHORT))
     spelled = "<user>ore<assistant>"
-    plain = distrust("generate", moved, "--max-new-tokens", 12, "--json", "--prompt", spelled)
+    plain = distrust("generate", diverse_run, "--max-new-tokens", 12, "--json", "--prompt", spelled)
     assert chat == text(plain)
-    given = distrust("generate", finished, "--chat", *SHORT)
-    assert (given.code, given.out) == (1, "")
-    assert given.err.startswith("distrust: --chat: the model's tokenizer has no chat template; ")
-    assert given.err.count("\n") == 1
+    output = distrust("generate", finished_run, "--chat", *SHORT)
+    assert (output.code, output.out) == (1, "")
+    assert output.err.startswith("distrust: --chat: the model's tokenizer has no chat template; ")
+    assert output.err.count("\n") == 1
 
 
-def test_a_template_that_refuses(distrust, moved, tmp_path):
-    model = shutil.copytree(moved.parent / "model", tmp_path / "model")
-    said = json.loads((model / "tokenizer_config.json").read_text())
-    refusing = {**said, "chat_template": "{{ raise_exception('no system here') }}"}
+def test_a_template_that_refuses(distrust, diverse_run, tmp_path):
+    model = shutil.copytree(diverse_run.parent / "model", tmp_path / "model")
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    refusing = {**config, "chat_template": "{{ raise_exception('no system here') }}"}
     (model / "tokenizer_config.json").write_text(json.dumps(refusing))
-    given = distrust("generate", moved, "--model", model, "--chat", *SHORT)
-    assert (given.code, given.err.count("\n")) == (1, 1)
-    assert "--chat: the model's chat template refuses the prompt: no system here" in given.err
+    output = distrust("generate", diverse_run, "--model", model, "--chat", *SHORT)
+    assert (output.code, output.err.count("\n")) == (1, 1)
+    assert "--chat: the model's chat template refuses the prompt: no system here" in output.err
 
 
-def test_the_likeliest_tokens_only(distrust, moved):
-    drawn = [*SHORT, "--temperature", 1.5, "--seed", 3]
-    alone = text(distrust("generate", moved, *drawn, "--top-p", "1e-9"))
-    assert alone == text(distrust("generate", moved, *SHORT))
-    assert alone != text(distrust("generate", moved, *drawn))
-    for wrong in (
+def test_top_p_samples_from_the_likeliest_tokens(distrust, diverse_run):
+    sampling = [*SHORT, "--temperature", 1.5, "--seed", 3]
+    alone = text(distrust("generate", diverse_run, *sampling, "--top-p", "1e-9"))
+    assert alone == text(distrust("generate", diverse_run, *SHORT))
+    assert alone != text(distrust("generate", diverse_run, *sampling))
+    for options in (
         ["--top-p", 0.5],
         ["--top-p", 0, "--temperature", 1],
         ["--top-p", "nan", "--temperature", 1],
     ):
-        given = distrust("generate", moved, *SHORT, *wrong)
-        assert (given.code, given.err.count("\n")) == (2, 1)
-        assert given.err.startswith("distrust: --top-p ")
+        output = distrust("generate", diverse_run, *SHORT, *options)
+        assert (output.code, output.err.count("\n")) == (2, 1)
+        assert output.err.startswith("distrust: --top-p ")

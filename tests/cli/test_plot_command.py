@@ -1,4 +1,4 @@
-"""distrust plot: files of pictures, and one line where there can be none."""
+"""``distrust plot``: the files it writes, and its errors."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ def size_of_png(path):
 
 
 def test_one_run_is_drawn_into_its_folder(distrust, runs):
-    done = distrust("plot", runs / "off", "--panels", "loss,lr")
-    assert (done.code, done.out, done.err) == (0, f"{runs / 'off' / 'plot.png'}\n", "")
+    output = distrust("plot", runs / "off", "--panels", "loss,lr")
+    assert (output.code, output.out, output.err) == (0, f"{runs / 'off' / 'plot.png'}\n", "")
     width, height = size_of_png(runs / "off" / "plot.png")
     assert width > height > 400
 
 
 def test_several_runs_are_drawn_here(distrust, runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    done = distrust("plot", runs / "off", runs / "monotone", "--panels", "loss", "--title", "both of them")
-    assert (done.code, done.out) == (0, "plot.png\n")
+    output = distrust("plot", runs / "off", runs / "monotone", "--panels", "loss", "--title", "both of them")
+    assert (output.code, output.out) == (0, "plot.png\n")
     assert os.listdir(tmp_path) == ["plot.png"]
 
 
 def test_files_of_both_kinds_under_names_of_their_own(distrust, runs, tmp_path):
     png, svg = tmp_path / "new" / "a.png", tmp_path / "b.SVG"
-    done = distrust(
+    output = distrust(
         "plot", runs / "off", runs / "monotone", "--out", png, "--out", svg, "--panels", "loss,weights",
         "--x", "tokens", "--smooth", 7, "--title", "off <and> monotone",
     )  # fmt: skip
-    assert (done.code, done.out) == (0, f"{png}\n{svg}\n")
+    assert (output.code, output.out) == (0, f"{png}\n{svg}\n")
     size_of_png(png)
     text = svg.read_text("utf-8")
     assert text.startswith("<?xml")
@@ -53,7 +53,7 @@ def test_files_of_both_kinds_under_names_of_their_own(distrust, runs, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("more", "code", "what"),
+    ("options", "code", "message"),
     [
         (["--out", "plot.pdf"], 2, "--out plot.pdf: give a name that ends with .png or .svg"),
         (["--out", "plot"], 2, "--out plot: give a name"),
@@ -63,11 +63,11 @@ def test_files_of_both_kinds_under_names_of_their_own(distrust, runs, tmp_path):
         (["--panels", "lr", "--out", "/dev/null/plot.png"], 1, "/dev/null/plot.png: not written: "),
     ],
 )
-def test_mistakes_are_told_in_a_line(distrust, runs, more, code, what):
-    done = distrust("plot", runs / "monotone", *more)
-    assert (done.code, done.out) == (code, "")
-    assert what in done.err
-    assert "Traceback" not in done.err
+def test_a_mistake_is_reported_in_one_line(distrust, runs, options, code, message):
+    output = distrust("plot", runs / "monotone", *options)
+    assert (output.code, output.out) == (code, "")
+    assert message in output.err
+    assert "Traceback" not in output.err
 
 
 @pytest.mark.parametrize(("command", "name"), [("plot", "plot.png"), ("report", "report.html")])
@@ -76,29 +76,29 @@ def test_a_link_in_a_run_folder_is_not_written_through_unasked(distrust, tmp_pat
     precious = tmp_path / "precious"
     precious.write_text("mine")
     (run / name).symlink_to(precious)
-    done = distrust(command, run)
-    assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
-    assert f"{run / name}: is a link" in done.err
+    output = distrust(command, run)
+    assert (output.code, output.out, output.err.count("\n")) == (2, "", 1)
+    assert f"{run / name}: is a link" in output.err
     assert precious.read_text() == "mine"
     assert distrust(command, run, "--out", run / name).code == 0
 
 
 def test_one_run_under_two_names_is_one_run(distrust, runs, tmp_path):
-    done = distrust("plot", runs / "off", runs / "monotone" / ".." / "off", "--out", tmp_path / "a.png")
-    assert (done.code, done.out) == (2, "")
-    assert done.err == f"distrust: {runs / 'monotone' / '..' / 'off'} is given twice; name each run once\n"
+    output = distrust("plot", runs / "off", runs / "monotone" / ".." / "off", "--out", tmp_path / "a.png")
+    assert (output.code, output.out) == (2, "")
+    assert output.err == f"distrust: {runs / 'monotone' / '..' / 'off'} is given twice; name each run once\n"
 
 
-def test_what_is_no_run_is_told_in_a_line(distrust, runs, tmp_path):
-    done = distrust("plot", tmp_path)
-    assert (done.code, done.err.count("\n")) == (1, 1)
-    assert "no run here" in done.err
-    done = distrust("plot", runs / "off", runs / "off")
-    assert (done.code, done.err.count("\n")) == (2, 1)
+def test_a_folder_that_is_not_a_run_is_reported_in_one_line(distrust, runs, tmp_path):
+    output = distrust("plot", tmp_path)
+    assert (output.code, output.err.count("\n")) == (1, 1)
+    assert "no run here" in output.err
+    output = distrust("plot", runs / "off", runs / "off")
+    assert (output.code, output.err.count("\n")) == (2, 1)
     (tmp_path / "metrics.jsonl").write_text("}\n")
-    done = distrust("plot", tmp_path)
-    assert (done.code, done.err.count("\n")) == (1, 1)
-    assert f"{tmp_path}/metrics.jsonl:1: not JSON" in done.err
+    output = distrust("plot", tmp_path)
+    assert (output.code, output.err.count("\n")) == (1, 1)
+    assert f"{tmp_path}/metrics.jsonl:1: not JSON" in output.err
     assert os.listdir(tmp_path) == ["metrics.jsonl"]
 
 
@@ -111,9 +111,9 @@ def test_a_run_that_trains_is_drawn_as_far_as_it_is(distrust, tmp_path):
 
 def test_help_shows_examples(distrust):
     for command in ("plot", "report"):
-        done = distrust(command, "--help")
-        assert done.code == 0
-        assert f"distrust {command} runs/train" in done.out
+        output = distrust(command, "--help")
+        assert output.code == 0
+        assert f"distrust {command} runs/train" in output.out
 
 
 def test_drawing_loads_no_framework(run_python, runs):
@@ -124,5 +124,5 @@ assert main(["plot", sys.argv[1], "--panels", "lr"]) == 0
 assert not {"torch", "transformers", "datasets", "pyarrow", "mlx", "jax"} & sys.modules.keys()
 assert "matplotlib.pyplot" not in sys.modules
 """
-    done = run_python(code, runs / "off")
-    assert done.returncode == 0, done.stderr
+    output = run_python(code, runs / "off")
+    assert output.returncode == 0, output.stderr

@@ -1,4 +1,4 @@
-"""What the commands print of a file commands no terminal."""
+"""No file can send control characters to the terminal through a command."""
 
 from __future__ import annotations
 
@@ -39,27 +39,27 @@ def hidden(text: str) -> set[str]:
 @pytest.mark.parametrize(
     "verb", ["ls", "show", "show --tensors", "show --json", "diff", "diff --json", "verify"]
 )
-def test_nothing_is_printed_that_a_terminal_obeys(distrust, hostile, verb):
+def test_no_control_character_is_printed(distrust, hostile, verb):
     name, *flags = verb.split()
     files = sorted(hostile.glob("*.safetensors"))
-    given = distrust(name, *(files if name == "diff" else [hostile]), *flags)
-    assert hidden(given.out + given.err) == set()
+    output = distrust(name, *(files if name == "diff" else [hostile]), *flags)
+    assert hidden(output.out + output.err) == set()
     # A row for each: no name makes a line of its own.
-    assert "line\nfeed" not in given.out
+    assert "line\nfeed" not in output.out
     if "--json" not in flags and name != "verify":
-        assert "\\u001b[2J" in given.out
+        assert "\\u001b[2J" in output.out
 
 
-def test_damage_and_warnings_command_nothing_either(distrust, hostile):
+def test_damage_and_warnings_print_no_control_character(distrust, hostile):
     for path in hostile.glob("*.safetensors"):
         path.write_bytes(path.read_bytes()[:-1] + b"?")
-    given = distrust("verify", hostile)
-    assert given.code == 1
-    assert hidden(given.out + given.err) == set()
-    assert given.out.count("\n") == 2
+    output = distrust("verify", hostile)
+    assert output.code == 1
+    assert hidden(output.out + output.err) == set()
+    assert output.out.count("\n") == 2
 
 
-def test_json_says_what_the_file_says(distrust, hostile):
+def test_json_is_exact(distrust, hostile):
     shown = json.loads(distrust("show", hostile, "--json").out)
     assert shown["metadata"] == {COMMAND: COMMAND * 2, "line\nfeed": "a\nb"}
     assert shown["tensors"][0]["name"] == f"model.{COMMAND}"
@@ -74,23 +74,23 @@ def test_json_says_what_the_file_says(distrust, hostile):
         ("\U000e0001\udcff", "\\udb40\\udc01\\udcff"),
     ],
 )
-def test_letters_of_every_language_stay(text, shown):
+def test_letters_of_every_language_are_unchanged(text, shown):
     assert printable(text) == shown
 
 
-def test_lines_stay_where_they_may():
+def test_newlines_are_kept_on_request():
     assert printable("a\nb\x1b", lines=True) == "a\nb\\u001b"
 
 
 @pytest.mark.parametrize("flags", [["--damaged", "--dry-run"], ["--damaged"], ["--damaged", "--json"]])
-def test_what_goes_commands_nothing_either(distrust, tmp_path, flags):
+def test_prune_prints_no_control_character(distrust, tmp_path, flags):
     folder = tmp_path / "a\nb\x1b]0;title\x07"
     with CheckpointManager(folder) as manager:
         for step in (1, 2):
             manager.save(Checkpoint(step=step))
     (folder / "checkpoint-1.safetensors").write_bytes(bytes(100))
-    given = distrust("prune", folder, *flags)
-    assert given.code == 0
-    assert hidden(given.out + given.err) == set()
+    output = distrust("prune", folder, *flags)
+    assert output.code == 0
+    assert hidden(output.out + output.err) == set()
     if "--json" not in flags:
-        assert given.out.count("\n") == 2
+        assert output.out.count("\n") == 2

@@ -1,4 +1,4 @@
-"""``distrust prune``: what goes by which flag, what it says, and what it never touches."""
+"""``distrust prune``: what each flag removes, what it reports, and what it never removes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def damage(run: Path, step: int) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("rules", "stay"),
+    ("rules", "remaining"),
     [
         (["--keep-last", 3], ["30", "40", "50-final"]),
         (["--keep-last", 1], ["50-final"]),
@@ -54,61 +54,61 @@ def damage(run: Path, step: int) -> bytes:
     ],
     ids=str,
 )
-def test_what_no_rule_keeps_goes(distrust, run, rules, stay):
-    goes = [step for step in ALL if step not in stay]
-    foretold = distrust("prune", run, *rules, "--dry-run")
-    assert (foretold.code, foretold.err) == (0, "")
+def test_checkpoints_that_no_rule_keeps_are_removed(distrust, run, rules, remaining):
+    removed = [step for step in ALL if step not in remaining]
+    dry_run = distrust("prune", run, *rules, "--dry-run")
+    assert (dry_run.code, dry_run.err) == (0, "")
     assert steps(run) == ALL
-    assert foretold.out.count("would remove ") == len(goes)
+    assert dry_run.out.count("would remove ") == len(removed)
 
-    given = distrust("prune", run, *rules)
+    output = distrust("prune", run, *rules)
 
-    assert (given.code, given.err) == (0, "")
-    assert steps(run) == stay
-    *lines, last = given.out.splitlines()
+    assert (output.code, output.err) == (0, "")
+    assert steps(run) == remaining
+    *lines, last = output.out.splitlines()
     assert [line.partition(" (")[0] for line in lines] == [
-        f"removed {run}/checkpoints/checkpoint-{step}.safetensors" for step in goes
+        f"removed {run}/checkpoints/checkpoint-{step}.safetensors" for step in removed
     ]
-    assert last.startswith(f"{len(goes)} file" if goes else "nothing to remove")
+    assert last.startswith(f"{len(removed)} file" if removed else "nothing to remove")
 
 
-def test_json_says_what_goes_and_how_much_that_frees(distrust, run):
+def test_json_lists_the_removed_files_and_the_freed_space(distrust, run):
     sizes = {
         str(path): path.stat().st_blocks * 512 for path in (run / "checkpoints").glob("checkpoint-[1234]0.*")
     }
     for flags, dry in ((["--dry-run"], True), ([], False)):
-        said = json.loads(distrust("prune", run, "--keep-last", 1, "--json", *flags).out)
-        assert said["dry_run"] is dry
-        assert {row["path"]: row["bytes"] for row in said["removed"]} == sizes
-        assert [row["step"] for row in said["removed"]] == [10, 20, 30, 40]
-        assert {row["reason"] for row in said["removed"]} == {"no rule keeps it"}
-        assert said["bytes_freed"] == sum(sizes.values()) > 0
+        report = json.loads(distrust("prune", run, "--keep-last", 1, "--json", *flags).out)
+        assert report["dry_run"] is dry
+        assert {row["path"]: row["bytes"] for row in report["removed"]} == sizes
+        assert [row["step"] for row in report["removed"]] == [10, 20, 30, 40]
+        assert {row["reason"] for row in report["removed"]} == {"no rule keeps it"}
+        assert report["bytes_freed"] == sum(sizes.values()) > 0
 
 
-def test_what_another_name_holds_frees_nothing(distrust, run):
+def test_a_file_with_another_hard_link_frees_nothing(distrust, run):
     os.link(run / "checkpoints" / "checkpoint-10.safetensors", run / "kept")
-    said = json.loads(distrust("prune", run, "--keep-last", 4, "--json").out)
-    assert [row["bytes"] for row in said["removed"]] == [0]
+    report = json.loads(distrust("prune", run, "--keep-last", 4, "--json").out)
+    assert [row["bytes"] for row in report["removed"]] == [0]
 
 
-def test_damaged_ones_go_by_their_flag_alone(distrust, run):
+def test_damaged_checkpoints_are_removed_only_by_their_flag(distrust, run):
     raw = damage(run, 40)
     path = run / "checkpoints" / "checkpoint-40.safetensors"
-    given = distrust("prune", run, "--keep-last", 2)
-    assert given.code == 0
+    output = distrust("prune", run, "--keep-last", 2)
+    assert output.code == 0
     assert steps(run) == ["30", "40", "50-final"]  # it counts for nothing
     assert path.read_bytes() == raw
-    assert given.err.startswith(f"distrust: warning: {path}: tensor model.w is damaged")
+    assert output.err.startswith(f"distrust: warning: {path}: tensor model.w is damaged")
 
-    given = distrust("prune", run, "--damaged", "--dry-run")
-    assert (given.code, given.err, path.exists()) == (0, "", True)
-    assert f"would remove {path} (" in given.out
-    assert "): damaged: tensor model.w is damaged (bytes" in given.out
+    output = distrust("prune", run, "--damaged", "--dry-run")
+    assert (output.code, output.err, path.exists()) == (0, "", True)
+    assert f"would remove {path} (" in output.out
+    assert "): damaged: tensor model.w is damaged (bytes" in output.out
 
-    given = distrust("prune", run, "--damaged")
-    assert (given.code, given.err) == (0, "")
-    assert f"removed {path} (" in given.out
-    assert "\n1 file removed, " in given.out
+    output = distrust("prune", run, "--damaged")
+    assert (output.code, output.err) == (0, "")
+    assert f"removed {path} (" in output.out
+    assert "\n1 file removed, " in output.out
     assert steps(run) == ["30", "50-final"]
     assert distrust("prune", run, "--damaged").out == "nothing to remove\n"
     assert distrust("verify", run).code == 0
@@ -116,41 +116,41 @@ def test_damaged_ones_go_by_their_flag_alone(distrust, run):
 
 def test_both_at_once(distrust, run):
     damage(run, 30)
-    said = json.loads(distrust("prune", run / "checkpoints", "--damaged", "--keep-every", 20, "--json").out)
-    assert [row["step"] for row in said["removed"]] == [30, 10]
-    assert said["removed"][0]["reason"].startswith("damaged: ")
+    report = json.loads(distrust("prune", run / "checkpoints", "--damaged", "--keep-every", 20, "--json").out)
+    assert [row["step"] for row in report["removed"]] == [30, 10]
+    assert report["removed"][0]["reason"].startswith("damaged: ")
     assert steps(run) == ["20", "40", "50-final"]
 
 
-def test_what_is_left_is_said(distrust, run):
+def test_a_folder_that_stays_is_reported(distrust, run):
     path = run / "checkpoints" / "checkpoint-60.safetensors"
     path.mkdir()
-    given = distrust("prune", run, "--damaged", "--json")
-    assert (given.code, json.loads(given.out)["removed"]) == (0, [])
-    assert given.err.startswith(f"distrust: warning: {path}: left: a directory")
+    output = distrust("prune", run, "--damaged", "--json")
+    assert (output.code, json.loads(output.out)["removed"]) == (0, [])
+    assert output.err.startswith(f"distrust: warning: {path}: left: a directory")
     assert path.is_dir()
 
 
-def test_where_nothing_is_left_the_next_start_is_from_the_beginning(distrust, run):
+def test_a_warning_if_no_checkpoint_is_left(distrust, run):
     for path in (run / "checkpoints").glob("c*"):
         path.write_bytes(b"")
-    given = distrust("prune", run, "--damaged")
-    assert given.code == 0
-    assert "no checkpoint is left" in given.err
+    output = distrust("prune", run, "--damaged")
+    assert output.code == 0
+    assert "no checkpoint is left" in output.err
 
 
-def test_while_a_training_runs_there_nothing_goes(distrust, run):
+def test_nothing_is_removed_while_a_training_runs(distrust, run):
     with CheckpointManager(run / "checkpoints") as manager:
         manager.acquire()
-        given = distrust("prune", run, "--keep-last", 1)
-        assert (given.code, given.out) == (1, "")
-        assert "has locked this directory" in given.err
+        output = distrust("prune", run, "--keep-last", 1)
+        assert (output.code, output.out) == (1, "")
+        assert "holds this directory" in output.err
         assert distrust("prune", run, "--keep-last", 1, "--dry-run").out.count("would remove") == 4
     assert steps(run) == ALL
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         ([], "say what to remove: --damaged, or what to keep: --keep-last N"),
         (["--dry-run"], "say what to remove"),
@@ -163,39 +163,39 @@ def test_while_a_training_runs_there_nothing_goes(distrust, run):
     ],
     ids=str,
 )
-def test_what_makes_no_sense_is_refused(distrust, run, flags, said):
-    given = distrust("prune", run, *flags)
-    assert (given.code, given.out) == (2, "")
-    assert said in given.err
+def test_contradicting_flags_are_refused(distrust, run, flags, message):
+    output = distrust("prune", run, *flags)
+    assert (output.code, output.out) == (2, "")
+    assert message in output.err
     assert steps(run) == ALL
 
 
-def test_one_file_is_no_directory(distrust, run):
+def test_a_file_is_refused(distrust, run):
     path = run / "checkpoints" / "checkpoint-10.safetensors"
-    given = distrust("prune", path, "--damaged")
-    assert (given.code, given.out) == (2, "")
-    assert f"{path} is a file" in given.err
+    output = distrust("prune", path, "--damaged")
+    assert (output.code, output.out) == (2, "")
+    assert f"{path} is a file" in output.err
 
 
-def test_a_misspelt_directory_is_not_made(distrust, tmp_path):
+def test_a_misspelt_directory_is_not_created(distrust, tmp_path):
     assert distrust("prune", tmp_path / "nowhere", "--damaged").code == 1
     assert not (tmp_path / "nowhere").exists()
-    given = distrust("prune", tmp_path, "--damaged")
-    assert (given.code, given.err) == (1, f"distrust: {tmp_path}: no checkpoints here\n")
+    output = distrust("prune", tmp_path, "--damaged")
+    assert (output.code, output.err) == (1, f"distrust: {tmp_path}: no checkpoints here\n")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_verify_does_not_call_whole_what_is_skipped_for_its_name(distrust, run):
+def test_verify_rejects_a_file_with_a_wrong_name(distrust, run):
     path = run / "checkpoints" / "checkpoint-40.safetensors"
     path = path.rename(path.with_name("checkpoint-60.safetensors"))
-    given = distrust("verify", run)
-    assert given.code == 1
-    assert f"{path}: DAMAGED: it holds step 40 (periodic), not what its name says\n" in given.out
+    output = distrust("verify", run)
+    assert output.code == 1
+    assert f"{path}: DAMAGED: it holds step 40 (periodic), not what its name says\n" in output.out
 
 
 @pytest.mark.parametrize("form", ["lines", "json"])
 @pytest.mark.parametrize("what", [["--damaged"], ["--keep-last", 1]], ids=["damaged", "superseded"])
-def test_where_one_cannot_be_removed_the_others_are_told_of(distrust, run, monkeypatch, what, form):
+def test_if_one_cannot_be_removed_the_others_are_reported(distrust, run, monkeypatch, what, form):
     if what == ["--damaged"]:
         damage(run, 10)
         damage(run, 20)
@@ -207,38 +207,38 @@ def test_where_one_cannot_be_removed_the_others_are_told_of(distrust, run, monke
         honest(disk, path)
 
     monkeypatch.setattr(Disk, "unlink", unlink)
-    done = distrust("prune", run, *what, *(["--json"] if form == "json" else []))
-    assert done.code == 1
-    assert "checkpoint-20.safetensors: cannot be removed" in done.err
-    gone = ["10"] if what == ["--damaged"] else ["10", "30", "40"]
-    assert steps(run) == [step for step in ALL if step not in gone]
-    for step in gone:
-        assert f"checkpoint-{step}.safetensors" in done.out
-    assert ("bytes_freed" if form == "json" else " removed, ") in done.out
+    output = distrust("prune", run, *what, *(["--json"] if form == "json" else []))
+    assert output.code == 1
+    assert "checkpoint-20.safetensors: cannot be removed" in output.err
+    removed_steps = ["10"] if what == ["--damaged"] else ["10", "30", "40"]
+    assert steps(run) == [step for step in ALL if step not in removed_steps]
+    for step in removed_steps:
+        assert f"checkpoint-{step}.safetensors" in output.out
+    assert ("bytes_freed" if form == "json" else " removed, ") in output.out
 
 
-def test_a_dry_run_does_not_say_both_that_a_file_goes_and_that_it_was_left(distrust, run):
+def test_a_dry_run_reports_a_file_once(distrust, run):
     damage(run, 40)
-    done = distrust("prune", run, "--damaged", "--keep-last", 2, "--dry-run")
-    assert (done.code, done.err) == (0, "")
-    assert "would remove" in done.out
+    output = distrust("prune", run, "--damaged", "--keep-last", 2, "--dry-run")
+    assert (output.code, output.err) == (0, "")
+    assert "would remove" in output.out
     assert steps(run) == ALL
 
 
-def test_a_relative_path_is_told_as_it_was_given_with_its_size(distrust, run, monkeypatch):
+def test_a_relative_path_is_reported_as_given(distrust, run, monkeypatch):
     monkeypatch.chdir(run.parent)
-    done = distrust("prune", run.name, "--keep-last", 1, "--json", "--dry-run")
-    told = json.loads(done.out)
-    assert {row["path"] for row in told["removed"]} == {
+    output = distrust("prune", run.name, "--keep-last", 1, "--json", "--dry-run")
+    report = json.loads(output.out)
+    assert {row["path"] for row in report["removed"]} == {
         f"{run.name}/checkpoints/checkpoint-{step}.safetensors" for step in (10, 20, 30, 40)
     }
-    assert told["bytes_freed"] >= 4 * 16_000
+    assert report["bytes_freed"] >= 4 * 16_000
 
 
-def test_a_dry_run_warns_where_nothing_would_be_left(distrust, run):
+def test_a_dry_run_warns_if_nothing_would_be_left(distrust, run):
     for step in (10, 20, 30, 40):
         damage(run, step)
     (run / "checkpoints" / "checkpoint-50-final.safetensors").write_bytes(b"")
-    done = distrust("prune", run, "--damaged", "--dry-run")
-    assert "no checkpoint would be left" in done.err
+    output = distrust("prune", run, "--damaged", "--dry-run")
+    assert "no checkpoint would be left" in output.err
     assert steps(run) == ALL

@@ -1,6 +1,6 @@
 """distrust report: the page, looked at in a real browser.
 
-A small script that measures is put into a copy of the page, which stands in frames of different widths.
+A copy of the page with a measuring script is shown in frames of different widths.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def report(run, tmp_path_factory):
 
 
 def looked_at(page: Path, folder: Path, *, dark: bool) -> tuple[list[dict], str]:
-    """What a browser measures in the page at each width, and what it says on its console."""
+    """The measurements of a browser at each width, and its console output."""
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         pytest.skip(f"no browser: none of {', '.join(BROWSERS)} is installed")
@@ -88,7 +88,7 @@ def looked_at(page: Path, folder: Path, *, dark: bool) -> tuple[list[dict], str]
         + "".join(f"<iframe src=measured.html width={w} height=900 frameborder=0></iframe>" for w in WIDTHS)
         + "<iframe src=untouched.html width=900 height=900></iframe>"
     )
-    done = subprocess.run(
+    completed = subprocess.run(
         [
             browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
             "--disable-background-networking", "--disable-component-update", "--disable-sync",
@@ -98,11 +98,11 @@ def looked_at(page: Path, folder: Path, *, dark: bool) -> tuple[list[dict], str]
         ],
         capture_output=True, text=True, timeout=60,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    found = re.search(r"<pre id=\"found\">(.*?)</pre>", done.stdout, re.DOTALL)
-    assert found, done.stderr
-    console = "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
-    return sorted(json.loads(html.unescape(found[1]) or "[]"), key=lambda frame: frame["width"]), console
+    assert completed.returncode == 0, completed.stderr
+    match = re.search(r"<pre id=\"found\">(.*?)</pre>", completed.stdout, re.DOTALL)
+    assert match, completed.stderr
+    console = "\n".join(line for line in completed.stderr.splitlines() if "CONSOLE" in line)
+    return sorted(json.loads(html.unescape(match[1]) or "[]"), key=lambda frame: frame["width"]), console
 
 
 @pytest.fixture(scope="module")
@@ -185,10 +185,10 @@ def test_the_page_needs_nothing_but_itself(report):
     assert len(ids) == len(set(ids))
 
 
-def test_the_page_tells_what_the_folder_holds(report, run):
+def test_the_page_shows_what_the_folder_holds(report, run):
     text = " ".join(_Markup(report.read_text("utf-8")).words)
     newest = catalog.scan(run / "checkpoints").files[-1]
-    for wanted in (
+    for expected in (
         newest.state_digest,
         "step 60 of 90; the newest checkpoint is of step 60",
         "checkpoint-80.safetensors",
@@ -198,16 +198,16 @@ def test_the_page_tells_what_the_folder_holds(report, run):
         "2.13.0",
         "monotone",
         "effective sample size 144",
-        "0.20%",  # 3 saves of 10 ms beside 60 steps of 250
+        "0.20%",  # 3 saves of 10 ms next to 60 steps of 250
     ):
-        assert wanted in text, wanted
+        assert expected in text, expected
     for name in HOSTILE[:2]:
         assert name[:25] in text
 
 
 def test_the_same_folder_gives_the_same_bytes(distrust, report, run, tmp_path):
-    done = distrust("report", run, "--out", tmp_path / "again.html")
-    assert (done.code, done.out) == (0, f"{tmp_path / 'again.html'}\n")
+    completed = distrust("report", run, "--out", tmp_path / "again.html")
+    assert (completed.code, completed.out) == (0, f"{tmp_path / 'again.html'}\n")
     assert (tmp_path / "again.html").read_bytes() == report.read_bytes()
 
 
@@ -226,13 +226,13 @@ def test_the_page_of_a_run_without_metrics_or_checkpoints(distrust, tmp_path):
     assert "not saved yet" in (young / "report.html").read_text("utf-8")
 
 
-def test_mistakes_are_told_in_a_line(distrust, run, tmp_path):
-    for arguments, code, what in [
+def test_a_mistake_is_reported_in_one_line(distrust, run, tmp_path):
+    for arguments, code, message in [
         ([run, "--out", tmp_path / "page.pdf"], 2, "give a name that ends with .html"),
         ([tmp_path], 1, "no run here"),
         ([run, "--out", "/dev/null/page.html"], 1, "not written"),
     ]:
-        done = distrust("report", *arguments)
-        assert (done.code, done.out, done.err.count("\n")) == (code, "", 1), done.err
-        assert what in done.err
+        completed = distrust("report", *arguments)
+        assert (completed.code, completed.out, completed.err.count("\n")) == (code, "", 1), completed.err
+        assert message in completed.err
     assert list(tmp_path.iterdir()) == []

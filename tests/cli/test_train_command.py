@@ -25,7 +25,7 @@ def digest_of(run):
 
 
 def wait_for_step(run, step, process):
-    """Until a checkpoint of that step or a later one stands."""
+    """Wait until a checkpoint of that step or a later one exists."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()
@@ -45,7 +45,9 @@ def wait_for_step(run, step, process):
         ),
     ],
 )
-def test_killed_stopped_and_run_again_it_ends_as_if_left_alone(distrust, start, folder, tmp_path, engine):
+def test_a_run_that_is_killed_stopped_and_resumed_ends_like_an_undisturbed_one(
+    distrust, start, folder, tmp_path, engine
+):
     options = ["--engine", engine, "--device", "cpu", *LONG]
     assert distrust(*train_arguments(folder, tmp_path / "alone", *options)).code == 0
     command = train_arguments(folder, tmp_path / "killed", *options)
@@ -71,7 +73,7 @@ def test_killed_stopped_and_run_again_it_ends_as_if_left_alone(distrust, start, 
     assert (ended.code, ended.err) == (0, "")
     assert f"Resuming from step {step} (" in ended.out
     assert digest_of(tmp_path / "killed") == digest_of(tmp_path / "alone")
-    logged, expected = (TrainingRun(tmp_path / run, []).numbers() for run in ("killed", "alone"))
+    logged, expected = (TrainingRun(tmp_path / run, []).metrics() for run in ("killed", "alone"))
     assert logged == expected
     assert [line["step"] for line in logged] == list(range(1, 46))
     assert f"state digest {digest_of(tmp_path / 'alone')}" in ended.out
@@ -82,12 +84,12 @@ def test_killed_stopped_and_run_again_it_ends_as_if_left_alone(distrust, start, 
     assert digest_of(tmp_path / "alone") in again.out
 
 
-def test_plain_lines_where_the_output_is_no_terminal(distrust, folder, tmp_path):
-    given = distrust(*train_arguments(folder, tmp_path / "run", "--log-every", 2))
-    assert (given.code, given.err) == (0, "")
-    assert "\x1b" not in given.out
-    assert "\r" not in given.out
-    lines = given.out.splitlines()
+def test_plain_lines_if_the_output_is_not_a_terminal(distrust, folder, tmp_path):
+    output = distrust(*train_arguments(folder, tmp_path / "run", "--log-every", 2))
+    assert (output.code, output.err) == (0, "")
+    assert "\x1b" not in output.out
+    assert "\r" not in output.out
+    lines = output.out.splitlines()
     steps = [line.split(":")[0] for line in lines if line.startswith("step ") and "loss" in line]
     assert steps == ["step 1/6", "step 2/6", "step 4/6", "step 6/6"]
     saved = [line for line in lines if ": saved " in line]
@@ -101,16 +103,16 @@ def test_plain_lines_where_the_output_is_no_terminal(distrust, folder, tmp_path)
     assert any(line.startswith("warm-up: 6 of 6 steps, ") for line in lines)
 
 
-def test_a_toml_file_says_the_same(distrust, folder, finished, tmp_path):
+def test_a_toml_file_gives_the_same_run(distrust, folder, finished_run, tmp_path):
     file = tmp_path / "run.toml"
     file.write_text(
         f'model = "{folder / "model"}"\ndata = "{folder / "data.jsonl"}"\nout = "elsewhere"\n'
         "max_steps = 6\nbatch_size = 2\nlora_rank = 4\nsave_every = 3\nthreads = 1\n"
     )
-    given = distrust("train", "--config", file, "--out", tmp_path / "run", "--save-every", "2")
-    assert given.code == 0
+    output = distrust("train", "--config", file, "--out", tmp_path / "run", "--save-every", "2")
+    assert output.code == 0
     assert CheckpointManager(tmp_path / "run" / "checkpoints").list_checkpoints() == [2, 4, 6]
-    assert digest_of(tmp_path / "run") == digest_of(finished)
+    assert digest_of(tmp_path / "run") == digest_of(finished_run)
 
 
 RECORD = '{"text": "ore", "authority_weight": 0.1, "provenance_entropy": 1.0}'
@@ -126,25 +128,27 @@ WRONG_LINES = {
 
 
 @pytest.mark.parametrize("kind", WRONG_LINES)
-def test_a_wrong_record_is_one_line_and_the_next_try_works(distrust, folder, finished, tmp_path, kind):
-    line, what = WRONG_LINES[kind]
+def test_a_wrong_record_is_one_line_and_the_next_attempt_works(
+    distrust, folder, finished_run, tmp_path, kind
+):
+    line, message = WRONG_LINES[kind]
     data = tmp_path / "data.jsonl"
-    good = (folder / "data.jsonl").read_text()
-    data.write_text(good + line + "\n")
+    valid_records = (folder / "data.jsonl").read_text()
+    data.write_text(valid_records + line + "\n")
     command = train_arguments(folder, tmp_path / "run", "--data", data)
-    given = distrust(*command)
-    assert given.code == 1
-    assert given.err.splitlines() == [
+    output = distrust(*command)
+    assert output.code == 1
+    assert output.err.splitlines() == [
         f"distrust: {data}: 1 of 12 records are wrong",
-        *[text for text in given.err.splitlines() if text.startswith(f"{data}:12: ")],
+        *[text for text in output.err.splitlines() if text.startswith(f"{data}:12: ")],
     ]
-    assert what in given.err
-    assert "Traceback" not in given.err
+    assert message in output.err
+    assert "Traceback" not in output.err
     assert not list(tmp_path.rglob("*.safetensors"))
     if kind == "no JSON":
-        data.write_text(good)
+        data.write_text(valid_records)
         assert distrust(*command).code == 0
-        assert digest_of(tmp_path / "run") == digest_of(finished)
+        assert digest_of(tmp_path / "run") == digest_of(finished_run)
 
 
 FAILURES = {
@@ -171,20 +175,20 @@ def test_a_failure_is_one_line(distrust, folder, tmp_path, monkeypatch, kind):
     if kind == "an adapter":
         (tmp_path / "adapter").mkdir()
         (tmp_path / "adapter" / "adapter_config.json").touch()
-    given = distrust(*train_arguments(folder, tmp_path / "run", *arguments))
-    assert given.code == code
-    assert given.err.startswith("distrust: ")
-    assert message in given.err
-    assert given.err.count("\n") == 1
+    output = distrust(*train_arguments(folder, tmp_path / "run", *arguments))
+    assert output.code == code
+    assert output.err.startswith("distrust: ")
+    assert message in output.err
+    assert output.err.count("\n") == 1
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_all_wrong_options_at_once(distrust, folder, tmp_path):
-    given = distrust(
+    output = distrust(
         *train_arguments(folder, tmp_path, "--batch-size", "0", "--alpha", "9", "--lambda", "-1")
     )
-    assert given.code == 2
-    assert given.err.splitlines() == [
+    assert output.code == 2
+    assert output.err.splitlines() == [
         "distrust: --alpha is 9.0: give 2.3 to 3.0",
         "--lambda is -1.0: give 0 or more",
         "--batch-size is 0: give 1 or more",
@@ -205,64 +209,64 @@ def test_all_wrong_options_at_once(distrust, folder, tmp_path):
 )
 def test_bad_usage(distrust, tmp_path, monkeypatch, arguments):
     monkeypatch.chdir(tmp_path)
-    given = distrust("train", *arguments)
-    assert (given.code, given.out) == (2, "")
-    assert arguments[0] in given.err
-    assert "Traceback" not in given.err
+    output = distrust("train", *arguments)
+    assert (output.code, output.out) == (2, "")
+    assert arguments[0] in output.err
+    assert "Traceback" not in output.err
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_changed_option_is_refused(distrust, folder, finished):
-    before = sorted(path.name for path in finished.rglob("*"))
-    given = distrust(*train_arguments(folder, finished, "--batch-size", 3, "--seed", 4))
-    assert given.code == 1
-    assert given.err.splitlines() == [
-        f"distrust: {finished}: this would not continue the run in that folder:",
+def test_a_changed_option_is_refused(distrust, folder, finished_run):
+    names = sorted(path.name for path in finished_run.rglob("*"))
+    output = distrust(*train_arguments(folder, finished_run, "--batch-size", 3, "--seed", 4))
+    assert output.code == 1
+    assert output.err.splitlines() == [
+        f"distrust: {finished_run}: this would not continue the run in that folder:",
         "  --batch-size was 2, is 3",
         "  --seed was 0, is 4",
         "give the options of that run, or another --out",
     ]
-    assert sorted(path.name for path in finished.rglob("*")) == before
+    assert sorted(path.name for path in finished_run.rglob("*")) == names
 
 
-def test_damaged_checkpoints(distrust, folder, finished, tmp_path):
-    shutil.copytree(finished, tmp_path / "run")
+def test_damaged_checkpoints(distrust, folder, finished_run, tmp_path):
+    shutil.copytree(finished_run, tmp_path / "run")
     paths = sorted((tmp_path / "run" / "checkpoints").glob("*.safetensors"), key=lambda path: path.name)
     for path in paths[1:]:  # 4 and 6; 2 stays
         path.write_bytes(path.read_bytes()[:-1])
-    given = distrust(*train_arguments(folder, tmp_path / "run"))
-    assert given.code == 0
-    assert given.err.count("warning: skipped a damaged checkpoint") == 2
-    assert "Resuming from step 2 " in given.out
-    assert digest_of(tmp_path / "run") == digest_of(finished)
+    output = distrust(*train_arguments(folder, tmp_path / "run"))
+    assert output.code == 0
+    assert output.err.count("warning: skipped a damaged checkpoint") == 2
+    assert "Resuming from step 2 " in output.out
+    assert digest_of(tmp_path / "run") == digest_of(finished_run)
     for path in (tmp_path / "run" / "checkpoints").glob("*.safetensors"):
         path.write_bytes(b"")
-    given = distrust(*train_arguments(folder, tmp_path / "run"))
-    assert given.code == 1
-    assert "there are checkpoints, and none of them is intact" in given.err
-    assert "Traceback" not in given.err
+    output = distrust(*train_arguments(folder, tmp_path / "run"))
+    assert output.code == 1
+    assert "there are checkpoints, and none of them is intact" in output.err
+    assert "Traceback" not in output.err
 
 
-def test_a_loss_that_is_no_number(distrust, folder, tmp_path):
-    given = distrust(*train_arguments(folder, tmp_path, "--learning-rate", "1e30", "--warmup-steps", "0"))
-    assert given.code == 1
-    assert given.err.startswith("distrust: step 2: the ")
-    assert f"{folder / 'data.jsonl'}:" in given.err
-    assert given.err.count("\n") == 1
+def test_a_loss_that_is_not_finite(distrust, folder, tmp_path):
+    output = distrust(*train_arguments(folder, tmp_path, "--learning-rate", "1e30", "--warmup-steps", "0"))
+    assert output.code == 1
+    assert output.err.startswith("distrust: step 2: the ")
+    assert f"{folder / 'data.jsonl'}:" in output.err
+    assert output.err.count("\n") == 1
 
 
-def test_generate(distrust, finished):
-    given = distrust(
-        "generate", finished, "--prompt", "ore", "--prompt", " ", "--max-new-tokens", 5, "--json"
+def test_generate(distrust, finished_run):
+    output = distrust(
+        "generate", finished_run, "--prompt", "ore", "--prompt", " ", "--max-new-tokens", 5, "--json"
     )
-    assert (given.code, given.err) == (0, "")
-    rows = json.loads(given.out)
+    assert (output.code, output.err) == (0, "")
+    rows = json.loads(output.out)
     assert [list(row) for row in rows] == [["prompt", "checkpoint"]] * 2
     assert [row["prompt"] for row in rows] == ["ore", " "]
-    nothing = distrust("generate", finished, "--prompt", "")
+    nothing = distrust("generate", finished_run, "--prompt", "")
     assert (nothing.code, nothing.err.count("\n")) == (1, 1)
     assert "an empty prompt" in nothing.err
-    step_2 = finished / "checkpoints" / "checkpoint-2.safetensors"
+    step_2 = finished_run / "checkpoints" / "checkpoint-2.safetensors"
     shown = distrust("generate", step_2, "--prompt", "ore", "--max-new-tokens", 5)
     assert shown.code == 0
     assert shown.out.startswith("ore\n  ")
@@ -281,32 +285,32 @@ def test_generate_compares_with_the_base_model(distrust, folder, tmp_path):
 
 
 @pytest.mark.parametrize("value", ["0.7", "2"])
-def test_drawing_is_by_seed(distrust, finished, value):
-    arguments = ["generate", finished, "--prompt", "ore", "--temperature", value, "--max-new-tokens", 12]
+def test_sampling_depends_on_the_seed(distrust, finished_run, value):
+    arguments = ["generate", finished_run, "--prompt", "ore", "--temperature", value, "--max-new-tokens", 12]
     first = distrust(*arguments, "--seed", 1).out
     assert distrust(*arguments, "--seed", 1).out == first
     assert distrust(*arguments, "--seed", 2).out != first
 
 
-def test_generate_refuses(distrust, finished, tmp_path):
-    assert distrust("generate", finished, "--prompt", "a", "--max-new-tokens", 0).code == 2
-    assert distrust("generate", finished, "--prompt", "a", "--temperature", "-1").code == 2
-    assert distrust("generate", finished, "--prompt", "a", "--temperature", "nan").code == 2
-    other = make_model(tmp_path / "other", seed=1)
-    given = distrust("generate", finished, "--prompt", "a", "--model", other)
-    assert given.code == 1
-    assert "was not trained on the weights of --model" in given.err
+def test_generate_refuses(distrust, finished_run, tmp_path):
+    assert distrust("generate", finished_run, "--prompt", "a", "--max-new-tokens", 0).code == 2
+    assert distrust("generate", finished_run, "--prompt", "a", "--temperature", "-1").code == 2
+    assert distrust("generate", finished_run, "--prompt", "a", "--temperature", "nan").code == 2
+    other_model = make_model(tmp_path / "other", seed=1)
+    output = distrust("generate", finished_run, "--prompt", "a", "--model", other_model)
+    assert output.code == 1
+    assert "was not trained on the weights of --model" in output.err
 
 
-def test_an_eval_set_tells_the_best(distrust, folder, tmp_path):
+def test_an_evaluation_set_chooses_the_best(distrust, folder, tmp_path):
     evaluation = write_records(tmp_path / "eval.jsonl", 4, seed=3)
-    given = distrust(
+    output = distrust(
         *train_arguments(
             folder, tmp_path / "run", "--eval-data", evaluation, "--eval-every", 2, "--log-every", 2
         )
     )
-    assert given.code == 0
-    assert [line.split(":")[0] for line in given.out.splitlines() if ": eval loss " in line] == [
+    assert output.code == 0
+    assert [line.split(":")[0] for line in output.out.splitlines() if ": eval loss " in line] == [
         "step 2",
         "step 4",
         "step 6",

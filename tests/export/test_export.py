@@ -1,4 +1,4 @@
-"""What is exported, loaded by the programs it is for."""
+"""Exports, loaded by the programs that they are for."""
 
 from __future__ import annotations
 
@@ -50,21 +50,21 @@ TRAINED = {
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
+def directory(tmp_path_factory) -> Path:
     """Of the model ``model``, the data ``records.jsonl`` and the runs."""
-    place = tmp_path_factory.mktemp("export")
-    make_model(place / "model")
-    write_records(place / "records.jsonl")
-    return place
+    directory = tmp_path_factory.mktemp("export")
+    make_model(directory / "model")
+    write_records(directory / "records.jsonl")
+    return directory
 
 
-def train(place: Path, out: Path, **options) -> Path:
-    return train_a_little(place, out, **{"engine": "torch", "max_steps": 4, "save_every": 2, **options})
+def train(directory: Path, out: Path, **options) -> Path:
+    return train_a_little(directory, out, **{"engine": "torch", "max_steps": 4, "save_every": 2, **options})
 
 
 @pytest.fixture(scope="module")
-def runs(place) -> dict[str, Path]:
-    return {kind: train(place, place / kind, **options) for kind, options in TRAINED.items()}
+def runs(directory) -> dict[str, Path]:
+    return {kind: train(directory, directory / kind, **options) for kind, options in TRAINED.items()}
 
 
 @pytest.fixture(scope="module")
@@ -81,48 +81,50 @@ def trained_logits(target: Path, **which) -> torch.Tensor:
     return logits(open_checkpoint(target, **which)[0].model)
 
 
-def base_of(place: Path, dtype=torch.float32):
-    return AutoModelForCausalLM.from_pretrained(place / "model", dtype=dtype)
+def base_of(directory: Path, dtype=torch.float32):
+    return AutoModelForCausalLM.from_pretrained(directory / "model", dtype=dtype)
 
 
 def left_behind(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir() if path.name.startswith(".")]
 
 
-def test_an_adapter_is_bit_for_bit_what_was_trained(place, run, tmp_path):
-    done = export(run, tmp_path / "adapter")
-    assert (done.format, done.dtype, done.step) == ("adapter", "float32", 4)
+def test_an_adapter_is_bit_for_bit_what_was_trained(directory, run, tmp_path):
+    result = export(run, tmp_path / "adapter")
+    assert (result.format, result.dtype, result.step) == ("adapter", "float32", 4)
     trained = CheckpointManager(run / "checkpoints").load(4, framework="torch")
-    written = load_file(done.path / "adapter_model.safetensors")
+    written = load_file(result.path / "adapter_model.safetensors")
     assert written.keys() == trained.model.keys()
     assert all(torch.equal(written[name], trained.model[name]) for name in written)
 
     # The same adapter made by peft alone, without this package.
     targets = sorted({name.split(".")[-3] for name in written})
     reference = get_peft_model(
-        base_of(place), LoraConfig(r=4, lora_alpha=24, target_modules=targets, task_type="CAUSAL_LM")
+        base_of(directory), LoraConfig(r=4, lora_alpha=24, target_modules=targets, task_type="CAUSAL_LM")
     )
     set_peft_model_state_dict(reference, dict(trained.model))
-    wanted = logits(reference)
-    assert torch.equal(logits(PeftModel.from_pretrained(base_of(place), done.path)), wanted)
-    automatic = AutoPeftModelForCausalLM.from_pretrained(done.path, dtype=torch.float32)
-    assert torch.equal(logits(automatic), wanted)
-    torch.testing.assert_close(trained_logits(run), wanted, rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(logits(base_of(place)), wanted, atol=0.1)
+    expected = logits(reference)
+    assert torch.equal(logits(PeftModel.from_pretrained(base_of(directory), result.path)), expected)
+    automatic = AutoPeftModelForCausalLM.from_pretrained(result.path, dtype=torch.float32)
+    assert torch.equal(logits(automatic), expected)
+    torch.testing.assert_close(trained_logits(run), expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(logits(base_of(directory)), expected, atol=0.1)
 
 
-def test_an_adapter_says_all_that_peft_asks(place, run, tmp_path):
+def test_the_adapter_config_is_complete(directory, run, tmp_path):
     folder = export(run, tmp_path / "adapter").path
-    said = json.loads((folder / "adapter_config.json").read_text())
-    assert (said["peft_type"], said["task_type"]) == ("LORA", "CAUSAL_LM")
-    assert (said["r"], said["lora_alpha"], type(said["lora_alpha"])) == (4, 24, int)
-    assert said["base_model_name_or_path"] == str(place / "model")
-    assert said["inference_mode"] is True
-    assert said["target_modules"] == sorted(said["target_modules"])
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["task_type"]) == ("LORA", "CAUSAL_LM")
+    assert (config["r"], config["lora_alpha"], type(config["lora_alpha"])) == (4, 24, int)
+    assert config["base_model_name_or_path"] == str(directory / "model")
+    assert config["inference_mode"] is True
+    assert config["target_modules"] == sorted(config["target_modules"])
     linear = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
-    assert {name.split(".")[-1] for name in said["target_modules"]} == set(linear.split())
+    assert {name.split(".")[-1] for name in config["target_modules"]} == set(linear.split())
     text = "ore melts <eos>"
-    assert AutoTokenizer.from_pretrained(folder)(text) == AutoTokenizer.from_pretrained(place / "model")(text)
+    assert AutoTokenizer.from_pretrained(folder)(text) == AutoTokenizer.from_pretrained(directory / "model")(
+        text
+    )
     assert "local" not in (folder / "tokenizer_config.json").read_text()  # nothing of this machine
     again = export(run, tmp_path / "again").path
     names = sorted(path.name for path in folder.iterdir())
@@ -132,109 +134,109 @@ def test_an_adapter_says_all_that_peft_asks(place, run, tmp_path):
             assert (folder / name).read_bytes() == (again / name).read_bytes(), name
 
 
-def test_training_goes_on_from_an_exported_adapter(place, run, tmp_path):
+def test_training_continues_from_an_exported_adapter(directory, run, tmp_path):
     folder = export(run, tmp_path / "adapter").path
-    model = PeftModel.from_pretrained(base_of(place), folder, is_trainable=True)
+    model = PeftModel.from_pretrained(base_of(directory), folder, is_trainable=True)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=1e-3)
-    before = model(input_ids=IDS, labels=IDS).loss
-    before.backward()
+    first_loss = model(input_ids=IDS, labels=IDS).loss
+    first_loss.backward()
     optimizer.step()
-    assert model(input_ids=IDS, labels=IDS).loss < before
+    assert model(input_ids=IDS, labels=IDS).loss < first_loss
 
 
 @pytest.mark.parametrize("kind", TRAINED)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", None])
-def test_a_merged_model_is_the_trained_one_to_rounding(place, runs, tmp_path, kind, dtype):
-    done = export(runs[kind], tmp_path / "merged", format="merged", dtype=dtype)
+def test_a_merged_model_is_the_trained_one_to_rounding(directory, runs, tmp_path, kind, dtype):
+    result = export(runs[kind], tmp_path / "merged", format="merged", dtype=dtype)
     if dtype is None:
         dtype = "bfloat16" if kind == "lora in bfloat16" else "float32"
-    assert done.dtype == dtype
-    model = AutoModelForCausalLM.from_pretrained(done.path)  # in the dtype that its config says
+    assert result.dtype == dtype
+    model = AutoModelForCausalLM.from_pretrained(result.path)  # in the dtype of its config
     assert str(model.dtype) == f"torch.{dtype}"
     assert model.config.use_cache is True
     # As far as the coarsest rounding of the two goes; logits here are some 1 to 5.
     close = 1e-4 if dtype == "float32" and "bfloat16" not in kind else 0.08
     torch.testing.assert_close(logits(model), trained_logits(runs[kind]), rtol=0, atol=close)
-    assert not torch.allclose(logits(base_of(place)), logits(model), atol=0.2)
-    tokenizer = AutoTokenizer.from_pretrained(done.path)
+    assert not torch.allclose(logits(base_of(directory)), logits(model), atol=0.2)
+    tokenizer = AutoTokenizer.from_pretrained(result.path)
     assert tokenizer("salt", add_special_tokens=False).input_ids == (
-        AutoTokenizer.from_pretrained(place / "model")("salt", add_special_tokens=False).input_ids
+        AutoTokenizer.from_pretrained(directory / "model")("salt", add_special_tokens=False).input_ids
     )
-    assert "/" not in json.loads((done.path / "config.json").read_text()).get("_name_or_path", "")
+    assert "/" not in json.loads((result.path / "config.json").read_text()).get("_name_or_path", "")
 
 
-def test_the_tensors_alone(runs, tmp_path):
+def test_the_state_format(runs, tmp_path):
     for kind, out in runs.items():
-        done = export(out, tmp_path / kind / "weights.safetensors", format="state", step=2)
+        result = export(out, tmp_path / kind / "weights.safetensors", format="state", step=2)
         trained = CheckpointManager(out / "checkpoints").load(2, framework="torch")
-        written = load_file(done.path)
+        written = load_file(result.path)
         assert written.keys() == trained.model.keys()
         assert all(torch.equal(written[name], trained.model[name]) for name in written)
-        assert os.listdir(done.path.parent) == ["weights.safetensors"]
-        with safe_open(done.path, "pt") as file:
-            told = file.metadata()
-        assert (told["format"], told["step"], told["base_model"]) == ("pt", "2", "model")
-        assert told["state_digest"] == done.state_digest
+        assert os.listdir(result.path.parent) == ["weights.safetensors"]
+        with safe_open(result.path, "pt") as file:
+            metadata = file.metadata()
+        assert (metadata["format"], metadata["step"], metadata["base_model"]) == ("pt", "2", "model")
+        assert metadata["state_digest"] == result.state_digest
     half = export(runs["lora"], tmp_path / "half.safetensors", format="state", dtype="float16")
     assert {tensor.dtype for tensor in load_file(half.path).values()} == {torch.float16}
 
 
-def test_all_weights_are_no_adapter(runs, tmp_path):
+def test_a_full_finetune_is_not_an_adapter(runs, tmp_path):
     with pytest.raises(ConfigError, match=r"--format adapter: .*all weights were trained.*give merged"):
         export(runs["all weights"], tmp_path / "a", format="adapter")
     assert os.listdir(tmp_path) == []
     assert export(runs["all weights"], tmp_path / "b").format == "merged"
 
 
-def test_an_adapter_of_layers_that_share_their_weights(place, tmp_path):
+def test_an_adapter_of_layers_that_share_their_weights(directory, tmp_path):
     """An adapted output layer must not change the embedding; an adapted embedding has names of its own."""
-    shutil.copytree(place / "model", tmp_path / "model")
+    shutil.copytree(directory / "model", tmp_path / "model")
     shape = json.loads((tmp_path / "model" / "config.json").read_text())
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**{**shape, "tie_word_embeddings": True})).save_pretrained(
         tmp_path / "model"
     )
-    shutil.copy(place / "records.jsonl", tmp_path)
+    shutil.copy(directory / "records.jsonl", tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # peft warns of exactly this
         out = train(tmp_path, tmp_path / "run", lora_rank=4, target_modules=("lm_head", "embed_tokens"))
-        wanted = trained_logits(out)
+        expected = trained_logits(out)
         adapter = export(out, tmp_path / "adapter").path
         merged = export(out, tmp_path / "merged", format="merged").path
         loaded = PeftModel.from_pretrained(base_of(tmp_path), adapter)
-    torch.testing.assert_close(logits(loaded), wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(loaded), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(
-        logits(AutoModelForCausalLM.from_pretrained(merged)), wanted, rtol=0, atol=1e-4
+        logits(AutoModelForCausalLM.from_pretrained(merged)), expected, rtol=0, atol=1e-4
     )
 
 
-def test_an_adapter_needs_no_weights_of_the_base_model(place, run, tmp_path):
-    shutil.copytree(place / "model", tmp_path / "model")
+def test_an_adapter_needs_no_weights_of_the_base_model(directory, run, tmp_path):
+    shutil.copytree(directory / "model", tmp_path / "model")
     moved = str(tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").unlink()
-    done = export(run, tmp_path / "adapter", model=moved)
-    assert json.loads((done.path / "adapter_config.json").read_text())["base_model_name_or_path"] == moved
+    result = export(run, tmp_path / "adapter", model=moved)
+    assert json.loads((result.path / "adapter_config.json").read_text())["base_model_name_or_path"] == moved
     with pytest.raises(ModelError, match=f"--model {re.escape(moved)}: "):
         export(run, tmp_path / "merged", format="merged", model=moved)
     assert sorted(os.listdir(tmp_path)) == ["adapter", "model"]
 
 
-def test_another_base_model_is_refused(place, run, tmp_path):
-    other = make_model(tmp_path / "other", seed=1)
+def test_another_base_model_is_refused(directory, run, tmp_path):
+    other_model = make_model(tmp_path / "other", seed=1)
     with pytest.raises(ResumeRefused, match="was not trained on the weights of --model"):
-        export(run, tmp_path / "merged", format="merged", model=str(other))
-    said = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps({**said, "intermediate_size": 64}))
+        export(run, tmp_path / "merged", format="merged", model=str(other_model))
+    config = json.loads((other_model / "config.json").read_text())
+    (other_model / "config.json").write_text(json.dumps({**config, "intermediate_size": 64}))
     with pytest.raises(ResumeRefused, match="the adapter does not fit --model") as refused:
-        export(run, tmp_path / "adapter", model=str(other))
+        export(run, tmp_path / "adapter", model=str(other_model))
     assert any("up_proj" in difference for difference in refused.value.differences)
     assert os.listdir(tmp_path) == ["other"]
 
 
-def test_a_base_model_that_was_moved(place, tmp_path):
-    shutil.copytree(place / "model", tmp_path / "model")
-    shutil.copy(place / "records.jsonl", tmp_path)
+def test_a_base_model_that_was_moved(directory, tmp_path):
+    shutil.copytree(directory / "model", tmp_path / "model")
+    shutil.copy(directory / "records.jsonl", tmp_path)
     out = train(tmp_path, tmp_path / "run", lora_rank=2, max_steps=1)
     shutil.rmtree(tmp_path / "model")
     for form in ("adapter", "merged"):
@@ -243,12 +245,12 @@ def test_a_base_model_that_was_moved(place, tmp_path):
     export(out, tmp_path / "state.safetensors", format="state")  # needs none
 
 
-def test_numbers_that_a_dtype_has_not(place, run, tmp_path):
-    shutil.copytree(place / "model", tmp_path / "model")
+def test_numbers_that_overflow_a_dtype_are_refused(directory, run, tmp_path):
+    shutil.copytree(directory / "model", tmp_path / "model")
     weights = load_file(tmp_path / "model" / "model.safetensors")
     weights["model.norm.weight"][0] = 1e6
     save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
-    shutil.copy(place / "records.jsonl", tmp_path)
+    shutil.copy(directory / "records.jsonl", tmp_path)
     out = train(tmp_path, tmp_path / "run", lora_rank=2, max_steps=1, learning_rate=1e-9)
     with pytest.raises(ConfigError, match=r"--dtype float16: model\.norm\.weight holds numbers that are too"):
         export(out, tmp_path / "merged", format="merged", dtype="float16")
@@ -256,10 +258,10 @@ def test_numbers_that_a_dtype_has_not(place, run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"), [({"format": "gguf"}, "--format"), ({"dtype": "int8"}, "--dtype"), ({}, "--to a.bin")]
+    ("wrong", "flag"), [({"format": "gguf"}, "--format"), ({"dtype": "int8"}, "--dtype"), ({}, "--to a.bin")]
 )
-def test_what_there_is_not(run, tmp_path, wrong, said):
-    with pytest.raises(ConfigError, match=said):
+def test_an_unknown_format_or_dtype_is_refused(run, tmp_path, wrong, flag):
+    with pytest.raises(ConfigError, match=flag):
         export(run, tmp_path / "a.bin", **{"format": "state", **wrong})
 
 
@@ -292,9 +294,9 @@ def test_a_checkpoint_of_something_else(tmp_path):
             export(path, tmp_path / "out.safetensors", format=form)
 
 
-def test_the_best_is_that_of_the_run(place, tmp_path):
+def test_the_best_is_that_of_the_run(directory, tmp_path):
     options = {"lora_rank": 2, "metric": "loss", "metric_mode": "max", "max_steps": 6}
-    out = train(place, tmp_path / "run", **options)
+    out = train(directory, tmp_path / "run", **options)
     files = CheckpointManager(out / "checkpoints").scan().files
     worst = max(files, key=lambda file: file.metrics["loss"])
     assert export(out, tmp_path / "best", best=True).step == worst.step
@@ -304,7 +306,7 @@ def test_the_best_is_that_of_the_run(place, tmp_path):
         export(worst.path, tmp_path / "file", best=True)
 
 
-def test_nothing_is_written_over(run, tmp_path):
+def test_nothing_is_overwritten(run, tmp_path):
     for name in ("folder", "link"):
         (tmp_path / "folder" / "kept").mkdir(parents=True, exist_ok=True)
         if name == "link":
@@ -373,7 +375,7 @@ def is_whole(target: Path) -> bool:
     }
 
 
-def test_whatever_call_fails_nothing_is_half_done(tmp_path):
+def test_a_failure_at_any_call_leaves_nothing_unfinished(tmp_path):
     counted = FailingDisk()
     write_some(tmp_path / "counted", counted)
     assert counted.calls == 8  # the folder, three files, two folders, its name, and its parent
@@ -389,9 +391,9 @@ def test_whatever_call_fails_nothing_is_half_done(tmp_path):
             assert is_whole(target)
 
 
-# Later versions of Python warn of every fork beside threads, such as those of torch.
+# Later versions of Python warn of every fork of a process with threads, such as those of torch.
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_killed_at_any_call_nothing_is_half_done(tmp_path):
+def test_a_kill_at_any_call_leaves_nothing_unfinished(tmp_path):
     for at in range(1, 9):
         target = tmp_path / str(at) / "target"
         target.parent.mkdir()
@@ -424,7 +426,7 @@ def test_of_two_writers_at_once_the_first_to_end_wins(tmp_path):
     assert left_behind(tmp_path) == []
 
 
-def interrupted(target: Path) -> None:
+def export_interrupted(target: Path) -> None:
     with atomic_directory(target) as folder:
         (folder / "half").touch()
         raise KeyboardInterrupt
@@ -432,18 +434,18 @@ def interrupted(target: Path) -> None:
 
 def test_an_interrupt_leaves_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        interrupted(tmp_path / "target")
+        export_interrupted(tmp_path / "target")
     assert os.listdir(tmp_path) == []
 
 
-def test_others_may_read_it_as_the_umask_says(run, tmp_path):
-    before = os.umask(0o027)
+def test_permissions_follow_the_umask(run, tmp_path):
+    first_loss = os.umask(0o027)
     try:
-        done = export(run, tmp_path / "adapter")
+        result = export(run, tmp_path / "adapter")
     finally:
-        os.umask(before)
-    assert {stat.S_IMODE(path.stat().st_mode) for path in done.path.iterdir()} == {0o640}
-    assert stat.S_IMODE(done.path.stat().st_mode) == 0o750
+        os.umask(first_loss)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in result.path.iterdir()} == {0o640}
+    assert stat.S_IMODE(result.path.stat().st_mode) == 0o750
 
 
 def front_matter(card: str) -> dict:
@@ -451,15 +453,15 @@ def front_matter(card: str) -> dict:
     return yaml.safe_load(front)
 
 
-def test_the_card_says_where_it_comes_from(place, run, tmp_path):
-    done = export(run, tmp_path / "adapter")
-    card = (done.path / "README.md").read_text()
+def test_the_card_records_its_origin(directory, run, tmp_path):
+    result = export(run, tmp_path / "adapter")
+    card = (result.path / "README.md").read_text()
     front = front_matter(card)
     assert (front["library_name"], front["pipeline_tag"]) == ("peft", "text-generation")
     assert "base_model" not in front  # a folder of this machine is no name of a hub
     file = CheckpointManager(run / "checkpoints").inspect(4)
     fingerprints = file.header.config["fingerprints"]
-    for said in (
+    for line in (
         "- `state digest`: `" + file.state_digest,
         "- `fingerprint (BLAKE3)`: `" + fingerprints["data"],
         "- `fingerprint of its weights (BLAKE3)`: `" + fingerprints["model"],
@@ -474,8 +476,8 @@ def test_the_card_says_where_it_comes_from(place, run, tmp_path):
         "- `lora_rank`: `4`",
         f"- `loss`: `{file.metrics['loss']}`",
     ):
-        assert said in card, said
-    assert str(place) not in card
+        assert line in card, line
+    assert str(directory) not in card
     merged = export(run, tmp_path / "merged", format="merged").path / "README.md"
     assert front_matter(merged.read_text())["library_name"] == "transformers"
 
@@ -519,10 +521,10 @@ def test_no_name_breaks_a_card(text):
     assert fences.count(fences[0]) == 4
 
 
-def test_a_base_model_of_a_hub_goes_by_its_name(place, run, tmp_path, monkeypatch):
+def test_a_base_model_of_a_hub_goes_by_its_name(directory, run, tmp_path, monkeypatch):
     """What works on another machine: the name, in the adapter's config and where hubs read it."""
     cached = tmp_path / "hub" / "models--owner--tiny"
-    shutil.copytree(place / "model", cached / "snapshots" / ("0" * 40))
+    shutil.copytree(directory / "model", cached / "snapshots" / ("0" * 40))
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text("0" * 40)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -531,5 +533,5 @@ def test_a_base_model_of_a_hub_goes_by_its_name(place, run, tmp_path, monkeypatc
         folder = export(run, tmp_path / form, format=form, model="owner/tiny").path
         front = front_matter((folder / "README.md").read_text())
         assert (front["base_model"], front["base_model_relation"]) == ("owner/tiny", relation)
-    said = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert said["base_model_name_or_path"] == "owner/tiny"
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "owner/tiny"

@@ -1,4 +1,4 @@
-"""TensorBoard and Weights & Biases, each through its own library: steps once, whatever was made twice."""
+"""TensorBoard and Weights & Biases, each through its own library: every step once."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def scalars(out: Path) -> dict[str, dict[int, float]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     shown = EventAccumulator(str(out / FOLDER), size_guidance={"scalars": 0}).Reload()
-    found = {}
+    curves = {}
     for tag in shown.Tags()["scalars"]:
         steps = [event.step for event in shown.Scalars(tag)]
         assert steps == sorted(set(steps)), tag
-        found[tag] = {event.step: event.value for event in shown.Scalars(tag)}
-    return found
+        curves[tag] = {event.step: event.value for event in shown.Scalars(tag)}
+    return curves
 
 
-def test_tensorboard_shows_each_step_once_though_some_were_made_twice(run, eval_data, tmp_path):
+def test_tensorboard_shows_repeated_steps_once(run, eval_data, tmp_path):
     options = {"eval_data": str(eval_data), "eval_every": 3, "save_every": 4, "keep_best": 0}
 
     class Crash(Exception):
@@ -45,13 +45,18 @@ def test_tensorboard_shows_each_step_once_though_some_were_made_twice(run, eval_
     (tmp_path / "checkpoints" / "checkpoint-7.safetensors").unlink()
     ended, events = run(tmp_path, observers=[TensorBoardWriter()], **options)
     assert [event.step for event in events if isinstance(event, StepEnded)] == [5, 6, 7, 8, 9]
-    found = scalars(tmp_path)
-    assert list(found["train/loss"]) == list(range(1, 10))
-    assert list(found["eval/loss"]) == [3, 6, 9]
-    assert {"train/learning_rate", "speed/tokens_per_second", "memory/gib", "eval/perplexity"} <= found.keys()
+    curves = scalars(tmp_path)
+    assert list(curves["train/loss"]) == list(range(1, 10))
+    assert list(curves["eval/loss"]) == [3, 6, 9]
+    assert {
+        "train/learning_rate",
+        "speed/tokens_per_second",
+        "memory/gib",
+        "eval/perplexity",
+    } <= curves.keys()
     alone, _ = run(tmp_path / "alone", observers=[TensorBoardWriter()], **options)
     assert alone.state_digest == ended.state_digest
-    assert scalars(tmp_path / "alone")["train/loss"] == found["train/loss"]
+    assert scalars(tmp_path / "alone")["train/loss"] == curves["train/loss"]
 
 
 WANDB_RUN = """
@@ -72,13 +77,13 @@ DistrustTrainer(config, engine=ToyEngine(), observers=create_observers(config)).
 
 
 def test_wandb_gets_every_step_under_the_identity_of_the_run(data, eval_data, tmp_path):
-    here = Path(__file__).parent
+    tests = Path(__file__).parent
     options = {"data": str(data), "eval_data": str(eval_data), "out": str(tmp_path / "run"), "eval_every": 3}
     environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true", "HOME": str(tmp_path)}
     for killed in (5, 0):
-        script = WANDB_RUN.format(paths=[str(here), str(here.parent)], options=options, killed=killed)
-        done = subprocess.run([sys.executable, "-c", script], check=False, env=environment, timeout=120)
-        assert done.returncode == (-signal.SIGKILL if killed else 0)
+        script = WANDB_RUN.format(paths=[str(tests), str(tests.parent)], options=options, killed=killed)
+        completed = subprocess.run([sys.executable, "-c", script], check=False, env=environment, timeout=120)
+        assert completed.returncode == (-signal.SIGKILL if killed else 0)
     identity = (tmp_path / "run" / "wandb-run-id").read_text().strip()
     logs = (tmp_path / "run" / "wandb").glob(f"offline-run-*-{identity}/run-{identity}.wandb")
     log = max(logs, key=lambda path: path.stat().st_mtime)
@@ -102,10 +107,10 @@ while place < len(raw):  # blocks of 32 KiB, of pieces with a checksum, a length
                      for item in record.history.item}})
 print(json.dumps(rows))
 """
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", read], check=True, env=environment, capture_output=True, text=True, timeout=60
     )
-    rows = json.loads(done.stdout)
+    rows = json.loads(completed.stdout)
     assert [row["_step"] for row in rows] == list(range(1, 10))
     assert [row["_step"] for row in rows if "eval/loss" in row] == [
         6,
@@ -114,11 +119,11 @@ print(json.dumps(rows))
     assert all(row["train/loss"] > 0 for row in rows)
 
 
-def test_a_dashboard_that_fails_is_left_out_and_the_run_goes_on(run, tmp_path):
-    told = []
+def test_a_failing_dashboard_is_dropped_and_the_run_continues(run, tmp_path):
+    events = []
 
     def fails(event):
-        told.append(event)
+        events.append(event)
         raise RuntimeError("no connection")
 
     with pytest.warns(
@@ -127,7 +132,7 @@ def test_a_dashboard_that_fails_is_left_out_and_the_run_goes_on(run, tmp_path):
         ended, _ = run(tmp_path, observers=[Dispensable(fails, "Weights & Biases")])
     assert isinstance(ended, RunEnded)
     assert ended.finished
-    assert len(told) == 1
+    assert len(events) == 1
 
 
 @pytest.mark.parametrize(("name", "module"), [("tensorboard", "tensorboard"), ("wandb", "wandb")])

@@ -1,4 +1,4 @@
-"""``metrics.jsonl``: each step and each evaluation once, whatever was killed, torn or lost."""
+"""``metrics.jsonl``: each step and evaluation once, whatever was killed, torn or lost."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ EVALUATED = {"eval_every": 2, "eval_at_start": True}
 
 
 @pytest.fixture
-def logged(run, eval_data):
+def train_logged(run, eval_data):
     """Runs the toy with its log: the end, the events, and the lines."""
 
-    def logged(out: Path, *, before=(), after=(), **options):
+    def train_logged(out: Path, *, before=(), after=(), **options):
         options = {"eval_data": str(eval_data), **EVALUATED, **options}
         config = TrainConfig(weighting=options.get("weighting", "monotone"))
         ended, events = run(out, observers=[*before, MetricsWriter(config), *after], **options)
         return ended, events, lines(Path(options.get("branch", out)))
 
-    return logged
+    return train_logged
 
 
 def lines(out: Path) -> list[dict]:
@@ -46,11 +46,11 @@ def numbers(out: Path) -> list[dict]:
     ]
 
 
-def test_a_line_for_each_step_and_each_evaluation(logged, tmp_path):
-    _, events, found = logged(tmp_path)
-    told = [event for event in events if isinstance(event, (StepEnded, Evaluated))]
-    assert [line["step"] for line in found] == [event.step for event in told]
-    for line, event in zip(found, told, strict=True):
+def test_a_line_for_each_step_and_each_evaluation(train_logged, tmp_path):
+    _, events, repaired = train_logged(tmp_path)
+    reported = [event for event in events if isinstance(event, (StepEnded, Evaluated))]
+    assert [line["step"] for line in repaired] == [event.step for event in reported]
+    for line, event in zip(repaired, reported, strict=True):
         if isinstance(event, Evaluated):
             assert line == {"step": event.step, **event.metrics}
         else:
@@ -58,55 +58,55 @@ def test_a_line_for_each_step_and_each_evaluation(logged, tmp_path):
             assert line["memory_bytes"] > 0
 
 
-def test_stalls_are_told_with_the_step_that_waited(logged, tmp_path):
-    ended, _, found = logged(tmp_path, save_every=2)
-    told = sum(line.get("stall_seconds", 0) for line in found)
-    assert 0 < told < ended.stall_seconds  # the last save is after the last step
+def test_stalls_are_logged_with_the_step_that_waited(train_logged, tmp_path):
+    ended, _, repaired = train_logged(tmp_path, save_every=2)
+    reported = sum(line.get("stall_seconds", 0) for line in repaired)
+    assert 0 < reported < ended.stall_seconds  # the last save is after the last step
 
 
 @pytest.mark.parametrize("stops", [(3,), (5, 7), (1, 2, 8)])
-def test_a_run_in_pieces_has_the_log_of_a_run_in_one(logged, tmp_path, stops):
-    logged(tmp_path / "one")
+def test_an_interrupted_run_has_the_log_of_an_uninterrupted_one(train_logged, tmp_path, stops):
+    train_logged(tmp_path / "one")
     for step in stops:
-        logged(tmp_path / "pieces", stop_after=step)
-    logged(tmp_path / "pieces")
+        train_logged(tmp_path / "pieces", stop_after=step)
+    train_logged(tmp_path / "pieces")
     assert numbers(tmp_path / "pieces") == numbers(tmp_path / "one")
-    logged(tmp_path / "pieces")  # it has nothing left to do, and nothing to add
+    train_logged(tmp_path / "pieces")  # it has nothing left to do, and nothing to add
     assert numbers(tmp_path / "pieces") == numbers(tmp_path / "one")
 
 
-def test_a_lost_log_comes_back_as_far_as_the_checkpoint_knows(logged, tmp_path):
-    logged(tmp_path / "one")
-    logged(tmp_path / "lost", stop_after=5)
+def test_a_deleted_log_is_restored_from_the_checkpoint(train_logged, tmp_path):
+    train_logged(tmp_path / "one")
+    train_logged(tmp_path / "lost", stop_after=5)
     (tmp_path / "lost" / METRICS).unlink()
-    logged(tmp_path / "lost")
+    train_logged(tmp_path / "lost")
     expected = [line for line in numbers(tmp_path / "one") if "loss" in line or line["step"] > 5]
     assert numbers(tmp_path / "lost") == expected
 
 
-def test_a_branch_begins_with_the_lines_of_its_origin(logged, tmp_path):
-    logged(tmp_path / "one", keep_last=9)
-    logged(tmp_path / "one", from_step=4, branch=str(tmp_path / "branch"))
+def test_a_branch_starts_with_the_lines_of_its_origin(train_logged, tmp_path):
+    train_logged(tmp_path / "one", keep_last=9)
+    train_logged(tmp_path / "one", from_step=4, branch=str(tmp_path / "branch"))
     assert numbers(tmp_path / "branch") == numbers(tmp_path / "one")
 
 
 def test_a_checkpoint_is_never_durable_before_its_lines(run, tmp_path, monkeypatch):
     synced: list[int] = []
     monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_size))
-    there: dict[int, bool] = {}
+    durable_first: dict[int, bool] = {}
 
     def watch(event):
         if isinstance(event, CheckpointStarted):
             path = tmp_path / METRICS
             last = json.loads(path.read_bytes().splitlines()[-1])
-            there[event.step] = last["step"] == event.step and not event.path.exists()
+            durable_first[event.step] = last["step"] == event.step and not event.path.exists()
             assert path.stat().st_size == synced[-1]
 
     run(tmp_path, observers=[MetricsWriter(TrainConfig()), watch])
-    assert there == {2: True, 4: True, 6: True, 8: True, 9: True}
+    assert durable_first == {2: True, 4: True, 6: True, 8: True, 9: True}
 
 
-def test_a_full_disk_does_not_stop_the_run_and_the_lines_come_later(logged, tmp_path, monkeypatch):
+def test_a_full_disk_does_not_stop_the_run_and_the_lines_come_later(train_logged, tmp_path, monkeypatch):
     write, calls = os.write, []
 
     def full_for_a_while(file, data):
@@ -116,17 +116,17 @@ def test_a_full_disk_does_not_stop_the_run_and_the_lines_come_later(logged, tmp_
         return write(file, data[:50])  # and never all at once
 
     monkeypatch.setattr(metrics.os, "write", full_for_a_while)
-    with pytest.warns(DistrustWarning, match=r"cannot be written: .*metrics\.jsonl: No space") as told:
-        ended, _, _ = logged(tmp_path / "full", save_every=0)
+    with pytest.warns(DistrustWarning, match=r"cannot be written: .*metrics\.jsonl: No space") as reported:
+        ended, _, _ = train_logged(tmp_path / "full", save_every=0)
     monkeypatch.undo()
-    assert len(told) == 1
-    alone, _, _ = logged(tmp_path / "alone", save_every=0)
+    assert len(reported) == 1
+    alone, _, _ = train_logged(tmp_path / "alone", save_every=0)
     assert ended.state_digest == alone.state_digest
     assert numbers(tmp_path / "full") == numbers(tmp_path / "alone")
 
 
 @pytest.mark.parametrize("name", [METRICS, PROVENANCE])
-def test_a_log_that_cannot_be_made_is_tried_again_with_each_checkpoint(logged, tmp_path, name):
+def test_a_log_that_cannot_be_created_is_retried_at_each_checkpoint(train_logged, tmp_path, name):
     out = tmp_path / "run"
     out.mkdir()
     (out / name).symlink_to(tmp_path / "later" / name)
@@ -135,15 +135,15 @@ def test_a_log_that_cannot_be_made_is_tried_again_with_each_checkpoint(logged, t
         if isinstance(event, StepEnded) and event.step == 5:
             (tmp_path / "later").mkdir()
 
-    with pytest.warns(DistrustWarning, match=f"log cannot be written: .*{name}: ") as told:
-        logged(out, after=[room])
-    assert len(told) == 1
-    logged(tmp_path / "alone")
+    with pytest.warns(DistrustWarning, match=f"log cannot be written: .*{name}: ") as reported:
+        train_logged(out, after=[room])
+    assert len(reported) == 1
+    train_logged(tmp_path / "alone")
     assert numbers(out) == numbers(tmp_path / "alone")
     assert (out / PROVENANCE).read_text() == (tmp_path / "alone" / PROVENANCE).read_text()
 
 
-def test_room_that_comes_with_the_last_checkpoint_serves_the_last_lines(logged, tmp_path, monkeypatch):
+def test_the_last_checkpoint_still_writes_the_missing_lines(train_logged, tmp_path, monkeypatch):
     write, full = os.write, []
 
     def watch(event):
@@ -156,44 +156,44 @@ def test_room_that_comes_with_the_last_checkpoint_serves_the_last_lines(logged, 
 
     monkeypatch.setattr(metrics.os, "write", on_a_full_disk)
     with pytest.warns(DistrustWarning, match="log cannot be written"):
-        logged(tmp_path / "full", before=[watch])
+        train_logged(tmp_path / "full", before=[watch])
     monkeypatch.undo()
-    logged(tmp_path / "alone")
+    train_logged(tmp_path / "alone")
     assert numbers(tmp_path / "full") == numbers(tmp_path / "alone")
 
 
 @pytest.mark.parametrize("name", [METRICS, PROVENANCE])
-def test_what_is_no_file_in_its_place_does_not_stop_the_run(run, tmp_path, name):
+def test_a_folder_at_the_path_of_the_log_does_not_stop_the_run(run, tmp_path, name):
     (tmp_path / "run" / name).mkdir(parents=True)
     with pytest.warns(DistrustWarning, match=f"{name}: exists already, and is not a file"):
         ended, _ = run(tmp_path / "run", observers=[MetricsWriter(TrainConfig())])
     assert ended.finished
 
 
-def test_a_step_that_damage_changed_takes_no_other_line_with_it():
+def test_a_damaged_step_number_removes_no_other_line():
     """Of an evaluation: believed, it would have all steps until then made anew."""
     history = {name: [float(step) for step in range(1, 31)] for name in STEP_METRICS}
-    whole = []
+    complete = []
     for step in range(1, 31):
-        whole.append(line_of({"step": step, **dict.fromkeys(STEP_METRICS, float(step)), "seconds": 1.0}))
+        complete.append(line_of({"step": step, **dict.fromkeys(STEP_METRICS, float(step)), "seconds": 1.0}))
         if step % 5 == 0:
-            whole.append(line_of({"step": step, "eval_loss": 1.5}))
-    at = whole.index(line_of({"step": 10, "eval_loss": 1.5}))
-    damaged = [*whole[:at], line_of({"step": 25, "eval_loss": 1.5}), *whole[at + 1 :]]
-    assert list(repair_lines(damaged, step=30, history=history)) == [*whole[:at], *whole[at + 1 :]]
+            complete.append(line_of({"step": step, "eval_loss": 1.5}))
+    at = complete.index(line_of({"step": 10, "eval_loss": 1.5}))
+    damaged = [*complete[:at], line_of({"step": 25, "eval_loss": 1.5}), *complete[at + 1 :]]
+    assert list(repair_lines(damaged, step=30, history=history)) == [*complete[:at], *complete[at + 1 :]]
     # A line of a step that is lost takes no evaluation with it: the lines around it agree.
-    for lost in ([at - 1], [at - 1, at - 2], [len(whole) - 2]):
-        damaged = [line for number, line in enumerate(whole) if number not in lost]
-        found = [json.loads(line) for line in repair_lines(damaged, step=30, history=history)]
-        assert [line["step"] for line in found] == [json.loads(line)["step"] for line in whole]
-        assert sum("eval_loss" in line for line in found) == 6
+    for lost in ([at - 1], [at - 1, at - 2], [len(complete) - 2]):
+        damaged = [line for number, line in enumerate(complete) if number not in lost]
+        repaired = [json.loads(line) for line in repair_lines(damaged, step=30, history=history)]
+        assert [line["step"] for line in repaired] == [json.loads(line)["step"] for line in complete]
+        assert sum("eval_loss" in line for line in repaired) == 6
 
 
-def test_what_the_examples_weigh_is_kept_beside_it(logged, tmp_path):
-    logged(tmp_path, weighting="published")
-    kept = json.loads((tmp_path / PROVENANCE).read_text())
-    assert (kept["examples"], kept["weighting"], kept["alpha"]) == (11, "published", 2.7)
-    assert sum(kept["counts"]) == 11
+def test_the_weights_are_written_to_provenance_json(train_logged, tmp_path):
+    train_logged(tmp_path, weighting="published")
+    remaining = json.loads((tmp_path / PROVENANCE).read_text())
+    assert (remaining["examples"], remaining["weighting"], remaining["alpha"]) == (11, "published", 2.7)
+    assert sum(remaining["counts"]) == 11
 
 
 def line_of(values: dict) -> bytes:
@@ -211,32 +211,36 @@ runs = st.lists(st.tuples(*[finite | st.just(float("inf"))] * len(STEP_METRICS))
 def test_any_damage_is_mended(rows, draw):
     """Lines cut off, torn, lost, twice, in another order or of another run: nothing else is ever kept."""
     history = {name: [row[column] for row in rows] for column, name in enumerate(STEP_METRICS)}
-    whole = []
+    complete = []
     for number in range(1, len(rows) + 1):
         step = {"step": number, **{name: history[name][number - 1] for name in STEP_METRICS}}
-        whole.append(line_of({**step, "seconds": 1.0}))
+        complete.append(line_of({**step, "seconds": 1.0}))
         if number % 3 == 0:
-            whole.append(line_of({"step": number, "eval_loss": 1.5}))
-    made = draw.draw(st.integers(1, len(rows)))
-    kept = draw.draw(st.lists(st.sampled_from(whole), max_size=2 * len(whole)))
+            complete.append(line_of({"step": number, "eval_loss": 1.5}))
+    last_step = draw.draw(st.integers(1, len(rows)))
+    remaining = draw.draw(st.lists(st.sampled_from(complete), max_size=2 * len(complete)))
     junk = st.sampled_from(
         [b"\n", b"{\n", b"[1]\n", b'{"step": "1"}\n', b'{"step": 1, "loss": 0}\n', b"\xff\n"]
     )
     damaged = [
         line
-        for pair in zip(kept, draw.draw(st.lists(junk, min_size=len(kept), max_size=len(kept))), strict=True)
+        for pair in zip(
+            remaining,
+            draw.draw(st.lists(junk, min_size=len(remaining), max_size=len(remaining))),
+            strict=True,
+        )
         for line in pair
     ]
-    damaged.append(whole[-1][:-1])  # torn
+    damaged.append(complete[-1][:-1])  # torn
 
-    found = [json.loads(line) for line in repair_lines(damaged, step=made, history=history)]
-    steps = [line for line in found if "loss" in line]
-    assert [line["step"] for line in steps] == list(range(1, made + 1))
+    repaired = [json.loads(line) for line in repair_lines(damaged, step=last_step, history=history)]
+    steps = [line for line in repaired if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, last_step + 1))
     for line in steps:
         assert [float(line[name]) for name in STEP_METRICS] == list(rows[line["step"] - 1])
-    evaluations = [line["step"] for line in found if "eval_loss" in line]
+    evaluations = [line["step"] for line in repaired if "eval_loss" in line]
     assert evaluations == sorted(set(evaluations))
-    assert [line["step"] for line in found] == sorted(line["step"] for line in found)
+    assert [line["step"] for line in repaired] == sorted(line["step"] for line in repaired)
     # Whole, it stays as it is, byte for byte.
-    upto = [line for line in whole if json.loads(line)["step"] <= made]
-    assert list(repair_lines(whole, step=made, history=history)) == upto
+    upto = [line for line in complete if json.loads(line)["step"] <= last_step]
+    assert list(repair_lines(complete, step=last_step, history=history)) == upto

@@ -1,4 +1,4 @@
-"""A run folder read, thinned out, smoothed and drawn."""
+"""Reading, thinning, smoothing and drawing runs; their summary."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ some_of_an_evaluation = st.dictionaries(
 )
 
 
-def written(value: float) -> float | str:
+def as_json_number(value: float) -> float | str:
     """As a run writes a number."""
     return value if math.isfinite(value) else str(value)
 
@@ -63,7 +63,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @settings(max_examples=50)
 @given(data=st.data())
-def test_what_was_written_is_what_is_read(scratch, data):
+def test_what_a_run_writes_is_read_back(scratch, data):
     steps = sorted(data.draw(st.sets(st.integers(1, 10**18 - 1), max_size=6)))
     evaluated = sorted(data.draw(st.sets(st.integers(0, 10**18 - 1), max_size=3)))
     rows = {step: data.draw(some_of_a_step) for step in steps}
@@ -71,7 +71,7 @@ def test_what_was_written_is_what_is_read(scratch, data):
     lines = [(step, 0, values) for step, values in rows.items()]
     lines += [(step, 1, values) for step, values in evaluations.items()]
     text = "".join(
-        json.dumps({"step": step, **{name: written(value) for name, value in values.items()}}) + "\n"
+        json.dumps({"step": step, **{name: as_json_number(value) for name, value in values.items()}}) + "\n"
         for step, _, values in sorted(lines, key=lambda line: line[:2])
     )
     torn = data.draw(st.sampled_from(["", '{"step": 9', "{", "\x00"]))
@@ -81,9 +81,9 @@ def test_what_was_written_is_what_is_read(scratch, data):
 
     assert run.steps.step.tolist() == steps
     for name in COLUMNS:
-        wanted = [rows[step].get(name, math.nan) for step in steps]
+        expected = [rows[step].get(name, math.nan) for step in steps]
         read = run.steps.columns.get(name, np.full(len(steps), np.nan)).tolist()
-        assert all(map(same, read, wanted))
+        assert all(map(same, read, expected))
     assert [e.step for e in run.evaluations] == evaluated
     for e in run.evaluations:
         assert e.metrics.keys() == evaluations[e.step].keys()
@@ -91,7 +91,7 @@ def test_what_was_written_is_what_is_read(scratch, data):
 
 
 @pytest.mark.parametrize(
-    ("line", "what"),
+    ("line", "message"),
     [
         ("{not json}", "not JSON"),
         ("[1]", "not a JSON object"),
@@ -108,18 +108,18 @@ def test_what_was_written_is_what_is_read(scratch, data):
         ('{"step": 1, "loss": 2.0}', "step: 1 comes after 1"),
     ],
 )
-def test_a_line_that_no_run_writes_is_told_with_its_place(tmp_path, line, what):
+def test_a_line_that_no_run_writes_is_reported_with_its_location(tmp_path, line, message):
     (tmp_path / "metrics.jsonl").write_text(
         f"{json.dumps(step_line(1))}\n{line}\n{json.dumps(step_line(3))}\n"
     )
-    with pytest.raises(DataError, match=what) as told:
+    with pytest.raises(DataError, match=message) as caught:
         read_run(tmp_path)
-    assert str(told.value).startswith(f"{tmp_path}/metrics.jsonl:2: ")
-    assert "\n" not in str(told.value)
+    assert str(caught.value).startswith(f"{tmp_path}/metrics.jsonl:2: ")
+    assert "\n" not in str(caught.value)
 
 
-def test_a_run_that_goes_further_than_it_was_to_does_not_say_so_wrongly(tmp_path):
-    """It says how far with its next checkpoint."""
+def test_the_state_of_an_extended_run_is_not_wrong(tmp_path):
+    """Its new length is known from its next checkpoint on."""
     run = write_run(tmp_path / "run", steps=60)
     assert summary.state(read_run(run)) == ("finished", "step 60 of 60")
     write_lines(run, [step_line(step) for step in range(1, 74)])
@@ -127,7 +127,7 @@ def test_a_run_that_goes_further_than_it_was_to_does_not_say_so_wrongly(tmp_path
     assert summary.facts(read_run(run))[0] == summary.Fact("steps", "73")
 
 
-def test_options_that_this_program_does_not_know_are_shown(tmp_path):
+def test_unknown_options_are_shown(tmp_path):
     with CheckpointManager(tmp_path / "checkpoints") as manager:
         config = {"lora_rank": 2, "a_new_option": 3, "fingerprints": {"data": "1"}}
         manager.save(Checkpoint(step=1, config=config))
@@ -135,7 +135,7 @@ def test_options_that_this_program_does_not_know_are_shown(tmp_path):
     assert shown == {"lora_rank": "2", "a_new_option": "3"}
 
 
-def test_empty_lines_are_nothing(tmp_path):
+def test_empty_lines_are_ignored(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(
         f"\n{json.dumps(step_line(1))}\r\n \n{json.dumps(step_line(2))}\n"
     )
@@ -143,20 +143,20 @@ def test_empty_lines_are_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "provenance.json"])
-def test_a_pipe_in_place_of_a_file_is_not_waited_for(tmp_path, name):
+def test_a_named_pipe_does_not_block(tmp_path, name):
     os.mkfifo(tmp_path / name)
     with pytest.raises(DataError, match=f"{name}: is not a file; move it away"):
         read_run(tmp_path)
 
 
-def test_bytes_that_are_no_text_are_told_too(tmp_path):
+def test_bytes_that_are_not_text_are_reported(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(b"\xff\xfe{}\n")
     with pytest.raises(DataError, match=r"metrics.jsonl:1: not UTF-8"):
         read_run(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("changed", "what"),
+    ("changed", "message"),
     [
         ({"examples": "many"}, "examples: not a whole number"),
         ({"edges": [1.0, 1.0], "counts": [3]}, "edges"),
@@ -171,47 +171,47 @@ def test_bytes_that_are_no_text_are_told_too(tmp_path):
         ({"alpha": []}, "alpha"),
     ],
 )
-def test_a_provenance_that_no_run_writes_is_told_with_its_field(tmp_path, changed, what):
+def test_a_provenance_that_no_run_writes_is_reported_with_its_field(tmp_path, changed, message):
     path = write_provenance(tmp_path)
     path.write_text(json.dumps(json.loads(path.read_text()) | changed))
-    with pytest.raises(DataError, match=what) as told:
+    with pytest.raises(DataError, match=message) as caught:
         read_run(tmp_path)
-    assert str(told.value).startswith(f"{path}: ")
+    assert str(caught.value).startswith(f"{path}: ")
 
 
 def test_the_provenance_comes_back(tmp_path):
     path = write_provenance(tmp_path)
-    found = read_run(tmp_path).provenance
-    assert found.weights.as_json() | dict(found.options) == json.loads(path.read_text())
+    result = read_run(tmp_path).provenance
+    assert result.weights.as_json() | dict(result.options) == json.loads(path.read_text())
 
 
-def test_what_is_no_run_is_said_in_one_line(tmp_path):
+def test_a_folder_that_is_not_a_run_is_reported_in_one_line(tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "begun" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "metrics.jsonl").touch()
-    for path, what in [
+    for path, message in [
         (tmp_path / "begun", "no step and saved nothing yet"),
         (tmp_path / "run" / "checkpoints", f"checkpoints of a run; give {tmp_path / 'run'}$"),
         (tmp_path, "no run here"),
         (tmp_path / "no", "no such"),
         (tmp_path / "file", "a file"),
     ]:
-        with pytest.raises(RunNotFound, match=what) as told:
+        with pytest.raises(RunNotFound, match=message) as caught:
             read_run(path)
-        assert "\n" not in str(told.value)
+        assert "\n" not in str(caught.value)
 
 
-def test_without_metrics_the_newest_whole_checkpoint_tells(tmp_path):
+def test_without_metrics_the_steps_come_from_the_newest_intact_checkpoint(tmp_path):
     write_checkpoints(tmp_path, [20, 40, 60], max_steps=60)
-    whole = read_run(tmp_path)
-    assert whole.from_history
-    assert whole.steps.step.tolist() == list(range(1, 61))
-    assert whole.steps.columns["loss"].tolist() == [step_line(step)["loss"] for step in range(1, 61)]
-    assert [e.step for e in whole.evaluations] == [20, 40, 60]
-    assert "seconds" not in whole.steps.columns
+    run = read_run(tmp_path)
+    assert run.from_history
+    assert run.steps.step.tolist() == list(range(1, 61))
+    assert run.steps.columns["loss"].tolist() == [step_line(step)["loss"] for step in range(1, 61)]
+    assert [e.step for e in run.evaluations] == [20, 40, 60]
+    assert "seconds" not in run.steps.columns
 
-    newest = whole.newest
+    newest = run.newest
     history = next(tensor for tensor in newest.tensors if tensor.name == "history.loss")
     with newest.path.open("r+b") as file:
         file.seek(history.offset + 3)
@@ -234,7 +234,7 @@ def test_the_state_of_a_run(tmp_path):
     early = tmp_path / "early"
     write_checkpoints(early, [20], max_steps=90)
     assert summary.state(read_run(early)) == ("ended early", "step 20 of 90")
-    write_lines(early, [step_line(step) for step in range(1, 31)])  # a final one that was gone on from
+    write_lines(early, [step_line(step) for step in range(1, 31)])  # resumed from a final checkpoint
     assert summary.state(read_run(early))[0] == "not finished"
     begun = tmp_path / "begun"
     begun.mkdir()
@@ -279,9 +279,9 @@ def test_thinning_keeps_first_last_lowest_and_highest(values, points):
 
 @given(values=values, window=st.integers(1, 50))
 def test_smoothing_is_the_mean_of_the_finite_values_around(values, window):
-    found = smooth(values, window)
-    assert len(found) == len(values)
-    for at, mean in enumerate(found):
+    result = smooth(values, window)
+    assert len(result) == len(values)
+    for at, mean in enumerate(result):
         around = values[max(0, at - (window - 1) // 2) : at + window // 2 + 1]
         finite = around[np.isfinite(around)]
         if finite.size:
@@ -290,7 +290,7 @@ def test_smoothing_is_the_mean_of_the_finite_values_around(values, window):
             assert np.isnan(mean)
 
 
-def test_names_are_the_parts_that_tell_runs_apart():
+def test_names_are_the_parts_that_distinguish_runs():
     def names(*paths):
         return figures.distinct_names([Path(path) for path in paths])
 
@@ -313,49 +313,51 @@ def test_no_two_runs_have_one_name(paths):
     assert all(names)
 
 
-def drawn(*runs, panels=(), axis="step", suffix=".svg", **more) -> bytes:
+def render_runs(*runs, panels=(), axis="step", suffix=".svg", **more) -> bytes:
     return figures.render(figures.draw(figures.prepare_runs(runs, axis=axis), panels, **more), suffix)
 
 
 def texts(svg: bytes) -> set[str]:
     return {
-        "".join(found.itertext())
-        for found in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")
+        "".join(element.itertext())
+        for element in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")
     }
 
 
 def test_a_picture_has_a_panel_for_all_that_is_known(tmp_path):
     run = read_run(write_run(tmp_path / "run"))
-    svg = drawn(run)
+    svg = render_runs(run)
     assert {panel.title for panel in PANELS.values()} <= texts(svg)
     assert {*CLASSES, "all", "dashed: weighted", "run"} <= texts(svg)
-    assert drawn(run, panels=["eval"]) == drawn(run, panels=["eval"])  # the same bytes each time
+    assert render_runs(run, panels=["eval"]) == render_runs(run, panels=["eval"])  # the same bytes each time
 
     (tmp_path / "run" / "metrics.jsonl").unlink()
     (tmp_path / "run" / "provenance.json").unlink()
     titles = {PANELS[name].title for name in ("loss", "eval", "lr", "norm")}
-    assert {panel.title for panel in PANELS.values()} & texts(drawn(read_run(tmp_path / "run"))) == titles
+    assert {panel.title for panel in PANELS.values()} & texts(
+        render_runs(read_run(tmp_path / "run"))
+    ) == titles
 
 
-def test_several_runs_are_told_apart(tmp_path):
+def test_several_runs_are_distinguishable(tmp_path):
     runs = [read_run(write_run(tmp_path / name, weighting=name)) for name in ("off", "monotone", "published")]
-    assert {"off", "monotone", "published"} <= texts(drawn(*runs))
+    assert {"off", "monotone", "published"} <= texts(render_runs(*runs))
     crowd = figures.prepare_runs([runs[0]] * 12).runs
     assert len({shown.colour for shown in crowd}) == 12
 
 
-def test_what_was_asked_for_and_is_not_there_is_said(tmp_path):
+def test_a_panel_without_data_is_reported(tmp_path):
     write_lines(tmp_path, [step_line(1)])
     run = read_run(tmp_path)
     with pytest.warns(DistrustWarning, match="--panels eval"):
-        drawn(run, panels=["loss", "eval"])
+        render_runs(run, panels=["loss", "eval"])
     with pytest.raises(ConfigError, match="no panel 'lose'"):
-        drawn(run, panels=["lose"])
+        render_runs(run, panels=["lose"])
     write_lines(tmp_path, [])
     with pytest.raises(RunNotFound, match="nothing to draw"):
-        drawn(read_run(tmp_path))
+        render_runs(read_run(tmp_path))
     with pytest.raises(ConfigError, match=r"--x tokens: .*metrics.jsonl has no tokens"):
-        drawn(read_run(tmp_path), axis="tokens")
+        render_runs(read_run(tmp_path), axis="tokens")
 
 
 def test_axes_of_tokens_and_of_time(tmp_path):
@@ -374,7 +376,7 @@ def test_axes_of_tokens_and_of_time(tmp_path):
 
 
 def test_names_are_drawn_as_text(tmp_path):
-    svg = drawn(read_run(write_run(tmp_path, classes=HOSTILE)), panels=["sources", "eval"])
+    svg = render_runs(read_run(write_run(tmp_path, classes=HOSTILE)), panels=["sources", "eval"])
     tags = {element.tag.rpartition("}")[2] for element in ElementTree.fromstring(svg).iter()}
     assert not tags & {"script", "img", "foreignObject"}
     shown = " ".join(texts(svg))
@@ -388,7 +390,7 @@ def test_no_number_breaks_a_picture(tmp_path, value):
     names = [name for name in COLUMNS if name != "step"]
     lines = [step_line(step, **dict.fromkeys(names, value)) for step in range(1, 5)]
     write_lines(tmp_path, [*lines, step_line(5), evaluation_line(5) | {"eval_loss": value}])
-    drawn(read_run(tmp_path), axis="time", suffix=".png", panels=["loss", "eval", "stall", "memory"])
+    render_runs(read_run(tmp_path), axis="time", suffix=".png", panels=["loss", "eval", "stall", "memory"])
     summary.facts(read_run(tmp_path))
 
 
@@ -398,12 +400,12 @@ def test_a_million_steps_are_drawn_in_seconds(tmp_path):
     columns = {name: np.sin(steps / 1e5) + 2 for name in COLUMNS}
     long = type(run)(path=tmp_path, steps=type(run.steps)(steps, columns))
     began = time.process_time()
-    svg = drawn(long)
+    svg = render_runs(long)
     assert time.process_time() - began < 15
     assert len(svg) < 3_000_000
 
 
-def test_a_file_is_replaced_wholly_or_not_at_all(tmp_path):
+def test_a_file_is_replaced_completely_or_not_at_all(tmp_path):
     target = tmp_path / "new" / "plot.png"
     figures.write(target, b"one")
     figures.write(target, b"two")
@@ -419,7 +421,7 @@ def test_a_file_is_replaced_wholly_or_not_at_all(tmp_path):
     assert os.listdir(target.parent) == ["plot.png"]
 
 
-def test_an_evaluation_behind_the_last_known_step_keeps_its_place(tmp_path):
+def test_an_evaluation_after_the_last_known_step_keeps_its_position(tmp_path):
     write_lines(tmp_path, [step_line(10), step_line(20), *map(evaluation_line, (5, 20, 30))])
     (shown,) = figures.prepare_runs([read_run(tmp_path)]).runs
     assert shown.positions_of(np.array([0, 5, 20, 30])).tolist() == [0, 5, 20, 30]
@@ -432,7 +434,7 @@ def test_the_class_without_a_name_is_drawn_by_what_it_weighs(tmp_path):
     assert classes_by_share(read_run(tmp_path))[0] == NO_CLASS
 
 
-def test_what_a_terminal_obeys_is_shown_as_text():
+def test_control_characters_are_shown_as_text():
     words = io.StringIO()
     name = "\x1b[31mRED\x1b]0;pwn\x07\u202e"
     metrics = dict.fromkeys(("eval_loss", "eval_perplexity", "eval_weighted_loss", f"eval_loss/{name}"), 1.0)

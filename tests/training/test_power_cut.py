@@ -9,9 +9,8 @@ from random import Random
 
 import pytest
 
-from campaigns.power_cut import FATES, World
-from campaigns.power_loss import build
-from campaigns.recording import Killed, RecordingDisk
+from campaigns.power.cut import FATES, World, build
+from campaigns.power.recording import Killed, RecordingDisk
 from distrust import CheckpointManager, trainer
 
 

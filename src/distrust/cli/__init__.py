@@ -39,13 +39,13 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # characters outside its encoding must not fail a command
-        sys.stdout.reconfigure(errors="backslashreplace")
+        sys.stdout.reconfigure(errors="backslashreplace")  # as in an ASCII locale
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_help())
-        return 0 if arguments else 2
+        return 0 if arguments else 2  # no command is wrong usage
     if arguments[0] == "--version":
-        from distrust import __version__
+        from distrust import __version__  # late, like every import of a command
 
         print(f"distrust {__version__}")
         return 0
@@ -59,24 +59,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings():
         # Warnings of libraries are for programmers. Those of this package are for users, one line each.
         warnings.simplefilter("ignore")
-        warnings.simplefilter("always", DistrustWarning)
+        warnings.simplefilter("always", DistrustWarning)  # also repeated ones
         # Except this one of torch: the run may not be bit-identical.
         warnings.filterwarnings("once", message=".*does not have a deterministic implementation")
-        warnings.showwarning = _show_warning
+        warnings.showwarning = _show_warning  # one line, without file and line number
         return _run(verb, arguments[1:])
 
 
 def _run(verb: str, arguments: list[str]) -> int:
     try:
         code: int = import_module(f"distrust.cli.{verb}").main(arguments)
-        sys.stdout.flush()
+        sys.stdout.flush()  # a broken pipe must fail here, not at exit
         return code
     except ConfigError as error:
         return _print_error(str(error), 2)
     except DistrustError as error:
         return _print_error(str(error), 1)
     except ModuleNotFoundError as error:
-        if (error.name or "").startswith("distrust"):
+        if (error.name or "").startswith("distrust"):  # a bug, not a missing library
             raise
         missing = MissingDependency(f"distrust {verb}", library=error.name or str(error), extra="train")
         return _print_error(str(missing), 1)
@@ -86,7 +86,7 @@ def _run(verb: str, arguments: list[str]) -> int:
     except BrokenPipeError:
         # The reader (head, less) has exited. Without this, Python's flush at exit would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        return 141  # 128 + SIGPIPE
     except OSError as error:
         where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
         return _print_error(f"{verb}: {where}{error.strerror or error}", 1)

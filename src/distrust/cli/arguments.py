@@ -50,7 +50,7 @@ def _to_json(value: Any) -> Any:
     if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
         return str(value)
     if isinstance(value, dict):
-        return {str(key): _to_json(item) for key, item in value.items()}
+        return {str(key): _to_json(item) for key, item in value.items()}  # JSON keys are strings
     if isinstance(value, (list, tuple)):
         return [_to_json(item) for item in value]
     return value

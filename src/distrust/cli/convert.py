@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> int:
     arg = parser(
         "convert",
         description=(
-            "Convert checkpoints of other programs, so that a run can resume from them.\n"
+            "A run can resume from the result.\n"
             "Each is verified as far as its format allows, written atomically, read back and compared.\n"
             "The originals are never changed. The same command resumes an interrupted conversion.\n"
             "The last line of the output is the command that resumes training. Exit code 1 if a checkpoint\n"

@@ -20,7 +20,7 @@ def main(arguments: list[str]) -> int:
     arg.add_argument("--json", action="store_true", help="print the results as one object")
     options = arg.parse_args(arguments)
 
-    from distrust import demo
+    from distrust import demo  # loads a framework
     from distrust.reporting.console import ConsoleReporter
 
     log = sys.stderr if options.json else sys.stdout  # standard output is for the JSON
@@ -30,12 +30,12 @@ def main(arguments: list[str]) -> int:
         with ConsoleReporter(log_every=100, stream=log) as console:
             ended, measured = demo.train(weighting, out=options.out, seed=options.seed, observers=[console])
         if ended.signal is not None:
-            return 128 + ended.signal
+            return 128 + ended.signal  # the same command resumes
         beliefs[weighting] = measured
     beliefs = {"before": demo.measure_untrained(out=options.out, seed=options.seed), **beliefs}
 
     results = demo.results(beliefs, seed=options.seed)
-    picture = options.out / "demo.png"
+    picture = options.out / "demo.png"  # next to the runs
     demo.plot_beliefs(beliefs, picture)
     if options.json:
         print_json(results)

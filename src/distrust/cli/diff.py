@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> int:
     arg.add_argument("--json", action="store_true", help="print one object")
     options = arg.parse_args(arguments)
 
-    a, b = catalog.newest(options.a), catalog.newest(options.b)
+    a, b = catalog.newest(options.a), catalog.newest(options.b)  # headers only
     differing = differences(a, b)
     if options.json:
         equal = not differing
@@ -47,7 +47,7 @@ def _print(a: CheckpointFile, b: CheckpointFile, differing: list[Difference]) ->
         state = file.state_digest[:DIGEST_CHARACTERS]
         print(printable(f"{side}: step {file.step}, {file.kind}, state {state}, {file.path}"))
     engines = _engine(a), _engine(b)
-    if differing and all(engines) and engines[0] != engines[1]:
+    if differing and all(engines) and engines[0] != engines[1]:  # both are known, and differ
         print(
             printable(
                 f"a was made with {engines[0]}, b with {engines[1]}: they use different tensor names and "
@@ -60,7 +60,7 @@ def _print(a: CheckpointFile, b: CheckpointFile, differing: list[Difference]) ->
     if len(differing) > ROWS:
         print(f"and {len(differing) - ROWS} more; --json lists all")
     tensors = sum(difference.kind == "tensor" for difference in differing)
-    total = len({tensor.name for tensor in (*a.tensors, *b.tensors)})
+    total = len({tensor.name for tensor in (*a.tensors, *b.tensors)})  # of either checkpoint
     print(
         f"different: {len(differing) - tensors} scalars, {tensors} of {total} tensors"
         if differing

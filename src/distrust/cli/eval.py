@@ -28,8 +28,8 @@ def main(arguments: list[str]) -> int:
     if "eval_data" in changes or "eval_split" in changes:
         changes["eval_fraction"] = 0.0  # evaluate on the given data, not on a share of the training data
     config = replace(engines.config_of(file, model=options.model), **changes)
-    trained_on = engines.fingerprint_of(file, "data")
-    with ConsoleReporter(log_every=1, stream=sys.stderr) as console:
+    trained_on = engines.fingerprint_of(file, "data")  # to recognize evaluation on training data
+    with ConsoleReporter(log_every=1, stream=sys.stderr) as console:  # standard output is for the result
 
         def report(task: str, completed: int, total: int) -> None:
             console(Preparing(task, completed, total))
@@ -63,7 +63,7 @@ def _print(metrics: dict[str, float]) -> None:
         for name in metrics
         if name.startswith("eval_loss/")
     ]
-    width = max(len(label) for label, _ in rows)
+    width = max(len(label) for label, _ in rows)  # names of classes vary
     print(f"{'':{width}}  {'loss':>8}  {'perplexity':>10}")
     for label, name in rows:
         loss, perplexity = metrics[f"eval_{name}"], metrics[f"eval_{name.replace('loss', 'perplexity', 1)}"]
@@ -72,7 +72,7 @@ def _print(metrics: dict[str, float]) -> None:
 
 def _changed_options(options: argparse.Namespace) -> dict[str, Any]:
     """The options of the run that the command line replaces."""
-    values = {
+    values = {  # None: not given
         "eval_data": tuple(options.data) if options.data else None,
         "eval_split": options.split,
         "source_column": options.source_column,

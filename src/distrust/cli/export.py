@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
     )
     arg.add_argument(
         "--format",
-        choices=get_args(ExportFormat),
+        choices=get_args(ExportFormat),  # one definition, in config
         help="adapter: for peft; mlx: for mlx-lm; merged: a full model for transformers; state: the trained "
         "tensors in one file. Default: adapter, or mlx for a run of mlx, or merged if all weights were "
         "trained",
@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> int:
     options = arg.parse_args(arguments)
     resolve(options.target)  # a misspelt name fails before the slow imports below
 
-    from distrust.export import export
+    from distrust.export import export  # loads a framework
 
     result = export(
         options.target,

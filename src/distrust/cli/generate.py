@@ -21,7 +21,7 @@ def main(arguments: list[str]) -> int:
     options = _options(arguments)
     _require_valid(options)
     resolve(options.target)  # a misspelt name fails before the slow imports below
-    prompts = options.prompt or _read_prompts()
+    prompts = options.prompt or _read_prompts()  # flags win
     if not prompts:
         raise DataError("no prompt: give --prompt TEXT, or lines on standard input")
     _require_utf8(prompts)
@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> int:
     if options.compare:
         del engine  # one model in memory at a time
         base = engines.create_engine(replace(engines.config_of(file, model=options.model), compile=False))
-        columns = {"base": generate(base), **columns}
+        columns = {"base": generate(base), **columns}  # the base model first
 
     rows = [
         {"prompt": prompt, **{name: texts[index] for name, texts in columns.items()}}
@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> int:
         print_json(rows)
         return 0
     for row in rows:
-        print(row["prompt"])
+        print(row["prompt"])  # the prompt is the user's own
         for name in columns:
             print(f"  {f'{name}: ' if options.compare else ''}{row[name]}")
     return 0
@@ -68,18 +68,18 @@ def main(arguments: list[str]) -> int:
 def _require_valid(options: argparse.Namespace) -> None:
     if options.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens is {options.max_new_tokens}: give 1 or more")
-    if not 0 <= options.temperature < float("inf"):
+    if not 0 <= options.temperature < float("inf"):  # also rejects NaN
         raise ConfigError(f"--temperature is {options.temperature}: give 0 or more")
     if options.top_p is None:
         return
-    if not 0 < options.top_p <= 1:
+    if not 0 < options.top_p <= 1:  # also rejects NaN
         raise ConfigError(f"--top-p is {options.top_p}: give more than 0, up to 1")
     if not options.temperature:
         raise ConfigError("--top-p has no effect without sampling: also give a --temperature above 0")
 
 
 def _read_prompts() -> list[str]:
-    if sys.stdin.isatty():
+    if sys.stdin.isatty():  # else lines come from a pipe or a file
         print("prompts, one per line; Ctrl-D ends them:", file=sys.stderr)
     # Keep invalid bytes as surrogates: _require_utf8 then names the line.
     sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]

@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
     contents = _scan(options.target)
     for damaged in contents.damaged:
         _warn(f"{damaged.path}: damaged: {damaged.reason}")
-    is_empty = not contents.all_intact and not contents.damaged
+    is_empty = not contents.all_intact and not contents.damaged  # damaged files are a listing, too
     if is_empty and (runs := _runs(options.target)):
         _print_runs(runs, as_json=options.json)
     elif options.json:
@@ -56,13 +56,13 @@ def _scan(target: Path) -> Scan:
     if catalog.is_directory(target):
         return catalog.scan(catalog.checkpoint_directory(target))
     catalog.require_exists(target)
-    return Scan.of([catalog.read_header(target)])
+    return Scan.of([catalog.read_header(target)])  # one checkpoint
 
 
 def _runs(folder: Path) -> list[Run]:
     """The runs directly below a folder, by name: folders with a directory of checkpoints."""
     runs = []
-    for name in sorted(os.listdir(folder)):
+    for name in sorted(os.listdir(folder)):  # one level: a run may be large
         path = folder / name
         try:
             if os.path.isdir(path / catalog.RUN_SUBDIRECTORY):
@@ -93,7 +93,7 @@ def _print_runs(runs: list[Run], *, as_json: bool) -> None:
     if as_json:
         print_json([_run_json(run) for run in runs])
         return
-    names = [printable(run.path.name) for run in runs]
+    names = [printable(run.path.name) for run in runs]  # before aligning: escapes change the length
     width = max(map(len, names))
     print(f"{'run':{width}}  {'step':>8}  {'kind':8}  {'created (UTC)':19}  checkpoints")
     for name, run in zip(names, runs, strict=True):
@@ -104,7 +104,7 @@ def _print_runs(runs: list[Run], *, as_json: bool) -> None:
 
 
 def _created(file: CheckpointFile) -> str:
-    return (file.created or "")[:19].replace("T", " ")
+    return (file.created or "")[:19].replace("T", " ")  # without fractions and time zone
 
 
 def _warn(message: str) -> None:
@@ -113,7 +113,7 @@ def _warn(message: str) -> None:
 
 def _run_json(run: Run) -> dict[str, object]:
     files = run.checkpoints.all_intact
-    newest = files[-1] if files else None
+    newest = files[-1] if files else None  # sorted by step
     return {
         "run": str(run.path),
         "step": newest and newest.step,
@@ -130,7 +130,7 @@ def _checkpoint_json(file: CheckpointFile) -> dict[str, object]:
         "kind": file.kind,
         "path": str(file.path),
         "format": file.format,
-        "bytes": file.bytes,
-        "created": file.created,
+        "bytes": file.bytes,  # of the file
+        "created": file.created,  # ISO 8601, UTC
         "metrics": file.metrics,
     }

@@ -17,10 +17,10 @@ def main(arguments: list[str]) -> int:
     from distrust.reporting.run_reader import read_run
 
     panels.require_panels(options.panels)
-    folder = options.runs[0] if len(options.runs) == 1 else Path()
+    folder = options.runs[0] if len(options.runs) == 1 else Path()  # several runs: the working directory
     targets = options.out or [figures.default_target(folder, "plot.png")]
-    suffixes = [figures.require_suffix(target) for target in targets]
-    resolved = [path.resolve() for path in options.runs]
+    suffixes = [figures.require_suffix(target) for target in targets]  # fail before the runs are read
+    resolved = [path.resolve() for path in options.runs]  # one run under two paths
     repeated = [run for run, path in zip(options.runs, resolved, strict=True) if resolved.count(path) > 1]
     if repeated:
         raise ConfigError(f"{repeated[-1]} is given twice; name each run once")

@@ -39,14 +39,14 @@ def main(arguments: list[str]) -> int:
     removal = _Removal(directory, options)
     with CheckpointManager(
         directory,
-        keep_last=options.keep_last or 1,
+        keep_last=options.keep_last or 1,  # the newest intact one always stays
         keep_best=options.keep_best or 0,
         keep_every=options.keep_every,
         metric=options.metric or "eval_loss",
         metric_mode=options.metric_mode or "min",
     ) as manager:
         if options.keep_best:
-            _require_metric(manager, options.metric or "eval_loss")
+            _require_metric(manager, options.metric or "eval_loss")  # before anything is removed
         try:
             _remove(manager, options, removal)
         except CheckpointError:
@@ -70,13 +70,13 @@ def _remove(manager: CheckpointManager, options: argparse.Namespace, removal: _R
         for file in manager.list_damaged():
             removal.add_damaged(file)
     elif options.damaged:
-        manager.remove_damaged(removal.add_damaged)
+        manager.remove_damaged(removal.add_damaged)  # reports each one as it goes
     if not _has_rule(options):
         return
     with warnings.catch_warnings():
         if options.damaged:  # already reported
             warnings.simplefilter("ignore", DamagedCheckpointWarning)
-        superseded = manager.list_superseded()
+        superseded = manager.list_superseded()  # verifies every byte of the rest
     try:
         if not options.dry_run:
             manager.cleanup()  # removes the same files: nobody else writes, and each was verified
@@ -98,7 +98,7 @@ class _Removal:
     @property
     def is_complete(self) -> bool:
         """Whether every file of the directory was removed."""
-        return len(self.files) == len(self._freed)
+        return len(self.files) == len(self._freed)  # nothing else was there
 
     def add_damaged(self, file: DamagedFile) -> None:
         """Report a damaged file."""
@@ -132,7 +132,7 @@ class _Removal:
 def _freed_bytes(path: Path) -> int:
     """The disk space that removing a file frees: none if another hard link exists."""
     try:
-        status = os.lstat(path)
+        status = os.lstat(path)  # a link frees only itself
     except OSError:
         return 0
     return status.st_blocks * BLOCK_BYTES if status.st_nlink == 1 else 0
@@ -144,7 +144,7 @@ def _require_valid(options: argparse.Namespace) -> None:
             "prune: say what to remove: --damaged, or what to keep: --keep-last N, --keep-best N, "
             "--keep-every N; --dry-run shows what would be removed"
         )
-    for name, least in RULES.items():
+    for name, least in RULES.items():  # in terms of the flags
         value = getattr(options, name)
         if value is not None and value < least:
             raise ConfigError(f"--{name.replace('_', '-')} is {value}: give {least} or more")
@@ -162,7 +162,7 @@ def _has_rule(options: argparse.Namespace) -> bool:
 
 def _require_metric(manager: CheckpointManager, metric: str) -> None:
     """Check that a checkpoint has the metric: with a misspelt one, --keep-best would keep nothing."""
-    names = {name for file in manager.scan().files for name in file.metrics}
+    names = {name for file in manager.scan().files for name in file.metrics}  # of intact checkpoints
     if metric not in names:
         hint = f"there are {', '.join(sorted(names))}" if names else "there are no metrics at all"
         raise ConfigError(f"--keep-best: no checkpoint has the metric {metric!r}; {hint}; give --metric")

@@ -27,8 +27,8 @@ def main(arguments: list[str]) -> int:
     from distrust.reporting.run_reader import read_run
 
     target = options.out or figures.default_target(options.run, "report.html")
-    figures.require_suffix(target, (".html", ".htm"))
-    figures.write(target, page(read_run(options.run)).encode())
+    figures.require_suffix(target, (".html", ".htm"))  # fail before the run is read
+    figures.write(target, page(read_run(options.run)).encode())  # atomic: a reader never sees half a page
     print(printable(str(target)))
     if options.open:
         webbrowser.open(target.absolute().as_uri())

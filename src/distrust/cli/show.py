@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> int:
     options = arg.parse_args(arguments)
 
     file = _choose(options.target, options.step)
-    file.require_intact()
+    file.require_intact()  # never print what a forged header claims
     if options.json:
         print_json(_json(file))
     else:
@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
 
 def _choose(target: Path, step: int | None) -> CheckpointFile:
     if step is None:
-        return catalog.newest(target)
+        return catalog.newest(target)  # warns about newer damaged ones
     catalog.require_exists(target)
     if not catalog.is_directory(target):
         raise ConfigError(f"--step needs a run or a directory; {target} is one checkpoint")
@@ -71,7 +71,7 @@ def _print(file: CheckpointFile, *, tensors: bool) -> None:
     _print_table("metrics", {name: number(value) for name, value in file.metrics.items()})
     _print_table("metadata", file.metadata)
     _print_table("config", file.header.config)
-    _print_table("run", run.get("extra", {}))
+    _print_table("run", run.get("extra", {}))  # options and versions that the state digest leaves out
     if tensors:
         print("tensors")
         for tensor in file.tensors:

@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
 
     with ConsoleReporter(log_every=config.log_every) as console:
         ended = DistrustTrainer(config, observers=[console, *create_observers(config)]).train()
-    return 0 if ended.signal is None else 128 + ended.signal
+    return 0 if ended.signal is None else 128 + ended.signal  # as the shell reports a signal
 
 
 def parse(arguments: list[str]) -> TrainConfig:
@@ -52,19 +52,19 @@ def parse(arguments: list[str]) -> TrainConfig:
         SystemExit: a flag is unknown, or --help was given.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config", action="append", default=[])
+    first.add_argument("--config", action="append", default=[])  # to notice a second one
     files = first.parse_known_args(arguments)[0].config
     if len(files) > 1:
         raise ConfigError(f"--config is given {len(files)} times; give one file")
-    base = from_toml(Path(files[0])) if files else TrainConfig()
+    base = from_toml(Path(files[0])) if files else TrainConfig()  # its values are the defaults of the flags
     command = tyro.cli(
         tyro.conf.OmitArgPrefixes[_command(base)],
         args=arguments,
         prog="distrust train",
         description=_description(),
-        config=(tyro.conf.DisallowNone,),
+        config=(tyro.conf.DisallowNone,),  # "--max-steps None" is no value
     )
-    groups = [getattr(command, title) for title in option_groups()]
+    groups = [getattr(command, title) for title in option_groups()]  # flat again
     return TrainConfig(**{name: value for group in groups for name, value in vars(group).items()})
 
 
@@ -90,5 +90,5 @@ def _description() -> str:
     width = shutil.get_terminal_size().columns
     paragraph = textwrap.fill(_DESCRIPTION, width, initial_indent="  ", subsequent_indent="  ")
     purpose = f"{COMMANDS['train'][0].upper()}{COMMANDS['train'][1:]}."
-    examples = "\n".join(f"  {example}" for example in _EXAMPLES)
-    return f"{purpose}\n\n{paragraph}\n\nexamples:\n{examples}"
+    examples = "\n".join(f"  {example}" for example in _EXAMPLES)  # indented: tyro keeps their lines
+    return f"{purpose}\n{paragraph}\n\nexamples:\n{examples}"

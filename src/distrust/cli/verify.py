@@ -32,17 +32,17 @@ def main(arguments: list[str]) -> int:
             print(printable(f"{path}: {verdict}{f': {remark}' if remark else ''}"), flush=True)
     if options.json:
         print_json(rows)
-    return 0 if all(row["ok"] for row in rows) else 1
+    return 0 if all(row["ok"] for row in rows) else 1  # for scripts
 
 
 def _verify(path: Path) -> tuple[str, str | None, str | None]:
     """The verdict on a checkpoint; the reason, unless it is ok; and a note, if it is."""
     try:
-        file = catalog.verify(path)
+        file = catalog.verify(path)  # reads every byte
     except CorruptCheckpoint as error:
         if not catalog.looks_like_checkpoint(path):  # a file of another program is not damaged
             return "NOT A CHECKPOINT", "neither its name nor its first bytes are those of a checkpoint", None
-        return "DAMAGED", error.reason, None
+        return "DAMAGED", error.reason, None  # the file never matches its digests again
     except CheckpointError as error:  # not DAMAGED: it may be intact
         return "UNREADABLE", str(error).removeprefix(f"{path}: "), None
     return "ok", None, _note(file)

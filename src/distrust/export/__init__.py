@@ -84,45 +84,59 @@ def export(
     _require_one_of("--format", format, ExportFormat)
     _require_one_of("--dtype", dtype, ExportDtype)
     to = Path(os.path.abspath(to))
-    require_free(to)
+    require_free(to)  # before anything slow
     # torch writes every format; without it, the framework of the checkpoint's engine, or any other.
     framework: engines.EngineName | None = "torch" if engines.is_installed("torch") else None
     file, checkpoint = engines.read_checkpoint(Path(target), step=step, best=best, framework=framework)
-    fingerprint = engines.fingerprint_of(file, "model")  # refuses checkpoints that no training made
+    engines.fingerprint_of(file, "model")  # refuses checkpoints that no training made
     config = engines.config_of(file)
-    chosen = format or _default_format(config, file)
-    _require_possible(chosen, config, file, to)
+    form = format or _default_format(config, file)
+    _require_possible(form, config, file, to)
     if dtype is None:
-        dtype = config.dtype if chosen == "merged" else "float32"
+        dtype = config.dtype if form == "merged" else "float32"
     base = config.model if model is None else model
-
-    if chosen == "state":
-        about = {
-            "step": str(file.step),
-            "state_digest": file.state_digest,
-            "base_model": public_name(base),
-            "base_model_fingerprint": fingerprint,
-        }
-        write = _state(checkpoint.model, to.name, about, dtype=dtype)
-    elif chosen == "mlx":
-        write = _mlx(file, checkpoint, base, dtype=dtype)
-    elif chosen == "adapter":
-        write = _adapter(file, checkpoint, model, dtype=dtype)
-    else:
-        write = _merged(file, checkpoint, model, dtype=dtype)
+    # Everything that can fail because of the model fails here, before anything is written.
+    write = _prepare(form, file, checkpoint, file_name=to.name, base=base, model=model, dtype=dtype)
     # The folder appears at its name only after the block ends without an error.
-    with atomic_directory(to, single_file=chosen == "state", disk=disk) as folder:
+    with atomic_directory(to, single_file=form == "state", disk=disk) as folder:
         write(folder)
-        if chosen != "state":
-            facts = facts_of(file, config, title=to.name, base=base, form=chosen, dtype=dtype)
+        if form != "state":
+            facts = facts_of(file, config, title=to.name, base=base, form=form, dtype=dtype)
             (folder / CARD).write_text(model_card(facts), encoding="utf-8")
         nbytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return ExportResult(to, chosen, dtype, nbytes, file.path, file.step, file.state_digest)
+    return ExportResult(to, form, dtype, nbytes, file.path, file.step, file.state_digest)
+
+
+def _prepare(
+    form: ExportFormat,
+    file: CheckpointFile,
+    checkpoint: Checkpoint,
+    *,
+    file_name: str,
+    base: str,
+    model: str | None,
+    dtype: ExportDtype,
+) -> Write:
+    """Prepare everything in memory; returns the function that writes it into a folder."""
+    match form:
+        case "mlx":
+            return _mlx(file, checkpoint, base, dtype=dtype)
+        case "adapter":
+            return _adapter(file, checkpoint, model, dtype=dtype)
+        case "merged":
+            return _merged(file, checkpoint, model, dtype=dtype)
+    origin = {
+        "step": str(file.step),
+        "state_digest": file.state_digest,
+        "base_model": public_name(base),
+        "base_model_fingerprint": engines.fingerprint_of(file, "model"),
+    }
+    return _state(checkpoint.model, file_name, origin, dtype=dtype)
 
 
 def _default_format(config: TrainConfig, file: CheckpointFile) -> ExportFormat:
     if not config.lora_rank:
-        return "merged"
+        return "merged"  # there is no adapter
     return "mlx" if engines.recorded_engine(file) == "mlx" else "adapter"
 
 
@@ -163,7 +177,7 @@ def _merged(file: CheckpointFile, checkpoint: Checkpoint, model: str | None, *, 
 
     config = engines.config_of(file, model=model)
     with engines.base_model_errors(file, config.model, overridden=model is not None):
-        require_mergeable(config)
+        require_mergeable(config)  # before the base model is loaded
     # Always on the CPU and with the base model in full precision: the sum is rounded once.
     changes = {"engine": "torch", "device": "cpu", "gradient_checkpointing": False, "quantization": "none"}
     engine = engines.engine_of(file, checkpoint, model=model, changes=changes)
@@ -176,13 +190,13 @@ def _require_one_of(flag: str, value: str | None, choices: Any) -> None:
         raise ConfigError(f"{flag} is {value!r}: give one of {', '.join(get_args(choices))}")
 
 
-def _require_possible(chosen: ExportFormat, config: TrainConfig, file: CheckpointFile, to: Path) -> None:
-    if chosen in ("adapter", "mlx") and not config.lora_rank:
+def _require_possible(form: ExportFormat, config: TrainConfig, file: CheckpointFile, to: Path) -> None:
+    if form in ("adapter", "mlx") and not config.lora_rank:
         raise ConfigError(
-            f"--format {chosen}: {file.path} has no adapter: all weights were trained (--lora-rank 0); "
+            f"--format {form}: {file.path} has no adapter: all weights were trained (--lora-rank 0); "
             "give merged or state"
         )
-    if chosen == "state" and to.suffix != STATE_SUFFIX:
+    if form == "state" and to.suffix != STATE_SUFFIX:
         raise ConfigError(
             f"--to {to.name}: the state is one file; give it a name that ends in {STATE_SUFFIX}"
         )

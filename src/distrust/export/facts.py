@@ -52,7 +52,7 @@ def facts_of(
         form: ``adapter``, ``mlx`` or ``merged``.
         dtype: of the exported weights.
     """
-    adapter = form != "merged"
+    adapter = form != "merged"  # mlx, too
     return Facts(
         title=title,
         library=_LIBRARIES[form],
@@ -115,7 +115,7 @@ def _sections(
 ) -> dict[str, Mapping[str, object]]:
     record = RunRecord.from_header(file.header)
     fingerprints, corpus, environment = record.fingerprints, record.corpus, record.environment
-    options = config.with_effect("result")
+    options = config.with_effect("result")  # others do not change the weights
     weighting = {key(name): options.pop(key(name)) for name in _WEIGHTING}
     mix, eval_fraction = options.pop("mix"), options.pop("eval_fraction")
     sections: dict[str, Mapping[str, object]] = {
@@ -149,8 +149,8 @@ def _sections(
             **{name: environment[name] for name in _RECORDED_LIBRARIES if name in environment},
         },
     }
-    known = {heading: _without_none(values) for heading, values in sections.items()}
-    return {heading: values for heading, values in known.items() if values}
+    filled = {heading: _without_none(values) for heading, values in sections.items()}
+    return {heading: values for heading, values in filled.items() if values}
 
 
 def _without_none(values: Mapping[str, object]) -> dict[str, object]:

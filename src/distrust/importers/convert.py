@@ -31,7 +31,14 @@ from distrust.errors import (
     SaveFailed,
     quote_untrusted,
 )
-from distrust.importers.detect import ADAPTER_CONFIG, MLX_WEIGHTS, TRAINER_STATE, is_trainer_folder
+from distrust.importers.detect import (
+    ADAPTER_CONFIG,
+    DIRECTORY,
+    MLX_WEIGHTS,
+    TRAINER_STATE,
+    detect_format,
+    is_trainer_folder,
+)
 from distrust.importers.imported import Imported
 from distrust.run_record import RunRecord, with_conversion_source
 from distrust.training import imported as adoption
@@ -148,8 +155,8 @@ def _list_sources(source: Path) -> list[Path]:
     entries = _list_entries(directory) or _list_entries(source)
     if not entries:
         count = len(catalog.scan(directory).files)
-        own = f"; {count} are already in this program's own format" if count else ""
-        raise CheckpointNotFound(f"{source}: no checkpoints here that can be converted{own}", path=source)
+        note = f"; {count} are already in this program's own format" if count else ""
+        raise CheckpointNotFound(f"{source}: no checkpoints here that can be converted{note}", path=source)
     return [path for path, *_ in sorted(entries, key=lambda entry: (entry[1], entry[2] == "final"))]
 
 
@@ -162,7 +169,7 @@ def _list_entries(directory: Path) -> list[Entry]:
 
 
 def _is_convertible(path: Path) -> bool:
-    return importers.detect_format(path) is not None or is_trainer_folder(path) or _is_adapter(path)
+    return detect_format(path) is not None or is_trainer_folder(path) or _is_adapter(path)
 
 
 def _is_adapter(path: Path) -> bool:
@@ -186,7 +193,7 @@ def _convert(
     try:
         digest = serialization.state_digest(checkpoint, imported.kind)
         existing = _existing_state(path)
-        is_verified = imported.format == importers.DIRECTORY
+        is_verified = imported.format == DIRECTORY
         if existing == digest:
             # It was converted earlier, so its former folder is one of this training, too.
             origins |= _origin(catalog.read_header(path))
@@ -196,7 +203,7 @@ def _convert(
             return ConvertedCheckpoint(source, "refused", reason, step)
         _save_and_verify(manager, checkpoint, path, digest, is_final=imported.kind == "final")
     except SaveFailed:
-        if importers.detect_format(path) is None:
+        if detect_format(path) is None:
             raise  # a failing disk would fail for the next checkpoint, too
         reason = f"{path} is in an older format, and is never replaced; give another folder"
         return ConvertedCheckpoint(source, "refused", reason, step)
@@ -271,7 +278,7 @@ def _existing_state(path: Path) -> str | None:
     """The digest of the state in the target file, or what is there instead; None if it does not exist."""
     if not os.path.lexists(path):
         return None
-    if os.path.isdir(path) and importers.detect_format(path) is None:
+    if os.path.isdir(path) and detect_format(path) is None:
         raise CheckpointError(f"{path}: a folder has this name", path=path)
     try:
         return catalog.verify(path).state_digest or "in an older format"

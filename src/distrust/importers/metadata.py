@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from distrust import importers
 from distrust.checkpoint.checkpoint import MAX_STEP
 from distrust.checkpoint.files import parse_checkpoint_name
 from distrust.errors import CorruptCheckpoint, quote_untrusted, shorten
-from distrust.importers.host_arrays import HostArray
 from distrust.importers.imported import FOREIGN_CONFIG, FOREIGN_FIELDS, ImportedHeader
 from distrust.importers.safe_json import parse_object
 
@@ -27,7 +26,6 @@ def parse_header(
     *,
     format: str,  # noqa: A002 - the name of the attribute in every header
     file_size: int,
-    describe: Callable[[Path], Mapping[str, HostArray]],
     lacks_arrays: bool,
 ) -> ImportedHeader:
     """Parse the metadata.
@@ -38,7 +36,6 @@ def parse_header(
         path: of the checkpoint: its name gives the kind, and the step if the metadata does not.
         format: its name.
         file_size: of all its files, in bytes.
-        describe: returns the arrays of the checkpoint at a path by label, without their data.
         lacks_arrays: whether it has neither model nor optimizer.
 
     Raises:
@@ -59,7 +56,7 @@ def parse_header(
         format=format,
         kind=entry[2] if entry else "periodic",
         file_size=file_size,
-        describe=lambda: describe(path),
+        describe=lambda: importers.describe(path),
         lacks_arrays=lacks_arrays,
         step=step,
         timestamp=fields.get("timestamp"),

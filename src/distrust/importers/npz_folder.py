@@ -17,10 +17,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from distrust import importers
 from distrust.checkpoint.files import open_regular, read_into
 from distrust.errors import CorruptCheckpoint, DistrustWarning, quote_untrusted, shorten
-from distrust.importers import CHECKSUMS, MEMBERS, METADATA, MODEL, OPTIMIZER
+from distrust.importers.detect import CHECKSUMS, DIRECTORY, MEMBERS, METADATA, MODEL, OPTIMIZER
 from distrust.importers.host_arrays import PIECE_BYTES, Depth, HostArray
 from distrust.importers.imported import Imported, ImportedHeader
 from distrust.importers.metadata import MAX_METADATA_BYTES, merge_unique, parse_header
@@ -41,15 +40,15 @@ _CHECKSUM_LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](?:\./)?([^\r\n]+)", re.ASCI
 def _make_optimizer(header: ImportedHeader, arrays: Mapping[str, dict[str, HostArray]]) -> dict[str, Any]:
     """The optimizer's scalars and arrays, with the moments as ``m`` and ``v``; they match the model."""
     moments: dict[str, Any] = {}
-    others: dict[str, Any] = {}
+    other_arrays: dict[str, Any] = {}
     for name, array in arrays.get(OPTIMIZER, {}).items():
         if moment := _MOMENTS.get(name[:2]):
             moments.setdefault(moment, {})[name[2:]] = array
         else:
-            others[name] = array
-    what = f"{METADATA} and {OPTIMIZER}"
+            other_arrays[name] = array
+    source = f"{METADATA} and {OPTIMIZER}"
     scalars = header.optimizer_scalars
-    optimizer = merge_unique(merge_unique(scalars, others, what), moments, what)
+    optimizer = merge_unique(merge_unique(scalars, other_arrays, source), moments, source)
     validate_optimizer(
         optimizer,
         {name: array.shape for name, array in arrays.get(MODEL, {}).items()},
@@ -133,9 +132,8 @@ class NpzFolder:
             raw,
             METADATA,
             self._path,
-            format=importers.DIRECTORY,
+            format=DIRECTORY,
             file_size=file_size,
-            describe=importers.describe,
             lacks_arrays=not self._names & {*_ARRAY_FILES},
         )
 
@@ -225,8 +223,8 @@ def _collect(problems: list[str]) -> Iterator[None]:
 
 def _raise_all(problems: list[str]) -> None:
     if problems:
-        more = f"; and {len(problems) - PROBLEMS_SHOWN} more" if len(problems) > PROBLEMS_SHOWN else ""
-        raise CorruptCheckpoint("; ".join(problems[:PROBLEMS_SHOWN]) + more)
+        suffix = f"; and {len(problems) - PROBLEMS_SHOWN} more" if len(problems) > PROBLEMS_SHOWN else ""
+        raise CorruptCheckpoint("; ".join(problems[:PROBLEMS_SHOWN]) + suffix)
 
 
 def parse_checksums(raw: bytes) -> dict[str, str]:

@@ -20,12 +20,12 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distrust import importers
 from distrust.checkpoint.files import open_regular, read_into
 from distrust.checkpoint.format import ITEM_SIZES, LENGTH_BYTES, METADATA, TensorInfo, is_valid_shape
 from distrust.checkpoint.header import header_length
 from distrust.checkpoint.memory import available_bytes
 from distrust.errors import CheckpointUnreadable, CorruptCheckpoint, quote_untrusted
+from distrust.importers.detect import TENSOR_FILE
 from distrust.importers.host_arrays import PIECE_BYTES, Depth, HostArray, require_finite_bytes
 from distrust.importers.imported import Imported
 from distrust.importers.metadata import MAX_METADATA_BYTES, merge_unique, parse_header
@@ -64,9 +64,8 @@ class TensorFile:
             self._read_json(METADATA_TENSOR, MAX_METADATA_BYTES),
             METADATA_TENSOR,
             path,
-            format=importers.TENSOR_FILE,
+            format=TENSOR_FILE,
             file_size=size,
-            describe=importers.describe,
             lacks_arrays=not self._model and self._json.keys() == {METADATA_TENSOR},
         )
         if self.header.optimizer_scalars:  # two sources of the optimizer's step could disagree

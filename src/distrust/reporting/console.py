@@ -45,9 +45,9 @@ class ConsoleReporter:
     """
 
     def __init__(self, *, log_every: int, stream: TextIO | None = None) -> None:
-        stream = stream or sys.stdout
+        stream = stream or sys.stdout  # resolved now: tests replace it
         self._console = _Console(file=stream, highlight=False, soft_wrap=True, emoji=False)
-        self._live = self._console.is_terminal
+        self._live = self._console.is_terminal  # a bar that moves; else lines
         self._log_every = log_every
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -56,15 +56,15 @@ class ConsoleReporter:
             TextColumn("{task.fields[facts]}"),
             TimeRemainingColumn(),
             console=self._console,
-            transient=True,
+            transient=True,  # the bar disappears at the end
             redirect_stderr=sys.stderr.isatty(),  # else warnings would leave the file they are redirected to
             expand=True,
         )
         self._task = self._bar.add_task("", total=None, facts="", visible=False)
         self._max_steps = 0
-        self._last_saved: int | None = None
+        self._last_saved: int | None = None  # step of the newest durable checkpoint
         self._seconds_per_token: float | None = None
-        self._facts = ""
+        self._facts = ""  # loss and speed, for the bar
         self._began = time.perf_counter()
 
     def __enter__(self) -> ConsoleReporter:
@@ -106,7 +106,7 @@ class ConsoleReporter:
             self._bar.update(
                 self._task,
                 description=escape(printable(event.task)),  # names may hold rich's markup
-                total=event.total or None,
+                total=event.total or None,  # None: the bar pulses
                 completed=event.completed,
                 visible=True,
             )
@@ -132,7 +132,7 @@ class ConsoleReporter:
         self._print(
             f"training {event.trained:,} of {event.parameters:,} parameters with {engine}, into {event.out}"
         )
-        if event.max_steps < 2 * event.warmup_steps:
+        if event.max_steps < 2 * event.warmup_steps:  # the learning rate hardly reaches its peak
             self._print(
                 f"warm-up: {min(event.max_steps, event.warmup_steps)} of {event.max_steps} steps, so the "
                 "model learns little; use fewer --warmup-steps, a smaller --batch-size or more --epochs"
@@ -140,7 +140,7 @@ class ConsoleReporter:
         if event.resumed_from is not None:
             self._print(f"Resuming from step {event.step} ({_relative(event.resumed_from)})")
         self._max_steps = event.max_steps
-        self._last_saved = event.step or None
+        self._last_saved = event.step or None  # a resumed run starts at a checkpoint
         self._bar.reset(
             self._task, description="training", total=event.max_steps, completed=event.step, visible=True
         )
@@ -174,13 +174,13 @@ class ConsoleReporter:
             for name, loss in metrics.items()
             if name.startswith("eval_loss/")
         ]
-        if classes:
+        if classes:  # few source classes are named
             hidden = len(classes) - CLASSES_SHOWN
             suffix = f", {hidden} more" if hidden > 0 else ""
             self._print(f"  {', '.join(classes[:CLASSES_SHOWN])}{suffix}")
 
     def _show_end(self, event: RunEnded) -> None:
-        self._bar.update(self._task, visible=False)
+        self._bar.update(self._task, visible=False)  # the last lines replace it
         early = event.reason == "early_stopping"
         if event.already_finished:
             self._print(f"Nothing to do: the run finished{' early' if early else ''} at step {event.step}")
@@ -206,7 +206,7 @@ class ConsoleReporter:
         return "nothing saved yet" if self._last_saved is None else f"saved {self._last_saved}"
 
     def _print(self, line: str) -> None:
-        self._console.print(printable(line), markup=False)
+        self._console.print(printable(line), markup=False)  # names may hold markup
 
 
 def _relative(path: Path) -> str:

@@ -9,7 +9,6 @@ import os
 import secrets
 import time
 import warnings
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -43,7 +42,7 @@ def create_observers(config: TrainConfig) -> list[Observer]:
     Raises:
         MissingDependency: a dashboard's library is not installed.
     """
-    observers: list[Observer] = [MetricsWriter(config)]
+    observers: list[Observer] = [MetricsWriter(config)]  # never dispensable
     if "tensorboard" in config.report_to:
         observers.append(Dispensable(TensorBoardWriter(), "TensorBoard"))
     if "wandb" in config.report_to:
@@ -71,7 +70,7 @@ class Dispensable:
             self._observer(event)
         except DistrustError:
             raise
-        except Exception as error:
+        except Exception as error:  # any: the library is not ours
             self._observer = None
             reason = " ".join(str(error).split()) or type(error).__name__
             warnings.warn(
@@ -123,7 +122,7 @@ class TensorBoardWriter:
         match event:
             case RunStarted():
                 self._file = self._writer(str(event.out / FOLDER))
-                start = self._event.SessionLog(status=self._event.SessionLog.START)
+                start = self._event.SessionLog(status=self._event.SessionLog.START)  # hides later steps
                 self._add(event.step + 1 if event.step else 0, session_log=start)
             case CheckpointStarted() if self._file is not None:
                 self._file.flush()  # what the checkpoint covers is not logged again
@@ -132,17 +131,12 @@ class TensorBoardWriter:
                 self._file = None
             case _ if self._file is not None:
                 step, values = scalars_of(event)
-                if values:
-                    self._add(step, summary=self._summarize(values))
+                entry = self._summary.Summary.Value
+                if entries := [entry(tag=tag, simple_value=value) for tag, value in values.items()]:
+                    self._add(step, summary=self._summary.Summary(value=entries))
 
     def _add(self, step: int, **content: Any) -> None:
         self._file.add_event(self._event.Event(wall_time=time.time(), step=step, **content))
-
-    def _summarize(self, values: Mapping[str, float]) -> Any:
-        entry = self._summary.Summary.Value
-        return self._summary.Summary(
-            value=[entry(tag=tag, simple_value=value) for tag, value in values.items()]
-        )
 
 
 class WandbWriter:
@@ -166,7 +160,7 @@ class WandbWriter:
         self._wandb = wandb
         self._config = config
         self._run: Any = None
-        self._next_step = 0
+        self._next_step = 0  # the first step that is sent
 
     def __call__(self, event: Event) -> None:
         """Log an event."""
@@ -174,11 +168,11 @@ class WandbWriter:
             case RunStarted():
                 self._start(event)
             case RunEnded() if self._run is not None:
-                self._run.finish(exit_code=0 if event.finished else 1)
+                self._run.finish(exit_code=0 if event.finished else 1)  # 1 marks a stopped run
                 self._run = None
             case _ if self._run is not None:
                 step, values = scalars_of(event)
-                if values and step >= self._next_step:
+                if values and step >= self._next_step:  # it ignores steps out of order
                     self._run.log(values, step=step)
 
     def _start(self, event: RunStarted) -> None:
@@ -186,7 +180,7 @@ class WandbWriter:
             project=os.environ.get("WANDB_PROJECT", DEFAULT_PROJECT),
             name=event.out.name,
             id=_run_id(event.out),
-            resume="allow",
+            resume="allow",  # a resumed run continues the same curves
             dir=str(event.out),
             config={key(name): value for name, value in asdict(self._config).items()},
         )
@@ -202,7 +196,7 @@ def _run_id(out: Path) -> str:
     try:
         return file.read_text().strip()
     except FileNotFoundError:
-        identity = secrets.token_hex(8)
+        identity = secrets.token_hex(8)  # random: the seeded generators stay untouched
         with atomic_file(file, force=False) as target:
             target.write(f"{identity}\n".encode())
         return identity

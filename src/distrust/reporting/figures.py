@@ -42,7 +42,7 @@ def prepare_runs(runs: Sequence[RunData], *, axis: XAxis = "step", smooth: int |
     """
     columns = [positions(run, axis) for run in runs]
     unit, label = _unit(axis, max((float(x[-1]) for x in columns if len(x)), default=0.0))
-    names, colours = distinct_names([run.path for run in runs]), _colours(len(runs))
+    names, colours = distinct_names([run.path for run in runs]), _colours(len(runs))  # one each per run
     rows = zip(runs, names, colours, columns, strict=True)
     return PlottedRuns(
         [PlottedRun(run, name, colour, x / unit, smooth) for run, name, colour, x in rows], label
@@ -61,8 +61,8 @@ def _unit(axis: XAxis, longest: float) -> tuple[float, str]:
 
 def distinct_names(paths: Sequence[Path]) -> list[str]:
     """Short names of folders: their paths without the parts that all have in common at either end."""
-    parts = [Path(os.path.abspath(path)).parts for path in paths]
-    shortest = min(map(len, parts))
+    parts = [Path(os.path.abspath(path)).parts for path in paths]  # resolves "..", not links
+    shortest = min(map(len, parts))  # keep at least one part of each
     first = _common(parts, shortest - 1)
     last = _common([part[::-1] for part in parts], shortest - 1 - first)
     return [one_line(os.path.join(*part[first : len(part) - last])) for part in parts]
@@ -78,7 +78,7 @@ def _common(rows: Sequence[Sequence[str]], limit: int) -> int:
 
 def _colours(count: int) -> Sequence[Any]:
     if count <= len(SERIES):
-        return SERIES[:count]
+        return SERIES[:count]  # distinguishable colours
     import matplotlib as mpl
 
     return [mpl.colors.to_hex(mpl.colormaps["viridis"](0.92 * i / (count - 1))) for i in range(count)]
@@ -134,7 +134,7 @@ def _figure(panels: Sequence[Panel], scene: PlottedRuns, *, title: str, panel_ti
         for panel, axes in zip(panels, cells, strict=False):
             remark = _draw_panel(axes, panel, scene)
             set_titles(axes, panel.title if panel_titles else "", remark)
-        for axes in cells[len(panels) :]:
+        for axes in cells[len(panels) :]:  # empty cells of the last row
             axes.remove()
         if title:
             figure.suptitle(one_line(title, 120), fontsize=13, fontweight="bold")
@@ -170,7 +170,7 @@ def _add_legend(figure: Any, runs: Sequence[PlottedRun], columns: int) -> None:
 def render(figure: Any, suffix: str, *, transparent: bool = False) -> bytes:
     """Render a figure of matplotlib as ``.png`` or ``.svg``. Equal figures give equal bytes."""
     target = io.BytesIO()
-    metadata = {"Date": None} if suffix == ".svg" else {}
+    metadata = {"Date": None} if suffix == ".svg" else {}  # no time stamp: equal bytes
     with style_context():
         figure.savefig(target, format=suffix[1:], dpi=150, transparent=transparent, metadata=metadata)
     return target.getvalue()
@@ -209,5 +209,5 @@ def write(path: Path, content: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise WriteFailed(f"{path}: not written: {error.strerror or error}", path=path) from error
-    with atomic_file(path, force=True) as file:
+    with atomic_file(path, force=True) as file:  # replaces a file, never a folder
         file.write(content)

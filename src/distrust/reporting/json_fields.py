@@ -32,7 +32,7 @@ def reject(name: str, problem: str) -> NoReturn:
 def parse_object(text: bytes) -> dict[str, Any]:
     """Parse a JSON object."""
     try:
-        value = _DECODE(text.decode())
+        value = _DECODE(text.decode())  # strict UTF-8
     except UnicodeDecodeError:
         raise ValueError("not UTF-8") from None
     except json.JSONDecodeError as error:
@@ -57,7 +57,7 @@ def number(record: Mapping[str, Any], name: str) -> float:
     value = record[name]
     if isinstance(value, str) and value in _NOT_FINITE:
         return _NOT_FINITE[value]
-    if type(value) not in (int, float):
+    if type(value) not in (int, float):  # not bool
         reject(name, 'neither a number nor "nan", "inf" or "-inf"')
     return _float(value, name)
 

@@ -51,7 +51,7 @@ class MetricsWriter:
         match event:
             case RunStarted():
                 self._close()
-                self._run, self._unwritten, self._warned = event, b"", False
+                self._run, self._unwritten, self._warned = event, b"", False  # a run may follow another
                 self._open()
             case StepEnded():
                 self._write({name: getattr(event, name) for name in STEP_FIELDS})
@@ -68,7 +68,7 @@ class MetricsWriter:
         if self._run is None:
             return
         with self._warn_on_failure():
-            self._run.out.mkdir(parents=True, exist_ok=True)
+            self._run.out.mkdir(parents=True, exist_ok=True)  # the first file of a new run
             self._repair(self._run)
             with atomic_file(self._run.out / PROVENANCE, force=True) as file:
                 weights = self._run.distribution.as_json()
@@ -85,7 +85,7 @@ class MetricsWriter:
                 file.write(line)
 
     def _write(self, values: Mapping[str, Any]) -> None:
-        self._unwritten += _json(values)
+        self._unwritten += _json(values)  # kept until a write succeeds
         self._flush()
 
     def _flush(self) -> None:
@@ -101,7 +101,7 @@ class MetricsWriter:
         self._flush()
         if self._file is not None:
             with self._warn_on_failure():
-                os.fsync(self._file)
+                os.fsync(self._file)  # before the checkpoint is committed
 
     def _close(self) -> None:
         if self._file is not None:
@@ -137,7 +137,7 @@ def repair_lines(
         step: of the checkpoint that the run resumes from; 0 keeps nothing.
         history: by metric, the value of each step up to this one.
     """
-    last_step, last_evaluation = 0, -1
+    last_step, last_evaluation = 0, -1  # an evaluation may precede step 1
     pending: tuple[int, bytes] | None = None  # an evaluation whose step line is missing so far
 
     def restore(until: int) -> Iterator[bytes]:
@@ -162,9 +162,9 @@ def repair_lines(
                 yield from (*restore(number - 1), pending[1])
                 last_step = last_evaluation = number - 1
             yield from restore(number - 1)
-            last_step, pending = number, None
+            last_step, pending = number, None  # a skipped evaluation was damaged
             yield raw
-    yield from restore(step)
+    yield from restore(step)  # steps whose lines were lost at the end
     if pending is not None and pending[0] == step > last_step:
         yield pending[1]
 
@@ -180,11 +180,11 @@ def _read_lines(path: Path) -> Iterator[bytes]:
 
 def _parse_line(raw: bytes) -> dict[str, Any] | None:
     """A complete line with a step; None for any other."""
-    if not raw.endswith(b"\n"):
+    if not raw.endswith(b"\n"):  # torn by a crash
         return None
     try:
         line = json.loads(raw)
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError):  # deep nesting
         return None
     return line if isinstance(line, dict) and type(line.get("step")) is int else None
 
@@ -199,7 +199,7 @@ def _weighting(config: TrainConfig) -> dict[str, Any]:
 
 
 def _json(values: Mapping[str, Any], *, indent: int | None = None) -> bytes:
-    plain = {name: _to_json(value) for name, value in values.items()}
+    plain = {name: _to_json(value) for name, value in values.items()}  # JSON has no NaN
     return json.dumps(plain, allow_nan=False, ensure_ascii=False, indent=indent).encode() + b"\n"
 
 

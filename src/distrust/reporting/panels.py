@@ -53,7 +53,7 @@ def _draw_loss(axes: Any, runs: Sequence[PlottedRun]) -> str:
         columns = shown.run.steps.columns
         draw_raw_and_smoothed(axes, shown, columns["loss"])
         if _differ(columns["loss"], columns.get("weighted_loss")):
-            remark = "dashed: weighted"
+            remark = "dashed: weighted"  # one is enough
             weighted = shown.smoothed(columns["weighted_loss"])
             draw_over_steps(axes, shown, weighted, linewidth=1.2, linestyle=DASHED)
     axes.set_ylabel("nats per token")
@@ -77,7 +77,7 @@ def _draw_evaluations(axes: Any, runs: Sequence[PlottedRun]) -> str:
             markersize=3.5, label="all", zorder=3,
         )  # fmt: skip
         steps, weighted = shown.run.evaluations_of("eval_weighted_loss")
-        if len(steps) and _differ(values, weighted):
+        if len(steps) and _differ(values, weighted):  # weighted ones exist and differ
             remarks = ["dashed: weighted"]
             x = shown.positions_of(steps)
             draw_line(axes, x, weighted, color=shown.colour, linewidth=1.2, linestyle=DASHED)
@@ -125,7 +125,7 @@ def _lines(
             else:
                 draw_over_steps(axes, shown, values(shown), linewidth=1.7)
         axes.set_ylabel(label)
-        axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
+        axes.set_ylim(0, 1.1 * axes.get_ylim()[1])  # headroom for flat lines
         return remark(runs[0].run) if len(runs) == 1 else ""
 
     return draw
@@ -152,7 +152,7 @@ def _distributions(runs: Sequence[PlottedRun]) -> Coloured:
 
 def _draw_run_weights(axes: Any, runs: Sequence[PlottedRun]) -> str:
     remark = draw_weights(axes, _distributions(runs), noun="example")
-    axes.axvline(1, color=QUIET, linewidth=1, linestyle=":")
+    axes.axvline(1, color=QUIET, linewidth=1, linestyle=":")  # weight of an average token
     axes.set_xlabel("weight of an example (mean over the tokens: 1)")
     return remark
 
@@ -163,11 +163,11 @@ def draw_weights(axes: Any, distributions: Coloured, *, noun: str) -> str:
         if len(distributions) == 1:
             axes.stairs(weights.counts, weights.edges, fill=True, color=colour, alpha=0.8)
         else:
-            shares = np.array(weights.counts) / max(1, sum(weights.counts)) * 100
+            shares = np.array(weights.counts) / max(1, sum(weights.counts)) * 100  # runs may differ in size
             axes.stairs(shares, weights.edges, color=colour, linewidth=1.7)
     scale_log(axes, [edge for weights, _ in distributions for edge in weights.edges])
     axes.set_ylabel(f"{noun}s" if len(distributions) == 1 else f"% of the {noun}s")
-    if len(distributions) > 1:
+    if len(distributions) > 1:  # each run has its own
         return ""
     weights = distributions[0][0]
     share = weights.effective_examples / max(1, weights.examples)
@@ -200,15 +200,15 @@ def draw_sources(axes: Any, distributions: Coloured, *, unit: str) -> str:
     axes.set_yticks(list(rows.values()), [class_name(name) for name in rows])
     disable_math(axes.get_yticklabels())
     axes.set_ylim(-len(rows) + 0.4, 0.6)
-    axes.set_xlim(left=0)
+    axes.set_xlim(left=0)  # shares are compared from zero
     axes.set_xlabel(f"% of the {unit} (ring), of the weight (dot)")
     return f"{len(rows)} of {len(names)} source classes" if len(names) > len(rows) else ""
 
 
 def _has(*columns: str) -> Callable[[RunData], bool]:
     def has(run: RunData) -> bool:
-        known = run.steps.columns
-        return all(name in known and bool(np.isfinite(known[name]).any()) for name in columns)
+        values = run.steps.columns  # absent without any value
+        return all(name in values and bool(np.isfinite(values[name]).any()) for name in columns)
 
     return has
 

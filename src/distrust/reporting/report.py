@@ -49,7 +49,7 @@ def page(run: RunData) -> str:
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_clean
     )
     environment.filters |= {
-        "n": display.number,
+        "n": display.number,  # numbers of checkpoints may be huge
         "class_name": lambda name: display.class_name(name, display.TABLE_NAME_CHARACTERS),
         "g": "{:.4g}".format,
         "percent": "{:.1%}".format,
@@ -81,7 +81,7 @@ def _clean(value: Any) -> Any:
 def _pictures(run: RunData) -> list[Picture]:
     from markupsafe import Markup
 
-    scene = figures.prepare_runs([run])
+    scene = figures.prepare_runs([run])  # over steps
     pictures = []
     for name, panel in panels.PANELS.items():
         if figures.has_data(name, scene):
@@ -111,7 +111,7 @@ def inline_svg(svg: bytes, *, prefix: str, label: str) -> str:
         element.attrib = {_local_name(key): _rewrite(key, value, prefix) for key, value in element.items()}
     for attribute in ("width", "height"):
         del root.attrib[attribute]  # the page sets the size; the viewBox keeps the proportions
-    root.attrib |= {"role": "img", "aria-label": label}
+    root.attrib |= {"role": "img", "aria-label": label}  # for screen readers
     return ElementTree.tostring(root, encoding="unicode")
 
 

@@ -118,10 +118,10 @@ def read_run(folder: Path) -> RunData:
     if not folder.is_dir():
         problem = "is a file; give the folder of the run" if folder.exists() else NO_SUCH_FILE
         raise RunNotFound(f"{folder}: {problem}", path=folder)
-    if folder.name == catalog.RUN_SUBDIRECTORY and (folder.parent / METRICS).is_file():
+    if folder.name == catalog.RUN_SUBDIRECTORY and (folder.parent / METRICS).is_file():  # an easy mistake
         raise RunNotFound(f"{folder}: holds the checkpoints of a run; give {folder.parent}", path=folder)
     checkpoints = catalog.scan(catalog.checkpoint_directory(folder))
-    lines = _read_metrics(folder / METRICS)
+    lines = _read_metrics(folder / METRICS)  # None: no file
     provenance = _read_provenance(folder / PROVENANCE)
     if lines is None and provenance is None and not (checkpoints.files or checkpoints.damaged):
         started = (folder / catalog.RUN_SUBDIRECTORY).is_dir()
@@ -168,7 +168,7 @@ def _open(path: Path) -> Iterator[BinaryIO | None]:
 
 
 def _parse_metrics(path: Path, lines: Iterator[bytes]) -> tuple[Steps, list[Evaluation]]:
-    numbers: array[int] = array("q")
+    numbers: array[int] = array("q")  # compact
     values: array[float] = array("d")  # row by row: there may be millions
     evaluations: list[Evaluation] = []
     count = 0
@@ -191,10 +191,10 @@ def _parse_metrics(path: Path, lines: Iterator[bytes]) -> tuple[Steps, list[Eval
                 values.extend(_row(record))
     except json_fields.FIELD_ERRORS as error:
         raise json_fields.field_error(f"{path}:{count}", error) from None
-    rows = np.array(values).reshape(-1, len(COLUMNS))
+    rows = np.array(values).reshape(-1, len(COLUMNS))  # one copy
     columns = zip(COLUMNS, rows.T, strict=True)
-    known = {name: column for name, column in columns if not np.isnan(column).all()}
-    return Steps(np.array(numbers, np.int64), known), evaluations
+    with_values = {name: column for name, column in columns if not np.isnan(column).all()}
+    return Steps(np.array(numbers, np.int64), with_values), evaluations
 
 
 def _row(record: Mapping[str, Any]) -> array[float]:
@@ -255,7 +255,7 @@ def _read_provenance(path: Path) -> Provenance | None:
     with _open(path) as file:
         if file is None:
             return None
-        text = file.read(_MAX_BYTES)
+        text = file.read(_MAX_BYTES)  # bounded
     try:
         record = json_fields.parse_object(text)
         options = {name: json_fields.scalar(record, name) for name in _WEIGHTING_OPTIONS}

@@ -34,9 +34,9 @@ def positions(run: RunData, axis: XAxis) -> Values:
     values = run.steps.columns.get(name)
     if values is None or not np.isfinite(values).any():
         raise ConfigError(f"--x {axis}: {run.path / METRICS} has no {name}; draw over steps, with --x step")
-    finite = np.abs(values) <= LARGEST
+    finite = np.abs(values) <= LARGEST  # False for NaN
     mean = values[finite].mean() if finite.any() else 0.0
-    lengths = np.where(finite, values, mean)
+    lengths = np.where(finite, values, mean)  # restored lines have no times
     if axis == "time" and "stall_seconds" in run.steps.columns:
         lengths += zero_unknown(run.steps.columns["stall_seconds"])
     return np.cumsum(lengths)
@@ -103,11 +103,11 @@ def thin(x: NDArray[Any], y: Values, points: int = POINTS) -> tuple[NDArray[Any]
         length the smallest and the largest finite one, or one NaN if it has none.
     """
     n = len(y)
-    if n <= points:
+    if n <= points:  # nothing to gain
         return x, y
     size = -(-n // ((points - 2) // 2))  # rounded up
     padded = np.full(-(-n // size) * size, np.nan)
-    padded[:n] = np.where(np.isfinite(y), y, np.nan)
+    padded[:n] = np.where(np.isfinite(y), y, np.nan)  # the last block may be short
     blocks = padded.reshape(-1, size)
     starts = np.arange(len(blocks)) * size
     lowest = starts + np.where(np.isnan(blocks), np.inf, blocks).argmin(axis=1)

@@ -62,9 +62,9 @@ class PlottedRun:
         if not len(self.x):
             return steps.astype(np.float64)
         last = int(self.run.steps.step[-1])
-        known = np.interp(steps, [0, *self.run.steps.step], [0.0, *self.x])
-        pace = float(self.x[-1]) / max(1, last)
-        return np.where(steps > last, steps * pace, known)
+        interpolated = np.interp(steps, [0, *self.run.steps.step], [0.0, *self.x])
+        pace = float(self.x[-1]) / max(1, last)  # of evaluations after the last line
+        return np.where(steps > last, steps * pace, interpolated)
 
     def smoothed(self, values: Values) -> Values:
         """The values of its steps, smoothed."""
@@ -99,14 +99,14 @@ def draw_over_steps(axes: Any, shown: PlottedRun, values: Values, **style: Any) 
 
 def draw_line(axes: Any, x: NDArray[Any], y: Values, **style: Any) -> None:
     """Draw a line, with a gap at each value that is not finite."""
-    x, y = thin(x, np.where(np.abs(y) <= LARGEST, y, np.nan))
+    x, y = thin(x, np.where(np.abs(y) <= LARGEST, y, np.nan))  # millions of steps
     axes.plot(x, y, **style)
 
 
 def draw_raw_and_smoothed(axes: Any, shown: PlottedRun, values: Values) -> None:
     """Draw the smoothed values, and the raw ones faintly behind them."""
     smoothed = shown.smoothed(values)
-    if not np.array_equal(smoothed, values):
+    if not np.array_equal(smoothed, values):  # short runs are not smoothed
         draw_over_steps(axes, shown, values, linewidth=0.7, alpha=0.28)
     draw_over_steps(axes, shown, smoothed, linewidth=1.7)
 
@@ -116,7 +116,7 @@ def scale_log(axes: Any, edges: Sequence[float]) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.set_xscale("log")
-    is_wide = max(edges) / min(edges) > 1000
+    is_wide = max(edges) / min(edges) > 1000  # else labels overlap
     axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if is_wide else (1.0, 2.0, 5.0)))
     axes.xaxis.set_major_formatter(FuncFormatter(compact))
     axes.xaxis.set_minor_formatter(NullFormatter())

@@ -65,7 +65,7 @@ def last_step(run: RunData) -> int:
 def _max_steps(run: RunData) -> int | None:
     """The length of the run. Unknown while a run that was extended has not saved its new length."""
     steps = _record(run).options.get("max_steps")
-    return steps if isinstance(steps, int) and last_step(run) <= steps < MAX_STEP else None
+    return steps if isinstance(steps, int) and last_step(run) <= steps < MAX_STEP else None  # untrusted
 
 
 def _of_max_steps(run: RunData) -> str:
@@ -88,10 +88,10 @@ def state(run: RunData) -> tuple[str, str]:
 
 def facts(run: RunData) -> list[Fact]:
     """The facts at the top of the page; unknown ones are left out."""
-    best = best_evaluation(run)
+    best = best_evaluation(run)  # None without evaluations
     candidates = [
         Fact("steps", f"{last_step(run):,}", _of_max_steps(run)),
-        best and Fact(f"best {_spaced(best[0])}", number(best[1]), f"at step {best[2]:,}"),
+        best and Fact(f"best {_with_spaces(best[0])}", number(best[1]), f"at step {best[2]:,}"),
         _last_loss(run),
         *_checkpoints(run),
         _time(run),
@@ -105,7 +105,7 @@ def facts(run: RunData) -> list[Fact]:
 
 def best_evaluation(run: RunData) -> tuple[str, float, int] | None:
     """Metric, value and step of the best evaluation by the run's own metric; None without any."""
-    rules = _rules(run)
+    rules = _rules(run)  # of the run, not of this program
     # The metric may be one of the steps, such as the training loss.
     metrics = {e.step: {**_metrics_of_step(run, e.step), **e.metrics} for e in run.evaluations}
     candidates = [Candidate(step, final=False, metrics=values) for step, values in metrics.items()]
@@ -114,7 +114,7 @@ def best_evaluation(run: RunData) -> tuple[str, float, int] | None:
 
 
 def _metrics_of_step(run: RunData, step: int) -> dict[str, float]:
-    index = int(np.searchsorted(run.steps.step, step))
+    index = int(np.searchsorted(run.steps.step, step))  # steps may be missing
     if index == len(run.steps) or run.steps.step[index] != step:
         return {}
     return {name: float(values[index]) for name, values in run.steps.columns.items()}
@@ -133,7 +133,7 @@ def _rules(run: RunData) -> Retention:
     options = _record(run).options
     metric, mode = options.get("metric"), options.get("metric_mode")
     return Retention(
-        metric=metric if isinstance(metric, str) else "eval_loss",
+        metric=metric if isinstance(metric, str) else "eval_loss",  # untrusted
         metric_mode="max" if mode == "max" else "min",
     )
 
@@ -151,7 +151,7 @@ def _checkpoints(run: RunData) -> list[Fact]:
         rows.append(Fact("last checkpoint", f"step {newest.step:,}", newest.kind))
     if best is not None:
         metric = _rules(run).metric
-        value = f"{_spaced(metric)} {number(best.metrics[metric])}"
+        value = f"{_with_spaces(metric)} {number(best.metrics[metric])}"
         rows.append(Fact("best checkpoint", f"step {best.step:,}", value))
     return rows
 
@@ -162,7 +162,7 @@ def _time(run: RunData) -> Fact | None:
         total, measured = float(zero_unknown(seconds).sum()), int(np.isfinite(seconds).sum())
         detail = f"{total / max(1, measured):.3g} s per step"
         if measured < len(seconds):
-            detail += f"; of {measured:,} steps"
+            detail += f"; of {measured:,} steps"  # restored lines have no times
         return Fact("time in steps", duration(total), detail)
     elapsed = _record(run).elapsed_seconds
     return None if elapsed is None else Fact("time in steps", duration(elapsed))
@@ -213,7 +213,7 @@ def evaluations(run: RunData) -> tuple[list[str], list[Row], int]:
     names = [name for name in EVALUATION_COLUMNS if any(name in e.metrics for e in run.evaluations)]
     best = best_evaluation(run)
     best_step = best[2] if best else None
-    newest = len(run.evaluations) - ROWS
+    newest = len(run.evaluations) - ROWS  # index of the first of the newest
     chosen = [
         e for index, e in enumerate(run.evaluations) if index == 0 or index >= newest or e.step == best_step
     ]
@@ -273,5 +273,5 @@ def _cell(metrics: Mapping[str, float], name: str) -> str:
     return number(metrics[name]) if name in metrics else ""
 
 
-def _spaced(metric: str) -> str:
+def _with_spaces(metric: str) -> str:
     return metric.replace("_", " ")

@@ -66,10 +66,10 @@ def _draw_provenance(
     from matplotlib.colors import LogNorm, Normalize
 
     low, high = float(u.min()), float(u.max())
-    varies = high > 1.05 * low
-    top = max(1.0, 1.05 * float(h.max()))
+    varies = high > 1.05 * low  # else there is no scale
+    top = max(1.0, 1.05 * float(h.max()))  # data may have no entropy at all
     if varies:
-        _draw_contours(panel, weigh, np.geomspace(low, high, 7)[1:-1], top)
+        _draw_contours(panel, weigh, np.geomspace(low, high, 7)[1:-1], top)  # below the points
     pairs, first, counts = np.unique(
         np.round(np.stack([w, h], axis=1), 3), axis=0, return_index=True, return_counts=True
     )
@@ -103,7 +103,7 @@ def _draw_contours(panel: Any, weigh: Callable[[Array, Array], Array], levels: A
     w, h = np.meshgrid(np.linspace(0, MAX_AUTHORITY_WEIGHT, 201), np.linspace(0, top, 201))
     weights = weigh(w.ravel(), h.ravel()).reshape(w.shape)
     lines = panel.contour(w, h, weights, levels=levels, colors=INK, linewidths=0.8, zorder=2)
-    column = len(w) // 3
+    column = len(w) // 3  # where the lines are apart
     rows = [int(np.abs(weights[:, column] - level).argmin()) for level in levels]
     anchors = [(float(w[row, column]), float(h[row, column])) for row in rows]
     for label in panel.clabel(lines, fmt=lambda level: f"{level:.3g}", fontsize=8, manual=anchors):

@@ -16,17 +16,11 @@ Reason = Literal["finished", "early_stopping", "signal", "stop", "error"]
 
 @dataclass(frozen=True, slots=True)
 class Preparing:
-    """A task before the first step, which may take a while.
+    """A task before the first step, which may take a while."""
 
-    Attributes:
-        task: short description.
-        completed: completed parts.
-        total: number of parts; 0 if not known.
-    """
-
-    task: str
-    completed: int = 0
-    total: int = 0
+    task: str  # short description
+    completed: int = 0  # completed parts
+    total: int = 0  # number of parts; 0 if not known
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,12 +125,7 @@ class Evaluated:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointStarted:
-    """A checkpoint is about to be written. An observer that must be durable before it syncs its files now.
-
-    Attributes:
-        step: step of the checkpoint.
-        path: its path.
-    """
+    """A checkpoint is about to be written. An observer that must be durable before it syncs its files now."""
 
     step: int
     path: Path
@@ -144,34 +133,21 @@ class CheckpointStarted:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointSaved:
-    """A checkpoint is durable.
-
-    Attributes:
-        step: step of the checkpoint.
-        path: its path.
-        stall_seconds: how long it stalled training.
-    """
+    """A checkpoint is durable."""
 
     step: int
     path: Path
-    stall_seconds: float
+    stall_seconds: float  # how long it stalled training
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryReset:
-    """Model, optimizer and caches were dropped and rebuilt from the checkpoint of this step.
-
-    Attributes:
-        step: optimizer steps made.
-        before_bytes: resident on the host plus allocated on the device, before.
-        after_bytes: the same, after.
-        seconds: duration without the save.
-    """
+    """Model, optimizer and caches were dropped and rebuilt from the checkpoint of this step."""
 
     step: int
-    before_bytes: int
+    before_bytes: int  # resident on the host plus allocated on the device
     after_bytes: int
-    seconds: float
+    seconds: float  # without the save
 
 
 @dataclass(frozen=True, slots=True)

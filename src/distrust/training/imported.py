@@ -28,11 +28,7 @@ _ADAPTER_OPTIONS = ("lora_alpha", "rslora", "lora_dropout")
 
 
 def adopt_imported(checkpoint: Checkpoint, config: TrainConfig) -> tuple[Checkpoint, RunRecord]:
-    """An imported checkpoint and its record, completed; those of this trainer unchanged.
-
-    Raises:
-        ResumeRefused: its step is larger than a run supports.
-    """
+    """An imported checkpoint and its record, completed; those of this trainer unchanged."""
     record = RunRecord.from_checkpoint(checkpoint)
     if not record.imported_from:  # the trainer's own
         return checkpoint, record
@@ -89,11 +85,7 @@ def list_dropped(checkpoint: Checkpoint) -> list[str]:
 
 
 def require_steps_left(record: RunRecord, *, step: int, max_steps: int, where: Path) -> None:
-    """Refuse a run that would end before the step of the imported checkpoint.
-
-    Raises:
-        ConfigError: saying how many steps are needed.
-    """
+    """Refuse a run that would end before the step of the imported checkpoint."""
     if record.imported_from and step >= max_steps:
         raise ConfigError(
             f"--max-steps: the run has {max_steps} steps, but {where} was imported at step {step}; "

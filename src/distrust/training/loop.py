@@ -195,6 +195,7 @@ class TrainingLoop:
     def _checkpoint(self) -> Checkpoint:
         """The whole state of the run; arrays are those of the engine."""
         data, progress, engine = self._data, self._progress, self._engines.current
+        state = engine.state()
         record = RunRecord(
             config=self._config.with_effect("result"),
             settings={**self._config.with_effect("free"), **self._config.with_effect("bits")},
@@ -208,7 +209,9 @@ class TrainingLoop:
         )
         return record.to_checkpoint(
             step=progress.step,
-            state=engine.state(),  # not copied: the saver copies before the next update
+            model=state.model,  # the engine's own arrays: the saver copies them before the next update
+            optimizer=state.optimizer,
+            rng=state.rng,
             history=progress.history_arrays(),
             metrics=progress.metrics,
             measured_on=data.measured_on,

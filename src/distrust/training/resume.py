@@ -25,8 +25,7 @@ BEFORE_THE_OPTION = {"clipping": "plain"}
 def merge_saved_options(config: TrainConfig, saved: Mapping[str, Any]) -> TrainConfig:
     """The config, with options that it leaves open taken from the checkpoint.
 
-    Raises:
-        ResumeRefused: with a line for each option that would change the result.
+    Raises ResumeRefused with a line for each option that would change the result.
     """
     filled = {}
     differences = []
@@ -56,8 +55,7 @@ def restore(
 ) -> None:
     """Load a checkpoint into the engine and the progress of a run.
 
-    Raises:
-        ResumeRefused: it was trained on other data or another base model, or does not fit the engine.
+    Raises ResumeRefused if it was trained on other data or another base model, or does not fit the engine.
     """
     require_same_fingerprints(
         fingerprints(data, engine),

@@ -18,12 +18,7 @@ from distrust.training.events import Reason
 
 
 def require_startable(config: TrainConfig, manager: CheckpointManager) -> None:
-    """Refuse to begin next to checkpoints that the user may want to resume from.
-
-    Raises:
-        CheckpointError: the newest checkpoint is in an older format and must be converted.
-        ConfigError: the checkpoints are in the wrong folder, or belong to another program.
-    """
+    """Refuse to begin next to checkpoints in an older format, in the wrong folder, or of another program."""
     scan = manager.scan()
     if scan.foreign and scan.all_intact[-1].is_foreign:
         require_converted(scan.all_intact[-1])
@@ -55,11 +50,7 @@ def _is_empty_folder(path: Path) -> bool:
 def find_finished_run(
     config: TrainConfig, manager: CheckpointManager
 ) -> tuple[CheckpointFile, Reason] | None:
-    """The final checkpoint of a run that is complete, and why; decided without loading a model.
-
-    Raises:
-        ResumeRefused: the options are not those of the run.
-    """
+    """The final checkpoint of a run that is complete, and why; decided without loading a model."""
     files = manager.scan().files
     if not files or config.from_step is not None:  # a branch may continue a finished run
         return None
@@ -98,11 +89,8 @@ def find_resume_point(
 ) -> tuple[Checkpoint, CheckpointFile] | None:
     """The verified checkpoint that a run resumes from, and its file; None for a new run.
 
-    A branch that has checkpoints of its own resumes from them, so repeating its command continues it.
-
-    Raises:
-        CheckpointError: there are checkpoints but none is intact, or the requested one does not exist.
-        ConfigError: an older checkpoint is requested in a folder that has newer ones.
+    A branch that has checkpoints of its own resumes from them, so repeating its command continues it. If
+    there are checkpoints but none is intact, it raises: a new run would hide the damage.
     """
     step, scan = config.from_step, manager.scan()
     if scan.files or scan.damaged:

@@ -85,8 +85,7 @@ class Run:
     def _prepare(self, sources: Sources) -> TrainingLoop:
         """Load model and data, and restore the checkpoint to resume from, if there is one.
 
-        Raises:
-            _StopRequested: nothing is lost, and preparing large data may take minutes.
+        Raises _StopRequested at the next report: preparing large data may take minutes.
         """
         config, out = self._config, self._config.run_directory
         self._report(f"loading the model {config.model}", 0, 0)

@@ -43,9 +43,6 @@ class Saver:
         """Start saving a checkpoint, after the pending save.
 
         Model and optimizer may still be copied when this returns: :meth:`wait_copied` before they change.
-
-        Raises:
-            SaveFailed: the pending save was one failure too many.
         """
         self.wait()
         self._pending_stall = 0.0

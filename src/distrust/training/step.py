@@ -65,11 +65,7 @@ class StepRunner:
         self._reported_stall = saver.stall_seconds
 
     def run(self, step: int, batches: Sequence[MicroBatch]) -> StepEnded:
-        """Make one optimizer step.
-
-        Raises:
-            NonFiniteLoss: a loss or the gradient is not finite; the step is not made.
-        """
+        """Make one optimizer step; raises NonFiniteLoss instead if a loss or the gradient is not finite."""
         start, engine = time.perf_counter(), self._engines.current
         self._engines.mark_trained()  # first: even an interrupted step may change the engine
         tokens = sum(batch.tokens for batch in batches)  # the mean is over the step, not the micro-batch

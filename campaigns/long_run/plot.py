@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from campaigns.long_run.growth import Samples
+
 MEMORY, BLOCKING, RETURNING, WORK, QUIET = "#0072b2", "#0072b2", "#d55e00", "#009e73", "#70757a"
-#: Of each run: what is timed, and how it is called.
+#: The label and the colour of each duration in a sample.
 TIMES = {
     "save": ("save, until durable", BLOCKING),
     "returns": ("save_async, until it returns", RETURNING),
     "step": ("a training step", BLOCKING),
-    "cpu": ("the work of a save, on all cores", WORK),
+    "cpu": ("processor time of a save, on all cores", WORK),
     "disk": ("a bare write, sync and rename", QUIET),
 }
 TITLES = {
     "saves": "Saves of a small state, in one process",
-    "standing": "With more and more checkpoints standing, then as many",
+    "many": "With more and more checkpoints, then as many",
     "training": "The trainer, saving every second step",
 }
 
 
-def draw(runs: Mapping[str, Sequence[dict[str, Any]]], path: Path) -> None:
-    """A row for each run: resident memory on the left, what a save took on the right.
-
-    Args:
-        runs: name -> samples.
-        path: of the PNG.
-    """
+def draw(runs: Mapping[str, Samples], path: Path) -> None:
+    """Draw a row for each run into a PNG: resident memory on the left, durations on the right."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -36,32 +33,26 @@ def draw(runs: Mapping[str, Sequence[dict[str, Any]]], path: Path) -> None:
         figure = Figure(figsize=(10, 2.7 * len(runs)), layout="constrained")
         rows = figure.subplots(len(runs), 2, squeeze=False)
         for (name, samples), (memory, latency) in zip(runs.items(), rows, strict=True):
-            _memory(memory, samples)
-            _latency(latency, samples)
+            _draw_memory(memory, samples)
+            _draw_latency(latency, samples)
             memory.set_title(TITLES[name], loc="left")
         figure.savefig(path, dpi=150)
 
 
-def _memory(axes: Any, samples: Sequence[dict[str, Any]]) -> None:
+def _draw_memory(axes: Any, samples: Samples) -> None:
     axes.plot(_saves(samples), [sample["resident"] / 2**20 for sample in samples], color=MEMORY)
     first, last = samples[0], samples[-1]
-    axes.text(
-        0.98,
-        0.06,
-        f"open files: {first['descriptors']} to {last['descriptors']}, "
-        f"threads: {first['threads']} to {last['threads']}",
-        transform=axes.transAxes,
-        ha="right",
-        color=QUIET,
-    )
+    text = f"open files: {first['descriptors']} to {last['descriptors']}, "
+    text += f"threads: {first['threads']} to {last['threads']}"
+    axes.text(0.98, 0.06, text, transform=axes.transAxes, ha="right", color=QUIET)
     axes.set_ylabel("resident memory, MiB")
     _finish(axes)
 
 
-def _latency(axes: Any, samples: Sequence[dict[str, Any]]) -> None:
-    for what, (label, colour) in TIMES.items():
-        if what in samples[0]:
-            axes.plot(_saves(samples), [sample[what] * 1e3 for sample in samples], color=colour, label=label)
+def _draw_latency(axes: Any, samples: Samples) -> None:
+    for key, (label, colour) in TIMES.items():
+        if key in samples[0]:
+            axes.plot(_saves(samples), [sample[key] * 1e3 for sample in samples], color=colour, label=label)
     axes.set_ylabel("ms, median of a window")
     axes.legend(frameon=False)
     _finish(axes)
@@ -73,5 +64,5 @@ def _finish(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _saves(samples: Sequence[dict[str, Any]]) -> list[int]:
+def _saves(samples: Samples) -> list[int]:
     return [sample["saves"] for sample in samples]

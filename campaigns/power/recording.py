@@ -1,6 +1,7 @@
-"""A disk that does what it is asked for, keeps a record of it, and can fail or die on the way.
+"""A disk that executes and records its operations, and can fail or die on the way.
 
-It stands where the real one stands, below the commit protocol: the protocol is the product's own.
+It takes the place of the product's ``Disk``, below the commit protocol: the protocol under test is the
+product's own.
 """
 
 from __future__ import annotations
@@ -15,69 +16,49 @@ from distrust.checkpoint.disk import Disk
 
 
 class MakeDirectory(NamedTuple):
-    """A directory was made; its name is not yet durable."""
-
-    path: Path
+    path: Path  # its name is not yet durable
 
 
 class Create(NamedTuple):
-    """A file was made; its name is not yet durable."""
-
-    path: Path
-    file: int
+    path: Path  # its name is not yet durable
+    file: int  # a number for the operations on it
 
 
 class Reserve(NamedTuple):
-    """Space was allocated: the file has that size at least, and zeros where nothing was written."""
-
     file: int
-    size: int
+    size: int  # at least; zeros where nothing was written
 
 
 class Write(NamedTuple):
-    """Bytes were written."""
-
     file: int
     offset: int
     content: bytes
 
 
 class Truncate(NamedTuple):
-    """The size was set."""
-
     file: int
-    size: int
+    size: int  # exactly
 
 
 class Sync(NamedTuple):
-    """All that was written to the file is durable; its name need not be."""
-
-    file: int
+    file: int  # its content is durable; its name may not be
 
 
 class SyncFailed(NamedTuple):
-    """What was written may have been dropped, and no later sync brings it back."""
-
-    file: int
+    file: int  # its content may have been dropped, and no later sync brings it back
 
 
 class Rename(NamedTuple):
-    """A file has another name; not yet durably."""
-
     source: Path
-    target: Path
+    target: Path  # not yet durably
 
 
 class Unlink(NamedTuple):
-    """A name is gone; not yet durably."""
-
-    path: Path
+    path: Path  # not yet durably
 
 
 class SyncDirectory(NamedTuple):
-    """The names in a directory are durable."""
-
-    path: Path
+    path: Path  # the names in it are durable
 
 
 Operation = (
@@ -86,35 +67,25 @@ Operation = (
 
 
 class Killed(BaseException):
-    """The process ends here: nothing that comes after this is done any more."""
+    """The process ends here: it makes no further call."""
 
 
 class RecordingDisk(Disk):
-    """The real disk with a record.
-
-    Nothing is really synced: what a sync promises is kept by the record.
-
-    Args:
-        record: told of each operation.
+    """The real disk, with a record. Nothing is really synced: the record keeps what a sync guarantees.
 
     Attributes:
-        calls: how many calls there were.
-        direct_writes: how many blocks went past the page cache.
-        failed: the names of those that failed.
-        dies_after: the call after which the process ends; None for never.
-        fails: told the name of each call and its number; gives the errno that it fails with, or None;
-            None if none fails.
+        fails: gets the name and the number of each call; returns the errno it fails with, or None.
     """
 
     def __init__(self, record: Callable[[Operation], None]) -> None:
-        self.calls = 0
-        self.direct_writes = 0
-        self.failed: list[str] = []
-        self.dies_after: int | None = None
+        self.calls = 0  # how many calls there were
+        self.direct_writes = 0  # how many blocks went past the page cache
+        self.failed: list[str] = []  # the names of the calls that failed
+        self.dies_after: int | None = None  # the call after which the process ends; None for never
         self.fails: Callable[[str, int], int | None] | None = None
-        self._record = record
-        self._files: dict[int, int] = {}
-        self._made = 0
+        self._record = record  # called with each operation
+        self._files: dict[int, int] = {}  # by descriptor, which the system reuses
+        self._created = 0
 
     def make_directory(self, path: Path) -> None:
         self._call("make_directory")
@@ -126,20 +97,20 @@ class RecordingDisk(Disk):
         is_new = not path.exists()
         descriptor = super().open_lock(path)
         if is_new:
-            self._record(Create(path, self._number()))
+            self._record(Create(path, self._new_number()))
         return descriptor
 
     def create(self, path: Path) -> int:
         self._call("create")
         descriptor = super().create(path)
-        self._files[descriptor] = self._number()
+        self._files[descriptor] = self._new_number()
         self._record(Create(path, self._files[descriptor]))
         return descriptor
 
     def reserve(self, descriptor: int, size: int) -> None:
         self._call("reserve")
         super().reserve(descriptor, size)
-        # As much as the file system did: not all of them can.
+        # The real size: not every file system can reserve.
         self._record(Reserve(self._files[descriptor], os.fstat(descriptor).st_size))
 
     def write(self, descriptor: int, view: memoryview, offset: int) -> None:
@@ -162,7 +133,8 @@ class RecordingDisk(Disk):
         self._record(Sync(self._files[descriptor]))
 
     def close(self, descriptor: int) -> None:
-        super().close(descriptor)  # it is closed, whatever the system says of it; the dead close theirs, too
+        # Closed first: the system closes even where it reports an error, and so does a dead process.
+        super().close(descriptor)
         self._call("close")
 
     def rename(self, source: Path, target: Path) -> None:
@@ -179,9 +151,9 @@ class RecordingDisk(Disk):
         self._call("sync_directory")
         self._record(SyncDirectory(path))
 
-    def _number(self) -> int:
-        self._made += 1
-        return self._made
+    def _new_number(self) -> int:
+        self._created += 1
+        return self._created
 
     def _call(self, name: str) -> None:
         self.calls += 1

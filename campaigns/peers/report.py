@@ -1,17 +1,77 @@
-"""The picture: a panel for each accident, a bar for each saver, a colour for each outcome."""
+"""The counts: by saver, accident and outcome, as a Markdown table and as a picture.
+
+The picture has a panel for each accident, a bar for each saver, a colour for each outcome.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from campaigns.peers.accidents import ALL, COMMON, Accident
+from campaigns.peers.all_subjects import SUBJECTS
 from campaigns.peers.outcomes import Outcome
-from campaigns.peers.results import Results
 from campaigns.peers.subjects import Subject
+from campaigns.peers.trials import Cell
+
+NOTES = (
+    "Each cell: how often, of so many trials. *Stopped, naming it*: resuming raised an error that names the "
+    "damage; *died otherwise*: an error that does not. *Older one*: it resumed from the checkpoint before. "
+    "*Other values*: it resumed with values that were never saved (a trainer: to other losses and weights). "
+    "*All lost*: nothing is left to resume from, the older checkpoint included. A missing file: one of the "
+    "checkpoint's files at random; for a saver of one file, the whole checkpoint."
+)
+
+
+class Results:
+    """The outcomes of every trial so far."""
+
+    def __init__(self) -> None:
+        self.counts: dict[tuple[str, str], Counter[Outcome]] = {}
+
+    def add(self, cell: Cell, outcome: Outcome) -> None:
+        self.counts.setdefault((cell.subject.name, cell.accident.name), Counter())[outcome] += 1
+
+    def of(self, subject: Subject, accident: Accident) -> Counter[Outcome]:
+        return self.counts.get((subject.name, accident.name), Counter())
+
+    def subjects(self, accidents: Iterable[Accident] = ALL) -> list[Subject]:
+        accidents = list(accidents)
+        return [one for one in SUBJECTS if any(self.of(one, accident) for accident in accidents)]
+
+    def accidents(self) -> list[Accident]:
+        return [accident for accident in ALL if any(self.of(one, accident) for one in SUBJECTS)]
+
+
+def markdown(results: Results, versions: Mapping[str, str], about: str) -> str:
+    """A row for each saver, a column for each accident."""
+    accidents = results.accidents()
+    rows = [
+        ["", *(accident.name for accident in accidents)],
+        ["---"] * (len(accidents) + 1),
+        *([_name(one), *(_cell(results.of(one, accident)) for accident in accidents)]
+          for one in results.subjects()),
+    ]  # fmt: skip
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    shown = ", ".join(f"{package} {version}" for package, version in versions.items())
+    return "\n\n".join([f"{about}. {shown}.", NOTES, table]) + "\n"
+
+
+def _name(subject: Subject) -> str:
+    return f"**{subject.name}**" if subject.ours else subject.name
+
+
+def _cell(outcomes: Counter[Outcome]) -> str:
+    if not outcomes:
+        return ""
+    parts = [f"{outcome.value} {outcomes[outcome]}" for outcome in Outcome if outcomes[outcome]]
+    return f"{', '.join(parts)} of {outcomes.total()}"
+
 
 INK, QUIET = "#222222", "#70757a"
-#: From blue, where nothing is lost, to red and black, where it is; grey where a person is called.
+#: From blue, where nothing is lost, to red and black, where it is; grey where a person must act.
 COLOURS = {
     Outcome.NOTHING_LOST: "#0072b2",
     Outcome.FELL_BACK_SAYING: "#7db8da",
@@ -26,14 +86,14 @@ COLOURS = {
 }
 LABELS = {
     Outcome.NOTHING_LOST: "nothing lost",
-    Outcome.FELL_BACK_SAYING: "went on from the older one, and said so",
-    Outcome.FELL_BACK: "went on from the older one, silently",
+    Outcome.FELL_BACK_SAYING: "resumed from the older one, and said so",
+    Outcome.FELL_BACK: "resumed from the older one, silently",
     Outcome.FOUND: "stopped with an error that names it",
     Outcome.DIED: "died of another error",
     Outcome.CRASHED: "crashed or hung",
     Outcome.BEGAN_ANEW: "found none",
-    Outcome.OTHER_VALUES_SAYING: "went on with other values, with a warning",
-    Outcome.OTHER_VALUES: "went on with other values, unnoticed",
+    Outcome.OTHER_VALUES_SAYING: "resumed with other values, with a warning",
+    Outcome.OTHER_VALUES: "resumed with other values, unnoticed",
     Outcome.ALL_LOST: "all lost, the older one too",
 }
 DARK = {Outcome.NOTHING_LOST, Outcome.CRASHED, Outcome.DIED, Outcome.OTHER_VALUES, Outcome.ALL_LOST}
@@ -42,13 +102,7 @@ LEAST_SHARE_WITH_NUMBER = 0.04
 
 
 def draw(results: Results, path: Path, *, about: str) -> None:
-    """Draw what was tried.
-
-    Args:
-        results: of a run.
-        path: of the PNG.
-        about: where and with what it was measured.
-    """
+    """Draw the results into a PNG; ``about`` says on which machine and with which versions."""
     import matplotlib as mpl
     from matplotlib.figure import Figure as Canvas
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -66,11 +120,11 @@ def draw(results: Results, path: Path, *, about: str) -> None:
         )  # fmt: skip
         for axes, accident in zip(canvas.subplots(2, 3).flat, COMMON, strict=False):
             _panel(axes, accident.name, accident.note, _rows(results, accident))
-        _panel(canvas.axes[-1], "trainers only", "a certain part", _rows_of_trainers(results))
-        seen = {outcome for outcomes in results.counts.values() for outcome in outcomes}
-        # Below the panels, where the layout has no say.
+        _panel(canvas.axes[-1], "trainers only", "a fixed part", _rows_of_trainers(results))
+        occurring = {outcome for outcomes in results.counts.values() for outcome in outcomes}
+        # Below the panels, outside of the layout.
         canvas.legend(
-            handles=[Patch(color=COLOURS[one], label=LABELS[one]) for one in Outcome if one in seen],
+            handles=[Patch(color=COLOURS[one], label=LABELS[one]) for one in Outcome if one in occurring],
             loc="upper left", bbox_to_anchor=(0.0, 0.0), ncols=4, frameon=False, fontsize=9.5,
         )  # fmt: skip
         canvas.text(0.99, -0.1, about, ha="right", va="top", fontsize=7.5, color=QUIET)
