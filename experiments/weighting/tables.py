@@ -71,7 +71,7 @@ def _runs(results: Sequence[Result]) -> str:
     return (
         f"The tables are of {len(every) - len(missing)} runs out of {len(every)}"
         f"{f' and {extra} more' if extra else ''}, with the seeds {seeds}: {minutes:.0f} "
-        f"minutes of one thread, on a machine that did other things besides.{left}"
+        f"minutes of one thread, on a machine with other load.{left}"
     )
 
 

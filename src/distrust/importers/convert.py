@@ -155,8 +155,8 @@ def _list_sources(source: Path) -> list[Path]:
     entries = _list_entries(directory) or _list_entries(source)
     if not entries:
         count = len(catalog.scan(directory).files)
-        own = f"; {count} are already in this program's own format" if count else ""
-        raise CheckpointNotFound(f"{source}: no checkpoints here that can be converted{own}", path=source)
+        note = f"; {count} are already in this program's own format" if count else ""
+        raise CheckpointNotFound(f"{source}: no checkpoints here that can be converted{note}", path=source)
     return [path for path, *_ in sorted(entries, key=lambda entry: (entry[1], entry[2] == "final"))]
 
 

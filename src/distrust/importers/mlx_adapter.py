@@ -70,8 +70,8 @@ def _read_weights(path: Path) -> dict[str, Any]:
             if not name.endswith(MLX_SUFFIXES) or array.ndim != (1 if name.endswith(".m") else 2)
         ]
         if unexpected or not arrays:
-            what = quote_untrusted(unexpected[0]) if unexpected else "nothing"
-            raise CorruptCheckpoint(f"holds {what}, which is not part of a plain LoRA", path=path)
+            content = quote_untrusted(unexpected[0]) if unexpected else "nothing"
+            raise CorruptCheckpoint(f"holds {content}, which is not part of a plain LoRA", path=path)
         wide = {name: array.astype(mx.float32) for name, array in sorted(arrays.items())}
         mx.eval(wide)
         for name, array in wide.items():

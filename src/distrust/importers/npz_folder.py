@@ -40,15 +40,15 @@ _CHECKSUM_LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](?:\./)?([^\r\n]+)", re.ASCI
 def _make_optimizer(header: ImportedHeader, arrays: Mapping[str, dict[str, HostArray]]) -> dict[str, Any]:
     """The optimizer's scalars and arrays, with the moments as ``m`` and ``v``; they match the model."""
     moments: dict[str, Any] = {}
-    others: dict[str, Any] = {}
+    other_arrays: dict[str, Any] = {}
     for name, array in arrays.get(OPTIMIZER, {}).items():
         if moment := _MOMENTS.get(name[:2]):
             moments.setdefault(moment, {})[name[2:]] = array
         else:
-            others[name] = array
-    what = f"{METADATA} and {OPTIMIZER}"
+            other_arrays[name] = array
+    source = f"{METADATA} and {OPTIMIZER}"
     scalars = header.optimizer_scalars
-    optimizer = merge_unique(merge_unique(scalars, others, what), moments, what)
+    optimizer = merge_unique(merge_unique(scalars, other_arrays, source), moments, source)
     validate_optimizer(
         optimizer,
         {name: array.shape for name, array in arrays.get(MODEL, {}).items()},
@@ -223,8 +223,8 @@ def _collect(problems: list[str]) -> Iterator[None]:
 
 def _raise_all(problems: list[str]) -> None:
     if problems:
-        more = f"; and {len(problems) - PROBLEMS_SHOWN} more" if len(problems) > PROBLEMS_SHOWN else ""
-        raise CorruptCheckpoint("; ".join(problems[:PROBLEMS_SHOWN]) + more)
+        suffix = f"; and {len(problems) - PROBLEMS_SHOWN} more" if len(problems) > PROBLEMS_SHOWN else ""
+        raise CorruptCheckpoint("; ".join(problems[:PROBLEMS_SHOWN]) + suffix)
 
 
 def parse_checksums(raw: bytes) -> dict[str, str]:

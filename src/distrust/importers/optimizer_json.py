@@ -165,5 +165,5 @@ def _is_number(value: Any, limit: float) -> bool:
 
 
 def _join(names: Collection[str]) -> str:
-    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-    return ", ".join(map(quote_untrusted, sorted(names)[:NAMES_SHOWN])) + more
+    suffix = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return ", ".join(map(quote_untrusted, sorted(names)[:NAMES_SHOWN])) + suffix

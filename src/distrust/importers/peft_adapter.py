@@ -101,10 +101,10 @@ def read_adapter(folder: Path, base: str | None) -> TrainedWeights:
     base, model = _base_model(config, folder) if base is None else (base, meta_model(base))
     if not modules <= dict(model.named_modules()).keys():
         raise refusal(folder, f"it adapts modules that --model {base} does not have")
-    known = {ours: config[name] for name, ours in _OPTIONS.items() if config.get(name) is not None}
+    lora_options = {key: config[name] for name, key in _OPTIONS.items() if config.get(name) is not None}
     for targets in _target_candidates(modules):
         train_config = options.from_mapping(
-            {**known, "target_modules": targets}, where=str(folder / ADAPTER_CONFIG)
+            {**lora_options, "target_modules": targets}, where=str(folder / ADAPTER_CONFIG)
         )
         parameters, peft_names = _adapted_parameters(base, train_config)
         if {*peft_names.values()} == saved.keys():
@@ -190,8 +190,8 @@ def _require_same_names(folder: Path, base: str, saved: Collection[str], built: 
 
 def shorten_list(names: Sequence[str]) -> str:
     """The first names, and how many more there are."""
-    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-    return ", ".join(map(quote_untrusted, names[:NAMES_SHOWN])) + more
+    suffix = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return ", ".join(map(quote_untrusted, names[:NAMES_SHOWN])) + suffix
 
 
 def refusal(path: Path, reason: str) -> ResumeRefused:

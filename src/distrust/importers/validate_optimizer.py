@@ -42,9 +42,9 @@ def validate_optimizer(
         return  # without moments there is nothing that a step could count
     problems = [*_mismatches(m, v, model)]
     if problems:
-        more = f"; and {len(problems) - PROBLEMS_SHOWN} more" if len(problems) > PROBLEMS_SHOWN else ""
+        suffix = f"; and {len(problems) - PROBLEMS_SHOWN} more" if len(problems) > PROBLEMS_SHOWN else ""
         lines = "; ".join(line for _, line in problems[:PROBLEMS_SHOWN])
-        raise CorruptCheckpoint(f"{moments_file}: {lines}{more}", tensor=f"optimizer.{problems[0][0]}")
+        raise CorruptCheckpoint(f"{moments_file}: {lines}{suffix}", tensor=f"optimizer.{problems[0][0]}")
     if STEP in optimizer:
         _require_step(optimizer[STEP], step, step_field)
 
