@@ -58,9 +58,7 @@ class Measured:
 def words() -> list[str]:
     rng = random.Random(0)
     syllables = [a + b for a in "bdfgklmnprstv" for b in ("a", "e", "i", "o", "u", "an", "er", "in")]
-    return sorted({"".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(3 * WORDS)})[
-        :WORDS
-    ]
+    return sorted({"".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(3 * WORDS)})[:WORDS]
 
 
 def write_corpus(path: Path, nbytes: int) -> int:

@@ -92,9 +92,7 @@ def make(folder: Path, *, size: str, dtype: str, tokens: int, row: int, threads:
     shape = SIZES[size]
     words = [f"w{number}" for number in range(shape.vocab_size - 3)]
     rng = random.Random(seed)
-    lengths = [
-        min(row - 1, max(8, round(rng.lognormvariate(4.8, 0.7)))) for _ in range(60 * tokens // 100)
-    ]
+    lengths = [min(row - 1, max(8, round(rng.lognormvariate(4.8, 0.7)))) for _ in range(60 * tokens // 100)]
     with (folder / "data.jsonl").open("w", encoding="utf-8") as file:
         for length in lengths:
             # small numbers are more frequent than large ones, like words
