@@ -19,7 +19,7 @@ from distrust.testing.models import make_model, write_records
 from distrust.testing.toy_engine import TOY, ToyEngine
 from distrust.training.events import Event, Observer, RunEnded, StepEnded
 
-# A shell has what it starts in the background ignore Ctrl-C, and children inherit that.
+# Shells make background jobs ignore Ctrl-C, and children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

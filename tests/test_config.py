@@ -17,8 +17,7 @@ from distrust.cli.train import parse
 from distrust.config import flag, from_mapping, from_toml, key, option_docs, option_groups
 from distrust.errors import ConfigError
 
-#: What users' commands and files are written with: a name here is never taken away, and a new one is added
-#: here on purpose.
+#: Users' commands and files contain these names: none is ever removed, and adding one is deliberate.
 OPTIONS = [
     "model",
     "max_length",
@@ -95,7 +94,7 @@ OPTIONS = [
 
 NAMES = {field.name for field in fields(TrainConfig)}
 
-#: Two values of each option that it takes and one that it does not.
+#: For each option two valid values, and one that is invalid.
 VALUES = {
     "model": ("a", "b"),
     "data": ("a", "b"),

@@ -45,7 +45,7 @@ def require_writable(path: Path, *, force: bool, inputs: Iterable[str] = ()) -> 
     if not os.path.isdir(folder):
         reason = "is not a folder" if os.path.lexists(folder) else NO_SUCH_FILE
         raise WriteFailed(f"{path}: not written: {folder}: {reason}; make that folder first", path=path)
-    if os.path.lexists(path):
+    if os.path.lexists(path):  # a dangling link exists, too
         if path.exists() and not path.is_file():
             raise ConfigError(f"{path}: exists already, and is not a file; give another name")
         if not force:
@@ -54,7 +54,7 @@ def require_writable(path: Path, *, force: bool, inputs: Iterable[str] = ()) -> 
 
 def _is_same(path: Path, name: str) -> bool:
     try:
-        return os.path.samefile(path, name)
+        return os.path.samefile(path, name)  # by inode: a hard link is the same file
     except (OSError, ValueError):
         return False
 
@@ -65,7 +65,7 @@ def require_free(target: Path) -> None:
     Raises:
         ExportFailed: if something exists there, or its parent is not a folder.
     """
-    with ErrorTranslator((OSError,), lambda error: _failed(ExportFailed, target, error)):
+    with ErrorTranslator((OSError,), lambda error: _write_error(ExportFailed, target, error)):
         parent = next(parent for parent in target.absolute().parents if os.path.lexists(parent))
         if not parent.is_dir():
             raise ExportFailed(f"{target}: cannot be created: {parent} is not a folder", path=target)
@@ -99,7 +99,7 @@ def atomic_file(path: Path, *, force: bool, disk: Disk | None = None) -> Iterato
     disk = disk or Disk()
     target = Path(os.path.realpath(path))  # of a link to itself, the link, which is not a file to write
     require_writable(path, force=force)
-    errors = ErrorTranslator((OSError,), lambda error: _failed(WriteFailed, path, error))
+    errors = ErrorTranslator((OSError,), lambda error: _write_error(WriteFailed, path, error))
     with errors:
         _remove_stale(target)
         temporary, file = _create_locked(target)
@@ -108,7 +108,7 @@ def atomic_file(path: Path, *, force: bool, disk: Disk | None = None) -> Iterato
             with contextlib.suppress(FileNotFoundError):  # keep the permissions of the replaced file
                 os.fchmod(file.fileno(), stat.S_IMODE(target.stat().st_mode))
             yield file
-            file.flush()
+            file.flush()  # Python's buffer; the sync then covers all of it
             disk.sync(file.fileno())
             require_writable(path, force=force)  # again: another program may have created it meanwhile
             disk.rename(temporary, target)  # COMMITS
@@ -136,15 +136,15 @@ def atomic_directory(target: Path, *, single_file: bool = False, disk: Disk | No
     """
     disk = disk or Disk()
     require_free(target)
-    errors = ErrorTranslator((OSError,), lambda error: _failed(ExportFailed, target, error))
+    errors = ErrorTranslator((OSError,), lambda error: _write_error(ExportFailed, target, error))
     with errors:
         changed = {target.parent, *(parent.parent for parent in target.parents if not parent.exists())}
-        target.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)  # their names are synced at the end
         _remove_stale(target)
         folder = _temporary(target)
         disk.make_directory(folder)
     try:
-        with errors, _locked(folder):
+        with errors, _hold_lock(folder):
             yield folder
             _sync_contents(folder, disk)
             require_free(target)  # again; and the system itself never replaces a folder that is not empty
@@ -154,7 +154,9 @@ def atomic_directory(target: Path, *, single_file: bool = False, disk: Disk | No
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _failed(kind: type[ExportFailed | WriteFailed], path: Path, error: OSError) -> ExportFailed | WriteFailed:
+def _write_error(
+    kind: type[ExportFailed | WriteFailed], path: Path, error: OSError
+) -> ExportFailed | WriteFailed:
     suffix = ". Nothing was created" if kind is ExportFailed else ""
     return kind(f"{path}: not written: {error.strerror or error}{suffix}", path=path)
 
@@ -169,21 +171,21 @@ def _create_locked(target: Path) -> tuple[Path, BinaryIO]:
         temporary = _temporary(target)
         with contextlib.ExitStack() as undo:
             file = undo.enter_context(temporary.open("xb"))
-            undo.callback(temporary.unlink, missing_ok=True)
+            undo.callback(temporary.unlink, missing_ok=True)  # also on an interrupt
             fcntl.flock(file, fcntl.LOCK_EX)
             if os.fstat(file.fileno()).st_nlink:
-                undo.pop_all()
+                undo.pop_all()  # keep both: the caller closes and renames
                 return temporary, file
             # Another writer removed it before it was locked, as a leftover: try again.
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _hold_lock(path: Path) -> Iterator[None]:
     """Lock a file or folder; raises OSError if its writer is alive."""
     # O_NONBLOCK: a pipe of that name must not block.
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails if the writer is alive
         yield
     finally:
         os.close(descriptor)
@@ -194,7 +196,7 @@ def _remove_stale(target: Path) -> None:
     leftover = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{16}}\.tmp")
     for name in filter(leftover.fullmatch, os.listdir(target.parent)):
         path = target.parent / name
-        with contextlib.suppress(OSError), _locked(path):
+        with contextlib.suppress(OSError), _hold_lock(path):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:
@@ -204,7 +206,7 @@ def _remove_stale(target: Path) -> None:
 def _sync_contents(folder: Path, disk: Disk) -> None:
     """Sync every file of a folder, and their names; give the files the folder's permissions."""
     permissions = folder.stat().st_mode & 0o666  # by the umask; some libraries create private files
-    for root, _, names in os.walk(folder, topdown=False):
+    for root, _, names in os.walk(folder, topdown=False):  # a folder after its content
         for name in names:
             descriptor = os.open(Path(root, name), os.O_RDONLY | os.O_CLOEXEC)
             try:

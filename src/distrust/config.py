@@ -29,9 +29,9 @@ from distrust.options import (
     Documentation,
     Effect,
     Group,
-    at_least,
     coerce,
     in_range,
+    interval,
     read_docs,
     suggest_name,
     takes_paths,
@@ -68,7 +68,7 @@ def _is_metric(name: str) -> bool:
     return metric in STEP_METRICS + EVALUATION_METRICS
 
 
-_FLOAT32 = at_least(0, FLOAT32_MAX, advice="give 0 or more, in float32's range")
+_FLOAT32 = interval(0, FLOAT32_MAX, advice="give 0 or more, in float32's range")
 _NAME = Bound(lambda value: all(as_names(value)), "give a name")
 _METRIC = Bound(
     _is_metric, f"give one of {', '.join((*STEP_METRICS, *EVALUATION_METRICS))}, or eval_loss/CLASS"
@@ -91,7 +91,7 @@ class TrainConfig:
     model: str = _MODEL.free(BUNDLED, _NAME)
     """Base model: a folder, a name on the Hugging Face Hub, or "bundled" for the small model that comes with
     the package. A resume compares its weights, not its name."""
-    max_length: int | None = _MODEL.result(None, at_least(2))
+    max_length: int | None = _MODEL.result(None, interval(2))
     """Maximum tokens of an example; longer ones are cut. Default: 1024, or the model's context if it is
     shorter."""
 
@@ -121,9 +121,7 @@ class TrainConfig:
     """Column of the provenance entropy. Default: "provenance_entropy", or "prov_entropy"."""
     source_column: str | None = _DATA.free(None, _NAME)
     """Column of the source class, by which losses and weights are grouped. Default: "source"."""
-    default_authority_weight: float | None = _DATA.free(
-        None, at_least(0, MAX_AUTHORITY_WEIGHT, advice=f"give up to {MAX_AUTHORITY_WEIGHT}")
-    )
+    default_authority_weight: float | None = _DATA.free(None, interval(0, MAX_AUTHORITY_WEIGHT))
     """Authority weight of examples without one. If not given, such examples are an error, unless weighting is
     off."""
     default_provenance_entropy: float | None = _DATA.free(None, NON_NEGATIVE)
@@ -142,16 +140,14 @@ class TrainConfig:
 
     weighting: Weighting = _WEIGHTING.result("monotone")
     """How provenance weighs an example: "monotone", "published" (the squared term, unchanged), or "off"."""
-    alpha: float = _WEIGHTING.result(
-        ALPHA, at_least(*ALPHA_RANGE, advice=f"give {ALPHA_RANGE[0]} to {ALPHA_RANGE[1]}")
-    )
+    alpha: float = _WEIGHTING.result(ALPHA, interval(*ALPHA_RANGE))
     """Strength of the empirical distrust term, 2.3 to 3.0."""
     lambda_: float = _WEIGHTING.result(LAMBDA, NON_NEGATIVE)
     """Factor of the term in the weight of an example, 1 + lambda * alpha * term; 0 or more."""
     max_ratio: float | None = _WEIGHTING.result(None, POSITIVE)
     """Maximum ratio between the weights of two examples. Default: no limit."""
 
-    lora_rank: int = _LORA.result(16, at_least(0, advice="give 1 or more, or 0 to train all weights"))
+    lora_rank: int = _LORA.result(16, interval(0, advice="give 1 or more, or 0 to train all weights"))
     """Rank of the LoRA adapter; 0 trains all weights of the model."""
     lora_alpha: float = _LORA.result(32.0, ABOVE_ZERO)
     """LoRA scale: the output of the adapter is multiplied by alpha / rank."""
@@ -178,7 +174,7 @@ class TrainConfig:
     """Peak learning rate."""
     warmup_steps: int = _OPTIMIZATION.result(10, NON_NEGATIVE)
     """Steps in which the learning rate rises to its peak."""
-    warmup_ratio: float | None = _OPTIMIZATION.result(None, at_least(0, 1, advice="give 0 to 1"))
+    warmup_ratio: float | None = _OPTIMIZATION.result(None, interval(0, 1))
     """Warm-up as a share of the schedule's steps, 0 to 1, instead of `warmup_steps`."""
     schedule: Schedule = _OPTIMIZATION.result("cosine")
     """How the learning rate falls after the warm-up."""
@@ -198,7 +194,7 @@ class TrainConfig:
     clipping: Clipping = _OPTIMIZATION.result("weighted")
     """How `max_grad_norm` applies to a step: "weighted" multiplies it by the mean weight of the step's
     examples, "plain" uses it unchanged."""
-    seed: int = _OPTIMIZATION.result(0, at_least(0, 2**63 - 1, advice="give 0 to 2^63 - 1"))
+    seed: int = _OPTIMIZATION.result(0, interval(0, 2**63 - 1, advice="give 0 to 2^63 - 1"))
     """Seed of the data order, of the adapter's initial values and of dropout."""
 
     eval_data: str | tuple[str, ...] | None = _EVALUATION.free(None, _NAME)
@@ -218,7 +214,7 @@ class TrainConfig:
     early_stopping_patience: int | None = _EVALUATION.free(None, POSITIVE)
     """Stop after this many evaluations in a row without an improvement of `metric`. Default: never."""
 
-    save_every: int = _CHECKPOINTS.free(50, at_least(0, advice="give 1 or more, or 0 for the final one only"))
+    save_every: int = _CHECKPOINTS.free(50, NON_NEGATIVE)
     """Steps between checkpoints; 0 saves only the final one."""
     keep_last: int = _CHECKPOINTS.free(3, POSITIVE)
     """Number of newest checkpoints to keep."""
@@ -332,11 +328,6 @@ def option_groups() -> dict[str, list[Field[Any]]]:
     for option in fields(TrainConfig):
         groups.setdefault(option.metadata["group"], []).append(option)
     return groups
-
-
-def option_keys() -> list[str]:
-    """The keys of all options, in the order of their fields."""
-    return [key(option.name) for option in fields(TrainConfig)]
 
 
 def from_mapping(values: Mapping[str, Any], *, where: str) -> TrainConfig:

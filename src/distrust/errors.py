@@ -188,6 +188,7 @@ class CorruptCheckpoint(CheckpointError):
     """
 
     def __init__(self, reason: str, *, path: Path | None = None, tensor: str | None = None) -> None:
+        # The parser does not know the path; errors_with_path adds it.
         super().__init__(f"{path}: {reason}" if path is not None else reason, path=path)
         self.reason = reason
         self.tensor = tensor

@@ -8,7 +8,7 @@ from distrust.config import TrainConfig
 from distrust.data import MicroBatch, digest_tokenizer, split_off
 from distrust.errors import DataError
 from distrust.training.data_sources import (
-    Progress,
+    ReportProgress,
     max_length_of,
     pad_token_id_of,
     read_evaluation,
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from distrust.training.data_sources import Sources
 
 
-def read(config: TrainConfig, *, report: Progress) -> Sources:
+def read(config: TrainConfig, *, report: ReportProgress) -> Sources:
     """Open and check the evaluation data of a config, before a model is loaded.
 
     Args:
@@ -42,7 +42,7 @@ def read(config: TrainConfig, *, report: Progress) -> Sources:
 
 
 def evaluate(
-    engine: Engine, sources: Sources, config: TrainConfig, *, trained_on: str, report: Progress
+    engine: Engine, sources: Sources, config: TrainConfig, *, trained_on: str, report: ReportProgress
 ) -> dict[str, float]:
     """The metrics of a model on data: those of ``Evaluated.metrics``, and the size of the data.
 

@@ -55,12 +55,13 @@ def in_range(value: float | None, low: float, high: float = math.inf) -> bool:
         return False
 
 
-def at_least(low: float, high: float = math.inf, *, advice: str = "") -> Bound:
+def interval(low: float, high: float = math.inf, *, advice: str = "") -> Bound:
     """A bound for finite numbers in [low, high]."""
-    return Bound(lambda value: in_range(value, low, high), advice or f"give {low} or more")
+    upper = "or more" if high == math.inf else f"to {high}"
+    return Bound(lambda value: in_range(value, low, high), advice or f"give {low} {upper}")
 
 
-NON_NEGATIVE, POSITIVE = at_least(0), at_least(1)
+NON_NEGATIVE, POSITIVE = interval(0), interval(1)
 ABOVE_ZERO = Bound(lambda value: value > 0 and math.isfinite(value), "give more than 0")
 BELOW_ONE = Bound(lambda value: 0 <= value < 1, "give 0 or more, and less than 1")
 

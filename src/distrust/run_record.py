@@ -9,7 +9,7 @@ imports neither numpy nor the options.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -141,9 +141,9 @@ class RunRecord:
         Raises:
             ConfigError: an option has a value that this trainer never writes.
         """
-        from distrust.config import from_mapping, option_keys
+        from distrust.config import TrainConfig, from_mapping, key
 
-        known = option_keys()  # a newer version may have saved other options
+        known = {key(option.name) for option in fields(TrainConfig)}  # newer versions may save others
         return from_mapping({name: v for name, v in self.options.items() if name in known}, where=where)
 
 

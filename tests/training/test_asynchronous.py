@@ -19,14 +19,14 @@ class Blocker:
     """An observer that blocks the run after its first step until it is released."""
 
     def __init__(self) -> None:
-        self.stepped, self.let_go = threading.Event(), threading.Event()
+        self.stepped, self.released = threading.Event(), threading.Event()
         self.events = []
 
     def __call__(self, event) -> None:
         self.events.append(event)
         if isinstance(event, StepEnded) and not self.stepped.is_set():
             self.stepped.set()
-            assert self.let_go.wait(30)
+            assert self.released.wait(30)
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_async_run_equals_sync_run_and_does_not_block_the_event_loop(trainer, al
         await first_step(blocker)
         for _ in range(10):  # the event loop runs while the training is blocked
             await asyncio.sleep(0.001)
-        blocker.let_go.set()
+        blocker.released.set()
         return await task, blocker.events
 
     ended, events = asyncio.run(main())
@@ -74,7 +74,7 @@ def test_cancelled_run_is_saved_first(trainer, alone, tmp_path, cancels):
             task.cancel()
             await asyncio.sleep(0.001)
         assert not task.done()
-        blocker.let_go.set()
+        blocker.released.set()
         with pytest.raises(asyncio.CancelledError):
             await task
 
@@ -92,8 +92,8 @@ def test_closing_event_loop_waits_for_cancelled_run(trainer, tmp_path):
     async def main():
         task = asyncio.create_task(trainer(tmp_path, blocker).train_async())
         await first_step(blocker)
-        asyncio.get_running_loop().call_later(0.01, blocker.let_go.set)
-        return task  # nobody awaits it
+        asyncio.get_running_loop().call_later(0.01, blocker.released.set)
+        return task  # not awaited
 
     asyncio.run(main())
     assert isinstance(blocker.events[-1], RunEnded)
@@ -106,7 +106,7 @@ def test_timeout_stops_the_run(trainer, tmp_path):
     async def main():
         task = asyncio.create_task(trainer(tmp_path, blocker).train_async())
         await first_step(blocker)
-        asyncio.get_running_loop().call_later(0.05, blocker.let_go.set)
+        asyncio.get_running_loop().call_later(0.05, blocker.released.set)
         await asyncio.wait_for(task, 0.001)
 
     with pytest.raises(TimeoutError):
@@ -117,18 +117,18 @@ def test_timeout_stops_the_run(trainer, tmp_path):
 
 def test_cancel_before_the_thread_starts(trainer, tmp_path):
     events = []
-    let_go = threading.Event()
+    released = threading.Event()
 
     def blocker(event):
-        assert let_go.wait(60)  # else a fast thread would make steps meanwhile
+        assert released.wait(60)  # otherwise a fast thread would make steps
         events.append(event)
 
     async def main():
         task = asyncio.create_task(trainer(tmp_path, blocker).train_async())
-        await asyncio.sleep(0)  # it has begun to wait
+        await asyncio.sleep(0)  # the task starts waiting
         task.cancel()
-        await asyncio.sleep(0)  # it has asked to stop
-        let_go.set()
+        await asyncio.sleep(0)  # the task has asked to stop
+        released.set()
         with pytest.raises(asyncio.CancelledError):
             await task
 
@@ -145,7 +145,7 @@ def test_cancel_raises_a_failed_save(trainer, tmp_path):
         os.rename(tmp_path / "run", tmp_path / "elsewhere")
         task.cancel()
         await asyncio.sleep(0.001)
-        blocker.let_go.set()
+        blocker.released.set()
         await task
 
     with pytest.raises(SaveFailed):
@@ -167,7 +167,7 @@ def test_observer_stops_the_run(trainer, alone, tmp_path, awaited):
     mine = trainer(tmp_path / "run", stop)
     ended = asyncio.run(mine.train_async()) if awaited else mine.train()
     assert (ended.step, ended.reason, ended.signal) == (4, "stop", None)
-    # A stop is of one call: the next one goes on.
+    # A stop applies to one call only; the next one resumes.
     assert mine.train().state_digest == alone.state_digest
 
 
@@ -175,7 +175,7 @@ def test_stop_during_preparation(trainer, tmp_path):
     mine = trainer(tmp_path, lambda event: mine.stop() if isinstance(event, Preparing) else None)
     ended = mine.train()
     assert (ended.step, ended.path, ended.reason) == (0, None, "stop")
-    mine.stop()  # without a run under way, nothing happens
+    mine.stop()  # no effect without a run
 
 
 def test_simultaneous_run_is_refused(trainer, alone, tmp_path):
@@ -189,7 +189,7 @@ def test_simultaneous_run_is_refused(trainer, alone, tmp_path):
         with pytest.raises(RunInProgress):
             trainer(tmp_path / "other").train()
         assert error.value.out == tmp_path / "run"
-        blocker.let_go.set()
+        blocker.released.set()
         return await task
 
     assert asyncio.run(main()).state_digest == alone.state_digest

@@ -79,7 +79,7 @@ def test_shares_determine_the_trained_examples(data, other):
     sampled = [example for batch in epoch for example in batch.examples]
     assert len(sampled) == 16
     assert sum(example >= 11 for example in sampled) == 12
-    # Normalized over the tokens as they are drawn: over many epochs the weights' mean is 1.
+    # Normalized over the sampled tokens: over many epochs the mean weight is 1.
     many = [batch for step in range(1, 4 * 55 + 1) for batch in plan.batches.step(step)]
     total = sum(batch.weights.sum(dtype=float) for batch in many)
     assert total == pytest.approx(sum(batch.tokens for batch in many), rel=1e-4)
@@ -110,7 +110,7 @@ def test_changed_sources_or_shares_are_refused(run, data, other, tmp_path):
         run(tmp_path / "run", data=both, mix=(1.0, 2.0))
     with pytest.raises(ResumeRefused, match=f"--data {other} {data}: its content is not that of the run"):
         run(tmp_path / "run", data=both[::-1], mix=(1.0, 1.0))
-    # A run that is older than an option was at its default.
+    # A run older than the option used its default.
     run(tmp_path / "plain", stop_after=3)
     with pytest.raises(ResumeRefused, match=r"--eval-fraction was 0\.0, is 0\.3"):
         run(tmp_path / "plain", eval_fraction=0.3)
@@ -119,7 +119,7 @@ def test_changed_sources_or_shares_are_refused(run, data, other, tmp_path):
 def test_eval_fraction_holds_out_examples(run, data, tmp_path):
     _, events = run(tmp_path, eval_fraction=0.3, eval_every=3)
     (started,) = [event for event in events if isinstance(event, RunStarted)]
-    assert started.examples == 8  # 3 of 11 are kept out
+    assert started.examples == 8  # 3 of 11 are held out
     assert [event.step for event in events if isinstance(event, Evaluated)] == [3, 6, 9]
 
 

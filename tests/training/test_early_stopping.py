@@ -16,7 +16,7 @@ from distrust import CheckpointManager
 from distrust.training.best_tracker import BestTracker
 from distrust.training.events import Evaluated, StepEnded
 
-#: The toy overfits: its eval loss is best at the fourth step.
+#: The toy model overfits: its eval loss is best at the fourth step.
 EARLY = {"max_steps": 30, "early_stopping_patience": 2, "eval_every": 2, "learning_rate": 0.5}
 
 
@@ -33,7 +33,7 @@ def test_stops_after_patience_is_exhausted(run, eval_data, tmp_path):
     assert ended.path.name == f"checkpoint-{ended.step}-final.safetensors"
     manager = CheckpointManager(ended.path.parent)
     assert manager.load_best().step == best
-    # Its steps are those of a run that was not watched.
+    # The steps equal those of a run without evaluations.
     plain, _ = run(tmp_path / "plain", max_steps=ended.step, learning_rate=0.5, schedule_steps=30)
     assert plain.state_digest == ended.state_digest
 

@@ -148,7 +148,7 @@ def test_class_names_do_not_change_the_run(run, tmp_path_factory, names):
     assert named.state_digest == plain.state_digest
 
 
-#: The toy overfits: its eval losses are best after a few steps.
+#: The toy model overfits: its eval losses are best after a few steps.
 OVERFITS = {"max_steps": 30, "learning_rate": 0.5}
 
 
@@ -196,7 +196,7 @@ def test_evaluations_on_other_data_are_not_compared(run, eval_data, tmp_path):
         )
     losses = {event.step: event.loss for event in evaluated(events)}
     assert min(losses.values()) > easiest
-    assert len(losses) > 2  # were they compared, it would end after two
+    assert len(losses) > 2  # a comparison would have ended the run after two
     assert manager.load_best().step == min(losses, key=losses.get)
     _, events = run(tmp_path / "run", eval_data=str(hard), max_steps=20, **options)
     losses |= {event.step: event.loss for event in evaluated(events)}

@@ -104,7 +104,7 @@ def test_published_term_is_only_logged(run, tmp_path):
     assert [event.distrust for event in off] == [event.distrust for event in on]
     assert all(event.distrust > 0 for event in off)
     assert [event.loss for event in off] == [event.weighted_loss for event in off]
-    assert off[0].loss == on[0].loss  # before the first update, the models are one
+    assert off[0].loss == on[0].loss  # before the first update, the models are equal
 
 
 def test_term_and_weight_of_single_example_steps(run, tmp_path):
@@ -259,7 +259,7 @@ def test_progress_bar_on_a_terminal(run, tmp_path, monkeypatch):
         for event in events:
             console(event)
             saved = saved or isinstance(event, CheckpointSaved)
-            if isinstance(event, StepEnded) and (event.step == 5 or saved):  # until the bar was drawn
+            if isinstance(event, StepEnded) and (event.step == 5 or saved):  # until the bar is drawn
                 expected = b"saved 4" if saved else b"5/9"
                 deadline = time.monotonic() + 30
                 while expected not in shown and b"saved 8" not in shown and time.monotonic() < deadline:
@@ -272,8 +272,10 @@ def test_progress_bar_on_a_terminal(run, tmp_path, monkeypatch):
     assert "5/9" in text
     assert "saved 4" in text
     assert "Finished step 9" in text
-    assert not re.search(r"^step \d+/9: loss", text, re.MULTILINE)  # the bar says it
-    assert shown.decode().rindex("\x1b[?25h") > shown.decode().rindex("\x1b[?25l")  # the cursor is back
+    assert not re.search(r"^step \d+/9: loss", text, re.MULTILINE)  # the bar shows it
+    assert shown.decode().rindex("\x1b[?25h") > shown.decode().rindex(
+        "\x1b[?25l"
+    )  # the cursor is visible again
 
 
 def test_failing_observer_loses_no_step(run, data, tmp_path):

@@ -72,7 +72,7 @@ def test_stopped_run_ends_in_the_same_state(run, eval_data, stops, save_every, b
 def test_killed_run_ends_in_the_same_state(run, died_after, save_every):
     """As after SIGKILL, only the last checkpoint remains. tests/cli sends a real SIGKILL."""
 
-    class Died(BaseException):  # nothing that the loop could answer by saving
+    class Died(BaseException):  # not an Exception, so the loop cannot save
         pass
 
     def die(event):
@@ -165,7 +165,7 @@ def test_longer_run_keeps_the_earlier_steps(run, tmp_path):
     for name, values in histories[0].items():
         assert values.shape == (5,)
         assert np.array_equal(histories[1][name][:5], values)
-    # It is the run that had been asked for the whole length with that schedule.
+    # Equals a run that was started with the full length and that schedule.
     with pytest.warns(DistrustWarning, match="the schedule ends at step 5"):
         uninterrupted, _ = run(tmp_path / "whole", max_steps=9, schedule_steps=5)
     assert uninterrupted.state_digest == longer.state_digest

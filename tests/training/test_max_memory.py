@@ -132,7 +132,7 @@ def test_leaking_run_saves_before_it_would_be_killed(start_python, data, tmp_pat
     """A watchdog like that of batch systems: it reads the resident memory and sends SIGKILL."""
     limit = 0.4 * GIB
 
-    def watched(out: str, *, leak: float, bound: float) -> tuple[int, str, str]:
+    def run_with_watchdog(out: str, *, leak: float, bound: float) -> tuple[int, str, str]:
         process = start_python(LEAKING, Path(__file__).parent, data, tmp_path / out, leak, bound)
         while process.poll() is None:
             pages = Path(f"/proc/{process.pid}/statm").read_text().split()
@@ -143,16 +143,16 @@ def test_leaking_run_saves_before_it_would_be_killed(start_python, data, tmp_pat
         stdout, stderr = process.communicate(timeout=60)
         return process.returncode, stdout, stderr
 
-    # Half a MiB with every event of a run: the killer, which looks a thousand times a second, is in time.
-    code, _, _ = watched("killed", leak=1.0, bound=0.0)
+    # Leaks 0.5 MiB per event, so the watchdog, which polls every millisecond, is in time.
+    code, _, _ = run_with_watchdog("killed", leak=1.0, bound=0.0)
     assert code == -signal.SIGKILL
     assert saved_steps(tmp_path / "killed") == []
-    code, _, stderr = watched("bound", leak=1.0, bound=0.35)
+    code, _, stderr = run_with_watchdog("bound", leak=1.0, bound=0.35)
     assert code == 1, stderr
     assert stderr.startswith("distrust: --max-memory 0.35: at step ")
     (step,) = saved_steps(tmp_path / "bound")
     assert 0 < step < 400
     assert f"step {step} is saved" in stderr
-    # Without the leak, the same command finishes, and ends as a run that never leaked.
-    digests = [watched(out, leak=0.0, bound=0.35)[1] for out in ("bound", "alone")]
+    # Without the leak, the same command finishes in the same state as a run that never leaked.
+    digests = [run_with_watchdog(out, leak=0.0, bound=0.35)[1] for out in ("bound", "alone")]
     assert digests[0] == digests[1] != ""

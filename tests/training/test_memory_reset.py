@@ -58,7 +58,7 @@ def test_reset_is_bit_identical(run, eval_data, reload_every, save_every, stop, 
         assert resets(events) == [step for step in range(reload_every, 9, reload_every) if step != stop]
         assert [event.step for event in events if isinstance(event, StepEnded)] == list(range(1, 10))
         assert ended.state_digest == alone.state_digest
-        # None was saved twice, and what was gone on from stood as long as it was needed.
+        # No step was saved twice, and each checkpoint existed as long as it was needed.
         saved = [event.step for event in events if isinstance(event, CheckpointSaved)]
         assert len(saved) == len(set(saved))
 
@@ -174,7 +174,7 @@ def test_signal_during_a_reset_stops_the_run(run, tmp_path, when):
     options = {"engine": make, "reload_every": 3, "save_every": 0}
     ended, _ = run(tmp_path / "reset", observers=[stop], **options)
     assert (ended.step, ended.signal) == (3, signal.SIGTERM)
-    assert len(engines) == (1 if when == "while it saves" else 2)  # stopped: it need not be loaded once more
+    assert len(engines) == (1 if when == "while it saves" else 2)  # stopped before it was loaded again
     assert run(tmp_path / "reset", **options)[0].state_digest == alone.state_digest
 
 
@@ -213,9 +213,7 @@ def test_reset_frees_a_real_model(tiny_model, data, tmp_path, lora_rank):
     assert alive == [[], [], []]
     gc.collect()
     assert sum(issubclass(type(object_), torch.Tensor) for object_ in gc.get_objects()) <= tensors_at_start
-    engine, _ = open_checkpoint(
-        tmp_path / "reset"
-    )  # nor does it hold the memory that a checkpoint was read into
+    engine, _ = open_checkpoint(tmp_path / "reset")  # nor the memory that the checkpoint was read into
     tensors = [value for values in engine.state().optimizer["state"].values() for value in values.values()]
     assert tensors
     assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in tensors)
@@ -271,8 +269,8 @@ class Hungry(ToyEngine):
     [
         (2000, 1000, [4, 8]),  # 6000 is above the bound
         (2000, 0, []),
-        (6000, 0, [1]),  # it does not help, so it is not tried again
-        (6000, 1000, [1, 4, 7]),  # each time a quarter has grown
+        (6000, 0, [1]),  # a reset does not help, so it is not repeated
+        (6000, 1000, [1, 4, 7]),  # each time memory has grown by a quarter
     ],
 )
 def test_reload_above_resets_only_if_it_helps(run, tmp_path, base, leak, expected):
@@ -295,4 +293,6 @@ def test_reload_above_resets_only_if_it_helps(run, tmp_path, base, leak, expecte
     assert resets(events) == expected
     for event in events:
         if isinstance(event, MemoryReset):
-            assert event.before_bytes - event.after_bytes >= (leak - 1) * GIB  # the host's own moves, too
+            assert (
+                event.before_bytes - event.after_bytes >= (leak - 1) * GIB
+            )  # the host's memory changes, too

@@ -92,14 +92,14 @@ def tokens_and_weights(plan: PreparedData, *, epochs: int) -> tuple[int, float, 
 def test_weights_have_mean_one_over_sampled_tokens(plan_of, mix, packing):
     plan = plan_of(mix=mix, packing=packing, batch_size=1, gradient_accumulation=1)
     assert plan.weights.max() / plan.weights.min() > 2
-    # After so many epochs each row of a source was drawn as often as every other one of it.
+    # After this many epochs, all rows of a source have been sampled equally often.
     epochs = 1 if mix is None else math.lcm(*(ROWS if packing else (23, 9)))
     tokens, weights, sampled = tokens_and_weights(plan, epochs=epochs)
     assert weights == pytest.approx(tokens, rel=1e-6)
     counts = np.bincount(sampled, minlength=32)
     assert len(set(counts[:23])) == len(set(counts[23:])) == 1
     assert (len(set(counts)) == 1) == (mix is None)
-    contributions = plan.weights * counts  # what each example had of the gradient
+    contributions = plan.weights * counts  # each example's share of the gradient
     assert plan.distribution.effective_examples == pytest.approx(
         contributions.sum() ** 2 / (contributions**2).sum()
     )
@@ -115,7 +115,7 @@ def test_each_example_is_in_one_row_of_its_source(plan_of):
     assert sum(all(row.examples >= 23) for row in rows) == ROWS[1]
 
 
-#: How many rows the two sources take.
+#: Numbers of rows of the two sources.
 ROWS = (6, 2)
 
 

@@ -164,7 +164,7 @@ def test_changed_environment_warns(run, tmp_path):
     engine = ToyEngine(environment={"toy": "2", "threads": 1, "new": True})
     with pytest.warns(DistrustWarning, match="no longer bit-identical: toy was 1, is 2") as caught:
         ended, _ = run(tmp_path / "moved", engine=engine)
-    assert len(caught) == 1  # the same threads, and what nobody recorded, are no difference
+    assert len(caught) == 1  # equal threads and unrecorded keys are no difference
     assert engine.threads_restored == 1
     assert ended.state_digest == alone.state_digest
 
@@ -191,7 +191,7 @@ def test_branch_does_not_change_its_source(run, tmp_path):
     branch, events = run(tmp_path / "run", from_step=4, branch=str(tmp_path / "branch"))
     assert [event.step for event in events if isinstance(event, StepEnded)] == [5, 6, 7, 8, 9]
     assert branch.path.parent == tmp_path / "branch" / "checkpoints"
-    assert branch.state_digest == alone.state_digest  # nothing was changed: it is the same timeline
+    assert branch.state_digest == alone.state_digest  # the same options give the same states
     assert contents(tmp_path / "run") == original
 
 
@@ -301,7 +301,7 @@ def test_infinite_gradient_norm_stops_before_the_step(run, data, tmp_path):
 
     with pytest.raises(NonFiniteLoss, match=r"step 5: the gradient norm \(inf\).*step 4 is saved") as error:
         run(tmp_path, engine=Exploding())
-    assert len(error.value.examples) == 4  # the whole global batch: any of them may be guilty
+    assert len(error.value.examples) == 4  # the whole global batch: any of them may be the cause
     assert all(example.startswith(f"{data}:") for example in error.value.examples)
     assert CheckpointManager(tmp_path / "checkpoints").list_checkpoints() == [2, 4]
 

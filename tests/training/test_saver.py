@@ -23,13 +23,13 @@ def failing_saves(monkeypatch):
     """Makes the saves with these numbers fail, counted from 1."""
 
     def fail(*numbers: int) -> None:
-        honest, count = Disk.sync, [0]
+        original, count = Disk.sync, [0]
 
         def sync(disk: Disk, descriptor: int) -> None:
             count[0] += 1
             if count[0] in numbers:
                 raise OSError(errno.ENOSPC, "No space left on device")
-            honest(disk, descriptor)
+            original(disk, descriptor)
 
         monkeypatch.setattr(Disk, "sync", sync)
 
@@ -142,12 +142,12 @@ def test_ignored_signal_stays_ignored(run, tmp_path):
 def test_snapshot_precedes_the_next_update(run, tmp_path, monkeypatch):
     """The loop waits for a slow copy before it updates."""
     run(tmp_path / "alone", save_every=1, keep_last=9)
-    honest = arrays.fill
+    original = arrays.fill
 
     def late(*args):
         if threading.current_thread() is not threading.main_thread():
             time.sleep(0.05)
-        honest(*args)
+        original(*args)
 
     monkeypatch.setattr(arrays, "fill", late)
     run(tmp_path / "late", save_every=1, keep_last=9)

@@ -164,7 +164,7 @@ def test_second_interrupt_damages_no_checkpoint(run, tmp_path):
         run(tmp_path / "left", observers=[twice])
     for thread in threading.enumerate():
         if thread.name.startswith("save "):
-            thread.join()  # the write goes on behind
+            thread.join()  # the write continues in the background
     manager = CheckpointManager(tmp_path / "left" / "checkpoints")
     assert manager.list_checkpoints() == [2, 4]
     manager.validate(4)

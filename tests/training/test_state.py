@@ -78,7 +78,7 @@ def test_state_of_a_resumed_run(trainer):
         saved.best,
     )
     assert began.checkpoint == saved.checkpoint
-    again = trainer()  # has nothing left to do, and no engine is asked
+    again = trainer()  # finished: needs no engine
     again.train()
     for name in ("step", "tokens_seen", "metrics", "best", "checkpoint", "max_steps"):
         assert getattr(again.state, name) == getattr(later.state, name), name

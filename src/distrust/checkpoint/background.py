@@ -25,7 +25,7 @@ class PendingSave:
         self._path = path
         self._future = future
         self._copied = copied
-        self._error_raised = False
+        self._error_raised = False  # until then the next save or close raises it
 
     @property
     def path(self) -> Path:
@@ -40,6 +40,7 @@ class PendingSave:
     @property
     def has_unreported_error(self) -> bool:
         """Whether it failed and no call has raised the error."""
+        # `done` first: exception() waits for the end.
         return self.done and not self._error_raised and self._future.exception() is not None
 
     def add_done_callback(self, callback: Callable[[], None]) -> None:
@@ -61,7 +62,7 @@ class PendingSave:
             SaveFailed: if it could not be written.
             TimeoutError: if it is still being written after ``timeout``.
         """
-        error = self._future.exception(timeout)
+        error = self._future.exception(timeout)  # does not raise the error itself, only TimeoutError
         if error is not None:
             self._error_raised = True
             raise error
@@ -69,7 +70,7 @@ class PendingSave:
 
     def wait_copied(self) -> None:
         """Wait until all arrays are copied; after that they may change."""
-        self._copied.wait()
+        self._copied.wait()  # set by the thread, after an error too
 
     def __await__(self) -> Generator[Any, None, Path]:
         import asyncio  # heavy: only for callers that already use it
@@ -133,6 +134,7 @@ class BackgroundWriter:
                 future.set_result(path)
 
         try:
+            # Not a daemon: the interpreter waits for it before it exits.
             threading.Thread(target=run, name=f"save {path.name}", daemon=False).start()
             self._register(pending)
         except RuntimeError:  # no thread can be started
@@ -147,7 +149,7 @@ class BackgroundWriter:
             abandoned = True
             raise
         finally:
-            begin.set()
+            begin.set()  # in every case: the thread must end
         return pending
 
     def run(self, path: Path, write: Callable[[], None]) -> PendingSave:
@@ -188,7 +190,7 @@ class BackgroundWriter:
         if pending is None:
             return
         try:
-            if not pending.done or pending.has_unreported_error:
+            if not pending.done or pending.has_unreported_error:  # raised once, not again at each save
                 pending.wait()
         finally:
             if pending.done:  # an interrupted wait leaves the slot taken

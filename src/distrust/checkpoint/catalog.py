@@ -35,7 +35,7 @@ from distrust.errors import (
     CheckpointNotFound,
     CheckpointUnreadable,
     CorruptCheckpoint,
-    DistrustWarning,
+    DamagedCheckpointWarning,
     UnsupportedVersion,
     read_failure_reason,
 )
@@ -81,7 +81,7 @@ def _classify(entry: Entry, cache: ScanCache, fresh: ScanCache) -> CheckpointFil
     path = entry.path
     try:
         cached = cache.get(path)
-        if cached is not None and cached[0] == file_identity(_status(path)):
+        if cached is not None and cached[0] == file_identity(_status(path)):  # one stat instead of a read
             fresh[path] = cached
             return cached[1]
         if reader := foreign.find_reader(path):
@@ -116,12 +116,13 @@ def list_names(directory: Path) -> list[Entry]:
     try:
         names = os.listdir(directory)
     except (FileNotFoundError, NotADirectoryError):
-        return []
+        return []  # a run that has not saved yet
     except OSError as error:
         raise CheckpointError(f"{directory}: cannot be read: {error.strerror}", path=directory) from error
     entries = [entry for name in names if (entry := parse_checkpoint_name(directory / name)) is not None]
     # A name without a suffix is a checkpoint only if a reader of foreign formats accepts it.
     entries = [entry for entry in entries if entry.path.suffix or foreign.find_reader(entry.path)]
+    # "final" sorts before "periodic" as text, so compare with it.
     return sorted(entries, key=lambda entry: (entry.step, bool(entry.path.suffix), entry.kind == "final"))
 
 
@@ -175,14 +176,15 @@ def newest(target: Path) -> CheckpointFile:
         also = f"; {len(contents.damaged)} damaged" if contents.damaged else foreign.import_hint(target)
         raise CheckpointNotFound(f"{target}: no checkpoints here{also}", path=target)
     for damaged in contents.damaged:
-        if damaged.step >= files[-1].step:
-            warnings.warn(f"skipped a damaged checkpoint: {damaged.error}", DistrustWarning, stacklevel=2)
+        if damaged.step >= files[-1].step:  # an older one does not matter
+            text = f"skipped a damaged checkpoint: {damaged.error}"
+            warnings.warn(text, DamagedCheckpointWarning, stacklevel=2)
     return files[-1]
 
 
 def checkpoint_directory(target: Path) -> Path:
     """The directory of checkpoints of a run, or ``target`` itself if it is one."""
-    inner = target / RUN_SUBDIRECTORY
+    inner = target / RUN_SUBDIRECTORY  # users name the run or its checkpoints
     return inner if os.path.isdir(inner) else target
 
 
@@ -241,7 +243,7 @@ def open_checkpoint(path: Path) -> Iterator[tuple[int, Header]]:
     """
     with open_regular(path) as (descriptor, status):
         header = _parse_header(descriptor, status.st_size)
-        header.require_intact()
+        header.require_intact()  # before any of its offsets is used
         yield descriptor, header
 
 
@@ -255,7 +257,7 @@ def _parse_header(descriptor: int, file_size: int) -> Header:
     length = header_length(first, file_size)  # checked against the file's size before memory is taken
     if length == len(first):
         return parse_header(first, file_size)
-    raw = bytearray(length)
+    raw = bytearray(length)  # bounded by header_length
     read_into(descriptor, memoryview(raw), 0)
     return parse_header(raw, file_size)
 

@@ -35,7 +35,7 @@ class CheckpointFile(NamedTuple):
     @property
     def is_foreign(self) -> bool:
         """Whether it is in a foreign format: it has no digests and is never removed."""
-        return self.format != FORMAT
+        return self.format != FORMAT  # a foreign header has another name there
 
     @property
     def metadata_only(self) -> bool:
@@ -61,7 +61,7 @@ class CheckpointFile(NamedTuple):
     def created(self) -> str | None:
         """When it was written: ISO 8601, UTC."""
         created = self.header.run_info.get("created")
-        return created if isinstance(created, str) else None
+        return created if isinstance(created, str) else None  # untrusted: any JSON value may be there
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -91,7 +91,7 @@ class CheckpointFile(NamedTuple):
     @property
     def identity(self) -> tuple[str, str]:
         """Name and digest: a file that another process replaced has another identity."""
-        return self.path.name, self.digest
+        return self.path.name, self.digest  # the digest covers the data's digests, so the whole file
 
     @property
     def rank(self) -> Rank:
@@ -126,7 +126,7 @@ class CheckpointFile(NamedTuple):
         Raises:
             CorruptCheckpoint: if they are not.
         """
-        entry = parse_checkpoint_name(self.path)
+        entry = parse_checkpoint_name(self.path)  # None for a file that the user renamed freely
         if entry is not None and (self.step, self.kind) != (entry.step, entry.kind):
             reason = f"it holds step {self.step} ({self.kind}), not what its name says"
             raise CorruptCheckpoint(reason, path=self.path)
@@ -153,7 +153,7 @@ class DamagedFile(NamedTuple):
     @property
     def rank(self) -> Rank:
         """As :attr:`CheckpointFile.rank`, by the name."""
-        return self.step, True, True, self.path.stem.endswith("-final")
+        return self.step, True, True, self.path.stem.endswith("-final")  # above foreign ones of its step
 
 
 class Scan(NamedTuple):
@@ -172,11 +172,11 @@ class Scan(NamedTuple):
     @classmethod
     def of(cls, files: Iterable[CheckpointFile | DamagedFile]) -> Scan:
         """Group files, which are in order."""
-        files = list(files)
+        files = list(files)  # iterated three times
         intact = [file for file in files if isinstance(file, CheckpointFile)]
         return cls(
             files=tuple(file for file in intact if not file.is_foreign),
-            damaged=tuple(file for file in files if isinstance(file, DamagedFile)),
+            damaged=tuple(file for file in files if isinstance(file, DamagedFile)),  # never counted either
             foreign=tuple(file for file in intact if file.is_foreign),  # apart: no rule may count them
         )
 

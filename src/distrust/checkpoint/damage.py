@@ -41,7 +41,7 @@ def find_damaged(directory: Path) -> Iterator[DamagedFile | DistrustWarning]:
         CheckpointError: if the directory cannot be read.
     """
     for entry in catalog.list_names(directory):
-        identity = _identity(entry.path)
+        identity = _identity(entry.path)  # before reading, to detect a replacement during it
         finding = _classify(entry.path)
         if isinstance(finding, CorruptCheckpoint) and _identity(entry.path) != identity:
             finding = "it changed while it was read"
@@ -62,8 +62,8 @@ def _classify(path: Path) -> CorruptCheckpoint | str | None:
     except CheckpointNotFound:
         return catalog.dangling_link(path) if path.is_symlink() else None
     except CorruptCheckpoint as error:
-        return _reason_to_keep(path, error) or error
-    except (CheckpointUnreadable, UnsupportedVersion) as error:
+        return _reason_to_keep(path, error) or error  # when in doubt, keep it
+    except (CheckpointUnreadable, UnsupportedVersion) as error:  # it may be intact
         return str(error).removeprefix(f"{path}: ")
     try:
         file.require_name()
@@ -98,19 +98,19 @@ def _is_of_another_program(path: Path) -> bool:
     """Whether it has a valid safetensors header that is not a damaged one of this library."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(LENGTH_BYTES), "little")
-        if length > MAX_HEADER_BYTES:
+        if length > MAX_HEADER_BYTES:  # do not read what a damaged length asks for
             return False
         raw = file.read(length)
-    if raw.startswith(OPENING):
+    if raw.startswith(OPENING):  # a damaged file of this library
         return False
     try:
         header: Any = json.loads(raw)
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError):  # not JSON, or nested without end
         return False
     if type(header) is not dict:
         return False
     metadata = header.pop(METADATA, None)
-    if type(metadata) is dict and metadata.get("format") == FORMAT:
+    if type(metadata) is dict and metadata.get("format") == FORMAT:  # ours, damaged elsewhere
         return False
     return bool(header) and all(
         type(tensor) is dict and tensor.keys() == {"dtype", "shape", "data_offsets"}
@@ -125,5 +125,5 @@ def _identity(path: Path) -> _Identity:
         try:
             identities.append(catalog.file_identity(status(path)))
         except OSError:
-            identities.append(None)
+            identities.append(None)  # does not exist, or may not be read
     return identities[0], identities[1]

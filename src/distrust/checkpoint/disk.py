@@ -97,7 +97,7 @@ class Disk:
 
     def truncate(self, descriptor: int, size: int) -> None:
         """Set the size of a file."""
-        os.ftruncate(descriptor, size)
+        os.ftruncate(descriptor, size)  # works on a descriptor of direct I/O, at any size
 
     def sync(self, descriptor: int) -> None:
         """Make the content of a file durable."""
@@ -109,7 +109,7 @@ class Disk:
 
     def rename(self, source: Path, target: Path) -> None:
         """Rename a file; atomically replaces an existing one."""
-        os.replace(source, target)
+        os.replace(source, target)  # one system call: no instant without the file
 
     def unlink(self, path: Path) -> None:
         """Remove a name."""

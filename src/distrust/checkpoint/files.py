@@ -36,7 +36,7 @@ def errors_with_path(path: Path) -> ErrorTranslator:
                 return UnsupportedVersion(f"{path}: {error}", path=path)
             case FileNotFoundError():
                 return CheckpointNotFound(f"{path}: no such checkpoint", path=path)
-            case OSError() if error.errno not in _PROCESS_ERRORS:
+            case OSError() if error.errno not in _PROCESS_ERRORS:  # EIO, ELOOP: the file's fault
                 return CorruptCheckpoint(f"it cannot be read: {error.strerror}", path=path)
         reason = error.strerror if isinstance(error, OSError) else str(error) or "no memory"
         return CheckpointUnreadable(f"{path}: cannot be read: {reason}", path=path)
@@ -61,7 +61,7 @@ def open_regular(path: str | Path, *, folder: int | None = None) -> Iterator[tup
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
     if folder is not None:
         flags |= os.O_NOFOLLOW
-    descriptor = os.open(path, flags, dir_fd=folder)
+    descriptor = os.open(path, flags, dir_fd=folder)  # never by a name that is resolved twice
     try:
         status = os.fstat(descriptor)  # of the open file: the name may already be another file's
         if not stat.S_ISREG(status.st_mode):
@@ -78,9 +78,9 @@ def read_into(descriptor: int, view: memoryview, offset: int) -> None:
         CorruptCheckpoint: if the file ends too early.
         OSError: if the disk cannot be read.
     """
-    while view:
+    while view:  # a read may return less than asked for
         count = os.preadv(descriptor, [view], offset)
-        if count == 0:
+        if count == 0:  # end of file: the size was checked before
             raise CorruptCheckpoint(CUT_WHILE_READ)
         view = view[count:]
         offset += count
@@ -122,5 +122,5 @@ def checkpoint_file_name(step: int, kind: Kind) -> str:
 
 def parse_checkpoint_name(path: Path) -> Entry | None:
     """Parse the name of a checkpoint file or folder; None for any other name."""
-    match = _NAME.fullmatch(path.name)
+    match = _NAME.fullmatch(path.name)  # fullmatch: "$" would accept a final newline
     return Entry(path, int(match[1]), "final" if match[2] else "periodic") if match else None

@@ -30,6 +30,7 @@ class ForeignHeader(Protocol):
     """
 
     format: str
+    step: int
     kind: Kind
     file_size: int
     lacks_arrays: bool
@@ -37,18 +38,8 @@ class ForeignHeader(Protocol):
     state_digest: str
     measured_on: str
     run_info: dict[str, Any]
-
-    @property
-    def step(self) -> int:
-        """Optimizer steps made."""
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The config of the program that wrote it."""
-
-    @property
-    def metadata(self) -> dict[str, Any]:
-        """The caller's metadata."""
+    config: dict[str, Any]
+    metadata: dict[str, Any]
 
     @property
     def saved_metrics(self) -> dict[str, float]:
@@ -106,20 +97,20 @@ def register(load: Callable[[], ForeignReader] | None) -> None:
         load: returns the reader. It is called whenever a path is not in the core's own format, so it should
             import what it needs only then. None removes the reader.
     """
-    global _load_reader
+    global _load_reader  # one reader: it knows all foreign formats
     _load_reader = load
 
 
 def find_reader(path: Path) -> ForeignReader | None:
     """The reader for the checkpoint at ``path``; None if it is in the core's format, or not a checkpoint."""
-    from distrust.checkpoint.files import begins_as_checkpoint  # keeps `import distrust` cheap
+    from distrust.checkpoint.files import begins_as_checkpoint  # late: keeps `import distrust` cheap
 
     if _load_reader is None:
         return None
     with contextlib.suppress(OSError, ValueError, CorruptCheckpoint):  # a folder, or no readable file
         if begins_as_checkpoint(path):
             return None  # the core's own files never load the reader: listing them stays cheap
-    reader = _load_reader()
+    reader = _load_reader()  # imports the readers on first use
     return reader if reader.detect_format(path) is not None else None
 
 
@@ -136,10 +127,10 @@ def require_converted(file: CheckpointFile) -> None:
     """
     if not file.is_foreign:
         return
-    what = f"{file.path}: in an older format ({file.format})"
+    problem = f"{file.path}: in an older format ({file.format})"
     if file.metadata_only:
         raise CheckpointError(
-            f"{what}, and metadata only: there is no model to resume from; move it away", path=file.path
+            f"{problem}, and metadata only: there is no model to resume from; move it away", path=file.path
         )
     remedy = _load_reader().convert_hint(file.path) if _load_reader is not None else "convert it first"
-    raise CheckpointError(f"{what}; {remedy}", path=file.path)
+    raise CheckpointError(f"{problem}; {remedy}", path=file.path)

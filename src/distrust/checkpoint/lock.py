@@ -45,7 +45,7 @@ class DirectoryLock:
             CheckpointDirectoryLocked: if another writer has the lock.
             SaveFailed: if the directory cannot be created or written to.
         """
-        if self.is_held:
+        if self.is_held:  # a manager acquires before every save
             return
         with errors_for_directory(self._directory):
             make_directory(self._directory, self._disk)
@@ -57,7 +57,7 @@ class DirectoryLock:
             except BaseException:
                 file.close()
                 raise
-            self._file = file
+            self._file = file  # only now: an error above leaves nothing locked
             # A manager that is dropped without close() must not lock its own process out.
             self._finalizer = weakref.finalize(self, file.close)
 
@@ -72,7 +72,7 @@ class DirectoryLock:
         with errors_for_directory(self._directory):
             try:
                 status = os.lstat(self._directory / LOCK_NAME)
-                if os.path.samestat(status, os.fstat(self._file.descriptor)):
+                if os.path.samestat(status, os.fstat(self._file.descriptor)):  # same device and inode
                     return
                 reason = f"another {LOCK_NAME} exists there"
             except (FileNotFoundError, NotADirectoryError):
@@ -86,7 +86,7 @@ class DirectoryLock:
     def release(self) -> None:
         """Release the lock; does nothing if it is not held."""
         if self._file is not None:
-            self._file.close()
+            self._file.close()  # releases the lock of the kernel, too
         if self._finalizer is not None:  # it would keep the file for as long as this lock exists
             self._finalizer.detach()
 
@@ -99,7 +99,7 @@ class DirectoryLock:
                 raise CheckpointDirectoryLocked(
                     f"{self._directory}: {_conflict(descriptor)}", path=self._directory
                 )
-            time.sleep(WAIT_SECONDS / 20)
+            time.sleep(WAIT_SECONDS / 20)  # flock has no timeout
         with contextlib.suppress(OSError):  # a full disk has no space for the note
             self._disk.write_lock_note(descriptor, f"{_this_process()}\n")
 
@@ -122,7 +122,7 @@ def _this_process() -> str:
 def _try_lock(descriptor: int) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except BlockingIOError:  # held by another open file, perhaps of this process
         return False
     return True
 
@@ -137,13 +137,13 @@ class _LockFile:
     def __init__(self, path: Path, disk: Disk) -> None:
         # No fork in between: the child would not know the file, and keep the lock as long as it lives.
         with _fork_mutex():
-            self.descriptor = disk.open_lock(path)
+            self.descriptor = disk.open_lock(path)  # close-on-exec: a started program does not inherit it
             _open_lock_files.add(self)
 
     def close(self) -> None:
         """Close the file and so release the lock; a second call does nothing."""
         with _fork_mutex():
-            descriptor, self.descriptor = self.descriptor, -1
+            descriptor, self.descriptor = self.descriptor, -1  # closing twice could close another file
             try:
                 _open_lock_files.discard(self)
             finally:  # an interrupt here would leave the directory locked as long as this process lives
@@ -162,7 +162,7 @@ def _fork_mutex() -> threading.RLock:
     def close_all() -> None:
         for file in list(_open_lock_files):
             file.close()
-        mutex.release()
+        mutex.release()  # the child inherited it locked
 
     os.register_at_fork(before=mutex.acquire, after_in_parent=mutex.release, after_in_child=close_all)
     return mutex

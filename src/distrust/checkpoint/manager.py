@@ -64,7 +64,7 @@ class CheckpointManager:
         metric_mode: MetricMode = "min",
         disk: Disk | None = None,
     ) -> None:
-        self.directory = Path(directory).absolute()
+        self.directory = Path(directory).absolute()  # a later chdir must not change it
         self._rules = Retention(keep_last, keep_best, keep_every, metric, metric_mode)
         self._state = ManagerState(self.directory, disk or Disk())  # takes no lock: readers need none
         self._retainer = Retainer(self._state, self._rules)
@@ -132,10 +132,10 @@ class CheckpointManager:
             ConfigError: if ``nbytes`` is not a number of bytes.
             SaveFailed: if the background save before this failed and no call has raised that.
         """
-        if type(nbytes) is not int or nbytes < 0:
+        if type(nbytes) is not int or nbytes < 0:  # bool is an int, too
             raise ConfigError(f"reserve({nbytes!r}): give a whole number of bytes, 0 or more")
         with self._state.mutex:
-            return self._writer.reserve(nbytes)
+            return self._writer.reserve(nbytes)  # under the mutex: a save may be using the buffer
 
     def list_checkpoints(self) -> list[int]:
         """The steps that have a checkpoint, in ascending order, final and foreign ones included."""
@@ -179,6 +179,7 @@ class CheckpointManager:
         lazy = verify == "lazy"
         if lazy and not mmap:
             raise ConfigError('verify="lazy" needs mmap=True: without it everything is read now')
+        # No mutex: reading never waits for a save.
         with WarningCollector() as collected:
             _, loaded = self._reader.load(
                 checkpoint, framework=framework, mapped=mmap, lazy=lazy, warnings=collected
@@ -238,7 +239,7 @@ class CheckpointManager:
                 file, loaded = self._reader.load_first_intact(
                     best=best, framework=framework, warnings=collected
                 )
-        foreign.require_converted(file)
+        foreign.require_converted(file)  # a foreign one names no base model and no config
         return file, loaded
 
     def inspect(self, checkpoint: int | str | os.PathLike[str]) -> CheckpointFile:
@@ -276,6 +277,7 @@ class CheckpointManager:
                 a background save failed and no call has raised that.
             CheckpointError: if a file cannot be removed.
         """
+        # An invalid value raises before the lock is taken.
         rules = None if keep_last is None else replace(self._rules, keep_last=keep_last)
         with self._state.mutex, WarningCollector() as collected:
             return self._retainer.clean_up(collected, rules)
@@ -292,7 +294,7 @@ class CheckpointManager:
             CheckpointError: if the directory cannot be read.
         """
         damaged: list[DamagedFile] = []
-        for finding in damage.find_damaged(self.directory):
+        for finding in damage.find_damaged(self.directory):  # reads every byte: report as it goes
             if isinstance(finding, DamagedFile):
                 damaged.append(finding)
             else:
@@ -324,7 +326,7 @@ class CheckpointManager:
                 if isinstance(finding, DistrustWarning):
                     warnings.warn(finding, stacklevel=2)
                     continue
-                removed.append(finding)
+                removed.append(finding)  # already removed: the retainer yields after that
                 if report is not None:
                     report(finding)
             return removed
@@ -337,9 +339,9 @@ class CheckpointManager:
         """
         with self._state.mutex:
             try:
-                self._state.background.wait()
+                self._state.background.wait()  # raises the error of the last save
             finally:
-                self._state.release_when_idle()
+                self._state.release_when_idle()  # also if the save failed
 
     def __enter__(self) -> Self:
         return self
@@ -350,7 +352,7 @@ class CheckpointManager:
         if kind is KeyboardInterrupt and not self._state.background.idle:
             self._state.release_when_idle()  # a user who interrupts does not want to wait
         else:
-            self.close()
+            self.close()  # raises a background error, which the block could not see
 
     def __copy__(self) -> CheckpointManager:
         clone = object.__new__(type(self))
@@ -361,7 +363,7 @@ class CheckpointManager:
         return type(self)(self.directory, disk=self._state.disk, **copy.deepcopy(asdict(self._rules), memo))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"directory": str(self.directory), **asdict(self._rules)}
+        return {"directory": str(self.directory), **asdict(self._rules)}  # no lock, threads or disk
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]  # a new state: it has no lock

@@ -39,11 +39,11 @@ class ManagerState:
         self.background = BackgroundWriter()
         self.snapshot = Snapshot()
         self.block_buffer = ReusableMemory()
-        self.mutex = threading.RLock()
+        self.mutex = threading.RLock()  # reentrant: close() may release under it
         self.intact: set[tuple[str, str]] = set()
         self.damaged: set[tuple[str, str]] = set()
         self.resumed_from: CheckpointFile | None = None
-        self._scan_cache: catalog.ScanCache = {}
+        self._scan_cache: catalog.ScanCache = {}  # headers, so that listing again reads only new files
         self._closing = False
 
     def acquire(self) -> None:
@@ -81,10 +81,10 @@ class ManagerState:
 
     def _release(self) -> None:
         with self.mutex:
-            if self._closing and self.background.idle:
+            if self._closing and self.background.idle:  # not if a save began meanwhile
                 self.snapshot.release()
                 self.block_buffer.release()
-                self.lock.release()
+                self.lock.release()  # last: until then no other writer may start
 
 
 @functools.cache
@@ -93,7 +93,7 @@ def _reset_after_fork() -> weakref.WeakSet[ManagerState]:
 
     The hook runs before any other thread of the child can exist, so no two threads reset the same state.
     """
-    states: weakref.WeakSet[ManagerState] = weakref.WeakSet()
+    states: weakref.WeakSet[ManagerState] = weakref.WeakSet()  # must not keep dropped managers alive
 
     def reset_all() -> None:
         for state in list(states):

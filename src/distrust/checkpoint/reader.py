@@ -80,7 +80,7 @@ class Reader:
     def _list_newest_first(self) -> list[CheckpointFile | DamagedFile]:
         contents = self._state.scan()
         files: list[CheckpointFile | DamagedFile] = [*contents.all_intact, *contents.damaged]
-        files.sort(key=lambda file: file.rank, reverse=True)
+        files.sort(key=lambda file: file.rank, reverse=True)  # with damaged ones, to report them
         if not files:
             directory = self._state.directory
             raise CheckpointNotFound(f"{directory}: no checkpoints here", path=directory)
@@ -88,6 +88,7 @@ class Reader:
 
     def _list_best_first(self) -> list[CheckpointFile]:
         files = self._state.scan().by_step()
+        # The same function decides what cleanup keeps: the best one is always there.
         steps = retention.rank_by_metric(as_candidates(files.values()), self._rules)
         if not steps:
             names = sorted({quote_untrusted(name) for file in files.values() for name in file.metrics})
@@ -105,6 +106,7 @@ class Reader:
         mapped: bool,
         warnings: WarningCollector,
     ) -> Loaded:
+        # Texts, not errors: an error holds the frames of its traceback, and with them a checkpoint.
         reasons: list[str] = []
         without_model: list[Path] = []
         for candidate in files:
@@ -117,9 +119,9 @@ class Reader:
                 file, checkpoint = _load(candidate.path, framework, mapped=mapped)
             except CorruptCheckpoint as error:
                 reasons.append(str(error))
-                self._state.damaged.add(candidate.identity)
+                self._state.damaged.add(candidate.identity)  # cleanup need not verify it again
                 continue
-            if file.is_foreign and not checkpoint.model:
+            if file.is_foreign and not checkpoint.model:  # metadata only: nothing to resume from
                 without_model.append(file.path)
                 continue
             # Never fall back silently: the skipped ones are newer, or better.
@@ -130,6 +132,7 @@ class Reader:
                 warnings.append(DistrustWarning(text))
             self._state.record_loaded(file)
             return file, checkpoint
+        # Never start from the beginning silently: the user decides.
         raise self._no_intact(reasons, without_model, sorted({file.step for file in files}))
 
     def _no_intact(
@@ -164,16 +167,17 @@ class Reader:
 
     def _find(self, target: Target, warnings: WarningCollector) -> Path:
         if not isinstance(target, int):
-            return Path(target).absolute()
+            return Path(target).absolute()  # a path is read as it is, in any directory
         contents = self._state.scan()
         damaged = [file for file in contents.damaged if file.step == target]
         file = contents.by_step().get(target)
         if file is not None:
-            for other in damaged:
-                warnings.append(DamagedCheckpointWarning(f"{other.error}; {file.path} is read instead"))
+            for damaged_file in damaged:
+                text = f"{damaged_file.error}; {file.path} is read instead"
+                warnings.append(DamagedCheckpointWarning(text))
             return file.path
         if damaged:
-            raise damaged[0].error
+            raise damaged[0].error  # more helpful than "not found"
         raise CheckpointNotFound(
             f"{self._state.directory}: no checkpoint of step {target}; "
             f"there are {_format_steps(contents.by_step())}",
@@ -184,7 +188,7 @@ class Reader:
 def _load(path: Path, framework: arrays.Framework, *, mapped: bool = False, lazy: bool = False) -> Loaded:
     if reader := foreign.find_reader(path):  # always read whole: it has no digests to verify parts by
         header, checkpoint = reader.read(path, framework=framework)
-        file = CheckpointFile(path, header)
+        file = CheckpointFile(path, header)  # with the name checked as for ours
         file.require_name()
         return file, checkpoint
     return serialization.load(path, framework=framework, mapped=mapped, lazy=lazy)

@@ -68,7 +68,8 @@ class Retainer:
         state.lock.confirm()
         storage.remove_stale_files(state.directory, state.disk)  # what a failed save could not remove
         files, superseded = self._select(rules, warnings, saved)
-        storage.remove([file.path for file in superseded], state.disk)
+        storage.remove([file.path for file in superseded], state.disk)  # the only removal of intact files
+        # A step whose periodic file was removed still exists if it has a final one.
         remaining = {file.step for file in files if file not in superseded}
         return sorted({file.step for file in superseded} - remaining)
 
@@ -79,14 +80,16 @@ class Retainer:
         state = self._state
         resumed_from = state.resumed_from and state.resumed_from.identity
         while True:
+            # Damaged ones neither count nor are removed.
             files = [file for file in self._scan() if file.identity not in state.damaged]
             by_step = Scan.of(files).by_step()
             candidates = as_candidates(by_step.values())
-            kept = {by_step[step].path for step in retention.steps_to_keep(candidates, rules)}
+            paths_to_keep = {by_step[step].path for step in retention.steps_to_keep(candidates, rules)}
             superseded = [
                 file
                 for file in files
-                if file.path not in {*kept, saved} and file.identity != resumed_from  # the run may need it
+                # The run may have to resume again from the one that it resumed from.
+                if file.path not in {*paths_to_keep, saved} and file.identity != resumed_from
             ]
             # Verify before relying on a file: those that displace others in a rule, the final checkpoint of a
             # step whose periodic one goes, and those to remove (a damaged one is left).
@@ -112,7 +115,7 @@ class Retainer:
         except CheckpointNotFound:
             return  # removed meanwhile
         except CorruptCheckpoint as error:
-            self._state.damaged.add(file.identity)
+            self._state.damaged.add(file.identity)  # so that the warning comes once
             warnings.append(DamagedCheckpointWarning(f"{error}; it counts towards no rule and is kept"))
         else:
             self._state.intact.add(file.identity)

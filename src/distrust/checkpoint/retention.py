@@ -30,7 +30,7 @@ class Retention:
     metric_mode: MetricMode = "min"
 
     def __post_init__(self) -> None:
-        if self.keep_last is not None and self.keep_last < 1:
+        if self.keep_last is not None and self.keep_last < 1:  # 0 would remove the newest checkpoint
             raise ConfigError(f"keep_last is {self.keep_last}; keep at least 1, or None for all")
         if self.keep_best < 0:
             raise ConfigError(f"keep_best is {self.keep_best}; give 0 or more")
@@ -59,7 +59,7 @@ class Candidate:
 
 def last_steps(candidates: Iterable[Candidate], rules: Retention) -> set[int]:
     """The newest ``keep_last`` steps; always at least the newest one."""
-    steps = sorted(candidate.step for candidate in candidates)
+    steps = sorted(candidate.step for candidate in candidates)  # steps may be saved in any order
     return set(steps if rules.keep_last is None else steps[-rules.keep_last :])
 
 
@@ -70,13 +70,13 @@ def rank_by_metric(candidates: Iterable[Candidate], rules: Retention) -> list[in
     """
     measured = [candidate for candidate in candidates if rules.metric in candidate.metrics]
     measured_on = max(measured, key=lambda candidate: candidate.step).measured_on if measured else ""
-    sign = 1 if rules.metric_mode == "min" else -1
+    sign = 1 if rules.metric_mode == "min" else -1  # so that the smallest value is the best
     values = [
         (sign * candidate.metrics[rules.metric], candidate.step)
         for candidate in measured
         if candidate.measured_on == measured_on and not _is_nan(candidate.metrics[rules.metric])
     ]
-    return [step for _, step in sorted(values)]
+    return [step for _, step in sorted(values)]  # ties: the smaller step
 
 
 def _is_nan(value: float) -> bool:
@@ -93,7 +93,7 @@ def steps_that_displace(candidates: Iterable[Candidate], rules: Retention) -> se
 def steps_to_keep(candidates: Iterable[Candidate], rules: Retention) -> set[int]:
     """The steps that any rule keeps."""
     candidates = list(candidates)
-    finals = {candidate.step for candidate in candidates if candidate.final}
+    finals = {candidate.step for candidate in candidates if candidate.final}  # never removed by a rule
     multiples = {
         candidate.step
         for candidate in candidates

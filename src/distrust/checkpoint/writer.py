@@ -32,7 +32,7 @@ class Writer:
         """Write a checkpoint; it is durable when this returns."""
         path, kind = self._begin(checkpoint.step, final=final)
         with _save_errors(path):
-            prepared = serialization.prepare(checkpoint, kind)
+            prepared = serialization.prepare(checkpoint, kind)  # refuses bad values before any I/O
         self._write(path, prepared.layout.file_size, prepared.step, self._stream(prepared), warnings)
         return path
 
@@ -72,7 +72,7 @@ class Writer:
 
     def _begin(self, step: int, *, final: bool) -> tuple[Path, Kind]:
         self._state.background.wait()  # raises the error of the save before, if no call has
-        self._state.acquire()
+        self._state.acquire()  # the first save takes the lock
         kind: Kind = "final" if final else "periodic"
         path = self._state.directory / checkpoint_file_name(step, kind)
         if foreign.find_reader(path):

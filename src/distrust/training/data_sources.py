@@ -32,7 +32,7 @@ from distrust.errors import ConfigError, DistrustWarning
 CLASSES_LISTED = 5
 
 #: Called with the task, the completed parts, and their total or 0.
-Progress = Callable[[str, int, int], None]
+ReportProgress = Callable[[str, int, int], None]
 Examples = Iterable[Mapping[str, Any]]
 
 
@@ -58,7 +58,7 @@ def read_sources(
     *,
     examples: Examples | None = None,
     eval_examples: Examples | None = None,
-    report: Progress | None = None,
+    report: ReportProgress | None = None,
 ) -> Sources:
     """Open and check the data of a config, or the examples that a program passes instead; each is read once.
 
@@ -90,7 +90,7 @@ def read_sources(
     return Sources(checked, None if evaluation is None else _check(evaluation, cache, report), cache)
 
 
-def read_evaluation(config: TrainConfig, *, report: Progress | None = None) -> Sources:
+def read_evaluation(config: TrainConfig, *, report: ReportProgress | None = None) -> Sources:
     """Open and check the evaluation data of a config, in the place of training data.
 
     Raises:
@@ -139,7 +139,7 @@ def _open_examples(config: TrainConfig, rows: Examples, name: str, cache: Cache)
     return (examples_source(rows, columns_of(config), name=name, temp_folder=cache.folder),)
 
 
-def _check(reader: RecordReader, cache: Cache, report: Progress | None) -> CheckedData:
+def _check(reader: RecordReader, cache: Cache, report: ReportProgress | None) -> CheckedData:
     stats = cache.stats(reader.key)
     if stats is None:  # not yet checked, or changed since
         stats = check_records(
@@ -156,7 +156,7 @@ def tokenize_cached(
     tokenizer_digest: str | None,
     cache: Cache,
     max_length: int,
-    report: Progress,
+    report: ReportProgress,
 ) -> Corpus:
     """The tokenized corpus, from the cache if possible; without a digest of the tokenizer, never from it."""
     reader, stats = data.reader, data.stats

@@ -31,7 +31,7 @@ from distrust.data import (
 from distrust.errors import ConfigError, DataError, DistrustWarning
 from distrust.training.data_sources import (
     CheckedData,
-    Progress,
+    ReportProgress,
     Sources,
     max_length_of,
     pad_token_id_of,
@@ -85,7 +85,7 @@ def prepare_data(
     tokenizer: Tokenizer,
     *,
     context_length: int | None,
-    report: Progress,
+    report: ReportProgress,
 ) -> PreparedData:
     """Tokenize, weigh and order the data; options that depend on it and are None are resolved."""
     max_length = max_length_of(config, context_length)
@@ -136,7 +136,7 @@ def prepare_data(
 
 
 def _tokenize(
-    config: TrainConfig, sources: Sources, tokenizer: Tokenizer, *, max_length: int, report: Progress
+    config: TrainConfig, sources: Sources, tokenizer: Tokenizer, *, max_length: int, report: ReportProgress
 ) -> tuple[Corpus, Corpus | None]:
     """The training corpus, and the evaluation corpus if there is one."""
     tokenizer_digest = digest_tokenizer(tokenizer)  # computed once: it takes a while
