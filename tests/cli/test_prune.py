@@ -144,7 +144,7 @@ def test_nothing_is_removed_while_a_training_runs(distrust, run):
         manager.acquire()
         output = distrust("prune", run, "--keep-last", 1)
         assert (output.code, output.out) == (1, "")
-        assert "holds this directory" in output.err
+        assert "has locked this directory" in output.err
         assert distrust("prune", run, "--keep-last", 1, "--dry-run").out.count("would remove") == 4
     assert steps(run) == ALL
 
