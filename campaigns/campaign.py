@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-PROGRESS_SECONDS = 5.0
+PROGRESS_SECONDS = 5.0  # from one line of progress to the next
 #: Prefix of the counts of what this machine cannot run.
 SKIPPED = "skipped"
 

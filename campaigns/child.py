@@ -31,13 +31,13 @@ from typing import Any, NamedTuple, NoReturn, Self
 from campaigns import faults
 from campaigns.campaign import CounterExample
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent  # of the repository
 #: No single answer of a child takes a tenth of this, on a loaded machine either.
 ANSWER_SECONDS = 120.0
 #: No session and no forked function takes this long, unless it hangs.
 HANG_SECONDS = 300.0
-_ERROR_LINES = 40
-_PR_SET_PDEATHSIG = 1
+_ERROR_LINES = 40  # of a dead child's standard error
+_PR_SET_PDEATHSIG = 1  # a signal to the child if its parent dies
 
 
 class ChildFailed(CounterExample):

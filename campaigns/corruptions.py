@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 
 from distrust.checkpoint.files import checkpoint_file_name
 
-STEP = 20
-OLDER_STEP = 10
-NAME = checkpoint_file_name(STEP, "periodic")
+STEP = 20  # of the damaged checkpoint
+OLDER_STEP = 10  # of the one that must be loaded instead
+NAME = checkpoint_file_name(STEP, "periodic")  # of the damaged file, unless the damage renames it
 #: Of a file system, and of a disk.
 BLOCK_SIZES = (4096, 512)
-ZEROS_APPENDED = 4096
-LENGTH_BYTES = 8
+ZEROS_APPENDED = 4096  # at most
+LENGTH_BYTES = 8  # before the header
 
 
 class Files(NamedTuple):

@@ -52,8 +52,8 @@ from distrust.checkpoint.lock import LOCK_NAME
 from distrust.cli import main as distrust
 from distrust.errors import CorruptCheckpoint, DamagedCheckpointWarning
 
-MEMORY = Path("/dev/shm")
-OLDER = checkpoint_file_name(OLDER_STEP, "periodic")
+MEMORY = Path("/dev/shm")  # a file system in memory
+OLDER = checkpoint_file_name(OLDER_STEP, "periodic")  # the name of the older file
 #: Later than every name that a damage gives.
 NEXT_STEP = 1000
 #: Every damage of a kind with no more than this is examined thoroughly; of a larger kind, one in so many.

@@ -34,7 +34,7 @@ from pathlib import Path
 from campaigns.campaign import Campaign, Case, CounterExample, parser, run
 from campaigns.disks import directories, isolated, resources, runs
 
-CASES = 60
+CASES = 60  # about a minute
 #: No case takes this long, unless it hangs.
 HANG_SECONDS = 300.0
 
@@ -55,7 +55,7 @@ KINDS: dict[str, tuple[Kind, int]] = {
 }
 #: One case in so many is the real trainer, which takes longer than all cases before it together.
 REAL_EVERY = 100
-REAL = "real training"
+REAL = "real training"  # a kind of its own
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

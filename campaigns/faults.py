@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-_LEAK_BYTES = 64 << 10
+_LEAK_BYTES = 64 << 10  # of each save
 _leaked: list[Any] = []
 
 

@@ -25,7 +25,7 @@ from distrust.checkpoint import Scan, catalog
 from distrust.checkpoint.lock import LOCK_NAME
 from distrust.errors import DistrustError, DistrustWarning
 
-PAGE = 4096
+PAGE = 4096  # the unit in which a save writes
 
 
 def require_durable(directory: Path, durable: Collection[Saved], rules: Rules) -> Scan:

@@ -22,7 +22,7 @@ from typing import Protocol, Self
 
 from campaigns.child import HANG_SECONDS, Child, ChildFailed, default_sigint, python_environment
 
-POLL_SECONDS = 0.0002
+POLL_SECONDS = 0.0002  # a save takes a few ms
 
 
 class Process(Protocol):

@@ -38,7 +38,7 @@ from distrust.checkpoint import Scan
 
 #: In a case; the last one comes at the end of the run.
 SIGNALS = 6
-NUMBERS = (SIGTERM, SIGUSR1, SIGINT)
+NUMBERS = (SIGTERM, SIGUSR1, SIGINT)  # that ask for a stop
 LOOK_SECONDS = 0.005  # from one look at the output to the next
 _STEP = re.compile(rf"step (\d+)/{STEPS}: loss")
 _STOPPED = re.compile(r"Stopped by (\w+): (?:step (\d+) is saved|nothing to save yet)")

@@ -33,10 +33,10 @@ from distrust.reporting.metrics import METRICS, STEP_FIELDS
 Reference = TypeVar("Reference")
 
 COMMAND = Command([sys.executable, "-m", "distrust"], name="the real command")
-PROGRAM = "distrust.cli:main"
+PROGRAM = "distrust.cli:main"  # for the fork server
 #: Fields of metrics.jsonl that depend on the machine, or on how often the run was interrupted.
 MACHINE_FIELDS = set(STEP_FIELDS) - {"step", *STEP_METRICS}
-ENGINES = ("torch", "mlx")
+ENGINES = ("torch", "mlx")  # of the option
 #: A training of some seconds that prints a line for each step.
 STEPS = 40
 TRAINING = [

@@ -31,7 +31,7 @@ from distrust.errors import CheckpointNotFound
 
 Method = Literal["save", "save_async", "overlap", "final", "again", "reopen", "cleanup"]
 Array = np.ndarray[Any, Any]
-METRIC = "height"
+METRIC = "height"  # that retention ranks by
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -56,27 +56,25 @@ class Measured:
 
 
 def words() -> list[str]:
-    chance = random.Random(0)
+    rng = random.Random(0)
     syllables = [a + b for a in "bdfgklmnprstv" for b in ("a", "e", "i", "o", "u", "an", "er", "in")]
-    return sorted({"".join(chance.choices(syllables, k=chance.randint(1, 4))) for _ in range(3 * WORDS)})[
-        :WORDS
-    ]
+    return sorted({"".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(3 * WORDS)})[:WORDS]
 
 
 def write_corpus(path: Path, nbytes: int) -> int:
     """Write documents of random paragraphs; returns their number."""
-    chance = random.Random(1)
+    rng = random.Random(1)
     vocabulary = words()
     weights = [1 / (rank + 3) for rank in range(WORDS)]
-    paragraphs = [" ".join(chance.choices(vocabulary, weights, k=160)) + "." for _ in range(5000)]
+    paragraphs = [" ".join(rng.choices(vocabulary, weights, k=160)) + "." for _ in range(5000)]
     written = count = 0
     with path.open("w", encoding="utf-8", buffering=MIB) as file:
         while written < nbytes:
             count += 1
             record = {
-                "text": f"document {count} " + " ".join(chance.choices(paragraphs, k=4)),
-                "authority_weight": round(0.99 * chance.random(), 3),
-                "provenance_entropy": round(4 * chance.random(), 3),
+                "text": f"document {count} " + " ".join(rng.choices(paragraphs, k=4)),
+                "authority_weight": round(0.99 * rng.random(), 3),
+                "provenance_entropy": round(4 * rng.random(), 3),
             }
             written += file.write(json.dumps(record) + "\n")
     return count

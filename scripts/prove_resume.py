@@ -77,9 +77,9 @@ def _new_file(training: TrainingRun) -> Trigger:
     return watch_for_new_file
 
 
-def kill_at_random(run: Run, chance: random.Random, longest: float) -> bool:
+def kill_at_random(run: Run, rng: random.Random, longest: float) -> bool:
     """SIGKILL after a random time."""
-    delay = chance.uniform(0, longest)
+    delay = rng.uniform(0, longest)
     return run.disturb(signal.SIGKILL, after(delay), f"after {delay:.1f} s")
 
 
@@ -111,7 +111,7 @@ def prove() -> int:
     arguments = parser.parse_args(own_arguments)
     options = sys.argv[len(own_arguments) + 2 :]
     out = arguments.out or Path(tempfile.mkdtemp(prefix="distrust-"))
-    chance = random.Random(arguments.seed)
+    rng = random.Random(arguments.seed)
 
     began = time.time()
     alone = Run(out / "alone", options)
@@ -124,19 +124,19 @@ def prove() -> int:
 
     killed = Run(out / "killed", options)
     kill_during_save(killed)
-    for left in range(arguments.kills - 1, 0, -1):
+    for remaining in range(arguments.kills - 1, 0, -1):
         progress = max(killed.training.steps(), default=0) / saved[-1]
-        if not kill_at_random(killed, chance, starting + (1 - progress) * (seconds - starting) / left):
+        if not kill_at_random(killed, rng, starting + (1 - progress) * (seconds - starting) / remaining):
             raise CounterExample(
                 "the run ended before its last kill; give another --seed, or more --max-steps"
             )
 
     due = [step for step in saved[:-1] if step % SAVE_EVERY == 0]  # a best one may exist right next to it
     stopped = Run(out / "stopped", options)
-    stop_after_step(stopped, signal.SIGTERM, chance.choice(due))
+    stop_after_step(stopped, signal.SIGTERM, rng.choice(due))
 
     resumed = Run(out / "resumed", options)
-    for step in sorted(chance.sample(due, 2)):
+    for step in sorted(rng.sample(due, 2)):
         stop_after_step(resumed, signal.SIGINT, step)
 
     equal = True

@@ -111,8 +111,8 @@ def _seconds(engine: Engine, plan: PreparedData, step: int) -> float:
 
 def _interval(ratios: Sequence[float]) -> tuple[float, float]:
     """The 95 % interval of the median, by the bootstrap."""
-    chance = random.Random(0)
-    medians = sorted(statistics.median(chance.choices(ratios, k=len(ratios))) for _ in range(RESAMPLED))
+    rng = random.Random(0)
+    medians = sorted(statistics.median(rng.choices(ratios, k=len(ratios))) for _ in range(RESAMPLED))
     return medians[round(0.025 * RESAMPLED)], medians[round(0.975 * RESAMPLED) - 1]
 
 

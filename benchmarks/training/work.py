@@ -91,17 +91,15 @@ def make(folder: Path, *, size: str, dtype: str, tokens: int, row: int, threads:
     """Write model and data; the lengths of the texts are log-normal, like those of instructions."""
     shape = SIZES[size]
     words = [f"w{number}" for number in range(shape.vocab_size - 3)]
-    chance = random.Random(seed)
-    lengths = [
-        min(row - 1, max(8, round(chance.lognormvariate(4.8, 0.7)))) for _ in range(60 * tokens // 100)
-    ]
+    rng = random.Random(seed)
+    lengths = [min(row - 1, max(8, round(rng.lognormvariate(4.8, 0.7)))) for _ in range(60 * tokens // 100)]
     with (folder / "data.jsonl").open("w", encoding="utf-8") as file:
         for length in lengths:
             # small numbers are more frequent than large ones, like words
-            text = " ".join(words[int(len(words) * chance.random() ** 3)] for _ in range(length))
+            text = " ".join(words[int(len(words) * rng.random() ** 3)] for _ in range(length))
             source = {
-                "authority_weight": round(chance.uniform(0, 0.99), 3),
-                "provenance_entropy": round(chance.uniform(0, 4), 3),
+                "authority_weight": round(rng.uniform(0, 0.99), 3),
+                "provenance_entropy": round(rng.uniform(0, 4), 3),
             }
             file.write(json.dumps({"text": text, **source}) + "\n")
     _make_model(folder / "model", shape, words)

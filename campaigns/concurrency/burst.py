@@ -16,7 +16,7 @@ from distrust import Checkpoint, CheckpointManager
 from distrust.errors import CheckpointDirectoryLocked, CheckpointNotFound
 
 THREADS, OPERATIONS = (2, 6), (2, 6)  # from, to
-FORK_SECONDS = 60.0
+FORK_SECONDS = 60.0  # for one forked child
 _JOIN_SECONDS = 60.0  # for one thread
 
 
@@ -99,6 +99,26 @@ class Burst:
                 operation()
         except Exception:
             self._errors.append(traceback.format_exc())
+
+
+def run_concurrently(acts: list[Callable[[], object]]) -> None:
+    """Do each on a thread of its own, all at once; raises what one of them raised."""
+    barrier, errors = threading.Barrier(len(acts)), []
+
+    def run_one(act: Callable[[], object]) -> None:
+        try:
+            barrier.wait()
+            act()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run_one, args=(act,)) for act in acts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
 
 
 def _load(load: Callable[[], Checkpoint]) -> None:

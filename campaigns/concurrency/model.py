@@ -17,7 +17,7 @@ import numpy as np
 from campaigns.oracle import Rules, Saved, must_keep, one_per_step
 from distrust import Checkpoint
 
-METRIC = "eval_loss"
+METRIC = "eval_loss"  # that load_best ranks by
 
 
 def make_checkpoint(step: int, version: int, size: int) -> Checkpoint:

@@ -33,7 +33,7 @@ from campaigns.child import parse_arguments
 if TYPE_CHECKING:
     from distrust import CheckpointManager
 
-ENDINGS = ("exit", "_exit", "exception")
+ENDINGS = ("exit", "_exit", "exception")  # how a child ends
 RELEASE, ALIVE, REPORT = "release", "alive", "report"
 
 

@@ -24,7 +24,7 @@ from typing import NamedTuple
 from campaigns import child
 from campaigns.campaign import Campaign, Case, fault_arguments, require
 from campaigns.concurrency import model
-from campaigns.concurrency.burst import FORK_SECONDS, Burst
+from campaigns.concurrency.burst import FORK_SECONDS, Burst, run_concurrently
 from campaigns.oracle import Rules, Saved
 from distrust import Checkpoint, CheckpointManager
 from distrust.checkpoint import PendingSave, direct_io, lock
@@ -36,7 +36,7 @@ OPERATIONS = 40  # in a program
 SIZES = (16, 16, 500, 500, 5_000, 200_000)  # items; the last one takes long enough to overlap
 #: How long to wait for a lock that another one holds; the races test the real time.
 LOCK_SECONDS = 0.02
-_LOG_ENTRIES = 25
+_LOG_ENTRIES = 25  # of a finding: the last operations
 
 
 class Handle(NamedTuple):
@@ -351,26 +351,6 @@ _OPERATIONS = (
     *["load", "load_latest", "load_best", "copy", "close", "cleanup", "fork"] * 2,
     *["new", "deepcopy", "pickle", "drop", "acquire", "validate", "burst", "unsupported", "reserve"],
 )
-
-
-def run_concurrently(acts: list[Callable[[], object]]) -> None:
-    """Do each on a thread of its own, all at once; raises what one of them raised."""
-    barrier, errors = threading.Barrier(len(acts)), []
-
-    def run_one(act: Callable[[], object]) -> None:
-        try:
-            barrier.wait()
-            act()
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=run_one, args=(act,)) for act in acts]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
 
 
 def _names(files: dict[Saved, int]) -> dict[str, int]:

@@ -23,7 +23,7 @@ from distrust import CheckpointManager
 from distrust.errors import CheckpointDirectoryLocked
 
 RACERS = (2, 5)  # processes
-METHODS = ("acquire", "save", "save_async")
+METHODS = ("acquire", "save", "save_async")  # that take the lock
 #: From the order to its instant: every racer has read it by then.
 NOTICE_SECONDS = 0.02
 

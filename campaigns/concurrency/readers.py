@@ -32,7 +32,7 @@ from distrust.checkpoint import PendingSave, direct_io
 from distrust.errors import CheckpointNotFound
 
 SIZES = (16, 500, 5_000, 50_000)  # items; from one block to many
-_BOARD_BYTES = 4096
+_BOARD_BYTES = 4096  # a page
 _STEP, _VERSION, _BEST, _STOP = (8 * index for index in range(4))
 
 

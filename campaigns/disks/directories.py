@@ -27,8 +27,8 @@ from campaigns.invariants import checkpoint_digests, temporary_files
 from distrust import Checkpoint, CheckpointManager
 
 NOBODY = 65534  # a user without rights
-_PR_SET_DUMPABLE = 4
-_NEED_A_MOUNT = ("write protected", "unmounted", "mounted over")
+_PR_SET_DUMPABLE = 4  # see _become_nobody
+_NEED_A_MOUNT = ("write protected", "unmounted", "mounted over")  # and root, or a user namespace
 
 
 class Accident(NamedTuple):

@@ -105,9 +105,9 @@ def _random_free_bytes(rng: random.Random, nbytes: int) -> int:
     return max(0, rng.choice(choices))
 
 
-_FILE_SIZE = "ulimit -f"
-_OPEN_FILES = 512
-_STATM = Path("/proc/self/statm")
+_FILE_SIZE = "ulimit -f"  # label of the counts
+_OPEN_FILES = 512  # the limit that is then used up
+_STATM = Path("/proc/self/statm")  # the sizes of this process, in pages
 
 
 def file_size(rng: random.Random, home: Path, counts: Counter[str]) -> None:
@@ -213,8 +213,8 @@ def _limit_address_space(extra: int) -> Iterator[None]:
         yield
 
 
-_FS_IOC_SHUTDOWN = 0x8004587D
-_LOSE_THE_JOURNAL = 2
+_FS_IOC_SHUTDOWN = 0x8004587D  # an ioctl of ext4 and xfs
+_LOSE_THE_JOURNAL = 2  # or flush it first: 0 and 1
 
 
 def device_fails(rng: random.Random, home: Path, counts: Counter[str]) -> None:

@@ -28,13 +28,13 @@ from distrust.testing.models import write_records
 from distrust.training.events import CheckpointSaved, Event, StepEnded
 from distrust.training.saver import MAX_FAILURES
 
-_TOY_STEPS = 16
+_TOY_STEPS = 16  # some milliseconds
 #: A run of some seconds, most of which it takes to load the model.
 _REAL_OPTIONS = (
     *("--max-steps", "30", "--save-every", "2", "--batch-size", "1", "--max-length", "32"),
     *("--lora-rank", "2", "--lora-dropout", "0.1", "--threads", "1"),
 )
-_REAL_SECONDS = 150
+_REAL_SECONDS = 150  # longer is a hang
 
 Log = list[str]
 
@@ -189,7 +189,7 @@ _TROUBLES: dict[str, Callable[[Path], Trouble]] = {
     "directory removed": _remove,
     "run removed": lambda directory: _remove(directory.parent),
 }
-_NEED_A_VOLUME = ("disk full", "write protected")
+_NEED_A_VOLUME = ("disk full", "write protected")  # of their own
 
 
 def real_reference() -> str:

@@ -27,7 +27,7 @@ from distrust.errors import CheckpointNotFound, SaveFailed
 
 METHODS = ("blocking", "background", "overlapped")  # save, save_async, and save_async with overlap
 Step = int
-_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # where the message must give the bytes
 
 
 class Outcome(NamedTuple):

@@ -22,7 +22,7 @@ from campaigns.disks.isolated import Skipped
 
 MIB = 1 << 20
 _CLONE_NEWNS, _CLONE_NEWUSER = 0x00020000, 0x10000000
-_MS_REC_PRIVATE = 0x4000 | 0x40000
+_MS_REC_PRIVATE = 0x4000 | 0x40000  # MS_REC, MS_PRIVATE
 
 
 class Kind(NamedTuple):

@@ -32,15 +32,15 @@ from campaigns.fuzz import (
     training,
 )
 
-FILES_PER_CASE = 100
+FILES_PER_CASE = 100  # at random
 #: One in so many random cases has folders of other programs.
 FOLDERS_EVERY = 4
 #: One in so many files of a case is a real one, read by every method.
 FILES_EVERY = 50
-REPETITIONS = 4
-GUIDED_RUNS = 20_000
-ALLOWED_BYTES = 64 << 20
-IN_MEMORY = Path("/dev/shm")
+REPETITIONS = 4  # of each family and specimen
+GUIDED_RUNS = 20_000  # by default
+ALLOWED_BYTES = 64 << 20  # of the reading process, beyond its start
+IN_MEMORY = Path("/dev/shm")  # quicker than a disk
 READ_IN_MEMORY = "files read in memory"
 OLDER = "checkpoints in an older format, by every method"
 READ_FROM_DISK = "files read from disk, by every method"
@@ -141,8 +141,8 @@ def _plan(
     size = int(options.mebibytes * (1 << 20))
     return Plan(
         reading=[
-            *(partial(_try_change, files, change) for change in families.CHANGES.values()),
-            *(partial(_try_file, files, make) for make in families.FILES.values()),
+            *(partial(_try_files, files, partial(_change, change)) for change in families.CHANGES.values()),
+            *(partial(_try_files, files, make) for make in families.FILES.values()),
             partial(_try_obstacles, files),
             *(partial(_try_older, older_files, make) for make in older.FAMILIES.values()),
         ],
@@ -151,7 +151,7 @@ def _plan(
             partial(_play_scenes, directory),
             *(partial(_measure_sizes, files, name, size) for name in growing.GROWING),
         ],
-        folders=[partial(_try_family, family) for family in imports.FAMILIES.values()],
+        folders=[partial(_run_family, family) for family in imports.FAMILIES.values()],
         random=partial(_try_random, files, older_files),
         random_folders=lambda bench, rng: bench.run_random(rng),
     )
@@ -166,27 +166,27 @@ def _read(raw: bytes, files: readers.Directory) -> Counter[str]:
     return counts
 
 
-def _try_change(
-    files: readers.Directory, change: Callable[[Any, Random], None], rng: Random, counts: Counter[str]
-) -> None:
-    """One kind of change alone, a few times on each specimen."""
-    for specimen in files.specimens:
-        for _ in range(REPETITIONS):
-            draft = specimen.draft()
-            try:
-                change(draft, rng)
-            except families.NOTHING_TO_CHANGE:
-                continue
-            counts.update(_read(draft.file(), files))
+def _change(change: Callable[[Any, Random], None], specimen: forging.Specimen, rng: Random) -> bytes:
+    """A specimen with one kind of change."""
+    draft = specimen.draft()
+    change(draft, rng)
+    return draft.file()
 
 
-def _try_file(
-    files: readers.Directory, make: Callable[[Any, Random], bytes], rng: Random, counts: Counter[str]
+def _try_files(
+    files: readers.Directory,
+    make: Callable[[forging.Specimen, Random], bytes],
+    rng: Random,
+    counts: Counter[str],
 ) -> None:
     """One kind of file, a few times of each specimen."""
     for specimen in files.specimens:
         for _ in range(REPETITIONS):
-            counts.update(_read(make(specimen, rng), files))
+            try:
+                raw = make(specimen, rng)
+            except families.NOTHING_TO_CHANGE:
+                continue
+            counts.update(_read(raw, files))
 
 
 def _try_obstacles(files: readers.Directory, _: Random, counts: Counter[str]) -> None:
@@ -221,7 +221,7 @@ def _try_random(
             counts[READ_FROM_DISK] += 1
 
 
-def _try_family(family: imports.Family, bench: training.Bench, rng: Random) -> Counter[str]:
+def _run_family(family: imports.Family, bench: training.Bench, rng: Random) -> Counter[str]:
     return bench.run_family(family, rng)
 
 

@@ -35,23 +35,17 @@ SAME_HASH = 2**61 - 1  # the modulus of the hash of an int
 
 HOSTILE_TEXTS = (
     "", "a", "\0", "a\0b", "../../x", "/etc/passwd", "C:\\x", "%s%n{0}{}", "\x1b[2J\x1b]0;title\x07",
-    "\x9b31m",
-    "\u202egnp.exe", "\u2028", "\ufeff", "\ud800", "\udfff\ud800", "\U0010ffff", "é", "e\u0301", "\r\n",
-    "\x7f",
-    "__metadata__", "model.a", "model.a~1", "model", "optimizer.", "s", "i1", "bTrue", "n", "i01", "f1.0",
-    "fnan",
-    "F32", "F4", "F6_E2M3", "U8", "distrust", "periodic", "final", "1", "01", "-1", "²", "١", "9" * 18,
-    "9" * 19,
-    "9" * 5000, NO_DIGEST, "F" * 64, "0" * 63, "0" * 65, "{}", "[]", "null", "{", '"', "\\", '\\"',
-    "a" * 5000,
+    "\x9b31m", "\u202egnp.exe", "\u2028", "\ufeff", "\ud800", "\udfff\ud800", "\U0010ffff", "é", "e\u0301",
+    "\r\n", "\x7f", "__metadata__", "model.a", "model.a~1", "model", "optimizer.", "s", "i1", "bTrue", "n",
+    "i01", "f1.0", "fnan", "F32", "F4", "F6_E2M3", "U8", "distrust", "periodic", "final", "1", "01", "-1",
+    "²", "١", "9" * 18, "9" * 19, "9" * 5000, NO_DIGEST, "F" * 64, "0" * 63, "0" * 65, "{}", "[]", "null",
+    "{", '"', "\\", '\\"', "a" * 5000,
 )  # fmt: skip
 
 HOSTILE_NUMBERS = (
     0, 1, -1, 2, 7, 8, 16, 20, 63, 64, 65, 255, 4095, 4096, 4097, 2**31 - 1, 2**31, 2**32, 2**53 + 1,
-    2**61 - 1,
-    2**62, 2**63 - 1, 2**63, 2**64 - 1, 2**64, 2**65, -(2**63), 10**300, 10**4290, True, False, None, 1.0,
-    -0.0,
-    1.5, 1e300, 5e-324, float("inf"), float("-inf"), float("nan"),
+    2**61 - 1, 2**62, 2**63 - 1, 2**63, 2**64 - 1, 2**64, 2**65, -(2**63), 10**300, 10**4290, True, False,
+    None, 1.0, -0.0, 1.5, 1e300, 5e-324, float("inf"), float("-inf"), float("nan"),
 )  # fmt: skip
 
 DTYPES = (
@@ -63,9 +57,8 @@ DTYPES = (
 JSON_SNIPPETS = (
     b"1e999", b"-1e999", b"NaN", b"-Infinity", b"-0", b"1.0", b"1E5", b"00", b"1_0", b"0x10", b"+1", b"true",
     b"null", b"{}", b"[]", b'""', b"{", b"}", b"[", b"]", b'"', b",", b":", b" ", b"\t", b"\n", b"\\",
-    b"\\u0041",
-    b"\\ud800", b"\xff", b"\xc0\x80", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\0", b"//", b"9" * 40, b"9" * 5000,
-    b"[" * 200, b'{"a":' * 200,
+    b"\\u0041", b"\\ud800", b"\xff", b"\xc0\x80", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\0", b"//", b"9" * 40,
+    b"9" * 5000, b"[" * 200, b'{"a":' * 200,
 )  # fmt: skip
 
 
@@ -241,20 +234,8 @@ def _digests(draft: Draft, rng: Random) -> None:
     metadata = draft.fields[METADATA]
     key = rng.choice(("digest", "digests", "state_digest"))
     text = metadata[key]
-    metadata[key] = rng.choice(
-        [
-            text.upper(),
-            text[:-1],
-            text + "0",
-            text * 2,
-            "",
-            text[::-1],
-            text[1:] + "g",
-            " " + text[1:],
-            0,
-            None,
-        ]
-    )
+    variants = [text.upper(), text[:-1], text + "0", text * 2, "", text[::-1], text[1:] + "g", " " + text[1:]]
+    metadata[key] = rng.choice([*variants, 0, None])
 
 
 def _section(draft: Draft, rng: Random) -> None:
@@ -295,13 +276,10 @@ def _run(draft: Draft, rng: Random) -> None:
 
 
 def _metrics(draft: Draft, rng: Random) -> None:
-    draft.run["metrics"] = {
-        rng.choice(("loss", "eval_loss", *HOSTILE_TEXTS)): rng.choice((*HOSTILE_NUMBERS, "x"))
-        for _ in range(4)
-    }
-    draft.state["sections"]["metadata"] = {
-        "d": {rng.choice(("seval_loss", "i1", "sx")): rng.choice(HOSTILE_NUMBERS)}
-    }
+    names = ("loss", "eval_loss", *HOSTILE_TEXTS)
+    draft.run["metrics"] = {rng.choice(names): rng.choice((*HOSTILE_NUMBERS, "x")) for _ in range(4)}
+    key = rng.choice(("seval_loss", "i1", "sx"))
+    draft.state["sections"]["metadata"] = {"d": {key: rng.choice(HOSTILE_NUMBERS)}}
 
 
 def _escapes(draft: Draft, rng: Random) -> None:
@@ -359,15 +337,14 @@ CHANGES: dict[str, Callable[[Draft, Random], None]] = {
     "text of run": _text_of_run,
     "data": _data,  # shorter, longer or reversed
 }
-_CHANGE_NAMES = (*CHANGES,)
+_CHANGE_NAMES = (*CHANGES,)  # for random choices
 
 
 # Complete files.
 
 HEADER_LENGTHS = (
     0, 1, 2, 7, 8, 9, 4087, 4088, 4089, 8184, 99_999_992, 100_000_000, 100_000_001, 2**31 - 1, 2**31,
-    2**32 - 8,
-    2**32, 2**53, 2**63 - 9, 2**63 - 1, 2**63, 2**64 - 8, 2**64 - 1,
+    2**32 - 8, 2**32, 2**53, 2**63 - 9, 2**63 - 1, 2**63, 2**64 - 8, 2**64 - 1,
 )  # fmt: skip
 
 
@@ -422,4 +399,4 @@ FILES: dict[str, Callable[[Specimen, Random], bytes]] = {
     "noise": _noise,  # framed or not
     "another writer's": lambda _, __: frame(b'{"a":{"data_offsets":[0,1],"dtype":"U8","shape":[1]}}') + b"\0",
 }
-_FILE_NAMES = (*FILES,)
+_FILE_NAMES = (*FILES,)  # for random choices

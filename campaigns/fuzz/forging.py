@@ -26,10 +26,10 @@ from blake3 import blake3
 from distrust import Checkpoint, CheckpointManager
 from distrust.checkpoint.format import ITEM_SIZES
 
-METADATA = "__metadata__"
-PAGE = 4096
-NO_DIGEST = "0" * 64
-_DIGEST = re.compile(rb'"digest":"([0-9a-f]{64})"')
+METADATA = "__metadata__"  # the header's entry that is no tensor
+PAGE = 4096  # the header is padded to it
+NO_DIGEST = "0" * 64  # in place of the digest while it is computed
+_DIGEST = re.compile(rb'"digest":"([0-9a-f]{64})"')  # the header's own
 
 
 class Tensor(NamedTuple):

@@ -42,7 +42,7 @@ def _metadata(node: dict[str, Any]) -> bytes:
     return build(sections={"metadata": {"d": node}})
 
 
-_LAST = b'[0,0],"dtype":"U8","shape":[0]'
+_LAST = b'[0,0],"dtype":"U8","shape":[0]'  # the end of the only tensor's entry
 
 #: A number of bytes -> a file of about that size.
 GROWING: dict[str, Callable[[int], bytes]] = {

@@ -31,15 +31,15 @@ from campaigns.campaign import CounterExample  # noqa: E402
 from campaigns.fuzz import families, readers  # noqa: E402
 from campaigns.fuzz.forging import Specimen, make_specimens  # noqa: E402
 
-FINDING = "counterexample"
-COUNTS = "counts.json"
-EXECUTIONS = "executions"
-_COUNTS_EVERY = 1000
+FINDING = "counterexample"  # name of the file that is kept
+COUNTS = "counts.json"  # read by the campaign
+EXECUTIONS = "executions"  # label of the counts
+_COUNTS_EVERY = 1000  # executions
 #: One in so many executions reads a real file.
 FILES_EVERY = 500
 #: Repeated mutations are refused at the first line, so many start from a valid file.
 _FRESH = 0.3
-MAX_BYTES = 1 << 18
+MAX_BYTES = 1 << 18  # of a mutated file
 
 
 class Engine:

@@ -374,14 +374,13 @@ def _objects(victim: Victim) -> None:
     hooks: Any = collections.OrderedDict()
     evil = rng.choice((
         writes, writes, writes, _Calls(eval, f"open({str(victim.canary)!r}, 'w')"),
-        _Calls(os.mkdir, str(victim.canary)),
-        _Calls(rebuild, typed, 0, (1 << 40,), (1,), False, hooks),
+        _Calls(os.mkdir, str(victim.canary)), _Calls(rebuild, typed, 0, (1 << 40,), (1,), False, hooks),
         _Calls(rebuild, typed, 1 << 40, (4,), (1,), False, hooks),
         _Calls(rebuild, typed, -4, (4,), (1,), False, hooks),
         _Calls(rebuild, typed, 0, (-1,), (1,), False, hooks),
         _Calls(rebuild, typed, 0, (4,), (-1,), False, hooks),
-        _Calls(rebuild, typed, 0, (2, 2), (1 << 62, 1), False, hooks),
-        _Calls(bytearray, 1 << 40), _Calls(collections.Counter, "a" * 1000), _Calls(torch.device, "meta"),
+        _Calls(rebuild, typed, 0, (2, 2), (1 << 62, 1), False, hooks), _Calls(bytearray, 1 << 40),
+        _Calls(collections.Counter, "a" * 1000), _Calls(torch.device, "meta"),
         _Calls(getattr, "a", "__class__"),
     ))  # fmt: skip
     state = torch.load(file, weights_only=True)

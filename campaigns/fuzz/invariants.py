@@ -17,9 +17,9 @@ from distrust.errors import (
     UnsupportedVersion,
 )
 
-SECONDS = 1.0
-SECONDS_PER_MIB = 2.0
-MESSAGE_CHARACTERS = 4000
+SECONDS = 1.0  # for any answer
+SECONDS_PER_MIB = 2.0  # besides
+MESSAGE_CHARACTERS = 4000  # of an error, at most
 _MIB = 1 << 20
 #: Errors about the file. CheckpointUnreadable is not among them: it would mean that memory ran out.
 _DOCUMENTED = (CorruptCheckpoint, UnsupportedVersion, NoIntactCheckpoint, CheckpointNotFound)

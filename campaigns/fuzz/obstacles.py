@@ -30,8 +30,8 @@ from distrust.checkpoint.files import checkpoint_file_name
 from distrust.checkpoint.lock import LOCK_NAME
 from distrust.errors import DistrustError, SaveFailed
 
-_SECRET = "another user's secret"
-_ALLOWED_BYTES = 1 << 30
+_SECRET = "another user's secret"  # that no message may contain
+_ALLOWED_BYTES = 1 << 30  # nothing here is about memory
 
 
 def _make_socket(path: Path) -> None:
@@ -191,7 +191,7 @@ def play(name: str, act: Callable[[Scene], None], directory: Path) -> None:
         shutil.rmtree(folder)
 
 
-UMASKS = (0o077, 0o027, 0o022, 0)
+UMASKS = (0o077, 0o027, 0o022, 0)  # from private to open
 _FILE, _DIRECTORY = 0o666, 0o777
 #: The lock, a checkpoint of each kind by each path, and the directories that were made for them.
 _LEAST_PATHS = 7

@@ -27,7 +27,7 @@ TIMES_ITS_SIZE = 48
 STEEPEST = 12.0
 #: Shorter times are too inexact.
 LEAST_SECONDS = 0.2
-_DAMAGED_FREE_BYTES = 4 << 20
+_DAMAGED_FREE_BYTES = 4 << 20  # beyond the size of the file
 
 
 def check(name: str, directory: readers.Directory, largest: int) -> int:

@@ -13,7 +13,7 @@ from campaigns.faults import FAULTS
 from campaigns.long_run import saves, training
 from campaigns.long_run.plot import draw
 
-CASES = 20_000
+CASES = 20_000  # saves
 RUNS = {"saves": saves.run, "many": saves.run_many, "training": training.run}
 
 

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 from campaigns.campaign import Campaign, require
 from distrust.checkpoint.memory import resident_bytes
 
-_THREAD_END_SECONDS = 0.2
-_LINUX = platform.system() == "Linux"
+_THREAD_END_SECONDS = 0.2  # that a joined thread may still be listed
+_LINUX = platform.system() == "Linux"  # has /proc
 
 
 class Resources(NamedTuple):

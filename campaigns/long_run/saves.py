@@ -27,7 +27,7 @@ from campaigns.long_run import growth
 from campaigns.oracle import Rules, Saved, must_keep
 from distrust import Checkpoint, CheckpointManager
 
-RULES = Rules(keep_last=3, keep_best=2)
+RULES = Rules(keep_last=3, keep_best=2)  # by number and by metric
 #: The lock, and the union of the rules.
 FILES = 1 + 3 + 2
 #: Saves from one sample to the next, and the least number of samples.

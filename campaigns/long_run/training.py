@@ -15,8 +15,8 @@ from campaigns.campaign import Campaign, fault_arguments, require
 from campaigns.child import Child, parse_arguments
 from campaigns.long_run import growth
 
-RECORDS = 64
-WINDOWS = 40
+RECORDS = 64  # of the data set
+WINDOWS = 40  # samples of a run
 #: The history of a step: five float64, in an array with an eighth of spare room. A save copies it, and the
 #: allocator may keep both.
 HISTORY_BYTES = 5 * 8 * 2.125

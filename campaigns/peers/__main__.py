@@ -23,7 +23,7 @@ from campaigns.peers.trials import CELLS, Bench, Cell, Trial, cell_of
 
 #: Characters of a message in the log.
 MESSAGE = 1500
-ROUNDS = max(cell.trials for cell in CELLS)
+ROUNDS = max(cell.trials for cell in CELLS)  # of the cell with the most trials
 #: What ours may do. A kill loses nothing; damage is found; a missing file cannot be noticed, since there is
 #: no list of the files.
 ALLOWED = {

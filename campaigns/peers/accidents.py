@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-KILL = "SIGKILL in mid-save"
+KILL = "SIGKILL in mid-save"  # name of the only accident to a process
 
 Strike = Callable[[Sequence[Path], random.Random], str]
 
@@ -104,6 +104,7 @@ COMMON = (
     Accident("truncated file", "cut at a random byte", truncate),
     Accident("missing file", "one of its files, or the only one", remove_a_file),
 )
+KILLS = COMMON[:1]  # of a saver that writes the same files as another one
 #: Of trainers.
 HALF_ADAPTER = Accident("half the adapter zeroed", "half of its tensors", zero_half_an_adapter, certain=True)
 NO_OPTIMIZER = Accident("optimizer.pt missing", "removed", remove("optimizer.pt"), certain=True)

@@ -6,24 +6,10 @@ import importlib.metadata
 import importlib.util
 from collections.abc import Iterable
 
-from campaigns.peers.subjects import (
-    Dcp,
-    DcpBackground,
-    Distrust,
-    DistrustBackground,
-    Orbax,
-    Safetensors,
-    SafetensorsSame,
-    Subject,
-    Torch,
-    TorchSame,
-)
+from campaigns.peers.subjects import STORES, Subject
 from campaigns.peers.trainers import DistrustTraining, Trainer
 
-SUBJECTS: tuple[Subject, ...] = (
-    Distrust(), DistrustBackground(), Safetensors(), SafetensorsSame(), Torch(), TorchSame(), Dcp(),
-    DcpBackground(), Orbax(), DistrustTraining(), Trainer(),
-)  # fmt: skip
+SUBJECTS: tuple[Subject, ...] = (*STORES, DistrustTraining(), Trainer())
 
 
 def find_subject(name: str) -> Subject:

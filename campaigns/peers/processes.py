@@ -15,7 +15,7 @@ from campaigns.peers.worker import FAULT
 
 #: The first save that may be killed: two exist by then, and the duration of the second is known.
 FIRST_KILLED = 3
-ATTEMPTS = 20
+ATTEMPTS = 20  # until a kill comes during a save
 
 
 def start(*arguments: str, fault: str | None) -> Child:

@@ -71,30 +71,19 @@ def _cell(outcomes: Counter[Outcome]) -> str:
 
 
 INK, QUIET = "#222222", "#70757a"
-#: From blue, where nothing is lost, to red and black, where it is; grey where a person must act.
-COLOURS = {
-    Outcome.NOTHING_LOST: "#0072b2",
-    Outcome.FELL_BACK_SAYING: "#7db8da",
-    Outcome.FELL_BACK: "#c9dfec",
-    Outcome.FOUND: "#c8ccd0",
-    Outcome.DIED: "#8f959b",
-    Outcome.CRASHED: "#5c6166",
-    Outcome.BEGAN_ANEW: "#e69f00",
-    Outcome.OTHER_VALUES_SAYING: "#f0a37a",
-    Outcome.OTHER_VALUES: "#d55e00",
-    Outcome.ALL_LOST: "#222222",
-}
-LABELS = {
-    Outcome.NOTHING_LOST: "nothing lost",
-    Outcome.FELL_BACK_SAYING: "resumed from the older one, and said so",
-    Outcome.FELL_BACK: "resumed from the older one, silently",
-    Outcome.FOUND: "stopped with an error that names it",
-    Outcome.DIED: "died of another error",
-    Outcome.CRASHED: "crashed or hung",
-    Outcome.BEGAN_ANEW: "found none",
-    Outcome.OTHER_VALUES_SAYING: "resumed with other values, with a warning",
-    Outcome.OTHER_VALUES: "resumed with other values, unnoticed",
-    Outcome.ALL_LOST: "all lost, the older one too",
+#: Colour and label of each. From blue, where nothing is lost, to red and black, where it is; grey where a
+#: person must act.
+STYLES = {
+    Outcome.NOTHING_LOST: ("#0072b2", "nothing lost"),
+    Outcome.FELL_BACK_SAYING: ("#7db8da", "resumed from the older one, and said so"),
+    Outcome.FELL_BACK: ("#c9dfec", "resumed from the older one, silently"),
+    Outcome.FOUND: ("#c8ccd0", "stopped with an error that names it"),
+    Outcome.DIED: ("#8f959b", "died of another error"),
+    Outcome.CRASHED: ("#5c6166", "crashed or hung"),
+    Outcome.BEGAN_ANEW: ("#e69f00", "found none"),
+    Outcome.OTHER_VALUES_SAYING: ("#f0a37a", "resumed with other values, with a warning"),
+    Outcome.OTHER_VALUES: ("#d55e00", "resumed with other values, unnoticed"),
+    Outcome.ALL_LOST: ("#222222", "all lost, the older one too"),
 }
 DARK = {Outcome.NOTHING_LOST, Outcome.CRASHED, Outcome.DIED, Outcome.OTHER_VALUES, Outcome.ALL_LOST}
 #: A narrower share has no room for its number.
@@ -124,7 +113,7 @@ def draw(results: Results, path: Path, *, about: str) -> None:
         occurring = {outcome for outcomes in results.counts.values() for outcome in outcomes}
         # Below the panels, outside of the layout.
         canvas.legend(
-            handles=[Patch(color=COLOURS[one], label=LABELS[one]) for one in Outcome if one in occurring],
+            handles=[Patch(color=STYLES[x][0], label=STYLES[x][1]) for x in Outcome if x in occurring],
             loc="upper left", bbox_to_anchor=(0.0, 0.0), ncols=4, frameon=False, fontsize=9.5,
         )  # fmt: skip
         canvas.text(0.99, -0.1, about, ha="right", va="top", fontsize=7.5, color=QUIET)
@@ -170,7 +159,7 @@ def _bar(axes: Any, position: int, outcomes: Any) -> None:
         share = outcomes[outcome] / total
         if not share:
             continue
-        axes.barh(position, share, left=begin, height=0.7, color=COLOURS[outcome], edgecolor="white")
+        axes.barh(position, share, left=begin, height=0.7, color=STYLES[outcome][0], edgecolor="white")
         if share >= LEAST_SHARE_WITH_NUMBER:
             colour = "white" if outcome in DARK else INK
             axes.text(

@@ -8,6 +8,7 @@ its ``.metadata`` is loaded. Imports are in the functions: a process imports onl
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -18,9 +19,9 @@ from typing import Any
 import numpy as np
 from blake3 import blake3
 
-from campaigns.peers.accidents import COMMON, Accident
+from campaigns.peers.accidents import COMMON, KILLS, Accident
 
-TENSORS = 16
+TENSORS = 16  # of the state
 Arrays = dict[str, "np.ndarray[Any, Any]"]
 
 
@@ -60,7 +61,7 @@ Report = Callable[[str, int], None]
 #: The step that it resumed from, and the proof of its values.
 Resumed = tuple[int, str] | None
 
-SAVES = 12
+SAVES = 12  # of a process that is to be killed
 
 
 class Subject(ABC):
@@ -143,11 +144,15 @@ class Store(Subject):
 
 
 class Distrust(Store):
-    """Ours."""
+    """Ours; in the background, it is killed anywhere between the start of a save and its report."""
 
-    name = "distrust"
     packages = ("distrust-trainer",)
     ours = True
+
+    def __init__(self, *, background: bool = False) -> None:
+        self.name = "distrust, save_async" if background else "distrust"
+        self.accidents = KILLS if background else COMMON
+        self._background = background
 
     def open(self, directory: Path) -> None:
         from distrust import CheckpointManager
@@ -160,7 +165,11 @@ class Distrust(Store):
     def save(self, directory: Path, step: int, arrays: Any) -> None:
         from distrust import Checkpoint
 
-        self.manager.save(Checkpoint(step=step, model=arrays))
+        checkpoint = Checkpoint(step=step, model=arrays)
+        if self._background:
+            self.manager.save_async(checkpoint).wait()
+        else:
+            self.manager.save(checkpoint)
 
     def load(self, directory: Path, mib: int) -> Mapping[str, Any] | None:
         from distrust import CheckpointManager
@@ -171,125 +180,79 @@ class Distrust(Store):
         return directory / f"checkpoint-{step}.safetensors"
 
 
-class DistrustBackground(Distrust):
-    """Ours, in the background: killed anywhere between its start and its report."""
+class Function(Store):
+    """A function that saves to a path, and one that loads from it; the newest path has the highest step."""
 
-    name = "distrust, save_async"
-    accidents = COMMON[:1]
-
-    def save(self, directory: Path, step: int, arrays: Any) -> None:
-        from distrust import Checkpoint
-
-        self.manager.save_async(Checkpoint(step=step, model=arrays)).wait()
-
-
-class SingleFile(Store):
-    """A file for each step, or the same one again and again."""
-
-    suffix: str
-    same_name = False
-
-    def path(self, directory: Path, step: int) -> Path:
-        return directory / (f"state{self.suffix}" if self.same_name else f"state-{step}{self.suffix}")
-
-    def newest(self, directory: Path) -> Path | None:
-        """The file of the highest step, whatever is in it."""
-        if self.same_name:
-            return self.path(directory, 0)
-        files = directory.glob(f"state-*{self.suffix}")
-        return max(files, key=lambda file: int(file.stem.split("-")[1]), default=None)
-
-
-class Safetensors(SingleFile):
-    """``save_file``."""
-
-    name = "safetensors, new names"
-    modules = packages = ("safetensors",)
-    suffix = ".safetensors"
-
-    def save(self, directory: Path, step: int, arrays: Any) -> None:
-        from safetensors.numpy import save_file
-
-        save_file(arrays, self.path(directory, step))
-
-    def load(self, directory: Path, mib: int) -> Mapping[str, Any] | None:
-        from safetensors.numpy import load_file
-
-        newest = self.newest(directory)
-        return None if newest is None else load_file(newest)
-
-
-class SafetensorsSame(Safetensors):
-    """``save_file`` over the file before."""
-
-    name = "safetensors, same name"
-    same_name = True
-    accidents = COMMON[:1]
-
-
-class Torch(SingleFile):
-    """``torch.save``; loaded with ``weights_only=True``."""
-
-    name = "torch.save, new names"
-    modules = packages = ("torch",)
-    suffix = ".pt"
+    def __init__(
+        self,
+        name: str,
+        module: str,
+        pattern: str,
+        save: Callable[[Any, Path], object],
+        load: Callable[[Path, int], Mapping[str, Any]],
+        *,
+        convert: Callable[[Arrays], Any] = dict,
+        marker: str = "",
+        accidents: tuple[Accident, ...] = COMMON,
+    ) -> None:
+        self.name = name
+        self.modules = self.packages = (module,)
+        self.accidents = accidents
+        self._pattern = pattern  # of the name; without a field, each step is saved over the one before
+        self._save, self._load, self._convert = save, load, convert
+        self._marker = marker  # a file that a complete folder has
 
     def convert(self, arrays: Arrays) -> Any:
-        return _tensors(arrays)
+        return self._convert(arrays)
 
     def save(self, directory: Path, step: int, arrays: Any) -> None:
-        import torch
-
-        torch.save(arrays, self.path(directory, step))
+        self._save(arrays, self.path(directory, step))
 
     def load(self, directory: Path, mib: int) -> Mapping[str, Any] | None:
-        import torch
-
-        newest = self.newest(directory)
-        return None if newest is None else _arrays(torch.load(newest, weights_only=True))
-
-
-class TorchSame(Torch):
-    """``torch.save`` over the file before."""
-
-    name = "torch.save, same name"
-    same_name = True
-    accidents = COMMON[:1]
-
-
-class Dcp(Store):
-    """``torch.distributed.checkpoint.save``, in a single process."""
-
-    name = "DCP"
-    modules = packages = ("torch",)
-
-    def convert(self, arrays: Arrays) -> Any:
-        return _tensors(arrays)
-
-    def save(self, directory: Path, step: int, arrays: Any) -> None:
-        _dcp().save(arrays, checkpoint_id=self.path(directory, step), no_dist=True)
-
-    def load(self, directory: Path, mib: int) -> Mapping[str, Any] | None:
-        complete = (file.parent for file in directory.glob("step-*/.metadata"))
-        newest = max(complete, key=lambda folder: int(folder.name.split("-")[1]), default=None)
-        if newest is None:
-            return None
-        target = _tensors({name: array * 0 for name, array in make_state(0, mib).items()})
-        _dcp().load(target, checkpoint_id=newest, no_dist=True)
-        return _arrays(target)
+        paths = [path for path in directory.glob(self._pattern.format("*")) if (path / self._marker).exists()]
+        newest = max(paths, key=lambda path: int("0" + re.sub(r"\D", "", path.name)), default=None)
+        return None if newest is None else self._load(newest, mib)
 
     def path(self, directory: Path, step: int) -> Path:
-        return directory / f"step-{step}"
+        return directory / self._pattern.format(step)
 
 
-class DcpBackground(Dcp):
-    """``async_save``: killed anywhere between its start and its future's result."""
+def _save_safetensors(arrays: Any, path: Path) -> None:
+    from safetensors.numpy import save_file
 
-    name = "DCP, async_save"
-    accidents = COMMON[:1]
+    save_file(arrays, path)
 
-    def save(self, directory: Path, step: int, arrays: Any) -> None:
-        _dcp().async_save(arrays, checkpoint_id=self.path(directory, step), no_dist=True).result()
+
+def _load_safetensors(path: Path, mib: int) -> Mapping[str, Any]:
+    from safetensors.numpy import load_file
+
+    return load_file(path)
+
+
+def _save_torch(arrays: Any, path: Path) -> None:
+    import torch
+
+    torch.save(arrays, path)
+
+
+def _load_torch(path: Path, mib: int) -> Mapping[str, Any]:
+    import torch
+
+    return _arrays(torch.load(path, weights_only=True))
+
+
+def _save_dcp(arrays: Any, path: Path) -> None:
+    _dcp().save(arrays, checkpoint_id=path, no_dist=True)
+
+
+def _save_dcp_async(arrays: Any, path: Path) -> None:
+    _dcp().async_save(arrays, checkpoint_id=path, no_dist=True).result()
+
+
+def _load_dcp(path: Path, mib: int) -> Mapping[str, Any]:
+    target = _tensors({name: array * 0 for name, array in make_state(0, mib).items()})
+    _dcp().load(target, checkpoint_id=path, no_dist=True)
+    return _arrays(target)
 
 
 class Orbax(Store):
@@ -352,3 +315,19 @@ def _orbax_manager(directory: Path) -> Any:
     import orbax.checkpoint as ocp
 
     return ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(max_to_keep=3))
+
+
+_SAFETENSORS = (_save_safetensors, _load_safetensors)
+_TORCH = (_save_torch, _load_torch)
+_DCP: dict[str, Any] = {"convert": _tensors, "marker": ".metadata"}
+STORES: tuple[Store, ...] = (
+    Distrust(),
+    Distrust(background=True),
+    Function("safetensors, new names", "safetensors", "state-{}.safetensors", *_SAFETENSORS),
+    Function("safetensors, same name", "safetensors", "state.safetensors", *_SAFETENSORS, accidents=KILLS),
+    Function("torch.save, new names", "torch", "state-{}.pt", *_TORCH, convert=_tensors),
+    Function("torch.save, same name", "torch", "state.pt", *_TORCH, convert=_tensors, accidents=KILLS),
+    Function("DCP", "torch", "step-{}", _save_dcp, _load_dcp, **_DCP),
+    Function("DCP, async_save", "torch", "step-{}", _save_dcp_async, _load_dcp, **_DCP, accidents=KILLS),
+    Orbax(),
+)

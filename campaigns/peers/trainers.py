@@ -18,14 +18,14 @@ from blake3 import blake3
 from campaigns.peers.accidents import COMMON, HALF_ADAPTER, NO_OPTIMIZER, NO_RNG
 from campaigns.peers.subjects import Report, Resumed, Subject
 
-STEPS = 12
-SAVE_EVERY = 2
-BATCH = 4
-RANK = 64
-DROPOUT = 0.1
-LEARNING_RATE = 1e-3
-TOKENS = 32
-EXAMPLES = 64
+STEPS = 12  # of a training
+SAVE_EVERY = 2  # steps
+BATCH = 4  # examples
+RANK = 64  # of the adapter: a file of some MiB
+DROPOUT = 0.1  # uses the random generator
+LEARNING_RATE = 1e-3  # large: differences show after a step
+TOKENS = 32  # of an example
+EXAMPLES = 64  # of the data set
 
 Losses = Mapping[int, float]
 

@@ -19,7 +19,7 @@ from campaigns.peers.subjects import Store, Subject
 
 #: Of the bare savers' states: small where every byte may be hit, large where a save has to take a while.
 DAMAGED_MIB = 1
-KILLED_MIB = 32
+KILLED_MIB = 32  # a save takes tens of ms
 #: Of an accident that is the same each time.
 CERTAIN_TRIALS = 3
 

@@ -22,7 +22,7 @@ from typing import Any, TextIO
 from campaigns.peers.all_subjects import find_subject
 from campaigns.peers.subjects import Subject
 
-NUMBER = re.compile(r"[-+]?\d[\d.,:]*(e[-+]?\d+)?")
+NUMBER = re.compile(r"[-+]?\d[\d.,:]*(e[-+]?\d+)?")  # numbers differ from run to run
 #: Environment variable: a check of ours to leave out, which the campaign has to find.
 FAULT = "CAMPAIGN_FAULT"
 

@@ -17,7 +17,7 @@ from campaigns.power.recording import Killed, Operation, RecordingDisk, Rename, 
 from distrust import Checkpoint, CheckpointManager
 from distrust.errors import CheckpointNotFound
 
-INNER = Path("run", "checkpoints")
+INNER = Path("run", "checkpoints")  # so that its parents must be synced, too
 
 
 class Version(NamedTuple):

@@ -14,7 +14,7 @@ from campaigns.peers import accidents, all_subjects
 from campaigns.peers.__main__ import main
 from campaigns.peers.outcomes import Outcome, Reply, classify
 from campaigns.peers.processes import WarmProcess
-from campaigns.peers.subjects import Safetensors, SafetensorsSame, make_state, proof_of
+from campaigns.peers.subjects import make_state, proof_of
 from campaigns.peers.trials import CELLS, resume_after_kill
 
 EXPECTED = {1: "one", 2: "two", 3: "three"}
@@ -124,10 +124,11 @@ def test_kills_in_mid_save(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("subject", "outcome"), [(Safetensors(), Outcome.FOUND), (SafetensorsSame(), Outcome.ALL_LOST)]
+    ("names", "outcome"), [("new names", Outcome.FOUND), ("same name", Outcome.ALL_LOST)]
 )
-def test_after_a_kill_a_second_attempt_shows_whether_anything_is_left(tmp_path, subject, outcome):
+def test_after_a_kill_a_second_attempt_shows_whether_anything_is_left(tmp_path, names, outcome):
     """Half a file over the only one, and half a file beside an intact one."""
+    subject = all_subjects.find_subject(f"safetensors, {names}")
     expected = subject.expected_proofs(tmp_path, 1)
     with WarmProcess(subject, fault=None) as warm:
         subject.write(tmp_path, 1, 3, lambda *_: None)
@@ -138,7 +139,7 @@ def test_after_a_kill_a_second_attempt_shows_whether_anything_is_left(tmp_path, 
 
 
 def test_a_saver_that_takes_its_process_down(tmp_path):
-    subject = Safetensors()
+    subject = all_subjects.find_subject("safetensors, new names")
     subject.write(tmp_path, 1, 2, lambda *_: None)
     with WarmProcess(subject, fault=None) as warm:
         assert warm.resume(tmp_path, 1).step == 2
