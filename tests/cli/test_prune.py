@@ -96,7 +96,7 @@ def test_damaged_checkpoints_are_removed_only_by_their_flag(distrust, run):
     path = run / "checkpoints" / "checkpoint-40.safetensors"
     output = distrust("prune", run, "--keep-last", 2)
     assert output.code == 0
-    assert steps(run) == ["30", "40", "50-final"]  # it counts for nothing
+    assert steps(run) == ["30", "40", "50-final"]  # it counts towards no rule
     assert path.read_bytes() == raw
     assert output.err.startswith(f"distrust: warning: {path}: tensor model.w is damaged")
 
