@@ -164,7 +164,7 @@ def draw(results: Results, specs: Sequence[Spec], path: Path, *, about: str) -> 
             title="Growth with tensors", note="as many bytes", logarithmic=False,
         )  # fmt: skip
         canvas.text(
-            0.99, -0.005, "lines on the bars: minimum to maximum  ·  orange: the limit of the hardware\n" + about,
+            0.99, -0.005, "lines on the bars: minimum to maximum  ·  orange: the hardware limit\n" + about,
             ha="right", va="top", fontsize=7.5, color=QUIET, linespacing=1.5, wrap=True,
         )  # fmt: skip
         canvas.savefig(path, format="png", dpi=130, bbox_inches="tight", pad_inches=0.15, facecolor="white")
