@@ -160,11 +160,7 @@ def free_bytes(root: Path) -> int:
 
 
 class Filler:
-    """A file that uses up the space of a file system, and files that use up its inodes.
-
-    Args:
-        root: where the files go.
-    """
+    """A file that uses up the space of a file system, and files that use up its inodes."""
 
     def __init__(self, root: Path) -> None:
         self._file = root / "filler"

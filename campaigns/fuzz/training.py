@@ -70,11 +70,7 @@ class Engines:
 
 
 class Bench:
-    """Where folders are corrupted, converted and resumed from; used inside the processes.
-
-    Args:
-        directory: for everything.
-    """
+    """Where folders are corrupted, converted and resumed from; used inside the processes."""
 
     def __init__(self, directory: Path) -> None:
         self._fixtures_folder = directory / "fixtures"
