@@ -1,6 +1,6 @@
 """Files that grow with a number of bytes, each made to cost a reader more than its size suggests.
 
-They take time that grows faster than the file, or memory many times as large. ``sizes`` measures them.
+They take time that grows faster than the file, or memory many times as large. ``costs`` measures them.
 """
 
 from __future__ import annotations
