@@ -1,4 +1,4 @@
-"""Is every damage found, and does it cost no more than the one checkpoint that was hit?
+"""Is all damage found, and does it cost no more than the one checkpoint that was hit?
 
 A directory holds two checkpoints of a small LoRA-like state, saved by a CheckpointManager. The newer one is
 damaged in every way of ``corruptions.py``: every bit flipped, every length, every byte, blocks, tails,
