@@ -96,7 +96,7 @@ def test_damaged_checkpoints_are_removed_only_by_their_flag(distrust, run):
     path = run / "checkpoints" / "checkpoint-40.safetensors"
     output = distrust("prune", run, "--keep-last", 2)
     assert output.code == 0
-    assert steps(run) == ["30", "40", "50-final"]  # it counts for nothing
+    assert steps(run) == ["30", "40", "50-final"]  # it counts towards no rule
     assert path.read_bytes() == raw
     assert output.err.startswith(f"distrust: warning: {path}: tensor model.w is damaged")
 
@@ -144,7 +144,7 @@ def test_nothing_is_removed_while_a_training_runs(distrust, run):
         manager.acquire()
         output = distrust("prune", run, "--keep-last", 1)
         assert (output.code, output.out) == (1, "")
-        assert "holds this directory" in output.err
+        assert "has locked this directory" in output.err
         assert distrust("prune", run, "--keep-last", 1, "--dry-run").out.count("would remove") == 4
     assert steps(run) == ALL
 

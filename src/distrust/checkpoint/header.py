@@ -72,7 +72,7 @@ class Header:
     """The contents of a header."""
 
     format = FORMAT
-    lacks_arrays = False  # only a foreign header can be metadata alone
+    lacks_arrays = False  # only a foreign checkpoint can be metadata only
 
     def __init__(self, metadata: dict[str, str], table: str, data_offset: int, file_size: int) -> None:
         self.step = _integer(metadata["step"], "step")
