@@ -95,7 +95,7 @@ class CheckpointFile(NamedTuple):
 
     @property
     def rank(self) -> Rank:
-        """Sort key, by step. Of one step, the highest is the one that the step stands for.
+        """Sort key, by step. Of one step, the highest is the one that ``load(step)`` reads.
 
         Metadata only < foreign < periodic < final.
         """
@@ -186,5 +186,5 @@ class Scan(NamedTuple):
         return tuple(sorted([*self.foreign, *self.files], key=lambda file: file.rank))
 
     def by_step(self) -> dict[int, CheckpointFile]:
-        """The checkpoint that each step stands for, in ascending order of steps."""
+        """The checkpoint that ``load(step)`` reads, for each step in ascending order."""
         return {file.step: file for file in self.all_intact}  # the last one of a step wins

@@ -39,12 +39,12 @@ def main(arguments: list[str]) -> int:
         print_json({"equal": equal, "a": _json(a), "b": _json(b), "differences": rows})
     else:
         _print(a, b, differing)
-    return 1 if differing else 0
+    return 1 if differing else 0  # like diff(1)
 
 
 def _print(a: CheckpointFile, b: CheckpointFile, differing: list[Difference]) -> None:
     for side, file in (("a", a), ("b", b)):
-        state = file.state_digest[:DIGEST_CHARACTERS]
+        state = file.state_digest[:DIGEST_CHARACTERS]  # enough to compare by eye
         print(printable(f"{side}: step {file.step}, {file.kind}, state {state}, {file.path}"))
     engines = _engine(a), _engine(b)
     if differing and all(engines) and engines[0] != engines[1]:  # both are known, and differ

@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
         print_json({"path": str(file.path), "step": file.step, **results})
         return 0
     print(printable(f"step {file.step}: {file.path}"))
-    for name, metrics in results.items():
+    for name, metrics in results.items():  # base first, if compared
         if options.compare:
             print(f"{name}:")
         _print(metrics)

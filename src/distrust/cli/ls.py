@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> int:
     arg.add_argument("--json", action="store_true", help="print a list of objects")
     options = arg.parse_args(arguments)
 
-    contents = _scan(options.target)
+    contents = _scan(options.target)  # headers only
     for damaged in contents.damaged:
         _warn(f"{damaged.path}: damaged: {damaged.reason}")
     is_empty = not contents.all_intact and not contents.damaged  # damaged files are a listing, too
@@ -78,14 +78,14 @@ def _print_checkpoints(contents: Scan) -> None:
         metrics = [f"{name} {number(value)}" for name, value in _main_metrics(file)]
         if file.is_foreign:
             metrics.append(f"(older format: {file.format})")
-        columns = f"{file.step:>8}  {file.kind:8}  {size(file.bytes):>8}  {_created(file):19}"
+        columns = f"{file.step:>8}  {file.kind:8}  {size(file.bytes):>8}  {_format_date(file):19}"
         print(printable(f"{columns}  {'  '.join(metrics)}"))
 
 
 def _main_metrics(file: CheckpointFile) -> list[tuple[str, float]]:
     """The main metrics of a run's checkpoint, among them the one that chooses the best; else all metrics."""
     best_by = RunRecord.from_header(file.header).settings.get("metric")
-    main = ("loss", "eval_loss", "tokens_seen", best_by)
+    main = ("loss", "eval_loss", "tokens_seen", best_by)  # best_by is None for other programs
     return [item for item in sorted(file.metrics.items()) if best_by is None or item[0] in main]
 
 
@@ -99,11 +99,13 @@ def _print_runs(runs: list[Run], *, as_json: bool) -> None:
     for name, run in zip(names, runs, strict=True):
         files, damaged = run.checkpoints.all_intact, run.checkpoints.damaged
         count = f"{len(files)}{f', {len(damaged)} damaged' if damaged else ''}"
-        step, kind, created = (files[-1].step, files[-1].kind, _created(files[-1])) if files else ("-",) * 3
+        step, kind, created = (
+            (files[-1].step, files[-1].kind, _format_date(files[-1])) if files else ("-",) * 3
+        )
         print(printable(f"{name:{width}}  {step:>8}  {kind:8}  {created:19}  {count}"))
 
 
-def _created(file: CheckpointFile) -> str:
+def _format_date(file: CheckpointFile) -> str:
     return (file.created or "")[:19].replace("T", " ")  # without fractions and time zone
 
 

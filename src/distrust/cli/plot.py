@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> int:
         raise ConfigError(f"{repeated[-1]} is given twice; name each run once")
     runs = [read_run(path) for path in options.runs]
     scene = figures.prepare_runs(runs, axis=options.x, smooth=options.smooth)
-    figure = figures.draw(scene, options.panels, title=options.title)
+    figure = figures.draw(scene, options.panels, title=options.title)  # once, for all files
     for target, suffix in zip(targets, suffixes, strict=True):
         figures.write(target, figures.render(figure, suffix))
         print(printable(str(target)))

@@ -135,7 +135,7 @@ def _freed_bytes(path: Path) -> int:
         status = os.lstat(path)  # a link frees only itself
     except OSError:
         return 0
-    return status.st_blocks * BLOCK_BYTES if status.st_nlink == 1 else 0
+    return status.st_blocks * BLOCK_BYTES if status.st_nlink == 1 else 0  # what du counts
 
 
 def _require_valid(options: argparse.Namespace) -> None:

@@ -46,7 +46,7 @@ def _choose(target: Path, step: int | None) -> CheckpointFile:
     catalog.require_exists(target)
     if not catalog.is_directory(target):
         raise ConfigError(f"--step needs a run or a directory; {target} is one checkpoint")
-    files = catalog.scan(catalog.checkpoint_directory(target)).by_step()
+    files = catalog.scan(catalog.checkpoint_directory(target)).by_step()  # intact headers only
     if step not in files:
         steps = ", ".join(map(str, files)) or "none"
         raise CheckpointNotFound(f"{target}: no checkpoint of step {step}; there are {steps}", path=target)

@@ -120,18 +120,18 @@ def _prepare(
     """Prepare everything in memory; returns the function that writes it into a folder."""
     match form:
         case "mlx":
-            return _mlx(file, checkpoint, base, dtype=dtype)
+            return _prepare_mlx(file, checkpoint, base, dtype=dtype)
         case "adapter":
-            return _adapter(file, checkpoint, model, dtype=dtype)
+            return _prepare_adapter(file, checkpoint, model, dtype=dtype)
         case "merged":
-            return _merged(file, checkpoint, model, dtype=dtype)
+            return _prepare_merged(file, checkpoint, model, dtype=dtype)
     origin = {
         "step": str(file.step),
         "state_digest": file.state_digest,
         "base_model": public_name(base),
         "base_model_fingerprint": engines.fingerprint_of(file, "model"),
     }
-    return _state(checkpoint.model, file_name, origin, dtype=dtype)
+    return _prepare_state(checkpoint.model, file_name, origin, dtype=dtype)
 
 
 def _default_format(config: TrainConfig, file: CheckpointFile) -> ExportFormat:
@@ -140,7 +140,9 @@ def _default_format(config: TrainConfig, file: CheckpointFile) -> ExportFormat:
     return "mlx" if engines.recorded_engine(file) == "mlx" else "adapter"
 
 
-def _state(tensors: Mapping[str, Any], name: str, about: Mapping[str, str], *, dtype: ExportDtype) -> Write:
+def _prepare_state(
+    tensors: Mapping[str, Any], name: str, about: Mapping[str, str], *, dtype: ExportDtype
+) -> Write:
     prepare: Callable[..., Write]
     if engines.is_installed("torch"):
         from distrust.engines.torch.export import prepare_state as prepare
@@ -149,10 +151,10 @@ def _state(tensors: Mapping[str, Any], name: str, about: Mapping[str, str], *, d
     return prepare(tensors, file_name=name, about=about, dtype=dtype)
 
 
-def _mlx(file: CheckpointFile, checkpoint: Checkpoint, base: str, *, dtype: ExportDtype) -> Write:
+def _prepare_mlx(file: CheckpointFile, checkpoint: Checkpoint, base: str, *, dtype: ExportDtype) -> Write:
     tensors = state_conversion.arrays_to_mlx(checkpoint.model)
     config = mlx_folder.adapter_config(engines.config_of(file), tensors, base=reference(base))
-    write_weights = _state(tensors, mlx_folder.WEIGHTS, {"format": "mlx"}, dtype=dtype)
+    write_weights = _prepare_state(tensors, mlx_folder.WEIGHTS, {"format": "mlx"}, dtype=dtype)
 
     def write(folder: Path) -> None:
         write_weights(folder)
@@ -161,7 +163,9 @@ def _mlx(file: CheckpointFile, checkpoint: Checkpoint, base: str, *, dtype: Expo
     return write
 
 
-def _adapter(file: CheckpointFile, checkpoint: Checkpoint, model: str | None, *, dtype: ExportDtype) -> Write:
+def _prepare_adapter(
+    file: CheckpointFile, checkpoint: Checkpoint, model: str | None, *, dtype: ExportDtype
+) -> Write:
     engines.require_installed("torch", purpose="--format adapter")
     from distrust.engines.torch.export import prepare_adapter
 
@@ -170,7 +174,9 @@ def _adapter(file: CheckpointFile, checkpoint: Checkpoint, model: str | None, *,
         return prepare_adapter(config, state_conversion.arrays_to_torch(checkpoint.model), dtype=dtype)
 
 
-def _merged(file: CheckpointFile, checkpoint: Checkpoint, model: str | None, *, dtype: ExportDtype) -> Write:
+def _prepare_merged(
+    file: CheckpointFile, checkpoint: Checkpoint, model: str | None, *, dtype: ExportDtype
+) -> Write:
     engines.require_installed("torch", purpose="--format merged")
     from distrust.engines.torch.engine import TorchEngine
     from distrust.engines.torch.export import prepare_merged, require_mergeable

@@ -54,7 +54,7 @@ def _draw_loss(axes: Any, runs: Sequence[PlottedRun]) -> str:
         draw_raw_and_smoothed(axes, shown, columns["loss"])
         if _differ(columns["loss"], columns.get("weighted_loss")):
             remark = "dashed: weighted"  # one is enough
-            weighted = shown.smoothed(columns["weighted_loss"])
+            weighted = shown.smooth_values(columns["weighted_loss"])
             draw_over_steps(axes, shown, weighted, linewidth=1.2, linestyle=DASHED)
     axes.set_ylabel("nats per token")
     return remark
@@ -139,7 +139,7 @@ def _speed(shown: PlottedRun) -> Values:
     columns = shown.run.steps.columns
     with np.errstate(invalid="ignore", divide="ignore"):
         # Tokens of a window by its seconds, not a mean of speeds: short steps must not count more.
-        return shown.smoothed(columns["tokens"]) / shown.smoothed(columns["seconds"])
+        return shown.smooth_values(columns["tokens"]) / shown.smooth_values(columns["seconds"])
 
 
 def _peak_memory(run: RunData) -> str:

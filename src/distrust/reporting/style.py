@@ -66,7 +66,7 @@ class PlottedRun:
         pace = float(self.x[-1]) / max(1, last)  # of evaluations after the last line
         return np.where(steps > last, steps * pace, interpolated)
 
-    def smoothed(self, values: Values) -> Values:
+    def smooth_values(self, values: Values) -> Values:
         """The values of its steps, smoothed."""
         return smooth(values, self.smooth or default_window(len(values)))
 
@@ -105,7 +105,7 @@ def draw_line(axes: Any, x: NDArray[Any], y: Values, **style: Any) -> None:
 
 def draw_raw_and_smoothed(axes: Any, shown: PlottedRun, values: Values) -> None:
     """Draw the smoothed values, and the raw ones faintly behind them."""
-    smoothed = shown.smoothed(values)
+    smoothed = shown.smooth_values(values)
     if not np.array_equal(smoothed, values):  # short runs are not smoothed
         draw_over_steps(axes, shown, values, linewidth=0.7, alpha=0.28)
     draw_over_steps(axes, shown, smoothed, linewidth=1.7)

@@ -170,9 +170,9 @@ def _time(run: RunData) -> Fact | None:
 
 def _tokens(run: RunData) -> Fact | None:
     columns = run.steps.columns
-    seen = _record(run).tokens_seen
+    saved_count = _record(run).tokens_seen
     if "tokens" not in columns:
-        return Fact("trained tokens", f"{seen:,}") if seen is not None else None
+        return Fact("trained tokens", f"{saved_count:,}") if saved_count is not None else None
     detail = ""
     if "seconds" in columns:
         timed = np.isfinite(columns["tokens"]) & np.isfinite(columns["seconds"])
