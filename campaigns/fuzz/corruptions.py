@@ -16,14 +16,14 @@ from campaigns.fuzz import families
 Corruption = Callable[[Path, Random], None]
 
 
-class WritesFile:
-    """An object whose pickle writes a file when it is loaded."""
+class Calls:
+    """An object whose pickle calls a function when it is loaded."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self._call = (function, arguments)
 
     def __reduce__(self) -> Any:
-        return Path.touch, (self._path,)
+        return self._call
 
 
 def clear(path: Path) -> None:
@@ -73,6 +73,13 @@ def replace_by_non_file(file: Path, rng: Random) -> None:
         os.truncate(file, 1 << 40)
     else:
         file.symlink_to(("/dev/zero", "/etc/passwd", file.name, "nowhere")[kind - 4])
+
+
+#: What can happen to any file.
+BY_NAME: dict[str, Corruption] = {
+    "bits": flip_bits, "cut": cut, "spliced": splice, "missing files": remove,
+    "no files": replace_by_non_file,
+}  # fmt: skip
 
 
 def pack_safetensors(tensors: dict[str, tuple[str, list[int], bytes]]) -> bytes:

@@ -1,9 +1,7 @@
 """Importers: readers of checkpoints that other programs wrote. They never write, change or remove anything.
 
-Two older formats are listed, verified and loaded like our own, under names like our own: the directory format
-(:mod:`distrust.importers.npz_folder`) and the tensor file (:mod:`distrust.importers.tensor_file`). Folders of
-the transformers Trainer and adapters of peft and mlx-lm are only converted
-(:mod:`distrust.importers.convert`).
+Two older formats are listed, verified and loaded like our own: the directory format (:mod:`.npz_folder`) and
+the tensor file (:mod:`.tensor_file`). Folders of other kinds are only converted (:mod:`.convert`).
 
 No file is trusted: no object is unpickled, no name in a file is used as a path, and claimed sizes are
 compared with the file before memory is allocated. Listings of our own checkpoints import only this module.

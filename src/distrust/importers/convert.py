@@ -1,9 +1,8 @@
 """Converts checkpoints of other programs: each is verified, written atomically, read back and compared.
 
-The source is never changed, moved or removed. The result is a checkpoint of ours, written by
-:class:`CheckpointManager`: under its lock, durable, with digests. A conversion that was interrupted is
-resumed by the same call: finished checkpoints are recognized by their ``state_digest``. A directory holds one
-timeline: nothing is written next to checkpoints of another training, or of one that was resumed there.
+The source is never changed. :class:`CheckpointManager` writes the result: under its lock, durable, with
+digests. The same call resumes an interrupted conversion: ``state_digest`` identifies finished checkpoints.
+A directory holds one timeline: nothing is written next to checkpoints of another or of a resumed training.
 
 Sources are the two older formats (:mod:`distrust.importers`), checkpoint folders of the transformers Trainer,
 and adapter folders of peft and mlx-lm, which are at step 0.
@@ -86,9 +85,6 @@ def convert(
         model: the base model of a Trainer's or peft's folder, if it is not where the folder says.
         report: called with each result at once: converting all of them may take long.
 
-    Returns:
-        A result for each checkpoint, in the same order.
-
     Raises:
         CheckpointNotFound: if there is nothing to convert.
         ConfigError: if the target is, or is inside of, another program's checkpoint.
@@ -150,7 +146,9 @@ def _convert(
         imported = _read(source, model)
         checkpoint = imported.to_checkpoint()
     except DistrustError as error:
-        return ConvertedCheckpoint(source, _outcome(error), str(error).removeprefix(f"{source}: "))
+        outcome: Outcome = "damaged" if isinstance(error, CheckpointError) else "refused"
+        outcome = "unreadable" if isinstance(error, CheckpointUnreadable) else outcome
+        return ConvertedCheckpoint(source, outcome, str(error).removeprefix(f"{source}: "))
     step, is_verified = checkpoint.step, imported.format == detect.DIRECTORY
     if not checkpoint.model:  # metadata only
         return ConvertedCheckpoint(source, "incomplete", _NO_MODEL, step)
@@ -185,12 +183,6 @@ def _convert(
         return ConvertedCheckpoint(source, "refused", reason, step)
     dropped = "; ".join(f"dropped: {line}" for line in adoption.list_dropped(checkpoint))
     return ConvertedCheckpoint(source, "converted", dropped or None, step, path, digest, is_verified)
-
-
-def _outcome(error: DistrustError) -> Outcome:
-    if isinstance(error, CheckpointUnreadable):
-        return "unreadable"
-    return "damaged" if isinstance(error, CheckpointError) else "refused"
 
 
 def _other_training(manager: CheckpointManager, origins: set[Path]) -> str | None:

@@ -1,7 +1,4 @@
-"""Arrays in host memory that belong to no framework yet, and the check that their numbers are finite.
-
-numpy is imported only when arrays are read: listing checkpoints works without it.
-"""
+"""Arrays in host memory that belong to no framework yet. Listing checkpoints works without numpy."""
 
 from __future__ import annotations
 

@@ -77,12 +77,8 @@ class Imported:
 class ImportedHeader:
     """The metadata of a checkpoint in an older format, with the attributes of our own header.
 
-    Args:
-        raw: JSON; ``what`` is its name, for messages.
-        path: of the checkpoint: its name gives the kind, and the step if the metadata does not.
-        reopen: opens the checkpoint at a path, to describe its arrays.
-        format: its name; ``file_size``: of all its files, in bytes.
-        lacks_arrays: whether it has neither model nor optimizer.
+    It is parsed from JSON, which messages call ``what``. The name of ``path`` gives the kind, and the step if
+    the metadata does not. ``reopen`` opens a checkpoint, to describe its arrays.
 
     Raises:
         CorruptCheckpoint: naming the first invalid field.

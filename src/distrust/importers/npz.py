@@ -3,9 +3,8 @@
 An ``.npz`` is a zip of ``.npy`` members. Invariants:
 
 - each has a plain name ending in ``.npy``, used once; it is stored or deflated, and not encrypted;
-- together they expand to at most :data:`MAX_EXPANSION` times the file (small files to :data:`SMALL_BYTES`),
-  as the zip declares. Reading counts the bytes: they are as many as declared, their CRC is right, and all
-  numbers are finite;
+- together they expand to at most :data:`MAX_EXPANSION` times the file (small files to :data:`SMALL_BYTES`);
+- they have as many bytes as the zip declares, the right CRC, and only finite numbers;
 - dtype times shape is the length of the data. An array of objects (a pickle) is refused;
 - the members fill the file: nothing large is hidden between them.
 """

@@ -1,9 +1,7 @@
 """The optimizers of the older formats: their moments match the weights, their step matches the checkpoint.
 
-Each moment may be valid in itself, with a correct checksum: only the comparison finds one of another model.
-A transposed moment even has the right number of elements.
-
-In a tensor file the optimizer is JSON:
+Each moment may be valid in itself, with a correct checksum: only the comparison finds one of another model,
+or a transposed one. In a tensor file the optimizer is JSON:
 ``{"param_groups": [{"params": [NAME], "lr": 0.1, "betas": [0.9, 0.999], "weight_decay": 0.0}], "step": 10}``;
 the previous form adds ``"exp_avg"`` and ``"exp_avg_sq"``: ``{NAME: [numbers, shape]}``. Each field is
 required, and no other is accepted: what a field changes in training must be known before a run resumes.
@@ -26,9 +24,7 @@ MOMENTS = {"exp_avg": M, "exp_avg_sq": V}
 _GROUPS = "param_groups"
 #: No learning rate or decay is larger; larger integers would not even fit a float.
 _MAX_NUMBER = 1e30
-#: A message lists at most this many.
-PROBLEMS_SHOWN = 4
-NAMES_SHOWN = 5
+PROBLEMS_SHOWN, NAMES_SHOWN = 4, 5  # at most this many in a message
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -6,8 +6,7 @@
   ``NAME``, and ``_optimizer_config``, the JSON of its parameter groups;
 - previous: ``_optimizer``, JSON of the groups and the moments. See :mod:`distrust.importers.optimizer`.
 
-A file without an optimizer has neither. Every other tensor is a weight. The format has no checksums: only
-contradictions are detected.
+Every other tensor is a weight. The format has no checksums: only contradictions are detected.
 """
 
 from __future__ import annotations

@@ -53,8 +53,8 @@ _NOT_ADAMW = "not the state of AdamW in full precision (8-bit and other optimize
 def read(folder: Path, *, model: str | None = None) -> Imported:
     """Read what the Trainer or peft saved, in the form of the torch engine.
 
-    Weights and moments become float32: bfloat16 and float16 are widened, which is exact. ``history`` has what
-    was logged: float64[step], NaN where nothing was. An adapter folder of peft is at step 0.
+    Weights and moments become float32, which is exact. ``history`` has what was logged: float64[step], NaN
+    where nothing was. An adapter folder of peft is at step 0.
 
     Args:
         folder: such as ``output/checkpoint-500``.
@@ -202,10 +202,7 @@ def _count(state: Mapping[str, Any], name: str, folder: Path, *, default: int | 
 def _read_log(
     state: Mapping[str, Any], step: int
 ) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, float]]:
-    """History, float64[step] by metric, and the finite metrics of the last step.
-
-    The loss is the mean since the previous line, as the Trainer logs it.
-    """
+    """History, float64[step] by metric (the loss is a mean since the previous line); metrics of the step."""
     history = {column: np.full(step, np.nan) for column in _METRICS.values()}
     metrics: dict[str, float] = {}
     lines = state.get("log_history")
