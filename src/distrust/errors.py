@@ -62,6 +62,11 @@ class DamagedCheckpointWarning(DistrustWarning):
     """A damaged checkpoint was skipped, or counts towards no retention rule."""
 
 
+def warn(message: str) -> None:
+    """Issue a DistrustWarning that points at the caller of the function that calls this one."""
+    warnings.warn(message, DistrustWarning, stacklevel=3)  # 1: this function, 2: its caller
+
+
 class WarningCollector(list[DistrustWarning]):
     """Context manager that issues the warnings appended in its block, when the block ends.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +25,7 @@ from distrust.data import (
     open_source,
     tokenize_in_blocks,
 )
-from distrust.errors import ConfigError, DistrustWarning
+from distrust.errors import ConfigError, warn
 
 #: A warning lists at most this many source classes.
 CLASSES_LISTED = 5
@@ -180,11 +179,9 @@ def warn_of_missing_classes(config: TrainConfig, corpora: Iterable[Corpus]) -> N
     """Warn if no record has the ``source_column``: its name is probably misspelled."""
     # Classes are numbered; an example without one has the class "".
     if config.source_column and all(set(corpus.classes) == {""} for corpus in corpora):
-        warnings.warn(
+        warn(
             f"--source-column {config.source_column}: no record has this column, so nothing is shown by "
-            "source class",
-            DistrustWarning,
-            stacklevel=2,
+            "source class"
         )
 
 
@@ -195,11 +192,9 @@ def warn_of_unmeasured_classes(config: TrainConfig, trained: Corpus, evaluated: 
     missing = [name for name in names if name and name not in measured]
     if config.source_column and missing:
         listed = ", ".join(missing[:CLASSES_LISTED]) + (", …" if len(missing) > CLASSES_LISTED else "")
-        warnings.warn(
+        warn(
             f"--source-column {config.source_column}: the evaluation data has no examples of {listed}, so "
-            "these classes get no evaluation",
-            DistrustWarning,
-            stacklevel=2,
+            "these classes get no evaluation"
         )
 
 

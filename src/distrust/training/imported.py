@@ -7,7 +7,6 @@ any other, and nothing below applies.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 
 from distrust.checkpoint import Checkpoint
 from distrust.config import STEP_METRICS, TrainConfig, flag
-from distrust.errors import ConfigError, DistrustWarning, ResumeRefused, quote_untrusted
+from distrust.errors import ConfigError, ResumeRefused, quote_untrusted, warn
 from distrust.run_record import RunRecord
 
 #: A run holds numbers in memory for each of its steps, so an imported step number is bounded.
@@ -104,16 +103,12 @@ def warn_imported(checkpoint: Checkpoint, record: RunRecord, *, where: Path) -> 
         *(["optimizer"] if has_moments(checkpoint.optimizer) else []),
         *(["history"] if has_history else []),
     ]
-    warnings.warn(
+    warn(
         f"{where} is imported ({program}): {_join_words(sections)} are those of its step {step}. "
         f"From step {step + 1} on, data, weighting, learning rate and random numbers are this run's, as if "
         "it had made the steps before. The base model, data and schedule of those steps are not known"
         + "".join(f"\n  dropped: {line}" for line in record.dropped)
-        + (
-            f"\n  not recorded, so taken from this run: {', '.join(record.assumed)}" if record.assumed else ""
-        ),
-        DistrustWarning,
-        stacklevel=3,
+        + (f"\n  not recorded, so taken from this run: {', '.join(record.assumed)}" if record.assumed else "")
     )
 
 

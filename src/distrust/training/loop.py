@@ -9,11 +9,10 @@ that it would have made.
 from __future__ import annotations
 
 import time
-import warnings
 from dataclasses import asdict
 
 from distrust.checkpoint import Checkpoint, CheckpointManager
-from distrust.errors import CorruptCheckpoint, DistrustWarning, NonFiniteLoss, OutOfMemory
+from distrust.errors import CorruptCheckpoint, NonFiniteLoss, OutOfMemory, warn
 from distrust.run_record import RunRecord
 from distrust.training import resume
 from distrust.training.events import Broadcaster, Evaluated, MemoryReset, Reason
@@ -123,7 +122,7 @@ class TrainingLoop:
                 self._manager.validate(step)
                 return True
         except CorruptCheckpoint as error:
-            warnings.warn(f"{error}. Memory is not reset at step {step}", DistrustWarning, stacklevel=2)
+            warn(f"{error}. Memory is not reset at step {step}")
         return False
 
     def _reset_memory(self) -> None:

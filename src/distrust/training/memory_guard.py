@@ -7,7 +7,6 @@ raised the peak reveals its own, and a step that did not raise it never needed t
 from __future__ import annotations
 
 import time
-import warnings
 from collections import deque
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,7 +14,7 @@ from itertools import pairwise
 from distrust.checkpoint.memory import available_bytes, peak_resident_bytes, resident_bytes
 from distrust.config import TrainConfig
 from distrust.contract import Engine, MemoryUse
-from distrust.errors import DistrustWarning
+from distrust.errors import warn
 
 GIB = 2**30
 #: Memory that grew in each of this many steps is expected to grow in the next; a single growth is not.
@@ -132,11 +131,9 @@ class MemoryGuard:
             return
         self._warned_of_reset = True
         next_reset = self._highest * (1 + WORTHWHILE_GROWTH) / GIB
-        warnings.warn(
+        warn(
             f"--reload-above {above:g}: the run uses {self._highest / GIB:.2f} GiB right after a reset, so "
-            f"no reset can bring it below; the next reset is above {next_reset:.2f} GiB",
-            DistrustWarning,
-            stacklevel=2,
+            f"no reset can bring it below; the next reset is above {next_reset:.2f} GiB"
         )
 
     def _warn_of_system(self) -> None:
@@ -148,12 +145,10 @@ class MemoryGuard:
         available, required = available_bytes(), host.next_step - host.now + MARGIN_BYTES
         if available < required:
             self._warned_of_system = True
-            warnings.warn(
+            warn(
                 f"the machine has {available / GIB:.2f} GiB of free memory, and the next step may need "
                 f"{required / GIB:.2f} GiB: the system may kill the run, which then resumes from its newest "
-                "checkpoint. With --max-memory the run saves and stops before",
-                DistrustWarning,
-                stacklevel=2,
+                "checkpoint. With --max-memory the run saves and stops before"
             )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,7 +27,7 @@ from distrust.data import (
     split_off,
     summarize_weights,
 )
-from distrust.errors import ConfigError, DataError, DistrustWarning
+from distrust.errors import ConfigError, DataError, warn
 from distrust.training.data_sources import (
     CheckedData,
     ReportProgress,
@@ -220,10 +219,8 @@ def _effective_examples(weights: np.ndarray[Any, Any], sample_counts: np.ndarray
     sampled = weights if sample_counts is None else (weights * sample_counts)[sample_counts > 0]
     effective = weighting.effective_sample_size(sampled)
     if effective < LOW_EFFECTIVE_SHARE * len(weights):
-        warnings.warn(
+        warn(
             f"the effective sample size of {len(weights)} examples is {effective:.0f}: a few of them "
-            "dominate the run. Bound the weights with --max-ratio, or give a less uneven --mix",
-            DistrustWarning,
-            stacklevel=2,
+            "dominate the run. Bound the weights with --max-ratio, or give a less uneven --mix"
         )
     return effective

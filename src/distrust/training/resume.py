@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from distrust.checkpoint import Checkpoint
 from distrust.config import TrainConfig, flag, key
 from distrust.contract import FIRST_ENGINE, Engine, EngineState
-from distrust.errors import DistrustWarning, ResumeRefused
+from distrust.errors import ResumeRefused, warn
 from distrust.run_record import RunRecord
 from distrust.training.prepare_data import PreparedData
 from distrust.training.progress import Progress
@@ -69,13 +68,11 @@ def restore(
     engine.load_state(EngineState(checkpoint.model, checkpoint.optimizer, checkpoint.rng))
     quantized = data.config.quantization != "none"
     for difference in environment_differences(engine.environment(), recorded, quantized=quantized):
-        warnings.warn(f"no longer bit-identical: {difference}", DistrustWarning, stacklevel=2)
+        warn(f"no longer bit-identical: {difference}")
     if progress.evaluations.used_other_data(record.evaluations):
-        warnings.warn(
+        warn(
             "the evaluation data differs from that of the run so far: the best checkpoint and "
-            "the patience of early stopping start afresh",
-            DistrustWarning,
-            stacklevel=2,
+            "the patience of early stopping start afresh"
         )
     progress.restore_history(checkpoint.history)
     progress.restore(record, step=checkpoint.step, metrics=checkpoint.metrics)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from distrust.checkpoint import CheckpointFile, CheckpointManager
 from distrust.config import TrainConfig
-from distrust.errors import CheckpointError, DistrustWarning, ResumeRefused
+from distrust.errors import CheckpointError, ResumeRefused, warn
 from distrust.run_record import RunRecord
 from distrust.training import imported, resume, resume_point
 from distrust.training.best_tracker import BestTracker
@@ -135,11 +134,9 @@ class Run:
         # A warm-up that is longer than the schedule postpones its end.
         schedule_end = max(data.schedule_steps, data.warmup_steps)
         if data.config.schedule != "constant" and data.max_steps > schedule_end:
-            warnings.warn(
+            warn(
                 f"the schedule ends at step {schedule_end}; after it the learning rate is 0. To train "
-                "longer, begin a new run with --schedule-steps, or with --schedule constant",
-                DistrustWarning,
-                stacklevel=2,
+                "longer, begin a new run with --schedule-steps, or with --schedule constant"
             )
         engine = self._engines.current
         trained, parameters = engine.parameters

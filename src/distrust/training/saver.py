@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from distrust.checkpoint import Checkpoint, CheckpointManager, PendingSave
 from distrust.checkpoint.files import checkpoint_file_name
-from distrust.errors import CheckpointError, DistrustWarning, SaveFailed
+from distrust.errors import CheckpointError, SaveFailed, warn
 from distrust.training.events import CheckpointSaved, CheckpointStarted, Observer
 
 #: This many failed saves in a row stop the run. Fewer only warn, because the next save may succeed.
@@ -79,9 +78,7 @@ class Saver:
             self._failures += 1
             if strict or self._failures == MAX_FAILURES:
                 raise self._final_error(error) from error
-            warnings.warn(
-                f"{error}. Training continues, and the next save tries again", DistrustWarning, stacklevel=2
-            )
+            warn(f"{error}. Training continues, and the next save tries again")
         else:
             self._failures = 0  # counts failures in a row
             self.last_durable = self._pending_save  # only now: the checkpoint is on disk under its name
