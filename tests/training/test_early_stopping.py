@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from distrust import CheckpointManager
-from distrust.training.best_tracker import BestTracker
 from distrust.training.events import Evaluated, StepEnded
+from distrust.training.progress import BestTracker
 
 #: The toy model overfits: its eval loss is best at the fourth step.
 EARLY = {"max_steps": 30, "early_stopping_patience": 2, "eval_every": 2, "learning_rate": 0.5}

@@ -15,7 +15,7 @@ from distrust.data import NO_CLASS, Completion, Location, Record, Text, tokenize
 from distrust.data.corpus import MAX_CLASSES, OTHER_CLASSES
 from distrust.errors import ConfigError
 from distrust.testing.toy_engine import ToyEngine, ToyTokenizer
-from distrust.training.evaluation_set import CLASSES_MEASURED, evaluation_set
+from distrust.training.evaluation import CLASSES_MEASURED, evaluation_set
 from distrust.training.events import Evaluated, RunStarted
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from dataclasses import dataclass
 from itertools import pairwise
 
 from distrust.checkpoint.memory import available_bytes, peak_resident_bytes, resident_bytes
@@ -31,7 +30,8 @@ HOST, DEVICE = "the host", "the device"
 class Forecast:
     """Forecast of the memory of the next step, in one place: on the host or on the device."""
 
-    def __init__(self, use: MemoryUse) -> None:
+    def __init__(self, place: str, use: MemoryUse) -> None:
+        self.place = place
         self._transient = 0
         self.restart(use)
 
@@ -61,22 +61,12 @@ class Forecast:
         return self.now + self._transient + steady
 
 
-@dataclass(frozen=True, slots=True)
-class Excess:
-    """A memory limit that the next step would exceed."""
-
-    place: str  # "the host" or "the device"
-    now: int  # bytes in use
-    next_step: int  # bytes that the next step may use
-    limit: float  # bytes
-
-
 class MemoryGuard:
     """Measures memory between steps and decides what to do. Changes nothing of the run."""
 
     def __init__(self, config: TrainConfig, engine: Engine) -> None:
         self._config = config
-        self._forecasts = {device: Forecast(use) for device, use in _measure(engine).items()}
+        self._forecasts = {place: Forecast(place, use) for place, use in _measure(engine).items()}
         self._level_after_reset = 0
         self._is_first_after_reset = False
         self._warned_of_reset = self._warned_of_system = False
@@ -89,14 +79,14 @@ class MemoryGuard:
 
     def restart(self, engine: Engine) -> None:
         """Measure the engine that was built again."""
-        for device, use in _measure(engine).items():
-            self._forecasts[device].restart(use)
+        for place, use in _measure(engine).items():
+            self._forecasts[place].restart(use)
         self._is_first_after_reset = True
 
     def observe_step(self, engine: Engine) -> int:
         """Measure after a step; returns the bytes in use."""
-        for device, use in _measure(engine).items():
-            self._forecasts[device].add(use)
+        for place, use in _measure(engine).items():
+            self._forecasts[place].add(use)
         if self._is_first_after_reset:  # includes what a step itself needs, like the levels compared with it
             self._is_first_after_reset = False
             self._level_after_reset = self._highest
@@ -109,17 +99,13 @@ class MemoryGuard:
         every, above = self._config.reload_every, self._config.reload_above
         if every is not None and step % every == 0:
             return True
-        if above is None:
-            return False
-        return self._highest > max(above * GIB, self._level_after_reset * (1 + WORTHWHILE_GROWTH))
+        return above is not None and self._highest > max(
+            above * GIB, self._level_after_reset * (1 + WORTHWHILE_GROWTH)
+        )
 
-    def excess(self) -> Excess | None:
-        """Where the next step would exceed ``max_memory``; None if nowhere."""
-        limit = self._config.max_memory
-        for device, forecast in self._forecasts.items():
-            if limit is not None and forecast.next_step > limit * GIB:
-                return Excess(device, forecast.now, forecast.next_step, limit * GIB)
-        return None
+    def find_excess(self, limit: float) -> Forecast | None:
+        """The forecast of a step that would exceed this many bytes; None if it fits."""
+        return next((forecast for forecast in self._forecasts.values() if forecast.next_step > limit), None)
 
     @property
     def _highest(self) -> int:
@@ -153,8 +139,5 @@ class MemoryGuard:
 
 
 def _measure(engine: Engine) -> dict[str, MemoryUse]:
-    uses = {HOST: MemoryUse(resident_bytes(), peak_resident_bytes())}
-    device = engine.device_memory()
-    if device is not None:
-        uses[DEVICE] = device
-    return uses
+    host, device = MemoryUse(resident_bytes(), peak_resident_bytes()), engine.device_memory()
+    return {HOST: host} if device is None else {HOST: host, DEVICE: device}

@@ -29,16 +29,13 @@ from distrust.data import (
 )
 from distrust.errors import ConfigError, DataError, warn
 from distrust.training.data_sources import (
-    CheckedData,
-    ReportProgress,
     Sources,
     max_length_of,
     pad_token_id_of,
-    tokenize_cached,
     warn_of_missing_classes,
     warn_of_unmeasured_classes,
 )
-from distrust.training.evaluation_set import EvaluationSet, evaluation_set, example_weights
+from distrust.training.evaluation import EvaluationSet, evaluation_set, example_weights
 from distrust.training.schedule import warmup
 
 #: Warn if the effective sample size is below this share of the examples.
@@ -84,11 +81,10 @@ def prepare_data(
     tokenizer: Tokenizer,
     *,
     context_length: int | None,
-    report: ReportProgress,
 ) -> PreparedData:
     """Tokenize, weigh and order the data; options that depend on it and are None are resolved."""
     max_length = max_length_of(config, context_length)
-    corpus, eval_corpus = _tokenize(config, sources, tokenizer, max_length=max_length, report=report)
+    corpus, eval_corpus = _tokenize(config, sources, tokenizer, max_length=max_length)
     rows = _rows(config, corpus, capacity=max_length)  # by source
     sampler = _sampler(config, [len(part) for part in rows])
     sample_counts = _sample_counts(sampler, rows, corpus)
@@ -135,24 +131,18 @@ def prepare_data(
 
 
 def _tokenize(
-    config: TrainConfig, sources: Sources, tokenizer: Tokenizer, *, max_length: int, report: ReportProgress
+    config: TrainConfig, sources: Sources, tokenizer: Tokenizer, *, max_length: int
 ) -> tuple[Corpus, Corpus | None]:
     """The training corpus, and the evaluation corpus if there is one."""
-    tokenizer_digest = digest_tokenizer(tokenizer)  # computed once: it takes a while
-
-    def tokenize(data: CheckedData) -> Corpus:
-        return tokenize_cached(
-            data,
-            tokenizer,
-            tokenizer_digest=tokenizer_digest,
-            cache=sources.cache,
-            max_length=max_length,
-            report=report,
-        )
-
-    corpus = tokenize(sources.training)
-    eval_corpus = None if sources.evaluation is None else tokenize(sources.evaluation)
-    warn_of_missing_classes(config, [corpus] if eval_corpus is None else [corpus, eval_corpus])
+    digest = digest_tokenizer(tokenizer)  # computed once: it takes a while
+    corpora = [
+        data.tokenize(tokenizer, tokenizer_digest=digest, max_length=max_length)
+        for data in (sources.training, sources.evaluation)
+        if data is not None
+    ]
+    warn_of_missing_classes(config, corpora)
+    corpus, *evaluated = corpora
+    eval_corpus = evaluated[0] if evaluated else None
     if config.eval_fraction:
         # By the seed alone, so a resume holds out the same examples.
         corpus, eval_corpus = split_off(corpus, config.eval_fraction, seed=config.seed)

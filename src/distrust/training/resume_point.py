@@ -13,8 +13,8 @@ from distrust.config import EXAMPLES, TrainConfig, as_names
 from distrust.errors import ConfigError, CorruptCheckpoint
 from distrust.run_record import RunRecord
 from distrust.training import imported, resume
-from distrust.training.best_tracker import BestTracker
 from distrust.training.events import Reason
+from distrust.training.progress import BestTracker
 
 
 def require_startable(config: TrainConfig, manager: CheckpointManager) -> None:
