@@ -342,8 +342,7 @@ def from_mapping(values: Mapping[str, Any], *, where: str) -> TrainConfig:
     """
     hints = _hints()
     names = {key(name): name for name in hints}
-    problems = []
-    arguments = {}
+    problems, arguments = [], {}
     for option, value in values.items():
         if isinstance(value, dict):
             problems.append(f"{where}: [{option}] is a table; options stand at the top, as key = value")

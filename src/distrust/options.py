@@ -11,8 +11,8 @@ import os
 import textwrap
 import types
 from collections.abc import Callable, Iterable
-from dataclasses import field
-from functools import cache
+from dataclasses import dataclass, field
+from functools import cache, partialmethod
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
@@ -26,25 +26,18 @@ class Bound(NamedTuple):
     advice: str
 
 
-class Group(NamedTuple):
+@dataclass(frozen=True)
+class Group:
     """A heading of options in the help and in the reference; its methods define options under it."""
 
     title: str
 
-    def result(self, default: Any, bound: Bound | None = None) -> Any:
-        """An option that changes the result."""
-        return self._option(default, "result", bound)
-
-    def bits(self, default: Any, bound: Bound | None = None) -> Any:
-        """An option that changes only the last bits."""
-        return self._option(default, "bits", bound)
-
-    def free(self, default: Any, bound: Bound | None = None) -> Any:
-        """An option that does not change the result."""
-        return self._option(default, "free", bound)
-
-    def _option(self, default: Any, effect: Effect, bound: Bound | None) -> Any:
+    def _option(self, default: Any, bound: Bound | None = None, *, effect: Effect) -> Any:
         return field(default=default, metadata={"group": self.title, "effect": effect, "bound": bound})
+
+    result = partialmethod(_option, effect="result")  # it changes the result
+    bits = partialmethod(_option, effect="bits")  # it changes only the last bits
+    free = partialmethod(_option, effect="free")  # it does not change the result
 
 
 def in_range(value: float | None, low: float, high: float = math.inf) -> bool:

@@ -20,21 +20,12 @@ if TYPE_CHECKING:
     from distrust.checkpoint.header import Header
     from distrust.config import TrainConfig
 
-_FINGERPRINTS = "fingerprints"  # in config: hashed into the state digest
-_TOKENS_SEEN = "tokens_seen"  # in metadata: hashed, too
-_CORPUS = "corpus"
-_ENVIRONMENT = "environment"
-_ELAPSED = "elapsed_seconds"
-_EVALUATIONS = "evaluations"
-_CONTINUES = "continues"
-_IMPORTED_FROM = "imported_from"
-_DROPPED = "dropped"
-_CONVERTED_FROM = "converted_from"
 #: Keys that earlier versions wrote, with their names today.
-_OLD_KEYS = {"begun_elsewhere": _IMPORTED_FROM, "not_taken_over": _DROPPED}
-#: Keys of ``run`` that are not options.
+_OLD_KEYS = {"begun_elsewhere": "imported_from", "not_taken_over": "dropped"}
+#: Keys of ``run`` that are not options; each is also a field.
 _RUN_KEYS = {
-    _CORPUS, _ENVIRONMENT, _ELAPSED, _EVALUATIONS, _CONTINUES, _IMPORTED_FROM, _DROPPED, _CONVERTED_FROM
+    "corpus", "environment", "elapsed_seconds", "evaluations",
+    "continues", "imported_from", "dropped", "converted_from",
 }  # fmt: skip
 
 
@@ -70,25 +61,21 @@ class RunRecord:
     def _from_sections(cls, config: Mapping[Any, Any], metadata: Mapping[Any, Any], run: Any) -> RunRecord:
         # Values may come from a hostile file: each is checked or ignored.
         extra = {_OLD_KEYS.get(name, name): value for name, value in _mapping(run).items()}
-        tokens, elapsed, dropped = metadata.get(_TOKENS_SEEN), extra.get(_ELAPSED), extra.get(_DROPPED)
-        evaluations = extra.get(_EVALUATIONS)
+        tokens, digests = metadata.get("tokens_seen"), _mapping(config.get("fingerprints"))
+        elapsed, evaluations, dropped = map(extra.get, ("elapsed_seconds", "evaluations", "dropped"))
         return cls(
-            config={name: value for name, value in config.items() if name != _FINGERPRINTS},
+            config={name: value for name, value in config.items() if name != "fingerprints"},
             settings={name: value for name, value in extra.items() if name not in _RUN_KEYS},
-            fingerprints={
-                name: digest
-                for name, digest in _mapping(config.get(_FINGERPRINTS)).items()
-                if type(digest) is str
-            },
+            fingerprints={name: v for name, v in digests.items() if type(v) is str},
             tokens_seen=tokens if type(tokens) is int else None,
-            corpus=_mapping(extra.get(_CORPUS)),
-            environment=_mapping(extra.get(_ENVIRONMENT)),
+            corpus=_mapping(extra.get("corpus")),
+            environment=_mapping(extra.get("environment")),
             elapsed_seconds=elapsed if type(elapsed) is float else None,
             evaluations=evaluations if isinstance(evaluations, Mapping) else None,
-            continues=_text(extra.get(_CONTINUES)),
-            imported_from=_text(extra.get(_IMPORTED_FROM)),
+            continues=_text(extra.get("continues")),
+            imported_from=_text(extra.get("imported_from")),
             dropped=tuple(line for line in dropped if type(line) is str) if type(dropped) is list else (),
-            converted_from=_text(extra.get(_CONVERTED_FROM)),
+            converted_from=_text(extra.get("converted_from")),
         )
 
     def to_checkpoint(
@@ -111,17 +98,17 @@ class RunRecord:
             optimizer=optimizer,
             rng=rng,
             history=history,
-            config={**self.config, _FINGERPRINTS: dict(self.fingerprints)},
-            metadata={_TOKENS_SEEN: self.tokens_seen},
+            config={**self.config, "fingerprints": dict(self.fingerprints)},  # hashed into the state digest
+            metadata={"tokens_seen": self.tokens_seen},  # hashed, too
             metrics=metrics,
             measured_on=measured_on,
             run={
                 **self.settings,
-                _CORPUS: dict(self.corpus),
-                _ENVIRONMENT: dict(self.environment),
-                _ELAPSED: self.elapsed_seconds,
-                _EVALUATIONS: self.evaluations,
-                **({_CONTINUES: self.continues} if self.continues else {}),
+                "corpus": dict(self.corpus),
+                "environment": dict(self.environment),
+                "elapsed_seconds": self.elapsed_seconds,
+                "evaluations": self.evaluations,
+                **({"continues": self.continues} if self.continues else {}),
             },
         )
 
@@ -160,8 +147,8 @@ def imported_run(
     """
     lines = list(dropped)
     return {
-        _IMPORTED_FROM: program,
-        **({_DROPPED: lines} if lines else {}),
+        "imported_from": program,
+        **({"dropped": lines} if lines else {}),
         **({} if model is None else {"model": model}),
         **details,
     }
@@ -169,7 +156,7 @@ def imported_run(
 
 def with_conversion_source(run: Mapping[str, Any], path: str) -> dict[str, Any]:
     """A ``run`` section that also records the file that was converted."""
-    return {**run, _CONVERTED_FROM: path}
+    return {**run, "converted_from": path}
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

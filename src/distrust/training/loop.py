@@ -43,10 +43,9 @@ class TrainingLoop:
         self._steps = StepRunner(engines=self.engines, data=self.data, saver=self.saver, memory=self._memory)
 
     def run(self) -> Reason | None:
-        """Train until the run is complete or something asks to stop; then save what is not yet saved.
+        """Train until the run is complete or something asks to stop, then save what is not yet saved.
 
-        Returns:
-            Why the run is complete; None if it is not.
+        Returns why the run is complete; None if it is not.
         """
         first_step = self.progress.step + 1
         if not self.stop_reason():

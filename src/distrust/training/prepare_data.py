@@ -76,18 +76,13 @@ class PreparedData:
 
 
 def prepare_data(
-    config: TrainConfig,
-    sources: Sources,
-    tokenizer: Tokenizer,
-    *,
-    context_length: int | None,
+    config: TrainConfig, sources: Sources, tokenizer: Tokenizer, *, context_length: int | None
 ) -> PreparedData:
     """Tokenize, weigh and order the data; options that depend on it and are None are resolved."""
     max_length = max_length_of(config, context_length)
     corpus, eval_corpus = _tokenize(config, sources, tokenizer, max_length=max_length)
     rows = _rows(config, corpus, capacity=max_length)  # by source
-    sampler = _sampler(config, [len(part) for part in rows])
-    sample_counts = _sample_counts(sampler, rows, corpus)
+    sampler, sample_counts = _sampler(config, rows, corpus)
     weights = _weights(config, corpus, sample_counts)
     pad_token_id = pad_token_id_of(tokenizer)  # masked out, so its value does not matter
     batches = Batches(
@@ -162,19 +157,15 @@ def _require_metric(config: TrainConfig, evaluation: EvaluationSet | None) -> No
     raise ConfigError(f"--metric {config.metric}: {problem}")
 
 
-def _sampler(config: TrainConfig, sizes: Sequence[int]) -> EpochSampler | MixtureSampler:
+def _sampler(
+    config: TrainConfig, rows: Sequence[PackedRows], corpus: Corpus
+) -> tuple[EpochSampler | MixtureSampler, np.ndarray[Any, Any] | None]:
+    """The sampler, and float64[n]: how often an epoch samples each example on average; None if each once."""
+    sizes = [len(part) for part in rows]
     if config.mix is None:
-        return EpochSampler(sum(sizes), seed=config.seed)
-    return MixtureSampler(sizes, shares=config.mix, seed=config.seed)
-
-
-def _sample_counts(
-    sampler: EpochSampler | MixtureSampler, rows: Sequence[PackedRows], corpus: Corpus
-) -> np.ndarray[Any, Any] | None:
-    """float64[n]: how often an epoch samples each example, on average; None if each once."""
-    if isinstance(sampler, EpochSampler):  # without a mixture
-        return None
-    return np.repeat(np.divide(sampler.counts, [len(part) for part in rows]), corpus.sizes)
+        return EpochSampler(sum(sizes), seed=config.seed), None
+    sampler = MixtureSampler(sizes, shares=config.mix, seed=config.seed)
+    return sampler, np.repeat(np.divide(sampler.counts, sizes), corpus.sizes)
 
 
 def _rows(config: TrainConfig, corpus: Corpus, *, capacity: int) -> list[PackedRows]:

@@ -26,48 +26,34 @@ def merge_saved_options(config: TrainConfig, saved: Mapping[str, Any]) -> TrainC
 
     Raises ResumeRefused with a line for each option that would change the result.
     """
-    filled = {}
-    differences = []
-    for option in fields(config):
-        name = key(option.name)
-        if option.metadata["effect"] != "result":
-            continue
+    filled, differences = {}, []
+    defaults = {key(option.name): option.default for option in fields(config)}
+    for name, value in config.with_effect("result").items():
         # A run that is older than an option was trained with the option's default, as a rule.
-        value = getattr(config, option.name)
-        previous = saved.get(name, BEFORE_THE_OPTION.get(name, option.default))
-        if value is None and option.name in FIXED_AT_START:  # its default may differ by now
-            filled[option.name] = previous
+        previous = saved.get(name, BEFORE_THE_OPTION.get(name, defaults[name]))
+        if value is None and name in FIXED_AT_START:  # its default may differ by now
+            filled[name] = previous
         elif value != previous:
-            differences.append(f"{flag(option.name)} was {_format(previous)}, is {_format(value)}")
+            differences.append(f"{flag(name)} was {_format(previous)}, is {_format(value)}")
     if differences:
         raise _refusal(config.run_directory, differences)
     return replace(config, **filled)
 
 
 def restore(
-    checkpoint: Checkpoint,
-    record: RunRecord,
-    *,
-    engine: Engine,
-    data: PreparedData,
-    progress: Progress,
+    checkpoint: Checkpoint, record: RunRecord, *, engine: Engine, data: PreparedData, progress: Progress
 ) -> None:
     """Load a checkpoint into the engine and the progress of a run.
 
     Raises ResumeRefused if it was trained on other data or another base model, or does not fit the engine.
     """
-    require_same_fingerprints(
-        fingerprints(data, engine),
-        record.fingerprints,
-        config=data.config,
-        ignore_missing=bool(record.imported_from),
-    )
+    _require_same_content(fingerprints(data, engine), record, data.config)
     recorded = dict(record.environment)
     if data.config.threads is None:  # the number of threads changes the last bits
         engine.restore_environment(recorded)
     engine.load_state(EngineState(checkpoint.model, checkpoint.optimizer, checkpoint.rng))
     quantized = data.config.quantization != "none"
-    for difference in environment_differences(engine.environment(), recorded, quantized=quantized):
+    for difference in _environment_differences(engine.environment(), recorded, quantized=quantized):
         warn(f"no longer bit-identical: {difference}")
     if progress.evaluations.used_other_data(record.evaluations):
         warn(
@@ -83,28 +69,21 @@ def fingerprints(data: PreparedData, engine: Engine) -> dict[str, str]:
     return {"data": data.corpus.fingerprint, "model": engine.fingerprint()}
 
 
-def require_same_fingerprints(
-    current: Mapping[str, str],
-    saved: Mapping[str, str],
-    *,
-    config: TrainConfig,
-    ignore_missing: bool = False,
-) -> None:
-    """Refuse to resume with other data or another base model.
-
-    With ``ignore_missing``, the checkpoint need not record a fingerprint. Raises ResumeRefused.
-    """
+def _require_same_content(current: Mapping[str, str], record: RunRecord, config: TrainConfig) -> None:
+    """Refuse to resume with other data or another base model."""
+    saved, imported = record.fingerprints, bool(record.imported_from)
     differences = [
         f"{flag(name)} {_format(getattr(config, name))}: its content is not that of the run "
         f"(was {str(saved.get(name))[:12]}, is {digest[:12]})"
         for name, digest in current.items()
-        if saved.get(name) != digest and not (ignore_missing and name not in saved)
+        # An imported checkpoint need not record a fingerprint.
+        if saved.get(name) != digest and not (imported and name not in saved)
     ]
     if differences:
         raise _refusal(config.run_directory, differences)
 
 
-def environment_differences(
+def _environment_differences(
     current: Mapping[str, Any], recorded: Mapping[str, Any], *, quantized: bool
 ) -> list[str]:
     """A line for each difference that may change the last bits."""
