@@ -331,11 +331,7 @@ def option_groups() -> dict[str, list[Field[Any]]]:
 
 
 def from_mapping(values: Mapping[str, Any], *, where: str) -> TrainConfig:
-    """A config from the keys of a TOML file or of a checkpoint.
-
-    Args:
-        values: key -> value; missing keys get their defaults.
-        where: the file, for messages.
+    """A config from the keys of the file ``where``, a TOML file or a checkpoint; missing ones get defaults.
 
     Raises:
         ConfigError: naming every unknown key, with the nearest known one, and every value of a wrong type.

@@ -78,16 +78,12 @@ class Documentation:
 def read_docs(config: type) -> dict[str, str]:
     """The documentation of each field of a config class, as one line: the string below the field."""
     (body,) = ast.parse(inspect.getsource(config)).body
-    statements = body.body if isinstance(body, ast.ClassDef) else []
-    return {
-        option.target.id: " ".join(doc.value.value.split())
-        for option, doc in pairwise(statements)
-        if isinstance(option, ast.AnnAssign)
-        and isinstance(option.target, ast.Name)
-        and isinstance(doc, ast.Expr)
-        and isinstance(doc.value, ast.Constant)
-        and isinstance(doc.value.value, str)
-    }
+    docs = {}
+    for statements in pairwise(body.body if isinstance(body, ast.ClassDef) else []):
+        match statements:
+            case ast.AnnAssign(target=ast.Name(name)), ast.Expr(ast.Constant(str(text))):
+                docs[name] = " ".join(text.split())
+    return docs
 
 
 def suggest_name(name: str, known: Iterable[str]) -> str:
@@ -117,8 +113,8 @@ def coerce(value: Any, hint: Any) -> Any:
         if value is None and type(None) in get_args(hint):
             return None
         # The last choice is X or tuple[X, ...]; one before it is str, for a single name.
-        *others, inner = [choice for choice in get_args(hint) if choice is not type(None)]
-        if not others:
+        *alternatives, inner = [choice for choice in get_args(hint) if choice is not type(None)]
+        if not alternatives:
             return coerce(value, inner)
         if isinstance(value, str):
             return value

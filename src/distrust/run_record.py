@@ -13,8 +13,6 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from distrust.checkpoint import Checkpoint
     from distrust.checkpoint.foreign import ForeignHeader
     from distrust.checkpoint.header import Header
@@ -78,31 +76,15 @@ class RunRecord:
             converted_from=_text(extra.get("converted_from")),
         )
 
-    def to_checkpoint(
-        self,
-        *,
-        step: int,
-        model: Mapping[str, Any],
-        optimizer: Mapping[str, Any],
-        rng: Mapping[str, Any],
-        history: Mapping[str, np.ndarray[Any, Any]],
-        metrics: Mapping[str, float],
-        measured_on: str,
-    ) -> Checkpoint:
-        """The whole state of a run after ``step`` optimizer steps. Arrays are not copied."""
-        from distrust.checkpoint import Checkpoint
-
-        return Checkpoint(
-            step=step,
-            model=model,
-            optimizer=optimizer,
-            rng=rng,
-            history=history,
-            config={**self.config, "fingerprints": dict(self.fingerprints)},  # hashed into the state digest
-            metadata={"tokens_seen": self.tokens_seen},  # hashed, too
-            metrics=metrics,
-            measured_on=measured_on,
-            run={
+    def sections(self) -> dict[str, Any]:
+        """The sections of a checkpoint that hold the record: arguments of :class:`Checkpoint`."""
+        return {
+            "config": {
+                **self.config,
+                "fingerprints": dict(self.fingerprints),
+            },  # hashed into the state digest
+            "metadata": {"tokens_seen": self.tokens_seen},  # hashed, too
+            "run": {
                 **self.settings,
                 "corpus": dict(self.corpus),
                 "environment": dict(self.environment),
@@ -110,7 +92,7 @@ class RunRecord:
                 "evaluations": self.evaluations,
                 **({"continues": self.continues} if self.continues else {}),
             },
-        )
+        }
 
     @property
     def options(self) -> dict[str, Any]:
@@ -130,8 +112,8 @@ class RunRecord:
         """
         from distrust.config import TrainConfig, from_mapping, key
 
-        known = {key(option.name) for option in fields(TrainConfig)}  # newer versions may save others
-        return from_mapping({name: v for name, v in self.options.items() if name in known}, where=where)
+        keys = {key(option.name) for option in fields(TrainConfig)}  # newer versions may save others
+        return from_mapping({name: v for name, v in self.options.items() if name in keys}, where=where)
 
 
 def imported_run(
@@ -139,11 +121,7 @@ def imported_run(
 ) -> dict[str, Any]:
     """The ``run`` section of a checkpoint that another program or format wrote, with any other details.
 
-    Args:
-        program: the program or format.
-        dropped: a line for each thing that the import does not keep.
-        model: name of the base model, if known.
-        details: recorded unchanged.
+    ``dropped`` has a line for each thing that the import does not keep. ``model`` is the base model's name.
     """
     lines = list(dropped)
     return {

@@ -142,7 +142,7 @@ class TrainingLoop:
             advice = "It is exceeded before any step: raise the limit, or use a smaller --model"
         raise OutOfMemory(
             f"--max-memory {limit:g}: at step {self.progress.step} the run uses "
-            f"{forecast.now / GIB:.2f} GiB of {forecast.place}, and the next step may use "
+            f"{forecast.now / GIB:.2f} GiB of {forecast.device}, and the next step may use "
             f"{forecast.next_step / GIB:.2f}; {self.saver.describe_durable()}. {advice}"
         )
 
@@ -195,7 +195,7 @@ class TrainingLoop:
             evaluations=asdict(progress.evaluations),  # a resume stops early at the same step
             continues=progress.continues,
         )
-        return record.to_checkpoint(
+        return Checkpoint(
             step=progress.step,
             model=state.model,  # the engine's own arrays: the saver copies them before the next update
             optimizer=state.optimizer,
@@ -203,4 +203,5 @@ class TrainingLoop:
             history=progress.history_arrays(),
             metrics=progress.metrics,
             measured_on=data.measured_on,
+            **record.sections(),
         )

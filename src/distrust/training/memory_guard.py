@@ -30,8 +30,8 @@ HOST, DEVICE = "the host", "the device"
 class Forecast:
     """Forecast of the memory of the next step, in one place: on the host or on the device."""
 
-    def __init__(self, place: str, use: MemoryUse) -> None:
-        self.place = place
+    def __init__(self, device: str, use: MemoryUse) -> None:
+        self.device = device
         self._transient = 0
         self.restart(use)
 
@@ -66,7 +66,7 @@ class MemoryGuard:
 
     def __init__(self, config: TrainConfig, engine: Engine) -> None:
         self._config = config
-        self._forecasts = {place: Forecast(place, use) for place, use in _measure(engine).items()}
+        self._forecasts = {device: Forecast(device, use) for device, use in _measure(engine).items()}
         self._level_after_reset = 0
         self._is_first_after_reset = False
         self._warned_of_reset = self._warned_of_system = False
@@ -79,14 +79,14 @@ class MemoryGuard:
 
     def restart(self, engine: Engine) -> None:
         """Measure the engine that was built again."""
-        for place, use in _measure(engine).items():
-            self._forecasts[place].restart(use)
+        for device, use in _measure(engine).items():
+            self._forecasts[device].restart(use)
         self._is_first_after_reset = True
 
     def observe_step(self, engine: Engine) -> int:
         """Measure after a step; returns the bytes in use."""
-        for place, use in _measure(engine).items():
-            self._forecasts[place].add(use)
+        for device, use in _measure(engine).items():
+            self._forecasts[device].add(use)
         if self._is_first_after_reset:  # includes what a step itself needs, like the levels compared with it
             self._is_first_after_reset = False
             self._level_after_reset = self._highest

@@ -105,7 +105,7 @@ class Run:
             if file.path.parent == self.manager.directory:  # not so for a new branch
                 self._saver.last_durable = checkpoint.step, file.kind == "final"
         progress.max_steps, progress.epoch_steps = data.max_steps, data.batches.epoch_steps
-        self._events.emit(self._started(data, resumed_from=file if begin else None))
+        self._events.emit(self._describe_start(data, resumed_from=file if begin else None))
         return TrainingLoop(
             data=data,
             engines=self.engines,
@@ -122,7 +122,7 @@ class Run:
         if self.stop.is_set:
             raise _StopRequested
 
-    def _started(self, data: PreparedData, *, resumed_from: CheckpointFile | None) -> RunStarted:
+    def _describe_start(self, data: PreparedData, *, resumed_from: CheckpointFile | None) -> RunStarted:
         # A warm-up that is longer than the schedule postpones its end.
         schedule_end = max(data.schedule_steps, data.warmup_steps)
         if data.config.schedule != "constant" and data.max_steps > schedule_end:

@@ -138,10 +138,10 @@ class StepRunner:
         quantity = "the loss" if non_finite else f"the gradient norm ({norm})"
         suspects = non_finite or examples
         omitted = len(suspects) - EXAMPLES_LISTED
-        more = f" and {omitted} more" if omitted > 0 else ""
+        remainder = f" and {omitted} more" if omitted > 0 else ""
         raise NonFiniteLoss(
             f"step {step}: {quantity} is not finite; the step was not made, and "
-            f"{self.saver.describe_durable()}. Examples: {', '.join(suspects[:EXAMPLES_LISTED])}{more}. "
+            f"{self.saver.describe_durable()}. Examples: {', '.join(suspects[:EXAMPLES_LISTED])}{remainder}. "
             "Check them, or lower --learning-rate",
             step=step,
             examples=suspects,
