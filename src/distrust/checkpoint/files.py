@@ -27,21 +27,23 @@ CUT_WHILE_READ = "the file ends in the middle: it was cut while it was read"
 
 def errors_with_path(path: Path) -> ErrorTranslator:
     """Context manager that raises errors of its block as this library's errors, with the path."""
+    kinds = (OSError, MemoryError, CorruptCheckpoint, UnsupportedVersion)
+    return ErrorTranslator(kinds, lambda error: error_with_path(error, path))
 
-    def translate(error: Exception) -> Exception:
-        match error:
-            case CorruptCheckpoint():
-                return CorruptCheckpoint(error.reason, path=path, tensor=error.tensor)
-            case UnsupportedVersion():
-                return UnsupportedVersion(f"{path}: {error}", path=path)
-            case FileNotFoundError():
-                return CheckpointNotFound(f"{path}: no such checkpoint", path=path)
-            case OSError() if error.errno not in _PROCESS_ERRORS:  # EIO, ELOOP: the file's fault
-                return CorruptCheckpoint(f"it cannot be read: {error.strerror}", path=path)
-        reason = error.strerror if isinstance(error, OSError) else str(error) or "no memory"
-        return CheckpointUnreadable(f"{path}: cannot be read: {reason}", path=path)
 
-    return ErrorTranslator((OSError, MemoryError, CorruptCheckpoint, UnsupportedVersion), translate)
+def error_with_path(error: Exception, path: Path) -> Exception:
+    """The error of this library for one that reading a file raised."""
+    match error:
+        case CorruptCheckpoint():
+            return CorruptCheckpoint(error.reason, path=path, tensor=error.tensor)
+        case UnsupportedVersion():
+            return UnsupportedVersion(f"{path}: {error}", path=path)
+        case FileNotFoundError():
+            return CheckpointNotFound(f"{path}: no such checkpoint", path=path)
+        case OSError() if error.errno not in _PROCESS_ERRORS:  # EIO, ELOOP: the file's fault
+            return CorruptCheckpoint(f"it cannot be read: {error.strerror}", path=path)
+    reason = error.strerror if isinstance(error, OSError) else str(error) or "no memory"
+    return CheckpointUnreadable(f"{path}: cannot be read: {reason}", path=path)
 
 
 @contextlib.contextmanager
