@@ -147,7 +147,7 @@ def _prepare_state(
     if engines.is_installed("torch"):
         from distrust.engines.torch.export import prepare_state as prepare
     else:
-        from distrust.engines.mlx.export import prepare_state as prepare
+        from distrust.engines.mlx.adapter import prepare_state as prepare
     return prepare(tensors, file_name=name, about=about, dtype=dtype)
 
 

@@ -7,8 +7,7 @@ import re
 from collections.abc import Collection
 
 from distrust.config import TrainConfig
-from distrust.engines.lora_config import LoraConfig
-from distrust.engines.state_conversion import MLX_SUFFIXES
+from distrust.engines.state_conversion import MLX_SUFFIXES, adapter_scale
 from distrust.errors import ConfigError
 
 #: The file names that mlx-lm loads.
@@ -38,7 +37,7 @@ def adapter_config(config: TrainConfig, names: Collection[str], *, base: str) ->
         "num_layers": -1,  # all layers; the keys select the modules
         "lora_parameters": {
             "rank": config.lora_rank,
-            "scale": LoraConfig.from_options(config).scale,
+            "scale": adapter_scale(config),
             "dropout": config.lora_dropout,
             "keys": _keys(sorted({name.rpartition(".")[0] for name in names})),
         },

@@ -15,7 +15,6 @@ import torch
 
 from distrust import config as options
 from distrust.config import TrainConfig
-from distrust.engines.lora_config import LoraConfig
 from distrust.engines.torch import adapter
 from distrust.engines.torch.model import meta_model
 from distrust.errors import ModelError, ResumeRefused, quote_untrusted
@@ -120,7 +119,7 @@ def _adapted_parameters(
     base: str, config: TrainConfig
 ) -> tuple[dict[str, torch.nn.Parameter], dict[int, str]]:
     """The trained parameters of an adapter without weights, and peft's name of each by its id()."""
-    model = adapter.add_adapter(meta_model(base), LoraConfig.from_options(config))
+    model = adapter.add_adapter(meta_model(base), config)
     parameters = adapter.trained_parameters(model)
     names = {id(value): name for name, value in adapter.to_peft_names(model, parameters).items()}
     return parameters, names
