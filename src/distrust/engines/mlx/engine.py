@@ -206,9 +206,10 @@ class MlxEngine:
         )
 
     def _warn_of_unlimited_window(self, config: TrainConfig) -> None:
-        window = model.sliding_window(self._config)
-        longest = config.max_length or DEFAULT_MAX_LENGTH
-        if window is None or window >= longest or window in self._runner.windows:
+        window = model.text_entry(self._config, "sliding_window")  # tokens that a token sees
+        if type(window) is not int or model.text_entry(self._config, "use_sliding_window") is False:
+            return
+        if window >= (config.max_length or DEFAULT_MAX_LENGTH) or window in self._runner.windows:
             return
         warnings.warn(
             f"--model {config.model}: its layers are limited to {window} tokens back, and mlx-lm does not "

@@ -72,13 +72,6 @@ def text_entry(config: dict[str, Any], name: str) -> Any:
     return text_config.get(name) if value is None and isinstance(text_config, dict) else value
 
 
-def sliding_window(config: dict[str, Any]) -> int | None:
-    """Number of tokens that a token sees, if the config limits it."""
-    window = text_entry(config, "sliding_window")
-    enabled = text_entry(config, "use_sliding_window")
-    return window if type(window) is int and enabled is not False else None
-
-
 def quantize(model: Any, quantization: Quantization) -> None:
     """Store the weights of linear layers and embeddings in 8 or 4 bits, in groups with a scale and a bias."""
     if quantization == "none":

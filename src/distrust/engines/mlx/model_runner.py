@@ -162,16 +162,9 @@ class ModelRunner:
         self._model.eval()
         return self._losses(trained, *batch)[1]
 
-    def _losses(
-        self,
-        trained: Arrays,
-        input_ids: mx.array,
-        segments: mx.array | None,
-        predictor_index: mx.array,
-        targets: mx.array,
-        token_weights: mx.array,
-    ) -> tuple[mx.array, mx.array]:
+    def _losses(self, trained: Arrays, *batch: Any) -> tuple[mx.array, mx.array]:
         """float32[], the scaled and weighted sum; float32[n], the cross-entropy of each trained token."""
+        input_ids, segments, predictor_index, targets, token_weights = batch  # of _Rows.to_device
         self.set_parameters(trained)
         if self._head is None:
             logits = self._model(input_ids, self._cache(segments))

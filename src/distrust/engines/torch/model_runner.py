@@ -103,12 +103,13 @@ class ModelRunner:
     def _outputs(self, batch: MicroBatch, row: _Row) -> Tensor:
         """Last hidden states [n, width], or logits [n, vocabulary], of all real tokens."""
         if self.uses_varlen:
-            return self._run(
-                input_ids=self._to_device(row.input_ids)[None],  # [1, n]
-                position_ids=self._to_device(row.positions)[None],
-            )[0]
+            return self._run_row(row.input_ids, row.positions)
         mask = self._to_device(batch.attention_mask)
         return self._run(input_ids=self._to_device(batch.input_ids), attention_mask=mask)[mask.bool()]
+
+    def _run_row(self, ids: Array, positions: Array) -> Tensor:
+        ids_on_device, positions_on_device = self._to_device(ids)[None], self._to_device(positions)[None]
+        return self._run(input_ids=ids_on_device, position_ids=positions_on_device)[0]  # [1, n] -> [n, ...]
 
     def _run(self, **inputs: Tensor) -> Tensor:
         if self.uses_chunked_loss:
@@ -163,7 +164,5 @@ class ModelRunner:
     def _run_trial(self, ids: Array, lengths: list[int]) -> tuple[Array, str]:
         positions = np.concatenate([np.arange(length) for length in lengths])
         with attention.packed_examples(lengths), self._autocast():
-            output = self._run(
-                input_ids=self._to_device(ids)[None], position_ids=self._to_device(positions)[None]
-            )[0]
+            output = self._run_row(ids, positions)
         return output.float().cpu().numpy(), dtype_name(output)
