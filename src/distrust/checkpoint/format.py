@@ -1,9 +1,8 @@
 """The file format, and the layout of a new file. Pure functions: no policy, no I/O.
 
 A checkpoint is a safetensors file: 8 bytes of little-endian header length; a JSON header padded with spaces
-so that the data begins at a multiple of 4096 (the alignment that direct I/O needs); then the tensors without
-gaps, by descending item size and then by name, so that each is aligned to its item size. Three kinds of
-digests, all BLAKE3, verify each part without the others:
+so that the data begins at a multiple of 4096; then the tensors without gaps, by descending item size and then
+by name, so that each is aligned to its item size. Three kinds of BLAKE3 digests verify each part alone:
 
 - ``digests``: one for each tensor's bytes;
 - ``state_digest``: over each tensor's name, dtype, shape and digest, and over ``state`` (the skeleton and the
@@ -12,16 +11,16 @@ digests, all BLAKE3, verify each part without the others:
 
 They detect accidental damage. They are not a signature: whoever forges a file can compute them too.
 
-The header is canonical: sorted keys, no spaces except the padding, UTF-8. ``__metadata__`` sorts before every
-tensor and ``digest`` before its other keys, so every header of every version begins with :data:`OPENING`, and
-its own digest is at a fixed position. There is one encoder, :class:`HeaderText`: a reader proves that a
-header is canonical by re-encoding what it parsed (:mod:`distrust.checkpoint.header`).
+The header is canonical: sorted keys, no spaces except the padding, UTF-8. So every header of every version
+begins with :data:`OPENING`, and its own digest is at a fixed position. A reader proves that a header is
+canonical by re-encoding what it parsed with the one encoder, :class:`HeaderText`.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from json.encoder import encode_basestring as encode_text
@@ -216,7 +215,7 @@ class Layout:
         return self.data_offset + self.data_bytes
 
     def header(self, digests: Sequence[str]) -> tuple[bytes, str]:
-        """Return the header's bytes and the ``digest`` in them; ``digests`` in the order of the data."""
+        """As :meth:`HeaderText.complete`."""
         return self._text.complete(digests, self._table.state_digest(self._state, digests))
 
     @lockfree_cached_property
@@ -245,33 +244,20 @@ def header_digest(header: bytes | bytearray) -> str:
     return hasher.update(view[DIGEST_SLICE.stop :]).hexdigest()
 
 
+#: In a forked child hashing is always single-threaded: the threads of the parent's pool do not exist there.
+_in_forked_child = threading.Event()
+os.register_at_fork(after_in_child=_in_forked_child.set)
+
+
 def tensor_hasher(*, all_cores: bool) -> blake3:
     """Return a BLAKE3 hasher for a tensor's bytes: multi-threaded for large pieces, else single-threaded."""
-    # In a forked child always single-threaded: the threads of the parent's pool do not exist there.
-    return blake3(max_threads=blake3.AUTO if all_cores and not _forked else 1)
+    return blake3(max_threads=blake3.AUTO if all_cores and not _in_forked_child.is_set() else 1)
 
 
-def _remember_fork() -> None:
-    global _forked
-    _forked = True
-
-
-_forked = False
-os.register_at_fork(after_in_child=_remember_fork)
-
-
-_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-_COMPACT = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
-
-
-def canonical_json(value: Any) -> str:
-    """Return JSON with sorted keys and no spaces: equal values give equal text. Keeps NaN and infinities."""
-    return _CANONICAL.encode(value)
-
-
-def compact_json(value: Any) -> str:
-    """Return JSON without spaces, the keys in their own order."""
-    return _COMPACT.encode(value)
+#: JSON with sorted keys and no spaces: equal values give equal text. Keeps NaN and infinities.
+canonical_json = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode
+#: JSON without spaces, the keys in their own order.
+compact_json = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
 
 
 def is_valid_shape(shape: tuple[int, ...]) -> bool:
@@ -283,14 +269,9 @@ def _size(dtype: str, shape: tuple[int, ...]) -> int:
     """Return a tensor's length in bytes, or -1 if it is impossible. Neither dtype nor shape is trusted."""
     item_size = ITEM_SIZES.get(dtype)
     # type(), not isinstance(): True is an int, and must not be a dimension of 1.
-    if (
-        item_size is None
-        or len(shape) > MAX_DIMENSIONS
-        or {*map(type, shape)} - {int}
-        or min(shape, default=0) < 0
-    ):
+    if item_size is None or len(shape) > MAX_DIMENSIONS or {*map(type, shape)} - {int}:
         return -1
     # Without the zeros: frameworks reject a shape such as (0, 2**62, 2**62), too.
-    if prod(filter(None, shape)) * item_size >= MAX_SIZE:
+    if min(shape, default=0) < 0 or prod(filter(None, shape)) * item_size >= MAX_SIZE:
         return -1
     return prod(shape) * item_size

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from distrust.checkpoint.arrays.host import NUMPY_NAMES
+from distrust.checkpoint.arrays import NUMPY_NAMES
 from distrust.checkpoint.format import ITEM_SIZES, TensorInfo
 from distrust.errors import CorruptCheckpoint
 

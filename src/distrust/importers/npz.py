@@ -24,7 +24,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.lib import format as npy
 
-from distrust.checkpoint.arrays.host import NUMPY_NAMES
+from distrust.checkpoint.arrays import NUMPY_NAMES
 from distrust.checkpoint.format import is_valid_shape
 from distrust.checkpoint.memory import available_bytes
 from distrust.errors import CheckpointUnreadable, CorruptCheckpoint, shorten
