@@ -159,7 +159,9 @@ class TorchEngine:
         prompt = torch.tensor([ids], device=self._device)  # [1, n]
         sampling: dict[str, Any] = {"do_sample": bool(temperature)}
         if temperature:
-            sampling |= {"temperature": temperature} | ({} if top_p is None else {"top_p": top_p})
+            sampling["temperature"] = temperature
+        if temperature and top_p is not None:
+            sampling["top_p"] = top_p
         runtime.reseed(seed=seed, step=0, micro_step=0)
         end_of_text = self.tokenizer.eos_token_id
         output = self.model.eval().generate(  # type: ignore[operator]

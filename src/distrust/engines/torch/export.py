@@ -53,11 +53,8 @@ def prepare_adapter(config: TrainConfig, tensors: Mapping[str, torch.Tensor], *,
     state_conversion.require_no_differences(differences, tensors, summary=summary)
     weights = adapter.to_peft_names(meta_model, _cast(tensors, dtype))
     peft_config = adapter.peft_config(meta_model, base=reference(config.model))
-    save_weights, save_tokenizer = (
-        partial(_save, weights, PEFT_WEIGHTS, {}),
-        partial(_save_tokenizer, tokenizer),
-    )
-    return _in_order(save_weights, peft_config.save_pretrained, save_tokenizer)
+    save_tokenizer = partial(_save_tokenizer, tokenizer)
+    return _in_order(partial(_save, weights, PEFT_WEIGHTS, {}), peft_config.save_pretrained, save_tokenizer)
 
 
 def require_mergeable(config: TrainConfig) -> None:
