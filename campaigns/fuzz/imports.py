@@ -407,10 +407,7 @@ def _archive(victim: Victim) -> None:
     elif kind == 2:
         entries.pop(at)
     elif kind == 3:
-        entries[at] = (
-            rng.choice((f"../{name}", f"/{name}", name.upper(), "x/data.pkl", "\x1b[2J")),
-            content,
-        )
+        entries[at] = (rng.choice((f"../{name}", f"/{name}", name.upper(), "x/data.pkl", "\x1b[2J")), content)
     elif kind == 4:
         entries[at] = name, rng.choice((b"", content * 2, b"\x80\x02" + b"(" * 100_000, b"." * 9))
     elif kind == 5:  # a bomb

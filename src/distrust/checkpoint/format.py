@@ -81,12 +81,10 @@ class TensorTable:
     tensor would cost more than everything else about a header. Raises :class:`InvalidTensor`.
     """
 
-    def __init__(
-        self, names: Sequence[str], dtypes: Iterable[str], shapes: Iterable[tuple[int, ...]]
-    ) -> None:
+    def __init__(self, names: Sequence[str], pairs: Sequence[Description]) -> None:
         self.names = names
+        self._pairs = pairs
         # Thousands of tensors share a few (dtype, shape) pairs: what depends on the pair is computed once.
-        self._pairs = [*zip(dtypes, shapes, strict=True)]
         sizes = {pair: _size(*pair) for pair in {*self._pairs}}
         if -1 in sizes.values():
             rows = zip(names, self._pairs, strict=True)
@@ -151,7 +149,7 @@ class InvalidTensor(Exception):
 class HeaderText:
     """An encoded header without its digests. Digests have a fixed length, so the header's length is known."""
 
-    def __init__(self, *, step: int, kind: Kind, state: str, run: str, table: TensorTable) -> None:
+    def __init__(self, table: TensorTable, *, step: int, kind: Kind, state: str, run: str) -> None:
         self._between_digests = (
             f'","format":"{FORMAT}","kind":"{kind}","run":{encode_text(run)},"state":{encode_text(state)},'
             '"state_digest":"'
@@ -193,9 +191,8 @@ class Layout:
         self, tensors: Mapping[str, Description], *, step: int, kind: Kind, sections: dict[str, Any], run: str
     ) -> None:
         names = sorted(tensors)
-        dtypes, shapes = zip(*map(tensors.__getitem__, names), strict=True) if names else ((), ())
         try:
-            self._table = TensorTable(names, dtypes, shapes)
+            self._table = TensorTable(names, [*map(tensors.__getitem__, names)])
         except InvalidTensor as error:
             name, shape = error.args
             raise UnsupportedState(f"{name}: no reader accepts the shape {shape}", label=name) from None
@@ -224,9 +221,7 @@ class Layout:
 
     @lockfree_cached_property
     def _text(self) -> HeaderText:
-        text = HeaderText(
-            step=self._step, kind=self._kind, state=self._state, run=self._run, table=self._table
-        )
+        text = HeaderText(self._table, step=self._step, kind=self._kind, state=self._state, run=self._run)
         if text.nbytes > MAX_HEADER_BYTES:
             raise UnsupportedState(
                 f"the header would have {text.nbytes:,} bytes, and readers accept at most "

@@ -20,7 +20,7 @@ from distrust.checkpoint.header import parse_header
 from distrust.checkpoint.lazy import LazyMapping, LazyTensor
 from distrust.checkpoint.memory import allocate
 from distrust.checkpoint.tree import ARRAY_SECTIONS, STATE_SECTIONS
-from distrust.errors import CorruptCheckpoint, UnsupportedState
+from distrust.errors import UnsupportedState
 
 _PLAIN_SECTIONS = tuple(f"{section}." for section in STATE_SECTIONS if section not in ARRAY_SECTIONS)
 
@@ -95,14 +95,12 @@ def load(
             return arrays.from_host(tensor_data, tensor.dtype, tensor.shape, framework=framework)
 
         def verify_and_build(label: str) -> Any:
-            try:
-                verified_read.verify_content(content, [tensors[label]])
-            except CorruptCheckpoint as error:  # errors_with_path below has ended by then
-                raise CorruptCheckpoint(error.reason, path=path, tensor=error.tensor) from None
+            with errors_with_path(path):  # the one around this function has ended by then
+                verified_read.verify([tensors[label]], content.view)
             return build_array(label)
 
         if mapped and not lazy:  # not mapped: load() verified every tensor while it read them
-            verified_read.verify_content(content, header.tensors)
+            verified_read.verify(header.tensors, content.view)
         build = LazyTensor if lazy else build_array
         sections = {name: tree.unflatten(header.sections[name], build) for name in ARRAY_SECTIONS}
         if lazy:
