@@ -23,7 +23,7 @@ from typing import Any
 
 from distrust.config import ExportDtype, TrainConfig
 from distrust.contract import EngineState
-from distrust.errors import ConfigError, ResumeRefused, quote_untrusted
+from distrust.errors import ConfigError, ResumeRefused, join_first, quote_untrusted
 
 _PEFT_PREFIX = "base_model.model."
 #: End of a name in peft and in mlx-lm, and whether the matrix is transposed.
@@ -140,9 +140,7 @@ def require_no_differences(
     """Raise ResumeRefused if there are differences: with the first of them, and what ``saved`` adapts."""
     if not differences:
         return
-    lines = [f"{summary}:", *map(quote_untrusted, differences[:LINES_SHOWN])]
-    if len(differences) > LINES_SHOWN:
-        lines.append(f"and {len(differences) - LINES_SHOWN} more")
+    lines = [f"{summary}:", join_first(map(quote_untrusted, differences), LINES_SHOWN, "\n  ")]
     if targets := target_modules(saved):
         shown = " ".join(map(quote_untrusted, targets[:TARGETS_SHOWN]))
         hidden = len(targets) - TARGETS_SHOWN
