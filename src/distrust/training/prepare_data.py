@@ -173,17 +173,17 @@ def _require_metric(config: TrainConfig, evaluation: EvaluationSet | None) -> No
     raise ConfigError(f"--metric {config.metric}: {problem}")
 
 
-def _sampler(config: TrainConfig, sizes: Sequence[int]) -> EpochSampler | MixtureSampler:
+def _sampler(config: TrainConfig, sizes: Sequence[int]) -> EpochSampler:
     if config.mix is None:
         return EpochSampler(sum(sizes), seed=config.seed)
     return MixtureSampler(sizes, shares=config.mix, seed=config.seed)
 
 
 def _sample_counts(
-    sampler: EpochSampler | MixtureSampler, rows: Sequence[PackedRows], corpus: Corpus
+    sampler: EpochSampler, rows: Sequence[PackedRows], corpus: Corpus
 ) -> np.ndarray[Any, Any] | None:
     """float64[n]: how often an epoch samples each example, on average; None if each once."""
-    if isinstance(sampler, EpochSampler):  # without a mixture
+    if not isinstance(sampler, MixtureSampler):
         return None
     return np.repeat(np.divide(sampler.counts, [len(part) for part in rows]), corpus.sizes)
 
