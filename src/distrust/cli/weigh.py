@@ -90,9 +90,8 @@ def main(arguments: list[str]) -> int:
     with _progress("read") as progress:
         scored = score_records(sources, scoring, on_progress=progress)
     if config.source_column and set(scored.classes) == {""}:
-        warnings.warn(
-            f"--source-column {config.source_column}: no record has it", DistrustWarning, stacklevel=2
-        )
+        problem = f"--source-column {config.source_column}: no record has it"
+        warnings.warn(problem, DistrustWarning, stacklevel=2)
     weights = example_weights(
         scored.authority_weight,
         scored.provenance_entropy,

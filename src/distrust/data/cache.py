@@ -48,6 +48,7 @@ _DTYPES = {
 }
 _FINGERPRINTED, _SIDE_FILES = tuple(_DTYPES)[:5], tuple(_DTYPES)[5:]
 
+_REMEDY = "give another folder with --cache-dir"
 _SWEEP_AFTER_SECONDS = 60  # a younger folder may belong to a process that has not locked it yet
 
 
@@ -111,21 +112,16 @@ class Cache:
                 if entry.is_dir():
                     return _load(entry, parts)
             except (OSError, _DamagedError) as error:
-                warnings.warn(
-                    f"{entry}: the cached tokens are damaged ({error}); tokenizing again",
-                    DistrustWarning,
-                    stacklevel=2,
-                )
+                problem = f"{entry}: the cached tokens are damaged ({error}); tokenizing again"
+                warnings.warn(problem, DistrustWarning, stacklevel=2)
         with _temporary_entry(self.folder / _TOKENS, persistent=key is not None) as (folder, persistent):
             try:
                 corpus = _map_corpus(folder, _write(folder, build(), parts, sizes), parts)
                 if persistent and key is not None:
                     _publish(folder, self.folder / _TOKENS / key)
             except OSError as error:
-                raise ConfigError(
-                    f"{folder.parent}: cannot write the tokens: {error.strerror or error}; give "
-                    "another folder with --cache-dir"
-                ) from error
+                problem = f"{folder.parent}: cannot write the tokens: {error.strerror or error}"
+                raise ConfigError(f"{problem}; {_REMEDY}") from error
             return corpus
 
 
@@ -138,12 +134,8 @@ def _temporary_entry(folder: Path, *, persistent: bool) -> Iterator[tuple[Path, 
             _sweep(folder)
             temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=folder))
         except OSError as error:
-            warnings.warn(
-                f"{folder}: cannot be written to ({error.strerror}): data is tokenized at every start; give "
-                "another folder with --cache-dir",
-                DistrustWarning,
-                stacklevel=4,
-            )
+            problem = f"{folder}: cannot be written to ({error.strerror}): data is tokenized at every start"
+            warnings.warn(f"{problem}; {_REMEDY}", DistrustWarning, stacklevel=4)
             persistent = False
     if not persistent:
         temporary = Path(tempfile.mkdtemp(prefix=f"distrust-{_TEMPORARY}"))
