@@ -72,7 +72,7 @@ def save(library: Library, task: Task) -> Figures:
     return {"seconds": time.perf_counter() - began, **memory.figures()}
 
 
-def save_behind(background: type[Background], task: Task) -> Figures:
+def save_in_background(background: type[Background], task: Task) -> Figures:
     """A background save: the time until it returned, and until it was durable."""
     library = background.library
     _start(background, library.state(WARM_UP), task.folder / "warm-up")
@@ -160,7 +160,7 @@ def _saving() -> Iterator[Case]:
         yield Case(f"{library.name} save", "saving", partial(save, library), modules=library.modules)
     for background in BACKGROUND:
         modules = background.library.modules
-        yield Case(background.name, "saving", partial(save_behind, background), modules=modules)
+        yield Case(background.name, "saving", partial(save_in_background, background), modules=modules)
     yield Case(
         "trainer save",
         "saving",

@@ -56,7 +56,7 @@ class Bars:
 
 PANELS = (
     Bars(
-        "Saving, until it is durable",
+        "Saving, until durable",
         "ours digests every tensor; the Trainer syncs nothing",
         {
             "distrust, with digests": SAVE,
@@ -70,7 +70,7 @@ PANELS = (
         {"raw write": RAW_WRITE},
     ),
     Bars(
-        "Saving behind: training waits",
+        "Saving in the background: stall",
         "until the state may change again",
         {
             "distrust, 1st save": RETURN,
@@ -164,7 +164,7 @@ def draw(results: Results, specs: Sequence[Spec], path: Path, *, about: str) -> 
             title="Growth with tensors", note="as many bytes", logarithmic=False,
         )  # fmt: skip
         canvas.text(
-            0.99, -0.005, "lines on the bars: least to most  ·  orange: what the hardware can do\n" + about,
+            0.99, -0.005, "lines on the bars: minimum to maximum  ·  orange: the hardware limit\n" + about,
             ha="right", va="top", fontsize=7.5, color=QUIET, linespacing=1.5, wrap=True,
         )  # fmt: skip
         canvas.savefig(path, format="png", dpi=130, bbox_inches="tight", pad_inches=0.15, facecolor="white")

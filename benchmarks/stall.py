@@ -135,7 +135,7 @@ def _show(options: argparse.Namespace, pairs: list[dict[str, Figures]]) -> None:
     print(
         f"bundled model, LoRA rank {options.lora_rank}, batch of {options.batch_size}, a checkpoint of "
         f"{saving[0]['checkpoint_bytes'] / 2**20:.1f} MiB every {options.save_every} steps, "
-        f"{saving[0]['saves']:.0f} saves; median of {len(pairs)} pairs of runs, least to most"
+        f"{saving[0]['saves']:.0f} saves; median of {len(pairs)} pairs of runs, minimum to maximum"
     )
     print(f"{'step without saves':30}{step * 1000:8.1f} ms")
     _print_percent("stall", [_stall(pair) for pair in pairs], wanted=True)

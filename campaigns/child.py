@@ -45,13 +45,7 @@ class ChildFailed(CounterExample):
 
 
 class Child:
-    """A spawned module that exchanges lines; a context that kills it.
-
-    Args:
-        module: run by ``python -m``.
-        arguments: of its command line.
-        environment: added to that of this process.
-    """
+    """A spawned module that exchanges lines; a context that kills it."""
 
     def __init__(self, module: str, *arguments: object, environment: Mapping[str, str] | None = None) -> None:
         self._name = " ".join([module, *map(str, arguments)])

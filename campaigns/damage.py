@@ -1,4 +1,4 @@
-"""Is every damage found, and does it cost no more than the one checkpoint that was hit?
+"""Is all damage found, and does it cost no more than the one checkpoint that was hit?
 
 A directory holds two checkpoints of a small LoRA-like state, saved by a CheckpointManager. The newer one is
 damaged in every way of ``corruptions.py``: every bit flipped, every length, every byte, blocks, tails,
@@ -65,15 +65,11 @@ SECTIONS = ("model", "optimizer", "rng", "history", "config", "metadata")
 
 
 class Round:
-    """Every damage to files of one content, in the order of its cases.
-
-    Args:
-        seed: of the content, and of the order.
-    """
+    """Every damage to files of one content, in the order of its cases."""
 
     def __init__(self, directory: Path, seed: str) -> None:
         self.directory = directory  # a new one, for the two checkpoints
-        self._rng = random.Random(seed)
+        self._rng = random.Random(seed)  # of the content, and of the order
         self.older = _state(OLDER_STEP, self._seed())  # the state of the checkpoint that is not damaged
         self.next = _state(NEXT_STEP, self._seed())  # a later state
         self.files = self._make_files()  # their files

@@ -47,7 +47,9 @@ class FailingProgram(Program):
                 action()
         except SaveFailed as error:
             if len(self.disk.failed) == failures:
-                raise CounterExample(f"a disk that did not fail was said to: {error}") from error
+                raise CounterExample(
+                    f"a failure was reported for a disk that did not fail: {error}"
+                ) from error
             if action == self._save:
                 self._require_untouched(existing, self.disk.failed[failures:])
         except Exception as error:

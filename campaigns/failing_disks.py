@@ -32,7 +32,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from campaigns.campaign import Campaign, Case, CounterExample, parser, run
-from campaigns.disks import directories, isolated, resources, runs
+from campaigns.disks import directories, resources, runs, volumes
 
 CASES = 60  # about a minute
 #: No case takes this long, unless it hangs.
@@ -79,7 +79,7 @@ def _run_case(campaign: Campaign, case: Case, kind: str) -> None:
     work = runs.real_training if kind == REAL else KINDS[kind][0]
     with tempfile.TemporaryDirectory(prefix="distrust-") as folder:
         home = Path(folder).resolve()
-        findings = isolated.run(lambda counts: work(case.rng, home, counts), seconds=HANG_SECONDS)
+        findings = volumes.run_case(lambda counts: work(case.rng, home, counts), seconds=HANG_SECONDS)
     for description, number in sorted(findings.counts.items()):
         campaign.count(description, number)
     if findings.skipped is not None:

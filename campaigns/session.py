@@ -62,10 +62,7 @@ class Forks:
 
     A training imports torch for seconds before its first step. A fork of a process that has done so starts
     at once, so a campaign kills hundreds in the time of some dozens.
-
-    Args:
-        program: ``module:function``; the function takes arguments and returns an exit code.
-        imports: modules that the server imports besides.
+    The program is ``module:function``; the function takes arguments and returns an exit code.
     """
 
     def __init__(self, program: str, imports: Sequence[str] = (), *, name: str) -> None:
@@ -109,12 +106,7 @@ class _Fork:
 
 
 class Session:
-    """One run of a command, from its start to its end.
-
-    Args:
-        launcher: starts it.
-        arguments: of the command.
-    """
+    """One run of a command, from its start to its end."""
 
     def __init__(
         self,

@@ -21,11 +21,7 @@ _JOIN_SECONDS = 60.0  # for one thread
 
 
 class Burst:
-    """Threads that each save steps of their own, so that the final content is known.
-
-    Args:
-        first: the first step that may be saved.
-    """
+    """Threads that each save steps of their own, so that the final content is known."""
 
     def __init__(
         self,
@@ -40,7 +36,7 @@ class Burst:
         self._manager = manager  # that they all clone
         self._rng = rng  # of all choices, which are made before the threads start
         self._make = make  # returns the checkpoint to save, and its version
-        self._step = first
+        self._step = first  # that may be saved
         self._errors: list[str] = []
 
     def run(self) -> None:

@@ -37,11 +37,7 @@ _STEP, _VERSION, _BEST, _STOP = (8 * index for index in range(4))
 
 
 class Board:
-    """Numbers in a mapped file. One process writes them, each of eight bytes at once.
-
-    Args:
-        path: of the file, which is made if it does not exist.
-    """
+    """Numbers in a mapped file. One process writes them, each of eight bytes at once."""
 
     def __init__(self, path: Path) -> None:
         if not path.exists():
@@ -79,11 +75,7 @@ class Board:
 
 
 class Writer:
-    """Saves at random: blocking and in the background, finals, and the newest step again.
-
-    Args:
-        directory: of the checkpoints.
-    """
+    """Saves at random: blocking and in the background, finals, and the newest step again."""
 
     def __init__(self, directory: Path, board: Board, rng: random.Random) -> None:
         self._board = board  # where it reports what is durable
@@ -143,11 +135,7 @@ SECONDS_PER_SAVE, LEAST_SECONDS = 2.0, 60.0
 
 
 class Reader:
-    """Reads at random.
-
-    Args:
-        directory: of the checkpoints.
-    """
+    """Reads at random."""
 
     def __init__(self, directory: Path, board: Board, rng: random.Random) -> None:
         self.counts: Counter[str] = Counter()

@@ -21,7 +21,6 @@ import numpy as np
 
 from campaigns.campaign import CounterExample
 from campaigns.disks import volumes
-from campaigns.disks.isolated import Skipped
 from campaigns.disks.save_checker import SaveChecker
 from campaigns.invariants import checkpoint_digests, temporary_files
 from distrust import Checkpoint, CheckpointManager
@@ -190,7 +189,7 @@ def _become_nobody(home: Path) -> None:
         return
     for path in (home, *home.parents[:-1]):
         if not path.stat().st_mode & 0o001 and path != home:
-            raise Skipped(f"permissions: {path} is not open to others")
+            raise volumes.Skipped(f"permissions: {path} is not open to others")
     home.chmod(0o777)
     # Without permissions, Python's own modules may be out of reach: import all of them now.
     warm_up = CheckpointManager(home / "warm-up")
@@ -201,7 +200,7 @@ def _become_nobody(home: Path) -> None:
         os.setegid(NOBODY)
         os.seteuid(NOBODY)
     except PermissionError as error:
-        raise Skipped(f"permissions: {error.strerror}") from None
+        raise volumes.Skipped(f"permissions: {error.strerror}") from None
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 1)  # else nobody may not read /proc/self
 

@@ -27,7 +27,6 @@ from pathlib import Path
 
 from campaigns.campaign import CounterExample
 from campaigns.disks import volumes
-from campaigns.disks.isolated import Skipped
 from campaigns.disks.save_checker import SaveChecker
 from campaigns.disks.volumes import MIB, Filler
 from campaigns.invariants import temporary_files
@@ -163,7 +162,7 @@ def open_files(rng: random.Random, home: Path, counts: Counter[str]) -> None:
 def memory(rng: random.Random, home: Path, counts: Counter[str]) -> None:
     """No memory for a copy of the state, or not even for the blocks that are written."""
     if not _STATM.exists():
-        raise Skipped("ulimit -v: this system does not report how much memory a process has")
+        raise volumes.Skipped("ulimit -v: this system does not report how much memory a process has")
     checker = SaveChecker(home / "run", rng, counts, "ulimit -v")
     nbytes = rng.randint(1, 40) << 20
     step = 1
@@ -276,7 +275,7 @@ def _shut_down(root: Path, rng: random.Random) -> None:
     try:
         fcntl.ioctl(descriptor, _FS_IOC_SHUTDOWN, struct.pack("I", rng.choice([0, 1, _LOSE_THE_JOURNAL])))
     except OSError as error:
-        raise Skipped(f"shutting down a file system: {error.strerror}") from None
+        raise volumes.Skipped(f"shutting down a file system: {error.strerror}") from None
     finally:
         os.close(descriptor)
 

@@ -4,6 +4,11 @@ Everything is on a tmpfs of the namespace, including the images of the file syst
 a disk of the machine, and nothing is left when the last process of the namespace has ended. Root gets all of
 them; another user, in a user namespace, only those that need no block device. Whatever this machine or this
 user cannot do raises Skipped.
+
+A case runs in a process of its own (:func:`run_case`): its limits, mounts and open files go with it,
+however it ends. The process is forked, so what a test changed in the product is changed there, too. It
+leads a session, all of which is killed at the end. Its mount namespace ends with its last process: the
+kernel unmounts what was mounted there and releases the loop devices, even if no process lives to do it.
 """
 
 from __future__ import annotations
@@ -14,11 +19,56 @@ import shutil
 import signal
 import subprocess
 import time
+import traceback
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from campaigns.disks.isolated import Skipped
+from campaigns import child
+from campaigns.campaign import CounterExample
+
+
+class Skipped(Exception):
+    """This machine, or this user, cannot run the case; the message says why."""
+
+
+class Findings(NamedTuple):
+    """The result of a case."""
+
+    counts: Counter[str]  # what was done, and how often
+    violation: str | None = None  # the invariant that does not hold, or None
+    skipped: str | None = None  # why the case could not be run, or None
+
+
+def run_case(work: Callable[[Counter[str]], None], *, seconds: float) -> Findings:
+    """Run a case in a child.
+
+    Args:
+        work: the case; it counts what it does. Every exception but Skipped is a violation.
+        seconds: a longer case is a violation, too.
+    """
+    try:
+        findings = child.call(lambda: _work(work), seconds=seconds, new_session=True)
+    except child.ChildFailed as error:
+        return Findings(Counter(), f"the case: {error}")
+    assert isinstance(findings, Findings)
+    return findings
+
+
+def _work(work: Callable[[Counter[str]], None]) -> Findings:
+    counts: Counter[str] = Counter()
+    try:
+        work(counts)
+    except Skipped as error:
+        return Findings(counts, skipped=str(error))
+    except CounterExample as error:
+        return Findings(counts, violation=str(error))
+    except BaseException as error:
+        text = f"{type(error).__name__} escaped: {error}\n{traceback.format_exc()}"
+        return Findings(counts, violation=text)
+    return Findings(counts)
+
 
 MIB = 1 << 20
 _CLONE_NEWNS, _CLONE_NEWUSER = 0x00020000, 0x10000000
@@ -160,11 +210,7 @@ def free_bytes(root: Path) -> int:
 
 
 class Filler:
-    """A file that uses up the space of a file system, and files that use up its inodes.
-
-    Args:
-        root: where the files go.
-    """
+    """A file that uses up the space of a file system, and files that use up its inodes."""
 
     def __init__(self, root: Path) -> None:
         self._file = root / "filler"

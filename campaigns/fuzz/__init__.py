@@ -30,7 +30,7 @@ readers       the methods to read a file, and what must hold for each
 converting    what must hold for what is converted
 imports       folders of other programs, and what happens to them
 training      the processes that convert them and resume from the result
-costs, sizes  time and memory, measured and limited
+costs         time and memory, measured and limited
 guided        the coverage-guided engine
 obstacles     things that are no files, in the place of one; permissions
 

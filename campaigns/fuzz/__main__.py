@@ -28,7 +28,6 @@ from campaigns.fuzz import (
     obstacles,
     older,
     readers,
-    sizes,
     training,
 )
 
@@ -237,7 +236,7 @@ def _play_scenes(directory: Path, _: Random, counts: Counter[str]) -> None:
 
 
 def _measure_sizes(files: readers.Directory, name: str, size: int, _: Random, counts: Counter[str]) -> None:
-    counts["answers measured on expensive files"] += sizes.check(name, files, size)
+    counts["answers measured on expensive files"] += costs.check_growth(name, files, size)
 
 
 def _run_guided(campaign: Campaign, directory: Path) -> None:

@@ -1,7 +1,14 @@
-"""What it costs to read a file: time and memory, measured in a process of its own for each.
+"""What it costs to read a file: time and memory, and how they grow with the size of the file.
 
-The memory bound is proven, not estimated: the process may not take more address space than it is allowed
-(RLIMIT_AS), so a reader that needs more fails. How much it took is what the kernel counted.
+Each measurement is in a process of its own. The memory bound is proven, not estimated: the process may not
+take more address space than it is allowed (RLIMIT_AS), so a reader that needs more fails. How much it took is
+what the kernel counted. Each family of expensive files (``growing``) is made in three sizes, each twice as
+large as the one before.
+
+- A file that was damaged after it was written, by a single bit, is refused at its digest. Until then the
+  reader has taken no more memory than the header's own size.
+- A forged one is parsed. Python's objects are many times as large as their text, empty lists most of all; the
+  reader may take :data:`TIMES_ITS_SIZE` in all.
 """
 
 from __future__ import annotations
@@ -15,6 +22,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from campaigns import child
+from campaigns.campaign import CounterExample, require
+from campaigns.fuzz import growing, invariants, readers
+from distrust import CheckpointManager
+from distrust.checkpoint import catalog
+from distrust.checkpoint.compare import differences
+from distrust.checkpoint.format import DIGEST_SLICE
 from distrust.errors import DistrustError
 
 #: What a process may take whatever the file: stacks of threads, pieces of the allocator.
@@ -88,3 +101,81 @@ def _status_bytes(name: str) -> int:
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
     raise LookupError(name)
+
+
+#: Of a forged file, in address space, with what Python's allocator holds in reserve.
+TIMES_ITS_SIZE = 48
+#: A file four times as large may take twelve times as long, since caches are small.
+STEEPEST = 12.0
+#: Shorter times are too inexact.
+LEAST_SECONDS = 0.2
+_DAMAGED_FREE_BYTES = 4 << 20  # beyond the size of the file
+
+
+def check_growth(name: str, directory: readers.Directory, largest: int) -> int:
+    """Read one family; returns how many answers were measured."""
+    measured: list[dict[str, Cost]] = []
+    size = 0
+    for share in (4, 2, 1):
+        raw = growing.GROWING[name](largest // share)
+        size = len(raw)
+        _require_damage_is_cheap(name, raw, directory)
+        directory.hostile.unlink(missing_ok=True)
+        directory.hostile.write_bytes(raw)
+        measured.append({use: _measure_use(name, use, directory, size) for use in _uses(directory)})
+    for use, last in measured[-1].items():
+        first = measured[0][use].seconds
+        require(
+            last.seconds <= max(LEAST_SECONDS, STEEPEST * first),
+            f"{name}: {use}: {first:.2f} s, and {last.seconds:.2f} s where the file is four times as large",
+        )
+    slowest, slowest_cost = max(measured[-1].items(), key=lambda item: item[1].seconds)
+    heaviest, heaviest_cost = max(measured[-1].items(), key=lambda item: item[1].nbytes)
+    print(
+        f"{name}: {size:,} bytes: at most {slowest_cost.seconds:.2f} s ({slowest}) and "
+        f"{heaviest_cost.nbytes / size:.1f} times its size ({heaviest}): {heaviest_cost.answer}",
+        flush=True,
+    )
+    return len(measured) * (len(measured[0]) + 1)
+
+
+def _uses(directory: readers.Directory) -> dict[str, Callable[[], Any]]:
+    path = directory.hostile
+    manager = CheckpointManager(directory.path)
+    return {
+        "inspect": lambda: manager.inspect(path).tensors,
+        "validate": lambda: manager.validate(path),
+        "load": lambda: manager.load(path),
+        "load lazily": lambda: readers.touch_all(manager.load(path, mmap=True, verify="lazy")),
+        "differences": lambda: differences(catalog.read_header(path), directory.valid),
+        "distrust show": lambda: readers.command("show", path, "--tensors"),
+    }
+
+
+def _measure_use(name: str, use: str, directory: readers.Directory, size: int) -> Cost:
+    allowed = FREE_BYTES + TIMES_ITS_SIZE * size
+    cost = _cost(f"{name}: {use}", _uses(directory)[use], allowed)
+    if cost.answer not in ("ok", "CorruptCheckpoint"):
+        raise CounterExample(f"{name}: {use}: {size:,} bytes, {allowed:,} allowed: {cost.answer}")
+    if cost.seconds > invariants.bound(size):
+        raise CounterExample(f"{name}: {use}: {cost.seconds:.1f} s for {size:,} bytes")
+    return cost
+
+
+def _require_damage_is_cheap(name: str, raw: bytes, directory: readers.Directory) -> None:
+    """With one bit of the header flipped, the reader stops at its digest."""
+    damaged = bytearray(raw)
+    damaged[DIGEST_SLICE.start] ^= 1
+    directory.hostile.write_bytes(damaged)
+    del damaged
+    allowed = len(raw) + _DAMAGED_FREE_BYTES
+    cost = _cost(f"{name}, damaged", lambda: catalog.read_header(directory.hostile), allowed)
+    if cost.answer != "CorruptCheckpoint":
+        raise CounterExample(f"{name}, damaged: {cost.answer}")
+
+
+def _cost(description: str, use: Callable[[], Any], allowed: int) -> Cost:
+    try:
+        return measure(use, allowed=allowed)
+    except CounterExample as error:
+        raise CounterExample(f"{description}: {error}") from error

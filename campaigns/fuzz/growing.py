@@ -1,6 +1,6 @@
 """Files that grow with a number of bytes, each made to cost a reader more than its size suggests.
 
-They take time that grows faster than the file, or memory many times as large. ``sizes`` measures them.
+They take time that grows faster than the file, or memory many times as large. ``costs`` measures them.
 """
 
 from __future__ import annotations
@@ -94,5 +94,5 @@ GROWING: dict[str, Callable[[int], bytes]] = {
     "a run of metrics": lambda n: build(run={"metrics": {str(at): 0 for at in range(n // 14)}, "extra": {}}),
     "a deep header": lambda n: _in_body(_LAST, _nest('{"a":', "}", n).encode()),
     "an unclosed metadata": lambda n: _in_body(b'"format":"distrust"', b'"format":' + b'{"a":[' * (n // 6)),
-    "noise that begins well": lambda n: Specimen(build()).raw[:200] + bytes(n),
+    "noise with a valid beginning": lambda n: Specimen(build()).raw[:200] + bytes(n),
 }

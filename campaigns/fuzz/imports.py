@@ -102,10 +102,10 @@ def make(directory: Path) -> Fixtures:
         warnings.simplefilter("ignore")
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         model.save_pretrained(base)
-        whole, trainer, adapter = (directory / name / "checkpoint-3" for name in ("whole", "trainer", "peft"))
-        shutil.copytree(base, whole)
-        _train(model, whole)
-        model.save_pretrained(whole)
+        full, trainer, adapter = (directory / name / "checkpoint-3" for name in ("full", "trainer", "peft"))
+        shutil.copytree(base, full)
+        _train(model, full)
+        model.save_pretrained(full)
         # The adapter is trained on the saved base model, not on the trained one.
         lora = LoraConfig(r=RANK, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
         adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), lora)
@@ -118,7 +118,7 @@ def make(directory: Path) -> Fixtures:
     moments = {f"{name[:2]}{names[name[2:]]}": array for name, array in moments.items()}
     fields = {**older.FIELDS, "step": STEPS, "optimizer_scalars": {"step": STEPS, "learning_rate": 2e-4}}
     fixtures = Fixtures(base, {}, fields, weights, moments)
-    fixtures.kinds.update({"trainer": trainer, "whole": whole, "peft": adapter})
+    fixtures.kinds.update({"trainer": trainer, "full": full, "peft": adapter})
     if find_spec("mlx_lm") is not None:
         fixtures.kinds["mlx-lm"] = _mlx_adapter(fixtures, directory / "mlx-lm" / "adapter")
     for kind in _OLDER:
@@ -407,10 +407,7 @@ def _archive(victim: Victim) -> None:
     elif kind == 2:
         entries.pop(at)
     elif kind == 3:
-        entries[at] = (
-            rng.choice((f"../{name}", f"/{name}", name.upper(), "x/data.pkl", "\x1b[2J")),
-            content,
-        )
+        entries[at] = (rng.choice((f"../{name}", f"/{name}", name.upper(), "x/data.pkl", "\x1b[2J")), content)
     elif kind == 4:
         entries[at] = name, rng.choice((b"", content * 2, b"\x80\x02" + b"(" * 100_000, b"." * 9))
     elif kind == 5:  # a bomb

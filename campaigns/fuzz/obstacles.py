@@ -94,11 +94,7 @@ def obstacle(make: Callable[[Path], object], path: Path) -> Iterator[None]:
 
 
 class Scene:
-    """A directory of checkpoints, and one beside it that a writer must not touch.
-
-    Args:
-        directory: of both.
-    """
+    """A directory of checkpoints, and one beside it that a writer must not touch."""
 
     def __init__(self, directory: Path) -> None:
         self.inside = directory / "checkpoints"

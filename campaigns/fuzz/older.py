@@ -109,7 +109,7 @@ class Directory(readers.Directory):
         if lies and is_changed:
             with contextlib.suppress(CheckpointError):
                 catalog.verify(self.hostile)
-                raise CounterExample("a file does not match its checksum, and was taken for whole")
+                raise CounterExample("a file does not match its checksum, and was accepted")
         if self.canary.exists():
             raise CounterExample("a pickle was loaded")
 

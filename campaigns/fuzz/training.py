@@ -70,11 +70,7 @@ class Engines:
 
 
 class Bench:
-    """Where folders are corrupted, converted and resumed from; used inside the processes.
-
-    Args:
-        directory: for everything.
-    """
+    """Where folders are corrupted, converted and resumed from; used inside the processes."""
 
     def __init__(self, directory: Path) -> None:
         self._fixtures_folder = directory / "fixtures"
@@ -120,7 +116,7 @@ class Bench:
             return Counter()
         run = self._runs / f"{len(list(self._runs.iterdir()))} {kind}"
         counts: Counter[str] = Counter()
-        base = None if kind == "whole" or rng.random() < 0.5 else str(self._fixtures.base)
+        base = None if kind == "full" or rng.random() < 0.5 else str(self._fixtures.base)
         began = seconds()
         try:
             (result,) = converting.convert_and_check(victim.path, run, model=base)

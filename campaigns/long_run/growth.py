@@ -70,9 +70,6 @@ def require_no_growth(
     """Count what was measured, and find growth.
 
     Args:
-        campaign: for the counts.
-        name: of the run.
-        samples: in order.
         allowed_bytes: by which the state itself grew from the second quarter to the last.
         allowed_blocks: that Python may have allocated in addition, for known reasons.
     """
@@ -99,11 +96,7 @@ def require_no_growth(
 def require_no_slowdown(campaign: Campaign, name: str, samples: Samples, *, enforce: bool) -> None:
     """Count how long saves took at the start, after the first samples, and at the end.
 
-    Args:
-        campaign: for the counts.
-        name: of the run.
-        samples: in order.
-        enforce: whether a slowdown beyond the bound is a finding.
+    Only with ``enforce`` is a slowdown beyond the bound a finding.
     """
     if len(samples) < _LEAST_SAMPLES:
         return

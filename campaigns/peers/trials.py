@@ -55,11 +55,7 @@ CELLS = tuple(
 
 
 class Bench:
-    """Where one saver is tried: its warm process, its undamaged checkpoints, and the expected values.
-
-    Args:
-        parent: a folder that is removed afterwards.
-    """
+    """Where one saver is tried: its warm process, its undamaged checkpoints, and the expected values."""
 
     def __init__(self, subject: Subject, parent: Path, *, fault: str | None) -> None:
         self._subject = subject  # the saver

@@ -121,11 +121,7 @@ def _tear(begin: bytes, end: bytes, *, rng: Random) -> bytes:
 
 
 class World:
-    """The disk while a program runs: what it certainly holds, and what it may hold.
-
-    Args:
-        image: its content at first, durable.
-    """
+    """The disk while a program runs: what it certainly holds, and what it may hold."""
 
     def __init__(self, root: Path, image: Image) -> None:
         self.names: dict[Path, int] = {}
@@ -134,7 +130,7 @@ class World:
         self._pending: dict[Path, list[_Change]] = {}
         self._files: dict[int, _File | None] = {}
         self._nodes: dict[int, int] = {}  # by the recorder's numbers of files
-        for path, content in image.items():
+        for path, content in image.items():  # durable at first
             node = self._new_node(None if content is None else _File(content))
             self.names[path] = self._durable[path] = node
 

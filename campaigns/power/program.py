@@ -70,9 +70,6 @@ def describe_event(event: Event) -> str:
 class Invariants:
     """What must hold at an instant, derived from the events until then.
 
-    Args:
-        durable: the checkpoints in it at first.
-
     Attributes:
         required: by name: what must exist after a cut, or a version that was being saved over it.
         possible: by name: the numbers of the versions that may exist.

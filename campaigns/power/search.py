@@ -103,11 +103,7 @@ def _require_next_save(manager: CheckpointManager, existing: list[Version]) -> N
 
 
 class Search:
-    """The disks of one case.
-
-    Args:
-        checked: by digest of a disk and of what must hold on it: the checkpoints that exist there.
-    """
+    """The disks of one case."""
 
     def __init__(
         self,
@@ -120,7 +116,7 @@ class Search:
         self._campaign = campaign  # for its counts
         self._program = program  # what runs on a disk
         self._root = root  # the disk that the programs run on; those that cuts leave are built beside it
-        self._checked = checked
+        self._checked = checked  # by digest of a disk and its invariants: the checkpoints on it
         self._disks = disks  # digests of the disks alone
         self._versions = {0: Version(0, Saved(0))}
 

@@ -32,7 +32,7 @@ attributes.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,11 @@ class DistrustWarning(UserWarning):
 
 class DamagedCheckpointWarning(DistrustWarning):
     """A damaged checkpoint was skipped, or counts towards no retention rule."""
+
+
+def warn(message: str) -> None:
+    """Issue a DistrustWarning that points at the caller of the function that calls this one."""
+    warnings.warn(message, DistrustWarning, stacklevel=3)  # 1: this function, 2: its caller
 
 
 class WarningCollector(list[DistrustWarning]):
@@ -281,3 +286,10 @@ def quote_untrusted(text: str) -> str:
     """Shorten text, and quote it if it contains control characters, which a terminal would execute."""
     text = shorten(text)
     return text if text.isprintable() else repr(text)
+
+
+def join_first(lines: Iterable[str], count: int, separator: str = ", ") -> str:
+    """The first ``count`` lines, and how many more there are: a hostile file may have millions of faults."""
+    lines = list(lines)
+    suffix = f"{separator}and {len(lines) - count} more" if len(lines) > count else ""
+    return separator.join(lines[:count]) + suffix

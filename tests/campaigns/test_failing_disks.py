@@ -12,8 +12,8 @@ from collections import Counter
 import pytest
 
 from campaigns import failing_disks
-from campaigns.disks import isolated, volumes
-from campaigns.disks.isolated import Skipped
+from campaigns.disks import volumes
+from campaigns.disks.volumes import Skipped
 from distrust.checkpoint import storage
 from distrust.checkpoint.disk import Disk
 from distrust.checkpoint.lock import DirectoryLock
@@ -175,8 +175,8 @@ def test_a_case_that_hangs_or_dies_is_a_counterexample():
         while True:
             os.read(0, 0)
 
-    assert "no answer within 0.3 s" in isolated.run(hang, seconds=0.3).violation
-    killed = isolated.run(lambda _: os.kill(os.getpid(), 9), seconds=30)
+    assert "no answer within 0.3 s" in volumes.run_case(hang, seconds=0.3).violation
+    killed = volumes.run_case(lambda _: os.kill(os.getpid(), 9), seconds=30)
     assert "the process died: exit code -9" in killed.violation
 
 
@@ -185,7 +185,7 @@ def test_an_exception_of_a_case_is_a_counterexample():
         counts["tried"] += 1
         raise OSError(errno.EIO, "Input/output error")
 
-    findings = isolated.run(fail, seconds=30)
+    findings = volumes.run_case(fail, seconds=30)
     assert findings.counts == {"tried": 1}
     assert findings.violation.startswith("OSError escaped: [Errno 5] Input/output error\nTraceback")
 

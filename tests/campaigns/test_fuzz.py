@@ -124,7 +124,7 @@ def test_growing_files_are_signed_and_grow(name):
     small, large = (growing.GROWING[name](nbytes) for nbytes in (20_000, 80_000))
     assert len(large) > len(small)
     specimen = forging.Specimen(small)
-    if name != "noise that begins well":
+    if name != "noise with a valid beginning":
         assert forging.sign(small[: specimen.end]) == small[: specimen.end]
 
 
@@ -164,14 +164,14 @@ Disk.create = open_to_all
 """,
     ),
     "a checksum is not compared": (
-        "older: another's files", "was taken for whole",
+        "older: another's files", "was accepted",
         "from distrust.importers import npz_folder\nnpz_folder.require_checksum = lambda *_: None",
     ),
     "a bomb is let in": (
         "older: bombs", "CheckpointUnreadable",
         "from distrust.importers import npz\nnpz.MAX_EXPANSION = npz.SMALL_BYTES = 10**9",
     ),
-    "what convert raises is not told": (
+    "convert raises an undocumented error": (
         "older: metadata", "convert: ValueError",
         """
 from distrust.importers import convert

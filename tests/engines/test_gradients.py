@@ -45,7 +45,6 @@ def plan_of(engine, data, tiny_model):
             read_sources(config),
             engine.tokenizer,
             context_length=engine.context_length,
-            report=lambda *_: None,
         )
 
     return plan_of

@@ -1,14 +1,8 @@
 """Parsing and checking a checkpoint's header. No I/O.
 
-A reader trusts nothing in the file, and each caller pays only for what it uses:
-
-- :func:`parse_header` verifies the header's digest, parses the metadata and the scalars of the state, and
-  checks that the file has the size that the header states. That is all a listing shows. The descriptions of
-  tensors and the skeletons of their sections, which may be thousands of times as long, are covered by the
-  digest but not parsed.
-- :attr:`Header.tensors` and :attr:`Header.sections` parse and check those on first access.
-- :meth:`Header.require_intact` checks everything: the two above, the state's digest, and canonical form. It
-  is called before any data is read.
+A reader trusts nothing in the file, and each caller pays only for what it uses: :func:`parse_header` checks
+the digest and what a listing shows. The tensors and skeletons, which may be thousands of times as long, are
+parsed and checked on first access. :meth:`Header.require_intact` checks everything, before any data is read.
 
 So damage is detected at once, wherever it is. A forged file with correct digests is rejected where it is
 used, always with :class:`CorruptCheckpoint`. Canonical form is checked by re-encoding what was parsed and
@@ -35,6 +29,7 @@ from distrust.checkpoint.format import (
     METADATA,
     OPENING,
     VERSION,
+    Description,
     HeaderText,
     InvalidTensor,
     Kind,
@@ -133,9 +128,7 @@ class Header:
         _ = self.sections  # parses and checks them
         with _json_errors("header"):  # lone surrogates cannot be encoded
             state_digest = self._table.state_digest(self.state, self._tensor_digests)
-            text = HeaderText(
-                step=self.step, kind=self.kind, state=self.state, run=self.run, table=self._table
-            )
+            text = HeaderText(self._table, step=self.step, kind=self.kind, state=self.state, run=self.run)
             _, digest = text.complete(self._tensor_digests, self.state_digest)
         if self.state_digest != state_digest:
             raise CorruptCheckpoint("the state's digest does not match the state")
@@ -146,14 +139,12 @@ class Header:
 
     @lockfree_cached_property
     def _table(self) -> TensorTable:
-        names, byte_ranges, dtypes, shapes = _parse_table(self._table_text)
+        names, byte_ranges, pairs = _parse_table(self._table_text)
         try:
-            table = TensorTable(names, dtypes, shapes)
+            table = TensorTable(names, pairs)
         except InvalidTensor as error:
-            name, _ = error.args
-            raise CorruptCheckpoint(
-                f"tensor {shorten(name)!r} has an unknown dtype or an invalid shape"
-            ) from None
+            name = shorten(error.args[0])
+            raise CorruptCheckpoint(f"tensor {name!r} has an unknown dtype or an invalid shape") from None
         if not all(map(lt, [METADATA, *names], names)):  # strictly ascending: no duplicate keys
             raise CorruptCheckpoint("the tensors are not sorted by name, or a name occurs twice")
         # Offsets are never used: they must equal those that a writer computes from dtypes and shapes.
@@ -175,8 +166,7 @@ class Header:
 def header_length(first: bytes, file_size: int) -> int:
     """Return the length of the header with the 8 bytes before it, given at least the first 8 of the file.
 
-    Raises:
-        CorruptCheckpoint: if a file of that size cannot have such a header.
+    Raises CorruptCheckpoint if a file of that size cannot have such a header.
     """
     if len(first) < LENGTH_BYTES:
         raise CorruptCheckpoint(f"{file_size} bytes are too few for a checkpoint")
@@ -192,16 +182,11 @@ def parse_header(raw: bytes | bytearray, file_size: int) -> Header:
     """Parse and check a header, from its 8 bytes of length to its padding.
 
     Checks the digest of the header, the version, every field of the metadata, the scalars of the state and
-    the size of the file. The rest is checked on access: see the module.
-
-    Raises:
-        CorruptCheckpoint: describing the defect.
-        UnsupportedVersion: if a later version of the format wrote the file.
+    the size of the file. Raises CorruptCheckpoint, or UnsupportedVersion if a later version wrote the file.
     """
     if not raw.startswith(OPENING, LENGTH_BYTES):
-        raise CorruptCheckpoint(
-            f"not a checkpoint of this library: its header does not begin like one of {FORMAT}"
-        )
+        problem = f"its header does not begin like one of {FORMAT}"
+        raise CorruptCheckpoint(f"not a checkpoint of this library: {problem}")
     # First, and the same in every version: everything below parses bytes that are as they were written.
     if raw[DIGEST_SLICE] != header_digest(raw).encode():
         raise CorruptCheckpoint("the header's digest does not match the header")
@@ -299,22 +284,18 @@ def _require_same(text: str, encoded: str) -> None:
     text.encode()  # raises for lone surrogates, which JSON can escape
 
 
-def _parse_table(table: str) -> tuple[list[str], list[str], list[str], list[tuple[int, ...]]]:
-    """Return names, byte ranges ("begin,end"), dtypes and shapes of the tensors, in the order of the text."""
+def _parse_table(table: str) -> tuple[list[str], list[str], list[Description]]:
+    """Return names, byte ranges ("begin,end") and descriptions of the tensors, in the order of the text."""
     # A regular expression, not a JSON parser: a writer produces one form, and any other is invalid.
     members = _MEMBER.findall(table)
-    columns = [*zip(*members, strict=True)] or [()] * 4
+    columns: list[Any] = [*zip(*members, strict=True)] or [()] * 4
     # Matches are in order and do not overlap: if their total length is that of the text, they are all of it.
     if sum(map(len, chain.from_iterable(columns))) + _MEMBER_FRAME * len(members) != len(table):
         raise CorruptCheckpoint("a tensor's description is not one that a writer produces")
     names, byte_ranges, dtypes, shapes = columns
+    names = [_name(name) if "\\" in name else name for name in names]
     parsed = {shape: _shape(shape) for shape in {*shapes}}  # thousands of tensors share a few shapes
-    return (
-        [_name(name) if "\\" in name else name for name in names],
-        [*byte_ranges],
-        [*dtypes],
-        [*map(parsed.__getitem__, shapes)],
-    )
+    return names, [*byte_ranges], [*zip(dtypes, map(parsed.__getitem__, shapes), strict=True)]
 
 
 def _shape(text: str) -> tuple[int, ...]:

@@ -1,8 +1,7 @@
 """The state as it was when a background save began, in host memory that nothing else changes.
 
-One buffer, reused by every save and pre-touched before the first: a copy into it runs at memory speed.
-Tensors have the layout of the file, so it is written in place. Arrays that cannot change, or whose contents
-can be kept without a copy, are referenced instead.
+One buffer, reused by every save and pre-touched before the first. Tensors have the layout of the file, so it
+is written in place. Arrays whose contents can be kept without a copy are referenced instead.
 """
 
 from __future__ import annotations
@@ -53,36 +52,27 @@ class Snapshot:
     def start_copy(
         self, prepared: PreparedCheckpoint, *, deferred: tuple[str, ...], block_buffer: ReusableMemory
     ) -> PendingCopy | None:
-        """Copy a state; return None if its copy would exceed the memory budget.
+        """Copy a state, except what :attr:`PendingCopy.copy` copies: labels with the prefixes ``deferred``.
 
-        Args:
-            prepared: the state.
-            deferred: prefixes of the labels that :attr:`PendingCopy.copy` copies, and that must not change
-                until then. Everything else is copied when this returns.
-            block_buffer: memory for writing arrays that need no copy.
+        Returns None if the copy would exceed the memory budget. Arrays that need no copy are written through
+        ``block_buffer``.
         """
         if prepared.zero_copy:
-            return self._copy_changing(prepared, block_buffer)
+            return self._copy_mutable(prepared, block_buffer)
         return self._copy_all(prepared, deferred)
 
     def release(self) -> None:
         """Return the buffer to the system."""
         self._memory.release()
 
-    def _copy_changing(
-        self, prepared: PreparedCheckpoint, block_buffer: ReusableMemory
-    ) -> PendingCopy | None:
+    def _copy_mutable(self, prepared: PreparedCheckpoint, block_buffer: ReusableMemory) -> PendingCopy | None:
         """Keep references to the arrays that stay unchanged. The others are mostly small: rng, history."""
-        layout, zero_copy = prepared.layout, prepared.zero_copy
-        edges = zip(layout.names, layout.edges, layout.edges[1:], strict=False)
-        changing_bytes = sum(end - begin for label, begin, end in edges if label not in zero_copy)
-        if changing_bytes > BUDGET * available_bytes():
+        flats = dict(zip(prepared.layout.names, prepared.flat_arrays, strict=True))
+        mutable = flats.keys() - prepared.zero_copy
+        if sum(flats[label].nbytes for label in mutable) > BUDGET * available_bytes():
             return None
-        flats = [
-            flat if label in zero_copy else arrays.private_copy(flat)
-            for label, flat in zip(layout.names, prepared.flat_arrays, strict=True)
-        ]
-        unchanging = replace(prepared, flat_arrays=flats)
+        flats |= {label: arrays.private_copy(flats[label]) for label in mutable}
+        unchanging = replace(prepared, flat_arrays=[*flats.values()])  # |= keeps the order
         return PendingCopy(
             lambda _: None, lambda file: stream_writer.write_streaming(file, unchanging, block_buffer)
         )

@@ -19,8 +19,10 @@ def main(arguments: list[str]) -> int:
     options = _options(arguments)
     resolve(options.target)  # a misspelt name fails before the slow imports below
 
-    from distrust import engines, evaluation
+    from distrust import engines
     from distrust.reporting.console import ConsoleReporter
+    from distrust.training.data_sources import read_evaluation
+    from distrust.training.evaluation import evaluate
     from distrust.training.events import Preparing
 
     file, checkpoint = engines.read_checkpoint(options.target, step=options.step, best=options.best)
@@ -34,16 +36,14 @@ def main(arguments: list[str]) -> int:
         def report(task: str, completed: int, total: int) -> None:
             console(Preparing(task, completed, total))
 
-        sources = evaluation.read(config, report=report)
+        data = read_evaluation(config, report=report)
         engine = engines.engine_of(file, checkpoint, model=options.model)
-        evaluate = partial(
-            evaluation.evaluate, sources=sources, config=config, trained_on=trained_on, report=report
-        )
-        results = {"checkpoint": evaluate(engine)}
+        measure = partial(evaluate, data=data, config=config, trained_on=trained_on)
+        results = {"checkpoint": measure(engine)}
         if options.compare:
             del engine  # one model in memory at a time
             base = engines.create_engine(replace(config, compile=False))
-            results = {"base": evaluate(base), **results}
+            results = {"base": measure(base), **results}
     if options.json:
         print_json({"path": str(file.path), "step": file.step, **results})
         return 0

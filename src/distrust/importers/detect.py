@@ -49,11 +49,7 @@ def detect_format(path: Path) -> str | None:
 def import_hint(folder: Path) -> str:
     """What a folder without checkpoints seems to be, and the command that makes a run of it.
 
-    Args:
-        folder: in which no checkpoint was found.
-
-    Returns:
-        Text to append to a message; empty if the folder is not recognized. Never raises.
+    This is text to append to a message; empty if the folder is not recognized. Never raises.
     """
     try:
         names = set(os.listdir(folder))
@@ -82,6 +78,11 @@ def convert_hint(path: Path) -> str:
 def is_trainer_folder(path: Path) -> bool:
     """Whether the transformers Trainer saved a checkpoint there."""
     return os.path.lexists(path / TRAINER_STATE)
+
+
+def is_adapter_folder(path: Path) -> bool:
+    """Whether peft or mlx-lm saved an adapter there."""
+    return os.path.isfile(path / ADAPTER_CONFIG)
 
 
 def _is_named_folder(path: Path) -> bool:
