@@ -12,7 +12,7 @@ import torch
 from small_models import inputs_of, trained_parameters
 
 from distrust import TrainConfig, weighting
-from distrust.data import IGNORED, Batches, EpochSampler, MicroBatch, evaluation_batches
+from distrust.data import IGNORED, Batches, EpochSampler, MicroBatch, evaluation_batches, one_per_row
 from distrust.engines import create_engine
 from distrust.training.data_sources import read_sources
 from distrust.training.prepare_data import prepare_data
@@ -211,6 +211,7 @@ def test_padding_and_untrained_tokens_do_not_contribute(engine, plan_of):
         weights=plan.weights,
         distrust=np.zeros(len(plan.corpus)),
         sampler=EpochSampler(len(plan.corpus), seed=0),
+        rows=one_per_row(np.arange(len(plan.corpus))),
         batch_size=4,
         gradient_accumulation=1,
         pad_token_id=77,
