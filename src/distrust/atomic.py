@@ -125,7 +125,7 @@ def atomic_directory(target: Path, *, single_file: bool = False, disk: Disk | No
         folder = _temporary(target)
         disk.make_directory(folder)
     try:
-        with errors, _hold_lock(folder):
+        with errors, hold_lock(folder):
             yield folder
             _sync_contents(folder, disk)
             require_free(target)  # again; and the system itself never replaces a folder that is not empty
@@ -162,7 +162,7 @@ def _create_locked(target: Path) -> tuple[Path, BinaryIO]:
 
 
 @contextlib.contextmanager
-def _hold_lock(path: Path) -> Iterator[None]:
+def hold_lock(path: Path) -> Iterator[None]:
     """Lock a file or folder; raises OSError if its writer is alive."""
     # O_NONBLOCK: a pipe of that name must not block.
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -178,7 +178,7 @@ def _remove_stale(target: Path) -> None:
     leftover = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{16}}\.tmp")
     for name in filter(leftover.fullmatch, os.listdir(target.parent)):
         path = target.parent / name
-        with contextlib.suppress(OSError), _hold_lock(path):
+        with contextlib.suppress(OSError), hold_lock(path):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:

@@ -11,8 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from distrust import CheckpointManager, DistrustWarning, TrainConfig, weighting
-from distrust.data import NO_CLASS, Completion, Location, Record, Text, tokenize
+from distrust.data import NO_CLASS, tokenize
 from distrust.data.corpus import MAX_CLASSES, OTHER_CLASSES
+from distrust.data.records import Completion, Location, Record, Text
 from distrust.errors import ConfigError
 from distrust.testing.toy_engine import ToyEngine, ToyTokenizer
 from distrust.training.evaluation import CLASSES_MEASURED, evaluation_set

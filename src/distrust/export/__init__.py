@@ -25,7 +25,6 @@ from distrust.atomic import atomic_directory, require_free
 from distrust.config import ExportDtype, ExportFormat, TrainConfig
 from distrust.engines import state_conversion
 from distrust.engines.loading import reference
-from distrust.engines.lora_config import LoraConfig
 from distrust.errors import ConfigError
 from distrust.export.card import facts_of, model_card, public_name
 
@@ -161,7 +160,7 @@ def _prepare_state(
     if engines.is_installed("torch"):
         from distrust.engines.torch.export import prepare_state as prepare
     else:
-        from distrust.engines.mlx.export import prepare_state as prepare
+        from distrust.engines.mlx.adapter import prepare_state as prepare
     return prepare(tensors, file_name=name, about=about, dtype=dtype)
 
 
@@ -190,7 +189,7 @@ def _mlx_config(config: TrainConfig, names: Collection[str], *, base: str) -> st
         "num_layers": -1,  # all layers; the keys select the modules
         "lora_parameters": {
             "rank": config.lora_rank,
-            "scale": LoraConfig.from_options(config).scale,
+            "scale": state_conversion.adapter_scale(config),
             "dropout": config.lora_dropout,
             "keys": _mlx_keys(sorted({name.rpartition(".")[0] for name in names})),
         },
