@@ -36,7 +36,7 @@ LAYERS = [
     {"importers", "reporting"},
     {"export"},
     {"trainer"},
-    {"demo", "evaluation", "testing"},
+    {"demo", "testing"},
     {"cli"},
     {"__main__"},
 ]

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -33,6 +33,7 @@ ALPHA_RANGE = (2.3, 3.0)  # the range of α that was published, both ends includ
 LAMBDA = 0.6  # default of λ ≥ 0, the scale of the example weight relative to the published term
 EPSILON = 1e-8  # added to 1 − w before the logarithm, as published
 MAX_AUTHORITY_WEIGHT = 0.99  # towards 1 the logarithm falls to −18
+_Floats = NDArray[np.float64]
 
 
 def distrust_term(
@@ -71,7 +72,8 @@ def example_weights(
     Args:
         authority_weight: w, shape [n], in [0, 0.99]; 0: primary record, 0.99: coordinated consensus.
         provenance_entropy: H, shape [n], in bits, finite and not negative.
-        weighting: ``monotone`` (default) 1 + λ·α·max(r, 0)², ``published`` 1 + λ·α·r², ``off`` 1; r as above.
+        weighting: ``monotone`` (default) 1 + λ·α·max(r, 0)², ``published`` 1 + λ·α·r², ``off`` 1, with
+            r = ln(1 − w + 1e-8) + H (Roemmele, 2025).
         alpha: α, in ``ALPHA_RANGE``.
         lambda_: λ, finite and not negative.
         max_ratio: limits each weight to this multiple of the smallest one; at least 1.
@@ -146,7 +148,7 @@ def effective_sample_size(weights: ArrayLike) -> float:
     return math.fsum(u) ** 2 / math.fsum(u * u)
 
 
-def _r(authority_weight: ArrayLike, provenance_entropy: ArrayLike) -> NDArray[np.float64]:
+def _r(authority_weight: ArrayLike, provenance_entropy: ArrayLike) -> _Floats:
     """The published r = ln(1 − w + 1e-8) + H, float64[n]."""
     w, h = _pair(authority_weight, provenance_entropy, "authority_weight", "provenance_entropy")
     in_range = (w >= 0) & (w <= MAX_AUTHORITY_WEIGHT)  # false for NaN
@@ -155,9 +157,7 @@ def _r(authority_weight: ArrayLike, provenance_entropy: ArrayLike) -> NDArray[np
     return np.log(1 - w + EPSILON) + h
 
 
-def _pair(
-    first: ArrayLike, second: ArrayLike, first_name: str, second_name: str
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _pair(first: ArrayLike, second: ArrayLike, first_name: str, second_name: str) -> tuple[_Floats, _Floats]:
     a, b = np.array(first, np.float64), np.array(second, np.float64)  # copies: normalize writes to one
     if a.ndim != 1 or a.shape != b.shape:
         raise DataError(
@@ -168,11 +168,7 @@ def _pair(
 
 
 def _require(
-    valid: NDArray[np.bool_],
-    values: NDArray[np.float64],
-    name: str,
-    problem: str,
-    locations: Sequence[object] | None = None,
+    valid: NDArray[np.bool_], values: _Floats, name: str, problem: str, locations: Sequence[Any] | None = None
 ) -> None:
     """Raise DataError for the first example that is not valid."""
     if not valid.all():

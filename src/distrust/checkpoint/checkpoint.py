@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from distrust.checkpoint.tree import ARRAY_SECTIONS, STATE_SECTIONS
+from distrust.checkpoint import arrays, tree
 from distrust.errors import UnsupportedState
 
 MAX_STEP = 10**18  # file names have at most 18 digits, and int64 holds it
@@ -43,7 +43,7 @@ class Checkpoint:
         # type(), not isinstance(): True is an int, and must not be step 1.
         if type(self.step) is not int or not 0 <= self.step < MAX_STEP:
             raise UnsupportedState(f"step must be an int in [0, 10**18), not {self.step!r}", label="step")
-        for name in (*STATE_SECTIONS, "metrics", "run"):
+        for name in (*tree.STATE_SECTIONS, "metrics", "run"):
             if not isinstance(getattr(self, name), Mapping):
                 kind = type(getattr(self, name)).__qualname__
                 problem = f"{name} must be a dict, such as a state_dict(), not a {kind}"
@@ -56,9 +56,6 @@ class Checkpoint:
     @property
     def nbytes(self) -> int:
         """Total size of all arrays, in bytes."""
-        from distrust.checkpoint import arrays, tree
-
-        _, by_label = tree.flatten(
-            {name: getattr(self, name) for name in ARRAY_SECTIONS}, is_array=arrays.is_array
-        )
+        sections = {name: getattr(self, name) for name in tree.ARRAY_SECTIONS}
+        _, by_label = tree.flatten(sections, is_array=arrays.is_array)
         return sum(array.nbytes for array in by_label.values())

@@ -32,8 +32,7 @@ class Difference:
 def differences(a: CheckpointFile, b: CheckpointFile) -> list[Difference]:
     """Return the tensors and scalars that differ; empty if and only if the states are equal.
 
-    Raises:
-        CheckpointError: if a header does not match its digests, or a checkpoint is in an older format.
+    Raises CheckpointError if a header does not match its digests, or one of them is in an older format.
     """
     a.require_intact()
     b.require_intact()

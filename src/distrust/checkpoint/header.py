@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from itertools import chain
 from operator import lt
 from typing import Any, cast, get_args
@@ -41,7 +42,6 @@ from distrust.checkpoint.format import (
     is_valid_shape,
 )
 from distrust.checkpoint.lazy import lockfree_cached_property
-from distrust.checkpoint.tree import ARRAY_SECTIONS, STATE_SECTIONS
 from distrust.errors import CorruptCheckpoint, ErrorTranslator, UnsupportedVersion, shorten
 
 METADATA_KEYS = (
@@ -50,7 +50,7 @@ METADATA_KEYS = (
 #: The state begins with these; the skeletons of model, optimizer and rng, long with many tensors, follow.
 _FIRST_SECTIONS = ("config", "history", "metadata")
 _STATE_KEYS = ("sections", "step")
-_SECTIONS = (*sorted(STATE_SECTIONS),)
+_SECTIONS = (*sorted(tree.STATE_SECTIONS),)
 _KINDS = get_args(Kind)
 #: A tensor's member of the header. Possessive quantifiers ("++", "*+") never backtrack, so hostile text
 #: cannot make the match slow.
@@ -71,7 +71,10 @@ class Header:
 
     def __init__(self, metadata: dict[str, str], table: str, data_offset: int, file_size: int) -> None:
         self.step = _integer(metadata["step"], "step")
-        self.kind = _kind(metadata["kind"])
+        if metadata["kind"] not in _KINDS:
+            kind = shorten(metadata["kind"])
+            raise CorruptCheckpoint(f"the header's kind {kind!r} is none of {', '.join(_KINDS)}")
+        self.kind = cast(Kind, metadata["kind"])
         self.state = metadata["state"]  # canonical JSON: skeleton, scalars, config and metadata
         self.run = metadata["run"]  # JSON of what may differ between equal runs
         self.state_digest = metadata["state_digest"]  # the identity of the state
@@ -103,20 +106,18 @@ class Header:
     @lockfree_cached_property
     def sections(self) -> dict[str, Any]:
         """The skeleton of each section; CorruptCheckpoint unless together they name every tensor once."""
-        with _json_errors("state"):
-            state = json.loads(self.state)
-            _require_same(self.state, canonical_json(state))
+        state = _parse_canonical("state", self.state, canonical_json)
         sections = state.get("sections") if type(state) is dict else None
         if type(sections) is not dict or state.get("step") != self.step:
             raise CorruptCheckpoint("the state is not of the step in the header")
         if (*state,) != _STATE_KEYS or (*sections,) != _SECTIONS:
             raise CorruptCheckpoint(f"the state does not hold {', '.join(_SECTIONS)} and nothing else")
         all_labels: list[str] = []
-        for name in STATE_SECTIONS:
+        for name in tree.STATE_SECTIONS:
             labels: list[str] = []
             if type(tree.unflatten(sections.get(name), labels.append)) is not dict:
                 raise CorruptCheckpoint(f"the state has no {name}")
-            if labels and name not in ARRAY_SECTIONS:
+            if labels and name not in tree.ARRAY_SECTIONS:
                 raise CorruptCheckpoint(f"{name} names a tensor, {shorten(labels[0])!r}")
             all_labels += labels
         if sorted(all_labels) != self._table.names:  # a tensor used twice, unused, or missing
@@ -257,9 +258,7 @@ def _refuse_tensor(label: str) -> None:
 
 
 def _run_info(text: str) -> dict[str, Any]:
-    with _json_errors("run"):
-        run = json.loads(text)
-        _require_same(text, compact_json(run))  # in the order of keys of the caller
+    run: Any = _parse_canonical("run", text, compact_json)  # in the order of keys of the caller
     if type(run) is not dict or any(type(run.get(part)) is not dict for part in ("metrics", "extra")):
         raise CorruptCheckpoint("the header's run is not one that a writer produces")
     if type(run.get("measured_on", "")) is not str:
@@ -275,6 +274,13 @@ def _json_errors(part: str) -> ErrorTranslator:
         (ValueError, RecursionError),  # of deep nesting; UnicodeError is a ValueError
         lambda error: CorruptCheckpoint(f"the {part} is not the JSON that a writer produces ({error})"),
     )
+
+
+def _parse_canonical(part: str, text: str, encode: Callable[[Any], str]) -> Any:
+    with _json_errors(part):
+        value = json.loads(text)
+        _require_same(text, encode(value))
+    return value
 
 
 def _require_same(text: str, encoded: str) -> None:
@@ -299,20 +305,15 @@ def _parse_table(table: str) -> tuple[list[str], list[str], list[Description]]:
 
 
 def _shape(text: str) -> tuple[int, ...]:
-    with _json_errors("table of tensors"):
-        shape = tuple(json.loads(f"[{text}]"))
-        _require_same(f"[{text}]", compact_json(shape))
+    shape = tuple(_parse_canonical("table of tensors", f"[{text}]", compact_json))
     # Before any shape is put into a set: whoever chooses the integers in it also chooses its hash.
     if not is_valid_shape(shape):
         raise CorruptCheckpoint(f"no tensor can have the shape [{shorten(text)}]")
     return shape
 
 
-def _name(encoded: str) -> str:
-    with _json_errors("table of tensors"):
-        name: str = json.loads(f'"{encoded}"')
-        _require_same(f'"{encoded}"', canonical_json(name))
-    return name
+def _name(encoded: str) -> Any:
+    return _parse_canonical("table of tensors", f'"{encoded}"', canonical_json)
 
 
 def _integer(text: Any, name: str) -> int:
@@ -321,9 +322,3 @@ def _integer(text: Any, name: str) -> int:
     if not is_number or text != str(int(text)):  # no leading zeros
         raise CorruptCheckpoint(f"the header's {name} is not an integer")
     return int(text)
-
-
-def _kind(text: str) -> Kind:
-    if text not in _KINDS:
-        raise CorruptCheckpoint(f"the header's kind {shorten(text)!r} is none of {', '.join(_KINDS)}")
-    return cast(Kind, text)

@@ -38,9 +38,8 @@ class PreparedCheckpoint:
 def prepare(checkpoint: Checkpoint, kind: Kind) -> PreparedCheckpoint:
     """Flatten a checkpoint and lay out its file; UnsupportedState if it could not be restored exactly."""
     # From here on, the caller's changes have no effect, except those in arrays.
-    sections, by_label = tree.flatten(
-        {name: getattr(checkpoint, name) for name in STATE_SECTIONS}, is_array=arrays.is_array
-    )
+    state = {name: getattr(checkpoint, name) for name in STATE_SECTIONS}
+    sections, by_label = tree.flatten(state, is_array=arrays.is_array)
     for label in by_label:
         if label.startswith(_PLAIN_SECTIONS):
             raise UnsupportedState(
@@ -71,15 +70,9 @@ def load(
 ) -> tuple[CheckpointFile, Checkpoint]:
     """Read and verify a checkpoint; return its header with its path, and its content.
 
-    Args:
-        path: of the file.
-        framework: of the arrays.
-        mapped: return views of the mapped file instead of copies.
-        lazy: verify each tensor on first access instead of now; requires ``mapped``.
-
-    Raises:
-        CheckpointError: if there is no such file, or any byte is not what was written.
-        ConfigError: if the framework is not installed or lacks a dtype.
+    ``mapped`` gives views of the mapped file instead of copies; ``lazy``, which requires it, verifies each
+    tensor on first access instead of now. Raises CheckpointNotFound, CorruptCheckpoint if a byte is not what
+    was written, or ConfigError if the framework is not installed or lacks a dtype.
     """
     import numpy as np
 

@@ -7,10 +7,10 @@ is written in place. Arrays whose contents can be kept without a copy are refere
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from distrust.checkpoint import arrays, stream_writer
 from distrust.checkpoint.memory import PAGE_BYTES, ReusableMemory, available_bytes, round_up
@@ -52,10 +52,9 @@ class Snapshot:
     def start_copy(
         self, prepared: PreparedCheckpoint, *, deferred: tuple[str, ...], block_buffer: ReusableMemory
     ) -> PendingCopy | None:
-        """Copy a state, except what :attr:`PendingCopy.copy` copies: labels with the prefixes ``deferred``.
+        """Copy a state; :attr:`PendingCopy.copy` will copy the labels with the prefixes ``deferred``.
 
-        Returns None if the copy would exceed the memory budget. Arrays that need no copy are written through
-        ``block_buffer``.
+        Returns None if the copy would exceed the memory budget.
         """
         if prepared.zero_copy:
             return self._copy_mutable(prepared, block_buffer)
@@ -83,11 +82,14 @@ class Snapshot:
             return None
         memory = self._memory.acquire(round_up(layout.data_bytes, PAGE_BYTES))
         pending = []
-        for is_deferred, offset, flats in _runs(prepared, deferred):
+        rows = zip(layout.names, layout.edges, prepared.flat_arrays, strict=False)  # the last edge is the end
+        # Adjacent arrays are copied together.
+        for is_deferred, group in itertools.groupby(rows, key=lambda row: row[0].startswith(deferred)):
+            _, offsets, flats = zip(*group, strict=True)
             if is_deferred:
-                pending.append((offset, flats, arrays.versions(flats)))
+                pending.append((offsets[0], flats, arrays.versions(flats)))
             else:
-                arrays.fill(memory, offset, flats)
+                arrays.fill(memory, offsets[0], flats)
 
         def copy(path: Path) -> None:
             while pending:  # popped, so that the caller's arrays are not referenced longer than needed
@@ -101,12 +103,3 @@ class Snapshot:
                     )
 
         return PendingCopy(copy, lambda file: stream_writer.write_snapshot(file, layout, memory))
-
-
-def _runs(prepared: PreparedCheckpoint, deferred: tuple[str, ...]) -> Iterator[tuple[bool, int, list[Any]]]:
-    """Yield adjacent arrays that are copied together: whether deferred, offset in the data, flat arrays."""
-    layout, begin = prepared.layout, 0
-    for is_deferred, labels in itertools.groupby(layout.names, key=lambda label: label.startswith(deferred)):
-        end = begin + len(list(labels))
-        yield is_deferred, layout.edges[begin], list(prepared.flat_arrays[begin:end])
-        begin = end

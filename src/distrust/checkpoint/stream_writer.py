@@ -69,20 +69,17 @@ class _TensorDigests:
     # One digest per tensor, so that a reader can verify each without the others, in parallel or on demand.
     def __init__(self, layout: Layout) -> None:
         self._edges = layout.edges
-        # Hashers of tensors that continue in the next block. Not one for each: a hasher takes 2 KiB.
-        self._partial: dict[int, Any] = {}
+        self._hasher = tensor_hasher(all_cores=False)  # of the tensor that may continue in the next block
         self.hex = [_EMPTY_DIGEST] * len(layout.names)  # in the order of the data
 
     def update(self, block: memoryview, begin: int, end: int) -> None:
         """Add the data from ``begin`` to ``end``, the first bytes of ``block``."""
         for index in _tensors_in_range(self._edges, begin, end):
             first, last = max(begin, self._edges[index]), min(end, self._edges[index + 1])
-            hasher = self._partial.pop(index, None) or tensor_hasher(all_cores=False)
-            hasher.update(block[first - begin : last - begin])
+            self._hasher.update(block[first - begin : last - begin])
             if last == self._edges[index + 1]:
-                self.hex[index] = hasher.hexdigest()
-            else:
-                self._partial[index] = hasher
+                self.hex[index] = self._hasher.hexdigest()
+                self._hasher = tensor_hasher(all_cores=False)
 
 
 def _blocks(layout: Layout) -> list[tuple[int, int]]:

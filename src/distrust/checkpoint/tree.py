@@ -240,9 +240,7 @@ def unflatten(node: Any, arrays: Callable[[str], Any], depth: int = 0) -> Any:
             values = [unflatten(item, arrays, depth + 1) for item in content.values()]
             mapping = dict(zip(keys, values, strict=True))
             if len(mapping) != len(keys):  # a key would silently replace another
-                raise CorruptCheckpoint(
-                    "the state has a dict with two keys that are equal, such as 1 and True"
-                )
+                raise CorruptCheckpoint("the state has a dict with two equal keys, such as 1 and True")
             return mapping
         if kind in ("l", "t") and type(content) is list:
             items = [unflatten(item, arrays, depth + 1) for item in content]

@@ -18,6 +18,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from typing import NamedTuple, Self
 
 from distrust.checkpoint import direct_io, parallel
@@ -230,14 +231,12 @@ class _Prefetcher:
     def _copy(self, bounce: int, begin: int, end: int) -> None:
         """Copy the tensors in a block from the address ``bounce`` to their final positions."""
         tensors = self._header.tensors
-        index = bisect.bisect_right(tensors, begin, key=_end_of)
-        while index < len(tensors) and tensors[index].offset < end:
-            tensor = tensors[index]
+        start = bisect.bisect_right(tensors, begin, key=_end_of)
+        for tensor in tensors[start : bisect.bisect_left(tensors, end, key=attrgetter("offset"))]:
             first, last = max(begin, tensor.offset), min(end, _end_of(tensor))
             target = self._address + self._content.offsets[tensor.name] + first - tensor.offset
             # memmove through ctypes releases the GIL; a slice assignment holds it.
             ctypes.memmove(target, bounce + first - begin, last - first)
-            index += 1
 
 
 def _end_of(tensor: TensorInfo) -> int:

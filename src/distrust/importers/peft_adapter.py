@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 
 from distrust import config as options
-from distrust.engines.lora_config import LoraConfig
 from distrust.engines.torch import adapter
 from distrust.engines.torch.model import meta_model
 from distrust.errors import ModelError, ResumeRefused, join_first, quote_untrusted
@@ -90,7 +89,7 @@ def read_adapter(folder: Path, base: str | None) -> TrainedWeights:
         fields = {**lora_options, "target_modules": targets}
         train_config = options.from_mapping(fields, where=str(folder / ADAPTER_CONFIG))
         # The adapter without weights: peft's name of each parameter, by its id().
-        model = adapter.add_adapter(meta_model(base), LoraConfig.from_options(train_config))
+        model = adapter.add_adapter(meta_model(base), train_config)
         parameters = adapter.trained_parameters(model)
         peft_names = {id(value): name for name, value in adapter.to_peft_names(model, parameters).items()}
         if {*peft_names.values()} == saved.keys():

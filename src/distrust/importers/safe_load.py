@@ -7,16 +7,20 @@ does not exist or is not valid: one line with the path.
 
 from __future__ import annotations
 
-import contextlib
 import pickle
 import pickletools
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distrust.checkpoint.files import errors_with_path, open_regular
-from distrust.errors import CheckpointError, CheckpointNotFound, CorruptCheckpoint, quote_untrusted
+from distrust.checkpoint.files import error_with_path, open_regular
+from distrust.errors import (
+    CheckpointError,
+    CheckpointNotFound,
+    CorruptCheckpoint,
+    ErrorTranslator,
+    quote_untrusted,
+)
 from distrust.importers.safe_json import parse_object
 
 if TYPE_CHECKING:
@@ -123,22 +127,24 @@ def _is_allowed(qualified_name: str) -> bool:
     return is_storage or qualified_name in _ALLOWED_CALLS
 
 
-@contextlib.contextmanager
-def safe_errors(path: Path) -> Iterator[None]:
-    """Whatever a parser raises for a hostile file becomes one CheckpointError with the path."""
-    with errors_with_path(path):
-        try:
-            yield
-        except FileNotFoundError:
-            raise CheckpointNotFound(f"{path}: no such file", path=path) from None
-        except (CheckpointError, OSError, MemoryError):
-            raise
-        except Exception as error:  # the parsers raise errors of every class
-            details = quote_untrusted(" ".join(str(error).split()))
-            reason = f"not a valid file of its kind ({type(error).__name__}: {details})"
-            if isinstance(error, pickle.UnpicklingError):
-                reason = (
-                    f"holds objects other than tensors and plain containers ({details}); loading such a file "
-                    "could run any code, so it is refused"
-                )
-            raise CorruptCheckpoint(reason) from error
+def safe_errors(path: Path) -> ErrorTranslator:
+    """Context manager: whatever a parser raises for a hostile file becomes CheckpointError, with the path."""
+
+    def translate(error: Exception) -> Exception:
+        match error:
+            case FileNotFoundError():
+                return CheckpointNotFound(f"{path}: no such file", path=path)
+            case OSError() | MemoryError() | CorruptCheckpoint():
+                return error_with_path(error, path)
+            case CheckpointError():
+                return error
+        details = quote_untrusted(" ".join(str(error).split()))
+        reason = f"not a valid file of its kind ({type(error).__name__}: {details})"
+        if isinstance(error, pickle.UnpicklingError):
+            reason = (
+                f"holds objects other than tensors and plain containers ({details}); loading such a file "
+                "could run any code, so it is refused"
+            )
+        return CorruptCheckpoint(reason, path=path)
+
+    return ErrorTranslator((Exception,), translate)  # the parsers raise errors of every class
