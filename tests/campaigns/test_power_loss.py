@@ -96,7 +96,9 @@ MUTANTS = {
         power_loss, lock, "sync_names", sync_all_but("parents"),
     ),
     "renamed before it is synced": (power_loss, storage.AtomicCheckpointFile, "commit", commit_before_sync),
-    "a failed sync is tried again": (failing_calls, storage.AtomicCheckpointFile, "commit", sync_again_if_it_fails),
+    "a failed sync is tried again": (
+        failing_calls, storage.AtomicCheckpointFile, "commit", sync_again_if_it_fails,
+    ),
     "the oldest are kept": (
         power_loss, retention, "last_steps", lambda steps, rules: {min(each.step for each in steps)},
     ),
