@@ -1,8 +1,4 @@
-"""Everything that can happen to a checkpoint's file: kinds of damage, each a numbered list of all there are.
-
-These are the effects of a disk, a controller, a file system or a person: bits flip, a tail is missing, blocks
-are zeros or another file's, bytes are appended, a header is edited, a file is renamed.
-"""
+"""Everything that can happen to a checkpoint's file: kinds of damage, each a list of all there are."""
 
 from __future__ import annotations
 

@@ -1,27 +1,10 @@
 """Is all damage found, and does it cost no more than the one checkpoint that was hit?
 
-A directory holds two checkpoints of a small LoRA-like state, saved by a CheckpointManager. The newer one is
-damaged in every way of ``corruptions.py``: every bit flipped, every length, every byte, blocks, tails,
-tensors and headers of another file, edited headers, other names. For each damage:
-
-- ``validate`` finds it, and names the file;
-- ``load_latest`` gives the older checkpoint, bit for bit, and warns once, with the file and the reason;
-- the damaged file stays where it is, byte for byte.
-
-For all damages of the small kinds, and for some of each large kind:
-
-- a clean-up that keeps one checkpoint keeps the older one, since the damaged one does not count;
-- a save beside it works, and keeps the older one where two are to be kept;
-- ``distrust verify`` fails and names it, and ``distrust prune`` with rules leaves it;
-- ``distrust prune --damaged`` removes it and nothing else; but not a file that is intact under another
-  checkpoint's name, which may be the only copy of its step.
-
-Cases go through the kinds in turn, each in an order that depends on the seed: the first hundred cover all
-kinds, and after the last one every possible damage was tried. Then it starts again with another content.
+A directory holds two checkpoints; the newer one is damaged in every way of ``corruptions``. ``validate`` must
+find it, ``load_latest`` must give the older one with one warning, and the damaged file must stay as it is.
+For all damages of small kinds, and some of large ones, clean-ups, saves and commands are checked as well.
 
     python -m campaigns.damage                       every damage once: about 80,000 cases
-    python -m campaigns.damage --cases 300           some of each kind
-    python -m campaigns.damage --seconds 3600        as many as the time allows
     python -m campaigns.damage --seed 1 --case 4711  one of them again
 """
 
@@ -43,7 +26,7 @@ from unittest import mock
 
 import torch
 
-from campaigns.campaign import Campaign, Case, CounterExample, add_directory, parser, require, run
+from campaigns.campaign import Campaign, Case, CounterExample, parser, require, run
 from campaigns.corruptions import NAME, OLDER_STEP, STEP, Damage, Files, Kind, kinds
 from distrust import Checkpoint, CheckpointManager
 from distrust.checkpoint import serialization
@@ -253,8 +236,7 @@ def search(campaign: Campaign) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = parser(__doc__)
-    add_directory(options)
+    options = parser(__doc__, writes=True)
     # Memory is quicker than a disk, and the findings are the same.
     options.set_defaults(directory=MEMORY if os.access(MEMORY, os.W_OK | os.X_OK) else None)
     return run("damage", options, search, cases=sys.maxsize, arguments=arguments)

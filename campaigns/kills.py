@@ -1,22 +1,12 @@
 """SIGKILL at random instants of a real training run, hundreds of times.
 
     python -m campaigns.kills --seed 1 --cases 30
-    python -m campaigns.kills --seed 1 --case 3
     python -m campaigns.kills --seed 1 --cases 5 --engine mlx
 
-A case is a training run of the bundled model, ``distrust train``, that saves at every step or at every
-second one. It is killed about ten times and restarted by the same command each time: while it starts, at a
-random time in its loop, after a line that it prints, or after an event on the disk (``triggers``), so that
-kills fall into every part of a save. After each kill, everything in ``invariants`` must hold.
-
-The finished run must have the state digest of the undisturbed run, and its ``metrics.jsonl`` the same
-numbers, no line twice and none missing; the next writer must get the lock and find nothing left behind. Every
-third case is the real command line, from the first instruction of the interpreter on; the others are forks of
-a process that has imported torch, which are killed five times as often in the same time. With
-``--engine mlx`` every case is the real command line, and the undisturbed run always is.
-
-Random choices are the same for a seed and a case. The instant at which a signal arrives within a save depends
-on the machine, so a finding may need a few repetitions.
+The run is killed about ten times and restarted by the same command. After each kill everything in
+``invariants`` holds; the finished run has the undisturbed run's state digest and numbers in
+``metrics.jsonl``. Every third case is the real command, the others are forks. A finding may need a few
+repetitions.
 """
 
 from __future__ import annotations

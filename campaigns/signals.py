@@ -1,21 +1,11 @@
 """Signals that ask a real training run to stop, in every phase of it.
 
-    python -m campaigns.signals --seed 1 --cases 20
-    python -m campaigns.signals --seed 1 --case 3
-    python -m campaigns.signals --seed 1 --cases 5 --engine mlx
+    python -m campaigns.signals --seed 1 --cases 20 --engine torch
 
-A case is a training run, ``distrust train``, that gets some signals, one a session, and is restarted by the
-same command each time: SIGTERM, SIGUSR1, Ctrl-C once or twice, the second one a moment later or during the
-save that the first one requested. They arrive while Python starts, while the model is loaded, before the
-first step, in the loop, in a save, in the last step and its final save, and after that. Then:
-
-- the exit code is 128 + the signal; or the signal itself, while no handler is installed yet or any more; or
-  0, if the run had finished; a second Ctrl-C while torch is imported may also end in SIGABRT;
-- the run has printed which step is saved: it is the last step that was trained, and the newest checkpoint;
-- everything in ``invariants`` holds.
-
-The finished run must have the state digest of the undisturbed run. Every second case is the real command, the
-others are forks, if torch trains. The time from a signal to the run's last message is measured.
+The run gets SIGTERM, SIGUSR1 or Ctrl-C once or twice and is restarted by the same command. The exit code must
+be 128 + the signal (:func:`_is_allowed` has the exceptions), the step reported as saved must be the last one
+trained and the newest checkpoint, and the run must end in the undisturbed state. Every second case is the
+real command, the others are forks, if torch trains.
 """
 
 from __future__ import annotations

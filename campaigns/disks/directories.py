@@ -1,7 +1,7 @@
 """A directory that is removed, renamed, replaced, protected, unmounted or mounted over under its writer.
 
-Where another writer could be active now, nothing may be written: the lock is on a file, and that file went
-with the directory. A directory that is restored is written to again.
+Where another writer could be active now, nothing may be written: the lock is a file that went with the
+directory. A directory that is restored is written to again.
 """
 
 from __future__ import annotations

@@ -1,14 +1,7 @@
-"""Resources that run out, and devices that fail.
+"""Resources that run out (disks, inodes, quotas, the process's own limits), and devices that fail.
 
-- Disks, inodes and quotas that are used up: before a save, or by another process during it.
-- The process's own limits: how large a file may be, how many may be open, how much memory there is.
-- A device with less space than it reports: a file system on a thin device, whose own disk is full. Blocks
-  that were reserved cannot be written; the system reports it at the write or the sync, and the journal may
-  end.
-- A journal that is aborted: the file system protects itself from writes.
-- A file system that is shut down, as by a power cut: every later call is an I/O error, and what was not
-  synced is lost. After each failure of a device the file system is mounted again, as after a restart of the
-  machine.
+A device fails as a thin one whose own disk is full, by an aborted journal, or by a shutdown of the file
+system. It is mounted again afterwards, as after a restart of the machine.
 """
 
 from __future__ import annotations
@@ -25,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from campaigns.campaign import CounterExample
+from campaigns.campaign import require
 from campaigns.disks import volumes
 from campaigns.disks.save_checker import SaveChecker
 from campaigns.disks.volumes import MIB, Filler
@@ -138,8 +131,7 @@ def killed_by_file_size(rng: random.Random, home: Path, counts: Counter[str]) ->
                 checker.attempt(2, nbytes)
         os._exit(0)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    if code != -signal.SIGXFSZ:
-        raise CounterExample(f"SIGXFSZ did not end the process: exit code {code}")
+    require(code == -signal.SIGXFSZ, f"SIGXFSZ did not end the process: exit code {code}")
     counts["ulimit -f, killed: by SIGXFSZ during a save"] += 1
     if temporary_files(checker.directory):
         counts["ulimit -f, killed: half a file left, and removed by the next writer"] += 1

@@ -1,8 +1,4 @@
-"""The trainer on disks that fail: it warns, continues, and stops at the third failed save in a row.
-
-:func:`toy_training` runs the loop on the toy engine, in milliseconds. :func:`real_training` runs the command
-``distrust train`` on a disk that fills up: its exit codes, and what it prints.
-"""
+"""The trainer on disks that fail: it warns, continues, and stops at the third failed save in a row."""
 
 from __future__ import annotations
 
@@ -17,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from campaigns.campaign import CounterExample
+from campaigns.campaign import CounterExample, require
 from campaigns.disks import volumes
 from campaigns.disks.volumes import Filler
 from campaigns.session import Session
@@ -80,13 +76,11 @@ def toy_training(rng: random.Random, home: Path, counts: Counter[str]) -> None:
         if not trouble.loses:
             _require_saved(log, out / "checkpoints")
         result, _ = _train(out, data, save_every=save_every, watch=lambda _: None)
-        if isinstance(result, SaveFailed):
-            raise CounterExample(f"the same command, with nothing in its way: {result}")
+        require(not isinstance(result, SaveFailed), f"the same command, with nothing in its way: {result}")
         counts[f"toy run, {name}: resumed by the same command"] += 1
     else:
         counts[f"toy run, {name}: continued by itself"] += 1
-    if result != expected:
-        raise CounterExample(f"it ended in state {result}, the undisturbed run in {expected}")
+    require(result == expected, f"it ended in state {result}, the undisturbed run in {expected}")
 
 
 def _train(
@@ -121,8 +115,7 @@ def _check_log(log: Log, result: str | SaveFailed | None) -> None:
     failures = 0
     for entry in log:
         failures = 0 if entry.startswith("saved") else failures + (entry == "failed")
-        if failures >= MAX_FAILURES:
-            raise CounterExample(f"{failures} failures in a row, and it continued: {log}")
+        require(failures < MAX_FAILURES, f"{failures} failures in a row, and it continued: {log}")
     if isinstance(result, SaveFailed) and failures < MAX_FAILURES - 1 and _count_steps(log) < _TOY_STEPS:
         raise CounterExample(f"stopped after {failures} failures in a row and one more: {log}: {result}")
 
@@ -141,8 +134,7 @@ def _require_saved(log: Log, directory: Path) -> None:
     saved = [int(entry.split()[1]) for entry in log if entry.startswith("saved")]
     if saved:
         step = CheckpointManager(directory).load_latest().step
-        if step < saved[-1]:
-            raise CounterExample(f"step {saved[-1]} was reported durable, step {step} is loaded")
+        require(step >= saved[-1], f"step {saved[-1]} was reported durable, step {step} is loaded")
 
 
 def _count_steps(log: Log) -> int:
@@ -229,8 +221,7 @@ def real_training(rng: random.Random, home: Path, counts: Counter[str]) -> None:
 def _check_output(lines: list[str], code: int, run: TrainingRun, counts: Counter[str]) -> int | None:
     """The newest step, if the run stopped; None if it continued to its end."""
     counts["distrust train, disk full: failed saves"] += len(lines)
-    if not all("No space left" in line for line in lines):
-        raise CounterExample(f"it printed: {lines}")
+    require(all("No space left" in line for line in lines), f"it printed: {lines}")
     if code == 0:
         counts["distrust train, disk full: continued by itself"] += 1
         return None

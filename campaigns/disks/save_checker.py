@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from campaigns.campaign import CounterExample, require
+from campaigns.campaign import require
 from campaigns.disks.volumes import wait_until
 from campaigns.invariants import checkpoint_digests, temporary_files
 from distrust import Checkpoint, CheckpointManager
@@ -148,8 +148,7 @@ class SaveChecker:
     def save(self, step: Step, nbytes: int) -> None:
         """Save where nothing is in the way, and check."""
         outcome = self.attempt(step, nbytes)
-        if outcome.error is not None:
-            raise CounterExample(f"with space and permissions for it, still not saved: {outcome.error}")
+        require(outcome.error is None, f"with space and permissions for it, still not saved: {outcome.error}")
         self.check(outcome)
 
     def require_newest(self) -> None:

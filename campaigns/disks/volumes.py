@@ -1,14 +1,8 @@
 """Small file systems in a private mount namespace, and what fills them.
 
-Everything is on a tmpfs of the namespace, including the images of the file systems. So nothing is written to
-a disk of the machine, and nothing is left when the last process of the namespace has ended. Root gets all of
-them; another user, in a user namespace, only those that need no block device. Whatever this machine or this
-user cannot do raises Skipped.
-
-A case runs in a process of its own (:func:`run_case`): its limits, mounts and open files go with it,
-however it ends. The process is forked, so what a test changed in the product is changed there, too. It
-leads a session, all of which is killed at the end. Its mount namespace ends with its last process: the
-kernel unmounts what was mounted there and releases the loop devices, even if no process lives to do it.
+Everything is on a tmpfs of the namespace, so nothing is written to a disk of the machine. Whatever this
+machine or user cannot do raises Skipped. A case runs in a forked process that leads a session
+(:func:`run_case`): when its last process has ended, the kernel unmounts and releases everything.
 """
 
 from __future__ import annotations

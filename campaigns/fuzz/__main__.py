@@ -19,17 +19,7 @@ from typing import Any, NamedTuple
 
 from campaigns import fuzz
 from campaigns.campaign import Campaign, CounterExample, parser, run
-from campaigns.fuzz import (
-    costs,
-    families,
-    forging,
-    growing,
-    imports,
-    obstacles,
-    older,
-    readers,
-    training,
-)
+from campaigns.fuzz import costs, families, forging, growing, imports, obstacles, older, readers, training
 
 FILES_PER_CASE = 100  # at random
 #: One in so many random cases has folders of other programs.

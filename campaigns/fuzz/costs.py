@@ -1,14 +1,8 @@
 """What it costs to read a file: time and memory, and how they grow with the size of the file.
 
-Each measurement is in a process of its own. The memory bound is proven, not estimated: the process may not
-take more address space than it is allowed (RLIMIT_AS), so a reader that needs more fails. How much it took is
-what the kernel counted. Each family of expensive files (``growing``) is made in three sizes, each twice as
-large as the one before.
-
-- A file that was damaged after it was written, by a single bit, is refused at its digest. Until then the
-  reader has taken no more memory than the header's own size.
-- A forged one is parsed. Python's objects are many times as large as their text, empty lists most of all; the
-  reader may take :data:`TIMES_ITS_SIZE` in all.
+The memory bound is proven, not estimated: each measurement is a process with a limited address space
+(RLIMIT_AS), so a reader that needs more fails. A damaged file is refused at its digest with no more memory
+than its own size; a forged one is parsed, and may take :data:`TIMES_ITS_SIZE`.
 """
 
 from __future__ import annotations
@@ -157,8 +151,7 @@ def _measure_use(name: str, use: str, directory: readers.Directory, size: int) -
     cost = _cost(f"{name}: {use}", _uses(directory)[use], allowed)
     if cost.answer not in ("ok", "CorruptCheckpoint"):
         raise CounterExample(f"{name}: {use}: {size:,} bytes, {allowed:,} allowed: {cost.answer}")
-    if cost.seconds > invariants.bound(size):
-        raise CounterExample(f"{name}: {use}: {cost.seconds:.1f} s for {size:,} bytes")
+    require(cost.seconds <= invariants.bound(size), f"{name}: {use}: {cost.seconds:.1f} s for {size:,} bytes")
     return cost
 
 
@@ -170,8 +163,7 @@ def _require_damage_is_cheap(name: str, raw: bytes, directory: readers.Directory
     del damaged
     allowed = len(raw) + _DAMAGED_FREE_BYTES
     cost = _cost(f"{name}, damaged", lambda: catalog.read_header(directory.hostile), allowed)
-    if cost.answer != "CorruptCheckpoint":
-        raise CounterExample(f"{name}, damaged: {cost.answer}")
+    require(cost.answer == "CorruptCheckpoint", f"{name}, damaged: {cost.answer}")
 
 
 def _cost(description: str, use: Callable[[], Any], allowed: int) -> Cost:

@@ -1,9 +1,6 @@
-"""Hostile files by name: changes to a draft, and complete files.
+"""Hostile files by name: changes to a draft, and complete files; :func:`mutate` makes one of all at random.
 
-- :data:`CHANGES`: changes that a reader could fall for. They are combined, and signed.
-- :data:`FILES`: complete files of a kind; most are forged, with correct digests.
-
-:func:`mutate` makes one of all of them at random. All random choices come from the generator passed in.
+All random choices come from the generator passed in.
 """
 
 from __future__ import annotations

@@ -1,15 +1,8 @@
 """Forged checkpoints, with correct digests.
 
-A reader stops at the first digest that is wrong. The checks behind the digests are reached only by files
-whose digests match their content: signed ones. The signer here follows the description of the format
-(:mod:`distrust.checkpoint.format`) and shares no line with the writer, so that neither can hide the other's
-mistake.
-
-- :func:`canonical`, :func:`frame`, :func:`sign`, :func:`state_digest`: the parts.
-- :class:`Specimen`: a real checkpoint, parsed.
-- :class:`Draft`: one that is being changed; :meth:`Draft.file` gives its bytes, signed.
-- :func:`make_specimens`: real checkpoints, small, written by the manager.
-- :func:`build`: a file from nothing but tensors, state and run.
+A reader stops at the first wrong digest, so the checks behind the digests are reached only by signed files.
+The signer follows the description of the format (:mod:`distrust.checkpoint.format`) and shares no line with
+the writer, so that neither can hide the other's mistake.
 """
 
 from __future__ import annotations

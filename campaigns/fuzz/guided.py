@@ -1,10 +1,7 @@
 """The coverage-guided engine: atheris (libFuzzer) leads the mutations to lines of the reader not yet reached.
 
-It runs in a process of its own, started by :mod:`campaigns.fuzz`: libFuzzer ends the process when it is done,
-and may end it when it finds something. It mutates complete files. Its own mutations of bytes would never get
-past a digest, so each is one of ours (``families.mutate``), which signs the result.
-
-    python -m campaigns.fuzz.guided --seed 1 --runs 100000 --directory /dev/shm/guided
+It is a process of its own: libFuzzer ends the process when it is done. Its own mutations of bytes would never
+get past a digest, so each is one of ours (``families.mutate``), which signs the result.
 """
 
 from __future__ import annotations

@@ -1,12 +1,8 @@
 """Things that are no files in the place of a checkpoint, links out of the directory, and permissions.
 
-A reader follows a link to a regular file: people move checkpoints and leave links. It opens nothing else, it
-waits for no other process, and it reveals nothing of a file outside. A writer follows no link at all: it
-replaces or removes the link itself.
-
-A save leaves nothing that is more open to others than the umask allows, not for an instant. Checked are all
-files and directories that exist at the end, and the temporary file just before it is renamed: an audit hook
-of the interpreter sees the call.
+A reader follows a link to a regular file and opens nothing else, without waiting. A writer follows no link:
+it replaces or removes the link itself. A save leaves nothing that is more open than the umask allows,
+including the temporary file just before its rename, which an audit hook sees.
 """
 
 from __future__ import annotations
@@ -22,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from campaigns.campaign import CounterExample
+from campaigns.campaign import CounterExample, require
 from campaigns.fuzz import corruptions, costs
 from distrust import Checkpoint, CheckpointManager
 from distrust.checkpoint import direct_io
@@ -126,16 +122,14 @@ class Scene:
 def _link_in_place(scene: Scene) -> None:
     scene.file(1).symlink_to(scene.secret)
     scene.save(1)
-    if scene.file(1).is_symlink():
-        raise CounterExample("the link still exists")
+    require(not scene.file(1).is_symlink(), "the link still exists")
 
 
 def _link_as_temporary(scene: Scene) -> None:
     stale = scene.inside / f".{scene.file(1).name}.{'0' * 16}.tmp"
     stale.symlink_to(scene.secret)
     scene.save(1)
-    if stale.is_symlink():
-        raise CounterExample("the link was not removed")
+    require(not stale.is_symlink(), "the link was not removed")
 
 
 def _link_as_older(scene: Scene) -> None:
@@ -177,10 +171,8 @@ def play(name: str, act: Callable[[Scene], None], directory: Path) -> None:
     scene = Scene(folder)
     try:
         cost = costs.measure(lambda: act(scene), allowed=_ALLOWED_BYTES)
-        if cost.answer != "ok":
-            raise CounterExample(cost.answer)
-        if scene.secret.read_text() != _SECRET:
-            raise CounterExample("a file outside was written to")
+        require(cost.answer == "ok", cost.answer)
+        require(scene.secret.read_text() == _SECRET, "a file outside was written to")
     except (CounterExample, DistrustError) as error:
         raise CounterExample(f"{name}: {error}") from error
     finally:
@@ -200,8 +192,7 @@ def check_permissions(directory: Path, umask: int) -> int:
     report = folder / "report"
     try:
         cost = costs.measure(lambda: _save_and_check(folder, umask, report), allowed=_ALLOWED_BYTES)
-        if cost.answer != "ok":
-            raise CounterExample(cost.answer)
+        require(cost.answer == "ok", cost.answer)
         checked = report.read_text().splitlines()
         if len(checked) < _LEAST_PATHS or not any(name.endswith(".tmp") for name in checked):
             raise CounterExample(f"only these were checked: {checked}")
@@ -231,6 +222,5 @@ def _save_and_check(folder: Path, umask: int, report: Path) -> None:
         modes += [(str(file), file.stat().st_mode & 0o7777) for file in (folder / path).rglob("*")]
     for name, mode in modes:
         allowed = (_DIRECTORY if Path(name).is_dir() else _FILE) & ~umask
-        if mode & ~allowed:
-            raise CounterExample(f"{name} has the permissions {mode:03o}, more than {allowed:03o}")
+        require(not (mode & ~allowed), f"{name} has the permissions {mode:03o}, more than {allowed:03o}")
     report.write_text("\n".join(name for name, _ in modes))

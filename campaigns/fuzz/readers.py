@@ -1,14 +1,8 @@
 """Every method to read a file, and what must hold for each, whatever the file contains.
 
-- It ends normally, or in one of the library's errors that say what is wrong with the file. Nothing else is
-  raised, and no warning but the library's own.
-- Its time is bounded by the size of the file (processor time: other programs do not count).
-- A file that is accepted as intact is one that a writer makes: each tensor where dtype and shape say, no key
-  twice.
-- Messages and printed text hold no control character of a terminal, and messages are short.
-
-:func:`read_in_memory` calls the parts that need no file, thousands of times in a second. :class:`Directory`
-has a real file, and does everything that a program or a person can.
+It ends normally or in an error of the library about the file, in time bounded by the file's size. An accepted
+file is one that a writer makes. Output holds no control character of a terminal. :func:`read_in_memory` calls
+what needs no file; :class:`Directory` does everything that a program or a person can.
 """
 
 from __future__ import annotations

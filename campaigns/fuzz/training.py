@@ -1,9 +1,7 @@
 """A run resumes from what was converted, by each engine, in a process that may die of it.
 
-The process of torch makes the hostile folders, converts them, and resumes from the result: by
-``DistrustTrainer``, for one step, with the options that the checkpoint contains. The process of mlx then
-resumes from the same. Each must succeed, or raise an error of the library; its memory is limited, and the
-campaign sees a native crash.
+Torch's process makes the hostile folders, converts them and resumes for one step; mlx's resumes from the
+same. Each succeeds or raises an error of the library; its memory is limited, and a native crash is detected.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
 """The savers of arrays, each used as its own documentation shows.
 
-Each finds its newest checkpoint by its own means. Those without (safetensors, ``torch.save``) are tried in
-both ways in which they are used: over the same name, and with a new name for each step, of which the highest
-is loaded. ``torch.distributed.checkpoint`` (DCP) writes a new folder for each step, and the newest that has
-its ``.metadata`` is loaded. Imports are in the functions: a process imports only the library that it tries.
+Each finds its newest checkpoint by its own means. Those without (safetensors, ``torch.save``, DCP) load the
+highest step; the first two are also tried over the same name. A process imports only the library it tries.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """The trainers: a real LoRA training of the bundled model, and the same command again.
 
-What a trainer has restored shows in its final state: the proof covers the trained weights after the last step
-and the losses on the way there. Dropout is on, so the state of the random generators matters, too.
+The proof of a restored state covers the trained weights after the last step and the losses on the way there.
 """
 
 from __future__ import annotations
