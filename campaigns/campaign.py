@@ -49,8 +49,6 @@ class Case(NamedTuple):
 
 
 class Campaign:
-    """One run of a campaign."""
-
     def __init__(self, name: str, options: argparse.Namespace, *, cases: int) -> None:
         self.name = name  # of its command
         self.options = options  # as :func:`parser` parsed them
@@ -78,7 +76,6 @@ class Campaign:
 
     @property
     def out_of_time(self) -> bool:
-        """Whether ``--seconds`` are over."""
         return self.options.seconds is not None and self.seconds >= self.options.seconds
 
     @property
@@ -90,7 +87,6 @@ class Campaign:
         self._show_progress()
 
     def count_all(self, counts: Mapping[str, int]) -> None:
-        """Add the counts of a child process."""
         for description, number in counts.items():
             self.count(description, number)
 

@@ -145,7 +145,6 @@ class Child:
 
 
 def start_child(campaign: Campaign, module: str, *arguments: object) -> Child:
-    """Spawn a module with the fault that the campaign was given."""
     fault = campaign.options.fault
     return Child(module, *arguments, *(("--fault", fault) if fault else ()))
 

@@ -19,8 +19,6 @@ LENGTH_BYTES = 8  # before the header
 
 
 class Files(NamedTuple):
-    """The files that damages are made of."""
-
     newer: bytes  # the file that is damaged, of :data:`STEP`
     older: bytes  # of the same run, of :data:`OLDER_STEP`
     other: bytes  # of another run: the same layout and step, another content

@@ -106,8 +106,6 @@ class Round:
 
 
 class Examination:
-    """The checks of one damage."""
-
     def __init__(self, campaign: Campaign, round_: Round, damage: Damage, path: Path) -> None:
         self._campaign = campaign
         self._round = round_
@@ -122,7 +120,6 @@ class Examination:
         self._campaign.count("validated, loaded from the one before")
 
     def run_thorough(self) -> None:
-        """The checks that take longer."""
         self._check_cleanup()
         self._check_save()
         code, out, _ = _command("verify", self._directory)

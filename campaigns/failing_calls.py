@@ -27,8 +27,6 @@ ERRORS = [
 
 
 class FailingProgram(Program):
-    """A program whose disk fails now and then."""
-
     def _perform(self, action: Callable[[], None]) -> None:
         if self._rng.random() < 0.5:
             self.disk.fails = self._random_failure()

@@ -66,8 +66,7 @@ def _run_case(campaign: Campaign, case: Case, kind: str) -> None:
     with tempfile.TemporaryDirectory(prefix="distrust-") as folder:
         home = Path(folder).resolve()
         findings = volumes.run_case(lambda counts: work(case.rng, home, counts), seconds=HANG_SECONDS)
-    for description, number in sorted(findings.counts.items()):
-        campaign.count(description, number)
+    campaign.count_all(dict(sorted(findings.counts.items())))
     if findings.skipped is not None:
         campaign.count(f"skipped: {kind}: {findings.skipped.replace(f'{home}{os.sep}', '')}")
     else:

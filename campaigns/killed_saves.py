@@ -36,8 +36,6 @@ IMPORTS = ["numpy.random", "distrust.checkpoint.arrays.of_numpy"]
 
 
 class KilledWalk:
-    """A walk in a folder of its own, and what it has reported so far."""
-
     def __init__(self, campaign: Campaign, forks: Forks, folder: Path, plan: Plan) -> None:
         self._campaign = campaign
         self._forks = forks
@@ -118,7 +116,6 @@ def random_plan(rng: random.Random, *, fault: str | None) -> Plan:
 
 
 def random_instant(rng: random.Random, reference_seconds: float) -> tuple[Trigger, float]:
-    """When to kill: a trigger, and how many seconds after it."""
     choice = rng.random()
     if choice < 0.3:
         return after(rng.uniform(0, 3 * reference_seconds / KILLS)), 0.0
@@ -129,7 +126,6 @@ def random_instant(rng: random.Random, reference_seconds: float) -> tuple[Trigge
 
 
 def one_case(campaign: Campaign, forks: Forks, case: Case, folder: Path) -> None:
-    """Run a walk undisturbed, then kill the same walk until it finishes."""
     plan = random_plan(case.rng, fault=campaign.options.fault)
     digest, seconds = run_reference(forks, plan, folder / "reference")
     killed = folder / "killed"

@@ -36,8 +36,6 @@ class Reference(NamedTuple):
 
 
 class KilledRun:
-    """A run that is killed, and the record of what was durable in it."""
-
     def __init__(self, campaign: Campaign, training: TrainingRun) -> None:
         self._campaign = campaign
         self._training = training
@@ -68,7 +66,6 @@ class KilledRun:
 
 
 def random_instant(rng: random.Random, reference: Reference) -> tuple[Trigger, float]:
-    """When to kill: a trigger, and how many seconds after it."""
     choice, count = rng.random(), rng.randint(1, 6)
     if choice < 0.1:
         return after(rng.uniform(0, 8)), 0.0  # while it starts, unless it is a fork

@@ -90,8 +90,6 @@ Launcher = Command | Forks  # starts processes that append what they print to tw
 
 
 class Session:
-    """One run of a command, from its start to its end."""
-
     def __init__(
         self,
         launcher: Launcher,

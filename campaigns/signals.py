@@ -54,8 +54,6 @@ class Stop(NamedTuple):
 
 
 class SignalledRun:
-    """A run that gets signals, and the record of what was durable in it."""
-
     def __init__(self, campaign: Campaign, training: TrainingRun) -> None:
         self._campaign = campaign
         self._training = training

@@ -90,8 +90,6 @@ def disturb_runs(
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """A folder, and the command that trains into it."""
-
     out: Path  # the folder
     options: Sequence[str]  # of ``distrust train``
     launcher: Launcher = COMMAND  # starts the command
@@ -133,7 +131,6 @@ class TrainingRun:
         return newest.state_digest
 
     def metrics(self) -> list[dict[str, float]]:
-        """The lines of ``metrics.jsonl``, without the fields that depend on the machine."""
         with never((OSError, ValueError), f"{self.out / METRICS}: "):
             lines = [json.loads(line) for line in (self.out / METRICS).read_bytes().splitlines(keepends=True)]
         return [{key: value for key, value in line.items() if key not in MACHINE_FIELDS} for line in lines]
@@ -144,7 +141,6 @@ class TrainingRun:
         return sorted(int(path.stem.split("-")[1]) for path in paths)
 
     def temporary(self) -> list[Path]:
-        """The temporary files of saves that are under way, or were cut off."""
         return list(self.checkpoints.glob(".checkpoint-*.tmp"))
 
 

@@ -64,15 +64,11 @@ def _pause(session: Session, seconds: float) -> None:
 
 
 class _Listing(NamedTuple):
-    """Temporary files, each with whether it has a size, and checkpoints."""
-
     temporary: dict[str, bool]
     checkpoints: set[str]
 
 
 class _Watch:
-    """Counts the events in a directory."""
-
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._previous = _list(directory)

@@ -30,8 +30,6 @@ METRIC = "height"  # that retention ranks by
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """One walk."""
-
     directory: str  # of its checkpoints
     seed: int  # of the walk, and of the methods by which it is saved
     steps: int  # its length
@@ -75,8 +73,6 @@ class Report(NamedTuple):
 
 
 class Walk:
-    """The state."""
-
     def __init__(self, plan: Plan) -> None:
         self.step = 0
         self._rng = np.random.default_rng(plan.seed)
@@ -86,7 +82,6 @@ class Walk:
 
     @property
     def height(self) -> float:
-        """A number that depends on all steps so far."""
         return self._heights[-1]
 
     def advance(self) -> None:

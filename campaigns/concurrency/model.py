@@ -69,8 +69,6 @@ def _arrays(step: int, version: int, size: int) -> dict[str, Any]:
 
 @dataclass
 class Model:
-    """A directory."""
-
     rules: Rules  # of all its managers
     files: dict[Saved, int] = field(default_factory=dict)  # versions by checkpoint
     holder: int | None = None  # the session that may write; None if any may
@@ -78,11 +76,9 @@ class Model:
     resumed: dict[int, tuple[Saved, int]] = field(default_factory=dict)
 
     def may_write(self, session: int) -> bool:
-        """Whether no other session holds it."""
         return self.holder in (None, session)
 
     def commit(self, session: int, saved: Saved, version: int) -> None:
-        """A save, and the clean-up after it."""
         self.holder = session
         self.files[saved] = version
         if session in self.resumed and saved.step > self.resumed[session][0].step:
@@ -111,7 +107,6 @@ class Model:
             self.holder = None
 
     def resume(self, session: int, saved: Saved) -> None:
-        """The session loaded and verified it."""
         self.resumed[session] = saved, self.files[saved]
 
     def by_step(self) -> dict[int, Saved]:

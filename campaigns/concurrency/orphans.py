@@ -22,8 +22,6 @@ END_SECONDS = 30.0  # for the children, after their release
 
 
 class _Family:
-    """A writer, its children, and their directory."""
-
     def __init__(self, campaign: Campaign, case: Case, folder: Path, method: str, writer: Child) -> None:
         self._campaign = campaign
         self._rng = case.rng
@@ -35,7 +33,6 @@ class _Family:
         self.pids: list[int] = []
 
     def start(self) -> None:
-        """Wait until the children live."""
         while (line := self._writer.receive().split())[0] == "durable":
             self._durable.add(int(line[1]))
         self.pids = [int(pid) for pid in line[1:]]
@@ -77,7 +74,6 @@ class _Family:
         self._campaign.count(f"orphans: outlived by the writer ({self._method})")
 
     def release(self) -> None:
-        """Let the children end, and wait for it."""
         (self._folder / parent.RELEASE).touch()
         deadline = time.monotonic() + END_SECONDS
         while any(self._alive()):
@@ -115,13 +111,8 @@ def run(campaign: Campaign, case: Case, folder: Path) -> None:
     rng = case.rng
     method = rng.choice(METHODS)
     saving = method not in ("acquiring", "thread") and rng.random() < 0.6
-    arguments = (
-        folder / "checkpoints",
-        method,
-        rng.choice(parent.ENDINGS),
-        int(saving),
-        int(rng.random() < 0.5),
-    )
+    ending, uses = rng.choice(parent.ENDINGS), int(rng.random() < 0.5)
+    arguments = (folder / "checkpoints", method, ending, int(saving), uses)
     with start_child(campaign, "campaigns.concurrency.parent", *arguments) as writer:
         family = _Family(campaign, case, folder, method, writer)
         try:

@@ -87,8 +87,6 @@ FORKS_WHILE_ACQUIRING = 6
 
 
 class Parent:
-    """Saves, and starts children."""
-
     def __init__(self, folder: Path, ending: str, *, uses: bool) -> None:
         from distrust import CheckpointManager
 
@@ -104,7 +102,6 @@ class Parent:
             self._live(name)
 
     def multiprocessing(self) -> None:
-        """By Python's own library."""
         import multiprocessing
 
         process = multiprocessing.get_context("fork").Process(target=self._live)
@@ -135,7 +132,6 @@ class Parent:
             self.manager.acquire()
 
     def loader(self) -> None:
-        """As the worker of a data loader of torch."""
         from torch.utils.data import DataLoader, Dataset
 
         parent = self
@@ -152,7 +148,6 @@ class Parent:
         self._references.append(iter(loader))
 
     def join(self) -> None:
-        """Read all from the loader, and release it."""
         for reference in self._references:
             if hasattr(reference, "__next__"):
                 list(reference)

@@ -46,8 +46,6 @@ class Handle(NamedTuple):
 
 
 class Program:
-    """One program, and its directory."""
-
     def __init__(self, directory: Path, rng: random.Random, counts: Counter[str]) -> None:
         self.rng = rng
         self.counts = counts
@@ -219,7 +217,6 @@ class Program:
             self.model.release(session)
 
     def do_burst(self) -> None:
-        """Many threads at once, on clones of one manager."""
         self.wait()
         handle = self._any_handle()
         if not self.model.may_write(handle.session):

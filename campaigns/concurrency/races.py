@@ -26,8 +26,6 @@ NOTICE_SECONDS = 0.02
 
 
 class _Race:
-    """One directory, and the processes that want it."""
-
     def __init__(self, campaign: Campaign, case: Case, directory: Path, racers: list[Child]) -> None:
         self._campaign = campaign
         self._rng = case.rng

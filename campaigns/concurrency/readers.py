@@ -61,7 +61,6 @@ class Board:
 
     @property
     def best(self) -> float | None:
-        """The best metric of all durable checkpoints."""
         return float(struct.unpack_from("d", self._memory, _BEST)[0]) if self.version else None
 
     @property
@@ -85,7 +84,6 @@ class Writer:
         self._pending: tuple[PendingSave, int, int] | None = None
 
     def save(self) -> None:
-        """Save once, and now and then clean up."""
         rng = self._rng
         # A periodic checkpoint after the final one of its step would be newer, but not the one that is read.
         if self._was_final or rng.random() < 0.8:
@@ -129,8 +127,6 @@ SECONDS_PER_SAVE, LEAST_SECONDS = 2.0, 60.0
 
 
 class Reader:
-    """Reads at random."""
-
     def __init__(self, directory: Path, board: Board, rng: random.Random) -> None:
         self.counts: Counter[str] = Counter()
         self._manager = CheckpointManager(directory, keep_best=1, metric=model.METRIC)
@@ -256,7 +252,6 @@ class Reader:
 
 
 def run(campaign: Campaign, case: Case, folder: Path) -> None:
-    """Let some processes read what another one saves."""
     options = campaign.options
     directory, board = folder / "checkpoints", Board(folder / "board")
     seed, module = case.rng.random(), "campaigns.concurrency.readers"

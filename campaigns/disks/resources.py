@@ -181,7 +181,6 @@ def _limit(which: int, limit: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _free_descriptors(count: int) -> Iterator[None]:
-    """Only so many files can be opened."""
     descriptors: list[int] = []
     with _limit(resource.RLIMIT_NOFILE, _OPEN_FILES):
         try:
@@ -198,7 +197,6 @@ def _free_descriptors(count: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _limit_address_space(extra: int) -> Iterator[None]:
-    """Only so many bytes more than this process has now."""
     pages = int(_STATM.read_text().split()[0])
     with _limit(resource.RLIMIT_AS, pages * resource.getpagesize() + extra):
         yield
@@ -233,13 +231,10 @@ def device_fails(rng: random.Random, home: Path, counts: Counter[str]) -> None:
             fail(root, rng)
 
         outcome = checker.attempt(step + 1, nbytes, during=during)
-    if outcome.error is None:
-        checker.reported[step + 1] = outcome.checkpoint
-    second = checker.attempt(step + 2, nbytes)
-    if second.error is None:
-        checker.reported[step + 2] = second.checkpoint
-    checker.check_message(outcome)
-    checker.check_message(second)
+    for each in (outcome, checker.attempt(step + 2, nbytes)):
+        if each.error is None:
+            checker.reported[each.checkpoint.step] = each.checkpoint
+        checker.check_message(each)
     _restart(checker, kind, home, counts)
     checker.save(step + 3, nbytes)
 
@@ -258,10 +253,6 @@ def _fill_backing_disk(root: Path, rng: random.Random) -> None:
     Filler(root.parent).fill(rng.choice([0, 4096, rng.randint(0, 2 * MIB)]))
 
 
-def _abort_journal(root: Path, _rng: random.Random) -> None:
-    volumes.command("mount", "-o", "remount,abort", str(root))
-
-
 def _shut_down(root: Path, rng: random.Random) -> None:
     descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -272,8 +263,9 @@ def _shut_down(root: Path, rng: random.Random) -> None:
         os.close(descriptor)
 
 
+_ABORT = ("-o", "remount,abort")  # of the journal
 _FAILURES: dict[str, tuple[Callable[[Path, random.Random], None], tuple[str, ...]]] = {
     "thin": (_fill_backing_disk, ("ext4", "ext3", "ext2")),
-    "without journal": (_abort_journal, ("ext4", "ext3")),
+    "without journal": (lambda root, _: volumes.command("mount", *_ABORT, str(root)), ("ext4", "ext3")),
     "shut down": (_shut_down, ("ext4", "ext3", "xfs")),
 }

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from campaigns import child
-from campaigns.campaign import CounterExample, require
+from campaigns.campaign import CounterExample, never, require
 from campaigns.fuzz import growing, invariants, readers
 from distrust import CheckpointManager
 from distrust.checkpoint import catalog
@@ -37,27 +37,18 @@ class Cost(NamedTuple):
 
 
 def measure(use: Callable[[], Any], *, allowed: int) -> Cost:
-    """Call a function in a forked process, which raises CounterExample if it dies or hangs.
+    """Call a function in a forked process, with ``allowed`` bytes of address space beyond what it has before.
 
-    Args:
-        use: what to do; an error of the library is an answer, too.
-        allowed: bytes of address space beyond what the process has before.
+    An error of the library is an answer, too. Raises CounterExample if the process dies or hangs.
     """
-    cost = child.call(lambda: _measure(use, allowed))
-    assert isinstance(cost, Cost)
+    cost: Cost = child.call(lambda: _measure(use, allowed))
     return cost
 
 
 def worker(
     work: Callable[[int], Counter[str]], *, allowed: int, prepare: Callable[[], object] = tuple
 ) -> child.ForkedWorker:
-    """A process for many cases, which may take so many bytes beyond what it has once it is prepared.
-
-    Args:
-        work: called with the number of each case; returns what was counted.
-        allowed: bytes of address space.
-        prepare: called at the beginning.
-    """
+    """A process for many cases, which may take so many bytes beyond what it has once it is prepared."""
 
     def setup() -> None:
         prepare()
@@ -91,10 +82,8 @@ def _measure(use: Callable[[], Any], allowed: int) -> Cost:
 
 
 def _status_bytes(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    raise LookupError(name)
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 #: Of a forged file, in address space, with what Python's allocator holds in reserve.
@@ -119,10 +108,8 @@ def check_growth(name: str, directory: readers.Directory, largest: int) -> int:
         measured.append({use: _measure_use(name, use, directory, size) for use in _uses(directory)})
     for use, last in measured[-1].items():
         first = measured[0][use].seconds
-        require(
-            last.seconds <= max(LEAST_SECONDS, STEEPEST * first),
-            f"{name}: {use}: {first:.2f} s, and {last.seconds:.2f} s where the file is four times as large",
-        )
+        text = f"{first:.2f} s, and {last.seconds:.2f} s where the file is four times as large"
+        require(last.seconds <= max(LEAST_SECONDS, STEEPEST * first), f"{name}: {use}: {text}")
     slowest, slowest_cost = max(measured[-1].items(), key=lambda item: item[1].seconds)
     heaviest, heaviest_cost = max(measured[-1].items(), key=lambda item: item[1].nbytes)
     print(
@@ -149,8 +136,8 @@ def _uses(directory: readers.Directory) -> dict[str, Callable[[], Any]]:
 def _measure_use(name: str, use: str, directory: readers.Directory, size: int) -> Cost:
     allowed = FREE_BYTES + TIMES_ITS_SIZE * size
     cost = _cost(f"{name}: {use}", _uses(directory)[use], allowed)
-    if cost.answer not in ("ok", "CorruptCheckpoint"):
-        raise CounterExample(f"{name}: {use}: {size:,} bytes, {allowed:,} allowed: {cost.answer}")
+    text = f"{name}: {use}: {size:,} bytes, {allowed:,} allowed: {cost.answer}"
+    require(cost.answer in ("ok", "CorruptCheckpoint"), text)
     require(cost.seconds <= invariants.bound(size), f"{name}: {use}: {cost.seconds:.1f} s for {size:,} bytes")
     return cost
 
@@ -167,7 +154,5 @@ def _require_damage_is_cheap(name: str, raw: bytes, directory: readers.Directory
 
 
 def _cost(description: str, use: Callable[[], Any], allowed: int) -> Cost:
-    try:
+    with never(CounterExample, f"{description}: "):
         return measure(use, allowed=allowed)
-    except CounterExample as error:
-        raise CounterExample(f"{description}: {error}") from error

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import socket
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from campaigns.campaign import CounterExample, require
+from campaigns.campaign import CounterExample, never, require
 from campaigns.fuzz import corruptions, costs
 from distrust import Checkpoint, CheckpointManager
 from distrust.checkpoint import direct_io
@@ -28,16 +27,6 @@ from distrust.errors import DistrustError, SaveFailed
 
 _SECRET = "another user's secret"  # that no message may contain
 _ALLOWED_BYTES = 1 << 30  # nothing here is about memory
-
-
-def _make_socket(path: Path) -> None:
-    with socket.socket(socket.AF_UNIX) as server, contextlib.chdir(path.parent):  # its path must be short
-        server.bind(path.name)
-
-
-def _make_sparse(path: Path, header_bytes: int) -> None:
-    path.write_bytes(header_bytes.to_bytes(8, "little"))
-    os.truncate(path, 1 << 40)
 
 
 def _link_outside(make: Callable[[Path], object]) -> Callable[[Path], None]:
@@ -54,13 +43,13 @@ def _link_outside(make: Callable[[Path], object]) -> Callable[[Path], None]:
 
 OBSTACLES: dict[str, Callable[[Path], object]] = {
     "nothing": lambda _: None,
-    "an empty file": lambda path: path.touch(),
-    "a directory": lambda path: path.mkdir(),
-    "a pipe": lambda path: os.mkfifo(path),
-    "a socket": _make_socket,
-    "a file of a tebibyte of zeros": lambda path: _make_sparse(path, 0),
-    "a sparse file with a long header": lambda path: _make_sparse(path, 8 << 20),
-    "a sparse file with a header as long as itself": lambda path: _make_sparse(path, (1 << 40) - 8),
+    "an empty file": Path.touch,
+    "a directory": Path.mkdir,
+    "a pipe": os.mkfifo,
+    "a socket": corruptions.make_socket,
+    "a file of a tebibyte of zeros": corruptions.make_sparse,
+    "a sparse file with a long header": lambda path: corruptions.make_sparse(path, 8 << 20),
+    "a sparse file that is all header": lambda path: corruptions.make_sparse(path, (1 << 40) - 8),
     "a link to itself": lambda path: path.symlink_to(path),
     "a link to nothing": lambda path: path.symlink_to("nowhere"),
     "a link to a name that is too long": lambda path: path.symlink_to("x" * 4000),
@@ -94,6 +83,7 @@ class Scene:
 
     def __init__(self, directory: Path) -> None:
         self.inside = directory / "checkpoints"
+        self.lock = self.inside / LOCK_NAME
         self.secret = directory / "outside" / "secret"
         self.inside.mkdir(parents=True)
         self.secret.parent.mkdir()
@@ -110,8 +100,7 @@ class Scene:
             self.save(step)
         except SaveFailed:
             new = {path.name for path in self.inside.iterdir()} - names - {LOCK_NAME}
-            if new:
-                raise CounterExample(f"a save that failed left {new}") from None
+            require(not new, f"a save that failed left {new}")
         else:
             raise CounterExample("it was saved")
 
@@ -138,30 +127,25 @@ def _link_as_older(scene: Scene) -> None:
     outside = scene.file(1).rename(scene.secret.parent / "checkpoint")
     scene.file(1).symlink_to(outside)
     scene.save(2)
-    if scene.file(1).is_symlink() or not outside.exists():
-        raise CounterExample("the link had to be removed, and its target had to stay")
+    replaced = not scene.file(1).is_symlink() and outside.exists()
+    require(replaced, "the link had to be removed, and its target had to stay")
 
 
-def _lock_is(make: Callable[[Scene, Path], object]) -> Callable[[Scene], None]:
+def _refused_after(place: Callable[[Scene], object]) -> Callable[[Scene], None]:
     def play(scene: Scene) -> None:
-        make(scene, scene.inside / LOCK_NAME)
+        place(scene)
         scene.require_refused(1)
 
     return play
-
-
-def _directory_in_place(scene: Scene) -> None:
-    scene.file(1).mkdir()
-    scene.require_refused(1)
 
 
 SCENES: dict[str, Callable[[Scene], None]] = {
     "a link in the place of the checkpoint": _link_in_place,
     "a link in the place of a temporary file": _link_as_temporary,
     "a link in the place of an older checkpoint": _link_as_older,
-    "a directory in the place of the checkpoint": _directory_in_place,
-    "a link in the place of the lock": _lock_is(lambda scene, lock: lock.symlink_to(scene.secret)),
-    "a directory in the place of the lock": _lock_is(lambda _, lock: lock.mkdir()),
+    "a directory in the place of the checkpoint": _refused_after(lambda scene: scene.file(1).mkdir()),
+    "a link in the place of the lock": _refused_after(lambda scene: scene.lock.symlink_to(scene.secret)),
+    "a directory in the place of the lock": _refused_after(lambda scene: scene.lock.mkdir()),
 }
 
 
@@ -170,11 +154,10 @@ def play(name: str, act: Callable[[Scene], None], directory: Path) -> None:
     folder = directory / "scene"
     scene = Scene(folder)
     try:
-        cost = costs.measure(lambda: act(scene), allowed=_ALLOWED_BYTES)
-        require(cost.answer == "ok", cost.answer)
-        require(scene.secret.read_text() == _SECRET, "a file outside was written to")
-    except (CounterExample, DistrustError) as error:
-        raise CounterExample(f"{name}: {error}") from error
+        with never((CounterExample, DistrustError), f"{name}: "):
+            cost = costs.measure(lambda: act(scene), allowed=_ALLOWED_BYTES)
+            require(cost.answer == "ok", cost.answer)
+            require(scene.secret.read_text() == _SECRET, "a file outside was written to")
     finally:
         shutil.rmtree(folder)
 
@@ -191,14 +174,13 @@ def check_permissions(directory: Path, umask: int) -> int:
     folder.mkdir()
     report = folder / "report"
     try:
-        cost = costs.measure(lambda: _save_and_check(folder, umask, report), allowed=_ALLOWED_BYTES)
-        require(cost.answer == "ok", cost.answer)
-        checked = report.read_text().splitlines()
-        if len(checked) < _LEAST_PATHS or not any(name.endswith(".tmp") for name in checked):
-            raise CounterExample(f"only these were checked: {checked}")
+        with never(CounterExample, f"umask {umask:03o}: "):
+            cost = costs.measure(lambda: _save_and_check(folder, umask, report), allowed=_ALLOWED_BYTES)
+            require(cost.answer == "ok", cost.answer)
+            checked = report.read_text().splitlines()
+            complete = len(checked) >= _LEAST_PATHS and any(name.endswith(".tmp") for name in checked)
+            require(complete, f"only these were checked: {checked}")
         return len(checked)
-    except CounterExample as error:
-        raise CounterExample(f"umask {umask:03o}: {error}") from error
     finally:
         shutil.rmtree(folder)
 

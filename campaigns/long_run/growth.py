@@ -20,8 +20,6 @@ _LINUX = platform.system() == "Linux"  # has /proc
 
 
 class Resources(NamedTuple):
-    """What a process uses."""
-
     resident: int  # bytes of memory
     blocks: int  # that Python has allocated; exact, while resident memory changes by pages and arenas
     descriptors: int  # open ones
@@ -29,7 +27,6 @@ class Resources(NamedTuple):
 
 
 def read_resources(expected_threads: int | None = None) -> Resources:
-    """What this process uses, after a garbage collection."""
     gc.collect()
     # The system may take a moment to remove a thread that was joined.
     deadline = time.monotonic() + _THREAD_END_SECONDS

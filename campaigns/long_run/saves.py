@@ -127,8 +127,6 @@ CLOSE_EVERY = 10
 
 
 class Saver:
-    """Saves into one directory, and measures the time."""
-
     def __init__(self, directory: Path, seed: str) -> None:
         self._seed = seed  # of the choice between copying and overlapping
         self._directory = directory  # of the checkpoints

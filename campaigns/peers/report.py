@@ -23,8 +23,6 @@ NOTES = (
 
 
 class Results:
-    """The outcomes of every trial so far."""
-
     def __init__(self) -> None:
         self.counts: dict[tuple[str, str], Counter[Outcome]] = {}
 

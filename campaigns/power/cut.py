@@ -41,7 +41,6 @@ class _File:
     pending: list[op.Reserve | op.Write | op.Truncate] = field(default_factory=list)
 
     def content(self, fate: Fate, rng: Random) -> bytes:
-        """After a cut."""
         if not self.pending or fate == "lost":
             return self.durable
         versions, sizes = self._history()
@@ -55,7 +54,6 @@ class _File:
         return content[:size]
 
     def sync(self) -> None:
-        """Everything is durable."""
         self.durable = self.content("kept", Random(0))
         self.pending.clear()
 

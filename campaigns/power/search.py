@@ -87,8 +87,6 @@ def _require_next_save(manager: CheckpointManager, existing: list[Version]) -> N
 
 
 class Search:
-    """The disks of one case."""
-
     def __init__(
         self,
         campaign: Campaign,
