@@ -64,10 +64,8 @@ class Round:
         (directory / NAME).write_bytes(self.files.newer)
 
     def _make_files(self) -> Files:
-        newer, other = _state(STEP, self._seed()), _state(STEP, self._seed())
-        return Files(
-            newer=_save(newer), older=_save(self.older), other=_save(other), final=_save(newer, final=True)
-        )
+        newer, foreign = _state(STEP, self._seed()), _state(STEP, self._seed())
+        return Files(_save(newer), _save(self.older), _save(foreign), _save(newer, final=True))
 
     def locate(self, number: int) -> tuple[Kind, int]:
         """The kind of a case and its number there: the kinds in turn, each in an order of its own."""
@@ -145,12 +143,8 @@ class Examination:
             loaded = CheckpointManager(self._directory).load_latest(framework="torch")
         self._require_older(loaded)
         texts = [str(warning.message).removeprefix("skipped a damaged checkpoint: ") for warning in caught]
-        self._require(
-            len(caught) == 1
-            and caught[0].category is DamagedCheckpointWarning
-            and _names(texts[0], self._path),
-            f"load_latest warns with {texts}",
-        )
+        is_one = [warning.category for warning in caught] == [DamagedCheckpointWarning]
+        self._require(is_one and _names(texts[0], self._path), f"load_latest warns with {texts}")
 
     def _check_cleanup(self) -> None:
         with _record_warnings(), CheckpointManager(self._directory, keep_last=1, keep_best=0) as manager:
@@ -186,9 +180,8 @@ class Examination:
         contents = _contents(self._directory)
         expected = {OLDER: self._round.files.older, self._path.name: self._damage.content}
         old = {name: content for name, content in contents.items() if name not in new}
-        self._require(
-            old == expected and len(contents) == 2 + len(new), f"{action} leaves {sorted(contents)}"
-        )
+        same = old == expected and len(contents) == 2 + len(new)
+        self._require(same, f"{action} leaves {sorted(contents)}")
 
     def _require(self, holds: bool, violation: str) -> None:
         require(holds, f"{self._damage.description}: {violation}")

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from campaigns.campaign import CounterExample, never, require
+from campaigns.campaign import never, require
 from campaigns.oracle import Rules, Saved, must_keep, one_per_step
 from campaigns.session import Session
 from campaigns.triggers import Trigger
@@ -54,10 +54,9 @@ def _require_retained(
     union = {**one_per_step(durable), **existing}
     steps = {saved.step for saved in must_keep(union.values(), rules)}
     for saved in durable:
-        if saved.step in steps and saved.step not in existing:
-            raise CounterExample(f"{directory}: {saved.name} was durable, no rule removes it, and it is gone")
-        if saved.final and not existing[saved.step].final:
-            raise CounterExample(f"{directory}: {saved.name} was durable, and only a periodic one exists")
+        text, exists = f"{directory}: {saved.name} was durable", saved.step in existing
+        require(exists or saved.step not in steps, f"{text}, no rule removes it, and it is gone")
+        require(not saved.final or existing[saved.step].final, f"{text}, and only a periodic one exists")
 
 
 def _require_newest_loads(directory: Path, newest: int) -> None:
@@ -65,8 +64,8 @@ def _require_newest_loads(directory: Path, newest: int) -> None:
         warnings.simplefilter("error", DistrustWarning)
         with never((DistrustError, DistrustWarning), f"{directory}: load_latest: "):
             loaded = CheckpointManager(directory).load_latest()
-    if loaded.step != newest:
-        raise CounterExample(f"{directory}: load_latest gave step {loaded.step}; the newest is {newest}")
+    step = loaded.step
+    require(step == newest, f"{directory}: load_latest gave step {step}; the newest is {newest}")
 
 
 def require_writable(directory: Path) -> None:

@@ -91,10 +91,8 @@ class KilledWalk:
         files = {(file.step, file.kind == "final"): file for file in scan.files}
         for report in self._reports:
             if (file := files.get((report.step, report.final))) is not None:
-                number = file.header.run_info["extra"]["number"]
-                self._require(
-                    number >= report.number, f"{file.path} is an older version than was durable before"
-                )
+                is_newer = file.header.run_info["extra"]["number"] >= report.number
+                self._require(is_newer, f"{file.path} is an older version than was durable before")
         return scan
 
     def _require(self, holds: bool, violation: str) -> None:

@@ -92,14 +92,10 @@ def one_case(campaign: Campaign, case: Case, training: TrainingRun, reference: R
         if not killed.kill(*random_instant(case.rng, reference)):
             campaign.count("runs that finished before their last kill")
             break
-    require(
-        killed.finish() == reference.digest,
-        f"{training.out}: ended in another state than the undisturbed run",
-    )
-    require(
-        training.metrics() == reference.metrics,
-        f"{training.out}: metrics.jsonl differs from that of the undisturbed run",
-    )
+    same = killed.finish() == reference.digest
+    require(same, f"{training.out}: ended in another state than the undisturbed run")
+    same = training.metrics() == reference.metrics
+    require(same, f"{training.out}: metrics.jsonl differs from that of the undisturbed run")
     campaign.count(f"runs of {training.launcher.name} that ended in the undisturbed state")
 
 

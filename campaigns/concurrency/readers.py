@@ -181,8 +181,9 @@ class Reader:
         self.counts["loads, by path"] += 1
 
     def _validate(self) -> None:
-        gone, (step, _) = self.counts["gone"], self._read_step(self._manager.validate)
-        self.counts["verified"] += step > 0 and self.counts["gone"] == gone
+        misses = self.counts["gone"]
+        step, _ = self._read_step(self._manager.validate)
+        self.counts["verified"] += step > 0 and self.counts["gone"] == misses
 
     def _inspect(self) -> None:
         step, file = self._read_step(self._manager.inspect)
