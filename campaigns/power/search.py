@@ -41,7 +41,7 @@ def check_disk(root: Path, invariants: Invariants, versions: dict[int, Version])
     existing = _existing(manager, invariants, versions)
     names = {version.name for version in existing}
     missing = sorted(invariants.required.keys() - names)
-    require(not missing, f"{missing[0]} was reported durable, and is gone; existing: {sorted(names)}")
+    require(not missing, f"{missing} reported durable, and gone; existing: {sorted(names)}")
     _require_latest(manager, max(existing, key=lambda version: version.saved[:2]) if existing else None)
     _require_next_save(manager, existing)
     return existing
