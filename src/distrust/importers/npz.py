@@ -64,11 +64,11 @@ def read(descriptor: int, file_name: str, depth: Depth, *, nonnegative: str = ""
             raise CheckpointUnreadable(message)
         for member in members:
             name = _member_name(member, file_name)
-            what = f"{file_name}: the member {shorten(name)!r}"
+            label = f"{file_name}: the member {shorten(name)!r}"
             if name in arrays:
-                raise CorruptCheckpoint(f"{what} occurs twice")
+                raise CorruptCheckpoint(f"{label} occurs twice")
             is_square = bool(nonnegative) and name.startswith(nonnegative)
-            with _zip_errors(what), archive.open(member) as stream:
+            with _zip_errors(label), archive.open(member) as stream:
                 arrays[name] = _read_member(stream, member.file_size, depth, nonnegative=is_square)
     return arrays
 
