@@ -29,7 +29,7 @@ def train(folder: str, steps: int) -> float:
             model.load_state_dict(dict(checkpoint.model))
             optimizer.load_state_dict(dict(checkpoint.optimizer))
             torch.set_rng_state(checkpoint.rng["torch"])
-            print(f"going on after step {begun}")
+            print(f"resuming after step {begun}")
 
         for step in range(begun + 1, steps + 1):
             batch = torch.randn(32, 8)

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from distrust.bundled import CORPUS, MODEL, NEUTRAL, QUESTIONS
-from distrust.data import Text, read_records, tokenize
+from distrust.data import read_records, tokenize
+from distrust.data.records import Text
 from distrust.demo import read_questions
 
 INDEPENDENT = {"notebook", "field log", "patent"}

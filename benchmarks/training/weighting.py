@@ -92,7 +92,6 @@ def _plan(config: TrainConfig, engine: Engine) -> PreparedData:
         sources,
         engine.tokenizer,
         context_length=engine.context_length,
-        report=lambda what, done, total: None,
     )
 
 

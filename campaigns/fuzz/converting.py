@@ -40,12 +40,7 @@ def target(directory: Path) -> Iterator[Path]:
 
 
 def convert_and_check(source: Path, to: Path, *, model: str | None = None) -> list[ConvertedCheckpoint]:
-    """Convert a hostile checkpoint, and check every promise.
-
-    Args:
-        source: of the hostile checkpoint.
-        to: a run that does not exist yet.
-        model: the base model, if it is given.
+    """Convert a hostile checkpoint to a new run, and check every promise.
 
     Raises:
         CounterExample: if a promise was broken.
@@ -62,15 +57,13 @@ def convert_and_check(source: Path, to: Path, *, model: str | None = None) -> li
         _require_target(result)
     present = {path.name for path in target_directory(to).glob("*")} - {LOCK_NAME}
     expected = {result.target.name for result in results if result.target is not None}
-    require(
-        present == expected, f"convert: {sorted(expected)} were converted, but {sorted(present)} are there"
-    )
+    difference = f"{sorted(expected)} were converted, but {sorted(present)} are there"
+    require(present == expected, f"convert: {difference}")
     if expected:
         with only_documented_errors("convert again"):
             repeated = [(one.outcome, one.state_digest) for one in convert(source, to, model=model)]
-        recognized = [
-            ("already converted" if one.succeeded else one.outcome, one.state_digest) for one in results
-        ]
+        outcomes = ["already converted" if one.succeeded else one.outcome for one in results]
+        recognized = [*zip(outcomes, (one.state_digest for one in results), strict=True)]
         require(repeated == recognized, f"convert: expected {recognized} from a second call, got {repeated}")
     return results
 
@@ -101,10 +94,8 @@ def _require_reported(result: ConvertedCheckpoint, *, has_sparse: bool) -> None:
 
 
 def _require_target(result: ConvertedCheckpoint) -> None:
-    require(
-        result.succeeded is (result.target is not None),
-        f"convert: {result.outcome}, and a target {result.target}",
-    )
+    is_consistent = result.succeeded is (result.target is not None)
+    require(is_consistent, f"convert: {result.outcome}, and a target {result.target}")
     require(result.succeeded or bool(result.reason), f"convert: {result.outcome}, without a reason")
     if result.target is not None:
         try:

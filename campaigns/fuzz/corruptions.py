@@ -18,14 +18,14 @@ from campaigns.fuzz import families
 Corruption = Callable[[Path, Random], None]
 
 
-class WritesFile:
-    """An object whose pickle writes a file when it is loaded."""
+class Calls:
+    """An object whose pickle calls a function when it is loaded."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self._call = (function, arguments)
 
     def __reduce__(self) -> Any:
-        return Path.touch, (self._path,)
+        return self._call
 
 
 def clear(path: Path) -> None:
@@ -76,6 +76,13 @@ def make_socket(path: Path) -> None:
 def make_sparse(path: Path, header_bytes: int = 0) -> None:
     path.write_bytes(header_bytes.to_bytes(8, "little"))
     os.truncate(path, 1 << 40)
+
+
+#: What can happen to any file.
+BY_NAME: dict[str, Corruption] = {
+    "bits": flip_bits, "cut": cut, "spliced": splice, "missing files": remove,
+    "no files": replace_by_non_file,
+}  # fmt: skip
 
 
 def pack_safetensors(tensors: dict[str, tuple[str, list[int], bytes]]) -> bytes:

@@ -15,15 +15,19 @@ import re
 import shutil
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import partial, reduce
 from importlib.util import find_spec
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
 import numpy as np
+from safetensors.numpy import load_file
 
 from campaigns.fuzz import corruptions, families, older
+from campaigns.fuzz.corruptions import Calls
+from campaigns.fuzz.older import Arrays
 from distrust.bundled import MODEL
 
 #: Steps of each fixture that has an optimizer.
@@ -53,7 +57,7 @@ class Victim(NamedTuple):
 
     path: Path  # of the copy; its folder has room for more
     kind: str
-    good: Fixtures
+    valid: Fixtures
     rng: Random  # every random choice
 
     @property
@@ -61,18 +65,17 @@ class Victim(NamedTuple):
         """A file that no reader may write."""
         return self.path.parent / "unpickled"
 
-    def sign(self) -> None:
-        """Correct its checksums, if it has any."""
-        if self.kind == "directory":
-            older.sign(self.path)
-
     def one_of(self, names: tuple[str, ...]) -> Path:
-        """One of these files that exists."""
         return self.rng.choice([file for name in names if (file := self.path / name).exists()])
 
     def any_file(self) -> Path:
-        """One of its files, or itself if it is one."""
         return self.rng.choice(sorted(self.path.iterdir())) if self.path.is_dir() else self.path
+
+    def write_json(self, file: Path, raw: bytes) -> None:
+        """Replace a file, and correct its checksum if it has one."""
+        file.write_bytes(raw)
+        if self.kind == "directory":
+            older.sign(self.path)
 
 
 Family = Callable[[Victim], None]
@@ -84,11 +87,7 @@ def base_of(directory: Path) -> Path:
 
 
 def make(directory: Path) -> Fixtures:
-    """Make a model of one narrow layer, and one checkpoint of each kind trained on it.
-
-    Args:
-        directory: an empty one.
-    """
+    """Make a model of one narrow layer in an empty directory, and one checkpoint of each kind of it."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -117,16 +116,19 @@ def make(directory: Path) -> Fixtures:
     weights = {names[n]: p.detach().numpy().copy() for n, p in adapted.named_parameters() if n in names}
     moments = {f"{name[:2]}{names[name[2:]]}": array for name, array in moments.items()}
     fields = {**older.FIELDS, "step": STEPS, "optimizer_scalars": {"step": STEPS, "learning_rate": 2e-4}}
-    fixtures = Fixtures(base, {}, fields, weights, moments)
-    fixtures.kinds.update({"trainer": trainer, "full": full, "peft": adapter})
+    kinds = {"trainer": trainer, "full": full, "peft": adapter}
     if find_spec("mlx_lm") is not None:
-        fixtures.kinds["mlx-lm"] = _mlx_adapter(fixtures, directory / "mlx-lm" / "adapter")
+        path = kinds["mlx-lm"] = directory / "mlx-lm" / "adapter"
+        path.mkdir(parents=True)
+        (path / "adapters.safetensors").write_bytes(_pack(_mlx_names(weights)))
+        lora = {"rank": RANK, "scale": 4.0, "dropout": 0.0, "keys": ["self_attn.q_proj"]}
+        mlx_config = {"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": lora}
+        (path / "adapter_config.json").write_text(json.dumps(mlx_config))
     for kind in _OLDER:
-        name = "checkpoint-3" if kind == "directory" else "checkpoint-3.safetensors"
-        fixtures.kinds[kind] = directory / kind / name
-        fixtures.kinds[kind].parent.mkdir()
-        _write_older(fixtures.kinds[kind], kind, fields, weights, moments)
-    return fixtures
+        path = kinds[kind] = directory / kind / f"checkpoint-3{'' if kind == 'directory' else '.safetensors'}"
+        path.parent.mkdir()
+        _write_older(path, kind, fields, weights, moments)
+    return Fixtures(base, kinds, fields, weights, moments)
 
 
 def _train(model: Any, folder: Path) -> dict[str, Any]:
@@ -134,13 +136,9 @@ def _train(model: Any, folder: Path) -> dict[str, Any]:
     import torch
 
     trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
-    groups = [
-        {
-            "params": [value for value in trained.values() if (value.ndim >= 2) == matrices],
-            "weight_decay": decay,
-        }
-        for matrices, decay in ((True, 0.1), (False, 0.0))
-    ]
+    matrices = [value for value in trained.values() if value.ndim >= 2]
+    vectors = [value for value in trained.values() if value.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-3)
     for _ in range(STEPS):
         for value in trained.values():
@@ -157,31 +155,18 @@ def _train(model: Any, folder: Path) -> dict[str, Any]:
     }
 
 
-def _mlx_adapter(fixtures: Fixtures, path: Path) -> Path:
-    path.mkdir(parents=True)
-    arrays = {_mlx_name(name): array.T for name, array in fixtures.weights.items()}
-    (path / "adapters.safetensors").write_bytes(_pack(arrays))
-    lora = {"rank": RANK, "scale": 4.0, "dropout": 0.0, "keys": ["self_attn.q_proj"]}
-    config = {"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": lora}
-    (path / "adapter_config.json").write_text(json.dumps(config))
-    return path
-
-
-def _pack(arrays: Mapping[str, Any]) -> bytes:
+def _pack(arrays: Arrays) -> bytes:
     return corruptions.pack_safetensors({name: older.row(array) for name, array in arrays.items()})
 
 
-def _mlx_name(name: str) -> str:
-    inner = name.removeprefix("base_model.model.")
-    return inner.replace("lora_A.weight", "lora_a").replace("lora_B.weight", "lora_b")
+def _mlx_names(arrays: Arrays) -> dict[str, Any]:
+    """The arrays of an adapter of peft, or their moments, in the layout and under the names of mlx-lm."""
+    suffixes = (("base_model.model.", ""), ("lora_A.weight", "lora_a"), ("lora_B.weight", "lora_b"))
+    return {reduce(lambda name, pair: name.replace(*pair), suffixes, name): a.T for name, a in arrays.items()}
 
 
-def _write_older(
-    path: Path, kind: str, fields: Any, weights: Mapping[str, Any], moments: Mapping[str, Any]
-) -> None:
-    """Write an older format, under mlx-lm's names."""
-    weights = {_mlx_name(name): array.T for name, array in weights.items()}
-    moments = {f"{name[:2]}{_mlx_name(name[2:])}": array.T for name, array in moments.items()}
+def _write_older(path: Path, kind: str, fields: Any, weights: Arrays, moments: Arrays) -> None:
+    weights, moments = _mlx_names(weights), _mlx_names(moments)
     if kind == "directory":
         corruptions.clear(path)
         older.write_folder(path, fields, weights, moments)
@@ -195,8 +180,7 @@ def _field(victim: Victim) -> None:
     tree = json.loads(file.read_text())
     for _ in range(rng.choice((1, 1, 2))):
         families.replace_one(tree, rng, families.any_value)
-    file.write_text(json.dumps(tree))
-    victim.sign()
+    victim.write_json(file, json.dumps(tree).encode())
 
 
 def _text(victim: Victim) -> None:
@@ -204,21 +188,21 @@ def _text(victim: Victim) -> None:
     file, rng = victim.one_of(_JSON), victim.rng
     text = file.read_bytes()
     keys = [f'"{key}":'.encode() for key in json.loads(text)]
-    file.write_bytes(rng.choice((
+    victim.write_json(file, rng.choice((
         text.replace(b"{", b"{" + rng.choice(keys) + rng.choice(families.JSON_SNIPPETS) + b",", 1),
         text.replace(b"{", b"{" + rng.choice(keys) + b'{"a":' * 100_000, 1),
         b'{"a":' * 100_000, b"[" * 100_000, b"[" + text + b"]", _LARGE_TEXT + text,
         text.replace(b"{", b'{"a":"' + b"\\u0000" * 100_000 + b'",', 1), b"", b"\0" * len(text),
         text.decode().encode("utf-16"), b"\xef\xbb\xbf" + text,
     )))  # fmt: skip
-    victim.sign()
 
 
 def _header(victim: Victim) -> None:
     """A safetensors header with a changed field or a wrong length."""
     file, rng = victim.one_of(_TENSORS), victim.rng
     raw = file.read_bytes()
-    fields, end = _parse_header(raw)
+    end = 8 + int.from_bytes(raw[:8], "little")
+    fields = json.loads(raw[8:end])
     families.replace_one(fields, rng, lambda _: rng.choice((families.any_value(rng), *families.DTYPES)))
     text = json.dumps(fields).encode()
     wrong = (0, len(text) - 1, len(text) + 1, len(raw), 1 << 40, (1 << 64) - 1)
@@ -229,20 +213,9 @@ def _header(victim: Victim) -> None:
 def _tensors(victim: Victim) -> None:
     """Tensors with another name, shape, dtype or value."""
     file = victim.one_of(_TENSORS)
-    raw = file.read_bytes()
-    fields, end = _parse_header(raw)
-    fields.pop("__metadata__", None)
-    arrays = {
-        name: np.frombuffer(raw[end:][slice(*field["data_offsets"])], np.float32).reshape(field["shape"])
-        for name, field in fields.items()
-    }
+    arrays = load_file(file)
     _change_arrays(arrays, victim.rng)
     file.write_bytes(_pack(arrays))
-
-
-def _parse_header(raw: bytes) -> tuple[dict[str, Any], int]:
-    end = 8 + int.from_bytes(raw[:8], "little")
-    return json.loads(raw[8:end]), end
 
 
 def _change_arrays(arrays: dict[str, Any], rng: Random) -> None:
@@ -262,24 +235,16 @@ def _change_arrays(arrays: dict[str, Any], rng: Random) -> None:
             with np.errstate(all="ignore"):
                 arrays[name] = array.astype(rng.choice((np.float16, np.float64, np.int64)))
         else:
-            shapes = (
-                array.T,
-                array.ravel(),
-                array[:0],
-                array[..., :1],
-                array[:, None],
-                array.sum(),
-                array[1:],
-            )
-            arrays[name] = np.ascontiguousarray(rng.choice(shapes)).astype(np.float32)
+            views = array.T, array.ravel(), array[:0], array[..., :1], array[:, None], array.sum(), array[1:]
+            arrays[name] = np.ascontiguousarray(rng.choice(views)).astype(np.float32)
 
 
 def _older_format(victim: Victim) -> None:
     """Weights, moments or metadata of an older format that do not match."""
     if victim.kind not in _OLDER:
         raise LookupError("not an older format: there is nothing to change")
-    rng, good = victim.rng, victim.good
-    fields, weights, moments = copy.deepcopy(good.fields), dict(good.weights), dict(good.moments)
+    rng, valid = victim.rng, victim.valid
+    fields, weights, moments = copy.deepcopy(valid.fields), dict(valid.weights), dict(valid.moments)
     if rng.random() < 0.5:
         _change_arrays(rng.choice((weights, moments, moments)), rng)
     for _ in range(rng.choice((0, 1, 2))):
@@ -295,8 +260,7 @@ def _base_model(victim: Victim) -> None:
     """Another, damaged or missing base model."""
     file, rng = victim.path / "adapter_config.json", victim.rng
     config = json.loads(file.read_text())
-    base = victim.path.parent / "base"
-    shutil.copytree(victim.good.base, base)
+    base = Path(shutil.copytree(victim.valid.base, victim.path.parent / "base"))
     base_config = base / "config.json"
     kind = rng.randrange(4)
     if kind == 0:
@@ -351,37 +315,25 @@ def _any_of_torch(value: Any, rng: Random) -> Any:
     return rng.choice(kinds)()
 
 
-class _Calls:
-    """An object whose pickle calls a function when it is loaded."""
-
-    def __init__(self, function: Any, *arguments: Any) -> None:
-        self._call = (function, arguments)
-
-    def __reduce__(self) -> Any:
-        return self._call
-
-
 def _objects(victim: Victim) -> None:
     """Objects instead of tensors: code to run, and functions that torch allows, with hostile arguments."""
     import torch
 
     file, rng = victim.path / _OPTIMIZER, victim.rng
-    writes: Any = corruptions.WritesFile(victim.canary)
+    writes: Any = Calls(Path.touch, victim.canary)
     rebuild = torch._utils._rebuild_tensor_v2
-    storage = torch.zeros(4).untyped_storage()
     make_storage: Any = torch.storage.TypedStorage
+    storage = torch.zeros(4).untyped_storage()
     typed = make_storage(wrap_storage=storage, dtype=torch.float32, _internal=True)
-    hooks: Any = collections.OrderedDict()
+    layouts = (  # offset, shape and strides of a tensor that does not fit its storage
+        (0, (1 << 40,), (1,)), (1 << 40, (4,), (1,)), (-4, (4,), (1,)), (0, (-1,), (1,)), (0, (4,), (-1,)),
+        (0, (2, 2), (1 << 62, 1)),
+    )  # fmt: skip
     evil = rng.choice((
-        writes, writes, writes, _Calls(eval, f"open({str(victim.canary)!r}, 'w')"),
-        _Calls(os.mkdir, str(victim.canary)), _Calls(rebuild, typed, 0, (1 << 40,), (1,), False, hooks),
-        _Calls(rebuild, typed, 1 << 40, (4,), (1,), False, hooks),
-        _Calls(rebuild, typed, -4, (4,), (1,), False, hooks),
-        _Calls(rebuild, typed, 0, (-1,), (1,), False, hooks),
-        _Calls(rebuild, typed, 0, (4,), (-1,), False, hooks),
-        _Calls(rebuild, typed, 0, (2, 2), (1 << 62, 1), False, hooks), _Calls(bytearray, 1 << 40),
-        _Calls(collections.Counter, "a" * 1000), _Calls(torch.device, "meta"),
-        _Calls(getattr, "a", "__class__"),
+        writes, writes, writes, Calls(eval, f"open({str(victim.canary)!r}, 'w')"),
+        Calls(os.mkdir, str(victim.canary)), Calls(bytearray, 1 << 40), Calls(getattr, "a", "__class__"),
+        Calls(collections.Counter, "a" * 1000), Calls(torch.device, "meta"),
+        *(Calls(rebuild, typed, *layout, False, collections.OrderedDict()) for layout in layouts),
     ))  # fmt: skip
     state = torch.load(file, weights_only=True)
     if rng.random() < 0.3:
@@ -407,10 +359,7 @@ def _archive(victim: Victim) -> None:
     elif kind == 2:
         entries.pop(at)
     elif kind == 3:
-        entries[at] = (
-            rng.choice((f"../{name}", f"/{name}", name.upper(), "x/data.pkl", "\x1b[2J")),
-            content,
-        )
+        entries[at] = (rng.choice((f"../{name}", f"/{name}", name.upper(), "x/data.pkl", "\x1b[2J")), content)
     elif kind == 4:
         entries[at] = name, rng.choice((b"", content * 2, b"\x80\x02" + b"(" * 100_000, b"." * 9))
     elif kind == 5:  # a bomb
@@ -424,14 +373,14 @@ def _archive(victim: Victim) -> None:
     file.write_bytes(raw)
 
 
-def _any_file(change: corruptions.Corruption) -> Family:
-    return lambda victim: change(victim.any_file(), victim.rng)
+def _corrupt(change: corruptions.Corruption, victim: Victim) -> None:
+    change(victim.any_file(), victim.rng)
 
 
 def _instead(victim: Victim) -> None:
     """A file of another kind's folder, instead of one of its files or in addition."""
     rng = victim.rng
-    folders = [path for path in victim.good.kinds.values() if path.is_dir()]
+    folders = [path for path in victim.valid.kinds.values() if path.is_dir()]
     file = rng.choice([file for path in folders for file in sorted(path.iterdir())])
     name = file.name if rng.random() < 0.6 else victim.any_file().name
     shutil.copyfile(file, victim.path / name)
@@ -446,11 +395,7 @@ FAMILIES: dict[str, Family] = {
     "imports: states of an optimizer": _state,
     "imports: objects": _objects,
     "imports: archives": _archive,
-    "imports: bits": _any_file(corruptions.flip_bits),
-    "imports: cut": _any_file(corruptions.cut),
-    "imports: spliced": _any_file(corruptions.splice),
-    "imports: missing files": _any_file(corruptions.remove),
-    "imports: no files": _any_file(corruptions.replace_by_non_file),
+    **{f"imports: {name}": partial(_corrupt, change) for name, change in corruptions.BY_NAME.items()},
     "imports: another's files": _instead,
     "imports: older formats": _older_format,
 }

@@ -1,10 +1,8 @@
 """Hostile checkpoints in the older formats: folders with numpy arrays, and single tensor files.
 
 Each family changes a valid checkpoint of step 1. Then the checksums of a folder are corrected, or left wrong.
-Every answer must satisfy what ``readers`` requires of our own files, and in addition:
-
-- a folder with a file that does not match its checksum is never accepted;
-- nothing is unpickled: a pickle in place of an array would write a file, and none appears.
+Every answer must satisfy what ``readers`` requires of our own files. In addition, a folder with a file that
+does not match its checksum is never accepted, and no pickle in place of an array is loaded.
 """
 
 from __future__ import annotations
@@ -25,12 +23,12 @@ from typing import Any
 
 import numpy as np
 
-from campaigns.campaign import CounterExample
+from campaigns.campaign import CounterExample, require
 from campaigns.fuzz import corruptions, families, readers
 from distrust.checkpoint import catalog
 from distrust.errors import CheckpointError
 
-Make = Callable[[Path, Random], None]
+Make = Callable[[Path, Random], Any]  # changes a folder, or writes a file
 Arrays = Mapping[str, Any]
 
 #: The metadata of a folder; a tensor file has the same without ``optimizer_scalars``.
@@ -69,37 +67,21 @@ _NAMES = ("../x.npy", "/etc/x.npy", "a\\x.npy", "a/b.npy", "", ".npy", "m.npy", 
 
 
 class Directory(readers.Directory):
-    """A valid checkpoint of ours at step 0, and a hostile one at step 1 in an older format.
+    """A valid checkpoint of ours at step 0, and a hostile one at step 1 in an older format."""
 
-    Args:
-        path: of the directory, preferably in memory.
-        good: the bytes of a valid checkpoint of step 0.
-    """
-
-    def __init__(self, path: Path, good: bytes) -> None:
-        super().__init__(path, good, [])
-        self.canary = path.parent / "unpickled"
+    def __init__(self, path: Path, valid: bytes) -> None:
+        super().__init__(path, valid, [])
+        self.canary = path.parent / "unpickled"  # only a pickle that is loaded creates it
 
     def try_out(self, make: Make, rng: Random, answers: readers.Answers, *, lies: bool) -> None:
-        """Make a hostile checkpoint, and read it in every way.
-
-        Args:
-            make: the family.
-            rng: every random choice.
-            answers: counts the answers.
-            lies: leave the checksums of a folder wrong.
-
-        Raises:
-            CounterExample: if a promise was broken.
-        """
+        """Make a hostile checkpoint, and read it by every method; ``lies`` leaves wrong checksums."""
         for path in self.path.glob("checkpoint-1*"):
             corruptions.clear(path)
         is_folder = make in FOLDERS.values()
         self.hostile = self.path / ("checkpoint-1" if is_folder else "checkpoint-1.safetensors")
-        original = None
         if is_folder:
             write_folder(self.hostile)
-            original = _signed_content(self.hostile)
+        original = _signed_content(self.hostile)
         make(self.hostile, rng)
         is_changed = is_folder and _signed_content(self.hostile) != original
         if is_folder and not lies:
@@ -110,8 +92,7 @@ class Directory(readers.Directory):
             with contextlib.suppress(CheckpointError):
                 catalog.verify(self.hostile)
                 raise CounterExample("a file does not match its checksum, and was accepted")
-        if self.canary.exists():
-            raise CounterExample("a pickle was loaded")
+        require(not self.canary.exists(), "a pickle was loaded")
 
     def uses(self) -> dict[str, Callable[[], Any]]:
         """Every way to read it, except comparing headers, which needs digests."""
@@ -121,15 +102,18 @@ class Directory(readers.Directory):
 _MODEL = {"model.a.lora_a": np.arange(12, dtype=np.float32).reshape(6, 2), "b": np.ones(3, np.float16)}
 
 
+def _write_metadata(path: Path, fields: Any) -> None:
+    (path / "metadata.json").write_text(json.dumps(fields))
+
+
 def write_folder(
     path: Path, fields: Any = FIELDS, model: Arrays = _MODEL, moments: Arrays | None = None
 ) -> None:
     """Write a folder; moments are named m.x and v.x, and are by default copies of the weights."""
     path.mkdir()
-    if moments is None:
-        moments = {f"{letter}.{name}": array for letter in _MOMENTS for name, array in model.items()}
-    (path / "metadata.json").write_text(json.dumps(fields))
-    for file, arrays in zip(_ARRAY_FILES, (model, moments), strict=True):
+    copies = {f"{letter}.{name}": array for letter in _MOMENTS for name, array in model.items()}
+    _write_metadata(path, fields)
+    for file, arrays in zip(_ARRAY_FILES, (model, copies if moments is None else moments), strict=True):
         # Not np.savez: a hostile name may be one of its own arguments.
         (path / file).write_bytes(pack_zip([(f"{name}.npy", _npy(array)) for name, array in arrays.items()]))
     sign(path)
@@ -137,17 +121,14 @@ def write_folder(
 
 def tensor_file(form: str, fields: Any, model: Arrays, moments: Arrays, config: Any = None) -> bytes:
     """A tensor file; ``config`` replaces the JSON of the optimizer, moments included."""
-    step: Any = 1
     if type(fields) is dict:
         fields = {name: value for name, value in fields.items() if name != "optimizer_scalars"}
-        step = fields.get("step")
     rows = {name: row(array) for name, array in model.items()}
     if config is None:
-        config = optimizer_config(step, model)
-        if form == "previous":
-            config |= {field: {} for field in _MOMENTS.values()}
-            for name, array in moments.items():
-                config[_MOMENTS[name[0]]][name[2:]] = [array.astype(float).ravel().tolist(), [*array.shape]]
+        config = optimizer_config(fields.get("step") if type(fields) is dict else 1, model)
+        for name, array in moments.items() if form == "previous" else ():
+            field = config.setdefault(_MOMENTS[name[0]], {})
+            field[name[2:]] = [array.astype(float).ravel().tolist(), [*array.shape]]
     if form == "newest":
         rows |= {f"optimizer.{_MOMENTS[name[0]]}.{name[2:]}": row(array) for name, array in moments.items()}
     optimizer = "_optimizer_config" if form == "newest" else "_optimizer"
@@ -186,9 +167,8 @@ def _is_plain(path: Path) -> bool:
 def _signed_content(path: Path) -> dict[str, Any]:
     """What the checksums cover; the case of hexadecimal digits and spaces in checksum.txt do not matter."""
     content: dict[str, Any] = {}
-    for name in _MEMBERS:
-        file = path / name
-        content[name] = file.read_bytes() if _is_plain(file) else os.path.lexists(file)
+    for file in (path / name for name in _MEMBERS):
+        content[file.name] = file.read_bytes() if _is_plain(file) else os.path.lexists(file)
     if isinstance(content["checksum.txt"], bytes):
         content["checksum.txt"] = content["checksum.txt"].lower().split()
     return content
@@ -198,8 +178,8 @@ def _any_member(change: corruptions.Corruption) -> Make:
     return lambda path, rng: change(path / rng.choice(_MEMBERS), rng)
 
 
-def _metadata(path: Path, rng: Random) -> None:
-    (path / "metadata.json").write_text(json.dumps(_hostile_fields(rng)))
+def _any_arrays(content: Callable[[Random], bytes]) -> Make:
+    return lambda path, rng: (path / rng.choice(_ARRAY_FILES)).write_bytes(content(rng))
 
 
 def _hostile_fields(rng: Random) -> Any:
@@ -211,7 +191,7 @@ def _hostile_fields(rng: Random) -> Any:
     return fields
 
 
-def _checksums(path: Path, rng: Random) -> None:
+def _change_checksums(path: Path, rng: Random) -> None:
     file = path / "checksum.txt"
     lines = file.read_text().splitlines()
     index = rng.randrange(len(lines))
@@ -241,8 +221,8 @@ def _npy(array: Any, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _pickled(path: Path, rng: Random) -> None:
-    evil = corruptions.WritesFile(path.parent.parent / "unpickled")
+def _write_pickle(path: Path, rng: Random) -> None:
+    evil = corruptions.Calls(Path.touch, path.parent.parent / "unpickled")
     as_array = _npy(np.array([evil], object), allow_pickle=True)
     raw = rng.choice((
         pack_zip([("w.npy", as_array)]), pack_zip([("w.npy", pickle.dumps(evil))]), pickle.dumps(evil),
@@ -253,36 +233,35 @@ def _pickled(path: Path, rng: Random) -> None:
 
 @functools.cache
 def _compressed_zeros() -> tuple[bytes, int]:
-    """A zip of zeros, and the length of each member."""
+    """A zip of zeros, and the length of each member. It takes a second."""
     zeros = _npy(np.zeros(_BOMB_BYTES // _BOMB_MEMBERS, np.uint8))
     return pack_zip([(f"{at}.npy", zeros) for at in range(_BOMB_MEMBERS)], zipfile.ZIP_DEFLATED), len(zeros)
 
 
-def _bomb(path: Path, rng: Random) -> None:
+def _bomb(rng: Random) -> bytes:
     raw, length = _compressed_zeros()
     claimed = rng.choice((length, 4096))  # the true length, or a small one
-    raw = raw.replace(length.to_bytes(4, "little"), claimed.to_bytes(4, "little"))
-    (path / rng.choice(_ARRAY_FILES)).write_bytes(raw)
+    return raw.replace(length.to_bytes(4, "little"), claimed.to_bytes(4, "little"))
 
 
-def _replaced(path: Path, rng: Random) -> None:
+def _replace_files(path: Path, rng: Random) -> None:
     """Valid files, but not those that were saved."""
     if rng.random() < 0.5:
-        (path / "metadata.json").write_text(json.dumps({**FIELDS, "loss_history": [rng.random()]}))
+        _write_metadata(path, {**FIELDS, "loss_history": [rng.random()]})
     else:
         np.savez(path / "model.npz", w=np.full(3, rng.random()))
 
 
-def _npy_headers(path: Path, rng: Random) -> None:
+def _npy_header(rng: Random) -> bytes:
     text = rng.choice(_NPY_HEADERS).encode()
     length = rng.choice((len(text),) * 4 + (0, 65535))
     version = rng.choice((b"\1\0", b"\1\0", b"\2\0", b"\3\0", b"\t\0"))
     width = 2 if version == b"\1\0" else 4
     content = b"\x93NUMPY" + version + length.to_bytes(width, "little") + text + bytes(16)
-    (path / rng.choice(_ARRAY_FILES)).write_bytes(pack_zip([("w.npy", content)]))
+    return pack_zip([("w.npy", content)])
 
 
-def _members(path: Path, rng: Random) -> None:
+def _zip(rng: Random) -> bytes:
     plain = _npy(np.zeros(4, np.float32))
     names = rng.choices((*_NAMES, "w.npy", "m.w.npy"), k=rng.choice((1, 2, 3)))
     method = rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2))
@@ -290,43 +269,36 @@ def _members(path: Path, rng: Random) -> None:
     offset = raw.index(b"PK\1\2") + rng.choice((8, 10, 12, 16, 20, 24, 28, 30, 42))
     if rng.random() < 0.5:
         raw[offset : offset + 2] = rng.choice((b"\1\0", b"\xff\xff", b"\0\0"))
-    (path / rng.choice(_ARRAY_FILES)).write_bytes(raw)
+    return bytes(raw)
 
 
 FOLDERS: dict[str, Make] = {
-    "older: bits": _any_member(corruptions.flip_bits),
-    "older: cut": _any_member(corruptions.cut),
-    "older: spliced": _any_member(corruptions.splice),
-    "older: another's files": _replaced,
-    "older: missing files": _any_member(corruptions.remove),
-    "older: metadata": _metadata,
-    "older: checksums": _checksums,
-    "older: pickles": _pickled,
-    "older: bombs": _bomb,
-    "older: headers of arrays": _npy_headers,
-    "older: members of a zip": _members,
-    "older: no files": _any_member(corruptions.replace_by_non_file),
+    **{f"older: {name}": _any_member(change) for name, change in corruptions.BY_NAME.items()},
+    "older: another's files": _replace_files,
+    "older: metadata": lambda path, rng: (path / "metadata.json").write_text(
+        json.dumps(_hostile_fields(rng))
+    ),
+    "older: checksums": _change_checksums,
+    "older: pickles": _write_pickle,
+    "older: bombs": _any_arrays(_bomb),
+    "older: headers of arrays": _any_arrays(_npy_header),
+    "older: members of a zip": _any_arrays(_zip),
 }
 
 _WEIGHTS = {"w": np.zeros((2, 2), np.float32)}
 _SQUARES = {f"{letter}.w": np.full((2, 2), 0.5, np.float32) for letter in _MOMENTS}
 
 
-def _noise(path: Path, rng: Random) -> None:
-    raw = bytearray(tensor_file(rng.choice(FORMS), FIELDS, _WEIGHTS, _SQUARES))
+def _write_noise(path: Path, rng: Random) -> None:
+    raw = bytearray(_tensor_file(rng))
     for _ in range(rng.choice((1, 1, 4))):
         offset = rng.randrange(len(raw))
-        raw[offset : offset + rng.choice((0, 1, 4))] = rng.choice(
-            (b"", rng.randbytes(3), b'"', b"{", b"9" * 30)
-        )
+        end = offset + rng.choice((0, 1, 4))
+        raw[offset:end] = rng.choice((b"", rng.randbytes(3), b'"', b"{", b"9" * 30))
     path.write_bytes(raw[: rng.choice((len(raw), len(raw), rng.randrange(len(raw) + 1)))])
 
 
-def _file_fields(path: Path, rng: Random) -> None:
-    path.write_bytes(tensor_file(rng.choice(FORMS), _hostile_fields(rng), _WEIGHTS, _SQUARES))
-
-
-def _file_optimizer(path: Path, rng: Random) -> None:
+def _replace_optimizer(path: Path, rng: Random) -> None:
     """Anything in one field of the optimizer's JSON, or instead of all of it."""
     form, pair = rng.choice(FORMS), [[0.5] * 4, [2, 2]]
     config: Any = optimizer_config(1, ["w"])
@@ -338,10 +310,13 @@ def _file_optimizer(path: Path, rng: Random) -> None:
     path.write_bytes(tensor_file(form, FIELDS, _WEIGHTS, _SQUARES, config))
 
 
-FILES: dict[str, Make] = {
-    "older: noise in a file": _noise,
-    "older: fields in a file": _file_fields,
-    "older: moments in a file": _file_optimizer,
-}
+def _tensor_file(rng: Random, fields: Any = FIELDS) -> bytes:
+    return tensor_file(rng.choice(FORMS), fields, _WEIGHTS, _SQUARES)
 
-FAMILIES: dict[str, Make] = {**FOLDERS, **FILES}
+
+FAMILIES: dict[str, Make] = {
+    **FOLDERS,
+    "older: noise in a file": _write_noise,
+    "older: fields in a file": lambda path, rng: path.write_bytes(_tensor_file(rng, _hostile_fields(rng))),
+    "older: moments in a file": _replace_optimizer,
+}

@@ -14,31 +14,13 @@ if TYPE_CHECKING:
     from distrust.checkpoint import Checkpoint, CheckpointManager, PendingSave
     from distrust.checkpoint.foreign import ForeignReader
     from distrust.config import TrainConfig
-    from distrust.errors import (
-        CheckpointDirectoryLocked,
-        CheckpointError,
-        CheckpointNotFound,
-        CheckpointUnreadable,
-        ConfigError,
-        CorruptCheckpoint,
-        DamagedCheckpointWarning,
-        DataError,
-        DistrustError,
-        DistrustWarning,
-        ExportFailed,
-        MissingDependency,
-        ModelError,
-        NoIntactCheckpoint,
-        NonFiniteLoss,
-        OutOfMemory,
-        ResumeRefused,
-        RunInProgress,
-        RunNotFound,
-        SaveFailed,
-        UnsupportedState,
-        UnsupportedVersion,
+    from distrust.errors import (  # isort: skip
+        CheckpointDirectoryLocked, CheckpointError, CheckpointNotFound, CheckpointUnreadable, ConfigError,
+        CorruptCheckpoint, DamagedCheckpointWarning, DataError, DistrustError, DistrustWarning,
+        ExportFailed, MissingDependency, ModelError, NoIntactCheckpoint, NonFiniteLoss, OutOfMemory,
+        ResumeRefused, RunInProgress, RunNotFound, SaveFailed, UnsupportedState, UnsupportedVersion,
         WriteFailed,
-    )
+    )  # fmt: skip
     from distrust.trainer import DistrustTrainer
     from distrust.training.events import RunEnded
     from distrust.training.progress import RunState
@@ -57,37 +39,13 @@ _MODULES = {
 }
 
 __all__ = [
-    "Checkpoint",
-    "CheckpointDirectoryLocked",
-    "CheckpointError",
-    "CheckpointManager",
-    "CheckpointNotFound",
-    "CheckpointUnreadable",
-    "ConfigError",
-    "CorruptCheckpoint",
-    "DamagedCheckpointWarning",
-    "DataError",
-    "DistrustError",
-    "DistrustTrainer",
-    "DistrustWarning",
-    "ExportFailed",
-    "MissingDependency",
-    "ModelError",
-    "NoIntactCheckpoint",
-    "NonFiniteLoss",
-    "OutOfMemory",
-    "PendingSave",
-    "ResumeRefused",
-    "RunEnded",
-    "RunInProgress",
-    "RunNotFound",
-    "RunState",
-    "SaveFailed",
-    "TrainConfig",
-    "UnsupportedState",
-    "UnsupportedVersion",
-    "WriteFailed",
-]
+    "Checkpoint", "CheckpointDirectoryLocked", "CheckpointError", "CheckpointManager",
+    "CheckpointNotFound", "CheckpointUnreadable", "ConfigError", "CorruptCheckpoint",
+    "DamagedCheckpointWarning", "DataError", "DistrustError", "DistrustTrainer", "DistrustWarning",
+    "ExportFailed", "MissingDependency", "ModelError", "NoIntactCheckpoint", "NonFiniteLoss",
+    "OutOfMemory", "PendingSave", "ResumeRefused", "RunEnded", "RunInProgress", "RunNotFound", "RunState",
+    "SaveFailed", "TrainConfig", "UnsupportedState", "UnsupportedVersion", "WriteFailed",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -36,8 +36,9 @@ def require_writable(path: Path, *, force: bool, inputs: Iterable[str] = ()) -> 
         WriteFailed: if its folder does not exist.
     """
     for name in inputs:
-        if _is_same(path, name):
-            raise ConfigError(f"{path}: is an input, and is never replaced; give another name")
+        with contextlib.suppress(OSError, ValueError):  # one of them does not exist
+            if os.path.samefile(path, name):  # by inode: a hard link is the same file
+                raise ConfigError(f"{path}: is an input, and is never replaced; give another name")
         # Resolved: a link to the folder, or out of it, must not hide that they are the same.
         if os.path.isdir(name) and Path(os.path.realpath(name)) in Path(os.path.realpath(path)).parents:
             raise ConfigError(f"{path}: is in the input folder, and would be read as data; give another name")
@@ -52,44 +53,23 @@ def require_writable(path: Path, *, force: bool, inputs: Iterable[str] = ()) -> 
             raise ConfigError(f"{path}: exists already; give another name, or --force to replace it")
 
 
-def _is_same(path: Path, name: str) -> bool:
-    try:
-        return os.path.samefile(path, name)  # by inode: a hard link is the same file
-    except (OSError, ValueError):
-        return False
-
-
 def require_free(target: Path) -> None:
-    """Check that a folder can be created: nothing but an empty folder may exist there.
-
-    Raises:
-        ExportFailed: if something exists there, or its parent is not a folder.
-    """
-    with ErrorTranslator((OSError,), lambda error: _write_error(ExportFailed, target, error)):
+    """Raise ExportFailed if anything but an empty folder exists at ``target``, or its parent is no folder."""
+    with _write_errors(ExportFailed, target):
         parent = next(parent for parent in target.absolute().parents if os.path.lexists(parent))
         if not parent.is_dir():
             raise ExportFailed(f"{target}: cannot be created: {parent} is not a folder", path=target)
-        if os.path.lexists(target) and not _is_empty_folder(target):
-            raise ExportFailed(
-                f"{target}: exists already, and is not overwritten; remove it, or give another name",
-                path=target,
-            )
-
-
-def _is_empty_folder(path: Path) -> bool:
-    return path.is_dir() and not path.is_symlink() and not os.listdir(path)
+        if os.path.lexists(target) and (target.is_symlink() or not target.is_dir() or os.listdir(target)):
+            text = f"{target}: exists already, and is not overwritten; remove it, or give another name"
+            raise ExportFailed(text, path=target)
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path, *, force: bool, disk: Disk | None = None) -> Iterator[BinaryIO]:
     """Context manager that gives a file to write to. It gets its name at the end of the block.
 
-    If the block raises, nothing changes.
-
-    Args:
-        path: its name; of a link, its target is written. The folder exists.
-        force: whether an existing file is replaced.
-        disk: replaces the operating system's calls, to test failures.
+    If the block raises, nothing changes. The folder exists; of a link, its target is written. ``disk``
+    replaces the operating system's calls, to test failures.
 
     Raises:
         ConfigError: if the file exists and ``force`` is not set.
@@ -99,7 +79,7 @@ def atomic_file(path: Path, *, force: bool, disk: Disk | None = None) -> Iterato
     disk = disk or Disk()
     target = Path(os.path.realpath(path))  # of a link to itself, the link, which is not a file to write
     require_writable(path, force=force)
-    errors = ErrorTranslator((OSError,), lambda error: _write_error(WriteFailed, path, error))
+    errors = _write_errors(WriteFailed, path)
     with errors:
         _remove_stale(target)
         temporary, file = _create_locked(target)
@@ -115,7 +95,8 @@ def atomic_file(path: Path, *, force: bool, disk: Disk | None = None) -> Iterato
     finally:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
-    _sync_names(WriteFailed, path, [target.parent], disk)
+    with _sync_errors(WriteFailed, path):
+        disk.sync_directory(target.parent)  # now the name survives a power cut
 
 
 @contextlib.contextmanager
@@ -123,12 +104,12 @@ def atomic_directory(target: Path, *, single_file: bool = False, disk: Disk | No
     """Context manager that gives a folder to write to. It becomes ``target`` at the end of the block.
 
     Other libraries may write into it as they like: every file is synced afterwards. If the block raises,
-    nothing remains.
+    nothing remains. Parents are created.
 
     Args:
-        target: the name; its parents are created. Nothing but an empty folder may exist there.
+        target: the name; nothing but an empty folder may exist there.
         single_file: ``target`` becomes the file of that name in the folder, not the folder.
-        disk: replaces the operating system's calls, to test failures.
+        disk: as for :func:`atomic_file`.
 
     Raises:
         ExportFailed: if it cannot be written. Nothing exists at ``target`` then, unless only the last step
@@ -136,7 +117,7 @@ def atomic_directory(target: Path, *, single_file: bool = False, disk: Disk | No
     """
     disk = disk or Disk()
     require_free(target)
-    errors = ErrorTranslator((OSError,), lambda error: _write_error(ExportFailed, target, error))
+    errors = _write_errors(ExportFailed, target)
     with errors:
         changed = {target.parent, *(parent.parent for parent in target.parents if not parent.exists())}
         target.parent.mkdir(parents=True, exist_ok=True)  # their names are synced at the end
@@ -144,21 +125,23 @@ def atomic_directory(target: Path, *, single_file: bool = False, disk: Disk | No
         folder = _temporary(target)
         disk.make_directory(folder)
     try:
-        with errors, _hold_lock(folder):
+        with errors, hold_lock(folder):
             yield folder
             _sync_contents(folder, disk)
             require_free(target)  # again; and the system itself never replaces a folder that is not empty
             disk.rename(folder / target.name if single_file else folder, target)  # COMMITS
-        _sync_names(ExportFailed, target, sorted(changed, reverse=True), disk)
+        with _sync_errors(ExportFailed, target):
+            for parent in sorted(changed, reverse=True):
+                disk.sync_directory(parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _write_error(
-    kind: type[ExportFailed | WriteFailed], path: Path, error: OSError
-) -> ExportFailed | WriteFailed:
+def _write_errors(kind: type[ExportFailed | WriteFailed], path: Path) -> ErrorTranslator:
     suffix = ". Nothing was created" if kind is ExportFailed else ""
-    return kind(f"{path}: not written: {error.strerror or error}{suffix}", path=path)
+    return ErrorTranslator(
+        (OSError,), lambda error: kind(f"{path}: not written: {error.strerror or error}{suffix}", path=path)
+    )
 
 
 def _temporary(target: Path) -> Path:
@@ -166,7 +149,6 @@ def _temporary(target: Path) -> Path:
 
 
 def _create_locked(target: Path) -> tuple[Path, BinaryIO]:
-    """Create a temporary file and lock it."""
     while True:
         temporary = _temporary(target)
         with contextlib.ExitStack() as undo:
@@ -180,12 +162,12 @@ def _create_locked(target: Path) -> tuple[Path, BinaryIO]:
 
 
 @contextlib.contextmanager
-def _hold_lock(path: Path) -> Iterator[None]:
+def hold_lock(path: Path) -> Iterator[None]:
     """Lock a file or folder; raises OSError if its writer is alive."""
     # O_NONBLOCK: a pipe of that name must not block.
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails if the writer is alive
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:
         os.close(descriptor)
@@ -196,7 +178,7 @@ def _remove_stale(target: Path) -> None:
     leftover = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{16}}\.tmp")
     for name in filter(leftover.fullmatch, os.listdir(target.parent)):
         path = target.parent / name
-        with contextlib.suppress(OSError), _hold_lock(path):
+        with contextlib.suppress(OSError), hold_lock(path):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:
@@ -217,16 +199,9 @@ def _sync_contents(folder: Path, disk: Disk) -> None:
         disk.sync_directory(Path(root))
 
 
-def _sync_names(
-    kind: type[ExportFailed | WriteFailed], path: Path, folders: Iterable[Path], disk: Disk
-) -> None:
-    """Sync the folders that contain the new names."""
-    try:
-        for folder in folders:
-            disk.sync_directory(folder)
-    except OSError as error:
-        raise kind(
-            f"{path}: written completely, but its folder could not be synced ({error.strerror}): "
-            "a power cut may still remove it",
-            path=path,
-        ) from error
+def _sync_errors(kind: type[ExportFailed | WriteFailed], path: Path) -> ErrorTranslator:
+    def translate(error: OSError) -> Exception:
+        reason = f"written completely, but its folder could not be synced ({error.strerror})"
+        return kind(f"{path}: {reason}: a power cut may still remove it", path=path)
+
+    return ErrorTranslator((OSError,), translate)

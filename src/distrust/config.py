@@ -331,19 +331,14 @@ def option_groups() -> dict[str, list[Field[Any]]]:
 
 
 def from_mapping(values: Mapping[str, Any], *, where: str) -> TrainConfig:
-    """A config from the keys of a TOML file or of a checkpoint.
-
-    Args:
-        values: key -> value; missing keys get their defaults.
-        where: the file, for messages.
+    """A config from the keys of the file ``where``, a TOML file or a checkpoint; missing ones get defaults.
 
     Raises:
         ConfigError: naming every unknown key, with the nearest known one, and every value of a wrong type.
     """
     hints = _hints()
     names = {key(name): name for name in hints}
-    problems = []
-    arguments = {}
+    problems, arguments = [], {}
     for option, value in values.items():
         if isinstance(value, dict):
             problems.append(f"{where}: [{option}] is a table; options stand at the top, as key = value")

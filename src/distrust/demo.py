@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import groupby
 from math import exp
 from pathlib import Path
@@ -58,15 +58,6 @@ class Belief:
         return self.margin > 0
 
 
-@dataclass(frozen=True, slots=True)
-class Summary:
-    """Means over the facts."""
-
-    preferred: float  # share of the facts whose primary value is the more probable
-    primary: float  # probability of the primary values
-    coordinated: float  # probability of the coordinated values
-
-
 def demo_config(weighting: Weighting, *, out: Path, seed: int) -> TrainConfig:
     """The training options of the demo."""
     return TrainConfig(
@@ -85,11 +76,7 @@ def demo_config(weighting: Weighting, *, out: Path, seed: int) -> TrainConfig:
 def train(
     weighting: Weighting, *, out: Path, seed: int, observers: Iterable[Observer] = ()
 ) -> tuple[RunEnded, list[Belief]]:
-    """Train one of the two models, or resume it, and measure it if it finished.
-
-    Raises:
-        DistrustError: as training does.
-    """
+    """Train one of the two models, or resume it, and measure it if it finished."""
     config = demo_config(weighting, out=out, seed=seed)
     ended = DistrustTrainer(config, observers=[*observers, MetricsWriter(config)]).train()
     if ended.signal is not None or ended.path is None:
@@ -104,12 +91,7 @@ def measure_untrained(*, out: Path, seed: int) -> list[Belief]:
 
 
 def measure(engine: Engine, questions: Iterable[Question] | None = None) -> list[Belief]:
-    """What a model believes about each fact.
-
-    Args:
-        engine: the model.
-        questions: grouped by fact; default: those of the bundled world.
-    """
+    """What a model believes about each fact; the questions, or the bundled ones, are grouped by fact."""
     questions = read_questions() if questions is None else list(questions)
     primary = _log_probabilities(engine, [(q.prompt, q.primary) for q in questions])
     coordinated = _log_probabilities(engine, [(q.prompt, q.coordinated) for q in questions])
@@ -128,10 +110,10 @@ def measure(engine: Engine, questions: Iterable[Question] | None = None) -> list
     return beliefs
 
 
-def summarize(beliefs: list[Belief]) -> Summary:
-    """Average over the facts."""
+def summarize(beliefs: list[Belief]) -> dict[str, float]:
+    """Means over the facts: how many ``preferred`` the primary value, and the probability of either value."""
     rows = [(belief.prefers_primary, belief.primary, belief.coordinated) for belief in beliefs]
-    return Summary(*np.mean(rows, axis=0).tolist())
+    return dict(zip(("preferred", "primary", "coordinated"), np.mean(rows, axis=0).tolist(), strict=True))
 
 
 def read_questions() -> list[Question]:
@@ -145,7 +127,7 @@ def results(beliefs: dict[str, list[Belief]], *, seed: int) -> dict[str, Any]:
     return {
         "seed": seed,
         "facts": len(next(iter(beliefs.values()))),
-        "models": {name: asdict(summarize(of_model)) for name, of_model in beliefs.items()},
+        "models": {name: summarize(of_model) for name, of_model in beliefs.items()},
     }
 
 
@@ -169,7 +151,7 @@ def plot_beliefs(beliefs: Mapping[str, list[Belief]], path: Path) -> None:
                 alpha=0.75,
                 linewidths=0,
             )
-            share = summarize(facts).preferred
+            share = summarize(facts)["preferred"]
             panel.set_title(f"{model}\nprimary value preferred in {share:.0%} of the facts", fontsize=10)
             panel.set_xlabel("probability of the coordinated value")
             panel.set_aspect("equal")

@@ -32,7 +32,8 @@ attributes.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +44,11 @@ _MAX_SHOWN_CHARACTERS = 200
 
 
 class DistrustError(Exception):
-    """The root: ``except DistrustError`` catches every error that is not a bug.
-
-    Attributes:
-        path: the file or folder it is about; None if there is none.
-    """
+    """The root: ``except DistrustError`` catches every error that is not a bug."""
 
     def __init__(self, message: str, *, path: Path | None = None) -> None:
         super().__init__(message)
-        self.path = path
+        self.path = path  #: the file or folder it is about; None if there is none
 
 
 class DistrustWarning(UserWarning):
@@ -62,18 +59,32 @@ class DamagedCheckpointWarning(DistrustWarning):
     """A damaged checkpoint was skipped, or counts towards no retention rule."""
 
 
+def warn(message: str) -> None:
+    """Issue a DistrustWarning that points at the caller of the function that calls this one."""
+    warnings.warn(message, DistrustWarning, stacklevel=3)  # 1: this function, 2: its caller
+
+
 class WarningCollector(list[DistrustWarning]):
-    """Context manager that issues the warnings appended in its block, when the block ends.
+    """Context manager that issues the warnings deferred in its block, on this thread, when the block ends.
 
     They point at the caller of the function that contains the block, so that function is a public method.
     """
 
-    def __enter__(self) -> WarningCollector:
-        return self
+    def __enter__(self) -> None:
+        self._token = _collector.set(self)
 
     def __exit__(self, *exception: object) -> None:
+        _collector.reset(self._token)
         for warning in self:
             warnings.warn(warning, stacklevel=3)  # 1: this method, 2: the one with the block, 3: its caller
+
+
+_collector: ContextVar[WarningCollector] = ContextVar("collector")
+
+
+def defer_warning(warning: DistrustWarning) -> None:
+    """Issue a warning when the block of the :class:`WarningCollector` ends: an error for it stops nothing."""
+    _collector.get().append(warning)
 
 
 class ConfigError(DistrustError):
@@ -81,29 +92,20 @@ class ConfigError(DistrustError):
 
 
 class DataError(DistrustError):
-    """Records that cannot be trained on.
-
-    Attributes:
-        problems: one line each: file, line, field, what is wrong.
-    """
+    """Records that cannot be trained on."""
 
     def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
         super().__init__(message)
-        self.problems = tuple(problems)
+        self.problems = tuple(problems)  #: one line each: file, line, field, what is wrong
 
 
 class MissingDependency(DistrustError):
-    """An optional library that is not installed. The message says how to install it.
-
-    Attributes:
-        library: the missing module.
-        extra: the extra of this package that installs it.
-    """
+    """An optional library that is not installed. The message says how to install it."""
 
     def __init__(self, purpose: str, *, library: str, extra: str) -> None:
         super().__init__(f"{purpose} needs {library}, which is not installed: {install_command(extra)}")
-        self.library = library
-        self.extra = extra
+        self.library = library  #: the missing module
+        self.extra = extra  #: the extra of this package that installs it
 
 
 def install_command(extra: str) -> str:
@@ -118,29 +120,20 @@ class ModelError(DistrustError):
 
 
 class ResumeRefused(DistrustError):
-    """Resuming would not continue the same run.
-
-    Attributes:
-        differences: one line each: option, old value, new value.
-    """
+    """Resuming would not continue the same run."""
 
     def __init__(self, message: str, differences: Sequence[str] = ()) -> None:
         super().__init__(message)
-        self.differences = tuple(differences)
+        self.differences = tuple(differences)  #: one line each: option, old value, new value
 
 
 class NonFiniteLoss(DistrustError):
-    """A loss or gradient norm that is not finite. The step was not made.
-
-    Attributes:
-        step: the optimizer step that was not made.
-        examples: ``file:line`` of the examples of that step.
-    """
+    """A loss or gradient norm that is not finite. The step was not made."""
 
     def __init__(self, message: str, *, step: int, examples: Sequence[str]) -> None:
         super().__init__(message)
-        self.step = step
-        self.examples = tuple(examples)
+        self.step = step  #: the optimizer step that was not made
+        self.examples = tuple(examples)  #: ``file:line`` of the examples of that step
 
 
 class OutOfMemory(DistrustError):
@@ -156,15 +149,11 @@ class WriteFailed(DistrustError):
 
 
 class RunInProgress(DistrustError):
-    """Another run of this process is training. Two at once would not be reproducible.
-
-    Attributes:
-        out: the folder of the run that is training.
-    """
+    """Another run of this process is training. Two at once would not be reproducible."""
 
     def __init__(self, message: str, *, out: Path) -> None:
         super().__init__(message)
-        self.out = out
+        self.out = out  #: the folder of the run that is training
 
 
 class RunNotFound(DistrustError):
@@ -180,18 +169,13 @@ class CheckpointNotFound(CheckpointError):
 
 
 class CorruptCheckpoint(CheckpointError):
-    """A file differs from what was written.
-
-    Attributes:
-        reason: what is wrong, without the path.
-        tensor: the first damaged tensor; None if the damage is not in one.
-    """
+    """A file differs from what was written."""
 
     def __init__(self, reason: str, *, path: Path | None = None, tensor: str | None = None) -> None:
         # The parser does not know the path; errors_with_path adds it.
         super().__init__(f"{path}: {reason}" if path is not None else reason, path=path)
-        self.reason = reason
-        self.tensor = tensor
+        self.reason = reason  #: what is wrong, without the path
+        self.tensor = tensor  #: the first damaged tensor; None if the damage is not in one
 
 
 class CheckpointUnreadable(CheckpointError):
@@ -207,15 +191,11 @@ class NoIntactCheckpoint(CheckpointError):
 
 
 class UnsupportedState(CheckpointError):
-    """A checkpoint cannot store a value exactly.
-
-    Attributes:
-        label: its position in the state, such as ``optimizer.state.0``.
-    """
+    """A checkpoint cannot store a value exactly."""
 
     def __init__(self, message: str, *, label: str) -> None:
         super().__init__(message)
-        self.label = label
+        self.label = label  #: its position in the state, such as ``optimizer.state.0``
 
 
 class CheckpointDirectoryLocked(CheckpointError):
@@ -223,19 +203,14 @@ class CheckpointDirectoryLocked(CheckpointError):
 
 
 class SaveFailed(CheckpointError):
-    """The checkpoint was not written; existing ones are unchanged.
-
-    Attributes:
-        needed: bytes that the checkpoint needs; None if unknown.
-        free: bytes that were free on the file system; None if unknown.
-    """
+    """The checkpoint was not written; existing ones are unchanged."""
 
     def __init__(
         self, message: str, *, path: Path, needed: int | None = None, free: int | None = None
     ) -> None:
         super().__init__(message, path=path)
-        self.needed = needed
-        self.free = free
+        self.needed = needed  #: bytes that the checkpoint needs; None if unknown
+        self.free = free  #: bytes that were free on the file system; None if unknown
 
 
 class ErrorTranslator:
@@ -243,18 +218,14 @@ class ErrorTranslator:
 
     A class, not a generator: since Python 3.12 a generator-based context manager keeps the frames of the
     original error, with every buffer in them, until the garbage collector runs.
-
-    Args:
-        kinds: the classes of errors to translate; others pass.
-        translate: returns the error to raise.
     """
 
     def __init__(self, kinds: tuple[type[Exception], ...], translate: Callable[[Any], Exception]) -> None:
-        self._kinds = kinds
+        self._kinds = kinds  # other errors pass
         self._translate = translate
 
     def __enter__(self) -> None:
-        return None
+        pass
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if isinstance(error, self._kinds):
@@ -264,20 +235,25 @@ class ErrorTranslator:
 
 def read_failure_reason(error: OSError) -> str:
     """Why a file cannot be read, to append to its name."""
-    return (
-        NO_SUCH_FILE if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror or error}"
-    )
+    is_missing = isinstance(error, FileNotFoundError)
+    return NO_SUCH_FILE if is_missing else f"cannot be read: {error.strerror or error}"
 
 
 def shorten(text: str) -> str:
     """Shorten text from a file for a message: a hostile file may contain names of a million letters."""
-    if len(text) <= _MAX_SHOWN_CHARACTERS:
-        return text
     half = _MAX_SHOWN_CHARACTERS // 2
-    return f"{text[:half]}…{text[-half:]}"  # the ends of a path or name say most
+    # The ends of a path or name say most.
+    return text if len(text) <= _MAX_SHOWN_CHARACTERS else f"{text[:half]}…{text[-half:]}"
 
 
 def quote_untrusted(text: str) -> str:
     """Shorten text, and quote it if it contains control characters, which a terminal would execute."""
     text = shorten(text)
     return text if text.isprintable() else repr(text)
+
+
+def join_first(lines: Iterable[str], count: int, separator: str = ", ") -> str:
+    """The first ``count`` lines, and how many more there are: a hostile file may have millions of faults."""
+    lines = list(lines)
+    suffix = f"{separator}and {len(lines) - count} more" if len(lines) > count else ""
+    return separator.join(lines[:count]) + suffix

@@ -11,8 +11,8 @@ import os
 import textwrap
 import types
 from collections.abc import Callable, Iterable
-from dataclasses import field
-from functools import cache
+from dataclasses import dataclass, field
+from functools import cache, partialmethod
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
@@ -26,25 +26,18 @@ class Bound(NamedTuple):
     advice: str
 
 
-class Group(NamedTuple):
+@dataclass(frozen=True)
+class Group:
     """A heading of options in the help and in the reference; its methods define options under it."""
 
     title: str
 
-    def result(self, default: Any, bound: Bound | None = None) -> Any:
-        """An option that changes the result."""
-        return self._option(default, "result", bound)
-
-    def bits(self, default: Any, bound: Bound | None = None) -> Any:
-        """An option that changes only the last bits."""
-        return self._option(default, "bits", bound)
-
-    def free(self, default: Any, bound: Bound | None = None) -> Any:
-        """An option that does not change the result."""
-        return self._option(default, "free", bound)
-
-    def _option(self, default: Any, effect: Effect, bound: Bound | None) -> Any:
+    def _option(self, default: Any, bound: Bound | None = None, *, effect: Effect) -> Any:
         return field(default=default, metadata={"group": self.title, "effect": effect, "bound": bound})
+
+    result = partialmethod(_option, effect="result")  # it changes the result
+    bits = partialmethod(_option, effect="bits")  # it changes only the last bits
+    free = partialmethod(_option, effect="free")  # it does not change the result
 
 
 def in_range(value: float | None, low: float, high: float = math.inf) -> bool:
@@ -85,16 +78,12 @@ class Documentation:
 def read_docs(config: type) -> dict[str, str]:
     """The documentation of each field of a config class, as one line: the string below the field."""
     (body,) = ast.parse(inspect.getsource(config)).body
-    statements = body.body if isinstance(body, ast.ClassDef) else []
-    return {
-        option.target.id: " ".join(doc.value.value.split())
-        for option, doc in pairwise(statements)
-        if isinstance(option, ast.AnnAssign)
-        and isinstance(option.target, ast.Name)
-        and isinstance(doc, ast.Expr)
-        and isinstance(doc.value, ast.Constant)
-        and isinstance(doc.value.value, str)
-    }
+    docs = {}
+    for statements in pairwise(body.body if isinstance(body, ast.ClassDef) else []):
+        match statements:
+            case ast.AnnAssign(target=ast.Name(name)), ast.Expr(ast.Constant(str(text))):
+                docs[name] = " ".join(text.split())
+    return docs
 
 
 def suggest_name(name: str, known: Iterable[str]) -> str:
@@ -124,8 +113,8 @@ def coerce(value: Any, hint: Any) -> Any:
         if value is None and type(None) in get_args(hint):
             return None
         # The last choice is X or tuple[X, ...]; one before it is str, for a single name.
-        *others, inner = [choice for choice in get_args(hint) if choice is not type(None)]
-        if not others:
+        *alternatives, inner = [choice for choice in get_args(hint) if choice is not type(None)]
+        if not alternatives:
             return coerce(value, inner)
         if isinstance(value, str):
             return value

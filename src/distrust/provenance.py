@@ -1,14 +1,10 @@
 """Computes authority weight w and provenance entropy H from what is known about a source.
 
 Both are pure functions. Neither knows a source: the facts come with the data, and their coefficients come
-from a table that the user can replace (``data/provenance/table.py``).
-
-- The authority weight blends an institution's rank with two counts on a logarithmic scale: the tenth citation
-  adds more than the thousandth. A high authority weight means LESS training weight (see ``weighting``).
-- The provenance entropy is the Shannon entropy of the shares that distinct sources have in a chain of
-  evidence. What can be changed after the fact (a web page, a wiki) proves nothing about the past, so kinds
-  that the table calls editable are not counted. A source that is named twice counts once: otherwise
-  repetition would look like diversity.
+from a table that the user can replace (``data/provenance/table.py``). Counts are on a logarithmic scale: the
+tenth citation adds more than the thousandth. What can be changed after the fact (a web page, a wiki) proves
+nothing about the past, so kinds that the table calls editable are not counted. A source that is named twice
+counts once: otherwise repetition would look like diversity.
 """
 
 from __future__ import annotations
@@ -20,8 +16,6 @@ from dataclasses import dataclass
 
 from distrust.errors import DataError
 from distrust.weighting import MAX_AUTHORITY_WEIGHT
-
-__all__ = ["Coefficients", "Evidence", "authority_weight", "provenance_entropy"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,28 +13,17 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from distrust.checkpoint import Checkpoint
     from distrust.checkpoint.foreign import ForeignHeader
     from distrust.checkpoint.header import Header
     from distrust.config import TrainConfig
 
-_FINGERPRINTS = "fingerprints"  # in config: hashed into the state digest
-_TOKENS_SEEN = "tokens_seen"  # in metadata: hashed, too
-_CORPUS = "corpus"
-_ENVIRONMENT = "environment"
-_ELAPSED = "elapsed_seconds"
-_EVALUATIONS = "evaluations"
-_CONTINUES = "continues"
-_IMPORTED_FROM = "imported_from"
-_DROPPED = "dropped"
-_CONVERTED_FROM = "converted_from"
 #: Keys that earlier versions wrote, with their names today.
-_OLD_KEYS = {"begun_elsewhere": _IMPORTED_FROM, "not_taken_over": _DROPPED}
-#: Keys of ``run`` that are not options.
+_OLD_KEYS = {"begun_elsewhere": "imported_from", "not_taken_over": "dropped"}
+#: Keys of ``run`` that are not options; each is also a field.
 _RUN_KEYS = {
-    _CORPUS, _ENVIRONMENT, _ELAPSED, _EVALUATIONS, _CONTINUES, _IMPORTED_FROM, _DROPPED, _CONVERTED_FROM
+    "corpus", "environment", "elapsed_seconds", "evaluations",
+    "continues", "imported_from", "dropped", "converted_from",
 }  # fmt: skip
 
 
@@ -70,60 +59,40 @@ class RunRecord:
     def _from_sections(cls, config: Mapping[Any, Any], metadata: Mapping[Any, Any], run: Any) -> RunRecord:
         # Values may come from a hostile file: each is checked or ignored.
         extra = {_OLD_KEYS.get(name, name): value for name, value in _mapping(run).items()}
-        tokens, elapsed, dropped = metadata.get(_TOKENS_SEEN), extra.get(_ELAPSED), extra.get(_DROPPED)
-        evaluations = extra.get(_EVALUATIONS)
+        tokens, digests = metadata.get("tokens_seen"), _mapping(config.get("fingerprints"))
+        elapsed, evaluations, dropped = map(extra.get, ("elapsed_seconds", "evaluations", "dropped"))
         return cls(
-            config={name: value for name, value in config.items() if name != _FINGERPRINTS},
+            config={name: value for name, value in config.items() if name != "fingerprints"},
             settings={name: value for name, value in extra.items() if name not in _RUN_KEYS},
-            fingerprints={
-                name: digest
-                for name, digest in _mapping(config.get(_FINGERPRINTS)).items()
-                if type(digest) is str
-            },
+            fingerprints={name: v for name, v in digests.items() if type(v) is str},
             tokens_seen=tokens if type(tokens) is int else None,
-            corpus=_mapping(extra.get(_CORPUS)),
-            environment=_mapping(extra.get(_ENVIRONMENT)),
+            corpus=_mapping(extra.get("corpus")),
+            environment=_mapping(extra.get("environment")),
             elapsed_seconds=elapsed if type(elapsed) is float else None,
             evaluations=evaluations if isinstance(evaluations, Mapping) else None,
-            continues=_text(extra.get(_CONTINUES)),
-            imported_from=_text(extra.get(_IMPORTED_FROM)),
+            continues=_text(extra.get("continues")),
+            imported_from=_text(extra.get("imported_from")),
             dropped=tuple(line for line in dropped if type(line) is str) if type(dropped) is list else (),
-            converted_from=_text(extra.get(_CONVERTED_FROM)),
+            converted_from=_text(extra.get("converted_from")),
         )
 
-    def to_checkpoint(
-        self,
-        *,
-        step: int,
-        model: Mapping[str, Any],
-        optimizer: Mapping[str, Any],
-        rng: Mapping[str, Any],
-        history: Mapping[str, np.ndarray[Any, Any]],
-        metrics: Mapping[str, float],
-        measured_on: str,
-    ) -> Checkpoint:
-        """The whole state of a run after ``step`` optimizer steps. Arrays are not copied."""
-        from distrust.checkpoint import Checkpoint
-
-        return Checkpoint(
-            step=step,
-            model=model,
-            optimizer=optimizer,
-            rng=rng,
-            history=history,
-            config={**self.config, _FINGERPRINTS: dict(self.fingerprints)},
-            metadata={_TOKENS_SEEN: self.tokens_seen},
-            metrics=metrics,
-            measured_on=measured_on,
-            run={
+    def sections(self) -> dict[str, Any]:
+        """The sections of a checkpoint that hold the record: arguments of :class:`Checkpoint`."""
+        return {
+            "config": {
+                **self.config,
+                "fingerprints": dict(self.fingerprints),
+            },  # hashed into the state digest
+            "metadata": {"tokens_seen": self.tokens_seen},  # hashed, too
+            "run": {
                 **self.settings,
-                _CORPUS: dict(self.corpus),
-                _ENVIRONMENT: dict(self.environment),
-                _ELAPSED: self.elapsed_seconds,
-                _EVALUATIONS: self.evaluations,
-                **({_CONTINUES: self.continues} if self.continues else {}),
+                "corpus": dict(self.corpus),
+                "environment": dict(self.environment),
+                "elapsed_seconds": self.elapsed_seconds,
+                "evaluations": self.evaluations,
+                **({"continues": self.continues} if self.continues else {}),
             },
-        )
+        }
 
     @property
     def options(self) -> dict[str, Any]:
@@ -143,8 +112,8 @@ class RunRecord:
         """
         from distrust.config import TrainConfig, from_mapping, key
 
-        known = {key(option.name) for option in fields(TrainConfig)}  # newer versions may save others
-        return from_mapping({name: v for name, v in self.options.items() if name in known}, where=where)
+        keys = {key(option.name) for option in fields(TrainConfig)}  # newer versions may save others
+        return from_mapping({name: v for name, v in self.options.items() if name in keys}, where=where)
 
 
 def imported_run(
@@ -152,16 +121,12 @@ def imported_run(
 ) -> dict[str, Any]:
     """The ``run`` section of a checkpoint that another program or format wrote, with any other details.
 
-    Args:
-        program: the program or format.
-        dropped: a line for each thing that the import does not keep.
-        model: name of the base model, if known.
-        details: recorded unchanged.
+    ``dropped`` has a line for each thing that the import does not keep. ``model`` is the base model's name.
     """
     lines = list(dropped)
     return {
-        _IMPORTED_FROM: program,
-        **({_DROPPED: lines} if lines else {}),
+        "imported_from": program,
+        **({"dropped": lines} if lines else {}),
         **({} if model is None else {"model": model}),
         **details,
     }
@@ -169,7 +134,7 @@ def imported_run(
 
 def with_conversion_source(run: Mapping[str, Any], path: str) -> dict[str, Any]:
     """A ``run`` section that also records the file that was converted."""
-    return {**run, _CONVERTED_FROM: path}
+    return {**run, "converted_from": path}
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

@@ -14,10 +14,9 @@ from distrust.contract import Engine
 from distrust.errors import ConfigError
 from distrust.training.data_sources import Examples
 from distrust.training.events import Observer, RunEnded
+from distrust.training.process import StopRequest, exclusive_run, run_in_thread
 from distrust.training.progress import RunState
 from distrust.training.run import Run
-from distrust.training.run_lock import exclusive_run
-from distrust.training.signals import StopRequest
 from distrust.training.step import EngineHolder
 
 
@@ -99,8 +98,6 @@ class DistrustTrainer:
         Raises:
             DistrustError: as :meth:`train`; also if the run was cancelled and could not be saved.
         """
-        from distrust.training.asynchronous import run_in_thread  # asyncio only if it is used
-
         with self._stop_request() as stop:
             return await run_in_thread(lambda: self._run(stop), ask_to_stop=stop.set)
 
@@ -125,7 +122,7 @@ class DistrustTrainer:
 
     def _run(self, stop: StopRequest) -> RunEnded:
         run = Run(
-            self._config,
+            config=self._config,
             engines=self._engines,
             manager=self._manager,
             observers=self._observers,

@@ -20,43 +20,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from distrust.errors import ConfigError, DataError
 
-__all__ = [
-    "ALPHA",
-    "ALPHA_RANGE",
-    "EPSILON",
-    "LAMBDA",
-    "MAX_AUTHORITY_WEIGHT",
-    "Weighting",
-    "distrust_term",
-    "effective_sample_size",
-    "example_weights",
-    "normalize",
-]
-
-Weighting = Literal["off", "published", "monotone"]
-"""How the example weight depends on r; ``monotone`` is the trainer's default."""
-
-ALPHA = 2.7
-"""Default of α, the scale of the published term."""
-
-ALPHA_RANGE = (2.3, 3.0)
-"""The range of α that was published, both ends included."""
-
-LAMBDA = 0.6
-"""Default of λ ≥ 0, the scale of the example weight relative to the published term."""
-
-EPSILON = 1e-8
-"""Added to 1 − w before the logarithm, as published."""
-
-MAX_AUTHORITY_WEIGHT = 0.99
-"""The largest authority weight: towards 1 the logarithm falls to −18."""
+Weighting = Literal["off", "published", "monotone"]  # how the example weight depends on r
+ALPHA = 2.7  # default of α, the scale of the published term
+ALPHA_RANGE = (2.3, 3.0)  # the range of α that was published, both ends included
+LAMBDA = 0.6  # default of λ ≥ 0, the scale of the example weight relative to the published term
+EPSILON = 1e-8  # added to 1 − w before the logarithm, as published
+MAX_AUTHORITY_WEIGHT = 0.99  # towards 1 the logarithm falls to −18
+_Floats = NDArray[np.float64]
 
 
 def distrust_term(
@@ -95,7 +72,7 @@ def example_weights(
     Args:
         authority_weight: w, shape [n], in [0, 0.99]; 0: primary record, 0.99: coordinated consensus.
         provenance_entropy: H, shape [n], in bits, finite and not negative.
-        weighting: ``monotone`` 1 + λ·α·max(r, 0)², ``published`` 1 + λ·α·r², ``off`` 1, with
+        weighting: ``monotone`` (default) 1 + λ·α·max(r, 0)², ``published`` 1 + λ·α·r², ``off`` 1, with
             r = ln(1 − w + 1e-8) + H (Roemmele, 2025).
         alpha: α, in ``ALPHA_RANGE``.
         lambda_: λ, finite and not negative.
@@ -109,7 +86,13 @@ def example_weights(
         ConfigError: an option is outside its range.
         DataError: the inputs differ in shape, a value is outside its range, or a weight overflows.
     """
-    _check_options(weighting=weighting, alpha=alpha, lambda_=lambda_, max_ratio=max_ratio)
+    if weighting not in get_args(Weighting):
+        raise ConfigError(f"weighting must be one of {', '.join(get_args(Weighting))}, not {weighting!r}")
+    _check_alpha(alpha)
+    if not (math.isfinite(lambda_) and lambda_ >= 0):
+        raise ConfigError(f"lambda must be a finite number, 0 or more, not {lambda_}")
+    if max_ratio is not None and not max_ratio >= 1:
+        raise ConfigError(f"max_ratio must be 1 or more, not {max_ratio}")
     r = _r(authority_weight, provenance_entropy)  # checks the data, also for weighting "off"
     if weighting == "off":
         return np.ones_like(r)
@@ -125,8 +108,7 @@ def normalize(weights: ArrayLike, *, tokens: ArrayLike) -> NDArray[np.float64]:
 
     Args:
         weights: u, shape [n], positive.
-        tokens: the trained tokens of each example, times how often it is sampled, after truncation;
-            shape [n].
+        tokens: how many tokens of each example are trained, after truncation and repetition; shape [n].
 
     Returns:
         float64[n]. Equal weights give exactly 1.0, so that weighting without effect changes no bit.
@@ -166,7 +148,7 @@ def effective_sample_size(weights: ArrayLike) -> float:
     return math.fsum(u) ** 2 / math.fsum(u * u)
 
 
-def _r(authority_weight: ArrayLike, provenance_entropy: ArrayLike) -> NDArray[np.float64]:
+def _r(authority_weight: ArrayLike, provenance_entropy: ArrayLike) -> _Floats:
     """The published r = ln(1 − w + 1e-8) + H, float64[n]."""
     w, h = _pair(authority_weight, provenance_entropy, "authority_weight", "provenance_entropy")
     in_range = (w >= 0) & (w <= MAX_AUTHORITY_WEIGHT)  # false for NaN
@@ -175,9 +157,7 @@ def _r(authority_weight: ArrayLike, provenance_entropy: ArrayLike) -> NDArray[np
     return np.log(1 - w + EPSILON) + h
 
 
-def _pair(
-    first: ArrayLike, second: ArrayLike, first_name: str, second_name: str
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _pair(first: ArrayLike, second: ArrayLike, first_name: str, second_name: str) -> tuple[_Floats, _Floats]:
     a, b = np.array(first, np.float64), np.array(second, np.float64)  # copies: normalize writes to one
     if a.ndim != 1 or a.shape != b.shape:
         raise DataError(
@@ -188,11 +168,7 @@ def _pair(
 
 
 def _require(
-    valid: NDArray[np.bool_],
-    values: NDArray[np.float64],
-    name: str,
-    problem: str,
-    locations: Sequence[object] | None = None,
+    valid: NDArray[np.bool_], values: _Floats, name: str, problem: str, locations: Sequence[Any] | None = None
 ) -> None:
     """Raise DataError for the first example that is not valid."""
     if not valid.all():
@@ -205,13 +181,3 @@ def _check_alpha(alpha: float) -> None:
     low, high = ALPHA_RANGE
     if not low <= alpha <= high:
         raise ConfigError(f"alpha must be in [{low}, {high}], not {alpha}")
-
-
-def _check_options(*, weighting: str, alpha: float, lambda_: float, max_ratio: float | None) -> None:
-    if weighting not in get_args(Weighting):
-        raise ConfigError(f"weighting must be one of {', '.join(get_args(Weighting))}, not {weighting!r}")
-    _check_alpha(alpha)
-    if not (math.isfinite(lambda_) and lambda_ >= 0):
-        raise ConfigError(f"lambda must be a finite number, 0 or more, not {lambda_}")
-    if max_ratio is not None and not max_ratio >= 1:
-        raise ConfigError(f"max_ratio must be 1 or more, not {max_ratio}")

@@ -32,7 +32,7 @@ def trust_header(patch: pytest.MonkeyPatch) -> None:
 
 
 def count_damaged(patch: pytest.MonkeyPatch) -> None:
-    def verify(self: Retainer, file: CheckpointFile, warnings: object) -> None:
+    def verify(self: Retainer, file: CheckpointFile) -> None:
         self._state.intact.add(file.identity)
 
     patch.setattr(Retainer, "_verify", verify)

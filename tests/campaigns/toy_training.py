@@ -34,7 +34,7 @@ def stops_without_saving(arguments: Sequence[str]) -> int:
         if final:
             save(loop, final=True)
         else:
-            loop._saver.wait()
+            loop.saver.wait()
 
     TrainingLoop._save_unsaved = save_only_the_final_state
     return train(arguments, ToyEngine)

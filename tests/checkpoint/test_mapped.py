@@ -130,13 +130,13 @@ def test_copy_method_returns_plain_dicts_at_every_level(lazy):
 def test_each_tensor_is_verified_once_on_first_access(manager, monkeypatch):
     manager.save(Checkpoint(step=1, model=NESTED, history={"loss": np.arange(9)}))
     names = []
-    original = verified_read.verify_content
+    original = verified_read.verify
 
-    def record(content, tensors) -> None:
+    def record(tensors, read_piece) -> None:
         names.extend(tensor.name for tensor in tensors)
-        original(content, tensors)
+        original(tensors, read_piece)
 
-    monkeypatch.setattr(verified_read, "verify_content", record)
+    monkeypatch.setattr(verified_read, "verify", record)
     lazy = manager.load(1, mmap=True, verify="lazy")
     assert (len(lazy.model), repr(lazy.model), lazy.model["scalar"]) == (5, repr(lazy.model), 1.5)
     assert names == []

@@ -23,7 +23,7 @@ from states import (
 )
 
 from distrust import Checkpoint, CheckpointManager
-from distrust.checkpoint.checkpoint import STATE_SECTIONS
+from distrust.checkpoint.tree import STATE_SECTIONS
 from distrust.errors import UnsupportedState
 
 on_both_paths = pytest.mark.usefixtures("write_path")

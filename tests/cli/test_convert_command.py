@@ -224,7 +224,7 @@ def test_two_trainings_never_share_a_folder(source, tmp_path):
     ]
     other = write_directory(tmp_path / "other" / "checkpoint-40", {**FIELDS, "step": 40})
     (results,) = convert(other, target)
-    assert (results.outcome, "two never share a folder" in results.reason) == ("refused", True)
+    assert (results.outcome, "two trainings never share a folder" in results.reason) == ("refused", True)
     assert content(target) == original
     assert outcomes(convert(other, target, force=True)) == [(40, "converted")]
 

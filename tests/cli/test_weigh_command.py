@@ -98,10 +98,7 @@ ODD = (
         ("", '"evidence":[], "authority_weight": 0.5, "provenance_entropy": 0.0}'),
         (', "prov_entropy":null, "z":1', '"prov_entropy":0.0, "z":1, "authority_weight": 0.5}'),
         (',"auth_weight": 5e-1,"provenance_entropy" :0 ', ',"auth_weight": 5e-1,"provenance_entropy" :0 }'),
-        (
-            ', "authority\\u005fweight": null',
-            '"authority\\u005fweight": 0.5, "provenance_entropy": 0.0}',
-        ),
+        (', "authority\\u005fweight": null', '"authority\\u005fweight": 0.5, "provenance_entropy": 0.0}'),
     ],
 )
 def test_a_record_keeps_its_exact_text(distrust, tmp_path, members, end):

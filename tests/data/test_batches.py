@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distrust.data import IGNORED, Batches, Corpus, EpochSampler, Location, evaluation_batches
+from distrust.data import IGNORED, Batches, Corpus, EpochSampler, Location, evaluation_batches, one_per_row
 
 PAD = 0
 
@@ -39,6 +39,7 @@ def runs(draw):
             weights=weights,
             distrust=weights * 10,
             sampler=EpochSampler(n, seed=draw(st.integers(0, 2**63))),
+            rows=one_per_row(np.arange(n)),
             batch_size=draw(st.integers(1, 5)),
             gradient_accumulation=draw(st.integers(1, 3)),
             pad_token_id=PAD,
@@ -113,6 +114,7 @@ def test_steps_follow_the_sampler_without_gap_or_repeat():
         weights=np.ones(7),
         distrust=np.zeros(7),
         sampler=sampler,
+        rows=one_per_row(np.arange(7)),
         batch_size=2,
         gradient_accumulation=3,
         pad_token_id=PAD,
@@ -155,6 +157,7 @@ def test_batches_copy_the_callers_weights():
         weights=weights,
         distrust=weights,
         sampler=EpochSampler(2, seed=0),
+        rows=one_per_row(np.arange(2)),
         batch_size=2,
         gradient_accumulation=1,
         pad_token_id=PAD,
@@ -179,6 +182,7 @@ def test_parts_that_do_not_match_are_refused(change, words):
         "weights": np.ones(2),
         "distrust": np.ones(2),
         "sampler": EpochSampler(2, seed=0),
+        "rows": one_per_row(np.arange(2)),
         "batch_size": 1,
         "gradient_accumulation": 1,
     }
@@ -189,7 +193,8 @@ def test_parts_that_do_not_match_are_refused(change, words):
 def test_the_first_step_and_the_first_batch():
     corpus = corpus_of([[False, True]])
     parts = {"weights": [1.0], "distrust": [1.0], "sampler": EpochSampler(1, seed=0)}
-    batches = Batches(corpus, batch_size=1, gradient_accumulation=1, pad_token_id=PAD, **parts)
+    rows = one_per_row(np.arange(1))
+    batches = Batches(corpus, batch_size=1, gradient_accumulation=1, pad_token_id=PAD, rows=rows, **parts)
     with pytest.raises(ValueError, match="counted from 1"):
         batches.step(0)
     with pytest.raises(ValueError, match="needs at least one example"):

@@ -119,11 +119,11 @@ def test_an_entry_is_built_once_and_equals_the_corpus_in_memory(data, cache):
 
 
 def test_several_sources_keep_their_sizes(data, cache, tmp_path):
-    other = tmp_path / "other.csv"
-    other.write_text("text,authority_weight,provenance_entropy\nsalt does not,0.5,1\n")
-    corpus, _ = load_or_build(cache, reader_of(data, other))
+    table = tmp_path / "other.csv"
+    table.write_text("text,authority_weight,provenance_entropy\nsalt does not,0.5,1\n")
+    corpus, _ = load_or_build(cache, reader_of(data, table))
     assert corpus.sizes == (RECORDS, 1)
-    assert str(corpus.locations[RECORDS]) == f"{other}:2"
+    assert str(corpus.locations[RECORDS]) == f"{table}:2"
 
 
 FILES = [

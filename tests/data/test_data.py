@@ -16,6 +16,7 @@ from distrust.data import (
     EpochSampler,
     Tokenizer,
     evaluation_batches,
+    one_per_row,
     read_records,
     tokenize,
 )
@@ -50,6 +51,7 @@ def batches_of(corpus, *, batch_size=2, gradient_accumulation=2, seed=0, weighti
         weights=weights,
         distrust=distrust_term(w, h),
         sampler=EpochSampler(len(corpus), seed=seed),
+        rows=one_per_row(np.arange(len(corpus))),
         batch_size=batch_size,
         gradient_accumulation=gradient_accumulation,
         pad_token_id=TOKENIZER.pad_token_id,

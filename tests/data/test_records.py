@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distrust.data import Completion, Conversation, Location, Message, Record, Text, read_records
+from distrust.data import read_records
+from distrust.data.records import Completion, Conversation, Location, Message, Record, Text
 from distrust.errors import ConfigError, DataError
 
 SOURCE = {"authority_weight": 0.2, "provenance_entropy": 3.5}
@@ -183,10 +184,7 @@ def test_invalid_lines(write, line, problem):
         ({"messages": [USER]}, "messages: no assistant turn"),
         ({"messages": [ASSISTANT, USER]}, "messages[0]: begins with the assistant"),
         ({"messages": [USER, {"role": "assistant", "content": ""}]}, "messages[1].content: empty"),
-        (
-            {"messages": [USER, {**ASSISTANT, "tool_calls": [{}]}]},
-            "messages[1].tool_calls: is not supported",
-        ),
+        ({"messages": [USER, {**ASSISTANT, "tool_calls": [{}]}]}, "messages[1].tool_calls: is not supported"),
     ],
 )
 def test_invalid_content(write, fields, problem):

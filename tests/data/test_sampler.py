@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distrust.data import MAX_SEED, EpochSampler, permutation
+from distrust.data.sampler import MAX_SEED, EpochSampler, permutation
 from distrust.errors import ConfigError
 
 seeds = st.integers(0, MAX_SEED)

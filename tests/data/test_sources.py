@@ -20,11 +20,7 @@ from hypothesis import strategies as st
 from distrust.config import TrainConfig
 from distrust.data import (
     Columns,
-    Completion,
-    Conversation,
-    Message,
     RecordReader,
-    Text,
     check_records,
     columns_of,
     examples_source,
@@ -32,6 +28,7 @@ from distrust.data import (
     read_records,
 )
 from distrust.data.formats import format_of
+from distrust.data.records import Completion, Conversation, Message, Text
 from distrust.errors import ConfigError, DataError
 
 ROWS = [

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from distrust.data import Completion, Conversation, Corpus, Location, Message, Record, Text, tokenize
+from distrust.data import Corpus, tokenize
+from distrust.data.records import Completion, Conversation, Location, Message, Record, Text
 from distrust.data.tokenizing import segments
 from distrust.errors import ConfigError, DataError, ModelError
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from small_batches import VOCABULARY
 
+from distrust.config import TrainConfig
 from distrust.data import MicroBatch
-from distrust.engines.lora_config import LoraConfig
 from distrust.engines.torch.adapter import add_adapter
 
 WINDOW = 4  # of the models with a sliding window; examples are longer
@@ -76,7 +76,7 @@ def add_lora(model: Any, *, rank: int, **options: Any) -> Any:
         return model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
-        wrapped = add_adapter(model, LoraConfig(rank=rank, alpha=8.0, **options))
+        wrapped = add_adapter(model, TrainConfig(lora_rank=rank, lora_alpha=8.0, **options))
         for parameter in trained_parameters(wrapped).values():
             parameter.data.normal_(0, 0.1)
     return wrapped.eval()
@@ -84,6 +84,11 @@ def add_lora(model: Any, *, rank: int, **options: Any) -> Any:
 
 def trained_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
     return {name: part for name, part in model.named_parameters() if part.requires_grad}
+
+
+def inputs_of(batch: MicroBatch, *names: str) -> dict[str, torch.Tensor]:
+    """What a model of transformers takes: padded tokens, their mask, and the fields with these names."""
+    return {name: torch.from_numpy(getattr(batch, name)) for name in ("input_ids", "attention_mask", *names)}
 
 
 def gradients(model: Any) -> dict[str, torch.Tensor]:
@@ -99,9 +104,7 @@ def reference(
     """Cross-entropies [b, t − 1] and gradients of a copy of the model, on the padded batch."""
     model = copy.deepcopy(model)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        logits = model(
-            input_ids=torch.from_numpy(batch.input_ids), attention_mask=torch.from_numpy(batch.attention_mask)
-        ).logits
+        logits = model(**inputs_of(batch)).logits
     losses = torch.nn.functional.cross_entropy(
         logits[:, :-1].float().transpose(1, 2), torch.from_numpy(batch.labels[:, 1:]), reduction="none"
     )

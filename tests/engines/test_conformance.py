@@ -118,9 +118,8 @@ def save(engine: Engine, folder: Path) -> CheckpointManager:
 
 def same(one: Losses, other: Losses) -> bool:
     """Whether losses are equal bit for bit."""
-    return np.array_equal(one.cross_entropy, other.cross_entropy) and np.array_equal(
-        one.weighted, other.weighted
-    )
+    pairs = (one.cross_entropy, other.cross_entropy), (one.weighted, other.weighted)
+    return all(np.array_equal(*pair) for pair in pairs)
 
 
 def test_parameters_counts_trained_weights(make):
@@ -134,20 +133,16 @@ def test_parameters_counts_trained_weights(make):
 @given(order=st.permutations(EXAMPLES), cut=st.integers(1, len(LENGTHS) - 1))
 def test_gradients_add_up_over_micro_steps(engine, order, cut):
     norm = norm_of(engine, BATCH)
-    assert norm_of(
-        engine, select_examples(BATCH, order[:cut]), select_examples(BATCH, order[cut:])
-    ) == pytest.approx(norm, rel=1e-5)
+    parts = select_examples(BATCH, order[:cut]), select_examples(BATCH, order[cut:])
+    assert norm_of(engine, *parts) == pytest.approx(norm, rel=1e-5)
 
 
 def test_a_step_of_several_micro_steps_equals_one_of_a_single_micro_step(make):
     one, several = make(), make()
+    parts = [select_examples(BATCH, rows) for rows in ([2], [0, 3], [1])]
     for number in (1, 2, 3):
         step(one, [BATCH], number=number)
-        step(
-            several,
-            [select_examples(BATCH, [2]), select_examples(BATCH, [0, 3]), select_examples(BATCH, [1])],
-            number=number,
-        )
+        step(several, parts, number=number)
     actual, expected = several.evaluate(BATCH).cross_entropy, one.evaluate(BATCH).cross_entropy
     np.testing.assert_allclose(actual, expected, rtol=1e-3)
     assert abs(make().evaluate(BATCH).cross_entropy - expected).min() > 0.01  # training changed the losses

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from small_models import inputs_of, trained_parameters
 
 from distrust import TrainConfig, weighting
-from distrust.data import IGNORED, Batches, EpochSampler, MicroBatch, evaluation_batches
+from distrust.data import IGNORED, Batches, EpochSampler, MicroBatch, evaluation_batches, one_per_row
 from distrust.engines import create_engine
 from distrust.training.data_sources import read_sources
 from distrust.training.prepare_data import prepare_data
@@ -18,20 +20,13 @@ from distrust.training.prepare_data import prepare_data
 
 @pytest.fixture(scope="module", params=["lora", "all weights"])
 def engine(request, tiny_model):
-    engine = create_engine(
-        TrainConfig(
-            engine="torch", model=str(tiny_model), lora_rank=4 if request.param == "lora" else 0, threads=1
-        )
-    )
+    rank = 4 if request.param == "lora" else 0
+    engine = create_engine(TrainConfig(engine="torch", model=str(tiny_model), lora_rank=rank, threads=1))
     with torch.no_grad():
-        for parameter in trained_parameters(engine).values():
+        for parameter in trained_parameters(engine.model).values():
             if not parameter.any():  # LoRA's B starts at zero, and A would have no gradient
                 parameter.normal_(0, 0.05, generator=torch.Generator().manual_seed(1))
     return engine
-
-
-def trained_parameters(engine):
-    return {name: p for name, p in engine.model.named_parameters() if p.requires_grad}
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +40,13 @@ def plan_of(engine, data, tiny_model):
             read_sources(config),
             engine.tokenizer,
             context_length=engine.context_length,
-            report=lambda *_: None,
         )
 
     return plan_of
+
+
+def current_gradients(engine) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in trained_parameters(engine.model).items()}
 
 
 def gradients(engine, batches: list[MicroBatch]) -> dict[str, torch.Tensor]:
@@ -58,20 +56,16 @@ def gradients(engine, batches: list[MicroBatch]) -> dict[str, torch.Tensor]:
     for micro_step, batch in enumerate(batches):
         engine.begin_micro_step(seed=0, step=1, micro_step=micro_step)
         engine.micro_step(batch, tokens=tokens)
-    return {name: p.grad.clone() for name, p in trained_parameters(engine).items()}
+    return current_gradients(engine)
 
 
 def transformers_gradients(engine, batches: list[MicroBatch], tokens: int) -> dict[str, torch.Tensor]:
     """Gradients of transformers' own loss; each micro-batch is a share of the step."""
     engine.model.zero_grad(set_to_none=True)
     for batch in batches:
-        loss = engine.model(
-            input_ids=torch.from_numpy(batch.input_ids),
-            attention_mask=torch.from_numpy(batch.attention_mask),
-            labels=torch.from_numpy(batch.labels),
-        ).loss
+        loss = engine.model(**inputs_of(batch, "labels")).loss
         (loss * (batch.tokens / tokens)).backward()
-    return {name: p.grad.clone() for name, p in trained_parameters(engine).items()}
+    return current_gradients(engine)
 
 
 def same_bits(a, b) -> bool:
@@ -93,9 +87,7 @@ def differ_clearly(a, b) -> bool:
 def loss_of(engine, batch: MicroBatch, *, term: bool) -> torch.Tensor:
     """Σ weight · cross-entropy / tokens, computed independently, with or without the published term."""
     engine.model.train()
-    logits = engine.model(
-        input_ids=torch.from_numpy(batch.input_ids), attention_mask=torch.from_numpy(batch.attention_mask)
-    ).logits
+    logits = engine.model(**inputs_of(batch)).logits
     losses = torch.nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1), torch.from_numpy(batch.labels[:, 1:]).flatten(), reduction="none"
     )
@@ -108,17 +100,14 @@ def loss_of(engine, batch: MicroBatch, *, term: bool) -> torch.Tensor:
 
 def test_the_published_term_changes_no_gradient_and_the_weighting_does(engine, plan_of):
     gradients_of, losses = {}, {}
-    for name, weigh, term in [
-        ("plain", "off", False),
-        ("added", "off", True),
-        ("weighted", "monotone", True),
-    ]:
+    variants = [("plain", "off", False), ("added", "off", True), ("weighted", "monotone", True)]
+    for name, weigh, term in variants:
         (batch,) = plan_of(weighting=weigh).batches.step(1)
         engine.model.zero_grad(set_to_none=True)
         loss = loss_of(engine, batch, term=term)
         loss.backward()
         losses[name] = loss.item()
-        gradients_of[name] = {name: p.grad.clone() for name, p in trained_parameters(engine).items()}
+        gradients_of[name] = current_gradients(engine)
     assert losses["added"] > losses["plain"]
     assert same_bits(gradients_of["added"], gradients_of["plain"])
     assert differ_clearly(gradients_of["weighted"], gradients_of["plain"])
@@ -146,13 +135,7 @@ def test_losses_are_those_of_transformers(engine, plan_of):
     (batch,) = plan_of().batches.step(1)
     losses = engine.evaluate(batch)
     with torch.no_grad():
-        expected = float(
-            engine.model(
-                input_ids=torch.from_numpy(batch.input_ids),
-                attention_mask=torch.from_numpy(batch.attention_mask),
-                labels=torch.from_numpy(batch.labels),
-            ).loss
-        )
+        expected = float(engine.model(**inputs_of(batch, "labels")).loss)
     assert losses.cross_entropy.sum() / batch.tokens == pytest.approx(expected, rel=1e-5)
     example_weights = batch.weights.max(axis=1)
     np.testing.assert_allclose(losses.weighted, losses.cross_entropy * example_weights, rtol=1e-6)
@@ -199,17 +182,11 @@ def test_the_gradient_is_the_weighted_sum_of_single_examples(engine, plan_of):
 
 
 def _without_weights(batches: list[MicroBatch]) -> list[MicroBatch]:
-    return [_with_weights(b, (b.labels != IGNORED).astype(np.float32)) for b in batches]
+    return [replace(b, weights=(b.labels != IGNORED).astype(np.float32)) for b in batches]
 
 
 def _normalized_by_weight(batches: list[MicroBatch]) -> list[MicroBatch]:
-    return [_with_weights(b, b.weights * np.float32(b.tokens / b.weights.sum())) for b in batches]
-
-
-def _with_weights(batch: MicroBatch, weights: Any) -> MicroBatch:
-    return MicroBatch(
-        batch.input_ids, batch.attention_mask, batch.labels, weights, batch.distrust, batch.examples
-    )
+    return [replace(b, weights=b.weights * np.float32(b.tokens / b.weights.sum())) for b in batches]
 
 
 def test_a_batch_of_one_example_is_weighted(engine, plan_of):
@@ -220,9 +197,8 @@ def test_a_batch_of_one_example_is_weighted(engine, plan_of):
         (batch,) = plan.batches.step(step)
         u = float(plan.weights[batch.examples[0]])
         ratios.append(u)
-        expected = {
-            name: gradient * u for name, gradient in gradients(engine, plain.batches.step(step)).items()
-        }
+        unweighted = gradients(engine, plain.batches.step(step))
+        expected = {name: gradient * u for name, gradient in unweighted.items()}
         assert_close(expected, gradients(engine, [batch]))
     assert max(ratios) / min(ratios) > 1.2
 
@@ -235,6 +211,7 @@ def test_padding_and_untrained_tokens_do_not_contribute(engine, plan_of):
         weights=plan.weights,
         distrust=np.zeros(len(plan.corpus)),
         sampler=EpochSampler(len(plan.corpus), seed=0),
+        rows=one_per_row(np.arange(len(plan.corpus))),
         batch_size=4,
         gradient_accumulation=1,
         pad_token_id=77,
@@ -245,17 +222,10 @@ def test_padding_and_untrained_tokens_do_not_contribute(engine, plan_of):
 
 @pytest.mark.parametrize("targets", ["gate_proj down_proj", "up_proj down_proj", "o_proj", "q_proj v_proj"])
 def test_gradients_are_complete_for_any_target_modules(tiny_model, plan_of, targets):
-    engine = create_engine(
-        TrainConfig(
-            engine="torch",
-            model=str(tiny_model),
-            lora_rank=2,
-            target_modules=tuple(targets.split()),
-            threads=1,
-        )
-    )
+    options = {"lora_rank": 2, "target_modules": tuple(targets.split()), "threads": 1}
+    engine = create_engine(TrainConfig(engine="torch", model=str(tiny_model), **options))
     with torch.no_grad():
-        for parameter in trained_parameters(engine).values():
+        for parameter in trained_parameters(engine.model).values():
             parameter.normal_(0, 0.05, generator=torch.Generator().manual_seed(1))
     batches = plan_of().batches.step(1)
     fused = gradients(engine, batches)

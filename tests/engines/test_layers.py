@@ -77,7 +77,7 @@ def test_dora_is_not_fused():
 
 
 def test_dropout_is_unchanged():
-    check(add_lora(small_model("llama"), rank=4, dropout=0.3), counts=ALL)
+    check(add_lora(small_model("llama"), rank=4, lora_dropout=0.3), counts=ALL)
 
 
 def test_other_activations_and_norms_are_not_fused():

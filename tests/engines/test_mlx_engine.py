@@ -95,9 +95,8 @@ def test_checkpointed_layers_are_equivalent(config, options):
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_the_gradient_with_dropout_predicts_the_loss(config, checkpointed, compiled):
     """Forward and backward drop the same inputs: the loss changes as the gradient predicts."""
-    engine = create_engine(
-        replace(config, lora_dropout=0.3, gradient_checkpointing=checkpointed, compile=compiled)
-    )
+    options = {"gradient_checkpointing": checkpointed, "compile": compiled}
+    engine = create_engine(replace(config, lora_dropout=0.3, **options))
     trained_state = train_two_steps(engine).state()
 
     def loss(state):
@@ -113,15 +112,10 @@ def test_the_gradient_with_dropout_predicts_the_loss(config, checkpointed, compi
     gradient = {name: moment / (1 - config.adam_beta1) for name, moment in moments.items()}
     squares = sum(float((slope * slope).sum()) for slope in gradient.values())
     length = 1e-3
-    ends = [
-        loss(
-            replace(
-                trained_state,
-                model={k: v + sign * length * gradient[k] for k, v in trained_state.model.items()},
-            )
-        )
-        for sign in (1, -1)
-    ]
+    ends = []
+    for step_length in (length, -length):
+        moved = {name: v + step_length * gradient[name] for name, v in trained_state.model.items()}
+        ends.append(loss(replace(trained_state, model=moved)))
     assert min(ends) < initial < max(ends)
     assert (ends[0] - ends[1]) / (2 * length) == pytest.approx(squares, rel=0.02)
 
@@ -143,10 +137,6 @@ def test_compiled_steps_equal_uncompiled_ones_and_resume_bit_for_bit(config, tmp
     assert digest(later, tmp_path) == digest(first, tmp_path)
 
 
-def _is_wide_enough(module: Any) -> bool:
-    return hasattr(module, "to_quantized") and module.weight.shape[-1] % 32 == 0
-
-
 @pytest.fixture(scope="module")
 def quantized_folder(tiny_model, tmp_path_factory) -> Path:
     """The tiny model in mlx's quantized layout, 4 bits."""
@@ -156,7 +146,11 @@ def quantized_folder(tiny_model, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("quantized")
     model, config = load_model(tiny_model)
     groups = {"group_size": 32, "bits": 4}
-    nn.quantize(model, **groups, class_predicate=lambda _, module: _is_wide_enough(module))
+
+    def is_wide_enough(_: str, module: Any) -> bool:
+        return hasattr(module, "to_quantized") and module.weight.shape[-1] % 32 == 0
+
+    nn.quantize(model, **groups, class_predicate=is_wide_enough)
     narrow = {f"model.layers.{layer}.mlp.down_proj": False for layer in range(2)}
     save_model(folder, model)
     save_config({**config, "quantization": {**groups, **narrow}}, folder / "config.json")
@@ -173,10 +167,8 @@ def test_a_model_in_mlxs_quantized_layout_is_trained(train, config, quantized_fo
     train(tmp_path / "stopped", stop_after=3, **options)
     assert train(tmp_path / "stopped", **options)[0].state_digest == alone.state_digest
     # Quantizing the unquantized model gives the same.
-    stored, requantized = (
-        create_engine(replace(config, model=str(quantized_folder))),
-        create_engine(replace(config, quantization="4bit")),
-    )
+    stored = create_engine(replace(config, model=str(quantized_folder)))
+    requantized = create_engine(replace(config, quantization="4bit"))
     assert stored.parameters == requantized.parameters
     assert same(stored.evaluate(BATCH), requantized.evaluate(BATCH))
     with pytest.raises(ConfigError, match=r"--quantization 4bit: .* quantized already"):
@@ -184,20 +176,16 @@ def test_a_model_in_mlxs_quantized_layout_is_trained(train, config, quantized_fo
 
 
 def test_fewer_bits_change_the_losses_a_little(config):
-    losses = {
-        kind: create_engine(replace(config, quantization=kind)).evaluate(BATCH).cross_entropy
-        for kind in ("none", "8bit", "4bit")
-    }
+    engines = {kind: create_engine(replace(config, quantization=kind)) for kind in ("none", "8bit", "4bit")}
+    losses = {kind: engine.evaluate(BATCH).cross_entropy for kind, engine in engines.items()}
     for bits, off in (("8bit", 0.01), ("4bit", 0.1)):
         assert not np.array_equal(losses[bits], losses["none"])
         np.testing.assert_allclose(losses[bits], losses["none"], rtol=off)
 
 
 def test_quantization_does_not_change_the_fingerprint(config):
-    assert (
-        create_engine(replace(config, quantization="4bit")).fingerprint()
-        == create_engine(config).fingerprint()
-    )
+    quantized = create_engine(replace(config, quantization="4bit"))
+    assert quantized.fingerprint() == create_engine(config).fingerprint()
 
 
 @pytest.mark.parametrize("device", ["cuda", "mps"])

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_batches import make_batch
-from small_models import add_lora, gradients, reference, small_model
+from small_models import add_lora, gradients, inputs_of, reference, small_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -88,9 +88,8 @@ def test_with_checkpointed_layers(kind, rank):
 
 def test_the_loss_is_that_of_transformers():
     model, batch = small_model("llama"), make_batch()
-    labels, mask = torch.from_numpy(batch.labels), torch.from_numpy(batch.attention_mask)
     with torch.no_grad():
-        loss = model(input_ids=torch.from_numpy(batch.input_ids), attention_mask=mask, labels=labels).loss
+        loss = model(**inputs_of(batch, "labels")).loss
     losses = ModelRunner(model, arithmetic=torch.float32).evaluate(batch)
     assert losses.cross_entropy.sum() / batch.tokens == pytest.approx(float(loss), rel=1e-5)
 
@@ -148,11 +147,7 @@ def test_the_model_is_unchanged_outside_of_passes():
     """For generation, and for direct calls of the model."""
     model, plain, batch = small_model("llama"), small_model("llama"), make_batch()
     assert ModelRunner(model, arithmetic=torch.float32).uses_varlen
-    inputs = {
-        "input_ids": torch.from_numpy(batch.input_ids),
-        "attention_mask": torch.from_numpy(batch.attention_mask),
-    }
-    assert torch.equal(model(**inputs).logits, plain(**inputs).logits)
+    assert torch.equal(model(**inputs_of(batch)).logits, plain(**inputs_of(batch)).logits)
 
 
 @st.composite
@@ -161,17 +156,15 @@ def _heads(draw):
     tokens, width, words = draw(st.integers(0, 9)), draw(st.integers(1, 6)), draw(st.integers(1, 12))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
     dtype = draw(st.sampled_from([torch.float32, BFLOAT16]))
-    head = torch.nn.Linear(width, words, bias=draw(st.booleans())).to(
-        draw(st.sampled_from([dtype, torch.float32]))
-    )
+    head_dtype = draw(st.sampled_from([dtype, torch.float32]))
+    head = torch.nn.Linear(width, words, bias=draw(st.booleans())).to(head_dtype)
     for part in head.parameters():
         part.data.copy_(torch.randn(part.shape, generator=generator) * 2)
         part.requires_grad_(draw(st.booleans()))
     hidden = torch.randn(tokens, width, generator=generator).to(dtype).requires_grad_(draw(st.booleans()))
     targets = torch.randint(words, (tokens,), generator=generator)
-    token_weights = torch.rand(tokens, generator=generator) * torch.randint(
-        0, 2, (tokens,), generator=generator
-    )
+    token_weights = torch.rand(tokens, generator=generator)
+    token_weights *= torch.randint(0, 2, (tokens,), generator=generator)
     return hidden, head, targets, token_weights, draw(st.integers(1, 10))
 
 
@@ -180,13 +173,10 @@ def _heads(draw):
 def test_chunked_losses_are_the_cross_entropy_of_all_logits(case):
     hidden, head, targets, token_weights, chunk_tokens = case
     leaves = [part for part in (hidden, *head.parameters()) if part.requires_grad]
-    exact = [
-        None if part is None else part.detach().double().requires_grad_()
-        for part in (hidden, head.weight, head.bias)
-    ]
-    expected = torch.nn.functional.cross_entropy(
-        torch.nn.functional.linear(*exact), targets, reduction="none"
-    )
+    parts = (hidden, head.weight, head.bias)
+    exact = [None if part is None else part.detach().double().requires_grad_() for part in parts]
+    logits = torch.nn.functional.linear(*exact)
+    expected = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
     total, losses = chunked_losses(hidden, head, targets, token_weights, chunk_tokens=chunk_tokens)
     rounding = 1e-5 if hidden.dtype == torch.float32 else 0.1
     torch.testing.assert_close(losses.double(), expected.detach(), rtol=rounding, atol=rounding)
@@ -197,15 +187,14 @@ def test_chunked_losses_are_the_cross_entropy_of_all_logits(case):
         return
     (total * 3).backward()
     (expected * token_weights.double() * 3).sum().backward()
-    for tensor, reference_tensor in zip((hidden, head.weight, head.bias), exact, strict=True):
+    for tensor, reference_tensor in zip(parts, exact, strict=True):
         if tensor is None or not tensor.requires_grad:
             assert tensor is None or tensor.grad is None
             continue
         assert tensor.grad.dtype == tensor.dtype
         size = float(reference_tensor.grad.norm()) if reference_tensor.grad.numel() else 0.0
-        assert (
-            float((tensor.grad.double() - reference_tensor.grad).norm()) <= rounding * size + rounding * 0.1
-        )
+        difference = float((tensor.grad.double() - reference_tensor.grad).norm())
+        assert difference <= rounding * size + rounding * 0.1
 
 
 def test_no_gradient_is_allocated_without_grad_mode(monkeypatch):

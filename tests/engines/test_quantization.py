@@ -5,8 +5,8 @@ from __future__ import annotations
 import gc
 import importlib.util
 import shutil
-import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,42 +18,18 @@ from distrust.engines import create_engine, open_checkpoint
 from distrust.errors import MissingDependency, ResumeRefused
 from distrust.training.events import Evaluated, MemoryReset, StepEnded
 
-STEPS = 7
 BITS = ["8bit", "4bit"]
 
 
 @pytest.fixture(scope="module")
-def options(tiny_model, data) -> dict[str, Any]:
-    return {
-        "engine": "torch",
-        "model": str(tiny_model),
-        "data": str(data),
-        "max_steps": STEPS,
-        "batch_size": 2,
-        "gradient_accumulation": 2,
-        "learning_rate": 5e-3,
-        "warmup_steps": 2,
-        "lora_rank": 4,
-        "lora_dropout": 0.2,
-        "save_every": 3,
-        "threads": 1,
-    }
+def options(tiny_model) -> dict[str, Any]:
+    return {"engine": "torch", "model": str(tiny_model), "lora_rank": 4, "threads": 1}
 
 
-@pytest.fixture(scope="module")
-def train(options):
-    def train(out: Path, *, stop_after: int | None = None, **more: Any):
-        events = []
-
-        def watch(event):
-            events.append(event)
-            if isinstance(event, StepEnded) and event.step == stop_after:
-                signal.raise_signal(signal.SIGTERM)
-
-        config = TrainConfig(out=str(out), **{**options, **more})
-        return DistrustTrainer(config, observers=[watch]).train(), events
-
-    return train
+@pytest.fixture
+def train(train):
+    """The shared fixture, on a GPU where there is one."""
+    return partial(train, device="auto")
 
 
 def losses(events):
@@ -106,11 +82,8 @@ def test_fewer_bits_take_less_memory(options):
     sizes, counts = {}, set()
     for kind in ("none", *BITS):
         engine = create_engine(TrainConfig(quantization=kind, **options))
-        unquantized = (
-            engine.model.get_input_embeddings().weight.nbytes
-            + engine.model.get_output_embeddings().weight.nbytes
-        )
-        sizes[kind] = base_bytes(engine) - unquantized
+        ends = (engine.model.get_input_embeddings(), engine.model.get_output_embeddings())
+        sizes[kind] = base_bytes(engine) - sum(module.weight.nbytes for module in ends)  # unquantized
         counts.add(engine.parameters)
     assert sizes["8bit"] < 0.32 * sizes["none"]
     assert sizes["4bit"] < 0.20 * sizes["none"]

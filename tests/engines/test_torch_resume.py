@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,11 +16,13 @@ from distrust.errors import ConfigError, ResumeRefused
 from distrust.testing.models import make_model
 
 
+def create(model: Path, *, threads: int | None = 1, **options: Any) -> Any:
+    return create_engine(TrainConfig(engine="torch", model=str(model), threads=threads, **options))
+
+
 def test_threads_of_a_run_do_not_affect_the_next(tiny_model):
     def threads_of(chosen):
-        return create_engine(
-            TrainConfig(engine="torch", model=str(tiny_model), threads=chosen)
-        ).environment()["threads"]
+        return create(tiny_model, threads=chosen).environment()["threads"]
 
     first = threads_of(None)
     assert threads_of(first + 1) == first + 1
@@ -80,7 +84,7 @@ def test_a_checkpoint_records_its_config(train, tmp_path, tiny_model, data):
 
 
 def test_an_unfused_optimizer_resumes_fused(tiny_model):
-    engine = create_engine(TrainConfig(engine="torch", model=str(tiny_model), lora_rank=2, threads=1))
+    engine = create(tiny_model, lora_rank=2)
     state = engine.state()
     for group in state.optimizer["param_groups"]:
         group["fused"] = None  # AdamW of torch as it was by default
@@ -105,21 +109,15 @@ def test_packing_is_refused_for_a_model_that_mixes_examples(tiny_model, tmp_path
     shutil.copytree(tiny_model, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "attn_implementation": "eager"}))
-    assert (
-        "padded"
-        in create_engine(TrainConfig(engine="torch", model=str(folder), threads=1)).environment()["attention"]
-    )
-    with pytest.raises(
-        ConfigError, match="--packing: this model cannot keep the examples of one row independent"
-    ):
-        create_engine(TrainConfig(engine="torch", model=str(folder), packing=True, threads=1))
+    assert "padded" in create(folder).environment()["attention"]
+    refusal = "--packing: this model cannot keep the examples of one row independent"
+    with pytest.raises(ConfigError, match=refusal):
+        create(folder, packing=True)
 
 
 def test_invalid_target_modules(tiny_model):
     with pytest.raises(ConfigError, match=r"--target-modules q_porj.*\n?.*linear modules are:.*q_proj"):
-        create_engine(
-            TrainConfig(engine="torch", model=str(tiny_model), target_modules=("q_porj",), threads=1)
-        )
+        create(tiny_model, target_modules=("q_porj",))
 
 
 def test_a_length_beyond_the_models_context_is_refused(train, tmp_path):

@@ -58,10 +58,8 @@ def torch_state_as_mlx(model: Any, optimizer: Any) -> dict[str, Any]:
     }
     arrays = {f"weight of {name}": array for name, array in model.items()}
     for number, state in optimizer["state"].items():
-        arrays[f"m of {names[number]}"], arrays[f"v of {names[number]}"] = (
-            state["exp_avg"],
-            state["exp_avg_sq"],
-        )
+        arrays[f"m of {names[number]}"] = state["exp_avg"]
+        arrays[f"v of {names[number]}"] = state["exp_avg_sq"]
     mapped = {}
     for name, array in arrays.items():
         inner = name.replace("base_model.model.", "").replace(".lora_magnitude_vector.weight", ".m")
@@ -185,9 +183,8 @@ def test_targets_that_mlx_cannot_adapt_are_refused(losses, tmp_path):
 )
 @from_either
 def test_an_optimizer_of_neither_engine_is_refused(tiny_model, tmp_path, first, optimizer):
-    engine = create_engine(
-        TrainConfig(engine=first, model=str(tiny_model), lora_rank=4, device="cpu", threads=1)
-    )
+    config = TrainConfig(engine=first, model=str(tiny_model), lora_rank=4, device="cpu", threads=1)
+    engine = create_engine(config)
     digest_before = digest(engine, tmp_path)
     with pytest.raises(ResumeRefused, match="neither torch's nor mlx's"):
         engine.load_state(replace(engine.state(), optimizer=optimizer))
@@ -240,13 +237,8 @@ def test_rotary_settings_are_read_from_any_config(tiny_model, tmp_path, rotary):
 
 
 def test_a_sliding_window_that_mlx_ignores_warns(tiny_model, tmp_path):
-    model = with_config(
-        tiny_model,
-        tmp_path / "model",
-        model_type="mistral",
-        architectures=["MistralForCausalLM"],
-        sliding_window=8,
-    )
+    mistral = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 8}
+    model = with_config(tiny_model, tmp_path / "model", **mistral)
     with pytest.warns(DistrustWarning, match="8 tokens back"):
         create_engine(TrainConfig(engine="mlx", model=str(model), device="cpu", max_length=16))
     create_engine(TrainConfig(engine="mlx", model=str(model), device="cpu", max_length=8))

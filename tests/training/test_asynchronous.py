@@ -202,7 +202,7 @@ def test_forked_child_may_train(trainer, data, tmp_path, run_python):
 import os, sys, warnings
 warnings.simplefilter("ignore")
 from pathlib import Path
-from distrust.training.run_lock import exclusive_run
+from distrust.training.process import exclusive_run
 from distrust.errors import RunInProgress
 with exclusive_run(Path("a")):
     child = os.fork()

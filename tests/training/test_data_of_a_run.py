@@ -72,9 +72,7 @@ def test_resume_of_mixed_sources_is_exact(run, data, other, tmp_path, cached):
 def test_shares_determine_the_trained_examples(data, other):
     config = TrainConfig(data=(str(data), str(other)), mix=(1.0, 3.0), batch_size=4)
     toy = engine()
-    plan = prepare_data(
-        config, read_sources(config), toy.tokenizer, context_length=None, report=lambda *_: None
-    )
+    plan = prepare_data(config, read_sources(config), toy.tokenizer, context_length=None)
     epoch = [batch for step in range(1, 5) for batch in plan.batches.step(step)]  # 4 × 4 = 11 + 5
     sampled = [example for batch in epoch for example in batch.examples]
     assert len(sampled) == 16

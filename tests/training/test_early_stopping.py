@@ -13,20 +13,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from distrust import CheckpointManager
-from distrust.training.best_tracker import BestTracker
 from distrust.training.events import Evaluated, StepEnded
+from distrust.training.progress import BestTracker
 
 #: The toy model overfits: its eval loss is best at the fourth step.
 EARLY = {"max_steps": 30, "early_stopping_patience": 2, "eval_every": 2, "learning_rate": 0.5}
 
 
-def evaluated(events):
+def evaluation_events(events):
     return {event.step: event.loss for event in events if isinstance(event, Evaluated)}
 
 
 def test_stops_after_patience_is_exhausted(run, eval_data, tmp_path):
     ended, events = run(tmp_path, eval_data=str(eval_data), **EARLY)
-    losses = evaluated(events)
+    losses = evaluation_events(events)
     best = min(losses, key=losses.get)
     assert (ended.reason, ended.finished, ended.signal) == ("early_stopping", True, None)
     assert ended.step == max(losses) == best + 2 * 2 < 30
@@ -116,7 +116,7 @@ def test_eval_at_start_happens_once(run, eval_data, tmp_path, stop):
     options = {"eval_data": str(eval_data), "eval_at_start": True, "eval_every": 4}
     _, first = run(tmp_path, stop_after=stop, **options)
     _, second = run(tmp_path, **options)
-    assert [*evaluated(first), *evaluated(second)] == [0, 4, 8, 9]
+    assert [*evaluation_events(first), *evaluation_events(second)] == [0, 4, 8, 9]
 
 
 def test_nan_evaluations_never_improve():

@@ -11,15 +11,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from distrust import CheckpointManager, DistrustWarning, TrainConfig, weighting
-from distrust.data import NO_CLASS, Completion, Location, Record, Text, tokenize
+from distrust.data import NO_CLASS, tokenize
 from distrust.data.corpus import MAX_CLASSES, OTHER_CLASSES
+from distrust.data.records import Completion, Location, Record, Text
 from distrust.errors import ConfigError
 from distrust.testing.toy_engine import ToyEngine, ToyTokenizer
-from distrust.training.evaluation_set import CLASSES_MEASURED, evaluation_set
+from distrust.training.evaluation import CLASSES_MEASURED, evaluation_set
 from distrust.training.events import Evaluated, RunStarted
 
 
-def evaluated(events):
+def evaluation_events(events):
     return [event for event in events if isinstance(event, Evaluated)]
 
 
@@ -98,7 +99,7 @@ def test_eval_data_needs_no_provenance(run, tmp_path):
         default_authority_weight=0.1,
         default_provenance_entropy=4.0,
     )
-    (first,), (second,) = evaluated(events), evaluated(defaults)
+    (first,), (second,) = evaluation_events(events), evaluation_events(defaults)
     assert first.metrics["eval_weighted_loss"] != first.loss
     assert second.metrics["eval_weighted_loss"] == second.loss == first.loss
 
@@ -106,10 +107,10 @@ def test_eval_data_needs_no_provenance(run, tmp_path):
 def test_source_column_selects_the_class(run, tmp_path):
     data = write_classes(tmp_path / "eval.jsonl", ["final", "draft", 7, None, NO_CLASS], column="status")
     _, events = run(tmp_path / "run", eval_data=data, source_column="status", max_steps=1)
-    (event,) = evaluated(events)
+    (event,) = evaluation_events(events)
     assert {name.partition("/")[2] for name in event.metrics} - {""} == {"final", "draft", "7", NO_CLASS}
     _, events = run(tmp_path / "other", eval_data=data, max_steps=1)
-    (event,) = evaluated(events)
+    (event,) = evaluation_events(events)
     assert not [name for name in event.metrics if "/" in name]
 
 
@@ -132,7 +133,7 @@ def test_unique_classes_do_not_flood_the_metrics(run, tmp_path):
     (started,) = [event for event in events if isinstance(event, RunStarted)]
     assert sum(row.examples for row in started.distribution.classes) == count
     assert OTHER_CLASSES in {row.name for row in started.distribution.classes}
-    (event,) = evaluated(events)
+    (event,) = evaluation_events(events)
     assert sum(name.startswith("eval_loss/") for name in event.metrics) == CLASSES_MEASURED
 
 
@@ -159,12 +160,12 @@ def test_logged_metrics_are_saved_and_select_the_best(run, eval_data, tmp_path):
     _, events = run(
         tmp_path / "run", eval_data=str(data), eval_every=1, metric="eval_loss/b", save_every=7, **OVERFITS
     )
-    losses = {event.step: event.metrics["eval_loss/b"] for event in evaluated(events)}
+    losses = {event.step: event.metrics["eval_loss/b"] for event in evaluation_events(events)}
     manager = CheckpointManager(tmp_path / "run" / "checkpoints", metric="eval_loss/b")
     best = min(losses, key=losses.get)
     assert best % 7
     assert manager.load_best().step == best
-    (event,) = [event for event in evaluated(events) if event.step == best]
+    (event,) = [event for event in evaluation_events(events) if event.step == best]
     assert event.metrics.items() <= manager.inspect(best).metrics.items()
 
 
@@ -172,7 +173,7 @@ def test_best_checkpoint_is_saved_at_once(run, eval_data, tmp_path):
     """Also between two regular saves, and before the first."""
     options = {"eval_data": str(eval_data), "eval_every": 2, **OVERFITS}
     _, events = run(tmp_path, save_every=100, **options)
-    losses = {event.step: event.loss for event in evaluated(events)}
+    losses = {event.step: event.loss for event in evaluation_events(events)}
     best = min(losses, key=losses.get)
     assert best < 30
     assert CheckpointManager(tmp_path / "checkpoints").load_best().step == best
@@ -194,12 +195,12 @@ def test_evaluations_on_other_data_are_not_compared(run, eval_data, tmp_path):
         _, events = run(
             tmp_path / "run", eval_data=str(hard), max_steps=16, early_stopping_patience=2, **options
         )
-    losses = {event.step: event.loss for event in evaluated(events)}
+    losses = {event.step: event.loss for event in evaluation_events(events)}
     assert min(losses.values()) > easiest
     assert len(losses) > 2  # a comparison would have ended the run after two
     assert manager.load_best().step == min(losses, key=losses.get)
     _, events = run(tmp_path / "run", eval_data=str(hard), max_steps=20, **options)
-    losses |= {event.step: event.loss for event in evaluated(events)}
+    losses |= {event.step: event.loss for event in evaluation_events(events)}
     assert manager.load_best().step == min(losses, key=losses.get)
 
 

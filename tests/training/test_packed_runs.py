@@ -41,7 +41,6 @@ def plan_of(sources):
             read_sources(config),
             ToyEngine().tokenizer,
             context_length=None,
-            report=lambda *_: None,
         )
 
     return plan_of

@@ -1,29 +1,27 @@
-"""Prefetched values equal those that are computed on demand."""
+"""Prefetched values: each once, in order, one step ahead, in a thread that ends with the steps."""
 
 from __future__ import annotations
 
 import threading
+from contextlib import closing
+from itertools import islice
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distrust.training.prefetch import Prefetcher
+from distrust.training.step import prefetch
 
 
-@given(st.lists(st.integers(1, 20), max_size=30), st.integers(1, 20))
-def test_values_do_not_depend_on_the_order(steps, last):
-    computed = []
-    with Prefetcher(lambda step: computed.append(step) or step * 10, last=last) as prefetcher:
-        assert [prefetcher.get(step) for step in steps] == [step * 10 for step in steps]
-    assert max(computed, default=0) <= max([last, *steps])
-
-
-def test_each_value_is_computed_once_in_order():
-    computed = []
-    with Prefetcher(lambda step: computed.append(step) or step, last=9) as prefetcher:
-        assert [prefetcher.get(step) for step in range(3, 10)] == list(range(3, 10))
-    assert computed == list(range(3, 10))  # and none after the last
+@given(st.integers(1, 20), st.integers(0, 20), st.integers(0, 30))
+def test_each_value_is_computed_once_in_order(first, count, requests):
+    computed, last = [], first + count
+    with closing(prefetch(lambda step: computed.append(step) or step * 10, first=first, last=last)) as steps:
+        values = [*islice(steps, requests)]
+    expected = [*range(first, last + 1)][:requests]
+    assert values == [(step, step * 10) for step in expected]
+    # The next one is computed ahead, and none after the last; none before the first request.
+    assert computed == [*range(first, min(last, first + requests) + 1)][: requests and requests + 1]
 
 
 def test_next_value_is_computed_in_the_background():
@@ -34,27 +32,25 @@ def test_next_value_is_computed_in_the_background():
         by[step] = threading.current_thread()
         started[step].set()
 
-    with Prefetcher(make, last=3) as prefetcher:
-        prefetcher.get(1)
+    with closing(prefetch(make, first=1, last=3)) as steps:
+        next(steps)
         assert started[2].wait(10)  # not requested yet
         assert not started[3].is_set()
-    assert by[1] is threading.current_thread()
     assert by[2] is not threading.current_thread()
 
 
-def test_errors_are_raised_by_get():
+def test_errors_are_raised_when_the_value_is_requested():
     def make(step):
         if step % 3 == 0:
             raise OSError(f"no {step}")
         return step
 
-    with Prefetcher(make, last=7) as prefetcher:
-        assert [prefetcher.get(1), prefetcher.get(2)] == [1, 2]  # 3 fails in the background
+    with closing(prefetch(make, first=1, last=7)) as steps:
+        assert [next(steps), next(steps)] == [(1, 1), (2, 2)]  # 3 fails in the background
         with pytest.raises(OSError, match="no 3"):
-            prefetcher.get(3)
-        assert prefetcher.get(3 + 1) == 4
-        with pytest.raises(OSError, match="no 6"):
-            prefetcher.get(6)  # at once
+            next(steps)
+    with closing(prefetch(make, first=6, last=7)) as steps, pytest.raises(OSError, match="no 6"):
+        next(steps)
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -64,8 +60,8 @@ def test_exit_ends_the_thread(fails):
 
     slow = threading.Event()
     try:
-        with Prefetcher(lambda step: step == 2 and slow.wait(0.05), last=5) as prefetcher:
-            prefetcher.get(1)
+        with closing(prefetch(lambda step: step == 2 and slow.wait(0.05), first=1, last=5)) as steps:
+            next(steps)
             assert len(threads()) == 1
             if fails:
                 raise KeyError

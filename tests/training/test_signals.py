@@ -11,7 +11,7 @@ import pytest
 from distrust import CheckpointManager, DistrustTrainer, TrainConfig
 from distrust.testing.toy_engine import ToyEngine
 from distrust.training.events import Preparing, RunEnded, StepEnded
-from distrust.training.signals import STOPPING, StopRequest
+from distrust.training.process import STOPPING, StopRequest
 
 
 @pytest.mark.parametrize("number", STOPPING)

@@ -47,11 +47,6 @@ class PendingSave:
         """Call ``callback`` when the write has ended, on its thread; at once if it already has."""
         self._future.add_done_callback(lambda _: callback())
 
-    def print_unreported_error(self) -> None:
-        """Print an error that no call has raised."""
-        if self.has_unreported_error:
-            print(f"distrust: a save in the background failed: {self._future.exception()}", file=sys.stderr)
-
     def wait(self, timeout: float | None = None) -> Path:
         """Wait until the checkpoint is durable, and return its path.
 
@@ -112,22 +107,21 @@ class BackgroundWriter:
         future.set_running_or_notify_cancel()  # from now on nobody can cancel it
         abandoned = False
 
+        def copy_and_write() -> None:
+            try:
+                copy()
+            finally:
+                copied.set()  # after an error too: wait_copied must return
+            write()
+
         def run() -> None:
             # Begin only when the save is registered: the next save would overwrite one that is not. An
             # interrupt may come before `begin` is set, so check the registration too.
             while not begin.wait(1.0) and self._pending is not pending and not abandoned:
                 pass
-            if abandoned:
-                # The caller never got it; the slot may be taken already, so mark it as done.
-                copied.set()
-                future.set_result(path)
-                return
             try:
-                try:
-                    copy()
-                finally:
-                    copied.set()  # after an error too: wait_copied must return
-                write()
+                if not abandoned:  # else no caller has it; but it may have the slot, so it must be done
+                    copy_and_write()
             except BaseException as error:  # raised by the next call that waits, or printed at exit
                 future.set_exception(error)
             else:
@@ -139,11 +133,6 @@ class BackgroundWriter:
             self._register(pending)
         except RuntimeError:  # no thread can be started
             abandoned = True
-
-            def copy_and_write() -> None:
-                copy()
-                write()
-
             return self.run(path, copy_and_write)
         except BaseException:
             abandoned = True
@@ -157,14 +146,11 @@ class BackgroundWriter:
         try:
             write()
         except SaveFailed as error:
-            return self.record_failure(path, error)
-        return self._finish(path, None)
+            return self.finish(path, error)
+        return self.finish(path)
 
-    def record_failure(self, path: Path, error: SaveFailed) -> PendingSave:
-        """A save that failed before anything was written; reported like one in the background."""
-        return self._finish(path, error)
-
-    def _finish(self, path: Path, error: SaveFailed | None) -> PendingSave:
+    def finish(self, path: Path, error: SaveFailed | None = None) -> PendingSave:
+        """Register a save that has ended; its error is reported like one in the background."""
         future: Future[Path] = Future()
         copied = threading.Event()
         copied.set()
@@ -181,11 +167,7 @@ class BackgroundWriter:
         _unreported_at_exit().add(pending)
 
     def wait(self) -> None:
-        """Wait for the save in progress.
-
-        Raises:
-            SaveFailed: if it, or the one before, failed and no call has raised that yet.
-        """
+        """Wait for the save in progress; raise SaveFailed if it failed and no call has raised that yet."""
         pending = self._pending
         if pending is None:
             return
@@ -200,16 +182,16 @@ class BackgroundWriter:
 
 @functools.cache
 def _unreported_at_exit() -> set[PendingSave]:
-    """The saves whose errors are printed at exit.
-
-    One hook for all: the interpreter never frees the slot of an unregistered hook, and scans all slots when
-    one is unregistered.
-    """
+    """The saves whose errors are printed at exit."""
+    # One hook for all: the interpreter never frees the slot of an unregistered hook, and scans all slots when
+    # one is unregistered.
     pending_saves: set[PendingSave] = set()
 
     def report() -> None:
         for pending in pending_saves:
-            pending.print_unreported_error()
+            if pending.has_unreported_error:
+                error = pending._future.exception()
+                print(f"distrust: a save in the background failed: {error}", file=sys.stderr)
 
     atexit.register(report)
     return pending_saves

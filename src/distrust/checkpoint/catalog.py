@@ -52,15 +52,9 @@ ScanCache = dict[Path, tuple[Identity, CheckpointFile]]
 
 
 def scan(directory: Path, cache: ScanCache | None = None) -> Scan:
-    """List a directory. One that does not exist is empty.
+    """List a directory of checkpoints. One that does not exist is empty; else as :func:`list_names`.
 
-    Args:
-        directory: of checkpoints.
-        cache: empty at first, and passed to each scan, which updates it: an unchanged checkpoint is not read
-            again.
-
-    Raises:
-        CheckpointError: if the directory cannot be read.
+    Each scan updates ``cache``, so that the next one does not read unchanged checkpoints again.
     """
     while True:
         fresh: ScanCache = {}
@@ -80,18 +74,20 @@ def _classify(entry: Entry, cache: ScanCache, fresh: ScanCache) -> CheckpointFil
     """Read the header of a file unless the cache has it; None if the file no longer exists."""
     path = entry.path
     try:
-        cached = cache.get(path)
-        if cached is not None and cached[0] == file_identity(_status(path)):  # one stat instead of a read
-            fresh[path] = cached
-            return cached[1]
+        if cached := cache.get(path):
+            with errors_with_path(path):
+                is_unchanged = cached[0] == file_identity(path.stat())  # one stat instead of a read
+            if is_unchanged:
+                fresh[path] = cached
+                return cached[1]
         if reader := foreign.find_reader(path):
-            file = CheckpointFile(path, reader.read_header(path))
-            file.require_name()
-            return file
-        file, status = _read_header(path)
+            file, is_stable = CheckpointFile(path, reader.read_header(path)), False  # it may be a folder
+        else:
+            file, status = _read_header(path)
+            # Two changes within one tick of the file system's clock leave the same times: do not cache.
+            is_stable = time.time_ns() - status.st_ctime_ns > STABLE_AFTER_NANOSECONDS
         file.require_name()
-        # Two changes within one tick of the file system's clock leave the same times: do not cache.
-        if time.time_ns() - status.st_ctime_ns > STABLE_AFTER_NANOSECONDS:
+        if is_stable:
             fresh[path] = file_identity(status), file
         return file
     except CheckpointNotFound:
@@ -100,18 +96,11 @@ def _classify(entry: Entry, cache: ScanCache, fresh: ScanCache) -> CheckpointFil
         return DamagedFile(path, entry.step, error)
 
 
-def _status(path: Path) -> os.stat_result:
-    with errors_with_path(path):
-        return path.stat()
-
-
 def list_names(directory: Path) -> list[Entry]:
     """The names of checkpoints in a directory: files, and folders of foreign formats.
 
-    By step; of one step: folders, the periodic file, the final file.
-
-    Raises:
-        CheckpointError: if the directory cannot be read.
+    By step; of one step: folders, the periodic file, the final file. Raises CheckpointError if the directory
+    cannot be read.
     """
     try:
         names = os.listdir(directory)
@@ -127,29 +116,18 @@ def list_names(directory: Path) -> list[Entry]:
 
 
 def resolve(target: Path) -> list[Path]:
-    """The checkpoints of a run or directory, by step; or the one checkpoint that ``target`` is.
-
-    Raises:
-        CheckpointNotFound: if there are none.
-    """
-    if is_directory(target):
-        paths = [entry.path for entry in list_names(checkpoint_directory(target))]
-        if not paths:
-            raise CheckpointNotFound(
-                f"{target}: no checkpoints here{foreign.import_hint(target)}", path=target
-            )
-        return paths
-    require_exists(target)
-    return [target]
+    """The checkpoints of a run or directory, by step, or the one ``target``; CheckpointNotFound if none."""
+    if not is_directory(target):
+        require_exists(target)
+        return [target]
+    paths = [entry.path for entry in list_names(checkpoint_directory(target))]
+    if not paths:
+        raise _no_checkpoints(target, foreign.import_hint(target))
+    return paths
 
 
 def require_exists(target: Path) -> None:
-    """Check that a path that a user named exists.
-
-    Raises:
-        CheckpointNotFound: if it does not.
-        CheckpointUnreadable: if this process may not look.
-    """
+    """Raise CheckpointNotFound if nothing is at a path, CheckpointUnreadable if this process may not look."""
     try:
         os.stat(target)
     except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a null byte
@@ -161,11 +139,8 @@ def require_exists(target: Path) -> None:
 def newest(target: Path) -> CheckpointFile:
     """The checkpoint ``target``, or the newest one with an intact header in a run or directory.
 
-    Warns of newer ones that are damaged.
-
-    Raises:
-        CheckpointNotFound: if there is none.
-        CorruptCheckpoint: if a file was named and its header is damaged.
+    Warns of newer ones that are damaged. Raises CheckpointNotFound if there is none, and errors as
+    :func:`read_header` if a file was named.
     """
     if not is_directory(target):
         require_exists(target)
@@ -173,13 +148,17 @@ def newest(target: Path) -> CheckpointFile:
     contents = scan(checkpoint_directory(target))
     files = contents.all_intact
     if not files:
-        also = f"; {len(contents.damaged)} damaged" if contents.damaged else foreign.import_hint(target)
-        raise CheckpointNotFound(f"{target}: no checkpoints here{also}", path=target)
+        count = len(contents.damaged)
+        raise _no_checkpoints(target, f"; {count} damaged" if count else foreign.import_hint(target))
     for damaged in contents.damaged:
         if damaged.step >= files[-1].step:  # an older one does not matter
             text = f"skipped a damaged checkpoint: {damaged.error}"
             warnings.warn(text, DamagedCheckpointWarning, stacklevel=2)
     return files[-1]
+
+
+def _no_checkpoints(target: Path, hint: str) -> CheckpointNotFound:
+    return CheckpointNotFound(f"{target}: no checkpoints here{hint}", path=target)
 
 
 def checkpoint_directory(target: Path) -> Path:
@@ -198,10 +177,7 @@ def read_header(path: Path) -> CheckpointFile:
     """Read and check a header, not the data.
 
     Raises:
-        CheckpointNotFound: if there is no such file.
-        CorruptCheckpoint: if it is damaged.
-        CheckpointUnreadable: if this process cannot read it.
-        UnsupportedVersion: if a later version of the format wrote it.
+        CheckpointError: CheckpointNotFound, CorruptCheckpoint, CheckpointUnreadable or UnsupportedVersion.
     """
     if reader := foreign.find_reader(path):
         return CheckpointFile(path, reader.read_header(path))
@@ -212,10 +188,7 @@ def verify(path: Path) -> CheckpointFile:
     """Read a whole checkpoint; check every byte, and that its name is right.
 
     Raises:
-        CheckpointNotFound: if there is no such file.
-        CorruptCheckpoint: with the first damaged tensor and its location.
-        CheckpointUnreadable: if this process cannot read it.
-        UnsupportedVersion: if a later version of the format wrote it.
+        CheckpointError: as :func:`read_header`; for damage with the first damaged tensor and its location.
     """
     file = verify_content(path)
     file.require_name()
@@ -238,8 +211,7 @@ def verify_content(path: Path) -> CheckpointFile:
 def open_checkpoint(path: Path) -> Iterator[tuple[int, Header]]:
     """Open a checkpoint and check its header fully; gives descriptor and header.
 
-    Use it inside :func:`errors_with_path`. It must not translate errors itself: a generator that raises
-    another error keeps the original one, with every buffer in its frames, until the garbage collector runs.
+    Use it inside :func:`errors_with_path`: a generator must not translate errors itself (ErrorTranslator).
     """
     with open_regular(path) as (descriptor, status):
         header = _parse_header(descriptor, status.st_size)

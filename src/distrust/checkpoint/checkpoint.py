@@ -6,10 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from distrust.checkpoint.tree import ARRAY_SECTIONS, STATE_SECTIONS
+from distrust.checkpoint import arrays, tree
 from distrust.errors import UnsupportedState
-
-__all__ = ["ARRAY_SECTIONS", "MAX_STEP", "STATE_SECTIONS", "Checkpoint"]
 
 MAX_STEP = 10**18  # file names have at most 18 digits, and int64 holds it
 
@@ -23,44 +21,33 @@ class Checkpoint:
     or strings; their types are kept. A loaded tree is equal to the saved one, and its arrays and floats are
     bit-identical. The order of dict keys is not kept, nor is a subclass of a scalar type (numpy's float64
     becomes a float).
-
-    Attributes:
-        step: completed optimizer steps, 0 or more.
-        model: weights by name.
-        optimizer: moments and counters, such as a torch optimizer's ``state_dict()``.
-        rng: the state of every random number generator.
-        history: values that grow with the run, as arrays.
-        config: the options that change the result.
-        metadata: anything else the caller wants to save; its numbers count as metrics.
-        metrics: numbers shown in listings and used to choose the best checkpoint. Not part of
-            ``state_digest``.
-        measured_on: what the metrics were measured on, such as the digest of an eval set. The best checkpoint
-            is chosen among those with the same value as the newest.
-        run: what may differ between equal runs (paths, intervals, versions), as plain JSON values. Not part
-            of ``state_digest``.
     """
 
-    step: int
-    model: Mapping[Any, Any] = field(default_factory=dict)
-    optimizer: Mapping[Any, Any] = field(default_factory=dict)
-    rng: Mapping[Any, Any] = field(default_factory=dict)
-    history: Mapping[Any, Any] = field(default_factory=dict)
-    config: Mapping[Any, Any] = field(default_factory=dict)
-    metadata: Mapping[Any, Any] = field(default_factory=dict)
+    step: int  # completed optimizer steps, 0 or more
+    model: Mapping[Any, Any] = field(default_factory=dict)  # weights by name
+    optimizer: Mapping[Any, Any] = field(default_factory=dict)  # such as a torch optimizer's state_dict()
+    rng: Mapping[Any, Any] = field(default_factory=dict)  # the state of every random number generator
+    history: Mapping[Any, Any] = field(default_factory=dict)  # values that grow with the run, as arrays
+    config: Mapping[Any, Any] = field(default_factory=dict)  # the options that change the result
+    metadata: Mapping[Any, Any] = field(default_factory=dict)  # anything else; its numbers count as metrics
+    #: Shown in listings and used to choose the best checkpoint; not part of ``state_digest``.
     metrics: Mapping[str, float] = field(default_factory=dict)
+    #: What the metrics were measured on, such as the digest of an eval set. The best checkpoint is chosen
+    #: among those with the same value as the newest.
     measured_on: str = ""
+    #: What may differ between equal runs (paths, intervals, versions), as plain JSON values; not part of
+    #: ``state_digest``.
     run: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # type(), not isinstance(): True is an int, and must not be step 1.
         if type(self.step) is not int or not 0 <= self.step < MAX_STEP:
             raise UnsupportedState(f"step must be an int in [0, 10**18), not {self.step!r}", label="step")
-        for name in (*STATE_SECTIONS, "metrics", "run"):
+        for name in (*tree.STATE_SECTIONS, "metrics", "run"):
             if not isinstance(getattr(self, name), Mapping):
                 kind = type(getattr(self, name)).__qualname__
-                raise UnsupportedState(
-                    f"{name} must be a dict, such as a state_dict(), not a {kind}", label=name
-                )
+                problem = f"{name} must be a dict, such as a state_dict(), not a {kind}"
+                raise UnsupportedState(problem, label=name)
         if type(self.measured_on) is not str:
             raise UnsupportedState(
                 f"measured_on must be a str, not {self.measured_on!r}", label="measured_on"
@@ -69,9 +56,6 @@ class Checkpoint:
     @property
     def nbytes(self) -> int:
         """Total size of all arrays, in bytes."""
-        from distrust.checkpoint import arrays, tree
-
-        _, by_label = tree.flatten(
-            {name: getattr(self, name) for name in ARRAY_SECTIONS}, is_array=arrays.is_array
-        )
+        sections = {name: getattr(self, name) for name in tree.ARRAY_SECTIONS}
+        _, by_label = tree.flatten(sections, is_array=arrays.is_array)
         return sum(array.nbytes for array in by_label.values())

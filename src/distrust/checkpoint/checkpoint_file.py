@@ -17,14 +17,9 @@ Rank = tuple[int, bool, bool, bool]
 
 
 class CheckpointFile(NamedTuple):
-    """A checkpoint whose header is intact.
+    """A checkpoint whose header is intact."""
 
-    Attributes:
-        path: of the file or, in a foreign format, of the folder.
-        header: its header, in this library's format or a foreign one.
-    """
-
-    path: Path
+    path: Path  #: of the file or, in a foreign format, of the folder
     header: Header | ForeignHeader
 
     @property
@@ -95,37 +90,23 @@ class CheckpointFile(NamedTuple):
 
     @property
     def rank(self) -> Rank:
-        """Sort key, by step. Of one step, the highest is the one that ``load(step)`` reads.
-
-        Metadata only < foreign < periodic < final.
-        """
+        """Sort key, by step; of one step: metadata only < foreign < periodic < final."""
+        # The highest of a step is the one that load(step) reads.
         return self.step, not self.metadata_only, not self.is_foreign, self.kind == "final"
 
     @property
     def tensors(self) -> tuple[TensorInfo, ...]:
-        """The tensors, in the order of their data.
-
-        Raises:
-            CorruptCheckpoint: if a forged header does not describe them as a writer does.
-        """
+        """The tensors, in the order of their data; CorruptCheckpoint if no writer lays them out like this."""
         with errors_with_path(self.path):
             return self.header.tensors
 
     def require_intact(self) -> None:
-        """Check everything except the tensors' bytes; see :mod:`distrust.checkpoint.header`.
-
-        Raises:
-            CorruptCheckpoint: with what no writer writes.
-        """
+        """Check everything except the tensors' bytes; raise CorruptCheckpoint for what no writer writes."""
         with errors_with_path(self.path):
             self.header.require_intact()
 
     def require_name(self) -> None:
-        """Check that the step and kind are those in the file's name; any other name is accepted.
-
-        Raises:
-            CorruptCheckpoint: if they are not.
-        """
+        """Raise CorruptCheckpoint if the file's name states another step or kind; any name may state none."""
         entry = parse_checkpoint_name(self.path)  # None for a file that the user renamed freely
         if entry is not None and (self.step, self.kind) != (entry.step, entry.kind):
             reason = f"it holds step {self.step} ({self.kind}), not what its name says"
@@ -133,17 +114,11 @@ class CheckpointFile(NamedTuple):
 
 
 class DamagedFile(NamedTuple):
-    """A file with the name of a checkpoint that cannot be read as one.
-
-    Attributes:
-        path: of the file.
-        step: by its name.
-        error: what is wrong: damage, or a later version of the format.
-    """
+    """A file with the name of a checkpoint that cannot be read as one."""
 
     path: Path
-    step: int
-    error: CorruptCheckpoint | UnsupportedVersion
+    step: int  #: by its name
+    error: CorruptCheckpoint | UnsupportedVersion  #: damage, or a later version of the format
 
     @property
     def reason(self) -> str:
@@ -157,27 +132,21 @@ class DamagedFile(NamedTuple):
 
 
 class Scan(NamedTuple):
-    """The contents of a directory of checkpoints.
+    """The contents of a directory of checkpoints; each tuple by step, the periodic one before the final."""
 
-    Attributes:
-        files: checkpoints with an intact header, by step; the periodic one of a step before the final one.
-        damaged: files named as checkpoints that are damaged, by step.
-        foreign: checkpoints in foreign formats with intact metadata, in the same order as ``files``.
-    """
-
-    files: tuple[CheckpointFile, ...]
-    damaged: tuple[DamagedFile, ...]
-    foreign: tuple[CheckpointFile, ...] = ()
+    files: tuple[CheckpointFile, ...]  #: checkpoints with an intact header
+    damaged: tuple[DamagedFile, ...]  #: files named as checkpoints that are damaged: no rule counts them
+    foreign: tuple[CheckpointFile, ...] = ()  #: with intact metadata; separate, as no rule counts them
 
     @classmethod
     def of(cls, files: Iterable[CheckpointFile | DamagedFile]) -> Scan:
         """Group files, which are in order."""
-        files = list(files)  # iterated three times
+        files = list(files)  # iterated twice
         intact = [file for file in files if isinstance(file, CheckpointFile)]
         return cls(
             files=tuple(file for file in intact if not file.is_foreign),
-            damaged=tuple(file for file in files if isinstance(file, DamagedFile)),  # never counted either
-            foreign=tuple(file for file in intact if file.is_foreign),  # apart: no rule may count them
+            damaged=tuple(file for file in files if isinstance(file, DamagedFile)),
+            foreign=tuple(file for file in intact if file.is_foreign),
         )
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,9 +32,7 @@ class Difference:
 def differences(a: CheckpointFile, b: CheckpointFile) -> list[Difference]:
     """Return the tensors and scalars that differ; empty if and only if the states are equal.
 
-    Raises:
-        CorruptCheckpoint: if the header of one does not match its digests.
-        CheckpointError: if one of them is in an older format.
+    Raises CheckpointError if a header does not match its digests, or one of them is in an older format.
     """
     a.require_intact()
     b.require_intact()
@@ -47,8 +45,7 @@ def differences(a: CheckpointFile, b: CheckpointFile) -> list[Difference]:
     if a.step != b.step:
         result.append(Difference("state", "step", str(a.step), str(b.step)))
     result.sort(key=lambda difference: difference.name)
-    tensors_a = {tensor.name: _describe(tensor) for tensor in a.tensors}
-    tensors_b = {tensor.name: _describe(tensor) for tensor in b.tensors}
+    tensors_a, tensors_b = _describe(a.tensors), _describe(b.tensors)
     result += [
         Difference("tensor", name, value_a, value_b)
         for name in sorted(tensors_a.keys() | tensors_b.keys())
@@ -58,8 +55,8 @@ def differences(a: CheckpointFile, b: CheckpointFile) -> list[Difference]:
     return result or [Difference("state", "skeleton", a.state_digest, b.state_digest)]
 
 
-def _describe(tensor: TensorInfo) -> str:
-    return f"{tensor.dtype}{list(tensor.shape)} {tensor.digest}"
+def _describe(tensors: Iterable[TensorInfo]) -> dict[str, str]:
+    return {tensor.name: f"{tensor.dtype}{list(tensor.shape)} {tensor.digest}" for tensor in tensors}
 
 
 def _compare_nodes(a: Any, b: Any, path: str, result: list[Difference]) -> None:

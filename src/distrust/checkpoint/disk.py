@@ -22,9 +22,7 @@ from pathlib import Path
 from distrust.checkpoint import direct_io
 
 _SYNC_FILE_RANGE_WRITE = 2
-# Constants of macOS without names in Python.
-_F_PREALLOCATE = 42
-_F_ALLOCATEALL, _F_PEOFPOSMODE = 4, 3
+_F_PREALLOCATE, _F_ALLOCATEALL, _F_PEOFPOSMODE = 42, 4, 3  # of macOS, without names in Python
 
 
 class Disk:
@@ -139,10 +137,10 @@ def _sync(descriptor: int) -> None:
 def _start_write_back(descriptor: int, offset: int, length: int) -> None:
     """Start writing cached pages to the disk now, so that the sync has less to do."""
     if sys.platform == "linux" and not direct_io.is_enabled(descriptor):
-        libc = ctypes.CDLL(None)
-        libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+        start = ctypes.CDLL(None).sync_file_range
+        start.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
         # The result does not matter: the sync reports failed writes.
-        libc.sync_file_range(descriptor, offset, length, _SYNC_FILE_RANGE_WRITE)
+        start(descriptor, offset, length, _SYNC_FILE_RANGE_WRITE)
 
 
 def _preallocate(descriptor: int, size: int) -> bool:

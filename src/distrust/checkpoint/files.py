@@ -27,34 +27,30 @@ CUT_WHILE_READ = "the file ends in the middle: it was cut while it was read"
 
 def errors_with_path(path: Path) -> ErrorTranslator:
     """Context manager that raises errors of its block as this library's errors, with the path."""
+    kinds = (OSError, MemoryError, CorruptCheckpoint, UnsupportedVersion)
+    return ErrorTranslator(kinds, lambda error: error_with_path(error, path))
 
-    def translate(error: Exception) -> Exception:
-        match error:
-            case CorruptCheckpoint():
-                return CorruptCheckpoint(error.reason, path=path, tensor=error.tensor)
-            case UnsupportedVersion():
-                return UnsupportedVersion(f"{path}: {error}", path=path)
-            case FileNotFoundError():
-                return CheckpointNotFound(f"{path}: no such checkpoint", path=path)
-            case OSError() if error.errno not in _PROCESS_ERRORS:  # EIO, ELOOP: the file's fault
-                return CorruptCheckpoint(f"it cannot be read: {error.strerror}", path=path)
-        reason = error.strerror if isinstance(error, OSError) else str(error) or "no memory"
-        return CheckpointUnreadable(f"{path}: cannot be read: {reason}", path=path)
 
-    return ErrorTranslator((OSError, MemoryError, CorruptCheckpoint, UnsupportedVersion), translate)
+def error_with_path(error: Exception, path: Path) -> Exception:
+    """The error of this library for one that reading a file raised."""
+    match error:
+        case CorruptCheckpoint():
+            return CorruptCheckpoint(error.reason, path=path, tensor=error.tensor)
+        case UnsupportedVersion():
+            return UnsupportedVersion(f"{path}: {error}", path=path)
+        case FileNotFoundError():
+            return CheckpointNotFound(f"{path}: no such checkpoint", path=path)
+        case OSError() if error.errno not in _PROCESS_ERRORS:  # EIO, ELOOP: the file's fault
+            return CorruptCheckpoint(f"it cannot be read: {error.strerror}", path=path)
+    reason = error.strerror if isinstance(error, OSError) else str(error) or "no memory"
+    return CheckpointUnreadable(f"{path}: cannot be read: {reason}", path=path)
 
 
 @contextlib.contextmanager
 def open_regular(path: str | Path, *, folder: int | None = None) -> Iterator[tuple[int, os.stat_result]]:
-    """Open a regular file for reading; gives its descriptor and status.
+    """Open a file for reading; gives descriptor and status. Raises CorruptCheckpoint if it is not regular.
 
-    Args:
-        path: of the file.
-        folder: descriptor of the folder that contains it; then links are not followed.
-
-    Raises:
-        CorruptCheckpoint: if it is not a regular file.
-        OSError: if it cannot be opened.
+    ``folder`` is the descriptor of the folder that contains it; then links are not followed.
     """
     # O_NONBLOCK: opening a pipe must not wait for a writer.
     # O_NOCTTY: opening a terminal must not make it this process's controlling terminal.
@@ -72,12 +68,7 @@ def open_regular(path: str | Path, *, folder: int | None = None) -> Iterator[tup
 
 
 def read_into(descriptor: int, view: memoryview, offset: int) -> None:
-    """Fill ``view`` from ``offset`` on.
-
-    Raises:
-        CorruptCheckpoint: if the file ends too early.
-        OSError: if the disk cannot be read.
-    """
+    """Fill ``view`` from ``offset`` on. Raises CorruptCheckpoint if the file ends too early, or OSError."""
     while view:  # a read may return less than asked for
         count = os.preadv(descriptor, [view], offset)
         if count == 0:  # end of file: the size was checked before
@@ -87,12 +78,7 @@ def read_into(descriptor: int, view: memoryview, offset: int) -> None:
 
 
 def begins_as_checkpoint(path: Path) -> bool:
-    """Whether a file begins like every file of this format.
-
-    Raises:
-        CorruptCheckpoint: if it is not a regular file.
-        OSError: if it cannot be read.
-    """
+    """Whether a file begins like every file of this format. Raises as :func:`open_regular`."""
     with open_regular(path) as (descriptor, _):
         return os.pread(descriptor, LENGTH_BYTES + len(OPENING), 0).startswith(OPENING, LENGTH_BYTES)
 
@@ -102,15 +88,9 @@ _NAME = re.compile(r"checkpoint-(0|[1-9][0-9]{0,17})(-final)?(\.safetensors)?", 
 
 
 class Entry(NamedTuple):
-    """A name of a checkpoint in a directory.
+    """A name of a checkpoint in a directory, with the step and kind that it states."""
 
-    Attributes:
-        path: of the file or, without a suffix, of a folder of a foreign format.
-        step: by its name.
-        kind: by its name.
-    """
-
-    path: Path
+    path: Path  #: of the file or, without a suffix, of a folder of a foreign format
     step: int
     kind: Kind
 

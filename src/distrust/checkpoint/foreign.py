@@ -21,21 +21,15 @@ if TYPE_CHECKING:
 
 
 class ForeignHeader(Protocol):
-    """The header of a checkpoint in another format: the same attributes as :class:`header.Header`.
+    """The header of a checkpoint in another format: the same attributes as :class:`header.Header`."""
 
-    Attributes:
-        format: the name of the format, for listings.
-        lacks_arrays: whether it holds neither model nor optimizer.
-        digest: empty if the format has no digests; ``state_digest`` likewise.
-    """
-
-    format: str
+    format: str  #: its name, for listings
     step: int
     kind: Kind
     file_size: int
-    lacks_arrays: bool
-    digest: str
-    state_digest: str
+    lacks_arrays: bool  #: whether it holds neither model nor optimizer
+    digest: str  #: empty if the format has no digests
+    state_digest: str  #: likewise
     measured_on: str
     run_info: dict[str, Any]
     config: dict[str, Any]
@@ -91,11 +85,9 @@ _load_reader: Callable[[], ForeignReader] | None = None
 
 
 def register(load: Callable[[], ForeignReader] | None) -> None:
-    """Set the reader of other formats.
+    """Set the reader of other formats, or remove it with None.
 
-    Args:
-        load: returns the reader. It is called whenever a path is not in the core's own format, so it should
-            import what it needs only then. None removes the reader.
+    ``load`` is called whenever a path is not in the core's own format: it imports what it needs only then.
     """
     global _load_reader  # one reader: it knows all foreign formats
     _load_reader = load
@@ -116,21 +108,15 @@ def find_reader(path: Path) -> ForeignReader | None:
 
 def import_hint(folder: Path) -> str:
     """What a folder without checkpoints seems to be, to append to a message; empty if it is unknown."""
-    return _load_reader().import_hint(folder) if _load_reader is not None else ""
+    return _load_reader().import_hint(folder) if _load_reader else ""
 
 
 def require_converted(file: CheckpointFile) -> None:
-    """Check that a checkpoint is in the core's format.
-
-    Raises:
-        CheckpointError: if it is not, with what to do.
-    """
+    """Raise CheckpointError, with what to do, if a checkpoint is not in the core's format."""
     if not file.is_foreign:
         return
-    problem = f"{file.path}: in an older format ({file.format})"
     if file.metadata_only:
-        raise CheckpointError(
-            f"{problem}, and metadata only: there is no model to resume from; move it away", path=file.path
-        )
-    remedy = _load_reader().convert_hint(file.path) if _load_reader is not None else "convert it first"
-    raise CheckpointError(f"{problem}; {remedy}", path=file.path)
+        remedy = ", and metadata only: there is no model to resume from; move it away"
+    else:
+        remedy = f"; {_load_reader().convert_hint(file.path) if _load_reader else 'convert it first'}"
+    raise CheckpointError(f"{file.path}: in an older format ({file.format}){remedy}", path=file.path)

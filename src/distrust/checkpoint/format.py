@@ -1,9 +1,8 @@
 """The file format, and the layout of a new file. Pure functions: no policy, no I/O.
 
 A checkpoint is a safetensors file: 8 bytes of little-endian header length; a JSON header padded with spaces
-so that the data begins at a multiple of 4096 (the alignment that direct I/O needs); then the tensors without
-gaps, by descending item size and then by name, so that each is aligned to its item size. Three kinds of
-digests, all BLAKE3, verify each part without the others:
+so that the data begins at a multiple of 4096; then the tensors without gaps, by descending item size and then
+by name, so that each is aligned to its item size. Three kinds of BLAKE3 digests verify each part alone:
 
 - ``digests``: one for each tensor's bytes;
 - ``state_digest``: over each tensor's name, dtype, shape and digest, and over ``state`` (the skeleton and the
@@ -12,16 +11,16 @@ digests, all BLAKE3, verify each part without the others:
 
 They detect accidental damage. They are not a signature: whoever forges a file can compute them too.
 
-The header is canonical: sorted keys, no spaces except the padding, UTF-8. ``__metadata__`` sorts before every
-tensor and ``digest`` before its other keys, so every header of every version begins with :data:`OPENING`, and
-its own digest is at a fixed position. There is one encoder, :class:`HeaderText`: a reader proves that a
-header is canonical by re-encoding what it parsed (:mod:`distrust.checkpoint.header`).
+The header is canonical: sorted keys, no spaces except the padding, UTF-8. So every header of every version
+begins with :data:`OPENING`, and its own digest is at a fixed position. A reader proves that a header is
+canonical by re-encoding what it parsed with the one encoder, :class:`HeaderText`.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from json.encoder import encode_basestring as encode_text
@@ -82,12 +81,10 @@ class TensorTable:
     tensor would cost more than everything else about a header. Raises :class:`InvalidTensor`.
     """
 
-    def __init__(
-        self, names: Sequence[str], dtypes: Iterable[str], shapes: Iterable[tuple[int, ...]]
-    ) -> None:
+    def __init__(self, names: Sequence[str], pairs: Sequence[Description]) -> None:
         self.names = names
+        self._pairs = pairs
         # Thousands of tensors share a few (dtype, shape) pairs: what depends on the pair is computed once.
-        self._pairs = [*zip(dtypes, shapes, strict=True)]
         sizes = {pair: _size(*pair) for pair in {*self._pairs}}
         if -1 in sizes.values():
             rows = zip(names, self._pairs, strict=True)
@@ -152,7 +149,7 @@ class InvalidTensor(Exception):
 class HeaderText:
     """An encoded header without its digests. Digests have a fixed length, so the header's length is known."""
 
-    def __init__(self, *, step: int, kind: Kind, state: str, run: str, table: TensorTable) -> None:
+    def __init__(self, table: TensorTable, *, step: int, kind: Kind, state: str, run: str) -> None:
         self._between_digests = (
             f'","format":"{FORMAT}","kind":"{kind}","run":{encode_text(run)},"state":{encode_text(state)},'
             '"state_digest":"'
@@ -194,9 +191,8 @@ class Layout:
         self, tensors: Mapping[str, Description], *, step: int, kind: Kind, sections: dict[str, Any], run: str
     ) -> None:
         names = sorted(tensors)
-        dtypes, shapes = zip(*map(tensors.__getitem__, names), strict=True) if names else ((), ())
         try:
-            self._table = TensorTable(names, dtypes, shapes)
+            self._table = TensorTable(names, [*map(tensors.__getitem__, names)])
         except InvalidTensor as error:
             name, shape = error.args
             raise UnsupportedState(f"{name}: no reader accepts the shape {shape}", label=name) from None
@@ -216,7 +212,7 @@ class Layout:
         return self.data_offset + self.data_bytes
 
     def header(self, digests: Sequence[str]) -> tuple[bytes, str]:
-        """Return the header's bytes and the ``digest`` in them; ``digests`` in the order of the data."""
+        """As :meth:`HeaderText.complete`."""
         return self._text.complete(digests, self._table.state_digest(self._state, digests))
 
     @lockfree_cached_property
@@ -225,9 +221,7 @@ class Layout:
 
     @lockfree_cached_property
     def _text(self) -> HeaderText:
-        text = HeaderText(
-            step=self._step, kind=self._kind, state=self._state, run=self._run, table=self._table
-        )
+        text = HeaderText(self._table, step=self._step, kind=self._kind, state=self._state, run=self._run)
         if text.nbytes > MAX_HEADER_BYTES:
             raise UnsupportedState(
                 f"the header would have {text.nbytes:,} bytes, and readers accept at most "
@@ -245,33 +239,20 @@ def header_digest(header: bytes | bytearray) -> str:
     return hasher.update(view[DIGEST_SLICE.stop :]).hexdigest()
 
 
+#: In a forked child hashing is always single-threaded: the threads of the parent's pool do not exist there.
+_in_forked_child = threading.Event()
+os.register_at_fork(after_in_child=_in_forked_child.set)
+
+
 def tensor_hasher(*, all_cores: bool) -> blake3:
     """Return a BLAKE3 hasher for a tensor's bytes: multi-threaded for large pieces, else single-threaded."""
-    # In a forked child always single-threaded: the threads of the parent's pool do not exist there.
-    return blake3(max_threads=blake3.AUTO if all_cores and not _forked else 1)
+    return blake3(max_threads=blake3.AUTO if all_cores and not _in_forked_child.is_set() else 1)
 
 
-def _remember_fork() -> None:
-    global _forked
-    _forked = True
-
-
-_forked = False
-os.register_at_fork(after_in_child=_remember_fork)
-
-
-_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-_COMPACT = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
-
-
-def canonical_json(value: Any) -> str:
-    """Return JSON with sorted keys and no spaces: equal values give equal text. Keeps NaN and infinities."""
-    return _CANONICAL.encode(value)
-
-
-def compact_json(value: Any) -> str:
-    """Return JSON without spaces, the keys in their own order."""
-    return _COMPACT.encode(value)
+#: JSON with sorted keys and no spaces: equal values give equal text. Keeps NaN and infinities.
+canonical_json = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode
+#: JSON without spaces, the keys in their own order.
+compact_json = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
 
 
 def is_valid_shape(shape: tuple[int, ...]) -> bool:
@@ -283,14 +264,9 @@ def _size(dtype: str, shape: tuple[int, ...]) -> int:
     """Return a tensor's length in bytes, or -1 if it is impossible. Neither dtype nor shape is trusted."""
     item_size = ITEM_SIZES.get(dtype)
     # type(), not isinstance(): True is an int, and must not be a dimension of 1.
-    if (
-        item_size is None
-        or len(shape) > MAX_DIMENSIONS
-        or {*map(type, shape)} - {int}
-        or min(shape, default=0) < 0
-    ):
+    if item_size is None or len(shape) > MAX_DIMENSIONS or {*map(type, shape)} - {int}:
         return -1
     # Without the zeros: frameworks reject a shape such as (0, 2**62, 2**62), too.
-    if prod(filter(None, shape)) * item_size >= MAX_SIZE:
+    if min(shape, default=0) < 0 or prod(filter(None, shape)) * item_size >= MAX_SIZE:
         return -1
     return prod(shape) * item_size

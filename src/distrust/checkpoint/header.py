@@ -1,14 +1,8 @@
 """Parsing and checking a checkpoint's header. No I/O.
 
-A reader trusts nothing in the file, and each caller pays only for what it uses:
-
-- :func:`parse_header` verifies the header's digest, parses the metadata and the scalars of the state, and
-  checks that the file has the size that the header states. That is all a listing shows. The descriptions of
-  tensors and the skeletons of their sections, which may be thousands of times as long, are covered by the
-  digest but not parsed.
-- :attr:`Header.tensors` and :attr:`Header.sections` parse and check those on first access.
-- :meth:`Header.require_intact` checks everything: the two above, the state's digest, and canonical form. It
-  is called before any data is read.
+A reader trusts nothing in the file, and each caller pays only for what it uses: :func:`parse_header` checks
+the digest and what a listing shows. The tensors and skeletons, which may be thousands of times as long, are
+parsed and checked on first access. :meth:`Header.require_intact` checks everything, before any data is read.
 
 So damage is detected at once, wherever it is. A forged file with correct digests is rejected where it is
 used, always with :class:`CorruptCheckpoint`. Canonical form is checked by re-encoding what was parsed and
@@ -20,6 +14,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from itertools import chain
 from operator import lt
 from typing import Any, cast, get_args
@@ -35,6 +30,7 @@ from distrust.checkpoint.format import (
     METADATA,
     OPENING,
     VERSION,
+    Description,
     HeaderText,
     InvalidTensor,
     Kind,
@@ -46,7 +42,6 @@ from distrust.checkpoint.format import (
     is_valid_shape,
 )
 from distrust.checkpoint.lazy import lockfree_cached_property
-from distrust.checkpoint.tree import ARRAY_SECTIONS, STATE_SECTIONS
 from distrust.errors import CorruptCheckpoint, ErrorTranslator, UnsupportedVersion, shorten
 
 METADATA_KEYS = (
@@ -55,7 +50,7 @@ METADATA_KEYS = (
 #: The state begins with these; the skeletons of model, optimizer and rng, long with many tensors, follow.
 _FIRST_SECTIONS = ("config", "history", "metadata")
 _STATE_KEYS = ("sections", "step")
-_SECTIONS = (*sorted(STATE_SECTIONS),)
+_SECTIONS = (*sorted(tree.STATE_SECTIONS),)
 _KINDS = get_args(Kind)
 #: A tensor's member of the header. Possessive quantifiers ("++", "*+") never backtrack, so hostile text
 #: cannot make the match slow.
@@ -76,7 +71,10 @@ class Header:
 
     def __init__(self, metadata: dict[str, str], table: str, data_offset: int, file_size: int) -> None:
         self.step = _integer(metadata["step"], "step")
-        self.kind = _kind(metadata["kind"])
+        if metadata["kind"] not in _KINDS:
+            kind = shorten(metadata["kind"])
+            raise CorruptCheckpoint(f"the header's kind {kind!r} is none of {', '.join(_KINDS)}")
+        self.kind = cast(Kind, metadata["kind"])
         self.state = metadata["state"]  # canonical JSON: skeleton, scalars, config and metadata
         self.run = metadata["run"]  # JSON of what may differ between equal runs
         self.state_digest = metadata["state_digest"]  # the identity of the state
@@ -108,20 +106,18 @@ class Header:
     @lockfree_cached_property
     def sections(self) -> dict[str, Any]:
         """The skeleton of each section; CorruptCheckpoint unless together they name every tensor once."""
-        with _json_errors("state"):
-            state = json.loads(self.state)
-            _require_same(self.state, canonical_json(state))
+        state = _parse_canonical("state", self.state, canonical_json)
         sections = state.get("sections") if type(state) is dict else None
         if type(sections) is not dict or state.get("step") != self.step:
             raise CorruptCheckpoint("the state is not of the step in the header")
         if (*state,) != _STATE_KEYS or (*sections,) != _SECTIONS:
             raise CorruptCheckpoint(f"the state does not hold {', '.join(_SECTIONS)} and nothing else")
         all_labels: list[str] = []
-        for name in STATE_SECTIONS:
+        for name in tree.STATE_SECTIONS:
             labels: list[str] = []
             if type(tree.unflatten(sections.get(name), labels.append)) is not dict:
                 raise CorruptCheckpoint(f"the state has no {name}")
-            if labels and name not in ARRAY_SECTIONS:
+            if labels and name not in tree.ARRAY_SECTIONS:
                 raise CorruptCheckpoint(f"{name} names a tensor, {shorten(labels[0])!r}")
             all_labels += labels
         if sorted(all_labels) != self._table.names:  # a tensor used twice, unused, or missing
@@ -133,9 +129,7 @@ class Header:
         _ = self.sections  # parses and checks them
         with _json_errors("header"):  # lone surrogates cannot be encoded
             state_digest = self._table.state_digest(self.state, self._tensor_digests)
-            text = HeaderText(
-                step=self.step, kind=self.kind, state=self.state, run=self.run, table=self._table
-            )
+            text = HeaderText(self._table, step=self.step, kind=self.kind, state=self.state, run=self.run)
             _, digest = text.complete(self._tensor_digests, self.state_digest)
         if self.state_digest != state_digest:
             raise CorruptCheckpoint("the state's digest does not match the state")
@@ -146,14 +140,12 @@ class Header:
 
     @lockfree_cached_property
     def _table(self) -> TensorTable:
-        names, byte_ranges, dtypes, shapes = _parse_table(self._table_text)
+        names, byte_ranges, pairs = _parse_table(self._table_text)
         try:
-            table = TensorTable(names, dtypes, shapes)
+            table = TensorTable(names, pairs)
         except InvalidTensor as error:
-            name, _ = error.args
-            raise CorruptCheckpoint(
-                f"tensor {shorten(name)!r} has an unknown dtype or an invalid shape"
-            ) from None
+            name = shorten(error.args[0])
+            raise CorruptCheckpoint(f"tensor {name!r} has an unknown dtype or an invalid shape") from None
         if not all(map(lt, [METADATA, *names], names)):  # strictly ascending: no duplicate keys
             raise CorruptCheckpoint("the tensors are not sorted by name, or a name occurs twice")
         # Offsets are never used: they must equal those that a writer computes from dtypes and shapes.
@@ -175,8 +167,7 @@ class Header:
 def header_length(first: bytes, file_size: int) -> int:
     """Return the length of the header with the 8 bytes before it, given at least the first 8 of the file.
 
-    Raises:
-        CorruptCheckpoint: if a file of that size cannot have such a header.
+    Raises CorruptCheckpoint if a file of that size cannot have such a header.
     """
     if len(first) < LENGTH_BYTES:
         raise CorruptCheckpoint(f"{file_size} bytes are too few for a checkpoint")
@@ -192,16 +183,11 @@ def parse_header(raw: bytes | bytearray, file_size: int) -> Header:
     """Parse and check a header, from its 8 bytes of length to its padding.
 
     Checks the digest of the header, the version, every field of the metadata, the scalars of the state and
-    the size of the file. The rest is checked on access: see the module.
-
-    Raises:
-        CorruptCheckpoint: describing the defect.
-        UnsupportedVersion: if a later version of the format wrote the file.
+    the size of the file. Raises CorruptCheckpoint, or UnsupportedVersion if a later version wrote the file.
     """
     if not raw.startswith(OPENING, LENGTH_BYTES):
-        raise CorruptCheckpoint(
-            f"not a checkpoint of this library: its header does not begin like one of {FORMAT}"
-        )
+        problem = f"its header does not begin like one of {FORMAT}"
+        raise CorruptCheckpoint(f"not a checkpoint of this library: {problem}")
     # First, and the same in every version: everything below parses bytes that are as they were written.
     if raw[DIGEST_SLICE] != header_digest(raw).encode():
         raise CorruptCheckpoint("the header's digest does not match the header")
@@ -272,9 +258,7 @@ def _refuse_tensor(label: str) -> None:
 
 
 def _run_info(text: str) -> dict[str, Any]:
-    with _json_errors("run"):
-        run = json.loads(text)
-        _require_same(text, compact_json(run))  # in the order of keys of the caller
+    run: Any = _parse_canonical("run", text, compact_json)  # in the order of keys of the caller
     if type(run) is not dict or any(type(run.get(part)) is not dict for part in ("metrics", "extra")):
         raise CorruptCheckpoint("the header's run is not one that a writer produces")
     if type(run.get("measured_on", "")) is not str:
@@ -292,6 +276,13 @@ def _json_errors(part: str) -> ErrorTranslator:
     )
 
 
+def _parse_canonical(part: str, text: str, encode: Callable[[Any], str]) -> Any:
+    with _json_errors(part):
+        value = json.loads(text)
+        _require_same(text, encode(value))
+    return value
+
+
 def _require_same(text: str, encoded: str) -> None:
     """Check that text is the canonical encoding of what was parsed from it."""
     if text != encoded:
@@ -299,39 +290,30 @@ def _require_same(text: str, encoded: str) -> None:
     text.encode()  # raises for lone surrogates, which JSON can escape
 
 
-def _parse_table(table: str) -> tuple[list[str], list[str], list[str], list[tuple[int, ...]]]:
-    """Return names, byte ranges ("begin,end"), dtypes and shapes of the tensors, in the order of the text."""
+def _parse_table(table: str) -> tuple[list[str], list[str], list[Description]]:
+    """Return names, byte ranges ("begin,end") and descriptions of the tensors, in the order of the text."""
     # A regular expression, not a JSON parser: a writer produces one form, and any other is invalid.
     members = _MEMBER.findall(table)
-    columns = [*zip(*members, strict=True)] or [()] * 4
+    columns: list[Any] = [*zip(*members, strict=True)] or [()] * 4
     # Matches are in order and do not overlap: if their total length is that of the text, they are all of it.
     if sum(map(len, chain.from_iterable(columns))) + _MEMBER_FRAME * len(members) != len(table):
         raise CorruptCheckpoint("a tensor's description is not one that a writer produces")
     names, byte_ranges, dtypes, shapes = columns
+    names = [_name(name) if "\\" in name else name for name in names]
     parsed = {shape: _shape(shape) for shape in {*shapes}}  # thousands of tensors share a few shapes
-    return (
-        [_name(name) if "\\" in name else name for name in names],
-        [*byte_ranges],
-        [*dtypes],
-        [*map(parsed.__getitem__, shapes)],
-    )
+    return names, [*byte_ranges], [*zip(dtypes, map(parsed.__getitem__, shapes), strict=True)]
 
 
 def _shape(text: str) -> tuple[int, ...]:
-    with _json_errors("table of tensors"):
-        shape = tuple(json.loads(f"[{text}]"))
-        _require_same(f"[{text}]", compact_json(shape))
+    shape = tuple(_parse_canonical("table of tensors", f"[{text}]", compact_json))
     # Before any shape is put into a set: whoever chooses the integers in it also chooses its hash.
     if not is_valid_shape(shape):
         raise CorruptCheckpoint(f"no tensor can have the shape [{shorten(text)}]")
     return shape
 
 
-def _name(encoded: str) -> str:
-    with _json_errors("table of tensors"):
-        name: str = json.loads(f'"{encoded}"')
-        _require_same(f'"{encoded}"', canonical_json(name))
-    return name
+def _name(encoded: str) -> Any:
+    return _parse_canonical("table of tensors", f'"{encoded}"', canonical_json)
 
 
 def _integer(text: Any, name: str) -> int:
@@ -340,9 +322,3 @@ def _integer(text: Any, name: str) -> int:
     if not is_number or text != str(int(text)):  # no leading zeros
         raise CorruptCheckpoint(f"the header's {name} is not an integer")
     return int(text)
-
-
-def _kind(text: str) -> Kind:
-    if text not in _KINDS:
-        raise CorruptCheckpoint(f"the header's kind {shorten(text)!r} is none of {', '.join(_KINDS)}")
-    return cast(Kind, text)

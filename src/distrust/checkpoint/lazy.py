@@ -35,24 +35,17 @@ class LazyMapping(Mapping[Any, Any]):
 
     def copy(self) -> dict[Any, Any]:
         """Return a plain dict, nested ones included; this verifies every tensor."""
-        return {key: _plain(value) for key, value in self.items()}
+        return {key: self._resolve(value, plain=True) for key, value in self._content.items()}
 
-    def _resolve(self, value: Any) -> Any:
+    def _resolve(self, value: Any, *, plain: bool = False) -> Any:
         if isinstance(value, LazyTensor):
             return self._load_tensor(value.label)
         if isinstance(value, dict):
-            return LazyMapping(value, self._load_tensor)  # nested dicts stay lazy
+            mapping = LazyMapping(value, self._load_tensor)  # nested dicts stay lazy, unless copied
+            return mapping.copy() if plain else mapping
         if isinstance(value, (list, tuple)):
-            return type(value)(map(self._resolve, value))
+            return type(value)([self._resolve(item, plain=plain) for item in value])
         return value
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, LazyMapping):
-        return value.copy()
-    if isinstance(value, (list, tuple)):
-        return type(value)(map(_plain, value))
-    return value
 
 
 Value = TypeVar("Value")

@@ -33,11 +33,6 @@ class DirectoryLock:
         self._file: _LockFile | None = None
         self._finalizer: weakref.finalize[[], DirectoryLock] | None = None
 
-    @property
-    def is_held(self) -> bool:
-        """Whether this process may write."""
-        return self._file is not None and self._file.descriptor >= 0
-
     def acquire(self) -> None:
         """Create the directory if needed, lock it, remove stale files, and sync the names of dead writers.
 
@@ -45,8 +40,8 @@ class DirectoryLock:
             CheckpointDirectoryLocked: if another writer has the lock.
             SaveFailed: if the directory cannot be created or written to.
         """
-        if self.is_held:  # a manager acquires before every save
-            return
+        if self._file is not None and self._file.descriptor >= 0:
+            return  # this process has it: a manager acquires before every save
         with errors_for_directory(self._directory):
             make_directory(self._directory, self._disk)
             file = _LockFile(self._directory / LOCK_NAME, self._disk)
@@ -54,20 +49,16 @@ class DirectoryLock:
                 self._lock(file.descriptor)
                 remove_stale_files(self._directory, self._disk)  # safe: no other writer is alive
                 sync_names(self._directory, self._disk)
+                # A manager that is dropped without close() must not lock its own process out.
+                self._finalizer = weakref.finalize(self, file.close)
+                self._file = file  # only now: an error above leaves nothing locked
             except BaseException:
                 file.close()
                 raise
-            self._file = file  # only now: an error above leaves nothing locked
-            # A manager that is dropped without close() must not lock its own process out.
-            self._finalizer = weakref.finalize(self, file.close)
 
     def confirm(self) -> None:
-        """Check that the lock is still the directory's.
-
-        Raises:
-            SaveFailed: if the directory was removed, renamed, replaced or mounted over: another writer may
-                have locked what exists there now.
-        """
+        """Raise SaveFailed if the lock is no longer the directory's."""
+        # It was removed, renamed, replaced or mounted over: another writer may have locked what exists there.
         assert self._file is not None  # noqa: S101 - the caller has acquired it
         with errors_for_directory(self._directory):
             try:
@@ -85,10 +76,8 @@ class DirectoryLock:
 
     def release(self) -> None:
         """Release the lock; does nothing if it is not held."""
-        if self._file is not None:
-            self._file.close()  # releases the lock of the kernel, too
-        if self._finalizer is not None:  # it would keep the file for as long as this lock exists
-            self._finalizer.detach()
+        if self._finalizer is not None:
+            self._finalizer()  # closes the file, once, which releases the lock of the kernel, too
 
     def _lock(self, descriptor: int) -> None:
         # Retry for a moment: the kernel releases a killed writer's lock only when it has torn the process
@@ -96,9 +85,8 @@ class DirectoryLock:
         deadline = time.monotonic() + WAIT_SECONDS
         while not _try_lock(descriptor):
             if time.monotonic() > deadline:
-                raise CheckpointDirectoryLocked(
-                    f"{self._directory}: {_conflict(descriptor)}", path=self._directory
-                )
+                text = f"{self._directory}: {_conflict(descriptor)}"
+                raise CheckpointDirectoryLocked(text, path=self._directory)
             time.sleep(WAIT_SECONDS / 20)  # flock has no timeout
         with contextlib.suppress(OSError):  # a full disk has no space for the note
             self._disk.write_lock_note(descriptor, f"{_this_process()}\n")
@@ -128,11 +116,7 @@ def _try_lock(descriptor: int) -> bool:
 
 
 class _LockFile:
-    """A lock's open file, which every forked child closes at once.
-
-    An flock belongs to the open file, which parent and child share: closing it in the child does not release
-    the parent's lock.
-    """
+    """A lock's open file, which every forked child closes at once; the parent keeps the lock."""
 
     def __init__(self, path: Path, disk: Disk) -> None:
         # No fork in between: the child would not know the file, and keep the lock as long as it lives.
@@ -161,7 +145,7 @@ def _fork_mutex() -> threading.RLock:
 
     def close_all() -> None:
         for file in list(_open_lock_files):
-            file.close()
+            file.close()  # the flock belongs to the open file, which the parent still has
         mutex.release()  # the child inherited it locked
 
     os.register_at_fork(before=mutex.acquire, after_in_parent=mutex.release, after_in_child=close_all)

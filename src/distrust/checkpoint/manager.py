@@ -9,26 +9,22 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
-from distrust.checkpoint import arrays, damage, foreign
+from distrust.checkpoint import arrays, catalog, foreign
 from distrust.checkpoint.background import PendingSave
 from distrust.checkpoint.checkpoint import Checkpoint
 from distrust.checkpoint.checkpoint_file import CheckpointFile, DamagedFile, Scan
 from distrust.checkpoint.disk import Disk
 from distrust.checkpoint.manager_state import ManagerState
 from distrust.checkpoint.reader import Reader
-from distrust.checkpoint.retainer import Retainer
+from distrust.checkpoint.retainer import Retainer, find_damaged
 from distrust.checkpoint.retention import MetricMode, Retention
 from distrust.checkpoint.writer import Writer
 from distrust.errors import ConfigError, DistrustWarning, WarningCollector
-
-if TYPE_CHECKING:
-    from typing import Self
 
 Verify = Literal["full", "lazy"]
 
@@ -93,8 +89,8 @@ class CheckpointManager:
             UnsupportedState: for a value that would not load exactly as it was saved.
             CheckpointDirectoryLocked: if another writer has the lock.
         """
-        with self._state.mutex, WarningCollector() as collected:
-            return self._writer.save(checkpoint, final=final, warnings=collected)
+        with self._state.mutex, WarningCollector():
+            return self._writer.save(checkpoint, final=final)
 
     def save_async(
         self, checkpoint: Checkpoint, *, final: bool = False, overlap: bool = False
@@ -107,26 +103,21 @@ class CheckpointManager:
 
         Args:
             checkpoint: what to save.
-            final: write ``checkpoint-{step}-final.safetensors``, which cleanup never removes.
+            final: as for :meth:`save`.
             overlap: return while the arrays in ``model`` and ``optimizer`` are still being copied. Call
                 :meth:`PendingSave.wait_copied` before they change.
 
         Raises:
-            SaveFailed: if the background save before this one failed and no call has raised that.
-            UnsupportedState: for a value that would not load exactly as it was saved.
-            CheckpointDirectoryLocked: if another writer has the lock.
+            CheckpointError: as :meth:`save` does; a failure of this save is raised by the next call instead.
         """
-        with self._state.mutex, WarningCollector() as collected:
-            return self._writer.save_async(checkpoint, final=final, overlap=overlap, warnings=collected)
+        with self._state.mutex, WarningCollector():
+            return self._writer.save_async(checkpoint, final=final, overlap=overlap)
 
     def reserve(self, nbytes: int) -> bool:
         """Allocate the memory for background saves, so that the first one is as fast as the next.
 
-        Args:
-            nbytes: total size of all arrays of a checkpoint.
-
-        Returns:
-            Whether it is allocated; False if it would exceed a quarter of the free memory.
+        ``nbytes`` is the total size of all arrays of a checkpoint. Returns False, and allocates nothing, if
+        that exceeds a quarter of the free memory.
 
         Raises:
             ConfigError: if ``nbytes`` is not a number of bytes.
@@ -135,7 +126,8 @@ class CheckpointManager:
         if type(nbytes) is not int or nbytes < 0:  # bool is an int, too
             raise ConfigError(f"reserve({nbytes!r}): give a whole number of bytes, 0 or more")
         with self._state.mutex:
-            return self._writer.reserve(nbytes)  # under the mutex: a save may be using the buffer
+            self._state.background.wait()  # a save may be using the buffer
+            return self._state.snapshot.reserve(nbytes)
 
     def list_checkpoints(self) -> list[int]:
         """The steps that have a checkpoint, in ascending order, final and foreign ones included."""
@@ -179,12 +171,8 @@ class CheckpointManager:
         lazy = verify == "lazy"
         if lazy and not mmap:
             raise ConfigError('verify="lazy" needs mmap=True: without it everything is read now')
-        # No mutex: reading never waits for a save.
-        with WarningCollector() as collected:
-            _, loaded = self._reader.load(
-                checkpoint, framework=framework, mapped=mmap, lazy=lazy, warnings=collected
-            )
-            return loaded
+        with WarningCollector():  # no mutex: reading never waits for a save
+            return self._reader.load(checkpoint, framework, mapped=mmap, lazy=lazy)[1]
 
     def load_latest(self, *, framework: arrays.Framework = "numpy", mmap: bool = False) -> Checkpoint:
         """Read the newest checkpoint that verifies; warn of each newer one that does not.
@@ -197,48 +185,35 @@ class CheckpointManager:
             UnsupportedVersion: if a later version of this program wrote the newest: resuming from an older
                 one would lose what it did.
         """
-        with WarningCollector() as collected:
-            return self._reader.load_first_intact(
-                best=False, framework=framework, mapped=mmap, warnings=collected
-            )[1]
+        with WarningCollector():
+            return self._reader.load_first_intact(framework, mapped=mmap)[1]
 
     def load_best(self, *, framework: arrays.Framework = "numpy", mmap: bool = False) -> Checkpoint:
-        """Read the checkpoint with the best metric that verifies; warn of each better one that does not.
-
-        A foreign one without a model is skipped likewise. ``framework`` and ``mmap`` as in :meth:`load`.
+        """As :meth:`load_latest`, the checkpoint with the best metric.
 
         Raises:
-            CheckpointNotFound: if none has the metric.
-            NoIntactCheckpoint: if none of those that have it is intact and has a model.
+            CheckpointError: as there; CheckpointNotFound if none has the metric.
         """
-        with WarningCollector() as collected:
-            return self._reader.load_first_intact(
-                best=True, framework=framework, mapped=mmap, warnings=collected
-            )[1]
+        with WarningCollector():
+            return self._reader.load_first_intact(framework, best=True, mapped=mmap)[1]
 
     def choose(
         self, *, step: int | None = None, best: bool = False, framework: arrays.Framework = "numpy"
     ) -> tuple[CheckpointFile, Checkpoint]:
-        """Read the newest checkpoint, or the one asked for, and return its file with it.
-
-        Args:
-            step: read this one, as :meth:`load` does.
-            best: read the best one, as :meth:`load_best` does. Without either: as :meth:`load_latest`.
-            framework: of the arrays.
+        """Read a ``step``, the ``best`` checkpoint or else the newest, and return its file with it.
 
         Raises:
-            CheckpointError: as those methods; if it is in a foreign format, which names no base model.
+            CheckpointError: as :meth:`load`, :meth:`load_best` and :meth:`load_latest`; if the file is in a
+                foreign format.
             ConfigError: for both a step and the best one.
         """
         if step is not None and best:
             raise ConfigError("a step and the best one were asked for: give one of them")
-        with WarningCollector() as collected:
+        with WarningCollector():
             if step is not None:
-                file, loaded = self._reader.load(step, framework=framework, warnings=collected)
+                file, loaded = self._reader.load(step, framework)
             else:
-                file, loaded = self._reader.load_first_intact(
-                    best=best, framework=framework, warnings=collected
-                )
+                file, loaded = self._reader.load_first_intact(framework, best=best)
         foreign.require_converted(file)  # a foreign one names no base model and no config
         return file, loaded
 
@@ -246,30 +221,25 @@ class CheckpointManager:
         """Read a header: step, kind, metadata, digests and tensors; of a foreign one, without digests.
 
         Raises:
-            CheckpointNotFound: listing the steps that exist.
-            CorruptCheckpoint: if the header is damaged.
+            CheckpointError: as :meth:`load` does; damage of the data is not detected.
         """
-        with WarningCollector() as collected:
-            return self._reader.inspect(checkpoint, collected)
+        with WarningCollector():
+            return self._reader.read(checkpoint, catalog.read_header)
 
     def validate(self, checkpoint: int | str | os.PathLike[str]) -> None:
         """Check every byte of a checkpoint, and that its name is right.
 
         Raises:
-            CheckpointNotFound: listing the steps that exist.
-            CorruptCheckpoint: with the defect and its location.
+            CheckpointError: as :meth:`load` does; for damage with the defect and its location.
         """
-        with WarningCollector() as collected:
-            self._reader.validate(checkpoint, collected)
+        with WarningCollector():
+            self._reader.validate(checkpoint)
 
     def cleanup(self, *, keep_last: int | None = None) -> list[int]:
-        """Remove what no rule keeps.
+        """Remove what no rule keeps; return the removed steps, in ascending order.
 
         Args:
             keep_last: replaces the manager's own, for this call.
-
-        Returns:
-            The removed steps, in ascending order.
 
         Raises:
             CheckpointDirectoryLocked: if another writer has the lock.
@@ -278,14 +248,14 @@ class CheckpointManager:
             CheckpointError: if a file cannot be removed.
         """
         # An invalid value raises before the lock is taken.
-        rules = None if keep_last is None else replace(self._rules, keep_last=keep_last)
-        with self._state.mutex, WarningCollector() as collected:
-            return self._retainer.clean_up(collected, rules)
+        rules = self._rules if keep_last is None else replace(self._rules, keep_last=keep_last)
+        with self._state.mutex, WarningCollector():
+            return self._retainer.clean_up(rules)
 
     def list_superseded(self) -> list[CheckpointFile]:
         """What :meth:`cleanup` would remove, by step. Needs no lock."""
-        with self._state.mutex, WarningCollector() as collected:
-            return self._retainer.list_superseded(collected)
+        with self._state.mutex, WarningCollector():
+            return self._retainer.select(self._rules)[1]
 
     def list_damaged(self) -> list[DamagedFile]:
         """What :meth:`remove_damaged` would remove, by step; warns as that does. Needs no lock.
@@ -293,16 +263,10 @@ class CheckpointManager:
         Raises:
             CheckpointError: if the directory cannot be read.
         """
-        damaged: list[DamagedFile] = []
-        for finding in damage.find_damaged(self.directory):  # reads every byte: report as it goes
-            if isinstance(finding, DamagedFile):
-                damaged.append(finding)
-            else:
-                warnings.warn(finding, stacklevel=2)
-        return damaged
+        return _collect_damaged(find_damaged(self.directory), None)
 
     def remove_damaged(self, report: Callable[[DamagedFile], None] | None = None) -> list[DamagedFile]:
-        """Read every byte of every checkpoint, and remove the damaged ones. Nothing else ever does.
+        """Read every byte of every checkpoint; remove and return the damaged ones. Nothing else ever does.
 
         Files that may be worth something are left, each with a warning that says why: a file that this
         process cannot read, one of a later version or of another program, an intact checkpoint under a wrong
@@ -311,25 +275,11 @@ class CheckpointManager:
         Args:
             report: called with each file once it is removed, as reading them all may take long.
 
-        Returns:
-            The removed files, by step, each with its defect.
-
         Raises:
-            CheckpointDirectoryLocked: if another writer has the lock.
-            SaveFailed: if the directory cannot be written to, or a background save failed and no call has
-                raised that.
-            CheckpointError: if the directory cannot be read, or a file cannot be removed.
+            CheckpointError: as :meth:`cleanup` does; if the directory cannot be read.
         """
         with self._state.mutex:
-            removed: list[DamagedFile] = []
-            for finding in self._retainer.remove_damaged():
-                if isinstance(finding, DistrustWarning):
-                    warnings.warn(finding, stacklevel=2)
-                    continue
-                removed.append(finding)  # already removed: the retainer yields after that
-                if report is not None:
-                    report(finding)
-            return removed
+            return _collect_damaged(self._retainer.remove_damaged(), report)
 
     def close(self) -> None:
         """Wait for the save in progress, and release the lock.
@@ -346,9 +296,7 @@ class CheckpointManager:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
         if kind is KeyboardInterrupt and not self._state.background.idle:
             self._state.release_when_idle()  # a user who interrupts does not want to wait
         else:
@@ -367,3 +315,17 @@ class CheckpointManager:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]  # a new state: it has no lock
+
+
+def _collect_damaged(
+    findings: Iterable[DamagedFile | DistrustWarning], report: Callable[[DamagedFile], None] | None
+) -> list[DamagedFile]:
+    damaged: list[DamagedFile] = []
+    for finding in findings:  # each takes long to find: report as it goes
+        if isinstance(finding, DistrustWarning):
+            warnings.warn(finding, stacklevel=3)  # points at the caller of the public method
+            continue
+        damaged.append(finding)
+        if report is not None:
+            report(finding)
+    return damaged

@@ -18,14 +18,7 @@ from distrust.checkpoint.snapshot import Snapshot
 
 
 class ManagerState:
-    """Shared by a manager's reader, writer, retainer and clones.
-
-    Attributes:
-        mutex: held by every operation that writes, so that clones in several threads wait for each other.
-        intact: identities of files that this process wrote or verified.
-        damaged: identities of files that did not verify.
-        resumed_from: the checkpoint that this process loaded last; kept until a newer one is saved.
-    """
+    """Shared by a manager's reader, writer, retainer and clones."""
 
     def __init__(self, directory: Path, disk: Disk) -> None:
         self.directory = directory
@@ -39,10 +32,11 @@ class ManagerState:
         self.background = BackgroundWriter()
         self.snapshot = Snapshot()
         self.block_buffer = ReusableMemory()
+        # Every operation that writes holds it, so that clones in several threads wait for each other.
         self.mutex = threading.RLock()  # reentrant: close() may release under it
-        self.intact: set[tuple[str, str]] = set()
-        self.damaged: set[tuple[str, str]] = set()
-        self.resumed_from: CheckpointFile | None = None
+        self.intact: set[tuple[str, str]] = set()  # identities of files that this process wrote or verified
+        self.damaged: set[tuple[str, str]] = set()  # identities of files that did not verify
+        self.resumed_from: CheckpointFile | None = None  # loaded last; kept until a newer one is saved
         self._scan_cache: catalog.ScanCache = {}  # headers, so that listing again reads only new files
         self._closing = False
 
@@ -89,10 +83,8 @@ class ManagerState:
 
 @functools.cache
 def _reset_after_fork() -> weakref.WeakSet[ManagerState]:
-    """The states to reset in a forked child: neither the parent's lock nor its threads exist there.
-
-    The hook runs before any other thread of the child can exist, so no two threads reset the same state.
-    """
+    """The states to reset in a forked child: neither the parent's lock nor its threads exist there."""
+    # The hook runs before any other thread of the child can exist, so no two threads reset the same state.
     states: weakref.WeakSet[ManagerState] = weakref.WeakSet()  # must not keep dropped managers alive
 
     def reset_all() -> None:

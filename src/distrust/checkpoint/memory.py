@@ -25,22 +25,13 @@ _LARGEST_BLOCK_BYTES = 32 << 20  # glibc's upper bound of the threshold: it alwa
 
 
 def allocate(nbytes: int) -> mmap.mmap:
-    """Return zeroed, page-aligned memory of at least ``nbytes``, not yet touched.
-
-    For memory that is used once, so without a request for large pages: on virtual machines that return free
-    large pages to their host, the first touch of each is several times slower. Raises MemoryError.
-    """
+    """Return zeroed, page-aligned memory of at least ``nbytes``, not yet touched. Raises MemoryError."""
+    # Without a request for large pages: on virtual machines that return free large pages to their host, the
+    # first touch of each is several times slower.
     try:
         return mmap.mmap(-1, max(nbytes, PAGE_BYTES), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise MemoryError(f"no memory for {nbytes:,} bytes: {error.strerror}") from None
-
-
-def prefer_large_pages(memory: mmap.mmap) -> None:
-    """Request large pages, for memory that is reused: direct I/O pins each page of it, every time."""
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without large pages
-            memory.madvise(mmap.MADV_HUGEPAGE)
 
 
 def address_of(memory: mmap.mmap) -> int:
@@ -53,12 +44,7 @@ class ReusableMemory:
 
     def __init__(self) -> None:
         self._memory: mmap.mmap | None = None
-        self._touched = 0
-
-    @property
-    def touched_bytes(self) -> int:
-        """How many bytes of it cost no page fault any more."""
-        return self._touched
+        self.touched_bytes = 0  # they cost no page fault any more
 
     def acquire(self, nbytes: int) -> mmap.mmap:
         """Return at least ``nbytes``, all touched; memory returned before is invalid. Raises MemoryError."""
@@ -66,18 +52,19 @@ class ReusableMemory:
             self.release()
             # Room to grow with the history of a run: pages that are not touched use no memory.
             self._memory = allocate(round_up(nbytes + nbytes // 4, _LARGE_PAGE_BYTES))
-            prefer_large_pages(self._memory)
-        if self._touched < nbytes:
+            # Large pages, as this memory is reused: direct I/O pins each page of it, every time.
+            with contextlib.suppress(OSError, AttributeError):  # a kernel without large pages, or macOS
+                self._memory.madvise(mmap.MADV_HUGEPAGE)
+        if self.touched_bytes < nbytes:
             end = min(round_up(nbytes, _LARGE_PAGE_BYTES), len(self._memory))
-            _touch(address_of(self._memory), self._touched, end)
-            self._touched = end
+            _touch(address_of(self._memory), self.touched_bytes, end)
+            self.touched_bytes = end
         return self._memory
 
     def release(self) -> None:
         """Return the memory to the system."""
-        # Not closed: existing views keep it alive until they are gone.
-        self._memory = None
-        self._touched = 0
+        self._memory = None  # not closed: existing views keep it alive until they are gone
+        self.touched_bytes = 0
 
 
 def round_up(nbytes: int, unit: int) -> int:
@@ -92,8 +79,7 @@ def _touch(address: int, start: int, end: int) -> None:
     def touch(offset: int) -> None:
         length = min(_TOUCH_BYTES, end - offset)
         # One system call, without a page fault for each page; older kernels refuse it.
-        populated = _LINUX and not libc.madvise(address + offset, length, _MADV_POPULATE_WRITE)
-        if not populated:
+        if not _LINUX or libc.madvise(address + offset, length, _MADV_POPULATE_WRITE):
             ctypes.memset(address + offset, 0, length)
 
     parallel.run(touch, range(start, end, _TOUCH_BYTES), threads=parallel.cores())
@@ -104,7 +90,10 @@ def resident_bytes() -> int:
     if _LINUX:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return _resident_on_macos()
+    usage = (ctypes.c_uint64 * 12)()  # rusage_info_v0: a UUID of 16 bytes, then numbers; resident is the 7th
+    if ctypes.CDLL(None).proc_pid_rusage(os.getpid(), 0, ctypes.byref(usage)):
+        raise OSError(ctypes.get_errno(), "proc_pid_rusage failed")
+    return usage[8]
 
 
 def peak_resident_bytes() -> int:
@@ -118,28 +107,16 @@ def peak_resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, not kilobytes
 
 
-def _resident_on_macos() -> int:
-    usage = (ctypes.c_uint64 * 12)()  # rusage_info_v0: a UUID of 16 bytes, then numbers; resident is the 7th
-    if ctypes.CDLL(None).proc_pid_rusage(os.getpid(), 0, ctypes.byref(usage)):
-        raise OSError(ctypes.get_errno(), "proc_pid_rusage failed")
-    return usage[8]
-
-
 def keep_freed_memory() -> None:
-    """Make the allocator keep freed memory for the next step: page faults cost a tenth of a step.
-
-    glibc does so for blocks of up to 32 MiB once it has freed one, but returns what is free at the end of the
-    heap. :func:`trim` returns all of it.
-    """
+    """Make the allocator keep freed memory for the next step: page faults cost a tenth of a step."""
+    # glibc does so for blocks of up to 32 MiB once it has freed one, but returns what is free at the end of
+    # the heap.
     _call_glibc("mallopt", _M_MMAP_THRESHOLD, _LARGEST_BLOCK_BYTES)
     _call_glibc("mallopt", _M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def return_freed_memory() -> None:
-    """Make the allocator return large blocks when they are freed: the opposite of :func:`keep_freed_memory`.
-
-    For frameworks with a cache of their own, such as mlx: what the allocator keeps would add to it.
-    """
+    """Make the allocator return large blocks when freed: for frameworks with a cache of their own."""
     _call_glibc("mallopt", _M_MMAP_THRESHOLD, _LARGE_BLOCK_BYTES)
 
 
@@ -161,12 +138,10 @@ def available_bytes(root: Path = Path("/")) -> int:
 
 
 def _system_bytes(root: Path) -> int:
-    try:
+    with contextlib.suppress(OSError):
         for line in (root / "proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
-    except OSError:
-        pass
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 

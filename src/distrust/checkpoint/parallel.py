@@ -122,11 +122,8 @@ def worthwhile_threads(nbytes: int) -> int:
 def run(work: Callable[[Item], None], items: Sequence[Item], *, threads: int) -> None:
     """Call ``work`` for every item, on ``threads`` threads, the caller's included.
 
-    When this returns or raises, no thread works on an item any more.
-
-    Raises:
-        BaseException: of the earliest item that failed; later items may not have been started. An interrupt
-            takes precedence over all of them.
+    When this returns or raises, no thread works on an item any more. Raises the error of the earliest item
+    that failed, unless there was an interrupt; later items may not have been started.
     """
     pending = iter(enumerate(items))
     lock = threading.Lock()

@@ -14,13 +14,14 @@ from distrust.checkpoint.manager_state import ManagerState
 from distrust.checkpoint.retainer import as_candidates
 from distrust.checkpoint.retention import Retention
 from distrust.errors import (
+    CheckpointError,
     CheckpointNotFound,
     CorruptCheckpoint,
     DamagedCheckpointWarning,
     DistrustWarning,
     NoIntactCheckpoint,
     UnsupportedVersion,
-    WarningCollector,
+    defer_warning,
     quote_untrusted,
     shorten,
 )
@@ -39,43 +40,42 @@ class Reader:
         self._rules = rules
 
     def load(
-        self,
-        target: Target,
-        *,
-        framework: arrays.Framework,
-        mapped: bool = False,
-        lazy: bool = False,
-        warnings: WarningCollector,
+        self, target: Target, framework: arrays.Framework, *, mapped: bool = False, lazy: bool = False
     ) -> Loaded:
         """Read and verify one checkpoint."""
-        file, checkpoint = self._read(
-            target, lambda path: _load(path, framework, mapped=mapped, lazy=lazy), warnings
-        )
+        file, checkpoint = self.read(target, lambda path: _load(path, framework, mapped=mapped, lazy=lazy))
         # A lazy one is not verified yet; one in another directory is no file of this one.
         if file.path.parent == self._state.directory and not lazy:
             self._state.record_loaded(file)
         return file, checkpoint
 
     def load_first_intact(
-        self, *, best: bool, framework: arrays.Framework, mapped: bool = False, warnings: WarningCollector
+        self, framework: arrays.Framework, *, best: bool = False, mapped: bool = False
     ) -> Loaded:
         """Read the newest checkpoint that verifies, or of those that do the one with the best metric."""
         while True:
             files = self._list_best_first() if best else self._list_newest_first()
             try:
-                return self._load_first_of(files, framework, mapped, warnings)
+                return self._load_first_of(files, lambda path: _load(path, framework, mapped=mapped))
             except CheckpointNotFound:
                 continue  # a writer removed one between listing and reading: list again
 
-    def inspect(self, target: Target, warnings: WarningCollector) -> CheckpointFile:
-        """Read a header."""
-        return self._read(target, catalog.read_header, warnings)
-
-    def validate(self, target: Target, warnings: WarningCollector) -> None:
+    def validate(self, target: Target) -> None:
         """Verify a checkpoint."""
-        file = self._read(target, catalog.verify, warnings)
+        file = self.read(target, catalog.verify)
         if file.path.parent == self._state.directory:  # a copy in another directory proves nothing
             self._state.intact.add(file.identity)
+
+    def read(self, target: Target, read: Callable[[Path], Result]) -> Result:
+        """Apply ``read`` to the path of a checkpoint."""
+        while True:
+            path = self._find(target)
+            try:
+                return read(path)
+            except CheckpointNotFound:
+                if not isinstance(target, int):
+                    raise
+                # A writer removed it between listing and reading: its step's final one may exist now.
 
     def _list_newest_first(self) -> list[CheckpointFile | DamagedFile]:
         contents = self._state.scan()
@@ -100,11 +100,7 @@ class Reader:
         return [files[step] for step in steps]
 
     def _load_first_of(
-        self,
-        files: Sequence[CheckpointFile | DamagedFile],
-        framework: arrays.Framework,
-        mapped: bool,
-        warnings: WarningCollector,
+        self, files: Sequence[CheckpointFile | DamagedFile], load: Callable[[Path], Loaded]
     ) -> Loaded:
         # Texts, not errors: an error holds the frames of its traceback, and with them a checkpoint.
         reasons: list[str] = []
@@ -116,7 +112,7 @@ class Reader:
                 reasons.append(str(candidate.error))
                 continue
             try:
-                file, checkpoint = _load(candidate.path, framework, mapped=mapped)
+                file, checkpoint = load(candidate.path)
             except CorruptCheckpoint as error:
                 reasons.append(str(error))
                 self._state.damaged.add(candidate.identity)  # cleanup need not verify it again
@@ -126,70 +122,54 @@ class Reader:
                 continue
             # Never fall back silently: the skipped ones are newer, or better.
             for reason in reasons:
-                warnings.append(DamagedCheckpointWarning(f"skipped a damaged checkpoint: {reason}"))
+                defer_warning(DamagedCheckpointWarning(f"skipped a damaged checkpoint: {reason}"))
             for path in without_model:
                 text = f"skipped a checkpoint without a model, metadata only: {path}"
-                warnings.append(DistrustWarning(text))
+                defer_warning(DistrustWarning(text))
             self._state.record_loaded(file)
             return file, checkpoint
         # Never start from the beginning silently: the user decides.
         raise self._no_intact(reasons, without_model, sorted({file.step for file in files}))
 
-    def _no_intact(
-        self, reasons: list[str], without_model: list[Path], steps: list[int]
-    ) -> NoIntactCheckpoint:
+    def _no_intact(self, reasons: list[str], without_model: list[Path], steps: list[int]) -> CheckpointError:
         directory = self._state.directory
+        lines = [
+            f"{directory}: there are checkpoints, and none of them is intact:",
+            *reasons,
+            *(f"{path}: contains no model" for path in without_model),
+            "move them away to start over, or restore one from a copy",
+        ]
         if not reasons:
-            text = (
+            lines = [
                 f"{directory}: no checkpoint here contains a model: they are metadata only, which load(step) "
                 f"reads; there are {_format_steps(steps)}"
-            )
-        else:
-            lines = [
-                f"{directory}: there are checkpoints, and none of them is intact:",
-                *reasons,
-                *(f"{path}: contains no model" for path in without_model),
-                "move them away to start over, or restore one from a copy",
             ]
-            text = "\n".join(lines)
-        return NoIntactCheckpoint(text, path=directory)
+        return NoIntactCheckpoint("\n".join(lines), path=directory)
 
-    def _read(self, target: Target, read: Callable[[Path], Result], warnings: WarningCollector) -> Result:
-        """Apply ``read`` to the path of a checkpoint."""
-        while True:
-            path = self._find(target, warnings)
-            try:
-                return read(path)
-            except CheckpointNotFound:
-                if not isinstance(target, int):
-                    raise
-                # A writer removed it between listing and reading: its step's final one may exist now.
-
-    def _find(self, target: Target, warnings: WarningCollector) -> Path:
+    def _find(self, target: Target) -> Path:
         if not isinstance(target, int):
             return Path(target).absolute()  # a path is read as it is, in any directory
         contents = self._state.scan()
-        damaged = [file for file in contents.damaged if file.step == target]
-        file = contents.by_step().get(target)
-        if file is not None:
-            for damaged_file in damaged:
-                text = f"{damaged_file.error}; {file.path} is read instead"
-                warnings.append(DamagedCheckpointWarning(text))
-            return file.path
+        damaged = [file.error for file in contents.damaged if file.step == target]
+        steps = contents.by_step()
+        if target in steps:
+            path = steps[target].path
+            for error in damaged:
+                defer_warning(DamagedCheckpointWarning(f"{error}; {path} is read instead"))
+            return path
         if damaged:
-            raise damaged[0].error  # more helpful than "not found"
+            raise damaged[0]  # more helpful than "not found"
+        directory = self._state.directory
         raise CheckpointNotFound(
-            f"{self._state.directory}: no checkpoint of step {target}; "
-            f"there are {_format_steps(contents.by_step())}",
-            path=self._state.directory,
+            f"{directory}: no checkpoint of step {target}; there are {_format_steps(steps)}", path=directory
         )
 
 
 def _load(path: Path, framework: arrays.Framework, *, mapped: bool = False, lazy: bool = False) -> Loaded:
     if reader := foreign.find_reader(path):  # always read whole: it has no digests to verify parts by
         header, checkpoint = reader.read(path, framework=framework)
-        file = CheckpointFile(path, header)  # with the name checked as for ours
-        file.require_name()
+        file = CheckpointFile(path, header)
+        file.require_name()  # as for the core's own format
         return file, checkpoint
     return serialization.load(path, framework=framework, mapped=mapped, lazy=lazy)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,21 +13,13 @@ MetricMode = Literal["min", "max"]
 
 @dataclass(frozen=True, slots=True)
 class Retention:
-    """The rules. A checkpoint that any rule keeps is kept; so are finals and the newest one.
+    """The rules. A checkpoint that any rule keeps is kept; so are finals and the newest one."""
 
-    Attributes:
-        keep_last: number of newest checkpoints; None keeps all.
-        keep_best: number of best checkpoints by ``metric``, among those that have it.
-        keep_every: keep steps that are a multiple of it; None for no such rule.
-        metric: the name of a metric.
-        metric_mode: whether a lower (``min``) or a higher value (``max``) is better.
-    """
-
-    keep_last: int | None = 3
-    keep_best: int = 1
-    keep_every: int | None = None
+    keep_last: int | None = 3  #: number of newest checkpoints; None keeps all
+    keep_best: int = 1  #: number of best checkpoints by ``metric``, among those that have it
+    keep_every: int | None = None  #: keep steps that are a multiple of it; None for no such rule
     metric: str = "eval_loss"
-    metric_mode: MetricMode = "min"
+    metric_mode: MetricMode = "min"  #: whether a lower or a higher value is better
 
     def __post_init__(self) -> None:
         if self.keep_last is not None and self.keep_last < 1:  # 0 would remove the newest checkpoint
@@ -42,19 +34,12 @@ class Retention:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A step as the rules see it.
-
-    Attributes:
-        step: its number.
-        final: whether it is a final checkpoint.
-        metrics: its metrics.
-        measured_on: identifies the data on which they were measured; empty if unknown.
-    """
+    """A step as the rules see it."""
 
     step: int
     final: bool
     metrics: Mapping[str, float]
-    measured_on: str = ""
+    measured_on: str = ""  #: identifies the data on which they were measured; empty if unknown
 
 
 def last_steps(candidates: Iterable[Candidate], rules: Retention) -> set[int]:
@@ -72,31 +57,22 @@ def rank_by_metric(candidates: Iterable[Candidate], rules: Retention) -> list[in
     measured_on = max(measured, key=lambda candidate: candidate.step).measured_on if measured else ""
     sign = 1 if rules.metric_mode == "min" else -1  # so that the smallest value is the best
     values = [
-        (sign * candidate.metrics[rules.metric], candidate.step)
+        (sign * value, candidate.step)
         for candidate in measured
-        if candidate.measured_on == measured_on and not _is_nan(candidate.metrics[rules.metric])
+        # Not math.isnan: metadata may contain integers that are too large for a float.
+        if candidate.measured_on == measured_on and (value := candidate.metrics[rules.metric]) == value
     ]
     return [step for _, step in sorted(values)]  # ties: the smaller step
 
 
-def _is_nan(value: float) -> bool:
-    # Not math.isnan: metadata may contain integers that are too large for a float.
-    return value != value
-
-
-def steps_that_displace(candidates: Iterable[Candidate], rules: Retention) -> set[int]:
+def steps_that_displace(candidates: Collection[Candidate], rules: Retention) -> set[int]:
     """The steps that count towards a rule of N, so that others are removed: they must be intact."""
-    candidates = list(candidates)
     return last_steps(candidates, rules) | set(rank_by_metric(candidates, rules)[: rules.keep_best])
 
 
-def steps_to_keep(candidates: Iterable[Candidate], rules: Retention) -> set[int]:
+def steps_to_keep(candidates: Collection[Candidate], rules: Retention) -> set[int]:
     """The steps that any rule keeps."""
-    candidates = list(candidates)
     finals = {candidate.step for candidate in candidates if candidate.final}  # never removed by a rule
-    multiples = {
-        candidate.step
-        for candidate in candidates
-        if rules.keep_every is not None and candidate.step % rules.keep_every == 0
-    }
+    every = rules.keep_every
+    multiples = {candidate.step for candidate in candidates if every and candidate.step % every == 0}
     return steps_that_displace(candidates, rules) | finals | multiples

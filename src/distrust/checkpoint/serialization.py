@@ -12,14 +12,15 @@ from typing import Any
 
 from distrust.checkpoint import arrays, tree, verified_read
 from distrust.checkpoint.catalog import open_checkpoint
-from distrust.checkpoint.checkpoint import ARRAY_SECTIONS, STATE_SECTIONS, Checkpoint
+from distrust.checkpoint.checkpoint import Checkpoint
 from distrust.checkpoint.checkpoint_file import CheckpointFile
 from distrust.checkpoint.files import errors_with_path
 from distrust.checkpoint.format import Kind, Layout, canonical_json, tensor_hasher
 from distrust.checkpoint.header import parse_header
 from distrust.checkpoint.lazy import LazyMapping, LazyTensor
 from distrust.checkpoint.memory import allocate
-from distrust.errors import CorruptCheckpoint, UnsupportedState
+from distrust.checkpoint.tree import ARRAY_SECTIONS, STATE_SECTIONS
+from distrust.errors import UnsupportedState
 
 _PLAIN_SECTIONS = tuple(f"{section}." for section in STATE_SECTIONS if section not in ARRAY_SECTIONS)
 
@@ -37,9 +38,8 @@ class PreparedCheckpoint:
 def prepare(checkpoint: Checkpoint, kind: Kind) -> PreparedCheckpoint:
     """Flatten a checkpoint and lay out its file; UnsupportedState if it could not be restored exactly."""
     # From here on, the caller's changes have no effect, except those in arrays.
-    sections, by_label = tree.flatten(
-        {name: getattr(checkpoint, name) for name in STATE_SECTIONS}, is_array=arrays.is_array
-    )
+    state = {name: getattr(checkpoint, name) for name in STATE_SECTIONS}
+    sections, by_label = tree.flatten(state, is_array=arrays.is_array)
     for label in by_label:
         if label.startswith(_PLAIN_SECTIONS):
             raise UnsupportedState(
@@ -70,45 +70,32 @@ def load(
 ) -> tuple[CheckpointFile, Checkpoint]:
     """Read and verify a checkpoint; return its header with its path, and its content.
 
-    Args:
-        path: of the file.
-        framework: of the arrays.
-        mapped: return views of the mapped file instead of copies.
-        lazy: verify each tensor on first access instead of now; requires ``mapped``.
-
-    Raises:
-        CheckpointNotFound: if there is no such file.
-        CorruptCheckpoint: if any byte is not what was written.
-        ConfigError: if the framework is not installed or lacks a dtype.
+    ``mapped`` gives views of the mapped file instead of copies; ``lazy``, which requires it, verifies each
+    tensor on first access instead of now. Raises CheckpointNotFound, CorruptCheckpoint if a byte is not what
+    was written, or ConfigError if the framework is not installed or lacks a dtype.
     """
     import numpy as np
 
     arrays.require_framework(framework)
     with errors_with_path(path), open_checkpoint(path) as (descriptor, header):
-        read = verified_read.map_file if mapped else verified_read.load
-        content = read(descriptor, header)
+        content = (verified_read.map_file if mapped else verified_read.load)(descriptor, header)
         data = np.frombuffer(content.data, np.uint8)
         tensors = {tensor.name: tensor for tensor in header.tensors}
 
         def build_array(label: str) -> Any:
             tensor, start = tensors[label], content.offsets[label]
-            return arrays.from_host(
-                data[start : start + tensor.nbytes], tensor.dtype, tensor.shape, framework=framework
-            )
+            tensor_data = data[start : start + tensor.nbytes]
+            return arrays.from_host(tensor_data, tensor.dtype, tensor.shape, framework=framework)
 
         def verify_and_build(label: str) -> Any:
-            try:
-                verified_read.verify_content(content, [tensors[label]])
-            except CorruptCheckpoint as error:  # errors_with_path below has ended by then
-                raise CorruptCheckpoint(error.reason, path=path, tensor=error.tensor) from None
+            with errors_with_path(path):  # the one around this function has ended by then
+                verified_read.verify([tensors[label]], content.view)
             return build_array(label)
 
         if mapped and not lazy:  # not mapped: load() verified every tensor while it read them
-            verified_read.verify_content(content, header.tensors)
-        sections = {
-            name: tree.unflatten(header.sections[name], LazyTensor if lazy else build_array)
-            for name in ARRAY_SECTIONS
-        }
+            verified_read.verify(header.tensors, content.view)
+        build = LazyTensor if lazy else build_array
+        sections = {name: tree.unflatten(header.sections[name], build) for name in ARRAY_SECTIONS}
         if lazy:
             load_tensor = functools.cache(verify_and_build)  # each tensor is verified once
             sections = {name: LazyMapping(section, load_tensor) for name, section in sections.items()}

@@ -1,17 +1,16 @@
 """The state as it was when a background save began, in host memory that nothing else changes.
 
-One buffer, reused by every save and pre-touched before the first: a copy into it runs at memory speed.
-Tensors have the layout of the file, so it is written in place. Arrays that cannot change, or whose contents
-can be kept without a copy, are referenced instead.
+One buffer, reused by every save and pre-touched before the first. Tensors have the layout of the file, so it
+is written in place. Arrays whose contents can be kept without a copy are referenced instead.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from distrust.checkpoint import arrays, stream_writer
 from distrust.checkpoint.memory import PAGE_BYTES, ReusableMemory, available_bytes, round_up
@@ -53,36 +52,26 @@ class Snapshot:
     def start_copy(
         self, prepared: PreparedCheckpoint, *, deferred: tuple[str, ...], block_buffer: ReusableMemory
     ) -> PendingCopy | None:
-        """Copy a state; return None if its copy would exceed the memory budget.
+        """Copy a state; :attr:`PendingCopy.copy` will copy the labels with the prefixes ``deferred``.
 
-        Args:
-            prepared: the state.
-            deferred: prefixes of the labels that :attr:`PendingCopy.copy` copies, and that must not change
-                until then. Everything else is copied when this returns.
-            block_buffer: memory for writing arrays that need no copy.
+        Returns None if the copy would exceed the memory budget.
         """
         if prepared.zero_copy:
-            return self._copy_changing(prepared, block_buffer)
+            return self._copy_mutable(prepared, block_buffer)
         return self._copy_all(prepared, deferred)
 
     def release(self) -> None:
         """Return the buffer to the system."""
         self._memory.release()
 
-    def _copy_changing(
-        self, prepared: PreparedCheckpoint, block_buffer: ReusableMemory
-    ) -> PendingCopy | None:
+    def _copy_mutable(self, prepared: PreparedCheckpoint, block_buffer: ReusableMemory) -> PendingCopy | None:
         """Keep references to the arrays that stay unchanged. The others are mostly small: rng, history."""
-        layout, zero_copy = prepared.layout, prepared.zero_copy
-        edges = zip(layout.names, layout.edges, layout.edges[1:], strict=False)
-        changing_bytes = sum(end - begin for label, begin, end in edges if label not in zero_copy)
-        if changing_bytes > BUDGET * available_bytes():
+        flats = dict(zip(prepared.layout.names, prepared.flat_arrays, strict=True))
+        mutable = flats.keys() - prepared.zero_copy
+        if sum(flats[label].nbytes for label in mutable) > BUDGET * available_bytes():
             return None
-        flats = [
-            flat if label in zero_copy else arrays.private_copy(flat)
-            for label, flat in zip(layout.names, prepared.flat_arrays, strict=True)
-        ]
-        unchanging = replace(prepared, flat_arrays=flats)
+        flats |= {label: arrays.private_copy(flats[label]) for label in mutable}
+        unchanging = replace(prepared, flat_arrays=[*flats.values()])  # |= keeps the order
         return PendingCopy(
             lambda _: None, lambda file: stream_writer.write_streaming(file, unchanging, block_buffer)
         )
@@ -93,11 +82,14 @@ class Snapshot:
             return None
         memory = self._memory.acquire(round_up(layout.data_bytes, PAGE_BYTES))
         pending = []
-        for is_deferred, offset, flats in _runs(prepared, deferred):
+        rows = zip(layout.names, layout.edges, prepared.flat_arrays, strict=False)  # the last edge is the end
+        # Adjacent arrays are copied together.
+        for is_deferred, group in itertools.groupby(rows, key=lambda row: row[0].startswith(deferred)):
+            _, offsets, flats = zip(*group, strict=True)
             if is_deferred:
-                pending.append((offset, flats, arrays.versions(flats)))
+                pending.append((offsets[0], flats, arrays.versions(flats)))
             else:
-                arrays.fill(memory, offset, flats)
+                arrays.fill(memory, offsets[0], flats)
 
         def copy(path: Path) -> None:
             while pending:  # popped, so that the caller's arrays are not referenced longer than needed
@@ -111,12 +103,3 @@ class Snapshot:
                     )
 
         return PendingCopy(copy, lambda file: stream_writer.write_snapshot(file, layout, memory))
-
-
-def _runs(prepared: PreparedCheckpoint, deferred: tuple[str, ...]) -> Iterator[tuple[bool, int, list[Any]]]:
-    """Yield adjacent arrays that are copied together: whether deferred, offset in the data, flat arrays."""
-    layout, begin = prepared.layout, 0
-    for is_deferred, labels in itertools.groupby(layout.names, key=lambda label: label.startswith(deferred)):
-        end = begin + len(list(labels))
-        yield is_deferred, layout.edges[begin], list(prepared.flat_arrays[begin:end])
-        begin = end

@@ -1,7 +1,6 @@
 """The commit protocol: the only module that has anything written, synced, renamed or removed.
 
-The calls are methods of a disk (``disk.py``), so that tests can replace it. A checkpoint is written
-to a hidden temporary name in its own directory, data first and header last (``stream_writer.py``), then
+A checkpoint is written to a hidden temporary name in its own directory, data first and header last, then
 synced, renamed into place, and the directory synced. So at every instant the directory contains, under the
 final name, either the previous file or the complete new one.
 
@@ -32,12 +31,7 @@ _TEMPORARY_NAME = re.compile(r"\.checkpoint-[0-9]+(-final)?\.safetensors\.[0-9a-
 
 
 class AtomicFile:
-    """A new file of known size that appears under its name complete, or not at all.
-
-    Args:
-        path: the final name.
-        size: in bytes.
-        disk: performs the system calls.
+    """A new file of known size, in bytes, that appears under its name complete, or not at all.
 
     Raises:
         SaveFailed: from every method. What existed before is unchanged, unless only the last step failed, the
@@ -61,14 +55,10 @@ class AtomicFile:
             raise
 
     def write(self, block: memoryview, offset: int) -> threading.Event:
-        """Start writing a block.
+        """Start writing a block: whole pages, page-aligned, as is its offset in the file.
 
-        Args:
-            block: whole pages, page-aligned. The last block of the file may extend beyond its end.
-            offset: its position in the file, a multiple of a page.
-
-        Returns:
-            Set when the block is written; until then it must not change.
+        The last block may extend beyond the end of the file. Returns an event that is set when the block is
+        written; until then it must not change.
         """
         assert self._writers is not None  # noqa: S101 - neither committed nor discarded
         with self._save_errors():
@@ -88,11 +78,11 @@ class AtomicFile:
         try:
             self._disk.sync_directory(self._path.parent)  # now the name survives a power cut
         except OSError as error:
-            raise SaveFailed(
+            text = (
                 f"{self._path}: written completely, but its directory could not be synced "
-                f"({error.strerror}): a power cut may still remove it",
-                path=self._path,
-            ) from error
+                f"({error.strerror}): a power cut may still remove it"
+            )
+            raise SaveFailed(text, path=self._path) from error
 
     def discard(self) -> None:
         """Remove what was not committed; does nothing after :meth:`commit`."""
@@ -119,17 +109,15 @@ class AtomicFile:
         self.discard()
 
     def _save_errors(self) -> ErrorTranslator:
-        def translate(error: OSError) -> SaveFailed:
-            free = _free_bytes(self._path.parent)
-            return SaveFailed(
-                f"{self._path}: not saved: {error.strerror}; {self._size:,} bytes needed, "
-                f"{'unknown' if free is None else f'{free:,}'} free. What existed before is unchanged",
-                path=self._path,
-                needed=self._size,
-                free=free,
-            )
+        return ErrorTranslator((OSError,), self._not_saved)
 
-        return ErrorTranslator((OSError,), translate)
+    def _not_saved(self, error: OSError) -> SaveFailed:
+        free = _free_bytes(self._path.parent)
+        text = (
+            f"{self._path}: not saved: {error.strerror}; {self._size:,} bytes needed, "
+            f"{'unknown' if free is None else f'{free:,}'} free. What existed before is unchanged"
+        )
+        return SaveFailed(text, path=self._path, needed=self._size, free=free)
 
 
 def make_directory(directory: Path, disk: Disk) -> None:
@@ -145,10 +133,7 @@ def sync_names(directory: Path, disk: Disk) -> None:
     """Make the names in a directory durable, and its own name, and its parents'.
 
     A killed writer, or a failed save, may have left names that were never synced. Resuming from a checkpoint,
-    or removing an older one, relies on its name.
-
-    Raises:
-        SaveFailed: if they cannot be synced.
+    or removing an older one, relies on its name. Raises SaveFailed if they cannot be synced.
     """
     with errors_for_directory(directory):
         disk.sync_directory(directory)
@@ -161,8 +146,7 @@ def sync_names(directory: Path, disk: Disk) -> None:
 
 
 def _may_sync(directory: Path) -> bool:
-    """Whether this process can open and write a directory: a sandbox may deny what permissions allow."""
-    try:
+    try:  # opening it: a sandbox may deny what permissions allow
         os.close(os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
     except PermissionError:
         return False
@@ -194,19 +178,15 @@ def remove_stale_files(directory: Path, disk: Disk) -> None:
 
 
 def remove(paths: list[Path], disk: Disk) -> None:
-    """Remove files; one that no longer exists is not an error.
+    """Remove files that exist; raise CheckpointError for the first that cannot be, after all others.
 
     Not synced: if a power cut restores one, the next cleanup removes it again.
-
-    Raises:
-        CheckpointError: for the first that cannot be removed, after removing the others.
     """
     errors: list[CheckpointError] = []
     for path in paths:
         try:
-            disk.unlink(path)
-        except FileNotFoundError:
-            pass
+            with contextlib.suppress(FileNotFoundError):
+                disk.unlink(path)
         except OSError as error:
             errors.append(CheckpointError(f"{path}: cannot be removed: {error.strerror}", path=path))
     if errors:

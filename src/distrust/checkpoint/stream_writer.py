@@ -1,16 +1,8 @@
 """Streams a checkpoint to disk: copy, write and hash overlap.
 
-Two ways, to the same bytes:
-
-- :func:`write_snapshot`: the data is already in memory in the layout of the file, because a snapshot was
-  taken. Blocks of it are written in place.
-- :func:`write_streaming`: the data is still in the caller's arrays and must not be copied as a whole. It
-  passes through a ring buffer: one block is filled while earlier ones are written. The block is hashed, not
-  the array, which the caller may have changed since.
-
-Both write into a new file of the layout's size, which the caller commits, and return the digest of its
-header. They raise SaveFailed, with existing files unchanged, and UnsupportedState if no reader would accept
-the header.
+Both functions write the same bytes into a new file of the layout's size, which the caller commits, and return
+the digest of its header. They raise SaveFailed, with existing files unchanged, and UnsupportedState if no
+reader would accept the header.
 
 One thread copies and hashes, at about the speed of a 3 GB/s disk. Hashing on more threads was slower on two
 cores, which the writing threads need as well.
@@ -40,7 +32,7 @@ _EMPTY_DIGEST = tensor_hasher(all_cores=False).hexdigest()
 
 
 def write_snapshot(file: AtomicFile, layout: Layout, data: mmap.mmap) -> str:
-    """Write ``data``: the tensors in the layout of the file, padded to whole pages."""
+    """Write a snapshot in place: ``data`` has the layout of the file, padded to whole pages."""
     digests = _TensorDigests(layout)
     for begin, end in _blocks(layout):
         block = memoryview(data)[begin : round_up(end, PAGE_BYTES)]  # O_DIRECT writes whole pages
@@ -50,7 +42,11 @@ def write_snapshot(file: AtomicFile, layout: Layout, data: mmap.mmap) -> str:
 
 
 def write_streaming(file: AtomicFile, prepared: PreparedCheckpoint, block_buffer: ReusableMemory) -> str:
-    """Write a checkpoint that is not in one piece, with ``block_buffer`` as the memory of the ring buffer."""
+    """Write arrays that must not be copied as a whole, through a ring buffer in ``block_buffer``.
+
+    One block is filled while earlier ones are written. The block is hashed, not the array, which the caller
+    may have changed since.
+    """
     layout = prepared.layout
     digests = _TensorDigests(layout)
     slots = min(BLOCKS, len(_blocks(layout)))
@@ -73,20 +69,17 @@ class _TensorDigests:
     # One digest per tensor, so that a reader can verify each without the others, in parallel or on demand.
     def __init__(self, layout: Layout) -> None:
         self._edges = layout.edges
-        # Hashers of tensors that continue in the next block. Not one for each: a hasher takes 2 KiB.
-        self._partial: dict[int, Any] = {}
+        self._hasher = tensor_hasher(all_cores=False)  # of the tensor that may continue in the next block
         self.hex = [_EMPTY_DIGEST] * len(layout.names)  # in the order of the data
 
     def update(self, block: memoryview, begin: int, end: int) -> None:
         """Add the data from ``begin`` to ``end``, the first bytes of ``block``."""
         for index in _tensors_in_range(self._edges, begin, end):
             first, last = max(begin, self._edges[index]), min(end, self._edges[index + 1])
-            hasher = self._partial.pop(index, None) or tensor_hasher(all_cores=False)
-            hasher.update(block[first - begin : last - begin])
+            self._hasher.update(block[first - begin : last - begin])
             if last == self._edges[index + 1]:
-                self.hex[index] = hasher.hexdigest()
-            else:
-                self._partial[index] = hasher
+                self.hex[index] = self._hasher.hexdigest()
+                self._hasher = tensor_hasher(all_cores=False)
 
 
 def _blocks(layout: Layout) -> list[tuple[int, int]]:
@@ -116,7 +109,6 @@ def _write_header(file: AtomicFile, layout: Layout, digests: Sequence[str]) -> s
     header, digest = layout.header(digests)
     block = allocate(len(header))  # page-aligned, for O_DIRECT; the header's length is a multiple of a page
     block[: len(header)] = header
-    # Last, before the caller's fsync: after a crash, a file without its header is not a checkpoint, whatever
-    # data reached the disk.
+    # Last, before the caller's fsync: after a crash, a file without its header is not a checkpoint.
     file.write(memoryview(block)[: len(header)], 0)
     return digest

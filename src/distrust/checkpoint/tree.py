@@ -7,10 +7,10 @@ A skeleton node is a JSON scalar for a scalar, or an object with one key:
     {"t": [node]}        tuple
     {"a": "label"}       array: the name of a tensor in the file
 
-so no value can be confused with a node. A label is the path joined by dots, for people and other readers of
-the file; the skeleton alone defines the structure, so a label only has to be unique. If two paths give the
-same one ({"a.b": x} and {"a": {"b": y}}), the later in the order of keys gets a "~1". Trees are walked in
-sorted order: equal states give equal labels and equal skeletons.
+so no value can be confused with a node. A label is the path joined by dots, for people; the skeleton alone
+defines the structure, so a label only has to be unique. If two paths give the same one ({"a.b": x} and
+{"a": {"b": y}}), the later in the order of keys gets a "~1". Trees are walked in sorted order: equal states
+give equal labels and equal skeletons.
 """
 
 from __future__ import annotations
@@ -42,17 +42,10 @@ _TYPE_LETTERS: dict[type, str] = {str: "s", int: "i", float: "f", bool: "b", typ
 def flatten(
     tree: Mapping[str, Any], *, is_array: Callable[[Any], bool]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Split a state into skeletons and arrays.
+    """Split a state, by section, into the skeleton of each section and the arrays by label.
 
-    Args:
-        tree: section name -> nested state.
-        is_array: whether a value is an array, decided by its type: called once per type.
-
-    Returns:
-        The skeleton of each section, and the arrays by label.
-
-    Raises:
-        UnsupportedState: for a value or key that would not be restored exactly.
+    ``is_array`` decides by the type of a value: it is called once per type. Raises UnsupportedState for a
+    value or key that would not be restored exactly.
     """
     walk = _Walk(is_array)
     return {name: walk.node(tree[name], name, 0) for name in sorted(tree)}, walk.arrays
@@ -204,9 +197,8 @@ def decode_key(text: str) -> Any:
 
 def count_hash_collisions(keys: Collection[Any]) -> int:
     """Return how many of a dict's keys have the same hash as another one."""
-    # Hashes of text are randomized for each process: nobody can choose colliding ones.
     if {*map(type, keys)} <= _ONLY_TEXT:
-        return 0
+        return 0  # hashes of text are randomized for each process: nobody can choose colliding ones
     return len(keys) - len({*map(hash, keys)})
 
 
@@ -224,15 +216,10 @@ def is_too_deep(value: Any) -> bool:
 
 
 def unflatten(node: Any, arrays: Callable[[str], Any], depth: int = 0) -> Any:
-    """Rebuild a state; the inverse of :func:`flatten`.
+    """Rebuild a state from parsed JSON, of which nothing is trusted; the inverse of :func:`flatten`.
 
-    Args:
-        node: a node of the skeleton, as parsed from JSON. Nothing about it is trusted.
-        arrays: called once with the label of each array.
-        depth: number of levels above this node.
-
-    Raises:
-        CorruptCheckpoint: for a node that :func:`flatten` never produces.
+    Calls ``arrays`` once with the label of each array. Raises CorruptCheckpoint for a node that
+    :func:`flatten` never produces.
     """
     if type(node) in _SCALARS:
         return node
@@ -246,17 +233,14 @@ def unflatten(node: Any, arrays: Callable[[str], Any], depth: int = 0) -> Any:
             try:
                 keys = [key[1:] if key.startswith("s") else decode_key(key) for key in content]
             except ValueError as error:
-                raise CorruptCheckpoint(
-                    f"the state has a key that cannot be read: {shorten(str(error))}"
-                ) from None
+                reason = shorten(str(error))
+                raise CorruptCheckpoint(f"the state has a key that cannot be read: {reason}") from None
             if count_hash_collisions(keys) > MAX_EQUAL_HASHES:  # before they go into a dict
                 raise CorruptCheckpoint("the state has a dict with too many colliding keys")
             values = [unflatten(item, arrays, depth + 1) for item in content.values()]
             mapping = dict(zip(keys, values, strict=True))
             if len(mapping) != len(keys):  # a key would silently replace another
-                raise CorruptCheckpoint(
-                    "the state has a dict with two keys that are equal, such as 1 and True"
-                )
+                raise CorruptCheckpoint("the state has a dict with two equal keys, such as 1 and True")
             return mapping
         if kind in ("l", "t") and type(content) is list:
             items = [unflatten(item, arrays, depth + 1) for item in content]

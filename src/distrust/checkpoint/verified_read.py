@@ -1,15 +1,10 @@
 """Reads the data of a checkpoint and verifies it, on all cores.
 
 Each tensor has a digest of its own, so each core takes the next tensor, reads a piece of it directly into its
-final position, and hashes the piece while it is in the CPU cache. Three ways to the bytes:
+final position, and hashes the piece while it is in the CPU cache.
 
-- :func:`load`: into new memory. A file in the page cache is read from there; any other is read with direct
-  I/O, by threads that stay ahead of the hashing, so that the disk is always busy.
-- :func:`map_file`: the file itself, mapped; pages are copied only when somebody writes to them.
-- :func:`verify_file`: into scratch memory, to learn only whether the file is intact.
-
-All raise CorruptCheckpoint naming the first damaged tensor. In the first and the last, a read error raises
-OSError. In mapped memory the system sends SIGBUS.
+All functions raise CorruptCheckpoint naming the first damaged tensor. A read error raises OSError; in mapped
+memory the system sends SIGBUS.
 """
 
 from __future__ import annotations
@@ -23,6 +18,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from typing import NamedTuple, Self
 
 from distrust.checkpoint import direct_io, parallel
@@ -54,7 +50,11 @@ class TensorBytes(NamedTuple):
 
 
 def load(descriptor: int, header: Header) -> TensorBytes:
-    """Read and verify all tensors, into new memory."""
+    """Read and verify all tensors, into new memory.
+
+    A file in the page cache is read from there; any other is read with direct I/O, by threads that stay ahead
+    of the hashing, so that the disk is always busy.
+    """
     # Each tensor on a cache line, like memory that frameworks allocate: the alignment of an array decides how
     # some libraries sum it, and so the last bits of what is computed from it.
     sizes = (round_up(tensor.nbytes, CACHE_LINE_BYTES) for tensor in header.tensors)
@@ -64,7 +64,7 @@ def load(descriptor: int, header: Header) -> TensorBytes:
     content = TensorBytes(memoryview(memory), offsets)
     if _is_cold(descriptor, header):
         with _Prefetcher(descriptor, header, content, address_of(memory)) as prefetcher:
-            _verify_all(header.tensors, prefetcher.wait_for)
+            verify(header.tensors, prefetcher.wait_for)
         return content
 
     def read_piece(tensor: TensorInfo, begin: int, end: int) -> memoryview:
@@ -72,26 +72,21 @@ def load(descriptor: int, header: Header) -> TensorBytes:
         read_into(descriptor, view, tensor.offset + begin)
         return view
 
-    _verify_all(header.tensors, read_piece)
+    verify(header.tensors, read_piece)
     return content
 
 
 def map_file(descriptor: int, header: Header) -> TensorBytes:
     """Map the file and return all tensors, not verified."""
-    try:  # private and writable: a caller's changes stay in memory
+    try:  # private and writable: pages that a caller changes are copied, and stay in memory
         file = mmap.mmap(descriptor, header.file_size, access=mmap.ACCESS_COPY)
     except ValueError:  # truncated since its header was read
         raise CorruptCheckpoint(CUT_WHILE_READ) from None
     return TensorBytes(memoryview(file), {tensor.name: tensor.offset for tensor in header.tensors})
 
 
-def verify_content(content: TensorBytes, tensors: Sequence[TensorInfo]) -> None:
-    """Verify tensors in memory."""
-    _verify_all(tensors, content.view)
-
-
 def verify_file(descriptor: int, header: Header) -> None:
-    """Read and verify all tensors, keeping none."""
+    """Read and verify all tensors in scratch memory, keeping none."""
     scratch = threading.local()
     size = max((_piece_bytes(tensor) for tensor in header.tensors), default=0)
 
@@ -102,12 +97,10 @@ def verify_file(descriptor: int, header: Header) -> None:
         read_into(descriptor, view, tensor.offset + begin)
         return view
 
-    _verify_all(header.tensors, read_piece)
+    verify(header.tensors, read_piece)
 
 
-def _verify_all(
-    tensors: Sequence[TensorInfo], read_piece: Callable[[TensorInfo, int, int], memoryview]
-) -> None:
+def verify(tensors: Sequence[TensorInfo], read_piece: Callable[[TensorInfo, int, int], memoryview]) -> None:
     """Compare each tensor's digest with the header's; read the pieces of a tensor in order."""
 
     def verify_one(tensor: TensorInfo) -> None:
@@ -130,10 +123,9 @@ def _piece_bytes(tensor: TensorInfo) -> int:
 def check_digest(tensor: TensorInfo, digest: str) -> None:
     """Compare a tensor's digest with the header's."""
     if digest != tensor.digest:
-        location = f"bytes {tensor.offset} to {tensor.offset + tensor.nbytes}"
-        raise CorruptCheckpoint(
-            f"tensor {quote_untrusted(tensor.name)} is damaged ({location})", tensor=tensor.name
-        )
+        location = f"bytes {tensor.offset} to {_end_of(tensor)}"
+        problem = f"tensor {quote_untrusted(tensor.name)} is damaged ({location})"
+        raise CorruptCheckpoint(problem, tensor=tensor.name)
 
 
 def _is_cold(descriptor: int, header: Header) -> bool:
@@ -178,9 +170,9 @@ class _Prefetcher:
 
     def wait_for(self, tensor: TensorInfo, begin: int, end: int) -> memoryview:
         """Return bytes ``begin`` to ``end`` of a tensor, once they have been read."""
-        first, last = (tensor.offset + edge - self._begin for edge in (begin, end - 1))
-        for block in range(first // FETCH_BYTES, last // FETCH_BYTES + 1):
-            self._arrived[block].wait()
+        first, last = ((tensor.offset + edge - self._begin) // FETCH_BYTES for edge in (begin, end - 1))
+        for arrived in self._arrived[first : last + 1]:
+            arrived.wait()
         if self._error is not None:
             raise self._error
         return self._content.view(tensor, begin, end)
@@ -239,14 +231,12 @@ class _Prefetcher:
     def _copy(self, bounce: int, begin: int, end: int) -> None:
         """Copy the tensors in a block from the address ``bounce`` to their final positions."""
         tensors = self._header.tensors
-        index = bisect.bisect_right(tensors, begin, key=_end_of)
-        while index < len(tensors) and tensors[index].offset < end:
-            tensor = tensors[index]
+        start = bisect.bisect_right(tensors, begin, key=_end_of)
+        for tensor in tensors[start : bisect.bisect_left(tensors, end, key=attrgetter("offset"))]:
             first, last = max(begin, tensor.offset), min(end, _end_of(tensor))
             target = self._address + self._content.offsets[tensor.name] + first - tensor.offset
             # memmove through ctypes releases the GIL; a slice assignment holds it.
             ctypes.memmove(target, bounce + first - begin, last - first)
-            index += 1
 
 
 def _end_of(tensor: TensorInfo) -> int:

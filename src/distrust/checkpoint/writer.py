@@ -13,7 +13,7 @@ from distrust.checkpoint.format import Kind
 from distrust.checkpoint.manager_state import ManagerState
 from distrust.checkpoint.retainer import Retainer
 from distrust.checkpoint.storage import AtomicFile
-from distrust.errors import DistrustWarning, ErrorTranslator, SaveFailed, WarningCollector
+from distrust.errors import DistrustWarning, ErrorTranslator, SaveFailed, WarningCollector, defer_warning
 
 #: Sections that change only in the optimizer's step: their copy may overlap the next forward and backward.
 _OVERLAPPED = ("model.", "optimizer.")
@@ -28,17 +28,15 @@ class Writer:
         self._state = state
         self._retainer = retainer
 
-    def save(self, checkpoint: Checkpoint, *, final: bool, warnings: WarningCollector) -> Path:
+    def save(self, checkpoint: Checkpoint, *, final: bool) -> Path:
         """Write a checkpoint; it is durable when this returns."""
         path, kind = self._begin(checkpoint.step, final=final)
         with _save_errors(path):
             prepared = serialization.prepare(checkpoint, kind)  # refuses bad values before any I/O
-        self._write(path, prepared.layout.file_size, prepared.step, self._stream(prepared), warnings)
+        self._write(path, prepared.layout.file_size, prepared.step, self._stream(prepared))
         return path
 
-    def save_async(
-        self, checkpoint: Checkpoint, *, final: bool, overlap: bool, warnings: WarningCollector
-    ) -> PendingSave:
+    def save_async(self, checkpoint: Checkpoint, *, final: bool, overlap: bool) -> PendingSave:
         """Copy a checkpoint and write it in the background; write it now if there is no memory for a copy."""
         path, kind = self._begin(checkpoint.step, final=final)
         state = self._state
@@ -49,26 +47,21 @@ class Writer:
                     prepared, deferred=_OVERLAPPED if overlap else (), block_buffer=state.block_buffer
                 )
         except SaveFailed as error:
-            return state.background.record_failure(path, error)
+            return state.background.finish(path, error)
         size, step = prepared.layout.file_size, prepared.step
         if pending_copy is None:
             stream = self._stream(prepared)
-            pending = state.background.run(path, lambda: self._write(path, size, step, stream, warnings))
+            pending = state.background.run(path, lambda: self._write(path, size, step, stream))
             text = f"step {step}: saved synchronously: the snapshot would exceed 25% of free memory"
-            warnings.append(DistrustWarning(text))
+            defer_warning(DistrustWarning(text))
             return pending
 
         def write() -> None:
-            with WarningCollector() as thread_warnings:  # the caller's block has ended by then
-                self._write(path, size, step, pending_copy.write, thread_warnings)
+            with WarningCollector():  # the caller's block has ended by then
+                self._write(path, size, step, pending_copy.write)
 
         # The thread gets no reference to `prepared`: the caller's arrays are freed once they are copied.
         return state.background.start(path, copy=lambda: pending_copy.copy(path), write=write)
-
-    def reserve(self, nbytes: int) -> bool:
-        """Allocate and touch the snapshot buffer; False if that exceeds the budget."""
-        self._state.background.wait()
-        return self._state.snapshot.reserve(nbytes)
 
     def _begin(self, step: int, *, final: bool) -> tuple[Path, Kind]:
         self._state.background.wait()  # raises the error of the save before, if no call has
@@ -76,19 +69,15 @@ class Writer:
         kind: Kind = "final" if final else "periodic"
         path = self._state.directory / checkpoint_file_name(step, kind)
         if foreign.find_reader(path):
-            raise SaveFailed(
-                f"{path}: not saved: a checkpoint in an older format has this name, and is never replaced. "
-                "Move it away, or save in another directory",
-                path=path,
-            )
+            reason = "a checkpoint in an older format has this name, and is never replaced"
+            remedy = "Move it away, or save in another directory"
+            raise SaveFailed(f"{path}: not saved: {reason}. {remedy}", path=path)
         return path, kind
 
     def _stream(self, prepared: serialization.PreparedCheckpoint) -> WriteContent:
         return lambda file: stream_writer.write_streaming(file, prepared, self._state.block_buffer)
 
-    def _write(
-        self, path: Path, size: int, step: int, write_content: WriteContent, warnings: WarningCollector
-    ) -> None:
+    def _write(self, path: Path, size: int, step: int, write_content: WriteContent) -> None:
         """The phases of a save. Until the line that commits, the directory is as it was before."""
         state = self._state
         state.lock.confirm()
@@ -99,7 +88,7 @@ class Writer:
             state.lock.confirm()
             file.commit()  # COMMITS: fsync, rename, fsync of the directory; the checkpoint is durable
         state.record_saved(path, digest, step)
-        self._retainer.clean_up_after_save(path, warnings)  # only now: the new checkpoint may displace others
+        self._retainer.clean_up_after_save(path)  # only now: the new checkpoint may displace others
 
 
 def _save_errors(path: Path) -> ErrorTranslator:

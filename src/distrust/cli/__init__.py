@@ -94,25 +94,21 @@ def _run(verb: str, arguments: list[str]) -> int:
 
 def _help() -> str:
     width = max(map(len, COMMANDS))
-    lines = [f"  {verb:{width}}  {purpose}" for verb, purpose in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: distrust COMMAND ...",
-            "",
-            "Fine-tunes language models, weighs every example by the provenance of its source,",
-            "and never loses a run.",
-            "",
-            "commands:",
-            *lines,
-            "",
-            "examples:",
-            "  distrust demo",
-            "  distrust train --model ./my-model --data examples.jsonl --out runs/first",
-            "  distrust ls runs/first",
-            "",
-            "distrust COMMAND --help explains a command; distrust --version prints the version.",
-        ]
-    )
+    commands = "\n".join(f"  {verb:{width}}  {purpose}" for verb, purpose in COMMANDS.items())
+    return f"""usage: distrust COMMAND ...
+
+Fine-tunes language models, weighs every example by the provenance of its source,
+and never loses a run.
+
+commands:
+{commands}
+
+examples:
+  distrust demo
+  distrust train --model ./my-model --data examples.jsonl --out runs/first
+  distrust ls runs/first
+
+distrust COMMAND --help explains a command; distrust --version prints the version."""
 
 
 def _print_error(message: str, code: int) -> int:

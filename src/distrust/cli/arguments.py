@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from distrust.cli import COMMANDS
-from distrust.reporting.display import printable
+from distrust.reporting.display import printable, to_json
 
 TARGET = "a run, a directory of checkpoints, or one checkpoint"
 NEWEST_INTACT = f"{TARGET}; of several, the newest intact one"
@@ -43,14 +43,9 @@ def add_checkpoint_options(arg: argparse.ArgumentParser) -> None:
 
 def print_json(value: Any) -> None:
     """Print standard JSON: NaN and infinities, which it lacks, become strings."""
-    print(printable(json.dumps(_to_json(value), indent=2, ensure_ascii=False), lines=True))
+    print(printable(json.dumps(to_json(value), indent=2, ensure_ascii=False), lines=True))
 
 
-def _to_json(value: Any) -> Any:
-    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
-        return str(value)
-    if isinstance(value, dict):
-        return {str(key): _to_json(item) for key, item in value.items()}  # JSON keys are strings
-    if isinstance(value, (list, tuple)):
-        return [_to_json(item) for item in value]
-    return value
+def attributes(value: object, *names: str) -> dict[str, Any]:
+    """Some attributes of an object, for :func:`print_json`."""
+    return {name: getattr(value, name) for name in names}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from distrust.checkpoint import CheckpointFile, catalog
 from distrust.checkpoint.compare import Difference, differences
-from distrust.cli.arguments import TARGET, parser, print_json
+from distrust.cli.arguments import TARGET, attributes, parser, print_json
 from distrust.reporting.display import printable
 from distrust.run_record import RunRecord
 
@@ -34,9 +34,9 @@ def main(arguments: list[str]) -> int:
     a, b = catalog.newest(options.a), catalog.newest(options.b)  # headers only
     differing = differences(a, b)
     if options.json:
-        equal = not differing
+        sides = [attributes(file, "path", "step", "state_digest") for file in (a, b)]
         rows = [asdict(difference) for difference in differing]
-        print_json({"equal": equal, "a": _json(a), "b": _json(b), "differences": rows})
+        print_json({"equal": not differing, "a": sides[0], "b": sides[1], "differences": rows})
     else:
         _print(a, b, differing)
     return 1 if differing else 0  # like diff(1)
@@ -46,8 +46,8 @@ def _print(a: CheckpointFile, b: CheckpointFile, differing: list[Difference]) ->
     for side, file in (("a", a), ("b", b)):
         state = file.state_digest[:DIGEST_CHARACTERS]  # enough to compare by eye
         print(printable(f"{side}: step {file.step}, {file.kind}, state {state}, {file.path}"))
-    engines = _engine(a), _engine(b)
-    if differing and all(engines) and engines[0] != engines[1]:  # both are known, and differ
+    engines = [RunRecord.from_header(file.header).engine for file in (a, b)]  # empty if no training made it
+    if differing and all(engines) and engines[0] != engines[1]:
         print(
             printable(
                 f"a was made with {engines[0]}, b with {engines[1]}: they use different tensor names and "
@@ -66,15 +66,6 @@ def _print(a: CheckpointFile, b: CheckpointFile, differing: list[Difference]) ->
         if differing
         else "equal: by their headers the states are the same, bit for bit"
     )
-
-
-def _json(file: CheckpointFile) -> dict[str, object]:
-    return {"path": str(file.path), "step": file.step, "state_digest": file.state_digest}
-
-
-def _engine(file: CheckpointFile) -> str:
-    """The engine that made a checkpoint; empty if no training made it."""
-    return RunRecord.from_header(file.header).engine
 
 
 def _shorten_digest(text: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from distrust.checkpoint.catalog import resolve
-from distrust.cli.arguments import NEWEST_INTACT, add_checkpoint_options, parser, print_json
+from distrust.cli.arguments import NEWEST_INTACT, add_checkpoint_options, attributes, parser, print_json
 from distrust.reporting.display import printable
 
 
@@ -19,12 +19,15 @@ def main(arguments: list[str]) -> int:
     options = _options(arguments)
     resolve(options.target)  # a misspelt name fails before the slow imports below
 
-    from distrust import engines, evaluation
+    from distrust import engines
     from distrust.reporting.console import ConsoleReporter
+    from distrust.training.data_sources import read_evaluation
+    from distrust.training.evaluation import evaluate
     from distrust.training.events import Preparing
 
     file, checkpoint = engines.read_checkpoint(options.target, step=options.step, best=options.best)
-    changes = _changed_options(options)
+    replaced = attributes(options, "eval_data", "eval_split", "source_column", "batch_size")
+    changes: dict[str, Any] = {name: value for name, value in replaced.items() if value is not None}
     if "eval_data" in changes or "eval_split" in changes:
         changes["eval_fraction"] = 0.0  # evaluate on the given data, not on a share of the training data
     config = replace(engines.config_of(file, model=options.model), **changes)
@@ -34,18 +37,16 @@ def main(arguments: list[str]) -> int:
         def report(task: str, completed: int, total: int) -> None:
             console(Preparing(task, completed, total))
 
-        sources = evaluation.read(config, report=report)
+        data = read_evaluation(config, report=report)
         engine = engines.engine_of(file, checkpoint, model=options.model)
-        evaluate = partial(
-            evaluation.evaluate, sources=sources, config=config, trained_on=trained_on, report=report
-        )
-        results = {"checkpoint": evaluate(engine)}
+        measure = partial(evaluate, data=data, config=config, trained_on=trained_on)
+        results = {"checkpoint": measure(engine)}
         if options.compare:
             del engine  # one model in memory at a time
             base = engines.create_engine(replace(config, compile=False))
-            results = {"base": evaluate(base), **results}
+            results = {"base": measure(base), **results}
     if options.json:
-        print_json({"path": str(file.path), "step": file.step, **results})
+        print_json({**attributes(file, "path", "step"), **results})
         return 0
     print(printable(f"step {file.step}: {file.path}"))
     for name, metrics in results.items():  # base first, if compared
@@ -58,27 +59,13 @@ def main(arguments: list[str]) -> int:
 def _print(metrics: dict[str, float]) -> None:
     print(f"{metrics['examples']:,} examples, {metrics['tokens']:,} trained tokens")
     rows = [("all", "loss"), ("weighted", "weighted_loss")]
-    rows += [
-        (printable(name.removeprefix("eval_loss/")), name.removeprefix("eval_"))
-        for name in metrics
-        if name.startswith("eval_loss/")
-    ]
+    classes = [name.removeprefix("eval_loss/") for name in metrics if name.startswith("eval_loss/")]
+    rows += [(printable(name), f"loss/{name}") for name in classes]
     width = max(len(label) for label, _ in rows)  # names of classes vary
     print(f"{'':{width}}  {'loss':>8}  {'perplexity':>10}")
     for label, name in rows:
         loss, perplexity = metrics[f"eval_{name}"], metrics[f"eval_{name.replace('loss', 'perplexity', 1)}"]
         print(f"{label:{width}}  {loss:>8.4f}  {perplexity:>10.4g}")
-
-
-def _changed_options(options: argparse.Namespace) -> dict[str, Any]:
-    """The options of the run that the command line replaces."""
-    values = {  # None: not given
-        "eval_data": tuple(options.data) if options.data else None,
-        "eval_split": options.split,
-        "source_column": options.source_column,
-        "batch_size": options.batch_size,
-    }
-    return {name: value for name, value in values.items() if value is not None}
 
 
 def _options(arguments: list[str]) -> argparse.Namespace:
@@ -93,8 +80,10 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         ],
     )
     arg.add_argument("target", type=Path, help=NEWEST_INTACT)
-    arg.add_argument("--data", nargs="+", help="what to evaluate on; default: the evaluation data of the run")
-    arg.add_argument("--split", help="split of a hub data set, or of a folder whose files name splits")
+    data = "what to evaluate on; default: the evaluation data of the run"
+    arg.add_argument("--data", nargs="+", dest="eval_data", metavar="DATA", help=data)
+    split = "split of a hub data set, or of a folder whose files name splits"
+    arg.add_argument("--split", dest="eval_split", metavar="SPLIT", help=split)
     arg.add_argument("--source-column", help="column of the source class; default: that of the run")
     arg.add_argument("--batch-size", type=int, help="examples per batch; default: that of the run")
     add_checkpoint_options(arg)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import get_args
 
 from distrust.checkpoint.catalog import resolve
-from distrust.cli.arguments import NEWEST_INTACT, add_checkpoint_options, parser, print_json
+from distrust.cli.arguments import NEWEST_INTACT, add_checkpoint_options, attributes, parser, print_json
 from distrust.config import ExportDtype, ExportFormat
 from distrust.reporting.display import printable, size
 
@@ -58,17 +58,10 @@ def main(arguments: list[str]) -> int:
 
     from distrust.export import export  # loads a framework
 
-    result = export(
-        options.target,
-        options.to,
-        format=options.format,
-        step=options.step,
-        best=options.best,
-        model=options.model,
-        dtype=options.dtype,
-    )
+    choices = attributes(options, "format", "step", "best", "model", "dtype")
+    result = export(options.target, options.to, **choices)
     if options.json:
-        print_json({**asdict(result), "path": str(result.path), "checkpoint": str(result.checkpoint)})
+        print_json(asdict(result))
         return 0
     print(printable(f"step {result.step} of {result.checkpoint}, state {result.state_digest[:16]}"))
     print(printable(f"{result.format}, {result.dtype}, {size(result.bytes)}: {result.path}"))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distrust.checkpoint.catalog import resolve
-from distrust.cli.arguments import NEWEST_INTACT, add_checkpoint_options, parser, print_json
+from distrust.cli.arguments import NEWEST_INTACT, add_checkpoint_options, attributes, parser, print_json
 from distrust.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -28,19 +28,10 @@ def main(arguments: list[str]) -> int:
 
     from distrust import engines
 
+    sampling = attributes(options, "chat", "max_new_tokens", "temperature", "top_p", "seed")
+
     def generate(engine: Engine) -> list[str]:
-        return [
-            engines.generate(
-                engine,
-                prompt,
-                chat=options.chat,
-                max_new_tokens=options.max_new_tokens,
-                temperature=options.temperature,
-                top_p=options.top_p,
-                seed=options.seed,
-            )
-            for prompt in prompts
-        ]
+        return [engines.generate(engine, prompt, **sampling) for prompt in prompts]
 
     engine, file = engines.open_checkpoint(
         options.target, step=options.step, best=options.best, model=options.model
@@ -51,10 +42,8 @@ def main(arguments: list[str]) -> int:
         base = engines.create_engine(replace(engines.config_of(file, model=options.model), compile=False))
         columns = {"base": generate(base), **columns}  # the base model first
 
-    rows = [
-        {"prompt": prompt, **{name: texts[index] for name, texts in columns.items()}}
-        for index, prompt in enumerate(prompts)
-    ]
+    names = ("prompt", *columns)
+    rows = [dict(zip(names, row, strict=True)) for row in zip(prompts, *columns.values(), strict=True)]
     if options.json:
         print_json(rows)
         return 0

@@ -5,20 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 from distrust.checkpoint import CheckpointFile, Scan, catalog, foreign
-from distrust.cli.arguments import TARGET, parser, print_json
+from distrust.cli.arguments import TARGET, attributes, parser, print_json
 from distrust.errors import CheckpointError
 from distrust.reporting.display import number, printable, size
 from distrust.run_record import RunRecord
-
-
-class Run(NamedTuple):
-    """A run in a folder of runs."""
-
-    path: Path  # of its folder
-    checkpoints: Scan
 
 
 def main(arguments: list[str]) -> int:
@@ -41,9 +33,13 @@ def main(arguments: list[str]) -> int:
         _warn(f"{damaged.path}: damaged: {damaged.reason}")
     is_empty = not contents.all_intact and not contents.damaged  # damaged files are a listing, too
     if is_empty and (runs := _runs(options.target)):
-        _print_runs(runs, as_json=options.json)
+        if options.json:
+            print_json([_run_json(path, scan) for path, scan in runs.items()])
+        else:
+            _print_runs(runs)
     elif options.json:
-        print_json([_checkpoint_json(file) for file in contents.all_intact])
+        columns = ("step", "kind", "path", "format", "bytes", "created", "metrics")  # created: ISO 8601, UTC
+        print_json([attributes(file, *columns) for file in contents.all_intact])
     elif contents.all_intact:
         _print_checkpoints(contents)
     else:
@@ -59,14 +55,14 @@ def _scan(target: Path) -> Scan:
     return Scan.of([catalog.read_header(target)])  # one checkpoint
 
 
-def _runs(folder: Path) -> list[Run]:
+def _runs(folder: Path) -> dict[Path, Scan]:
     """The runs directly below a folder, by name: folders with a directory of checkpoints."""
-    runs = []
+    runs = {}
     for name in sorted(os.listdir(folder)):  # one level: a run may be large
         path = folder / name
         try:
             if os.path.isdir(path / catalog.RUN_SUBDIRECTORY):
-                runs.append(Run(path, catalog.scan(path / catalog.RUN_SUBDIRECTORY)))
+                runs[path] = catalog.scan(path / catalog.RUN_SUBDIRECTORY)
         except CheckpointError as error:  # one unreadable run must not hide the others
             _warn(str(error))
     return runs
@@ -89,15 +85,12 @@ def _main_metrics(file: CheckpointFile) -> list[tuple[str, float]]:
     return [item for item in sorted(file.metrics.items()) if best_by is None or item[0] in main]
 
 
-def _print_runs(runs: list[Run], *, as_json: bool) -> None:
-    if as_json:
-        print_json([_run_json(run) for run in runs])
-        return
-    names = [printable(run.path.name) for run in runs]  # before aligning: escapes change the length
+def _print_runs(runs: dict[Path, Scan]) -> None:
+    names = [printable(path.name) for path in runs]  # before aligning: escapes change the length
     width = max(map(len, names))
     print(f"{'run':{width}}  {'step':>8}  {'kind':8}  {'created (UTC)':19}  checkpoints")
-    for name, run in zip(names, runs, strict=True):
-        files, damaged = run.checkpoints.all_intact, run.checkpoints.damaged
+    for name, contents in zip(names, runs.values(), strict=True):
+        files, damaged = contents.all_intact, contents.damaged
         count = f"{len(files)}{f', {len(damaged)} damaged' if damaged else ''}"
         step, kind, created = (
             (files[-1].step, files[-1].kind, _format_date(files[-1])) if files else ("-",) * 3
@@ -113,26 +106,14 @@ def _warn(message: str) -> None:
     print(printable(f"distrust: warning: {message}"), file=sys.stderr)
 
 
-def _run_json(run: Run) -> dict[str, object]:
-    files = run.checkpoints.all_intact
+def _run_json(path: Path, contents: Scan) -> dict[str, object]:
+    files = contents.all_intact
     newest = files[-1] if files else None  # sorted by step
     return {
-        "run": str(run.path),
+        "run": path,
         "step": newest and newest.step,
         "kind": newest and newest.kind,
         "created": newest and newest.created,
         "checkpoints": len(files),
-        "damaged": len(run.checkpoints.damaged),
-    }
-
-
-def _checkpoint_json(file: CheckpointFile) -> dict[str, object]:
-    return {
-        "step": file.step,
-        "kind": file.kind,
-        "path": str(file.path),
-        "format": file.format,
-        "bytes": file.bytes,  # of the file
-        "created": file.created,  # ISO 8601, UTC
-        "metrics": file.metrics,
+        "damaged": len(contents.damaged),
     }

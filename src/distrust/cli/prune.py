@@ -8,8 +8,7 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple, get_args
 
-from distrust.checkpoint import DamagedFile, catalog
-from distrust.checkpoint.manager import CheckpointManager
+from distrust.checkpoint import CheckpointManager, DamagedFile, catalog
 from distrust.checkpoint.retention import MetricMode
 from distrust.cli.arguments import parser, print_json
 from distrust.errors import CheckpointError, ConfigError, DamagedCheckpointWarning, DistrustWarning
@@ -52,7 +51,7 @@ def main(arguments: list[str]) -> int:
         except CheckpointError:
             removal.print_total(if_empty=False)  # files were removed before the error
             raise
-        if removal.files and removal.is_complete:
+        if removal.files and len(removal.files) == len(removal.sizes):  # none is left
             verb = "would be" if options.dry_run else "is"
             warnings.warn(
                 f"{directory}: no checkpoint {verb} left: the same training would start from the beginning",
@@ -93,12 +92,8 @@ class _Removal:
         self.files: list[RemovedFile] = []
         self._options = options
         self._directory = directory
-        self._freed = {entry.path.name: _freed_bytes(entry.path) for entry in catalog.list_names(directory)}
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether every file of the directory was removed."""
-        return len(self.files) == len(self._freed)  # nothing else was there
+        #: Disk space that the removal of each file of the directory frees.
+        self.sizes = {entry.path.name: _freed_bytes(entry.path) for entry in catalog.list_names(directory)}
 
     def add_damaged(self, file: DamagedFile) -> None:
         """Report a damaged file."""
@@ -107,7 +102,7 @@ class _Removal:
     def add(self, path: Path, step: int, reason: str) -> None:
         """Report a file."""
         # Name the directory as the user did: the manager resolves it.
-        file = RemovedFile(str(self._directory / path.name), step, self._freed[path.name], reason)
+        file = RemovedFile(str(self._directory / path.name), step, self.sizes[path.name], reason)
         self.files.append(file)
         if not self._options.json:
             verb = "would remove" if self._options.dry_run else "removed"
@@ -115,18 +110,18 @@ class _Removal:
 
     def print_total(self, *, if_empty: bool) -> None:
         """Print the total; with ``if_empty`` also if nothing was removed."""
-        freed = sum(file.bytes for file in self.files)
         if not self.files and not if_empty:
             return
+        count, freed = pluralize(len(self.files), "file"), sum(file.bytes for file in self.files)
         if self._options.json:
             rows = [file._asdict() for file in self.files]
             print_json({"dry_run": self._options.dry_run, "removed": rows, "bytes_freed": freed})
         elif not self.files:
             print("nothing to remove")
         elif self._options.dry_run:
-            print(f"{pluralize(len(self.files), 'file')}, {size(freed)}: nothing was removed yet")
+            print(f"{count}, {size(freed)}: nothing was removed yet")
         else:
-            print(f"{pluralize(len(self.files), 'file')} removed, {size(freed)} freed")
+            print(f"{count} removed, {size(freed)} freed")
 
 
 def _freed_bytes(path: Path) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from distrust.checkpoint import CheckpointFile, catalog
-from distrust.cli.arguments import TARGET, parser, print_json
+from distrust.cli.arguments import TARGET, attributes, parser, print_json
 from distrust.errors import CheckpointNotFound, ConfigError, shorten
 from distrust.reporting.display import number, printable, size
 
@@ -34,7 +34,10 @@ def main(arguments: list[str]) -> int:
     file = _choose(options.target, options.step)
     file.require_intact()  # never print what a forged header claims
     if options.json:
-        print_json(_json(file))
+        tensors = [attributes(tensor, "name", "dtype", "shape", "digest") for tensor in file.tensors]
+        fields = attributes(file, "path", "format", "step", "kind", "digest", "state_digest", "metadata")
+        sections = {"config": file.header.config, "run": file.header.run_info}
+        print_json({**fields, **sections, "tensors": tensors})
     else:
         _print(file, tensors=options.tensors)
     return 0
@@ -92,26 +95,3 @@ def _truncate(value: Any) -> str:
     if len(text) <= _VALUE_CHARACTERS:
         return text
     return f"{text[:_VALUE_CHARACTERS]}… ({len(text):,} characters; --json prints all)"
-
-
-def _json(file: CheckpointFile) -> dict[str, Any]:
-    return {
-        "path": str(file.path),
-        "format": file.format,
-        "step": file.step,
-        "kind": file.kind,
-        "digest": file.digest,
-        "state_digest": file.state_digest,
-        "metadata": file.metadata,
-        "config": file.header.config,
-        "run": file.header.run_info,
-        "tensors": [
-            {
-                "name": tensor.name,
-                "dtype": tensor.dtype,
-                "shape": list(tensor.shape),
-                "digest": tensor.digest,
-            }
-            for tensor in file.tensors
-        ],
-    }

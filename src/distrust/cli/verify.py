@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> int:
     rows = []
     for path in [path for target in options.targets for path in catalog.resolve(target)]:
         verdict, reason, note = _verify(path)
-        row = {"path": str(path), "ok": reason is None, "verdict": verdict, "reason": reason}
+        row = {"path": path, "ok": reason is None, "verdict": verdict, "reason": reason}
         rows.append({**row, "note": note} if note else row)  # only older formats have notes
         if not options.json:
             remark = reason or note

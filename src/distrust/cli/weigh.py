@@ -7,26 +7,27 @@ import contextlib
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, get_args
+from typing import Any, BinaryIO, get_args
 
+import numpy as np
+from numpy.typing import NDArray
+
+from distrust.atomic import atomic_file, require_writable
 from distrust.bundled import PROVENANCE_TABLE
 from distrust.cli.arguments import parser, print_json
 from distrust.config import TrainConfig, flag
+from distrust.data import Distribution, Source, columns_of, open_source, summarize_weights
+from distrust.data.columns import WholeRows
+from distrust.data.provenance.score import ScoredRecords, Scoring, captions, score_records
+from distrust.data.provenance.table import load_table
+from distrust.data.provenance.write_dataset import require_format, write_scored
 from distrust.errors import ConfigError, DistrustWarning
 from distrust.reporting.display import pluralize, printable
+from distrust.reporting.weights_table import distribution_lines, score_lines
 from distrust.weighting import ALPHA, LAMBDA, Weighting, effective_sample_size, example_weights
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from distrust.data.columns import Columns
-    from distrust.data.distribution import Distribution
-    from distrust.data.provenance.score import Check, ScoredRecords
-    from distrust.data.sources import Source
 
 DESCRIPTION = """A record that
 states its authority weight w (0: primary record, 0.99: coordinated consensus; a high w means LESS
@@ -37,19 +38,18 @@ before training divides them by their mean. Exit code 1: records are wrong, or w
 from the computed values."""
 
 _NAME: dict[str, Any] = {"metavar": "NAME"}
-_NUMBER: dict[str, Any] = {"type": float}
 _OPTIONS_OF_TRAIN: dict[str, dict[str, Any]] = {
     "weighting": {"choices": get_args(Weighting), "help": f"default: {TrainConfig.weighting}"},
-    "alpha": {**_NUMBER, "metavar": "A", "help": f"default: {ALPHA}"},
-    "lambda_": {**_NUMBER, "metavar": "L", "help": f"default: {LAMBDA}"},
-    "max_ratio": {**_NUMBER, "metavar": "R", "help": "default: no limit"},
+    "alpha": {"type": float, "metavar": "A", "help": f"default: {ALPHA}"},
+    "lambda_": {"type": float, "metavar": "L", "help": f"default: {LAMBDA}"},
+    "max_ratio": {"type": float, "metavar": "R", "help": "default: no limit"},
     "default_authority_weight": {
-        **_NUMBER,
+        "type": float,
         "metavar": "W",
         "help": "for records without w and its ingredients; high: less training weight",
     },
     "default_provenance_entropy": {
-        **_NUMBER,
+        "type": float,
         "metavar": "BITS",
         "help": "for records without H and evidence",
     },
@@ -72,14 +72,6 @@ def main(arguments: list[str]) -> int:
         print(PROVENANCE_TABLE.read_text("utf-8"), end="")
         return 0
     config = _config(options)
-
-    from distrust.atomic import atomic_file
-    from distrust.data.columns import WholeRows, columns_of
-    from distrust.data.provenance.score import Scoring, score_records
-    from distrust.data.provenance.table import load_table
-    from distrust.data.provenance.write_dataset import write_scored
-    from distrust.data.sources import open_source
-
     scoring = Scoring(
         columns=columns_of(config),
         table=load_table(options.table),
@@ -95,12 +87,11 @@ def main(arguments: list[str]) -> int:
         for name in options.data
     ]
     _require_targets(options, sources)
-    with _Progress("read") as progress:
+    with _progress("read") as progress:
         scored = score_records(sources, scoring, on_progress=progress)
     if config.source_column and set(scored.classes) == {""}:
-        warnings.warn(
-            f"--source-column {config.source_column}: no record has it", DistrustWarning, stacklevel=2
-        )
+        problem = f"--source-column {config.source_column}: no record has it"
+        warnings.warn(problem, DistrustWarning, stacklevel=2)
     weights = example_weights(
         scored.authority_weight,
         scored.provenance_entropy,
@@ -114,12 +105,14 @@ def main(arguments: list[str]) -> int:
             figure = files.enter_context(atomic_file(options.plot, force=options.force))
             _plot(figure, options.plot.suffix, config, scored, weights, distribution)
         if options.out is not None:
-            progress = files.enter_context(_Progress("written"))
+            progress = files.enter_context(_progress("written"))
             write_scored(sources, scored, columns, options.out, force=options.force, on_progress=progress)
     if options.json:
         print_json(_to_json(options, config, scored, distribution))
     else:
-        for line in _lines(options, scored, distribution, _captions(sources, columns, distribution)):
+        extremes = (*distribution.heaviest, *distribution.lightest)
+        titles = captions(sources, columns, {extreme.where for extreme in extremes})
+        for line in _lines(options, scored, distribution, titles):
             print(printable(line))
     differ = any(check.differing for check in scored.checks.values())
     return 1 if options.strict and differ else 0
@@ -141,12 +134,8 @@ def _parser() -> argparse.ArgumentParser:
     add("data", nargs="*", metavar="DATA", help="as for --data of distrust train")
     add("--table", type=Path, metavar="FILE", help="TOML file of ranks, coefficients and column names")
     add("--print-table", action="store_true", help="print the default table")
-    add(
-        "--out",
-        type=Path,
-        metavar="FILE",
-        help="write the records with w and H: .jsonl, .jsonl.gz or .parquet",
-    )
+    formats = ".jsonl, .jsonl.gz or .parquet"
+    add("--out", type=Path, metavar="FILE", help=f"write the records with w and H: {formats}")
     add("--plot", type=Path, metavar="PICTURE", help="draw the distribution: .png or .svg")
     add("--force", action="store_true", help="replace --out and --plot if they exist")
     add("--recompute", action="store_true", help="replace a record's own w and H where they can be computed")
@@ -173,16 +162,12 @@ def _config(options: argparse.Namespace) -> TrainConfig:
         raise ConfigError(f"--plot {options.plot}: give a name that ends in .png or .svg")
     if options.out is not None and options.plot is not None and options.out == options.plot:
         raise ConfigError(f"--plot {options.plot}: same file as --out; give another name")
-    return TrainConfig(
-        data=tuple(options.data), **{name: getattr(options, name) for name in _OPTIONS_OF_TRAIN}
-    )
+    shared = {name: getattr(options, name) for name in _OPTIONS_OF_TRAIN}
+    return TrainConfig(data=tuple(options.data), **shared)
 
 
 def _require_targets(options: argparse.Namespace, sources: Sequence[Source]) -> None:
     """Refuse --out and --plot before the slow work, if they cannot be written or are inputs."""
-    from distrust.atomic import require_writable
-    from distrust.data.provenance.write_dataset import require_format
-
     parts = [part.name for source in sources for part in source.parts]
     inputs = [*options.data, *parts, options.table or ""]
     if options.out is not None:
@@ -197,10 +182,6 @@ def _weighting_options(config: TrainConfig) -> dict[str, Any]:
 
 
 def _summarize(scored: ScoredRecords, weights: NDArray[np.float64], *, extremes: int) -> Distribution:
-    import numpy as np
-
-    from distrust.data.distribution import summarize_weights
-
     return summarize_weights(
         authority_weight=scored.authority_weight,
         provenance_entropy=scored.provenance_entropy,
@@ -222,9 +203,7 @@ def _plot(
     weights: NDArray[np.float64],
     distribution: Distribution,
 ) -> None:
-    import numpy as np
-
-    from distrust.reporting.weights_figure import plot_weights
+    from distrust.reporting.weights_figure import plot_weights  # late: it loads matplotlib
 
     # The limit depends on the smallest weight of the data, not on that of the grid being drawn.
     unlimited = {**_weighting_options(config), "max_ratio": None}
@@ -240,13 +219,6 @@ def _plot(
     )
 
 
-def _captions(sources: Sequence[Source], columns: Columns, distribution: Distribution) -> dict[str, str]:
-    from distrust.data.provenance.score import captions
-
-    extremes = (*distribution.heaviest, *distribution.lightest)
-    return captions(sources, columns, {extreme.where for extreme in extremes})
-
-
 def _to_json(
     options: argparse.Namespace, config: TrainConfig, scored: ScoredRecords, distribution: Distribution
 ) -> dict[str, Any]:
@@ -254,68 +226,49 @@ def _to_json(
     del values["tokens"]  # tokens are not counted here
     for summary in values["classes"]:
         del summary["tokens"]
+    checks = {
+        name: {**asdict(check), "unchecked": dict(check.unchecked)} for name, check in scored.checks.items()
+    }
     return {
         "data": options.data,
         **{name.rstrip("_"): value for name, value in _weighting_options(config).items()},
         **values,
-        "check": {name: _check_json(check) for name, check in scored.checks.items()},
+        "check": checks,
         "recomputed": options.recompute,
         "out": None if options.out is None else str(options.out),
         "plot": None if options.plot is None else str(options.plot),
     }
 
 
-def _check_json(check: Check) -> dict[str, Any]:
-    counts = {name: getattr(check, name) for name in ("computed", "defaulted", "checked", "differing")}
-    return {
-        "tolerance": check.tolerance,
-        **counts,
-        "unchecked": dict(check.unchecked),
-        "largest": [asdict(difference) for difference in check.largest],
-    }
-
-
 def _lines(
-    options: argparse.Namespace,
-    scored: ScoredRecords,
-    distribution: Distribution,
-    captions: Mapping[str, str],
+    options: argparse.Namespace, scored: ScoredRecords, distribution: Distribution, titles: Mapping[str, str]
 ) -> Iterator[str]:
-    from distrust.reporting.weights_table import distribution_lines, score_lines
-
     yield f"{pluralize(len(scored), 'record')} of {', '.join(options.data)}"
     yield from score_lines(scored.checks, recomputed=options.recompute)
     yield ""
     blocks = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
-    yield from distribution_lines(distribution, captions, blocks=blocks)
+    yield from distribution_lines(distribution, titles, blocks=blocks)
     for label, path in (("written", options.out), ("figure", options.plot)):
         if path is not None:
             yield f"{label} {path}"
 
 
-class _Progress:
+@contextlib.contextmanager
+def _progress(verb: str) -> Iterator[Callable[[int], None]]:
     """Reports the number of records on stderr, if it takes long: live on a terminal, else now and then."""
+    live = sys.stderr.isatty()
+    due, printed = time.monotonic() + _FIRST_REPORT_SECONDS, False
 
-    def __init__(self, verb: str) -> None:
-        self._verb = verb
-        self._live = sys.stderr.isatty()
-        self._next = time.monotonic() + _FIRST_REPORT_SECONDS
-        self._printed = False
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __call__(self, records: int) -> None:
-        """Report the number of records read or written so far."""
+    def report(records: int) -> None:
+        nonlocal due, printed
         now = time.monotonic()
-        if now < self._next:
-            return
-        self._next = now + (_LIVE_REPORT_SECONDS if self._live else _REPORT_SECONDS)
-        self._printed = True
-        print(
-            f"{records:,} records {self._verb}", end="\r" if self._live else "\n", file=sys.stderr, flush=True
-        )
+        if now >= due:
+            due, printed = now + (_LIVE_REPORT_SECONDS if live else _REPORT_SECONDS), True
+            end = "\r" if live else "\n"
+            print(f"{records:,} records {verb}", end=end, file=sys.stderr, flush=True)
 
-    def __exit__(self, *exception: object) -> None:
-        if self._live and self._printed:
+    try:
+        yield report
+    finally:
+        if live and printed:
             print(" " * 40, end="\r", file=sys.stderr, flush=True)  # erases the last report

@@ -1,6 +1,6 @@
 """Data pipeline: sources -> records -> tokens -> sampling order -> batches. No module needs a framework.
 
-sources, formats, hub, temp_copy      files, hub data sets, pipes and examples -> rows
+sources, formats, hub                 files, hub data sets, pipes and examples -> rows
 columns, fields, reading, records     rows -> validated records
 record_errors                         collects the errors of all records: file, line, field and remedy
 tokenizer, tokenizing, corpus         records -> tokenized examples, fingerprinted; the evaluation split
@@ -18,34 +18,29 @@ from distrust.data.distribution import Distribution, summarize_weights
 from distrust.data.fields import NO_CLASS
 from distrust.data.packing import PackedRows, concatenate, one_per_row, pack
 from distrust.data.reading import DatasetStats, RecordReader, check_records, read_records
-from distrust.data.records import Completion, Conversation, Location, Message, Record, Text
-from distrust.data.sampler import MAX_SEED, EpochSampler, MixtureSampler, permutation
+from distrust.data.records import Location, Record
+from distrust.data.sampler import EpochSampler, MixtureSampler
 from distrust.data.sources import Source, examples_source, open_source
 from distrust.data.tokenizer import Tokenizer, digest_tokenizer
 from distrust.data.tokenizing import bos_prefix, tokenize, tokenize_in_blocks
 
 __all__ = [
     "IGNORED",
-    "MAX_SEED",
     "NO_CLASS",
     "Batches",
     "Cache",
     "Columns",
-    "Completion",
-    "Conversation",
     "Corpus",
     "DatasetStats",
     "Distribution",
     "EpochSampler",
     "Location",
-    "Message",
     "MicroBatch",
     "MixtureSampler",
     "PackedRows",
     "Record",
     "RecordReader",
     "Source",
-    "Text",
     "Tokenizer",
     "bos_prefix",
     "cache_folder",
@@ -58,7 +53,6 @@ __all__ = [
     "one_per_row",
     "open_source",
     "pack",
-    "permutation",
     "read_records",
     "split_off",
     "summarize_weights",

@@ -7,17 +7,16 @@ stage has to look up which example a token belongs to.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from distrust.data.corpus import Corpus
-from distrust.data.packing import PackedRows, one_per_row
-from distrust.data.sampler import EpochSampler, MixtureSampler
+from distrust.data.packing import PackedRows
+from distrust.data.sampler import EpochSampler
 
-IGNORED = -100
-"""The label of a token that carries no loss; torch and transformers use the same number."""
+IGNORED = -100  # the label of a token that carries no loss; torch and transformers use the same number
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,58 +39,41 @@ class MicroBatch:
         return int(np.count_nonzero(self.labels != IGNORED))
 
 
+@dataclass(eq=False, slots=True, kw_only=True)
 class Batches:
     """The batches of a run, by optimizer step.
-
-    Args:
-        corpus: the n examples.
-        weights: float[n], the normalized weight of each.
-        distrust: float[n], the published term of each.
-        sampler: the order of the rows.
-        rows: which examples share a row; by default one each.
-        batch_size: the rows of a micro-batch.
-        gradient_accumulation: the micro-batches of a step.
-        pad_token_id: fills padding, which is masked and carries no loss.
 
     Raises:
         ValueError: the parts do not fit each other.
     """
 
-    def __init__(
-        self,
-        corpus: Corpus,
-        *,
-        weights: ArrayLike,
-        distrust: ArrayLike,
-        sampler: EpochSampler | MixtureSampler,
-        rows: PackedRows | None = None,
-        batch_size: int,
-        gradient_accumulation: int,
-        pad_token_id: int,
-    ) -> None:
-        if batch_size < 1 or gradient_accumulation < 1:
-            raise ValueError(f"a step needs at least one row, not {batch_size} × {gradient_accumulation}")
-        rows = one_per_row(np.arange(len(corpus))) if rows is None else rows
-        if sampler.rows_per_epoch != len(rows):
-            raise ValueError(f"the sampler has {sampler.rows_per_epoch} rows, the data {len(rows)}")
-        self._corpus = corpus
-        self._weights = _per_example(weights, "weights", corpus)  # float64[n]
-        self._distrust = _per_example(distrust, "distrust", corpus)  # float64[n]
-        self._rows = rows
-        self._sampler = sampler
-        self._batch_size = batch_size
-        self._gradient_accumulation = gradient_accumulation
-        self._pad_token_id = pad_token_id
+    corpus: Corpus = field(kw_only=False)  # the n examples
+    weights: NDArray[np.float64]  # [n], the normalized weight of each
+    distrust: NDArray[np.float64]  # [n], the published term of each
+    sampler: EpochSampler  # the order of the rows
+    rows: PackedRows  # which examples share a row
+    batch_size: int  # the rows of a micro-batch
+    gradient_accumulation: int  # the micro-batches of a step
+    pad_token_id: int  # fills padding, which is masked and carries no loss
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.gradient_accumulation < 1:
+            size = f"{self.batch_size} × {self.gradient_accumulation}"
+            raise ValueError(f"a step needs at least one row, not {size}")
+        if self.sampler.rows_per_epoch != len(self.rows):
+            raise ValueError(f"the sampler has {self.sampler.rows_per_epoch} rows, the data {len(self.rows)}")
+        self.weights = _per_example(self.weights, "weights", self.corpus)
+        self.distrust = _per_example(self.distrust, "distrust", self.corpus)
 
     @property
     def rows_per_step(self) -> int:
         """The rows of a global batch."""
-        return self._batch_size * self._gradient_accumulation
+        return self.batch_size * self.gradient_accumulation
 
     @property
     def epoch_steps(self) -> float:
         """Optimizer steps of one pass over the data."""
-        return self._sampler.rows_per_epoch / self.rows_per_step
+        return self.sampler.rows_per_epoch / self.rows_per_step
 
     def step(self, step: int) -> list[MicroBatch]:
         """The micro-batches of an optimizer step (from 1): the rows at positions (step − 1)·G to step·G.
@@ -102,23 +84,17 @@ class Batches:
         if step < 1:
             raise ValueError(f"steps are counted from 1, not {step}")
         per_step = self.rows_per_step
-        rows = self._sampler.at((step - 1) * per_step, per_step).reshape(self._gradient_accumulation, -1)
+        rows = self.sampler.at((step - 1) * per_step, per_step).reshape(self.gradient_accumulation, -1)
         return [
-            _collate(self._corpus, examples, self._weights, self._distrust, self._pad_token_id)
-            for examples in map(self._rows.examples, rows)
+            _collate(self.corpus, examples, self.weights, self.distrust, self.pad_token_id)
+            for examples in map(self.rows.examples, rows)
         ]
 
 
 def evaluation_batches(corpus: Corpus, *, batch_size: int, pad_token_id: int) -> Iterator[MicroBatch]:
     """Every example once, in corpus order, with weight 1 and a published term of 0.
 
-    Args:
-        corpus: the examples.
-        batch_size: the examples of a batch; the last may hold fewer.
-        pad_token_id: fills padding.
-
-    Raises:
-        ValueError: the batch size is less than 1.
+    The last batch may have fewer than ``batch_size`` examples; ValueError if that is less than 1.
     """
     if batch_size < 1:
         raise ValueError(f"a batch needs at least one example, not {batch_size}")
@@ -156,7 +132,6 @@ def _collate(
 def _per_example(values: ArrayLike, name: str, corpus: Corpus) -> NDArray[np.float64]:
     array = np.array(values, np.float64)
     if array.shape != (len(corpus),):
-        raise ValueError(
-            f"{name} must be one per example: shape {list(array.shape)} for {len(corpus)} examples"
-        )
+        shape = list(array.shape)
+        raise ValueError(f"{name} must be one per example: shape {shape} for {len(corpus)} examples")
     return array

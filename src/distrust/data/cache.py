@@ -9,7 +9,6 @@ arrays once and compares their fingerprint with the recorded one. A damaged entr
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -25,18 +24,9 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from distrust.atomic import atomic_file
-from distrust.data.corpus import (
-    BLOCK,
-    Chunk,
-    Classes,
-    Corpus,
-    Locations,
-    Parts,
-    blocks,
-    combine_sizes,
-    digest_arrays,
-)
+from distrust.atomic import atomic_file, hold_lock
+from distrust.checkpoint.disk import Disk
+from distrust.data.corpus import BLOCK, Classes, Corpus, Locations, Parts, add_sizes, blocks, digest_arrays
 from distrust.data.reading import DatasetStats
 from distrust.errors import ConfigError, DistrustError, DistrustWarning
 
@@ -58,6 +48,7 @@ _DTYPES = {
 }
 _FINGERPRINTED, _SIDE_FILES = tuple(_DTYPES)[:5], tuple(_DTYPES)[5:]
 
+_REMEDY = "give another folder with --cache-dir"
 _SWEEP_AFTER_SECONDS = 60  # a younger folder may belong to a process that has not locked it yet
 
 
@@ -76,12 +67,9 @@ def cache_folder(option: str | None) -> Path:
 
 
 class Cache:
-    """A folder of checked and tokenized data.
+    """A folder of checked and tokenized data, created on the first write.
 
-    If the folder cannot be written to, a temporary one is used, with a warning.
-
-    Args:
-        folder: created on the first write.
+    If it cannot be written to, a temporary one is used, with a warning.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -124,21 +112,16 @@ class Cache:
                 if entry.is_dir():
                     return _load(entry, parts)
             except (OSError, _DamagedError) as error:
-                warnings.warn(
-                    f"{entry}: the cached tokens are damaged ({error}); tokenizing again",
-                    DistrustWarning,
-                    stacklevel=2,
-                )
+                problem = f"{entry}: the cached tokens are damaged ({error}); tokenizing again"
+                warnings.warn(problem, DistrustWarning, stacklevel=2)
         with _temporary_entry(self.folder / _TOKENS, persistent=key is not None) as (folder, persistent):
             try:
                 corpus = _map_corpus(folder, _write(folder, build(), parts, sizes), parts)
                 if persistent and key is not None:
                     _publish(folder, self.folder / _TOKENS / key)
             except OSError as error:
-                raise ConfigError(
-                    f"{folder.parent}: cannot write the tokens: {error.strerror or error}; give "
-                    "another folder with --cache-dir"
-                ) from error
+                problem = f"{folder.parent}: cannot write the tokens: {error.strerror or error}"
+                raise ConfigError(f"{problem}; {_REMEDY}") from error
             return corpus
 
 
@@ -151,21 +134,15 @@ def _temporary_entry(folder: Path, *, persistent: bool) -> Iterator[tuple[Path, 
             _sweep(folder)
             temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=folder))
         except OSError as error:
-            warnings.warn(
-                f"{folder}: cannot be written to ({error.strerror}): data is tokenized at every start; give "
-                "another folder with --cache-dir",
-                DistrustWarning,
-                stacklevel=4,
-            )
+            problem = f"{folder}: cannot be written to ({error.strerror}): data is tokenized at every start"
+            warnings.warn(f"{problem}; {_REMEDY}", DistrustWarning, stacklevel=4)
             persistent = False
     if not persistent:
         temporary = Path(tempfile.mkdtemp(prefix=f"distrust-{_TEMPORARY}"))
-    lock = os.open(temporary, os.O_RDONLY)  # while it is locked, no other process sweeps the folder
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield temporary, persistent
+        with hold_lock(temporary):  # so that no other process sweeps the folder
+            yield temporary, persistent
     finally:
-        os.close(lock)
         # Files that are mapped stay readable until they are unmapped.
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -178,14 +155,9 @@ def _sweep(folder: Path) -> None:
     """Remove the leftovers of killed processes: a living process holds the lock."""
     for temporary in folder.glob(f"{_TEMPORARY}*"):
         with contextlib.suppress(OSError):
-            if time.time() - temporary.stat().st_mtime < _SWEEP_AFTER_SECONDS:
-                continue
-            lock = os.open(temporary, os.O_RDONLY)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # OSError: in use
-                shutil.rmtree(temporary, ignore_errors=True)
-            finally:
-                os.close(lock)
+            if time.time() - temporary.stat().st_mtime >= _SWEEP_AFTER_SECONDS:
+                with hold_lock(temporary):  # OSError: in use
+                    shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write(folder: Path, corpora: Iterable[Corpus], parts: Parts, sizes: tuple[int, ...]) -> dict[str, Any]:
@@ -197,24 +169,20 @@ def _write(folder: Path, corpora: Iterable[Corpus], parts: Parts, sizes: tuple[i
         files = {name: stack.enter_context((folder / name).open("wb")) for name in _DTYPES}
         _append(files["offsets"], np.zeros(1, np.int64))
         for block in corpora:
-            _append(files["input_ids"], block.input_ids)
-            _append(files["loss_mask"], block.loss_mask)
-            _append(files["offsets"], block.offsets[1:] + total)  # a block's offsets begin at 0
-            _append(files["authority_weight"], block.authority_weight)
-            _append(files["provenance_entropy"], block.provenance_entropy)
-            _append(files["loss_tokens"], block.loss_tokens)
-            locations = block.locations
-            _append(files["part"], np.array([part_numbers[at.file] for at in locations], np.int32))
-            _append(files["line"], np.array([at.line for at in locations], np.int64))
-            _append(
-                files["class_of"], classes.number(block.classes[number] for number in block.class_numbers)
-            )
+            arrays = {
+                **{name: getattr(block, name) for name in (*_FINGERPRINTED, "loss_tokens")},
+                "offsets": block.offsets[1:] + total,  # a block's offsets begin at 0
+                "part": np.array([part_numbers[location.file] for location in block.locations], np.int32),
+                "line": np.array([location.line for location in block.locations], np.int64),
+                "class_of": classes.number(block.classes[number] for number in block.class_numbers),
+            }
+            for name, array in arrays.items():
+                _append(files[name], array)
             total += len(block.input_ids)
             count += len(block)
             truncated += block.truncated
             tokens_cut += block.tokens_cut
-        for file in files.values():
-            _sync_file(file)
+        _sync_files(files.values())
     manifest = {
         "n": count,
         "total": total,
@@ -227,8 +195,8 @@ def _write(folder: Path, corpora: Iterable[Corpus], parts: Parts, sizes: tuple[i
     }
     with (folder / _MANIFEST).open("wb") as file:
         file.write(_seal(manifest))
-        _sync_file(file)
-    _sync_folder(folder)
+        _sync_files([file])
+    Disk().sync_directory(folder)
     return manifest
 
 
@@ -253,7 +221,9 @@ def _load(folder: Path, parts: Parts) -> Corpus:
 
 
 def _map_corpus(folder: Path, manifest: dict[str, Any], parts: Parts) -> Corpus:
-    arrays = {name: _map_array(folder / name, dtype) for name, dtype in _DTYPES.items()}
+    arrays = {
+        name: np.asarray(np.memmap(folder / name, dtype=dtype, mode="r")) for name, dtype in _DTYPES.items()
+    }
     sizes = tuple(manifest["sizes"])
     corpus = Corpus(
         **{name: arrays[name] for name in _FINGERPRINTED},
@@ -265,12 +235,8 @@ def _map_corpus(folder: Path, manifest: dict[str, Any], parts: Parts) -> Corpus:
         class_of=arrays["class_of"],
     )
     return corpus.with_cached(
-        fingerprint=combine_sizes(manifest["fingerprint"], sizes), loss_tokens=arrays["loss_tokens"]
+        fingerprint=add_sizes(manifest["fingerprint"], sizes), loss_tokens=arrays["loss_tokens"]
     )
-
-
-def _map_array(path: Path, dtype: str) -> NDArray[Any]:
-    return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
 
 
 def _fingerprint(folder: Path, n: int, total: int) -> str:
@@ -286,7 +252,7 @@ def _digest_side_files(folder: Path) -> str:
     return str(digest.hexdigest())
 
 
-def _chunks(path: Path) -> Iterator[Chunk]:
+def _chunks(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
         while chunk := file.read(BLOCK):
             yield chunk
@@ -303,20 +269,13 @@ def _publish(folder: Path, entry: Path) -> None:
             entry.rename(aside / entry.name)
             folder.rename(entry)
         shutil.rmtree(aside, ignore_errors=True)
-    _sync_folder(entry.parent)
+    Disk().sync_directory(entry.parent)
 
 
-def _sync_file(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _sync_files(files: Iterable[BinaryIO]) -> None:
+    for file in files:
+        file.flush()  # Python's buffer; the sync then covers all of it
+        Disk().sync(file.fileno())
 
 
 def _seal(values: dict[str, Any]) -> bytes:

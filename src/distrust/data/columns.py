@@ -12,6 +12,8 @@ from typing import Any
 
 from distrust.config import TrainConfig, as_names
 
+Fields = Mapping[str, Any]  # the fields of one record, none of them null
+
 
 @dataclass(frozen=True, slots=True)
 class Columns:
@@ -54,7 +56,7 @@ class Columns:
             return list(available)  # all of them, for the error message
         return [name for name in available if name in self.content + self.numbers + self.source]
 
-    def select(self, row: Mapping[str, Any], text: str | None = None) -> Mapping[str, Any]:  # noqa: ARG002
+    def select(self, row: Mapping[str, Any], text: str | None = None) -> Fields:  # noqa: ARG002
         """The fields of a row without nulls; ``text`` is a JSON object as written, on one line."""
         return {name: value for name, value in row.items() if value is not None}
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
-from typing import overload
+from typing import Any
 
 import numpy as np
 from blake3 import blake3
@@ -19,20 +19,15 @@ from distrust.data.records import Location, Unit
 from distrust.data.sampler import derived_seed, permutation
 from distrust.errors import ConfigError
 
-MAX_CLASSES = 100
-"""The largest number of named source classes; later ones are counted as ``OTHER_CLASSES``."""
-
+MAX_CLASSES = 100  # the largest number of named source classes; later ones are counted as ``OTHER_CLASSES``
 OTHER_CLASSES = "(others)"
-
-BLOCK = 1 << 22
-"""Items of an array that are processed at once."""
+BLOCK = 1 << 22  # items of an array that are processed at once
 
 _SPLIT_STREAM = 1 << 32  # random stream of the evaluation split, above those of the sources of a mixture
 
 Chunk = memoryview | bytes
 
-Parts = Sequence[tuple[str, Unit]]
-"""The name of each part of the sources, and how its rows are numbered."""
+Parts = Sequence[tuple[str, Unit]]  # the name of each part of the sources, and how its rows are numbered
 
 
 @dataclass(frozen=True)
@@ -101,7 +96,7 @@ class Corpus:
 
         The digest of the arrays (``digest_arrays``), combined with the sizes of several sources.
         """
-        return combine_sizes(
+        return add_sizes(
             digest_arrays(len(self), len(self.input_ids), (blocks(array) for array in self._arrays())),
             self.sizes,
         )
@@ -169,7 +164,7 @@ def digest_arrays(n: int, total: int, arrays: Iterable[Iterable[Chunk]]) -> str:
     return str(digest.hexdigest())
 
 
-def combine_sizes(digest: str, sizes: tuple[int, ...]) -> str:
+def add_sizes(digest: str, sizes: tuple[int, ...]) -> str:
     """The fingerprint of several sources: where each begins decides what is sampled from it."""
     if len(sizes) < 2:
         return digest
@@ -184,17 +179,12 @@ def blocks(array: NDArray[np.generic]) -> Iterator[Chunk]:
         yield np.ascontiguousarray(little).view(np.uint8).data
 
 
+@dataclass(frozen=True, slots=True)
 class Locations(Sequence[Location]):
-    """Where examples come from; each ``Location`` is built on access.
+    """Where n examples come from; each ``Location`` is built on access."""
 
-    Args:
-        get: returns the location of an index.
-        indices: int[n], the index of each example.
-    """
-
-    def __init__(self, get: Callable[[int], Location], indices: Sequence[int] | NDArray[np.int64]) -> None:
-        self._get = get
-        self._indices = indices
+    location_of: Callable[[int], Location]
+    indices: Sequence[int] | NDArray[np.int64]  # [n], what ``location_of`` takes for each example
 
     @classmethod
     def from_arrays(cls, parts: Parts, part: NDArray[np.int32], line: NDArray[np.int64]) -> Locations:
@@ -207,16 +197,10 @@ class Locations(Sequence[Location]):
         return cls(get, range(len(part)))
 
     def __len__(self) -> int:
-        return len(self._indices)
+        return len(self.indices)
 
-    @overload
-    def __getitem__(self, example: int) -> Location: ...
-    @overload
-    def __getitem__(self, example: slice) -> Sequence[Location]: ...
-    def __getitem__(self, example: int | slice) -> Location | Sequence[Location]:
-        if isinstance(example, slice):
-            return Locations(self._get, self._indices[example])
-        return self._get(int(self._indices[example]))
+    def __getitem__(self, example: Any) -> Any:  # an index; nothing takes a slice of locations
+        return self.location_of(int(self.indices[example]))
 
 
 def split_off(corpus: Corpus, fraction: float, *, seed: int) -> tuple[Corpus, Corpus]:

@@ -5,6 +5,7 @@ Pure functions of arrays, without a loop over examples: a corpus has millions.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,11 +17,8 @@ from distrust.data.corpus import OTHER_CLASSES
 from distrust.data.records import Location
 from distrust.errors import DataError
 
-BINS = 24
-"""Bins of the histogram of the weights, equally wide on a logarithmic scale."""
-
-CLASSES = 20
-"""The largest number of source classes in a summary; smaller ones are added up."""
+BINS = 24  # bins of the histogram of the weights, equally wide on a logarithmic scale
+CLASSES = 20  # the largest number of source classes in a summary; smaller ones are added up
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +44,8 @@ class Extreme:
     weight: float  # u
 
 
+# Minimum, lower quartile, median, upper quartile, maximum.
 Quartiles = tuple[float, float, float, float, float]
-"""Minimum, lower quartile, median, upper quartile, maximum."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +64,7 @@ class Distribution:
 
     def as_json(self) -> dict[str, Any]:
         """The attributes as objects, lists, strings and finite numbers."""
-        return {name: _to_lists(value) for name, value in asdict(self).items()}
+        return dict(json.loads(json.dumps(asdict(self))))  # tuples become lists
 
 
 def summarize_weights(
@@ -104,24 +102,20 @@ def summarize_weights(
     if not (np.isfinite(u) & (u > 0)).all():
         raise DataError("a weight is not a positive number")
     edges, counts = _histogram(u)
+    columns = {"authority_weight": w, "provenance_entropy": h, "weight": u}
 
     def extreme(examples: NDArray[np.int64]) -> tuple[Extreme, ...]:
-        return tuple(
-            Extreme(str(locations[i]), float(w[i]), float(h[i]), float(u[i])) for i in examples.tolist()
-        )
+        rows = ((i, *(float(column[i]) for column in (w, h, u))) for i in examples.tolist())
+        return tuple(Extreme(str(locations[i]), *numbers) for i, *numbers in rows)
 
     return Distribution(
         examples=len(u),
         tokens=int(n.sum()),
         effective_examples=float(effective_examples),
-        quantiles={
-            "authority_weight": _quartiles(w),
-            "provenance_entropy": _quartiles(h),
-            "weight": _quartiles(u),
-        },
+        quantiles={name: _quartiles(values) for name, values in columns.items()},
         edges=edges,
         counts=counts,
-        classes=_summaries(w, h, u, n, classes, np.asarray(class_of, np.int64)),
+        classes=_summaries((np.ones_like(u), n, w, h, u, n * u), classes, np.asarray(class_of, np.int64)),
         heaviest=extreme(_smallest(-u, extremes)),
         lightest=extreme(_smallest(u, extremes)),
     )
@@ -154,14 +148,9 @@ def _smallest(values: NDArray[np.float64], count: int) -> NDArray[np.int64]:
 
 
 def _summaries(
-    w: NDArray[np.float64],
-    h: NDArray[np.float64],
-    u: NDArray[np.float64],
-    n: NDArray[np.int64],
-    classes: Sequence[str],
-    class_of: NDArray[np.int64],
+    columns: Sequence[NDArray[Any]], classes: Sequence[str], class_of: NDArray[np.int64]
 ) -> tuple[ClassSummary, ...]:
-    columns = (np.ones_like(u), n, w, h, u, n * u)
+    """Summarize each class; the columns are 1, tokens, w, H, u and tokens · u of each example."""
     # float64[classes, 6]: the sums over each class.
     sums = np.stack([np.bincount(class_of, column, minlength=len(classes)) for column in columns], axis=1)
     by_share = np.argsort(-sums[:, 5], kind="stable")
@@ -180,9 +169,3 @@ def _summary(name: str, sums: list[float], total: float) -> ClassSummary:
     return ClassSummary(
         name, int(examples), int(tokens), w / examples, h / examples, u / examples, weighted / total
     )
-
-
-def _to_lists(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _to_lists(item) for key, item in value.items()}
-    return [_to_lists(item) for item in value] if isinstance(value, (list, tuple)) else value

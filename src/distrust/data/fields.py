@@ -9,22 +9,16 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
 from typing import Any, cast, get_args
 
-from distrust.data.columns import Columns
+from distrust.data.columns import Columns, Fields
 from distrust.data.record_errors import RecordError
 from distrust.data.records import Completion, Conversation, Message, Role, Text
 from distrust.weighting import MAX_AUTHORITY_WEIGHT
 
-Fields = Mapping[str, Any]
-"""The fields of one record, none of them null."""
-
-MAX_SOURCE_LENGTH = 100
-"""Longer source class names are truncated: they appear in logs and figures."""
-
+MAX_SOURCE_LENGTH = 100  # longer source class names are truncated: they appear in logs and figures
+# Display name of the class of records that name none; a class of this name counts as none.
 NO_CLASS = "(none)"
-"""Display name of the class of records that name none; a class of this name counts as none."""
 
 _ROLES: tuple[str, ...] = get_args(Role)
 
@@ -148,28 +142,23 @@ def _string(value: Any, field: str, *, empty: bool = True) -> str:
 
 def read_authority_weight(fields: Fields, columns: Columns, default: float | None) -> float:
     """The record's w in [0, 0.99], or the default."""
-    names = columns.authority_weight
-    value, field = _field_value(fields, names, default, "--default-authority-weight")
+    value, field = _field_value(fields, columns.authority_weight, default, "--default-authority-weight")
     number = to_number(value, field)
-    if MAX_AUTHORITY_WEIGHT < number <= 1:  # 1 is a natural mistake, with an obvious fix
-        raise RecordError(
-            f"{quote_value(value)} is above {MAX_AUTHORITY_WEIGHT}, the largest authority weight; "
-            f"write {MAX_AUTHORITY_WEIGHT}",
-            field=field,
+    if 0 <= number <= MAX_AUTHORITY_WEIGHT:
+        return number
+    if 0 <= number <= 1:  # 1 is a natural mistake, with an obvious fix
+        problem = f"above {MAX_AUTHORITY_WEIGHT}, the largest authority weight; write {MAX_AUTHORITY_WEIGHT}"
+    else:
+        problem = (
+            f"outside [0, {MAX_AUTHORITY_WEIGHT}]; 0 is a primary record (most training weight), "
+            f"{MAX_AUTHORITY_WEIGHT} coordinated consensus (least)"
         )
-    if not 0 <= number <= MAX_AUTHORITY_WEIGHT:
-        raise RecordError(
-            f"{quote_value(value)} is outside [0, {MAX_AUTHORITY_WEIGHT}]; 0 is a primary record (most "
-            f"training weight), {MAX_AUTHORITY_WEIGHT} coordinated consensus (least)",
-            field=field,
-        )
-    return number
+    raise RecordError(f"{quote_value(value)} is {problem}", field=field)
 
 
 def read_provenance_entropy(fields: Fields, columns: Columns, default: float | None) -> float:
     """The record's H in bits, finite and not negative, or the default."""
-    names = columns.provenance_entropy
-    value, field = _field_value(fields, names, default, "--default-provenance-entropy")
+    value, field = _field_value(fields, columns.provenance_entropy, default, "--default-provenance-entropy")
     number = to_number(value, field)
     if not 0 <= number < math.inf:
         problem = f"{quote_value(value)} is not a finite number of bits, 0 or more; correct it"
@@ -233,12 +222,12 @@ def unique_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def json_kind(value: Any) -> str:
     """The JSON type of a value, with its article."""
-    if isinstance(value, bool):
-        return "a boolean"
-    names = {str: "a string", list: "a list", dict: "an object", type(None): "null"}
-    if isinstance(value, int | float):
-        return "a number"
-    return names.get(type(value), f"a value of type {type(value).__name__}")
+    # A bool is an int, so it comes first.
+    kinds = {bool: "a boolean", int | float: "a number", str: "a string", list: "a list", dict: "an object"}
+    for types, name in kinds.items():
+        if isinstance(value, types):
+            return name
+    return "null" if value is None else f"a value of type {type(value).__name__}"
 
 
 def quote_value(value: Any) -> str:

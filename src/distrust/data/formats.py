@@ -17,20 +17,18 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from distrust.data.columns import Columns
-from distrust.data.fields import Fields, json_kind, parse_number, quote_value, unique_members
+from distrust.data.columns import Columns, Fields
+from distrust.data.fields import json_kind, parse_number, quote_value, unique_members
 from distrust.data.record_errors import RecordError
 from distrust.data.records import Unit
 from distrust.errors import MissingDependency
 
-Row = tuple[int, Fields | RecordError]
-"""The number of a row, and its fields or its error."""
-
-BATCH_ROWS = 256
-"""Rows of a table that are decoded at once."""
+Row = tuple[int, Fields | RecordError]  # the number of a row, and its fields or its error
+BATCH_ROWS = 256  # rows of a table that are decoded at once
 
 _CHUNK = 1 << 20  # 1 MiB: large enough that system calls cost nothing, small beside any process
 _HEAD = 4096  # bytes from which the kind of a file is recognized
@@ -52,21 +50,21 @@ def format_of(path: Path) -> tuple[Format, bool]:
 
     A ``.json`` file is inspected: it is a list of objects or JSON Lines. An unknown suffix means JSON Lines.
     """
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    compressed = suffixes[-1:] == [".gz"]
-    suffix = (suffixes[:-1] if compressed else suffixes)[-1:]
-    name = suffix[0] if suffix else ""
-    if name == ".json":
+    compressed = path.suffix.lower() == ".gz"
+    if _suffix(path) == ".json":
         head = _head(path, compressed=compressed)
         is_list = head.removeprefix(_BOM).lstrip()[:1] == b"["
         return (JSON_LIST if is_list else JSON_LINES), compressed
-    return _BY_SUFFIX.get(name, JSON_LINES), compressed
+    return _BY_SUFFIX.get(_suffix(path), JSON_LINES), compressed
 
 
 def is_data(path: Path) -> bool:
     """Whether a file name has a suffix of a data file."""
-    name = path.name.lower().removesuffix(".gz")
-    return Path(name).suffix in (*_BY_SUFFIX, ".json")
+    return _suffix(path) in (*_BY_SUFFIX, ".json")
+
+
+def _suffix(path: Path) -> str:
+    return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
 def is_binary(path: Path, *, compressed: bool) -> bool:
@@ -109,29 +107,32 @@ def _decode(raw: bytes, columns: Columns) -> Fields | RecordError:
     try:
         text = raw.decode("utf-8")
         return _fields(json.loads(text, object_pairs_hook=unique_members), text, columns)
-    except RecordError as error:
-        return error
-    except UnicodeDecodeError as error:
-        return RecordError(f"invalid UTF-8 at byte {error.start + 1}; save the file as UTF-8")
-    except json.JSONDecodeError as error:
-        return RecordError(
-            f"invalid JSON at column {error.colno}: {_json_reason(error)}; "
-            "a record is one JSON object on one line"
-        )
-    except (ValueError, RecursionError):  # a number of thousands of digits; endless nesting
-        return RecordError(_UNREADABLE_JSON)
+    except (RecordError, ValueError, RecursionError) as error:
+        return _json_error(error, one_line=True)
 
 
-_UNREADABLE_JSON = "JSON with a number too long or nested too deep to read; simplify it"
+def _json_error(error: Exception, *, one_line: bool) -> RecordError:
+    """The error of a record; positions are those in its line, so a list has none."""
+    match error:
+        case RecordError():
+            return error
+        case UnicodeDecodeError():
+            at = f" at byte {error.start + 1}" if one_line else ""
+            return RecordError(f"invalid UTF-8{at}; save the file as UTF-8")
+        case json.JSONDecodeError():
+            at = f" at column {error.colno}" if one_line else ""
+            remedy = _ONE_OBJECT if one_line else "correct it"
+            return RecordError(f"invalid JSON{at}: {error.msg[:1].lower()}{error.msg[1:]}; {remedy}")
+    # A number of thousands of digits, or endless nesting.
+    return RecordError("JSON with a number too long or nested too deep to read; simplify it")
 
 
-def _json_reason(error: json.JSONDecodeError) -> str:
-    return error.msg[:1].lower() + error.msg[1:]
+_ONE_OBJECT = "a record is one JSON object on one line"
 
 
 def _fields(value: Any, text: str, columns: Columns) -> Fields | RecordError:
     if not isinstance(value, dict):
-        return RecordError(f"{json_kind(value)}, not a JSON object; a record is one JSON object on one line")
+        return RecordError(f"{json_kind(value)}, not a JSON object; {_ONE_OBJECT}")
     return columns.select(value, text)
 
 
@@ -142,14 +143,8 @@ def _json_list(file: BinaryIO, columns: Columns) -> Iterator[Row]:
         with io.TextIOWrapper(file, encoding="utf-8-sig") as text:
             for number, (value, source) in enumerate(_elements(text), 1):
                 yield number, _fields(value, source, columns)
-    except RecordError as error:
-        yield number + 1, error
-    except UnicodeDecodeError:
-        yield number + 1, RecordError("invalid UTF-8; save the file as UTF-8")
-    except json.JSONDecodeError as error:
-        yield number + 1, RecordError(f"invalid JSON: {_json_reason(error)}; correct it")
-    except (ValueError, RecursionError):
-        yield number + 1, RecordError(_UNREADABLE_JSON)
+    except (RecordError, ValueError, RecursionError) as error:
+        yield number + 1, _json_error(error, one_line=False)
 
 
 def _elements(file: io.TextIOWrapper) -> Iterator[tuple[Any, str]]:
@@ -194,29 +189,21 @@ def next_token(text: str, position: int) -> int:
     return cast(re.Match[str], _SPACE.match(text, position)).end()  # always matches, if only ""
 
 
-def _csv_format(delimiter: str) -> Callable[[BinaryIO, Columns], Iterator[Row]]:
-    def rows(file: BinaryIO, columns: Columns) -> Iterator[Row]:
-        csv.field_size_limit(sys.maxsize)  # a document may be longer than the default of 128 KiB
-        # newline="": the csv module must see line breaks inside quotes unchanged.
-        with io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
-            yield from _csv_rows(csv.reader(text, delimiter=delimiter, strict=True), columns)
-
-    return rows
-
-
-def _csv_rows(reader: Any, columns: Columns) -> Iterator[Row]:
+def _csv(file: BinaryIO, columns: Columns, *, delimiter: str) -> Iterator[Row]:
     """Yield the rows below the header, numbered by the line on which they begin."""
+    csv.field_size_limit(sys.maxsize)  # a document may be longer than the default of 128 KiB
     header: list[str] | None = None
     line = 1
     try:
-        for cells in reader:
-            first_line, line = line, reader.line_num + 1  # a quoted cell may span lines
-            if not cells:
-                continue
-            if header is None:
-                header = _header(cells)
-            else:
-                yield first_line, _cells(cells, header, columns)
+        # newline="": the csv module must see line breaks inside quotes unchanged.
+        with io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
+            reader = csv.reader(text, delimiter=delimiter, strict=True)
+            for cells in reader:
+                first_line, line = line, reader.line_num + 1  # a quoted cell may span lines
+                if header is None:
+                    header = _header(cells) or None  # a blank line is no header
+                elif cells:
+                    yield first_line, _cells(cells, header, columns)
     except RecordError as error:
         yield 1, error
     except csv.Error as error:
@@ -284,7 +271,7 @@ PARQUET = Format("parquet", "row", _parquet)
 _BY_SUFFIX = {
     ".jsonl": JSON_LINES,
     ".ndjson": JSON_LINES,
-    ".csv": Format("csv", "line", _csv_format(",")),
-    ".tsv": Format("tsv", "line", _csv_format("\t")),
+    ".csv": Format("csv", "line", partial(_csv, delimiter=",")),
+    ".tsv": Format("tsv", "line", partial(_csv, delimiter="\t")),
     ".parquet": PARQUET,
 }

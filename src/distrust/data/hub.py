@@ -7,13 +7,13 @@ on first use: importing it takes a second. Every failure is a DataError with the
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from distrust.data.columns import Columns
 from distrust.data.formats import BATCH_ROWS, Row
-from distrust.errors import DataError, MissingDependency
+from distrust.errors import DataError, ErrorTranslator, MissingDependency
 
 _NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)  # NAME or OWNER/NAME; anything else is a file
 
@@ -26,23 +26,14 @@ def is_name(name: str) -> bool:
 def load(name: str, *, split: str, subset: str | None, revision: str | None) -> Any:
     """Load a split of a data set of the hub as a ``datasets.Dataset``, downloading it if it is not cached."""
     datasets = _library(name)
-    try:
+    with _library_errors(lambda: f"{name}: not a file or folder here, and the hub gives no such data set"):
         return datasets.load_dataset(name, subset, split=split, revision=revision)
-    except Exception as error:  # of many libraries: network, formats, refused scripts
-        raise DataError(
-            f"{name}: not a file or folder here, and the hub gives no such data set: {_reason(error)}"
-        ) from error
 
 
-def is_saved(folder: Path) -> bool:
-    """Whether ``save_to_disk`` wrote a folder: one split, or a folder for each."""
-    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
-
-
-def saved_split(folder: Path, split: str) -> Path:
-    """The folder of a split in a folder that ``save_to_disk`` wrote."""
-    if not (folder / "dataset_dict.json").is_file():
-        return folder
+def saved_split(folder: Path, split: str) -> Path | None:
+    """The folder of a split that ``save_to_disk`` wrote; None if it did not write this folder."""
+    if not (folder / "dataset_dict.json").is_file():  # a folder for each split
+        return folder if (folder / "state.json").is_file() else None
     splits = sorted(path.name for path in folder.iterdir() if (path / "state.json").is_file())
     if split not in splits:
         raise DataError(f"{folder}: has no split {split}; give one of {', '.join(splits)}")
@@ -51,28 +42,19 @@ def saved_split(folder: Path, split: str) -> Path:
 
 def load_saved(folder: Path) -> Any:
     """Load one split that ``save_to_disk`` wrote as a ``datasets.Dataset``."""
-    try:
+    with _library_errors(lambda: f"{folder}: cannot be loaded"):
         return _library(str(folder)).load_from_disk(str(folder))
-    except Exception as error:
-        raise DataError(f"{folder}: cannot be loaded: {_reason(error)}") from error
 
 
 def rows(name: str, table: Any, columns: Columns) -> Iterator[Row]:
     """The rows of a loaded split, numbered from 1; only the needed columns are decoded."""
     number = 0
-    try:
+    with _library_errors(lambda: f"{name}: cannot be read after row {number}"):
         table = table.with_format(None).select_columns(columns.needed_from(table.column_names))
         for batch in table.iter(BATCH_ROWS):
             for values in zip(*batch.values(), strict=True):
                 number += 1
                 yield number, columns.select(dict(zip(batch, values, strict=True)))
-    except Exception as error:  # of the library, and of whatever it reads with
-        raise DataError(f"{name}: cannot be read after row {number}: {_reason(error)}") from error
-
-
-def fingerprint(table: Any) -> str:
-    """The library's own identifier of a data set's content."""
-    return str(table._fingerprint)
 
 
 def _library(name: str) -> Any:
@@ -82,6 +64,11 @@ def _library(name: str) -> Any:
         purpose = f"{name}: a data set of the hub"
         raise MissingDependency(purpose, library="datasets", extra="train") from error
     return datasets
+
+
+def _library_errors(problem: Callable[[], str]) -> ErrorTranslator:
+    """Translates the errors of many libraries, of the network and of refused scripts to DataError."""
+    return ErrorTranslator((Exception,), lambda error: DataError(f"{problem()}: {_reason(error)}"))
 
 
 def _reason(error: Exception) -> str:

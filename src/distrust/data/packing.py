@@ -16,11 +16,9 @@ from numpy.typing import NDArray
 
 from distrust.data.sampler import permutation
 
-WINDOW = 4096
-"""Examples that are packed together. Packing all at once would save at most 1% of the rows."""
-
+WINDOW = 4096  # examples that are packed together. Packing all at once would save at most 1% of the rows
+# The "epoch" of the permutation that windows are cut from: no epoch of training has this number.
 PACKING = 2**63
-"""The "epoch" of the permutation that windows are cut from: no epoch of training has this number."""
 
 
 @dataclass(frozen=True)

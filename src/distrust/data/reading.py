@@ -8,7 +8,7 @@ slow, such as a model, is loaded.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from os import PathLike, fspath
 from typing import TypeVar
@@ -16,14 +16,8 @@ from typing import TypeVar
 from blake3 import blake3
 
 from distrust.config import TrainConfig
-from distrust.data.columns import Columns
-from distrust.data.fields import (
-    Fields,
-    read_authority_weight,
-    read_content,
-    read_provenance_entropy,
-    read_source,
-)
+from distrust.data.columns import Columns, Fields
+from distrust.data.fields import read_authority_weight, read_content, read_provenance_entropy, read_source
 from distrust.data.record_errors import RecordError, RecordErrors
 from distrust.data.records import Conversation, Location, Record
 from distrust.data.sources import Source, open_source
@@ -33,8 +27,7 @@ T = TypeVar("T")
 
 _VERSION = 1  # increment when the same bytes give other records: it invalidates the cached results
 
-REPORT_EVERY = 5000
-"""Records between two calls of ``on_progress``."""
+REPORT_EVERY = 5000  # records between two calls of ``on_progress``
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,27 +55,24 @@ class RecordReader:
         }
         return blake3(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
-    def rows(self, source: Source) -> Iterator[tuple[Location, Record | None, list[RecordError]]]:
+    def rows(self, source: Source) -> Iterator[tuple[Location, Record | list[RecordError]]]:
         """Each row of a source: its location, and its record or else its errors."""
         for part in source.parts:
-            for number, fields in part.rows():
-                location = Location(part.name, number, part.unit)
-                yield (location, *self._record(fields, location))
+            for location, fields in part.located_rows():
+                yield location, self._record(fields, location)
 
     def records(self) -> Iterator[Record]:
         """The records of all sources, which ``check_records`` has checked; DataError if one has changed."""
         for source in self.sources:
-            for location, record, _ in self.rows(source):
-                if record is None:
+            for location, record in self.rows(source):
+                if not isinstance(record, Record):
                     raise DataError(f"{location}: it changed while it was read; start again")
                 yield record
 
-    def _record(
-        self, fields: Fields | RecordError, location: Location
-    ) -> tuple[Record | None, list[RecordError]]:
+    def _record(self, fields: Fields | RecordError, location: Location) -> Record | list[RecordError]:
         """The record of a row, or all of its errors: content and provenance are checked independently."""
         if isinstance(fields, RecordError):
-            return None, [fields]
+            return [fields]
         errors: list[RecordError] = []
 
         def attempt(read: Callable[[], T]) -> T | None:
@@ -97,8 +87,8 @@ class RecordReader:
         weight = attempt(lambda: read_authority_weight(fields, columns, self.authority_weight))
         entropy = attempt(lambda: read_provenance_entropy(fields, columns, self.provenance_entropy))
         if content is None or weight is None or entropy is None:
-            return None, errors
-        return Record(location, weight, entropy, content, read_source(fields, columns)), errors
+            return errors
+        return Record(location, weight, entropy, content, read_source(fields, columns))
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,18 +105,6 @@ class DatasetStats:
         return sum(self.sizes)
 
 
-def dataset_stats(records: Iterable[Record]) -> DatasetStats:
-    """The stats of records of one source."""
-    count = conversations = 0
-    first = None
-    for record in records:
-        count += 1
-        if isinstance(record.content, Conversation):
-            conversations += 1
-            first = first or str(record.location)
-    return DatasetStats((count,), conversations, first)
-
-
 def check_records(reader: RecordReader, *, on_progress: Callable[[int], None] | None = None) -> DatasetStats:
     """Reads every record once, and keeps none.
 
@@ -140,25 +118,22 @@ def check_records(reader: RecordReader, *, on_progress: Callable[[int], None] | 
     """
     errors = RecordErrors()
     sizes: list[int] = []
-    count = 0  # of all sources
-
-    def valid_records(source: Source) -> Iterator[Record]:
-        nonlocal count
-        first = count
-        for location, record, record_errors in reader.rows(source):
-            count += 1
-            if record is None:
-                errors.add(location, record_errors)
-            else:
-                yield record
-            if on_progress is not None and count % REPORT_EVERY == 0:
-                on_progress(count)
-        require_records(count - first, source)
-        sizes.append(count - first)
-
-    stats = dataset_stats(record for source in reader.sources for record in valid_records(source))
-    raise_errors(errors, reader.name, count)
-    return DatasetStats(tuple(sizes), stats.conversations, stats.first_conversation)
+    conversations, first_conversation = 0, None
+    for source in reader.sources:
+        total = sum(sizes)
+        count = 0  # of this source
+        for count, (location, record) in enumerate(reader.rows(source), 1):
+            if not isinstance(record, Record):
+                errors.add(location, record)
+            elif isinstance(record.content, Conversation):
+                conversations += 1
+                first_conversation = first_conversation or str(location)
+            if on_progress is not None and (total + count) % REPORT_EVERY == 0:
+                on_progress(total + count)
+        require_records(count, source)
+        sizes.append(count)
+    raise_errors(errors, reader.name, sum(sizes))
+    return DatasetStats(tuple(sizes), conversations, first_conversation)
 
 
 def require_records(count: int, source: Source) -> None:
@@ -169,9 +144,8 @@ def require_records(count: int, source: Source) -> None:
 
 def raise_errors(errors: RecordErrors, names: str, count: int) -> None:
     """Raise DataError if any of the ``count`` records of the named sources has errors."""
-    if errors.records:
-        verb = "record is" if count == 1 else "records are"
-        raise errors.to_data_error(f"{names}: {errors.records} of {count} {verb} wrong")
+    verb = "record is" if count == 1 else "records are"
+    errors.raise_if_any(f"{names}: {errors.records} of {count} {verb} wrong")
 
 
 def read_records(
@@ -184,25 +158,16 @@ def read_records(
 
     Args:
         path: the file or folder, as ``--data`` takes it.
-        default_authority_weight: w in [0, 0.99] of records without one (high: less training weight); without
-            a default that is an error.
-        default_provenance_entropy: H in bits of records without one; without a default that is an error.
+        default_authority_weight: w in [0, 0.99] of records without one (high: less training weight).
+        default_provenance_entropy: H in bits of records without one. Without a default that is an error.
 
     Raises:
         DataError: as for ``check_records``.
         ConfigError: a default is outside its range.
     """
-    # A config checks its values.
-    config = TrainConfig(
-        default_authority_weight=default_authority_weight,
-        default_provenance_entropy=default_provenance_entropy,
-    )
+    w, h = default_authority_weight, default_provenance_entropy
+    TrainConfig(default_authority_weight=w, default_provenance_entropy=h)  # refuses one outside its range
     columns = Columns()
-    reader = RecordReader(
-        (open_source(fspath(path), columns),),
-        columns,
-        config.default_authority_weight,
-        config.default_provenance_entropy,
-    )
+    reader = RecordReader((open_source(fspath(path), columns),), columns, w, h)
     check_records(reader)
     return list(reader.records())

@@ -5,20 +5,16 @@ Each error names file, line, field and remedy. Records that share an error share
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 
 from distrust.data.records import Location
 from distrust.errors import DataError
 
-MAX_LINES = 20
-"""The largest number of different errors that a message lists."""
-
-MAX_LOCATIONS = 3
-"""The largest number of locations listed for one error."""
-
+MAX_LINES = 20  # the largest number of different errors that a message lists
+MAX_LOCATIONS = 3  # the largest number of locations listed for one error
+# The length limit of ``DataError.problems``: a file of a billion wrong lines must not fill the memory.
 MAX_PROBLEMS = 1000
-"""The length limit of ``DataError.problems``: a file of a billion wrong lines must not fill the memory."""
 
 
 class RecordError(Exception):
@@ -31,12 +27,6 @@ class RecordError(Exception):
         super().__init__(problem if field is None else f"{field}: {problem}")
 
 
-@dataclass(slots=True)
-class _Cause:
-    count: int = 0
-    locations: list[str] = field(default_factory=list)  # the first MAX_LOCATIONS
-
-
 class RecordErrors:
     """The errors of the records read so far, grouped by message.
 
@@ -47,31 +37,31 @@ class RecordErrors:
         self.records = 0  # with at least one error
         self._total = 0  # errors, several per record possible
         self._problems: list[str] = []
-        self._causes: dict[str, _Cause] = {}  # message without location -> where; insertion order
+        self._counts: Counter[str] = Counter()  # of each message without location; insertion order
+        self._locations: defaultdict[str, list[str]] = defaultdict(list)  # the first MAX_LOCATIONS
 
-    def add(self, location: Location, errors: Iterable[RecordError]) -> None:
+    def add(self, location: Location, errors: Sequence[RecordError]) -> None:
         """Add the errors of one record."""
         self.records += 1
-        for error in errors:
-            self._total += 1
-            message = str(error)
+        self._total += len(errors)
+        for message in map(str, errors):
             if len(self._problems) < MAX_PROBLEMS:
                 self._problems.append(f"{location}: {message}")
-            if message in self._causes or len(self._causes) < MAX_LINES:
-                cause = self._causes.setdefault(message, _Cause())
-                cause.count += 1
-                if cause.count <= MAX_LOCATIONS:
-                    cause.locations.append(str(location))
+            if message in self._counts or len(self._counts) < MAX_LINES:
+                self._counts[message] += 1
+                if self._counts[message] <= MAX_LOCATIONS:
+                    self._locations[message].append(str(location))
 
-    def to_data_error(self, headline: str) -> DataError:
-        """One error for all records: the headline, then one line for each different message."""
-        return DataError("\n".join([headline, *self._summary_lines()]), self._problems)
+    def raise_if_any(self, headline: str) -> None:
+        """Raise one DataError for all records: the headline, then one line for each different message."""
+        if self.records:
+            raise DataError("\n".join([headline, *self._summary_lines()]), self._problems)
 
     def _summary_lines(self) -> Iterator[str]:
-        for message, cause in self._causes.items():
-            first, *further = cause.locations
-            ellipsis = ", …" if cause.count > MAX_LOCATIONS else ""
-            also = f" ({cause.count:,} records: also {', '.join(further)}{ellipsis})" if further else ""
+        for message, count in self._counts.items():
+            first, *further = self._locations[message]
+            ellipsis = ", …" if count > MAX_LOCATIONS else ""
+            also = f" ({count:,} records: also {', '.join(further)}{ellipsis})" if further else ""
             yield f"{first}: {message}{also}"
-        if remaining := self._total - sum(cause.count for cause in self._causes.values()):
+        if remaining := self._total - self._counts.total():
             yield f"and {remaining:,} more"

@@ -10,8 +10,8 @@ from typing import Literal
 
 Role = Literal["system", "user", "assistant", "tool"]
 
+# How the records of a source are numbered: lines and rows from 1, the examples of an iterable from 0.
 Unit = Literal["line", "row", "index"]
-"""How the records of a source are numbered: lines and rows from 1, the examples of an iterable from 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,13 +23,8 @@ class Location:
     unit: Unit = "line"
 
     def __str__(self) -> str:
-        match self.unit:
-            case "line":
-                return f"{self.file}:{self.line}"
-            case "row":
-                return f"{self.file}: row {self.line}"
-            case "index":
-                return f"{self.file}[{self.line}]"
+        forms = {"line": "{}:{}", "row": "{}: row {}", "index": "{}[{}]"}
+        return forms[self.unit].format(self.file, self.line)
 
 
 @dataclass(frozen=True, slots=True)

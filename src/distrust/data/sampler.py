@@ -1,8 +1,8 @@
 """Sampling order: a pure function of (seed, epoch), addressed by global position.
 
 The generator is written out here, so no library version changes the order and a run can be resumed after an
-upgrade. Each row gets a 64-bit key, and the order is that of the keys (equal keys, about one pair among 6
-billion rows, keep the order of the file). The keys are SplitMix64 (Steele, Lea and Flood, "Fast splittable
+upgrade. Each row gets a 64-bit key, and the order is that of the keys (equal ones keep the order of the file:
+about one pair among 6 billion rows). The keys are SplitMix64 (Steele, Lea and Flood, "Fast splittable
 pseudorandom number generators", OOPSLA 2014), seeded with a mix of seed and epoch:
 
     state  = mix(mix(seed + γ) xor epoch)
@@ -26,25 +26,16 @@ from numpy.typing import NDArray
 
 from distrust.errors import ConfigError
 
-MAX_SEED = 2**63
-"""The largest seed, inclusive."""
+MAX_SEED = 2**63  # the largest seed, inclusive
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)  # 2⁶⁴ / golden ratio, odd
 
 
 def permutation(n: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
-    """The order of one epoch.
-
-    Args:
-        n: the number of rows.
-        seed: 0 to 2⁶³.
-        epoch: counted from 0.
-
-    Returns:
-        int64[n], each of 0 to n − 1 once.
+    """The order of one epoch, counted from 0: int64[n], each of 0 to n − 1 once.
 
     Raises:
-        ConfigError: the seed is out of range.
+        ConfigError: the seed is not from 0 to 2⁶³.
         ValueError: n or epoch is negative.
     """
     _check_seed(seed)
@@ -68,22 +59,26 @@ def _check_seed(seed: int) -> None:
         raise ConfigError(f"seed must be from 0 to 2^63, not {seed}")
 
 
-class _Sampler:
-    """An endless sequence of epochs with random access in constant time."""
+class EpochSampler:
+    """Samples all rows once per epoch, each epoch in its own order: an endless sequence with random access.
+
+    Args:
+        rows: the number of rows in an epoch, at least 1.
+        seed: the run's seed, 0 to 2⁶³.
+    """
 
     def __init__(self, rows: int, *, seed: int) -> None:
+        if rows < 1:
+            raise ValueError(f"a sampler needs at least one row, not {rows}")
         self.rows_per_epoch = rows
         self.seed = seed
         self._cached: tuple[int, NDArray[np.int64]] | None = None  # (epoch, int64[rows_per_epoch])
+        self._epoch(0)  # checks the seed now rather than at the first step
 
     def at(self, start: int, count: int) -> NDArray[np.int64]:
         """The rows at global positions ``start`` to ``start + count``; epoch = position // rows_per_epoch.
 
         Earlier calls have no influence, and position 10¹² costs what position 0 costs.
-
-        Args:
-            start: counted from 0 over all epochs.
-            count: may span several epochs.
 
         Returns:
             int64[count], row numbers.
@@ -106,54 +101,30 @@ class _Sampler:
 
     def _permutation(self, epoch: int) -> NDArray[np.int64]:
         """The order of an epoch: int64[rows_per_epoch]."""
-        raise NotImplementedError
-
-
-class EpochSampler(_Sampler):
-    """Samples all rows once per epoch, each epoch in its own order.
-
-    Args:
-        rows: the number of rows in an epoch, at least 1.
-        seed: the run's seed, 0 to 2⁶³.
-    """
-
-    def __init__(self, rows: int, *, seed: int) -> None:
-        if rows < 1:
-            raise ValueError(f"a sampler needs at least one row, not {rows}")
-        super().__init__(rows, seed=seed)
-        self._epoch(0)  # checks the seed now rather than at the first step
-
-    def _permutation(self, epoch: int) -> NDArray[np.int64]:
         return permutation(self.rows_per_epoch, seed=self.seed, epoch=epoch)
 
 
-class MixtureSampler(_Sampler):
-    """Samples several sources by their shares; same interface as ``EpochSampler``.
-
-    The rows are numbered source after source.
+class MixtureSampler(EpochSampler):
+    """Samples several sources by their shares. The rows are numbered source after source.
 
     Args:
         sizes: the rows of each source, at least 1.
         shares: of each source, 0 or more, not all 0; they are normalized.
         seed: the run's seed, 0 to 2⁶³.
-
-    Attributes:
-        counts: how many rows of an epoch come from each source.
     """
 
     def __init__(self, sizes: Sequence[int], *, shares: Sequence[float], seed: int) -> None:
         if not sizes or min(sizes) < 1 or len(sizes) != len(shares):
             raise ValueError(f"every source needs rows and a share: {list(sizes)}, {list(shares)}")
-        super().__init__(sum(sizes), seed=seed)
-        self.counts = apportion(self.rows_per_epoch, shares)
+        self.counts = apportion(sum(sizes), shares)  # rows of each source in an epoch
         self._starts = [0, *accumulate(sizes)][:-1]  # first row number of each source
         # Independent seeds: equal sources must not repeat in step with each other.
         self._samplers = [EpochSampler(size, seed=derived_seed(seed, k)) for k, size in enumerate(sizes)]
-        self._epoch(0)
+        super().__init__(sum(sizes), seed=seed)  # last, because it samples the first epoch
 
     def _permutation(self, epoch: int) -> NDArray[np.int64]:
         source_of = np.repeat(np.arange(len(self.counts)), self.counts)  # int64[rows_per_epoch]
-        source_of = source_of[permutation(self.rows_per_epoch, seed=self.seed, epoch=epoch)]
+        source_of = source_of[super()._permutation(epoch)]
         rows = np.empty(self.rows_per_epoch, np.int64)
         sources = zip(self._samplers, self._starts, self.counts, strict=True)
         for k, (sampler, start, count) in enumerate(sources):
@@ -163,12 +134,7 @@ class MixtureSampler(_Sampler):
 
 
 def apportion(seats: int, shares: Sequence[float]) -> tuple[int, ...]:
-    """Apportion seats to shares by largest remainder, at least one to each share above 0.
-
-    Args:
-        seats: the number to distribute; at least as many as there are shares.
-        shares: 0 or more, not all 0; they are normalized.
-    """
+    """Apportion seats, at least one per share, by largest remainder; at least one to each share above 0."""
     exact = [Fraction(share) for share in shares]  # floats would round differently on long lists
     ideal = [share * seats / sum(exact) for share in exact]
     counts = [max(int(count), int(count > 0)) for count in ideal]

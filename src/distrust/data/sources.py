@@ -1,30 +1,36 @@
 """Opens the sources that a config names: files, folders, data sets of the hub, and examples of a program.
 
 A source consists of parts, each a file or a table. A part has a digest of its content, so that the results of
-an earlier check and tokenization can be found in the cache. Its rows can be read repeatedly.
+an earlier check and tokenization can be found in the cache. Its rows can be read repeatedly: a pipe and a
+program's examples, which can be read only once, are copied to an unnamed temporary file first.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
+import shutil
 import stat
+import tempfile
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO, cast
 
 from blake3 import blake3
 
 from distrust.bundled import CORPUS
 from distrust.config import BUNDLED
 from distrust.data import hub
-from distrust.data.columns import Columns
+from distrust.data.columns import Columns, Fields
+from distrust.data.fields import json_kind
 from distrust.data.formats import JSON_LINES, PARQUET, Row, format_of, is_binary, is_data, open_bytes
-from distrust.data.records import Unit
-from distrust.data.temp_copy import TempCopy
-from distrust.errors import ConfigError, DataError, read_failure_reason
+from distrust.data.record_errors import RecordError
+from distrust.data.records import Location, Unit
+from distrust.errors import ConfigError, DataError, ErrorTranslator, read_failure_reason
 
 _BLOCK = 1 << 22  # 4 MiB: enough for BLAKE3 to use several threads
 
@@ -46,6 +52,10 @@ class Part:
     rows: Callable[[], Iterator[Row]]  # all rows; raises DataError if it cannot be read
     #: Opens a Parquet file for a reader of its tables; raises as ``rows`` does. None for other parts.
     parquet: Callable[[], contextlib.AbstractContextManager[BinaryIO]] | None = None
+
+    def located_rows(self) -> Iterator[tuple[Location, Fields | RecordError]]:
+        """The rows with their locations."""
+        return ((Location(self.name, number, self.unit), row) for number, row in self.rows())
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +93,9 @@ def open_source(
     kind = _kind(path)
     if kind is None and hub.is_name(name) and not is_data(path):
         table = hub.load(name, split=split, subset=subset, revision=revision)
-        return Source(name, (_table_part(name, table, columns),))
+        # The fingerprint is the library's own, of the content.
+        digest = blake3(f"table {table._fingerprint}".encode()).hexdigest()
+        return Source(name, (_table_part(name, table, columns, digest),))
     for option, value in (("subset", subset), ("revision", revision)):
         if value is not None:
             raise ConfigError(f"--{option} {value}: is for data sets of the hub; {name} is a file or folder")
@@ -91,11 +103,13 @@ def open_source(
         _require_split(path, split)
         return Source(name, (_file_part(path, str(path), columns, temp_folder),))
     with _readable(str(path)):
-        saved = hub.saved_split(path, split) if hub.is_saved(path) else None
+        saved = hub.saved_split(path, split)
     if saved is not None:
-        return Source(name, (_saved_part(saved, columns),))
-    files = _files(path, split)
-    return Source(name, tuple(_file_part(file, str(file), columns, temp_folder) for file in files))
+        digest = _digest_folder(saved)
+        return Source(name, (_table_part(str(saved), hub.load_saved(saved), columns, digest),))
+    return Source(
+        name, tuple(_file_part(file, str(file), columns, temp_folder) for file in _files(path, split))
+    )
 
 
 def examples_source(
@@ -106,10 +120,10 @@ def examples_source(
     Raises:
         DataError: one is not a valid example, or iterating them fails with an OSError.
     """
-    copy = TempCopy(temp_folder)
+    copy = _TempCopy(temp_folder)
     with _readable(name):
-        copy.copy_examples(examples, columns, name=name)
-    return Source(name, (_copy_part(copy, columns, name=name, unit="index"),))
+        copy.write_examples(examples, columns, name)
+    return Source(name, (_copy_part(copy, columns, name, "index"),))
 
 
 def _kind(path: Path) -> str | None:
@@ -125,9 +139,10 @@ def _kind(path: Path) -> str | None:
 def _file_part(path: Path, name: str, columns: Columns, temp_folder: Path | None) -> Part:
     with _readable(name):
         if not stat.S_ISREG(path.stat().st_mode):  # a pipe can be read only once
-            copy = TempCopy(temp_folder or Path(os.devnull))  # nothing can be created below a device
-            copy.copy_pipe(path)
-            return _copy_part(copy, columns, name=name, unit="line")
+            copy = _TempCopy(temp_folder or Path(os.devnull))  # nothing can be created below a device
+            with path.open("rb") as pipe:
+                shutil.copyfileobj(pipe, copy.file, 1 << 20)
+            return _copy_part(copy, columns, name, "line")
         form, compressed = format_of(path)
         if not is_data(path) and is_binary(path, compressed=compressed):
             raise DataError(
@@ -152,33 +167,75 @@ def _file_part(path: Path, name: str, columns: Columns, temp_folder: Path | None
     return Part(name, form.unit, digest, rows, open_part if form is PARQUET else None)
 
 
-def _copy_part(copy: TempCopy, columns: Columns, *, name: str, unit: Unit) -> Part:
-    """A part that a temporary copy in JSON Lines holds."""
-    form = JSON_LINES
+class _TempCopy:
+    """An unnamed file: the system removes it however the process ends. It can be read repeatedly."""
 
+    def __init__(self, folder: Path) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.file: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed below
+        except OSError:
+            self.file = tempfile.TemporaryFile()  # noqa: SIM115
+        weakref.finalize(self, self.file.close)
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[BinaryIO]:
+        """The content, from the beginning."""
+        self.file.flush()
+        # A duplicate shares the file position, so only one reader at a time.
+        with open(os.dup(self.file.fileno()), "rb") as file:
+            file.seek(0)
+            yield file
+
+    def write_examples(self, examples: Iterable[Mapping[str, Any]], columns: Columns, name: str) -> None:
+        """Write the needed columns as JSON Lines; DataError if an example is no mapping of JSON values."""
+        for index, example in enumerate(examples):
+            location = Location(name, index, "index")
+            if not isinstance(example, Mapping):
+                raise DataError(
+                    f"{location}: {json_kind(example)}, not a mapping; give a dict for each example"
+                )
+            fields = {
+                str(key): example[key]
+                for key in columns.needed_from(list(example))
+                # A source class is optional: one of another type is left out, not refused.
+                if key not in columns.source or isinstance(example[key], str | int | float)
+            }
+            try:
+                self.file.write(json.dumps(fields, default=_to_builtin).encode() + b"\n")
+            except (TypeError, ValueError, RecursionError) as error:
+                raise DataError(f"{location}: {error}; give text, numbers, and messages of them") from None
+
+
+def _to_builtin(value: Any) -> Any:
+    """Scalars and arrays of numpy and of libraries like it, as numbers and lists."""
+    if hasattr(value, "tolist"):
+        return cast(Any, value).tolist()
+    raise TypeError(f"a value of type {type(value).__name__} cannot be trained on")
+
+
+def _copy_part(copy: _TempCopy, columns: Columns, name: str, unit: Unit) -> Part:
     def rows() -> Iterator[Row]:
         with _readable(name), copy.open() as file:
             shift = 1 if unit == "index" else 0  # indices count from 0, lines from 1
-            yield from ((number - shift, fields) for number, fields in form.rows(file, columns))
+            yield from ((number - shift, fields) for number, fields in JSON_LINES.rows(file, columns))
 
     with _readable(name), copy.open() as file:
-        digest = _digest(file, form.name)
+        digest = _digest(file, JSON_LINES.name)
     return Part(name, unit, digest, rows)
 
 
-def _table_part(name: str, table: Any, columns: Columns) -> Part:
-    digest = blake3(f"table {hub.fingerprint(table)}".encode()).hexdigest()
+def _table_part(name: str, table: Any, columns: Columns, digest: str) -> Part:
     return Part(name, "row", digest, lambda: hub.rows(name, table, columns))
 
 
-def _saved_part(folder: Path, columns: Columns) -> Part:
+def _digest_folder(folder: Path) -> str:
     with _readable(str(folder)):
         digest = blake3(b"saved\n")
         for file in sorted(path for path in folder.iterdir() if path.is_file()):
             with file.open("rb") as content:
                 digest.update(f"{file.name} {_digest(content, 'file')}\n".encode())
-    table = hub.load_saved(folder)
-    return Part(str(folder), "row", digest.hexdigest(), lambda: hub.rows(str(folder), table, columns))
+    return digest.hexdigest()
 
 
 def _files(folder: Path, split: str) -> list[Path]:
@@ -192,15 +249,14 @@ def _files(folder: Path, split: str) -> list[Path]:
         formats = sorted({format_of(folder / path)[0].name for path in files})
     if len(formats) > 1:
         raise DataError(f"{folder}: holds files of several formats ({', '.join(formats)}); name the files")
-    splits = {path: _split_of(path) for path in files}
-    if not any(splits.values()):
+    splits = {folder / path: _split_of(path) for path in files}
+    available = ", ".join(sorted({name for name in splits.values() if name}))
+    if not available:
         if split != "train":
             raise DataError(f"{folder}: no file names a split, so all are train; there is no {split}")
-        return [folder / path for path in files]
-    canonical = _SPLITS.get(split, split)
-    selected = [folder / path for path in files if splits[path] == canonical]
+        return list(splits)
+    selected = [path for path, name in splits.items() if name == _SPLITS.get(split, split)]
     if not selected:
-        available = ", ".join(sorted({name for name in splits.values() if name}))
         raise DataError(f"{folder}: no file is of the split {split}; give one of {available}")
     return selected
 
@@ -247,10 +303,6 @@ def _file_version(path: Path) -> tuple[int, ...]:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-@contextlib.contextmanager
-def _readable(name: str) -> Iterator[None]:
+def _readable(name: str) -> ErrorTranslator:
     """Translates OSError to DataError."""
-    try:
-        yield
-    except OSError as error:
-        raise DataError(f"{name}: {read_failure_reason(error)}") from error
+    return ErrorTranslator((OSError,), lambda error: DataError(f"{name}: {read_failure_reason(error)}"))

@@ -19,21 +19,10 @@ _PROBE_CHARACTERS = 2000  # enough to show a difference; encoding it twice costs
 class Tokenizer(Protocol):
     """Text -> token ids, and conversations -> text."""
 
-    @property
-    def bos_token_id(self) -> int | None:
-        """The token that begins a sequence."""
-
-    @property
-    def eos_token_id(self) -> int | None:
-        """The token that ends a sequence."""
-
-    @property
-    def pad_token_id(self) -> int | None:
-        """The token that pads a batch."""
-
-    @property
-    def chat_template(self) -> Any:
-        """None if the tokenizer cannot render conversations."""
+    bos_token_id: int | None  # begins a sequence
+    eos_token_id: int | None  # ends a sequence
+    pad_token_id: int | None  # pads a batch
+    chat_template: Any  # None if the tokenizer cannot render conversations
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """The ids of a text; ``add_special_tokens`` adds the BOS and EOS that the tokenizer is set up for."""

@@ -19,9 +19,10 @@ from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from distrust.data.corpus import Classes, Corpus
-from distrust.data.reading import DatasetStats, dataset_stats
+from distrust.data.reading import DatasetStats
 from distrust.data.record_errors import RecordError, RecordErrors
 from distrust.data.records import Completion, Conversation, Record, Text
 from distrust.data.tokenizer import Tokenizer, encode_all
@@ -55,10 +56,10 @@ def tokenize(
     """
     if not records:
         raise DataError("there are no records to tokenize")
-    blocks = tokenize_in_blocks(
-        records, tokenizer, stats=dataset_stats(records), max_length=max_length, on_progress=on_progress
-    )
-    return _concatenate(list(blocks))
+    conversations = [str(record.location) for record in records if isinstance(record.content, Conversation)]
+    stats = DatasetStats((len(records),), len(conversations), next(iter(conversations), None))
+    batches = _tokenize_batches(records, tokenizer, stats, max_length, on_progress)
+    return _corpus([example for batch in batches for example in batch])
 
 
 def tokenize_in_blocks(
@@ -77,20 +78,29 @@ def tokenize_in_blocks(
     Yields:
         The corpora of consecutive blocks of records.
     """
+    return map(_corpus, _tokenize_batches(records, tokenizer, stats, max_length, on_progress))
+
+
+def _tokenize_batches(
+    records: Iterable[Record],
+    tokenizer: Tokenizer,
+    stats: DatasetStats,
+    max_length: int,
+    on_progress: Callable[[int, int], None] | None,
+) -> Iterator[list[_Example]]:
     if max_length < 2:
         raise ConfigError(f"max_length must be 2 or more, not {max_length}: the first token carries no loss")
     frame = _frame(stats, tokenizer)
     errors = RecordErrors()
     done_records = 0
     for batch in _batches(records):
-        block = _tokenize_batch(batch, tokenizer, frame=frame, max_length=max_length, errors=errors)
+        examples = _tokenize_batch(batch, tokenizer, frame=frame, max_length=max_length, errors=errors)
         done_records += len(batch)
         if on_progress is not None:
             on_progress(done_records, stats.records)
         if not errors.records:  # after an error no corpus is used, only further errors are collected
-            yield block
-    if errors.records:
-        raise errors.to_data_error(f"{errors.records} of {done_records} records cannot be trained on")
+            yield examples
+    errors.raise_if_any(f"{errors.records} of {done_records} records cannot be trained on")
 
 
 def bos_prefix(tokenizer: Tokenizer) -> list[int]:
@@ -107,8 +117,8 @@ class _Example:
     """One tokenized record."""
 
     record: Record
-    ids: list[int]
-    loss_mask: list[bool]  # one per id
+    ids: NDArray[np.int32]
+    loss_mask: NDArray[np.bool_]  # one per id
     tokens_cut: int  # removed by max_length
 
 
@@ -155,8 +165,8 @@ def _characters(record: Record) -> int:
 
 def _tokenize_batch(
     batch: Sequence[Record], tokenizer: Tokenizer, *, frame: _Frame, max_length: int, errors: RecordErrors
-) -> Corpus:
-    """The corpus of a batch; records that cannot be trained on are left out and added to ``errors``."""
+) -> list[_Example]:
+    """The examples of a batch; records that cannot be trained on are left out and added to ``errors``."""
     prefix, suffix = frame
     parts: list[tuple[Record, list[Segment]]] = []
     for record in batch:
@@ -174,35 +184,37 @@ def _tokenize_batch(
             examples.append(_example(record, pieces, max_length))
         except RecordError as error:
             errors.add(record.location, [error])
-    return _corpus(examples)
+    return examples
 
 
 def _example(record: Record, pieces: Sequence[tuple[list[int], bool]], max_length: int) -> _Example:
     ids = list(chain.from_iterable(tokens for tokens, _ in pieces))
     loss_mask = list(chain.from_iterable([trained] * len(tokens) for tokens, trained in pieces))
     loss_mask[:1] = [False] * bool(loss_mask)  # nothing predicts the first token
-    if not any(loss_mask[:max_length]):
-        raise RecordError(_no_trained_tokens(loss_mask, max_length))
-    return _Example(record, ids[:max_length], loss_mask[:max_length], max(0, len(ids) - max_length))
-
-
-def _no_trained_tokens(loss_mask: list[bool], max_length: int) -> str:
     if not any(loss_mask):
-        return "no token to train on: none that carries loss follows another token; remove the record"
-    return (
-        f"no token to train on within max_length {max_length}: the prompt takes {loss_mask.index(True)} "
-        "tokens; raise --max-length, or shorten the prompt"
+        raise RecordError(
+            "no token to train on: none that carries loss follows another token; remove the record"
+        )
+    if not any(loss_mask[:max_length]):
+        raise RecordError(
+            f"no token to train on within max_length {max_length}: the prompt takes {loss_mask.index(True)} "
+            "tokens; raise --max-length, or shorten the prompt"
+        )
+    return _Example(
+        record,
+        np.array(ids[:max_length], np.int32),
+        np.array(loss_mask[:max_length], np.bool_),
+        tokens_cut=max(0, len(ids) - max_length),
     )
 
 
 def _corpus(examples: Sequence[_Example]) -> Corpus:
-    lengths = [len(example.ids) for example in examples]
     classes = Classes()
     class_of = classes.number(example.record.source for example in examples)
     return Corpus(
-        input_ids=np.array(list(chain.from_iterable(example.ids for example in examples)), np.int32),
-        loss_mask=np.array(list(chain.from_iterable(example.loss_mask for example in examples)), np.bool_),
-        offsets=np.concatenate(([0], np.cumsum(lengths, dtype=np.int64))),
+        input_ids=np.concatenate([example.ids for example in examples]),
+        loss_mask=np.concatenate([example.loss_mask for example in examples]),
+        offsets=np.cumsum([0, *(len(example.ids) for example in examples)], dtype=np.int64),
         authority_weight=np.array([example.record.authority_weight for example in examples], np.float64),
         provenance_entropy=np.array([example.record.provenance_entropy for example in examples], np.float64),
         locations=tuple(example.record.location for example in examples),
@@ -210,25 +222,6 @@ def _corpus(examples: Sequence[_Example]) -> Corpus:
         tokens_cut=sum(example.tokens_cut for example in examples),
         classes=classes.names,
         class_of=class_of,
-    )
-
-
-def _concatenate(parts: Sequence[Corpus]) -> Corpus:
-    starts = np.cumsum([0, *(part.offsets[-1] for part in parts)])  # int64[parts + 1], in tokens
-    offsets = [part.offsets[1:] + start for part, start in zip(parts, starts[:-1], strict=True)]
-    classes = Classes()  # each part has its own numbers: map them by name
-    class_of = [classes.number(part.classes[number] for number in part.class_numbers) for part in parts]
-    return Corpus(
-        input_ids=np.concatenate([part.input_ids for part in parts]),
-        loss_mask=np.concatenate([part.loss_mask for part in parts]),
-        offsets=np.concatenate([np.zeros(1, np.int64), *offsets]),
-        authority_weight=np.concatenate([part.authority_weight for part in parts]),
-        provenance_entropy=np.concatenate([part.provenance_entropy for part in parts]),
-        locations=tuple(chain.from_iterable(part.locations for part in parts)),
-        truncated=sum(part.truncated for part in parts),
-        tokens_cut=sum(part.tokens_cut for part in parts),
-        classes=classes.names,
-        class_of=np.concatenate(class_of),
     )
 
 

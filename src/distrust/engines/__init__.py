@@ -4,10 +4,8 @@ registry.py          name -> what an engine needs, and how it is created
 from_checkpoint.py   checkpoint -> its config, or an engine with its weights
 generation.py        prompt -> text
 loading.py           name of a base model -> where it is, its tokenizer, its digests
-lora_config.py       the adapter's hyperparameters
 state_conversion.py  the state of one engine <-> that of the other
-model_runner.py      what both model runners share
-runtime.py           devices, seeds, exhausted memory
+runtime.py           what both engines share at run time
 torch/, mlx/         the engines, with the same file names for the same duties
 
 Importing this package loads no framework. The two engines do not import each other.

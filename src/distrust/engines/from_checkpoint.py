@@ -13,13 +13,8 @@ from distrust.checkpoint.catalog import checkpoint_directory, is_directory, read
 from distrust.checkpoint.foreign import require_converted
 from distrust.config import TrainConfig
 from distrust.contract import Engine, EngineState
-from distrust.engines.registry import (
-    EngineName,
-    create_engine,
-    default_engine,
-    first_installed,
-    recorded_engine,
-)
+from distrust.engines import registry
+from distrust.engines.registry import EngineName, create_engine
 from distrust.errors import ConfigError, ErrorTranslator, ModelError, ResumeRefused
 from distrust.run_record import RunRecord
 
@@ -33,8 +28,7 @@ def read_checkpoint(
         target: a run, a directory of checkpoints (its newest intact one), or a file.
         step: select this step of a run or directory.
         best: select the best checkpoint by the run's own metric.
-        framework: of the arrays. Default: the framework of the newest checkpoint's engine, if it is
-            installed; else one that is.
+        framework: of the arrays. Default: that of the newest checkpoint's engine, or else any installed one.
 
     Raises:
         CheckpointError: if there is no such checkpoint, or it is damaged.
@@ -43,10 +37,9 @@ def read_checkpoint(
     """
     resolve(target)  # a wrong name is reported before anything is imported
     if framework is None:
-        framework = first_installed(_engine_of_newest(target), purpose=f"reading {target}")
+        framework = registry.first_installed(_engine_of_newest(target), purpose=f"reading {target}")
     if is_directory(target):
-        manager = _manager(checkpoint_directory(target))
-        return manager.choose(step=step, best=best, framework=framework)
+        return _manager(checkpoint_directory(target)).choose(step=step, best=best, framework=framework)
     if step is not None or best:
         flag = "--best" if step is None else f"--step {step}"
         raise ConfigError(f"{flag} goes with a run or a directory; {target} is one checkpoint")
@@ -87,12 +80,7 @@ def engine_of(
     model: str | None = None,
     changes: Mapping[str, Any] | None = None,
 ) -> Engine:
-    """Like :func:`open_checkpoint`, for a checkpoint that :func:`read_checkpoint` returned.
-
-    Raises:
-        ModelError: if the base model cannot be loaded.
-        ResumeRefused: if the base model is not the one of the run.
-    """
+    """Like :func:`open_checkpoint`, for a checkpoint that :func:`read_checkpoint` returned."""
     # Compiling pays off in training only, and this machine may have no compiler.
     defaults = {"compile": False, "engine": _engine_for(checkpoint)}
     config = replace(config_of(file, model=model), **{**defaults, **(changes or {})})
@@ -106,21 +94,13 @@ def engine_of(
 
 
 def config_of(file: CheckpointFile, *, model: str | None = None) -> TrainConfig:
-    """The options that a checkpoint was trained with.
-
-    Raises:
-        ConfigError: if an option is invalid, in a checkpoint of another program.
-    """
+    """The options of a checkpoint; ConfigError for an invalid one, in a checkpoint of another program."""
     config = RunRecord.from_header(file.header).train_config(where=str(file.path))
     return config if model is None else replace(config, model=model)
 
 
 def fingerprint_of(file: CheckpointFile, content: Literal["model", "data"]) -> str:
-    """The fingerprint of the base model, or of the training data, that a checkpoint was trained on.
-
-    Raises:
-        ResumeRefused: if another program wrote the checkpoint, so the fingerprint is unknown.
-    """
+    """Fingerprint of the base model or training data; ResumeRefused for another program's checkpoint."""
     record = RunRecord.from_header(file.header)
     if content in record.fingerprints:
         return record.fingerprints[content]
@@ -136,12 +116,9 @@ def fingerprint_of(file: CheckpointFile, content: Literal["model", "data"]) -> s
 def base_model_errors(
     file: CheckpointFile, name: str, *, overridden: bool
 ) -> contextlib.AbstractContextManager[None]:
-    """Context manager for loading the base model of a checkpoint, which may have been moved.
+    """Context manager that explains the ModelError of a base model ``name`` that may have been moved.
 
-    ``overridden`` says that the user has just given its ``name``; then the error needs no explanation.
-
-    Raises:
-        ModelError: with the remedy.
+    ``overridden`` says that the user has just given the name; then the error needs no explanation.
     """
 
     def explain(error: ModelError) -> ModelError:
@@ -155,7 +132,7 @@ def base_model_errors(
 
 def _engine_of_newest(target: Path) -> EngineName:
     files = scan(checkpoint_directory(target)).files if is_directory(target) else (read_header(target),)
-    return recorded_engine(files[-1]) if files else default_engine()
+    return registry.recorded_engine(files[-1]) if files else registry.default_engine()
 
 
 def _engine_for(checkpoint: Checkpoint) -> EngineName:

@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, cast
+from typing import Any
 
 from distrust.contract import Engine
 from distrust.data import Tokenizer, bos_prefix
 from distrust.errors import DataError, ModelError
-
-
-class Generator(Protocol):
-    """An engine that can generate."""
-
-    def sample_tokens(
-        self, ids: list[int], *, max_new_tokens: int, temperature: float, top_p: float | None, seed: int
-    ) -> list[int]:
-        """Token ids that continue ``ids``, up to the end-of-text token; see :func:`generate`."""
 
 
 def generate(
@@ -31,7 +22,7 @@ def generate(
     """Generate the text that follows a prompt.
 
     Args:
-        engine: the model and its tokenizer.
+        engine: the model and its tokenizer, of :func:`distrust.engines.create_engine`.
         prompt: the text; begin-of-text is added where the tokenizer defines it.
         max_new_tokens: upper bound; generation stops earlier at the end-of-text token.
         temperature: 0 for greedy decoding.
@@ -47,17 +38,16 @@ def generate(
         DataError: if the prompt has no tokens.
         ModelError: if the tokenizer has no chat template.
     """
-    tokenizer: Any = engine.tokenizer
-    ids = _prompt_tokens(tokenizer, prompt, chat=chat)
-    new_ids = cast(Generator, engine).sample_tokens(
+    generator: Any = engine  # the contract leaves out what only generation needs
+    ids = _prompt_tokens(engine.tokenizer, prompt, chat=chat)
+    new_ids = generator.sample_tokens(
         ids, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
     )
-    text: str = tokenizer.decode(new_ids, skip_special_tokens=True)
-    return text
+    return str(generator.tokenizer.decode(new_ids, skip_special_tokens=True))
 
 
 def _prompt_tokens(tokenizer: Tokenizer, prompt: str, *, chat: bool) -> list[int]:
-    if chat:  # the prompt as a user's turn, up to where the answer starts
+    if chat:
         ids = tokenizer.encode(_render_chat(tokenizer, prompt), add_special_tokens=False)
     else:
         ids = bos_prefix(tokenizer) + tokenizer.encode(prompt, add_special_tokens=False)
@@ -67,6 +57,7 @@ def _prompt_tokens(tokenizer: Tokenizer, prompt: str, *, chat: bool) -> list[int
 
 
 def _render_chat(tokenizer: Tokenizer, question: str) -> str:
+    """The prompt as a user's turn, up to where the answer starts."""
     if tokenizer.chat_template is None:
         raise ModelError("--chat: the model's tokenizer has no chat template; leave --chat out")
     turns = [{"role": "user", "content": question}]

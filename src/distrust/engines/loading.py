@@ -32,10 +32,7 @@ _INERT_ENTRIES = frozenset(
 def locate(name: str) -> tuple[str, bool]:
     """Resolve a folder, a hub name, or ``bundled`` to what a loader takes, and whether it is a local folder.
 
-    Takes milliseconds, so a wrong name is reported before a framework is imported.
-
-    Raises:
-        ModelError: if it is neither a folder of a model nor a hub name.
+    Raises ModelError for anything else, in milliseconds, before a framework is imported.
     """
     if name == BUNDLED:
         return str(MODEL), True

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,28 +22,15 @@ EngineName = Literal["torch", "mlx"]
 
 @dataclass(frozen=True, slots=True)
 class EngineSpec:
-    """How to use an engine."""
+    """What an engine needs."""
 
     library: str  # the module that has to be installed
     extra: str  # the extra of this package that installs it
-    create: Callable[[TrainConfig], Engine]  # imports the engine, too
-
-
-def _create_torch(config: TrainConfig) -> Engine:
-    from distrust.engines.torch.engine import TorchEngine
-
-    return TorchEngine(config)
-
-
-def _create_mlx(config: TrainConfig) -> Engine:
-    from distrust.engines.mlx.engine import MlxEngine
-
-    return MlxEngine(config)
 
 
 ENGINES: dict[EngineName, EngineSpec] = {
-    "torch": EngineSpec("torch", "train", _create_torch),
-    "mlx": EngineSpec("mlx_lm", "mlx", _create_mlx),
+    "torch": EngineSpec("torch", extra="train"),
+    "mlx": EngineSpec("mlx_lm", extra="mlx"),
 }
 
 
@@ -59,7 +45,13 @@ def create_engine(config: TrainConfig) -> Engine:
     locate(config.model)  # a wrong name is reported before a framework is imported, which takes seconds
     name = select_engine(config)
     require_installed(name, purpose=f"--engine {name}")
-    return ENGINES[name].create(config)
+    if name == "mlx":  # each branch imports its framework
+        from distrust.engines.mlx.engine import MlxEngine
+
+        return MlxEngine(config)
+    from distrust.engines.torch.engine import TorchEngine
+
+    return TorchEngine(config)
 
 
 def select_engine(config: TrainConfig) -> EngineName:
@@ -90,30 +82,13 @@ def is_installed(name: EngineName) -> bool:
 
 
 def require_installed(name: EngineName, *, purpose: str) -> None:
-    """Refuse an engine whose library is not installed.
-
-    Args:
-        name: of the engine.
-        purpose: what needs it, such as the option; begins the message.
-
-    Raises:
-        MissingDependency: with the command that installs it.
-    """
+    """Raise MissingDependency if the library of an engine is not installed; ``purpose`` is what needs it."""
     if not is_installed(name):
-        raise _missing(name, purpose)
+        raise MissingDependency(purpose, library=ENGINES[name].library, extra=ENGINES[name].extra)
 
 
 def first_installed(preferred: EngineName, *, purpose: str) -> EngineName:
-    """The preferred engine if it is installed, else any other that is.
-
-    Raises:
-        MissingDependency: if none is installed; it names the library of the preferred engine.
-    """
-    for name in (preferred, *ENGINES):
-        if is_installed(name):
-            return name
-    raise _missing(preferred, purpose)
-
-
-def _missing(name: EngineName, purpose: str) -> MissingDependency:
-    return MissingDependency(purpose, library=ENGINES[name].library, extra=ENGINES[name].extra)
+    """The preferred engine if it is installed, else any other that is; MissingDependency if none is."""
+    name = next(filter(is_installed, (preferred, *ENGINES)), preferred)
+    require_installed(name, purpose=purpose)
+    return name

@@ -1,22 +1,35 @@
-"""What both engines share at run time: the choice of a device, seeds, and errors for exhausted memory."""
+"""What both engines share: devices, seeds, exhausted memory, the trial of packing, sums of losses.
+
+A runner packs several examples into one row only if the model keeps them independent. That is tested on a few
+tokens and not inferred from the model's name: no output may change by one bit when the other example changes,
+and each example must be, to rounding, what it is alone.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
+import numpy as np
 from blake3 import blake3
 
 from distrust.config import Device
+from distrust.contract import Losses
 from distrust.errors import ConfigError, OutOfMemory
+
+Array = np.ndarray[Any, Any]
+#: (token ids int64[n], lengths of the examples) -> outputs float32[n, ...], and the dtype computed in.
+Forward = Callable[[Array, list[int]], tuple[Array, str]]
+
+#: Tokens of the two examples of the trial.
+TRIAL_LENGTHS = [5, 7]
+#: Largest difference of an example packed and alone, relative to the largest output.
+TRIAL_TOLERANCE = {"float32": 1e-3, "bfloat16": 1e-1}
 
 
 def choose_device(requested: Device, available: Mapping[Device, bool], *, engine: str) -> Device:
-    """The device that ``--device`` selects.
-
-    Raises:
-        ConfigError: if this machine, or this build of the framework, does not have the device.
-    """
+    """The device that ``--device`` selects; ConfigError if this machine, or this build, does not have it."""
     usable = [name for name, is_available in available.items() if is_available]
     if requested == "auto":
         return usable[0]
@@ -35,12 +48,9 @@ def micro_step_seed(*, seed: int, step: int, micro_step: int) -> int:
 
 @contextlib.contextmanager
 def translate_out_of_memory(*phrases: str) -> Iterator[None]:
-    """Context manager that turns a framework's out-of-memory errors into OutOfMemory.
+    """Context manager that raises OutOfMemory, with the options that help, for a framework's own errors.
 
     The lower-case ``phrases`` identify them among plain RuntimeErrors; a subclass always is one.
-
-    Raises:
-        OutOfMemory: with the options that reduce memory.
     """
     try:
         yield
@@ -52,3 +62,37 @@ def translate_out_of_memory(*phrases: str) -> Iterator[None]:
             "there is not enough memory for a step: lower --batch-size (and raise --gradient-accumulation) "
             f"or --max-length, or add --gradient-checkpointing ({reason[:200]})"
         ) from error
+
+
+def trial_ids(vocabulary: int, *, change: int | None = None) -> Array:
+    """Token ids of two examples, int64[12]; ``change`` replaces all tokens of example 0 or 1."""
+    ids = np.arange(sum(TRIAL_LENGTHS))
+    example = np.repeat([0, 1], TRIAL_LENGTHS)
+    shifted: Array = ids + len(ids) * (example == change)
+    return shifted % vocabulary  # small vocabularies have fewer ids
+
+
+def keeps_examples_independent(forward: Forward, *, vocabulary: int) -> bool:
+    """Whether examples in one row do not influence each other, and are what they are alone."""
+    cut = TRIAL_LENGTHS[0]
+    try:
+        packed, dtype = forward(trial_ids(vocabulary), TRIAL_LENGTHS)
+        second_changed, _ = forward(trial_ids(vocabulary, change=1), TRIAL_LENGTHS)
+        first_changed, _ = forward(trial_ids(vocabulary, change=0), TRIAL_LENGTHS)
+        alone, _ = forward(trial_ids(vocabulary)[cut:], TRIAL_LENGTHS[1:])
+    except Exception:  # a model's code may raise anything when it is called in an unforeseen way
+        return False
+    # Bit for bit: any leak shows.
+    if not np.array_equal(packed[:cut], second_changed[:cut]):
+        return False
+    if not np.array_equal(packed[cut:], first_changed[cut:]):
+        return False
+    difference = np.abs(packed[cut:] - alone).max()
+    return bool(difference <= TRIAL_TOLERANCE.get(dtype, 0.0) * np.abs(alone).max())
+
+
+def sum_per_example(losses: Array, weights: Array, examples: Array, *, count: int) -> Losses:
+    """Sum losses [m] of trained tokens, plain and times ``weights`` [m], for each of ``count`` examples."""
+    wide = losses.astype(np.float64)  # on the host: MPS has no float64
+    plain, weighted = (np.bincount(examples, values, count) for values in (wide, wide * weights))
+    return Losses(cross_entropy=plain, weighted=weighted)

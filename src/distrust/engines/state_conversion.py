@@ -15,14 +15,15 @@ have no counterpart; every micro-step seeds them anyway.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from distrust.config import ExportDtype
+from distrust.config import ExportDtype, TrainConfig
 from distrust.contract import EngineState
-from distrust.errors import ConfigError, ResumeRefused, quote_untrusted
+from distrust.errors import ConfigError, ResumeRefused, join_first, quote_untrusted
 
 _PEFT_PREFIX = "base_model.model."
 #: End of a name in peft and in mlx-lm, and whether the matrix is transposed.
@@ -48,11 +49,6 @@ TARGETS_SHOWN = 12
 _NARROWER = ("float16", "bfloat16")
 
 
-def is_torch(optimizer: Mapping[str, Any]) -> bool:
-    """Whether an optimizer's state has the form of the engine of torch."""
-    return "param_groups" in optimizer
-
-
 def arrays_to_mlx(arrays: Mapping[str, Any]) -> dict[str, Any]:
     """Arrays of the engine of torch with mlx-lm's names and orientation."""
     return _convert_arrays(arrays, _TO_MLX)
@@ -64,40 +60,36 @@ def arrays_to_torch(arrays: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_mlx(state: EngineState) -> EngineState:
-    """Convert a state of either engine to the form of the engine of mlx.
-
-    Raises:
-        ResumeRefused: if the optimizer is of neither engine.
-    """
+    """Convert a state of either engine to the form of mlx's; ResumeRefused for an optimizer of neither."""
     optimizer = state.optimizer
-    model = arrays_to_mlx(state.model)
-    if not optimizer:  # weights alone, such as an imported adapter: the optimizer starts from zero
-        return EngineState(model, _zero_moments(model), state.rng)
-    if not is_torch(optimizer):
+    if optimizer and not _is_torch(optimizer):
         return replace(state, optimizer={**optimizer, "step": _mlx_step(optimizer)})
-    moments = _moments_by_name(optimizer)
-    if not moments:  # torch creates them at the first step
-        return EngineState(model, _zero_moments(model), state.rng)
+    model = arrays_to_mlx(state.model)
+    # None in weights alone, such as an imported adapter; and torch creates them at the first step.
+    moments = _moments_by_name(optimizer) if optimizer else {}
+    if not moments:
+        zeros = {name: array * 0 for name, array in model.items()}
+        return EngineState(model, {"step": 0, "m": zeros, "v": zeros}, state.rng)
     steps = {_step_count(values["step"]) for values in moments.values()}
     if len(steps) > 1:
         raise ResumeRefused(
             "the checkpoint's optimizer has made different numbers of steps of its parameters"
         )
-    m, v = (
-        arrays_to_mlx({name: values[key] for name, values in moments.items()})
-        for key in ("exp_avg", "exp_avg_sq")
-    )
-    return EngineState(model, {"step": steps.pop(), "m": m, "v": v}, state.rng)
+    converted = {
+        moment: arrays_to_mlx({name: values[key] for name, values in moments.items()})
+        for moment, key in (("m", "exp_avg"), ("v", "exp_avg_sq"))
+    }
+    return EngineState(model, {"step": steps.pop(), **converted}, state.rng)
 
 
 def to_torch(state: EngineState, groups: Sequence[Mapping[str, Any]]) -> EngineState:
-    """Convert a state of either engine to the form of the engine of torch, which has these ``param_groups``.
+    """Convert a state of either engine to the form of torch's, whose optimizer has these ``param_groups``.
 
     Raises:
         ResumeRefused: if the optimizer is of neither engine, or lacks a parameter's moments.
     """
     optimizer = state.optimizer
-    if is_torch(optimizer):
+    if _is_torch(optimizer):
         return state
     model = arrays_to_torch(state.model)
     if not optimizer:
@@ -106,12 +98,8 @@ def to_torch(state: EngineState, groups: Sequence[Mapping[str, Any]]) -> EngineS
     m, v = arrays_to_torch(optimizer["m"]), arrays_to_torch(optimizer["v"])
     # Parameters that the checkpoint lacks are reported when the weights are compared.
     names = {number: name for number, name in _numbered_names(groups) if name in model}
-    missing = [
-        f"{name}: its moments are not in the checkpoint"
-        for name in names.values()
-        if name not in m.keys() & v.keys()
-    ]
-    require_no_differences(missing, model)
+    missing = [name for name in names.values() if name not in m.keys() & v.keys()]
+    require_no_differences([f"{name}: its moments are not in the checkpoint" for name in missing], model)
     moments = {
         number: {"step": step, "exp_avg": m[name], "exp_avg_sq": v[name]} for number, name in names.items()
     }
@@ -149,22 +137,21 @@ def require_no_differences(
     *,
     summary: str = "the checkpoint does not fit the model",
 ) -> None:
-    """Refuse a state of another model or adapter, with the first differences, and what ``saved`` adapts.
-
-    Raises:
-        ResumeRefused: if there are differences; it has all of them.
-    """
+    """Raise ResumeRefused if there are differences: with the first of them, and what ``saved`` adapts."""
     if not differences:
         return
-    lines = [f"{summary}:", *map(quote_untrusted, differences[:LINES_SHOWN])]
-    if len(differences) > LINES_SHOWN:
-        lines.append(f"and {len(differences) - LINES_SHOWN} more")
+    lines = [f"{summary}:", join_first(map(quote_untrusted, differences), LINES_SHOWN, "\n  ")]
     if targets := target_modules(saved):
         shown = " ".join(map(quote_untrusted, targets[:TARGETS_SHOWN]))
         hidden = len(targets) - TARGETS_SHOWN
         suffix = f" and {hidden} more, which `distrust convert` prints" if hidden > 0 else ""
         lines.append(f"what was saved is an adapter of --target-modules {shown}{suffix}")
     raise ResumeRefused("\n  ".join(lines), differences)
+
+
+def adapter_scale(config: TrainConfig) -> float:
+    """Factor of an adapter's product: alpha / rank, or alpha / √rank for rsLoRA."""
+    return config.lora_alpha / (math.sqrt(config.lora_rank) if config.rslora else config.lora_rank)
 
 
 def out_of_range(name: str, dtype: ExportDtype) -> ConfigError:
@@ -205,9 +192,8 @@ def _describe(array: Any) -> str:
     return f"{dtype_name(array)}{list(array.shape)}"
 
 
-def _zero_moments(model: Mapping[str, Any]) -> dict[str, Any]:
-    zeros = {name: array * 0 for name, array in model.items()}
-    return {"step": 0, "m": zeros, "v": zeros}
+def _is_torch(optimizer: Mapping[str, Any]) -> bool:
+    return "param_groups" in optimizer
 
 
 def _numbered_names(groups: Any) -> list[tuple[Any, Any]]:
@@ -215,12 +201,10 @@ def _numbered_names(groups: Any) -> list[tuple[Any, Any]]:
     return [pair for group in groups for pair in zip(group["params"], group["param_names"], strict=True)]
 
 
-def _moments_by_name(optimizer: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+def _moments_by_name(optimizer: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     try:
         names = dict(_numbered_names(optimizer["param_groups"]))
-        moments: dict[str, Mapping[str, Any]] = {
-            names[number]: dict(values) for number, values in optimizer["state"].items()
-        }
+        moments = {names[number]: dict(values) for number, values in optimizer["state"].items()}
     except (AttributeError, KeyError, TypeError, ValueError):  # nothing in a file has to be what it claims
         raise ResumeRefused(_UNKNOWN_OPTIMIZER) from None
     if any(not {"step", "exp_avg", "exp_avg_sq"} <= values.keys() for values in moments.values()):

@@ -7,13 +7,15 @@
 
 Every byte of the checkpoint is verified first. Problems with the base model are found before anything is
 written, and the target appears completely or not at all (``atomic.py``). The README.md of a folder records
-its origin (``facts.py``, ``card.py``).
+its origin (``card.py``).
 """
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -24,9 +26,7 @@ from distrust.config import ExportDtype, ExportFormat, TrainConfig
 from distrust.engines import state_conversion
 from distrust.engines.loading import reference
 from distrust.errors import ConfigError
-from distrust.export import mlx_folder
-from distrust.export.card import model_card
-from distrust.export.facts import facts_of, public_name
+from distrust.export.card import facts_of, model_card, public_name
 
 if TYPE_CHECKING:
     from distrust.checkpoint import Checkpoint, CheckpointFile
@@ -36,6 +36,9 @@ Write = Callable[[Path], None]
 
 CARD = "README.md"
 STATE_SUFFIX = ".safetensors"
+#: The file names that mlx-lm loads.
+_MLX_CONFIG, _MLX_WEIGHTS = "adapter_config.json", "adapters.safetensors"
+_LAYER_MODULE = re.compile(r"(.*\.)?layers\.(\d+)\.(.+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,20 +121,30 @@ def _prepare(
     dtype: ExportDtype,
 ) -> Write:
     """Prepare everything in memory; returns the function that writes it into a folder."""
-    match form:
-        case "mlx":
-            return _prepare_mlx(file, checkpoint, base, dtype=dtype)
-        case "adapter":
-            return _prepare_adapter(file, checkpoint, model, dtype=dtype)
-        case "merged":
-            return _prepare_merged(file, checkpoint, model, dtype=dtype)
-    origin = {
-        "step": str(file.step),
-        "state_digest": file.state_digest,
-        "base_model": public_name(base),
-        "base_model_fingerprint": engines.fingerprint_of(file, "model"),
-    }
-    return _prepare_state(checkpoint.model, file_name, origin, dtype=dtype)
+    if form == "mlx":
+        return _prepare_mlx(file, checkpoint, base, dtype=dtype)
+    if form == "state":
+        origin = {
+            "step": str(file.step),
+            "state_digest": file.state_digest,
+            "base_model": public_name(base),
+            "base_model_fingerprint": engines.fingerprint_of(file, "model"),
+        }
+        return _prepare_state(checkpoint.model, file_name, origin, dtype=dtype)
+    engines.require_installed("torch", purpose=f"--format {form}")
+    from distrust.engines.torch.engine import TorchEngine
+    from distrust.engines.torch.export import prepare_adapter, prepare_merged, require_mergeable
+
+    config = engines.config_of(file, model=model)
+    with engines.base_model_errors(file, config.model, overridden=model is not None):
+        if form == "adapter":
+            return prepare_adapter(config, state_conversion.arrays_to_torch(checkpoint.model), dtype=dtype)
+        require_mergeable(config)  # before the base model is loaded
+    # Always on the CPU and with the base model in full precision: the sum is rounded once.
+    changes = {"engine": "torch", "device": "cpu", "gradient_checkpointing": False, "quantization": "none"}
+    engine = engines.engine_of(file, checkpoint, model=model, changes=changes)
+    assert isinstance(engine, TorchEngine)  # noqa: S101 - as requested above
+    return prepare_merged(engine, config, dtype=dtype)
 
 
 def _default_format(config: TrainConfig, file: CheckpointFile) -> ExportFormat:
@@ -147,48 +160,55 @@ def _prepare_state(
     if engines.is_installed("torch"):
         from distrust.engines.torch.export import prepare_state as prepare
     else:
-        from distrust.engines.mlx.export import prepare_state as prepare
+        from distrust.engines.mlx.adapter import prepare_state as prepare
     return prepare(tensors, file_name=name, about=about, dtype=dtype)
 
 
 def _prepare_mlx(file: CheckpointFile, checkpoint: Checkpoint, base: str, *, dtype: ExportDtype) -> Write:
     tensors = state_conversion.arrays_to_mlx(checkpoint.model)
-    config = mlx_folder.adapter_config(engines.config_of(file), tensors, base=reference(base))
-    write_weights = _prepare_state(tensors, mlx_folder.WEIGHTS, {"format": "mlx"}, dtype=dtype)
+    config = _mlx_config(engines.config_of(file), tensors, base=reference(base))
+    write_weights = _prepare_state(tensors, _MLX_WEIGHTS, {"format": "mlx"}, dtype=dtype)
 
     def write(folder: Path) -> None:
         write_weights(folder)
-        (folder / mlx_folder.CONFIG).write_text(config, encoding="utf-8")
+        (folder / _MLX_CONFIG).write_text(config, encoding="utf-8")
 
     return write
 
 
-def _prepare_adapter(
-    file: CheckpointFile, checkpoint: Checkpoint, model: str | None, *, dtype: ExportDtype
-) -> Write:
-    engines.require_installed("torch", purpose="--format adapter")
-    from distrust.engines.torch.export import prepare_adapter
+def _mlx_config(config: TrainConfig, names: Collection[str], *, base: str) -> str:
+    """The text of mlx-lm's ``adapter_config.json`` for arrays of the mlx engine."""
+    for name in names:
+        if not name.endswith(state_conversion.MLX_SUFFIXES):
+            raise ConfigError(
+                f"--format mlx: mlx-lm does not support this adapter: {name}; give adapter, for peft"
+            )
+    values = {
+        "fine_tune_type": "dora" if config.dora else "lora",
+        "model": base,
+        "num_layers": -1,  # all layers; the keys select the modules
+        "lora_parameters": {
+            "rank": config.lora_rank,
+            "scale": state_conversion.adapter_scale(config),
+            "dropout": config.lora_dropout,
+            "keys": _mlx_keys(sorted({name.rpartition(".")[0] for name in names})),
+        },
+    }
+    return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
-    config = engines.config_of(file, model=model)
-    with engines.base_model_errors(file, config.model, overridden=model is not None):
-        return prepare_adapter(config, state_conversion.arrays_to_torch(checkpoint.model), dtype=dtype)
 
-
-def _prepare_merged(
-    file: CheckpointFile, checkpoint: Checkpoint, model: str | None, *, dtype: ExportDtype
-) -> Write:
-    engines.require_installed("torch", purpose="--format merged")
-    from distrust.engines.torch.engine import TorchEngine
-    from distrust.engines.torch.export import prepare_merged, require_mergeable
-
-    config = engines.config_of(file, model=model)
-    with engines.base_model_errors(file, config.model, overridden=model is not None):
-        require_mergeable(config)  # before the base model is loaded
-    # Always on the CPU and with the base model in full precision: the sum is rounded once.
-    changes = {"engine": "torch", "device": "cpu", "gradient_checkpointing": False, "quantization": "none"}
-    engine = engines.engine_of(file, checkpoint, model=model, changes=changes)
-    assert isinstance(engine, TorchEngine)  # noqa: S101 - as requested above
-    return prepare_merged(engine, config, dtype=dtype)
+def _mlx_keys(modules: list[str]) -> list[str]:
+    """Names within a layer, as mlx-lm writes them, if all layers have the same ones; else full names."""
+    layers: dict[int, set[str]] = {}
+    for module in modules:
+        match = _LAYER_MODULE.fullmatch(module)
+        if match is None:
+            return modules
+        layers.setdefault(int(match[2]), set()).add(match[3])
+    is_uniform = len({frozenset(inner) for inner in layers.values()}) == 1
+    if is_uniform and sorted(layers) == list(range(len(layers))):
+        return sorted(layers[0])
+    return modules
 
 
 def _require_one_of(flag: str, value: str | None, choices: Any) -> None:

@@ -1,4 +1,4 @@
-"""Renders a model card: facts -> the README.md that people and hubs read. Pure.
+"""The model card of an export: the README.md that people and hubs read, from the checkpoint.
 
 Names of models, files and metrics may hold anything. In the front matter, which is YAML, each is a string in
 double quotes with every invisible character escaped. In the text, each is in a code span, in which Markdown
@@ -7,11 +7,37 @@ has no effect, on one line.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from distrust import __version__
+from distrust.checkpoint import CheckpointFile
+from distrust.config import BUNDLED, Dtype, ExportDtype, ExportFormat, TrainConfig, as_names, key
+from distrust.engines.loading import hub_name
 from distrust.errors import shorten
+from distrust.run_record import RunRecord
+
+#: Code that loads each format. "FOLDER" stands for the path of the exported folder.
+_LOAD_CODE = {
+    "mlx": """from mlx_lm import load
+
+model, tokenizer = load({model}, adapter_path="FOLDER")""",
+    "merged": """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+model = AutoModelForCausalLM.from_pretrained("FOLDER", dtype="{dtype}")""",
+    "adapter": """from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = AutoModelForCausalLM.from_pretrained({model}, dtype="{base_dtype}")
+model = PeftModel.from_pretrained(base, "FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")""",
+}
+_LIBRARIES = {"adapter": "peft", "mlx": "mlx", "merged": "transformers"}
+_RECORDED_LIBRARIES = ("torch", "transformers", "peft", "mlx", "mlx_lm")
+_WEIGHTING = ("weighting", "alpha", "lambda_", "max_ratio")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +55,111 @@ class Facts:
     sections: Mapping[str, Mapping[str, object]]  # heading -> name -> value
 
 
+def facts_of(
+    file: CheckpointFile,
+    config: TrainConfig,
+    *,
+    title: str,
+    base: str,
+    form: ExportFormat,
+    dtype: ExportDtype,
+) -> Facts:
+    """The facts of an exported checkpoint, with the current name or folder of its base model."""
+    if form == "merged":
+        summary = "A causal language model, fine-tuned with DistrustTrainer."
+    else:
+        summary = "A LoRA adapter, trained with DistrustTrainer."
+    return Facts(
+        title=title,
+        library=_LIBRARIES[form],
+        base=public_name(base),
+        hub_name=hub_name(base),
+        tags=["distrust-trainer", "provenance-weighting", *(["lora"] if config.lora_rank else [])],
+        summary=summary,
+        load=_load_code(form, base, config.dtype, dtype),
+        notes=_notes(config, form),
+        sections=_sections(file, config, base=base, dtype=dtype),
+    )
+
+
+def public_name(name: str) -> str:
+    """A name for publication: of a path on this machine, only the last part."""
+    if os.path.isabs(name) or name.startswith(".") or os.path.exists(name):
+        return os.path.basename(os.path.abspath(name))
+    return name
+
+
+def _notes(config: TrainConfig, form: ExportFormat) -> list[str]:
+    notes = []
+    if form == "mlx":
+        notes.append("The base model was not read. It is the right one if its fingerprint is the one below.")
+    elif form == "adapter":
+        notes.append(
+            "The adapter's names and shapes match the base model's. The base model's weights were not read. "
+            "They are the right ones if their fingerprint is the one below."
+        )
+    elif config.lora_rank:
+        notes.append("The adapter was merged into the base model's weights in float32, then rounded once.")
+    if config.quantization != "none":
+        is_merged = form == "merged"
+        hint = "This is the full-precision one." if is_merged else "Quantize it for the same numbers."
+        notes.append(f"The run used a base model quantized to `{config.quantization}`. {hint}")
+    return notes
+
+
+def _load_code(form: ExportFormat, base: str, base_dtype: Dtype, dtype: ExportDtype) -> str:
+    """Python code that loads the folder."""
+    model = "MODEL" if base == BUNDLED else f'"{hub_name(base) or "FOLDER-OF-THE-BASE-MODEL"}"'
+    code = _LOAD_CODE[form].format(model=model, base_dtype=base_dtype, dtype=dtype)
+    is_import_needed = base == BUNDLED and form != "merged"  # a merged model needs no base
+    return f"from distrust.bundled import MODEL\n{code}" if is_import_needed else code
+
+
+def _sections(
+    file: CheckpointFile, config: TrainConfig, *, base: str, dtype: ExportDtype
+) -> dict[str, Mapping[str, object]]:
+    record = RunRecord.from_header(file.header)
+    fingerprints, corpus, environment = record.fingerprints, record.corpus, record.environment
+    options = config.with_effect("result")  # others do not change the weights
+    weighting = {key(name): options.pop(key(name)) for name in _WEIGHTING}
+    mix, eval_fraction = options.pop("mix"), options.pop("eval_fraction")
+    sections: dict[str, Mapping[str, object]] = {
+        "Checkpoint": {
+            "step": file.step,
+            "state digest": file.state_digest,
+            "created (UTC)": file.created,
+            "dtype of the weights": dtype,
+        },
+        "Base model": {
+            "name": public_name(base),
+            "fingerprint of its weights (BLAKE3)": fingerprints.get("model"),
+        },
+        "Data": {
+            "name": ", ".join(map(public_name, as_names(config.data))),
+            "mix": mix,
+            "share held out for evaluation": eval_fraction or None,
+            "examples": corpus.get("examples"),
+            "trained tokens": corpus.get("tokens"),
+            "tokens seen in training": record.tokens_seen,
+            "fingerprint (BLAKE3)": fingerprints.get("data"),
+            "authority weight of examples without one": config.default_authority_weight,
+            "provenance entropy of examples without one": config.default_provenance_entropy,
+            "evaluated on": ", ".join(map(public_name, as_names(config.eval_data))) or None,
+        },
+        "Weighting by provenance": weighting,
+        "Metrics": file.metrics,
+        "Training options": {**options, "max_steps": config.max_steps},
+        "Versions": {
+            "distrust-trainer": __version__,
+            **{name: environment[name] for name in _RECORDED_LIBRARIES if name in environment},
+        },
+    }
+    return {
+        heading: {name: value for name, value in values.items() if value is not None}
+        for heading, values in sections.items()
+    }
+
+
 def model_card(facts: Facts) -> str:
     """Render the text of the README.md."""
     lines = [
@@ -42,6 +173,8 @@ def model_card(facts: Facts) -> str:
     ]
     lines += [line for note in facts.notes for line in ("", note)]
     for heading, values in facts.sections.items():
+        if not values:
+            continue
         lines += ["", f"## {heading}", ""]
         lines += [f"- {_code_span(name)}: {_code_span(_text(value))}" for name, value in values.items()]
     return "\n".join(lines) + "\n"
@@ -87,8 +220,4 @@ def _escape(char: str) -> str:
 
 
 def _text(value: object) -> str:
-    if value is None:
-        return "none"
-    if isinstance(value, (list, tuple)):
-        return " ".join(map(str, value))
-    return str(value)
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

@@ -1,26 +1,17 @@
 """Importers: readers of checkpoints that other programs wrote. They never write, change or remove anything.
 
-Two older formats are listed, verified and loaded like our own, under names like our own:
-
-- ``directory``: a folder ``checkpoint-{step}[-final]/`` with ``metadata.json``, ``checksum.txt`` and
-  optionally ``model.npz`` and ``optimizer.npz`` (:mod:`distrust.importers.npz_folder`);
-- ``tensor file``: a file ``checkpoint-{step}[-final].safetensors`` with JSON in its tensor ``_metadata``
-  (:mod:`distrust.importers.tensor_file`).
-
-Folders of the transformers Trainer and adapters of peft and mlx-lm are only converted
-(:mod:`distrust.importers.convert`). Every importer returns one
-:class:`~distrust.importers.imported.Imported`.
+Two older formats are listed, verified and loaded like our own: the directory format (:mod:`.npz_folder`) and
+the tensor file (:mod:`.tensor_file`). Folders of other kinds are only converted (:mod:`.convert`).
 
 No file is trusted: no object is unpickled, no name in a file is used as a path, and claimed sizes are
-compared with the file before memory is allocated. A listing without such checkpoints imports only this
-module.
+compared with the file before memory is allocated. Listings of our own checkpoints import only this module.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +21,6 @@ from distrust.importers.detect import convert_hint, detect_format, import_hint
 if TYPE_CHECKING:
     from distrust.checkpoint.arrays import Framework
     from distrust.checkpoint.checkpoint import Checkpoint
-    from distrust.importers.host_arrays import HostArray
     from distrust.importers.imported import Imported, ImportedHeader
     from distrust.importers.npz_folder import NpzFolder
     from distrust.importers.tensor_file import TensorFile
@@ -39,9 +29,7 @@ __all__ = ["convert_hint", "detect_format", "import_hint", "load", "read", "read
 
 
 def read_header(path: Path) -> ImportedHeader:
-    """Read the metadata of a checkpoint in an older format, not its arrays.
-
-    In a folder, ``metadata.json`` is compared with its checksum, and missing files are detected.
+    """Read the metadata of a checkpoint in an older format. In a folder, missing files are detected.
 
     Raises:
         CheckpointNotFound: if it does not exist.
@@ -53,56 +41,43 @@ def read_header(path: Path) -> ImportedHeader:
 
 
 def verify(path: Path) -> ImportedHeader:
-    """Read all of a checkpoint and check it, without keeping it in memory; raises as :func:`read_header`.
-
-    A tensor file has no checksums: only contradictions are detected.
-    """
+    """Read all of a checkpoint and check it, without keeping it in memory; raises as :func:`read_header`."""
     with _open(path) as checkpoint:
         checkpoint.read("verify")
         return checkpoint.header
 
 
 def read(path: Path, *, framework: Framework = "numpy") -> tuple[ImportedHeader, Checkpoint]:
-    """Verify and load a checkpoint; :mod:`distrust.importers.imported` documents what becomes of each field.
-
-    Args:
-        path: of the folder or file.
-        framework: of the arrays.
+    """Verify and load a checkpoint with arrays of ``framework``; raises as :func:`load`.
 
     Raises:
-        CheckpointError: as :func:`read_header`, or if there is not enough memory.
         ConfigError: if the framework, or one of the dtypes in it, is not available.
     """
     from distrust.checkpoint import arrays
 
     arrays.require_framework(framework)
-    with _open(path) as checkpoint:
-        return checkpoint.header, checkpoint.read("load").to_checkpoint(framework)
+    header, imported = load(path)
+    return header, imported.to_checkpoint(framework)
 
 
 def load(path: Path) -> tuple[ImportedHeader, Imported]:
-    """Verify and load a checkpoint, with arrays of no framework; raises as :func:`read`."""
+    """Verify and load a checkpoint with arrays of no framework; raises as :func:`read_header`."""
     with _open(path) as checkpoint:
         return checkpoint.header, checkpoint.read("load")
-
-
-def describe(path: Path) -> Mapping[str, HostArray]:
-    """The arrays of a checkpoint by label, without their data; raises as :func:`read_header`."""
-    with _open(path) as checkpoint:
-        return checkpoint.describe()
 
 
 @contextlib.contextmanager
 def _open(path: Path) -> Iterator[NpzFolder | TensorFile]:
     """Open a checkpoint; errors name its path."""
-    with errors_with_path(path):
-        if os.path.isdir(path):  # imported late, so that listings stay fast
-            from distrust.importers.npz_folder import NpzFolder
+    with errors_with_path(path), _reader(path).open(path) as checkpoint:
+        yield checkpoint
 
-            with NpzFolder.open(path) as folder:
-                yield folder
-        else:
-            from distrust.importers.tensor_file import TensorFile
 
-            with TensorFile.open(path) as file:
-                yield file
+def _reader(path: Path) -> type[NpzFolder | TensorFile]:
+    if os.path.isdir(path):  # imported late, so that listings stay fast
+        from distrust.importers import npz_folder
+
+        return npz_folder.NpzFolder
+    from distrust.importers import tensor_file
+
+    return tensor_file.TensorFile

@@ -1,12 +1,8 @@
 """Converts checkpoints of other programs: each is verified, written atomically, read back and compared.
 
-The source is never changed, moved or removed. The result is a checkpoint of ours, written by
-:class:`CheckpointManager`: under its lock, durable, with digests. A conversion that was interrupted is
-resumed by the same call: finished checkpoints are recognized by their ``state_digest``. A directory holds one
-timeline: nothing is written next to checkpoints of another training, or of one that was resumed there.
-
-Sources are the two older formats (:mod:`distrust.importers`), checkpoint folders of the transformers Trainer,
-and adapter folders of peft and mlx-lm, which are at step 0.
+The source is never changed. :class:`CheckpointManager` writes the result: under its lock, durable, with
+digests. The same call resumes an interrupted conversion: ``state_digest`` identifies finished checkpoints.
+A directory holds one timeline: nothing is written next to checkpoints of another or of a resumed training.
 """
 
 from __future__ import annotations
@@ -18,8 +14,8 @@ from pathlib import Path
 from typing import Literal
 
 from distrust import importers
-from distrust.checkpoint import Checkpoint, CheckpointFile, CheckpointManager, catalog, serialization
-from distrust.checkpoint.files import Entry, checkpoint_file_name, parse_checkpoint_name
+from distrust.checkpoint import CheckpointFile, CheckpointManager, catalog, serialization
+from distrust.checkpoint.files import checkpoint_file_name, parse_checkpoint_name
 from distrust.engines import require_installed
 from distrust.errors import (
     CheckpointError,
@@ -31,14 +27,8 @@ from distrust.errors import (
     SaveFailed,
     quote_untrusted,
 )
-from distrust.importers.detect import (
-    ADAPTER_CONFIG,
-    DIRECTORY,
-    MLX_WEIGHTS,
-    TRAINER_STATE,
-    detect_format,
-    is_trainer_folder,
-)
+from distrust.importers import detect
+from distrust.importers.detect import TRAINER_STATE, detect_format, is_adapter_folder, is_trainer_folder
 from distrust.importers.imported import Imported
 from distrust.run_record import RunRecord, with_conversion_source
 from distrust.training import imported as adoption
@@ -46,40 +36,31 @@ from distrust.training import imported as adoption
 __all__ = ["ConvertedCheckpoint", "Outcome", "convert"]
 
 Outcome = Literal["converted", "already converted", "refused", "damaged", "unreadable", "incomplete"]
-#: The outcomes after which the target holds the checkpoint.
-SUCCEEDED: tuple[Outcome, ...] = ("converted", "already converted")
 
+_ONE_TRAINING = "two trainings never share a folder; give another --to"
 _NO_MODEL = "it has no model, so no run can resume from it; `distrust show` shows what it has"
 
 
 @dataclass(frozen=True, slots=True)
 class ConvertedCheckpoint:
-    """The result for one checkpoint.
+    """The result for one checkpoint."""
 
-    Attributes:
-        source: its path.
-        outcome: ``already converted``: with the same state; ``refused``: because of the target, or because no
-            run here could resume from it; ``unreadable``: by this process; ``incomplete``: without a model.
-        reason: why nothing was written, or what was not imported.
-        step: optimizer steps made; None if unknown.
-        target: our file; None if there is none.
-        state_digest: the identity of its state.
-        is_verified: whether its format has checksums of the weights, which were compared. In other formats, a
-            bit that flipped earlier is not detected.
-    """
-
-    source: Path
+    source: Path  # its path
+    # ``already converted``: with the same state; ``refused``: because of the target, or because no run here
+    # could resume from it; ``unreadable``: by this process; ``incomplete``: without a model.
     outcome: Outcome
-    reason: str | None = None
-    step: int | None = None
-    target: Path | None = None
-    state_digest: str | None = None
+    reason: str | None = None  # why nothing was written, or what was not imported
+    step: int | None = None  # optimizer steps made; None if unknown
+    target: Path | None = None  # our file; None if there is none
+    state_digest: str | None = None  # the identity of its state
+    # Whether its format has checksums of the weights, which were compared. In other formats, a bit that
+    # flipped earlier is not detected.
     is_verified: bool = False
 
     @property
     def succeeded(self) -> bool:
         """Whether the target now holds the checkpoint."""
-        return self.outcome in SUCCEEDED
+        return self.outcome in ("converted", "already converted")
 
 
 def convert(
@@ -88,11 +69,9 @@ def convert(
     *,
     force: bool = False,
     model: str | None = None,
-    report: Callable[[ConvertedCheckpoint], None] | None = None,
+    report: Callable[[ConvertedCheckpoint], None] = lambda _: None,
 ) -> list[ConvertedCheckpoint]:
-    """Convert one checkpoint, or all of a directory in the order of their steps.
-
-    A checkpoint that cannot be converted does not stop the others.
+    """Convert one checkpoint, or all of a directory by step. One that cannot be converted stops no other.
 
     Args:
         source: a checkpoint in an older format or of the transformers Trainer, a directory of them, a run, or
@@ -103,9 +82,6 @@ def convert(
         model: the base model of a Trainer's or peft's folder, if it is not where the folder says.
         report: called with each result at once: converting all of them may take long.
 
-    Returns:
-        A result for each checkpoint, in the same order.
-
     Raises:
         CheckpointNotFound: if there is nothing to convert.
         ConfigError: if the target is, or is inside of, another program's checkpoint.
@@ -113,34 +89,24 @@ def convert(
         SaveFailed: if the target cannot be written to.
     """
     sources = _list_sources(source)
-    _require_own_target(to)  # before anything is created
+    for folder in (to.absolute(), *to.absolute().parents):  # before anything is created
+        if _is_convertible(folder):
+            problem = f"{folder} is a checkpoint of another program; give the folder of a new run"
+            raise ConfigError(f"--to {to}: {problem}")
     results = []
     # The folders of this training's checkpoints, now and before they were moved.
     origins = {Path(os.path.realpath(path)).parent for path in sources}
     with CheckpointManager(target_directory(to), keep_last=None) as manager:
         for path in sources:
             results.append(_convert(path, manager, origins, force=force, model=model))
-            if report is not None:
-                report(results[-1])
+            report(results[-1])
     return results
 
 
 def target_directory(to: Path) -> Path:
-    """The directory of checkpoints of a target: itself if it is one, else that of the run.
-
-    The run need not exist.
-    """
+    """The directory of checkpoints of a target: itself if it is one, else that of the run (to be)."""
     is_directory = to.name == catalog.RUN_SUBDIRECTORY or (to.is_dir() and bool(catalog.list_names(to)))
     return to if is_directory else to / catalog.RUN_SUBDIRECTORY
-
-
-def _require_own_target(to: Path) -> None:
-    absolute = to.absolute()
-    for folder in (absolute, *absolute.parents):
-        if _is_convertible(folder):
-            raise ConfigError(
-                f"--to {to}: {folder} is a checkpoint of another program; give the folder of a new run"
-            )
 
 
 def _list_sources(source: Path) -> list[Path]:
@@ -152,28 +118,22 @@ def _list_sources(source: Path) -> list[Path]:
         raise CheckpointNotFound(f"{source}: not a checkpoint in a format that can be converted", path=source)
     directory = catalog.checkpoint_directory(source)
     # A run may have been created around the old checkpoints: then they are next to its own directory.
-    entries = _list_entries(directory) or _list_entries(source)
-    if not entries:
-        count = len(catalog.scan(directory).files)
-        note = f"; {count} are already in this program's own format" if count else ""
-        raise CheckpointNotFound(f"{source}: no checkpoints here that can be converted{note}", path=source)
-    return [path for path, *_ in sorted(entries, key=lambda entry: (entry[1], entry[2] == "final"))]
-
-
-def _list_entries(directory: Path) -> list[Entry]:
-    return [
-        entry
-        for path in directory.iterdir()
-        if (entry := parse_checkpoint_name(path)) and _is_convertible(path)
-    ]
+    for folder in (directory, source):
+        entries = [
+            entry
+            for path in folder.iterdir()
+            if (entry := parse_checkpoint_name(path)) and _is_convertible(path)
+        ]
+        if entries:
+            entries.sort(key=lambda entry: (entry.step, entry.kind == "final"))
+            return [entry.path for entry in entries]
+    count = len(catalog.scan(directory).files)
+    note = f"; {count} are already in this program's own format" if count else ""
+    raise CheckpointNotFound(f"{source}: no checkpoints here that can be converted{note}", path=source)
 
 
 def _is_convertible(path: Path) -> bool:
-    return detect_format(path) is not None or is_trainer_folder(path) or _is_adapter(path)
-
-
-def _is_adapter(path: Path) -> bool:
-    return os.path.isfile(path / ADAPTER_CONFIG)
+    return detect_format(path) is not None or is_trainer_folder(path) or is_adapter_folder(path)
 
 
 def _convert(
@@ -183,8 +143,10 @@ def _convert(
         imported = _read(source, model)
         checkpoint = imported.to_checkpoint()
     except DistrustError as error:
-        return ConvertedCheckpoint(source, _outcome_of(error), str(error).removeprefix(f"{source}: "))
-    step = checkpoint.step
+        outcome: Outcome = "damaged" if isinstance(error, CheckpointError) else "refused"
+        outcome = "unreadable" if isinstance(error, CheckpointUnreadable) else outcome
+        return ConvertedCheckpoint(source, outcome, str(error).removeprefix(f"{source}: "))
+    step, is_verified = checkpoint.step, imported.format == detect.DIRECTORY
     if not checkpoint.model:  # metadata only
         return ConvertedCheckpoint(source, "incomplete", _NO_MODEL, step)
     checkpoint = replace(checkpoint, run=with_conversion_source(checkpoint.run, os.path.realpath(source)))
@@ -193,37 +155,31 @@ def _convert(
     try:
         digest = serialization.state_digest(checkpoint, imported.kind)
         existing = _existing_state(path)
-        is_verified = imported.format == DIRECTORY
         if existing == digest:
             # It was converted earlier, so its former folder is one of this training, too.
             origins |= _origin(catalog.read_header(path))
             return ConvertedCheckpoint(source, "already converted", None, step, path, digest, is_verified)
-        reason = None if force else _conflict(path, existing, digest) or _other_training(manager, origins)
-        if reason is not None:
-            return ConvertedCheckpoint(source, "refused", reason, step)
-        _save_and_verify(manager, checkpoint, path, digest, is_final=imported.kind == "final")
-    except SaveFailed:
-        if detect_format(path) is None:
-            raise  # a failing disk would fail for the next checkpoint, too
-        reason = f"{path} is in an older format, and is never replaced; give another folder"
-        return ConvertedCheckpoint(source, "refused", reason, step)
+        if not force:
+            if existing is None:
+                conflict = _other_training(manager, origins)
+            else:
+                states = f"{existing[:16]}, not {digest[:16]}"
+                conflict = f"{path} has another state ({states}); --force replaces it"
+            if conflict is not None:
+                return ConvertedCheckpoint(source, "refused", conflict, step)
+        manager.save(checkpoint, final=imported.kind == "final")
+        written = catalog.verify(path).state_digest  # read back from the disk
+        if written != digest:
+            raise CorruptCheckpoint(f"reading it back gave another state: {written}, not {digest}", path=path)
     except DistrustError as error:
-        return ConvertedCheckpoint(source, "refused", str(error), step)
+        reason = str(error)
+        if isinstance(error, SaveFailed):
+            if detect_format(path) is None:
+                raise  # a failing disk would fail for the next checkpoint, too
+            reason = f"{path} is in an older format, and is never replaced; give another folder"
+        return ConvertedCheckpoint(source, "refused", reason, step)
     dropped = "; ".join(f"dropped: {line}" for line in adoption.list_dropped(checkpoint))
     return ConvertedCheckpoint(source, "converted", dropped or None, step, path, digest, is_verified)
-
-
-def _outcome_of(error: DistrustError) -> Outcome:
-    if isinstance(error, CheckpointUnreadable):
-        return "unreadable"
-    return "damaged" if isinstance(error, CheckpointError) else "refused"
-
-
-def _conflict(path: Path, existing: str | None, digest: str) -> str | None:
-    """Why the target file may not be written: it has another state."""
-    if existing is None:
-        return None
-    return f"{path} has another state ({existing[:16]}, not {digest[:16]}); --force replaces it"
 
 
 def _other_training(manager: CheckpointManager, origins: set[Path]) -> str | None:
@@ -231,15 +187,10 @@ def _other_training(manager: CheckpointManager, origins: set[Path]) -> str | Non
     for file in manager.scan().files:
         origin = _origin(file)
         if not origin:  # a run here saved it
-            return (
-                f"{file.path} belongs to a run that was resumed there, and two trainings never share a "
-                "folder; give another --to"
-            )
+            return f"{file.path} belongs to a run that was resumed there, and {_ONE_TRAINING}"
         if not origin <= origins:
-            return (
-                f"{file.path} came from {quote_untrusted(str(*origin))}, another training, and two never "
-                "share a folder; give another --to, or --force if it is the same training"
-            )
+            former = f"came from {quote_untrusted(str(*origin))}, another training"
+            return f"{file.path} {former}, and {_ONE_TRAINING}, or --force if it is the same training"
     return None
 
 
@@ -252,12 +203,12 @@ def _origin(file: CheckpointFile) -> set[Path]:
 def _read(source: Path, model: str | None) -> Imported:
     """The checkpoint, every byte verified as far as its format allows."""
     is_trainer = is_trainer_folder(source)
-    if not is_trainer and not _is_adapter(source):
+    if not is_trainer and not is_adapter_folder(source):
         header, imported = importers.load(source)
         CheckpointFile(source, header).require_name()
         return imported
     # Imported only when it is used: the other formats need no framework.
-    if not is_trainer and os.path.isfile(source / MLX_WEIGHTS):
+    if not is_trainer and os.path.isfile(source / detect.MLX_WEIGHTS):
         require_installed("mlx", purpose="this folder")
         from distrust.importers import mlx_adapter
 
@@ -267,11 +218,10 @@ def _read(source: Path, model: str | None) -> Imported:
 
     imported = trainer_folder.read(source, model=model)
     entry = parse_checkpoint_name(source) if is_trainer else None
-    if entry and entry[1] != imported.step:
-        raise CorruptCheckpoint(
-            f"{TRAINER_STATE} says step {imported.step}, its name says {entry[1]}", path=source
-        )
-    return replace(imported, kind=entry[2]) if entry else imported
+    if entry and entry.step != imported.step:
+        reason = f"{TRAINER_STATE} says step {imported.step}, its name says {entry.step}"
+        raise CorruptCheckpoint(reason, path=source)
+    return replace(imported, kind=entry.kind) if entry else imported
 
 
 def _existing_state(path: Path) -> str | None:
@@ -284,12 +234,3 @@ def _existing_state(path: Path) -> str | None:
         return catalog.verify(path).state_digest or "in an older format"
     except CorruptCheckpoint:
         return "a damaged file"
-
-
-def _save_and_verify(
-    manager: CheckpointManager, checkpoint: Checkpoint, path: Path, digest: str, *, is_final: bool
-) -> None:
-    manager.save(checkpoint, final=is_final)
-    written = catalog.verify(path).state_digest  # read back from the disk
-    if written != digest:
-        raise CorruptCheckpoint(f"reading it back gave another state: {written}, not {digest}", path=path)

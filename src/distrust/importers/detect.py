@@ -1,7 +1,4 @@
-"""Detects checkpoints of other programs by the names of their files and tensors.
-
-This says what a path seems to be, not that it can be read. Imports neither numpy nor a framework.
-"""
+"""Detects by names of files and tensors what a path seems to be. Imports neither numpy nor a framework."""
 
 from __future__ import annotations
 
@@ -47,14 +44,7 @@ def detect_format(path: Path) -> str | None:
 
 
 def import_hint(folder: Path) -> str:
-    """What a folder without checkpoints seems to be, and the command that makes a run of it.
-
-    Args:
-        folder: in which no checkpoint was found.
-
-    Returns:
-        Text to append to a message; empty if the folder is not recognized. Never raises.
-    """
+    """What a folder without checkpoints seems to be, and the command to import it; else "". Never raises."""
     try:
         names = set(os.listdir(folder))
     except OSError:
@@ -82,6 +72,11 @@ def convert_hint(path: Path) -> str:
 def is_trainer_folder(path: Path) -> bool:
     """Whether the transformers Trainer saved a checkpoint there."""
     return os.path.lexists(path / TRAINER_STATE)
+
+
+def is_adapter_folder(path: Path) -> bool:
+    """Whether peft or mlx-lm saved an adapter there."""
+    return os.path.isfile(path / ADAPTER_CONFIG)
 
 
 def _is_named_folder(path: Path) -> bool:

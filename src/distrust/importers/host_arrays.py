@@ -1,4 +1,4 @@
-"""Arrays in host memory that belong to no framework yet, and the check that their numbers are finite."""
+"""Arrays in host memory that belong to no framework yet. Listing checkpoints works without numpy."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from distrust.checkpoint.arrays.host import NUMPY_NAMES
-from distrust.checkpoint.format import ITEM_SIZES, TensorInfo
+from distrust.checkpoint.arrays import NUMPY_NAMES
+from distrust.checkpoint.format import ITEM_SIZES
 from distrust.errors import CorruptCheckpoint
 
 if TYPE_CHECKING:
@@ -36,14 +36,10 @@ class HostArray(NamedTuple):
         """The size of its data."""
         return prod(self.shape) * ITEM_SIZES[self.dtype]
 
-    def info(self, label: str) -> TensorInfo:
-        """Its line in a listing."""
-        return TensorInfo(label, self.dtype, self.shape, 0, self.nbytes, "")
-
 
 def make_array(values: Iterable[Any], dtype: str) -> HostArray:
     """A one-dimensional array of Python numbers that fit the dtype."""
-    import numpy as np  # only when arrays are read: listing checkpoints works without it
+    import numpy as np
 
     array = np.array(values, np.dtype(NUMPY_NAMES[dtype]).newbyteorder("<"))
     return HostArray(dtype, array.shape, array.view(np.uint8))

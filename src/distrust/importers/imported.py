@@ -1,41 +1,37 @@
 """The values that importers return: :class:`Imported`, and :class:`ImportedHeader` for listings.
 
-============================  =======================================================================
-in the older format           in our checkpoint
-============================  =======================================================================
-the model's arrays            ``model``: name -> array
-the optimizer's moments       ``optimizer``: ``{"m": {name: array}, "v": {name: array}}``
-``optimizer_scalars``         ``optimizer``, next to ``m`` and ``v``: ``step``, ``learning_rate``
-``loss_history``              ``history["loss"]``, float64; its last value is the metric ``loss``
-``random_state``              ``rng``; a list of integers becomes an int64 array
-``metadata``                  ``metadata``, unchanged
-``config``                    ``metadata["foreign_config"]``, unchanged
-unknown fields                ``metadata["foreign_fields"]``, unchanged
-the rank of the LoRA arrays   ``config["lora_rank"]``: the arrays prove it
-``timestamp``                 ``run["timestamp"]``
-============================  =======================================================================
+``docs/importing.md`` says what becomes of each field of the older formats.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distrust.checkpoint.checkpoint import MAX_STEP
+from distrust.checkpoint.files import errors_with_path, parse_checkpoint_name
 from distrust.checkpoint.format import Kind, TensorInfo
 from distrust.checkpoint.lazy import lockfree_cached_property
 from distrust.checkpoint.tree import flatten
-from distrust.errors import CheckpointError
+from distrust.errors import CheckpointError, CorruptCheckpoint, quote_untrusted, shorten
 from distrust.importers.host_arrays import HostArray, make_array
+from distrust.importers.optimizer import OptimizerConfig
+from distrust.importers.safe_json import parse_object
 from distrust.run_record import imported_run
 
 if TYPE_CHECKING:
     from distrust.checkpoint.arrays import Framework
     from distrust.checkpoint.checkpoint import Checkpoint
 
+#: More than the losses of a million steps take.
+MAX_METADATA_BYTES = 64 << 20
 #: Keys of the metadata of the checkpoint that it becomes.
 FOREIGN_CONFIG, FOREIGN_FIELDS = "foreign_config", "foreign_fields"
+_KNOWN = {"step", "timestamp", "loss_history", "random_state", "metadata", "optimizer_scalars", "config"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,48 +67,59 @@ class Imported:
                 return {key: convert(value) for key, value in node.items()}
             return [convert(value) for value in node] if type(node) is list else node
 
-        return Checkpoint(
-            step=self.step,
-            model=convert(self.model),
-            optimizer=convert(self.optimizer),
-            rng=convert(self.rng),
-            history=convert(self.history),
-            config=self.options,
-            metadata=self.metadata,
-            metrics=self.metrics,
-            run=imported_run(self.format, dropped=self.dropped, **self.source),
-        )
+        sections = {name: convert(getattr(self, name)) for name in ("model", "optimizer", "rng", "history")}
+        run: Any = imported_run(self.format, dropped=self.dropped, **self.source)
+        record = {"config": self.options, "metadata": self.metadata, "metrics": self.metrics, "run": run}
+        return Checkpoint(step=self.step, **sections, **record)
 
 
-@dataclass(eq=False, kw_only=True)
 class ImportedHeader:
-    """The metadata of a checkpoint in an older format, with the attributes of our own header."""
+    """The metadata of a checkpoint in an older format, with the attributes of our own header.
 
-    format: str  # its name
-    kind: Kind  # by its file name
-    file_size: int  # of all its files, in bytes
-    describe: Callable[[], Mapping[str, HostArray]]  # returns its arrays by label, without their data
-    lacks_arrays: bool  # whether it has neither model nor optimizer
-    step: int  # optimizer steps made
-    timestamp: Any  # when it was saved, usually in seconds since 1970; unchecked
-    losses: tuple[float, ...]  # of the logged steps, oldest first
-    random_state: Any  # unchecked
-    metadata: dict[str, Any]  # the caller's, unchanged
-    optimizer_scalars: dict[str, Any]  # what the optimizer holds besides arrays
-    config: dict[str, Any]  # of the program that wrote it, unchanged
-    unknown: dict[str, Any]  # all other fields
+    It is parsed from JSON, which messages call ``what``. The name of ``path`` gives the kind, and the step if
+    the metadata does not. ``reopen`` opens a checkpoint, to describe its arrays.
+
+    Raises:
+        CorruptCheckpoint: naming the first invalid field.
+        CheckpointUnreadable: if there is not enough memory.
+    """
+
     digest: str = ""  # the format has none
     state_digest: str = ""  # it gets one when it is converted
     measured_on: str = ""  # the format does not say
-    run_info: dict[str, Any] = field(init=False)  # when it was saved, its metrics, and the format's name
 
-    def __post_init__(self) -> None:
-        self.run_info = {
-            "created": _iso_time(self.timestamp),
-            "host": None,
-            "metrics": self.saved_metrics,
-            "extra": imported_run(self.format),
-        }
+    def __init__(
+        self,
+        raw: bytes,
+        what: str,
+        path: Path,
+        reopen: Callable[[Path], AbstractContextManager[Any]],
+        format: str,  # noqa: A002 - the name of the attribute in every header
+        *,
+        file_size: int,
+        lacks_arrays: bool,
+    ) -> None:
+        fields = parse_object(raw, what)
+        entry = parse_checkpoint_name(path)
+        step = fields.get("step")
+        if step is None and entry:
+            step = entry.step
+        # type(), not isinstance(): True is an int.
+        if type(step) is not int or not 0 <= step < MAX_STEP:
+            raise CorruptCheckpoint(f"{what}: step is {shorten(repr(step))}, not a number of optimizer steps")
+        self._fields, self._what, self._path, self._reopen = fields, what, path, reopen
+        self.format, self.file_size, self.lacks_arrays = format, file_size, lacks_arrays
+        self.step = step
+        self.kind: Kind = entry.kind if entry else "periodic"
+        self.metadata = _object(fields, "metadata", what)  # the caller's, unchanged
+        merge_unique(self.metadata, {FOREIGN_CONFIG: None, FOREIGN_FIELDS: None}, f"{what}: its metadata")
+        self.losses = _losses(fields.get("loss_history"), what)  # of the logged steps, oldest first
+        # What the optimizer holds besides arrays.
+        self.optimizer_scalars = _object(fields, "optimizer_scalars", what)
+        self.config = _object(fields, "config", what)  # of the program that wrote it, unchanged
+        self.unknown = {name: value for name, value in fields.items() if name not in _KNOWN}
+        origin = {"host": None, "metrics": self.saved_metrics, "extra": imported_run(format)}
+        self.run_info: dict[str, Any] = {"created": _iso_time(fields.get("timestamp")), **origin}
 
     @property
     def saved_metrics(self) -> dict[str, float]:
@@ -127,45 +134,38 @@ class ImportedHeader:
 
     @lockfree_cached_property
     def tensors(self) -> tuple[TensorInfo, ...]:
-        """By name, without digests: the arrays, and the metadata that becomes arrays when it is loaded.
-
-        Raises:
-            CorruptCheckpoint: if they are not described as numpy or safetensors do.
-        """
+        """By name, without digests: the arrays, and the metadata that becomes arrays when it is loaded."""
         sections = {"rng": self._rng(), "history": self._history()}
-        converted = flatten(sections, is_array=lambda value: isinstance(value, HostArray))[1]
-        arrays = {**self.describe(), **converted}
-        return tuple(sorted(array.info(label) for label, array in arrays.items()))
+        arrays = flatten(sections, is_array=lambda value: isinstance(value, HostArray))[1]
+        with errors_with_path(self._path), self._reopen(self._path) as checkpoint:
+            arrays = {**checkpoint.describe(), **arrays}
+        infos = (TensorInfo(label, a.dtype, a.shape, 0, a.nbytes, "") for label, a in arrays.items())
+        return tuple(sorted(infos))
 
     @property
     def sections(self) -> dict[str, Any]:
-        """What comparing two headers needs.
-
-        Raises:
-            CheckpointError: always: an older format has no digests.
-        """
+        """What comparing two headers needs. Raises CheckpointError: an older format has no digests."""
         raise CheckpointError(
             f"step {self.step} is in an older format ({self.format}), without digests to compare; "
             "convert it with `distrust convert` and compare the result"
         )
 
     def require_intact(self) -> None:
-        """Check everything except the arrays' data.
-
-        Raises:
-            CorruptCheckpoint: if the tensors are not described as they should be.
-        """
+        """Check everything except the arrays' data: CorruptCheckpoint unless their formats describe them."""
         _ = self.tensors
 
-    def to_imported(self, model: Mapping[str, HostArray], optimizer: dict[str, Any], **more: Any) -> Imported:
-        """The whole checkpoint.
-
-        Args:
-            model: name -> array.
-            optimizer: scalars, and moments as ``m`` and ``v``.
-            more: ``options`` that the optimizer proves, and ``dropped``, as in :class:`Imported`.
-        """
-        foreign = {FOREIGN_CONFIG: self.config, FOREIGN_FIELDS: self.unknown}
+    def to_imported(
+        self, model: Mapping[str, HostArray], optimizer: dict[str, Any], config: OptimizerConfig | None = None
+    ) -> Imported:
+        """The complete checkpoint."""
+        options: dict[str, Any] = {}
+        dropped: tuple[str, ...] = ()
+        unknown = self.unknown
+        if config is not None:
+            options, dropped = config.options({name: array.shape for name, array in model.items()})
+            # Nothing else here has the meaning of the groups, so the metadata keeps them.
+            unknown = merge_unique(unknown, {"param_groups": config.groups}, self._what)
+        foreign = {FOREIGN_CONFIG: self.config, FOREIGN_FIELDS: unknown}
         return Imported(
             format=self.format,
             step=self.step,
@@ -174,21 +174,44 @@ class ImportedHeader:
             optimizer=optimizer,
             rng=self._rng(),
             history=self._history(),
-            options={**_lora_rank(model), **more.pop("options", {})},
+            options={**_lora_rank(model), **options},
             metadata={**self.metadata, **{name: value for name, value in foreign.items() if value}},
             metrics=self.saved_metrics,
-            source={"timestamp": self.timestamp},
-            **more,
+            dropped=dropped,
+            source={"timestamp": self._fields.get("timestamp")},
         )
 
     def _rng(self) -> dict[str, Any]:
-        if self.random_state is None:
-            return {}
-        state = _convert_lists(self.random_state)
-        return state if type(state) is dict else {"state": state}
+        state = _convert_lists(self._fields.get("random_state"))
+        return state if type(state) is dict else {} if state is None else {"state": state}
 
     def _history(self) -> dict[str, HostArray]:
         return {"loss": make_array(self.losses, "F64")} if self.losses else {}
+
+
+def merge_unique(a: dict[str, Any], b: dict[str, Any], what: str) -> dict[str, Any]:
+    """Merge two dicts; raises CorruptCheckpoint naming a key of both."""
+    if shared := a.keys() & b.keys():
+        raise CorruptCheckpoint(f"{what}: two values of the name {quote_untrusted(min(shared))}")
+    return {**a, **b}
+
+
+def _object(fields: dict[str, Any], name: str, what: str) -> dict[str, Any]:
+    value = fields.get(name)
+    if value is not None and type(value) is not dict:
+        raise CorruptCheckpoint(f"{what}: {name} is not an object")
+    return value or {}
+
+
+def _losses(value: Any, what: str) -> tuple[float, ...]:
+    if value is None:
+        return ()
+    if type(value) is not list or {*map(type, value)} - {int, float}:
+        raise CorruptCheckpoint(f"{what}: loss_history is not a list of numbers")
+    try:
+        return tuple(map(float, value))
+    except OverflowError:
+        raise CorruptCheckpoint(f"{what}: loss_history contains a number too large for a float") from None
 
 
 def _convert_lists(node: Any) -> Any:
@@ -203,10 +226,8 @@ def _convert_lists(node: Any) -> Any:
 
 
 def _lora_rank(model: Mapping[str, HostArray]) -> dict[str, Any]:
-    """The option that the arrays prove: lora_a is [in, rank], lora_b is [rank, out].
-
-    The config of the file is not trusted: it may belong to another run.
-    """
+    """The option that the arrays prove: lora_a is [in, rank], lora_b is [rank, out]."""
+    # The config of the file is not trusted: it may belong to another run.
     ranks = {
         array.shape[axis]
         for name, array in model.items()
@@ -218,10 +239,8 @@ def _lora_rank(model: Mapping[str, HostArray]) -> dict[str, Any]:
 
 def _iso_time(timestamp: Any) -> str | None:
     """Seconds since 1970, or text, as ISO 8601 in UTC; None if it is not a time."""
-    if type(timestamp) is str:
-        return timestamp
     if type(timestamp) not in (int, float):
-        return None
+        return timestamp if type(timestamp) is str else None
     try:
         return datetime.fromtimestamp(timestamp, UTC).isoformat(timespec="milliseconds")
     except (ValueError, OverflowError, OSError):

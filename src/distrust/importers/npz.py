@@ -2,10 +2,9 @@
 
 An ``.npz`` is a zip of ``.npy`` members. Invariants:
 
-- each member has a plain name ending in ``.npy``, used once; it is stored or deflated, and not encrypted;
-- together they expand to at most :data:`MAX_EXPANSION` times the file (small files to :data:`SMALL_BYTES`),
-  as the zip declares. Reading counts the bytes: they are as many as declared, their CRC is right, and all
-  numbers are finite;
+- each has a plain name ending in ``.npy``, used once; it is stored or deflated, and not encrypted;
+- together they expand to at most :data:`MAX_EXPANSION` times the file (small files to :data:`SMALL_BYTES`);
+- they have as many bytes as the zip declares, the right CRC, and only finite numbers;
 - dtype times shape is the length of the data. An array of objects (a pickle) is refused;
 - the members fill the file: nothing large is hidden between them.
 """
@@ -24,7 +23,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.lib import format as npy
 
-from distrust.checkpoint.arrays.host import NUMPY_NAMES
+from distrust.checkpoint.arrays import NUMPY_NAMES
 from distrust.checkpoint.format import is_valid_shape
 from distrust.checkpoint.memory import available_bytes
 from distrust.errors import CheckpointUnreadable, CorruptCheckpoint, shorten
@@ -42,13 +41,10 @@ _DTYPES = {numpy_name: dtype for dtype, numpy_name in NUMPY_NAMES.items()}
 
 
 def read(descriptor: int, file_name: str, depth: Depth, *, nonnegative: str = "") -> dict[str, HostArray]:
-    """The arrays of a file by name; they have data only if ``depth`` is "load".
+    """The arrays of an open file by name; they have data only if ``depth`` is "load".
 
-    Args:
-        descriptor: of the file; its position changes.
-        file_name: for messages.
-        depth: how much is read, and therefore checked.
-        nonnegative: arrays whose names begin with this must not hold negative numbers; empty for none.
+    The position of the file changes. Arrays whose names begin with ``nonnegative``, unless it is empty, must
+    not hold negative numbers.
 
     Raises:
         CorruptCheckpoint: naming the first invalid member.
@@ -64,15 +60,15 @@ def read(descriptor: int, file_name: str, depth: Depth, *, nonnegative: str = ""
         expanded = sum(member.file_size for member in members)
         _require_bounded(members, expanded, os.fstat(descriptor).st_size, file_name)
         if depth == "load" and expanded > SMALL_BYTES and expanded > (free := available_bytes()):
-            raise CheckpointUnreadable(
-                f"{file_name} takes {expanded:,} bytes of memory, and {free:,} are free"
-            )
+            message = f"{file_name} takes {expanded:,} bytes of memory, and {free:,} are free"
+            raise CheckpointUnreadable(message)
         for member in members:
             name = _member_name(member, file_name)
+            label = f"{file_name}: the member {shorten(name)!r}"
             if name in arrays:
-                raise CorruptCheckpoint(f"{file_name}: the member {shorten(name)!r} occurs twice")
+                raise CorruptCheckpoint(f"{label} occurs twice")
             is_square = bool(nonnegative) and name.startswith(nonnegative)
-            with _zip_errors(f"{file_name}: the member {shorten(name)!r}"), archive.open(member) as stream:
+            with _zip_errors(label), archive.open(member) as stream:
                 arrays[name] = _read_member(stream, member.file_size, depth, nonnegative=is_square)
     return arrays
 
@@ -81,9 +77,8 @@ def _require_bounded(members: list[zipfile.ZipInfo], expanded: int, size: int, f
     if expanded > max(SMALL_BYTES, MAX_EXPANSION * size):  # a decompression bomb
         raise CorruptCheckpoint(f"{file_name} would expand from {size:,} bytes to {expanded:,}")
     packed = sum(member.compress_size for member in members)
-    overhead = _FILE_OVERHEAD_BYTES + sum(
-        _MEMBER_OVERHEAD_BYTES + 2 * len(member.filename.encode()) for member in members
-    )
+    name_bytes = sum(len(member.filename.encode()) for member in members)
+    overhead = _FILE_OVERHEAD_BYTES + _MEMBER_OVERHEAD_BYTES * len(members) + 2 * name_bytes
     if not packed <= size <= packed + overhead:  # overlapping members, or data outside of them
         raise CorruptCheckpoint(f"{file_name}: its members hold {packed:,} bytes, but the file has {size:,}")
 
@@ -109,16 +104,14 @@ def _read_member(stream: IO[bytes], declared: int, depth: Depth, *, nonnegative:
     if dtype.hasobject:
         raise CorruptCheckpoint("it holds Python objects (a pickle), which are never loaded")
     if dtype.name not in _DTYPES:
-        raise CorruptCheckpoint(
-            f"its dtype {shorten(str(dtype))!r} is not a number that a checkpoint can hold"
-        )
+        shown = shorten(str(dtype))
+        raise CorruptCheckpoint(f"its dtype {shown!r} is not a number that a checkpoint can hold")
     if not is_valid_shape(shape):
         raise CorruptCheckpoint("its shape is not that of an array")
     array = HostArray(_DTYPES[dtype.name], shape)  # a description; memory is allocated below
     if header_bytes + array.nbytes != declared:  # checked before memory is allocated for it
-        raise CorruptCheckpoint(
-            f"dtype and shape need {array.nbytes:,} bytes, but it has {max(0, declared - header_bytes):,}"
-        )
+        available = max(0, declared - header_bytes)
+        raise CorruptCheckpoint(f"dtype and shape need {array.nbytes:,} bytes, but it has {available:,}")
     if depth == "headers":
         return array
     data, offset = np.empty(array.nbytes if depth == "load" else 0, np.uint8), 0
@@ -129,7 +122,13 @@ def _read_member(stream: IO[bytes], declared: int, depth: Depth, *, nonnegative:
         if depth == "load":
             data[offset : offset + len(piece)] = np.frombuffer(piece, np.uint8)
             offset += len(piece)
-    return array._replace(data=_normalize(data.view(dtype), shape, is_fortran)) if depth == "load" else array
+    if depth == "verify":
+        return array
+    values: Any = data.view(dtype)
+    values = values.reshape(shape[::-1]).T if is_fortran else values.reshape(shape)
+    # uint8[nbytes] of the same values, little-endian and in C layout.
+    flat = np.ascontiguousarray(values, dtype.newbyteorder("<")).reshape(-1).view(np.uint8)
+    return array._replace(data=flat)
 
 
 def _read_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
@@ -148,9 +147,7 @@ def _read_header(stream: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any
     text = length + stream.read(nbytes)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "error"
-            )  # numpy repairs headers of Python 2, and Python warns of odd literals
+            warnings.simplefilter("error")  # numpy repairs headers of Python 2; Python warns of odd literals
             shape, is_fortran, dtype = parse(io.BytesIO(text), max_header_size=MAX_HEADER_BYTES)
     # The parser evaluates a literal: SyntaxError, TokenError, MemoryError, RecursionError and others.
     except Exception:
@@ -170,12 +167,6 @@ def _read_pieces(stream: IO[bytes], nbytes: int) -> Iterator[bytes]:
         raise CorruptCheckpoint("it is longer than its header says")
 
 
-def _normalize(values: np.ndarray[Any, Any], shape: tuple[int, ...], is_fortran: bool) -> Any:
-    """uint8[nbytes] of the same values, little-endian and in C layout."""
-    array = values.reshape(shape[::-1]).T if is_fortran else values.reshape(shape)
-    return np.ascontiguousarray(array, array.dtype.newbyteorder("<")).reshape(-1).view(np.uint8)
-
-
 @contextlib.contextmanager
 def _zip_errors(what: str) -> Iterator[None]:
     """Errors of zipfile become CorruptCheckpoint; each message begins with the file or member."""
@@ -184,17 +175,12 @@ def _zip_errors(what: str) -> Iterator[None]:
     except CorruptCheckpoint as error:
         reason = error.reason if error.reason.startswith(what) else f"{what}: {error.reason}"
         raise CorruptCheckpoint(reason) from None
-    except CheckpointUnreadable:
+    except (CheckpointUnreadable, MemoryError):
         raise
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # EINVAL: zipfile was led to an offset before the file
-            raise
-        raise CorruptCheckpoint(f"{what} is not a valid zip: {error.strerror}") from None
-    except MemoryError:
-        raise
-    except (
-        Exception
-    ) as error:  # BadZipFile, zlib.error, struct.error, NotImplementedError, EOFError and others
-        raise CorruptCheckpoint(
-            f"{what} is not a valid zip: {shorten(str(error)) or type(error).__name__}"
-        ) from None
+    except Exception as error:  # BadZipFile, zlib.error, struct.error, NotImplementedError and others
+        details = shorten(str(error)) or type(error).__name__
+        if isinstance(error, OSError):
+            if error.errno != errno.EINVAL:  # EINVAL: zipfile was led to an offset before the file
+                raise
+            details = str(error.strerror)
+        raise CorruptCheckpoint(f"{what} is not a valid zip: {details}") from None

@@ -14,16 +14,16 @@ import re
 import stat
 import warnings
 from collections.abc import Iterator, Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from distrust.checkpoint.files import open_regular, read_into
-from distrust.errors import CorruptCheckpoint, DistrustWarning, quote_untrusted, shorten
+from distrust.errors import CorruptCheckpoint, DistrustWarning, join_first, quote_untrusted, shorten
 from distrust.importers.detect import CHECKSUMS, DIRECTORY, MEMBERS, METADATA, MODEL, OPTIMIZER
 from distrust.importers.host_arrays import PIECE_BYTES, Depth, HostArray
-from distrust.importers.imported import Imported, ImportedHeader
-from distrust.importers.metadata import MAX_METADATA_BYTES, merge_unique, parse_header
-from distrust.importers.validate_optimizer import STEP, M, V, validate_optimizer
+from distrust.importers.imported import MAX_METADATA_BYTES, Imported, ImportedHeader, merge_unique
+from distrust.importers.optimizer import STEP, M, V, validate_optimizer
 
 _ARRAY_FILES = (MODEL, OPTIMIZER)
 #: Prefixes of the names of moments -> their section in our optimizer.
@@ -35,36 +35,12 @@ MAX_HASHED_INVALID_BYTES = 1 << 30
 PROBLEMS_SHOWN = 8
 #: A line of sha256sum: the digest, then the name.
 _CHECKSUM_LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](?:\./)?([^\r\n]+)", re.ASCII)
-
-
-def _make_optimizer(header: ImportedHeader, arrays: Mapping[str, dict[str, HostArray]]) -> dict[str, Any]:
-    """The optimizer's scalars and arrays, with the moments as ``m`` and ``v``; they match the model."""
-    moments: dict[str, Any] = {}
-    other_arrays: dict[str, Any] = {}
-    for name, array in arrays.get(OPTIMIZER, {}).items():
-        if moment := _MOMENTS.get(name[:2]):
-            moments.setdefault(moment, {})[name[2:]] = array
-        else:
-            other_arrays[name] = array
-    source = f"{METADATA} and {OPTIMIZER}"
-    scalars = header.optimizer_scalars
-    optimizer = merge_unique(merge_unique(scalars, other_arrays, source), moments, source)
-    validate_optimizer(
-        optimizer,
-        {name: array.shape for name, array in arrays.get(MODEL, {}).items()},
-        step=header.step,
-        moments_file=OPTIMIZER,
-        step_field=f"{METADATA}: optimizer_scalars.step" if STEP in scalars else f"{OPTIMIZER}: step",
-    )
-    return optimizer
+#: Of a file's status: changes when the file is written to.
+_version = attrgetter("st_size", "st_mtime_ns", "st_ctime_ns")
 
 
 class NpzFolder:
-    """An open folder whose files exist and whose metadata is valid. Replacing its path changes nothing.
-
-    Attributes:
-        header: its metadata.
-    """
+    """An open folder whose files exist and whose metadata is valid. Replacing its path changes nothing."""
 
     def __init__(self, path: Path, descriptor: int) -> None:
         self._path = path
@@ -85,15 +61,18 @@ class NpzFolder:
 
     def read(self, depth: Depth) -> Imported:
         """Read and check everything; the arrays have data only if ``depth`` is "load"."""
-        if depth == "verify":
-            self._warn_of_unlisted()
-        problems: list[str] = []
+        # Files outside the format have no checksum. The user may rely on checksums to cover everything.
+        for name in sorted(self._names - {*MEMBERS} - self._checksums.keys()) if depth == "verify" else ():
+            if not name.startswith("."):  # hidden files belong to the system
+                message = f"{self._path}: {quote_untrusted(name)} is not in {CHECKSUMS}, and was not read"
+                warnings.warn(message, DistrustWarning, stacklevel=3)
         arrays: dict[str, dict[str, HostArray]] = {}
-        for name in sorted((self._checksums.keys() | {*_ARRAY_FILES}) & self._names - {METADATA}):
-            with _collect(problems):
-                arrays[name] = self._read_verified(name, depth)
-        _raise_all(problems)
-        return self.header.to_imported(arrays.get(MODEL, {}), _make_optimizer(self.header, arrays))
+        with _collect_all() as problems:
+            for name in sorted((self._checksums.keys() | {*_ARRAY_FILES}) & self._names - {METADATA}):
+                with _collect(problems):
+                    arrays[name] = self._read_verified(name, depth)
+        model = arrays.get(MODEL, {})
+        return self.header.to_imported(model, self._make_optimizer(model, arrays.get(OPTIMIZER, {})))
 
     def describe(self) -> dict[str, HostArray]:
         """The arrays by label, as their headers say."""
@@ -105,55 +84,48 @@ class NpzFolder:
                 arrays |= {f"{section}.{name}": array for name, array in headers.items()}
         return arrays
 
+    def _make_optimizer(self, model: dict[str, HostArray], arrays: dict[str, HostArray]) -> dict[str, Any]:
+        """The optimizer's scalars and arrays, with the moments as ``m`` and ``v``; they match the model."""
+        moments: dict[str, Any] = {}
+        for name in [name for name in arrays if name[:2] in _MOMENTS]:
+            moments.setdefault(_MOMENTS[name[:2]], {})[name[2:]] = arrays.pop(name)
+        source, scalars = f"{METADATA} and {OPTIMIZER}", self.header.optimizer_scalars
+        optimizer = merge_unique(merge_unique(scalars, arrays, source), moments, source)
+        shapes = {name: array.shape for name, array in model.items()}
+        field = f"{METADATA}: optimizer_scalars.step" if STEP in scalars else f"{OPTIMIZER}: step"
+        validate_optimizer(optimizer, shapes, self.header.step, OPTIMIZER, field)
+        return optimizer
+
     def _read_header(self) -> ImportedHeader:
         """Check which files exist, and read the metadata, whose checksum is compared."""
         if not self._names:
             raise CorruptCheckpoint("an empty folder")
-        problems: list[str] = []
         members = sorted({*MEMBERS} & self._names)
         file_size, raw = 0, b""
-        for name in members:
-            with _collect(problems):  # a link or a folder does not hide other problems
-                file_size += self._status(name).st_size
-        with _collect(problems):
-            self._checksums = self._read_checksums()
-            missing = sorted({*self._checksums} - self._names)
-            problems += [f"{quote_untrusted(name)} is missing" for name in missing]
-            unproven = sorted({*members} - {*self._checksums, CHECKSUMS})
-            problems += [f"{name} is not in {CHECKSUMS}" for name in unproven]
-        with _collect(problems):
-            if METADATA in self._names:
-                raw = self._read_small(METADATA, MAX_METADATA_BYTES)
-                require_checksum(METADATA, self._checksums, hashlib.sha256(raw).hexdigest())
-            elif METADATA not in self._checksums:  # otherwise it was reported above
-                problems.append(f"{METADATA} is missing")
-        _raise_all(problems)
-        return parse_header(
-            raw,
-            METADATA,
-            self._path,
-            format=DIRECTORY,
-            file_size=file_size,
-            lacks_arrays=not self._names & {*_ARRAY_FILES},
-        )
-
-    def _warn_of_unlisted(self) -> None:
-        """Files outside the format have no checksum. The user may rely on checksums to cover everything."""
-        for name in sorted(self._names - {*MEMBERS} - self._checksums.keys()):
-            if not name.startswith("."):  # hidden files belong to the system
-                warnings.warn(
-                    f"{self._path}: {quote_untrusted(name)} is not in {CHECKSUMS}, and was not read",
-                    DistrustWarning,
-                    stacklevel=4,
-                )
-
-    def _read_checksums(self) -> dict[str, str]:
-        if CHECKSUMS in self._names:
-            return parse_checksums(self._read_small(CHECKSUMS, MAX_CHECKSUMS_BYTES))
-        members = " ".join(sorted({*MEMBERS} & self._names))
-        raise CorruptCheckpoint(
-            f"{CHECKSUMS} is missing, so the files cannot be verified; if you trust them, create it in the "
-            f"folder: sha256sum {members} > {CHECKSUMS}"
+        with _collect_all() as problems:
+            for name in members:
+                with _collect(problems):  # a link or a folder does not hide other problems
+                    file_size += self._status(name).st_size
+            with _collect(problems):
+                if CHECKSUMS not in self._names:
+                    raise CorruptCheckpoint(
+                        f"{CHECKSUMS} is missing, so the files cannot be verified; if you trust them, create "
+                        f"it in the folder: sha256sum {' '.join(members)} > {CHECKSUMS}"
+                    )
+                self._checksums = parse_checksums(self._read_small(CHECKSUMS, MAX_CHECKSUMS_BYTES))
+                missing = sorted({*self._checksums} - self._names)
+                problems += [f"{quote_untrusted(name)} is missing" for name in missing]
+                unproven = sorted({*members} - {*self._checksums, CHECKSUMS})
+                problems += [f"{name} is not in {CHECKSUMS}" for name in unproven]
+            with _collect(problems):
+                if METADATA in self._names:
+                    raw = self._read_small(METADATA, MAX_METADATA_BYTES)
+                    require_checksum(METADATA, self._checksums, hashlib.sha256(raw).hexdigest())
+                elif METADATA not in self._checksums:  # otherwise it was reported above
+                    problems.append(f"{METADATA} is missing")
+        lacks_arrays = not self._names & {*_ARRAY_FILES}
+        return ImportedHeader(
+            raw, METADATA, self._path, self.open, DIRECTORY, file_size=file_size, lacks_arrays=lacks_arrays
         )
 
     def _read_verified(self, name: str, depth: Depth) -> dict[str, HostArray]:
@@ -166,8 +138,7 @@ class NpzFolder:
             require_checksum(name, self._checksums, _sha256(descriptor))
             if name not in _ARRAY_FILES:
                 return {}  # listed in checksum.txt, but not part of the format
-            squares = "v." if name == OPTIMIZER else ""
-            arrays = npz.read(descriptor, name, depth, nonnegative=squares)
+            arrays = npz.read(descriptor, name, depth, nonnegative="v." if name == OPTIMIZER else "")
             # The checksum was computed in an earlier pass over the same file.
             if _version(status) != _version(os.fstat(descriptor)):
                 raise CorruptCheckpoint(f"{name} changed while it was read")
@@ -179,8 +150,7 @@ class NpzFolder:
         try:
             return npz.read(descriptor, name, "headers")
         except CorruptCheckpoint:
-            # A wrong checksum is the better explanation.
-            if size <= MAX_HASHED_INVALID_BYTES:
+            if size <= MAX_HASHED_INVALID_BYTES:  # a wrong checksum is the better explanation
                 require_checksum(name, self._checksums, _sha256(descriptor))
             raise
 
@@ -202,13 +172,12 @@ class NpzFolder:
     def _status(self, name: str) -> os.stat_result:
         """The status of a regular file; anything else is refused."""
         status = os.stat(name, dir_fd=self._descriptor, follow_symlinks=False)
+        if stat.S_ISREG(status.st_mode):
+            return status
+        problem = "is not a regular file"
         if stat.S_ISLNK(status.st_mode):
-            raise CorruptCheckpoint(
-                f"{quote_untrusted(name)} is a link, which is not followed; put the file itself there"
-            )
-        if not stat.S_ISREG(status.st_mode):
-            raise CorruptCheckpoint(f"{quote_untrusted(name)} is not a regular file")
-        return status
+            problem = "is a link, which is not followed; put the file itself there"
+        raise CorruptCheckpoint(f"{quote_untrusted(name)} {problem}")
 
 
 @contextlib.contextmanager
@@ -221,10 +190,13 @@ def _collect(problems: list[str]) -> Iterator[None]:
             problems.append(error.reason)
 
 
-def _raise_all(problems: list[str]) -> None:
+@contextlib.contextmanager
+def _collect_all() -> Iterator[list[str]]:
+    """Raise one CorruptCheckpoint with all problems that the block collected."""
+    problems: list[str] = []
+    yield problems
     if problems:
-        suffix = f"; and {len(problems) - PROBLEMS_SHOWN} more" if len(problems) > PROBLEMS_SHOWN else ""
-        raise CorruptCheckpoint("; ".join(problems[:PROBLEMS_SHOWN]) + suffix)
+        raise CorruptCheckpoint(join_first(problems, PROBLEMS_SHOWN, "; "))
 
 
 def parse_checksums(raw: bytes) -> dict[str, str]:
@@ -255,11 +227,7 @@ def parse_checksums(raw: bytes) -> dict[str, str]:
 
 
 def require_checksum(name: str, checksums: Mapping[str, str], digest: str) -> None:
-    """Check a file's digest, if one is expected.
-
-    Raises:
-        CorruptCheckpoint: with the file and both digests.
-    """
+    """Check a file's digest, if one is expected; raises CorruptCheckpoint with the file and both digests."""
     expected = checksums.get(name, digest)
     if expected != digest:
         raise CorruptCheckpoint(
@@ -273,7 +241,3 @@ def _sha256(descriptor: int) -> str:
         digest.update(piece)
         offset += len(piece)
     return digest.hexdigest()
-
-
-def _version(status: os.stat_result) -> tuple[int, int, int]:
-    return status.st_size, status.st_mtime_ns, status.st_ctime_ns

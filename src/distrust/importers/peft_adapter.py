@@ -1,41 +1,35 @@
 """Reads the trained weights of a folder in transformers' or peft's layout: a LoRA adapter or a full model.
 
-The base model is built without its weights, to compare names, order and shapes of the parameters.
+The base model is built without its weights, to compare names, order and shapes of the parameters. The errors
+are those of :func:`distrust.importers.trainer_folder.read`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from distrust import config as options
-from distrust.config import TrainConfig
-from distrust.engines.lora_config import LoraConfig
 from distrust.engines.torch import adapter
 from distrust.engines.torch.model import meta_model
-from distrust.errors import ModelError, ResumeRefused, quote_untrusted
+from distrust.errors import ModelError, ResumeRefused, join_first, quote_untrusted
 from distrust.importers.detect import ADAPTER_CONFIG, PEFT_WEIGHTS
 from distrust.importers.safe_load import read_json, read_tensors, to_float32
 
 WEIGHTS = "model.safetensors"
-MAX_CONFIG_BYTES = 4 << 20
 MAX_NAME_CHARACTERS = 1000
 #: A message lists at most this many names.
 NAMES_SHOWN = 3
 
 #: Options in peft's config -> ours.
 _OPTIONS = {
-    "r": "lora_rank",
-    "lora_alpha": "lora_alpha",
-    "lora_dropout": "lora_dropout",
-    "use_rslora": "rslora",
+    "r": "lora_rank", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout", "use_rslora": "rslora",
     "use_dora": "dora",
-}
+}  # fmt: skip
 #: Other fields of peft's config, which do not change the training or are checked separately.
 _IGNORED = {
     *("base_model_name_or_path", "revision", "peft_type", "peft_version", "task_type", "auto_mapping"),
@@ -49,8 +43,7 @@ _ADAPTER_WEIGHT = re.compile(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class TrainedWeights:
+class TrainedWeights(NamedTuple):
     """What was trained."""
 
     base: str  # the base model, a folder or a hub name
@@ -60,13 +53,7 @@ class TrainedWeights:
 
 
 def read_full_model(folder: Path, base: str | None) -> TrainedWeights:
-    """Read a model of which all weights were trained.
-
-    Raises:
-        CheckpointError: for files that are missing or damaged.
-        ModelError: if the config of the model cannot be loaded.
-        ResumeRefused: if the weights do not fit the model.
-    """
+    """Read a model of which all weights were trained."""
     base = str(folder) if base is None else base
     saved = read_tensors(folder / WEIGHTS)
     model = meta_model(base)
@@ -74,25 +61,20 @@ def read_full_model(folder: Path, base: str | None) -> TrainedWeights:
     # Shared weights have several names, and may be saved under any or all of them.
     aliases = dict(model.named_parameters(remove_duplicate=False)).keys() - parameters.keys()
     _require_same_names(folder, base, saved.keys() - aliases, parameters.keys())
-    return TrainedWeights(
-        base, {"lora_rank": 0}, parameters, _to_float32(folder / WEIGHTS, saved, parameters)
-    )
+    weights = _to_float32(folder / WEIGHTS, saved, parameters)
+    return TrainedWeights(base, {"lora_rank": 0}, parameters, weights)
 
 
 def read_adapter(folder: Path, base: str | None) -> TrainedWeights:
-    """Read a LoRA adapter of peft.
-
-    Raises:
-        CheckpointError: for files that are missing or damaged.
-        ModelError: if the config of the base model cannot be loaded.
-        ResumeRefused: if the adapter is not a plain LoRA, or does not fit the model.
-        ConfigError: for values that no option here accepts.
-    """
+    """Read a LoRA adapter of peft."""
     path = folder / PEFT_WEIGHTS
-    config = read_json(folder / ADAPTER_CONFIG, max_bytes=MAX_CONFIG_BYTES)
+    config = read_json(folder / ADAPTER_CONFIG)
     _require_plain_lora(config, folder, base_given=base is not None)
     saved = read_tensors(path)
-    modules = {_module_of(name, folder) for name in saved}
+    matches = {name: _ADAPTER_WEIGHT.fullmatch(name) for name in saved}
+    modules = {match[1] for match in matches.values() if match}
+    if unknown := [quote_untrusted(name) for name, match in matches.items() if not match]:
+        raise refusal(folder, f"{PEFT_WEIGHTS} holds {unknown[0]}, which is not part of a plain LoRA")
     ranks = {value.shape[:1] for name, value in saved.items() if "lora_A" in name or "embedding_A" in name}
     rank = config.get("r")
     # peft would allocate what the config claims.
@@ -102,11 +84,14 @@ def read_adapter(folder: Path, base: str | None) -> TrainedWeights:
     if not modules <= dict(model.named_modules()).keys():
         raise refusal(folder, f"it adapts modules that --model {base} does not have")
     lora_options = {key: config[name] for name, key in _OPTIONS.items() if config.get(name) is not None}
-    for targets in _target_candidates(modules):
-        train_config = options.from_mapping(
-            {**lora_options, "target_modules": targets}, where=str(folder / ADAPTER_CONFIG)
-        )
-        parameters, peft_names = _adapted_parameters(base, train_config)
+    # What target_modules may have been, the shortest first.
+    for targets in (["all-linear"], sorted({name.rpartition(".")[2] for name in modules}), sorted(modules)):
+        fields = {**lora_options, "target_modules": targets}
+        train_config = options.from_mapping(fields, where=str(folder / ADAPTER_CONFIG))
+        # The adapter without weights: peft's name of each parameter, by its id().
+        model = adapter.add_adapter(meta_model(base), train_config)
+        parameters = adapter.trained_parameters(model)
+        peft_names = {id(value): name for name, value in adapter.to_peft_names(model, parameters).items()}
         if {*peft_names.values()} == saved.keys():
             break  # otherwise the last candidate gives the message below
     _require_same_names(folder, base, saved.keys(), peft_names.values())
@@ -114,16 +99,6 @@ def read_adapter(folder: Path, base: str | None) -> TrainedWeights:
     result_options = train_config.with_effect("result")
     proven = {name: result_options[name] for name in (*_OPTIONS.values(), "target_modules")}
     return TrainedWeights(base, proven, parameters, _to_float32(path, weights, parameters))
-
-
-def _adapted_parameters(
-    base: str, config: TrainConfig
-) -> tuple[dict[str, torch.nn.Parameter], dict[int, str]]:
-    """The trained parameters of an adapter without weights, and peft's name of each by its id()."""
-    model = adapter.add_adapter(meta_model(base), LoraConfig.from_options(config))
-    parameters = adapter.trained_parameters(model)
-    names = {id(value): name for name, value in adapter.to_peft_names(model, parameters).items()}
-    return parameters, names
 
 
 def _require_plain_lora(config: Mapping[str, Any], folder: Path, *, base_given: bool) -> None:
@@ -151,26 +126,8 @@ def _base_model(config: Mapping[str, Any], folder: Path) -> tuple[str, torch.nn.
     try:
         return name, meta_model(name)
     except ModelError as error:
-        raise ModelError(
-            f"{folder}: its base model {quote_untrusted(name)} cannot be loaded; pass its location as "
-            f"--model ({error})"
-        ) from error
-
-
-def _module_of(name: str, folder: Path) -> str:
-    match = _ADAPTER_WEIGHT.fullmatch(name)
-    if match is None:
-        raise refusal(
-            folder, f"{PEFT_WEIGHTS} holds {quote_untrusted(name)}, which is not part of a plain LoRA"
-        )
-    return match[1]
-
-
-def _target_candidates(modules: Collection[str]) -> Iterator[list[str]]:
-    """What ``target_modules`` may have been, the shortest first."""
-    yield ["all-linear"]
-    yield sorted({name.rpartition(".")[2] for name in modules})
-    yield sorted(modules)
+        problem = f"its base model {quote_untrusted(name)} cannot be loaded"
+        raise ModelError(f"{folder}: {problem}; pass its location as --model ({error})") from error
 
 
 def _to_float32(
@@ -185,13 +142,8 @@ def _to_float32(
 def _require_same_names(folder: Path, base: str, saved: Collection[str], built: Collection[str]) -> None:
     for owner, a, b in (("the model", saved, built), ("the folder", built, saved)):
         if missing := sorted(set(a) - set(b)):
-            raise refusal(folder, f"it does not fit --model {base}: {owner} lacks {shorten_list(missing)}")
-
-
-def shorten_list(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
-    suffix = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-    return ", ".join(map(quote_untrusted, names[:NAMES_SHOWN])) + suffix
+            listed = join_first(map(quote_untrusted, missing), NAMES_SHOWN)
+            raise refusal(folder, f"it does not fit --model {base}: {owner} lacks {listed}")
 
 
 def refusal(path: Path, reason: str) -> ResumeRefused:

@@ -21,17 +21,14 @@ _UNCHECKED_BYTES = 1 << 20
 
 
 def parse_object(raw: bytes, what: str) -> dict[str, Any]:
-    """Parse a JSON object. NaN and infinities are numbers, as Python writes them.
-
-    Args:
-        raw: UTF-8, with or without a byte order mark.
-        what: the name of the JSON, for messages.
+    """Parse the JSON object ``what``, in UTF-8. NaN and infinities are numbers, as Python writes them.
 
     Raises:
         CorruptCheckpoint: if it is not a JSON object within the bounds, or a key occurs twice.
         CheckpointUnreadable: if there is not enough memory.
     """
-    if len(raw) > _UNCHECKED_BYTES and _max_memory(raw) > available_bytes():
+    extra_bytes = sum(raw.count(mark) * nbytes for mark, nbytes in _EXTRA_BYTES.items())
+    if len(raw) > _UNCHECKED_BYTES and _BYTES_EACH * len(raw) + extra_bytes > available_bytes():
         raise CheckpointUnreadable(f"{what}: {len(raw):,} bytes of JSON take more memory than is free")
     try:
         text = str(raw, "utf-8-sig")  # some editors on Windows write a byte order mark
@@ -50,10 +47,6 @@ def parse_object(raw: bytes, what: str) -> dict[str, Any]:
         except UnicodeEncodeError:
             raise CorruptCheckpoint(f"{what} contains a lone surrogate") from None
     return value
-
-
-def _max_memory(raw: bytes) -> int:
-    return _BYTES_EACH * len(raw) + sum(raw.count(mark) * nbytes for mark, nbytes in _EXTRA_BYTES.items())
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,75 +1,69 @@
 """Reads JSON and tensors from files of other programs without running what they contain.
 
 Only regular files are opened. Only tensors and plain containers are unpickled. No file can make its reader
-take more memory than a small multiple of its own size. Errors are one line with the path.
+take more memory than a small multiple of its own size. Every function raises CheckpointError for a file that
+does not exist or is not valid: one line with the path.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
 import pickle
 import pickletools
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
-from distrust.checkpoint.files import errors_with_path, open_regular
-from distrust.errors import CheckpointError, CheckpointNotFound, CorruptCheckpoint, quote_untrusted
+from distrust.checkpoint.files import error_with_path, open_regular
+from distrust.errors import (
+    CheckpointError,
+    CheckpointNotFound,
+    CorruptCheckpoint,
+    ErrorTranslator,
+    quote_untrusted,
+)
 from distrust.importers.safe_json import parse_object
 
 if TYPE_CHECKING:
     import torch
 
+MAX_CONFIG_BYTES = 4 << 20
 MAX_ENTRIES = 1_000_000
 MAX_PICKLE_BYTES = 64 << 20
 #: All that the pickle of an optimizer's state calls. torch allows more, such as ``bytearray(1 << 40)``.
 _ALLOWED_CALLS = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"}
 
 
-def read_json(path: Path, *, max_bytes: int) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        CheckpointError: if the file does not exist, is too large, or is not a JSON object.
-    """
-    with safe_errors(path), open_file(path) as file:
-        raw = file.read(max_bytes + 1)  # one more, to see that it is larger
+def read_json(path: Path, *, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
+    """Read a JSON object."""
+    with safe_errors(path), open_regular(path) as (descriptor, _):
+        with open(descriptor, "rb", closefd=False) as file:
+            raw = file.read(max_bytes + 1)  # one more, to see that it is larger
         if len(raw) > max_bytes:
             raise CorruptCheckpoint(f"larger than {max_bytes >> 20} MiB")
         return parse_object(raw, "the file")
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Read the tensors of a safetensors file, by name.
-
-    Raises:
-        CheckpointError: if the file does not exist or is not valid.
-    """
+    """Read the tensors of a safetensors file, by name."""
     from safetensors import safe_open
 
     with safe_errors(path):
-        with open_file(path):  # safetensors itself would wait for a pipe
+        with open_regular(path):  # safetensors itself would wait for a pipe
             pass
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
 
 
 def read_torch(path: Path) -> Any:
-    """Read what ``torch.save`` wrote, if it is only tensors and plain containers; views of the file.
-
-    Raises:
-        CheckpointError: if the file does not exist, is not valid, or holds other objects.
-    """
+    """Read what ``torch.save`` wrote, if it is only tensors and plain containers; views of the file."""
     import torch
 
     with safe_errors(path):
-        with open_file(path) as file:
+        with open_regular(path) as (descriptor, status), open(descriptor, "rb", closefd=False) as file:
             if not zipfile.is_zipfile(file):
                 raise CorruptCheckpoint("not in the format of torch.save since version 1.6")
             archive = zipfile.ZipFile(file)  # torch.load below opens the file again
-            _require_stored(archive, size=os.fstat(file.fileno()).st_size)
+            _require_stored(archive, size=status.st_size)
             _require_tensors_only(archive)
         # weights_only: torch's own second line of defence against pickles that run code.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -83,11 +77,10 @@ def to_float32(tensor: Any, *, shape: torch.Size, what: str, path: Path) -> torc
     """
     import torch
 
-    floats = (torch.float32, torch.bfloat16, torch.float16)
     # type(), not isinstance(): a subclass may override any method.
     if type(tensor) is not torch.Tensor or tensor.layout != torch.strided or tensor.device.type != "cpu":
         reason = "is not a plain tensor"
-    elif tensor.dtype not in floats or tensor.shape != shape:
+    elif tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16) or tensor.shape != shape:
         actual = f"{tensor.dtype}{list(tensor.shape)[:8]}"
         reason = f"is {actual}, not a float tensor of shape {list(shape)}"
     else:
@@ -109,8 +102,7 @@ def _require_stored(archive: zipfile.ZipFile, *, size: int) -> None:
     if sum(max(entry.file_size, entry.compress_size) for entry in entries) > size:
         raise CorruptCheckpoint("holds more than its size allows")
     # torch writes the CRC-32 of each entry, but does not compare it on loading.
-    damaged = archive.testzip()
-    if damaged is not None:
+    if (damaged := archive.testzip()) is not None:
         raise CorruptCheckpoint(f"{quote_untrusted(damaged)} is damaged: its CRC-32 is wrong")
 
 
@@ -123,41 +115,36 @@ def _require_tensors_only(archive: zipfile.ZipFile) -> None:
             raise CorruptCheckpoint(f"holds a pickle of {entry.file_size >> 20} MiB")
         # genops only lists the instructions; nothing is executed.
         for opcode, argument, _ in pickletools.genops(archive.read(entry)):
-            if opcode.name == "GLOBAL" and (argument in _ALLOWED_CALLS or _is_storage(str(argument))):
-                continue
-            if opcode.name in ("GLOBAL", "STACK_GLOBAL", "INST"):
+            is_allowed = opcode.name == "GLOBAL" and _is_allowed(str(argument))
+            if opcode.name in ("GLOBAL", "STACK_GLOBAL", "INST") and not is_allowed:
                 raise pickle.UnpicklingError(f"it calls {argument}")
 
 
-def _is_storage(qualified_name: str) -> bool:
-    """Such as ``torch FloatStorage``, which names a dtype."""
+def _is_allowed(qualified_name: str) -> bool:
     module, _, name = qualified_name.partition(" ")
-    return module in ("torch", "torch.storage") and name.endswith("Storage")
+    # Such as "torch FloatStorage", which names a dtype.
+    is_storage = module in ("torch", "torch.storage") and name.endswith("Storage")
+    return is_storage or qualified_name in _ALLOWED_CALLS
 
 
-@contextlib.contextmanager
-def open_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a regular file for reading, without waiting for a writer."""
-    with open_regular(path) as (descriptor, _), open(descriptor, "rb", closefd=False) as file:
-        yield file
+def safe_errors(path: Path) -> ErrorTranslator:
+    """Context manager: whatever a parser raises for a hostile file becomes CheckpointError, with the path."""
 
+    def translate(error: Exception) -> Exception:
+        match error:
+            case FileNotFoundError():
+                return CheckpointNotFound(f"{path}: no such file", path=path)
+            case OSError() | MemoryError() | CorruptCheckpoint():
+                return error_with_path(error, path)
+            case CheckpointError():
+                return error
+        details = quote_untrusted(" ".join(str(error).split()))
+        reason = f"not a valid file of its kind ({type(error).__name__}: {details})"
+        if isinstance(error, pickle.UnpicklingError):
+            reason = (
+                f"holds objects other than tensors and plain containers ({details}); loading such a file "
+                "could run any code, so it is refused"
+            )
+        return CorruptCheckpoint(reason, path=path)
 
-@contextlib.contextmanager
-def safe_errors(path: Path) -> Iterator[None]:
-    """Whatever a parser raises for a hostile file becomes one CheckpointError with the path."""
-    with errors_with_path(path):
-        try:
-            yield
-        except FileNotFoundError:
-            raise CheckpointNotFound(f"{path}: no such file", path=path) from None
-        except (CheckpointError, OSError, MemoryError):
-            raise
-        except Exception as error:  # the parsers raise errors of every class
-            details = quote_untrusted(" ".join(str(error).split()))
-            reason = f"not a valid file of its kind ({type(error).__name__}: {details})"
-            if isinstance(error, pickle.UnpicklingError):
-                reason = (
-                    f"holds objects other than tensors and plain containers ({details}); loading such a file "
-                    "could run any code, so it is refused"
-                )
-            raise CorruptCheckpoint(reason) from error
+    return ErrorTranslator((Exception,), translate)  # the parsers raise errors of every class

@@ -1,13 +1,12 @@
 """The single-file format: safetensors, with the metadata and the optimizer as JSON in uint8 tensors.
 
-``_metadata`` is the JSON object of :mod:`distrust.importers.metadata`. The optimizer is in one of two forms:
+``_metadata`` is the JSON object of :mod:`distrust.importers.imported`. The optimizer is in one of two forms:
 
 - newest: tensors ``optimizer.exp_avg.NAME`` and ``optimizer.exp_avg_sq.NAME``, float32 with the shape of
   ``NAME``, and ``_optimizer_config``, the JSON of its parameter groups;
-- previous: ``_optimizer``, JSON of the groups and the moments. See :mod:`distrust.importers.optimizer_json`.
+- previous: ``_optimizer``, JSON of the groups and the moments. See :mod:`distrust.importers.optimizer`.
 
-A file without an optimizer has neither. Every other tensor is a weight. The format has no checksums: only
-contradictions are detected.
+Every other tensor is a weight. The format has no checksums: only contradictions are detected.
 """
 
 from __future__ import annotations
@@ -15,10 +14,9 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from distrust.checkpoint.files import open_regular, read_into
 from distrust.checkpoint.format import ITEM_SIZES, LENGTH_BYTES, METADATA, TensorInfo, is_valid_shape
@@ -27,13 +25,9 @@ from distrust.checkpoint.memory import available_bytes
 from distrust.errors import CheckpointUnreadable, CorruptCheckpoint, quote_untrusted
 from distrust.importers.detect import TENSOR_FILE
 from distrust.importers.host_arrays import PIECE_BYTES, Depth, HostArray, require_finite_bytes
-from distrust.importers.imported import Imported
-from distrust.importers.metadata import MAX_METADATA_BYTES, merge_unique, parse_header
+from distrust.importers.imported import MAX_METADATA_BYTES, Imported, ImportedHeader
+from distrust.importers.optimizer import STEP, M, OptimizerConfig, V, parse_moments, validate_optimizer
 from distrust.importers.safe_json import parse_object
-from distrust.importers.validate_optimizer import STEP, M, V, validate_optimizer
-
-if TYPE_CHECKING:
-    from distrust.importers.optimizer_json import OptimizerConfig
 
 METADATA_TENSOR, CONFIG_TENSOR, JSON_TENSOR = "_metadata", "_optimizer_config", "_optimizer"
 #: Prefixes of the names of moments -> their section in our optimizer.
@@ -43,11 +37,7 @@ MAX_OPTIMIZER_BYTES = 2 << 30
 
 
 class TensorFile:
-    """An open file whose header and metadata are valid.
-
-    Attributes:
-        header: its metadata.
-    """
+    """An open file whose header and metadata are valid."""
 
     def __init__(self, path: Path, descriptor: int, size: int) -> None:
         self._descriptor = descriptor
@@ -60,13 +50,10 @@ class TensorFile:
             raise CorruptCheckpoint(f"it has both {CONFIG_TENSOR} and {JSON_TENSOR}")
         if CONFIG_TENSOR not in self._json and any(self._moments.values()):
             raise CorruptCheckpoint(f"it has moments, but no tensor {CONFIG_TENSOR}")
-        self.header = parse_header(
-            self._read_json(METADATA_TENSOR, MAX_METADATA_BYTES),
-            METADATA_TENSOR,
-            path,
-            format=TENSOR_FILE,
-            file_size=size,
-            lacks_arrays=not self._model and self._json.keys() == {METADATA_TENSOR},
+        raw = self._read_json(METADATA_TENSOR, MAX_METADATA_BYTES)
+        lacks_arrays = not self._model and self._json.keys() == {METADATA_TENSOR}
+        self.header = ImportedHeader(
+            raw, METADATA_TENSOR, path, self.open, TENSOR_FILE, file_size=size, lacks_arrays=lacks_arrays
         )
         if self.header.optimizer_scalars:  # two sources of the optimizer's step could disagree
             raise CorruptCheckpoint(f"{METADATA_TENSOR}: optimizer_scalars is not part of this format")
@@ -86,14 +73,8 @@ class TensorFile:
             raise CheckpointUnreadable(f"its tensors take {total:,} bytes of memory, and {free:,} are free")
         model = self._read_group(self._model, "model", depth)
         config, moments = self._read_optimizer(depth)
-        if config is None:
-            return self.header.to_imported(model, {})
-        options, dropped = config.options({name: info.shape for name, info in self._model.items()})
-        optimizer = {STEP: config.step, **moments}
-        # Nothing else here has the meaning of the groups, so the metadata keeps them.
-        unknown = merge_unique(self.header.unknown, {"param_groups": config.groups}, METADATA_TENSOR)
-        header = replace(self.header, unknown=unknown)
-        return header.to_imported(model, optimizer, options=options, dropped=dropped)
+        optimizer = {STEP: config.step, **moments} if config else {}
+        return self.header.to_imported(model, optimizer, config)
 
     def describe(self) -> dict[str, HostArray]:
         """The arrays by label, without data."""
@@ -120,24 +101,16 @@ class TensorFile:
         name = next((name for name in (CONFIG_TENSOR, JSON_TENSOR) if name in self._json), None)
         if name is None:
             return None, {}
-        from distrust.importers import optimizer_json  # numpy: listing checkpoints works without it
-
         fields = parse_object(self._read_json(name, MAX_OPTIMIZER_BYTES), name)
-        config = optimizer_json.parse_config(fields, name, with_moments=name == JSON_TENSOR)
-        moments = (
-            optimizer_json.parse_moments(fields, name)
-            if name == JSON_TENSOR
-            else {m: self._read_group(group, f"optimizer.{m}", depth) for m, group in self._moments.items()}
-        )
+        config = OptimizerConfig.parse(fields, name, with_moments=name == JSON_TENSOR)
+        if name == JSON_TENSOR:
+            moments = parse_moments(fields, name)
+        else:
+            moments = {m: self._read_group(g, f"optimizer.{m}", depth) for m, g in self._moments.items()}
         shapes = {weight: info.shape for weight, info in self._model.items()}
-        validate_optimizer(
-            {STEP: config.step, **moments},
-            shapes,
-            step=self.header.step,
-            moments_file=name,
-            step_field=f"{name}: {STEP}",
-        )
-        optimizer_json.require_parameters(config, shapes.keys(), moments[M].keys(), name)
+        optimizer, field = {STEP: config.step, **moments}, f"{name}: {STEP}"
+        validate_optimizer(optimizer, shapes, self.header.step, name, field)
+        config.require_parameters(shapes.keys(), moments[M].keys(), name)
         return config, moments
 
     def _read_group(
@@ -157,7 +130,7 @@ class TensorFile:
         """Read a tensor in pieces and check its numbers; returns uint8[nbytes] if it is to be loaded."""
         if depth == "headers":
             return None
-        import numpy as np
+        import numpy as np  # listing checkpoints works without it
 
         data = np.empty(info.nbytes if depth == "load" else min(info.nbytes, PIECE_BYTES), np.uint8)
         for offset in range(0, info.nbytes, PIECE_BYTES):
@@ -193,9 +166,8 @@ def _read_header(descriptor: int, size: int) -> dict[str, TensorInfo]:
     offset = end
     for info in sorted(tensors.values(), key=lambda info: (info.offset, info.nbytes)):
         if info.offset != offset:
-            raise CorruptCheckpoint(
-                f"tensor {quote_untrusted(info.name)} does not begin where the previous one ends"
-            )
+            shown = quote_untrusted(info.name)
+            raise CorruptCheckpoint(f"tensor {shown} does not begin where the previous one ends")
         offset += info.nbytes
     if offset != size:  # cut off, or with hidden data
         raise CorruptCheckpoint(f"the tensors end at byte {offset:,}, but the file has {size:,}")

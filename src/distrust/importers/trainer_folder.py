@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,11 @@ import torch
 
 from distrust import config as options
 from distrust.engines.torch.optimizer import MOMENTS, make_optimizer
-from distrust.errors import CorruptCheckpoint, ResumeRefused, quote_untrusted
+from distrust.errors import CorruptCheckpoint, join_first, quote_untrusted
 from distrust.importers import peft_adapter
 from distrust.importers.detect import ADAPTER_CONFIG, PEFT_WEIGHTS, TRAINER_STATE, is_trainer_folder
 from distrust.importers.imported import Imported
-from distrust.importers.peft_adapter import TrainedWeights, refusal, shorten_list
+from distrust.importers.peft_adapter import NAMES_SHOWN, TrainedWeights, refusal
 from distrust.importers.safe_load import read_json, read_torch, to_float32
 from distrust.training.imported import MAX_STEP
 
@@ -47,13 +47,14 @@ _UNSUPPORTED_FILES = {
 _OPTIMIZER_OPTIONS = ("adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay")
 #: Names of metrics in the Trainer's log -> ours.
 _METRICS = {"loss": "loss", "grad_norm": "gradient_norm", "learning_rate": "learning_rate"}
+_NOT_ADAMW = "not the state of AdamW in full precision (8-bit and other optimizers are not supported)"
 
 
 def read(folder: Path, *, model: str | None = None) -> Imported:
     """Read what the Trainer or peft saved, in the form of the torch engine.
 
-    Weights and moments become float32: bfloat16 and float16 are widened, which is exact. ``history`` has what
-    was logged: float64[step], NaN where nothing was. An adapter folder of peft is at step 0.
+    Weights and moments become float32, which is exact. ``history`` has what was logged: float64[step], NaN
+    where nothing was. An adapter folder of peft is at step 0.
 
     Args:
         folder: such as ``output/checkpoint-500``.
@@ -75,17 +76,23 @@ def read(folder: Path, *, model: str | None = None) -> Imported:
     step = _count(state, "global_step", folder)
     trained = (peft_adapter.read_adapter if has_adapter else peft_adapter.read_full_model)(folder, model)
     optimizer, optimizer_options, dropped = _read_optimizer(folder, trained, step=step)
+    # Numbers to record that do not affect the training.
+    numbers: dict[str, Any] = {name: state.get(name) for name in ("epoch", "best_metric", "max_steps")}
+    summary = {n: value for n, value in numbers.items() if type(value) in (int, float) and abs(value) < 1e300}
+    history, metrics = _read_log(state, step) if is_trainer else ({}, {})
+    # Unless it was asked to, the Trainer does not count tokens and says 0.
+    tokens = _count(state, "num_input_tokens_seen", folder, default=0)
     return Imported(
         format=FORMAT if is_trainer else ADAPTER_FORMAT,
         step=step,
         model=trained.weights,
         optimizer=optimizer,
-        history=_history(state, step) if is_trainer else {},
+        history=history,
         options={**trained.options, **optimizer_options},
-        metadata=_tokens_seen(state, folder),
-        metrics=_metrics(state, step),
+        metadata={"tokens_seen": tokens} if tokens else {},
+        metrics=metrics,
         dropped=dropped,
-        source={"model": trained.base, **({"trainer": _summary(state)} if is_trainer else {})},
+        source={"model": trained.base, **({"trainer": summary} if is_trainer else {})},
     )
 
 
@@ -103,12 +110,8 @@ def _read_optimizer(
     state = make_optimizer(trained.parameters, config).state_dict()
     names = _name_parameters(groups, trained.parameters, path)
     if saved.keys() != names.keys():
-        numbers, expected = sorted(map(repr, saved)), sorted(map(repr, names))
-        raise refusal(
-            path,
-            f"has moments of {len(numbers)} parameters ({shorten_list(numbers)}), but its groups name "
-            f"{len(expected)} ({shorten_list(expected)})",
-        )
+        moments_of, expected = (_list_numbers(numbers) for numbers in (saved, names))
+        raise refusal(path, f"has moments of {moments_of}, but its groups name {expected}")
     moments = {
         name: _moments(saved[number], name, trained.parameters[name].shape, path, step=step)
         for number, name in names.items()
@@ -124,8 +127,7 @@ def _read_optimizer(
 
 
 def _split_state(saved: Any, path: Path) -> tuple[list[dict[str, Any]], dict[int, Any]]:
-    groups = saved.get("param_groups") if isinstance(saved, dict) else None
-    state = saved.get("state") if isinstance(saved, dict) else None
+    groups, state = map(saved.get, ("param_groups", "state")) if isinstance(saved, dict) else (None, None)
     if (
         type(groups) is not list
         or type(state) is not dict
@@ -148,7 +150,7 @@ def _group_options(groups: Sequence[Mapping[str, Any]], path: Path) -> dict[str,
             or group.get("maximize")
             or group.get("amsgrad")
         ):
-            raise _not_adamw(path)
+            raise refusal(path, _NOT_ADAMW)
         adam.append({"adam_beta1": betas[0], "adam_beta2": betas[1], "adam_epsilon": group.get("eps")})
     decays = [group.get("weight_decay") for group in groups]
     if len(groups) > 2 or any(settings != adam[0] for settings in adam) or any(decays[1:]):
@@ -160,23 +162,16 @@ def _name_parameters(
     groups: Sequence[Mapping[str, Any]], parameters: Mapping[str, torch.nn.Parameter], path: Path
 ) -> dict[int, str]:
     """Number -> name. Shapes are compared later; then no vector can be mistaken for a matrix."""
-    if len(groups) == 1:  # no weight decay, or an optimizer of the user
-        name_groups = [list(parameters)]
-    else:
-        name_groups = [
-            [name for name, parameter in parameters.items() if (parameter.ndim >= 2) == matrices]
-            for matrices in (True, False)
-        ]
+    matrices = [name for name, parameter in parameters.items() if parameter.ndim >= 2]
+    vectors = [name for name, parameter in parameters.items() if parameter.ndim < 2]
+    # A single group: no weight decay, or an optimizer of the user.
+    name_groups = [[*parameters]] if len(groups) == 1 else [matrices, vectors]
     if [len(names) for names in name_groups] != [len(group["params"]) for group in groups]:
         counts = " and ".join(str(len(group["params"])) for group in groups)
-        raise refusal(
-            path, f"its groups have {counts} parameters, which are not the model's matrices and vectors"
-        )
-    pairs = [
-        pair
-        for group, names in zip(groups, name_groups, strict=True)
-        for pair in zip(group["params"], names, strict=True)
-    ]
+        problem = f"its groups have {counts} parameters, which are not the model's matrices and vectors"
+        raise refusal(path, problem)
+    numbers = [number for group in groups for number in group["params"]]
+    pairs = [*zip(numbers, [name for names in name_groups for name in names], strict=True)]
     if not all(type(number) is int for number, _ in pairs) or len(dict(pairs)) != len(pairs):
         raise CorruptCheckpoint("its parameters are not numbered", path=path)
     return dict(pairs)
@@ -184,18 +179,14 @@ def _name_parameters(
 
 def _moments(values: Any, name: str, shape: torch.Size, path: Path, *, step: int) -> dict[str, torch.Tensor]:
     if type(values) is not dict or values.keys() != {"step", *MOMENTS}:
-        raise _not_adamw(path)
+        raise refusal(path, _NOT_ADAMW)
     steps = values["step"]
     if type(steps) is torch.Tensor and steps.numel() == 1 and steps.device.type == "cpu":
         steps = steps.item()  # newer torch saves a tensor, older an integer
     if type(steps) not in (int, float) or not 0 < steps <= step:
-        raise CorruptCheckpoint(
-            f"{name}: its step is {quote_untrusted(repr(steps))}; the checkpoint's is {step}", path=path
-        )
-    tensors = {
-        moment: to_float32(values[moment], shape=shape, what=f"{moment} of {name}", path=path)
-        for moment in MOMENTS
-    }
+        reason = f"{name}: its step is {quote_untrusted(repr(steps))}; the checkpoint's is {step}"
+        raise CorruptCheckpoint(reason, path=path)
+    tensors = {m: to_float32(values[m], shape=shape, what=f"{m} of {name}", path=path) for m in MOMENTS}
     if bool((tensors["exp_avg_sq"] < 0).any()):
         raise CorruptCheckpoint(f"exp_avg_sq of {name} is less than 0", path=path)
     return {"step": torch.tensor(float(steps), dtype=torch.float32), **tensors}
@@ -208,51 +199,27 @@ def _count(state: Mapping[str, Any], name: str, folder: Path, *, default: int | 
     return value
 
 
-def _tokens_seen(state: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """The number of tokens; unless it was asked to, the Trainer does not count them and says 0."""
-    tokens = _count(state, "num_input_tokens_seen", folder, default=0)
-    return {"tokens_seen": tokens} if tokens else {}
-
-
-def _log_lines(state: Mapping[str, Any], step: int) -> Iterator[tuple[int, dict[str, float]]]:
-    """The valid lines of the log: step, numbers by name."""
+def _read_log(
+    state: Mapping[str, Any], step: int
+) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, float]]:
+    """History, float64[step] by metric (the loss is a mean since the previous line); metrics of the step."""
+    history = {column: np.full(step, np.nan) for column in _METRICS.values()}
+    metrics: dict[str, float] = {}
     lines = state.get("log_history")
     for line in lines if type(lines) is list else []:
         line_step = line.get("step") if type(line) is dict else None
         # The log is only for display: invalid lines are skipped, not refused.
-        if type(line_step) is int and 1 <= line_step <= step:
-            yield line_step, {name: value for name, value in line.items() if type(value) is float}
+        if type(line_step) is not int or not 1 <= line_step <= step:
+            continue
+        for name, metric in (*_METRICS.items(), ("eval_loss", "eval_loss")):
+            value = line.get(name)
+            if type(value) is float and metric in history:
+                history[metric][line_step - 1] = value
+            if type(value) is float and line_step == step:
+                metrics[metric] = value
+    return history, {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
-def _history(state: Mapping[str, Any], step: int) -> dict[str, np.ndarray[Any, Any]]:
-    """float64[step]; the loss is the mean since the previous line, as the Trainer logs it."""
-    columns = {column: np.full(step, np.nan) for column in _METRICS.values()}
-    for line_step, values in _log_lines(state, step):
-        for name, column in _METRICS.items():
-            if name in values:
-                columns[column][line_step - 1] = values[name]
-    return columns
-
-
-def _metrics(state: Mapping[str, Any], step: int) -> dict[str, float]:
-    names = {**_METRICS, "eval_loss": "eval_loss"}
-    last: dict[str, float] = {}
-    for line_step, values in _log_lines(state, step):
-        if line_step == step:
-            last |= {metric: values[name] for name, metric in names.items() if name in values}
-    return {name: value for name, value in last.items() if math.isfinite(value)}
-
-
-def _summary(state: Mapping[str, Any]) -> dict[str, float]:
-    """Numbers to record that do not affect the training."""
-    return {
-        name: state[name]
-        for name in ("epoch", "best_metric", "max_steps")
-        if type(state.get(name)) in (int, float) and abs(state[name]) < 1e300
-    }
-
-
-def _not_adamw(path: Path) -> ResumeRefused:
-    return refusal(
-        path, "not the state of AdamW in full precision (8-bit and other optimizers are not supported)"
-    )
+def _list_numbers(numbers: Iterable[Any]) -> str:
+    shown = [quote_untrusted(repr(number)) for number in numbers]
+    return f"{len(shown)} parameters ({join_first(sorted(shown), NAMES_SHOWN)})"

@@ -169,15 +169,11 @@ class ConsoleReporter:
         if weighted != event.loss:  # equal where no weighting applies
             line += f"; weighted {weighted:.4f}, {metrics['eval_weighted_perplexity']:.4g}"
         self._print(line)
-        classes = [
-            f"{name.removeprefix('eval_loss/')} {loss:.4f}"
-            for name, loss in metrics.items()
-            if name.startswith("eval_loss/")
-        ]
+        prefix = "eval_loss/"
+        classes = [f"{k.removeprefix(prefix)} {v:.4f}" for k, v in metrics.items() if k.startswith(prefix)]
         if classes:  # few source classes are named
-            hidden = len(classes) - CLASSES_SHOWN
-            suffix = f", {hidden} more" if hidden > 0 else ""
-            self._print(f"  {', '.join(classes[:CLASSES_SHOWN])}{suffix}")
+            hidden = [f"{len(classes) - CLASSES_SHOWN} more"] if len(classes) > CLASSES_SHOWN else []
+            self._print(f"  {', '.join(classes[:CLASSES_SHOWN] + hidden)}")
 
     def _show_end(self, event: RunEnded) -> None:
         self._bar.update(self._task, visible=False)  # the last lines replace it

@@ -15,7 +15,7 @@ from typing import Any
 
 from distrust.atomic import atomic_file
 from distrust.config import STEP_METRICS, TrainConfig, key
-from distrust.errors import DistrustError, DistrustWarning, MissingDependency
+from distrust.errors import DistrustError, DistrustWarning, ErrorTranslator, MissingDependency
 from distrust.reporting.metrics import MetricsWriter
 from distrust.training.events import (
     CheckpointStarted,
@@ -33,7 +33,6 @@ FOLDER = "tensorboard"
 RUN_ID = "wandb-run-id"
 DEFAULT_PROJECT = "distrust"
 TRAINING = "train/"
-GIB = 2**30
 
 
 def create_observers(config: TrainConfig) -> list[Observer]:
@@ -51,12 +50,7 @@ def create_observers(config: TrainConfig) -> list[Observer]:
 
 
 class Dispensable:
-    """Wraps an observer that a run can do without: when it fails, the run warns and stops calling it.
-
-    Args:
-        observer: the wrapped one.
-        name: its name in the warning.
-    """
+    """Wraps an observer that a run can do without: when it fails, the run warns and stops calling it."""
 
     def __init__(self, observer: Observer, name: str) -> None:
         self._observer: Observer | None = observer
@@ -78,25 +72,20 @@ class Dispensable:
             )
 
 
-def scalars_of(event: Event) -> tuple[int, dict[str, float]]:
-    """The step of an event and its values by ``group/name``; none for events without values.
+def scalars_of(event: StepEnded | Evaluated) -> dict[str, float]:
+    """The values of an event by ``group/name``.
 
     ``train/loss``, ``train/learning_rate`` and so on; ``eval/loss``, ``eval/loss/CLASS``;
     ``speed/tokens_per_second``, ``speed/stall_seconds``, ``memory/gib``.
     """
-    match event:
-        case StepEnded():
-            return event.step, {
-                **{f"{TRAINING}{name}": getattr(event, name) for name in STEP_METRICS},
-                "speed/tokens_per_second": event.tokens / event.seconds,
-                "speed/stall_seconds": event.stall_seconds,
-                "memory/gib": event.memory_bytes / GIB,
-            }
-        case Evaluated():
-            metrics = event.metrics.items()
-            return event.step, {f"eval/{name.removeprefix('eval_')}": value for name, value in metrics}
-        case _:
-            return 0, {}
+    if isinstance(event, Evaluated):
+        return {f"eval/{name.removeprefix('eval_')}": value for name, value in event.metrics.items()}
+    return {
+        **{f"{TRAINING}{name}": getattr(event, name) for name in STEP_METRICS},
+        "speed/tokens_per_second": event.tokens / event.seconds,
+        "speed/stall_seconds": event.stall_seconds,
+        "memory/gib": event.memory_bytes / 2**30,
+    }
 
 
 class TensorBoardWriter:
@@ -109,12 +98,11 @@ class TensorBoardWriter:
     """
 
     def __init__(self) -> None:
-        try:
+        with _required("tensorboard"):
             from tensorboard.compat.proto import event_pb2, summary_pb2
             from tensorboard.summary.writer.event_file_writer import EventFileWriter
-        except ImportError as error:
-            raise _missing("tensorboard", error) from error
-        self._event, self._summary, self._writer = event_pb2, summary_pb2, EventFileWriter
+        self._event, self._session, self._writer = event_pb2.Event, event_pb2.SessionLog, EventFileWriter
+        self._summary, self._value = summary_pb2.Summary, summary_pb2.Summary.Value
         self._file: Any = None
 
     def __call__(self, event: Event) -> None:
@@ -122,21 +110,22 @@ class TensorBoardWriter:
         match event:
             case RunStarted():
                 self._file = self._writer(str(event.out / FOLDER))
-                start = self._event.SessionLog(status=self._event.SessionLog.START)  # hides later steps
+                start = self._session(status=self._session.START)  # hides later steps
                 self._add(event.step + 1 if event.step else 0, session_log=start)
-            case CheckpointStarted() if self._file is not None:
+            case _ if self._file is None:
+                return
+            case CheckpointStarted():
                 self._file.flush()  # what the checkpoint covers is not logged again
-            case RunEnded() if self._file is not None:
+            case RunEnded():
                 self._file.close()
                 self._file = None
-            case _ if self._file is not None:
-                step, values = scalars_of(event)
-                entry = self._summary.Summary.Value
-                if entries := [entry(tag=tag, simple_value=value) for tag, value in values.items()]:
-                    self._add(step, summary=self._summary.Summary(value=entries))
+            case StepEnded() | Evaluated():
+                values = scalars_of(event).items()
+                entries = [self._value(tag=tag, simple_value=value) for tag, value in values]
+                self._add(event.step, summary=self._summary(value=entries))
 
     def _add(self, step: int, **content: Any) -> None:
-        self._file.add_event(self._event.Event(wall_time=time.time(), step=step, **content))
+        self._file.add_event(self._event(wall_time=time.time(), step=step, **content))
 
 
 class WandbWriter:
@@ -145,18 +134,13 @@ class WandbWriter:
     Repeated steps have the same numbers, so only steps that the server lacks are sent. What a killed session
     did not send, as in offline mode, the next session sends from the checkpoint's history: the step metrics.
 
-    Args:
-        config: of the run.
-
     Raises:
         MissingDependency: the library is not installed.
     """
 
     def __init__(self, config: TrainConfig) -> None:
-        try:
+        with _required("wandb"):
             import wandb
-        except ImportError as error:
-            raise _missing("wandb", error) from error
         self._wandb = wandb
         self._config = config
         self._run: Any = None
@@ -167,13 +151,13 @@ class WandbWriter:
         match event:
             case RunStarted():
                 self._start(event)
-            case RunEnded() if self._run is not None:
+            case _ if self._run is None:
+                return
+            case RunEnded():
                 self._run.finish(exit_code=0 if event.finished else 1)  # 1 marks a stopped run
                 self._run = None
-            case _ if self._run is not None:
-                step, values = scalars_of(event)
-                if values and step >= self._next_step:  # it ignores steps out of order
-                    self._run.log(values, step=step)
+            case StepEnded() | Evaluated() if event.step >= self._next_step:  # it ignores steps out of order
+                self._run.log(scalars_of(event), step=event.step)
 
     def _start(self, event: RunStarted) -> None:
         self._run = self._wandb.init(
@@ -202,5 +186,8 @@ def _run_id(out: Path) -> str:
         return identity
 
 
-def _missing(name: str, error: ImportError) -> MissingDependency:
-    return MissingDependency(f"--report-to {name}", library=error.name or name, extra="dashboards")
+def _required(name: str) -> ErrorTranslator:
+    def translate(error: ImportError) -> MissingDependency:
+        return MissingDependency(f"--report-to {name}", library=error.name or name, extra="dashboards")
+
+    return ErrorTranslator((ImportError,), translate)

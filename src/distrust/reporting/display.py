@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from pathlib import PurePath
 from typing import Any
 
 #: Characters of a source class's name in a figure, and in a table of a page.
@@ -109,3 +110,14 @@ def words(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{name}: {words(item)}" for name, item in value.items())
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def to_json(value: Any) -> Any:
+    """A value for JSON: NaN and infinities, which it lacks, become strings; so do keys and paths."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, dict):
+        return {str(key): to_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_json(item) for item in value]
+    return str(value) if isinstance(value, PurePath) else value

@@ -6,6 +6,7 @@ import io
 import os
 import warnings
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,9 +45,8 @@ def prepare_runs(runs: Sequence[RunData], *, axis: XAxis = "step", smooth: int |
     unit, label = _unit(axis, max((float(x[-1]) for x in columns if len(x)), default=0.0))
     names, colours = distinct_names([run.path for run in runs]), _colours(len(runs))  # one each per run
     rows = zip(runs, names, colours, columns, strict=True)
-    return PlottedRuns(
-        [PlottedRun(run, name, colour, x / unit, smooth) for run, name, colour, x in rows], label
-    )
+    plotted = [PlottedRun(run, name, colour, x / unit, smooth) for run, name, colour, x in rows]
+    return PlottedRuns(plotted, label)
 
 
 def _unit(axis: XAxis, longest: float) -> tuple[float, str]:
@@ -62,18 +62,15 @@ def _unit(axis: XAxis, longest: float) -> tuple[float, str]:
 def distinct_names(paths: Sequence[Path]) -> list[str]:
     """Short names of folders: their paths without the parts that all have in common at either end."""
     parts = [Path(os.path.abspath(path)).parts for path in paths]  # resolves "..", not links
-    shortest = min(map(len, parts))  # keep at least one part of each
-    first = _common(parts, shortest - 1)
-    last = _common([part[::-1] for part in parts], shortest - 1 - first)
+    removable = min(map(len, parts)) - 1  # keep at least one part of each
+    first = min(_count_common(parts), removable)
+    last = min(_count_common([part[::-1] for part in parts]), removable - first)
     return [one_line(os.path.join(*part[first : len(part) - last])) for part in parts]
 
 
-def _common(rows: Sequence[Sequence[str]], limit: int) -> int:
-    """The number of leading entries that all rows have in common, at most the limit."""
-    for count in range(limit):
-        if len({row[count] for row in rows}) > 1:
-            return count
-    return limit
+def _count_common(rows: Sequence[Sequence[str]]) -> int:
+    columns = zip(*rows, strict=False)  # up to the end of the shortest row
+    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
 
 
 def _colours(count: int) -> Sequence[Any]:
@@ -102,6 +99,9 @@ def draw(
         ConfigError: a name is unknown.
         RunNotFound: there is nothing to draw.
     """
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
     require_panels(panels)
     drawable = {name: PANELS[name] for name in panels or PANELS if has_data(name, scene)}
     for name in panels:
@@ -112,29 +112,17 @@ def draw(
         raise RunNotFound(f"{path}: nothing to draw: no step is known", path=path)
     if title is None:
         title = scene.runs[0].name if panel_titles and len(scene.runs) == 1 else ""
-    return _figure(list(drawable.values()), scene, title=title, panel_titles=panel_titles)
-
-
-def has_data(name: str, scene: PlottedRuns) -> bool:
-    """Whether any run has data for a panel."""
-    return any(PANELS[name].has(shown.run) for shown in scene.runs)
-
-
-def _figure(panels: Sequence[Panel], scene: PlottedRuns, *, title: str, panel_titles: bool) -> Any:
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    columns = 1 if len(panels) == 1 else 2 if len(panels) in (2, 4) else 3
-    rows = -(-len(panels) // columns)
+    columns = 1 if len(drawable) == 1 else 2 if len(drawable) in (2, 4) else 3
+    rows = -(-len(drawable) // columns)
     with style_context():
         # Constrained layout keeps legends and labels off the lines of other panels.
         layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1, rect=(0.006, 0.008, 0.988, 0.98))
         figure = Figure(figsize=(_WIDTH * columns, _HEIGHT * rows), layout=layout)
         cells = list(figure.subplots(rows, columns, squeeze=False).flat)
-        for panel, axes in zip(panels, cells, strict=False):
+        for panel, axes in zip(drawable.values(), cells, strict=False):
             remark = _draw_panel(axes, panel, scene)
             set_titles(axes, panel.title if panel_titles else "", remark)
-        for axes in cells[len(panels) :]:  # empty cells of the last row
+        for axes in cells[len(drawable) :]:  # empty cells of the last row
             axes.remove()
         if title:
             figure.suptitle(one_line(title, 120), fontsize=13, fontweight="bold")
@@ -151,6 +139,11 @@ def _draw_panel(axes: Any, panel: Panel, scene: PlottedRuns) -> str:
         axes.xaxis.set_major_formatter(FuncFormatter(compact))
         axes.yaxis.set_major_formatter(FuncFormatter(compact))
     return panel.draw(axes, [shown for shown in scene.runs if panel.has(shown.run)])
+
+
+def has_data(name: str, scene: PlottedRuns) -> bool:
+    """Whether any run has data for a panel."""
+    return any(PANELS[name].has(shown.run) for shown in scene.runs)
 
 
 def _add_legend(figure: Any, runs: Sequence[PlottedRun], columns: int) -> None:
@@ -177,11 +170,7 @@ def render(figure: Any, suffix: str, *, transparent: bool = False) -> bytes:
 
 
 def require_suffix(path: Path, suffixes: Sequence[str] = SUFFIXES) -> str:
-    """The suffix of an output file, in lower case.
-
-    Raises:
-        ConfigError: it is not one of the suffixes.
-    """
+    """The suffix of an output file, in lower case; raises ConfigError if it is none of the suffixes."""
     if path.suffix.lower() not in suffixes:
         raise ConfigError(f"--out {path}: give a name that ends with {' or '.join(suffixes)}")
     return path.suffix.lower()
@@ -200,11 +189,7 @@ def default_target(run: Path, name: str) -> Path:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write or replace a file atomically; make its folder.
-
-    Raises:
-        WriteFailed: an existing file is unchanged.
-    """
+    """Write or replace a file atomically, and make its folder; on failure an existing file is unchanged."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

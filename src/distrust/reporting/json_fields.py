@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from typing import Any, NoReturn, TypeVar, cast, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_type_hints
 
 from distrust.checkpoint.checkpoint import MAX_STEP
 from distrust.errors import DataError, quote_untrusted
@@ -16,6 +16,7 @@ T = TypeVar("T")
 FIELD_ERRORS = (ValueError, RecursionError)
 
 _DECODE = json.JSONDecoder().decode  # json.loads detects the encoding first: slow for a million lines
+_EXPECTED: dict[type, str] = {str: "not a string", list: "not a list", dict: "not an object"}
 _NOT_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
@@ -76,38 +77,31 @@ def _float(value: int | float, name: str) -> float:
         reject(name, "too large a number")
 
 
-def text(record: Mapping[str, Any], name: str) -> str:
-    """A string."""
-    return cast(str, _require(record.get(name), str, name, "not a string"))
+def typed(record: Mapping[str, Any], name: str, kind: type[T]) -> T:
+    """A string, a list or an object."""
+    value = record.get(name)
+    return value if isinstance(value, kind) else reject(name, _EXPECTED[kind])
 
 
 def scalar(record: Mapping[str, Any], name: str) -> str | int | float | None:
     """A number, a string or null."""
-    value = _require(record.get(name), (str, int, float, type(None)), name, "neither a number nor a string")
-    return cast("str | int | float | None", value)
+    value = record.get(name)
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    reject(name, "neither a number nor a string")
 
 
-def items(record: Mapping[str, Any], name: str) -> list[Any]:
-    """A list."""
-    return cast("list[Any]", _require(record.get(name), list, name, "not a list"))
+def build(cls: type[T], record: Mapping[str, Any], name: str) -> tuple[T, ...]:
+    """Dataclasses whose fields are all strings, counts or finite numbers, from a list of objects."""
+    kinds = get_type_hints(cls)
+    instances = []
+    for item in typed(record, name, list):
+        values = typed({name: item}, name, dict)
+        instances.append(cls(**{field: _field(values, field, kinds[field], name) for field in kinds}))
+    return tuple(instances)
 
 
-def mapping(value: Any, name: str) -> dict[str, Any]:
-    """An object."""
-    return cast("dict[str, Any]", _require(value, dict, name, "not an object"))
-
-
-def _require(value: Any, types: type | tuple[type, ...], name: str, problem: str) -> Any:
-    return value if isinstance(value, types) else reject(name, problem)
-
-
-def build(cls: type[T], value: Any, name: str) -> T:
-    """A dataclass whose fields are all strings, counts or finite numbers, from an object."""
-    record = mapping(value, name)
-    values: dict[str, Any] = {}
-    for field, kind in get_type_hints(cls).items():
-        if kind is float:
-            values[field] = finite(record.get(field), f"{name}.{field}")
-        else:
-            values[field] = integer(record, field) if kind is int else text(record, field)
-    return cls(**values)
+def _field(record: Mapping[str, Any], name: str, kind: type, parent: str) -> Any:
+    if kind is float:
+        return finite(record.get(name), f"{parent}.{name}")
+    return integer(record, name) if kind is int else typed(record, name, kind)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,23 +20,22 @@ from pathlib import Path
 from typing import Any
 
 from distrust.atomic import atomic_file
-from distrust.config import STEP_METRICS, TrainConfig
+from distrust.config import STEP_METRICS, TrainConfig, key
 from distrust.errors import ConfigError, DistrustWarning, WriteFailed
+from distrust.reporting.display import to_json
 from distrust.training.events import CheckpointStarted, Evaluated, Event, RunEnded, RunStarted, StepEnded
 
 METRICS = "metrics.jsonl"
 PROVENANCE = "provenance.json"
 
+#: The options that ``provenance.json`` holds, by field.
+WEIGHTING = ("weighting", "alpha", "lambda_", "max_ratio")
 #: The fields of a step's line.
 STEP_FIELDS = ("step", *STEP_METRICS, "tokens", "seconds", "stall_seconds", "memory_bytes")
 
 
 class MetricsWriter:
-    """Writes a run's ``metrics.jsonl``, and at its start ``provenance.json``: the weights of its examples.
-
-    Args:
-        config: of the run; ``provenance.json`` holds its weighting options.
-    """
+    """Writes a run's ``metrics.jsonl``, and at its start ``provenance.json``: options and weights."""
 
     def __init__(self, config: TrainConfig) -> None:
         self._config = config
@@ -71,8 +69,8 @@ class MetricsWriter:
             self._run.out.mkdir(parents=True, exist_ok=True)  # the first file of a new run
             self._repair(self._run)
             with atomic_file(self._run.out / PROVENANCE, force=True) as file:
-                weights = self._run.distribution.as_json()
-                file.write(_json({**weights, **_weighting(self._config)}, indent=1))
+                options = {key(name): getattr(self._config, name) for name in WEIGHTING}
+                file.write(_json({**self._run.distribution.as_json(), **options}, indent=1))
             self._file = os.open(self._run.out / METRICS, os.O_WRONLY | os.O_APPEND)
 
     def _repair(self, run: RunStarted) -> None:
@@ -170,7 +168,7 @@ def repair_lines(
 
 
 def _matches(line: Mapping[str, Any], history: Mapping[str, Sequence[float]], step: int) -> bool:
-    return all(line.get(name) == _to_json(history[name][step - 1]) for name in STEP_METRICS)
+    return all(line.get(name) == to_json(history[name][step - 1]) for name in STEP_METRICS)
 
 
 def _read_lines(path: Path) -> Iterator[bytes]:
@@ -189,20 +187,5 @@ def _parse_line(raw: bytes) -> dict[str, Any] | None:
     return line if isinstance(line, dict) and type(line.get("step")) is int else None
 
 
-def _weighting(config: TrainConfig) -> dict[str, Any]:
-    return {
-        "weighting": config.weighting,
-        "alpha": config.alpha,
-        "lambda": config.lambda_,
-        "max_ratio": config.max_ratio,
-    }
-
-
 def _json(values: Mapping[str, Any], *, indent: int | None = None) -> bytes:
-    plain = {name: _to_json(value) for name, value in values.items()}  # JSON has no NaN
-    return json.dumps(plain, allow_nan=False, ensure_ascii=False, indent=indent).encode() + b"\n"
-
-
-def _to_json(value: Any) -> Any:
-    """The value, or for a float that JSON lacks a string: nan, inf, -inf."""
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+    return json.dumps(to_json(values), allow_nan=False, ensure_ascii=False, indent=indent).encode() + b"\n"

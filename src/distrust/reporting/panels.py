@@ -13,7 +13,7 @@ from distrust.data.distribution import Distribution
 from distrust.errors import ConfigError
 from distrust.reporting.display import class_name, one_line
 from distrust.reporting.run_reader import RunData, Values
-from distrust.reporting.series import stall_share, zero_unknown
+from distrust.reporting.series import GIB, peak_memory, stall_share
 from distrust.reporting.style import (
     BROWN,
     DASHED,
@@ -22,14 +22,13 @@ from distrust.reporting.style import (
     PlottedRun,
     disable_math,
     draw_line,
-    draw_over_steps,
     draw_raw_and_smoothed,
     scale_log,
 )
 
 #: More lines of source classes cannot be distinguished; a table has room for twice as many rows.
 CLASSES = 8
-GIB = 2**30
+_DASHED_REMARK = "dashed: weighted"
 
 Coloured = Sequence[tuple[Distribution, Any]]
 """Distributions of weights, each with its colour."""
@@ -52,19 +51,16 @@ def _draw_loss(axes: Any, runs: Sequence[PlottedRun]) -> str:
     for shown in runs:
         columns = shown.run.steps.columns
         draw_raw_and_smoothed(axes, shown, columns["loss"])
-        if _differ(columns["loss"], columns.get("weighted_loss")):
-            remark = "dashed: weighted"  # one is enough
+        if "weighted_loss" in columns and _differ(columns["loss"], columns["weighted_loss"]):
+            remark = _DASHED_REMARK
             weighted = shown.smooth_values(columns["weighted_loss"])
-            draw_over_steps(axes, shown, weighted, linewidth=1.2, linestyle=DASHED)
+            draw_line(axes, shown.x, weighted, color=shown.colour, linewidth=1.2, linestyle=DASHED)
     axes.set_ylabel("nats per token")
     return remark
 
 
-def _differ(values: Values | None, weighted: Values | None) -> bool:
-    """Whether both exist and differ: without weighting they are equal."""
-    if values is None or weighted is None:
-        return False
-    return not np.array_equal(values, weighted, equal_nan=True)
+def _differ(values: Values, weighted: Values) -> bool:
+    return not np.array_equal(values, weighted, equal_nan=True)  # without weighting they are equal
 
 
 def _draw_evaluations(axes: Any, runs: Sequence[PlottedRun]) -> str:
@@ -77,8 +73,8 @@ def _draw_evaluations(axes: Any, runs: Sequence[PlottedRun]) -> str:
             markersize=3.5, label="all", zorder=3,
         )  # fmt: skip
         steps, weighted = shown.run.evaluations_of("eval_weighted_loss")
-        if len(steps) and _differ(values, weighted):  # weighted ones exist and differ
-            remarks = ["dashed: weighted"]
+        if len(steps) and _differ(values, weighted):
+            remarks = [_DASHED_REMARK]
             x = shown.positions_of(steps)
             draw_line(axes, x, weighted, color=shown.colour, linewidth=1.2, linestyle=DASHED)
     axes.set_ylabel("nats per token")
@@ -109,30 +105,33 @@ def _draw_classes(axes: Any, shown: PlottedRun, classes: list[str]) -> list[str]
     return [f"{CLASSES} of {len(classes)} source classes"] if len(classes) > CLASSES else []
 
 
-def _lines(
-    values: Callable[[PlottedRun], Values],
+def _line_panel(
+    title: str,
+    caption: str,
+    columns: Sequence[str],
     *,
+    values: Callable[[PlottedRun], Values] | None = None,
     label: str = "",
     raw: bool = False,
     remark: Callable[[RunData], str] = lambda _: "",
-) -> Callable[[Any, Sequence[PlottedRun]], str]:
-    """The ``draw`` of a panel of lines, from zero. With ``raw``: smoothed, the raw values behind."""
+) -> Panel:
+    """A small panel of lines, from zero: of the ``values``, or of the only one of the columns that it needs.
+
+    With ``raw``, the lines are smoothed, and the raw values are behind them.
+    """
+    values_of = values or (lambda shown: shown.run.steps.columns[columns[0]])
 
     def draw(axes: Any, runs: Sequence[PlottedRun]) -> str:
         for shown in runs:
             if raw:
-                draw_raw_and_smoothed(axes, shown, values(shown))
+                draw_raw_and_smoothed(axes, shown, values_of(shown))
             else:
-                draw_over_steps(axes, shown, values(shown), linewidth=1.7)
+                draw_line(axes, shown.x, values_of(shown), color=shown.colour, linewidth=1.7)
         axes.set_ylabel(label)
         axes.set_ylim(0, 1.1 * axes.get_ylim()[1])  # headroom for flat lines
         return remark(runs[0].run) if len(runs) == 1 else ""
 
-    return draw
-
-
-def _column(name: str) -> Callable[[PlottedRun], Values]:
-    return lambda shown: shown.run.steps.columns[name]
+    return Panel(title, caption, _has(*columns), draw, minor=True)
 
 
 def _speed(shown: PlottedRun) -> Values:
@@ -140,10 +139,6 @@ def _speed(shown: PlottedRun) -> Values:
     with np.errstate(invalid="ignore", divide="ignore"):
         # Tokens of a window by its seconds, not a mean of speeds: short steps must not count more.
         return shown.smooth_values(columns["tokens"]) / shown.smooth_values(columns["seconds"])
-
-
-def _peak_memory(run: RunData) -> str:
-    return f"peak {zero_unknown(run.steps.columns['memory_bytes']).max() / GIB:.3g} GiB"
 
 
 def _distributions(runs: Sequence[PlottedRun]) -> Coloured:
@@ -174,18 +169,8 @@ def draw_weights(axes: Any, distributions: Coloured, *, noun: str) -> str:
     return f"effective sample size {weights.effective_examples:,.0f} ({share:.0%})"
 
 
-def _draw_run_sources(axes: Any, runs: Sequence[PlottedRun]) -> str:
-    return draw_sources(axes, _distributions(runs), unit="tokens")
-
-
 def draw_sources(axes: Any, distributions: Coloured, *, unit: str) -> str:
-    """Draw for each source class its share of the tokens and of the weight; returns a remark.
-
-    Args:
-        axes: of matplotlib.
-        distributions: one or more.
-        unit: what ``tokens`` counts, in the plural.
-    """
+    """Draw the share of each source class in the tokens (the ``unit``) and the weight; returns a remark."""
     names = list(dict.fromkeys(c.name for weights, _ in distributions for c in weights.classes))
     rows = {name: -number for number, name in enumerate(names[: 2 * CLASSES])}
     for number, (weights, colour) in enumerate(distributions):
@@ -227,7 +212,7 @@ PANELS: Mapping[str, Panel] = {
         "Weight by source class",
         "A dot to the right of its ring: the weighting counts the class for more than its share of tokens.",
         lambda run: run.provenance is not None and len(run.provenance.weights.classes) > 1,
-        _draw_run_sources,
+        lambda axes, runs: draw_sources(axes, _distributions(runs), unit="tokens"),
         over_steps=False,
     ),
     "weights": Panel(
@@ -237,54 +222,42 @@ PANELS: Mapping[str, Panel] = {
         _draw_run_weights,
         over_steps=False,
     ),
-    "lr": Panel(
-        "Learning rate",
-        "The learning rate of each step.",
-        _has("learning_rate"),
-        _lines(_column("learning_rate")),
-        minor=True,
-    ),
-    "norm": Panel(
+    "lr": _line_panel("Learning rate", "The learning rate of each step.", ["learning_rate"]),
+    "norm": _line_panel(
         "Gradient norm",
         "The norm of the gradient.",
-        _has("gradient_norm"),
-        _lines(_column("gradient_norm"), raw=True, remark=lambda _: "before clipping"),
-        minor=True,
+        ["gradient_norm"],
+        raw=True,
+        remark=lambda _: "before clipping",
     ),
-    "speed": Panel(
+    "speed": _line_panel(
         "Speed",
         "Trained tokens per second, smoothed.",
-        _has("tokens", "seconds"),
-        _lines(_speed, label="tokens per second"),
-        minor=True,
+        ["tokens", "seconds"],
+        values=_speed,
+        label="tokens per second",
     ),
-    "stall": Panel(
+    "stall": _line_panel(
         "Checkpoint stall",
         "Share of the time so far in which training waited for checkpoints.",
-        _has("stall_seconds", "seconds"),
-        _lines(
-            lambda shown: 100 * stall_share(shown.run),
-            label="% of the time so far",
-            remark=lambda run: f"{stall_share(run)[-1]:.2%} in total",
-        ),
-        minor=True,
+        ["stall_seconds", "seconds"],
+        values=lambda shown: 100 * stall_share(shown.run),
+        label="% of the time so far",
+        remark=lambda run: f"{stall_share(run)[-1]:.2%} in total",
     ),
-    "memory": Panel(
+    "memory": _line_panel(
         "Memory",
         "Resident on the host, and allocated on the device.",
-        _has("memory_bytes"),
-        _lines(lambda shown: _column("memory_bytes")(shown) / GIB, label="GiB", remark=_peak_memory),
-        minor=True,
+        ["memory_bytes"],
+        values=lambda shown: shown.run.steps.columns["memory_bytes"] / GIB,
+        label="GiB",
+        remark=lambda run: f"peak {peak_memory(run)}",
     ),
 }
 
 
 def require_panels(names: Sequence[str]) -> None:
-    """Check names of panels.
-
-    Raises:
-        ConfigError: a name is unknown.
-    """
+    """Raise ConfigError if a name is unknown."""
     for name in names:
         if name not in PANELS:
             raise ConfigError(

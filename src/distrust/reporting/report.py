@@ -11,34 +11,18 @@ from __future__ import annotations
 
 import re
 from importlib import resources
-from typing import Any, NamedTuple
+from typing import Any
 from xml.etree import ElementTree
 
 from distrust.reporting import display, figures, panels, summary
 from distrust.reporting.run_reader import RunData
 from distrust.reporting.style import BROWN, GRID, INK, QUIET, SERIES
 
-_TEMPLATE = "page.html.jinja"
 #: CSS variables of the colours; the page defines them.
-VARIABLES = {
-    INK: "--ink",
-    QUIET: "--quiet",
-    GRID: "--grid",
-    **{colour: f"--series-{number}" for number, colour in enumerate(SERIES[:-1], 1)},
-    BROWN: "--series-7",
-}
+_VARIABLES = {INK: "var(--ink)", QUIET: "var(--quiet)", GRID: "var(--grid)"}
+_VARIABLES |= {colour: f"var(--series-{i})" for i, colour in enumerate((*SERIES[:-1], BROWN), 1)}
 _COLOUR = re.compile("#[0-9a-f]{6}")
 _REFERENCE = re.compile(r"url\(#([^)]+)\)")
-
-
-class Picture(NamedTuple):
-    """A figure of the page."""
-
-    name: str  # of the panel
-    title: str
-    caption: str
-    svg: Any  # its markup
-    small: bool  # whether it belongs to the small ones
 
 
 def page(run: RunData) -> str:
@@ -54,7 +38,8 @@ def page(run: RunData) -> str:
         "g": "{:.4g}".format,
         "percent": "{:.1%}".format,
     }
-    template = environment.from_string(resources.files(__package__).joinpath(_TEMPLATE).read_text("utf-8"))
+    source = resources.files(__package__).joinpath("page.html.jinja").read_text("utf-8")
+    template = environment.from_string(source)
     state, sentence = summary.state(run)
     return template.render(
         run=run,
@@ -78,29 +63,23 @@ def _clean(value: Any) -> Any:
     return display.one_line(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
-def _pictures(run: RunData) -> list[Picture]:
+def _pictures(run: RunData) -> list[tuple[str, panels.Panel, Any]]:
+    """The name of each panel that has data, the panel, and the markup of its figure."""
     from markupsafe import Markup
 
     scene = figures.prepare_runs([run])  # over steps
     pictures = []
     for name, panel in panels.PANELS.items():
         if figures.has_data(name, scene):
-            figure = figures.draw(scene, [name], panel_titles=False)
-            svg = figures.render(figure, ".svg", transparent=True)
+            svg = figures.render(figures.draw(scene, [name], panel_titles=False), ".svg", transparent=True)
             label = f"{panel.title}. {panel.caption}"
-            markup = Markup(inline_svg(svg, prefix=f"{name}-", label=label))  # noqa: S704 - escaped by ElementTree
-            pictures.append(Picture(name, panel.title, panel.caption, markup, panel.minor))
+            markup = Markup(_inline_svg(svg, prefix=f"{name}-", label=label))  # noqa: S704 - escaped by ElementTree
+            pictures.append((name, panel, markup))
     return pictures
 
 
-def inline_svg(svg: bytes, *, prefix: str, label: str) -> str:
-    """Turn an SVG file of matplotlib into an element of a page.
-
-    Args:
-        svg: the file.
-        prefix: of its ids, unique in the page.
-        label: describes it for screen readers.
-    """
+def _inline_svg(svg: bytes, *, prefix: str, label: str) -> str:
+    """Turn an SVG file of matplotlib into an element of a page; the prefix makes its ids unique there."""
     root = ElementTree.fromstring(svg)  # noqa: S314 - drawn in this process
     for parent in list(root.iter()):
         for child in list(parent):
@@ -128,9 +107,5 @@ def _rewrite(key: str, value: str, prefix: str) -> str:
         case "href":
             return f"#{prefix}{value[1:]}"
         case "style":
-            value = _COLOUR.sub(lambda colour: _variable(colour[0]), value)
+            value = _COLOUR.sub(lambda match: _VARIABLES.get(match[0], match[0]), value)
     return _REFERENCE.sub(rf"url(#{prefix}\1)", value)
-
-
-def _variable(colour: str) -> str:
-    return f"var({VARIABLES[colour]})" if colour in VARIABLES else colour

@@ -18,12 +18,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from distrust.checkpoint import CheckpointFile, CheckpointManager, Scan, catalog
+from distrust.config import key
 from distrust.data.distribution import ClassSummary, Distribution, Extreme, Quartiles
 from distrust.errors import (
     NO_SUCH_FILE,
@@ -31,10 +32,11 @@ from distrust.errors import (
     CorruptCheckpoint,
     DataError,
     DistrustWarning,
+    ErrorTranslator,
     RunNotFound,
 )
 from distrust.reporting import json_fields
-from distrust.reporting.metrics import METRICS, PROVENANCE, STEP_FIELDS
+from distrust.reporting.metrics import METRICS, PROVENANCE, STEP_FIELDS, WEIGHTING
 
 #: The columns of the steps, all float64 here.
 COLUMNS = STEP_FIELDS[1:]
@@ -43,10 +45,8 @@ _STEP_KEYS = {"step", *COLUMNS}
 EVALUATION = "eval_"
 #: No run writes longer lines, and a file without a newline must not fill the memory.
 _MAX_BYTES = 1 << 24
-_WEIGHTING_OPTIONS = ("weighting", "alpha", "lambda", "max_ratio")
 
 Values = NDArray[np.float64]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +72,11 @@ class Evaluation:
 class Provenance:
     """The weights of a run's examples."""
 
-    options: Mapping[str, Any]  # of the weighting: _WEIGHTING_OPTIONS
+    options: Mapping[str, Any]  # of the weighting: WEIGHTING
     weights: Distribution
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class RunData:
     """The content of a run folder."""
 
@@ -106,9 +106,7 @@ class RunData:
 
 
 def read_run(folder: Path) -> RunData:
-    """Read a run folder.
-
-    Warns about each damaged checkpoint whose history it tried to read.
+    """Read a run folder. Warns about each damaged checkpoint whose history it tried to read.
 
     Raises:
         RunNotFound: there is no run.
@@ -124,22 +122,12 @@ def read_run(folder: Path) -> RunData:
     lines = _read_metrics(folder / METRICS)  # None: no file
     provenance = _read_provenance(folder / PROVENANCE)
     if lines is None and provenance is None and not (checkpoints.files or checkpoints.damaged):
-        started = (folder / catalog.RUN_SUBDIRECTORY).is_dir()
-        problem = (
-            "the run has made no step and saved nothing yet; try again later"
-            if started
-            else f"no run here: neither checkpoints nor {METRICS}; give the --out of a training"
-        )
+        problem = f"no run here: neither checkpoints nor {METRICS}; give the --out of a training"
+        if (folder / catalog.RUN_SUBDIRECTORY).is_dir():
+            problem = "the run has made no step and saved nothing yet; try again later"
         raise RunNotFound(f"{folder}: {problem}", path=folder)
     steps, evaluations = lines or (_history(checkpoints), _saved_evaluations(checkpoints))
-    return RunData(
-        path=folder,
-        steps=steps,
-        evaluations=evaluations,
-        provenance=provenance,
-        checkpoints=checkpoints,
-        from_history=lines is None,
-    )
+    return RunData(folder, steps, evaluations, provenance, checkpoints, from_history=lines is None)
 
 
 def _read_metrics(path: Path) -> tuple[Steps, list[Evaluation]] | None:
@@ -150,21 +138,17 @@ def _read_metrics(path: Path) -> tuple[Steps, list[Evaluation]] | None:
 @contextlib.contextmanager
 def _open(path: Path) -> Iterator[BinaryIO | None]:
     """Open a regular file; None if it is missing."""
-    try:
-        # O_NONBLOCK: opening a named pipe would wait for a writer.
-        file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
-    except FileNotFoundError:
-        yield None
-        return
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    with file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise DataError(f"{path}: is not a file; move it away")
+    with ErrorTranslator((OSError,), lambda error: DataError(f"{path}: cannot be read: {error.strerror}")):
         try:
+            # O_NONBLOCK: opening a named pipe would wait for a writer.
+            file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+        except FileNotFoundError:
+            yield None
+            return
+        with file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise DataError(f"{path}: is not a file; move it away")
             yield file
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _parse_metrics(path: Path, lines: Iterator[bytes]) -> tuple[Steps, list[Evaluation]]:
@@ -182,7 +166,10 @@ def _parse_metrics(path: Path, lines: Iterator[bytes]) -> tuple[Steps, list[Eval
                 continue  # an editor may add empty lines
             record = json_fields.parse_object(line)
             step = json_fields.integer(record, "step")
-            if not record.keys() <= _STEP_KEYS and (metrics := _evaluation_metrics(record)):
+            # Only lines with another key: a million step lines have none.
+            names = [] if record.keys() <= _STEP_KEYS else [n for n in record if n.startswith(EVALUATION)]
+            if names:
+                metrics = {name: json_fields.number(record, name) for name in names}
                 _require_order(step, evaluations[-1].step if evaluations else -1)
                 evaluations.append(Evaluation(step, metrics))
             else:
@@ -204,10 +191,6 @@ def _row(record: Mapping[str, Any]) -> array[float]:
         with contextlib.suppress(OverflowError):  # the slow path reports it with its name
             return array("d", row)
     return array("d", [json_fields.number(record, name) if name in record else math.nan for name in COLUMNS])
-
-
-def _evaluation_metrics(record: Mapping[str, Any]) -> dict[str, float]:
-    return {name: json_fields.number(record, name) for name in record if name.startswith(EVALUATION)}
 
 
 def _require_order(step: int, previous: int) -> None:
@@ -258,20 +241,18 @@ def _read_provenance(path: Path) -> Provenance | None:
         text = file.read(_MAX_BYTES)  # bounded
     try:
         record = json_fields.parse_object(text)
-        options = {name: json_fields.scalar(record, name) for name in _WEIGHTING_OPTIONS}
+        options = {name: json_fields.scalar(record, name) for name in map(key, WEIGHTING)}
         return Provenance(options, _distribution(record))
     except json_fields.FIELD_ERRORS as error:
         raise json_fields.field_error(str(path), error) from None
 
 
 def _distribution(record: Mapping[str, Any]) -> Distribution:
-    counts = tuple(
-        json_fields.integer({"counts": count}, "counts") for count in json_fields.items(record, "counts")
-    )
-    edges = tuple(json_fields.finite(edge, "edges") for edge in json_fields.items(record, "edges"))
+    counts = [json_fields.integer({"counts": n}, "counts") for n in json_fields.typed(record, "counts", list)]
+    edges = [json_fields.finite(edge, "edges") for edge in json_fields.typed(record, "edges", list)]
     if len(edges) != len(counts) + 1 or any(low >= high for low, high in pairwise((0.0, *edges))):
         json_fields.reject("edges", "not one more than counts, above 0 and rising")
-    quantiles = json_fields.mapping(record.get("quantiles"), "quantiles")
+    quantiles = json_fields.typed(record, "quantiles", dict)
     effective = json_fields.finite(record.get("effective_examples"), "effective_examples")
     if not 0 <= effective <= json_fields.integer(record, "examples") + 1:  # + 1: it was rounded
         json_fields.reject("effective_examples", "more than there are examples, or less than 0")
@@ -280,16 +261,12 @@ def _distribution(record: Mapping[str, Any]) -> Distribution:
         tokens=json_fields.integer(record, "tokens"),
         effective_examples=effective,
         quantiles={name: _quartiles(value, f"quantiles.{name}") for name, value in quantiles.items()},
-        edges=edges,
-        counts=counts,
-        classes=_list(record, "classes", ClassSummary),
-        heaviest=_list(record, "heaviest", Extreme),
-        lightest=_list(record, "lightest", Extreme),
+        edges=tuple(edges),
+        counts=tuple(counts),
+        classes=json_fields.build(ClassSummary, record, "classes"),
+        heaviest=json_fields.build(Extreme, record, "heaviest"),
+        lightest=json_fields.build(Extreme, record, "lightest"),
     )
-
-
-def _list(record: Mapping[str, Any], name: str, cls: type[T]) -> tuple[T, ...]:
-    return tuple(json_fields.build(cls, item, name) for item in json_fields.items(record, name))
 
 
 def _quartiles(value: Any, where: str) -> Quartiles:

@@ -18,6 +18,7 @@ X_AXES = get_args(XAxis)
 POINTS = 2000
 #: Larger values are treated like NaN: matplotlib cannot divide such an axis.
 LARGEST = 1e100
+GIB = 2**30
 
 
 def positions(run: RunData, axis: XAxis) -> Values:
@@ -48,25 +49,24 @@ def zero_unknown(values: Values) -> Values:
 
 
 def stall_share(run: RunData) -> Values:
-    """The share of the time until each step that checkpoints took, in [0, 1]: float64[n].
-
-    Unknown seconds count as 0.
-    """
+    """The share of the time until each step that checkpoints took; unknown seconds count as 0: float64[n]."""
     stall = np.cumsum(zero_unknown(run.steps.columns["stall_seconds"]))
     steps = np.cumsum(zero_unknown(run.steps.columns["seconds"]))
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(stall + steps > 0, stall / (stall + steps), 0.0)
 
 
+def peak_memory(run: RunData) -> str:
+    """The largest memory of any step."""
+    return f"{zero_unknown(run.steps.columns['memory_bytes']).max() / GIB:.3g} GiB"
+
+
 def smooth(values: Values, window: int) -> Values:
-    """The mean of the finite values in a centred window, which is shorter at both ends.
+    """The mean of the finite values in a centred window: float64[n], NaN where it has none.
 
     Args:
         values: float64[n].
-        window: number of values, 1 or more.
-
-    Returns:
-        float64[n]; NaN where the window has no finite value.
+        window: number of values, 1 or more; fewer at both ends.
     """
     finite = np.isfinite(values)
     if not finite.any():
@@ -93,14 +93,12 @@ def default_window(count: int) -> int:
 def thin(x: NDArray[Any], y: Values, points: int = POINTS) -> tuple[NDArray[Any], Values]:
     """Reduce a line to a number of points that look the same: the lowest and the highest of each block.
 
+    The first and the last stay, too. A block without a finite value leaves one NaN.
+
     Args:
         x: numbers [n].
         y: float64[n]; may hold values that are not finite.
         points: 4 or more.
-
-    Returns:
-        Some of the points, in order: all of them; or the first, the last, and from each block of equal
-        length the smallest and the largest finite one, or one NaN if it has none.
     """
     n = len(y)
     if n <= points:  # nothing to gain

@@ -92,11 +92,6 @@ def compact(value: float, _: object = None) -> str:
     return f"{value:g}"
 
 
-def draw_over_steps(axes: Any, shown: PlottedRun, values: Values, **style: Any) -> None:
-    """Draw one value per step as a line."""
-    draw_line(axes, shown.x, values, color=shown.colour, **style)
-
-
 def draw_line(axes: Any, x: NDArray[Any], y: Values, **style: Any) -> None:
     """Draw a line, with a gap at each value that is not finite."""
     x, y = thin(x, np.where(np.abs(y) <= LARGEST, y, np.nan))  # millions of steps
@@ -107,8 +102,8 @@ def draw_raw_and_smoothed(axes: Any, shown: PlottedRun, values: Values) -> None:
     """Draw the smoothed values, and the raw ones faintly behind them."""
     smoothed = shown.smooth_values(values)
     if not np.array_equal(smoothed, values):  # short runs are not smoothed
-        draw_over_steps(axes, shown, values, linewidth=0.7, alpha=0.28)
-    draw_over_steps(axes, shown, smoothed, linewidth=1.7)
+        draw_line(axes, shown.x, values, color=shown.colour, linewidth=0.7, alpha=0.28)
+    draw_line(axes, shown.x, smoothed, color=shown.colour, linewidth=1.7)
 
 
 def scale_log(axes: Any, edges: Sequence[float]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from distrust.config import TrainConfig, key
 from distrust.reporting.display import TABLE_NAME_CHARACTERS, class_name, duration, number, words
 from distrust.reporting.panels import classes_by_share
 from distrust.reporting.run_reader import RunData
-from distrust.reporting.series import stall_share, zero_unknown
+from distrust.reporting.series import peak_memory, stall_share, zero_unknown
 from distrust.run_record import RunRecord
 
 #: Evaluations that a page lists: a long run has thousands.
@@ -49,17 +49,13 @@ class Row(NamedTuple):
 
 def _record(run: RunData) -> RunRecord:
     """What the newest checkpoint records; nothing without one."""
-    return (
-        RunRecord(config={}, settings={}) if run.newest is None else RunRecord.from_header(run.newest.header)
-    )
+    return RunRecord.from_header(run.newest.header) if run.newest else RunRecord(config={}, settings={})
 
 
 def last_step(run: RunData) -> int:
     """The last known step."""
-    return max(
-        int(run.steps.step[-1]) if len(run.steps) else 0,
-        run.newest.step if run.newest is not None else 0,
-    )
+    saved = run.newest.step if run.newest is not None else 0
+    return max(int(run.steps.step[-1]), saved) if len(run.steps) else saved
 
 
 def _max_steps(run: RunData) -> int | None:
@@ -88,19 +84,56 @@ def state(run: RunData) -> tuple[str, str]:
 
 def facts(run: RunData) -> list[Fact]:
     """The facts at the top of the page; unknown ones are left out."""
-    best = best_evaluation(run)  # None without evaluations
-    candidates = [
-        Fact("steps", f"{last_step(run):,}", _of_max_steps(run)),
-        best and Fact(f"best {_with_spaces(best[0])}", number(best[1]), f"at step {best[2]:,}"),
-        _last_loss(run),
-        *_checkpoints(run),
-        _time(run),
-        _tokens(run),
-        _stall(run),
-        _memory(run),
-        _effective_sample(run),
-    ]
-    return [fact for fact in candidates if fact]
+    rows = [Fact("steps", f"{last_step(run):,}", _of_max_steps(run))]
+    if best := best_evaluation(run):
+        metric, value, step = best
+        rows.append(Fact(f"best {metric.replace('_', ' ')}", number(value), f"at step {step:,}"))
+    if "loss" in run.steps.columns:
+        rows.append(Fact("training loss", number(float(run.steps.columns["loss"][-1])), "of the last step"))
+    if run.newest is not None:
+        rows.append(Fact("last checkpoint", f"step {run.newest.step:,}", run.newest.kind))
+    if file := best_checkpoint(run):
+        metric = _rules(run).metric
+        detail = f"{metric.replace('_', ' ')} {number(file.metrics[metric])}"
+        rows.append(Fact("best checkpoint", f"step {file.step:,}", detail))
+    rows += [*_speed_facts(run), *_machine_facts(run)]
+    if run.provenance is not None:
+        weights = run.provenance.weights
+        detail = f"{weights.effective_examples / max(1, weights.examples):.0%} of {weights.examples:,}"
+        rows.append(Fact("effective sample size", f"{weights.effective_examples:,.0f}", detail))
+    return rows
+
+
+def _speed_facts(run: RunData) -> Iterator[Fact]:
+    columns, record = run.steps.columns, _record(run)
+    seconds, tokens = columns.get("seconds"), columns.get("tokens")
+    if seconds is not None:
+        total, measured = float(zero_unknown(seconds).sum()), int(np.isfinite(seconds).sum())
+        detail = f"{total / max(1, measured):.3g} s per step"
+        if measured < len(seconds):
+            detail += f"; of {measured:,} steps"  # restored lines have no times
+        yield Fact("time in steps", duration(total), detail)
+    elif record.elapsed_seconds is not None:
+        yield Fact("time in steps", duration(record.elapsed_seconds))
+    if tokens is not None:
+        detail = ""
+        if seconds is not None:
+            timed = np.isfinite(tokens) & np.isfinite(seconds)
+            total, count = float(zero_unknown(seconds[timed]).sum()), float(zero_unknown(tokens[timed]).sum())
+            if total > 0 and math.isfinite(count / total):
+                detail = f"{count / total:,.0f} per second"
+        yield Fact("trained tokens", f"{zero_unknown(tokens).sum():,.0f}", detail)
+    elif record.tokens_seen is not None:
+        yield Fact("trained tokens", f"{record.tokens_seen:,}")
+
+
+def _machine_facts(run: RunData) -> Iterator[Fact]:
+    columns = run.steps.columns
+    if "stall_seconds" in columns and "seconds" in columns:
+        seconds = float(zero_unknown(columns["stall_seconds"]).sum())
+        yield Fact("checkpoint stall", f"{stall_share(run)[-1]:.2%}", duration(seconds))
+    if "memory_bytes" in columns:
+        yield Fact("peak memory", peak_memory(run))
 
 
 def best_evaluation(run: RunData) -> tuple[str, float, int] | None:
@@ -138,87 +171,23 @@ def _rules(run: RunData) -> Retention:
     )
 
 
-def _last_loss(run: RunData) -> Fact | None:
-    if "loss" not in run.steps.columns:
-        return None
-    return Fact("training loss", number(float(run.steps.columns["loss"][-1])), "of the last step")
-
-
-def _checkpoints(run: RunData) -> list[Fact]:
-    newest, best = run.newest, best_checkpoint(run)
-    rows = []
-    if newest is not None:
-        rows.append(Fact("last checkpoint", f"step {newest.step:,}", newest.kind))
-    if best is not None:
-        metric = _rules(run).metric
-        value = f"{_with_spaces(metric)} {number(best.metrics[metric])}"
-        rows.append(Fact("best checkpoint", f"step {best.step:,}", value))
-    return rows
-
-
-def _time(run: RunData) -> Fact | None:
-    seconds = run.steps.columns.get("seconds")
-    if seconds is not None:
-        total, measured = float(zero_unknown(seconds).sum()), int(np.isfinite(seconds).sum())
-        detail = f"{total / max(1, measured):.3g} s per step"
-        if measured < len(seconds):
-            detail += f"; of {measured:,} steps"  # restored lines have no times
-        return Fact("time in steps", duration(total), detail)
-    elapsed = _record(run).elapsed_seconds
-    return None if elapsed is None else Fact("time in steps", duration(elapsed))
-
-
-def _tokens(run: RunData) -> Fact | None:
-    columns = run.steps.columns
-    saved_count = _record(run).tokens_seen
-    if "tokens" not in columns:
-        return Fact("trained tokens", f"{saved_count:,}") if saved_count is not None else None
-    detail = ""
-    if "seconds" in columns:
-        timed = np.isfinite(columns["tokens"]) & np.isfinite(columns["seconds"])
-        seconds, tokens = (float(zero_unknown(columns[name][timed]).sum()) for name in ("seconds", "tokens"))
-        if seconds > 0 and math.isfinite(tokens / seconds):
-            detail = f"{tokens / seconds:,.0f} per second"
-    return Fact("trained tokens", f"{zero_unknown(columns['tokens']).sum():,.0f}", detail)
-
-
-def _stall(run: RunData) -> Fact | None:
-    columns = run.steps.columns
-    if "stall_seconds" not in columns or "seconds" not in columns:
-        return None
-    seconds = float(zero_unknown(columns["stall_seconds"]).sum())
-    return Fact("checkpoint stall", f"{stall_share(run)[-1]:.2%}", duration(seconds))
-
-
-def _memory(run: RunData) -> Fact | None:
-    if "memory_bytes" not in run.steps.columns:
-        return None
-    return Fact("peak memory", f"{zero_unknown(run.steps.columns['memory_bytes']).max() / 2**30:.3g} GiB")
-
-
-def _effective_sample(run: RunData) -> Fact | None:
-    if run.provenance is None:
-        return None
-    weights = run.provenance.weights
-    share = weights.effective_examples / max(1, weights.examples)
-    detail = f"{share:.0%} of {weights.examples:,}"
-    return Fact("effective sample size", f"{weights.effective_examples:,.0f}", detail)
-
-
 def evaluations(run: RunData) -> tuple[list[str], list[Row], int]:
     """The table of evaluations: headings, rows from the newest, and the number of omitted rows.
 
     If there are many, it has the newest, the first and the best.
     """
     names = [name for name in EVALUATION_COLUMNS if any(name in e.metrics for e in run.evaluations)]
-    best = best_evaluation(run)
-    best_step = best[2] if best else None
+    _, _, best_step = best_evaluation(run) or (None, None, None)
     newest = len(run.evaluations) - ROWS  # index of the first of the newest
     chosen = [
         e for index, e in enumerate(run.evaluations) if index == 0 or index >= newest or e.step == best_step
     ]
     rows = [
-        Row(f"{e.step:,}", [_cell(e.metrics, name) for name in names], e.step == best_step)
+        Row(
+            f"{e.step:,}",
+            [number(e.metrics[name]) if name in e.metrics else "" for name in names],
+            e.step == best_step,
+        )
         for e in reversed(chosen)
     ]
     return [EVALUATION_COLUMNS[name] for name in names], rows, len(run.evaluations) - len(chosen)
@@ -228,13 +197,12 @@ def evaluations_by_class(run: RunData) -> tuple[list[str], list[Row]]:
     """The table of source classes: headings, and for each class its first and last evaluation."""
     rows = []
     for name in classes_by_share(run):
-        losses, perplexities = (
-            run.evaluations_of(f"{metric}/{name}")[1] for metric in ("eval_loss", "eval_perplexity")
-        )
+        losses = run.evaluations_of(f"eval_loss/{name}")[1].tolist()
+        perplexities = run.evaluations_of(f"eval_perplexity/{name}")[1].tolist()
         cells = [
-            number(float(losses[0])),
-            number(float(losses[-1])),
-            number(float(perplexities[-1])) if len(perplexities) else "",
+            number(losses[0]),
+            number(losses[-1]),
+            number(perplexities[-1]) if perplexities else "",
             f"{losses[-1] - losses[0]:+.4g}",
         ]
         rows.append(Row(class_name(name, TABLE_NAME_CHARACTERS), cells))
@@ -249,12 +217,11 @@ def options(run: RunData) -> list[Fact]:
     saved = _record(run).options
     defaults = {key(field.name): field.default for field in fields(TrainConfig)}
     rows = []
-    for name, default in defaults.items():
-        if name in saved:
-            value, standard = words(saved[name]), words(default)
-            rows.append(Fact(name, value, standard if value != standard else ""))
-    unknown = [(name, value) for name, value in _record(run).config.items() if name not in defaults]
-    return rows + [Fact(name, words(value)) for name, value in unknown]
+    for name in [name for name in defaults if name in saved]:
+        value, standard = words(saved[name]), words(defaults[name])
+        rows.append(Fact(name, value, standard if value != standard else ""))
+    unknown = {name: value for name, value in _record(run).config.items() if name not in defaults}
+    return rows + [Fact(name, words(value)) for name, value in unknown.items()]
 
 
 def environment(run: RunData) -> list[Fact]:
@@ -262,16 +229,10 @@ def environment(run: RunData) -> list[Fact]:
     if run.newest is None:
         return []
     info, record = run.newest.header.run_info, _record(run)
-    values: dict[str, Any] = {name: info.get(name) for name in ("host", "created") if name in info}
-    values |= record.environment
-    values |= {f"corpus: {name}": value for name, value in record.corpus.items()}
-    values |= {f"fingerprint of the {name}": value for name, value in record.fingerprints.items()}
+    values: dict[str, Any] = {
+        **{name: info[name] for name in ("host", "created") if name in info},
+        **record.environment,
+        **{f"corpus: {name}": value for name, value in record.corpus.items()},
+        **{f"fingerprint of the {name}": value for name, value in record.fingerprints.items()},
+    }
     return [Fact(str(name), words(value)) for name, value in values.items()]
-
-
-def _cell(metrics: Mapping[str, float], name: str) -> str:
-    return number(metrics[name]) if name in metrics else ""
-
-
-def _with_spaces(metric: str) -> str:
-    return metric.replace("_", " ")

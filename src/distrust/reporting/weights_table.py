@@ -20,25 +20,22 @@ _ROWS = 12  # of the histogram: half its bins, so that it fits a screen with the
 def score_lines(checks: Mapping[Quantity, Check], *, recomputed: bool) -> Iterator[str]:
     """Where the values of w and H come from, and the largest differences."""
     for name, check in checks.items():
-        yield from _check_lines(*_SYMBOLS[name], check, recomputed=recomputed)
-
-
-def _check_lines(symbol: str, unit: str, check: Check, *, recomputed: bool) -> Iterator[str]:
-    if check.computed:
-        yield f"{symbol}: {check.computed:,} computed"
-    if check.defaulted:
-        yield f"{symbol}: {check.defaulted:,} set to the default: nothing to compute it from"
-    if check.checked:
-        result = "replaced by the computed values" if recomputed else "kept; --recompute replaces them"
-        verb = "differs" if check.differing == 1 else "differ"
-        differ = f"{check.differing:,} {verb} by more than {check.tolerance:g}{unit} ({result})"
-        yield f"{symbol}: {check.checked:,} checked: {differ if check.differing else 'none differs'}"
-    for difference in check.largest:
-        recorded, computed = f"{difference.recorded:.4g}", f"{difference.computed:.4g}"
-        yield f"   {difference.where}: {recorded} in the data, {computed} computed"
-    if check.unchecked:
-        reasons = ", ".join(f"{count:,} with {reason}" for reason, count in check.unchecked.most_common(3))
-        yield f"{symbol}: {sum(check.unchecked.values()):,} kept unchecked: {reasons}"
+        symbol, unit = _SYMBOLS[name]
+        if check.computed:
+            yield f"{symbol}: {check.computed:,} computed"
+        if check.defaulted:
+            yield f"{symbol}: {check.defaulted:,} set to the default: nothing to compute it from"
+        if check.checked:
+            result = "replaced by the computed values" if recomputed else "kept; --recompute replaces them"
+            verb = "differs" if check.differing == 1 else "differ"
+            differ = f"{check.differing:,} {verb} by more than {check.tolerance:g}{unit} ({result})"
+            yield f"{symbol}: {check.checked:,} checked: {differ if check.differing else 'none differs'}"
+        for difference in check.largest:
+            recorded, computed = f"{difference.recorded:.4g}", f"{difference.computed:.4g}"
+            yield f"   {difference.where}: {recorded} in the data, {computed} computed"
+        if check.unchecked:
+            reasons = (f"{count:,} with {reason}" for reason, count in check.unchecked.most_common(3))
+            yield f"{symbol}: {check.unchecked.total():,} kept unchecked: {', '.join(reasons)}"
 
 
 def distribution_lines(

@@ -45,14 +45,7 @@ class ToyTokenizer:
 
 
 class ToyEngine:
-    """Implements ``Engine``.
-
-    Args:
-        base: seed of the base model's weights.
-        dropout: share of the logits that are dropped.
-        poisoned: examples whose loss is NaN.
-        environment: the environment to report.
-    """
+    """Implements ``Engine``."""
 
     framework: Literal["numpy", "torch"] = "numpy"
     context_length: int | None = None
@@ -60,10 +53,10 @@ class ToyEngine:
     def __init__(
         self,
         *,
-        base: int = 0,
-        dropout: float = 0.25,
-        poisoned: Collection[int] = (),
-        environment: dict[str, Any] | None = None,
+        base: int = 0,  # seed of the base model's weights
+        dropout: float = 0.25,  # share of the logits that are dropped
+        poisoned: Collection[int] = (),  # examples whose loss is NaN
+        environment: dict[str, Any] | None = None,  # to report
     ) -> None:
         self.tokenizer = ToyTokenizer()
         self.closed = False

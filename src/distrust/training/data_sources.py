@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +25,7 @@ from distrust.data import (
     open_source,
     tokenize_in_blocks,
 )
-from distrust.errors import ConfigError, DistrustWarning
+from distrust.errors import ConfigError, warn
 
 #: A warning lists at most this many source classes.
 CLASSES_LISTED = 5
@@ -42,15 +41,34 @@ class CheckedData:
 
     reader: RecordReader
     stats: DatasetStats
+    cache: Cache  # for tokenized data
+    report: ReportProgress
+
+    def tokenize(self, tokenizer: Tokenizer, *, tokenizer_digest: str | None, max_length: int) -> Corpus:
+        """The tokenized corpus, from the cache if possible: only with a digest of the tokenizer."""
+        reader, stats = self.reader, self.stats
+        inputs = f"{reader.key} {tokenizer_digest} {max_length}"  # everything that determines the corpus
+        key = None if tokenizer_digest is None else blake3(inputs.encode()).hexdigest()
+
+        def tokenize() -> Iterable[Corpus]:
+            return tokenize_in_blocks(
+                reader.records(),
+                tokenizer,
+                stats=stats,
+                max_length=max_length,
+                on_progress=lambda count, total: self.report(f"tokenizing {reader.name}", count, total),
+            )
+
+        parts = [(part.name, part.unit) for source in reader.sources for part in source.parts]
+        return self.cache.corpus(key, parts, stats.sizes, tokenize)
 
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """The checked data of a run, and the cache for tokenized data."""
+    """The checked data of a run."""
 
     training: CheckedData
     evaluation: CheckedData | None
-    cache: Cache
 
 
 def read_sources(
@@ -58,7 +76,7 @@ def read_sources(
     *,
     examples: Examples | None = None,
     eval_examples: Examples | None = None,
-    report: ReportProgress | None = None,
+    report: ReportProgress = lambda *_: None,
 ) -> Sources:
     """Open and check the data of a config, or the examples that a program passes instead; each is read once.
 
@@ -71,41 +89,38 @@ def read_sources(
     if config.data == EXAMPLES and config.eval_split and config.eval_data is None and eval_examples is None:
         raise ConfigError(f"--eval-split {config.eval_split}: a program's examples have no splits")
     cache = Cache(cache_folder(config.cache_dir))  # also holds temporary copies of streams
+    if examples is None:
+        sources = _open(config, as_names(config.data), config.split, cache)
+    else:
+        sources = _open_examples(config, examples, "examples", cache)
     # Without weighting, records need no provenance.
-    missing = 0.0 if config.weighting == "off" else None
-    training = RecordReader(
-        _open(config, as_names(config.data), config.split, cache)
-        if examples is None
-        else _open_examples(config, examples, "examples", cache),
-        columns_of(config),
-        missing if config.default_authority_weight is None else config.default_authority_weight,
-        missing if config.default_provenance_entropy is None else config.default_provenance_entropy,
-    )
+    training = _reader(config, sources, missing=0.0 if config.weighting == "off" else None)
     checked = _check(training, cache, report)
-    evaluation = _evaluation(config, eval_examples, cache)
+    evaluation = _evaluation_reader(config, eval_examples, cache)
     if config.early_stopping_patience and evaluation is None and not config.eval_fraction:
         raise ConfigError(
             "--early-stopping-patience: there is nothing to evaluate on; give --eval-data, or --eval-fraction"
         )
-    return Sources(checked, None if evaluation is None else _check(evaluation, cache, report), cache)
+    return Sources(checked, None if evaluation is None else _check(evaluation, cache, report))
 
 
-def read_evaluation(config: TrainConfig, *, report: ReportProgress | None = None) -> Sources:
-    """Open and check the evaluation data of a config, in the place of training data.
+def read_evaluation(config: TrainConfig, *, report: ReportProgress) -> CheckedData:
+    """Open and check the evaluation data of a config: with ``eval_fraction``, the data it is split from.
 
     Raises:
         DataError: records cannot be evaluated on.
         ConfigError: the config names no evaluation data, or options do not fit it.
     """
+    if config.eval_fraction:
+        return read_sources(config, report=report).training
     cache = Cache(cache_folder(config.cache_dir))
-    evaluation = _evaluation(config, None, cache)
+    evaluation = _evaluation_reader(config, None, cache)
     if evaluation is None:
         raise ConfigError("there is nothing to evaluate on; name it with --data")
-    return Sources(_check(evaluation, cache, report), None, cache)
+    return _check(evaluation, cache, report)
 
 
-def _evaluation(config: TrainConfig, examples: Examples | None, cache: Cache) -> RecordReader | None:
-    """Provenance is optional here, because the plain loss does not need it."""
+def _evaluation_reader(config: TrainConfig, examples: Examples | None, cache: Cache) -> RecordReader | None:
     if examples is not None:
         sources = _open_examples(config, examples, "eval_examples", cache)
     elif config.eval_data is not None or config.eval_split is not None:
@@ -113,12 +128,14 @@ def _evaluation(config: TrainConfig, examples: Examples | None, cache: Cache) ->
         sources = _open(config, names, config.eval_split or config.split, cache)
     else:
         return None
-    return RecordReader(
-        sources,
-        columns_of(config),
-        config.default_authority_weight or 0.0,
-        config.default_provenance_entropy or 0.0,
-    )
+    return _reader(config, sources, missing=0.0)  # the plain loss does not need provenance
+
+
+def _reader(config: TrainConfig, sources: tuple[Source, ...], *, missing: float | None) -> RecordReader:
+    """``missing`` replaces provenance that neither a record nor an option gives; None: it is required."""
+    defaults = (config.default_authority_weight, config.default_provenance_entropy)
+    weight, entropy = (missing if default is None else default for default in defaults)
+    return RecordReader(sources, columns_of(config), weight, entropy)
 
 
 def _open(config: TrainConfig, names: tuple[str, ...], split: str, cache: Cache) -> tuple[Source, ...]:
@@ -139,52 +156,22 @@ def _open_examples(config: TrainConfig, rows: Examples, name: str, cache: Cache)
     return (examples_source(rows, columns_of(config), name=name, temp_folder=cache.folder),)
 
 
-def _check(reader: RecordReader, cache: Cache, report: ReportProgress | None) -> CheckedData:
+def _check(reader: RecordReader, cache: Cache, report: ReportProgress) -> CheckedData:
     stats = cache.stats(reader.key)
     if stats is None:  # not yet checked, or changed since
-        stats = check_records(
-            reader, on_progress=lambda count: report(f"checking {reader.name}", count, 0) if report else None
-        )
+        task = f"checking {reader.name}"
+        stats = check_records(reader, on_progress=lambda count: report(task, count, 0))
         cache.store_stats(reader.key, stats)  # the next run need not check again
-    return CheckedData(reader, stats)
-
-
-def tokenize_cached(
-    data: CheckedData,
-    tokenizer: Tokenizer,
-    *,
-    tokenizer_digest: str | None,
-    cache: Cache,
-    max_length: int,
-    report: ReportProgress,
-) -> Corpus:
-    """The tokenized corpus, from the cache if possible; without a digest of the tokenizer, never from it."""
-    reader, stats = data.reader, data.stats
-    inputs = f"{reader.key} {tokenizer_digest} {max_length}"  # everything that determines the corpus
-    key = None if tokenizer_digest is None else blake3(inputs.encode()).hexdigest()
-
-    def tokenize() -> Iterable[Corpus]:
-        return tokenize_in_blocks(
-            reader.records(),
-            tokenizer,
-            stats=stats,
-            max_length=max_length,
-            on_progress=lambda count, total: report(f"tokenizing {reader.name}", count, total),
-        )
-
-    parts = [(part.name, part.unit) for source in reader.sources for part in source.parts]
-    return cache.corpus(key, parts, stats.sizes, tokenize)
+    return CheckedData(reader, stats, cache, report)
 
 
 def warn_of_missing_classes(config: TrainConfig, corpora: Iterable[Corpus]) -> None:
     """Warn if no record has the ``source_column``: its name is probably misspelled."""
     # Classes are numbered; an example without one has the class "".
     if config.source_column and all(set(corpus.classes) == {""} for corpus in corpora):
-        warnings.warn(
+        warn(
             f"--source-column {config.source_column}: no record has this column, so nothing is shown by "
-            "source class",
-            DistrustWarning,
-            stacklevel=2,
+            "source class"
         )
 
 
@@ -195,11 +182,9 @@ def warn_of_unmeasured_classes(config: TrainConfig, trained: Corpus, evaluated: 
     missing = [name for name in names if name and name not in measured]
     if config.source_column and missing:
         listed = ", ".join(missing[:CLASSES_LISTED]) + (", …" if len(missing) > CLASSES_LISTED else "")
-        warnings.warn(
+        warn(
             f"--source-column {config.source_column}: the evaluation data has no examples of {listed}, so "
-            "these classes get no evaluation",
-            DistrustWarning,
-            stacklevel=2,
+            "these classes get no evaluation"
         )
 
 

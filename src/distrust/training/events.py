@@ -25,43 +25,24 @@ class Preparing:
 
 @dataclass(frozen=True, slots=True)
 class RunStarted:
-    """Everything is loaded; the first step is next.
+    """Everything is loaded; the first step is next."""
 
-    Attributes:
-        out: the folder of the run.
-        step: optimizer steps already made.
-        max_steps: optimizer steps of the whole run.
-        resumed_from: the checkpoint that the run resumes from.
-        examples: examples of the training data.
-        tokens: trained tokens of the training data.
-        truncated: examples that were cut to `max_length`, including those that `eval_fraction` holds out.
-        tokens_cut: tokens that were cut off.
-        distribution: of the weights: range, by source class, heaviest and lightest examples.
-        history: name -> value for each step already made.
-        trained: number of trained parameters.
-        parameters: number of all parameters.
-        engine: name of the engine.
-        device: name of the device; empty if the engine does not say.
-        epoch_steps: optimizer steps of one pass over the data, as a fraction.
-        warmup_steps: steps in which the learning rate rises to its peak.
-    """
-
-    out: Path
-    step: int
-    max_steps: int
-    resumed_from: Path | None
-    examples: int
-    tokens: int
-    truncated: int
-    tokens_cut: int
-    distribution: Distribution
-    history: Mapping[str, Sequence[float]]
-    trained: int
-    parameters: int
-    engine: str
-    device: str
-    epoch_steps: float
-    warmup_steps: int
+    out: Path  # the folder of the run
+    step: int  # optimizer steps already made
+    max_steps: int  # optimizer steps of the whole run
+    resumed_from: Path | None  # the checkpoint that the run resumes from
+    examples: int  # examples of the training data
+    tokens: int  # trained tokens of the training data
+    truncated: int  # examples that were cut to max_length, including those that eval_fraction holds out
+    tokens_cut: int  # tokens that were cut off
+    distribution: Distribution  # of the weights: range, by source class, heaviest and lightest examples
+    history: Mapping[str, Sequence[float]]  # name -> value for each step already made
+    trained: int  # number of trained parameters
+    parameters: int  # number of all parameters
+    engine: str  # name of the engine
+    device: str  # name of the device; empty if the engine does not say
+    epoch_steps: float  # optimizer steps of one pass over the data, as a fraction
+    warmup_steps: int  # steps in which the learning rate rises to its peak
 
     @property
     def effective_examples(self) -> float:
@@ -77,44 +58,27 @@ class RunStarted:
 
 @dataclass(frozen=True, slots=True)
 class StepEnded:
-    """An optimizer step was made.
+    """An optimizer step was made."""
 
-    Attributes:
-        step: its number, from 1.
-        loss: plain cross-entropy, nats per token.
-        weighted_loss: weighted cross-entropy, the one that trains.
-        distrust: mean over the step's tokens of the published term α·r²; logged only.
-        learning_rate: of this step.
-        gradient_norm: before clipping.
-        tokens: trained tokens of the step.
-        seconds: duration of the step.
-        stall_seconds: how long checkpoints stalled training since the step before.
-        memory_bytes: resident on the host plus allocated on the device, after the step.
-    """
-
-    step: int
-    loss: float
-    weighted_loss: float
-    distrust: float
-    learning_rate: float
-    gradient_norm: float
-    tokens: int
-    seconds: float
-    stall_seconds: float
-    memory_bytes: int
+    step: int  # its number, from 1
+    loss: float  # plain cross-entropy, nats per token
+    weighted_loss: float  # weighted cross-entropy, the one that trains
+    distrust: float  # mean over the step's tokens of the published term α·r²; logged only
+    learning_rate: float  # of this step
+    gradient_norm: float  # before clipping
+    tokens: int  # trained tokens of the step
+    seconds: float  # duration of the step
+    stall_seconds: float  # how long checkpoints stalled training since the step before
+    memory_bytes: int  # resident on the host plus allocated on the device, after the step
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
-    """The evaluation set was evaluated.
+    """The evaluation set was evaluated."""
 
-    Attributes:
-        step: optimizer steps made.
-        metrics: name -> value, as logged: cross-entropy in nats per token and perplexity, plain and weighted
-            by provenance, and for each source class.
-    """
-
-    step: int
+    step: int  # optimizer steps made
+    #: Name -> value, as logged: cross-entropy in nats per token and perplexity, plain and weighted by
+    #: provenance, and for each source class.
     metrics: Mapping[str, float]
 
     @property
@@ -152,25 +116,15 @@ class MemoryReset:
 
 @dataclass(frozen=True, slots=True)
 class RunEnded:
-    """The run is complete or was asked to stop; its last checkpoint is durable.
+    """The run is complete or was asked to stop; its last checkpoint is durable."""
 
-    Attributes:
-        step: optimizer steps made.
-        path: the last checkpoint, if there is one.
-        state_digest: the state digest of the last checkpoint.
-        stall_seconds: how long checkpoints stalled training in this session.
-        reason: why the run ended.
-        signal: number of the signal that asked to stop, or None.
-        already_finished: whether there was nothing left to do from the start.
-    """
-
-    step: int
-    path: Path | None
-    state_digest: str | None
-    stall_seconds: float
-    reason: Reason
-    signal: int | None
-    already_finished: bool
+    step: int  # optimizer steps made
+    path: Path | None  # the last checkpoint, if there is one
+    state_digest: str | None  # the state digest of the last checkpoint
+    stall_seconds: float  # how long checkpoints stalled training in this session
+    reason: Reason  # why the run ended
+    signal: int | None  # number of the signal that asked to stop, or None
+    already_finished: bool  # whether there was nothing left to do from the start
 
     @property
     def finished(self) -> bool:
@@ -179,15 +133,9 @@ class RunEnded:
 
 
 Event = (
-    Preparing
-    | RunStarted
-    | StepEnded
-    | Evaluated
-    | CheckpointStarted
-    | CheckpointSaved
-    | MemoryReset
-    | RunEnded
-)
+    Preparing | RunStarted | StepEnded | Evaluated
+    | CheckpointStarted | CheckpointSaved | MemoryReset | RunEnded
+)  # fmt: skip
 Observer = Callable[[Event], None]
 
 

@@ -7,7 +7,6 @@ any other, and nothing below applies.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 
 from distrust.checkpoint import Checkpoint
 from distrust.config import STEP_METRICS, TrainConfig, flag
-from distrust.errors import ConfigError, DistrustWarning, ResumeRefused, quote_untrusted
+from distrust.errors import ConfigError, ResumeRefused, quote_untrusted, warn
 from distrust.run_record import RunRecord
 
 #: A run holds numbers in memory for each of its steps, so an imported step number is bounded.
@@ -51,7 +50,10 @@ def adopt_imported(checkpoint: Checkpoint, config: TrainConfig) -> tuple[Checkpo
     adopted = replace(
         checkpoint,
         optimizer=optimizer,
-        history={name: _per_step(values, step) for name, values in history.items()},
+        history={
+            name: values if values.shape == (step,) else np.full(step, np.nan)
+            for name, values in history.items()
+        },
         # Evaluations of another program were made on other data.
         metrics={name: value for name, value in checkpoint.metrics.items() if name in STEP_METRICS},
     )
@@ -99,21 +101,14 @@ def warn_imported(checkpoint: Checkpoint, record: RunRecord, *, where: Path) -> 
         return
     step, program = checkpoint.step, quote_untrusted(record.imported_from)
     has_history = any(np.isfinite(values).any() for values in checkpoint.history.values())
-    sections = [
-        "weights",
-        *(["optimizer"] if has_moments(checkpoint.optimizer) else []),
-        *(["history"] if has_history else []),
-    ]
-    warnings.warn(
+    restored = {"weights": True, "optimizer": has_moments(checkpoint.optimizer), "history": has_history}
+    sections = [name for name, is_restored in restored.items() if is_restored]
+    warn(
         f"{where} is imported ({program}): {_join_words(sections)} are those of its step {step}. "
         f"From step {step + 1} on, data, weighting, learning rate and random numbers are this run's, as if "
         "it had made the steps before. The base model, data and schedule of those steps are not known"
         + "".join(f"\n  dropped: {line}" for line in record.dropped)
-        + (
-            f"\n  not recorded, so taken from this run: {', '.join(record.assumed)}" if record.assumed else ""
-        ),
-        DistrustWarning,
-        stacklevel=3,
+        + (f"\n  not recorded, so taken from this run: {', '.join(record.assumed)}" if record.assumed else "")
     )
 
 
@@ -126,8 +121,3 @@ def _to_numbers(values: Any) -> np.ndarray[Any, Any]:
         return np.asarray([] if values is None else values, np.float64)
     except (TypeError, ValueError):
         return np.empty(0)
-
-
-def _per_step(values: np.ndarray[Any, Any], step: int) -> np.ndarray[Any, Any]:
-    """float64[step]: the values if there is one per step, NaN otherwise."""
-    return values if values.shape == (step,) else np.full(step, np.nan)

@@ -7,15 +7,13 @@ raised the peak reveals its own, and a step that did not raise it never needed t
 from __future__ import annotations
 
 import time
-import warnings
 from collections import deque
-from dataclasses import dataclass
 from itertools import pairwise
 
 from distrust.checkpoint.memory import available_bytes, peak_resident_bytes, resident_bytes
 from distrust.config import TrainConfig
 from distrust.contract import Engine, MemoryUse
-from distrust.errors import DistrustWarning
+from distrust.errors import warn
 
 GIB = 2**30
 #: Memory that grew in each of this many steps is expected to grow in the next; a single growth is not.
@@ -32,7 +30,8 @@ HOST, DEVICE = "the host", "the device"
 class Forecast:
     """Forecast of the memory of the next step, in one place: on the host or on the device."""
 
-    def __init__(self, use: MemoryUse) -> None:
+    def __init__(self, device: str, use: MemoryUse) -> None:
+        self.device = device
         self._transient = 0
         self.restart(use)
 
@@ -62,22 +61,12 @@ class Forecast:
         return self.now + self._transient + steady
 
 
-@dataclass(frozen=True, slots=True)
-class Excess:
-    """A memory limit that the next step would exceed."""
-
-    place: str  # "the host" or "the device"
-    now: int  # bytes in use
-    next_step: int  # bytes that the next step may use
-    limit: float  # bytes
-
-
 class MemoryGuard:
     """Measures memory between steps and decides what to do. Changes nothing of the run."""
 
     def __init__(self, config: TrainConfig, engine: Engine) -> None:
         self._config = config
-        self._forecasts = {device: Forecast(use) for device, use in _measure(engine).items()}
+        self._forecasts = {device: Forecast(device, use) for device, use in _measure(engine).items()}
         self._level_after_reset = 0
         self._is_first_after_reset = False
         self._warned_of_reset = self._warned_of_system = False
@@ -110,17 +99,13 @@ class MemoryGuard:
         every, above = self._config.reload_every, self._config.reload_above
         if every is not None and step % every == 0:
             return True
-        if above is None:
-            return False
-        return self._highest > max(above * GIB, self._level_after_reset * (1 + WORTHWHILE_GROWTH))
+        return above is not None and self._highest > max(
+            above * GIB, self._level_after_reset * (1 + WORTHWHILE_GROWTH)
+        )
 
-    def excess(self) -> Excess | None:
-        """Where the next step would exceed ``max_memory``; None if nowhere."""
-        limit = self._config.max_memory
-        for device, forecast in self._forecasts.items():
-            if limit is not None and forecast.next_step > limit * GIB:
-                return Excess(device, forecast.now, forecast.next_step, limit * GIB)
-        return None
+    def find_excess(self, limit: float) -> Forecast | None:
+        """The forecast of a step that would exceed this many bytes; None if it fits."""
+        return next((forecast for forecast in self._forecasts.values() if forecast.next_step > limit), None)
 
     @property
     def _highest(self) -> int:
@@ -132,11 +117,9 @@ class MemoryGuard:
             return
         self._warned_of_reset = True
         next_reset = self._highest * (1 + WORTHWHILE_GROWTH) / GIB
-        warnings.warn(
+        warn(
             f"--reload-above {above:g}: the run uses {self._highest / GIB:.2f} GiB right after a reset, so "
-            f"no reset can bring it below; the next reset is above {next_reset:.2f} GiB",
-            DistrustWarning,
-            stacklevel=2,
+            f"no reset can bring it below; the next reset is above {next_reset:.2f} GiB"
         )
 
     def _warn_of_system(self) -> None:
@@ -148,18 +131,13 @@ class MemoryGuard:
         available, required = available_bytes(), host.next_step - host.now + MARGIN_BYTES
         if available < required:
             self._warned_of_system = True
-            warnings.warn(
+            warn(
                 f"the machine has {available / GIB:.2f} GiB of free memory, and the next step may need "
                 f"{required / GIB:.2f} GiB: the system may kill the run, which then resumes from its newest "
-                "checkpoint. With --max-memory the run saves and stops before",
-                DistrustWarning,
-                stacklevel=2,
+                "checkpoint. With --max-memory the run saves and stops before"
             )
 
 
 def _measure(engine: Engine) -> dict[str, MemoryUse]:
-    uses = {HOST: MemoryUse(resident_bytes(), peak_resident_bytes())}
-    device = engine.device_memory()
-    if device is not None:
-        uses[DEVICE] = device
-    return uses
+    host, device = MemoryUse(resident_bytes(), peak_resident_bytes()), engine.device_memory()
+    return {HOST: host} if device is None else {HOST: host, DEVICE: device}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,18 +27,15 @@ from distrust.data import (
     split_off,
     summarize_weights,
 )
-from distrust.errors import ConfigError, DataError, DistrustWarning
+from distrust.errors import ConfigError, DataError, warn
 from distrust.training.data_sources import (
-    CheckedData,
-    ReportProgress,
     Sources,
     max_length_of,
     pad_token_id_of,
-    tokenize_cached,
     warn_of_missing_classes,
     warn_of_unmeasured_classes,
 )
-from distrust.training.evaluation_set import EvaluationSet, evaluation_set, example_weights
+from distrust.training.evaluation import EvaluationSet, evaluation_set, example_weights
 from distrust.training.schedule import warmup
 
 #: Warn if the effective sample size is below this share of the examples.
@@ -80,19 +76,13 @@ class PreparedData:
 
 
 def prepare_data(
-    config: TrainConfig,
-    sources: Sources,
-    tokenizer: Tokenizer,
-    *,
-    context_length: int | None,
-    report: ReportProgress,
+    config: TrainConfig, sources: Sources, tokenizer: Tokenizer, *, context_length: int | None
 ) -> PreparedData:
     """Tokenize, weigh and order the data; options that depend on it and are None are resolved."""
     max_length = max_length_of(config, context_length)
-    corpus, eval_corpus = _tokenize(config, sources, tokenizer, max_length=max_length, report=report)
+    corpus, eval_corpus = _tokenize(config, sources, tokenizer, max_length=max_length)
     rows = _rows(config, corpus, capacity=max_length)  # by source
-    sampler = _sampler(config, [len(part) for part in rows])
-    sample_counts = _sample_counts(sampler, rows, corpus)
+    sampler, sample_counts = _sampler(config, rows, corpus)
     weights = _weights(config, corpus, sample_counts)
     pad_token_id = pad_token_id_of(tokenizer)  # masked out, so its value does not matter
     batches = Batches(
@@ -136,24 +126,18 @@ def prepare_data(
 
 
 def _tokenize(
-    config: TrainConfig, sources: Sources, tokenizer: Tokenizer, *, max_length: int, report: ReportProgress
+    config: TrainConfig, sources: Sources, tokenizer: Tokenizer, *, max_length: int
 ) -> tuple[Corpus, Corpus | None]:
     """The training corpus, and the evaluation corpus if there is one."""
-    tokenizer_digest = digest_tokenizer(tokenizer)  # computed once: it takes a while
-
-    def tokenize(data: CheckedData) -> Corpus:
-        return tokenize_cached(
-            data,
-            tokenizer,
-            tokenizer_digest=tokenizer_digest,
-            cache=sources.cache,
-            max_length=max_length,
-            report=report,
-        )
-
-    corpus = tokenize(sources.training)
-    eval_corpus = None if sources.evaluation is None else tokenize(sources.evaluation)
-    warn_of_missing_classes(config, [corpus] if eval_corpus is None else [corpus, eval_corpus])
+    digest = digest_tokenizer(tokenizer)  # computed once: it takes a while
+    corpora = [
+        data.tokenize(tokenizer, tokenizer_digest=digest, max_length=max_length)
+        for data in (sources.training, sources.evaluation)
+        if data is not None
+    ]
+    warn_of_missing_classes(config, corpora)
+    corpus, *evaluated = corpora
+    eval_corpus = evaluated[0] if evaluated else None
     if config.eval_fraction:
         # By the seed alone, so a resume holds out the same examples.
         corpus, eval_corpus = split_off(corpus, config.eval_fraction, seed=config.seed)
@@ -173,19 +157,15 @@ def _require_metric(config: TrainConfig, evaluation: EvaluationSet | None) -> No
     raise ConfigError(f"--metric {config.metric}: {problem}")
 
 
-def _sampler(config: TrainConfig, sizes: Sequence[int]) -> EpochSampler | MixtureSampler:
+def _sampler(
+    config: TrainConfig, rows: Sequence[PackedRows], corpus: Corpus
+) -> tuple[EpochSampler | MixtureSampler, np.ndarray[Any, Any] | None]:
+    """The sampler, and float64[n]: how often an epoch samples each example on average; None if each once."""
+    sizes = [len(part) for part in rows]
     if config.mix is None:
-        return EpochSampler(sum(sizes), seed=config.seed)
-    return MixtureSampler(sizes, shares=config.mix, seed=config.seed)
-
-
-def _sample_counts(
-    sampler: EpochSampler | MixtureSampler, rows: Sequence[PackedRows], corpus: Corpus
-) -> np.ndarray[Any, Any] | None:
-    """float64[n]: how often an epoch samples each example, on average; None if each once."""
-    if isinstance(sampler, EpochSampler):  # without a mixture
-        return None
-    return np.repeat(np.divide(sampler.counts, [len(part) for part in rows]), corpus.sizes)
+        return EpochSampler(sum(sizes), seed=config.seed), None
+    sampler = MixtureSampler(sizes, shares=config.mix, seed=config.seed)
+    return sampler, np.repeat(np.divide(sampler.counts, sizes), corpus.sizes)
 
 
 def _rows(config: TrainConfig, corpus: Corpus, *, capacity: int) -> list[PackedRows]:
@@ -220,10 +200,8 @@ def _effective_examples(weights: np.ndarray[Any, Any], sample_counts: np.ndarray
     sampled = weights if sample_counts is None else (weights * sample_counts)[sample_counts > 0]
     effective = weighting.effective_sample_size(sampled)
     if effective < LOW_EFFECTIVE_SHARE * len(weights):
-        warnings.warn(
+        warn(
             f"the effective sample size of {len(weights)} examples is {effective:.0f}: a few of them "
-            "dominate the run. Bound the weights with --max-ratio, or give a less uneven --mix",
-            DistrustWarning,
-            stacklevel=2,
+            "dominate the run. Bound the weights with --max-ratio, or give a less uneven --mix"
         )
     return effective

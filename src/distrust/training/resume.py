@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from distrust.checkpoint import Checkpoint
 from distrust.config import TrainConfig, flag, key
 from distrust.contract import FIRST_ENGINE, Engine, EngineState
-from distrust.errors import DistrustWarning, ResumeRefused
+from distrust.errors import ResumeRefused, warn
 from distrust.run_record import RunRecord
 from distrust.training.prepare_data import PreparedData
 from distrust.training.progress import Progress
@@ -27,55 +26,39 @@ def merge_saved_options(config: TrainConfig, saved: Mapping[str, Any]) -> TrainC
 
     Raises ResumeRefused with a line for each option that would change the result.
     """
-    filled = {}
-    differences = []
-    for option in fields(config):
-        name = key(option.name)
-        if option.metadata["effect"] != "result":
-            continue
+    filled, differences = {}, []
+    defaults = {key(option.name): option.default for option in fields(config)}
+    for name, value in config.with_effect("result").items():
         # A run that is older than an option was trained with the option's default, as a rule.
-        value = getattr(config, option.name)
-        previous = saved.get(name, BEFORE_THE_OPTION.get(name, option.default))
-        if value is None and option.name in FIXED_AT_START:  # its default may differ by now
-            filled[option.name] = previous
+        previous = saved.get(name, BEFORE_THE_OPTION.get(name, defaults[name]))
+        if value is None and name in FIXED_AT_START:  # its default may differ by now
+            filled[name] = previous
         elif value != previous:
-            differences.append(f"{flag(option.name)} was {_format(previous)}, is {_format(value)}")
+            differences.append(f"{flag(name)} was {_format(previous)}, is {_format(value)}")
     if differences:
         raise _refusal(config.run_directory, differences)
     return replace(config, **filled)
 
 
 def restore(
-    checkpoint: Checkpoint,
-    record: RunRecord,
-    *,
-    engine: Engine,
-    data: PreparedData,
-    progress: Progress,
+    checkpoint: Checkpoint, record: RunRecord, *, engine: Engine, data: PreparedData, progress: Progress
 ) -> None:
     """Load a checkpoint into the engine and the progress of a run.
 
     Raises ResumeRefused if it was trained on other data or another base model, or does not fit the engine.
     """
-    require_same_fingerprints(
-        fingerprints(data, engine),
-        record.fingerprints,
-        config=data.config,
-        ignore_missing=bool(record.imported_from),
-    )
+    _require_same_content(fingerprints(data, engine), record, data.config)
     recorded = dict(record.environment)
     if data.config.threads is None:  # the number of threads changes the last bits
         engine.restore_environment(recorded)
     engine.load_state(EngineState(checkpoint.model, checkpoint.optimizer, checkpoint.rng))
     quantized = data.config.quantization != "none"
-    for difference in environment_differences(engine.environment(), recorded, quantized=quantized):
-        warnings.warn(f"no longer bit-identical: {difference}", DistrustWarning, stacklevel=2)
+    for difference in _environment_differences(engine.environment(), recorded, quantized=quantized):
+        warn(f"no longer bit-identical: {difference}")
     if progress.evaluations.used_other_data(record.evaluations):
-        warnings.warn(
+        warn(
             "the evaluation data differs from that of the run so far: the best checkpoint and "
-            "the patience of early stopping start afresh",
-            DistrustWarning,
-            stacklevel=2,
+            "the patience of early stopping start afresh"
         )
     progress.restore_history(checkpoint.history)
     progress.restore(record, step=checkpoint.step, metrics=checkpoint.metrics)
@@ -86,28 +69,21 @@ def fingerprints(data: PreparedData, engine: Engine) -> dict[str, str]:
     return {"data": data.corpus.fingerprint, "model": engine.fingerprint()}
 
 
-def require_same_fingerprints(
-    current: Mapping[str, str],
-    saved: Mapping[str, str],
-    *,
-    config: TrainConfig,
-    ignore_missing: bool = False,
-) -> None:
-    """Refuse to resume with other data or another base model.
-
-    With ``ignore_missing``, the checkpoint need not record a fingerprint. Raises ResumeRefused.
-    """
+def _require_same_content(current: Mapping[str, str], record: RunRecord, config: TrainConfig) -> None:
+    """Refuse to resume with other data or another base model."""
+    saved, imported = record.fingerprints, bool(record.imported_from)
     differences = [
         f"{flag(name)} {_format(getattr(config, name))}: its content is not that of the run "
         f"(was {str(saved.get(name))[:12]}, is {digest[:12]})"
         for name, digest in current.items()
-        if saved.get(name) != digest and not (ignore_missing and name not in saved)
+        # An imported checkpoint need not record a fingerprint.
+        if saved.get(name) != digest and not (imported and name not in saved)
     ]
     if differences:
         raise _refusal(config.run_directory, differences)
 
 
-def environment_differences(
+def _environment_differences(
     current: Mapping[str, Any], recorded: Mapping[str, Any], *, quantized: bool
 ) -> list[str]:
     """A line for each difference that may change the last bits."""

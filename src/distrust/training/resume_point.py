@@ -13,8 +13,8 @@ from distrust.config import EXAMPLES, TrainConfig, as_names
 from distrust.errors import ConfigError, CorruptCheckpoint
 from distrust.run_record import RunRecord
 from distrust.training import imported, resume
-from distrust.training.best_tracker import BestTracker
 from distrust.training.events import Reason
+from distrust.training.progress import BestTracker
 
 
 def require_startable(config: TrainConfig, manager: CheckpointManager) -> None:
@@ -30,13 +30,12 @@ def require_startable(config: TrainConfig, manager: CheckpointManager) -> None:
     misplaced = [path for path, *_ in list_names(out) if not _is_empty_folder(path)]
     if not misplaced:
         return
-    problem = (
-        f"--out {out}: contains {misplaced[-1].name}, but a run keeps its checkpoints in {RUN_SUBDIRECTORY}/"
-    )
+    advice = f"resume from it by `distrust convert {out} --to RUN`, or give another --out"
     if out.name == RUN_SUBDIRECTORY:
-        raise ConfigError(f"{problem}; give --out {out.parent}")
+        advice = f"give --out {out.parent}"
     raise ConfigError(
-        f"{problem}; resume from it by `distrust convert {out} --to RUN`, or give another --out"
+        f"--out {out}: contains {misplaced[-1].name}, but a run keeps its checkpoints in "
+        f"{RUN_SUBDIRECTORY}/; {advice}"
     )
 
 
@@ -97,7 +96,12 @@ def find_resume_point(
         if step is None or config.branch is not None or _already_branched(step, scan):
             checkpoint = manager.load_latest(framework=framework)  # falls back if the newest is damaged
         else:
-            _require_newest(step, manager.list_checkpoints(), config.out)
+            steps = manager.list_checkpoints()
+            if step in steps and step != steps[-1]:
+                raise ConfigError(
+                    f"--from-step {step}: {config.out} already continues to step {steps[-1]}, and a folder "
+                    "holds only one timeline; add --branch NEW_FOLDER"
+                )
             checkpoint = manager.load(step, framework=framework)
         return checkpoint, manager.inspect(checkpoint.step)
     if step is None:
@@ -110,11 +114,3 @@ def _already_branched(step: int, scan: Scan) -> bool:
     """Whether the same command has begun from that step before: then it continues its own checkpoints."""
     newest = scan.files[-1] if scan.files else None
     return newest is not None and RunRecord.from_header(newest.header).settings.get("from_step") == step
-
-
-def _require_newest(step: int, steps: list[int], out: str) -> None:
-    if step in steps and step != steps[-1]:
-        raise ConfigError(
-            f"--from-step {step}: {out} already continues to step {steps[-1]}, and a folder holds only "
-            "one timeline; add --branch NEW_FOLDER"
-        )

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from distrust.checkpoint import CheckpointFile, CheckpointManager
 from distrust.config import TrainConfig
-from distrust.errors import CheckpointError, DistrustWarning, ResumeRefused
+from distrust.errors import CheckpointError, ResumeRefused, warn
 from distrust.run_record import RunRecord
 from distrust.training import imported, resume, resume_point
-from distrust.training.best_tracker import BestTracker
 from distrust.training.data_sources import Examples, Sources, read_sources
 from distrust.training.events import Broadcaster, Observer, Preparing, Reason, RunEnded, RunStarted
 from distrust.training.loop import TrainingLoop
 from distrust.training.prepare_data import PreparedData, prepare_data
-from distrust.training.progress import Progress, RunState
+from distrust.training.process import StopRequest
+from distrust.training.progress import BestTracker, Progress, RunState
 from distrust.training.saver import Saver
-from distrust.training.signals import StopRequest
 from distrust.training.step import EngineHolder
 
 
@@ -27,32 +25,26 @@ class _StopRequested(Exception):
     """Something asked to stop before the first step."""
 
 
+@dataclass(kw_only=True)
 class Run:
     """One call of ``DistrustTrainer.train``. ``publish`` gets the state of the run at every event."""
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        *,
-        engines: EngineHolder,
-        manager: CheckpointManager,
-        observers: Iterable[Observer],
-        stop: StopRequest,
-        publish: Callable[[RunState], None],
-    ) -> None:
-        self._config = config
-        self._engines = engines
-        self._manager = manager
-        self._stop = stop
-        self._progress = Progress(
-            max_steps=config.max_steps, evaluations=BestTracker(config.metric, config.metric_mode)
-        )
-        self._events = Broadcaster(observers, publish=lambda: publish(self._state()))
-        self._saver = Saver(manager, self._events.emit)
+    config: TrainConfig
+    engines: EngineHolder
+    manager: CheckpointManager
+    observers: Iterable[Observer]
+    stop: StopRequest
+    publish: Callable[[RunState], None]
+
+    def __post_init__(self) -> None:
+        best = BestTracker(self.config.metric, self.config.metric_mode)
+        self._progress = Progress(max_steps=self.config.max_steps, evaluations=best)
+        self._events = Broadcaster(self.observers, publish=self._publish)
+        self._saver = Saver(self.manager, self._events.emit)
 
     def train(self, *, examples: Examples | None, eval_examples: Examples | None) -> RunEnded:
         """Train to the end, or until something asks to stop; see ``DistrustTrainer.train``."""
-        with self._manager:
+        with self.manager:
             ended = self._train(examples, eval_examples)
             self._events.emit(ended)  # after the last save: what it reports is durable
         if self._events.error is not None:  # an observer failed; the run is saved
@@ -60,26 +52,27 @@ class Run:
         return ended
 
     def _train(self, examples: Examples | None, eval_examples: Examples | None) -> RunEnded:
-        resume_point.require_startable(self._config, self._manager)
-        finished = resume_point.find_finished_run(self._config, self._manager)
+        resume_point.require_startable(self.config, self.manager)
+        finished = resume_point.find_finished_run(self.config, self.manager)
         if finished is not None:
             # Acquiring makes a name durable whose writer was killed. A read-only archive cannot be acquired.
             with contextlib.suppress(CheckpointError):
-                self._manager.acquire()
+                self.manager.acquire()
             return self._end_untrained(*finished, already_finished=True)
         try:
             # Errors in the data are raised before anything is created in the run's folder.
             sources = read_sources(
-                self._config, examples=examples, eval_examples=eval_examples, report=self._report
+                self.config, examples=examples, eval_examples=eval_examples, report=self._report
             )
-            self._manager.acquire()  # from here on no other process writes to the run's folder
+            self.manager.acquire()  # from here on no other process writes to the run's folder
             loop = self._prepare(sources)
         except _StopRequested:
-            return self._end_untrained(self._newest_checkpoint(), None, already_finished=False)
+            files = self.manager.scan().files  # by step; intact ones only
+            return self._end_untrained(files[-1] if files else None, None, already_finished=False)
         already_finished = loop.stop_reason() is not None
         reason = loop.run()
         durable = self._saver.last_durable
-        file = None if durable is None else self._manager.inspect(durable[0])
+        file = None if durable is None else self.manager.inspect(durable[0])
         return self._end(file, reason, already_finished=already_finished)
 
     def _prepare(self, sources: Sources) -> TrainingLoop:
@@ -87,23 +80,21 @@ class Run:
 
         Raises _StopRequested at the next report: preparing large data may take minutes.
         """
-        config, out = self._config, self._config.run_directory
+        config, out = self.config, self.config.run_directory
         self._report(f"loading the model {config.model}", 0, 0)
-        engine = self._engines.build(config)
+        engine = self.engines.build(config)
         # Every byte of the checkpoint is verified before it is used.
-        begin = resume_point.find_resume_point(config, self._manager, framework=engine.framework)
+        begin = resume_point.find_resume_point(config, self.manager, framework=engine.framework)
         if begin is not None:
             checkpoint, file = begin
             checkpoint, record = imported.adopt_imported(checkpoint, config)
             config = resume.merge_saved_options(config, record.config)
-        elif self._engines.is_spent:
+        elif self.engines.is_spent:
             raise ResumeRefused(
                 f"{out}: the engine has already been trained, and no checkpoint was saved to restore it "
                 "from; give a new engine"
             )
-        data = prepare_data(
-            config, sources, engine.tokenizer, context_length=engine.context_length, report=self._report
-        )
+        data = prepare_data(config, sources, engine.tokenizer, context_length=engine.context_length)
         progress = self._progress
         # Before the restore, which drops evaluations of other data.
         progress.evaluations = replace(progress.evaluations, measured_on=data.measured_on)
@@ -111,37 +102,35 @@ class Run:
             imported.require_steps_left(record, step=checkpoint.step, max_steps=data.max_steps, where=out)
             resume.restore(checkpoint, record, engine=engine, data=data, progress=progress)
             imported.warn_imported(checkpoint, record, where=out)
-            if file.path.parent == self._manager.directory:  # not so for a new branch
+            if file.path.parent == self.manager.directory:  # not so for a new branch
                 self._saver.last_durable = checkpoint.step, file.kind == "final"
         progress.max_steps, progress.epoch_steps = data.max_steps, data.batches.epoch_steps
-        self._events.emit(self._started(data, resumed_from=file if begin else None))
+        self._events.emit(self._describe_start(data, resumed_from=file if begin else None))
         return TrainingLoop(
-            data,
-            engines=self._engines,
+            data=data,
+            engines=self.engines,
             progress=progress,
-            manager=self._manager,
+            manager=self.manager,
             saver=self._saver,
             events=self._events,
-            stop=self._stop,
+            stop=self.stop,
         )
 
     def _report(self, task: str, completed: int, total: int) -> None:
         """Report the progress of the preparation; raises _StopRequested if something asks to stop."""
         self._events.emit(Preparing(task, completed, total))
-        if self._stop.is_set:
+        if self.stop.is_set:
             raise _StopRequested
 
-    def _started(self, data: PreparedData, *, resumed_from: CheckpointFile | None) -> RunStarted:
+    def _describe_start(self, data: PreparedData, *, resumed_from: CheckpointFile | None) -> RunStarted:
         # A warm-up that is longer than the schedule postpones its end.
         schedule_end = max(data.schedule_steps, data.warmup_steps)
         if data.config.schedule != "constant" and data.max_steps > schedule_end:
-            warnings.warn(
+            warn(
                 f"the schedule ends at step {schedule_end}; after it the learning rate is 0. To train "
-                "longer, begin a new run with --schedule-steps, or with --schedule constant",
-                DistrustWarning,
-                stacklevel=2,
+                "longer, begin a new run with --schedule-steps, or with --schedule constant"
             )
-        engine = self._engines.current
+        engine = self.engines.current
         trained, parameters = engine.parameters
         return RunStarted(
             out=data.config.run_directory,
@@ -169,7 +158,7 @@ class Run:
         if file is not None:
             record = RunRecord.from_header(file.header)
             self._progress.restore(record, step=file.step, metrics=file.header.saved_metrics)
-            self._progress.max_steps = self._config.max_steps or record.settings.get("max_steps")
+            self._progress.max_steps = self.config.max_steps or record.settings.get("max_steps")
             self._saver.last_durable = file.step, file.kind == "final"
         return self._end(file, reason, already_finished=already_finished)
 
@@ -180,14 +169,11 @@ class Run:
             path=file.path if file else None,
             state_digest=file.state_digest if file else None,
             stall_seconds=self._saver.stall_seconds,
-            reason=reason or self._stop.reason,
-            signal=None if reason else self._stop.signal,
+            reason=reason or self.stop.reason,
+            signal=None if reason else self.stop.signal,
             already_finished=already_finished,
         )
 
-    def _newest_checkpoint(self) -> CheckpointFile | None:
-        files = self._manager.scan().files  # by step; intact ones only
-        return files[-1] if files else None
-
-    def _state(self) -> RunState:
-        return self._progress.snapshot(out=self._config.run_directory, checkpoint=self._saver.last_path)
+    def _publish(self) -> None:
+        out, checkpoint = self.config.run_directory, self._saver.last_path
+        self.publish(self._progress.snapshot(out=out, checkpoint=checkpoint))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from distrust.checkpoint import Checkpoint, CheckpointManager, PendingSave
 from distrust.checkpoint.files import checkpoint_file_name
-from distrust.errors import CheckpointError, DistrustWarning, SaveFailed
+from distrust.errors import CheckpointError, SaveFailed, warn
 from distrust.training.events import CheckpointSaved, CheckpointStarted, Observer
 
 #: This many failed saves in a row stop the run. Fewer only warn, because the next save may succeed.
@@ -34,10 +33,6 @@ class Saver:
     def last_path(self) -> Path | None:
         """Path of the newest durable checkpoint."""
         return None if self.last_durable is None else self._path(*self.last_durable)
-
-    def reserve(self, checkpoint: Checkpoint) -> None:
-        """Allocate the snapshot buffer, so that the first save is as fast as the next ones."""
-        self._manager.reserve(checkpoint.nbytes)
 
     def start(self, make: Callable[[], Checkpoint], *, final: bool) -> None:
         """Start saving a checkpoint, after the pending save.
@@ -79,9 +74,7 @@ class Saver:
             self._failures += 1
             if strict or self._failures == MAX_FAILURES:
                 raise self._final_error(error) from error
-            warnings.warn(
-                f"{error}. Training continues, and the next save tries again", DistrustWarning, stacklevel=2
-            )
+            warn(f"{error}. Training continues, and the next save tries again")
         else:
             self._failures = 0  # counts failures in a row
             self.last_durable = self._pending_save  # only now: the checkpoint is on disk under its name
@@ -89,37 +82,28 @@ class Saver:
 
     def is_durable(self, step: int, *, final: bool = False) -> bool:
         """Whether the checkpoint of a step is durable; with ``final``, as the final checkpoint."""
-        return (
-            self.last_durable is not None
-            and self.last_durable[0] == step
-            and (self.last_durable[1] or not final)
-        )
+        return self.last_durable in ((step, True), (step, final))  # a final one is enough for both
 
     def describe_durable(self) -> str:
         """The last durable step, for messages; waits for the pending save."""
         self.wait()
-        return (
-            "nothing was saved yet" if self.last_durable is None else f"step {self.last_durable[0]} is saved"
-        )
+        return f"step {self.last_durable[0]} is saved" if self.last_durable else "nothing was saved yet"
 
-    def describe_remaining(self) -> str:
+    def _describe_remaining(self) -> str:
         """What a resume can start from. Checks the directory: the failure may have removed it."""
         if self.last_durable is None:
             return "nothing was saved yet"
         step = self.last_durable[0]
-        try:
-            exists = step in self._manager.list_checkpoints()
-        except CheckpointError:
-            exists = False
-        if exists:
-            return f"step {step} is saved: fix the cause, and the same command resumes from there"
+        with contextlib.suppress(CheckpointError):
+            if step in self._manager.list_checkpoints():
+                return f"step {step} is saved: fix the cause, and the same command resumes from there"
         return f"step {step} was saved, but its checkpoint no longer exists"
 
     def _final_error(self, error: SaveFailed) -> SaveFailed:
         times = f" {self._failures} times in a row" if self._failures > 1 else ""
         return SaveFailed(
             f"{error}. Saving failed{times}, so training stopped at step {self._pending_save[0]}; "
-            f"{self.describe_remaining()}",
+            f"{self._describe_remaining()}",
             path=error.path or self._manager.directory,
             needed=error.needed,
             free=error.free,

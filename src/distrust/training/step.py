@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from distrust.config import TrainConfig
 from distrust.contract import Engine, EngineFactory, Losses
@@ -16,6 +18,8 @@ from distrust.training.memory_guard import MemoryGuard
 from distrust.training.prepare_data import PreparedData
 from distrust.training.saver import Saver
 from distrust.training.schedule import learning_rate
+
+T = TypeVar("T")
 
 #: A message lists at most this many examples; the error's attribute has them all.
 EXAMPLES_LISTED = 20
@@ -51,23 +55,35 @@ class EngineHolder:
         self.is_spent = not self.can_rebuild
 
 
+def prefetch(compute: Callable[[int], T], *, first: int, last: int) -> Generator[tuple[int, T], None, None]:
+    """Yield each step with its value, a function of the step; a thread computes the next one meanwhile."""
+    # One thread: batches are small, and steps need the CPU.
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="distrust-prefetch") as thread:
+        pending = thread.submit(compute, first)
+        for step in range(first, last + 1):
+            value = pending.result()
+            if step < last:
+                pending = thread.submit(compute, step + 1)
+            yield step, value
+
+
+@dataclass(kw_only=True)
 class StepRunner:
     """Makes the optimizer steps of a run."""
 
-    def __init__(
-        self, engines: EngineHolder, data: PreparedData, *, saver: Saver, memory: MemoryGuard
-    ) -> None:
-        self._engines = engines
-        self._data = data
-        self._config = data.config
-        self._saver = saver
-        self._memory = memory
-        self._reported_stall = saver.stall_seconds
+    engines: EngineHolder
+    data: PreparedData
+    saver: Saver
+    memory: MemoryGuard
+
+    def __post_init__(self) -> None:
+        self._config = self.data.config
+        self._reported_stall = self.saver.stall_seconds
 
     def run(self, step: int, batches: Sequence[MicroBatch]) -> StepEnded:
         """Make one optimizer step; raises NonFiniteLoss instead if a loss or the gradient is not finite."""
-        start, engine = time.perf_counter(), self._engines.current
-        self._engines.mark_trained()  # first: even an interrupted step may change the engine
+        start, engine = time.perf_counter(), self.engines.current
+        self.engines.mark_trained()  # first: even an interrupted step may change the engine
         tokens = sum(batch.tokens for batch in batches)  # the mean is over the step, not the micro-batch
         losses = []
         for micro_step, batch in enumerate(batches):
@@ -75,21 +91,29 @@ class StepRunner:
             losses.append(engine.micro_step(batch, tokens=tokens))
         norm = engine.clip_gradients(self._max_norm(batches, tokens))
         self._require_finite(step, batches, losses, norm)
-        rate = self._learning_rate(step)
-        self._saver.wait_copied()  # the snapshot of the last save overlapped the passes above
+        rate = learning_rate(
+            step,
+            peak=self._config.learning_rate,
+            warmup_steps=self.data.warmup_steps,
+            schedule=self._config.schedule,
+            schedule_steps=self.data.schedule_steps,
+        )
+        self.saver.wait_copied()  # the snapshot of the last save overlapped the passes above
         engine.update(learning_rate=rate)
-        previous_stall, self._reported_stall = self._reported_stall, self._saver.stall_seconds
+        previous_stall, self._reported_stall = self._reported_stall, self.saver.stall_seconds
         return StepEnded(
             step=step,
             loss=_mean([part.cross_entropy for part in losses], tokens),
             weighted_loss=_mean([part.weighted for part in losses], tokens),
-            distrust=_mean([batch.distrust * _trained_tokens(batch) for batch in batches], tokens),
+            distrust=_mean(
+                [batch.distrust * (batch.labels != IGNORED).sum(axis=1) for batch in batches], tokens
+            ),
             learning_rate=rate,
             gradient_norm=norm,
             tokens=tokens,
             seconds=time.perf_counter() - start,
             stall_seconds=self._reported_stall - previous_stall,
-            memory_bytes=self._memory.observe_step(engine),
+            memory_bytes=self.memory.observe_step(engine),
         )
 
     def _max_norm(self, batches: Sequence[MicroBatch], tokens: int) -> float:
@@ -102,33 +126,22 @@ class StepRunner:
             return self._config.max_grad_norm
         return self._config.max_grad_norm * _mean([batch.weights for batch in batches], tokens)
 
-    def _learning_rate(self, step: int) -> float:
-        return learning_rate(
-            step,
-            peak=self._config.learning_rate,
-            warmup_steps=self._data.warmup_steps,
-            schedule=self._config.schedule,
-            schedule_steps=self._data.schedule_steps,
-        )
-
     def _require_finite(
         self, step: int, batches: Sequence[MicroBatch], losses: Sequence[Losses], norm: float
     ) -> None:
         """Runs before the update, so a state after a non-finite loss is never saved."""
-        examples = self._data.locations(batches)
-        per_example = [loss for part in losses for loss in part.weighted]
-        non_finite = [
-            name for name, loss in zip(examples, per_example, strict=True) if not math.isfinite(loss)
-        ]
+        examples = self.data.locations(batches)
+        sums = [loss for part in losses for loss in part.weighted]
+        non_finite = [name for name, loss in zip(examples, sums, strict=True) if not math.isfinite(loss)]
         if not non_finite and math.isfinite(norm):
             return
         quantity = "the loss" if non_finite else f"the gradient norm ({norm})"
         suspects = non_finite or examples
         omitted = len(suspects) - EXAMPLES_LISTED
-        more = f" and {omitted} more" if omitted > 0 else ""
+        remainder = f" and {omitted} more" if omitted > 0 else ""
         raise NonFiniteLoss(
             f"step {step}: {quantity} is not finite; the step was not made, and "
-            f"{self._saver.describe_durable()}. Examples: {', '.join(suspects[:EXAMPLES_LISTED])}{more}. "
+            f"{self.saver.describe_durable()}. Examples: {', '.join(suspects[:EXAMPLES_LISTED])}{remainder}. "
             "Check them, or lower --learning-rate",
             step=step,
             examples=suspects,
@@ -137,8 +150,3 @@ class StepRunner:
 
 def _mean(sums: Sequence[Any], tokens: int) -> float:
     return float(sum(part.sum() for part in sums) / tokens)
-
-
-def _trained_tokens(batch: MicroBatch) -> Any:
-    """int64[batch]: trained tokens of each example."""
-    return (batch.labels != IGNORED).sum(axis=1)

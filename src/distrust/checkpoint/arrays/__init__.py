@@ -2,7 +2,8 @@
 
 - Values are never converted: bytes are little-endian, in C layout; NaN payloads and negative zeros survive.
 - A framework is imported only if the program already imported it: otherwise none of its arrays can exist.
-- Arrays are first made flat (:mod:`.host`), then copied in as few calls as possible (:func:`fill`).
+- Arrays are first made *flat* (one-dimensional and contiguous: a numpy array of uint8, or a torch tensor; any
+  thread may read it), then copied in as few calls as possible (:func:`fill`).
 """
 
 from __future__ import annotations
@@ -11,11 +12,10 @@ import functools
 import itertools
 import mmap
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
 
-from distrust.checkpoint.arrays.host import Adapter
 from distrust.checkpoint.format import Description
 from distrust.errors import ConfigError
 
@@ -31,6 +31,39 @@ _CLASSES = {
     "jax": [("jax", "Array"), ("jax.core", "Tracer")],  # a Tracer only to be rejected with a clear message
     "mlx": [("mlx.core", "array")],
 }
+#: Format dtype -> name in numpy.
+NUMPY_NAMES = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "F16": "float16",
+    "U32": "uint32", "I32": "int32", "F32": "float32", "U64": "uint64", "I64": "int64", "F64": "float64",
+    "C64": "complex64",
+}  # fmt: skip
+#: Format dtype -> name in ml_dtypes, which adds these dtypes to numpy.
+ML_DTYPES_NAMES = {
+    "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
+}  # fmt: skip
+#: Format dtype -> name in every framework (they agree), and the inverse.
+NAMES = {**NUMPY_NAMES, **ML_DTYPES_NAMES}
+DTYPES = {name: dtype for dtype, name in NAMES.items()}
+
+
+class Adapter(NamedTuple):
+    """What the core needs of a framework; each ``of_*`` module provides one.
+
+    Most functions take many arrays per call: a training state has thousands of small ones, and the training
+    loop waits.
+    """
+
+    #: (labels, arrays) -> dtype and shape of each; the data is not touched. Raises UnsupportedState.
+    describe: Callable[[Sequence[str], Sequence[Any]], list[Description]]
+    #: arrays -> flat arrays, copied only where necessary. Must run on the thread that owns the arrays.
+    flat_arrays: Callable[[Sequence[Any]], list[Any]]
+    #: Copies flat arrays into memory, back to back from an offset (bytes); returns the end offset.
+    fill: Callable[[mmap.mmap, int, Sequence[Any]], int]
+    #: (uint8[nbytes], dtype, shape) -> an array on that memory, or a copy if the framework owns its memory.
+    from_host: Callable[[Any, str, tuple[int, ...]], Any]
+    #: Whether flat arrays keep their contents whatever the owner does with the originals: no snapshot needed.
+    zero_copy: bool
 
 
 def is_array(value: Any) -> bool:
@@ -60,25 +93,15 @@ def flat_arrays(arrays: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
 
 def fill(memory: mmap.mmap, offset: int, flats: Sequence[Any]) -> None:
     """Copy flat arrays into ``memory``, back to back from ``offset`` (bytes), using all cores."""
-    from distrust.checkpoint.arrays import of_numpy  # late: listing checkpoints must not import numpy
-
     for array_type, group in itertools.groupby(flats, key=type):
-        run = list(group)
-        if array_type is of_numpy.Flat:
-            offset = of_numpy.fill(memory, offset, run)
-        else:
-            from distrust.checkpoint.arrays import of_torch
-
-            offset = of_torch.fill(memory, offset, run)
+        adapter = cast(Adapter, _adapter_of(array_type))
+        offset = adapter.fill(memory, offset, list(group))
 
 
 def versions(flats: Sequence[Any]) -> list[int]:
-    """Return how often each flat array was modified in place; 0 where the framework does not count that."""
-    if "torch" not in sys.modules:
-        return []
-    from distrust.checkpoint.arrays import of_torch
-
-    return of_torch.versions(flats)
+    """Return how often each array, or its base, was modified in place; 0 where that is not counted."""
+    tensor = getattr(sys.modules.get("torch"), "Tensor", ())  # without torch, nothing is an instance of ()
+    return [flat._version if isinstance(flat, tensor) and not flat.is_inference() else 0 for flat in flats]
 
 
 def byte_range(flat: Any, begin: int, end: int) -> Any:
@@ -88,16 +111,12 @@ def byte_range(flat: Any, begin: int, end: int) -> Any:
 
 def private_copy(flat: Any) -> Any:
     """Return a copy of a flat array that shares no memory with it."""
-    from distrust.checkpoint.arrays import of_numpy
-
-    # To the host at once: a copy on the device would only be queued, and could read later contents.
-    return flat.copy() if type(flat) is of_numpy.Flat else flat.to("cpu", copy=True)
+    # A tensor to the host at once: a copy on the device would only be queued, and could read later contents.
+    return flat.to("cpu", copy=True) if hasattr(flat, "to") else flat.copy()
 
 
 def require_framework(framework: str) -> None:
     """Raise ConfigError unless a framework is supported and installed."""
-    if framework not in get_args(Framework):
-        raise ConfigError(f"framework {framework!r} is none of {', '.join(get_args(Framework))}")
     _adapter(framework)
 
 
@@ -130,6 +149,8 @@ def _adapter_of(array_type: type) -> Adapter | None:
 
 @functools.cache
 def _adapter(framework: str) -> Adapter:
+    if framework not in get_args(Framework):
+        raise ConfigError(f"framework {framework!r} is none of {', '.join(get_args(Framework))}")
     try:
         return import_module(f"{__name__}.of_{framework}").ADAPTER  # type: ignore[no-any-return]
     except ImportError as error:

@@ -8,8 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from distrust.checkpoint.arrays import of_numpy
-from distrust.checkpoint.arrays.host import DTYPES, Adapter
+from distrust.checkpoint.arrays import DTYPES, Adapter, of_numpy
 from distrust.checkpoint.format import Description
 from distrust.errors import ConfigError, UnsupportedState
 
@@ -58,4 +57,5 @@ def _obstacle(value: Any) -> str | None:
     return None
 
 
-ADAPTER = Adapter(_describe, _flat_arrays, zero_copy=True, from_host=_from_host)  # jax arrays are immutable
+# jax arrays are immutable, so they need no copy.
+ADAPTER = Adapter(_describe, _flat_arrays, of_numpy.fill, _from_host, zero_copy=True)

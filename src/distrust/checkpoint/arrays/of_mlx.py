@@ -8,8 +8,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from distrust.checkpoint.arrays import of_numpy
-from distrust.checkpoint.arrays.host import NAMES, Adapter
+from distrust.checkpoint.arrays import NAMES, Adapter, of_numpy
 from distrust.checkpoint.format import Description
 from distrust.errors import ConfigError, UnsupportedState
 
@@ -27,11 +26,9 @@ _CARRIERS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
 def _describe(labels: Sequence[str], values: Sequence[Any]) -> list[Description]:
     for label, value in zip(labels, values, strict=True):
         if value.dtype not in _NAMES:
-            raise UnsupportedState(
-                f"{label}: mlx arrays of {value.dtype} cannot be saved; "
-                "convert it to a dtype that holds its values",
-                label=label,
-            )
+            problem = f"mlx arrays of {value.dtype} cannot be saved"
+            remedy = "convert it to a dtype that holds its values"
+            raise UnsupportedState(f"{label}: {problem}; {remedy}", label=label)
     return [(_NAMES[value.dtype], tuple(value.shape)) for value in values]
 
 
@@ -60,4 +57,5 @@ def _from_host(data: Any, dtype: str, shape: tuple[int, ...]) -> Any:
     return array
 
 
-ADAPTER = Adapter(_describe, _flat_arrays, zero_copy=True, from_host=_from_host)  # aliases keep the contents
+# Aliases keep the contents, so they need no copy.
+ADAPTER = Adapter(_describe, _flat_arrays, of_numpy.fill, _from_host, zero_copy=True)

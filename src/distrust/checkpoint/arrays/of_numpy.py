@@ -11,11 +11,9 @@ from typing import Any
 import numpy as np
 
 from distrust.checkpoint import parallel
-from distrust.checkpoint.arrays.host import DTYPES, ML_DTYPES_NAMES, NUMPY_NAMES, Adapter
+from distrust.checkpoint.arrays import DTYPES, ML_DTYPES_NAMES, NUMPY_NAMES, Adapter
 from distrust.checkpoint.format import Description
 from distrust.errors import ConfigError, UnsupportedState
-
-Flat = np.ndarray  #: The type of a flat array of numpy: uint8, one-dimensional, contiguous.
 
 
 def _describe(labels: Sequence[str], values: Sequence[Any]) -> list[Description]:
@@ -33,15 +31,14 @@ def _flat_arrays(values: Sequence[Any]) -> list[Any]:
 
 
 def fill(memory: mmap.mmap, offset: int, flats: Sequence[Any]) -> int:
-    """Copy flat arrays into ``memory``, back to back from ``offset`` (bytes); return the end offset."""
+    """Implement :attr:`Adapter.fill`."""
     target = np.frombuffer(memory, np.uint8)
     edges: list[int] = list(itertools.accumulate((flat.nbytes for flat in flats), initial=offset))
 
     def copy(index: int) -> None:
         target[edges[index] : edges[index + 1]] = flats[index]  # numpy releases the GIL while it copies
 
-    threads = parallel.worthwhile_threads(edges[-1] - offset)
-    parallel.run(copy, range(len(flats)), threads=threads)
+    parallel.run(copy, range(len(flats)), threads=parallel.worthwhile_threads(edges[-1] - offset))
     return edges[-1]
 
 
@@ -51,9 +48,8 @@ def _from_host(data: Any, dtype: str, shape: tuple[int, ...]) -> Any:
     try:
         import ml_dtypes
     except ImportError:
-        raise ConfigError(
-            f'numpy itself has no {dtype}: pip install ml_dtypes, or load with framework="torch"'
-        ) from None
+        remedy = 'pip install ml_dtypes, or load with framework="torch"'
+        raise ConfigError(f"numpy itself has no {dtype}: {remedy}") from None
     return data.view(getattr(ml_dtypes, ML_DTYPES_NAMES[dtype])).reshape(shape)
 
 
@@ -65,4 +61,4 @@ def _bytes(value: Any) -> np.ndarray[Any, Any]:
     return flat.view(np.uint8)
 
 
-ADAPTER = Adapter(_describe, _flat_arrays, zero_copy=False, from_host=_from_host)  # owners write in place
+ADAPTER = Adapter(_describe, _flat_arrays, fill, _from_host, zero_copy=False)  # owners write in place

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from distrust.checkpoint import parallel
-from distrust.checkpoint.arrays.host import DTYPES, NAMES, Adapter
+from distrust.checkpoint.arrays import DTYPES, NAMES, Adapter
 from distrust.checkpoint.format import Description
 from distrust.errors import ConfigError, UnsupportedState
 
@@ -33,7 +33,12 @@ def _describe(labels: Sequence[str], values: Sequence[Any]) -> list[Description]
     if None in dtypes or not all(map(_is_plain, set(map(_storage_kind, values)))):
         for label, value, dtype in zip(labels, values, dtypes, strict=True):
             if dtype is None or not _is_plain(_storage_kind(value)):
-                raise _unsupported_error(label, value)
+                name = str(value.dtype).removeprefix("torch.")
+                raise UnsupportedState(
+                    f"{label}: torch tensors of {name}, layout {value.layout}, device {value.device}, "
+                    f"type {type(value).__name__} cannot be saved",
+                    label=label,
+                )
     return list(zip(dtypes, [tuple(value.shape) for value in values], strict=True))  # type: ignore[arg-type]
 
 
@@ -54,11 +59,8 @@ def _flat_arrays(values: Sequence[Any]) -> list[Any]:
     return flats
 
 
-def fill(memory: mmap.mmap, offset: int, flats: Sequence[Any]) -> int:
-    """Copy flat tensors into ``memory``, back to back from ``offset`` (bytes); return the end offset.
-
-    Makes one call for each run of tensors of the same dtype and device, however many they are.
-    """
+def _fill(memory: mmap.mmap, offset: int, flats: Sequence[Any]) -> int:
+    # One call for each run of tensors of the same dtype and device, however many they are.
     for (dtype, device), group in itertools.groupby(flats, key=lambda flat: (flat.dtype, flat.device)):
         run = list(group)
         sizes = [flat.numel() for flat in run]
@@ -80,17 +82,9 @@ def _from_host(data: Any, dtype: str, shape: tuple[int, ...]) -> Any:
     torch_dtype = getattr(torch, NAMES[dtype], None)
     if torch_dtype is None:
         raise ConfigError(f"this version of torch has no {dtype}: upgrade it")
-    if not data.size:
-        # torch reads an empty numpy array as one of stride 0, and refuses to view it.
+    if not data.size:  # torch reads an empty numpy array as one of stride 0, and refuses to view it
         return torch.empty(shape, dtype=torch_dtype)
     return torch.from_numpy(data).view(torch_dtype).reshape(shape)
-
-
-def versions(flats: Sequence[Any]) -> list[int]:
-    """Return how often each flat tensor, or its base, was modified in place; 0 if torch does not count."""
-    return [
-        flat._version if isinstance(flat, torch.Tensor) and not flat.is_inference() else 0 for flat in flats
-    ]
 
 
 def _storage_kind(value: Any) -> tuple[type, Any, Any]:
@@ -101,15 +95,6 @@ def _is_plain(kind: tuple[type, Any, Any]) -> bool:
     tensor_type, layout, device = kind
     # A subclass (DTensor, a quantized weight) holds more than its bytes.
     return tensor_type in _PLAIN and layout is torch.strided and device.type != "meta"
-
-
-def _unsupported_error(label: str, value: Any) -> UnsupportedState:
-    name = str(value.dtype).removeprefix("torch.")
-    return UnsupportedState(
-        f"{label}: torch tensors of {name}, layout {value.layout}, device {value.device}, "
-        f"type {type(value).__name__} cannot be saved",
-        label=label,
-    )
 
 
 def _portions(target: Any, flats: list[Any], sizes: list[int], count: int) -> list[tuple[Any, list[Any]]]:
@@ -138,4 +123,4 @@ def _copy_from_device(targets: Any, flats: list[Any]) -> None:
     stream.synchronize()
 
 
-ADAPTER = Adapter(_describe, _flat_arrays, zero_copy=False, from_host=_from_host)  # owners write in place
+ADAPTER = Adapter(_describe, _flat_arrays, _fill, _from_host, zero_copy=False)  # owners write in place

@@ -11,15 +11,16 @@ import math
 from typing import Any
 
 from distrust import provenance
-from distrust.data.fields import Fields, json_kind, parse_number, quote_value, to_number, unique_members
+from distrust.data.columns import Fields
+from distrust.data.fields import json_kind, parse_number, quote_value, to_number, unique_members
 from distrust.data.provenance.table import Table
 from distrust.data.record_errors import RecordError
 from distrust.provenance import Evidence
 
 _COUNTS = ("citation_count", "consensus_count")
 
+# Decimal places of computed values: more would suggest a precision that ranks and shares do not have.
 DIGITS = 6
-"""Decimal places of computed values: more would suggest a precision that ranks and shares do not have."""
 
 
 class MissingIngredientError(RecordError):
@@ -43,7 +44,9 @@ def authority_weight(fields: Fields, table: Table) -> float:
             reason=f"no {' and no '.join(absent)}",
         )
     counts = {
-        key: _count(fields[names[key]], names[key]) if key in present else float(table.missing[key] or 0)
+        key: _non_negative(fields[names[key]], names[key], "a count, 0 or more; correct it")
+        if key in present
+        else float(table.missing[key] or 0)
         for key in _COUNTS
     }
     rank = _rank(fields[names["rank"]], table) if "rank" in present else float(table.missing["rank"] or 0)
@@ -55,23 +58,24 @@ def _rank(value: Any, table: Table) -> float:
     if isinstance(value, str):
         if value in table.ranks:
             return table.ranks[value]
-        if isinstance(parse_number(value), str):
+        value = parse_number(value)  # a CSV file's number
+        if isinstance(value, str):
             raise MissingIngredientError(
                 f"{quote_value(value)} has no rank; give it one under [ranks] of a --table",
                 field=field,
                 reason=f"{field} not in [ranks] of {table.name}",
             )
-        value = parse_number(value)  # a CSV file's number
     number = to_number(value, field)
     if not 0 <= number <= 1:
         raise RecordError(f"{quote_value(value)} is outside [0, 1]; 1 is the highest rank", field=field)
     return number
 
 
-def _count(value: Any, field: str) -> float:
-    number = _number(value, field)
+def _non_negative(value: Any, field: str, expected: str) -> float:
+    """A finite number, 0 or more; also as text, as all values of CSV files are."""
+    number = to_number(parse_number(value) if isinstance(value, str) else value, field)
     if not 0 <= number < math.inf:
-        raise RecordError(f"{quote_value(value)} is not a count, 0 or more; correct it", field=field)
+        raise RecordError(f"{quote_value(value)} is not {expected}", field=field)
     return number
 
 
@@ -108,17 +112,10 @@ def _item(item: Any, field: str) -> Evidence:
         raise RecordError(f'{problem}; give a name such as "notebook"', field=f"{field}.kind")
     if share is None:
         raise RecordError("missing; give its share of the chain", field=f"{field}.share")
-    number = _number(share, f"{field}.share")
-    if not 0 <= number < math.inf:
-        raise RecordError(f"{quote_value(share)} is not a finite share, 0 or more", field=f"{field}.share")
+    number = _non_negative(share, f"{field}.share", "a finite share, 0 or more")
     if isinstance(name, float) and name.is_integer():  # tables store a column of integers with gaps as floats
         name = int(name)
     if isinstance(name, bool) or not isinstance(name, str | int | None):
         problem = f"{json_kind(name)} ({quote_value(name)}), not a name or a whole number; give one of these"
         raise RecordError(problem, field=f"{field}.id")
     return Evidence(kind, number, None if name is None else str(name))
-
-
-def _number(value: Any, field: str) -> float:
-    """A number, also as text: in CSV files all values are."""
-    return to_number(parse_number(value) if isinstance(value, str) else value, field)

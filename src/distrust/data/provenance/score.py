@@ -8,29 +8,34 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from heapq import heappush, heappushpop
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from distrust.data.columns import Columns
+from distrust.data.columns import Columns, Fields
 from distrust.data.corpus import Classes, Locations
-from distrust.data.fields import Fields, read_authority_weight, read_provenance_entropy, read_source
+from distrust.data.fields import read_authority_weight, read_provenance_entropy, read_source
 from distrust.data.provenance import evidence
 from distrust.data.provenance.evidence import MissingIngredientError
 from distrust.data.provenance.table import Table
 from distrust.data.reading import REPORT_EVERY, raise_errors, require_records
 from distrust.data.record_errors import RecordError, RecordErrors
 from distrust.data.records import Location
-from distrust.data.sources import Part, Source
+from distrust.data.sources import Source
 
 Quantity = Literal["authority_weight", "provenance_entropy"]
 
-LARGEST = 5
-"""How many of the largest differences are reported."""
+#: How the record's own value is read, and how it is computed.
+_FUNCTIONS: Mapping[Quantity, tuple[Callable[..., float], Callable[..., float]]] = {
+    "authority_weight": (read_authority_weight, evidence.authority_weight),
+    "provenance_entropy": (read_provenance_entropy, evidence.provenance_entropy),
+}
+
+LARGEST = 5  # how many of the largest differences are reported
 
 _CAPTION_CHARACTERS = 60  # a caption ends a line of the terminal
 
@@ -54,25 +59,16 @@ class Check:
     checked: int = 0  # records whose own value was compared
     differing: int = 0  # checked records that differ by more than the tolerance
     unchecked: Counter[str] = field(default_factory=Counter)  # missing ingredient -> uncompared records
-    _largest: list[tuple[float, int, Difference]] = field(default_factory=list)  # a heap, smallest first
-
-    @property
-    def largest(self) -> list[Difference]:
-        """The largest differences, at most ``LARGEST``; of equal ones the first."""
-        return [difference for *_, difference in sorted(self._largest, key=lambda entry: entry[:2])[::-1]]
+    largest: list[Difference] = field(default_factory=list)  # at most LARGEST; of equal ones the first
 
     def compare(self, location: Location, recorded: float, computed: float) -> None:
         """Count a record whose own value can be compared."""
         self.checked += 1
-        size = abs(recorded - computed)
-        if size > self.tolerance:
+        if abs(recorded - computed) > self.tolerance:
             self.differing += 1
-            # -differing is unique, so heap comparisons never reach the Difference.
-            entry = (size, -self.differing, Difference(str(location), recorded, computed))
-            if len(self._largest) < LARGEST:
-                heappush(self._largest, entry)
-            elif size > self._largest[0][0]:
-                heappushpop(self._largest, entry)
+            self.largest.append(Difference(str(location), recorded, computed))
+            self.largest.sort(key=lambda item: -abs(item.recorded - item.computed))  # stable
+            del self.largest[LARGEST:]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,16 +99,12 @@ class Scoring:
 
     def score(self, quantity: Quantity, fields: Fields, location: Location, check: Check) -> float:
         """The value of a record, counted in ``check``; RecordError if there is none or a field is wrong."""
-        columns, table = self.columns, self.table
-        if quantity == "authority_weight":
-            names, read, compute = columns.authority_weight, read_authority_weight, evidence.authority_weight
-            default = self.authority_weight
-        else:
-            names, read = columns.provenance_entropy, read_provenance_entropy
-            compute, default = evidence.provenance_entropy, self.provenance_entropy
-        recorded = read(fields, columns, None) if any(name in fields for name in names) else None
+        read, compute = _FUNCTIONS[quantity]
+        names: tuple[str, ...] = getattr(self.columns, quantity)
+        default: float | None = getattr(self, quantity)
+        recorded = read(fields, self.columns, None) if any(name in fields for name in names) else None
         try:
-            computed = compute(fields, table)
+            computed = compute(fields, self.table)
         except MissingIngredientError as missing:
             if recorded is not None:
                 check.unchecked[missing.reason] += 1
@@ -144,7 +136,8 @@ def score_records(
     classes = Classes()
     class_of, part_of, lines = array("i"), array("i"), array("q")
     errors = RecordErrors()
-    for index, location, row in _rows(parts):
+    rows = ((index, *row) for index, part in enumerate(parts) for row in part.located_rows())
+    for index, location, row in rows:
         row_errors: list[RecordError] = []
         if isinstance(row, RecordError):
             row_errors.append(row)
@@ -179,20 +172,14 @@ def score_records(
     )
 
 
-def _rows(parts: Sequence[Part]) -> Iterator[tuple[int, Location, Fields | RecordError]]:
-    """Each row with the index of its part and its location."""
-    for index, part in enumerate(parts):
-        for number, row in part.rows():
-            yield index, Location(part.name, number, part.unit), row
-
-
 def captions(sources: Sequence[Source], columns: Columns, locations: Collection[str]) -> dict[str, str]:
     """Location -> the title of the record there, or the beginning of its text.
 
     The sources are read until all locations are described.
     """
     texts: dict[str, str] = {}
-    for _, location, row in _rows([part for source in sources for part in source.parts]):
+    parts = chain.from_iterable(source.parts for source in sources)
+    for location, row in chain.from_iterable(part.located_rows() for part in parts):
         where = str(location)
         if where in locations and not isinstance(row, RecordError):
             texts[where] = _caption(row, columns)

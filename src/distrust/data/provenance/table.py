@@ -108,15 +108,11 @@ def _expected_type(section: str, key: str, value: Any) -> str | None:
         return None if is_list else "a list of kinds"
     is_rank = section == "ranks" or (section, key) == ("missing", "rank")  # in [coefficients] it is not
     expected = "a number in [0, 1]" if is_rank else "a number, 0 or more"
-    valid = _is_number(value, 1 if is_rank else math.inf)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    valid = is_number and in_range(value, 0, 1 if is_rank else math.inf)
     if section == "missing":
         return None if valid or value == _IS_AN_ERROR else f'{expected}, or "error"'
     return None if valid else expected
-
-
-def _is_number(value: Any, high: float = math.inf) -> bool:
-    """Whether a TOML value is a finite number in [0, high]."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and in_range(value, 0, high)
 
 
 def _suggest(name: str, known: Iterable[str]) -> str:

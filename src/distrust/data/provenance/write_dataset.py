@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import islice
 from json import JSONDecoder
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from distrust.atomic import atomic_file
-from distrust.data.columns import Columns, WholeRow
-from distrust.data.fields import Fields, quote_value
+from distrust.data.columns import Columns, Fields, WholeRow
+from distrust.data.fields import quote_value
 from distrust.data.formats import BATCH_ROWS, first_line, import_pyarrow, next_token
 from distrust.data.provenance.score import ScoredRecords
 from distrust.data.reading import REPORT_EVERY
@@ -28,6 +28,8 @@ from distrust.errors import ConfigError, DataError
 
 # A row group ends at whichever limit is reached first: readers hold one in memory.
 _GROUP_ROWS, _GROUP_BYTES = 1 << 16, 1 << 25
+
+_encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 
 
 def require_format(target: Path) -> None:
@@ -61,7 +63,6 @@ def write_scored(
         DataError: a source has changed, or has a value that the format cannot represent.
         WriteFailed: it cannot be written; an existing file is unchanged.
     """
-    require_format(target)
     parts = [part for source in sources for part in source.parts]
     pairs = _pairs(scored, on_progress)
     with atomic_file(target, force=force) as file:
@@ -90,8 +91,7 @@ def _pairs(scored: ScoredRecords, on_progress: Callable[[int], None] | None) -> 
 
 
 def _rows(part: Part, pairs: Pairs) -> Iterator[tuple[Location, Fields, Pair]]:
-    for number, row in part.rows():
-        location = Location(part.name, number, part.unit)
+    for location, row in part.located_rows():
         pair = next(pairs, None)
         if pair is None or isinstance(row, RecordError):
             raise DataError(f"{location}: it changed while it was read; start again")
@@ -100,11 +100,17 @@ def _rows(part: Part, pairs: Pairs) -> Iterator[tuple[Location, Fields, Pair]]:
 
 def _updates(row: Fields, pair: Pair, columns: Columns) -> dict[str, float]:
     """The fields to set; none if the record's own values are kept."""
-    updates = {}
-    for names, value in zip((columns.authority_weight, columns.provenance_entropy), pair, strict=True):
-        present = [name for name in names if name in row] or names[:1]
-        updates.update({name: value for name in present if name not in row or row[name] != value})
-    return updates
+    values = {name: pair[index] for name, index in _targets(columns, row).items()}
+    return {name: value for name, value in values.items() if name not in row or row[name] != value}
+
+
+def _targets(columns: Columns, available: Collection[str]) -> dict[str, int]:
+    """The columns to write, and whether each has w (0) or H (1): those that exist, else the first name."""
+    return {
+        name: index
+        for index, names in enumerate((columns.authority_weight, columns.provenance_entropy))
+        for name in [name for name in names if name in available] or names[:1]
+    }
 
 
 def _write_lines(file: BinaryIO, parts: Sequence[Part], pairs: Pairs, columns: Columns) -> None:
@@ -113,8 +119,7 @@ def _write_lines(file: BinaryIO, parts: Sequence[Part], pairs: Pairs, columns: C
             updates = _updates(row, pair, columns)
             text = row.text if isinstance(row, WholeRow) else None
             line = _to_json(row, updates, location) if text is None else _set_members(text, row, updates)
-            file.write(line.encode("utf-8"))
-            file.write(b"\n")
+            file.write(f"{line}\n".encode())
 
 
 def _set_members(text: str, row: Fields, updates: Mapping[str, float]) -> str:
@@ -148,23 +153,16 @@ def _replace_values(text: str, updates: Mapping[str, float]) -> str:
 
 def _to_json(row: Fields, updates: Mapping[str, float], location: Location) -> str:
     """A row of a table as a JSON object."""
-    values = {**row, **updates}
-    try:
-        return json.dumps(values, ensure_ascii=False, allow_nan=False)  # NaN is not JSON
-    except (TypeError, ValueError, RecursionError):
-        name = next(name for name, value in values.items() if not _is_json(value))
-        raise DataError(
-            f"{location}: {quote_value(name)}: JSON cannot represent {quote_value(values[name])}; give "
-            "--out a name that ends in .parquet"
-        ) from None
-
-
-def _is_json(value: Any) -> bool:
-    try:
-        json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError, RecursionError):
-        return False
-    return True
+    pieces = []
+    for name, value in {**row, **updates}.items():
+        try:
+            pieces.append(f"{_encode(name)}: {_encode(value)}")
+        except (TypeError, ValueError, RecursionError):  # also NaN, which is not JSON
+            raise DataError(
+                f"{location}: {quote_value(name)}: JSON cannot represent {quote_value(value)}; give "
+                "--out a name that ends in .parquet"
+            ) from None
+    return f"{{{', '.join(pieces)}}}"
 
 
 def _write_table(file: BinaryIO, parts: Sequence[Part], pairs: Pairs, columns: Columns) -> None:
@@ -172,9 +170,13 @@ def _write_table(file: BinaryIO, parts: Sequence[Part], pairs: Pairs, columns: C
     pyarrow = import_pyarrow()
     try:
         schema = pyarrow.unify_schemas([_schema(part) for part in parts], promote_options="permissive")
-        schema = _add_columns(schema, columns)
+        targets = _targets(columns, schema.names)
+        for name in targets:
+            number = pyarrow.field(name, pyarrow.float64())
+            index = schema.get_field_index(name)
+            schema = schema.append(number) if index < 0 else schema.set(index, number)
         with pyarrow.parquet.ParquetWriter(file, schema) as writer:
-            for group in _groups(_tables(parts, schema, pairs, columns)):
+            for group in _groups(_tables(parts, schema, pairs, targets)):
                 writer.write_table(group)
     except (pyarrow.ArrowException, ArithmeticError, LookupError, TypeError, ValueError) as error:
         raise DataError(
@@ -206,30 +208,13 @@ def _infer_type(name: str, values: list[Any]) -> Any:
         raise ValueError(f"column {quote_value(name)}: {error}") from None
 
 
-def _add_columns(schema: Any, columns: Columns) -> Any:
-    """The schema with w and H as float64, appended if they are new."""
-    pyarrow = import_pyarrow()
-    for names in (columns.authority_weight, columns.provenance_entropy):
-        for name in [name for name in names if name in schema.names] or names[:1]:
-            number = pyarrow.field(name, pyarrow.float64())
-            index = schema.get_field_index(name)
-            schema = schema.append(number) if index < 0 else schema.set(index, number)
-    return schema
-
-
-def _tables(parts: Sequence[Part], schema: Any, pairs: Pairs, columns: Columns) -> Iterator[Any]:
+def _tables(parts: Sequence[Part], schema: Any, pairs: Pairs, targets: Mapping[str, int]) -> Iterator[Any]:
     """All records as small tables of one schema."""
     pyarrow = import_pyarrow()
-    pair_index = {  # column -> 0 for w, 1 for H
-        name: index
-        for index, names in enumerate((columns.authority_weight, columns.provenance_entropy))
-        for name in names
-        if name in schema.names
-    }
     for part in parts:
         if part.parquet is None:
             rows = (
-                {**row, **{name: pair[index] for name, index in pair_index.items()}}
+                {**row, **{name: pair[index] for name, index in targets.items()}}
                 for _, row, pair in _rows(part, pairs)
             )
             while batch := list(islice(rows, BATCH_ROWS)):
@@ -238,17 +223,17 @@ def _tables(parts: Sequence[Part], schema: Any, pairs: Pairs, columns: Columns) 
         with part.parquet() as file:  # column by column: keeps types that Python does not have
             table = pyarrow.parquet.ParquetFile(file, pre_buffer=False)
             for batch in table.iter_batches(BATCH_ROWS, use_threads=False):
-                yield _set_columns(batch, list(islice(pairs, len(batch))), schema, pair_index)
+                yield _set_columns(batch, list(islice(pairs, len(batch))), schema, targets)
 
 
-def _set_columns(batch: Any, pairs: Sequence[Pair], schema: Any, pair_index: Mapping[str, int]) -> Any:
+def _set_columns(batch: Any, pairs: Sequence[Pair], schema: Any, targets: Mapping[str, int]) -> Any:
     """A batch of a table with its w and H."""
     pyarrow = import_pyarrow()
     values = []
     for field in schema:
-        if field.name in pair_index:
-            index = pair_index[field.name]
-            values.append(pyarrow.array([pair[index] for pair in pairs], pyarrow.float64()))
+        if field.name in targets:
+            numbers = [pair[targets[field.name]] for pair in pairs]
+            values.append(pyarrow.array(numbers, pyarrow.float64()))
         elif field.name in batch.schema.names:
             values.append(batch.column(field.name).cast(field.type))
         else:

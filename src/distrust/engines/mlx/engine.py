@@ -8,8 +8,9 @@ name and passes them to every forward pass; the model only receives them.
 from __future__ import annotations
 
 import math
+import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from typing import Any, Literal
 
@@ -24,7 +25,6 @@ from distrust.contract import DEFAULT_MAX_LENGTH, EngineState, Losses, MemoryUse
 from distrust.data import MicroBatch
 from distrust.engines import state_conversion
 from distrust.engines.loading import config_digest, fingerprint, load_tokenizer, require_vocabulary
-from distrust.engines.lora_config import LoraConfig
 from distrust.engines.mlx import adapter, layers, model, runtime
 from distrust.engines.mlx.model_runner import ModelRunner
 from distrust.engines.mlx.optimizer import AdamW
@@ -38,14 +38,8 @@ _OUT_OF_MEMORY = ("alloc", "out of memory", "insufficient memory")
 class MlxEngine:
     """A language model of mlx-lm with its LoRA layers, and AdamW.
 
-    mlx's arrays belong to the thread that created them: use an engine in one thread.
-
-    Args:
-        config: what to load, and how to train it.
-
-    Raises:
-        ModelError: if the model or tokenizer cannot be loaded.
-        ConfigError: if an option does not fit the model or the machine.
+    mlx's arrays belong to the thread that created them: use an engine in one thread. Raises what
+    :func:`distrust.engines.create_engine` raises.
     """
 
     framework: Literal["mlx"] = "mlx"
@@ -55,17 +49,26 @@ class MlxEngine:
         mx.set_default_device(self._device)
         return_freed_memory()
         self.tokenizer: Any = load_tokenizer(config.model)
-        self._model, self._config = self._load_base(config)
+        base_dtype = config.dtype if config.lora_rank else "float32"
+        self._model, self._config = model.load_model(config.model, dtype=base_dtype)
+        rows = model.text_entry(self._config, "vocab_size") or len(self.tokenizer)
+        require_vocabulary(self.tokenizer, rows, name=config.model)
         self._fingerprint = fingerprint(model.named_weights(self._model))  # before quantization
         model.quantize(self._model, config.quantization)
         self.context_length: int | None = model.text_entry(self._config, "max_position_embeddings")
         self._gradient_checkpointing = config.gradient_checkpointing
-        self._by_columns = layers.columns_are_faster(self._device) and bool(config.lora_rank)
+        on_cpu = self._device.type == mx.DeviceType.cpu
+        # Products by columns do not pay with Apple's own library, nor on a GPU.
+        self._by_columns = on_cpu and sys.platform != "darwin" and config.lora_rank > 0
         if self._by_columns:
             layers.use_columns(self._model)
         self._compiled = runtime.should_compile(config, self._device)
         base_parameters = get_total_parameters(self._model)  # counts packed weights, too
-        self._add_adapter(config)
+        if config.lora_rank:
+            runtime.reseed(seed=config.seed, step=0, micro_step=0)
+            adapter.add_adapter(self._model, config)
+        else:
+            self._model.unfreeze()
         if config.gradient_checkpointing:
             layers.checkpoint_layers(self._model)
         self._trained = adapter.trained_parameters(self._model)
@@ -74,7 +77,7 @@ class MlxEngine:
         self.parameters = trained, base_parameters + (trained if config.lora_rank else 0)
         self._runner = self._create_runner(config)
         self._warn_of_unlimited_window(config)
-        self._optimizer = AdamW(self._trained, config, compile=self._compile)
+        self._optimizer = AdamW(self._trained, config, compiled=self._compiled)
         self._gradients: dict[str, mx.array] | None = None  # sums over the micro-batches of the step
 
     @property
@@ -89,11 +92,12 @@ class MlxEngine:
 
     def environment(self) -> dict[str, Any]:
         """Everything that may change the last bits of a run."""
+        on_cpu = self._device.type == mx.DeviceType.cpu
         return {
             "engine": "mlx",
             "mlx": version("mlx"),
             "mlx_lm": version("mlx-lm"),
-            "device": self._device_name(),
+            "device": "cpu" if on_cpu else str(mx.device_info().get("device_name", "gpu")),
             "model_config_mlx": config_digest(self._config),
             "attention": "rows shared" if self._runner.uses_varlen else "a row each",
             "loss": "in chunks" if self._runner.uses_chunked_loss else "of all logits",
@@ -168,21 +172,18 @@ class MlxEngine:
         )
 
     def load_state(self, state: EngineState) -> None:
-        """Load a state of either engine.
-
-        Raises:
-            ResumeRefused: if names, shapes or dtypes differ; nothing has changed then.
-        """
+        """Load a state of either engine; ResumeRefused changes nothing."""
         state = state_conversion.to_mlx(state)
         differences = state_conversion.list_differences(state.model, self._trained)
-        for moment in ("m", "v"):
-            lines = state_conversion.list_differences(state.optimizer[moment], self._trained)
-            differences += [f"moment {moment} of {line}" for line in lines]
+        for key in ("m", "v"):
+            lines = state_conversion.list_differences(state.optimizer[key], self._trained)
+            differences += [f"moment {key} of {line}" for line in lines]
         state_conversion.require_no_differences(differences, state.model)
-        self._trained = _load_arrays(state.model, self._trained)
+        names = list(self._trained)
+        self._trained = _load_arrays(state.model, names)
         self._optimizer.step = state.optimizer["step"]
-        self._optimizer.m = _load_arrays(state.optimizer["m"], self._trained)
-        self._optimizer.v = _load_arrays(state.optimizer["v"], self._trained)
+        self._optimizer.m = _load_arrays(state.optimizer["m"], names)
+        self._optimizer.v = _load_arrays(state.optimizer["v"], names)
         runtime.load_rng_state(state.rng)
 
     def device_memory(self) -> MemoryUse | None:
@@ -194,25 +195,8 @@ class MlxEngine:
         del self._model, self._runner, self._trained, self._optimizer, self.tokenizer, self._gradients
         runtime.release_memory()
 
-    def _load_base(self, config: TrainConfig) -> tuple[Any, dict[str, Any]]:
-        base, described = model.load_model(
-            config.model, dtype=config.dtype if config.lora_rank else "float32"
-        )
-        rows = model.text_entry(described, "vocab_size") or len(self.tokenizer)
-        require_vocabulary(self.tokenizer, rows, name=config.model)
-        return base, described
-
-    def _add_adapter(self, config: TrainConfig) -> None:
-        if not config.lora_rank:
-            self._model.unfreeze()
-            return
-        runtime.reseed(seed=config.seed, step=0, micro_step=0)
-        adapter.add_adapter(self._model, LoraConfig.from_options(config))
-
     def _create_runner(self, config: TrainConfig) -> ModelRunner:
-        casts = (
-            not config.lora_rank and config.dtype != "float32"
-        )  # all weights are float32, the products not
+        casts = not config.lora_rank and config.dtype != "float32"  # float32 weights, other products
         return ModelRunner(
             self._model,
             arithmetic=getattr(mx, config.dtype) if casts else None,
@@ -222,9 +206,10 @@ class MlxEngine:
         )
 
     def _warn_of_unlimited_window(self, config: TrainConfig) -> None:
-        window = model.sliding_window(self._config)
-        longest = config.max_length or DEFAULT_MAX_LENGTH
-        if window is None or window >= longest or window in self._runner.windows:
+        window = model.text_entry(self._config, "sliding_window")  # tokens that a token sees
+        if type(window) is not int or model.text_entry(self._config, "use_sliding_window") is False:
+            return
+        if window >= (config.max_length or DEFAULT_MAX_LENGTH) or window in self._runner.windows:
             return
         warnings.warn(
             f"--model {config.model}: its layers are limited to {window} tokens back, and mlx-lm does not "
@@ -233,15 +218,6 @@ class MlxEngine:
             DistrustWarning,
             stacklevel=2,
         )
-
-    def _compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        compiled: Callable[..., Any] = mx.compile(function) if self._compiled else function
-        return compiled
-
-    def _device_name(self) -> str:
-        if self._device.type == mx.DeviceType.cpu:
-            return "cpu"
-        return str(mx.device_info().get("device_name", "gpu"))
 
 
 def _load_arrays(arrays: Mapping[str, Any], names: Iterable[str]) -> dict[str, mx.array]:

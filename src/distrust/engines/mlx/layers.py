@@ -11,7 +11,6 @@ backward pass, grad·W, is fast as it is.
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import mlx.core as mx
@@ -51,8 +50,7 @@ class _KeyedDropout(nn.Dropout):  # type: ignore[misc]
         if not _is_active(self):
             return inputs
         mask = mx.random.bernoulli(self._p_1, inputs.shape, key=self._key)  # _p_1: probability of keeping
-        output: mx.array = mask * inputs * (1 / self._p_1)
-        return output
+        return mask * inputs * (1 / self._p_1)  # type: ignore[no-any-return]
 
 
 def _is_active(module: Any) -> bool:
@@ -65,11 +63,6 @@ def _sample_keys(count: int) -> list[mx.array]:
         return []
     bits: mx.array = mx.view(mx.random.randint(-(2**31), 2**31 - 1, (count, 2), mx.int32), mx.uint32)
     return list(bits)
-
-
-def columns_are_faster(device: mx.Device) -> bool:
-    """Whether products by columns pay: not with Apple's own library, and not on a GPU."""
-    return device.type == mx.DeviceType.cpu and sys.platform != "darwin"
 
 
 def use_columns(model: Any) -> None:
@@ -91,8 +84,7 @@ def linear(x: mx.array, weight: mx.array) -> mx.array:
     def _(_x: mx.array, grad_output: mx.array, _output: mx.array) -> mx.array:
         return grad_output @ weight
 
-    output: Any = forward(x)
-    return output  # type: ignore[no-any-return]
+    return forward(x)  # type: ignore[return-value]
 
 
 class _ColumnLinear(nn.Linear):  # type: ignore[misc]

@@ -45,19 +45,16 @@ def chunked_losses(
 
     @mx.custom_function
     def losses_and_gradient(hidden: mx.array) -> list[mx.array]:
-        losses: list[mx.array] = []
-        gradients: list[mx.array] = []
-        previous: list[mx.array] = []
+        chunks: list[list[mx.array]] = []  # losses and gradient of each
         for start in range(0, len(targets), size):
             chunk = slice(start, start + size)
             inputs = hidden[chunk]
-            if previous:  # evaluate chunks in sequence: in parallel, all logits would exist at once
-                inputs = mx.depends([inputs], previous)[0]
-            previous = _chunk(head, inputs, targets[chunk], token_weights[chunk])
-            losses.append(previous[0])
-            gradients.append(previous[1])
-        all_losses = mx.concatenate(losses)  # [m]
-        return [(all_losses * token_weights).sum(), all_losses, mx.concatenate(gradients)]
+            if chunks:  # evaluate chunks in sequence: in parallel, all logits would exist at once
+                inputs = mx.depends([inputs], chunks[-1])[0]
+            chunks.append(_chunk(head, inputs, targets[chunk], token_weights[chunk]))
+        losses = mx.concatenate([part for part, _ in chunks])  # [m]
+        gradient = mx.concatenate([part for _, part in chunks])  # [m, width]
+        return [(losses * token_weights).sum(), losses, gradient]
 
     @losses_and_gradient.vjp
     def _(_: mx.array, cotangents: list[mx.array], outputs: list[mx.array]) -> mx.array:

@@ -24,11 +24,7 @@ FILES = ("*.json", "model*.safetensors")
 
 
 def load_model(name: str, *, dtype: Dtype) -> tuple[Any, dict[str, Any]]:
-    """Load a language model of mlx-lm, in evaluation mode, and its config.
-
-    Raises:
-        ModelError: if the model cannot be loaded.
-    """
+    """Load a language model of mlx-lm, in evaluation mode, and its config."""
     try:
         folder = _model_folder(name)
         overrides = rope_settings(json.loads((folder / "config.json").read_text(encoding="utf-8")))
@@ -46,14 +42,8 @@ def load_model(name: str, *, dtype: Dtype) -> tuple[Any, dict[str, Any]]:
 def rope_settings(config: dict[str, Any]) -> dict[str, Any]:
     """Settings of rotary positions in the entries that mlx-lm reads.
 
-    transformers 5 writes them to ``rope_parameters``, which few models of mlx-lm read.
-
-    Args:
-        config: as the model's folder has it.
-
-    Returns:
-        ``rope_theta``, ``rope_scaling`` and similar entries, where the config has them only in
-        ``rope_parameters``; a complete ``text_config`` where they belong there.
+    transformers 5 writes them to ``rope_parameters``, which few models of mlx-lm read. These are the entries
+    that a config has only there, such as ``rope_theta``; a complete ``text_config`` where they belong there.
     """
     settings: dict[str, Any] = {}
     parameters = config.get("rope_parameters")
@@ -82,26 +72,18 @@ def text_entry(config: dict[str, Any], name: str) -> Any:
     return text_config.get(name) if value is None and isinstance(text_config, dict) else value
 
 
-def sliding_window(config: dict[str, Any]) -> int | None:
-    """Number of tokens that a token sees, if the config limits it."""
-    window = text_entry(config, "sliding_window")
-    enabled = text_entry(config, "use_sliding_window")
-    return window if type(window) is int and enabled is not False else None
-
-
 def quantize(model: Any, quantization: Quantization) -> None:
     """Store the weights of linear layers and embeddings in 8 or 4 bits, in groups with a scale and a bias."""
     if quantization == "none":
         return
     bits = int(quantization.removesuffix("bit"))
     for group_size in GROUP_SIZES:
-        if any(_is_quantizable(module, group_size) for _, module in model.named_modules()):
-            nn.quantize(
-                model,
-                group_size,
-                bits,
-                class_predicate=lambda _, module: _is_quantizable(module, group_size),  # noqa: B023 - called at once
-            )
+
+        def is_quantizable(_: str, module: Any, size: int = group_size) -> bool:
+            return hasattr(module, "to_quantized") and module.weight.shape[-1] % size == 0
+
+        if any(is_quantizable(name, module) for name, module in model.named_modules()):
+            nn.quantize(model, group_size, bits, class_predicate=is_quantizable)
             mx.eval(model.parameters())
             return
     raise ConfigError(
@@ -125,7 +107,3 @@ def _model_folder(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(source, allow_patterns=list(FILES)))
-
-
-def _is_quantizable(module: Any, group_size: int) -> bool:
-    return hasattr(module, "to_quantized") and module.weight.shape[-1] % group_size == 0

@@ -6,7 +6,7 @@
   model computes all logits.
 
 A trial on a few tokens decides whether a method is exact for this model, as in the engine of torch: see
-:func:`distrust.engines.model_runner.keeps_examples_independent`, and :meth:`ModelRunner._separable_head`.
+:func:`distrust.engines.runtime.keeps_examples_independent`, and :meth:`ModelRunner._separable_head`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from distrust.contract import Losses
 from distrust.data import IGNORED, MicroBatch
 from distrust.engines.mlx.layers import linear
 from distrust.engines.mlx.loss import Head, chunked_losses, token_losses
-from distrust.engines.model_runner import Array, keeps_examples_independent, sum_per_example, trial_ids
+from distrust.engines.runtime import Array, keeps_examples_independent, sum_per_example, trial_ids
 from distrust.engines.state_conversion import dtype_name
 
 #: Compiled steps pad rows and trained tokens to a multiple of it: each new shape is compiled again.
@@ -106,22 +106,14 @@ class _SegmentMask:
 
 
 class ModelRunner:
-    """Runs a model on micro-batches.
-
-    Args:
-        model: a language model of mlx-lm; its adapter is in its layers.
-        arithmetic: dtype that the trained arrays are cast to in each pass; None: as they are.
-        frozen_head: whether nothing of the head is trained.
-        by_columns: whether products with frozen weights are computed by columns (``layers.py``).
-        compiled: whether the passes are compiled.
-    """
+    """Runs a language model of mlx-lm, with the adapter in its layers, on micro-batches."""
 
     def __init__(
         self, model: Any, *, arithmetic: mx.Dtype | None, frozen_head: bool, by_columns: bool, compiled: bool
     ) -> None:
         self._model = model
-        self._arithmetic = arithmetic
-        self._by_columns = by_columns
+        self._arithmetic = arithmetic  # that the trained arrays are cast to in each pass; None: as they are
+        self._by_columns = by_columns  # products with frozen weights, see ``layers.py``
         self._vocabulary: int = self._logits(np.zeros(1, np.int32)).shape[-1]
         self._head = self._separable_head() if frozen_head else None
         self.uses_chunked_loss = self._head is not None  # the logits of a batch never exist as a whole
@@ -130,8 +122,7 @@ class ModelRunner:
         self.uses_varlen = keeps_examples_independent(self._run_trial, vocabulary=self._vocabulary)
         self._compiled = compiled
         self._loss_and_gradients = mx.value_and_grad(self._losses)
-        self._train = self._compile(self._train_pass)
-        self._evaluate = self._compile(self._evaluation_pass)
+        self._train, self._evaluate = self._compile(self._train_pass), self._compile(self._evaluation_pass)
 
     def train(
         self, trained: Arrays, gradients: Arrays | None, batch: MicroBatch, *, tokens: int
@@ -171,16 +162,9 @@ class ModelRunner:
         self._model.eval()
         return self._losses(trained, *batch)[1]
 
-    def _losses(
-        self,
-        trained: Arrays,
-        input_ids: mx.array,
-        segments: mx.array | None,
-        predictor_index: mx.array,
-        targets: mx.array,
-        token_weights: mx.array,
-    ) -> tuple[mx.array, mx.array]:
+    def _losses(self, trained: Arrays, *batch: Any) -> tuple[mx.array, mx.array]:
         """float32[], the scaled and weighted sum; float32[n], the cross-entropy of each trained token."""
+        input_ids, segments, predictor_index, targets, token_weights = batch  # of _Rows.to_device
         self.set_parameters(trained)
         if self._head is None:
             logits = self._model(input_ids, self._cache(segments))
@@ -195,12 +179,10 @@ class ModelRunner:
             return None
         return [_SegmentMask(segments, self.windows)] * len(self._model.layers)
 
-    def _compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        if not self._compiled:
-            return function
+    def _compile(self, function: Callable[..., Any]) -> Any:
         # Dropout reads and advances the generator's state, which must not become a constant of the graph.
-        compiled: Callable[..., Any] = mx.compile(function, inputs=mx.random.state, outputs=mx.random.state)
-        return compiled
+        state = mx.random.state
+        return mx.compile(function, inputs=state, outputs=state) if self._compiled else function
 
     def _rows(self, batch: MicroBatch) -> _Rows:
         return _Rows.of(batch, share=self.uses_varlen, multiple=PADDING_MULTIPLE if self._compiled else 1)
@@ -239,8 +221,7 @@ class ModelRunner:
 
 def _take_rows(values: mx.array, index: mx.array) -> mx.array:
     """[r, t, width] -> [n, width]."""
-    selected: mx.array = mx.take(values.reshape(-1, values.shape[-1]), index, axis=0)
-    return selected
+    return mx.take(values.reshape(-1, values.shape[-1]), index, axis=0)
 
 
 def _first_fit(lengths: Array) -> tuple[Array, Array]:

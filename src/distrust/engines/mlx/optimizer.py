@@ -5,7 +5,7 @@ Decoupled weight decay: Loshchilov and Hutter 2017, arXiv:1711.05101.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -17,43 +17,29 @@ Arrays = Mapping[str, mx.array]
 
 
 class AdamW:
-    """The moments of the trained arrays, and the rule of a step, which ``compile`` may compile."""
+    """The moments of the trained arrays, and the rule of a step, which may be compiled."""
 
-    def __init__(
-        self,
-        trained: Arrays,
-        config: TrainConfig,
-        *,
-        compile: Callable[[Any], Any],  # noqa: A002
-    ) -> None:
+    def __init__(self, trained: Arrays, config: TrainConfig, *, compiled: bool) -> None:
         self.step = 0  # steps made
         self.m = {name: mx.zeros_like(array) for name, array in trained.items()}
         self.v = {name: mx.zeros_like(array) for name, array in trained.items()}
+        betas, epsilon = [config.adam_beta1, config.adam_beta2], config.adam_epsilon
         # mlx's AdamW has one decay for all arrays, so there is one instance for each decay.
         self._rules = {
-            decay: mlx.optimizers.AdamW(
-                0.0,
-                betas=[config.adam_beta1, config.adam_beta2],
-                eps=config.adam_epsilon,
-                weight_decay=decay,
-                bias_correction=True,
-            )
+            decay: mlx.optimizers.AdamW(0.0, betas, epsilon, weight_decay=decay, bias_correction=True)
             for decay in {config.weight_decay, 0.0}
         }
         self._decay = config.weight_decay
-        self._compiled_step = compile(self._apply)
+        self._step: Any = mx.compile(self._apply) if compiled else self._apply
 
     def update(self, trained: Arrays, gradients: Arrays, *, learning_rate: float) -> dict[str, mx.array]:
         """Take a step: returns the new arrays, and updates the moments."""
         self.step += 1
         # Arrays, not numbers: a compiled function would treat numbers as constants.
         rate, step = mx.array(learning_rate, mx.float32), mx.array(self.step, mx.uint64)
-        updated: dict[str, mx.array]
-        updated, self.m, self.v = self._compiled_step(
-            dict(trained), dict(gradients), self.m, self.v, rate, step
-        )
+        updated, self.m, self.v = self._step(dict(trained), dict(gradients), self.m, self.v, rate, step)
         mx.eval(updated, self.m, self.v)
-        return updated
+        return updated  # type: ignore[no-any-return]
 
     def _apply(
         self, trained: Arrays, gradients: Arrays, m: Arrays, v: Arrays, rate: mx.array, step: mx.array

@@ -23,8 +23,8 @@ def choose_device(requested: Device) -> mx.Device:
         "cuda": cuda is not None and bool(cuda.is_available()),
         "cpu": True,
     }
-    chosen = runtime.choose_device(requested, available, engine="mlx")
-    return mx.Device(mx.cpu if chosen == "cpu" else mx.gpu, 0)
+    on_cpu = runtime.choose_device(requested, available, engine="mlx") == "cpu"
+    return mx.Device(mx.cpu if on_cpu else mx.gpu, 0)
 
 
 def reseed(*, seed: int, step: int, micro_step: int) -> None:
@@ -34,8 +34,7 @@ def reseed(*, seed: int, step: int, micro_step: int) -> None:
 
 def rng_state() -> dict[str, Any]:
     """Key of the generator: uint32[2]."""
-    generator: Any = mx.random.state
-    return {"mlx": generator[0]}
+    return {"mlx": mx.random.state[0]}  # type: ignore[index]
 
 
 def load_rng_state(states: Mapping[str, Any]) -> None:
@@ -73,7 +72,6 @@ def should_compile(config: TrainConfig, device: mx.Device) -> bool:
     try:
         mx.eval(mx.compile(lambda x: mx.exp(x) * x)(mx.ones(3)))
     except RuntimeError as error:
-        raise ConfigError(
-            f"--compile: mlx cannot compile on this CPU; leave it out ({' '.join(str(error).split())[:200]})"
-        ) from error
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"--compile: mlx cannot compile on this CPU; leave it out ({reason})") from error
     return True

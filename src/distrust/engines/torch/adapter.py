@@ -1,4 +1,8 @@
-"""LoRA through peft: which parameters are trained, and their names in checkpoints and in peft's files."""
+"""LoRA through peft: which parameters are trained, and their names in checkpoints and in peft's files.
+
+LoRA (Hu et al. 2021, arXiv:2106.09685) computes W·x + scale · B·A·x, with A [rank, in] and B [out, rank].
+rsLoRA: Kalajdzievski 2023, arXiv:2312.03732. DoRA: Liu et al. 2024, arXiv:2402.09353.
+"""
 
 from __future__ import annotations
 
@@ -9,27 +13,27 @@ from typing import Any
 
 import torch
 
-from distrust.engines.lora_config import LoraConfig
+from distrust.config import TrainConfig
 from distrust.errors import ConfigError
 
 ADAPTER_NAME = "default"
 
 
-def add_adapter(model: torch.nn.Module, lora: LoraConfig) -> torch.nn.Module:
-    """Wrap a model with a LoRA adapter in float32, and freeze everything else.
+def add_adapter(model: torch.nn.Module, config: TrainConfig) -> torch.nn.Module:
+    """Wrap a model with the LoRA adapter of a run, in float32, and freeze everything else.
 
     torch's generator initializes the adapter: seed it first.
     """
     import peft
 
-    all_linear = lora.target_modules == ("all-linear",)
-    config = peft.LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules="all-linear" if all_linear else list(lora.target_modules),
-        use_rslora=lora.rslora,
-        use_dora=lora.dora,
+    targets = list(config.target_modules)
+    lora = peft.LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        use_rslora=config.rslora,
+        use_dora=config.dora,
         task_type="CAUSAL_LM",
     )
     try:
@@ -38,16 +42,13 @@ def add_adapter(model: torch.nn.Module, lora: LoraConfig) -> torch.nn.Module:
             warnings.simplefilter("ignore", FutureWarning)
             # peft corrects this option itself for layers that store transposed weights.
             warnings.filterwarnings("ignore", "fan_in_fan_out is set to False", UserWarning)
-            adapted: torch.nn.Module = peft.get_peft_model(model, config, adapter_name=ADAPTER_NAME)
+            adapted: torch.nn.Module = peft.get_peft_model(model, lora, adapter_name=ADAPTER_NAME)
     except ValueError as error:
-        linear = {
-            name.rsplit(".", 1)[-1]
-            for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear)
-        }
+        linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+        choices = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
         raise ConfigError(
-            f"{lora.targets_flag}: {' '.join(str(error).split())} "
-            f"The model's linear modules are: {', '.join(sorted(linear))}"
+            f"--target-modules {' '.join(targets)}: {' '.join(str(error).split())} "
+            f"The model's linear modules are: {choices}"
         ) from error
     return adapted
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -79,10 +80,7 @@ def packed_attention(
 
     ``query`` is [1, heads, n, width], ``key`` and ``value`` are [1, key heads, n, width]. ``attention_mask``
     is None or int64[1, 1, 1, 1], the window of the model's mask, from :func:`_row_mask`. ``sliding_window``
-    is the number of tokens that a token sees, itself included.
-
-    Raises:
-        UnknownAttention: for a feature that is not implemented here.
+    is the number of tokens that a token sees, itself included. Raises UnknownAttention for other features.
     """
     unknown = [name for name in ("softcap", "s_aux", "position_bias") if features.get(name) is not None]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -94,22 +92,12 @@ def packed_attention(
     if sum(_lengths) != query.shape[2]:
         raise UnknownAttention(f"a row of {query.shape[2]} tokens for examples of {sum(_lengths)}")
     grouped = query.shape[1] != key.shape[1]  # grouped-query attention
-    examples = zip(*(torch.split(tensor, _lengths, dim=2) for tensor in (query, key, value)), strict=True)
+    attend = partial(scaled_dot_product_attention, dropout_p=dropout, scale=scaling, enable_gqa=grouped)
     outputs = []
-    for example_query, example_key, example_value in examples:  # each [1, heads, t, width]
-        mask = _band_mask(example_query, sliding_window)
-        outputs.append(
-            scaled_dot_product_attention(
-                example_query,
-                example_key,
-                example_value,
-                attn_mask=mask,
-                is_causal=mask is None,
-                dropout_p=dropout,
-                scale=scaling,
-                enable_gqa=grouped,
-            )
-        )
+    examples = zip(*(torch.split(tensor, _lengths, dim=2) for tensor in (query, key, value)), strict=True)
+    for q, k, v in examples:  # each [1, heads, t, width]
+        mask = _band_mask(q, sliding_window)
+        outputs.append(attend(q, k, v, attn_mask=mask, is_causal=mask is None))
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 

@@ -16,7 +16,6 @@ from distrust.contract import EngineState, Losses, MemoryUse
 from distrust.data import MicroBatch
 from distrust.engines import state_conversion
 from distrust.engines.loading import config_digest, fingerprint, load_tokenizer, require_vocabulary
-from distrust.engines.lora_config import LoraConfig
 from distrust.engines.runtime import translate_out_of_memory
 from distrust.engines.torch import adapter, model, optimizer, quantization, runtime
 from distrust.engines.torch.layers import fuse
@@ -29,12 +28,7 @@ _OUT_OF_MEMORY = "can't allocate memory"  # in the RuntimeError of the CPU alloc
 class TorchEngine:
     """A causal language model of transformers with a LoRA adapter of peft, and AdamW.
 
-    Args:
-        config: what to load, and how to train it.
-
-    Raises:
-        ModelError: if the model or tokenizer cannot be loaded.
-        ConfigError: if an option does not fit the model or the machine.
+    Raises what :func:`distrust.engines.create_engine` raises.
     """
 
     framework: Literal["torch"] = "torch"
@@ -45,18 +39,24 @@ class TorchEngine:
         runtime.prefer_determinism()
         keep_freed_memory()
         torch.set_num_threads(config.threads or runtime.default_threads())
-        arithmetic = runtime.torch_dtype(config.dtype)
+        arithmetic: torch.dtype = getattr(torch, config.dtype)
         dtype = arithmetic if config.lora_rank else torch.float32
         self.tokenizer: Any = load_tokenizer(config.model)
-        base = self._load_base(config, dtype)
+        base: Any = model.load_model(
+            config.model, dtype=dtype, device=self._device, quantized=config.quantization
+        )
+        rows = base.get_input_embeddings().weight.shape[0]
+        require_vocabulary(self.tokenizer, rows, name=config.model)
         self._fingerprint = _fingerprint(base, config, arithmetic)
         self._quantization = config.quantization
-        self._config_digest = config_digest(base.config.to_diff_dict())  # type: ignore[operator, union-attr]
+        self._config_digest = config_digest(base.config.to_diff_dict())
         self.context_length: int | None = getattr(base.config, "max_position_embeddings", None)
         self._attention = str(getattr(base.config, "_attn_implementation", "unknown"))
         self._gradient_checkpointing = config.gradient_checkpointing
         if config.gradient_checkpointing:
-            _checkpoint_layers(base)
+            # Its name in later versions of transformers, and in earlier ones.
+            enable = getattr(base, "activation_checkpointing_enable", None)
+            (enable or base.gradient_checkpointing_enable)({"use_reentrant": False})
         self.model: torch.nn.Module = self._add_adapter(base, config).eval()
         # A compiler fuses by itself, and better if it sees whole layers.
         self._fused = {} if config.compile else fuse(self.model, dtype=dtype)
@@ -125,8 +125,7 @@ class TorchEngine:
 
     def clip_gradients(self, max_norm: float) -> float:
         """Scale the gradients down to ``max_norm`` (0: leave them); returns the norm before clipping."""
-        norm = torch.nn.utils.clip_grad_norm_(self._trained.values(), max_norm or float("inf"))
-        return float(norm)
+        return float(torch.nn.utils.clip_grad_norm_(self._trained.values(), max_norm or float("inf")))
 
     def update(self, *, learning_rate: float) -> None:
         """Take one step of AdamW."""
@@ -139,9 +138,9 @@ class TorchEngine:
         """Whether all trained weights and moments are finite."""
         moments = [value for state in self._optimizer.state.values() for value in state.values()]
         tensors = [*self._trained.values(), *moments]
-        # A sum is finite only if every term is: one pass, and one synchronization per device.
-        sums = [tensor.sum() for tensor in tensors]
-        if all(bool(torch.isfinite(torch.stack(group)).all()) for group in _by_device(sums)):
+        # A sum is finite only if every term is: one pass, and one synchronization.
+        sums = torch.stack([tensor.sum().to(self._device) for tensor in tensors])
+        if bool(torch.isfinite(sums).all()):
             return True
         # Or a sum of finite terms overflowed: look at each element.
         return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
@@ -158,11 +157,11 @@ class TorchEngine:
     ) -> list[int]:
         """Token ids that continue ``ids``; see :func:`distrust.engines.generate`."""
         prompt = torch.tensor([ids], device=self._device)  # [1, n]
-        sampling: dict[str, Any] = {"do_sample": False}
+        sampling: dict[str, Any] = {"do_sample": bool(temperature)}
         if temperature:
-            sampling = {"do_sample": True, "temperature": temperature}
-            if top_p is not None:
-                sampling["top_p"] = top_p
+            sampling["temperature"] = temperature
+        if temperature and top_p is not None:
+            sampling["top_p"] = top_p
         runtime.reseed(seed=seed, step=0, micro_step=0)
         end_of_text = self.tokenizer.eos_token_id
         output = self.model.eval().generate(  # type: ignore[operator]
@@ -174,8 +173,7 @@ class TorchEngine:
             use_cache=True,
             **sampling,
         )
-        new_ids: list[int] = output[0, len(ids) :].tolist()
-        return new_ids
+        return output[0, len(ids) :].tolist()  # type: ignore[no-any-return]
 
     def state(self) -> EngineState:
         """Trained weights by peft's names, AdamW's state, and the state of the random generators."""
@@ -185,19 +183,15 @@ class TorchEngine:
             rng=runtime.rng_state(self._device),
         )
 
+    @torch.no_grad()
     def load_state(self, state: EngineState) -> None:
-        """Load a state of either engine into the existing parameters.
-
-        Raises:
-            ResumeRefused: if names, shapes or dtypes differ. Nothing has changed then.
-        """
+        """Copy a state of either engine into the parameters; ResumeRefused changes nothing."""
         state = state_conversion.to_torch(state, self._optimizer.state_dict()["param_groups"])
         differences = state_conversion.list_differences(state.model, self._trained)
         differences += optimizer.list_differences(state.optimizer, self._optimizer)
         state_conversion.require_no_differences(differences, state.model)
-        with torch.no_grad():
-            for name, parameter in self._trained.items():
-                parameter.copy_(state.model[name])
+        for name, parameter in self._trained.items():
+            parameter.copy_(state.model[name])
         optimizer.load(state.optimizer, self._optimizer)
         runtime.load_rng_state(state.rng, self._device)
 
@@ -210,40 +204,20 @@ class TorchEngine:
         del self.model, self._runner, self._trained, self._optimizer, self.tokenizer
         runtime.release_memory(self._device)
 
-    def _load_base(self, config: TrainConfig, dtype: torch.dtype) -> torch.nn.Module:
-        base = model.load_model(config.model, dtype=dtype, device=self._device, quantized=config.quantization)
-        rows = base.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-        require_vocabulary(self.tokenizer, rows, name=config.model)
-        return base
-
-    def _add_adapter(self, base: torch.nn.Module, config: TrainConfig) -> torch.nn.Module:
+    def _add_adapter(self, base: Any, config: TrainConfig) -> torch.nn.Module:
         if not config.lora_rank:
-            return base
+            return base  # type: ignore[no-any-return]
         runtime.reseed(seed=config.seed, step=0, micro_step=0)
         if config.gradient_checkpointing:
             # A checkpointed block has gradients only if its input requires them; frozen embeddings do not.
-            base.enable_input_require_grads()  # type: ignore[operator]
-        adapted = adapter.add_adapter(base, LoraConfig.from_options(config))
+            base.enable_input_require_grads()
+        adapted = adapter.add_adapter(base, config)
         # Quantized weights are on the device already, and peft has put their adapters there.
         return adapted if config.quantization != "none" else adapted.to(self._device)
 
 
 def _fingerprint(base: torch.nn.Module, config: TrainConfig, dtype: torch.dtype) -> str:
     """Digest of the weights before quantization; the files have them where the model no longer does."""
-    weights = (
-        sorted(base.named_parameters())
-        if config.quantization == "none"
-        else model.stored_weights(config.model, dtype=dtype)
-    )
-    return fingerprint(model.named_weights(weights))
-
-
-def _checkpoint_layers(base: torch.nn.Module) -> None:
-    # Its name in later versions of transformers, and in earlier ones.
-    enable: Any = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
-
-
-def _by_device(tensors: list[torch.Tensor]) -> list[list[torch.Tensor]]:
-    devices = {tensor.device for tensor in tensors}
-    return [[tensor for tensor in tensors if tensor.device == device] for device in devices]
+    if config.quantization == "none":
+        return fingerprint(model.named_weights(sorted(base.named_parameters())))
+    return fingerprint(model.named_weights(model.stored_weights(config.model, dtype=dtype)))

@@ -19,8 +19,7 @@ from safetensors.torch import save_file
 from distrust.config import ExportDtype, TrainConfig
 from distrust.engines import state_conversion
 from distrust.engines.loading import load_tokenizer, reference
-from distrust.engines.lora_config import LoraConfig
-from distrust.engines.torch import adapter, model, runtime
+from distrust.engines.torch import adapter, model
 from distrust.engines.torch.engine import TorchEngine
 from distrust.errors import ConfigError, DistrustWarning, ErrorTranslator
 
@@ -48,7 +47,7 @@ def prepare_adapter(config: TrainConfig, tensors: Mapping[str, torch.Tensor], *,
             stacklevel=2,
         )
     # Shapes only: an adapter folder needs no weights of the base model.
-    meta_model: Any = adapter.add_adapter(model.meta_model(config.model), LoraConfig.from_options(config))
+    meta_model: Any = adapter.add_adapter(model.meta_model(config.model), config)
     differences = state_conversion.list_differences(tensors, adapter.trained_parameters(meta_model))
     summary = f"the adapter does not fit --model {config.model}"
     state_conversion.require_no_differences(differences, tensors, summary=summary)
@@ -76,7 +75,7 @@ def prepare_merged(engine: TorchEngine, config: TrainConfig, *, dtype: ExportDty
     if config.lora_rank:
         adapter.untie_adapted(merged)  # before merging writes into shared weights
         merged = merged.merge_and_unload(safe_merge=True)
-    merged.to(runtime.torch_dtype(dtype))
+    merged.to(getattr(torch, dtype))
     _require_finite(merged.named_parameters(), dtype)
     # Loading for training has disabled it; generation needs what the model was published with.
     merged.config.use_cache = getattr(model.load_config(config.model), "use_cache", True)
@@ -92,7 +91,8 @@ def prepare_state(
 
 def _in_order(*writes: Callable[[Path], object]) -> Write:
     def write(folder: Path) -> None:
-        with ErrorTranslator((SafetensorError,), _as_os_error):
+        # A failed write, in safetensors' own class.
+        with ErrorTranslator((SafetensorError,), lambda error: OSError(" ".join(str(error).split()))):
             for part in writes:
                 part(folder)
 
@@ -100,7 +100,7 @@ def _in_order(*writes: Callable[[Path], object]) -> Write:
 
 
 def _cast(tensors: Mapping[str, torch.Tensor], dtype: ExportDtype) -> dict[str, torch.Tensor]:
-    cast = {name: tensor.to(runtime.torch_dtype(dtype)).contiguous() for name, tensor in tensors.items()}
+    cast = {name: tensor.to(getattr(torch, dtype)).contiguous() for name, tensor in tensors.items()}
     _require_finite(cast.items(), dtype)
     return cast
 
@@ -119,7 +119,3 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 def _save(weights: dict[str, torch.Tensor], name: str, about: Mapping[str, str], folder: Path) -> None:
     save_file(weights, folder / name, metadata={"format": "pt", **about})  # "pt": loaders require it
-
-
-def _as_os_error(error: Exception) -> OSError:
-    return OSError(" ".join(str(error).split()))  # a failed write, in safetensors' own class

@@ -29,14 +29,9 @@ MIN_MULTIPLICATIONS = 2**27
 
 
 def fuse(model: torch.nn.Module, *, dtype: torch.dtype) -> dict[str, int]:
-    """Replace the ``forward`` of every layer that has an equivalent fused one.
+    """Replace the ``forward`` of every layer that has an equivalent fused one; counts them by kind.
 
-    Args:
-        model: with its adapter, in evaluation mode.
-        dtype: of the hidden states between layers.
-
-    Returns:
-        The number of replaced modules of each kind: "lora", "norm" and "gate".
+    The model has its adapter and is in evaluation mode; ``dtype`` is that of the states between layers.
     """
     counts = {"lora": 0, "norm": 0, "gate": 0}
     for module in model.modules():
@@ -54,13 +49,11 @@ def _fused_forward(module: torch.nn.Module) -> tuple[str, Fused | None]:
     parts = {*vars(module), *module._parameters, *module._modules}
     if "RMSNorm" in type(module).__name__ and {"weight", "variance_epsilon"} <= parts:
         return "norm", _fused_norm
-    if {"gate_proj", "up_proj", "down_proj", "act_fn"} <= parts and _is_silu(module.act_fn):
-        return "gate", _fused_gate
+    if {"gate_proj", "up_proj", "down_proj", "act_fn"} <= parts:
+        activation = type(module.act_fn)
+        if issubclass(activation, torch.nn.SiLU) or activation.__name__ == "SiLUActivation":
+            return "gate", _fused_gate
     return "", None
-
-
-def _is_silu(function: Any) -> bool:
-    return isinstance(function, torch.nn.SiLU) or type(function).__name__ == "SiLUActivation"
 
 
 def _is_plain_lora(module: Any) -> bool:
@@ -105,14 +98,23 @@ def _forward(module: Any, fused: Fused, *args: Any, **kwargs: Any) -> Any:
     return type(module).forward(module, *args, **kwargs) if output is None else output
 
 
-def _fused_lora(module: Any, x: Tensor) -> Tensor | None:
-    return _lora(module, x, None) if _is_deterministic(module) else None
+def _fused_lora(lora: Any, x: Tensor, gate: Tensor | None = None) -> Tensor | None:
+    """Declines with dropout, and where the adapter is not active."""
+    dropout = lora.lora_dropout[ADAPTER_NAME]
+    drops = lora.training and isinstance(dropout, torch.nn.Dropout) and dropout.p > 0
+    if lora.disable_adapters or lora.merged or drops:
+        return None
+    base = lora.base_layer
+    a, b = lora.lora_A[ADAPTER_NAME].weight, lora.lora_B[ADAPTER_NAME].weight
+    scale = lora.scaling[ADAPTER_NAME]
+    return _LoraLinear.apply(x, gate, base.weight, base.bias, a, b, scale)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def _fused_gate(module: Any, x: Tensor) -> Tensor | None:
+def _fused_gate(module: Any, x: Tensor) -> Tensor:
     gate, up, down = module.gate_proj(x), module.up_proj(x), module.down_proj  # gate, up: [..., inner width]
-    if _is_plain_lora(down) and _is_deterministic(down):
-        return _lora(down, up, gate)  # the gated product is never saved
+    output = _fused_lora(down, up, gate) if _is_plain_lora(down) else None  # never saves the gated product
+    if output is not None:
+        return output
     return down(_Gate.apply(gate, up))  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -120,20 +122,6 @@ def _fused_norm(module: Any, x: Tensor) -> Tensor | None:
     if x.dtype != module.weight.dtype:
         return None
     return _Norm.apply(x, module.weight, module.variance_epsilon)  # type: ignore[no-any-return, no-untyped-call]
-
-
-def _is_deterministic(lora: Any) -> bool:
-    """Whether the adapter is active and applies no dropout now."""
-    dropout = lora.lora_dropout[ADAPTER_NAME]
-    drops = lora.training and isinstance(dropout, torch.nn.Dropout) and dropout.p > 0
-    return not (lora.disable_adapters or lora.merged or drops)
-
-
-def _lora(lora: Any, x: Tensor, gate: Tensor | None) -> Tensor:
-    base = lora.base_layer
-    a, b = lora.lora_A[ADAPTER_NAME].weight, lora.lora_B[ADAPTER_NAME].weight
-    scale = lora.scaling[ADAPTER_NAME]
-    return _LoraLinear.apply(x, gate, base.weight, base.bias, a, b, scale)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -169,6 +157,7 @@ class _LoraLinear(torch.autograd.Function):
         grad_output = grad_output.flatten(0, -2).to(weight.dtype)  # [n, out]
         grad_low_rank = torch.mm(grad_output, (b * ctx.scale).to(weight.dtype))  # [n, rank]
         grad_b = torch.mm(grad_output.t(), low_rank).to(b.dtype).mul_(ctx.scale)  # [out, rank]
+        # Recomputed, and freed at once: no name holds it.
         grad_a = torch.mm(grad_low_rank.t(), _gated_rows(x, gate, weight.dtype)).to(a.dtype)  # [rank, in]
         grad_x = grad_gate = None
         # Only the gate may need a gradient: where no layer that produces x is trained.
@@ -249,11 +238,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     uses more of the vector units of some. The shapes alone decide, so equal steps give equal bits.
     """
     large = x.shape[0] * weight.numel() >= MIN_MULTIPLICATIONS
-    if large and x.dtype == torch.float32 and x.device.type == "cpu" and _has_onednn():
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+    if large and x.dtype == torch.float32 and x.device.type == "cpu":
+        onednn = torch.ops.mkldnn  # _linear_pointwise is a private operator of torch
+        if torch.backends.mkldnn.is_available() and hasattr(onednn, "_linear_pointwise"):  # type: ignore[no-untyped-call]
+            return onednn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
     return torch.nn.functional.linear(x, weight, bias)
-
-
-def _has_onednn() -> bool:
-    available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return bool(available) and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # a private operator of torch

@@ -57,7 +57,8 @@ def chunked_losses(
     inputs = [hidden, head.weight, head.bias]
     if not torch.is_grad_enabled():  # or the forward pass would compute gradients for nothing
         inputs = [None if tensor is None else tensor.detach() for tensor in inputs]
-    return _ChunkedLosses.apply(*inputs, targets, token_weights, chunk_tokens)  # type: ignore[no-untyped-call,no-any-return]
+    with torch.autocast(hidden.device.type, enabled=False):  # the dtypes are chosen below
+        return _ChunkedLosses.apply(*inputs, targets, token_weights, chunk_tokens)  # type: ignore[no-untyped-call,no-any-return]
 
 
 class _ChunkedLosses(torch.autograd.Function):
@@ -73,14 +74,42 @@ class _ChunkedLosses(torch.autograd.Function):
         token_weights: Tensor,
         chunk_tokens: int,
     ) -> tuple[Tensor, Tensor]:
-        needs_grad = ctx.needs_input_grad[:3]
-        with torch.autocast(hidden.device.type, enabled=False):
-            total, losses, gradients = _losses_and_gradients(
-                hidden, weight, bias, targets, token_weights, chunk_tokens, needs_grad
-            )
-        ctx.save_for_backward(*gradients)
+        head_weight = weight.to(hidden.dtype)  # [vocabulary, width]
+        head_bias = None if bias is None else bias.to(hidden.dtype)
+        losses = torch.empty_like(token_weights)
+        grad_hidden = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_hidden = torch.empty_like(hidden)
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        if bias is not None and ctx.needs_input_grad[2]:
+            grad_bias = torch.zeros_like(bias, dtype=torch.float32)
+        for start in range(0, len(hidden), chunk_tokens):
+            chunk = slice(start, start + chunk_tokens)
+            inputs, target, token_weight = hidden[chunk], targets[chunk, None], token_weights[chunk, None]
+            # One buffer [chunk, vocabulary] for logits, then probabilities, then their gradient.
+            probs = linear(inputs, head_weight, head_bias).float()  # no copy if it is float32 already
+            highest = probs.amax(dim=1, keepdim=True)  # subtracted, so that exp cannot overflow
+            target_logit = probs.gather(1, target) - highest
+            probs.sub_(highest).exp_()
+            normalizer = probs.sum(dim=1, keepdim=True)
+            losses[chunk] = (normalizer.log() - target_logit).squeeze(1)
+            if not any(ctx.needs_input_grad):
+                continue
+            grad_logits = probs.mul_(token_weight / normalizer)
+            grad_logits.scatter_(1, target, grad_logits.gather(1, target) - token_weight)
+            if grad_bias is not None:
+                grad_bias += grad_logits.sum(dim=0)
+            grad_logits = grad_logits.to(hidden.dtype)
+            if grad_hidden is not None:
+                grad_hidden[chunk] = linear(grad_logits, head_weight.t())  # [chunk, width]
+            if grad_weight is not None:
+                grad_weight += torch.mm(grad_logits.t(), inputs)  # [vocabulary, width]
+        # Summed in float32, saved in the head's own dtype.
+        of_head = [None if total is None else total.to(weight.dtype) for total in (grad_weight, grad_bias)]
+        ctx.save_for_backward(grad_hidden, *of_head)
         ctx.mark_non_differentiable(losses)
-        return total, losses
+        return (losses * token_weights).sum(), losses
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, _: Any) -> tuple[Tensor | None, ...]:
@@ -89,48 +118,3 @@ class _ChunkedLosses(torch.autograd.Function):
             for gradient in ctx.saved_tensors
         ]
         return *gradients, None, None, None
-
-
-def _losses_and_gradients(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    token_weights: Tensor,
-    chunk_tokens: int,
-    needs_grad: tuple[bool, bool, bool],
-) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    """The weighted sum, each loss, and the requested gradients of hidden, weight and bias."""
-    head_weight = weight.to(hidden.dtype)  # [vocabulary, width]
-    head_bias = None if bias is None else bias.to(hidden.dtype)
-    losses = torch.empty_like(token_weights)
-    grad_hidden = torch.empty_like(hidden) if needs_grad[0] else None
-    grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_grad[1] else None
-    grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs_grad[2] and bias is not None else None
-    for start in range(0, len(hidden), chunk_tokens):
-        chunk = slice(start, start + chunk_tokens)
-        inputs, target, token_weight = hidden[chunk], targets[chunk, None], token_weights[chunk, None]
-        # One buffer [chunk, vocabulary] for logits, then probabilities, then their gradient.
-        probs = linear(inputs, head_weight, head_bias).float()  # no copy if it is float32 already
-        highest = probs.amax(dim=1, keepdim=True)  # subtracted, so that exp cannot overflow
-        target_logit = probs.gather(1, target) - highest
-        probs.sub_(highest).exp_()
-        normalizer = probs.sum(dim=1, keepdim=True)
-        losses[chunk] = (normalizer.log() - target_logit).squeeze(1)
-        if not any(needs_grad):
-            continue
-        grad_logits = probs.mul_(token_weight / normalizer)
-        grad_logits.scatter_(1, target, grad_logits.gather(1, target) - token_weight)
-        if grad_bias is not None:
-            grad_bias += grad_logits.sum(dim=0)
-        grad_logits = grad_logits.to(hidden.dtype)
-        if grad_hidden is not None:
-            grad_hidden[chunk] = linear(grad_logits, head_weight.t())  # [chunk, width]
-        if grad_weight is not None:
-            grad_weight += torch.mm(grad_logits.t(), inputs)  # [vocabulary, width]
-    gradients = [
-        grad_hidden,
-        None if grad_weight is None else grad_weight.to(weight.dtype),
-        None if grad_bias is None or bias is None else grad_bias.to(bias.dtype),
-    ]
-    return (losses * token_weights).sum(), losses, gradients

@@ -11,6 +11,7 @@ import torch
 
 from distrust.config import Quantization
 from distrust.engines.loading import load_error, load_pretrained, locate
+from distrust.engines.state_conversion import dtype_name
 from distrust.engines.torch import quantization
 from distrust.errors import ConfigError, ModelError
 
@@ -19,7 +20,7 @@ MAX_LAYERS = 10_000
 
 
 def load_model(
-    name: str, *, dtype: torch.dtype, device: torch.device, quantized: Quantization = "none"
+    name: str, *, dtype: torch.dtype, device: torch.device, quantized: Quantization
 ) -> torch.nn.Module:
     """Load a causal language model of transformers, in evaluation mode.
 
@@ -39,27 +40,21 @@ def load_model(
     model, loading_info = load_pretrained(
         AutoModelForCausalLM, name, dtype=dtype, output_loading_info=True, **options
     )
-    missing = sorted(loading_info["missing_keys"])
-    if missing:  # transformers has filled them with random values
+    if missing := sorted(loading_info["missing_keys"]):  # transformers has filled them with random values
         suffix = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ModelError(
             f"--model {name}: its weights lack {missing[0]}{suffix}; is it a causal language model?"
         )
     model.config.use_cache = False  # training needs no cache of keys and values
-    module: torch.nn.Module = model
     if options:
-        quantization.prepare_quantized(module)  # already on the device
+        quantization.prepare_quantized(model)  # already on the device
     else:
-        module.to(device)
-    return module.eval()
+        model.to(device)
+    return model.eval()  # type: ignore[no-any-return]
 
 
 def meta_model(name: str) -> torch.nn.Module:
-    """The modules and shapes of a model without its weights, on torch's "meta" device.
-
-    Raises:
-        ModelError: if the config is missing or invalid.
-    """
+    """The modules and shapes of a model without its weights, on torch's "meta" device."""
     from transformers import AutoModelForCausalLM
 
     config = load_config(name)
@@ -68,10 +63,9 @@ def meta_model(name: str) -> torch.nn.Module:
         raise ModelError(f"--model {name}: cannot be loaded: its config says {layers} layers")
     try:
         with torch.device("meta"):
-            module: torch.nn.Module = AutoModelForCausalLM.from_config(config)
+            return AutoModelForCausalLM.from_config(config).eval()  # type: ignore[no-any-return]
     except Exception as error:  # an invalid config can raise anything
         raise load_error(name, error) from error
-    return module.eval()
 
 
 def load_config(name: str) -> Any:
@@ -86,9 +80,8 @@ def is_quantized_by_mlx(name: str) -> bool:
     config = load_config(name)
     entries = [getattr(config, entry, None) for entry in ("quantization", "quantization_config")]
     # Every method that transformers supports names itself in "quant_method"; mlx does not.
-    return any(
-        isinstance(entry, dict) and "bits" in entry and "quant_method" not in entry for entry in entries
-    )
+    dicts = [entry for entry in entries if isinstance(entry, dict)]
+    return any("bits" in entry and "quant_method" not in entry for entry in dicts)
 
 
 def stored_weights(name: str, *, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
@@ -111,8 +104,7 @@ def named_weights(
     """Weights in the form that :func:`distrust.engines.loading.fingerprint` takes."""
     for name, parameter in weights:
         host = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        dtype = str(parameter.dtype).removeprefix("torch.")
-        yield name, dtype, tuple(parameter.shape), host.numpy().data
+        yield name, dtype_name(parameter), tuple(parameter.shape), host.numpy().data
 
 
 def _weight_files(name: str) -> list[Path]:

@@ -6,7 +6,7 @@
   model computes all logits.
 
 A trial on a few tokens decides whether a method is exact for this model, not its name: see
-:func:`distrust.engines.model_runner.keeps_examples_independent`, and :meth:`ModelRunner._head_makes_logits`.
+:func:`distrust.engines.runtime.keeps_examples_independent`, and :meth:`ModelRunner._head_makes_logits`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from torch import Tensor
 
 from distrust.contract import Losses
 from distrust.data import IGNORED, MicroBatch
-from distrust.engines.model_runner import Array, keeps_examples_independent, sum_per_example, trial_ids
+from distrust.engines.runtime import Array, keeps_examples_independent, sum_per_example, trial_ids
+from distrust.engines.state_conversion import dtype_name
 from distrust.engines.torch import attention, quantization
 from distrust.engines.torch.loss import chunked_losses, token_losses
 
@@ -55,25 +56,14 @@ class _Row:
             examples=np.repeat(np.arange(len(lengths)), lengths)[trained],
         )
 
-    def sum_losses(self, losses: Tensor) -> Losses:
-        """Sum float32[m] losses for each example."""
-        host = losses.detach().cpu().numpy()
-        return sum_per_example(host, self.token_weights, self.examples, count=len(self.lengths))
-
 
 class ModelRunner:
-    """Runs a model on micro-batches.
-
-    Args:
-        model: a causal language model of transformers, in evaluation mode; its adapter is in its layers.
-        arithmetic: dtype of the products; autocast applies any but float32.
-        compiled: whether its layers will be compiled.
-    """
+    """Runs a causal language model of transformers, with the adapter in its layers, on micro-batches."""
 
     def __init__(self, model: Any, *, arithmetic: torch.dtype, compiled: bool = False) -> None:
-        self._model = model
-        self._compiled = compiled
-        self._arithmetic = arithmetic
+        self._model = model  # in evaluation mode
+        self._compiled = compiled  # whether its layers will be
+        self._arithmetic = arithmetic  # dtype of the products; autocast applies any but float32
         self._device: torch.device = model.device
         self._head: Any = model.get_output_embeddings()
         self._vocabulary: int = model.get_input_embeddings().weight.shape[0]
@@ -82,20 +72,22 @@ class ModelRunner:
 
     def train(self, batch: MicroBatch, *, tokens: int) -> Losses:
         """Forward and backward: add the gradient of Σ weight · cross-entropy / ``tokens``."""
-        row = _Row.of(batch)
-        # Also around the backward pass: a checkpointed layer computes its attention again there.
-        with self._packed(row):
-            total, losses = self._losses(batch, row, scale=1 / tokens)
-            total.backward()  # type: ignore[no-untyped-call]
-        return row.sum_losses(losses)
+        return self._run_batch(batch, scale=1 / tokens, backward=True)
 
     @torch.no_grad()
     def evaluate(self, batch: MicroBatch) -> Losses:
         """Forward only."""
+        return self._run_batch(batch, scale=1.0, backward=False)
+
+    def _run_batch(self, batch: MicroBatch, *, scale: float, backward: bool) -> Losses:
         row = _Row.of(batch)
-        with self._packed(row):
-            _, losses = self._losses(batch, row, scale=1.0)
-        return row.sum_losses(losses)
+        # Also around the backward pass: a checkpointed layer computes its attention again there.
+        with attention.packed_examples(row.lengths if self.uses_varlen else []):
+            total, losses = self._losses(batch, row, scale=scale)
+            if backward:
+                total.backward()  # type: ignore[no-untyped-call]
+        host = losses.detach().cpu().numpy()
+        return sum_per_example(host, row.token_weights, row.examples, count=len(row.lengths))
 
     def _losses(self, batch: MicroBatch, row: _Row, *, scale: float) -> tuple[Tensor, Tensor]:
         """float32[], the scaled and weighted sum; float32[m], the cross-entropy of each trained token."""
@@ -111,20 +103,18 @@ class ModelRunner:
     def _outputs(self, batch: MicroBatch, row: _Row) -> Tensor:
         """Last hidden states [n, width], or logits [n, vocabulary], of all real tokens."""
         if self.uses_varlen:
-            return self._run(
-                input_ids=self._to_device(row.input_ids)[None],  # [1, n]
-                position_ids=self._to_device(row.positions)[None],
-            )[0]
+            return self._run_row(row.input_ids, row.positions)
         mask = self._to_device(batch.attention_mask)
         return self._run(input_ids=self._to_device(batch.input_ids), attention_mask=mask)[mask.bool()]
+
+    def _run_row(self, ids: Array, positions: Array) -> Tensor:
+        ids_on_device, positions_on_device = self._to_device(ids)[None], self._to_device(positions)[None]
+        return self._run(input_ids=ids_on_device, position_ids=positions_on_device)[0]  # [1, n] -> [n, ...]
 
     def _run(self, **inputs: Tensor) -> Tensor:
         if self.uses_chunked_loss:
             return self._model.base_model(**inputs, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
         return self._model(**inputs, use_cache=False).logits  # type: ignore[no-any-return]
-
-    def _packed(self, row: _Row) -> contextlib.AbstractContextManager[None]:
-        return attention.packed_examples(row.lengths if self.uses_varlen else [])
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self._arithmetic is torch.float32:
@@ -140,9 +130,7 @@ class ModelRunner:
         if type(self._head) is not torch.nn.Linear or self._model.base_model is self._model:
             return False
         recorded: list[Tensor] = []  # input and output of the head
-        hook = self._head.register_forward_hook(
-            lambda _, inputs, output: recorded.extend([inputs[0], output])
-        )
+        hook = self._head.register_forward_hook(lambda _, inputs, output: recorded.extend([*inputs, output]))
         ids = self._to_device(trial_ids(self._vocabulary))[None]
         try:
             with self._autocast():
@@ -176,7 +164,5 @@ class ModelRunner:
     def _run_trial(self, ids: Array, lengths: list[int]) -> tuple[Array, str]:
         positions = np.concatenate([np.arange(length) for length in lengths])
         with attention.packed_examples(lengths), self._autocast():
-            output = self._run(
-                input_ids=self._to_device(ids)[None], position_ids=self._to_device(positions)[None]
-            )[0]
-        return output.float().cpu().numpy(), str(output.dtype).removeprefix("torch.")
+            output = self._run_row(ids, positions)
+        return output.float().cpu().numpy(), dtype_name(output)

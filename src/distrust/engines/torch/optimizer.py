@@ -23,17 +23,11 @@ def make_optimizer(trained: Mapping[str, torch.nn.Parameter], config: TrainConfi
     """AdamW over the trained parameters."""
     matrices = [(name, parameter) for name, parameter in trained.items() if parameter.ndim >= 2]
     vectors = [(name, parameter) for name, parameter in trained.items() if parameter.ndim < 2]
-    groups = [
-        {"params": group, "weight_decay": decay}
-        for group, decay in ((matrices, config.weight_decay), (vectors, 0.0))
-        if group
-    ]
+    decays = ((matrices, config.weight_decay), (vectors, 0.0))
+    groups = [{"params": group, "weight_decay": decay} for group, decay in decays if group]
+    betas = config.adam_beta1, config.adam_beta2
     return torch.optim.AdamW(
-        groups,
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        fused=True,
+        groups, lr=config.learning_rate, betas=betas, eps=config.adam_epsilon, fused=True
     )
 
 
@@ -42,13 +36,12 @@ def list_differences(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer)
 
     Guards the fused kernel, which would read and write beyond moments that are too small.
     """
-    groups = optimizer.param_groups
     # Moments are numbered by the order of the parameters, so the order must be the same, too.
-    if _parameter_names(saved["param_groups"]) != _parameter_names(groups):
+    if _parameter_names(saved["param_groups"]) != _parameter_names(optimizer.param_groups):
         return ["the optimizer's parameters have other names, or another order"]
-    parameters = [
-        pair for group in groups for pair in zip(group["param_names"], group["params"], strict=True)
-    ]
+    parameters: list[tuple[str, torch.nn.Parameter]] = []
+    for group in optimizer.param_groups:
+        parameters += zip(group["param_names"], group["params"], strict=True)
     state = saved.get("state")
     if not isinstance(state, Mapping) or not set(state) <= set(range(len(parameters))):
         return ["the optimizer's moments are of parameters that it does not have"]

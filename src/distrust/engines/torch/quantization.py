@@ -21,9 +21,7 @@ from distrust.errors import MissingDependency
 LIBRARY = "bitsandbytes"
 
 
-def loading_options(
-    quantization: Quantization, *, dtype: torch.dtype, device: torch.device
-) -> dict[str, Any]:
+def loading_options(quantization: Quantization, *, dtype: torch.dtype, device: Any) -> dict[str, Any]:
     """Options for the loader of transformers."""
     if quantization == "none":
         return {}
@@ -31,16 +29,16 @@ def loading_options(
         raise MissingDependency(f"--quantization {quantization}", library=LIBRARY, extra="quantization")
     from transformers import BitsAndBytesConfig
 
-    options: dict[str, dict[str, Any]] = {
-        "8bit": {"load_in_8bit": True},
-        "4bit": {
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_use_double_quant": True,
-            "bnb_4bit_compute_dtype": dtype,
-        },
-    }
-    return {"quantization_config": BitsAndBytesConfig(**options[quantization]), "device_map": {"": device}}
+    if quantization == "8bit":
+        config = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    return {"quantization_config": config, "device_map": {"": device}}
 
 
 def prepare_quantized(model: torch.nn.Module) -> None:
@@ -65,14 +63,13 @@ def without_outliers(model: torch.nn.Module) -> Iterator[None]:
     each other by rounding in any batch. The trial of packing must not see that.
     """
     candidates: list[Any] = [getattr(module, "state", None) for module in model.modules()]
-    states = [state for state in candidates if hasattr(state, "threshold")]
-    thresholds = [state.threshold for state in states]
+    thresholds = [(state, state.threshold) for state in candidates if hasattr(state, "threshold")]
     try:
-        for state in states:
+        for state, _ in thresholds:
             state.threshold = 0.0  # no value counts as large
         yield
     finally:
-        for state, threshold in zip(states, thresholds, strict=True):
+        for state, threshold in thresholds:
             state.threshold = threshold
 
 

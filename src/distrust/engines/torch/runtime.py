@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from distrust.checkpoint.memory import trim
-from distrust.config import Device, Dtype, ExportDtype
+from distrust.config import Device
 from distrust.contract import MemoryUse
 from distrust.engines import runtime
 from distrust.errors import ConfigError
@@ -30,11 +30,6 @@ def choose_device(requested: Device) -> torch.device:
         "cpu": True,
     }
     return torch.device(runtime.choose_device(requested, available, engine="torch"))
-
-
-def torch_dtype(dtype: Dtype | ExportDtype) -> torch.dtype:
-    """The dtype that an option selects."""
-    return getattr(torch, dtype)  # type: ignore[no-any-return]
 
 
 def prefer_determinism() -> None:
@@ -58,10 +53,8 @@ def reseed(*, seed: int, step: int, micro_step: int) -> None:
 def rng_state(device: torch.device) -> dict[str, Any]:
     """State of the generators of the CPU and of the device, as uint8 tensors."""
     states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    elif device.type == "mps":
-        states["mps"] = torch.mps.get_rng_state()
+    if device.type != "cpu":
+        states[device.type] = _accelerator(device).get_rng_state()
     return states
 
 
@@ -69,10 +62,8 @@ def load_rng_state(states: Mapping[str, Any], device: torch.device) -> None:
     """Inverse of :func:`rng_state`; ignores states of other devices and engines."""
     if "cpu" in states:
         torch.set_rng_state(states["cpu"])
-    if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], device)
-    elif device.type == "mps" and "mps" in states:
-        torch.mps.set_rng_state(states["mps"])
+    if device.type != "cpu" and device.type in states:
+        _accelerator(device).set_rng_state(states[device.type])
 
 
 def memory_use(device: torch.device) -> MemoryUse | None:
@@ -88,11 +79,13 @@ def memory_use(device: torch.device) -> MemoryUse | None:
 def release_memory(device: torch.device) -> None:
     """Return unreferenced memory to the device and to the system."""
     gc.collect()  # modules and hooks form reference cycles
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    elif device.type == "mps":
-        torch.mps.empty_cache()
+    if device.type != "cpu":
+        _accelerator(device).empty_cache()
     trim()
+
+
+def _accelerator(device: torch.device) -> Any:
+    return getattr(torch, device.type)  # torch.cuda or torch.mps
 
 
 def compile_layers(model: Any) -> int:
@@ -119,6 +112,5 @@ def compiler_errors() -> Iterator[None]:
         if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise
         reason = " ".join(str(error).split())[:200]
-        raise ConfigError(
-            f"--compile: torch cannot compile this model here; leave it out ({reason})"
-        ) from error
+        message = f"--compile: torch cannot compile this model here; leave it out ({reason})"
+        raise ConfigError(message) from error

@@ -1,4 +1,4 @@
-"""The evaluation data of a run, and its metrics: plain and weighted cross-entropy, and for each class."""
+"""Evaluation data and its metrics: plain and weighted cross-entropy and perplexity, also for each class."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ import numpy as np
 
 from distrust import weighting
 from distrust.config import TrainConfig
-from distrust.data import NO_CLASS, Corpus, MicroBatch, evaluation_batches
+from distrust.contract import Engine
+from distrust.data import NO_CLASS, Corpus, MicroBatch, digest_tokenizer, evaluation_batches, split_off
+from distrust.errors import DataError
+from distrust.training.data_sources import (
+    CheckedData,
+    max_length_of,
+    pad_token_id_of,
+    warn_of_missing_classes,
+)
 
 #: This many source classes get metrics of their own: those with the most trained tokens.
 CLASSES_MEASURED = 20
@@ -87,6 +95,50 @@ def example_weights(corpus: Corpus, config: TrainConfig) -> np.ndarray[Any, Any]
         max_ratio=config.max_ratio,
         locations=corpus.locations,
     )
+
+
+def evaluate(engine: Engine, data: CheckedData, config: TrainConfig, *, trained_on: str) -> dict[str, float]:
+    """The metrics of a model on data: those of ``Evaluated.metrics``, and the size of the data.
+
+    Args:
+        engine: holds the model.
+        data: returned by :func:`read_evaluation`.
+        config: of the run; uses ``max_length``, ``batch_size``, the weighting and ``eval_fraction``.
+        trained_on: fingerprint of the run's training data; checked if ``eval_fraction`` is used.
+
+    Returns:
+        ``examples`` and trained ``tokens``; ``eval_loss`` and ``eval_weighted_loss`` in nats per token,
+        perplexities, and the same for each source class.
+
+    Raises:
+        DataError: records cannot be evaluated on, or are not those that ``eval_fraction`` was split from.
+    """
+    corpus = data.tokenize(
+        engine.tokenizer,
+        tokenizer_digest=digest_tokenizer(engine.tokenizer),
+        max_length=max_length_of(config, engine.context_length),
+    )
+    if config.eval_fraction:
+        training, corpus = split_off(corpus, config.eval_fraction, seed=config.seed)
+        if training.fingerprint != trained_on:
+            raise DataError(
+                f"{data.reader.name}: not the data that the run was trained on, so the examples "
+                "that it held out are not known; name the evaluation data with --data"
+            )
+    warn_of_missing_classes(config, [corpus])
+    evaluated = 0
+
+    def cross_entropy(batch: MicroBatch) -> np.ndarray[Any, Any]:
+        nonlocal evaluated
+        losses = engine.evaluate(batch).cross_entropy
+        evaluated += len(losses)
+        data.report("evaluating", evaluated, len(corpus))
+        return losses
+
+    metrics = evaluation_set(corpus, config).measure(
+        cross_entropy, batch_size=config.batch_size, pad_token_id=pad_token_id_of(engine.tokenizer)
+    )
+    return {"examples": len(corpus), "tokens": int(corpus.loss_tokens.sum()), **metrics}
 
 
 def _exp(loss: float) -> float:
