@@ -12,7 +12,8 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +32,15 @@ def require(holds: bool, violation: str) -> None:
         raise CounterExample(violation)
 
 
+@contextmanager
+def never(errors: type[Exception] | tuple[type[Exception], ...], prefix: str = "") -> Iterator[None]:
+    """An error of these kinds is a violation; its message is that of the error, after a prefix."""
+    try:
+        yield
+    except errors as error:
+        raise CounterExample(f"{prefix}{error}") from error
+
+
 class Case(NamedTuple):
     """One case: its number, from 0, and the generator of all its random choices."""
 
@@ -39,8 +49,6 @@ class Case(NamedTuple):
 
 
 class Campaign:
-    """One run of a campaign."""
-
     def __init__(self, name: str, options: argparse.Namespace, *, cases: int) -> None:
         self.name = name  # of its command
         self.options = options  # as :func:`parser` parsed them
@@ -52,7 +60,7 @@ class Campaign:
         self._last_progress = self._began
 
     def cases(self) -> Iterator[Case]:
-        """The cases to run: one, a number of them, or as many as the time allows."""
+        """One case, a number of them, or as many as the time allows."""
         if self.options.case is not None:
             yield self._begin(self.options.case)
             return
@@ -68,7 +76,6 @@ class Campaign:
 
     @property
     def out_of_time(self) -> bool:
-        """Whether ``--seconds`` are over."""
         return self.options.seconds is not None and self.seconds >= self.options.seconds
 
     @property
@@ -80,7 +87,6 @@ class Campaign:
         self._show_progress()
 
     def count_all(self, counts: Mapping[str, int]) -> None:
-        """Add the counts of a child process."""
         for description, number in counts.items():
             self.count(description, number)
 
@@ -106,13 +112,8 @@ class Campaign:
         else:
             print(f"{self.name}: every invariant held, {self.seconds:.0f} s, seed {self.options.seed}")
         if self.options.json is not None:
-            figures = {
-                "campaign": self.name,
-                "seed": self.options.seed,
-                "seconds": round(self.seconds, 1),
-                "counts": dict(self.counts),
-                "counterexample": counter_example,
-            }
+            figures = {"campaign": self.name, "seed": self.options.seed, "seconds": round(self.seconds, 1)}
+            figures |= {"counts": dict(self.counts), "counterexample": counter_example}
             self.options.json.write_text(json.dumps(figures, indent=2) + "\n")
 
     def _begin(self, number: int) -> Case:
@@ -127,8 +128,16 @@ class Campaign:
             print(f"{self.seconds:5.0f} s: {counts}", file=sys.stderr, flush=True)
 
 
-def parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser with the options that every campaign has; ``description`` is its module's docstring."""
+def parser(
+    description: str | None, *, writes: bool = False, faults: Iterable[str] = ()
+) -> argparse.ArgumentParser:
+    """A parser with the options that every campaign has.
+
+    Args:
+        description: the docstring of its module.
+        writes: whether it writes to a disk, and so has ``--directory``.
+        faults: the choices of ``--fault``.
+    """
     options = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -137,19 +146,12 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     options.add_argument("--cases", type=int, help="how many cases to run at most")
     options.add_argument("--case", type=int, help="run only this one: repeat a counterexample")
     options.add_argument("--json", type=Path, help="write the counts to this file, too")
+    if writes:
+        where = "where to work (default: the system's temporary folder)"
+        options.add_argument("--directory", type=Path, help=where)
+    if faults:
+        options.add_argument("--fault", choices=faults, help="break the product: it must be found")
     return options
-
-
-def add_directory(options: argparse.ArgumentParser) -> None:
-    """Add the option ``--directory``, for campaigns that write to a disk."""
-    options.add_argument(
-        "--directory", type=Path, help="where to work (default: the system's temporary folder)"
-    )
-
-
-def fault_arguments(options: argparse.Namespace) -> list[str]:
-    """The arguments that give a child process the fault that this campaign was given."""
-    return ["--fault", options.fault] if options.fault else []
 
 
 def _own_options(options: argparse.ArgumentParser, parsed: argparse.Namespace) -> str:
@@ -170,17 +172,9 @@ def run(
     cases: int,
     arguments: Sequence[str] | None = None,
 ) -> int:
-    """Run a campaign from a command line.
+    """Run a campaign of so many cases by default; returns the exit code: 1 if it found or ran nothing.
 
-    Args:
-        name: of its command.
-        options: its parser.
-        body: runs the cases; a CounterExample that it raises is the finding.
-        cases: how many to run by default.
-        arguments: of the command line; by default those of the process.
-
-    Returns:
-        The exit code: 0, or 1 if there is a counterexample or nothing was run.
+    A CounterExample that ``body`` raises is the finding.
     """
     options.prog = f"python -m campaigns.{name}"
     campaign = Campaign(name, options.parse_args(arguments), cases=cases)

@@ -1,10 +1,6 @@
 """Child processes: spawned modules that exchange lines, and functions in forked children.
 
-- :class:`Child`: a module of ``campaigns``, spawned; it takes orders and answers, a line each.
-- :class:`ForkedWorker`: a function in a forked child, called again and again; :func:`call` calls one once.
-
 A child that dies, hangs or raises is a finding (:class:`ChildFailed`). Nothing here waits without a limit.
-Commands that run on their own are sessions, see ``session``.
 """
 
 from __future__ import annotations
@@ -29,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, Self
 
 from campaigns import faults
-from campaigns.campaign import CounterExample
+from campaigns.campaign import Campaign, CounterExample
 
 ROOT = Path(__file__).resolve().parent.parent  # of the repository
 #: No single answer of a child takes a tenth of this, on a loaded machine either.
@@ -92,10 +88,8 @@ class Child:
     def receive(self, seconds: float = ANSWER_SECONDS) -> str:
         """The next line; raises ChildFailed if there is none, because the child ended or hangs."""
         line = self.read_line(seconds)
-        if line is None:
-            raise self._hang(seconds)
         if not line:
-            raise self._failure(self._exit())
+            raise self._hang(seconds) if line is None else self._failure(self._exit())
         return line
 
     def receive_json(self) -> Any:
@@ -150,6 +144,11 @@ class Child:
         return ChildFailed("\n".join([f"{reason}: {self._name}", *printed]))
 
 
+def start_child(campaign: Campaign, module: str, *arguments: object) -> Child:
+    fault = campaign.options.fault
+    return Child(module, *arguments, *(("--fault", fault) if fault else ()))
+
+
 def python_environment() -> dict[str, str]:
     """The environment in which a child imports the same code as this process."""
     paths = [str(ROOT), *filter(None, sys.path), os.environ.get("PYTHONPATH", "")]
@@ -186,11 +185,8 @@ class _Raised(NamedTuple):
 class ForkedWorker:
     """A function in a forked child; a context that kills it.
 
-    The child starts at the first request, and again at the next one after it died. It sees the process as it
-    was at the fork, patches included, and its own limits, mounts and open files go with it.
-
-    Args:
-        new_session: whether the child leads a session, all of which is killed at the end.
+    The child starts at the first request, and again after it died. It sees the process as it was at the fork,
+    patches included, and its own limits, mounts and open files go with it.
     """
 
     def __init__(
@@ -204,18 +200,13 @@ class ForkedWorker:
         self._work = work  # called in the child with each request; its result must be picklable
         self._setup = setup  # called in the child once, before the first request
         self._seconds = seconds  # for each answer; by default :data:`HANG_SECONDS`
-        self._new_session = new_session
+        self._new_session = new_session  # whether it leads a session, all of which is killed at the end
         self._pid: int | None = None
         self._pipe: Connection
         self._stacks: Any = None
 
     def request(self, order: Any = None) -> Any:
-        """Call ``work`` in the child.
-
-        Raises:
-            CounterExample: raised by ``work``.
-            ChildFailed: if ``work`` raised something else, or the child died or hangs.
-        """
+        """Call ``work`` in the child; raises its CounterExample, or ChildFailed if the child fails."""
         if self._pid is None:
             self._start()
         seconds = HANG_SECONDS if self._seconds is None else self._seconds
@@ -240,13 +231,13 @@ class ForkedWorker:
 
     def _start(self) -> None:
         self._stacks = tempfile.TemporaryFile()  # noqa: SIM115 - closed in _end
-        self._pipe, other = Pipe()
+        self._pipe, child_end = Pipe()
         sys.stdout.flush()
         self._pid = os.fork()
         if self._pid == 0:
             self._pipe.close()
-            self._serve(other)
-        other.close()
+            self._serve(child_end)
+        child_end.close()
 
     def _end(self, number: int) -> tuple[int, str]:
         """Signal and reap the child; its exit code, and its stacks if it was aborted."""

@@ -1,8 +1,4 @@
-"""Everything that can happen to a checkpoint's file: kinds of damage, each a numbered list of all there are.
-
-These are the effects of a disk, a controller, a file system or a person: bits flip, a tail is missing, blocks
-are zeros or another file's, bytes are appended, a header is edited, a file is renamed.
-"""
+"""Everything that can happen to a checkpoint's file: kinds of damage, each a list of all there are."""
 
 from __future__ import annotations
 
@@ -23,24 +19,19 @@ LENGTH_BYTES = 8  # before the header
 
 
 class Files(NamedTuple):
-    """The files that damages are made of."""
-
     newer: bytes  # the file that is damaged, of :data:`STEP`
     older: bytes  # of the same run, of :data:`OLDER_STEP`
-    other: bytes  # of another run: the same layout and step, another content
+    foreign: bytes  # of another run: the same layout and step, another content
     final: bytes  # the same as ``newer``, saved as a final checkpoint
 
 
 class Damage(NamedTuple):
-    """One damage: the file's new content and its new name.
-
-    ``misnamed``: only the name is wrong; every byte is that of a checkpoint.
-    """
+    """One damage: the file's new content and its new name."""
 
     description: str
     content: bytes
     name: str = NAME
-    misnamed: bool = False
+    misnamed: bool = False  # only the name is wrong; every byte is that of a checkpoint
 
 
 class Kind(NamedTuple):
@@ -99,43 +90,35 @@ def _block_kinds(raw: bytes) -> Iterator[Kind]:
 
 
 def _part_kinds(files: Files) -> Iterator[Kind]:
-    raw, other, older = files.newer, files.other, files.older
-    end, other_end, older_end = _data_begin(raw), _data_begin(other), _data_begin(older)
+    raw, foreign, older = files.newer, files.foreign, files.older
+    end, foreign_end, older_end = _data_begin(raw), _data_begin(foreign), _data_begin(older)
     tensors = list(_tensors(raw))
-    yield _list_kind(
-        "tensors taken from another file",
-        (
-            Damage(f"{name} is that of another file", _overwrite(raw, begin, other[begin:stop]))
-            for name, begin, stop in tensors
-        ),
+    grafted = (
+        Damage(f"{name} is that of another file", _overwrite(raw, begin, foreign[begin:stop]))
+        for name, begin, stop in tensors
     )
-    yield _list_kind(
-        "tensors exchanged within the file",
-        (
-            Damage(f"{a[0]} and {b[0]} exchanged", _swap(raw, a[1], b[1], a[2] - a[1]))
-            for a, b in combinations(tensors, 2)
-            if a[2] - a[1] == b[2] - b[1]
-        ),
+    yield _list_kind("tensors taken from another file", grafted)
+    exchanged = (
+        Damage(f"{a[0]} and {b[0]} exchanged", _swap(raw, a[1], b[1], a[2] - a[1]))
+        for a, b in combinations(tensors, 2)
+        if a[2] - a[1] == b[2] - b[1]
     )
-    yield _list_kind(
-        "headers on the data of another file",
-        [
-            Damage("the header of another run", other[:other_end] + raw[end:]),
-            Damage("the data of another run", raw[:end] + other[other_end:]),
-            Damage("the header of an older step", older[:older_end] + raw[end:]),
-            Damage("the data of an older step", raw[:end] + older[older_end:]),
-        ],
+    yield _list_kind("tensors exchanged within the file", exchanged)
+    mixed = [
+        Damage("the header of another run", foreign[:foreign_end] + raw[end:]),
+        Damage("the data of another run", raw[:end] + foreign[foreign_end:]),
+        Damage("the header of an older step", older[:older_end] + raw[end:]),
+        Damage("the data of an older step", raw[:end] + older[older_end:]),
+    ]
+    yield _list_kind("headers on the data of another file", mixed)
+    edited = (
+        Damage(f"in the header: {description}", header + raw[end:])
+        for description, header in _edited_headers(raw[:end])
     )
-    yield _list_kind(
-        "header fields edited, the digest not",
-        (
-            Damage(f"in the header: {description}", header + raw[end:])
-            for description, header in _edited_headers(raw[:end])
-        ),
-    )
+    yield _list_kind("header fields edited, the digest not", edited)
     tails = {
         "a byte 0xFF": b"\xff", "a line end": b"\n", "a space": b" ", "a page of 0xFF": b"\xff" * 4096,
-        "a copy of itself": raw, "its header": raw[:end], "its data": raw[end:], "another file": other,
+        "a copy of itself": raw, "its header": raw[:end], "its data": raw[end:], "another file": foreign,
     }  # fmt: skip
     appended = (Damage(f"{name} appended", raw + tail) for name, tail in tails.items())
     yield _list_kind("tails appended", appended)
@@ -145,17 +128,15 @@ def _name_kind(files: Files) -> Kind:
     raw, older = files.newer, files.older
     final = checkpoint_file_name(STEP, "final")
     later, later_final = checkpoint_file_name(STEP + 1, "periodic"), checkpoint_file_name(10 * STEP, "final")
-    return _list_kind(
-        "files under another's name",
-        [
-            Damage(f"step {OLDER_STEP} in its place", older, misnamed=True),
-            Damage("a final one in its place", files.final, misnamed=True),
-            Damage("renamed to a final one", raw, final, misnamed=True),
-            Damage("an older one renamed to a final one of its step", older, final, misnamed=True),
-            Damage("renamed to a later step", raw, later, misnamed=True),
-            Damage("renamed to a later final", raw, later_final, misnamed=True),
-        ],
-    )
+    misnamed = [
+        Damage(f"step {OLDER_STEP} in its place", older),
+        Damage("a final one in its place", files.final),
+        Damage("renamed to a final one", raw, final),
+        Damage("an older one renamed to a final one of its step", older, final),
+        Damage("renamed to a later step", raw, later),
+        Damage("renamed to a later final", raw, later_final),
+    ]
+    return _list_kind("files under another's name", (each._replace(misnamed=True) for each in misnamed))
 
 
 def _list_kind(name: str, damages: Iterable[Damage]) -> Kind:

@@ -1,27 +1,10 @@
 """Is all damage found, and does it cost no more than the one checkpoint that was hit?
 
-A directory holds two checkpoints of a small LoRA-like state, saved by a CheckpointManager. The newer one is
-damaged in every way of ``corruptions.py``: every bit flipped, every length, every byte, blocks, tails,
-tensors and headers of another file, edited headers, other names. For each damage:
-
-- ``validate`` finds it, and names the file;
-- ``load_latest`` gives the older checkpoint, bit for bit, and warns once, with the file and the reason;
-- the damaged file stays where it is, byte for byte.
-
-For all damages of the small kinds, and for some of each large kind:
-
-- a clean-up that keeps one checkpoint keeps the older one, since the damaged one does not count;
-- a save beside it works, and keeps the older one where two are to be kept;
-- ``distrust verify`` fails and names it, and ``distrust prune`` with rules leaves it;
-- ``distrust prune --damaged`` removes it and nothing else; but not a file that is intact under another
-  checkpoint's name, which may be the only copy of its step.
-
-Cases go through the kinds in turn, each in an order that depends on the seed: the first hundred cover all
-kinds, and after the last one every possible damage was tried. Then it starts again with another content.
+A directory holds two checkpoints; the newer one is damaged in every way of ``corruptions``. ``validate`` must
+find it, ``load_latest`` must give the older one with one warning, and the damaged file must stay as it is.
+For all damages of small kinds, and some of large ones, clean-ups, saves and commands are checked as well.
 
     python -m campaigns.damage                       every damage once: about 80,000 cases
-    python -m campaigns.damage --cases 300           some of each kind
-    python -m campaigns.damage --seconds 3600        as many as the time allows
     python -m campaigns.damage --seed 1 --case 4711  one of them again
 """
 
@@ -43,7 +26,7 @@ from unittest import mock
 
 import torch
 
-from campaigns.campaign import Campaign, Case, CounterExample, add_directory, parser, require, run
+from campaigns.campaign import Campaign, Case, CounterExample, parser, require, run
 from campaigns.corruptions import NAME, OLDER_STEP, STEP, Damage, Files, Kind, kinds
 from distrust import Checkpoint, CheckpointManager
 from distrust.checkpoint import serialization
@@ -81,10 +64,8 @@ class Round:
         (directory / NAME).write_bytes(self.files.newer)
 
     def _make_files(self) -> Files:
-        newer, other = _state(STEP, self._seed()), _state(STEP, self._seed())
-        return Files(
-            newer=_save(newer), older=_save(self.older), other=_save(other), final=_save(newer, final=True)
-        )
+        newer, foreign = _state(STEP, self._seed()), _state(STEP, self._seed())
+        return Files(_save(newer), _save(self.older), _save(foreign), _save(newer, final=True))
 
     def locate(self, number: int) -> tuple[Kind, int]:
         """The kind of a case and its number there: the kinds in turn, each in an order of its own."""
@@ -123,8 +104,6 @@ class Round:
 
 
 class Examination:
-    """The checks of one damage."""
-
     def __init__(self, campaign: Campaign, round_: Round, damage: Damage, path: Path) -> None:
         self._campaign = campaign
         self._round = round_
@@ -139,7 +118,6 @@ class Examination:
         self._campaign.count("validated, loaded from the one before")
 
     def run_thorough(self) -> None:
-        """The checks that take longer."""
         self._check_cleanup()
         self._check_save()
         code, out, _ = _command("verify", self._directory)
@@ -165,12 +143,8 @@ class Examination:
             loaded = CheckpointManager(self._directory).load_latest(framework="torch")
         self._require_older(loaded)
         texts = [str(warning.message).removeprefix("skipped a damaged checkpoint: ") for warning in caught]
-        self._require(
-            len(caught) == 1
-            and caught[0].category is DamagedCheckpointWarning
-            and _names(texts[0], self._path),
-            f"load_latest warns with {texts}",
-        )
+        is_one = [warning.category for warning in caught] == [DamagedCheckpointWarning]
+        self._require(is_one and _names(texts[0], self._path), f"load_latest warns with {texts}")
 
     def _check_cleanup(self) -> None:
         with _record_warnings(), CheckpointManager(self._directory, keep_last=1, keep_best=0) as manager:
@@ -206,9 +180,8 @@ class Examination:
         contents = _contents(self._directory)
         expected = {OLDER: self._round.files.older, self._path.name: self._damage.content}
         old = {name: content for name, content in contents.items() if name not in new}
-        self._require(
-            old == expected and len(contents) == 2 + len(new), f"{action} leaves {sorted(contents)}"
-        )
+        same = old == expected and len(contents) == 2 + len(new)
+        self._require(same, f"{action} leaves {sorted(contents)}")
 
     def _require(self, holds: bool, violation: str) -> None:
         require(holds, f"{self._damage.description}: {violation}")
@@ -253,8 +226,7 @@ def search(campaign: Campaign) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = parser(__doc__)
-    add_directory(options)
+    options = parser(__doc__, writes=True)
     # Memory is quicker than a disk, and the findings are the same.
     options.set_defaults(directory=MEMORY if os.access(MEMORY, os.W_OK | os.X_OK) else None)
     return run("damage", options, search, cases=sys.maxsize, arguments=arguments)

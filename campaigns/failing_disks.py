@@ -1,24 +1,10 @@
 """Full and failing disks, for real: small file systems that fill up, limits, directories that are replaced.
 
-    python -m campaigns.failing_disks --seed 1 --seconds 60
-    python -m campaigns.failing_disks --seed 1 --case 7
     python -m campaigns.failing_disks --seed 1 --cases 100 --only directory
 
-Nothing is modelled here. A case makes a file system of some MiB (ext4, ext3, ext2, xfs, btrfs, a tmpfs, an
-overlay), fills it, removes it or makes its device fail while checkpoints are saved. Then:
-
-- a save that fails raises SaveFailed, in one line: what, where, how many bytes were needed and free;
-- the existing checkpoints are unchanged, and whatever was reported durable can be loaded;
-- no temporary file, open file or thread is left;
-- the next save works once there is space;
-- a directory that another writer took over is never written to;
-- a run warns of a failed save and continues, tries again at the next interval, and stops at the third failure
-  in a row with exit code 1, saying what is saved; the same command, once there is space, ends in the state of
-  the undisturbed run.
-
-Each case is a process of its own, with private mounts on its own memory: the disks of the machine are not
-touched, and nothing is left mounted, whatever happens. Root gets all cases; for other users, those that they
-cannot run are counted as skipped, with the reason.
+A save that fails raises SaveFailed in one line; existing checkpoints are unchanged, nothing is left open, and
+the next save works. Each case is a process with private mounts on its own memory: the machine's disks are not
+touched. Root gets all cases; those that another user cannot run are counted as skipped, with the reason.
 """
 
 from __future__ import annotations
@@ -31,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from campaigns.campaign import Campaign, Case, CounterExample, parser, run
+from campaigns.campaign import Campaign, Case, parser, require, run
 from campaigns.disks import directories, resources, runs, volumes
 
 CASES = 60  # about a minute
@@ -80,14 +66,12 @@ def _run_case(campaign: Campaign, case: Case, kind: str) -> None:
     with tempfile.TemporaryDirectory(prefix="distrust-") as folder:
         home = Path(folder).resolve()
         findings = volumes.run_case(lambda counts: work(case.rng, home, counts), seconds=HANG_SECONDS)
-    for description, number in sorted(findings.counts.items()):
-        campaign.count(description, number)
+    campaign.count_all(dict(sorted(findings.counts.items())))
     if findings.skipped is not None:
         campaign.count(f"skipped: {kind}: {findings.skipped.replace(f'{home}{os.sep}', '')}")
     else:
         campaign.count(f"cases: {kind}")
-    if findings.violation is not None:
-        raise CounterExample(f"{kind}: {findings.violation}")
+    require(findings.violation is None, f"{kind}: {findings.violation}")
 
 
 if __name__ == "__main__":

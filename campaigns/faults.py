@@ -77,10 +77,7 @@ def _remove_older(path: Path) -> None:
 
 
 def _children_clean_up() -> None:
-    """A forked child removes its parent's unfinished file, as if it were left over.
-
-    The directory is the first argument of the process.
-    """
+    """A forked child removes its parent's unfinished file; its directory is the process's first argument."""
     import glob
     import sys
 

@@ -1,11 +1,8 @@
 """What must hold in a directory of checkpoints after its writer was killed.
 
-- Every file under a checkpoint's name is intact, and ``load_latest`` gives the newest one.
-- Every checkpoint that was durable exists, unless the rules (``oracle``) allow its removal.
-- At most one temporary file is left; the next writer gets the lock and removes it.
-
-The checks only read and take no lock, so that the next writer meets what the dead one left;
-:func:`require_writable` is that next writer.
+Every file under a checkpoint's name is intact, every durable one exists unless the rules allow its removal,
+and ``load_latest`` gives the newest. The checks only read and take no lock, so that the next writer
+(:func:`require_writable`) meets what the dead one left.
 """
 
 from __future__ import annotations
@@ -16,7 +13,7 @@ import warnings
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from campaigns.campaign import CounterExample
+from campaigns.campaign import never, require
 from campaigns.oracle import Rules, Saved, must_keep, one_per_step
 from campaigns.session import Session
 from campaigns.triggers import Trigger
@@ -29,24 +26,18 @@ PAGE = 4096  # the unit in which a save writes
 
 
 def require_durable(directory: Path, durable: Collection[Saved], rules: Rules) -> Scan:
-    """Check the directory of a dead writer; returns its content.
+    """Check the directory of a writer that died; returns its content.
 
-    Args:
-        directory: of checkpoints.
-        durable: every checkpoint that was durable at some time.
-        rules: of the writer.
+    ``durable`` is every checkpoint that was durable at some time.
     """
-    try:
+    with never(DistrustError, f"{directory}: "):
         scan = catalog.scan(directory)
         for path in [file.path for file in scan.files] + [file.path for file in scan.damaged]:
             catalog.verify(path)
-    except DistrustError as error:
-        raise CounterExample(f"{directory}: {error}") from error
     existing = {saved.step: saved for saved in _list_saved(scan, rules)}
     _require_retained(directory, durable, existing, rules)
     temporary = temporary_files(directory)
-    if len(temporary) > 1:
-        raise CounterExample(f"{directory}: more than one temporary file: {', '.join(temporary)}")
+    require(len(temporary) <= 1, f"{directory}: more than one temporary file: {', '.join(temporary)}")
     if existing:
         _require_newest_loads(directory, max(existing))
     return scan
@@ -63,37 +54,30 @@ def _require_retained(
     union = {**one_per_step(durable), **existing}
     steps = {saved.step for saved in must_keep(union.values(), rules)}
     for saved in durable:
-        if saved.step in steps and saved.step not in existing:
-            raise CounterExample(f"{directory}: {saved.name} was durable, no rule removes it, and it is gone")
-        if saved.final and not existing[saved.step].final:
-            raise CounterExample(f"{directory}: {saved.name} was durable, and only a periodic one exists")
+        text, exists = f"{directory}: {saved.name} was durable", saved.step in existing
+        require(exists or saved.step not in steps, f"{text}, no rule removes it, and it is gone")
+        require(not saved.final or existing[saved.step].final, f"{text}, and only a periodic one exists")
 
 
 def _require_newest_loads(directory: Path, newest: int) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", DistrustWarning)
-        try:
+        with never((DistrustError, DistrustWarning), f"{directory}: load_latest: "):
             loaded = CheckpointManager(directory).load_latest()
-        except (DistrustError, DistrustWarning) as error:
-            raise CounterExample(f"{directory}: load_latest: {error}") from error
-    if loaded.step != newest:
-        raise CounterExample(f"{directory}: load_latest gave step {loaded.step}; the newest is {newest}")
+    step = loaded.step
+    require(step == newest, f"{directory}: load_latest gave step {step}; the newest is {newest}")
 
 
 def require_writable(directory: Path) -> None:
     """Check that a dead writer's lock is free, and that the next writer removes what it left."""
-    try:
-        with CheckpointManager(directory) as manager:
-            manager.acquire()
-    except DistrustError as error:
-        raise CounterExample(f"{directory}: the next writer is refused: {error}") from error
-    unexpected = [
-        path.name
-        for path in directory.iterdir()
-        if path.name != LOCK_NAME and not path.name.endswith(".safetensors")
-    ]
-    if unexpected:
-        raise CounterExample(f"{directory}: the next writer left {', '.join(unexpected)}")
+    with (
+        never(DistrustError, f"{directory}: the next writer is refused: "),
+        CheckpointManager(directory) as manager,
+    ):
+        manager.acquire()
+    names = {path.name for path in directory.iterdir()} - {LOCK_NAME}
+    unexpected = sorted(name for name in names if not name.endswith(".safetensors"))
+    require(not unexpected, f"{directory}: the next writer left {', '.join(unexpected)}")
 
 
 def temporary_files(directory: Path) -> list[str]:
@@ -123,22 +107,17 @@ def _digest(path: Path) -> str:
 class DurabilityRecord:
     """The checkpoints that were durable in one run, over all its sessions.
 
-    A checkpoint under its name is durable against everything but a power cut, reported or not: nothing that
-    happens to the process may remove it.
+    A checkpoint under its name is durable against everything but a power cut, reported or not.
     """
 
     def __init__(self, directory: Path, rules: Rules) -> None:
         self._directory = directory  # of the run's checkpoints
         self._rules = rules  # of the run
-        self._durable: set[Saved] = set()
+        self.durable: frozenset[Saved] = frozenset()
 
     @property
     def newest(self) -> int:
-        return max((saved.step for saved in self._durable), default=0)
-
-    @property
-    def durable(self) -> set[Saved]:
-        return set(self._durable)
+        return max((saved.step for saved in self.durable), default=0)
 
     def watch(self, trigger: Trigger) -> Trigger:
         """The same trigger, recording the directory at each poll."""
@@ -147,7 +126,7 @@ class DurabilityRecord:
             condition = trigger(session)
 
             def poll() -> bool:
-                self._durable |= _existing(self._directory)
+                self.durable |= _existing(self._directory)
                 return condition()
 
             return poll
@@ -156,12 +135,13 @@ class DurabilityRecord:
 
     def record_output(self, session: Session) -> None:
         """Record what a session has printed as saved."""
-        self._durable |= {_parse_saved(line) for line in session.output() if _is_saved(line)}
+        lines = [line for line in session.output() if line.startswith("step ") and ": saved " in line]
+        self.durable |= {_parse_saved(line) for line in lines}
 
     def require(self) -> Scan:
         """Check the directory against the record, and record what exists; returns its content."""
-        scan = require_durable(self._directory, self._durable, self._rules)
-        self._durable |= {Saved(file.step, file.kind == "final") for file in scan.files}
+        scan = require_durable(self._directory, self.durable, self._rules)
+        self.durable |= {Saved(file.step, file.kind == "final") for file in scan.files}
         return scan
 
 
@@ -170,10 +150,6 @@ def _existing(directory: Path) -> set[Saved]:
         Saved(int(path.stem.split("-")[1]), path.stem.endswith("-final"))
         for path in directory.glob("checkpoint-*.safetensors")
     }
-
-
-def _is_saved(line: str) -> bool:
-    return line.startswith("step ") and ": saved " in line
 
 
 def _parse_saved(line: str) -> Saved:

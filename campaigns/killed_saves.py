@@ -1,24 +1,11 @@
 """SIGKILL at random instants of a process that saves, thousands of times.
 
-    python -m campaigns.killed_saves --seed 1 --seconds 60
     python -m campaigns.killed_saves --seed 1 --case 3
-    python -m campaigns.killed_saves --fault in-place --seconds 20
+    python -m campaigns.killed_saves --fault in-place --seconds 20     # it must be found
 
-A case is a walk (``walk.py``): a state that changes step by step and is saved at each step in all possible
-ways: blocking, in the background, overlapped, as a final checkpoint, the same step twice, by a reopened
-manager, followed by a clean-up; in small and large blocks, by direct I/O and through the page cache. It is
-killed about twenty times: after a random time, after a report, or after an event on the disk (``triggers``),
-and restarted each time. After each kill:
-
-- everything in ``invariants`` holds;
-- no checkpoint is an older version than the one that was reported durable.
-
-The finished walk must have the state digest of the same walk, undisturbed. How far the interrupted save had
-come is read off the disk after each kill, and counted.
-
-Each walk is a fork of a process that has imported numpy. Random choices are the same for a seed and a case.
-The instant at which a signal arrives within a write depends on the machine, so a finding may need a few
-repetitions. ``--fault`` puts a fault into the product, which must be found.
+A case is a ``walk``, a fork, that is killed about twenty times and restarted. After each kill everything in
+``invariants`` holds, and no checkpoint is older than the one reported durable. The finished walk must have
+the state digest of the undisturbed one. When a signal arrives depends on the machine: repeat a finding.
 """
 
 from __future__ import annotations
@@ -32,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from signal import SIGKILL
 
-from campaigns.campaign import Campaign, Case, CounterExample, add_directory, parser, require, run
+from campaigns.campaign import Campaign, Case, parser, require, run
 from campaigns.faults import FAULTS
 from campaigns.invariants import require_durable, require_writable, save_phase
 from campaigns.oracle import Saved
@@ -49,8 +36,6 @@ IMPORTS = ["numpy.random", "distrust.checkpoint.arrays.of_numpy"]
 
 
 class KilledWalk:
-    """A walk in a folder of its own, and what it has reported so far."""
-
     def __init__(self, campaign: Campaign, forks: Forks, folder: Path, plan: Plan) -> None:
         self._campaign = campaign
         self._forks = forks
@@ -72,8 +57,7 @@ class KilledWalk:
         self._require(code == -SIGKILL, f"exit code {code}: {session.errors()}")
         scan = self._require_durable()
         self._campaign.count("kills")
-        phase = save_phase(self._directory, scan, self._durable(), self._plan.rules)
-        self._campaign.count(f"  {phase}")
+        self._campaign.count(f"  {save_phase(self._directory, scan, self._durable(), self._plan.rules)}")
         if self._newest() == previous:
             self._campaign.count("kills before anything new was durable")
         return True
@@ -107,10 +91,8 @@ class KilledWalk:
         files = {(file.step, file.kind == "final"): file for file in scan.files}
         for report in self._reports:
             if (file := files.get((report.step, report.final))) is not None:
-                number = file.header.run_info["extra"]["number"]
-                self._require(
-                    number >= report.number, f"{file.path} is an older version than was durable before"
-                )
+                is_newer = file.header.run_info["extra"]["number"] >= report.number
+                self._require(is_newer, f"{file.path} is an older version than was durable before")
         return scan
 
     def _require(self, holds: bool, violation: str) -> None:
@@ -132,7 +114,6 @@ def random_plan(rng: random.Random, *, fault: str | None) -> Plan:
 
 
 def random_instant(rng: random.Random, reference_seconds: float) -> tuple[Trigger, float]:
-    """When to kill: a trigger, and how many seconds after it."""
     choice = rng.random()
     if choice < 0.3:
         return after(rng.uniform(0, 3 * reference_seconds / KILLS)), 0.0
@@ -143,7 +124,6 @@ def random_instant(rng: random.Random, reference_seconds: float) -> tuple[Trigge
 
 
 def one_case(campaign: Campaign, forks: Forks, case: Case, folder: Path) -> None:
-    """Run a walk undisturbed, then kill the same walk until it finishes."""
     plan = random_plan(case.rng, fault=campaign.options.fault)
     digest, seconds = run_reference(forks, plan, folder / "reference")
     killed = folder / "killed"
@@ -162,8 +142,7 @@ def run_reference(forks: Forks, plan: Plan, folder: Path) -> tuple[str, float]:
     folder.mkdir()
     plan = replace(plan, directory=str(folder / "walk"), fault=None)
     session = Session(forks, [plan.argument()], folder=folder, directory=Path(plan.directory))
-    if session.wait() != 0:
-        raise CounterExample(f"{folder}: failed, undisturbed: {session.errors()}")
+    require(session.wait() == 0, f"{folder}: failed, undisturbed: {session.errors()}")
     return CheckpointManager(plan.directory).inspect(plan.steps).state_digest, session.seconds
 
 
@@ -176,9 +155,7 @@ def body(campaign: Campaign) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = parser(__doc__)
-    add_directory(options)
-    options.add_argument("--fault", choices=FAULTS, help="put a fault into the product")
+    options = parser(__doc__, writes=True, faults=FAULTS)
     return run("killed_saves", options, body, cases=50, arguments=arguments)
 
 

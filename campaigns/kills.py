@@ -1,22 +1,12 @@
 """SIGKILL at random instants of a real training run, hundreds of times.
 
     python -m campaigns.kills --seed 1 --cases 30
-    python -m campaigns.kills --seed 1 --case 3
     python -m campaigns.kills --seed 1 --cases 5 --engine mlx
 
-A case is a training run of the bundled model, ``distrust train``, that saves at every step or at every
-second one. It is killed about ten times and restarted by the same command each time: while it starts, at a
-random time in its loop, after a line that it prints, or after an event on the disk (``triggers``), so that
-kills fall into every part of a save. After each kill, everything in ``invariants`` must hold.
-
-The finished run must have the state digest of the undisturbed run, and its ``metrics.jsonl`` the same
-numbers, no line twice and none missing; the next writer must get the lock and find nothing left behind. Every
-third case is the real command line, from the first instruction of the interpreter on; the others are forks of
-a process that has imported torch, which are killed five times as often in the same time. With
-``--engine mlx`` every case is the real command line, and the undisturbed run always is.
-
-Random choices are the same for a seed and a case. The instant at which a signal arrives within a save depends
-on the machine, so a finding may need a few repetitions.
+The run is killed about ten times and restarted by the same command. After each kill everything in
+``invariants`` holds; the finished run has the undisturbed run's state digest and numbers in
+``metrics.jsonl``. Every third case is the real command, the others are forks. A finding may need a few
+repetitions.
 """
 
 from __future__ import annotations
@@ -46,8 +36,6 @@ class Reference(NamedTuple):
 
 
 class KilledRun:
-    """A run that is killed, and the record of what was durable in it."""
-
     def __init__(self, campaign: Campaign, training: TrainingRun) -> None:
         self._campaign = campaign
         self._training = training
@@ -78,7 +66,6 @@ class KilledRun:
 
 
 def random_instant(rng: random.Random, reference: Reference) -> tuple[Trigger, float]:
-    """When to kill: a trigger, and how many seconds after it."""
     choice, count = rng.random(), rng.randint(1, 6)
     if choice < 0.1:
         return after(rng.uniform(0, 8)), 0.0  # while it starts, unless it is a fork
@@ -105,14 +92,10 @@ def one_case(campaign: Campaign, case: Case, training: TrainingRun, reference: R
         if not killed.kill(*random_instant(case.rng, reference)):
             campaign.count("runs that finished before their last kill")
             break
-    require(
-        killed.finish() == reference.digest,
-        f"{training.out}: ended in another state than the undisturbed run",
-    )
-    require(
-        training.metrics() == reference.metrics,
-        f"{training.out}: metrics.jsonl differs from that of the undisturbed run",
-    )
+    same = killed.finish() == reference.digest
+    require(same, f"{training.out}: ended in another state than the undisturbed run")
+    same = training.metrics() == reference.metrics
+    require(same, f"{training.out}: metrics.jsonl differs from that of the undisturbed run")
     campaign.count(f"runs of {training.launcher.name} that ended in the undisturbed state")
 
 

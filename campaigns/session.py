@@ -1,9 +1,8 @@
 """Sessions: commands that run on their own and are watched, signalled and waited for.
 
-A :class:`Launcher` starts them: :class:`Command`, or :class:`Forks` of a process that has its imports done.
-What they print goes to files: no reader is needed, and the output of a dead process is complete.
-
-The other end of :class:`Forks` is the fork server: ``python -m campaigns.session MODULE:FUNCTION [IMPORT …]``
+A :class:`Command` starts them, or :class:`Forks` of a process that has its imports done. What they print goes
+to files: no reader is needed, and the output of a dead process is complete. This module is also the fork
+server: ``python -m campaigns.session MODULE:FUNCTION [IMPORT …]``
 """
 
 from __future__ import annotations
@@ -12,42 +11,25 @@ import contextlib
 import importlib
 import json
 import os
+import pkgutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Self
 
 from campaigns.child import HANG_SECONDS, Child, ChildFailed, default_sigint, python_environment
 
 POLL_SECONDS = 0.0002  # a save takes a few ms
 
 
-class Process(Protocol):
-    """What a session needs of a process; ``subprocess.Popen`` has it."""
-
-    pid: int
-
-    def poll(self) -> int | None: ...
-
-    def send_signal(self, number: int) -> None: ...
-
-
-class Launcher(Protocol):
-    """Starts processes that append what they print to two files."""
-
-    name: str  # for the counts
-
-    def start(self, arguments: Sequence[str], *, out: Path, err: Path) -> Process: ...
-
-
 class Command:
     """A command line; the process runs from the first instruction of the interpreter on."""
 
     def __init__(self, command: Sequence[str], *, name: str) -> None:
-        self.name = name
+        self.name = name  # for the counts
         self._command = command
 
     def start(self, arguments: Sequence[str], *, out: Path, err: Path) -> subprocess.Popen[bytes]:
@@ -60,19 +42,18 @@ class Command:
 class Forks:
     """Forks of a fork server, one at a time; a context that ends the server.
 
-    A training imports torch for seconds before its first step. A fork of a process that has done so starts
-    at once, so a campaign kills hundreds in the time of some dozens.
-    The program is ``module:function``; the function takes arguments and returns an exit code.
+    A fork of a process that has imported torch starts at once. The program is ``module:function``: it takes
+    arguments and returns an exit code.
     """
 
     def __init__(self, program: str, imports: Sequence[str] = (), *, name: str) -> None:
-        self.name = name  # for the counts
+        self.name = name
         # One thread of OpenBLAS: a fork would lose the others.
         self.server = Child("campaigns.session", program, *imports, environment={"OPENBLAS_NUM_THREADS": "1"})
         self._fork: _Fork | None = None
         self.server.receive(HANG_SECONDS)  # "ready"
 
-    def start(self, arguments: Sequence[str], *, out: Path, err: Path) -> Process:
+    def start(self, arguments: Sequence[str], *, out: Path, err: Path) -> _Fork:
         self.server.send({"arguments": list(arguments), "out": str(out), "err": str(err)})
         self._fork = _Fork(self.server)
         return self._fork
@@ -105,9 +86,10 @@ class _Fork:
                 os.kill(self.pid, number)
 
 
-class Session:
-    """One run of a command, from its start to its end."""
+Launcher = Command | Forks  # starts processes that append what they print to two files
 
+
+class Session:
     def __init__(
         self,
         launcher: Launcher,
@@ -174,13 +156,8 @@ class Session:
 
 
 def serve_forks() -> int:
-    """The fork server: serve orders until there are no more; in a fork, run the program.
-
-    An order is a line of JSON: ``arguments``, and the files ``out`` and ``err`` to append to. The answers are
-    a line with the process id, and, once the fork has ended, a line with its exit code.
-    """
-    module, _, name = sys.argv[1].partition(":")
-    program: Callable[[Sequence[str]], int] = getattr(importlib.import_module(module), name)
+    """The fork server: answer each order with the fork's process id and, once it has ended, its exit code."""
+    program: Callable[[Sequence[str]], int] = pkgutil.resolve_name(sys.argv[1])
     for required in sys.argv[2:]:
         importlib.import_module(required)
     tasks = "/proc/self/task"

@@ -1,21 +1,11 @@
 """Signals that ask a real training run to stop, in every phase of it.
 
-    python -m campaigns.signals --seed 1 --cases 20
-    python -m campaigns.signals --seed 1 --case 3
-    python -m campaigns.signals --seed 1 --cases 5 --engine mlx
+    python -m campaigns.signals --seed 1 --cases 20 --engine torch
 
-A case is a training run, ``distrust train``, that gets some signals, one a session, and is restarted by the
-same command each time: SIGTERM, SIGUSR1, Ctrl-C once or twice, the second one a moment later or during the
-save that the first one requested. They arrive while Python starts, while the model is loaded, before the
-first step, in the loop, in a save, in the last step and its final save, and after that. Then:
-
-- the exit code is 128 + the signal; or the signal itself, while no handler is installed yet or any more; or
-  0, if the run had finished; a second Ctrl-C while torch is imported may also end in SIGABRT;
-- the run has printed which step is saved: it is the last step that was trained, and the newest checkpoint;
-- everything in ``invariants`` holds.
-
-The finished run must have the state digest of the undisturbed run. Every second case is the real command, the
-others are forks, if torch trains. The time from a signal to the run's last message is measured.
+The run gets SIGTERM, SIGUSR1 or Ctrl-C once or twice and is restarted by the same command. The exit code must
+be 128 + the signal (:func:`_is_allowed` has the exceptions), the step reported as saved must be the last one
+trained and the newest checkpoint, and the run must end in the undisturbed state. Every second case is the
+real command, the others are forks, if torch trains.
 """
 
 from __future__ import annotations
@@ -64,8 +54,6 @@ class Stop(NamedTuple):
 
 
 class SignalledRun:
-    """A run that gets signals, and the record of what was durable in it."""
-
     def __init__(self, campaign: Campaign, training: TrainingRun) -> None:
         self._campaign = campaign
         self._training = training
@@ -82,9 +70,8 @@ class SignalledRun:
         self._record.record_output(session)
         scan = self._record.require()
         description = f"{stop.name} ({moment.phase}): exit code {code}"
-        self._require(
-            _is_allowed(stop, session, code), f"{description}: {session.output()} {session.errors()}"
-        )
+        printed = f"{session.output()} {session.errors()}"
+        self._require(_is_allowed(stop, session, code), f"{description}: {printed}")
         self._require_message(session, code, scan, description)
         require_writable(self._training.checkpoints)
         if not sent:
@@ -100,23 +87,18 @@ class SignalledRun:
     def _require_message(self, session: Session, code: int, scan: Scan, description: str) -> None:
         """The step that it prints as saved is the last trained one, and the newest checkpoint."""
         newest = scan.files[-1] if scan.files else None
-        if code == 0:
-            self._require(
-                newest is not None and newest.kind == "final", f"{description}, and no final checkpoint"
-            )
+        finished = newest is not None and newest.kind == "final"
+        self._require(code != 0 or finished, f"{description}, and no final checkpoint")
         message = _stop_message(session)
         if message is None:
             return
         saved = int(message[2] or 0)
         existing = newest.step if newest is not None else 0
-        self._require(
-            existing == saved, f"{description}: step {saved} is reported as saved, the newest is {existing}"
-        )
+        text = f"{description}: step {saved} is reported as saved"
+        self._require(existing == saved, f"{text}, the newest is {existing}")
         steps = [int(match[1]) for match in map(_STEP.match, session.output()) if match]
-        self._require(
-            not steps or steps[-1] == saved,
-            f"{description}: step {steps[-1:]} was trained, step {saved} is saved",
-        )
+        text = f"{description}: step {steps[-1:]} was trained, step {saved} is saved"
+        self._require(not steps or steps[-1] == saved, text)
 
     def _count(self, stop: Stop, moment: Moment, seconds: float, code: int) -> None:
         self._campaign.count(f"signals to {self._training.launcher.name}")
@@ -124,9 +106,8 @@ class SignalledRun:
         self._campaign.count(f"  {moment.phase}")
         if code == -SIGABRT:
             self._campaign.count("ended by SIGABRT, while torch was imported")
-        self._campaign.count_largest(
-            f"ms, at most, until its last message: {stop.name}, {moment.phase}", round(1000 * seconds)
-        )
+        description = f"ms, at most, until its last message: {stop.name}, {moment.phase}"
+        self._campaign.count_largest(description, round(1000 * seconds))
 
     def _require(self, holds: bool, violation: str) -> None:
         require(holds, f"{self._training.out}: {violation}")
@@ -181,23 +162,21 @@ def random_stop(rng: random.Random) -> Stop:
 
 def random_moment(rng: random.Random, *, last: bool) -> Moment:
     if last:
-        return rng.choice(
-            [
-                Moment("in the last step", once_printed(f"step {STEPS - 1}/"), rng.uniform(0, 0.1)),
-                Moment("in the final save", once_printed(f"step {STEPS}/"), rng.uniform(0, 0.03)),
-                Moment("at the end", once_printed("state digest"), rng.uniform(0, 0.3)),
-            ]
-        )
-    count = rng.randint(1, 5)
-    return rng.choice(
-        [
-            Moment("while Python starts", after(0), rng.uniform(0, 2)),
-            Moment("while the model is loaded", once_printed(LOADING), rng.uniform(0, 6)),
-            Moment("before the first step", once_printed(LOOP), rng.uniform(0, 0.1)),
-            Moment("in the loop", once_printed("step ", 2 * count), rng.uniform(0, 0.1)),
-            Moment("in a save", random_disk_event(rng, count), rng.uniform(0, 0.004)),
+        moments = [
+            Moment("in the last step", once_printed(f"step {STEPS - 1}/"), rng.uniform(0, 0.1)),
+            Moment("in the final save", once_printed(f"step {STEPS}/"), rng.uniform(0, 0.03)),
+            Moment("at the end", once_printed("state digest"), rng.uniform(0, 0.3)),
         ]
-    )
+        return rng.choice(moments)
+    count = rng.randint(1, 5)
+    moments = [
+        Moment("while Python starts", after(0), rng.uniform(0, 2)),
+        Moment("while the model is loaded", once_printed(LOADING), rng.uniform(0, 6)),
+        Moment("before the first step", once_printed(LOOP), rng.uniform(0, 0.1)),
+        Moment("in the loop", once_printed("step ", 2 * count), rng.uniform(0, 0.1)),
+        Moment("in a save", random_disk_event(rng, count), rng.uniform(0, 0.004)),
+    ]
+    return rng.choice(moments)
 
 
 def one_case(campaign: Campaign, case: Case, training: TrainingRun, reference: str) -> None:
@@ -205,9 +184,8 @@ def one_case(campaign: Campaign, case: Case, training: TrainingRun, reference: s
     signalled = SignalledRun(campaign, training.with_options("--save-every", save_every))
     for number in range(SIGNALS):
         signalled.send(random_stop(case.rng), random_moment(case.rng, last=number == SIGNALS - 1))
-    require(
-        signalled.finish() == reference, f"{training.out}: ended in another state than the undisturbed run"
-    )
+    same = signalled.finish() == reference
+    require(same, f"{training.out}: ended in another state than the undisturbed run")
     campaign.count(f"runs of {training.launcher.name} that ended in the undisturbed state")
 
 

@@ -1,9 +1,4 @@
-"""Training runs that campaigns disturb: the real command, forks of it, and the trainer on the toy engine.
-
-A :class:`TrainingRun` is a folder and the command that trains into it, ``distrust train`` itself. The same
-run can be made of forks of a process that has imported torch (:class:`campaigns.session.Forks`), which start
-within the second. :func:`train_toy` runs the loop in this process, in milliseconds.
-"""
+"""Training runs that campaigns disturb: the real command, forks of it, and the trainer on the toy engine."""
 
 from __future__ import annotations
 
@@ -19,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from campaigns.campaign import Campaign, Case, CounterExample, add_directory
+from campaigns.campaign import Campaign, Case, never, require
 from campaigns.campaign import parser as campaign_parser
 from campaigns.child import HANG_SECONDS
 from campaigns.oracle import Rules
@@ -36,7 +31,6 @@ COMMAND = Command([sys.executable, "-m", "distrust"], name="the real command")
 PROGRAM = "distrust.cli:main"  # for the fork server
 #: Fields of metrics.jsonl that depend on the machine, or on how often the run was interrupted.
 MACHINE_FIELDS = set(STEP_FIELDS) - {"step", *STEP_METRICS}
-ENGINES = ("torch", "mlx")  # of the option
 #: A training of some seconds that prints a line for each step.
 STEPS = 40
 TRAINING = [
@@ -50,22 +44,17 @@ RULES = Rules(keep_last=3)
 LOADING, LOOP = "loading the model ", "training "
 #: What a training imports: most of its time before the first step.
 IMPORTS = [
-    "distrust.cli.train",
-    "distrust.engines.torch.engine",
-    "distrust.reporting.console",
-    "distrust.training",
-    "numpy.random",
-    "peft",
-    "transformers.models.auto.modeling_auto",
-    "transformers.models.auto.tokenization_auto",
-    "transformers.models.llama.modeling_llama",
+    *("distrust.cli.train", "distrust.engines.torch.engine", "distrust.reporting.console"),
+    *("distrust.training", "numpy.random", "peft", "transformers.models.auto.modeling_auto"),
+    *("transformers.models.auto.tokenization_auto", "transformers.models.llama.modeling_llama"),
 ]
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    options = campaign_parser(description)
-    add_directory(options)
-    options.add_argument("--engine", choices=ENGINES, default="torch", help="that trains (default: torch)")
+    options = campaign_parser(description, writes=True)
+    options.add_argument(
+        "--engine", choices=("torch", "mlx"), default="torch", help="that trains (default: torch)"
+    )
     return options
 
 
@@ -82,11 +71,8 @@ def disturb_runs(
 ) -> None:
     """Run the cases of a campaign that disturbs training runs, each in a folder of its own.
 
-    Args:
-        campaign: with the options of :func:`parser`.
-        real_every: one of so many cases is the real command; the others are forks, if torch trains.
-        reference: trains without a disturbance, by the real command.
-        one_case: disturbs a run; gets what ``reference`` returned.
+    One case in ``real_every`` is the real command; the others are forks, if torch trains. ``reference``
+    trains without a disturbance, by the real command; ``one_case`` gets what it returned.
     """
     engine = campaign.options.engine
     training = [*TRAINING, "--engine", engine]
@@ -104,8 +90,6 @@ def disturb_runs(
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """A folder, and the command that trains into it."""
-
     out: Path  # the folder
     options: Sequence[str]  # of ``distrust train``
     launcher: Launcher = COMMAND  # starts the command
@@ -123,13 +107,8 @@ class TrainingRun:
         """Start the command, from the beginning or from the newest checkpoint."""
         folder = self.log_folder or self.out
         folder.mkdir(parents=True, exist_ok=True)
-        return Session(
-            self.launcher,
-            ["train", "--out", str(self.out), *self.options],
-            folder=folder,
-            directory=self.checkpoints,
-            hang_seconds=self.hang_seconds,
-        )
+        arguments, hang = ["train", "--out", str(self.out), *self.options], self.hang_seconds
+        return Session(self.launcher, arguments, folder=folder, directory=self.checkpoints, hang_seconds=hang)
 
     def disturb(self, number: int, trigger: Trigger, delay: float = 0.0) -> tuple[Session, int]:
         """Start it, send a signal, wait for its end; returns the session and the exit code."""
@@ -141,36 +120,27 @@ class TrainingRun:
         """Run the command to its end; returns the digest of the final state."""
         session = self.start()
         code = session.wait()
-        if code != 0:
-            raise CounterExample(f"{self.out}: exit code {code}: {session.errors()}")
+        require(code == 0, f"{self.out}: exit code {code}: {session.errors()}")
         return self.final_digest()
 
     def final_digest(self) -> str:
         """The state digest of the newest checkpoint, which must be a final one."""
-        try:
+        with never(DistrustError, f"{self.out}: "):
             newest = catalog.newest(self.checkpoints)
-        except DistrustError as error:
-            raise CounterExample(f"{self.out}: {error}") from error
-        if newest.kind != "final":
-            raise CounterExample(f"{self.out}: ended without a final checkpoint")
+        require(newest.kind == "final", f"{self.out}: ended without a final checkpoint")
         return newest.state_digest
 
     def metrics(self) -> list[dict[str, float]]:
-        """The lines of ``metrics.jsonl``, without the fields that depend on the machine."""
-        try:
+        with never((OSError, ValueError), f"{self.out / METRICS}: "):
             lines = [json.loads(line) for line in (self.out / METRICS).read_bytes().splitlines(keepends=True)]
-        except (OSError, ValueError) as error:
-            raise CounterExample(f"{self.out / METRICS}: {error}") from error
         return [{key: value for key, value in line.items() if key not in MACHINE_FIELDS} for line in lines]
 
     def steps(self) -> list[int]:
         """The steps of its checkpoints, by their names."""
-        return sorted(
-            int(path.stem.split("-")[1]) for path in self.checkpoints.glob("checkpoint-*.safetensors")
-        )
+        paths = self.checkpoints.glob("checkpoint-*.safetensors")
+        return sorted(int(path.stem.split("-")[1]) for path in paths)
 
     def temporary(self) -> list[Path]:
-        """The temporary files of saves that are under way, or were cut off."""
         return list(self.checkpoints.glob(".checkpoint-*.tmp"))
 
 

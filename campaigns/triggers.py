@@ -1,8 +1,6 @@
 """When to send a signal: after a time, once a line was printed, or once something happened on the disk.
 
-From outside, the disk shows how far a save has come: its temporary file exists, has its size, is renamed, and
-an older checkpoint is removed. A watch looks a few thousand times a second; a random delay after an event
-reaches the instants between two events.
+From outside, the disk shows how far a save has come. A random delay reaches the instants between two events.
 """
 
 from __future__ import annotations
@@ -66,15 +64,11 @@ def _pause(session: Session, seconds: float) -> None:
 
 
 class _Listing(NamedTuple):
-    """Temporary files, each with whether it has a size, and checkpoints."""
-
     temporary: dict[str, bool]
     checkpoints: set[str]
 
 
 class _Watch:
-    """Counts the events in a directory."""
-
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._previous = _list(directory)

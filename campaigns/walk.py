@@ -1,14 +1,8 @@
 """A program that saves: the walk that ``killed_saves`` kills, again and again.
 
-    python -m campaigns.walk '{"directory": "walk", "seed": 1, "steps": 50, ...}'
-
-The state is a random walk: arrays to which random numbers are added, moments of them, the generator's own
-state, and a history that grows. Each step is a function of the previous state alone; the way in which it is
-saved is a function of the seed and the step. A walk that was killed resumes from its newest checkpoint, and
-must end in the state of an undisturbed one.
-
-Each time a checkpoint is durable, the walk prints a line, by one system call: its step, its kind, its number
-among all saves, and its metric.
+The state is a random walk whose steps depend on the state before alone; how a step is saved depends on the
+seed and the step. A killed walk resumes from its newest checkpoint, and must end in the undisturbed state.
+For each durable checkpoint it prints its step, kind, number and metric, by one system call.
 """
 
 from __future__ import annotations
@@ -36,8 +30,6 @@ METRIC = "height"  # that retention ranks by
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """One walk."""
-
     directory: str  # of its checkpoints
     seed: int  # of the walk, and of the methods by which it is saved
     steps: int  # its length
@@ -81,8 +73,6 @@ class Report(NamedTuple):
 
 
 class Walk:
-    """The state."""
-
     def __init__(self, plan: Plan) -> None:
         self.step = 0
         self._rng = np.random.default_rng(plan.seed)
@@ -92,7 +82,6 @@ class Walk:
 
     @property
     def height(self) -> float:
-        """A number that depends on all steps so far."""
         return self._heights[-1]
 
     def advance(self) -> None:

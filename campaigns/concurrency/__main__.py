@@ -8,32 +8,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from campaigns import concurrency
-from campaigns.campaign import Campaign, add_directory, parser, run
+from campaigns.campaign import Campaign, parser, run
 from campaigns.concurrency import orphans, programs, races, readers, trainers
 from campaigns.faults import FAULTS
 
-PARTS = {
-    "races": races.run,
-    "trainers": trainers.run,
-    "orphans": orphans.run,
-    "readers": readers.run,
-    "programs": programs.run,
-}
+PARTS = {part.__name__.rpartition(".")[2]: part.run for part in (races, trainers, orphans, readers, programs)}
 #: Cheap ones come more often.
 CYCLE = ("readers", "trainers", *["races"] * 3, *["orphans"] * 5, *["programs"] * 10)
 CASES = 5 * len(CYCLE)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = parser(concurrency.__doc__)
+    options = parser(concurrency.__doc__, writes=True, faults=FAULTS)
     options.add_argument("--only", choices=PARTS, help="only these cases (default: all)")
     options.add_argument("--readers", type=int, default=8, help="how many read (default: 8)")
     options.add_argument("--saves", type=int, default=200, help="saves beside them (default: 200)")
     options.add_argument(
         "--path", choices=("direct", "buffered", "either"), default="either", help="how files are written"
     )
-    add_directory(options)
-    options.add_argument("--fault", choices=FAULTS, help="break the product: it must be found")
     return run("concurrency", options, _body, cases=CASES, arguments=arguments)
 
 

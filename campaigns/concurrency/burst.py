@@ -13,7 +13,7 @@ from campaigns import child
 from campaigns.concurrency import model
 from campaigns.oracle import Saved
 from distrust import Checkpoint, CheckpointManager
-from distrust.errors import CheckpointDirectoryLocked, CheckpointNotFound
+from distrust.errors import CheckpointNotFound
 
 THREADS, OPERATIONS = (2, 6), (2, 6)  # from, to
 FORK_SECONDS = 60.0  # for one forked child
@@ -42,7 +42,11 @@ class Burst:
     def run(self) -> None:
         """Start the threads, and wait for them; raises ValueError if one fails."""
         self._manager.acquire()  # else a copy might take the directory first
-        plans = [self._plan() for _ in range(self._rng.randint(*THREADS))]
+        plans = [
+            [self._operation() for _ in range(self._rng.randint(*OPERATIONS))]
+            for _ in range(self._rng.randint(*THREADS))
+        ]
+        self.operations = sum(map(len, plans))
         barrier = threading.Barrier(len(plans))
         threads = [threading.Thread(target=self._follow, args=(plan, barrier), daemon=True) for plan in plans]
         for thread in threads:
@@ -53,10 +57,6 @@ class Burst:
                 raise ValueError("a thread hangs")
         if self._errors:
             raise ValueError(f"in one of {len(plans)} threads: {self._errors[0]}")
-
-    def _plan(self) -> list[Callable[[], object]]:
-        self.operations += (count := self._rng.randint(*OPERATIONS))
-        return [self._operation() for _ in range(count)]
 
     def _operation(self) -> Callable[[], object]:
         rng = self._rng
@@ -75,18 +75,17 @@ class Burst:
                     pending.wait()
 
             return save
-        return rng.choice(
-            [
-                clone.cleanup,
-                clone.list_checkpoints,
-                lambda: _load(clone.load_latest),
-                lambda: _load(clone.load_best),
-                lambda: _load_listed(clone),
-                lambda: _require_refused(copy.deepcopy(clone)),
-                lambda: _require_refused(pickle.loads(pickle.dumps(clone))),
-                lambda: child.call(lambda: _use_in_child(clone), seconds=FORK_SECONDS),
-            ]
-        )
+        operations: list[Callable[[], object]] = [
+            clone.cleanup,
+            clone.list_checkpoints,
+            lambda: _load(clone.load_latest),
+            lambda: _load(clone.load_best),
+            lambda: _load_listed(clone),
+            lambda: _require_refused(copy.deepcopy(clone)),
+            lambda: _require_refused(pickle.loads(pickle.dumps(clone))),
+            lambda: child.call(lambda: _use_in_child(clone), seconds=FORK_SECONDS),
+        ]
+        return rng.choice(operations)
 
     def _follow(self, plan: list[Callable[[], object]], barrier: threading.Barrier) -> None:
         try:
@@ -134,11 +133,8 @@ def _load_listed(manager: CheckpointManager) -> None:
 
 
 def _require_refused(manager: CheckpointManager) -> None:
-    try:
-        manager.acquire()
-    except CheckpointDirectoryLocked:
-        return
-    raise ValueError("a copy may write beside the manager that it was copied from")
+    if not model.is_locked(manager):
+        raise ValueError("a copy may write beside the manager that it was copied from")
 
 
 def _use_in_child(manager: CheckpointManager) -> None:

@@ -1,9 +1,7 @@
 """The content of checkpoints here, and a model of their directory.
 
-The content is a function of the step, the version and the size, and of nothing else. A version is the number
-of the save: a step that is saved again has a new one. So a reader can compute from a checkpoint's metadata
-what each of its bytes must be. The model has no file, no lock and no thread: it is a dictionary, the session
-that holds the directory, and the retention oracle.
+The content is a function of the step, the version (the number of the save) and the size, so a reader can
+compute what each byte must be. The model has no file, lock or thread: it is a dictionary and the oracle.
 """
 
 from __future__ import annotations
@@ -15,19 +13,25 @@ from typing import Any
 import numpy as np
 
 from campaigns.oracle import Rules, Saved, must_keep, one_per_step
-from distrust import Checkpoint
+from distrust import Checkpoint, CheckpointManager
+from distrust.errors import CheckpointDirectoryLocked
 
 METRIC = "eval_loss"  # that load_best ranks by
 
 
 def make_checkpoint(step: int, version: int, size: int) -> Checkpoint:
     """The checkpoint of a step, of about ``8 * size`` bytes."""
-    return Checkpoint(
-        step=step,
-        **_arrays(step, version, size),
-        metadata={"of": [step, version, size]},
-        metrics={METRIC: metric_of(step)},
-    )
+    metadata, metrics = {"of": [step, version, size]}, {METRIC: metric_of(step)}
+    return Checkpoint(step=step, **_arrays(step, version, size), metadata=metadata, metrics=metrics)
+
+
+def is_locked(manager: CheckpointManager) -> bool:
+    """Whether another session holds the directory; otherwise this one does from now on."""
+    try:
+        manager.acquire()
+    except CheckpointDirectoryLocked:
+        return True
+    return False
 
 
 def metric_of(step: int) -> float:
@@ -65,23 +69,16 @@ def _arrays(step: int, version: int, size: int) -> dict[str, Any]:
 
 @dataclass
 class Model:
-    """A directory.
-
-    Attributes:
-        resumed: by session, the checkpoint and version that it resumed from: that file is protected.
-    """
-
     rules: Rules  # of all its managers
     files: dict[Saved, int] = field(default_factory=dict)  # versions by checkpoint
     holder: int | None = None  # the session that may write; None if any may
+    #: By session, the checkpoint and version that it resumed from: that file is protected.
     resumed: dict[int, tuple[Saved, int]] = field(default_factory=dict)
 
     def may_write(self, session: int) -> bool:
-        """Whether no other session holds it."""
         return self.holder in (None, session)
 
     def commit(self, session: int, saved: Saved, version: int) -> None:
-        """A save, and the clean-up after it."""
         self.holder = session
         self.files[saved] = version
         if session in self.resumed and saved.step > self.resumed[session][0].step:
@@ -110,7 +107,6 @@ class Model:
             self.holder = None
 
     def resume(self, session: int, saved: Saved) -> None:
-        """The session loaded and verified it."""
         self.resumed[session] = saved, self.files[saved]
 
     def by_step(self) -> dict[int, Saved]:

@@ -11,20 +11,17 @@ import signal
 import time
 from pathlib import Path
 
-from campaigns.campaign import Campaign, Case, fault_arguments, require
-from campaigns.child import Child
+from campaigns.campaign import Campaign, Case, require
+from campaigns.child import Child, start_child
 from campaigns.concurrency import model, parent
 from distrust import CheckpointManager
-from distrust.errors import CheckpointDirectoryLocked
 
 #: A loader takes seconds to import, so it comes less often.
-METHODS = (*[method for method in parent.METHODS if method != "loader"] * 3, "loader")
+METHODS = (*parent.METHODS * 3, "loader")
 END_SECONDS = 30.0  # for the children, after their release
 
 
 class _Family:
-    """A writer, its children, and their directory."""
-
     def __init__(self, campaign: Campaign, case: Case, folder: Path, method: str, writer: Child) -> None:
         self._campaign = campaign
         self._rng = case.rng
@@ -36,7 +33,6 @@ class _Family:
         self.pids: list[int] = []
 
     def start(self) -> None:
-        """Wait until the children live."""
         while (line := self._writer.receive().split())[0] == "durable":
             self._durable.add(int(line[1]))
         self.pids = [int(pid) for pid in line[1:]]
@@ -48,9 +44,10 @@ class _Family:
         time.sleep(self._rng.uniform(0, 0.05))
         self._writer.kill()
         require(all(self._alive()), "a child did not outlive its parent")
-        began = time.monotonic()
+        began, method = time.monotonic(), self._method
         with CheckpointManager(self._directory, keep_last=None) as manager:
-            self._take_over(manager)
+            locked = model.is_locked(manager)
+            require(not locked, f"the writer is dead, {sum(self._alive())} of its children live ({method})")
             elapsed = round((time.monotonic() - began) * 1e3)
             self._campaign.count_largest("orphans: slowest restart, ms", elapsed)
             model.version_of(manager.load_latest())
@@ -60,7 +57,7 @@ class _Family:
             if self._rng.random() < 0.3:
                 self._require_locked()
         self._check(manager, 5000)
-        self._campaign.count(f"orphans: restarted while a child lived ({self._method})")
+        self._campaign.count(f"orphans: restarted while a child lived ({method})")
 
     def end_children(self, *, saving: bool) -> None:
         """The children end, perhaps in the middle of the writer's save."""
@@ -77,7 +74,6 @@ class _Family:
         self._campaign.count(f"orphans: outlived by the writer ({self._method})")
 
     def release(self) -> None:
-        """Let the children end, and wait for it."""
         (self._folder / parent.RELEASE).touch()
         deadline = time.monotonic() + END_SECONDS
         while any(self._alive()):
@@ -95,19 +91,9 @@ class _Family:
     def _alive(self) -> list[bool]:
         return [parent.is_alive(self._folder, str(number)) for number in range(len(self.pids))]
 
-    def _take_over(self, manager: CheckpointManager) -> None:
-        try:
-            manager.acquire()
-        except CheckpointDirectoryLocked as error:
-            alive = sum(self._alive())
-            require(False, f"the writer is dead, {alive} of its children live ({self._method}): {error}")
-
     def _require_locked(self) -> None:
-        try:
-            CheckpointManager(self._directory).acquire()
-        except CheckpointDirectoryLocked:
-            return
-        require(False, f"a child's end released the lock of a living writer ({self._method})")
+        locked = model.is_locked(CheckpointManager(self._directory))
+        require(locked, f"a child's end released the lock of a living writer ({self._method})")
 
     def _check(self, manager: CheckpointManager, newest: int) -> None:
         steps = manager.list_checkpoints()
@@ -125,12 +111,9 @@ def run(campaign: Campaign, case: Case, folder: Path) -> None:
     rng = case.rng
     method = rng.choice(METHODS)
     saving = method not in ("acquiring", "thread") and rng.random() < 0.6
-    arguments = [
-        *(folder / "checkpoints", method, rng.choice(parent.ENDINGS)),
-        *(int(saving), int(rng.random() < 0.5)),
-        *fault_arguments(campaign.options),
-    ]
-    with Child("campaigns.concurrency.parent", *arguments) as writer:
+    ending, uses = rng.choice(parent.ENDINGS), int(rng.random() < 0.5)
+    arguments = (folder / "checkpoints", method, ending, int(saving), uses)
+    with start_child(campaign, "campaigns.concurrency.parent", *arguments) as writer:
         family = _Family(campaign, case, folder, method, writer)
         try:
             family.start()

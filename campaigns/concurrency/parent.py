@@ -1,20 +1,13 @@
 """A writer that has children, in every way in which training programs have them.
 
-It prints what is durable and the process ids of its children, and then takes orders:
-
-    join    release its data loader, whose worker lives as long as there may be more requests
-    wait    until the current save is durable
-    save    again and again, until it is killed
-
-The product is imported only after the fault is planted: some faults are in what it does when it is imported.
-
-A child, forked or not, uses what it inherited, and lives until it is released. It holds an flock on a file of
-its own, which shows whether it lives, whichever process is its parent by then.
+It prints what is durable and its children's process ids, and takes orders: ``join`` releases its data loader,
+``wait`` ends the current save, ``save`` saves until it is killed. The product is imported only after the
+fault is planted: some faults are in what it does when it is imported. A child uses what it inherited and
+lives until it is released; an flock on a file of its own shows whether it lives.
 """
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import itertools
 import json
@@ -24,7 +17,6 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,20 +51,18 @@ def end(ending: str) -> None:
     """End as a program does: through the interpreter's end, past it, or by an exception."""
     if ending == "_exit":
         os._exit(0)
-    if ending == "exception":
-        raise ZeroDivisionError
-    raise SystemExit(0)
+    raise ZeroDivisionError if ending == "exception" else SystemExit(0)
 
 
 def is_alive(folder: Path, name: str) -> bool:
     descriptor = os.open(folder / f"{ALIVE}-{name}", os.O_RDWR)
     try:
-        with contextlib.suppress(BlockingIOError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return False
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
         return True
     finally:
         os.close(descriptor)
+    return False
 
 
 def _use(manager: CheckpointManager) -> None:
@@ -97,8 +87,6 @@ FORKS_WHILE_ACQUIRING = 6
 
 
 class Parent:
-    """Saves, and starts children."""
-
     def __init__(self, folder: Path, ending: str, *, uses: bool) -> None:
         from distrust import CheckpointManager
 
@@ -109,13 +97,11 @@ class Parent:
         self._references: list[Any] = []  # else a child might be collected, and joined
 
     def fork(self, name: str = "0") -> None:
-        """By hand."""
         pid = os.fork()
         if pid == 0:
             self._live(name)
 
     def multiprocessing(self) -> None:
-        """By Python's own library."""
         import multiprocessing
 
         process = multiprocessing.get_context("fork").Process(target=self._live)
@@ -146,7 +132,6 @@ class Parent:
             self.manager.acquire()
 
     def loader(self) -> None:
-        """As the worker of a data loader of torch."""
         from torch.utils.data import DataLoader, Dataset
 
         parent = self
@@ -163,7 +148,6 @@ class Parent:
         self._references.append(iter(loader))
 
     def join(self) -> None:
-        """Read all from the loader, and release it."""
         for reference in self._references:
             if hasattr(reference, "__next__"):
                 list(reference)
@@ -207,14 +191,7 @@ class Parent:
         return forked
 
 
-METHODS: dict[str, Callable[[Parent], None]] = {
-    "fork": Parent.fork,
-    "multiprocessing": Parent.multiprocessing,
-    "subprocess": Parent.subprocess,
-    "thread": Parent.thread,
-    "acquiring": Parent.acquiring,
-    "loader": Parent.loader,
-}
+METHODS = ("fork", "multiprocessing", "subprocess", "thread", "acquiring")  # and "loader", which is slower
 
 
 def main() -> None:
@@ -227,7 +204,7 @@ def main() -> None:
     pending = parent.manager.save_async(model.make_checkpoint(2, 2, LARGE)) if options.saving else None
     while pending is not None and not pending.done and not list(options.directory.glob(".checkpoint-2.*")):
         time.sleep(0.0005)  # the fork has to come in the middle of a write
-    METHODS[options.method](parent)
+    getattr(parent, options.method)()
     pids = parent.children(FORKS_WHILE_ACQUIRING if options.method == "acquiring" else 1)
     print(f"children {' '.join(map(str, pids))}", flush=True)
     for line in sys.stdin:

@@ -1,8 +1,7 @@
 """Random programs over managers, their clones, copies and forks, each operation compared with the model.
 
-A background save that has not been waited for may be visible or not, and so may its removals; everything else
-is exactly as the model says. This module is also the process that runs the programs; it answers after each
-with its counts and its finding.
+A background save that has not been waited for may be visible or not, and so may its removals; all else is
+exactly as the model says. This module is also the process that runs the programs.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from campaigns import child
-from campaigns.campaign import Campaign, Case, fault_arguments, require
+from campaigns.campaign import Campaign, Case, require
 from campaigns.concurrency import model
 from campaigns.concurrency.burst import FORK_SECONDS, Burst, run_concurrently
 from campaigns.oracle import Rules, Saved
@@ -47,19 +46,13 @@ class Handle(NamedTuple):
 
 
 class Program:
-    """One program, and its directory."""
-
     def __init__(self, directory: Path, rng: random.Random, counts: Counter[str]) -> None:
         self.rng = rng
         self.counts = counts
         self.log: list[str] = []
         self.directory = directory
-        self.rules = Rules(
-            keep_last=rng.choice([1, 2, 3, None]),
-            keep_best=rng.choice([0, 1, 2]),
-            keep_every=rng.choice([None, None, 5]),
-            metric=model.METRIC,
-        )
+        keep = rng.choice([1, 2, 3, None]), rng.choice([0, 1, 2]), rng.choice([None, None, 5])
+        self.rules = Rules(*keep, model.METRIC)
         self.model = model.Model(self.rules)
         self._version = 0
         self._sessions = 0
@@ -107,14 +100,10 @@ class Program:
 
     def do_save_async(self) -> None:
         handle, saved = self._any_handle(), self._any_step()
-        overlap = self.rng.random() < 0.5
+        options = {"final": saved.final, "overlap": self.rng.random() < 0.5}
         pending: list[PendingSave] = []
-
-        def save() -> None:
-            checkpoint = self._checkpoint(saved)
-            pending.append(handle.manager.save_async(checkpoint, final=saved.final, overlap=overlap))
-
-        if self._is_refused(handle, save):
+        save = handle.manager.save_async
+        if self._is_refused(handle, lambda: pending.append(save(self._checkpoint(saved), **options))):
             return
         self.earlier = dict(self.model.files)  # the save before this one has ended
         self.pending = pending[0]
@@ -168,7 +157,7 @@ class Program:
         handle = self.handles.pop(self.rng.randrange(len(self.handles)))
         manager, session = handle
         del handle, manager
-        if session in {other.session for other in self.handles}:
+        if any(session == each.session for each in self.handles):
             return
         if session == self.model.holder and self.earlier is not None:
             # The thread of the save refers to the session until it has ended.
@@ -228,16 +217,13 @@ class Program:
             self.model.release(session)
 
     def do_burst(self) -> None:
-        """Many threads at once, on clones of one manager."""
         self.wait()
         handle = self._any_handle()
         if not self.model.may_write(handle.session):
             return
+        first = self._newest_step() + 1
         burst = Burst(
-            handle.manager,
-            self.rng,
-            lambda saved: (self._checkpoint(saved), self._version),
-            first=self._newest_step() + 1,
+            handle.manager, self.rng, lambda each: (self._checkpoint(each), self._version), first=first
         )
         burst.run()
         self.counts["operations of threads"] += burst.operations
@@ -271,10 +257,8 @@ class Program:
             require(not temporary, f"temporary files are left: {temporary}")
             return
         old, new = set(self.earlier.items()), set(expected.items())
-        require(
-            old & new <= set(existing.items()) <= old | new,
-            f"there are {_names(existing)}, between {_names(self.earlier)} and {_names(expected)}",
-        )
+        text = f"there are {_names(existing)}, between {_names(self.earlier)} and {_names(expected)}"
+        require(old & new <= set(existing.items()) <= old | new, text)
 
     def _load_one(
         self, load: Callable[[CheckpointManager], Checkpoint], expected: Callable[[], Saved]
@@ -292,7 +276,7 @@ class Program:
         version = model.version_of(loaded, step=saved.step)
         possible = {self.model.files[saved]}
         if self.earlier is not None:
-            possible |= {old for other, old in self.earlier.items() if other.step == saved.step}
+            possible |= {old for each, old in self.earlier.items() if each.step == saved.step}
         require(version in possible, f"{saved.name} is version {version}, not {possible}")
         if session is None:
             return
@@ -342,8 +326,11 @@ class Program:
         return model.saved_step(step, self.rng.random() < 0.15)
 
     def _checkpoint(self, saved: Saved) -> Checkpoint:
+        return self._next_checkpoint(saved)[0]
+
+    def _next_checkpoint(self, saved: Saved) -> tuple[Checkpoint, int]:
         self._version += 1
-        return model.make_checkpoint(saved.step, self._version, self.rng.choice(SIZES))
+        return model.make_checkpoint(saved.step, self._version, self.rng.choice(SIZES)), self._version
 
 
 _OPERATIONS = (
@@ -359,9 +346,7 @@ def _names(files: dict[Saved, int]) -> dict[str, int]:
 
 def run(campaign: Campaign, case: Case, folder: Path) -> None:
     seed = case.rng.random()
-    with child.Child(
-        "campaigns.concurrency.programs", folder, seed, PROGRAMS, *fault_arguments(campaign.options)
-    ) as process:
+    with child.start_child(campaign, "campaigns.concurrency.programs", folder, seed, PROGRAMS) as process:
         for _ in range(PROGRAMS):
             answer = process.receive_json()
             campaign.count_all(answer["counts"])

@@ -1,10 +1,7 @@
 """Processes that want the same directory at the same instant: one gets it, the others a clear error.
 
-The winner is killed, most often in the middle of a save; at the same instant all others try again, until none
-is left. This module is also the process that races:
-
-    go INSTANT METHOD STEP   at that instant of the monotonic clock: acquire, save or save_async
-    save                     save again and again; prints each step when it is durable
+The winner is killed, most often in mid-save, while all others try again. This module is also the process that
+races: it obeys ``go INSTANT METHOD STEP``, and then ``save``, which prints each step when it is durable.
 """
 
 from __future__ import annotations
@@ -16,8 +13,8 @@ import sys
 import time
 from pathlib import Path
 
-from campaigns.campaign import Campaign, Case, fault_arguments, require
-from campaigns.child import Child, parse_arguments
+from campaigns.campaign import Campaign, Case, require
+from campaigns.child import Child, parse_arguments, start_child
 from campaigns.concurrency import model
 from distrust import CheckpointManager
 from distrust.errors import CheckpointDirectoryLocked
@@ -29,8 +26,6 @@ NOTICE_SECONDS = 0.02
 
 
 class _Race:
-    """One directory, and the processes that want it."""
-
     def __init__(self, campaign: Campaign, case: Case, directory: Path, racers: list[Child]) -> None:
         self._campaign = campaign
         self._rng = case.rng
@@ -39,13 +34,7 @@ class _Race:
         self._expected: set[int] = set()
         self._round = 0
 
-    def run(self) -> None:
-        for racer in self._racers:
-            racer.receive()  # "ready"
-        while self._racers:
-            self._run_round()
-
-    def _run_round(self) -> None:
+    def run_round(self) -> None:
         self._round += 1
         method = self._rng.choice(METHODS)
         instant = time.monotonic() + NOTICE_SECONDS
@@ -77,41 +66,31 @@ class _Race:
         durable = [int(line) for line in winner.read_to_end()]
         existing = set(CheckpointManager(self._directory).list_checkpoints())
         self._expected.update(durable)
-        # The save that it was about to report may be complete, too.
+        lost = sorted(self._expected - existing)
+        require(not lost, f"durable, and gone after the kill: {lost}; existing: {sorted(existing)}")
+        # The save that it was about to report may be complete, too, or the first one after a mere acquire.
         unreported = max(self._expected, default=self._round * 1_000_000) + 1
-        require(
-            self._expected <= existing,
-            f"durable, and gone after the kill: {sorted(self._expected - existing)}; "
-            f"existing: {sorted(existing)}",
-        )
-        self._expected |= {
-            step
-            for step in existing - self._expected
-            if step == unreported or step % 1000 == 1  # the first one after a mere acquire
-        }
+        self._expected |= {step for step in existing if step == unreported or step % 1000 == 1}
         self._check()
 
     def _check(self) -> None:
-        manager = CheckpointManager(self._directory)
+        manager, expected = CheckpointManager(self._directory), sorted(self._expected)
         steps = manager.list_checkpoints()
-        require(
-            set(steps) == self._expected,
-            f"the holders saved {sorted(self._expected)}, and the directory has {steps}",
-        )
+        require(steps == expected, f"the holders saved {expected}, and the directory has {steps}")
         for step in steps[-3:]:
             model.version_of(manager.load(step), step=step)
 
 
 def run(campaign: Campaign, case: Case, folder: Path) -> None:
-    directory = folder / "checkpoints"
+    module, directory = "campaigns.concurrency.races", folder / "checkpoints"
+    count = case.rng.choice(RACERS)
     with contextlib.ExitStack() as stack:
-        racers = [
-            stack.enter_context(
-                Child("campaigns.concurrency.races", directory, *fault_arguments(campaign.options))
-            )
-            for _ in range(case.rng.choice(RACERS))
-        ]
-        _Race(campaign, case, directory, racers).run()
+        racers = [stack.enter_context(start_child(campaign, module, directory)) for _ in range(count)]
+        for racer in racers:
+            racer.receive()  # "ready"
+        race = _Race(campaign, case, directory, racers)
+        while racers:
+            race.run_round()
 
 
 def main() -> None:
@@ -126,6 +105,7 @@ def main() -> None:
                 print(later, flush=True)
         _, instant, method, number = line.split()
         step = int(number)
+        checkpoint = model.make_checkpoint(step, step, 500)
         while time.monotonic() < float(instant):
             pass
         began = time.monotonic()
@@ -133,9 +113,9 @@ def main() -> None:
             if method == "acquire":
                 manager.acquire()
             elif method == "save":
-                manager.save(model.make_checkpoint(step, step, 500))
+                manager.save(checkpoint)
             else:
-                manager.save_async(model.make_checkpoint(step, step, 500)).wait()
+                manager.save_async(checkpoint).wait()
             refused = None
         except CheckpointDirectoryLocked as error:
             refused = str(error)

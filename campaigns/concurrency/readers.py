@@ -1,11 +1,8 @@
 """Processes that read while another one writes: each gets an intact checkpoint, or a clear "not found".
 
-A step is *gone* if it does not exist any more when it is requested: then it must not be listed any more
-either, and nothing that a rule retains may ever be gone. A loaded checkpoint never changes, whatever the
-writer removes or replaces: some are held for a while, and checked again. This module is also the process that
-reads; it answers with its counts and its finding.
-
-The writer saves and cleans up meanwhile, and reports on a board what is durable (``readers write …``).
+A step that is *gone* when it is requested must no longer be listed, and nothing that a rule retains may be
+gone. A loaded checkpoint never changes, so some are held and checked again. This module is also the process
+that reads, or that writes and reports on a board what is durable.
 """
 
 from __future__ import annotations
@@ -23,10 +20,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from campaigns.campaign import Campaign, Case, fault_arguments, require
-from campaigns.child import Child, parse_arguments
+from campaigns.campaign import Campaign, Case, require
+from campaigns.child import Child, parse_arguments, start_child
 from campaigns.concurrency import model
 from campaigns.invariants import temporary_files
+from campaigns.oracle import Rules
 from distrust import Checkpoint, CheckpointManager
 from distrust.checkpoint import PendingSave, direct_io
 from distrust.errors import CheckpointNotFound
@@ -63,7 +61,6 @@ class Board:
 
     @property
     def best(self) -> float | None:
-        """The best metric of all durable checkpoints."""
         return float(struct.unpack_from("d", self._memory, _BEST)[0]) if self.version else None
 
     @property
@@ -80,18 +77,13 @@ class Writer:
     def __init__(self, directory: Path, board: Board, rng: random.Random) -> None:
         self._board = board  # where it reports what is durable
         self._rng = rng  # of all choices
-        self._manager = CheckpointManager(
-            directory,
-            keep_last=rng.choice([1, 2, 4]),
-            keep_best=rng.choice([1, 2]),
-            keep_every=rng.choice([None, 97]),
-        )
+        rules = Rules(rng.choice([1, 2, 4]), rng.choice([1, 2]), rng.choice([None, 97]))
+        self._manager = CheckpointManager(directory, **rules._asdict())
         self._step = self._version = 0
         self._was_final = True
         self._pending: tuple[PendingSave, int, int] | None = None
 
     def save(self) -> None:
-        """Save once, and now and then clean up."""
         rng = self._rng
         # A periodic checkpoint after the final one of its step would be newer, but not the one that is read.
         if self._was_final or rng.random() < 0.8:
@@ -135,8 +127,6 @@ SECONDS_PER_SAVE, LEAST_SECONDS = 2.0, 60.0
 
 
 class Reader:
-    """Reads at random."""
-
     def __init__(self, directory: Path, board: Board, rng: random.Random) -> None:
         self.counts: Counter[str] = Counter()
         self._manager = CheckpointManager(directory, keep_best=1, metric=model.METRIC)
@@ -144,16 +134,8 @@ class Reader:
         self._rng = rng  # of all choices
         self._held: deque[tuple[int, Checkpoint]] = deque()
         self._newest = 0
-        self._methods: list[Callable[[], None]] = [
-            self._list,
-            self._scan,
-            *[self._load] * 2,
-            self._load_path,
-            self._validate,
-            self._inspect,
-            *[self._load_latest] * 2,
-            self._load_best,
-        ]
+        self._methods = [self._list, self._scan, self._load, self._load, self._load_path, self._validate]
+        self._methods += [self._inspect, self._load_latest, self._load_latest, self._load_best]
 
     def read(self) -> None:
         """Read once, by one of the methods; every exception is a finding."""
@@ -178,9 +160,8 @@ class Reader:
     def _load(self) -> None:
         mmap = self._rng.random() < 0.6
         lazy = mmap and self._rng.random() < 0.5
-        step, loaded = self._read_step(
-            lambda step: self._manager.load(step, mmap=mmap, verify="lazy" if lazy else "full")
-        )
+        verify: Any = "lazy" if lazy else "full"
+        step, loaded = self._read_step(lambda step: self._manager.load(step, mmap=mmap, verify=verify))
         if loaded is not None:
             self._check(step, loaded, check=not lazy, hold=mmap)
             self.counts["loads, " + ("lazy" if lazy else "mapped" if mmap else "plain")] += 1
@@ -192,7 +173,7 @@ class Reader:
         try:
             loaded = self._manager.load(file.path)
         except CheckpointNotFound as error:
-            paths = [other.path for other in self._manager.scan().files]
+            paths = [listed.path for listed in self._manager.scan().files]
             require(file.path not in paths, f"{file.path.name} is gone, and is listed: {error}")
             self._count_gone(error)
             return
@@ -200,12 +181,9 @@ class Reader:
         self.counts["loads, by path"] += 1
 
     def _validate(self) -> None:
-        def validate(step: int) -> bool:
-            self._manager.validate(step)
-            return True
-
-        _, valid = self._read_step(validate)
-        self.counts["verified"] += valid is not None
+        misses = self.counts["gone"]
+        step, _ = self._read_step(self._manager.validate)
+        self.counts["verified"] += step > 0 and self.counts["gone"] == misses
 
     def _inspect(self) -> None:
         step, file = self._read_step(self._manager.inspect)
@@ -275,28 +253,18 @@ class Reader:
 
 
 def run(campaign: Campaign, case: Case, folder: Path) -> None:
-    """Let some processes read what another one saves."""
     options = campaign.options
     directory, board = folder / "checkpoints", Board(folder / "board")
-    seed = case.rng.random()
+    seed, module = case.rng.random(), "campaigns.concurrency.readers"
     buffered = case.rng.random() < 0.5 if options.path == "either" else options.path == "buffered"
     path = "buffered" if buffered else "direct"
     with contextlib.ExitStack() as stack:
         readers = [
-            stack.enter_context(
-                Child(
-                    "campaigns.concurrency.readers", "read", directory, folder / "board", f"{seed}/{number}"
-                )
-            )
+            stack.enter_context(Child(module, "read", directory, folder / "board", f"{seed}/{number}"))
             for number in range(options.readers)
         ]
-        writer = stack.enter_context(
-            Child(
-                "campaigns.concurrency.readers",
-                *("write", directory, folder / "board", seed, options.saves, path),
-                *fault_arguments(options),
-            )
-        )
+        arguments = ("write", directory, folder / "board", seed, options.saves, path)
+        writer = stack.enter_context(start_child(campaign, module, *arguments))
         writer.receive(max(LEAST_SECONDS, options.saves * SECONDS_PER_SAVE))
         writer.finish()
         board.stop()

@@ -1,7 +1,6 @@
 """The same training command twice at one instant: one trains, undisturbed; the others say why they cannot.
 
-The one that holds the directory is stopped until the others have given up, since it might end before they
-start; then it continues.
+The holder is stopped until the others have given up, since it might end before they start.
 """
 
 from __future__ import annotations

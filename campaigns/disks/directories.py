@@ -1,7 +1,7 @@
 """A directory that is removed, renamed, replaced, protected, unmounted or mounted over under its writer.
 
-Where another writer could be active now, nothing may be written: the lock is on a file, and that file went
-with the directory. A directory that is restored is written to again.
+Where another writer could be active now, nothing may be written: the lock is a file that went with the
+directory. A directory that is restored is written to again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from campaigns.campaign import CounterExample
+from campaigns.campaign import require
 from campaigns.disks import volumes
 from campaigns.disks.save_checker import SaveChecker
 from campaigns.invariants import checkpoint_digests, temporary_files
@@ -31,8 +31,6 @@ _NEED_A_MOUNT = ("write protected", "unmounted", "mounted over")  # and root, or
 
 
 class Accident(NamedTuple):
-    """What happened to a directory."""
-
     undo: Callable[[], None] | None  # None if it cannot be undone
     writer: CheckpointManager | None = None  # another writer, whose directory is there now, or None
     harmless: bool = False  # whether it is still the same directory, at the same path
@@ -51,31 +49,27 @@ def directory_replaced(rng: random.Random, home: Path, counts: Counter[str]) -> 
         _become_nobody(home)
     for step in range(1, rng.randint(2, 3)):
         checker.save(step, nbytes)
-    if rng.random() < 0.4:
-        _strike_during_save(checker, name, rng, step + 1, nbytes)
-    else:
-        _strike_between_saves(checker, name, rng, step + 1, nbytes)
+    strike = _strike_during_save if rng.random() < 0.4 else _strike_between_saves
+    strike(checker, name, step + 1, nbytes)
 
 
-def _strike_between_saves(
-    checker: SaveChecker, name: str, rng: random.Random, step: int, nbytes: int
-) -> None:
+def _strike_between_saves(checker: SaveChecker, name: str, step: int, nbytes: int) -> None:
     accident = _ACCIDENTS[name](checker.directory)
     foreign = _save_foreign(checker, accident)
-    for _ in range(rng.randint(1, 3)):
+    for _ in range(checker.rng.randint(1, 3)):
         outcome = checker.attempt(step, nbytes)
         _require_foreign_untouched(foreign, accident, checker)
         if accident.harmless:
             checker.check(outcome)
-        elif outcome.error is None:
-            raise CounterExample(f"saved into a directory that was {name}")
         else:
+            require(outcome.error is not None, f"saved into a directory that was {name}")
             checker.check(outcome, removable=name != "write protected", reachable=False)
     _recover(checker, accident, step + 1, nbytes)
 
 
-def _strike_during_save(checker: SaveChecker, name: str, rng: random.Random, step: int, nbytes: int) -> None:
+def _strike_during_save(checker: SaveChecker, name: str, step: int, nbytes: int) -> None:
     """The save may have ended before: only the other writer's files must be untouched."""
+    rng = checker.rng
     accidents: list[Accident] = []
     foreign: list[dict[str, str]] = []
 
@@ -104,10 +98,10 @@ def _save_foreign(checker: SaveChecker, accident: Accident) -> dict[str, str]:
 
 def _require_foreign_untouched(foreign: dict[str, str], accident: Accident, checker: SaveChecker) -> None:
     if accident.writer is not None:
-        if checkpoint_digests(checker.directory) != foreign:
-            raise CounterExample("wrote into a directory that is another writer's now")
-        if temporary_files(checker.directory):
-            raise CounterExample("left a temporary file in a directory that is another writer's now")
+        untouched = checkpoint_digests(checker.directory) == foreign and not temporary_files(
+            checker.directory
+        )
+        require(untouched, "wrote into a directory that is another writer's now")
 
 
 def _recover(checker: SaveChecker, accident: Accident, step: int, nbytes: int) -> None:
@@ -122,8 +116,8 @@ def _recover(checker: SaveChecker, accident: Accident, step: int, nbytes: int) -
         checker.reopen()
         step += 10
     checker.save(step, nbytes)
-    if temporary := temporary_files(checker.directory):
-        raise CounterExample(f"temporary files are left after a save that succeeded: {temporary}")
+    temporary = temporary_files(checker.directory)
+    require(not temporary, f"temporary files are left after a save that succeeded: {temporary}")
 
 
 def _remove(directory: Path, *, remake: bool = False) -> Accident:
@@ -163,8 +157,7 @@ def _link_to_another(directory: Path) -> Accident:
 
 
 def _link_to_itself(directory: Path) -> Accident:
-    accident = _rename(directory, lambda: directory.symlink_to(_away(directory)))
-    return accident._replace(harmless=True)
+    return _rename(directory, lambda: directory.symlink_to(_away(directory)))._replace(harmless=True)
 
 
 def _unmount(directory: Path) -> Accident:
@@ -184,18 +177,16 @@ def _take_permission(directory: Path) -> Accident:
 
 
 def _become_nobody(home: Path) -> None:
-    """Permissions do not restrict root."""
-    if os.geteuid() != 0:
+    if os.geteuid() != 0:  # permissions do not restrict root
         return
     for path in (home, *home.parents[:-1]):
         if not path.stat().st_mode & 0o001 and path != home:
             raise volumes.Skipped(f"permissions: {path} is not open to others")
     home.chmod(0o777)
     # Without permissions, Python's own modules may be out of reach: import all of them now.
-    warm_up = CheckpointManager(home / "warm-up")
-    warm_up.save(Checkpoint(step=1, model={"w": np.zeros(1)}))
-    warm_up.validate(1)
-    warm_up.close()
+    with CheckpointManager(home / "warm-up") as warm_up:
+        warm_up.save(Checkpoint(step=1, model={"w": np.zeros(1)}))
+        warm_up.validate(1)
     try:
         os.setegid(NOBODY)
         os.seteuid(NOBODY)

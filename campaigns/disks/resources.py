@@ -1,14 +1,7 @@
-"""Resources that run out, and devices that fail.
+"""Resources that run out (disks, inodes, quotas, the process's own limits), and devices that fail.
 
-- Disks, inodes and quotas that are used up: before a save, or by another process during it.
-- The process's own limits: how large a file may be, how many may be open, how much memory there is.
-- A device with less space than it reports: a file system on a thin device, whose own disk is full. Blocks
-  that were reserved cannot be written; the system reports it at the write or the sync, and the journal may
-  end.
-- A journal that is aborted: the file system protects itself from writes.
-- A file system that is shut down, as by a power cut: every later call is an I/O error, and what was not
-  synced is lost. After each failure of a device the file system is mounted again, as after a restart of the
-  machine.
+A device fails as a thin one whose own disk is full, by an aborted journal, or by a shutdown of the file
+system. It is mounted again afterwards, as after a restart of the machine.
 """
 
 from __future__ import annotations
@@ -25,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from campaigns.campaign import CounterExample
+from campaigns.campaign import require
 from campaigns.disks import volumes
 from campaigns.disks.save_checker import SaveChecker
 from campaigns.disks.volumes import MIB, Filler
@@ -138,8 +131,7 @@ def killed_by_file_size(rng: random.Random, home: Path, counts: Counter[str]) ->
                 checker.attempt(2, nbytes)
         os._exit(0)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    if code != -signal.SIGXFSZ:
-        raise CounterExample(f"SIGXFSZ did not end the process: exit code {code}")
+    require(code == -signal.SIGXFSZ, f"SIGXFSZ did not end the process: exit code {code}")
     counts["ulimit -f, killed: by SIGXFSZ during a save"] += 1
     if temporary_files(checker.directory):
         counts["ulimit -f, killed: half a file left, and removed by the next writer"] += 1
@@ -189,7 +181,6 @@ def _limit(which: int, limit: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _free_descriptors(count: int) -> Iterator[None]:
-    """Only so many files can be opened."""
     descriptors: list[int] = []
     with _limit(resource.RLIMIT_NOFILE, _OPEN_FILES):
         try:
@@ -206,7 +197,6 @@ def _free_descriptors(count: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _limit_address_space(extra: int) -> Iterator[None]:
-    """Only so many bytes more than this process has now."""
     pages = int(_STATM.read_text().split()[0])
     with _limit(resource.RLIMIT_AS, pages * resource.getpagesize() + extra):
         yield
@@ -241,13 +231,10 @@ def device_fails(rng: random.Random, home: Path, counts: Counter[str]) -> None:
             fail(root, rng)
 
         outcome = checker.attempt(step + 1, nbytes, during=during)
-    if outcome.error is None:
-        checker.reported[step + 1] = outcome.checkpoint
-    second = checker.attempt(step + 2, nbytes)
-    if second.error is None:
-        checker.reported[step + 2] = second.checkpoint
-    checker.check_message(outcome)
-    checker.check_message(second)
+    for each in (outcome, checker.attempt(step + 2, nbytes)):
+        if each.error is None:
+            checker.reported[each.checkpoint.step] = each.checkpoint
+        checker.check_message(each)
     _restart(checker, kind, home, counts)
     checker.save(step + 3, nbytes)
 
@@ -266,10 +253,6 @@ def _fill_backing_disk(root: Path, rng: random.Random) -> None:
     Filler(root.parent).fill(rng.choice([0, 4096, rng.randint(0, 2 * MIB)]))
 
 
-def _abort_journal(root: Path, _rng: random.Random) -> None:
-    volumes.command("mount", "-o", "remount,abort", str(root))
-
-
 def _shut_down(root: Path, rng: random.Random) -> None:
     descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -280,8 +263,9 @@ def _shut_down(root: Path, rng: random.Random) -> None:
         os.close(descriptor)
 
 
+_ABORT = ("-o", "remount,abort")  # of the journal
 _FAILURES: dict[str, tuple[Callable[[Path, random.Random], None], tuple[str, ...]]] = {
     "thin": (_fill_backing_disk, ("ext4", "ext3", "ext2")),
-    "without journal": (_abort_journal, ("ext4", "ext3")),
+    "without journal": (lambda root, _: volumes.command("mount", *_ABORT, str(root)), ("ext4", "ext3")),
     "shut down": (_shut_down, ("ext4", "ext3", "xfs")),
 }

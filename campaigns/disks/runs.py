@@ -1,8 +1,4 @@
-"""The trainer on disks that fail: it warns, continues, and stops at the third failed save in a row.
-
-:func:`toy_training` runs the loop on the toy engine, in milliseconds. :func:`real_training` runs the command
-``distrust train`` on a disk that fills up: its exit codes, and what it prints.
-"""
+"""The trainer on disks that fail: it warns, continues, and stops at the third failed save in a row."""
 
 from __future__ import annotations
 
@@ -17,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from campaigns.campaign import CounterExample
+from campaigns.campaign import require
 from campaigns.disks import volumes
 from campaigns.disks.volumes import Filler
 from campaigns.session import Session
@@ -40,8 +36,6 @@ Log = list[str]
 
 
 class Trouble(NamedTuple):
-    """What happens to a run's disk."""
-
     begin: Callable[[], object]  # makes it happen
     end: Callable[[], object]  # undoes it as far as possible
     loses: bool = False  # whether the checkpoints are lost for good
@@ -54,20 +48,17 @@ def toy_training(rng: random.Random, home: Path, counts: Counter[str]) -> None:
         volumes.private_mounts(home)
     data = write_records(home / "records.jsonl")
     expected, _ = _train(home / "reference", data, save_every=1, watch=lambda _: None)
-    root = home
     if name in _NEED_A_VOLUME:
-        root = volumes.make(rng.choice(["ext4", "tmpfs", "ext2"]), home, mib=8)
-    out = root / "run"
+        home = volumes.make(rng.choice(["ext4", "tmpfs", "ext2"]), home, mib=8)
+    out = home / "run"
     trouble = _TROUBLES[name](out / "checkpoints")
     save_every = rng.randint(1, 3)
     first = rng.randint(1, _TOY_STEPS - 1)
     last = first + rng.randint(1, 5) * save_every
 
     def watch(event: Event) -> None:
-        if isinstance(event, StepEnded) and event.step == first:
-            trouble.begin()
-        if isinstance(event, StepEnded) and event.step == last:
-            trouble.end()
+        if isinstance(event, StepEnded) and event.step in (first, last):
+            (trouble.begin if event.step == first else trouble.end)()
 
     result, log = _train(out, data, save_every=save_every, watch=watch)
     counts[f"toy run, {name}: failed saves"] += log.count("failed")
@@ -80,13 +71,11 @@ def toy_training(rng: random.Random, home: Path, counts: Counter[str]) -> None:
         if not trouble.loses:
             _require_saved(log, out / "checkpoints")
         result, _ = _train(out, data, save_every=save_every, watch=lambda _: None)
-        if isinstance(result, SaveFailed):
-            raise CounterExample(f"the same command, with nothing in its way: {result}")
+        require(not isinstance(result, SaveFailed), f"the same command, with nothing in its way: {result}")
         counts[f"toy run, {name}: resumed by the same command"] += 1
     else:
         counts[f"toy run, {name}: continued by itself"] += 1
-    if result != expected:
-        raise CounterExample(f"it ended in state {result}, the undisturbed run in {expected}")
+    require(result == expected, f"it ended in state {result}, the undisturbed run in {expected}")
 
 
 def _train(
@@ -106,8 +95,7 @@ def _train(
         if "the next save tries again" in str(message):
             log.append("failed")
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):
         warnings.simplefilter("always", DistrustWarning)
         warnings.showwarning = show_warning
         try:
@@ -121,19 +109,18 @@ def _check_log(log: Log, result: str | SaveFailed | None) -> None:
     failures = 0
     for entry in log:
         failures = 0 if entry.startswith("saved") else failures + (entry == "failed")
-        if failures >= MAX_FAILURES:
-            raise CounterExample(f"{failures} failures in a row, and it continued: {log}")
-    if isinstance(result, SaveFailed) and failures < MAX_FAILURES - 1 and _count_steps(log) < _TOY_STEPS:
-        raise CounterExample(f"stopped after {failures} failures in a row and one more: {log}: {result}")
+        require(failures < MAX_FAILURES, f"{failures} failures in a row, and it continued: {log}")
+    too_early = failures < MAX_FAILURES - 1 and _count_steps(log) < _TOY_STEPS
+    text = f"stopped after {failures} failures in a row and one more: {log}: {result}"
+    require(not (too_early and isinstance(result, SaveFailed)), text)
 
 
 def _check_message(error: SaveFailed, directory: Path) -> None:
     """The message of the error that stops a run says what is saved."""
     text, steps = str(error), CheckpointManager(directory).list_checkpoints()
-    allowed = ["no longer exists", "nothing was saved yet"]
-    allowed += [f"step {step} is saved" for step in steps]
-    if "\n" in text or not any(phrase in text for phrase in allowed):
-        raise CounterExample(f"steps {steps} exist, and the message is: {text}")
+    allowed = ["no longer exists", "nothing was saved yet", *(f"step {step} is saved" for step in steps)]
+    says_it = "\n" not in text and any(phrase in text for phrase in allowed)
+    require(says_it, f"steps {steps} exist, and the message is: {text}")
 
 
 def _require_saved(log: Log, directory: Path) -> None:
@@ -141,8 +128,7 @@ def _require_saved(log: Log, directory: Path) -> None:
     saved = [int(entry.split()[1]) for entry in log if entry.startswith("saved")]
     if saved:
         step = CheckpointManager(directory).load_latest().step
-        if step < saved[-1]:
-            raise CounterExample(f"step {saved[-1]} was reported durable, step {step} is loaded")
+        require(step >= saved[-1], f"step {saved[-1]} was reported durable, step {step} is loaded")
 
 
 def _count_steps(log: Log) -> int:
@@ -193,7 +179,6 @@ _NEED_A_VOLUME = ("disk full", "write protected")  # of their own
 
 
 def real_reference() -> str:
-    """The state in which the undisturbed real run ends."""
     return reference_digest(COMMAND, _REAL_OPTIONS)
 
 
@@ -219,29 +204,27 @@ def real_training(rng: random.Random, home: Path, counts: Counter[str]) -> None:
         second = run.start()
         code = second.wait()
         resumed = re.search(rf"^(?!step ).*\bstep {stopped_at}\b", "\n".join(second.output()), re.MULTILINE)
-        if code != 0 or not resumed:
-            raise CounterExample(f"the same command: exit code {code}: {second.output()} {second.errors()}")
+        text = f"the same command: exit code {code}: {second.output()} {second.errors()}"
+        require(code == 0 and resumed is not None, text)
         counts["distrust train, disk full: resumed by the same command"] += 1
-    if run.final_digest() != expected:
-        raise CounterExample(f"it ended in state {run.final_digest()}, the undisturbed run in {expected}")
+    digest = run.final_digest()
+    require(digest == expected, f"it ended in state {digest}, the undisturbed run in {expected}")
 
 
 def _check_output(lines: list[str], code: int, run: TrainingRun, counts: Counter[str]) -> int | None:
     """The newest step, if the run stopped; None if it continued to its end."""
     counts["distrust train, disk full: failed saves"] += len(lines)
-    if not all("No space left" in line for line in lines):
-        raise CounterExample(f"it printed: {lines}")
+    require(all("No space left" in line for line in lines), f"it printed: {lines}")
     if code == 0:
         counts["distrust train, disk full: continued by itself"] += 1
         return None
     newest = max(run.steps(), default=0)
-    if code != 1 or len(lines) < MAX_FAILURES or f"step {newest} is saved" not in lines[-1]:
-        raise CounterExample(f"exit code {code}, step {newest} is the newest, and it printed: {lines}")
+    says_it = code == 1 and len(lines) >= MAX_FAILURES and f"step {newest} is saved" in lines[-1]
+    require(says_it, f"exit code {code}, step {newest} is the newest, and it printed: {lines}")
     counts["distrust train, disk full: stopped, exit code 1"] += 1
     return newest
 
 
 def _wait(session: Session, condition: Callable[[], bool]) -> None:
-    """Until the condition holds, or the session has ended."""
     while session.running and not condition():
         time.sleep(0.001)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from campaigns.campaign import CounterExample, require
+from campaigns.campaign import require
 from campaigns.disks.volumes import wait_until
 from campaigns.invariants import checkpoint_digests, temporary_files
 from distrust import Checkpoint, CheckpointManager
@@ -31,8 +31,6 @@ _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # where the message must 
 
 
 class Outcome(NamedTuple):
-    """How a save ended."""
-
     checkpoint: Checkpoint  # that was to be saved
     existing: dict[str, str]  # the checkpoints before it: name -> digest of all bytes
     error: SaveFailed | None  # why it was not saved, or None
@@ -70,14 +68,7 @@ class SaveChecker:
         context: AbstractContextManager[object] | None = None,
         during: Callable[[], None] | None = None,
     ) -> Outcome:
-        """Save by one of the methods; :meth:`check` then judges how it ended.
-
-        Args:
-            step: of the checkpoint.
-            nbytes: of its arrays.
-            context: entered for the save alone.
-            during: called while the save runs in the background.
-        """
+        """Save by one of the methods, in a context, or with a call during it; :meth:`check` judges it."""
         checkpoint = _checkpoint(step, nbytes, salt=self.rng.getrandbits(32))
         method = self.rng.choice(METHODS) if during is None else "background"
         # Where a step has both files, the final one is read.
@@ -101,17 +92,14 @@ class SaveChecker:
         self._locked = self._locked or error is None
         if final and error is None:
             self._finals.add(step)
-        outcome = f"refused: {_where_and_why(error)}" if error else "saved"
-        self._counts[f"{self._label}: {outcome}"] += 1
+        self._counts[f"{self._label}: {f'refused: {_where_and_why(error)}' if error else 'saved'}"] += 1
         return Outcome(checkpoint, existing, error, resources)
 
-    def check(self, outcome: Outcome, *, removable: bool = True, reachable: bool = True) -> bool:
-        """Check everything that must hold after a save; returns whether the checkpoint was saved.
+    def check(self, outcome: Outcome, *, removable: bool = True, reachable: bool = True) -> None:
+        """Check everything that must hold after a save.
 
-        Args:
-            outcome: of :meth:`attempt`.
-            removable: whether the file system still lets files be removed.
-            reachable: whether the earlier checkpoints can still exist.
+        ``removable``: whether the file system still lets files be removed; ``reachable``: whether the earlier
+        checkpoints can still exist.
         """
         released = wait_until(lambda: _at_most(outcome.resources), seconds=3)
         require(released, "open files or threads are left")
@@ -129,7 +117,6 @@ class SaveChecker:
             require(not temporary, f"temporary files are left: {temporary}")
         if reachable:
             self.require_newest()
-        return error is None
 
     def check_message(self, outcome: Outcome) -> None:
         """One line: what failed, where, how many bytes were needed and free."""
@@ -146,10 +133,8 @@ class SaveChecker:
             require(f"{error.needed:,} bytes needed" in text and " free" in text, f"how many bytes? {text}")
 
     def save(self, step: Step, nbytes: int) -> None:
-        """Save where nothing is in the way, and check."""
         outcome = self.attempt(step, nbytes)
-        if outcome.error is not None:
-            raise CounterExample(f"with space and permissions for it, still not saved: {outcome.error}")
+        require(outcome.error is None, f"with space and permissions, still not saved: {outcome.error}")
         self.check(outcome)
 
     def require_newest(self) -> None:
@@ -211,18 +196,14 @@ def _where_and_why(error: SaveFailed) -> str:
 
 def _checkpoint(step: Step, nbytes: int, *, salt: int) -> Checkpoint:
     data = np.random.default_rng([salt, step]).integers(0, 256, nbytes, np.uint8)
-    cut = nbytes // 3
-    return Checkpoint(
-        step=step, model={"w": data[:cut]}, optimizer={"moments": data[cut:]}, metadata={"salt": salt}
-    )
+    model, optimizer = {"w": data[: nbytes // 3]}, {"moments": data[nbytes // 3 :]}
+    return Checkpoint(step=step, model=model, optimizer=optimizer, metadata={"salt": salt})
 
 
 def _same(loaded: Checkpoint, saved: Checkpoint) -> bool:
-    return (
-        loaded.metadata == saved.metadata
-        and bool((loaded.model["w"] == saved.model["w"]).all())
-        and bool((loaded.optimizer["moments"] == saved.optimizer["moments"]).all())
-    )
+    same_weights = np.array_equal(loaded.model["w"], saved.model["w"])
+    same_moments = np.array_equal(loaded.optimizer["moments"], saved.optimizer["moments"])
+    return loaded.metadata == saved.metadata and same_weights and same_moments
 
 
 def _resources() -> tuple[int, int]:

@@ -1,18 +1,13 @@
 """Small file systems in a private mount namespace, and what fills them.
 
-Everything is on a tmpfs of the namespace, including the images of the file systems. So nothing is written to
-a disk of the machine, and nothing is left when the last process of the namespace has ended. Root gets all of
-them; another user, in a user namespace, only those that need no block device. Whatever this machine or this
-user cannot do raises Skipped.
-
-A case runs in a process of its own (:func:`run_case`): its limits, mounts and open files go with it,
-however it ends. The process is forked, so what a test changed in the product is changed there, too. It
-leads a session, all of which is killed at the end. Its mount namespace ends with its last process: the
-kernel unmounts what was mounted there and releases the loop devices, even if no process lives to do it.
+Everything is on a tmpfs of the namespace, so nothing is written to a disk of the machine. Whatever this
+machine or user cannot do raises Skipped. A case runs in a forked process that leads a session
+(:func:`run_case`): when its last process has ended, the kernel unmounts and releases everything.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import shutil
@@ -34,25 +29,17 @@ class Skipped(Exception):
 
 
 class Findings(NamedTuple):
-    """The result of a case."""
-
     counts: Counter[str]  # what was done, and how often
     violation: str | None = None  # the invariant that does not hold, or None
     skipped: str | None = None  # why the case could not be run, or None
 
 
 def run_case(work: Callable[[Counter[str]], None], *, seconds: float) -> Findings:
-    """Run a case in a child.
-
-    Args:
-        work: the case; it counts what it does. Every exception but Skipped is a violation.
-        seconds: a longer case is a violation, too.
-    """
+    """Run a case, which counts what it does, in a child; every exception but Skipped is a violation."""
     try:
-        findings = child.call(lambda: _work(work), seconds=seconds, new_session=True)
+        findings: Findings = child.call(lambda: _work(work), seconds=seconds, new_session=True)
     except child.ChildFailed as error:
         return Findings(Counter(), f"the case: {error}")
-    assert isinstance(findings, Findings)
     return findings
 
 
@@ -76,8 +63,6 @@ _MS_REC_PRIVATE = 0x4000 | 0x40000  # MS_REC, MS_PRIVATE
 
 
 class Kind(NamedTuple):
-    """A file system."""
-
     make: tuple[str, ...] = ()  # the command that makes one in an image; empty for those that need no image
     smallest: int = 8  # in MiB
     inodes: str = ""  # how their number is limited: an option of ``make``, or of the mount
@@ -96,7 +81,6 @@ KINDS = {
 
 
 def private_mounts(home: Path) -> None:
-    """Make mounts of this process private, and ``home`` a tmpfs."""
     libc = ctypes.CDLL(None, use_errno=True)
     if not hasattr(libc, "unshare"):
         raise Skipped("mount namespaces: this system has none")
@@ -120,14 +104,7 @@ def _map_to_root(user: int, group: int) -> None:
 
 
 def make(name: str, home: Path, *, mib: int, inodes: int | None = None) -> Path:
-    """Make and mount a file system; returns where.
-
-    Args:
-        name: of :data:`KINDS`.
-        home: of :func:`private_mounts`, or a directory in it.
-        mib: its size; more if the kind needs more.
-        inodes: about how many it has.
-    """
+    """Make and mount a file system of :data:`KINDS` in the home of :func:`private_mounts`; returns where."""
     kind = KINDS[name]
     root = home / name
     root.mkdir()
@@ -168,10 +145,8 @@ def mount(source: object, target: Path, *, kind: str, options: str) -> None:
 
 
 def write_protect(root: Path) -> Callable[[], None]:
-    """Make a mounted directory read-only; returns what undoes it.
-
-    By a second mount over the first one, which cannot be made read-only while a file is open for writing.
-    """
+    """Make a mounted directory read-only; returns what undoes it."""
+    # A second mount over the first one, which cannot be made read-only while a file is open for writing.
     command("mount", "--bind", str(root), str(root))
     command("mount", "-o", "remount,bind,ro", str(root))
     return lambda: command("umount", str(root))
@@ -199,7 +174,6 @@ def make_limited(home: Path, *, mib: int) -> tuple[Path, Path]:
 
 
 def limit_bytes(root: Path, nbytes: int | None) -> None:
-    """Set the quota of the part in bytes; None for no quota."""
     first_part = "0/256"
     command("btrfs", "qgroup", "limit", "none" if nbytes is None else str(nbytes), first_part, str(root))
 
@@ -234,14 +208,13 @@ class Filler:
         """Make files until no more than ``free`` can be made."""
         self._inodes.mkdir(exist_ok=True)
         paths: list[Path] = []
-        try:
+        with contextlib.suppress(OSError):
             while True:
                 path = self._inodes / str(len(paths))
                 path.touch()
                 paths.append(path)
-        except OSError:
-            for path in paths[len(paths) - free :]:
-                path.unlink()
+        for path in paths[len(paths) - free :]:
+            path.unlink()
 
     def fill_in_background(self, *, delay: float, piece: int) -> None:
         """Fill everything by another process, after ``delay`` seconds, in pieces of so many bytes."""

@@ -18,18 +18,8 @@ from random import Random
 from typing import Any, NamedTuple
 
 from campaigns import fuzz
-from campaigns.campaign import Campaign, CounterExample, parser, run
-from campaigns.fuzz import (
-    costs,
-    families,
-    forging,
-    growing,
-    imports,
-    obstacles,
-    older,
-    readers,
-    training,
-)
+from campaigns.campaign import Campaign, CounterExample, never, parser, run
+from campaigns.fuzz import costs, families, forging, growing, imports, obstacles, older, readers, training
 
 FILES_PER_CASE = 100  # at random
 #: One in so many random cases has folders of other programs.
@@ -43,26 +33,16 @@ IN_MEMORY = Path("/dev/shm")  # quicker than a disk
 READ_IN_MEMORY = "files read in memory"
 OLDER = "checkpoints in an older format, by every method"
 READ_FROM_DISK = "files read from disk, by every method"
-COVERAGE = (
-    "edges of the reader's code reached",
-    "features (edges and how often)",
-    "files kept in the corpus",
-)
+COVERAGE = ("edges of the reader's code reached", "features (edges and how often)", "files in the corpus")
 
 Step = Callable[[Random, Counter[str]], None]
 FolderStep = Callable[[training.Bench, Random], Counter[str]]
 
 
 class Plan(NamedTuple):
-    """What the cases do, by number.
-
-    Attributes:
-        folders: the next ones, with other programs' folders, done by the engines' processes.
-    """
-
     reading: Sequence[Step]  # the first ones, done by a worker
     measuring: Sequence[Step]  # the next ones, which make processes of their own
-    folders: Sequence[FolderStep]
+    folders: Sequence[FolderStep]  # the next ones, done by the engines' processes
     random: Step  # all others, done by a worker
     random_folders: FolderStep  # instead of one in :data:`FOLDERS_EVERY` of them
 
@@ -85,9 +65,8 @@ class Plan(NamedTuple):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser(fuzz.__doc__)
-    options.add_argument(
-        "--engine", choices=("random", "guided"), default="random", help="what leads the mutations"
-    )
+    engines = ("random", "guided")
+    options.add_argument("--engine", choices=engines, default="random", help="what leads the mutations")
     options.add_argument("--replay", type=Path, help="read this file by every method, and nothing else")
     options.add_argument("--mebibytes", type=float, default=1.0, help="of the largest files (default: 1)")
     return run("fuzz", options, _body, cases=200, arguments=arguments)
@@ -117,8 +96,7 @@ def _run_cases(campaign: Campaign, plan: Plan, directory: Path) -> None:
         return counts
 
     def work_on_folders(bench: training.Bench, number: int) -> Counter[str]:
-        step = plan.folder_step(number)
-        assert step is not None
+        step = plan.folder_step(number) or plan.random_folders
         return step(bench, rng(number))
 
     with (
@@ -150,9 +128,9 @@ def _plan(
             partial(_play_scenes, directory),
             *(partial(_measure_sizes, files, name, size) for name in growing.GROWING),
         ],
-        folders=[partial(_run_family, family) for family in imports.FAMILIES.values()],
+        folders=[partial(training.Bench.run_family, family=each) for each in imports.FAMILIES.values()],
         random=partial(_try_random, files, older_files),
-        random_folders=lambda bench, rng: bench.run_random(rng),
+        random_folders=training.Bench.run_random,
     )
 
 
@@ -166,7 +144,6 @@ def _read(raw: bytes, files: readers.Directory) -> Counter[str]:
 
 
 def _change(change: Callable[[Any, Random], None], specimen: forging.Specimen, rng: Random) -> bytes:
-    """A specimen with one kind of change."""
     draft = specimen.draft()
     change(draft, rng)
     return draft.file()
@@ -190,11 +167,8 @@ def _try_files(
 
 def _try_obstacles(files: readers.Directory, _: Random, counts: Counter[str]) -> None:
     for name, make in obstacles.OBSTACLES.items():
-        with obstacles.obstacle(make, files.hostile):
-            try:
-                files.read_all(0, counts)
-            except CounterExample as error:
-                raise CounterExample(f"{name}: {error}") from error
+        with obstacles.obstacle(make, files.hostile), never(CounterExample, f"{name}: "):
+            files.read_all(0, counts)
         counts["things in the place of a checkpoint"] += 1
 
 
@@ -220,10 +194,6 @@ def _try_random(
             counts[READ_FROM_DISK] += 1
 
 
-def _run_family(family: imports.Family, bench: training.Bench, rng: Random) -> Counter[str]:
-    return bench.run_family(family, rng)
-
-
 def _check_permissions(directory: Path, _: Random, counts: Counter[str]) -> None:
     for umask in obstacles.UMASKS:
         counts["paths whose permissions were checked"] += obstacles.check_permissions(directory, umask)
@@ -244,12 +214,9 @@ def _run_guided(campaign: Campaign, directory: Path) -> None:
         print("--engine guided needs atheris: pip install atheris", file=sys.stderr)
         raise SystemExit(2)
     options = campaign.options
-    command = [sys.executable, "-m", "campaigns.fuzz.guided"]
-    command += ["--directory", str(directory), "--seed", str(options.seed)]
-    if options.seconds is not None:
-        command += ["--seconds", str(int(options.seconds))]
-    if options.cases is not None or options.seconds is None:
-        command += ["--runs", str(options.cases or GUIDED_RUNS)]
+    runs = options.cases or (GUIDED_RUNS if options.seconds is None else -1)  # -1 for any number
+    command = [sys.executable, "-m", "campaigns.fuzz.guided", "--directory", str(directory)]
+    command += ["--seed", str(options.seed), "--seconds", str(int(options.seconds or 0)), "--runs", str(runs)]
     log = directory / "log"
     with log.open("wb") as file:
         result = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import socket
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -60,19 +62,20 @@ def remove(file: Path, rng: Random) -> None:
 def replace_by_non_file(file: Path, rng: Random) -> None:
     """Put a pipe, a directory, a socket, a tebibyte of zeros or a link in its place."""
     file.unlink()
-    kind = rng.randrange(8)
-    if kind == 0:
-        os.mkfifo(file)
-    elif kind == 1:
-        file.mkdir()
-    elif kind == 2:
-        with socket.socket(socket.AF_UNIX) as server:
-            server.bind(str(file))
-    elif kind == 3:
-        file.touch()
-        os.truncate(file, 1 << 40)
-    else:
-        file.symlink_to(("/dev/zero", "/etc/passwd", file.name, "nowhere")[kind - 4])
+    targets = ("/dev/zero", "/etc/passwd", file.name, "nowhere")
+    links = [partial(os.symlink, target) for target in targets]
+    kinds: list[Callable[[Path], object]] = [os.mkfifo, os.mkdir, make_socket, make_sparse, *links]
+    rng.choice(kinds)(file)
+
+
+def make_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server, contextlib.chdir(path.parent):  # its path must be short
+        server.bind(path.name)
+
+
+def make_sparse(path: Path, header_bytes: int = 0) -> None:
+    path.write_bytes(header_bytes.to_bytes(8, "little"))
+    os.truncate(path, 1 << 40)
 
 
 #: What can happen to any file.

@@ -1,14 +1,8 @@
 """What it costs to read a file: time and memory, and how they grow with the size of the file.
 
-Each measurement is in a process of its own. The memory bound is proven, not estimated: the process may not
-take more address space than it is allowed (RLIMIT_AS), so a reader that needs more fails. How much it took is
-what the kernel counted. Each family of expensive files (``growing``) is made in three sizes, each twice as
-large as the one before.
-
-- A file that was damaged after it was written, by a single bit, is refused at its digest. Until then the
-  reader has taken no more memory than the header's own size.
-- A forged one is parsed. Python's objects are many times as large as their text, empty lists most of all; the
-  reader may take :data:`TIMES_ITS_SIZE` in all.
+The memory bound is proven, not estimated: each measurement is a process with a limited address space
+(RLIMIT_AS), so a reader that needs more fails. A damaged file is refused at its digest with no more memory
+than its own size; a forged one is parsed, and may take :data:`TIMES_ITS_SIZE`.
 """
 
 from __future__ import annotations
@@ -22,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from campaigns import child
-from campaigns.campaign import CounterExample, require
+from campaigns.campaign import CounterExample, never, require
 from campaigns.fuzz import growing, invariants, readers
 from distrust import CheckpointManager
 from distrust.checkpoint import catalog
@@ -43,27 +37,18 @@ class Cost(NamedTuple):
 
 
 def measure(use: Callable[[], Any], *, allowed: int) -> Cost:
-    """Call a function in a forked process, which raises CounterExample if it dies or hangs.
+    """Call a function in a forked process, with ``allowed`` bytes of address space beyond what it has before.
 
-    Args:
-        use: what to do; an error of the library is an answer, too.
-        allowed: bytes of address space beyond what the process has before.
+    An error of the library is an answer, too. Raises CounterExample if the process dies or hangs.
     """
-    cost = child.call(lambda: _measure(use, allowed))
-    assert isinstance(cost, Cost)
+    cost: Cost = child.call(lambda: _measure(use, allowed))
     return cost
 
 
 def worker(
     work: Callable[[int], Counter[str]], *, allowed: int, prepare: Callable[[], object] = tuple
 ) -> child.ForkedWorker:
-    """A process for many cases, which may take so many bytes beyond what it has once it is prepared.
-
-    Args:
-        work: called with the number of each case; returns what was counted.
-        allowed: bytes of address space.
-        prepare: called at the beginning.
-    """
+    """A process for many cases, which may take so many bytes beyond what it has once it is prepared."""
 
     def setup() -> None:
         prepare()
@@ -97,10 +82,8 @@ def _measure(use: Callable[[], Any], allowed: int) -> Cost:
 
 
 def _status_bytes(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    raise LookupError(name)
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 #: Of a forged file, in address space, with what Python's allocator holds in reserve.
@@ -125,10 +108,8 @@ def check_growth(name: str, directory: readers.Directory, largest: int) -> int:
         measured.append({use: _measure_use(name, use, directory, size) for use in _uses(directory)})
     for use, last in measured[-1].items():
         first = measured[0][use].seconds
-        require(
-            last.seconds <= max(LEAST_SECONDS, STEEPEST * first),
-            f"{name}: {use}: {first:.2f} s, and {last.seconds:.2f} s where the file is four times as large",
-        )
+        text = f"{first:.2f} s, and {last.seconds:.2f} s where the file is four times as large"
+        require(last.seconds <= max(LEAST_SECONDS, STEEPEST * first), f"{name}: {use}: {text}")
     slowest, slowest_cost = max(measured[-1].items(), key=lambda item: item[1].seconds)
     heaviest, heaviest_cost = max(measured[-1].items(), key=lambda item: item[1].nbytes)
     print(
@@ -155,10 +136,9 @@ def _uses(directory: readers.Directory) -> dict[str, Callable[[], Any]]:
 def _measure_use(name: str, use: str, directory: readers.Directory, size: int) -> Cost:
     allowed = FREE_BYTES + TIMES_ITS_SIZE * size
     cost = _cost(f"{name}: {use}", _uses(directory)[use], allowed)
-    if cost.answer not in ("ok", "CorruptCheckpoint"):
-        raise CounterExample(f"{name}: {use}: {size:,} bytes, {allowed:,} allowed: {cost.answer}")
-    if cost.seconds > invariants.bound(size):
-        raise CounterExample(f"{name}: {use}: {cost.seconds:.1f} s for {size:,} bytes")
+    text = f"{name}: {use}: {size:,} bytes, {allowed:,} allowed: {cost.answer}"
+    require(cost.answer in ("ok", "CorruptCheckpoint"), text)
+    require(cost.seconds <= invariants.bound(size), f"{name}: {use}: {cost.seconds:.1f} s for {size:,} bytes")
     return cost
 
 
@@ -170,12 +150,9 @@ def _require_damage_is_cheap(name: str, raw: bytes, directory: readers.Directory
     del damaged
     allowed = len(raw) + _DAMAGED_FREE_BYTES
     cost = _cost(f"{name}, damaged", lambda: catalog.read_header(directory.hostile), allowed)
-    if cost.answer != "CorruptCheckpoint":
-        raise CounterExample(f"{name}, damaged: {cost.answer}")
+    require(cost.answer == "CorruptCheckpoint", f"{name}, damaged: {cost.answer}")
 
 
 def _cost(description: str, use: Callable[[], Any], allowed: int) -> Cost:
-    try:
+    with never(CounterExample, f"{description}: "):
         return measure(use, allowed=allowed)
-    except CounterExample as error:
-        raise CounterExample(f"{description}: {error}") from error

@@ -1,9 +1,6 @@
-"""Hostile files by name: changes to a draft, and complete files.
+"""Hostile files by name: changes to a draft, and complete files; :func:`mutate` makes one of all at random.
 
-- :data:`CHANGES`: changes that a reader could fall for. They are combined, and signed.
-- :data:`FILES`: complete files of a kind; most are forged, with correct digests.
-
-:func:`mutate` makes one of all of them at random. All random choices come from the generator passed in.
+All random choices come from the generator passed in.
 """
 
 from __future__ import annotations
@@ -174,9 +171,8 @@ def _piece(raw: bytes, rng: Random) -> bytes:
 # Changes to a draft.
 
 
-def _a_tensor(draft: Draft, rng: Random) -> dict[str, Any]:
-    tensor: dict[str, Any] = draft.fields[rng.choice([name for name in draft.fields if name != METADATA])]
-    return tensor
+def _a_tensor(draft: Draft, rng: Random) -> Any:
+    return draft.fields[rng.choice([name for name in draft.fields if name != METADATA])]
 
 
 def _offsets(draft: Draft, rng: Random) -> None:
@@ -184,10 +180,9 @@ def _offsets(draft: Draft, rng: Random) -> None:
     begin, end = tensor["data_offsets"]
     tensor["data_offsets"] = rng.choice(
         [
-            [end, begin], [begin, begin], [begin + 1, end + 1], [begin - 1, end], [begin, end + 1], [-end,
-            -begin],
-            [begin, 2**63], [2**64 - end, 2**64 - begin], [2**63 - 1, 2**63], [begin], [begin, end, end], [],
-            [float(begin), end], [bool(begin), end], [str(begin), str(end)], None,
+            [end, begin], [begin, begin], [begin + 1, end + 1], [begin - 1, end], [begin, end + 1],
+            [-end, -begin], [begin, 2**63], [2**64 - end, 2**64 - begin], [2**63 - 1, 2**63], [begin],
+            [begin, end, end], [], [float(begin), end], [bool(begin), end], [str(begin), str(end)], None,
         ]
     )  # fmt: skip
 
@@ -204,8 +199,7 @@ def _shape(draft: Draft, rng: Random) -> None:
         [
             [2**16, 2**16], [2**31, 2], [2**32, 2**32], [2**62, 2, 2], [2**63, 2], [2**64, 0], [0, 2**63],
             [2**62, 2**62, 0], [-1, -4], [-4], [4, True], [True] * 64, [4.0], ["4"], [None], [[4]], "4", 4,
-            {},
-            [1] * 64, [1] * 65, [1] * 1000, [10**4290], [SAME_HASH, 0], [0] * 64, tensor["shape"][::-1],
+            {}, [1] * 64, [1] * 65, [1] * 1000, [10**4290], [SAME_HASH, 0], [0] * 64, tensor["shape"][::-1],
             [*tensor["shape"], 1], [rng.choice(HOSTILE_NUMBERS)],
         ]
     )  # fmt: skip
@@ -246,10 +240,10 @@ def _section(draft: Draft, rng: Random) -> None:
 
 def _keys(draft: Draft, rng: Random) -> None:
     """Keys that Python takes for equal, or that no writer makes."""
-    keys = ("i1", "i01", "i+1", "i 1", "i-0", "f1.0", "f1", "fnan", "fNaN", "finf", "bTrue", "btrue",
-    "nNone", "n",
-            "", "x", "i", "f", "b", "s", "i" + "9" * 4299, "i" + "9" * 4301, f"i{SAME_HASH}",
-            "i0")  # fmt: skip
+    keys = (
+        "i1", "i01", "i+1", "i 1", "i-0", "f1.0", "f1", "fnan", "fNaN", "finf", "bTrue", "btrue", "nNone",
+        "n", "", "x", "i", "f", "b", "s", "i" + "9" * 4299, "i" + "9" * 4301, f"i{SAME_HASH}", "i0",
+    )  # fmt: skip
     valid = ("i1", "f1.0", "bTrue", "s1", "i0", "f0.0", "bFalse", "fnan", "nNone", "f-0.0", "finf")
     chosen = rng.sample(rng.choice((keys, valid)), rng.randrange(1, 6))
     draft.state["sections"][rng.choice(("metadata", "config", "optimizer"))] = {
@@ -284,9 +278,8 @@ def _metrics(draft: Draft, rng: Random) -> None:
 
 def _escapes(draft: Draft, rng: Random) -> None:
     """Control sequences of a terminal, in every field that a command prints."""
-    text = rng.choice(
-        ("\x1b[2J", "\x1b]0;x\x07", "\x9b2J", "\u202eabc", "x\ry", "x\ny", "\x7f", "\u2066", "\x85")
-    )
+    texts = ("\x1b[2J", "\x1b]0;x\x07", "\x9b2J", "\u202eabc", "x\ry", "x\ny", "\x7f", "\u2066", "\x85")
+    text = rng.choice(texts)
     draft.run.update(host=text, created=text, metrics={text: 1.5}, extra={text: text})
     for section in ("metadata", "config"):
         draft.state["sections"][section] = {"d": {f"s{text}": text}}
@@ -300,18 +293,13 @@ def _splice_text(value: Any, rng: Random) -> str:
     return text[:at] + snippet + text[at + rng.randrange(9) :]
 
 
-def _text_of_state(draft: Draft, rng: Random) -> None:
-    draft.state = _splice_text(draft.state, rng)
-
-
-def _text_of_run(draft: Draft, rng: Random) -> None:
-    draft.run = _splice_text(draft.run, rng)
+def _text_of(field: str) -> Callable[[Draft, Random], None]:
+    return lambda draft, rng: setattr(draft, field, _splice_text(getattr(draft, field), rng))
 
 
 def _data(draft: Draft, rng: Random) -> None:
-    draft.data = rng.choice(
-        (b"", draft.data[:-1], draft.data + b"\0", draft.data + bytes(4096), draft.data[::-1], draft.data[1:])
-    )
+    data = draft.data
+    draft.data = rng.choice((b"", data[:-1], data + b"\0", data + bytes(4096), data[::-1], data[1:]))
 
 
 CHANGES: dict[str, Callable[[Draft, Random], None]] = {
@@ -333,8 +321,8 @@ CHANGES: dict[str, Callable[[Draft, Random], None]] = {
     "run": _run,  # a field of what is known of the run
     "metrics": _metrics,  # in the run, or in the metadata
     "escapes for a terminal": _escapes,
-    "text of the state": _text_of_state,
-    "text of run": _text_of_run,
+    "text of the state": _text_of("state"),
+    "text of run": _text_of("run"),
     "data": _data,  # shorter, longer or reversed
 }
 _CHANGE_NAMES = (*CHANGES,)  # for random choices

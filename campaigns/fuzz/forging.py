@@ -1,22 +1,16 @@
 """Forged checkpoints, with correct digests.
 
-A reader stops at the first digest that is wrong. The checks behind the digests are reached only by files
-whose digests match their content: signed ones. The signer here follows the description of the format
-(:mod:`distrust.checkpoint.format`) and shares no line with the writer, so that neither can hide the other's
-mistake.
-
-- :func:`canonical`, :func:`frame`, :func:`sign`, :func:`state_digest`: the parts.
-- :class:`Specimen`: a real checkpoint, parsed.
-- :class:`Draft`: one that is being changed; :meth:`Draft.file` gives its bytes, signed.
-- :func:`make_specimens`: real checkpoints, small, written by the manager.
-- :func:`build`: a file from nothing but tensors, state and run.
+A reader stops at the first wrong digest, so the checks behind the digests are reached only by signed files.
+The signer follows the description of the format (:mod:`distrust.checkpoint.format`) and shares no line with
+the writer, so that neither can hide the other's mistake.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,10 +35,7 @@ class Tensor(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        items = ITEM_SIZES[self.dtype]
-        for dimension in self.shape:
-            items *= dimension
-        return items
+        return ITEM_SIZES[self.dtype] * prod(self.shape)
 
 
 def canonical(value: Any) -> str:
@@ -109,10 +100,9 @@ class Specimen:
         return cls(path.read_bytes())
 
     @property
-    def fields(self) -> dict[str, Any]:
+    def fields(self) -> Any:
         """A copy of its header."""
-        fields: dict[str, Any] = json.loads(self.body)
-        return fields
+        return json.loads(self.body)
 
     def draft(self) -> Draft:
         return Draft(self.fields, self.data)
@@ -157,21 +147,19 @@ def build(
     run: Any = None,
     names: Any = None,
 ) -> bytes:
-    """The file that a writer would make of these tensors and this state.
+    """The file that a writer would make of these tensors, laid out as a writer does, and this state.
 
-    Args:
-        tensors: laid out as a writer does.
-        sections: nodes of the skeleton instead of empty sections.
-        run: JSON, or a text that is written unchanged.
-        names: the node of ``model``; by default a list of every tensor.
+    ``sections`` are nodes of the skeleton instead of empty sections; a text as ``run`` is written unchanged;
+    ``names`` is the node of ``model``, by default a list of every tensor.
     """
     in_order = sorted(tensors, key=lambda tensor: (-ITEM_SIZES[tensor.dtype], tensor.name))
     zeros = {nbytes: blake3(bytes(nbytes)).hexdigest() for nbytes in {tensor.nbytes for tensor in in_order}}
-    empty: dict[str, Any] = dict.fromkeys(("model", "optimizer", "rng", "history", "config", "metadata"))
-    model = names or _list_all(in_order)
-    nodes = {name: {"d": {}} for name in empty} | {"model": model} | (sections or {})
+    model = names or {"d": {"s": {"l": [{"a": tensor.name} for tensor in in_order]}}}
+    empty = ("optimizer", "rng", "history", "config", "metadata")
+    nodes = {"model": model, **{name: {"d": {}} for name in empty}, **(sections or {})}
     run = {"created": "", "extra": {}, "host": "", "metrics": {}} if run is None else run
     state = encode_json({"sections": nodes, "step": 1})
+    described = [[each.name, each.dtype, list(each.shape), zeros[each.nbytes]] for each in in_order]
     metadata = {
         "digest": NO_DIGEST,
         "digests": "".join(zeros[tensor.nbytes] for tensor in in_order),
@@ -179,10 +167,7 @@ def build(
         "kind": "periodic",
         "run": run if type(run) is str else encode_json(run),
         "state": state,
-        "state_digest": _state_digest(
-            state,
-            [[tensor.name, tensor.dtype, list(tensor.shape), zeros[tensor.nbytes]] for tensor in in_order],
-        ),
+        "state_digest": _state_digest(state, described),
         "step": "1",
         "version": "1",
     }
@@ -190,16 +175,9 @@ def build(
     end = 0
     for tensor in in_order:
         begin, end = end, end + tensor.nbytes
-        fields[tensor.name] = {
-            "data_offsets": [begin, end],
-            "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
-        }
+        offsets = [begin, end]
+        fields[tensor.name] = {"data_offsets": offsets, "dtype": tensor.dtype, "shape": list(tensor.shape)}
     return sign(frame(encode_json(fields).encode())) + bytes(end)
-
-
-def _list_all(tensors: Sequence[Tensor]) -> Any:
-    return {"d": {"s": {"l": [{"a": tensor.name} for tensor in tensors]}}}
 
 
 def make_specimens(directory: Path) -> tuple[bytes, list[Specimen]]:
@@ -219,7 +197,7 @@ def _checkpoints() -> list[Checkpoint]:
             model={"": np.float64(1.5), "a.b": np.zeros((2, 0, 3), np.int16), "ü": np.ones(5, np.complex64)},
             optimizer={
                 "state": {0: {"step": np.float32(3), "lr": 0.1}, 1: {}},
-                "groups": [{"betas": (0.9, 0.99)}],
+                "groups": [{"b": (0.9, 0.99)}],
             },
             rng={"torch": np.arange(16, dtype=np.uint8), "python": (3, [1, 2], None)},
             history={"loss": np.linspace(1, 0, 7)},

@@ -1,7 +1,4 @@
-"""Files that grow with a number of bytes, each made to cost a reader more than its size suggests.
-
-They take time that grows faster than the file, or memory many times as large. ``costs`` measures them.
-"""
+"""Files that cost a reader more time or memory than their size suggests; ``costs`` measures them."""
 
 from __future__ import annotations
 

@@ -1,10 +1,7 @@
 """The coverage-guided engine: atheris (libFuzzer) leads the mutations to lines of the reader not yet reached.
 
-It runs in a process of its own, started by :mod:`campaigns.fuzz`: libFuzzer ends the process when it is done,
-and may end it when it finds something. It mutates complete files. Its own mutations of bytes would never get
-past a digest, so each is one of ours (``families.mutate``), which signs the result.
-
-    python -m campaigns.fuzz.guided --seed 1 --runs 100000 --directory /dev/shm/guided
+It is a process of its own: libFuzzer ends the process when it is done. Its own mutations of bytes would never
+get past a digest, so each is one of ours (``families.mutate``), which signs the result.
 """
 
 from __future__ import annotations
@@ -79,12 +76,9 @@ class Engine:
 
 def main() -> None:
     """Run until libFuzzer ends the process."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seed", type=int, default=1, help="of libFuzzer")
-    parser.add_argument("--runs", type=int, default=-1, help="how many executions")
-    parser.add_argument("--seconds", type=int, default=0, help="how long")
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name in ("--seed", "--runs", "--seconds"):  # of libFuzzer; -1 runs and 0 seconds are no limit
+        parser.add_argument(name, type=int, required=True)
     parser.add_argument("--directory", type=Path, required=True, help="for counts, findings and files")
     options = parser.parse_args()
     engine = Engine(options.directory)

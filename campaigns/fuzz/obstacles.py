@@ -1,12 +1,8 @@
 """Things that are no files in the place of a checkpoint, links out of the directory, and permissions.
 
-A reader follows a link to a regular file: people move checkpoints and leave links. It opens nothing else, it
-waits for no other process, and it reveals nothing of a file outside. A writer follows no link at all: it
-replaces or removes the link itself.
-
-A save leaves nothing that is more open to others than the umask allows, not for an instant. Checked are all
-files and directories that exist at the end, and the temporary file just before it is renamed: an audit hook
-of the interpreter sees the call.
+A reader follows a link to a regular file and opens nothing else, without waiting. A writer follows no link:
+it replaces or removes the link itself. A save leaves nothing that is more open than the umask allows,
+including the temporary file just before its rename, which an audit hook sees.
 """
 
 from __future__ import annotations
@@ -14,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import socket
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from campaigns.campaign import CounterExample
+from campaigns.campaign import CounterExample, never, require
 from campaigns.fuzz import corruptions, costs
 from distrust import Checkpoint, CheckpointManager
 from distrust.checkpoint import direct_io
@@ -32,16 +27,6 @@ from distrust.errors import DistrustError, SaveFailed
 
 _SECRET = "another user's secret"  # that no message may contain
 _ALLOWED_BYTES = 1 << 30  # nothing here is about memory
-
-
-def _make_socket(path: Path) -> None:
-    with socket.socket(socket.AF_UNIX) as server, contextlib.chdir(path.parent):  # its path must be short
-        server.bind(path.name)
-
-
-def _make_sparse(path: Path, header_bytes: int) -> None:
-    path.write_bytes(header_bytes.to_bytes(8, "little"))
-    os.truncate(path, 1 << 40)
 
 
 def _link_outside(make: Callable[[Path], object]) -> Callable[[Path], None]:
@@ -58,13 +43,13 @@ def _link_outside(make: Callable[[Path], object]) -> Callable[[Path], None]:
 
 OBSTACLES: dict[str, Callable[[Path], object]] = {
     "nothing": lambda _: None,
-    "an empty file": lambda path: path.touch(),
-    "a directory": lambda path: path.mkdir(),
-    "a pipe": lambda path: os.mkfifo(path),
-    "a socket": _make_socket,
-    "a file of a tebibyte of zeros": lambda path: _make_sparse(path, 0),
-    "a sparse file with a long header": lambda path: _make_sparse(path, 8 << 20),
-    "a sparse file with a header as long as itself": lambda path: _make_sparse(path, (1 << 40) - 8),
+    "an empty file": Path.touch,
+    "a directory": Path.mkdir,
+    "a pipe": os.mkfifo,
+    "a socket": corruptions.make_socket,
+    "a file of a tebibyte of zeros": corruptions.make_sparse,
+    "a sparse file with a long header": lambda path: corruptions.make_sparse(path, 8 << 20),
+    "a sparse file that is all header": lambda path: corruptions.make_sparse(path, (1 << 40) - 8),
     "a link to itself": lambda path: path.symlink_to(path),
     "a link to nothing": lambda path: path.symlink_to("nowhere"),
     "a link to a name that is too long": lambda path: path.symlink_to("x" * 4000),
@@ -98,6 +83,7 @@ class Scene:
 
     def __init__(self, directory: Path) -> None:
         self.inside = directory / "checkpoints"
+        self.lock = self.inside / LOCK_NAME
         self.secret = directory / "outside" / "secret"
         self.inside.mkdir(parents=True)
         self.secret.parent.mkdir()
@@ -114,8 +100,7 @@ class Scene:
             self.save(step)
         except SaveFailed:
             new = {path.name for path in self.inside.iterdir()} - names - {LOCK_NAME}
-            if new:
-                raise CounterExample(f"a save that failed left {new}") from None
+            require(not new, f"a save that failed left {new}")
         else:
             raise CounterExample("it was saved")
 
@@ -126,16 +111,14 @@ class Scene:
 def _link_in_place(scene: Scene) -> None:
     scene.file(1).symlink_to(scene.secret)
     scene.save(1)
-    if scene.file(1).is_symlink():
-        raise CounterExample("the link still exists")
+    require(not scene.file(1).is_symlink(), "the link still exists")
 
 
 def _link_as_temporary(scene: Scene) -> None:
     stale = scene.inside / f".{scene.file(1).name}.{'0' * 16}.tmp"
     stale.symlink_to(scene.secret)
     scene.save(1)
-    if stale.is_symlink():
-        raise CounterExample("the link was not removed")
+    require(not stale.is_symlink(), "the link was not removed")
 
 
 def _link_as_older(scene: Scene) -> None:
@@ -144,30 +127,25 @@ def _link_as_older(scene: Scene) -> None:
     outside = scene.file(1).rename(scene.secret.parent / "checkpoint")
     scene.file(1).symlink_to(outside)
     scene.save(2)
-    if scene.file(1).is_symlink() or not outside.exists():
-        raise CounterExample("the link had to be removed, and its target had to stay")
+    replaced = not scene.file(1).is_symlink() and outside.exists()
+    require(replaced, "the link had to be removed, and its target had to stay")
 
 
-def _lock_is(make: Callable[[Scene, Path], object]) -> Callable[[Scene], None]:
+def _refused_after(place: Callable[[Scene], object]) -> Callable[[Scene], None]:
     def play(scene: Scene) -> None:
-        make(scene, scene.inside / LOCK_NAME)
+        place(scene)
         scene.require_refused(1)
 
     return play
-
-
-def _directory_in_place(scene: Scene) -> None:
-    scene.file(1).mkdir()
-    scene.require_refused(1)
 
 
 SCENES: dict[str, Callable[[Scene], None]] = {
     "a link in the place of the checkpoint": _link_in_place,
     "a link in the place of a temporary file": _link_as_temporary,
     "a link in the place of an older checkpoint": _link_as_older,
-    "a directory in the place of the checkpoint": _directory_in_place,
-    "a link in the place of the lock": _lock_is(lambda scene, lock: lock.symlink_to(scene.secret)),
-    "a directory in the place of the lock": _lock_is(lambda _, lock: lock.mkdir()),
+    "a directory in the place of the checkpoint": _refused_after(lambda scene: scene.file(1).mkdir()),
+    "a link in the place of the lock": _refused_after(lambda scene: scene.lock.symlink_to(scene.secret)),
+    "a directory in the place of the lock": _refused_after(lambda scene: scene.lock.mkdir()),
 }
 
 
@@ -176,13 +154,10 @@ def play(name: str, act: Callable[[Scene], None], directory: Path) -> None:
     folder = directory / "scene"
     scene = Scene(folder)
     try:
-        cost = costs.measure(lambda: act(scene), allowed=_ALLOWED_BYTES)
-        if cost.answer != "ok":
-            raise CounterExample(cost.answer)
-        if scene.secret.read_text() != _SECRET:
-            raise CounterExample("a file outside was written to")
-    except (CounterExample, DistrustError) as error:
-        raise CounterExample(f"{name}: {error}") from error
+        with never((CounterExample, DistrustError), f"{name}: "):
+            cost = costs.measure(lambda: act(scene), allowed=_ALLOWED_BYTES)
+            require(cost.answer == "ok", cost.answer)
+            require(scene.secret.read_text() == _SECRET, "a file outside was written to")
     finally:
         shutil.rmtree(folder)
 
@@ -199,15 +174,13 @@ def check_permissions(directory: Path, umask: int) -> int:
     folder.mkdir()
     report = folder / "report"
     try:
-        cost = costs.measure(lambda: _save_and_check(folder, umask, report), allowed=_ALLOWED_BYTES)
-        if cost.answer != "ok":
-            raise CounterExample(cost.answer)
-        checked = report.read_text().splitlines()
-        if len(checked) < _LEAST_PATHS or not any(name.endswith(".tmp") for name in checked):
-            raise CounterExample(f"only these were checked: {checked}")
+        with never(CounterExample, f"umask {umask:03o}: "):
+            cost = costs.measure(lambda: _save_and_check(folder, umask, report), allowed=_ALLOWED_BYTES)
+            require(cost.answer == "ok", cost.answer)
+            checked = report.read_text().splitlines()
+            complete = len(checked) >= _LEAST_PATHS and any(name.endswith(".tmp") for name in checked)
+            require(complete, f"only these were checked: {checked}")
         return len(checked)
-    except CounterExample as error:
-        raise CounterExample(f"umask {umask:03o}: {error}") from error
     finally:
         shutil.rmtree(folder)
 
@@ -231,6 +204,5 @@ def _save_and_check(folder: Path, umask: int, report: Path) -> None:
         modes += [(str(file), file.stat().st_mode & 0o7777) for file in (folder / path).rglob("*")]
     for name, mode in modes:
         allowed = (_DIRECTORY if Path(name).is_dir() else _FILE) & ~umask
-        if mode & ~allowed:
-            raise CounterExample(f"{name} has the permissions {mode:03o}, more than {allowed:03o}")
+        require(not (mode & ~allowed), f"{name} has the permissions {mode:03o}, more than {allowed:03o}")
     report.write_text("\n".join(name for name, _ in modes))

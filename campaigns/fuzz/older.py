@@ -232,11 +232,16 @@ def _write_pickle(path: Path, rng: Random) -> None:
 
 
 @functools.cache
-def _bomb(claimed: int | None) -> bytes:
-    """A zip of zeros; each member claims its true length, or another."""
+def _compressed_zeros() -> tuple[bytes, int]:
+    """A zip of zeros, and the length of each member. It takes a second."""
     zeros = _npy(np.zeros(_BOMB_BYTES // _BOMB_MEMBERS, np.uint8))
-    raw = pack_zip([(f"{at}.npy", zeros) for at in range(_BOMB_MEMBERS)], zipfile.ZIP_DEFLATED)
-    return raw.replace(len(zeros).to_bytes(4, "little"), (claimed or len(zeros)).to_bytes(4, "little"))
+    return pack_zip([(f"{at}.npy", zeros) for at in range(_BOMB_MEMBERS)], zipfile.ZIP_DEFLATED), len(zeros)
+
+
+def _bomb(rng: Random) -> bytes:
+    raw, length = _compressed_zeros()
+    claimed = rng.choice((length, 4096))  # the true length, or a small one
+    return raw.replace(length.to_bytes(4, "little"), claimed.to_bytes(4, "little"))
 
 
 def _replace_files(path: Path, rng: Random) -> None:
@@ -275,7 +280,7 @@ FOLDERS: dict[str, Make] = {
     ),
     "older: checksums": _change_checksums,
     "older: pickles": _write_pickle,
-    "older: bombs": _any_arrays(lambda rng: _bomb(rng.choice((None, 4096)))),
+    "older: bombs": _any_arrays(_bomb),
     "older: headers of arrays": _any_arrays(_npy_header),
     "older: members of a zip": _any_arrays(_zip),
 }

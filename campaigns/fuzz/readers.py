@@ -1,14 +1,8 @@
 """Every method to read a file, and what must hold for each, whatever the file contains.
 
-- It ends normally, or in one of the library's errors that say what is wrong with the file. Nothing else is
-  raised, and no warning but the library's own.
-- Its time is bounded by the size of the file (processor time: other programs do not count).
-- A file that is accepted as intact is one that a writer makes: each tensor where dtype and shape say, no key
-  twice.
-- Messages and printed text hold no control character of a terminal, and messages are short.
-
-:func:`read_in_memory` calls the parts that need no file, thousands of times in a second. :class:`Directory`
-has a real file, and does everything that a program or a person can.
+It ends normally or in an error of the library about the file, in time bounded by the file's size. An accepted
+file is one that a writer makes. Output holds no control character of a terminal. :func:`read_in_memory` calls
+what needs no file; :class:`Directory` does everything that a program or a person can.
 """
 
 from __future__ import annotations
@@ -55,10 +49,8 @@ def _parse(raw: bytes, valid: CheckpointFile) -> str:
         with only_documented_errors("in memory"):
             header = parse_header(raw[: header_length(raw[:4096], len(raw))], len(raw))
             _dump_listing(header)
-            step = "tensors"
-            _ = header.tensors
-            step = "sections"
-            _ = header.sections
+            for step in ("tensors", "sections"):
+                getattr(header, step)
             step = "require_intact"
             header.require_intact()
             require_sense(header, raw)
@@ -145,13 +137,12 @@ class Directory:
         results: dict[str, str] = {}
         for name, use in self.uses().items():
             began = seconds()
+            results[name] = "ok"
             try:
                 with only_documented_errors(name):
                     use()
             except DistrustError as error:
                 results[name] = type(error).__name__
-            else:
-                results[name] = "ok"
             elapsed = seconds() - began
             require(elapsed <= bound(nbytes), f"{name}: {elapsed:.1f} s for {nbytes:,} bytes")
             answers[f"answers from disk: {results[name]}"] += 1
@@ -170,7 +161,7 @@ class Directory:
             "load of the step": lambda: manager.load(1),
             "load mapped": lambda: manager.load(path, mmap=True),
             "load lazily": lambda: touch_all(manager.load(path, mmap=True, verify="lazy")),
-            "load_latest": lambda: self._load_latest(manager),
+            "load_latest": lambda: require(manager.load_latest().step in (0, 1), "load_latest: another step"),
             "load_best": manager.load_best,
             "differences": lambda: differences(catalog.read_header(path), self.valid),
             "distrust ls": lambda: command("ls", self.path),
@@ -184,14 +175,14 @@ class Directory:
             "distrust convert": self._convert_by_command,
         }
 
-    def _load_latest(self, manager: CheckpointManager) -> None:
-        loaded = manager.load_latest()
-        require(loaded.step in (0, 1), f"load_latest gave step {loaded.step}")
-
     def _convert(self) -> None:
         with converting.target(self.path.parent) as target:
             results = converting.convert_and_check(self.hostile, target)
-        intact = verifies(self.hostile)
+        intact = True
+        try:
+            catalog.verify(self.hostile)
+        except CheckpointError:
+            intact = False
         for result in results:
             damaged = result.outcome in ("damaged", "unreadable")
             require(damaged is not intact, f"convert reports it as {result.outcome}, and verify does not")
@@ -204,14 +195,6 @@ class Directory:
         answers = {results[name] for name in ("validate", "load", "load mapped", "load lazily")}
         require(len(answers) == 1, f"some accept it and others do not: {results}")
         require(results["load_latest"] in ("ok", "UnsupportedVersion"), f"no fall back: {results}")
-
-
-def verifies(path: Path) -> bool:
-    try:
-        catalog.verify(path)
-    except CheckpointError:
-        return False
-    return True
 
 
 def touch_all(loaded: Any) -> None:

@@ -1,9 +1,7 @@
 """A run resumes from what was converted, by each engine, in a process that may die of it.
 
-The process of torch makes the hostile folders, converts them, and resumes from the result: by
-``DistrustTrainer``, for one step, with the options that the checkpoint contains. The process of mlx then
-resumes from the same. Each must succeed, or raise an error of the library; its memory is limited, and the
-campaign sees a native crash.
+Torch's process makes the hostile folders, converts them and resumes for one step; mlx's resumes from the
+same. Each succeeds or raises an error of the library; its memory is limited, and a native crash is detected.
 """
 
 from __future__ import annotations
@@ -15,9 +13,11 @@ import shutil
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from random import Random
+from typing import Any, Self
 
 from campaigns.campaign import SKIPPED, CounterExample, require
 from campaigns.fuzz import converting, corruptions, costs, families, imports
@@ -46,12 +46,9 @@ class Engines:
 
     def __init__(self, work: Work, directory: Path) -> None:
         bench = Bench(directory)
-        self._torch = costs.worker(
-            lambda number: work(bench, number), allowed=ALLOWED_BYTES, prepare=lambda: bench.prepare("torch")
-        )
-        self._mlx = costs.worker(
-            lambda _: bench.resume_all("mlx"), allowed=ALLOWED_BYTES, prepare=lambda: bench.prepare("mlx")
-        )
+        worker = partial(costs.worker, allowed=ALLOWED_BYTES)
+        self._torch = worker(partial(work, bench), prepare=lambda: bench.prepare("torch"))
+        self._mlx = worker(lambda _: bench.resume_all("mlx"), prepare=lambda: bench.prepare("mlx"))
 
     def run(self, number: int) -> Counter[str]:
         if any(find_spec(name) is None for name in ("torch", "peft", "transformers")):
@@ -61,7 +58,7 @@ class Engines:
             counts += self._mlx.request(number)
         return counts
 
-    def __enter__(self) -> Engines:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -100,7 +97,7 @@ class Bench:
                 raise AssertionError(f"valid folders are not resumed from: {dict(counts)}")
         gc.freeze()  # imported modules stay: each collection would spend most of its time on them
 
-    def run_family(self, family: imports.Family, rng: Random) -> Counter[str]:
+    def run_family(self, rng: Random, *, family: imports.Family) -> Counter[str]:
         pairs = [(kind, family) for kind in self._fixtures.kinds for _ in range(REPETITIONS)]
         return self._run_pairs(pairs, rng)
 
@@ -110,7 +107,6 @@ class Bench:
         return self._run_pairs(pairs, rng)
 
     def try_one(self, kind: str, family: imports.Family, rng: Random) -> Counter[str]:
-        """Corrupt a folder, convert it, and resume from the result."""
         victim = self._make_victim(kind, family, rng)
         if victim is None:
             return Counter()
@@ -212,19 +208,10 @@ def _train_one_step(run: Path, engine: str, base: Path) -> None:
     from distrust import DistrustTrainer
 
     file = catalog.scan(run / catalog.RUN_SUBDIRECTORY).files[-1]
-    options = {
-        "engine": engine,
-        "model": str(base),
-        "out": str(run),
-        "max_steps": file.step + 1,
-        "batch_size": 2,
-        "weighting": "off",
-        "threads": 1,
-        "device": "cpu",
-        "cache_dir": str(run / "cache"),
-        "save_every": 0,
-        "lora_rank": imports.RANK,  # not every format contains it
-    }
+    options: dict[str, Any] = {"engine": engine, "model": str(base), "out": str(run), "weighting": "off"}
+    options["cache_dir"] = str(run / "cache")
+    options |= {"max_steps": file.step + 1, "batch_size": 2, "save_every": 0, "threads": 1, "device": "cpu"}
+    options["lora_rank"] = imports.RANK  # not every format contains it
     config: TrainConfig = config_module.from_mapping({**options, **file.header.config}, where=str(run))
     result = DistrustTrainer(config, examples=_EXAMPLES).train()
     if result.step != file.step + 1 or result.path is None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from campaigns import long_run
-from campaigns.campaign import Campaign, add_directory, parser, run
+from campaigns.campaign import Campaign, parser, run
 from campaigns.faults import FAULTS
 from campaigns.long_run import saves, training
 from campaigns.long_run.plot import draw
@@ -18,13 +18,11 @@ RUNS = {"saves": saves.run, "many": saves.run_many, "training": training.run}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = parser(long_run.__doc__)
+    options = parser(long_run.__doc__, writes=True, faults=FAULTS)
     options.add_argument("--only", choices=RUNS, help="only this run (default: all three, in turn)")
     options.add_argument("--many", type=int, default=1000, help="checkpoints to keep (default: 1000)")
     options.add_argument("--steps", type=int, default=5000, help="steps to train (default: 5000)")
-    add_directory(options)
     options.add_argument("--picture", type=Path, help="draw memory and latency over the saves into this PNG")
-    options.add_argument("--fault", choices=FAULTS, help="break the product: it must be found")
     return run("long_run", options, _body, cases=CASES, arguments=arguments)
 
 

@@ -20,8 +20,6 @@ _LINUX = platform.system() == "Linux"  # has /proc
 
 
 class Resources(NamedTuple):
-    """What a process uses."""
-
     resident: int  # bytes of memory
     blocks: int  # that Python has allocated; exact, while resident memory changes by pages and arenas
     descriptors: int  # open ones
@@ -29,12 +27,8 @@ class Resources(NamedTuple):
 
 
 def read_resources(expected_threads: int | None = None) -> Resources:
-    """What this process uses, after a garbage collection.
-
-    Args:
-        expected_threads: the usual number; the system may take a moment to remove a thread that was joined.
-    """
     gc.collect()
+    # The system may take a moment to remove a thread that was joined.
     deadline = time.monotonic() + _THREAD_END_SECONDS
     while (threads := count_threads()) != (expected_threads or threads) and time.monotonic() < deadline:
         time.sleep(0.001)
@@ -67,12 +61,7 @@ Samples = Sequence[dict[str, Any]]
 def require_no_growth(
     campaign: Campaign, name: str, samples: Samples, *, allowed_bytes: int = 0, allowed_blocks: int = 0
 ) -> None:
-    """Count what was measured, and find growth.
-
-    Args:
-        allowed_bytes: by which the state itself grew from the second quarter to the last.
-        allowed_blocks: that Python may have allocated in addition, for known reasons.
-    """
+    """Count what was measured, and find growth beyond the bounds and what is allowed for known reasons."""
     if len(samples) < _LEAST_SAMPLES:
         return
     quarter = len(samples) // 4
@@ -89,15 +78,11 @@ def require_no_growth(
         campaign.counts[f"{name}: {key} grown from the second quarter to the last"] = growth
         if growth > bound:
             findings.append(f"{key} grew by {growth:,} ({bound:,} allowed)")
-    text = ", and ".join(findings)
-    require(not findings, f"{name}: from the second quarter to the last, {text}")
+    require(not findings, f"{name}: from the second quarter to the last, {', and '.join(findings)}")
 
 
 def require_no_slowdown(campaign: Campaign, name: str, samples: Samples, *, enforce: bool) -> None:
-    """Count how long saves took at the start, after the first samples, and at the end.
-
-    Only with ``enforce`` is a slowdown beyond the bound a finding.
-    """
+    """Count how long saves took at the start and at the end; with ``enforce``, a slowdown is a finding."""
     if len(samples) < _LEAST_SAMPLES:
         return
     tenth = max(1, len(samples) // 10)
@@ -109,16 +94,11 @@ def require_no_slowdown(campaign: Campaign, name: str, samples: Samples, *, enfo
         campaign.counts[f"{name}: {key}, µs at the end"] = round(end * 1e6)
         ratios[key] = end / start
     if enforce:
+        save, disk, cpu = ratios["save"], ratios["disk"], ratios["cpu"]
         # A disk that others use now, and did not before, is slower for the probe, too.
-        require(
-            min(ratios["save"], ratios["save"] / ratios["disk"]) <= LATENCY_BOUND,
-            f"{name}: a save took {ratios['save']:.2f} times as long at the end as at the start, "
-            f"and the disk {ratios['disk']:.2f} times",
-        )
-        require(
-            ratios["cpu"] <= LATENCY_BOUND,
-            f"{name}: a save took {ratios['cpu']:.2f} times the processor time at the end",
-        )
+        text = f"{name}: at the end, a save took {save:.2f} times as long, and the disk {disk:.2f} times"
+        require(min(save, save / disk) <= LATENCY_BOUND, text)
+        require(cpu <= LATENCY_BOUND, f"{name}: a save took {cpu:.2f} times the processor time at the end")
 
 
 def _median(samples: Samples, key: str) -> float:

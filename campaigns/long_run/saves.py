@@ -1,9 +1,7 @@
 """Many saves of a small state in one process; and saves into a directory that keeps many checkpoints.
 
-This module is also the process that saves; orders and samples are lines of JSON.
-
-    {"rules": {…}}              save by these rules from now on
-    {"first": 0, "count": 100}  save these steps; answered by a sample
+This module is also the process that saves. Its orders are lines of JSON: rules to follow from now on, or the
+first step and the number of steps to save, answered by a sample.
 """
 
 from __future__ import annotations
@@ -21,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from campaigns.campaign import Campaign, fault_arguments, require
-from campaigns.child import Child, parse_arguments
+from campaigns.campaign import Campaign, require
+from campaigns.child import Child, parse_arguments, start_child
 from campaigns.long_run import growth
 from campaigns.oracle import Rules, Saved, must_keep
 from distrust import Checkpoint, CheckpointManager
@@ -58,11 +56,9 @@ def run(campaign: Campaign, folder: Path) -> list[dict[str, Any]]:
             campaign.count("saves", count)
             checkpoints = (Saved(step, metric=metric(step)) for step in range(total))
             expected = sorted(saved.step for saved in must_keep(checkpoints, RULES))
-            require(
-                sample["steps"] == expected and sample["files"] <= FILES,
-                f"after {total:,} saves the rules retain {expected}; there are {sample['steps']} in "
-                f"{sample['files']} files",
-            )
+            steps, files = sample["steps"], sample["files"]
+            text = f"after {total:,} saves the rules retain {expected}; there are {steps} in {files} files"
+            require(steps == expected and files <= FILES, text)
         saver.finish()
     growth.require_no_growth(campaign, "saves", samples)
     growth.require_no_slowdown(campaign, "saves", samples, enforce=total >= TIMED_FROM)
@@ -88,9 +84,8 @@ def run_many(campaign: Campaign, folder: Path) -> list[dict[str, Any]]:
         saver.finish()
     middle = len(samples) // 2
     _require_linear(campaign, samples[:middle])
-    growth.require_no_growth(
-        campaign, f"{many:,} checkpoints", samples[middle:], allowed_blocks=BLOCKS_PER_CHECKPOINT * many
-    )
+    allowed, name = BLOCKS_PER_CHECKPOINT * many, f"{many:,} checkpoints"
+    growth.require_no_growth(campaign, name, samples[middle:], allowed_blocks=allowed)
     return samples
 
 
@@ -103,20 +98,13 @@ def _require_linear(campaign: Campaign, samples: growth.Samples) -> None:
     campaign.counts["many: processor time of a save with few checkpoints, µs"] = round(first * 1e6)
     campaign.counts["many: processor time of a save with all, µs"] = round(full * 1e6)
     campaign.counts["many: for each checkpoint, µs"] = round(each * 1e6)
-    require(
-        full - first <= GROWTH_BOUND * max(0.0, half - first) + NOISE_SECONDS,
-        f"a save took {first * 1e3:.1f} ms of processor time with few checkpoints, {half * 1e3:.1f} with "
-        f"half of them, {full * 1e3:.1f} with all: more than linear",
-    )
+    is_linear = full - first <= GROWTH_BOUND * max(0.0, half - first) + NOISE_SECONDS
+    times = f"{first * 1e3:.1f} ms with few checkpoints, {half * 1e3:.1f} with half of them, {full * 1e3:.1f}"
+    require(is_linear, f"more than linear: the processor time of a save was {times} with all")
 
 
 def _start_saver(campaign: Campaign, folder: Path) -> Child:
-    return Child(
-        "campaigns.long_run.saves",
-        folder / "checkpoints",
-        campaign.options.seed,
-        *fault_arguments(campaign.options),
-    )
+    return start_child(campaign, "campaigns.long_run.saves", folder / "checkpoints", campaign.options.seed)
 
 
 def _windows(campaign: Campaign) -> Iterator[tuple[int, int]]:
@@ -139,8 +127,6 @@ CLOSE_EVERY = 10
 
 
 class Saver:
-    """Saves into one directory, and measures the time."""
-
     def __init__(self, directory: Path, seed: str) -> None:
         self._seed = seed  # of the choice between copying and overlapping
         self._directory = directory  # of the checkpoints

@@ -1,7 +1,4 @@
-"""The trainer, for thousands of steps and half as many saves, on an engine of numpy.
-
-This module is also the process that trains; it prints a sample now and then, as a line of JSON.
-"""
+"""The trainer, for thousands of steps and saves, on an engine of numpy; also the process that trains."""
 
 from __future__ import annotations
 
@@ -11,8 +8,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from campaigns.campaign import Campaign, fault_arguments, require
-from campaigns.child import Child, parse_arguments
+from campaigns.campaign import Campaign, require
+from campaigns.child import parse_arguments, start_child
 from campaigns.long_run import growth
 
 RECORDS = 64  # of the data set
@@ -25,9 +22,9 @@ HISTORY_BYTES = 5 * 8 * 2.125
 def run(campaign: Campaign, folder: Path) -> list[dict[str, Any]]:
     steps = campaign.options.steps
     window = max(2, steps // WINDOWS // 2 * 2)
-    arguments = [folder, campaign.options.seed, steps, window, *fault_arguments(campaign.options)]
+    arguments = (folder, campaign.options.seed, steps, window)
     samples: list[dict[str, Any]] = []
-    with Child("campaigns.long_run.training", *arguments) as trainer:
+    with start_child(campaign, "campaigns.long_run.training", *arguments) as trainer:
         while "last_step" not in (sample := trainer.receive_json()):
             samples.append(sample)
             campaign.count("steps trained", window)
@@ -57,13 +54,9 @@ class Sampler:
             for thread in threading.enumerate():
                 if thread.name.startswith("save "):
                     thread.join()
-            sample = {
-                "saves": event.step // 2,
-                "steps": event.step,
-                "step": statistics.median(self._seconds),
-                **growth.read_resources(self._threads)._asdict(),
-            }
-            print(json.dumps(sample), flush=True)
+            resources = growth.read_resources(self._threads)._asdict()
+            times = {"saves": event.step // 2, "steps": event.step, "step": statistics.median(self._seconds)}
+            print(json.dumps({**times, **resources}), flush=True)
             self._seconds.clear()
 
 

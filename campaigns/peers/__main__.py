@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TextIO
 
 from campaigns import peers
-from campaigns.campaign import Campaign, Case, add_directory, parser, require, run
+from campaigns.campaign import Campaign, Case, parser, require, run
 from campaigns.peers.accidents import KILL
 from campaigns.peers.all_subjects import SUBJECTS, missing_modules, versions
 from campaigns.peers.outcomes import Outcome
@@ -34,15 +34,13 @@ ALLOWED_OF_DAMAGE = {Outcome.NOTHING_LOST, Outcome.FELL_BACK_SAYING, Outcome.FOU
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    cli = parser(peers.__doc__)
+    cli = parser(peers.__doc__, writes=True, faults=["digests"])
     cli.add_argument("--peers", type=re.compile, default="", help="only the savers whose name this matches")
     cli.add_argument("--accidents", type=re.compile, default="", help="only the accidents that this matches")
     cli.add_argument("--rounds", type=int, help="trials of each cell, at most (default: all)")
-    add_directory(cli)
     cli.add_argument("--markdown", type=Path, help="write the table into this file")
     cli.add_argument("--picture", type=Path, help="draw the counts into this PNG")
     cli.add_argument("--log", type=Path, help="write every trial into this file, a line of JSON each")
-    cli.add_argument("--fault", choices=["digests"], help="leave this out of ours: it must be found")
     return run("peers", cli, _body, cases=ROUNDS * len(CELLS), arguments=arguments)
 
 
@@ -62,9 +60,11 @@ def _body(campaign: Campaign) -> None:
                 if name not in benches:
                     benches[name] = stack.enter_context(Bench(cell.subject, parent, fault=options.fault))
                 trial = benches[name].run_trial(cell.accident, case.rng)
-                _count(campaign, results, cell, trial)
-                _write_log(log, case, cell, trial)
-                _require(campaign, cell, trial)
+                results.add(cell, trial.outcome)
+                campaign.count(f"{cell.accident.name}, {name}: {trial.outcome.value}")
+                if log is not None:
+                    _write_log(log, case, cell, trial)
+                _require(cell, trial)
         finally:
             _write_reports(campaign, results, package_versions)
 
@@ -73,11 +73,12 @@ def _select_cells(campaign: Campaign) -> Iterator[Cell]:
     """The cells that the options select and that can be tried."""
     options = campaign.options
     for subject in SUBJECTS:
-        cells = [cell for cell in CELLS if cell.subject is subject]
         selected = [
             cell
-            for cell in cells
-            if re.search(options.peers, subject.name) and re.search(options.accidents, cell.accident.name)
+            for cell in CELLS
+            if cell.subject is subject
+            and re.search(options.peers, subject.name)
+            and re.search(options.accidents, cell.accident.name)
         ]
         missing = missing_modules(subject)
         if selected and missing:
@@ -96,26 +97,14 @@ def _select_cases(campaign: Campaign, cells: Sequence[Cell]) -> Iterator[tuple[C
             yield case, cell
 
 
-def _count(campaign: Campaign, results: Results, cell: Cell, trial: Trial) -> None:
-    results.add(cell, trial.outcome)
-    campaign.count(f"{cell.accident.name}, {cell.subject.name}: {trial.outcome.value}")
-
-
-def _write_log(log: TextIO | None, case: Case, cell: Cell, trial: Trial) -> None:
-    if log is None:
-        return
-    line = {
-        "case": case.number,
-        "saver": cell.subject.name,
-        "accident": cell.accident.name,
-        "what": trial.description,
-        "outcome": trial.outcome.value,
-        "message": trial.message[-MESSAGE:],  # the end of an error is the most specific
-    }
+def _write_log(log: TextIO, case: Case, cell: Cell, trial: Trial) -> None:
+    line = {"case": case.number, "saver": cell.subject.name, "accident": cell.accident.name}
+    line |= {"what": trial.description, "outcome": trial.outcome.value}
+    line["message"] = trial.message[-MESSAGE:]  # the end of an error is the most specific
     print(json.dumps(line), file=log, flush=True)
 
 
-def _require(campaign: Campaign, cell: Cell, trial: Trial) -> None:
+def _require(cell: Cell, trial: Trial) -> None:
     allowed = ALLOWED.get(cell.accident.name, ALLOWED_OF_DAMAGE)
     trial_name = f"{cell.subject.name}, {cell.accident.name} ({trial.description})"
     message = f"{trial_name}: {trial.outcome.value}: {trial.message[-MESSAGE:]}"

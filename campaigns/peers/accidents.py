@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,53 +11,41 @@ from pathlib import Path
 
 KILL = "SIGKILL in mid-save"  # name of the only accident to a process
 
+#: Does it to the files, and returns a description.
 Strike = Callable[[Sequence[Path], random.Random], str]
 
 
 @dataclass(frozen=True, slots=True)
 class Accident:
-    """Something that happens to a checkpoint.
-
-    Attributes:
-        strike: does it to the files, and returns a description; None for a kill, which hits the writer.
-    """
-
     name: str  # in the tables
     note: str  # what happens, for the picture
-    strike: Strike | None
+    strike: Strike | None  # None for a kill, which hits the writer
     certain: bool = False  # whether it is the same each time
 
 
 def flip_a_bit(files: Sequence[Path], rng: random.Random) -> str:
     path, offset = _random_byte(files, rng)
     bit = rng.randrange(8)
-    with path.open("r+b") as file:
-        file.seek(offset)
-        (byte,) = file.read(1)
-        file.seek(offset)
-        file.write(bytes([byte ^ 1 << bit]))
-    return f"{path.name}: bit {bit} of byte {offset:,} of {path.stat().st_size:,}"
+    raw = bytearray(path.read_bytes())
+    raw[offset] ^= 1 << bit
+    path.write_bytes(raw)
+    return f"{path.name}: bit {bit} of byte {offset:,} of {len(raw):,}"
 
 
 def zero_a_tail(files: Sequence[Path], rng: random.Random) -> str:
     """Write zeros from some byte to the end of its file: what a power cut leaves after the size was set."""
     while True:
         path, offset = _random_byte(files, rng)
-        size = path.stat().st_size
-        with path.open("r+b") as file:
-            file.seek(offset)
-            if not any(file.read()):
-                continue  # all zeros already
-            file.seek(offset)
-            file.write(bytes(size - offset))
-        return f"{path.name}: zeros from byte {offset:,} of {size:,}"
+        raw = path.read_bytes()
+        if any(raw[offset:]):  # else all zeros already
+            path.write_bytes(raw[:offset].ljust(len(raw), b"\0"))
+            return f"{path.name}: zeros from byte {offset:,} of {len(raw):,}"
 
 
 def truncate(files: Sequence[Path], rng: random.Random) -> str:
     path, offset = _random_byte(files, rng)
     size = path.stat().st_size
-    with path.open("r+b") as file:
-        file.truncate(offset)
+    os.truncate(path, offset)
     return f"{path.name}: cut at byte {offset:,} of {size:,}"
 
 
@@ -69,22 +58,17 @@ def remove_a_file(files: Sequence[Path], rng: random.Random) -> str:
 def zero_half_an_adapter(files: Sequence[Path], rng: random.Random) -> str:
     """Zero the second half of an adapter's tensors, in either kind of safetensors file."""
     (path,) = (file for file in files if file.name.startswith(("adapter_model", "checkpoint-")))
-    with path.open("r+b") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        del header["__metadata__"]
-        is_distrust = any(name.startswith("optimizer.") for name in header)
-        offsets = sorted(
-            tensor["data_offsets"]
-            for name, tensor in header.items()
-            if not is_distrust or name.startswith("model.")
-        )
-        for begin, end in offsets[len(offsets) // 2 :]:
-            file.seek(8 + length + begin)
-            file.write(bytes(end - begin))
-    return (
-        f"{path.name}: {len(offsets) - len(offsets) // 2} of {len(offsets)} tensors of the adapter are zeros"
-    )
+    raw = bytearray(path.read_bytes())
+    data = 8 + int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:data])
+    del header["__metadata__"]
+    prefix = "model." if any(name.startswith("optimizer.") for name in header) else ""
+    offsets = sorted(tensor["data_offsets"] for name, tensor in header.items() if name.startswith(prefix))
+    half = offsets[len(offsets) // 2 :]
+    for begin, end in half:
+        raw[data + begin : data + end] = bytes(end - begin)
+    path.write_bytes(raw)
+    return f"{path.name}: {len(half)} of {len(offsets)} tensors of the adapter are zeros"
 
 
 def remove(name: str) -> Strike:

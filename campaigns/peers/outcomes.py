@@ -40,8 +40,6 @@ SAID = re.compile(rf"{NAMED.pattern}|\bskip|\bolder\b|\binstead\b|\binitiali", r
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What a saver made of a directory."""
-
     step: int | None = None  # that it resumed from; None if it found none
     proof: str | None = None  # digest of the values that it then had
     error: str | None = None  # what it raised, with the causes; None if it resumed
@@ -58,7 +56,7 @@ class Reply:
 
     @property
     def says_it(self) -> bool:
-        return any(SAID.search(word) for word in self.words)
+        return any(map(SAID.search, self.words))
 
     @property
     def message(self) -> str:
@@ -66,13 +64,7 @@ class Reply:
 
 
 def classify(reply: Reply, expected: Mapping[int, str], newest: int) -> Outcome:
-    """Classify a trial.
-
-    Args:
-        reply: of the saver.
-        expected: proof of each step's true values.
-        newest: the last step that was reported as saved.
-    """
+    """Classify a trial by the proof of each step's true values, and the last step reported as saved."""
     if reply.crashed is not None:
         return Outcome.CRASHED
     if reply.error is not None:

@@ -20,13 +20,9 @@ ATTEMPTS = 20  # until a kill comes during a save
 
 def start(*arguments: str, fault: str | None) -> Child:
     """A worker of one saver, without a network or a progress bar."""
-    environment = {
-        "HF_HUB_OFFLINE": "1",
-        "JAX_PLATFORMS": "cpu",
-        "TOKENIZERS_PARALLELISM": "false",
-        "TQDM_DISABLE": "1",  # a progress bar is not a message about damage
-        **({FAULT: fault} if fault else {}),
-    }
+    environment = {"HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu", "TOKENIZERS_PARALLELISM": "false"}
+    environment["TQDM_DISABLE"] = "1"  # a progress bar is not a message about damage
+    environment |= {FAULT: fault} if fault else {}
     return Child("campaigns.peers.worker", *arguments, environment=environment)
 
 
@@ -90,11 +86,7 @@ class WarmProcess:
 def kill_during_save(
     subject: Subject, parent: Path, mib: int, rng: random.Random, *, fault: str | None
 ) -> tuple[Path, int, str]:
-    """Let a process save step after step, and kill it at a random instant of a save.
-
-    Returns:
-        The directory, the step that was being saved (the one before it was reported), and a description.
-    """
+    """Kill a process at a random instant of a save; the directory, the step being saved, a description."""
     for attempt in range(ATTEMPTS):
         directory = parent / f"attempt-{attempt}"
         arguments = ("write", subject.name, str(directory), str(mib), str(SAVES * subject.interval))
@@ -109,9 +101,11 @@ def _kill_once(child: Child, subject: Subject, rng: random.Random) -> tuple[int,
     """The step and a description; None if every save ended before its kill."""
     duration = 0.0
     while True:
-        step = _begun_step(child)
-        if step is None:
+        if (begun := child.read_line()) is None:
+            raise RuntimeError("the writer hangs")
+        if not begun:
             return None
+        step = int(json.loads(begun)[1])
         began = time.monotonic()
         delay = rng.random() * duration if step >= FIRST_KILLED * subject.interval else ANSWER_SECONDS
         line = child.read_line(delay)
@@ -123,11 +117,3 @@ def _kill_once(child: Child, subject: Subject, rng: random.Random) -> tuple[int,
         if not line:
             raise RuntimeError(f"{subject.name}: the writer ended during a save")
         duration = time.monotonic() - began
-
-
-def _begun_step(child: Child) -> int | None:
-    """The step of the next save; None at the end."""
-    line = child.read_line()
-    if line is None:
-        raise RuntimeError("the writer hangs")
-    return int(json.loads(line)[1]) if line else None

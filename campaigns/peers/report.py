@@ -1,7 +1,4 @@
-"""The counts: by saver, accident and outcome, as a Markdown table and as a picture.
-
-The picture has a panel for each accident, a bar for each saver, a colour for each outcome.
-"""
+"""The counts by saver, accident and outcome: a Markdown table, and a picture, a panel for each accident."""
 
 from __future__ import annotations
 
@@ -26,8 +23,6 @@ NOTES = (
 
 
 class Results:
-    """The outcomes of every trial so far."""
-
     def __init__(self) -> None:
         self.counts: dict[tuple[str, str], Counter[Outcome]] = {}
 

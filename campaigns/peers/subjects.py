@@ -1,9 +1,7 @@
 """The savers of arrays, each used as its own documentation shows.
 
-Each finds its newest checkpoint by its own means. Those without (safetensors, ``torch.save``) are tried in
-both ways in which they are used: over the same name, and with a new name for each step, of which the highest
-is loaded. ``torch.distributed.checkpoint`` (DCP) writes a new folder for each step, and the newest that has
-its ``.metadata`` is loaded. Imports are in the functions: a process imports only the library that it tries.
+Each finds its newest checkpoint by its own means. Those without (safetensors, ``torch.save``, DCP) load the
+highest step; the first two are also tried over the same name. A process imports only the library it tries.
 """
 
 from __future__ import annotations
@@ -27,11 +25,9 @@ Arrays = dict[str, "np.ndarray[Any, Any]"]
 
 def make_state(step: int, mib: int) -> Arrays:
     """Tensors of so many MiB in total; no two steps share a value."""
-    state: Arrays = {
-        f"layers.{index}.weight": base + np.float32(step) for index, base in enumerate(_bases(mib))
-    }
-    state["step"] = np.array([step], np.int32)
-    return state
+    weights = (base + np.float32(step) for base in _bases(mib))
+    state: Arrays = {f"layers.{index}.weight": weight for index, weight in enumerate(weights)}
+    return {**state, "step": np.array([step], np.int32)}
 
 
 def step_of(state: Mapping[str, Any]) -> int:
@@ -65,22 +61,13 @@ SAVES = 12  # of a process that is to be killed
 
 
 class Subject(ABC):
-    """A way to save and to resume.
-
-    Attributes:
-        ours: whether a loss is a counterexample.
-        interval: steps between two saves.
-        damages: how many trials of each kind of damage.
-        kills: how many kills.
-    """
-
     name: str  # in the tables
     modules: tuple[str, ...] = ()  # that have to be installed
     packages: tuple[str, ...] = ()  # whose versions are shown
-    ours = False
+    ours = False  # whether a loss is a counterexample
     accidents: tuple[Accident, ...] = COMMON  # that it is tried with
-    interval = 1
-    damages = 50
+    interval = 1  # steps between two saves
+    damages = 50  # trials of each kind of damage
     kills = 12
 
     @abstractmethod
@@ -105,8 +92,6 @@ class Subject(ABC):
 
 
 class Store(Subject):
-    """A saver of arrays."""
-
     def write(self, directory: Path, mib: int, last: int, report: Report) -> None:
         self.open(directory)
         for step in range(1, last + 1):
@@ -217,30 +202,6 @@ class Function(Store):
         return directory / self._pattern.format(step)
 
 
-def _save_safetensors(arrays: Any, path: Path) -> None:
-    from safetensors.numpy import save_file
-
-    save_file(arrays, path)
-
-
-def _load_safetensors(path: Path, mib: int) -> Mapping[str, Any]:
-    from safetensors.numpy import load_file
-
-    return load_file(path)
-
-
-def _save_torch(arrays: Any, path: Path) -> None:
-    import torch
-
-    torch.save(arrays, path)
-
-
-def _load_torch(path: Path, mib: int) -> Mapping[str, Any]:
-    import torch
-
-    return _arrays(torch.load(path, weights_only=True))
-
-
 def _save_dcp(arrays: Any, path: Path) -> None:
     _dcp().save(arrays, checkpoint_id=path, no_dist=True)
 
@@ -317,9 +278,15 @@ def _orbax_manager(directory: Path) -> Any:
     return ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(max_to_keep=3))
 
 
-_SAFETENSORS = (_save_safetensors, _load_safetensors)
-_TORCH = (_save_torch, _load_torch)
-_DCP: dict[str, Any] = {"convert": _tensors, "marker": ".metadata"}
+_SAFETENSORS: Any = (
+    lambda arrays, path: import_module("safetensors.numpy").save_file(arrays, path),
+    lambda path, mib: import_module("safetensors.numpy").load_file(path),
+)
+_TORCH: Any = (
+    lambda arrays, path: import_module("torch").save(arrays, path),
+    lambda path, mib: _arrays(import_module("torch").load(path, weights_only=True)),
+)
+_DCP: dict[str, Any] = {"load": _load_dcp, "convert": _tensors, "marker": ".metadata"}
 STORES: tuple[Store, ...] = (
     Distrust(),
     Distrust(background=True),
@@ -327,7 +294,7 @@ STORES: tuple[Store, ...] = (
     Function("safetensors, same name", "safetensors", "state.safetensors", *_SAFETENSORS, accidents=KILLS),
     Function("torch.save, new names", "torch", "state-{}.pt", *_TORCH, convert=_tensors),
     Function("torch.save, same name", "torch", "state.pt", *_TORCH, convert=_tensors, accidents=KILLS),
-    Function("DCP", "torch", "step-{}", _save_dcp, _load_dcp, **_DCP),
-    Function("DCP, async_save", "torch", "step-{}", _save_dcp_async, _load_dcp, **_DCP, accidents=KILLS),
+    Function("DCP", "torch", "step-{}", _save_dcp, **_DCP),
+    Function("DCP, async_save", "torch", "step-{}", _save_dcp_async, **_DCP, accidents=KILLS),
     Orbax(),
 )

@@ -1,7 +1,6 @@
 """The trainers: a real LoRA training of the bundled model, and the same command again.
 
-What a trainer has restored shows in its final state: the proof covers the trained weights after the last step
-and the losses on the way there. Dropout is on, so the state of the random generators matters, too.
+The proof of a restored state covers the trained weights after the last step and the losses on the way there.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 import json
 import random
 import signal
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,24 +31,24 @@ Losses = Mapping[int, float]
 
 
 class Training(Subject):
-    """A trainer."""
-
     interval = SAVE_EVERY
     damages = 12
     kills = 8
 
     def expected_proofs(self, directory: Path, mib: int) -> dict[int, str]:
-        losses, digest = self.train_undisturbed(directory)
+        _, losses, digest = self.run(directory, resume=False)
         return {step: _proof(losses, digest, after=step) for step in range(SAVE_EVERY, STEPS + 1, SAVE_EVERY)}
 
-    def train_undisturbed(self, directory: Path) -> tuple[Losses, str]:
-        """The loss of each step of an undisturbed run, and the digest of its final state."""
-        raise NotImplementedError
+    def resume(self, directory: Path, mib: int) -> Resumed:
+        start, losses, digest = self.run(directory, resume=True)
+        return start, _proof(losses, digest, after=start)
+
+    @abstractmethod
+    def run(self, directory: Path, *, resume: bool) -> tuple[int, Losses, str]:
+        """Train to the end; the step at the start, the losses, the digest of the trained weights."""
 
 
 class DistrustTraining(Training):
-    """Ours."""
-
     name = "DistrustTrainer"
     modules = ("torch", "transformers", "peft")
     packages = ("distrust-trainer",)
@@ -68,18 +68,10 @@ class DistrustTraining(Training):
 
         self._train(directory, watch)
 
-    def resume(self, directory: Path, mib: int) -> Resumed:
-        start, losses, digest = self._run(directory)
-        return start, _proof(losses, digest, after=start)
-
-    def train_undisturbed(self, directory: Path) -> tuple[Losses, str]:
-        _, losses, digest = self._run(directory)
-        return losses, digest
-
     def path(self, directory: Path, step: int) -> Path:
         return directory / "checkpoints" / f"checkpoint-{step}.safetensors"
 
-    def _run(self, directory: Path) -> tuple[int, Losses, str]:
+    def run(self, directory: Path, *, resume: bool) -> tuple[int, Losses, str]:
         from distrust.training.events import Event, RunStarted, StepEnded
 
         start = 0
@@ -117,8 +109,6 @@ class Trainer(Training):
         from transformers import TrainerCallback
 
         class Reporter(TrainerCallback):  # type: ignore[misc]
-            """Reports each save, and stops after the last one."""
-
             def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
                 if state.global_step % SAVE_EVERY == 0:
                     report("begin", state.global_step)
@@ -129,40 +119,28 @@ class Trainer(Training):
 
         _hf_trainer(directory, Reporter()).train()
 
-    def resume(self, directory: Path, mib: int) -> Resumed:
-        start, losses, digest = _hf_run(directory, resume_from_checkpoint=True)
-        return start, _proof(losses, digest, after=start)
-
-    def train_undisturbed(self, directory: Path) -> tuple[Losses, str]:
-        _, losses, digest = _hf_run(directory)
-        return losses, digest
-
     def path(self, directory: Path, step: int) -> Path:
         return directory / f"checkpoint-{step}"
 
+    def run(self, directory: Path, *, resume: bool) -> tuple[int, Losses, str]:
+        from transformers import TrainerCallback
 
-def _hf_run(directory: Path, **resume: bool) -> tuple[int, Losses, str]:
-    """Train to the end; the step at the start, the losses, the digest of the trained weights."""
-    from transformers import TrainerCallback
+        start = 0
 
-    start = 0
+        class StartObserver(TrainerCallback):  # type: ignore[misc]
+            def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                nonlocal start
+                start = state.global_step
 
-    class StartObserver(TrainerCallback):  # type: ignore[misc]
-        """Notes where it resumes."""
-
-        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            nonlocal start
-            start = state.global_step
-
-    trainer = _hf_trainer(directory, StartObserver())
-    trainer.train(**resume)
-    losses = {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
-    digest = blake3()
-    for name, parameter in trainer.model.named_parameters():
-        if parameter.requires_grad:
-            digest.update(name.encode())
-            digest.update(parameter.detach().numpy().tobytes())
-    return start, losses, digest.hexdigest()
+        trainer = _hf_trainer(directory, StartObserver())
+        trainer.train(**({"resume_from_checkpoint": True} if resume else {}))
+        losses = {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
+        digest = blake3()
+        for name, parameter in trainer.model.named_parameters():
+            if parameter.requires_grad:
+                digest.update(name.encode())
+                digest.update(parameter.detach().numpy().tobytes())
+        return start, losses, digest.hexdigest()
 
 
 def _hf_trainer(directory: Path, callback: Any) -> Any:
@@ -199,6 +177,5 @@ def _examples() -> list[dict[str, list[int]]]:
 
 
 def _proof(losses: Losses, final: str, *, after: int) -> str:
-    """Digest of the losses after a step, and of the final state."""
     later = {step: loss for step, loss in losses.items() if step > after}
     return blake3(json.dumps([sorted(later.items()), final]).encode()).hexdigest()

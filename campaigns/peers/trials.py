@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Self
 
-from campaigns.peers.accidents import ALL, KILL, Accident
+from campaigns.peers.accidents import ALL, KILL, Accident, Strike
 from campaigns.peers.all_subjects import SUBJECTS
 from campaigns.peers.outcomes import STOPPED, Outcome, Reply, classify
 from campaigns.peers.processes import WarmProcess, kill_during_save
@@ -26,14 +26,11 @@ CERTAIN_TRIALS = 3
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A saver and an accident."""
-
     subject: Subject
     accident: Accident
 
     @property
     def trials(self) -> int:
-        """How many a complete run makes."""
         if self.accident.certain:
             return CERTAIN_TRIALS
         return self.subject.kills if self.accident.name == KILL else self.subject.damages
@@ -41,8 +38,6 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What was done, its outcome, and the message that a user reads."""
-
     description: str
     outcome: Outcome
     message: str
@@ -86,17 +81,14 @@ class Bench:
         self._stack.close()
 
     def run_trial(self, accident: Accident, rng: random.Random) -> Trial:
-        folder = self._folder / "trial"
-        folder.mkdir()
-        try:
-            return self._kill(folder, rng) if accident.strike is None else self._damage(accident, rng)
-        finally:
-            shutil.rmtree(folder)
+        with TemporaryDirectory(dir=self._folder) as folder:
+            if accident.strike is None:
+                return self._kill(Path(folder), rng)
+            return self._damage(Path(folder), accident.strike, rng)
 
-    def _damage(self, accident: Accident, rng: random.Random) -> Trial:
-        directory = self._copy()
-        assert accident.strike is not None
-        description = accident.strike(self._subject.files(directory, self._newest), rng)
+    def _damage(self, folder: Path, strike: Strike, rng: random.Random) -> Trial:
+        directory = self._copy(folder)
+        description = strike(self._subject.files(directory, self._newest), rng)
         reply = self._warm.resume(directory, DAMAGED_MIB)
         return Trial(description, classify(reply, self._proofs(DAMAGED_MIB), self._newest), reply.message)
 
@@ -107,16 +99,11 @@ class Bench:
         return Trial(description, outcome, reply.message)
 
     def _resume_copy(self) -> Reply:
-        (self._folder / "trial").mkdir()
-        try:
-            return self._warm.resume(self._copy(), DAMAGED_MIB)
-        finally:
-            shutil.rmtree(self._folder / "trial")
+        with TemporaryDirectory(dir=self._folder) as folder:
+            return self._warm.resume(self._copy(Path(folder)), DAMAGED_MIB)
 
-    def _copy(self) -> Path:
-        directory = self._folder / "trial" / "copy"
-        shutil.copytree(self._undamaged, directory)
-        return directory
+    def _copy(self, folder: Path) -> Path:
+        return Path(shutil.copytree(self._undamaged, folder / "copy"))
 
     def _proofs(self, mib: int) -> dict[int, str]:
         if mib not in self._expected:

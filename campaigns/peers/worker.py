@@ -1,8 +1,7 @@
 """The process of one saver: ``worker serve SUBJECT`` and ``worker write SUBJECT DIRECTORY MIB STEP``.
 
-``serve`` stays warm: it answers requests, each a line of JSON, until its input ends. What a trial prints is
-captured at the file descriptors, so that messages of C++ libraries count, too. ``write`` saves until it is
-killed, and prints a line before and after each save.
+``serve`` answers requests, lines of JSON, and captures what a trial prints at the file descriptors, so that
+messages of C++ libraries count, too. ``write`` saves until it is killed, and reports before and after a save.
 """
 
 from __future__ import annotations

@@ -1,14 +1,9 @@
 """What a disk may hold after a power cut, by what POSIX permits and file systems do.
 
-What was not synced may have reached the disk or not, in any order:
-
-- of a file's content, each page was written or not, or in part (a disk writes sectors), or is zeros where the
-  size was set before; the size is any that the file had since its last sync, or ends at any page between;
-- of a directory, each new name, rename and removal exists or not, whatever came before or after it. A rename
-  replaces the target atomically, but the old name may still exist.
-
-What was synced exists: a file's content by the sync of the file, its name by the sync of its directory. The
-models are SQLite's crash tests, and Pebble's crash clones, which keep a random part of what was not synced.
+What was synced exists: a file's content by its sync, its name by the sync of its directory. Anything else may
+have reached the disk or not, in any order: pages whole, torn at a sector or zeros, any size the file had, and
+names. A rename replaces its target atomically, but the old name may still exist. The models are SQLite's
+crash tests, and Pebble's crash clones.
 """
 
 from __future__ import annotations
@@ -20,19 +15,7 @@ from pathlib import Path
 from random import Random
 from typing import Literal, NamedTuple
 
-from campaigns.power.recording import (
-    Create,
-    MakeDirectory,
-    Operation,
-    Rename,
-    Reserve,
-    Sync,
-    SyncDirectory,
-    SyncFailed,
-    Truncate,
-    Unlink,
-    Write,
-)
+from campaigns.power import recording as op
 
 PAGE_BYTES = 4096  # what the page cache writes
 SECTOR_BYTES = 512  # what a disk writes in one piece
@@ -55,10 +38,9 @@ class _Change(NamedTuple):
 @dataclass
 class _File:
     durable: bytes = b""
-    pending: list[Reserve | Write | Truncate] = field(default_factory=list)
+    pending: list[op.Reserve | op.Write | op.Truncate] = field(default_factory=list)
 
     def content(self, fate: Fate, rng: Random) -> bytes:
-        """After a cut."""
         if not self.pending or fate == "lost":
             return self.durable
         versions, sizes = self._history()
@@ -72,7 +54,6 @@ class _File:
         return content[:size]
 
     def sync(self) -> None:
-        """Everything is durable."""
         self.durable = self.content("kept", Random(0))
         self.pending.clear()
 
@@ -84,9 +65,9 @@ class _File:
         }
         sizes = [len(self.durable)]
         for operation in self.pending:
-            if isinstance(operation, Truncate):
+            if isinstance(operation, op.Truncate):
                 sizes.append(operation.size)
-            elif isinstance(operation, Reserve):
+            elif isinstance(operation, op.Reserve):
                 sizes.append(max(sizes[-1], operation.size))
             else:
                 for at in range(0, len(operation.content), PAGE_BYTES):
@@ -108,10 +89,8 @@ def _page(versions: list[bytes], fate: Fate, *, odd: bool, rng: Random) -> bytes
         return _tear(last, rng.choice([first, blank]), rng=rng)
     if fate == "zeros":
         return first if len(versions) == 1 else blank
-    if fate == "all but one":
-        return first if odd else last
-    if fate == "only one":
-        return last if odd else first
+    if fate in ("all but one", "only one"):
+        return first if odd == (fate == "all but one") else last
     return last
 
 
@@ -134,27 +113,27 @@ class World:
             node = self._new_node(None if content is None else _File(content))
             self.names[path] = self._durable[path] = node
 
-    def apply(self, operation: Operation) -> None:
+    def apply(self, operation: op.Operation) -> None:
         match operation:
-            case MakeDirectory(path):
+            case op.MakeDirectory(path):
                 self._change(_Change(None, path, self._new_node(None)))
-            case Create(path, file):
+            case op.Create(path, file):
                 self._nodes[file] = self._new_node(_File())
                 self._change(_Change(None, path, self._nodes[file]))
-            case Reserve() | Write() | Truncate():
+            case op.Reserve() | op.Write() | op.Truncate():
                 self._file(operation.file).pending.append(operation)
-            case Sync(file):
+            case op.Sync(file):
                 self._file(file).sync()
-            case SyncFailed(file):
+            case op.SyncFailed(file):
                 # The pages count as clean from now on: some were written, and no sync writes the others.
                 dropped = self._file(file)
                 dropped.durable = dropped.content("random", Random(len(dropped.pending)))
                 dropped.pending.clear()
-            case Rename(source, target):
+            case op.Rename(source, target):
                 self._change(_Change(source, target, self.names[source]))
-            case Unlink(path):
+            case op.Unlink(path):
                 self._change(_Change(path, None, self.names[path]))
-            case SyncDirectory(path):
+            case op.SyncDirectory(path):
                 _apply_changes(self._durable, self._pending.pop(path, []))
 
     def is_certain(self, path: Path) -> bool:

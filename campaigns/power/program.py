@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from campaigns.campaign import CounterExample
+from campaigns.campaign import require
 from campaigns.oracle import Rules, Saved, must_keep
 from campaigns.power.cut import PAGE_BYTES, World
 from campaigns.power.recording import Killed, Operation, RecordingDisk, Rename, Unlink
@@ -44,9 +44,7 @@ class Version(NamedTuple):
 
 
 class Began(NamedTuple):
-    """A save was requested."""
-
-    version: Version
+    version: Version  # whose save was requested
 
 
 class Reported(NamedTuple):
@@ -54,9 +52,7 @@ class Reported(NamedTuple):
 
 
 class RulesChanged(NamedTuple):
-    """From now on, clean-ups follow these rules."""
-
-    rules: Rules
+    rules: Rules  # that clean-ups follow from now on
 
 
 Event = Operation | Began | Reported | RulesChanged
@@ -68,17 +64,13 @@ def describe_event(event: Event) -> str:
 
 
 class Invariants:
-    """What must hold at an instant, derived from the events until then.
-
-    Attributes:
-        required: by name: what must exist after a cut, or a version that was being saved over it.
-        possible: by name: the numbers of the versions that may exist.
-    """
+    """What must hold at an instant, derived from the events until then."""
 
     def __init__(self, world: World, directory: Path, durable: Sequence[Version]) -> None:
         self.world = world  # the disk, before the first event
+        #: By name: what must exist after a cut, or a version that was being saved over it.
         self.required = {version.name: version for version in durable}
-        self.possible = {version.name: {version.number} for version in durable}
+        self.possible = {version.name: {version.number} for version in durable}  # the versions that may exist
         self._directory = directory  # of the checkpoints
         self._visible = dict(self.required)  # as the running system sees it
         self._current: Version | None = None
@@ -108,32 +100,23 @@ class Invariants:
         # Only what certainly exists after a cut may displace it.
         certain = [
             version.saved
-            for other, version in self._visible.items()
-            if other == name or self.world.is_certain(self._directory / other)
+            for visible, version in self._visible.items()
+            if visible == name or self.world.is_certain(self._directory / visible)
         ]
-        if self._rules is None or name in {saved.name for saved in must_keep(certain, self._rules)}:
-            raise CounterExample(f"{name} was removed, but {self._rules} retain it: {certain} are certain")
+        retained = self._rules and {saved.name for saved in must_keep(certain, self._rules)}
+        message = f"{name} was removed, but {self._rules} retain it: {certain} are certain"
+        require(retained is not None and name not in retained, message)
         del self._visible[name]
         self.required.pop(name, None)
 
 
 class Program:
-    """A random sequence of what a manager is asked to do, on a recording disk.
-
-    Args:
-        root: the folder that everything happens in.
-        leave_out: operations that are not recorded.
-
-    Attributes:
-        number: of the last version.
-    """
+    """A random sequence of what a manager is asked to do, on a recording disk in the folder ``root``."""
 
     def __init__(self, root: Path, rng: Random, number: int, leave_out: Callable[[Operation], bool]) -> None:
-        self.events: list[Event] = []  # what happened
+        self.events: list[Event] = []  # what happened, without the operations to leave out
         self.number = number  # of the last version so far
-        self.disk = RecordingDisk(
-            lambda operation: None if leave_out(operation) else self.events.append(operation)
-        )
+        self.disk = RecordingDisk(lambda each: None if leave_out(each) else self.events.append(each))
         self._directory = root / INNER
         self._rng = rng  # of all choices
         self._steps: list[int] = []

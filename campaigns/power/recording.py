@@ -1,8 +1,4 @@
-"""A disk that executes and records its operations, and can fail or die on the way.
-
-It takes the place of the product's ``Disk``, below the commit protocol: the protocol under test is the
-product's own.
-"""
+"""A disk that executes and records its operations, and can fail or die; the protocol is the product's."""
 
 from __future__ import annotations
 
@@ -71,17 +67,14 @@ class Killed(BaseException):
 
 
 class RecordingDisk(Disk):
-    """The real disk, with a record. Nothing is really synced: the record keeps what a sync guarantees.
-
-    Attributes:
-        fails: gets the name and the number of each call; returns the errno it fails with, or None.
-    """
+    """The real disk, with a record. Nothing is really synced: the record keeps what a sync guarantees."""
 
     def __init__(self, record: Callable[[Operation], None]) -> None:
         self.calls = 0  # how many calls there were
         self.direct_writes = 0  # how many blocks went past the page cache
         self.failed: list[str] = []  # the names of the calls that failed
         self.dies_after: int | None = None  # the call after which the process ends; None for never
+        #: Gets the name and the number of each call; returns the errno it fails with, or None.
         self.fails: Callable[[str, int], int | None] | None = None
         self._record = record  # called with each operation
         self._files: dict[int, int] = {}  # by descriptor, which the system reuses

@@ -9,8 +9,9 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
+from unittest import mock
 
-from campaigns.campaign import Campaign, CounterExample
+from campaigns.campaign import Campaign, CounterExample, never, require
 from campaigns.oracle import Saved
 from campaigns.power.cut import FATES, PAGE_BYTES, Fate, Image, World, build
 from campaigns.power.program import INNER, Began, Event, Invariants, Program, Version, describe_event
@@ -29,11 +30,9 @@ RANDOM_FATES = 8
 class UnsyncedDisk(Disk):
     """For disks that are checked and thrown away: nothing has to be durable there."""
 
-    def sync(self, descriptor: int) -> None:
-        """Skip it."""
+    def sync(self, descriptor: int) -> None: ...
 
-    def sync_directory(self, path: Path) -> None:
-        """Skip it."""
+    def sync_directory(self, path: Path) -> None: ...
 
 
 def check_disk(root: Path, invariants: Invariants, versions: dict[int, Version]) -> list[Version]:
@@ -42,8 +41,7 @@ def check_disk(root: Path, invariants: Invariants, versions: dict[int, Version])
     existing = _existing(manager, invariants, versions)
     names = {version.name for version in existing}
     missing = sorted(invariants.required.keys() - names)
-    if missing:
-        raise CounterExample(f"{missing[0]} was reported durable, and is gone; existing: {sorted(names)}")
+    require(not missing, f"{missing} reported durable, and gone; existing: {sorted(names)}")
     _require_latest(manager, max(existing, key=lambda version: version.saved[:2]) if existing else None)
     _require_next_save(manager, existing)
     return existing
@@ -54,26 +52,16 @@ def _existing(
 ) -> list[Version]:
     existing = []
     scan = manager.scan()
-    for damaged in scan.damaged:
-        raise CounterExample(str(damaged.error))
+    require(not scan.damaged, f"{[str(damaged.error) for damaged in scan.damaged]}")
     for file in scan.files:
-        number = _read_version(manager, file.path)
-        if number not in invariants.possible.get(file.path.name, ()):
-            raise CounterExample(f"{file.path.name} holds version {number}, and was not saved like that")
+        with never(DistrustError):
+            loaded = manager.load(file.path)
+        number, name = int(loaded.metadata["version"]), file.path.name
+        require((loaded.model["w"] == number).all(), f"{name} holds another content than was saved")
+        possible = invariants.possible.get(name, ())
+        require(number in possible, f"{name} holds version {number}, and was not saved like that")
         existing.append(versions[number])
     return existing
-
-
-def _read_version(manager: CheckpointManager, path: Path) -> int:
-    """Read all of a file; returns the number of its version."""
-    try:
-        loaded = manager.load(path)
-    except DistrustError as error:
-        raise CounterExample(str(error)) from error
-    number = loaded.metadata["version"]
-    if not (loaded.model["w"] == number).all():
-        raise CounterExample(f"{path.name} holds another content than was saved")
-    return int(number)
 
 
 def _require_latest(manager: CheckpointManager, newest: Version | None) -> None:
@@ -82,29 +70,23 @@ def _require_latest(manager: CheckpointManager, newest: Version | None) -> None:
     except CheckpointNotFound:
         latest = None
     expected = newest.number if newest else None
-    if latest != expected:
-        raise CounterExample(f"load_latest gave version {latest}, and the newest is {expected}")
+    require(latest == expected, f"load_latest gave version {latest}, and the newest is {expected}")
 
 
 def _require_next_save(manager: CheckpointManager, existing: list[Version]) -> None:
     """The next save works, removes temporary files, and keeps what it must keep."""
     step = max((version.saved.step for version in existing), default=0) + 1
     following = Version(0, Saved(step))
-    try:
-        with manager:
-            manager.save(following.checkpoint())
-            _require_latest(manager, following)
-    except SaveFailed as error:
-        raise CounterExample(f"the next save failed: {error}") from error
+    with never(SaveFailed, "the next save failed: "), manager:
+        manager.save(following.checkpoint())
+        _require_latest(manager, following)
     names = {path.name for path in manager.directory.iterdir()}
     expected = {version.name for version in existing if version.saved.final} | {following.name, LOCK_NAME}
-    if not expected <= names or any(name.endswith(".tmp") for name in names):
-        raise CounterExample(f"after the next save there are {sorted(names)}, expected {sorted(expected)}")
+    clean = expected <= names and not any(name.endswith(".tmp") for name in names)
+    require(clean, f"after the next save there are {sorted(names)}, expected {sorted(expected)}")
 
 
 class Search:
-    """The disks of one case."""
-
     def __init__(
         self,
         campaign: Campaign,
@@ -147,9 +129,8 @@ class Search:
             self._campaign.count("instants of a cut")
             for names, contents in _fates(invariants.world, rng):
                 disk = invariants.world.after_cut(names, contents, rng)
-                survivors = self._check_once(
-                    disk, invariants, f"{names}/{contents} after {describe_event(event)}"
-                )
+                description = f"{names}/{contents} after {describe_event(event)}"
+                survivors = self._check_once(disk, invariants, description)
                 if number == chosen:
                     next_start = disk, survivors
         self._require_true_model(invariants.world)
@@ -160,8 +141,8 @@ class Search:
         for path, content in world.after_cut("kept", "kept", Random(0)).items():
             if path.name == LOCK_NAME or path.suffix == ".tmp":  # a sync of it may have failed
                 continue
-            if not path.is_dir() if content is None else path.read_bytes() != content:
-                raise CounterExample(f"the model of {path.name} differs from the real disk")
+            same = path.is_dir() if content is None else path.read_bytes() == content
+            require(same, f"the model of {path.name} differs from the real disk")
 
     def _check_once(self, image: Image, invariants: Invariants, description: str) -> list[Version]:
         disk = hashlib.blake2b(digest_size=16)
@@ -196,17 +177,18 @@ def _fates(world: World, rng: Random) -> Iterator[tuple[Fate, Fate]]:
 @contextlib.contextmanager
 def small_blocks(*, buffered: bool) -> Iterator[None]:
     """Blocks of a page, written one after the other, so that a case is the same each time."""
-    settings = stream_writer.BLOCK_BYTES, storage.WRITES_IN_FLIGHT, direct_io.FLAG
-    stream_writer.BLOCK_BYTES, storage.WRITES_IN_FLIGHT = PAGE_BYTES, 1
-    direct_io.FLAG = 0 if buffered else direct_io.FLAG
-    try:
+    with (
+        mock.patch.object(stream_writer, "BLOCK_BYTES", PAGE_BYTES),
+        mock.patch.object(storage, "WRITES_IN_FLIGHT", 1),
+        mock.patch.object(direct_io, "FLAG", 0 if buffered else direct_io.FLAG),
+    ):
         yield
-    finally:
-        stream_writer.BLOCK_BYTES, storage.WRITES_IN_FLIGHT, direct_io.FLAG = settings
 
 
 def search(
-    campaign: Campaign, leave_out: Callable[[Operation], bool], program: type[Program] = Program
+    campaign: Campaign,
+    leave_out: Callable[[Operation], bool] = lambda operation: False,
+    program: type[Program] = Program,
 ) -> None:
     checked: dict[bytes, list[Version]] = {}
     disks: set[bytes] = set()
@@ -215,7 +197,6 @@ def search(
         for case in campaign.cases():
             buffered = case.number % 2 == 1
             campaign.count("cases, buffered" if buffered else "cases with direct I/O")
+            disk_search = Search(campaign, Path(directory) / "disk", checked, disks, program)
             with small_blocks(buffered=buffered):
-                Search(campaign, Path(directory) / "disk", checked, disks, program).run_case(
-                    case.rng, leave_out
-                )
+                disk_search.run_case(case.rng, leave_out)

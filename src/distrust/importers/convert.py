@@ -3,9 +3,6 @@
 The source is never changed. :class:`CheckpointManager` writes the result: under its lock, durable, with
 digests. The same call resumes an interrupted conversion: ``state_digest`` identifies finished checkpoints.
 A directory holds one timeline: nothing is written next to checkpoints of another or of a resumed training.
-
-Sources are the two older formats (:mod:`distrust.importers`), checkpoint folders of the transformers Trainer,
-and adapter folders of peft and mlx-lm, which are at step 0.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """The values that importers return: :class:`Imported`, and :class:`ImportedHeader` for listings.
 
-The header is the metadata of both older formats, one JSON object whose known fields are checked. The table in
-``docs/importing.md`` says what becomes of each field.
+``docs/importing.md`` says what becomes of each field of the older formats.
 """
 
 from __future__ import annotations

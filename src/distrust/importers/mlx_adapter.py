@@ -20,8 +20,7 @@ FORMAT = "mlx-lm adapter"
 def read(folder: Path) -> Imported:
     """Read what mlx-lm trained, in the form of the mlx engine.
 
-    Weights become float32: bfloat16 and float16 are widened, which is exact. Whether they fit the base model
-    is checked when a run resumes from them.
+    Weights become float32, which is exact. A run that resumes from them checks whether they fit its model.
 
     Raises:
         CheckpointError: for files that are missing or damaged.
