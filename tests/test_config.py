@@ -333,7 +333,7 @@ def test_eval_fraction_excludes_eval_data():
 
 
 def test_branch_requires_a_step_and_another_folder():
-    with pytest.raises(ConfigError, match="--branch is 'b': say where it begins, with --from-step"):
+    with pytest.raises(ConfigError, match="--branch is 'b': it requires --from-step"):
         TrainConfig(branch="b")
     with pytest.raises(ConfigError, match=r"--branch is '\./a/': give another one than --out"):
         TrainConfig(out="a", branch="./a/", from_step=1)
@@ -466,7 +466,7 @@ def test_integers_become_floats():
 
 
 def test_tables_are_not_unknown_options():
-    with pytest.raises(ConfigError, match=r"f.toml: \[train\] is a table; options stand at the top"):
+    with pytest.raises(ConfigError, match=r"f.toml: \[train\] is a table; options must be top-level keys"):
         from_mapping({"train": {"seed": 1}}, where="f.toml")
 
 

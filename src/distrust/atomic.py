@@ -73,7 +73,7 @@ def atomic_file(path: Path, *, force: bool, disk: Disk | None = None) -> Iterato
 
     Raises:
         ConfigError: if the file exists and ``force`` is not set.
-        WriteFailed: if it cannot be written. What existed before is unchanged, unless only the last step
+        WriteFailed: if it cannot be written. Existing files are unchanged, unless only the last step
             failed, the sync of the folder: then the new file exists.
     """
     disk = disk or Disk()

@@ -92,7 +92,7 @@ class TrainConfig:
     """Base model: a folder, a name on the Hugging Face Hub, or "bundled" for the small model that comes with
     the package. A resume compares its weights, not its name."""
     max_length: int | None = _MODEL.result(None, interval(2))
-    """Maximum tokens of an example; longer ones are cut. Default: 1024, or the model's context if it is
+    """Maximum tokens of an example; longer ones are truncated. Default: 1024, or the model's context if it is
     shorter."""
 
     data: str | tuple[str, ...] = _DATA.free(BUNDLED, _NAME)
@@ -173,11 +173,11 @@ class TrainConfig:
     learning_rate: float = _OPTIMIZATION.result(2e-4, _FLOAT32)
     """Peak learning rate."""
     warmup_steps: int = _OPTIMIZATION.result(10, NON_NEGATIVE)
-    """Steps in which the learning rate rises to its peak."""
+    """Linear warm-up: steps until the learning rate reaches its peak."""
     warmup_ratio: float | None = _OPTIMIZATION.result(None, interval(0, 1))
     """Warm-up as a share of the schedule's steps, 0 to 1, instead of `warmup_steps`."""
     schedule: Schedule = _OPTIMIZATION.result("cosine")
-    """How the learning rate falls after the warm-up."""
+    """Decay of the learning rate after the warm-up."""
     schedule_steps: int | None = _OPTIMIZATION.result(None, POSITIVE)
     """Steps after which the schedule has ended; fixed when the run begins. Default: max_steps at that
     time."""
@@ -309,7 +309,7 @@ class TrainConfig:
         if self.quantization in ("8bit", "4bit") and self.lora_rank == 0:
             yield "quantization", "give --lora-rank 1 or more with it: quantized weights are frozen"
         if self.branch is not None and self.from_step is None:
-            yield "branch", "say where it begins, with --from-step"
+            yield "branch", "it requires --from-step"
         elif self.branch is not None and realpath(self.branch) == realpath(self.out):
             yield "branch", "give another one than --out"
 
@@ -341,7 +341,7 @@ def from_mapping(values: Mapping[str, Any], *, where: str) -> TrainConfig:
     problems, arguments = [], {}
     for option, value in values.items():
         if isinstance(value, dict):
-            problems.append(f"{where}: [{option}] is a table; options stand at the top, as key = value")
+            problems.append(f"{where}: [{option}] is a table; options must be top-level keys: key = value")
         elif option not in names:
             problems.append(f"{where}: unknown option {shorten(repr(option))}{suggest_name(option, names)}")
         else:

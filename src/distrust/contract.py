@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 #: ``max_length`` of a config that gives none, unless the model's context is shorter.
 DEFAULT_MAX_LENGTH = 1024
 #: The engine of runs whose recorded environment does not name one: those of the earliest version.
-FIRST_ENGINE: Final = "torch"
+DEFAULT_RECORDED_ENGINE: Final = "torch"
 
 
 @dataclass(frozen=True, slots=True)

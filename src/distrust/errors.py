@@ -6,9 +6,9 @@
     ├── MissingDependency               an optional library is not installed
     ├── ModelError                      a base model or tokenizer cannot be loaded or used
     ├── ResumeRefused                   resuming would not continue the same run
-    ├── NonFiniteLoss                   a loss or gradient norm is not finite; the step was not made
+    ├── NonFiniteLoss                   a loss, gradient, weight or moment is not finite
     ├── OutOfMemory                     a step needs more memory than is free
-    ├── ExportFailed                    an export was not written; nothing was created
+    ├── ExportFailed                    an export could not be written durably
     ├── WriteFailed                     a file was not written; an existing one is unchanged
     ├── RunInProgress                   another run of this process is training
     ├── RunNotFound                     a folder contains no run
@@ -20,7 +20,7 @@
         ├── NoIntactCheckpoint          there are checkpoints, and none of them is intact
         ├── UnsupportedState            a checkpoint cannot store a value exactly
         ├── CheckpointDirectoryLocked   another writer has locked the directory
-        └── SaveFailed                  the checkpoint was not written; existing ones are unchanged
+        └── SaveFailed                  the checkpoint could not be saved durably
 
     DistrustWarning                     something a user should know; the program continues
     └── DamagedCheckpointWarning        a damaged checkpoint was skipped, or counts towards no rule
@@ -128,11 +128,11 @@ class ResumeRefused(DistrustError):
 
 
 class NonFiniteLoss(DistrustError):
-    """A loss or gradient norm that is not finite. The step was not made."""
+    """A loss, a gradient norm, or an updated weight or moment is not finite. The step is never saved."""
 
     def __init__(self, message: str, *, step: int, examples: Sequence[str]) -> None:
         super().__init__(message)
-        self.step = step  #: the optimizer step that was not made
+        self.step = step  #: the optimizer step
         self.examples = tuple(examples)  #: ``file:line`` of the examples of that step
 
 
@@ -141,7 +141,7 @@ class OutOfMemory(DistrustError):
 
 
 class ExportFailed(DistrustError):
-    """An export was not written; nothing was created at its target."""
+    """An export could not be written durably. Its message says if anything is at the target."""
 
 
 class WriteFailed(DistrustError):
@@ -203,7 +203,7 @@ class CheckpointDirectoryLocked(CheckpointError):
 
 
 class SaveFailed(CheckpointError):
-    """The checkpoint was not written; existing ones are unchanged."""
+    """The checkpoint could not be saved durably. Existing checkpoints are unchanged."""
 
     def __init__(
         self, message: str, *, path: Path, needed: int | None = None, free: int | None = None

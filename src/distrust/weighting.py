@@ -11,7 +11,7 @@ coordinated consensus. With r = ln(1 − w + 1e-8) + H:
   u = 1 + λ·α·max(r, 0)²: u never grows with w and never falls with H. ``published`` takes u = 1 + λ·α·r²,
   which grows again for r < 0: w = 0.99, H = 0 has r² = 21.2, but w = 0.90, H = 1 has 1.7. ``off`` takes 1.
 
-``normalize`` divides by the mean over the training tokens, so that the learning rate keeps its meaning.
+``normalize`` divides by the mean over the trained tokens, so that the learning rate keeps its meaning.
 Results are float64. Sums are correctly rounded (``math.fsum``): they depend neither on the order of the
 examples nor on how a numerical library splits a sum.
 """
@@ -104,7 +104,7 @@ def example_weights(
 
 
 def normalize(weights: ArrayLike, *, tokens: ArrayLike) -> NDArray[np.float64]:
-    """Divides the weights by their mean over the training tokens, Σ(tokens·u) / Σ tokens.
+    """Divides the weights by their mean over the trained tokens, Σ(tokens·u) / Σ tokens.
 
     Args:
         weights: u, shape [n], positive.

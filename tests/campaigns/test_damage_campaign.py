@@ -94,13 +94,13 @@ def test_a_fault_of_the_product_is_found_and_found_again(tmp_path, capsys, monke
 
 
 def test_the_same_seed_gives_the_same_cases_and_another_one_other_files(round_, tmp_path):
-    again, other = Round(tmp_path / "again", "1/0"), Round(tmp_path / "other", "2/0")
+    again, another = Round(tmp_path / "again", "1/0"), Round(tmp_path / "other", "2/0")
     assert again.files == round_.files
     for number in range(0, round_.size, 997):
         (kind, index), (same_kind, same_index) = round_.locate(number), again.locate(number)
         assert kind.make(index) == same_kind.make(same_index)
-    assert other.files.newer != round_.files.newer
-    assert other.size == round_.size  # so that the number of a case determines its round
+    assert another.files.newer != round_.files.newer
+    assert another.size == round_.size  # so that the number of a case determines its round
 
 
 def test_every_damage_is_a_case_once(round_):

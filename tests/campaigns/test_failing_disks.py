@@ -17,7 +17,7 @@ from campaigns.disks.volumes import Skipped
 from distrust.checkpoint import storage
 from distrust.checkpoint.disk import Disk
 from distrust.checkpoint.lock import DirectoryLock
-from distrust.checkpoint.storage import AtomicFile
+from distrust.checkpoint.storage import AtomicCheckpointFile
 from distrust.training import saver
 
 # Every case is a fork, and other tests in this process may have started threads.
@@ -70,7 +70,7 @@ def removes_the_existing_checkpoint(monkeypatch):
             with contextlib.suppress(OSError):
                 os.unlink(file._path)
 
-    monkeypatch.setattr(AtomicFile, "__exit__", leave)
+    monkeypatch.setattr(AtomicCheckpointFile, "__exit__", leave)
 
 
 def removes_another(monkeypatch):
@@ -80,7 +80,7 @@ def removes_another(monkeypatch):
             for path in file._path.parent.glob("checkpoint-*"):
                 path.unlink()
 
-    monkeypatch.setattr(AtomicFile, "__exit__", leave)
+    monkeypatch.setattr(AtomicCheckpointFile, "__exit__", leave)
 
 
 def writes_in_place(monkeypatch):
@@ -106,7 +106,7 @@ def does_not_check_the_owner_of_the_directory(monkeypatch):
 
 
 def lets_system_errors_escape(monkeypatch):
-    monkeypatch.setattr(AtomicFile, "_save_errors", lambda file: contextlib.nullcontext())
+    monkeypatch.setattr(AtomicCheckpointFile, "_save_errors", lambda file: contextlib.nullcontext())
     monkeypatch.setattr("distrust.checkpoint.writer._save_errors", lambda path: contextlib.nullcontext())
 
 

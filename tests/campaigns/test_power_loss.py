@@ -72,7 +72,7 @@ def sync_all_but(omitted: str):
     return sync_names
 
 
-def commit_before_sync(file: storage.AtomicFile) -> None:
+def commit_before_sync(file: storage.AtomicCheckpointFile) -> None:
     file._writers.finish()
     file._disk.truncate(file._descriptor, file._size)
     file._disk.rename(file._temporary, file._path)
@@ -80,7 +80,7 @@ def commit_before_sync(file: storage.AtomicFile) -> None:
     file._disk.sync_directory(file._path.parent)
 
 
-def sync_again_if_it_fails(file: storage.AtomicFile) -> None:
+def sync_again_if_it_fails(file: storage.AtomicCheckpointFile) -> None:
     file._writers.finish()
     file._disk.truncate(file._descriptor, file._size)
     try:
@@ -95,8 +95,10 @@ MUTANTS = {
     "the parents are not synced at the start": (
         power_loss, lock, "sync_names", sync_all_but("parents"),
     ),
-    "renamed before it is synced": (power_loss, storage.AtomicFile, "commit", commit_before_sync),
-    "a failed sync is tried again": (failing_calls, storage.AtomicFile, "commit", sync_again_if_it_fails),
+    "renamed before it is synced": (power_loss, storage.AtomicCheckpointFile, "commit", commit_before_sync),
+    "a failed sync is tried again": (
+        failing_calls, storage.AtomicCheckpointFile, "commit", sync_again_if_it_fails,
+    ),
     "the oldest are kept": (
         power_loss, retention, "last_steps", lambda steps, rules: {min(each.step for each in steps)},
     ),

@@ -42,9 +42,9 @@ def test_a_load_that_fails_frees_its_memory_at_once(tmp_path, no_collector, name
     loaded = manager.load(1)
     assert large_buffers() >= 1, "the measure itself: a checkpoint in memory is counted"
     del loaded
-    before = large_buffers()
+    buffers_before = large_buffers()
 
     with contextlib.suppress(CorruptCheckpoint):
         LOADS[name](manager)
 
-    assert large_buffers() == before
+    assert large_buffers() == buffers_before

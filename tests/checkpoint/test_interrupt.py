@@ -129,5 +129,5 @@ def test_interrupted_close_releases_the_lock(tmp_path, monkeypatch):
         patch.setattr(lock, "_open_lock_files", Interrupting())
         with pytest.raises(KeyboardInterrupt):
             manager.close()
-    with CheckpointManager(tmp_path) as other:
-        other.acquire()
+    with CheckpointManager(tmp_path) as second_manager:
+        second_manager.acquire()

@@ -166,8 +166,8 @@ def test_pool_starts_no_task_after_an_error_and_releases_everyone_who_waits():
 
 def test_pool_can_be_stopped_more_than_once():
     pool = WorkerPool(2)
-    done = pool.submit(lambda: None)
+    finished = pool.submit(lambda: None)
     pool.finish()
-    assert done.is_set()
+    assert finished.is_set()
     pool.stop()
     pool.finish()

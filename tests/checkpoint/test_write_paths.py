@@ -220,11 +220,11 @@ def test_failed_save_leaves_existing_files_unchanged_and_the_next_one_succeeds(
     tmp_path, monkeypatch, failure, mode
 ):
     state = state_of([random_items(FLOAT64, 20 * EDGE // 8)])
-    module, name, error, after = FAILURES[failure]
+    module, name, error, fail_after = FAILURES[failure]
     with CheckpointManager(tmp_path) as manager:
         previous = manager.save(Checkpoint(step=1)).read_bytes()
         with monkeypatch.context() as patch:
-            patch.setattr(module, name, failing(getattr(module, name), error, after=after))
+            patch.setattr(module, name, failing(getattr(module, name), error, after=fail_after))
             with pytest.raises(SaveFailed, match=r"checkpoint-1\.safetensors: not saved") as caught:
                 SAVES[mode](manager, state.checkpoint)
 

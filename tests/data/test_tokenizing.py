@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from distrust.data import Corpus, tokenize
 from distrust.data.records import Completion, Conversation, Location, Message, Record, Text
-from distrust.data.tokenizing import segments
+from distrust.data.tokenizing import split_segments
 from distrust.errors import ConfigError, DataError, ModelError
 
 SPECIAL = ["<|bos|>", "<|eos|>", "<|im_start|>", "<|im_end|>"]
@@ -158,7 +158,7 @@ def test_tokens_of_a_conversation_are_those_of_its_rendering(plain):
 def test_the_segments_of_a_conversation_add_up_to_its_rendering(plain, contents, system):
     turns = conversation(*contents, system=system)
     as_dicts = [{"role": turn.role, "content": turn.content} for turn in turns.messages]
-    stretches = segments(turns, plain)
+    stretches = split_segments(turns, plain)
     rendered = plain.apply_chat_template(as_dicts, tokenize=False, add_generation_prompt=False)
     assert "".join(segment.text for segment in stretches) == rendered
     answers = [turn.content + "<|im_end|>" for turn in turns.messages if turn.role == "assistant"]

@@ -41,5 +41,5 @@ def test_examples_longer_than_a_chunk_have_the_models_loss(length):
     )
     with torch.no_grad():
         expected = model(input_ids=torch.from_numpy(ids), labels=torch.from_numpy(labels)).loss.item()
-    losses = ModelRunner(model, arithmetic=torch.float32).evaluate(batch)
+    losses = ModelRunner(model, compute_dtype=torch.float32).evaluate(batch)
     assert losses.cross_entropy.sum() / batch.tokens == pytest.approx(expected, rel=1e-5)

@@ -46,7 +46,7 @@ def check(
     batch = make_batch()
     losses, expected = reference(model, batch, autocast=arithmetic is not torch.float32)
     fuse(model, dtype=next(base.parameters()).dtype)
-    runner = ModelRunner(base, arithmetic=arithmetic)
+    runner = ModelRunner(base, compute_dtype=arithmetic)
     evaluation_losses = runner.evaluate(batch)
     model.train()
     training_losses = runner.train(batch, tokens=batch.tokens)
@@ -90,7 +90,7 @@ def test_the_loss_is_that_of_transformers():
     model, batch = small_model("llama"), make_batch()
     with torch.no_grad():
         loss = model(**inputs_of(batch, "labels")).loss
-    losses = ModelRunner(model, arithmetic=torch.float32).evaluate(batch)
+    losses = ModelRunner(model, compute_dtype=torch.float32).evaluate(batch)
     assert losses.cross_entropy.sum() / batch.tokens == pytest.approx(float(loss), rel=1e-5)
 
 
@@ -138,7 +138,7 @@ def test_models_that_mix_packed_examples_do_not_use_varlen(monkeypatch, fault):
 def test_a_chosen_attention_is_not_replaced(chosen):
     model = small_model("llama")
     model.set_attn_implementation(chosen)
-    assert ModelRunner(model, arithmetic=torch.float32).uses_varlen == (chosen == "sdpa")
+    assert ModelRunner(model, compute_dtype=torch.float32).uses_varlen == (chosen == "sdpa")
     if chosen == "eager":
         assert model.config._attn_implementation == "eager"
 
@@ -146,7 +146,7 @@ def test_a_chosen_attention_is_not_replaced(chosen):
 def test_the_model_is_unchanged_outside_of_passes():
     """For generation, and for direct calls of the model."""
     model, plain, batch = small_model("llama"), small_model("llama"), make_batch()
-    assert ModelRunner(model, arithmetic=torch.float32).uses_varlen
+    assert ModelRunner(model, compute_dtype=torch.float32).uses_varlen
     assert torch.equal(model(**inputs_of(batch)).logits, plain(**inputs_of(batch)).logits)
 
 

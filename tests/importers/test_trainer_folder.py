@@ -143,8 +143,8 @@ def test_it_makes_the_same_steps_as_the_trainer(trainer_runs, base, resume, tmp_
     state = torch.load(trainer_run / f"checkpoint-{SAVED}" / "optimizer.pt", weights_only=True)["state"]
     moments = {"exp_avg": 0.0, "exp_avg_sq": 0.0}
     for part in moments:  # independent of names: the sums are equal
-        ours = sum(float(values[part].double().sum()) for values in imported.optimizer["state"].values())
-        assert ours == pytest.approx(sum(float(v[part].double().sum()) for v in state.values()), rel=1e-12)
+        our_sum = sum(float(values[part].double().sum()) for values in imported.optimizer["state"].values())
+        assert our_sum == pytest.approx(sum(float(v[part].double().sum()) for v in state.values()), rel=1e-12)
     assert imported.step == SAVED
     assert "fingerprints" not in imported.options
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from distrust.checkpoint import arrays, stream_writer
 from distrust.checkpoint.memory import PAGE_BYTES, ReusableMemory, available_bytes, round_up
 from distrust.checkpoint.serialization import PreparedCheckpoint
-from distrust.checkpoint.storage import AtomicFile
+from distrust.checkpoint.storage import AtomicCheckpointFile
 from distrust.errors import SaveFailed
 
 #: The share of the available memory that a snapshot may use.
@@ -29,7 +29,7 @@ class PendingCopy(NamedTuple):
     #: changes, it raises SaveFailed with the given path if they were changed.
     copy: Callable[[Path], None]
     #: Writes the state into a new file, which the caller commits; returns the digest of its header.
-    write: Callable[[AtomicFile], str]
+    write: Callable[[AtomicCheckpointFile], str]
 
 
 class Snapshot:

@@ -1,4 +1,4 @@
-"""The commit protocol: the only module that has anything written, synced, renamed or removed.
+"""The commit protocol: the only module of the core that writes, syncs, renames or removes files.
 
 A checkpoint is written to a hidden temporary name in its own directory, data first and header last, then
 synced, renamed into place, and the directory synced. So at every instant the directory contains, under the
@@ -30,11 +30,11 @@ WRITES_IN_FLIGHT = 2
 _TEMPORARY_NAME = re.compile(r"\.checkpoint-[0-9]+(-final)?\.safetensors\.[0-9a-f]{16}\.tmp", re.ASCII)
 
 
-class AtomicFile:
+class AtomicCheckpointFile:
     """A new file of known size, in bytes, that appears under its name complete, or not at all.
 
     Raises:
-        SaveFailed: from every method. What existed before is unchanged, unless only the last step failed, the
+        SaveFailed: from every method. Existing files are unchanged, unless only the last step failed, the
             sync of the directory: then the new file exists.
     """
 
@@ -102,7 +102,7 @@ class AtomicFile:
         descriptor, self._descriptor = self._descriptor, -1
         self._disk.close(descriptor)
 
-    def __enter__(self) -> AtomicFile:
+    def __enter__(self) -> AtomicCheckpointFile:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -115,7 +115,7 @@ class AtomicFile:
         free = _free_bytes(self._path.parent)
         text = (
             f"{self._path}: not saved: {error.strerror}; {self._size:,} bytes needed, "
-            f"{'unknown' if free is None else f'{free:,}'} free. What existed before is unchanged"
+            f"{'unknown' if free is None else f'{free:,}'} free. Existing files are unchanged"
         )
         return SaveFailed(text, path=self._path, needed=self._size, free=free)
 

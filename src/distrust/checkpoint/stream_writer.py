@@ -22,7 +22,7 @@ from distrust.checkpoint import arrays
 from distrust.checkpoint.format import Layout, tensor_hasher
 from distrust.checkpoint.memory import PAGE_BYTES, ReusableMemory, allocate, round_up
 from distrust.checkpoint.serialization import PreparedCheckpoint
-from distrust.checkpoint.storage import AtomicFile
+from distrust.checkpoint.storage import AtomicCheckpointFile
 
 #: Size of one write. A multiple of the page size, so that O_DIRECT accepts every block's memory and offset.
 BLOCK_BYTES = 4 << 20
@@ -31,7 +31,7 @@ BLOCKS = 4
 _EMPTY_DIGEST = tensor_hasher(all_cores=False).hexdigest()
 
 
-def write_snapshot(file: AtomicFile, layout: Layout, data: mmap.mmap) -> str:
+def write_snapshot(file: AtomicCheckpointFile, layout: Layout, data: mmap.mmap) -> str:
     """Write a snapshot in place: ``data`` has the layout of the file, padded to whole pages."""
     digests = _TensorDigests(layout)
     for begin, end in _blocks(layout):
@@ -41,7 +41,9 @@ def write_snapshot(file: AtomicFile, layout: Layout, data: mmap.mmap) -> str:
     return _write_header(file, layout, digests.hex)
 
 
-def write_streaming(file: AtomicFile, prepared: PreparedCheckpoint, block_buffer: ReusableMemory) -> str:
+def write_streaming(
+    file: AtomicCheckpointFile, prepared: PreparedCheckpoint, block_buffer: ReusableMemory
+) -> str:
     """Write arrays that must not be copied as a whole, through a ring buffer in ``block_buffer``.
 
     One block is filled while earlier ones are written. The block is hashed, not the array, which the caller
@@ -105,7 +107,7 @@ def _arrays_in_range(prepared: PreparedCheckpoint, begin: int, end: int) -> list
     return flats
 
 
-def _write_header(file: AtomicFile, layout: Layout, digests: Sequence[str]) -> str:
+def _write_header(file: AtomicCheckpointFile, layout: Layout, digests: Sequence[str]) -> str:
     header, digest = layout.header(digests)
     block = allocate(len(header))  # page-aligned, for O_DIRECT; the header's length is a multiple of a page
     block[: len(header)] = header

@@ -12,13 +12,13 @@ from distrust.checkpoint.files import checkpoint_file_name
 from distrust.checkpoint.format import Kind
 from distrust.checkpoint.manager_state import ManagerState
 from distrust.checkpoint.retainer import Retainer
-from distrust.checkpoint.storage import AtomicFile
+from distrust.checkpoint.storage import AtomicCheckpointFile
 from distrust.errors import DistrustWarning, ErrorTranslator, SaveFailed, WarningCollector, defer_warning
 
 #: Sections that change only in the optimizer's step: their copy may overlap the next forward and backward.
 _OVERLAPPED = ("model.", "optimizer.")
 #: Writes the content of a new file, which the caller commits; returns the digest of its header.
-WriteContent = Callable[[AtomicFile], str]
+WriteContent = Callable[[AtomicCheckpointFile], str]
 
 
 class Writer:
@@ -81,7 +81,7 @@ class Writer:
         """The phases of a save. Until the line that commits, the directory is as it was before."""
         state = self._state
         state.lock.confirm()
-        with _save_errors(path), AtomicFile(path, size, state.disk) as file:  # reserves the space
+        with _save_errors(path), AtomicCheckpointFile(path, size, state.disk) as file:  # reserves the space
             digest = write_content(file)  # data first, header last, under a hidden name
             # Confirm again: if the directory was replaced before the file was created, it is another
             # writer's now; if it is replaced later, the file went with it and the rename fails.
@@ -96,6 +96,6 @@ def _save_errors(path: Path) -> ErrorTranslator:
 
     def translate(error: MemoryError | OSError) -> SaveFailed:
         reason = (error.strerror if isinstance(error, OSError) else str(error)) or "no memory"
-        return SaveFailed(f"{path}: not saved: {reason}. What existed before is unchanged", path=path)
+        return SaveFailed(f"{path}: not saved: {reason}. Existing files are unchanged", path=path)
 
     return ErrorTranslator((MemoryError, OSError), translate)

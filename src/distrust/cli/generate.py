@@ -21,7 +21,7 @@ def main(arguments: list[str]) -> int:
     options = _options(arguments)
     _require_valid(options)
     resolve(options.target)  # a misspelt name fails before the slow imports below
-    prompts = options.prompt or _read_prompts()  # flags win
+    prompts = options.prompt or _read_prompts()  # flags take precedence
     if not prompts:
         raise DataError("no prompt: give --prompt TEXT, or lines on standard input")
     _require_utf8(prompts)

@@ -18,7 +18,7 @@ from distrust.errors import ConfigError
 _DESCRIPTION = (
     "Run the same command to resume a run that was killed, stopped or interrupted: the result is "
     "bit-identical. Without options, it trains the bundled model on the bundled corpus. Options come from "
-    "--config FILE (TOML: key = value, with underscores) and from flags; flags win."
+    "--config FILE (TOML: key = value, with underscores) and from flags; flags take precedence."
 )
 _EXAMPLES = (
     "distrust train",
@@ -62,7 +62,7 @@ def parse(arguments: list[str]) -> TrainConfig:
         args=arguments,
         prog="distrust train",
         description=_description(),
-        config=(tyro.conf.DisallowNone,),  # "--max-steps None" is no value
+        config=(tyro.conf.DisallowNone,),  # rejects "--max-steps None"
     )
     groups = [getattr(command, title) for title in option_groups()]  # flat again
     return TrainConfig(**{name: value for group in groups for name, value in vars(group).items()})

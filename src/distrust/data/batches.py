@@ -28,8 +28,8 @@ class MicroBatch:
 
     input_ids: NDArray[np.int64]  # [b, t]
     attention_mask: NDArray[np.int64]  # [b, t], 1 for tokens, 0 for padding
-    labels: NDArray[np.int64]  # [b, t], the token where it carries loss, else IGNORED; not shifted
-    weights: NDArray[np.float32]  # [b, t], the example's weight where its token carries loss, else 0
+    labels: NDArray[np.int64]  # [b, t], the token where it is trained, else IGNORED; not shifted
+    weights: NDArray[np.float32]  # [b, t], the example's weight where its token is trained, else 0
     distrust: NDArray[np.float64]  # [b], the published term α·r² of each example; for the log only
     examples: NDArray[np.int64]  # [b], example numbers in the corpus
 

@@ -39,7 +39,7 @@ class Corpus:
     """
 
     input_ids: NDArray[np.int32]  # [total], the tokens of all m examples, concatenated
-    loss_mask: NDArray[np.bool_]  # [total], whether a token carries loss; never the first of an example
+    loss_mask: NDArray[np.bool_]  # [total], whether a token is trained; never the first of an example
     offsets: NDArray[np.int64]  # [m + 1], where each of the m examples begins, and the end
     authority_weight: NDArray[np.float64]  # [n], w in [0, 0.99]; high means less training weight
     provenance_entropy: NDArray[np.float64]  # [n], H in bits

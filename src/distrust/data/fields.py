@@ -95,7 +95,7 @@ def _messages(turns: list[Any], name: str) -> tuple[Message, ...]:
 
 
 def _conversation(prompt: tuple[Message, ...], answer: tuple[Message, ...], name: str) -> Conversation:
-    """A conversation whose assistant turns carry loss only in ``answer``."""
+    """A conversation whose assistant turns are trained only in ``answer``."""
     if all(message.role != "assistant" for message in answer):
         raise RecordError("no assistant turn; there is nothing to train on", field=name)
     if (prompt + answer)[0].role == "assistant":

@@ -18,7 +18,7 @@ from distrust.data.sampler import permutation
 
 WINDOW = 4096  # examples that are packed together. Packing all at once would save at most 1% of the rows
 # The "epoch" of the permutation that windows are cut from: no epoch of training has this number.
-PACKING = 2**63
+PACKING_EPOCH = 2**63
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,9 @@ def pack(
     """
     if len(lengths) and int(lengths.max()) > capacity:
         raise ValueError(f"an example of {int(lengths.max())} tokens does not fit a row of {capacity}")
-    shuffled = permutation(len(examples), seed=seed, epoch=PACKING)  # int64[n], indices into ``lengths``
+    shuffled = permutation(
+        len(examples), seed=seed, epoch=PACKING_EPOCH
+    )  # int64[n], indices into ``lengths``
     sizes, members = [np.zeros(1, np.int64)], [shuffled[:0]]
     for start in range(0, len(shuffled), window):
         rows = _best_fit(shuffled[start : start + window], lengths, capacity)
@@ -80,22 +82,22 @@ def concatenate(parts: Sequence[PackedRows]) -> PackedRows:
 def _best_fit(window: NDArray[np.int64], lengths: NDArray[np.int64], capacity: int) -> list[list[np.int64]]:
     """Put each example, longest first, into the fullest row that has room for it."""
     rows: list[list[np.int64]] = []
-    rows_by_room: dict[int, list[int]] = {}  # free tokens -> rows with exactly that room
-    rooms = 0  # bit r is set if a row has r free tokens: finds the tightest fit in one operation
+    rows_by_free_tokens: dict[int, list[int]] = {}  # free tokens -> rows with exactly that many
+    free_tokens = 0  # bit r is set if a row has r free tokens: finds the tightest fit in one operation
     for member in window[np.argsort(-lengths[window], kind="stable")]:  # stable: ties keep sampling order
         length = int(lengths[member])
-        fitting = rooms >> length
+        fitting = free_tokens >> length
         if fitting:
-            room = length + (fitting & -fitting).bit_length() - 1  # the lowest set bit
-            row = rows_by_room[room].pop()
-            if not rows_by_room[room]:
-                rooms ^= 1 << room
+            space = length + (fitting & -fitting).bit_length() - 1  # the lowest set bit
+            row = rows_by_free_tokens[space].pop()
+            if not rows_by_free_tokens[space]:
+                free_tokens ^= 1 << space
             rows[row].append(member)
         else:
-            row, room = len(rows), capacity
+            row, space = len(rows), capacity
             rows.append([member])
-        free = room - length
+        free = space - length
         if free:
-            rows_by_room.setdefault(free, []).append(row)
-            rooms |= 1 << free
+            rows_by_free_tokens.setdefault(free, []).append(row)
+            free_tokens |= 1 << free
     return rows

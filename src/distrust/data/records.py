@@ -29,14 +29,14 @@ class Location:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A plain text. Every token carries loss."""
+    """A plain text. Every token is trained."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A prompt and its completion. Only the completion carries loss."""
+    """A prompt and its completion. Only the completion is trained."""
 
     prompt: str  # may be empty
     completion: str
@@ -52,10 +52,10 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Turns of a chat. Only assistant turns carry loss; the first turn is never the assistant's."""
+    """Turns of a chat. Only assistant turns are trained; the first turn is never the assistant's."""
 
     messages: tuple[Message, ...]
-    trained_turns: int = 0  # index of the first turn that may carry loss; earlier turns are prompt
+    trained_turns: int = 0  # index of the first turn that may be trained; earlier turns are prompt
 
 
 @dataclass(frozen=True, slots=True)

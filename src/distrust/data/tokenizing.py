@@ -1,12 +1,12 @@
 """Tokenizes records: the same mechanism for texts, completions and conversations.
 
 A record becomes segments; each segment is tokenized by itself, so a prompt has the tokens here that it has
-when the model is used. A token carries loss if its segment does. Texts and completions begin as the tokenizer
-begins a sequence (with BOS, or without) and end with EOS, which carries loss so that the model learns to
+when the model is used. A token is trained if its segment is. Texts and completions begin as the tokenizer
+begins a sequence (with BOS, or without) and end with EOS, which is trained so that the model learns to
 stop. The chat template prints the beginning and end of a conversation, as it does in use.
 
 Assistant turns are located by rendering the conversation up to where the turn begins (with the generation
-prompt) and up to where it ends: the difference is the turn, from its content through the end-of-turn mark.
+prompt) and up to where it ends: the difference is the turn, from its content through the end-of-turn token.
 This needs each rendering to extend the previous one exactly. A template that rewrites earlier turns when
 later ones come (some drop their reasoning) would train on text the model never sees in use, and is refused.
 """
@@ -90,7 +90,7 @@ def _tokenize_batches(
 ) -> Iterator[list[_Example]]:
     if max_length < 2:
         raise ConfigError(f"max_length must be 2 or more, not {max_length}: the first token carries no loss")
-    frame = _frame(stats, tokenizer)
+    frame = _bos_and_eos(stats, tokenizer)
     errors = RecordErrors()
     done_records = 0
     for batch in _batches(records):
@@ -109,7 +109,7 @@ def bos_prefix(tokenizer: Tokenizer) -> list[int]:
     return first if first == [tokenizer.bos_token_id] else []
 
 
-_Frame = tuple[list[int], list[int]]  # the ids before and after a text or a completion
+_SpecialTokens = tuple[list[int], list[int]]  # the ids before and after a text or a completion
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,7 @@ class _Example:
     tokens_cut: int  # removed by max_length
 
 
-def _frame(stats: DatasetStats, tokenizer: Tokenizer) -> _Frame:
+def _bos_and_eos(stats: DatasetStats, tokenizer: Tokenizer) -> _SpecialTokens:
     """Checks once that the tokenizer has what the records need."""
     if stats.conversations and tokenizer.chat_template is None:
         raise DataError(
@@ -164,20 +164,25 @@ def _characters(record: Record) -> int:
 
 
 def _tokenize_batch(
-    batch: Sequence[Record], tokenizer: Tokenizer, *, frame: _Frame, max_length: int, errors: RecordErrors
+    batch: Sequence[Record],
+    tokenizer: Tokenizer,
+    *,
+    frame: _SpecialTokens,
+    max_length: int,
+    errors: RecordErrors,
 ) -> list[_Example]:
     """The examples of a batch; records that cannot be trained on are left out and added to ``errors``."""
     prefix, suffix = frame
     parts: list[tuple[Record, list[Segment]]] = []
     for record in batch:
         try:
-            parts.append((record, [part for part in segments(record.content, tokenizer) if part.text]))
+            parts.append((record, [part for part in split_segments(record.content, tokenizer) if part.text]))
         except RecordError as error:
             errors.add(record.location, [error])
-    encoded = iter(encode_all(tokenizer, [part.text for _, stretches in parts for part in stretches]))
+    encoded = iter(encode_all(tokenizer, [part.text for _, segments in parts for part in segments]))
     examples: list[_Example] = []
-    for record, stretches in parts:
-        pieces = [(next(encoded), part.trained) for part in stretches]
+    for record, segments in parts:
+        pieces = [(next(encoded), part.trained) for part in segments]
         if not isinstance(record.content, Conversation):  # the template prints its own BOS and EOS
             pieces = [(prefix, False), *pieces, (suffix, True)]
         try:
@@ -192,9 +197,7 @@ def _example(record: Record, pieces: Sequence[tuple[list[int], bool]], max_lengt
     loss_mask = list(chain.from_iterable([trained] * len(tokens) for tokens, trained in pieces))
     loss_mask[:1] = [False] * bool(loss_mask)  # nothing predicts the first token
     if not any(loss_mask):
-        raise RecordError(
-            "no token to train on: none that carries loss follows another token; remove the record"
-        )
+        raise RecordError("no token to train on: no trained token follows another one; remove the record")
     if not any(loss_mask[:max_length]):
         raise RecordError(
             f"no token to train on within max_length {max_length}: the prompt takes {loss_mask.index(True)} "
@@ -226,13 +229,13 @@ def _corpus(examples: Sequence[_Example]) -> Corpus:
 
 
 class Segment(NamedTuple):
-    """A stretch of an example's text."""
+    """A segment of an example's text."""
 
     text: str
-    trained: bool  # whether its tokens carry loss
+    trained: bool  # whether its tokens are trained
 
 
-def segments(content: Text | Completion | Conversation, tokenizer: Tokenizer) -> list[Segment]:
+def split_segments(content: Text | Completion | Conversation, tokenizer: Tokenizer) -> list[Segment]:
     """Splits a record's text; RecordError if the chat template cannot render it turn by turn."""
     match content:
         case Text(text):
@@ -246,7 +249,7 @@ def segments(content: Text | Completion | Conversation, tokenizer: Tokenizer) ->
 def _conversation(conversation: Conversation, tokenizer: Tokenizer) -> list[Segment]:
     turns = [{"role": message.role, "content": message.content} for message in conversation.messages]
     full = _render(turns, tokenizer, generation_prompt=False)
-    stretches: list[Segment] = []
+    segments: list[Segment] = []
     position = 0  # characters of ``full`` that are in a segment
     for index, turn in enumerate(turns):
         if turn["role"] != "assistant" or index < conversation.trained_turns:
@@ -261,14 +264,14 @@ def _conversation(conversation: Conversation, tokenizer: Tokenizer) -> list[Segm
                 "use a template that does not",
                 field=f"messages[{index}]",
             )
-        end = begin + len(_through_end_mark(through[begin:], turn["content"]))
-        stretches += [Segment(full[position:begin], trained=False), Segment(full[begin:end], trained=True)]
+        end = begin + len(_up_to_turn_end(through[begin:], turn["content"]))
+        segments += [Segment(full[position:begin], trained=False), Segment(full[begin:end], trained=True)]
         position = end
-    return [*stretches, Segment(full[position:], trained=False)]
+    return [*segments, Segment(full[position:], trained=False)]
 
 
-def _through_end_mark(rendered: str, content: str) -> str:
-    """A rendered turn without the white space after its end mark: generation stops at the mark."""
+def _up_to_turn_end(rendered: str, content: str) -> str:
+    """A rendered turn without the white space after its end-of-turn token: generation stops there."""
     stripped = rendered.rstrip()
     # Without a visible mark, the white space is what ends the turn.
     return rendered if stripped.endswith(content.rstrip()) else stripped

@@ -12,7 +12,7 @@ from typing import Literal
 from distrust.checkpoint import CheckpointFile
 from distrust.checkpoint.catalog import RUN_SUBDIRECTORY, scan
 from distrust.config import TrainConfig
-from distrust.contract import FIRST_ENGINE, Engine
+from distrust.contract import DEFAULT_RECORDED_ENGINE, Engine
 from distrust.engines.loading import locate
 from distrust.errors import MissingDependency
 from distrust.run_record import RunRecord
@@ -67,7 +67,7 @@ def select_engine(config: TrainConfig) -> EngineName:
 
 def recorded_engine(file: CheckpointFile) -> EngineName:
     """The engine that wrote a checkpoint."""
-    return "mlx" if RunRecord.from_header(file.header).engine == "mlx" else FIRST_ENGINE
+    return "mlx" if RunRecord.from_header(file.header).engine == "mlx" else DEFAULT_RECORDED_ENGINE
 
 
 def default_engine() -> EngineName:

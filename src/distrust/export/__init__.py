@@ -93,21 +93,21 @@ def export(
     file, checkpoint = engines.read_checkpoint(Path(target), step=step, best=best, framework=framework)
     engines.fingerprint_of(file, "model")  # refuses checkpoints that no training made
     config = engines.config_of(file)
-    form = format or _default_format(config, file)
-    _require_possible(form, config, file, to)
+    export_format = format or _default_format(config, file)
+    _require_possible(export_format, config, file, to)
     if dtype is None:
-        dtype = config.dtype if form == "merged" else "float32"
+        dtype = config.dtype if export_format == "merged" else "float32"
     base = config.model if model is None else model
     # Everything that can fail because of the model fails here, before anything is written.
-    write = _prepare(form, file, checkpoint, file_name=to.name, base=base, model=model, dtype=dtype)
+    write = _prepare(export_format, file, checkpoint, file_name=to.name, base=base, model=model, dtype=dtype)
     # The folder appears at its name only after the block ends without an error.
-    with atomic_directory(to, single_file=form == "state", disk=disk) as folder:
+    with atomic_directory(to, single_file=export_format == "state", disk=disk) as folder:
         write(folder)
-        if form != "state":
-            facts = facts_of(file, config, title=to.name, base=base, form=form, dtype=dtype)
+        if export_format != "state":
+            facts = facts_of(file, config, title=to.name, base=base, form=export_format, dtype=dtype)
             (folder / CARD).write_text(model_card(facts), encoding="utf-8")
         nbytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return ExportResult(to, form, dtype, nbytes, file.path, file.step, file.state_digest)
+    return ExportResult(to, export_format, dtype, nbytes, file.path, file.step, file.state_digest)
 
 
 def _prepare(

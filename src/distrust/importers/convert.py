@@ -50,7 +50,7 @@ class ConvertedCheckpoint:
     # could resume from it; ``unreadable``: by this process; ``incomplete``: without a model.
     outcome: Outcome
     reason: str | None = None  # why nothing was written, or what was not imported
-    step: int | None = None  # optimizer steps made; None if unknown
+    step: int | None = None  # completed optimizer steps; None if unknown
     target: Path | None = None  # our file; None if there is none
     state_digest: str | None = None  # the identity of its state
     # Whether its format has checksums of the weights, which were compared. In other formats, a bit that

@@ -39,7 +39,7 @@ class Imported:
     """A checkpoint of another program: what every importer returns."""
 
     format: str  # its name, for listings and messages
-    step: int  # optimizer steps made
+    step: int  # completed optimizer steps
     kind: Kind = "periodic"  # by its file name
     model: Mapping[str, Any]  # name -> array, of a framework or a HostArray
     optimizer: Mapping[str, Any] = field(default_factory=dict)  # AdamW's state in the form of either engine

@@ -98,7 +98,7 @@ class TensorBoardWriter:
     """
 
     def __init__(self) -> None:
-        with _required("tensorboard"):
+        with _require_library("tensorboard"):
             from tensorboard.compat.proto import event_pb2, summary_pb2
             from tensorboard.summary.writer.event_file_writer import EventFileWriter
         self._event, self._session, self._writer = event_pb2.Event, event_pb2.SessionLog, EventFileWriter
@@ -139,7 +139,7 @@ class WandbWriter:
     """
 
     def __init__(self, config: TrainConfig) -> None:
-        with _required("wandb"):
+        with _require_library("wandb"):
             import wandb
         self._wandb = wandb
         self._config = config
@@ -186,7 +186,7 @@ def _run_id(out: Path) -> str:
         return identity
 
 
-def _required(name: str) -> ErrorTranslator:
+def _require_library(name: str) -> ErrorTranslator:
     def translate(error: ImportError) -> MissingDependency:
         return MissingDependency(f"--report-to {name}", library=error.name or name, extra="dashboards")
 

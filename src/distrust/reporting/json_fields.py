@@ -77,7 +77,7 @@ def _float(value: int | float, name: str) -> float:
         reject(name, "too large a number")
 
 
-def typed(record: Mapping[str, Any], name: str, kind: type[T]) -> T:
+def field_of_type(record: Mapping[str, Any], name: str, kind: type[T]) -> T:
     """A string, a list or an object."""
     value = record.get(name)
     return value if isinstance(value, kind) else reject(name, _EXPECTED[kind])
@@ -95,8 +95,8 @@ def build(cls: type[T], record: Mapping[str, Any], name: str) -> tuple[T, ...]:
     """Dataclasses whose fields are all strings, counts or finite numbers, from a list of objects."""
     kinds = get_type_hints(cls)
     instances = []
-    for item in typed(record, name, list):
-        values = typed({name: item}, name, dict)
+    for item in field_of_type(record, name, list):
+        values = field_of_type({name: item}, name, dict)
         instances.append(cls(**{field: _field(values, field, kinds[field], name) for field in kinds}))
     return tuple(instances)
 
@@ -104,4 +104,4 @@ def build(cls: type[T], record: Mapping[str, Any], name: str) -> tuple[T, ...]:
 def _field(record: Mapping[str, Any], name: str, kind: type, parent: str) -> Any:
     if kind is float:
         return finite(record.get(name), f"{parent}.{name}")
-    return integer(record, name) if kind is int else typed(record, name, kind)
+    return integer(record, name) if kind is int else field_of_type(record, name, kind)

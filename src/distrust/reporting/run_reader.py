@@ -248,11 +248,14 @@ def _read_provenance(path: Path) -> Provenance | None:
 
 
 def _distribution(record: Mapping[str, Any]) -> Distribution:
-    counts = [json_fields.integer({"counts": n}, "counts") for n in json_fields.typed(record, "counts", list)]
-    edges = [json_fields.finite(edge, "edges") for edge in json_fields.typed(record, "edges", list)]
+    counts = [
+        json_fields.integer({"counts": n}, "counts")
+        for n in json_fields.field_of_type(record, "counts", list)
+    ]
+    edges = [json_fields.finite(edge, "edges") for edge in json_fields.field_of_type(record, "edges", list)]
     if len(edges) != len(counts) + 1 or any(low >= high for low, high in pairwise((0.0, *edges))):
         json_fields.reject("edges", "not one more than counts, above 0 and rising")
-    quantiles = json_fields.typed(record, "quantiles", dict)
+    quantiles = json_fields.field_of_type(record, "quantiles", dict)
     effective = json_fields.finite(record.get("effective_examples"), "effective_examples")
     if not 0 <= effective <= json_fields.integer(record, "examples") + 1:  # + 1: it was rounded
         json_fields.reject("effective_examples", "more than there are examples, or less than 0")

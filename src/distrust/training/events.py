@@ -76,7 +76,7 @@ class StepEnded:
 class Evaluated:
     """The evaluation set was evaluated."""
 
-    step: int  # optimizer steps made
+    step: int  # completed optimizer steps
     #: Name -> value, as logged: cross-entropy in nats per token and perplexity, plain and weighted by
     #: provenance, and for each source class.
     metrics: Mapping[str, float]
@@ -118,7 +118,7 @@ class MemoryReset:
 class RunEnded:
     """The run is complete or was asked to stop; its last checkpoint is durable."""
 
-    step: int  # optimizer steps made
+    step: int  # completed optimizer steps
     path: Path | None  # the last checkpoint, if there is one
     state_digest: str | None  # the state digest of the last checkpoint
     stall_seconds: float  # how long checkpoints stalled training in this session

@@ -32,7 +32,7 @@ class RunState:
 
     out: Path  # the folder of the run
     running: bool = False  # whether the run is in progress
-    step: int = 0  # optimizer steps made, over all sessions
+    step: int = 0  # completed optimizer steps, over all sessions
     max_steps: int | None = None  # optimizer steps of the whole run; None until known
     epoch_steps: float | None = None  # optimizer steps of one pass over the data; None until known
     tokens_seen: int = 0  # trained tokens of all steps so far
@@ -61,7 +61,7 @@ class BestTracker:
     mode: MetricMode = "min"  # whether a lower or a higher value is better
     loss: float | None = None  # eval loss of the last evaluation
     best: float | None = None  # value of the metric at the best evaluation
-    best_step: int = 0  # optimizer steps made at the best evaluation
+    best_step: int = 0  # completed optimizer steps at the best evaluation
     unimproved: int = 0  # evaluations since the best one
     measured_on: str = ""  # fingerprint of the evaluation data; empty if not known
 
@@ -103,7 +103,7 @@ class BestTracker:
 class Progress:
     """Counters and history of a run, updated after each step."""
 
-    step: int = 0  # optimizer steps made
+    step: int = 0  # completed optimizer steps
     max_steps: int | None = None  # optimizer steps of the whole run; None until known
     epoch_steps: float | None = None  # optimizer steps of one pass over the data; None until known
     tokens_seen: int = 0  # trained tokens of all steps so far

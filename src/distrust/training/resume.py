@@ -9,7 +9,7 @@ from typing import Any
 
 from distrust.checkpoint import Checkpoint
 from distrust.config import TrainConfig, flag, key
-from distrust.contract import FIRST_ENGINE, Engine, EngineState
+from distrust.contract import DEFAULT_RECORDED_ENGINE, Engine, EngineState
 from distrust.errors import ResumeRefused, warn
 from distrust.run_record import RunRecord
 from distrust.training.prepare_data import PreparedData
@@ -87,7 +87,7 @@ def _environment_differences(
     current: Mapping[str, Any], recorded: Mapping[str, Any], *, quantized: bool
 ) -> list[str]:
     """A line for each difference that may change the last bits."""
-    engine, previous = current.get("engine"), recorded.get("engine", FIRST_ENGINE)
+    engine, previous = current.get("engine"), recorded.get("engine", DEFAULT_RECORDED_ENGINE)
     if recorded and engine is not None and engine != previous:
         return [
             f"the run was trained with --engine {previous}, and resumes with {engine}. Weights, moments and "

@@ -17,21 +17,21 @@ def learning_rate(
 ) -> float:
     """The learning rate of an optimizer step.
 
-    Rises linearly to ``peak`` during the warm-up, then falls to 0 at ``schedule_steps`` along half a cosine
-    or a line, or stays constant.
+    Rises linearly to ``peak`` during the warm-up, then decays along half a cosine or a line, which
+    reaches 0 one step after ``schedule_steps``, or stays constant.
 
     Args:
         step: counted from 1.
         peak: the highest value.
-        warmup_steps: steps of the rise; step ``warmup_steps`` has the peak.
+        warmup_steps: warm-up steps; step ``warmup_steps`` has the peak.
         schedule: ``cosine``, ``linear`` or ``constant``.
-        schedule_steps: steps after which the fall has ended.
+        schedule_steps: the last step with a learning rate above 0, unless the schedule is constant.
     """
     if step < warmup_steps:
         return peak * step / warmup_steps
     if schedule == "constant":
         return peak
-    # The fall reaches 0 one step after the last: a step with learning rate 0 would train nothing.
+    # The decay reaches 0 one step after the last: a step with learning rate 0 would train nothing.
     span = max(schedule_steps + 1 - warmup_steps, 1)
     progress = min((step - warmup_steps) / span, 1.0)
     return peak * (1 - progress) if schedule == "linear" else peak * 0.5 * (1 + math.cos(math.pi * progress))

@@ -1,7 +1,7 @@
 """MlxEngine: the contract of :mod:`distrust.contract` on mlx and mlx-lm.
 
 As in the engine of torch, trained arrays and their moments are float32; bfloat16 is for the frozen base and
-for the arithmetic. With rank 0 all weights are trained, in float32. The engine holds the trained arrays by
+for compute. With rank 0 all weights are trained, in float32. The engine holds the trained arrays by
 name and passes them to every forward pass; the model only receives them.
 """
 
@@ -199,7 +199,7 @@ class MlxEngine:
         casts = not config.lora_rank and config.dtype != "float32"  # float32 weights, other products
         return ModelRunner(
             self._model,
-            arithmetic=getattr(mx, config.dtype) if casts else None,
+            compute_dtype=getattr(mx, config.dtype) if casts else None,
             frozen_head=len(adapter.in_layers(list(self._trained))) == len(self._trained),
             by_columns=self._by_columns,
             compiled=self._compiled,

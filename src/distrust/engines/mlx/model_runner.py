@@ -109,10 +109,18 @@ class ModelRunner:
     """Runs a language model of mlx-lm, with the adapter in its layers, on micro-batches."""
 
     def __init__(
-        self, model: Any, *, arithmetic: mx.Dtype | None, frozen_head: bool, by_columns: bool, compiled: bool
+        self,
+        model: Any,
+        *,
+        compute_dtype: mx.Dtype | None,
+        frozen_head: bool,
+        by_columns: bool,
+        compiled: bool,
     ) -> None:
         self._model = model
-        self._arithmetic = arithmetic  # that the trained arrays are cast to in each pass; None: as they are
+        self._compute_dtype = (
+            compute_dtype  # that the trained arrays are cast to in each pass; None: as they are
+        )
         self._by_columns = by_columns  # products with frozen weights, see ``layers.py``
         self._vocabulary: int = self._logits(np.zeros(1, np.int32)).shape[-1]
         self._head = self._separable_head() if frozen_head else None
@@ -145,8 +153,8 @@ class ModelRunner:
 
     def set_parameters(self, trained: Arrays) -> None:
         """Put the trained arrays into the model: a traced pass leaves its tracers there."""
-        if self._arithmetic is not None:
-            trained = {name: array.astype(self._arithmetic) for name, array in trained.items()}
+        if self._compute_dtype is not None:
+            trained = {name: array.astype(self._compute_dtype) for name, array in trained.items()}
         self._model.update(tree_unflatten(list(trained.items())))
 
     def _train_pass(

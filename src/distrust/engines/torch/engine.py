@@ -1,7 +1,7 @@
 """TorchEngine: the contract of :mod:`distrust.contract` on torch, transformers and peft.
 
 Trained parameters and their moments are float32. bfloat16 is for the frozen base and, through autocast, for
-the arithmetic. With rank 0 all weights are trained, in float32.
+compute. With rank 0 all weights are trained, in float32.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ class TorchEngine:
         runtime.prefer_determinism()
         keep_freed_memory()
         torch.set_num_threads(config.threads or runtime.default_threads())
-        arithmetic: torch.dtype = getattr(torch, config.dtype)
-        dtype = arithmetic if config.lora_rank else torch.float32
+        compute_dtype: torch.dtype = getattr(torch, config.dtype)
+        dtype = compute_dtype if config.lora_rank else torch.float32
         self.tokenizer: Any = load_tokenizer(config.model)
         base: Any = model.load_model(
             config.model, dtype=dtype, device=self._device, quantized=config.quantization
         )
         rows = base.get_input_embeddings().weight.shape[0]
         require_vocabulary(self.tokenizer, rows, name=config.model)
-        self._fingerprint = _fingerprint(base, config, arithmetic)
+        self._fingerprint = _fingerprint(base, config, compute_dtype)
         self._quantization = config.quantization
         self._config_digest = config_digest(base.config.to_diff_dict())
         self.context_length: int | None = getattr(base.config, "max_position_embeddings", None)
@@ -60,7 +60,7 @@ class TorchEngine:
         self.model: torch.nn.Module = self._add_adapter(base, config).eval()
         # A compiler fuses by itself, and better if it sees whole layers.
         self._fused = {} if config.compile else fuse(self.model, dtype=dtype)
-        self._runner = self.runner_class(base, arithmetic=arithmetic, compiled=config.compile)
+        self._runner = self.runner_class(base, compute_dtype=compute_dtype, compiled=config.compile)
         if config.packing and not self._runner.uses_varlen:
             raise ConfigError(
                 "--packing: this model cannot keep the examples of one row independent (its attention is "

@@ -60,10 +60,10 @@ class _Row:
 class ModelRunner:
     """Runs a causal language model of transformers, with the adapter in its layers, on micro-batches."""
 
-    def __init__(self, model: Any, *, arithmetic: torch.dtype, compiled: bool = False) -> None:
+    def __init__(self, model: Any, *, compute_dtype: torch.dtype, compiled: bool = False) -> None:
         self._model = model  # in evaluation mode
         self._compiled = compiled  # whether its layers will be
-        self._arithmetic = arithmetic  # dtype of the products; autocast applies any but float32
+        self._compute_dtype = compute_dtype  # dtype of the products; autocast applies any but float32
         self._device: torch.device = model.device
         self._head: Any = model.get_output_embeddings()
         self._vocabulary: int = model.get_input_embeddings().weight.shape[0]
@@ -96,7 +96,7 @@ class ModelRunner:
         with self._autocast():
             output = self._outputs(batch, row).index_select(0, predictor_index)  # [m, ...]
         if self.uses_chunked_loss:
-            return chunked_losses(output.to(self._arithmetic), self._head, targets, token_weights)
+            return chunked_losses(output.to(self._compute_dtype), self._head, targets, token_weights)
         losses = token_losses(output, targets)
         return (losses * token_weights).sum(), losses.detach()
 
@@ -117,9 +117,9 @@ class ModelRunner:
         return self._model(**inputs, use_cache=False).logits  # type: ignore[no-any-return]
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self._arithmetic is torch.float32:
+        if self._compute_dtype is torch.float32:
             return contextlib.nullcontext()
-        return torch.autocast(self._device.type, self._arithmetic)
+        return torch.autocast(self._device.type, self._compute_dtype)
 
     def _to_device(self, array: Array) -> Tensor:
         return torch.from_numpy(array).to(self._device)
