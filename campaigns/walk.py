@@ -106,9 +106,8 @@ class Walk:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         self.step = checkpoint.step
-        for array, saved in zip(self._positions, checkpoint.model["positions"], strict=True):
-            array[:] = saved
-        for array, saved in zip(self._moments, checkpoint.optimizer["moments"], strict=True):
+        arrays = [*checkpoint.model["positions"], *checkpoint.optimizer["moments"]]
+        for array, saved in zip([*self._positions, *self._moments], arrays, strict=True):
             array[:] = saved
         self._rng.bit_generator.state = checkpoint.rng
         self._heights = checkpoint.history["heights"].tolist()

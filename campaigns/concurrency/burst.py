@@ -6,8 +6,8 @@ import copy
 import pickle
 import random
 import threading
-import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from campaigns import child
 from campaigns.concurrency import model
@@ -37,26 +37,15 @@ class Burst:
         self._rng = rng  # of all choices, which are made before the threads start
         self._make = make  # returns the checkpoint to save, and its version
         self._step = first  # that may be saved
-        self._errors: list[str] = []
 
     def run(self) -> None:
-        """Start the threads, and wait for them; raises ValueError if one fails."""
         self._manager.acquire()  # else a copy might take the directory first
         plans = [
             [self._operation() for _ in range(self._rng.randint(*OPERATIONS))]
             for _ in range(self._rng.randint(*THREADS))
         ]
         self.operations = sum(map(len, plans))
-        barrier = threading.Barrier(len(plans))
-        threads = [threading.Thread(target=self._follow, args=(plan, barrier), daemon=True) for plan in plans]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(_JOIN_SECONDS)
-            if thread.is_alive():
-                raise ValueError("a thread hangs")
-        if self._errors:
-            raise ValueError(f"in one of {len(plans)} threads: {self._errors[0]}")
+        run_concurrently([partial(_follow, plan) for plan in plans])
 
     def _operation(self) -> Callable[[], object]:
         rng = self._rng
@@ -87,17 +76,14 @@ class Burst:
         ]
         return rng.choice(operations)
 
-    def _follow(self, plan: list[Callable[[], object]], barrier: threading.Barrier) -> None:
-        try:
-            barrier.wait()
-            for operation in plan:
-                operation()
-        except Exception:
-            self._errors.append(traceback.format_exc())
+
+def _follow(plan: list[Callable[[], object]]) -> None:
+    for operation in plan:
+        operation()
 
 
-def run_concurrently(acts: list[Callable[[], object]]) -> None:
-    """Do each on a thread of its own, all at once; raises what one of them raised."""
+def run_concurrently(acts: Sequence[Callable[[], object]]) -> None:
+    """Do each on a thread of its own, all at once; raises what one of them raised, or if one hangs."""
     barrier, errors = threading.Barrier(len(acts)), []
 
     def run_one(act: Callable[[], object]) -> None:
@@ -107,11 +93,13 @@ def run_concurrently(acts: list[Callable[[], object]]) -> None:
         except BaseException as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=run_one, args=(act,)) for act in acts]
+    threads = [threading.Thread(target=run_one, args=(act,), daemon=True) for act in acts]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(_JOIN_SECONDS)
+        if thread.is_alive():
+            raise ValueError("a thread hangs")
     if errors:
         raise errors[0]
 

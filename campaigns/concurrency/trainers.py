@@ -49,9 +49,9 @@ def run(campaign: Campaign, case: Case, folder: Path) -> None:
     require(sorted(codes) == [0] + [1] * losers, f"exit codes {codes}: {texts}")
     winner = sessions[codes.index(0)]
     for session in sessions:
+        line = session.errors()
+        clear = line.count("\n") == 1 and f"pid {winner.pid} " in line and "locked this directory" in line
         if session is not winner:
-            line = session.errors()
-            clear = line.count("\n") == 1 and f"pid {winner.pid} " in line and "locked this directory" in line
             require(clear, f"not a clear line: {session.output()!r} {line!r}")
             campaign.count("training commands refused with a clear line")
     digest, expected = runs[0].final_digest(), reference_digest(command, OPTIONS)

@@ -103,7 +103,8 @@ def draw(results: Results, path: Path, *, about: str) -> None:
             x=0.01, ha="left", fontsize=14, fontweight="bold",
         )  # fmt: skip
         for axes, accident in zip(canvas.subplots(2, 3).flat, COMMON, strict=False):
-            _panel(axes, accident.name, accident.note, _rows(results, accident))
+            rows = [(one.name, one, results.of(one, accident)) for one in results.subjects([accident])]
+            _panel(axes, accident.name, accident.note, rows)
         _panel(canvas.axes[-1], "trainers only", "a fixed part", _rows_of_trainers(results))
         occurring = {outcome for outcomes in results.counts.values() for outcome in outcomes}
         # Below the panels, outside of the layout.
@@ -113,10 +114,6 @@ def draw(results: Results, path: Path, *, about: str) -> None:
         )  # fmt: skip
         canvas.text(0.99, -0.1, about, ha="right", va="top", fontsize=7.5, color=QUIET)
         canvas.savefig(path, format="png", dpi=130, bbox_inches="tight", pad_inches=0.15, facecolor="white")
-
-
-def _rows(results: Results, accident: Accident) -> list[tuple[str, Subject, Any]]:
-    return [(one.name, one, results.of(one, accident)) for one in results.subjects([accident])]
 
 
 def _rows_of_trainers(results: Results) -> list[tuple[str, Subject, Any]]:
