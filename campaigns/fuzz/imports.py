@@ -1,8 +1,7 @@
 """Hostile folders of other programs: of the transformers Trainer, and adapters of peft and of mlx-lm.
 
-Each family changes a valid one of some kind, made once. The older formats are among the kinds, with weights
-that fit the model: some of their faults only an engine can detect. Each is converted (``converting``), and a
-run resumes from the result (``training``).
+Each family changes a valid folder of some kind. The older formats are among the kinds, with weights that fit
+the model. Each is converted (``converting``), and a run resumes from the result (``training``).
 """
 
 from __future__ import annotations
