@@ -65,16 +65,16 @@ def test_the_converted_state_is_the_original_state(source, tmp_path):
     manager = CheckpointManager(tmp_path / "checkpoints")
     assert manager.list_checkpoints() == [10, 20, 30]
     assert manager.inspect(30).kind == "final"
-    there = CheckpointManager(source)
+    source_manager = CheckpointManager(source)
     for step in (10, 20, 30):
-        old, new = there.load(step), manager.load(step)
+        old, new = source_manager.load(step), manager.load(step)
         for name, array in arrays().items():
             assert new.model[name].tobytes() == array.tobytes()
         for part, group in moments().items():
             assert all(np.array_equal(new.optimizer[part][name], array) for name, array in group.items())
         assert (new.config, new.metadata, new.metrics) == (old.config, old.metadata, old.metrics)
         assert new.run["imported_from"] == old.run["imported_from"]
-        assert new.run["converted_from"] == str(there.inspect(step).path)
+        assert new.run["converted_from"] == str(source_manager.inspect(step).path)
     assert [manager.inspect(one.step).state_digest for one in results] == [
         one.state_digest for one in results
     ]
@@ -202,10 +202,10 @@ def test_a_refusal_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
     trainer_folder = pytest.importorskip("distrust.importers.trainer_folder")
     monkeypatch.setattr(trainer_folder, "read", read)
     assert main(["convert", str(tmp_path), "--to", str(tmp_path / "run")]) == 1
-    refused, damaged, good, _, summary, _ = capsys.readouterr().out.splitlines()
+    refused, damaged, converted, _, summary, _ = capsys.readouterr().out.splitlines()
     assert refused == f"{tmp_path / 'checkpoint-5'}: refused: trained in a way that is not results here"
     assert "checkpoint-6: damaged: trainer_state.json says step 7, its name says 6" in damaged
-    assert "checkpoint-7: converted" in good
+    assert "checkpoint-7: converted" in converted
     assert summary.startswith("1 of them in a format without checksums")
     assert CheckpointManager(tmp_path / "run" / "checkpoints").list_checkpoints() == [7]
 
@@ -222,11 +222,11 @@ def test_two_trainings_never_share_a_folder(source, tmp_path):
         (20, "already converted"),
         (30, "refused"),
     ]
-    other = write_directory(tmp_path / "other" / "checkpoint-40", {**FIELDS, "step": 40})
-    (results,) = convert(other, target)
+    foreign = write_directory(tmp_path / "other" / "checkpoint-40", {**FIELDS, "step": 40})
+    (results,) = convert(foreign, target)
     assert (results.outcome, "two trainings never share a folder" in results.reason) == ("refused", True)
     assert content(target) == original
-    assert outcomes(convert(other, target, force=True)) == [(40, "converted")]
+    assert outcomes(convert(foreign, target, force=True)) == [(40, "converted")]
 
 
 def test_checkpoints_from_another_folder_are_another_training_unless_it_was_moved(
@@ -234,11 +234,11 @@ def test_checkpoints_from_another_folder_are_another_training_unless_it_was_move
 ):
     target = tmp_path / "run" / "checkpoints"
     convert(source / "checkpoint-10", target)
-    other = write_directory(tmp_path / "other" / "checkpoint-40", {**FIELDS, "step": 40})
-    (results,) = convert(other, target)
+    foreign = write_directory(tmp_path / "other" / "checkpoint-40", {**FIELDS, "step": 40})
+    (results,) = convert(foreign, target)
     assert (results.outcome, f"came from {source}, another training" in results.reason) == ("refused", True)
     (tmp_path / "link").symlink_to(source)
-    monkeypatch.chdir(other)
+    monkeypatch.chdir(foreign)
     relative = Path("..", "..", "link", "checkpoint-20.safetensors")
     assert outcomes(convert(relative, target)) == [(20, "converted")]
     moved = source.rename(tmp_path / "moved")
@@ -300,9 +300,9 @@ def test_a_resumed_run_warns_of_what_was_dropped(tmp_path, lacks):
     dropped = "the loss of 2 steps: it is not known which of the 10 steps they are of"
     with pytest.warns(DistrustWarning, match="not recorded.*--lora-alpha") as caught:
         imported.warn_imported(adopted, record, where=tmp_path)
-    said = str(caught[0].message)
-    assert f"dropped: {dropped}" in said
-    assert ("history are" in said, "AdamW's moments" in said) == (False, lacks == "optimizer.npz")
+    message = str(caught[0].message)
+    assert f"dropped: {dropped}" in message
+    assert ("history are" in message, "AdamW's moments" in message) == (False, lacks == "optimizer.npz")
     assert bool(adopted.optimizer) == (lacks == "steps")
 
 
@@ -311,12 +311,12 @@ def test_a_training_does_not_start_above_checkpoints(tmp_path, inner):
     write_directory(tmp_path / inner / "checkpoint-10")
     with pytest.raises((ConfigError, CheckpointError), match="distrust convert"):
         DistrustTrainer(TrainConfig(out=str(tmp_path), data="nothing")).train()
-    ours = tmp_path / "ours" / "checkpoints"
-    with CheckpointManager(ours) as manager:
+    our_directory = tmp_path / "ours" / "checkpoints"
+    with CheckpointManager(our_directory) as manager:
         manager.save(Checkpoint(step=1))
-    with pytest.raises(ConfigError, match=f"give --out {ours.parent}"):
-        DistrustTrainer(TrainConfig(out=str(ours), data="nothing")).train()
-    assert sorted(path.name for path in ours.iterdir()) == [".lock", "checkpoint-1.safetensors"]
+    with pytest.raises(ConfigError, match=f"give --out {our_directory.parent}"):
+        DistrustTrainer(TrainConfig(out=str(our_directory), data="nothing")).train()
+    assert sorted(path.name for path in our_directory.iterdir()) == [".lock", "checkpoint-1.safetensors"]
 
 
 @pytest.mark.parametrize("name", ["checkpoint-5/trainer_state.json", "trainer_state.json"])
