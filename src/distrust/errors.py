@@ -216,6 +216,8 @@ class SaveFailed(CheckpointError):
 class ErrorTranslator:
     """Context manager that raises what ``translate`` returns in place of an error of its block.
 
+    An error that ``translate`` returns unchanged passes as it is.
+
     A class, not a generator: since Python 3.12 a generator-based context manager keeps the frames of the
     original error, with every buffer in them, until the garbage collector runs.
     """
@@ -228,9 +230,15 @@ class ErrorTranslator:
         pass
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, self._kinds):
-            # Never bind the new error to a name: that is a cycle (error, traceback, this frame, error).
-            raise self._translate(error) from (None if isinstance(error, DistrustError) else error)
+        if not isinstance(error, self._kinds):
+            return
+        translated = self._translate(error)
+        if translated is error:
+            return
+        try:
+            raise translated from (None if isinstance(error, DistrustError) else error)
+        finally:
+            del translated  # else there is a cycle: error, traceback, this frame, error
 
 
 def read_failure_reason(error: OSError) -> str:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import gc
 import mmap
+import tracemalloc
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from distrust import Checkpoint, CheckpointManager
 from distrust.errors import CorruptCheckpoint
+from tests.older_files import A, write_checksums, write_directory, write_tensor_file
 
 SIZE = 4 << 20
 
@@ -48,3 +51,40 @@ def test_a_load_that_fails_frees_its_memory_at_once(tmp_path, no_collector, name
         LOADS[name](manager)
 
     assert large_buffers() == buffers_before
+
+
+@pytest.mark.parametrize("defect", ["a number", "a member"])
+def test_a_load_of_a_foreign_folder_that_fails_frees_its_memory_at_once(tmp_path, no_collector, defect):
+    weights = np.ones(SIZE // 4, np.float32)
+    if defect == "a number":
+        weights[-1] = np.nan
+    path = write_directory(tmp_path / "checkpoint-10", model={A: weights}, optimizer={})
+    if defect == "a member":
+        raw = bytearray((path / "model.npz").read_bytes())
+        raw[SIZE // 2] ^= 1  # the CRC of the member no longer matches
+        (path / "model.npz").write_bytes(raw)
+        write_checksums(path)
+    assert_load_frees_memory(path)
+
+
+def test_a_load_of_a_foreign_file_that_fails_frees_its_memory_at_once(tmp_path, no_collector):
+    weights = np.ones(SIZE // 4, np.float32)
+    weights[-1] = np.nan
+    path = write_tensor_file(tmp_path / "checkpoint-10.safetensors", model={A: weights})
+    assert_load_frees_memory(path)
+
+
+def assert_load_frees_memory(path: Path) -> None:
+    manager = CheckpointManager(path.parent)
+    with contextlib.suppress(CorruptCheckpoint):
+        manager.load(10)  # imports the readers
+    gc.collect()
+    tracemalloc.start()
+    try:
+        with pytest.raises(CorruptCheckpoint):
+            manager.load(10)
+        kept, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak > SIZE, "the measure itself: the arrays were in memory"
+    assert kept < SIZE / 4

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,13 @@ import pytest
 from distrust import Checkpoint, CheckpointManager
 from distrust.checkpoint import foreign
 from distrust.checkpoint.files import parse_checkpoint_name
-from distrust.errors import CheckpointError, CheckpointNotFound, CorruptCheckpoint, SaveFailed
+from distrust.errors import (
+    CheckpointError,
+    CheckpointNotFound,
+    CheckpointUnreadable,
+    CorruptCheckpoint,
+    SaveFailed,
+)
 
 
 class JsonHeader:
@@ -122,3 +130,18 @@ def test_files_of_the_core_never_load_the_reader(foreign_file):
         assert manager.list_checkpoints() == [1]
         assert manager.load(path).step == manager.load_latest().step == 1
         manager.validate(1)
+
+
+def test_a_reader_that_cannot_be_loaded_fails_a_save_or_a_load_with_the_reason(foreign_file):
+    """Without a free file descriptor Python cannot import it, so nobody knows whether a file is foreign."""
+
+    def fail() -> JsonReader:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    foreign.register(fail)
+    with CheckpointManager(foreign_file.parent) as manager:
+        for step in (5, 6):
+            with pytest.raises(SaveFailed, match="not saved: cannot be read: Too many open files"):
+                manager.save(Checkpoint(step=step))
+        with pytest.raises(CheckpointUnreadable, match="Too many open files"):
+            manager.load(foreign_file)

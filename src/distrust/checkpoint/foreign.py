@@ -94,15 +94,19 @@ def register(load: Callable[[], ForeignReader] | None) -> None:
 
 
 def find_reader(path: Path) -> ForeignReader | None:
-    """The reader for the checkpoint at ``path``; None if it is in the core's format, or not a checkpoint."""
-    from distrust.checkpoint.files import begins_as_checkpoint  # late: keeps `import distrust` cheap
+    """The reader for the checkpoint at ``path``; None if it is in the core's format, or not a checkpoint.
+
+    Raises CheckpointUnreadable if the reader itself cannot be loaded, as without a free file descriptor.
+    """
+    from distrust.checkpoint.files import begins_as_checkpoint, errors_with_path  # late: keeps imports cheap
 
     if _load_reader is None:
         return None
     with contextlib.suppress(OSError, ValueError, CorruptCheckpoint):  # a folder, or no readable file
         if begins_as_checkpoint(path):
             return None  # the core's own files never load the reader: listing them stays cheap
-    reader = _load_reader()  # imports the readers on first use
+    with errors_with_path(path):
+        reader = _load_reader()  # imports the readers on first use
     return reader if reader.detect_format(path) is not None else None
 
 

@@ -13,7 +13,14 @@ from distrust.checkpoint.format import Kind
 from distrust.checkpoint.manager_state import ManagerState
 from distrust.checkpoint.retainer import Retainer
 from distrust.checkpoint.storage import AtomicCheckpointFile
-from distrust.errors import DistrustWarning, ErrorTranslator, SaveFailed, WarningCollector, defer_warning
+from distrust.errors import (
+    CheckpointUnreadable,
+    DistrustWarning,
+    ErrorTranslator,
+    SaveFailed,
+    WarningCollector,
+    defer_warning,
+)
 
 #: Sections that change only in the optimizer's step: their copy may overlap the next forward and backward.
 _OVERLAPPED = ("model.", "optimizer.")
@@ -68,7 +75,9 @@ class Writer:
         self._state.acquire()  # the first save takes the lock
         kind: Kind = "final" if final else "periodic"
         path = self._state.directory / checkpoint_file_name(step, kind)
-        if foreign.find_reader(path):
+        with _save_errors(path):
+            is_foreign = foreign.find_reader(path) is not None
+        if is_foreign:
             reason = "a checkpoint in an older format has this name, and is never replaced"
             remedy = "Move it away, or save in another directory"
             raise SaveFailed(f"{path}: not saved: {reason}. {remedy}", path=path)
@@ -94,8 +103,9 @@ class Writer:
 def _save_errors(path: Path) -> ErrorTranslator:
     """Running out of memory or descriptors fails a save as a full disk does."""
 
-    def translate(error: MemoryError | OSError) -> SaveFailed:
-        reason = (error.strerror if isinstance(error, OSError) else str(error)) or "no memory"
+    def translate(error: MemoryError | OSError | CheckpointUnreadable) -> SaveFailed:
+        text = error.strerror if isinstance(error, OSError) else str(error).removeprefix(f"{path}: ")
+        reason = text or "no memory"
         return SaveFailed(f"{path}: not saved: {reason}. Existing files are unchanged", path=path)
 
-    return ErrorTranslator((MemoryError, OSError), translate)
+    return ErrorTranslator((MemoryError, OSError, CheckpointUnreadable), translate)

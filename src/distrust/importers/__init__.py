@@ -9,9 +9,7 @@ compared with the file before memory is allocated. Listings of our own checkpoin
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +17,8 @@ from distrust.checkpoint.files import errors_with_path
 from distrust.importers.detect import convert_hint, detect_format, import_hint
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from distrust.checkpoint.arrays import Framework
     from distrust.checkpoint.checkpoint import Checkpoint
     from distrust.importers.imported import Imported, ImportedHeader
@@ -36,13 +36,13 @@ def read_header(path: Path) -> ImportedHeader:
         CorruptCheckpoint: with everything that is wrong, in one line.
         CheckpointUnreadable: if this process cannot read it.
     """
-    with _open(path) as checkpoint:
+    with errors_with_path(path), _open(path) as checkpoint:
         return checkpoint.header
 
 
 def verify(path: Path) -> ImportedHeader:
     """Read all of a checkpoint and check it, without keeping it in memory; raises as :func:`read_header`."""
-    with _open(path) as checkpoint:
+    with errors_with_path(path), _open(path) as checkpoint:
         checkpoint.read("verify")
         return checkpoint.header
 
@@ -62,22 +62,15 @@ def read(path: Path, *, framework: Framework = "numpy") -> tuple[ImportedHeader,
 
 def load(path: Path) -> tuple[ImportedHeader, Imported]:
     """Verify and load a checkpoint with arrays of no framework; raises as :func:`read_header`."""
-    with _open(path) as checkpoint:
+    with errors_with_path(path), _open(path) as checkpoint:
         return checkpoint.header, checkpoint.read("load")
 
 
-@contextlib.contextmanager
-def _open(path: Path) -> Iterator[NpzFolder | TensorFile]:
-    """Open a checkpoint; errors name its path."""
-    with errors_with_path(path), _reader(path).open(path) as checkpoint:
-        yield checkpoint
-
-
-def _reader(path: Path) -> type[NpzFolder | TensorFile]:
+def _open(path: Path) -> AbstractContextManager[NpzFolder | TensorFile]:
     if os.path.isdir(path):  # imported late, so that listings stay fast
         from distrust.importers import npz_folder
 
-        return npz_folder.NpzFolder
+        return npz_folder.NpzFolder.open(path)
     from distrust.importers import tensor_file
 
-    return tensor_file.TensorFile
+    return tensor_file.TensorFile.open(path)

@@ -11,7 +11,6 @@ An ``.npz`` is a zip of ``.npy`` members. Invariants:
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import io
 import os
@@ -26,7 +25,7 @@ from numpy.lib import format as npy
 from distrust.checkpoint.arrays import NUMPY_NAMES
 from distrust.checkpoint.format import is_valid_shape
 from distrust.checkpoint.memory import available_bytes
-from distrust.errors import CheckpointUnreadable, CorruptCheckpoint, shorten
+from distrust.errors import CheckpointUnreadable, CorruptCheckpoint, ErrorTranslator, shorten
 from distrust.importers.host_arrays import PIECE_BYTES, Depth, HostArray, require_finite
 
 #: How many times its size a file may expand to: weights look random, and hardly compress.
@@ -167,20 +166,23 @@ def _read_pieces(stream: IO[bytes], nbytes: int) -> Iterator[bytes]:
         raise CorruptCheckpoint("it is longer than its header says")
 
 
-@contextlib.contextmanager
-def _zip_errors(what: str) -> Iterator[None]:
+def _zip_errors(what: str) -> ErrorTranslator:
     """Errors of zipfile become CorruptCheckpoint; each message begins with the file or member."""
-    try:
-        yield
-    except CorruptCheckpoint as error:
-        reason = error.reason if error.reason.startswith(what) else f"{what}: {error.reason}"
-        raise CorruptCheckpoint(reason) from None
-    except (CheckpointUnreadable, MemoryError):
-        raise
-    except Exception as error:  # BadZipFile, zlib.error, struct.error, NotImplementedError and others
-        details = shorten(str(error)) or type(error).__name__
-        if isinstance(error, OSError):
-            if error.errno != errno.EINVAL:  # EINVAL: zipfile was led to an offset before the file
-                raise
-            details = str(error.strerror)
-        raise CorruptCheckpoint(f"{what} is not a valid zip: {details}") from None
+
+    def translate(error: Exception) -> Exception:
+        match error:
+            case CorruptCheckpoint():
+                return CorruptCheckpoint(
+                    error.reason if error.reason.startswith(what) else f"{what}: {error.reason}"
+                )
+            case CheckpointUnreadable() | MemoryError():
+                return error
+            case OSError(errno=number) if number != errno.EINVAL:
+                return error
+            case OSError():  # EINVAL: zipfile was led to an offset before the file
+                details = str(error.strerror)
+            case _:  # BadZipFile, zlib.error, struct.error, NotImplementedError and others
+                details = shorten(str(error)) or type(error).__name__
+        return CorruptCheckpoint(f"{what} is not a valid zip: {details}")
+
+    return ErrorTranslator((Exception,), translate)

@@ -67,10 +67,11 @@ class NpzFolder:
                 message = f"{self._path}: {quote_untrusted(name)} is not in {CHECKSUMS}, and was not read"
                 warnings.warn(message, DistrustWarning, stacklevel=3)
         arrays: dict[str, dict[str, HostArray]] = {}
-        with _collect_all() as problems:
-            for name in sorted((self._checksums.keys() | {*_ARRAY_FILES}) & self._names - {METADATA}):
-                with _collect(problems):
-                    arrays[name] = self._read_verified(name, depth)
+        problems = _Problems()
+        for name in sorted((self._checksums.keys() | {*_ARRAY_FILES}) & self._names - {METADATA}):
+            with problems:
+                arrays[name] = self._read_verified(name, depth)
+        problems.require_none()
         model = arrays.get(MODEL, {})
         return self.header.to_imported(model, self._make_optimizer(model, arrays.get(OPTIMIZER, {})))
 
@@ -102,27 +103,28 @@ class NpzFolder:
             raise CorruptCheckpoint("an empty folder")
         members = sorted({*MEMBERS} & self._names)
         file_size, raw = 0, b""
-        with _collect_all() as problems:
-            for name in members:
-                with _collect(problems):  # a link or a folder does not hide other problems
-                    file_size += self._status(name).st_size
-            with _collect(problems):
-                if CHECKSUMS not in self._names:
-                    raise CorruptCheckpoint(
-                        f"{CHECKSUMS} is missing, so the files cannot be verified; if you trust them, create "
-                        f"it in the folder: sha256sum {' '.join(members)} > {CHECKSUMS}"
-                    )
-                self._checksums = parse_checksums(self._read_small(CHECKSUMS, MAX_CHECKSUMS_BYTES))
-                missing = sorted({*self._checksums} - self._names)
-                problems += [f"{quote_untrusted(name)} is missing" for name in missing]
-                unproven = sorted({*members} - {*self._checksums, CHECKSUMS})
-                problems += [f"{name} is not in {CHECKSUMS}" for name in unproven]
-            with _collect(problems):
-                if METADATA in self._names:
-                    raw = self._read_small(METADATA, MAX_METADATA_BYTES)
-                    require_checksum(METADATA, self._checksums, hashlib.sha256(raw).hexdigest())
-                elif METADATA not in self._checksums:  # otherwise it was reported above
-                    problems.append(f"{METADATA} is missing")
+        problems = _Problems()
+        for name in members:
+            with problems:  # a link or a folder does not hide other problems
+                file_size += self._status(name).st_size
+        with problems:
+            if CHECKSUMS not in self._names:
+                raise CorruptCheckpoint(
+                    f"{CHECKSUMS} is missing, so the files cannot be verified; if you trust them, create "
+                    f"it in the folder: sha256sum {' '.join(members)} > {CHECKSUMS}"
+                )
+            self._checksums = parse_checksums(self._read_small(CHECKSUMS, MAX_CHECKSUMS_BYTES))
+            missing = sorted({*self._checksums} - self._names)
+            problems += [f"{quote_untrusted(name)} is missing" for name in missing]
+            unproven = sorted({*members} - {*self._checksums, CHECKSUMS})
+            problems += [f"{name} is not in {CHECKSUMS}" for name in unproven]
+        with problems:
+            if METADATA in self._names:
+                raw = self._read_small(METADATA, MAX_METADATA_BYTES)
+                require_checksum(METADATA, self._checksums, hashlib.sha256(raw).hexdigest())
+            elif METADATA not in self._checksums:  # otherwise it was reported above
+                problems.append(f"{METADATA} is missing")
+        problems.require_none()
         lacks_arrays = not self._names & {*_ARRAY_FILES}
         return ImportedHeader(
             raw, METADATA, self._path, self.open, DIRECTORY, file_size=file_size, lacks_arrays=lacks_arrays
@@ -180,23 +182,21 @@ class NpzFolder:
         raise CorruptCheckpoint(f"{quote_untrusted(name)} {problem}")
 
 
-@contextlib.contextmanager
-def _collect(problems: list[str]) -> Iterator[None]:
-    """Add the CorruptCheckpoint raised inside to the problems, each once."""
-    try:
-        yield
-    except CorruptCheckpoint as error:
-        if error.reason not in problems:
-            problems.append(error.reason)
+class _Problems(list[str]):
+    """Context manager that adds the CorruptCheckpoint of its block, once. A class: see ErrorTranslator."""
 
+    def __enter__(self) -> None:
+        pass
 
-@contextlib.contextmanager
-def _collect_all() -> Iterator[list[str]]:
-    """Raise one CorruptCheckpoint with all problems that the block collected."""
-    problems: list[str] = []
-    yield problems
-    if problems:
-        raise CorruptCheckpoint(join_first(problems, PROBLEMS_SHOWN, "; "))
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
+        if isinstance(error, CorruptCheckpoint) and error.reason not in self:
+            self.append(error.reason)
+        return isinstance(error, CorruptCheckpoint)
+
+    def require_none(self) -> None:
+        """Raise one CorruptCheckpoint with all problems."""
+        if self:
+            raise CorruptCheckpoint(join_first(self, PROBLEMS_SHOWN, "; "))
 
 
 def parse_checksums(raw: bytes) -> dict[str, str]:
