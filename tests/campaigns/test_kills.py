@@ -27,7 +27,9 @@ def test_killed_as_a_command_and_as_forks(toy_runs, tmp_path, capsys):
 
 def test_a_run_that_resumes_without_its_optimizer_is_found(toy_runs, tmp_path, capsys):
     toy_runs("forgets_the_optimizer")
-    assert kills.main(["--case", "1", "--directory", str(tmp_path)]) == 1
+    # On a busy machine all kills of a case may come before the first checkpoint: then the next case finds it.
+    arguments = ["--directory", str(tmp_path), "--case"]
+    case = next((case for case in ("1", "2", "4", "5") if kills.main([*arguments, case]) == 1), None)
     output = capsys.readouterr().out
     assert "ended in another state than the undisturbed run" in output
-    assert "again: python -m campaigns.kills --seed 1 --case 1" in output
+    assert f"again: python -m campaigns.kills --seed 1 --case {case}" in output

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import gc
 import io
 import re
@@ -17,7 +16,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from distrust import CheckpointManager, DistrustTrainer, DistrustWarning, TrainConfig
-from distrust.checkpoint.disk import Disk
 from distrust.contract import MemoryUse
 from distrust.engines import create_engine, open_checkpoint
 from distrust.errors import ConfigError
@@ -121,18 +119,10 @@ def test_reload_is_not_counted_as_stall(run, tmp_path, monkeypatch):
     assert ended.stall_seconds == pytest.approx(trainer_stall())
 
 
-def test_no_reset_without_a_checkpoint(run, tmp_path, monkeypatch):
+def test_no_reset_without_a_checkpoint(run, tmp_path, failing_saves):
     """A failed save warns, and the run continues."""
     alone, _ = run(tmp_path / "alone")
-    honest, count = Disk.sync, []
-
-    def sync(disk, descriptor):
-        count.append(descriptor)
-        if len(count) == 1:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        honest(disk, descriptor)
-
-    monkeypatch.setattr(Disk, "sync", sync)
+    failing_saves(1)
     with pytest.warns(DistrustWarning, match="the next save tries again"):
         ended, events = run(tmp_path / "reset", engine=made_anew, reload_every=3, save_every=0)
     assert resets(events) == [6]

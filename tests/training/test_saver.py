@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import shutil
 import signal
 import threading
@@ -12,28 +11,9 @@ import pytest
 
 from distrust import CheckpointManager, DistrustWarning
 from distrust.checkpoint import arrays, memory, snapshot
-from distrust.checkpoint.disk import Disk
 from distrust.errors import SaveFailed
 from distrust.testing.toy_engine import ToyEngine
 from distrust.training.events import CheckpointSaved
-
-
-@pytest.fixture
-def failing_saves(monkeypatch):
-    """Makes the saves with these numbers fail, counted from 1."""
-
-    def fail(*numbers: int) -> None:
-        original, count = Disk.sync, [0]
-
-        def sync(disk: Disk, descriptor: int) -> None:
-            count[0] += 1
-            if count[0] in numbers:
-                raise OSError(errno.ENOSPC, "No space left on device")
-            original(disk, descriptor)
-
-        monkeypatch.setattr(Disk, "sync", sync)
-
-    return fail
 
 
 def test_failed_save_warns_and_the_next_succeeds(run, tmp_path, failing_saves):
