@@ -199,13 +199,16 @@ def test_the_w_of_a_record(table):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"institutional_rank": True}, "institutional_rank: a boolean (true), not a number; write it as one"),
+        (
+            {"institutional_rank": True},
+            "institutional_rank: must be a number, not a boolean (true); correct it",
+        ),
         ({"institutional_rank": 1.01}, "institutional_rank: 1.01 is outside [0, 1]; 1 is the highest rank"),
         ({"citation_count": -1}, "citation_count: -1 is not a count, 0 or more; correct it"),
-        ({"citation_count": "many"}, 'citation_count: a string ("many"), not a number; write it as one'),
+        ({"citation_count": "many"}, 'citation_count: must be a number, not a string ("many"); correct it'),
         ({"citation_count": float("nan")}, "citation_count: NaN is not a count, 0 or more; correct it"),
         ({"citation_count": 10**400}, "citation_count: a huge integer is not a count, 0 or more; correct it"),
-        ({"consensus_count": []}, "consensus_count: a list ([]), not a number; write it as one"),
+        ({"consensus_count": []}, "consensus_count: must be a number, not a list ([]); correct it"),
     ],
 )
 def test_errors_of_ingredients_name_the_field(table, fields, message):
@@ -251,7 +254,7 @@ def test_the_h_of_a_record(table):
         ([{"kind": "a", "share": 1}, {"kind": "b"}], "evidence[1].share: missing"),
         ([{"kind": "a", "share": -0.5}], "evidence[0].share: -0.5 is not a finite share, 0 or more"),
         ([{"kind": "a", "share": math.inf}], "evidence[0].share: Infinity is not a finite share"),
-        ([{"kind": "a", "share": False}], "evidence[0].share: a boolean (false), not a number"),
+        ([{"kind": "a", "share": False}], "evidence[0].share: must be a number, not a boolean (false)"),
         ([{"kind": "a", "share": 1, "id": []}], "evidence[0].id: a list ([]), not a name or a whole number"),
         (
             [{"kind": "a", "share": 1, "id": 1.5}],

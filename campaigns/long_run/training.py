@@ -12,7 +12,7 @@ from campaigns.campaign import Campaign, require
 from campaigns.child import parse_arguments, start_child
 from campaigns.long_run import growth
 
-RECORDS = 64  # of the data set
+RECORDS = 64  # of the dataset
 WINDOWS = 40  # samples of a run
 #: The history of a step: five float64, in an array with an eighth of spare room. A save copies it, and the
 #: allocator may keep both.

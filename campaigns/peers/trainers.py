@@ -25,7 +25,7 @@ RANK = 64  # of the adapter: a file of some MiB
 DROPOUT = 0.1  # uses the random generator
 LEARNING_RATE = 1e-3  # large: differences show after a step
 TOKENS = 32  # of an example
-EXAMPLES = 64  # of the data set
+EXAMPLES = 64  # of the dataset
 
 Losses = Mapping[int, float]
 

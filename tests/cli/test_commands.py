@@ -340,7 +340,9 @@ def test_a_missing_library_is_named_with_the_command_that_installs_it(distrust, 
 def test_diff(distrust, finished_run, copy):
     same = distrust("diff", finished_run, copy / "checkpoints" / "checkpoint-6-final.safetensors")
     assert same.code == 0
-    assert same.out.endswith("equal: by their headers the states are the same, bit for bit\n")
+    assert same.out.endswith(
+        "equal: the recorded digests are the same, bit for bit (verify reads the data)\n"
+    )
     shown = json.loads(distrust("diff", finished_run, copy, "--json").out)
     assert (shown["equal"], shown["differences"]) == (True, [])
 

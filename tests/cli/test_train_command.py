@@ -153,8 +153,8 @@ def test_a_wrong_record_is_one_line_and_the_next_attempt_works(
 
 FAILURES = {
     "no data": (["--data", "nowhere.jsonl"], 1, "nowhere.jsonl: no such file or directory"),
-    "a folder as data": (["--data", "."], 1, ".: holds no data files"),
-    "a folder without a model": (["--model", "."], 1, "--model .: holds no config.json"),
+    "a folder as data": (["--data", "."], 1, ".: contains no data files"),
+    "a folder without a model": (["--model", "."], 1, "--model .: contains no config.json"),
     "an adapter": (["--model", "adapter"], 1, "--model adapter: holds an adapter, not a model; "),
     "no such device": (["--device", "cuda"], 2, "--device cuda: not available to torch here; available: cpu"),
     "too long": (["--max-length", "999"], 2, "--max-length 999: the model's context is 128 tokens"),

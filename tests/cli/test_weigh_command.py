@@ -461,7 +461,7 @@ def test_usage_errors_are_one_line(distrust, raw, table, tmp_path):
     (tmp_path / "empty.jsonl").touch()
     empty = distrust("weigh", raw, tmp_path / "empty.jsonl", "--table", table)
     assert (empty.code, empty.err.count("\n")) == (1, 1)
-    assert "holds no records" in empty.err
+    assert "contains no records" in empty.err
 
 
 def test_if_one_output_fails_neither_is_written(distrust, raw, table, tmp_path):

@@ -169,9 +169,9 @@ def test_invalid_lines(write, line, problem):
         ({"text": 7}, "text: a number, not a string"),
         ({"prompt": ["a"], "completion": "b"}, "prompt: a list, not a string"),
         ({"prompt": "a", "completion": False}, "completion: a boolean, not a string"),
-        ({"text": ""}, "text: empty"),
-        ({"text": " \n"}, "text: empty"),
-        ({"prompt": "a", "completion": ""}, "completion: empty"),
+        ({"text": ""}, "text: is empty"),
+        ({"text": " \n"}, "text: is empty"),
+        ({"prompt": "a", "completion": ""}, "completion: is empty"),
         ({"text": "a\ud800b"}, "text: half of a surrogate pair (\\ud800) at character 2"),
         ({"messages": []}, "messages: empty"),
         ({"messages": "hello"}, "messages: a string, not a list"),
@@ -183,7 +183,7 @@ def test_invalid_lines(write, line, problem):
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content: a list"),
         ({"messages": [USER]}, "messages: no assistant turn"),
         ({"messages": [ASSISTANT, USER]}, "messages[0]: begins with the assistant"),
-        ({"messages": [USER, {"role": "assistant", "content": ""}]}, "messages[1].content: empty"),
+        ({"messages": [USER, {"role": "assistant", "content": ""}]}, "messages[1].content: is empty"),
         ({"messages": [USER, {**ASSISTANT, "tool_calls": [{}]}]}, "messages[1].tool_calls: is not supported"),
     ],
 )
@@ -197,8 +197,8 @@ def test_invalid_content(write, fields, problem):
     ("source", "problem"),
     [
         ({"authority_weight": None}, "authority_weight: missing; add it, or give --default-authority-weight"),
-        ({"authority_weight": "0.5"}, 'authority_weight: a string ("0.5"), not a number'),
-        ({"authority_weight": True}, "authority_weight: a boolean (true), not a number"),
+        ({"authority_weight": "0.5"}, 'authority_weight: must be a number, not a string ("0.5")'),
+        ({"authority_weight": True}, "authority_weight: must be a number, not a boolean (true)"),
         ({"authority_weight": float("nan")}, "authority_weight: NaN is outside [0, 0.99]"),
         ({"authority_weight": -0.1}, "authority_weight: -0.1 is outside [0, 0.99]"),
         ({"authority_weight": 10**400}, "authority_weight: a huge integer is outside [0, 0.99]"),
@@ -214,7 +214,7 @@ def test_invalid_content(write, fields, problem):
             {"provenance_entropy": None},
             "provenance_entropy: missing; add it, or give --default-provenance-entropy",
         ),
-        ({"provenance_entropy": {}}, "provenance_entropy: an object ({}), not a number"),
+        ({"provenance_entropy": {}}, "provenance_entropy: must be a number, not an object ({})"),
         ({"provenance_entropy": -1}, "provenance_entropy: -1 is not a finite number of bits"),
         ({"provenance_entropy": float("nan")}, "provenance_entropy: NaN is not a finite"),
         ({"provenance_entropy": float("inf")}, "provenance_entropy: Infinity is not a finite"),
@@ -272,7 +272,7 @@ def test_equal_errors_share_one_line(write):
     assert lines[0].endswith(f" (2 records: also {path}:2)")
     assert lines[1].startswith(f"{path}:3: text: a number, not a string; ")
     assert lines[1].endswith(f" (1,500 records: also {path}:4, {path}:5, …)")
-    assert lines[2] == f"{path}:1503: text: empty; give it some text, or remove the record"
+    assert lines[2] == f"{path}:1503: text: is empty; add text, or remove the record"
     assert len(caught.value.problems) == 1000
 
 
@@ -299,7 +299,7 @@ def one_line(path):
 
 def test_files_that_cannot_be_read(tmp_path):
     assert one_line(tmp_path / "none.jsonl") == f"{tmp_path}/none.jsonl: no such file or directory"
-    assert "holds no data files" in one_line(tmp_path)
+    assert "contains no data files" in one_line(tmp_path)
     (tmp_path / "file").touch()
     assert "cannot be read: Not a directory" in one_line(tmp_path / "file" / "data.jsonl")
 
@@ -313,4 +313,4 @@ def test_an_error_while_reading():
 def test_a_file_without_records(tmp_path, content):
     path = tmp_path / "data.jsonl"
     path.write_bytes(content)
-    assert "holds no records" in one_line(path)
+    assert "contains no records" in one_line(path)

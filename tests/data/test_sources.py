@@ -142,15 +142,19 @@ def test_errors_name_the_line_or_row(tmp_path, name, locations):
         ("a.csv", b"text,authority_weight\na\n", ":2: 1 cells under a header of 2"),
         ("a.csv", b"text\n\xff\n", "invalid UTF-8"),
         ("a.csv", b'text\n"a\n', "invalid CSV"),
-        ("a.csv", b"text,authority_weight\na,high\n", 'authority_weight: a string ("high"), not a number'),
+        (
+            "a.csv",
+            b"text,authority_weight\na,high\n",
+            'authority_weight: must be a number, not a string ("high")',
+        ),
         ("a.csv", b"text,authority_weight\na,\n", "authority_weight: missing; add it"),
-        ("a.csv", b"text\n", "holds no records"),
+        ("a.csv", b"text\n", "contains no records"),
         ("a.json", b'[{"text": "a"}, 3]', ": row 2: a number, not a JSON object"),
         ("a.json", b'[{"text": "a"} {"text": "b"}]', "invalid JSON: expecting ',' or ']'"),
         ("a.json", b'[{"text": "a"}', "invalid JSON"),
         ("a.json", b'[{"text": "a"}] 7', "extra data after the list"),
         ("a.json", b'[{"text": "a", "text": "b"}]', ': row 1: "text": appears twice'),
-        ("a.json", b"[]", "holds no records"),
+        ("a.json", b"[]", "contains no records"),
         ("a.json", b"[" * 100_000, "nested too deep"),
         ("a.parquet", b"PAR1 or not", "cannot be read: not a readable Parquet file"),
         ("a.jsonl.gz", b"no gzip", "cannot be read: "),
@@ -334,7 +338,7 @@ def test_a_folder_of_splits(tmp_path):
 @pytest.mark.parametrize(
     ("files", "split", "problem"),
     [
-        ([], "train", "holds no data files"),
+        ([], "train", "contains no data files"),
         (["a.jsonl", "b.csv"], "train", "holds files of several formats (csv, json lines); name the files"),
         (["a.jsonl"], "test", "no file names a split, so all are train; there is no test"),
     ],
@@ -347,7 +351,7 @@ def test_ambiguous_folders(tmp_path, files, split, problem):
     assert problem in str(caught.value)
 
 
-# Data sets of the hub
+# Datasets of the hub
 
 
 @pytest.fixture
@@ -399,7 +403,9 @@ except DataError as error:
     completed = run_python(code, HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
     assert completed.returncode == 0, completed.stderr
     (line,) = completed.stdout.splitlines()
-    assert line.startswith("nobody/nothing: not a file or folder here, and the hub gives no such data set: ")
+    assert line.startswith(
+        "nobody/nothing: not a file or folder here, and not loaded from the Hugging Face Hub: "
+    )
 
 
 @pytest.mark.parametrize("name", ["none.jsonl", "owner/none.parquet", "./none", "a/b/c", "/none"])
@@ -411,7 +417,7 @@ def test_names_of_files_are_not_looked_up_on_the_hub(name):
 
 def test_options_of_the_hub_are_not_for_files(tmp_path):
     write_json_lines(tmp_path / "a.jsonl", ROWS)
-    with pytest.raises(ConfigError, match="--revision v1: is for data sets of the hub"):
+    with pytest.raises(ConfigError, match="--revision v1: is for datasets of the hub"):
         open_source(str(tmp_path / "a.jsonl"), Columns(), revision="v1")
 
 

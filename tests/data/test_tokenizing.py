@@ -7,7 +7,7 @@ import struct
 import numpy as np
 import pytest
 from blake3 import blake3
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -154,6 +154,7 @@ def test_tokens_of_a_conversation_are_those_of_its_rendering(plain):
     assert tokenize([record(turns)], plain, max_length=1000).input_ids.tolist() == rendered
 
 
+@example(["0", ">"], None)  # the content is the end of the end-of-turn token
 @given(st.lists(st.text(min_size=1).filter(str.strip), min_size=2, max_size=6), st.none() | st.text())
 def test_the_segments_of_a_conversation_add_up_to_its_rendering(plain, contents, system):
     turns = conversation(*contents, system=system)
@@ -174,7 +175,7 @@ def test_the_segments_of_a_conversation_add_up_to_its_rendering(plain, contents,
             "{% if add_generation_prompt %}[assistant] {% endif %}",
             ["I. </s>", "So. </s>"],
         ),
-        # The end of the line is the only end mark, so it carries loss.
+        # The end of the line is the only end mark, so it is trained.
         (
             "{% for m in messages %}{{ m.role }}: {{ m.content | trim }}\n{% endfor %}"
             "{% if add_generation_prompt %}assistant: {% endif %}",

@@ -182,7 +182,7 @@ def test_generator_of_examples_can_be_used_once(data, tmp_path):
     config = TrainConfig(out=str(tmp_path), max_steps=2, save_every=0)
     trainer = DistrustTrainer(config, engine=ToyEngine(), examples=iter(rows_of(data)))
     trainer.train()
-    with pytest.raises(DataError, match="examples: holds no records"):
+    with pytest.raises(DataError, match="examples: contains no records"):
         trainer.train()
 
 

@@ -64,7 +64,7 @@ def _print(a: CheckpointFile, b: CheckpointFile, differing: list[Difference]) ->
     print(
         f"different: {len(differing) - tensors} scalars, {tensors} of {total} tensors"
         if differing
-        else "equal: by their headers the states are the same, bit for bit"
+        else "equal: the recorded digests are the same, bit for bit (verify reads the data)"
     )
 
 

@@ -82,7 +82,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     arg.add_argument("target", type=Path, help=NEWEST_INTACT)
     data = "what to evaluate on; default: the evaluation data of the run"
     arg.add_argument("--data", nargs="+", dest="eval_data", metavar="DATA", help=data)
-    split = "split of a hub data set, or of a folder whose files name splits"
+    split = "split of a hub dataset, or of a folder whose files name splits"
     arg.add_argument("--split", dest="eval_split", metavar="SPLIT", help=split)
     arg.add_argument("--source-column", help="column of the source class; default: that of the run")
     arg.add_argument("--batch-size", type=int, help="examples per batch; default: that of the run")

@@ -119,7 +119,7 @@ class _Removal:
         elif not self.files:
             print("nothing to remove")
         elif self._options.dry_run:
-            print(f"{count}, {size(freed)}: nothing was removed yet")
+            print(f"{count}, {size(freed)}: nothing removed (dry run)")
         else:
             print(f"{count} removed, {size(freed)} freed")
 

@@ -1,4 +1,4 @@
-"""The command ``distrust weigh``: computes, checks and shows the weights of a data set."""
+"""The command ``distrust weigh``: computes, checks and shows the weights of a dataset."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ _OPTIONS_OF_TRAIN: dict[str, dict[str, Any]] = {
     "provenance_entropy_column": {**_NAME, "help": "default: provenance_entropy, or prov_entropy"},
     "text_column": {**_NAME, "help": "describes the heaviest and lightest records; default: text"},
     "source_column": {**_NAME, "help": "the class of a source; default: source"},
-    "split": {**_NAME, "help": "of a hub data set, or of a folder whose files name splits; default: train"},
-    "subset": {**_NAME, "help": "of a hub data set"},
-    "revision": {**_NAME, "help": "of a hub data set"},
+    "split": {**_NAME, "help": "of a hub dataset, or of a folder whose files name splits; default: train"},
+    "subset": {**_NAME, "help": "of a hub dataset"},
+    "revision": {**_NAME, "help": "of a hub dataset"},
 }
 # A command that ends at once prints no progress.
 _FIRST_REPORT_SECONDS, _REPORT_SECONDS, _LIVE_REPORT_SECONDS = 2.0, 10.0, 0.2

@@ -1,6 +1,6 @@
 """Data pipeline: sources -> records -> tokens -> sampling order -> batches. No module needs a framework.
 
-sources, formats, hub                 files, hub data sets, pipes and examples -> rows
+sources, formats, hub                 files, hub datasets, pipes and examples -> rows
 columns, fields, reading, records     rows -> validated records
 record_errors                         collects the errors of all records: file, line, field and remedy
 tokenizer, tokenizing, corpus         records -> tokenized examples, fingerprinted; the evaluation split

@@ -1,4 +1,4 @@
-"""Summarizes the weights of a data set, for display and for a run's log.
+"""Summarizes the weights of a dataset, for display and for a run's log.
 
 Pure functions of arrays, without a loop over examples: a corpus has millions.
 """
@@ -50,7 +50,7 @@ Quartiles = tuple[float, float, float, float, float]
 
 @dataclass(frozen=True, slots=True)
 class Distribution:
-    """Summary of the weights of a data set."""
+    """Summary of the weights of a dataset."""
 
     examples: int
     tokens: int  # trained tokens

@@ -129,7 +129,7 @@ def _string(value: Any, field: str, *, empty: bool = True) -> str:
     if not isinstance(value, str):
         raise RecordError(f"{json_kind(value)}, not a string; give its text", field=field)
     if not empty and not value.strip():
-        raise RecordError("empty; give it some text, or remove the record", field=field)
+        raise RecordError("is empty; add text, or remove the record", field=field)
     try:
         value.encode()  # a lone surrogate, which JSON can hold, would stop the tokenizer
     except UnicodeEncodeError as error:
@@ -195,7 +195,8 @@ def to_number(value: Any, field: str) -> float:
     """A JSON number as a float, ±inf beyond its range; raises RecordError for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise RecordError(
-            f"{json_kind(value)} ({quote_value(value)}), not a number; write it as one", field=field
+            f"must be a number, not {json_kind(value)} ({quote_value(value)}); correct it",
+            field=field,
         )
     try:
         return float(value)

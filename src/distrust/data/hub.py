@@ -1,6 +1,6 @@
-"""Reads data sets of the hub, and those that ``save_to_disk`` wrote, with the library ``datasets``.
+"""Reads datasets of the hub, and those that ``save_to_disk`` wrote, with the library ``datasets``.
 
-No code of a data set is run. The library keeps what it loads in its own cache, memory-mapped. It is imported
+No code of a dataset is run. The library keeps what it loads in its own cache, memory-mapped. It is imported
 on first use: importing it takes a second. Every failure is a DataError with the library's reason.
 """
 
@@ -19,14 +19,16 @@ _NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)  # NAME or OWNER/NAME; a
 
 
 def is_name(name: str) -> bool:
-    """Whether a string can be the name of a data set or a model of the hub."""
+    """Whether a string can be the name of a dataset or a model of the hub."""
     return _NAME.fullmatch(name) is not None
 
 
 def load(name: str, *, split: str, subset: str | None, revision: str | None) -> Any:
-    """Load a split of a data set of the hub as a ``datasets.Dataset``, downloading it if it is not cached."""
+    """Load a split of a dataset of the hub as a ``datasets.Dataset``, downloading it if it is not cached."""
     datasets = _library(name)
-    with _library_errors(lambda: f"{name}: not a file or folder here, and the hub gives no such data set"):
+    with _library_errors(
+        lambda: f"{name}: not a file or folder here, and not loaded from the Hugging Face Hub"
+    ):
         return datasets.load_dataset(name, subset, split=split, revision=revision)
 
 
@@ -61,7 +63,7 @@ def _library(name: str) -> Any:
     try:
         import datasets
     except ImportError as error:
-        purpose = f"{name}: a data set of the hub"
+        purpose = f"{name}: a dataset of the hub"
         raise MissingDependency(purpose, library="datasets", extra="train") from error
     return datasets
 

@@ -93,7 +93,7 @@ class RecordReader:
 
 @dataclass(frozen=True, slots=True)
 class DatasetStats:
-    """Counts of a data set without errors."""
+    """Counts of a dataset without errors."""
 
     sizes: tuple[int, ...]  # records of each source
     conversations: int = 0  # how many of them are conversations
@@ -139,7 +139,7 @@ def check_records(reader: RecordReader, *, on_progress: Callable[[int], None] | 
 def require_records(count: int, source: Source) -> None:
     """Raise DataError if a source has no records."""
     if not count:
-        raise DataError(f"{source.name}: holds no records; give at least one")
+        raise DataError(f"{source.name}: contains no records; give at least one")
 
 
 def raise_errors(errors: RecordErrors, names: str, count: int) -> None:

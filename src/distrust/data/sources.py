@@ -1,4 +1,4 @@
-"""Opens the sources that a config names: files, folders, data sets of the hub, and examples of a program.
+"""Opens the sources that a config names: files, folders, datasets of the hub, and examples of a program.
 
 A source consists of parts, each a file or a table. A part has a digest of its content, so that the results of
 an earlier check and tokenization can be found in the cache. Its rows can be read repeatedly: a pipe and a
@@ -78,11 +78,11 @@ def open_source(
     """Open the source with a name.
 
     Args:
-        name: a file, a folder, a data set of the hub, or ``bundled``.
+        name: a file, a folder, a dataset of the hub, or ``bundled``.
         columns: the columns to read.
-        split: of a data set of the hub, or of a folder that has several.
-        subset: of a data set of the hub.
-        revision: of a data set of the hub.
+        split: of a dataset of the hub, or of a folder that has several.
+        subset: of a dataset of the hub.
+        revision: of a dataset of the hub.
         temp_folder: where the content of a pipe is copied to.
 
     Raises:
@@ -98,7 +98,7 @@ def open_source(
         return Source(name, (_table_part(name, table, columns, digest),))
     for option, value in (("subset", subset), ("revision", revision)):
         if value is not None:
-            raise ConfigError(f"--{option} {value}: is for data sets of the hub; {name} is a file or folder")
+            raise ConfigError(f"--{option} {value}: is for datasets of the hub; {name} is a file or folder")
     if kind != "folder":
         _require_split(path, split)
         return Source(name, (_file_part(path, str(path), columns, temp_folder),))
@@ -244,7 +244,7 @@ def _files(folder: Path, split: str) -> list[Path]:
         files = sorted(path.relative_to(folder) for path in _visible_files(folder) if is_data(path))
         if not files:
             raise DataError(
-                f"{folder}: holds no data files (.jsonl, .json, .csv, .tsv, .parquet, or those .gz)"
+                f"{folder}: contains no data files (.jsonl, .json, .csv, .tsv, .parquet, or those .gz)"
             )
         formats = sorted({format_of(folder / path)[0].name for path in files})
     if len(formats) > 1:

@@ -272,9 +272,11 @@ def _conversation(conversation: Conversation, tokenizer: Tokenizer) -> list[Segm
 
 def _up_to_turn_end(rendered: str, content: str) -> str:
     """A rendered turn without the white space after its end-of-turn token: generation stops there."""
-    stripped = rendered.rstrip()
-    # Without a visible mark, the white space is what ends the turn.
-    return rendered if stripped.endswith(content.rstrip()) else stripped
+    text = content.strip()
+    start = rendered.find(text)
+    # Without a visible mark behind the content, the white space is what ends the turn.
+    is_marked = start < 0 or bool(rendered[start + len(text) :].strip())
+    return rendered.rstrip() if is_marked else rendered
 
 
 def _render(turns: list[dict[str, str]], tokenizer: Tokenizer, *, generation_prompt: bool) -> str:

@@ -51,7 +51,7 @@ def locate(name: str) -> tuple[str, bool]:
                 f"--model {name}: holds an adapter, not a model; give its base model, or a folder that "
                 "`distrust export --format merged` or peft's merge_and_unload wrote"
             )
-        raise ModelError(f"--model {name}: holds no config.json, so it is not the folder of a model")
+        raise ModelError(f"--model {name}: contains no config.json, so it is not the folder of a model")
     return name, True
 
 

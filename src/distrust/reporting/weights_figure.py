@@ -1,4 +1,4 @@
-"""The figure of ``distrust weigh``: provenance, weights and source classes of a data set."""
+"""The figure of ``distrust weigh``: provenance, weights and source classes of a dataset."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def plot_weights(
     weigh: Callable[[Array, Array], Array],
     form: str,
 ) -> None:
-    """Draw a data set: w against H, the histogram of the weights, and the share of each source class.
+    """Draw a dataset: w against H, the histogram of the weights, and the share of each source class.
 
     Args:
         file: to write into.

@@ -1,4 +1,4 @@
-"""The weights of a data set as lines for a terminal."""
+"""The weights of a dataset as lines for a terminal."""
 
 from __future__ import annotations
 

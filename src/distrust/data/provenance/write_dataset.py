@@ -1,4 +1,4 @@
-"""Writes scored records to a new data set with both columns, everything else unchanged.
+"""Writes scored records to a new dataset with both columns, everything else unchanged.
 
 A record of a JSON file keeps its exact text: only its two numbers are inserted or replaced. Rows of tables
 become JSON, or keep their types if the new file is a table too. Records are read again rather than kept, so
