@@ -139,7 +139,7 @@ def test_a_folder_of_another_program_is_recognised(distrust, tmp_path, purpose):
     for name in ELSEWHERE[purpose]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
-    command = f"distrust convert '{folder}' --to RUN makes a run of it\n"
+    command = f"distrust convert '{folder}' --to RUN converts it\n"
     listed = distrust("ls", folder)
     assert (listed.code, listed.err) == (0, "")
     for message in (listed.out, *(distrust(verb, folder).err for verb in ("show", "verify"))):

@@ -152,8 +152,8 @@ def test_nothing_is_removed_while_a_training_runs(distrust, run):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "say what to remove: --damaged, or what to keep: --keep-last N"),
-        (["--dry-run"], "say what to remove"),
+        ([], "specify what to remove (--damaged) or what to keep: --keep-last N"),
+        (["--dry-run"], "specify what to remove"),
         (["--keep-last", 0], "--keep-last is 0: give 1 or more"),
         (["--keep-best", -1], "--keep-best is -1: give 0 or more"),
         (["--keep-every", 0], "--keep-every is 0: give 1 or more"),

@@ -221,7 +221,7 @@ def test_a_changed_option_is_refused(distrust, folder, finished_run):
     output = distrust(*train_arguments(folder, finished_run, "--batch-size", 3, "--seed", 4))
     assert output.code == 1
     assert output.err.splitlines() == [
-        f"distrust: {finished_run}: this would not continue the run in that folder:",
+        f"distrust: {finished_run}: cannot resume the run in that folder:",
         "  --batch-size was 2, is 3",
         "  --seed was 0, is 4",
         "give the options of that run, or another --out",

@@ -265,11 +265,11 @@ def test_stated_values_are_checked_and_kept_by_default(distrust, table, tmp_path
     assert first == f"   {data}:3: 0.9 in the data, 0.2 computed"
     assert second.startswith(f"   {data}:2: 0.3 ")
     assert (
-        "w: 2 kept unchecked: 1 with no institutional_rank and no citation_count, 1 with "
+        "w: 2 not checked: 1 with no institutional_rank and no citation_count, 1 with "
         f"institutional_rank not in [ranks] of {table}"
     ) in result.out
     assert "H: 4 checked: 1 differs by more than 0.05 bits" in result.out
-    assert "H: 1 kept unchecked: 1 with no evidence" in result.out
+    assert "H: 1 not checked: 1 with no evidence" in result.out
 
     assert distrust("weigh", data, "--table", table, "--strict").code == 1
     wide = distrust("weigh", data, "--table", table, "--strict", "--tolerance-w", 1, "--tolerance-h", 1)

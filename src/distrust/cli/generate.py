@@ -96,7 +96,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         ],
     )
     arg.add_argument("run", type=Path, nargs="?", help=NEWEST_INTACT)
-    arg.add_argument("--checkpoint", type=Path, metavar="PATH", help="the same as an option")
+    arg.add_argument("--checkpoint", type=Path, metavar="PATH", help="same as RUN")
     add_checkpoint_options(arg)
     arg.add_argument("--prompt", action="append", help="text to continue; may be repeated")
     arg.add_argument("--chat", action="store_true", help="answer each prompt as a user's message")
@@ -104,7 +104,10 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     arg.add_argument("--max-new-tokens", type=int, default=64, help="default: 64")
     arg.add_argument("--temperature", type=float, default=0.0, help="0, the default, does not sample")
     arg.add_argument(
-        "--top-p", type=float, metavar="P", help="sample only from the likeliest tokens that sum to P"
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="sample from the smallest set of tokens whose probabilities sum to P",
     )
     arg.add_argument("--seed", type=int, default=0, help="seed of the sampling; default: 0")
     arg.add_argument("--json", action="store_true", help="print a list of objects")

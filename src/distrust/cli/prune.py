@@ -136,7 +136,7 @@ def _freed_bytes(path: Path) -> int:
 def _require_valid(options: argparse.Namespace) -> None:
     if not options.damaged and not _has_rule(options):
         raise ConfigError(
-            "prune: say what to remove: --damaged, or what to keep: --keep-last N, --keep-best N, "
+            "prune: specify what to remove (--damaged) or what to keep: --keep-last N, --keep-best N, "
             "--keep-every N; --dry-run shows what would be removed"
         )
     for name, least in RULES.items():  # in terms of the flags

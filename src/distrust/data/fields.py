@@ -161,7 +161,7 @@ def read_provenance_entropy(fields: Fields, columns: Columns, default: float | N
     value, field = _field_value(fields, columns.provenance_entropy, default, "--default-provenance-entropy")
     number = to_number(value, field)
     if not 0 <= number < math.inf:
-        problem = f"{quote_value(value)} is not a finite number of bits, 0 or more; correct it"
+        problem = f"{quote_value(value)} is not in [0, ∞) bits; correct it"
         raise RecordError(problem, field=field)
     return number
 

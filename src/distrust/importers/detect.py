@@ -61,7 +61,7 @@ def import_hint(folder: Path) -> str:
         description = f"an adapter folder of {'mlx-lm' if MLX_WEIGHTS in names else 'peft'}"
     else:
         return ""
-    return f"; it is {description}: distrust convert {shlex.quote(str(folder))} --to RUN makes a run of it"
+    return f"; it is {description}: distrust convert {shlex.quote(str(folder))} --to RUN converts it"
 
 
 def convert_hint(path: Path) -> str:

@@ -122,7 +122,7 @@ def read_run(folder: Path) -> RunData:
     lines = _read_metrics(folder / METRICS)  # None: no file
     provenance = _read_provenance(folder / PROVENANCE)
     if lines is None and provenance is None and not (checkpoints.files or checkpoints.damaged):
-        problem = f"no run here: neither checkpoints nor {METRICS}; give the --out of a training"
+        problem = f"no run here: neither checkpoints nor {METRICS}; give the --out of a run"
         if (folder / catalog.RUN_SUBDIRECTORY).is_dir():
             problem = "the run has made no step and saved nothing yet; try again later"
         raise RunNotFound(f"{folder}: {problem}", path=folder)

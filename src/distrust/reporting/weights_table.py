@@ -35,7 +35,7 @@ def score_lines(checks: Mapping[Quantity, Check], *, recomputed: bool) -> Iterat
             yield f"   {difference.where}: {recorded} in the data, {computed} computed"
         if check.unchecked:
             reasons = (f"{count:,} with {reason}" for reason, count in check.unchecked.most_common(3))
-            yield f"{symbol}: {check.unchecked.total():,} kept unchecked: {', '.join(reasons)}"
+            yield f"{symbol}: {check.unchecked.total():,} not checked: {', '.join(reasons)}"
 
 
 def distribution_lines(

@@ -104,7 +104,7 @@ def _environment_differences(
 def _refusal(out: Path, differences: list[str]) -> ResumeRefused:
     lines = "".join(f"\n  {line}" for line in differences)
     return ResumeRefused(
-        f"{out}: this would not continue the run in that folder:{lines}\n"
+        f"{out}: cannot resume the run in that folder:{lines}\n"
         "give the options of that run, or another --out",
         differences,
     )
