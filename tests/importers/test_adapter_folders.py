@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shlex
 from pathlib import Path
 
@@ -18,9 +20,10 @@ from distrust.cli import main
 from distrust.cli.train import parse
 from distrust.engines import open_checkpoint
 from distrust.engines.state_conversion import target_modules
-from distrust.errors import ConfigError, ResumeRefused
+from distrust.errors import CheckpointUnreadable, ConfigError, ResumeRefused
 from distrust.export import export
 from distrust.importers.convert import convert
+from distrust.importers.safe_load import safe_errors
 from distrust.testing.models import make_model, train_a_little, write_records
 
 mx = pytest.importorskip("mlx.core")
@@ -243,3 +246,9 @@ def test_all_weights_are_no_adapter(folder_of_model, tmp_path):
     assert export(run, tmp_path / "merged").format == "merged"
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     assert np.abs(by_torch(merged) - own_logits(run)).max() < 1e-5
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, os.strerror(errno.EIO)), OSError("own words")])
+def test_a_read_error_is_no_verdict_on_the_file(error, tmp_path):
+    with pytest.raises(CheckpointUnreadable, match=error.strerror or "own words"), safe_errors(tmp_path):
+        raise error

@@ -41,7 +41,7 @@ def error_with_path(error: Exception, path: Path) -> Exception:
         case FileNotFoundError():
             return CheckpointNotFound(f"{path}: no such checkpoint", path=path)
         case OSError() if error.errno not in _PROCESS_ERRORS:  # EIO, ELOOP: the file's fault
-            return CorruptCheckpoint(f"it cannot be read: {error.strerror}", path=path)
+            return CorruptCheckpoint(f"it cannot be read: {error.strerror or error}", path=path)
     reason = error.strerror if isinstance(error, OSError) else str(error) or "no memory"
     return CheckpointUnreadable(f"{path}: cannot be read: {reason}", path=path)
 

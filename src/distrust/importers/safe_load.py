@@ -17,6 +17,7 @@ from distrust.checkpoint.files import error_with_path, open_regular
 from distrust.errors import (
     CheckpointError,
     CheckpointNotFound,
+    CheckpointUnreadable,
     CorruptCheckpoint,
     ErrorTranslator,
     quote_untrusted,
@@ -134,7 +135,9 @@ def safe_errors(path: Path) -> ErrorTranslator:
         match error:
             case FileNotFoundError():
                 return CheckpointNotFound(f"{path}: no such file", path=path)
-            case OSError() | MemoryError() | CorruptCheckpoint():
+            case OSError():  # no verdict on the file; libraries raise it without an error number, too
+                return CheckpointUnreadable(f"{path}: cannot be read: {error.strerror or error}", path=path)
+            case MemoryError() | CorruptCheckpoint():
                 return error_with_path(error, path)
             case CheckpointError():
                 return error
