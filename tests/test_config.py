@@ -492,3 +492,16 @@ def test_wrong_type_in_python(given, words):
 
 def test_integer_equals_float():
     assert TrainConfig(learning_rate=1) == TrainConfig(learning_rate=1.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"learning_rate": 10**400}, "--learning-rate is .*give a number"),
+        ({"split": ["train"]}, r"--split is \['train'\]: give a string"),
+        ({"metric": ["eval_loss"]}, r"--metric is \['eval_loss'\]: give a string"),
+    ],
+)
+def test_values_that_no_option_takes(options, message):
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig(**options)

@@ -258,7 +258,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         problems = {}
         for name, hint in _hints().items():  # normalize, so that equal values compare equal
-            value = to_plain(getattr(self, name)) if takes_paths(hint) else getattr(self, name)
+            value = to_plain(getattr(self, name), hint) if takes_paths(hint) else getattr(self, name)
             object.__setattr__(self, name, value)
             if get_origin(hint) is Literal:
                 continue  # checked below, with all other bounds

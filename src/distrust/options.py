@@ -98,9 +98,10 @@ def takes_paths(hint: Any) -> bool:
     return hint is str or (get_origin(hint) in (Union, types.UnionType) and str in get_args(hint))
 
 
-def to_plain(value: Any) -> Any:
-    """Paths become strings, and a list of one name becomes that name."""
-    if isinstance(value, (list, tuple)):
+def to_plain(value: Any, hint: Any) -> Any:
+    """Paths become strings; a list of one name becomes that name, if the option takes several."""
+    takes_several = any(get_origin(choice) is tuple for choice in get_args(hint))
+    if takes_several and isinstance(value, (list, tuple)):
         names = tuple(os.fspath(name) if isinstance(name, os.PathLike) else name for name in value)
         return names[0] if len(names) == 1 else names or ("",)  # an empty list is reported as an empty name
     return os.fspath(value) if isinstance(value, os.PathLike) else value
@@ -134,7 +135,8 @@ def coerce(value: Any, hint: Any) -> Any:
             raise TypeError(f"give a list of {', '.join(get_args(inner))}")
         raise TypeError(f"give a list of {'strings' if inner is str else 'numbers'}")
     if hint is float and type(value) is int:  # TOML and Python users write 1 for 1.0
-        return float(value)
+        with contextlib.suppress(OverflowError):
+            return float(value)
     if type(value) is not hint:  # not isinstance: True is no whole number
         expected = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
         raise TypeError(f"give {expected[hint]}")

@@ -83,8 +83,8 @@ def assert_load_frees_memory(path: Path) -> None:
     try:
         with pytest.raises(CorruptCheckpoint):
             manager.load(10)
-        kept, peak = tracemalloc.get_traced_memory()
+        remaining, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert peak > SIZE, "the measure itself: the arrays were in memory"
-    assert kept < SIZE / 4
+    assert remaining < SIZE / 4

@@ -7,8 +7,7 @@ and each example must be, to rounding, what it is alone.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from blake3 import blake3
 
 from distrust.config import Device
 from distrust.contract import Losses
-from distrust.errors import ConfigError, OutOfMemory
+from distrust.errors import ConfigError, ErrorTranslator, OutOfMemory
 
 Array = np.ndarray[Any, Any]
 #: (token ids int64[n], lengths of the examples) -> outputs float32[n, ...], and the dtype computed in.
@@ -46,22 +45,22 @@ def micro_step_seed(*, seed: int, step: int, micro_step: int) -> int:
     return int.from_bytes(digest, "little") >> 1  # generators take a signed 64-bit integer
 
 
-@contextlib.contextmanager
-def translate_out_of_memory(*phrases: str) -> Iterator[None]:
+def translate_out_of_memory(*phrases: str) -> ErrorTranslator:
     """Context manager that raises OutOfMemory, with the options that help, for a framework's own errors.
 
     The lower-case ``phrases`` identify them among plain RuntimeErrors; a subclass always is one.
     """
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
+
+    def translate(error: Exception) -> Exception:
         reason = " ".join(str(error).split())
         if type(error) is RuntimeError and not any(phrase in reason.lower() for phrase in phrases):
-            raise
-        raise OutOfMemory(
+            return error
+        return OutOfMemory(
             "there is not enough memory for a step: lower --batch-size (and raise --gradient-accumulation) "
             f"or --max-length, or add --gradient-checkpointing ({reason[:200]})"
-        ) from error
+        )
+
+    return ErrorTranslator((MemoryError, RuntimeError), translate)
 
 
 def trial_ids(vocabulary: int, *, change: int | None = None) -> Array:

@@ -6,10 +6,9 @@ resume, can shift it. The generators' state is saved and restored all the same.
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -19,7 +18,7 @@ from distrust.checkpoint.memory import trim
 from distrust.config import Device
 from distrust.contract import MemoryUse
 from distrust.engines import runtime
-from distrust.errors import ConfigError
+from distrust.errors import ConfigError, ErrorTranslator
 
 
 def choose_device(requested: Device) -> torch.device:
@@ -103,14 +102,13 @@ def compile_layers(model: Any) -> int:
     return len(blocks)
 
 
-@contextlib.contextmanager
-def compiler_errors() -> Iterator[None]:
+def compiler_errors() -> ErrorTranslator:
     """Context manager that turns errors of torch's compiler into ConfigError."""
-    try:
-        yield
-    except Exception as error:
+
+    def translate(error: Exception) -> Exception:
         if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            raise
+            return error
         reason = " ".join(str(error).split())[:200]
-        message = f"--compile: torch cannot compile this model here; leave it out ({reason})"
-        raise ConfigError(message) from error
+        return ConfigError(f"--compile: torch cannot compile this model here; leave it out ({reason})")
+
+    return ErrorTranslator((Exception,), translate)
