@@ -10,7 +10,7 @@ demo: $(READY)
 	$(BIN)/distrust demo --out runs/demo
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile $(TEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(TEST)
 
 test-core:
 	scripts/test_core.sh
