@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +23,7 @@ from distrust.data.columns import WholeRows
 from distrust.data.provenance.score import ScoredRecords, Scoring, captions, score_records
 from distrust.data.provenance.table import load_table
 from distrust.data.provenance.write_dataset import require_format, write_scored
-from distrust.errors import ConfigError, DistrustWarning
+from distrust.errors import ConfigError, warn
 from distrust.reporting.display import pluralize, printable
 from distrust.reporting.weights_table import distribution_lines, score_lines
 from distrust.weighting import ALPHA, LAMBDA, Weighting, effective_sample_size, example_weights
@@ -91,7 +90,7 @@ def main(arguments: list[str]) -> int:
         scored = score_records(sources, scoring, on_progress=progress)
     if config.source_column and set(scored.classes) == {""}:
         problem = f"--source-column {config.source_column}: no record has it"
-        warnings.warn(problem, DistrustWarning, stacklevel=2)
+        warn(problem)
     weights = example_weights(
         scored.authority_weight,
         scored.provenance_entropy,
