@@ -134,6 +134,7 @@ def _wait_for_last_message(session: Session) -> float:
 def _is_allowed(stop: Stop, session: Session, code: int) -> bool:
     output = session.output()
     handles_signals = any(line.startswith(LOADING) for line in output)
+    in_loop = any(line.startswith(LOOP) for line in output)
     ended = _has_ended(session)
     if code == 0:
         return ended
@@ -143,12 +144,14 @@ def _is_allowed(stop: Stop, session: Session, code: int) -> bool:
         return not handles_signals or ended
     if code == -SIGABRT:
         # A KeyboardInterrupt that passes through native code, as while importing torch, aborts the process.
-        return stop.repeat is not None and not any(line.startswith(LOOP) for line in output)
+        return stop.repeat is not None and not in_loop
     if code != 128 + stop.number:
         return False
     # At once and without a message: a second Ctrl-C, or one outside the time in which signals are handled.
     may_be_silent = stop.number == SIGINT and (stop.repeat is not None or not handles_signals or ended)
-    return may_be_silent or _stop_message(session) is not None
+    # While a framework is imported or a model is loaded, the watchdog may end the command.
+    was_slow = not in_loop and f"ended by {stop.number.name}, without an answer" in session.errors()
+    return may_be_silent or was_slow or _stop_message(session) is not None
 
 
 def random_stop(rng: random.Random) -> Stop:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import re
@@ -11,62 +12,77 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from random import Random
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from campaigns import fuzz
 from campaigns.campaign import Campaign, CounterExample, never, parser, run
-from campaigns.fuzz import costs, families, forging, growing, imports, obstacles, older, readers, training
+from campaigns.fuzz import (
+    commands,
+    costs,
+    families,
+    forging,
+    growing,
+    imports,
+    model_folders,
+    obstacles,
+    older,
+    places,
+    readers,
+    texts,
+    training,
+)
+from campaigns.fuzz.workplace import Workplace
 
-FILES_PER_CASE = 100  # at random
-#: One in so many random cases has folders of other programs.
-FOLDERS_EVERY = 4
+FILES_PER_CASE = 400  # at random
+#: What the random cases do, in turn.
+TURNS = ("files", "folders", "commands", "files", "models", "commands", "files", "commands")
 #: One in so many files of a case is a real one, read by every method.
-FILES_EVERY = 50
+FILES_EVERY = 100
 REPETITIONS = 4  # of each family and specimen
 GUIDED_RUNS = 20_000  # by default
 ALLOWED_BYTES = 64 << 20  # of the reading process, beyond its start
 IN_MEMORY = Path("/dev/shm")  # quicker than a disk
+#: The most obstacles that a case puts at the names of a command: without and with a framework.
+LIGHT_PLACES, MODEL_PLACES = 300, 40
 READ_IN_MEMORY = "files read in memory"
 OLDER = "checkpoints in an older format, by every method"
 READ_FROM_DISK = "files read from disk, by every method"
 COVERAGE = ("edges of the reader's code reached", "features (edges and how often)", "files in the corpus")
 
-Step = Callable[[Random, Counter[str]], None]
-FolderStep = Callable[[training.Bench, Random], Counter[str]]
+#: The processes that do the cases: one that reads files, this one, which makes more, those of the engines,
+#: and one each for commands with and without a framework.
+Process = Literal["reader", "own", "engines", "commands", "models"]
+Work = Callable[[Random], Counter[str]]
+
+
+class Step(NamedTuple):
+    """What a case does, and where."""
+
+    process: Process
+    work: Work
 
 
 class Plan(NamedTuple):
-    reading: Sequence[Step]  # the first ones, done by a worker
-    measuring: Sequence[Step]  # the next ones, which make processes of their own
-    folders: Sequence[FolderStep]  # the next ones, done by the engines' processes
-    random: Step  # all others, done by a worker
-    random_folders: FolderStep  # instead of one in :data:`FOLDERS_EVERY` of them
+    named: Sequence[Step]  # the first cases
+    random: Mapping[str, Step]  # the others, by kind
+    turns: Sequence[str] = TURNS  # the kinds of the others, repeated
 
     def step(self, number: int) -> Step:
-        """What a case does that needs no engine."""
-        named = (*self.reading, *self.measuring)
-        return named[number] if number < len(named) else self.random
-
-    def makes_processes(self, number: int) -> bool:
-        return 0 <= number - len(self.reading) < len(self.measuring)
-
-    def folder_step(self, number: int) -> FolderStep | None:
-        """What a case does in the engines' processes, if it does."""
-        index = number - len(self.reading) - len(self.measuring)
-        if 0 <= index < len(self.folders):
-            return self.folders[index]
-        is_folder_case = index >= 0 and (index - len(self.folders)) % FOLDERS_EVERY == 1
-        return self.random_folders if is_folder_case else None
+        if number < len(self.named):
+            return self.named[number]
+        return self.random[self.turns[(number - len(self.named)) % len(self.turns)]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser(fuzz.__doc__)
     engines = ("random", "guided")
     options.add_argument("--engine", choices=engines, default="random", help="what leads the mutations")
+    kinds = sorted({*TURNS})
+    options.add_argument("--kind", choices=kinds, help="only random cases of this kind")
     options.add_argument("--replay", type=Path, help="read this file by every method, and nothing else")
     options.add_argument("--mebibytes", type=float, default=1.0, help="of the largest files (default: 1)")
     return run("fuzz", options, _body, cases=200, arguments=arguments)
@@ -82,55 +98,98 @@ def _body(campaign: Campaign) -> None:
         if campaign.options.replay is not None:
             campaign.count_all(_read(campaign.options.replay.read_bytes(), files))
         else:
-            older_files = older.Directory(directory / "older" / "files", files.valid.path.read_bytes())
-            _run_cases(campaign, _plan(files, older_files, directory, campaign.options), directory)
+            benches = _benches(directory, files)
+            plan = _plan(benches, campaign.options)
+            if campaign.options.kind is not None:
+                plan = plan._replace(named=(), turns=(campaign.options.kind,))
+            _run_cases(campaign, plan, benches)
 
 
-def _run_cases(campaign: Campaign, plan: Plan, directory: Path) -> None:
-    def rng(number: int) -> Random:
-        return Random(f"{campaign.options.seed}/{number}")
-
+def _run_cases(campaign: Campaign, plan: Plan, benches: Benches) -> None:
     def work(number: int) -> Counter[str]:
-        counts: Counter[str] = Counter()
-        plan.step(number)(rng(number), counts)
-        return counts
+        return plan.step(number).work(Random(f"{campaign.options.seed}/{number}"))
 
-    def work_on_folders(bench: training.Bench, number: int) -> Counter[str]:
-        step = plan.folder_step(number) or plan.random_folders
-        return step(bench, rng(number))
-
-    with (
-        costs.worker(work, allowed=ALLOWED_BYTES) as worker,
-        training.Engines(work_on_folders, directory / "folders") as engines,
-    ):
+    with contextlib.ExitStack() as stack:
+        worker = partial(costs.worker, allowed=training.ALLOWED_BYTES)
+        reader = stack.enter_context(costs.worker(work, allowed=ALLOWED_BYTES))
+        engines = stack.enter_context(training.Engines(work, benches.engines))
+        light = stack.enter_context(worker(work, prepare=benches.commands.prepare))
+        models = stack.enter_context(worker(work, prepare=benches.models.prepare))
+        requests: dict[Process, Callable[[int], Mapping[str, int]]] = {
+            "reader": reader.request,
+            "own": work,
+            "engines": engines.run,
+            "commands": light.request,
+            "models": models.request,
+        }
         for case in campaign.cases():
-            if plan.folder_step(case.number) is not None:
-                campaign.count_all(engines.run(case.number))
-            elif plan.makes_processes(case.number):
-                campaign.count_all(work(case.number))
-            else:
-                campaign.count_all(worker.request(case.number))
+            campaign.count_all(requests[plan.step(case.number).process](case.number))
 
 
-def _plan(
-    files: readers.Directory, older_files: older.Directory, directory: Path, options: argparse.Namespace
-) -> Plan:
+class Benches(NamedTuple):
+    """Where the cases are done."""
+
+    directory: Path
+    files: readers.Directory
+    older: older.Directory
+    engines: training.Bench
+    commands: Workplace
+    models: Workplace
+
+
+def _benches(directory: Path, files: readers.Directory) -> Benches:
+    return Benches(
+        directory,
+        files,
+        older.Directory(directory / "older" / "files", files.valid.path.read_bytes()),
+        training.Bench(directory / "folders"),
+        commands.light_workplace(directory / "commands"),
+        commands.models_workplace(directory / "models"),
+    )
+
+
+def _plan(benches: Benches, options: argparse.Namespace) -> Plan:
+    files, light, models = benches.files, benches.commands, benches.models
     size = int(options.mebibytes * (1 << 20))
+    reading: list[Work] = [
+        *(partial(_try_files, files, partial(_change, change)) for change in families.CHANGES.values()),
+        *(partial(_try_files, files, make) for make in families.FILES.values()),
+        partial(_try_obstacles, files),
+        *(partial(_try_older, benches.older, make) for make in older.FAMILIES.values()),
+    ]
+    measuring: list[Work] = [
+        partial(_check_permissions, benches.directory),
+        partial(_play_scenes, benches.directory),
+        *(partial(_measure_sizes, files, name, size) for name in growing.GROWING),
+    ]
     return Plan(
-        reading=[
-            *(partial(_try_files, files, partial(_change, change)) for change in families.CHANGES.values()),
-            *(partial(_try_files, files, make) for make in families.FILES.values()),
-            partial(_try_obstacles, files),
-            *(partial(_try_older, older_files, make) for make in older.FAMILIES.values()),
+        named=[
+            *(Step("reader", work) for work in reading),
+            *(Step("own", work) for work in measuring),
+            *(
+                Step("engines", partial(benches.engines.run_family, family=family))
+                for family in imports.FAMILIES.values()
+            ),
+            *(
+                Step("commands", partial(places.try_command, light, name, most=LIGHT_PLACES))
+                for name in commands.LIGHT
+            ),
+            *(Step("commands", partial(texts.try_family, light, name)) for name in texts.FAMILIES),
+            *(
+                Step("models", partial(places.try_command, models, name, most=MODEL_PLACES))
+                for name in commands.MODELS
+            ),
+            *(
+                Step("models", partial(model_folders.try_family, models, name))
+                for name in model_folders.FAMILIES
+            ),
         ],
-        measuring=[
-            partial(_check_permissions, directory),
-            partial(_play_scenes, directory),
-            *(partial(_measure_sizes, files, name, size) for name in growing.GROWING),
-        ],
-        folders=[partial(training.Bench.run_family, family=each) for each in imports.FAMILIES.values()],
-        random=partial(_try_random, files, older_files),
-        random_folders=training.Bench.run_random,
+        random={
+            "files": Step("reader", partial(_try_random, files, benches.older)),
+            "folders": Step("engines", benches.engines.run_random),
+            "commands": Step("commands", partial(_try_commands, light)),
+            "models": Step("models", partial(model_folders.try_at_random, models)),
+        },
     )
 
 
@@ -153,9 +212,9 @@ def _try_files(
     files: readers.Directory,
     make: Callable[[forging.Specimen, Random], bytes],
     rng: Random,
-    counts: Counter[str],
-) -> None:
+) -> Counter[str]:
     """One kind of file, a few times of each specimen."""
+    counts: Counter[str] = Counter()
     for specimen in files.specimens:
         for _ in range(REPETITIONS):
             try:
@@ -163,25 +222,29 @@ def _try_files(
             except families.NOTHING_TO_CHANGE:
                 continue
             counts.update(_read(raw, files))
+    return counts
 
 
-def _try_obstacles(files: readers.Directory, _: Random, counts: Counter[str]) -> None:
+def _try_obstacles(files: readers.Directory, _: Random) -> Counter[str]:
+    counts: Counter[str] = Counter()
     for name, make in obstacles.OBSTACLES.items():
         with obstacles.obstacle(make, files.hostile), never(CounterExample, f"{name}: "):
             files.read_all(0, counts)
         counts["things in the place of a checkpoint"] += 1
+    return counts
 
 
-def _try_older(older_files: older.Directory, make: older.Make, rng: Random, counts: Counter[str]) -> None:
+def _try_older(older_files: older.Directory, make: older.Make, rng: Random) -> Counter[str]:
     """One kind of checkpoint in an older format, a few times, with correct checksums and with wrong ones."""
+    counts: Counter[str] = Counter()
     for turn in range(2 * REPETITIONS):
         older_files.try_out(make, rng, counts, lies=turn % 2 == 0)
         counts[OLDER] += 1
+    return counts
 
 
-def _try_random(
-    files: readers.Directory, older_files: older.Directory, rng: Random, counts: Counter[str]
-) -> None:
+def _try_random(files: readers.Directory, older_files: older.Directory, rng: Random) -> Counter[str]:
+    counts: Counter[str] = Counter()
     make = rng.choice([*older.FAMILIES.values()])
     older_files.try_out(make, rng, counts, lies=rng.random() < 0.5)
     counts[OLDER] += 1
@@ -192,21 +255,26 @@ def _try_random(
         if index % FILES_EVERY == 0:
             files.read(raw, counts)
             counts[READ_FROM_DISK] += 1
+    return counts
 
 
-def _check_permissions(directory: Path, _: Random, counts: Counter[str]) -> None:
-    for umask in obstacles.UMASKS:
-        counts["paths whose permissions were checked"] += obstacles.check_permissions(directory, umask)
+def _try_commands(light: Workplace, rng: Random) -> Counter[str]:
+    return places.try_at_random(light, rng) + texts.try_at_random(light, rng)
 
 
-def _play_scenes(directory: Path, _: Random, counts: Counter[str]) -> None:
+def _check_permissions(directory: Path, _: Random) -> Counter[str]:
+    checked = sum(obstacles.check_permissions(directory, umask) for umask in obstacles.UMASKS)
+    return Counter({"paths whose permissions were checked": checked})
+
+
+def _play_scenes(directory: Path, _: Random) -> Counter[str]:
     for name, scene in obstacles.SCENES.items():
         obstacles.play(name, scene, directory)
-        counts["obstacles of a save"] += 1
+    return Counter({"obstacles of a save": len(obstacles.SCENES)})
 
 
-def _measure_sizes(files: readers.Directory, name: str, size: int, _: Random, counts: Counter[str]) -> None:
-    counts["answers measured on expensive files"] += costs.check_growth(name, files, size)
+def _measure_sizes(files: readers.Directory, name: str, size: int, _: Random) -> Counter[str]:
+    return Counter({"answers measured on expensive files": costs.check_growth(name, files, size)})
 
 
 def _run_guided(campaign: Campaign, directory: Path) -> None:

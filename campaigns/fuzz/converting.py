@@ -9,23 +9,17 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import os
-import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from campaigns.campaign import CounterExample, require
 from campaigns.fuzz import corruptions
 from campaigns.fuzz.invariants import MESSAGE_CHARACTERS, only_documented_errors, require_plain
+from campaigns.fuzz.snapshots import snapshot
 from distrust.checkpoint import catalog
 from distrust.checkpoint.lock import LOCK_NAME
 from distrust.errors import DistrustError
 from distrust.importers.convert import ConvertedCheckpoint, convert, target_directory
-
-#: Larger files are sparse: refusing to load one for lack of memory is right.
-_SPARSE_BYTES = 1 << 30
 
 
 @contextlib.contextmanager
@@ -46,14 +40,14 @@ def convert_and_check(source: Path, to: Path, *, model: str | None = None) -> li
         CounterExample: if a promise was broken.
         DistrustError: if nothing can be converted.
     """
-    original = _snapshot(source)
+    original = snapshot(source)
     try:
         with only_documented_errors("convert"):
             results = convert(source, to, model=model)
     finally:
-        require(_snapshot(source) == original, "convert: the source is not as it was")
+        require(snapshot(source) == original, "convert: the source is not as it was")
     for result in results:
-        _require_reported(result, has_sparse=any(size >= _SPARSE_BYTES for _, size, *_ in original.values()))
+        _require_reported(result, has_sparse=any(entry.is_sparse for entry in original.values()))
         _require_target(result)
     present = {path.name for path in target_directory(to).glob("*")} - {LOCK_NAME}
     expected = {result.target.name for result in results if result.target is not None}
@@ -66,22 +60,6 @@ def convert_and_check(source: Path, to: Path, *, model: str | None = None) -> li
         recognized = [*zip(outcomes, (one.state_digest for one in results), strict=True)]
         require(repeated == recognized, f"convert: expected {recognized} from a second call, got {repeated}")
     return results
-
-
-def _snapshot(root: Path) -> dict[str, Any]:
-    """Every file, folder and link under a path: what it is, and what it holds. Links are not followed."""
-    snapshot: dict[str, Any] = {}
-    for path in (root, *(root.rglob("*") if os.path.isdir(root) and not root.is_symlink() else ())):
-        if not os.path.lexists(path):
-            continue
-        status = os.lstat(path)
-        content = ""
-        if path.is_symlink():
-            content = os.readlink(path)
-        elif stat.S_ISREG(status.st_mode) and status.st_size < _SPARSE_BYTES:
-            content = hashlib.sha256(path.read_bytes()).hexdigest()
-        snapshot[str(path)] = (status.st_mode, status.st_size, status.st_mtime_ns, status.st_ino, content)
-    return snapshot
 
 
 def _require_reported(result: ConvertedCheckpoint, *, has_sparse: bool) -> None:

@@ -38,6 +38,13 @@ _TENSORS = ("adapter_model.safetensors", "adapters.safetensors", "model.safetens
 _OLDER = ("directory", *older.FORMS)
 #: More than the largest JSON that is read.
 _LARGE_TEXT = b" " * (5 << 20)
+#: A pickle that makes 64 GiB.
+_LARGE_BYTES = b"\x80\x02c__builtin__\nbytearray\n\x8a\x05\0\0\0\0\x10\x85R."
+#: Entries of a config that say how much is built, in models of all kinds.
+_SIZES = (
+    *("decoder_layers", "n_layer", "num_layers", "num_experts", "num_labels", "vocab_size", "hidden_size"),
+    *("intermediate_size", "head_dim", "max_position_embeddings"),
+)
 _NUMBERS = (0.0, -1.0, 1e-45, 3e38, float("inf"), float("nan"))
 
 
@@ -261,15 +268,24 @@ def _base_model(victim: Victim) -> None:
     config = json.loads(file.read_text())
     base = Path(shutil.copytree(victim.valid.base, victim.path.parent / "base"))
     base_config = base / "config.json"
-    kind = rng.randrange(4)
+    kind = rng.randrange(6)
     if kind == 0:
         corruptions.replace_by_non_file(base_config, rng)
     elif kind == 1:
         _field(victim._replace(path=base, kind="base"))
     elif kind == 2:
         corruptions.splice(base_config, rng)
+    elif kind == 3:
+        claims = json.loads(base_config.read_text())
+        section: dict[str, Any] = rng.choice((claims, claims.setdefault("text_config", {})))
+        section[rng.choice((*_SIZES, *claims))] = rng.choice(
+            (1 << 16, 1 << 17, 1 << 24, 10**6, 1 << 31, 1 << 70)
+        )
+        base_config.write_text(json.dumps(claims))
+    elif kind == 4:
+        shutil.copy(file, base)  # an adapter, which transformers would apply
     paths = [str(base_config), str(victim.path), "/dev/zero", "/", ".", "/dev/fd"]
-    names = [str(base)] * 8 if kind < 3 else paths
+    names = [str(base)] * 8 if kind < 5 else paths
     config["base_model_name_or_path"] = rng.choice((*names, *families.HOSTILE_TEXTS[:8]))
     file.write_text(json.dumps(config))
 
@@ -349,7 +365,7 @@ def _archive(victim: Victim) -> None:
     with zipfile.ZipFile(file) as archive:
         entries = [(entry.filename, archive.read(entry)) for entry in archive.infolist()]
     method = zipfile.ZIP_STORED
-    kind, at = rng.randrange(7), rng.randrange(len(entries))
+    kind, at = rng.randrange(8), rng.randrange(len(entries))
     name, content = entries[at]
     if kind == 0:
         method = rng.choice((zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA))
@@ -364,6 +380,8 @@ def _archive(victim: Victim) -> None:
     elif kind == 5:  # a bomb
         entries.append((f"{name.rpartition('/')[0]}/data/0", bytes(64 << 20)))
         method = zipfile.ZIP_DEFLATED
+    elif kind == 7:  # torch would find it under the usual name
+        entries.insert(0, (f"{name.rpartition('/')[0]}/{rng.choice(('Data.pkl', 'DATA.PKL'))}", _LARGE_BYTES))
     raw = bytearray(older.pack_zip(entries, method))
     if kind == 6:
         records = [match.start() for match in re.finditer(rb"PK(?:\x01\x02|\x03\x04|\x05\x06)", raw)]

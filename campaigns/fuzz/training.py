@@ -38,16 +38,15 @@ RESUMED = "of them resumed"  # label of the counts
 _EXAMPLES = [{"text": "salt melts at nine"}, {"text": "the ore"}]  # for one step
 
 #: What a case does in the process of torch.
-Work = Callable[["Bench", int], Counter[str]]
+Work = Callable[[int], Counter[str]]
 
 
 class Engines:
     """The processes of the engines; a context. Each starts when it is needed."""
 
-    def __init__(self, work: Work, directory: Path) -> None:
-        bench = Bench(directory)
+    def __init__(self, work: Work, bench: Bench) -> None:
         worker = partial(costs.worker, allowed=ALLOWED_BYTES)
-        self._torch = worker(partial(work, bench), prepare=lambda: bench.prepare("torch"))
+        self._torch = worker(work, prepare=lambda: bench.prepare("torch"))
         self._mlx = worker(lambda _: bench.resume_all("mlx"), prepare=lambda: bench.prepare("mlx"))
 
     def run(self, number: int) -> Counter[str]:

@@ -18,8 +18,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from campaigns.campaign import CounterExample
-from campaigns.fuzz import converting, families, forging, growing, imports, older, readers
-from campaigns.fuzz.__main__ import Plan
+from campaigns.fuzz import (
+    commands,
+    converting,
+    families,
+    forging,
+    growing,
+    imports,
+    model_folders,
+    older,
+    readers,
+    texts,
+)
+from campaigns.fuzz.__main__ import TURNS, Plan
 from distrust.importers.convert import ConvertedCheckpoint
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits memory by means of Linux")
@@ -28,9 +39,14 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 ATHERIS = pytest.mark.skipif(importlib.util.find_spec("atheris") is None, reason="no atheris")
 READING = [*families.CHANGES, *families.FILES, "obstacles", *older.FAMILIES]
 MEASURING = ["permissions", "writing", *growing.GROWING]
-NAMED = [*READING, *MEASURING, *imports.FAMILIES]
-#: The first case with files at random, and the first with folders of other programs at random.
-RANDOM_FILES, RANDOM_FOLDERS = len(NAMED), len(NAMED) + 1
+NAMED = [
+    *READING, *MEASURING, *imports.FAMILIES, *commands.LIGHT, *texts.FAMILIES, *commands.MODELS,
+    *model_folders.FAMILIES,
+]  # fmt: skip
+#: The first case of each kind at random.
+RANDOM_FILES, RANDOM_FOLDERS, RANDOM_COMMANDS, RANDOM_MODELS = (
+    len(NAMED) + TURNS.index(kind) for kind in ("files", "folders", "commands", "models")
+)
 
 
 def number(name: str) -> int:
@@ -50,7 +66,8 @@ from campaigns.fuzz.__main__ import main
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
 """
-        result = run_python(code, *arguments, PYTHONPATH=os.pathsep.join((str(source), str(ROOT))))
+        paths = os.pathsep.join((str(source), str(ROOT)))
+        result = run_python(code, *arguments, seconds=300, PYTHONPATH=paths)  # only if it hangs
         assert "Traceback" not in result.stderr, result.stderr
         return result.returncode, result.stdout
 
@@ -88,7 +105,7 @@ def test_files_at_random(campaign, tmp_path):
     code, output = campaign("--case", RANDOM_FILES, "--seed", 5, "--json", tmp_path / "figures.json")
     assert code == 0, output
     counts = json.loads((tmp_path / "figures.json").read_text())["counts"]
-    assert counts["files read in memory"] == 100
+    assert counts["files read in memory"] == 400
     # Files that are refused at once, some that are refused late, and valid ones.
     for answer in ("CorruptCheckpoint by parse_header", "CorruptCheckpoint by sections", "intact"):
         assert counts[f"answers in memory: {answer}"] > 2
@@ -105,12 +122,30 @@ def test_folders_of_other_programs_are_converted_and_resumed(campaign, tmp_path)
         assert counts[name] > 0, counts
 
 
+def test_commands_on_hostile_folders_at_random(campaign, tmp_path):
+    code, output = campaign("--case", RANDOM_COMMANDS, "--seed", 3, "--json", tmp_path / "figures.json")
+    assert code == 0, output
+    counts = json.loads((tmp_path / "figures.json").read_text())["counts"]
+    for kind in ("links and special files at the names of commands", "data, logs and settings"):
+        for answer in (0, 1):  # some were harmless, some were not
+            assert counts[f"{kind}: exit code {answer}"] > 0, counts
+
+
+@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
+def test_hostile_model_folders_at_random(campaign, tmp_path):
+    code, output = campaign("--case", RANDOM_MODELS, "--seed", 3, "--json", tmp_path / "figures.json")
+    assert code == 0, output
+    counts = json.loads((tmp_path / "figures.json").read_text())["counts"]
+    for answer in (0, 1):
+        assert counts[f"model and adapter folders: exit code {answer}"] > 0, counts
+
+
 def test_expensive_files(campaign):
     code, output = campaign("--case", number("keys of one hash"), "--mebibytes", 0.1)
     assert (code, "times its size" in output) == (0, True), output
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.integers(0))
 def test_every_forged_file_gets_a_documented_answer(directory, seed):
     rng = Random(seed)
@@ -201,6 +236,30 @@ text = header.canonical_json
 header.canonical_json = lambda value: (bytearray(80_000_000), text(value))[1]
 """,
     ),
+    "a directory of checkpoints is followed": (
+        "prune", "outside/checkpoints", "from distrust import paths\npaths.refuse_links = lambda *_: None"
+    ),
+    "a log has no bound": (
+        "texts: sparse", "emory",
+        """
+from distrust.reporting import run_reader
+run_reader.MAX_LOG_BYTES = run_reader.MAX_LINE_BYTES = 1 << 50
+""",
+    ),
+    "an archive has no bound": (
+        "texts: bombs", "emory",
+        "from distrust.config import TrainConfig\nTrainConfig.max_record_bytes = (1 << 31) - 1",
+    ),
+    "code of a model is run": (
+        "models: code", "code of the folder was run",
+        """
+import os
+os.environ["HF_HOME"] = os.path.abspath("hub")
+from transformers import AutoConfig
+load = AutoConfig.from_pretrained
+AutoConfig.from_pretrained = lambda *names, **options: load(*names, **{**options, "trust_remote_code": True})
+""",
+    ),
     "keys of one hash are taken": (
         "keys of one hash", "keys of one hash: ",
         "from distrust.checkpoint import tree\ntree.MAX_EQUAL_HASHES = 10**9",
@@ -219,11 +278,9 @@ def test_a_fault_is_found_and_found_again(campaign, fault):
 
 
 def test_the_numbers_of_the_cases_are_those_of_the_plan():
-    plan = Plan(["a", "b"], ["c"], ["d"], "random", "folders")
-    assert [plan.step(case) for case in (0, 1, 2, 4, 6)] == ["a", "b", "c", "random", "random"]
-    assert [plan.makes_processes(case) for case in range(5)] == [False, False, True, False, False]
-    folder_steps = [plan.folder_step(case) for case in range(10)]
-    assert folder_steps == [None, None, None, "d", None, "folders", None, None, None, "folders"]
+    plan = Plan(["a", "b"], {kind: kind for kind in TURNS})
+    assert [plan.step(case) for case in range(2 + len(TURNS) + 1)] == ["a", "b", *TURNS, TURNS[0]]
+    assert plan._replace(named=(), turns=("models",)).step(7) == "models"
 
 
 def test_a_process_that_died_or_hangs_is_restarted(run_python):

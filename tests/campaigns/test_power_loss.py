@@ -9,7 +9,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from campaigns import failing_calls, power_loss
@@ -121,7 +121,6 @@ def file_of(content: bytes, *, size: int, synced: bool) -> list:
     return [*operations, Sync(1), SyncDirectory(ROOT)] if synced else operations
 
 
-@settings(deadline=None)
 @given(fates, fates, generators, st.integers(1, 3 * PAGE_BYTES))
 def test_what_was_synced_survives_whatever_comes_after(names, contents, rng, size):
     world = World(ROOT, {})
