@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-core check bench campaigns experiment clean
+.PHONY: demo test test-core check bench campaigns mutants experiment clean
 
 demo: $(READY)
 	$(BIN)/distrust demo --out runs/demo
@@ -20,6 +20,7 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python scripts/check_names.py src campaigns benchmarks experiments scripts examples tests
+	$(BIN)/python scripts/audit.py
 
 bench: $(READY)
 	-$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
@@ -28,6 +29,9 @@ bench: $(READY)
 campaigns: $(READY)
 	-$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[campaigns]'
 	$(BIN)/python -m campaigns $(CAMPAIGNS)
+
+mutants: $(READY)
+	$(BIN)/python scripts/mutants.py $(MUTANTS)
 
 experiment: $(READY)
 	$(BIN)/python -m experiments.weighting --out runs/weighting --write-docs docs/weighting.md $(EXPERIMENT)
