@@ -12,12 +12,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from distrust import DistrustTrainer, TrainConfig
 from distrust.testing.models import make_model, write_records
 from distrust.testing.toy_engine import TOY, ToyEngine
 from distrust.training.events import Event, Observer, RunEnded, StepEnded
+
+# No example is timed: the machine may do other work.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 # Shells make background jobs ignore Ctrl-C, and children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -56,9 +61,11 @@ def start_python() -> Callable[..., subprocess.Popen[str]]:
 def run_python(start_python) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs ``python -c code arguments…`` to its end."""
 
-    def run(code: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        code: str, *arguments: object, seconds: float = 60, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
         process = start_python(code, *arguments, **environment)
-        stdout, stderr = process.communicate(timeout=60)
+        stdout, stderr = process.communicate(timeout=seconds)
         return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
     return run
@@ -82,7 +89,9 @@ TINY: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def no_fsync() -> Iterator[None]:
-    """Disables fsync: it matters only for power loss, and ``test_power_cut`` checks the calls, not the disk.
+    """Disables fsync: it matters only for power loss.
+
+    ``test_power_cut``, ``test_atomic`` and ``test_metrics`` check the calls, not the disk.
 
     Module scope, because later tests in the same process may inject disk failures.
     """

@@ -24,8 +24,9 @@ ROOT = Path(distrust.__file__).parent
 
 #: A part of the package may import the parts in the lines above its own, and no other part in its own line.
 LAYERS = [
-    {"errors", "bundled"},
+    {"activity", "errors", "bundled"},
     {"checkpoint", "weighting"},
+    {"paths"},
     {"provenance", "atomic"},
     {"options"},
     {"config"},

@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from distrust import TrainConfig
@@ -35,10 +35,12 @@ OPTIONS = [
     "source_column",
     "default_authority_weight",
     "default_provenance_entropy",
+    "max_record_bytes",
     "cache_dir",
     "out",
     "from_step",
     "branch",
+    "host",
     "weighting",
     "alpha",
     "lambda",
@@ -116,6 +118,7 @@ VALUES = {
     "source_column": ("a", None, ""),
     "eval_split": ("a", None, ""),
     "eval_fraction": (0.0, 0.0, 1.0),
+    "max_record_bytes": (1, 1 << 24, 0),
     "cache_dir": ("a", None, ""),
     "weighting": ("off", "published", "on"),
     "alpha": (2.3, 3.0, 3.1),
@@ -167,6 +170,7 @@ VALUES = {
     "log_every": (1, 7, 0),
     "from_step": (0, None, -1),
     "branch": (None,),
+    "host": (True, False),
 }
 
 
@@ -359,7 +363,6 @@ def test_mapping_round_trip(config):
     assert from_mapping(keys_of(config), where="here") == config
 
 
-@settings(deadline=None)
 @given(configs)
 def test_toml_file_equals_flags(config):
     def toml(value):

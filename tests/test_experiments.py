@@ -67,7 +67,7 @@ def test_each_side_states_its_own_value_and_nobody_the_foil(ratio):
     assert len(questions) == DISPUTED + SOLE
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(seed=st.integers(0, 2**32), ratio=st.sampled_from(RATIOS))
 def test_no_two_records_of_a_fact_share_a_wording_and_none_is_a_question(seed, ratio):
     world = make_world(seed, ratio)

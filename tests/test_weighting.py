@@ -126,6 +126,11 @@ def test_the_effective_sample_size_is_between_one_and_n(weights):
     assert size == pytest.approx(sum(weights) ** 2 / sum(u * u for u in weights), rel=1e-9)
 
 
+def test_an_effective_sample_size_computed_by_hand():
+    """(1 + 1 + 2)² / (1² + 1² + 2²)."""
+    assert effective_sample_size([1, 1, 2]) == pytest.approx(16 / 6)
+
+
 def test_the_effective_sample_size_at_its_limits():
     assert effective_sample_size(np.full(7, 0.3)) == 7
     assert effective_sample_size([1e9, 1, 1, 1]) == pytest.approx(1)

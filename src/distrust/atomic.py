@@ -21,6 +21,10 @@ from typing import BinaryIO
 
 from distrust.checkpoint.disk import Disk
 from distrust.errors import NO_SUCH_FILE, ConfigError, ErrorTranslator, ExportFailed, WriteFailed
+from distrust.paths import refuse_links
+
+# O_NONBLOCK: opening a pipe of that name must not wait for a writer.
+_OWN_FILE = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
 def require_writable(path: Path, *, force: bool, inputs: Iterable[str] = ()) -> None:
@@ -33,7 +37,7 @@ def require_writable(path: Path, *, force: bool, inputs: Iterable[str] = ()) -> 
 
     Raises:
         ConfigError: if the file exists, or belongs to an input.
-        WriteFailed: if its folder does not exist.
+        WriteFailed: if its folder does not exist, or something else than a file has its name.
     """
     for name in inputs:
         with contextlib.suppress(OSError, ValueError):  # one of them does not exist
@@ -48,7 +52,7 @@ def require_writable(path: Path, *, force: bool, inputs: Iterable[str] = ()) -> 
         raise WriteFailed(f"{path}: not written: {folder}: {reason}; make that folder first", path=path)
     if os.path.lexists(path):  # a dangling link exists, too
         if path.exists() and not path.is_file():
-            raise ConfigError(f"{path}: exists already, and is not a file; give another name")
+            raise WriteFailed(f"{path}: exists already, and is not a file; give another name", path=path)
         if not force:
             raise ConfigError(f"{path}: exists already; give another name, or --force to replace it")
 
@@ -65,11 +69,18 @@ def require_free(target: Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path, *, force: bool, disk: Disk | None = None) -> Iterator[BinaryIO]:
+def atomic_file(
+    path: Path, *, force: bool, follow_link: bool = False, disk: Disk | None = None
+) -> Iterator[BinaryIO]:
     """Context manager that gives a file to write to. It gets its name at the end of the block.
 
-    If the block raises, nothing changes. The folder exists; of a link, its target is written. ``disk``
-    replaces the operating system's calls, to test failures.
+    If the block raises, nothing changes. The folder exists.
+
+    Args:
+        path: of the file.
+        force: whether an existing file may be replaced.
+        follow_link: whether the target of a link is written: only if the user named that link.
+        disk: replaces the operating system's calls, to test failures.
 
     Raises:
         ConfigError: if the file exists and ``force`` is not set.
@@ -77,7 +88,10 @@ def atomic_file(path: Path, *, force: bool, disk: Disk | None = None) -> Iterato
             failed, the sync of the folder: then the new file exists.
     """
     disk = disk or Disk()
-    target = Path(os.path.realpath(path))  # of a link to itself, the link, which is not a file to write
+    if not follow_link:
+        refuse_links(path)
+    # A link that appears at the target later is replaced by the rename, and never written through.
+    target = Path(os.path.realpath(path)) if follow_link else path
     require_writable(path, force=force)
     errors = _write_errors(WriteFailed, path)
     with errors:
@@ -86,7 +100,7 @@ def atomic_file(path: Path, *, force: bool, disk: Disk | None = None) -> Iterato
     try:
         with errors, file:
             with contextlib.suppress(FileNotFoundError):  # keep the permissions of the replaced file
-                os.fchmod(file.fileno(), stat.S_IMODE(target.stat().st_mode))
+                os.fchmod(file.fileno(), stat.S_IMODE(target.lstat().st_mode))
             yield file
             file.flush()  # Python's buffer; the sync then covers all of it
             disk.sync(file.fileno())
@@ -154,18 +168,18 @@ def _create_locked(target: Path) -> tuple[Path, BinaryIO]:
         with contextlib.ExitStack() as undo:
             file = undo.enter_context(temporary.open("xb"))
             undo.callback(temporary.unlink, missing_ok=True)  # also on an interrupt
-            fcntl.flock(file, fcntl.LOCK_EX)
-            if os.fstat(file.fileno()).st_nlink:
-                undo.pop_all()  # keep both: the caller closes and renames
-                return temporary, file
-            # Another writer removed it before it was locked, as a leftover: try again.
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.fstat(file.fileno()).st_nlink:
+                    undo.pop_all()  # keep both: the caller closes and renames
+                    return temporary, file
+            # Another process locked it first, to remove it as a leftover, or has removed it: try again.
 
 
 @contextlib.contextmanager
 def hold_lock(path: Path) -> Iterator[None]:
     """Lock a file or folder; raises OSError if its writer is alive."""
-    # O_NONBLOCK: a pipe of that name must not block.
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    descriptor = os.open(path, _OWN_FILE)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
@@ -190,7 +204,7 @@ def _sync_contents(folder: Path, disk: Disk) -> None:
     permissions = folder.stat().st_mode & 0o666  # by the umask; some libraries create private files
     for root, _, names in os.walk(folder, topdown=False):  # a folder after its content
         for name in names:
-            descriptor = os.open(Path(root, name), os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(Path(root, name), _OWN_FILE)
             try:
                 os.fchmod(descriptor, permissions)
                 disk.sync(descriptor)

@@ -10,7 +10,6 @@ an option decides what happens if it differs at a resume:
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, asdict, dataclass, fields
 from functools import cache
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from distrust.checkpoint.retention import MetricMode
-from distrust.errors import ConfigError, read_failure_reason, shorten
+from distrust.errors import ConfigError, shorten
 from distrust.options import (
     ABOVE_ZERO,
     BELOW_ONE,
@@ -33,6 +32,7 @@ from distrust.options import (
     in_range,
     interval,
     read_docs,
+    read_toml,
     suggest_name,
     takes_paths,
     to_plain,
@@ -44,6 +44,7 @@ BUNDLED = "bundled"
 #: As ``data``: examples that a program passed in. It names no file.
 EXAMPLES = "<examples>"
 FLOAT32_MAX = 3.4e38
+MAX_RECORD_BYTES = 1 << 24  # 16 MiB: three times the longest books
 
 Dtype = Literal["float32", "bfloat16"]
 ExportDtype = Literal["float32", "bfloat16", "float16"]
@@ -127,6 +128,9 @@ class TrainConfig:
     default_provenance_entropy: float | None = _DATA.free(None, NON_NEGATIVE)
     """Provenance entropy, in bits, of examples without one. If not given, such examples are an error, unless
     weighting is off."""
+    max_record_bytes: int = _DATA.free(MAX_RECORD_BYTES, interval(1, 2**31 - 1, advice="give 1 to 2^31 - 1"))
+    """Maximum bytes of a record: of a line, of an element of a JSON list, of the values of a table's row.
+    Larger ones are an error: a small compressed file may hold records that fill the memory."""
     cache_dir: str | None = _DATA.free(None, _NAME)
     """Folder for tokenized data. Default: $DISTRUST_CACHE, or the folder distrust in the user's cache
     folder."""
@@ -137,6 +141,9 @@ class TrainConfig:
     """Step of the checkpoint of `out` to resume from. Default: the newest."""
     branch: str | None = _RUN.free(None, _NAME)
     """Folder of a new run that begins at `from_step`. Required if that is not the newest checkpoint."""
+
+    host: bool = _RUN.free(True)
+    """Record the name of this machine in checkpoints, which `distrust show` and the report show."""
 
     weighting: Weighting = _WEIGHTING.result("monotone")
     """How provenance weighs an example: "monotone", "published" (the squared term, unchanged), or "off"."""
@@ -274,7 +281,7 @@ class TrainConfig:
                 for name in _hints()
                 if name in problems
             )
-            raise ConfigError("\n".join(lines))
+            raise ConfigError(lines)
 
     @property
     def run_directory(self) -> Path:
@@ -350,11 +357,11 @@ def from_mapping(values: Mapping[str, Any], *, where: str) -> TrainConfig:
             except TypeError as error:
                 problems.append(f"{where}: {shorten(option)} is {shorten(repr(value))}: {error}")
     if problems:
-        raise ConfigError("\n".join(problems))
+        raise ConfigError(problems)
     try:
         return TrainConfig(**arguments)
     except ConfigError as error:
-        raise ConfigError("\n".join(f"{where}: {line}" for line in str(error).splitlines())) from None
+        raise ConfigError(f"{where}: {line}" for line in str(error).splitlines()) from None
 
 
 def from_toml(path: Path) -> TrainConfig:
@@ -363,14 +370,7 @@ def from_toml(path: Path) -> TrainConfig:
     Raises:
         ConfigError: the file cannot be read, or :func:`from_mapping` refuses its content.
     """
-    try:
-        with path.open("rb") as file:
-            values = tomllib.load(file)
-    except OSError as error:
-        raise ConfigError(f"--config {path}: {read_failure_reason(error)}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path}: not valid TOML: {error}") from None
-    return from_mapping(values, where=str(path))
+    return from_mapping(read_toml(path, "--config"), where=str(path))
 
 
 def flag(name: str) -> str:

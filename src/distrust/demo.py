@@ -21,6 +21,7 @@ from distrust import engines
 from distrust.bundled import QUESTIONS
 from distrust.config import TrainConfig
 from distrust.data import Corpus, Location, Tokenizer, bos_prefix, evaluation_batches
+from distrust.paths import refuse_links
 from distrust.reporting.metrics import MetricsWriter
 from distrust.trainer import DistrustTrainer
 from distrust.weighting import Weighting
@@ -78,6 +79,7 @@ def train(
 ) -> tuple[RunEnded, list[Belief]]:
     """Train one of the two models, or resume it, and measure it if it finished."""
     config = demo_config(weighting, out=out, seed=seed)
+    refuse_links(Path(config.out))
     ended = DistrustTrainer(config, observers=[*observers, MetricsWriter(config)]).train()
     if ended.signal is not None or ended.path is None:
         return ended, []  # stopped: nothing to measure
@@ -133,12 +135,12 @@ def results(beliefs: dict[str, list[Belief]], *, seed: int) -> dict[str, Any]:
 
 def plot_beliefs(beliefs: Mapping[str, list[Belief]], path: Path) -> None:
     """Draw for each model the probabilities of the primary against those of the coordinated values."""
-    from matplotlib.figure import Figure
-
     from distrust.reporting.figures import render, write
     from distrust.reporting.style import COORDINATED, PRIMARY, QUIET, style_context
 
     with style_context():
+        from matplotlib.figure import Figure
+
         figure = Figure(figsize=(4 * len(beliefs), 4.6), layout="constrained")
         panels = figure.subplots(1, len(beliefs), sharex=True, sharey=True, squeeze=False)[0]
         for panel, (model, facts) in zip(panels, beliefs.items(), strict=True):

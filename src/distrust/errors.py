@@ -25,12 +25,13 @@
     DistrustWarning                     something a user should know; the program continues
     └── DamagedCheckpointWarning        a damaged checkpoint was skipped, or counts towards no rule
 
-A message is one line (or one line per finding): what is wrong, where, and what to do. Programs use the
-attributes.
+A message is one line, or a line per finding, given as a list: what is wrong, where, and what to do. Invisible
+characters in a line are escaped: no name with a newline in it can forge a line. Programs use the attributes.
 """
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
@@ -41,27 +42,63 @@ from typing import Any
 NO_SUCH_FILE = "no such file or directory"
 
 _MAX_SHOWN_CHARACTERS = 200
+_NOT_ASCII = re.compile("[^ -~]")
+
+
+def printable(text: str, *, lines: bool = False) -> str:
+    r"""Escape every invisible character the way JSON does, such as ``\u001b``.
+
+    Args:
+        text: from any source.
+        lines: whether to keep newlines.
+    """
+    if text.isprintable():  # almost all text is
+        return text
+    allowed = "\n" if lines else ""
+    return _NOT_ASCII.sub(lambda match: match[0] if match[0] in allowed else _escape(match[0]), text)
+
+
+def _escape(character: str) -> str:
+    import json
+    import unicodedata
+
+    if character.isprintable() or unicodedata.category(character) == "Zs":  # spaces of other scripts
+        return character
+    return json.dumps(character)[1:-1]
+
+
+class _Lines(str):
+    """Lines that are escaped already: a copy of an error, as from another process, is made of them."""
+
+
+def _join_lines(lines: str | Iterable[str]) -> _Lines:
+    if isinstance(lines, _Lines):
+        return lines
+    return _Lines("\n".join(printable(line) for line in ((lines,) if isinstance(lines, str) else lines)))
 
 
 class DistrustError(Exception):
     """The root: ``except DistrustError`` catches every error that is not a bug."""
 
-    def __init__(self, message: str, *, path: Path | None = None) -> None:
-        super().__init__(message)
+    def __init__(self, message: str | Iterable[str], *, path: Path | None = None) -> None:
+        super().__init__(_join_lines(message))
         self.path = path  #: the file or folder it is about; None if there is none
 
 
 class DistrustWarning(UserWarning):
     """Something a user should know; the program continues."""
 
+    def __init__(self, message: str | Iterable[str]) -> None:
+        super().__init__(_join_lines(message))
+
 
 class DamagedCheckpointWarning(DistrustWarning):
     """A damaged checkpoint was skipped, or counts towards no retention rule."""
 
 
-def warn(message: str) -> None:
+def warn(message: str | Iterable[str]) -> None:
     """Issue a DistrustWarning that points at the caller of the function that calls this one."""
-    warnings.warn(message, DistrustWarning, stacklevel=3)  # 1: this function, 2: its caller
+    warnings.warn(DistrustWarning(message), stacklevel=3)  # 1: this function, 2: its caller
 
 
 class WarningCollector(list[DistrustWarning]):
@@ -94,7 +131,7 @@ class ConfigError(DistrustError):
 class DataError(DistrustError):
     """Records that cannot be trained on."""
 
-    def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
+    def __init__(self, message: str | Iterable[str], problems: Sequence[str] = ()) -> None:
         super().__init__(message)
         self.problems = tuple(problems)  #: one line each: file, line, field, what is wrong
 
@@ -122,7 +159,7 @@ class ModelError(DistrustError):
 class ResumeRefused(DistrustError):
     """Resuming would not continue the same run."""
 
-    def __init__(self, message: str, differences: Sequence[str] = ()) -> None:
+    def __init__(self, message: str | Iterable[str], differences: Sequence[str] = ()) -> None:
         super().__init__(message)
         self.differences = tuple(differences)  #: one line each: option, old value, new value
 

@@ -1,4 +1,4 @@
-"""How options are defined and checked: groups, bounds, conversion to the annotated type, documentation."""
+"""How options are defined, read and checked: groups, bounds, TOML, conversion to the type, documentation."""
 
 from __future__ import annotations
 
@@ -9,12 +9,18 @@ import inspect
 import math
 import os
 import textwrap
+import tomllib
 import types
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache, partialmethod
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
+
+from distrust.errors import ConfigError, read_failure_reason
+
+MAX_TOML_BYTES = 1 << 24  # 16 MiB: a table of ranks may name each of a million institutions
 
 Effect = Literal["result", "bits", "free"]
 
@@ -84,6 +90,20 @@ def read_docs(config: type) -> dict[str, str]:
             case ast.AnnAssign(target=ast.Name(name)), ast.Expr(ast.Constant(str(text))):
                 docs[name] = " ".join(text.split())
     return docs
+
+
+def read_toml(path: Path, flag: str) -> dict[str, Any]:
+    """The content of a TOML file that was given with a flag; ConfigError if it cannot be read."""
+    try:
+        with path.open("rb") as file:  # the user named it: it may be a pipe
+            content = file.read(MAX_TOML_BYTES + 1)
+        if len(content) > MAX_TOML_BYTES:
+            raise ConfigError(f"{flag} {path}: more than {MAX_TOML_BYTES:,} bytes; give a smaller file")
+        return tomllib.loads(content.decode())
+    except OSError as error:
+        raise ConfigError(f"{flag} {path}: {read_failure_reason(error)}") from None
+    except (ValueError, RecursionError) as error:  # TOML, UTF-8, a number of thousands of digits
+        raise ConfigError(f"{flag} {path}: not valid TOML: {error}") from None
 
 
 def suggest_name(name: str, known: Iterable[str]) -> str:

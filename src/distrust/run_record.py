@@ -23,7 +23,15 @@ _OLD_KEYS = {"begun_elsewhere": "imported_from", "not_taken_over": "dropped"}
 #: Keys of ``run`` that are not options; each is also a field.
 _RUN_KEYS = {
     "corpus", "environment", "elapsed_seconds", "evaluations",
-    "continues", "imported_from", "dropped", "converted_from",
+    "continues", "imported_from", "dropped", "converted_from", "model_is_folder",
+}  # fmt: skip
+#: Options that are taken from a checkpoint besides those that change the result. No other one: a checkpoint
+#: may be a stranger's, and must not choose where this machine writes, or how much of it is used.
+_TAKEN = {
+    "model", "data", "split", "subset", "revision", "eval_data", "eval_split",
+    "text_column", "prompt_column", "completion_column", "messages_column",
+    "authority_weight_column", "provenance_entropy_column", "source_column",
+    "default_authority_weight", "default_provenance_entropy", "max_steps", "device",
 }  # fmt: skip
 
 
@@ -42,7 +50,8 @@ class RunRecord:
     continues: str = ""  # program and step that an imported run began at; empty if it began here
     imported_from: str = ""  # the program that wrote the checkpoint; empty if it is this trainer
     dropped: tuple[str, ...] = ()  # a line for each thing that the import did not keep
-    converted_from: str = ""  # path of the file that was converted
+    model_is_folder: bool = False  # the model was a folder, so its name is never looked up on a hub
+    converted_from: str = ""  # path of the file that was converted, relative to the checkpoint's folder
     assumed: tuple[str, ...] = ()  # options that an imported checkpoint lacks, as flags; never saved
 
     @classmethod
@@ -74,6 +83,7 @@ class RunRecord:
             imported_from=_text(extra.get("imported_from")),
             dropped=tuple(line for line in dropped if type(line) is str) if type(dropped) is list else (),
             converted_from=_text(extra.get("converted_from")),
+            model_is_folder=extra.get("model_is_folder") is True,
         )
 
     def sections(self) -> dict[str, Any]:
@@ -91,6 +101,7 @@ class RunRecord:
                 "elapsed_seconds": self.elapsed_seconds,
                 "evaluations": self.evaluations,
                 **({"continues": self.continues} if self.continues else {}),
+                **({"model_is_folder": True} if self.model_is_folder else {}),
             },
         }
 
@@ -105,15 +116,18 @@ class RunRecord:
         return _text(self.environment.get("engine"))
 
     def train_config(self, *, where: str) -> TrainConfig:
-        """The config that the run was trained with; ``where`` names the checkpoint in errors.
+        """What was trained, on what data, and how; ``where`` names the checkpoint in errors.
+
+        Options of the run's machine have their defaults, such as its folders, threads and limits.
 
         Raises:
             ConfigError: an option has a value that this trainer never writes.
         """
         from distrust.config import TrainConfig, from_mapping, key
 
-        keys = {key(option.name) for option in fields(TrainConfig)}  # newer versions may save others
-        return from_mapping({name: v for name, v in self.options.items() if name in keys}, where=where)
+        result = {key(option.name) for option in fields(TrainConfig) if option.metadata["effect"] == "result"}
+        options = {name: v for name, v in self.options.items() if name in result | _TAKEN}
+        return from_mapping(options, where=where)
 
 
 def imported_run(

@@ -12,12 +12,18 @@ from distrust.checkpoint.catalog import RUN_SUBDIRECTORY
 from distrust.config import EXAMPLES, TrainConfig
 from distrust.contract import Engine
 from distrust.errors import ConfigError
+from distrust.paths import refuse_links
+from distrust.reporting import dashboards
+from distrust.reporting.metrics import METRICS, PROVENANCE
 from distrust.training.data_sources import Examples
 from distrust.training.events import Observer, RunEnded
 from distrust.training.process import StopRequest, exclusive_run, run_in_thread
 from distrust.training.progress import RunState
 from distrust.training.run import Run
 from distrust.training.step import EngineHolder
+
+#: What a run writes in its folder.
+WRITTEN_NAMES = (RUN_SUBDIRECTORY, METRICS, PROVENANCE, *dashboards.WRITTEN_NAMES)
 
 
 class DistrustTrainer:
@@ -66,6 +72,7 @@ class DistrustTrainer:
             keep_every=config.keep_every,
             metric=config.metric,
             metric_mode=config.metric_mode,
+            record_host=config.host,
         )
         self._state = RunState(out=config.run_directory, max_steps=config.max_steps)
         self._stop: StopRequest | None = None  # of the run in progress
@@ -121,6 +128,8 @@ class DistrustTrainer:
                 self._stop, self._state = None, replace(self._state, running=False)
 
     def _run(self, stop: StopRequest) -> RunEnded:
+        out = self._config.run_directory
+        refuse_links(*(out / name for name in WRITTEN_NAMES))  # before anything is created
         run = Run(
             config=self._config,
             engines=self._engines,

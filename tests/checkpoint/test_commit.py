@@ -119,6 +119,16 @@ def test_a_second_writer_in_another_process_is_refused_until_the_first_ends(tmp_
     assert manager.list_checkpoints() == [1, 2]
 
 
+def test_a_writer_waits_a_moment_for_a_holder_that_is_dying(tmp_path, monkeypatch):
+    """The kernel releases a killed writer's lock only when it has torn the process down."""
+    first = CheckpointManager(tmp_path)
+    first.save(state(1))
+    monkeypatch.setattr(time, "sleep", lambda seconds: first.close())
+    with CheckpointManager(tmp_path) as second:
+        second.save(state(2))
+    assert second.list_checkpoints() == [1, 2]
+
+
 def test_a_dropped_manager_releases_the_lock(tmp_path):
     manager = CheckpointManager(tmp_path)
     manager.save(state(1))

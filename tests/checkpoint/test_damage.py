@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from distrust import Checkpoint, CheckpointManager, DistrustWarning
-from distrust.checkpoint import CheckpointFile, catalog
+from distrust.checkpoint import CheckpointFile, DamagedFile, catalog
 from distrust.checkpoint.disk import Disk
 from distrust.checkpoint.files import checkpoint_file_name
 from distrust.checkpoint.format import header_digest
-from distrust.errors import CheckpointDirectoryLocked, CheckpointError, CorruptCheckpoint
+from distrust.errors import CheckpointDirectoryLocked, CheckpointError, CorruptCheckpoint, SaveFailed
 
 
 @pytest.fixture
@@ -215,6 +215,25 @@ def test_an_intact_file_that_replaces_a_damaged_one_during_the_read_is_kept(mana
     with pytest.warns(DistrustWarning, match="changed while it was read"):
         assert manager.remove_damaged() == []
     assert path.read_bytes() == intact
+
+
+def test_nothing_is_removed_from_a_directory_that_replaced_the_locked_one(manager, tmp_path_factory):
+    """Reading takes long: another writer may have locked what is there by now."""
+    for step in (10, 20):
+        damage(path_of(manager, step))
+    moved = tmp_path_factory.mktemp("moved") / "run"
+    removed: list[int] = []
+
+    def replace_directory(file: DamagedFile) -> None:
+        removed.append(file.step)
+        if len(removed) == 1:
+            manager.directory.rename(moved)
+            shutil.copytree(moved, manager.directory)
+
+    with pytest.raises(SaveFailed, match="it is not the directory that this process locked"):
+        manager.remove_damaged(replace_directory)
+    assert removed == [10]
+    assert path_of(manager, 20).exists()
 
 
 def test_a_file_that_cannot_be_removed_is_named_in_the_error(manager, monkeypatch):

@@ -31,7 +31,7 @@ from states import (
 )
 
 from distrust import Checkpoint, CheckpointManager
-from distrust.checkpoint import direct_io, memory, verified_read
+from distrust.checkpoint import catalog, direct_io, memory, verified_read
 from distrust.errors import CheckpointUnreadable, CorruptCheckpoint
 
 pytestmark = pytest.mark.usefixtures("no_thread_left")
@@ -58,6 +58,8 @@ def use_mode(mode: str, patch: pytest.MonkeyPatch, *, fetch_bytes: int = EDGE) -
     patch.setattr(verified_read, "_is_cold", lambda _, header: mode == "direct" and header.tensors)
     patch.setattr(verified_read, "FETCH_BYTES", fetch_bytes)
     patch.setattr(verified_read, "PIECE_BYTES", EDGE)
+    patch.setattr(verified_read, "LARGE_TENSOR_BYTES", 9 * EDGE)  # both kinds occur among the states
+    patch.setattr(verified_read, "LARGE_PIECE_BYTES", 2 * EDGE)
 
 
 def drop_from_cache(path: Path) -> None:
@@ -99,7 +101,7 @@ def flip(path: Path, position: int) -> None:
         file.write(bytes([byte ^ 1]))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(states(), st.sampled_from(INSTALLED))
 @example(state_of([]), INSTALLED[-1])
 @example(state_of([np.zeros((0, 3)), np.zeros(0, ">i4"), as_tensor(np.zeros(0))]), INSTALLED[-1])
@@ -159,7 +161,7 @@ def test_uncached_file_is_read_with_direct_io_and_stays_uncached(tmp_path, monke
         assert not any(reads)  # a cached file is read from the cache
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.lists(st.sampled_from(["complete", "rejected", "a page", "some bytes"]), max_size=9))
 @example(["rejected"])
 @example(["complete", "some bytes", "rejected"])
@@ -189,7 +191,7 @@ def test_rejected_and_short_reads_do_not_change_the_result(manager, results):
 # Damage
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(states(max_arrays=5).filter(lambda state: state.data), st.data())
 def test_every_mode_names_the_first_damaged_tensor(manager, state: State, data):
     path = manager.save(state.checkpoint)
@@ -218,6 +220,25 @@ def test_every_mode_names_the_first_damaged_tensor(manager, state: State, data):
                 assert (caught.value.tensor, caught.value.path) == (label, path)
         else:
             assert content(getattr(lazy, section)[name]) == expected
+
+
+def test_damage_of_a_large_tensor_is_detected(tmp_path, monkeypatch):
+    """All cores hash one piece of it together: embeddings, most of a full fine-tuning checkpoint."""
+    monkeypatch.setattr(verified_read, "LARGE_TENSOR_BYTES", 64 << 10)
+    monkeypatch.setattr(verified_read, "LARGE_PIECE_BYTES", 16 << 10)
+    with CheckpointManager(tmp_path) as manager:
+        path = manager.save(Checkpoint(step=1, model={"embedding": random_items(UINT8, (64 << 10) + 1)}))
+        manager.validate(1)
+        flip(path, path.stat().st_size - 1)
+        lazy = manager.load(1, mmap=True, verify="lazy")
+        for read in (
+            lambda: manager.load(1),
+            lambda: manager.load(1, mmap=True),
+            lambda: manager.validate(1),
+            lambda: lazy.model["embedding"],
+        ):
+            with pytest.raises(CorruptCheckpoint, match=r"model\.embedding is damaged"):
+                read()
 
 
 def tensors_at(manager: CheckpointManager, path: Path, positions: set[int]) -> list[Any]:
@@ -280,7 +301,36 @@ def test_read_error_becomes_a_checkpoint_error(file, monkeypatch, read_path, num
     assert manager.load(path).step == 1
 
 
-@pytest.mark.parametrize("error", [errno.ENOMEM, errno.EACCES])
+#: The file may be intact: this process lacks permissions, descriptors, memory, or a device.
+PROCESS_ERRORS = ["EACCES", "EPERM", "EMFILE", "ENFILE", "ENOMEM", "ENODEV"]
+
+
+@pytest.mark.parametrize("is_listed", [False, True])
+@pytest.mark.parametrize("error", PROCESS_ERRORS)
+def test_load_latest_passes_over_no_file_that_this_process_cannot_open(
+    tmp_path, monkeypatch, error, is_listed
+):
+    """Resuming from an older checkpoint would lose what the newest did."""
+    monkeypatch.setattr(catalog, "STABLE_AFTER_NANOSECONDS", -(10**12))  # a listed file is not read again
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(Checkpoint(step=1))
+        newest = manager.save(Checkpoint(step=2))
+    reader, original = CheckpointManager(tmp_path), os.open
+    if is_listed:
+        assert reader.list_checkpoints() == [1, 2]
+
+    def refuse(path, *arguments, **options):
+        if os.fspath(path) == str(newest):
+            raise OSError(getattr(errno, error), os.strerror(getattr(errno, error)))
+        return original(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(CheckpointUnreadable, match="checkpoint-2") as caught:
+        reader.load_latest()
+    assert caught.value.path == newest
+
+
+@pytest.mark.parametrize("error", [getattr(errno, name) for name in PROCESS_ERRORS])
 def test_error_of_the_process_is_not_damage(file, monkeypatch, read_path, error):
     manager, path = file
 

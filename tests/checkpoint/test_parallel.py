@@ -19,7 +19,7 @@ class ItemError(Exception):
     """Raised by the work on one item."""
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(0, 40), st.sets(st.integers(0, 39)), st.integers(1, 6))
 def test_earliest_error_is_raised_and_every_item_before_it_was_processed(count, failing, threads):
     processed = []

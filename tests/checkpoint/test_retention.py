@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from distrust import Checkpoint, CheckpointManager, DistrustWarning
@@ -150,6 +150,30 @@ def test_cleanup_returns_the_removed_steps(make):
     assert manager.cleanup(keep_last=2) == [20]
     assert manager.cleanup(keep_last=1) == [30]
     assert manager.list_checkpoints() == [10, 40]
+
+
+LOADS = {
+    "load": lambda manager: manager.load(10),
+    "load by path": lambda manager: manager.load(manager.directory / "checkpoint-10.safetensors"),
+    "choose": lambda manager: manager.choose(step=10),
+    "load_best": lambda manager: manager.load_best(),
+}
+
+
+@pytest.mark.parametrize("load", LOADS)
+def test_what_was_loaded_is_kept_until_a_newer_one_is_saved(make, load):
+    """The run may have to resume from it again."""
+    with make(keep_last=None) as manager:
+        for step in (10, 20, 30):
+            manager.save(state(step, metrics={"eval_loss": step}))
+    manager = make(keep_last=1, keep_best=0)
+    LOADS[load](manager)
+    assert manager.cleanup() == [20]
+    assert manager.list_checkpoints() == [10, 30]
+    manager.save(state(5))  # no later than the one that was loaded
+    assert manager.list_checkpoints() == [5, 10, 30]
+    manager.save(state(40))
+    assert manager.list_checkpoints() == [40]
 
 
 def test_files_with_other_names_are_ignored(make, tmp_path):
@@ -390,13 +414,14 @@ def test_the_rules(existing, rules):
     assert steps_to_keep([c for c in existing if c.step in retained], rules) == retained
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     saves=st.lists(st.tuples(st.integers(0, 12), st.booleans(), st.none() | st.floats(0, 1)), max_size=10),
     keep_last=st.none() | st.integers(1, 3),
     keep_best=st.integers(0, 2),
     keep_every=st.none() | st.integers(2, 5),
 )
+@example(saves=[(10, False, None), (3, False, None)], keep_last=1, keep_best=0, keep_every=None)
 def test_a_directory_contains_what_the_rules_keep_after_every_save(
     tmp_path_factory, saves, keep_last, keep_best, keep_every
 ):

@@ -185,7 +185,7 @@ x, y, z = (np.arange(n, dtype=np.float32) for n in (1, 2, 3))
 
 
 @on_both_paths
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(trees(arrays | scalars), trees(arrays | scalars), trees(scalars))
 @example({"a.b": x, "a": {"b": y, "b~1": z}, "a.b~1": x}, {0: x, "0": y, "False": z}, {})
 @example({"": x, ".": {"": y}, "../x": z}, {"": {"": {"": x}}}, {"": {"": ""}})

@@ -11,7 +11,7 @@ import pytest
 
 from distrust import Checkpoint, CheckpointManager
 from distrust.checkpoint import catalog, serialization
-from distrust.errors import CheckpointNotFound
+from distrust.errors import CheckpointNotFound, DamagedCheckpointWarning
 
 
 def save_steps(directory: Path, *steps: int) -> list[Path]:
@@ -92,10 +92,59 @@ def test_a_cached_file_that_is_removed_during_the_listing_is_not_listed(
     assert [file.step for file in catalog.scan(tmp_path, cache).files] == [2]
 
 
+def test_a_writer_that_replaces_the_only_checkpoint_is_never_seen_without_one(tmp_path, monkeypatch):
+    """The names were listed before the newer one was committed, and read after the older one was removed."""
+    original, listings = catalog.list_names, []
+    with CheckpointManager(tmp_path, keep_last=1, keep_best=0) as manager:
+        manager.save(Checkpoint(step=1))
+
+        def list_then_save(directory):
+            entries = original(directory)
+            listings.append(entries)
+            if len(listings) == 1:
+                manager.save(Checkpoint(step=2))
+            return entries
+
+        monkeypatch.setattr(catalog, "list_names", list_then_save)
+        assert CheckpointManager(tmp_path).list_checkpoints() == [2]
+        listings.clear()
+        manager.save(Checkpoint(step=1), final=True)
+        assert CheckpointManager(tmp_path).load_latest().step == 2
+
+
+def test_a_file_changed_in_place_with_its_old_time_is_read_again(tmp_path, no_stable_delay):
+    """Such as by a tool that restores a file's times: nothing can set the time of change."""
+    (path,) = save_steps(tmp_path, 1)
+    cache: catalog.ScanCache = {}
+    assert len(catalog.scan(tmp_path, cache).files) == 1
+    original = path.stat()
+    with path.open("r+b") as file:
+        file.seek(100)
+        file.write(b"x")
+    times = original.st_atime_ns, original.st_mtime_ns
+    os.utime(path, ns=times)
+    while path.stat().st_ctime_ns == original.st_ctime_ns:  # until the clock has ticked
+        os.utime(path, ns=times)
+    assert [file.step for file in catalog.scan(tmp_path, cache).damaged] == [1]
+
+
+@pytest.mark.parametrize("damaged_kind", ["periodic", "final"])
+def test_newest_warns_of_a_damaged_file_of_the_same_step(tmp_path, damaged_kind):
+    paths = {}
+    with CheckpointManager(tmp_path) as manager:
+        paths["periodic"] = manager.save(Checkpoint(step=2))
+        content = paths["periodic"].read_bytes()
+        paths["final"] = manager.save(Checkpoint(step=2), final=True)
+    paths["periodic"].write_bytes(content)  # as if the writer was killed before it removed this
+    os.truncate(paths[damaged_kind], 100)
+    with pytest.warns(DamagedCheckpointWarning, match=paths[damaged_kind].name):
+        assert catalog.newest(tmp_path).kind != damaged_kind
+
+
 def run_before_first_call(
     monkeypatch: pytest.MonkeyPatch, module: object, name: str, act: Callable[[], object]
-) -> None:
-    """Call ``act`` just before the first call of a function."""
+) -> list[tuple]:
+    """Call ``act`` just before the first call of a function; return the arguments of all calls."""
     original, calls = getattr(module, name), []
 
     def call_after_act(*arguments, **named):
@@ -105,6 +154,7 @@ def run_before_first_call(
         return original(*arguments, **named)
 
     monkeypatch.setattr(module, name, call_after_act)
+    return calls
 
 
 def test_load_best_lists_again_if_the_best_is_removed_before_it_is_read(tmp_path, monkeypatch):
@@ -117,8 +167,8 @@ def test_load_best_lists_again_if_the_best_is_removed_before_it_is_read(tmp_path
 
 
 READS = {
-    "load": ((serialization, "load"), lambda manager: manager.load(1).step),
-    "inspect": ((catalog, "read_header"), lambda manager: manager.inspect(1).step),
+    "load": ((serialization, "load"), lambda manager: manager.load(1)),
+    "inspect": ((catalog, "read_header"), lambda manager: manager.inspect(1)),
     "validate": ((catalog, "verify"), lambda manager: manager.validate(1)),
 }
 
@@ -128,8 +178,10 @@ def test_a_step_is_read_although_its_final_replaces_it_first(tmp_path, monkeypat
     (module, name), read = READS[method]
     with CheckpointManager(tmp_path) as manager:
         manager.save(Checkpoint(step=1))
-        run_before_first_call(monkeypatch, module, name, lambda: manager.save(Checkpoint(step=1), final=True))
-        assert read(CheckpointManager(tmp_path)) in (1, None)
+        final = Checkpoint(step=1)
+        calls = run_before_first_call(monkeypatch, module, name, lambda: manager.save(final, final=True))
+        read(CheckpointManager(tmp_path))
+    assert [path.name for path, *_ in calls] == ["checkpoint-1.safetensors", "checkpoint-1-final.safetensors"]
 
 
 @pytest.mark.parametrize("method", READS)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import itertools
 import os
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -60,7 +63,7 @@ WITH_EMPTY = [random_items(FLOAT64, 512), np.zeros(0), as_tensor(np.zeros(1, np.
 
 
 @on_both_paths
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(states(), st.sampled_from([EDGE, 2 * EDGE]), st.booleans())
 @example(state_of([]), EDGE, False)
 @example(state_of([np.zeros(0), as_tensor(np.zeros((0, 3)))]), EDGE, False)
@@ -169,7 +172,7 @@ class UnreliableSystem:
 
 
 @on_both_paths
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.sampled_from(RESULTS), max_size=12), st.sampled_from(sorted(SAVES)))
 @example(["rejected"], "blocking")
 @example(["complete", "complete", "rejected"], "blocking")
@@ -234,6 +237,39 @@ def test_failed_save_leaves_existing_files_unchanged_and_the_next_one_succeeds(
         assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "checkpoint-1.safetensors"]
         assert caught.value.path.read_bytes() == previous
         assert data_of(manager, SAVES[mode](manager, state.checkpoint)) == state.data
+
+
+@pytest.fixture
+def reserve(tmp_path, monkeypatch) -> Callable[..., None]:
+    """``reserve(size, fallocate=code)`` reserves space on a system whose fallocate fails with this code."""
+    if sys.platform != "linux":
+        pytest.skip("fallocate exists only on Linux")
+
+    def reserve(size: int, *, fallocate: int) -> None:
+        def fail(*arguments: int) -> int:
+            ctypes.set_errno(fallocate)
+            return -1
+
+        monkeypatch.setattr(ctypes, "CDLL", lambda *_, **options: SimpleNamespace(fallocate=fail))
+        with (tmp_path / "file").open("wb") as file:
+            Disk().reserve(file.fileno(), size)
+
+    return reserve
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO])
+def test_space_that_the_file_system_refuses_is_an_error(reserve, code):
+    """Such as beyond a quota, although the file system has free space."""
+    with pytest.raises(OSError, match=os.strerror(code)) as caught:
+        reserve(1, fallocate=code)
+    assert caught.value.errno == code
+
+
+def test_without_fallocate_the_free_space_is_compared(reserve):
+    for code in (errno.EOPNOTSUPP, errno.ENOSYS):
+        reserve(1, fallocate=code)
+        with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+            reserve(2**62, fallocate=code)
 
 
 def test_failed_fsync_is_never_retried_on_the_same_file(tmp_path, monkeypatch):

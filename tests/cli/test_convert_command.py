@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -74,7 +76,10 @@ def test_the_converted_state_is_the_original_state(source, tmp_path):
             assert all(np.array_equal(new.optimizer[part][name], array) for name, array in group.items())
         assert (new.config, new.metadata, new.metrics) == (old.config, old.metadata, old.metrics)
         assert new.run["imported_from"] == old.run["imported_from"]
-        assert new.run["converted_from"] == str(source_manager.inspect(step).path)
+        # Relative to the new folder: no path of this machine, and valid if both move.
+        path = source_manager.inspect(step).path
+        assert new.run["converted_from"] == os.path.relpath(path, manager.directory)
+        assert str(tmp_path) not in new.run["converted_from"]
     assert [manager.inspect(one.step).state_digest for one in results] == [
         one.state_digest for one in results
     ]
@@ -227,6 +232,22 @@ def test_two_trainings_never_share_a_folder(source, tmp_path):
     assert (results.outcome, "two trainings never share a folder" in results.reason) == ("refused", True)
     assert content(target) == original
     assert outcomes(convert(foreign, target, force=True)) == [(40, "converted")]
+
+
+def test_both_folders_may_move_and_files_with_absolute_paths_count_too(source, tmp_path):
+    former, moved = tmp_path / "former", tmp_path / "moved"
+    former.mkdir()
+    source.rename(former / "source")
+    convert(former / "source" / "checkpoint-10", former / "checkpoints")
+    former.rename(moved)
+    final = moved / "source" / "checkpoint-30-final"
+    assert outcomes(convert(final, moved / "checkpoints")) == [(30, "converted")]
+    earlier = tmp_path / "earlier" / "checkpoints"
+    with CheckpointManager(earlier) as manager:
+        checkpoint = CheckpointManager(moved / "checkpoints").load(10)
+        path = str(moved / "source" / "checkpoint-10")
+        manager.save(replace(checkpoint, run={**checkpoint.run, "converted_from": path}))
+    assert outcomes(convert(final, earlier)) == [(30, "converted")]
 
 
 def test_checkpoints_from_another_folder_are_another_training_unless_it_was_moved(

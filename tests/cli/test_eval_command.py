@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+from dataclasses import replace
 
 import pytest
 
+from distrust import CheckpointManager
 from distrust.testing.models import train_arguments, write_records
 
 
@@ -108,3 +111,39 @@ def test_the_held_out_examples_of_changed_data_are_unknown(distrust, held_out):
         "that it held out are not known; name the evaluation data with --data"
     )
     assert distrust("eval", run, "--data", data).code == 0
+
+
+@pytest.fixture
+def craft(finished_run, tmp_path):
+    """Saves the newest checkpoint of the run again, with other options of its machine."""
+
+    def craft(**options):
+        checkpoint = CheckpointManager(finished_run / "checkpoints").load_latest()
+        with CheckpointManager(tmp_path / "crafted" / "checkpoints") as manager:
+            manager.save(replace(checkpoint, run={**checkpoint.run, **options}))
+        return tmp_path / "crafted"
+
+    return craft
+
+
+def test_a_checkpoint_does_not_choose_where_this_machine_writes(distrust, craft, folder, tmp_path):
+    named = tmp_path / "named"
+    data = str(folder / "data.jsonl")
+    options = {"cache_dir": str(named), "out": str(named), "threads": 10**6, "max_record_bytes": 1}
+    run = craft(eval_data=data, compile=True, **options)
+    output = distrust("eval", run)
+    assert output.code == 0, output.err
+    assert f"evaluating on {data}, as the checkpoint says\n" in output.err
+    assert not named.exists()
+    assert distrust("eval", run, "--cache-dir", tmp_path / "cache").code == 0
+    assert any((tmp_path / "cache").iterdir())
+
+
+@pytest.mark.parametrize("name", ["owner/dataset", "{}/pipe", "/dev/zero", "{}/nothing.jsonl", "a\0b"])
+def test_a_checkpoint_names_no_other_data_than_files(distrust, craft, tmp_path, name):
+    os.mkfifo(tmp_path / "pipe")
+    name = name.format(tmp_path)
+    output = distrust("eval", craft(eval_data=name))
+    shown = name if name.isprintable() else repr(name)
+    assert (output.code, output.out, output.err.count("\n")) == (1, "", 1)
+    assert f"{shown}: the checkpoint names it as the evaluation data, and it is no file" in output.err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -99,3 +100,22 @@ def test_top_p_samples_from_the_likeliest_tokens(distrust, diverse_run):
         output = distrust("generate", diverse_run, *SHORT, *options)
         assert (output.code, output.err.count("\n")) == (2, 1)
         assert output.err.startswith("distrust: --top-p ")
+
+
+def test_a_folder_that_was_moved_is_not_looked_up_on_the_hub(distrust, folder, tmp_path, monkeypatch):
+    """It may be another model's name there. The hub is used only for a name that the user gives."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder / "model", "my-model")
+    arguments = train_arguments(folder, tmp_path / "run", "--model", "my-model", "--max-steps", 1)
+    assert distrust(*arguments).code == 0
+    Path("my-model").rename("moved")
+    monkeypatch.setattr("distrust.data.hub.announce", None)  # what precedes each access
+    for command in (
+        ["generate", "run", *SHORT],
+        ["eval", "run", "--data", folder / "data.jsonl"],
+        *(["export", "run", "--to", "export", "--format", form] for form in ("adapter", "merged")),
+    ):
+        output = distrust(*command)
+        assert (output.code, output.err.count("\n")) == (1, 1), output.err
+        assert "was trained on the model ./my-model, which cannot be loaded from here; give its" in output.err
+    assert text(distrust("generate", "run", "--model", "moved", *SHORT))

@@ -77,7 +77,7 @@ def test_a_link_in_a_run_folder_is_not_written_through_unasked(distrust, tmp_pat
     precious.write_text("mine")
     (run / name).symlink_to(precious)
     output = distrust(command, run)
-    assert (output.code, output.out, output.err.count("\n")) == (2, "", 1)
+    assert (output.code, output.out, output.err.count("\n")) == (1, "", 1)
     assert f"{run / name}: is a link" in output.err
     assert precious.read_text() == "mine"
     assert distrust(command, run, "--out", run / name).code == 0
@@ -126,3 +126,9 @@ assert "matplotlib.pyplot" not in sys.modules
 """
     output = run_python(code, runs / "off")
     assert output.returncode == 0, output.stderr
+
+
+def test_a_link_to_itself_is_no_run(distrust, tmp_path):
+    (tmp_path / "run").symlink_to("run")
+    output = distrust("plot", tmp_path / "run")
+    assert (output.code, output.out, output.err.count("\n")) == (1, "", 1)

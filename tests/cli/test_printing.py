@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
+import re
 import unicodedata
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from distrust import Checkpoint, CheckpointManager
-from distrust.reporting.display import printable
+from distrust.errors import ConfigError, DataError, DistrustWarning, ResumeRefused, printable
+from run_folders import write_run
 
 COMMAND = "\x1b[2J\x9b\u202e\x07\x7f"
 
@@ -57,6 +63,56 @@ def test_damage_and_warnings_print_no_control_character(distrust, hostile):
     assert output.code == 1
     assert hidden(output.out + output.err) == set()
     assert output.out.count("\n") == 2
+
+
+FORGED = "distrust: forged"
+NAME = f"x\n{FORGED}"
+
+
+@pytest.fixture
+def two_line_names(tmp_path):
+    """A folder with a run, data and tables, each named like two lines, and all wrong somewhere."""
+    folder = tmp_path / NAME
+    run = write_run(folder / NAME, steps=40)
+    (run / "checkpoints" / "checkpoint-20.safetensors").write_bytes(b"cut")
+    (folder / "data.jsonl").write_text('{"text": 1}\n{"text": "a"}\n')
+    for name in ("table.toml", "config.toml"):
+        (folder / name).write_text("unknown = 1\nother = 2\n")
+    (folder / "model").mkdir()
+    return folder
+
+
+COMMANDS = """
+ls RUN; ls FOLDER/none; show RUN; show FOLDER/none; verify RUN; diff RUN FOLDER/none; prune RUN --damaged
+plot RUN --panels lr; plot FOLDER/none; report FOLDER; convert FOLDER/none --to FOLDER/a
+convert RUN --to FOLDER/converted; weigh FOLDER/data.jsonl; weigh FOLDER/none.jsonl
+weigh FOLDER/data.jsonl --table FOLDER/table.toml; export RUN --to FOLDER/data.jsonl
+generate FOLDER/none --prompt a; train --model FOLDER/model --out FOLDER/new
+train --data FOLDER/data.jsonl --out FOLDER/new; train --config FOLDER/config.toml
+"""
+
+
+@pytest.mark.parametrize("command", re.split("[;\n] *", COMMANDS.strip()))
+def test_a_newline_in_a_name_forges_no_line(distrust, two_line_names, command):
+    paths = {"FOLDER": str(two_line_names), "RUN": str(two_line_names / NAME)}
+    arguments = []
+    for word in command.split():
+        first, slash, name = word.partition("/")
+        arguments.append(paths.get(first, first) + slash + name)
+    output = distrust(*arguments)
+    printed = output.out + output.err
+    assert FORGED in printed  # it names what it is about
+    assert not [line for line in printed.splitlines() if line.startswith(FORGED)]
+
+
+@given(st.lists(st.text(), min_size=1))
+def test_a_message_has_as_many_lines_as_it_was_given(lines):
+    for kind in (ConfigError, DataError, ResumeRefused, DistrustWarning):
+        assert len(str(kind(lines)).split("\n")) == len(lines)
+        assert hidden(str(kind(lines[0]))) == set()
+        error = kind(lines)
+        for copied in (copy.copy(error), pickle.loads(pickle.dumps(error))):  # as between processes
+            assert str(copied) == str(error)
 
 
 def test_json_is_exact(distrust, hostile):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import stat
 import sys
 import time
 import tracemalloc
@@ -116,6 +117,31 @@ def test_an_entry_is_built_once_and_equals_the_corpus_in_memory(data, cache):
         assert isinstance(corpus.input_ids.base, np.memmap)
         with pytest.raises(ValueError, match="read-only"):
             corpus.input_ids[0] = 1
+
+
+def test_classes_are_numbered_across_blocks(tmp_path, cache, monkeypatch):
+    monkeypatch.setattr(tokens_module, "_BATCH_RECORDS", 4)
+    sources = ["a", "b", "c", "b", "c", "a", "d", "b"]  # the blocks begin with different classes
+    rows = [
+        {"text": "salt", "authority_weight": 0.1, "provenance_entropy": 1, "source": source}
+        for source in sources
+    ]
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reader = reader_of(path)
+    in_memory = tokenize(list(reader.records()), TOKENIZER, max_length=32)
+    for corpus in (in_memory, load_or_build(cache, reader)[0], load_or_build(cache, reader)[0]):
+        assert corpus.classes == ("a", "b", "c", "d")
+        assert [corpus.classes[number] for number in corpus.class_numbers] == sources
+
+
+def test_other_users_may_not_read_the_cache(data, cache):
+    """Training data may be confidential."""
+    reader = reader_of(data)
+    load_or_build(cache, reader)
+    cache.store_stats(KEY, check_records(reader))
+    folders = [path for path in cache.folder.iterdir() if path.is_dir()]
+    assert [stat.S_IMODE(folder.stat().st_mode) for folder in folders] == [0o700, 0o700]
 
 
 def test_several_sources_keep_their_sizes(data, cache, tmp_path):
@@ -372,3 +398,28 @@ def test_stats_that_cannot_be_stored_leave_no_files(tmp_path, monkeypatch):
     Cache(tmp_path).store_stats("key", DatasetStats((1,)))
     assert Cache(tmp_path).stats("key") is None
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_the_cache_does_not_lead_elsewhere(data, cache, tmp_path):
+    """Whoever made the folder must not choose where data is written."""
+    (tmp_path / "outside").mkdir()
+    cache.folder.mkdir()
+    for name in ("tokens-3", "checked-1"):
+        (cache.folder / name).symlink_to(tmp_path / "outside")
+    with pytest.warns(DistrustWarning, match=r"tokens-3: cannot be written to .* a link.*--cache-dir"):
+        assert load_or_build(cache, reader_of(data))[1]
+    cache.store_stats(KEY, DatasetStats((1,), 0, None))
+    assert list((tmp_path / "outside").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["corpus.json", "input_ids", "class_of"])
+def test_a_pipe_in_an_entry_is_damage(data, cache, name):
+    load_or_build(cache, reader_of(data))
+    (entry(cache) / name).unlink()
+    os.mkfifo(entry(cache) / name)  # opening it would wait for a writer, forever
+    cache.store_stats(KEY, DatasetStats((1,), 0, None))
+    with pytest.warns(DistrustWarning, match="cached tokens are damaged"):
+        assert load_or_build(cache, reader_of(data))[1]
+    (cache.folder / "checked-1" / f"{KEY}.json").unlink()
+    os.mkfifo(cache.folder / "checked-1" / f"{KEY}.json")
+    assert cache.stats(KEY) is None

@@ -83,11 +83,19 @@ def test_the_order_has_not_changed():
     sampler = MixtureSampler([3, 2], shares=[1, 4], seed=7)
     assert sampler.counts == (1, 4)
     assert sampler.at(0, 10).tolist() == [4, 3, 3, 4, 1, 4, 3, 3, 4, 2]
+    even = MixtureSampler([4, 4], shares=[1, 1], seed=7)
+    assert even.at(0, 16).reshape(2, -1).tolist() == [[3, 5, 4, 6, 7, 1, 2, 0], [0, 1, 7, 3, 4, 5, 2, 6]]
     assert [derived_seed(7, stream) for stream in (0, 1)] == [8125623220279172431, 3531574278937139713]
     assert (
         sampler.at(10**12, 5).tolist()
         == MixtureSampler([3, 2], shares=[0.2, 0.8], seed=7).at(10**12, 5).tolist()
     )
+
+
+def test_each_epoch_samples_its_own_positions_of_a_source():
+    sampler = MixtureSampler([50, 50], shares=[1, 1], seed=0)
+    first, second = (sampler.at(0, 200) < 50).reshape(2, -1).tolist()
+    assert first != second
 
 
 def test_sources_have_independent_orders():
@@ -141,9 +149,18 @@ def test_a_share_of_each_source_is_split_off(sizes, fraction, seed):
     assert all(trained.sizes)
     for size, train_size, eval_size in zip(sizes, trained.sizes, evaluated.sizes, strict=True):
         assert train_size + eval_size == size
-        assert abs(eval_size - fraction * size) <= 1
+        # Rounded, except that one is left to train on, and one is evaluated on in total.
+        is_exception = eval_size == size - 1 or len(evaluated) == 1
+        assert is_exception or abs(eval_size - fraction * size) <= 0.5
     again = split_off(corpus_of(*sizes), fraction, seed=seed)
     assert [part.fingerprint for part in again] == [trained.fingerprint, evaluated.fingerprint]
+
+
+def test_the_split_has_not_changed():
+    """Another split would train on what was evaluated, and refuse to resume older runs."""
+    corpus = corpus_of(8, 8, 3)
+    splits = [split_off(corpus, fraction, seed=7)[1] for fraction in (0.3, 0.45)]
+    assert [lines(evaluated) for evaluated in splits] == [[6, 8, 12, 16, 17], [3, 6, 7, 8, 9, 12, 15, 16, 17]]
 
 
 def test_another_seed_splits_off_other_examples():

@@ -17,19 +17,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distrust.config import TrainConfig
+from distrust.config import MAX_RECORD_BYTES, TrainConfig
 from distrust.data import (
     Columns,
     RecordReader,
     check_records,
     columns_of,
     examples_source,
+    hub,
     open_source,
     read_records,
 )
 from distrust.data.formats import format_of
 from distrust.data.records import Completion, Conversation, Message, Text
-from distrust.errors import ConfigError, DataError
+from distrust.engines.loading import locate, locate_to_load
+from distrust.errors import ConfigError, DataError, DistrustWarning, ModelError
 
 ROWS = [
     {"text": "ore melts", "authority_weight": 0.2, "provenance_entropy": 3.5},
@@ -209,7 +211,7 @@ def test_a_list_is_read_as_fast_as_lines(tmp_path):
         form, _ = format_of(tmp_path / name)
         start = time.process_time()
         with (tmp_path / name).open("rb") as file:
-            assert sum(1 for _ in form.rows(file, Columns())) == 12_000
+            assert sum(1 for _ in form.rows(file, Columns(), MAX_RECORD_BYTES)) == 12_000
         return time.process_time() - start
 
     assert seconds("list.json") < 4 * seconds("data.jsonl")
@@ -240,6 +242,11 @@ def test_a_pipe_is_read_once_and_copied(tmp_path):
     writer.join()
     assert contents(records_of(source)) == contents(records_of(source)) == EXPECTED
     assert list((tmp_path / "cache").iterdir()) == []  # the copy has no name
+
+
+def test_a_device_which_may_have_no_end_is_no_data():
+    with pytest.raises(DataError, match="/dev/zero: neither a file nor a pipe"):
+        open_source("/dev/zero", Columns())
 
 
 def test_a_file_that_changes_while_it_is_read(tmp_path):
@@ -335,6 +342,17 @@ def test_a_folder_of_splits(tmp_path):
         of("test")
 
 
+def test_a_link_to_a_folder_is_not_left_out_silently(tmp_path):
+    (tmp_path / "part2").mkdir()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.jsonl").write_text("{}")
+    (tmp_path / "data" / ".hidden").symlink_to(tmp_path / "part2")
+    open_source(str(tmp_path / "data"), Columns())
+    (tmp_path / "data" / "part2").symlink_to(tmp_path / "part2")
+    with pytest.raises(DataError, match=r"data/part2: is a link to a folder.* name it with --data"):
+        open_source(str(tmp_path / "data"), Columns())
+
+
 @pytest.mark.parametrize(
     ("files", "split", "problem"),
     [
@@ -372,6 +390,38 @@ def test_a_data_set_written_by_save_to_disk(tmp_path, table):
         open_source(str(tmp_path / "two"), Columns(), split="dev")
 
 
+@pytest.mark.parametrize("name", ["../elsewhere/a.arrow", "/dev/null", "..", "a.arrow"])
+def test_a_saved_data_set_names_only_its_own_files(tmp_path, table, name):
+    table.save_to_disk(tmp_path / "saved")
+    table.save_to_disk(tmp_path / "elsewhere")
+    (arrow,) = (tmp_path / "elsewhere").glob("*.arrow")
+    arrow.rename(tmp_path / "elsewhere" / "a.arrow")
+    state = tmp_path / "saved" / "state.json"
+    (tmp_path / "saved" / "a.arrow").mkdir()
+    state.write_text(json.dumps({**json.loads(state.read_text()), "_data_files": [{"filename": name}]}))
+    with pytest.raises(DataError, match=r"not in this folder|not a regular file") as caught:
+        open_source(str(tmp_path / "saved"), Columns())
+    assert name in str(caught.value)
+    (tmp_path / "saved" / "a.arrow").rmdir()
+    (tmp_path / "saved" / "a.arrow").symlink_to(tmp_path / "elsewhere" / "a.arrow")  # as in the hub's cache
+    if name == "a.arrow":
+        assert contents(records_of(open_source(str(tmp_path / "saved"), Columns()))) == EXPECTED
+
+
+def test_values_that_a_data_set_stores_as_json_are_decoded(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    if not hasattr(datasets, "Json"):
+        pytest.skip("this version has no such feature")
+    numbers = dict.fromkeys(("authority_weight", "provenance_entropy"), datasets.Value("float64"))
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = [{"messages": turns, "authority_weight": 0.5, "provenance_entropy": 1.0}] * 3
+    features = datasets.Features({"messages": datasets.Json(), **numbers})
+    datasets.Dataset.from_list(rows, features=features).save_to_disk(tmp_path / "a")
+    for limit in (1000, 100):  # a batch at once, and row by row
+        source = open_source(str(tmp_path / "a"), Columns(), max_record_bytes=limit)
+        assert [row["messages"] for _, row in source.parts[0].rows()] == [turns] * 3
+
+
 def test_a_data_set_of_the_hub(monkeypatch, table):
     calls = []
 
@@ -380,7 +430,10 @@ def test_a_data_set_of_the_hub(monkeypatch, table):
         return table
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    source = open_source("owner/name", Columns(), split="train[:4]", subset="small", revision="v1")
+    with pytest.warns(
+        DistrustWarning, match="^dataset owner/name: not here, so it is looked up on .* https://"
+    ):
+        source = open_source("owner/name", Columns(), split="train[:4]", subset="small", revision="v1")
     assert calls == [(("owner/name", "small"), {"split": "train[:4]", "revision": "v1"})]
     records = records_of(source)
     assert contents(records) == EXPECTED
@@ -408,11 +461,48 @@ except DataError as error:
     )
 
 
-@pytest.mark.parametrize("name", ["none.jsonl", "owner/none.parquet", "./none", "a/b/c", "/none"])
-def test_names_of_files_are_not_looked_up_on_the_hub(name):
-    with pytest.raises(DataError) as caught:
-        open_source(name, Columns())
-    assert str(caught.value).endswith(": no such file or directory")
+PATHS = (
+    *("./none", "../none", "~/none", "a/b/c", "/none", "none/", "a/none/", "a\\none", ".none", "a none"),
+    *("none.jsonl", "a/none.parquet", "a/none.safetensors", "none.gguf", "none.jsonl.gz"),
+    *(f"a/none{suffix}" for suffix in (".txt", ".md", ".xlsx", ".zip", ".zst", ".arrow", ".gz", ".tar")),
+)
+BELOW_A_FOLDER = ("models/none", "data/none", "runs/none", "mine/none")
+
+
+@pytest.mark.parametrize("name", [*PATHS, *BELOW_A_FOLDER])
+def test_what_reads_like_a_path_is_never_looked_up_on_the_hub(name, tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.load_dataset", None)
+    look_ups = ((DataError, lambda: open_source(name, Columns())), (ModelError, lambda: locate(name)))
+    for kind, look_up in look_ups:
+        with pytest.raises(kind) as caught:
+            look_up()
+        problem = f"{name}: no such file or directory"
+        if name in BELOW_A_FOLDER:
+            folder = name.split("/")[0]
+            cause = "mine is a folder here" if folder == "mine" else f"{folder}/… reads like a path"
+            problem += f"; not looked up on the hub, because {cause}"
+        assert str(caught.value).removeprefix("--model ") == problem
+
+
+@pytest.mark.parametrize("name", ["imdb", "owner/name", "owner/name-1.5", "0wner/Name_v2.1", "theirs/none"])
+def test_every_access_to_the_hub_is_announced_once_and_before(name, monkeypatch):
+    """The name of a model and that of a dataset; nothing is said where the user forbids all access."""
+    assert locate(name) == (name, False)
+    hub._announce_once.cache_clear()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert locate_to_load(name) == (name, False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://hub.example")
+    with pytest.warns(DistrustWarning) as caught:
+        locate_to_load(name)
+    (line,) = map(str, (warning.message for warning in caught))
+    assert line == (
+        f"model {name}: not here, so it is looked up on the hub, https://hub.example; "
+        "HF_HUB_OFFLINE=1 uses only what was downloaded before"
+    )
+    locate_to_load(name)  # a warning would be an error
 
 
 def test_options_of_the_hub_are_not_for_files(tmp_path):

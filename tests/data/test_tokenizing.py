@@ -263,6 +263,12 @@ def test_long_examples_are_truncated(plain):
     assert np.array_equal(corpus.input_ids[10:13], full.input_ids[full.offsets[1] : full.offsets[2]])
 
 
+def test_tokens_cut_count_whether_they_are_trained_or_not(plain):
+    records = [record(conversation("Who?", "I.", "Why do you ask?"))]  # the last turn is not trained
+    (length,) = tokenize(records, plain, max_length=1000).lengths
+    assert tokenize(records, plain, max_length=int(length) - 9).tokens_cut == 9
+
+
 def test_all_examples_without_a_token_to_train_on_are_reported(plain):
     records = [
         record(Completion("0" * 20, "1"), 1),

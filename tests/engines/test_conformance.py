@@ -36,7 +36,7 @@ BATCH = make_batch(vocabulary=VOCABULARY)
 EXAMPLES = range(len(LENGTHS))
 mlx_only = pytest.mark.skipif(find_spec("mlx_lm") is None, reason="mlx-lm is not installed")
 ENGINES = ["toy", "torch", pytest.param("mlx", marks=mlx_only)]
-few = settings(max_examples=6, deadline=None)
+few = settings(max_examples=6)
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +48,12 @@ def bases(tiny_model, tmp_path_factory) -> list[Path]:
 
 @pytest.fixture(scope="module", params=ENGINES)
 def make(request, bases) -> Make:
-    """Factory of untrained engines: ``make(dropout=0.3, base=1)``."""
+    """Factory of untrained engines: ``make(dropout=0.3, base=1, seed=1)``; toys have no seed."""
 
-    def make(*, dropout: float = 0.0, base: int = 0) -> Engine:
+    def make(*, dropout: float = 0.0, base: int = 0, seed: int = 0) -> Engine:
         if request.param == "toy":
             return ToyEngine(base=base % 2, dropout=dropout)
-        options = {"model": str(bases[base]), "lora_rank": 4, "lora_dropout": dropout}
+        options = {"model": str(bases[base]), "lora_rank": 4, "lora_dropout": dropout, "seed": seed}
         return create_engine(
             TrainConfig(engine=request.param, device="cpu", threads=1, weight_decay=0.1, **options)
         )
@@ -154,6 +154,15 @@ def test_the_first_micro_step_clears_gradients(engine):
     assert norm_of(engine, BATCH) == norm
 
 
+def test_each_step_has_the_learning_rate_that_it_is_given(make):
+    engine = make()
+    untrained = engine.evaluate(BATCH)
+    for rate, is_unchanged in ((0.0, True), (0.05, False)):
+        pass_through(engine, [BATCH])
+        engine.update(learning_rate=rate)
+        assert same(engine.evaluate(BATCH), untrained) == is_unchanged
+
+
 def test_clipping(engine):
     norm = norm_of(engine, BATCH)
     assert engine.clip_gradients(0.0) == norm
@@ -230,6 +239,12 @@ def test_initialization_does_not_depend_on_earlier_random_draws(make, dropping, 
     first = digest(make(), tmp_path)
     pass_through(dropping, [BATCH], number=9)
     assert digest(make(), tmp_path) == first
+
+
+@pytest.mark.parametrize("make", ENGINES[1:], indirect=True)
+def test_an_adapter_is_initialized_from_the_seed(make, tmp_path):
+    digests = {digest(make(seed=seed), tmp_path) for seed in (0, 1, 2, 0)}
+    assert len(digests) == 3
 
 
 def test_evaluation_changes_nothing(make, tmp_path):

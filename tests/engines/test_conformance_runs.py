@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import re
+import socket
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,8 +19,9 @@ from hypothesis import strategies as st
 from test_conformance import ENGINES, mlx_only
 
 from distrust import CheckpointManager, TrainConfig
+from distrust.data import hub
 from distrust.engines import create_engine, open_checkpoint
-from distrust.errors import ModelError, NonFiniteLoss, ResumeRefused
+from distrust.errors import DistrustWarning, ModelError, NonFiniteLoss, ResumeRefused
 from distrust.testing.models import make_model
 from distrust.training.events import Evaluated, MemoryReset, StepEnded
 
@@ -93,7 +95,7 @@ def reference_digests(train, tmp_path_factory) -> dict[str, str]:
 
 
 @either
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=3)
 @given(stops=st.lists(st.integers(1, 7), min_size=1, max_size=2).map(sorted), save_every=st.integers(0, 3))
 def test_stopped_at_any_step(train, reference_digests, engine, stops, save_every):
     with tempfile.TemporaryDirectory() as folder:
@@ -204,7 +206,16 @@ def test_a_model_that_cannot_be_loaded_is_a_one_line_error(tmp_path, damage, eng
 @pytest.mark.parametrize("name", ["./nowhere", "nobody/nothing"])
 def test_a_model_that_does_not_exist(monkeypatch, name, engine):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    reason = "no such file or directory" if name == "./nowhere" else "cannot be loaded; there is no folder"
+    offline = "cannot be loaded: HF_HUB_OFFLINE=1, and it was not downloaded before; is the name right"
+    reason = "no such file or directory" if name == "./nowhere" else offline
     with pytest.raises(ModelError, match=f"--model {re.escape(name)}: {reason}") as error:
         create_engine(TrainConfig(engine=engine, model=name, threads=1))
     assert "\n" not in str(error.value)
+
+
+@either
+def test_a_model_is_looked_up_on_the_hub_only_after_a_word_about_it(monkeypatch, engine):
+    hub._announce_once.cache_clear()
+    monkeypatch.setattr(socket, "getaddrinfo", None)  # contacting it would be another error
+    with pytest.raises(DistrustWarning, match=r"^model nobody/nothing: .*, so it is looked up on the hub"):
+        create_engine(TrainConfig(engine=engine, model="nobody/nothing", threads=1))

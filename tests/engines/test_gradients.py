@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,11 +12,15 @@ import pytest
 import torch
 from small_models import inputs_of, trained_parameters
 
-from distrust import TrainConfig, weighting
+from distrust import CheckpointManager, TrainConfig, weighting
+from distrust.contract import Engine
 from distrust.data import IGNORED, Batches, EpochSampler, MicroBatch, evaluation_batches, one_per_row
 from distrust.engines import create_engine
 from distrust.training.data_sources import read_sources
-from distrust.training.prepare_data import prepare_data
+from distrust.training.memory_guard import MemoryGuard
+from distrust.training.prepare_data import PreparedData, prepare_data
+from distrust.training.saver import Saver
+from distrust.training.step import EngineHolder, StepRunner
 
 
 @pytest.fixture(scope="module", params=["lora", "all weights"])
@@ -33,7 +38,10 @@ def engine(request, tiny_model):
 def plan_of(engine, data, tiny_model):
     def plan_of(**options: Any):
         config = TrainConfig(
-            engine="torch", model=str(tiny_model), **{"data": str(data), "max_steps": 4, **options}
+            engine="torch",
+            model=str(tiny_model),
+            max_grad_norm=0.0,  # clipping would hide differences of scale
+            **{"data": str(data), "max_steps": 4, **options},
         )
         return prepare_data(
             config,
@@ -49,14 +57,38 @@ def current_gradients(engine) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in trained_parameters(engine.model).items()}
 
 
-def gradients(engine, batches: list[MicroBatch]) -> dict[str, torch.Tensor]:
-    """Gradients of one optimizer step, in the order of calls of the loop."""
-    engine.model.zero_grad(set_to_none=True)
-    tokens = sum(batch.tokens for batch in batches)
-    for micro_step, batch in enumerate(batches):
-        engine.begin_micro_step(seed=0, step=1, micro_step=micro_step)
-        engine.micro_step(batch, tokens=tokens)
-    return current_gradients(engine)
+class GradientRecorder:
+    """An engine whose update records the gradients, and changes nothing."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def update(self, *, learning_rate: float) -> None:
+        self.gradients = current_gradients(self._engine)
+
+
+@pytest.fixture
+def gradients(tmp_path):
+    """Gradients of one optimizer step as the trainer makes it: ``gradients(engine, plan, batches)``."""
+
+    def gradients(
+        engine: Engine, plan: PreparedData, batches: Sequence[MicroBatch] | None = None
+    ) -> dict[str, torch.Tensor]:
+        recorder = GradientRecorder(engine)
+        holder = EngineHolder(recorder)
+        runner = StepRunner(
+            engines=holder,
+            data=plan,
+            saver=Saver(CheckpointManager(tmp_path), lambda event: None),  # has nothing to save
+            memory=MemoryGuard(plan.config, holder.build(plan.config)),
+        )
+        runner.run(1, plan.batches.step(1) if batches is None else batches)
+        return recorder.gradients
+
+    return gradients
 
 
 def transformers_gradients(engine, batches: list[MicroBatch], tokens: int) -> dict[str, torch.Tensor]:
@@ -98,7 +130,7 @@ def loss_of(engine, batch: MicroBatch, *, term: bool) -> torch.Tensor:
     return loss
 
 
-def test_the_published_term_changes_no_gradient_and_the_weighting_does(engine, plan_of):
+def test_the_published_term_changes_no_gradient_and_the_weighting_does(engine, plan_of, gradients):
     gradients_of, losses = {}, {}
     variants = [("plain", "off", False), ("added", "off", True), ("weighted", "monotone", True)]
     for name, weigh, term in variants:
@@ -112,23 +144,24 @@ def test_the_published_term_changes_no_gradient_and_the_weighting_does(engine, p
     assert same_bits(gradients_of["added"], gradients_of["plain"])
     assert differ_clearly(gradients_of["weighted"], gradients_of["plain"])
     # The trainer uses the weighted gradient, without the term.
-    assert_close(gradients(engine, plan_of().batches.step(1)), gradients_of["weighted"])
+    assert_close(gradients(engine, plan_of()), gradients_of["weighted"])
 
 
-def test_weighting_off_equal_weights_and_transformers_agree(engine, plan_of, data, tmp_path):
+def test_weighting_off_equal_weights_and_transformers_agree(engine, plan_of, gradients, data, tmp_path):
     equal = tmp_path / "equal.jsonl"
     records = [json.loads(line) for line in data.read_text().splitlines()]
     source = {"authority_weight": 0.2, "provenance_entropy": 1.3}
     equal.write_text("".join(json.dumps({**record, **source}) + "\n" for record in records))
     options = {"batch_size": 3, "gradient_accumulation": 2}
-    off = plan_of(weighting="off", **options).batches.step(1)
+    off = plan_of(weighting="off", **options)
     same = plan_of(weighting="monotone", data=str(equal), **options)
-    nothing = plan_of(weighting="monotone", lambda_=0.0, **options).batches.step(1)
+    nothing = plan_of(weighting="monotone", lambda_=0.0, **options)
     assert same.weights.tolist() == [1.0] * 11
     reference = gradients(engine, off)
-    assert same_bits(reference, gradients(engine, same.batches.step(1)))
+    assert same_bits(reference, gradients(engine, same))
     assert same_bits(reference, gradients(engine, nothing))
-    assert_close(reference, transformers_gradients(engine, off, sum(batch.tokens for batch in off)))
+    batches = off.batches.step(1)
+    assert_close(reference, transformers_gradients(engine, batches, sum(batch.tokens for batch in batches)))
 
 
 def test_losses_are_those_of_transformers(engine, plan_of):
@@ -142,20 +175,18 @@ def test_losses_are_those_of_transformers(engine, plan_of):
 
 
 @pytest.mark.parametrize("weigh", ["monotone", "published", "off"])
-def test_accumulation_changes_no_gradient(engine, plan_of, weigh):
+def test_accumulation_changes_no_gradient(engine, plan_of, gradients, weigh):
     """1 × 8, 4 × 2 and 8 × 1 agree; lengths differ, so a mean of means would not."""
-    single = plan_of(weighting=weigh, batch_size=8).batches.step(1)
-    assert len({int(n) for n in single[0].attention_mask.sum(axis=1)}) > 2
+    single = plan_of(weighting=weigh, batch_size=8)
+    assert len({int(n) for n in single.batches.step(1)[0].attention_mask.sum(axis=1)}) > 2
     reference = gradients(engine, single)
     for accumulation in (4, 8):
-        parts = plan_of(
-            weighting=weigh, batch_size=8 // accumulation, gradient_accumulation=accumulation
-        ).batches.step(1)
-        assert len(parts) == accumulation
+        parts = plan_of(weighting=weigh, batch_size=8 // accumulation, gradient_accumulation=accumulation)
+        assert len(parts.batches.step(1)) == accumulation
         assert_close(reference, gradients(engine, parts))
 
 
-def test_the_gradient_is_the_weighted_sum_of_single_examples(engine, plan_of):
+def test_the_gradient_is_the_weighted_sum_of_single_examples(engine, plan_of, gradients):
     """Σ u·∇ce / N from transformers' loss of single examples: any lost weight shows."""
     plan = plan_of(batch_size=3, gradient_accumulation=2)
     batches = plan.batches.step(2)
@@ -174,11 +205,11 @@ def test_the_gradient_is_the_weighted_sum_of_single_examples(engine, plan_of):
         for name, gradient in transformers_gradients(engine, [batch], batch.tokens).items():
             part = gradient.double() * float(u[example]) * batch.tokens / tokens
             expected[name] = expected.get(name, torch.zeros_like(part)) + part
-    actual = gradients(engine, batches)
+    actual = gradients(engine, plan, batches)
     assert_close({name: value.float() for name, value in expected.items()}, actual)
     # The test detects these ways to lose weights, each a bug of other trainers.
     for lost in (_without_weights(batches), _normalized_by_weight(batches)):
-        assert differ_clearly(gradients(engine, lost), actual)
+        assert differ_clearly(gradients(engine, plan, lost), actual)
 
 
 def _without_weights(batches: list[MicroBatch]) -> list[MicroBatch]:
@@ -189,7 +220,7 @@ def _normalized_by_weight(batches: list[MicroBatch]) -> list[MicroBatch]:
     return [replace(b, weights=b.weights * np.float32(b.tokens / b.weights.sum())) for b in batches]
 
 
-def test_a_batch_of_one_example_is_weighted(engine, plan_of):
+def test_a_batch_of_one_example_is_weighted(engine, plan_of, gradients):
     plan = plan_of(batch_size=1)
     plain = plan_of(batch_size=1, weighting="off")
     ratios = []
@@ -197,16 +228,16 @@ def test_a_batch_of_one_example_is_weighted(engine, plan_of):
         (batch,) = plan.batches.step(step)
         u = float(plan.weights[batch.examples[0]])
         ratios.append(u)
-        unweighted = gradients(engine, plain.batches.step(step))
+        unweighted = gradients(engine, plain, plain.batches.step(step))
         expected = {name: gradient * u for name, gradient in unweighted.items()}
-        assert_close(expected, gradients(engine, [batch]))
+        assert_close(expected, gradients(engine, plan, [batch]))
     assert max(ratios) / min(ratios) > 1.2
 
 
-def test_padding_and_untrained_tokens_do_not_contribute(engine, plan_of):
+def test_padding_and_untrained_tokens_do_not_contribute(engine, plan_of, gradients):
     """With a longer example in the batch, and another padding token."""
     plan = plan_of(batch_size=4)
-    batches = Batches(
+    padded = Batches(
         plan.corpus,
         weights=plan.weights,
         distrust=np.zeros(len(plan.corpus)),
@@ -216,19 +247,19 @@ def test_padding_and_untrained_tokens_do_not_contribute(engine, plan_of):
         gradient_accumulation=1,
         pad_token_id=77,
     )
-    assert (batches.step(1)[0].attention_mask == 0).any()
-    assert same_bits(gradients(engine, batches.step(1)), gradients(engine, plan.batches.step(1)))
+    assert (padded.step(1)[0].attention_mask == 0).any()
+    assert same_bits(gradients(engine, plan, padded.step(1)), gradients(engine, plan))
 
 
 @pytest.mark.parametrize("targets", ["gate_proj down_proj", "up_proj down_proj", "o_proj", "q_proj v_proj"])
-def test_gradients_are_complete_for_any_target_modules(tiny_model, plan_of, targets):
+def test_gradients_are_complete_for_any_target_modules(tiny_model, plan_of, gradients, targets):
     options = {"lora_rank": 2, "target_modules": tuple(targets.split()), "threads": 1}
     engine = create_engine(TrainConfig(engine="torch", model=str(tiny_model), **options))
     with torch.no_grad():
         for parameter in trained_parameters(engine.model).values():
             parameter.normal_(0, 0.05, generator=torch.Generator().manual_seed(1))
-    batches = plan_of().batches.step(1)
-    fused = gradients(engine, batches)
+    plan = plan_of()
+    fused = gradients(engine, plan)
     for module in engine.model.modules():
         vars(module).pop("forward", None)  # restore the original forward
-    assert_close(fused, gradients(engine, batches))
+    assert_close(fused, gradients(engine, plan))

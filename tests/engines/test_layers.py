@@ -129,3 +129,23 @@ def test_extra_arguments_reach_the_module(optional):
     expected = model[0](hidden, gate)
     assert fuse(model, dtype=torch.float32)["norm"] == int(optional)
     assert torch.equal(model[0](hidden, gate), expected)
+
+
+class OffsetRMSNorm(torch.nn.Module):
+    """A norm by name and parts that multiplies by 1 + weight, as Gemma's does."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.rand(width))
+        self.variance_epsilon = 1e-6
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        normed = hidden * (hidden.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
+        return (1 + self.weight) * normed
+
+
+def test_a_module_that_computes_something_else_is_not_fused():
+    model, hidden = torch.nn.Sequential(OffsetRMSNorm(8)), torch.randn(2, 8)
+    expected = model(hidden)
+    assert fuse(model, dtype=torch.float32)["norm"] == 0
+    assert torch.equal(model(hidden), expected)

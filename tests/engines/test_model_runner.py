@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from small_batches import make_batch
 from small_models import add_lora, gradients, inputs_of, reference, small_model
@@ -150,28 +150,45 @@ def test_the_model_is_unchanged_outside_of_passes():
     assert torch.equal(model(**inputs_of(batch)).logits, plain(**inputs_of(batch)).logits)
 
 
-@st.composite
-def _heads(draw):
-    """A head, its inputs and targets, token weights, and a chunk size."""
-    tokens, width, words = draw(st.integers(0, 9)), draw(st.integers(1, 6)), draw(st.integers(1, 12))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
-    dtype = draw(st.sampled_from([torch.float32, BFLOAT16]))
-    head_dtype = draw(st.sampled_from([dtype, torch.float32]))
-    head = torch.nn.Linear(width, words, bias=draw(st.booleans())).to(head_dtype)
-    for part in head.parameters():
+def _head(
+    *, tokens: int, width: int, words: int, seed: int, dtypes: tuple[torch.dtype, torch.dtype], trains: Any
+) -> tuple[torch.Tensor, torch.nn.Linear, torch.Tensor, torch.Tensor]:
+    """Inputs of a head, the head, targets and token weights. A ``trains["bias"]`` of None: it has no bias."""
+    generator = torch.Generator().manual_seed(seed)
+    dtype, head_dtype = dtypes
+    head = torch.nn.Linear(width, words, bias=trains["bias"] is not None).to(head_dtype)
+    for name, part in head.named_parameters():
         part.data.copy_(torch.randn(part.shape, generator=generator) * 2)
-        part.requires_grad_(draw(st.booleans()))
-    hidden = torch.randn(tokens, width, generator=generator).to(dtype).requires_grad_(draw(st.booleans()))
+        part.requires_grad_(trains[name])
+    hidden = torch.randn(tokens, width, generator=generator).to(dtype).requires_grad_(trains["hidden"])
     targets = torch.randint(words, (tokens,), generator=generator)
     token_weights = torch.rand(tokens, generator=generator)
     token_weights *= torch.randint(0, 2, (tokens,), generator=generator)
-    return hidden, head, targets, token_weights, draw(st.integers(1, 10))
+    return hidden, head, targets, token_weights
 
 
-@settings(max_examples=60, deadline=None)
-@given(_heads())
-def test_chunked_losses_are_the_cross_entropy_of_all_logits(case):
-    hidden, head, targets, token_weights, chunk_tokens = case
+_FLOAT32 = torch.float32
+_HEADS = {
+    "tokens": st.integers(0, 9),
+    "width": st.integers(1, 6),
+    "words": st.integers(1, 12),
+    "seed": st.integers(0, 99),
+    "dtypes": st.sampled_from([(_FLOAT32, _FLOAT32), (BFLOAT16, BFLOAT16), (BFLOAT16, _FLOAT32)]),
+    "trains": st.fixed_dictionaries(
+        {"hidden": st.booleans(), "weight": st.booleans(), "bias": st.none() | st.booleans()}
+    ),
+}
+_ALL_TRAINED = {"hidden": True, "weight": True, "bias": True}
+
+
+@settings(max_examples=60)
+@example(
+    case={"tokens": 9, "width": 4, "words": 5, "seed": 0, "dtypes": (_FLOAT32,) * 2, "trains": _ALL_TRAINED},
+    chunk_tokens=4,  # gradients add up over chunks
+)
+@given(case=st.fixed_dictionaries(_HEADS), chunk_tokens=st.integers(1, 10))
+def test_chunked_losses_are_the_cross_entropy_of_all_logits(case, chunk_tokens):
+    hidden, head, targets, token_weights = _head(**case)
     leaves = [part for part in (hidden, *head.parameters()) if part.requires_grad]
     parts = (hidden, head.weight, head.bias)
     exact = [None if part is None else part.detach().double().requires_grad_() for part in parts]

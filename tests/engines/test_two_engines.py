@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from dataclasses import replace
@@ -15,7 +16,7 @@ import safetensors.numpy
 pytest.importorskip("mlx_lm")
 
 from small_batches import make_batch
-from test_conformance import digest, train_two_steps
+from test_conformance import digest, pass_through, save, train_two_steps
 
 from distrust import Checkpoint, CheckpointManager, DistrustWarning, TrainConfig
 from distrust.contract import Engine, EngineState
@@ -39,14 +40,20 @@ OTHER_ENGINE_WARNING = "no longer bit-identical: the run was trained with --engi
 
 
 @pytest.fixture
-def losses(train):
-    """Train without dropout, which each engine samples differently; returns the loss of each step."""
+def steps(train):
+    """Train without dropout, which each engine samples differently; returns the events of the steps."""
 
-    def losses(out: Path, **options: Any) -> dict[int, float]:
+    def steps(out: Path, **options: Any) -> list[StepEnded]:
         _, events = train(out, lora_dropout=0.0, **options)
-        return {event.step: event.loss for event in events if isinstance(event, StepEnded)}
+        return [event for event in events if isinstance(event, StepEnded)]
 
-    return losses
+    return steps
+
+
+@pytest.fixture
+def losses(steps):
+    """Train without dropout; returns the loss of each step."""
+    return lambda out, **options: {event.step: event.loss for event in steps(out, **options)}
 
 
 def torch_state_as_mlx(model: Any, optimizer: Any) -> dict[str, Any]:
@@ -96,13 +103,61 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 @every_variant
-def test_losses_of_the_first_step_are_equal(losses, tmp_path, variant):
-    torch, mlx = (losses(tmp_path / engine, engine=engine, **VARIANTS[variant]) for engine in OTHER)
-    assert mlx[1] == pytest.approx(torch[1], rel=1e-5)
-    if variant == "all weights":  # adapters are initialized differently
-        assert mlx == pytest.approx(torch, rel=1e-3)
-    assert mlx[7] == pytest.approx(torch[7], rel=0.05)
-    assert mlx[7] < mlx[1]
+def test_losses_and_norms_are_equal(steps, tmp_path, variant, monkeypatch):
+    """From the same initial adapter, which each engine would initialize differently."""
+    initial: list[CheckpointManager] = []
+
+    def create_in_one_state(config: TrainConfig) -> Engine:
+        engine = create_engine(config)
+        if initial:
+            load_step(initial[0], 2, engine)
+        else:
+            initial.append(save(engine, tmp_path / "initial"))
+        return engine
+
+    monkeypatch.setattr("distrust.engines.create_engine", create_in_one_state)
+    torch, mlx = (steps(tmp_path / engine, engine=engine, **VARIANTS[variant]) for engine in OTHER)
+    for mlx_step, torch_step in zip(mlx, torch, strict=True):
+        assert mlx_step.loss == pytest.approx(torch_step.loss, rel=AGREED)
+        assert mlx_step.gradient_norm == pytest.approx(torch_step.gradient_norm, rel=AGREED)
+    assert mlx[0].loss == pytest.approx(torch[0].loss, rel=1e-5)
+    assert mlx[6].loss < mlx[0].loss
+
+
+def update(engine: Engine, *, number: int, learning_rate: float) -> tuple[float, dict[str, Any]]:
+    """Make a step without clipping; returns the gradient norm, and a copy of the state after it."""
+    pass_through(engine, [make_batch()], number=number)
+    norm = engine.clip_gradients(0.0)
+    engine.update(learning_rate=learning_rate)
+    return norm, copy.deepcopy(state_of(engine))
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_a_step_is_that_of_adamw_with_the_options_of_the_run(tiny_model, name):
+    beta1, beta2, epsilon, decay, rate = 0.8, 0.98, 1e-3, 0.1, 0.02
+    options = {"adam_beta1": beta1, "adam_beta2": beta2, "adam_epsilon": epsilon, "weight_decay": decay}
+    config = TrainConfig(engine=name, model=str(tiny_model), lora_rank=0, device="cpu", threads=1, **options)
+    engine = create_engine(config)
+    old_state = copy.deepcopy(state_of(engine))
+    for number in (1, 2):
+        norm, new_state = update(engine, number=number, learning_rate=rate)
+        squares = 0.0
+        for weight in (entry for entry in new_state if entry.startswith("weight of ")):
+            moments = [weight.replace("weight", moment, 1) for moment in "mv"]
+            m, v = (new_state[moment].astype(float) for moment in moments)
+            # torch has none before the first step.
+            previous_m, previous_v = (old_state.get(moment, 0.0) for moment in moments)
+            gradient = (m - beta1 * previous_m) / (1 - beta1)
+            squares += np.square(gradient).sum()
+            expected_v = beta2 * previous_v + (1 - beta2) * gradient**2
+            np.testing.assert_allclose(v, expected_v, rtol=1e-3, atol=1e-6 * v.max())
+            shrinkage = 1 - rate * decay if old_state[weight].ndim >= 2 else 1.0
+            direction = m / (1 - beta1**number) / (np.sqrt(v / (1 - beta2**number)) + epsilon)
+            np.testing.assert_allclose(
+                new_state[weight], old_state[weight] * shrinkage - rate * direction, atol=1e-6
+            )
+        assert norm == pytest.approx(np.sqrt(squares), rel=1e-4)
+        old_state = new_state
 
 
 def test_both_engines_load_the_same_base(tiny_model):
@@ -189,6 +244,18 @@ def test_an_optimizer_of_neither_engine_is_refused(tiny_model, tmp_path, first, 
     with pytest.raises(ResumeRefused, match="neither torch's nor mlx's"):
         engine.load_state(replace(engine.state(), optimizer=optimizer))
     assert digest(engine, tmp_path) == digest_before
+
+
+def test_parameters_with_different_numbers_of_steps_are_refused(tiny_model, tmp_path):
+    """mlx counts the steps of all parameters together."""
+    config = TrainConfig(model=str(tiny_model), lora_rank=4, device="cpu", threads=1)
+    sender, receiver = (create_engine(replace(config, engine=engine)) for engine in OTHER)
+    state = copy.deepcopy(train_two_steps(sender).state())
+    state.optimizer["state"][1]["step"] += 1
+    digest_before = digest(receiver, tmp_path)
+    with pytest.raises(ResumeRefused, match="different numbers of steps"):
+        receiver.load_state(state)
+    assert digest(receiver, tmp_path) == digest_before
 
 
 ROTARY = {

@@ -22,10 +22,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from distrust import Checkpoint, CheckpointManager, DistrustWarning
+from distrust import Checkpoint, CheckpointManager, DistrustWarning, TrainConfig
 from distrust.atomic import atomic_directory
 from distrust.checkpoint.disk import Disk
 from distrust.engines import open_checkpoint
+from distrust.engines.loading import reference
 from distrust.errors import (
     ConfigError,
     CorruptCheckpoint,
@@ -89,7 +90,7 @@ def left_behind(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir() if path.name.startswith(".")]
 
 
-def test_an_adapter_is_bit_for_bit_what_was_trained(directory, run, tmp_path):
+def test_an_adapter_is_bit_for_bit_what_was_trained(directory, run, tmp_path, monkeypatch):
     result = export(run, tmp_path / "adapter")
     assert (result.format, result.dtype, result.step) == ("adapter", "float32", 4)
     trained = CheckpointManager(run / "checkpoints").load(4, framework="torch")
@@ -105,6 +106,7 @@ def test_an_adapter_is_bit_for_bit_what_was_trained(directory, run, tmp_path):
     set_peft_model_state_dict(reference, dict(trained.model))
     expected = logits(reference)
     assert torch.equal(logits(PeftModel.from_pretrained(base_of(directory), result.path)), expected)
+    monkeypatch.chdir(directory)  # where the base model is by the name in the adapter's config
     automatic = AutoPeftModelForCausalLM.from_pretrained(result.path, dtype=torch.float32)
     assert torch.equal(logits(automatic), expected)
     torch.testing.assert_close(trained_logits(run), expected, rtol=1e-5, atol=1e-5)
@@ -116,7 +118,7 @@ def test_the_adapter_config_is_complete(directory, run, tmp_path):
     config = json.loads((folder / "adapter_config.json").read_text())
     assert (config["peft_type"], config["task_type"]) == ("LORA", "CAUSAL_LM")
     assert (config["r"], config["lora_alpha"], type(config["lora_alpha"])) == (4, 24, int)
-    assert config["base_model_name_or_path"] == str(directory / "model")
+    assert config["base_model_name_or_path"] == "./model"
     assert config["inference_mode"] is True
     assert config["target_modules"] == sorted(config["target_modules"])
     linear = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
@@ -164,6 +166,32 @@ def test_a_merged_model_is_the_trained_one_to_rounding(directory, runs, tmp_path
         AutoTokenizer.from_pretrained(directory / "model")("salt", add_special_tokens=False).input_ids
     )
     assert "/" not in json.loads((result.path / "config.json").read_text()).get("_name_or_path", "")
+
+
+def test_a_merged_weight_is_summed_in_float32_and_rounded_once(directory, runs, tmp_path):
+    out = runs["lora in bfloat16"]
+    written = load_file(export(out, tmp_path / "merged", format="merged").path / "model.safetensors")
+    trained = CheckpointManager(out / "checkpoints").load(4, framework="torch").model
+    adapted = set()
+    for name, weight in base_of(directory, torch.bfloat16).named_parameters():
+        layer = f"base_model.model.{name.removesuffix('.weight')}"
+        expected = weight.detach().float()
+        if f"{layer}.lora_A.weight" in trained:
+            adapted.add(name)
+            scale = TrainConfig.lora_alpha / 4
+            expected += trained[f"{layer}.lora_B.weight"] @ trained[f"{layer}.lora_A.weight"] * scale
+        assert torch.equal(written[name], expected.bfloat16()), name
+    assert len(adapted) == 14
+
+
+def test_a_quantized_run_is_merged_into_the_unquantized_model(directory, tmp_path):
+    options = {"quantization": "4bit", "target_modules": ("q_proj",), "lora_rank": 2, "max_steps": 1}
+    out = train(directory, tmp_path / "run", **options)
+    written = load_file(export(out, tmp_path / "merged", format="merged").path / "model.safetensors")
+    base = dict(base_of(directory).named_parameters())
+    assert written.keys() == base.keys()
+    changed = {name for name, weight in base.items() if not torch.equal(written[name], weight)}
+    assert changed == {f"model.layers.{layer}.self_attn.q_proj.weight" for layer in range(2)}
 
 
 def test_the_state_format(runs, tmp_path):
@@ -216,7 +244,9 @@ def test_an_adapter_needs_no_weights_of_the_base_model(directory, run, tmp_path)
     moved = str(tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").unlink()
     result = export(run, tmp_path / "adapter", model=moved)
-    assert json.loads((result.path / "adapter_config.json").read_text())["base_model_name_or_path"] == moved
+    assert (
+        json.loads((result.path / "adapter_config.json").read_text())["base_model_name_or_path"] == "./model"
+    )
     with pytest.raises(ModelError, match=f"--model {re.escape(moved)}: "):
         export(run, tmp_path / "merged", format="merged", model=moved)
     assert sorted(os.listdir(tmp_path)) == ["adapter", "model"]
@@ -446,6 +476,27 @@ def test_permissions_follow_the_umask(run, tmp_path):
         os.umask(first_loss)
     assert {stat.S_IMODE(path.stat().st_mode) for path in result.path.iterdir()} == {0o640}
     assert stat.S_IMODE(result.path.stat().st_mode) == 0o750
+
+
+@pytest.mark.parametrize("form", ["adapter", "mlx", "merged", "state"])
+def test_an_export_has_no_path_of_this_machine(directory, run, tmp_path, form):
+    if form == "mlx":
+        pytest.importorskip("mlx_lm")
+    written = export(run, tmp_path / "written.safetensors", format=form).path
+    for path in written.rglob("*") if written.is_dir() else [written]:
+        assert str(directory).encode() not in path.read_bytes(), path.name
+
+
+def test_an_adapter_names_its_base_model_as_the_user_did(directory, monkeypatch):
+    folder = directory / "elsewhere"
+    folder.mkdir(exist_ok=True)
+    monkeypatch.chdir(folder)
+    absolute = str(directory / "model")
+    names = {absolute: "./model", "../model": "../model", "../model/": "../model", "bundled": "bundled"}
+    assert {name: reference(name) for name in names} == names
+    monkeypatch.chdir(directory)
+    assert reference("model") == reference("./model") == "./model"  # never what could be a name on a hub
+    assert reference("owner/name") == "owner/name"
 
 
 def front_matter(card: str) -> dict:

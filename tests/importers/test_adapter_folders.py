@@ -41,6 +41,12 @@ KINDS = {
 ENGINES = ("torch", "mlx")
 
 
+@pytest.fixture(autouse=True)
+def _beside_the_model(folder_of_model, monkeypatch):
+    """The current folder is where exported adapters name their base model: they contain no absolute paths."""
+    monkeypatch.chdir(folder_of_model)
+
+
 @pytest.fixture(scope="module")
 def folder_of_model(tmp_path_factory) -> Path:
     folder_of_model = tmp_path_factory.mktemp("adapters")

@@ -307,6 +307,17 @@ def replace_by_pipe(path: Path) -> None:
     os.mkfifo(path)
 
 
+#: A regular expression that backtracks for longer than anyone waits.
+EXPONENTIAL = "(([a-z_0-9.])+)+!"
+
+
+@pytest.mark.parametrize("field", ["target_modules", "layers_pattern"])
+def test_the_targets_follow_from_the_weights_and_not_from_a_pattern_in_the_file(folder, field):
+    targets = read(folder).options["target_modules"]
+    changed_json(folder, "adapter_config.json", **{field: EXPONENTIAL})
+    assert read(folder).options["target_modules"] == targets
+
+
 BROKEN = {
     "objects": lambda f: torch.save({"state": Evil(), "param_groups": []}, f / "optimizer.pt"),
     "much of nothing": lambda f: torch.save({"state": Large(), "param_groups": []}, f / "optimizer.pt"),
@@ -333,6 +344,10 @@ BROKEN = {
     "no groups": lambda f: torch.save({"state": {}}, f / "optimizer.pt"),
     "no step": lambda f: changed_json(f, "trainer_state.json", global_step="3"),
     "endless step": lambda f: changed_json(f, "trainer_state.json", global_step=10**17),
+    "a pattern of exceptions": lambda f: changed_json(f, "adapter_config.json", exclude_modules=EXPONENTIAL),
+    "patterns of alpha": lambda f: changed_json(f, "adapter_config.json", alpha_pattern={EXPONENTIAL: 8}),
+    "a base with an adapter": lambda f: shutil.copy(f / "adapter_config.json", changed_base(f)),
+    "a base of many decoders": lambda f: changed_base(f, decoder_layers=10**6),
     "whole modules": lambda f: changed_json(f, "adapter_config.json", modules_to_save=["lm_head"]),
     "one rank each": lambda f: changed_json(f, "adapter_config.json", rank_pattern={"q_proj": 8}),
     "pissa": lambda f: changed_json(f, "adapter_config.json", init_lora_weights="pissa"),

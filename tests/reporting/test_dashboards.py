@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from distrust import DistrustWarning, TrainConfig
-from distrust.errors import MissingDependency
+from distrust.errors import DistrustError, MissingDependency, WriteFailed
 from distrust.reporting.dashboards import FOLDER, Dispensable, TensorBoardWriter, create_observers
 from distrust.training.events import RunEnded, StepEnded
 
@@ -65,25 +68,88 @@ sys.path[:0] = {paths!r}
 from distrust.testing.toy_engine import TOY, ToyEngine
 from distrust import DistrustTrainer, TrainConfig
 from distrust.reporting.dashboards import create_observers
-from distrust.training.events import StepEnded
+from distrust.training.events import RunEnded, StepEnded
 config = TrainConfig(**TOY | {options!r}, report_to=("wandb",))
 if {killed}:
     def kill(event):
         if isinstance(event, StepEnded) and event.step == {killed}:
             os.kill(os.getpid(), signal.SIGKILL)
     DistrustTrainer(config, engine=ToyEngine(), observers=[*create_observers(config), kill]).train()
-DistrustTrainer(config, engine=ToyEngine(), observers=create_observers(config)).train()
+def show(event):
+    if isinstance(event, RunEnded):
+        import wandb
+        settings = wandb.run.settings
+        print(settings.base_url, settings.settings_workspace, "WANDB_DISABLE_GIT" in os.environ)
+DistrustTrainer(config, engine=ToyEngine(), observers=[show, *create_observers(config)]).train()
 """
+
+
+def hostile_folder(folder: Path) -> tuple[Path, Path]:
+    """A folder whose settings redirect wandb, and a file that exists once git has run a program of it."""
+    (folder / "wandb").mkdir(parents=True)
+    (folder / "wandb" / "settings").write_text("[default]\nbase_url = http://127.0.0.1:9/taken\n")
+    evidence = folder / "evidence"
+    (folder / "file").touch()
+    commit = "-c user.name=a -c user.email=a@b commit -m a"
+    for command in ("init", "add file", commit, f"config core.fsmonitor 'touch {evidence};false'"):
+        subprocess.run(["git", *shlex.split(command)], check=True, cwd=folder, capture_output=True)
+    return folder, evidence
+
+
+@pytest.mark.parametrize("content", ["../../other", "a b", "", "x" * 65, "a\nb\n", None, "link", "pipe"])
+def test_an_identity_that_a_stranger_wrote_is_one_clear_line(run, tmp_path, content, monkeypatch):
+    file = tmp_path / "wandb-run-id"
+    if content is None:
+        file.mkdir()
+    elif content == "link":
+        (tmp_path / "secret").write_text("abc")
+        file.symlink_to(tmp_path / "secret")
+    elif content == "pipe":
+        os.mkfifo(file)
+    else:
+        file.write_text(content)
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace())  # nothing of it is called
+    observers = create_observers(TrainConfig(report_to=("wandb",), out=str(tmp_path)))
+    with pytest.raises(DistrustError, match=rf"^{re.escape(str(file))}: .*; re(move|place) it") as caught:
+        run(tmp_path, observers=observers)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_a_dashboard_is_not_written_through_a_link(run, tmp_path, name, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).symlink_to(tmp_path / "elsewhere")
+    if name == "wandb":
+        monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace())
+    observers = create_observers(TrainConfig(report_to=(name,)))
+    with pytest.raises(WriteFailed, match=f"run/{name}: is a link"):
+        run(tmp_path / "run", observers=observers)
+    assert os.listdir(tmp_path / "elsewhere") == []
 
 
 def test_wandb_gets_every_step_under_the_identity_of_the_run(data, eval_data, tmp_path):
     tests = Path(__file__).parent
     options = {"data": str(data), "eval_data": str(eval_data), "out": str(tmp_path / "run"), "eval_every": 3}
     environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true", "HOME": str(tmp_path)}
+    environment["WANDB_SAVE_CODE"] = "true"  # as an organization may have it: then wandb calls `git diff`
+    folder, program = hostile_folder(tmp_path / "hostile")
     for killed in (5, 0):
         script = WANDB_RUN.format(paths=[str(tests), str(tests.parent)], options=options, killed=killed)
-        completed = subprocess.run([sys.executable, "-c", script], check=False, env=environment, timeout=120)
+        completed = subprocess.run(
+            [sys.executable, "-c", script],
+            check=False,
+            env=environment,
+            timeout=120,
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         assert completed.returncode == (-signal.SIGKILL if killed else 0)
+    server, *afterwards = completed.stdout.split()
+    assert "127.0.0.1" not in server
+    assert afterwards == [f"{tmp_path}/run/wandb/settings", "False"]  # the library is as it was
+    assert not program.exists()
     identity = (tmp_path / "run" / "wandb-run-id").read_text().strip()
     logs = (tmp_path / "run" / "wandb").glob(f"offline-run-*-{identity}/run-{identity}.wandb")
     log = max(logs, key=lambda path: path.stat().st_mtime)

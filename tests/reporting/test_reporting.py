@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import time
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -20,7 +19,7 @@ from hypothesis.extra.numpy import arrays
 from distrust import Checkpoint, CheckpointManager
 from distrust.data import NO_CLASS
 from distrust.errors import ConfigError, DataError, DistrustWarning, RunNotFound, WriteFailed
-from distrust.reporting import figures, summary
+from distrust.reporting import figures, run_reader, summary
 from distrust.reporting.console import ConsoleReporter
 from distrust.reporting.panels import PANELS, classes_by_share
 from distrust.reporting.run_reader import COLUMNS, read_run
@@ -142,10 +141,37 @@ def test_empty_lines_are_ignored(tmp_path):
     assert read_run(tmp_path).steps.step.tolist() == [1, 2]
 
 
+@pytest.mark.parametrize(
+    ("name", "size", "message"),
+    [
+        ("metrics.jsonl", 1 << 40, "metrics.jsonl: 1,099,511,627,776 bytes, more than"),
+        ("metrics.jsonl", run_reader.MAX_LOG_BYTES, "metrics.jsonl:2: more than 1,048,576 bytes"),
+        ("provenance.json", 1 << 40, "provenance.json: more than 1,048,576 bytes"),
+    ],
+)
+def test_a_file_larger_than_any_run_writes_is_reported_at_once(tmp_path, name, size, message):
+    """The rest of it is a hole."""
+    (tmp_path / name).write_text(f"{json.dumps(step_line(1))}\n")
+    os.truncate(tmp_path / name, size)
+    with pytest.raises(DataError, match=message):
+        read_run(tmp_path)
+
+
+@pytest.mark.parametrize("limit", ["MAX_STEPS", "MAX_EVALUATED"])
+def test_a_log_of_more_lines_than_any_run_writes_is_reported(tmp_path, monkeypatch, limit):
+    lines = [step_line(1), {"step": 1, "eval_loss": 2.0}, step_line(2), {"step": 2, "eval_loss": 2.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    monkeypatch.setattr(run_reader, limit, 2)
+    assert len(read_run(tmp_path).steps) == 2
+    monkeypatch.setattr(run_reader, limit, 1)
+    with pytest.raises(DataError, match=r"metrics.jsonl:[34]: more than"):
+        read_run(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["metrics.jsonl", "provenance.json"])
 def test_a_named_pipe_does_not_block(tmp_path, name):
     os.mkfifo(tmp_path / name)
-    with pytest.raises(DataError, match=f"{name}: is not a file; move it away"):
+    with pytest.raises(DataError, match=f"{name}: cannot be read: not a regular file"):
         read_run(tmp_path)
 
 
@@ -394,15 +420,12 @@ def test_no_number_breaks_a_picture(tmp_path, value):
     summary.facts(read_run(tmp_path))
 
 
-def test_a_million_steps_are_drawn_in_seconds(tmp_path):
+def test_the_figure_of_a_million_steps_is_small(tmp_path):
     run = read_run(write_run(tmp_path))
     steps = np.arange(1, 1_000_001)
     columns = {name: np.sin(steps / 1e5) + 2 for name in COLUMNS}
     long = type(run)(path=tmp_path, steps=type(run.steps)(steps, columns))
-    began = time.process_time()
-    svg = render_runs(long)
-    assert time.process_time() - began < 15
-    assert len(svg) < 3_000_000
+    assert len(render_runs(long)) < 3_000_000
 
 
 def test_a_file_is_replaced_completely_or_not_at_all(tmp_path):
@@ -412,12 +435,14 @@ def test_a_file_is_replaced_completely_or_not_at_all(tmp_path):
     assert target.read_bytes() == b"two"
     folder = tmp_path / "folder.png"
     (folder / "full").mkdir(parents=True)
-    with pytest.raises(ConfigError, match=re.escape(f"{folder}: exists already, and is not a file")):
-        figures.write(folder, b"three")
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (folder, tmp_path / "pipe.png"):  # not a wrong usage: exit code 1, as for a link
+        with pytest.raises(WriteFailed, match=re.escape(f"{path}: exists already, and is not a file")):
+            figures.write(path, b"three")
     (tmp_path / "file").touch()
     with pytest.raises(WriteFailed, match="not written"):
         figures.write(tmp_path / "file" / "plot.png", b"four")
-    assert sorted(os.listdir(tmp_path)) == ["file", "folder.png", "new"]
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder.png", "new", "pipe.png"]
     assert os.listdir(target.parent) == ["plot.png"]
 
 

@@ -14,10 +14,11 @@ from transformers import PreTrainedTokenizerFast
 
 from distrust import CheckpointManager, DistrustTrainer, TrainConfig
 from distrust.config import EXAMPLES
+from distrust.data import Cache, Columns, RecordReader, check_records, open_source
 from distrust.errors import ConfigError, DataError, ResumeRefused
 from distrust.testing.models import write_records
 from distrust.testing.toy_engine import VOCABULARY, ToyEngine
-from distrust.training.data_sources import read_sources
+from distrust.training.data_sources import CheckedData, read_sources
 from distrust.training.events import Evaluated, Preparing, RunStarted, StepEnded
 from distrust.training.prepare_data import prepare_data
 
@@ -31,6 +32,19 @@ def engine():
     toy.tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>")
     assert len(words) <= VOCABULARY
     return toy
+
+
+class Shifted:
+    """A tokenizer of bytes that adds ``shift`` to each."""
+
+    bos_token_id = pad_token_id = chat_template = None
+    eos_token_id = 400
+
+    def __init__(self, shift: int) -> None:
+        self.shift = shift
+
+    def encode(self, text, *, add_special_tokens):
+        return [byte + self.shift for byte in text.encode()]
 
 
 @pytest.fixture
@@ -67,6 +81,32 @@ def test_resume_of_mixed_sources_is_exact(run, data, other, tmp_path, cached):
     assert engines == list(range(1, 10))
     assert tokenized == ([False] * 4 if cached else [False, True, True, True])
     assert ended.state_digest == alone.state_digest
+
+
+def test_cached_tokens_are_those_of_the_tokenizer_and_the_length(data, tmp_path):
+    reader = RecordReader((open_source(str(data), Columns()),), Columns(), None, None)
+    checked = CheckedData(reader, check_records(reader), Cache(tmp_path), lambda *_: None)
+
+    def tokenize(shift, max_length):
+        return checked.tokenize(Shifted(shift), tokenizer_digest=str(shift), max_length=max_length)
+
+    for shift, max_length in ((0, 9), (100, 9), (0, 5), (0, 9)):
+        corpus = tokenize(shift, max_length)
+        assert corpus.lengths.max() == max_length
+        assert min(corpus.input_ids) >= shift + ord(" ")
+
+
+def test_a_lower_limit_of_a_record_holds_for_data_that_was_checked_before(data, tmp_path):
+    options = {"data": str(data), "cache_dir": str(tmp_path)}
+    read_sources(TrainConfig(**options))
+    for _ in range(2):
+        with pytest.raises(DataError, match="takes more than 20 bytes"):
+            read_sources(TrainConfig(**options, max_record_bytes=20))
+    (entry,) = (tmp_path / "checked-1").iterdir()
+    read_sources(TrainConfig(**options, max_record_bytes=1 << 20))
+    assert len(list((tmp_path / "checked-1").iterdir())) == 2
+    reader = RecordReader((open_source(str(data), Columns()),), Columns(), None, None)
+    assert entry.stem == reader.key  # entries of earlier versions stay valid
 
 
 def test_shares_determine_the_trained_examples(data, other):

@@ -54,7 +54,7 @@ records = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(records, st.integers(1, 5), st.sampled_from(["monotone", "published", "off"]))
 def test_losses_are_means_over_tokens(rows, batch_size, how):
     corpus = tokenize(rows, ToyTokenizer(), max_length=8)
@@ -137,7 +137,7 @@ def test_unique_classes_do_not_flood_the_metrics(run, tmp_path):
     assert sum(name.startswith("eval_loss/") for name in event.metrics) == CLASSES_MEASURED
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     names=st.lists(st.none() | st.text(max_size=4) | st.integers() | st.booleans(), min_size=1, max_size=9)
 )

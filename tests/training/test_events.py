@@ -105,6 +105,9 @@ def test_published_term_is_only_logged(run, tmp_path):
     assert all(event.distrust > 0 for event in off)
     assert [event.loss for event in off] == [event.weighted_loss for event in off]
     assert off[0].loss == on[0].loss  # before the first update, the models are equal
+    _, weaker = run(tmp_path / "weaker", alpha=2.3)
+    terms = [event.distrust * 2.3 / 2.7 for event in on]
+    assert [event.distrust for event in of_kind(weaker, StepEnded)] == pytest.approx(terms)
 
 
 def test_term_and_weight_of_single_example_steps(run, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import shutil
 import signal
 import tempfile
@@ -13,13 +15,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from distrust import CheckpointManager, DistrustTrainer, DistrustWarning, TrainConfig
+from distrust import Checkpoint, CheckpointManager, DistrustTrainer, DistrustWarning, TrainConfig
 from distrust.config import from_mapping
 from distrust.errors import NoIntactCheckpoint
 from distrust.testing.toy_engine import ToyEngine
 from distrust.training.events import CheckpointStarted, RunStarted, StepEnded
 
-quick = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def steps_of(events):
@@ -246,3 +248,17 @@ def test_moved_run_resumes(run, data, tmp_path):
         warnings.simplefilter("error")
         ended, _ = run(tmp_path / "there", data=moved)
     assert ended.state_digest == alone.state_digest
+
+
+def test_the_name_of_the_machine_is_left_out_on_request(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("platform.node", lambda: "secret-machine")
+    usual, _ = run(tmp_path / "usual")
+    anonymous, _ = run(tmp_path / "anonymous", host=False)
+    assert anonymous.state_digest == usual.state_digest
+    assert b"secret-machine" in usual.path.read_bytes()
+    assert b"secret-machine" not in anonymous.path.read_bytes()
+    manager = CheckpointManager(tmp_path, record_host=False)
+    for step, clone in enumerate((copy.deepcopy(manager), pickle.loads(pickle.dumps(manager)))):
+        with clone:
+            path = clone.save(Checkpoint(step=step))
+        assert b"secret-machine" not in path.read_bytes()

@@ -11,9 +11,11 @@ import pytest
 from test_memory_reset import GIB, Hungry
 
 from distrust import CheckpointManager, DistrustWarning
+from distrust.contract import MemoryUse
 from distrust.engines.runtime import translate_out_of_memory
 from distrust.errors import OutOfMemory
 from distrust.training import memory_guard
+from distrust.training.memory_guard import Forecast
 
 
 def saved_steps(out: Path) -> list[int]:
@@ -47,6 +49,29 @@ def test_stops_before_the_limit_is_exceeded(run, tmp_path, eats, stopped_at):
         assert steps[0].peak <= 6500
     ended, _ = run(tmp_path / "bound", save_every=0)
     assert ended.state_digest == alone.state_digest
+
+
+def forecast_next(*steps: tuple[int, int]) -> int:
+    """Bytes that the next step may use, after steps with these (level, peak)."""
+    forecast = Forecast("the device", MemoryUse(100, 100))
+    for now, peak in steps:
+        forecast.add(MemoryUse(now, peak))
+    return forecast.next_step
+
+
+def test_one_jump_is_no_trend():
+    levels = (100, 100, 600, 600)
+    assert forecast_next(*((now, 600) for now in levels)) == 600 + 500  # the peak of the first step
+
+
+def test_growth_in_each_step_is_a_trend():
+    levels = (110, 130, 160, 170)
+    assert forecast_next(*((now, 100) for now in levels)) == 170 + 10
+
+
+def test_the_largest_need_of_a_step_is_remembered():
+    """A later step that also raises the peak, because the level has risen, may need less."""
+    assert forecast_next((100, 900), (850, 1000)) == 850 + 800
 
 
 def test_limit_exceeded_at_the_start(run, tmp_path):

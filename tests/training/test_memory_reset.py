@@ -37,7 +37,7 @@ def resets(events):
     return [event.step for event in events if isinstance(event, MemoryReset)]
 
 
-@settings(max_examples=7, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=7, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     reload_every=st.integers(1, 9),
     save_every=st.integers(0, 4),

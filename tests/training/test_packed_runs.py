@@ -49,7 +49,7 @@ def plan_of(sources):
 MIXED = {"mix": (1.0, 2.0), "eval_fraction": 0.2}
 
 
-@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     stops=st.lists(st.integers(1, 11), min_size=1, max_size=3, unique=True).map(sorted),
     options=st.sampled_from([{}, {"mix": (0.3, 0.7)}, MIXED, {**MIXED, "batch_size": 1}]),

@@ -158,6 +158,18 @@ def test_other_base_model_is_refused(run, tmp_path):
     assert len(refused.value.differences) == 1
 
 
+@pytest.mark.parametrize("name", ["data", "model"])
+def test_a_missing_fingerprint_is_not_the_same_content(run, tmp_path, name):
+    """Only an imported checkpoint may lack one: the trainer always writes both."""
+    run(tmp_path, stop_after=3)
+    with CheckpointManager(tmp_path / "checkpoints") as manager:
+        checkpoint = manager.load(3)
+        del checkpoint.config["fingerprints"][name]
+        manager.save(checkpoint)
+    with pytest.raises(ResumeRefused, match=f"--{name} .*: its content is not that of the run"):
+        run(tmp_path)
+
+
 def test_changed_environment_warns(run, tmp_path):
     alone, _ = run(tmp_path / "alone")
     run(tmp_path / "moved", stop_after=3)

@@ -32,6 +32,14 @@ def test_three_failures_in_a_row_stop_the_run(run, tmp_path, failing_saves):
     assert CheckpointManager(tmp_path / "checkpoints").list_checkpoints() == [2]
 
 
+def test_failures_with_successes_between_them_do_not_stop_the_run(run, tmp_path, failing_saves):
+    failing_saves(2, 4, 6, 8)
+    with pytest.warns(DistrustWarning, match="the next save tries again") as caught:
+        ended, _ = run(tmp_path, save_every=1)
+    assert len(caught) == 4
+    assert ended.step == 9
+
+
 def test_error_names_the_remaining_checkpoint(run, tmp_path, failing_saves):
     failing_saves(2, 3, 4)
     with pytest.warns(DistrustWarning), pytest.raises(SaveFailed) as caught:

@@ -5,13 +5,23 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Iterator
 
 import pytest
 
 from distrust import CheckpointManager, DistrustTrainer, TrainConfig
+from distrust.activity import STOPPING
 from distrust.testing.toy_engine import ToyEngine
 from distrust.training.events import Preparing, RunEnded, StepEnded
-from distrust.training.process import STOPPING, StopRequest
+from distrust.training.process import StopRequest
+
+
+@pytest.fixture(autouse=True)
+def _handled_hangup() -> Iterator[None]:
+    """Under nohup this process ignores SIGHUP, and a run leaves an ignored signal ignored."""
+    previous = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, previous)
 
 
 @pytest.mark.parametrize("number", STOPPING)
@@ -189,3 +199,17 @@ def test_stop_message_may_fail(run, tmp_path):
         os.close(stderr)
         os.close(words)
     assert (ended.step, ended.signal) == (3, signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    ("kind", "when"), [(Preparing, "before the first step: nothing is lost"), (StepEnded, "after this step")]
+)
+def test_the_first_interrupt_says_when_the_run_stops(run, tmp_path, capfd, kind, when):
+    def stop(event):
+        if isinstance(event, kind):
+            observers.clear()
+            signal.raise_signal(signal.SIGINT)
+
+    observers = [stop]
+    run(tmp_path, observers=[lambda event: [observe(event) for observe in observers]])
+    assert f"\nstopping {when}; press Ctrl-C again to exit at once\n" in capfd.readouterr().err

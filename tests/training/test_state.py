@@ -71,16 +71,18 @@ def test_state_of_a_resumed_run(trainer):
     later = trainer(lambda event: resumed.append(later.state))
     later.train()
     (began, *_) = [state for state in resumed if state.max_steps and state.epoch_steps]
-    assert (began.step, began.tokens_seen, began.metrics, began.best) == (
+    assert (began.step, began.tokens_seen, began.metrics, began.best, began.elapsed_seconds) == (
         3,
         saved.tokens_seen,
         saved.metrics,
         saved.best,
+        saved.elapsed_seconds,
     )
+    assert later.state.elapsed_seconds > saved.elapsed_seconds > 0
     assert began.checkpoint == saved.checkpoint
     again = trainer()  # finished: needs no engine
     again.train()
-    for name in ("step", "tokens_seen", "metrics", "best", "checkpoint", "max_steps"):
+    for name in ("step", "tokens_seen", "metrics", "best", "checkpoint", "max_steps", "elapsed_seconds"):
         assert getattr(again.state, name) == getattr(later.state, name), name
 
 

@@ -15,11 +15,13 @@ import ctypes
 import errno
 import fcntl
 import os
+import stat
 import struct
 import sys
 from pathlib import Path
 
 from distrust.checkpoint import direct_io
+from distrust.checkpoint.files import open_to_write
 
 _SYNC_FILE_RANGE_WRITE = 2
 _F_PREALLOCATE, _F_ALLOCATEALL, _F_PEOFPOSMODE = 42, 4, 3  # of macOS, without names in Python
@@ -33,8 +35,10 @@ class Disk:
         os.mkdir(path)
 
     def open_lock(self, path: Path) -> int:
-        """Open a lock file, creating it if needed; never follows a link."""
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        """Open a lock file, creating it if needed; never a link, another file's name, or a pipe."""
+        # Whoever can open it can lock it: only those who may write to the directory, and so replace it, too.
+        is_shared = os.stat(path.parent).st_mode & stat.S_IWGRP
+        return open_to_write(path, os.O_RDWR | os.O_CREAT, 0o660 if is_shared else 0o600)
 
     def write_lock_note(self, descriptor: int, text: str) -> None:
         """Replace the text of a lock file; never synced, as it is only for a message."""

@@ -94,7 +94,10 @@ class DirectoryLock:
 
 def _conflict(descriptor: int) -> str:
     """Who has the lock, and what to do. The note is only for this message: never judge staleness by it."""
-    holder = quote_untrusted(os.pread(descriptor, 256, 0).decode(errors="replace").strip())
+    if pid := _holder(descriptor):
+        holder = _describe_process(pid)
+    else:  # on another machine, perhaps
+        holder = quote_untrusted(os.pread(descriptor, 256, 0).decode(errors="replace").strip())
     if holder == _this_process():
         return f"another manager of this process ({holder}) has locked this directory: close() it"
     return (
@@ -103,8 +106,27 @@ def _conflict(descriptor: int) -> str:
     )
 
 
+def _holder(descriptor: int) -> int | None:
+    """The process that has locked a file, as Linux lists it; None if it is not listed.
+
+    The note may be that of an earlier writer: whoever may open the file can lock it without writing one.
+    """
+    status = os.fstat(descriptor)
+    device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+    with contextlib.suppress(OSError), open("/proc/locks") as file:
+        for line in file:  # 1: FLOCK  ADVISORY  WRITE 1234 08:01:5678 0 EOF
+            fields = line.split()
+            if fields[1] == "FLOCK" and fields[5] == device and int(fields[4]) > 0:
+                return int(fields[4])
+    return None
+
+
 def _this_process() -> str:
-    return f"pid {os.getpid()} on {os.uname().nodename}"
+    return _describe_process(os.getpid())
+
+
+def _describe_process(pid: int) -> str:
+    return f"pid {pid} on {os.uname().nodename}"
 
 
 def _try_lock(descriptor: int) -> bool:

@@ -43,6 +43,7 @@ class CheckpointManager:
         keep_every: keep each checkpoint whose step is a multiple of this in addition.
         metric: a key of ``Checkpoint.metrics``, or of the numbers in ``Checkpoint.metadata``.
         metric_mode: ``min`` if lower is better, or ``max``.
+        record_host: whether checkpoints get the name of this machine.
         disk: replaces the operating system's calls, to test failures. Not pickled.
 
     Raises:
@@ -58,13 +59,15 @@ class CheckpointManager:
         keep_every: int | None = None,
         metric: str = "eval_loss",
         metric_mode: MetricMode = "min",
+        record_host: bool = True,
         disk: Disk | None = None,
     ) -> None:
         self.directory = Path(directory).absolute()  # a later chdir must not change it
         self._rules = Retention(keep_last, keep_best, keep_every, metric, metric_mode)
         self._state = ManagerState(self.directory, disk or Disk())  # takes no lock: readers need none
         self._retainer = Retainer(self._state, self._rules)
-        self._writer = Writer(self._state, self._retainer)
+        self._record_host = record_host
+        self._writer = Writer(self._state, self._retainer, record_host=record_host)
         self._reader = Reader(self._state, self._rules)
 
     def acquire(self) -> None:
@@ -308,10 +311,15 @@ class CheckpointManager:
         return clone
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CheckpointManager:
-        return type(self)(self.directory, disk=self._state.disk, **copy.deepcopy(asdict(self._rules), memo))
+        return type(self)(disk=self._state.disk, **copy.deepcopy(self.__getstate__(), memo))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"directory": str(self.directory), **asdict(self._rules)}  # no lock, threads or disk
+        # No lock, threads or disk.
+        return {
+            "directory": str(self.directory),
+            "record_host": self._record_host,
+            **asdict(self._rules),
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]  # a new state: it has no lock

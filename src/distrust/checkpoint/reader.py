@@ -144,7 +144,7 @@ class Reader:
                 f"{directory}: no checkpoint here contains a model: they are metadata only, which load(step) "
                 f"reads; there are {_format_steps(steps)}"
             ]
-        return NoIntactCheckpoint("\n".join(lines), path=directory)
+        return NoIntactCheckpoint(lines, path=directory)
 
     def _find(self, target: Target) -> Path:
         if not isinstance(target, int):

@@ -35,8 +35,11 @@ class PreparedCheckpoint:
     zero_copy: set[str]  # the labels of those that keep their contents without a copy
 
 
-def prepare(checkpoint: Checkpoint, kind: Kind) -> PreparedCheckpoint:
-    """Flatten a checkpoint and lay out its file; UnsupportedState if it could not be restored exactly."""
+def prepare(checkpoint: Checkpoint, kind: Kind, *, record_host: bool = True) -> PreparedCheckpoint:
+    """Flatten a checkpoint and lay out its file; UnsupportedState if it could not be restored exactly.
+
+    ``record_host``: whether the file gets the name of this machine. It is no part of the state digest.
+    """
     # From here on, the caller's changes have no effect, except those in arrays.
     state = {name: getattr(checkpoint, name) for name in STATE_SECTIONS}
     sections, by_label = tree.flatten(state, is_array=arrays.is_array)
@@ -48,7 +51,8 @@ def prepare(checkpoint: Checkpoint, kind: Kind) -> PreparedCheckpoint:
                 label=label,
             )
     tensors = arrays.describe(by_label)
-    layout = Layout(tensors, step=checkpoint.step, kind=kind, sections=sections, run=_run_json(checkpoint))
+    run = _run_json(checkpoint, host=platform.node() if record_host else "")
+    layout = Layout(tensors, step=checkpoint.step, kind=kind, sections=sections, run=run)
     flats, zero_copy = arrays.flat_arrays(by_label)
     return PreparedCheckpoint(checkpoint.step, layout, [flats[name] for name in layout.names], zero_copy)
 
@@ -111,14 +115,14 @@ def load(
         return CheckpointFile(path, header), checkpoint
 
 
-def _run_json(checkpoint: Checkpoint) -> str:
+def _run_json(checkpoint: Checkpoint, *, host: str) -> str:
     try:
         metrics = {name: float(value) for name, value in checkpoint.metrics.items()}
     except (TypeError, ValueError, OverflowError) as error:
         raise UnsupportedState(f"metrics: not all are numbers: {error}", label="metrics") from None
     run = {
         "created": datetime.now(UTC).isoformat(timespec="milliseconds"),
-        "host": platform.node(),
+        "host": host,
         "metrics": metrics,
         "extra": checkpoint.run,
     }

@@ -31,17 +31,21 @@ WriteContent = Callable[[AtomicCheckpointFile], str]
 class Writer:
     """Saves, blocking or in the background. The caller holds the state's mutex."""
 
-    def __init__(self, state: ManagerState, retainer: Retainer) -> None:
+    def __init__(self, state: ManagerState, retainer: Retainer, *, record_host: bool) -> None:
         self._state = state
+        self._record_host = record_host
         self._retainer = retainer
 
     def save(self, checkpoint: Checkpoint, *, final: bool) -> Path:
         """Write a checkpoint; it is durable when this returns."""
         path, kind = self._begin(checkpoint.step, final=final)
         with _save_errors(path):
-            prepared = serialization.prepare(checkpoint, kind)  # refuses bad values before any I/O
+            prepared = self._prepare(checkpoint, kind)  # refuses bad values before any I/O
         self._write(path, prepared.layout.file_size, prepared.step, self._stream(prepared))
         return path
+
+    def _prepare(self, checkpoint: Checkpoint, kind: Kind) -> serialization.PreparedCheckpoint:
+        return serialization.prepare(checkpoint, kind, record_host=self._record_host)
 
     def save_async(self, checkpoint: Checkpoint, *, final: bool, overlap: bool) -> PendingSave:
         """Copy a checkpoint and write it in the background; write it now if there is no memory for a copy."""
@@ -49,7 +53,7 @@ class Writer:
         state = self._state
         try:
             with _save_errors(path):
-                prepared = serialization.prepare(checkpoint, kind)
+                prepared = self._prepare(checkpoint, kind)
                 pending_copy = state.snapshot.start_copy(
                     prepared, deferred=_OVERLAPPED if overlap else (), block_buffer=state.block_buffer
                 )

@@ -6,6 +6,7 @@ once the verb is known. Exit codes: 0; 1 for a failure or a negative result; 2 f
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import sys
@@ -14,8 +15,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-from distrust.errors import ConfigError, DistrustError, DistrustWarning, MissingDependency
-from distrust.reporting.display import printable
+from distrust.errors import ConfigError, DistrustError, DistrustWarning, MissingDependency, printable
 
 #: The verbs and what they do. Each has a module of its name.
 COMMANDS = {
@@ -34,6 +34,8 @@ COMMANDS = {
     "plot": "plot runs: losses, learning rate, weights, stall, memory",
     "report": "write an HTML page about a run: state, figures, provenance, checkpoints, options",
 }
+#: These may be inside native code for long. The others read checkpoints, whose parsers are bounded.
+_READS_DATA_OR_MODELS = ("demo", "train", "weigh", "generate", "eval", "export", "convert")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -63,7 +65,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Except this one of torch: the run may not be bit-identical.
         warnings.filterwarnings("once", message=".*does not have a deterministic implementation")
         warnings.showwarning = _show_warning  # one line, without file and line number
-        return _run(verb, arguments[1:])
+        with _watchdog(verb):
+            return _run(verb, arguments[1:])
+
+
+def _watchdog(verb: str) -> contextlib.AbstractContextManager[None]:
+    if verb not in _READS_DATA_OR_MODELS:
+        return contextlib.nullcontext()
+    from distrust.cli.watchdog import Watchdog
+
+    return Watchdog()
 
 
 def _run(verb: str, arguments: list[str]) -> int:
@@ -89,7 +100,7 @@ def _run(verb: str, arguments: list[str]) -> int:
         return 141  # 128 + SIGPIPE
     except OSError as error:
         where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
-        return _print_error(f"{verb}: {where}{error.strerror or error}", 1)
+        return _print_error(printable(f"{verb}: {where}{error.strerror or error}"), 1)
 
 
 def _help() -> str:
@@ -118,4 +129,5 @@ def _print_error(message: str, code: int) -> int:
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"distrust: warning: {printable(str(message), lines=True)}", file=sys.stderr)
+    is_ours = isinstance(message, DistrustWarning)  # has a line for each finding
+    print(f"distrust: warning: {printable(str(message), lines=is_ours)}", file=sys.stderr)

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from distrust.cli import COMMANDS
-from distrust.reporting.display import printable, to_json
+from distrust.errors import printable
+from distrust.reporting.display import to_json
 
 TARGET = "a run, a directory of checkpoints, or one checkpoint"
 NEWEST_INTACT = f"{TARGET}; of several, the newest intact one"

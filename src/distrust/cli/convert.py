@@ -13,8 +13,8 @@ from distrust.checkpoint.catalog import RUN_SUBDIRECTORY
 from distrust.cli.arguments import parser, print_json
 from distrust.config import TrainConfig, flag, key
 from distrust.engines.state_conversion import target_modules
+from distrust.errors import printable
 from distrust.importers.convert import ConvertedCheckpoint, convert, target_directory
-from distrust.reporting.display import printable
 from distrust.run_record import RunRecord
 
 

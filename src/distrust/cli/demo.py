@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from distrust.cli.arguments import parser, print_json
+from distrust.errors import printable
 
 
 def main(arguments: list[str]) -> int:
@@ -45,8 +46,9 @@ def main(arguments: list[str]) -> int:
     for name, model in results["models"].items():
         preferred, primary, coordinated = model["preferred"], model["primary"], model["coordinated"]
         print(f"{name:10}  {preferred:>17.0%}  {primary:>10.3f}  {coordinated:>14.3f}")
-    print(f"\npicture {picture}")
+    print()
+    print(printable(f"picture {picture}"))
     question = demo.read_questions()[0].prompt
     command = Path(sys.argv[0]) if Path(sys.argv[0]).name == "distrust" else "distrust"
-    print(f'try: {command} generate {options.out}/monotone --compare --prompt "{question}"')
+    print(printable(f'try: {command} generate {options.out}/monotone --compare --prompt "{question}"'))
     return 0

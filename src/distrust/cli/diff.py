@@ -8,7 +8,7 @@ from pathlib import Path
 from distrust.checkpoint import CheckpointFile, catalog
 from distrust.checkpoint.compare import Difference, differences
 from distrust.cli.arguments import TARGET, attributes, parser, print_json
-from distrust.reporting.display import printable
+from distrust.errors import printable
 from distrust.run_record import RunRecord
 
 DIGEST_CHARACTERS = 16

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from dataclasses import replace
 from functools import partial
@@ -11,7 +12,8 @@ from typing import Any
 
 from distrust.checkpoint.catalog import resolve
 from distrust.cli.arguments import NEWEST_INTACT, add_checkpoint_options, attributes, parser, print_json
-from distrust.reporting.display import printable
+from distrust.config import BUNDLED, MAX_RECORD_BYTES, TrainConfig, as_names
+from distrust.errors import DataError, printable, quote_untrusted
 
 
 def main(arguments: list[str]) -> int:
@@ -26,24 +28,28 @@ def main(arguments: list[str]) -> int:
     from distrust.training.events import Preparing
 
     file, checkpoint = engines.read_checkpoint(options.target, step=options.step, best=options.best)
-    replaced = attributes(options, "eval_data", "eval_split", "source_column", "batch_size")
+    names = ("eval_data", "eval_split", "source_column", "batch_size", "max_record_bytes", "cache_dir")
+    replaced = attributes(options, *names)
     changes: dict[str, Any] = {name: value for name, value in replaced.items() if value is not None}
     if "eval_data" in changes or "eval_split" in changes:
         changes["eval_fraction"] = 0.0  # evaluate on the given data, not on a share of the training data
     config = replace(engines.config_of(file, model=options.model), **changes)
+    if "eval_data" not in changes:
+        _introduce_data(config)
     trained_on = engines.fingerprint_of(file, "data")  # to recognize evaluation on training data
     with ConsoleReporter(log_every=1, stream=sys.stderr) as console:  # standard output is for the result
 
         def report(task: str, completed: int, total: int) -> None:
             console(Preparing(task, completed, total))
 
-        data = read_evaluation(config, report=report)
+        with engines.base_model_errors(file, config.model, overridden=options.model is not None):
+            data = read_evaluation(config, report=report)  # loads the model's tokenizer
         engine = engines.engine_of(file, checkpoint, model=options.model)
         measure = partial(evaluate, data=data, config=config, trained_on=trained_on)
         results = {"checkpoint": measure(engine)}
         if options.compare:
             del engine  # one model in memory at a time
-            base = engines.create_engine(replace(config, compile=False))
+            base = engines.create_engine(config)
             results = {"base": measure(base), **results}
     if options.json:
         print_json({**attributes(file, "path", "step"), **results})
@@ -54,6 +60,21 @@ def main(arguments: list[str]) -> int:
             print(f"{name}:")
         _print(metrics)
     return 0
+
+
+def _introduce_data(config: TrainConfig) -> None:
+    """Name the data that the checkpoint chooses: it may be a stranger's, so only files are opened."""
+    names = as_names(config.eval_data)
+    if not names and (config.eval_split or config.eval_fraction):
+        names = as_names(config.data)
+    for name in names:
+        if name != BUNDLED and not (os.path.isfile(name) or os.path.isdir(name)):
+            raise DataError(
+                f"{quote_untrusted(name)}: the checkpoint names it as the evaluation data, and it is no file "
+                "or folder here; give --data, which may also name a pipe or a dataset of the hub"
+            )
+        line = f"evaluating on {quote_untrusted(name)}, as the checkpoint says"
+        print(printable(line), file=sys.stderr)
 
 
 def _print(metrics: dict[str, float]) -> None:
@@ -86,6 +107,10 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     arg.add_argument("--split", dest="eval_split", metavar="SPLIT", help=split)
     arg.add_argument("--source-column", help="column of the source class; default: that of the run")
     arg.add_argument("--batch-size", type=int, help="examples per batch; default: that of the run")
+    limit = "a larger record is an error; default: %(default)s (16 MiB)"
+    arg.add_argument("--max-record-bytes", type=int, metavar="N", default=MAX_RECORD_BYTES, help=limit)
+    cache = "folder for tokenized data; default: $DISTRUST_CACHE, or distrust in the user's cache folder"
+    arg.add_argument("--cache-dir", metavar="FOLDER", help=cache)
     add_checkpoint_options(arg)
     arg.add_argument("--compare", action="store_true", help="also evaluate the base model")
     arg.add_argument("--json", action="store_true", help="print one object")

@@ -9,7 +9,8 @@ from typing import get_args
 from distrust.checkpoint.catalog import resolve
 from distrust.cli.arguments import NEWEST_INTACT, add_checkpoint_options, attributes, parser, print_json
 from distrust.config import ExportDtype, ExportFormat
-from distrust.reporting.display import printable, size
+from distrust.errors import printable
+from distrust.reporting.display import size
 
 LOADED_BY = {
     "adapter": "peft: PeftModel.from_pretrained(base, {path!r})",

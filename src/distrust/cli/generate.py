@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distrust.checkpoint.catalog import resolve
 from distrust.cli.arguments import NEWEST_INTACT, add_checkpoint_options, attributes, parser, print_json
+from distrust.config import MAX_RECORD_BYTES
 from distrust.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def main(arguments: list[str]) -> int:
     columns = {"checkpoint": generate(engine)}
     if options.compare:
         del engine  # one model in memory at a time
-        base = engines.create_engine(replace(engines.config_of(file, model=options.model), compile=False))
+        base = engines.create_engine(engines.config_of(file, model=options.model))
         columns = {"base": generate(base), **columns}  # the base model first
 
     names = ("prompt", *columns)
@@ -72,7 +73,12 @@ def _read_prompts() -> list[str]:
         print("prompts, one per line; Ctrl-D ends them:", file=sys.stderr)
     # Keep invalid bytes as surrogates: _require_utf8 then names the line.
     sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
-    return [line.rstrip("\n") for line in sys.stdin]
+    prompts = []
+    for number, line in enumerate(iter(partial(sys.stdin.readline, MAX_RECORD_BYTES + 1), ""), 1):
+        if len(line) > MAX_RECORD_BYTES:
+            raise DataError(f"prompt {number}: takes more than {MAX_RECORD_BYTES:,} bytes; shorten it")
+        prompts.append(line.rstrip("\n"))
+    return prompts
 
 
 def _require_utf8(prompts: list[str]) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from distrust.checkpoint import CheckpointFile, Scan, catalog, foreign
 from distrust.cli.arguments import TARGET, attributes, parser, print_json
-from distrust.errors import CheckpointError
-from distrust.reporting.display import number, printable, size
+from distrust.errors import CheckpointError, printable
+from distrust.reporting.display import number, size
 from distrust.run_record import RunRecord
 
 

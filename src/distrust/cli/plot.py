@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from distrust.cli.arguments import parser
-from distrust.errors import ConfigError
-from distrust.reporting.display import printable
+from distrust.errors import ConfigError, printable
 
 
 def main(arguments: list[str]) -> int:
@@ -20,15 +20,17 @@ def main(arguments: list[str]) -> int:
     folder = options.runs[0] if len(options.runs) == 1 else Path()  # several runs: the working directory
     targets = options.out or [figures.default_target(folder, "plot.png")]
     suffixes = [figures.require_suffix(target) for target in targets]  # fail before the runs are read
-    resolved = [path.resolve() for path in options.runs]  # one run under two paths
+    resolved = [os.path.realpath(path) for path in options.runs]  # one run under two paths
     repeated = [run for run, path in zip(options.runs, resolved, strict=True) if resolved.count(path) > 1]
     if repeated:
         raise ConfigError(f"{repeated[-1]} is given twice; name each run once")
     runs = [read_run(path) for path in options.runs]
     scene = figures.prepare_runs(runs, axis=options.x, smooth=options.smooth)
-    figure = figures.draw(scene, options.panels, title=options.title)  # once, for all files
+    names = figures.select_panels(scene, options.panels)
     for target, suffix in zip(targets, suffixes, strict=True):
-        figures.write(target, figures.render(figure, suffix))
+        # Anew for each file: rendering adjusts the layout, and a second time by a pixel that nothing fixes.
+        figure = figures.draw(scene, names, title=options.title)
+        figures.write(target, figures.render(figure, suffix), follow_link=bool(options.out))
         print(printable(str(target)))
     return 0
 

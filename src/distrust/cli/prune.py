@@ -11,8 +11,9 @@ from typing import NamedTuple, get_args
 from distrust.checkpoint import CheckpointManager, DamagedFile, catalog
 from distrust.checkpoint.retention import MetricMode
 from distrust.cli.arguments import parser, print_json
-from distrust.errors import CheckpointError, ConfigError, DamagedCheckpointWarning, DistrustWarning
-from distrust.reporting.display import pluralize, printable, size
+from distrust.errors import CheckpointError, ConfigError, DamagedCheckpointWarning, DistrustWarning, printable
+from distrust.paths import refuse_links
+from distrust.reporting.display import pluralize, size
 
 #: The unit of ``st_blocks``, whatever the block size of the file system.
 BLOCK_BYTES = 512
@@ -35,6 +36,8 @@ def main(arguments: list[str]) -> int:
     _require_valid(options)
     catalog.resolve(options.target)  # the manager would create a directory that does not exist
     directory = catalog.checkpoint_directory(options.target)
+    if directory != options.target:  # the run was named: its folder must not lead to another run
+        refuse_links(directory)
     removal = _Removal(directory, options)
     with CheckpointManager(
         directory,

@@ -6,7 +6,7 @@ import webbrowser
 from pathlib import Path
 
 from distrust.cli.arguments import parser
-from distrust.reporting.display import printable
+from distrust.errors import printable
 
 
 def main(arguments: list[str]) -> int:
@@ -28,7 +28,8 @@ def main(arguments: list[str]) -> int:
 
     target = options.out or figures.default_target(options.run, "report.html")
     figures.require_suffix(target, (".html", ".htm"))  # fail before the run is read
-    figures.write(target, page(read_run(options.run)).encode())  # atomic: a reader never sees half a page
+    content = page(read_run(options.run)).encode()
+    figures.write(target, content, follow_link=target is options.out)  # atomic: nobody sees half a page
     print(printable(str(target)))
     if options.open:
         webbrowser.open(target.absolute().as_uri())

@@ -7,8 +7,8 @@ from typing import Any
 
 from distrust.checkpoint import CheckpointFile, catalog
 from distrust.cli.arguments import TARGET, attributes, parser, print_json
-from distrust.errors import CheckpointNotFound, ConfigError, shorten
-from distrust.reporting.display import number, printable, size
+from distrust.errors import CheckpointNotFound, ConfigError, printable, shorten
+from distrust.reporting.display import number, size
 
 #: Characters of a value that are printed: enough for any option of a config.
 _VALUE_CHARACTERS = 1000

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from distrust.checkpoint import CheckpointFile, catalog
 from distrust.cli.arguments import TARGET, parser, print_json
-from distrust.errors import CheckpointError, CorruptCheckpoint
-from distrust.reporting.display import printable
+from distrust.errors import CheckpointError, CorruptCheckpoint, printable
 
 
 def main(arguments: list[str]) -> int:

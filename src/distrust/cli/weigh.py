@@ -23,8 +23,8 @@ from distrust.data.columns import WholeRows
 from distrust.data.provenance.score import ScoredRecords, Scoring, captions, score_records
 from distrust.data.provenance.table import load_table
 from distrust.data.provenance.write_dataset import require_format, write_scored
-from distrust.errors import ConfigError, warn
-from distrust.reporting.display import pluralize, printable
+from distrust.errors import ConfigError, printable, warn
+from distrust.reporting.display import pluralize
 from distrust.reporting.weights_table import distribution_lines, score_lines
 from distrust.weighting import ALPHA, LAMBDA, Weighting, effective_sample_size, example_weights
 
@@ -59,6 +59,11 @@ _OPTIONS_OF_TRAIN: dict[str, dict[str, Any]] = {
     "split": {**_NAME, "help": "of a hub dataset, or of a folder whose files name splits; default: train"},
     "subset": {**_NAME, "help": "of a hub dataset"},
     "revision": {**_NAME, "help": "of a hub dataset"},
+    "max_record_bytes": {
+        "type": int,
+        "metavar": "N",
+        "help": "a larger record is an error; default: %(default)s (16 MiB)",
+    },
 }
 # A command that ends at once prints no progress.
 _FIRST_REPORT_SECONDS, _REPORT_SECONDS, _LIVE_REPORT_SECONDS = 2.0, 10.0, 0.2
@@ -82,7 +87,14 @@ def main(arguments: list[str]) -> int:
     # Complete rows, because --out writes them again.
     columns = WholeRows(**asdict(scoring.columns))
     sources = [
-        open_source(name, columns, split=config.split, subset=config.subset, revision=config.revision)
+        open_source(
+            name,
+            columns,
+            split=config.split,
+            subset=config.subset,
+            revision=config.revision,
+            max_record_bytes=config.max_record_bytes,
+        )
         for name in options.data
     ]
     _require_targets(options, sources)
@@ -101,7 +113,8 @@ def main(arguments: list[str]) -> int:
     with contextlib.ExitStack() as files:
         # The figure is written first and renamed last: a failure of --out leaves neither file.
         if options.plot is not None:
-            figure = files.enter_context(atomic_file(options.plot, force=options.force))
+            target = atomic_file(options.plot, force=options.force, follow_link=True)
+            figure = files.enter_context(target)
             _plot(figure, options.plot.suffix, config, scored, weights, distribution)
         if options.out is not None:
             progress = files.enter_context(_progress("written"))

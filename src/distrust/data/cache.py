@@ -26,9 +26,11 @@ from numpy.typing import NDArray
 
 from distrust.atomic import atomic_file, hold_lock
 from distrust.checkpoint.disk import Disk
+from distrust.checkpoint.files import open_regular_file
 from distrust.data.corpus import BLOCK, Classes, Corpus, Locations, Parts, add_sizes, blocks, digest_arrays
 from distrust.data.reading import DatasetStats
-from distrust.errors import ConfigError, DistrustError, DistrustWarning
+from distrust.errors import ConfigError, DistrustError, DistrustWarning, WriteFailed
+from distrust.paths import refuse_links
 
 # The numbers are the versions of the formats: increment one when an entry's content changes.
 _TOKENS, _CHECKED, _TEMPORARY = "tokens-3", "checked-1", "unfinished-"
@@ -49,6 +51,7 @@ _DTYPES = {
 _FINGERPRINTED, _SIDE_FILES = tuple(_DTYPES)[:5], tuple(_DTYPES)[5:]
 
 _REMEDY = "give another folder with --cache-dir"
+_MAX_SEALED_BYTES = 64 << 20  # a description names at most the classes and sources
 _SWEEP_AFTER_SECONDS = 60  # a younger folder may belong to a process that has not locked it yet
 
 
@@ -78,7 +81,7 @@ class Cache:
     def stats(self, key: str) -> DatasetStats | None:
         """The stats of data that was checked without errors before; None if it was not."""
         try:
-            values = _open_sealed((self.folder / _CHECKED / f"{key}.json").read_bytes())
+            values = _open_sealed(self.folder / _CHECKED / f"{key}.json")
         except (OSError, _DamagedError):
             return None
         return DatasetStats(tuple(values["sizes"]), values["conversations"], values["first_conversation"])
@@ -133,8 +136,9 @@ def _temporary_entry(folder: Path, *, persistent: bool) -> Iterator[tuple[Path, 
             _create(folder)
             _sweep(folder)
             temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=folder))
-        except OSError as error:
-            problem = f"{folder}: cannot be written to ({error.strerror}): data is tokenized at every start"
+        except (OSError, WriteFailed) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is a link, which is not followed"
+            problem = f"{folder}: cannot be written to ({reason}): data is tokenized at every start"
             warnings.warn(f"{problem}; {_REMEDY}", DistrustWarning, stacklevel=4)
             persistent = False
     if not persistent:
@@ -149,6 +153,7 @@ def _temporary_entry(folder: Path, *, persistent: bool) -> Iterator[tuple[Path, 
 
 def _create(folder: Path) -> None:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # training data may be confidential
+    refuse_links(folder)
 
 
 def _sweep(folder: Path) -> None:
@@ -207,7 +212,7 @@ def _append(file: BinaryIO, array: NDArray[np.generic]) -> None:
 
 def _load(folder: Path, parts: Parts) -> Corpus:
     """Verify an entry and map it; raises _DamagedError or OSError."""
-    manifest = _open_sealed((folder / _MANIFEST).read_bytes())
+    manifest = _open_sealed(folder / _MANIFEST)
     n, total = manifest["n"], manifest["total"]
     lengths = {"input_ids": total, "loss_mask": total, "offsets": n + 1}  # the others have n items
     for name, dtype in _DTYPES.items():
@@ -253,7 +258,7 @@ def _digest_side_files(folder: Path) -> str:
 
 
 def _chunks(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
+    with open_regular_file(path) as file:
         while chunk := file.read(BLOCK):
             yield chunk
 
@@ -284,11 +289,14 @@ def _seal(values: dict[str, Any]) -> bytes:
     return json.dumps([body, blake3(body.encode()).hexdigest()]).encode()
 
 
-def _open_sealed(raw: bytes) -> dict[str, Any]:
+def _open_sealed(path: Path) -> dict[str, Any]:
+    """The values of a sealed file; raises _DamagedError or OSError."""
+    with open_regular_file(path) as file:
+        raw = file.read(_MAX_SEALED_BYTES)  # a longer one is cut, and so damaged
     try:
         body, digest = json.loads(raw)
         if blake3(body.encode()).hexdigest() == digest:
             return dict(json.loads(body))
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, RecursionError):
         pass
     raise _DamagedError("its description is not what was written")

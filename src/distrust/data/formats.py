@@ -2,6 +2,7 @@
 
 A row is a number and its fields, or an error; ``Columns`` says which fields, and whether nulls are kept. Text
 stays text: a CSV cell is never guessed to be a number or a missing value, except in the columns of w and H.
+A row that takes more bytes than a limit is an error. In text it is the last row: where it ends is not known.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from distrust.checkpoint.files import open_regular_file
 from distrust.data.columns import Columns, Fields
 from distrust.data.fields import json_kind, parse_number, quote_value, unique_members
-from distrust.data.record_errors import RecordError
+from distrust.data.parquet import bounded_rows, import_pyarrow, open_table, read_batches
+from distrust.data.record_errors import RecordError, too_large
 from distrust.data.records import Unit
-from distrust.errors import MissingDependency
 
 Row = tuple[int, Fields | RecordError]  # the number of a row, and its fields or its error
-BATCH_ROWS = 256  # rows of a table that are decoded at once
 
 _CHUNK = 1 << 20  # 1 MiB: large enough that system calls cost nothing, small beside any process
 _HEAD = 4096  # bytes from which the kind of a file is recognized
@@ -42,7 +43,7 @@ class Format:
 
     name: str  # part of the cache key
     unit: Unit  # how its rows are numbered
-    rows: Callable[[BinaryIO, Columns], Iterator[Row]]
+    rows: Callable[[BinaryIO, Columns, int], Iterator[Row]]  # takes the limit of bytes of a row
 
 
 def format_of(path: Path) -> tuple[Format, bool]:
@@ -81,7 +82,7 @@ def _head(path: Path, *, compressed: bool) -> bytes:
 @contextlib.contextmanager
 def open_bytes(path: Path, *, compressed: bool) -> Iterator[BinaryIO]:
     """The file's decompressed content; OSError if it cannot be read or is not valid gzip."""
-    with path.open("rb") as raw:
+    with open_regular_file(path) as raw:
         if not compressed:
             yield raw
             return
@@ -94,10 +95,13 @@ def open_bytes(path: Path, *, compressed: bool) -> Iterator[BinaryIO]:
             raise OSError(f"damaged: {error}") from error
 
 
-def _json_lines(file: BinaryIO, columns: Columns) -> Iterator[Row]:
+def _json_lines(file: BinaryIO, columns: Columns, limit: int) -> Iterator[Row]:
     """Yield the lines that are not blank."""
-    # Iterating bytes ends a line at LF only: JSON strings may hold U+2028, which str.splitlines splits at.
-    for number, raw in enumerate(file, 1):
+    # In bytes a line ends at LF only: JSON strings may hold U+2028, which str.splitlines splits at.
+    for number, raw in enumerate(iter(partial(file.readline, limit + 1), b""), 1):
+        if len(raw) > limit:
+            yield number, too_large(limit)
+            return
         line = (raw.removeprefix(_BOM) if number == 1 else raw).rstrip()
         if line:
             yield number, _decode(line, columns)
@@ -136,21 +140,22 @@ def _fields(value: Any, text: str, columns: Columns) -> Fields | RecordError:
     return columns.select(value, text)
 
 
-def _json_list(file: BinaryIO, columns: Columns) -> Iterator[Row]:
+def _json_list(file: BinaryIO, columns: Columns, limit: int) -> Iterator[Row]:
     """Yield the objects of a list. Invalid JSON ends it: what follows cannot be divided into elements."""
     number = 0
     try:
         with io.TextIOWrapper(file, encoding="utf-8-sig") as text:
-            for number, (value, source) in enumerate(_elements(text), 1):
+            for number, (value, source) in enumerate(_elements(text, limit), 1):
                 yield number, _fields(value, source, columns)
     except (RecordError, ValueError, RecursionError) as error:
         yield number + 1, _json_error(error, one_line=False)
 
 
-def _elements(file: io.TextIOWrapper) -> Iterator[tuple[Any, str]]:
+def _elements(file: io.TextIOWrapper, limit: int) -> Iterator[tuple[Any, str]]:
     """Yield the elements of a JSON list, and the text of each on one line.
 
-    At most a chunk or one element of the list is in memory.
+    At most a chunk or one element of the list is in memory. RecordError if one has more than ``limit``
+    characters.
     """
     decoder = json.JSONDecoder(object_pairs_hook=unique_members)
     text, at_end, is_first = file.read(_CHUNK), False, True
@@ -166,6 +171,8 @@ def _elements(file: io.TextIOWrapper) -> Iterator[tuple[Any, str]]:
             if at_end:
                 raise
             end = len(text)
+        if end - position > limit:
+            raise too_large(limit)
         if end == len(text) and not at_end:  # the element may continue: a number may have more digits
             # Read at least as much again, so that a huge element is not parsed in quadratic time.
             chunk = file.read(max(_CHUNK, end - position))
@@ -189,27 +196,53 @@ def next_token(text: str, position: int) -> int:
     return cast(re.Match[str], _SPACE.match(text, position)).end()  # always matches, if only ""
 
 
-def _csv(file: BinaryIO, columns: Columns, *, delimiter: str) -> Iterator[Row]:
+def _csv(file: BinaryIO, columns: Columns, limit: int, *, delimiter: str) -> Iterator[Row]:
     """Yield the rows below the header, numbered by the line on which they begin."""
-    csv.field_size_limit(sys.maxsize)  # a document may be longer than the default of 128 KiB
+    csv.field_size_limit(sys.maxsize)  # of the whole process; lines are limited here
     header: list[str] | None = None
     line = 1
     try:
         # newline="": the csv module must see line breaks inside quotes unchanged.
         with io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
-            reader = csv.reader(text, delimiter=delimiter, strict=True)
+            lines = _Lines(text, limit)
+            reader = csv.reader(lines, delimiter=delimiter, strict=True)
             for cells in reader:
-                first_line, line = line, reader.line_num + 1  # a quoted cell may span lines
+                lines.begin_row()
                 if header is None:
                     header = _header(cells) or None  # a blank line is no header
                 elif cells:
-                    yield first_line, _cells(cells, header, columns)
+                    yield line, _cells(cells, header, columns)
+                line = reader.line_num + 1  # a quoted cell may span lines
     except RecordError as error:
-        yield 1, error
+        yield line, error
     except csv.Error as error:
         yield line, RecordError(f"invalid CSV: {error}; correct it")
     except UnicodeDecodeError:
         yield line, RecordError("invalid UTF-8 from here on; save the file as UTF-8")
+
+
+class _Lines:
+    """The lines of a text; RecordError if a row, which may span lines, has more than ``limit`` characters."""
+
+    def __init__(self, text: io.TextIOWrapper, limit: int) -> None:
+        self._text, self._limit = text, limit
+        self.begin_row()
+
+    def begin_row(self) -> None:
+        """The next line is the first of a row."""
+        self._remaining = self._limit
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> str:
+        line = self._text.readline(self._remaining + 1)
+        self._remaining -= len(line)
+        if self._remaining < 0:
+            raise too_large(self._limit)
+        if not line:
+            raise StopIteration
+        return line
 
 
 def _header(names: list[str]) -> list[str]:
@@ -232,32 +265,20 @@ def _cells(cells: list[str], header: list[str], columns: Columns) -> Fields | Re
     )
 
 
-def _parquet(file: BinaryIO, columns: Columns) -> Iterator[Row]:
+def _parquet(file: BinaryIO, columns: Columns, limit: int) -> Iterator[Row]:
     pyarrow = import_pyarrow()
     number = 0
     try:
-        # No pre-buffering and one thread: memory stays at one batch.
-        table = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=_CHUNK)
-        names = columns.needed_from(_header(table.schema_arrow.names))
-        for batch in table.iter_batches(BATCH_ROWS, columns=names, use_threads=False):
-            for row in batch.to_pylist():
+        names = columns.needed_from(_header(open_table(file, limit).schema_arrow.names))
+        for batch in read_batches(file, names, limit, dictionaries=True):
+            for row in bounded_rows(batch, limit):
                 number += 1
-                yield number, columns.select(row)
+                yield number, row if isinstance(row, RecordError) else columns.select(row)
     except RecordError as error:
         yield 1, error
     except (pyarrow.ArrowException, ArithmeticError, LookupError, ValueError) as error:
         # Not only for damaged files: Python cannot represent every date.
         raise OSError(f"not a readable Parquet file: {first_line(error)}") from error
-
-
-def import_pyarrow() -> Any:
-    """The module ``pyarrow``, with ``pyarrow.parquet`` loaded; MissingDependency if it is not installed."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise MissingDependency("a Parquet file", library="pyarrow", extra="train") from error
-    return pyarrow
 
 
 def first_line(error: Exception) -> str:

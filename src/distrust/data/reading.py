@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from blake3 import blake3
 
-from distrust.config import TrainConfig
+from distrust.config import MAX_RECORD_BYTES, TrainConfig
 from distrust.data.columns import Columns, Fields
 from distrust.data.fields import read_authority_weight, read_content, read_provenance_entropy, read_source
 from distrust.data.record_errors import RecordError, RecordErrors
@@ -54,6 +54,13 @@ class RecordReader:
             "defaults": [self.authority_weight, self.provenance_entropy],
         }
         return blake3(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def checked_key(self) -> str:
+        """:attr:`key`, and the limits of the records: checked with one, data may be wrong with another."""
+        limits = {part.max_record_bytes for source in self.sources for part in source.parts}
+        changed = sorted(limits - {MAX_RECORD_BYTES})
+        return blake3(f"{self.key} {changed}".encode()).hexdigest() if changed else self.key
 
     def rows(self, source: Source) -> Iterator[tuple[Location, Record | list[RecordError]]]:
         """Each row of a source: its location, and its record or else its errors."""
@@ -153,6 +160,7 @@ def read_records(
     *,
     default_authority_weight: float | None = None,
     default_provenance_entropy: float | None = None,
+    max_record_bytes: int = MAX_RECORD_BYTES,
 ) -> list[Record]:
     """Reads all records of a file or folder into memory, in order; at least one.
 
@@ -160,14 +168,18 @@ def read_records(
         path: the file or folder, as ``--data`` takes it.
         default_authority_weight: w in [0, 0.99] of records without one (high: less training weight).
         default_provenance_entropy: H in bits of records without one. Without a default that is an error.
+        max_record_bytes: a larger record is an error.
 
     Raises:
         DataError: as for ``check_records``.
         ConfigError: a default is outside its range.
     """
     w, h = default_authority_weight, default_provenance_entropy
-    TrainConfig(default_authority_weight=w, default_provenance_entropy=h)  # refuses one outside its range
+    limit = max_record_bytes
+    # It refuses values outside their range.
+    TrainConfig(default_authority_weight=w, default_provenance_entropy=h, max_record_bytes=limit)
     columns = Columns()
-    reader = RecordReader((open_source(fspath(path), columns),), columns, w, h)
+    source = open_source(fspath(path), columns, max_record_bytes=limit)
+    reader = RecordReader((source,), columns, w, h)
     check_records(reader)
     return list(reader.records())

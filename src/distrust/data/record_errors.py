@@ -27,6 +27,11 @@ class RecordError(Exception):
         super().__init__(problem if field is None else f"{field}: {problem}")
 
 
+def too_large(limit: int) -> RecordError:
+    """The error of a record that takes more than ``limit`` bytes."""
+    return RecordError(f"takes more than {limit:,} bytes; split it, or raise --max-record-bytes")
+
+
 class RecordErrors:
     """The errors of the records read so far, grouped by message.
 
@@ -55,7 +60,7 @@ class RecordErrors:
     def raise_if_any(self, headline: str) -> None:
         """Raise one DataError for all records: the headline, then one line for each different message."""
         if self.records:
-            raise DataError("\n".join([headline, *self._summary_lines()]), self._problems)
+            raise DataError([headline, *self._summary_lines()], self._problems)
 
     def _summary_lines(self) -> Iterator[str]:
         for message, count in self._counts.items():

@@ -22,15 +22,18 @@ from typing import IO, Any, BinaryIO, cast
 
 from blake3 import blake3
 
+from distrust.activity import current
 from distrust.bundled import CORPUS
-from distrust.config import BUNDLED
+from distrust.checkpoint.files import open_regular_file
+from distrust.config import BUNDLED, MAX_RECORD_BYTES
 from distrust.data import hub
 from distrust.data.columns import Columns, Fields
 from distrust.data.fields import json_kind
 from distrust.data.formats import JSON_LINES, PARQUET, Row, format_of, is_binary, is_data, open_bytes
 from distrust.data.record_errors import RecordError
 from distrust.data.records import Location, Unit
-from distrust.errors import ConfigError, DataError, ErrorTranslator, read_failure_reason
+from distrust.errors import ConfigError, DataError, ErrorTranslator, quote_untrusted, read_failure_reason
+from distrust.paths import require_regular
 
 _BLOCK = 1 << 22  # 4 MiB: enough for BLAKE3 to use several threads
 
@@ -50,12 +53,18 @@ class Part:
     unit: Unit  # how its rows are numbered
     digest: str  # BLAKE3, in hex, of its content and of how it is read
     rows: Callable[[], Iterator[Row]]  # all rows; raises DataError if it cannot be read
+    max_record_bytes: int  # a larger row is an error
     #: Opens a Parquet file for a reader of its tables; raises as ``rows`` does. None for other parts.
     parquet: Callable[[], contextlib.AbstractContextManager[BinaryIO]] | None = None
 
     def located_rows(self) -> Iterator[tuple[Location, Fields | RecordError]]:
         """The rows with their locations."""
-        return ((Location(self.name, number, self.unit), row) for number, row in self.rows())
+        try:
+            for number, row in self.rows():
+                current.location = location = Location(self.name, number, self.unit)
+                yield location, row
+        finally:
+            current.location = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +83,7 @@ def open_source(
     subset: str | None = None,
     revision: str | None = None,
     temp_folder: Path | None = None,
+    max_record_bytes: int = MAX_RECORD_BYTES,
 ) -> Source:
     """Open the source with a name.
 
@@ -84,6 +94,7 @@ def open_source(
         subset: of a dataset of the hub.
         revision: of a dataset of the hub.
         temp_folder: where the content of a pipe is copied to.
+        max_record_bytes: a larger row is an error, as ``TrainConfig`` says.
 
     Raises:
         DataError: there is no such source, or it cannot be read; one line.
@@ -91,29 +102,37 @@ def open_source(
     """
     path = CORPUS if name == BUNDLED else Path(name)
     kind = _kind(path)
-    if kind is None and hub.is_name(name) and not is_data(path):
+    if kind is None and hub.is_name(name):
         table = hub.load(name, split=split, subset=subset, revision=revision)
         # The fingerprint is the library's own, of the content.
         digest = blake3(f"table {table._fingerprint}".encode()).hexdigest()
-        return Source(name, (_table_part(name, table, columns, digest),))
+        return Source(name, (_table_part(name, table, columns, digest, max_record_bytes),))
     for option, value in (("subset", subset), ("revision", revision)):
         if value is not None:
             raise ConfigError(f"--{option} {value}: is for datasets of the hub; {name} is a file or folder")
+    if kind is None:
+        raise DataError(f"{name}: {hub.missing_reason(name)}")
     if kind != "folder":
         _require_split(path, split)
-        return Source(name, (_file_part(path, str(path), columns, temp_folder),))
+        return Source(name, (_file_part(path, columns, temp_folder, max_record_bytes),))
     with _readable(str(path)):
         saved = hub.saved_split(path, split)
     if saved is not None:
         digest = _digest_folder(saved)
-        return Source(name, (_table_part(str(saved), hub.load_saved(saved), columns, digest),))
-    return Source(
-        name, tuple(_file_part(file, str(file), columns, temp_folder) for file in _files(path, split))
-    )
+        table = hub.load_saved(saved)
+        return Source(name, (_table_part(str(saved), table, columns, digest, max_record_bytes),))
+    files = _files(path, split)
+    require_regular(*files)  # nobody named a pipe
+    return Source(name, tuple(_file_part(file, columns, temp_folder, max_record_bytes) for file in files))
 
 
 def examples_source(
-    examples: Iterable[Mapping[str, Any]], columns: Columns, *, name: str, temp_folder: Path
+    examples: Iterable[Mapping[str, Any]],
+    columns: Columns,
+    *,
+    name: str,
+    temp_folder: Path,
+    max_record_bytes: int = MAX_RECORD_BYTES,
 ) -> Source:
     """The examples of a program, iterated once.
 
@@ -123,7 +142,7 @@ def examples_source(
     copy = _TempCopy(temp_folder)
     with _readable(name):
         copy.write_examples(examples, columns, name)
-    return Source(name, (_copy_part(copy, columns, name, "index"),))
+    return Source(name, (_copy_part(copy, columns, name, "index", max_record_bytes),))
 
 
 def _kind(path: Path) -> str | None:
@@ -136,21 +155,27 @@ def _kind(path: Path) -> str | None:
     return "folder" if stat.S_ISDIR(mode) else "file"
 
 
-def _file_part(path: Path, name: str, columns: Columns, temp_folder: Path | None) -> Part:
+def _file_part(path: Path, columns: Columns, temp_folder: Path | None, max_record_bytes: int) -> Part:
+    name = str(path)
     with _readable(name):
-        if not stat.S_ISREG(path.stat().st_mode):  # a pipe can be read only once
+        mode = path.stat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):  # a device may have no end
+            raise DataError(f"{name}: neither a file nor a pipe; give the name of a file of records")
+        if stat.S_ISFIFO(mode):  # can be read only once
             copy = _TempCopy(temp_folder or Path(os.devnull))  # nothing can be created below a device
             with path.open("rb") as pipe:
                 shutil.copyfileobj(pipe, copy.file, 1 << 20)
-            return _copy_part(copy, columns, name, "line")
+            return _copy_part(copy, columns, name, "line", max_record_bytes)
         form, compressed = format_of(path)
         if not is_data(path) and is_binary(path, compressed=compressed):
             raise DataError(
                 f"{name}: not a data file; give JSON Lines, JSON, CSV, TSV or Parquet (text also as .gz)"
             )
         version = _file_version(path)
-        with path.open("rb") as file:
-            digest = _digest(file, form.name)
+        with open_regular_file(path) as file:
+            current.location = name
+            digest = _digest(file, form.name, is_text=form is not PARQUET and not compressed)
+            current.location = None
 
     @contextlib.contextmanager
     def open_part() -> Iterator[BinaryIO]:
@@ -162,9 +187,9 @@ def _file_part(path: Path, name: str, columns: Columns, temp_folder: Path | None
 
     def rows() -> Iterator[Row]:
         with open_part() as file:
-            yield from form.rows(file, columns)
+            yield from form.rows(file, columns, max_record_bytes)
 
-    return Part(name, form.unit, digest, rows, open_part if form is PARQUET else None)
+    return Part(name, form.unit, digest, rows, max_record_bytes, open_part if form is PARQUET else None)
 
 
 class _TempCopy:
@@ -214,26 +239,30 @@ def _to_builtin(value: Any) -> Any:
     raise TypeError(f"a value of type {type(value).__name__} cannot be trained on")
 
 
-def _copy_part(copy: _TempCopy, columns: Columns, name: str, unit: Unit) -> Part:
+def _copy_part(copy: _TempCopy, columns: Columns, name: str, unit: Unit, max_record_bytes: int) -> Part:
     def rows() -> Iterator[Row]:
         with _readable(name), copy.open() as file:
             shift = 1 if unit == "index" else 0  # indices count from 0, lines from 1
-            yield from ((number - shift, fields) for number, fields in JSON_LINES.rows(file, columns))
+            lines = JSON_LINES.rows(file, columns, max_record_bytes)
+            yield from ((number - shift, fields) for number, fields in lines)
 
     with _readable(name), copy.open() as file:
         digest = _digest(file, JSON_LINES.name)
-    return Part(name, unit, digest, rows)
+    return Part(name, unit, digest, rows, max_record_bytes)
 
 
-def _table_part(name: str, table: Any, columns: Columns, digest: str) -> Part:
-    return Part(name, "row", digest, lambda: hub.rows(name, table, columns))
+def _table_part(name: str, table: Any, columns: Columns, digest: str, max_record_bytes: int) -> Part:
+    def rows() -> Iterator[Row]:
+        return hub.rows(name, table, columns, max_record_bytes)
+
+    return Part(name, "row", digest, rows, max_record_bytes)
 
 
 def _digest_folder(folder: Path) -> str:
     with _readable(str(folder)):
         digest = blake3(b"saved\n")
         for file in sorted(path for path in folder.iterdir() if path.is_file()):
-            with file.open("rb") as content:
+            with open_regular_file(file) as content:
                 digest.update(f"{file.name} {_digest(content, 'file')}\n".encode())
     return digest.hexdigest()
 
@@ -270,8 +299,11 @@ def _visible_files(folder: Path) -> Iterator[Path]:
 
     for root, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if name[0] not in "._"]  # in place: limits the walk
-        paths = (Path(root, name) for name in names if name[0] not in "._")
-        yield from (path for path in paths if path.is_file())
+        for name in folders:
+            if Path(root, name).is_symlink():  # it may lead anywhere, or round in a circle
+                link = quote_untrusted(str(Path(root, name)))
+                raise DataError(f"{link}: is a link to a folder, which is not followed; name it with --data")
+        yield from (Path(root, name) for name in names if name[0] not in "._")
 
 
 def _require_split(file: Path, split: str) -> None:
@@ -289,10 +321,12 @@ def _split_of(path: Path) -> str | None:
     return None
 
 
-def _digest(file: BinaryIO, prefix: str) -> str:
+def _digest(file: BinaryIO, prefix: str, *, is_text: bool = False) -> str:
     # The prefix separates equal bytes that are read in different ways.
     digest = blake3(f"{prefix}\n".encode(), max_threads=blake3.AUTO)
     while block := file.read(_BLOCK):
+        if is_text and not block.strip(b"\0"):  # a hole of a sparse file may be larger than any disk
+            raise OSError(f"{len(block):,} zero bytes end at byte {file.tell():,}, so it is no text")
         digest.update(block)
     return str(digest.hexdigest())
 

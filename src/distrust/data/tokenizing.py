@@ -21,10 +21,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from distrust.activity import current
 from distrust.data.corpus import Classes, Corpus
 from distrust.data.reading import DatasetStats
 from distrust.data.record_errors import RecordError, RecordErrors
-from distrust.data.records import Completion, Conversation, Record, Text
+from distrust.data.records import Completion, Conversation, Location, Record, Text
 from distrust.data.tokenizer import Tokenizer, encode_all
 from distrust.errors import ConfigError, DataError, ModelError
 
@@ -175,11 +176,14 @@ def _tokenize_batch(
     prefix, suffix = frame
     parts: list[tuple[Record, list[Segment]]] = []
     for record in batch:
+        current.location = record.location
         try:
             parts.append((record, [part for part in split_segments(record.content, tokenizer) if part.text]))
         except RecordError as error:
             errors.add(record.location, [error])
+    current.location = _Span(batch[0].location, batch[-1].location)
     encoded = iter(encode_all(tokenizer, [part.text for _, segments in parts for part in segments]))
+    current.location = None
     examples: list[_Example] = []
     for record, segments in parts:
         pieces = [(next(encoded), part.trained) for part in segments]
@@ -190,6 +194,16 @@ def _tokenize_batch(
         except RecordError as error:
             errors.add(record.location, [error])
     return examples
+
+
+class _Span(NamedTuple):
+    """The records of a batch, which are tokenized together."""
+
+    first: Location
+    last: Location
+
+    def __str__(self) -> str:
+        return f"{self.first} to {self.last}"
 
 
 def _example(record: Record, pieces: Sequence[tuple[list[int], bool]], max_length: int) -> _Example:

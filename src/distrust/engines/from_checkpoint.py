@@ -14,6 +14,7 @@ from distrust.checkpoint.foreign import require_converted
 from distrust.config import TrainConfig
 from distrust.contract import Engine, EngineState
 from distrust.engines import registry
+from distrust.engines.loading import hub_name
 from distrust.engines.registry import EngineName, create_engine
 from distrust.errors import ConfigError, ErrorTranslator, ModelError, ResumeRefused
 from distrust.run_record import RunRecord
@@ -81,9 +82,8 @@ def engine_of(
     changes: Mapping[str, Any] | None = None,
 ) -> Engine:
     """Like :func:`open_checkpoint`, for a checkpoint that :func:`read_checkpoint` returned."""
-    # Compiling pays off in training only, and this machine may have no compiler.
-    defaults = {"compile": False, "engine": _engine_for(checkpoint)}
-    config = replace(config_of(file, model=model), **{**defaults, **(changes or {})})
+    changes = {"engine": _engine_for(checkpoint), **(changes or {})}
+    config = replace(config_of(file, model=model), **changes)
     expected = fingerprint_of(file, "model")  # fails before the model is loaded, which may take minutes
     with base_model_errors(file, config.model, overridden=model is not None):
         engine = create_engine(config)
@@ -94,9 +94,21 @@ def engine_of(
 
 
 def config_of(file: CheckpointFile, *, model: str | None = None) -> TrainConfig:
-    """The options of a checkpoint; ConfigError for an invalid one, in a checkpoint of another program."""
-    config = RunRecord.from_header(file.header).train_config(where=str(file.path))
-    return config if model is None else replace(config, model=model)
+    """What a checkpoint was trained with, and an engine that is installed; its machine's options are not.
+
+    A model's folder that is not here becomes a path, which is never looked up on the hub: the hub would learn
+    the name, and may have another model of that name.
+
+    Raises:
+        ConfigError: an option is invalid, in a checkpoint of another program.
+        MissingDependency: no engine is installed.
+    """
+    record = RunRecord.from_header(file.header)
+    config = record.train_config(where=str(file.path))
+    if model is None and record.model_is_folder and hub_name(config.model) is not None:
+        model = f"./{config.model}"
+    engine = registry.first_installed(registry.recorded_engine(file), purpose=f"reading {file.path}")
+    return replace(config, engine=engine, model=config.model if model is None else model)
 
 
 def fingerprint_of(file: CheckpointFile, content: Literal["model", "data"]) -> str:

@@ -7,6 +7,7 @@ framework before the name of the model has been checked.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,15 @@ from distrust.bundled import MODEL
 from distrust.checkpoint.catalog import RUN_SUBDIRECTORY
 from distrust.checkpoint.format import tensor_hasher
 from distrust.config import BUNDLED
-from distrust.data.hub import is_name
-from distrust.errors import NO_SUCH_FILE, ModelError
+from distrust.data import hub
+from distrust.engines import model_folder
+from distrust.errors import ModelError, quote_untrusted
+from distrust.paths import require_regular_files
 
-#: Bound on each JSON file of a model's folder; the largest tokenizers take some ten MiB.
-MAX_JSON_BYTES = 256 << 20
+# Before transformers is imported: nobody asked it to have a server convert a model, or to fetch kernels.
+os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "true")
+os.environ.setdefault("USE_HUB_KERNELS", "NO")
+
 REASON_CHARACTERS = 500
 #: Entries of a model's config that do not change what it computes.
 _INERT_ENTRIES = frozenset(
@@ -38,8 +43,8 @@ def locate(name: str) -> tuple[str, bool]:
         return str(MODEL), True
     folder = Path(name)
     if not folder.exists():
-        if not is_name(name):
-            raise ModelError(f"--model {name}: {NO_SUCH_FILE}")
+        if not hub.is_name(name):
+            raise ModelError(f"--model {name}: {hub.missing_reason(name)}")
         return name, False
     if not folder.is_dir():
         raise ModelError(f"--model {name}: is a file; give the folder of a model")
@@ -52,19 +57,35 @@ def locate(name: str) -> tuple[str, bool]:
                 "`distrust export --format merged` or peft's merge_and_unload wrote"
             )
         raise ModelError(f"--model {name}: contains no config.json, so it is not the folder of a model")
+    require_regular_files(folder, ModelError)
+    model_folder.require_safe(name, folder)
     return name, True
+
+
+def locate_to_load(name: str) -> tuple[str, bool]:
+    """Like :func:`locate`, before a loader may access the hub, which is announced."""
+    source, local = locate(name)
+    if not local:
+        hub.announce("model", name)
+    return source, local
 
 
 def hub_name(name: str) -> str | None:
     """The name, if it is a hub name and not a local folder."""
-    local = name == BUNDLED or Path(name).exists() or not is_name(name)
+    local = name == BUNDLED or Path(name).exists() or not hub.is_name(name)
     return None if local else name
 
 
 def reference(name: str) -> str:
-    """How an adapter refers to its base model: the hub name, or the absolute path of the folder."""
-    source, local = locate(name)
-    return str(Path(source).absolute()) if local else source
+    """How an adapter refers to its base model, without a path of this machine.
+
+    A hub name or "bundled" as it is. A folder by its relative path, if the user gave one, or else by its own
+    name; either begins with a dot, so that no program looks it up on the hub.
+    """
+    if name == BUNDLED or not locate(name)[1]:
+        return name
+    relative = os.path.basename(os.path.abspath(name)) if os.path.isabs(name) else os.path.normpath(name)
+    return relative if relative.startswith(".") else os.path.join(".", relative)
 
 
 def load_pretrained(loader: Any, name: str, **options: Any) -> Any:
@@ -75,15 +96,39 @@ def load_pretrained(loader: Any, name: str, **options: Any) -> Any:
     hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    source, local = locate(name)
-    if local:
-        _require_bounded_json(name, Path(source))
-    if "dtype" in options:  # weights are loaded, not only a config
-        options["use_safetensors"] = True  # the other format is a pickle, which runs code
+    source, local = locate_to_load(name)
     try:
+        if not local:
+            model_folder.require_safe(name, cached_folder(name))
+        if "dtype" in options:  # weights are loaded, not only a config
+            options["use_safetensors"] = True  # the other format is a pickle, which runs code
+            model_folder.require_local_weights(name, cached_folder(name))
         return loader.from_pretrained(source, local_files_only=local, trust_remote_code=False, **options)
+    except ModelError:
+        raise
     except Exception as error:  # an invalid config can raise anything
         raise load_error(name, error) from error
+
+
+def cached_folder(name: str) -> Path:
+    """The local folder of a model; for one on the hub, with what has to be checked before it is loaded."""
+    from huggingface_hub import hf_hub_download
+    from transformers.utils.hub import cached_file
+
+    source, local = locate(name)
+    if local:
+        return Path(source)
+    # Fails where the hub has no such model or cannot be reached, so that nothing waits for it again.
+    folder = Path(hf_hub_download(source, model_folder.CONFIG)).parent
+    for file in model_folder.OPTIONAL_CHECKED_FILES:  # of the same commit, so they are in the same folder
+        cached_file(
+            source,
+            file,
+            revision=folder.name,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    return folder
 
 
 def load_tokenizer(name: str) -> Any:
@@ -104,7 +149,14 @@ def require_vocabulary(tokenizer: Any, embedding_rows: int, *, name: str) -> Non
 
 def load_error(name: str, error: Exception) -> ModelError:
     """The one-line error for a model that a library failed to load."""
-    hint = "" if locate(name)[1] else "; there is no folder of this name, and the hub did not return it"
+    source, local = locate(name)
+    reason = _known_reason(error, folder=Path(source)) if local else _hub_reason(name, error)
+    if reason is None and "trust_remote_code" in str(error):  # never repeat the library's advice to set it
+        reason = "it needs code of its own, which is never run; use a model that transformers contains"
+    return ModelError(f"--model {name}: cannot be loaded: {reason or _library_reason(error)}")
+
+
+def _library_reason(error: BaseException) -> str:
     reason = " ".join(str(error).split())
     if not isinstance(error, (OSError, ValueError, ImportError, RuntimeError)):
         reason = f"{type(error).__name__}: {reason}"  # the text of a KeyError is the key alone
@@ -112,7 +164,35 @@ def load_error(name: str, error: Exception) -> ModelError:
         reason = f"{reason[:REASON_CHARACTERS]}…"
     if not reason.isprintable():  # the text may quote a hostile config
         reason = repr(reason)
-    return ModelError(f"--model {name}: cannot be loaded{hint}: {reason}")
+    return reason
+
+
+def _known_reason(error: Exception, *, folder: Path) -> str | None:
+    """Why a folder cannot be loaded, where the library's words would mislead."""
+    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    if pickles and not any(folder.glob("*.safetensors")) and "safetensors" in str(error):
+        return (
+            f"its weights are pickled ({quote_untrusted(pickles[0])}), and pickles are never read, because "
+            "they run code; convert them to safetensors"
+        )
+    return None
+
+
+def _hub_reason(name: str, error: Exception) -> str | None:
+    """Why the hub did not return a model; None if it did, or if the library's words say it."""
+    from huggingface_hub import constants, errors
+
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        reason = f"the hub cannot be reached ({_library_reason(error.__cause__ or error)})"
+        if constants.HF_HUB_OFFLINE:
+            reason = "HF_HUB_OFFLINE=1, and it was not downloaded before"
+    elif isinstance(error, errors.RepositoryNotFoundError) and not isinstance(error, errors.GatedRepoError):
+        reason = "the hub has no such model"
+    elif isinstance(error, errors.EntryNotFoundError):
+        return f"it has no {model_folder.CONFIG}"
+    else:
+        return None
+    return f"{reason}; is the name right? A folder is ./{name}"
 
 
 def fingerprint(weights: Iterable[tuple[str, str, tuple[int, ...], Any]]) -> str:
@@ -135,9 +215,3 @@ def config_digest(config: Mapping[str, Any]) -> str:
     """
     relevant = {name: value for name, value in config.items() if name not in _INERT_ENTRIES}
     return blake3(json.dumps(relevant, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _require_bounded_json(name: str, folder: Path) -> None:
-    for path in folder.glob("*.json"):  # parsers read each of them as a whole
-        if path.is_file() and path.stat().st_size > MAX_JSON_BYTES:
-            raise ModelError(f"--model {name}: cannot be loaded: {path.name} is larger than any model's")

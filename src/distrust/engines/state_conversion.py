@@ -23,7 +23,7 @@ from typing import Any
 
 from distrust.config import ExportDtype, TrainConfig
 from distrust.contract import EngineState
-from distrust.errors import ConfigError, ResumeRefused, join_first, quote_untrusted
+from distrust.errors import ConfigError, ResumeRefused, quote_untrusted
 
 _PEFT_PREFIX = "base_model.model."
 #: End of a name in peft and in mlx-lm, and whether the matrix is transposed.
@@ -140,13 +140,15 @@ def require_no_differences(
     """Raise ResumeRefused if there are differences: with the first of them, and what ``saved`` adapts."""
     if not differences:
         return
-    lines = [f"{summary}:", join_first(map(quote_untrusted, differences), LINES_SHOWN, "\n  ")]
+    lines = [f"{summary}:", *(f"  {quote_untrusted(line)}" for line in differences[:LINES_SHOWN])]
+    if (hidden := len(differences) - LINES_SHOWN) > 0:
+        lines.append(f"  and {hidden} more")
     if targets := target_modules(saved):
         shown = " ".join(map(quote_untrusted, targets[:TARGETS_SHOWN]))
         hidden = len(targets) - TARGETS_SHOWN
         suffix = f" and {hidden} more, which `distrust convert` prints" if hidden > 0 else ""
-        lines.append(f"what was saved is an adapter of --target-modules {shown}{suffix}")
-    raise ResumeRefused("\n  ".join(lines), differences)
+        lines.append(f"  what was saved is an adapter of --target-modules {shown}{suffix}")
+    raise ResumeRefused(lines, differences)
 
 
 def adapter_scale(config: TrainConfig) -> float:

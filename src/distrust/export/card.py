@@ -77,7 +77,7 @@ def facts_of(
         tags=["distrust-trainer", "provenance-weighting", *(["lora"] if config.lora_rank else [])],
         summary=summary,
         load=_load_code(form, base, config.dtype, dtype),
-        notes=_notes(config, form),
+        notes=_notes(config, form, base),
         sections=_sections(file, config, base=base, dtype=dtype),
     )
 
@@ -89,8 +89,13 @@ def public_name(name: str) -> str:
     return name
 
 
-def _notes(config: TrainConfig, form: ExportFormat) -> list[str]:
+def _notes(config: TrainConfig, form: ExportFormat, base: str) -> list[str]:
     notes = []
+    if form != "merged" and base != BUNDLED and hub_name(base) is None:
+        notes.append(
+            "The base model was in a folder. `adapter_config.json` names it without its path on the machine "
+            "of the export: load the base model from where you have it."
+        )
     if form == "mlx":
         notes.append("The base model was not read. It is the right one if its fingerprint is the one below.")
     elif form == "adapter":

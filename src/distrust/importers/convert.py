@@ -30,6 +30,7 @@ from distrust.errors import (
 from distrust.importers import detect
 from distrust.importers.detect import TRAINER_STATE, detect_format, is_adapter_folder, is_trainer_folder
 from distrust.importers.imported import Imported
+from distrust.paths import refuse_links
 from distrust.run_record import RunRecord, with_conversion_source
 from distrust.training import imported as adoption
 
@@ -96,7 +97,10 @@ def convert(
     results = []
     # The folders of this training's checkpoints, now and before they were moved.
     origins = {Path(os.path.realpath(path)).parent for path in sources}
-    with CheckpointManager(target_directory(to), keep_last=None) as manager:
+    directory = target_directory(to)
+    if directory != to:
+        refuse_links(directory)
+    with CheckpointManager(directory, keep_last=None, record_host=False) as manager:
         for path in sources:
             results.append(_convert(path, manager, origins, force=force, model=model))
             report(results[-1])
@@ -149,7 +153,9 @@ def _convert(
     step, is_verified = checkpoint.step, imported.format == detect.DIRECTORY
     if not checkpoint.model:  # metadata only
         return ConvertedCheckpoint(source, "incomplete", _NO_MODEL, step)
-    checkpoint = replace(checkpoint, run=with_conversion_source(checkpoint.run, os.path.realpath(source)))
+    # Relative: it says as little as possible of this machine, and stays valid if both folders move together.
+    origin = os.path.relpath(os.path.realpath(source), os.path.realpath(manager.directory))
+    checkpoint = replace(checkpoint, run=with_conversion_source(checkpoint.run, origin))
     path = manager.directory / checkpoint_file_name(step, imported.kind)
     manager.acquire()  # from here on nobody else writes to the target
     try:
@@ -197,7 +203,8 @@ def _other_training(manager: CheckpointManager, origins: set[Path]) -> str | Non
 def _origin(file: CheckpointFile) -> set[Path]:
     """The folder that a checkpoint was converted from; empty if a run here saved it."""
     path = RunRecord.from_header(file.header).converted_from
-    return {Path(path).parent} if path else set()
+    # Absolute in files of earlier versions.
+    return {Path(os.path.normpath(os.path.realpath(file.path.parent) / Path(path))).parent} if path else set()
 
 
 def _read(source: Path, model: str | None) -> Imported:

@@ -1,15 +1,13 @@
 """Reads JSON and tensors from files of other programs without running what they contain.
 
-Only regular files are opened. Only tensors and plain containers are unpickled. No file can make its reader
-take more memory than a small multiple of its own size. Every function raises CheckpointError for a file that
-does not exist or is not valid: one line with the path.
+Only regular files are opened. No file can make its reader take more memory than a small multiple of its own
+size. Every function raises CheckpointError for a file that does not exist or is not valid: one line with the
+path. ``torch_file.py`` has the reader of what ``torch.save`` wrote.
 """
 
 from __future__ import annotations
 
 import pickle
-import pickletools
-import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,10 +26,6 @@ if TYPE_CHECKING:
     import torch
 
 MAX_CONFIG_BYTES = 4 << 20
-MAX_ENTRIES = 1_000_000
-MAX_PICKLE_BYTES = 64 << 20
-#: All that the pickle of an optimizer's state calls. torch allows more, such as ``bytearray(1 << 40)``.
-_ALLOWED_CALLS = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"}
 
 
 def read_json(path: Path, *, max_bytes: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
@@ -55,21 +49,6 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
 
 
-def read_torch(path: Path) -> Any:
-    """Read what ``torch.save`` wrote, if it is only tensors and plain containers; views of the file."""
-    import torch
-
-    with safe_errors(path):
-        with open_regular(path) as (descriptor, status), open(descriptor, "rb", closefd=False) as file:
-            if not zipfile.is_zipfile(file):
-                raise CorruptCheckpoint("not in the format of torch.save since version 1.6")
-            archive = zipfile.ZipFile(file)  # torch.load below opens the file again
-            _require_stored(archive, size=status.st_size)
-            _require_tensors_only(archive)
-        # weights_only: torch's own second line of defence against pickles that run code.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-
-
 def to_float32(tensor: Any, *, shape: torch.Size, what: str, path: Path) -> torch.Tensor:
     """A finite float32 tensor of the expected shape; bfloat16 and float16 are widened, which is exact.
 
@@ -90,42 +69,6 @@ def to_float32(tensor: Any, *, shape: torch.Size, what: str, path: Path) -> torc
             return wide
         reason = "holds numbers that are not finite"
     raise CorruptCheckpoint(f"{what} {reason}", path=path, tensor=what)
-
-
-def _require_stored(archive: zipfile.ZipFile, *, size: int) -> None:
-    """Nothing may expand when it is read: torch neither compresses nor shares entries."""
-    entries = archive.infolist()
-    if len(entries) > MAX_ENTRIES:  # each takes memory as an object
-        raise CorruptCheckpoint(f"holds {len(entries)} entries")
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise CorruptCheckpoint("holds compressed entries, which torch never writes")
-    # Entries that overlap would expand like a bomb.
-    if sum(max(entry.file_size, entry.compress_size) for entry in entries) > size:
-        raise CorruptCheckpoint("holds more than its size allows")
-    # torch writes the CRC-32 of each entry, but does not compare it on loading.
-    if (damaged := archive.testzip()) is not None:
-        raise CorruptCheckpoint(f"{quote_untrusted(damaged)} is damaged: its CRC-32 is wrong")
-
-
-def _require_tensors_only(archive: zipfile.ZipFile) -> None:
-    """The pickle may call only what makes a tensor out of bytes of the file."""
-    for entry in archive.infolist():
-        if not entry.filename.endswith("/data.pkl"):
-            continue
-        if entry.file_size > MAX_PICKLE_BYTES:
-            raise CorruptCheckpoint(f"holds a pickle of {entry.file_size >> 20} MiB")
-        # genops only lists the instructions; nothing is executed.
-        for opcode, argument, _ in pickletools.genops(archive.read(entry)):
-            is_allowed = opcode.name == "GLOBAL" and _is_allowed(str(argument))
-            if opcode.name in ("GLOBAL", "STACK_GLOBAL", "INST") and not is_allowed:
-                raise pickle.UnpicklingError(f"it calls {argument}")
-
-
-def _is_allowed(qualified_name: str) -> bool:
-    module, _, name = qualified_name.partition(" ")
-    # Such as "torch FloatStorage", which names a dtype.
-    is_storage = module in ("torch", "torch.storage") and name.endswith("Storage")
-    return is_storage or qualified_name in _ALLOWED_CALLS
 
 
 def safe_errors(path: Path) -> ErrorTranslator:

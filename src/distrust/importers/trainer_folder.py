@@ -26,7 +26,8 @@ from distrust.importers import peft_adapter
 from distrust.importers.detect import ADAPTER_CONFIG, PEFT_WEIGHTS, TRAINER_STATE, is_trainer_folder
 from distrust.importers.imported import Imported
 from distrust.importers.peft_adapter import NAMES_SHOWN, TrainedWeights, refusal
-from distrust.importers.safe_load import read_json, read_torch, to_float32
+from distrust.importers.safe_load import read_json, to_float32
+from distrust.importers.torch_file import read_torch
 from distrust.training.imported import MAX_STEP
 
 FORMAT, ADAPTER_FORMAT = "transformers Trainer", "peft adapter"

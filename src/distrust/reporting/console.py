@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from distrust.reporting.display import clock, pluralize, printable
+from distrust.errors import printable
+from distrust.reporting.display import clock, pluralize
 from distrust.training.events import (
     CheckpointSaved,
     Evaluated,

@@ -5,17 +5,21 @@ Each optimizer step is logged once, also when a crash made the run repeat some o
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import secrets
 import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from distrust.atomic import atomic_file
+from distrust.checkpoint.files import open_regular_file
 from distrust.config import STEP_METRICS, TrainConfig, key
-from distrust.errors import DistrustError, DistrustWarning, ErrorTranslator, MissingDependency
+from distrust.errors import ConfigError, DistrustError, DistrustWarning, ErrorTranslator, MissingDependency
 from distrust.reporting.metrics import MetricsWriter
 from distrust.training.events import (
     CheckpointStarted,
@@ -31,6 +35,9 @@ from distrust.training.events import (
 FOLDER = "tensorboard"
 #: File with the run's identity at Weights & Biases, in the run's folder: a resumed run keeps it.
 RUN_ID = "wandb-run-id"
+#: What the dashboards write in the run's folder; wandb names its own folder.
+WRITTEN_NAMES = (FOLDER, RUN_ID, "wandb", ".wandb")
+_RUN_ID_SYNTAX = re.compile(rb"([A-Za-z0-9_-]{1,64})\n?")
 DEFAULT_PROJECT = "distrust"
 TRAINING = "train/"
 
@@ -160,14 +167,16 @@ class WandbWriter:
                 self._run.log(scalars_of(event), step=event.step)
 
     def _start(self, event: RunStarted) -> None:
-        self._run = self._wandb.init(
-            project=os.environ.get("WANDB_PROJECT", DEFAULT_PROJECT),
-            name=event.out.name,
-            id=_run_id(event.out),
-            resume="allow",  # a resumed run continues the same curves
-            dir=str(event.out),
-            config={key(name): value for name, value in asdict(self._config).items()},
-        )
+        identity = _run_id(event.out)
+        with _ignore_current_folder(self._wandb.Settings):
+            self._run = self._wandb.init(
+                project=os.environ.get("WANDB_PROJECT", DEFAULT_PROJECT),
+                name=event.out.name,
+                id=identity,
+                resume="allow",  # a resumed run continues the same curves
+                dir=str(event.out),
+                config={key(name): value for name, value in asdict(self._config).items()},
+            )
         self._next_step = self._run.starting_step  # the first that the server lacks
         for step in range(max(1, self._next_step), event.step + 1):
             values = {f"{TRAINING}{name}": column[step - 1] for name, column in event.history.items()}
@@ -175,15 +184,42 @@ class WandbWriter:
             self._next_step = step + 1
 
 
+@contextlib.contextmanager
+def _ignore_current_folder(settings: Any) -> Iterator[None]:
+    """Keep wandb, whose class of settings is given, away from the current folder, which may be a stranger's.
+
+    It would take the address of the server, to which it sends the user's key, from ``wandb/settings`` there,
+    and would call git, which runs programs that a repository names.
+    """
+    workspace, git = settings.settings_workspace, os.environ.get("WANDB_DISABLE_GIT")
+    settings.settings_workspace = property(lambda _: os.devnull)  # the path of that file
+    os.environ["WANDB_DISABLE_GIT"] = "true" if git is None else git  # the user may ask for it
+    try:
+        yield
+    finally:
+        settings.settings_workspace = workspace
+        if git is None:
+            del os.environ["WANDB_DISABLE_GIT"]
+
+
 def _run_id(out: Path) -> str:
+    """The run's identity; a new one if it has none."""
     file = out / RUN_ID
     try:
-        return file.read_text().strip()
+        with open_regular_file(file) as source:
+            match = _RUN_ID_SYNTAX.fullmatch(source.read(100))  # bounded: the file may be anybody's
     except FileNotFoundError:
         identity = secrets.token_hex(8)  # random: the seeded generators stay untouched
         with atomic_file(file, force=False) as target:
             target.write(f"{identity}\n".encode())
         return identity
+    except OSError as error:
+        reason = f"cannot be read: {error.strerror}"
+    else:
+        if match is not None:
+            return match[1].decode()
+        reason = "holds no identity of Weights & Biases"
+    raise ConfigError(f"{file}: {reason}; remove it to begin a new run there")
 
 
 def _require_library(name: str) -> ErrorTranslator:

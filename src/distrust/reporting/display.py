@@ -2,43 +2,19 @@
 
 Names and metadata come from files that anybody may have written. A terminal obeys control characters: they
 can hide lines, rename its window, reverse text or type for the user. So everything that is printed goes
-through :func:`printable`, and every name in a page or a figure through :func:`one_line`.
+through :func:`distrust.errors.printable`, and every name in a page or a figure through :func:`one_line`.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
 #: Characters of a source class's name in a figure, and in a table of a page.
 NAME_CHARACTERS, TABLE_NAME_CHARACTERS = 28, 120
-_NOT_ASCII = re.compile("[^ -~]")
 _EXACT_INTEGERS = 10**18  # larger ones are shortened to four digits
-
-
-def printable(text: str, *, lines: bool = False) -> str:
-    r"""Escape every invisible character the way JSON does, such as ``\u001b``.
-
-    Args:
-        text: from any source.
-        lines: whether to keep newlines.
-    """
-    if text.isprintable():  # almost all text is
-        return text
-    allowed = "\n" if lines else ""
-    return _NOT_ASCII.sub(lambda match: match[0] if match[0] in allowed else _escape(match[0]), text)
-
-
-def _escape(character: str) -> str:
-    import json
-    import unicodedata
-
-    if character.isprintable() or unicodedata.category(character) == "Zs":  # spaces of other scripts
-        return character
-    return json.dumps(character)[1:-1]
 
 
 def one_line(text: str, characters: int = 10**6) -> str:

@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 
 from distrust.atomic import atomic_file
 from distrust.errors import ConfigError, DistrustWarning, RunNotFound, WriteFailed
+from distrust.paths import refuse_links
 from distrust.reporting.display import NAME_CHARACTERS, one_line
 from distrust.reporting.panels import PANELS, Panel, require_panels
 from distrust.reporting.run_reader import RunData
 from distrust.reporting.series import XAxis, positions
-from distrust.reporting.style import SERIES, PlottedRun, compact, set_titles, style_context
+from distrust.reporting.style import SERIES, PlottedRun, compact, load_matplotlib, set_titles, style_context
 
 SUFFIXES = (".png", ".svg")
 #: Of a panel, in inches.
@@ -76,8 +77,7 @@ def _count_common(rows: Sequence[Sequence[str]]) -> int:
 def _colours(count: int) -> Sequence[Any]:
     if count <= len(SERIES):
         return SERIES[:count]  # distinguishable colours
-    import matplotlib as mpl
-
+    mpl = load_matplotlib()
     return [mpl.colors.to_hex(mpl.colormaps["viridis"](0.92 * i / (count - 1))) for i in range(count)]
 
 
@@ -99,27 +99,20 @@ def draw(
         ConfigError: a name is unknown.
         RunNotFound: there is nothing to draw.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    require_panels(panels)
-    drawable = {name: PANELS[name] for name in panels or PANELS if has_data(name, scene)}
-    for name in panels:
-        if name not in drawable:
-            warnings.warn(f"--panels {name}: the runs have no data for it", DistrustWarning, stacklevel=2)
-    if not drawable:
-        path = scene.runs[0].run.path
-        raise RunNotFound(f"{path}: nothing to draw: no step is known", path=path)
+    drawable = [PANELS[name] for name in select_panels(scene, panels)]
     if title is None:
         title = scene.runs[0].name if panel_titles and len(scene.runs) == 1 else ""
     columns = 1 if len(drawable) == 1 else 2 if len(drawable) in (2, 4) else 3
     rows = -(-len(drawable) // columns)
     with style_context():
+        from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
+
         # Constrained layout keeps legends and labels off the lines of other panels.
         layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1, rect=(0.006, 0.008, 0.988, 0.98))
         figure = Figure(figsize=(_WIDTH * columns, _HEIGHT * rows), layout=layout)
         cells = list(figure.subplots(rows, columns, squeeze=False).flat)
-        for panel, axes in zip(drawable.values(), cells, strict=False):
+        for panel, axes in zip(drawable, cells, strict=False):
             remark = _draw_panel(axes, panel, scene)
             set_titles(axes, panel.title if panel_titles else "", remark)
         for axes in cells[len(drawable) :]:  # empty cells of the last row
@@ -129,6 +122,19 @@ def draw(
         if len(scene.runs) > 1:
             _add_legend(figure, scene.runs, columns)
     return figure
+
+
+def select_panels(scene: PlottedRuns, panels: Sequence[str] = ()) -> list[str]:
+    """The names of those panels that have data; raises and warns as :func:`draw`."""
+    require_panels(panels)
+    drawable = [name for name in panels or PANELS if has_data(name, scene)]
+    for name in panels:
+        if name not in drawable:
+            warnings.warn(f"--panels {name}: the runs have no data for it", DistrustWarning, stacklevel=3)
+    if not drawable:
+        path = scene.runs[0].run.path
+        raise RunNotFound(f"{path}: nothing to draw: no step is known", path=path)
+    return drawable
 
 
 def _draw_panel(axes: Any, panel: Panel, scene: PlottedRuns) -> str:
@@ -177,22 +183,20 @@ def require_suffix(path: Path, suffixes: Sequence[str] = SUFFIXES) -> str:
 
 
 def default_target(run: Path, name: str) -> Path:
-    """The default output file: in the folder of the run.
-
-    Raises:
-        ConfigError: it is a symbolic link. Whoever made the folder must not choose which file is replaced.
-    """
+    """The default output file: in the folder of the run. Raises WriteFailed if it is a link."""
     target = run / name
-    if target.is_symlink():
-        raise ConfigError(f"{target}: is a link, which is only written through on request; give --out")
+    refuse_links(target)  # before anything slow; writing refuses it, too
     return target
 
 
-def write(path: Path, content: bytes) -> None:
-    """Write or replace a file atomically, and make its folder; on failure an existing file is unchanged."""
+def write(path: Path, content: bytes, *, follow_link: bool = False) -> None:
+    """Write or replace a file atomically, and make its folder; on failure an existing file is unchanged.
+
+    ``follow_link``: whether a link's target is written, because the user named the link.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise WriteFailed(f"{path}: not written: {error.strerror or error}", path=path) from error
-    with atomic_file(path, force=True) as file:  # replaces a file, never a folder
+    with atomic_file(path, force=True, follow_link=follow_link) as file:  # replaces a file, never a folder
         file.write(content)

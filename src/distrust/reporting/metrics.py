@@ -16,17 +16,25 @@ import json
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from distrust.atomic import atomic_file
+from distrust.checkpoint.files import open_regular_file, open_to_write
 from distrust.config import STEP_METRICS, TrainConfig, key
-from distrust.errors import ConfigError, DistrustWarning, WriteFailed
+from distrust.errors import ConfigError, DistrustWarning, WriteFailed, warn
 from distrust.reporting.display import to_json
 from distrust.training.events import CheckpointStarted, Evaluated, Event, RunEnded, RunStarted, StepEnded
 
 METRICS = "metrics.jsonl"
 PROVENANCE = "provenance.json"
+
+#: No run writes longer lines, and a file without a newline must not fill the memory. Also the limit of
+#: ``provenance.json``.
+MAX_LINE_BYTES = 1 << 20
+#: Bytes of lines that a repair skips; a crash leaves a few. A hole in a sparse file may have any size.
+MAX_SKIPPED_BYTES = 1 << 28
 
 #: The options that ``provenance.json`` holds, by field.
 WEIGHTING = ("weighting", "alpha", "lambda_", "max_ratio")
@@ -71,7 +79,7 @@ class MetricsWriter:
             with atomic_file(self._run.out / PROVENANCE, force=True) as file:
                 options = {key(name): getattr(self._config, name) for name in WEIGHTING}
                 file.write(_json({**self._run.distribution.as_json(), **options}, indent=1))
-            self._file = os.open(self._run.out / METRICS, os.O_WRONLY | os.O_APPEND)
+            self._file = open_to_write(self._run.out / METRICS, os.O_WRONLY | os.O_APPEND)
 
     def _repair(self, run: RunStarted) -> None:
         path = run.out / METRICS
@@ -79,7 +87,8 @@ class MetricsWriter:
         if run.resumed_from is not None and not path.exists():  # a branch starts with its origin's lines
             source = run.resumed_from.parent.parent / METRICS
         with atomic_file(path, force=True) as file:
-            for line in repair_lines(_read_lines(source), step=run.step, history=run.history):
+            lines = _read_lines(source)
+            for line in repair_lines(lines, step=run.step, history=run.history, where=str(source)):
                 file.write(line)
 
     def _write(self, values: Mapping[str, Any]) -> None:
@@ -126,7 +135,7 @@ class MetricsWriter:
 
 
 def repair_lines(
-    lines: Iterable[bytes], *, step: int, history: Mapping[str, Sequence[float]]
+    lines: Iterable[bytes], *, step: int, history: Mapping[str, Sequence[float]], where: str = METRICS
 ) -> Iterator[bytes]:
     """The lines of all steps up to a checkpoint: each step once, each evaluation once, in order.
 
@@ -134,7 +143,10 @@ def repair_lines(
         lines: of the file as a crash left it, with their newlines.
         step: of the checkpoint that the run resumes from; 0 keeps nothing.
         history: by metric, the value of each step up to this one.
+        where: the file. After ``MAX_SKIPPED_BYTES`` of lines that are not this run's, a warning names it, and
+            the rest is not read.
     """
+    skipped = 0  # bytes
     last_step, last_evaluation = 0, -1  # an evaluation may precede step 1
     pending: tuple[int, bytes] | None = None  # an evaluation whose step line is missing so far
 
@@ -142,14 +154,24 @@ def repair_lines(
         for missing in range(last_step + 1, until + 1):
             yield _json({"step": missing, **{name: history[name][missing - 1] for name in STEP_METRICS}})
 
-    for raw in lines:
+    for raw in lines if step else ():
+        skipped += len(raw)
+        if skipped > MAX_SKIPPED_BYTES:
+            warn(
+                f"{where}: more than {MAX_SKIPPED_BYTES:,} bytes of it are not lines of this run. The rest "
+                "is dropped: steps are restored from the checkpoint, evaluations are not"
+            )
+            break
         line = _parse_line(raw)
-        if line is None or not 0 <= line["step"] <= step or step == 0:
+        if line is not None and line["step"] > step == last_step:
+            break  # the rest of a log is of later steps
+        if line is None or not 0 <= line["step"] <= step:
             continue  # torn, of a step that is repeated, or not ours
         number = line["step"]
         if "eval_loss" in line:
             if number == last_step and number > last_evaluation:
                 last_evaluation = number
+                skipped -= len(raw)
                 yield raw
             elif number > last_step:
                 pending = number, raw
@@ -161,6 +183,7 @@ def repair_lines(
                 last_step = last_evaluation = number - 1
             yield from restore(number - 1)
             last_step, pending = number, None  # a skipped evaluation was damaged
+            skipped -= len(raw)
             yield raw
     yield from restore(step)  # steps whose lines were lost at the end
     if pending is not None and pending[0] == step > last_step:
@@ -172,8 +195,9 @@ def _matches(line: Mapping[str, Any], history: Mapping[str, Sequence[float]], st
 
 
 def _read_lines(path: Path) -> Iterator[bytes]:
-    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
-        yield from file
+    """The lines; pieces of a longer one than any run writes, which count as torn lines."""
+    with contextlib.suppress(FileNotFoundError), open_regular_file(path) as file:
+        yield from iter(partial(file.readline, MAX_LINE_BYTES), b"")
 
 
 def _parse_line(raw: bytes) -> dict[str, Any] | None:

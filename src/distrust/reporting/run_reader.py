@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import stat
 import warnings
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distrust.checkpoint import CheckpointFile, CheckpointManager, Scan, catalog
+from distrust.checkpoint.files import open_regular_file
 from distrust.config import key
 from distrust.data.distribution import ClassSummary, Distribution, Extreme, Quartiles
 from distrust.errors import (
@@ -36,15 +36,17 @@ from distrust.errors import (
     RunNotFound,
 )
 from distrust.reporting import json_fields
-from distrust.reporting.metrics import METRICS, PROVENANCE, STEP_FIELDS, WEIGHTING
+from distrust.reporting.metrics import MAX_LINE_BYTES, METRICS, PROVENANCE, STEP_FIELDS, WEIGHTING
 
 #: The columns of the steps, all float64 here.
 COLUMNS = STEP_FIELDS[1:]
 _STEP_KEYS = {"step", *COLUMNS}
 #: Prefix of an evaluation's metrics. A slash and a source class may follow the metric.
 EVALUATION = "eval_"
-#: No run writes longer lines, and a file without a newline must not fill the memory.
-_MAX_BYTES = 1 << 24
+#: The largest log that is read: of 25 million steps.
+MAX_LOG_BYTES = 1 << 33
+#: The most steps, and values of evaluations, that are read: they take more space in memory than in a file.
+MAX_STEPS, MAX_EVALUATED = 1 << 25, 1 << 24
 
 Values = NDArray[np.float64]
 
@@ -132,7 +134,13 @@ def read_run(folder: Path) -> RunData:
 
 def _read_metrics(path: Path) -> tuple[Steps, list[Evaluation]] | None:
     with _open(path) as file:
-        return None if file is None else _parse_metrics(path, iter(partial(file.readline, _MAX_BYTES), b""))
+        if file is None:
+            return None
+        size = os.fstat(file.fileno()).st_size
+        if size > MAX_LOG_BYTES:  # perhaps a hole in a sparse file
+            error = ValueError(f"{size:,} bytes, more than {MAX_LOG_BYTES:,}")
+            raise json_fields.field_error(str(path), error)
+        return _parse_metrics(path, iter(partial(file.readline, MAX_LINE_BYTES), b""))
 
 
 @contextlib.contextmanager
@@ -140,14 +148,11 @@ def _open(path: Path) -> Iterator[BinaryIO | None]:
     """Open a regular file; None if it is missing."""
     with ErrorTranslator((OSError,), lambda error: DataError(f"{path}: cannot be read: {error.strerror}")):
         try:
-            # O_NONBLOCK: opening a named pipe would wait for a writer.
-            file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+            file = open_regular_file(path)
         except FileNotFoundError:
             yield None
             return
         with file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise DataError(f"{path}: is not a file; move it away")
             yield file
 
 
@@ -155,12 +160,12 @@ def _parse_metrics(path: Path, lines: Iterator[bytes]) -> tuple[Steps, list[Eval
     numbers: array[int] = array("q")  # compact
     values: array[float] = array("d")  # row by row: there may be millions
     evaluations: list[Evaluation] = []
-    count = 0
+    count = evaluated = 0
     try:
         for count, line in enumerate(lines, 1):  # noqa: B007 - for the message
             if not line.endswith(b"\n"):
-                if len(line) == _MAX_BYTES:
-                    raise ValueError(f"more than {_MAX_BYTES:,} bytes")
+                if len(line) == MAX_LINE_BYTES:
+                    raise ValueError(f"more than {MAX_LINE_BYTES:,} bytes")
                 break  # torn: the run is writing it, or was killed while it did
             if line.isspace():
                 continue  # an editor may add empty lines
@@ -170,12 +175,15 @@ def _parse_metrics(path: Path, lines: Iterator[bytes]) -> tuple[Steps, list[Eval
             names = [] if record.keys() <= _STEP_KEYS else [n for n in record if n.startswith(EVALUATION)]
             if names:
                 metrics = {name: json_fields.number(record, name) for name in names}
+                evaluated += len(metrics)
                 _require_order(step, evaluations[-1].step if evaluations else -1)
                 evaluations.append(Evaluation(step, metrics))
             else:
                 _require_order(step, numbers[-1] if numbers else -1)
                 numbers.append(step)
                 values.extend(_row(record))
+            if len(numbers) > MAX_STEPS or evaluated > MAX_EVALUATED:
+                raise ValueError(f"more than {MAX_STEPS:,} steps, or {MAX_EVALUATED:,} values of evaluations")
     except json_fields.FIELD_ERRORS as error:
         raise json_fields.field_error(f"{path}:{count}", error) from None
     rows = np.array(values).reshape(-1, len(COLUMNS))  # one copy
@@ -238,8 +246,10 @@ def _read_provenance(path: Path) -> Provenance | None:
     with _open(path) as file:
         if file is None:
             return None
-        text = file.read(_MAX_BYTES)  # bounded
+        text = file.read(MAX_LINE_BYTES + 1)
     try:
+        if len(text) > MAX_LINE_BYTES:
+            raise ValueError(f"more than {MAX_LINE_BYTES:,} bytes")
         record = json_fields.parse_object(text)
         options = {name: json_fields.scalar(record, name) for name in map(key, WEIGHTING)}
         return Provenance(options, _distribution(record))

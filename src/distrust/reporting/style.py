@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import os
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from distrust.errors import ConfigError, ErrorTranslator
 from distrust.reporting.run_reader import RunData, Values
 from distrust.reporting.series import LARGEST, default_window, smooth, thin
 
@@ -20,6 +24,8 @@ PRIMARY, COORDINATED = "#0072b2", "#d55e00"
 #: Okabe and Ito's colour-blind safe palette, without its yellow, which is invisible on white.
 SERIES = (PRIMARY, COORDINATED, "#009e73", "#cc79a7", "#e69f00", "#56b4e9", INK)
 DASHED = (0, (4, 2))
+#: Held while matplotlib is imported: of two threads, one would restore what the other has replaced.
+_loading = threading.Lock()
 _SETTINGS = {
     "axes.axisbelow": True,
     "axes.edgecolor": QUIET,
@@ -71,14 +77,54 @@ class PlottedRun:
         return smooth(values, self.smooth or default_window(len(values)))
 
 
+def load_matplotlib() -> Any:
+    """Import matplotlib, but never with the settings of the current folder, which may be a stranger's.
+
+    The import obeys a ``matplotlibrc`` there before the user's own one. It looks for it with
+    ``os.path.exists``, which says for its duration that there is none.
+
+    Raises:
+        ConfigError: the user's own settings are invalid.
+    """
+    with _loading:
+        return _import_matplotlib()
+
+
+@functools.cache  # not of an error
+def _import_matplotlib() -> Any:
+    exists = os.path.exists
+    os.path.exists = lambda path: path != "matplotlibrc" and exists(path)
+    try:
+        with ErrorTranslator((ValueError, OSError, RuntimeError), _settings_error):
+            import matplotlib
+    finally:
+        os.path.exists = exists
+    return matplotlib
+
+
+def _settings_error(error: Exception) -> ConfigError:
+    reason = " ".join(str(error).split())
+    return ConfigError(
+        f"matplotlib cannot be loaded: {reason}; check your settings of it: MPLBACKEND, MATPLOTLIBRC, and "
+        "matplotlibrc in its configuration folder"
+    )
+
+
 @contextlib.contextmanager
 def style_context() -> Iterator[None]:
-    """Apply the style. Names may have characters that no font here has: they become boxes, silently."""
-    import matplotlib as mpl
+    """Apply the style over matplotlib's defaults: a figure depends on no settings of a user or a folder.
 
-    with mpl.rc_context(_SETTINGS), warnings.catch_warnings():
+    The caller's settings are restored. Names may have characters that no font here has: they become boxes,
+    silently.
+    """
+    mpl = load_matplotlib()
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
-        yield
+        warnings.filterwarnings("ignore", category=mpl.MatplotlibDeprecationWarning)  # of default settings
+        # Not the backend: setting it would load one, and none draws here.
+        defaults = {name: value for name, value in mpl.rcParamsDefault.items() if name != "backend"}
+        with mpl.rc_context({**defaults, **_SETTINGS}):
+            yield
 
 
 def compact(value: float, _: object = None) -> str:

@@ -41,10 +41,10 @@ def plot_weights(
         weigh: (w, H) -> u, for the lines of equal weight.
         form: ``png`` or ``svg``.
     """
-    from matplotlib.figure import Figure
-
     coloured = [(distribution, PRIMARY)]
     with style_context():
+        from matplotlib.figure import Figure
+
         figure = Figure(figsize=(15, 4.8), layout="constrained")
         panels = figure.subplots(1, 3, width_ratios=(1.25, 1, 1.1))
         remarks = (

@@ -147,21 +147,24 @@ def _open(config: TrainConfig, names: tuple[str, ...], split: str, cache: Cache)
             subset=config.subset,
             revision=config.revision,
             temp_folder=cache.folder,  # for sources that can be read only once
+            max_record_bytes=config.max_record_bytes,
         )
         for name in names
     )
 
 
 def _open_examples(config: TrainConfig, rows: Examples, name: str, cache: Cache) -> tuple[Source, ...]:
-    return (examples_source(rows, columns_of(config), name=name, temp_folder=cache.folder),)
+    limit = config.max_record_bytes
+    columns = columns_of(config)
+    return (examples_source(rows, columns, name=name, temp_folder=cache.folder, max_record_bytes=limit),)
 
 
 def _check(reader: RecordReader, cache: Cache, report: ReportProgress) -> CheckedData:
-    stats = cache.stats(reader.key)
+    stats = cache.stats(reader.checked_key)
     if stats is None:  # not yet checked, or changed since
         task = f"checking {reader.name}"
         stats = check_records(reader, on_progress=lambda count: report(task, count, 0))
-        cache.store_stats(reader.key, stats)  # the next run need not check again
+        cache.store_stats(reader.checked_key, stats)  # the next run need not check again
     return CheckedData(reader, stats, cache, report)
 
 

@@ -103,13 +103,14 @@ def warn_imported(checkpoint: Checkpoint, record: RunRecord, *, where: Path) -> 
     has_history = any(np.isfinite(values).any() for values in checkpoint.history.values())
     restored = {"weights": True, "optimizer": has_moments(checkpoint.optimizer), "history": has_history}
     sections = [name for name, is_restored in restored.items() if is_restored]
-    warn(
+    summary = (
         f"{where} is imported ({program}): {_join_words(sections)} are those of its step {step}. "
         f"From step {step + 1} on, data, weighting, learning rate and random numbers are this run's, as if "
         "it had made the steps before. The base model, data and schedule of those steps are not known"
-        + "".join(f"\n  dropped: {line}" for line in record.dropped)
-        + (f"\n  not recorded, so taken from this run: {', '.join(record.assumed)}" if record.assumed else "")
     )
+    assumed = f"  not recorded, so taken from this run: {', '.join(record.assumed)}"
+    dropped = [f"  dropped: {line}" for line in record.dropped]
+    warn([summary, *dropped, *([assumed] if record.assumed else [])])
 
 
 def _join_words(words: list[str]) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from distrust.checkpoint import Checkpoint, CheckpointManager
 from distrust.errors import CorruptCheckpoint, NonFiniteLoss, OutOfMemory, warn
@@ -39,6 +40,7 @@ class TrainingLoop:
 
     def __post_init__(self) -> None:
         self._config = self.data.config
+        self._model_is_folder = Path(self._config.model).is_dir()
         self._memory = MemoryGuard(self._config, self.engines.current)
         self._steps = StepRunner(engines=self.engines, data=self.data, saver=self.saver, memory=self._memory)
 
@@ -194,6 +196,7 @@ class TrainingLoop:
             elapsed_seconds=progress.elapsed_seconds,
             evaluations=asdict(progress.evaluations),  # a resume stops early at the same step
             continues=progress.continues,
+            model_is_folder=self._model_is_folder,
         )
         return Checkpoint(
             step=progress.step,

@@ -3,7 +3,8 @@
 SIGTERM, SIGHUP (a closed terminal), SIGUSR1 and the first Ctrl-C only set a flag. The loop checks it after
 each step; preparation checks it between its parts. The handler never raises for them: imports and loading run
 native code, and an exception through such code may end the process. A second Ctrl-C raises KeyboardInterrupt
-at once; that damages no checkpoint.
+at once; that damages no checkpoint. If a part of the preparation does not end, ``cli/watchdog.py`` ends the
+command.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
+from distrust.activity import STOPPING, current
 from distrust.errors import RunInProgress
 from distrust.training.events import Reason
 
-STOPPING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT)
 WAKING_SECONDS = 0.5
 
 Result = TypeVar("Result")
@@ -74,6 +75,7 @@ class StopRequest:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
+        current.has_steps_to_lose = False
         if threading.current_thread() is threading.main_thread():
             # A signal that the process ignores (Ctrl-C of a background job) stays ignored.
             handled = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
@@ -107,7 +109,9 @@ class StopRequest:
             # os.write, not a stream: the signal may interrupt a write to that stream. It fails if Ctrl-C also
             # ended the `tee` that reads stderr; an error raised here would end the run unsaved.
             with contextlib.suppress(OSError):
-                os.write(2, b"\nstopping after this step; press Ctrl-C again to exit at once\n")
+                is_before = not current.has_steps_to_lose
+                when = b"before the first step: nothing is lost" if is_before else b"after this step"
+                os.write(2, b"\nstopping %b; press Ctrl-C again to exit at once\n" % when)
         self.signal = self.signal or number
 
 

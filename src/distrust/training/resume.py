@@ -102,12 +102,12 @@ def _environment_differences(
 
 
 def _refusal(out: Path, differences: list[str]) -> ResumeRefused:
-    lines = "".join(f"\n  {line}" for line in differences)
-    return ResumeRefused(
-        f"{out}: cannot resume the run in that folder:{lines}\n"
+    lines = [
+        f"{out}: cannot resume the run in that folder:",
+        *(f"  {line}" for line in differences),
         "give the options of that run, or another --out",
-        differences,
-    )
+    ]
+    return ResumeRefused(lines, differences)
 
 
 def _format(value: Any) -> str:

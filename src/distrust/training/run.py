@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
+from distrust.activity import current
 from distrust.checkpoint import CheckpointFile, CheckpointManager
 from distrust.config import TrainConfig
 from distrust.errors import CheckpointError, ResumeRefused, warn
@@ -70,6 +71,7 @@ class Run:
             files = self.manager.scan().files  # by step; intact ones only
             return self._end_untrained(files[-1] if files else None, None, already_finished=False)
         already_finished = loop.stop_reason() is not None
+        current.has_steps_to_lose = True
         reason = loop.run()
         durable = self._saver.last_durable
         file = None if durable is None else self.manager.inspect(durable[0])

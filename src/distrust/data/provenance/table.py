@@ -7,15 +7,14 @@ ranks no source, person or institution: ranks come from the user.
 from __future__ import annotations
 
 import math
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from distrust.bundled import PROVENANCE_TABLE
-from distrust.errors import ConfigError, read_failure_reason, shorten
-from distrust.options import in_range, suggest_name
+from distrust.errors import ConfigError, shorten
+from distrust.options import in_range, read_toml, suggest_name
 from distrust.provenance import Coefficients
 
 _IS_AN_ERROR = "error"  # under [missing]: no value replaces a missing one
@@ -49,12 +48,12 @@ def load_table(path: Path | None = None) -> Table:
     Raises:
         ConfigError: the file cannot be read, or has unknown keys or wrong values: a line for each.
     """
-    sections = _read(PROVENANCE_TABLE)
+    sections = read_toml(PROVENANCE_TABLE, "--table")
     if path is not None:
-        user_sections = _read(path)
+        user_sections = read_toml(path, "--table")
         problems = [f"{path}: {problem}" for problem in _problems(user_sections, sections)]
         if problems:
-            raise ConfigError("\n".join(problems))
+            raise ConfigError(problems)
         sections = {name: {**keys, **user_sections.get(name, {})} for name, keys in sections.items()}
     return Table(
         name="the table" if path is None else str(path),
@@ -66,16 +65,6 @@ def load_table(path: Path | None = None) -> Table:
         ranks={name: float(rank) for name, rank in sections["ranks"].items()},
         editable=tuple(sections["evidence"]["editable"]),
     )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
-            return tomllib.load(file)
-    except OSError as error:
-        raise ConfigError(f"--table {path}: {read_failure_reason(error)}") from None
-    except (ValueError, RecursionError) as error:  # TOML, UTF-8, a number of thousands of digits
-        raise ConfigError(f"--table {path}: not valid TOML: {error}") from None
 
 
 def _problems(sections: Mapping[str, Any], known: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -18,7 +18,8 @@ from typing import Any, BinaryIO, cast
 from distrust.atomic import atomic_file
 from distrust.data.columns import Columns, Fields, WholeRow
 from distrust.data.fields import quote_value
-from distrust.data.formats import BATCH_ROWS, first_line, import_pyarrow, next_token
+from distrust.data.formats import first_line, next_token
+from distrust.data.parquet import BATCH_ROWS, import_pyarrow, open_table, read_batches
 from distrust.data.provenance.score import ScoredRecords
 from distrust.data.reading import REPORT_EVERY
 from distrust.data.record_errors import RecordError
@@ -65,7 +66,7 @@ def write_scored(
     """
     parts = [part for source in sources for part in source.parts]
     pairs = _pairs(scored, on_progress)
-    with atomic_file(target, force=force) as file:
+    with atomic_file(target, force=force, follow_link=True) as file:  # the user named it
         if target.name.lower().endswith(".parquet"):
             _write_table(file, parts, pairs, columns)
         elif target.name.lower().endswith(".gz"):
@@ -190,14 +191,28 @@ def _schema(part: Part) -> Any:
     pyarrow = import_pyarrow()
     if part.parquet is not None:
         with part.parquet() as file:
-            return pyarrow.parquet.ParquetFile(file).schema_arrow
+            return open_table(file, part.max_record_bytes).schema_arrow
     schema = pyarrow.schema([])
     rows = (row for _, row in part.rows() if not isinstance(row, RecordError))
-    while batch := list(islice(rows, BATCH_ROWS)):
+    for batch in _batches(rows):
         names = dict.fromkeys(name for row in batch for name in row)  # a set would lose the order
         fields = [(name, _infer_type(name, [row.get(name) for row in batch])) for name in names]
         schema = pyarrow.unify_schemas([schema, pyarrow.schema(fields)], promote_options="permissive")
     return schema
+
+
+def _batches(rows: Iterator[Fields]) -> Iterator[list[Fields]]:
+    """The rows in lists of at most ``BATCH_ROWS``, and few of them if they are long."""
+    batch: list[Fields] = []
+    characters = 0
+    for row in rows:
+        batch.append(row)
+        characters += sum(len(value) for value in row.values() if isinstance(value, str | list))
+        if len(batch) >= BATCH_ROWS or characters >= _GROUP_BYTES:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
 def _infer_type(name: str, values: list[Any]) -> Any:
@@ -217,12 +232,13 @@ def _tables(parts: Sequence[Part], schema: Any, pairs: Pairs, targets: Mapping[s
                 {**row, **{name: pair[index] for name, index in targets.items()}}
                 for _, row, pair in _rows(part, pairs)
             )
-            while batch := list(islice(rows, BATCH_ROWS)):
+            for batch in _batches(rows):
                 yield pyarrow.Table.from_pylist(batch, schema=schema)
             continue
         with part.parquet() as file:  # column by column: keeps types that Python does not have
-            table = pyarrow.parquet.ParquetFile(file, pre_buffer=False)
-            for batch in table.iter_batches(BATCH_ROWS, use_threads=False):
+            limit = part.max_record_bytes
+            names = open_table(file, limit).schema_arrow.names
+            for batch in read_batches(file, names, limit, dictionaries=False):
                 yield _set_columns(batch, list(islice(pairs, len(batch))), schema, targets)
 
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model as mlx_lm_load_model
+from safetensors import SafetensorError, safe_open
 
 from distrust.config import Dtype, Quantization
-from distrust.engines.loading import load_error, locate
+from distrust.engines import model_folder
+from distrust.engines.loading import load_error, locate_to_load
 from distrust.engines.state_conversion import dtype_name
 from distrust.errors import ConfigError, ModelError
 
@@ -22,16 +25,25 @@ GROUP_SIZES = (64, 32)
 #: Files that mlx-lm loads a model from.
 FILES = ("*.json", "model*.safetensors")
 
+_LOAD_ERRORS = (
+    *(OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, AttributeError, SafetensorError),
+)
+
 
 def load_model(name: str, *, dtype: Dtype) -> tuple[Any, dict[str, Any]]:
     """Load a language model of mlx-lm, in evaluation mode, and its config."""
     try:
         folder = _model_folder(name)
+        model_folder.require_safe(name, folder)
+        _require_valid_headers(folder)
         overrides = rope_settings(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-        model, config = mlx_lm_load_model(folder, lazy=True, trust_remote_code=False, model_config=overrides)
+        with _BuildLimit(name, lambda: folder):
+            model, config = mlx_lm_load_model(
+                folder, lazy=True, trust_remote_code=False, model_config=overrides
+            )
         model.set_dtype(getattr(mx, dtype))
         mx.eval(model.parameters())  # reads the files
-    except (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, AttributeError) as error:
+    except _LOAD_ERRORS as error:
         raise load_error(name, error) from error
     if not hasattr(model, "layers"):
         raise ModelError(f"--model {name}: mlx-lm's {type(model).__module__} has no list of layers to adapt")
@@ -99,9 +111,45 @@ def named_weights(model: Any) -> Iterator[tuple[str, str, tuple[int, ...], Any]]
         yield name, dtype_name(array), tuple(array.shape), memoryview(host)
 
 
+class _BuildLimit(model_folder.BuildLimit):
+    """Context manager that applies the limit to all modules of mlx that are created in its block.
+
+    It counts no weights: mlx computes none before they are used, and refuses files that lack one.
+    """
+
+    _lock = threading.Lock()
+    _active: ClassVar[list[_BuildLimit]] = []  # of all threads, which share one replaced method
+    _initialize: ClassVar[Any]
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._active:
+                _BuildLimit._initialize = nn.Module.__init__
+                nn.Module.__init__ = _BuildLimit._initialize_and_count
+            self._active.append(self)
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._active.remove(self)
+            if not self._active:
+                nn.Module.__init__ = _BuildLimit._initialize
+
+    @staticmethod
+    def _initialize_and_count(module: Any) -> None:
+        for limit in tuple(_BuildLimit._active):
+            limit.count()
+        _BuildLimit._initialize(module)
+
+
+def _require_valid_headers(folder: Path) -> None:
+    for path in folder.glob("model*.safetensors"):  # what mlx-lm loads
+        with safe_open(path, framework="np"):  # checks the header, which mlx trusts
+            pass
+
+
 def _model_folder(name: str) -> Path:
     """The local folder of a model; downloads what mlx-lm loads of a model on the hub."""
-    source, local = locate(name)
+    source, local = locate_to_load(name)
     if local:
         return Path(source)
     from huggingface_hub import snapshot_download

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from distrust.config import Quantization
-from distrust.engines.loading import load_error, load_pretrained, locate
+from distrust.engines.loading import cached_folder, load_error, load_pretrained, locate_to_load
+from distrust.engines.model_folder import BuildLimit
 from distrust.engines.state_conversion import dtype_name
 from distrust.engines.torch import quantization
 from distrust.errors import ConfigError, ModelError
-
-#: Bound on a config's claim; the modules of a million layers take minutes to create.
-MAX_LAYERS = 10_000
 
 
 def load_model(
@@ -37,9 +36,10 @@ def load_model(
     options = quantization.loading_options(quantized, dtype=dtype, device=device)
     from transformers import AutoModelForCausalLM
 
-    model, loading_info = load_pretrained(
-        AutoModelForCausalLM, name, dtype=dtype, output_loading_info=True, **options
-    )
+    with _BuildLimit(name, partial(cached_folder, name)):
+        model, loading_info = load_pretrained(
+            AutoModelForCausalLM, name, dtype=dtype, output_loading_info=True, **options
+        )
     if missing := sorted(loading_info["missing_keys"]):  # transformers has filled them with random values
         suffix = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ModelError(
@@ -58,14 +58,33 @@ def meta_model(name: str) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
 
     config = load_config(name)
-    layers = getattr(config, "num_hidden_layers", None)
-    if type(layers) is int and layers > MAX_LAYERS:
-        raise ModelError(f"--model {name}: cannot be loaded: its config says {layers} layers")
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _BuildLimit(name, None):
             return AutoModelForCausalLM.from_config(config).eval()  # type: ignore[no-any-return]
+    except ModelError:
+        raise
     except Exception as error:  # an invalid config can raise anything
         raise load_error(name, error) from error
+
+
+class _BuildLimit(BuildLimit):
+    """Context manager that applies the limit to all modules of torch that are created in its block."""
+
+    def __enter__(self) -> None:
+        hooks = torch.nn.modules.module
+        self._handles = (
+            hooks.register_module_module_registration_hook(self._count_part),
+            hooks.register_module_parameter_registration_hook(self._count_part),
+            hooks.register_module_buffer_registration_hook(self._count_part),
+        )
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _count_part(self, _module: torch.nn.Module, _name: str, part: Any) -> None:
+        # On this device it takes no memory yet.
+        self.count(part.numel() if isinstance(part, torch.Tensor) and part.is_meta else 0)
 
 
 def load_config(name: str) -> Any:
@@ -112,7 +131,7 @@ def _weight_files(name: str) -> list[Path]:
     from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
     from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-    source, local = locate(name)
+    source, local = locate_to_load(name)
     options: dict[str, Any] = {"local_files_only": local, "_raise_exceptions_for_missing_entries": False}
     single = cached_file(source, SAFE_WEIGHTS_NAME, **options)
     if single is not None:

@@ -1,0 +1,20 @@
+"""What this process is doing, for messages about it when it takes long or is ended.
+
+Another thread reads this while the one that works may be inside native code, so it is written beforehand: for
+each record, which takes an assignment.
+"""
+
+from __future__ import annotations
+
+import signal
+
+#: The signals that ask a run to stop, and a command to end.
+STOPPING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT)
+
+
+class _Activity:
+    location: object = None  #: the record or file that is being read or tokenized; str() names it
+    has_steps_to_lose = False  #: whether a run makes steps: ending the process loses those that are not saved
+
+
+current = _Activity()
