@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
@@ -55,25 +54,18 @@ sys.exit(main(["train", "--data", data, "--out", out, *options]))
 
 
 @pytest.fixture
-def start(tmp_path):
+def start(tmp_path, start_python):
     """Starts a run of the toy, whose model or steps are of some kind."""
     data = tmp_path / "data.jsonl"
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     provenance = {"authority_weight": 0.5, "provenance_entropy": 1.0}
-    processes = []
 
     def start(kind: str) -> subprocess.Popen[str]:
         content = {"messages": turns} if kind == "template" else {"text": "a b a"}
         data.write_text(f"{json.dumps({**provenance, **content})}\n" * 3)
-        command = [sys.executable, "-c", COMMAND, kind, data, tmp_path / "run"]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        processes.append(process)
-        return process
+        return start_python(COMMAND, kind, data, tmp_path / "run")
 
-    yield start
-    for process in processes:
-        process.kill()
-        process.communicate()
+    return start
 
 
 @pytest.mark.parametrize(

@@ -32,13 +32,15 @@ _NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)  # NAME or OWNER/NAME; a
 _STATE = "state.json"  # of a dataset that save_to_disk wrote
 _MAX_STATE_BYTES = 1 << 26  # a longer one is cut, and so not valid JSON
 #: Suffixes of files that are not data of a known format: weights, archives, documents.
-_OTHER_FILES = frozenset(
-    (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npz", ".arrow", ".zip", ".gz", ".tar", ".zst")
-) | {".txt", ".md", ".xlsx"}
+_OTHER_FILES = {
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npz",
+    ".arrow", ".zip", ".gz", ".tar", ".zst", ".txt", ".md", ".xlsx",
+}  # fmt: skip
 #: Usual names of folders: a path that begins with one is a path also where that folder is missing.
-_FOLDERS = frozenset(
-    ("adapters", "checkpoints", "data", "dataset", "datasets", "exports", "model", "models", "out", "output")
-) | {"outputs", "runs", "weights"}
+_FOLDERS = {
+    "adapters", "checkpoints", "data", "dataset", "datasets", "exports",
+    "model", "models", "out", "output", "outputs", "runs", "weights",
+}  # fmt: skip
 
 
 def is_name(name: str) -> bool:
@@ -100,7 +102,7 @@ def saved_split(folder: Path, split: str) -> Path | None:
 
 def load_saved(folder: Path) -> Any:
     """Load one split that ``save_to_disk`` wrote as a ``datasets.Dataset``."""
-    require_regular_files(folder, DataError)
+    require_regular_files(folder)
     with _library_errors(lambda: f"{folder}: cannot be loaded"):
         names = _files_of_state(folder)
     for name in names:

@@ -26,8 +26,8 @@ WEIGHTS_INDEX = "model.safetensors.index.json"
 _WEIGHTS_FILE = "a .safetensors file in the folder"
 #: Files of an adapter; transformers applies one that it finds beside a model.
 _ADAPTER_FILES = (
-    *("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors"),
-)
+    "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors",
+)  # fmt: skip
 #: The files of a model on the hub that decide what else is read; it need not have the second kind.
 CONFIG = "config.json"
 OPTIONAL_CHECKED_FILES = ("adapter_config.json", WEIGHTS_INDEX)
@@ -67,7 +67,7 @@ def require_safe(name: str, folder: Path) -> None:
     for path in sorted(folder.iterdir()):
         if path.suffix in _PARSED_SUFFIXES and path.is_file() and path.stat().st_size > MAX_FILE_BYTES:
             raise _refusal(name, f"{path.name} is larger than any model's")
-    _require_plausible(name, _read_json(name, folder / "config.json", max_bytes=MAX_CONFIG_BYTES))
+    _require_plausible(name, _read_json(name, folder / CONFIG, max_bytes=MAX_CONFIG_BYTES))
 
 
 def require_local_weights(name: str, folder: Path) -> None:

@@ -26,15 +26,14 @@ GROUP_SIZES = (64, 32)
 FILES = ("*.json", "model*.safetensors")
 
 _LOAD_ERRORS = (
-    *(OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, AttributeError, SafetensorError),
-)
+    OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, AttributeError, SafetensorError,
+)  # fmt: skip
 
 
 def load_model(name: str, *, dtype: Dtype) -> tuple[Any, dict[str, Any]]:
     """Load a language model of mlx-lm, in evaluation mode, and its config."""
     try:
         folder = _model_folder(name)
-        model_folder.require_safe(name, folder)
         _require_valid_headers(folder)
         overrides = rope_settings(json.loads((folder / "config.json").read_text(encoding="utf-8")))
         with _BuildLimit(name, lambda: folder):
@@ -148,10 +147,12 @@ def _require_valid_headers(folder: Path) -> None:
 
 
 def _model_folder(name: str) -> Path:
-    """The local folder of a model; downloads what mlx-lm loads of a model on the hub."""
+    """The local folder of a model, checked; downloads what mlx-lm loads of a model on the hub."""
     source, local = locate_to_load(name)
     if local:
         return Path(source)
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(source, allow_patterns=list(FILES)))
+    folder = Path(snapshot_download(source, allow_patterns=list(FILES)))
+    model_folder.require_safe(name, folder)
+    return folder
