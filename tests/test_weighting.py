@@ -180,6 +180,8 @@ def test_weights_without_a_mean_are_refused():
         normalize([1.0, 2.0], tokens=[0, 0])
     with pytest.raises(DataError, match="weight of example 1 is not a positive"):
         normalize([1.0, 0.0], tokens=[1, 1])
+    with pytest.raises(DataError, match="b:2: its sum of token weights is not positive and finite: inf"):
+        normalize([1.0, 1.0], tokens=[1, 1], token_weights=[1, math.inf], locations=["a:1", "b:2"])
     with pytest.raises(DataError, match="number of tokens of example 0"):
         normalize([1.0], tokens=[-1])
     with pytest.raises(DataError, match="one per example"):

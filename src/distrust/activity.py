@@ -7,6 +7,7 @@ each record, which takes an assignment.
 from __future__ import annotations
 
 import signal
+import sys
 
 #: The signals that ask a run to stop, and a command to end.
 STOPPING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT)
@@ -18,3 +19,9 @@ class _Activity:
 
 
 current = _Activity()
+
+
+def in_notebook() -> bool:
+    """Whether this process is the kernel of a notebook; IPython in a terminal is none."""
+    ipython = sys.modules.get("IPython")  # a kernel has imported it
+    return ipython is not None and hasattr(ipython.get_ipython(), "kernel")

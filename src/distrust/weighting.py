@@ -103,12 +103,22 @@ def example_weights(
     return np.minimum(u, max_ratio * u.min()) if max_ratio is not None and u.size else u
 
 
-def normalize(weights: ArrayLike, *, tokens: ArrayLike) -> NDArray[np.float64]:
+def normalize(
+    weights: ArrayLike,
+    *,
+    tokens: ArrayLike,
+    token_weights: ArrayLike | None = None,
+    locations: Sequence[object] | None = None,
+) -> NDArray[np.float64]:
     """Divides the weights by their mean over the trained tokens, Σ(tokens·u) / Σ tokens.
+
+    If tokens have weights of their own, it is their product with u whose mean becomes 1.
 
     Args:
         weights: u, shape [n], positive.
         tokens: how many tokens of each example are trained, after truncation and repetition; shape [n].
+        token_weights: the sum of the weights of these tokens; shape [n]. Default: all weigh 1.
+        locations: the location of each example, for messages.
 
     Returns:
         float64[n]. Equal weights give exactly 1.0, so that weighting without effect changes no bit.
@@ -122,10 +132,13 @@ def normalize(weights: ArrayLike, *, tokens: ArrayLike) -> NDArray[np.float64]:
     total = math.fsum(n)
     if total == 0:
         raise DataError("the weights have no mean: no example has a token to train on")
-    if (u == u[0]).all():  # the mean may be rounded
+    sums = n if token_weights is None else _pair(u, token_weights, "weights", "token weights")[1]
+    valid = np.isfinite(sums) & ((sums > 0) | (n == 0))
+    _require(valid, sums, "sum of token weights", "is not positive and finite", locations)
+    if (u == u[0]).all() and (sums == n).all():  # the mean may be rounded
         return np.ones_like(u)
     u /= u.max()  # neither the sum nor a product can overflow
-    return u / (math.fsum(u * n) / total)
+    return u / (math.fsum(u * sums) / total)
 
 
 def effective_sample_size(weights: ArrayLike) -> float:

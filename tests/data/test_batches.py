@@ -199,3 +199,45 @@ def test_the_first_step_and_the_first_batch():
         batches.step(0)
     with pytest.raises(ValueError, match="needs at least one example"):
         next(evaluation_batches(corpus, batch_size=0, pad_token_id=PAD))
+
+
+@settings(max_examples=30)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.integers(1, 4), st.data())
+def test_sequences_of_an_example_are_in_one_step_and_no_batch_is_larger(counts, batch_size, data):
+    """Examples of several sequences of three tokens each, with weights of their own for tokens."""
+    n, total = len(counts), 3 * sum(counts)
+    token_weights = np.array(
+        data.draw(st.lists(st.floats(0.5, 2), min_size=total, max_size=total)), np.float32
+    )
+    corpus = Corpus(
+        input_ids=np.arange(1, total + 1, dtype=np.int32),
+        loss_mask=np.tile([False, True, True], sum(counts)),
+        offsets=np.cumsum([0, *(3 * count for count in counts)], dtype=np.int64),
+        authority_weight=np.zeros(n),
+        provenance_entropy=np.zeros(n),
+        locations=(Location("data.jsonl", 1),) * n,
+        sequence_offsets=np.arange(0, total + 1, 3, dtype=np.int64),
+        token_weights=token_weights,
+    )
+    weights = np.arange(1.0, n + 1)
+    batches = Batches(
+        corpus,
+        weights=weights,
+        distrust=weights,
+        sampler=EpochSampler(n, seed=0),
+        rows=one_per_row(np.arange(n)),
+        batch_size=batch_size,
+        gradient_accumulation=1,
+        pad_token_id=PAD,
+    )
+    step = batches.step(1)
+    assert max(len(batch.examples) for batch in step) <= batch_size
+    sampled = batches.sampler.at(0, batch_size)
+    expected = np.concatenate([np.arange(corpus.offsets[e], corpus.offsets[e + 1]) for e in sampled])
+    ids = np.concatenate([batch.input_ids.ravel() for batch in step])
+    assert np.array_equal(ids, corpus.input_ids[expected])
+    example_of = np.repeat(sampled, corpus.lengths[sampled])
+    factors = np.where(corpus.loss_mask[expected], weights[example_of] * token_weights[expected], 0)
+    assert np.allclose(np.concatenate([batch.weights.ravel() for batch in step]), factors, rtol=1e-6)
+    evaluated = list(evaluation_batches(corpus, batch_size=batch_size, pad_token_id=PAD))
+    assert np.array_equal(np.concatenate([batch.input_ids.ravel() for batch in evaluated]), corpus.input_ids)

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distrust.cli import generate
-from distrust.config import from_toml
+from distrust.config_text import from_toml
 from distrust.data import read_records
 from distrust.data.parquet import bounded_rows, read_batches
 from distrust.data.parquet_pages import read_pages
@@ -192,7 +192,7 @@ READ = """
 import resource, sys
 from pathlib import Path
 from distrust.cli import generate
-from distrust.config import from_toml
+from distrust.config_text import from_toml
 from distrust.data import read_records
 from distrust.data.provenance.table import load_table
 from distrust.errors import ConfigError, DataError

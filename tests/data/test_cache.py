@@ -9,6 +9,8 @@ import stat
 import sys
 import time
 import tracemalloc
+from dataclasses import replace
+from datetime import date
 
 import numpy as np
 import pytest
@@ -23,6 +25,7 @@ from distrust.data import (
     Columns,
     Corpus,
     DatasetStats,
+    Limits,
     Location,
     RecordReader,
     check_records,
@@ -90,14 +93,16 @@ def load_or_build(cache, reader, *, key=KEY, tokenizer=TOKENIZER):
 
     def build():
         builds.append(True)
-        return tokenize_in_blocks(reader.records(), tokenizer, stats=stats, max_length=32)
+        limits = Limits(max_length=32)
+        records = reader.records()
+        return tokenize_in_blocks(records, tokenizer, stats=stats, limits=limits, today=date(2026, 1, 2))
 
     parts = [(part.name, part.unit) for source in reader.sources for part in source.parts]
-    return cache.corpus(key, parts, stats.sizes, build), bool(builds)
+    return cache.corpus(key, parts, build), bool(builds)
 
 
 def entry(cache):
-    return cache.folder / "tokens-3" / KEY
+    return cache.folder / "tokens-4" / KEY
 
 
 def test_an_entry_is_built_once_and_equals_the_corpus_in_memory(data, cache):
@@ -108,7 +113,7 @@ def test_an_entry_is_built_once_and_equals_the_corpus_in_memory(data, cache):
     plain = tokenize(list(reader.records()), TOKENIZER, max_length=32)
     for corpus in (first, again):
         assert corpus.fingerprint == plain.fingerprint
-        assert (corpus.truncated, corpus.tokens_cut) == (plain.truncated, plain.tokens_cut)
+        assert corpus.counts == plain.counts
         for name in ("input_ids", "loss_mask", "starts", "lengths", "loss_tokens", "provenance_entropy"):
             assert np.array_equal(getattr(corpus, name), getattr(plain, name))
             assert getattr(corpus, name).dtype == getattr(plain, name).dtype
@@ -296,7 +301,7 @@ def test_stats_of_a_check_are_stored(data, cache):
     assert cache.stats(reader.key) is None
     cache.store_stats(reader.key, stats)
     assert cache.stats(reader.key) == stats
-    (path,) = (cache.folder / "checked-1").iterdir()
+    (path,) = (cache.folder / "checked-3").iterdir()
     path.write_bytes(path.read_bytes().replace(b"150", b"151"))
     assert cache.stats(reader.key) is None
 
@@ -357,7 +362,7 @@ def test_encoding_a_batch_equals_encoding_each_text(texts):
     TOKENIZER.backend_tokenizer.enable_padding()
     texts = ["the ore <eos> melts", *texts]
     expected = [TOKENIZER.encode(text, add_special_tokens=False) for text in texts]
-    assert encode_all(TOKENIZER, texts) == expected
+    assert [encoded.ids for encoded in encode_all(TOKENIZER, texts)] == expected
 
 
 def test_a_tokenizer_that_does_more_than_its_core_encodes_one_by_one():
@@ -366,7 +371,7 @@ def test_a_tokenizer_that_does_more_than_its_core_encodes_one_by_one():
             return super().encode(text.upper(), **options)
 
     shouting = Shouting(tokenizer_object=fast_tokenizer().backend_tokenizer, eos_token="<eos>")
-    assert encode_all(shouting, ["ore", "salt"]) == [
+    assert [encoded.ids for encoded in encode_all(shouting, ["ore", "salt"])] == [
         TOKENIZER.encode(text, add_special_tokens=False) for text in ("ORE", "SALT")
     ]
 
@@ -385,6 +390,10 @@ def test_loss_tokens_are_counted_across_blocks(examples, block):
             locations=(Location("a", 1),) * len(lengths),
         )
         assert corpus.loss_tokens.tolist() == [sum(flags) for flags in examples]
+        weights = [10.0 ** (30 - 3 * index) for index in range(len(examples)) for _ in examples[index]]
+        weighted = replace(corpus, token_weights=np.array(weights, np.float32))
+        sums = [sum(flags) * 10.0 ** (30 - 3 * index) for index, flags in enumerate(examples)]
+        assert weighted.loss_weights.tolist() == pytest.approx(sums, rel=1e-6)  # not lost beside larger ones
         fingerprint = corpus.fingerprint
     vars(corpus).pop("fingerprint")
     assert corpus.fingerprint == fingerprint
@@ -404,11 +413,11 @@ def test_the_cache_does_not_lead_elsewhere(data, cache, tmp_path):
     """Whoever made the folder must not choose where data is written."""
     (tmp_path / "outside").mkdir()
     cache.folder.mkdir()
-    for name in ("tokens-3", "checked-1"):
+    for name in ("tokens-4", "checked-3"):
         (cache.folder / name).symlink_to(tmp_path / "outside")
-    with pytest.warns(DistrustWarning, match=r"tokens-3: cannot be written to .* a link.*--cache-dir"):
+    with pytest.warns(DistrustWarning, match=r"tokens-4: cannot be written to .* a link.*--cache-dir"):
         assert load_or_build(cache, reader_of(data))[1]
-    cache.store_stats(KEY, DatasetStats((1,), 0, None))
+    cache.store_stats(KEY, DatasetStats((1,)))
     assert list((tmp_path / "outside").iterdir()) == []
 
 
@@ -417,9 +426,9 @@ def test_a_pipe_in_an_entry_is_damage(data, cache, name):
     load_or_build(cache, reader_of(data))
     (entry(cache) / name).unlink()
     os.mkfifo(entry(cache) / name)  # opening it would wait for a writer, forever
-    cache.store_stats(KEY, DatasetStats((1,), 0, None))
+    cache.store_stats(KEY, DatasetStats((1,)))
     with pytest.warns(DistrustWarning, match="cached tokens are damaged"):
         assert load_or_build(cache, reader_of(data))[1]
-    (cache.folder / "checked-1" / f"{KEY}.json").unlink()
-    os.mkfifo(cache.folder / "checked-1" / f"{KEY}.json")
+    (cache.folder / "checked-3" / f"{KEY}.json").unlink()
+    os.mkfifo(cache.folder / "checked-3" / f"{KEY}.json")
     assert cache.stats(KEY) is None

@@ -33,9 +33,13 @@ class Bytes:
     chat_template = "a line a turn"
 
     def encode(self, text, *, add_special_tokens):
-        return list(text.encode())
+        body = text.removesuffix("</s>")
+        return [*body.encode(), *[256] * (body != text)]
 
-    def apply_chat_template(self, conversation, *, tokenize, add_generation_prompt):
+    def decode(self, ids, **options):
+        return bytes(number for number in ids if number < 256).decode() + "</s>" * (256 in ids)
+
+    def apply_chat_template(self, conversation, *, tokenize, add_generation_prompt, **options):
         lines = [f"{turn['role']}: {turn['content']}\n" for turn in conversation]
         return "".join(lines) + "assistant: " * add_generation_prompt
 
@@ -109,7 +113,7 @@ def test_real_documents():
     assert len(records) == 300
     corpus = tokenize(records, TOKENIZER, max_length=2000)
     assert corpus.lengths.max() == 2000
-    assert 0 < corpus.truncated < 300
+    assert 0 < corpus.counts.truncated < 300
     batches, weights = batches_of(corpus, batch_size=4, gradient_accumulation=3)
     assert 30 < effective_sample_size(weights) < 300
     epoch = [batch for step in range(1, 26) for batch in batches.step(step)]  # 25 × 12 = 300

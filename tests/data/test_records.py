@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distrust.data import read_records
+from distrust import TrainConfig
+from distrust.data import RecordReader, check_records, columns_of, open_source, read_records
 from distrust.data.records import Completion, Conversation, Location, Message, Record, Text
 from distrust.errors import ConfigError, DataError
 
@@ -142,11 +144,12 @@ def test_any_json_text_is_read_exactly(tmp_path_factory, rows):
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
-        (b'{"text": "a" "b"}', "invalid JSON at column 14: expecting ',' delimiter"),
-        (b"[", "invalid JSON at column 2"),
+        (b'{"text": "a" "b"}', "invalid JSON: expecting ',' delimiter; "),
+        (b'{"text": "a" "b"}', "on one line (column 14)"),
+        (b"[", "invalid JSON: expecting value; "),
         (b'["a"]', "a list, not a JSON object"),
         (b"null", "null, not a JSON object"),
-        (b'{"text": "\xff"}', "invalid UTF-8 at byte 11"),
+        (b'{"text": "\xff"}', "invalid UTF-8; save the file as UTF-8 (byte 11)"),
         (b'{"text": "a", "text": "b"}', '"text": appears twice'),
         (b'{"n": ' + b"1" * 5000 + b"}", "a number too long"),
         (b'{"n": ' + b"[" * 100_000, "nested too deep"),
@@ -163,7 +166,21 @@ def test_invalid_lines(write, line, problem):
     [
         ({"title": "x"}, "no text, no prompt + completion, and no messages"),
         ({"text": "a", "messages": [USER, ASSISTANT]}, "text and messages in one record"),
-        ({"text": "a", "prompt": "b"}, "text and prompt + completion in one record"),
+        (
+            {"text": "a", "completion": "b"},
+            "text and prompt + completion in one record; keep one, or choose one with --text-column text or "
+            "--completion-column completion",
+        ),
+        (
+            {"text": "a", "instruction": "b", "input": "", "output": "c"},
+            "text and instruction + output in one record; keep one, or choose one with --text-column text or "
+            "--prompt-column instruction input --completion-column output",
+        ),
+        (
+            {"conversations": [USER, ASSISTANT], "prompt": "a", "completion": "b"},
+            "prompt + completion and messages in one record; keep one, or choose one with --prompt-column "
+            "prompt --completion-column completion or --messages-column conversations",
+        ),
         ({"prompt": "a"}, "completion: missing, but prompt is present"),
         ({"completion": "a"}, "prompt: missing, but completion is present"),
         ({"text": 7}, "text: a number, not a string"),
@@ -180,11 +197,12 @@ def test_invalid_lines(write, line, problem):
         ({"messages": [{"role": "bot", "content": "a"}]}, 'messages[0].role: unknown: "bot"'),
         ({"messages": [{"role": ["user"], "content": "a"}]}, "messages[0].role: unknown"),
         ({"messages": [{"role": "user"}]}, "messages[0].content: missing"),
-        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content: a list"),
+        ({"messages": [{"role": "user", "content": 7}, ASSISTANT]}, "messages[0].content: a number"),
         ({"messages": [USER]}, "messages: no assistant turn"),
-        ({"messages": [ASSISTANT, USER]}, "messages[0]: begins with the assistant"),
         ({"messages": [USER, {"role": "assistant", "content": ""}]}, "messages[1].content: is empty"),
-        ({"messages": [USER, {**ASSISTANT, "tool_calls": [{}]}]}, "messages[1].tool_calls: is not supported"),
+        ({"instruction": "Add."}, "output: missing, but instruction is present"),
+        ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, "history: cannot be honoured"),
+        ({"text": "a", "images": ["b.png"]}, "images: cannot be honoured with text"),
     ],
 )
 def test_invalid_content(write, fields, problem):
@@ -229,6 +247,126 @@ def test_invalid_provenance(write, source, problem):
     message = problem_of(write, {"text": "a", **SOURCE, **source})
     assert message.startswith(f"1: {problem}")
     assert "; " in message
+
+
+def check(path, **options):
+    columns = columns_of(TrainConfig(**options))
+    source = open_source(str(path), columns)
+    reader = RecordReader((source,), columns, 0.0, 0.0, options.get("default_weight"))
+    stats = check_records(reader)
+    assert stats.columns == check_records(replace(reader, authority_weight=0.5)).columns
+    return [record.weight for record in reader.records()], stats
+
+
+def test_weights_of_records(write):
+    """All records have a weight, or none has, unless there is a default."""
+    texts = [{"text": "a"}, {"text": "b", "weight": None}]
+    weighted = [{"text": "c", "weight": 0}, {"text": "d", "weight": 2.5}]
+    assert check(write(*texts))[0] == [1, 1]
+    assert check(write(*weighted))[0] == [0, 2.5]
+    assert check(write(*weighted, *texts), default_weight=0.5)[0] == [0, 2.5, 0.5, 0.5]
+    assert check(write("text,weight", "a,0.5", "b,2", name="a.csv"))[0] == [0.5, 2]
+    path = write(*({"text": "a", "w": number, "weight": "x"} for number in (1, 3)))
+    assert check(path, weight_column="w")[0] == [1, 3]
+    path = write(*weighted, *texts)
+    with pytest.raises(DataError) as caught:
+        check(path)
+    headline, line = str(caught.value).splitlines()
+    assert headline == f"{path}: 2 of 4 records are wrong"
+    assert line == (
+        f"{path}:3: weight: missing, but other records have one; add it, or give --default-weight "
+        f"(2 records: also {path}:4)"
+    )
+    with pytest.raises(DataError, match="every record has weight 0; there is nothing to train on"):
+        check(write(weighted[0]))
+    for wrong in (-1, float("inf"), 1e300, 1e-16, "1", True, [1]):
+        assert problem_of(write, {"text": "a", "weight": wrong, **SOURCE}).startswith("1: weight: ")
+
+
+def test_an_error_of_all_records_is_one_line(write):
+    """Then an option or the file is wrong: the line says which columns there are, and how to name them."""
+    path = write(*({"question": f"{n}", "answer": "b", f"column{n}": 1} for n in range(30)))
+    with pytest.raises(DataError) as caught:
+        read_records(path, default_authority_weight=0, default_provenance_entropy=0)
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith(f"{path}:1: no text, no prompt + completion, and no messages; give one of them")
+    assert '(there is "question", "answer", "column0") (all 30 records)' in line
+    assert line.endswith("; perhaps --prompt-column question --completion-column answer")
+    assert len(caught.value.problems) == 30
+    for row, hint in (
+        ({"body": "a"}, "perhaps --text-column body"),
+        ({"prompt": "a", "Response": "b"}, "perhaps --prompt-column prompt --completion-column Response"),
+        ({"dialogue": []}, "perhaps --messages-column dialogue"),
+        ({"mesages": []}, "perhaps --messages-column mesages"),
+        ({"promt": "a", "completion": "b"}, "perhaps --prompt-column promt --completion-column completion"),
+        ({"prompt": "a", "completoin": "b"}, "perhaps --prompt-column prompt --completion-column completoin"),
+        (
+            {"instruction": "a", "context": "", "response": "b", "category": "c"},
+            "perhaps --prompt-column instruction context --completion-column response",
+        ),
+        ({"text": "a", "autority_weight": 0.5}, 'give --authority-weight-column "autority_weight"'),
+    ):
+        with pytest.raises(DataError) as caught:
+            read_records(write(row), default_provenance_entropy=0)
+        assert str(caught.value).splitlines()[-1].endswith(hint)
+
+
+def test_a_file_of_another_kind_is_one_line(write):
+    """Errors of JSON are equal if they differ only in their position."""
+    path = write(*(" " * number + "no JSON" for number in range(30)))
+    with pytest.raises(DataError) as caught:
+        read_records(path)
+    assert str(caught.value) == (
+        f"{path}:1: invalid JSON: expecting value; a record is one JSON object on one line (column 1) "
+        "(all 30 records)"
+    )
+
+
+def test_columns_that_are_used_and_ignored(write):
+    chat = {"messages": [USER, ASSISTANT], "system": "Be brief."}
+    path = write(*({**chat, "text": None, "id": n, f"a{n}": 1, "weights": n} for n in range(300)))
+    report = check(path)[1].columns
+    assert report.used == ("messages", "system")
+    assert report.ignored[:3] == ("id", "a0", "weights")
+    assert len(report.ignored) < 300  # bounded
+    assert report.similar == {
+        "weights": '"weights" is ignored; if it is the weight, give --weight-column "weights"'
+    }
+    chosen = {"body": "a", "system": "b", "weight": 1, "instruction": "c", "output": "d"}
+    report = check(write(chosen), text_column="body")[1].columns
+    assert (report.used, report.ignored) == (("body", "weight"), ("system", "instruction", "output"))
+    # A prompt without its completion is no content beside one that is complete.
+    report = check(write({"prompt": "a", "prompt_id": "b", "messages": [USER, ASSISTANT]}))[1].columns
+    assert (report.used, report.ignored) == (("messages",), ("prompt", "prompt_id"))
+    # A label of a text is its class.
+    report = check(write({"text": "a", "label": True}))[1].columns
+    assert (report.used, report.ignored) == (("text",), ("label",))
+    report = check(write({"messages": [USER, ASSISTANT], "label": 1}))[1].columns
+    assert (report.used, report.ignored) == (("messages",), ("label",))
+    preferences = {"text": "a", "chosen": "b", "rejected": "c"}
+    report = check(write(preferences), text_column="chosen")[1].columns
+    assert (report.used, report.ignored) == (("chosen",), ("text", "rejected"))
+    report = check(write({"text": "a", "tool": []}))[1].columns
+    assert list(report.similar.values()) == ['"tool" is ignored; if it is the tools, rename it to tools']
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("wieght", "weight"), ("weigth", "weight"), ("Toosl", "tools"), ("course", None), ("weather", None)],
+)
+def test_two_swapped_letters_are_a_probable_misspelling(write, name, meant):
+    similar = check(write({"text": "a", name: 2}))[1].columns.similar
+    assert list(similar) == ([name] if meant else [])
+    assert all(f"if it is the {meant}," in advice for advice in similar.values())
+
+
+def test_a_missing_prompt_is_reported_with_the_columns_there_are(write):
+    both, swapped = {"prompt": "a", "completion": "b"}, {"promt": "a", "completion": "b"}
+    with pytest.raises(DataError) as caught:
+        check(write(both, swapped))
+    headline, line = str(caught.value).splitlines()
+    assert headline.endswith(": 1 of 2 records is wrong")
+    assert line.endswith('give both, or only text (there is "promt", "completion")')
 
 
 def test_a_default_does_not_hide_a_wrong_value(write):

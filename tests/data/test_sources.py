@@ -607,6 +607,9 @@ AS_SPEAKERS = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So.
         ),
         ({"conversations": AS_SPEAKERS}, Conversation((QUESTION, ANSWER))),
         ({"messages": AS_SPEAKERS}, Conversation((QUESTION, ANSWER))),
+        ({"instruction": "Add.", "input": "1 2", "output": "3"}, Completion("Add.\n\n1 2\n\n", "3")),
+        ({"instruction": "Hi!", "input": "", "output": "Ho", "history": []}, Completion("Hi!\n\n", "Ho")),
+        ({"text": "a", "instruction": "b"}, Text("a")),
     ],
 )
 def test_the_usual_formats_need_no_option(write, row, content):
@@ -641,13 +644,9 @@ def test_alternative_names_of_weights(write):
 @pytest.mark.parametrize(
     ("row", "options", "problem"),
     [
-        (
-            {"instruction": "a", "output": "b"},
-            {},
-            "--prompt-column and --completion-column, or with --messages",
-        ),
-        ({"instruction": "a", "output": "b"}, {}, '(there is "instruction", "output")'),
-        ({"text": "a"}, {"text_column": "body"}, "no body; correct the option that names it"),
+        ({"input": "a", "output": "b"}, {}, "--prompt-column and --completion-column, or with --messages"),
+        ({"input": "a", "output": "b"}, {}, '(there is "input", "output")'),
+        ({"text": "a"}, {"text_column": "body"}, 'no body; correct --text-column (there is "text")'),
         ({"q": "a"}, {"prompt_column": "q", "completion_column": "r"}, "r: missing, but q is present"),
         ({"body": 3}, {"text_column": "body"}, "body: a number, not a string"),
         ({"messages": AS_ROLES, "conversations": AS_SPEAKERS}, {}, "choose one with --messages-column"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from datetime import date
 from pathlib import Path
 
 import pyarrow
@@ -14,8 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 from distrust import CheckpointManager, DistrustTrainer, TrainConfig
 from distrust.config import EXAMPLES
-from distrust.data import Cache, Columns, RecordReader, check_records, open_source
-from distrust.errors import ConfigError, DataError, ResumeRefused
+from distrust.data import Cache, Columns, Limits, RecordReader, check_records, open_source
+from distrust.errors import ConfigError, DataError, DistrustWarning, ResumeRefused
 from distrust.testing.models import write_records
 from distrust.testing.toy_engine import VOCABULARY, ToyEngine
 from distrust.training.data_sources import CheckedData, read_sources
@@ -88,7 +89,8 @@ def test_cached_tokens_are_those_of_the_tokenizer_and_the_length(data, tmp_path)
     checked = CheckedData(reader, check_records(reader), Cache(tmp_path), lambda *_: None)
 
     def tokenize(shift, max_length):
-        return checked.tokenize(Shifted(shift), tokenizer_digest=str(shift), max_length=max_length)
+        limits, today = Limits(max_length=max_length), date(2026, 1, 2)
+        return checked.tokenize(Shifted(shift), tokenizer_digest=str(shift), limits=limits, today=today)
 
     for shift, max_length in ((0, 9), (100, 9), (0, 5), (0, 9)):
         corpus = tokenize(shift, max_length)
@@ -97,14 +99,14 @@ def test_cached_tokens_are_those_of_the_tokenizer_and_the_length(data, tmp_path)
 
 
 def test_a_lower_limit_of_a_record_holds_for_data_that_was_checked_before(data, tmp_path):
-    options = {"data": str(data), "cache_dir": str(tmp_path)}
+    options = {"data": str(data), "cache_dir": str(tmp_path), "weighting": "monotone"}
     read_sources(TrainConfig(**options))
     for _ in range(2):
         with pytest.raises(DataError, match="takes more than 20 bytes"):
             read_sources(TrainConfig(**options, max_record_bytes=20))
-    (entry,) = (tmp_path / "checked-1").iterdir()
+    (entry,) = (tmp_path / "checked-3").iterdir()
     read_sources(TrainConfig(**options, max_record_bytes=1 << 20))
-    assert len(list((tmp_path / "checked-1").iterdir())) == 2
+    assert len(list((tmp_path / "checked-3").iterdir())) == 2
     reader = RecordReader((open_source(str(data), Columns()),), Columns(), None, None)
     assert entry.stem == reader.key  # entries of earlier versions stay valid
 
@@ -181,8 +183,66 @@ def test_weighting_off_needs_no_provenance(run, tmp_path):
     data = tmp_path / "plain.jsonl"
     data.write_text('{"text": "ore melts"}\n{"text": "salt melts at 9"}\n')
     with pytest.raises(DataError, match="authority_weight: missing"):
-        run(tmp_path / "run", data=str(data))
+        run(tmp_path / "run", data=str(data), weighting="monotone")
     assert run(tmp_path / "run", data=str(data), weighting="off")[0].step == 9
+
+
+def test_the_data_decides_whether_it_is_weighed(run, data, tmp_path):
+    """By provenance if all records state it, or have defaults; not if none does; else the usual error."""
+    stated = rows_of(data)
+    plain = [{"text": row["text"]} for row in stated]
+    half = [{**row, "authority_weight": 0.2} for row in plain]
+    defaults = {"default_authority_weight": 0.5, "default_provenance_entropy": 2.0}
+    cases = (
+        (stated, {}, "monotone"),
+        (plain, {}, "off"),
+        (plain, defaults, "monotone"),
+        (stated + plain, defaults, "monotone"),
+    )
+    for number, (rows, options, weighting) in enumerate(cases):
+        folders = tmp_path / f"{number}-auto", tmp_path / f"{number}-named"
+        run(folders[0], examples=rows, stop_after=4, **options)  # and resumed
+        ended, events = run(folders[0], examples=rows, **options)
+        assert steps_of(events)[0] == 5
+        named, _ = run(folders[1], examples=rows, weighting=weighting, **options)
+        assert ended.state_digest == named.state_digest
+        # A run that is repeated without the option is the same run.
+        assert run(folders[1], examples=rows, **options)[0].already_finished
+        (started,) = (event for event in events if isinstance(event, RunStarted))
+        assert started.weighting == weighting
+        assert any("weighting by provenance: off" in note for note in started.notes) == (weighting == "off")
+    for rows, field in ((half, "provenance_entropy"), (stated + plain, "authority_weight")):
+        with pytest.raises(DataError, match=f"{field}: missing"):
+            run(tmp_path / "some", examples=rows)
+    # A run keeps what it began with, also where the data alone would decide otherwise.
+    off, _ = run(tmp_path / "off", data=str(data), weighting="off")
+    run(tmp_path / "kept", data=str(data), weighting="off", stop_after=4)
+    assert run(tmp_path / "kept", data=str(data))[0].state_digest == off.state_digest
+    with pytest.raises(ResumeRefused, match="--weighting was off, is monotone"):
+        run(tmp_path / "off", data=str(data), weighting="monotone")
+
+
+def test_columns_are_reported_once(run, data, tmp_path):
+    rows = [{"id": 1, "autority_weight": 0.5, "text": row["text"], "question": None} for row in rows_of(data)]
+    with pytest.warns(DistrustWarning) as warnings:
+        _, events = run(tmp_path / "run", examples=rows)
+    (started,) = (event for event in events if isinstance(event, RunStarted))
+    assert started.notes[0] == 'columns: "text"; ignored: "id", "autority_weight", "question"'
+    assert [str(warning.message) for warning in warnings] == [
+        '"autority_weight" is ignored; if it is the authority_weight, give --authority-weight-column '
+        '"autority_weight"'
+    ]
+    for options, problem in (
+        ({"weight_column": "wieght"}, '--weight-column wieght: no record has this column (there is "text"'),
+        ({"prompt_column": ("text", "input"), "completion_column": "id"}, "id: a number"),
+        ({"text_column": "body"}, 'examples[0]: no body; correct --text-column (there is "id"'),
+        ({"prompt_column": ("id", "input"), "completion_column": "text"}, "--prompt-column input: no record"),
+    ):
+        named = [{**row, "id": "a"} if "id" in options.get("prompt_column", ()) else row for row in rows]
+        with pytest.raises((DataError, ConfigError)) as caught:
+            run(tmp_path / "wrong", examples=named, **options)
+        (line,) = str(caught.value).splitlines()
+        assert problem in line
 
 
 def test_examples_argument_equals_a_file(run, data, tmp_path):

@@ -60,13 +60,13 @@ def test_losses_are_means_over_tokens(rows, batch_size, how):
     corpus = tokenize(rows, ToyTokenizer(), max_length=8)
     engine = ToyEngine()
     metrics = evaluation_set(corpus, TrainConfig(weighting=how)).measure(
-        lambda batch: engine.evaluate(batch).cross_entropy, batch_size=batch_size, pad_token_id=0
+        engine.evaluate, batch_size=batch_size, pad_token_id=0
     )
 
     u = weighting.example_weights(corpus.authority_weight, corpus.provenance_entropy, weighting=how)
     each = [
         evaluation_set(corpus.select([number]), TrainConfig()).measure(
-            lambda batch: engine.evaluate(batch).cross_entropy, batch_size=1, pad_token_id=0
+            engine.evaluate, batch_size=1, pad_token_id=0
         )["eval_loss"]
         for number in range(len(rows))
     ]
@@ -76,7 +76,12 @@ def test_losses_are_means_over_tokens(rows, batch_size, how):
         return pytest.approx(np.average(each, weights=weights), rel=1e-9)
 
     assert metrics["eval_loss"] == mean(tokens)
-    assert metrics["eval_weighted_loss"] == mean(tokens * u)
+    weighted = {name for name in metrics if "weighted" in name}
+    if how == "off":
+        assert not weighted
+    else:
+        assert weighted == {"eval_weighted_loss", "eval_weighted_perplexity"}
+        assert metrics["eval_weighted_loss"] == mean(tokens * u)
     classes = {row.source for row in rows}
     shown = {name or NO_CLASS for name in classes} if len(classes) > 1 else set()
     assert {name.partition("/")[2] for name in metrics if "/" in name} == shown
@@ -212,7 +217,7 @@ def test_evaluations_on_other_data_are_not_compared(run, eval_data, tmp_path):
         (
             "eval_loss/press",
             {"eval_fraction": 0.2},
-            "no such source class; the metrics are loss, weig",
+            "this run has no such metric; its metrics are loss, weig",
         ),
     ],
 )

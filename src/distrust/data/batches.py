@@ -21,7 +21,9 @@ IGNORED = -100  # the label of a token that carries no loss; torch and transform
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """The input of one forward and backward pass: b examples, right-padded to the longest, t tokens.
+    """The input of one forward and backward pass: b sequences, right-padded to the longest, t tokens.
+
+    An example is one sequence, or several that follow each other.
 
     Labels and weights are at the position of the token that they describe: the loss shifts both by one.
     """
@@ -29,9 +31,9 @@ class MicroBatch:
     input_ids: NDArray[np.int64]  # [b, t]
     attention_mask: NDArray[np.int64]  # [b, t], 1 for tokens, 0 for padding
     labels: NDArray[np.int64]  # [b, t], the token where it is trained, else IGNORED; not shifted
-    weights: NDArray[np.float32]  # [b, t], the example's weight where its token is trained, else 0
-    distrust: NDArray[np.float64]  # [b], the published term α·r² of each example; for the log only
-    examples: NDArray[np.int64]  # [b], example numbers in the corpus
+    weights: NDArray[np.float32]  # [b, t], the weight of a trained token, else 0
+    distrust: NDArray[np.float64]  # [b], the published term α·r² of its example; for the log only
+    examples: NDArray[np.int64]  # [b], the number of its example in the corpus
 
     @property
     def tokens(self) -> int:
@@ -79,15 +81,17 @@ class Batches:
         """The micro-batches of an optimizer step (from 1): the rows at positions (step − 1)·G to step·G.
 
         Returns:
-            ``gradient_accumulation`` micro-batches of ``batch_size`` rows.
+            ``gradient_accumulation`` micro-batches of ``batch_size`` rows; more, where examples are several
+            sequences.
         """
         if step < 1:
             raise ValueError(f"steps are counted from 1, not {step}")
         per_step = self.rows_per_step
         rows = self.sampler.at((step - 1) * per_step, per_step).reshape(self.gradient_accumulation, -1)
         return [
-            _collate(self.corpus, examples, self.weights, self.distrust, self.pad_token_id)
+            batch
             for examples in map(self.rows.examples, rows)
+            for batch in _collate(self.corpus, examples, self.weights, self.distrust, self.pad_token_id)
         ]
 
 
@@ -101,7 +105,7 @@ def evaluation_batches(corpus: Corpus, *, batch_size: int, pad_token_id: int) ->
     weights, distrust = np.ones(len(corpus)), np.zeros(len(corpus))
     for start in range(0, len(corpus), batch_size):
         examples = np.arange(start, min(start + batch_size, len(corpus)), dtype=np.int64)
-        yield _collate(corpus, examples, weights, distrust, pad_token_id)
+        yield from _collate(corpus, examples, weights, distrust, pad_token_id)
 
 
 def _collate(
@@ -110,23 +114,50 @@ def _collate(
     weights: NDArray[np.float64],  # [n], as distrust
     distrust: NDArray[np.float64],
     pad_token_id: int,
+) -> Iterator[MicroBatch]:
+    """Yield the sequences of b of n examples, no more than b at once, so that memory is bounded."""
+    sequences = np.stack(_sequences(corpus, examples))  # int64[3, s]
+    for first in range(0, sequences.shape[1], len(examples)):
+        yield _pad(corpus, sequences[:, first : first + len(examples)], weights, distrust, pad_token_id)
+
+
+def _pad(
+    corpus: Corpus,
+    sequences: NDArray[np.int64],  # [3, b], the start, the length and the example of each
+    weights: NDArray[np.float64],  # [n], as distrust
+    distrust: NDArray[np.float64],
+    pad_token_id: int,
 ) -> MicroBatch:
-    """Gather b of n examples and pad them."""
-    lengths = corpus.lengths[examples]  # int64[b]
+    """Gather b sequences and pad them."""
+    starts, lengths, examples = sequences
     position = np.arange(lengths.max(), dtype=np.int64)  # [t]
     is_token = position < lengths[:, None]  # bool[b, t]
-    # Padding reads the example's first token: any valid index will do, it is masked out below.
-    source = corpus.starts[examples][:, None] + np.where(is_token, position, 0)  # int64[b, t]
+    # Padding reads the sequence's first token: any valid index will do, it is masked out below.
+    source = starts[:, None] + np.where(is_token, position, 0)  # int64[b, t]
     tokens = corpus.input_ids[source].astype(np.int64)
     trained = is_token & corpus.loss_mask[source]  # bool[b, t]
+    factors = 1 if corpus.token_weights is None else corpus.token_weights[source]
     return MicroBatch(
         input_ids=np.where(is_token, tokens, pad_token_id),
         attention_mask=is_token.astype(np.int64),
         labels=np.where(trained, tokens, IGNORED),
-        weights=np.where(trained, weights[examples, None], 0).astype(np.float32),
+        weights=np.where(trained, weights[examples, None] * factors, 0).astype(np.float32),
         distrust=distrust[examples],
         examples=examples,
     )
+
+
+def _sequences(
+    corpus: Corpus, examples: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Of the sequences of some examples, in order: where each begins, its tokens, and its example."""
+    starts, lengths = corpus.starts[examples], corpus.lengths[examples]
+    offsets = corpus.sequence_offsets
+    if offsets is None:
+        return starts, lengths, examples
+    first, last = np.searchsorted(offsets, starts), np.searchsorted(offsets, starts + lengths)
+    numbers = np.concatenate([np.arange(*pair) for pair in zip(first, last, strict=True)])
+    return offsets[numbers], offsets[numbers + 1] - offsets[numbers], np.repeat(examples, last - first)
 
 
 def _per_example(values: ArrayLike, name: str, corpus: Corpus) -> NDArray[np.float64]:

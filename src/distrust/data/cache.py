@@ -27,28 +27,44 @@ from numpy.typing import NDArray
 from distrust.atomic import atomic_file, hold_lock
 from distrust.checkpoint.disk import Disk
 from distrust.checkpoint.files import open_regular_file
-from distrust.data.corpus import BLOCK, Classes, Corpus, Locations, Parts, add_sizes, blocks, digest_arrays
+from distrust.data.column_report import ColumnReport
+from distrust.data.corpus import (
+    BLOCK,
+    OPTIONAL_ARRAYS,
+    REQUIRED_ARRAYS,
+    Classes,
+    Corpus,
+    Counts,
+    Locations,
+    Parts,
+    add_sizes,
+    blocks,
+    digest_arrays,
+)
 from distrust.data.reading import DatasetStats
 from distrust.errors import ConfigError, DistrustError, DistrustWarning, WriteFailed
 from distrust.paths import refuse_links
 
 # The numbers are the versions of the formats: increment one when an entry's content changes.
-_TOKENS, _CHECKED, _TEMPORARY = "tokens-3", "checked-1", "unfinished-"
+_TOKENS, _CHECKED, _TEMPORARY = "tokens-4", "checked-3", "unfinished-"
 _MANIFEST = "corpus.json"
 
-#: The files of an entry. The first five are fingerprinted, the others have a digest of their own.
+#: The files of an entry. Those of optional arrays exist only where the corpus has them.
 _DTYPES = {
     "input_ids": "<i4",
     "loss_mask": "|b1",
     "offsets": "<i8",
     "authority_weight": "<f8",
     "provenance_entropy": "<f8",
+    "sequence_offsets": "<i8",
+    "token_weights": "<f4",
     "loss_tokens": "<i8",
     "part": "<i4",  # which part of the sources an example is from
     "line": "<i8",
     "class_of": "<i4",
 }
-_FINGERPRINTED, _SIDE_FILES = tuple(_DTYPES)[:5], tuple(_DTYPES)[5:]
+#: Files that have a digest of their own; the others are fingerprinted.
+_SIDE_FILES = ("loss_tokens", "part", "line", "class_of")
 
 _REMEDY = "give another folder with --cache-dir"
 _MAX_SEALED_BYTES = 64 << 20  # a description names at most the classes and sources
@@ -84,7 +100,9 @@ class Cache:
             values = _open_sealed(self.folder / _CHECKED / f"{key}.json")
         except (OSError, _DamagedError):
             return None
-        return DatasetStats(tuple(values["sizes"]), values["conversations"], values["first_conversation"])
+        used, ignored, similar = values.pop("columns").values()
+        columns = ColumnReport(tuple(used), tuple(ignored), similar)
+        return DatasetStats(**{**values, "sizes": tuple(values["sizes"]), "columns": columns})
 
     def store_stats(self, key: str, stats: DatasetStats) -> None:
         """Record that data was checked without errors. On failure it is checked again at the next start."""
@@ -94,20 +112,17 @@ class Cache:
             with atomic_file(folder / f"{key}.json", force=True) as file:
                 file.write(_seal(asdict(stats)))
 
-    def corpus(
-        self, key: str | None, parts: Parts, sizes: tuple[int, ...], build: Callable[[], Iterable[Corpus]]
-    ) -> Corpus:
+    def corpus(self, key: str | None, parts: Parts, build: Callable[[], Iterable[Corpus]]) -> Corpus:
         """Load the corpus of a key, or build and store it. It is memory-mapped.
 
         Args:
             key: digest of all that determines the corpus; None if that is unknown: then nothing is stored.
             parts: the names of the sources' parts, for the locations.
-            sizes: the examples of each source.
             build: returns the corpora of consecutive blocks of records.
 
         Raises:
             ConfigError: it cannot be written, for example because the disk is full.
-            DataError: from ``build``.
+            DataError: from ``build``, or no record is left to train on.
         """
         if key is not None:
             entry = self.folder / _TOKENS / key
@@ -119,7 +134,7 @@ class Cache:
                 warnings.warn(problem, DistrustWarning, stacklevel=2)
         with _temporary_entry(self.folder / _TOKENS, persistent=key is not None) as (folder, persistent):
             try:
-                corpus = _map_corpus(folder, _write(folder, build(), parts, sizes), parts)
+                corpus = _map_corpus(folder, _write(folder, build(), parts), parts)
                 if persistent and key is not None:
                     _publish(folder, self.folder / _TOKENS / key)
             except OSError as error:
@@ -165,35 +180,47 @@ def _sweep(folder: Path) -> None:
                     shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write(folder: Path, corpora: Iterable[Corpus], parts: Parts, sizes: tuple[int, ...]) -> dict[str, Any]:
+def _write(folder: Path, corpora: Iterable[Corpus], parts: Parts) -> dict[str, Any]:
     """Write all files of an entry durably, the manifest last; returns the manifest."""
     part_numbers = {name: index for index, (name, _) in enumerate(parts)}
-    total = count = truncated = tokens_cut = 0
+    total = count = sequences = 0
+    sizes: tuple[int, ...] = ()
+    counts = Counts()
+    is_weighted = False
     classes = Classes()
     with contextlib.ExitStack() as stack:
         files = {name: stack.enter_context((folder / name).open("wb")) for name in _DTYPES}
-        _append(files["offsets"], np.zeros(1, np.int64))
+        for name in ("offsets", "sequence_offsets"):
+            _append(files[name], np.zeros(1, np.int64))
         for block in corpora:
+            ends = block.bounds[1:]
+            weights = block.token_weights
             arrays = {
-                **{name: getattr(block, name) for name in (*_FINGERPRINTED, "loss_tokens")},
+                **{name: getattr(block, name) for name in (*REQUIRED_ARRAYS, "loss_tokens")},
                 "offsets": block.offsets[1:] + total,  # a block's offsets begin at 0
+                "sequence_offsets": ends + total,
+                "token_weights": np.ones(len(block.input_ids), np.float32) if weights is None else weights,
                 "part": np.array([part_numbers[location.file] for location in block.locations], np.int32),
                 "line": np.array([location.line for location in block.locations], np.int64),
                 "class_of": classes.number(block.classes[number] for number in block.class_numbers),
             }
             for name, array in arrays.items():
                 _append(files[name], array)
-            total += len(block.input_ids)
-            count += len(block)
-            truncated += block.truncated
-            tokens_cut += block.tokens_cut
+            total, count, sequences = total + len(block.input_ids), count + len(block), sequences + len(ends)
+            sizes = tuple(map(sum, zip(sizes, block.sizes, strict=True))) if sizes else block.sizes
+            counts += block.counts
+            is_weighted |= weights is not None
         _sync_files(files.values())
+    counts.require_examples(count, ", ".join(part_numbers))
+    for name, is_used in (("sequence_offsets", sequences > count), ("token_weights", is_weighted)):
+        if not is_used:
+            (folder / name).unlink()
     manifest = {
         "n": count,
         "total": total,
+        "sequences": sequences,
         "sizes": sizes,
-        "truncated": truncated,
-        "tokens_cut": tokens_cut,
+        "counts": asdict(counts),
         "fingerprint": _fingerprint(folder, count, total),
         "side_files": _digest_side_files(folder),
         "classes": classes.names,
@@ -214,8 +241,10 @@ def _load(folder: Path, parts: Parts) -> Corpus:
     """Verify an entry and map it; raises _DamagedError or OSError."""
     manifest = _open_sealed(folder / _MANIFEST)
     n, total = manifest["n"], manifest["total"]
-    lengths = {"input_ids": total, "loss_mask": total, "offsets": n + 1}  # the others have n items
-    for name, dtype in _DTYPES.items():
+    sequence_ends = manifest["sequences"] + 1
+    lengths = {"input_ids": total, "loss_mask": total, "token_weights": total, "offsets": n + 1}
+    lengths["sequence_offsets"] = sequence_ends  # the others have n items
+    for name, dtype in _files(folder).items():
         if (folder / name).stat().st_size != lengths.get(name, n) * np.dtype(dtype).itemsize:
             raise _DamagedError(f"{name} has another length")
     # Read everything before mapping: a damaged page must not reach the training loop.
@@ -226,15 +255,16 @@ def _load(folder: Path, parts: Parts) -> Corpus:
 
 
 def _map_corpus(folder: Path, manifest: dict[str, Any], parts: Parts) -> Corpus:
-    arrays = {
-        name: np.asarray(np.memmap(folder / name, dtype=dtype, mode="r")) for name, dtype in _DTYPES.items()
+    arrays: dict[str, Any] = {
+        name: np.asarray(np.memmap(folder / name, dtype=dtype, mode="r"))
+        for name, dtype in _files(folder).items()
     }
     sizes = tuple(manifest["sizes"])
+    fingerprinted: dict[str, Any] = {name: arrays.get(name) for name in (*REQUIRED_ARRAYS, *OPTIONAL_ARRAYS)}
     corpus = Corpus(
-        **{name: arrays[name] for name in _FINGERPRINTED},
+        **fingerprinted,
         locations=Locations.from_arrays(parts, arrays["part"], arrays["line"]),
-        truncated=manifest["truncated"],
-        tokens_cut=manifest["tokens_cut"],
+        counts=Counts(**manifest["counts"]),
         sizes=sizes,
         classes=tuple(manifest["classes"]),
         class_of=arrays["class_of"],
@@ -246,7 +276,14 @@ def _map_corpus(folder: Path, manifest: dict[str, Any], parts: Parts) -> Corpus:
 
 def _fingerprint(folder: Path, n: int, total: int) -> str:
     # Reads the files rather than a mapping: pages that are only verified do not count as the process's.
-    return digest_arrays(n, total, (_chunks(folder / name) for name in _FINGERPRINTED))
+    names = [name for name in _files(folder) if name not in _SIDE_FILES]
+    return digest_arrays(n, total, {name: _chunks(folder / name) for name in names})
+
+
+def _files(folder: Path) -> dict[str, str]:
+    """The files of an entry, and their dtypes."""
+    absent = {name for name in OPTIONAL_ARRAYS if not (folder / name).exists()}
+    return {name: dtype for name, dtype in _DTYPES.items() if name not in absent}
 
 
 def _digest_side_files(folder: Path) -> str:

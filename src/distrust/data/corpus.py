@@ -5,8 +5,8 @@ The arrays may be memory-mapped files larger than memory: no function here holds
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from distrust.data.records import Location, Unit
 from distrust.data.sampler import derived_seed, permutation
-from distrust.errors import ConfigError
+from distrust.errors import ConfigError, DataError
 
 MAX_CLASSES = 100  # the largest number of named source classes; later ones are counted as ``OTHER_CLASSES``
 OTHER_CLASSES = "(others)"
@@ -25,14 +25,56 @@ BLOCK = 1 << 22  # items of an array that are processed at once
 
 _SPLIT_STREAM = 1 << 32  # random stream of the evaluation split, above those of the sources of a mixture
 
+#: The arrays that training sees, in the order in which they are hashed. The second kind is None where it says
+#: nothing: where each example is one sequence, and where all tokens weigh the same.
+REQUIRED_ARRAYS = ("input_ids", "loss_mask", "offsets", "authority_weight", "provenance_entropy")
+OPTIONAL_ARRAYS = ("sequence_offsets", "token_weights")
+
 Chunk = memoryview | bytes
 
 Parts = Sequence[tuple[str, Unit]]  # the name of each part of the sources, and how its rows are numbered
 
 
+def common_length(first: Sequence[object], second: Sequence[object]) -> int:
+    """The number of items at the beginning that are equal."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((index for index, (a, b) in pairs if a != b), min(len(first), len(second)))
+
+
+@dataclass(slots=True)
+class Counts:
+    """What became of the records, for display."""
+
+    truncated: int = 0  # examples that were cut to the largest length
+    tokens_cut: int = 0  # tokens they lost
+    dropped: int = 0  # records left out, because they are too long, or nothing of them would be trained
+    weightless: int = 0  # records left out, because their weight is 0
+    altered: int = 0  # texts whose ids decode to another text
+    first_altered: str = ""  # location of the first one, and how it differs
+
+    def __add__(self, other: Counts) -> Counts:
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return Counts(*(a + b if isinstance(a, int) else a or b for a, b in pairs))
+
+    def compare(self, text: str, decoded: str, location: Location) -> None:
+        """Count a text that the tokenizer does not reproduce."""
+        if text != decoded:
+            self.altered += 1
+            begin = max(0, common_length(text, decoded) - 10)  # with a little of what is before
+            text_part, decoded_part = text[begin : begin + 30], decoded[begin : begin + 30]
+            self.first_altered = self.first_altered or f"{location}: {text_part!r} became {decoded_part!r}"
+
+    def require_examples(self, examples: int, name: str) -> None:
+        """Raise DataError if no record of a source with this name is left."""
+        if not examples:
+            reasons = {"too long for --max-length": self.dropped, "of weight 0": self.weightless}
+            listed = ", ".join(f"{count:,} {reason}" for reason, count in reasons.items() if count)
+            raise DataError(f"{name}: no record is left to train on ({listed})")
+
+
 @dataclass(frozen=True)
 class Corpus:
-    """n examples after tokenization and truncation.
+    """n examples after tokenization and truncation. An example is one sequence of tokens, or several.
 
     The arrays are read-only, so what was fingerprinted is what is trained on. ``starts`` and ``lengths`` are
     the only way to locate an example: a selection shares the token arrays of the m examples it is taken from.
@@ -44,15 +86,18 @@ class Corpus:
     authority_weight: NDArray[np.float64]  # [n], w in [0, 0.99]; high means less training weight
     provenance_entropy: NDArray[np.float64]  # [n], H in bits
     locations: Sequence[Location]  # n of them
-    truncated: int = 0  # how many of the m examples were truncated
-    tokens_cut: int = 0  # tokens they lost
+    counts: Counts = field(default_factory=Counts)  # of the records of the m examples
     sizes: tuple[int, ...] = ()  # examples of each source, in order; empty for one source
     selection: NDArray[np.int64] | None = None  # [n], indices into the m examples; None for all
     classes: tuple[str, ...] = ("",)  # source class names; for display, so not fingerprinted
     class_of: NDArray[np.int32] | None = None  # [n], indices into ``classes``; None if all are 0
+    # [s + 1], where each of the s sequences begins, and the end; None if each example is one
+    sequence_offsets: NDArray[np.int64] | None = None
+    # [total], factor of the loss of each trained token, by its record and message; None if all are 1
+    token_weights: NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
-        for array in self._arrays():
+        for array in self._arrays().values():
             array.flags.writeable = False
 
     def __len__(self) -> int:
@@ -73,17 +118,34 @@ class Corpus:
     @cached_property
     def loss_tokens(self) -> NDArray[np.int64]:
         """int64[n], the trained tokens of each example."""
-        counts = np.empty(len(self.offsets) - 1, np.int64)
+        return self._sums(lambda part: self.loss_mask[part], np.int64)
+
+    @cached_property
+    def loss_weights(self) -> NDArray[np.float64]:
+        """float64[n], the sum of the token weights over the trained tokens of each example."""
+        weights = self.token_weights
+        if weights is None:
+            return self.loss_tokens.astype(np.float64)
+        return self._sums(lambda part: weights[part] * self.loss_mask[part], np.float64)
+
+    def _sums(self, values: Callable[[slice], NDArray[Any]], dtype: type[np.generic]) -> NDArray[Any]:
+        """The sum of a value per token over each example: [n], of ``dtype``."""
+        sums = np.empty(len(self.offsets) - 1, dtype)
         first = 0
-        while first < len(counts):
+        while first < len(sums):
             start = self.offsets[first]
             # As many examples as fill a block, at least one.
             last = max(first + 1, int(np.searchsorted(self.offsets, start + BLOCK, "right")) - 1)
             ends = self.offsets[first : last + 1] - start  # relative to the block
-            sums = np.concatenate(([0], np.cumsum(self.loss_mask[start : start + ends[-1]], dtype=np.int64)))
-            counts[first:last] = np.diff(sums[ends])
+            # Each sum on its own: a difference of running totals would lose what is small beside others.
+            sums[first:last] = np.add.reduceat(values(slice(start, start + ends[-1])), ends[:-1], dtype=dtype)
             first = last
-        return counts if self.selection is None else counts[self.selection]
+        return sums if self.selection is None else sums[self.selection]
+
+    @property
+    def bounds(self) -> NDArray[np.int64]:
+        """int64[s + 1], where each sequence of all m examples begins, and the end."""
+        return self.offsets if self.sequence_offsets is None else self.sequence_offsets
 
     @property
     def class_numbers(self) -> NDArray[np.int32]:
@@ -97,7 +159,11 @@ class Corpus:
         The digest of the arrays (``digest_arrays``), combined with the sizes of several sources.
         """
         return add_sizes(
-            digest_arrays(len(self), len(self.input_ids), (blocks(array) for array in self._arrays())),
+            digest_arrays(
+                len(self),
+                len(self.input_ids),
+                {name: blocks(array) for name, array in self._arrays().items()},
+            ),
             self.sizes,
         )
 
@@ -124,9 +190,10 @@ class Corpus:
         vars(self).update(fingerprint=fingerprint, loss_tokens=loss_tokens)  # as cached_property stores them
         return self
 
-    def _arrays(self) -> tuple[NDArray[np.generic], ...]:
+    def _arrays(self) -> dict[str, NDArray[np.generic]]:
         """The fingerprinted arrays, in the order in which they are hashed."""
-        return (self.input_ids, self.loss_mask, self.offsets, self.authority_weight, self.provenance_entropy)
+        arrays = {name: getattr(self, name) for name in (*REQUIRED_ARRAYS, *OPTIONAL_ARRAYS)}
+        return {name: array for name, array in arrays.items() if array is not None}
 
 
 class Classes:
@@ -150,15 +217,18 @@ class Classes:
         return self._numbers.setdefault(name, len(self._numbers))
 
 
-def digest_arrays(n: int, total: int, arrays: Iterable[Iterable[Chunk]]) -> str:
+def digest_arrays(n: int, total: int, arrays: Mapping[str, Iterable[Chunk]]) -> str:
     r"""The fingerprint of one source's corpus.
 
-    BLAKE3 of ``distrust corpus 1\n``, n, total, then input_ids, loss_mask, offsets, w and H. Numbers are
-    little-endian in the dtype that they have in a corpus (loss_mask one byte each, n and total 8 bytes).
+    BLAKE3 of ``distrust corpus 1\n``, n, total, then the required arrays, then each optional array that there
+    is, after its name and ``\n``. Numbers are little-endian in the dtype that they have in a corpus
+    (loss_mask one byte each, n and total 8 bytes).
     """
     digest = blake3(b"distrust corpus 1\n", max_threads=blake3.AUTO)
     digest.update(np.array([n, total], "<i8").tobytes())
-    for array in arrays:
+    for name, array in arrays.items():
+        if name in OPTIONAL_ARRAYS:
+            digest.update(f"{name}\n".encode())
         for chunk in array:
             digest.update(chunk)
     return str(digest.hexdigest())

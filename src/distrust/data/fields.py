@@ -6,138 +6,78 @@ repaired: each error is a ``RecordError`` that names the field.
 
 from __future__ import annotations
 
-import json
-import math
-from collections import Counter
-from typing import Any, cast, get_args
+import sys
+from typing import Any
 
-from distrust.data.columns import Columns, Fields
+from distrust.data.columns import CONTEXT, NOTHING, UNSUPPORTED, Columns, Fields
+from distrust.data.conversations import read_conversation
 from distrust.data.record_errors import RecordError
-from distrust.data.records import Completion, Conversation, Message, Role, Text
+from distrust.data.records import Completion, Conversation, Text
+from distrust.data.values import list_names, quote_value, read_factor, read_text, to_number
 from distrust.weighting import MAX_AUTHORITY_WEIGHT
 
 MAX_SOURCE_LENGTH = 100  # longer source class names are truncated: they appear in logs and figures
 # Display name of the class of records that name none; a class of this name counts as none.
 NO_CLASS = "(none)"
 
-_ROLES: tuple[str, ...] = get_args(Role)
-
-#: Roles of turns that are written as {"from", "value"}.
-_SPEAKERS = {"human": "user", "gpt": "assistant", **{role: role for role in _ROLES}}
-
-# Chat templates print these too: without them the turn would be trained on as something nobody said.
-_UNSUPPORTED_IN_TURN = ("function_call", "reasoning_content", "thinking", "tool_calls")
+_GIVE_CONTENT = (
+    "give one of them, or name the columns with --text-column, with --prompt-column and --completion-column, "
+    "or with --messages-column"
+)
 
 
 def read_content(fields: Fields, columns: Columns) -> Text | Completion | Conversation:
     """The content to train on: exactly one of the three kinds."""
-    kinds = [kind for kind, names in columns.kinds.items() if any(name in fields for name in names)]
+    kinds = columns.kinds_in(fields)
     if not kinds:
-        raise RecordError(_no_content(fields, columns))
+        raise RecordError(_no_content(columns), detail=f" (there is {list_names(fields)})")
     if len(kinds) > 1:
-        raise RecordError(
-            f"{' and '.join(kinds)} in one record; keep one of them, or choose one with --text-column, "
-            "--completion-column or --messages-column"
-        )
-    names = columns.kinds[kinds[0]]
-    if names == (columns.text,):
-        return Text(_string(fields[names[0]], names[0], empty=False))
+        choices = " or ".join(columns.choice(names_of_kind, fields) for names_of_kind in kinds.values())
+        raise RecordError(f"{' and '.join(kinds)} in one record; keep one, or choose one with {choices}")
+    ((kind, names),) = kinds.items()
     if names == columns.messages:
-        return _chat(fields, [name for name in names if name in fields])
-    return _completion(fields, columns.prompt, str(columns.completion))
+        first, *alternatives = (name for name in names if name in fields)
+        if alternatives:
+            problem = f"present together with {alternatives[0]}; choose one with --messages-column"
+            raise RecordError(problem, field=first)
+        content: Text | Completion | Conversation = read_conversation(fields, None, first)
+    elif names == (columns.text,):
+        content = Text(read_text(fields[names[0]], names[0], empty=False))
+    else:
+        content = _completion(fields, names[:-1], names[-1])
+    if not columns.explicit:  # options choose what is read
+        unread = UNSUPPORTED if isinstance(content, Conversation) else CONTEXT + UNSUPPORTED
+        for name in (name for name in unread if name in fields and fields[name] not in NOTHING):
+            # A label is a class, unless it says of an answer whether it is good.
+            is_verdict = isinstance(fields[name], bool) and not isinstance(content, Text)
+            if name != "label" or is_verdict:
+                rewrite = "write it into the turns of messages, " * (name in CONTEXT)
+                raise RecordError(
+                    f"cannot be honoured with {kind}; {rewrite}remove it, or name the columns to train on "
+                    f"({columns.choice(names, fields)})",
+                    field=name,
+                )
+    return content
 
 
-def _no_content(fields: Fields, columns: Columns) -> str:
+def _no_content(columns: Columns) -> str:
     *kinds, last = columns.kinds
-    missing = f"no {', no '.join(kinds)}, and no {last}" if kinds else f"no {last}"
-    present = ", ".join(quote_value(key) for key in list(fields)[:8]) or "nothing"  # 8 fit one line
-    remedy = (
-        "correct the option that names it"
-        if columns.explicit
-        else (
-            "give one of them, or name the columns with --text-column, with --prompt-column and "
-            "--completion-column, or with --messages-column"
-        )
-    )
-    return f"{missing}; {remedy} (there is {present})"
+    remedy = f"correct {' or '.join(columns.options)}" if columns.explicit else _GIVE_CONTENT
+    return f"{', '.join(f'no {kind}' for kind in kinds)}{', and ' * bool(kinds)}no {last}; {remedy}"
 
 
 def _completion(fields: Fields, prompts: tuple[str, ...], name: str) -> Completion | Conversation:
     present = [prompt for prompt in prompts if prompt in fields]
-    if not present:
-        raise RecordError(f"missing, but {name} is present; give both, or only text", field=prompts[0])
-    if name not in fields:
-        raise RecordError(f"missing, but {present[0]} is present; give both, or only text", field=name)
+    if not present or name not in fields:
+        missing, partner = (name, present[0]) if present else (prompts[0], name)
+        problem = f"missing, but {partner} is present; give both, or only text"
+        raise RecordError(problem, field=missing, detail=f" (there is {list_names(fields)})")
     if len(prompts) == 1 and isinstance(fields[present[0]], list) and isinstance(fields[name], list):
-        prompt_turns = _messages(fields[present[0]], present[0])  # both are lists of turns
-        return _conversation(prompt_turns, _messages(fields[name], name), name)
-    texts = [_string(fields[prompt], prompt) for prompt in present]
+        return read_conversation(fields, present[0], name)  # both are lists of turns
+    texts = [read_text(fields[prompt], prompt) for prompt in present]
     # A single prompt is used as it is; several are joined by empty lines, blank ones left out.
     prompt = texts[0] if len(prompts) == 1 else "".join(f"{text}\n\n" for text in texts if text.strip())
-    return Completion(prompt, _string(fields[name], name, empty=False))
-
-
-def _chat(fields: Fields, names: list[str]) -> Conversation:
-    if len(names) > 1:
-        raise RecordError(
-            f"present together with {names[1]}; choose one with --messages-column", field=names[0]
-        )
-    (name,) = names
-    value = fields[name]
-    if not isinstance(value, list) or not value:
-        problem = "empty" if value == [] else f"{json_kind(value)}, not a list"
-        raise RecordError(f'{problem}; give a list of {{"role", "content"}}', field=name)
-    return _conversation((), _messages(value, name), name)
-
-
-def _messages(turns: list[Any], name: str) -> tuple[Message, ...]:
-    return tuple(_message(item, f"{name}[{index}]") for index, item in enumerate(turns))
-
-
-def _conversation(prompt: tuple[Message, ...], answer: tuple[Message, ...], name: str) -> Conversation:
-    """A conversation whose assistant turns are trained only in ``answer``."""
-    if all(message.role != "assistant" for message in answer):
-        raise RecordError("no assistant turn; there is nothing to train on", field=name)
-    if (prompt + answer)[0].role == "assistant":
-        raise RecordError(
-            "begins with the assistant; a chat template needs a user or system turn first", field=f"{name}[0]"
-        )
-    return Conversation(prompt + answer, trained_turns=len(prompt))
-
-
-def _message(item: Any, field: str) -> Message:
-    if not isinstance(item, dict):
-        raise RecordError(f'{json_kind(item)}, not an object; give {{"role", "content"}}', field=field)
-    for name in _UNSUPPORTED_IN_TURN:
-        if item.get(name):
-            raise RecordError(
-                "is not supported; write it into content, or leave it out", field=f"{field}.{name}"
-            )
-    role_key, text_key = ("from", "value") if "from" in item and "role" not in item else ("role", "content")
-    speaker = item.get(role_key)
-    role = _SPEAKERS.get(speaker, speaker) if role_key == "from" and isinstance(speaker, str) else speaker
-    if role not in _ROLES:
-        problem = "missing" if speaker is None else f"unknown: {quote_value(speaker)}"
-        raise RecordError(f"{problem}; give one of {', '.join(_ROLES)}", field=f"{field}.{role_key}")
-    content = item.get(text_key)
-    if content is None:
-        raise RecordError("missing; give the text of the turn", field=f"{field}.{text_key}")
-    return Message(cast(Role, role), _string(content, f"{field}.{text_key}", empty=role != "assistant"))
-
-
-def _string(value: Any, field: str, *, empty: bool = True) -> str:
-    if not isinstance(value, str):
-        raise RecordError(f"{json_kind(value)}, not a string; give its text", field=field)
-    if not empty and not value.strip():
-        raise RecordError("is empty; add text, or remove the record", field=field)
-    try:
-        value.encode()  # a lone surrogate, which JSON can hold, would stop the tokenizer
-    except UnicodeEncodeError as error:
-        half = f"\\u{ord(value[error.start]):04x}"
-        raise RecordError(
-            f"half of a surrogate pair ({half}) at character {error.start + 1}; remove it", field=field
-        ) from None
-    return value
+    return Completion(prompt, read_text(fields[name], name, empty=False))
 
 
 def read_authority_weight(fields: Fields, columns: Columns, default: float | None) -> float:
@@ -159,11 +99,13 @@ def read_authority_weight(fields: Fields, columns: Columns, default: float | Non
 def read_provenance_entropy(fields: Fields, columns: Columns, default: float | None) -> float:
     """The record's H in bits, finite and not negative, or the default."""
     value, field = _field_value(fields, columns.provenance_entropy, default, "--default-provenance-entropy")
-    number = to_number(value, field)
-    if not 0 <= number < math.inf:
-        problem = f"{quote_value(value)} is not in [0, ∞) bits; correct it"
-        raise RecordError(problem, field=field)
-    return number
+    return read_factor(value, field, "in [0, ∞) bits", low=0, high=sys.float_info.max)
+
+
+def read_weight(fields: Fields, columns: Columns, default: float | None) -> float:
+    """The record's own weight, else the default, else 1."""
+    present = [name for name in columns.weight if name in fields]
+    return read_factor(fields[present[0]], present[0]) if present else 1.0 if default is None else default
 
 
 def read_source(fields: Fields, columns: Columns) -> str:
@@ -189,51 +131,3 @@ def _field_value(fields: Fields, names: tuple[str, ...], default: float | None, 
         values = " and ".join(quote_value(fields[name]) for name in names)
         raise RecordError(f"differs from its other name, {names[1]} ({values}); keep one", field=names[0])
     return fields[present[0]], present[0]
-
-
-def to_number(value: Any, field: str) -> float:
-    """A JSON number as a float, ±inf beyond its range; raises RecordError for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise RecordError(
-            f"must be a number, not {json_kind(value)} ({quote_value(value)}); correct it",
-            field=field,
-        )
-    try:
-        return float(value)
-    except OverflowError:  # an integer beyond the largest float
-        return math.inf if value > 0 else -math.inf
-
-
-def parse_number(text: str) -> float | str:
-    """The number that a text holds, as in CSV files, or else the text."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
-def unique_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An ``object_pairs_hook`` for JSON that refuses duplicate keys, with a RecordError."""
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        duplicate = Counter(key for key, _ in pairs).most_common(1)[0][0]
-        raise RecordError("appears twice in one object; keep one", field=quote_value(duplicate))
-    return fields
-
-
-def json_kind(value: Any) -> str:
-    """The JSON type of a value, with its article."""
-    # A bool is an int, so it comes first.
-    kinds = {bool: "a boolean", int | float: "a number", str: "a string", list: "a list", dict: "an object"}
-    for types, name in kinds.items():
-        if isinstance(value, types):
-            return name
-    return "null" if value is None else f"a value of type {type(value).__name__}"
-
-
-def quote_value(value: Any) -> str:
-    """A value for a message: escaped, and at most 40 characters."""
-    # Python refuses to print an integer of thousands of digits.
-    is_huge = isinstance(value, int) and value.bit_length() >= 200
-    quoted = "a huge integer" if is_huge else json.dumps(value, default=repr)
-    return quoted if len(quoted) <= 40 else quoted[:39] + "…"

@@ -24,10 +24,10 @@ from typing import Any, BinaryIO, cast
 
 from distrust.checkpoint.files import open_regular_file
 from distrust.data.columns import Columns, Fields
-from distrust.data.fields import json_kind, parse_number, quote_value, unique_members
 from distrust.data.parquet import bounded_rows, import_pyarrow, open_table, read_batches
 from distrust.data.record_errors import RecordError, too_large
 from distrust.data.records import Unit
+from distrust.data.values import json_kind, parse_number, quote_value, unique_members
 
 Row = tuple[int, Fields | RecordError]  # the number of a row, and its fields or its error
 
@@ -121,12 +121,13 @@ def _json_error(error: Exception, *, one_line: bool) -> RecordError:
         case RecordError():
             return error
         case UnicodeDecodeError():
-            at = f" at byte {error.start + 1}" if one_line else ""
-            return RecordError(f"invalid UTF-8{at}; save the file as UTF-8")
+            at = f" (byte {error.start + 1})" if one_line else ""
+            return RecordError("invalid UTF-8; save the file as UTF-8", detail=at)
         case json.JSONDecodeError():
-            at = f" at column {error.colno}" if one_line else ""
+            at = f" (column {error.colno})" if one_line else ""
             remedy = _ONE_OBJECT if one_line else "correct it"
-            return RecordError(f"invalid JSON{at}: {error.msg[:1].lower()}{error.msg[1:]}; {remedy}")
+            reason = f"{error.msg[:1].lower()}{error.msg[1:]}"
+            return RecordError(f"invalid JSON: {reason}; {remedy}", detail=at)
     # A number of thousands of digits, or endless nesting.
     return RecordError("JSON with a number too long or nested too deep to read; simplify it")
 
@@ -273,7 +274,7 @@ def _parquet(file: BinaryIO, columns: Columns, limit: int) -> Iterator[Row]:
         for batch in read_batches(file, names, limit, dictionaries=True):
             for row in bounded_rows(batch, limit):
                 number += 1
-                yield number, row if isinstance(row, RecordError) else columns.select(row)
+                yield number, row if isinstance(row, RecordError) else columns.select(row, is_cells=True)
     except RecordError as error:
         yield 1, error
     except (pyarrow.ArrowException, ArithmeticError, LookupError, ValueError) as error:

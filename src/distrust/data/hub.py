@@ -144,7 +144,7 @@ def rows(name: str, table: Any, columns: Columns, limit: int) -> Iterator[Row]:
         for batch in table.iter(BATCH_ROWS):
             for row in bounded_rows(batch, limit, decode):
                 number += 1
-                yield number, row if isinstance(row, RecordError) else columns.select(row)
+                yield number, row if isinstance(row, RecordError) else columns.select(row, is_cells=True)
 
 
 def _library(name: str) -> Any:

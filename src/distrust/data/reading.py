@@ -1,31 +1,41 @@
 """Reads and validates records one at a time. Nothing is repaired or skipped.
 
 A record's content is a text, a prompt and completion, or a conversation; its provenance is an authority
-weight and an entropy. Other fields are ignored. All wrong records are reported in one error, before anything
-slow, such as a model, is loaded.
+weight and an entropy. Fields that are ignored are listed once. All wrong records are reported in one error,
+before anything slow, such as a model, is loaded.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from itertools import chain
 from os import PathLike, fspath
-from typing import TypeVar
+from typing import Any
 
 from blake3 import blake3
 
 from distrust.config import MAX_RECORD_BYTES, TrainConfig
+from distrust.data.column_report import NO_COLUMNS, ColumnReport, SeenColumns
 from distrust.data.columns import Columns, Fields
-from distrust.data.fields import read_authority_weight, read_content, read_provenance_entropy, read_source
+from distrust.data.fields import (
+    read_authority_weight,
+    read_content,
+    read_provenance_entropy,
+    read_source,
+    read_weight,
+)
 from distrust.data.record_errors import RecordError, RecordErrors
 from distrust.data.records import Conversation, Location, Record
 from distrust.data.sources import Source, open_source
 from distrust.errors import DataError
 
-T = TypeVar("T")
+_VERSION = 3  # increment when the same bytes give other records: it invalidates the cached results
 
-_VERSION = 1  # increment when the same bytes give other records: it invalidates the cached results
+NO_WEIGHT = RecordError(
+    "missing, but other records have one; add it, or give --default-weight", field="weight"
+)
 
 REPORT_EVERY = 5000  # records between two calls of ``on_progress``
 
@@ -38,6 +48,7 @@ class RecordReader:
     columns: Columns
     authority_weight: float | None = None  # w of records without one; None makes that an error
     provenance_entropy: float | None = None  # H in bits of records without one; None makes that an error
+    weight: float | None = None  # weight of records without one; None: all state one, or none does
 
     @property
     def name(self) -> str:
@@ -51,27 +62,31 @@ class RecordReader:
             "version": _VERSION,
             "sources": [[part.digest for part in source.parts] for source in self.sources],
             "columns": asdict(self.columns),
-            "defaults": [self.authority_weight, self.provenance_entropy],
+            "defaults": [self.authority_weight, self.provenance_entropy, self.weight],
         }
         return blake3(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
     @property
     def checked_key(self) -> str:
-        """:attr:`key`, and the limits of the records: checked with one, data may be wrong with another."""
-        limits = {part.max_record_bytes for source in self.sources for part in source.parts}
-        changed = sorted(limits - {MAX_RECORD_BYTES})
-        return blake3(f"{self.key} {changed}".encode()).hexdigest() if changed else self.key
+        """:attr:`key`, and what else determines the result of a check: limits, columns that are not read."""
+        parts = [part for source in self.sources for part in source.parts]
+        changed = sorted({part.max_record_bytes for part in parts} - {MAX_RECORD_BYTES})
+        # The digests of files cover all of their columns, those of examples only the needed ones.
+        names = [name for part in parts if part.unit == "index" for name in part.column_names()]
+        inputs = json.dumps([self.key, changed, names])
+        return blake3(inputs.encode()).hexdigest() if changed or names else self.key
 
-    def rows(self, source: Source) -> Iterator[tuple[Location, Record | list[RecordError]]]:
-        """Each row of a source: its location, and its record or else its errors."""
+    def rows(self, source: Source) -> Iterator[tuple[Location, Fields, Record | list[RecordError]]]:
+        """Each row of a source: its location, its fields if it can be read, and its record or its errors."""
         for part in source.parts:
             for location, fields in part.located_rows():
-                yield location, self._record(fields, location)
+                readable = {} if isinstance(fields, RecordError) else fields
+                yield location, readable, self._record(fields, location)
 
     def records(self) -> Iterator[Record]:
         """The records of all sources, which ``check_records`` has checked; DataError if one has changed."""
         for source in self.sources:
-            for location, record in self.rows(source):
+            for location, _, record in self.rows(source):
                 if not isinstance(record, Record):
                     raise DataError(f"{location}: it changed while it was read; start again")
                 yield record
@@ -80,22 +95,21 @@ class RecordReader:
         """The record of a row, or all of its errors: content and provenance are checked independently."""
         if isinstance(fields, RecordError):
             return [fields]
-        errors: list[RecordError] = []
-
-        def attempt(read: Callable[[], T]) -> T | None:
+        columns, errors = self.columns, []
+        reads: dict[str, Callable[[], Any]] = {
+            "content": lambda: read_content(fields, columns),
+            "authority_weight": lambda: read_authority_weight(fields, columns, self.authority_weight),
+            "provenance_entropy": lambda: read_provenance_entropy(fields, columns, self.provenance_entropy),
+            "weight": lambda: read_weight(fields, columns, self.weight),
+            "source": lambda: read_source(fields, columns),
+        }
+        values: dict[str, Any] = {}
+        for name, read in reads.items():
             try:
-                return read()
+                values[name] = read()
             except RecordError as error:
                 errors.append(error)
-                return None
-
-        columns = self.columns
-        content = attempt(lambda: read_content(fields, columns))
-        weight = attempt(lambda: read_authority_weight(fields, columns, self.authority_weight))
-        entropy = attempt(lambda: read_provenance_entropy(fields, columns, self.provenance_entropy))
-        if content is None or weight is None or entropy is None:
-            return errors
-        return Record(location, weight, entropy, content, read_source(fields, columns))
+        return errors or Record(location, **values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +118,8 @@ class DatasetStats:
 
     sizes: tuple[int, ...]  # records of each source
     conversations: int = 0  # how many of them are conversations
-    first_conversation: str | None = None  # location of the first one
+    columns: ColumnReport = NO_COLUMNS
+    stated: Mapping[str, int] = field(default_factory=dict)  # records that state a field such as weight
 
     @property
     def records(self) -> int:
@@ -123,24 +138,35 @@ def check_records(reader: RecordReader, *, on_progress: Callable[[int], None] | 
         DataError: a source cannot be read or is empty (one line), or records are wrong (a headline, then one
             line for each of the first 20 different errors; ``problems`` holds the first 1000 errors).
     """
-    errors = RecordErrors()
+    errors, columns = RecordErrors(), SeenColumns(reader.columns)
     sizes: list[int] = []
-    conversations, first_conversation = 0, None
+    conversations, is_weighted = 0, False
     for source in reader.sources:
         total = sum(sizes)
         count = 0  # of this source
-        for count, (location, record) in enumerate(reader.rows(source), 1):
-            if not isinstance(record, Record):
+        for count, (location, fields, record) in enumerate(reader.rows(source), 1):
+            columns.add(fields, record)
+            if isinstance(record, Record):
+                conversations += isinstance(record.content, Conversation)
+                is_weighted = is_weighted or record.weight > 0
+            else:
                 errors.add(location, record)
-            elif isinstance(record.content, Conversation):
-                conversations += 1
-                first_conversation = first_conversation or str(location)
             if on_progress is not None and (total + count) % REPORT_EVERY == 0:
                 on_progress(total + count)
         require_records(count, source)
         sizes.append(count)
-    raise_errors(errors, reader.name, sum(sizes))
-    return DatasetStats(tuple(sizes), conversations, first_conversation)
+        for part in source.parts:
+            columns.add_names(part.column_names())
+    raise_errors(errors, reader.name, sum(sizes), hint=columns.hint())
+    stated = columns.stated
+    if reader.weight is None and 0 < stated["weight"] < sum(sizes):
+        for location, fields, _ in chain.from_iterable(map(reader.rows, reader.sources)):
+            if not any(name in fields for name in reader.columns.weight):
+                errors.add(location, [NO_WEIGHT])
+        raise_errors(errors, reader.name, sum(sizes))
+    if not is_weighted:
+        raise DataError(f"{reader.name}: every record has weight 0; there is nothing to train on")
+    return DatasetStats(tuple(sizes), conversations, columns.report(), stated)
 
 
 def require_records(count: int, source: Source) -> None:
@@ -149,10 +175,10 @@ def require_records(count: int, source: Source) -> None:
         raise DataError(f"{source.name}: contains no records; give at least one")
 
 
-def raise_errors(errors: RecordErrors, names: str, count: int) -> None:
+def raise_errors(errors: RecordErrors, names: str, count: int, *, hint: str = "") -> None:
     """Raise DataError if any of the ``count`` records of the named sources has errors."""
-    verb = "record is" if count == 1 else "records are"
-    errors.raise_if_any(f"{names}: {errors.records} of {count} {verb} wrong")
+    words = f"record{'s' * (count > 1)} {'is' if errors.records == 1 else 'are'} wrong"
+    errors.raise_if_any(f"{names}: {errors.records} of {count} {words}", of=count, hint=hint)
 
 
 def read_records(

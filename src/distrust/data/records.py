@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-Role = Literal["system", "user", "assistant", "tool"]
+Role = Literal["system", "developer", "user", "assistant", "tool"]
 
 # How the records of a source are numbered: lines and rows from 1, the examples of an iterable from 0.
 Unit = Literal["line", "row", "index"]
@@ -47,15 +48,21 @@ class Message:
     """One turn of a conversation."""
 
     role: Role
-    content: str
+    content: str  # "" for a turn that only calls tools
+    weight: float = 1.0  # factor of the loss of its tokens, >= 0; 0: read, but not trained
+    # All else that a chat template may print: tool_calls (their arguments as objects), reasoning_content,
+    # tool_call_id, name.
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Turns of a chat. Only assistant turns are trained; the first turn is never the assistant's."""
+    """Turns of a chat, at least one. Only assistant turns are trained."""
 
     messages: tuple[Message, ...]
     trained_turns: int = 0  # index of the first turn that may be trained; earlier turns are prompt
+    tools: tuple[Mapping[str, Any], ...] = ()  # descriptions of functions, as the chat template takes them
+    template_options: Mapping[str, Any] = field(default_factory=dict)  # such as enable_thinking
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,3 +74,4 @@ class Record:
     provenance_entropy: float  # H in bits, finite, >= 0
     content: Text | Completion | Conversation
     source: str = ""  # source class as the data names it; "" if it names none
+    weight: float = 1.0  # factor of the loss of its tokens, >= 0

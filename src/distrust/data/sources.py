@@ -17,6 +17,7 @@ import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
@@ -27,11 +28,13 @@ from distrust.bundled import CORPUS
 from distrust.checkpoint.files import open_regular_file
 from distrust.config import BUNDLED, MAX_RECORD_BYTES
 from distrust.data import hub
+from distrust.data.column_report import MAX_COLUMNS
 from distrust.data.columns import Columns, Fields
-from distrust.data.fields import json_kind
 from distrust.data.formats import JSON_LINES, PARQUET, Row, format_of, is_binary, is_data, open_bytes
+from distrust.data.parquet import open_table
 from distrust.data.record_errors import RecordError
 from distrust.data.records import Location, Unit
+from distrust.data.values import json_kind
 from distrust.errors import ConfigError, DataError, ErrorTranslator, quote_untrusted, read_failure_reason
 from distrust.paths import require_regular
 
@@ -56,6 +59,8 @@ class Part:
     max_record_bytes: int  # a larger row is an error
     #: Opens a Parquet file for a reader of its tables; raises as ``rows`` does. None for other parts.
     parquet: Callable[[], contextlib.AbstractContextManager[BinaryIO]] | None = None
+    #: The names of all columns, if rows hold only those that are read; nothing for other parts.
+    column_names: Callable[[], Iterable[str]] = tuple
 
     def located_rows(self) -> Iterator[tuple[Location, Fields | RecordError]]:
         """The rows with their locations."""
@@ -84,6 +89,7 @@ def open_source(
     revision: str | None = None,
     temp_folder: Path | None = None,
     max_record_bytes: int = MAX_RECORD_BYTES,
+    digests: bool = True,
 ) -> Source:
     """Open the source with a name.
 
@@ -95,6 +101,7 @@ def open_source(
         revision: of a dataset of the hub.
         temp_folder: where the content of a pipe is copied to.
         max_record_bytes: a larger row is an error, as ``TrainConfig`` says.
+        digests: False if only some rows are read: files are not read to the end for their digest.
 
     Raises:
         DataError: there is no such source, or it cannot be read; one line.
@@ -114,7 +121,7 @@ def open_source(
         raise DataError(f"{name}: {hub.missing_reason(name)}")
     if kind != "folder":
         _require_split(path, split)
-        return Source(name, (_file_part(path, columns, temp_folder, max_record_bytes),))
+        return Source(name, (_file_part(path, columns, temp_folder, max_record_bytes, digests),))
     with _readable(str(path)):
         saved = hub.saved_split(path, split)
     if saved is not None:
@@ -123,7 +130,8 @@ def open_source(
         return Source(name, (_table_part(str(saved), table, columns, digest, max_record_bytes),))
     files = _files(path, split)
     require_regular(*files)  # nobody named a pipe
-    return Source(name, tuple(_file_part(file, columns, temp_folder, max_record_bytes) for file in files))
+    parts = (_file_part(file, columns, temp_folder, max_record_bytes, digests) for file in files)
+    return Source(name, tuple(parts))
 
 
 def examples_source(
@@ -155,12 +163,14 @@ def _kind(path: Path) -> str | None:
     return "folder" if stat.S_ISDIR(mode) else "file"
 
 
-def _file_part(path: Path, columns: Columns, temp_folder: Path | None, max_record_bytes: int) -> Part:
+def _file_part(
+    path: Path, columns: Columns, temp_folder: Path | None, max_record_bytes: int, digests: bool
+) -> Part:
     name = str(path)
     with _readable(name):
         mode = path.stat().st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):  # a device may have no end
-            raise DataError(f"{name}: neither a file nor a pipe; give the name of a file of records")
+            raise DataError(f"{name}: neither a file nor a pipe; name a file of records, with --data")
         if stat.S_ISFIFO(mode):  # can be read only once
             copy = _TempCopy(temp_folder or Path(os.devnull))  # nothing can be created below a device
             with path.open("rb") as pipe:
@@ -174,7 +184,8 @@ def _file_part(path: Path, columns: Columns, temp_folder: Path | None, max_recor
         version = _file_version(path)
         with open_regular_file(path) as file:
             current.location = name
-            digest = _digest(file, form.name, is_text=form is not PARQUET and not compressed)
+            is_text = form is not PARQUET and not compressed
+            digest = _digest(file, form.name, is_text=is_text) if digests else ""
             current.location = None
 
     @contextlib.contextmanager
@@ -189,7 +200,14 @@ def _file_part(path: Path, columns: Columns, temp_folder: Path | None, max_recor
         with open_part() as file:
             yield from form.rows(file, columns, max_record_bytes)
 
-    return Part(name, form.unit, digest, rows, max_record_bytes, open_part if form is PARQUET else None)
+    if form is not PARQUET:
+        return Part(name, form.unit, digest, rows, max_record_bytes)
+
+    def column_names() -> list[str]:
+        with open_part() as file:
+            return list(open_table(file, max_record_bytes).schema_arrow.names)
+
+    return Part(name, form.unit, digest, rows, max_record_bytes, open_part, column_names)
 
 
 class _TempCopy:
@@ -201,6 +219,7 @@ class _TempCopy:
             self.file: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed below
         except OSError:
             self.file = tempfile.TemporaryFile()  # noqa: SIM115
+        self.column_names: dict[str, None] = {}  # of the examples, in order
         weakref.finalize(self, self.file.close)
 
     @contextlib.contextmanager
@@ -220,6 +239,8 @@ class _TempCopy:
                 raise DataError(
                     f"{location}: {json_kind(example)}, not a mapping; give a dict for each example"
                 )
+            if len(self.column_names) < MAX_COLUMNS:
+                self.column_names |= dict.fromkeys(map(str, islice(example, MAX_COLUMNS)))
             fields = {
                 str(key): example[key]
                 for key in columns.needed_from(list(example))
@@ -248,14 +269,14 @@ def _copy_part(copy: _TempCopy, columns: Columns, name: str, unit: Unit, max_rec
 
     with _readable(name), copy.open() as file:
         digest = _digest(file, JSON_LINES.name)
-    return Part(name, unit, digest, rows, max_record_bytes)
+    return Part(name, unit, digest, rows, max_record_bytes, column_names=lambda: copy.column_names)
 
 
 def _table_part(name: str, table: Any, columns: Columns, digest: str, max_record_bytes: int) -> Part:
     def rows() -> Iterator[Row]:
         return hub.rows(name, table, columns, max_record_bytes)
 
-    return Part(name, "row", digest, rows, max_record_bytes)
+    return Part(name, "row", digest, rows, max_record_bytes, column_names=lambda: table.column_names)
 
 
 def _digest_folder(folder: Path) -> str:

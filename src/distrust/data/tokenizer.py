@@ -13,11 +13,13 @@ from typing import Any, Protocol
 
 from blake3 import blake3
 
+from distrust.data.corpus import common_length
+
 _PROBE_CHARACTERS = 2000  # enough to show a difference; encoding it twice costs no time
 
 
 class Tokenizer(Protocol):
-    """Text -> token ids, and conversations -> text."""
+    """Text -> token ids, and conversations -> text. One with a chat template also has ``decode``."""
 
     bos_token_id: int | None  # begins a sequence
     eos_token_id: int | None  # ends a sequence
@@ -28,13 +30,59 @@ class Tokenizer(Protocol):
         """The ids of a text; ``add_special_tokens`` adds the BOS and EOS that the tokenizer is set up for."""
 
     def apply_chat_template(
-        self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
+        self,
+        conversation: list[dict[str, Any]],
+        *,
+        tokenize: bool,
+        add_generation_prompt: bool,
+        **options: Any,
     ) -> Any:
         """The conversation as text (``tokenize=False``), optionally up to where the next answer begins."""
 
 
-def encode_all(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """The ids of each text without special tokens, equal to what ``encode`` returns for it.
+class Encoded:
+    """The ids of a text, and which token a character belongs to: found by encoding prefixes."""
+
+    def __init__(self, tokenizer: Tokenizer, text: str) -> None:
+        self.ids = tokenizer.encode(text, add_special_tokens=False)
+        self._tokenizer, self._text = tokenizer, text
+
+    def token_at(self, character: int) -> int:
+        """The first token that has this character or a later one; the number of tokens if none has."""
+        prefix = self._tokenizer.encode(self._text[:character], add_special_tokens=False)
+        # Where the prefix ends within a token, that token has the character.
+        return common_length(self.ids, prefix)
+
+    def end_at(self, character: int) -> int:
+        """The first token that has only this character or later ones; the number of tokens if none has."""
+        prefix = self._tokenizer.encode(self._text[:character], add_special_tokens=False)
+        common = common_length(self.ids, prefix)
+        return min(common + (len(prefix) > common), len(self.ids))  # the prefix ends within a token
+
+
+class _WithOffsets(Encoded):
+    """Ids of the Rust core, which knows the characters of each token."""
+
+    def __init__(self, encoding: Any, characters: int) -> None:
+        self.ids = encoding.ids
+        self._encoding, self._characters = encoding, characters
+
+    def token_at(self, character: int) -> int:
+        for position in range(character, self._characters):  # a character may be in no token
+            token = self._encoding.char_to_token(position)
+            if token is not None:
+                return int(token)
+        return len(self.ids)
+
+    def end_at(self, character: int) -> int:
+        token = self.token_at(character)
+        if token < len(self.ids) and self._encoding.token_to_chars(token)[0] < character:
+            return token + 1  # it has an earlier character, too
+        return token
+
+
+def encode_all(tokenizer: Tokenizer, texts: Sequence[str]) -> list[Encoded]:
+    """Encode each text as a whole, without special tokens: the ids are those that ``encode`` returns for it.
 
     The Rust core of transformers' fast tokenizers encodes a batch on all CPU cores. One probe is encoded both
     ways first: if the tokenizer does more than its core, the texts are encoded one by one.
@@ -44,11 +92,20 @@ def encode_all(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
         probe = max(texts, key=len)[:_PROBE_CHARACTERS]
         expected = tokenizer.encode(probe, add_special_tokens=False)
         # ``encode`` has set the core up: no truncation, no padding, special tokens as in the tokenizer.
-        encodings = core.encode_batch_fast([*texts, probe], add_special_tokens=False)
-        *ids, probe_ids = [encoding.ids for encoding in encodings]
-        if probe_ids == expected:
-            return ids
-    return [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+        *encodings, of_probe = core.encode_batch([*texts, probe], add_special_tokens=False)
+        if of_probe.ids == expected:
+            return [
+                _WithOffsets(encoding, len(text)) for encoding, text in zip(encodings, texts, strict=True)
+            ]
+    return [Encoded(tokenizer, text) for text in texts]
+
+
+def decode_all(tokenizer: Tokenizer, ids: Sequence[list[int]]) -> list[str | None]:
+    """The text that each sequence of ids stands for; None if the tokenizer cannot tell."""
+    core, decode = _fast_core(tokenizer), getattr(tokenizer, "decode", None)
+    if core is not None:
+        return list(core.decode_batch(ids, skip_special_tokens=False))
+    return [None if decode is None else str(decode(part)) for part in ids]
 
 
 def digest_tokenizer(tokenizer: Tokenizer) -> str | None:

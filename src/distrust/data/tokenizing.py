@@ -1,32 +1,34 @@
 """Tokenizes records: the same mechanism for texts, completions and conversations.
 
-A record becomes segments; each segment is tokenized by itself, so a prompt has the tokens here that it has
-when the model is used. A token is trained if its segment is. Texts and completions begin as the tokenizer
-begins a sequence (with BOS, or without) and end with EOS, which is trained so that the model learns to
-stop. The chat template prints the beginning and end of a conversation, as it does in use.
-
-Assistant turns are located by rendering the conversation up to where the turn begins (with the generation
-prompt) and up to where it ends: the difference is the turn, from its content through the end-of-turn token.
-This needs each rendering to extend the previous one exactly. A template that rewrites earlier turns when
-later ones come (some drop their reasoning) would train on text the model never sees in use, and is refused.
+A record becomes one or several sequences. Each is rendered as text, with the characters that are trained, and
+encoded as a whole: a token is trained if any of its characters is. Encoding parts by themselves would give
+other tokens than the model sees in use. Texts and completions begin as the tokenizer begins a sequence (with
+BOS, or without) and end with EOS, which is trained so that the model learns to stop. They get neither twice.
+The chat template prints the beginning and end of a conversation (``trained_turns``).
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from datetime import date
+from functools import cached_property
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from distrust.activity import current
-from distrust.data.corpus import Classes, Corpus
+from distrust.config import OnLong
+from distrust.data.chat_template import ChatTemplate
+from distrust.data.corpus import Classes, Corpus, Counts
 from distrust.data.reading import DatasetStats
 from distrust.data.record_errors import RecordError, RecordErrors
-from distrust.data.records import Completion, Conversation, Location, Record, Text
-from distrust.data.tokenizer import Tokenizer, encode_all
+from distrust.data.records import Completion, Conversation, Record, Text
+from distrust.data.tokenizer import Encoded, Tokenizer, decode_all, encode_all
+from distrust.data.trained_turns import Rendered, Span, render_conversation
 from distrust.errors import ConfigError, DataError, ModelError
 
 # Records are tokenized in batches: large enough for the tokenizer's threads, small enough for memory.
@@ -34,33 +36,53 @@ _BATCH_RECORDS = 512
 _BATCH_CHARACTERS = 1 << 20
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What becomes of records that are too long."""
+
+    max_length: int  # the largest number of tokens of a sequence, 2 or more
+    on_long: OnLong = "truncate"  # cut them, leave their records out, or make them errors
+    strict: bool = False  # whether a record of which nothing can be trained is an error, instead of left out
+
+
 def tokenize(
     records: Sequence[Record],
     tokenizer: Tokenizer,
     *,
     max_length: int,
+    on_long: OnLong = "truncate",
+    strict: bool = False,
+    today: date | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Corpus:
-    """Tokenizes records that are in memory, in order, and truncates each to ``max_length`` tokens.
+    """Tokenizes records that are in memory, in order.
 
     Args:
         records: at least one.
         tokenizer: a tokenizer of transformers, or anything that satisfies the protocol.
-        max_length: the largest number of tokens of an example, 2 or more.
+        max_length: the largest number of tokens of a sequence, 2 or more.
+        on_long: whether longer sequences are truncated, their records left out, or errors.
+        strict: whether a record of which nothing can be trained is an error, instead of left out.
+        today: the date that a chat template prints. Default: the current day.
         on_progress: called after some records with the number done and the total.
 
     Raises:
-        DataError: there are no records, a conversation cannot be rendered, or an example has no token to
-            train on; all such records in one error, as in ``check_records``.
+        DataError: there are no records, a conversation cannot be rendered, or nothing is left to train on;
+            all such records in one error, as in ``check_records``.
         ModelError: the tokenizer has no EOS token.
         ConfigError: ``max_length`` is less than 2.
     """
     if not records:
         raise DataError("there are no records to tokenize")
-    conversations = [str(record.location) for record in records if isinstance(record.content, Conversation)]
-    stats = DatasetStats((len(records),), len(conversations), next(iter(conversations), None))
-    batches = _tokenize_batches(records, tokenizer, stats, max_length, on_progress)
-    return _corpus([example for batch in batches for example in batch])
+    conversations = sum(isinstance(record.content, Conversation) for record in records)
+    stats = DatasetStats((len(records),), conversations)
+    limits = Limits(max_length=max_length, on_long=on_long, strict=strict)
+    tokenizing = _Tokenizing(tokenizer, stats, limits, today or date.today())
+    batches = list(tokenizing.batches(records, on_progress))
+    examples = [example for batch, _ in batches for example in batch]
+    counts = sum((counts for _, counts in batches), Counts())
+    counts.require_examples(len(examples), "the records")
+    return _corpus(examples, counts, sources=1)
 
 
 def tokenize_in_blocks(
@@ -68,7 +90,8 @@ def tokenize_in_blocks(
     tokenizer: Tokenizer,
     *,
     stats: DatasetStats,
-    max_length: int,
+    limits: Limits,
+    today: date,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Corpus]:
     """Tokenizes a stream of records, of which at most one block is in memory.
@@ -77,31 +100,11 @@ def tokenize_in_blocks(
     ``tokenize``; errors of records are raised after the last one.
 
     Yields:
-        The corpora of consecutive blocks of records.
+        The corpora of consecutive blocks of records, which may have no examples. Their ``sizes`` are the
+        examples of each source.
     """
-    return map(_corpus, _tokenize_batches(records, tokenizer, stats, max_length, on_progress))
-
-
-def _tokenize_batches(
-    records: Iterable[Record],
-    tokenizer: Tokenizer,
-    stats: DatasetStats,
-    max_length: int,
-    on_progress: Callable[[int, int], None] | None,
-) -> Iterator[list[_Example]]:
-    if max_length < 2:
-        raise ConfigError(f"max_length must be 2 or more, not {max_length}: the first token carries no loss")
-    frame = _bos_and_eos(stats, tokenizer)
-    errors = RecordErrors()
-    done_records = 0
-    for batch in _batches(records):
-        examples = _tokenize_batch(batch, tokenizer, frame=frame, max_length=max_length, errors=errors)
-        done_records += len(batch)
-        if on_progress is not None:
-            on_progress(done_records, stats.records)
-        if not errors.records:  # after an error no corpus is used, only further errors are collected
-            yield examples
-    errors.raise_if_any(f"{errors.records} of {done_records} records cannot be trained on")
+    for examples, counts in _Tokenizing(tokenizer, stats, limits, today).batches(records, on_progress):
+        yield _corpus(examples, counts, sources=len(stats.sizes))
 
 
 def bos_prefix(tokenizer: Tokenizer) -> list[int]:
@@ -110,197 +113,205 @@ def bos_prefix(tokenizer: Tokenizer) -> list[int]:
     return first if first == [tokenizer.bos_token_id] else []
 
 
-_SpecialTokens = tuple[list[int], list[int]]  # the ids before and after a text or a completion
+class _Sequence(NamedTuple):
+    """A tokenized sequence."""
+
+    ids: NDArray[np.int32]
+    loss_mask: NDArray[np.bool_]  # one per id, as the weights
+    weights: NDArray[np.float32]  # factor of the loss of each trained token, 1 elsewhere
+
+    def cut(self, length: int) -> _Sequence:
+        """Its first tokens."""
+        return _Sequence(self.ids[:length], self.loss_mask[:length], self.weights[:length])
 
 
 @dataclass(frozen=True, slots=True)
 class _Example:
-    """One tokenized record."""
+    """A tokenized record."""
 
     record: Record
-    ids: NDArray[np.int32]
-    loss_mask: NDArray[np.bool_]  # one per id
-    tokens_cut: int  # removed by max_length
+    source: int  # its number
+    sequences: Sequence[_Sequence]  # at least one
 
 
-def _bos_and_eos(stats: DatasetStats, tokenizer: Tokenizer) -> _SpecialTokens:
-    """Checks once that the tokenizer has what the records need."""
-    if stats.conversations and tokenizer.chat_template is None:
-        raise DataError(
-            f"{stats.first_conversation}: messages: the tokenizer has no chat template "
-            f"({stats.conversations} of {stats.records} records need one); use a chat model's, or give "
-            "prompt + completion"
-        )
-    if stats.conversations == stats.records:
-        return [], []
-    eos = tokenizer.eos_token_id
-    if eos is None:
-        raise ModelError(
-            "the tokenizer has no EOS token, so the model could not learn to stop; set eos_token"
-        )
-    return bos_prefix(tokenizer), [eos]
+class _Tokenizing:
+    """Tokenizes batches of records, and collects the errors of all."""
 
+    def __init__(self, tokenizer: Tokenizer, stats: DatasetStats, limits: Limits, today: date) -> None:
+        if limits.max_length < 2:
+            raise ConfigError(
+                f"max_length must be 2 or more, not {limits.max_length}: the first token carries no loss"
+            )
+        self._tokenizer, self._stats, self._limits, self._today = tokenizer, stats, limits, today
+        self._source_ends = list(accumulate(stats.sizes))
+        self._errors = RecordErrors()
 
-def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
-    batch: list[Record] = []
-    characters = 0
-    for record in records:
-        batch.append(record)
-        characters += _characters(record)
-        if len(batch) >= _BATCH_RECORDS or characters >= _BATCH_CHARACTERS:
+    def batches(
+        self, records: Iterable[Record], on_progress: Callable[[int, int], None] | None
+    ) -> Iterator[tuple[list[_Example], Counts]]:
+        """Yield the examples of each batch of records; raises DataError at the end if records have errors."""
+        count = 0
+        for batch in self._batches(records):
+            tokenized = self._tokenize(batch, first=count)
+            count += len(batch)
+            if on_progress is not None:
+                on_progress(count, self._stats.records)
+            if not self._errors.records:  # else no corpus is used: only further errors are collected
+                yield tokenized
+        self._errors.raise_if_any(f"{self._errors.records} of {count} records cannot be trained on")
+
+    def _batches(self, records: Iterable[Record]) -> Iterator[list[tuple[Record, list[Rendered]]]]:
+        """Yield some records and their sequences as text."""
+        batch: list[tuple[Record, list[Rendered]]] = []
+        characters = 0
+        for record in records:
+            batch.append((record, self._render(record)))
+            characters += sum(len(sequence.text) for sequence in batch[-1][1])
+            if len(batch) >= _BATCH_RECORDS or characters >= _BATCH_CHARACTERS:
+                yield batch
+                batch, characters = [], 0
+        if batch:
             yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
 
+    def _tokenize(
+        self, batch: Sequence[tuple[Record, list[Rendered]]], *, first: int
+    ) -> tuple[list[_Example], Counts]:
+        """The examples of a batch, whose first record has the number ``first`` among all records."""
+        current.location = f"{batch[0][0].location} to {batch[-1][0].location}"  # tokenized together
+        encoded = encode_all(self._tokenizer, [each.text for _, sequences in batch for each in sequences])
+        decoded = decode_all(self._tokenizer, [each.ids for each in encoded])
+        current.location = None
+        results = iter(zip(encoded, decoded, strict=True))
+        examples, counts = [], Counts()
+        for number, (record, sequences) in enumerate(batch, first):
+            if not sequences:  # it has an error
+                continue
+            pairs = [(sequence, *next(results)) for sequence in sequences]
+            for sequence, _, text in pairs:
+                if text is not None:
+                    counts.compare(sequence.text, text, record.location)
+            if not record.weight:
+                counts.weightless += 1
+                continue
+            try:
+                tokenized = [self._sequence(sequence, tokens, record.weight) for sequence, tokens, _ in pairs]
+                trainable = self._within_limits(tokenized, counts)
+            except RecordError as error:
+                self._errors.add(record.location, [error])
+                continue
+            counts.dropped += not trainable
+            if trainable:
+                examples.append(_Example(record, bisect_right(self._source_ends, number), trainable))
+        return examples, counts
 
-def _characters(record: Record) -> int:
-    match record.content:
-        case Text(text):
-            return len(text)
-        case Completion(prompt, completion):
-            return len(prompt) + len(completion)
-        case Conversation(messages):
-            return sum(len(message.content) for message in messages)
-
-
-def _tokenize_batch(
-    batch: Sequence[Record],
-    tokenizer: Tokenizer,
-    *,
-    frame: _SpecialTokens,
-    max_length: int,
-    errors: RecordErrors,
-) -> list[_Example]:
-    """The examples of a batch; records that cannot be trained on are left out and added to ``errors``."""
-    prefix, suffix = frame
-    parts: list[tuple[Record, list[Segment]]] = []
-    for record in batch:
+    def _render(self, record: Record) -> list[Rendered]:
+        """The sequences of a record as text; none if it has an error."""
         current.location = record.location
+        match record.content:
+            case Text(text):
+                return [Rendered(text, (Span(0, len(text)),))]
+            case Completion(prompt, completion):
+                text = prompt + completion
+                return [Rendered(text, (Span(len(prompt), len(text)),))]
+        if self._tokenizer.chat_template is None:
+            raise DataError(
+                f"{record.location}: messages: the tokenizer has no chat template "
+                f"({self._stats.conversations} of {self._stats.records} records need one); give one with "
+                "--chat-template, use a chat model's, or give prompt + completion"
+            )
         try:
-            parts.append((record, [part for part in split_segments(record.content, tokenizer) if part.text]))
+            # No tokenizer has so many characters in each token.
+            max_characters = 32 * self._limits.max_length
+            return render_conversation(record.content, self._template, max_characters=max_characters)
         except RecordError as error:
-            errors.add(record.location, [error])
-    current.location = _Span(batch[0].location, batch[-1].location)
-    encoded = iter(encode_all(tokenizer, [part.text for _, segments in parts for part in segments]))
-    current.location = None
-    examples: list[_Example] = []
-    for record, segments in parts:
-        pieces = [(next(encoded), part.trained) for part in segments]
-        if not isinstance(record.content, Conversation):  # the template prints its own BOS and EOS
-            pieces = [(prefix, False), *pieces, (suffix, True)]
-        try:
-            examples.append(_example(record, pieces, max_length))
-        except RecordError as error:
-            errors.add(record.location, [error])
-    return examples
+            self._errors.add(record.location, [error])
+            return []
+
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        return ChatTemplate(self._tokenizer, today=self._today)
+
+    @cached_property
+    def _bos_and_eos(self) -> tuple[list[int], list[int]]:
+        """The ids before and after a text or completion."""
+        eos = self._tokenizer.eos_token_id
+        if eos is None:
+            raise ModelError(
+                "the tokenizer has no EOS token, so the model could not learn to stop; set eos_token"
+            )
+        return bos_prefix(self._tokenizer), [eos]
+
+    def _sequence(self, rendered: Rendered, encoded: Encoded, weight: float) -> _Sequence:
+        """The tokens of a rendered sequence; ``weight`` is that of its record."""
+        prefix, suffix = ([], []) if rendered.is_chat else self._bos_and_eos
+        # A text may begin and end with the special tokens itself.
+        prefix = prefix if encoded.ids[:1] != prefix else []
+        eos = str(getattr(self._tokenizer, "eos_token", None))
+        suffix = suffix if encoded.ids[-1:] != suffix and not rendered.text.rstrip().endswith(eos) else []
+        ids = np.array([*prefix, *encoded.ids, *suffix], np.int32)
+        loss_mask, weights = np.zeros(len(ids), np.bool_), np.ones(len(ids), np.float32)
+        for begin, end, factor in rendered.spans:
+            first, last = encoded.token_at(begin), encoded.end_at(end)
+            trained = slice(len(prefix) + first, len(prefix) + last)
+            loss_mask[trained], weights[trained] = True, factor * weight
+        if suffix:
+            loss_mask[-1], weights[-1] = True, weight
+        loss_mask[:1] = False  # nothing predicts the first token
+        if not ((weights[loss_mask] > 0) & (weights[loss_mask] < np.inf)).all():
+            raise RecordError(
+                "is too small or too large to train on; give 0, or another number", field="weight"
+            )
+        return _Sequence(ids, loss_mask, weights)
+
+    def _within_limits(self, sequences: list[_Sequence], counts: Counts) -> list[_Sequence]:
+        """The sequences of a record that can be trained on, cut to the largest length."""
+        limits, limit = self._limits, self._limits.max_length
+        if not all(sequence.loss_mask.any() for sequence in sequences):
+            raise RecordError("no token to train on: no trained token follows another one; remove the record")
+        longest = max(len(sequence.ids) for sequence in sequences)
+        if longest <= limit:
+            return sequences
+        if limits.on_long == "error":
+            raise RecordError(
+                f"takes more tokens than max_length {limit}; raise --max-length, or give another --on-long",
+                detail=f" ({longest:,} tokens)",
+            )
+        if limits.on_long == "drop":
+            return []
+        trainable = [part for part in (sequence.cut(limit) for sequence in sequences) if part.loss_mask.any()]
+        if limits.strict and len(trainable) < len(sequences):
+            prompt = max(int(sequence.loss_mask.argmax()) for sequence in sequences)
+            raise RecordError(
+                f"no token to train on within max_length {limit}: the prompt takes {prompt} tokens; raise "
+                "--max-length, or shorten the prompt"
+            )
+        if trainable:
+            counts.truncated += 1
+            tokens = sum(len(part.ids) for part in sequences)
+            counts.tokens_cut += tokens - sum(len(part.ids) for part in trainable)
+        return trainable
 
 
-class _Span(NamedTuple):
-    """The records of a batch, which are tokenized together."""
-
-    first: Location
-    last: Location
-
-    def __str__(self) -> str:
-        return f"{self.first} to {self.last}"
-
-
-def _example(record: Record, pieces: Sequence[tuple[list[int], bool]], max_length: int) -> _Example:
-    ids = list(chain.from_iterable(tokens for tokens, _ in pieces))
-    loss_mask = list(chain.from_iterable([trained] * len(tokens) for tokens, trained in pieces))
-    loss_mask[:1] = [False] * bool(loss_mask)  # nothing predicts the first token
-    if not any(loss_mask):
-        raise RecordError("no token to train on: no trained token follows another one; remove the record")
-    if not any(loss_mask[:max_length]):
-        raise RecordError(
-            f"no token to train on within max_length {max_length}: the prompt takes {loss_mask.index(True)} "
-            "tokens; raise --max-length, or shorten the prompt"
-        )
-    return _Example(
-        record,
-        np.array(ids[:max_length], np.int32),
-        np.array(loss_mask[:max_length], np.bool_),
-        tokens_cut=max(0, len(ids) - max_length),
-    )
-
-
-def _corpus(examples: Sequence[_Example]) -> Corpus:
+def _corpus(examples: Sequence[_Example], counts: Counts, *, sources: int) -> Corpus:
     classes = Classes()
     class_of = classes.number(example.record.source for example in examples)
+    source_of = [example.source for example in examples]
+    sequences = [sequence for example in examples for sequence in example.sequences]
+    sequence_offsets = np.cumsum([0, *(len(sequence.ids) for sequence in sequences)], dtype=np.int64)
+    firsts = np.cumsum([0, *(len(example.sequences) for example in examples)])  # int64[n + 1]
+    empty = _Sequence(np.empty(0, np.int32), np.empty(0, np.bool_), np.empty(0, np.float32))
+    ids, loss_mask, weights = map(np.concatenate, zip(empty, *sequences, strict=True))
     return Corpus(
-        input_ids=np.concatenate([example.ids for example in examples]),
-        loss_mask=np.concatenate([example.loss_mask for example in examples]),
-        offsets=np.cumsum([0, *(len(example.ids) for example in examples)], dtype=np.int64),
+        input_ids=ids,
+        loss_mask=loss_mask,
+        offsets=sequence_offsets[firsts],
         authority_weight=np.array([example.record.authority_weight for example in examples], np.float64),
         provenance_entropy=np.array([example.record.provenance_entropy for example in examples], np.float64),
         locations=tuple(example.record.location for example in examples),
-        truncated=sum(example.tokens_cut > 0 for example in examples),
-        tokens_cut=sum(example.tokens_cut for example in examples),
+        counts=counts,
+        sizes=tuple(np.bincount(np.array(source_of, np.int64), minlength=sources).tolist()),
         classes=classes.names,
         class_of=class_of,
+        sequence_offsets=sequence_offsets if len(sequences) > len(examples) else None,
+        token_weights=weights if (weights != 1).any() else None,
     )
-
-
-class Segment(NamedTuple):
-    """A segment of an example's text."""
-
-    text: str
-    trained: bool  # whether its tokens are trained
-
-
-def split_segments(content: Text | Completion | Conversation, tokenizer: Tokenizer) -> list[Segment]:
-    """Splits a record's text; RecordError if the chat template cannot render it turn by turn."""
-    match content:
-        case Text(text):
-            return [Segment(text, trained=True)]
-        case Completion(prompt, completion):
-            return [Segment(prompt, trained=False), Segment(completion, trained=True)]
-        case Conversation():
-            return _conversation(content, tokenizer)
-
-
-def _conversation(conversation: Conversation, tokenizer: Tokenizer) -> list[Segment]:
-    turns = [{"role": message.role, "content": message.content} for message in conversation.messages]
-    full = _render(turns, tokenizer, generation_prompt=False)
-    segments: list[Segment] = []
-    position = 0  # characters of ``full`` that are in a segment
-    for index, turn in enumerate(turns):
-        if turn["role"] != "assistant" or index < conversation.trained_turns:
-            continue
-        prompt = _render(turns[:index], tokenizer, generation_prompt=True)
-        through = _render(turns[: index + 1], tokenizer, generation_prompt=False)
-        begin = len(prompt)
-        # Each rendering must extend the previous one, or the positions would not be those of the turn.
-        if not (position <= begin < len(through) and through.startswith(prompt) and full.startswith(through)):
-            raise RecordError(
-                "the tokenizer's chat template renders this turn differently when later turns follow; "
-                "use a template that does not",
-                field=f"messages[{index}]",
-            )
-        end = begin + len(_up_to_turn_end(through[begin:], turn["content"]))
-        segments += [Segment(full[position:begin], trained=False), Segment(full[begin:end], trained=True)]
-        position = end
-    return [*segments, Segment(full[position:], trained=False)]
-
-
-def _up_to_turn_end(rendered: str, content: str) -> str:
-    """A rendered turn without the white space after its end-of-turn token: generation stops there."""
-    text = content.strip()
-    start = rendered.find(text)
-    # Without a visible mark behind the content, the white space is what ends the turn.
-    is_marked = start < 0 or bool(rendered[start + len(text) :].strip())
-    return rendered.rstrip() if is_marked else rendered
-
-
-def _render(turns: list[dict[str, str]], tokenizer: Tokenizer, *, generation_prompt: bool) -> str:
-    try:
-        return str(
-            tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation_prompt)
-        )
-    except Exception as error:  # a template is a program: it may raise anything, also to refuse a record
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise RecordError(
-            f"the tokenizer's chat template refuses it ({reason}); change the record or the template",
-            field="messages",
-        ) from error

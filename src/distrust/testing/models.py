@@ -75,7 +75,7 @@ def train_a_little(folder: Path, out: Path, **options: object) -> Path:
         "threads": 1,
         **options,
     }
-    DistrustTrainer(TrainConfig(out=str(out), **config)).train()
+    DistrustTrainer(TrainConfig(out=str(out), **config), observers=()).train()
     return out
 
 

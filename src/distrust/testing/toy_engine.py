@@ -40,7 +40,9 @@ class ToyTokenizer:
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         return [1 + byte % (VOCABULARY - 1) for byte in text.encode()]
 
-    def apply_chat_template(self, conversation: Any, *, tokenize: bool, add_generation_prompt: bool) -> Any:
+    def apply_chat_template(
+        self, conversation: Any, *, tokenize: bool, add_generation_prompt: bool, **options: Any
+    ) -> Any:
         raise NotImplementedError
 
 
@@ -49,6 +51,7 @@ class ToyEngine:
 
     framework: Literal["numpy", "torch"] = "numpy"
     context_length: int | None = None
+    adapted: tuple[str, ...] = ()
 
     def __init__(
         self,

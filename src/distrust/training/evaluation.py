@@ -11,13 +11,14 @@ import numpy as np
 
 from distrust import weighting
 from distrust.config import TrainConfig
-from distrust.contract import Engine
+from distrust.contract import Engine, Losses
 from distrust.data import NO_CLASS, Corpus, MicroBatch, digest_tokenizer, evaluation_batches, split_off
 from distrust.errors import DataError
 from distrust.training.data_sources import (
     CheckedData,
-    max_length_of,
+    limits_of,
     pad_token_id_of,
+    today_of,
     warn_of_missing_classes,
 )
 
@@ -31,36 +32,46 @@ class EvaluationSet:
 
     corpus: Corpus
     weights: np.ndarray[Any, Any]  # float64[n], by provenance, with mean 1 over the trained tokens
+    weighted: bool = True  # whether there are weighted metrics
 
     @property
     def metric_names(self) -> tuple[str, ...]:
         """Names of the metrics that :meth:`measure` returns."""
-        return tuple(self._metrics(np.zeros(len(self.corpus))))
+        zeros = np.zeros(len(self.corpus))
+        return tuple(self._metrics(zeros, zeros))
 
     def measure(
-        self, evaluate: Callable[[MicroBatch], Any], *, batch_size: int, pad_token_id: int
+        self, evaluate: Callable[[MicroBatch], Losses], *, batch_size: int, pad_token_id: int
     ) -> dict[str, float]:
         """Evaluate every example once.
 
         Args:
-            evaluate: returns float64[batch]: for each example, the sum of its tokens' cross-entropy in nats.
+            evaluate: the losses of a batch.
             batch_size: examples per batch.
             pad_token_id: token that batches are padded with.
 
         Returns:
-            ``eval_loss`` and ``eval_weighted_loss`` in nats per token, ``eval_perplexity`` and
-            ``eval_weighted_perplexity``; if there are several source classes, also ``eval_loss/CLASS`` and
-            ``eval_perplexity/CLASS`` of the largest ones.
+            ``eval_loss`` in nats per token and ``eval_perplexity``; if examples are weighted, also
+            ``eval_weighted_loss`` and ``eval_weighted_perplexity``; if there are several source classes, also
+            ``eval_loss/CLASS`` and ``eval_perplexity/CLASS`` of the largest ones.
         """
         batches = evaluation_batches(self.corpus, batch_size=batch_size, pad_token_id=pad_token_id)
-        return self._metrics(np.concatenate([evaluate(batch) for batch in batches]))
+        cross_entropy, weighted = np.zeros(len(self.corpus)), np.zeros(len(self.corpus))
+        for batch in batches:
+            losses = evaluate(batch)
+            # An example may be several sequences.
+            np.add.at(cross_entropy, batch.examples, losses.cross_entropy)
+            np.add.at(weighted, batch.examples, losses.weighted)
+        return self._metrics(cross_entropy, weighted)
 
-    def _metrics(self, cross_entropy: np.ndarray[Any, Any]) -> dict[str, float]:
+    def _metrics(
+        self, cross_entropy: np.ndarray[Any, Any], weighted: np.ndarray[Any, Any]
+    ) -> dict[str, float]:
+        """The metrics from float64[n], the losses of each example; ``weighted`` only by its token weights."""
         tokens = self.corpus.loss_tokens
-        losses = {
-            "eval_loss": cross_entropy.sum() / tokens.sum(),
-            "eval_weighted_loss": (self.weights * cross_entropy).sum() / tokens.sum(),
-        }
+        losses = {"eval_loss": cross_entropy.sum() / tokens.sum()}
+        if self.weighted:
+            losses["eval_weighted_loss"] = (self.weights * weighted).sum() / tokens.sum()
         for name, number in self._measured_classes():
             of_class = self.corpus.class_numbers == number
             # Per token, not per example: the losses of all classes average to eval_loss.
@@ -80,8 +91,18 @@ class EvaluationSet:
 
 def evaluation_set(corpus: Corpus, config: TrainConfig) -> EvaluationSet:
     """The evaluation set of a corpus, weighted by the options of the run."""
-    weights = weighting.normalize(example_weights(corpus, config), tokens=corpus.loss_tokens)
-    return EvaluationSet(corpus, weights)
+    weights = weighting.normalize(
+        example_weights(corpus, config),
+        tokens=corpus.loss_tokens,
+        token_weights=corpus.loss_weights,
+        locations=corpus.locations,
+    )
+    return EvaluationSet(corpus, weights, is_weighted(corpus, config))
+
+
+def is_weighted(corpus: Corpus, config: TrainConfig) -> bool:
+    """Whether weights are worth showing: without weighting all are 1, unless tokens have their own."""
+    return config.weighting != "off" or corpus.token_weights is not None
 
 
 def example_weights(corpus: Corpus, config: TrainConfig) -> np.ndarray[Any, Any]:
@@ -89,7 +110,8 @@ def example_weights(corpus: Corpus, config: TrainConfig) -> np.ndarray[Any, Any]
     return weighting.example_weights(
         corpus.authority_weight,
         corpus.provenance_entropy,
-        weighting=config.weighting,
+        # Evaluation data need not state provenance: without it, all of these give equal weights.
+        weighting="monotone" if config.weighting == "auto" else config.weighting,
         alpha=config.alpha,
         lambda_=config.lambda_,
         max_ratio=config.max_ratio,
@@ -107,8 +129,7 @@ def evaluate(engine: Engine, data: CheckedData, config: TrainConfig, *, trained_
         trained_on: fingerprint of the run's training data; checked if ``eval_fraction`` is used.
 
     Returns:
-        ``examples`` and trained ``tokens``; ``eval_loss`` and ``eval_weighted_loss`` in nats per token,
-        perplexities, and the same for each source class.
+        ``examples`` and trained ``tokens``, and those of :meth:`EvaluationSet.measure`.
 
     Raises:
         DataError: records cannot be evaluated on, or are not those that ``eval_fraction`` was split from.
@@ -116,7 +137,8 @@ def evaluate(engine: Engine, data: CheckedData, config: TrainConfig, *, trained_
     corpus = data.tokenize(
         engine.tokenizer,
         tokenizer_digest=digest_tokenizer(engine.tokenizer),
-        max_length=max_length_of(config, engine.context_length),
+        limits=limits_of(config, engine.context_length),
+        today=today_of(config),
     )
     if config.eval_fraction:
         training, corpus = split_off(corpus, config.eval_fraction, seed=config.seed)
@@ -128,15 +150,14 @@ def evaluate(engine: Engine, data: CheckedData, config: TrainConfig, *, trained_
     warn_of_missing_classes(config, [corpus])
     evaluated = 0
 
-    def cross_entropy(batch: MicroBatch) -> np.ndarray[Any, Any]:
+    def losses(batch: MicroBatch) -> Losses:
         nonlocal evaluated
-        losses = engine.evaluate(batch).cross_entropy
-        evaluated += len(losses)
+        evaluated += len(np.unique(batch.examples))
         data.report("evaluating", evaluated, len(corpus))
-        return losses
+        return engine.evaluate(batch)
 
     metrics = evaluation_set(corpus, config).measure(
-        cross_entropy, batch_size=config.batch_size, pad_token_id=pad_token_id_of(engine.tokenizer)
+        losses, batch_size=config.batch_size, pad_token_id=pad_token_id_of(engine.tokenizer)
     )
     return {"examples": len(corpus), "tokens": int(corpus.loss_tokens.sum()), **metrics}
 

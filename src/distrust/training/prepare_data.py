@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 
 from distrust import weighting
-from distrust.config import STEP_METRICS, TrainConfig
+from distrust.config import STEP_METRICS, WEIGHT_METRICS, TrainConfig
 from distrust.data import (
     Batches,
     Corpus,
     Distribution,
     EpochSampler,
+    Limits,
     MicroBatch,
     MixtureSampler,
     PackedRows,
@@ -30,13 +31,15 @@ from distrust.data import (
 from distrust.errors import ConfigError, DataError, warn
 from distrust.training.data_sources import (
     Sources,
-    max_length_of,
+    limits_of,
     pad_token_id_of,
+    today_of,
     warn_of_missing_classes,
+    warn_of_unended_turns,
     warn_of_unmeasured_classes,
 )
-from distrust.training.evaluation import EvaluationSet, evaluation_set, example_weights
-from distrust.training.schedule import warmup
+from distrust.training.evaluation import EvaluationSet, evaluation_set, example_weights, is_weighted
+from distrust.training.schedule import learning_rate, warmup
 
 #: Warn if the effective sample size is below this share of the examples.
 LOW_EFFECTIVE_SHARE = 0.1
@@ -50,7 +53,7 @@ class PreparedData:
     max_steps: int  # optimizer steps of the whole run
     schedule_steps: int  # steps after which the learning rate's schedule has ended
     corpus: Corpus
-    weights: np.ndarray[Any, Any]  # float64[examples], normalized
+    weights: np.ndarray[Any, Any]  # float64[examples], normalized; tokens may have a factor of their own
     distribution: Distribution  # of the weights
     batches: Batches  # step -> its micro-batches
     evaluation: EvaluationSet | None
@@ -61,6 +64,24 @@ class PreparedData:
         """Steps in which the learning rate rises to its peak."""
         config = self.config
         return warmup(config.warmup_steps, config.warmup_ratio, schedule_steps=self.schedule_steps)
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of an optimizer step, counted from 1."""
+        config = self.config
+        return learning_rate(
+            step,
+            peak=config.learning_rate,
+            warmup_steps=self.warmup_steps,
+            schedule=config.schedule,
+            schedule_steps=self.schedule_steps,
+            decay_ratio=config.decay_ratio,
+        )
+
+    @property
+    def step_metrics(self) -> tuple[str, ...]:
+        """Metrics of a step that are logged."""
+        weighted = is_weighted(self.corpus, self.config)
+        return tuple(name for name in STEP_METRICS if weighted or name not in WEIGHT_METRICS)
 
     @property
     def measured_on(self) -> str:
@@ -79,11 +100,12 @@ def prepare_data(
     config: TrainConfig, sources: Sources, tokenizer: Tokenizer, *, context_length: int | None
 ) -> PreparedData:
     """Tokenize, weigh and order the data; options that depend on it and are None are resolved."""
-    max_length = max_length_of(config, context_length)
-    corpus, eval_corpus = _tokenize(config, sources, tokenizer, max_length=max_length)
+    limits = limits_of(config, context_length)
+    max_length = limits.max_length
+    corpus, eval_corpus = _tokenize(config, sources, tokenizer, limits=limits)
     rows = _rows(config, corpus, capacity=max_length)  # by source
     sampler, sample_counts = _sampler(config, rows, corpus)
-    weights = _weights(config, corpus, sample_counts)
+    weights, mean_weights = _weights(config, corpus, sample_counts)
     pad_token_id = pad_token_id_of(tokenizer)  # masked out, so its value does not matter
     batches = Batches(
         corpus,
@@ -102,8 +124,7 @@ def prepare_data(
     schedule_steps = config.schedule_steps or max_steps  # saved: a longer resume does not stretch it
     resolved = replace(config, max_length=max_length, max_steps=max_steps, schedule_steps=schedule_steps)
     evaluation = None if eval_corpus is None else evaluation_set(eval_corpus, resolved)
-    _require_metric(resolved, evaluation)
-    return PreparedData(
+    prepared = PreparedData(
         config=resolved,
         max_steps=max_steps,
         schedule_steps=schedule_steps,
@@ -112,30 +133,34 @@ def prepare_data(
         distribution=summarize_weights(
             authority_weight=corpus.authority_weight,
             provenance_entropy=corpus.provenance_entropy,
-            weights=weights,
+            weights=mean_weights,
             tokens=corpus.loss_tokens,
             classes=corpus.classes,
             class_of=corpus.class_numbers,
             locations=corpus.locations,
-            effective_examples=_effective_examples(weights, sample_counts),
+            effective_examples=_effective_examples(mean_weights, sample_counts),
         ),
         batches=batches,
         evaluation=evaluation,
         pad_token_id=pad_token_id,
     )
+    _require_metric(prepared)
+    return prepared
 
 
 def _tokenize(
-    config: TrainConfig, sources: Sources, tokenizer: Tokenizer, *, max_length: int
+    config: TrainConfig, sources: Sources, tokenizer: Tokenizer, *, limits: Limits
 ) -> tuple[Corpus, Corpus | None]:
     """The training corpus, and the evaluation corpus if there is one."""
     digest = digest_tokenizer(tokenizer)  # computed once: it takes a while
     corpora = [
-        data.tokenize(tokenizer, tokenizer_digest=digest, max_length=max_length)
+        data.tokenize(tokenizer, tokenizer_digest=digest, limits=limits, today=today_of(config))
         for data in (sources.training, sources.evaluation)
         if data is not None
     ]
     warn_of_missing_classes(config, corpora)
+    if sources.training.stats.conversations:
+        warn_of_unended_turns(tokenizer)
     corpus, *evaluated = corpora
     eval_corpus = evaluated[0] if evaluated else None
     if config.eval_fraction:
@@ -146,14 +171,15 @@ def _tokenize(
     return corpus, eval_corpus
 
 
-def _require_metric(config: TrainConfig, evaluation: EvaluationSet | None) -> None:
+def _require_metric(data: PreparedData) -> None:
     """The metric of the best checkpoint must be logged; the default one is ignored without an eval set."""
-    logged = STEP_METRICS + (() if evaluation is None else evaluation.metric_names)
+    config, evaluation = data.config, data.evaluation
+    logged = data.step_metrics + (() if evaluation is None else evaluation.metric_names)
     if config.metric in logged or (evaluation is None and config.metric == TrainConfig.metric):
         return
     problem = "there is nothing to evaluate on; give --eval-data, or --eval-fraction"
     if evaluation is not None:
-        problem = f"the evaluation data has no such source class; the metrics are {', '.join(logged)}"
+        problem = f"this run has no such metric; its metrics are {', '.join(logged)}"
     raise ConfigError(f"--metric {config.metric}: {problem}")
 
 
@@ -175,24 +201,33 @@ def _rows(config: TrainConfig, corpus: Corpus, *, capacity: int) -> list[PackedR
     if not config.packing:
         return [one_per_row(examples) for examples in parts]
     return [
-        pack(examples, corpus.lengths[examples], capacity=capacity, seed=config.seed) for examples in parts
+        # An example of several sequences may be longer than a row; it has one of its own.
+        pack(examples, np.minimum(corpus.lengths[examples], capacity), capacity=capacity, seed=config.seed)
+        for examples in parts
     ]
 
 
 def _weights(
     config: TrainConfig, corpus: Corpus, sample_counts: np.ndarray[Any, Any] | None
-) -> np.ndarray[Any, Any]:
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """The factor of each example's token weights, and the mean weight of its tokens: both float64[n]."""
     # The mean weight over all trained tokens is 1, so weighting does not change the effective learning rate.
-    tokens = corpus.loss_tokens if sample_counts is None else corpus.loss_tokens * sample_counts
-    weights = weighting.normalize(example_weights(corpus, config), tokens=tokens)
-    zero_weight = np.flatnonzero(weights.astype(np.float32) == 0)  # tokens carry their weight in float32
+    times = 1 if sample_counts is None else sample_counts
+    weights = weighting.normalize(
+        example_weights(corpus, config),
+        tokens=corpus.loss_tokens * times,
+        token_weights=corpus.loss_weights * times,
+        locations=corpus.locations,
+    )
+    mean_weights = weights * (corpus.loss_weights / corpus.loss_tokens)
+    zero_weight = np.flatnonzero(mean_weights.astype(np.float32) == 0)  # tokens carry theirs in float32
     if len(zero_weight):
         raise DataError(
             f"{corpus.locations[zero_weight[0]]}: its weight is zero compared with the heaviest example, as "
-            f"for {len(zero_weight)} examples; check for a provenance_entropy that is too large, or give "
-            "--max-ratio"
+            f"for {len(zero_weight)} examples; check for a weight or provenance_entropy that is too large, "
+            "or give --max-ratio"
         )
-    return weights
+    return weights, mean_weights
 
 
 def _effective_examples(weights: np.ndarray[Any, Any], sample_counts: np.ndarray[Any, Any] | None) -> float:

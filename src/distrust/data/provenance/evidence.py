@@ -12,9 +12,9 @@ from typing import Any
 
 from distrust import provenance
 from distrust.data.columns import Fields
-from distrust.data.fields import json_kind, parse_number, quote_value, to_number, unique_members
 from distrust.data.provenance.table import Table
 from distrust.data.record_errors import RecordError
+from distrust.data.values import json_kind, parse_number, quote_value, to_number, unique_members
 from distrust.provenance import Evidence
 
 _COUNTS = ("citation_count", "consensus_count")

@@ -17,7 +17,6 @@ from typing import Any, BinaryIO, cast
 
 from distrust.atomic import atomic_file
 from distrust.data.columns import Columns, Fields, WholeRow
-from distrust.data.fields import quote_value
 from distrust.data.formats import first_line, next_token
 from distrust.data.parquet import BATCH_ROWS, import_pyarrow, open_table, read_batches
 from distrust.data.provenance.score import ScoredRecords
@@ -25,6 +24,7 @@ from distrust.data.reading import REPORT_EVERY
 from distrust.data.record_errors import RecordError
 from distrust.data.records import Location
 from distrust.data.sources import Part, Source
+from distrust.data.values import quote_value
 from distrust.errors import ConfigError, DataError
 
 # A row group ends at whichever limit is reached first: readers hold one in memory.
