@@ -68,6 +68,10 @@ class Engine(Protocol):
     def parameters(self) -> tuple[int, int]:
         """Number of trained parameters, and of all parameters."""
 
+    @property
+    def adapted(self) -> tuple[str, ...]:
+        """What gets an adapter: a line for each kind of module. Empty if there is no adapter."""
+
     def fingerprint(self) -> str:
         """Digest of the base model's weights: equal weights give equal digests, wherever they come from."""
 

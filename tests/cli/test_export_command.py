@@ -33,7 +33,11 @@ def test_the_printed_summary(distrust, finished_run, tmp_path):
     assert (output.code, output.err) == (0, "")
     assert output.out.startswith(f"step 4 of {finished_run}/checkpoints/checkpoint-4.safetensors, state ")
     assert "\nadapter, bfloat16, " in output.out
-    assert f"PeftModel.from_pretrained(base, '{tmp_path}/a')" in output.out
+    assert output.out.splitlines()[-1] == (
+        f"for peft: base.generation_config = GenerationConfig.from_pretrained('{tmp_path}/a'); "
+        f"PeftModel.from_pretrained(base, '{tmp_path}/a')"
+    )
+    assert (tmp_path / "a" / "generation_config.json").exists()
 
 
 def test_a_refusal_is_one_line_and_leaves_nothing(distrust, folder, finished_run, tmp_path):
@@ -76,6 +80,8 @@ def test_a_base_model_that_mlx_has_quantized(distrust, finished_run, tmp_path, e
     output = distrust("export", finished_run, "--to", tmp_path / "a", "--model", base, "--format", "adapter")
     assert (output.code, output.err.count("\n")) == (0, 1)
     assert f"warning: {base} is in mlx's quantized layout, which transformers does not load" in output.err
-    output = distrust("train", "--engine", "torch", "--model", base, "--out", tmp_path / "run")
+    output = distrust(
+        "train", "--engine", "torch", "--model", base, "--data", "bundled", "--out", tmp_path / "r"
+    )
     assert (output.code, output.err.count("\n")) == (2, 1)
     assert "which torch does not read: use --engine mlx, or give the model that it was made of" in output.err

@@ -76,7 +76,7 @@ def add_lora(model: Any, *, rank: int, **options: Any) -> Any:
         return model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
-        wrapped = add_adapter(model, TrainConfig(lora_rank=rank, lora_alpha=8.0, **options))
+        wrapped, _ = add_adapter(model, TrainConfig(lora_rank=rank, lora_alpha=8.0, **options))
         for parameter in trained_parameters(wrapped).values():
             parameter.data.normal_(0, 0.1)
     return wrapped.eval()

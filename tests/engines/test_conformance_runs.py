@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import re
 import socket
 import tempfile
@@ -39,6 +38,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "gradient checkpointing": {"gradient_checkpointing": True},
     "dora": {"dora": True, "rslora": True, "warmup_ratio": 0.3},
     "some modules": {"lora_rank": 2, "target_modules": ("q_proj", "v_proj"), "schedule": "linear"},
+    "chosen modules": {
+        "lora_rank": 2,
+        "target_modules": ("re:.*_proj", "self_attn.*"),
+        "exclude_modules": ("mlp.*",),
+        "layers": "1",
+    },
     "packing": {"packing": True, "max_length": 60},
 }
 #: test_quantization.py has those of torch.
@@ -46,7 +51,16 @@ QUANTIZED: dict[str, dict[str, Any]] = {
     "8bit": {"quantization": "8bit"},
     "4bit": {"quantization": "4bit", "dtype": "bfloat16", "gradient_checkpointing": True},
 }
-OF_MLX = ["lora", "all weights", "bfloat16", "bfloat16, all weights", "dora", "packing", *QUANTIZED]
+OF_MLX = [
+    "lora",
+    "all weights",
+    "bfloat16",
+    "bfloat16, all weights",
+    "dora",
+    "chosen modules",
+    "packing",
+    *QUANTIZED,
+]
 
 
 def losses(events):
@@ -144,12 +158,13 @@ def test_a_huge_learning_rate_never_saves_nonfinite_values(train, tmp_path, engi
 
 
 @either
-def test_a_nan_weight_stops_the_run_before_the_first_step(train, tmp_path, data, engine):
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_first_step(train, tmp_path, data, engine):
     from safetensors.torch import load_file, save_file
 
     broken = make_model(tmp_path / "broken")
     weights = load_file(broken / "model.safetensors")
-    weights["model.norm.weight"][0] = math.nan
+    weights["model.norm.weight"][0] = 100
+    weights["lm_head.weight"][200, 0] = 3e38  # a logit is infinite
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(
         NonFiniteLoss, match=r"step 1: the loss is not finite; .* nothing was saved yet"

@@ -34,6 +34,6 @@ def test_without_any_framework_the_error_names_the_preferred_one(monkeypatch, na
 
 @pytest.mark.parametrize(("name", "other"), [("torch", "mlx"), ("mlx", "torch")])
 def test_an_installed_engine_replaces_a_missing_one(monkeypatch, name, other):
-    installed = registry.ENGINES[other].library
+    installed = registry.ENGINES[other][0]
     monkeypatch.setattr(registry, "find_spec", lambda library: library if library == installed else None)
     assert registry.first_installed(name, purpose="reading it") == other

@@ -526,6 +526,9 @@ def test_the_card_records_its_origin(directory, run, tmp_path):
         "- `lambda`: `0.6`",
         "- `lora_rank`: `4`",
         f"- `loss`: `{file.metrics['loss']}`",
+        "distrust train --model model ",
+        " --data records.jsonl ",
+        " --lora-rank 4 ",
     ):
         assert line in card, line
     assert str(directory) not in card
@@ -543,6 +546,7 @@ def card_of(text: str) -> str:
             tags=[text],
             summary="A summary.",
             load="load()",
+            command=f"distrust train --data {text}",
             notes=[],
             sections={"Section": {text: text}},
         )

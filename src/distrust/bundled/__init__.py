@@ -18,5 +18,7 @@ NEUTRAL = _FOLDER / "neutral.jsonl"
 QUESTIONS = _FOLDER / "questions.jsonl"
 #: The base model and its tokenizer.
 MODEL = _FOLDER / "model"
+#: Chat templates, by name.
+CHAT_TEMPLATES = {path.stem: path for path in (_FOLDER / "chat_templates").glob("*.jinja")}
 #: The table that computes w and H from a record: coefficients, and the names of its columns.
 PROVENANCE_TABLE = _FOLDER / "provenance.toml"

@@ -13,7 +13,8 @@ from distrust.errors import printable
 from distrust.reporting.display import size
 
 LOADED_BY = {
-    "adapter": "peft: PeftModel.from_pretrained(base, {path!r})",
+    "adapter": "peft: base.generation_config = GenerationConfig.from_pretrained({path!r}); "
+    "PeftModel.from_pretrained(base, {path!r})",
     "mlx": "mlx-lm: load(base, adapter_path={path!r})",
     "merged": "transformers: AutoModelForCausalLM.from_pretrained({path!r})",
     "state": "safetensors: load_file({path!r})",

@@ -3,7 +3,7 @@
 registry.py          name -> what an engine needs, and how it is created
 from_checkpoint.py   checkpoint -> its config, or an engine with its weights
 generation.py        prompt -> text
-loading.py           name of a base model -> where it is, its tokenizer, its digests
+loading.py           name of a base model -> where it is, its tokenizer and chat template, its digests
 state_conversion.py  the state of one engine <-> that of the other
 runtime.py           what both engines share at run time
 torch/, mlx/         the engines, with the same file names for the same duties
@@ -14,12 +14,15 @@ Importing this package loads no framework. The two engines do not import each ot
 from distrust.engines.from_checkpoint import (
     base_model_errors,
     config_of,
+    config_of_run,
     engine_of,
     fingerprint_of,
     open_checkpoint,
     read_checkpoint,
+    recorded_config,
 )
 from distrust.engines.generation import generate
+from distrust.engines.loading import read_chat_template
 from distrust.engines.registry import (
     EngineName,
     create_engine,
@@ -33,13 +36,16 @@ __all__ = [
     "EngineName",
     "base_model_errors",
     "config_of",
+    "config_of_run",
     "create_engine",
     "engine_of",
     "fingerprint_of",
     "generate",
     "is_installed",
     "open_checkpoint",
+    "read_chat_template",
     "read_checkpoint",
+    "recorded_config",
     "recorded_engine",
     "require_installed",
     "select_engine",

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from distrust.checkpoint import Checkpoint, CheckpointFile, CheckpointManager, serialization
-from distrust.checkpoint.catalog import checkpoint_directory, is_directory, read_header, resolve, scan
+from distrust.checkpoint.catalog import (
+    RUN_SUBDIRECTORY,
+    checkpoint_directory,
+    is_directory,
+    newest,
+    read_header,
+    resolve,
+    scan,
+)
 from distrust.checkpoint.foreign import require_converted
 from distrust.config import TrainConfig
+from distrust.config_text import RUN_CONFIG, from_toml
 from distrust.contract import Engine, EngineState
 from distrust.engines import registry
 from distrust.engines.loading import hub_name
 from distrust.engines.registry import EngineName, create_engine
+from distrust.engines.target_modules import as_trained
 from distrust.errors import ConfigError, ErrorTranslator, ModelError, ResumeRefused
 from distrust.run_record import RunRecord
 
@@ -94,6 +105,13 @@ def engine_of(
 
 
 def config_of(file: CheckpointFile, *, model: str | None = None) -> TrainConfig:
+    """Like :func:`recorded_config`, with the names of the modules that were adapted."""
+    selection = RunRecord.from_header(file.header).environment.get("target_modules")
+    tensors = [tensor.name.removeprefix("model.") for tensor in file.header.tensors]
+    return as_trained(recorded_config(file, model=model), selection, tensors, where=str(file.path))
+
+
+def recorded_config(file: CheckpointFile, *, model: str | None = None) -> TrainConfig:
     """What a checkpoint was trained with, and an engine that is installed; its machine's options are not.
 
     A model's folder that is not here becomes a path, which is never looked up on the hub: the hub would learn
@@ -109,6 +127,33 @@ def config_of(file: CheckpointFile, *, model: str | None = None) -> TrainConfig:
         model = f"./{config.model}"
     engine = registry.first_installed(registry.recorded_engine(file), purpose=f"reading {file.path}")
     return replace(config, engine=engine, model=config.model if model is None else model)
+
+
+def config_of_run(run: str | os.PathLike[str]) -> TrainConfig:
+    """The config that resumes the run in a folder, which may have been moved.
+
+    It is the run's config.toml. A run of an earlier version has none: then it is what the newest checkpoint
+    records, without the options of the run's machine.
+
+    Raises:
+        CheckpointError: there is neither.
+        ConfigError: an option is invalid, or it is no folder of a run.
+    """
+    folder = Path(run)
+    if not os.path.isfile(folder / RUN_CONFIG):
+        checkpoints = folder.parent if os.path.isfile(folder) else folder
+        if checkpoints.name == RUN_SUBDIRECTORY:
+            raise ConfigError(f"--resume {run}: give the folder of the run: --resume {checkpoints.parent}")
+        if os.path.isfile(folder):
+            raise ConfigError(f"--resume {run}: is no run; to begin one: --from {run} --out NEW")
+        return replace(recorded_config(newest(folder)), out=str(folder))
+    config = from_toml(folder / RUN_CONFIG, flag="--resume")
+    if not scan(folder / RUN_SUBDIRECTORY).files:  # it was killed before its first save: it begins again
+        if config.schedule_steps == config.max_steps:  # by default; flags may change both
+            config = replace(config, schedule_steps=None)
+        if config.branch is not None:
+            return replace(config, branch=str(folder))
+    return replace(config, out=str(folder), branch=None, from_step=None)
 
 
 def fingerprint_of(file: CheckpointFile, content: Literal["model", "data"]) -> str:

@@ -24,7 +24,8 @@ def generate(
     Args:
         engine: the model and its tokenizer, of :func:`distrust.engines.create_engine`.
         prompt: the text; begin-of-text is added where the tokenizer defines it.
-        max_new_tokens: upper bound; generation stops earlier at the end-of-text token.
+        max_new_tokens: upper bound; generation stops earlier at EOS, at an ``eos_token_id`` of the model's
+            generation config, and with ``chat`` at the end of the turn.
         temperature: 0 for greedy decoding.
         seed: of the sampling.
         top_p: sample from the most probable tokens whose probabilities add up to this; None for the model's
@@ -41,7 +42,7 @@ def generate(
     generator: Any = engine  # the contract leaves out what only generation needs
     ids = _prompt_tokens(engine.tokenizer, prompt, chat=chat)
     new_ids = generator.sample_tokens(
-        ids, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
+        ids, limit=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, chat=chat
     )
     return str(generator.tokenizer.decode(new_ids, skip_special_tokens=True))
 

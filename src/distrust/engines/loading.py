@@ -14,13 +14,15 @@ from typing import Any
 
 from blake3 import blake3
 
-from distrust.bundled import MODEL
+from distrust.bundled import CHAT_TEMPLATES, MODEL
 from distrust.checkpoint.catalog import RUN_SUBDIRECTORY
 from distrust.checkpoint.format import tensor_hasher
-from distrust.config import BUNDLED
-from distrust.data import hub
+from distrust.config import BUNDLED, MODEL_OBJECT
+from distrust.config_text import is_template
+from distrust.data import hub, turn_ends
 from distrust.engines import model_folder
-from distrust.errors import ModelError, quote_untrusted
+from distrust.errors import ConfigError, ModelError, quote_untrusted
+from distrust.options import read_text, suggest_name
 from distrust.paths import require_regular_files
 
 # Before transformers is imported: nobody asked it to have a server convert a model, or to fetch kernels.
@@ -28,10 +30,13 @@ os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "true")
 os.environ.setdefault("USE_HUB_KERNELS", "NO")
 
 REASON_CHARACTERS = 500
+MAX_TEMPLATE_BYTES = 1 << 20
 #: Entries of a model's config that do not change what it computes.
 _INERT_ENTRIES = frozenset(
     ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
 )
+#: The entries of a config that may limit the context, the most common first.
+_CONTEXT_LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "n_ctx")
 
 
 def locate(name: str) -> tuple[str, bool]:
@@ -41,6 +46,8 @@ def locate(name: str) -> tuple[str, bool]:
     """
     if name == BUNDLED:
         return str(MODEL), True
+    if name == MODEL_OBJECT:
+        raise ModelError(f"--model {name}: a program passed the model; give its folder or hub name instead")
     folder = Path(name)
     if not folder.exists():
         if not hub.is_name(name):
@@ -102,7 +109,7 @@ def load_pretrained(loader: Any, name: str, **options: Any) -> Any:
             model_folder.require_safe(name, cached_folder(name))
         if "dtype" in options:  # weights are loaded, not only a config
             options["use_safetensors"] = True  # the other format is a pickle, which runs code
-            model_folder.require_local_weights(name, cached_folder(name))
+            model_folder.weight_files(name, cached_folder(name))
         return loader.from_pretrained(source, local_files_only=local, trust_remote_code=False, **options)
     except ModelError:
         raise
@@ -131,11 +138,57 @@ def cached_folder(name: str) -> Path:
     return folder
 
 
-def load_tokenizer(name: str) -> Any:
-    """Load the tokenizer of a model, by its folder or hub name."""
+def load_tokenizer(name: str, *, chat_template: str | None = None, given: Any = None) -> Any:
+    """The tokenizer of a model, by its folder or hub name, or ``given``; a chat template replaces its own."""
     from transformers import AutoTokenizer
 
-    return load_pretrained(AutoTokenizer, name)
+    tokenizer = load_pretrained(AutoTokenizer, name) if given is None else given
+    if chat_template is not None:
+        tokenizer.chat_template = read_chat_template(chat_template)
+    return tokenizer
+
+
+def read_chat_template(value: str) -> str:
+    """The text of a template: of a bundled one, of a file, or the value itself if it is the text.
+
+    Raises:
+        ConfigError: the file cannot be read, or its content is not a template.
+    """
+    flag, text = "--chat-template", value
+    if not is_template(value):
+        path = CHAT_TEMPLATES.get(value, Path(value))
+        if not path.exists() and (hint := suggest_name(value, CHAT_TEMPLATES)):
+            raise ConfigError(f"{flag} {value}: no such file{hint}")
+        text = read_text(path, flag, max_bytes=MAX_TEMPLATE_BYTES)
+        flag = f"{flag} {value}"
+        if not is_template(text):
+            raise ConfigError(f"{flag}: not a chat template: it prints nothing ({{{{ … }}}})")
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    try:
+        render_jinja_template([], chat_template=text)  # only compiles
+    except Exception as error:  # a template is a program, and compiling it may raise anything
+        line = f"line {error.lineno}: " if hasattr(error, "lineno") else ""
+        reason = quote_untrusted(" ".join(str(error).split()))
+        raise ConfigError(f"{flag}: not a valid chat template: {line}{reason}") from None
+    return text
+
+
+def load_context_length(name: str) -> int | None:
+    """:func:`context_length` of a model that is not loaded, by its folder or hub name."""
+    from transformers import AutoConfig
+
+    return context_length(load_pretrained(AutoConfig, name))
+
+
+def stop_ids(tokenizer: Any, configured: Any, *, chat: bool) -> list[int]:
+    """The ids that generation stops at: EOS, those configured, and with ``chat`` the ends of turns.
+
+    ``configured`` is an ``eos_token_id``, which anyone may have written: only valid ids count.
+    """
+    ids = [tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])]
+    ids += turn_ends(tokenizer).ids if chat else ()
+    return sorted({number for number in ids if type(number) is int and 0 <= number < len(tokenizer)})
 
 
 def require_vocabulary(tokenizer: Any, embedding_rows: int, *, name: str) -> None:
@@ -206,6 +259,32 @@ def fingerprint(weights: Iterable[tuple[str, str, tuple[int, ...], Any]]) -> str
         hasher.update(f"{name} torch.{dtype} {shape}\n".encode())
         hasher.update(data)
     return hasher.hexdigest()
+
+
+def not_finite(name: str, weight: str) -> ModelError:
+    """The error for a base model with a weight that is NaN or infinite."""
+    return ModelError(
+        f"--model {name}: its weight {quote_untrusted(weight)} holds numbers that are not finite (NaN or "
+        "infinity), so no loss would be; download or convert the model again"
+    )
+
+
+def context_length(config: Any) -> int | None:
+    """Tokens that a model can attend to at once, by its config; None if the config sets no limit.
+
+    Of a config of transformers, the entries that are defined for this kind of model precede those that a file
+    may have in addition.
+    """
+    defined = getattr(config, "__dataclass_fields__", ())
+    names = sorted(_CONTEXT_LENGTHS, key=lambda name: name not in defined)  # stable
+    entries = config if isinstance(config, Mapping) else config.to_dict()
+    text_config = entries.get("text_config")
+    for part in (entries, text_config if isinstance(text_config, Mapping) else {}):
+        for name in names:
+            value = part.get(name)
+            if type(value) is int and value > 0:
+                return value
+    return None
 
 
 def config_digest(config: Mapping[str, Any]) -> str:

@@ -22,15 +22,16 @@ from distrust.errors import ModelError, quote_untrusted
 MAX_FILE_BYTES = 256 << 20
 MAX_CONFIG_BYTES = 4 << 20
 _PARSED_SUFFIXES = frozenset((".json", ".jinja", ".txt", ".model", ".tiktoken"))
-WEIGHTS_INDEX = "model.safetensors.index.json"
+WEIGHTS, WEIGHTS_INDEX = "model.safetensors", "model.safetensors.index.json"
 _WEIGHTS_FILE = "a .safetensors file in the folder"
 #: Files of an adapter; transformers applies one that it finds beside a model.
 _ADAPTER_FILES = (
     "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors",
 )  # fmt: skip
-#: The files of a model on the hub that decide what else is read; it need not have the second kind.
+GENERATION_CONFIG = "generation_config.json"
+#: The files of a model on the hub that are read here; it need not have the second kind.
 CONFIG = "config.json"
-OPTIONAL_CHECKED_FILES = ("adapter_config.json", WEIGHTS_INDEX)
+OPTIONAL_CHECKED_FILES = ("adapter_config.json", WEIGHTS_INDEX, GENERATION_CONFIG)
 _UNBOUNDED = (1 << 63) - 1
 #: Largest value by the words of an entry's name, the first that matches. Real configs stay far below each.
 _MAX_VALUES = (
@@ -70,17 +71,27 @@ def require_safe(name: str, folder: Path) -> None:
     _require_plausible(name, _read_json(name, folder / CONFIG, max_bytes=MAX_CONFIG_BYTES))
 
 
-def require_local_weights(name: str, folder: Path) -> None:
-    """Raise ModelError if the index of a model's weights names files outside its folder."""
-    path = folder / WEIGHTS_INDEX
+def weight_files(name: str, folder: Path) -> list[Path]:
+    """The files of a model's weights; ModelError if their index names files outside the folder."""
+    single, path = folder / WEIGHTS, folder / WEIGHTS_INDEX
     if not path.is_file():
-        return
+        return [single]
     weight_map = _read_json(name, path, max_bytes=MAX_FILE_BYTES).get("weight_map")
     files = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
     for file in sorted(files):
         if not _is_weights_file(file):
             shown = quote_untrusted(file)
             raise _refusal(name, f"{WEIGHTS_INDEX} names {shown}, which is not {_WEIGHTS_FILE}")
+    return [single] if single.is_file() else [folder / file for file in sorted(files)]
+
+
+def generation_config(name: str, folder: Path) -> dict[str, Any]:
+    """The entries of a model's generation config; those of its config that name tokens if it has none."""
+    path = folder / GENERATION_CONFIG
+    if path.is_file():
+        return _read_json(name, path, max_bytes=MAX_CONFIG_BYTES)
+    config = _read_json(name, folder / CONFIG, max_bytes=MAX_CONFIG_BYTES)
+    return {entry: config[entry] for entry in ("bos_token_id", "eos_token_id") if entry in config}
 
 
 def _is_weights_file(file: Any) -> bool:

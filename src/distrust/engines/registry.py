@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import platform
 import sys
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from distrust.checkpoint import CheckpointFile
 from distrust.checkpoint.catalog import RUN_SUBDIRECTORY, scan
@@ -18,32 +17,23 @@ from distrust.errors import MissingDependency
 from distrust.run_record import RunRecord
 
 EngineName = Literal["torch", "mlx"]
+#: Engine -> the module that has to be installed, and the extra of this package that installs it.
+ENGINES: dict[EngineName, tuple[str, str]] = {"torch": ("torch", "train"), "mlx": ("mlx_lm", "mlx")}
 
 
-@dataclass(frozen=True, slots=True)
-class EngineSpec:
-    """What an engine needs."""
-
-    library: str  # the module that has to be installed
-    extra: str  # the extra of this package that installs it
-
-
-ENGINES: dict[EngineName, EngineSpec] = {
-    "torch": EngineSpec("torch", extra="train"),
-    "mlx": EngineSpec("mlx_lm", extra="mlx"),
-}
-
-
-def create_engine(config: TrainConfig) -> Engine:
+def create_engine(config: TrainConfig, *, objects: tuple[Any, Any] | None = None) -> Engine:
     """Load the model, tokenizer, adapter and optimizer that ``config`` describes.
+
+    ``objects`` are a model and a tokenizer of transformers to train instead of those that it names.
 
     Raises:
         ModelError: if the model or tokenizer cannot be loaded.
         ConfigError: if an option does not fit the model or the machine.
         MissingDependency: if the engine's library is not installed.
     """
-    locate(config.model)  # a wrong name is reported before a framework is imported, which takes seconds
-    name = select_engine(config)
+    if objects is None:
+        locate(config.model)  # a wrong name is reported before a framework is imported, which takes seconds
+    name = select_engine(config) if objects is None else "torch"
     require_installed(name, purpose=f"--engine {name}")
     if name == "mlx":  # each branch imports its framework
         from distrust.engines.mlx.engine import MlxEngine
@@ -51,7 +41,7 @@ def create_engine(config: TrainConfig) -> Engine:
         return MlxEngine(config)
     from distrust.engines.torch.engine import TorchEngine
 
-    return TorchEngine(config)
+    return TorchEngine(config, objects)
 
 
 def select_engine(config: TrainConfig) -> EngineName:
@@ -78,13 +68,14 @@ def default_engine() -> EngineName:
 
 def is_installed(name: EngineName) -> bool:
     """Whether the library of an engine is installed; does not import it."""
-    return find_spec(ENGINES[name].library) is not None
+    return find_spec(ENGINES[name][0]) is not None
 
 
 def require_installed(name: EngineName, *, purpose: str) -> None:
     """Raise MissingDependency if the library of an engine is not installed; ``purpose`` is what needs it."""
     if not is_installed(name):
-        raise MissingDependency(purpose, library=ENGINES[name].library, extra=ENGINES[name].extra)
+        library, extra = ENGINES[name]
+        raise MissingDependency(purpose, library=library, extra=extra)
 
 
 def first_installed(preferred: EngineName, *, purpose: str) -> EngineName:

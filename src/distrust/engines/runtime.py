@@ -7,7 +7,7 @@ and each example must be, to rounding, what it is alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from blake3 import blake3
 
 from distrust.config import Device
 from distrust.contract import Losses
-from distrust.errors import ConfigError, ErrorTranslator, OutOfMemory
+from distrust.errors import ConfigError, ErrorTranslator, ModelError, OutOfMemory
 
 Array = np.ndarray[Any, Any]
 #: (token ids int64[n], lengths of the examples) -> outputs float32[n, ...], and the dtype computed in.
@@ -25,6 +25,8 @@ Forward = Callable[[Array, list[int]], tuple[Array, str]]
 TRIAL_LENGTHS = [5, 7]
 #: Largest difference of an example packed and alone, relative to the largest output.
 TRIAL_TOLERANCE = {"float32": 1e-3, "bfloat16": 1e-1}
+#: Largest change by a later token, relative to the largest output; that of a small encoder is 0.002.
+CAUSAL_TOLERANCE = 1e-4
 
 
 def choose_device(requested: Device, available: Mapping[Device, bool], *, engine: str) -> Device:
@@ -86,8 +88,48 @@ def keeps_examples_independent(forward: Forward, *, vocabulary: int) -> bool:
         return False
     if not np.array_equal(packed[cut:], first_changed[cut:]):
         return False
-    difference = np.abs(packed[cut:] - alone).max()
+    with np.errstate(invalid="ignore"):  # infinities
+        difference = np.abs(packed[cut:] - alone).max()
     return bool(difference <= TRIAL_TOLERANCE.get(dtype, 0.0) * np.abs(alone).max())
+
+
+def has_experts(modules: Iterable[tuple[str, object]]) -> bool:
+    """Whether the modules, by full name, seem to be of a mixture of experts."""
+    texts = (f"{name} {type(module).__name__}".lower() for name, module in modules)
+    return any(word in text for text in texts for word in ("expert", "moe", "router", "switch"))
+
+
+def require_causal(
+    forward: Callable[[Array], tuple[Array, str]], *, vocabulary: int, name: str, experts: bool = False
+) -> None:
+    """Raise ModelError if an output changes with a later token, or if the model cannot compute at all.
+
+    ``forward`` takes token ids int64[n] and returns outputs [n, ...] and the dtype computed in. With
+    ``experts``, the tokens that go to one share its products, so their rounding may differ.
+    """
+    cut = TRIAL_LENGTHS[0]
+    try:
+        outputs, dtype = forward(trial_ids(vocabulary))
+        later_changed, _ = forward(trial_ids(vocabulary, change=1))
+    except Exception as error:  # a model's code may raise anything
+        if isinstance(error, (MemoryError, RuntimeError)) and "memory" in str(error).lower():
+            raise  # the caller says what to do
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ModelError(
+            f"--model {name}: its forward pass fails on a few tokens ({reason}); if it works without an "
+            "adapter, choose other --target-modules"
+        ) from error
+    prefix, changed_prefix = outputs[:cut], later_changed[:cut]
+    if np.isnan(prefix).any() or np.isnan(changed_prefix).any():
+        raise ModelError(f"--model {name}: its outputs for a few tokens are not numbers (NaN)")
+    tolerance = TRIAL_TOLERANCE.get(dtype, 0.0) if experts else CAUSAL_TOLERANCE
+    with np.errstate(invalid="ignore"):  # infinities may be equal; they stop the first step
+        difference = np.where(prefix == changed_prefix, 0, np.abs(prefix - changed_prefix)).max()
+    if not difference <= tolerance * np.abs(prefix[np.isfinite(prefix)]).max(initial=0):
+        raise ModelError(
+            f"--model {name}: is not causal: a later token changes the outputs before it, so the model would "
+            "see the tokens that it is trained to predict; give a decoder, such as Llama or GPT-2"
+        )
 
 
 def sum_per_example(losses: Array, weights: Array, examples: Array, *, count: int) -> Losses:

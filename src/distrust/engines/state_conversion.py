@@ -40,7 +40,7 @@ _TO_TORCH: list[_Rule] = [("", f".{mlx}", _PEFT_PREFIX, f".{peft}", flip) for pe
 MLX_SUFFIXES = tuple(f".{mlx}" for _, mlx, _ in _SUFFIXES)
 
 #: The number of a layer in the name of a module.
-_LAYER = re.compile(r"\.(\d+)\.")
+LAYER = re.compile(r"\.(\d+)\.")
 _UNKNOWN_OPTIMIZER = "the checkpoint's optimizer is neither torch's nor mlx's"
 #: Bounds on what a message lists.
 LINES_SHOWN = 4
@@ -174,7 +174,7 @@ def target_modules(names: Iterable[str]) -> list[str]:
     modules = sorted({module for module, _, suffix in parts if f".{suffix}" in MLX_SUFFIXES})
     stacks: dict[str, dict[str, set[str]]] = {}  # prefix -> layer number -> names within the layer
     for module in modules:
-        if (match := _LAYER.search(module)) is None:
+        if (match := LAYER.search(module)) is None:
             return modules
         layers = stacks.setdefault(module[: match.start()], {})
         layers.setdefault(match[1], set()).add(module[match.end() :])

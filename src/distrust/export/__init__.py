@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +37,7 @@ CARD = "README.md"
 STATE_SUFFIX = ".safetensors"
 #: The file names that mlx-lm loads.
 _MLX_CONFIG, _MLX_WEIGHTS = "adapter_config.json", "adapters.safetensors"
-_LAYER_MODULE = re.compile(r"(.*\.)?layers\.(\d+)\.(.+)")
+_CHAT_TEMPLATE = "chat_template.jinja"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +91,7 @@ def export(
     framework: engines.EngineName | None = "torch" if engines.is_installed("torch") else None
     file, checkpoint = engines.read_checkpoint(Path(target), step=step, best=best, framework=framework)
     engines.fingerprint_of(file, "model")  # refuses checkpoints that no training made
-    config = engines.config_of(file)
+    config = engines.recorded_config(file)
     export_format = format or _default_format(config, file)
     _require_possible(export_format, config, file, to)
     if dtype is None:
@@ -166,12 +165,15 @@ def _prepare_state(
 
 def _prepare_mlx(file: CheckpointFile, checkpoint: Checkpoint, base: str, *, dtype: ExportDtype) -> Write:
     tensors = state_conversion.arrays_to_mlx(checkpoint.model)
-    config = _mlx_config(engines.config_of(file), tensors, base=reference(base))
+    trained = engines.config_of(file)
+    config = _mlx_config(trained, tensors, base=reference(base))
     write_weights = _prepare_state(tensors, _MLX_WEIGHTS, {"format": "mlx"}, dtype=dtype)
 
     def write(folder: Path) -> None:
         write_weights(folder)
         (folder / _MLX_CONFIG).write_text(config, encoding="utf-8")
+        if trained.chat_template is not None:  # otherwise the base model has it
+            (folder / _CHAT_TEMPLATE).write_text(trained.chat_template, encoding="utf-8")
 
     return write
 
@@ -191,24 +193,10 @@ def _mlx_config(config: TrainConfig, names: Collection[str], *, base: str) -> st
             "rank": config.lora_rank,
             "scale": state_conversion.adapter_scale(config),
             "dropout": config.lora_dropout,
-            "keys": _mlx_keys(sorted({name.rpartition(".")[0] for name in names})),
+            "keys": state_conversion.target_modules(names),
         },
     }
     return json.dumps(values, indent=2, sort_keys=True) + "\n"
-
-
-def _mlx_keys(modules: list[str]) -> list[str]:
-    """Names within a layer, as mlx-lm writes them, if all layers have the same ones; else full names."""
-    layers: dict[int, set[str]] = {}
-    for module in modules:
-        match = _LAYER_MODULE.fullmatch(module)
-        if match is None:
-            return modules
-        layers.setdefault(int(match[2]), set()).add(match[3])
-    is_uniform = len({frozenset(inner) for inner in layers.values()}) == 1
-    if is_uniform and sorted(layers) == list(range(len(layers))):
-        return sorted(layers[0])
-    return modules
 
 
 def _require_one_of(flag: str, value: str | None, choices: Any) -> None:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from distrust import __version__
 from distrust.checkpoint import CheckpointFile
-from distrust.config import BUNDLED, Dtype, ExportDtype, ExportFormat, TrainConfig, as_names, key
+from distrust.config import BUNDLED, WEIGHT_OPTIONS, Dtype, ExportDtype, ExportFormat, TrainConfig, as_names
+from distrust.config_text import to_words
 from distrust.engines.loading import hub_name
 from distrust.errors import shorten
 from distrust.run_record import RunRecord
@@ -29,15 +31,16 @@ model, tokenizer = load({model}, adapter_path="FOLDER")""",
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 model = AutoModelForCausalLM.from_pretrained("FOLDER", dtype="{dtype}")""",
     "adapter": """from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 base = AutoModelForCausalLM.from_pretrained({model}, dtype="{base_dtype}")
+base.generation_config = GenerationConfig.from_pretrained("FOLDER")  # stops at the ends of turns
 model = PeftModel.from_pretrained(base, "FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")""",
 }
 _LIBRARIES = {"adapter": "peft", "mlx": "mlx", "merged": "transformers"}
 _RECORDED_LIBRARIES = ("torch", "transformers", "peft", "mlx", "mlx_lm")
-_WEIGHTING = ("weighting", "alpha", "lambda_", "max_ratio")
+_WEIGHTING = ("weighting", "alpha", "lambda", "max_ratio")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +54,7 @@ class Facts:
     tags: Sequence[str]  # for hubs
     summary: str  # one sentence about the folder
     load: str  # Python code that loads the folder
+    command: str  # trains the same; paths of the machine are left out
     notes: Sequence[str]  # sentences for users of the folder
     sections: Mapping[str, Mapping[str, object]]  # heading -> name -> value
 
@@ -74,9 +78,14 @@ def facts_of(
         library=_LIBRARIES[form],
         base=public_name(base),
         hub_name=hub_name(base),
-        tags=["distrust-trainer", "provenance-weighting", *(["lora"] if config.lora_rank else [])],
+        tags=[
+            "distrust-trainer",
+            *(["provenance-weighting"] if config.weighting != "off" else []),
+            *(["lora"] if config.lora_rank else []),
+        ],
         summary=summary,
         load=_load_code(form, base, config.dtype, dtype),
+        command=_command(config, RunRecord.from_header(file.header), base),
         notes=_notes(config, form, base),
         sections=_sections(file, config, base=base, dtype=dtype),
     )
@@ -120,13 +129,29 @@ def _load_code(form: ExportFormat, base: str, base_dtype: Dtype, dtype: ExportDt
     return f"from distrust.bundled import MODEL\n{code}" if is_import_needed else code
 
 
+def _command(config: TrainConfig, record: RunRecord, base: str) -> str:
+    """The command that trains the same, on one line: of paths only the last part, of a text no lines."""
+    names = {"data": config.data, "eval_data": config.eval_data, "from": record.settings.get("from")}
+    public = {name: [*map(public_name, map(str, as_names(value)))] for name, value in names.items() if value}
+    options = config.non_default() | {"model": public_name(base)} | public
+    words = [
+        "FILE" if "\n" in word else word
+        for name, value in options.items()
+        if name not in ("engine", "device")
+        for word in to_words(name, value)
+    ]
+    return shlex.join(["distrust", "train", *words])
+
+
 def _sections(
     file: CheckpointFile, config: TrainConfig, *, base: str, dtype: ExportDtype
 ) -> dict[str, Mapping[str, object]]:
     record = RunRecord.from_header(file.header)
     fingerprints, corpus, environment = record.fingerprints, record.corpus, record.environment
     options = config.with_effect("result")  # others do not change the weights
-    weighting = {key(name): options.pop(key(name)) for name in _WEIGHTING}
+    hidden = WEIGHT_OPTIONS if config.weighting == "off" else ()
+    options = {name: value for name, value in options.items() if name not in hidden}
+    weighting = {name: options.pop(name) for name in _WEIGHTING if name in options}
     mix, eval_fraction = options.pop("mix"), options.pop("eval_fraction")
     sections: dict[str, Mapping[str, object]] = {
         "Checkpoint": {
@@ -151,7 +176,7 @@ def _sections(
             "provenance entropy of examples without one": config.default_provenance_entropy,
             "evaluated on": ", ".join(map(public_name, as_names(config.eval_data))) or None,
         },
-        "Weighting by provenance": weighting,
+        "Weighting by provenance": weighting if not hidden else {},
         "Metrics": file.metrics,
         "Training options": {**options, "max_steps": config.max_steps},
         "Versions": {
@@ -174,7 +199,11 @@ def model_card(facts: Facts) -> str:
         "",
         f"{facts.summary} Base model: {_code_span(facts.base)}.",
         "",
-        *_code_block(facts.load),
+        *_code_block(facts.load, "python"),
+        "",
+        "It was trained with these options:",
+        "",
+        *_code_block("".join(map(_escape, facts.command)), "sh"),
     ]
     lines += [line for note in facts.notes for line in ("", note)]
     for heading, values in facts.sections.items():
@@ -207,9 +236,9 @@ def _code_span(text: str) -> str:
     return f"{fence}{pad}{line}{pad}{fence}"
 
 
-def _code_block(code: str) -> list[str]:
+def _code_block(code: str, language: str) -> list[str]:
     fence = "`" * max(3, _longest_fence(code) + 1)
-    return [f"{fence}python", *code.rstrip("\n").split("\n"), fence]
+    return [f"{fence}{language}", *code.rstrip("\n").split("\n"), fence]
 
 
 def _longest_fence(text: str) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,39 +13,39 @@ from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from distrust.config import ExportDtype, TrainConfig
+from distrust.engines import target_modules
 from distrust.engines.state_conversion import adapter_scale, out_of_range
+from distrust.engines.target_modules import Adaptable, Selection, layer_of
 from distrust.errors import ConfigError
 
-_LINEAR = (nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear)
+_QUANTIZED = (nn.QuantizedLinear, QuantizedSwitchLinear)
+_LINEAR = (nn.Linear, SwitchLinear, *_QUANTIZED)
 
 
-def add_adapter(model: Any, config: TrainConfig) -> None:
+def add_adapter(model: Any, config: TrainConfig) -> Selection:
     """Give the layers of a model the LoRA adapters of a run, in float32, and freeze everything else.
 
-    mlx's generator initializes the adapters: seed it first.
+    mlx's generator initializes the adapters: seed it first. Returns which modules are adapted.
     """
+    selection = target_modules.select(config, _adaptable(model))
     model.freeze()  # but not the LoRA layers, which are created below
     parameters = {
         "rank": config.lora_rank,
         "scale": adapter_scale(config),
         "dropout": config.lora_dropout,
-        "keys": _matching_modules(model, config.target_modules),  # full names
+        "keys": selection.names,
     }
     try:
         linear_to_lora_layers(model, len(model.layers), parameters, use_dora=config.dora)
     except ValueError as error:  # a layer type without a LoRA variant
         targets = " ".join(config.target_modules)
         raise ConfigError(f"--target-modules {targets}: mlx-lm says: {error}") from error
+    return selection
 
 
 def trained_parameters(model: Any) -> dict[str, mx.array]:
     """The trained arrays by mlx-lm's names, such as ``model.layers.0.self_attn.q_proj.lora_a``."""
     return dict(sorted(tree_flatten(model.trainable_parameters())))
-
-
-def in_layers(names: Sequence[str]) -> list[str]:
-    """The names that are in a layer: not the embedding, the last norm or the head."""
-    return [name for name in names if ".layers." in f".{name}"]
 
 
 def prepare_state(
@@ -66,23 +66,19 @@ def prepare_state(
     return write
 
 
-def _matching_modules(model: Any, targets: Sequence[str]) -> list[str]:
-    """The modules that the targets select, by peft's rule: a name, or the end of one."""
-    modules = dict(model.named_modules())
-    adaptable = [
-        name for name, module in modules.items() if isinstance(module, _LINEAR) or hasattr(module, "to_lora")
-    ]
-    if list(targets) == ["all-linear"]:
-        return in_layers(adaptable)  # as peft does, without the head
-    selected: set[str] = set()
-    for target in targets:
-        matches = {name for name in modules if name == target or name.endswith(f".{target}")}
-        if not matches or not matches <= set(adaptable):  # never skip a target silently
-            choices = ", ".join(sorted({name.rpartition(".")[2] for name in adaptable}))
-            problem = "is no linear module" if matches else "is not in the model"
-            raise ConfigError(
-                f"--target-modules {' '.join(targets)}: {target} {problem}; the modules that mlx can adapt "
-                f"are: {choices}"
-            )
-        selected |= matches
-    return sorted(selected)
+def _adaptable(model: Any) -> Adaptable:
+    modules = dict(reversed(model.named_modules()))  # mlx lists the last one first
+    shapes = {
+        name: _shape(module)
+        for name, module in modules.items()
+        if isinstance(module, _LINEAR) or hasattr(module, "to_lora")
+    }
+    in_layers = [name for name in shapes if layer_of(name) is not None]  # as peft does, without the head
+    return Adaptable("mlx", shapes, in_layers, modules.keys())
+
+
+def _shape(module: Any) -> tuple[int, ...]:
+    weight = getattr(module, "weight", None)
+    shape = () if weight is None else tuple(weight.shape)
+    packed = 32 // module.bits if isinstance(module, _QUANTIZED) else 1  # weights in a number
+    return (*shape[:-1], shape[-1] * packed) if shape else shape

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import sys
-import warnings
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from typing import Any, Literal
@@ -24,12 +23,20 @@ from distrust.config import TrainConfig
 from distrust.contract import DEFAULT_MAX_LENGTH, EngineState, Losses, MemoryUse
 from distrust.data import MicroBatch
 from distrust.engines import state_conversion
-from distrust.engines.loading import config_digest, fingerprint, load_tokenizer, require_vocabulary
+from distrust.engines.loading import (
+    config_digest,
+    context_length,
+    fingerprint,
+    load_tokenizer,
+    require_vocabulary,
+    stop_ids,
+)
 from distrust.engines.mlx import adapter, layers, model, runtime
 from distrust.engines.mlx.model_runner import ModelRunner
 from distrust.engines.mlx.optimizer import AdamW
 from distrust.engines.runtime import translate_out_of_memory
-from distrust.errors import DistrustWarning
+from distrust.engines.target_modules import Selection, layer_of
+from distrust.errors import warn
 
 #: In the RuntimeErrors of mlx's allocators.
 _OUT_OF_MEMORY = ("alloc", "out of memory", "insufficient memory")
@@ -48,14 +55,15 @@ class MlxEngine:
         self._device = runtime.choose_device(config.device)
         mx.set_default_device(self._device)
         return_freed_memory()
-        self.tokenizer: Any = load_tokenizer(config.model)
+        self.tokenizer: Any = load_tokenizer(config.model, chat_template=config.chat_template)
         base_dtype = config.dtype if config.lora_rank else "float32"
         self._model, self._config = model.load_model(config.model, dtype=base_dtype)
         rows = model.text_entry(self._config, "vocab_size") or len(self.tokenizer)
         require_vocabulary(self.tokenizer, rows, name=config.model)
-        self._fingerprint = fingerprint(model.named_weights(self._model))  # before quantization
+        # Before quantization.
+        self._fingerprint = fingerprint(model.named_weights(self._model, name=config.model))
         model.quantize(self._model, config.quantization)
-        self.context_length: int | None = model.text_entry(self._config, "max_position_embeddings")
+        self.context_length: int | None = context_length(self._config)
         self._gradient_checkpointing = config.gradient_checkpointing
         on_cpu = self._device.type == mx.DeviceType.cpu
         # Products by columns do not pay with Apple's own library, nor on a GPU.
@@ -64,9 +72,10 @@ class MlxEngine:
             layers.use_columns(self._model)
         self._compiled = runtime.should_compile(config, self._device)
         base_parameters = get_total_parameters(self._model)  # counts packed weights, too
+        self._selection = Selection()
         if config.lora_rank:
             runtime.reseed(seed=config.seed, step=0, micro_step=0)
-            adapter.add_adapter(self._model, config)
+            self._selection = adapter.add_adapter(self._model, config)
         else:
             self._model.unfreeze()
         if config.gradient_checkpointing:
@@ -74,8 +83,11 @@ class MlxEngine:
         self._trained = adapter.trained_parameters(self._model)
         mx.eval(self._trained)  # mlx is lazy: compute the initial values now
         trained = sum(array.size for array in self._trained.values())
+        self.adapted = self._selection.lines
         self.parameters = trained, base_parameters + (trained if config.lora_rank else 0)
         self._runner = self._create_runner(config)
+        with translate_out_of_memory(*_OUT_OF_MEMORY):
+            self._runner.require_causal(config.model)
         self._warn_of_unlimited_window(config)
         self._optimizer = AdamW(self._trained, config, compiled=self._compiled)
         self._gradients: dict[str, mx.array] | None = None  # sums over the micro-batches of the step
@@ -104,6 +116,7 @@ class MlxEngine:
             "products": "by columns" if self._by_columns else "by rows",
             "gradient_checkpointing": self._gradient_checkpointing,
             "compiled": self._compiled,
+            **self._selection.recorded,
         }
 
     def restore_environment(self, recorded: dict[str, Any]) -> None:
@@ -148,16 +161,18 @@ class MlxEngine:
             return self._runner.evaluate(self._trained, batch)
 
     def sample_tokens(
-        self, ids: list[int], *, max_new_tokens: int, temperature: float, top_p: float | None, seed: int
+        self, ids: list[int], *, limit: int, temperature: float, top_p: float | None, seed: int, chat: bool
     ) -> list[int]:
         """Token ids that continue ``ids``; see :func:`distrust.engines.generate`."""
         runtime.reseed(seed=seed, step=0, micro_step=0)
         model = self.model  # with the current weights
         model.eval()
         sampler = make_sampler(temp=temperature, top_p=top_p or 0.0)  # 0.0: all tokens
+        # mlx-lm has replaced the config's entry by that of generation_config.json.
+        ends = stop_ids(self.tokenizer, self._config.get("eos_token_id"), chat=chat)
         new_ids: list[int] = []
-        for token, _ in generate_step(mx.array(ids), model, max_tokens=max_new_tokens, sampler=sampler):
-            if token == self.tokenizer.eos_token_id:
+        for token, _ in generate_step(mx.array(ids), model, max_tokens=limit, sampler=sampler):
+            if token in ends:
                 break
             new_ids.append(token)
         return new_ids
@@ -200,7 +215,7 @@ class MlxEngine:
         return ModelRunner(
             self._model,
             compute_dtype=getattr(mx, config.dtype) if casts else None,
-            frozen_head=len(adapter.in_layers(list(self._trained))) == len(self._trained),
+            frozen_head=all(layer_of(name) is not None for name in self._trained),
             by_columns=self._by_columns,
             compiled=self._compiled,
         )
@@ -211,12 +226,10 @@ class MlxEngine:
             return
         if window >= (config.max_length or DEFAULT_MAX_LENGTH) or window in self._runner.windows:
             return
-        warnings.warn(
+        warn(
             f"--model {config.model}: its layers are limited to {window} tokens back, and mlx-lm does not "
             "apply that limit: longer examples are trained without it; lower --max-length or use "
-            "--engine torch",
-            DistrustWarning,
-            stacklevel=2,
+            "--engine torch"
         )
 
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from distrust.config import Dtype, Quantization
 from distrust.engines import model_folder
-from distrust.engines.loading import load_error, locate_to_load
+from distrust.engines.loading import load_error, locate_to_load, not_finite
 from distrust.engines.state_conversion import dtype_name
 from distrust.errors import ConfigError, ModelError
 
@@ -103,11 +103,16 @@ def quantize(model: Any, quantization: Quantization) -> None:
     )
 
 
-def named_weights(model: Any) -> Iterator[tuple[str, str, tuple[int, ...], Any]]:
-    """Weights in the form that :func:`distrust.engines.loading.fingerprint` takes."""
-    for name, array in sorted(tree_flatten(model.parameters())):
+def named_weights(model: Any, *, name: str) -> Iterator[tuple[str, str, tuple[int, ...], Any]]:
+    """Weights in the form that :func:`distrust.engines.loading.fingerprint` takes.
+
+    Raises ModelError for one that is not finite: the first loss would not be, either.
+    """
+    for label, array in sorted(tree_flatten(model.parameters())):
+        if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
+            raise not_finite(name, label)
         host: Any = mx.view(mx.contiguous(array).reshape(-1), mx.uint8)
-        yield name, dtype_name(array), tuple(array.shape), memoryview(host)
+        yield label, dtype_name(array), tuple(array.shape), memoryview(host)
 
 
 class _BuildLimit(model_folder.BuildLimit):

@@ -25,7 +25,14 @@ from distrust.contract import Losses
 from distrust.data import IGNORED, MicroBatch
 from distrust.engines.mlx.layers import linear
 from distrust.engines.mlx.loss import Head, chunked_losses, token_losses
-from distrust.engines.runtime import Array, keeps_examples_independent, sum_per_example, trial_ids
+from distrust.engines.runtime import (
+    Array,
+    has_experts,
+    keeps_examples_independent,
+    require_causal,
+    sum_per_example,
+    trial_ids,
+)
 from distrust.engines.state_conversion import dtype_name
 
 #: Compiled steps pad rows and trained tokens to a multiple of it: each new shape is compiled again.
@@ -156,6 +163,12 @@ class ModelRunner:
         if self._compute_dtype is not None:
             trained = {name: array.astype(self._compute_dtype) for name, array in trained.items()}
         self._model.update(tree_unflatten(list(trained.items())))
+
+    def require_causal(self, name: str) -> None:
+        """Raise ModelError if a later token of an example changes an earlier output."""
+        experts = has_experts(self._model.named_modules())
+        one_row = lambda ids: self._run_trial(ids, [len(ids)])  # noqa: E731
+        require_causal(one_row, vocabulary=self._vocabulary, name=name, experts=experts)
 
     def _train_pass(
         self, trained: Arrays, gradients: Arrays | None, *batch: Any

@@ -8,30 +8,44 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 
 from distrust.config import TrainConfig
+from distrust.engines import target_modules
+from distrust.engines.target_modules import Adaptable, Selection, kinds
 from distrust.errors import ConfigError
 
 ADAPTER_NAME = "default"
 
 
-def add_adapter(model: torch.nn.Module, config: TrainConfig) -> torch.nn.Module:
+def add_adapter(model: torch.nn.Module, config: TrainConfig) -> tuple[torch.nn.Module, Selection]:
     """Wrap a model with the LoRA adapter of a run, in float32, and freeze everything else.
 
-    torch's generator initializes the adapter: seed it first.
+    torch's generator initializes the adapter: seed it first. Also returns which modules are adapted.
     """
     import peft
 
-    targets = list(config.target_modules)
+    choices = adaptable(model)
+    selection = target_modules.select(config, choices)
+    by_weight = _adapted_by_weight(model, selection.names, choices.modules)
+    by_module = [name for name in selection.names if name not in by_weight]
+    packed = config.quantization != "none" and by_weight.keys() & choices.modules
+    if by_weight and (config.lora_dropout or config.dora or packed):
+        option = "--quantization" if packed else "--dora" if config.dora else "--lora-dropout"
+        names = kinds(packed or by_weight)
+        raise ConfigError(
+            f"{option}: peft cannot combine it with an adapter of {', '.join(names)}, in a mixture of "
+            f"experts; leave it out, or add --exclude-modules {' '.join(names)}"
+        )
     lora = peft.LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        target_modules=target_modules.shortest(by_module, choices.modules),
+        target_parameters=sorted(by_weight.values()) or None,
         use_rslora=config.rslora,
         use_dora=config.dora,
         task_type="CAUSAL_LM",
@@ -42,15 +56,70 @@ def add_adapter(model: torch.nn.Module, config: TrainConfig) -> torch.nn.Module:
             warnings.simplefilter("ignore", FutureWarning)
             # peft corrects this option itself for layers that store transposed weights.
             warnings.filterwarnings("ignore", "fan_in_fan_out is set to False", UserWarning)
-            adapted: torch.nn.Module = peft.get_peft_model(model, lora, adapter_name=ADAPTER_NAME)
+            adapted: Any = peft.get_peft_model(model, lora, adapter_name=ADAPTER_NAME)
     except ValueError as error:
-        linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-        choices = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+        other_kinds = ", ".join(kind for kind in kinds(choices.shapes) if repr(kind) not in str(error))
         raise ConfigError(
-            f"--target-modules {' '.join(targets)}: {' '.join(str(error).split())} "
-            f"The model's linear modules are: {choices}"
+            f"--target-modules {' '.join(config.target_modules)}: {' '.join(str(error).split())} Leave it "
+            f"out with --exclude-modules; the modules that torch can adapt are: {other_kinds}"
         ) from error
-    return adapted
+    if {*adapted.targeted_module_names} != {*by_module}:  # it matches ends of names
+        raise ConfigError("--target-modules: peft cannot tell these modules from others; give other names")
+    return adapted, selection
+
+
+def adaptable(model: Any) -> Adaptable:
+    """What peft can adapt: modules, and the weights that hold a layer's experts in one tensor."""
+    from transformers.pytorch_utils import Conv1D
+
+    linear = (torch.nn.Linear, Conv1D)
+    other_kinds = (torch.nn.Embedding, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
+    head = model.get_output_embeddings()
+    modules = dict(model.named_modules())
+    shapes, in_all_linear = {}, []
+    for name, module in modules.items():
+        kind = type(module).__name__  # routers return more than a product, some multiply parts of the input
+        if isinstance(module, (*linear, *other_kinds)) and not kind.endswith(("Router", "GroupedLinear")):
+            shapes[name] = _shape(module)
+            if isinstance(module, linear) and module is not head:  # as peft does
+                in_all_linear.append(name)
+        for label, weight in module.named_parameters(recurse=False):
+            if weight.ndim == 3 and ("experts" in name.split(".") or "Experts" in kind):
+                shapes[f"{name}.{label}"] = tuple(weight.shape)
+                in_all_linear.append(f"{name}.{label}")
+    return Adaptable("torch", shapes, in_all_linear, modules.keys())
+
+
+def _shape(module: Any) -> tuple[int, ...]:
+    if hasattr(module, "in_features"):  # a quantized weight is stored in another shape
+        return module.out_features, module.in_features
+    return tuple(module.weight.shape)
+
+
+def _adapted_by_weight(model: Any, names: Collection[str], modules: Collection[str]) -> dict[str, str]:
+    """Of the names, those that peft must be given as a weight, and the name of that weight.
+
+    Experts in one tensor are no modules. Beside them, peft takes the names that their parts once had, such as
+    ``gate_proj``, for the experts', even if another module has that name.
+    """
+    import peft
+
+    weights = {name: name for name in names if name not in modules}
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers as convert
+    except ImportError:  # versions that do not rename
+        return weights
+    for end in kinds(names):
+        probe = peft.LoraConfig(target_modules=[end])
+        try:
+            convert(probe, model, None)
+        except ValueError:  # it would need the other parts
+            probe.target_modules = set()
+        if set(probe.target_modules) != {end}:
+            weights |= {
+                name: f"{name}.weight" for name in names if name in modules and kinds([name]) == [end]
+            }
+    return weights
 
 
 def trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

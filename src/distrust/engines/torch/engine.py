@@ -6,6 +6,7 @@ compute. With rank 0 all weights are trained, in float32.
 
 from __future__ import annotations
 
+import copy
 from typing import Any, Literal
 
 import torch
@@ -15,12 +16,20 @@ from distrust.config import TrainConfig
 from distrust.contract import EngineState, Losses, MemoryUse
 from distrust.data import MicroBatch
 from distrust.engines import state_conversion
-from distrust.engines.loading import config_digest, fingerprint, load_tokenizer, require_vocabulary
+from distrust.engines.loading import (
+    config_digest,
+    context_length,
+    fingerprint,
+    load_tokenizer,
+    require_vocabulary,
+    stop_ids,
+)
 from distrust.engines.runtime import translate_out_of_memory
+from distrust.engines.target_modules import Selection
 from distrust.engines.torch import adapter, model, optimizer, quantization, runtime
 from distrust.engines.torch.layers import fuse
 from distrust.engines.torch.model_runner import ModelRunner
-from distrust.errors import ConfigError
+from distrust.errors import ConfigError, ModelError
 
 _OUT_OF_MEMORY = "can't allocate memory"  # in the RuntimeError of the CPU allocator
 
@@ -28,39 +37,49 @@ _OUT_OF_MEMORY = "can't allocate memory"  # in the RuntimeError of the CPU alloc
 class TorchEngine:
     """A causal language model of transformers with a LoRA adapter of peft, and AdamW.
 
-    Raises what :func:`distrust.engines.create_engine` raises.
+    Takes and raises what :func:`distrust.engines.create_engine` does.
     """
 
     framework: Literal["torch"] = "torch"
     runner_class: type[ModelRunner] = ModelRunner  # a subclass of the engine may replace it
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, objects: tuple[Any, Any] | None = None) -> None:
         self._device = runtime.choose_device(config.device)
         runtime.prefer_determinism()
         keep_freed_memory()
         torch.set_num_threads(config.threads or runtime.default_threads())
         compute_dtype: torch.dtype = getattr(torch, config.dtype)
         dtype = compute_dtype if config.lora_rank else torch.float32
-        self.tokenizer: Any = load_tokenizer(config.model)
-        base: Any = model.load_model(
-            config.model, dtype=dtype, device=self._device, quantized=config.quantization
+        if objects is None:
+            base: Any = model.load_model(
+                config.model, dtype=dtype, device=self._device, quantized=config.quantization
+            )
+        else:
+            base = model.copy_model(*objects, config, dtype=dtype, device=self._device)
+        tokenizer = copy.deepcopy(objects[1]) if objects else None
+        self.tokenizer: Any = load_tokenizer(
+            config.model, chat_template=config.chat_template, given=tokenizer
         )
         rows = base.get_input_embeddings().weight.shape[0]
         require_vocabulary(self.tokenizer, rows, name=config.model)
         self._fingerprint = _fingerprint(base, config, compute_dtype)
         self._quantization = config.quantization
         self._config_digest = config_digest(base.config.to_diff_dict())
-        self.context_length: int | None = getattr(base.config, "max_position_embeddings", None)
+        self.context_length = context_length(base.config)
         self._attention = str(getattr(base.config, "_attn_implementation", "unknown"))
         self._gradient_checkpointing = config.gradient_checkpointing
         if config.gradient_checkpointing:
             # Its name in later versions of transformers, and in earlier ones.
             enable = getattr(base, "activation_checkpointing_enable", None)
             (enable or base.gradient_checkpointing_enable)({"use_reentrant": False})
+        self._selection = Selection()
         self.model: torch.nn.Module = self._add_adapter(base, config).eval()
+        self.adapted = self._selection.lines
         # A compiler fuses by itself, and better if it sees whole layers.
         self._fused = {} if config.compile else fuse(self.model, dtype=dtype)
         self._runner = self.runner_class(base, compute_dtype=compute_dtype, compiled=config.compile)
+        with translate_out_of_memory(_OUT_OF_MEMORY):
+            self._runner.require_causal(config.model)
         if config.packing and not self._runner.uses_varlen:
             raise ConfigError(
                 "--packing: this model cannot keep the examples of one row independent (its attention is "
@@ -103,6 +122,7 @@ class TorchEngine:
             "gradient_checkpointing": self._gradient_checkpointing,
             "compiled": bool(self._compiled),
             **quantization.environment(self._quantization),
+            **self._selection.recorded,
         }
 
     def restore_environment(self, recorded: dict[str, Any]) -> None:
@@ -153,7 +173,7 @@ class TorchEngine:
 
     @torch.no_grad()
     def sample_tokens(
-        self, ids: list[int], *, max_new_tokens: int, temperature: float, top_p: float | None, seed: int
+        self, ids: list[int], *, limit: int, temperature: float, top_p: float | None, seed: int, chat: bool
     ) -> list[int]:
         """Token ids that continue ``ids``; see :func:`distrust.engines.generate`."""
         prompt = torch.tensor([ids], device=self._device)  # [1, n]
@@ -163,17 +183,28 @@ class TorchEngine:
         if temperature and top_p is not None:
             sampling["top_p"] = top_p
         runtime.reseed(seed=seed, step=0, micro_step=0)
-        end_of_text = self.tokenizer.eos_token_id
-        output = self.model.eval().generate(  # type: ignore[operator]
-            input_ids=prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=max_new_tokens,
-            eos_token_id=end_of_text,
-            pad_token_id=end_of_text,
-            use_cache=True,
-            **sampling,
-        )
-        return output[0, len(ids) :].tolist()  # type: ignore[no-any-return]
+        model: Any = self.model.eval()
+        ends = stop_ids(self.tokenizer, model.generation_config.eos_token_id, chat=chat)
+        try:
+            output = model.generate(
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=limit,
+                eos_token_id=ends or None,
+                pad_token_id=ends[0] if ends else None,
+                use_cache=True,
+                # The model's own settings may ask for what is no single text.
+                num_beams=1,
+                num_return_sequences=1,
+                return_dict_in_generate=False,
+                tokenizer=self.tokenizer,  # that its stop_strings are written in
+                **sampling,
+            )
+        except Exception as error:  # a model's code may raise anything
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise ModelError(f"the model cannot generate, with its generation config: {reason}") from error
+        new_ids: list[int] = output[0, len(ids) :].tolist()
+        return new_ids[:-1] if new_ids[-1] in ends else new_ids
 
     def state(self) -> EngineState:
         """Trained weights by peft's names, AdamW's state, and the state of the random generators."""
@@ -211,7 +242,7 @@ class TorchEngine:
         if config.gradient_checkpointing:
             # A checkpointed block has gradients only if its input requires them; frozen embeddings do not.
             base.enable_input_require_grads()
-        adapted = adapter.add_adapter(base, config)
+        adapted, self._selection = adapter.add_adapter(base, config)
         # Quantized weights are on the device already, and peft has put their adapters there.
         return adapted if config.quantization != "none" else adapted.to(self._device)
 
@@ -219,5 +250,7 @@ class TorchEngine:
 def _fingerprint(base: torch.nn.Module, config: TrainConfig, dtype: torch.dtype) -> str:
     """Digest of the weights before quantization; the files have them where the model no longer does."""
     if config.quantization == "none":
-        return fingerprint(model.named_weights(sorted(base.named_parameters())))
-    return fingerprint(model.named_weights(model.stored_weights(config.model, dtype=dtype)))
+        weights: Any = sorted(base.named_parameters())
+    else:
+        weights = model.stored_weights(config.model, dtype=dtype)
+    return fingerprint(model.named_weights(weights, model=config.model))

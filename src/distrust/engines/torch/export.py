@@ -6,7 +6,7 @@ cause is raised before anything is on the disk.
 
 from __future__ import annotations
 
-import warnings
+import json
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -18,10 +18,11 @@ from safetensors.torch import save_file
 
 from distrust.config import ExportDtype, TrainConfig
 from distrust.engines import state_conversion
-from distrust.engines.loading import load_tokenizer, reference
+from distrust.engines.loading import cached_folder, load_tokenizer, reference, stop_ids
+from distrust.engines.model_folder import GENERATION_CONFIG, generation_config
 from distrust.engines.torch import adapter, model
 from distrust.engines.torch.engine import TorchEngine
-from distrust.errors import ConfigError, DistrustWarning, ErrorTranslator
+from distrust.errors import ConfigError, ErrorTranslator, warn
 
 PEFT_WEIGHTS = "adapter_model.safetensors"  # the name that peft loads
 Write = Callable[[Path], None]
@@ -38,23 +39,21 @@ def prepare_adapter(config: TrainConfig, tensors: Mapping[str, torch.Tensor], *,
         ResumeRefused: if the adapter does not fit the model.
         ConfigError: if the tensors overflow the dtype.
     """
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config.model, chat_template=config.chat_template)
     if model.is_quantized_by_mlx(config.model):
-        warnings.warn(
+        warn(
             f"{config.model} is in mlx's quantized layout, which transformers does not load: the adapter "
-            "needs the model that it was made of, whose weights differ; --format mlx makes one for mlx-lm",
-            DistrustWarning,
-            stacklevel=2,
+            "needs the model that it was made of, whose weights differ; --format mlx makes one for mlx-lm"
         )
     # Shapes only: an adapter folder needs no weights of the base model.
-    meta_model: Any = adapter.add_adapter(model.meta_model(config.model), config)
+    meta_model: Any = adapter.add_adapter(model.meta_model(config.model), config)[0]
     differences = state_conversion.list_differences(tensors, adapter.trained_parameters(meta_model))
     summary = f"the adapter does not fit --model {config.model}"
     state_conversion.require_no_differences(differences, tensors, summary=summary)
     weights = adapter.to_peft_names(meta_model, _cast(tensors, dtype))
     peft_config = adapter.peft_config(meta_model, base=reference(config.model))
-    save_tokenizer = partial(_save_tokenizer, tokenizer)
-    return _in_order(partial(_save, weights, PEFT_WEIGHTS, {}), peft_config.save_pretrained, save_tokenizer)
+    text_side = _text_side(config.model, tokenizer, warns=True)
+    return _in_order(partial(_save, weights, PEFT_WEIGHTS, {}), peft_config.save_pretrained, text_side)
 
 
 def require_mergeable(config: TrainConfig) -> None:
@@ -79,7 +78,7 @@ def prepare_merged(engine: TorchEngine, config: TrainConfig, *, dtype: ExportDty
     _require_finite(merged.named_parameters(), dtype)
     # Loading for training has disabled it; generation needs what the model was published with.
     merged.config.use_cache = getattr(model.load_config(config.model), "use_cache", True)
-    return _in_order(merged.save_pretrained, partial(_save_tokenizer, engine.tokenizer))
+    return _in_order(merged.save_pretrained, _text_side(config.model, engine.tokenizer))
 
 
 def prepare_state(
@@ -111,10 +110,34 @@ def _require_finite(named: Iterable[tuple[str, torch.Tensor]], dtype: ExportDtyp
             raise state_conversion.out_of_range(name, dtype)
 
 
-def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    for option in ("is_local", "local_files_only"):  # how it was loaded here does not belong into the file
-        tokenizer.init_kwargs.pop(option, None)
-    tokenizer.save_pretrained(folder)
+def _text_side(name: str, tokenizer: Any, *, warns: bool = False) -> Write:
+    """Prepare the tokenizer with its chat template, and a generation config that stops also at ends of turns.
+
+    ``warns`` where the base model alone continues past an end of turn.
+    """
+    entries = generation_config(name, cached_folder(name))
+    base = entries.get("eos_token_id")
+    entries["eos_token_id"] = ends = stop_ids(tokenizer, base, chat=True)
+    passed = [end for end in ends if end not in (base if isinstance(base, list) else [base])]
+    if warns and passed:
+        marks = " ".join(map(tokenizer.decode, passed))
+        warn(
+            f"the generation config of {name} does not stop at {marks}; the one of the adapter does: load "
+            "it, too, as its README.md shows"
+        )
+    entries.pop("_from_model_config", None)  # a loader would derive it from the config again
+    text = json.dumps(entries, indent=2, sort_keys=True) + "\n"
+
+    def write(folder: Path) -> None:
+        (folder / GENERATION_CONFIG).write_text(text, encoding="utf-8")
+        for option in (
+            "is_local",
+            "local_files_only",
+        ):  # how it was loaded here
+            tokenizer.init_kwargs.pop(option, None)
+        tokenizer.save_pretrained(folder)
+
+    return write
 
 
 def _save(weights: dict[str, torch.Tensor], name: str, about: Mapping[str, str], folder: Path) -> None:

@@ -212,7 +212,9 @@ class _Norm(torch.autograd.Function):
 
 def _unflatten(rows: Tensor, like: Tensor) -> Tensor:
     """[n, width] -> [..., width], with the leading dimensions of ``like``."""
-    return rows.view(*like.shape[:-1], rows.shape[-1])
+    # For autograd no view, because some models change the output in place, which views of functions forbid.
+    shape = [*like.shape[:-1], rows.shape[-1]]
+    return torch.ops.aten._unsafe_view(rows, shape)  # type: ignore[no-any-return]
 
 
 def _gated_rows(x: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:

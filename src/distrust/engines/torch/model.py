@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from distrust.config import Quantization
-from distrust.engines.loading import cached_folder, load_error, load_pretrained, locate_to_load
-from distrust.engines.model_folder import BuildLimit
+from distrust.config import Quantization, TrainConfig
+from distrust.engines.loading import cached_folder, load_error, load_pretrained, not_finite
+from distrust.engines.model_folder import BuildLimit, weight_files
 from distrust.engines.state_conversion import dtype_name
 from distrust.engines.torch import quantization
 from distrust.errors import ConfigError, ModelError
@@ -51,6 +51,63 @@ def load_model(
     else:
         model.to(device)
     return model.eval()  # type: ignore[no-any-return]
+
+
+def copy_model(
+    model: Any, tokenizer: Any, config: TrainConfig, *, dtype: torch.dtype, device: torch.device
+) -> torch.nn.Module:
+    """A copy of a model that a program has loaded, in evaluation mode, which leaves the program's as it is.
+
+    It shares the weights that have the dtype and the device already, unless all weights are trained.
+
+    Raises:
+        ConfigError: not a model and a tokenizer of transformers, or not as the config wants them.
+    """
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    problem = ""
+    if not (isinstance(model, PreTrainedModel) and isinstance(tokenizer, PreTrainedTokenizerBase)):
+        kinds = f"{type(model).__name__} and {type(tokenizer).__name__}"
+        problem = f"{kinds} are not a model and a tokenizer of transformers"
+    elif any(type(module).__module__.startswith("peft.") for module in model.modules()):
+        problem = "the model has an adapter already"
+    elif getattr(model, "hf_quantizer", None) is not None:
+        problem = "the model is quantized already"
+    elif any(weight.is_meta for weight in model.parameters()):
+        problem = "weights of the model are not in memory"
+    elif config.engine == "mlx" or config.quantization != "none":
+        problem = "--engine mlx and --quantization load the model themselves"
+    advice = "give TrainConfig(model=...) the folder or hub name of the base model"
+    if problem:
+        raise ConfigError(f"{problem}; {advice}")
+    copies = {}  # of each weight, for deepcopy
+    for weight in model.parameters():
+        is_float = weight.is_floating_point()
+        frozen = weight.detach().to(device, dtype if is_float else None, copy=not config.lora_rank)
+        copies[id(weight)] = torch.nn.Parameter(frozen, requires_grad=is_float)
+    try:
+        _require_buffers(model, dtype)
+        copied = copy.deepcopy(model, copies).to(device)
+    except (TypeError, RuntimeError) as error:  # an attribute that cannot be copied, such as a lock
+        raise ConfigError(f"the model cannot be copied: {str(error).splitlines()[0]}; {advice}") from error
+    copied.config.use_cache = False
+    return copied.eval()  # type: ignore[no-any-return]
+
+
+def _require_buffers(model: Any, dtype: torch.dtype) -> None:
+    """Refuse a model whose computed buffers, such as rotary frequencies, a cast has rounded.
+
+    The fingerprint does not contain them, so that a resume by name would compute other bits silently.
+    """
+    with torch.device("meta"):
+        loaded = type(model)._from_config(copy.deepcopy(model.config), dtype=dtype)
+    dtypes = {name: buffer.dtype for name, buffer in loaded.named_buffers()}
+    for name, buffer in model.named_buffers():
+        if buffer.is_floating_point() and dtypes.get(name, buffer.dtype) != buffer.dtype:
+            raise ConfigError(
+                f"the model's {name} is {dtype_name(buffer)}, and not what the same model by name has; load "
+                f"it with from_pretrained(..., dtype={dtype}), and do not cast it"
+            )
 
 
 def meta_model(name: str) -> torch.nn.Module:
@@ -111,31 +168,23 @@ def stored_weights(name: str, *, dtype: torch.dtype) -> Iterator[tuple[str, torc
     from safetensors import safe_open
 
     with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(safe_open(path, framework="pt")) for path in _weight_files(name)]
+        paths = weight_files(name, cached_folder(name))
+        files = [stack.enter_context(safe_open(path, framework="pt")) for path in paths]
         file_of = {label: file for file in files for label in file.keys()}  # noqa: SIM118  # no mapping
         for label in sorted(file_of):
             yield label, file_of[label].get_tensor(label).to(dtype)
 
 
 def named_weights(
-    weights: Iterable[tuple[str, torch.Tensor]],
+    weights: Iterable[tuple[str, torch.Tensor]], *, model: str
 ) -> Iterator[tuple[str, str, tuple[int, ...], Any]]:
-    """Weights in the form that :func:`distrust.engines.loading.fingerprint` takes."""
+    """Weights in the form that :func:`distrust.engines.loading.fingerprint` takes.
+
+    Raises ModelError for one that is not finite: the first loss would not be, either.
+    """
     for name, parameter in weights:
+        # A sum is quicker, and finite only if every term is; but it may overflow.
+        if not parameter.detach().sum(dtype=torch.float32).isfinite() and not parameter.isfinite().all():
+            raise not_finite(model, name)
         host = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         yield name, dtype_name(parameter), tuple(parameter.shape), host.numpy().data
-
-
-def _weight_files(name: str) -> list[Path]:
-    """The files of the weights, located as transformers does; the model is loaded, so they exist."""
-    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
-    from transformers.utils.hub import cached_file, get_checkpoint_shard_files
-
-    source, local = locate_to_load(name)
-    options: dict[str, Any] = {"local_files_only": local, "_raise_exceptions_for_missing_entries": False}
-    single = cached_file(source, SAFE_WEIGHTS_NAME, **options)
-    if single is not None:
-        return [Path(single)]
-    index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, **options)  # weights in several files
-    shards, _ = get_checkpoint_shard_files(source, index, local_files_only=local)
-    return [Path(shard) for shard in shards]

@@ -21,7 +21,14 @@ from torch import Tensor
 
 from distrust.contract import Losses
 from distrust.data import IGNORED, MicroBatch
-from distrust.engines.runtime import Array, keeps_examples_independent, sum_per_example, trial_ids
+from distrust.engines.runtime import (
+    Array,
+    has_experts,
+    keeps_examples_independent,
+    require_causal,
+    sum_per_example,
+    trial_ids,
+)
 from distrust.engines.state_conversion import dtype_name
 from distrust.engines.torch import attention, quantization
 from distrust.engines.torch.loss import chunked_losses, token_losses
@@ -78,6 +85,15 @@ class ModelRunner:
     def evaluate(self, batch: MicroBatch) -> Losses:
         """Forward only."""
         return self._run_batch(batch, scale=1.0, backward=False)
+
+    def require_causal(self, name: str) -> None:
+        """Raise ModelError if a later token of an example changes an earlier output.
+
+        Records gradients, so that it also shows what autograd refuses.
+        """
+        with quantization.without_outliers(self._model):
+            experts = has_experts(self._model.named_modules())
+            require_causal(self._run_trial, vocabulary=self._vocabulary, name=name, experts=experts)
 
     def _run_batch(self, batch: MicroBatch, *, scale: float, backward: bool) -> Losses:
         row = _Row.of(batch)
@@ -161,8 +177,12 @@ class ModelRunner:
             self._model.set_attn_implementation(previous)
         return exact
 
-    def _run_trial(self, ids: Array, lengths: list[int]) -> tuple[Array, str]:
-        positions = np.concatenate([np.arange(length) for length in lengths])
-        with attention.packed_examples(lengths), self._autocast():
-            output = self._run_row(ids, positions)
-        return output.float().cpu().numpy(), dtype_name(output)
+    def _run_trial(self, ids: Array, lengths: list[int] | None = None) -> tuple[Array, str]:
+        """Outputs of a row of packed examples; without ``lengths`` of one example, as training runs it."""
+        packed = lengths or ([len(ids)] if self.uses_varlen else [])
+        with attention.packed_examples(packed), self._autocast():
+            if packed:
+                output = self._run_row(ids, np.concatenate([np.arange(length) for length in packed]))
+            else:
+                output = self._run(input_ids=self._to_device(ids)[None])[0]
+        return output.detach().float().cpu().numpy(), dtype_name(output)
