@@ -5,21 +5,26 @@ from __future__ import annotations
 import inspect
 import re
 import tempfile
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distrust import TrainConfig
 from distrust.cli.train import parse
-from distrust.config import flag, from_mapping, from_toml, key, option_docs, option_groups
+from distrust.config import flag, key, option_docs, option_groups
+from distrust.config_text import from_mapping, from_toml
 from distrust.errors import ConfigError
+from distrust.options import Group
+from distrust.run_record import RunRecord
+from distrust.training.resume import merge_saved_options
 
 #: Users' commands and files contain these names: none is ever removed, and adding one is deliberate.
 OPTIONS = [
     "model",
+    "chat_template",
     "max_length",
     "data",
     "mix",
@@ -33,12 +38,18 @@ OPTIONS = [
     "authority_weight_column",
     "provenance_entropy_column",
     "source_column",
+    "weight_column",
+    "default_weight",
     "default_authority_weight",
     "default_provenance_entropy",
     "max_record_bytes",
+    "on_long",
+    "strict",
+    "date",
     "cache_dir",
     "out",
     "from_step",
+    "from",
     "branch",
     "host",
     "weighting",
@@ -49,6 +60,8 @@ OPTIONS = [
     "lora_alpha",
     "lora_dropout",
     "target_modules",
+    "exclude_modules",
+    "layers",
     "rslora",
     "dora",
     "max_steps",
@@ -60,6 +73,7 @@ OPTIONS = [
     "warmup_steps",
     "warmup_ratio",
     "schedule",
+    "decay_ratio",
     "schedule_steps",
     "weight_decay",
     "adam_beta1",
@@ -99,6 +113,7 @@ NAMES = {field.name for field in fields(TrainConfig)}
 #: For each option two valid values, and one that is invalid.
 VALUES = {
     "model": ("a", "b"),
+    "chat_template": ("chatml", None, ""),
     "data": ("a", "b"),
     "out": ("a", "b"),
     "eval_data": ("a", None),
@@ -116,11 +131,16 @@ VALUES = {
     "authority_weight_column": ("a", None, ""),
     "provenance_entropy_column": ("a", None, ""),
     "source_column": ("a", None, ""),
+    "weight_column": ("a", None, ""),
+    "default_weight": (0.0, None, -1.0),
     "eval_split": ("a", None, ""),
     "eval_fraction": (0.0, 0.0, 1.0),
     "max_record_bytes": (1, 1 << 24, 0),
+    "on_long": ("drop", "error", "cut"),
+    "strict": (True, False),
+    "date": ("2026-11-27", None, "2026-11-31"),
     "cache_dir": ("a", None, ""),
-    "weighting": ("off", "published", "on"),
+    "weighting": ("off", "auto", "on"),
     "alpha": (2.3, 3.0, 3.1),
     "lambda_": (0.0, 5.0, -0.1),
     "max_ratio": (1.0, None, 0.9),
@@ -128,6 +148,8 @@ VALUES = {
     "lora_alpha": (1.0, 1e-3, 0.0),
     "lora_dropout": (0.0, 0.99, 1.0),
     "target_modules": (("q_proj",), ("a", "b"), ()),
+    "exclude_modules": (("a", "b"), ()),
+    "layers": ("8-15", "0,4,8-15", "15-8"),
     "rslora": (True, False),
     "dora": (True, False),
     "packing": (True, False),
@@ -141,6 +163,7 @@ VALUES = {
     "warmup_ratio": (0.1, None, 1.5),
     "schedule": ("linear", "constant", "step"),
     "schedule_steps": (1, None, 0),
+    "decay_ratio": (0.1, 1, 1.5),
     "weight_decay": (0.0, 0.5, float("nan")),
     "adam_beta1": (0.0, 0.99, 1.0),
     "adam_beta2": (0.0, 0.9999, -0.1),
@@ -170,6 +193,7 @@ VALUES = {
     "log_every": (1, 7, 0),
     "from_step": (0, None, -1),
     "branch": (None,),
+    "from_": ("a", None, ""),
     "host": (True, False),
 }
 
@@ -192,7 +216,28 @@ def test_every_option_is_in_one_group():
 def test_every_option_has_an_effect():
     assert {field.metadata["effect"] for field in fields(TrainConfig)} == {"result", "bits", "free"}
     effects = [set(TrainConfig().with_effect(effect)) for effect in ("result", "bits", "free")]
-    assert sorted(name for names in effects for name in names) == sorted(OPTIONS)
+    unrecorded = [key(field.name) for field in fields(TrainConfig) if field.metadata["if_changed"]]
+    assert sorted([name for names in effects for name in names] + unrecorded) == sorted(OPTIONS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaterConfig(TrainConfig):
+    """A config with an option that came later."""
+
+    later: int = Group("Later").result(1, if_changed=True)
+
+
+def test_an_option_that_came_later_is_recorded_only_if_it_is_used():
+    assert LaterConfig().with_effect("result") == TrainConfig().with_effect("result")
+    assert LaterConfig(later=2).with_effect("result") == TrainConfig().with_effect("result") | {"later": 2}
+
+
+@pytest.mark.parametrize(("saved", "now"), [(1, 2), (2, 1), (2, 3)])
+def test_an_option_that_came_later_is_compared_with_its_default(saved, now):
+    record = RunRecord(config=LaterConfig(later=saved).with_effect("result"), settings={})
+    assert merge_saved_options(LaterConfig(later=saved), record) == (LaterConfig(later=saved), [])
+    merged, differences = merge_saved_options(LaterConfig(later=now), record)
+    assert (merged.later, differences) == (saved, [f"--later was {saved}, is {now}"])
 
 
 def test_help_has_the_groups_of_the_reference(capsys, monkeypatch):
@@ -277,7 +322,9 @@ def test_bounds(name):
     for value in invalid:
         with pytest.raises(ConfigError) as error:
             TrainConfig(**{name: value})
-        assert str(error.value).startswith(f"{flag(name)} is {value!r}: give ")
+        entries = value if isinstance(value, tuple) else (value,)
+        shown = " ".join(map(repr, entries)) or "nothing"
+        assert str(error.value).startswith(f"{flag(name)} is {shown}: give ")
         assert "\n" not in str(error.value)
 
 
@@ -295,10 +342,12 @@ def test_all_problems_are_reported_at_once():
     assert wrong == [flag(field.name) for field in fields(TrainConfig) if len(VALUES[field.name]) > 2]
 
 
-@pytest.mark.parametrize("name", ["rslora", "dora"])
-def test_adapter_options_require_an_adapter(name):
-    with pytest.raises(ConfigError, match=f"--{name} is True: give a --lora-rank; 0 makes no adapter"):
-        TrainConfig(lora_rank=0, **{name: True})
+@pytest.mark.parametrize(
+    ("name", "value"), [("rslora", True), ("dora", True), ("target_modules", ("q_proj",)), ("layers", "3")]
+)
+def test_adapter_options_require_an_adapter(name, value):
+    with pytest.raises(ConfigError, match=f"{flag(name)} is .*: give a --lora-rank; 0 makes no adapter"):
+        TrainConfig(lora_rank=0, **{name: value})
 
 
 def test_quantization_requires_an_adapter():
@@ -363,6 +412,7 @@ def test_mapping_round_trip(config):
     assert from_mapping(keys_of(config), where="here") == config
 
 
+@settings(max_examples=25)  # each has all options, and builds the parser twice
 @given(configs)
 def test_toml_file_equals_flags(config):
     def toml(value):
@@ -419,8 +469,8 @@ def test_unknown_key_suggests_a_name(typed, meant):
         ("gradient_checkpointing", 1, "true or false"),
         ("target_modules", "q_proj", "a list of strings"),
         ("target_modules", [1], "a list of strings"),
-        ("weighting", "on", "one of off, published, monotone"),
-        ("weighting", 1, "one of off, published, monotone"),
+        ("weighting", "on", "one of auto, monotone, published, off"),
+        ("weighting", 1, "one of auto, monotone, published, off"),
         ("dtype", ["float32"], "one of float32, bfloat16"),
         ("data", 1, "a name, or a list of names"),
         ("data", ["a", 1], "a name, or a list of names"),
@@ -431,7 +481,7 @@ def test_unknown_key_suggests_a_name(typed, meant):
 def test_wrong_type_in_a_file(name, value, wanted):
     with pytest.raises(ConfigError) as error:
         from_mapping({name: value}, where="f.toml")
-    assert str(error.value) == f"f.toml: {name} is {value!r}: give {wanted}"
+    assert str(error.value) == f"f.toml: {flag(name)} is {value!r}: give {wanted}"
 
 
 def test_all_problems_in_a_file_are_reported_at_once(tmp_path):
@@ -485,7 +535,7 @@ def test_lists_equal_tuples():
         ({"max_steps": 2.5}, "--max-steps is 2.5: give a whole number"),
         ({"packing": "no"}, "--packing is 'no': give true or false"),
         ({"out": None}, "--out is None: give a string"),
-        ({"data": ["a", 3]}, r"--data is \('a', 3\): give a name, or a list of names"),
+        ({"data": ["a", 3]}, r"--data is \['a', 3\]: give a name, or a list of names"),
     ],
 )
 def test_wrong_type_in_python(given, words):

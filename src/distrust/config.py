@@ -10,39 +10,39 @@ an option decides what happens if it differs at a resume:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import Field, asdict, dataclass, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import Field, dataclass, fields
+from datetime import date
 from functools import cache
 from os.path import realpath
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_origin, get_type_hints
 
 from distrust.checkpoint.retention import MetricMode
-from distrust.errors import ConfigError, shorten
+from distrust.errors import ConfigError
 from distrust.options import (
     ABOVE_ZERO,
     BELOW_ONE,
     NON_NEGATIVE,
     POSITIVE,
+    RANGES,
     Bound,
     Documentation,
     Effect,
     Group,
+    as_text,
     coerce,
     in_range,
     interval,
     read_docs,
-    read_toml,
-    suggest_name,
-    takes_paths,
     to_plain,
 )
-from distrust.weighting import ALPHA, ALPHA_RANGE, LAMBDA, MAX_AUTHORITY_WEIGHT, Weighting
+from distrust.weighting import ALPHA, ALPHA_RANGE, LAMBDA, MAX_AUTHORITY_WEIGHT
 
 #: As ``model`` or ``data``: the small ones that come with the package.
 BUNDLED = "bundled"
-#: As ``data``: examples that a program passed in. It names no file.
-EXAMPLES = "<examples>"
+#: As ``data`` and as ``model``: examples, or a model, that a program passed in. They name no file.
+EXAMPLES, MODEL_OBJECT = "<examples>", "<model object>"
 FLOAT32_MAX = 3.4e38
 MAX_RECORD_BYTES = 1 << 24  # 16 MiB: three times the longest books
 
@@ -52,12 +52,20 @@ ExportFormat = Literal["adapter", "mlx", "merged", "state"]
 EngineName = Literal["auto", "torch", "mlx"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Quantization = Literal["none", "8bit", "4bit"]
-Schedule = Literal["cosine", "linear", "constant"]
+OnLong = Literal["truncate", "drop", "error"]
+Schedule = Literal["cosine", "linear", "constant", "wsd"]
+WeightingOption = Literal["auto", "monotone", "published", "off"]
 Clipping = Literal["weighted", "plain"]
 Reporter = Literal["tensorboard", "wandb"]
 
 #: Metrics of each step, and of each evaluation. Some also exist for each source class: ``eval_loss/CLASS``.
 STEP_METRICS = ("loss", "weighted_loss", "distrust", "gradient_norm", "learning_rate")
+#: Those that are only logged if examples are weighted, and options (by key) that only then have an effect.
+WEIGHT_METRICS = ("weighted_loss", "distrust")
+WEIGHT_OPTIONS = (
+    "alpha", "lambda", "max_ratio", "authority_weight_column", "provenance_entropy_column",
+    "default_authority_weight", "default_provenance_entropy", "clipping",
+)  # fmt: skip
 PER_CLASS_METRICS = ("eval_loss", "eval_perplexity")
 EVALUATION_METRICS = (*PER_CLASS_METRICS, "eval_weighted_loss", "eval_weighted_perplexity")
 
@@ -69,8 +77,16 @@ def _is_metric(name: str) -> bool:
     return metric in STEP_METRICS + EVALUATION_METRICS
 
 
+def _is_date(text: str) -> bool:
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
+
+
 _FLOAT32 = interval(0, FLOAT32_MAX, advice="give 0 or more, in float32's range")
 _NAME = Bound(lambda value: all(as_names(value)), "give a name")
+_DATE = Bound(_is_date, "give a day as YYYY-MM-DD")
 _METRIC = Bound(
     _is_metric, f"give one of {', '.join((*STEP_METRICS, *EVALUATION_METRICS))}, or eval_loss/CLASS"
 )
@@ -92,14 +108,17 @@ class TrainConfig:
     model: str = _MODEL.free(BUNDLED, _NAME)
     """Base model: a folder, a name on the Hugging Face Hub, or "bundled" for the small model that comes with
     the package. A resume compares its weights, not its name."""
+    chat_template: str | None = _MODEL.free(None, _NAME)
+    """Chat template of conversations: a file, or "chatml" for the one that comes with the package. Default:
+    that of the model's tokenizer. A resume compares its content, not its name."""
     max_length: int | None = _MODEL.result(None, interval(2))
-    """Maximum tokens of an example; longer ones are truncated. Default: 1024, or the model's context if it is
-    shorter."""
+    """Maximum tokens of a sequence; see `on_long`. Default: 1024, or the model's context if it is shorter."""
 
-    data: str | tuple[str, ...] = _DATA.free(BUNDLED, _NAME)
-    """Training examples: one source or several, or "bundled" for the corpus that comes with the package. A
-    source is a file (JSON Lines, JSON, CSV, TSV, Parquet), a folder of files, or a dataset on the Hugging
-    Face Hub. A resume compares the content, not the names."""
+    data: str | tuple[str, ...] | None = _DATA.free(None, _NAME)
+    """Training examples: one source or several. A source is a file (JSON Lines, JSON, CSV, TSV, Parquet), a
+    folder of files, a dataset on the Hugging Face Hub, or "bundled" for the corpus that comes with the
+    package. Only for the bundled model there is a default: "bundled". A resume compares the content, not the
+    names."""
     mix: tuple[float, ...] | None = _DATA.result(None)
     """Shares of the sources in an epoch, one for each of `data`. Default: all examples of all sources."""
     split: str = _DATA.free("train", _NAME)
@@ -122,6 +141,10 @@ class TrainConfig:
     """Column of the provenance entropy. Default: "provenance_entropy", or "prov_entropy"."""
     source_column: str | None = _DATA.free(None, _NAME)
     """Column of the source class, by which losses and weights are grouped. Default: "source"."""
+    weight_column: str | None = _DATA.free(None, _NAME)
+    """Column of an example's own weight, a factor of the loss of its tokens: 0 or more. Default: "weight"."""
+    default_weight: float | None = _DATA.free(None, interval(0, 1e15, advice="give 0 to 1e15"))
+    """Weight of examples without one. If not given, all examples have a weight or none has."""
     default_authority_weight: float | None = _DATA.free(None, interval(0, MAX_AUTHORITY_WEIGHT))
     """Authority weight of examples without one. If not given, such examples are an error, unless weighting is
     off."""
@@ -131,6 +154,14 @@ class TrainConfig:
     max_record_bytes: int = _DATA.free(MAX_RECORD_BYTES, interval(1, 2**31 - 1, advice="give 1 to 2^31 - 1"))
     """Maximum bytes of a record: of a line, of an element of a JSON list, of the values of a table's row.
     Larger ones are an error: a small compressed file may hold records that fill the memory."""
+    on_long: OnLong = _DATA.free("truncate")
+    """What becomes of examples longer than `max_length`: "truncate" cuts them, and leaves out those whose
+    prompt leaves nothing to train; "drop" leaves all of them out; "error" refuses them."""
+    strict: bool = _DATA.free(False)
+    """Refuse examples whose prompt leaves nothing to train, instead of leaving them out."""
+    date: str | None = _DATA.free(None, _DATE)
+    """Day that a chat template prints as today's, such as 2026-11-27. Default: the day on which the run
+    began."""
     cache_dir: str | None = _DATA.free(None, _NAME)
     """Folder for tokenized data. Default: $DISTRUST_CACHE, or the folder distrust in the user's cache
     folder."""
@@ -139,14 +170,17 @@ class TrainConfig:
     """Folder of the run. The same command with the same folder resumes the run."""
     from_step: int | None = _RUN.free(None, NON_NEGATIVE)
     """Step of the checkpoint of `out` to resume from. Default: the newest."""
+    from_: str | None = _RUN.free(None, _NAME)
+    """Begin a new run with the weights of a run, a checkpoint, or an adapter folder of peft or mlx-lm.
+    Options of model, precision, adapter, data and its weighting that are not given are the source's."""
     branch: str | None = _RUN.free(None, _NAME)
     """Folder of a new run that begins at `from_step`. Required if that is not the newest checkpoint."""
-
     host: bool = _RUN.free(True)
     """Record the name of this machine in checkpoints, which `distrust show` and the report show."""
 
-    weighting: Weighting = _WEIGHTING.result("monotone")
-    """How provenance weighs an example: "monotone", "published" (the squared term, unchanged), or "off"."""
+    weighting: WeightingOption = _WEIGHTING.result("auto")
+    """How provenance weighs an example: "monotone", "published" (the squared term, unchanged), or "off".
+    "auto" means monotone if examples state provenance or have defaults, else off; the run records which."""
     alpha: float = _WEIGHTING.result(ALPHA, interval(*ALPHA_RANGE))
     """Strength of the empirical distrust term, 2.3 to 3.0."""
     lambda_: float = _WEIGHTING.result(LAMBDA, NON_NEGATIVE)
@@ -161,7 +195,12 @@ class TrainConfig:
     lora_dropout: float = _LORA.result(0.0, BELOW_ONE)
     """Dropout before the adapter: 0 or more, and less than 1."""
     target_modules: tuple[str, ...] = _LORA.result(("all-linear",), Bound(bool, "give at least one name"))
-    """Names of the modules that get an adapter, or "all-linear"."""
+    """Modules that get an adapter: names or their ends, shell patterns ("*_proj"), patterns of full names
+    ("re:..."), or "all-linear", which includes the experts of a mixture and leaves out its routers."""
+    exclude_modules: tuple[str, ...] = _LORA.result((), if_changed=True)
+    """Modules among these that get none, in the same forms."""
+    layers: str | None = _LORA.result(None, RANGES, if_changed=True)
+    """Layers whose modules get an adapter, from 0, such as "8-15" or "0,4,8-15". Default: all."""
     rslora: bool = _LORA.result(False)
     """Rank-stabilized LoRA: multiply the output of the adapter by alpha / sqrt(rank) instead."""
     dora: bool = _LORA.result(False)
@@ -184,7 +223,10 @@ class TrainConfig:
     warmup_ratio: float | None = _OPTIMIZATION.result(None, interval(0, 1))
     """Warm-up as a share of the schedule's steps, 0 to 1, instead of `warmup_steps`."""
     schedule: Schedule = _OPTIMIZATION.result("cosine")
-    """Decay of the learning rate after the warm-up."""
+    """Learning rate after the warm-up. "wsd" (warm-up, stable, decay) is constant at first: until the decay
+    begins, `max_steps` may grow, and the schedule with it."""
+    decay_ratio: float = _OPTIMIZATION.result(0.1, interval(0, 1), if_changed=True)
+    """Decay of the schedule "wsd", linear, as a share of the schedule's steps, 0 to 1."""
     schedule_steps: int | None = _OPTIMIZATION.result(None, POSITIVE)
     """Steps after which the schedule has ended; fixed when the run begins. Default: max_steps at that
     time."""
@@ -263,25 +305,24 @@ class TrainConfig:
     """GiB, on the host or on the device, that no step may exceed: the run saves and stops before."""
 
     def __post_init__(self) -> None:
-        problems = {}
-        for name, hint in _hints().items():  # normalize, so that equal values compare equal
-            value = to_plain(getattr(self, name), hint) if takes_paths(hint) else getattr(self, name)
-            object.__setattr__(self, name, value)
-            if get_origin(hint) is Literal:
-                continue  # checked below, with all other bounds
+        wrong, outside = dict[str, str](), dict[str, str]()
+        for option in fields(TrainConfig):  # normalized, so that equal values compare equal
+            hint, bound = _hints()[option.name], option.metadata["bound"]
+            object.__setattr__(self, option.name, to_plain(getattr(self, option.name), hint))
             try:
-                object.__setattr__(self, name, coerce(value, hint))
+                value = coerce(getattr(self, option.name), hint)
+                object.__setattr__(self, option.name, value)
+                if bound is not None and value is not None and not bound.holds(value):
+                    outside[option.name] = bound.advice
             except TypeError as error:
-                problems[name] = str(error)
-        # Bounds apply only to values of the right type.
-        problems = problems or {**dict(self._conflicts()), **dict(self._out_of_bounds())}
-        if problems:
-            lines = (
-                f"{flag(name)} is {shorten(repr(getattr(self, name)))}: {problems[name]}"
+                (outside if get_origin(hint) is Literal else wrong)[option.name] = str(error)
+        # Values of a wrong type cannot be compared.
+        if problems := (wrong or dict(self._conflicts())) | outside:
+            raise ConfigError(
+                f"{flag(name)} is {as_text(getattr(self, name), repr)}: {problems[name]}"
                 for name in _hints()
                 if name in problems
             )
-            raise ConfigError(lines)
 
     @property
     def run_directory(self) -> Path:
@@ -289,29 +330,28 @@ class TrainConfig:
         return Path(self.branch or self.out)
 
     def with_effect(self, effect: Effect) -> dict[str, Any]:
-        """The options of one effect, by key."""
-        values = asdict(self)
-        return {key(f.name): values[f.name] for f in fields(self) if f.metadata["effect"] == effect}
+        """The options of one effect, by key, as checkpoints record them: see ``if_changed`` of Group."""
+        return {
+            key(option.name): value
+            for option in fields(self)
+            if option.metadata["effect"] == effect
+            and ((value := getattr(self, option.name)) != option.default or not option.metadata["if_changed"])
+        }
 
-    def _out_of_bounds(self) -> Iterable[tuple[str, str]]:
-        """Names of options whose values are not allowed, and advice."""
-        for option in fields(TrainConfig):
-            value, bound, hint = getattr(self, option.name), option.metadata["bound"], _hints()[option.name]
-            if get_origin(hint) is Literal and value not in get_args(hint):
-                yield option.name, f"give one of {', '.join(get_args(hint))}"
-            elif bound is not None and value is not None and not bound.holds(value):
-                yield option.name, bound.advice
+    def non_default(self) -> dict[str, Any]:
+        """The options that differ from their defaults, by key."""
+        return {key(o.name): value for o in fields(self) if (value := getattr(self, o.name)) != o.default}
 
     def _conflicts(self) -> Iterable[tuple[str, str]]:
         """Names of options that contradict others, and advice."""
-        shares, sources = self.mix, len(as_names(self.data))
+        shares, sources = self.mix, len(as_names(self.data or BUNDLED))
         valid = shares and len(shares) == sources and all(in_range(s, 0) for s in shares) and any(shares)
         if shares is not None and not valid:
             yield "mix", "give a share, 0 or more, for each source of --data, and not only zeros"
         if self.eval_fraction and (self.eval_data or self.eval_split):
             yield "eval_fraction", "give it without --eval-data and --eval-split"
-        for name in ("rslora", "dora"):
-            if getattr(self, name) and self.lora_rank == 0:
+        for name in self.non_default() if self.lora_rank == 0 else ():
+            if name in ("rslora", "dora", "target_modules", "exclude_modules", "layers"):
                 yield name, "give a --lora-rank; 0 makes no adapter"
         if self.quantization in ("8bit", "4bit") and self.lora_rank == 0:
             yield "quantization", "give --lora-rank 1 or more with it: quantized weights are frozen"
@@ -335,42 +375,6 @@ def option_groups() -> dict[str, list[Field[Any]]]:
     for option in fields(TrainConfig):
         groups.setdefault(option.metadata["group"], []).append(option)
     return groups
-
-
-def from_mapping(values: Mapping[str, Any], *, where: str) -> TrainConfig:
-    """A config from the keys of the file ``where``, a TOML file or a checkpoint; missing ones get defaults.
-
-    Raises:
-        ConfigError: naming every unknown key, with the nearest known one, and every value of a wrong type.
-    """
-    hints = _hints()
-    names = {key(name): name for name in hints}
-    problems, arguments = [], {}
-    for option, value in values.items():
-        if isinstance(value, dict):
-            problems.append(f"{where}: [{option}] is a table; options must be top-level keys: key = value")
-        elif option not in names:
-            problems.append(f"{where}: unknown option {shorten(repr(option))}{suggest_name(option, names)}")
-        else:
-            try:
-                arguments[names[option]] = coerce(value, hints[names[option]])
-            except TypeError as error:
-                problems.append(f"{where}: {shorten(option)} is {shorten(repr(value))}: {error}")
-    if problems:
-        raise ConfigError(problems)
-    try:
-        return TrainConfig(**arguments)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {line}" for line in str(error).splitlines()) from None
-
-
-def from_toml(path: Path) -> TrainConfig:
-    """A config from a TOML file.
-
-    Raises:
-        ConfigError: the file cannot be read, or :func:`from_mapping` refuses its content.
-    """
-    return from_mapping(read_toml(path, "--config"), where=str(path))
 
 
 def flag(name: str) -> str:

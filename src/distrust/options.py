@@ -6,19 +6,21 @@ import ast
 import contextlib
 import difflib
 import inspect
+import json
 import math
 import os
+import re
 import textwrap
 import tomllib
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, partialmethod
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
-from distrust.errors import ConfigError, read_failure_reason
+from distrust.errors import ConfigError, read_failure_reason, shorten
 
 MAX_TOML_BYTES = 1 << 24  # 16 MiB: a table of ranks may name each of a million institutions
 
@@ -38,10 +40,15 @@ class Group:
 
     title: str
 
-    def _option(self, default: Any, bound: Bound | None = None, *, effect: Effect) -> Any:
-        return field(default=default, metadata={"group": self.title, "effect": effect, "bound": bound})
+    def _option(
+        self, default: Any, bound: Bound | None = None, *, effect: Effect, if_changed: bool = False
+    ) -> Any:
+        metadata = {"group": self.title, "effect": effect, "bound": bound, "if_changed": if_changed}
+        return field(default=default, metadata=metadata)
 
-    result = partialmethod(_option, effect="result")  # it changes the result
+    # It changes the result. ``if_changed``: checkpoints record it only if it differs from its default, so
+    # that an option that came later leaves the digests of runs without it as they were.
+    result = partialmethod(_option, effect="result")
     bits = partialmethod(_option, effect="bits")  # it changes only the last bits
     free = partialmethod(_option, effect="free")  # it does not change the result
 
@@ -60,6 +67,17 @@ def interval(low: float, high: float = math.inf, *, advice: str = "") -> Bound:
     return Bound(lambda value: in_range(value, low, high), advice or f"give {low} {upper}")
 
 
+def parse_ranges(text: str) -> list[range]:
+    """The ranges in text such as ``0,4,8-15``, which :data:`RANGES` allows."""
+    parts = (part.partition("-") for part in text.split(","))
+    return [range(int(first), int(last or first) + 1) for first, _, last in parts]
+
+
+_RANGES = re.compile(r"\d{1,9}(-\d{1,9})?(,\d{1,9}(-\d{1,9})?)*", re.ASCII)
+RANGES = Bound(
+    lambda text: _RANGES.fullmatch(text) is not None and all(parse_ranges(text)),
+    "give numbers and ranges, such as 0,4,8-15",
+)
 NON_NEGATIVE, POSITIVE = interval(0), interval(1)
 ABOVE_ZERO = Bound(lambda value: value > 0 and math.isfinite(value), "give more than 0")
 BELOW_ONE = Bound(lambda value: 0 <= value < 1, "give 0 or more, and less than 1")
@@ -95,15 +113,34 @@ def read_docs(config: type) -> dict[str, str]:
 def read_toml(path: Path, flag: str) -> dict[str, Any]:
     """The content of a TOML file that was given with a flag; ConfigError if it cannot be read."""
     try:
+        return tomllib.loads(read_text(path, flag, max_bytes=MAX_TOML_BYTES))
+    except (ValueError, RecursionError) as error:  # TOML, a number of thousands of digits
+        raise ConfigError(f"{flag} {path}: not valid TOML: {error}") from None
+
+
+def read_text(path: Path, flag: str, *, max_bytes: int) -> str:
+    """The text of a file that was given with a flag; ConfigError if it cannot be read."""
+    try:
         with path.open("rb") as file:  # the user named it: it may be a pipe
-            content = file.read(MAX_TOML_BYTES + 1)
-        if len(content) > MAX_TOML_BYTES:
-            raise ConfigError(f"{flag} {path}: more than {MAX_TOML_BYTES:,} bytes; give a smaller file")
-        return tomllib.loads(content.decode())
+            content = file.read(max_bytes + 1)
+        if len(content) > max_bytes:
+            raise ConfigError(f"{flag} {path}: more than {max_bytes:,} bytes; give a smaller file")
+        return content.decode()
     except OSError as error:
         raise ConfigError(f"{flag} {path}: {read_failure_reason(error)}") from None
-    except (ValueError, RecursionError) as error:  # TOML, UTF-8, a number of thousands of digits
-        raise ConfigError(f"{flag} {path}: not valid TOML: {error}") from None
+    except ValueError as error:  # not UTF-8
+        raise ConfigError(f"{flag} {path}: cannot be read: {error}") from None
+
+
+def to_toml(values: Mapping[str, Any]) -> str:
+    """The text of a TOML file with these top-level keys: strings, finite numbers, booleans, lists of them."""
+    lines = (f"{name} = {json.dumps(value, ensure_ascii=False)}\n" for name, value in values.items())
+    return "".join(lines).replace("\x7f", "\\u007f")  # as in JSON, but TOML wants DEL escaped
+
+
+def as_text(value: Any, show: Callable[[Any], str] = str) -> str:
+    """An option's value for a message: the entries of a list side by side."""
+    return shorten(" ".join(map(show, value)) or "nothing" if isinstance(value, tuple) else show(value))
 
 
 def suggest_name(name: str, known: Iterable[str]) -> str:
@@ -113,16 +150,13 @@ def suggest_name(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def takes_paths(hint: Any) -> bool:
-    """Whether an option of this type may be a path, or a list of paths."""
-    return hint is str or (get_origin(hint) in (Union, types.UnionType) and str in get_args(hint))
-
-
 def to_plain(value: Any, hint: Any) -> Any:
     """Paths become strings; a list of one name becomes that name, if the option takes several."""
+    if hint is not str and str not in get_args(hint):
+        return value  # no option of paths
     takes_several = any(get_origin(choice) is tuple for choice in get_args(hint))
     if takes_several and isinstance(value, (list, tuple)):
-        names = tuple(os.fspath(name) if isinstance(name, os.PathLike) else name for name in value)
+        names = type(value)(os.fspath(name) if isinstance(name, os.PathLike) else name for name in value)
         return names[0] if len(names) == 1 else names or ("",)  # an empty list is reported as an empty name
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 

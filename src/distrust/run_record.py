@@ -28,10 +28,10 @@ _RUN_KEYS = {
 #: Options that are taken from a checkpoint besides those that change the result. No other one: a checkpoint
 #: may be a stranger's, and must not choose where this machine writes, or how much of it is used.
 _TAKEN = {
-    "model", "data", "split", "subset", "revision", "eval_data", "eval_split",
-    "text_column", "prompt_column", "completion_column", "messages_column",
-    "authority_weight_column", "provenance_entropy_column", "source_column",
-    "default_authority_weight", "default_provenance_entropy", "max_steps", "device",
+    "model", "data", "split", "subset", "revision", "eval_data", "eval_split", "chat_template", "date",
+    "text_column", "prompt_column", "completion_column", "messages_column", "weight_column",
+    "authority_weight_column", "provenance_entropy_column", "source_column", "default_weight",
+    "default_authority_weight", "default_provenance_entropy", "on_long", "strict", "max_steps", "device",
 }  # fmt: skip
 
 
@@ -89,11 +89,9 @@ class RunRecord:
     def sections(self) -> dict[str, Any]:
         """The sections of a checkpoint that hold the record: arguments of :class:`Checkpoint`."""
         return {
-            "config": {
-                **self.config,
-                "fingerprints": dict(self.fingerprints),
-            },  # hashed into the state digest
-            "metadata": {"tokens_seen": self.tokens_seen},  # hashed, too
+            # These two are hashed into the state digest.
+            "config": {**self.config, "fingerprints": dict(self.fingerprints)},
+            "metadata": {"tokens_seen": self.tokens_seen},
             "run": {
                 **self.settings,
                 "corpus": dict(self.corpus),
@@ -123,10 +121,15 @@ class RunRecord:
         Raises:
             ConfigError: an option has a value that this trainer never writes.
         """
-        from distrust.config import TrainConfig, from_mapping, key
+        from distrust.config import TrainConfig, key
+        from distrust.config_text import from_mapping, is_template
+        from distrust.errors import ConfigError
 
         result = {key(option.name) for option in fields(TrainConfig) if option.metadata["effect"] == "result"}
         options = {name: v for name, v in self.options.items() if name in result | _TAKEN}
+        template = options.get("chat_template")
+        if isinstance(template, str) and not is_template(template):  # no file is read for it
+            raise ConfigError(f"{where}: chat_template is not the text of a template")
         return from_mapping(options, where=where)
 
 

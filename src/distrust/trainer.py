@@ -5,13 +5,19 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
+from signal import SIGINT
+from typing import Any
 
 from distrust import engines
+from distrust.activity import in_notebook
 from distrust.checkpoint import CheckpointManager
 from distrust.checkpoint.catalog import RUN_SUBDIRECTORY
-from distrust.config import EXAMPLES, TrainConfig
+from distrust.config import BUNDLED, EXAMPLES, MODEL_OBJECT, TrainConfig
+from distrust.config_text import RUN_CONFIG
 from distrust.contract import Engine
 from distrust.errors import ConfigError
+from distrust.importers.start import read_start
 from distrust.paths import refuse_links
 from distrust.reporting import dashboards
 from distrust.reporting.metrics import METRICS, PROVENANCE
@@ -23,7 +29,7 @@ from distrust.training.run import Run
 from distrust.training.step import EngineHolder
 
 #: What a run writes in its folder.
-WRITTEN_NAMES = (RUN_SUBDIRECTORY, METRICS, PROVENANCE, *dashboards.WRITTEN_NAMES)
+WRITTEN_NAMES = (RUN_SUBDIRECTORY, RUN_CONFIG, METRICS, PROVENANCE, *dashboards.WRITTEN_NAMES)
 
 
 class DistrustTrainer:
@@ -33,27 +39,39 @@ class DistrustTrainer:
 
     Args:
         config: what to train, on what data, and how.
+        model: a model of transformers to train, instead of ``config.model``, with torch. It stays as it is: a
+            run adapts a copy, which shares the frozen weights if their dtype and device are the config's.
+        tokenizer: the tokenizer of that model.
         engine: the engine, or a factory that builds it from the config. Default: ``engines.create_engine``.
             An engine that is not built by a factory cannot be built again.
-        observers: called with every event, in the training thread, which waits for them.
+        observers: called with every event, in the training thread, which waits for them. Default: those of
+            ``distrust train``, which show progress, write ``metrics.jsonl`` and serve ``report_to``.
         examples: dicts to train on, instead of ``config.data``. They are checked like the records of a file,
             and read once for each call of :meth:`train`; a generator can be read only once.
         eval_examples: dicts to evaluate on, instead of ``config.eval_data``.
 
     Raises:
-        ConfigError: the config resets memory, but the engine cannot be built again; or examples together
-            with options that name or mix them.
+        ConfigError: the config resets memory, but the engine cannot be built again; the model has no data;
+            objects together with options that name or mix them, or one of model and tokenizer only.
     """
 
     def __init__(
         self,
         config: TrainConfig,
         *,
+        model: Any = None,
+        tokenizer: Any = None,
         engine: Engine | Callable[[TrainConfig], Engine] | None = None,
-        observers: Iterable[Observer] = (),
+        observers: Iterable[Observer] | None = None,
         examples: Examples | None = None,
         eval_examples: Examples | None = None,
     ) -> None:
+        objects = None if model is None and tokenizer is None else (model, tokenizer)
+        if objects is not None:
+            if None in objects or engine is not None or config.model not in (BUNDLED, MODEL_OBJECT):
+                raise ConfigError("give model and tokenizer together, and neither an engine nor config.model")
+            config = replace(config, model=MODEL_OBJECT)
+            engine = partial(engines.create_engine, objects=objects)
         # Looked up when an engine is built, so that it can be replaced in tests.
         source = (lambda config: engines.create_engine(config)) if engine is None else engine
         self._engines = EngineHolder(source)
@@ -62,9 +80,16 @@ class DistrustTrainer:
                 "--reload-every and --reload-above build the engine again: give a factory, "
                 "engine=lambda config: ..., instead of the engine"
             )
-        self._config = config if examples is None else replace(config, data=EXAMPLES)
+        if examples is None and not (config.data or config.from_) and config.model != BUNDLED:
+            raise ConfigError(
+                f"--model {config.model}: give the examples to train it on with --data; there are default "
+                "examples for the bundled model only"
+            )
+        default = None if config.from_ else BUNDLED  # that of what it starts from
+        data = EXAMPLES if examples is not None else config.data or default
+        self._config = config = replace(config, data=data)
         self._examples, self._eval_examples = examples, eval_examples  # may be generators: not read here
-        self._observers = tuple(observers)
+        self._observers = None if observers is None else tuple(observers)
         self._manager = CheckpointManager(
             config.run_directory / RUN_SUBDIRECTORY,
             keep_last=config.keep_last,
@@ -90,9 +115,10 @@ class DistrustTrainer:
 
         Raises:
             RunInProgress: another run of this process is in progress.
+            KeyboardInterrupt: in a notebook, after an interrupt, once the run is saved: no later cell runs.
             DistrustError: for everything else that a user can fix; see ``distrust/errors.py``.
         """
-        with self._stop_request() as stop:
+        with self._stop_request(KeyboardInterrupt) as stop:
             return self._run(stop)
 
     async def train_async(self) -> RunEnded:
@@ -100,12 +126,14 @@ class DistrustTrainer:
 
         Cancelling stops the run after its current step. CancelledError is raised once the checkpoint is
         durable; cancelling again does not change that. Signals are handled if the event loop runs in the main
-        thread.
+        thread. An interrupt in a notebook raises CancelledError, too: KeyboardInterrupt would end the kernel.
 
         Raises:
             DistrustError: as :meth:`train`; also if the run was cancelled and could not be saved.
         """
-        with self._stop_request() as stop:
+        from asyncio import CancelledError  # only if it is used
+
+        with self._stop_request(CancelledError) as stop:
             return await run_in_thread(lambda: self._run(stop), ask_to_stop=stop.set)
 
     def stop(self) -> None:
@@ -118,7 +146,7 @@ class DistrustTrainer:
             stop.set()
 
     @contextlib.contextmanager
-    def _stop_request(self) -> Iterator[StopRequest]:
+    def _stop_request(self, interrupt: type[BaseException]) -> Iterator[StopRequest]:
         # The lock comes first: a second run must not replace the handlers of the first.
         with exclusive_run(self._config.run_directory), StopRequest() as stop:
             self._stop, self._state = stop, replace(self._state, running=True)
@@ -126,19 +154,31 @@ class DistrustTrainer:
                 yield stop
             finally:
                 self._stop, self._state = None, replace(self._state, running=False)
+        if stop.signal == SIGINT and in_notebook():
+            raise interrupt
 
     def _run(self, stop: StopRequest) -> RunEnded:
-        out = self._config.run_directory
-        refuse_links(*(out / name for name in WRITTEN_NAMES))  # before anything is created
-        run = Run(
-            config=self._config,
-            engines=self._engines,
-            manager=self._manager,
-            observers=self._observers,
-            stop=stop,
-            publish=self._publish,
-        )
-        return run.train(examples=self._examples, eval_examples=self._eval_examples)
+        config, observers = self._config, self._observers
+        refuse_links(*(config.run_directory / name for name in WRITTEN_NAMES))  # before anything is created
+        with contextlib.ExitStack() as stack:
+            if observers is None:
+                from distrust.reporting.console import ConsoleReporter  # rich is slow to load
+
+                console = stack.enter_context(ConsoleReporter(log_every=config.log_every))
+                observers = (console, *dashboards.create_observers(config))
+            if config.chat_template is not None:  # recorded: the file may change or disappear
+                template = engines.read_chat_template(config.chat_template)
+                config = replace(config, chat_template=template)
+            run = Run(
+                config=config,
+                engines=self._engines,
+                manager=self._manager,
+                observers=observers,
+                stop=stop,
+                publish=self._publish,
+                read_start=read_start,
+            )
+            return run.train(examples=self._examples, eval_examples=self._eval_examples)
 
     def _publish(self, state: RunState) -> None:
         self._state = state  # one assignment, so other threads never see a mixture

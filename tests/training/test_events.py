@@ -17,6 +17,7 @@ import pytest
 from distrust import CheckpointManager, DistrustWarning, weighting
 from distrust.reporting.console import ConsoleReporter
 from distrust.testing.models import write_records
+from distrust.testing.toy_engine import ToyEngine, ToyTokenizer
 from distrust.training.events import (
     CheckpointSaved,
     CheckpointStarted,
@@ -83,8 +84,9 @@ def test_step_ended_reports_the_step(run, data, tmp_path):
     steps = of_kind(events, StepEnded)
     assert (started.step, started.max_steps, started.examples) == (0, 9, 11)
     assert started.epoch_steps == 11 / 4
-    assert 0 < started.weight_range[0] < 1 < started.weight_range[1]
-    assert 1 <= started.effective_examples < 11
+    lightest, *_, heaviest = started.distribution.quantiles["weight"]
+    assert 0 < lightest < 1 < heaviest
+    assert 1 <= started.distribution.effective_examples < 11
     saved = CheckpointManager(tmp_path / "checkpoints").load(ended.path)
     assert saved.history["loss"].tolist() == [event.loss for event in steps]
     assert saved.history["weighted_loss"].tolist() == [event.weighted_loss for event in steps]
@@ -293,3 +295,41 @@ def test_failing_observer_loses_no_step(run, data, tmp_path):
         run(tmp_path / "run", save_every=0, observers=[fail])
     assert CheckpointManager(tmp_path / "run" / "checkpoints").list_checkpoints() == [5]
     assert run(tmp_path / "run", save_every=0)[0].state_digest == alone.state_digest
+
+
+def test_events_print_on_one_short_line(run, eval_data, tmp_path):
+    options = {"eval_data": str(eval_data), "eval_every": 3, "save_every": 3, "reload_every": 4}
+    _, events = run(tmp_path / "a\nb", engine=lambda config: ToyEngine(), **options)
+    assert {type(event).__name__ for event in events} == {
+        "Preparing", "RunStarted", "StepEnded", "Evaluated", "CheckpointStarted", "CheckpointSaved",
+        "MemoryReset", "RunEnded",
+    }  # fmt: skip
+    for event in events:
+        assert str(event).isprintable()
+        assert len(str(event)) < 500
+        assert f"{event}".startswith(f"{type(event).__name__}(")
+    (step, *_), (evaluated, *_) = of_kind(events, StepEnded), of_kind(events, Evaluated)
+    assert f"step=1, loss={step.loss:.4g}, weighted_loss=" in str(step)
+    assert str(evaluated).startswith(f"Evaluated(step=3, eval_loss={evaluated.loss:.4g}, ")
+
+
+def test_weights_without_provenance_are_shown_without_the_published_term(run, data, tmp_path):
+    stream = io.StringIO()
+    texts = [json.loads(line)["text"] for line in data.read_text().splitlines()]
+    rows = [{"text": text, "weight": 1 + number % 2} for number, text in enumerate(texts)]
+    with ConsoleReporter(log_every=1, stream=stream) as console:
+        run(tmp_path, examples=rows, observers=[console], weighting="auto")
+    printed = stream.getvalue()
+    assert "weighting by provenance: off, as no record states its own\n" in printed
+    assert ", weighted " in printed
+    assert "distrust" not in printed.replace(str(tmp_path), "")
+
+
+def test_prompts_beside_a_chat_template_are_noted(run, tmp_path, monkeypatch):
+    rows = [{"prompt": "p", "completion": f"ore {number}"} for number in range(9)]
+    for template in ("{{ messages }}", None):
+        monkeypatch.setattr(ToyTokenizer, "chat_template", template)
+        _, events = run(tmp_path / f"{template is None}", examples=rows)
+        (started,) = (event for event in events if isinstance(event, RunStarted))
+        noted = any(note.startswith("prompts are trained as they are") for note in started.notes)
+        assert noted == (template is not None)

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from distrust import Checkpoint, CheckpointManager, DistrustTrainer, DistrustWarning, TrainConfig
-from distrust.config import from_mapping
+from distrust.config_text import from_mapping
 from distrust.errors import NoIntactCheckpoint
 from distrust.testing.toy_engine import ToyEngine
 from distrust.training.events import CheckpointStarted, RunStarted, StepEnded
@@ -159,17 +159,15 @@ def test_more_epochs_continue_a_finished_run(run, tmp_path):
 
 
 def test_longer_run_keeps_the_earlier_steps(run, tmp_path):
-    short, _ = run(tmp_path / "short", max_steps=5)
-    with pytest.warns(DistrustWarning, match="the schedule ends at step 5"):
-        longer, _ = run(tmp_path / "short", max_steps=9)
+    short, _ = run(tmp_path / "short", max_steps=5, schedule="constant")
+    longer, _ = run(tmp_path / "short", max_steps=9, schedule="constant")
     assert longer.step == 9
     histories = [CheckpointManager(ended.path.parent).load(ended.path).history for ended in (short, longer)]
     for name, values in histories[0].items():
         assert values.shape == (5,)
         assert np.array_equal(histories[1][name][:5], values)
     # Equals a run that was started with the full length and that schedule.
-    with pytest.warns(DistrustWarning, match="the schedule ends at step 5"):
-        uninterrupted, _ = run(tmp_path / "whole", max_steps=9, schedule_steps=5)
+    uninterrupted, _ = run(tmp_path / "whole", max_steps=9, schedule_steps=5, schedule="constant")
     assert uninterrupted.state_digest == longer.state_digest
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,8 +15,9 @@ options = st.fixed_dictionaries(
     {
         "peak": st.floats(1e-8, 1.0),
         "warmup_steps": st.integers(0, 50),
-        "schedule": st.sampled_from(["cosine", "linear", "constant"]),
+        "schedule": st.sampled_from(["cosine", "linear", "constant", "wsd"]),
         "schedule_steps": st.integers(1, 200),
+        "decay_ratio": st.floats(0, 1),
     }
 )
 
@@ -61,6 +64,22 @@ def test_known_values():
     assert learning_rate(6, **cosine) == pytest.approx(0.5)  # half way from 2 to 10
     linear = {**cosine, "schedule": "linear"}
     assert [learning_rate(step, **linear) for step in (2, 4, 8, 9, 10, 10**6)] == [1, 0.75, 0.25, 0.125, 0, 0]
+
+
+@given(options, st.integers(1, 200))
+def test_a_stable_phase_ends_with_a_line_to_zero(of, longer):
+    of = of | {"schedule": "wsd"}
+    last, warm = of["schedule_steps"], of["warmup_steps"]
+    decay = math.ceil(of["decay_ratio"] * last)
+    values, grown = rates(of), rates(of | {"schedule_steps": last + longer})
+    for step in range(1, 300):
+        if warm <= step <= last - decay:
+            assert values[step] == of["peak"]
+        if step <= last - decay:
+            assert grown[step] == values[step]  # a longer schedule changes no step before the decay
+    if last - decay >= warm:
+        for step in range(last - decay + 1, last + 1):
+            assert values[step] == pytest.approx(of["peak"] * (last + 1 - step) / (decay + 1))
 
 
 def test_warmup_ratio_is_a_share_of_the_schedule():

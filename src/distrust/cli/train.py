@@ -5,29 +5,32 @@ from __future__ import annotations
 import argparse
 import shutil
 import textwrap
-from dataclasses import Field, field, make_dataclass
+from dataclasses import Field, field, make_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import tyro
 
 from distrust.cli import COMMANDS
-from distrust.config import TrainConfig, from_toml, key, option_docs, option_groups
+from distrust.config import TrainConfig, key, option_docs, option_groups
+from distrust.config_text import from_toml
 from distrust.errors import ConfigError
 
 _DESCRIPTION = (
-    "Run the same command to resume a run that was killed, stopped or interrupted: the result is "
-    "bit-identical. Without options, it trains the bundled model on the bundled corpus. Options come from "
-    "--config FILE (TOML: key = value, with underscores) and from flags; flags take precedence."
+    "Run the same command, or --resume RUN, to resume a run that was killed, stopped or interrupted: the "
+    "result is bit-identical. Without options, it trains the bundled model on the bundled corpus. Options "
+    "come from --config FILE (TOML: key = value, with underscores) and from flags; flags take precedence."
 )
 _EXAMPLES = (
     "distrust train",
     "distrust train --model ./my-model --data examples.jsonl --out runs/first --max-steps 500",
     "distrust train --engine mlx --model ./my-model --data examples.jsonl --out runs/first",
     "distrust train --config run.toml --learning-rate 1e-4",
+    "distrust train --resume runs/first",
     "distrust train --out runs/first --from-step 200 --branch runs/second --max-steps 300",
 )
 _CONFIG = tyro.conf.arg(help="TOML file with options.", help_behavior_hint="")
+_RESUME = tyro.conf.arg(help="Folder of a run to continue, with its options.", help_behavior_hint="")
 _HINTS = get_type_hints(TrainConfig)
 
 
@@ -35,12 +38,9 @@ def main(arguments: list[str]) -> int:
     """Train, or resume a run."""
     config = parse(arguments)
     # Only now that the flags are known to be right: torch and transformers take seconds to load.
-    from distrust.reporting.console import ConsoleReporter
-    from distrust.reporting.dashboards import create_observers
     from distrust.trainer import DistrustTrainer
 
-    with ConsoleReporter(log_every=config.log_every) as console:
-        ended = DistrustTrainer(config, observers=[console, *create_observers(config)]).train()
+    ended = DistrustTrainer(config).train()
     return 0 if ended.signal is None else 128 + ended.signal  # as the shell reports a signal
 
 
@@ -53,10 +53,15 @@ def parse(arguments: list[str]) -> TrainConfig:
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", action="append", default=[])  # to notice a second one
-    files = first.parse_known_args(arguments)[0].config
-    if len(files) > 1:
-        raise ConfigError(f"--config is given {len(files)} times; give one file")
-    base = from_toml(Path(files[0])) if files else TrainConfig()  # its values are the defaults of the flags
+    first.add_argument("--resume", action="append", default=[])
+    parsed = first.parse_known_args(arguments)[0]
+    if len(parsed.config + parsed.resume) > 1:
+        raise ConfigError("--config and --resume: give one of them, once")
+    base = from_toml(Path(*parsed.config)) if parsed.config else TrainConfig()  # the defaults of the flags
+    if parsed.resume:
+        from distrust.engines import config_of_run  # late: only this needs the reader of checkpoints
+
+        base = config_of_run(*parsed.resume)
     command = tyro.cli(
         tyro.conf.OmitArgPrefixes[_command(base)],
         args=arguments,
@@ -65,12 +70,22 @@ def parse(arguments: list[str]) -> TrainConfig:
         config=(tyro.conf.DisallowNone,),  # rejects "--max-steps None"
     )
     groups = [getattr(command, title) for title in option_groups()]  # flat again
-    return TrainConfig(**{name: value for group in groups for name, value in vars(group).items()})
+    config = TrainConfig(**{name: value for group in groups for name, value in vars(group).items()})
+    if not parsed.resume:
+        return config
+    if (config.out, config.branch) != (base.out, base.branch):
+        raise ConfigError("--resume names the folder of the run; give it without --out and --branch")
+    if config.epochs != base.epochs and config.max_steps == base.max_steps:
+        return replace(config, max_steps=None)  # the steps that the flag asks for
+    return config
 
 
 def _command(base: TrainConfig) -> Any:
     """A dataclass with a field for each group of options, whose defaults are those of a config."""
-    members: list[tuple[str, Any, Any]] = [("config", Annotated[str | None, _CONFIG], None)]
+    members: list[tuple[str, Any, Any]] = [
+        ("config", Annotated[str | None, _CONFIG], None),
+        ("resume", Annotated[str | None, _RESUME], None),
+    ]
     for title, options in option_groups().items():
         group = make_dataclass(title, [_flag(option) for option in options], frozen=True)
         default = group(**{option.name: getattr(base, option.name) for option in options})

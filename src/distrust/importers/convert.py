@@ -34,7 +34,7 @@ from distrust.paths import refuse_links
 from distrust.run_record import RunRecord, with_conversion_source
 from distrust.training import imported as adoption
 
-__all__ = ["ConvertedCheckpoint", "Outcome", "convert"]
+__all__ = ["ConvertedCheckpoint", "Outcome", "convert", "read"]
 
 Outcome = Literal["converted", "already converted", "refused", "damaged", "unreadable", "incomplete"]
 
@@ -144,7 +144,7 @@ def _convert(
     source: Path, manager: CheckpointManager, origins: set[Path], *, force: bool, model: str | None
 ) -> ConvertedCheckpoint:
     try:
-        imported = _read(source, model)
+        imported = read(source, model)
         checkpoint = imported.to_checkpoint()
     except DistrustError as error:
         outcome: Outcome = "damaged" if isinstance(error, CheckpointError) else "refused"
@@ -207,7 +207,7 @@ def _origin(file: CheckpointFile) -> set[Path]:
     return {Path(os.path.normpath(os.path.realpath(file.path.parent) / Path(path))).parent} if path else set()
 
 
-def _read(source: Path, model: str | None) -> Imported:
+def read(source: Path, model: str | None) -> Imported:
     """The checkpoint, every byte verified as far as its format allows."""
     is_trainer = is_trainer_folder(source)
     if not is_trainer and not is_adapter_folder(source):

@@ -12,14 +12,13 @@ import hashlib
 import os
 import re
 import stat
-import warnings
 from collections.abc import Iterator, Mapping
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from distrust.checkpoint.files import open_regular, read_into
-from distrust.errors import CorruptCheckpoint, DistrustWarning, join_first, quote_untrusted, shorten
+from distrust.errors import CorruptCheckpoint, join_first, quote_untrusted, shorten, warn
 from distrust.importers.detect import CHECKSUMS, DIRECTORY, MEMBERS, METADATA, MODEL, OPTIMIZER
 from distrust.importers.host_arrays import PIECE_BYTES, Depth, HostArray
 from distrust.importers.imported import MAX_METADATA_BYTES, Imported, ImportedHeader, merge_unique
@@ -65,7 +64,7 @@ class NpzFolder:
         for name in sorted(self._names - {*MEMBERS} - self._checksums.keys()) if depth == "verify" else ():
             if not name.startswith("."):  # hidden files belong to the system
                 message = f"{self._path}: {quote_untrusted(name)} is not in {CHECKSUMS}, and was not read"
-                warnings.warn(message, DistrustWarning, stacklevel=3)
+                warn(message)
         arrays: dict[str, dict[str, HostArray]] = {}
         problems = _Problems()
         for name in sorted((self._checksums.keys() | {*_ARRAY_FILES}) & self._names - {METADATA}):

@@ -6,6 +6,7 @@ are those of :func:`distrust.importers.trainer_folder.read`.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -13,10 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from distrust import config as options
+from distrust.config_text import from_mapping
+from distrust.engines.target_modules import kinds, select
 from distrust.engines.torch import adapter
 from distrust.engines.torch.model import meta_model
-from distrust.errors import ModelError, ResumeRefused, join_first, quote_untrusted
+from distrust.errors import ConfigError, ModelError, ResumeRefused, join_first, quote_untrusted
 from distrust.importers.detect import ADAPTER_CONFIG, PEFT_WEIGHTS
 from distrust.importers.safe_load import read_json, read_tensors, to_float32
 
@@ -30,10 +32,12 @@ _OPTIONS = {
     "r": "lora_rank", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout", "use_rslora": "rslora",
     "use_dora": "dora",
 }  # fmt: skip
-#: Other fields of peft's config, which do not change the training or are checked separately.
+#: Other fields of peft's config, which do not change the training or are checked separately. Patterns in the
+#: file are never matched: which modules are adapted follows from the names of the weights.
 _IGNORED = {
     *("base_model_name_or_path", "revision", "peft_type", "peft_version", "task_type", "auto_mapping"),
     *("inference_mode", "runtime_config", "target_modules", "fan_in_fan_out", "layers_pattern"),
+    *("exclude_modules", "layers_to_transform"),
     *("init_lora_weights", "bias", "megatron_core", "qalora_group_size", "ensure_weight_tying"),
 }
 #: Every other initialization changes the base model as well.
@@ -84,20 +88,21 @@ def read_adapter(folder: Path, base: str | None) -> TrainedWeights:
     if not modules <= dict(model.named_modules()).keys():
         raise refusal(folder, f"it adapts modules that --model {base} does not have")
     lora_options = {key: config[name] for name, key in _OPTIONS.items() if config.get(name) is not None}
+    adaptable = adapter.adaptable(model)
     # What target_modules may have been, the shortest first.
-    for targets in (["all-linear"], sorted({name.rpartition(".")[2] for name in modules}), sorted(modules)):
+    for targets in (["all-linear"], kinds(modules), sorted(modules)):
         fields = {**lora_options, "target_modules": targets}
-        train_config = options.from_mapping(fields, where=str(folder / ADAPTER_CONFIG))
-        # The adapter without weights: peft's name of each parameter, by its id().
-        model = adapter.add_adapter(meta_model(base), train_config)
-        parameters = adapter.trained_parameters(model)
-        peft_names = {id(value): name for name, value in adapter.to_peft_names(model, parameters).items()}
-        if {*peft_names.values()} == saved.keys():
-            break  # otherwise the last candidate gives the message below
+        train_config = from_mapping(fields, where=str(folder / ADAPTER_CONFIG))
+        with contextlib.suppress(ConfigError):  # they select what cannot be adapted
+            if {*select(train_config, adaptable).names} == modules:
+                break
+    adapted, _ = adapter.add_adapter(model, train_config)  # raises for the last of these
+    parameters = adapter.trained_parameters(adapted)
+    # peft's name of each parameter, by its id().
+    peft_names = {id(value): name for name, value in adapter.to_peft_names(adapted, parameters).items()}
     _require_same_names(folder, base, saved.keys(), peft_names.values())
     weights = {name: saved[peft_names[id(parameter)]] for name, parameter in parameters.items()}
-    result_options = train_config.with_effect("result")
-    proven = {name: result_options[name] for name in (*_OPTIONS.values(), "target_modules")}
+    proven = {name: getattr(train_config, name) for name in (*_OPTIONS.values(), "target_modules")}
     return TrainedWeights(base, proven, parameters, _to_float32(path, weights, parameters))
 
 

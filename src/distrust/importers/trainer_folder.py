@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from distrust import config as options
+from distrust.config_text import from_mapping
 from distrust.engines.torch.optimizer import MOMENTS, make_optimizer
 from distrust.errors import CorruptCheckpoint, join_first, quote_untrusted
 from distrust.importers import peft_adapter
@@ -106,7 +106,7 @@ def _read_optimizer(
         return {}, {}, ()
     groups, saved = _split_state(read_torch(path), path)
     group_options = _group_options(groups, path)
-    config = options.from_mapping({**trained.options, **group_options}, where=str(path))
+    config = from_mapping({**trained.options, **group_options}, where=str(path))
     # Our own empty state gives the layout of groups and options.
     state = make_optimizer(trained.parameters, config).state_dict()
     names = _name_parameters(groups, trained.parameters, path)

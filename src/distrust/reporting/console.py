@@ -6,14 +6,16 @@ import sys
 import time
 from pathlib import Path
 from signal import Signals
-from typing import TextIO
+from typing import TextIO, cast
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from distrust.activity import in_notebook
 from distrust.errors import printable
 from distrust.reporting.display import clock, pluralize
+from distrust.reporting.notebook import CellOutput
 from distrust.training.events import (
     CheckpointSaved,
     Evaluated,
@@ -42,12 +44,23 @@ class ConsoleReporter:
 
     Args:
         log_every: steps between lines, where the output is not a terminal.
-        stream: where to write; default: standard output.
+        stream: where to write; default: standard output, or one output of a notebook, for every step.
     """
 
     def __init__(self, *, log_every: int, stream: TextIO | None = None) -> None:
+        force_terminal = None
+        if stream is None and in_notebook():
+            stream, log_every = cast(TextIO, CellOutput()), 1
+            force_terminal = False  # a kernel's environment asks for colour
         stream = stream or sys.stdout  # resolved now: tests replace it
-        self._console = _Console(file=stream, highlight=False, soft_wrap=True, emoji=False)
+        self._console = _Console(
+            file=stream,
+            highlight=False,
+            soft_wrap=True,
+            emoji=False,
+            force_terminal=force_terminal,
+            force_jupyter=False,
+        )
         self._live = self._console.is_terminal  # a bar that moves; else lines
         self._log_every = log_every
         self._bar = Progress(
@@ -63,6 +76,7 @@ class ConsoleReporter:
         )
         self._task = self._bar.add_task("", total=None, facts="", visible=False)
         self._max_steps = 0
+        self._is_weighted = self._is_by_provenance = True
         self._last_saved: int | None = None  # step of the newest durable checkpoint
         self._seconds_per_token: float | None = None
         self._facts = ""  # loss and speed, for the bar
@@ -115,24 +129,35 @@ class ConsoleReporter:
             self._print(event.task)
 
     def _show_start(self, event: RunStarted) -> None:
-        cut = ""
-        if event.truncated:
-            cut = f"; {pluralize(event.truncated, 'example')} truncated, "
-            cut += f"{pluralize(event.tokens_cut, 'token')} dropped"
+        counts, facts = event.counts, ""
+        if event.sequences > event.examples:
+            facts += f"; {event.sequences:,} sequences: the chat template rewrites earlier turns"
+        if counts.truncated:
+            cut = pluralize(counts.tokens_cut, "token")
+            facts += f"; {pluralize(counts.truncated, 'example')} truncated, {cut} dropped"
+        if counts.dropped:
+            facts += f"; {pluralize(counts.dropped, 'record')} left out, too long for --max-length"
+        if counts.weightless:
+            facts += f"; {pluralize(counts.weightless, 'record')} left out, of weight 0"
+        self._is_weighted, self._is_by_provenance = event.is_weighted, event.weighting != "off"
+        self._print(f"model {event.model}, data {', '.join(event.data)}")
         self._print(
             f"{pluralize(event.examples, 'example')}, {pluralize(event.tokens, 'trained token')}, "
-            f"{event.epoch_steps:.1f} steps per epoch{cut}"
+            f"{event.epoch_steps:.1f} steps per epoch{facts}"
         )
-        low, high = event.weight_range
-        effective = event.effective_examples
-        self._print(
-            f"weights {low:.3g} to {high:.3g}: effective sample size {effective:,.0f} "
-            f"({effective / event.examples:.0%})"
-        )
+        if event.is_weighted:
+            low, *_, high = event.distribution.quantiles["weight"]
+            effective = event.distribution.effective_examples
+            self._print(
+                f"weights {low:.3g} to {high:.3g}: effective sample size {effective:,.0f} "
+                f"({effective / event.examples:.0%})"
+            )
         engine = f"{event.engine} on {event.device}" if event.device else event.engine
         self._print(
             f"training {event.trained:,} of {event.parameters:,} parameters with {engine}, into {event.out}"
         )
+        for note in event.notes:
+            self._print(note)
         if event.max_steps < 2 * event.warmup_steps:  # the learning rate hardly reaches its peak
             self._print(
                 f"warm-up: {min(event.max_steps, event.warmup_steps)} of {event.max_steps} steps, so the "
@@ -156,9 +181,11 @@ class ConsoleReporter:
             self._update_bar()
         elif event.step % self._log_every == 0 or event.step in (1, self._max_steps):
             remaining = (self._max_steps - event.step) * event.tokens * self._seconds_per_token
+            weighted = f", weighted {event.weighted_loss:.4f}" if self._is_weighted else ""
+            distrust = f", distrust {event.distrust:.2f}" if self._is_by_provenance else ""
             self._print(
-                f"step {event.step}/{self._max_steps}: loss {event.loss:.4f}, weighted "
-                f"{event.weighted_loss:.4f}, distrust {event.distrust:.2f}, lr {event.learning_rate:.3g}, "
+                f"step {event.step}/{self._max_steps}: loss {event.loss:.4f}"
+                f"{weighted}{distrust}, lr {event.learning_rate:.3g}, "
                 f"norm {event.gradient_norm:.3g}, {speed}, {clock(remaining)} left, "
                 f"{self._describe_saved()}"
             )
@@ -166,7 +193,7 @@ class ConsoleReporter:
     def _show_evaluation(self, event: Evaluated) -> None:
         metrics = event.metrics
         line = f"step {event.step}: eval loss {event.loss:.4f}, perplexity {metrics['eval_perplexity']:.4g}"
-        weighted = metrics["eval_weighted_loss"]
+        weighted = metrics.get("eval_weighted_loss", event.loss)
         if weighted != event.loss:  # equal where no weighting applies
             line += f"; weighted {weighted:.4f}, {metrics['eval_weighted_perplexity']:.4g}"
         self._print(line)
@@ -184,7 +211,8 @@ class ConsoleReporter:
         elif not event.finished:
             durable = "nothing to save yet" if event.path is None else f"step {event.step} is saved"
             by_signal = "" if event.signal is None else f" by {Signals(event.signal).name}"
-            self._print(f"Stopped{by_signal}: {durable}. Run the same command to resume")
+            again = "Train with the same config" if in_notebook() else "Run the same command"
+            self._print(f"Stopped{by_signal}: {durable}. {again} to resume")
         else:
             seconds = time.perf_counter() - self._began
             end = f"early at step {event.step} (no improvement)" if early else f"step {event.step}"

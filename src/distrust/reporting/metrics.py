@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Any
 from distrust.atomic import atomic_file
 from distrust.checkpoint.files import open_regular_file, open_to_write
 from distrust.config import STEP_METRICS, TrainConfig, key
-from distrust.errors import ConfigError, DistrustWarning, WriteFailed, warn
+from distrust.errors import ConfigError, WriteFailed, warn
 from distrust.reporting.display import to_json
 from distrust.training.events import CheckpointStarted, Evaluated, Event, RunEnded, RunStarted, StepEnded
 
@@ -38,16 +37,20 @@ MAX_SKIPPED_BYTES = 1 << 28
 
 #: The options that ``provenance.json`` holds, by field.
 WEIGHTING = ("weighting", "alpha", "lambda_", "max_ratio")
-#: The fields of a step's line.
+#: The fields of a step's line, of which those about weights may be absent.
 STEP_FIELDS = ("step", *STEP_METRICS, "tokens", "seconds", "stall_seconds", "memory_bytes")
 
 
 class MetricsWriter:
-    """Writes a run's ``metrics.jsonl``, and at its start ``provenance.json``: options and weights."""
+    """Writes a run's ``metrics.jsonl``, and at its start ``provenance.json``: options and weights.
+
+    If examples are not weighted, neither says anything about weights: there is no ``provenance.json``.
+    """
 
     def __init__(self, config: TrainConfig) -> None:
         self._config = config
         self._run: RunStarted | None = None
+        self._fields: list[str] = []  # of a step's line
         self._file: int | None = None
         self._unwritten = b""
         self._warned = False
@@ -58,9 +61,11 @@ class MetricsWriter:
             case RunStarted():
                 self._close()
                 self._run, self._unwritten, self._warned = event, b"", False  # a run may follow another
+                hidden = {*STEP_METRICS} - {*event.step_metrics}
+                self._fields = [name for name in STEP_FIELDS if name not in hidden]
                 self._open()
             case StepEnded():
-                self._write({name: getattr(event, name) for name in STEP_FIELDS})
+                self._write({name: getattr(event, name) for name in self._fields})
             case Evaluated():
                 self._write({"step": event.step, **event.metrics})
             case CheckpointStarted():
@@ -76,10 +81,17 @@ class MetricsWriter:
         with self._warn_on_failure():
             self._run.out.mkdir(parents=True, exist_ok=True)  # the first file of a new run
             self._repair(self._run)
-            with atomic_file(self._run.out / PROVENANCE, force=True) as file:
-                options = {key(name): getattr(self._config, name) for name in WEIGHTING}
-                file.write(_json({**self._run.distribution.as_json(), **options}, indent=1))
+            self._describe_weights(self._run)
             self._file = open_to_write(self._run.out / METRICS, os.O_WRONLY | os.O_APPEND)
+
+    def _describe_weights(self, run: RunStarted) -> None:
+        if not run.is_weighted:
+            (run.out / PROVENANCE).unlink(missing_ok=True)  # of an earlier run in this folder
+            return
+        options = {key(name): getattr(self._config, name) for name in WEIGHTING}
+        options["weighting"] = run.weighting
+        with atomic_file(run.out / PROVENANCE, force=True) as file:
+            file.write(_json({**run.distribution.as_json(), **options}, indent=1))
 
     def _repair(self, run: RunStarted) -> None:
         path = run.out / METRICS
@@ -88,7 +100,8 @@ class MetricsWriter:
             source = run.resumed_from.parent.parent / METRICS
         with atomic_file(path, force=True) as file:
             lines = _read_lines(source)
-            for line in repair_lines(lines, step=run.step, history=run.history, where=str(source)):
+            history = {name: run.history[name] for name in run.step_metrics}
+            for line in repair_lines(lines, step=run.step, history=history, where=str(source)):
                 file.write(line)
 
     def _write(self, values: Mapping[str, Any]) -> None:
@@ -125,12 +138,10 @@ class MetricsWriter:
                 self._warned = True
                 path = self._run.out / METRICS
                 reason = f"{path}: {error.strerror or error}" if isinstance(error, OSError) else error
-                warnings.warn(
+                warn(
                     f"the log cannot be written: {reason}. Training continues; each checkpoint tries again. "
                     "If lines are still missing at the end, resuming the run restores the losses of steps, "
-                    "not evaluations",
-                    DistrustWarning,
-                    stacklevel=4,
+                    "not evaluations"
                 )
 
 
@@ -142,7 +153,7 @@ def repair_lines(
     Args:
         lines: of the file as a crash left it, with their newlines.
         step: of the checkpoint that the run resumes from; 0 keeps nothing.
-        history: by metric, the value of each step up to this one.
+        history: by logged metric, the value of each step up to this one.
         where: the file. After ``MAX_SKIPPED_BYTES`` of lines that are not this run's, a warning names it, and
             the rest is not read.
     """
@@ -152,7 +163,8 @@ def repair_lines(
 
     def restore(until: int) -> Iterator[bytes]:
         for missing in range(last_step + 1, until + 1):
-            yield _json({"step": missing, **{name: history[name][missing - 1] for name in STEP_METRICS}})
+            values = {name: column[missing - 1] for name, column in history.items()}
+            yield _json({"step": missing, **values})
 
     for raw in lines if step else ():
         skipped += len(raw)
@@ -191,7 +203,7 @@ def repair_lines(
 
 
 def _matches(line: Mapping[str, Any], history: Mapping[str, Sequence[float]], step: int) -> bool:
-    return all(line.get(name) == to_json(history[name][step - 1]) for name in STEP_METRICS)
+    return all(line.get(name) == to_json(column[step - 1]) for name, column in history.items())
 
 
 def _read_lines(path: Path) -> Iterator[bytes]:

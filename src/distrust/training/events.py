@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
 from distrust.data import Distribution
+from distrust.data.corpus import Counts
+from distrust.errors import printable
+from distrust.weighting import Weighting
 
 #: Why a run ended: its last step was made; its metric stopped improving; a signal arrived; ``stop()`` was
 #: called or the awaiting task was cancelled; an observer failed.
 Reason = Literal["finished", "early_stopping", "signal", "stop", "error"]
 
 
+class _Printed:
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        """One line: no large fields, and numbers in four digits."""
+        values = {part.name: getattr(self, part.name) for part in fields(self) if part.repr}  # type: ignore[arg-type]
+        metrics = values.pop("metrics", {})
+        values |= {name: value for name, value in metrics.items() if "/" not in name}  # not of each class
+        shown = (f"{name}={v:.4g}" if type(v) is float else f"{name}={v}" for name, v in values.items())
+        return printable(f"{type(self).__name__}({', '.join(shown)})")
+
+
 @dataclass(frozen=True, slots=True)
-class Preparing:
+class Preparing(_Printed):
     """A task before the first step, which may take a while."""
 
     task: str  # short description
@@ -24,40 +39,43 @@ class Preparing:
 
 
 @dataclass(frozen=True, slots=True)
-class RunStarted:
+class RunStarted(_Printed):
     """Everything is loaded; the first step is next."""
 
     out: Path  # the folder of the run
+    model: str  # name of the base model
+    data: tuple[str, ...]  # names of the training data
+    weighting: Weighting  # how provenance weighs the examples
+    #: The metrics of a step that are logged: without weights, none about them.
+    step_metrics: tuple[str, ...] = field(repr=False)
     step: int  # optimizer steps already made
     max_steps: int  # optimizer steps of the whole run
     resumed_from: Path | None  # the checkpoint that the run resumes from
     examples: int  # examples of the training data
     tokens: int  # trained tokens of the training data
-    truncated: int  # examples that were cut to max_length, including those that eval_fraction holds out
-    tokens_cut: int  # tokens that were cut off
-    distribution: Distribution  # of the weights: range, by source class, heaviest and lightest examples
-    history: Mapping[str, Sequence[float]]  # name -> value for each step already made
+    #: Of records that were cut or left out, including those that ``eval_fraction`` holds out.
+    counts: Counts = field(repr=False)
+    #: Of the weights: range, effective sample size, by source class, heaviest and lightest examples.
+    distribution: Distribution = field(repr=False)
+    history: Mapping[str, Sequence[float]] = field(repr=False)  # name -> value for each step already made
     trained: int  # number of trained parameters
     parameters: int  # number of all parameters
     engine: str  # name of the engine
     device: str  # name of the device; empty if the engine does not say
     epoch_steps: float  # optimizer steps of one pass over the data, as a fraction
     warmup_steps: int  # steps in which the learning rate rises to its peak
+    sequences: int  # of the examples: more than one each where the chat template rewrites earlier turns
+    #: A line each: columns that are used and ignored, why weighting is off, modules that get an adapter.
+    notes: tuple[str, ...] = ()
 
     @property
-    def effective_examples(self) -> float:
-        """Effective sample size (Σu)²/Σu² of the weights u, times how often `mix` samples each example."""
-        return self.distribution.effective_examples
-
-    @property
-    def weight_range(self) -> tuple[float, float]:
-        """The smallest and the largest weight."""
-        lowest, *_, highest = self.distribution.quantiles["weight"]
-        return lowest, highest
+    def is_weighted(self) -> bool:
+        """Whether examples differ in weight, so that there is anything to show about weights."""
+        return "weighted_loss" in self.step_metrics
 
 
 @dataclass(frozen=True, slots=True)
-class StepEnded:
+class StepEnded(_Printed):
     """An optimizer step was made."""
 
     step: int  # its number, from 1
@@ -73,12 +91,12 @@ class StepEnded:
 
 
 @dataclass(frozen=True, slots=True)
-class Evaluated:
+class Evaluated(_Printed):
     """The evaluation set was evaluated."""
 
     step: int  # completed optimizer steps
-    #: Name -> value, as logged: cross-entropy in nats per token and perplexity, plain and weighted by
-    #: provenance, and for each source class.
+    #: Name -> value, as logged: cross-entropy in nats per token and perplexity, plain, weighted by provenance
+    #: if examples are weighted, and for each source class.
     metrics: Mapping[str, float]
 
     @property
@@ -88,7 +106,7 @@ class Evaluated:
 
 
 @dataclass(frozen=True, slots=True)
-class CheckpointStarted:
+class CheckpointStarted(_Printed):
     """A checkpoint is about to be written. An observer that must be durable before it syncs its files now."""
 
     step: int
@@ -96,7 +114,7 @@ class CheckpointStarted:
 
 
 @dataclass(frozen=True, slots=True)
-class CheckpointSaved:
+class CheckpointSaved(_Printed):
     """A checkpoint is durable."""
 
     step: int
@@ -105,7 +123,7 @@ class CheckpointSaved:
 
 
 @dataclass(frozen=True, slots=True)
-class MemoryReset:
+class MemoryReset(_Printed):
     """Model, optimizer and caches were dropped and rebuilt from the checkpoint of this step."""
 
     step: int
@@ -115,7 +133,7 @@ class MemoryReset:
 
 
 @dataclass(frozen=True, slots=True)
-class RunEnded:
+class RunEnded(_Printed):
     """The run is complete or was asked to stop; its last checkpoint is durable."""
 
     step: int  # completed optimizer steps

@@ -162,7 +162,7 @@ class TrainingLoop:
             return False
         engine = self.engines.current
         metrics = evaluation.measure(
-            lambda batch: engine.evaluate(batch).cross_entropy,
+            engine.evaluate,
             batch_size=self._config.batch_size,
             pad_token_id=self.data.pad_token_id,
         )
@@ -189,7 +189,8 @@ class TrainingLoop:
         record = RunRecord(
             config=self._config.with_effect("result"),
             settings={**self._config.with_effect("free"), **self._config.with_effect("bits")},
-            fingerprints=resume.fingerprints(data, engine),  # a resume on other data is refused
+            fingerprints=resume.fingerprints(data, engine)  # a resume on other data is refused
+            | ({"from": progress.started_from} if progress.started_from else {}),
             tokens_seen=progress.tokens_seen,
             corpus={"examples": len(data.corpus), "tokens": int(data.corpus.loss_tokens.sum())},
             environment=engine.environment(),  # a resume warns of differences

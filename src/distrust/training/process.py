@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
-from distrust.activity import STOPPING, current
+from distrust.activity import STOPPING, current, in_notebook
 from distrust.errors import RunInProgress
 from distrust.training.events import Reason
 
@@ -111,7 +111,8 @@ class StopRequest:
             with contextlib.suppress(OSError):
                 is_before = not current.has_steps_to_lose
                 when = b"before the first step: nothing is lost" if is_before else b"after this step"
-                os.write(2, b"\nstopping %b; press Ctrl-C again to exit at once\n" % when)
+                again = b"interrupt" if in_notebook() else b"press Ctrl-C"
+                os.write(2, b"\nstopping %b; %b again to exit at once\n" % (when, again))
         self.signal = self.signal or number
 
 

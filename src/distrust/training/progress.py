@@ -110,20 +110,22 @@ class Progress:
     elapsed_seconds: float = 0.0  # time spent in steps, over all sessions
     metrics: dict[str, float] = field(default_factory=dict)  # of the last step, and of an evaluation after it
     evaluations: BestTracker = field(default_factory=BestTracker)
+    step_metrics: tuple[str, ...] = STEP_METRICS  # those that ``metrics`` holds
     #: Name of a step metric -> its value for each step. Arrays of doubles: 8 bytes per value.
     history: dict[str, array[float]] = field(
         default_factory=lambda: {name: array("d") for name in STEP_METRICS}
     )
     continues: str = ""  # program and step that an imported run began at
+    started_from: str = ""  # digest of the weights that a run with --from began with
 
     def add_step(self, ended: StepEnded) -> None:
         """Count a step, and append its metrics to the history."""
         self.step = ended.step
         self.tokens_seen += ended.tokens
         self.elapsed_seconds += ended.seconds
-        self.metrics = {name: getattr(ended, name) for name in self.history}
+        self.metrics = {name: getattr(ended, name) for name in self.step_metrics}
         for name, column in self.history.items():
-            column.append(self.metrics[name])
+            column.append(getattr(ended, name))
 
     def restore(self, record: RunRecord, *, step: int, metrics: Mapping[str, float]) -> None:
         """Restore everything but the history from a checkpoint."""
@@ -131,6 +133,7 @@ class Progress:
         self.tokens_seen = record.tokens_seen or 0
         self.elapsed_seconds = record.elapsed_seconds or 0.0
         self.continues = record.continues
+        self.started_from = record.fingerprints.get("from", "")
         self.metrics = dict(metrics)
         self.evaluations = self.evaluations.restore(record.evaluations)
 

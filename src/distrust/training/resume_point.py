@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from distrust.checkpoint import Checkpoint, CheckpointFile, CheckpointManager, Scan, foreign
@@ -10,9 +12,10 @@ from distrust.checkpoint.arrays import Framework
 from distrust.checkpoint.catalog import RUN_SUBDIRECTORY, list_names
 from distrust.checkpoint.foreign import require_converted
 from distrust.config import EXAMPLES, TrainConfig, as_names
+from distrust.config_text import RUN_CONFIG, from_toml
 from distrust.errors import ConfigError, CorruptCheckpoint
 from distrust.run_record import RunRecord
-from distrust.training import imported, resume
+from distrust.training import imported
 from distrust.training.events import Reason
 from distrust.training.progress import BestTracker
 
@@ -46,34 +49,57 @@ def _is_empty_folder(path: Path) -> bool:
         return False
 
 
+def recorded_run(config: TrainConfig, manager: CheckpointManager) -> RunRecord | None:
+    """What the checkpoint that a run resumes from records; None for a new run. Only the header is read."""
+    files = manager.scan().files
+    if files:
+        file = files[-1]
+    elif config.from_step is not None:  # a new branch; only read from
+        file = CheckpointManager(Path(config.out) / RUN_SUBDIRECTORY).inspect(config.from_step)
+    else:
+        return None
+    record = RunRecord.from_header(file.header)
+    if not record.imported_from:
+        return record
+    return replace(record, config=imported.complete_config(record.config, config))
+
+
 def find_finished_run(
     config: TrainConfig, manager: CheckpointManager
 ) -> tuple[CheckpointFile, Reason] | None:
-    """The final checkpoint of a run that is complete, and why; decided without loading a model."""
+    """The final checkpoint of a run that is complete, and why; decided without loading a model.
+
+    ``config`` has the options of the run: see :func:`resume.merge_saved_options`.
+    """
     files = manager.scan().files
     if not files or config.from_step is not None:  # a branch may continue a finished run
         return None
     newest = files[-1]
     record = RunRecord.from_header(newest.header)
     if record.imported_from:
-        resume.merge_saved_options(config, imported.complete_config(record.config, config))
         return None
-    merged = resume.merge_saved_options(config, record.config)
+    require_not_made(config, config.max_steps, step=newest.step)
     run = record.settings
-    if (run.get("model"), as_names(run.get("data"))) != (merged.model, as_names(merged.data)):
+    if run.get("chat_template") != config.chat_template:
+        return None
+    names, recorded = (config.model, *as_names(config.data)), (run.get("model"), *as_names(run.get("data")))
+    with contextlib.suppress(ConfigError):  # there, names do not depend on the working directory
+        written = from_toml(config.run_directory / RUN_CONFIG)
+        recorded = (written.model, *as_names(written.data))
+    if [*map(os.path.abspath, names)] != [*map(os.path.abspath, map(str, recorded))]:
         return None  # they may be the same under other names; only loading them tells
-    if merged.data == EXAMPLES:
+    if config.data == EXAMPLES:
         return None  # the name does not identify the data
     # If not given, max_steps is what the epochs took, unless the number of epochs has changed.
-    max_steps = merged.max_steps or (run.get("max_steps") if run.get("epochs") == merged.epochs else None)
+    max_steps = config.max_steps or (run.get("max_steps") if run.get("epochs") == config.epochs else None)
     if newest.kind != "final" or max_steps is None:
         return None
     evaluations = BestTracker(config.metric, config.metric_mode).restore(record.evaluations)
     early = newest.step < max_steps
     if early and (
         not evaluations.out_of_patience(config.early_stopping_patience)
-        or as_names(run.get("eval_data") or ()) != as_names(merged.eval_data or ())
-        or run.get("eval_split") != merged.eval_split
+        or as_names(run.get("eval_data") or ()) != as_names(config.eval_data or ())
+        or run.get("eval_split") != config.eval_split
     ):
         return None
     try:
@@ -81,6 +107,15 @@ def find_finished_run(
     except CorruptCheckpoint:
         return None  # the run resumes from the checkpoint before it
     return newest, "early_stopping" if early else "finished"
+
+
+def require_not_made(config: TrainConfig, max_steps: int | None, *, step: int) -> None:
+    """Refuse to end a run, which has made ``step`` steps, at an earlier one."""
+    if max_steps is not None and max_steps < step:
+        option, advice = f"--max-steps {max_steps}", f"give {step} or more"
+        if config.max_steps is None:
+            option, advice = f"--epochs {config.epochs}, which is {max_steps} steps", "give more"
+        raise ConfigError(f"{option}: the run is at step {step} already; {advice}")
 
 
 def find_resume_point(

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import shlex
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from datetime import date
 
 from distrust.activity import current
 from distrust.checkpoint import CheckpointFile, CheckpointManager
-from distrust.config import TrainConfig
-from distrust.errors import CheckpointError, ResumeRefused, warn
+from distrust.config import TrainConfig, as_names
+from distrust.config_text import to_words, write_options
+from distrust.errors import CheckpointError, DistrustError, ResumeRefused
 from distrust.run_record import RunRecord
 from distrust.training import imported, resume, resume_point
-from distrust.training.data_sources import Examples, Sources, read_sources
+from distrust.training.data_sources import Examples, Sources, read_sources, template_notes
 from distrust.training.events import Broadcaster, Observer, Preparing, Reason, RunEnded, RunStarted
 from distrust.training.loop import TrainingLoop
 from distrust.training.prepare_data import PreparedData, prepare_data
 from distrust.training.process import StopRequest
 from distrust.training.progress import BestTracker, Progress, RunState
+from distrust.training.resume import ReadStart, Start
 from distrust.training.saver import Saver
 from distrust.training.step import EngineHolder
 
@@ -36,12 +41,14 @@ class Run:
     observers: Iterable[Observer]
     stop: StopRequest
     publish: Callable[[RunState], None]
+    read_start: ReadStart
 
     def __post_init__(self) -> None:
         best = BestTracker(self.config.metric, self.config.metric_mode)
         self._progress = Progress(max_steps=self.config.max_steps, evaluations=best)
         self._events = Broadcaster(self.observers, publish=self._publish)
         self._saver = Saver(self.manager, self._events.emit)
+        self._differences: list[str] = []  # between the config and that of the run to resume
 
     def train(self, *, examples: Examples | None, eval_examples: Examples | None) -> RunEnded:
         """Train to the end, or until something asks to stop; see ``DistrustTrainer.train``."""
@@ -54,19 +61,32 @@ class Run:
 
     def _train(self, examples: Examples | None, eval_examples: Examples | None) -> RunEnded:
         resume_point.require_startable(self.config, self.manager)
-        finished = resume_point.find_finished_run(self.config, self.manager)
+        if self.config.from_ is not None:  # recorded: the same in every working directory
+            self.config = replace(self.config, from_=os.path.abspath(self.config.from_))
+        record, start, finished = resume_point.recorded_run(self.config, self.manager), None, None
+        if record is not None:
+            self._follow_moved_start(record)
+            self.config, self._differences = resume.merge_saved_options(self.config, record)
+        elif self.config.from_ is not None:
+            option, (self.config, start) = self.config, self.read_start(self.config)
+            inherited = self.config.non_default().items() - option.non_default().items()
+            words = shlex.join(word for name, value in sorted(inherited) for word in to_words(name, value))
+            self._events.emit(Preparing(f"starting from {self.config.from_}{f': {words}' if words else ''}"))
+        if not self._differences:  # else they are reported, with those of the content
+            finished = resume_point.find_finished_run(self.config, self.manager)
         if finished is not None:
             # Acquiring makes a name durable whose writer was killed. A read-only archive cannot be acquired.
             with contextlib.suppress(CheckpointError):
                 self.manager.acquire()
             return self._end_untrained(*finished, already_finished=True)
         try:
-            # Errors in the data are raised before anything is created in the run's folder.
-            sources = read_sources(
-                self.config, examples=examples, eval_examples=eval_examples, report=self._report
-            )
-            self.manager.acquire()  # from here on no other process writes to the run's folder
-            loop = self._prepare(sources)
+            with resume.errors_with(self._differences, self.config):
+                # Errors in the data are raised before anything is created in the run's folder.
+                sources = read_sources(
+                    self.config, examples=examples, eval_examples=eval_examples, report=self._report
+                )
+                self.manager.acquire()  # from here on no other process writes to the run's folder
+                loop = self._prepare(sources, start)
         except _StopRequested:
             files = self.manager.scan().files  # by step; intact ones only
             return self._end_untrained(files[-1] if files else None, None, already_finished=False)
@@ -77,12 +97,21 @@ class Run:
         file = None if durable is None else self.manager.inspect(durable[0])
         return self._end(file, reason, already_finished=already_finished)
 
-    def _prepare(self, sources: Sources) -> TrainingLoop:
-        """Load model and data, and restore the checkpoint to resume from, if there is one.
+    def _follow_moved_start(self, record: RunRecord) -> None:
+        """Keep the recorded name of what the run began with, if ``from_`` names equal weights elsewhere."""
+        recorded, digest = record.settings.get("from"), record.fingerprints.get("from")
+        if recorded and self.config.from_ not in (None, recorded):
+            with contextlib.suppress(DistrustError):  # it cannot be read: a difference
+                if self.read_start(self.config)[1].digest == digest:
+                    self.config = replace(self.config, from_=recorded)
+
+    def _prepare(self, sources: Sources, start: Start | None) -> TrainingLoop:
+        """Load model and data, and restore the checkpoint to resume from, if there is one, or the start.
 
         Raises _StopRequested at the next report: preparing large data may take minutes.
         """
-        config, out = self.config, self.config.run_directory
+        config = replace(self.config, weighting=sources.weighting)  # not "auto": it is compared and recorded
+        out = config.run_directory
         self._report(f"loading the model {config.model}", 0, 0)
         engine = self.engines.build(config)
         # Every byte of the checkpoint is verified before it is used.
@@ -90,24 +119,41 @@ class Run:
         if begin is not None:
             checkpoint, file = begin
             checkpoint, record = imported.adopt_imported(checkpoint, config)
-            config = resume.merge_saved_options(config, record.config)
         elif self.engines.is_spent:
             raise ResumeRefused(
                 f"{out}: the engine has already been trained, and no checkpoint was saved to restore it "
                 "from; give a new engine"
             )
+        config = replace(config, date=config.date or date.today().isoformat())
         data = prepare_data(config, sources, engine.tokenizer, context_length=engine.context_length)
         progress = self._progress
         # Before the restore, which drops evaluations of other data.
         progress.evaluations = replace(progress.evaluations, measured_on=data.measured_on)
         if begin is not None:
             imported.require_steps_left(record, step=checkpoint.step, max_steps=data.max_steps, where=out)
-            resume.restore(checkpoint, record, engine=engine, data=data, progress=progress)
+            resume.restore(
+                checkpoint,
+                record,
+                engine=engine,
+                data=data,
+                progress=progress,
+                differences=self._differences,
+            )
             imported.warn_imported(checkpoint, record, where=out)
             if file.path.parent == self.manager.directory:  # not so for a new branch
                 self._saver.last_durable = checkpoint.step, file.kind == "final"
+        elif start is not None:
+            start.load(engine, config)
+            progress.started_from = start.digest
+        resume_point.require_not_made(self.config, data.max_steps, step=progress.step)
+        option = f"--epochs {config.epochs}" if self.config.max_steps is None else "--max-steps"
+        source = file.path.parent.parent if begin else out
+        data = resume.fit_schedule(data, given=option, step=progress.step, source=source)
+        # As given: with more epochs, a resume has more steps.
+        write_options(replace(data.config, max_steps=self.config.max_steps))
         progress.max_steps, progress.epoch_steps = data.max_steps, data.batches.epoch_steps
-        self._events.emit(self._describe_start(data, resumed_from=file if begin else None))
+        progress.step_metrics = data.step_metrics
+        self._events.emit(self._describe_start(data, sources, resumed_from=file if begin else None))
         return TrainingLoop(
             data=data,
             engines=self.engines,
@@ -124,25 +170,24 @@ class Run:
         if self.stop.is_set:
             raise _StopRequested
 
-    def _describe_start(self, data: PreparedData, *, resumed_from: CheckpointFile | None) -> RunStarted:
-        # A warm-up that is longer than the schedule postpones its end.
-        schedule_end = max(data.schedule_steps, data.warmup_steps)
-        if data.config.schedule != "constant" and data.max_steps > schedule_end:
-            warn(
-                f"the schedule ends at step {schedule_end}; after it the learning rate is 0. To train "
-                "longer, begin a new run with --schedule-steps, or with --schedule constant"
-            )
+    def _describe_start(
+        self, data: PreparedData, sources: Sources, *, resumed_from: CheckpointFile | None
+    ) -> RunStarted:
         engine = self.engines.current
         trained, parameters = engine.parameters
         return RunStarted(
             out=data.config.run_directory,
+            model=data.config.model,
+            data=as_names(data.config.data),
+            weighting=sources.weighting,
+            step_metrics=data.step_metrics,
             step=self._progress.step,
             max_steps=data.max_steps,
             resumed_from=resumed_from.path if resumed_from else None,
             examples=len(data.corpus),
             tokens=int(data.corpus.loss_tokens.sum()),
-            truncated=data.corpus.truncated,
-            tokens_cut=data.corpus.tokens_cut,
+            counts=data.corpus.counts,
+            sequences=len(data.corpus.bounds) - 1,
             distribution=data.distribution,
             history=self._progress.history,  # so that observers can draw the steps before
             trained=trained,
@@ -151,6 +196,11 @@ class Run:
             device=str(engine.environment().get("device", "")),
             epoch_steps=data.batches.epoch_steps,
             warmup_steps=data.warmup_steps,
+            notes=(
+                *sources.notes,
+                *template_notes(sources.training.stats, sources.training.reader.columns, engine.tokenizer),
+                *engine.adapted,
+            ),
         )
 
     def _end_untrained(

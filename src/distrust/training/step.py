@@ -17,7 +17,6 @@ from distrust.training.events import StepEnded
 from distrust.training.memory_guard import MemoryGuard
 from distrust.training.prepare_data import PreparedData
 from distrust.training.saver import Saver
-from distrust.training.schedule import learning_rate
 
 T = TypeVar("T")
 
@@ -91,13 +90,7 @@ class StepRunner:
             losses.append(engine.micro_step(batch, tokens=tokens))
         norm = engine.clip_gradients(self._max_norm(batches, tokens))
         self._require_finite(step, batches, losses, norm)
-        rate = learning_rate(
-            step,
-            peak=self._config.learning_rate,
-            warmup_steps=self.data.warmup_steps,
-            schedule=self._config.schedule,
-            schedule_steps=self.data.schedule_steps,
-        )
+        rate = self.data.learning_rate(step)
         self.saver.wait_copied()  # the snapshot of the last save overlapped the passes above
         engine.update(learning_rate=rate)
         previous_stall, self._reported_stall = self._reported_stall, self.saver.stall_seconds
