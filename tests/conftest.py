@@ -20,12 +20,29 @@ from distrust.testing.models import make_model, write_records
 from distrust.testing.toy_engine import TOY, ToyEngine
 from distrust.training.events import Event, Observer, RunEnded, StepEnded
 
-# No example is timed: the machine may do other work.
-hypothesis.settings.register_profile("untimed", deadline=None)
+# No example is timed: the machine may do other work. Half of the usual number: each run draws others.
+hypothesis.settings.register_profile("untimed", deadline=None, max_examples=50)
 hypothesis.settings.load_profile("untimed")
 
 # Shells make background jobs ignore Ctrl-C, and children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+#: The files that take longest. They come first, so that no worker is left with one of them at the end.
+LONGEST = (
+    "test_readme.py",
+    "test_mlx_engine.py",
+    "test_fuzz.py",
+    "test_experiments.py",
+    "test_train_command.py",
+    "test_architecture.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sort the tests by their files."""
+    ranks = {name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -121,6 +138,12 @@ def eval_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_config(data: Path) -> Callable[..., TrainConfig]:
+    """The config of the fixture ``train``, without its model."""
+    return lambda out, **options: TrainConfig(out=str(out), **{**TINY, "data": str(data), **options})
+
+
+@pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("tiny-model"))
 
@@ -167,7 +190,7 @@ def run(data: Path) -> Run:
 
 
 @pytest.fixture(scope="session")
-def train(tiny_model: Path, data: Path) -> Run:
+def train(tiny_model: Path, tiny_config: Callable[..., TrainConfig]) -> Run:
     """Trains the tiny model, with torch by default: seven steps, eleven records per epoch.
 
     With ``awaited`` it calls ``train_async`` and stops by a call instead of a signal.
@@ -183,7 +206,7 @@ def train(tiny_model: Path, data: Path) -> Run:
             if isinstance(event, StepEnded) and event.step == stop_after:
                 trainer.stop() if awaited else signal.raise_signal(signal.SIGTERM)
 
-        config = TrainConfig(out=str(out), **{**TINY, "model": str(tiny_model), "data": str(data), **options})
+        config = tiny_config(out, **{"model": str(tiny_model), **options})
         trainer = DistrustTrainer(config, observers=[watch])
         return asyncio.run(trainer.train_async()) if awaited else trainer.train(), events
 

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -30,13 +31,14 @@ LAYERS = [
     {"provenance", "atomic"},
     {"options"},
     {"config"},
+    {"config_text"},
     {"run_record"},
     {"data"},
     {"contract"},
     {"training", "engines"},
     {"importers", "reporting"},
     {"export"},
-    {"trainer"},
+    {"trainer", "previews"},
     {"demo", "testing"},
     {"cli"},
     {"__main__"},
@@ -75,17 +77,22 @@ def is_for_types_only(node: ast.AST) -> bool:
 
 def imports(path: Path, modules: dict[str, Path], *, at_import_only: bool = False) -> Iterator[str]:
     """The modules that the import statements of a file name, this package's and others'."""
+    for module, inner in _imports(path.read_text("utf-8"), at_import_only):
+        yield inner if inner in modules else module
 
-    def walk(node: ast.AST) -> Iterator[str]:
+
+@cache  # by its text: a file may be changed
+def _imports(text: str, at_import_only: bool) -> tuple[tuple[str, str], ...]:
+    """The modules that statements name, and the names in them that may be modules, too."""
+
+    def walk(node: ast.AST) -> Iterator[tuple[str, str]]:
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            yield from ((alias.name, "") for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             if node.level:
-                yield f"{'.' * node.level}{node.module or ''}"  # check_imports rejects it
+                yield f"{'.' * node.level}{node.module or ''}", ""  # check_imports rejects it
                 return
-            for alias in node.names:
-                inner = f"{node.module}.{alias.name}"
-                yield inner if inner in modules else str(node.module)
+            yield from ((str(node.module), f"{node.module}.{alias.name}") for alias in node.names)
         elif at_import_only and (
             is_for_types_only(node) or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
         ):
@@ -93,16 +100,23 @@ def imports(path: Path, modules: dict[str, Path], *, at_import_only: bool = Fals
         for child in ast.iter_child_nodes(node):
             yield from walk(child)
 
-    return walk(ast.parse(path.read_text("utf-8")))
+    return tuple(walk(ast.parse(text)))
 
 
-def string_imports(path: Path) -> Iterator[str]:
+def string_imports(path: Path) -> tuple[str, ...]:
     """The calls that import a module of this package by a string, or by one that is made at run time."""
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+    return _string_imports(path.read_text("utf-8"))
+
+
+@cache
+def _string_imports(text: str) -> tuple[str, ...]:
+    calls = []
+    for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in IMPORT_FUNCTIONS:
             name = node.args[0] if node.args else None
             if not isinstance(name, ast.Constant) or str(name.value).split(".")[0] == "distrust":
-                yield ast.unparse(node)
+                calls.append(ast.unparse(node))
+    return tuple(calls)
 
 
 def check_imports(root: Path) -> list[str]:
@@ -200,7 +214,7 @@ def test_the_package_loads_only_its_hook_of_foreign_formats():
 
 
 def test_string_imports_have_a_reason_as_long_as_they_exist():
-    assert {module for module, path in MODULES.items() if [*string_imports(path)]} == STRING_IMPORTS.keys()
+    assert {module for module, path in MODULES.items() if string_imports(path)} == STRING_IMPORTS.keys()
 
 
 PLANTED = {
@@ -268,7 +282,7 @@ def test_the_public_names():
     names = {"Checkpoint", "CheckpointManager", "DistrustTrainer", "PendingSave", "RunEnded", "RunState"}
     classes = [value for value in vars(distrust.errors).values() if isinstance(value, type)]
     errors = {error.__name__ for error in classes if issubclass(error, Exception)}
-    assert distrust.__all__ == sorted(names | {"TrainConfig"} | errors)
+    assert distrust.__all__ == sorted(names | {"TrainConfig", "preview"} | errors)
     for name in distrust.__all__:
         assert getattr(distrust, name).__name__ == name
     assert dir(distrust) == sorted([*distrust.__all__, "__version__"]), "no Python internals"

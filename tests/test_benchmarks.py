@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import operations, states, tables
+from benchmarks import operations, states, tables, tokenizing
 from benchmarks.cases import CASES
 from benchmarks.libraries import Dcp, Distrust, Library, Safetensors, Torch
 from benchmarks.results import Figure, Results
@@ -96,3 +96,23 @@ def test_every_figure_that_is_shown_is_measured() -> None:
     assert shown - linux_only <= names
     if sys.platform == "linux":
         assert shown == names
+
+
+def test_tokenizing_is_compared_on_the_same_conversations(tmp_path: Path, capsys) -> None:
+    tokenizing.write_data(tmp_path / "data.jsonl", 20)
+    tokenizing.make_tokenizer(tmp_path / "tokenizer")
+    figures = {}
+    for name in (tokenizing.OURS, tokenizing.THEIRS):
+        (tmp_path / name).mkdir()
+        figures[name] = tokenizing.measure(
+            name, tmp_path / "data.jsonl", tmp_path / "tokenizer", tmp_path / name
+        )
+    # Ours counts the trained tokens, theirs all.
+    assert 0 < figures[tokenizing.OURS]["tokens"] < figures[tokenizing.THEIRS]["tokens"]
+    capsys.readouterr()
+    seconds = {tokenizing.OURS: [1.0, 2.0, 4.0], tokenizing.THEIRS: [2.0, 1.0, 6.0]}
+    tokenizing.print_table({name: [{"seconds": value} for value in each] for name, each in seconds.items()})
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "| distrust | 1.00 | 2.00 | 4.00 |  |  |",
+        "| datasets.map | 1.00 | 2.00 | 6.00 | 1.50 | 0.50 to 2.00 |",
+    ]

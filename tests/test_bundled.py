@@ -126,7 +126,7 @@ def test_the_model_is_small_and_reads_everything():
     model = AutoModelForCausalLM.from_pretrained(MODEL)
     context = model.config.max_position_embeddings
     corpus = tokenize(read_records(CORPUS), tokenizer, max_length=context)
-    assert corpus.truncated == 0
+    assert corpus.counts.truncated == 0
     assert int(corpus.input_ids.max()) < model.config.vocab_size
     for text in ("naïve café", "日本語", "\x00\t\n  two  spaces", "🜁"):
         ids = tokenizer.encode(text, add_special_tokens=False)

@@ -31,11 +31,13 @@ def rows():
 
 def test_what_is_named_as_ours_is_there():
     named = {name for *_, our_option, _ in rows() for name in re.findall(r"`([^`]+)`", our_option)}
-    flags = {name for name in named if name.startswith("--")} - {"--config"}
+    flags = {name for name in named if name.startswith("--")} - {"--config", "--resume"}
     commands = {name.removeprefix("distrust ") for name in named if name.startswith("distrust ")}
     assert flags <= FLAGS
     assert commands <= COMMANDS.keys()
-    assert named - {f"distrust {name}" for name in commands} - flags - {"--config"} == {"TrainConfig"}
+    assert named - {f"distrust {name}" for name in commands} - flags - {"--config", "--resume"} == {
+        "TrainConfig"
+    }
 
 
 def test_every_row_says_something_and_only_once():
@@ -68,7 +70,7 @@ def test_what_everybody_sets_is_found(section):
 
 def test_flags_in_notes_are_there_too():
     """Beside ours, notes name flags of the commands and of theirs."""
-    of_commands = {"--best", "--compare", "--format"}
+    of_commands = {"--best", "--compare", "--format", "--config", "--resume"}
     for *_, note in rows():
         for name in re.findall(r"--[a-z][a-z0-9-]+", note):
             assert name in FLAGS | of_commands, name

@@ -18,7 +18,7 @@ SAID = {
     "callbacks": r"step 4: loss [\d.]+, .*\n(.*\n)*over at step 4: finished\n",
     "own_examples": r"finished at step 4: state digest \w{64}\n",
     "plain_checkpoints": r"resuming after step 2\nloss (\S+) in one go, \1 in two: equal\n",
-    "train": r"stopped after step 2, saved as checkpoint-2\.safetensors\nfinished at step 4: ",
+    "train": r"stopped after step 2, saved as checkpoint-2\.safetensors\n(.*\n)*finished at step 4: ",
     "weights": r"notebook +weighs (\S+)\n(.*\n)*encyclopedia +weighs 0\.\d+\n",
 }
 #: Those of a group run in one process: most of the time of each would go into loading its libraries.

@@ -158,7 +158,7 @@ def _replace_slow_parts() -> None:
         def log(self, *_: Any, **__: Any) -> None: ...
         def finish(self, *_: Any, **__: Any) -> None: ...
 
-    engines.create_engine = lambda config: ToyEngine()
+    engines.create_engine = lambda config, *, objects=None: ToyEngine()
     figures.draw = lambda *_, **__: None
     figures.render = lambda *_, **__: _PICTURE
     weights_figure.plot_weights = draw

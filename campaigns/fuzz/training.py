@@ -22,9 +22,9 @@ from typing import Any, Self
 from campaigns.campaign import SKIPPED, CounterExample, require
 from campaigns.fuzz import converting, corruptions, costs, families, imports
 from campaigns.fuzz.invariants import bound, require_plain, seconds
-from distrust import CheckpointManager, TrainConfig
-from distrust import config as config_module
+from distrust import CheckpointManager
 from distrust.checkpoint import catalog
+from distrust.config_text import from_mapping
 from distrust.errors import DistrustError, DistrustWarning, OutOfMemory
 
 #: Of an engine: threads, and the caches of torch and mlx.
@@ -211,7 +211,7 @@ def _train_one_step(run: Path, engine: str, base: Path) -> None:
     options["cache_dir"] = str(run / "cache")
     options |= {"max_steps": file.step + 1, "batch_size": 2, "save_every": 0, "threads": 1, "device": "cpu"}
     options["lora_rank"] = imports.RANK  # not every format contains it
-    config: TrainConfig = config_module.from_mapping({**options, **file.header.config}, where=str(run))
+    config = from_mapping({**options, **file.header.config}, where=str(run))
     result = DistrustTrainer(config, examples=_EXAMPLES).train()
     if result.step != file.step + 1 or result.path is None:
         raise CounterExample(f"{engine}: ended at step {result.step}, not {file.step + 1}")

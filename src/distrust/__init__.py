@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         ResumeRefused, RunInProgress, RunNotFound, SaveFailed, UnsupportedState, UnsupportedVersion,
         WriteFailed,
     )  # fmt: skip
+    from distrust.previews import preview
     from distrust.trainer import DistrustTrainer
     from distrust.training.events import RunEnded
     from distrust.training.progress import RunState
@@ -36,6 +37,7 @@ _MODULES = {
     "RunEnded": "distrust.training.events",
     "RunState": "distrust.training.progress",
     "TrainConfig": "distrust.config",
+    "preview": "distrust.previews",
 }
 
 __all__ = [
@@ -44,7 +46,7 @@ __all__ = [
     "DamagedCheckpointWarning", "DataError", "DistrustError", "DistrustTrainer", "DistrustWarning",
     "ExportFailed", "MissingDependency", "ModelError", "NoIntactCheckpoint", "NonFiniteLoss",
     "OutOfMemory", "PendingSave", "ResumeRefused", "RunEnded", "RunInProgress", "RunNotFound", "RunState",
-    "SaveFailed", "TrainConfig", "UnsupportedState", "UnsupportedVersion", "WriteFailed",
+    "SaveFailed", "TrainConfig", "UnsupportedState", "UnsupportedVersion", "WriteFailed", "preview",
 ]  # fmt: skip
 
 

@@ -217,7 +217,7 @@ Disk.create = open_to_all
 from distrust.importers import convert
 def read(*_):
     raise ValueError
-convert._read = read
+convert.read = read
 """,
     ),
     "control characters are printed": (

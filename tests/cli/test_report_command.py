@@ -198,6 +198,7 @@ def test_the_page_shows_what_the_folder_holds(report, run):
         "2.13.0",
         "monotone",
         "effective sample size 144",
+        "distrust train --resume ",
         "0.20%",  # 3 saves of 10 ms next to 60 steps of 250
     ):
         assert expected in text, expected

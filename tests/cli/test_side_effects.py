@@ -47,6 +47,7 @@ COMMANDS = {
     "export run --to out/adapter": ("out",),
     "export run --to out/merged --format merged": ("out",),
     "convert out/adapter --to imported": ("imported",),
+    "preview records.jsonl --model model --html page.html": ("page.html",),
     "weigh records.jsonl --out weighed.jsonl": ("weighed.jsonl",),
     "ls run": (),
     "show run --tensors": (),

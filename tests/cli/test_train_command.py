@@ -59,7 +59,7 @@ def test_a_run_that_is_killed_stopped_and_resumed_ends_like_an_undisturbed_one(
     assert process.wait(60) == -signal.SIGKILL
     assert not list((tmp_path / "killed").rglob("*-final*"))
 
-    process = start(*command)
+    process = start("train", "--resume", str(tmp_path / "killed"))
     wait_for_step(tmp_path / "killed", reached + 12, process)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
@@ -117,7 +117,7 @@ def test_a_toml_file_gives_the_same_run(distrust, folder, finished_run, tmp_path
 
 RECORD = '{"text": "ore", "authority_weight": 0.1, "provenance_entropy": 1.0}'
 WRONG_LINES = {
-    "no JSON": ('{"text": ', "invalid JSON at column"),
+    "no JSON": ('{"text": ', "invalid JSON: expecting value"),
     "no object": ("[1]", "a list, not a JSON object"),
     "not a string": ('{"text": 3, "authority_weight": 0.1, "provenance_entropy": 1}', "text: a number"),
     "no weight": ('{"text": "a", "provenance_entropy": 1}', "authority_weight: missing"),
@@ -139,7 +139,7 @@ def test_a_wrong_record_is_one_line_and_the_next_attempt_works(
     output = distrust(*command)
     assert output.code == 1
     assert output.err.splitlines() == [
-        f"distrust: {data}: 1 of 12 records are wrong",
+        f"distrust: {data}: 1 of 12 records is wrong",
         *[text for text in output.err.splitlines() if text.startswith(f"{data}:12: ")],
     ]
     assert message in output.err
@@ -317,3 +317,18 @@ def test_an_evaluation_set_chooses_the_best(distrust, folder, tmp_path):
     ]
     for row in json.loads(distrust("ls", tmp_path / "run", "--json").out):
         assert {"loss", "eval_loss"} <= set(row["metrics"])
+
+
+def test_another_model_than_the_bundled_one_needs_data(distrust, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.toml").write_text(f"model = {json.dumps(str(folder / 'model'))}\n")
+    for options in (["--model", folder / "model"], ["--config", "run.toml"]):
+        output = distrust("train", *options, "--out", "run")
+        message = f"distrust: --model {folder / 'model'}: give the examples to train it on with --data; "
+        assert (output.code, output.out, output.err.count("\n")) == (2, "", 1)
+        assert output.err.startswith(message)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.toml"]
+    named = ["--data", "bundled", "--max-steps", 1, "--max-length", 16, "--batch-size", 1]
+    output = distrust("train", "--model", folder / "model", *named)
+    assert output.code == 0
+    assert f"model {folder / 'model'}, data bundled\n" in output.out

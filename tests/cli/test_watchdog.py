@@ -22,6 +22,9 @@ watchdog.GRACE_SECONDS, watchdog.SLOW_SECONDS, watchdog._POLL_SECONDS = 0.3, 0.1
 
 class Tokenizer(ToyTokenizer):
     chat_template = "{% for a in range(4000) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    if kind == "record":  # only one of them
+        chat_template = "{% if messages[0].content == 'slow' %}" + chat_template + "{% endif %}"
+        chat_template += "{% for m in messages %}{{ m.content }};{% endfor %}"
 
     def encode(self, text, *, add_special_tokens):
         if kind != "normalizer" or not text:
@@ -31,9 +34,9 @@ class Tokenizer(ToyTokenizer):
         core.normalizer = normalizers.Sequence([normalizers.Replace("a", "aa")] * 25)
         return core.encode_batch([text])[0].ids
 
-    def apply_chat_template(self, conversation, *, tokenize, add_generation_prompt):
+    def apply_chat_template(self, conversation, *, tokenize, add_generation_prompt, **options):
         from jinja2.sandbox import ImmutableSandboxedEnvironment
-        return ImmutableSandboxedEnvironment().from_string(self.chat_template).render()
+        return ImmutableSandboxedEnvironment().from_string(self.chat_template).render(messages=conversation)
 
 class Engine(ToyEngine):
     def __init__(self):
@@ -57,12 +60,18 @@ sys.exit(main(["train", "--data", data, "--out", out, *options]))
 def start(tmp_path, start_python):
     """Starts a run of the toy, whose model or steps are of some kind."""
     data = tmp_path / "data.jsonl"
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+    def turns(question: str) -> list[dict[str, str]]:
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": "b"}]
+
     provenance = {"authority_weight": 0.5, "provenance_entropy": 1.0}
 
     def start(kind: str) -> subprocess.Popen[str]:
-        content = {"messages": turns} if kind == "template" else {"text": "a b a"}
-        data.write_text(f"{json.dumps({**provenance, **content})}\n" * 3)
+        is_chat = kind in ("template", "record")
+        contents = [
+            {"messages": turns(word)} if is_chat else {"text": "a b a"} for word in ("a", "slow", "b")
+        ]
+        data.write_text("".join(f"{json.dumps({**provenance, **content})}\n" for content in contents))
         return start_python(COMMAND, kind, data, tmp_path / "run")
 
     return start
@@ -71,16 +80,18 @@ def start(tmp_path, start_python):
 @pytest.mark.parametrize(
     ("kind", "location", "number"),
     [
-        ("template", "data.jsonl:1", signal.SIGTERM),
-        ("normalizer", "data.jsonl:1 to {}data.jsonl:3", signal.SIGINT),
+        ("template", "the chat template", signal.SIGTERM),  # before any record: its ends are looked for
+        ("record", "{0}data.jsonl:2", signal.SIGTERM),
+        ("normalizer", "{0}data.jsonl:1 to {0}data.jsonl:3", signal.SIGINT),
     ],
 )
-def test_a_model_that_does_not_end_names_the_record_and_ends_by_a_signal(
-    start, tmp_path, kind, location, number
-):
+def test_a_model_that_does_not_end_names_where_and_ends_by_a_signal(start, tmp_path, kind, location, number):
     process = start(kind)
-    location = f"{tmp_path}/{location.format(f'{tmp_path}/')}"
-    assert process.stderr.readline().startswith(f"distrust: still at {location}, for ")
+    location = location.format(f"{tmp_path}/")
+    line = process.stderr.readline()
+    while line.startswith("distrust: still at the chat template") and "template" not in location:
+        line = process.stderr.readline()  # its probes take long on a busy machine
+    assert line.startswith(f"distrust: still at {location}, for ")
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number

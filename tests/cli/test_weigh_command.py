@@ -315,7 +315,7 @@ def test_all_errors_are_reported_at_once_and_nothing_is_written(distrust, table,
         ["4", "citation_count"],
         ["4", "evidence[2].share"],
         ["5", "authority_weight"],
-        ["6", "invalid JSON at column 2"],
+        ["6", "invalid JSON"],
     ]
     assert not out.exists()
     assert not figure.exists()

@@ -21,6 +21,7 @@ from distrust.errors import ConfigError, DistrustError, DistrustWarning, Missing
 COMMANDS = {
     "demo": "train the bundled model twice and show what the weighting changes",
     "train": "train a model, or resume a run",
+    "preview": "show what of the data is trained: rendered text, tokens, weight",
     "weigh": "compute or check the provenance of data, and show its weights",
     "generate": "generate text with a trained model",
     "eval": "evaluate a trained model on data, by source class",
@@ -35,7 +36,7 @@ COMMANDS = {
     "report": "write an HTML page about a run: state, figures, provenance, checkpoints, options",
 }
 #: These may be inside native code for long. The others read checkpoints, whose parsers are bounded.
-_READS_DATA_OR_MODELS = ("demo", "train", "weigh", "generate", "eval", "export", "convert")
+_READS_DATA_OR_MODELS = ("demo", "train", "preview", "weigh", "generate", "eval", "export", "convert")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

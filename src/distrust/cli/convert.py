@@ -6,12 +6,12 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
 
 from distrust.checkpoint import CheckpointManager
 from distrust.checkpoint.catalog import RUN_SUBDIRECTORY
 from distrust.cli.arguments import parser, print_json
-from distrust.config import TrainConfig, flag, key
+from distrust.config import TrainConfig, key
+from distrust.config_text import to_words
 from distrust.engines.state_conversion import target_modules
 from distrust.errors import printable
 from distrust.importers.convert import ConvertedCheckpoint, convert, target_directory
@@ -90,19 +90,7 @@ def _resume_command(directory: Path) -> Iterator[str]:
     for option in fields(TrainConfig):
         value = proven.get(key(option.name), option.default)
         if option.metadata["effect"] == "result" and value != option.default:
-            yield from _to_words(flag(option.name), value)
-
-
-def _to_words(name: str, value: Any) -> list[str]:
-    """An option as typed on the command line."""
-    if type(value) is bool:
-        return [name if value else name.replace("--", "--no-", 1)]
-    return [name, *map(_to_word, value if type(value) in (list, tuple) else [value])]
-
-
-def _to_word(value: Any) -> str:
-    # The short form only if it is exact.
-    return f"{value:g}" if type(value) is float and float(f"{value:g}") == value else str(value)
+            yield from to_words(option.name, value)
 
 
 def _line(result: ConvertedCheckpoint) -> str:

@@ -79,7 +79,8 @@ def _introduce_data(config: TrainConfig) -> None:
 
 def _print(metrics: dict[str, float]) -> None:
     print(f"{metrics['examples']:,} examples, {metrics['tokens']:,} trained tokens")
-    rows = [("all", "loss"), ("weighted", "weighted_loss")]
+    rows = [("all", "loss")]
+    rows += [("weighted", "weighted_loss")] if "eval_weighted_loss" in metrics else []
     classes = [name.removeprefix("eval_loss/") for name in metrics if name.startswith("eval_loss/")]
     rows += [(printable(name), f"loss/{name}") for name in classes]
     width = max(len(label) for label, _ in rows)  # names of classes vary
@@ -92,8 +93,8 @@ def _print(metrics: dict[str, float]) -> None:
 def _options(arguments: list[str]) -> argparse.Namespace:
     arg = parser(
         "eval",
-        description="Prints cross-entropy in nats per token, plain and weighted by provenance, and "
-        "perplexity, in total and by source class. Columns have the names that the run used.",
+        description="Prints cross-entropy in nats per token, plain and, if the run is weighted, weighted by "
+        "provenance, and perplexity, in total and by source class. Columns have the names that the run used.",
         examples=[
             "distrust eval runs/train --data held-out.jsonl",
             "distrust eval runs/train --data held-out.jsonl --best --compare",

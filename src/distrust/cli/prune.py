@@ -11,7 +11,7 @@ from typing import NamedTuple, get_args
 from distrust.checkpoint import CheckpointManager, DamagedFile, catalog
 from distrust.checkpoint.retention import MetricMode
 from distrust.cli.arguments import parser, print_json
-from distrust.errors import CheckpointError, ConfigError, DamagedCheckpointWarning, DistrustWarning, printable
+from distrust.errors import CheckpointError, ConfigError, DamagedCheckpointWarning, printable, warn
 from distrust.paths import refuse_links
 from distrust.reporting.display import pluralize, size
 
@@ -56,11 +56,7 @@ def main(arguments: list[str]) -> int:
             raise
         if removal.files and len(removal.files) == len(removal.sizes):  # none is left
             verb = "would be" if options.dry_run else "is"
-            warnings.warn(
-                f"{directory}: no checkpoint {verb} left: the same training would start from the beginning",
-                DistrustWarning,
-                stacklevel=1,
-            )
+            warn(f"{directory}: no checkpoint {verb} left: the same training would start from the beginning")
     removal.print_total(if_empty=True)
     return 0
 

@@ -38,7 +38,7 @@ from the computed values."""
 
 _NAME: dict[str, Any] = {"metavar": "NAME"}
 _OPTIONS_OF_TRAIN: dict[str, dict[str, Any]] = {
-    "weighting": {"choices": get_args(Weighting), "help": f"default: {TrainConfig.weighting}"},
+    "weighting": {"choices": get_args(Weighting), "default": "monotone", "help": "default: %(default)s"},
     "alpha": {"type": float, "metavar": "A", "help": f"default: {ALPHA}"},
     "lambda_": {"type": float, "metavar": "L", "help": f"default: {LAMBDA}"},
     "max_ratio": {"type": float, "metavar": "R", "help": "default: no limit"},
@@ -159,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--json", action="store_true", help="print one JSON object")
     group = arg.add_argument_group("as for distrust train")
     for name, details in _OPTIONS_OF_TRAIN.items():
-        group.add_argument(flag(name), dest=name, default=getattr(TrainConfig, name), **details)
+        group.add_argument(flag(name), dest=name, **{"default": getattr(TrainConfig, name), **details})
     return arg
 
 

@@ -10,16 +10,15 @@ import os
 import re
 import secrets
 import time
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from distrust.atomic import atomic_file
 from distrust.checkpoint.files import open_regular_file
-from distrust.config import STEP_METRICS, TrainConfig, key
-from distrust.errors import ConfigError, DistrustError, DistrustWarning, ErrorTranslator, MissingDependency
+from distrust.config import TrainConfig, key
+from distrust.errors import ConfigError, DistrustError, ErrorTranslator, MissingDependency, warn
 from distrust.reporting.metrics import MetricsWriter
 from distrust.training.events import (
     CheckpointStarted,
@@ -74,13 +73,11 @@ class Dispensable:
         except Exception as error:  # any: the library is not ours
             self._observer = None
             reason = " ".join(str(error).split()) or type(error).__name__
-            warnings.warn(
-                f"{self._name} failed and gets no more events: {reason}", DistrustWarning, stacklevel=2
-            )
+            warn(f"{self._name} failed and gets no more events: {reason}")
 
 
-def scalars_of(event: StepEnded | Evaluated) -> dict[str, float]:
-    """The values of an event by ``group/name``.
+def scalars_of(event: StepEnded | Evaluated, step_metrics: Sequence[str]) -> dict[str, float]:
+    """The values of an event by ``group/name``; of a step, those of its ``step_metrics``.
 
     ``train/loss``, ``train/learning_rate`` and so on; ``eval/loss``, ``eval/loss/CLASS``;
     ``speed/tokens_per_second``, ``speed/stall_seconds``, ``memory/gib``.
@@ -88,7 +85,7 @@ def scalars_of(event: StepEnded | Evaluated) -> dict[str, float]:
     if isinstance(event, Evaluated):
         return {f"eval/{name.removeprefix('eval_')}": value for name, value in event.metrics.items()}
     return {
-        **{f"{TRAINING}{name}": getattr(event, name) for name in STEP_METRICS},
+        **{f"{TRAINING}{name}": getattr(event, name) for name in step_metrics},
         "speed/tokens_per_second": event.tokens / event.seconds,
         "speed/stall_seconds": event.stall_seconds,
         "memory/gib": event.memory_bytes / 2**30,
@@ -116,6 +113,7 @@ class TensorBoardWriter:
         """Log an event."""
         match event:
             case RunStarted():
+                self._step_metrics = event.step_metrics
                 self._file = self._writer(str(event.out / FOLDER))
                 start = self._session(status=self._session.START)  # hides later steps
                 self._add(event.step + 1 if event.step else 0, session_log=start)
@@ -127,7 +125,7 @@ class TensorBoardWriter:
                 self._file.close()
                 self._file = None
             case StepEnded() | Evaluated():
-                values = scalars_of(event).items()
+                values = scalars_of(event, self._step_metrics).items()
                 entries = [self._value(tag=tag, simple_value=value) for tag, value in values]
                 self._add(event.step, summary=self._summary(value=entries))
 
@@ -164,9 +162,10 @@ class WandbWriter:
                 self._run.finish(exit_code=0 if event.finished else 1)  # 1 marks a stopped run
                 self._run = None
             case StepEnded() | Evaluated() if event.step >= self._next_step:  # it ignores steps out of order
-                self._run.log(scalars_of(event), step=event.step)
+                self._run.log(scalars_of(event, self._step_metrics), step=event.step)
 
     def _start(self, event: RunStarted) -> None:
+        self._step_metrics = event.step_metrics
         identity = _run_id(event.out)
         with _ignore_current_folder(self._wandb.Settings):
             self._run = self._wandb.init(
@@ -179,7 +178,7 @@ class WandbWriter:
             )
         self._next_step = self._run.starting_step  # the first that the server lacks
         for step in range(max(1, self._next_step), event.step + 1):
-            values = {f"{TRAINING}{name}": column[step - 1] for name, column in event.history.items()}
+            values = {f"{TRAINING}{name}": event.history[name][step - 1] for name in event.step_metrics}
             self._run.log(values, step=step)
             self._next_step = step + 1
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import io
 import os
-import warnings
 from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from distrust.atomic import atomic_file
-from distrust.errors import ConfigError, DistrustWarning, RunNotFound, WriteFailed
+from distrust.errors import ConfigError, RunNotFound, WriteFailed, warn
 from distrust.paths import refuse_links
 from distrust.reporting.display import NAME_CHARACTERS, one_line
 from distrust.reporting.panels import PANELS, Panel, require_panels
@@ -130,7 +129,7 @@ def select_panels(scene: PlottedRuns, panels: Sequence[str] = ()) -> list[str]:
     drawable = [name for name in panels or PANELS if has_data(name, scene)]
     for name in panels:
         if name not in drawable:
-            warnings.warn(f"--panels {name}: the runs have no data for it", DistrustWarning, stacklevel=3)
+            warn(f"--panels {name}: the runs have no data for it")
     if not drawable:
         path = scene.runs[0].run.path
         raise RunNotFound(f"{path}: nothing to draw: no step is known", path=path)

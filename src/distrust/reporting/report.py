@@ -10,6 +10,7 @@ that none clash, and colours become variables that the page sets for light and f
 from __future__ import annotations
 
 import re
+import shlex
 from importlib import resources
 from typing import Any
 from xml.etree import ElementTree
@@ -44,6 +45,7 @@ def page(run: RunData) -> str:
     return template.render(
         run=run,
         name=figures.distinct_names([run.path])[0],
+        resume=shlex.join(["distrust", "train", "--resume", str(run.path)]),
         state=state,
         sentence=sentence,
         facts=summary.facts(run),

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import warnings
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,9 +30,9 @@ from distrust.errors import (
     CheckpointNotFound,
     CorruptCheckpoint,
     DataError,
-    DistrustWarning,
     ErrorTranslator,
     RunNotFound,
+    warn,
 )
 from distrust.reporting import json_fields
 from distrust.reporting.metrics import MAX_LINE_BYTES, METRICS, PROVENANCE, STEP_FIELDS, WEIGHTING
@@ -85,7 +84,7 @@ class RunData:
     path: Path  # as the caller gave it
     steps: Steps
     evaluations: Sequence[Evaluation] = ()  # in ascending order of steps
-    provenance: Provenance | None = None  # None for runs that did not write it
+    provenance: Provenance | None = None  # None for runs that are not weighted, or did not write it
     checkpoints: Scan = field(default_factory=lambda: Scan((), ()))  # intact and damaged ones
     from_history: bool = False  # whether the steps come from a checkpoint, without metrics.jsonl
 
@@ -215,7 +214,7 @@ def _history(checkpoints: Scan) -> Steps:
             history = manager.load(file.path, mmap=True, verify="lazy").history
             columns = {name: np.array(history[name], np.float64) for name in COLUMNS if name in history}
         except (CorruptCheckpoint, CheckpointNotFound) as error:
-            warnings.warn(f"its history is not shown: {error}", DistrustWarning, stacklevel=2)
+            warn(f"its history is not shown: {error}")
             continue
         except (TypeError, ValueError):
             columns = {}  # a checkpoint of another program
@@ -252,7 +251,10 @@ def _read_provenance(path: Path) -> Provenance | None:
             raise ValueError(f"more than {MAX_LINE_BYTES:,} bytes")
         record = json_fields.parse_object(text)
         options = {name: json_fields.scalar(record, name) for name in map(key, WEIGHTING)}
-        return Provenance(options, _distribution(record))
+        weights = _distribution(record)
+        # Earlier versions described equal weights, too.
+        unweighted = options["weighting"] == "off" and len(weights.counts) == 1
+        return None if unweighted else Provenance(options, weights)
     except json_fields.FIELD_ERRORS as error:
         raise json_fields.field_error(str(path), error) from None
 

@@ -12,7 +12,7 @@ import numpy as np
 from distrust.checkpoint import CheckpointFile
 from distrust.checkpoint.checkpoint import MAX_STEP
 from distrust.checkpoint.retention import Candidate, Retention, rank_by_metric
-from distrust.config import TrainConfig, key
+from distrust.config import WEIGHT_OPTIONS, TrainConfig, key
 from distrust.reporting.display import TABLE_NAME_CHARACTERS, class_name, duration, number, words
 from distrust.reporting.panels import classes_by_share
 from distrust.reporting.run_reader import RunData
@@ -210,11 +210,13 @@ def evaluations_by_class(run: RunData) -> tuple[list[str], list[Row]]:
 
 
 def options(run: RunData) -> list[Fact]:
-    """Every option of the run, in the order of the reference; then those that this version does not know.
+    """The options of the run, in the order of the reference; then those that this version does not know.
 
     The detail of an option that differs from its default is the default.
     """
     saved = _record(run).options
+    hidden = WEIGHT_OPTIONS if saved.get("weighting") == "off" else ()
+    saved = {name: value for name, value in saved.items() if name not in hidden}
     defaults = {key(field.name): field.default for field in fields(TrainConfig)}
     rows = []
     for name in [name for name in defaults if name in saved]:
