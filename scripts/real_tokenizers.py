@@ -93,10 +93,10 @@ def install(source: Source, folder: Path, archives: Path | None = None) -> Path:
         if archives is None:
             archives = Path(temporary)
             download(source, archives)
-        contents_by_name = sorted(archives.glob(source.archive))
-        if not contents_by_name:
+        paths = sorted(archives.glob(source.archive))
+        if not paths:
             raise NotInstalled(f"{archives} has no {source.archive}")
-        files = read_members(contents_by_name[-1], source.members)
+        files = read_members(paths[-1], source.members)
     if source.config is not None:
         files[CONFIG] = json.dumps(source.config, indent=2).encode()
     for name, raw in files.items():

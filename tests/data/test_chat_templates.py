@@ -110,7 +110,7 @@ def refused_and_trained(conversations: list[Conversation], tokenizer) -> tuple[s
 
 def examples(corpus: Corpus, tokenizer) -> Iterator[list[Printed]]:
     """For each example, its sequences as text, with the trained stretches."""
-    offsets = corpus.offsets if corpus.sequence_offsets is None else corpus.sequence_offsets
+    offsets = corpus.bounds
     for first, last in pairwise(corpus.offsets):
         bounds = offsets[(offsets >= first) & (offsets <= last)]
         sequences = []

@@ -204,7 +204,7 @@ IGNORES_ANSWERS = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% 
 def sequences(content, tokenizer, **options):
     """Each sequence of an example as text, with its trained stretches in brackets."""
     corpus = tokenize([record(content)], tokenizer, **{"max_length": 1000, **options})
-    offsets = corpus.offsets if corpus.sequence_offsets is None else corpus.sequence_offsets
+    offsets = corpus.bounds
     texts = []
     for begin, end in pairwise(offsets.tolist()):
         ids, mask = corpus.input_ids[begin:end], corpus.loss_mask[begin:end]

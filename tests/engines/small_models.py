@@ -14,7 +14,7 @@ from distrust.engines.torch.adapter import add_adapter
 
 WINDOW = 4  # of the models with a sliding window; examples are longer
 
-_SIZES: dict[str, Any] = {
+SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -60,7 +60,7 @@ def small_model(kind: str, *, dtype: torch.dtype = torch.float32) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     family = kind.split(",")[0]
-    sizes = _GPT2 if family == "gpt2" else {**_SIZES, **_FAMILY_SIZES.get(kind, {})}
+    sizes = _GPT2 if family == "gpt2" else {**SIZES, **_FAMILY_SIZES.get(kind, {})}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes))

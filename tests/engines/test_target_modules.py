@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from small_models import SIZES
 from test_conformance import ENGINES
 
 from distrust import TrainConfig
@@ -25,18 +26,6 @@ from distrust.testing.models import make_model
 
 either = pytest.mark.parametrize("engine", ENGINES[1:])
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 259,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 2,
-}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama4_text": {"num_local_experts": 2, "intermediate_size_mlp": 48, "head_dim": 8},
@@ -76,7 +65,7 @@ def model_of(tmp_path_factory):
             folders[family] = Path(shutil.copytree(tokenizer, tmp_path_factory.mktemp("models") / family))
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                config = AutoConfig.for_model(family, **{**SIZES, **FAMILIES[family]})
+                config = AutoConfig.for_model(family, **{**SIZES, "vocab_size": 259, **FAMILIES[family]})
                 AutoModelForCausalLM.from_config(config).save_pretrained(folders[family])
         return folders[family]
 

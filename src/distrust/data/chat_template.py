@@ -77,6 +77,8 @@ class ChatTemplate:
     def __init__(self, tokenizer: Tokenizer, *, today: date) -> None:
         self._tokenizer = cast(Any, tokenizer)
         self._today, self._has_warned = today, False
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        self._added = {number: str(token) for number, token in added.items() if str(token).strip()}
         previous, current.location = current.location, "the chat template"  # it may run for long
         # Whether it reads contents as lists of parts, and the arguments of calls as JSON text: the simplest
         # form of those that print most.
@@ -87,9 +89,8 @@ class ChatTemplate:
         ends = [str(self._tokenizer.decode([number])) for number in self.ends.ids]
         #: The texts of the tokens that end a turn, or all.
         self.end_texts = tuple(dict.fromkeys(filter(None, (*ends, eos))))
-        added = getattr(tokenizer, "added_tokens_decoder", {}).values()
         #: The texts of all tokens that may end a turn: some templates end earlier turns in another way.
-        self.mark_texts = (*self.end_texts, *(str(token) for token in added if str(token).strip()))
+        self.mark_texts = (*self.end_texts, *self._added.values())
         self._special = sorted(filter(None, (*self.end_texts, bos)))
 
     def render(
@@ -113,7 +114,7 @@ class ChatTemplate:
     ) -> tuple[str, list[tuple[int, int]]]:
         """Some turns, and the characters that the template itself marks as generated, if it has marks."""
         options = self._options(conversation)
-        if not _GENERATION_MARK.search(options["chat_template"]):
+        if not _has_marks(options["chat_template"]):
             return "", []
         from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -214,9 +215,7 @@ class ChatTemplate:
 
     def _marks(self, text: str | None) -> list[int]:
         """The ids of the marks in a text."""
-        added = getattr(self._tokenizer, "added_tokens_decoder", {})
-        marks = {number for number, token in added.items() if str(token).strip()}
-        marks = marks - {self._tokenizer.bos_token_id} | {self._tokenizer.eos_token_id}
+        marks = self._added.keys() - {self._tokenizer.bos_token_id} | {self._tokenizer.eos_token_id}
         return [
             number
             for number in self._tokenizer.encode(text or "", add_special_tokens=False)
@@ -247,6 +246,11 @@ class ChatTemplate:
             if has_json and "tool_calls" in message.fields:
                 turns[-1]["tool_calls"] = list(map(_with_json, message.fields["tool_calls"]))
         return turns
+
+
+@cache
+def _has_marks(template: str) -> bool:
+    return _GENERATION_MARK.search(template) is not None  # cached: a template is long, and each record asks
 
 
 @cache

@@ -51,12 +51,12 @@ def read_some(
         DataError: a source cannot be read, or has no record with the number ``first``.
     """
     rows = chain.from_iterable(map(reader.rows, reader.sources))
-    starts = sum(1 for _ in islice(rows, first - 1))
+    skipped = sum(1 for _ in islice(rows, first - 1))
     some, columns = list(islice(rows, count)), SeenColumns(reader.columns)
-    if not some and not starts:
+    if not some and not skipped:
         raise DataError(f"{reader.name}: contains no records; give at least one")
     if not some:
-        raise DataError(f"{reader.name}: there is no record {first}; the last one is {starts}")
+        raise DataError(f"{reader.name}: there is no record {first}; the last one is {skipped}")
     for _, fields, record in some:
         columns.add(fields, record)
     for part in (part for source in reader.sources for part in source.parts):
@@ -127,5 +127,5 @@ def _spans(mask: NDArray[np.bool_], ids: list[int], text: str, tokenizer: Tokeni
     """The characters of the tokens in a mask."""
     edges = np.flatnonzero(np.diff(mask, prepend=False, append=False)).tolist()
     # Where tokens end within a character, their text differs from there on.
-    starts = [common_length(part, text) for part in _texts(tokenizer, [ids[:edge] for edge in edges])]
-    return tuple((begin, end) for begin, end in zip(starts[::2], starts[1::2], strict=True) if begin < end)
+    bounds = [common_length(part, text) for part in _texts(tokenizer, [ids[:edge] for edge in edges])]
+    return tuple((begin, end) for begin, end in zip(bounds[::2], bounds[1::2], strict=True) if begin < end)

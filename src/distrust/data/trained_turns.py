@@ -69,11 +69,11 @@ def _by_marks(conversation: Conversation, template: ChatTemplate, trained: list[
         return []
     _require_instructions(messages[: trained[-1]], text)
     for index in trained:
-        history_turns, through = (
+        first, behind = (
             len(template.render_with_marks(conversation, messages[:end])[1]) if end else 0
             for end in (index, index + 1)
         )
-        turn_marks = marks[history_turns:through]  # those that the rendering of the turn adds
+        turn_marks = marks[first:behind]  # those that the rendering of the turn adds
         end = _end_of_turn(text, turn_marks[-1][1], template) if turn_marks else None
         if end is None or _missing(messages[index], "".join(text[slice(*mark)] for mark in turn_marks)):
             return []
@@ -86,7 +86,7 @@ def _end_of_turn(text: str, end: int, template: ChatTemplate) -> int | None:
     """The end of a mark, moved over the token that ends the turn; None if there is none."""
     if text[:end].rstrip().endswith(template.mark_texts):
         return end
-    behind = end + len(text[end:]) - len(text[end:].lstrip())
+    behind = len(text) - len(text[end:].lstrip())
     return next((behind + len(mark) for mark in template.end_texts if text.startswith(mark, behind)), None)
 
 

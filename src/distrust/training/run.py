@@ -68,8 +68,9 @@ class Run:
             self._follow_moved_start(record)
             self.config, self._differences = resume.merge_saved_options(self.config, record)
         elif self.config.from_ is not None:
-            option, (self.config, start) = self.config, self.read_start(self.config)
-            inherited = self.config.non_default().items() - option.non_default().items()
+            requested = self.config.non_default().items()
+            self.config, start = self.read_start(self.config)
+            inherited = self.config.non_default().items() - requested
             words = shlex.join(word for name, value in sorted(inherited) for word in to_words(name, value))
             self._events.emit(Preparing(f"starting from {self.config.from_}{f': {words}' if words else ''}"))
         if not self._differences:  # else they are reported, with those of the content
