@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 from distrust.checkpoint import foreign
 
 if TYPE_CHECKING:
-    from distrust.checkpoint import Checkpoint, CheckpointManager, PendingSave
+    from distrust.checkpoint import (
+        Checkpoint,
+        CheckpointManager,
+        PendingSave,
+        load_file,
+        save_file,
+        save_file_async,
+        verify_file,
+    )
     from distrust.checkpoint.foreign import ForeignReader
     from distrust.config import TrainConfig
     from distrust.errors import (  # isort: skip
@@ -37,7 +45,11 @@ _MODULES = {
     "RunEnded": "distrust.training.events",
     "RunState": "distrust.training.progress",
     "TrainConfig": "distrust.config",
+    "load_file": "distrust.checkpoint",
     "preview": "distrust.previews",
+    "save_file": "distrust.checkpoint",
+    "save_file_async": "distrust.checkpoint",
+    "verify_file": "distrust.checkpoint",
 }
 
 __all__ = [
@@ -46,7 +58,8 @@ __all__ = [
     "DamagedCheckpointWarning", "DataError", "DistrustError", "DistrustTrainer", "DistrustWarning",
     "ExportFailed", "MissingDependency", "ModelError", "NoIntactCheckpoint", "NonFiniteLoss",
     "OutOfMemory", "PendingSave", "ResumeRefused", "RunEnded", "RunInProgress", "RunNotFound", "RunState",
-    "SaveFailed", "TrainConfig", "UnsupportedState", "UnsupportedVersion", "WriteFailed", "preview",
+    "SaveFailed", "TrainConfig", "UnsupportedState", "UnsupportedVersion", "WriteFailed", "load_file",
+    "preview", "save_file", "save_file_async", "verify_file",
 ]  # fmt: skip
 
 

@@ -107,7 +107,10 @@ def does_not_check_the_owner_of_the_directory(monkeypatch):
 
 def lets_system_errors_escape(monkeypatch):
     monkeypatch.setattr(AtomicCheckpointFile, "_save_errors", lambda file: contextlib.nullcontext())
-    monkeypatch.setattr("distrust.checkpoint.writer._save_errors", lambda path: contextlib.nullcontext())
+    for module in ("file_writer", "writer"):
+        monkeypatch.setattr(
+            f"distrust.checkpoint.{module}.save_errors", lambda path: contextlib.nullcontext()
+        )
 
 
 def omits_the_bytes(monkeypatch):

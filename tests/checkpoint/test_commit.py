@@ -329,7 +329,8 @@ def fork():
 original, children = fcntl.flock, []
 
 def fork_then_lock(descriptor, operation):
-    children.append(fork())
+    if not children:  # the first is the directory's; new files are locked, too
+        children.append(fork())
     original(descriptor, operation)
 
 if sys.argv[2] == "while it takes the lock":

@@ -445,3 +445,16 @@ def test_a_directory_contains_what_the_rules_keep_after_every_save(
                 f"{step}-final" if existing[step].final else f"{step}" for step in sorted(existing)
             ]
         shutil.rmtree(manager.directory)
+
+
+def test_a_pinned_step_stays_until_another_is_pinned(make):
+    manager = make(keep_last=1, keep_best=0)
+    manager.pin(2)
+    for step in range(1, 5):
+        manager.save(state(step))
+    assert manager.list_checkpoints() == [2, 4]
+    manager.pin(4)
+    manager.save(state(5))
+    assert manager.list_checkpoints() == [4, 5]
+    manager.pin(None)
+    assert manager.cleanup() == [4]

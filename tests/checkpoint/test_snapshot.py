@@ -11,7 +11,7 @@ import pytest
 from states import as_tensor
 
 from distrust import Checkpoint, CheckpointManager
-from distrust.checkpoint import arrays, memory, snapshot, stream_writer, writer
+from distrust.checkpoint import arrays, file_writer, memory, snapshot, stream_writer
 from distrust.checkpoint.disk import Disk
 from distrust.errors import DistrustWarning
 
@@ -94,7 +94,7 @@ class Training:
 @pytest.mark.usefixtures("write_path")
 def test_without_overlap_the_caller_may_modify_everything_at_once(manager, gate):
     training = Training()
-    writing = gate(writer, "AtomicCheckpointFile")
+    writing = gate(file_writer, "AtomicCheckpointFile")
 
     pending = manager.save_async(training.checkpoint)
     pending.wait_copied()
@@ -108,7 +108,7 @@ def test_without_overlap_the_caller_may_modify_everything_at_once(manager, gate)
 @pytest.mark.usefixtures("write_path")
 def test_with_overlap_the_caller_may_modify_weights_after_wait_copied(manager, gate):
     training = Training()
-    copying, writing = gate(arrays, "fill"), gate(writer, "AtomicCheckpointFile")
+    copying, writing = gate(arrays, "fill"), gate(file_writer, "AtomicCheckpointFile")
 
     pending = manager.save_async(training.checkpoint, overlap=True)
     training.modify("rng", "history")

@@ -14,17 +14,26 @@ if TYPE_CHECKING:
     from distrust.checkpoint.checkpoint import Checkpoint
     from distrust.checkpoint.checkpoint_file import CheckpointFile, DamagedFile, Scan
     from distrust.checkpoint.manager import CheckpointManager
+    from distrust.checkpoint.single_file import FileSaver, load_file, save_file, save_file_async, verify_file
 
 _MODULES = {
     "Checkpoint": "checkpoint",
     "CheckpointFile": "checkpoint_file",
     "CheckpointManager": "manager",
     "DamagedFile": "checkpoint_file",
+    "FileSaver": "single_file",
     "PendingSave": "background",
     "Scan": "checkpoint_file",
+    "load_file": "single_file",
+    "save_file": "single_file",
+    "save_file_async": "single_file",
+    "verify_file": "single_file",
 }
 
-__all__ = ["Checkpoint", "CheckpointFile", "CheckpointManager", "DamagedFile", "PendingSave", "Scan"]
+__all__ = [
+    "Checkpoint", "CheckpointFile", "CheckpointManager", "DamagedFile", "FileSaver", "PendingSave", "Scan",
+    "load_file", "save_file", "save_file_async", "verify_file",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

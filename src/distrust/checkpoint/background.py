@@ -1,4 +1,4 @@
-"""The background thread of a manager: one save at a time, and its errors.
+"""The background thread of a manager or of a FileSaver: one save at a time, and its errors.
 
 Each save has its own thread, and the next save waits for it. The thread is not a daemon, so a program waits
 for its save before it exits. An error that no call has raised by then is printed.
@@ -38,10 +38,14 @@ class PendingSave:
         return self._future.done()
 
     @property
+    def has_failed(self) -> bool:
+        """Whether the write has ended without success."""
+        return self.done and self._future.exception() is not None  # `done` first: exception() waits
+
+    @property
     def has_unreported_error(self) -> bool:
         """Whether it failed and no call has raised the error."""
-        # `done` first: exception() waits for the end.
-        return self.done and not self._error_raised and self._future.exception() is not None
+        return self.has_failed and not self._error_raised
 
     def add_done_callback(self, callback: Callable[[], None]) -> None:
         """Call ``callback`` when the write has ended, on its thread; at once if it already has."""

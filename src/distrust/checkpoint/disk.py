@@ -46,7 +46,10 @@ class Disk:
         os.pwrite(descriptor, text.encode(), 0)
 
     def create(self, path: Path) -> int:
-        """Create a new file and open it for writing, with direct I/O if its file system supports it."""
+        """Create a new file and open it for writing, with direct I/O if its file system supports it.
+
+        It is locked while it is open, so that others can tell it from the file of a dead writer.
+        """
         # O_EXCL and O_NOFOLLOW: never write into an existing file or through a link.
         flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
         try:
@@ -60,6 +63,8 @@ class Disk:
         if sys.platform == "darwin":
             with contextlib.suppress(OSError):
                 fcntl.fcntl(descriptor, fcntl.F_NOCACHE, 1)
+        with contextlib.suppress(OSError):  # not every file system has locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return descriptor
 
     def reserve(self, descriptor: int, size: int) -> None:

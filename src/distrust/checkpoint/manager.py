@@ -255,6 +255,13 @@ class CheckpointManager:
         with self._state.mutex, WarningCollector():
             return self._retainer.clean_up(rules)
 
+    def pin(self, step: int | None) -> None:
+        """Keep a step whatever the rules say, until another one is pinned; None pins nothing.
+
+        For a caller that chooses the best checkpoint by a rule of its own. Not recorded in the directory.
+        """
+        self._state.pinned = step
+
     def list_superseded(self) -> list[CheckpointFile]:
         """What :meth:`cleanup` would remove, by step. Needs no lock."""
         with self._state.mutex, WarningCollector():

@@ -2,41 +2,30 @@
 
 from __future__ import annotations
 
-import functools
-import os
-import threading
-import weakref
 from pathlib import Path
 
 from distrust.checkpoint import catalog
-from distrust.checkpoint.background import BackgroundWriter
 from distrust.checkpoint.checkpoint_file import CheckpointFile, Scan
 from distrust.checkpoint.disk import Disk
+from distrust.checkpoint.file_writer import SaveState
 from distrust.checkpoint.lock import DirectoryLock
-from distrust.checkpoint.memory import ReusableMemory
-from distrust.checkpoint.snapshot import Snapshot
 
 
-class ManagerState:
+class ManagerState(SaveState):
     """Shared by a manager's reader, writer, retainer and clones."""
 
     def __init__(self, directory: Path, disk: Disk) -> None:
         self.directory = directory
-        self.disk = disk
-        self.reset()
-        _reset_after_fork().add(self)
+        super().__init__(disk)
 
     def reset(self) -> None:
         """Start without lock, thread and knowledge: initially, and in a forked child."""
+        super().reset()
         self.lock = DirectoryLock(self.directory, self.disk)
-        self.background = BackgroundWriter()
-        self.snapshot = Snapshot()
-        self.block_buffer = ReusableMemory()
-        # Every operation that writes holds it, so that clones in several threads wait for each other.
-        self.mutex = threading.RLock()  # reentrant: close() may release under it
         self.intact: set[tuple[str, str]] = set()  # identities of files that this process wrote or verified
         self.damaged: set[tuple[str, str]] = set()  # identities of files that did not verify
         self.resumed_from: CheckpointFile | None = None  # loaded last; kept until a newer one is saved
+        self.pinned: int | None = None  # the step that the caller wants to keep
         self._scan_cache: catalog.ScanCache = {}  # headers, so that listing again reads only new files
         self._closing = False
 
@@ -76,20 +65,5 @@ class ManagerState:
     def _release(self) -> None:
         with self.mutex:
             if self._closing and self.background.idle:  # not if a save began meanwhile
-                self.snapshot.release()
-                self.block_buffer.release()
+                self.release_memory()
                 self.lock.release()  # last: until then no other writer may start
-
-
-@functools.cache
-def _reset_after_fork() -> weakref.WeakSet[ManagerState]:
-    """The states to reset in a forked child: neither the parent's lock nor its threads exist there."""
-    # The hook runs before any other thread of the child can exist, so no two threads reset the same state.
-    states: weakref.WeakSet[ManagerState] = weakref.WeakSet()  # must not keep dropped managers alive
-
-    def reset_all() -> None:
-        for state in list(states):
-            state.reset()
-
-    os.register_at_fork(after_in_child=reset_all)
-    return states

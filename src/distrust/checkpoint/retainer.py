@@ -97,7 +97,9 @@ class Retainer:
                 file
                 for file in files
                 # The run may have to resume again from the one that it resumed from.
-                if file.path not in {*paths_to_keep, saved} and file.identity != resumed_from
+                if file.path not in {*paths_to_keep, saved}
+                and file.identity != resumed_from
+                and file.step != state.pinned
             ]
             # Verify before relying on a file: those that displace others in a rule, the final checkpoint of a
             # step whose periodic one goes, and those to remove (a damaged one is left).

@@ -8,21 +8,25 @@ final name, either the previous file or the complete new one.
 - A failed fsync is never retried on the same file: the kernel may have dropped the pages that it could not
   write, and the second call would report success.
 - After a failed fsync of the directory the renamed file stays, and the error is raised.
-- There is one writer per directory: only the holder of its lock (``lock.py``) writes or removes.
+- There is one writer of a manager's directory: only the holder of its lock (``lock.py``) writes or removes.
+  A file that a caller named (``single_file.py``) has no such lock; its temporary file is locked itself.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
 import secrets
 import threading
+import time
 from pathlib import Path
 
 from distrust.checkpoint.disk import Disk
+from distrust.checkpoint.files import open_regular
 from distrust.checkpoint.parallel import WorkerPool
-from distrust.errors import CheckpointError, ErrorTranslator, SaveFailed
+from distrust.errors import CheckpointError, CorruptCheckpoint, ErrorTranslator, SaveFailed
 
 #: Threads, not asynchronous system calls: two that write most of the time keep a disk busy on every system.
 WRITES_IN_FLIGHT = 2
@@ -161,20 +165,34 @@ def errors_for_directory(directory: Path) -> ErrorTranslator:
     )
 
 
-def remove_stale_files(directory: Path, disk: Disk) -> None:
+def remove_stale_files(directory: Path, disk: Disk, *, name: str = "", min_age: float = 0.0) -> None:
     """Remove the temporary files of dead writers and failed saves.
 
-    The caller has the lock and no write in progress, so nobody uses them. What cannot be removed now is
-    left for the next call.
+    A living writer has its file locked (:meth:`Disk.create`): one that cannot be locked stays. What cannot be
+    removed now is left for the next call.
+
+    Args:
+        directory: is searched for temporary files of checkpoints.
+        disk: for the removal.
+        name: of another file whose temporary files count, too.
+        min_age: seconds since the last write. Without the directory's lock, a file may just have been
+            created, and not be locked yet.
     """
+    named = re.compile(rf"\.{re.escape(name)}\.[0-9a-f]{{16}}\.tmp", re.ASCII)
     try:
         with os.scandir(directory) as entries:
-            stale = [Path(entry.path) for entry in entries if _TEMPORARY_NAME.fullmatch(entry.name)]
+            stale = [
+                Path(entry.path)
+                for entry in entries
+                if _TEMPORARY_NAME.fullmatch(entry.name) or named.fullmatch(entry.name)
+            ]
     except OSError:
         return
     for path in stale:
-        with contextlib.suppress(OSError):
-            disk.unlink(path)
+        with contextlib.suppress(OSError, CorruptCheckpoint), open_regular(path) as (descriptor, status):
+            if time.time() - status.st_mtime >= min_age:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises if its writer lives
+                disk.unlink(path)
 
 
 def remove(paths: list[Path], disk: Disk) -> None:
