@@ -8,6 +8,7 @@ server: ``python -m campaigns.session MODULE:FUNCTION [IMPORT …]``
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -48,8 +49,9 @@ class Forks:
 
     def __init__(self, program: str, imports: Sequence[str] = (), *, name: str) -> None:
         self.name = name
-        # One thread of OpenBLAS: a fork would lose the others.
-        self.server = Child("campaigns.session", program, *imports, environment={"OPENBLAS_NUM_THREADS": "1"})
+        # No threads of OpenBLAS and of pyarrow's allocator: a fork would lose them.
+        no_threads = {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
+        self.server = Child("campaigns.session", program, *imports, environment=no_threads)
         self._fork: _Fork | None = None
         self.server.receive(HANG_SECONDS)  # "ready"
 
@@ -163,6 +165,7 @@ def serve_forks() -> int:
     tasks = "/proc/self/task"
     if os.path.isdir(tasks) and len(os.listdir(tasks)) > 1:
         sys.exit("importing started threads, which a fork would not have")
+    gc.freeze()  # a collection in a fork would copy the memory of every object
     print("ready", flush=True)
     for line in sys.stdin:
         order = json.loads(line)

@@ -43,6 +43,7 @@ EXCEPTIONS = {
     "speed": "the noun",
     "embed": "the verb",
     "reseed": "the verb",
+    "weighted": "a public name: as one says a weighted trainer",
 }
 
 
