@@ -23,7 +23,7 @@ _OLD_KEYS = {"begun_elsewhere": "imported_from", "not_taken_over": "dropped"}
 #: Keys of ``run`` that are not options; each is also a field.
 _RUN_KEYS = {
     "corpus", "environment", "elapsed_seconds", "evaluations",
-    "continues", "imported_from", "dropped", "converted_from", "model_is_folder",
+    "continues", "imported_from", "dropped", "converted_from", "model_is_folder", "integration",
 }  # fmt: skip
 #: Options that are taken from a checkpoint besides those that change the result. No other one: a checkpoint
 #: may be a stranger's, and must not choose where this machine writes, or how much of it is used.
@@ -52,6 +52,7 @@ class RunRecord:
     dropped: tuple[str, ...] = ()  # a line for each thing that the import did not keep
     model_is_folder: bool = False  # the model was a folder, so its name is never looked up on a hub
     converted_from: str = ""  # path of the file that was converted, relative to the checkpoint's folder
+    trained_by: str = ""  # the library whose loop saved it, by distrust.integrations; never saved by a run
     assumed: tuple[str, ...] = ()  # options that an imported checkpoint lacks, as flags; never saved
 
     @classmethod
@@ -84,6 +85,7 @@ class RunRecord:
             dropped=tuple(line for line in dropped if type(line) is str) if type(dropped) is list else (),
             converted_from=_text(extra.get("converted_from")),
             model_is_folder=extra.get("model_is_folder") is True,
+            trained_by=_text(_mapping(extra.get("integration")).get("program")),
         )
 
     def sections(self) -> dict[str, Any]:

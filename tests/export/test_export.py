@@ -10,6 +10,7 @@ import shutil
 import signal
 import stat
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -262,6 +263,15 @@ def test_another_base_model_is_refused(directory, run, tmp_path):
         export(run, tmp_path / "adapter", model=str(other_model))
     assert any("up_proj" in difference for difference in refused.value.differences)
     assert os.listdir(tmp_path) == ["other"]
+
+
+def test_a_rank_that_no_memory_holds(run, tmp_path):
+    """It is compared with the weights before anything is allocated."""
+    saved = CheckpointManager(run / "checkpoints").load_latest()
+    with CheckpointManager(tmp_path / "checkpoints") as manager:
+        manager.save(replace(saved, config={**saved.config, "lora_rank": 10**9}))
+    with pytest.raises(ResumeRefused, match="the adapter does not fit --model"):
+        export(tmp_path / "checkpoints", tmp_path / "adapter")
 
 
 def test_a_base_model_that_was_moved(directory, tmp_path):

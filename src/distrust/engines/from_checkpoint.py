@@ -167,7 +167,10 @@ def fingerprint_of(file: CheckpointFile, content: Literal["model", "data"]) -> s
             f"{file.path}: is imported, and its {unknown} is unknown; resume it with `distrust train`: the "
             "checkpoints that it saves record both"
         )
-    raise ResumeRefused(f"{file.path}: was not made by `distrust train`, so its {unknown} is unknown")
+    hint = ""
+    if record.trained_by == "transformers":
+        hint = "; `distrust convert --format trainer` makes a folder of transformers or peft from it"
+    raise ResumeRefused(f"{file.path}: was not made by `distrust train`, so its {unknown} is unknown{hint}")
 
 
 def base_model_errors(

@@ -47,7 +47,7 @@ _UNSUPPORTED_FILES = {
 #: Options that the optimizer's file proves.
 _OPTIMIZER_OPTIONS = ("adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay")
 #: Names of metrics in the Trainer's log -> ours.
-_METRICS = {"loss": "loss", "grad_norm": "gradient_norm", "learning_rate": "learning_rate"}
+METRICS = {"loss": "loss", "grad_norm": "gradient_norm", "learning_rate": "learning_rate"}
 _NOT_ADAMW = "not the state of AdamW in full precision (8-bit and other optimizers are not supported)"
 
 
@@ -204,7 +204,7 @@ def _read_log(
     state: Mapping[str, Any], step: int
 ) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, float]]:
     """History, float64[step] by metric (the loss is a mean since the previous line); metrics of the step."""
-    history = {column: np.full(step, np.nan) for column in _METRICS.values()}
+    history = {column: np.full(step, np.nan) for column in METRICS.values()}
     metrics: dict[str, float] = {}
     lines = state.get("log_history")
     for line in lines if type(lines) is list else []:
@@ -212,7 +212,7 @@ def _read_log(
         # The log is only for display: invalid lines are skipped, not refused.
         if type(line_step) is not int or not 1 <= line_step <= step:
             continue
-        for name, metric in (*_METRICS.items(), ("eval_loss", "eval_loss")):
+        for name, metric in (*METRICS.items(), ("eval_loss", "eval_loss")):
             value = line.get(name)
             if type(value) is float and metric in history:
                 history[metric][line_step - 1] = value

@@ -39,7 +39,7 @@ from distrust.training.data_sources import (
     warn_of_unmeasured_classes,
 )
 from distrust.training.evaluation import EvaluationSet, evaluation_set, example_weights, is_weighted
-from distrust.training.schedule import learning_rate, warmup
+from distrust.training.schedule import learning_rate_of, warmup
 
 #: Warn if the effective sample size is below this share of the examples.
 LOW_EFFECTIVE_SHARE = 0.1
@@ -67,15 +67,7 @@ class PreparedData:
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of an optimizer step, counted from 1."""
-        config = self.config
-        return learning_rate(
-            step,
-            peak=config.learning_rate,
-            warmup_steps=self.warmup_steps,
-            schedule=config.schedule,
-            schedule_steps=self.schedule_steps,
-            decay_ratio=config.decay_ratio,
-        )
+        return learning_rate_of(self.config, step, schedule_steps=self.schedule_steps)
 
     @property
     def step_metrics(self) -> tuple[str, ...]:

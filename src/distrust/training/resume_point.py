@@ -13,7 +13,7 @@ from distrust.checkpoint.catalog import RUN_SUBDIRECTORY, list_names
 from distrust.checkpoint.foreign import require_converted
 from distrust.config import EXAMPLES, TrainConfig, as_names
 from distrust.config_text import RUN_CONFIG, from_toml
-from distrust.errors import ConfigError, CorruptCheckpoint
+from distrust.errors import ConfigError, CorruptCheckpoint, quote_untrusted
 from distrust.run_record import RunRecord
 from distrust.training import imported
 from distrust.training.events import Reason
@@ -34,6 +34,9 @@ def require_startable(config: TrainConfig, manager: CheckpointManager) -> None:
     if not misplaced:
         return
     advice = f"resume from it by `distrust convert {out} --to RUN`, or give another --out"
+    files = CheckpointManager(out).scan().files
+    if files and (program := RunRecord.from_header(files[-1].header).trained_by):
+        advice = f"it is resumed by the script that trains with {quote_untrusted(program)}"
     if out.name == RUN_SUBDIRECTORY:
         advice = f"give --out {out.parent}"
     raise ConfigError(

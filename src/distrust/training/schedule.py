@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import math
 
-from distrust.config import Schedule
+from distrust.config import Schedule, TrainConfig
 
 
 def warmup(steps: int, ratio: float | None, *, schedule_steps: int) -> int:
     """Steps of the warm-up: ``steps``, or if ``ratio`` is given that share of the schedule, rounded up."""
     return steps if ratio is None else math.ceil(ratio * schedule_steps)
+
+
+def learning_rate_of(config: TrainConfig, step: int, *, schedule_steps: int) -> float:
+    """The learning rate of an optimizer step of a run, counted from 1."""
+    return learning_rate(
+        step,
+        peak=config.learning_rate,
+        warmup_steps=warmup(config.warmup_steps, config.warmup_ratio, schedule_steps=schedule_steps),
+        schedule=config.schedule,
+        schedule_steps=schedule_steps,
+        decay_ratio=config.decay_ratio,
+    )
 
 
 def learning_rate(

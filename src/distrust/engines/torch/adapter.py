@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Collection, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -50,8 +51,10 @@ def add_adapter(model: torch.nn.Module, config: TrainConfig) -> tuple[torch.nn.M
         use_dora=config.dora,
         task_type="CAUSAL_LM",
     )
+    # Otherwise peft would allocate whatever rank a config claims.
+    device: Any = torch.device("meta") if next(model.parameters()).is_meta else nullcontext()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), device:
             # peft calls transformers by a deprecated name: not the user's concern.
             warnings.simplefilter("ignore", FutureWarning)
             # peft corrects this option itself for layers that store transposed weights.

@@ -15,7 +15,6 @@ from distrust.checkpoint.memory import keep_freed_memory
 from distrust.config import TrainConfig
 from distrust.contract import EngineState, Losses, MemoryUse
 from distrust.data import MicroBatch
-from distrust.engines import state_conversion
 from distrust.engines.loading import (
     config_digest,
     context_length,
@@ -214,16 +213,9 @@ class TorchEngine:
             rng=runtime.rng_state(self._device),
         )
 
-    @torch.no_grad()
     def load_state(self, state: EngineState) -> None:
         """Copy a state of either engine into the parameters; ResumeRefused changes nothing."""
-        state = state_conversion.to_torch(state, self._optimizer.state_dict()["param_groups"])
-        differences = state_conversion.list_differences(state.model, self._trained)
-        differences += optimizer.list_differences(state.optimizer, self._optimizer)
-        state_conversion.require_no_differences(differences, state.model)
-        for name, parameter in self._trained.items():
-            parameter.copy_(state.model[name])
-        optimizer.load(state.optimizer, self._optimizer)
+        optimizer.restore(state, self._trained, self._optimizer)
         runtime.load_rng_state(state.rng, self._device)
 
     def device_memory(self) -> MemoryUse | None:

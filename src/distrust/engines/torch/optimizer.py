@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 from distrust.config import TrainConfig
+from distrust.contract import EngineState
+from distrust.engines import state_conversion
 from distrust.engines.state_conversion import steps_made
 
 #: Its state of each parameter, besides the number of steps.
@@ -29,6 +31,18 @@ def make_optimizer(trained: Mapping[str, torch.nn.Parameter], config: TrainConfi
     return torch.optim.AdamW(
         groups, lr=config.learning_rate, betas=betas, eps=config.adam_epsilon, fused=True
     )
+
+
+@torch.no_grad()
+def restore(state: EngineState, trained: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    """Copy a state of either engine into parameters and their optimizer; ResumeRefused changes nothing."""
+    state = state_conversion.to_torch(state, optimizer.state_dict()["param_groups"])
+    differences = state_conversion.list_differences(state.model, trained)
+    differences += list_differences(state.optimizer, optimizer)
+    state_conversion.require_no_differences(differences, state.model)
+    for name, parameter in trained.items():
+        parameter.copy_(state.model[name])
+    load(state.optimizer, optimizer)
 
 
 def list_differences(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> list[str]:
