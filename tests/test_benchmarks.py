@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import operations, states, tables, tokenizing
+from benchmarks import operations, states, tables, tokenizing, trainer_stall
 from benchmarks.cases import CASES
 from benchmarks.libraries import Dcp, Distrust, Library, Safetensors, Torch
 from benchmarks.results import Figure, Results
@@ -116,3 +116,18 @@ def test_tokenizing_is_compared_on_the_same_conversations(tmp_path: Path, capsys
         "| distrust | 1.00 | 2.00 | 4.00 |  |  |",
         "| datasets.map | 1.00 | 2.00 | 6.00 | 1.50 | 0.50 to 2.00 |",
     ]
+
+
+def test_the_stall_of_the_trainers_own_save_and_ours_are_measured_alike(tmp_path: Path, capsys) -> None:
+    state = trainer_stall.State("small", 0.5, width=16)
+    measured = trainer_stall.compare([state], 1, tmp_path, lambda _: None)
+    our_figures, trainer_figures = (
+        measured["small"][saver][0] for saver in (trainer_stall.OURS, trainer_stall.THEIRS)
+    )
+    assert 0.5 < our_figures["bytes"] / trainer_figures["bytes"] < 2  # the same content
+    assert 0 < our_figures["seconds"] < 5
+    capsys.readouterr()
+    for saver, seconds in ((trainer_stall.OURS, [0.001, 0.002]), (trainer_stall.THEIRS, [0.004, 0.004])):
+        measured["small"][saver] = [{"seconds": value, "bytes": 2.0**21} for value in seconds]
+    trainer_stall.print_table(measured)
+    assert capsys.readouterr().out.splitlines()[2] == "| small | 2.0 | 4.0 | 1.5 | 3.0 | 2.0 to 4.0 |"
