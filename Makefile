@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+OLDEST := .venv-oldest
 
-.PHONY: demo test test-core check bench campaigns mutants experiment clean
+.PHONY: demo test test-core test-oldest check bench campaigns mutants experiment clean
 
 demo: $(READY)
 	$(BIN)/distrust demo --out runs/demo
@@ -14,6 +15,10 @@ test: $(READY)
 
 test-core:
 	scripts/test_core.sh
+
+test-oldest: $(OLDEST)/.ready
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest $(addprefix tests/,integrations/test_attach.py \
+	  integrations/test_interrupted_trainers.py integrations/test_disturbed_trainers.py engines/test_conformance.py) $(TEST)
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -43,5 +48,12 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,dev]'
 	touch $(READY)
 
+$(OLDEST)/.ready: constraints-oldest.txt
+	$(PYTHON) -m venv --clear $(OLDEST)
+	@echo "Installing into $(OLDEST): about 1.5 GB, a few minutes"
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-oldest.txt \
+	  --editable . torch transformers trl peft datasets pytest hypothesis pytest-xdist
+	touch $(OLDEST)/.ready
+
 clean:
-	rm -rf $(VENV) .venv-core build dist
+	rm -rf $(VENV) .venv-core $(OLDEST) build dist
