@@ -15,14 +15,22 @@ from typing import Any
 import hypothesis
 import pytest
 
+from campaigns.training_run import IMPORTS
 from distrust import DistrustTrainer, TrainConfig
 from distrust.testing.models import make_model, write_records
 from distrust.testing.toy_engine import TOY, ToyEngine
 from distrust.training.events import Event, Observer, RunEnded, StepEnded
+from tests.forked_python import fork_server
 
 # No example is timed: the machine may do other work. Half of the usual number: each run draws others.
 hypothesis.settings.register_profile("untimed", deadline=None, max_examples=50)
 hypothesis.settings.load_profile("untimed")
+
+# The processes that tests start compile the package once, not each.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+# Until the tests are imported, nothing is garbage.
+gc.disable()
 
 # Shells make background jobs ignore Ctrl-C, and children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -31,6 +39,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 #: The files that take longest. They come first, so that no worker is left with one of them at the end.
 LONGEST = (
     "test_readme.py",
+    "test_disturbed_trainers.py",
     "test_mlx_engine.py",
     "test_fuzz.py",
     "test_experiments.py",
@@ -45,10 +54,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
 
 
+def pytest_collection_finish() -> None:
+    gc.enable()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _separate_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Tests and the processes they start use a separate cache."""
     os.environ["DISTRUST_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def forked_python() -> Iterator[Path]:
+    """The path of a program like ``python`` whose processes have the imports of a training done."""
+    with fork_server(IMPORTS) as program:
+        yield program
 
 
 @pytest.fixture
@@ -56,9 +76,11 @@ def start_python() -> Callable[..., subprocess.Popen[str]]:
     """Starts ``python -c code arguments…`` with pipes; kills processes that still run after the test."""
     started: list[subprocess.Popen[str]] = []
 
-    def start(code: str, *arguments: object, **environment: str) -> subprocess.Popen[str]:
+    def start(
+        code: str, *arguments: object, python: Path | str = sys.executable, **environment: str
+    ) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [sys.executable, "-c", code, *map(str, arguments)],
+            [python, "-c", code, *map(str, arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -79,9 +101,9 @@ def run_python(start_python) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs ``python -c code arguments…`` to its end."""
 
     def run(
-        code: str, *arguments: object, seconds: float = 60, **environment: str
+        code: str, *arguments: object, seconds: float = 60, **options: Any
     ) -> subprocess.CompletedProcess[str]:
-        process = start_python(code, *arguments, **environment)
+        process = start_python(code, *arguments, **options)
         stdout, stderr = process.communicate(timeout=seconds)
         return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
@@ -117,13 +139,11 @@ def no_fsync() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
-def _freeze_earlier_objects() -> Iterator[None]:
-    """Excludes earlier imports from garbage collection, which would take half a second."""
+@pytest.fixture(scope="module", autouse=True)
+def _freeze_earlier_objects() -> None:
+    """Excludes from garbage collections what exists: each would spend a third of a second on imports."""
     gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

@@ -36,7 +36,7 @@ LAYERS = [
     {"data"},
     {"contract"},
     {"training", "engines"},
-    {"importers", "reporting"},
+    {"importers", "integrations", "reporting"},
     {"export"},
     {"trainer", "previews"},
     {"demo", "testing"},
@@ -51,6 +51,7 @@ STRING_IMPORTS = {
     "distrust.checkpoint": "public names are loaded on first access",
     "distrust.checkpoint.arrays": "an adapter in the same package is loaded with its framework",
     "distrust.cli": "a command loads only its own module",
+    "distrust.integrations.transformers": "public names are loaded on first access",
 }
 IMPORT_FUNCTIONS = {"import_module", "__import__", "run_module"}
 FRAMEWORKS = {"torch", "mlx", "mlx_lm", "jax", "peft", "tensorflow"}
@@ -149,9 +150,8 @@ def may_import(module: str, imported: str) -> bool:
 
 def may_name_a_framework(module: str) -> bool:
     """The loop knows none; the core has an adapter for each in one folder."""
-    return module.startswith(("distrust.engines.", "distrust.importers.", "distrust.checkpoint.arrays.")) or (
-        module == "distrust.testing.models"
-    )
+    adapters = ("distrust.engines.", "distrust.importers.", "distrust.checkpoint.arrays.")
+    return module.startswith((*adapters, "distrust.integrations.")) or module == "distrust.testing.models"
 
 
 def loaded_by(root: Path, names: list[str]) -> set[str]:
@@ -280,6 +280,7 @@ def test_no_module_imports_itself_in_a_circle():
 
 def test_the_public_names():
     names = {"Checkpoint", "CheckpointManager", "DistrustTrainer", "PendingSave", "RunEnded", "RunState"}
+    names |= {"load_file", "save_file", "save_file_async", "verify_file"}
     classes = [value for value in vars(distrust.errors).values() if isinstance(value, type)]
     errors = {error.__name__ for error in classes if issubclass(error, Exception)}
     assert distrust.__all__ == sorted(names | {"TrainConfig", "preview"} | errors)

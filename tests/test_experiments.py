@@ -6,7 +6,6 @@ import json
 import math
 import statistics
 import subprocess
-import sys
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -142,7 +141,7 @@ def test_the_added_term_changes_the_loss_and_not_one_bit_of_what_is_learned(tmp_
     assert not any(tmp_path.iterdir())  # nothing is left of a run that was measured
 
 
-def test_the_command_goes_on_where_it_was_and_writes_everything(tmp_path):
+def test_the_command_goes_on_where_it_was_and_writes_everything(forked_python, tmp_path):
     docs, out = tmp_path / "docs.md", tmp_path / "out"
     docs.write_text("Before.\n<!-- table: bundled -->\nold\n<!-- end -->\nAfter.\n", encoding="utf-8")
     files = {
@@ -161,7 +160,7 @@ def test_the_command_goes_on_where_it_was_and_writes_everything(tmp_path):
     # Killed while it wrote the second line.
     (out / "results.jsonl").write_text(json.dumps(files) + '\n{"world": "bun')
     command = [
-        sys.executable, "-W", "ignore", "-m", "experiments.weighting", "--quick", "--out", str(out),
+        forked_python, "-m", "experiments.weighting", "--quick", "--out", str(out),
         "--seeds", "1", "--worlds", "bundled", "--jobs", "1", "--write-docs", str(docs),
         "--methods", "off", "filter",
     ]  # fmt: skip

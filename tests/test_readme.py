@@ -18,27 +18,40 @@ MAKE = [code for language, code in BLOCKS if language == "sh" and code.startswit
 MOST_WORDS = 1_300
 
 
-def test_every_block_runs(tmp_path):
+@pytest.fixture
+def command(forked_python, tmp_path):
+    """A folder with the command ``distrust``, which starts at once."""
+    (tmp_path / "bin").mkdir()
+    path = tmp_path / "bin" / "distrust"
+    path.write_text(f'#!/bin/sh\nexec {forked_python} -m distrust "$@"\n', "utf-8")
+    path.chmod(0o755)
+    return path.parent
+
+
+def test_every_block_runs(tmp_path, forked_python, command):
     environment = {
         **os.environ,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PATH": f"{command}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "DISTRUST_CACHE": str(tmp_path / "cache"),
     }
     for language, code in BLOCKS:
         if code in MAKE:
             continue
         assert language in {"sh", "python"}, language
-        command = (
-            ["bash", "-euo", "pipefail", "-c", code] if language == "sh" else [sys.executable, "-c", code]
-        )
+        line = ["bash", "-euo", "pipefail", "-c", code] if language == "sh" else [forked_python, "-c", code]
         result = subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False
+            line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False
         )
         assert result.returncode == 0, f"{code}\n{result.stdout}\n{result.stderr}"
     assert "equal" in subprocess.check_output(
         ["distrust", "diff", "runs/killed", "runs/undisturbed"], cwd=tmp_path, env=environment, text=True
     )
     assert (tmp_path / "my-adapter" / "adapter_config.json").is_file()
+
+
+def test_the_installed_command_exists():
+    command = Path(sys.executable).parent / "distrust"
+    assert subprocess.check_output([command, "--version"], text=True).startswith("distrust ")
 
 
 @pytest.mark.parametrize("line", [line for code in MAKE for line in code.splitlines()])

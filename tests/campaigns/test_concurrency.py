@@ -6,6 +6,8 @@ import re
 
 import pytest
 
+from campaigns import training_run
+from campaigns.concurrency import trainers
 from campaigns.concurrency.__main__ import CYCLE, main
 
 #: Of each part, a case: its number says which part it is.
@@ -27,7 +29,9 @@ def test_readers_beside_a_writer(capsys, path):
     assert "readers: loads" in output
 
 
-def test_the_same_training_command_twice(capsys):
+def test_the_same_training_command_twice(toy_runs, capsys, monkeypatch):
+    toy_runs("main")
+    monkeypatch.setattr(trainers, "_command", lambda fault: training_run.COMMAND)
     assert main(["--case", FIRST["trainers"]]) == 0, capsys.readouterr().out
     assert "training commands refused with a clear line\n" in capsys.readouterr().out
 

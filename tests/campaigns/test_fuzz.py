@@ -58,7 +58,9 @@ def campaign(run_python, tmp_path, monkeypatch):
     """Runs the command, with a fault put into the product before; returns exit code and output."""
     monkeypatch.chdir(tmp_path)
 
-    def campaign(*arguments: object, fault: str = "", source: Path = ROOT / "src") -> tuple[int, str]:
+    def campaign(
+        *arguments: object, fault: str = "", source: Path = ROOT / "src", python: Path | str = sys.executable
+    ) -> tuple[int, str]:
         code = f"""
 import sys
 {fault}
@@ -67,7 +69,7 @@ if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
 """
         paths = os.pathsep.join((str(source), str(ROOT)))
-        result = run_python(code, *arguments, seconds=300, PYTHONPATH=paths)  # only if it hangs
+        result = run_python(code, *arguments, seconds=300, python=python, PYTHONPATH=paths)  # if it hangs
         assert "Traceback" not in result.stderr, result.stderr
         return result.returncode, result.stdout
 
@@ -112,8 +114,9 @@ def test_files_at_random(campaign, tmp_path):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
-def test_folders_of_other_programs_are_converted_and_resumed(campaign, tmp_path):
-    code, output = campaign("--case", RANDOM_FOLDERS, "--seed", 2, "--json", tmp_path / "figures.json")
+def test_folders_of_other_programs_are_converted_and_resumed(campaign, forked_python, tmp_path):
+    figures = ["--json", tmp_path / "figures.json"]
+    code, output = campaign("--case", RANDOM_FOLDERS, "--seed", 2, *figures, python=forked_python)
     assert code == 0, output
     counts = json.loads((tmp_path / "figures.json").read_text())["counts"]
     # Some were harmless, and some were not.
@@ -137,8 +140,9 @@ def test_commands_on_hostile_folders_at_random(campaign, tmp_path):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
-def test_hostile_model_folders_at_random(campaign, tmp_path):
-    code, output = campaign("--case", RANDOM_MODELS, "--seed", 3, "--json", tmp_path / "figures.json")
+def test_hostile_model_folders_at_random(campaign, forked_python, tmp_path):
+    figures = ["--json", tmp_path / "figures.json"]
+    code, output = campaign("--case", RANDOM_MODELS, "--seed", 3, *figures, python=forked_python)
     assert code == 0, output
     counts = json.loads((tmp_path / "figures.json").read_text())["counts"]
     for answer in (0, 1):

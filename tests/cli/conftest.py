@@ -60,9 +60,9 @@ def start() -> Callable[..., subprocess.Popen[str]]:
     """Starts a command line as a process of its own; what runs at the end of the test is killed."""
     started = []
 
-    def start(*arguments: object) -> subprocess.Popen[str]:
+    def start(*arguments: object, python: Path | str = sys.executable) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [sys.executable, "-m", "distrust", *map(str, arguments)],
+            [python, "-m", "distrust", *map(str, arguments)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -341,11 +341,11 @@ def test_a_page_is_written_whole_or_not_at_all(show, write, tmp_path):
     assert [path.name for path in tmp_path.glob(".*")] == []
 
 
-def test_no_weights_are_needed(tiny_model, write, tmp_path, run_python):
+def test_no_weights_are_needed(tiny_model, write, tmp_path, run_python, forked_python):
     model = shutil.copytree(tiny_model, tmp_path / "model")
     (model / "model.safetensors").unlink()
     code = "import sys; from distrust.cli import main; print(main(sys.argv[1:]))"
-    result = run_python(code, "preview", write({"text": "salt"}), "--model", model)
+    result = run_python(code, "preview", write({"text": "salt"}), "--model", model, python=forked_python)
     assert result.stdout.splitlines()[-1] == "0", result.stderr
     assert result.stderr == ""
 

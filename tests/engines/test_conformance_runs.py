@@ -24,8 +24,6 @@ from distrust.errors import DistrustWarning, ModelError, NonFiniteLoss, ResumeRe
 from distrust.testing.models import make_model
 from distrust.training.events import Evaluated, MemoryReset, StepEnded
 
-pytestmark = pytest.mark.usefixtures("_freeze_earlier_objects")
-
 #: test_exact_resume.py has the toy engine's runs.
 either = pytest.mark.parametrize("engine", ENGINES[1:])
 INSTALLED = ["torch", "mlx"] if find_spec("mlx_lm") else ["torch"]

@@ -22,7 +22,6 @@ from distrust.engines import create_engine  # noqa: E402
 from distrust.errors import ConfigError  # noqa: E402
 from distrust.training.events import StepEnded  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("_freeze_earlier_objects")
 BATCH = make_batch()
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="mlx compiles by g++ on a CPU")
 

@@ -24,7 +24,6 @@ from distrust.engines import config_of, create_engine, open_checkpoint
 from distrust.errors import ConfigError, ResumeRefused
 from distrust.training.events import StepEnded
 
-pytestmark = pytest.mark.usefixtures("_freeze_earlier_objects")
 AGREED = 1e-4
 VARIANTS: dict[str, dict[str, Any]] = {
     "lora": {},

@@ -18,7 +18,7 @@ from distrust.options import to_toml
 from distrust.testing.models import make_model
 from distrust.training.events import StepEnded
 
-pytestmark = pytest.mark.usefixtures("_freeze_earlier_objects", "no_fsync")
+pytestmark = pytest.mark.usefixtures("no_fsync")
 both_engines = pytest.mark.parametrize(
     "engine",
     ["torch", pytest.param("mlx", marks=pytest.mark.skipif(find_spec("mlx_lm") is None, reason="no mlx-lm"))],

@@ -26,9 +26,6 @@ from distrust.training.events import CheckpointSaved, MemoryReset, StepEnded
 GIB = 2**30
 
 
-pytestmark = pytest.mark.usefixtures("_freeze_earlier_objects")
-
-
 def made_anew(config):
     return ToyEngine()
 
