@@ -244,7 +244,7 @@ def test_a_jit_checkpoint_may_be_asked_for_at_any_event(run, tmp_path, event, by
 def test_a_state_that_the_optimizer_has_changed_is_not_saved_yet(run, tmp_path):
     class SaveAndDie(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 3:
+            if state.global_step == 4:  # the step before is not saved
                 self.trainer._save_checkpoint(self.trainer.model)
                 raise Interrupted
 
