@@ -52,7 +52,8 @@ class AttachedCheckpoints(TrainerCallback):  # type: ignore[misc]  # transformer
         self._overlap = overlap
         self._pure_data = pure_data
         self._original = {name: getattr(trainer, name) for name in REPLACED}
-        self._description: dict[str, Any] = {}  # of the run
+        self._description: dict[str, Any] = {}  # of the run: what a resume must share
+        self._run: dict[str, Any] = {}  # what may differ between equal runs
         self._buffers: dict[str, tuple[Any, str]] = {}  # that training may change
         self._loaded: Checkpoint | None = None  # until all of it is restored
         self._is_over = False  # the last state is saved
@@ -97,7 +98,7 @@ class AttachedCheckpoints(TrainerCallback):  # type: ignore[misc]  # transformer
             raise ConfigError("DistrustCheckpoints: each trial of a search needs a Trainer of its own")
         self._manager.acquire()  # now: not when the first save finds another process
         try:
-            self._description = describe_run(self._trainer, pure_data=self._pure_data is not None)
+            self._describe()  # once: configs are large, and training waits for a save
             self._loaded = self._load_latest(resume_from_checkpoint)
             if self._loaded is not None:
                 with self._resume_folder(self._loaded) as folder:
@@ -298,6 +299,16 @@ class AttachedCheckpoints(TrainerCallback):  # type: ignore[misc]  # transformer
 
     # How.
 
+    def _describe(self) -> None:
+        model = describe_model(self._trainer)
+        self._description = describe_run(self._trainer, model, pure_data=self._pure_data is not None)
+        self._run = {
+            "integration": model,
+            "metric": self._rules.metric,
+            "metric_mode": self._rules.metric_mode,
+            "output_dir": str(self._trainer.args.output_dir),
+        }
+
     def _load_latest(self, resume_from_checkpoint: str | bool | None) -> Checkpoint | None:
         directory = self._manager.directory
         try:
@@ -352,14 +363,8 @@ class AttachedCheckpoints(TrainerCallback):  # type: ignore[misc]  # transformer
         return trainer_state.is_finished(self._trainer) or (self._is_epoch_complete and is_last_epoch)
 
     def _capture(self, step_end: StepEnd, *, finished: bool) -> Checkpoint:
-        run = {
-            "integration": describe_model(self._trainer),
-            "metric": self._rules.metric,
-            "metric_mode": self._rules.metric_mode,
-            "output_dir": str(self._trainer.args.output_dir),
-        }
         return trainer_state.capture(
-            self._trainer, step_end, description=self._description, run=run, finished=finished
+            self._trainer, step_end, description=self._description, run=self._run, finished=finished
         )
 
     def _save(self, step_end: StepEnd) -> None:

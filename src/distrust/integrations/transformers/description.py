@@ -33,9 +33,9 @@ _FREE_CONFIG = {
 Tensors = dict[str, torch.Tensor]
 
 
-def describe_run(trainer: Trainer, *, pure_data: bool) -> dict[str, Any]:
-    """What must be the same when a run is resumed, by name, as plain values."""
-    arguments, model, dataset = trainer.args.to_dict(), describe_model(trainer), trainer.train_dataset
+def describe_run(trainer: Trainer, model: Mapping[str, Any], *, pure_data: bool) -> dict[str, Any]:
+    """What must be the same when a run is resumed, by name, as plain values; ``model``: its description."""
+    arguments, dataset = trainer.args.to_dict(), trainer.train_dataset
     frozen = {name: value for name, value in trainer.model.named_parameters() if not value.requires_grad}
     parts = {"model": model["model_config"], "adapter": model["peft_config"]}
     return {
